@@ -1,4 +1,4 @@
-"""The product: a cache of keys that answers and is edited in memory, and is kept in an index folder."""
+"""An index whose keys are in memory: classify with it, edit it, and save it to an index folder."""
 
 from __future__ import annotations
 
@@ -48,14 +48,13 @@ from retrieval_tip.store.writer import Writer, write
 T = TypeVar("T", bound="CacheModel")
 
 SUMS_FROM = 8
-"""Sums are kept on disk where the keys take so many times their bytes: those of fewer are made again at once."""
+"""Save the sums if the keys have at least 8 times their bytes. Below that, recomputing them takes no time."""
 
 
 class KeyEdits(EditableIndex):
-    """The edits of keys in memory: keys, labels, points, values, sums and the index change together.
+    """Edits of keys in memory, which keep labels, points, values, sums and the FAISS index consistent.
 
-    ``keys`` ``[n, d]``, ``labels``, ``points`` and ``values`` are those of :class:`CacheModel`; ``sums``, if they are
-    known, follow the keys through every edit. Edits are on disk after :meth:`CacheModel.save`.
+    :class:`CacheModel` describes the attributes. :meth:`CacheModel.save` writes the edits to disk.
     """
 
     keys: KeyArray | Segments
@@ -81,18 +80,18 @@ class KeyEdits(EditableIndex):
 
     @property
     def met(self) -> KeyArray | Segments:
-        """The keys as queries meet them: their points in the metric, or the keys themselves."""
+        """Keys in the metric: the points, or without a metric the keys themselves."""
         return self.keys if self.points is None else self.points
 
     def _with_points(self) -> KeyArray | Segments:
-        """The points of all keys: those that are known, which are of the first segments, and the others anew."""
+        """Return the points of all keys. Compute them for later segments that have none yet."""
         known = [] if self.points is None else list(segments_of(self.points))
         late = [points_of(self.metric, part, self.device) for part in segments_of(self.keys)[len(known) :]]
         return joined([*known, *(part for part in late if part is not None)])
 
     @property
     def segments(self) -> int:
-        """Number of segments of the keys; the index is over the first one."""
+        """Number of segments of the keys. The FAISS index covers the first one."""
         return len(segments_of(self.keys))
 
     @property
@@ -101,15 +100,18 @@ class KeyEdits(EditableIndex):
 
     @property
     def _ridge(self) -> Ridge | None:
-        """The solver that keeps values right as keys come and go; ``None`` where values were not solved."""
+        """Solver that updates the values after an edit; ``None`` unless values were solved."""
         if self.fitted is None or self.fitted.ridge is None:
             return None
         return Ridge(len(self.class_names), self.settings.beta, self.fitted.ridge, self.device)
 
-    def _index_over(self, keys: KeyArray | Segments, class_ids: npt.NDArray[np.int64]) -> VectorIndex:
-        """An index like this one, as tuned as it is, over other keys."""
-        index = index_over(keys, class_ids, len(self.class_names), self.index.factory, self.device)
-        index.effort = self.index.effort
+    def _index_over(
+        self, keys: KeyArray | Segments, class_ids: npt.NDArray[np.int64], factory: str | None = None
+    ) -> VectorIndex:
+        """Return an index over other keys: of the same type and search effort, or of type ``factory``."""
+        index = index_over(keys, class_ids, len(self.class_names), factory or self.index.factory, self.device)
+        if factory in (None, self.index.factory):
+            index.effort = self.index.effort
         return index
 
     def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
@@ -117,7 +119,7 @@ class KeyEdits(EditableIndex):
         self.class_names = [*self.class_names, *names]
         self.text_weights = torch.cat([self.text_weights, weights.to(self.text_weights)])
         if self.values is not None:
-            self.values = torch.nn.functional.pad(self.values, (0, len(names)))
+            self.values = functional.pad(self.values, (0, len(names)))
         if self.sums is not None:
             self.sums = self.sums.widened(len(self.class_names))
         self._follow()
@@ -132,12 +134,12 @@ class KeyEdits(EditableIndex):
         digests: Sequence[str | None] | None = None,
         extra: pa.Table | None = None,
     ) -> list[int]:
-        """See :meth:`answering.EditableIndex.add`. The cost depends on what is added.
+        """Add keys as :meth:`answering.EditableIndex.add` does. The cost depends only on how many are added.
 
-        The keys become a segment of their own, beside the index over the others. Segments that are not larger are
-        joined with it, so there are few; once they hold as many keys as the index, it is built again (:meth:`compact`).
-        A cache with values has one segment. Solved values are solved again, or, of very many keys, only those of the
-        new ones (:class:`ridge.Ridge`); among trained values a new key gives 1 to its own class.
+        The new keys become a segment outside the FAISS index. It absorbs segments that are not larger, so segments stay
+        few; once they hold as many keys as the index, the index is rebuilt (:meth:`compact`). A cache with values has
+        one segment. Solved values are solved again, in a large index only for the new keys (:class:`ridge.Ridge`);
+        a new key beside trained values gets a one-hot row.
         """
         matrix, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
         assert self.next_key_id is not None
@@ -157,19 +159,17 @@ class KeyEdits(EditableIndex):
         return key_ids.tolist()
 
     def remove(self, key_ids: Sequence[int]) -> None:
-        """See :meth:`answering.EditableIndex.remove`. What holds a key is written again."""
         labelled = self._labelled
         gone = labelled.rows_of(key_ids)
         if len(gone) == self.n:
-            raise InputError("remove: an index needs at least one key; give up the folder instead")
+            raise InputError("remove: an index needs at least one key; delete the folder instead")
         if len(gone):
             sums = None if self.sums is None else self.sums.removed(*labelled.of_rows(gone))
             if sums is not None and self.sums is not None and not sums.outweighs(self.sums):
-                sums = None  # the next fit makes them anew
+                sums = None  # too much rounding; the next fit recomputes them
             self._hold(labelled.without(gone), sums)
 
     def relabel(self, key_ids: Sequence[int], labels: str | Sequence[str]) -> None:
-        """See :meth:`answering.EditableIndex.relabel`. Solved values are solved again."""
         labelled, wanted = self._labelled, inputs.new_ids(key_ids, labels, self.class_names)
         rows = labelled.rows_of(list(wanted))
         class_ids = np.array([wanted[key_id] for key_id in labelled.key_ids[rows].tolist()], dtype=np.int64)
@@ -183,7 +183,6 @@ class KeyEdits(EditableIndex):
         self._hold(labelled.relabelled(rows, class_ids, self.class_names), sums)
 
     def rename(self, old: str, new: str) -> None:
-        """See :meth:`answering.EditableIndex.rename`. The keys are not written again."""
         class_id, names = inputs.renamed(self.class_names, old, new)
         if len(names) < len(self.class_names):
             self._merge(class_id, new, names)
@@ -196,8 +195,8 @@ class KeyEdits(EditableIndex):
         self._follow()
 
     def _merge(self, class_id: int, into: str, names: list[str]) -> None:
-        """Give the keys of a class to the class ``into``, and drop it; ``names`` are those of the other classes."""
-        if self.values is not None:  # what keys give to the two adds up; solved values are linear in their targets
+        """Move the keys of a class to the class ``into`` and drop it; ``names`` are the remaining classes."""
+        if self.values is not None:  # the two columns add up: solved values are linear in their targets
             self.values = self.values.clone()
             self.values[:, self.class_names.index(into)] += self.values[:, class_id]
         self.relabel(self.find([self.class_names[class_id]])["key_id"].to_pylist(), into)
@@ -215,27 +214,27 @@ class KeyEdits(EditableIndex):
         self._follow()
 
     def solve(self) -> None:
-        """Solve all values again, for the present keys and beta. Does nothing unless they were solved.
+        """Solve all values again for the current keys and beta. Does nothing if values were not solved.
 
-        Raises InputError, and changes nothing, for more than :data:`MOST_SOLVED` keys.
+        Raises InputError and changes nothing for more than :data:`MOST_SOLVED` keys.
         """
         if self._ridge is None:
             return
         if self.n > MOST_SOLVED:
             raise InputError(
-                f"values of {self.n:,} keys are too many to be solved again, at most {MOST_SOLVED:,}; "
+                f"values: cannot solve {self.n:,} keys at once, at most {MOST_SOLVED:,}; "
                 "fit the index instead (retrieval-tip fit)"
             )
         points = np.asarray(self.met, dtype=np.float32)
         self.values = self._ridge.values(torch.from_numpy(points).to(self.device), self.class_ids)
 
     def compact(self, factory: str | None = None, dtype: Dtype | None = None, *, again: bool = False) -> None:
-        """Make all keys one segment, and build the index over them. On disk after :meth:`CacheModel.save`.
+        """Merge all segments into one and build the index over it.
 
-        ``factory`` is the type of the index (``auto`` by :func:`keys.auto_for`, which sets ``k`` too) and ``dtype``
-        that of the keys, float32 or float16, if they are to change. With another dtype, or ``again``, points and
-        solved values are made of the keys again, and the next fit makes the sums. Raises UsageError for a factory that
-        cannot work, InputError if keys are too large for the dtype; then nothing was changed.
+        ``factory`` changes the type of the index (``auto``: :func:`keys.auto_for` chooses it and ``k``), ``dtype`` the
+        type of the keys, float32 or float16. Another dtype, or ``again``, recomputes points and solved values; the next
+        fit recomputes the sums. Raises UsageError for an invalid factory and InputError for keys too large for the
+        dtype, and then changes nothing.
         """
         settings = self.settings
         if factory == "auto":
@@ -247,12 +246,9 @@ class KeyEdits(EditableIndex):
             with np.errstate(over="ignore"):  # refused just below
                 keys = np.asarray(ordered.keys).astype(dtype or self.dtype)
             if not np.isfinite(keys).all():
-                raise InputError(f"keys: hold values too large for {keys.dtype}")
+                raise InputError(f"keys: values too large for {keys.dtype}; use float32")
             ordered = replace(ordered, keys=keys, points=points_of(self.metric, keys, self.device))
-        if factory is None or factory == self.index.factory:
-            index = self._index_over(ordered.met, ordered.class_ids)
-        else:
-            index = index_over(ordered.met, ordered.class_ids, len(self.class_names), factory, self.device)
+        index = self._index_over(ordered.met, ordered.class_ids, factory)
         self._take(ordered)
         self.index, self.settings, self.sums = index, settings, None if again else self.sums
         self._follow()
@@ -262,20 +258,17 @@ class KeyEdits(EditableIndex):
     def set_fitted(
         self, metric: tip.Metric | None, values: Tensor | None, fitted: Fitted | None, factory: str | None = None
     ) -> None:
-        """Take a metric, values ``[n, c]`` and how they were ``fitted``, with the index over the points then.
+        """Set the metric, the values ``[n, c]`` and how they were ``fitted``, and build the index over the points.
 
-        All keys have to be one segment. ``factory`` is the type of the index, by default what it is. On disk after
-        :meth:`CacheModel.save`. Raises UsageError for a factory that cannot work.
+        All keys must be in one segment. ``factory`` changes the type of the index. Raises UsageError for an invalid
+        factory.
         """
         moved = self.metric is not None or metric is not None
         self.metric, self.values, self.fitted = metric, values, fitted
         self.points = None
         self.points = None if metric is None else self._with_points()
-        class_ids = self.class_ids.cpu().numpy()
-        if factory is not None and factory != self.index.factory:
-            self.index = index_over(self.met, class_ids, len(self.class_names), factory, self.device)
-        elif moved:
-            self.index = self._index_over(self.met, class_ids)
+        if moved or factory not in (None, self.index.factory):
+            self.index = self._index_over(self.met, self.class_ids.cpu().numpy(), factory)
         self._follow()
 
     def _take(self, labelled: LabelledKeys) -> None:
@@ -283,7 +276,7 @@ class KeyEdits(EditableIndex):
         self.values, self.points = labelled.values, labelled.points
 
     def _hold(self, labelled: LabelledKeys, sums: Sums | None) -> None:
-        """Take these keys and their sums: the index stays where its segment does, else it is built over the first."""
+        """Replace the keys and their sums. Rebuild the index only if the first segment changed."""
         labelled = labelled if self._ridge is None else self._ridge.solved(labelled)
         first, *late = segments_of(labelled.met)
         if first is not segments_of(self.met)[0]:
@@ -298,11 +291,11 @@ class KeyEdits(EditableIndex):
         self.templates, self.text_weights = list(templates), torch.from_numpy(weights).to(self.device)
 
     def _follow(self) -> None:
-        """Bring up to date what follows from the keys, their labels, the classes and the text weights."""
+        """Update everything derived from keys, labels and classes."""
         class_ids = self.labels["class_id"].to_numpy().astype(np.int64)
         c, (base, *late) = len(self.class_names), segments_of(self.met)
         if not self.index.by_class and self.index.indexed != len(base):
-            raise InputError(f"index: is over {self.index.indexed} vectors, the first segment has {len(base)} keys")
+            raise InputError(f"index: has {self.index.indexed} vectors for {len(base)} keys of the first segment")
         if late or (self.index.by_class and self.index.indexed < c):
             counts = np.bincount(class_ids[: len(base)], minlength=c)
             self.index = beside(self.index, late, class_ids[len(base) :], counts)
@@ -315,30 +308,32 @@ class KeyEdits(EditableIndex):
 
 @dataclass
 class CacheModel(KeyEdits):
-    """Tip-Adapter's cache as a searchable index: keys in memory, or mapped to it, that answer and are edited.
+    """Tip-Adapter's cache as a searchable, editable index, with keys in memory or memory-mapped.
 
-    Make one with :meth:`from_features` or :meth:`load`; :meth:`save` writes the next version of its folder.
+    Create it with :meth:`from_features` or :meth:`load`; :meth:`save` writes the next version of its folder. To change
+    an array, use the methods, or ``dataclasses.replace`` on a copy; never assign in place.
 
-    ``keys`` ``[n, d]`` float32 or float16, grouped by class, or segments that each are (keys that were added since the
-    ``index`` was built over the first of them); ``labels`` describes them, row by row; ``text_weights`` ``[c, d]``
-    float32. ``settings`` are those that calls answer by; ``precision`` is that of the products with all keys
-    (:class:`keys.Keys`). ``class_ids`` ``[n]`` int64, on the device, repeats what ``labels`` say.
+    Attributes:
+        keys: ``[n, d]`` float32 or float16, grouped by class; or segments that are (keys added after the index).
+        labels: the label store, one row per key.
+        class_names: the ``c`` classes in order.
+        text_weights: ``[c, d]`` float32; zeros without text.
+        index: the FAISS index over the first segment.
+        settings: defaults of every call.
+        values: ``[n, c]`` float32 on the device, solved or trained (:class:`tip.Values`); ``None`` is one-hot.
+        metric: the fitted metric, or ``None``.
+        points: ``phi(K)``, in the dtype and segments of ``keys``; computed if missing.
+        fitted: how metric and values were fitted (:mod:`fit.closed_form`), or ``None``.
+        tuned: safetensors file of the fine-tuned encoder.
+        curve: loss curve of the training, one row per epoch.
+        precision: type of the products with all keys (:class:`keys.Keys`).
+        class_ids: ``[n]`` int64 on the device, derived from ``labels``.
+        sums: sums that a metric is fitted from, if known; edits update them.
+        folder, version: where this was loaded from.
+        next_key_id: first id that no key has ever had.
+        built: settings of the build.
 
-    What was ``fitted`` to the shots (:mod:`fit.closed_form`), or trained: a ``metric``, and the ``points`` ``phi(K)``
-    that queries then meet in place of the keys, of their dtype and in their segments; ``values`` ``[n, c]`` float32, on
-    the device, what each key gives to each class in place of 1 to its own (:class:`tip.Values`); ``tuned``, the
-    safetensors file of the fine-tuned encoder that the features come from; ``curve``, the loss curve of the training, a
-    row an epoch.
-
-    ``sums`` are those that the metric is fitted from, where they are known: they follow the keys through every change
-    that is made here, and a copy of other keys has none.
-
-    ``folder`` and ``version`` say which version of which index folder this is, ``next_key_id`` from where on key ids
-    were never given, ``built`` how it was built.
-
-    Change ``values``, or ``keys`` and the ``index`` over them, of a copy, with ``dataclasses.replace``, never in
-    their place; points that are not given follow from the keys. Raises InputError for values of another shape or a
-    curve without rows.
+    Raises InputError for values of another shape or a curve without rows.
     """
 
     keys: KeyArray | Segments
@@ -372,10 +367,10 @@ class CacheModel(KeyEdits):
             self.points = self._with_points()
         self._follow()
         if self.values is not None:
-            inputs.check_shape("values", self.values.shape, (self.n, len(self.class_names)), "one row a key")
+            inputs.check_shape("values", self.values.shape, (self.n, len(self.class_names)), "one row per key")
             self.values = self.values.detach().to(self.device, torch.float32)
         if self.curve is not None and not len(self.curve):
-            raise InputError("curve: has no rows; give one an epoch, or None")
+            raise InputError("curve: has no rows; pass one row per epoch, or None")
 
     __repr__ = AnsweringIndex.__repr__  # not the dataclass's
 
@@ -413,25 +408,26 @@ class CacheModel(KeyEdits):
         values: Features | None = None,
         precision: Precision = "float32",
     ) -> Self:
-        """A classifier from features that are already at hand.
+        """Create an index from precomputed features.
 
         Args:
-            keys: ``[n, d]`` floating-point features of the shots. They are not normalised here: give unit vectors,
-                unless they were fine-tuned.
-            labels: class of each key, as a name or as a position in ``class_names``.
+            keys: ``[n, d]`` floating-point features of the shots. They are not normalised: pass unit vectors, unless
+                they were fine-tuned.
+            labels: class of each key, as a name or a position in ``class_names``.
             class_names: the ``c`` classes in order; a class may have no key.
-            text_weights: ``[c, d]`` unit vectors; ``None`` leaves the decision to the cache alone.
-            settings: what calls answer by; by default the paper's.
-            index: FAISS factory string: ``Flat``, ``IVF256,Flat``, ``HNSW32``, ``SQfp16`` ...; ``Classes`` for whole
-                classes; ``auto`` by :func:`keys.auto_for`, which sets ``k`` too.
+            text_weights: ``[c, d]`` unit vectors; with ``None`` the cache alone decides.
+            settings: defaults of every call. [default: the paper's]
+            index: FAISS factory string: ``Flat``, ``IVF256,Flat``, ``HNSW32``, ``SQfp16`` ...; ``Classes`` for an index
+                of class means; ``auto`` to choose it and ``k`` by :func:`keys.auto_for`.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-            sources: path or id of each key, for explanations.
-            values: ``[n, c]`` what each key gives to each class, trained; ``None`` is 1 to its own class.
-            precision: of the products with all keys: ``float32``, ``bfloat16``, ``float16``, or ``auto`` (measured).
+            sources: path or id of each key, shown with predictions.
+            values: ``[n, c]`` trained values. [default: one-hot labels]
+            precision: type of the products with all keys: ``float32``, ``bfloat16``, ``float16``, or ``auto``
+                (the fastest that is accurate enough, as measured).
 
         Raises:
-            InputError: shapes that do not fit, values that are not finite, labels that are no class.
-            UsageError: alpha, beta, device, index or precision that cannot work.
+            InputError: shapes do not match, values are not finite, or a label is not a class.
+            UsageError: invalid alpha, beta, device, index or precision.
         """
         matrix = inputs.matrix(keys, "keys")
         names = inputs.names(class_names)
@@ -490,32 +486,32 @@ class CacheModel(KeyEdits):
         return measure(self.met, self.class_ids.cpu().numpy())
 
     def exact_logits(self, features: Features) -> Tensor:
-        """Return logits ``[q, c]`` in float64 over all keys, with solved or trained values.
+        """Return logits ``[q, c]`` over all keys in float64, for solved or trained values.
 
-        Such values cancel each other, so in float32 the last digits depend on which queries share a batch. Errors as
-        for :meth:`AnsweringIndex.logits`.
+        Such values cancel each other, so in float32 the last digits depend on which queries share a batch. Raises the
+        same as :meth:`AnsweringIndex.logits`.
         """
         terms = self.retrieval.double().terms(self._queries(features).double())
         self._check(terms)
         return terms.logits(self.settings)
 
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
-        """The ``k`` nearest keys of queries ``[q, d]`` on the device: affinities and rows, ``[q, k]`` each.
+        """Return affinities and rows ``[q, k]`` of the ``k`` nearest keys of queries ``[q, d]``, on the device.
 
-        Affinities are to the keys themselves, also where the index holds a compressed copy; an empty slot has row -1.
+        Affinities use the stored keys, even if the index compresses them. An empty slot has row -1.
         """
         retrieval = self.retrieval
         near = retrieval.nearest(retrieval.points(features), k)
         return near.affinity, near.rows.cpu().numpy()
 
     def whole(self) -> Self:
-        """The same classifier with all keys in one segment; itself, where they are."""
+        """Return this index with all keys in one segment."""
         return self if self.segments == 1 else self.take(self._labelled.order())
 
     def take(self, rows: npt.NDArray[np.int64]) -> Self:
-        """A classifier over some of the keys, by row (a row may repeat); everything else is this one's.
+        """Return an index over some of the keys, by row (rows may repeat), otherwise the same.
 
-        So few that the index's type cannot hold them are compared with every query (``Flat``).
+        If the index type needs more keys, the new index is ``Flat``.
         """
         grouped = np.asarray(rows)[np.argsort(self._labelled.class_ids[rows], kind="stable")]
         part = self._labelled.take(grouped)
@@ -523,7 +519,7 @@ class CacheModel(KeyEdits):
         try:
             index = self._index_over(part.met, part.class_ids)
         except UsageError:
-            index = index_over(part.met, part.class_ids, len(self.class_names), "Flat", self.device)
+            index = self._index_over(part.met, part.class_ids, "Flat")
         return replace(
             self,
             keys=part.keys,
@@ -554,14 +550,20 @@ class CacheModel(KeyEdits):
         check: Check | None = None,
         version: int | None = None,
     ) -> Self:
-        """Open the current version of an index folder, or an earlier ``version``; its files are checked first.
+        """Open the current version of an index folder, or an earlier one.
 
-        ``precision`` is that of the products with all keys, by default the fastest that is accurate enough here
-        (:meth:`keys.Keys.products`); ``float32`` answers alike everywhere, to its rounding. ``verify`` ``full``
-        compares every file with its digest, ``fast`` large ones with their size only; ``check`` is that check where it
-        was begun before, and its version is opened. Keys and values stay on disk, memory-mapped. Where a writer gives
-        up the version meanwhile, the one that is current then is opened. Raises StoreError naming the file that is
-        missing, damaged, does not fit the manifest, or is of a newer format.
+        Keys and values are memory-mapped. If a writer deletes the current version meanwhile, the next one is opened.
+
+        Args:
+            folder: the index folder.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            precision: type of the products with all keys. ``auto`` is the fastest that is accurate enough on this
+                machine (:meth:`keys.Keys.products`); ``float32`` gives the same answers everywhere, up to rounding.
+            verify: ``full`` compares every file with its digest; ``fast`` compares only the size of large files.
+            check: a check that has already started; its version is opened.
+            version: number of an earlier version.
+
+        Raises StoreError naming the file that is missing, damaged, of a newer format, or different from the manifest.
         """
         place, device = Path(folder), resolve_device(device)
         if version is None:
@@ -579,7 +581,7 @@ class CacheModel(KeyEdits):
         return self
 
     def on(self, device: str, precision: Precision) -> Self:
-        """Return this saved version on another device, with products of another precision. No file is hashed again."""
+        """Return this saved version on another device and in another precision, without hashing files again."""
         assert self._stored is not None
         if device == self.device:
             self.precision = precision
@@ -588,13 +590,13 @@ class CacheModel(KeyEdits):
         return type(self).load(self._stored.check.folder, device=device, precision=precision, check=self._stored.check)
 
     def reload(self) -> Self:
-        """The current version of the folder that this was loaded from or saved to; itself, where this is that.
+        """Return the current version of this index's folder, or this index if it is current.
 
-        Files that both versions share are not hashed again. Settings that were changed here, but not saved, are not
-        taken over. Raises StoreError as :meth:`load`, UsageError where there is no folder.
+        Files that both versions share are not hashed again. Unsaved changes of settings are lost. Raises StoreError as
+        :meth:`load`, and UsageError if the index has no folder.
         """
         if self.folder is None or self._stored is None:
-            raise UsageError("reload: this classifier was neither loaded from a folder nor saved to one")
+            raise UsageError("reload: the index has no folder; save it first")
         manifest, before = read_manifest(self.folder), self._stored
         if manifest == before.manifest:
             return self
@@ -602,11 +604,11 @@ class CacheModel(KeyEdits):
         return type(self).load(self.folder, device=self.device, precision=self.precision, check=check)
 
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
-        """Write a new version of an index folder (the first one, where there is none). See :func:`writer.write`.
+        """Write the next version of an index folder, or its first (:func:`writer.write`).
 
-        Files of the version that this was loaded from are shared, not written again. ``change`` is what its history
-        says of it. Raises StoreError where the folder cannot be written, has changed since this was loaded from it, or
-        ``tuned`` is no safetensors file; InputError for what a version cannot hold. After either nothing was changed.
+        Unchanged files are shared with the version before. ``change`` is the version's entry in the history. Raises
+        StoreError if the folder cannot be written, has changed since it was loaded, or ``tuned`` is not a safetensors
+        file; InputError for contents that a version cannot hold. After an error nothing has changed.
         """
         with write(Path(folder)) as writer:
             own = self.folder is not None and real(self.folder) == real(writer.folder)
@@ -615,24 +617,21 @@ class CacheModel(KeyEdits):
             self.commit(writer, change)
 
     def save_settings(self, folder: str | os.PathLike[str], change: str = "change settings") -> None:
-        """Write the settings and their provenance as a new version of the folder this was loaded from.
+        """Write settings and provenance as a new version of this index's folder, sharing all data files.
 
-        No data file is written again: all are that version's. Raises StoreError where the index has changed since it
-        was loaded.
+        Raises StoreError if the folder has changed since it was loaded.
         """
         with write(Path(folder)) as writer:
             _check_current(self, writer)
             writer.keep_all()
             check = _commit(self, writer, change)
-            self._stored = Stored(
-                check, None if self._stored is None else self._stored.contents
-            )  # which files still hold
+            self._stored = Stored(check, None if self._stored is None else self._stored.contents)
 
     def commit(self, writer: Writer, change: str) -> None:
-        """Write what the version before does not have, and make this the current version.
+        """Write the files that changed, and make this the current version.
 
-        ``change`` says in a few words what it is. Keys that the writer has already are not written again; ``tuned`` is
-        copied, by content, and is the copy from then on. Errors as for :meth:`save`.
+        Keys that the writer already has are not written again. ``tuned`` is copied, and then names the copy. Raises the
+        same as :meth:`save`.
         """
         contents = _contents(self).write(writer, self._stored)
         self.tuned = contents.weights
@@ -640,12 +639,11 @@ class CacheModel(KeyEdits):
 
 
 def _opened(cls: type[T], place: Path, manifest: Manifest, device: str, precision: Precision) -> T:
-    """Return the classifier that a version of a folder holds."""
     contents, files, c = Contents.read(place, manifest), manifest.files, len(manifest.class_names)
     path, half = place / files["index"].name, manifest.dtype == "float16"
     index = VectorIndex.load(path, manifest.index, device, half)
     if index.d != manifest.d or not (index.indexed <= c if index.by_class else index.indexed == files["keys"].rows):
-        raise StoreError(f"{path}: does not fit the manifest; build the index again")
+        raise StoreError(f"{path}: does not match the manifest; build the index again")
     cache = cls(
         keys=joined(contents.segments),
         labels=contents.labels,
@@ -690,19 +688,16 @@ def _contents(cache: CacheModel) -> Contents:
 
 
 def _check_current(cache: CacheModel, writer: Writer) -> None:
-    """Raise StoreError unless the current version is the one that the cache was loaded from."""
+    """Raise StoreError if the folder has changed since the cache was loaded."""
     current = writer.parent.version if writer.parent else None
     if current is None or current != cache.version:
         raise StoreError(
-            f"{writer.folder}: is at version {current}, not at {cache.version} as when it was opened; try again"
+            f"{writer.folder}: changed from version {cache.version} to {current} since it was opened; try again"
         )
 
 
 def _commit(cache: CacheModel, writer: Writer, change: str) -> Check:
-    """Write the manifest that makes this the current version. Returns a check that has nothing left to look at.
-
-    Raises as :meth:`answering.AnsweringIndex.check_answers`.
-    """
+    """Write the manifest that makes this the current version, and return a check that has nothing left to do."""
     cache.check_answers()
     number = writer.parent.version + 1 if writer.parent else 1
     manifest = manifest_of(cache, number, writer.parent, change, writer.files, later=writer.later)
@@ -712,30 +707,30 @@ def _commit(cache: CacheModel, writer: Writer, change: str) -> Check:
 
 
 def verify(folder: str | os.PathLike[str]) -> CacheModel:
-    """Check an index folder thoroughly: every byte of every kept version, and that its parts fit together.
+    """Check every byte of every kept version of an index folder, and that its parts are consistent.
 
-    Raises StoreError naming the file that is damaged or does not fit. Returns the opened index.
+    Returns the opened index. Raises StoreError naming the file that is damaged or inconsistent.
     """
     place = Path(folder)
     cache = CacheModel.load(place, device="cpu")
     check_earlier(place)
     if not torch.isfinite(cache.text_weights).all():
-        raise StoreError(f"{place}: text weights that are not finite; build the index again")
+        raise StoreError(f"{place}: text weights are not finite; build the index again")
     if cache.values is not None and not torch.isfinite(cache.values).all():
-        raise StoreError(f"{place}: values that are not finite; fit again, or go back to the version before")
+        raise StoreError(f"{place}: values are not finite; fit again, or roll back to the previous version")
     blocks = ((cache.keys[part], cache.class_ids.numpy()[part]) for part in runs(cache.keys, KEY_BLOCK))
     if cache.sums is not None and not cache.sums.are_of(blocks):
-        raise StoreError(f"{place}: sums that are not of these keys; index rebuild leaves them out, and fit makes them")
+        raise StoreError(f"{place}: sums do not match the keys; run index rebuild, then fit")
     vectors = cache.met
-    if cache.index.by_class:  # not those that the index itself holds
+    if cache.index.by_class:  # recompute the means, which the index may hold damaged
         vectors = Keys(cache.met, cache.class_ids.numpy(), len(cache.class_names)).means.numpy()
     sample = np.unique(np.linspace(0, len(vectors) - 1, min(len(vectors), 256)).astype(int))
     queries = np.ascontiguousarray(vectors[sample], dtype=np.float32)
     if not np.isfinite(queries).all():
-        raise StoreError(f"{place}: keys that are not finite; build the index again")
+        raise StoreError(f"{place}: keys are not finite; build the index again")
     affinity, rows = cache.index.search(queries, 1)
     if cache.index.exact_affinity:
         own = np.einsum("qd,qd->q", queries, vectors[np.maximum(rows[:, 0], 0)], dtype=np.float64)
         if not np.allclose(affinity[:, 0], own, rtol=1e-3, atol=1e-3):
-            raise StoreError(f"{place}: the FAISS index is not over these keys; build the index again")
+            raise StoreError(f"{place}: the FAISS index does not match the keys; build the index again")
     return cache
