@@ -335,8 +335,10 @@ class AnsweringIndex(ABC):
         """Classify features ``[q, d]``: label, probability, and the shots that contributed most to each answer.
 
         Args:
-            features: as for :meth:`logits`, like ``k`` and ``tail``.
+            features: ``[q, d]`` unit-norm features, array or tensor.
             top: number of classes to report, most probable first.
+            k: as for :meth:`logits`.
+            tail: as for :meth:`logits`.
             neighbours: number of shots to report (:class:`retrieval.evidence.Contributors`). With ``k``, only retrieved
                 keys count.
             certify: retrieve as many keys as it takes to settle each label (:meth:`certified`).

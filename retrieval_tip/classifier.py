@@ -1,7 +1,4 @@
-"""Photographs in, answers out: an index with the backbone that it was made with, in one object.
-
-It does nothing itself: each method is one call of what the commands of the same names call too.
-"""
+"""``Classifier``: an index and its encoder in one object. Its methods do the same as the commands of the same name."""
 
 from __future__ import annotations
 
@@ -43,26 +40,31 @@ if TYPE_CHECKING:
     from retrieval_tip.report.report import WrittenReport
 
     Loaded = tuple[Any, Any, Any]
-    """A model, its preprocessing and its tokenizer, as open_clip gives them."""
+    """A model, its preprocessing and its tokenizer, as open_clip returns them."""
 
 Features = npt.NDArray[np.floating[Any]]
 THUMBNAIL = 128
-"""Pixels of the longer side of a picture in a notebook."""
+"""Longer side of an image in a notebook, in pixels."""
 
 
 class Classifier:
-    """An index of labelled photographs that answers for new ones.
+    """Few-shot image classifier.
 
-    ``cache`` is the index itself (:class:`CacheModel`), with everything that it can do; ``encoder`` makes features of
-    photographs, as the index was made.
+    Build one with :meth:`from_folder` or :meth:`from_images`, or open one with :meth:`load` or :meth:`from_hub`.
 
-    >>> clf = Classifier.from_folder("photos")            # one folder a class
-    >>> clf.predict("new/1.jpg").label
-    >>> clf.save("indexes/things")
+    Attributes:
+        cache: the index (:class:`CacheModel`), for everything that has no method here.
+        encoder: makes features of photos, in the same way as for the index.
+
+    Examples:
+        >>> clf = Classifier.from_folder("photos")  # one folder per class
+        >>> clf.predict("new/1.jpg").label
+        'owl'
+        >>> clf.save("indexes/things")
     """
 
     _temporary: weakref.finalize[Any, Any] | None = None
-    """Removes the folder of an index that lives as long as this object."""
+    """Deletes the temporary folder of an index that has not been saved."""
 
     def __init__(self, cache: AnsweringIndex, encoder: Encoder) -> None:
         self.cache, self.encoder = cache, encoder
@@ -92,18 +94,33 @@ class Classifier:
         k: KeysMet = None,
         logit_scale: float | None = None,
     ) -> Self:
-        """Build an index from a folder with one folder of photos per class, or from any other labelled source.
+        """Build a classifier from a folder that has one folder of photos per class, or from another labelled source.
 
-        - ``photos``: what :func:`sources.open_source` reads, or an open source
-        - ``model``: a name (:func:`loading.load_backbone`), a backbone, or open_clip's model, preprocessing, tokenizer
-        - ``pretrained``: a tag or a file of weights for a ``model`` given by name
-        - ``out``: index folder to write; without it the index is deleted with this object, unless :meth:`save` keeps it
-        - ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``
-        - ``views``: 1 for the centre view of each photo, V > 1 for the mean of V augmented views
-        - ``seed``: of the draws of ``shots`` and ``views``
+        Args:
+            photos: path of a folder, table, tar or split file (:func:`sources.open_source`), or an open source.
+            model: encoder, as a name (:func:`loading.load_backbone`), a backbone, or open_clip's tuple of model,
+                preprocessing and tokenizer.
+            pretrained: tag or file of weights, if ``model`` is a name.
+            out: index folder to write. Without it, the index is deleted with this object unless you :meth:`save` it.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            views: 1 for the centre view of each photo, V > 1 for the mean feature of V augmented views.
+            seed: random seed of ``shots`` and ``views``.
+            shots: draw this many photos per class, by the published rule. [default: all]
+            templates: prompts for the text weights, with ``{}`` for the class name. [default: the encoder's]
+            text: feature table of prompts, instead of ``templates``. Its classes become the index's, in its order.
+            index: FAISS factory string, ``Classes`` or ``auto``. [default: ``Flat``; in a store ``auto``]
+            dtype: type of the stored keys.
+            alpha: residual ratio, the weight of the cache beside the text.
+            beta: sharpness, the weight of near keys over distant ones.
+            normalize: units of ``alpha`` and ``beta`` (:func:`defaults.plain_settings`).
+            fit: ``auto`` fits metric, values and settings to the photos in closed form; ``none`` is plain Tip-Adapter.
+                [default: ``auto``, but ``none`` if ``alpha``, ``beta`` or ``normalize`` is given]
+            metric: ``none`` or ``within``. [default: chosen by the fit]
+            values: ``one-hot`` or ``solved``. [default: chosen by the fit]
+            k: number of nearest keys that vote, or ``"all"``. [default: ``"all"``, or as ``index="auto"`` chooses]
+            logit_scale: factor of the text logits. [default: the encoder's]
 
-        The other arguments are those of :func:`build.build_index`. Raises as :func:`sources.open_source`,
-        :func:`loading.load_backbone` and :func:`build.build_index`.
+        Raises the same as :func:`sources.open_source`, :func:`loading.load_backbone` and :func:`build.build_index`.
         """
         if isinstance(photos, Pictures):
             given = photos
@@ -161,11 +178,15 @@ class Classifier:
         k: KeysMet = None,
         logit_scale: float | None = None,
     ) -> Self:
-        """Build an index from labelled photos in memory or in a dataset.
+        """Build a classifier from labelled photos in memory or in a dataset.
 
-        ``images`` are what :meth:`predict` takes, with one of ``labels`` for each; or pairs ``(photo, label)``, as the
-        items of a torch dataset without a transform are; or a Hugging Face dataset with columns of images and labels.
-        The other arguments are those of :meth:`from_folder`. Raises as it does, and as
+        ``images`` is one of
+
+        - photos as for :meth:`predict`, with ``labels``, one class name for each
+        - pairs ``(photo, label)``, such as a torch dataset without a transform
+        - a Hugging Face dataset with columns of images and labels
+
+        :meth:`from_folder` describes the other arguments. Raises the same as :meth:`from_folder` and
         :func:`pictures.labelled_pictures`.
         """
         return cls.from_folder(
@@ -199,11 +220,17 @@ class Classifier:
         *,
         device: str = "auto",
     ) -> Self:
-        """The index at a folder or an address, with its own backbone, by what its manifest says.
+        """Open an index and load its encoder.
 
-        ``model`` is one in its place, where it cannot be loaded by its name. An index of features whose backbone has no
-        name answers for features only. Raises StoreError where there is no index, or it is damaged; BackboneError where
-        its backbone cannot be had, or ``model`` is another one.
+        An index of features from an unnamed encoder classifies features only.
+
+        Args:
+            place: index folder, or address of a store.
+            model: the index's encoder as for :meth:`from_folder`, if it cannot be loaded by its name.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+        Raises StoreError if the index is missing or damaged; BackboneError if its encoder cannot be loaded, or
+        ``model`` is a different one.
         """
         cache = places.at(place).load(device=device)
         backbone = _own_backbone(cache, device) if model is None else _backbone(model, None, device)
@@ -219,20 +246,25 @@ class Classifier:
         *,
         device: str = "auto",
     ) -> Self:
-        """Download and open the index that :meth:`push_to_hub` put at ``ORG/NAME`` of the Hugging Face hub.
+        """Download an index from the Hugging Face hub, where :meth:`push_to_hub` put it, and open it.
 
-        It is stored in ``folder``, by default ``indexes/NAME``. ``model`` and ``device`` are those of :meth:`load`.
-        Raises as it does, and InputError if the download fails.
+        Args:
+            repository: ``ORG/NAME``.
+            folder: folder for the index. [default: ``indexes/NAME``]
+            model: as for :meth:`load`.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+        Raises the same as :meth:`load`, and InputError if the download fails.
         """
         return cls.load(hub.download(repository, folder), model, device=device)
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes, in the index's order."""
+        """Class names, in the order of the logits."""
         return list(self.cache.class_names)
 
     @overload
-    def predict(  # type: ignore[overload-overlap] # a path is an iterable of letters too
+    def predict(  # type: ignore[overload-overlap] # a path is also an iterable of letters
         self,
         what: Picture,
         top: int = 1,
@@ -266,21 +298,24 @@ class Classifier:
         certify: bool = False,
         norms: Literal["check", "keep"] = "check",
     ) -> Prediction | Predictions:
-        """Classify one photo, several photos, everything in a folder, table or tar, or features ``[q, d]``.
+        """Classify a photo, several photos, a folder, table or tar, or features.
 
         Args:
-            what: one photo (a path, a PIL picture, an array ``[h, w, 3]`` uint8, encoded bytes, a row of a Hugging Face
-                dataset); several (a list of these, a Hugging Face dataset or its column of images); anything that
-                ``retrieval-tip classify`` takes (a folder, a pattern, a table, a tar), where ``encoder.skipped`` lists
-                the photos that could not be read; or floating-point features of the index's backbone.
-            top: classes to report, most probable first.
-            neighbours: shots to report, those that contributed most to each answer.
-            k: nearest keys that vote, or ``all``; by default the index's own setting.
-            tail: whether to estimate what the other keys would add; by default the index's own setting.
-            certify: whether to use as many keys as settle the answer.
-            norms: of features: ``check`` that they have unit norm, or ``keep`` them as they are.
+            what: one photo (path, PIL image, array ``[h, w, 3]`` uint8, encoded bytes, or row of a Hugging Face
+                dataset); several (a list of these, a Hugging Face dataset or its image column); any input of
+                ``retrieval-tip classify`` (folder, pattern, table, tar), where ``encoder.skipped`` lists unreadable
+                photos; or features ``[q, d]`` or ``[d]`` of the index's encoder, floating-point.
+            top: number of classes to report, most probable first.
+            neighbours: number of shots to report, largest contribution first.
+            k: number of nearest keys that vote, or ``"all"``. [default: the index's setting]
+            tail: estimate the contribution of the other keys. [default: the index's setting]
+            certify: use as many keys as it takes to settle the answer.
+            norms: ``"check"`` that features have norm 1, or ``"keep"`` them unchecked.
 
-        Raises InputError naming the photo that cannot be read, or the row of features whose norm is not 1.
+        Returns:
+            A :class:`Prediction` for one photo or one feature ``[d]``, else :class:`Predictions`.
+
+        Raises InputError naming the unreadable photo, or the row of features whose norm is not 1.
         """
         if isinstance(what, np.ndarray) and np.issubdtype(what.dtype, np.floating):
             answers = self.cache.classify(np.atleast_2d(what), top, k, tail, neighbours, certify, norms)
@@ -304,7 +339,7 @@ class Classifier:
         tail: bool | None = None,
         certify: bool = False,
     ) -> Explanation:
-        """Classify one photo, and show it in a notebook beside its nearest shots. Arguments as for :meth:`predict`."""
+        """Classify one photo and show it in a notebook beside the shots that decided. See :meth:`predict`."""
         given, encoder = pictures(what), replace(self.encoder, strict=True)
         prediction = _answers(self.cache, [given], encoder, top, k, tail, neighbours, certify)[0]
         own = given.read(given.source.paths[0]) if given.source.paths else b""
@@ -319,11 +354,19 @@ class Classifier:
         shots: int | None = None,
         skip_known: bool = False,
     ) -> list[int]:
-        """Add labelled photos to the index as a new version, and return the ids of their keys.
+        """Add labelled photos as a new version of the index.
 
-        ``what`` are photos as for :meth:`predict`, with a ``label`` for all or one for each; or a labelled source or
-        dataset. New classes come after the existing ones. The other arguments are those of :func:`changes.add`. Raises
-        as it does; UsageError if photos come without a label.
+        Args:
+            what: photos as for :meth:`predict`, or a labelled source or dataset as for :meth:`from_images`.
+            label: one class name for all photos, or one for each; may be a new class.
+            text: feature table with the prompts of new classes, if the encoder has no text.
+            shots: draw this many photos per class. [default: all]
+            skip_known: leave out photos that the index already has under the same label.
+
+        Returns:
+            The ids of the new keys.
+
+        Raises the same as :func:`changes.add`, and UsageError if photos have no label.
         """
         built = self.cache.manifest.built if self.cache.manifest is not None else None
         encoder = self.encoder if built is None else replace(self.encoder, views=built.views, seed=built.seed)
@@ -343,9 +386,9 @@ class Classifier:
         return added.key_ids
 
     def save(self, folder: str | os.PathLike[str]) -> Self:
-        """Keep the index in a folder of its own, or at an address: a copy, which this object then is of.
+        """Copy the index to a new folder or store address, and work on that copy from now on.
 
-        Raises as :func:`changes.clone`.
+        Raises the same as :func:`changes.clone`.
         """
         changes.clone(self._place(), folder)
         self.cache = places.at(folder).load(device=self.cache.device)
@@ -356,7 +399,7 @@ class Classifier:
 
     def _place(self) -> str:
         if self.cache.place is None:
-            raise UsageError("the index has no folder yet; give it one with its cache.save(FOLDER)")
+            raise UsageError("index: has no folder yet; write one with cache.save(FOLDER)")
         return self.cache.place
 
     def evaluate(
@@ -368,10 +411,16 @@ class Classifier:
         abstain: float | None = None,
         affinities: bool = False,
     ) -> Evaluation:
-        """Classify labelled photos and compare: :func:`evaluate.evaluate`.
+        """Classify labelled test photos and return the accuracy and other figures.
 
-        ``test`` is a labelled source, of which the test part is taken, or a dataset as for :meth:`from_images`. The
-        other arguments are those of :func:`evaluate.evaluate`. Raises as it does.
+        Args:
+            test: a labelled source (its test part is used), or a dataset as for :meth:`from_images`.
+            k: as for :meth:`predict`.
+            tail: as for :meth:`predict`.
+            abstain: probability below which an answer is withheld.
+            affinities: also count affinities to keys of the same class and of other classes.
+
+        Raises the same as :func:`evaluate.evaluate`.
         """
         encoder = replace(self.encoder, skipped=[])
         if isinstance(test, str | os.PathLike | Source):
@@ -391,10 +440,17 @@ class Classifier:
         seeds: int = 3,
         curves: bool = True,
     ) -> WrittenReport:
-        """Write what is known about the index as one HTML file: :func:`report.write_report`.
+        """Write an accuracy report, one HTML file.
 
-        ``test`` and ``val`` are labelled sources, of which the parts of these names are taken. The other arguments are
-        those of :func:`report.write_report`. Raises as it does.
+        Args:
+            out: path of the file.
+            test: labelled source; its test part is used.
+            val: labelled source; its val part is used to choose settings. [default: the held-out shots]
+            shots: shots per class for the accuracy curves. [default: 1, 2, 4 ...]
+            seeds: draws for each number of shots.
+            curves: draw accuracy curves.
+
+        Raises the same as :func:`report.write_report`.
         """
         from retrieval_tip.report.report import write_report
 
@@ -405,16 +461,16 @@ class Classifier:
         )
 
     def as_module(self) -> torch.nn.Module:
-        """A module from pixels to logits ``[b, c]``, in the order of ``classes``, apart from this object.
+        """Return a torch module from pixels to logits ``[b, c]``, in the order of :attr:`classes`. It is a copy.
 
-        Its input is what :func:`onnx_graph.export_onnx` calls ``pixels``: ``[b, 3, h, w]``, RGB from 0 to 255, resized
-        and cut to the backbone's size; ``features`` where the index has no backbone. Raises UsageError for an index
-        that retrieves its keys, or as :meth:`answering.AnsweringIndex.in_memory`.
+        Pixels are ``[b, 3, h, w]``, RGB from 0 to 255, resized and cropped to the encoder's size, as in
+        :func:`onnx_graph.export_onnx`. An index without an encoder takes features. Raises UsageError if ``k`` is not
+        ``all``, or as :meth:`answering.AnsweringIndex.in_memory`.
         """
         from retrieval_tip.index.onnx_graph import Answer, Logits
 
         if (self.cache.settings.k or self.cache.n) < self.cache.n:
-            raise UsageError("as_module: takes an index whose queries meet all keys (k all)")
+            raise UsageError(f"as_module: k is {self.cache.settings.k}, but a module uses all keys; set k to all")
         answer = Answer(self.cache.in_memory(), cast("TorchBackbone | None", self.encoder.backbone))
         return Logits(copy.deepcopy(answer)).eval()
 
@@ -426,11 +482,20 @@ class Classifier:
         private: bool = False,
         token: str | None = None,
     ) -> str:
-        """Put the index at ``ORG/NAME`` of the Hugging Face hub, with a card that says what it is; the address.
+        """Upload the current version of the index to the Hugging Face hub, with a model card.
 
-        ``test`` is a labelled source by which it is judged for the card. The photographs stay here: an index holds
-        features, labels, and the paths of its shots. Earlier versions stay here too. Raises InputError if the hub
-        refuses.
+        An index holds features, labels and the paths of its shots; photos are not uploaded.
+
+        Args:
+            repository: ``ORG/NAME``.
+            test: labelled source whose accuracy goes on the card.
+            private: make a new repository private.
+            token: access token of the hub. [default: the one you logged in with]
+
+        Returns:
+            The address of the upload.
+
+        Raises InputError if the hub refuses.
         """
         figures = None if test is None else self.evaluate(test).to_dict()
         return hub.upload(self._place(), repository, hub.card(self.cache, repository, figures), private, token)
@@ -441,17 +506,16 @@ class Classifier:
 
     def __repr__(self) -> str:
         backbone = self.cache.backbone.model if self.cache.backbone else "features of an unnamed backbone"
-        place = "kept for now" if self._temporary is not None else self.cache.place
-        return f"Classifier({self.cache.n} photographs, {len(self.classes)} classes, {backbone}, {place})"
+        place = "not saved" if self._temporary is not None else self.cache.place
+        return f"Classifier({self.cache.n} photos, {len(self.classes)} classes, {backbone}, {place})"
 
     def _repr_html_(self) -> str:
-        """For notebooks: what the index holds."""
         return self.cache._repr_html_()
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """An answer with its photographs: the one that was given, and the shots that contributed most to the answer."""
+    """A prediction with the photo and the shots that contributed most to the answer, for a notebook."""
 
     prediction: Prediction
     picture: bytes
@@ -459,11 +523,10 @@ class Explanation:
 
     @property
     def label(self) -> str:
-        """The answer."""
+        """Predicted class."""
         return self.prediction.label
 
     def _repr_html_(self) -> str:
-        """Show the photograph, its classes, and the shots behind the answer, for notebooks."""
         near = zip(self.prediction.neighbours, self.shots, strict=True)
         rows = [
             (_shown(shot), key.label, f"{key.contribution:.2g}", f"{key.affinity:.3f}", key.source)
@@ -516,7 +579,6 @@ def _opened(source: str | os.PathLike[str] | Source, part: str) -> Source:
 
 
 def _own_backbone(cache: AnsweringIndex, device: str) -> Backbone | None:
-    """Return the backbone that an index names, ``None`` if it names none."""
     identity = cache.backbone
     if identity is not None and cache.tuned is not None:
         return load_backbone(identity.model, identity.pretrained, device=device, tuned=cache.tuned)
@@ -524,7 +586,6 @@ def _own_backbone(cache: AnsweringIndex, device: str) -> Backbone | None:
 
 
 def _backbone(model: str | Backbone | Loaded | None, pretrained: str | None, device: str) -> Backbone:
-    """The backbone that a name, a backbone, or what open_clip has loaded stands for."""
     if model is None or isinstance(model, str):
         return load_backbone(model, pretrained, device=device)
     if isinstance(model, tuple):

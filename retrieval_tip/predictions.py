@@ -1,4 +1,4 @@
-"""A prediction, what an index answers to one query: as an object, as a row, and in files of rows."""
+"""Predictions as objects, as Arrow columns, and in files that ``classify`` writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,6 @@ import pyarrow.compute as pc
 from retrieval_tip.errors import InputError, counted, first_line, one_line
 from retrieval_tip.files import NotAFileError, open_regular
 from retrieval_tip.html import table
-
-if TYPE_CHECKING:
-    pass
 
 _NEIGHBOUR = {"key_id": pa.int64(), "source": pa.string(), "label": pa.string()}
 _NEIGHBOUR |= {"affinity": pa.float64(), "weight": pa.float64(), "gives": pa.list_(pa.float64())}
@@ -38,31 +35,30 @@ PREDICTIONS = {
     "keys": pa.int64(),
     "unlike": pa.bool_(),
 }
-"""The columns that ``classify`` can write, with their types."""
+"""Columns that ``classify`` can write, with their types."""
 SCHEMA = pa.schema(list(PREDICTIONS.items()))
 ROWS = 1024
-"""Rows that are made objects of at a time."""
+"""Rows converted to objects at a time."""
 
 MAX_ROWS = 100_000_000
-"""Most predictions that one file may hold."""
+"""Largest number of predictions in a file."""
 MAX_LINE = 1 << 26
-"""Bytes: the longest line of a text file of predictions; a thousand classes with their logits take 20 thousand."""
+"""Longest line of a text file of predictions, in bytes. A thousand classes with logits take 20,000."""
 _SCALARS = {bool: pa.bool_(), int: pa.float64(), float: pa.float64(), str: pa.string()}
-_REMEDY = "expected what retrieval-tip classify --format parquet, csv or json --output FILE writes"
+_REMEDY = "pass a file from retrieval-tip classify --format parquet, csv or json --output FILE"
 
 SHOWN_PREDICTIONS = 50
-"""Predictions that a notebook shows."""
+"""Predictions shown in a notebook."""
 SHOWN_LABELS = 8
 
-
 Abstain = float | Literal["auto"] | None
-"""The probability below which an answer is withheld."""
+"""Probability below which an answer is withheld. ``auto`` is 0.5, or a query that is ``unlike``."""
 MORE_LIKELY_WRONG = 0.5
 
 
 def shown_probability(probability: float) -> str:
-    """A probability for eyes: 1 is never said of what only rounds to it, nor 0."""
-    if probability > 0.99995:  # float32 also rounds to 1 what is less
+    """Format a probability without rounding it to 0 or 1."""
+    if probability > 0.99995:  # in float32, smaller probabilities may also round to 1
         return ">0.9999"
     return f"{probability:.1e}" if 0 < probability < 5e-4 else f"{probability:.4f}"
 
@@ -71,8 +67,8 @@ def shown_probability(probability: float) -> str:
 class Neighbour:
     """A shot behind an answer: its ``affinity`` to the query, and its ``weight`` ``w = exp(-beta (1 - affinity))``.
 
-    ``gives``: its contribution ``w V`` to the cache ``C`` of each class in the prediction's ``labels``. With one-hot
-    values this is its weight for its own class and 0 for others; fitted values may be larger, smaller or negative.
+    ``gives`` is its contribution ``w V`` to the cache ``C`` of each class in the prediction's ``labels``. With one-hot
+    values, this is the weight for its own class and 0 for others. Fitted values may be larger, smaller or negative.
     """
 
     key_id: int
@@ -84,7 +80,7 @@ class Neighbour:
 
     @property
     def contribution(self) -> float:
-        """What it adds to the cache of the winner: positive for the answer, negative against it."""
+        """Contribution to the winner's cache: positive for the answer, negative against it."""
         return self.gives[0]
 
 
@@ -92,14 +88,20 @@ class Neighbour:
 class Prediction:
     """The answer to one query, a row of :class:`Predictions`.
 
-    ``label`` and ``probability`` (softmax of the blended logits / temperature) of the winner; ``labels`` and
-    ``probabilities`` of the ``top`` classes; ``text_logit`` and ``cache_logit`` are the two parts of the winner's logit
-    (the latter with alpha, so that they add up to it); ``logits`` ``[c]`` float32 in the index's order.
-    ``neighbours``: the shots that contributed most to the answer, largest contribution first. ``opposing``: the shot
-    with the lowest contribution; if none is negative, the one that adds most to the runner-up; ``None`` if there is no
-    such shot. ``keys``: how many of the keys settled the answer, where it was certified. ``unlike``: whether the
-    largest cache logit is smaller than the index's ``least_cache``, so that the query is unlike any shot; ``None``
-    where the index has none.
+    Attributes:
+        label: the most probable class.
+        probability: its probability, ``softmax(logits / temperature)``.
+        labels: the ``top`` classes, most probable first.
+        probabilities: the probabilities of ``labels``.
+        text_logit: text part of the winner's logit.
+        cache_logit: cache part of the winner's logit, with alpha; the two parts add up to it.
+        logits: ``[c]`` float32, in the order of the classes.
+        neighbours: shots with the largest contributions to the answer, largest first.
+        keys: number of keys that settled a certified answer.
+        unlike: whether the query resembles no shot: its largest cache logit is below the index's ``least_cache``.
+            ``None`` for an index without one.
+        opposing: shot with the lowest contribution, or if none is negative, with the largest for the runner-up.
+            ``None`` if no shot counts against the answer.
     """
 
     label: str
@@ -115,7 +117,6 @@ class Prediction:
     opposing: Neighbour | None = None
 
     def _repr_html_(self) -> str:
-        """Show the classes, the two parts of the winner's logit, and the shots behind it, for notebooks."""
         classes = zip(self.labels, map(shown_probability, self.probabilities), strict=True)
         caption = f"text {self.text_logit:.4g} + cache {self.cache_logit:.4g}"
         shown = table(("class", "probability"), classes, caption, numbers=(1,))
@@ -130,11 +131,11 @@ class Prediction:
 
 
 class Predictions:
-    """Predictions as columns, in the order of their queries: a table, ``polars.DataFrame(predictions)``, and a list.
+    """A table of predictions in the order of the queries, which you can also index and iterate like a list.
 
-    ``columns`` have the names, the order and the types of :data:`PREDICTIONS`, those that are known; ``input`` is the
-    name of a query, by default its number. A :class:`Prediction` is a view of a row, made where one is looked at. It is
-    no list by its type, for libraries that take tables of Arrow would look at each prediction then.
+    Any library that reads Arrow accepts it: ``polars.DataFrame(predictions)``. Its columns are the known ones of
+    :data:`PREDICTIONS`; ``input`` is the name of a query, by default its number. Each :class:`Prediction` is made on
+    access. The class is not a subclass of list, because libraries would then read it row by row.
     """
 
     def __init__(self, columns: pa.Table | None = None) -> None:
@@ -142,12 +143,12 @@ class Predictions:
 
     @classmethod
     def joined(cls, parts: Iterable[Predictions]) -> Predictions:
-        """Those of consecutive queries to one index as one."""
+        """Join the predictions of consecutive queries."""
         tables = [part.to_arrow() for part in parts]
         return cls(pa.concat_tables(tables) if tables else None)
 
     def named(self, inputs: pa.Array | pa.ChunkedArray) -> Predictions:
-        """The same, with names of the queries."""
+        """Return the same predictions with these names of the queries."""
         return Predictions(self._columns.set_column(0, "input", inputs))
 
     @property
@@ -178,14 +179,14 @@ class Predictions:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Predictions | list) and list(self) == list(other)
 
-    __hash__ = None  # type: ignore[assignment]  # as of a list
+    __hash__ = None  # type: ignore[assignment]  # as for a list
 
     def __repr__(self) -> str:
         few = ", ".join(self._columns["label"][:SHOWN_LABELS].to_pylist())
         return f"Predictions({counted(len(self), 'prediction')}: {few}{' ...' if len(self) > SHOWN_LABELS else ''})"
 
     def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """A dictionary of these columns a prediction; ``logits`` are an array ``[c]`` float32."""
+        """Yield these columns of each prediction as a dictionary; ``logits`` is an array ``[c]`` float32."""
         rows = rows_of(self._columns.select([column for column in columns if column != "logits"]))
         if "logits" not in columns or "logits" not in self._columns.column_names:
             yield from rows
@@ -195,9 +196,9 @@ class Predictions:
             yield row | {"logits": own}
 
     def withheld(self, abstain: Abstain) -> pa.ChunkedArray:
-        """Whether each label is withheld ``[q]``: of a probability below ``abstain``, or by ``auto``.
+        """Return whether each label is withheld ``[q]``: its probability is below ``abstain``.
 
-        That is where it is unlike any shot, or more likely wrong than right.
+        ``auto`` withholds labels that are more likely wrong than right, and those of queries that are ``unlike``.
         """
         low = pc.less(self._columns["probability"], MORE_LIKELY_WRONG if abstain == "auto" else abstain or 0.0)
         return (
@@ -207,7 +208,7 @@ class Predictions:
         )
 
     def written(self, columns: Sequence[str], abstain: Abstain = None) -> pa.Table:
-        """These columns as ``classify`` writes them: null where they are not known, and a label that is withheld."""
+        """Return these columns as ``classify`` writes them, with null for unknown values and withheld labels."""
         table = self._columns
         if abstain is not None:
             label = pc.if_else(self.withheld(abstain), pa.scalar(None, pa.string()), table["label"])
@@ -217,19 +218,18 @@ class Predictions:
         return table.select(list(columns))
 
     def to_arrow(self) -> pa.Table:
-        """A row a prediction, with the columns and types of :data:`PREDICTIONS` that are known of them."""
+        """Return a table with one row per prediction and the known columns of :data:`PREDICTIONS`."""
         return self._columns
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
-        """Arrow's PyCapsule interface, which pandas, polars and duckdb read."""
+        """Export to pandas, polars or duckdb by Arrow's PyCapsule interface."""
         return self.to_arrow().__arrow_c_stream__(requested_schema)
 
     def to_pandas(self) -> Any:
-        """A pandas data frame of :meth:`to_arrow`. Raises ImportError where pandas is not installed."""
+        """Return :meth:`to_arrow` as a pandas data frame. Raises ImportError if pandas is not installed."""
         return self.to_arrow().to_pandas()
 
     def _repr_html_(self) -> str:
-        """For notebooks: a row a prediction, the first :data:`SHOWN_PREDICTIONS`."""
         cut = f"; the first {SHOWN_PREDICTIONS}" if len(self) > SHOWN_PREDICTIONS else ""
         columns = ("query", "label", "probability", "text logit", "cache logit", "affinity", "strongest shot")
         rows = []
@@ -247,11 +247,17 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The parts of the answer to one query: enough to weigh it anew, with another alpha, beta or k.
+    """Everything needed to recompute one answer with another alpha, beta or k.
 
-    ``feature`` ``[d]`` and ``text`` ``[c]``, its text logits, float32; of the ``m`` nearest keys, nearest first,
-    ``key_ids``, ``class_ids`` int64 and ``affinities`` float32; ``counts`` ``[c]`` int64 and ``sums`` ``[c]`` float32:
-    how many keys a class has, and the sum of the affinities to all of them. ``complete``: these are all keys.
+    Attributes:
+        feature: ``[d]`` float32.
+        text: text logits ``[c]`` float32.
+        key_ids: ids of the ``m`` nearest keys, nearest first, int64.
+        class_ids: their class ids, int64.
+        affinities: their affinities, float32.
+        counts: number of keys of each class ``[c]`` int64.
+        sums: sum of the affinities to all keys of each class ``[c]`` float32.
+        complete: whether the ``m`` keys are all keys.
     """
 
     feature: npt.NDArray[np.float32]
@@ -265,7 +271,7 @@ class Evidence:
 
 
 def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Rows of a table as dictionaries: as of its ``to_pylist``, which looks at each number of a list by itself."""
+    """Yield the rows of a table as dictionaries, faster than ``to_pylist``, which visits each number of a list."""
     for batch in table.to_batches(ROWS):
         for row in zip(*map(_values, batch.columns), strict=True):
             yield dict(zip(table.column_names, row, strict=True))
@@ -287,24 +293,24 @@ def _values(column: pa.Array) -> list[Any]:
 
 
 def lists(values: npt.NDArray[Any] | pa.Array, m: int) -> pa.ListArray:
-    """Values ``[q * m]``, or ``[q, m]``, as ``q`` lists of ``m``; of an array without a copy."""
+    """Return values ``[q * m]`` or ``[q, m]`` as ``q`` lists of ``m``, without copying an array."""
     flat = values if isinstance(values, pa.Array) else pa.array(values.reshape(-1))
     return pa.ListArray.from_arrays(pa.array(np.arange(0, len(flat) + 1, m, dtype=np.int32)), flat)
 
 
 def _matrix(column: pa.ListArray) -> npt.NDArray[np.float32]:
-    """Lists of one length as an array ``[q, m]``, without a copy."""
     rows: npt.NDArray[np.float32] = column.flatten().to_numpy().reshape(len(column), -1)
     return rows
 
 
 def read_predictions(path: Path) -> pa.Table:
-    """Predictions that ``classify`` wrote, a row an input: Parquet, CSV or JSON lines, told apart by what is in them.
+    """Read predictions that ``classify`` wrote, as Parquet, CSV or JSON lines, recognised by their contents.
 
-    The columns have the types of ``PREDICTIONS``; ``input`` and ``label`` are there, ``label`` may be null. Further
-    columns stay; of JSON lines, those that are text, a number or a truth value in the first one.
+    The table has one row per input, and columns in the types of ``PREDICTIONS``. It always has ``input`` and ``label``,
+    and ``label`` may be null. Other columns are kept; from JSON lines, only text, numbers and booleans, as found in the
+    first line.
 
-    Raises InputError naming the file and what is wrong with it, also where it has more than ``MAX_ROWS`` rows.
+    Raises InputError naming the file and its fault, also if it has more than ``MAX_ROWS`` rows.
     """
     name = one_line(str(path))
     try:
@@ -317,7 +323,7 @@ def read_predictions(path: Path) -> pa.Table:
         for column in ("input", "label"):
             if table.schema.field(column).type not in (pa.string(), pa.large_string(), pa.string_view()):
                 raise ValueError(f"column {column!r} is {table.schema.field(column).type}, not text")
-        table.validate(full=True)  # that text is UTF-8
+        table.validate(full=True)  # text is valid UTF-8
         if table["input"].null_count:
             raise ValueError(f"row {np.flatnonzero(table['input'].is_null().to_numpy())[0]} has no input")
     except NotAFileError as error:
@@ -326,13 +332,13 @@ def read_predictions(path: Path) -> pa.Table:
         raise InputError(f"{name}: no such file; {_REMEDY}") from None
     except (OSError, ValueError, RecursionError, MemoryError, pa.ArrowException) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        raise InputError(f"{name}: cannot be read as predictions ({reason}); {_REMEDY}") from None
+        raise InputError(f"{name}: not readable as predictions ({reason}); {_REMEDY}") from None
     return table
 
 
 def _check_columns(columns: Sequence[str], rows: int) -> None:
     if twice := [column for column, times in Counter(columns).items() if times > 1]:
-        raise ValueError(f"column {twice[0]!r} stands twice")
+        raise ValueError(f"column {twice[0]!r} occurs twice")
     if missing := [column for column in ("input", "label") if column not in columns]:
         raise ValueError(f"no column {missing[0]!r}")
     if not 1 <= rows <= MAX_ROWS:
@@ -343,7 +349,7 @@ def _parquet(raw: pa.NativeFile, _: bytes) -> pa.Table:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(raw) as file:
-        _check_columns(file.schema_arrow.names, file.metadata.num_rows)  # before it takes the memory
+        _check_columns(file.schema_arrow.names, file.metadata.num_rows)  # before it takes memory
         return file.read()
 
 
@@ -354,7 +360,7 @@ def _json(raw: pa.NativeFile, head: bytes) -> pa.Table:
 
 
 def _read_json(raw: pa.NativeFile | io.BytesIO, kinds: Mapping[str, pa.DataType]) -> pa.Table:
-    """These columns of JSON lines; everything else is skipped, for Arrow overflows its stack on types nested deeply."""
+    """Read these columns of JSON lines and skip the others, because Arrow overflows its stack on deeply nested types."""
     import pyarrow.json
 
     schema = pa.schema(list(kinds.items()))
@@ -366,7 +372,7 @@ def _read_json(raw: pa.NativeFile | io.BytesIO, kinds: Mapping[str, pa.DataType]
 
 
 def _csv(raw: pa.NativeFile, _: bytes) -> pa.Table:
-    """A CSV file, in which lists are JSON."""
+    """Read a CSV file whose lists are JSON."""
     import pyarrow.csv
 
     nested = {column: kind for column, kind in PREDICTIONS.items() if pa.types.is_nested(kind)}

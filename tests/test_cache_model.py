@@ -496,9 +496,9 @@ def test_no_class_is_too_few_to_report() -> None:
 
 @pytest.mark.parametrize("k", [None, 16])
 def test_what_overflows_is_said_instead_of_answered(k: int | None) -> None:
-    with pytest.raises(InputError, match="^beta 1000: "):
+    with pytest.raises(InputError, match=r"^beta 1000: "):
         model(keys=KEYS * 10, beta=1000).logits(QUERIES, k)
-    with pytest.raises(InputError, match=r"^alpha 1e\+39 .*overflow"):
+    with pytest.raises(InputError, match=r"^alpha 1e\+39, .*overflow"):
         model(alpha=1e39).classify(QUERIES, k=k)
     with pytest.raises(InputError, match=r"logit_scale 1e\+39: .*overflow"):
         model(logit_scale=1e39).terms(QUERIES, k)

@@ -258,7 +258,7 @@ def test_settings_that_overflow_are_refused_in_one_line_as_over_all_keys(alpha: 
     case = Case(5, [4, 5], q=3, d=5)
     cache = of_case(case, alpha=alpha)
     for k in (None, 2):
-        with pytest.raises(InputError, match="^alpha "):
+        with pytest.raises(InputError, match=r"^alpha "):
             cache.logits(case.f, k)
     with pytest.raises(InputError, match="logits overflow"):
         cache.certified(case.f, 1)

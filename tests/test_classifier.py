@@ -318,7 +318,7 @@ def test_an_index_without_a_folder_can_be_kept(place, tmp_path):
     model, _, preprocess = __import__("open_clip").create_model_and_transforms(f"local-dir:{place / 'model'}")
     tokenizer = __import__("open_clip").get_tokenizer(f"local-dir:{place / 'model'}")
     clf = Classifier.from_folder(place / "photos", (model, preprocess, tokenizer), device="cpu", fit="none")
-    assert "kept for now" in repr(clf)
+    assert "not saved" in repr(clf)
     before = clf.predict(place / "new/red/6.png")
     clf.save(tmp_path / "saved")
     assert clf.predict(place / "new/red/6.png").probability == pytest.approx(before.probability)

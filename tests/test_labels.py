@@ -114,7 +114,7 @@ GOOD = b'{"input": "a", "label": "b"}\n'
         (b"", "Empty CSV file"),
         (b"input,label\n", "no rows"),
         (b"input,probability\na,0.5\n", "no column 'label'"),
-        (b"input,label,input\na,b,c\n", "column 'input' stands twice"),
+        (b"input,label,input\na,b,c\n", "column 'input' occurs twice"),
         (b"input,label\na\n", "Expected 2 columns"),
         (b"input,label\na,\xff\n", "UTF8"),
         (b"input,label,probability\na,b,x\n", "double"),
@@ -134,7 +134,7 @@ def test_a_file_that_is_no_predictions_is_refused(tmp_path: Path, content: bytes
     path.write_bytes(content)
     with pytest.raises(InputError, match=re.escape(reason)) as error:
         print(read_predictions(path))
-    one_line(error, f"{path}: cannot be read as predictions (", "retrieval-tip classify --format")
+    one_line(error, f"{path}: not readable as predictions (", "retrieval-tip classify --format")
 
 
 def test_deeply_nested_json_beside_the_columns_is_skipped(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_parquet_that_is_no_predictions_is_refused(tmp_path: Path) -> None:
         (pa.table({"input": good, "label": bad}), "UTF8"),
         (pa.table({"input": good, "label": good, "labels": pa.array([[None]]).cast(pa.list_(pa.string()))}), None),
         (pa.table({"input": good, "label": good}).slice(0, 0), "no rows"),
-        (pa.Table.from_arrays([good, good, good], ["input", "label", "label"]), "column 'label' stands twice"),
+        (pa.Table.from_arrays([good, good, good], ["input", "label", "label"]), "column 'label' occurs twice"),
     ]:
         pq.write_table(table, path)
         if reason is None:

@@ -169,7 +169,7 @@ def test_a_marked_column_gives_nothing() -> None:
 
 def test_a_tail_needs_the_sums() -> None:
     case = Case(1, [3, 2], q=1, k=2, slots=0)
-    with pytest.raises(ValueError, match="^values: "):
+    with pytest.raises(ValueError, match=r"^values: "):
         tip.cache_logits(case.near, case.ids, 2, 1.0, case.totals(), tip.Values(torch.from_numpy(case.V), case.rows))
 
 
