@@ -249,9 +249,8 @@ class AnsweringIndex(ABC):
         return terms
 
     def check_answers(self) -> None:
-        """Raise InputError if logits overflow. Tests a few of the index's own keys as queries, whatever its size."""
-        settings = self.settings
-        keys, described = self.some(ASKED)
+        """Raise InputError if logits overflow, using a few of the index's own keys as queries."""
+        settings, (keys, described) = self.settings, self.some(ASKED)
         own = torch.from_numpy(keys.astype(np.float32)).to(self.device)
         ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64)).to(self.device)
         values = None if self.values is None else tip.Values(self.values[torch.from_numpy(spread(self.n, ASKED))])
@@ -606,8 +605,7 @@ def _described(index: AnsweringIndex, near: Nearest, classes: Tensor) -> pa.Stru
 
 
 def _doubles(values: Tensor) -> npt.NDArray[np.float64]:
-    doubles: npt.NDArray[np.float64] = values.double().cpu().numpy()
-    return doubles
+    return np.asarray(values.double().cpu())
 
 
 def _largest(logits: Tensor) -> Tensor:

@@ -96,31 +96,17 @@ class Classifier:
     ) -> Self:
         """Build a classifier from a folder that has one folder of photos per class, or from another labelled source.
 
-        Args:
-            photos: path of a folder, table, tar or split file (:func:`sources.open_source`), or an open source.
-            model: encoder, as a name (:func:`loading.load_backbone`), a backbone, or open_clip's tuple of model,
-                preprocessing and tokenizer.
-            pretrained: tag or file of weights, if ``model`` is a name.
-            out: index folder to write. Without it, the index is deleted with this object unless you :meth:`save` it.
-            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-            views: 1 for the centre view of each photo, V > 1 for the mean feature of V augmented views.
-            seed: random seed of ``shots`` and ``views``.
-            shots: draw this many photos per class, by the published rule. [default: all]
-            templates: prompts for the text weights, with ``{}`` for the class name. [default: the encoder's]
-            text: feature table of prompts, instead of ``templates``. Its classes become the index's, in its order.
-            index: FAISS factory string, ``Classes`` or ``auto``. [default: ``Flat``; in a store ``auto``]
-            dtype: type of the stored keys.
-            alpha: residual ratio, the weight of the cache beside the text.
-            beta: sharpness, the weight of near keys over distant ones.
-            normalize: units of ``alpha`` and ``beta`` (:func:`defaults.plain_settings`).
-            fit: ``auto`` fits metric, values and settings to the photos in closed form; ``none`` is plain Tip-Adapter.
-                [default: ``auto``, but ``none`` if ``alpha``, ``beta`` or ``normalize`` is given]
-            metric: ``none`` or ``within``. [default: chosen by the fit]
-            values: ``one-hot`` or ``solved``. [default: chosen by the fit]
-            k: number of nearest keys that vote, or ``"all"``. [default: ``"all"``, or as ``index="auto"`` chooses]
-            logit_scale: factor of the text logits. [default: the encoder's]
+        - ``photos``: path of a folder, table, tar or split file (:func:`sources.open_source`), or an open source
+        - ``model``: encoder, as a name (:func:`loading.load_backbone`), a backbone, or open_clip's tuple of model,
+          preprocessing and tokenizer
+        - ``pretrained``: tag or file of weights, if ``model`` is a name
+        - ``out``: index folder to write; without it, the index is deleted with this object unless you :meth:`save` it
+        - ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``
+        - ``views``: 1 for the centre view of each photo, V > 1 for the mean feature of V augmented views
+        - ``seed``: random seed of ``shots`` and ``views``
 
-        Raises the same as :func:`sources.open_source`, :func:`loading.load_backbone` and :func:`build.build_index`.
+        :func:`build.build_index` describes the other arguments. Raises the same as :func:`sources.open_source`,
+        :func:`loading.load_backbone` and :func:`build.build_index`.
         """
         if isinstance(photos, Pictures):
             given = photos
@@ -180,14 +166,10 @@ class Classifier:
     ) -> Self:
         """Build a classifier from labelled photos in memory or in a dataset.
 
-        ``images`` is one of
-
-        - photos as for :meth:`predict`, with ``labels``, one class name for each
-        - pairs ``(photo, label)``, such as a torch dataset without a transform
-        - a Hugging Face dataset with columns of images and labels
-
-        :meth:`from_folder` describes the other arguments. Raises the same as :meth:`from_folder` and
-        :func:`pictures.labelled_pictures`.
+        ``images`` are photos as for :meth:`predict`, with one class name each in ``labels``; or pairs
+        ``(photo, label)``, such as a torch dataset without a transform; or a Hugging Face dataset with columns of
+        images and labels. The other arguments are as for :meth:`from_folder`. Raises the same as :meth:`from_folder`
+        and :func:`pictures.labelled_pictures`.
         """
         return cls.from_folder(
             labelled_pictures(images, labels),
@@ -220,17 +202,11 @@ class Classifier:
         *,
         device: str = "auto",
     ) -> Self:
-        """Open an index and load its encoder.
+        """Open an index from its folder or store address, and load its encoder.
 
-        An index of features from an unnamed encoder classifies features only.
-
-        Args:
-            place: index folder, or address of a store.
-            model: the index's encoder as for :meth:`from_folder`, if it cannot be loaded by its name.
-            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-
-        Raises StoreError if the index is missing or damaged; BackboneError if its encoder cannot be loaded, or
-        ``model`` is a different one.
+        ``model`` is the index's encoder, as for :meth:`from_folder`, if it cannot be loaded by its name. An index of
+        features from an unnamed encoder classifies features only. Raises StoreError if the index is missing or damaged;
+        BackboneError if its encoder cannot be loaded, or ``model`` is a different one.
         """
         cache = places.at(place).load(device=device)
         backbone = _own_backbone(cache, device) if model is None else _backbone(model, None, device)
@@ -246,14 +222,9 @@ class Classifier:
         *,
         device: str = "auto",
     ) -> Self:
-        """Download an index from the Hugging Face hub, where :meth:`push_to_hub` put it, and open it.
+        """Download an index that :meth:`push_to_hub` put on the Hugging Face hub at ``ORG/NAME``, and open it.
 
-        Args:
-            repository: ``ORG/NAME``.
-            folder: folder for the index. [default: ``indexes/NAME``]
-            model: as for :meth:`load`.
-            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-
+        The index goes to ``folder``, by default ``indexes/NAME``. ``model`` and ``device`` are as for :meth:`load`.
         Raises the same as :meth:`load`, and InputError if the download fails.
         """
         return cls.load(hub.download(repository, folder), model, device=device)
@@ -312,10 +283,8 @@ class Classifier:
             certify: use as many keys as it takes to settle the answer.
             norms: ``"check"`` that features have norm 1, or ``"keep"`` them unchecked.
 
-        Returns:
-            A :class:`Prediction` for one photo or one feature ``[d]``, else :class:`Predictions`.
-
-        Raises InputError naming the unreadable photo, or the row of features whose norm is not 1.
+        Returns a :class:`Prediction` for one photo or feature ``[d]``, else :class:`Predictions`. Raises InputError
+        naming the unreadable photo, or the row of features whose norm is not 1.
         """
         if isinstance(what, np.ndarray) and np.issubdtype(what.dtype, np.floating):
             answers = self.cache.classify(np.atleast_2d(what), top, k, tail, neighbours, certify, norms)
@@ -354,19 +323,11 @@ class Classifier:
         shots: int | None = None,
         skip_known: bool = False,
     ) -> list[int]:
-        """Add labelled photos as a new version of the index.
+        """Add labelled photos as a new version of the index, and return the ids of their keys.
 
-        Args:
-            what: photos as for :meth:`predict`, or a labelled source or dataset as for :meth:`from_images`.
-            label: one class name for all photos, or one for each; may be a new class.
-            text: feature table with the prompts of new classes, if the encoder has no text.
-            shots: draw this many photos per class. [default: all]
-            skip_known: leave out photos that the index already has under the same label.
-
-        Returns:
-            The ids of the new keys.
-
-        Raises the same as :func:`changes.add`, and UsageError if photos have no label.
+        ``what`` are photos as for :meth:`predict`, with a ``label`` for all or one for each; or a labelled source or
+        dataset. Labels may be new classes. The other arguments are those of :func:`changes.add`. Raises the same as
+        :func:`changes.add`, and UsageError if photos have no label.
         """
         built = self.cache.manifest.built if self.cache.manifest is not None else None
         encoder = self.encoder if built is None else replace(self.encoder, views=built.views, seed=built.seed)
@@ -386,10 +347,7 @@ class Classifier:
         return added.key_ids
 
     def save(self, folder: str | os.PathLike[str]) -> Self:
-        """Copy the index to a new folder or store address, and work on that copy from now on.
-
-        Raises the same as :func:`changes.clone`.
-        """
+        """Copy the index to a new folder or store address, and use that copy. Raises as :func:`changes.clone`."""
         changes.clone(self._place(), folder)
         self.cache = places.at(folder).load(device=self.cache.device)
         if self._temporary is not None:
@@ -411,16 +369,10 @@ class Classifier:
         abstain: float | None = None,
         affinities: bool = False,
     ) -> Evaluation:
-        """Classify labelled test photos and return the accuracy and other figures.
+        """Classify labelled test photos, and return accuracy and other figures (:func:`evaluate.evaluate`).
 
-        Args:
-            test: a labelled source (its test part is used), or a dataset as for :meth:`from_images`.
-            k: as for :meth:`predict`.
-            tail: as for :meth:`predict`.
-            abstain: probability below which an answer is withheld.
-            affinities: also count affinities to keys of the same class and of other classes.
-
-        Raises the same as :func:`evaluate.evaluate`.
+        ``test`` is a labelled source (its test part is used), or a dataset as for :meth:`from_images`. The other
+        arguments, and the errors, are those of :func:`evaluate.evaluate`.
         """
         encoder = replace(self.encoder, skipped=[])
         if isinstance(test, str | os.PathLike | Source):
@@ -440,17 +392,10 @@ class Classifier:
         seeds: int = 3,
         curves: bool = True,
     ) -> WrittenReport:
-        """Write an accuracy report, one HTML file.
+        """Write an accuracy report, one HTML file, to ``out`` (:func:`report.write_report`).
 
-        Args:
-            out: path of the file.
-            test: labelled source; its test part is used.
-            val: labelled source; its val part is used to choose settings. [default: the held-out shots]
-            shots: shots per class for the accuracy curves. [default: 1, 2, 4 ...]
-            seeds: draws for each number of shots.
-            curves: draw accuracy curves.
-
-        Raises the same as :func:`report.write_report`.
+        ``test`` and ``val`` are labelled sources; their test and val parts are used. The other arguments, and the
+        errors, are those of :func:`report.write_report`.
         """
         from retrieval_tip.report.report import write_report
 
@@ -482,20 +427,10 @@ class Classifier:
         private: bool = False,
         token: str | None = None,
     ) -> str:
-        """Upload the current version of the index to the Hugging Face hub, with a model card.
+        """Upload the index to the Hugging Face hub at ``ORG/NAME``, with a card, and return the address.
 
-        An index holds features, labels and the paths of its shots; photos are not uploaded.
-
-        Args:
-            repository: ``ORG/NAME``.
-            test: labelled source whose accuracy goes on the card.
-            private: make a new repository private.
-            token: access token of the hub. [default: the one you logged in with]
-
-        Returns:
-            The address of the upload.
-
-        Raises InputError if the hub refuses.
+        The upload holds features, labels and the paths of the shots, but no photos and no earlier versions. ``test`` is
+        a labelled source whose accuracy goes on the card. Raises InputError if the hub refuses.
         """
         figures = None if test is None else self.evaluate(test).to_dict()
         return hub.upload(self._place(), repository, hub.card(self.cache, repository, figures), private, token)

@@ -191,7 +191,8 @@ class Predictions:
         if "logits" not in columns or "logits" not in self._columns.column_names:
             yield from rows
             return
-        logits = (row for chunk in self._columns["logits"].chunks if len(chunk) for row in _matrix(chunk))
+        chunks = (chunk for chunk in self._columns["logits"].chunks if len(chunk))
+        logits = (row for chunk in chunks for row in chunk.flatten().to_numpy().reshape(len(chunk), -1))
         for row, own in zip(rows, logits, strict=True):
             yield row | {"logits": own}
 
@@ -200,12 +201,9 @@ class Predictions:
 
         ``auto`` withholds labels that are more likely wrong than right, and those of queries that are ``unlike``.
         """
-        low = pc.less(self._columns["probability"], MORE_LIKELY_WRONG if abstain == "auto" else abstain or 0.0)
-        return (
-            pc.or_(low, self._columns["unlike"])
-            if abstain == "auto" and "unlike" in self._columns.column_names
-            else low
-        )
+        auto = abstain == "auto"
+        low = pc.less(self._columns["probability"], MORE_LIKELY_WRONG if auto else abstain or 0.0)
+        return pc.or_(low, self._columns["unlike"]) if auto and "unlike" in self._columns.column_names else low
 
     def written(self, columns: Sequence[str], abstain: Abstain = None) -> pa.Table:
         """Return these columns as ``classify`` writes them, with null for unknown values and withheld labels."""
@@ -233,15 +231,11 @@ class Predictions:
         cut = f"; the first {SHOWN_PREDICTIONS}" if len(self) > SHOWN_PREDICTIONS else ""
         columns = ("query", "label", "probability", "text logit", "cache logit", "affinity", "strongest shot")
         rows = []
-        for place, prediction in enumerate(self[:SHOWN_PREDICTIONS]):
-            key = prediction.neighbours[0] if prediction.neighbours else None
+        for place, one in enumerate(self[:SHOWN_PREDICTIONS]):
+            key = one.neighbours[0] if one.neighbours else None
             near = (f"{key.affinity:.4f}", f"{key.label} ({key.source})") if key else ("-", "-")
-            figures = (
-                shown_probability(prediction.probability),
-                f"{prediction.text_logit:.4g}",
-                f"{prediction.cache_logit:.4g}",
-            )
-            rows.append((place, prediction.label, *figures, *near))
+            figures = shown_probability(one.probability), f"{one.text_logit:.4g}", f"{one.cache_logit:.4g}"
+            rows.append((place, one.label, *figures, *near))
         return table(columns, rows, counted(len(self), "prediction") + cut, numbers=(0, 2, 3, 4, 5))
 
 
@@ -249,15 +243,9 @@ class Predictions:
 class Evidence:
     """Everything needed to recompute one answer with another alpha, beta or k.
 
-    Attributes:
-        feature: ``[d]`` float32.
-        text: text logits ``[c]`` float32.
-        key_ids: ids of the ``m`` nearest keys, nearest first, int64.
-        class_ids: their class ids, int64.
-        affinities: their affinities, float32.
-        counts: number of keys of each class ``[c]`` int64.
-        sums: sum of the affinities to all keys of each class ``[c]`` float32.
-        complete: whether the ``m`` keys are all keys.
+    ``feature`` ``[d]`` and its ``text`` logits ``[c]`` are float32. The ``m`` nearest keys, nearest first, have
+    ``key_ids`` and ``class_ids`` int64 and ``affinities`` float32; ``complete`` says that these are all keys. Each
+    class has ``counts`` ``[c]`` int64 keys, and ``sums`` ``[c]`` float32 is the sum of the affinities to all of them.
     """
 
     feature: npt.NDArray[np.float32]
@@ -296,11 +284,6 @@ def lists(values: npt.NDArray[Any] | pa.Array, m: int) -> pa.ListArray:
     """Return values ``[q * m]`` or ``[q, m]`` as ``q`` lists of ``m``, without copying an array."""
     flat = values if isinstance(values, pa.Array) else pa.array(values.reshape(-1))
     return pa.ListArray.from_arrays(pa.array(np.arange(0, len(flat) + 1, m, dtype=np.int32)), flat)
-
-
-def _matrix(column: pa.ListArray) -> npt.NDArray[np.float32]:
-    rows: npt.NDArray[np.float32] = column.flatten().to_numpy().reshape(len(column), -1)
-    return rows
 
 
 def read_predictions(path: Path) -> pa.Table:
@@ -360,7 +343,7 @@ def _json(raw: pa.NativeFile, head: bytes) -> pa.Table:
 
 
 def _read_json(raw: pa.NativeFile | io.BytesIO, kinds: Mapping[str, pa.DataType]) -> pa.Table:
-    """Read these columns of JSON lines and skip the others, because Arrow overflows its stack on deeply nested types."""
+    """Read these columns of JSON lines only: Arrow overflows its stack on deeply nested types."""
     import pyarrow.json
 
     schema = pa.schema(list(kinds.items()))
