@@ -709,7 +709,7 @@ def test_from_python(tmp_path):
     found = write_report(loose, source, Encoder(), tmp_path / "r.html", curves=False)
     assert set(found.left_out) == {"shots"}
     assert "Accuracy of an index on" in read(found.path).first("h1").text
-    with pytest.raises(UsageError, match="seeds: 0"):
+    with pytest.raises(UsageError, match="seeds is 0"):
         write_report(cache, source, Encoder(), tmp_path / "r.html", seeds=0)
     with pytest.raises(InputError, match="is a folder"):
         write_report(cache, source, Encoder(), tmp_path)

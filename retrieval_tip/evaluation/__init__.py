@@ -1,1 +1,1 @@
-"""Evaluation: figures, calibration, sweeps over methods and shots, and suspicious shots."""
+"""Evaluation: accuracy, calibration, sweeps over methods and shots, and audits of labels."""

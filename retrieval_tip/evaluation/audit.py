@@ -1,20 +1,19 @@
-"""Suspicious shots: those whose label the other shots contradict, and those that are in another class too.
+"""Audit of labels: shots that the other shots contradict, and shots that also appear in another class.
 
-Each key i is a query, and every key of the same image (:func:`images_of`), its own too, is hidden from it. Of the
-``n_c`` keys of class c that are left, the score is the mean weight, so that no class gains by its number of shots::
+Each key i queries the others; all keys of its image (:func:`images_of`) are hidden from it. The score of class c is the
+mean weight of its ``n_c`` visible keys, so that the number of shots does not matter::
 
-    score(i, c) = 1 / n_c * sum over keys j of class c that are not hidden of exp(-beta (1 - K_i K_j))
+    score(i, c) = 1 / n_c * sum over visible keys j of class c of exp(-beta (1 - K_i K_j))
     suggested   = argmax over c of score(i, c)             # or its own label (see audit)
     margin      = log(score(i, suggested) / score(i, own label))
 
-at the beta that these keys have untouched (:func:`defaults.untouched_settings`), whatever the index's own: margins
-grow with beta, and would mean something else in each index. Trained ``values`` are ignored: this is about whose
-neighbours the shots are. A fitted index is judged by its raw keys (:func:`closed_form.unfitted`): its metric knows
-each shot's own label, and would agree with a wrong one. A class without a key that is not hidden has no score. A
-shot that is its class's only image cannot be judged: its suggestion, scores, margin and rank are null, and it is
-listed only as a duplicate.
+Beta is the untouched one (:func:`defaults.untouched_settings`), since margins grow with beta and would not be
+comparable between indexes. Trained ``values`` are ignored. A fitted index is judged by its raw keys
+(:func:`closed_form.unfitted`), since its metric knows each shot's label and would confirm a wrong one. A class without
+visible keys has no score. A shot that is the only image of its class cannot be judged: its suggestion, scores, margin
+and rank are null, and it is listed only as a duplicate.
 
-Everything is done a block at a time, so that memory stays flat. The formula is :mod:`tip`'s.
+Keys are processed in blocks, so memory stays flat. The formula is that of :mod:`tip`.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.bounds import check_count
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.closed_form import unfitted
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.duplicates import NEAR
@@ -39,39 +38,37 @@ from retrieval_tip.settings import KeysMet
 from retrieval_tip.store.labels import digest_codes, images_of
 
 ALL_PAIRS, MET = 1 << 33, 256
-"""Affinities of an audit that meets all keys, at most (90,000 keys); the keys that it meets of more."""
+"""Largest number of affinities for an exact audit (90,000 keys); keys per shot beyond it."""
 
 VALUES = 1 << 23
-"""Affinities of an audit at a time: 32 MiB of float32, and a few times that."""
+"""Affinities in memory at a time: 32 MiB of float32, and a few arrays of that size."""
 
 LEAST = torch.finfo(torch.float32).tiny
-"""A score that is lower, relative to the nearest key's weight, counts as this in a margin, which is 88 at most."""
-
+"""Smallest score in a margin, relative to the nearest key's weight; bounds margins by 88."""
 
 CLEAR = 1.0
-"""Margin above which a suggestion is clear: another class fits more than e times as well as the label."""
+"""Margin above which a label looks wrong: another class fits more than e times as well."""
 
 
 def audit(cache: CacheModel, *, k: KeysMet = None, borderline: bool = False) -> pa.Table:
-    """List the shots that look mislabelled, and those that are in another class too, most suspicious first.
+    """List shots that look mislabelled, and duplicates of shots in another class, most suspicious first.
 
-    A shot looks mislabelled if another class fits clearly better (:data:`CLEAR`), or better at all with ``borderline``.
-    Any other shot that is listed is suggested its own label.
+    A shot looks mislabelled if another class fits clearly better (:data:`CLEAR`), or at all better with ``borderline``.
+    Other listed shots keep their label as the suggestion.
 
-    ``k = "all"`` meets all keys: exact, ``n^2`` affinities (16,000 keys of 512 take 3 s on two cores). With a number
-    the sum is over so many nearest by the cache's index, and the others count 0. ``None`` is all up to
-    :data:`ALL_PAIRS` affinities, else :data:`MET`.
+    ``k = "all"`` is exact and computes ``n^2`` affinities (16,000 keys of 512 values take 3 s on two cores). A number
+    sums over the ``k`` nearest keys by the cache's index. ``None`` is "all" up to :data:`ALL_PAIRS` affinities, else
+    :data:`MET`.
 
-    Returns a table with the columns key_id, source, label, suggested, own_score, suggested_score, margin, rank (of its
-    own label, 1 is the highest score), nearest_key_id, nearest_source, nearest_label, nearest_affinity (of the nearest
-    key that is not hidden) and duplicate_of: the key id of the closest key of another class that it met and that has
-    the same digest or a cosine of at least :data:`duplicates.NEAR`. Sorted by falling margin, then by key id. Raises
-    UsageError where ``k`` is below 1.
+    Returns a table, sorted by falling margin and then key id, with the columns key_id, source, label, suggested,
+    own_score, suggested_score, margin, rank (of its own label; 1 is the highest score), nearest_key_id, nearest_source,
+    nearest_label, nearest_affinity (of the nearest visible key), and duplicate_of: the closest retrieved key of another
+    class with the same digest or a cosine of at least :data:`duplicates.NEAR`. Raises UsageError if ``k`` is below 1.
     """
     cache = unfitted(cache)
     n, c, device, met = cache.n, len(cache.class_names), cache.device, _keys_met(cache.n, k)
     images, digests = images_of(cache.labels), digest_codes(cache.labels)
-    members = np.split(np.argsort(images, kind="stable"), np.cumsum(np.bincount(images))[:-1])  # of each image
+    members = np.split(np.argsort(images, kind="stable"), np.cumsum(np.bincount(images))[:-1])  # by image
     class_ids, counts = cache.class_ids.cpu().numpy(), np.array(cache.counts, dtype=np.float32)
     _, beta = untouched_settings(cache.keys, class_ids)
     image, digest = (torch.from_numpy(x).to(device) for x in (images, digests))
@@ -88,7 +85,7 @@ def audit(cache: CacheModel, *, k: KeysMet = None, borderline: bool = False) -> 
         closest, twin = cosine.masked_fill_((ids == own[:, None]) | empty, -torch.inf).max(dim=1)
         unseen = (image[part, None] == image[rows]) | empty
         nearest, near = affinity.masked_fill(unseen, -torch.inf).max(dim=1)
-        shift = nearest.clamp_min(torch.finfo(torch.float32).min)[:, None]  # the nearest counts 1, whatever beta
+        shift = nearest.clamp_min(torch.finfo(torch.float32).min)[:, None]  # the nearest key has weight 1 at any beta
         weights = tip.weight(affinity.sub_(shift - 1), beta, out=affinity).masked_fill_(unseen, 0)
         hidden = [np.bincount(class_ids[members[i]], minlength=c) for i in images[part]]
         left = torch.from_numpy(counts - np.array(hidden, dtype=np.float32)).to(device)
@@ -122,18 +119,19 @@ def audit(cache: CacheModel, *, k: KeysMet = None, borderline: bool = False) -> 
 
 
 def _keys_met(n: int, k: KeysMet) -> int | None:
-    """How many keys each of ``n`` meets, ``None`` for all. Raises UsageError where ``k`` is below 1."""
+    """Return the number of keys to retrieve for each of ``n`` shots, ``None`` for all."""
     if k is None:
         return MET if n**2 > ALL_PAIRS else None
-    if k != "all" and k < 1:
-        raise UsageError(f"k is {k}: expected a whole number of keys, at least 1, or all")
-    return None if k == "all" else k
+    if k == "all":
+        return None
+    check_count("k", k)
+    return k
 
 
 def _met(cache: CacheModel, features: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
-    """Affinities to the ``k`` nearest keys ``[q, k]``, and their rows; of all keys, the rows are ``[n]``.
+    """Return affinities to the ``k`` nearest keys and their rows, both ``[q, k]``.
 
-    Those to all keys lie in memory by key: sums by class are then runs over the queries.
+    Without ``k``, returns affinities to all keys ``[q, n]``, stored by key for faster sums by class, and rows ``[n]``.
     """
     if k is not None:
         near = cache.retrieval.nearest(features, k)
@@ -147,7 +145,7 @@ def _met(cache: CacheModel, features: Tensor, k: int | None) -> tuple[Tensor, Te
 
 
 def _table(cache: CacheModel, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
-    """Suspicious shots by row, described, most suspicious first; row -1 is none."""
+    """Describe suspicious shots, most suspicious first; row -1 stands for no key."""
     key_ids, names = cache.labels["key_id"].to_numpy(), pa.array(cache.class_names, pa.string())
     judged = shots["judged"]
     order = np.lexsort((key_ids[shots["row"]], -np.where(judged, shots["margin"], 0)))

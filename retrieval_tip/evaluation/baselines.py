@@ -1,8 +1,7 @@
-"""What else the same shots allow: the field's simple rivals, each linear in the features.
+"""Baselines: simple linear classifiers trained on the shots of an index.
 
-Letters: ``K`` ``[n, d]`` are the keys of an index, ``n_c`` of them of class c, and ``mu_c`` is the mean of these.
-What a rival has to choose, it chooses by the folds of the shots that the closed form is chosen by
-(:mod:`fit.closed_form`).
+Notation: ``K`` ``[n, d]`` are the keys of an index; ``mu_c`` is the mean of the ``n_c`` keys of class c. Baselines
+choose their hyperparameters on the same folds of the shots as the closed form (:mod:`fit.closed_form`).
 """
 
 from __future__ import annotations
@@ -21,13 +20,15 @@ from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.store.labels import images_of
 
 SCALE = 100.0
-"""Of cosines to class means, as of CLIP's to text."""
+"""Scale of cosines to class means, like CLIP's for text."""
 
 CS = (10.0, 100.0, 1000.0, 10000.0)
-"""Inverse strengths of a linear probe's penalty, for unit features."""
+"""Inverse regularisation strengths of a linear probe, for unit features."""
 
 SINGLE_C = 1000.0
-"""That of one photograph a class, which leaves nothing to choose by."""
+"""Inverse strength with one shot per class, where nothing can be held out."""
+STEPS = 300
+"""Largest number of L-BFGS steps for each C."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,14 @@ class Linear:
     bias: Tensor
 
     def logits(self, features: Features) -> Tensor:
-        """``[q, d]`` to ``[q, c]``."""
+        """Return logits ``[q, c]`` of features ``[q, d]``."""
         return torch.as_tensor(features, dtype=torch.float32) @ self.weights.T + self.bias
 
 
 def class_means(cache: CacheModel) -> Linear:
-    """Nearest class mean: ``100 f unit(mu_c)^T``. A class without a key gets 0.
+    """Return the nearest class mean classifier: ``100 f unit(mu_c)^T``, 0 for classes without keys.
 
-    Source: the nearest class mean classifier (Mensink et al., TPAMI 2013), of cosines.
+    Source: Mensink et al., TPAMI 2013, with cosines.
     """
     folds = _folds(cache)
     means = normalize(_means(folds, torch.arange(cache.n)))
@@ -53,10 +54,10 @@ def class_means(cache: CacheModel) -> Linear:
 
 
 def linear_probe(cache: CacheModel) -> Linear:
-    """Multinomial logistic regression: ``min over W, b of |W|^2 / 2 + C sum_i -log softmax(k_i W^T + b)[y_i]``.
+    """Fit logistic regression: ``min over W, b of |W|^2 / 2 + C sum_i -log softmax(k_i W^T + b)[y_i]``.
 
-    The C of :data:`CS` that is right most often on the folds, of equals the one of the least cross-entropy. Source: the
-    linear probe of CLIP (Radford et al., ICML 2021), which chooses it on validation images.
+    Chooses the C of :data:`CS` with the highest accuracy on the folds; ties go to the lowest cross-entropy. Source: the
+    linear probe of CLIP (Radford et al., ICML 2021), which chooses C on validation images.
     """
     folds = _folds(cache)
     right, losses = torch.zeros(len(CS)), torch.zeros(len(CS))
@@ -70,11 +71,11 @@ def linear_probe(cache: CacheModel) -> Linear:
 
 
 def discriminant(cache: CacheModel) -> Linear:
-    """Gaussian discriminant analysis with one covariance: ``a text + b (f S^-1 mu_c^T - mu_c S^-1 mu_c^T / 2)``.
+    """Fit Gaussian discriminant analysis: ``a text + b (f S^-1 mu_c^T - mu_c S^-1 mu_c^T / 2)``.
 
-    ``S^-1`` is ``d ((n - 1) S + tr(S) I)^-1`` but for a factor, of the scatter ``S`` within classes (that of all, where
-    each has one key). ``a`` and ``b`` are the most likely ones on the folds, 1 where there are none. Source: GDA-CLIP
-    (Wang et al., ICLR 2024), which chooses ``b / a`` on validation images.
+    ``S^-1`` is ``d ((n - 1) S + tr(S) I)^-1`` up to a factor, for the scatter ``S`` within classes (or of all keys, if
+    each class has one). ``a`` and ``b`` maximise the likelihood on the folds; without folds they are 1. Source:
+    GDA-CLIP (Wang et al., ICLR 2024), which chooses ``b / a`` on validation images.
     """
     folds = _folds(cache)
     whole, a, b = _gaussian(folds, torch.arange(cache.n)), 1.0, 1.0
@@ -88,21 +89,20 @@ def discriminant(cache: CacheModel) -> Linear:
 
 
 def _folds(cache: CacheModel) -> Folds:
-    """The shots, in the folds that a rival is chosen by."""
     text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
     keys, ids = np.asarray(cache.keys[np.arange(cache.n)], dtype=np.float32), cache.class_ids.cpu().numpy()
     return Folds.of_shots(keys, ids, len(cache.class_names), text, images_of(cache.labels), FOLDS, cache.n)
 
 
 def _means(folds: Folds, rows: Tensor) -> Tensor:
-    """``mu`` ``[c, d]`` of some of the keys; 0 of a class without one."""
+    """Return class means ``[c, d]`` of some of the keys; 0 for classes without keys."""
     keys, ids = folds.taken(rows)
     sums = torch.zeros(folds.c, keys.shape[1]).index_add_(0, ids, keys)
     return sums / torch.bincount(ids, minlength=folds.c).clamp_min(1)[:, None]
 
 
 def _gaussian(folds: Folds, rows: Tensor) -> Linear:
-    """The discriminant of some of the keys, without text."""
+    """Return the discriminant of some of the keys, without text."""
     means, d = _means(folds, rows).double(), folds.keys.shape[1]
     metric = Within(d / (len(rows) - 1 + d)).fit(folds.scatter(rows))
     weights = means if metric is None else means @ (metric.transform.double() @ metric.transform.double())
@@ -110,7 +110,7 @@ def _gaussian(folds: Folds, rows: Tensor) -> Linear:
 
 
 def _probes(folds: Folds, rows: Tensor, cs: tuple[float, ...]) -> list[Linear]:
-    """Linear probes of some of the keys, one a C, ascending: each starts from the one before."""
+    """Fit linear probes to some of the keys, one for each ascending C; each starts from the previous one."""
     keys, ids = folds.taken(rows)
     weights = torch.zeros(folds.c, keys.shape[1], requires_grad=True)
     bias = torch.zeros(folds.c, requires_grad=True)
@@ -129,7 +129,3 @@ def _probes(folds: Folds, rows: Tensor, cs: tuple[float, ...]) -> list[Linear]:
         optimizer.step(loss)
         probes.append(Linear(weights.detach().clone(), bias.detach().clone()))
     return probes
-
-
-STEPS = 300
-"""Of L-BFGS for each C, at most."""

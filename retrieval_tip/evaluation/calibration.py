@@ -1,8 +1,7 @@
-"""Whether a probability means what it says: calibration error, the temperature that mends it, and abstaining.
+"""Calibration of probabilities: expected calibration error, temperature scaling, and accuracy against coverage.
 
-Letters: of n answers, ``confidence`` ``[n]`` is the probability of each and ``right`` ``[n]`` whether it was correct.
-
-C. Guo, G. Pleiss, Y. Sun, K. Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, is "Guo et al." below.
+Notation: ``confidence`` ``[n]`` is the probability of each answer, ``right`` ``[n]`` whether it is correct. Guo et al.:
+C. Guo, G. Pleiss, Y. Sun, K. Weinberger, "On Calibration of Modern Neural Networks", ICML 2017.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from retrieval_tip.settings import Settings
 log = logging.getLogger(__name__)
 
 BINS = 15
-"""Bins of Guo et al."""
+"""Number of bins, as in Guo et al."""
 
 LOWEST, HIGHEST = 1e-4, 1e4
-"""A fitted temperature lies between these multiples of the largest spread of a row of logits."""
+"""Bounds of a fitted temperature, as multiples of the largest spread of a row of logits."""
 
 ITSELF = 1e-4
-"""A validation item whose squared distance to a key is no more than this is itself a shot."""
+"""Squared distance to a key up to which a validation item counts as a shot itself."""
 
 _BLOCK = 1 << 21
 _STEPS, _TOLERANCE = 200, 1e-12
@@ -43,7 +42,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Bin:
-    """Answers with ``low < confidence <= high`` (the first bin also holds 0); means are ``None`` where it is empty."""
+    """Answers with ``low < confidence <= high``, in the first bin also 0; an empty bin has ``None`` as means."""
 
     low: float
     high: float
@@ -53,9 +52,9 @@ class Bin:
 
 
 class Coverage(NamedTuple):
-    """What is answered and how well, for every threshold that makes a difference, highest first; ``[m]`` each.
+    """Accuracy and coverage ``[m]`` at each distinct threshold, highest first.
 
-    ``coverage[j]`` is the fraction of answers with ``confidence >= threshold[j]``, ``accuracy[j]`` theirs.
+    ``coverage[j]`` is the fraction of answers with ``confidence >= threshold[j]``, ``accuracy[j]`` their accuracy.
     """
 
     threshold: Floats
@@ -64,9 +63,9 @@ class Coverage(NamedTuple):
 
 
 def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BINS) -> list[Bin]:
-    """Confidence against accuracy in ``bins`` equal bins of [0, 1]: ``(m / bins, (m + 1) / bins]`` (Guo et al., eq. 2).
+    """Return confidence and accuracy in ``bins`` equal bins ``(m / bins, (m + 1) / bins]`` (Guo et al., eq. 2).
 
-    ``confidence`` and ``right`` are ``[n]``, n at least 1, of numbers within [0, 1].
+    ``confidence`` and ``right`` are ``[n]`` with n >= 1 and values in [0, 1].
     """
     p, hit = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
     edges = np.linspace(0, 1, bins + 1)
@@ -86,9 +85,9 @@ def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BIN
 
 
 def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BINS) -> float:
-    """``ECE = sum over bins m of (n_m / n) |accuracy_m - mean confidence_m|``, between 0 and 1 (Guo et al., eq. 3).
+    """Return ``ECE = sum over bins m of (n_m / n) |accuracy_m - mean confidence_m|``, 0 to 1 (Guo et al., eq. 3).
 
-    Bins as for :func:`reliability`. It is an estimate, biased upwards where bins hold few answers.
+    Bins are those of :func:`reliability`. The estimate is biased upwards if bins hold few answers.
     """
     curve = reliability(confidence, right, bins)
     n = sum(b.count for b in curve)
@@ -99,10 +98,7 @@ def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike, 
 
 
 def accuracy_coverage(confidence: npt.ArrayLike, right: npt.ArrayLike) -> Coverage:
-    """Accuracy of the answers at or above each confidence that occurs; equal confidences are answered together.
-
-    The last entry answers everything.
-    """
+    """Return accuracy and coverage at each distinct confidence as the threshold; the last entry covers everything."""
     p, hit = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
     order = np.argsort(-p, kind="stable")
     p, hit = p[order], hit[order]
@@ -112,17 +108,16 @@ def accuracy_coverage(confidence: npt.ArrayLike, right: npt.ArrayLike) -> Covera
 
 
 def fit_temperature(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor) -> float:
-    """The temperature T > 0 that makes ``softmax(logits / T)`` most likely (Guo et al., section 4.2).
+    """Return the temperature T > 0 that maximises the likelihood of ``softmax(logits / T)`` (Guo et al., section 4.2).
 
-    Minimises ``NLL(u) = mean over i of [log sum_c exp(u z_ic) - u z_i,label]`` over ``u = 1 / T``. It is convex, so its
-    slope ``mean(E_p[z] - z_label)`` has one sign change, which Newton's method finds within a shrinking bracket, in
-    float64. Multiplying the logits by s multiplies T by s; no prediction changes.
+    Minimises the convex ``NLL(u) = mean over i of [log sum_c exp(u z_ic) - u z_i,label]`` over ``u = 1 / T``, by
+    Newton's method on its slope ``mean(E_p[z] - z_label)`` within a shrinking bracket, in float64. Scaling the logits
+    scales T; predictions do not change.
 
-    Where every answer is right the likelihood grows as T tends to 0, and where logits are no better than chance as T
-    tends to infinity. So T is kept within ``LOWEST`` and ``HIGHEST`` times the largest difference within a row of
-    logits (see :func:`temperature_bounds`), and lies at a bound in these cases. Logits that are all equal give 1.
+    The best T tends to 0 if every answer is right, and to infinity if the logits are no better than chance. T is
+    therefore bounded (:func:`temperature_bounds`). Logits that are all equal give 1.
 
-    ``logits`` are ``[n, c]``, finite, and ``labels`` ``[n]`` class ids.
+    ``logits`` ``[n, c]`` are finite, ``labels`` ``[n]`` are class ids.
     """
     z, y = torch.as_tensor(logits), torch.as_tensor(labels, dtype=torch.int64)
     low, high = (1 / t for t in reversed(temperature_bounds(z)))
@@ -145,7 +140,7 @@ def fit_temperature(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tens
 
 
 def temperature_bounds(logits: npt.ArrayLike | Tensor) -> tuple[float, float]:
-    """Least and greatest T that :func:`fit_temperature` returns for these logits ``[n, c]``; (1, 1) if all equal."""
+    """Return the bounds of :func:`fit_temperature` for logits ``[n, c]``; (1, 1) if they are all equal."""
     z = torch.as_tensor(logits)
     spread = float((z.amax(dim=1).double() - z.amin(dim=1).double()).max())
     return (LOWEST * spread, HIGHEST * spread) if spread > 0 else (1.0, 1.0)
@@ -154,7 +149,7 @@ def temperature_bounds(logits: npt.ArrayLike | Tensor) -> tuple[float, float]:
 def negative_log_likelihood(
     logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor, temperature: float
 ) -> float:
-    """``mean of -log softmax(logits / T)[label]`` in nats, float64. Arguments as for :func:`fit_temperature`."""
+    """Return the mean of ``-log softmax(logits / T)[label]`` in nats, float64; arguments as :func:`fit_temperature`."""
     z, y = torch.as_tensor(logits), torch.as_tensor(labels, dtype=torch.int64)
     total = 0.0
     for rows, label in _blocks(z, y):
@@ -164,7 +159,7 @@ def negative_log_likelihood(
 
 
 def _slope(z: Tensor, y: Tensor, u: float) -> tuple[float, float]:
-    """First and second derivative of NLL by u: ``mean(E_p[z] - z_y)`` and ``mean(Var_p[z])``."""
+    """Return the derivatives of NLL by u: ``mean(E_p[z] - z_y)`` and ``mean(Var_p[z])``."""
     first = second = 0.0
     for rows, label in _blocks(z, y):
         p = (u * rows).softmax(dim=1)
@@ -175,7 +170,7 @@ def _slope(z: Tensor, y: Tensor, u: float) -> tuple[float, float]:
 
 
 def _blocks(z: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some rows at a time, float64, their largest logit moved to 0 (which changes no softmax)."""
+    """Yield blocks of rows in float64, shifted so that the largest logit is 0."""
     step = max(1, _BLOCK // z.shape[1])
     for start in range(0, len(z), step):
         rows = z[start : start + step].double()
@@ -184,9 +179,9 @@ def _blocks(z: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A temperature fitted on ``n`` items, and what it did: ECE and negative log likelihood (nats) before and after.
+    """A temperature fitted on ``n`` items, with ECE and negative log likelihood (nats) before and after.
 
-    ``before`` is at the temperature that the index had. ``at_bound`` where no finite or positive T is best.
+    ``at_bound`` is true if the best T would be 0 or infinite.
     """
 
     temperature: float
@@ -200,12 +195,10 @@ class Calibration:
 
 
 def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> tuple[Settings, Calibration]:
-    """Fit the temperature of an index, at its own settings, to a labelled validation source (:func:`fit_temperature`).
+    """Fit the temperature of an index on a labelled validation source (:func:`fit_temperature`).
 
-    Returns the index's settings with this temperature. No logit and no prediction changes. A temperature belongs to the
-    settings and keys that it was fitted with: fit again after changing them.
-
-    Raises InputError where the source has no items, or labels that are no class of the index.
+    Returns the settings of the index with this temperature, and the result. Predictions do not change. Fit again after
+    changing settings or keys. Raises InputError if the source is empty or has labels that are not classes of the index.
     """
     truth = torch.from_numpy(cache.ids_of(source))
     parts: list[Tensor] = []
@@ -228,15 +221,14 @@ def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> tuple[Sett
 
     at_bound = any(np.isclose(fitted, bound, rtol=1e-9) for bound in temperature_bounds(logits))
     if at_bound:
-        what = "every answer is right" if bool(right.all()) else "the logits do not tell the classes apart"
+        what = "every answer is right" if bool(right.all()) else "the answers are no better than chance"
         log.warning(
-            "%s: %s, so no temperature is best and %.4g is the bound of the search; use more validation items",
+            "%s: %s, so the temperature is at its bound, %.4g; use more validation photos",
             source.name, what, fitted,
         )  # fmt: skip
     if shots:
         log.warning(
-            "%s: %d of its %d items are keys of the index, so these probabilities will be too sure; "
-            "use items that the index was not built from",
+            "%s: %d of %d photos are in the index, so its probabilities will be too high; use other photos",
             source.name, shots, len(y),
         )  # fmt: skip
     return replace(cache.settings, temperature=fitted), Calibration(
@@ -252,7 +244,7 @@ def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> tuple[Sett
 
 
 def apply(cache: CacheModel, settings: Settings, calibration: Calibration, source: str, folder: Path) -> None:
-    """Give an index what :func:`calibrate` returned, and write a new version. Raises StoreError as saving does."""
+    """Store the result of :func:`calibrate` as a new version of an index. Raises StoreError as saving does."""
     cache.settings = settings
     cache.provenance = cache.provenance | {"temperature": f"fitted on {source}, n={calibration.n}"}
     cache.save_settings(folder, "calibrate")

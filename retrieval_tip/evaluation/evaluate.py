@@ -1,4 +1,4 @@
-"""How often an index is right, by class and by part, and how well its probabilities say so."""
+"""Evaluation: accuracy of an index, by class and by part of the logits, and calibration."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Affinities:
-    """How many pairs of a query and a key have an affinity within each bin: ``edges`` ``[m + 1]``, counts ``[m]``.
+    """Histogram of affinities between queries and keys: bin ``edges`` ``[m + 1]`` and counts ``[m]``.
 
-    ``same``: the key is of the query's true class; ``other``: of another. Pairs beyond the edges count at the ends.
+    ``same`` counts keys of the query's true class, ``other`` all other keys. Pairs beyond the edges count in the end
+    bins.
     """
 
     edges: Floats
@@ -42,7 +43,7 @@ class Affinities:
 
 @dataclass(frozen=True)
 class Part:
-    """Answers of one part of the logits alone: class ids ``predicted`` and their ``confidence``, ``[n]`` each."""
+    """Answers by one part of the logits: class ids ``predicted`` ``[n]`` and their ``confidence`` ``[n]``."""
 
     predicted: Ints
     confidence: Floats
@@ -50,12 +51,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Details:
-    """More about each item, ``[n]`` each: its ``positions`` in the source, and natural logarithms of probabilities.
+    """Details of each item ``[n]``: its ``positions`` in the source, and natural logarithms of probabilities.
 
-    ``log_truth`` is that of its class, ``log_doubt`` that of all classes but the answer: where a probability is 1 or 0
-    to the last digit, these still tell one from another.
-
-    ``text`` are the answers of ``softmax(text logits)``, ``cache`` those of ``softmax(alpha * cache logits)``.
+    ``log_truth`` belongs to the true class, ``log_doubt`` to all classes except the answer; both still rank items whose
+    probabilities round to 0 or 1. ``text`` are the answers of ``softmax(text logits)``, ``cache`` those of
+    ``softmax(alpha * cache logits)``.
     """
 
     positions: Ints
@@ -67,9 +67,9 @@ class Details:
 
 @dataclass(frozen=True)
 class Answers:
-    """What an evaluation saw, item by item: class ids ``truth`` and ``predicted``, and the answers' ``confidence``.
+    """Answers of an evaluation: class ids ``truth`` and ``predicted`` and the ``confidence``, ``[n]`` each, in order.
 
-    ``[n]`` each, in the order of the source; ``affinities`` and ``details`` where they were asked for.
+    ``affinities`` and ``details`` are ``None`` unless requested.
     """
 
     truth: Ints
@@ -88,15 +88,16 @@ class Answers:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracies as fractions of the ``n`` items that could be read.
+    """Accuracies of an index on the ``n`` readable items of a source, as fractions.
 
-    ``top1`` and ``top5`` of the blended logits; ``zero_shot_top1`` of the text logits alone (``None`` without text
-    weights) and ``cache_top1`` of the cache logits alone; ``per_class`` top-1 by label (of classes that occur);
-    ``mean_per_class`` their mean; ``ece`` the expected calibration error of ``softmax(blended logits / temperature)``
-    in 15 bins; ``confusions`` the most frequent (label, predicted, count).
-
-    Where ``abstain`` was given, ``coverage`` is the fraction of answers with at least that probability, and
-    ``selective_top1`` their accuracy (``None`` where there are none).
+    - ``top1``, ``top5``: accuracies of the blended logits
+    - ``zero_shot_top1``: accuracy of the text logits (``None`` without text weights)
+    - ``cache_top1``: accuracy of the cache logits
+    - ``per_class``: top-1 by label, for classes that occur; ``mean_per_class``: their mean
+    - ``ece``: expected calibration error of ``softmax(blended logits / temperature)`` in 15 bins
+    - ``confusions``: the most frequent (label, predicted, count)
+    - ``coverage``: with ``abstain``, the fraction of answers with at least that probability; ``selective_top1``: their
+      accuracy (``None`` without such answers)
     """
 
     top1: float
@@ -116,7 +117,7 @@ class Evaluation:
     selective_top1: float | None = None
 
     def to_dict(self) -> dict[str, object]:
-        """As ``evaluate --json`` prints it; ``k`` is ``"all"`` where every key is used."""
+        """Return the figures as ``evaluate --json`` prints them; ``k`` is ``"all"`` if every key is used."""
         left_out = {"answers"} | ({"abstain", "coverage", "selective_top1"} if self.abstain is None else set())
         facts: dict[str, object] = {}
         for field_ in fields(self):
@@ -137,13 +138,13 @@ def evaluate(
     abstain: float | None = None,
     affinities: bool = False,
 ) -> Evaluation:
-    """Classify a labelled source and compare. ``k`` and ``tail`` are the index's own where they are not given.
+    """Classify a labelled source and compare the answers with its labels.
 
-    ``abstain``: a probability below which an answer would be withheld; ``affinities``: also count the affinities to
-    keys of the same class and of others.
+    ``k`` and ``tail`` default to those of the index. ``abstain`` is a probability below which answers would be
+    withheld. ``affinities`` adds a histogram of affinities to keys.
 
-    Raises InputError where the source has no items, or labels that are no class of the index; UsageError for
-    ``abstain`` outside of 0 to 1.
+    Raises InputError if the source is empty or has labels that are not classes of the index; UsageError for ``abstain``
+    outside 0 to 1.
     """
     cache = cache.with_settings(cache.settings.override(k=k, tail=tail))
     truth = cache.ids_of(source)
@@ -160,13 +161,12 @@ def judge(
     affinities: bool = False,
     details: bool = False,
 ) -> Evaluation:
-    """:func:`evaluate` of items that are encoded: ``blocks`` of a source whose class ids are ``ids``.
+    """Evaluate encoded items: ``blocks`` of a source with class ids ``ids``. See :func:`evaluate`.
 
-    ``skipped`` is looked at when all blocks were met; ``details``: also keep more about each item. Raises UsageError
-    for ``abstain`` outside of 0 to 1.
+    ``skipped`` is read after the last block. ``details`` keeps :class:`Details` of each item.
     """
     if abstain is not None and not 0 <= abstain <= 1:
-        raise UsageError(f"abstain is {abstain}: expected a probability, 0 to 1")
+        raise UsageError(f"abstain is {abstain}: give a probability, 0 to 1")
     pairs = _Pairs(cache) if affinities else None
     parts: list[_Part] = []
     for block in blocks:
@@ -213,11 +213,11 @@ def judge(
 
 
 class _Part(NamedTuple):
-    """Some items: ``positions`` in the source, and what is known of each.
+    """A block of answers to the items at ``positions`` of the source.
 
-    ``ranked`` ``[q, m + 2]``: the ids of the ``m`` (5 at most) largest blended logits, of the largest text logit and of
-    the largest cache logit; ``confidence`` of the answer; ``chances`` ``[q, 4]`` are the columns of :class:`Details`
-    where they were asked for, else ``[q, 0]``.
+    ``ranked`` ``[q, m + 2]`` holds the ids of the ``m`` (at most 5) largest blended logits, of the largest text logit
+    and of the largest cache logit. ``chances`` ``[q, 4]`` are the columns of :class:`Details` if requested, else
+    ``[q, 0]``.
     """
 
     positions: Ints
@@ -229,7 +229,6 @@ class _Part(NamedTuple):
 def _answer(
     cache: AnsweringIndex, features: npt.NDArray[np.float32], positions: Ints, ids: Ints, details: bool
 ) -> _Part:
-    """Classify features of the items at ``positions``."""
     terms, settings = cache.terms(features), cache.settings
     text, alone, logits = terms.text, terms.cache, terms.logits(settings)
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
@@ -251,7 +250,7 @@ def _details(positions: Ints, ranked: Ints, chances: Floats) -> Details:
 
 
 class _Pairs:
-    """Counts affinities between queries and keys, block by block."""
+    """A histogram of affinities between queries and keys, filled block by block."""
 
     def __init__(self, cache: AnsweringIndex) -> None:
         self._cache = cache
@@ -260,7 +259,7 @@ class _Pairs:
         self._other = torch.zeros(AFFINITY_BINS, dtype=torch.int64)
 
     def add(self, features: npt.NDArray[np.float32], truth: torch.Tensor) -> None:
-        """Count the pairs of these queries ``[q, d]``, of classes ``truth`` ``[q]``, with every key."""
+        """Count the affinities of queries ``[q, d]`` of classes ``truth`` ``[q]`` to every key."""
         cache, device = self._cache, self._cache.device
         for first in range(0, len(features), QUERY_BLOCK):
             f = torch.from_numpy(np.ascontiguousarray(features[first : first + QUERY_BLOCK])).float().to(device)
@@ -269,13 +268,13 @@ class _Pairs:
             for keys, ids in cache.key_blocks():
                 affinity = tip.affinity(f, keys)
                 same = y[:, None] == ids[None]
-                if self._reach is None:  # unit vectors: 1; fine-tuned keys may go beyond
+                if self._reach is None:  # 1 for unit vectors; fine-tuned keys can exceed it
                     self._reach = max(1.0, float(affinity.abs().max()))
                 at = ((affinity / self._reach + 1) * (AFFINITY_BINS / 2)).long().clamp_(0, AFFINITY_BINS - 1)
                 self._same += torch.bincount(at[same], minlength=AFFINITY_BINS).cpu()
                 self._other += torch.bincount(at[~same], minlength=AFFINITY_BINS).cpu()
 
     def counted(self) -> Affinities:
-        """The histograms of all pairs so far."""
+        """Return the histogram of all pairs so far."""
         reach = self._reach or 1.0
         return Affinities(np.linspace(-reach, reach, AFFINITY_BINS + 1), self._same.numpy(), self._other.numpy())

@@ -1,4 +1,4 @@
-"""A typical key of each class."""
+"""Exemplars: a typical key of each class."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from retrieval_tip.answering import AnsweringIndex
 
 KEYS, COMPARED = 1 << 15, 1 << 11
-"""Keys among which exemplars are looked for, and keys that are compared with each other for their mean affinities."""
+"""Largest number of keys searched for exemplars, and of keys compared for mean affinities."""
 
 
 @dataclass(frozen=True)
 class TypicalKeys:
-    """The ids of the exemplars, and the mean affinities of keys of one class (``own``), and of two classes (``other``).
+    """Ids of the exemplars, and mean affinities within a class (``own``) and between classes (``other``).
 
-    A mean is ``None`` where there are no such pairs.
+    A mean is ``None`` without such pairs.
     """
 
     key_ids: list[int]
@@ -26,7 +26,7 @@ class TypicalKeys:
 
 
 def exemplars(cache: AnsweringIndex) -> TypicalKeys:
-    """Find the key of each class that is nearest to the class's mean, in the metric, among the first :data:`KEYS`."""
+    """Return the key of each class nearest to the class mean, among the first :data:`KEYS`, in the metric."""
     blocks, most = [], KEYS
     for block, block_ids in cache.key_blocks():
         blocks.append((block[:most].float().cpu(), block_ids[:most].cpu()))
@@ -37,7 +37,7 @@ def exemplars(cache: AnsweringIndex) -> TypicalKeys:
     c = len(cache.class_names)
     means = torch.zeros(c, keys.shape[1]).index_add_(0, ids, keys)
     near = (keys * means[ids]).sum(dim=1)
-    order = np.lexsort((near.numpy(), ids.numpy()))  # by class, the nearest of each last
+    order = np.lexsort((near.numpy(), ids.numpy()))  # by class, nearest last
     best = order[np.flatnonzero(np.diff(ids.numpy()[order], append=c))]
     shown = cache.described(cache.every_row()[best], ["key_id"])["key_id"].to_pylist()
     step = max(1, len(keys) // COMPARED)

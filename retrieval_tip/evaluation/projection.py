@@ -1,4 +1,4 @@
-"""Keys in two dimensions, to look at: by principal components, or by t-SNE where scikit-learn is installed."""
+"""Projections of keys to two dimensions: by principal components, or t-SNE with scikit-learn."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import numpy.typing as npt
 import torch
 
 from retrieval_tip.answering import AnsweringIndex
+from retrieval_tip.bounds import check_count
 from retrieval_tip.errors import UsageError
 
 FloatArray = npt.NDArray[np.float32]
 
 AXES, ITERATIONS = 8, 8
-"""Axes that are looked for at once, and how often: then the first two are right to four digits, in a tenth of the time
-that all of them take."""
+"""Axes and iterations of the randomised SVD: the first two axes are right to four digits in a tenth of the time."""
 FEWEST, REDUCED, PERPLEXITY = 5, 50, 30
-"""Fewest keys for t-SNE, the principal components that it gets, and about how many neighbours it keeps together."""
+"""Smallest number of keys for t-SNE, its input dimensions, and its perplexity."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """Some keys, by their ``key_ids`` and ``class_ids`` ``[m]`` int64, and where they are.
+    """Keys in the plane, by their ``key_ids`` and ``class_ids`` ``[m]`` int64.
 
-    ``places`` ``[m, 2]`` float32 are within -1 and 1, at one scale. ``explained``: the shares of the variance that the
-    two axes hold, and ``axes`` ``[1 + d, 2]`` float32 place any feature ``f``: at ``axes[0] + f axes[1:]``. Both are
-    ``None`` for t-SNE, whose axes mean nothing and which has no place for a new feature.
+    ``places`` ``[m, 2]`` float32 lie within -1 and 1, with equal scales. ``explained`` is the share of variance along
+    each axis. ``axes`` ``[1 + d, 2]`` float32 place a new feature ``f`` at ``axes[0] + f axes[1:]``. Both are ``None``
+    for t-SNE, which cannot place new features.
     """
 
     key_ids: npt.NDArray[np.int64]
@@ -42,22 +42,21 @@ Method = Literal["pca", "tsne"]
 
 
 def methods() -> list[Method]:
-    """List the methods that can be had here: ``pca``, and ``tsne`` with scikit-learn."""
+    """Return the available methods: ``pca``, and ``tsne`` with scikit-learn."""
     return ["pca", "tsne"] if importlib.util.find_spec("sklearn") else ["pca"]
 
 
 def projected(cache: AnsweringIndex, method: Method = "pca", limit: int = 5000) -> Projection:
-    """The keys ``K`` ``[n, d]`` in two dimensions: all of them, or ``limit`` spread evenly over the classes' order.
+    """Project keys ``K`` ``[n, d]`` to two dimensions: all of them, or ``limit`` keys spread evenly over the classes.
 
-    ``pca``: ``(K - mean) v`` for the two eigenvectors ``v`` of the covariance with the largest eigenvalues; of each,
-    the largest component is positive. ``tsne``: neighbours of a key stay its neighbours (van der Maaten and Hinton,
-    2008), of the first principal components and begun from the first two, with a fixed seed; fewer than
-    :data:`FEWEST` keys are placed by ``pca``. Raises UsageError for a method that is not there, or a limit below 1.
+    ``pca`` is ``(K - mean) v`` for the two eigenvectors ``v`` of the covariance with the largest eigenvalues, signed so
+    that the largest component is positive. ``tsne`` (van der Maaten and Hinton, 2008) starts from the first two of
+    :data:`REDUCED` principal components, with a fixed seed; fewer than :data:`FEWEST` keys use ``pca``. Raises
+    UsageError for an unavailable method, or a limit below 1.
     """
     if method not in methods():
-        raise UsageError(f"method {method!r}: expected one of {', '.join(methods())} (tsne needs scikit-learn)")
-    if limit < 1:
-        raise UsageError(f"limit is {limit}: at least 1 key is needed")
+        raise UsageError(f"method {method!r}: give one of {', '.join(methods())} (tsne needs scikit-learn)")
+    check_count("limit", limit)
     features, labels = cache.some(limit)
     keys = features.astype(np.float32)
     if method == "pca" or len(keys) < FEWEST:
@@ -76,7 +75,7 @@ def projected(cache: AnsweringIndex, method: Method = "pca", limit: int = 5000) 
 def _principal(keys: FloatArray) -> tuple[FloatArray, tuple[float, float], FloatArray]:
     mean = keys.mean(axis=0, dtype=np.float64).astype(np.float32)
     centred = torch.from_numpy(keys - mean)
-    with torch.random.fork_rng(devices=[]):  # the axes are found from random directions: always the same ones
+    with torch.random.fork_rng(devices=[]):  # a fixed seed makes the axes repeatable
         torch.manual_seed(0)
         _, scale, axes = torch.svd_lowrank(centred, q=min(AXES, *centred.shape), niter=ITERATIONS)
     axes = torch.nn.functional.pad(axes, (0, max(0, 2 - axes.shape[1])))[:, :2]

@@ -1,4 +1,4 @@
-"""Accuracy over shots, seeds and methods, from one index that holds every image: a table with one row a run."""
+"""Sweeps: accuracy over shots, seeds and methods, drawn from one index of all images, as a table with a row per run."""
 
 from __future__ import annotations
 
@@ -39,22 +39,28 @@ Method = Literal[
     "zero-shot", "tip-adapter", "cache-alone", "untouched", "paper-constants", "closed-form", "class-means",
     "linear-probe", "tip-adapter-f",
 ]  # fmt: skip
-"""zero-shot: the text alone. tip-adapter: alpha, beta and k chosen as the protocol says. cache-alone: without text,
-beta and k chosen likewise. untouched: alpha and beta in units of the shots' affinities. paper-constants: alpha 1, beta
-5.5. closed-form: what a new index gets, metric, values and settings fitted to the shots and chosen by folds of them.
-class-means: the nearest class mean, without text. linear-probe: logistic regression without text, its C chosen by folds
-of the shots. tip-adapter-f: keys fine-tuned on views of the shots, with the settings and the epoch that validation
-images choose."""
+"""Methods of a sweep.
+
+- zero-shot: text alone
+- tip-adapter: alpha, beta and k chosen by the protocol
+- cache-alone: without text, beta and k chosen by the protocol
+- untouched: alpha and beta in units of the shots' affinities
+- paper-constants: alpha 1, beta 5.5
+- closed-form: metric, values and settings fitted to the shots, as in a new index
+- class-means: nearest class mean, without text
+- linear-probe: logistic regression without text, with C chosen on folds of the shots
+- tip-adapter-f: keys fine-tuned on views of the shots; validation images choose settings and epoch
+"""
 
 METHODS: tuple[Method, ...] = get_args(Method)
 PLAIN = METHODS[:-2]
-"""Those that train nothing, which are run where none is named; fine-tuned keys are no shots, to fit anything to."""
+"""Default methods: those that need no training by gradients."""
 
 LINEAR = {"class-means": class_means, "linear-probe": linear_probe}
 
 
 class Told(TypedDict):
-    """What tells one run from another; ``keys`` is the digest of the keys that shots are drawn from."""
+    """Identity of a run; ``keys`` is the digest of the keys that shots are drawn from."""
 
     keys: str
     test: str
@@ -67,8 +73,8 @@ class Told(TypedDict):
 class Run(Told):
     """A row of the table of runs.
 
-    ``k`` 0 is all; alpha, beta and k are ``None`` for a method that has none. ``seconds`` are those of choosing and
-    answering, without encoding; ``peak_memory`` is that of the process so far, in bytes.
+    ``k`` 0 stands for all keys; alpha, beta and k are ``None`` for methods without them. ``seconds`` covers choosing
+    and answering, without encoding; ``peak_memory`` is that of the process so far, in bytes.
     """
 
     top1: float
@@ -86,7 +92,7 @@ class Run(Told):
 
 
 def _arrow(kind: object) -> pa.DataType:
-    kinds = (kind, *get_args(kind))  # of an optional one too
+    kinds = (kind, *get_args(kind))  # includes the members of a union
     return pa.int64() if int in kinds else pa.float64() if float in kinds else pa.string()
 
 
@@ -94,7 +100,7 @@ SCHEMA = pa.schema((name, _arrow(kind)) for name, kind in get_type_hints(Run).it
 
 
 class Summary(TypedDict):
-    """Mean top-1 of a method over ``seeds``, and ``half`` the width of its 95 % interval; ``None`` for one seed."""
+    """Mean top-1 of a method over ``seeds``, and ``half`` the width of its 95 % interval (``None`` for one seed)."""
 
     method: Method
     shots: int
@@ -104,12 +110,12 @@ class Summary(TypedDict):
 
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; beyond, the normal 1.96 is near enough."""
+"""97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; the normal 1.96 is used beyond."""
 
 
 @dataclass(frozen=True)
 class Items:
-    """Labelled features of a whole split: ``features`` ``[m, d]``, class ``ids`` ``[m]``, its ``name``."""
+    """Labelled features of a split: ``features`` ``[m, d]``, class ``ids`` ``[m]``, and its ``name``."""
 
     features: npt.NDArray[np.float32]
     ids: npt.NDArray[np.int64]
@@ -130,26 +136,27 @@ def sweep(
     scales: tuple[float, float] = PAPER_SCALES,
     views: tuple[Source, Encoder] | None = None,
 ) -> Iterator[Run]:
-    """Run what is not yet in ``results`` and write it there, run by run; yields every row asked for, old or new.
+    """Complete the table ``results``, saving it after every run, and yield all requested rows, old and new.
 
-    Shots are drawn from the keys of ``pool`` by the published rule, in the order that the images had. ``honest``
-    settings are chosen on the published validation draw out of ``val`` (``min(shots, 4)`` a class), without ``val`` by
-    leave-one-out, and at 1 shot without ``val`` they stay untouched. ``paper`` settings come from the published grid
-    over all of ``val``. ``test`` is only ever answered. ``tip-adapter-f`` needs ``views``: the pool's images or a table
-    of their views, and what encodes them. ``methods`` are those of :data:`PLAIN` where none is given.
+    Shots are drawn from the keys of ``pool`` by the published rule, in the order of the images. The ``honest`` protocol
+    chooses settings on the published validation draw from ``val`` (``min(shots, 4)`` per class). Without ``val`` it
+    uses leave-one-out, and keeps untouched settings at 1 shot. The ``paper`` protocol searches the published grid on
+    all of ``val``. No setting depends on ``test``. ``tip-adapter-f`` needs ``views``: the images of the pool, or a
+    table of their views, with an encoder. ``methods`` defaults to :data:`PLAIN`.
 
-    Raises UsageError for an unknown method or protocol, or the paper's protocol without ``val``; InputError where
+    Raises UsageError for an unknown method or protocol, or the paper's protocol without ``val``; InputError if
     ``results`` is not a table of runs or cannot be written.
     """
     if methods is None:
+        # fine-tuned keys cannot be fitted
         methods = [method for method in PLAIN if pool.curve is None or method != "closed-form"]
     for method in methods:
         check_choice("method", method, Method)
     check_choice("protocol", protocol, Protocol)
     if protocol == "paper" and val is None:
-        raise UsageError("protocol paper: chooses on the validation source; give --val")
+        raise UsageError("protocol paper: needs a validation source; give --val")
     if "tip-adapter-f" in methods and views is None:
-        raise UsageError("method tip-adapter-f: needs the images of the pool, or a table of their views")
+        raise UsageError("method tip-adapter-f: needs the images of the pool; give them, or a table of their views")
     pool, path = closed_form.unfitted(pool), Path(results)
     rows = read_results(path) if path.exists() else []
     done = {tuple(row.values())[: len(Told.__annotations__)]: row for row in rows}
@@ -184,17 +191,14 @@ def sweep(
 
 
 def encode(pool: CacheModel, source: Source, encoder: Encoder) -> Items:
-    """Features of a labelled source, with the class ids of the pool. Raises InputError for labels that are no class."""
+    """Encode a labelled source, with class ids of the pool. Raises InputError for labels that are not classes of it."""
     ids = pool.ids_of(source)
     encoded = encoder.encode(source)
     return Items(encoded.features, ids[encoded.positions], source.name)
 
 
 def draw(pool: CacheModel, shots: int, seed: int) -> CacheModel:
-    """The pool with ``shots`` keys a class, by the published rule over its images in order; settings untouched.
-
-    What was fitted to all keys of the pool is left out.
-    """
+    """Draw ``shots`` keys per class from the pool, by the published rule, as an unfitted index."""
     order, labels = _in_file_order(pool)
     drawn = closed_form.unfitted(pool.take(np.sort(order[few_shot(labels, shots, seed)])))
     alpha, beta = untouched_settings(drawn.keys, drawn.class_ids.cpu().numpy())
@@ -202,7 +206,7 @@ def draw(pool: CacheModel, shots: int, seed: int) -> CacheModel:
 
 
 def read_results(path: Path) -> list[Run]:
-    """Rows of a table of runs. Raises InputError where it is none."""
+    """Read a table of runs. Raises InputError if the file is not one."""
     try:
         check_regular(path)
         with pa.OSFile(os.fsencode(path)) as file:
@@ -210,13 +214,13 @@ def read_results(path: Path) -> list[Run]:
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read ({first_line(error)})") from None
     if table.schema.names != SCHEMA.names:
-        raise InputError(f"{path}: not a table of runs; give another --results")
+        raise InputError(f"{path}: is not a table of runs; give another --results")
     rows: list[Run] = table.to_pylist()
     return rows
 
 
 def summary(rows: Sequence[Run]) -> list[Summary]:
-    """Summarise each method and number of shots over the seeds, by Student's t."""
+    """Return the mean of each method and number of shots over the seeds, with Student's t intervals."""
     groups: dict[tuple[Method, int], list[float]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["shots"]), []).append(row["top1"])
@@ -232,14 +236,14 @@ def summary(rows: Sequence[Run]) -> list[Summary]:
 
 
 def _in_file_order(pool: CacheModel) -> tuple[npt.NDArray[np.int64], list[int]]:
-    """Rows of the keys in the order that the source had, and the class ids in that order."""
+    """Return the rows of the keys in the order of the source, and their class ids."""
     order = np.argsort(pool.labels["key_id"].to_numpy(), kind="stable")
     labels: list[int] = pool.class_ids.cpu().numpy()[order].tolist()
     return order, labels
 
 
 def _validation(pool: CacheModel, val: Items | None, shots: int, seed: int, protocol: Protocol) -> Items | None:
-    """The validation images that this run may see."""
+    """Return the validation images that a run may use."""
     if val is None or protocol == "paper":
         return val
     _, labels = _in_file_order(pool)
@@ -250,7 +254,7 @@ def _validation(pool: CacheModel, val: Items | None, shots: int, seed: int, prot
 def _set(
     cache: CacheModel, method: Method, protocol: Protocol, scales: tuple[float, float], val: Items | None
 ) -> tuple[CacheModel | Linear, str]:
-    """The drawn index, untouched, as a method answers with it; and what its settings were chosen on."""
+    """Fit a method to a drawn index; return its classifier and the data that chose its settings."""
     if method in LINEAR:
         return LINEAR[method](cache), "nothing" if method == "class-means" else "folds of the shots"
     if method == "closed-form":
@@ -274,7 +278,7 @@ def _set(
 def _fine_tune(
     cache: CacheModel, images: Source, encoder: Encoder, val: Items | None, seed: int
 ) -> tuple[CacheModel, str]:
-    """The drawn index with its keys fine-tuned; and what epoch and settings were chosen on."""
+    """Fine-tune the keys of a drawn index; return it and the data that chose epoch and settings."""
     queries = None if val is None else unseen(cache, val.features, val.ids, val.name)
     tuned = finetune(cache, own_shots(cache, images), encoder, Recipe(seed=seed), val=queries)
     return tuned.cache, "nothing" if val is None else val.name
@@ -288,7 +292,7 @@ def _row(
     start: float,
     backbone: Identity | None,
 ) -> Run:
-    """The row of a run that began at ``start``, by the performance counter."""
+    """Return the row of a run that began at ``start`` of the performance counter."""
     top1, top5 = _answer(answering, test)
     alpha = beta = k = None
     if isinstance(answering, CacheModel):
@@ -311,14 +315,13 @@ def _row(
 
 
 def _trained(answering: CacheModel | Linear, method: Method) -> int:
-    """How many parameters a method has trained."""
     if method == "linear-probe" and isinstance(answering, Linear):
         return answering.weights.numel() + answering.bias.numel()
     return answering.keys.size if method == "tip-adapter-f" and isinstance(answering, CacheModel) else 0
 
 
 def _answer(answering: CacheModel | Linear, test: Items) -> tuple[float, float]:
-    """top1 and top5 of the test items."""
+    """Return top-1 and top-5 accuracy on the test items."""
     logits = answering.logits(test.features)
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
     hits = ranked == torch.from_numpy(test.ids)[:, None]
@@ -326,5 +329,5 @@ def _answer(answering: CacheModel | Linear, test: Items) -> tuple[float, float]:
 
 
 def _peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes (Linux counts KiB, macOS bytes)."""
+    """Return the largest resident set of this process so far in bytes (Linux reports KiB, macOS bytes)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,1 +1,1 @@
-"""How settings, keys and values are found from the shots."""
+"""Fitting: metric, values, settings and fine-tuned keys from the shots."""

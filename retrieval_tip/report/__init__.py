@@ -1,1 +1,1 @@
-"""The report of an index, and its plots."""
+"""Accuracy reports and diagrams."""

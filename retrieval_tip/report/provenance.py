@@ -54,7 +54,10 @@ def _index(judged: Judged, manifest: Manifest | None) -> Iterator[tuple[str, str
         yield "version", f"{manifest.version}, {manifest.created_at}, by {manifest.created_by}"
         yield "last change", manifest.change or "-"
         yield "digest of the keys", manifest.keys_digest
-    yield "examples", f"{cache.n:,} of {cache.d:,} values, {cache.keys.dtype}, {counted(cache.segments, 'segment')}"
+    yield (
+        "examples",
+        f"{cache.n:,} vectors of {cache.d:,} values, {cache.keys.dtype}, {counted(cache.segments, 'segment')}",
+    )
     if judged.where is not None:
         yield "restricted to", judged.where
     yield "classes", f"{len(cache.class_names):,}"

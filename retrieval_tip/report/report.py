@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from retrieval_tip import tip
+from retrieval_tip.bounds import check_count
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.feature_tables import check_backbone
@@ -110,8 +111,7 @@ def write_report(
     """
     path = Path(out)
     check(path)
-    if seeds < 1:
-        raise UsageError(f"seeds: {seeds}; give at least 1")
+    check_count("seeds", seeds)
     if val is not None and val.name == test.name:
         raise UsageError(f"val: {val.name} is the test source; give other photos to choose settings on")
     least, rare = _fewest(cache)

@@ -87,8 +87,8 @@ def sentences(judged: Judged, ways: Sequence[Way]) -> Iterator[str]:
         return
     wrong, (name, right, n, _) = int((~own.right).sum()), _weakest(judged)[0]
     yield (
-        f"The weakest class is {name}: {right} of {counted(n, 'photo')} correct, "
-        f"{n - right} of all {counted(wrong, 'mistake')}."
+        f"The weakest class is {name}: {right} of {counted(n, 'photo')} correct "
+        f"({n - right} of {counted(wrong, 'mistake')})."
     )
     truth, answer, times = evaluation.confusions[0]
     if times > 1:
