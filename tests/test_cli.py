@@ -266,7 +266,7 @@ def test_unreadable_images_are_named_and_the_exit_status_is_3(run, shared, tmp_p
     assert not (tmp_path / "i").exists()
     built = run("index", "build", "--fit", "none", photographs, *model, "--out", tmp_path / "i")
     assert built.exit_code == 3
-    assert f"skipped {broken}: damaged image" in built.stderr
+    assert f"skipped {broken}: damaged" in built.stderr
     number = sum(1 for _ in photographs.glob("*/*.jpg"))
     cache = CacheModel.load(tmp_path / "i")
     assert cache.n == number - 1

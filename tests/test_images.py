@@ -84,7 +84,7 @@ def test_a_format_gives_its_pixels_and_has_its_usual_extension(style: str) -> No
     expected = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(style, f".{style.lower()}")
     assert images.extension(data) == expected
     assert expected in images.extensions()
-    with pytest.raises(InputError, match="not an image"):
+    with pytest.raises(InputError, match="not a readable image"):
         images.extension(b"nothing")
 
 
@@ -229,7 +229,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(size: tuple[int, int]) ->
     message = refusal(png_claiming(*size))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert "refused before decoding" in message or 0 in size
+    assert "too large" in message or 0 in size
     assert peak < 10 << 20
     assert images.area(png_claiming(*size)) == 0
 
@@ -271,7 +271,7 @@ def test_a_format_that_is_not_listed_is_not_read(style: str) -> None:
         pytest.skip(f"this Pillow cannot write {style}")
     size = 1024 if style == "ICNS" else 64
     quarters(size, size).convert("1" if style in ("XBM", "MSP") else "RGB").save(buffer, style)
-    assert "not an image" in refusal(buffer.getvalue())
+    assert "not a readable image" in refusal(buffer.getvalue())
     assert {".avif", ".jp2", ".ico", ".icns", ".tga", ".qoi", ".eps", ".pdf"}.isdisjoint(images.extensions())
 
 
@@ -540,9 +540,9 @@ def test_the_caller_may_allow_fewer_pixels_and_formats(style: str) -> None:
     assert decode(data, most=800, only=(style,)).size == (40, 20)
     assert images.area(data, most=800, only=(style,)) == 800
     for call in (lambda: decode(data, 2, most=799), lambda: thumbnail(data, 4, most=799)):  # of the full size
-        with pytest.raises(InputError, match="40 x 20 pixels are more than 799"):
+        with pytest.raises(InputError, match="40 x 20 pixels"):
             call()
-    with pytest.raises(InputError, match="not an image"):
+    with pytest.raises(InputError, match="not a readable image"):
         decode(data, only=("WEBP",))
     assert images.area(data, most=799) == images.area(data, only=("WEBP",)) == 0
 
@@ -568,7 +568,7 @@ def test_a_thumbnail_is_upright_not_enlarged_and_says_nothing_else() -> None:
     assert b"secret" not in found
     with Image.open(io.BytesIO(thumbnail(encoded(quarters(4000, 2), "PNG"), 32))) as image:
         assert image.size == (32, 1)
-    with pytest.raises(UsageError, match="size is 0"):
+    with pytest.raises(UsageError, match="size 0"):
         thumbnail(data, 0)
-    with pytest.raises(InputError, match="not an image"):
+    with pytest.raises(InputError, match="not a readable image"):
         thumbnail(b"nothing", 8)

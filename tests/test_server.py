@@ -586,7 +586,7 @@ def test_other_formats_are_named_and_not_kept(own: Path) -> None:
             files = {"images": ("icon", sent.getvalue())}
             for path, more in (("/v1/classify", {}), ("/v1/indexes/own/keys", {"data": {"label": "new"}})):
                 answer = client.post(path, files=files, headers=AUTHORISED, **more)
-                assert (answer.status_code, "icon: not an image" in answer.json()["detail"]) == (422, True)
+                assert (answer.status_code, "icon: not a readable image" in answer.json()["detail"]) == (422, True)
     assert not (own.parent / "own-shots").exists()
 
 

@@ -1,7 +1,7 @@
-"""Image files to upright 8-bit RGB, or one line that says why not.
+"""Decode image files into upright 8-bit RGB, or say in one line why that failed.
 
-Pillow reads them and refuses decompression bombs by their header. Bounds here are on bytes, pixels, the work before the
-first pixel, and the number of large images that are decoded at the same time.
+Pillow decodes, and refuses decompression bombs by their header. This module also limits bytes, pixels, the work before
+the first pixel, and how many large images are decoded at once.
 """
 
 from __future__ import annotations
@@ -24,45 +24,45 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.files import FOLDER, NotAFileError, open_regular
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow's names of the formats that are read. JPEG includes MPO.
+"""Accepted formats, by Pillow's names. JPEG includes MPO.
 
-AVIF and JPEG 2000 are left out: their decoders allocate far more memory than the header's size suggests (240 MB for an
-AVIF of 1 KB, 770 MB for a JPEG 2000 of 213 bytes).
+AVIF and JPEG 2000 are excluded: their decoders allocate far more memory than the header suggests (240 MB for a 1 KB
+AVIF, 770 MB for a 213-byte JPEG 2000).
 """
 
 MAX_PIXELS = 178_956_970
-"""Largest width x height: Pillow's own limit for a decompression bomb. Larger images are refused by their header."""
+"""Largest width x height: Pillow's own limit for a decompression bomb."""
 
 MAX_BYTES = 256 << 20
-"""Largest file that is read."""
+"""Largest file, in bytes."""
 
 LARGE_PIXELS = 1 << 24
-"""Images of more pixels are decoded one at a time."""
+"""Images with more pixels are decoded one at a time."""
 
 WHOLE_PIXELS = 1 << 25
-"""Largest picture that is returned in full size; a larger one is divided by the smallest sufficient whole number."""
+"""Largest image that is returned at full size; larger ones are reduced by the smallest sufficient whole factor."""
 
 MAX_ASPECT = 64
-"""Largest ratio of the sides. Longer images are cut to their middle, which is all that a centre crop sees."""
+"""Largest ratio of the sides. Longer images are cropped to their middle, which is all that a centre crop sees."""
 
 HEADER_EFFORT, READ_EFFORT = 16 << 20, 256
-"""Bytes that are read before the first pixel, and the bytes that each single read counts as in addition."""
+"""Bytes a decoder may read before the first pixel, and bytes charged for each read in addition to its size."""
 
 MAX_SCANNED = 1 << 31
-"""Largest number of scans x pixels of a progressive JPEG: about five seconds of decoding."""
+"""Largest scans x pixels of a progressive JPEG: about five seconds of decoding."""
 
 MAX_EXIF = 1 << 20
-"""Largest EXIF block in bytes that is parsed; a JPEG's has at most 64 KB."""
+"""Largest EXIF block that is parsed, in bytes; a JPEG's has at most 64 KB."""
 
 PART_PIXELS = 1 << 18
-"""Pixels that are converted to RGB at a time."""
+"""Pixels converted to RGB at a time."""
 
 _large = threading.Lock()
 
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read here: ``FORMATS``, and HEIF if the extra ``heic`` is installed."""
+    """Return the accepted formats by Pillow's names: ``FORMATS``, and HEIF if the extra ``heic`` is installed."""
     try:
         import pillow_heif
     except ImportError:
@@ -72,13 +72,13 @@ def formats() -> tuple[str, ...]:
 
 
 def uploads() -> tuple[str, ...]:
-    """Pillow's names of the formats that the server accepts."""
+    """Return the formats that the server accepts, by Pillow's names."""
     return tuple(name for name in formats() if name in ("JPEG", "PNG", "WEBP", "HEIF"))
 
 
 @cache
 def extensions() -> frozenset[str]:
-    """File extensions (lower case, with the dot) of the formats that can be read."""
+    """Return the file extensions of the accepted formats, in lower case, with the dot."""
     read = (*formats(), "MPO")
     return frozenset(ext for ext, name in Image.registered_extensions().items() if name in read)
 
@@ -91,9 +91,9 @@ def extension(data: bytes) -> str:
 
 
 def find(folder: Path, others: Counter[str] | None = None) -> Iterator[Path]:
-    """Yield image files below a folder, depth first in name order. Hidden files and folders are left out.
+    """Yield image files below a folder, depth first in name order, and count the others by suffix in ``others``.
 
-    Other files are counted in ``others`` by their suffix.
+    Hidden files and folders are skipped.
     """
     waiting = entries(folder)[::-1]
     while waiting:
@@ -123,9 +123,9 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def check_size(size: int) -> None:
-    """Raise InputError if an image file of ``size`` bytes is too large to be read."""
+    """Raise InputError if ``size`` bytes are too many for an image file."""
     if size > MAX_BYTES:
-        raise InputError(f"{size:,} bytes are more than an image file may have ({MAX_BYTES:,})")
+        raise InputError(f"file too large: {size:,} bytes; the limit is {MAX_BYTES:,}")
 
 
 def read(path: str | os.PathLike[str]) -> bytes:
@@ -152,39 +152,36 @@ def read(path: str | os.PathLike[str]) -> bytes:
 
 
 class _Bounded(io.BytesIO):
-    """An image file that refuses a decoder which reads byte by byte, or very much before the first pixel."""
+    """An image file that stops decoders which read byte by byte, or read too much before the first pixel."""
 
     effort = HEADER_EFFORT
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read at most 1 MiB, the most that Pillow's own readers take at a time; or, without a size, all."""
+        """Read at most 1 MiB, as much as Pillow's own readers ever ask for; without a size, read everything."""
         data = super().read(-1 if size is None else min(size, 1 << 20))
         if size is not None and size >= 0:  # WEBP's decoder asks for everything, once
             self.effort -= len(data) + READ_EFFORT
         if self.effort < 0:
-            raise InputError("too much metadata, or in too many pieces: save the image again without it")
+            raise InputError("too much metadata; save the image again without it")
         return data
 
 
 @contextmanager
 def _opened(data: bytes, only: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
-    """Open an image, of the formats ``only`` if given, by its header.
-
-    Inside the context, whatever Pillow raises becomes an InputError.
-    """
+    """Open an image by its header, optionally of the formats ``only``. Every error of Pillow becomes an InputError."""
     file, known = _Bounded(data), only or formats()
     try:
         with Image.open(file, formats=known) as image:
             if "progressive" in image.info and data.count(b"\xff\xda") * image.width * image.height > MAX_SCANNED:
-                raise InputError(f"{image.width} x {image.height} pixels in too many scans: save it as PNG")
+                raise InputError(f"{image.width} x {image.height} pixels in too many scans; save it as PNG")
             file.effort += 2 * len(data)
             yield image
     except InputError:
         raise
     except UnidentifiedImageError:
-        raise InputError(f"not an image of a format that is read ({', '.join(known)}), or damaged") from None
+        raise InputError(f"not a readable image ({', '.join(known)}); is it damaged?") from None
     except Image.DecompressionBombError as error:
-        raise InputError(f"refused before decoding: {error}") from error
+        raise InputError(f"too large to decode: {error}") from error
     except MemoryError:
         raise InputError("does not fit in memory") from None
     except Exception as error:  # decoders raise anything on damaged data: SyntaxError, struct.error, IndexError ...
@@ -192,7 +189,7 @@ def _opened(data: bytes, only: tuple[str, ...] | None = None) -> Iterator[Image.
 
 
 def area(data: bytes, *, most: int = MAX_PIXELS, only: tuple[str, ...] | None = None) -> int:
-    """Width x height of an encoded image, by its header; 0 if :func:`decode` with the same limits refuses it."""
+    """Return width x height of an encoded image by its header; 0 if :func:`decode` with the same limits refuses it."""
     try:
         with _opened(data, only) as image:
             pixels = image.width * image.height
@@ -202,7 +199,7 @@ def area(data: bytes, *, most: int = MAX_PIXELS, only: tuple[str, ...] | None = 
 
 
 def reducible(data: bytes, least: int) -> bool:
-    """Tell from the header whether ``least`` makes :func:`decode` return a smaller picture: a JPEG twice as large."""
+    """Tell from the header whether :func:`decode` with ``least`` would return a reduced image."""
     try:
         with _opened(data, ("JPEG",)) as image:
             return image.format == "JPEG" and min(image.size) >= 2 * least
@@ -213,21 +210,22 @@ def reducible(data: bytes, least: int) -> bool:
 def decode(
     data: bytes, least: int | None = None, *, most: int = MAX_PIXELS, only: tuple[str, ...] | None = None
 ) -> Image.Image:
-    """Decode an image to an upright RGB picture of 8 bits a channel.
+    """Decode an image into upright RGB with 8 bits per channel.
 
-    EXIF orientation is applied; an animation gives its first frame; transparency is laid on white; 16-bit, 32-bit and
-    floating-point greys are scaled to 8 bits. A picture of more than ``WHOLE_PIXELS`` is reduced.
+    Applies EXIF orientation, takes the first frame of an animation, lays transparency on white, scales 16-bit, 32-bit
+    and floating-point greys to 8 bits, and reduces images of more than ``WHOLE_PIXELS``.
 
-    With ``least``, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, the smallest of which both sides have ``least``
-    pixels. That is several times faster. ``most`` limits width x height of the full size, ``only`` the formats.
+    With ``least``, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, whichever is the smallest that leaves both sides at
+    least ``least`` pixels. That is several times faster. ``most`` limits width x height at full size, ``only`` the
+    formats.
 
-    Raises InputError: not an image of these formats, truncated, damaged, or of more than ``most`` pixels.
+    Raises InputError if the image has another format, is truncated or damaged, or has more than ``most`` pixels.
     """
     with _opened(data, only) as image:
         width, height = image.size
         if width * height > most:
-            raise InputError(f"{width} x {height} pixels are more than {most:,}: refused before decoding")
-        if image.format == "JPEG":  # not MPO, whose further frames have another size
+            raise InputError(f"too large: {width} x {height} pixels; the limit is {most:,}")
+        if image.format == "JPEG":  # not MPO: its other frames have another size
             scale = max(1, min(image.size) // least if least else 1)
             while (width // scale) * (height // scale) > WHOLE_PIXELS:
                 scale *= 2
@@ -251,17 +249,17 @@ _TURNS = {
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Return the turn that makes an image upright, by its EXIF orientation; ``None`` if none or EXIF is damaged."""
+    """Return the turn that makes an image upright by its EXIF orientation; ``None`` if there is none."""
     try:
         if len(image.info.get("exif") or b"") > MAX_EXIF:
             return None
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a damaged EXIF block does not make the picture unreadable
+    except Exception:  # a damaged EXIF block does not make the image unreadable
         return None
 
 
 def _middle(image: Image.Image) -> Image.Image:
-    """Cut an image that is longer than ``MAX_ASPECT`` to its middle."""
+    """Crop an image that is longer than ``MAX_ASPECT`` to its middle."""
     longest = MAX_ASPECT * min(image.size)
     width, height = min(image.width, longest), min(image.height, longest)
     left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -269,7 +267,7 @@ def _middle(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB of at most ``WHOLE_PIXELS``, part by part: a converted whole may need much memory."""
+    """Convert an image to RGB with at most ``WHOLE_PIXELS``, part by part to save memory."""
     factor = max(1, math.ceil(math.sqrt(image.width * image.height / WHOLE_PIXELS)))
     if image.mode == "RGB" and "transparency" not in image.info and factor == 1:
         return image
@@ -282,7 +280,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _parts(image: Image.Image, factor: int = 1) -> Iterator[tuple[int, int, Image.Image]]:
-    """Yield parts of an image, and where each begins: at multiples of ``factor``."""
+    """Yield left, top and content of the parts of an image; they begin at multiples of ``factor``."""
     columns = factor * (PART_PIXELS // factor)
     rows = factor * max(1, PART_PIXELS // (factor * min(columns, image.width)))
     for top in range(0, image.height, rows):
@@ -292,7 +290,7 @@ def _parts(image: Image.Image, factor: int = 1) -> Iterator[tuple[int, int, Imag
 
 
 def _conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """Return the function that converts each part of an image to RGB."""
+    """Return the function that converts a part of this image to RGB."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return partial(_from_grey, scale=255.0 / _white(image))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -315,7 +313,7 @@ def _values(image: Image.Image) -> npt.NDArray[np.float64]:
 
 
 def _white(image: Image.Image) -> float:
-    """White of a deep grey: the end of its range, 1, 255 or 65535, or the largest value of a wider range."""
+    """Return the white of a deep grey image: 1, 255 or 65535, or its largest value if that is larger."""
     if image.mode.startswith("I;16"):
         return 65535.0
     largest = max(float(_values(part).max()) for _, _, part in _parts(image))
@@ -325,13 +323,13 @@ def _white(image: Image.Image) -> float:
 
 
 def thumbnail(data: bytes, size: int, *, most: int = MAX_PIXELS) -> bytes:
-    """Return an encoded image as a small JPEG file: upright, RGB, at most ``size`` pixels a side, never enlarged.
+    """Return a small JPEG of an encoded image: upright, RGB, at most ``size`` pixels a side, never enlarged.
 
-    Comments, EXIF and profiles are dropped. ``most`` as for :func:`decode`. Raises InputError as :func:`decode`;
-    UsageError if ``size`` is below 1.
+    Drops comments, EXIF and profiles. ``most`` is as in :func:`decode`. Raises InputError as :func:`decode`; UsageError
+    if ``size`` is below 1.
     """
     if size < 1:
-        raise UsageError(f"size is {size}: a picture has at least 1 pixel a side")
+        raise UsageError(f"size {size}: expected at least 1 pixel")
     picture = decode(data, size, most=most)
     picture.thumbnail((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
     picture.info = {}

@@ -65,9 +65,9 @@ function fail(photo, error) {
 /** Why a file has no answer, in words that fit all files of which it is true. */
 function reasonOf({ name }, { message }) {
   const reason = message.startsWith(`${name}: `) ? message.slice(name.length + 2) : message;
-  if (/\.hei[cf]$/i.test(name) && /not an image of a format/.test(reason))
+  if (/\.hei[cf]$/i.test(name) && /not a readable image/.test(reason))
     return "HEIC, which this server cannot open: save as JPEG, or install retrieval-tip[heic] there";
-  if (/not an image of a format/.test(reason)) return "not a JPEG, PNG or WebP image, or damaged";
+  if (/not a readable image/.test(reason)) return "not a JPEG, PNG or WebP image, or damaged";
   return reason;
 }
 
