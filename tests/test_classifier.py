@@ -82,7 +82,7 @@ def test_a_photograph_is_the_same_however_it_is_held(place, clf):
     several = clf.predict(held)
     assert isinstance(several, Predictions)
     assert [answer.label for answer in several] == [one.label] * len(held)
-    assert several.inputs[:2] == [str(path), "picture 1"]
+    assert several.inputs[:2] == [str(path), "photo 1"]
     assert [a.label for a in clf.predict(pa.array([str(path)] * 2).to_pylist())] == [one.label] * 2
     assert len(clf.predict(np.stack([np.asarray(picture)] * 3))) == 3
 
@@ -106,7 +106,7 @@ def test_what_cannot_be_read_is_named(place, clf, tmp_path):
     with pytest.raises(InputError, match=r"notes\.txt"):
         clf.predict([place / "new/red/6.png", tmp_path / "notes.txt"])
     for wrong in (3.5, np.zeros((4, 4, 3)), None):
-        with pytest.raises(RetrievalTipError, match="picture 0"):
+        with pytest.raises(RetrievalTipError, match="photo 0"):
             clf.predict([wrong])
 
 
@@ -199,7 +199,7 @@ def test_photographs_that_are_held_are_shots(place):
         with pytest.raises(UsageError, match=words):
             held.add(wrong)
     tensors = [(torch.zeros(3, 8, 8), "red")]
-    with pytest.raises(InputError, match=r"picture 0: Tensor.*no transform"):
+    with pytest.raises(InputError, match=r"photo 0: Tensor.*without a transform"):
         Classifier.from_images(tensors, model=model, device="cpu")
 
 
@@ -259,7 +259,7 @@ def test_datasets_of_hugging_face_are_labelled_photographs(place, clf, datasets)
     assert made.predict(files).inputs == folder.inputs  # which explain() can show
     unknown = files.remove_columns("label").add_column("label", [0, 1, 2, -1, 0, 0])
     unknown = unknown.cast_column("label", datasets.ClassLabel(names=["blue", "green", "red"]))
-    with pytest.raises(InputError, match="picture 3: label -1"):
+    with pytest.raises(InputError, match="photo 3: label -1"):
         made.evaluate(unknown)
     for wrong, named in ((files.remove_columns("image"), "'label'"), (datasets.DatasetDict(train=files), "'train'"),
                          (files.remove_columns("label"), "label: missing")):  # fmt: skip

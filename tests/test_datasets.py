@@ -216,7 +216,7 @@ def test_imagenet_by_its_class_folders(tmp_path, picture, caplog):
         assert (len(source), source.class_names[7], source.labels[7]) == (1000, "thing 7", "thing 7")
         assert source.paths[7] == str(folder / "images" / part / WNIDS[7] / "one.png")
     assert not caplog.records
-    with pytest.raises(UsageError, match="no part 'val', it has train, test; its images/val is its test part"):
+    with pytest.raises(UsageError, match=r"no part 'val' \(its images/val is the test part\).* train, test"):
         open_dataset("imagenet", tmp_path, "val")
 
 
@@ -230,7 +230,7 @@ def test_the_variants_of_imagenet(tmp_path, picture, name, caplog):
     assert source.labels[1] == f"thing {step}"
     assert Path(source.paths[1]).parent.name == ("1" if name == "ImageNet-V2" else WNIDS[step])
     assert not caplog.records
-    with pytest.raises(UsageError, match=f"{name} has no part 'train', it has test"):
+    with pytest.raises(UsageError, match=f"{name}: no part 'train'.* test"):
         open_dataset(name, tmp_path, "train")
 
 
@@ -256,20 +256,20 @@ def test_some_of_imagenet_is_opened_with_a_warning_and_no_whole_dataset(tmp_path
         source = open_dataset("imagenet", tmp_path, "train")
     assert (len(source), len(source.class_names)) == (9, 10)
     assert "10 of the 1000 class folders of ImageNet" in caplog.text
-    assert f"{WNIDS[4]}: class folder without images" in caplog.text
+    assert f"{WNIDS[4]}: no images" in caplog.text
     problems = check("imagenet", tmp_path)
-    assert problems[0].startswith(f"{folder}/images/train: 10 classes; ImageNet has 1000: a folder for each class")
-    assert any(f"1 class folders have no image, {folder}/images/train/{WNIDS[4]} first" in p for p in problems)
+    assert problems[0].startswith(f"{folder}/images/train: 10 classes; ImageNet has 1000; ")
+    assert any(f"sampled class folders without images, first {folder}/images/train/{WNIDS[4]}" in p for p in problems)
 
 
 @pytest.mark.parametrize("name", names())
 def test_nothing_there(tmp_path, name):
     (problem,) = check(name, tmp_path)
     row = facts(name)
-    assert problem.startswith(f"{tmp_path / row.folder}: no such folder; expected in it: ")
+    assert problem.startswith(f"{tmp_path / row.folder}: no such folder; ")
     assert row.listing in problem
     assert all(part in problem for part in row.images.values())
-    with pytest.raises(InputError, match="no such folder; expected in it"):
+    with pytest.raises(InputError, match="no such folder"):
         open_dataset(name, tmp_path, "test")
     (tmp_path / row.folder).mkdir()  # and called so, but empty
     problems = check(name, tmp_path)
@@ -285,24 +285,23 @@ def test_each_missing_part_is_named(tmp_path, picture):
     problems = check("dtd", tmp_path)
     assert len(problems) == 3  # one a part
     listing = folder / "split_zhou_DescribableTextures.json"
-    assert problems[0].startswith(f"{listing} (train): of a sample of ")
-    assert problems[0].endswith(f", 1 images are not there, {folder}/images/c_0/train.png first")
-    assert len(open_dataset("dtd", tmp_path, "train")) == 47  # whoever reads the images reports them
+    assert problems[0].startswith(f"{listing} (train): 1 of ")
+    assert problems[0].endswith(f"images missing, first {folder}/images/c_0/train.png")
+    assert len(open_dataset("dtd", tmp_path, "train")) == 47  # missing images are reported when they are read
     shutil.rmtree(folder / "images")
-    assert check("dtd", tmp_path) == [f"{folder}/images: no such folder; the images, where the split file says"]
-    with pytest.raises(InputError, match="images: no such folder; the images, where the split file says"):
+    (problem,) = check("dtd", tmp_path)
+    assert problem.startswith(f"{folder}/images: no such folder; ")
+    with pytest.raises(InputError, match="images: no such folder; "):
         open_dataset("dtd", tmp_path, "train")
     listing.unlink()
     assert len(check("dtd", tmp_path)) == 2
-    with pytest.raises(InputError, match=r"json: no such file; CoOp's split file, .* \(1 more missing\)"):
+    with pytest.raises(InputError, match=r"json: no such file; .*CoOp's split file, .* \(1 more missing\)"):
         open_dataset("dtd", tmp_path, "train")
 
     folder = lay_aircraft(tmp_path, picture)
     (folder / "images_variant_val.txt").unlink()
     (problem,) = check("fgvc", tmp_path)
-    assert (
-        problem == f"{folder}/images_variant_val.txt: no such file; a line for each image: its number and its variant"
-    )
+    assert problem.startswith(f"{folder}/images_variant_val.txt: no such file; ")
     assert len(open_dataset("fgvc", tmp_path, "train")) == 100  # the other parts are whole
 
 
@@ -327,10 +326,10 @@ def test_a_damaged_split_file_is_named(tmp_path, picture, content, message):
     ("file", "content", "message"),
     [
         ("variants.txt", b"", r"variants\.txt: empty"),
-        ("variants.txt", b"A0\nA0\n", r"variants\.txt: class name 'A0' stands there twice"),
-        ("variants.txt", b"\xff\n", r"variants\.txt: not text in UTF-8 \(byte 0\)"),
+        ("variants.txt", b"A0\nA0\n", r"variants\.txt: duplicate class name 'A0'"),
+        ("variants.txt", b"\xff\n", r"variants\.txt: not UTF-8 text \(byte 0\)"),
         ("images_variant_test.txt", b"\n\n", r"images_variant_test\.txt: empty"),
-        ("images_variant_test.txt", b"0000001 A1\n\n0000002\n", "line 3 is not an image's number and its variant"),
+        ("images_variant_test.txt", b"0000001 A1\n\n0000002\n", "line 3: expected an image's number"),
         ("images_variant_test.txt", b"0000001 Zeppelin\n", r"line 1: variant 'Zeppelin' is not in variants\.txt"),
         ("images_variant_test.txt", b"1 " + b"a" * 5000, "line 1 is longer than 4096 characters"),
     ],
@@ -345,9 +344,9 @@ def test_damaged_variant_lists_are_named(tmp_path, picture, file, content, messa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("n00000000\n", r"classnames\.txt: line 1 is not a folder's name and the class's"),
-        ("n00000000 a\nn00000000 b\n", r"classnames\.txt: line 2: folder n00000000 stands there twice"),
-        ("n00000000 a\nn00000005 b\n", "names no class for the folder n00000010 and 197 more; expected folders n000"),
+        ("n00000000\n", r"classnames\.txt: line 1: expected a folder"),
+        ("n00000000 a\nn00000000 b\n", r"classnames\.txt: line 2: duplicate folder n00000000"),
+        ("n00000000 a\nn00000005 b\n", "names no class for the folder n00000010 and 197 more; .* n000"),
         (" \n", r"classnames\.txt: empty"),
     ],
 )
@@ -364,9 +363,9 @@ def test_validation_images_that_still_lie_in_one_heap_are_no_class_folders(tmp_p
     folder = lay_imagenet(tmp_path, picture)
     shutil.rmtree(folder / "images/val")
     place(picture, folder / "images/val/ILSVRC2012_val_00000001.JPEG")
-    look = "a folder for each class (n01440764), with its images"
-    assert check("imagenet", tmp_path) == [f"{folder}/images/val: 0 classes; ImageNet has 1000: {look}"]
-    with pytest.raises(InputError, match=f"images/val: no images; expected {re.escape(look)}"):
+    (problem,) = check("imagenet", tmp_path)
+    assert problem.startswith(f"{folder}/images/val: 0 classes; ImageNet has 1000; ")
+    with pytest.raises(InputError, match="images/val: no images; expected one folder of images per class"):
         open_dataset("imagenet", tmp_path, "test")
 
 
@@ -391,11 +390,11 @@ def test_check_prints_a_line_a_dataset_and_its_status(run, tmp_path, picture):
     assert run("datasets", "check", tmp_path, "EUROSAT").stdout == "EuroSAT  ok\n"
     both = run("datasets", "check", tmp_path, "eurosat", "pets")
     assert both.exit_code == 1
-    pets = f"OxfordPets  missing: {tmp_path}/oxford_pets: no such folder; expected in it: images/, split_zhou"
+    pets = f"OxfordPets  missing: {tmp_path}/oxford_pets: no such folder; expected a folder with images/, split_zhou"
     assert both.stdout.splitlines()[1].startswith(pets)
     wrong = run("datasets", "check", tmp_path, "eurosat", "pest")
     assert (wrong.exit_code, wrong.stdout) == (2, "")
-    assert "no dataset 'pest'; the datasets are ImageNet, " in wrong.stderr
+    assert "dataset 'pest': unknown; choose from ImageNet, " in wrong.stderr
 
 
 @pytest.fixture
@@ -473,9 +472,17 @@ def test_the_datasets_templates_give_way_to_given_ones(run, photographs, tmp_pat
 def test_wrong_use_is_said_and_builds_nothing(run, photographs, tmp_path):
     build = ("index", "build", "--fit", "none", photographs, "--out", tmp_path / "a")
     for options, status, message in (
-        (("--dataset", "kaltech"), 2, "no dataset 'kaltech'; the datasets are ImageNet, "),
-        (("--dataset", "pets"), 1, "oxford_pets: no such folder; expected in it: images/, split_zhou_OxfordPets.json"),
-        (("--dataset", "caltech", "--split", "all"), 2, "Caltech101 has no part 'all', it has train, val, test"),
+        (("--dataset", "kaltech"), 2, "dataset 'kaltech': unknown; choose from ImageNet, "),
+        (
+            ("--dataset", "pets"),
+            1,
+            "oxford_pets: no such folder; expected a folder with images/, split_zhou_OxfordPets.json",
+        ),
+        (
+            ("--dataset", "caltech", "--split", "all"),
+            2,
+            "Caltech101: no part 'all'; choose --split from train, val, test",
+        ),
         (("--dataset", "caltech", "--root", tmp_path), 2, "--root does not go with --dataset"),
     ):
         done = run(*build, *options)

@@ -309,7 +309,7 @@ def test_strict_stops_at_the_first_one(folder: Path) -> None:
 
 
 def test_no_readable_image_at_all_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"none of its 2 items could be read .*no such file"):
+    with pytest.raises(InputError, match=r"none of 2 items could be read .*no such file"):
         all_of(Encoder(Fake()), of_images([str(tmp_path / "a.png"), str(tmp_path / "b.png")]))
 
 
@@ -409,7 +409,7 @@ def test_a_file_of_something_else_is_put_aside(
     assert np.array_equal(fill(tmp_path / "c", source), right)
     (aside,) = (tmp_path / "c").glob("*damaged*")
     assert aside.read_bytes() == raw
-    assert "put aside" in caplog.text
+    assert "moved to" in caplog.text
 
 
 def test_damage_that_is_met_while_writing_is_put_aside(folder: Path, tmp_path: Path) -> None:
@@ -593,11 +593,11 @@ GOOD = [1.0, 0.0, 0.0, 0.0]
     ("rows", "words"),
     [
         ([GOOD, None, GOOD, None], "rows 1, 3 without a feature"),
-        ([GOOD, GOOD, [1.0, 0.0]], "row 2 has 2 values, the rows before have 4"),
+        ([GOOD, GOOD, [1.0, 0.0]], "row 2 has 2 values, earlier rows have 4"),
         ([[], []], "row 0 has no values"),
         ([GOOD, [1.0, None, 0.0, 0.0]], "row 1 with a missing value"),
-        ([[np.inf, 0, 0, 0], GOOD, [0, -np.inf, 0, 0]], "rows 0, 2: the feature holds NaN or infinity"),
-        ([GOOD, [1e300, 0, 0, 0]], "row 1: the feature holds NaN or infinity"),
+        ([[np.inf, 0, 0, 0], GOOD, [0, -np.inf, 0, 0]], "rows 0, 2: the feature contains NaN or infinity"),
+        ([GOOD, [1e300, 0, 0, 0]], "row 1: the feature contains NaN or infinity"),
         ([GOOD, [0.0, 0, 0, 0]], "row 1: the feature is zero"),
         ([GOOD, [2.0, 0, 0, 0]], "row 1: norm 2 instead of 1; use norms=unit"),
         ([[0.5, 0, 0, 0], GOOD], "row 0: norm 0.5 instead of 1"),
@@ -614,7 +614,11 @@ def test_a_wrong_row_is_named(tmp_path: Path, rows: list[Any], words: str) -> No
 
 def test_rows_are_counted_over_the_whole_table(tmp_path: Path) -> None:
     rows: list[Any] = list(unit_rows(10_000, 4))
-    cases = {"row 9013 has 3": [1.0, 0.0, 0.0], "row 9013: the feature holds": [np.nan] * 4, "row 9013 without": None}
+    cases = {
+        "row 9013 has 3": [1.0, 0.0, 0.0],
+        "row 9013: the feature contains": [np.nan] * 4,
+        "row 9013 without": None,
+    }
     for words, wrong in cases.items():
         path = table_of(tmp_path / "t.parquet", pa.array([*rows[:9013], wrong, *rows[9014:]], pa.list_(pa.float32())))
         with pytest.raises(InputError, match=words):
@@ -709,7 +713,7 @@ def test_a_table_of_another_backbone_is_refused(tmp_path: Path) -> None:
         check_backbone(None, 5, None, [source])
     with pytest.raises(BackboneError, match="index: made with backbone"):
         check_backbone(other, 6, Fake(), [])
-    with pytest.raises(BackboneError, match="its features have 6 values, the index 5"):
+    with pytest.raises(BackboneError, match="its features have 6 values, the index has 5"):
         check_backbone(None, 5, Fake(), [])
 
 

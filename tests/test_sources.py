@@ -74,9 +74,9 @@ def test_what_is_left_out_of_a_folder_is_named(tmp_path: Path, caplog: pytest.Lo
     touch(tmp_path, "cat/a.png", "cat/b.cr2", "cat/deep/c.CR2", "cat/d.mp4", "empty/readme.txt", "stray.png")
     source = open_source(tmp_path)
     assert source.class_names == ("cat",)
-    assert "not classes: empty" in caplog.text
-    assert "1 file beside the class folders" in caplog.text
-    assert "left out: 2 .cr2, 1 .mp4, 1 .txt" in caplog.text
+    assert "without images: empty" in caplog.text
+    assert "1 file outside the class folders" in caplog.text
+    assert "2 .cr2, 1 .mp4, 1 .txt" in caplog.text
 
 
 def test_parts_above_the_classes_are_no_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -84,11 +84,11 @@ def test_parts_above_the_classes_are_no_classes(tmp_path: Path, caplog: pytest.L
     source = open_source(tmp_path)
     assert source.class_names == ("cat", "dog")
     assert relative(source, tmp_path) == ["train/cat/a.png", "train/dog/b.png"]
-    assert "its part train is used, not Valid, test" in caplog.text
+    assert "part train, ignoring Valid, test" in caplog.text
     assert relative(open_source(tmp_path, split="val"), tmp_path) == ["Valid/cat/c.png"]
     assert relative(open_items(tmp_path, split="test"), tmp_path) == ["test/dog/d.png"]
     (tmp_path / "train").rename(tmp_path / ".train")
-    refused(tmp_path, "parts Valid, test", "no train")
+    refused(tmp_path, "Valid, test", "no part 'train'")
 
 
 @pytest.mark.parametrize("folders", [("train/a.png", "bus/b.png"), ("train/a.png", "test/b.png")])
@@ -162,7 +162,7 @@ def test_labels_may_be_spelled_otherwise(caplog: pytest.LogCaptureFixture) -> No
     known = source.known_as(["grand_piano", "straw berry", "cat", "A", "a"])
     assert known.labels == ["grand_piano", "straw berry", "cat", "cat", "unknown"]
     assert known.class_names == ("grand_piano", "straw berry", "cat", "unknown")
-    assert "Grand Piano as grand_piano" in caplog.text
+    assert "Grand Piano to grand_piano" in caplog.text
     assert known.known_as(["grand_piano", "straw berry", "cat"]) is known
     either = Source("s", pa.table({"source": ["A "], "label": ["A "]}), ("A ",))
     assert either.known_as(["A", "a"]) is either  # which of them cannot be told
@@ -187,7 +187,7 @@ def test_links_that_lead_nowhere_or_in_circles_do_not_stop_a_folder(tmp_path: Pa
 @pytest.mark.parametrize("make", [[], ["a.png"], ["cat/notes.txt"], [".hidden/a.png"]])
 def test_a_folder_without_class_folders_is_refused(tmp_path: Path, make: list[str]) -> None:
     touch(tmp_path, *make)
-    refused(tmp_path, "no images", "one folder a class")
+    refused(tmp_path, "one folder of images per class")
 
 
 def test_names_that_are_not_utf8_are_readable_and_shown(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_table_as_a_spreadsheet_saves_it(tmp_path: Path, encoding: str, caplog
     assert source.paths[-1] == str(tmp_path / "ä/y.png")
     assert source.items["note"][-1].as_py() == "5 €"
     assert [record.message for record in caplog.records] == (
-        [f"{tmp_path}/t.csv: not UTF-8, so it is read as Windows-1252; save it as UTF-8 if that is wrong"]
+        [f"{tmp_path}/t.csv: not UTF-8; reading it as Windows-1252 (if that is wrong, save it as UTF-8)"]
         * (encoding == "cp1252")
     )
 
@@ -286,7 +286,7 @@ def test_lines_of_json_are_rows(tmp_path: Path) -> None:
     [
         (b"", ["no rows"]),
         (b'{"path": "a.png", "label": "cat"\n', ["cannot be read as JSON lines"]),
-        (b'["a.png", "cat"]\n', ["a line is no object"]),
+        (b'["a.png", "cat"]\n', ["a line is not an object"]),
         (b'{"path": "a.png", "label": "\xff"}\n', ["cannot be read as JSON lines"]),
         (b'{"path": "a.png", "label": "\\ud800"}\n', ["cannot be read as JSON lines"]),
         (b"[" * 50_000, ["cannot be read as JSON lines"]),
@@ -343,7 +343,7 @@ def test_blanks_are_missing_and_counted(tmp_path: Path, rows: str, words: str) -
         (b"path,label\n", ["no rows"]),
         (b"place,label\nx.png,cat\n", ["no column 'path'", "place, label"]),
         (b"path,kind\nx.png,cat\n", ["no column 'label'", "path, kind"]),
-        (b"path,label,path\nx.png,cat,y.png\n", ["twice"]),
+        (b"path,label,path\nx.png,cat,y.png\n", ["duplicate"]),
         (b"path,label\nx.png,cat,more\n", ["cannot be read"]),
         ("path,label\nü.png,cat\n".encode() + b"\xff.png,cat\n", ["cannot be read", "UTF8"]),
         ("path,label\nx.png,cat\n".encode("utf-16")[:-1], ["cannot be read", "truncated"]),
@@ -448,8 +448,11 @@ def test_parquet_that_cannot_be_is_refused(tmp_path: Path) -> None:
         (pa.table({"id": ["a"], "feature": features(1)}), ["no column 'label'", "feature table"]),
         (pa.table({"path": bad_text, "label": ["x"]}), ["UTF8"]),
         (pa.table({"path": ["x"], "label": bad_text}), ["UTF8"]),
-        (pa.table([["a"], ["b"], ["c"]], names=["path", "path", "label"]), ["twice"]),
-        (pa.table([["a"], ["b"], features(1), features(1)], names=["id", "label", "feature", "feature"]), ["twice"]),
+        (pa.table([["a"], ["b"], ["c"]], names=["path", "path", "label"]), ["duplicate"]),
+        (
+            pa.table([["a"], ["b"], features(1), features(1)], names=["id", "label", "feature", "feature"]),
+            ["duplicate"],
+        ),
     ]
     for number, (table, words) in enumerate(tables):
         refused(parquet(tmp_path / f"{number}.parquet", table), *words)
@@ -526,7 +529,7 @@ def test_an_entry_of_another_shape_is_named(tmp_path: Path, entry: object) -> No
         ("", ["not JSON"]),
         ("[" * 100_000, ["not JSON"]),
         (b"\xff\xfe\xff", ["not JSON"]),
-        ("[]", ["no parts at all"]),
+        ("[]", ["none"]),
         ('{"a": []}', ["no part 'train'", "'a'"]),
         ('{"train": {}}', ["entry 0"]),
         ('{"train": []}', ["empty"]),
@@ -548,7 +551,7 @@ def test_a_split_that_cannot_be_is_refused(tmp_path: Path, text: str | bytes, wo
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("x.png", "one image"), ("a.zip", "unpack"), ("x.txt", "not a source"), ("x", "not a source"),
+        ("x.png", "a single image"), ("a.zip", "unpack"), ("x.txt", "unknown file type"), ("x", "unknown file type"),
         ("gone.csv", "no such file"), ("gone", "no such file"), ("a\0b", "no such file"), ("x" * 5000, "no such file"),
         ("p.csv", "not a file"), ("p.parquet", "not a file"), ("p.json", "not a file"),  # pipes
     ],

@@ -118,7 +118,7 @@ def test_an_image_that_cannot_be_read_has_no_views(folder: Path) -> None:
     assert len(encoder.skipped) == 1
     with pytest.raises(InputError, match=r"05\.png.*--strict"):
         Encoder(Fake(), strict=True).encode_views(source, ["centre"])
-    with pytest.raises(InputError, match=r"none of its 1 item could be read .*05\.png"):
+    with pytest.raises(InputError, match=r"^[^(]*05\.png"):
         encoder.encode_views(source.take([1]), ["centre"])
 
 
@@ -222,7 +222,7 @@ def test_pixels_leave_out_and_name_once_what_cannot_be_read(folder: Path) -> Non
     assert [Path(skipped.source).name for skipped in encoder.skipped] == ["04.png", "05.png", "09.png"]
     with pytest.raises(InputError, match=r"04\.png: empty file; leave out --strict"):
         epoch(Encoder(Fake(), strict=True), source, "centre", 2)
-    with pytest.raises(InputError, match="none of its 2 items could be read"):
+    with pytest.raises(InputError, match="none of 2 items could be read"):
         epoch(encoder, source.take([4, 5]), "centre", 2)
 
 

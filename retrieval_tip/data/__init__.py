@@ -1,1 +1,1 @@
-"""Data: images, sources of labelled images or features, and how they become features."""
+"""Data: images, and sources of labelled images or features, turned into features."""

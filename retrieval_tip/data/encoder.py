@@ -1,4 +1,4 @@
-"""Turn sources into features, block by block: images by a backbone and the encoding cache, tables as they are."""
+"""Turn sources into features block by block: encode images, or read feature tables."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ log = logging.getLogger(__name__)
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 _Part = tuple[IntArray, FloatArray, list[str | None]]  # positions [b], features [b, v, d], digests
-_Merge = Callable[[FloatArray], FloatArray]  # of the raw views of an image [v, d]
-_Merged = dict[str, tuple[FloatArray, str] | None]  # by path: merged features and digest; None is unreadable
+_Merge = Callable[[FloatArray], FloatArray]  # takes the raw views of an image [v, d]
+_Merged = dict[str, tuple[FloatArray, str] | None]  # path to merged features and digest; None: unreadable
 _T = TypeVar("_T")
 
 CENTRE = "centre"
 REDUCED = "centre/reduced"
 REDUCED_SIDES = 3
-"""Sides of a reduced JPEG, at least, as a multiple of the view's: with 2, some cosines were below 0.999."""
+"""Smallest ratio of a reduced JPEG's sides to the view's: with 2, some cosines were below 0.999."""
 
 
 @dataclass(frozen=True)
 class FeatureBlock:
-    """Some items of a source with their features.
+    """Features of some items of a source.
 
-    ``positions`` ``[b]`` into the source, ascending; ``features`` ``[b, d]`` float32; ``digests`` of the images'
-    bytes (``None`` for rows of a feature table).
+    ``positions`` ``[b]`` in the source, ascending; ``features`` ``[b, d]`` float32; ``digests`` of the images' bytes
+    (``None`` for rows of a feature table).
     """
 
     positions: IntArray
@@ -68,9 +68,9 @@ class FeatureBlock:
 
 @dataclass(frozen=True)
 class Views:
-    """The views of every shot of a source.
+    """Features of every view of every shot of a source.
 
-    ``positions`` ``[m]`` int64: the first item of each shot in the source, ascending; ``features`` ``[r, d]`` float32;
+    ``positions`` ``[m]`` int64: first item of each shot in the source, ascending; ``features`` ``[r, d]`` float32;
     ``starts`` ``[m + 1]`` int64: rows ``starts[i]:starts[i + 1]`` are the views of shot ``i``.
     """
 
@@ -80,25 +80,28 @@ class Views:
 
 
 def view_names(seed: int, number: int) -> list[str]:
-    """Name the views of a shot: the centre view if ``number`` is 1, else views augmented by ``seed``."""
+    """Return the names of a shot's views: the centre view if ``number`` is 1, else views augmented with ``seed``."""
     return [CENTRE] if number == 1 else [f"crop/{seed}/{view}" for view in range(number)]
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Everything that decides how a source becomes features.
+    """Encoder of images and reader of feature tables.
 
-    - ``backbone``: required for images
-    - ``views``: 1 for the backbone's centre view; V > 1 for the mean of V augmented views (``seed`` draws them)
-    - ``norms``: for feature tables, ``check`` that rows have unit norm, scale them to ``unit`` norm, or ``keep`` them
-    - ``batch_size``: images encoded at a time, by default the backbone's best; ``workers``: threads that read them
-    - ``cache``: the encoding cache, or ``None``
-    - ``reduce``: for the centre view, decode a large JPEG at a half, a quarter or an eighth of its size, as long as
-      each side keeps ``REDUCED_SIDES`` times the view's: several times as fast, and a slightly different feature
-    - ``strict``: raise for an unreadable image instead of adding it to ``skipped``
-    - ``done``: counts the ``images`` so far, and the views that were encoded (``fresh``)
-    - ``read``: returns the bytes of an image by its path, as :func:`sources.read_item`
-    - ``empty``: accept a source without a readable item
+    Args:
+        backbone: required for images.
+        views: 1 for the centre view; V > 1 for the mean of V augmented views, drawn with ``seed``.
+        norms: for feature tables: ``check`` that rows have unit norm, scale them to ``unit`` norm, or ``keep`` them.
+        batch_size: images to encode at a time; ``None`` uses the backbone's best.
+        workers: threads that read and decode images.
+        cache: the encoding cache, or ``None``.
+        reduce: decode large JPEGs for the centre view at 1/2, 1/4 or 1/8 of their size, but no smaller than
+            ``REDUCED_SIDES`` times the view. This is several times faster, and changes the feature slightly.
+        strict: raise for an unreadable image instead of adding it to ``skipped``.
+        read: returns the bytes of an image by its path, like :func:`sources.read_item`.
+        empty: accept a source without a readable item.
+
+    ``done`` counts ``images``, and newly encoded views (``fresh``).
     """
 
     backbone: Backbone | None = None
@@ -123,19 +126,19 @@ class Encoder:
         check_choice("norms", self.norms, Norms)
 
     def blocks(self, source: Source) -> Iterator[FeatureBlock]:
-        """Yield the features of a source in its order, without unreadable items.
+        """Yield the features of a source in order, without unreadable items.
 
         Raises:
-            InputError: a feature table with missing, unequal, non-finite or (``norms="check"``) unnormalised rows; with
-                ``strict`` an unreadable image; no readable item at all.
-            UsageError: images, but no backbone; views and images at a time that do not fit in memory.
+            InputError: no readable item; with ``strict``, an unreadable image; a feature table with missing, unequal,
+                non-finite or (``norms="check"``) unnormalised rows.
+            UsageError: images without a backbone; a batch that does not fit in memory.
             BackboneError: a feature table made with another backbone.
         """
         for positions, features, digests in self._parts(source, view_names(self.seed, self.views), _mean_view):
             yield FeatureBlock(positions, features[:, 0], digests)
 
     def encode(self, source: Source) -> FeatureBlock:
-        """Return all of :meth:`blocks` as one."""
+        """Return the features of a source as one block. Raises as :meth:`blocks`."""
         blocks = list(self.blocks(source))
         return FeatureBlock(
             np.concatenate([block.positions for block in blocks]),
@@ -146,20 +149,19 @@ class Encoder:
     def encode_views(self, source: Source, names: Sequence[str]) -> Views:
         """Return the features of each view of each shot, in order of first appearance.
 
-        Of images, each distinct path is a shot and ``names`` (see :func:`view_names`) are its views, of unit norm; an
-        unreadable image is left out. Of a feature table, the rows that share an ``id`` are the views of one shot, and
-        ``names`` is ignored; their norms are as ``norms`` asks.
+        For images, each distinct readable path is a shot with the views ``names`` (see :func:`view_names`), of unit
+        norm. In a feature table, rows that share an ``id`` are the views of one shot; ``names`` is ignored.
 
-        Raises as :meth:`blocks`; UsageError if ``names`` is empty or has a name twice, or the features do not fit in
+        Raises as :meth:`blocks`; UsageError if ``names`` is empty or has duplicates, or if the features do not fit in
         memory; InputError if the source is empty.
         """
         if not len(source):
-            raise InputError(f"{source.name}: empty; at least one item is needed")
+            raise InputError(f"{source.name}: empty; expected at least one item")
         first, shots = grouped(source.sources if source.paths is None else source.paths)
         if source.paths is not None:
             if not names or len(set(names)) < len(names):
-                raise UsageError(f"views {', '.join(names) or 'none'}: at least one is needed, and each of them once")
-            values = 2 * len(first) * len(names) * self.needed_backbone(source).dim  # twice: parts, and all of them
+                raise UsageError(f"views {', '.join(names) or 'none'}: expected at least one, without duplicates")
+            values = 2 * len(first) * len(names) * self.needed_backbone(source).dim  # twice: the parts, and their join
             check_memory(4 * values, f"{len(names)} views of {len(first)} images", "use fewer views")
             source, shots = source.take(first), np.arange(len(first))
         parts = list(self._parts(source, names, _each_view))
@@ -170,19 +172,19 @@ class Encoder:
         return Views(first[counts > 0], features.reshape(-1, features.shape[2]), starts)
 
     def pixels(self, source: Source, name: str, size: int) -> Iterator[tuple[IntArray, torch.Tensor]]:
-        """Yield view ``name`` of the items of a source: positions ``[b]`` and pixels ``[b, 3, h, w]`` float32.
+        """Yield view ``name`` of a source's items: positions ``[b]`` and pixels ``[b, 3, h, w]`` float32.
 
-        ``size`` items are read at a time, and the next ones while the caller uses them. A view depends only on the
-        image's bytes and on ``name``. Unreadable items are left out (``b < size``).
+        Reads ``size`` items at a time, and the next ones while the caller uses them. Unreadable items are skipped, so
+        ``b`` may be smaller. A view depends only on the image's bytes and on ``name``.
 
         Raises:
-            InputError: with ``strict`` an unreadable image; no readable item at all.
+            InputError: no readable item; with ``strict``, an unreadable image.
             UsageError: a feature table; no backbone; ``size`` below 1.
         """
         import torch
 
         if source.paths is None:
-            raise UsageError(f"{source.name}: a feature table has no pixels; training an encoder needs the images")
+            raise UsageError(f"{source.name}: a feature table has no pixels; give the images to train an encoder")
         check_count("size", size)
         backbone = self.needed_backbone(source)
         _check_pixels(backbone, len(source), 1, size, 2)
@@ -203,13 +205,13 @@ class Encoder:
             raise self._none_read(source)
 
     def needed_backbone(self, source: Source) -> Backbone:
-        """Return the backbone. Raises UsageError if there is none for these images."""
+        """Return the backbone. Raises UsageError if there is none."""
         if self.backbone is None:
-            raise UsageError(f"{source.name}: images need a backbone; give --model (and --pretrained)")
+            raise UsageError(f"{source.name}: images need an encoder; give --model (and --pretrained)")
         return self.backbone
 
     def _parts(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[_Part]:
-        """Yield items with the features ``[v, d]`` that ``merge`` makes of raw views; a table's row is one view."""
+        """Yield items with merged features ``[v, d]``; each row of a table is one view."""
         done = 0
         for skipped in source.failed:
             self._skip(skipped.source, skipped.reason)
@@ -228,13 +230,15 @@ class Encoder:
     def _none_read(self, source: Source) -> InputError:
         own = set(source.sources)
         first = next((skipped for skipped in self.skipped if skipped.source in own), source.name)
-        return InputError(f"{source.name}: none of its {counted(len(source), 'item')} could be read ({first})")
+        if len(source) == 1:
+            return InputError(str(first))
+        return InputError(f"{source.name}: none of {len(source):,} items could be read ({first})")
 
     def _skip(self, name: str, reason: str) -> None:
-        """Add an unusable input to ``skipped`` with a warning, once; with ``strict``, raise."""
+        """Add an unusable input to ``skipped`` once, with a warning; with ``strict``, raise instead."""
         skipped = Skipped(show(name), reason)
         if self.strict:
-            raise InputError(f"{skipped}; leave out --strict to go on without it")
+            raise InputError(f"{skipped}; leave out --strict to skip it")
         if skipped not in self.skipped:
             log.warning("skipped %s", skipped)
             self.skipped.append(skipped)
@@ -299,7 +303,7 @@ class Encoder:
             yield self._encode_chunk(chunk, backbone, scope, size, merge)
 
     def _ahead(self, chunks: Sequence[Sequence[str]], load: Callable[[str], _T], depth: int) -> Iterator[list[_T]]:
-        """Yield the loaded images of each chunk, while ``depth`` more chunks are read and decoded."""
+        """Yield the loaded images of each chunk, while threads read and decode ``depth`` more chunks."""
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
             waiting: deque[list[Future[_T]]] = deque()
             try:
@@ -341,7 +345,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """An image that was read: features of its views, the pixels of those that are not cached, or the ``problem``."""
+    """An image after reading: cached features of its views, pixels of the other views, or the ``problem``."""
 
     path: str
     digest: str = ""
@@ -356,12 +360,12 @@ def _part(rows: Sequence[tuple[int, FloatArray, str]]) -> _Part:
 
 
 def _least(backbone: Backbone) -> int:
-    """Return the pixels that each side of a reduced picture must keep."""
+    """Return the smallest side of a reduced image, in pixels."""
     return REDUCED_SIDES * max(view_size(backbone.identity.preprocess))
 
 
 def _check_pixels(backbone: Backbone, number: int, views: int, size: int, chunks: int) -> None:
-    """Raise UsageError if pixels do not fit in memory: of ``chunks`` of ``size`` images, and a batch of them."""
+    """Raise UsageError unless the pixels of ``chunks`` times ``size`` images, and of one batch, fit in memory."""
     height, width = view_size(backbone.identity.preprocess)
     held = views * min(number, chunks * size) + min(views * number, size)
     what = f"{counted(views, 'view')} of {counted(min(number, chunks * size), 'image')} at a time"
@@ -376,10 +380,10 @@ def _load(
     least: int | None,
     read: Callable[[str], bytes],
 ) -> _Loaded:
-    """Read an image once: its digest, the views that are ``kept`` by digest and name, and the pixels of the others.
+    """Read an image once: its digest, the features of ``kept`` views, and the pixels of the others.
 
-    With ``least``, the centre view comes from the reduced picture. If that differs, the view is called ``REDUCED``, so
-    that a cache holds both.
+    With ``least``, a large JPEG's centre view comes from the reduced image and is called ``REDUCED``, so that a cache
+    can hold both.
     """
     try:
         data = read(path)
@@ -405,9 +409,9 @@ def _load(
 def pixels_of(
     data: bytes, backbone: Backbone, *, most: int = images.MAX_PIXELS, only: tuple[str, ...] | None = None
 ) -> torch.Tensor:
-    """Return the pixels ``[3, h, w]`` float32 of the centre view of an image, as :meth:`Encoder.blocks` takes it.
+    """Return the centre view of an image as pixels ``[3, h, w]`` float32, the same as :meth:`Encoder.blocks` encodes.
 
-    ``most`` and ``only`` as for :func:`images.decode`; raises InputError as that.
+    ``most`` and ``only`` are as in :func:`images.decode`, which raises InputError.
     """
     return backbone.preprocess(images.decode(data, _least(backbone), most=most, only=only))
 
@@ -427,7 +431,7 @@ def _chunks(things: Sequence[_T], size: int) -> list[Sequence[_T]]:
 
 
 def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
-    """Return the first position of each distinct name ``[m]``, and the number of each name among them ``[n]``."""
+    """Return the first position of each distinct name ``[m]``, and for each name its place among these ``[n]``."""
     numbers: dict[str, int] = {}
     shots = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
     _, first = np.unique(shots, return_index=True)
@@ -435,16 +439,17 @@ def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
 
 
 def encode_table(source: Source, out: str | os.PathLike[str], encoder: Encoder) -> int:
-    """Encode a source into a feature table: ``id``, ``label``, ``feature``, ``digest`` and its further columns.
+    """Write a source's features as a feature table, and return the number of rows.
 
-    It is written beside ``out`` and renamed at the end. Returns the number of rows.
+    Its columns are ``id``, ``label``, ``feature``, ``digest``, and the source's further columns. ``out`` appears only
+    when the table is complete.
     """
     schema, tables = encoded(source, encoder)
     return write_table(Path(out), schema, row_groups_of(tables))
 
 
 def encoded(source: Source, encoder: Encoder) -> tuple[pa.Schema, Iterator[pa.Table]]:
-    """Schema and rows of the feature table of a source, encoded as they are asked for."""
+    """Return the schema of a source's feature table, and its rows, which are encoded lazily."""
     if source.table is not None:
         dim, identity = table_dim(source.table), table_identity(source.table)
     else:

@@ -1,4 +1,4 @@
-"""The encoding cache: raw features of encoded images, by their content and the backbone that made them."""
+"""The encoding cache: raw features of images by content and backbone."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ FloatArray = npt.NDArray[np.float32]
 
 NAME = "encodings.sqlite"
 DEFAULT_BYTES = 8_000_000_000
-"""Default of the largest size: two million photos of 512 values."""
+"""Default size limit: two million photos with 512 values each."""
 LEFT = 0.9
-"""Share of the largest size that stays when old encodings are removed, so that removals are rare."""
+"""Share of the limit that remains after old encodings are removed, so that removals are rare."""
 REMOVED, ROW_BYTES, USED = 1024, 8192, 1024
-"""Encodings removed in one transaction; bytes that each is expected to free; uses recorded at a time."""
+"""Encodings removed per transaction; bytes that each should free; uses recorded at a time."""
 
 _UNIT = 1_000_000
-"""SQLite's ``user_version``, a number of 32 bits, holds the largest size in megabytes. 0 is the default."""
+"""Unit of SQLite's 32-bit ``user_version``, which holds the limit in megabytes; 0 means the default."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS encodings (scope TEXT NOT NULL, digest TEXT NOT NULL, view TEXT NOT NULL,
     feature BLOB NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (scope, digest, view));
@@ -39,16 +39,16 @@ CREATE INDEX IF NOT EXISTS uses_used ON uses (used);
 CREATE TRIGGER IF NOT EXISTS encodings_used AFTER INSERT ON encodings BEGIN
     INSERT OR REPLACE INTO uses VALUES (new.rowid, julianday('now')); END;
 """
-"""``uses`` holds the time of each encoding's last use apart, so that a use does not rewrite the encoding."""
+"""``uses`` stores the times of last use separately, so that a use does not rewrite the encoding."""
 _DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
 
 
 class EncodingCache:
     """Raw features by backbone, image content and view, in one SQLite file of at most :attr:`most` bytes.
 
-    Beyond that size, the encodings that were not used for the longest time are removed. Threads and processes can share
-    it. A damaged entry counts as absent, and a damaged file is put aside. If the file cannot be written, new encodings
-    are not kept. Raises InputError for a folder that cannot hold it.
+    Beyond that size, the least recently used encodings are removed. Threads and processes can share the file. Damaged
+    entries count as missing, and a damaged file is moved aside. If the file cannot be written, new encodings are not
+    stored. Raises InputError if the folder cannot hold the file.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -66,9 +66,9 @@ class EncodingCache:
 
     @classmethod
     def at(cls, folder: str | os.PathLike[str] | None) -> EncodingCache | None:
-        """Return the cache in a folder, by default the default one; ``None``, with a warning, if that cannot be opened.
+        """Open the cache in a folder, or in the default one.
 
-        Raises InputError if a given folder cannot hold one.
+        Raises InputError if the folder cannot hold it; for the default folder, warns and returns ``None`` instead.
         """
         try:
             return cls(folder or cls.default_folder())
@@ -80,10 +80,10 @@ class EncodingCache:
 
     @staticmethod
     def default_folder() -> Path:
-        """:func:`files.cache_folder`. Raises UsageError for a user without a home."""
+        """Return :func:`files.cache_folder`. Raises UsageError for a user without a home folder."""
         folder = cache_folder()
         if folder is None:
-            raise UsageError("the encoding cache has no place: no home folder; give --cache or --no-cache")
+            raise UsageError("encoding cache: no home folder to keep it in; give --cache FOLDER or --no-cache")
         return folder
 
     def _unusable(self, error: Exception) -> InputError:
@@ -96,21 +96,21 @@ class EncodingCache:
         return self.path.with_suffix(".damaged")
 
     def _renew(self) -> None:
-        """Put a damaged file aside, in place of an earlier one, and start another."""
+        """Move a damaged file aside, and start a new one."""
         self._used.clear()
         try:
             self.path.replace(self._aside)
-            log.warning("%s: damaged, put aside as %s; encoding anew", show(self.path), self._aside.name)
+            log.warning("%s: damaged, moved to %s; encoding again", show(self.path), self._aside.name)
             self._db = self._open()
         except (OSError, sqlite3.Error) as error:
             raise self._unusable(error) from None
 
     def _open(self) -> sqlite3.Connection:
-        if self.path.exists() and not self.path.is_file():  # SQLite would wait for a pipe
+        if self.path.exists() and not self.path.is_file():  # SQLite would block on a pipe
             raise self._unusable(ValueError("not a file"))
         db = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level=None)
         try:
-            db.execute("PRAGMA auto_vacuum = 2")  # incremental, for a new file
+            db.execute("PRAGMA auto_vacuum = 2")  # incremental; affects new files only
             db.executescript(_SCHEMA)
             db.execute("SELECT count(*) FROM (SELECT 1 FROM encodings LIMIT 1)").fetchone()
         except BaseException:
@@ -134,7 +134,7 @@ class EncodingCache:
         return np.frombuffer(row[0], dtype="<f4")
 
     def put(self, scope: str, features: dict[tuple[str, str], FloatArray]) -> None:
-        """Keep raw features by (digest, view), if the file can be written."""
+        """Store raw features by (digest, view), if the file can be written."""
         rows = []
         for (digest, view), feature in features.items():
             blob = feature.astype("<f4").tobytes()
@@ -154,7 +154,7 @@ class EncodingCache:
                     self._write("INSERT OR REPLACE INTO encodings VALUES (?, ?, ?, ?, ?)", rows)
             except (sqlite3.Error, InputError) as error:
                 self._keeps = False
-                log.warning("%s; encoding goes on without keeping more", error)
+                log.warning("%s; continuing without it", error)
 
     def _write(self, statement: str, rows: list[tuple[str, str, str, bytes, int]] | list[tuple[int]]) -> None:
         with self._writing():
@@ -162,12 +162,11 @@ class EncodingCache:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        with self._db:  # which commits, or rolls back
+        with self._db:  # commits or rolls back
             self._db.execute("BEGIN IMMEDIATE")
             yield
 
     def _note_uses(self) -> None:
-        """Record the encodings that were read as used now, if the file can be written."""
         used = [(row,) for row in self._used]
         self._used.clear()
         if used and self._keeps:
@@ -176,13 +175,13 @@ class EncodingCache:
 
     @property
     def most(self) -> int:
-        """The largest size of the file, in bytes."""
+        """Size limit of the file, in bytes."""
         return _most(self._db)
 
     def limit(self, most: int) -> None:
-        """Set the largest size in bytes, for later runs too, and remove what exceeds it.
+        """Set the size limit in bytes for this and later runs, and remove encodings beyond it.
 
-        It is kept in whole megabytes, at least one. Raises InputError if the file cannot be written.
+        It is stored in whole megabytes, at least one. Raises InputError if the file cannot be written.
         """
         with self._lock:
             try:
@@ -192,7 +191,7 @@ class EncodingCache:
                 raise self._unusable(error) from None
 
     def _shrink(self) -> None:
-        """Remove the encodings that were not used for the longest time, if the file is too large."""
+        """Remove the least recently used encodings if the file is too large."""
         page, most = self._number("page_size"), self.most
         if self._number("page_count") * page <= most:
             return
@@ -204,7 +203,7 @@ class EncodingCache:
                 self._db.executemany("DELETE FROM uses WHERE id = ?", rows)
             if not rows:
                 break
-        self._db.executescript("PRAGMA incremental_vacuum")  # execute would take one step, which frees one page
+        self._db.executescript("PRAGMA incremental_vacuum")  # execute would free a single page
 
     def _number(self, name: str) -> int:
         return int(self._db.execute(f"PRAGMA {name}").fetchone()[0])
@@ -226,7 +225,7 @@ class EncodingCache:
         return number
 
     def close(self) -> None:
-        """Record uses, remove what is too much, and close the file."""
+        """Record uses, shrink the file to its limit, and close it."""
         with self._lock:
             self._note_uses()
             with suppress(sqlite3.Error):
@@ -235,7 +234,7 @@ class EncodingCache:
 
 
 def size_of(folder: Path) -> tuple[Path, int, int]:
-    """Return the file of the cache in a folder, its bytes, and their upper bound, without creating anything."""
+    """Return the file of the cache in a folder, its size and its limit in bytes, without creating anything."""
     file, most = folder / NAME, DEFAULT_BYTES
     if not file.is_file():
         return file, 0, most
@@ -250,5 +249,5 @@ def _most(db: sqlite3.Connection) -> int:
 
 
 def _crc(scope: str, digest: str, view: str, blob: bytes) -> int:
-    """Checksum of key and feature: a damaged file must not give one image the feature of another."""
+    """Compute a checksum of key and feature, so that a damaged file cannot swap the features of two images."""
     return zlib.crc32(blob, zlib.crc32(f"{scope} {digest} {view}".encode()))

@@ -1,4 +1,4 @@
-"""Read and write feature tables, Parquet files of features that name the backbone they come from."""
+"""Read and write feature tables: Parquet files of features that name their backbone."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ FloatArray = npt.NDArray[np.float32]
 IDENTITY_KEY = b"retrieval_tip.backbone"
 NORM_TOLERANCE = 0.01
 MOST_KEPT = 1e9
-"""Largest norm of kept features: the square of a product of two fits float32."""
+"""Largest norm with ``norms="keep"``: products of two features, squared, still fit float32."""
 TABLE_ROWS = 8192
 
 
 def same_backbone(one: Identity, other: Identity, what: str) -> None:
-    """Raise BackboneError naming both, unless features of the two can be compared."""
+    """Raise BackboneError naming both backbones unless their features can be compared."""
     if one.fingerprint != other.fingerprint:
         raise BackboneError(
             f"{what}: made with backbone {one}, but {other} is in use; their features cannot be compared"
@@ -48,19 +48,19 @@ def same_backbone(one: Identity, other: Identity, what: str) -> None:
 
 
 def check_backbone(identity: Identity | None, d: int, backbone: Backbone | None, sources: Sequence[Source]) -> None:
-    """Raise if features of ``sources`` cannot be compared with an index of ``d`` values by ``identity``.
+    """Check that ``backbone`` and ``sources`` fit an index whose features have ``d`` values and come from ``identity``.
 
-    BackboneError names both backbones, or the decoder that this package no longer has; InputError the two lengths.
+    Raises BackboneError naming both backbones, or a decoder that no longer exists; InputError naming both lengths.
     """
     if backbone is not None and identity is not None:
         if "decoder" in identity.preprocess:
             raise BackboneError(
                 f"index: its photos were decoded by {identity.preprocess['decoder']!r}, which retrieval-tip no "
-                "longer has; build the index again from its photos, or ask it about a feature table"
+                "longer supports; build the index again, or classify a feature table"
             )
         same_backbone(identity, backbone.identity, "index")
     if backbone is not None and backbone.dim != d:
-        raise BackboneError(f"backbone {backbone.identity}: its features have {backbone.dim} values, the index {d}")
+        raise BackboneError(f"backbone {backbone.identity}: its features have {backbone.dim} values, the index has {d}")
     for source in sources:
         if source.table is not None:
             own = table_identity(source.table)
@@ -71,7 +71,7 @@ def check_backbone(identity: Identity | None, d: int, backbone: Backbone | None,
 
 
 def table_identity(path: Path | str) -> Identity | None:
-    """Return the backbone in a feature table's metadata, if it names one."""
+    """Return the backbone named in a feature table's metadata, if any."""
     files = table_files(path)
     raw = (open_parquet(files[0]).schema_arrow.metadata or {}).get(IDENTITY_KEY) if files else None
     if raw is None:
@@ -83,25 +83,25 @@ def table_identity(path: Path | str) -> Identity | None:
 
 
 def table_dim(path: Path | str) -> int:
-    """Return the length ``d`` of the features of a table."""
+    """Return the length ``d`` of a table's features."""
     for batch in read_features(path, "keep"):
         return int(batch.shape[1])
     raise InputError(f"{show(path)}: has no rows")
 
 
 def read_features(path: Path | str, norms: Norms = "check") -> Iterator[FloatArray]:
-    """Yield the features of a table in file order, ``[b, d]`` float32 at a time.
+    """Yield a table's features in file order, in blocks ``[b, d]`` float32.
 
-    Raises InputError naming the rows whose features are missing, of unequal length, not finite, or not of unit norm.
+    Raises InputError naming rows whose features are missing, of another length, not finite, or not of unit norm.
     """
     for _, features in read_rows(path, norms, 0, None):
         yield features
 
 
 def read_rows(path: Path | str, norms: Norms, first: int, last: int | None) -> Iterator[tuple[int, FloatArray]]:
-    """Yield the first row and the features of each block that holds some of the rows ``first`` to ``last``.
+    """Yield first row and features of each block that overlaps rows ``first`` to ``last``.
 
-    Row groups and files without any of them are not read. Raises as :func:`read_features`.
+    Skips other files and row groups. Raises as :func:`read_features`.
     """
     start, dim = 0, None
     for part in table_files(path):
@@ -123,12 +123,12 @@ def read_rows(path: Path | str, norms: Norms, first: int, last: int | None) -> I
 
 
 def _column(file: pq.ParquetFile, name: str) -> str:
-    """Return the column of the features. Raises InputError if it is missing or does not hold vectors."""
+    """Return the name of the feature column. Raises InputError if it is missing or does not hold vectors."""
     column = feature_column(file.schema_arrow)
     if column is None:
         raise InputError(f"{name}: no column {FEATURE!r} among {few_names(file.schema_arrow.names)}")
     if len(file.schema_arrow.get_all_field_indices(column)) > 1:
-        raise InputError(f"{name}: column {column!r} stands twice")
+        raise InputError(f"{name}: duplicate column {column!r}")
     kind = file.schema_arrow.field(column).type
     if not is_vector(kind):
         raise InputError(f"{name}: column {column!r} is {kind}; expected lists of float32 or float16")
@@ -145,21 +145,21 @@ def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatAr
         raise InputError(f"{name}: row {start} has no values")
     if (wrong := np.flatnonzero(lengths != dim)).size:
         row = int(wrong[0])
-        raise InputError(f"{name}: row {row + start} has {int(lengths[row])} values, the rows before have {dim}")
+        raise InputError(f"{name}: row {row + start} has {int(lengths[row])} values, earlier rows have {dim}")
     values = column.flatten()
     if values.null_count:
         rows = np.unique(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False)) // dim)
         raise InputError(f"{name}: {row_list(rows + start)} with a missing value in the feature")
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as that
+    with np.errstate(over="ignore"):  # too large values become infinite, and are refused for that
         matrix: FloatArray = values.to_numpy(zero_copy_only=False).reshape(-1, dim).astype(np.float32)
     return matrix
 
 
 def check_norms(features: FloatArray, start: int, norms: Norms, name: str) -> FloatArray:
-    """Check or scale the norms of features ``[b, d]``, rows from ``start`` on of ``name``, as ``norms`` asks.
+    """Check or scale the norms of features ``[b, d]``, the rows of ``name`` from ``start``.
 
-    Raises InputError naming rows that are not finite, are zero, (``check``) whose norm is not 1, or (``keep``) is above
-    :data:`MOST_KEPT`.
+    Raises InputError naming rows that are not finite or zero, whose norm is not 1 (``check``), or above
+    :data:`MOST_KEPT` (``keep``).
     """
     with np.errstate(over="ignore", invalid="ignore"):
         lengths = np.sqrt(np.einsum("ij,ij->i", features, features, dtype=np.float64))
@@ -168,7 +168,7 @@ def check_norms(features: FloatArray, start: int, norms: Norms, name: str) -> Fl
         if (rows := np.flatnonzero(wrong)).size:
             raise InputError(f"{name}: {row_list(rows + start)}: {why.format(norm=lengths[rows[0]])}")
 
-    refuse(~np.isfinite(lengths), "the feature holds NaN or infinity")
+    refuse(~np.isfinite(lengths), "the feature contains NaN or infinity")
     if norms == "keep":
         refuse(lengths > MOST_KEPT, "norm {norm:.4g}, too large for float32; scale rows to norm 1 (norms unit)")
         return features
@@ -176,15 +176,15 @@ def check_norms(features: FloatArray, start: int, norms: Norms, name: str) -> Fl
     if norms == "unit":
         scaled: FloatArray = (features / lengths[:, None]).astype(np.float32)
         return scaled
-    advice = "use norms=unit to scale it to 1, or norms=keep to take it as it is"
+    advice = "use norms=unit to scale it to 1, or norms=keep to leave it"
     refuse(np.abs(lengths - 1) > NORM_TOLERANCE, "norm {norm:.4g} instead of 1; " + advice)
     return features
 
 
 def schema_of(d: int, dtype: npt.DTypeLike, further: Sequence[pa.Field], identity: Identity | None = None) -> pa.Schema:
-    """Return the schema of a feature table: ``id``, ``label``, ``feature`` ``[d]`` of this dtype, further columns.
+    """Return the schema of a feature table: ``id``, ``label``, ``feature`` ``[d]`` of this dtype, and further columns.
 
-    Its metadata hold the backbone's ``identity``.
+    Its metadata names the backbone.
     """
     return pa.schema(
         [("id", pa.string()), ("label", pa.string()), (FEATURE, pa.list_(pa.from_numpy_dtype(dtype), d)), *further],
@@ -195,14 +195,14 @@ def schema_of(d: int, dtype: npt.DTypeLike, further: Sequence[pa.Field], identit
 def table_of(
     schema: pa.Schema, ids: object, labels: object, features: npt.NDArray[np.generic], further: Mapping[str, object]
 ) -> pa.Table:
-    """Make rows of a feature table of this schema from features ``[m, d]``."""
+    """Build rows of a feature table with this schema from features ``[m, d]``."""
     return pa.table({"id": ids, "label": labels, FEATURE: vectors(features), **further}, schema=schema)
 
 
 def write_table(out: Path, schema: pa.Schema, blocks: Iterable[pa.Table]) -> int:
-    """Write a feature table, a block at a time, and return the number of rows.
+    """Write a feature table block by block, and return the number of rows.
 
-    Raises InputError if it cannot be written; then nothing is left of it.
+    Raises InputError if that fails, and then leaves no file.
     """
     number, plain = 0, [name for name in schema.names if name != FEATURE]
     try:
@@ -214,6 +214,6 @@ def write_table(out: Path, schema: pa.Schema, blocks: Iterable[pa.Table]) -> int
             for block in blocks:
                 writer.write_table(block)
                 number += len(block)
-    except pa.ArrowException as error:  # a type that Parquet lacks
+    except pa.ArrowException as error:  # a type that Parquet does not have
         raise InputError(f"{show(out)}: cannot be written: {first_line(error)}") from None
     return number

@@ -1,4 +1,4 @@
-"""Folders of photos: one folder per class, perhaps below ``train``, ``val`` and ``test``."""
+"""Folders of photos: one folder per class, possibly inside ``train``, ``val`` and ``test``."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ PARTS = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
-"""Names of the folders that hold each part of a dataset."""
+"""Folder names of each part of a dataset."""
 
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-"""Tables of labels in the image folders of Hugging Face."""
+"""Label tables of Hugging Face image folders."""
 
 HEIC = frozenset({".heic", ".heif", ".hif"})
-"""Photos of telephones, which only the extra ``heic`` reads."""
+"""Suffixes of phone photos that need the extra ``heic``."""
 
 
 def subfolders(folder: Path) -> list[os.DirEntry[str]]:
-    """Return the folders in a folder that are not hidden, in name order."""
+    """List the visible folders in a folder, in name order."""
     return [entry for entry in images.entries(folder) if images.is_folder(entry)]
 
 
 def table_in(folder: Path) -> Path | None:
-    """Return the table of labels in a folder, if it has one of ``TABLES``."""
+    """Return the label table in a folder, if there is one of ``TABLES``."""
     return next((folder / name for name in TABLES if (folder / name).is_file()), None)
 
 
 def part_of(folder: Path, part: str | None) -> Path:
-    """Return the folder of a part (``train`` by default) if a folder has parts instead of classes; else the folder.
+    """Return the folder of a part (default ``train``); the folder itself if it holds classes instead of parts.
 
-    It has parts if all of its folders have names of parts and contain folders or a table of labels. A warning names
-    the parts that are not used. Raises InputError if the part is missing.
+    A folder has parts if all folders in it have names of parts and contain folders or a label table. A warning names
+    the unused parts. Raises InputError if the part is missing.
     """
     called = {name: part for part, names in PARTS.items() for name in names}
     there = {called.get(entry.name.lower()): Path(entry.path) for entry in subfolders(folder)}
@@ -50,17 +50,17 @@ def part_of(folder: Path, part: str | None) -> Path:
     wanted = called.get((part or "train").lower(), part or "train")
     names = [path.name for path in there.values()]
     if wanted not in there:
-        raise InputError(f"{show(folder)}: has the parts {', '.join(names)}, and no {wanted}; --split names one")
+        raise InputError(f"{show(folder)}: no part {wanted!r}; choose one with --split: {', '.join(names)}")
     used = there[wanted]
     if others := [name for name in names if name != used.name]:
-        log.warning("%s: its part %s is used, not %s", show(folder), show(used.name), ", ".join(map(show, others)))
+        log.warning("%s: using its part %s, ignoring %s", show(folder), show(used.name), ", ".join(map(show, others)))
     return used
 
 
 def read(folder: Path) -> Listing:
-    """Return the photos of a folder of class folders. A folder without photos is not a class.
+    """List the photos in a folder of class folders. Folders without photos are not classes.
 
-    Warnings count the other files. Raises InputError if there is no photo, or two class folders show the same name.
+    Warnings count the other files. Raises InputError if there are no photos, or two class folders have the same name.
     """
     found, classes = Listing(), []
     others: Counter[str] = Counter()
@@ -72,44 +72,36 @@ def read(folder: Path) -> Listing:
             empty.append(name)
             continue
         if name in classes:
-            raise InputError(f"{show(folder)}: two class folders show as {name}; rename the one that is not UTF-8")
+            raise InputError(f"{show(folder)}: two class folders are called {name}; rename the one that is not UTF-8")
         classes.append(name)
         found.paths += inside
         found.labels += [name] * len(inside)
     found.classes = classes
-    stray = [entry.name for entry in images.entries(folder) if _is_file(entry)]
+    stray = [entry.name for entry in images.entries(folder) if os.path.isfile(entry.path)]
     if not classes:
         raise _none_found(folder, stray, others)
     if empty:
-        log.warning("%s: folders without images are not classes: %s", show(folder), few(empty))
+        log.warning("%s: ignored folders without images: %s", show(folder), few(empty))
     if stray:
-        log.warning("%s: %s beside the class folders left out", show(folder), counted(len(stray), "file"))
+        log.warning("%s: ignored %s outside the class folders", show(folder), counted(len(stray), "file"))
     if others:
-        log.warning("%s: left out: %s", show(folder), kinds(others))
+        log.warning("%s: ignored files that are not images: %s", show(folder), kinds(others))
     return found
 
 
 def kinds(others: Counter[str]) -> str:
-    """Count the files that are not images by suffix, most frequent first, and name the extra that reads HEIC."""
-    said = few([f"{number:,} {suffix or 'without a suffix'}" for suffix, number in others.most_common()])
-    return said + ("; pip install 'retrieval-tip[heic]' reads HEIC" if HEIC & others.keys() else "")
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Tell whether an entry is a file or a link to one; a link to itself is neither."""
-    try:
-        return entry.is_file()
-    except OSError:
-        return False
+    """Describe files by suffix, most frequent first, with a hint if HEIC is among them."""
+    text = few([f"{number:,} {suffix or 'without a suffix'}" for suffix, number in others.most_common()])
+    return text + ("; to read HEIC, pip install 'retrieval-tip[heic]'" if HEIC & others.keys() else "")
 
 
 def _none_found(folder: Path, stray: list[str], others: Counter[str]) -> InputError:
     direct = sum(Path(name).suffix.lower() in images.extensions() for name in stray)
     if direct:
         return InputError(
-            f"{show(folder)}: no images in class folders, but {counted(direct, 'image')} directly in it; expected one "
-            f"folder a class with images in it: is {show(folder.absolute().parent)} meant?"
+            f"{show(folder)}: no class folders, but {counted(direct, 'image')} directly in it; give the folder that "
+            f"holds one folder of images per class (perhaps {show(folder.absolute().parent)})"
         )
     others = others + Counter(Path(name).suffix.lower() for name in stray)
-    here = f" (here: {kinds(others)})" if others else ""
-    return InputError(f"{show(folder)}: no images; expected one folder a class with images in it{here}")
+    here = f" (found {kinds(others)})" if others else ""
+    return InputError(f"{show(folder)}: no images; expected one folder of images per class{here}")

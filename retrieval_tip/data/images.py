@@ -215,9 +215,8 @@ def decode(
     Applies EXIF orientation, takes the first frame of an animation, lays transparency on white, scales 16-bit, 32-bit
     and floating-point greys to 8 bits, and reduces images of more than ``WHOLE_PIXELS``.
 
-    With ``least``, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, whichever is the smallest that leaves both sides at
-    least ``least`` pixels. That is several times faster. ``most`` limits width x height at full size, ``only`` the
-    formats.
+    With ``least``, a JPEG is decoded at the smallest of 1/2, 1/4 or 1/8 of its size that leaves both sides ``least``
+    pixels, several times faster. ``most`` limits width x height at full size, ``only`` the formats.
 
     Raises InputError if the image has another format, is truncated or damaged, or has more than ``most`` pixels.
     """

@@ -1,6 +1,6 @@
-"""Tip-Adapter's caches as feature tables: ``keys_{K}shots.pt`` or ``best_F_{K}shots.pt``, and ``values_{K}shots.pt``.
+"""Import Tip-Adapter's caches: ``keys_{K}shots.pt`` or ``best_F_{K}shots.pt``, with ``values_{K}shots.pt``.
 
-Keys of other programs become a feature table in ten lines of Python (docs/features.md).
+For other programs' features, ten lines of Python write a feature table (docs/features.md).
 """
 
 from __future__ import annotations
@@ -33,16 +33,19 @@ _EXPECTED = "expected keys_{K}shots.pt or best_F_{K}shots.pt beside values_{K}sh
 
 
 def import_table(source: Path, out: Path, classes: Path | None = None) -> int:
-    """Convert a cache that Tip-Adapter's code wrote into a feature table, and return its number of rows.
+    """Convert a cache written by Tip-Adapter's code into a feature table, and return its number of rows.
 
-    ``source`` is a file of keys, or a folder that holds one; ``out``, the table, is renamed in when whole; ``classes``
-    is a file of class names, one a line, without which they are ``class 0`` and so on. ``keys_{K}shots.pt`` holds keys
-    ``[d, n]``; ``best_F_{K}shots.pt`` holds those of Tip-Adapter-F, ``[n, d]``, and is read only where it is named
-    itself. The one-hot ``values_{K}shots.pt`` ``[n, c]`` beside it tell the classes. Files are read as tensors: no code
-    in them is run. Features stay float16 or float32 (float64 and bfloat16 become float32), and keep their norms. An id
-    is the number of the row.
+    ``keys_{K}shots.pt`` holds keys ``[d, n]``; ``best_F_{K}shots.pt`` holds Tip-Adapter-F's, ``[n, d]``, and is read
+    only if named explicitly. ``values_{K}shots.pt`` beside it holds the classes, one-hot ``[n, c]``. Files are read as
+    tensors; no code in them runs. Features stay float16 or float32 (float64 and bfloat16 become float32) and keep their
+    norms. Ids are row numbers.
 
-    Raises UsageError for a source that is no cache or several, InputError naming the file that does not fit.
+    Args:
+        source: a file of keys, or a folder with exactly one.
+        out: the table; it appears only when complete.
+        classes: a file of class names, one per line. ``None`` names them ``class 0``, ``class 1`` ...
+
+    Raises UsageError unless the source is exactly one cache, InputError naming the file that does not fit.
     """
     try:
         keys, ids, c = _read(_keys_in(source))
@@ -51,34 +54,34 @@ def import_table(source: Path, out: Path, classes: Path | None = None) -> int:
         raise InputError(f"{show(error.filename or source)}: cannot be read: {error.strerror or error}") from None
     dtype = np.float16 if keys.dtype == np.float16 else np.float32
     schema = schema_of(keys.shape[1], dtype, [])
-    with np.errstate(over="ignore"):  # infinity is refused when an index is built
+    with np.errstate(over="ignore"):  # building an index refuses infinity
         rows = np.ascontiguousarray(keys, dtype=dtype)
     labels = pa.array(names).take(pa.array(ids))
     return write_table(out, schema, [table_of(schema, pa.array(map(str, range(len(ids)))), labels, rows, {})])
 
 
 def _keys_in(source: Path) -> Path:
-    """The file of keys: the source itself, or the only one in a folder."""
+    """Return the file of keys: the source itself, or the only one in a folder."""
     if not source.is_dir():
         if _KEYS.fullmatch(source.name) is None and source.exists():
             raise UsageError(f"{show(source)}: cannot be imported; {_EXPECTED}")
         return source
     found = sorted(file for file in source.glob("keys_*.pt") if _KEYS.fullmatch(file.name))
     if len(found) != 1:
-        several = f"several caches ({', '.join(show(file.name) for file in found[:4])}); name one of them"
+        several = f"several caches ({', '.join(show(file.name) for file in found[:4])}); choose one"
         raise UsageError(f"{show(source)}: {several if found else f'no cache; {_EXPECTED}'}")
     return found[0]
 
 
 def _read(file: Path) -> tuple[Array, npt.NDArray[np.int64], int]:
-    """Keys ``[n, d]``, their class ids ``[n]``, and the number of classes."""
+    """Return keys ``[n, d]``, their class ids ``[n]``, and the number of classes."""
     match = _KEYS.fullmatch(file.name)
     if match is None:
         raise InputError(f"{show(file)}: no such file or folder")
     other = file.with_name(f"values_{match[2]}shots.pt")
     keys, values = _read_tensor(file), _read_tensor(other)
     if values.ndim != 2 or 0 in values.shape:
-        raise InputError(f"{show(other)}: shape {values.shape}; expected [n, c], one-hot")
+        raise InputError(f"{show(other)}: shape {values.shape}; expected one-hot [n, c]")
     n, c = values.shape
     if keys.dtype.kind != "f":
         raise InputError(f"{show(file)}: {keys.dtype} cannot be used; save it as float32")
@@ -87,45 +90,45 @@ def _read(file: Path) -> tuple[Array, npt.NDArray[np.int64], int]:
     wrong = (np.count_nonzero(values, axis=1) != 1) | ~(values == 1).any(axis=1)
     if wrong.any():
         raise InputError(
-            f"{show(other)}: {row_list(np.flatnonzero(wrong))} not one-hot; trained values have no place in a feature "
-            "table: give the one-hot values of the same keys"
+            f"{show(other)}: {row_list(np.flatnonzero(wrong))} not one-hot; a feature table has no trained values, so "
+            "give the one-hot values of the same keys"
         )
     transposed = keys.shape[1] == n
-    if match[1] == "best_F":  # the weight of a linear layer; trained, so that its norms say nothing
+    if match[1] == "best_F":  # the weight of a trained linear layer, whose norms say nothing
         transposed = keys.shape[0] != n
     elif transposed and keys.shape[0] == n:
         norms = [np.linalg.norm(keys.astype(np.float64), axis=axis) for axis in (1, 0)]
         rows, columns = (bool((np.abs(each - 1) <= NORM_TOLERANCE).all()) for each in norms)
         if rows == columns:
             raise InputError(
-                f"{show(file)}: as many keys as values in a key, and norms do not tell which are which; write a "
-                "feature table (docs/features.md)"
+                f"{show(file)}: cannot tell rows from columns in shape {keys.shape}; write a feature table "
+                "(docs/features.md)"
             )
         transposed = columns
     return keys.T if transposed else keys, (values == 1).argmax(axis=1), c
 
 
 def _read_tensor(file: Path) -> Array:
-    """One tensor of ``torch.save``, memory-mapped where that works. Nothing that the file tells to run is run."""
+    """Read one tensor written by ``torch.save``, memory-mapped if possible, without running code from the file."""
     name, load = show(file), partial(torch.load, map_location="cpu", weights_only=True)
     try:
         with open_regular(file) as raw, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if zipfile.is_zipfile(raw) and any(entry.compress_type for entry in zipfile.ZipFile(raw).infolist()):
-                raise ValueError("it is compressed, which torch.save never does")  # a little file may become a huge one
+                raise ValueError("it is compressed, which torch.save never does")  # a small file could become huge
             raw.seek(0)
             try:
                 tensor = load(str(file), mmap=True)
-            except (RuntimeError, ValueError):  # of before torch 1.6, or of a name that is not UTF-8
+            except (RuntimeError, ValueError):  # from before torch 1.6, or its name is not UTF-8
                 tensor = load(raw)
     except OSError:
         raise
-    except Exception as error:  # damaged files fail anywhere in torch, and code in a pickle is not run
-        raise InputError(f"{name}: holds no tensor of torch.save, or is damaged ({first_line(error)})") from None
+    except Exception as error:  # damaged files fail anywhere in torch; code in a pickle is refused
+        raise InputError(f"{name}: not a tensor by torch.save, or damaged ({first_line(error)})") from None
     if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.device.type != "cpu":
-        raise InputError(f"{name}: holds a {type(tensor).__name__} instead of a plain tensor; save the tensor alone")
+        raise InputError(f"{name}: holds a {type(tensor).__name__}, not a plain tensor; save the tensor alone")
     if tensor.untyped_storage().nbytes() < tensor.nbytes:
-        raise InputError(f"{name}: shape {tuple(tensor.shape)} is more than the file holds; save a contiguous tensor")
+        raise InputError(f"{name}: smaller than its shape {tuple(tensor.shape)}; save a contiguous tensor")
     try:
         array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
     except (RuntimeError, TypeError):
@@ -134,16 +137,16 @@ def _read_tensor(file: Path) -> Array:
 
 
 def _class_names(file: Path, c: int) -> list[str]:
-    """Names of ``c`` classes, one a line, distinct."""
+    """Read ``c`` distinct class names, one per line."""
     try:
         lines = read_regular(file, MAX_NAMES).decode("utf-8-sig").rstrip().split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{show(file)}: not UTF-8: {error}") from None
     names = [show(line.strip()) for line in lines]
     if "" in names or not names:
-        raise InputError(f"{show(file)}: line {names.index('') + 1 if names else 1} has no name; give one a line")
+        raise InputError(f"{show(file)}: line {names.index('') + 1 if names else 1} is empty; give one name per line")
     if twice := [name for name, times in Counter(names).items() if times > 1]:
-        raise InputError(f"{show(file)}: class name {twice[0]!r} stands twice; give each class a name of its own")
+        raise InputError(f"{show(file)}: duplicate class name {twice[0]!r}; give each class its own name")
     if len(names) != c:
-        raise InputError(f"{show(file)}: {len(names)} names for {c} classes; give one a class")
+        raise InputError(f"{show(file)}: {len(names)} names for {c} classes; give one per class")
     return names

@@ -1,4 +1,4 @@
-"""What every reader of images returns: paths, labels, and the files that cannot be read."""
+"""The common result of every image reader."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from retrieval_tip.errors import Skipped
 
 @dataclass
 class Listing:
-    """Images of a source in order: the path and the label of each, and inputs that ``failed``.
+    """Images of a source in order: their paths, their labels, and the inputs that ``failed``.
 
-    ``classes`` are the labels in their own order; ``None`` sorts those that occur.
+    ``classes`` sets the order of the labels; ``None`` sorts them.
     """
 
     paths: list[str] = field(default_factory=list)
@@ -21,5 +21,5 @@ class Listing:
 
     @property
     def class_names(self) -> list[str]:
-        """Labels in order, each once."""
+        """Distinct labels in order."""
         return sorted({label for label in self.labels if label is not None}) if self.classes is None else self.classes

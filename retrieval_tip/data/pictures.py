@@ -1,4 +1,4 @@
-"""Photos as Python holds them: paths, PIL pictures, arrays, bytes, datasets of torch and of Hugging Face."""
+"""Accept photos as Python objects: paths, PIL images, arrays, bytes, torch and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from retrieval_tip.data.sources import Source, of_images, read_item
 from retrieval_tip.errors import InputError, UsageError, counted, few
 
 Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | Mapping[str, object]
-"""A path; an encoded image; a PIL picture; an array ``[h, w]`` or ``[h, w, 3]`` uint8; a row of a Hugging Face dataset,
-or its ``bytes`` and ``path``."""
+"""A path; an encoded image; a PIL image; a uint8 array ``[h, w]`` or ``[h, w, 3]``; a row of a Hugging Face dataset, or
+its ``bytes`` and ``path``."""
 
 
 class HuggingFace(Protocol):
-    """A dataset of Hugging Face; a streamed one lacks ``__len__`` and ``__getitem__``."""
+    """A Hugging Face dataset; a streamed one lacks ``__len__`` and ``__getitem__``."""
 
     @property
     def features(self) -> Mapping[str, object]: ...  # noqa: D102
@@ -34,23 +34,23 @@ class HuggingFace(Protocol):
 
 @dataclass(frozen=True)
 class Pictures:
-    """Photos as a source, and ``read``, which returns the encoded bytes of each by its path in the source."""
+    """A source of photos, and ``read``, which returns the encoded bytes for a path in the source."""
 
     source: Source
     read: Callable[[str], bytes]
 
     def labelled(self, label: str | Sequence[str]) -> Pictures:
-        """Label the photos, all alike or one by one. Raises InputError for another number of labels."""
+        """Give all photos one label, or each its own. Raises InputError for a wrong number of labels."""
         labels = [label] * len(self.source) if isinstance(label, str) else list(label)
         if len(labels) != len(self.source):
-            raise InputError(f"labels: {len(labels)} for {len(self.source)} pictures; give one each, or one for all")
+            raise InputError(f"labels: {len(labels)} for {len(self.source)} photos; give one each, or one for all")
         items = self.source.items.append_column("label", pa.array(labels, pa.string()))
         return replace(self, source=replace(self.source, items=items, class_names=tuple(dict.fromkeys(labels))))
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a Hugging Face dataset, and the ``names`` of its numbered labels."""
+    """Columns of a Hugging Face dataset, and the ``names`` of its numbered labels."""
 
     image: str
     label: str | None
@@ -58,18 +58,19 @@ class Columns:
 
     @classmethod
     def of(cls, given: object) -> Columns | None:
-        """Find the columns of a dataset by their types; ``None`` for anything else.
+        """Find the columns of a dataset by their types; return ``None`` for anything else.
 
-        Raises UsageError for a dataset in parts, and for one without a single column of images.
+        Raises UsageError for a dict of datasets, and unless exactly one column has images.
         """
         if isinstance(given, Mapping) and (parts := [name for name, part in given.items() if _is_hugging_face(part)]):
-            raise UsageError(f"dataset: is in parts; give one of them, for example dataset[{parts[0]!r}]")
+            raise UsageError(f"dataset: has several splits; choose one, for example dataset[{parts[0]!r}]")
         if not _is_hugging_face(given):
             return None
         features = given.features
         image, label = _column(features, "Image", "image"), _column(features, "ClassLabel", "label")
         if image is None:
-            raise UsageError(f"dataset: no single column of images among {few(list(map(repr, features)))}; select one")
+            found = few(list(map(repr, features)))
+            raise UsageError(f"dataset: expected one image column, or one called 'image', among {found}")
         return cls(image, label, None if label is None else getattr(features[label], "names", None))
 
 
@@ -78,23 +79,22 @@ def _is_hugging_face(given: object) -> TypeGuard[HuggingFace]:
 
 
 def _column(features: Mapping[str, object], kind: str, name: str) -> str | None:
-    """Return the column of a type: the one called ``name`` if there are several; of any type if there is none."""
+    """Return the only column of a type; if there are none or several, the one called ``name``."""
     found = [column for column, feature in features.items() if type(feature).__name__ == kind]
     return found[0] if len(found) == 1 else name if name in (found or features) else None
 
 
 def is_one(given: object) -> bool:
-    """Tell whether something is one picture."""
+    """Tell whether an object is a single photo."""
     if isinstance(given, np.ndarray):
         return given.ndim == 2 or (given.ndim == 3 and given.shape[2] in (1, 3, 4))
     return isinstance(given, str | os.PathLike | bytes | Image.Image | Mapping)
 
 
 def pictures(given: Picture | Iterable[Picture]) -> Pictures:
-    """Take one photo or several, in order. A photo without a path is called ``picture 0``, ``picture 1`` ...
+    """Accept one photo or several, in order. Photos without a path are called ``photo 0``, ``photo 1`` ...
 
-    The photos of a Hugging Face dataset are read from it when they are needed. Raises InputError for anything but
-    photos, UsageError as :meth:`Columns.of`.
+    A Hugging Face dataset is read lazily. Raises InputError for anything but photos, UsageError as :meth:`Columns.of`.
     """
     columns = Columns.of(given)
     if columns is not None and _is_hugging_face(given) and hasattr(given, "__len__"):
@@ -105,23 +105,23 @@ def pictures(given: Picture | Iterable[Picture]) -> Pictures:
         data: object = picture
         if isinstance(data, Mapping):  # a row of a Hugging Face dataset
             data = data.get("image" if columns is None else columns.image, data)
-        if isinstance(data, Mapping):  # its picture, which without bytes is a file
+        if isinstance(data, Mapping):  # its image: bytes, or the path of a file
             data = data.get("bytes") or data.get("path")
         if isinstance(data, str | os.PathLike):
             paths.append(os.fspath(data))
             continue
-        name = f"picture {place}"
+        name = f"photo {place}"
         held[name] = data if isinstance(data, bytes) else _encoded(data, name)
         paths.append(name)
     return Pictures(of_images(paths), lambda path: held[path] if path in held else read_item(path))
 
 
 def _stored(dataset: HuggingFace, image: str) -> Pictures:
-    """Take the photos in a column of a Hugging Face dataset as the encoded files that it holds."""
+    """Take the encoded files from a column of a Hugging Face dataset."""
     kind: Any = type(dataset.features[image])
     rows = dataset.with_format(None).cast_column(image, kind(decode=False))
-    names = [f"picture {place}" for place in range(len(rows))]
-    if names and not (rows[0][image] or {}).get("bytes"):  # a dataset of files: they have paths
+    names = [f"photo {place}" for place in range(len(rows))]
+    if names and not (rows[0][image] or {}).get("bytes"):  # a dataset of files, which have paths
         own = [row["path"] if row and not row["bytes"] else None for row in rows[image]]
         names = [path or name for path, name in zip(own, names, strict=True)]
     places = {name: place for place, name in enumerate(names)}
@@ -132,18 +132,18 @@ def _stored(dataset: HuggingFace, image: str) -> Pictures:
             return bytes(row["bytes"])
         if row.get("path"):
             return read_item(row["path"])
-        raise InputError("no picture in this row")
+        raise InputError("this row has no image")
 
     return Pictures(of_images(names), read)
 
 
 def labelled_pictures(given: Any, labels: Iterable[object] | None = None) -> Pictures:
-    """Take photos with a label each: with ``labels`` beside them, as pairs ``(photo, label)``, or a dataset.
+    """Accept labelled photos: with separate ``labels``, as pairs ``(photo, label)``, or as a dataset.
 
-    A torch dataset is a sequence of such pairs; a Hugging Face dataset has a column of images and one of labels. A
-    numbered label is one of the dataset's ``classes`` or ``ClassLabel`` names, also in a part of a dataset; without
-    these it is the name itself. Raises UsageError without labels, InputError for anything but photos, and for a missing
-    or unnamed label.
+    A torch dataset is a sequence of such pairs; a Hugging Face dataset has an image and a label column. Numbers become
+    the dataset's ``classes`` or ``ClassLabel`` names, if it has any, also in a subset.
+
+    Raises UsageError without labels, InputError for anything but photos and for a missing or unnamed label.
     """
     whole = given
     while not hasattr(whole, "classes") and hasattr(whole, "dataset"):
@@ -163,36 +163,36 @@ def _apart(given: Any, columns: Columns | None) -> tuple[Any, Iterable[object]]:
     label = None if columns is None else columns.label
     if label is not None and hasattr(given, "__len__") and Columns.of(given) == columns:
         return given, given.with_format(None)[label]
-    items: Any = [given] if is_one(given) else getattr(given, "samples", given)  # of an ImageFolder: paths
+    items: Any = [given] if is_one(given) else getattr(given, "samples", given)  # an ImageFolder's are paths
     items = [items[i] for i in range(len(items))] if hasattr(items, "__len__") else list(items)
     if columns is not None and label is not None:
         items = [(row[columns.image], row[label]) for row in items]
     if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in items):
-        raise UsageError("label: missing; give one for all photographs, one each, or pairs of photograph and label")
+        raise UsageError("label: missing; give one for all photos, one each, or pairs (photo, label)")
     return [pair[0] for pair in items], [pair[1] for pair in items]
 
 
 def _name(label: object, names: Sequence[object] | None, place: int) -> str:
     if label is None:
-        raise InputError(f"picture {place}: has no label")
+        raise InputError(f"photo {place}: has no label")
     if names is None or not isinstance(label, Integral):
         return str(label)
     number = int(label)
     if not 0 <= number < len(names):  # -1 is Hugging Face's "unknown"
-        raise InputError(f"picture {place}: label {number} stands for none of {counted(len(names), 'class')}")
+        raise InputError(f"photo {place}: label {number} is out of range for {counted(len(names), 'class')}")
     return str(names[number])
 
 
 def _encoded(picture: object, name: str) -> bytes:
-    """Encode a picture as an image file, without loss."""
+    """Encode a photo as an image file without loss."""
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or not is_one(picture):
-            raise InputError(f"{name}: {picture.dtype} of shape {picture.shape}; a picture is [h, w, 3] uint8")
+            raise InputError(f"{name}: {picture.dtype} of shape {picture.shape}; expected uint8 of shape [h, w, 3]")
         picture = Image.fromarray(picture.squeeze())
     if not isinstance(picture, Image.Image):
         kind = type(picture).__name__
-        way_out = "; a dataset gives pictures where it has no transform" if kind == "Tensor" else ""
-        raise InputError(f"{name}: {kind}; expected a path, a PIL picture, an array or bytes{way_out}")
+        way_out = "; give the dataset without a transform" if kind == "Tensor" else ""
+        raise InputError(f"{name}: {kind}; expected a path, a PIL image, an array or bytes{way_out}")
     upright = ImageOps.exif_transpose(picture)
     plain = upright if upright.mode in ("L", "LA", "P", "RGB", "RGBA", "I;16") else upright.convert("RGB")
     buffer = io.BytesIO()

@@ -1,7 +1,7 @@
-"""Files on object stores, ``s3://``, ``gs://`` or ``az://``, through fsspec and obstore.
+"""Read files on object stores (``s3://``, ``gs://``, ``az://``) through fsspec and obstore.
 
-obstore takes credentials, region and endpoint from the environment (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL`` ...);
-nothing here holds or writes them.
+obstore takes credentials, region and endpoint from the environment (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL`` ...).
+They are never stored here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 
 def is_remote(path: str | os.PathLike[str]) -> TypeGuard[str]:
-    """Tell whether a path is the URL of an object."""
+    """Tell whether a path is a URL on an object store."""
     return isinstance(path, str) and path.startswith(SCHEMES)
 
 
@@ -35,8 +35,8 @@ def filesystem(scheme: str) -> AbstractFileSystem:
     try:
         from obstore.fsspec import FsspecStore
     except ImportError:
-        raise UsageError(f"{scheme}:// needs pip install 'retrieval-tip[distributed]'") from None
-    local = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")  # an object store of one's own
+        raise UsageError(f"{scheme}://: support is not installed; pip install 'retrieval-tip[distributed]'") from None
+    local = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")  # a private object store
     options = {"client_options": {"allow_http": True}} if local else {}
     system: AbstractFileSystem = FsspecStore(scheme, **options)  # type: ignore[call-overload]  # Ray can pickle it
     return system
@@ -50,13 +50,13 @@ def system_of(url: str) -> AbstractFileSystem:
 def opened(url: str) -> BinaryIO:
     """Open a URL as a seekable binary file. Raises InputError if it cannot be read."""
     system = system_of(url)
-    attempt(url, lambda: system.info(url))  # obstore's file reports a missing object outside all handlers
+    attempt(url, lambda: system.info(url))  # obstore's file reports a missing object where no handler catches it
     file: BinaryIO = attempt(url, lambda: system.open(url, "rb"))
     return file
 
 
 def children(folder: str) -> list[str]:
-    """Return the URLs in a folder, in name order; none if it does not exist. Raises InputError."""
+    """List the URLs in a folder, in name order; a missing folder is empty. Raises InputError."""
     place, system = folder.rstrip("/"), system_of(folder)
 
     def names() -> list[str]:
@@ -68,20 +68,20 @@ def children(folder: str) -> list[str]:
 
 
 def attempt(url: str, call: Callable[[], _T]) -> _T:
-    """Return the result of a call; an object store's errors become an InputError that names the URL."""
+    """Return the result of a call, and turn an object store's errors into an InputError that names the URL."""
     try:
         return call()
     except FileNotFoundError:
         raise InputError(f"{url}: no such object") from None
     except (UsageError, InputError):
         raise
-    except Exception as error:  # obstore and fsspec share no base class of errors
+    except Exception as error:  # the errors of obstore and fsspec have no common base class
         raise InputError(f"{url}: cannot be read: {first_line(error)}") from None
 
 
 def read(path: str) -> bytes | None:
-    """Return the bytes of a remote image; ``None`` for another path. Raises InputError, without the path."""
-    from retrieval_tip.data import images  # the command line imports this module for every --help
+    """Return the bytes of a remote image; ``None`` for other paths. Raises InputError without the path."""
+    from retrieval_tip.data import images  # imported late: every --help imports this module
 
     if not is_remote(path):
         return None
@@ -101,9 +101,9 @@ def read(path: str) -> bytes | None:
 
 
 def listing(folder: str, *, labelled: bool) -> Listing:
-    """Return the images below a folder; their labels are the class folders they lie in.
+    """List the images below a folder, labelled by their class folders.
 
-    Raises InputError if there are none, or one that needs a label lies in no class folder.
+    Raises InputError if there are none, or, with ``labelled``, if one is outside the class folders.
     """
     from retrieval_tip.data import images
 
@@ -112,8 +112,8 @@ def listing(folder: str, *, labelled: bool) -> Listing:
     urls = [f"{scheme}://{name}" for name in sorted(attempt(folder, lambda: system.find(folder)))]
     paths = [path for path in urls if Path(path).suffix.lower() in images.extensions() and path.startswith(base)]
     if not paths:
-        raise InputError(f"{show(folder)}: no images, tars or Parquet file there")
+        raise InputError(f"{show(folder)}: no images, tars or Parquet file found")
     labels = [path.removeprefix(base).rpartition("/")[0].partition("/")[0] or None for path in paths]
     if labelled and None in labels:
-        raise InputError(f"{show(paths[labels.index(None)])}: lies in no class folder of {show(folder)}")
+        raise InputError(f"{show(paths[labels.index(None)])}: not in a class folder of {show(folder)}")
     return Listing(paths, labels)

@@ -1,4 +1,4 @@
-"""Draw shots by the field's published rule (CoOp, Tip-Adapter and their successors)."""
+"""Draw shots by the published rule of CoOp, Tip-Adapter and their successors."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Hashable, Sequence
 from retrieval_tip.bounds import check_count, check_memory
 
 VAL_SHOTS = 4
-"""Largest number of validation images a class."""
+"""Largest number of validation images per class."""
 ITEM_BYTES = 256
-"""Bytes of a drawn item without its feature: position, path, label and digest."""
+"""Estimated bytes per drawn item without its feature: position, path, label and digest."""
 
 
 def few_shot(labels: Sequence[Hashable], shots: int, seed: int = 1) -> list[int]:
-    """Draw ``shots`` items a class by the published rule, and return their positions in the order of the draws.
+    """Draw ``shots`` items per class by the published rule, and return their positions in the order drawn.
 
-    Seed Python's generator with ``seed``; group the items by label, groups in order of first appearance and items in
-    file order; draw ``random.sample(group, shots)`` from each, or ``random.choices`` (with replacement) if the group
-    has fewer.
+    Seeds Python's generator with ``seed`` and groups the items by label: groups in order of first appearance, items in
+    file order. Draws ``random.sample(group, shots)`` from each group, or ``random.choices`` (with replacement) if the
+    group is smaller.
 
-    Raises UsageError if ``shots`` is not positive, too many, or more than memory holds.
+    Raises UsageError if ``shots`` is not positive, too large, or needs more memory than there is.
     """
     return _draw(labels, shots, random.Random(seed))  # noqa: S311 - a published draw, not a secret
 
@@ -28,9 +28,9 @@ def few_shot(labels: Sequence[Hashable], shots: int, seed: int = 1) -> list[int]
 def few_shot_split(
     train: Sequence[Hashable], val: Sequence[Hashable], shots: int, seed: int = 1
 ) -> tuple[list[int], list[int]]:
-    """Draw training and validation shots, and return their positions.
+    """Draw training and validation shots, and return the positions of both.
 
-    The validation draw, ``min(shots, 4)`` a class, continues with the generator of the training draw.
+    The validation draw takes ``min(shots, 4)`` per class and continues with the same generator.
     """
     generator = random.Random(seed)  # noqa: S311
     drawn = _draw(train, shots, generator)

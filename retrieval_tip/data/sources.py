@@ -1,4 +1,4 @@
-"""Open labelled images and features: folders, tables, split files and tars, here or on an object store."""
+"""Open labelled images and features: folders, tables, split files and tars, local or on an object store."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from retrieval_tip.errors import InputError, Skipped, counted, few, show
 log = logging.getLogger(__name__)
 
 Kind = Literal["image", "table", "tars", "bucket", "folder", "split file", "pattern", "web address"]
-"""Kinds of paths; ``image`` is any file of no other kind, even a missing one."""
+"""Kinds of paths; ``image`` covers every other file, even a missing one."""
 
 
 @dataclass(frozen=True)
 class Source:
     """Items to encode or classify, in order.
 
-    ``items`` has the columns ``source`` (the item's path or id, printable), ``label`` if known, and any further columns
-    of a table. An item is either an image (``paths[i]``) or row ``rows[i]`` of the feature table ``table``, a file or a
-    folder of parts. ``class_names`` are the labels in order, empty without labels. ``dataset`` is the name by which a
-    known dataset was opened. ``failed`` lists members of tars that could not be read.
+    ``items`` has the columns ``source`` (path or id, printable), ``label`` if known, and a table's other columns. Each
+    item is an image (``paths[i]``), or row ``rows[i]`` of the feature table ``table``, a file or a folder of parts.
+    ``class_names`` are the labels in order, empty without labels. ``dataset`` names a known dataset. ``failed`` lists
+    unreadable members of tars.
     """
 
     name: str
@@ -63,11 +63,11 @@ class Source:
     def labels(self) -> list[str]:
         """Label of each item. Raises InputError naming the items without one."""
         if "label" not in self.items.column_names:
-            raise InputError(f"{self.name}: has no labels; a column 'label' is needed here")
+            raise InputError(f"{self.name}: has no labels; give class folders or a table with a column 'label'")
         column = self.items["label"]
         if column.null_count:
             rows = np.flatnonzero(column.is_null().to_numpy())
-            raise InputError(f"{self.name}: {row_list(rows)} without a label; every item needs one here")
+            raise InputError(f"{self.name}: {row_list(rows)} without a label; label every item")
         labels: list[str] = column.to_pylist()
         return labels
 
@@ -78,9 +78,9 @@ class Source:
         return names
 
     def known_as(self, class_names: Sequence[str]) -> Source:
-        """Replace labels that differ from a class of an index only in case, ``_``, ``-`` or spaces, with a warning.
+        """Replace labels that differ from an index's class only in case, ``_``, ``-`` or spaces, and log a warning.
 
-        Labels that are like two classes, or like none, stay.
+        Labels that match several classes, or none, stay.
         """
         plain: dict[str, list[str]] = {}
         for name in class_names:
@@ -90,13 +90,13 @@ class Source:
         taken = {name: names[0] for name, names in alike.items() if len(names) == 1}
         if not taken:
             return self
-        log.warning("%s: labels taken as classes: %s", self.name, few([f"{a} as {b}" for a, b in taken.items()]))
+        log.warning("%s: labels renamed: %s", self.name, few([f"{a} to {b}" for a, b in taken.items()]))
         labels = pa.array([taken.get(label, label) for label in self.items["label"].to_pylist()], pa.string())
         items = self.items.set_column(self.items.column_names.index("label"), "label", labels)
         return replace(self, items=items, class_names=tuple(dict.fromkeys(taken.get(n, n) for n in self.class_names)))
 
     def take(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> Source:
-        """Return the items at ``positions``, in that order; the class names stay."""
+        """Return the items at ``positions``, in that order, with the same class names."""
         index = np.asarray(positions, dtype=np.int64)
         return replace(
             self,
@@ -111,7 +111,7 @@ def _plain(label: str) -> str:
 
 
 def spelled_alike(names: Iterable[str]) -> dict[str, str]:
-    """Map each name to the first one before it that differs only in case, ``_``, ``-`` or spaces, if there is one."""
+    """Map names to the earlier name that differs only in case, ``_``, ``-`` or spaces; names without one are absent."""
     first: dict[str, str] = {}
     return {name: known for name in names if (known := first.setdefault(_plain(name), name)) != name}
 
@@ -119,7 +119,7 @@ def spelled_alike(names: Iterable[str]) -> dict[str, str]:
 def read_item(path: str) -> bytes:
     """Return the bytes of an image: a file, an object on a store, or a member of a tar.
 
-    Raises InputError with the reason, but not the path, if it cannot be read or is too large.
+    Raises InputError with the reason only, without the path.
     """
     for read in (tars.read, remote.read):
         if (data := read(path)) is not None:
@@ -128,12 +128,12 @@ def read_item(path: str) -> bytes:
 
 
 def is_there(path: str) -> bool:
-    """Tell whether an image exists; an object store is not asked."""
+    """Tell whether an image exists, without asking object stores."""
     return tars.exists(path) if tars.tar_of(path) is not None else remote.is_remote(path) or os.path.isfile(path)
 
 
 def kind_of(path: str | os.PathLike[str]) -> Kind:
-    """Tell what a path, a pattern or an address stands for. Raises InputError if an object store does not answer."""
+    """Return the kind of a path, pattern or address. Raises InputError if an object store does not answer."""
     return _recognise(os.fspath(path))[0]
 
 
@@ -142,19 +142,18 @@ def open_source(
 ) -> Source:
     """Open a labelled source of any kind.
 
-    - a folder of class folders: classes are the folders in name order, images are searched below each; if these
-      lie in parts (``train``, ``val``, ``test``), ``split`` names the part; a ``metadata.csv`` (``.jsonl``,
-      ``.parquet``) in the folder is a table
-    - ``.json``: a CoOp split file; ``split`` names the part (default ``train``), ``root`` the image folder (default:
-      the split file's folder or the folder in it that holds the images)
+    - A folder of class folders, searched recursively; classes are in name order. If it has parts (``train``, ``val``,
+      ``test``), ``split`` chooses one. A ``metadata.csv`` (``.jsonl``, ``.parquet``) in it is read as a table.
+    - ``.json``: a CoOp split file; ``split`` chooses the part (default ``train``), ``root`` is the image folder
+      (default: the split file's folder, or the folder in it that holds the images).
     - ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` with the columns ``path`` and ``label``, or other usual names
-      (:data:`NAMES`); paths are relative to ``root`` (default: the table's folder)
-    - ``.parquet`` with a column ``feature``: a feature table (``id``, ``label``, ``feature``), or a folder of such
-      parts, as ``encode --engine ray`` writes it
-    - webdataset tars (:mod:`tars`): one, a folder of them, or a pattern
-    - the address of a folder of class folders, a Parquet table or tars on an object store: ``s3://``, ``gs://``, ``az://``
+      (:data:`NAMES`); paths are relative to ``root`` (default: the table's folder).
+    - ``.parquet`` with a column ``feature``: a feature table (``id``, ``label``, ``feature``), or a folder of parts
+      written by ``encode --engine ray``.
+    - Webdataset tars (:mod:`tars`): one, a folder of them, or a pattern.
+    - On an object store (``s3://``, ``gs://``, ``az://``), a folder of class folders, a Parquet table or tars.
 
-    Raises InputError naming the file, what is wrong with it, and the row where there is one.
+    Raises InputError naming the file, what is wrong with it, and the row if there is one.
     """
     return _open(os.fspath(path), _Wanted(split, root, labelled=True))
 
@@ -162,15 +161,15 @@ def open_source(
 def open_items(
     path: str | os.PathLike[str], *, split: str | None = None, root: str | os.PathLike[str] | None = None
 ) -> Source:
-    """Open a source as :func:`open_source`, but without labels if it has none: a folder may hold images directly."""
+    """Open a source as :func:`open_source` does, with or without labels; a folder may hold images directly."""
     return _open(os.fspath(path), _Wanted(split, root, labelled=False))
 
 
 def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[Source]:
-    """Open inputs to classify: images, folders (searched for images), globs, tables, tars, addresses on object stores.
+    """Open inputs to classify: images, folders (searched recursively), globs, tables, tars, object-store addresses.
 
-    ``-`` stands for the paths in ``stdin``. Neighbouring images come as one source. A missing path is an image that
-    cannot be read: the caller reports it.
+    ``-`` stands for the paths in ``stdin``. Consecutive images come as one source. A missing path counts as an image,
+    which the caller reports as unreadable.
     """
     paths: list[str] = []
     waiting = list(arguments)[::-1]
@@ -201,7 +200,7 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
 
 
 class _Wanted(NamedTuple):
-    """Options of :func:`open_source`, and whether every item needs a label."""
+    """Options of :func:`open_source`, and whether every item must have a label."""
 
     split: str | None = None
     root: str | os.PathLike[str] | None = None
@@ -209,7 +208,7 @@ class _Wanted(NamedTuple):
 
 
 class _Reader(NamedTuple):
-    """A kind of source: ``find`` returns the places a path stands for, none if it is of another kind."""
+    """A kind of source: ``find`` returns the files a path stands for, or nothing if the path is of another kind."""
 
     find: Callable[[str], Sequence[str]]
     open: Callable[[str, Sequence[str], _Wanted], Source]
@@ -235,25 +234,25 @@ def _open(where: str, wanted: _Wanted) -> Source:
 
 
 def _refusal(where: str) -> InputError:
-    """Say why a path is not a source."""
     suffix = Path(where).suffix.lower()
     if where.startswith(("http://", "https://")):
-        why = "web addresses are not read; download it first"
+        why = "a web address; download it first"
     elif not os.path.exists(where):
         why = "no such file or folder"
     elif not os.path.isfile(where):
         why = "not a file"  # a pipe would wait for ever
     elif suffix in images.extensions():
-        why = "one image; expected a folder with a folder of images a class in it"
+        why = "a single image; expected a folder with one folder of images per class"
     elif suffix in (".zip", ".gz", ".tgz", ".7z", ".rar"):
         why = "an archive; unpack it first"
     else:
-        why = f"not a source; expected a folder of classes, a table ({', '.join(SUFFIXES)}), a split .json"
+        why = (
+            f"unknown file type; expected a folder of classes, a table ({', '.join(SUFFIXES)}) or a split file (.json)"
+        )
     return InputError(f"{show(where)}: {why}")
 
 
 def _open_folder(where: str, _: Sequence[str], wanted: _Wanted) -> Source:
-    """Open a folder of class folders, of images with a table of labels, of parts of either, or of images alone."""
     folder = Path(where)
     if not wanted.labelled and not any(next(images.find(Path(i.path)), None) for i in folders.subfolders(folder)):
         return of_images(_images_in(folder), show(folder))
@@ -277,10 +276,6 @@ def _open_split(where: str, _: Sequence[str], wanted: _Wanted) -> Source:
     return source
 
 
-def _open_bucket(where: str, _: Sequence[str], wanted: _Wanted) -> Source:
-    return _listed(show(where), remote.listing(where, labelled=wanted.labelled))
-
-
 def _open_tars(where: str, places: Sequence[str], wanted: _Wanted) -> Source:
     source = of_tars(show(where), places, labelled=wanted.labelled)
     if not len(source):
@@ -290,7 +285,7 @@ def _open_tars(where: str, places: Sequence[str], wanted: _Wanted) -> Source:
 
 
 def of_tars(name: str, places: Sequence[str], *, labelled: bool) -> Source:
-    """Open the images of webdataset tars, in order. Images without a label that is needed are ``failed``."""
+    """Open the images of webdataset tars, in order. With ``labelled``, images without a label count as ``failed``."""
     return _listed(name, tars.listing(places, labelled=labelled))
 
 
@@ -325,7 +320,7 @@ def _read_table(file: Path | str, root: str | os.PathLike[str] | None, *, labell
     missing = [column for column in (key, "label")[: 1 + labelled] if column not in items.column_names]
     if missing:
         path, feature = ", ".join(NAMES["path"][1:4]), ", ".join(NAMES[FEATURE][1:])
-        kind = f"a table of images has path ({path}) and label, one of features has feature ({feature})"
+        kind = f"a table of images has path ({path}) and label; a table of features has feature ({feature})"
         kind = "a feature table has id, label and feature" if has_features else kind
         raise InputError(f"{name}: no column {missing[0]!r} among {few_names(items.column_names)}; {kind}")
     front = {"source": texts(items[key], name, key, needed=True)}
@@ -349,8 +344,11 @@ def _if(is_kind: Callable[[str], bool]) -> Callable[[str], Sequence[str]]:
 _READERS: Mapping[Kind, _Reader] = {
     "table": _Reader(_if(tables.is_table), _open_table),
     "tars": _Reader(tars.find, _open_tars),
-    "bucket": _Reader(_if(remote.is_remote), _open_bucket),
+    "bucket": _Reader(
+        _if(remote.is_remote),
+        lambda where, _, wanted: _listed(show(where), remote.listing(where, labelled=wanted.labelled)),
+    ),
     "folder": _Reader(_if(os.path.isdir), _open_folder),
     "split file": _Reader(_if(lambda where: where.lower().endswith(".json") and os.path.isfile(where)), _open_split),
 }
-"""Readers of every kind of source, the first that finds a place counts."""
+"""Readers by kind; the first that recognises a path opens it."""

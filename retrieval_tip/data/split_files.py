@@ -1,4 +1,4 @@
-"""CoOp's split files: JSON with ``train``, ``val`` and ``test``, lists of ``[path, label, class name]``."""
+"""Read CoOp's split files: JSON whose ``train``, ``val`` and ``test`` list ``[path, label, class name]``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from retrieval_tip.errors import InputError, few, show
 from retrieval_tip.files import read_regular
 
 LARGEST = 1 << 27
-"""Largest split file, in bytes: ImageNet's takes as much."""
+"""Largest split file, in bytes: about the size of ImageNet's."""
 
 
 def read(file: Path, split: str, root: str | os.PathLike[str] | None) -> Listing:
-    """Read a part of a split file. Classes are in the order of their label numbers.
+    """Read one part of a split file. Classes are ordered by label number.
 
-    Paths are relative to ``root``, by default to the folder that holds the images: the file's own or one inside it.
-    Raises InputError naming the entry that is wrong.
+    Paths are relative to ``root``, by default the folder that holds the images: the file's own or one inside it. Raises
+    InputError naming the wrong entry.
     """
     name = f"{show(file)} ({split})"
     entries: list[tuple[str, str]] = []
@@ -32,12 +32,12 @@ def read(file: Path, split: str, root: str | os.PathLike[str] | None) -> Listing
             case _:
                 raise InputError(f"{name}: entry {row} is not [path, label, class name]")
         if names.setdefault(label, class_name) != class_name:
-            raise InputError(f"{name}: entry {row} calls label {label} {class_name!r}, before it was {names[label]!r}")
+            raise InputError(f"{name}: entry {row} calls label {label} {class_name!r}, earlier {names[label]!r}")
     if not entries:
         raise InputError(f"{name}: empty")
     classes = [show(names[label]) for label in sorted(names)]
     if twice := [class_name for class_name, times in Counter(classes).items() if times > 1]:
-        raise InputError(f"{name}: class name {twice[0]!r} stands for several labels")
+        raise InputError(f"{name}: several labels have the class name {twice[0]!r}")
     folder = root or _image_root(file, [path for path, _ in entries])
     return Listing([os.path.join(folder, path) for path, _ in entries], [label for _, label in entries], classes)
 
@@ -52,13 +52,13 @@ def _part(file: Path, split: str) -> list[object]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{show(file)}: not JSON ({error})") from None
     if not isinstance(data, dict) or split not in data:
-        has = few(list(map(repr, data))) if isinstance(data, dict) else "no parts at all"
-        raise InputError(f"{show(file)}: no part {split!r}; a split file has train, val and test, this one {has}")
+        has = few(list(map(repr, data))) if isinstance(data, dict) else "none"
+        raise InputError(f"{show(file)}: no part {split!r}; expected train, val and test, found {has}")
     return data[split] if isinstance(data[split], list) else [None]
 
 
 def _image_root(file: Path, paths: list[str]) -> Path:
-    """Return the folder, the file's own or one inside it, that holds most of a sample of the images."""
+    """Find the folder, the file's own or one inside it, that holds most of a sample of the images."""
     sample = paths[:: max(1, len(paths) // 16)]
 
     def held(folder: Path) -> int:
@@ -66,7 +66,5 @@ def _image_root(file: Path, paths: list[str]) -> Path:
 
     best = max([file.parent, *(Path(entry.path) for entry in folders.subfolders(file.parent))], key=held)
     if not held(best):
-        raise InputError(
-            f"{show(file)}: its images, {show(sample[0])[:200]} first, are not beside it; give --root FOLDER"
-        )
+        raise InputError(f"{show(file)}: cannot find its images (such as {show(sample[0])[:200]}); give --root FOLDER")
     return best

@@ -1,4 +1,4 @@
-"""Read tables: Parquet, CSV, JSON lines, and folders of the parts of one."""
+"""Read tables: Parquet, CSV, JSON lines, and folders of Parquet parts."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ NAMES = {
     "label": ("label", "class", "class_name"),
     FEATURE: (FEATURE, "embedding", "vector"),
 }
-"""Names of the columns of a table, the first existing one counts."""
+"""Accepted column names; the first that exists is used."""
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 RUN, COMPLETE = "_run.json", "_complete.json"
-"""Files in a folder of parts: its description, and the mark, written last, that all parts exist."""
+"""Files in a folder of parts: its description, and the mark that all parts exist, written last."""
 MAX_TEXT = 4096
-"""Longest label or id, in characters: a longer one means a table read wrongly."""
+"""Longest label or id, in characters; a longer one means that the table was misread."""
 MAX_ROWS = 2**31 - 1
-"""Upper bound for the rows of a table: a file of a few bytes may claim any number."""
+"""Largest number of rows: a file of a few bytes may claim any number."""
 MAX_JSON = 1 << 28
-"""Largest file of JSON lines, in bytes: it is read at once."""
+"""Largest JSON-lines file, in bytes; it is read at once."""
 GROUP_ROWS = 1024
-"""Fewest rows of a row group of Parquet."""
+"""Smallest Parquet row group."""
 MAX_SHOWN = 64
-"""Columns, and characters of each name, in a message."""
+"""Largest number of columns in a message, and of characters of each name."""
 
 
 def row_groups_of(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Join tables to :data:`GROUP_ROWS` rows or more: many small row groups would make a large footer."""
+    """Join tables until they have :data:`GROUP_ROWS` rows: many small row groups would make a large footer."""
     waiting: list[pa.Table] = []
     for table in tables:
         waiting.append(table)
@@ -56,17 +56,17 @@ def row_groups_of(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def vectors(rows: npt.NDArray[np.generic]) -> pa.FixedSizeListArray:
-    """Make a column of rows ``[m, d]``."""
+    """Return rows ``[m, d]`` as a column of fixed-size lists."""
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).reshape(-1)), rows.shape[1])
 
 
 def parquet_writer(target: str | IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
-    """Open a writer of Parquet with dictionaries only for texts: numbers, rarely equal, take twice as long that way."""
+    """Open a Parquet writer with dictionaries for text only: numbers rarely repeat, and would take twice as long."""
     return pq.ParquetWriter(target, schema, use_dictionary=[path for field in schema for path in _text_paths(field)])
 
 
 def _text_paths(field: pa.Field, within: str = "") -> Iterator[str]:
-    """Yield the paths of Parquet's columns that hold the texts of a field."""
+    """Yield the Parquet column paths of the text in a field."""
     kind, path = field.type, within + field.name
     if pa.types.is_struct(kind):
         for inner in kind:
@@ -78,14 +78,14 @@ def _text_paths(field: pa.Field, within: str = "") -> Iterator[str]:
 
 
 def is_table(where: str) -> bool:
-    """Tell whether a path or a URL is a table: a file with one of ``SUFFIXES`` (Parquet, if remote), or its parts."""
+    """Tell whether a path or URL is a table: one of ``SUFFIXES`` (remote: Parquet), or a folder of parts."""
     if remote.is_remote(where):
         return where.lower().endswith(".parquet") or is_parts(where)
     return (where.lower().endswith(SUFFIXES) and os.path.isfile(where)) or is_parts(where)
 
 
 def is_parts(folder: str | os.PathLike[str]) -> bool:
-    """Tell whether a folder, or the URL of one, holds the parts of a table, complete or not."""
+    """Tell whether a folder or its URL holds the parts of a table, complete or not."""
     return _holds(os.fspath(folder), RUN)
 
 
@@ -97,22 +97,22 @@ def _holds(folder: str, name: str) -> bool:
 
 
 def table_files(table: Path | str) -> list[Path | str]:
-    """Return the Parquet files of a table, in order: itself, or the parts in the folder.
+    """List the Parquet files of a table: the file itself, or the parts in a folder, in order.
 
-    Raises InputError for a folder without all of its parts.
+    Raises InputError if the folder lacks some of its parts.
     """
     where = os.fspath(table)
     if where.endswith(".parquet") if remote.is_remote(table) else not os.path.isdir(table):
         return [table]
     if not is_parts(where):
-        raise InputError(f"{show(where)}: no feature table; a folder of parts has {RUN}")
+        raise InputError(f"{show(where)}: not a feature table; a folder of parts contains {RUN}")
     if not _holds(where, COMPLETE):
-        raise InputError(f"{show(where)}: some of its parts are missing; repeat the command that makes it")
+        raise InputError(f"{show(where)}: some parts are missing; run the command that writes it again")
     return part_files(where)
 
 
 def part_files(folder: str) -> list[Path | str]:
-    """Return the files in a folder of parts, in order."""
+    """List the files in a folder of parts, in order."""
     if not remote.is_remote(folder):
         return sorted(Path(folder).glob("part=*/*.parquet"))
     names = remote.attempt(folder, lambda: remote.system_of(folder).find(folder))
@@ -120,7 +120,10 @@ def part_files(folder: str) -> list[Path | str]:
 
 
 def items_of(file: Path | str) -> tuple[pa.Table, bool]:
-    """Return every column of a table but the features, and whether it has features. Missing ids are row numbers."""
+    """Return all columns of a table except the features, and whether it has features.
+
+    A feature table without ids gets row numbers.
+    """
     name = show(file)
     if str(file).lower().endswith((".csv", ".tsv", ".jsonl")) and not os.path.isdir(file):
         items = (_read_json_lines if str(file).lower().endswith(".jsonl") else _read_csv)(Path(file))
@@ -134,7 +137,7 @@ def items_of(file: Path | str) -> tuple[pa.Table, bool]:
             feature = feature_column(parquet.schema_arrow)
             number, has_features = number + parquet.metadata.num_rows, feature is not None
             if number > MAX_ROWS:
-                raise InputError(f"{name}: {number:,} rows, more than {MAX_ROWS:,}")
+                raise InputError(f"{name}: {number:,} rows; the limit is {MAX_ROWS:,}")
             kept = [column for column in columns if column != feature]
             with reading(show(part)):
                 tables.append(_sound(parquet.read(columns=kept)))
@@ -149,7 +152,7 @@ def items_of(file: Path | str) -> tuple[pa.Table, bool]:
 
 
 def feature_column(schema: pa.Schema) -> str | None:
-    """Return the column of features: ``feature``, or lists of numbers by another of its ``NAMES``."""
+    """Return the name of the feature column: ``feature``, or a column of vectors with another of its ``NAMES``."""
     if FEATURE in schema.names:
         return FEATURE
     names = [name for name in NAMES[FEATURE] if schema.names.count(name) == 1 and is_vector(schema.field(name).type)]
@@ -157,13 +160,13 @@ def feature_column(schema: pa.Schema) -> str | None:
 
 
 def is_vector(kind: pa.DataType) -> bool:
-    """Tell whether a type is lists of floating-point numbers."""
+    """Tell whether a type is a list of floating-point numbers."""
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     return any(is_list(kind) for is_list in lists) and bool(pa.types.is_floating(kind.value_type))
 
 
 def renamed(items: pa.Table, *wanted: str) -> pa.Table:
-    """Give these columns their own names if they have another of ``NAMES``."""
+    """Rename columns with an alternative name among ``NAMES`` to the ``wanted`` one."""
     for column in wanted:
         there = [name for name in NAMES[column] if name in items.column_names]
         if there and there[0] != column:
@@ -172,7 +175,7 @@ def renamed(items: pa.Table, *wanted: str) -> pa.Table:
 
 
 def row_groups(parquet: pq.ParquetFile, first: int, last: int | None) -> tuple[list[int], int]:
-    """Return the row groups that hold rows ``first`` to ``last`` of a file, and the first row of these groups."""
+    """Return the row groups that hold rows ``first`` to ``last`` of a file, and the number of their first row."""
     groups: list[int] = []
     start, begins = 0, 0
     for group in range(parquet.num_row_groups):
@@ -185,7 +188,7 @@ def row_groups(parquet: pq.ParquetFile, first: int, last: int | None) -> tuple[l
 
 
 def _sound(items: pa.Table) -> pa.Table:
-    """Check that all text is UTF-8, and make plain columns of views, so that rows can be taken."""
+    """Check that all text is UTF-8, and turn view columns into plain ones, from which rows can be taken."""
     kinds = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
     for place, field in enumerate(items.schema):
         try:
@@ -194,7 +197,7 @@ def _sound(items: pa.Table) -> pa.Table:
             raise pa.ArrowInvalid(f"column {field.name!r}: {error}") from None
         if field.type in kinds:
             items = items.set_column(place, field.name, items.column(place).cast(kinds[field.type]))
-    items.slice(0, 1).take(pa.array([0] if len(items) else [], pa.int64()))  # of views within lists none can be
+    items.slice(0, 1).take(pa.array([0] if len(items) else [], pa.int64()))  # fails for views inside lists
     return items
 
 
@@ -206,13 +209,13 @@ def open_parquet(file: Path | str) -> pq.ParquetFile:
             check_regular(file)
         raw = pa.memory_map(os.fsencode(file)) if url is None else pa.PythonFile(remote.opened(url), "r")
         parquet = pq.ParquetFile(raw)
-        "".join(parquet.schema_arrow.names)  # which may not be UTF-8
+        "".join(parquet.schema_arrow.names)  # fails if a name is not UTF-8
         return parquet
 
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turn errors of reading a table into InputError."""
+    """Turn errors while reading a table into InputError."""
     try:
         yield
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
@@ -220,9 +223,9 @@ def reading(name: str) -> Iterator[None]:
 
 
 def read_columns(file: Path, columns: Sequence[str], most: int) -> pa.Table:
-    """Read some columns of a Parquet, JSON-lines or CSV file, told apart by its first bytes.
+    """Read some columns of a Parquet, JSON-lines or CSV file, recognised by its first bytes.
 
-    Raises InputError if the file cannot be read, lacks a column or has more than ``most`` rows.
+    Raises InputError if the file cannot be read, lacks a column, or has more than ``most`` rows.
     """
     name = show(file)
     with reading(name), open_regular(file) as raw:
@@ -235,7 +238,7 @@ def read_columns(file: Path, columns: Sequence[str], most: int) -> pa.Table:
         names, number = table.column_names, len(table)
     _once(names, name)
     if missing := [column for column in columns if column not in names]:
-        raise InputError(f"{name}: has no column {missing[0]!r}; its columns are {few_names(names)}")
+        raise InputError(f"{name}: no column {missing[0]!r} among {few_names(names)}")
     if number > most:
         raise InputError(f"{name}: {number:,} rows; expected at most {most:,}")
     if not head.startswith(b"PAR1"):
@@ -245,7 +248,7 @@ def read_columns(file: Path, columns: Sequence[str], most: int) -> pa.Table:
 
 
 def _read_csv(file: Path) -> pa.Table:
-    """Read all columns as text; quoted fields may hold commas, quotes and line breaks."""
+    """Read all columns as text; quoted fields may contain separators, quotes and line breaks."""
     with reading(show(file)):
         check_regular(file)
         encoding, name = _encoding(file), os.fsencode(file)  # the name may not be UTF-8
@@ -261,7 +264,7 @@ def _read_csv(file: Path) -> pa.Table:
 
 
 def _read_json_lines(file: Path, wanted: Sequence[str] | None = None) -> pa.Table:
-    """Read all columns of a file of JSON lines, or those ``wanted``, as text; other values as JSON."""
+    """Read all columns of a JSON-lines file, or the ``wanted`` ones, as text; other values become JSON."""
     try:
         rows = [json.loads(line) for line in read_regular(file, MAX_JSON).splitlines() if line.strip()]
         columns = [
@@ -271,7 +274,7 @@ def _read_json_lines(file: Path, wanted: Sequence[str] | None = None) -> pa.Tabl
     except InputError:
         raise
     except (AttributeError, TypeError):
-        raise InputError(f"{show(file)}: cannot be read as JSON lines: a line is no object") from None
+        raise InputError(f"{show(file)}: cannot be read as JSON lines: a line is not an object") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{show(file)}: cannot be read as JSON lines: {first_line(error)}") from None
 
@@ -281,10 +284,10 @@ def _text(value: object) -> str | None:
 
 
 def _encoding(file: Path) -> str:
-    """Return the encoding of a CSV file: UTF-8, UTF-16 with a byte-order mark, or Windows-1252, as Excel writes it.
+    """Guess the encoding of a CSV file: UTF-8, UTF-16 with a byte-order mark, or Windows-1252, as Excel writes it.
 
-    Windows-1252 is assumed, with a warning, if only ASCII comes before the first byte that is not UTF-8. Otherwise it
-    is damaged UTF-8, which the reader refuses.
+    Assumes Windows-1252, with a warning, if only ASCII precedes the first byte that is not UTF-8. Otherwise the file is
+    damaged UTF-8, which the reader refuses.
     """
     decoder, plain = codecs.getincrementaldecoder("utf-8")(), True
     with open_regular(file) as raw:
@@ -298,13 +301,13 @@ def _encoding(file: Path) -> str:
             decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
             if plain and bytes(error.object[: error.start]).isascii():
-                warn_once(f"{show(file)}: not UTF-8, so it is read as Windows-1252; save it as UTF-8 if that is wrong")
+                warn_once(f"{show(file)}: not UTF-8; reading it as Windows-1252 (if that is wrong, save it as UTF-8)")
                 return "cp1252"
     return "utf8"
 
 
 def _delimiter(file: Path, encoding: str) -> str:
-    """Return the most frequent of the usual separators in the first line."""
+    """Return the most frequent usual separator in the first line."""
     with Path(file).open(encoding=encoding, errors="replace") as text:
         line = text.readline(1 << 16)
     return max(",;\t|", key=line.count)
@@ -312,11 +315,11 @@ def _delimiter(file: Path, encoding: str) -> str:
 
 def _once(columns: Sequence[str], name: str) -> None:
     if len(set(columns)) < len(columns):
-        raise InputError(f"{name}: a column name stands twice in {few_names(columns)}")
+        raise InputError(f"{name}: duplicate column name among {few_names(columns)}")
 
 
 def texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool) -> pa.ChunkedArray:
-    """Read ids, paths or labels as text: blanks are missing, whole numbers become digits. Raises InputError."""
+    """Read ids, paths or labels as text. Blanks count as missing, integers become digits. Raises InputError."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -335,7 +338,7 @@ def texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool) -> pa.
 
 
 def check_texts(items: pa.Table, name: str) -> None:
-    """Raise InputError naming the rows whose source or label is longer than :data:`MAX_TEXT`."""
+    """Raise InputError naming rows whose source or label is longer than :data:`MAX_TEXT`."""
     for column in ("source", "label"):
         if column in items.column_names:
             long = pc.greater(pc.utf8_length(items[column]), MAX_TEXT).fill_null(False).to_numpy()
@@ -346,13 +349,13 @@ def check_texts(items: pa.Table, name: str) -> None:
 
 
 def few_names(columns: Sequence[str]) -> str:
-    """List the first names of columns for a message."""
+    """Format the first column names for a message."""
     shown = ", ".join(one_line(column)[:MAX_SHOWN] for column in columns[:MAX_SHOWN])
     return shown + (f" and {len(columns) - MAX_SHOWN} more" if len(columns) > MAX_SHOWN else "")
 
 
 def row_list(rows: npt.NDArray[np.int64]) -> str:
-    """List row numbers, from 0, for a message."""
+    """Format row numbers, from 0, for a message."""
     shown = ", ".join(str(int(row)) for row in rows[:5])
     more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
     return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"

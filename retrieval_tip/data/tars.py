@@ -1,7 +1,7 @@
-"""Webdataset tars: images with the labels beside them, ``key.jpg`` and ``key.cls``, ``key.txt`` or ``key.json``.
+"""Read webdataset tars: each image ``key.jpg`` with its label in ``key.cls``, ``key.txt`` or ``key.json``.
 
-An image is named ``TAR/MEMBER`` and read by that name: from a local ``.tar`` in place, from a packed (``.tar.gz``,
-``.tgz``) or remote one through an unnamed local copy that goes with the process. Nothing is unpacked to a named file.
+Images are named ``TAR/MEMBER``. A local ``.tar`` is read in place, a compressed (``.tar.gz``, ``.tgz``) or remote one
+through an unnamed temporary copy. Nothing is unpacked to named files.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from retrieval_tip.files import open_regular
 
 TARS = (".tar", ".tar.gz", ".tgz")
 LABELS = ("cls", "json", "txt")
-"""Members that label an image; the first one counts."""
+"""Suffixes of labels; the first that exists is used."""
 MAX_LABEL = 4096
 """Longest label, in characters."""
 MAX_LABEL_BYTES = 1 << 20
-"""Largest member that is read as a label."""
+"""Largest label file, in bytes."""
 MOST_NAMED = 100_000
-"""Upper bound for the tars of ``{000..999}``."""
+"""Largest number of tars in a range such as ``{000..999}``."""
 HELD = 16
 """Number of tars that stay open."""
 CHUNK = 1 << 20
@@ -48,10 +48,10 @@ _opening = threading.Lock()
 
 
 class Tar:
-    """The images of one tar: the place of each in the file, its label or ``None``, and what ``failed``.
+    """Images of one tar: ``places`` in the file, ``labels`` (or ``None``), and unreadable members (``failed``).
 
-    Damage ends the tar and is named in ``failed``. Raises InputError with the reason, but not the path, if nothing can
-    be read.
+    Reading stops at the first damage, which is listed in ``failed``. Raises InputError without the path if nothing is
+    readable.
     """
 
     def __init__(self, place: str) -> None:
@@ -74,16 +74,16 @@ class Tar:
             try:
                 if not sample.name:
                     path = f"{place}/{key}"
-                    raise InputError("no image among the members of this key")
+                    raise InputError("no image with this key")
                 if sample.start + sample.size > total:
-                    raise InputError("cut off: the tar ends within it")
+                    raise InputError("cut off at the end of the tar")
                 self.labels[path] = _label(sample)
                 self.places[path] = sample.start, sample.size
             except InputError as error:
                 self.failed.append(Skipped(show(path), str(error)))
 
     def _members(self, name: str) -> Iterator[tarfile.TarInfo]:
-        """Yield the files of the tar, up to its end or to the first damage."""
+        """Yield the files of the tar up to its end or the first damage."""
         number = 0
         with tarfile.open(fileobj=self._file, mode="r:", errors="surrogateescape", ignore_zeros=False) as tar:
             while True:
@@ -94,12 +94,12 @@ class Tar:
                     return
                 if member is None:
                     break
-                tar.members.clear()  # type: ignore[attr-defined]  # it keeps each of them, which adds up
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all, which takes memory
                 if member.isreg() and not member.issparse():
                     number += 1
                     yield member
             if os.pread(self._file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
-                self.failed.append(Skipped(name, f"damaged or cut off after {number} members: no end mark there"))
+                self.failed.append(Skipped(name, f"damaged or cut off after {number} members: no end mark"))
 
     def read(self, path: str) -> bytes:
         """Return the bytes of an image. Raises InputError if it is missing, too large or empty."""
@@ -107,14 +107,14 @@ class Tar:
             raise InputError("no such image in the tar")
         start, size = self.places[path]
         images.check_size(size)
-        data = os.pread(self._file.fileno(), size, start)  # several threads read at once
+        data = os.pread(self._file.fileno(), size, start)  # safe for several threads
         if not data:
             raise InputError("empty file")
         return data
 
 
 def opened(place: str) -> Tar:
-    """Open a tar by its path or URL, or return it if it is one of the last :data:`HELD` and its file has not changed.
+    """Open a tar by path or URL, or reuse one of the last :data:`HELD` if its file has not changed.
 
     Raises as :class:`Tar`.
     """
@@ -122,18 +122,18 @@ def opened(place: str) -> Tar:
         status = None if remote.is_remote(place) else os.stat(place)
     except OSError as error:
         raise InputError(str(error.strerror)) from None
-    with _opening:  # else each of the threads that read its images would open it
+    with _opening:  # otherwise every decoding thread would open it
         return _opened(place, None if status is None else (status.st_size, status.st_mtime_ns))
 
 
 @functools.lru_cache(HELD)
 def _opened(place: str, stamp: tuple[int, int] | None) -> Tar:
-    del stamp  # a part of the key
+    del stamp  # only part of the cache key
     return Tar(place)
 
 
 def tar_of(path: str) -> str | None:
-    """Return the tar in an image's name; ``None`` if it is not in a tar."""
+    """Return the tar that holds an image; ``None`` for an image outside tars."""
     for match in _IN_TAR.finditer(path):
         place = path[: match.end() - 1]
         if remote.is_remote(place) or os.path.isfile(place):
@@ -142,7 +142,7 @@ def tar_of(path: str) -> str | None:
 
 
 def read(path: str) -> bytes | None:
-    """Return the bytes of an image in a tar; ``None`` for another path. Raises InputError, without the path."""
+    """Return the bytes of an image in a tar; ``None`` for other paths. Raises InputError without the path."""
     return None if (tar := tar_of(path)) is None else opened(tar).read(path)
 
 
@@ -156,7 +156,7 @@ def exists(path: str) -> bool:
 
 
 def listing(places: Sequence[str], *, labelled: bool) -> Listing:
-    """Return the images of tars, in order. What cannot be read, or lacks a label that is needed, is ``failed``."""
+    """List the images of tars, in order. Unreadable images are ``failed``; with ``labelled``, unlabelled ones too."""
     found = Listing()
     for place in places:
         try:
@@ -168,7 +168,7 @@ def listing(places: Sequence[str], *, labelled: bool) -> Listing:
         for path, label in tar.labels.items():
             if labelled and label is None:
                 kinds = ", ".join(f".{kind}" for kind in LABELS)
-                found.failed.append(Skipped(show(path), f"no label: none of {kinds} beside it"))
+                found.failed.append(Skipped(show(path), f"no label; add one of {kinds}"))
             else:
                 found.paths.append(path)
                 found.labels.append(label)
@@ -176,9 +176,10 @@ def listing(places: Sequence[str], *, labelled: bool) -> Listing:
 
 
 def find(where: str) -> list[str]:
-    """Return the tars that a path, a URL, a folder or a pattern stands for, in name order; none for anything else.
+    """List the tars that a path, URL, folder or pattern stands for, in name order; return ``[]`` for anything else.
 
-    A pattern is ``s-*.tar`` or ``s-{000..099}.tar``. A folder is one of tars if it holds no folders and no images.
+    Patterns are ``s-*.tar`` and ``s-{000..099}.tar``. A folder of tars holds no folders and no images.
+
     Raises InputError if a tar of a range is missing, UsageError if a range is too long.
     """
     if not where.lower().endswith(TARS):
@@ -204,7 +205,7 @@ def _in_folder(where: str) -> list[str]:
         return [name for name in remote.children(where) if name.lower().endswith(TARS)]
     try:
         seen = images.entries(where) if os.path.isdir(where) else []
-    except OSError:  # whoever reads the folder says so
+    except OSError:  # the folder's reader reports this
         return []
     if any(images.is_folder(entry) or Path(entry.name).suffix.lower() in images.extensions() for entry in seen):
         return []
@@ -212,21 +213,21 @@ def _in_folder(where: str) -> list[str]:
 
 
 def _named(pattern: str) -> Iterator[str]:
-    """Yield the names that ``{000..099}`` stands for, each as wide as the first number."""
+    """Expand ``{000..099}`` to numbers as wide as the first."""
     match = _RANGE.search(pattern)
     if match is None:
         yield pattern
         return
     first, last = int(match[1]), int(match[2])
     if last - first >= MOST_NAMED:
-        raise UsageError(f"{show(pattern)}: more than {MOST_NAMED:,} tars; give a folder or a * in place of a range")
+        raise UsageError(f"{show(pattern)}: more than {MOST_NAMED:,} tars; give a folder, or * instead of the range")
     for number in range(first, last + 1):
         yield from _named(f"{pattern[: match.start()]}{number:0{len(match[1])}d}{pattern[match.end() :]}")
 
 
 @dataclass
 class _Sample:
-    """Members of one key, a name up to its first dot: the place of the image, and the members that label it."""
+    """Members with one key (the name up to its first dot): the place of the image, and its label files."""
 
     name: str = ""
     start: int = 0
@@ -235,15 +236,14 @@ class _Sample:
 
 
 def _add(samples: dict[str, _Sample], member: tarfile.TarInfo, file: BinaryIO) -> str | None:
-    """Add a member to the sample of its key; return why it is left out, if it is."""
+    """Add a member to the sample with its key. Returns the problem if that is impossible."""
     folder, _, base = member.name.rpartition("/")
     stem, _, kind = base.partition(".")
     sample = samples.setdefault(show(f"{folder}/{stem}" if folder else stem), _Sample())
     if f".{kind.lower()}" in images.extensions():
         name = show(member.name)
         if sample.name:
-            twice = "this name stands twice in the tar"
-            return twice if name == sample.name else f"{sample.name} is the image of this key"
+            return "duplicate name" if name == sample.name else f"{sample.name} has the same key"
         sample.name, sample.start, sample.size = name, member.offset_data, member.size
     elif kind.lower() in LABELS and member.size <= MAX_LABEL_BYTES:
         sample.labels[kind.lower()] = os.pread(file.fileno(), member.size, member.offset_data)
@@ -251,11 +251,11 @@ def _add(samples: dict[str, _Sample], member: tarfile.TarInfo, file: BinaryIO) -
 
 
 def _plain_tar(place: str) -> BinaryIO:
-    """Open a tar as a local file that is not compressed: itself, or an unnamed copy."""
+    """Open a tar as an uncompressed local file: itself, or an unnamed copy."""
     packed = not place.lower().endswith(".tar")
     if not packed and not remote.is_remote(place):
         return open_regular(place)
-    file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the tar is
+    file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - stays open with the tar
     try:
         with remote.opened(place) if remote.is_remote(place) else open_regular(place) as raw:
             _unpack(raw, file) if packed else shutil.copyfileobj(raw, file, CHUNK)
@@ -268,7 +268,7 @@ def _plain_tar(place: str) -> BinaryIO:
 
 
 def _unpack(raw: BinaryIO, file: BinaryIO) -> None:
-    """Copy the sound beginning of a gzip file; where it breaks off, so does the tar, which is then reported."""
+    """Copy a gzip file up to the first damage; the tar then ends there, which is reported."""
     with gzip.GzipFile(fileobj=raw) as unpacked:
         try:
             while block := unpacked.read1(CHUNK):
@@ -279,9 +279,9 @@ def _unpack(raw: BinaryIO, file: BinaryIO) -> None:
 
 
 def _label(sample: _Sample) -> str | None:
-    """Return the label of a sample: text of ``.cls`` or ``.txt``, or ``label``, ``class`` or ``cls`` of ``.json``.
+    """Return the label of a sample: the text of ``.cls`` or ``.txt``, or ``label``, ``class`` or ``cls`` in ``.json``.
 
-    Raises InputError if it is not UTF-8, too long, or no text.
+    Raises InputError if it is not UTF-8, too long, or not text.
     """
     kind = next((kind for kind in LABELS if kind in sample.labels), None)
     if kind is None:

@@ -1,4 +1,4 @@
-"""The eleven datasets of the papers and four variants of ImageNet, by name, where CoOp lays them out on disk."""
+"""The papers' eleven datasets and four variants of ImageNet, in CoOp's folder layout."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ __all__ = ["Dataset", "check", "facts", "names", "open_dataset"]
 
 
 def open_dataset(name: str, root: str | os.PathLike[str], split: str) -> Source:
-    """Open the labelled images of a part of a dataset.
+    """Open the labelled images of one part of a dataset.
 
-    ``name`` is as in :func:`facts`; ``root`` the folder of all datasets, or the dataset's own; ``split`` is ``train``,
-    ``val`` or ``test``. ImageNet has no ``val``: its images/val is the test part, and its variants have only ``test``.
+    Args:
+        name: see :func:`facts`.
+        root: the folder of all datasets, or the dataset's own.
+        split: ``train``, ``val`` or ``test``. ImageNet has no ``val``: its images/val is the test part. Its variants
+            have only ``test``.
 
-    Raises UsageError for an unknown name or part; InputError for a missing or damaged file or folder, with how it
-    should look. Missing images are reported by the code that reads them.
+    Raises UsageError for an unknown name or part; InputError for a missing or damaged file or folder, with the expected
+    layout. Missing images are reported when they are read.
     """
     dataset = facts(name)
     if split not in dataset.images:
-        parts = ", ".join(dataset.images)
-        reason = "; its images/val is its test part" if (dataset.name, split) == ("ImageNet", "val") else ""
-        raise UsageError(f"{dataset.name} has no part {split!r}, it has {parts}{reason}; give another --split")
+        reason = " (its images/val is the test part)" if (dataset.name, split) == ("ImageNet", "val") else ""
+        raise UsageError(f"{dataset.name}: no part {split!r}{reason}; choose --split from {', '.join(dataset.images)}")
     folder = _folder(dataset, Path(root))
     missing = lacking(dataset, folder, (split,))
     if missing:
@@ -36,10 +38,10 @@ def open_dataset(name: str, root: str | os.PathLike[str], split: str) -> Source:
 
 
 def check(name: str, root: str | os.PathLike[str]) -> list[str]:
-    """List what is missing or damaged in a dataset below ``root``, and how it should look, a line each.
+    """List missing or damaged files of a dataset below ``root``, with the expected layout, one line each.
 
-    Checks folders, lists, the number of classes, and that a sample of the images of each part exists. Raises UsageError
-    for an unknown name.
+    Checks folders, lists, the number of classes, and a sample of each part's images. Raises UsageError for an unknown
+    name.
     """
     dataset = facts(name)
     folder = _folder(dataset, Path(root))
@@ -51,13 +53,13 @@ def check(name: str, root: str | os.PathLike[str]) -> list[str]:
             problems += look_into(dataset, folder, split)
         except InputError as error:
             problems.append(str(error))
-        except OSError as error:  # a folder that may not be entered
+        except OSError as error:  # no permission to enter a folder
             problems.append(f"{error.filename or folder}: {error.strerror or error}")
     return list(dict.fromkeys(problems))
 
 
 def _folder(dataset: Dataset, root: Path) -> Path:
-    """Return the dataset's folder: in ``root``, or ``root`` itself if its name or its files are the dataset's."""
+    """Return the dataset's folder: ``root`` itself if it has the name or the files of the dataset, else one in it."""
     inside = root / dataset.folder
     if os.path.isdir(inside):
         return inside

@@ -1,4 +1,4 @@
-"""The table of facts: the folder, prompts and published settings of each dataset."""
+"""Folder, prompts and published settings of each dataset."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ IMAGENET = (
 
 @dataclass(frozen=True)
 class Dataset:
-    """Facts of one dataset. Its class names are read from its files.
+    """Facts about one dataset; its class names are read from its files.
 
     Attributes:
         name: as the papers write it.
-        folder: its folder in the one of all datasets (CoOp's ``DATA``).
+        folder: its folder inside the folder of all datasets (CoOp's ``DATA``).
         layout: how its images are listed.
-        images: folder of the images of each part, within ``folder``; empty for ``folder`` itself.
+        images: image folder of each part, inside ``folder``; empty for ``folder`` itself.
         listing: the file that names its classes: the split file, ``variants.txt`` or ``classnames.txt``.
         classes: number of classes.
-        templates: prompts, whose features are averaged.
-        scale: the published search scales of beta and alpha.
-        alpha: the published initial alpha.
-        beta: the published initial beta.
-        aliases: further names.
+        templates: prompts; their features are averaged.
+        scale: published search scales of beta and alpha.
+        alpha: published initial alpha.
+        beta: published initial beta.
+        aliases: other accepted names.
     """
 
     name: str
@@ -59,7 +59,7 @@ def _all(folder: str) -> dict[str, str]:
 
 # fmt: off
 DATASETS = (
-    # ImageNet's images/val is what everyone tests on: it is the test part, and there is no validation part.
+    # Everyone tests on ImageNet's images/val, so it is the test part, and there is no validation part.
     Dataset("ImageNet", "imagenet", "class folders", {"train": "images/train", "test": "images/val"},
             "classnames.txt", 1000, IMAGENET, (7, 3), 1.17, aliases=("imagenet-1k", "ilsvrc2012")),
     Dataset("Caltech101", "caltech-101", "split file", _all("101_ObjectCategories"),
@@ -85,7 +85,7 @@ DATASETS = (
             "split_zhou_EuroSAT.json", 10, ("a centered satellite photo of {}.",), (12, 10), 2),
     Dataset("UCF101", "ucf101", "split file", _all("UCF-101-midframes"),
             "split_zhou_UCF101.json", 101, ("a photo of a person doing {}.",), (7, 3), 3, aliases=("ucf",)),
-    # Test sets for an index of ImageNet, whose prompts and settings they take.
+    # Test sets for an index of ImageNet, with its prompts and settings.
     Dataset("ImageNet-V2", "imagenetv2", "numbered class folders",
             {"test": "imagenetv2-matched-frequency-format-val"},
             "classnames.txt", 1000, IMAGENET, (7, 3), 1.17),
@@ -100,7 +100,6 @@ DATASETS = (
 
 
 def _plain(name: str) -> str:
-    """Remove case, spaces, ``-`` and ``_`` from a name."""
     return "".join(c for c in name.casefold() if c not in " -_")
 
 
@@ -108,16 +107,16 @@ _BY_NAME = {_plain(name): row for row in DATASETS for name in (row.name, row.fol
 
 
 def names() -> list[str]:
-    """List the datasets in the order of the papers' tables, and the variants of ImageNet last."""
+    """List the datasets in the order of the papers' tables, with the variants of ImageNet last."""
     return [row.name for row in DATASETS]
 
 
 def facts(name: str) -> Dataset:
-    """Return the facts of a dataset by its name, its folder's, or a short one (``pets``, ``fgvc``, ``imagenet_a``).
+    """Return the facts about a dataset by its name, folder or alias (``pets``, ``fgvc``, ``imagenet_a``).
 
     Case, spaces, ``-`` and ``_`` do not matter. Raises UsageError for an unknown name.
     """
     row = _BY_NAME.get(_plain(name))
     if row is None:
-        raise UsageError(f"no dataset {name!r}; the datasets are {', '.join(names())}")
+        raise UsageError(f"dataset {name!r}: unknown; choose from {', '.join(names())}")
     return row

@@ -1,4 +1,4 @@
-"""Read the layouts on disk that the datasets share into sources."""
+"""Read the datasets' folder layouts."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ log = logging.getLogger(__name__)
 MAX_LISTING = 1 << 26
 """Largest list of classes or images, in bytes."""
 SAMPLE = 16
-"""Images or class folders of a part that a check looks for."""
+"""Number of images or class folders per part that a check looks for."""
 
 
 def split_file(dataset: Dataset, folder: Path, split: str) -> Source:
-    """Open a part of CoOp's split file, whose paths are relative to the image folder."""
+    """Open a part of CoOp's split file; its paths are relative to the image folder."""
     return open_source(folder / dataset.listing, split=split, root=str(folder / dataset.images[split]))
 
 
 def variant_lists(dataset: Dataset, folder: Path, split: str) -> Source:
-    """Open FGVC-Aircraft: each line of ``images_variant_{split}.txt`` is an image's number and its variant.
+    """Open FGVC-Aircraft: each line of ``images_variant_{split}.txt`` holds an image's number and its variant.
 
-    Classes are in the order of ``variants.txt``. Raises InputError naming the line that is wrong.
+    Classes are in the order of ``variants.txt``. Raises InputError naming the wrong line.
     """
     class_names = [line for _, line in _lines(folder / dataset.listing)]
     if twice := [name for name, times in Counter(class_names).items() if times > 1]:
-        raise InputError(f"{show(folder / dataset.listing)}: class name {twice[0]!r} stands there twice")
+        raise InputError(f"{show(folder / dataset.listing)}: duplicate class name {twice[0]!r}")
     known = set(class_names)
     listing = variant_list(folder, split)
     paths, labels = [], []
     for number, line in _lines(listing):
         image, *rest = line.split(maxsplit=1)
         if not rest:
-            raise InputError(f"{show(listing)}: line {number} is not an image's number and its variant")
+            raise InputError(f"{show(listing)}: line {number}: expected an image's number and its variant")
         label = rest[0]
         if label not in known:
             raise InputError(f"{show(listing)}: line {number}: variant {label!r} is not in {dataset.listing}")
@@ -53,21 +53,21 @@ def variant_lists(dataset: Dataset, folder: Path, split: str) -> Source:
 
 
 def variant_list(folder: Path, split: str) -> Path:
-    """Return the file that lists the images of a part of FGVC-Aircraft."""
+    """Return the list of the images in a part of FGVC-Aircraft."""
     return folder / f"images_variant_{split}.txt"
 
 
 def class_folders(dataset: Dataset, folder: Path, split: str) -> Source:
-    """Open the images below the class folders of a part. Classes are in the order of ``classnames.txt``.
+    """Open the images in the class folders of a part. Classes are in the order of ``classnames.txt``.
 
-    Raises InputError for a folder without a name, and without images.
+    Raises InputError if a folder has no class name, or there are no images.
     """
     root, folders = folder / dataset.images[split], named_folders(dataset, folder, split)
     if len(folders) < dataset.classes:
         log.warning("%s: %d of the %d class folders of %s", show(root), len(folders), dataset.classes, dataset.name)
     inside = {class_name: [str(image) for image in images.find(path)] for class_name, path in folders.items()}
     for class_name in [class_name for class_name, own in inside.items() if not own]:
-        log.warning("%s: class folder without images", show(folders[class_name]))
+        log.warning("%s: no images in this class folder", show(folders[class_name]))
     labels = [class_name for class_name, own in inside.items() for _ in own]
     if not labels:
         raise InputError(f"{show(root)}: no images; expected {EXPECTED[dataset.layout][1]}")
@@ -77,8 +77,8 @@ def class_folders(dataset: Dataset, folder: Path, split: str) -> Source:
 def named_folders(dataset: Dataset, folder: Path, split: str) -> dict[str, Path]:
     """Map class names to the class folders of a part, in the order of ``classnames.txt``.
 
-    Folders are named as in ``classnames.txt``, or by the line's number from 0. Raises InputError for a folder without
-    a class name.
+    Folders are named as in ``classnames.txt``, or by line number from 0. Raises InputError if a folder has no class
+    name.
     """
     listing, root = folder / dataset.listing, folder / dataset.images[split]
     by_folder = class_names_by_folder(listing)
@@ -89,26 +89,26 @@ def named_folders(dataset: Dataset, folder: Path, split: str) -> dict[str, Path]
     if strange:
         which = show(strange[0]) + (f" and {len(strange) - 1} more" if len(strange) > 1 else "")
         raise InputError(
-            f"{show(root)}: {dataset.listing} names no class for the folder {which}; expected folders "
-            f"{_some(by_folder)}, with the class's images in each"
+            f"{show(root)}: {dataset.listing} names no class for the folder {which}; expected one folder of images per "
+            f"class: {_some(by_folder)}"
         )
     return {class_name: root / name for name, class_name in by_folder.items() if name in there}
 
 
 def class_names_by_folder(listing: Path) -> dict[str, str]:
-    """Map folders to class names, from lines of ``classnames.txt``: the folder, a space, the name.
+    """Map folders to class names by the lines of ``classnames.txt``: the folder, a space, the name.
 
-    A name that comes again (older lists have two missiles) gets one more ``_``, which prompts leave out. Raises
-    InputError naming the line.
+    A repeated name (older lists have two missiles) gets another ``_``, which prompts omit. Raises InputError naming the
+    line.
     """
     names: dict[str, str] = {}
     taken: set[str] = set()
     for number, line in _lines(listing):
         name, *rest = line.split(maxsplit=1)
         if not rest:
-            raise InputError(f"{show(listing)}: line {number} is not a folder's name and the class's")
+            raise InputError(f"{show(listing)}: line {number}: expected a folder and its class name")
         if name in names:
-            raise InputError(f"{show(listing)}: line {number}: folder {name} stands there twice")
+            raise InputError(f"{show(listing)}: line {number}: duplicate folder {name}")
         class_name = rest[0]
         while class_name in taken:
             class_name += "_"
@@ -126,22 +126,26 @@ READERS: Mapping[Layout, Callable[[Dataset, Path, str], Source]] = {
 
 
 def lacking(dataset: Dataset, folder: Path, splits: tuple[str, ...]) -> list[str]:
-    """Name missing folders and listing files of these parts, and how they should look."""
+    """List missing folders and listing files of these parts, with the expected content."""
     listing, images_look = EXPECTED[dataset.layout]
     files = {folder / dataset.listing: listing}
     if dataset.layout == "variant lists":
-        files |= {variant_list(folder, split): "a line for each image: its number and its variant" for split in splits}
+        files |= {variant_list(folder, split): "one line per image: its number and its variant" for split in splits}
     if not os.path.isdir(folder):
         inside = [f"{part}/" if part else "its images" for part in dict.fromkeys(dataset.images.values())]
         inside += [file.name for file in files]
-        return [f"{show(folder)}: no such folder; expected in it: {', '.join(inside)}"]
-    missing = [f"{show(file)}: no such file; {look}" for file, look in files.items() if not os.path.isfile(file)]
+        return [f"{show(folder)}: no such folder; expected a folder with {', '.join(inside)}"]
+    missing = [
+        f"{show(file)}: no such file; expected {look}" for file, look in files.items() if not os.path.isfile(file)
+    ]
     parts = dict.fromkeys(folder / dataset.images[split] for split in splits)
-    return missing + [f"{show(part)}: no such folder; {images_look}" for part in parts if not os.path.isdir(part)]
+    return missing + [
+        f"{show(part)}: no such folder; expected {images_look}" for part in parts if not os.path.isdir(part)
+    ]
 
 
 def look_into(dataset: Dataset, folder: Path, split: str) -> list[str]:
-    """Find what is wrong with the classes of a part, and with a sample of its images. Raises InputError."""
+    """Check the classes of a part and a sample of its images, and return the problems. Raises InputError."""
     if in_folders := dataset.layout in ("class folders", "numbered class folders"):
         places = list(named_folders(dataset, folder, split).values())
         where, number = show(folder / dataset.images[split]), len(places)
@@ -152,34 +156,34 @@ def look_into(dataset: Dataset, folder: Path, split: str) -> list[str]:
     gone = [path for path in sample if not (any(images.find(path)) if in_folders else os.path.isfile(path))]
     problems = []
     if number != dataset.classes:
-        look = f": {EXPECTED[dataset.layout][1]}" if in_folders else ""
+        look = f"; expected {EXPECTED[dataset.layout][1]}" if in_folders else ""
         problems.append(f"{where}: {number} classes; {dataset.name} has {dataset.classes}{look}")
     if gone:
-        what = "class folders have no image" if in_folders else "images are not there"
-        problems.append(f"{where}: of a sample of {len(sample)}, {len(gone)} {what}, {show(gone[0])} first")
+        what = "class folders without images" if in_folders else "images missing"
+        problems.append(f"{where}: {len(gone)} of {len(sample)} sampled {what}, first {show(gone[0])}")
     return problems
 
 
 EXPECTED: Mapping[Layout, tuple[str, str]] = {
     "split file": (
         "CoOp's split file, with train, val and test as lists of [path, label, class name]",
-        "the images, where the split file says",
+        "the images named in the split file",
     ),
-    "variant lists": ("a class name a line", "the images, as 0034309.jpg"),
+    "variant lists": ("one class name per line", "images named like 0034309.jpg"),
     "class folders": (
-        "a line for each class: its folder (n01440764) and its name",
-        "a folder for each class (n01440764), with its images",
+        "one line per class: its folder (n01440764) and its name",
+        "one folder of images per class (n01440764)",
     ),
     "numbered class folders": (
-        "a line for each class: its folder in ImageNet (n01440764) and its name",
-        "a folder for each class (0 to 999), with its images",
+        "one line per class: its folder in ImageNet (n01440764) and its name",
+        "one folder of images per class (0 to 999)",
     ),
 }
-"""How the listing file and the images of each layout should look."""
+"""Expected listing file and images of each layout."""
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:
-    """Return the lines that are not blank, with their numbers from 1. Raises InputError if there is none."""
+    """Return the lines that are not blank, with their numbers from 1. Raises InputError if there are none."""
     try:
         text = read_regular(file, MAX_LISTING).decode("utf-8-sig")
     except InputError:
@@ -187,7 +191,7 @@ def _lines(file: Path) -> list[tuple[int, str]]:
     except OSError as error:
         raise InputError(f"{show(file)}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{show(file)}: not text in UTF-8 (byte {error.start})") from None
+        raise InputError(f"{show(file)}: not UTF-8 text (byte {error.start})") from None
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise InputError(f"{show(file)}: empty")
