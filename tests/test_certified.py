@@ -499,7 +499,7 @@ def test_an_index_of_another_kind_than_the_manifest_says_is_refused(
     cache = model(array, ids, C, text, index="Flat" if wrong == "Classes" else "Classes")
     cache.index.factory = wrong  # what goes into the manifest
     cache.save(tmp_path / "index")
-    with pytest.raises(StoreError, match="does not fit the manifest"):
+    with pytest.raises(StoreError, match="does not match the manifest"):
         CacheModel.load(tmp_path / "index", device="cpu")
 
 
