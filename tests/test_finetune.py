@@ -379,7 +379,7 @@ def test_flatter_settings_are_tried_and_taken_where_the_own_ones_saturate(
     assert facts(tried)["alpha"] == facts(again)["alpha"]
     assert tried.curve["val_accuracy"].to_pylist()[-1] > own.curve["val_accuracy"].to_pylist()[-1]
     assert tried.epoch > own.epoch == 0
-    assert "no epoch does better" in caplog.text  # of the own ones
+    assert "no epoch improved" in caplog.text  # of the own ones
     assert np.array_equal(own.cache.keys, keys)
 
 
@@ -449,7 +449,7 @@ def test_a_collapse_is_noticed_said_and_nothing_of_it_kept(
     if tuned.collapsed is None:  # then it is none: what is kept is sound
         assert not any("collapsed" in message for message in fell)
     else:
-        assert fell == [f"training collapsed: {tuned.collapsed}; epoch {tuned.epoch} is kept"]
+        assert fell == [f"training collapsed: {tuned.collapsed}; kept epoch {tuned.epoch}"]
         assert facts(tuned)["collapsed"] == tuned.collapsed
         assert tuned.epoch < len(tuned.curve) - 1 <= epochs
     if "keys" in train:  # a sharp exponential knows no bounds; values may be as large as they like
@@ -767,7 +767,7 @@ def test_an_encoder_that_falls_apart_is_put_back(
     tuned = finetune.finetune(image_index, open_source(pictures / "train"), Encoder(model), recipe, val=val)
     assert tuned.collapsed is not None
     assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [
-        f"training collapsed: {tuned.collapsed}; epoch 0 is kept"
+        f"training collapsed: {tuned.collapsed}; kept epoch 0"
     ]
     before = state_of(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(tuned.backbone).items())

@@ -209,7 +209,7 @@ def test_an_existing_checkpoint_is_left_aside_unless_resuming(
 ) -> None:
     resumed["checkpoint"].write_bytes(b"garbage")
     finetune.finetune(**resumed)
-    assert f"{resumed['checkpoint']}: an interrupted run is there" in caplog.text
+    assert f"{resumed['checkpoint']}: found an interrupted run" in caplog.text
     caplog.clear()
     assert len(finetune.finetune(**resumed, resume=True).curve) == 3  # of the new one that took its place
     assert not caplog.text
@@ -276,7 +276,7 @@ def test_a_checkpoint_of_another_run_is_refused(resumed: dict[str, Any], picture
     for changes, words in others:
         with pytest.raises(UsageError) as error:
             finetune.finetune(**resumed | changes, resume=True)
-        told = f"{resumed['checkpoint']}: of a run with another {words}; start anew without --resume"
+        told = f"{resumed['checkpoint']}: of a run with another {words}; start over without --resume"
         assert str(error.value) == told
     finetune.finetune(**resumed, resume=True)
 

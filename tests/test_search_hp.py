@@ -288,7 +288,7 @@ def test_the_choice_is_written_as_a_version_with_its_provenance(run, shared, tmp
     after = json.loads(run("index", "info", out, "--json").stdout)
     assert (after["version"], after["alpha"], after["beta"]) == (2, facts["alpha"], facts["beta"])
     assert after["files"] == before["files"]  # no data file was written again
-    assert after["provenance"]["search"]["chosen_on"] == "its own shots, each left out"
+    assert after["provenance"]["search"]["chosen_on"] == "its own shots, each held out in turn"
     assert pq.read_table(surface).column_names == ["k", "beta", "alpha", "accuracy"]
     result = json.loads(run("evaluate", out, food / "test.parquet", "--json").stdout)
     assert result["alpha"] == facts["alpha"]
@@ -344,7 +344,7 @@ def test_a_cautious_search_keeps_the_untouched_settings_unless_more_than_chance_
         if (careful.alpha, careful.beta, careful.k) == (alpha, beta, None):
             assert careful.accuracy == right.mean()
             if careful.best > careful.accuracy:
-                assert any("the untouched settings stay" in warning for warning in careful.warnings)
+                assert any("kept the untouched settings" in warning for warning in careful.warnings)
                 kept += 1
         else:  # on every query that the two answer differently, or nearly, the choice is the better
             assert careful.accuracy > right.mean()

@@ -66,7 +66,7 @@ def test_each_run_is_a_row_with_what_its_method_means(pool, test_items, tmp_path
     by = {(row["method"], row["shots"], row["seed"]): row for row in rows}
     assert by["paper-constants", 4, 1]["beta"] == 5.5
     assert by["zero-shot", 4, 1]["alpha"] == 0
-    assert by["tip-adapter", 4, 1]["chosen_on"] == "its own shots, each left out"
+    assert by["tip-adapter", 4, 1]["chosen_on"] == "its own shots, each held out in turn"
     assert by["tip-adapter", 1, 1]["chosen_on"] == "the shots' affinities"  # one image cannot be left out
 
 

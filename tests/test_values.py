@@ -400,10 +400,10 @@ def test_a_cautious_search_keeps_what_it_is_told_to() -> None:
     assert careful.accuracy == (cache.logits(hard).argmax(1).numpy() == TRUTH).mean()
     assert careful.best > careful.accuracy
     (said,) = [warning for warning in careful.warnings if "--greedy takes it" in warning]
-    assert said.startswith("the settings stay (")
+    assert said.startswith("kept the settings (")
     assert trained[1] in careful.surface["beta"].to_pylist()
     untouched = search(cache, queries, cautious=True)
-    assert all("the untouched settings stay" in w for w in untouched.warnings if "--greedy" in w)
+    assert all("kept the untouched settings" in w for w in untouched.warnings if "--greedy" in w)
     for betas in (None, [1.0, 2.0]):
         greedy = search(cache, queries, betas=betas, kept=trained)
         assert trained[1] in greedy.surface["beta"].to_pylist()

@@ -1,8 +1,7 @@
-"""Fine-tuning: Tip-Adapter-F (paper, section 3.2), and every other choice of what to train of the paper's Table 1.
+"""Fine-tuning: Tip-Adapter-F (paper, section 3.2), and training of other parts (paper, Table 1).
 
-Training goes over augmented views of the shots, by the cross-entropy of the method's own logits. Everything random
-follows from the seed and the epoch, so that a training of encoders that was interrupted goes on from its last epoch as
-if it had not been interrupted.
+Training minimises the cross-entropy of the method's own logits on augmented views of the shots. All randomness depends
+on seed and epoch, so an interrupted training of encoders resumes at its last epoch with the same result.
 """
 
 from __future__ import annotations
@@ -49,31 +48,34 @@ from retrieval_tip.store.labels import images_of
 log = logging.getLogger(__name__)
 
 Checkpoint = dict[str, Any]
-"""The state of a run after an epoch: tensors, numbers and text."""
+"""State of a run after an epoch: tensors, numbers and text."""
 STATE = ("epoch", "seconds", "curve", "kept_epoch", "kept", "collapsed")
-"""Attributes of a run that a checkpoint keeps."""
+"""Attributes of a run kept in a checkpoint."""
 FLATTER, STRONGER = 0.1, (1, 4, 16)
-"""Settings to try beside the index's own: beta in units of the spread of affinities between classes (an untouched index
-has 1), and alpha as a multiple of the one that fits the validation images best."""
+"""Settings to try besides those of the index: beta in units of the spread of affinities between classes (1 if
+untouched), and alpha as multiples of the most likely one on the validation images."""
 TRIAL = 0.25
-"""Share of the epochs for a trial of settings."""
+"""Share of the epochs used to try settings."""
 COLLAPSE = 0.5
-"""Training has collapsed if the accuracy of an epoch falls below this share of the best one so far."""
+"""Share of the best accuracy so far below which a training has collapsed."""
 HELD_OUT, FOLDS = 1000, 4
-"""Largest number of shots that judge a training without validation images, and the folds that hold them out."""
+"""Largest number of held-out shots to judge a training without validation images, and the number of folds."""
 CURVE = pa.schema(
     [("epoch", pa.int64())]
     + [(name, pa.float64()) for name in ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")]
 )
-"""Columns of a loss curve, a row an epoch, epoch 0 before any training: ``loss`` and ``accuracy`` over the epoch's
-queries as they were met, ``val_`` over the validation images after it, ``seconds`` of training so far."""
+"""Columns of a loss curve with one row per epoch; epoch 0 is before training.
+
+``loss`` and ``accuracy`` are means during the epoch, ``val_`` those on validation images after it, and ``seconds`` is
+the training time so far.
+"""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Accuracies of an index ``before`` and ``after`` a training, on ``n`` images of ``source`` that neither has seen.
+    """Accuracy ``before`` and ``after`` a training, on ``n`` unseen images of ``source``.
 
-    Before it, the index answers by its own fit and settings.
+    Before training, the index uses its own fit and settings.
     """
 
     before: float
@@ -83,23 +85,26 @@ class Comparison:
 
     @property
     def helps(self) -> bool:
-        """Whether the trained index is right more often."""
+        """Whether training increased the accuracy."""
         return self.after > self.before
 
     def __str__(self) -> str:
-        figures = f"{100 * self.before:.1f} % before training, {100 * self.after:.1f} % after it"
+        figures = f"{100 * self.before:.1f} % before training, {100 * self.after:.1f} % after"
         return f"held-out accuracy: {figures} (n={self.n}, {self.source})"
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The result of a fine-tuning.
+    """The result of fine-tuning.
 
-    ``cache`` is the new index, not yet on disk (:meth:`save`). ``epoch`` of ``curve`` (columns of :data:`CURVE`) was
-    kept; 0: no training was better. ``collapsed`` says how training fell apart, if it did. ``choice`` is the search for
-    alpha, beta and k afterwards, ``None`` without validation images. ``backbone`` has the trained encoders in place,
-    ``encoders`` their tensors by name. ``record`` describes the run. :func:`finetune_into` adds ``compared`` (``None``
-    if nothing could be held out) and ``as_it_was``: ``cache`` is then a copy of the given index.
+    - ``cache``: the new index, not yet on disk (:meth:`save`)
+    - ``epoch``: the epoch kept, 0 if none improved on the untrained index; ``curve``: table of :data:`CURVE`
+    - ``collapsed``: how training collapsed, or ``None``
+    - ``choice``: the search for alpha, beta and k after training, ``None`` without validation images
+    - ``backbone``: the backbone with trained encoders; ``encoders``: their tensors by name
+    - ``record``: description of the run
+    - ``compared``: accuracy before and after (only from :func:`finetune_into`, ``None`` if nothing was held out)
+    - ``as_it_was``: whether ``cache`` is a copy of the given index, because training did not help
     """
 
     cache: CacheModel
@@ -114,15 +119,15 @@ class Tuned:
     as_it_was: bool = False
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the index folder, trained encoders included. Raises as :meth:`CacheModel.save`."""
+        """Write the index folder with any trained encoders. Raises as :meth:`CacheModel.save`."""
         with tempfile.TemporaryDirectory() as place:
             if self.encoders:
                 self.cache.tuned = Path(place) / "encoders.safetensors"
                 write_tuned(self.cache.tuned, self.encoders)
-            self.cache.save(folder, "copy, for finetune did not help" if self.as_it_was else "finetune")
+            self.cache.save(folder, "copy, since finetune did not help" if self.as_it_was else "finetune")
 
     def facts(self) -> dict[str, object]:
-        """Return the figures that the command line prints; ``None`` where nothing was measured."""
+        """Return the figures for the command line, ``None`` if not measured."""
         compared, kept = self.compared, None if self.as_it_was else self.epoch
         facts: dict[str, object] = {"version": self.cache.version, "kept": "as it was" if kept is None else "trained"}
         facts |= {name: compared and getattr(compared, name) for name in ("before", "after", "n", "source")}
@@ -136,7 +141,7 @@ class Tuned:
 
 
 def checkpoint_of(out: str | os.PathLike[str]) -> Path:
-    """Return the file for the state of an interrupted run into the folder ``out``."""
+    """Return the checkpoint file of a run that writes the folder ``out``."""
     return Path(f"{os.fspath(out)}.checkpoint")
 
 
@@ -152,18 +157,18 @@ def finetune_into(
     resume: bool = False,
     keep_last: bool = False,
 ) -> Tuned:
-    """Fine-tune as :func:`finetune` does, and write the better index into the folder ``out``: trained, or as it was.
+    """Fine-tune an index and write the better one, trained or unchanged, into the folder ``out``.
 
-    Both answer ``val``, or else held-out shots (:func:`_compared`); if training does not help, it ends there.
-    ``keep_last`` writes the trained index anyway. A training of encoders keeps a checkpoint beside ``out`` until the
-    index is there. Raises as :func:`finetune`, and as :meth:`Tuned.save`.
+    The comparison uses ``val``, or held-out shots without it (:func:`_compared`). ``keep_last`` writes the trained
+    index in any case. Training of encoders keeps a checkpoint beside ``out`` until the index is written. Raises as
+    :func:`finetune` and :meth:`Tuned.save`.
     """
     check_name(Path(out))
     make_folders(Path(out).parent)
     recipe = recipe or Recipe()
     place = checkpoint_of(out) if recipe.encoders else None
     held = _held(place, resume)
-    log.warning("the closed-form fit is usually more accurate than fine-tuning; held-out images decide which is kept")
+    log.warning("the closed-form fit is usually more accurate than fine-tuning; held-out photos decide which to keep")
     plain = _untrained(cache, recipe)
     material = _Material.of(plain, shots, encoder, recipe, val)
     val, tuned, compared = material.queries, None, None
@@ -178,7 +183,7 @@ def finetune_into(
     if tuned.collapsed is not None:
         _report(tuned)
     if compared is None:
-        log.warning("no class has two photos, so none could be held out to judge the training; give --val")
+        log.warning("no photo could be held out to judge the training, since no class has two; give --val")
     elif compared.helps or keep_last:
         tuned.record["held_out"] = asdict(compared)
     else:
@@ -205,22 +210,20 @@ def finetune(
     """Train an index by the cross-entropy of ``logit_scale f W^T + alpha C`` over its shots (paper, equation 6).
 
     Args:
-        cache: the index; it stays as it is. Training starts from Tip-Adapter over its keys, as in the paper, without
-            what was fitted in closed form, with the settings of the recipe.
-        shots: the index's own shots (:func:`own_shots`), as images, or as a feature table whose rows are views; rows
-            with the same id are views of one shot.
-        encoder: makes features and has the backbone, which is copied to train it; its ``views`` and ``seed`` are
-            ignored.
-        recipe: what is trained, and how.
+        cache: the index, which is not changed. As in the paper, training starts from Tip-Adapter over its keys, without
+            any closed-form fit, with the settings of the recipe.
+        shots: the index's own shots (:func:`own_shots`), as images or as a feature table of views; rows with the same
+            id are views of one shot.
+        encoder: makes features; its backbone is copied for training, its ``views`` and ``seed`` are ignored.
+        recipe: options of the training.
         val: labelled validation images, or their features if no image encoder is trained. The latest epoch within a
-            standard error of the best on them is kept (or none, if no epoch is better than no training), and a cautious
-            search chooses alpha, beta and k. Without, the last epoch is kept and the settings stay.
+            standard error of the best is kept, or the untrained index if no epoch is better, and a cautious search
+            chooses alpha, beta and k. Without ``val``, the last epoch is kept and the settings stay.
         parent: name of the index, for the record.
-        checkpoint: file for the state of the run after each epoch, if an encoder is trained. The caller removes it.
-        on_epoch: called with each row of the curve (:data:`CURVE`), the first before any training; an exception ends
-            the run.
-        resume: go on from ``checkpoint`` if it exists. The result is that of an unbroken run, bit for bit on the same
-            device with as many threads.
+        checkpoint: file for the state after each epoch, if an encoder is trained. The caller removes it.
+        on_epoch: called with each row of the curve (:data:`CURVE`), first before training; an exception ends the run.
+        resume: continue from ``checkpoint`` if it exists. The result equals that of an uninterrupted run, bit for bit
+            on the same device with as many threads.
 
     Raises:
         UsageError: a recipe that this index or backbone cannot follow, or that does not fit in memory; a checkpoint of
@@ -229,7 +232,7 @@ def finetune(
     """
     recipe, place = recipe or Recipe(), None if checkpoint is None else Path(checkpoint)
     if place is not None and not recipe.encoders:
-        raise UsageError("checkpoint: only for encoders (train visual or text); train keys and values again")
+        raise UsageError("checkpoint: only for encoders (train visual or text); to train keys and values, start again")
     held = _held(place, resume)
     cache = _untrained(cache, recipe)
     material = _Material.of(cache, shots, encoder, recipe, val)
@@ -239,7 +242,7 @@ def finetune(
 
 
 def _untrained(cache: CacheModel, recipe: Recipe) -> CacheModel:
-    """Return the index that training starts from: Tip-Adapter over the same keys, with the recipe's alpha and beta."""
+    """Return Tip-Adapter over the same keys with the recipe's alpha and beta, from which training starts."""
     plain = closed_form.unfitted(cache.whole())
     return plain.with_settings(plain.settings.override(alpha=recipe.alpha, beta=recipe.beta))
 
@@ -255,7 +258,7 @@ def _trained(
     compared: Comparison | None = None,
     on_epoch: Callable[[Mapping[str, float]], None] | None = None,
 ) -> Tuned:
-    """Train what :func:`_untrained` returns, from the checkpoint ``held`` of ``place`` if it is given."""
+    """Train an :func:`_untrained` index, or continue from the checkpoint ``held``."""
     if cache.device == "cpu":
         queries = min(recipe.batch, len(material.shots))
         check_memory(4 * queries * cache.n, f"batch {queries} x {cache.n} keys", "use a smaller batch")
@@ -273,21 +276,21 @@ def _trained(
 
 
 def _report(tuned: Tuned) -> None:
-    """Warn of a training that collapsed or did not help."""
+    """Warn if training collapsed or did not help."""
     if tuned.collapsed is not None:
-        log.warning("training collapsed: %s; epoch %d is kept", tuned.collapsed, tuned.epoch)
+        log.warning("training collapsed: %s; kept epoch %d", tuned.collapsed, tuned.epoch)
     elif tuned.epoch == 0:
-        log.warning("no epoch does better on the validation images than no training; the index stays as it was")
+        log.warning("no epoch improved the accuracy on the validation photos; kept the index as it was")
 
 
 def _compared(
     cache: CacheModel, material: _Material, encoder: Encoder, recipe: Recipe
 ) -> tuple[Comparison | None, Tuned | None]:
-    """Compare an index with its trained self on shots that are held out from both; return the last training, too.
+    """Compare an index before and after training on held-out shots; return the last training, too.
 
-    A quarter of each class is held out at a time, with its views, until :data:`HELD_OUT` shots are judged; only one
-    quarter if an encoder is trained. The index is fitted again, and trained, on the rest. Returns nothing if no class
-    has two photos.
+    Holds out a quarter of each class at a time, with its views, until :data:`HELD_OUT` shots are judged, but only one
+    quarter if an encoder is trained. The rest is fitted again, and trained. Returns ``None`` twice if no class has two
+    photos.
     """
     whole = cache.whole()
     images, c = images_of(whole.labels), len(whole.class_names)
@@ -316,52 +319,52 @@ def _compared(
 
 
 def _right(cache: CacheModel, queries: search_hp.Queries) -> int:
-    """Return how many queries an index answers right."""
+    """Return the number of queries that an index answers right."""
     return int((cache.logits(queries.features).argmax(1).cpu().numpy() == queries.ids).sum())
 
 
 def _held(place: Path | None, resume: bool) -> Checkpoint | None:
-    """Return the state of an interrupted run to be resumed.
+    """Return the state of an interrupted run to resume, if any.
 
-    Raises UsageError to resume a training without encoders, and InputError for a damaged checkpoint or no file.
+    Raises UsageError for ``resume`` without encoders; InputError if the checkpoint is damaged or not a file.
     """
     if place is None:
         if resume:
-            raise UsageError("resume: only for encoders (train visual or text); train keys and values again")
+            raise UsageError("resume: only for encoders (train visual or text); to train keys and values, start again")
         return None
     if not place.exists():
         return None
     if resume:
         return _read(place)
     if not place.is_file():
-        raise InputError(f"{show(place)}: cannot be written: not a file; the state of the run needs its name")
-    log.warning("%s: an interrupted run is there; starting anew (--resume goes on with it)", show(place))
+        raise InputError(f"{show(place)}: is not a file; move it, since the checkpoint needs this name")
+    log.warning("%s: found an interrupted run, but starting over; give --resume to continue it", show(place))
     return None
 
 
 def _read(place: Path) -> Checkpoint:
-    """Read a checkpoint. Raises InputError if it is damaged or another file."""
+    """Read a checkpoint. Raises InputError if it is damaged or not a checkpoint."""
     try:
         check_regular(place)
-        with ZipFile(place) as archive:  # torch does not check sums
+        with ZipFile(place) as archive:  # torch does not verify checksums
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} is damaged")
         state = torch.load(place, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not isinstance(state.get("told"), dict):
             raise ValueError("not the state of a run")
-    except Exception as error:  # whatever a reader makes of another file
+    except Exception as error:  # any other file can fail in any way
         raise _unfit(place, error) from None
     return state
 
 
 def _unfit(place: Path, error: Exception) -> InputError:
     return InputError(
-        f"{show(place)}: not a checkpoint of finetune, or damaged ({first_line(error)}); start again without --resume"
+        f"{show(place)}: not a checkpoint of finetune, or damaged ({first_line(error)}); start over without --resume"
     )
 
 
 def shots_of(cache: CacheModel) -> Source:
-    """Return the shots of an index from where it found them: images by their paths, or rows of the feature table.
+    """Return the shots of an index from their original source: images by path, or rows of the feature table.
 
     Raises InputError naming a shot that is missing.
     """
@@ -377,7 +380,7 @@ def shots_of(cache: CacheModel) -> Source:
 
 
 def own_shots(cache: CacheModel, source: Source) -> Source:
-    """Return the items of a source that are shots of the index, by the path or id that is the ``source`` of a key.
+    """Return the items of a source that are shots of the index: path or id is the ``source`` of a key.
 
     Raises InputError if there is none.
     """
@@ -385,7 +388,7 @@ def own_shots(cache: CacheModel, source: Source) -> Source:
     positions = [position for position, name in enumerate(source.sources) if name in own]
     if not positions:
         raise InputError(
-            f"{source.name}: none of its {len(source)} items is a shot of the index; these are named like "
+            f"{source.name}: none of its {len(source)} items is a shot of the index; shots have names like "
             f"{min(own)!r}, its items like {source.sources[0]!r}"
         )
     return source.take(positions)
@@ -393,10 +396,10 @@ def own_shots(cache: CacheModel, source: Source) -> Source:
 
 @dataclass
 class _Material:
-    """What a run learns from and is judged by.
+    """Training and validation data of a run.
 
-    ``ids``: the class of each item of ``shots``; ``views``: their cached views (``None``: fresh ones each epoch);
-    ``val`` and ``queries``: the validation images and their features; ``backbone``: the one in training.
+    ``ids`` are the classes of ``shots``, ``views`` their cached views (``None``: fresh views each epoch), ``val`` and
+    ``queries`` the validation images and their features. ``backbone`` is the copy in training.
     """
 
     encoder: Encoder
@@ -412,7 +415,7 @@ class _Material:
         cls, cache: CacheModel, shots: Source, encoder: Encoder, recipe: Recipe, val: Source | search_hp.Queries | None
     ) -> _Material:
         encoder, backbone = _in_training(cache, replace(encoder, views=1), recipe)
-        if shots.paths is not None:  # each image once; of a feature table every row is a view
+        if shots.paths is not None:  # each image once; rows of a feature table are views
             shots = shots.take(np.sort(np.unique(shots.paths, return_index=True)[1]))
         names = view_names(recipe.seed, recipe.views) if recipe.views else []
         views = encoder.encode_views(shots, names) if names or shots.paths is None else None
@@ -425,11 +428,11 @@ class _Material:
         if queries is not None:
             _check_length(cache, queries.name, queries.features.shape[1])
             if images is None and "visual" in recipe.train:
-                raise UsageError("val: features are those of the untrained encoder; give the images")
+                raise UsageError("val: features come from the untrained encoder; give the images")
         return cls(encoder, backbone, shots, cache.ids_of(shots), views, images, queries)
 
     def split(self, names: set[str], cache: CacheModel, encoder: Encoder, recipe: Recipe) -> tuple[_Material, Source]:
-        """Return the same without the shots of these sources, with a backbone of its own to train; and those shots."""
+        """Separate the shots of these sources; return the rest, with its own backbone to train, and those shots."""
         out = np.array([name in names for name in self.shots.sources], dtype=bool)
         encoder, backbone = _in_training(cache, replace(encoder, views=1), recipe)
         views = self.views
@@ -443,7 +446,7 @@ class _Material:
         return own, self.shots.take(np.flatnonzero(out))
 
     def batches(self, recipe: Recipe, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield queries (pixels where visual is trained) and class ids: each shot once, in one of its views."""
+        """Yield queries (pixels to train visual) and class ids: one view of each shot."""
         random = np.random.default_rng((recipe.seed, epoch))
         fresh = f"fresh/{recipe.seed}/{epoch}"
         if "visual" in recipe.train:
@@ -460,17 +463,17 @@ class _Material:
             yield torch.from_numpy(views.features[rows[batch]]), torch.from_numpy(ids)
 
     def steps(self, recipe: Recipe) -> int:
-        """Return the number of steps an epoch."""
+        """Return the number of steps per epoch."""
         return math.ceil(len(self.shots if self.views is None else self.views.positions) / recipe.batch)
 
     def encode_queries_again(self, cache: CacheModel) -> None:
-        """Follow the image encoder."""
+        """Encode the validation images with the trained image encoder."""
         if self.val is not None:
             self.queries = search_hp.on_validation(cache, self.val, self.encoder)
 
 
 class _Run:
-    """A fine-tuning under way; ``told`` tells it from others in a checkpoint."""
+    """A running training; ``told`` identifies it in a checkpoint."""
 
     def __init__(
         self,
@@ -492,7 +495,7 @@ class _Run:
         self.collapsed: str | None = None
 
     def train(self, checkpoint: Path | None = None) -> None:
-        """Train epoch after epoch and keep the best one (:meth:`_is_kept`); write the state after each."""
+        """Train all epochs and keep the best one (:meth:`_is_kept`); write a checkpoint after each."""
         began = time.monotonic() - self.seconds
         if not self.curve:
             self._record(math.nan, math.nan)
@@ -511,7 +514,7 @@ class _Run:
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run."""
+        """Number of steps of the run."""
         return self.recipe.epochs * self.material.steps(self.recipe)
 
     def _one_epoch(self, bar: tqdm[NoReturn]) -> None:
@@ -532,7 +535,7 @@ class _Run:
         self._record(loss / max(seen, 1), right / max(seen, 1))
 
     def _record(self, loss: float, accuracy: float) -> None:
-        """Add a row to the curve, and keep the state if it is good."""
+        """Add a row to the curve, and keep the state if it is good enough."""
         row: dict[str, float] = {"epoch": self.epoch, "loss": loss, "accuracy": accuracy, "seconds": self.seconds}
         row["val_loss"], row["val_accuracy"] = self._validate() if self.collapsed is None else (math.nan, math.nan)
         self.curve.append(row)
@@ -547,9 +550,9 @@ class _Run:
             self.kept_epoch, self.kept = self.epoch, self.trainer.trained()
 
     def _is_kept(self) -> bool:
-        """Whether the latest state is within a standard error of the best one on the validation images.
+        """Return whether the latest accuracy is within a standard error of the best on the validation images.
 
-        Few images tell neighbouring epochs apart by chance alone, and later ones, at lower rates, are better settled.
+        With few images, neighbouring epochs differ by chance, and later ones have lower rates and are more settled.
         """
         if self.material.queries is None:
             return True
@@ -558,7 +561,7 @@ class _Run:
         return bool(self.curve[-1]["val_accuracy"] >= best - error)
 
     def _settle(self) -> None:
-        """Go back to no training if no epoch was better on the validation images."""
+        """Keep the untrained state if no epoch was better on the validation images."""
         if self.material.queries is not None:
             first, *later = [(row["val_accuracy"], -row["val_loss"]) for row in self.curve]
             if all(not other > first for other in later):
@@ -575,7 +578,7 @@ class _Run:
         return self.trainer.evaluate(features, ids)
 
     def _write(self, place: Path) -> None:
-        """Write the state of the run. Raises InputError if that fails; the file that was there stays."""
+        """Write a checkpoint. Raises InputError if that fails; the previous file stays."""
         state: Checkpoint = {name: getattr(self, name) for name in STATE}
         state |= {"now": self.trainer.trained(), "optimizer": self.trainer.optimizer.state_dict()}
         state |= {"told": self.told, "precision": self.recipe.precision}
@@ -583,13 +586,13 @@ class _Run:
         with replacing(place) as temporary:
             try:
                 torch.save(state, temporary)
-            except RuntimeError as error:  # of a full disk, too
+            except RuntimeError as error:  # for example, a full disk
                 raise InputError(f"{show(place)}: cannot be written: {first_line(error)}") from None
 
     def restore(self, state: Checkpoint, place: Path) -> None:
-        """Go on from a checkpoint. Raises UsageError if it is another run's, and InputError if it does not fit."""
+        """Continue from a checkpoint. Raises UsageError if it is of another run, InputError if it does not fit."""
         if other := [part for part, ours in self.told.items() if ours != state["told"].get(part)]:
-            raise UsageError(f"{show(place)}: of a run with another {', '.join(other)}; start anew without --resume")
+            raise UsageError(f"{show(place)}: of a run with another {', '.join(other)}; start over without --resume")
         try:
             self.trainer.restore(state["now"])
             self.trainer.optimizer.load_state_dict(state["optimizer"])
@@ -599,7 +602,7 @@ class _Run:
             raise _unfit(place, error) from None
 
     def result(self, parent: str) -> Tuned:
-        """Return the index with the best state, its settings searched again."""
+        """Return the index in the best state, after a new search for its settings."""
         trainer, backbone = self.trainer, self.trainer.backbone
         trainer.restore(self.kept)
         keys, ids = trainer.keys.cpu().numpy().astype(self.cache.keys.dtype), self.cache.class_ids.cpu().numpy()
@@ -637,7 +640,7 @@ class _Run:
 
 
 def _told(cache: CacheModel, material: _Material, recipe: Recipe) -> dict[str, object]:
-    """Return what tells a run from another, before it has begun."""
+    """Return what identifies a run before it starts."""
     queries, views, backbone = material.queries, material.views, material.backbone
     parts = [cache.keys, cache.class_ids.cpu().numpy(), cache.text_weights.cpu().numpy(), material.ids]
     parts += [] if views is None else [views.features, views.starts]
@@ -646,7 +649,7 @@ def _told(cache: CacheModel, material: _Material, recipe: Recipe) -> dict[str, o
     digest = hashlib.sha256()
     for array in parts:
         digest.update(np.ascontiguousarray(array).data)
-    if views is None:  # they are made as they are met
+    if views is None:  # fresh views have no features yet
         digest.update("\n".join(material.shots.sources).encode("utf-8", "surrogatepass"))
     told = asdict(recipe) | {"train": list(recipe.train), "index, shots or validation images": digest.hexdigest()}
     told |= {name: getattr(cache.settings, name) for name in ("alpha", "beta", "logit_scale")}
@@ -673,7 +676,7 @@ def _settings(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[f
 
 
 def _fitting_alpha(cache: CacheModel, queries: search_hp.Queries) -> float:
-    """Return the alpha with the least cross-entropy on the queries."""
+    """Return the alpha with the lowest cross-entropy on the queries."""
     terms, settings = cache.terms(queries.features, "all"), cache.settings
     ids = torch.from_numpy(queries.ids).to(cache.device)
     alphas = [float(alpha) for alpha in np.geomspace(1e-3, 1e6, 91)]
@@ -684,26 +687,28 @@ def _fitting_alpha(cache: CacheModel, queries: search_hp.Queries) -> float:
 
 def _check_length(cache: CacheModel, name: str, d: int) -> None:
     if d != cache.d:
-        raise InputError(f"{name}: features of {d} values; those of the index have {cache.d}")
+        raise InputError(f"{name}: features have {d} values; those of the index have {cache.d}")
 
 
 def _in_training(cache: CacheModel, encoder: Encoder, recipe: Recipe) -> tuple[Encoder, TorchBackbone | None]:
-    """Return the encoder as the run uses it, and the copy of its backbone to train, if any."""
+    """Return the encoder for the run, and the copy of its backbone in training, if any."""
     parts = recipe.encoders
     if not parts:
         return encoder, None
     if encoder.backbone is None:
-        raise UsageError(f"train {parts[0]}: there is no encoder; the shots have to be images, and --model known")
+        raise UsageError(f"train {parts[0]}: there is no encoder; give shots as images, and --model")
     if "text" in parts and not cache.templates:
-        raise UsageError("train text: the index has no templates, its text weights come from a table")
+        raise UsageError(
+            "train text: the index has no templates, since its text weights come from a table; train other parts"
+        )
     backbone = cast(TorchBackbone, encoder.backbone).copy_to_train()
-    # What an encoder in training makes is no encoding of the backbone that the cache knows.
+    # encodings of an encoder in training must not enter the encoding cache
     return (replace(encoder, backbone=backbone, cache=None) if "visual" in parts else encoder), backbone
 
 
 @contextmanager
 def _repeatable(device: str) -> Iterator[None]:
-    """Add in one order on a GPU too, also in attention, of which only the plain form does."""
+    """Make sums on a GPU deterministic, including attention, where only the plain kernel is."""
     if device == "cpu":
         yield
         return

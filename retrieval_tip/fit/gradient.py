@@ -1,16 +1,16 @@
-"""Cache logits with a gradient of their own: two matrix products a step, and never the one-hot one.
+"""Cache logits with a hand-written gradient, which avoids the product with one-hot values.
 
 For queries ``f`` ``[q, d]``, keys ``K`` ``[n, d]`` of classes ``y`` ``[n]``, and values ``V`` ``[n, c]`` (one-hot rows
-of ``y`` where none are trained)::
+of ``y`` unless trained)::
 
     forward     A^T = K f^T,  w = exp(-beta (1 - A^T))       [n, q]
-                C = w^T V                                    a sum by class where V is one-hot
-    backward    dA^T = beta w * (V dC^T)                     V dC^T picks a row of dC^T a key where V is one-hot
+                C = w^T V                                    a sum by class if V is one-hot
+    backward    dA^T = beta w * (V dC^T)                     V dC^T picks a row of dC^T per key if V is one-hot
                 dK = dA^T f,  df = dA K,  dV = w dC
 
-Both directions take a block of keys at a time, small enough for the processor's cache, and write into memory that is
-kept between steps. A step by autograd over the plain formula takes 1.2 times as long in float32, 1.6 times in bfloat16
-(16,000 keys of 1,024 values, one thread). The formula itself is :mod:`tip`'s; this module knows its derivative.
+Both directions process blocks of keys that fit the processor's cache, and reuse memory between steps. Autograd over the
+plain formula takes 1.2 times as long in float32 and 1.6 times in bfloat16 (16,000 keys of 1,024 values, one thread).
+The formula is that of :mod:`tip`; this module adds its derivative.
 """
 
 from __future__ import annotations
@@ -24,19 +24,18 @@ from retrieval_tip import tip
 from retrieval_tip.retrieval.logits import slices
 
 BLOCK = 2048
-"""Keys at a time on a CPU (benchmarks/finetune.py)."""
+"""Keys per block on a CPU (benchmarks/finetune.py)."""
 
 GPU_BLOCK = 65536
-"""Keys at a time on a GPU."""
+"""Keys per block on a GPU."""
 
 
 @dataclass
 class AllKeys:
-    """Keys ``[n, d]`` that every query meets, their ``class_ids`` ``[n]`` int64, and trained ``values`` ``[n, c]``.
+    """A cache over all keys ``[n, d]`` with ``class_ids`` ``[n]`` int64 and optional trained ``values`` ``[n, c]``.
 
-    Matrices are multiplied in ``products`` (by default the dtype of the keys) and summed in float32 by the processor;
-    everything else is in the dtype of the queries. Keys and values that are trained have a ``grad``, which
-    :meth:`backward` overwrites.
+    Matrices are multiplied in ``products`` (by default the dtype of the keys) with float32 sums; everything else uses
+    the dtype of the queries. :meth:`backward` overwrites the ``grad`` of trained keys and values.
     """
 
     keys: Tensor
@@ -50,9 +49,9 @@ class AllKeys:
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
-        """Cache logits ``C`` ``[q, c]`` of queries ``[q, d]``. Their weights are kept for :meth:`backward`."""
+        """Return cache logits ``[q, c]`` of queries ``[q, d]`` and keep their weights for :meth:`backward`."""
         n, q = len(self.keys), len(features)
-        if len(self._memory) < n * q:  # fresh memory costs as much as the weights themselves
+        if len(self._memory) < n * q:  # allocating costs as much as computing the weights
             self._memory = features.new_empty(n * q)
         weights = self._weights(q)
         queries, cache = features.to(self._products), features.new_zeros(self.n_classes, q)
@@ -69,9 +68,9 @@ class AllKeys:
 
     @torch.no_grad()
     def backward(self, d_cache: Tensor, features: Tensor, d_features: Tensor | None = None) -> None:
-        """Write the gradients of keys and values, for ``d_cache`` ``[q, c]`` of the latest :meth:`forward`.
+        """Write the gradients of keys and values, given ``d_cache`` ``[q, c]`` of the latest :meth:`forward`.
 
-        The gradient of the queries is added to ``d_features`` ``[q, d]`` if that is given.
+        Adds the gradient of the queries to ``d_features`` ``[q, d]`` if given.
         """
         d_keys, d_values = self.keys.grad, None if self.values is None else self.values.grad
         queries, weights = features.to(self._products), self._weights(len(features))

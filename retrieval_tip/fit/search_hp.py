@@ -1,8 +1,8 @@
-"""Choosing alpha, beta and k on validation data or on the shots themselves, never on test labels.
+"""Search for alpha, beta and k on validation images or on the shots themselves, never on test labels.
 
-For a fixed beta and k both parts of the logits are fixed, and alpha moves every query along a line: class y beats class
-j exactly where ``alpha (C_y - C_j) > text_j - text_y``. So a query is right on one interval of alpha, and the accuracy
-at every alpha at once is a count of intervals: alpha is solved, not gridded.
+For a given beta and k, class y beats class j exactly if ``alpha (C_y - C_j) > text_j - text_y``. Each query is
+therefore right on one interval of alpha. Counting these intervals gives the accuracy at every alpha, so alpha is solved
+exactly instead of on a grid.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from retrieval_tip.settings import Protocol, Settings
 from retrieval_tip.store.labels import images_of
 
 BETAS = np.geomspace(0.1, 100, 31)
-"""Each is 1.26 times the one before; accuracy changes slowly on this scale."""
+"""Betas to try, in steps of 1.26; accuracy changes slowly on this scale."""
 
 SURFACE_ALPHAS = 41
 BOOTSTRAP = 1000
 GPU_AFFINITIES = 1 << 27
-"""Affinities of queries at a time on a GPU, of which some eight arrays exist at once: 4 GiB."""
+"""Affinities at a time on a GPU; about eight arrays of that size exist at once (4 GiB)."""
 QUERY_BLOCK = 1024
 FLAT = 0.01
-"""Within one point of the best counts as the same."""
+"""Difference in accuracy from the best that counts as equal."""
 
 PAPER_STEPS = (200, 20)
 PAPER_SCALES = (7.0, 3.0)
-"""The published grid: steps and largest values of beta and alpha (ImageNet's)."""
+"""Published grid: number of steps and largest values of beta and alpha (those for ImageNet)."""
 
 FloatArray = npt.NDArray[np.float64]
 Part = Literal["both", "text", "cache"]
@@ -56,9 +56,9 @@ Part = Literal["both", "text", "cache"]
 
 @dataclass(frozen=True)
 class Queries:
-    """Validation queries: ``features`` ``[q, d]``, class ``ids`` ``[q]``, and which keys each must not meet.
+    """Validation queries: ``features`` ``[q, d]`` and class ``ids`` ``[q]``.
 
-    A query does not see the keys ``groups`` ``[n]`` of its own group ``hidden`` ``[q]``; with -1 it sees all keys.
+    Query i does not see keys whose group (``groups`` ``[n]``) equals ``hidden[i]``; with -1 it sees all keys.
     """
 
     features: npt.NDArray[np.float32]
@@ -70,15 +70,16 @@ class Queries:
 
 @dataclass(frozen=True)
 class HyperparameterChoice:
-    """The chosen settings and what is known about them.
+    """Chosen settings, with the evidence for them.
 
-    ``alpha`` lies in the middle of ``interval``, all of whose alphas have the same validation ``accuracy``;
-    ``zero_shot`` is the accuracy at alpha 0 and ``cache_alone`` that without text (the best over beta and k). ``part``
-    is ``text`` or ``cache`` if the interval reaches 0 or has no end, so that the other part is not needed, else
-    ``both``. ``low`` and ``high`` bound the accuracy (95 %, bootstrap over the queries), ``flat`` is the share of the
-    surface within one point of the best. ``best`` is the highest accuracy found: above ``accuracy`` only if a cautious
-    search kept other settings. ``warnings`` say where the choice is weak. ``surface`` has the columns k (0 is all),
-    beta, alpha, accuracy.
+    - ``interval``: alphas with the same validation ``accuracy``; ``alpha`` is its middle
+    - ``part``: ``text`` if the interval reaches 0, ``cache`` if it has no upper end, else ``both``
+    - ``best``: highest accuracy found, above ``accuracy`` only if a cautious search kept other settings
+    - ``zero_shot``: accuracy at alpha 0; ``cache_alone``: best accuracy without text over beta and k
+    - ``low``, ``high``: 95 % interval of the accuracy, by bootstrap over the queries
+    - ``flat``: share of the surface within one point of the best
+    - ``warnings``: weaknesses of the choice
+    - ``surface``: table with the columns k (0: all keys), beta, alpha, accuracy
     """
 
     alpha: float
@@ -100,12 +101,12 @@ class HyperparameterChoice:
     surface: pa.Table
 
     def settings(self, before: Settings) -> Settings:
-        """Return the chosen alpha, beta and k in place of those ``before``, without what was fitted with the others."""
+        """Return ``before`` with the chosen alpha, beta and k, without values fitted to the old ones."""
         least = before.least_cache if self.beta == before.beta else None
         return replace(before, alpha=self.alpha, beta=self.beta, k=self.k, temperature=1.0, least_cache=least)
 
     def provenance(self) -> dict[str, object]:
-        """Return what goes into the manifest."""
+        """Return the record for the manifest."""
         return {
             "chosen_on": self.source,
             "queries": self.n,
@@ -118,9 +119,9 @@ class HyperparameterChoice:
 
 
 def on_validation(cache: AnsweringIndex, source: Source, encoder: Encoder) -> Queries:
-    """Return queries from a labelled source whose images are not among the keys.
+    """Encode a labelled source as queries that see all keys.
 
-    Raises InputError for labels that are no class of the index.
+    Raises InputError for labels that are not classes of the index.
     """
     ids = cache.ids_of(source)
     encoded = encoder.encode(source)
@@ -128,42 +129,41 @@ def on_validation(cache: AnsweringIndex, source: Source, encoder: Encoder) -> Qu
 
 
 def unseen(cache: AnsweringIndex, features: npt.NDArray[np.float32], ids: npt.NDArray[np.int64], name: str) -> Queries:
-    """Return queries that are not among the keys: features ``[q, d]`` and their class ids ``[q]``."""
+    """Return queries that see all keys, from features ``[q, d]`` and class ids ``[q]``."""
     return Queries(features, ids, np.full(len(ids), -1), np.arange(cache.n), name)
 
 
 def leave_one_out(cache: CacheModel) -> Queries:
-    """Score each shot against the others: its own key is hidden, and every key of the same image.
+    """Return the shots as queries that do not see the keys of their own image.
 
-    Keys are of one image if their content digest agrees, or their source if there is none. Raises UsageError if a class
-    with keys has fewer than two images, so that nothing is left to recognise it by; and if values were solved, for they
-    know all shots.
+    Keys belong to one image if they share a content digest, or a source if there is none. Raises UsageError if a class
+    has a single image, or if values were solved, since they know all shots.
     """
     if cache.fitted is not None and cache.fitted.solved:
         raise UsageError(
-            "leave-one-out: the values of this index were solved from all its shots; use retrieval-tip fit, which "
-            "solves them anew without each fold, or --val SOURCE"
+            "leave-one-out: the values of this index were solved from all its shots; run retrieval-tip fit, which "
+            "solves them again without each fold, or give --val SOURCE"
         )
     groups = images_of(cache.labels)
     ids = cache.class_ids.cpu().numpy()
-    _, first = np.unique(groups, return_index=True)  # an image drawn twice is asked once
+    _, first = np.unique(groups, return_index=True)  # one query per image
     single = np.flatnonzero(np.bincount(ids[first], minlength=len(cache.class_names)) == 1)
     if single.size:
         raise UsageError(
-            f"leave-one-out: class {cache.class_names[single[0]]!r} has one image; at least 2 a class are needed, "
-            "or --val SOURCE"
+            f"leave-one-out: class {cache.class_names[single[0]]!r} has one image; give every class at least 2, or "
+            "give --val SOURCE"
         )
     features = np.asarray(cache.keys[first], dtype=np.float32)
-    return Queries(features, ids[first], groups[first], groups, "its own shots, each left out")
+    return Queries(features, ids[first], groups[first], groups, "its own shots, each held out in turn")
 
 
 def validation_shots(
     cache: CacheModel, validation: Source, path: str | os.PathLike[str] | None = None, number: int | None = None
 ) -> list[int]:
-    """Return the positions of ``number`` validation shots a class, by default ``min(shots, 4)``, 4 if all are keys.
+    """Draw ``number`` validation shots per class and return their positions.
 
-    If ``path`` is the split file that the index's own shots were drawn from, they are its published validation draw,
-    which goes on with the generator where the training draw ended.
+    ``number`` defaults to ``min(shots, 4)``, or 4 if no shots were drawn. If ``path`` is the split file of the index's
+    own shots, the result is its published validation draw, which continues the random generator of the training draw.
     """
     drawn, seed = cache.built.shots, cache.built.seed
     if number is None and drawn is not None and path is not None and Path(path).suffix.lower() == ".json":
@@ -174,16 +174,16 @@ def validation_shots(
 
 
 def apply(cache: CacheModel, choice: HyperparameterChoice, folder: str | os.PathLike[str] | None = None) -> None:
-    """Give the index the chosen settings and their provenance; a fitted temperature no longer holds.
+    """Give the index the chosen settings with their provenance, and reset a temperature fitted to others.
 
-    An index over classes keeps its k, which says there what an answer may cost. With the ``folder`` that the index was
-    loaded from, the settings become a new version of it; raises as :meth:`CacheModel.save_settings`.
+    An index over classes keeps its k, which limits the cost of an answer. With ``folder``, the settings are saved as a
+    new version of the index; raises as :meth:`CacheModel.save_settings`.
     """
     own, settings = cache.settings, choice.settings(cache.settings)
     if cache.index.by_class:
         settings = replace(settings, k=own.k)
     if (settings.alpha, settings.beta) == (own.alpha, own.beta):
-        settings = replace(settings, temperature=own.temperature)  # which was fitted with these
+        settings = replace(settings, temperature=own.temperature)  # fitted to the same settings
     cache.settings = settings
     kept = {name: value for name, value in cache.provenance.items() if name != "temperature"}
     cache.provenance = kept | {"alpha": "search-hp", "beta": "search-hp", "search": choice.provenance()}
@@ -192,13 +192,13 @@ def apply(cache: CacheModel, choice: HyperparameterChoice, folder: str | os.Path
 
 
 def write_surface(choice: HyperparameterChoice, path: str | os.PathLike[str]) -> None:
-    """Write the accuracy surface as Parquet. Raises InputError where that cannot be done."""
-    with replacing(Path(path)) as temporary, temporary.open("wb") as file:  # whose name may not be UTF-8
+    """Write the accuracy surface as Parquet. Raises InputError if the file cannot be written."""
+    with replacing(Path(path)) as temporary, temporary.open("wb") as file:  # names may not be UTF-8
         pq.write_table(choice.surface, file)
 
 
 def folds(cache: CacheModel, number: int, seed: int = 1) -> Queries:
-    """Deal the images of each class into ``number`` folds; a query does not see the keys of its fold."""
+    """Return the shots as queries in ``number`` folds of each class; a query does not see the keys of its fold."""
     check_count("folds", number, 2)
     loo = leave_one_out(cache)
     generator = np.random.default_rng(seed)
@@ -222,35 +222,33 @@ def search(
     kept: tuple[float, float] | None = None,
     seed: int = 1,
 ) -> HyperparameterChoice:
-    """Choose alpha, beta and k where the accuracy on the queries is highest.
+    """Choose the alpha, beta and k with the highest accuracy on the queries.
 
-    The affinity is computed once; for each beta and k there is one exponential and one sum by class, and alpha is
-    solved exactly. Ties go to the widest interval of alpha (as a ratio), then to ``k = all``, and alpha to its middle.
-    Keys hidden from a query are made up for: the sum of a class of which it sees ``m`` of ``n`` keys counts ``n / m``
-    times, so that settings carry over to the whole cache. With trained values it is the weight of each of those keys
-    that counts ``n / m`` times.
+    Alpha is solved exactly for each beta and k. Ties go to the widest interval of alpha (as a ratio), then to
+    ``k = all``. To make up for hidden keys, a class sum over ``m`` of ``n`` keys is scaled by ``n / m``, so that the
+    settings hold for the whole index; with trained values, the weight of each visible key is scaled.
 
     Args:
-        cache: the index; its own alpha, beta and k are not looked at.
+        cache: the index; its own alpha, beta and k are ignored.
         queries: from :func:`on_validation`, :func:`leave_one_out` or :func:`folds`.
-        betas: values to try; by default 0.1 to 100 in steps of 1.26, and the untouched one or that of ``kept``.
-        ks: values to try, ``None`` is all; by default all and the powers of two below half the keys, with an index over
-            classes all.
-        cautious: keep the untouched settings (:mod:`defaults`) unless the best ones are right on more queries than
-            chance explains (paired, 95 %): few queries choose among thousands of settings, and mislead.
-        kept: alpha and beta that a cautious search keeps instead, with ``k = all``: of fine-tuned keys, those that they
-            were trained with; of a fitted index by default its own. This beta is always tried.
-        seed: of the bootstrap.
+        betas: values to try; by default 0.1 to 100 in steps of 1.26, and the untouched beta or that of ``kept``.
+        ks: values to try, ``None`` for all keys; by default all keys and the powers of two up to half of them. An index
+            over classes tries all keys only.
+        cautious: keep the untouched settings (:mod:`defaults`) unless the best ones are significantly better (paired,
+            95 %). Few queries overfit a choice among thousands of settings.
+        kept: alpha and beta that a cautious search keeps instead, with ``k = all``: the training settings of fine-tuned
+            keys; by default those of a fitted index. This beta is always tried.
+        seed: seed of the bootstrap.
 
-    Raises InputError for queries that are empty, of unknown classes, or not ``[q, d]``; UsageError for ``kept`` that
-    are not settings.
+    Raises InputError for queries that are empty, of unknown classes, or not ``[q, d]``; UsageError for invalid
+    ``kept``.
     """
     if kept is None and cache.fitted is not None:
         kept = cache.settings.alpha, cache.settings.beta
-        if betas is None and cache.fitted.solved:  # values are solved for one beta
+        if betas is None and cache.fitted.solved:  # values belong to one beta
             betas = [cache.settings.beta]
     if kept is not None:
-        cache.settings.override(alpha=kept[0], beta=kept[1])  # raises for what cannot be settings
+        cache.settings.override(alpha=kept[0], beta=kept[1])  # validates
     stay = untouched_settings(cache.met, cache.class_ids.cpu().numpy()) if kept is None else kept
     always = {stay[1]} if betas is None or cautious or kept is not None else set()
     betas = sorted({*(BETAS if betas is None else betas), *always})
@@ -283,16 +281,16 @@ def search_paper(
 ) -> HyperparameterChoice:
     """Search the published grid: beta ``0.1 + i (scale - 0.1) / 200``, alpha ``0.1 + i (scale - 0.1) / 20``.
 
-    The first best wins. ``scales`` are those of beta and alpha (7 and 3 for ImageNet). Published figures used the whole
-    validation split, for ImageNet the test set; alpha 0 is not in the grid. Raises UsageError if values were solved,
-    which is for one beta.
+    The first best wins; alpha 0 is not in the grid. ``scales`` are those of beta and alpha (7 and 3 for ImageNet).
+    Published figures used the whole validation split, and for ImageNet the test set. Raises UsageError if values were
+    solved, since these belong to one beta.
     """
     if cache.fitted is not None and cache.fitted.solved:
         raise UsageError(
-            "protocol paper: searches beta, and the values of this index were solved for one; "
-            "build it with --fit none, as in the paper"
+            "protocol paper: searches beta, but the values of this index were solved for one beta; build the index "
+            "with --fit none, as in the paper"
         )
-    cache.settings.override(alpha=scales[1], beta=scales[0])  # raises for what cannot be settings
+    cache.settings.override(alpha=scales[1], beta=scales[0])  # validates
     grids = zip(scales, PAPER_STEPS, strict=True)
     betas, alphas = ([0.1 + i * (scale - 0.1) / steps for i in range(steps)] for scale, steps in grids)
     tried = _Tried.of(cache, queries, betas, [None])
@@ -306,7 +304,7 @@ def search_paper(
 
 @dataclass(frozen=True)
 class _Tried:
-    """What was tried on some queries: each is right where alpha is between ``low`` and ``high`` ``[betas, ks, q]``."""
+    """Tried settings: a query is right if alpha lies between ``low`` and ``high`` ``[betas, ks, q]``."""
 
     queries: Queries
     betas: Sequence[float]
@@ -316,10 +314,10 @@ class _Tried:
 
     @classmethod
     def of(cls, cache: CacheModel, queries: Queries, betas: Sequence[float], ks: Sequence[int | None]) -> Self:
-        """Try each beta and k on each query. Raises InputError for queries that do not fit the index."""
+        """Try each beta and k. Raises InputError for queries that do not fit the index."""
         q, c = len(queries.ids), len(cache.class_names)
         if not q:
-            raise InputError(f"{queries.name}: holds nothing to choose settings on")
+            raise InputError(f"{queries.name}: has no queries to choose settings on")
         if queries.features.shape != (q, cache.d):
             raise InputError(f"{queries.name}: features {queries.features.shape}; expected [{q}, {cache.d}]")
         if queries.ids.min() < 0 or queries.ids.max() >= c:
@@ -331,7 +329,7 @@ class _Tried:
         return cls(queries, betas, ks, low, high)
 
     def hits(self, b: int, j: int, alpha: float) -> npt.NDArray[np.bool_]:
-        """Which queries are right at one alpha."""
+        """Return which queries are right at one alpha."""
         hits: npt.NDArray[np.bool_] = (self.low[b, j] < alpha) & (alpha < self.high[b, j])
         return hits
 
@@ -347,7 +345,7 @@ class _Tried:
         warnings: Sequence[str],
         seed: int,
     ) -> HyperparameterChoice:
-        """What is known about the settings ``betas[b]``, ``ks[j]`` and ``alpha``."""
+        """Return the choice of ``betas[b]``, ``ks[j]`` and ``alpha``."""
         hits = self.hits(b, j, alpha)
         lower, upper = _bootstrap(hits.astype(np.float64), seed)
         rivals = {"text alone": self.hits(b, j, 0.0), "cache alone": self.high[b, j] == np.inf}
@@ -373,14 +371,14 @@ class _Tried:
         )
 
     def steps(self) -> FloatArray:
-        """Alphas: 0, and even steps on a logarithmic scale over where anything changes."""
+        """Return alphas for the surface: 0, and logarithmic steps over the range where accuracies change."""
         low, high = self.low, self.high
         ends = np.concatenate([low[(low > 0) & (low < np.inf)], high[(high > 0) & (high < np.inf)], [1.0]])
         first, last = np.quantile(ends, (0.01, 0.99))
         return np.append(0.0, np.geomspace(first / 2, last * 2, SURFACE_ALPHAS - 1))
 
     def surface(self, alphas: FloatArray) -> pa.Table:
-        """Accuracy by k (0 is all), beta and alpha."""
+        """Return a table of accuracy by k (0: all keys), beta and alpha."""
         betas, ks, q = self.low.shape
         right = np.stack([[_count(self.low[b, j], self.high[b, j], alphas) for b in range(betas)] for j in range(ks)])
         return pa.table(
@@ -400,7 +398,7 @@ def _powers(n: int) -> list[int | None]:
 def _blocks(
     cache: CacheModel, queries: Queries, betas: Sequence[float], ks: Sequence[int | None]
 ) -> Iterator[tuple[slice, Tensor, Tensor, Iterator[tuple[int, int, Tensor]]]]:
-    """Blocks of queries with their text logits, labels, and cache logits by beta and k. One affinity a block."""
+    """Yield blocks of queries: slice, text logits, labels, and cache logits by beta and k."""
     groups = torch.from_numpy(queries.groups).to(cache.device)
     size = QUERY_BLOCK if cache.device == "cpu" else max(1, min(QUERY_BLOCK, GPU_AFFINITIES // cache.n))
     for part in slices(len(queries.ids), size):
@@ -424,7 +422,7 @@ def _caches(
     ks: Sequence[int | None],
     values: Tensor | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Cache logits ``[q, c]`` for every beta and k; hidden keys have affinity minus infinity."""
+    """Yield cache logits ``[q, c]`` for every beta and k; hidden keys have affinity minus infinity."""
     seen = affinity > -torch.inf
     counts = tip.sum_by_class(seen.to(affinity.dtype), ids, c)
     every = torch.bincount(ids, minlength=c).to(affinity.dtype)
@@ -442,7 +440,7 @@ def _caches(
                 yield b, j, made_up * tip.cache_logits(near, near_ids, c, beta, tail)
             continue
         counted = affinity
-        if tail is not None:  # key by key, for the values of hidden keys are in no sum of a class
+        if tail is not None:  # class sums do not know the values of hidden keys
             _, mean = tail.rest(near, near_ids)
             counted = mean[:, ids].scatter_(1, rows[:, :k], near).masked_fill_(~seen, -torch.inf)
         factor = made_up[:, ids]
@@ -451,11 +449,11 @@ def _caches(
 
 
 def right_between(text: Tensor, cache: Tensor, y: Tensor) -> tuple[FloatArray, FloatArray]:
-    """The alphas at which each query is right, as an open interval ``(low, high)``; empty where ``low >= high``.
+    """Return the open interval ``(low, high)`` of alphas at which each query is right; empty if ``low >= high``.
 
-    ``text`` and ``cache`` ``[q, c]``, ``y`` ``[q]``. Class y beats class j where
-    ``alpha (C_y - C_j) > text_j - text_y``: above a bound where the cache prefers y, below one where it prefers j,
-    and always or never where it does not care.
+    ``text`` and ``cache`` are ``[q, c]``, ``y`` is ``[q]``. Class y beats class j if
+    ``alpha (C_y - C_j) > text_j - text_y``: above a bound if the cache prefers y, below one if it prefers j, and always
+    or never if it prefers neither.
     """
     gain = (cache.gather(1, y[:, None]) - cache).double()
     lead = (text.gather(1, y[:, None]) - text).double()
@@ -470,17 +468,17 @@ def right_between(text: Tensor, cache: Tensor, y: Tensor) -> tuple[FloatArray, F
 
 
 def _best_alpha(low: FloatArray, high: FloatArray) -> tuple[int, tuple[float, float]]:
-    """How many queries are right at the best alpha from 0 on, and the widest interval of such alphas."""
+    """Return the number of queries right at the best alpha >= 0, and the widest interval of such alphas."""
     some = (low < high) & (high > 0)
     ends = np.unique(np.concatenate([[0.0], low[some & (low > 0)], high[some & (high < np.inf)]]))
-    between = np.append((ends[:-1] + ends[1:]) / 2, ends[-1] * 2 + 1)  # one alpha in each gap, and one beyond
+    between = np.append((ends[:-1] + ends[1:]) / 2, ends[-1] * 2 + 1)  # one alpha per gap, one beyond
     right = _count(low, high, between)
     most = int(right.max())
     upper = np.append(ends[1:], np.inf)
     gaps: list[tuple[float, float]] = []
     previous = -2
     for gap in np.flatnonzero(right == most).tolist():
-        if gap == previous + 1:  # an end where as many queries become right as wrong splits no plateau
+        if gap == previous + 1:  # an end that leaves the count unchanged does not split a plateau
             gaps[-1] = (gaps[-1][0], float(upper[gap]))
         else:
             gaps.append((float(ends[gap]), float(upper[gap])))
@@ -489,14 +487,14 @@ def _best_alpha(low: FloatArray, high: FloatArray) -> tuple[int, tuple[float, fl
 
 
 def _count(low: FloatArray, high: FloatArray, alphas: FloatArray) -> npt.NDArray[np.int64]:
-    """How many intervals hold each alpha: those that began before it less those that ended."""
+    """Return the number of intervals that contain each alpha."""
     some = low < high
     begun = np.searchsorted(np.sort(low[some]), alphas, side="left")
     return begun - np.searchsorted(np.sort(high[some]), alphas, side="right")
 
 
 def _width(interval: tuple[float, float]) -> float:
-    """How far alpha can be off, as a ratio: alphas multiply. From 0 on, and without end, are the widest."""
+    """Return the width of an interval of alphas as a ratio; infinite if it reaches 0 or has no end."""
     low, high = interval
     return math.inf if high == math.inf or low <= 0 else high / low
 
@@ -509,7 +507,7 @@ def _middle(interval: tuple[float, float]) -> float:
 
 
 def _bootstrap(values: FloatArray, seed: int) -> tuple[float, float]:
-    """95 % interval of the mean over queries drawn again with replacement."""
+    """Return a 95 % bootstrap interval of the mean."""
     drawn = np.random.default_rng(seed).integers(0, len(values), (BOOTSTRAP, len(values)))
     low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
     return float(low), float(high)
@@ -518,8 +516,8 @@ def _bootstrap(values: FloatArray, seed: int) -> tuple[float, float]:
 def _kept(what: str, accuracy: float, best: float, n: int) -> Iterator[str]:
     if best > accuracy:
         yield (
-            f"{what} stay ({100 * accuracy:.1f} %): {n} queries cannot tell the best found "
-            f"({100 * best:.1f} %) from chance; --greedy takes it"
+            f"kept {what} ({100 * accuracy:.1f} %): with {n} queries, the best found ({100 * best:.1f} %) may be "
+            "better by chance; --greedy takes it"
         )
 
 
@@ -531,7 +529,7 @@ def _warnings(
     seed: int,
 ) -> Iterator[str]:
     if len(betas) > 1 and b in (0, len(betas) - 1):
-        yield f"beta {betas[b]:.3g} is at the edge of what was tried"
+        yield f"beta {betas[b]:.3g} is at the edge of the range tried"
     for name, rival in rivals.items():
         low, high = _bootstrap(hits.astype(np.float64) - rival, seed)
         if low <= 0 < (hits.mean() - rival.mean()):

@@ -1,4 +1,4 @@
-"""What is fine-tuned, and one step of it: keys, values and encoders with their optimisers."""
+"""Training steps of fine-tuning: keys, values and encoders with their optimiser."""
 
 from __future__ import annotations
 
@@ -26,41 +26,41 @@ from retrieval_tip.fit.gradient import BLOCK, GPU_BLOCK, AllKeys
 from retrieval_tip.settings import TRAINED, TrainedPart, TrainingPrecision, TrainingSettings, check_choice
 
 ENCODER_RATE = 1e-3
-"""The learning rate of an encoder, as a part of the keys'."""
+"""Learning rate of encoders, as a fraction of that of the keys."""
 
 VIEWS = 16
-"""Cached views a shot, where nothing else is asked for."""
+"""Default number of cached views per shot."""
 
 WORTH = 1.5
-"""``auto`` takes bfloat16 where the products are so many times as fast in it."""
+"""Speed-up of matrix products from which ``auto`` chooses bfloat16."""
 SMALL = 1 << 22
-"""Up to so many values of keys ``auto`` stays with float32: there is no time to gain."""
+"""Number of key values up to which ``auto`` chooses float32, as there is no time to gain."""
 
 TEXTS = 256
-"""Prompts that are encoded at a time."""
+"""Prompts per batch of the text encoder."""
 
 QUERIES = 256
-"""Queries that are evaluated at a time."""
+"""Queries per batch of an evaluation."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to fine-tune; what is left out is the paper's.
+    """Options of fine-tuning; the defaults are those of the paper.
 
-    - ``train``: which of :data:`settings.TRAINED`
-    - ``epochs``; ``batch``: queries a step
-    - ``lr``: falls to 0 along a cosine, step by step; encoders learn at a thousandth of it; ``eps`` and
-      ``weight_decay`` are AdamW's
-    - ``views``: so many augmented views of each shot are encoded once and drawn from; ``None`` encodes a fresh one
-      every epoch as the paper's code does, which the image encoder needs where it is trained
-    - ``precision``: of the matrix products; ``auto`` is bfloat16 where that is measured to be worth it
-    - ``seed``: of batches and views
-    - ``settings``: alpha and beta to train with. ``own``: the index's. ``tried``: the best on the validation
-      images, where there are some, of the index's and a few flatter ones, each tried for a quarter of the epochs: what
-      classifies well need not teach well, as a sharp exponential leaves little gradient. Encoders always take ``own``.
-    - ``alpha``, ``beta``: to train with, in place of the index's; either implies ``own``
+    - ``train``: parts to train, of :data:`settings.TRAINED`
+    - ``epochs``; ``batch``: queries per step
+    - ``lr``: learning rate, which falls to 0 along a cosine; encoders use a thousandth of it. ``eps`` and
+      ``weight_decay`` belong to AdamW.
+    - ``views``: augmented views of each shot, encoded once and drawn from. ``None`` encodes a fresh view every epoch,
+      as the paper's code does; training the image encoder requires it.
+    - ``precision``: of matrix products; ``auto`` uses bfloat16 if it is measurably faster
+    - ``seed``: seed of batches and views
+    - ``settings``: alpha and beta to train with. ``own`` are those of the index. ``tried`` compares them with a few
+      flatter ones on the validation images, if given, for a quarter of the epochs each: a sharp exponential classifies
+      well but leaves little gradient. Encoders always use ``own``.
+    - ``alpha``, ``beta``: values to train with instead; either implies ``own``
 
-    Raises UsageError naming what cannot be.
+    Raises UsageError for invalid options.
     """
 
     train: tuple[TrainedPart, ...] = ("keys",)
@@ -90,26 +90,26 @@ class Recipe:
         check_choice("settings", self.settings, TrainingSettings)
         check_choice("precision", self.precision, TrainingPrecision)
         if "visual" in self.train and self.views is not None:
-            raise UsageError("views: cached ones are the untrained encoder's; where visual is trained they are fresh")
+            raise UsageError("views: an image encoder in training needs fresh views; give no number of cached views")
 
     @property
     def encoders(self) -> tuple[str, ...]:
-        """The encoders that are trained."""
+        """Encoders to train."""
         return tuple(part for part in PARTS if part in self.train)
 
 
 class Trainer:
-    """The trained parts of an index, their optimizer, and a step of it.
+    """The trained parts of an index with their optimiser.
 
-    ``keys`` ``[n, d]`` float32 and ``values`` ``[n, c]`` (``None``: one-hot) are copies of the index's;
-    ``text_weights`` ``[c, d]`` follow the text encoder where that is trained. ``backbone`` is changed in place.
+    ``keys`` ``[n, d]`` float32 and ``values`` ``[n, c]`` (``None``: one-hot) are copies; ``text_weights`` ``[c, d]``
+    follow a trained text encoder. ``backbone`` is changed in place.
     """
 
     def __init__(self, cache: CacheModel, recipe: Recipe, backbone: TorchBackbone | None) -> None:
         self.cache, self.recipe, self.backbone = cache, recipe, backbone
         self.keys = torch.from_numpy(np.array(cache.keys, dtype=np.float32)).to(cache.device)
         self.values = None if cache.values is None else cache.values.clone()
-        if self.values is None and "values" in recipe.train:  # they begin as one-hot rows
+        if self.values is None and "values" in recipe.train:
             self.values = functional.one_hot(cache.class_ids, len(cache.class_names)).float()
         self.text_weights = cache.text_weights.clone()
         block = BLOCK if cache.device == "cpu" else GPU_BLOCK
@@ -139,10 +139,10 @@ class Trainer:
         )
 
     def step(self, queries: Tensor, ids: Tensor, lr: float) -> tuple[float, int]:
-        """One step on features ``[b, d]`` (pixels ``[b, 3, h, w]`` where visual is trained) of classes ``ids`` ``[b]``.
+        """Take a step on features ``[b, d]`` (pixels ``[b, 3, h, w]`` to train visual) of classes ``ids`` ``[b]``.
 
-        Returns the mean cross-entropy before the step, and how many queries were right. Where the former is not finite
-        nothing is changed.
+        Returns the mean cross-entropy before the step and the number of right answers. Changes nothing if the
+        cross-entropy is not finite.
         """
         features, ids = self._features(queries), ids.to(self.cache.device)
         prompts = None if self._text is None else self._text.features(self._prompts)
@@ -154,7 +154,7 @@ class Trainer:
         logits = self._blend(features, cache_logits, self.text_weights if prompts is None else self._of(prompts))
         loss = functional.cross_entropy(logits, ids)
         hits = (logits.argmax(dim=1) == ids).sum()
-        value, right = torch.stack([loss.detach(), hits.to(loss)]).tolist()  # a GPU is waited for once
+        value, right = torch.stack([loss.detach(), hits.to(loss)]).tolist()  # one wait for the GPU
         if math.isfinite(value):
             loss.backward()
             assert cache_logits.grad is not None
@@ -170,12 +170,12 @@ class Trainer:
         return value, int(right)
 
     def loss(self, queries: Tensor, ids: Tensor) -> float:
-        """Mean cross-entropy of queries as :meth:`step` takes them, as things stand."""
+        """Return the mean cross-entropy of queries, given as for :meth:`step`."""
         return self.evaluate(self._features(queries), ids.to(self.cache.device))[0]
 
     @torch.no_grad()
     def evaluate(self, features: Tensor, ids: Tensor) -> tuple[float, float]:
-        """Mean cross-entropy and accuracy of queries ``[q, d]`` of classes ``ids`` ``[q]``, as things stand."""
+        """Return the mean cross-entropy and accuracy on queries ``[q, d]`` of classes ``ids`` ``[q]``."""
         loss, right = 0.0, 0
         for f, y in zip(features.split(QUERIES), ids.split(QUERIES), strict=True):
             logits = self._blend(f, self._all.forward(f), self.text_weights)
@@ -184,18 +184,18 @@ class Trainer:
         return loss / len(ids), right / len(ids)
 
     def refresh(self) -> None:
-        """Make the text weights again if the text encoder was trained."""
+        """Compute the text weights again if the text encoder is trained."""
         if self._text is not None:
             self.text_weights = self._of(self._text.features(self._prompts))
 
     def trained(self) -> dict[str, Tensor]:
-        """Copies on the CPU of what is trained, by name; encoders' tensors as ``encoder.NAME``."""
+        """Return copies of all trained tensors on the CPU by name; tensors of encoders are ``encoder.NAME``."""
         weights = {} if self._text is None else {"text_weights": self.text_weights}
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in (self._trained | weights).items()}
         return copies | {f"encoder.{name}": tensor for name, tensor in self.encoders().items()}
 
     def restore(self, trained: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`trained`."""
+        """Restore tensors from :meth:`trained`."""
         for part, matrix in self._trained.items():
             matrix.copy_(trained[part])
         if self._text is not None:
@@ -206,7 +206,7 @@ class Trainer:
             self.backbone.adopt(encoders)
 
     def encoders(self) -> dict[str, Tensor]:
-        """Copies of the tensors of the encoders that are trained; of both, where the backbone was tuned before."""
+        """Return copies of the tensors of trained encoders; of both encoders if the backbone was tuned before."""
         if self.backbone is None or not self.recipe.encoders:
             return {}
         return self.backbone.tuned(self.recipe.encoders if self.cache.tuned is None else PARTS)
@@ -220,7 +220,7 @@ class Trainer:
         return (queries if self._visual is None else self._visual.features(queries)).to(self.cache.device)
 
     def _of(self, prompts: Tensor) -> Tensor:
-        """Text weights ``[c, d]`` of unit features of prompts ``[c t, d]``, class by class: as in :mod:`prompts`."""
+        """Return text weights ``[c, d]`` from unit features of prompts ``[c t, d]``, as in :mod:`prompts`."""
         means = prompts.reshape(len(self.cache.class_names), -1, prompts.shape[1]).mean(dim=1)
         return functional.normalize(means, dim=1).to(self.cache.device)
 
@@ -236,7 +236,7 @@ Inputs = TypeVar("Inputs", Tensor, Sequence[str])
 class _Tower(Generic[Inputs]):
     """An encoder in training, of pixels or prompts, ``size`` at a time.
 
-    Features are made without a graph, and once more with one when their gradient is known: so memory does not grow
+    Features are computed without a graph, and again with one once their gradient is known, so that memory does not grow
     with the batch.
     """
 
@@ -246,11 +246,11 @@ class _Tower(Generic[Inputs]):
 
     @torch.no_grad()
     def features(self, inputs: Inputs) -> Tensor:
-        """Unit features ``[m, d]`` of pixels or prompts."""
+        """Return unit features ``[m, d]`` of pixels or prompts."""
         return torch.cat([self._unit(part) for part in self._parts(inputs)])
 
     def backward(self, inputs: Inputs, gradient: Tensor) -> None:
-        """Add to the parameters' gradients, by the gradient ``[m, d]`` of the unit features of these inputs."""
+        """Add to the gradients of the parameters, given the ``gradient`` ``[m, d]`` of the unit features."""
         for part, wanted in zip(self._parts(inputs), gradient.split(self.size), strict=True):
             features = self._unit(part)
             features.backward(wanted.to(features.device))
@@ -263,14 +263,14 @@ class _Tower(Generic[Inputs]):
 
 
 def cosine(step: int, steps: int, lr: float) -> float:
-    """The learning rate of step ``step`` of ``steps``, from ``lr`` down to 0: ``lr (1 + cos(pi step / steps)) / 2``."""
+    """Return the learning rate of a step, which falls from ``lr`` to 0: ``lr (1 + cos(pi step / steps)) / 2``."""
     return lr * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def faster_precision(cache: CacheModel, batch: int, rounds: int = 5) -> Literal["float32", "bfloat16"]:
-    """``bfloat16`` where products of keys with ``batch`` queries are :data:`WORTH` times as fast in it, or more.
+    """Return ``bfloat16`` if it multiplies keys and ``batch`` queries at least :data:`WORTH` times as fast.
 
-    Measured on a block of ones. Small caches stay with ``float32``, so that machines agree on them.
+    Measures a block of ones. Small indexes always use ``float32``, so that machines agree on them.
     """
     if cache.n * cache.d <= SMALL:
         return "float32"
