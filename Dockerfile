@@ -1,8 +1,8 @@
-# A server on a CPU: small, and without rights. docs/install.md says how to run it.
+# A small unprivileged server on a CPU. docs/install.md shows how to run it.
 FROM python:3.12-slim AS build
 RUN python -m venv /venv
 ENV PATH=/venv/bin:$PATH
-# faiss-gpu brings 1.2 GB of CUDA libraries, and torch from PyPI 2 GB: a CPU needs neither.
+# On a CPU, leave out the CUDA libraries: 1.2 GB from faiss-gpu and 2 GB from PyPI's torch.
 RUN pip install --no-cache-dir uv && uv pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./

@@ -1,4 +1,4 @@
-# What a developer does. `make demo` and `make test` set up what they need first.
+# Developer tasks. `make demo` and `make test` set up what they need first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,10 +9,10 @@ DEMO_READY := $(VENV)/.demo-ready
 .DEFAULT_GOAL := help
 .PHONY: help setup browser demo lint test soak check bench gpu attack docs site wheel
 
-help: ## this list
+help: ## list these targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
-setup: $(READY) ## a virtual environment in .venv with everything installed
+setup: $(READY) ## create .venv and install everything for development
 
 $(READY): pyproject.toml | $(VENV)/bin/python
 	@$(BIN)/python .ci/install.py --editable '.[dev]'
@@ -23,19 +23,19 @@ $(DEMO_READY): pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else f"{sys.executable} is Python {v.major}.{v.minor}; 3.11 to 3.13 is needed: make PYTHON=python3.12 ...")'
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else f"{sys.executable}: Python {v.major}.{v.minor} is not supported; use 3.11 to 3.13, for example make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON): cannot create virtual environments; on Debian, run apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python .ci/install.py --upgrade 'pip>=24,<26.2'
 
-browser: ## Chromium from Debian's packages, which the tests of the page drive (needs root)
+browser: ## install Debian's Chromium for the tests of the page (needs root)
 	@command -v chromium >/dev/null || { apt-get update -qq -o Acquire::Retries=3 && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o Acquire::Retries=3 --no-install-recommends chromium; }
 
-# what `make setup` made serves too
-demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY)) ## an index of real photographs: build, ask, evaluate (PHOTOS=FOLDER, MODEL=NAME, PRETRAINED=TAG are yours)
+# An environment from `make setup` will do.
+demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY)) ## build an index of photos, classify, evaluate (your own: PHOTOS=FOLDER MODEL=NAME PRETRAINED=TAG)
 	$(BIN)/python benchmarks/demo.py $(if $(MODEL),--model '$(MODEL)') $(if $(PRETRAINED),--pretrained '$(PRETRAINED)') $(if $(PHOTOS),--photos '$(PHOTOS)')
 
-lint: setup ## formatting, lint, types, the direction of imports and the cross-references of docstrings
+lint: setup ## check formatting, lint, types, import directions and docstring references
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -43,18 +43,18 @@ lint: setup ## formatting, lint, types, the direction of imports and the cross-r
 	$(BIN)/python docs/reference.py --check
 	$(BIN)/python docs/crossrefs.py
 
-size: setup ## lines, largest classes and functions, names that exist twice (CLONE=FOLDER: of another clone)
+size: setup ## count lines, and list large classes and functions and duplicate names (another clone: CLONE=FOLDER)
 	$(BIN)/python docs/size.py $(CLONE)
 
-test: setup ## the tests that have to pass before a commit
+test: setup ## run the tests
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-soak: setup ## every test at its full size: all kills, Ray, the browser
+soak: setup ## run every test at full size: all kills, Ray, the browser
 	RETRIEVAL_TIP_SOAK=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
-check: lint test ## what has to pass before a commit
+check: lint test ## lint and test, before each commit
 
-bench: setup ## every benchmark at its smallest size: does it run? README and docs say how to measure
+bench: setup ## smoke-test every benchmark; the docs say how to measure
 	$(BENCH)/throughput.py --exact-size 512x64x32 --sizes 2560x64x64 --files-size 640x64x64 --rows 500 --queries 64 --large-batch 128 --rounds 1
 	$(BENCH)/finetune.py --classes 40 --shots 4 --dim 32 --batch 32 --queries 40 --rounds 1 --epochs 1
 	$(BENCH)/fit.py --keys 200 --classes 20 --dimensions 32
@@ -63,7 +63,7 @@ bench: setup ## every benchmark at its smallest size: does it run? README and do
 	$(BENCH)/scale.py --keys 3000 --dim 64 --classes 50 --queries 40 --exact-queries 20 --store lance
 	$(BENCH)/scale.py --memory --keys 3000 --dim 64 --classes 50 --queries 40
 	$(BENCH)/living.py --keys 6000 --added 20 --dim 32 --classes 40 --times 1
-ifneq ($(wildcard ../shared/models),) # photographs and features of the field's datasets
+ifneq ($(wildcard ../shared/models),) # needs the photos and features of public datasets
 	$(BENCH)/distributed.py --queries 100 --dim 16 --classes 5 --images $(abspath ../shared/data/caltech101/101_ObjectCategories/panda)
 	$(BENCH)/startup.py --runs 1 --images 2 --keys 500 --dim 16
 	$(BENCH)/encoding.py --number 5 --large 2 --size 1600 1400 --rounds 1
@@ -73,19 +73,19 @@ ifneq ($(wildcard ../shared/models),) # photographs and features of the field's 
 	$(BENCH)/paper.py --dataset Caltech101 --seeds 1 --shots 1 --method untouched --method zero-shot
 endif
 
-gpu: setup ## where there is a GPU: doctor, the tests that need one, figures into docs/speed.md; 15 minutes at most
+gpu: setup ## on a GPU: run doctor and the GPU tests, and write figures into docs/speed.md; at most 15 minutes
 	$(BIN)/retrieval-tip doctor
 	timeout 300 $(BIN)/python -m pytest -m gpu
 	timeout 400 $(BIN)/python benchmarks/gpu.py --out docs/speed.md
 
-docs: setup ## the reference of the commands, docs/cli.md, from their help
+docs: setup ## regenerate docs/cli.md from the commands' help
 	$(BIN)/python docs/reference.py
 
-site: setup ## the documentation as a site, in build/site
+site: setup ## build the documentation site in build/site
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
 
-wheel: setup ## wheel and sdist: built, installed into a fresh environment, and asked
+wheel: setup ## build wheel and sdist, and try them in a fresh environment
 	PYTHON=$(BIN)/python .ci/wheel
 
-attack: setup ## hostile inputs by the thousand, other ones each time: readers, index folders, commands, server; 10 minutes
+attack: setup ## test thousands of random hostile inputs: readers, index folders, commands, server; 10 minutes
 	RETRIEVAL_TIP_ATTACK=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 tests/test_hostile.py tests/test_openapi.py

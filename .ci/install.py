@@ -1,4 +1,4 @@
-"""Run ``pip install`` with these arguments, and show that it is alive: one line, and what pip says if it fails."""
+"""Run ``pip install`` with the given arguments and show progress in one line, or pip's last lines if it fails."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections import deque
 from pathlib import Path
 
 LAST = 20
-"""Lines of pip's that are shown if it fails."""
+"""Lines of pip's output shown if it fails."""
 
 
 def main(arguments: list[str]) -> int:
-    """Return the exit status of pip."""
+    """Install, and return the exit status of pip."""
     live, start, end = sys.stdout.isatty(), time.monotonic(), threading.Event()
     collected, step, lines = 0, "starting", deque[str](maxlen=LAST)
     folder = Path(sysconfig.get_path("purelib"))
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
                 step = f"{word.lower()} {rest}"
             elif word == "Installing":
                 step = "installing"
-            elif line.startswith("Successfully installed"):  # this-1 that-2; "Successfully built" comes before
+            elif line.startswith("Successfully installed"):  # lists name-version; "Successfully built" comes earlier
                 collected = len(rest.split()) - 1
     end.set()
     print("\r\x1b[K" if live else "", end="")

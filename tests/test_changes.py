@@ -897,14 +897,14 @@ def test_saving_what_another_process_has_changed_meanwhile_is_refused(index: Pat
     with pytest.raises(StoreError, match="from version 1 to 2"):
         stale.save(index)
     stale.settings = stale.settings.override(alpha=3.0)
-    with pytest.raises(StoreError, match="is at version 2"):
+    with pytest.raises(StoreError, match="from version 1 to 2"):
         stale.save_settings(index)
     assert everything(index) == before
     fresh = stale.reload()
     assert fresh.add(unit_rows(1, D, 9), ["cat"]) == [6]
     fresh.save(index)
     assert version(index) == 3
-    with pytest.raises(StoreError, match="is at version 3, not at 1"):
+    with pytest.raises(StoreError, match="from version 1 to 3"):
         opened(index, version=1).save(index)
 
 
