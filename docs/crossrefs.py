@@ -1,6 +1,6 @@
-"""Check that every cross-reference in the package's docstrings leads somewhere, by Sphinx's nitpicky mode.
+"""Check the cross-references in the package's docstrings with Sphinx's nitpicky mode.
 
-The docstrings are read without importing the package, which takes a quarter of autodoc's time.
+Reads docstrings without importing the package, which takes a quarter of autodoc's time.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ DOCS = Path(__file__).parent
 
 
 def directives(body: list[ast.stmt], member: bool) -> Iterator[str]:
-    """Describe the definitions in the body of a module or a class, each with its docstring."""
+    """Yield directives for the definitions in a module or class."""
     seen: set[str] = set()
     for node, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             kind = "method" if member else "function"
             yield from directive(kind, f"{node.name}()", ast.get_docstring(node), again=node.name in seen)
-            seen.add(node.name)  # an overload, or what sets a property
+            seen.add(node.name)  # an overload or a property's setter
         elif isinstance(node, ast.ClassDef):
             inside = "\n".join(directives(node.body, member=True))
             yield from directive("class", node.name, f"{ast.get_docstring(node) or ''}\n\n{inside}")
@@ -37,13 +37,13 @@ def directives(body: list[ast.stmt], member: bool) -> Iterator[str]:
 
 
 def directive(kind: str, name: str, text: str | None, again: bool = False) -> Iterator[str]:
-    """Describe one object."""
+    """Yield the directive of one object."""
     yield f".. py:{kind}:: {name}\n{'   :no-index:' if again else ''}\n"
     yield textwrap.indent(text or "", "   ") + "\n"
 
 
 def main(package: Path) -> int:
-    """Return Sphinx's exit status for the docstrings below ``package``: 1 if a reference leads nowhere."""
+    """Return Sphinx's exit status: 1 if a reference is broken."""
     with tempfile.TemporaryDirectory() as folder:
         for file in package.rglob("*.py"):
             name = ".".join(file.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
@@ -53,7 +53,7 @@ def main(package: Path) -> int:
             page.write_text(head + "\n".join(directives(module.body, member=False)), encoding="utf-8")
         Path(folder, "index.rst").write_text("Modules\n=======\n")
         command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "dummy", "-c", DOCS]
-        command += ["-D", "suppress_warnings=docutils"]  # it knows no sections like "Args:"
+        command += ["-D", "suppress_warnings=docutils"]  # docutils does not know sections like "Args:"
         return subprocess.run([*command, folder, f"{folder}/out"], check=False).returncode  # noqa: S603 # no input
 
 

@@ -1,4 +1,4 @@
-"""``docs/cli.md``, the reference of all commands, from their own help: ``--check`` says whether it is up to date."""
+"""Write ``docs/cli.md``, the reference of all commands, from their help. ``--check`` only checks it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PAGE = Path(__file__).parent / "cli.md"
 WIDTH = 100
 HEAD = """# Every command
 
-`retrieval-tip COMMAND --help-all` prints the same; `--help` leaves out what the rare options do. `make docs` makes
-this page.
+This page is the output of `retrieval-tip COMMAND --help-all`; `--help` shortens rarely used options. `make docs`
+generates it.
 """
 
 
 def commands(group: click.Group, ctx: click.Context) -> Iterator[tuple[click.Command, click.Context]]:
-    """The commands of a group, and of the groups in it, each with its context."""
+    """Yield the commands of a group and its subgroups, each with its context."""
     for name, command in group.commands.items():
         own = click.Context(command, info_name=name, parent=ctx, terminal_width=WIDTH, max_content_width=WIDTH)
         if isinstance(command, click.Group):
@@ -30,7 +30,7 @@ def commands(group: click.Group, ctx: click.Context) -> Iterator[tuple[click.Com
 
 
 def reference() -> str:
-    """The page."""
+    """Return the page."""
     root = main.context_class(main, info_name="retrieval-tip", terminal_width=WIDTH, max_content_width=WIDTH)
     parts = [HEAD]
     for command, ctx in commands(main, root):
@@ -48,4 +48,4 @@ if __name__ == "__main__":
     if "--check" not in sys.argv:
         PAGE.write_text(page, encoding="utf-8")
     elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:
-        sys.exit(f"{PAGE}: not what the commands say; python docs/reference.py makes it anew")
+        sys.exit(f"{PAGE}: outdated; run python docs/reference.py")

@@ -1,4 +1,4 @@
-"""Print how large the project is: lines, classes, functions, and what the contributors' rules limit."""
+"""Print the size of the project and the figures that CONTRIBUTING.md limits."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ FOREIGN = re.compile(
 
 
 def sources(folder: Path) -> list[Path]:
-    """Python files of a folder."""
+    """Return the Python files in a folder."""
     return sorted(folder.rglob("*.py"))
 
 
 def lines(paths: list[Path]) -> int:
-    """Lines of files."""
+    """Count lines."""
     return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
 
 
 def spans(paths: list[Path], kind: type[ast.AST] | tuple[type[ast.AST], ...]) -> Iterator[tuple[int, str]]:
-    """Length and name of each class or function."""
+    """Yield length and name of each class or function."""
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, kind):
@@ -33,7 +33,7 @@ def spans(paths: list[Path], kind: type[ast.AST] | tuple[type[ast.AST], ...]) ->
 
 
 def words(paths: list[Path], pattern: str | re.Pattern[str]) -> int:
-    """Occurrences of a pattern."""
+    """Count occurrences of a pattern."""
     return sum(len(re.findall(pattern, path.read_text(encoding="utf-8"))) for path in paths)
 
 
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def calls(paths: list[Path]) -> int:
-    """Calls of ``tip.blend``."""
+    """Count calls of ``tip.blend``."""
     return sum(
         isinstance(node, ast.Call)
         and (

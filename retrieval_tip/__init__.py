@@ -1,13 +1,13 @@
 """Few-shot image classification as retrieval: Tip-Adapter on a FAISS index with a Parquet label store.
 
 >>> from retrieval_tip import Classifier
->>> clf = Classifier.from_folder("photos")  # one folder of photographs a class
->>> clf.predict("photograph.jpg").label
+>>> clf = Classifier.from_folder("photos")  # one folder per class
+>>> clf.predict("photo.jpg").label
 """
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # as type checkers read it; the import of typing alone would double the time of this one
+TYPE_CHECKING = False  # importing it from typing would double the import time
 if TYPE_CHECKING:
     from retrieval_tip.backbones.base import Backbone as Backbone
     from retrieval_tip.backbones.base import Identity as Identity
@@ -65,12 +65,12 @@ __all__ = sorted(_HOMES)
 
 
 def __dir__() -> list[str]:
-    """The public names, for those who press Tab."""
+    """Return the public names, for completion."""
     return sorted([*__all__, "__version__"])
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name when it is first used: torch takes seconds, and help needs none of it."""
+    """Import a public name on first use: torch takes seconds, and --help does not need it."""
     import importlib
 
     if name not in _HOMES:

@@ -1,4 +1,4 @@
-"""The program ``retrieval-tip``, which ``python -m retrieval_tip`` is too."""
+"""The program ``retrieval-tip``, also run by ``python -m retrieval_tip``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def main() -> None:
-    """Run the program. Ctrl+C while it is imported ends it as Ctrl+C does later: in one line, with status 130."""
+    """Run the program. Ctrl+C during its imports exits as usual, with one line and status 130."""
     try:
         import signal
 
@@ -22,7 +22,7 @@ def main() -> None:
 
 
 def _end(*_: object) -> None:
-    """End the process at once: what is being imported cannot be finished, and may hide or wrap an exception."""
+    """Exit at once, since a module that is being imported could swallow or wrap an exception."""
     os.write(2, b"interrupted\n")
     os._exit(130)
 

@@ -1,4 +1,4 @@
-"""Bounds of what is asked for: the most that each count may be, and memory, which is reckoned before it is taken."""
+"""Bounds on counts, and on memory before it is allocated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from retrieval_tip.errors import UsageError
 
 MANY = 2**31 - 1
-"""The most of what is limited by what there is: keys, classes, versions, items."""
+"""Upper bound for counts limited only by the data: keys, classes, versions, items."""
 MOST = {
     "shots": 1_000_000,
     "views": 1024,
@@ -24,30 +24,30 @@ MOST = {
     "queue": 65_536,
     "seed": 2**63 - 1,
 }
-"""The most of each other count: beyond what anyone needs, and within what memory and the libraries take."""
+"""Upper bounds of other counts: above any need, and within what memory and the libraries allow."""
 
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raise UsageError unless a value is a whole number from ``least`` to the most of its kind."""
+    """Raise UsageError unless a value is a whole number from ``least`` to its upper bound."""
     most = MOST.get(name, MANY)
     if isinstance(value, Integral) and least <= int(value) <= most:
         return
-    too_long = isinstance(value, Integral) and abs(int(value)) > 2**64  # Python itself refuses to write very long ones
+    too_long = isinstance(value, Integral) and abs(int(value)) > 2**64  # Python cannot print them
     raise UsageError(f"{name} is {'too large' if too_long else value}: expected a whole number from {least} to {most}")
 
 
 def check_memory(needed: int, what: str, remedy: str) -> None:
-    """Raise UsageError, with the figures, where so many bytes are more than this process can ever have."""
+    """Raise UsageError if ``needed`` bytes exceed the memory available to this process."""
     there = memory()
     if there is not None and needed > there:
-        raise UsageError(f"{what}: needs {_amount(needed)} of memory, and there are {_amount(there)}; {remedy}")
+        raise UsageError(f"{what}: needs {_amount(needed)} of memory, but only {_amount(there)} is available; {remedy}")
 
 
 def memory() -> int | None:
-    """Bytes of memory that this process may have: the machine's, or the least limit on it; ``None``: unknown."""
+    """Return the bytes of memory available: the machine's, or the lowest limit; ``None`` if unknown."""
     sizes = [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
     with suppress(OSError, ValueError):
         sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -58,6 +58,5 @@ def memory() -> int | None:
 
 
 def _amount(size: int) -> str:
-    """So many bytes, in the unit that people say."""
     power = min(max(0, (size.bit_length() - 1) // 10), len(_UNITS) - 1)
     return f"{size / 1024**power:.3g} {_UNITS[power]}"

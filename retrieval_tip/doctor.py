@@ -1,4 +1,4 @@
-"""The state of an installation: what is there, what it can do here, and what to repair."""
+"""Check of an installation: versions, devices, and problems with their remedies."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ FAISS_DISTRIBUTIONS = ("faiss-gpu", "faiss-cpu", "faiss-gpu-cuvs", "faiss-gpu-cu
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow", "pyarrow", "duckdb", "click", "transformers")
 
 OLDER_TORCH = "https://download.pytorch.org/whl/cu126"
-OLD_DRIVER = "PyPI's torch is for CUDA 13, whose driver is 580 or newer (nvidia-smi names it); for an older one:"
+OLD_DRIVER = "PyPI's torch needs CUDA 13 and driver 580 or newer (see nvidia-smi); for an older driver:"
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Facts, name by name, and problems, each with what to do."""
+    """Facts by name, and problems with their remedies."""
 
     facts: dict[str, str]
     problems: list[str]
 
 
 def examine() -> Diagnosis:
-    """Look at the installation: versions, devices, and how FAISS was built and installed."""
+    """Examine versions, devices and the FAISS build."""
     facts = {
         "retrieval-tip": _version("retrieval-tip") or "not installed as a package",
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -33,12 +33,14 @@ def examine() -> Diagnosis:
     }
     problems: list[str] = []
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
-        problems.append(f"Python {platform.python_version()}: give another environment Python 3.11 to 3.13")
+        problems.append(
+            f"Python {platform.python_version()}: is not supported; create an environment with Python 3.11 to 3.13"
+        )
     for name in PACKAGES:
         installed = _version(name)
         facts[name] = installed or "not installed"
         if installed is None and name == "transformers":
-            facts[name] += " (needed only for text towers from Hugging Face: pip install 'retrieval-tip[hf]')"
+            facts[name] += " (only needed for text towers from Hugging Face: pip install 'retrieval-tip[hf]')"
         elif installed is None:
             problems.append(f"{name}: not installed; pip install retrieval-tip")
     _torch(facts, problems)
@@ -47,7 +49,7 @@ def examine() -> Diagnosis:
 
 
 def faiss_distributions() -> dict[str, str]:
-    """The installed distributions that bring a ``faiss`` module, with their versions."""
+    """Return the installed distributions that provide ``faiss``, with their versions."""
     return {name: version for name in FAISS_DISTRIBUTIONS if (version := _version(name)) is not None}
 
 
@@ -86,7 +88,7 @@ def _faiss(facts: dict[str, str], problems: list[str]) -> None:
     if gpus == 0 and facts.get("torch device", "cpu") != "cpu":
         problems.append(
             "torch finds a GPU, but FAISS does not, so searches run on the CPU; "
-            f"pip install --force-reinstall {right}, and look at the driver's CUDA version (nvidia-smi)"
+            f"pip install --force-reinstall {right}, and check the driver's CUDA version (nvidia-smi)"
         )
     if gpus and facts.get("torch device") == "cpu":
         problems.append(

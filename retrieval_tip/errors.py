@@ -1,4 +1,4 @@
-"""Errors, said in one line: the file or argument, what is wrong with it, and what to do."""
+"""Errors, and helpers that keep messages on one line."""
 
 from __future__ import annotations
 
@@ -11,44 +11,40 @@ from functools import cache
 from typing import Any
 
 MAX_LINE = 1980
-"""Characters of a message: of a longer one the middle is left out, so that its line has fewer than 2,000."""
+"""Largest length of a message; a longer one loses its middle, so that a line stays below 2,000 characters."""
 SHOWN = 5
-"""Names that a message lists."""
+"""Number of names in a message."""
 
 
 class RetrievalTipError(Exception):
-    """Base of every error that this package raises on purpose. The command line prints it and exits with 1."""
+    """Base of the package's errors. The command line prints them and exits with 1."""
 
 
 class UsageError(RetrievalTipError, ValueError):
-    """An argument or option that cannot work as given. The command line exits with 2."""
+    """An argument or option is invalid. The command line exits with 2."""
 
 
 class InputError(RetrievalTipError, ValueError):
-    """A file or array that was given as input and cannot be used."""
+    """An input file or array cannot be used."""
 
 
 class BackboneError(RetrievalTipError):
-    """A backbone that cannot be loaded, or is not the one that the features came from."""
+    """A backbone cannot be loaded, or is not the one that made the features."""
 
 
 class StoreError(RetrievalTipError):
-    """An index folder that is missing, damaged, of another format, or cannot be written."""
+    """An index folder is missing, damaged, of another format, or cannot be written."""
 
 
 def one_line(text: str) -> str:
-    """Text on one line, without characters that a terminal would obey, whatever names it holds.
-
-    Escaped is what is not printable: ends of lines, control characters (C0 and C1), marks that turn the direction of
-    text, and what is invisible.
-    """
+    """Escape unprintable characters: line ends, control characters (C0 and C1), bidirectional and invisible marks."""
     return _escaped(text, lambda character: character.encode("unicode_escape").decode())
 
 
 def json_line(value: Any) -> str:
-    """A value as JSON on one line, as safe as :func:`one_line`: all that is escaped stands in strings, so none changes.
+    """Format a value as JSON on one line, escaped like :func:`one_line` without changing any value.
 
-    What JSON does not have is text.
+    Values that JSON cannot express become strings.
     """
     return _escaped(json.dumps(value, ensure_ascii=False, default=str), lambda character: json.dumps(character)[1:-1])
 
@@ -60,41 +56,41 @@ def _escaped(text: str, escape: Callable[[str], str]) -> str:
 
 
 def message(text: str) -> str:
-    """Text as standard error gets it: on one line, and no longer than :data:`MAX_LINE`, whatever it quotes."""
+    """Return text for standard error: on one line of at most :data:`MAX_LINE` characters."""
     return _shortened(one_line(_shortened(text)))
 
 
 def _shortened(text: str) -> str:
-    """Text without its middle where it is too long: what it is about stands at the start, what to do at the end."""
+    """Cut the middle of a long text, since it starts with its subject and ends with what to do."""
     rest = MAX_LINE // 3
     return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE - rest - 5]} ... {text[-rest:]}"
 
 
 def few(names: Sequence[str]) -> str:
-    """The first names of many, on one line."""
+    """Join the first names, and count the others."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def first_line(error: BaseException) -> str:
-    """The text of an error, on one line: its first, or its type where it says nothing."""
+    """Return the first line of an error, or its type if it has no text."""
     return one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
 
 
 @cache
 def warn_once(text: str) -> None:
-    """Say something as a warning, the first time in a process."""
+    """Log a warning once per process."""
     logging.getLogger(__name__).warning(text)
 
 
 def counted(number: int, what: str, does: str = "", do: str = "") -> str:
-    """A number of things, and what they do: ``1 key``, ``2 keys``, ``1 class has``, ``3 classes have``."""
+    """Return a number with its noun and verb: ``1 key``, ``2 keys``, ``1 class has``, ``3 classes have``."""
     things = f"{number:,} {what}" + ("" if number == 1 else "es" if what.endswith("s") else "s")
     return f"{things} {does if number == 1 else do}".rstrip()
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """One input that could not be read: its name, and the reason in a few words."""
+    """An input that could not be read, and a short reason."""
 
     source: str
     reason: str
@@ -104,7 +100,7 @@ class Skipped:
 
 
 def show(path: str | os.PathLike[str]) -> str:
-    """A path as text that every terminal and file format can hold, whatever bytes it is made of."""
+    """Return a path of any bytes as valid UTF-8 text."""
     try:
         return os.fsencode(path).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # half of a surrogate pair, from JSON

@@ -773,12 +773,12 @@ def test_answers_of_some_keys_are_those_of_an_index_of_just_these(
     where = ("--where", "camera <> 'a'")  # NULL, as of the late ones, does not hold
     done = run("classify", parted, asked, *options, *where)
     assert done.exit_code == 0
-    assert done.stderr == "where: 4 of 8 keys remain (cat 2/4, dog 2/4)\n"
+    assert done.stderr == "where: 4 of 8 shots match (cat 2/4, dog 2/4)\n"
     some, few = rows_of(done.stdout), rows_of(run("classify", tmp_path / "few", asked, *options).stdout)
     assert [row["label"] for row in some] == [row["label"] for row in few]
     np.testing.assert_allclose([row["logits"] for row in some], [row["logits"] for row in few], atol=1e-4)
     done = run("evaluate", parted, asked, "--json", *where)
-    assert done.stderr == "where: 4 of 8 keys remain (cat 2/4, dog 2/4)\n"
+    assert done.stderr == "where: 4 of 8 shots match (cat 2/4, dog 2/4)\n"
     one, other = json.loads(done.stdout), json.loads(run("evaluate", tmp_path / "few", asked, "--json").stdout)
     assert {name: one[name] for name in ("top1", "cache_top1", "n")} == {
         name: other[name] for name in ("top1", "cache_top1", "n")

@@ -483,7 +483,7 @@ def test_wrong_use_is_said_and_builds_nothing(run, photographs, tmp_path):
             2,
             "Caltech101: no part 'all'; choose --split from train, val, test",
         ),
-        (("--dataset", "caltech", "--root", tmp_path), 2, "--root does not go with --dataset"),
+        (("--dataset", "caltech", "--root", tmp_path), 2, "--root and --dataset"),
     ):
         done = run(*build, *options)
         assert done.exit_code == status

@@ -96,7 +96,7 @@ def test_memory_that_a_gpu_lacks_is_one_line(run, monkeypatch) -> None:
     monkeypatch.setattr(doctor, "examine", examine)
     failed = run("doctor")
     assert failed.exit_code == 1
-    assert failed.stderr == "Error: out of memory on the GPU; give --device cpu, or a smaller batch\n"
+    assert failed.stderr == "Error: out of memory on the GPU; use --device cpu or a smaller --batch-size\n"
 
 
 # --- answers over all keys

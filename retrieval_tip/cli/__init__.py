@@ -1,3 +1,3 @@
-"""The command line: it parses and prints."""
+"""The command line."""
 
 from retrieval_tip.cli.program import main as main

@@ -15,7 +15,7 @@ import click
 
 from retrieval_tip.cli import options
 from retrieval_tip.cli.group import command
-from retrieval_tip.cli.messages import about, finish, say, say_skipped
+from retrieval_tip.cli.messages import about, finish, say, warn
 from retrieval_tip.cli.opening import UNNAMED, backbone_of, encoder_for, encoder_of, index_with, name_of, source_of
 from retrieval_tip.cli.options import (
     AnswerOptions,
@@ -268,7 +268,6 @@ def _on_ray(
         device=encoding.device,
         progress=sys.stderr.isatty() and not ctx.obj,
     )
-    for one in skipped:
-        say_skipped(one)
+    warn(f"skipped {one}" for one in skipped)
     before = f", {kept} kept from an earlier run" if kept else ""
     return f"{rows} rows in {counted(len(pieces), 'part')}{before}", skipped

@@ -1,4 +1,4 @@
-"""Two examples of each command, as its help and the reference show them."""
+"""Two examples of each command, for its help and the reference."""
 
 from retrieval_tip.index.addresses import EXAMPLE
 

@@ -1,4 +1,4 @@
-"""What all commands have in common: their help in sections, -q and -v anywhere, errors of one line, and suggestions."""
+"""Behaviour shared by all commands: help in sections, -q and -v anywhere, one-line errors and suggestions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from retrieval_tip.errors import RetrievalTipError, UsageError, message
 Function = Callable[..., Any]
 
 COLUMN = 24
-"""Widest column of option names; what is written of a longer one begins below it."""
+"""Largest width of the column of option names; the help of a longer name starts on the next line."""
 
 SYNONYMS = {
     "train": ("fit", "finetune"),
@@ -32,7 +32,7 @@ SYNONYMS = {
     "version": ("--version",),
     "help": ("--help",),
 }
-"""What other programs call a command."""
+"""Names from other programs, with the commands to suggest for them."""
 
 
 def _quiet(ctx: click.Context, _: click.Parameter, quiet: bool) -> None:
@@ -54,7 +54,7 @@ def _all_help(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
 
 
 class Option(click.Option):
-    """An option that help shows under a heading; a folded heading only names its options, until --help-all."""
+    """An option under a heading of the help. A folded heading only lists names, until --help-all."""
 
     def __init__(self, *arguments: Any, heading: str, folded: bool = False, **more: Any) -> None:
         super().__init__(*arguments, **more)
@@ -62,7 +62,7 @@ class Option(click.Option):
 
 
 def under(heading: str, *, folded: bool = False) -> Callable[..., Callable[[Function], Function]]:
-    """Return ``click.option`` for options of one heading."""
+    """Return ``click.option`` for options under a heading."""
     return partial(click.option, cls=Option, heading=heading, folded=folded)
 
 
@@ -72,19 +72,18 @@ _GENERAL = [
     _early(["-v", "--verbose"], count=True, callback=_verbose, help="Show more messages; -vv: all."),
     _early(["--help-all", "all_help"], is_flag=True, callback=_all_help, help="Show every option in full and exit."),
 ]
-"""The options that every command has."""
 
 
 class Command(click.Command):
-    """A command whose options stand under headings, and whose errors name its own usage."""
+    """A command with options under headings, and errors that point to its own help."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Give every command the general options, before --help."""
+        """Insert the general options before --help."""
         *own, shown = super().get_params(ctx)
         return [*own, *_GENERAL, shown]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options under their headings: the command's own first, those of all commands last."""
+        """Write the options under their headings, general options last."""
         records: dict[str, list[tuple[str, str]]] = {"Options": []}
         folded: set[str] = set()
         for option in self.get_params(ctx):
@@ -102,7 +101,7 @@ class Command(click.Command):
                         formatter.write_dl(own, COLUMN)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Two examples."""
+        """Write the examples of the command."""
         path = ctx.command_path.partition(" ")[2]
         if path in EXAMPLES:
             with formatter.section("Examples"):
@@ -110,7 +109,7 @@ class Command(click.Command):
                     formatter.write(f"{'':{formatter.current_indent}}retrieval-tip {example}\n")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click, but what is missing is named all at once, and what has a short name only is offered by that."""
+        """Parse as click does, but report all missing parameters at once, and suggest ``-k`` for ``--k``."""
         given = list(args)
         try:
             return super().parse_args(ctx, args)
@@ -126,7 +125,7 @@ class Command(click.Command):
             raise
 
     def _missing(self, ctx: click.Context, args: Sequence[str]) -> list[str]:
-        """What is required and was not given, as it is called in the usage."""
+        """Return the missing required parameters, as the usage names them."""
         given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
         return [
             f"argument {one.make_metavar(ctx)}" if isinstance(one, click.Argument) else f"option {one.opts[0]}"
@@ -135,20 +134,20 @@ class Command(click.Command):
         ]
 
     def invoke(self, ctx: click.Context) -> object:
-        """As click; what goes wrong is said with the command's own usage."""
+        """Run the command; errors show its usage."""
         with in_one_line(ctx):
             return super().invoke(ctx)
 
 
 class Group(click.Group):
-    """A group of :class:`Command`, under headings, which knows what other programs call its commands."""
+    """A group of :class:`Command` under headings, which suggests commands for names from other programs."""
 
     command_class = Command
 
     headings: Mapping[str, tuple[click.Command, ...]] = MappingProxyType({})
 
     def section(self, heading: str, *commands: click.Command) -> None:
-        """Add commands, which help shows under a heading."""
+        """Add commands under a heading of the help."""
         self.headings = {**self.headings, heading: commands}
         for one in commands:
             self.add_command(one)
@@ -163,7 +162,7 @@ class Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click; a name that is no command's is compared with all of them, here and in other groups."""
+        """Resolve as click does; for an unknown name, suggest commands of all groups."""
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
@@ -182,7 +181,7 @@ command = partial(click.command, cls=Command)
 
 
 def _paths(group: click.Command, prefix: str = "") -> Iterator[str]:
-    """The commands of a group, and of the groups in it, by their names from here."""
+    """Yield the commands of a group and its subgroups, as ``index build``."""
     for name, own in group.commands.items() if isinstance(group, click.Group) else ():
         yield f"{prefix}{name}"
         yield from _paths(own, f"{prefix}{name} ")
@@ -190,10 +189,10 @@ def _paths(group: click.Command, prefix: str = "") -> Iterator[str]:
 
 @contextmanager
 def in_one_line(ctx: click.Context | None = None) -> Iterator[None]:
-    """Errors that are raised here, as exceptions that click shows in one line of bounded length."""
+    """Convert errors into exceptions that click prints on one line of bounded length."""
     try:
         yield
-    except click.exceptions.NoArgsIsHelpError:  # it is the help
+    except click.exceptions.NoArgsIsHelpError:  # prints the help
         raise
     except click.UsageError as error:
         raise click.UsageError(message(error.format_message()), error.ctx) from error
@@ -204,21 +203,21 @@ def in_one_line(ctx: click.Context | None = None) -> Iterator[None]:
     except RetrievalTipError as error:
         raise click.ClickException(message(str(error))) from error
     except (MemoryError, RuntimeError) as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's own for a GPU, which one of FAISS is made too
-            raise click.ClickException("out of memory on the GPU; give --device cpu, or a smaller batch") from None
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's words
-            raise click.ClickException("out of memory; a smaller --batch-size or source may help") from None
+        if type(error).__name__ == "OutOfMemoryError":  # from torch, or converted from FAISS
+            raise click.ClickException("out of memory on the GPU; use --device cpu or a smaller --batch-size") from None
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # from torch
+            raise click.ClickException("out of memory; use a smaller --batch-size or source") from None
         raise
     except OSError as error:
-        lost = _give_up_stdout()
-        if isinstance(error, BrokenPipeError):  # whoever reads has seen enough
+        lost = _discard_stdout()
+        if isinstance(error, BrokenPipeError):  # the reader closed the pipe
             raise click.exceptions.Exit(0) from None
         name = error.filename or ("standard output" if lost else "")
         raise click.ClickException(message(f"{name}: {error.strerror or error}".removeprefix(": "))) from error
 
 
-def _give_up_stdout() -> bool:
-    """Whether standard output takes no more; what it still holds is then dropped, or Python would fail at its end."""
+def _discard_stdout() -> bool:
+    """Return whether standard output fails, and discard its buffer then, or Python would fail again on exit."""
     try:
         sys.stdout.flush()
     except OSError:

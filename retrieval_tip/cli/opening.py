@@ -1,4 +1,4 @@
-"""The sources, backbones, encoders and indexes that the options of a command stand for."""
+"""Sources, backbones, encoders and indexes for the options of a command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import click
 
 from retrieval_tip.cli.messages import say
 from retrieval_tip.cli.options import AnswerOptions, BackboneOptions, EncodingOptions, ReadingOptions, ViewOptions
-from retrieval_tip.errors import UsageError, counted
+from retrieval_tip.errors import UsageError, counted, few
 from retrieval_tip.settings import Precision
 
 if TYPE_CHECKING:
@@ -28,14 +28,12 @@ if TYPE_CHECKING:
     from retrieval_tip.store.manifest import Manifest
 
 LONG = 10.0
-"""Seconds of work after which a line says what it was."""
-SHOWN = 20
-"""Classes that a line names."""
-UNNAMED = "the index was built from features of an unnamed backbone; name it with --model to encode images"
+"""Seconds of encoding after which the speed is printed."""
+UNNAMED = "the index was built from features of an unknown encoder; name it with --model to encode images"
 
 
 def source_of(path: Path | str, reading: ReadingOptions, split: str, *, labelled: bool = True) -> Source:
-    """The source of a command, with ``split`` as the part where none is given; or the dataset that it names."""
+    """Open the source or dataset of a command; ``split`` is the default part."""
     from retrieval_tip.data.sources import open_items, open_source
 
     part = reading.split or split
@@ -44,12 +42,14 @@ def source_of(path: Path | str, reading: ReadingOptions, split: str, *, labelled
     from retrieval_tip.data.datasets import open_dataset
 
     if reading.root is not None:
-        raise UsageError("--root does not go with --dataset: SOURCE is the folder that holds the dataset's folder")
+        raise UsageError(
+            "--root and --dataset: give only one; with --dataset, SOURCE is the folder that holds the dataset's folder"
+        )
     return open_dataset(reading.dataset, Path(path), part)
 
 
 def validation(cache: CacheModel, path: Path | str, root: Path | None, number: KeysMet) -> Source:
-    """Validation images: a ``number`` of them a class, by default as published, or every one."""
+    """Open validation images: ``number`` per class, by default as published, or all."""
     from retrieval_tip.fit.search_hp import validation_shots
 
     val = source_of(path, ReadingOptions(root=root), "val")
@@ -57,7 +57,7 @@ def validation(cache: CacheModel, path: Path | str, root: Path | None, number: K
 
 
 def checked(folder: Path, device: str, precision: Precision = "float32") -> CacheModel:
-    """The index. Its files are hashed while torch is imported."""
+    """Load an index, hashing its files while torch is imported."""
     from retrieval_tip.store.folder import Check
 
     check = Check(folder)
@@ -67,7 +67,7 @@ def checked(folder: Path, device: str, precision: Precision = "float32") -> Cach
 
 
 def index_with(folder: Place, answer: AnswerOptions, backbone: BackboneOptions) -> AnsweringIndex:
-    """The index with the settings of the command line, or its own, over the keys that a condition holds for."""
+    """Load an index with settings and keys as the command line chose them."""
     from retrieval_tip.index.places import at
 
     cache = at(folder).load(device=backbone.device, precision=backbone.precision, verify=answer.verify)
@@ -79,23 +79,22 @@ def index_with(folder: Place, answer: AnswerOptions, backbone: BackboneOptions) 
 
 
 def _restricted(cache: AnsweringIndex, where: str) -> CacheModel:
-    """The index over the keys that a condition holds for; what remains of each class is said."""
+    """Return the index over the keys that match a condition, and print the reduced classes."""
     from retrieval_tip.store.query import rows_where
 
     rows = rows_where(cache.labels, where)
     if not len(rows):
-        raise UsageError(f"where: holds for none of the {cache.n} keys")
+        raise UsageError(f"where: none of the {cache.n} shots matches; change the condition")
     rest = cache.take(rows)
     counts = zip(cache.class_names, rest.counts, cache.counts, strict=True)
     parts = [f"{name} {a}/{b}" for name, a, b in counts if a < b]
-    left = f", and {len(parts) - SHOWN} more classes" if len(parts) > SHOWN else ""
-    say(f"where: {rest.n} of {cache.n} keys remain ({', '.join(parts[:SHOWN])}{left})")
+    say(f"where: {rest.n} of {cache.n} shots match ({few(parts)})")
     return rest
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The origin of an index's features, as its manifest says: enough to encode more of them."""
+    """Origin of an index's features, from its manifest: enough to encode more of them without the index."""
 
     manifest: Manifest
     backbone: Identity | None
@@ -104,7 +103,7 @@ class Origin:
 
     @classmethod
     def of(cls, folder: Place) -> Origin:
-        """The origin of an index."""
+        """Read the origin of an index."""
         from retrieval_tip.backbones.base import Identity
         from retrieval_tip.index.places import at
 
@@ -115,7 +114,7 @@ class Origin:
 
 
 def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tuple[str, str | None]:
-    """Model and weights that the command line names, else those of the identity, else the default's."""
+    """Return model and weights: from the command line, else the identity, else the default."""
     from retrieval_tip.backbones.catalogue import DEFAULT
 
     if backbone.model or identity is None:
@@ -124,12 +123,12 @@ def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tupl
 
 
 def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Path | None = None) -> Backbone:
-    """Load the backbone of :func:`name_of`."""
+    """Load the backbone that :func:`name_of` chooses."""
     from retrieval_tip.backbones.loading import load_backbone
 
     model, pretrained = name_of(backbone, identity)
     ctx = click.get_current_context(silent=True)
-    if sys.stderr.isatty() and not (ctx is not None and ctx.obj):  # a terminal waits for seconds
+    if sys.stderr.isatty() and not (ctx is not None and ctx.obj):  # loading takes seconds
         say(f"Loading {model} ...")
     return load_backbone(
         model,
@@ -142,7 +141,7 @@ def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Pat
 
 
 def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = False) -> Backbone | None:
-    """The backbone of a source: named, or the one that a feature table names where text weights need it."""
+    """Load the backbone for a source: the given one, or the one a feature table names if text weights need it."""
     from retrieval_tip.data.feature_tables import table_identity
 
     if source.table is None or backbone.model:
@@ -154,9 +153,9 @@ def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = Fal
 def backbone_for(
     cache: AnsweringIndex | Origin, sources: Sequence[Source], backbone: BackboneOptions, *, needed: bool
 ) -> Backbone | None:
-    """The index's own backbone, where there are images to encode or it is needed; refused if it is another by now.
+    """Return the index's own backbone if it is ``needed`` or there are images to encode; raise if it has changed.
 
-    It is loaded when something is met that neither the encoding cache nor the image tower that is kept answers.
+    It loads on first use, since the encoding cache or the stored image tower may suffice.
     """
     from retrieval_tip.backbones.loading import load_when_needed
     from retrieval_tip.data.feature_tables import check_backbone
@@ -180,7 +179,7 @@ def backbone_for(
 def encoder_of(
     ctx: click.Context, backbone: Backbone | None, encoding: EncodingOptions, views: ViewOptions | None = None
 ) -> Iterator[Encoder]:
-    """The encoder of a command's inputs; the encoding cache is closed at the end."""
+    """Open the encoder for a command's inputs, and close its cache at the end."""
     from retrieval_tip.data.encoding_cache import EncodingCache
 
     cache = None if backbone is None or encoding.no_cache else EncodingCache.at(encoding.cache)
@@ -192,7 +191,7 @@ def encoder_of(
         if encoder.done["images"] and seconds > LONG and not ctx.obj:
             made, met = encoder.done["fresh"], encoder.done["images"]
             speed = f"{counted(met, 'image')} in {seconds:.0f} s ({met / seconds:.0f}/s)"
-            say(f"{speed}, {max(0, met - made):,} of them from the cache")
+            say(f"encoded {speed}, {max(0, met - made):,} from the cache")
     finally:
         if cache is not None:
             cache.close()
@@ -208,7 +207,7 @@ def encoder_for(
     *,
     needed: bool = False,
 ) -> Iterator[Encoder]:
-    """The encoder of sources that an index meets, with the index's own backbone (:func:`backbone_for`)."""
+    """Open the encoder for an index's queries or additions, with its own backbone (:func:`backbone_for`)."""
     own = backbone_for(cache, sources, encoding, needed=needed)
     with encoder_of(ctx, own, encoding, views) as encoder:
         yield encoder

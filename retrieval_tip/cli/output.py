@@ -1,4 +1,4 @@
-"""Printing of results: rows as a table, JSON lines, CSV or Parquet, to standard output or to a file."""
+"""Results as a table, JSON lines, CSV or Parquet, on standard output or in a file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from retrieval_tip.predictions import rows_of, shown_probability
 FORMATS = ("table", "json", "csv", "parquet")
 CHUNK = 1024
 WIDE = 200
-"""Most characters of a cell that others of its column are aligned with; a longer one moves only its own line."""
+"""Largest number of characters in an aligned cell; a longer cell shifts only its own line."""
 
 Row = Mapping[str, Any]
 Details = Callable[[Row], Iterable[str]]
@@ -37,19 +37,19 @@ def write_tables(
     details: Details | None = None,
     known: Mapping[str, Iterable[str]] | None = None,
 ) -> None:
-    """Write tables of one schema, as they come, in one of ``FORMATS``; a file is renamed in when whole.
+    """Write tables of one schema as they arrive, in one of ``FORMATS``. A file appears only when complete.
 
-    ``table`` is for eyes: floats are rounded. ``details`` gives lines to stand below a row there, in place of its lists
-    (:func:`prediction_details`); ``known`` are texts of its columns that are known before they come, so that lines
-    stand below each other from the first on.
+    In the format ``table``, floats are rounded. ``details`` yields lines to print below a row instead of its nested
+    columns (:func:`prediction_details`). ``known`` gives texts of columns in advance, so that columns align from the
+    first row.
 
-    What a terminal would obey is escaped (:func:`errors.one_line`): in a table wherever that goes, in CSV on a
-    terminal, in files not, for it is data. In JSON it always is: that changes no value.
+    Control characters are escaped (:func:`errors.one_line`) in tables, in CSV on a terminal, and in JSON, where this
+    changes no value. CSV files keep them.
 
-    Raises UsageError for Parquet on a terminal; InputError for a file that cannot be written.
+    Raises UsageError for Parquet on a terminal; InputError if the file cannot be written.
     """
     if style == "parquet" and path is None and sys.stdout.isatty():
-        raise UsageError("format parquet is binary: give --output FILE, or send standard output somewhere")
+        raise UsageError("--format parquet: is binary; give --output FILE or redirect standard output")
     with _target(path) as target:
         if style == "parquet":
             with parquet_writer(target, schema) as writer:
@@ -67,13 +67,13 @@ def write_tables(
                 blocks = _csv(rows, schema.names, safe=path is None and sys.stdout.isatty())
             for block in blocks:
                 text.write(block)
-                target.flush()  # whoever reads a pipe has each answer when it is known
+                target.flush()  # a pipe's reader gets each answer at once
         finally:
             text.detach()
 
 
 def prediction_details(row: Row) -> Iterator[str]:
-    """Yield the lines below a prediction: the shots behind it, and classes with their probabilities."""
+    """Yield the lines below a prediction: its evidence, and classes with their probabilities."""
     if row.get("neighbours"):
         shots = [*row["neighbours"], *([row["opposing"]] if row.get("opposing") else [])]
         rows = [shot | {"contribution": shot["gives"][0]} for shot in shots]  # to the answer
@@ -101,9 +101,9 @@ def rounded(table: pa.Table) -> pa.Table:
 
 
 def write_table(table: pa.Table, style: str, path: Path | None) -> None:
-    """Write a table as :func:`write_tables` does. Times are to the microsecond, as Python's are.
+    """Write a table as :func:`write_tables` does, with times rounded to microseconds.
 
-    Raises UsageError for a value that the format cannot hold, like an interval in Parquet or a year above 9999.
+    Raises UsageError for a value that the format cannot hold, such as an interval in Parquet or a year above 9999.
     """
     for place, field in enumerate(table.schema):
         if pa.types.is_timestamp(field.type) and field.type.unit == "ns":
@@ -123,7 +123,7 @@ def write_table(table: pa.Table, style: str, path: Path | None) -> None:
 def write_rows(
     rows: Iterable[Row], types: Mapping[str, pa.DataType], style: str, path: Path | None, *, between: str = ", "
 ) -> None:
-    """Write these columns of rows; in a table a list is its texts, with ``between`` them."""
+    """Write rows with columns of given types. The format ``table`` joins lists with ``between``."""
     if style == "table":
         lists = [column for column, kind in types.items() if pa.types.is_list(kind)]
         types = {**types, **dict.fromkeys(lists, pa.string())}
@@ -132,7 +132,7 @@ def write_rows(
 
 
 def table_lines(rows: Sequence[Row], columns: Sequence[str]) -> Iterator[str]:
-    """Aligned lines with a heading; numbers to the right."""
+    """Yield aligned lines with a heading; numbers are right-aligned."""
     right = [all(isinstance(row.get(c), int | float | None) for row in rows) for c in columns]
     lines = [_heading(columns), *(_cells(row, columns) for row in rows)]
     yield from _aligned(lines, right, [_width(texts) for texts in zip(*lines, strict=True)])
@@ -160,7 +160,7 @@ def _aligned(lines: Iterable[Sequence[str]], right: Sequence[bool], widths: Sequ
 def _table(
     blocks: Iterable[Sequence[Row]], schema: pa.Schema, known: Mapping[str, Iterable[str]], details: Details | None
 ) -> Iterator[str]:
-    """Blocks of a table as text; a column becomes wider where a later block has wider cells."""
+    """Yield blocks of a table as text. A column widens when a later block has wider cells."""
     fields = [field for field in schema if details is None or not pa.types.is_nested(field.type)]
     columns, right = [field.name for field in fields], [_is_number(field.type) for field in fields]
     heading = _heading(columns)
@@ -185,7 +185,7 @@ def _is_number(kind: pa.DataType) -> bool:
 
 def _csv(blocks: Iterable[Iterable[Row]], columns: Sequence[str], safe: bool) -> Iterator[str]:
     text = io.StringIO(newline="")
-    writer = csv.writer(_Lines(text), lineterminator="\r\n")  # which makes it quote both of them within a field
+    writer = csv.writer(_Lines(text), lineterminator="\r\n")  # so that it quotes both within a field
     writer.writerow(_heading(columns) if safe else columns)
     for rows in blocks:
         for row in rows:
@@ -198,7 +198,7 @@ def _csv(blocks: Iterable[Iterable[Row]], columns: Sequence[str], safe: bool) ->
 
 
 class _Lines:
-    """The target of a CSV writer, with lines that end as they do everywhere."""
+    """Target of a CSV writer, with lines that end with LF instead of CRLF."""
 
     def __init__(self, target: IO[str]) -> None:
         self._target = target
@@ -214,7 +214,7 @@ def _target(path: Path | None) -> Iterator[IO[bytes]]:
         yield target
         target.flush()
         return
-    if path.exists() and not path.is_file() and not path.is_dir():  # a device or pipe is not replaced
+    if path.exists() and not path.is_file() and not path.is_dir():  # never replace a device or pipe
         with path.open("wb") as file:
             yield file
         return

@@ -1,4 +1,4 @@
-"""The types of options and arguments: paths, indexes, and numbers with bounds."""
+"""Types of options and arguments: paths, indexes and bounded numbers."""
 
 from __future__ import annotations
 
@@ -15,26 +15,25 @@ from retrieval_tip.data.remote import is_remote
 from retrieval_tip.index.addresses import KIND, METAVAR, parse
 
 LARGEST = 1e30
-"""The largest number that is taken: what is computed with it, in float32, reaches to 3e38."""
+"""Largest number accepted: results computed from it must stay within float32, up to 3e38."""
 
 LARGEST_FILE = 10**15
-"""Bytes of the largest file that is taken."""
+"""Largest size accepted, in bytes."""
 
 
 Place = str | os.PathLike[str]
 Named = str | bytes | os.PathLike[str]
-"""What a path option takes, and what click makes of it."""
+"""Types that a path option accepts, and types that click returns."""
 
 
 class Folder(click.Path):
-    """A path, and no address."""
+    """A path; addresses are rejected."""
 
     def convert(self, value: Place, param: click.Parameter | None, ctx: click.Context | None) -> Named:
-        """The path."""
         if parse(str(value)) is not None:
             self.fail(
-                f"{value}: is the address of a {KIND}, and this takes a folder; copy it: retrieval-tip index "
-                f"clone {value} DIR",
+                f"{value}: is a {KIND}, but this command needs a folder; copy it first: retrieval-tip index clone "
+                f"{value} DIR",
                 param,
                 ctx,
             )
@@ -47,16 +46,16 @@ class IndexType(click.ParamType[Path | str]):
     name = METAVAR
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
-        """The folder's path, or the address."""
         address, path = parse(str(value)), Path(str(value))
         if address is None and path.is_file():
-            self.fail(f"{value}: is a file; the index comes first, and is a folder (index list shows them)", param, ctx)
+            self.fail(
+                f"{value}: is a file, not an index folder; the index comes first (index list shows yours)", param, ctx
+            )
         return address or path
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[click.shell_completion.CompletionItem]:
-        """Folders."""
         return [click.shell_completion.CompletionItem(incomplete, type="dir")]
 
 
@@ -65,23 +64,21 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 class SourceType(Folder):
-    """A source: a path, or the URL of an object store."""
+    """A source: a path or the URL of an object store."""
 
     def convert(self, value: Place, param: click.Parameter | None, ctx: click.Context | None) -> Named:
-        """A path, or the URL as it is."""
         return value if is_remote(value) else super().convert(value, param, ctx)
 
 
 class Output(click.Path):
-    """A file to write; with ``--engine ray`` a folder, or the URL of one."""
+    """A file to write; with ``--engine ray``, a folder or its URL."""
 
     def convert(self, value: Place, param: click.Parameter | None, ctx: click.Context | None) -> Named:
-        """A path, or the URL as it is."""
         engine = ctx.params.get("engine") if ctx is not None else None
         if engine == "ray":
             return value if is_remote(value) else Path(value)
         if engine is not None and is_remote(value):
-            self.fail(f"{value}: object stores are written with --engine ray", param, ctx)
+            self.fail(f"{value}: only --engine ray can write to object stores; give a local file", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -90,7 +87,7 @@ OUTPUT = Output(path_type=Path, dir_okay=False)
 
 
 class K(click.ParamType[int | Literal["all"]]):
-    """A number of keys, or ``all``."""
+    """A number of keys from 1 up, or ``all``."""
 
     name = "N|all"
 
@@ -98,7 +95,6 @@ class K(click.ParamType[int | Literal["all"]]):
         self.most = MOST.get(kind, MANY)
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["all"]:
-        """The number, 1 or more, or ``all``."""
         if value == "all":
             return "all"
         try:
@@ -106,12 +102,12 @@ class K(click.ParamType[int | Literal["all"]]):
         except ValueError:
             number = 0
         if not 1 <= number <= self.most:
-            self.fail(f"{value!r} is neither a number from 1 to {self.most} nor 'all'", param, ctx)
+            self.fail(f"{value!r} is neither a whole number from 1 to {self.most:,} nor 'all'", param, ctx)
         return number
 
 
 class Count(click.ParamType[int]):
-    """A whole number with bounds that nobody meets by accident: errors name them, help does not."""
+    """A whole number with generous bounds, which only errors show."""
 
     name = "N"
 
@@ -119,16 +115,15 @@ class Count(click.ParamType[int]):
         self.least, self.most = least, most
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number."""
         number: int = click.INT.convert(value, param, ctx)
         if not self.least <= number <= self.most:
             most = f" to {self.most:,}" if number > self.most or self.most < MANY else ""
-            self.fail(f"{number} is not a number from {self.least:,}{most}", param, ctx)
+            self.fail(f"{number} is out of range; give a whole number from {self.least:,}{most}", param, ctx)
         return number
 
 
 def count(kind: str = "", least: int = 1) -> Count:
-    """A whole number from ``least`` to the most of its kind."""
+    """Return a whole number type from ``least`` to the upper bound of a kind (:data:`bounds.MOST`)."""
     return Count(least, MOST.get(kind, MANY))
 
 
@@ -136,7 +131,7 @@ SHOTS, VIEWS_COUNT, SEEDS, SEED = count("shots"), count("views"), count("seeds")
 
 
 class Number(click.ParamType[float]):
-    """A number ``above`` a bound, or from it on, neither NaN nor infinite."""
+    """A finite number from ``least`` to ``most``, or strictly above ``least``."""
 
     name = "X"
 
@@ -144,37 +139,38 @@ class Number(click.ParamType[float]):
         self.least, self.most, self.above = least, most, above
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number."""
         number: float = click.FLOAT.convert(value, param, ctx)
         if not self.least <= number <= self.most or (self.above and number == self.least):
             most = f" to {self.most:g}" if number > self.most or self.most < LARGEST else ""
-            self.fail(f"{number} is not a number {'above' if self.above else 'from'} {self.least:g}{most}", param, ctx)
+            self.fail(
+                f"{number} is out of range; give a number {'above' if self.above else 'from'} {self.least:g}{most}",
+                param,
+                ctx,
+            )
         return number
 
 
 class Size(click.ParamType[int]):
-    """A number of bytes: a number with MB, GB or TB."""
+    """A number of bytes, written with MB, GB or TB."""
 
     name = "N(MB|GB|TB)"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The bytes."""
         match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([MGT])B?", str(value), re.IGNORECASE | re.ASCII)
         size = 0 if match is None else int(float(match[1]) * 1000 ** (2 + "MGT".index(match[2].upper())))
         if not 1_000_000 <= size <= LARGEST_FILE:
-            self.fail(f"{value!r} is not a size from 1 MB to 1000 TB; write it as 500MB or 8GB", param, ctx)
+            self.fail(f"{value!r} is not a size from 1 MB to 1000 TB; write, for example, 500MB or 8GB", param, ctx)
         return size
 
 
 class Abstaining(click.ParamType[float | Literal["auto"]]):
-    """A probability, or ``auto``."""
+    """A probability or ``auto``."""
 
     name = "P|auto"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> float | Literal["auto"]:
-        """The probability, or ``auto``."""
         return "auto" if value == "auto" else SHARE.convert(value, param, ctx)
 
 

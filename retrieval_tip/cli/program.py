@@ -1,4 +1,4 @@
-"""The program: its errors as lines and exit statuses, its signals, and the commands that it has."""
+"""The program: its commands, errors, exit statuses and signals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from retrieval_tip.errors import InputError, message
 
 
 class _Program(Group):
-    """Turns errors, the package's and click's, into one line on standard error and the exit status that fits them."""
+    """The root group: prints errors on one line of standard error, with the right exit status."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
@@ -40,7 +40,7 @@ class _Program(Group):
             _fill_closed_streams()
             with in_one_line():
                 if sys.stdout is None:
-                    raise InputError("standard output: is closed; send it to a file or to /dev/null")
+                    raise InputError("standard output: is closed; redirect it to a file or to /dev/null")
                 return super().make_context(info_name, args, parent, **extra)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
@@ -57,25 +57,25 @@ class _Program(Group):
 
 
 def _fill_closed_streams() -> None:
-    """Nowhere in place of standard streams that are closed: files would get their numbers, and what libraries print."""
+    """Open closed standard streams on /dev/null, or files would get their descriptors and libraries' output."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
     if sys.stderr is None:
-        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - to the end
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - until exit
 
 
 @contextmanager
 def _orderly_end() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command as Ctrl+C does: it removes what is half written, and lets another one write.
+    """End a command on SIGTERM and SIGHUP as on Ctrl+C: remove partial files and release locks.
 
-    A second one ends it at once.
+    A second signal ends it at once.
     """
     ended = False
 
     def end(number: int, frame: FrameType | None) -> None:
         nonlocal ended
-        while frame is not None and not ended:  # torch crashes where its import is stopped: that ends at once too
+        while frame is not None and not ended:  # torch crashes if its import is interrupted: end at once too
             ended = frame.f_code.co_filename == "<frozen importlib._bootstrap>"
             frame = frame.f_back
         if ended:
@@ -86,10 +86,9 @@ def _orderly_end() -> Iterator[None]:
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
-    unchanged = signal.SIG_DFL, signal.default_int_handler  # what else there is, who started the command wants so
-    own = [number for number in numbers if before[number] in unchanged]
-    if threading.current_thread() is not threading.main_thread():
-        own = []  # only there can it be said
+    unchanged = signal.SIG_DFL, signal.default_int_handler  # other handlers are the caller's choice
+    main_thread = threading.current_thread() is threading.main_thread()  # only there can handlers be set
+    own = [number for number in numbers if main_thread and before[number] in unchanged]
     try:
         for number in own:
             signal.signal(number, end)
@@ -110,7 +109,7 @@ def main(ctx: click.Context, quiet: bool, verbose: int) -> None:
     Exit status: 0 success; 1 failure, nothing changed; 2 wrong usage; 3 finished, but some inputs were skipped; 130
     interrupted (128 + the signal).
     """
-    handler = _Said()
+    handler = _Handler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logger = logging.getLogger("retrieval_tip")
     logger.handlers[:] = [handler]
@@ -118,37 +117,37 @@ def main(ctx: click.Context, quiet: bool, verbose: int) -> None:
     logger.setLevel(logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
     logging.addLevelName(logging.WARNING, "warning")
     start_lightly()
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters about an image is said by us, with its name
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # our own messages name the image
     ctx.obj = quiet
     if "NO_COLOR" in os.environ:
         ctx.color = False
 
 
-@functools.cache  # once a process
+@functools.cache  # once per process
 def start_lightly() -> None:
-    """Settings of the process, before torch is imported: without them a command of one image is slow."""
-    gc.set_threshold(50_000)  # imports make a million objects that stay: walking them again and again took a third
+    """Set up the process before torch is imported, so that a command for one image is quick."""
+    gc.set_threshold(50_000)  # imports create a million permanent objects; scanning them took a third of the time
     atexit.register(_leave_lightly)
-    # A thread of OpenMP that waits for another one sleeps: where other programs, or a container's limit, leave it fewer
-    # cores than it counts, waiting busily took 3 s for an image of 0.05 s.
+    # Let waiting OpenMP threads sleep. With fewer free cores than OpenMP counts, busy waiting took 3 s for an image of
+    # 0.05 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _leave_lightly() -> None:
-    """Do not walk them once more at the end, a second, unless triton is there: it reports what is not taken down."""
+    """Skip the last garbage collection, which takes a second, unless triton is loaded: it would report leaks."""
     if "triton" not in sys.modules:
         gc.freeze()
 
 
-class _Said(logging.Handler):
-    """To standard error as it then is, where a name in a message cannot start another line, nor fill the screen."""
+class _Handler(logging.Handler):
+    """Prints log records on the current standard error, escaped and shortened to one line."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            level, said = record.levelname, message(self.format(record))
-            colour = {"warning": "yellow", "ERROR": "red"}.get(level)  # which a terminal alone gets
-            click.echo(said if colour is None else click.style(level, fg=colour) + said.removeprefix(level), err=True)
-        except Exception:  # as handlers do
+            level, text = record.levelname, message(self.format(record))
+            colour = {"warning": "yellow", "ERROR": "red"}.get(level)  # on a terminal only
+            click.echo(text if colour is None else click.style(level, fg=colour) + text.removeprefix(level), err=True)
+        except Exception:  # as in logging's own handlers
             self.handleError(record)
 
 

@@ -1,4 +1,4 @@
-"""A recipe: a TOML file with options of a command, which the command line overrides."""
+"""Recipes: TOML files with options, which the command line overrides."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from retrieval_tip.errors import InputError
 from retrieval_tip.files import read_regular
 
 RECIPE_BYTES = 1 << 20
-"""Bytes of the largest recipe."""
+"""Largest size of a recipe, in bytes."""
 
 
 def recipe(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
-    """Take options from a TOML file as defaults, each of the type that its option has."""
+    """Use the values of a TOML file as defaults of options, after checking their types."""
     if path is not None:
         known = {parameter.name: parameter for parameter in ctx.command.params if parameter.expose_value}
         values = _toml(path)
         for name, value in values.items():
             if name not in known:
-                raise click.BadParameter(f"{path}: unknown setting {name!r}", ctx)
+                raise click.BadParameter(f"{path}: unknown option {name!r}", ctx)
             several = getattr(known[name], "multiple", False)
             parts = value if several and isinstance(value, list) else [value]
             expected = _kind(known[name])
             if several != isinstance(value, list) or not all(_fits(part, expected) for part in parts):
-                what = f"an array, of {expected} each" if several else expected
+                what = f"an array of {expected}" if several else expected
                 raise click.BadParameter(f"{path}: {name}: expected {what}", ctx)
         ctx.default_map = values
     return path
 
 
 def _toml(path: Path) -> dict[str, object]:
-    """The values of a TOML file, by name. Raises BadParameter naming the file."""
+    """Read a TOML file. Raises BadParameter naming the file."""
     try:
         return tomllib.loads(read_regular(path, RECIPE_BYTES).decode())
-    except InputError as error:  # which names it
+    except InputError as error:  # which names the file
         raise click.BadParameter(str(error)) from None
     except OSError as error:
         raise click.BadParameter(f"{path}: {error.strerror or error}") from None
@@ -47,7 +47,7 @@ def _toml(path: Path) -> dict[str, object]:
 
 
 def _kind(parameter: click.Parameter) -> str:
-    """The TOML value that an option or argument takes, in words."""
+    """Describe the TOML value for an option or argument."""
     if isinstance(parameter, click.Option) and parameter.is_flag:
         return "true or false"
     if isinstance(parameter.type, K):
@@ -61,7 +61,7 @@ def _fits(value: object, kind: str) -> bool:
     if kind == "true or false" or isinstance(value, bool):
         return kind == "true or false" and isinstance(value, bool)
     if isinstance(value, int):
-        return kind != "text" and -(2**63) <= value < 2**63  # as TOML's are
+        return kind != "text" and -(2**63) <= value < 2**63  # range of TOML integers
     if isinstance(value, float):
         return kind == "a number" and math.isfinite(value)
     return isinstance(value, str) and (kind == "text" or (value == "all" and "'all'" in kind)) and "\0" not in value

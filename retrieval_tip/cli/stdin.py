@@ -1,4 +1,4 @@
-"""Paths on standard input, where ``-`` is given."""
+"""Paths on standard input, for the input ``-``."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from collections.abc import Iterator
 from retrieval_tip.errors import InputError
 
 PATHS_READ = 1 << 20
-"""Bytes of standard input that are read at a time."""
+"""Bytes read at a time; also the longest path."""
 MAX_PATHS, MAX_PATHS_BYTES = 1 << 24, 1 << 30
-"""Most paths on standard input, and most bytes."""
+"""Limits on standard input."""
 
 
 def paths_on_stdin() -> Iterator[str]:
-    """One path a line, or separated by NUL (``find -print0``), whatever bytes they are made of.
+    """Yield paths, one per line or separated by NUL (``find -print0``), of any bytes.
 
-    Raises InputError where standard input is closed, or has more than any list of images.
+    Raises InputError if standard input is closed or too long for a list of images.
     """
     if sys.stdin is None:
-        raise InputError("standard input is closed; it has the paths where - is given")
+        raise InputError("standard input: is closed; send paths to it, or name the files instead of -")
     rest, paths, size, separator = b"", 0, 0, b""
     while block := sys.stdin.buffer.read(PATHS_READ):
         separator = separator or (b"\0" if b"\0" in block else b"\n")
@@ -30,8 +30,8 @@ def paths_on_stdin() -> Iterator[str]:
         rest, paths, size = last, paths + len(block_paths), size + len(block)
         if paths > MAX_PATHS or size > MAX_PATHS_BYTES or len(rest) > PATHS_READ:
             raise InputError(
-                f"standard input: more than {MAX_PATHS:,} paths or {MAX_PATHS_BYTES:,} bytes, or no paths at all; "
-                "give a table of them"
+                f"standard input: contains more than {MAX_PATHS:,} paths or {MAX_PATHS_BYTES:,} bytes, or no paths; "
+                "give a table of paths"
             )
         yield from map(os.fsdecode, block_paths)
     if rest:
