@@ -295,7 +295,7 @@ def test_a_holder_that_is_cut_off_lost_it(bucket: str, monkeypatch: pytest.Monke
         time.sleep(0.5)
         monkeypatch.setattr(objects, "replace", replace)
         for _ in range(2):  # and it stays lost, whatever comes back
-            with pytest.raises(StoreError, match=r"could not be renewed: cannot connect.*nothing was changed"):
+            with pytest.raises(StoreError, match=r"could not be renewed: cannot connect.*nothing changed"):
                 own()
 
 

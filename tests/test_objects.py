@@ -75,23 +75,23 @@ def test_an_address_has_one_text(text: str, canonical: str):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("s3://", "no bucket's name"),
+        ("s3://", "no bucket"),
         ("s3://bucket", "no path"),
         ("lance://", "no path"),
         ("lance://a/..", "no path"),
-        ("s3://b/x", "no bucket's name"),
-        ("s3://bücket/x", "no bucket's name"),
+        ("s3://b/x", "no bucket"),
+        ("s3://bücket/x", "no bucket"),
         ("s3://bucket/a/../b", "'..'"),
         ("s3://bucket/a%41", "'%'"),
         ("s3://bucket/a\\b", "\\"),
         ("s3://bucket/x\n", "control characters"),
-        ("lance://x\udcff", "not UTF-8"),
+        ("lance://x\udcff", "UTF-8"),
         ("s3://host:9000/bucket", "AWS_ENDPOINT_URL"),
         ("s3://user:hunter2@bucket/x", "AWS_ACCESS_KEY_ID"),
-        ("s3://user:hun/ter2@bucket/x", "no user and password"),
+        ("s3://user:hun/ter2@bucket/x", "remove the user"),
         ("gs://hunter2@bucket/x", "GOOGLE_APPLICATION_CREDENTIALS"),
-        ("lance://user:hunter2@host/x", "no user and password"),
-        ("s3://bucket/x?secret=hunter2", "no query"),
+        ("lance://user:hunter2@host/x", "remove the user"),
+        ("s3://bucket/x?secret=hunter2", "remove the query"),
     ],
 )
 def test_what_cannot_be_an_address_is_refused_in_one_line(text: str, says: str):
@@ -230,9 +230,9 @@ def test_a_name_leads_nowhere_else(name: str, tmp_path: Path, monkeypatch: pytes
     for place in (f"lance://{tmp_path}/x", "s3://bucket/x"):
         store = at(place)
         for ask in every(store, name):
-            fails(ask, "can be no object's name")
+            fails(ask, "not a valid object name")
         if name:
-            fails(functools.partial(store.names, name), "can be no object's name")
+            fails(functools.partial(store.names, name), "not a valid object name")
     assert not any(tmp_path.iterdir())
 
 
@@ -371,8 +371,8 @@ def test_no_credentials(without: list[str], bucket: str, monkeypatch: pytest.Mon
         (401, "", "access denied (status 401)"),
         (301, "PermanentRedirect", "AWS_REGION"),
         (400, "AuthorizationHeaderMalformed", "AWS_REGION"),
-        (503, "SlowDown", "the service answers SlowDown"),
-        (501, "NotImplemented", "the service answers NotImplemented"),
+        (503, "SlowDown", "the service answered SlowDown"),
+        (501, "NotImplemented", "the service answered NotImplemented"),
         (404, "NoSuchBucket", "no such bucket"),
     ],
 )
@@ -391,9 +391,9 @@ def test_what_a_service_refuses(status: int, code: str, says: str, monkeypatch: 
     ("name", "value", "says"),
     [
         ("AWS_ALLOW_HTTP", "", "AWS_ALLOW_HTTP=true"),
-        ("AWS_ENDPOINT_URL", "localhost:9000", "AWS_ENDPOINT_URL is not the address of a server"),
-        ("AWS_ENDPOINT_URL", "http://[x", "AWS_ENDPOINT_URL is not the address of a server"),
-        ("AWS_ENDPOINT_URL_S3", f"http://u:{buckets.SECRET}@h", "AWS_ENDPOINT_URL_S3 is not the address of a server"),
+        ("AWS_ENDPOINT_URL", "localhost:9000", "AWS_ENDPOINT_URL is not a server address"),
+        ("AWS_ENDPOINT_URL", "http://[x", "AWS_ENDPOINT_URL is not a server address"),
+        ("AWS_ENDPOINT_URL_S3", f"http://u:{buckets.SECRET}@h", "AWS_ENDPOINT_URL_S3 is not a server address"),
     ],
 )
 def test_an_environment_that_cannot_be_used(name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch):

@@ -760,7 +760,7 @@ def test_keys_of_another_index_are_merged(pets, other, base):
     rows = labels_of(pets.place)
     same = ("source", "camera", "views", "digest")
     assert all(rows[new][name] == rows[i][name] for new, i in enumerate(order, N) for name in same)
-    said(lambda: changes.merge(pets.place, pets.place), "itself", error=UsageError)
+    said(lambda: changes.merge(pets.place, pets.place), "same index", error=UsageError)
 
 
 def test_labels_and_versions_answer_sql(pets):
@@ -1106,12 +1106,12 @@ def changed_vector(table):
 
 
 TAMPERED = {
-    "a changed vector": (changed_vector, "add up"),
+    "a changed vector": (changed_vector, "do not match"),
     "no vector": (lambda t: t.update(where="key_id = 4", values_sql={"vector": "NULL"}), "lacks values"),
     "a class that is not there": (lambda t: t.update(where="key_id = 4", values={"class_id": 44}), "class ids"),
     "a key of another class": (
-        lambda t: t.update(where="key_id = 4", values={"class_id": 3, "label": BARE}), "add up"),
-    "a row too few": (lambda t: t.delete("key_id = 4"), "add up"),
+        lambda t: t.update(where="key_id = 4", values={"class_id": 3, "label": BARE}), "do not match"),
+    "a row too few": (lambda t: t.delete("key_id = 4"), "do not match"),
 }  # fmt: skip
 
 
@@ -1133,7 +1133,7 @@ def test_a_column_that_a_table_cannot_have_is_refused(beside, column, tmp_path):
         return beside.table(unit_rows(2, D, 60), ["cat", "cat"], **{column: ["x", "y"]})
 
     text = beside.refused(lambda: changes.add(beside.place, table(), Encoder()), repr(column), error=InputError)
-    assert "rename it" in text
+    assert "rename" in text
     new = made(tmp_path, beside.kind, "new")
     said(lambda: build_index(table(), new, Encoder(), fit="none", device="cpu"), repr(column), error=InputError)
     assert not stores.at(new).exists()

@@ -1,4 +1,4 @@
-"""Keys in LanceDB: an index at an address in place of a folder. See :class:`index.addresses.Plug`."""
+"""Indexes in LanceDB, at an address instead of in a folder. See :class:`index.addresses.Plug`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def canonical(text: str) -> str:
-    """Return the one spelling of an address. Raises UsageError if it is wrong."""
+    """Return the canonical spelling of an address. Raises UsageError if it is wrong."""
     from retrieval_tip.lance.address import Address
 
     return str(Address.parse(text))

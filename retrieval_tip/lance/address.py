@@ -1,9 +1,9 @@
-"""Addresses of stores, and what the environment says of the servers that keep them.
+"""Addresses of stores, and the connection settings in the environment.
 
 lance://indexes/pets  lance:///data/pets     a local folder, relative or absolute
-s3://bucket/prefix    gs://bucket/prefix     what lies below a prefix of a bucket
+s3://bucket/prefix    gs://bucket/prefix     a prefix of a bucket
 
-Credentials come from the environment and are in no address, message or option.
+Credentials come from the environment and never appear in an address, a message or an option.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 _UNLIKE = re.compile(r'[\\%#*\[\]{}^"<>|`]')
-"""Characters that obstore and LanceDB would not both take for the same key."""
+"""Characters that obstore and LanceDB read differently in a name."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds that a server may take to be connected to and to answer; a request is tried again ``retries`` times.
+    """Timeouts of a server in seconds, and the number of retries of a request.
 
-    A server that cannot be reached has failed after ``retry + answer`` seconds.
+    An unreachable server fails after ``retry + answer`` seconds.
     """
 
     connect: float = 4
@@ -42,10 +42,9 @@ PATIENCE = Patience()
 
 @dataclass(frozen=True)
 class Address:
-    """The place of a store. ``str`` gives the one text of it that :meth:`parse` reads, and holds no credential.
+    """The place of a store. ``str`` gives its canonical text, which :meth:`parse` reads and which has no credentials.
 
-    ``scheme`` is ``lance``, ``s3`` or ``gs``; ``bucket`` is empty for a local folder; ``path`` is the folder or the
-    prefix.
+    ``scheme`` is ``lance``, ``s3`` or ``gs``; ``bucket`` is empty for a local folder; ``path`` is the folder or prefix.
     """
 
     scheme: str
@@ -56,36 +55,38 @@ class Address:
     def parse(cls, text: str) -> Address:
         """Read an address.
 
-        Raises UsageError if it has no bucket or no path, holds a password, a query, control characters or no UTF-8,
-        leads out of its bucket by ``..``, or has characters that clients of buckets disagree about.
+        Raises UsageError if it lacks a bucket or a path, holds a password, a query, control characters or invalid
+        UTF-8, leaves its bucket by ``..``, or has characters that clients of buckets read differently.
         """
         scheme, _, rest = text.partition("://")
         scheme = scheme.lower()
         local, first = scheme == "lance", rest.partition("/")[0]
         if re.search(r"^[^/@]*:[^@]*@", rest) or ("@" in first and not local):
-            raise UsageError(f"{scheme}://...: an address holds no user and password; {set_credentials(scheme)}")
+            raise UsageError(
+                f"{scheme}://...: remove the user and password from the address; {set_credentials(scheme)}"
+            )
         if ":" in first and not local:
-            raise UsageError(f"{scheme}://...: an address begins with a bucket's name; a server is AWS_ENDPOINT_URL")
+            raise UsageError(f"{scheme}://...: give a bucket first; set a server by AWS_ENDPOINT_URL")
         rest, query, _ = rest.partition("?")
         shown = one_line(f"{scheme}://{rest}")
         if query:
-            raise UsageError(f"{shown}?...: an address has no query; settings come from the environment")
+            raise UsageError(f"{shown}?...: remove the query from the address; set options in the environment")
         if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in rest):
-            raise UsageError(f"{shown}: control characters, or not UTF-8, in an address")
+            raise UsageError(f"{shown}: control characters or invalid UTF-8; remove them")
         if local:
             path = Path(re.sub(r"^/+", "/", rest)).as_posix()
             if not rest or Path(path).name in ("", ".."):
-                raise UsageError(f"{shown}: no path; an address is lance://PATH, or lance:///PATH from the root")
+                raise UsageError(f"{shown}: no path; give lance://PATH, or lance:///PATH from the root")
             return cls("lance", "", path)
         bucket, _, prefix = rest.partition("/")
         parts = [part for part in prefix.split("/") if part]
         if not _BUCKET.fullmatch(bucket) or not parts:
-            what = "no path, and a store is no whole bucket" if bucket and not parts else "no bucket's name"
-            raise UsageError(f"{shown}: {what}; an address is {scheme}://BUCKET/NAME")
+            what = "no path in the bucket" if bucket and not parts else "no bucket"
+            raise UsageError(f"{shown}: {what}; give {scheme}://BUCKET/NAME")
         if {".", ".."} & set(parts):
-            raise UsageError(f"{shown}: '.' or '..' in an address of a bucket; give the path itself")
+            raise UsageError(f"{shown}: '.' or '..' in a path; give the path without it")
         if unlike := _UNLIKE.search(prefix):
-            raise UsageError(f"{shown}: {unlike[0]!r} in an address, which not all programs read alike; leave it out")
+            raise UsageError(f"{shown}: {unlike[0]!r} is ambiguous in an address; remove it")
         return cls(scheme, bucket, "/".join(parts))
 
     def __str__(self) -> str:
@@ -98,17 +99,16 @@ class Address:
 
     @property
     def uri(self) -> str:
-        """The text that ``lancedb.connect`` takes: a local path, which is absolute, or the address itself."""
+        """Argument of ``lancedb.connect``: an absolute local path, or the address."""
         if self.local is None:
             return str(self)
         return str(real(self.local) if ".." in self.local.parts else self.local.absolute())
 
 
 def storage_options(address: Address, patience: Patience = PATIENCE) -> dict[str, str]:
-    """Options of ``lancedb.connect``, which :class:`objects.Objects` follows too: both ask one server as patiently.
+    """Return the options of ``lancedb.connect``, which :class:`objects.Objects` uses too; none for a local folder.
 
-    No credential is among them: those are read from the environment. Empty for a local folder. Raises StoreError if
-    the environment's endpoint is wrong.
+    They hold no credentials; clients read these from the environment. Raises StoreError for a wrong endpoint.
     """
     if address.local is not None:
         return {}
@@ -119,7 +119,7 @@ def storage_options(address: Address, patience: Patience = PATIENCE) -> dict[str
         "client_retry_timeout": f"{patience.retry:.0f}",
         "allow_http": str(_allow_http()).lower(),
     }
-    if address.scheme == "s3":  # of these variables, both clients know all, but not in one order
+    if address.scheme == "s3":  # the two clients prefer different ones of these variables
         if variable := _first_set(_ENDPOINTS):
             options["aws_endpoint"] = _endpoint(address, variable)
         if variable := _first_set(_REGIONS):
@@ -128,19 +128,19 @@ def storage_options(address: Address, patience: Patience = PATIENCE) -> dict[str
 
 
 def set_credentials(scheme: str) -> str:
-    """The advice how to give credentials."""
+    """Return advice on giving credentials."""
     if scheme == "gs":
         return "set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account in the environment"
     return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
 
 
 def _endpoint(address: Address, variable: str) -> str:
-    """The server that a variable names. Raises StoreError for a wrong one, for a password, and for one without TLS."""
+    """Return the server that a variable names. Raises StoreError for a wrong address, a password, or no TLS."""
     endpoint, place = os.environ[variable], one_line(str(address))
     if not re.fullmatch(r"https?://[^\s/@\[\]]+/*", endpoint):
-        raise StoreError(f"{place}: {variable} is not the address of a server; set it to https://HOST, without a user")
+        raise StoreError(f"{place}: {variable} is not a server address; set it to https://HOST, without a user")
     if endpoint.startswith("http:") and not _allow_http():
-        raise StoreError(f"{place}: {variable} names a server without TLS; set AWS_ALLOW_HTTP=true if that is meant")
+        raise StoreError(f"{place}: {variable} names a server without TLS; set AWS_ALLOW_HTTP=true to allow that")
     return endpoint.rstrip("/")
 
 

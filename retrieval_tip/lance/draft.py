@@ -1,4 +1,4 @@
-"""The next version of an index in LanceDB, in the making: rows are added to its table, removed and moved."""
+"""The next version of an index in LanceDB: a draft to add, remove and relabel rows in."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from retrieval_tip.lance.key_table import (
 )
 from retrieval_tip.lance.lance_model import LanceModel, check
 from retrieval_tip.lance.row_digest import with_rows
-from retrieval_tip.lance.versions import Classes, TableWriter
+from retrieval_tip.lance.versions import RESTORE, Classes, TableWriter
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.inputs import Features, Labels
@@ -53,19 +53,19 @@ from retrieval_tip.store.sums import Sums
 Column = npt.NDArray[np.integer[Any]] | list[str]
 
 MOST_ASKED, NEIGHBOURS = 512, 4
-"""New keys that are compared with the nearest ones, at most, and with how many."""
+"""Upper bound for new keys compared with their nearest keys, and the number of these."""
 INDEX_FROM = 50_000
-"""Keys from which an index is worth its time: fewer are compared with every query sooner."""
+"""Number of keys from which an index is faster than comparing with every key."""
 MOST_HELD = 1 << 30
-"""Bytes of keys and solved values that an index in LanceDB has in memory, at most."""
+"""Upper bound in bytes for keys and solved values in memory."""
 
 
 @dataclass(repr=False, kw_only=True)
 class LanceDraft(LanceModel, EditableIndex):
-    """A :class:`LanceModel` whose table is the one in the making, alone; :meth:`commit` makes it the current version.
+    """A :class:`LanceModel` that edits the table; :meth:`commit` makes it the current version.
 
-    Make one with :meth:`changing` or :meth:`create`; :mod:`index.changes` does, and nothing else has to. ``digest`` is
-    that of the rows (:mod:`row_digest`); ``None`` for a table that was written before rows had one.
+    Made by :meth:`changing` or :meth:`create`. ``digest`` covers the rows (:mod:`row_digest`), and is ``None`` for a
+    table from before rows had digests.
     """
 
     writer: TableWriter
@@ -73,10 +73,10 @@ class LanceDraft(LanceModel, EditableIndex):
 
     @classmethod
     def changing(cls, writer: TableWriter) -> LanceDraft:
-        """Open the current version, to become the next one. Raises as :meth:`LanceModel.load`, or if there is none."""
+        """Open the current version for editing. Raises as :meth:`LanceModel.load`, and without an index."""
         if writer.parent is None or writer.table is None:
-            writer.store.manifest()  # which says what to do
-            raise StoreError(f"{writer.store}: is being made by another process; try again")
+            writer.store.manifest()  # raises, with advice
+            raise StoreError(f"{writer.store}: another process is building it; try again")
         known = writer.parent.digests
         digest = None if known is None or known.rows is None else int(known.rows, 16)
         return cls._of(writer.store, writer.parent, writer.table, "cpu", writer=writer, digest=digest)
@@ -95,19 +95,19 @@ class LanceDraft(LanceModel, EditableIndex):
         metric: tip.Metric | None = None,
         known: Sums | None = None,
     ) -> LanceDraft:
-        """A table of labels (:func:`labels.label_table`) and keys ``[b, d]``, which stream into it, and its index.
+        """Stream labels (:func:`labels.label_table`) and keys ``[b, d]`` into a table, and build its index.
 
-        It becomes a version by :meth:`commit`. ``stored`` labels come from a table, and say which version brought each
-        row. With a ``metric`` the table has the keys' points too; ``known`` are the sums of the keys. Raises UsageError
-        for an index that a store does not have, InputError for columns that a table cannot hold or text weights of
-        another length; and what ``blocks`` raise.
+        :meth:`commit` makes it a version. ``stored`` labels come from a table and name the version that brought each
+        row. With a ``metric`` the table also holds the keys' points. ``known`` are the sums of the keys. Raises
+        UsageError for an index type that a store lacks. Raises InputError for columns that a table cannot hold or text
+        weights of another length, and the errors of ``blocks``.
         """
         index_kind(index)
         ahead = iter(blocks)
         labels, keys = next(ahead)
         d, c, following, digest = keys.shape[1], len(class_names), 0, 0
         text = np.zeros((c, d), dtype=np.float32) if text_weights is None else text_weights
-        inputs.check_shape("text_weights", text.shape, (c, d), "one a class; they come from the backbone of the keys")
+        inputs.check_shape("text_weights", text.shape, (c, d), "one per class, from the backbone of the keys")
         sums, point_sums = Sums.of([], c, d), None if metric is None else np.zeros((c, d))
         further = labels.drop_columns([VERSION]) if stored else labels
         extra = [further.schema.field(name) for name in further.column_names[len(LABEL_SCHEMA) :]]
@@ -118,7 +118,7 @@ class LanceDraft(LanceModel, EditableIndex):
             nonlocal following, digest
             for part, own in itertools.chain([(labels, keys)], ahead):
                 ids = part["class_id"].to_numpy().astype(np.int64)
-                with np.errstate(over="ignore"):  # refused just below
+                with np.errstate(over="ignore"):  # refused below
                     own = own.astype(dtype)
                 if not np.isfinite(own).all():
                     raise InputError(f"keys: hold values too large for {dtype}")
@@ -177,7 +177,7 @@ class LanceDraft(LanceModel, EditableIndex):
         digests: Sequence[str | None] | None = None,
         extra: pa.Table | None = None,
     ) -> list[int]:
-        """See :meth:`answering.EditableIndex.add`. Raises InputError as :meth:`check_held` too."""
+        """See :meth:`answering.EditableIndex.add`. Also raises as :meth:`check_held`."""
         array, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
         key_ids = np.arange(self.next_key_id, self.next_key_id + len(array))
         added = label_table(self.class_names, ids, sources, key_ids=key_ids, views=views, digests=digests, extra=extra)
@@ -195,21 +195,21 @@ class LanceDraft(LanceModel, EditableIndex):
         return key_ids.tolist()
 
     def _settled_whole(self) -> CacheModel:
-        """The keys in memory, to be changed as the table is: their values are solved by the settings of now."""
+        """Return the keys in memory, for editing, with the current settings, which solve their values."""
         assert self.whole is not None
         self.whole.settings = self.settings
         return self.whole
 
     def check_held(self, n: int) -> None:
-        """Raise InputError where ``n`` keys with solved values are too many to have in memory."""
+        """Raise InputError if ``n`` keys with solved values are too many to hold in memory."""
         if n * (self.d + len(self.class_names)) * 4 > MOST_HELD:
             raise InputError(
                 f"{self.store}: {n:,} keys with solved values of {len(self.class_names):,} classes are too many for a "
-                f"LanceDB store; give it one-hot ones first (retrieval-tip fit {self.store} --values one-hot)"
+                f"LanceDB store; fit one-hot values first (retrieval-tip fit {self.store} --values one-hot)"
             )
 
     def _check_columns(self, added: pa.Table) -> None:
-        """Raise InputError for further columns that the table cannot have, or has with another type."""
+        """Raise InputError for extra columns that the table cannot hold, or holds with another type."""
         there = self.table.schema
         check_columns(list(added.schema)[len(LABEL_SCHEMA) :])
         for column in added.schema:
@@ -220,7 +220,7 @@ class LanceDraft(LanceModel, EditableIndex):
                 )
 
     def _next_shots(self, class_ids: IntArray) -> npt.NDArray[np.int32]:
-        """The number of the next shot of each class ``[c]``; 0 for classes that are not among these."""
+        """Return the number of the next shot for each of these classes ``[c]``; 0 for all others."""
         following = np.zeros(len(self.class_names), dtype=np.int32)
         shots = self.table.of_ids("class_id", class_ids.tolist(), ["class_id", "shot"])
         np.maximum.at(following, shots["class_id"].to_numpy(), shots["shot"].to_numpy() + 1)
@@ -228,11 +228,11 @@ class LanceDraft(LanceModel, EditableIndex):
 
     @property
     def sums(self) -> Sums | None:
-        """The sums that a metric is fitted from, where they are known."""
+        """Sums that a metric is fitted from, if known."""
         return None if self.second is None else Sums(self.classes.counts, self.classes.sums, self.second)
 
     def _move(self, rows: pa.Table, sign: int) -> None:
-        """Let rows come into the table (1) or leave it (-1); its digest and the sums of classes follow."""
+        """Add rows to the table (``sign`` 1) or remove them (-1), and update its digest and the sums of classes."""
         if sign > 0:
             self.table.append(rows)
         else:
@@ -250,20 +250,20 @@ class LanceDraft(LanceModel, EditableIndex):
         self._follow()
 
     def _digest(self, rows: pa.Table | pa.RecordBatch, sign: int = 1) -> None:
-        """Count rows that come into the table, or leave it (-1), into its digest."""
+        """Add rows to the digest, or subtract them (-1)."""
         self.digest = None if self.digest is None else with_rows(self.digest, rows, sign)
 
     def remove(self, key_ids: Sequence[int]) -> None:
         rows = self._of_ids(key_ids)
         if len(rows) == self.n:
-            raise InputError("remove: an index needs at least one key; give up the folder instead")
+            raise InputError("remove: an index needs at least one key; delete the store instead")
         if len(rows):
             if self.whole is not None:
                 self._settled_whole().remove(key_ids)
             self._move(rows, -1)
 
     def _of_ids(self, key_ids: Sequence[int]) -> pa.Table:
-        """Rows of keys. Raises InputError naming ids that are not there."""
+        """Return the rows of keys. Raises InputError for unknown ids."""
         rows = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), self.table.schema.names)
         missing = sorted(set(key_ids) - set(rows["key_id"].to_pylist()))
         if missing:
@@ -286,13 +286,13 @@ class LanceDraft(LanceModel, EditableIndex):
         self._move(self._changed(moved, class_id=ids.astype(np.int32), label=names, shot=shots), 1)
 
     def _changed(self, rows: pa.Table | pa.RecordBatch, **columns: Column) -> pa.Table | pa.RecordBatch:
-        """Return rows with other columns, brought by the version in the making."""
+        """Return rows with new columns, and with this version as the one that brought them."""
         for name, column in {**columns, VERSION: np.full(len(rows), self.writer.number)}.items():
             rows = rows.set_column(rows.schema.get_field_index(name), name, pa.array(column))
         return rows
 
     def _update(self, where: str, name: str, values: Callable[[pa.RecordBatch], Column], sql: str) -> None:
-        """Set a column of the rows that a condition holds for to ``values``, which ``sql`` computes too."""
+        """Set a column of the rows that match ``where`` to ``values``; ``sql`` computes the same in the table."""
         for rows in () if self.digest is None else self.table.scan(self.table.schema.names, where):
             self._digest(rows, -1)
             self._digest(self._changed(rows, **{name: values(rows)}))
@@ -311,7 +311,7 @@ class LanceDraft(LanceModel, EditableIndex):
         self._follow()
 
     def _merge(self, class_id: int, into: str, names: list[str]) -> None:
-        """Give the keys of a class to the class ``into``, and drop it; ``names`` are those of the other classes."""
+        """Move the keys of a class to the class ``into``, and drop it; ``names`` are the remaining classes."""
         old = self.class_names[class_id]
         self.relabel(self.find([old])["key_id"].to_pylist(), into)
         if self.whole is not None:
@@ -330,7 +330,6 @@ class LanceDraft(LanceModel, EditableIndex):
         self._follow()
 
     def compact(self) -> None:
-        """Put the pieces of the table together, and all rows into its index."""
         self.table.optimize()
         self._follow()
 
@@ -340,16 +339,16 @@ class LanceDraft(LanceModel, EditableIndex):
             self._follow()
 
     def rewrite(self, factory: str | None = None, dtype: Dtype | None = None, known: Sums | None = None) -> None:
-        """Write every row anew, and the index over them: what was removed before is in no file of this version.
+        """Write every row and the index again, so that no file of this version holds removed rows.
 
-        ``factory`` is the type of the index and ``dtype`` that of the keys, where they are to become others; ``known``
-        are the sums of the keys, which are else counted anew. Raises UsageError for a type that a store does not have,
-        InputError where keys are too large for the dtype, StoreError where the rows are damaged.
+        ``factory`` and ``dtype`` change the index type and the dtype of the keys. ``known`` are the sums of the keys;
+        without them they are computed again. Raises UsageError for a type that a store lacks, InputError if keys
+        overflow the dtype, StoreError if rows are damaged.
         """
         if dtype not in (None, self.dtype) and self.manifest is not None:
             check(self.store, self.manifest, set())
-        before = KeyTable.at(self.store.address, self.table.name, self.table.version)  # as it is, while it is replaced
-        anew = self.create(
+        before = KeyTable.at(self.store.address, self.table.name, self.table.version)  # pinned while it is replaced
+        rewritten = self.create(
             self.writer,
             replace(self, table=before).blocks_of(before.label_columns),
             self.class_names,
@@ -360,11 +359,14 @@ class LanceDraft(LanceModel, EditableIndex):
             metric=self.metric if self.whole is None else None,
             known=known,
         )
-        if anew.dtype == self.dtype and self.digest not in (None, anew.digest):  # else damage gets a digest that fits
-            raise StoreError(f"{self.store}: rows are damaged; go back to a version before, or build the store again")
+        if rewritten.dtype == self.dtype and self.digest not in (
+            None,
+            rewritten.digest,
+        ):  # or damage would get a valid digest
+            raise StoreError(f"{self.store}: rows are damaged; {RESTORE}")
         for name in ("table", "classes", "second", "dtype", "digest"):
-            setattr(self, name, getattr(anew, name))
-        self.index_type, self.built = anew.index_type, replace(self.built, auto_index=anew.built.auto_index)
+            setattr(self, name, getattr(rewritten, name))
+        self.index_type, self.built = rewritten.index_type, replace(self.built, auto_index=rewritten.built.auto_index)
         if factory is not None:
             self.settings = self.settings.override(k=index_kind(factory, self.n, len(self.class_names))[1])
         if self.whole is not None:
@@ -378,10 +380,10 @@ class LanceDraft(LanceModel, EditableIndex):
         factory: str | None = None,
         whole: CacheModel | None = None,
     ) -> None:
-        """Take a metric and how it was ``fitted``, and the :meth:`keys_in_memory` that have solved values.
+        """Take a fitted metric and its description; ``whole`` are the :meth:`keys_in_memory` with solved values.
 
-        Where they have none, the table gets the keys' points, which takes writing it anew. ``factory`` is the type of
-        the index, by default what it is. Raises InputError as :meth:`check_held`.
+        Without solved values the table gets the keys' points, which rewrites it. ``factory`` is the index type, by
+        default the current one. Raises InputError as :meth:`check_held`.
         """
         self.metric, self.fitted, self.whole = metric, fitted, None
         if whole is not None and whole.values is not None:
@@ -407,8 +409,8 @@ class LanceDraft(LanceModel, EditableIndex):
         self.built = replace(self.built, auto_index=asked == "auto")
 
     def _keep_up(self, prunes: bool) -> None:
-        """Let the index follow the table: rows beside it cost every search, and many keys need one."""
-        if prunes:  # else that puts pieces together in a version of its own
+        """Maintain the index: unindexed rows slow down every search, and many keys need an index."""
+        if prunes:  # or pruning would merge fragments in a version of its own
             self.table.optimize()
         if self.index_type == FLAT and self.n >= INDEX_FROM and self.built.auto_index:
             self._index("auto")
@@ -416,7 +418,7 @@ class LanceDraft(LanceModel, EditableIndex):
             self.table.optimize()
 
     def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
-        """See :meth:`Change.duplicates_of`. Only the keys' neighbours, and keys of the same images, are read."""
+        """See :meth:`Change.duplicates_of`. Reads only the keys' neighbours and keys of the same images."""
         asked = np.asarray(key_ids[:MOST_ASKED])
         retrieval = self.retrieval
         points = retrieval.points(torch.from_numpy(self.keys_of(asked).astype(np.float32)))
@@ -430,7 +432,7 @@ class LanceDraft(LanceModel, EditableIndex):
         return pairs if len(asked) == len(key_ids) else replace(pairs, compared="digests")
 
     def opened(self, device: str) -> LanceModel:
-        """Return the committed version, to read."""
+        """Return the committed version, read-only."""
         assert self.manifest is not None
         if device != self.device:
             return LanceModel.load(self.store, device=device, version=self.version)
@@ -438,7 +440,7 @@ class LanceDraft(LanceModel, EditableIndex):
         return LanceModel(**known | {"table": self.store.table(self.manifest)})
 
     def commit(self, change: str) -> None:
-        """Make this the current version of its store; ``change`` says in a few words what it is.
+        """Make this the current version of its store; ``change`` describes it in a few words.
 
         Raises as :meth:`AnsweringIndex.check_answers` and :meth:`versions.TableWriter.commit`.
         """
@@ -452,12 +454,12 @@ class LanceDraft(LanceModel, EditableIndex):
         self.manifest = manifest_of(self, writer.number, writer.parent, change, files, table=table, digests=digests)
         writer.commit(self.manifest)
         self.version = self.manifest.version
-        with suppress(StoreError):  # the new version stands; what is not given up here a later one gives up
+        with suppress(StoreError):  # the new version stands, and a later one deletes the rest
             self.store.forget_old(writer.still_held, prunes)
 
 
 def _arrays(draft: LanceDraft) -> Iterator[tuple[str, KeyArray]]:
-    """Yield what goes into objects beside the classes, by kind."""
+    """Yield the arrays to store beside the classes, by kind."""
     second, keys = draft.second, draft.n * draft.d * np.dtype(draft.dtype).itemsize
     if second is not None and second.nbytes * SUMS_FROM <= keys:
         yield "second", second
@@ -468,7 +470,7 @@ def _arrays(draft: LanceDraft) -> Iterator[tuple[str, KeyArray]]:
 
 
 def labelled_blocks(material: Material) -> Iterator[tuple[pa.Table, npt.NDArray[np.float32]]]:
-    """Labels and keys of a source as it is read, a block at a time; shots are counted from block to block."""
+    """Yield labels and keys of a source block by block; shots are numbered across blocks."""
     names = material.words.class_names
     following = np.zeros(len(names), dtype=np.int32)
     for block in material.blocks():
@@ -478,10 +480,11 @@ def labelled_blocks(material: Material) -> Iterator[tuple[pa.Table, npt.NDArray[
 
 
 def index_kind(factory: str, n: int = 0, c: int = 1) -> tuple[str, int | None]:
-    """The index of a table of ``n`` keys of ``c`` classes, and the keys met with it, for what is asked for.
+    """Return the index type for a request, and the number of keys per query that comes with it.
 
-    That is ``auto``, ``Flat``, ``Classes`` or one of :data:`key_table.KINDS`. Many keys of ``auto`` are met by class,
-    where a folder meets them so (:func:`vector_index.auto_factory`). Raises UsageError for another one.
+    A request is ``auto``, ``Flat``, ``Classes`` or one of :data:`key_table.KINDS`. For many keys ``n`` of ``c``
+    classes, ``auto`` uses whole classes if a folder would (:func:`vector_index.auto_factory`). Raises UsageError for
+    other types.
     """
     if factory == "auto":
         if n < INDEX_FROM:
@@ -489,12 +492,12 @@ def index_kind(factory: str, n: int = 0, c: int = 1) -> tuple[str, int | None]:
         chosen, k = auto_factory(n, c)
         return (CLASSES, k) if inner_factory(chosen) is not None else ("IvfFlat", None)
     if factory not in (FLAT, CLASSES, *KINDS):
-        raise UsageError(f"index {factory!r}: a LanceDB store has auto, {FLAT}, {CLASSES}, {', '.join(KINDS)}")
+        raise UsageError(f"index {factory!r}: give auto, {FLAT}, {CLASSES} or {', '.join(KINDS)} for a LanceDB store")
     return factory, None
 
 
 def values_by_id(cache: CacheModel) -> npt.NDArray[np.float32]:
-    """Values ``[n, c]`` of a classifier that has them, in the order of key ids."""
+    """Return the values ``[n, c]`` of a classifier in the order of key ids."""
     assert cache.values is not None
     order = np.argsort(cache.labels["key_id"].to_numpy())
     values: npt.NDArray[np.float32] = cache.values.cpu().numpy()[order]
@@ -502,10 +505,10 @@ def values_by_id(cache: CacheModel) -> npt.NDArray[np.float32]:
 
 
 def check_columns(columns: Iterable[pa.Field]) -> None:
-    """Raise InputError for a further column of a name that a table has itself, or cannot have."""
+    """Raise InputError for an extra column whose name is reserved or not allowed."""
     for column in columns:
         if column.name in (VERSION, VECTOR, "") or column.name.startswith("_") or set(".`") & set(column.name):
             raise InputError(
-                f"column {column.name!r}: a LanceDB store has {VERSION}, {VECTOR} and names with _ in front itself, "
-                "and takes no dot or backtick in one; rename it or leave it out"
+                f"column {column.name!r}: a LanceDB store reserves {VERSION}, {VECTOR} and names that begin with _, "
+                "and allows no dot or backtick; rename or remove it"
             )

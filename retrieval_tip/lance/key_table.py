@@ -1,10 +1,10 @@
-"""A LanceDB table of keys and their labels: what is used of that engine, and how.
+"""A LanceDB table of keys and their labels.
 
-A row has the columns of the label store, ``version`` (of the index that brought it) and the key, ``vector``; where
-queries meet keys in a metric also ``_point``, the key in it, which the index is then over. Every write makes a version
-of the table that nothing changes any more; which one counts, a manifest says. Searches are by inner product (``dot``)
-only: any other metric would pass over the index in silence, and a cosine would normalise keys that fine-tuning took off
-the unit sphere.
+A row has the columns of the label store, ``version`` (the index version that brought it) and the key, ``vector``. If
+the index has a metric, a row also has ``_point``, the key in that metric, and the vector index is over the points.
+Every write makes an immutable version of the table; a manifest says which one counts. Searches only use the inner
+product (``dot``): LanceDB would silently bypass the index for any other metric, and cosine would normalise keys that
+fine-tuning moved off the unit sphere.
 """
 
 from __future__ import annotations
@@ -35,50 +35,50 @@ IntArray = npt.NDArray[np.int64]
 VECTOR, POINT, VERSION, ROW = "vector", "_point", "version", "_rowid"
 VALUES = {"float32": pa.float32(), "float16": pa.float16()}
 FLAT, CLASSES = "Flat", "Classes"
-"""No index; and one over the class ids, by which the keys of a few classes are read."""
+"""No index; and an index over class ids, for reading the keys of a few classes."""
 KINDS = {"IvfFlat": 1, "IvfSq": 4, "HnswSq": 4}
-"""Index types, and how many candidates for each of the nearest are compared with the keys themselves."""
+"""Index types, and how many candidates per nearest key are compared with the exact keys."""
 UNINDEXED = 20_000
-"""Rows beside the index, which every search compares with one by one, from which they are put into it."""
+"""Number of rows outside the index, which slow down every search, from which it takes them in."""
 TRAINED_ON, KMEANS_ITERATIONS = 64, 10
-"""Rows a list that its centre is learnt from, and rounds of that: a fraction of the engine's own, for equal answers."""
+"""Rows per list to train its centre on, and iterations: fewer than LanceDB's defaults, with equal answers."""
 PROBED = 0.15
-"""Of the lists, how many a search looks through: 98.8 % of the 64 nearest of 200,000 keys like CLIP's were found."""
+"""Share of the lists that a search probes: it found 98.8 % of the 64 nearest of 200,000 CLIP-like keys."""
 CACHE_BYTES = 3 << 28
-"""Of the index, what stays in memory; the rest is read when it is asked for."""
+"""Upper bound for the index in memory; the rest is read on demand."""
 SEARCHED = 1 << 24
-"""Values of keys that come with the hits of one search: 64 MiB of float32."""
+"""Upper bound for key values returned by one search: 64 MiB of float32."""
 SCANNED = 8192
-"""Rows that are read at a time."""
+"""Number of rows read at a time."""
 GROUPED = 1 << 28
-"""Bytes of rows that are put in the order of their classes at a time, as they come into a table."""
+"""Bytes of rows that are sorted by class at a time while a table is written."""
 TAG = "kept-"
 FOREVER = datetime.timedelta(days=36500)
 ASKED_AT_ONCE = 4096
-"""Key ids that one condition names."""
+"""Upper bound for key ids in one condition."""
 LARGEST = (1 << 63) - 1
-"""The largest number of a column of int64."""
+"""Largest value of an int64 column."""
 
 
 def lancedb() -> Any:
-    """The LanceDB module. Raises UsageError saying how to install it."""
-    os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings are about what is meant here
+    """Import LanceDB. Raises UsageError with the command that installs it."""
+    os.environ.setdefault("LANCEDB_LOG", "error")  # it warns about intended use
     try:
         return importlib.import_module("lancedb")
     except ImportError as error:
         raise UsageError(
-            f"LanceDB cannot be imported ({first_line(error)}); a store needs pip install 'retrieval-tip[distributed]'"
+            f"cannot import LanceDB ({first_line(error)}); pip install 'retrieval-tip[distributed]'"
         ) from None
 
 
 @cache
 def _session() -> Any:
-    """The engine's caches, shared by every table of this process."""
+    """Return the engine's caches, shared by all tables of this process."""
     return lancedb().Session(index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=CACHE_BYTES // 4)
 
 
 def schema_of(d: int, dtype: Dtype, extra: Iterable[pa.Field] = (), *, points: bool = False) -> pa.Schema:
-    """Columns of a table of keys of ``d`` values, and of their points."""
+    """Return the columns of a table of keys of ``d`` values, with or without points."""
     value = VALUES[dtype]
     own = [*LABEL_SCHEMA, pa.field(VERSION, pa.int64())]
     vectors = [pa.field(name, pa.list_(value, d)) for name in ((VECTOR, POINT) if points else (VECTOR,))]
@@ -86,10 +86,7 @@ def schema_of(d: int, dtype: Dtype, extra: Iterable[pa.Field] = (), *, points: b
 
 
 def rows_of(labels: pa.Table, keys: KeyArray, version: int, points: KeyArray | None = None) -> pa.Table:
-    """Rows of keys ``[m, d]``, and their points, with the labels that describe them.
-
-    They are of this ``version``, where the labels do not say which.
-    """
+    """Return rows of keys ``[m, d]``, points and labels; labels without a version get this ``version``."""
     if VERSION not in labels.column_names:
         labels = labels.append_column(VERSION, pa.array(np.full(len(labels), version)))
     rows = labels.append_column(VECTOR, vectors(keys))
@@ -97,9 +94,9 @@ def rows_of(labels: pa.Table, keys: KeyArray, version: int, points: KeyArray | N
 
 
 def grouped(rows: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The same rows, :data:`GROUPED` bytes at a time in the order of their classes, whose keys are then read at once.
+    """Sort rows by class, :data:`GROUPED` bytes at a time, so that the keys of a class lie together.
 
-    Of 500 keys of a class that came one by one, two classes took 21 ms to read, so grouped 4 ms.
+    With 500 keys per class in random order, reading two classes took 21 ms; sorted, 4 ms.
     """
     held: list[pa.RecordBatch] = []
     size = 0
@@ -117,24 +114,27 @@ def _grouped(held: Sequence[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     if (ids[1:] >= ids[:-1]).all():
         yield from held
         return
-    rows, order = pa.concat_batches(held), np.argsort(ids, kind="stable")  # one batch: of chunks it takes three times
+    rows, order = (
+        pa.concat_batches(held),
+        np.argsort(ids, kind="stable"),
+    )  # taking from chunks takes three times as long
     for start in range(0, len(order), SCANNED):
         yield rows.take(pa.array(order[start : start + SCANNED]))
 
 
 @contextmanager
-def _said(address: Address, what: str) -> Iterator[None]:
-    """Errors of the engine as StoreError, in one line."""
+def _store_errors(address: Address, what: str) -> Iterator[None]:
+    """Turn errors of the engine into a one-line StoreError."""
     try:
         yield
     except RetrievalTipError:
         raise
-    except Exception as error:  # among them a panic of the engine's, which has a type of its own
+    except Exception as error:  # includes panics of the engine, a type of its own
         raise StoreError(f"{address}: {what} failed ({first_line(error)[:300]})") from None
 
 
 class KeyTable:
-    """One version of the table of a store, to read; from :meth:`latest`, the newest, to write."""
+    """A version of a store's table, to read; the :meth:`latest` one also to write."""
 
     def __init__(self, address: Address, name: str, table: Any) -> None:
         self.address, self.name = address, name
@@ -143,33 +143,33 @@ class KeyTable:
 
     @classmethod
     def at(cls, address: Address, name: str, version: int) -> KeyTable:
-        """The table as it was at a version. Raises StoreError where it is not there any more."""
-        with _said(address, f"opening version {version} of its table"):
+        """Open a version of the table. Raises StoreError if it no longer exists."""
+        with _store_errors(address, f"opening version {version} of its table"):
             table = _connected(address).open_table(name)
             table.checkout(version)
         return cls(address, name, table)
 
     @classmethod
     def latest(cls, address: Address, name: str) -> KeyTable:
-        """The newest version of the table, whatever a manifest says."""
-        with _said(address, "opening its table"):
+        """Open the newest version of the table, regardless of manifests."""
+        with _store_errors(address, "opening its table"):
             return cls(address, name, _connected(address).open_table(name))
 
     @classmethod
     def create(cls, address: Address, name: str, rows: Iterator[pa.RecordBatch], schema: pa.Schema) -> KeyTable:
-        """A table of these rows, all or none; over one that is there it is its next version. Errors of rows pass."""
+        """Write a table of these rows, or its next version, completely or not at all. Errors of ``rows`` pass."""
         failed: list[BaseException] = []
 
         def read() -> Iterator[pa.RecordBatch]:
             try:
                 yield from rows
-            except BaseException as error:  # else the engine's own words for it
+            except BaseException as error:  # raised below in place of the engine's message
                 failed.append(error)
                 raise
 
         reader = pa.RecordBatchReader.from_batches(schema, read())
         try:
-            with _said(address, "writing its table"):
+            with _store_errors(address, "writing its table"):
                 table = _connected(address).create_table(name, reader, mode="overwrite")
         except StoreError:
             if failed:
@@ -179,43 +179,43 @@ class KeyTable:
 
     @property
     def table(self) -> Any:
-        """The engine's table. Raises StoreError in a forked process, where the engine's threads are gone."""
+        """The engine's table. Raises StoreError in a forked process, which lacks the engine's threads."""
         if os.getpid() != self._process:
-            raise StoreError(f"{self.address}: was opened before this process was forked; open it here, or use spawn")
+            raise StoreError(f"{self.address}: opened before this process was forked; open it again here, or use spawn")
         return self._table
 
     @property
     def version(self) -> int:
-        """The version of the table."""
-        with _said(self.address, "reading its version"):
+        """Version of the table."""
+        with _store_errors(self.address, "reading its version"):
             return int(self.table.version)
 
     @property
     def rows(self) -> int:
         """Number of rows."""
-        with _said(self.address, "counting its rows"):
+        with _store_errors(self.address, "counting its rows"):
             return int(self.table.count_rows())
 
     @property
     def schema(self) -> pa.Schema:
-        """The columns."""
-        with _said(self.address, "reading its schema"):
+        """Columns of the table."""
+        with _store_errors(self.address, "reading its schema"):
             schema: pa.Schema = self.table.schema
             return schema
 
     @property
     def has_points(self) -> bool:
-        """Whether it holds the keys in a metric, too."""
+        """Whether the table also holds the keys' points."""
         return POINT in self.schema.names
 
     @property
     def met(self) -> str:
-        """The column that queries meet, which the index is over: the points, or the keys themselves."""
+        """The column that queries are compared with, and the index is over: points if any, or keys."""
         return POINT if self.has_points else VECTOR
 
     @property
     def label_columns(self) -> list[str]:
-        """All columns but these."""
+        """All columns except keys and points."""
         return [name for name in self.schema.names if name not in (VECTOR, POINT)]
 
     @property
@@ -223,87 +223,86 @@ class KeyTable:
         """Length ``d`` and type of the keys' values. Raises StoreError if it is not a table of keys."""
         schema = self.schema
         if not {VECTOR, *LABEL_SCHEMA.names} <= set(schema.names):
-            raise StoreError(f"{self.address}: its table is none of keys and labels; build the store again")
+            raise StoreError(f"{self.address}: its table does not hold keys and labels; build the store again")
         kind = schema.field(VECTOR).type
         return kind.list_size, kind.value_type
 
     def scan(
         self, columns: Sequence[str], where: str | None = None, *, with_rows: bool = False
     ) -> Iterator[pa.RecordBatch]:
-        """Rows, some at a time; with their row numbers as column ``_rowid``, where these are asked for."""
-        with _said(self.address, "reading its rows"):
+        """Yield rows in batches, with row numbers as column ``_rowid`` if requested."""
+        with _store_errors(self.address, "reading its rows"):
             query = self.table.search().select(list(columns))
             query = query if where is None else query.where(where)
             query = query.with_row_id(True) if with_rows else query
             batches = iter(query.to_batches(SCANNED))
         while True:
-            with _said(self.address, "reading its rows"):
+            with _store_errors(self.address, "reading its rows"):
                 batch = next(batches, None)
             if batch is None:
                 return
             yield batch
 
     def read(self, columns: Sequence[str], where: str | None = None) -> pa.Table:
-        """Rows as one table."""
+        """Read rows as one table."""
         schema = pa.schema([self.schema.field(name) for name in columns])
         return pa.Table.from_batches(list(self.scan(columns, where)), schema)
 
     def of_ids(self, column: str, values: Sequence[int | str], columns: Sequence[str]) -> pa.Table:
-        """Rows whose ``column`` is one of ``values``; a number that no row can have finds none."""
+        """Read the rows whose ``column`` is one of ``values``; numbers outside int64 match nothing."""
         schema = pa.schema([self.schema.field(name) for name in columns])
         return pa.Table.from_batches(list(self.scan_of(column, values, columns)), schema)
 
     def scan_of(
         self, column: str, values: Sequence[int | str], columns: Sequence[str], *, with_rows: bool = False
     ) -> Iterator[pa.RecordBatch]:
-        """The same, some at a time, as :meth:`scan`."""
+        """Yield the rows of :meth:`of_ids` in batches, as :meth:`scan`."""
         values = [value for value in values if isinstance(value, str) or -LARGEST <= value <= LARGEST]
         for start in range(0, len(values), ASKED_AT_ONCE):
             wanted = ", ".join(map(literal, values[start : start + ASKED_AT_ONCE]))
             yield from self.scan(columns, f"{column} IN ({wanted})", with_rows=with_rows)
 
     def take(self, rows: IntArray, columns: Sequence[str]) -> pa.Table:
-        """Columns of some rows, by the ascending numbers that :meth:`search` and :meth:`scan` give them, in that order.
-
-        Raises StoreError where one is not there.
-        """
+        """Read columns of rows by their ascending row numbers (:meth:`search`). Raises StoreError if one is missing."""
         schema = pa.schema([self.schema.field(name) for name in columns])
         if not len(rows):
             return schema.empty_table()
-        with _said(self.address, "reading rows"):
+        with _store_errors(self.address, "reading rows"):
             taken: pa.Table = self.table.take_row_ids(rows.tolist()).select(list(columns)).to_arrow()
         if len(taken) != len(rows):
             raise StoreError(f"{self.address}: found {len(taken)} of {len(rows)} rows; check it with index verify")
         return taken.select(list(columns))
 
     def offsets(self, places: IntArray, columns: Sequence[str]) -> pa.Table:
-        """Columns of the rows at some places, ascending, of all."""
-        with _said(self.address, "reading rows"):
+        """Read columns of the rows at these ascending positions."""
+        with _store_errors(self.address, "reading rows"):
             taken: pa.Table = self.table.take_offsets(places.tolist()).select(list(columns)).to_arrow()
         return taken
 
     def matrix(self, column: pa.Array | pa.ChunkedArray) -> KeyArray:
-        """The vectors ``[m, d]`` of a column of this table, as they are stored. Raises StoreError where one is none."""
+        """Return the vectors ``[m, d]`` of a column as stored. Raises StoreError if one is missing."""
         if isinstance(column, pa.ChunkedArray):
             column = column.combine_chunks()
         values = column.flatten()
         if column.null_count or values.null_count:
-            raise StoreError(f"{self.address}: a key lacks values; go back to a version before, or build it again")
+            raise StoreError(
+                f"{self.address}: a key lacks values; go back to an earlier version, or build the store again"
+            )
         matrix: KeyArray = values.to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
         return matrix
 
     def class_ids(self, column: pa.Array | pa.ChunkedArray, n_classes: int) -> IntArray:
-        """The class ids ``[m]`` of a column of this table. Raises StoreError where one is none."""
+        """Return the class ids ``[m]`` of a column. Raises StoreError if one is out of range."""
         ids: IntArray = column.to_numpy().astype(np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < n_classes:
             raise StoreError(f"{self.address}: class ids are out of range; check it with index verify")
         return ids
 
     def search(self, features: FloatArray, k: int, kind: str) -> tuple[FloatArray, IntArray, IntArray]:
-        """The ``k`` rows that the index finds nearest: affinities, largest first, row numbers, class ids, ``[q, k]``.
+        """Return the ``k`` nearest rows by the index: affinities, largest first, row numbers, class ids, ``[q, k]``.
 
-        ``kind`` is the type of the index. Affinities are float32 products with the keys, or their points, which come
-        with the hits; the engine's own ``_distance`` may be that of a compressed copy. Slots without a hit have row -1.
+        ``kind`` is the index type. Affinities are float32 products with the stored keys, or points, which come with the
+        hits; the engine's ``_distance`` may be that of a compressed copy. Slots without a hit have row -1.
         """
         (q, d), met = features.shape, self.met
         affinity = np.zeros((q, k), dtype=np.float32)
@@ -324,7 +323,7 @@ class KeyTable:
 
     def _hits(self, features: FloatArray, k: int, kind: str, met: str) -> pa.Table:
         lists = self._lists = self._lists or lists_for(self.rows, kind)
-        with _said(self.address, "searching its table"):
+        with _store_errors(self.address, "searching its table"):
             query = self.table.search(features, vector_column_name=met).distance_type("dot").limit(k)
             query = query.select(["class_id", met, "_distance"]).with_row_id(True)
             query = query.nprobes(min(lists, max(8, round(PROBED * lists))))
@@ -336,40 +335,40 @@ class KeyTable:
         return hits
 
     def append(self, rows: pa.Table) -> None:
-        """Add rows; columns that the table lacks are added to it."""
+        """Add rows, and any columns that the table lacks."""
         there = self.schema
         new = [rows.schema.field(name) for name in rows.column_names if name not in there.names]
         if new:
-            with _said(self.address, "adding columns"):
+            with _store_errors(self.address, "adding columns"):
                 self.table.add_columns(pa.schema(new))
             there = self.schema
         lacking = [name for name in there.names if name not in rows.column_names]
         for name in lacking:
             rows = rows.append_column(name, pa.nulls(len(rows), there.field(name).type))
-        with _said(self.address, "adding rows"):
+        with _store_errors(self.address, "adding rows"):
             self.table.add(rows.select(there.names).cast(there))
 
     def delete(self, key_ids: Sequence[int]) -> None:
         """Remove the rows of these keys."""
         for start in range(0, len(key_ids), ASKED_AT_ONCE):
-            with _said(self.address, "removing rows"):
+            with _store_errors(self.address, "removing rows"):
                 self.table.delete(f"key_id IN ({', '.join(map(str, key_ids[start : start + ASKED_AT_ONCE]))})")
 
     def change(self, where: str, sql: dict[str, str]) -> None:
-        """Set columns of the rows that match a condition to what ``sql`` computes from the row."""
-        with _said(self.address, "changing rows"):
+        """Set columns of the rows that match a condition to values computed by ``sql``."""
+        with _store_errors(self.address, "changing rows"):
             self.table.update(where=where, values_sql=sql)
 
     def restore(self, version: int) -> None:
-        """Make an earlier version the newest one: what writers that were interrupted left is in none any more."""
-        with _said(self.address, f"going back to version {version} of its table"):
+        """Make an earlier version the newest, which drops the rows of interrupted writers."""
+        with _store_errors(self.address, f"going back to version {version} of its table"):
             self.table.checkout(version)
             self.table.restore()
 
     def build_index(self, kind: str) -> None:
-        """Build the index over all keys, or their points, or class ids (``Classes``), anew, or have none (``Flat``)."""
+        """Build the index again over all keys, points or class ids (``Classes``), or drop it (``Flat``)."""
         self._lists = None
-        with _said(self.address, f"building its index ({kind})"):
+        with _store_errors(self.address, f"building its index ({kind})"):
             for entry in self.table.list_indices():
                 self.table.drop_index(entry.name)
             if kind == CLASSES:
@@ -387,50 +386,50 @@ class KeyTable:
                 )
 
     def drop_points(self) -> None:
-        """Have the points no more, nor the index over them."""
+        """Drop the points and the index over them."""
         self.build_index(FLAT)
-        with _said(self.address, "removing points"):
+        with _store_errors(self.address, "removing points"):
             self.table.drop_columns([POINT])
 
     def unindexed(self) -> int:
-        """Rows that the index does not hold; 0 where there is none."""
-        with _said(self.address, "reading its index"):
+        """Return the number of rows outside the index; 0 without an index."""
+        with _store_errors(self.address, "reading its index"):
             stats = [self.table.index_stats(entry.name) for entry in self.table.list_indices()]
         return max((int(own.num_unindexed_rows) for own in stats if own is not None), default=0)
 
     @property
     def fragments(self) -> int:
-        """Number of pieces that the rows are in."""
-        with _said(self.address, "reading its statistics"):
+        """Number of fragments of the table."""
+        with _store_errors(self.address, "reading its statistics"):
             stats = self.table.stats()
         return int(stats["fragment_stats"]["num_fragments"])
 
     def optimize(self) -> None:
-        """Put small pieces together, and what is beside the index into it; no version is given up."""
+        """Merge small fragments, and put all rows into the index. Deletes no version."""
         self._lists = None
-        with _said(self.address, "optimizing its table"):
-            self.table.optimize(cleanup_older_than=FOREVER)  # its own default gives up versions after seven days
+        with _store_errors(self.address, "optimizing its table"):
+            self.table.optimize(cleanup_older_than=FOREVER)  # by default it deletes versions after seven days
 
     def prune(self, kept: Sequence[int]) -> None:
-        """Give up versions before the first of those to be kept, and the data that only they have.
+        """Delete versions before the first of ``kept``, and the data that only they use.
 
-        The engine gives up by age and refuses what has a tag, so versions to be kept are tagged meanwhile.
+        The engine deletes by age and refuses if a version has a tag, so the kept ones are tagged meanwhile.
         """
         tags = {f"{TAG}{uuid.uuid4().hex}": version for version in kept}
         try:
-            with _said(self.address, "marking versions"):
-                for tag in self.table.tags.list():  # of a writer that was killed here
+            with _store_errors(self.address, "marking versions"):
+                for tag in self.table.tags.list():  # left by a killed writer
                     if tag.startswith(TAG):
                         self.table.tags.delete(tag)
                 for tag, version in tags.items():
                     self.table.tags.create(tag, version)
                 made = {entry["version"]: entry["timestamp"] for entry in self.table.list_versions()}
-            self.optimize()  # so that giving up comes at once below: its clock starts when it is asked
-            oldest = min(made[version] for version in kept)  # a clock that was set back since makes that a later one
-            for slack in (datetime.timedelta(seconds=0.002 * 2**doubled) for doubled in range(22)):  # time goes by
+            self.optimize()  # now, so that the call below is quick: its age counts from the call
+            oldest = min(made[version] for version in kept)  # not always the first: clocks may be set back
+            for slack in (datetime.timedelta(seconds=0.002 * 2**doubled) for doubled in range(22)):
                 age = max(datetime.datetime.now(oldest.tzinfo) - oldest, datetime.timedelta()) + slack
                 try:
-                    with _said(self.address, "giving up versions"):
+                    with _store_errors(self.address, "deleting versions"):
                         self.table.optimize(cleanup_older_than=age)
                     return
                 except StoreError as error:
@@ -443,7 +442,7 @@ class KeyTable:
 
 
 def lists_for(rows: int, kind: str) -> int:
-    """Lists of an index; those of a graph hold more, for each has a graph of its own."""
+    """Return the number of lists of an index; the lists of ``HnswSq`` hold more keys, each in a graph."""
     return max(1, round(rows / 100_000) if kind == "HnswSq" else round(2 * rows**0.5))
 
 
@@ -452,7 +451,7 @@ def _connected(address: Address) -> Any:
 
 
 def literal(value: int | str) -> str:
-    """A value as it stands in a condition."""
+    """Return a value as an SQL literal."""
     if isinstance(value, str):
         return "'" + value.replace("'", "''") + "'"
     return str(int(value))

@@ -1,4 +1,4 @@
-"""The keys of a LanceDB table as queries meet them: all, a block at a time, those of some classes, or the nearest."""
+"""Keys of a LanceDB table as queries read them: all, in blocks; by class; or the nearest."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from retrieval_tip.retrieval.segments import KeyArray
 from retrieval_tip.retrieval.vector_index import Product
 
 HELD_BYTES = 1 << 29
-"""Keys up to this size stay in memory once they were read, where there is no index."""
+"""Upper bound for keys that stay in memory after the first read, in a store without an index."""
 PIECE = 1 << 26
-"""Bytes of keys, as float32, that are read of some classes at a time."""
+"""Upper bound in bytes for keys, as float32, that are read together by class."""
 SPREAD_BYTES, SPREAD_LEAST = 1 << 28, 8
-"""Bytes of keys that are read for the sample of :meth:`KeyStream.slack`, unless that has too few queries then."""
+"""Upper bound in bytes for the sample of :meth:`KeyStream.slack`, unless that leaves too few queries."""
 
 
 class LanceKeys(KeyStream):
-    """The keys of a table, or their points; ``classes`` says how many each class has, and what they add up to."""
+    """Keys of a table, or their points; ``classes`` gives the count and sum of each class."""
 
     def __init__(self, table: KeyTable, classes: Classes, device: str) -> None:
         counts = torch.from_numpy(classes.counts.astype(np.float32)).to(device)
@@ -63,12 +63,10 @@ class LanceKeys(KeyStream):
                 yield tuple(torch.from_numpy(array).to(self.device) for array in block)  # type: ignore[misc]
             n_read += len(ids)
         if n_read != self.n:
-            raise StoreError(
-                f"{self.table.address}: has {n_read} rows, its manifest says {self.n}; use another version"
-            )
+            raise StoreError(f"{self.table.address}: {n_read} rows instead of {self.n}; use another version")
 
     def numbered_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """:meth:`blocks` with the numbers ``[b]`` that the table knows the rows by."""
+        """Yield :meth:`blocks` with row numbers ``[b]`` of the table."""
         return iter(self._held) if self.n * self.d * 4 <= HELD_BYTES else self._read()
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -80,9 +78,9 @@ class LanceKeys(KeyStream):
         return ((place, keys) for place, keys, _ in self.numbered_of_classes(class_ids))
 
     def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Read as :meth:`keys.KeyStream.numbered_of_classes`.
+        """See :meth:`keys.KeyStream.numbered_of_classes`.
 
-        Classes that fit into :data:`PIECE` are read at once; the blocks of a larger one come as they are read. Blocks
+        Small classes are read together, up to :data:`PIECE`; the blocks of a larger one come as they are read. Blocks
         share their memory.
         """
         counts, most = self._counts[class_ids], PIECE // (4 * self.d)
@@ -98,9 +96,9 @@ class LanceKeys(KeyStream):
             start = max(stop, start + 1)
 
     def _large(self, class_id: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The keys of a class and the numbers of their rows, as they are read."""
+        """Yield the keys of a class and their row numbers, as they are read."""
         n_read = 0
-        for _, keys, rows in self._of([class_id]):
+        for _, keys, rows in self._batches([class_id]):
             yield self._tensors(np.array(keys, dtype=np.float32), rows)
             n_read += len(keys)
         self._check(n_read == self._counts[class_id])
@@ -108,10 +106,10 @@ class LanceKeys(KeyStream):
     def _small(
         self, class_ids: IntArray, counts: IntArray, memory: npt.NDArray[np.float32]
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The keys of some classes, and the numbers of their rows, all in ``memory``: a block a class, by its place."""
+        """Yield the place, keys and row numbers of each class, a block per class, all in ``memory``."""
         firsts, read = np.cumsum(counts) - counts, np.zeros_like(counts)
         held, numbers = memory[: counts.sum()], np.empty(counts.sum(), dtype=np.int64)
-        for ids, keys, rows in self._of(class_ids.tolist()):
+        for ids, keys, rows in self._batches(class_ids.tolist()):
             own = np.searchsorted(class_ids, ids)
             order, found = np.argsort(own, kind="stable"), np.bincount(own, minlength=len(counts))
             self._check((read + found <= counts).all())
@@ -124,8 +122,8 @@ class LanceKeys(KeyStream):
             part = slice(int(firsts[place]), int(firsts[place] + counts[place]))
             yield place, every[part], every_row[part]
 
-    def _of(self, class_ids: Sequence[int]) -> Iterator[tuple[IntArray, KeyArray, IntArray]]:
-        """Class ids, keys and the numbers of rows of some classes, some at a time, as they lie in the table."""
+    def _batches(self, class_ids: Sequence[int]) -> Iterator[tuple[IntArray, KeyArray, IntArray]]:
+        """Yield class ids, keys and row numbers of some classes, in table order."""
         for batch in self.table.scan_of("class_id", class_ids, ["class_id", self.table.met], with_rows=True):
             if len(batch):
                 rows = batch[ROW].to_numpy().astype(np.int64)
@@ -133,14 +131,14 @@ class LanceKeys(KeyStream):
 
     def _check(self, whole: bool | np.bool_) -> None:
         if not whole:
-            raise StoreError(f"{self.table.address}: has other keys than its manifest says; check it with index verify")
+            raise StoreError(f"{self.table.address}: its keys do not match the manifest; check it with index verify")
 
     def _tensors(self, keys: npt.NDArray[np.float32], numbers: IntArray) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(keys).to(self.device), torch.from_numpy(numbers).to(self.device)
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         number, key = SPREAD_QUERIES, 4 * self.d
-        if self.n * key > SPREAD_BYTES:  # else all are read at most
+        if self.n * key > SPREAD_BYTES:  # otherwise a sample costs at most all keys
             number = int(np.clip(SPREAD_BYTES / (SPREAD_CLASSES * self.mean_count * key), SPREAD_LEAST, number))
         some = self.table.offsets(spread(self.n, number), ["class_id", self.table.met])
         keys, ids = self.table.matrix(some[self.table.met]), self.table.class_ids(some["class_id"], self.n_classes)
@@ -155,7 +153,7 @@ class LanceKeys(KeyStream):
         return affinity
 
     def nearest(self, features: Tensor, k: int) -> Nearest:
-        """The ``k`` nearest of all keys, which are all compared with each query."""
+        """Return the ``k`` nearest keys of each query, by comparing with all."""
         none = torch.empty(len(features), 0, dtype=torch.int64, device=self.device)
         best: tuple[Tensor, ...] = (features.new_empty(len(features), 0), none, none)
         for keys, ids, rows in self.numbered_blocks():
@@ -168,21 +166,21 @@ class LanceKeys(KeyStream):
 
 @dataclass(frozen=True, kw_only=True)
 class LanceRetrieval(Retrieval):
-    """Of keys in a LanceDB table, by its index, or by comparing with all where it has none."""
+    """Retrieval from a LanceDB table by its index, or by comparing with all keys."""
 
     keys: LanceKeys
     kind: str
 
     @property
     def by_class(self) -> bool:
-        """Whether queries meet whole classes."""
+        """Whether queries use whole classes."""
         return self.kind == CLASSES
 
     def _nearest_means(self, points: Tensor, number: int) -> Tensor:
         return Product(self.keys.means).search(points, number)[1]
 
     def nearest(self, points: Tensor, k: int) -> Nearest:
-        """The ``k`` nearest keys; affinities are to the keys themselves, also where the index compresses them."""
+        """Return the ``k`` nearest keys. Affinities are to the stored keys, even if the index compresses them."""
         k = min(k, self.keys.n)
         if self.kind == FLAT:
             return self.keys.nearest(points, k)

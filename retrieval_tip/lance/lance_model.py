@@ -1,8 +1,8 @@
-"""The classifier whose keys lie in a LanceDB table: more than memory holds, in a bucket or on a disk.
+"""A classifier whose keys lie in a LanceDB table, on a disk or in a bucket, and may exceed memory.
 
-Nothing in memory grows with the number of keys: what a tail needs is known of each class, hits bring their keys and
-class ids, and a query that meets all keys reads them a block at a time. Where values were solved, which only few keys
-have, all are in memory, and answer as those of a folder.
+Memory does not grow with the number of keys. The tail needs only statistics of each class, search results bring their
+keys and class ids, and a query that uses all keys reads them block by block. Solved values exist only for few keys;
+then all keys are in memory and answer like those of a folder.
 """
 
 from __future__ import annotations
@@ -41,22 +41,21 @@ from retrieval_tip.store.sums import LEAST, Along
 from retrieval_tip.store.writer import write
 
 MOST_TAKEN = 1 << 29
-"""Bytes of keys that are taken out of a table as an index of their own, in memory."""
+"""Upper bound in bytes for keys taken out of a table into an index in memory."""
 MOVED = {"float32": 1e-4, "float16": 4e-3}
-"""Difference between a point in the table and what the metric makes of its key, by dtype, beyond which it is wrong."""
+"""Tolerance, by dtype, between a stored point and the metric's point of its key."""
 MOST_ORDERED = 1 << 26
-"""Keys of which all ids are read to take the sample that a folder would: 2 GiB."""
+"""Upper bound for keys that are sampled as in a folder, which takes reading all ids: 2 GiB."""
 IN_ORDER = [("class_id", "ascending"), ("key_id", "ascending")]
-"""The order of the keys in a folder."""
+"""Order of the keys in a folder."""
 
 
 @dataclass(repr=False, kw_only=True)
 class LanceModel(AnsweringIndex):
-    """A version of a :class:`versions.LanceVersions`, opened to read. Make one with :meth:`load`.
+    """A version of a :class:`versions.LanceVersions`, opened read-only by :meth:`load`.
 
-    ``second`` ``[d, d]`` float64 is the sum of the keys' outer products, where it is known. ``whole`` are all keys as a
-    folder has them, where values were solved. What becomes the next version is a :class:`draft.LanceDraft`, which
-    :mod:`index.changes` makes.
+    ``second`` ``[d, d]`` float64 is the sum of the keys' outer products, if known. ``whole`` holds all keys in memory
+    if their values were solved. :class:`draft.LanceDraft` makes the next version.
     """
 
     store: LanceVersions
@@ -85,7 +84,7 @@ class LanceModel(AnsweringIndex):
         self._follow()
 
     def _follow(self) -> None:
-        """Bring up to date what follows from the classes and the table."""
+        """Update the attributes that depend on the classes and the table."""
         self.__dict__.pop("labels", None)
         self.class_names = self.classes.names
         self.values = None if self.whole is None else self.whole.values
@@ -94,9 +93,9 @@ class LanceModel(AnsweringIndex):
 
     @classmethod
     def load(cls, place: LanceVersions, *, device: str = "auto", version: int | None = None) -> Self:
-        """Open the current version of a store, or an earlier one. Its small part is checked; the table by its size.
+        """Open the current version of a store, or an earlier one. Verifies the small files and the size of the table.
 
-        Raises StoreError naming what is missing, damaged or does not fit the manifest.
+        Raises StoreError naming the part that is missing, damaged or does not match the manifest.
         """
         device = resolve_device(device)
         return place.opened(lambda manifest: cls._of(place, manifest, place.table(manifest), device), version)
@@ -129,7 +128,7 @@ class LanceModel(AnsweringIndex):
         return model
 
     def hold(self, values: npt.NDArray[np.float32]) -> None:
-        """Have all keys in memory, with solved values ``[n, c]`` in the order of their ids."""
+        """Hold all keys in memory, with solved values ``[n, c]`` in the order of key ids."""
         whole = self.keys_in_memory()
         places = np.argsort(np.argsort(whole.labels["key_id"].to_numpy()))
         self.whole = replace(whole, values=torch.from_numpy(values[places]))
@@ -142,7 +141,7 @@ class LanceModel(AnsweringIndex):
         return self.keys_in_memory()
 
     def keys_in_memory(self) -> CacheModel:
-        """All keys as a folder has them, in memory, without their values; exact."""
+        """Return all keys in memory, ordered as in a folder, without values; exact."""
         labels, keys = zip(*self.stored_blocks(), strict=True)
         table = pa.concat_tables(labels)
         class_ids = self.table.class_ids(table["class_id"], len(self.class_names))
@@ -151,27 +150,22 @@ class LanceModel(AnsweringIndex):
 
     @property
     def n(self) -> int:
-        """Number of keys."""
         return self._keys.n
 
     @property
     def d(self) -> int:
-        """Length of a feature."""
         return self._keys.d
 
     @property
     def place(self) -> str:
-        """Address of the store."""
         return str(self.store)
 
     @property
     def exact_search(self) -> bool:
-        """Whether the nearest keys are always found."""
         return self.index_type == FLAT or self.whole is not None
 
     @property
     def retrieval(self) -> Retrieval:
-        """Retrieval of the keys, with the settings as they are now."""
         if self.whole is not None:
             return replace(self.whole.retrieval, settings=self.settings)
         return LanceRetrieval(
@@ -184,33 +178,28 @@ class LanceModel(AnsweringIndex):
 
     @cached_property
     def labels(self) -> pa.Table:
-        """The label store, in memory, without the keys: about 150 bytes a key."""
+        """The label store in memory, without keys: about 150 bytes per key."""
         return self.table.read(self.table.label_columns)
 
     def reload(self) -> Self:
-        """The current version of the store; itself, where this is that. Raises StoreError as :meth:`load`."""
         return self if self.store.manifest() == self.manifest else self.load(self.store, device=self.device)
 
     def described(self, rows: IntArray, columns: Sequence[str]) -> pa.Table:
-        """Columns of the label store of some keys, by the table's row numbers ``[m]``, ascending."""
         return self.table.take(rows, columns) if self.whole is None else self.whole.described(rows, columns)
 
     def every_row(self) -> IntArray:
-        """The table's row numbers of all keys ``[n]``, in the order of :meth:`key_blocks`."""
         if self.whole is not None:
             return self.whole.every_row()
         rows: IntArray = torch.cat([rows for _, _, rows in self._keys.numbered_blocks()]).cpu().numpy()
         return rows
 
     def some(self, m: int) -> tuple[KeyArray, pa.Table]:
-        """At most ``m`` keys, spread evenly over all, as they are stored, and their ``key_id`` and ``class_id``."""
         if self.whole is not None:
             return self.whole.some(m)
         some = self.table.offsets(spread(self.n, m), ["key_id", "class_id", VECTOR])
         return self.table.matrix(some[VECTOR]), some.select(["key_id", "class_id"])
 
     def of_classes(self, class_ids: IntArray) -> Iterator[tuple[IntArray, KeyArray]]:
-        """Class ids and keys, as they are stored, of some classes, a block at a time."""
         for batch in self.table.scan_of("class_id", class_ids.tolist(), ["class_id", VECTOR]):
             yield batch["class_id"].to_numpy().astype(np.int64), self.table.matrix(batch[VECTOR])
 
@@ -225,15 +214,11 @@ class LanceModel(AnsweringIndex):
         return rows_with(rows, labels, source) if labels or source else rows
 
     def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
-        """Digest and label of the keys that have one of these digests."""
         asked = list(dict.fromkeys(digest for digest in digests if digest is not None))
         return labelled_digests(self.table.of_ids("digest", asked, ["digest", "label"]), asked)
 
     def statistics(self) -> Statistics | None:
-        """:func:`defaults.measure` of a sample of what queries meet, of few enough the one that a folder would take.
-
-        ``None`` where all are of one class or nothing spreads.
-        """
+        """See :meth:`AnsweringIndex.statistics`. Up to :data:`MOST_ORDERED` keys, the sample is that of a folder."""
         if self.whole is not None:
             return self.whole.statistics()
         chosen = np.arange(self.n)
@@ -248,10 +233,6 @@ class LanceModel(AnsweringIndex):
         return None if sampled is None else replace(sampled, shots=self.n / int((self.classes.counts > 0).sum()))
 
     def take(self, rows: IntArray) -> CacheModel:
-        """A classifier in memory over some of the keys, by their places in :attr:`labels`; exact, with these settings.
-
-        Raises UsageError where they are too many for that.
-        """
         if self.whole is not None:
             key_ids = self.labels["key_id"].take(pa.array(rows)).to_numpy()
             chosen = np.flatnonzero(np.isin(self.whole.labels["key_id"].to_numpy(), key_ids))
@@ -263,12 +244,12 @@ class LanceModel(AnsweringIndex):
     def _check_taken(self, n: int) -> None:
         if n * self.d * 4 > MOST_TAKEN:
             raise UsageError(
-                f"{self.store}: {n:,} keys are too many to be taken into memory; name fewer (where), or copy the "
+                f"{self.store}: {n:,} keys are too many to load into memory; choose fewer (--where), or copy the "
                 f"index into a folder: retrieval-tip index clone {self.store} DIR"
             )
 
     def keys_of(self, key_ids: IntArray) -> KeyArray:
-        """Keys ``[m, d]`` as they are stored, by their ids, each of which is there."""
+        """Return keys ``[m, d]`` as stored, by existing ids."""
         some = self.table.of_ids("key_id", key_ids.tolist(), ["key_id", VECTOR])
         found = some["key_id"].to_numpy()
         order = np.argsort(found)
@@ -279,12 +260,12 @@ class LanceModel(AnsweringIndex):
         return self.blocks_of([name for name in self.table.label_columns if name != VERSION])
 
     def blocks_of(self, columns: Sequence[str]) -> Iterator[tuple[pa.Table, KeyArray]]:
-        """Columns, and keys as they are stored, of all rows, some at a time."""
+        """Yield columns and keys of all rows as stored, block by block."""
         for batch in self.table.scan([*columns, VECTOR]):
             yield pa.Table.from_batches([batch]).drop_columns([VECTOR]), self.table.matrix(batch[VECTOR])
 
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
-        """Write a folder of the same keys, labels and settings, with a ``Flat`` index. See :meth:`CacheModel.save`."""
+        """See :meth:`AnsweringIndex.save`. The folder gets a ``Flat`` index."""
         if self.whole is not None:
             self.whole.with_settings(self.settings).save(folder, change)
             return
@@ -301,7 +282,7 @@ class LanceModel(AnsweringIndex):
             self._in_memory(keys, labels).commit(writer, change)
 
     def _in_memory(self, keys: KeyArray, labels: pa.Table) -> CacheModel:
-        """A classifier over keys and their labels, grouped by class, with this metric and these settings; exact."""
+        """Return an exact classifier over keys and labels ordered as in a folder, with this metric and settings."""
         ids, points = labels["class_id"].to_numpy().astype(np.int64), points_of(self.metric, keys, self.device)
         return CacheModel(
             keys=keys,
@@ -323,15 +304,15 @@ class LanceModel(AnsweringIndex):
 
     @property
     def segments(self) -> int:
-        """Pieces that the table is in, and one for rows that its index does not hold."""
+        """Fragments of the table, and one for rows outside its index."""
         return self.table.fragments + (self.table.unindexed() > 0)
 
 
 def verify(place: LanceVersions) -> LanceModel:
     """Check every file of every version on a disk, and every row of the current version; return that, opened.
 
-    In a bucket, of the earlier versions only the objects are checked, and not their rows. A version that a writer
-    deletes meanwhile does not count. Raises StoreError naming what is damaged or does not fit.
+    In a bucket, only the objects of earlier versions are checked, not their rows. Versions that a writer deletes
+    meanwhile are skipped. Raises StoreError naming the part that is damaged or does not match.
     """
     seen: set[tuple[str, str]] = set()
     model = place.opened(lambda manifest: check(place, manifest, seen))
@@ -350,8 +331,8 @@ def verify(place: LanceVersions) -> LanceModel:
 def check(place: LanceVersions, manifest: Manifest, seen: set[tuple[str, str]]) -> LanceModel:
     """Check every row and object of a version, and that they fit together; return it, opened.
 
-    Files that were ``seen`` are not read again (:meth:`LanceVersions.check_files`), others are added to them. Raises
-    StoreError naming what is damaged or does not fit.
+    Skips files in ``seen`` and adds the others (:meth:`LanceVersions.check_files`). Raises StoreError naming the part
+    that is damaged or does not match.
     """
     place.check_files(manifest, seen)
     model = LanceModel._of(place, manifest, place.table(manifest), "cpu")
@@ -360,7 +341,7 @@ def check(place: LanceVersions, manifest: Manifest, seen: set[tuple[str, str]]) 
 
 
 def _check_rows(model: LanceModel) -> None:
-    """Raise StoreError if rows differ from their digest, or do not add up to what is known of their classes."""
+    """Raise StoreError if rows do not match their digest, or the sums of their classes."""
     place, classes, c = model.store, model.classes, len(model.class_names)
     of_keys, of_points = Along(c, model.d, LEAST), Along(c, model.d, LEAST)
     known = None if model.manifest is None or model.manifest.digests is None else model.manifest.digests.rows
@@ -375,12 +356,12 @@ def _check_rows(model: LanceModel) -> None:
         if model.table.has_points:
             points, expected = model.table.matrix(batch[POINT]), points_of(model.metric, keys, "cpu")
             if expected is None or not np.allclose(points, expected, atol=MOVED[model.dtype]):
-                raise StoreError(f"{place}: points that are not those of their keys; mend them with index rebuild")
+                raise StoreError(f"{place}: points do not match their keys; run index rebuild")
             of_points.count(points, ids)
     if known is not None and hexadecimal(digest) != known:
-        raise StoreError(f"{place}: rows are damaged (their digest is not the manifest's); {RESTORE}")
+        raise StoreError(f"{place}: rows are damaged (their digest differs from the manifest's); {RESTORE}")
     fit = of_keys.has(classes.counts, classes.sums)
     if not fit or (classes.points is not None and not of_points.has(classes.counts, classes.points)):
-        raise StoreError(f"{place}: keys do not add up to what is known of their classes; {RESTORE}")
+        raise StoreError(f"{place}: keys do not match the sums of their classes; {RESTORE}")
     if model.second is not None and not of_keys.has_second(model.second):
-        raise StoreError(f"{place}: products of keys do not add up to what is known of them; fit the index again")
+        raise StoreError(f"{place}: keys do not match the sum of their products; fit the index again")

@@ -1,4 +1,4 @@
-"""A LanceDB table with objects beside it, as a store."""
+"""A store in LanceDB: a table, and objects beside it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from retrieval_tip.lance.versions import LanceVersions
 from retrieval_tip.settings import Dtype, MetricName, Precision, ValuesName, Verify
 from retrieval_tip.store.manifest import Manifest
 
-if TYPE_CHECKING:  # a question about a manifest needs no torch, whose import takes a second
+if TYPE_CHECKING:  # reading a manifest needs no torch, which takes a second to import
     from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.fit.closed_form import FormChoice
     from retrieval_tip.fit.search_hp import Queries
@@ -27,24 +27,23 @@ if TYPE_CHECKING:  # a question about a manifest needs no torch, whose import ta
     from retrieval_tip.retrieval.duplicates import Duplicates
 
 FEW_KEYS = 8192
-"""Largest number of keys of a new store that are all compared for images in two classes."""
+"""Upper bound for keys of a new store that are all compared, to find images in two classes."""
 
 
 class LanceStore(LanceVersions, Store):
-    """The versions of an index at an address: see :mod:`lance.versions`."""
+    """The versions of an index at an address; see :mod:`lance.versions`."""
 
     look_every = 2.0
 
     @property
-    def local(self) -> Path | None:  # type: ignore[override]  # which nobody sets
-        """The folder; ``None`` in a bucket."""
+    def local(self) -> Path | None:  # type: ignore[override]  # never set
         return self.address.local
 
     def stamp(self) -> Hashable:
         return time.monotonic_ns()
 
     def create(self, material: Material) -> LanceModel:
-        """Let keys stream into a table as they come; a fit may write it again, with their points."""
+        """Stream keys into a table. A fit may write it again, with their points."""
         from retrieval_tip.index.items import warn, warn_of
         from retrieval_tip.lance import shots
         from retrieval_tip.lance.draft import LanceDraft, index_kind, labelled_blocks
@@ -74,16 +73,11 @@ class LanceStore(LanceVersions, Store):
         return draft.opened(material.device)
 
     def copy_from(self, model: AnsweringIndex, what: str) -> int:
-        """See :meth:`Store.copy_from`. What was fitted is kept; trained values and a trained encoder are not.
-
-        Raises InputError for these, and for solved values of too many keys (:meth:`LanceDraft.check_held`).
-        """
+        """See :meth:`Store.copy_from`. A LanceDB store cannot hold trained values or a trained encoder."""
         from retrieval_tip.lance.draft import LanceDraft, values_by_id
 
         if (model.values is not None and model.fitted is None) or model.tuned is not None:
-            raise InputError(
-                f"{self}: a LanceDB store keeps no trained values and no trained encoder; keep this index in a folder"
-            )
+            raise InputError(f"{self}: a LanceDB store cannot hold trained values or a trained encoder; use a folder")
         assert model.next_key_id is not None
         with self.write() as writer:
             draft = LanceDraft.create(
@@ -92,7 +86,7 @@ class LanceStore(LanceVersions, Store):
                 model.class_names,
                 model.text_weights.cpu().numpy(),
                 model.dtype,
-                metric=model.metric if model.values is None else None,  # of points that the table has
+                metric=model.metric if model.values is None else None,  # for points in the table
             )
             draft.settings, draft.templates, draft.backbone = model.settings, model.templates, model.backbone
             draft.provenance, draft.metric, draft.fitted = model.provenance, model.metric, model.fitted
@@ -116,7 +110,7 @@ class LanceStore(LanceVersions, Store):
         from retrieval_tip.lance.lance_model import LanceModel, check
 
         if precision not in ("auto", "float32"):
-            raise UsageError(f"precision {precision}: a LanceDB store multiplies in float32; leave it out")
+            raise UsageError(f"precision {precision}: a LanceDB store multiplies in float32; remove it")
         if verify == "full":
             self.opened(lambda manifest: check(self, manifest, set()), version)
         return LanceModel.load(self, device=device, version=version)
@@ -125,7 +119,7 @@ class LanceStore(LanceVersions, Store):
     def change(self) -> Iterator[LanceChange]:
         from retrieval_tip.lance.draft import LanceDraft
 
-        self.manifest()  # where there is no index, nothing is made
+        self.manifest()  # make nothing without an index
         with self.write() as writer:
             change = LanceChange(LanceDraft.changing(writer))
             yield change
@@ -141,12 +135,12 @@ class LanceStore(LanceVersions, Store):
         judged_by = None if queries is None or model is None else queries(model)
         with self.change() as change:
             if model is not None and change.cache.version != model.version:
-                raise StoreError(f"{self}: was changed by another process meanwhile; try again")
+                raise StoreError(f"{self}: another process changed it meanwhile; try again")
             change.what = "fit"
             return shots.fit(change.cache, metric, values, judged_by)
 
     def tuned(self, manifest: Manifest) -> None:
-        """There is no trained encoder."""
+        return None
 
     def has_text(self, manifest: Manifest) -> bool:
         return bool(self.classes(manifest).text.any())
@@ -158,7 +152,6 @@ class LanceStore(LanceVersions, Store):
         return self.table(manifest).read(columns)
 
     def verify(self) -> LanceModel:
-        """Check every row of the current version, that its parts fit together, and the objects of earlier ones."""
         from retrieval_tip.lance.lance_model import verify
 
         return verify(self)
@@ -170,7 +163,7 @@ class LanceStore(LanceVersions, Store):
 
 
 class LanceChange(Change):
-    """A :class:`LanceDraft` that is to become the next version."""
+    """A :class:`LanceDraft` that becomes the next version."""
 
     def __init__(self, draft: LanceDraft) -> None:
         self._draft = draft
@@ -180,7 +173,6 @@ class LanceChange(Change):
         return self._draft
 
     def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
-        """See :meth:`Change.rebuild`: every row is written again, without what was removed."""
         self._draft.rewrite(index, dtype)
 
     def refit(self, beta: float) -> FormChoice:

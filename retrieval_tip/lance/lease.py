@@ -1,12 +1,12 @@
 """One writer at a time.
 
-On a local disk that is the system's lock on a file (:mod:`store.lock`). A bucket has no locks, so there it is one
-object, ``lease``, which is only written in place of the version that was read before (If-Match). Whoever replaces one
-that was released, or that has not changed for :data:`LEASE` seconds while one looked at it, holds it. The holder
-changes it more often than that, so clocks of two machines need not agree.
+On a local disk the system locks a file (:mod:`store.lock`). A bucket has no locks; there an object, ``lease``, is only
+replaced if it still has the version that was read before (If-Match). A process takes the lease if it was released, or
+did not change for :data:`LEASE` seconds while the process watched. The holder renews it more often, so clocks of two
+machines need not agree.
 
-A holder that was stopped for longer learns that it lost the lease when it asks, right before it commits. What is
-committed is an object that is created, so even one that loses it a moment later replaces nothing.
+A holder that was suspended for longer notices the loss when it asks, right before it commits. A commit creates an
+object, so a holder that loses the lease a moment later still overwrites nothing.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
     from obstore import UpdateVersion
 
 LEASE = 20.0
-"""Seconds without a sign of life after which a holder in a bucket counts as dead; it gives four in that time."""
+"""Seconds without renewal after which a holder in a bucket counts as dead; it renews four times as often."""
 POLL = 0.2
-"""Seconds between two looks of a waiter at a bucket."""
+"""Seconds between two looks of a waiting process."""
 NAME = "lease"
 MOST_BYTES = 1 << 14
-"""A lease that is larger was not written here."""
+"""Upper bound for a lease; a larger object is something else."""
 
 
 @contextmanager
 def held(objects: Objects, wait: float | None = None, seconds: float | None = None) -> Iterator[Callable[[], None]]:
-    """Be the one writer of a store within the context; wait for it up to ``wait`` seconds (:data:`lock.LOCK_WAIT`).
+    """Hold the write lock of a store within the context; wait up to ``wait`` seconds (:data:`lock.LOCK_WAIT`).
 
-    Yields a function to be called right before a commit, which raises StoreError if another may have taken over. A
-    process that died holds it for ``seconds`` (:data:`LEASE`) in a bucket, and no longer on a disk. Raises StoreError
-    if another one writes, or the disk or the service fails.
+    Yields a function to call right before a commit. It raises StoreError if another process may have taken over. A dead
+    process holds the lock for ``seconds`` (:data:`LEASE`) in a bucket, and no longer on a disk. Raises StoreError if
+    another process is writing, or the disk or the service fails.
     """
     if objects.address.local is not None:
         with locked(objects.address.local, objects.address, wait):
-            yield lambda: None  # the system keeps it
+            yield lambda: None  # the system guards the lock
         return
     lease = _Lease(objects, LEASE if seconds is None else seconds)
     try:
@@ -57,7 +57,7 @@ def held(objects: Objects, wait: float | None = None, seconds: float | None = No
 
 
 class _Lease:
-    """The lease in a bucket. All that is written says whose it is, so that nobody takes another's for its own."""
+    """The lease in a bucket. Its content names the holder, so that nobody takes another's for its own."""
 
     def __init__(self, objects: Objects, seconds: float) -> None:
         self._objects, self._seconds, self._token, self._beats = objects, seconds, uuid.uuid4().hex, 0
@@ -65,14 +65,14 @@ class _Lease:
         self._lost: str | None = None
         self._renewed = 0.0
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._live, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def take(self, wait: float) -> None:
-        """Get it within so many seconds. Raises StoreError where another holds it for longer."""
+        """Acquire the lease within ``wait`` seconds. Raises StoreError if another process holds it longer."""
         until, seen, since = time.monotonic() + wait, None, 0.0
         while True:
             look = said, version = self._look()
-            now = time.monotonic()  # after the look: what is seen is not older
+            now = time.monotonic()  # after the look, so that a lease never seems older than it is
             if look != seen:
                 seen, since = look, now
             free = version is None or said.get("released") is True or now - since >= self._seconds
@@ -84,26 +84,26 @@ class _Lease:
         self._thread.start()
 
     def still_held(self) -> None:
-        """Look whether it was taken. Raises StoreError where it was, or where that cannot be found out."""
+        """Raise StoreError if another process took the lease, or that is unknown."""
         self._lost = self._lost or self._taken_by(self._look()[0])
         if self._lost is not None:
-            text = f"{self._objects.address}: lost the right to write ({self._lost}); nothing was changed, try again"
+            text = f"{self._objects.address}: lost the right to write ({self._lost}); nothing changed; try again"
             raise StoreError(one_line(text))
 
     def release(self) -> None:
-        """Let the next one have it. What fails here costs that one some seconds, and nothing else."""
+        """Release the lease. A failure only costs the next writer some seconds."""
         self._ended.set()
         if self._thread.is_alive():
-            self._thread.join()  # or else a late sign of life would take the release back
-        with suppress(StoreError):  # one that was interrupted while it took the lease may have it, too
+            self._thread.join()  # or a late renewal would undo the release
+        with suppress(StoreError):  # after an interrupted take it may be ours, too
             said, version = self._look()
             if self._taken_by(said) is None:
                 self._write(version, released=True)
 
     def _look(self) -> tuple[dict[str, object], UpdateVersion | None]:
-        """The facts of the lease and its version; ``None`` where there is none.
+        """Return the content of the lease and its version, ``None`` without a lease.
 
-        One that is damaged has no facts, and ends as that of a dead holder does.
+        A damaged lease has no content, and expires like that of a dead holder.
         """
         try:
             content, version = self._objects.read(NAME, MOST_BYTES)
@@ -115,12 +115,12 @@ class _Lease:
         return {}, version
 
     def _write(self, version: UpdateVersion | None, released: bool = False) -> bool:
-        """Replace this version, or one of ours, by what says that this process lives; whether that lies there now."""
+        """Replace this version, or one of ours, with a new beat; return whether the lease is ours now."""
         began, self._beats = time.monotonic(), self._beats + 1
         new = {"owner": this_process(), "token": self._token, "beat": self._beats, "released": released}
         content = json.dumps(new, indent=1).encode()
         written = self._objects.replace(NAME, content, version)
-        if written is None:  # a server can keep what it then fails to acknowledge: this, or the one before
+        if written is None:  # a server may store a beat without acknowledging it: this or the last
             said, version = self._look()
             if self._taken_by(said) is None:
                 written = version if said == new else self._objects.replace(NAME, content, version)
@@ -128,8 +128,8 @@ class _Lease:
             self._version, self._renewed = written, began
         return written is not None
 
-    def _live(self) -> None:
-        """Give signs of life until it is released or lost."""
+    def _renew(self) -> None:
+        """Renew the lease until it is released or lost."""
         while self._lost is None and not self._ended.wait(self._seconds / 4):
             try:
                 if not self._write(self._version):
@@ -139,7 +139,7 @@ class _Lease:
                     self._lost = f"it could not be renewed: {error}"
 
     def _taken_by(self, said: dict[str, object]) -> str | None:
-        """The loss of the lease, in words; ``None``: it is ours."""
+        """Describe the loss of the lease; ``None`` if it is ours."""
         return None if said.get("token") == self._token else f"it was taken over by {_owner(said)}"
 
 

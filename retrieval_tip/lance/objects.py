@@ -1,8 +1,8 @@
-"""Objects below one address: on a local disk, in an S3 bucket or in a GCS bucket, by obstore.
+"""Objects below one address: on a local disk, in an S3 bucket or in a GCS bucket, through obstore.
 
-What several processes need to agree on a store is small: an object is written whole, read whole, *created*, which
-exactly one of those that try it at once can do, and in a bucket *replaced*, by one that knows which version it
-replaces. Tables themselves are LanceDB's.
+Processes that share a store need little. An object is written whole and read whole. Of several processes that *create*
+an object, exactly one succeeds. In a bucket, an object is *replaced* only by a process that knows its current version.
+The tables themselves are LanceDB's.
 """
 
 from __future__ import annotations
@@ -32,73 +32,74 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATIENT_BYTES, PATIENT_SECONDS = 1 << 20, 120
-"""An object above this size is sent with that much time for an answer, for sending it takes some of it."""
+"""An object above this size gets this many seconds for an answer, which include sending it."""
 
 _NAME = re.compile(r"[A-Za-z0-9_=+@-][A-Za-z0-9._=+@-]*(/[A-Za-z0-9_=+@-][A-Za-z0-9._=+@-]*)*")
 
 
 class Objects:
-    """The objects below one address. A name is relative, with ``/`` between its parts, none of which begins with a dot.
+    """The objects below one address. Names are relative; their parts, separated by ``/``, never begin with a dot.
 
-    Nothing is read before it is asked for, and the place need not exist. Raises UsageError where obstore is not
-    installed, StoreError for an environment that cannot be used. Every method raises StoreError where the disk or the
-    service refuses, cannot be reached or cannot be understood, and for a name that no object can have.
+    Nothing is read in advance, and the place need not exist. Raises UsageError if obstore is not installed, StoreError
+    for an unusable environment. Every method raises StoreError if the disk or the service refuses, cannot be reached or
+    cannot be understood, and for an invalid name.
     """
 
     def __init__(self, place: Address, patience: Patience = PATIENCE) -> None:
         self.address, self._root, self._patience = place, place.local, patience
         try:
-            import obstore  # noqa: F401 - only whether it is there
+            import obstore  # noqa: F401 - only to see whether it is installed
         except ImportError:
             raise UsageError(f"{one_line(str(place))}: needs pip install 'retrieval-tip[distributed]'") from None
         self._bucket = None if self._root is not None else self._connected(patience.answer)
 
     def get(self, name: str, most: int | None = None) -> bytes:
-        """All of an object. Raises FileNotFoundError; StoreError too where it has more than ``most`` bytes."""
+        """Read an object. Raises FileNotFoundError, and StoreError if it has more than ``most`` bytes."""
         return self.read(name, most)[0]
 
     def read(self, name: str, most: int | None = None) -> tuple[bytes, UpdateVersion]:
-        """All of an object, and the version that :meth:`replace` knows it by. Raises as :meth:`get`."""
+        """Read an object, and the version to :meth:`replace`. Raises as :meth:`get`."""
         import obstore
 
         def read(client: Client) -> tuple[bytes, UpdateVersion]:
-            if self._root is not None and not (self._root / name).is_file():  # a pipe would be waited for
+            if self._root is not None and not (self._root / name).is_file():  # reading a pipe would block
                 raise FileNotFoundError(name)
             result = obstore.get(client, name)
             if most is not None and result.meta["size"] > most:
                 shown, size = one_line(f"{self.address}/{name}"), result.meta["size"]
                 raise StoreError(
-                    f"{shown}: {size:,} bytes, which nothing here writes (at most {most:,}); is it another file?"
+                    f"{shown}: {size:,} bytes, larger than any object of a store ({most:,}); is it another file?"
                 )
             return bytes(result.bytes()), _version(result.meta)
 
         return self._asked("read", self._checked(name), read)
 
     def put(self, name: str, data: bytes) -> None:
-        """Write an object in place of the one that is there; a reader gets one of them whole."""
+        """Write an object, or overwrite it; a reader gets the old or the new one whole."""
         self._put(name, data, "overwrite")
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write an object that is not there; ``False`` where it is. Of many who try at once one is told ``True``.
+        """Write a new object; return ``False`` if it exists. Of simultaneous writers, at most one gets ``True``.
 
-        At most one: a server may have kept what it then failed to acknowledge, so one that is told ``False``, or gets
-        a StoreError, and can tell its own data from those of all others, should look whether it lies there.
+        A server may store an object and then fail to acknowledge it. After ``False`` or a StoreError, a writer of
+        unique data should therefore look whether its own lies there.
         """
         return self._put(name, data, "create") is not None
 
     def replace(self, name: str, data: bytes, version: UpdateVersion | None) -> UpdateVersion | None:
-        """Write an object in a bucket where it still is this version, or where ``None``, not there; its new version.
+        """Write an object in a bucket if it still has this version (``None``: does not exist); return its new version.
 
-        ``None`` where it is another: of many who try at once at most one is told a version, as by :meth:`create`.
+        Returns ``None`` if it has another version. Of simultaneous writers, at most one gets a version, as with
+        :meth:`create`.
         """
         return self._put(name, data, "create" if version is None else version)
 
     def names(self, folder: str = "") -> list[str]:
-        """Names of the objects in a folder, sorted, without those in its folders; none where it is not there."""
+        """Return the sorted names of the objects in a folder, without subfolders; none without the folder."""
         return list(self.sizes(folder))
 
     def sizes(self, folder: str = "") -> dict[str, int]:
-        """Bytes of the objects in a folder, by :meth:`names`."""
+        """Return the sizes of the objects in a folder in bytes, by name as in :meth:`names`."""
         import obstore
 
         def listed(client: Client) -> dict[str, int]:
@@ -113,17 +114,17 @@ class Objects:
         return {name: sizes[name] for name in sorted(sizes) if name.startswith(before) and _NAME.fullmatch(name)}
 
     def delete(self, names: Iterable[str]) -> None:
-        """Remove objects; those that are gone already do not matter."""
+        """Remove objects; missing ones are ignored."""
         import obstore
 
         checked = [self._checked(name) for name in names]
-        # A disk and GCS stop at the first that is gone; S3 says nothing of it.
+        # A disk and GCS stop at the first missing object; S3 ignores it.
         for part in ([checked] if self.address.scheme == "s3" else [[name] for name in checked]) if checked else ():
             with suppress(FileNotFoundError):
                 self._asked("removed", part[0], functools.partial(obstore.delete, paths=part))
 
     def _put(self, name: str, data: bytes, mode: PutMode) -> UpdateVersion | None:
-        """Write an object; ``None`` where the condition of ``mode`` does not hold."""
+        """Write an object; return ``None`` if the condition of ``mode`` fails."""
         import obstore
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
@@ -141,7 +142,7 @@ class Objects:
         return self._asked("written", self._checked(name), put)
 
     def _flushed(self, client: Client, root: Path, name: str, data: bytes, create: bool) -> UpdateVersion:
-        """Write a file, which is flushed to disk before it gets its name, as the name is before it is told."""
+        """Write a file: flush the data before the rename, and the folders before returning."""
         import obstore
 
         path = root / name
@@ -150,7 +151,7 @@ class Objects:
             version = _version(obstore.put(client, staged, data))
             flush(root / staged)
             if create:
-                obstore.copy(client, staged, name, overwrite=False)  # a hard link, which fails where there is one
+                obstore.copy(client, staged, name, overwrite=False)  # a hard link fails if the name exists
             else:
                 obstore.rename(client, staged, name)
         finally:
@@ -160,13 +161,13 @@ class Objects:
         return version
 
     def _checked(self, name: str) -> str:
-        """A name may come from a file that somebody else wrote, and must not lead out of the address."""
+        """Return a valid name. Names may come from a foreign file, and must not lead out of the address."""
         if not _NAME.fullmatch(name):
-            raise StoreError(f"{one_line(str(self.address))}: {one_line(name[:200])!r} can be no object's name")
+            raise StoreError(f"{one_line(str(self.address))}: {one_line(name[:200])!r} is not a valid object name")
         return name
 
     def _connected(self, seconds: float) -> S3Store | GCSStore:
-        """A client; that costs no request. Its options are those that LanceDB is given."""
+        """Return a client with LanceDB's options, without a request."""
         from obstore.exceptions import BaseError
         from obstore.store import GCSStore, S3Store
 
@@ -175,7 +176,7 @@ class Objects:
             "connect_timeout": timedelta(seconds=self._patience.connect),
             "read_timeout": timedelta(seconds=seconds),
             "timeout": timedelta(minutes=10),
-            "allow_http": options["allow_http"] == "true",  # the environment's is not read where options are given
+            "allow_http": options["allow_http"] == "true",  # options hide the environment's
         }
         retry: RetryConfig = {
             "max_retries": self._patience.retries,
@@ -190,17 +191,17 @@ class Objects:
             if own.scheme == "gs":
                 return GCSStore(own.bucket, prefix=own.path, client_options=client, retry_config=retry)
             return S3Store(own.bucket, prefix=own.path, config=config, client_options=client, retry_config=retry)
-        except (BaseError, ValueError, OSError) as error:  # e.g. a damaged file of credentials
+        except (BaseError, ValueError, OSError) as error:  # e.g. a damaged credentials file
             raise self._explained("connected to", "", error) from None
 
     def _asked(self, what: str, name: str, ask: Callable[[Client], T]) -> T:
-        """The answer of a client; its errors as ours. FileNotFoundError where the object is not there."""
+        """Return the answer of a client. Translates its errors; raises FileNotFoundError for a missing object."""
         from obstore.exceptions import BaseError
         from obstore.store import LocalStore
 
         if os.getpid() != _first_process():
             place = one_line(str(self.address))
-            raise StoreError(f"{place}: this process was forked from one that had asked a store; use spawn")
+            raise StoreError(f"{place}: this process was forked after using a store; use spawn")
         try:
             if self._root is not None and what == "written":
                 make_folders(self._root)
@@ -215,13 +216,13 @@ class Objects:
             raise self._explained(what, name, error) from None
 
     def _is_missing(self, error: Exception) -> bool:
-        """Whether an object, and not its bucket, is not there."""
+        """Return whether an object is missing, and not its bucket."""
         if self._root is not None:
             return isinstance(error, FileNotFoundError) or _number(error) in (errno.ENOENT, errno.ENOTDIR)
         return isinstance(error, FileNotFoundError) and not _is_bucket_missing(str(error))
 
     def _explained(self, what: str, name: str, error: Exception) -> StoreError:
-        """Say in one line what went wrong: the error's text has many, and may repeat what a server said of a key."""
+        """Explain an error in one line: its text has many, and may repeat what a server said about a key."""
         text, scheme = str(error), self.address.scheme
 
         def found(pattern: str) -> str:
@@ -234,7 +235,7 @@ class Objects:
             if "UnableToCopyFile" in text and number in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
                 why = f"cannot be {what}: the file system has no hard links, which a commit needs; use another disk"
         elif _is_bucket_missing(text):
-            why = f"no such bucket; make {self.address.bucket}, or give another address"
+            why = f"no such bucket; create {self.address.bucket}, or give another address"
         elif re.search(r"^https?://[^/]+/(latest/(api/token|meta-data)|computeMetadata)\b", url) or (
             not url and re.search(r"Missing ?(AccessKeyId|SecretAccessKey)|service account|credential", text, re.I)
         ):
@@ -244,9 +245,9 @@ class Objects:
         ):
             why = "the bucket is in another region; set AWS_REGION to its own"
         elif status in ("401", "403") or type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
-            why = f"access denied ({said}); {set_credentials(scheme)}, of an account that may"
+            why = f"access denied ({said}); {set_credentials(scheme)}, for an account with access"
         elif status:
-            why = f"the service answers {said}; try later, or ask who runs it"
+            why = f"the service answered {said}; try later, or ask its operator"
         elif url:
             silent = "kind: Timeout" in text or "TimedOut" in text
             why = "no answer from" if silent else "cannot connect to"
@@ -261,7 +262,7 @@ class Objects:
 
 @functools.cache
 def _first_process() -> int:
-    """The process that obstore's threads are in; one that is forked from it has none, and would wait for ever."""
+    """Return the process that runs obstore's threads; a forked one lacks them and would wait forever."""
     return os.getpid()
 
 
@@ -272,7 +273,7 @@ def flush(file: Path) -> None:
 
 
 def _version(answer: ObjectMeta | PutResult) -> UpdateVersion:
-    """The version that an answer names, as far as it does: obstore takes no ``None``."""
+    """Return the version in an answer, without the ``None`` that obstore rejects."""
     version: UpdateVersion = {}
     if answer["e_tag"] is not None:
         version["e_tag"] = answer["e_tag"]
@@ -282,7 +283,7 @@ def _version(answer: ObjectMeta | PutResult) -> UpdateVersion:
 
 
 def _number(error: Exception) -> int | None:
-    """The system's number of what went wrong on a disk."""
+    """Return the system's error number of a disk error."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     match = re.search(r"\bcode: (\d+)", str(error))

@@ -1,9 +1,9 @@
-"""The digest of the rows of a table: it does not depend on their order, and a change costs by the rows it changes.
+"""Digest of the rows of a table, independent of their order; updating it costs only the changed rows.
 
     digest = sum of SHA-256(row) over all rows, modulo 2^256
 
-A new row adds its SHA-256 and a removed row subtracts it. This finds damage. It does not stop anyone who can write the
-manifest as well.
+A new row adds its SHA-256 and a removed row subtracts it. This detects damage, but not someone who can also write the
+manifest.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _EMPTY = pa.scalar(b"", pa.large_binary())
 
 
 def with_rows(digest: int, rows: pa.Table | pa.RecordBatch, sign: int = 1) -> int:
-    """Return the digest of a table with further rows, or without some of its rows (``sign`` -1).
+    """Return the digest of a table after adding rows, or after removing them (``sign`` -1).
 
-    What is hashed of a row is its values, each with the column's name, in the order of the names, and then the bytes of
-    its key. Nulls do not count, so a new column does not change the digest of older rows. Points do not count: they
-    follow from the keys. Raises InputError where a value cannot be read.
+    The hash of a row covers its values with their column names, in the order of the names, then the bytes of its key.
+    It skips nulls, so that a new column does not change the digest of older rows, and points, which follow from the
+    keys. Raises InputError if a value cannot be read.
     """
     names = sorted({*rows.schema.names} - {VECTOR, POINT})
     rows = rows if isinstance(rows, pa.Table) else pa.Table.from_batches([rows])
@@ -47,7 +47,7 @@ def hexadecimal(digest: int) -> str:
 def _fields(name: str, column: pa.Array) -> pa.Array:
     """Return a column as bytes, each value as ``name length value``; a null stays null."""
     kind = column.type
-    if pa.types.is_primitive(kind) and 8 <= kind.bit_width <= 64:  # also of floats and times every bit counts
+    if pa.types.is_primitive(kind) and 8 <= kind.bit_width <= 64:  # every bit of floats and times counts
         column, kind = column.view(f"int{kind.bit_width}"), pa.int64()
     plain = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     if not any(is_kind(kind) for is_kind in plain):
@@ -61,4 +61,4 @@ def _fields(name: str, column: pa.Array) -> pa.Array:
     named = pc.binary_join_element_wise(
         pa.scalar(name, pa.large_string()), length, value, pa.scalar(" ", pa.large_string())
     )
-    return named.cast(pa.large_binary())  # a damaged text may be no UTF-8
+    return named.cast(pa.large_binary())  # damaged text may not be UTF-8

@@ -1,4 +1,4 @@
-"""Fit an index in LanceDB: its keys are read in the order of a folder, some by their place, or all in one pass."""
+"""Fit an index in LanceDB. Keys are read in the order of a folder, in memory or in a few passes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ LABELS = ("key_id", "class_id", "digest", "source")
 
 
 class OrderedKeys(KeysInPlace):
-    """Keys ``[n, d]`` of a table by their place in a folder of the same keys: by class, and within a class by id.
+    """Keys ``[n, d]`` of a table in the order of a folder: by class, and within a class by id.
 
-    ``offsets`` ``[n]`` are the table's own places of them.
+    ``offsets`` ``[n]`` are their positions in the table.
     """
 
     def __init__(self, table: KeyTable, d: int, offsets: IntArray) -> None:
@@ -41,7 +41,7 @@ class OrderedKeys(KeysInPlace):
         return keys
 
     def blocks(self, places: IntArray) -> Iterator[tuple[KeyArray, IntArray]]:
-        """See :meth:`KeysInPlace.blocks`: the table is read once."""
+        """See :meth:`KeysInPlace.blocks`; reads the table once."""
         wanted, start = np.zeros(len(self), dtype=bool), 0
         wanted[self._offsets[places]] = True
         for batch in self.table.scan([VECTOR]):
@@ -52,7 +52,7 @@ class OrderedKeys(KeysInPlace):
 
 
 class TableShots:
-    """What is to become the next version of a store, as :func:`closed_form.fit` takes it: labels are in memory."""
+    """A draft as :func:`closed_form.fit` takes it, with labels in memory."""
 
     curve: pa.Table | None = None
     segments = 1
@@ -62,7 +62,7 @@ class TableShots:
         labels = table.read(LABELS)
         order = np.lexsort((labels["key_id"].to_numpy(), labels["class_id"].to_numpy()))
         if len(order) != draft.n:
-            raise StoreError(f"{draft.store}: has {len(order)} rows, its manifest says {draft.n}; use another version")
+            raise StoreError(f"{draft.store}: {len(order)} rows instead of {draft.n}; use another version")
         self.labels: pa.Table = labels.take(pa.array(order))
         self.keys = OrderedKeys(table, draft.d, order)
         self.class_ids: Tensor = torch.from_numpy(self.labels["class_id"].to_numpy().astype(np.int64))
@@ -73,7 +73,7 @@ class TableShots:
     def set_fitted(
         self, metric: tip.Metric | None, values: Tensor | None, fitted: Fitted | None, factory: str | None = None
     ) -> None:
-        """See :meth:`LanceDraft.set_fitted`; so many keys have no solved values."""
+        """See :meth:`LanceDraft.set_fitted`. A table this large has no solved values."""
         assert values is None
         self.draft.set_fitted(metric, fitted, factory)
 
@@ -85,9 +85,9 @@ def fit(
     validation: Queries | None = None,
     factory: str | None = None,
 ) -> FormChoice:
-    """Fit what is to become the next version, with the arguments of :func:`closed_form.fit`.
+    """Fit a draft, with the arguments of :func:`closed_form.fit`.
 
-    Keys that may have solved values are in memory; of more, labels are, and keys are read in a few passes.
+    Keys that may get solved values are in memory. For larger tables only labels are, and keys are read in a few passes.
     """
     if draft.n > MOST_SOLVED:
         shots = TableShots(draft)
@@ -96,7 +96,7 @@ def fit(
         return choice
     whole = draft.keys_in_memory() if draft.whole is None else draft.whole
     whole.settings, whole.sums = draft.settings, draft.sums
-    by_class = CLASSES if (factory or draft.index_type) == CLASSES else None  # which has no solved values
+    by_class = CLASSES if (factory or draft.index_type) == CLASSES else None  # it has no solved values
     choice = closed_form.fit(whole, metric=metric, values=values, validation=validation, factory=by_class)
     draft.settings, draft.provenance = whole.settings, whole.provenance
     draft.set_fitted(whole.metric, whole.fitted, factory, whole)

@@ -2,22 +2,22 @@
 
 Readers see the old version or the new one, never half of one.
 
-manifests/000003.json          a version each; the one with the highest number is the current one, and creating it is
-                               what makes a version: of two writers one can
-data/classes-<digest>.parquet  of each class: label, text weight, number of keys, sum of keys, and of their points
-data/second-<digest>.npy       sum of the keys' outer products, which a metric is fitted from
-data/metric-<digest>.npy       of a fitted index: the metric
-data/values-<digest>.npy       of a fitted index: solved values of the keys, in the order of their ids
-keys.lance/                    the table of keys and labels, whose own version each manifest names
-lock                           held by the process that writes; in a bucket an object, ``lease`` (:mod:`lance.lease`)
+manifests/000003.json          one per version; the highest number is current. Creating it commits the version, and of
+                               two writers only one can create it
+data/classes-<digest>.parquet  per class: label, text weight, number of keys, sum of keys and of their points
+data/second-<digest>.npy       sum of the keys' outer products, to fit a metric from
+data/metric-<digest>.npy       metric of a fitted index
+data/values-<digest>.npy       solved values of a fitted index, in the order of key ids
+keys.lance/                    table of keys and labels; each manifest names a version of it
+lock                           held by the writing process; in a bucket an object, ``lease`` (:mod:`lance.lease`)
 
-LanceDB's own versions cannot be the commit: ``create_table(mode="overwrite")`` drops a concurrent add in silence, and
-of two that raced with ``mode="create"`` on a disk both succeeded in 5 of 20 races. So the commit is the manifest, an
-object that is created only where it is not there (If-None-Match, or a hard link).
+LanceDB's own versions cannot be the commit: ``create_table(mode="overwrite")`` silently drops a concurrent add, and
+with ``mode="create"`` on a disk, both racing writers succeeded in 5 of 20 races. So the commit is the manifest, an
+object that is created only if it does not exist (If-None-Match, or a hard link).
 
-A writer that was killed leaves versions of the table that no manifest names; the next one starts from the one that its
-manifest names, so nothing is there twice. On a disk all new files of the table are flushed before the manifest is
-created, for the engine does not do it. Credentials are in the environment, never here.
+A killed writer leaves versions of the table that no manifest names. The next writer restarts from the version in its
+manifest, so that no row is doubled. On a disk, all new files of the table are flushed before the manifest is created,
+since the engine does not flush them. Credentials stay in the environment.
 """
 
 from __future__ import annotations
@@ -54,22 +54,22 @@ T = TypeVar("T")
 
 TABLE = "keys"
 DIGESTED = ("data", "_deletions", "_indices")
-"""Folders of a table on a disk whose files have digests. Their names are never used twice."""
-RESTORE = "go back to a version before, or build the store again"
+"""Folders of a table on a disk whose files have digests. File names there are never reused."""
+RESTORE = "go back to an earlier version, or build the store again"
 PRUNED_EVERY = 16
-"""Versions from one that gives up those of the table to the next: that puts all small pieces together anew."""
+"""Number of versions between two prunings of the table, each of which merges all small fragments."""
 OBJECT_BYTES = 1 << 34
-"""An object that is larger was not written here: a million classes of 1024 values take less."""
+"""Upper bound for an object of a store: a million classes of 1024 values take less."""
 
 _MANIFEST = re.compile(r"(\d{6,12})\.json")
 
 
 @dataclass(frozen=True)
 class Classes:
-    """The small part of an index: of each class its name, text weight ``[c, d]`` float32, and what a tail needs.
+    """The small part of an index: name, text weight ``[c, d]`` float32 and statistics of each class.
 
-    That is ``counts`` ``[c]`` int64 of its keys, and their ``sums`` ``[c, d]`` float64; ``points``, where the table has
-    these, are the sums of their points.
+    ``counts`` ``[c]`` int64 and ``sums`` ``[c, d]`` float64 are of its keys; ``points`` are the sums of their points,
+    if the table has points.
     """
 
     names: list[str]
@@ -79,7 +79,7 @@ class Classes:
     points: npt.NDArray[np.float64] | None = None
 
     def to_bytes(self) -> bytes:
-        """The bytes of a Parquet file."""
+        """Return a Parquet file."""
         columns = {"label": pa.array(self.names, pa.string()), "keys": pa.array(self.counts, pa.int64())}
         columns |= {"text": vectors(self.text), "sum": vectors(self.sums)}
         table = pa.table(columns if self.points is None else columns | {"point_sum": vectors(self.points)})
@@ -89,7 +89,7 @@ class Classes:
 
     @classmethod
     def from_bytes(cls, raw: bytes, d: int) -> Classes:
-        """The inverse of :meth:`to_bytes`, for features of length ``d``."""
+        """Read the file of :meth:`to_bytes`, for features of length ``d``."""
         table = pq.read_table(io.BytesIO(raw))
 
         def matrix(name: str) -> npt.NDArray[np.float64]:
@@ -110,7 +110,7 @@ class Arrays(NamedTuple):
 
 
 class TableWriter:
-    """A version in the making, alone. Make one with :meth:`LanceVersions.write`."""
+    """The exclusive writer of the next version, from :meth:`LanceVersions.write`."""
 
     def __init__(self, store: LanceVersions, still_held: Callable[[], None], parent: Manifest | None) -> None:
         self.store, self.parent, self.still_held = store, parent, still_held
@@ -120,27 +120,27 @@ class TableWriter:
         if parent is not None and parent.table is not None:
             store.check_engine(parent)
             self.table = KeyTable.latest(store.address, parent.table.name)
-            if self.table.version != parent.table.version:  # what is newer was left by a writer that did not finish
+            if self.table.version != parent.table.version:  # drop what interrupted writers left
                 self.table.restore(parent.table.version)
 
     @property
     def number(self) -> int:
-        """The number of the version in the making."""
+        """Number of the version being written."""
         return (self.parent.version if self.parent else 0) + 1
 
     def create(self, rows: Iterator[pa.RecordBatch], schema: pa.Schema) -> KeyTable:
-        """Make a table of these rows; whatever is there stays in earlier versions."""
+        """Write a table of these rows; earlier versions keep theirs."""
         self.table = KeyTable.create(self.store.address, TABLE, rows, schema)
         self._creations += 1
         return self.table
 
     @property
     def prunes(self) -> bool:
-        """Whether this version, once it is there, is to give up those of the table: a first one that was made twice."""
+        """Whether to prune old table versions after this commit: always if the first build wrote the table twice."""
         return (self.parent is None and self._creations > 1) or self.store.prunes(self.number)
 
     def put(self, kind: str, raw: bytes, rows: int) -> DataFile:
-        """Write an object of the small part, unless the version before has it."""
+        """Write an object of the small part, unless the parent version has it."""
         digest = hashlib.sha256(raw).hexdigest()
         entry = DataFile(f"data/{kind}-{digest[:16]}{SUFFIXES[kind]}", rows, len(raw), digest)
         if self.parent is None or self.parent.files.get(kind) != entry:
@@ -148,31 +148,31 @@ class TableWriter:
         return entry
 
     def put_array(self, kind: str, array: KeyArray | npt.NDArray[np.float64]) -> DataFile:
-        """The same of an array."""
+        """Write an array with :meth:`put`."""
         sink = io.BytesIO()
         np.save(sink, np.ascontiguousarray(array), allow_pickle=False)
         return self.put(kind, sink.getvalue(), len(array))
 
     def commit(self, manifest: Manifest) -> None:
-        """Make this the current version; until its manifest is created the old one stands.
+        """Make this the current version. Until its manifest is created, the old version stands.
 
-        Raises InputError for what a manifest cannot hold, StoreError where another writer was faster, the table does
-        not have the rows that it should, or cannot be flushed.
+        Raises InputError for values that a manifest cannot hold. Raises StoreError if another writer was faster, or the
+        table lacks rows or cannot be flushed.
         """
         address, objects = self.store.address, self.store.objects
         raw = history.sealed(manifest, address)
         assert manifest.table is not None
         if KeyTable.at(address, manifest.table.name, manifest.table.version).rows != manifest.n:
-            raise StoreError(f"{address}: was written by another process meanwhile; try again")
+            raise StoreError(f"{address}: another process wrote it meanwhile; try again")
         self._flush()
         self.still_held()
         name = _name(manifest.version)
-        # Where the answer was lost, it may be there all the same; what is there tells whose it is.
+        # If the answer was lost, the object may exist all the same; its content tells whose it is.
         if not objects.create(name, raw) and objects.get(name, len(raw)) != raw:
-            raise StoreError(f"{address}: got version {manifest.version} from another process; try again")
+            raise StoreError(f"{address}: another process wrote version {manifest.version}; try again")
         try:
             self.still_held()
-        except StoreError as lost:  # whoever has it now may have given up what no manifest named yet
+        except StoreError as lost:  # the new holder may have deleted what no manifest named yet
             try:
                 self.store.check_objects(manifest)
                 self.store.table(manifest)
@@ -181,14 +181,14 @@ class TableWriter:
                 raise lost from None
 
     def digests(self, table: Table, rows: int | None) -> TableDigests:
-        """Return the digests of a version of the table: of its files, and of its ``rows``, where that is known.
+        """Return the digests of a version of the table: of its files, and of its ``rows`` if known.
 
-        Only new files are read. Raises StoreError where one cannot be.
+        Reads only new files. Raises StoreError if one is unreadable.
         """
         engine = _engine_name(table)
         before = {} if self.parent is None or self.parent.digests is None else self.parent.digests.files
         files = {}
-        with suppress(FileNotFoundError):  # an engine of another version may name it in another way
+        with suppress(FileNotFoundError):  # another version of the engine may use another name
             files[engine] = hashlib.sha256(self.store.objects.get(engine)).hexdigest()
         for path, changed in sorted(self.store.table_files()):
             name = path.relative_to(self.store.root).as_posix()
@@ -202,15 +202,15 @@ class TableWriter:
 
     @contextmanager
     def _on_disk(self, what: str) -> Iterator[None]:
-        """Raise StoreError where the disk fails."""
+        """Turn disk errors into StoreError."""
         try:
             yield
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            raise StoreError(f"{self.store}: its table cannot be {what}: {reason}; nothing was changed") from None
+            raise StoreError(f"{self.store}: its table cannot be {what}: {reason}; nothing changed") from None
 
     def _flush(self) -> None:
-        """Flush the files of the table that are new on a disk, and the folders that hold them."""
+        """Flush the new files of the table on a disk, and their folders."""
         new = [path for path, _ in self.store.table_files() - self._files]
         with self._on_disk("flushed"):
             for path in new:
@@ -221,7 +221,7 @@ class TableWriter:
 
 
 class LanceVersions:
-    """The versions of one index at an address. Nothing is opened or made until it is asked for."""
+    """The versions of one index at an address. Nothing is opened or created in advance."""
 
     def __init__(self, address: Address) -> None:
         self.address = address
@@ -231,40 +231,38 @@ class LanceVersions:
         return str(self.address)
 
     def exists(self) -> bool:
-        """Whether there is an index (in whatever state)."""
+        """Return whether there is an index, in any state."""
         return bool(self._versions())
 
     def _versions(self) -> list[int]:
-        """The versions that are kept, oldest first."""
+        """Return the kept versions, oldest first."""
         matches = (_MANIFEST.fullmatch(name.rpartition("/")[2]) for name in self.objects.names("manifests"))
         return sorted(int(match[1]) for match in matches if match)
 
     def manifest(self, version: int | None = None) -> Manifest:
-        """The current version, or an earlier one. Raises StoreError where it is not there, or is damaged."""
+        """Return the current manifest, or an earlier one. Raises StoreError if it is missing or damaged."""
         for _ in range(VERSIONS_TRIED):
             there = self._versions()
             if not there:
-                raise StoreError(
-                    f"{self}: no index there; make one with retrieval-tip index build SOURCE --store {self}"
-                )
+                raise StoreError(f"{self}: no index; build one with retrieval-tip index build SOURCE --store {self}")
             if version is not None and version not in there:
-                raise StoreError(f"{self}: has no version {version}; there are {', '.join(map(str, there))}")
+                raise StoreError(f"{self}: no version {version}; choose from {', '.join(map(str, there))}")
             try:
                 return self._read(version or there[-1])
-            except FileNotFoundError:  # given up just now
+            except FileNotFoundError:  # just deleted
                 continue
         raise self._too_fast()
 
     def _read(self, version: int) -> Manifest:
         name = _name(version)
         raw = self.objects.get(name, MANIFEST_BYTES)
-        manifest = Manifest.from_bytes(raw, f"{self}/{name}", "restore it, or go back to a version before it")
+        manifest = Manifest.from_bytes(raw, f"{self}/{name}", "restore it, or go back to an earlier version")
         if manifest.table is None or manifest.version != version:
             raise StoreError(f"{self}/{name}: is the manifest of another index; restore it")
         return manifest
 
     def classes(self, manifest: Manifest) -> Classes:
-        """The classes of a version. Raises StoreError where their table is missing or damaged."""
+        """Return the classes of a version. Raises StoreError if their table is missing or damaged."""
         file = manifest.files["classes"]
         return Classes.from_bytes(self._checked(file.name, file.sha256), manifest.d)
 
@@ -278,12 +276,12 @@ class LanceVersions:
         return Arrays(read("second"), read("metric"), read("values"))
 
     def check_objects(self, manifest: Manifest) -> None:
-        """Check the objects of a version. Raises StoreError where one is missing or damaged."""
+        """Check the objects of a version. Raises StoreError if one is missing or damaged."""
         for file in manifest.data_files:
             self._checked(file.name, file.sha256)
 
     def _checked(self, name: str, sha256: str) -> bytes:
-        """Read an object. Raises StoreError where it is missing, or has another digest."""
+        """Read an object. Raises StoreError if it is missing, or does not match its digest."""
         try:
             raw = self.objects.get(name, OBJECT_BYTES)
         except FileNotFoundError:
@@ -298,25 +296,25 @@ class LanceVersions:
         return self.address.local or Path()
 
     def table_files(self) -> set[tuple[Path, int]]:
-        """Files of the table on a disk, with the times of their last change; none of one in a bucket."""
+        """Return the files of the table with their times of change; none for a bucket."""
         paths = [] if self.address.local is None else self.root.glob(f"{TABLE}.lance/**/*")
         return {(path, path.stat().st_mtime_ns) for path in paths if path.is_file()}
 
     def table(self, manifest: Manifest) -> KeyTable:
-        """The table as it was at a version. Raises StoreError where it does not fit the manifest."""
+        """Open the table of a version. Raises StoreError if it does not match the manifest."""
         assert manifest.table is not None
         self.check_engine(manifest)
         table = KeyTable.at(self.address, manifest.table.name, manifest.table.version)
         own = table.vector_type == (manifest.d, VALUES[manifest.dtype]) and table.has_points == manifest.has_points
         if not own or table.rows != manifest.n:
-            raise StoreError(f"{self}: its table does not fit version {manifest.version}; go back to one before")
+            raise StoreError(f"{self}: its table does not match version {manifest.version}; go back to an earlier one")
         return table
 
     def check_engine(self, manifest: Manifest) -> None:
-        """Compare the engine's manifest of a version with its digest, where there is one.
+        """Check the engine's own manifest of a version against its digest, if there is one.
 
-        The engine itself has no digests: one changed bit can make it panic, with a backtrace on standard error. Raises
-        StoreError where the file is missing or damaged.
+        The engine has no checksums; one changed bit can make it panic, with a backtrace on standard error. Raises
+        StoreError if the file is missing or damaged.
         """
         assert manifest.table is not None
         name = _engine_name(manifest.table)
@@ -324,10 +322,10 @@ class LanceVersions:
             self._checked(name, manifest.digests.files[name])
 
     def check_files(self, manifest: Manifest, seen: set[tuple[str, str]]) -> None:
-        """Compare the files of the table on a disk with their digests, except those that were ``seen`` before.
+        """Check the files of the table on a disk against their digests, except files already ``seen``.
 
-        A missing file does not count: it may be of an earlier version only, and the engine names one that it needs.
-        Raises StoreError where a file is damaged.
+        Missing files are skipped: they may belong to an earlier version only, and the engine reports those it needs.
+        Raises StoreError if a file is damaged.
         """
         files = {} if self.address.local is None or manifest.digests is None else manifest.digests.files
         for name, digest in files.items() - seen:
@@ -341,14 +339,14 @@ class LanceVersions:
             seen.add((name, digest))
 
     def _damaged(self, name: str) -> StoreError:
-        return StoreError(f"{self}/{name}: damaged (its SHA-256 is not the manifest's); {RESTORE}")
+        return StoreError(f"{self}/{name}: damaged (its SHA-256 differs from the manifest's); {RESTORE}")
 
     @contextmanager
     def write(self, wait: float | None = None) -> Iterator[TableWriter]:
-        """Write a new version, alone: another writer waits its turn, ``wait`` seconds (:data:`lock.LOCK_WAIT`).
+        """Write a new version exclusively. Other writers wait up to ``wait`` seconds (:data:`lock.LOCK_WAIT`).
 
-        An exception, or a kill at any moment, leaves the version that was there. Raises StoreError: it is locked, or
-        cannot be written.
+        An exception, or a kill at any moment, leaves the current version. Raises StoreError if the store is locked or
+        not writable.
         """
         self._refuse_others()
         with lease.held(self.objects, wait) as still_held:
@@ -356,25 +354,25 @@ class LanceVersions:
             yield TableWriter(self, still_held, self.manifest() if self.exists() else None)
 
     def _tidy(self) -> None:
-        """Remove files that a killed writer was writing: they have no names of objects yet."""
+        """Remove unfinished files of a killed writer, which have no object names yet."""
         for path in self.address.local.glob("*/.*.tmp*") if self.address.local is not None else ():
             with suppress(OSError):
                 path.unlink()
 
     def _refuse_others(self) -> None:
-        """Raise StoreError where the place is something else."""
+        """Raise StoreError if the place holds other files."""
         place = self.address.local
         if place is None or not place.exists():
             return
         own = {"manifests", "data", "lock", f"{TABLE}.lance"}
         if not place.is_dir() or not {entry.name for entry in place.iterdir()} <= own:
-            raise StoreError(f"{self}: is something else; give an empty or new folder")
+            raise StoreError(f"{self}: holds other files; give an empty or new folder")
 
     def opened(self, read: Callable[[Manifest], T], version: int | None = None) -> T:
-        """Return what ``read`` makes of the current version, or of an earlier one.
+        """Return ``read`` of the current version, or of an earlier one.
 
-        Where it fails because a writer deleted that version meanwhile, start again. Raises StoreError as
-        :meth:`manifest`, and what ``read`` raises.
+        Retries if a writer deletes that version meanwhile. Raises StoreError as :meth:`manifest`, and the errors of
+        ``read``.
         """
         for _ in range(VERSIONS_TRIED):
             manifest = self.manifest(version)
@@ -386,33 +384,33 @@ class LanceVersions:
         raise self._too_fast()
 
     def keeps(self, manifest: Manifest) -> bool:
-        """Whether a version is still kept: a writer deletes its manifest before anything that it names."""
+        """Return whether a version is still kept; a writer deletes its manifest first."""
         return manifest.version in self._versions()
 
     def _too_fast(self) -> StoreError:
         return StoreError(f"{self}: changes faster than it can be opened; try again")
 
     def history(self) -> pa.Table:
-        """The versions that are kept, oldest first: a table of :data:`labels.VERSIONS_SCHEMA`.
+        """Return the kept versions, oldest first: a table of :data:`labels.VERSIONS_SCHEMA`.
 
-        ``bytes`` are those of the small part. Raises StoreError where one is damaged.
+        ``bytes`` counts the small part. Raises StoreError if a manifest is damaged.
         """
         current = self.manifest()
         return history.history_table(self.earlier(current), current)
 
     def earlier(self, current: Manifest) -> list[Manifest]:
-        """The versions before, oldest first."""
+        """Return the earlier versions, oldest first."""
         manifests = []
         for version in self._versions():
             if version < current.version:
                 try:
                     manifests.append(self._read(version))
-                except FileNotFoundError:  # given up just now
+                except FileNotFoundError:  # just deleted
                     continue
         return manifests
 
     def describe(self) -> dict[str, object]:
-        """The facts that ``index info`` prints."""
+        """Return the facts that ``index info`` prints."""
 
         def read(manifest: Manifest) -> dict[str, object]:
             counts, table = self.classes(manifest).counts, self.table(manifest)
@@ -421,7 +419,7 @@ class LanceVersions:
         return self.opened(read)
 
     def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
-        """The answer of a SELECT (:func:`folder.query`); table ``labels`` is read into memory, without the keys."""
+        """Run a SELECT (:func:`folder.query`); table ``labels`` is read into memory, without keys."""
 
         def labels(manifest: Manifest) -> pa.Table:
             table = self.table(manifest)
@@ -430,12 +428,12 @@ class LanceVersions:
         return ask({"labels": self.opened(labels), "versions": self.history()}, sql, predictions, timeout)
 
     def collect(self, keep: int = 1) -> tuple[list[int], int]:
-        """Give up all versions but the last ``keep``, and what only they have: versions, bytes of objects.
+        """Delete all versions except the last ``keep``, and their data; return their numbers and bytes of objects.
 
-        Whoever has such a version open cannot read on. Raises UsageError where ``keep`` is below 1.
+        A reader that still has a deleted version open will fail. Raises UsageError if ``keep`` is below 1.
         """
         if keep < 1:
-            raise UsageError(f"keep is {keep}: the current version always stays, so at least 1")
+            raise UsageError(f"keep is {keep}: give at least 1, for the current version")
         self.manifest()
         with self.write() as writer:
             return self._forget(writer.still_held, keep)
@@ -445,7 +443,7 @@ class LanceVersions:
         gone, kept = there[:-keep], [self._read(version) for version in there[-keep:]]
         named = {file.name for manifest in kept for file in manifest.data_files}
         strays = {name: size for name, size in self.objects.sizes("data").items() if name not in named}
-        still_held()  # else another one may have made a version since, of what looks given up here
+        still_held()  # or another writer may have used files that look unused here
         self.objects.delete([_name(version) for version in gone])
         still_held()
         self.objects.delete(strays)
@@ -457,11 +455,11 @@ class LanceVersions:
         return gone, sum(strays.values())
 
     def prunes(self, number: int) -> bool:
-        """Whether the version with this number, once it is there, is to give up versions of the table."""
+        """Return whether the version with this number is to prune the table."""
         return number % PRUNED_EVERY == 0 and len(self._versions()) >= history.KEPT_VERSIONS
 
     def forget_old(self, still_held: Callable[[], None], prune: bool) -> None:
-        """Give up what is beyond :data:`history.KEPT_VERSIONS`, of the table too where this is to ``prune`` it."""
+        """Delete versions beyond :data:`history.KEPT_VERSIONS`, and ``prune`` the table if requested."""
         if prune or len(self._versions()) > history.KEPT_VERSIONS:
             self._forget(still_held, history.KEPT_VERSIONS, prune=prune)
 
@@ -471,5 +469,5 @@ def _name(version: int) -> str:
 
 
 def _engine_name(table: Table) -> str:
-    """Name of the engine's manifest of a version: it counts down, so that the latest comes first in a listing."""
+    """Return the name of the engine's manifest of a version. Numbers count down, so that the latest comes first."""
     return f"{table.name}.lance/_versions/{(1 << 64) - 1 - table.version:020d}.manifest"
