@@ -46,7 +46,7 @@ WEIGH = """async ([number, files]) => {
     const { addFiles } = await import("/page/classify.js");
     const [name, bytes] = files[0];
     addFiles(Array.from({ length: number }, (_, i) => new File([Uint8Array.from(bytes)], `${i} ${name}`)));
-    while (document.getElementById("progress").textContent.includes("to go"))
+    while (document.getElementById("progress").textContent.includes("done"))
         await new Promise((resolve) => setTimeout(resolve, 50));
     const times = [];
     for (const value of [2, 3, 4, 5, 6]) {
@@ -73,7 +73,7 @@ def measured(page: Page, address: str, index: str, new: list[Path]) -> dict[str,
 
     def answered(number: int) -> None:
         page.set_input_files("#files", new[:number])
-        expect(page.locator("#progress")).to_have_text(re.compile(r"^\d+ photographs?( ·.*)?$"))
+        expect(page.locator("#progress")).to_have_text(re.compile(r"^\d+ photos?( ·.*)?$"))
         expect(page.locator("#grid .tile[data-label]").first).to_be_visible()
 
     opened(index)

@@ -1,7 +1,7 @@
-"""``docs/page*.png``: the page of ``retrieval-tip serve``, in Chromium, over what the demo leaves in its folder.
+"""Take ``docs/page*.png``, screenshots of the page of ``retrieval-tip serve``, in Chromium.
 
-``make setup browser && make demo``, then ``python docs/screenshots.py demo/things demo/new``: an index, and
-photographs in class folders that it has not seen.
+Run ``make setup browser && make demo``, then ``python docs/screenshots.py demo/things demo/new``: an index, and new
+photos in class folders.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 HERE = Path(__file__).parent
 COLOURS = 256
-"""Of a picture, which then takes half of its bytes."""
+"""Colours of a screenshot; a palette halves the file."""
 WAIT = 60_000
-"""Milliseconds that the page may take for anything."""
+"""Timeout in milliseconds."""
 SEEN = """[...document.images].every((one) => {
     const { top, bottom } = one.getBoundingClientRect();
     return one.naturalWidth > 0 || top >= innerHeight || bottom <= 0;
 })"""
-"""That every picture that can be seen is there."""
+"""JavaScript that tells whether every visible image has loaded."""
 SHAPE = ((0.3, 0.2), (0.62, 0.12), (0.7, 0.45), (0.5, 0.62), (0.28, 0.5))
-"""A shape on the map, in parts of its width and height."""
+"""A shape on the map, as fractions of its width and height."""
 
 
 def pictures(page: Page, new: Path) -> None:
-    """Go through the screens, and take a picture of each."""
+    """Take a screenshot of each screen."""
     page.set_default_timeout(WAIT)
 
     def picture(name: str) -> None:
@@ -48,7 +48,7 @@ def pictures(page: Page, new: Path) -> None:
     files = sorted(path for path in new.rglob("*") if path.is_file() and not path.name.startswith("."))
     page.set_input_files("#files", files)
     page.wait_for_selector("#grid .tile[data-label]")
-    while "to go" in (page.locator("#progress").text_content() or ""):
+    while "done" in (page.locator("#progress").text_content() or ""):
         page.wait_for_timeout(100)
     picture("page")
     page.locator("#grid .tile").nth(4).click()
@@ -87,11 +87,11 @@ def pictures(page: Page, new: Path) -> None:
 @click.argument("index", type=click.Path(exists=True, path_type=Path))
 @click.argument("new", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(index: Path, new: Path) -> None:
-    """Serve a copy of INDEX, and show it the photographs of NEW, a folder of class folders."""
+    """Serve a copy of INDEX, and classify the photos of NEW, a folder of class folders."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with tempfile.TemporaryDirectory() as folder:
         copy = shutil.copytree(index, Path(folder) / index.name)
-        new = shutil.copytree(new, Path(folder) / "new")  # a browser takes no links
+        new = shutil.copytree(new, Path(folder) / "new")  # browsers reject links
         command = [sys.executable, "-m", "retrieval_tip", "serve", str(copy), "--port", "0", "--device", "cpu"]
         serving = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603  # itself
         with serving, sync_playwright() as playwright:

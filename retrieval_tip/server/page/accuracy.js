@@ -1,25 +1,22 @@
-// How often an index is right on its own photographs, each held out: as it was fitted, and as its photographs are now.
+// The accuracy of a classifier, estimated on its own example photos: at its last fit, and as the examples are now.
 
 import { state } from "./state.js";
 
 const percent = (share) => `${Math.round(100 * share)} %`;
 const known = (accuracy) => typeof accuracy?.photos === "number";
 
-/** An accuracy in words; "" where none is known. */
+/** A sentence about an accuracy; "" if it is unknown. */
 export function judged(accuracy) {
   if (!known(accuracy)) return "";
   const { photos, words, both } = accuracy;
-  if (words === null) return `Judged on its own photographs, each left out: ${percent(photos)} right.`;
-  return (
-    `Judged on its own photographs, each left out: photos alone ${percent(photos)}, ` +
-    `words alone ${percent(words)}, both ${percent(both)} right.`
-  );
+  const parts = words === null ? "" : ` Photos alone: ${percent(photos)}; class names alone: ${percent(words)}.`;
+  return `Estimated accuracy: ${percent(both ?? photos)} (tested on its own examples, each hidden in turn).${parts}`;
 }
 
-/** The accuracy of the version that is shown; null where the server does not know it. */
+/** The accuracy of the current version; null if the server cannot tell. */
 export const estimated = () => state.accuracy().catch(() => null);
 
-/** Say in an element how well the index was judged. What is said stays until the server knows better. */
+/** Show the accuracy in an element. The last known one stays until the server knows a newer one. */
 export async function showAccuracy(element) {
   const { info } = state;
   const { fit } = info.provenance;
@@ -29,7 +26,7 @@ export async function showAccuracy(element) {
   if (info === state.info) element.textContent = judged(known(now) ? now : fit);
 }
 
-/** What a change did to the accuracy, once it is known before and after; "" where it is not. */
+/** A sentence about how a change affected the accuracy; "" if it is unknown before or after. */
 export async function gained(before) {
   const [old, now] = await Promise.all([before, estimated()]);
   if (!known(old) || !known(now) || now.version <= old.version) return "";

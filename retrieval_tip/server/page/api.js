@@ -1,4 +1,4 @@
-// The server's HTTP contract. Every error is a Problem whose message is the server's own `detail`.
+// Requests to the server. Every error is a Problem with the server's own `detail` as its message.
 
 export class Problem extends Error {
   constructor(message, status = 0) {
@@ -7,9 +7,9 @@ export class Problem extends Error {
   }
 }
 
-export const UNREACHED = -1; // the status of a server that does not answer
+export const UNREACHED = -1; // status if the server does not answer
 
-const PATIENCE = 120_000; // ms that a busy server is asked again, as it says when
+const PATIENCE = 120_000; // ms for which a busy server is asked again
 
 const pause = (ms, signal) =>
   new Promise((resolve, reject) => {
@@ -22,7 +22,7 @@ async function problemOf(response) {
   try {
     detail = (await response.json()).detail;
   } catch {
-    // no JSON: not from this server, but from something before it
+    // not JSON: from a proxy, not from this server
   }
   return new Problem(
     typeof detail === "string" ? detail : `HTTP ${response.status} ${response.statusText}`,
@@ -30,7 +30,7 @@ async function problemOf(response) {
   );
 }
 
-/** JSON of a path. 429 and 503 are asked again after Retry-After; `waiting(problem)` hears of it. */
+/** Fetch JSON. After 429 and 503 it waits as Retry-After says, calls `waiting(problem)`, and asks again. */
 async function request(path, { waiting, signal, patience = PATIENCE, ...options } = {}) {
   const until = Date.now() + patience;
   for (;;) {
@@ -50,13 +50,13 @@ async function request(path, { waiting, signal, patience = PATIENCE, ...options 
   }
 }
 
-/** At most so many at once; the others wait in line. */
+/** Run at most `number` calls at once; the others wait in line. */
 function limited(number) {
   let running = 0;
   const line = [];
   return async (work) => {
     if (running < number) running++;
-    else await new Promise((resolve) => line.push(resolve)); // whoever is done hands over its place
+    else await new Promise((resolve) => line.push(resolve)); // a finished call hands over its place
     try {
       return await work();
     } finally {
@@ -66,7 +66,7 @@ function limited(number) {
   };
 }
 
-/** Whether the same may work a little later: nobody answered, or the server was busy. */
+/** Whether the same request may succeed later: the server did not answer or was busy. */
 export const passing = ({ status }) => [UNREACHED, 429, 503].includes(status);
 
 const asking = limited(4);
@@ -85,7 +85,7 @@ const json = (body, headers = {}) => ({
   body: JSON.stringify(body),
 });
 const bearer = (token) => ({ Authorization: `Bearer ${encoded(token)}` });
-/** A header holds Latin-1 only: what cannot be a token of the server is sent as something that is none. */
+/** Headers hold Latin-1 only; a character that no token of the server has becomes "?". */
 const encoded = (token) => token.replace(/[^\x20-\x7e]/g, "?");
 
 export const indexes = () => request("/v1/indexes");
@@ -99,7 +99,7 @@ export const values = (name) => request(`${at(name)}/values`);
 export const history = (name) => request(`${at(name)}/history`);
 export const pictureOf = (name, keyId) => `${at(name)}/keys/${keyId}/image`;
 
-/** One image, its bytes as they are. */
+/** Classify an image file. */
 export function classifyFile(file, parameters, options) {
   return asking(() => {
     options.signal?.throwIfAborted();
@@ -109,14 +109,14 @@ export function classifyFile(file, parameters, options) {
   });
 }
 
-/** Features that earlier answers gave: the same images again, without the images. */
+/** Classify images again, by the features of earlier answers. */
 export const classifyFeatures = (features, inputs, parameters, options) =>
   asking(() => {
     options.signal?.throwIfAborted();
     return request(`/v1/classify${query(parameters)}`, { ...options, ...json({ features: features.map((row) => [...row]), inputs }) });
   });
 
-/** Photographs of one class. */
+/** Add photos of one class as examples. */
 export function addShots(name, label, files, token) {
   const body = new FormData();
   body.append("label", label);
@@ -124,7 +124,7 @@ export function addShots(name, label, files, token) {
   return request(`${at(name)}/keys`, { method: "POST", body, headers: bearer(token) });
 }
 
-/** A new index of [label, file] pairs, fitted. */
+/** Make an index of [label, file] pairs, and fit it. */
 export function makeIndex(name, like, pairs, token) {
   const body = new FormData();
   body.append("name", name);

@@ -1,4 +1,4 @@
-// Starts the page: routes, the choice of an index, and images that are dropped or pasted anywhere.
+// Starts the page: views, the choice of a classifier, and dropped or pasted files.
 
 import * as api from "./api.js";
 import { showIndexView } from "./browse.js";
@@ -11,11 +11,11 @@ import * as teach from "./teach.js";
 
 const CHOSEN = "retrieval-tip index";
 const VIEWS = ["classify", "index", "teach"];
-const TITLES = { classify: "Photographs", index: "Index", teach: "Teach" };
+const TITLES = { classify: "Photos", index: "Classifier", teach: "Teach" };
 
 function route() {
   $("overlay").firstElementChild.textContent =
-    location.hash === "#teach" ? "Each folder becomes a class. Photographs go to the marked class." : "Drop your photographs";
+    location.hash === "#teach" ? "Each folder becomes a class. Single photos go to the marked class." : "Drop your photos";
   const view = VIEWS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "classify";
   for (const name of VIEWS) {
     const tab = $(`tab-${name}`);
@@ -30,7 +30,7 @@ function route() {
   }
 }
 
-/** Somebody else may have changed the index meanwhile. Where that cannot be asked, the next answer will say so. */
+/** Fetch changes that others have made. If that fails, the next answer will show them. */
 const follow = () => state.info && state.refresh().catch(() => {});
 
 function facts() {
@@ -59,9 +59,9 @@ async function start(prefer = null) {
     const names = served.map(({ name }) => name);
     state.mayChange = makes || served.some(({ changes }) => changes);
     state.dispatchEvent(new Event("indexes"));
-    if (!names.length && !makes) throw new api.Problem("This server serves no index.");
+    if (!names.length && !makes) throw new api.Problem("This server has no classifier and cannot create one.");
     if (!names.length) {
-      $("index-facts").textContent = "no index yet";
+      $("index-facts").textContent = "no classifier yet";
       location.hash = "#teach";
       return;
     }
@@ -77,7 +77,7 @@ async function start(prefer = null) {
   }
 }
 
-/** Files that were dropped at an element or pasted, and those in folders: to be taught, or else to be looked at. */
+/** Handle files and folders that were dropped on an element or pasted: learn from them on the Teach screen, else classify. */
 async function receive(transfer, place) {
   const found = await gather(transfer);
   if (!found.length) return;
@@ -87,7 +87,7 @@ async function receive(transfer, place) {
 }
 
 const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
-let depth = 0; // dragenter and dragleave come for every element on the way
+let depth = 0; // dragenter and dragleave fire for every element on the way
 const dropping = (by) => {
   depth = by ? Math.max(0, depth + by) : 0;
   document.body.classList.toggle("dropping", depth > 0);
@@ -123,7 +123,7 @@ document.querySelector("[role=tablist]").addEventListener("keydown", (event) => 
   $(`tab-${name}`).focus();
 });
 document.querySelector(".skip").addEventListener("click", (event) => {
-  event.preventDefault(); // #main is no route
+  event.preventDefault(); // #main is not a view
   $("main").focus();
 });
 addEventListener("hashchange", route);

@@ -1,4 +1,4 @@
-// The index view: settings, classes, a map of the keys, shots, and those that look wrong.
+// The view of a classifier: classes, labels to check, example photos, map, history.
 
 import { estimated, gained, showAccuracy } from "./accuracy.js";
 import * as api from "./api.js";
@@ -10,18 +10,18 @@ import { notice } from "./notice.js";
 import { settings } from "./settings.js";
 import { ask, state } from "./state.js";
 
-const PAGE = 1000; // photographs a request
-const MOST = 10_000; // photographs that are listed; filters find the others
-const CLASSES = 200; // classes listed at a time; the filter finds the others
-const SUSPECTS = 1000; // photographs that the server lists as mislabelled, at most
+const PAGE = 1000; // examples per request
+const MOST = 10_000; // examples listed; filters find the others
+const CLASSES = 200; // classes listed; the filter finds the others
+const SUSPECTS = 1000; // suspicious labels fetched
 const SUSPECTS_SHOWN = 100;
-const ASKED = 500; // photographs that are asked for by name at once
-const MAPPED = 10_000; // photographs on the map; of more, some of each class
-const MINUTES = 20 * 60_000; // ms that a map may take
-const LEGEND = 30; // classes that colours can still tell apart, more or less
-const FEW = 4; // photographs of a class that are few
+const ASKED = 500; // key ids per request
+const MAPPED = 10_000; // examples on the map; of more, a sample of each class
+const MINUTES = 20 * 60_000; // ms a map may take
+const LEGEND = 30; // classes that colours can tell apart
+const FEW = 4; // a class with fewer examples needs more
 
-/** A part of the view that is fetched: says that it loads, what went wrong, or that there is nothing. */
+/** A part of the view that is fetched. Its state line shows progress, errors, or that there is nothing. */
 class Part {
   #asked = new AbortController();
 
@@ -32,7 +32,7 @@ class Part {
   }
 
   async load() {
-    this.#asked.abort(); // an answer that comes late does not replace a later one
+    this.#asked.abort(); // so that a late answer does not replace a newer one
     this.#asked = new AbortController();
     const { signal } = this.#asked;
     this.state.textContent = "Loading…";
@@ -46,10 +46,10 @@ class Part {
   }
 }
 
-let shownVersion = null; // "name version" that the view shows
-const shotsByKey = new Map(); // what is known of keys, for the map; emptied with every version
+let shownVersion = null; // "name version" on the view
+const shotsByKey = new Map(); // examples by key id, for the map; emptied with every version
 
-/** Called as the view is opened: it is loaded anew where the index has changed since. */
+/** Show the view; load it again if the index has changed. */
 export function showIndexView() {
   const wanted = `${state.info.name} ${state.info.version}`;
   showStar();
@@ -59,37 +59,39 @@ export function showIndexView() {
   showAccuracy($("index-judged"));
   showAbout();
   showClasses();
-  for (const part of [map, audit, shots, past]) part.load(); // the server makes map and audit one after the other
+  for (const part of [map, audit, shots, past]) part.load();
 }
 
 function showAbout() {
   const { info } = state;
-  const facts = {
+  fill($("about"), {
     name: info.name,
     version: `${info.version} (${info.change}), ${new Date(info.created_at).toLocaleString()}`,
-    photographs: `${info.n_keys.toLocaleString("en")}, ${info.d} numbers each`,
+    "example photos": info.n_keys.toLocaleString("en"),
     classes: info.n_classes.toLocaleString("en"),
+    encoder: info.backbone ?? "none: takes features only",
+  });
+  fill($("provenance"), {
+    dimensions: info.d,
     alpha: rounded(info.alpha),
     beta: rounded(info.beta),
     k: info.k === "all" ? "all" : `${info.k}, ${info.tail ? "with" : "without"} tail`,
     temperature: rounded(info.temperature),
     "logit scale": rounded(info.logit_scale),
     "FAISS index": info.exact_search ? info.index : `${info.index}, approximate`,
-    encoder: info.backbone ?? "none: features only",
-    templates: info.text ? info.templates.join(" · ") || "text from elsewhere" : "no text",
+    prompts: info.text ? info.templates.join(" · ") || "computed elsewhere" : "none: class names are not used",
     metric: info.metric === "none" ? null : "within-class",
     values: info.values === "one-hot" ? null : info.values,
-  };
-  fill($("about"), facts);
-  fill($("provenance"), info.provenance);
+    ...info.provenance,
+  });
 }
 
 const rounded = (value) => Number(value.toPrecision(5)).toLocaleString("en");
 
 function fill(list, facts) {
-  const said = Object.entries(facts).filter(([, value]) => value !== null && value !== "");
+  const shown = Object.entries(facts).filter(([, value]) => value !== null && value !== "");
   const text = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));
-  list.replaceChildren(...said.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, text(value)))));
+  list.replaceChildren(...shown.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, text(value)))));
 }
 
 async function showClasses() {
@@ -102,9 +104,9 @@ async function showClasses() {
     found.length < state.info.n_classes ? `${found.length} of ${state.info.n_classes}` : String(found.length);
   refill($("classes-list"), found.slice(0, CLASSES).map((one) => classElement(one, most, byClass)));
   $("classes-more").textContent = !found.length
-    ? "No class of that name."
+    ? "No classes match this filter."
     : found.length > CLASSES
-      ? `${(found.length - CLASSES).toLocaleString("en")} more: the filter finds them.`
+      ? `${(found.length - CLASSES).toLocaleString("en")} more. Filter to find them.`
       : "";
 }
 
@@ -113,10 +115,10 @@ function classElement({ class_id: id, label, keys }, most, byClass) {
   dot.hidden = state.info.n_classes > LEGEND;
   dot.style.background = colour(id);
   const doubted = listed.filter((shot) => shot.label === label).length;
-  const needs = keys < FEW ? "needs photographs" : doubted ? `${doubted} to check` : "";
+  const needs = keys < FEW ? "needs more photos" : doubted ? `${doubted} to check` : "";
   const button = el(
     "button",
-    { type: "button", title: `Photographs of ${label}`, data: { label, keys } },
+    { type: "button", title: `Example photos of ${label}`, data: { label, keys } },
     picture(byClass.get(id), 96, ""),
     el(
       "span",
@@ -140,9 +142,9 @@ function classElement({ class_id: id, label, keys }, most, byClass) {
   return el("li", {}, button, state.info.changes ? other : null);
 }
 
-let renamed = null; // the class whose name is asked for
+let renamed = null; // the class in the dialog
 
-/** Another name for a class; the name of one that is there makes the two one. */
+/** Ask for a new name. The name of another class merges the two. */
 async function rename(label) {
   renamed = label;
   $("rename-title").textContent = `Rename ${label}`;
@@ -154,7 +156,7 @@ async function rename(label) {
   if (!name || name === label) return;
   const both = state.labels.includes(name);
   await changed(
-    both ? `${label} is part of ${name} now` : `${label} is ${name} now`,
+    both ? `Merged ${label} into ${name}` : `Renamed ${label} to ${name}`,
     () => state.rename(label, name),
     $("classes-title"),
   );
@@ -163,26 +165,26 @@ async function rename(label) {
 function sayMerge() {
   const name = $("rename-label").value.trim();
   const both = name !== renamed && state.labels.includes(name);
-  $("rename-merge").textContent = both ? `There is a class ${name}: the photographs of both will be its.` : "";
+  $("rename-merge").textContent = both ? `${name} already exists. The two classes will be merged.` : "";
   $("rename-ok").textContent = both ? "Merge" : "Rename";
 }
 $("rename-label").addEventListener("input", sayMerge);
 $("rename-cancel").addEventListener("click", () => $("rename-dialog").close(""));
 
-/** On the map the class that the shots are filtered by stands out, or else none. */
+/** Highlight the class of the filter on the map. */
 function highlightChosen() {
   const classId = state.labels.indexOf($("shots-class").value);
   keyMap.highlight(classId < 0 ? null : classId);
 }
 
-/** What is known of a key, as text. */
+/** A description of an example. */
 const described = ({ key_id: id, label, source }) => [
   el("strong", { class: "name" }, label),
   el("span", { class: "source", title: source }, nameOf(source)),
-  el("span", { class: "hint" }, `photograph ${id}`),
+  el("span", { class: "hint" }, `photo ${id}`),
 ];
 
-/** Do what `change` does, say so and what it gained, and offer to undo it by going back to the version before. */
+/** Make a change. Then show `what` it did and how it affected the accuracy, and offer Undo. */
 async function changed(what, change, heading) {
   const before = state.info.version;
   const accuracy = estimated();
@@ -193,7 +195,7 @@ async function changed(what, change, heading) {
     grid.select([]);
     const more = notice(`${what}.`, async () => {
       const undone = await state.rollback(before, done.version);
-      return undone && "Undone: the index is as it was before.";
+      return undone && "Undone.";
     });
     heading.focus();
     gained(accuracy).then((gain) => gain && more(`${what}.${gain}`));
@@ -203,22 +205,22 @@ async function changed(what, change, heading) {
   }
 }
 
-const photographs = (number) => plural(number, "photograph");
+const examples = (number) => plural(number, "example photo");
 const move = (ids, label, heading) =>
-  changed(`${photographs(ids.length)} moved to ${label}`, () => state.relabel(ids, label), heading);
+  changed(`Moved ${examples(ids.length)} to ${label}`, () => state.relabel(ids, label), heading);
 
 async function remove(some, heading) {
   const [shot] = some;
-  $("confirm-title").textContent = `Remove ${photographs(some.length)}?`;
+  $("confirm-title").textContent = `Remove ${examples(some.length)}?`;
   $("confirm-shot").replaceChildren(picture(shot.image, 160, nameOf(shot.source)), el("p", {}, ...described(shot)));
   if ((await ask($("confirm-dialog"))) !== "ok") return;
   const ids = some.map((one) => one.key_id);
-  await changed(`${photographs(ids.length)} removed`, () => state.remove(ids), heading);
+  await changed(`Removed ${examples(ids.length)}`, () => state.remove(ids), heading);
 }
 
-const unchangeable = () => (state.info.changes ? "" : "This server takes no changes, so none can be moved or removed here.");
+const unchangeable = () => (state.info.changes ? "" : "This server is read-only, so you cannot move or remove examples.");
 
-// --- photographs of the index ---
+// --- example photos ---
 
 const grid = new Grid($("shots"), {
   tile(shot, element) {
@@ -250,7 +252,7 @@ $("shots-form").addEventListener("submit", (event) => {
 $("shots-remove").addEventListener("click", () => remove([...grid.selected], $("shots-title")));
 $("shots-none").addEventListener("click", () => (grid.select([]), $("shots").focus()));
 
-/** What the label store says of photographs, by their ids, as far as they are `wanted`. */
+/** Fetch examples by their key ids, if they match `wanted`. */
 async function keysOf(ids, wanted, options) {
   const keys = [];
   for (let at = 0; at < ids.length; at += ASKED) {
@@ -278,24 +280,24 @@ const shots = new Part(
   },
   ({ total, keys }) => {
     $("shots-count").textContent = total.toLocaleString("en");
-    const before = new Map(grid.items.map((shot) => [shot.key_id, shot])); // so that it stays selected
+    const before = new Map(grid.items.map((shot) => [shot.key_id, shot])); // they stay selected
     const all = keys.map((shot) => Object.assign(before.get(shot.key_id) ?? { id: `shot-${shot.key_id}` }, shot));
     const groups = [...Map.groupBy(all, ({ label }) => label)].map(([label, items]) => ({ label, items }));
     grid.show(groups.length > 1 ? groups : [{ label: null, items: all }]);
     grid.chosen();
-    if (!total) return "No photographs like that.";
-    return keys.length < total ? `The first ${keys.length.toLocaleString("en")}; the fields above find the others.` : unchangeable();
+    if (!total) return "No example photos match this filter.";
+    return keys.length < total ? `The first ${keys.length.toLocaleString("en")}. Filter to find the others.` : unchangeable();
   },
 );
 
-let mapped = null; // key ids that were chosen on the map, or null for all
+let mapped = null; // key ids chosen on the map; null for all
 
-/** List only these photographs, by their ids (null: all), ready to be moved or removed together. */
+/** List and select the examples of these ids (null: list all). */
 async function listOnly(ids) {
   mapped = ids;
   $("shots-mapped").hidden = !ids;
   if (ids) {
-    $("shots-mapped").firstElementChild.textContent = `${photographs(ids.length)} of the map`;
+    $("shots-mapped").firstElementChild.textContent = `${plural(ids.length, "photo")} from the map`;
     for (const id of ["shots-class", "shots-source"]) $(id).value = "";
   }
   $("shots-title").scrollIntoView();
@@ -315,18 +317,17 @@ const map = new Part(
   async (options) => {
     const made = (method, more) => api.map(state.info.name, method, MAPPED, { ...options, ...more });
     if (wished) return made(wished, { patience: MINUTES });
-    const axes = await made("pca"); // at once; which photographs are neighbours takes longer
+    const axes = await made("pca"); // fast; shown until t-SNE is ready
     if (!axes.methods.includes("tsne")) return axes;
     showMap(axes);
-    const said = "This is by the two longest axes. The map by neighbours is being made…";
-    map.state.textContent = said;
-    const waiting = () => (map.state.textContent = said);
+    const waiting = () => (map.state.textContent = "This is a first draft. A map that keeps similar photos together is on its way…");
+    waiting();
     return made("tsne", { waiting, patience: MINUTES });
   },
   showMap,
 );
 
-/** Show a map; what is to be said of it. */
+/** Show a map. Returns the text of its state line. */
 function showMap(found) {
   $("map-methods").hidden = found.methods.length < 2;
   if ($("map-method").children.length !== found.methods.length) {
@@ -338,34 +339,32 @@ function showMap(found) {
   drawn = found;
   const part =
     found.key_ids.length < found.total
-      ? `${found.key_ids.length.toLocaleString("en")} of ${found.total.toLocaleString("en")} photographs`
+      ? `${found.key_ids.length.toLocaleString("en")} of ${found.total.toLocaleString("en")} photos`
       : "";
   const explained = found.explained?.map((share) => `${Math.round(100 * share)} %`).join(" and ");
-  $("map-facts").textContent = [part, explained && `the axes hold ${explained} of the variance`]
+  $("map-facts").textContent = [part, explained && `the axes show ${explained} of the variance`]
     .filter(Boolean)
     .join("; ");
   $("map").hidden = !found.key_ids.length;
   $("map-shot").replaceChildren();
   keyMap.show(found);
   showStar();
-  return found.key_ids.length ? "" : "This index has no photographs.";
+  return found.key_ids.length ? "" : "There are no example photos yet.";
 }
 
-let drawn = null; // the map that is shown
-let wished = ""; // the method that was chosen by hand
+let drawn = null; // the current map
+let wished = ""; // the method the user chose
 
-/** The photograph that is looked at, as a star, and how its place is meant. */
+/** Show the open photo as a star on the map. */
 function showStar() {
   const photo = looked();
   const place = drawn && photo?.current ? placeOf(drawn, photo.evidence, settings.beta, photo.without) : null;
   keyMap.star(place);
-  const how = drawn?.axes
-    ? "is at its own place on the two axes."
-    : "lies among the photographs most like it, the nearer the more alike: this map has no place for what it was not made of.";
+  const how = drawn?.axes ? "is at the star." : "is not on this map. The star marks the examples it resembles most.";
   $("map-star").textContent = place ? `★ ${photo.name} ${how}` : "";
 }
 
-const METHODS = { tsne: "t-SNE: neighbours together", pca: "PCA: the two longest axes" };
+const METHODS = { tsne: "t-SNE (keeps similar photos together)", pca: "PCA (two principal axes)" };
 let pointed = null;
 const keyMap = new KeyMap($("map-canvas"), { chosen: pointAt, taken: listOnly, shots: shotsOf });
 
@@ -400,7 +399,7 @@ const audit = new Part(
   ({ shots: all, images }) => {
     suspects = all.map((shot) => ({
       ...shot,
-      suggested: shot.suggested === shot.label ? null : shot.suggested, // one that is in another class too
+      suggested: shot.suggested === shot.label ? null : shot.suggested, // the same image is in another class too
       image: images.get(shot.key_id),
       nearest: images.get(shot.nearest_key_id),
     }));
@@ -422,7 +421,7 @@ function keep(some) {
   $("audit-title").focus();
 }
 
-/** List what the server found, but what was kept. */
+/** List the suspicious examples that the user has not kept. */
 function showSuspects() {
   const known = kept();
   listed = suspects.filter((shot) => !known.has(`${shot.key_id} ${shot.label}`));
@@ -432,10 +431,10 @@ function showSuspects() {
   $("audit-bulk").hidden = listed.length < 2 || !state.info.changes;
   $("audit-move-all").textContent = `Accept all ${movable.length}`;
   $("audit-move-all").hidden = !movable.length;
-  $("audit-state").textContent = listed.length ? "" : $("audit-all").checked ? "No label is in doubt." : "No clear mistakes.";
+  $("audit-state").textContent = listed.length ? "" : $("audit-all").checked ? "No suspicious labels." : "No clear mistakes.";
 }
 
-/** Give each its suggested label, all in one version. */
+/** Accept all suggestions, as one version. */
 function moveAll() {
   const movable = listed.filter((shot) => shot.suggested !== null);
   const byClass = Map.groupBy(movable, (shot) => shot.suggested);
@@ -457,7 +456,7 @@ function suspicious(shot) {
     );
   const { suggested, duplicate_of: twin } = shot;
   const act = (text, call) => {
-    const button = el("button", { type: "button", aria: { label: `${text}: photograph ${shot.key_id}, ${shot.label}` } }, text);
+    const button = el("button", { type: "button", aria: { label: `${text}: photo ${shot.key_id}, ${shot.label}` } }, text);
     button.addEventListener("click", call);
     return button;
   };
@@ -472,12 +471,12 @@ function suspicious(shot) {
       {},
       suggested === null ? null : el("p", {}, "Should this be ", el("strong", { class: "name" }, suggested), "?"),
       el("p", { class: "source", title: shot.source }, nameOf(shot.source, 2)),
-      twin === null ? null : el("p", { class: "hint" }, `The same image as photograph ${twin}.`),
+      twin === null ? null : el("p", { class: "hint" }, `Same image as photo ${twin}.`),
       el(
         "p",
         { class: "buttons" },
         ...(state.info.changes && suggested !== null
-          ? [act(`Move to ${suggested}`, () => move([shot.key_id], suggested, heading))]
+          ? [act(`Change to ${suggested}`, () => move([shot.key_id], suggested, heading))]
           : []),
         act("Keep", () => keep([shot])),
         ...(state.info.changes ? [act("Remove", () => remove([shot], heading))] : []),
@@ -501,16 +500,16 @@ const past = new Part(
   ({ versions }) => {
     $("history").replaceChildren(
       ...versions.toReversed().map(({ version, change, created_at: at, keys, classes, current }) => {
-        const back = el("button", { type: "button", class: "quiet" }, "Go back to this");
+        const back = el("button", { type: "button", class: "quiet" }, "Restore");
         const call = () => state.rollback(version, state.info.version);
-        back.addEventListener("click", () => changed(`Back at version ${version}`, call, $("history-title")));
+        back.addEventListener("click", () => changed(`Restored version ${version}`, call, $("history-title")));
         return el(
           "li",
           {},
           el("strong", {}, `version ${version}`),
           el("span", { class: "name" }, change),
           el("span", { class: "hint", title: new Date(at).toLocaleString() }, `${plural(keys, "photo")}, ${plural(classes, "class", "classes")}, ${ago(at)}`),
-          current || !state.info.changes ? el("span", { class: "hint" }, current ? "now" : "") : back,
+          current || !state.info.changes ? el("span", { class: "hint" }, current ? "current" : "") : back,
         );
       }),
     );
@@ -529,7 +528,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => stat
 
 state.addEventListener("index", () => {
   for (const id of ["classes-filter", "shots-class", "shots-source"]) $(id).value = "";
-  grid.show([]); // key ids are of the index before
+  grid.show([]); // key ids differ from index to index
   suspects = listed = [];
   mapped = drawn = null;
   wished = "";

@@ -1,4 +1,4 @@
-// The camera, where there is one: a live picture, and a photograph of it by a click.
+// The camera: a live preview, and a photo at a click.
 
 import { $, el } from "./dom.js";
 
@@ -15,20 +15,20 @@ export function stop() {
   $("camera-view").hidden = true;
 }
 
-/** Show what the camera sees, and call `take(file)` for each photograph. Raises Error that says why there is none. */
+/** Show the live preview and call `take(file)` for each photo. Throws an Error that says why there is no camera. */
 export async function open(take, what = "") {
   taking = take;
   $("camera-what").textContent = what;
   try {
     stream ??= await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
   } catch (error) {
-    throw new Error(error.name === "NotAllowedError" ? "The browser was not allowed to use a camera." : "No camera was found.");
+    throw new Error(error.name === "NotAllowedError" ? "The browser does not allow this page to use the camera." : "No camera was found.");
   }
   const video = $("camera-video");
   $("camera-view").hidden = false;
   if (video.srcObject !== stream) {
     video.srcObject = stream;
-    $("camera-take").disabled = true; // there is no picture yet to take
+    $("camera-take").disabled = true; // until the first frame
     await new Promise((resolve) => video.addEventListener("loadeddata", resolve, { once: true }));
     $("camera-take").disabled = false;
   }

@@ -1,4 +1,4 @@
-// The photographs on the page: what the server is asked about them, the grid, and what is done with several.
+// The photos on the page: requests to the server, the grid, and actions on one or several photos.
 
 import * as api from "./api.js";
 import * as drawer from "./drawer.js";
@@ -9,15 +9,15 @@ import { Photo, parameters } from "./photo.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 
-const BLOCK = 8; // features a request: the evidence of one may be a megabyte
-const SLICE = 12; // ms that settings are weighed for before the page may do something else
+const BLOCK = 8; // features per request; the evidence of one may take a megabyte
+const SLICE = 12; // ms of computing before the page may do something else
 
 const photos = [];
-const refused = new Map(); // why files cannot be opened -> their names
-let leaving = new AbortController(); // aborts what was asked of an index that is no longer shown
-let moving = new AbortController(); // aborts what was asked for settings that were moved on
+const refused = new Map(); // reason -> names of skipped files
+let leaving = new AbortController(); // aborts requests to an index that is no longer open
+let moving = new AbortController(); // aborts requests for settings that have changed
 
-/** The photograph that is looked at: the one that is open, or was moved to last; or null. */
+/** The open photo, else the last active one, else the first; or null. */
 export const looked = () => drawer.openPhoto() ?? grid.active ?? photos[0] ?? null;
 
 const grid = new Grid($("grid"), {
@@ -37,15 +37,14 @@ const grid = new Grid($("grid"), {
   },
 });
 
-// --- asking ---
+// --- requests ---
 
 async function ask(photo) {
   photo.busy = true;
   photo.problem = null;
   changed(photo);
-  const waiting = (problem) => trouble(problem);
   try {
-    if (!(await photo.ask(leaving.signal, waiting))) askAgain([photo]);
+    if (!(await photo.ask(leaving.signal, trouble))) askAgain([photo]);
   } catch (error) {
     if (error.name !== "AbortError") fail(photo, error);
   }
@@ -58,25 +57,24 @@ function fail(photo, error) {
   if (api.passing(error) || photo.evidence) return;
   const reason = reasonOf(photo, error);
   refused.set(reason, [...(refused.get(reason) ?? []), photo.name]);
-  remove([photo]); // it will never have an answer
+  remove([photo]); // there will never be an answer
   showProblems();
 }
 
-/** Why a file has no answer, in words that fit all files of which it is true. */
+/** Why a file was skipped, without its name, so that files with the same reason share a line. */
 function reasonOf({ name }, { message }) {
   const reason = message.startsWith(`${name}: `) ? message.slice(name.length + 2) : message;
-  if (/\.hei[cf]$/i.test(name) && /not a readable image/.test(reason))
-    return "HEIC, which this server cannot open: save as JPEG, or install retrieval-tip[heic] there";
-  if (/not a readable image/.test(reason)) return "not a JPEG, PNG or WebP image, or damaged";
-  return reason;
+  if (!/not a readable image/.test(reason)) return reason;
+  if (/\.hei[cf]$/i.test(name)) return "this server cannot open HEIC; save as JPEG, or install retrieval-tip[heic] on the server";
+  return "not a JPEG, PNG or WebP image, or damaged";
 }
 
-/** Ask the server about photographs that it has seen, by their features: with evidence where the index has changed. */
+/** Classify photos again by their features; with new evidence if the index has changed. */
 async function askAgain(asked, { evidence = true, signal = leaving.signal } = {}) {
   const { name } = settings;
   if (evidence) for (const photo of asked) photo.busy = true;
   const first = new Set(grid.items.slice(0, 60));
-  const ordered = [...asked].sort((a, b) => first.has(b) - first.has(a)); // what is likely seen
+  const ordered = [...asked].sort((a, b) => first.has(b) - first.has(a)); // likely visible
   const blocks = [];
   for (let i = 0; i < ordered.length; i += BLOCK) blocks.push(ordered.slice(i, i + BLOCK));
   await Promise.all(
@@ -101,22 +99,22 @@ async function askAgain(asked, { evidence = true, signal = leaving.signal } = {}
   );
 }
 
-/** Put files on the page, the first of them on top. Before the index is there they wait for it. `keyIds`: of shots. */
+/** Put files on the page, on top of the others. They wait until an index is open. `keyIds`: the shots they show, if any. */
 export function addFiles(files, keyIds = []) {
   const added = files.map((file, i) => new Photo(file, keyIds[i]));
   photos.unshift(...added);
   if (state.info) added.forEach(begin);
   arrange();
-  if (added.length === 1 && photos.length === 1) open(added[0]); // one photograph: all that is known of it
+  if (added.length === 1 && photos.length === 1) open(added[0]);
 }
 
 function begin(photo) {
   photo.forget();
   if (state.info.images) ask(photo);
-  else photo.problem = new api.Problem("This index takes features, not photographs.");
+  else photo.problem = new api.Problem("This classifier takes features, not photos.");
 }
 
-// --- what is seen ---
+// --- display ---
 
 const redraw = new Set();
 let frame = 0;
@@ -141,34 +139,31 @@ function progress() {
   $("answers").hidden = !photos.length;
   const unlike = photos.filter((photo) => photo.unlike).length;
   $("progress").textContent =
-    plural(photos.length, "photograph") +
-    (left ? `, ${left} to go` : "") +
-    (unlike ? ` · ${unlike} unlike any shot` : "");
-  $("exactness").textContent = photos.some((photo) => photo.shown?.how === "estimate")
-    ? "Estimate; asking the server…"
-    : "";
+    (left ? `${(photos.length - left).toLocaleString("en")} of ${plural(photos.length, "photo")} done` : plural(photos.length, "photo")) +
+    (unlike ? ` · ${unlike} with no match` : "");
+  $("exactness").textContent = photos.some((photo) => photo.shown?.how === "estimate") ? "Estimate; asking the server…" : "";
   const done = wasBusy && !left;
   wasBusy = left > 0;
   if (done) {
     arrange();
     const [first] = grid.items;
     if (first?.shown && photos.length === 1) say(`${first.name}: ${spoken(first)}`);
-    else if (first) say(`${plural(photos.length, "photograph")} answered. First: ${first.name}, ${first.shown ? spoken(first) : ""}`);
+    else if (first) say(`${plural(photos.length, "photo")} classified. First: ${first.name}, ${first.shown ? spoken(first) : ""}`);
   }
   drawer.show();
   showProblems();
 }
 
-const spoken = (photo) => (photo.unlike ? "unlike any shot" : `${photo.winner.label}, ${percent(photo.winner.probability)}`);
+const spoken = (photo) => (photo.unlike ? "no match" : `${photo.winner.label}, ${percent(photo.winner.probability)}`);
 
 let lasting = "";
-/** The server is busy: said once for all. */
+/** The server is busy: show it once, not for each photo. */
 function trouble(problem) {
   lasting = problem.message;
   showProblems();
 }
 
-/** One line for each kind of trouble, whatever the number of files. */
+/** Show one line per kind of problem, however many files have it. */
 function showProblems() {
   const lines = [];
   const failed = photos.filter((photo) => photo.problem && api.passing(photo.problem));
@@ -176,20 +171,20 @@ function showProblems() {
     const again = el("button", { type: "button", id: "again" }, "Try again");
     again.addEventListener("click", () => failed.forEach((photo) => (photo.evidence ? askAgain([photo]) : ask(photo))));
     const without = failed.filter((photo) => !photo.shown).length;
-    lines.push([`${failed[0].problem.message}${without ? ` ${plural(without, "photograph")} without an answer yet.` : ""}`, again]);
-  } else if (lasting && busy()) lines.push([`${lasting}. Asking again by itself…`]);
+    lines.push([`${failed[0].problem.message}${without ? ` ${plural(without, "photo")} not classified yet.` : ""}`, again]);
+  } else if (lasting && busy()) lines.push([`${lasting}. Trying again…`]);
   if (!busy()) lasting = "";
   for (const [reason, names] of refused) {
     const close = el("button", { type: "button", class: "quiet", aria: { label: "Dismiss" } }, "×");
     close.addEventListener("click", () => (refused.delete(reason), showProblems()));
     const some = names.slice(0, 4).join(", ") + (names.length > 4 ? ` and ${names.length - 4} more` : "");
-    lines.push([`${plural(names.length, "file was", "files were")} left out (${reason}): ${some}`, close]);
+    lines.push([`Skipped ${plural(names.length, "file")} (${reason}): ${some}`, close]);
   }
   const other = photos.find((photo) => photo.problem && !api.passing(photo.problem));
   if (other) lines.push([other.problem.message]);
-  const said = lines.map(([text]) => text).join("\n");
-  if ($("troubles").dataset.said === said) return;
-  $("troubles").dataset.said = said;
+  const shown = lines.map(([text]) => text).join("\n");
+  if ($("troubles").dataset.shown === shown) return;
+  $("troubles").dataset.shown = shown;
   $("troubles").replaceChildren(...lines.map((parts) => el("p", {}, el("span", {}, parts[0]), ...parts.slice(1))));
 }
 
@@ -197,7 +192,7 @@ function tile(photo, element) {
   if (!element) {
     const url = URL.createObjectURL(photo.file);
     const image = el("img", { alt: "", decoding: "async", src: url });
-    const done = () => URL.revokeObjectURL(url); // the element keeps the picture
+    const done = () => URL.revokeObjectURL(url); // the element keeps the image
     image.addEventListener("load", done, { once: true });
     image.addEventListener("error", () => (done(), image.replaceWith(el("span", { class: "none" }, "no preview"))), { once: true });
     const tick = el("span", { class: "tick", aria: { hidden: "true" } }, "✓");
@@ -212,16 +207,10 @@ function tile(photo, element) {
   element.title = photo.name;
   Object.assign(element.dataset, { input: photo.name, busy: photo.busy });
   if (shown) Object.assign(element.dataset, { label: winner.label, probability: winner.probability, how: shown.how });
-  said.textContent = photo.taught ?? (shown ? `${winner.label}${photo.unlike ? "?" : ""}` : photo.name);
-  chip.textContent = photo.taught
-    ? "taught"
-    : shown
-      ? photo.unlike
-        ? "unlike any shot"
-        : percent(winner.probability)
-      : photo.problem
-        ? "no answer"
-        : "looking…";
+  said.textContent = photo.taught ?? (photo.unlike ? "No match" : (winner?.label ?? photo.name));
+  if (photo.taught) chip.textContent = "added";
+  else if (shown) chip.textContent = photo.unlike ? `closest: ${winner.label}` : percent(winner.probability);
+  else chip.textContent = photo.problem ? "no answer" : "classifying…";
   if (shown) element.style.setProperty("--p", winner.probability);
   return element;
 }
@@ -248,12 +237,12 @@ function arrange() {
   const kept = photos.filter(
     (photo) => is(photo) && (!wanted || `${classOf(photo)}\n${photo.name}`.toLowerCase().includes(wanted)),
   );
-  const found = busy() ? kept : kept.sort(SORTS[$("sort").value]); // they stay where they are while answers come
+  const found = busy() ? kept : kept.sort(SORTS[$("sort").value]); // photos stay in place while answers arrive
   let groups = [{ label: null, items: found }];
   if ($("group").checked) {
     const byClass = Map.groupBy(found, classOf);
     const names = [...byClass.keys()].sort((a, b) => (b === "") - (a === "") || a.localeCompare(b));
-    groups = names.map((name) => ({ label: name || "Unlike any shot", items: byClass.get(name) }));
+    groups = names.map((name) => ({ label: name || "No match", items: byClass.get(name) }));
   }
   grid.show(groups);
   $("nothing").hidden = found.length > 0 || !photos.length;
@@ -264,7 +253,7 @@ function arrange() {
 for (const id of ["sort", "group", "filter-state"]) $(id).addEventListener("change", arrange);
 $("filter").addEventListener("input", debounced(120, arrange));
 
-// --- one ---
+// --- one photo ---
 
 function open(photo) {
   drawer.open(photo);
@@ -286,11 +275,11 @@ drawer.setUp({
   },
 });
 
-// --- several ---
+// --- several photos ---
 
 const acting = () => (grid.selected.size ? grid.items.filter((photo) => grid.selected.has(photo)) : grid.active ? [grid.active] : []);
 
-/** Three classes that those which are acted on may be rather: by what they say in sum, but not what all say already. */
+/** Three classes to choose for the selected photos: the most probable in sum, but not one that all have already. */
 function choices() {
   const some = acting();
   if (some.length === 1) return some[0].choices;
@@ -324,12 +313,12 @@ $("selection-form").addEventListener("submit", (event) => {
 $("selection-none").addEventListener("click", () => (grid.select([]), $("grid").focus()));
 $("selection-away").addEventListener("click", () => (putAway(acting()), $("grid").focus()));
 
-/** Make photographs shots of a class, and offer to undo it. */
+/** Add photos as examples of a class, and offer Undo. */
 async function teach(which, label) {
   if (!which.length) return;
-  notice("Teaching…");
+  notice("Adding…");
   try {
-    const report = (done) => which.length > 16 && notice(`Teaching ${done} of ${which.length}…`);
+    const report = (done) => which.length > 16 && notice(`Adding ${done} of ${which.length}…`);
     for (const photo of which) photo.taught = label;
     const added = await state.add(label, which.map((photo) => photo.file), report);
     if (!added) {
@@ -338,16 +327,16 @@ async function teach(which, label) {
     }
     grid.select([]);
     arrange();
-    if (!added.key_ids.length) return notice(`${added.known === 1 ? "It was a shot" : "They were shots"} of ${label} already; nothing was added.`);
-    const made = added.classes.length ? ", a new class" : "";
-    const beside = added.warnings.map((line) => ` ${line.split("; if they are one")[0]}.`).join("");
-    const twins = added.duplicates.length ? ` Look at this: ${added.duplicates.join("; ")}` : "";
-    notice(`${plural(added.key_ids.length, "photograph is now a shot", "photographs are now shots")} of ${label}${made}.${beside}${twins}`, async () => {
+    if (!added.key_ids.length) return notice(`Nothing was added: ${label} has ${added.known === 1 ? "this example" : "these examples"} already.`);
+    const to = added.classes.length ? `the new class ${label}` : label;
+    const alike = added.warnings.map((line) => ` ${line.split("; to merge")[0]}.`).join("");
+    const twins = added.duplicates.length ? ` Please check: ${added.duplicates.join("; ")}` : "";
+    notice(`Added ${plural(added.key_ids.length, "example photo")} to ${to}.${alike}${twins}`, async () => {
       const undone = await state.rollback(added.since, added.version);
       if (!undone) return false;
       for (const photo of which) photo.taught = null;
       arrange();
-      return `Undone: the index is as it was before.`;
+      return "Undone.";
     });
   } catch (error) {
     for (const photo of which) photo.taught = null;
@@ -373,7 +362,7 @@ function putAway(which) {
 
 // --- download ---
 
-/** What the answers are, a row a photograph. */
+/** The answers, one row per photo. */
 const rows = () =>
   grid.items
     .filter(({ shown }) => shown)
@@ -387,7 +376,7 @@ const rows = () =>
       probabilities: photo.shown.rows.map(({ probability }) => probability),
     }));
 
-/** A cell of CSV; what a spreadsheet would take for a formula is made a text. */
+/** A CSV cell. A quote keeps spreadsheets from running text as a formula. */
 function cell(value) {
   const text = value === null ? "" : String(value);
   const safe = typeof value === "string" && /^[=+\-@\t\r]/.test(text) ? `'${text}` : text;
@@ -409,11 +398,11 @@ $("download-json").addEventListener("click", () =>
   download(`${state.info.name}.json`, "application/json", `${JSON.stringify(rows(), null, 1)}\n`),
 );
 
-// --- settings, and another index or version ---
+// --- changes of settings, index and version ---
 
 let weighing = 0;
 
-/** Weigh all answers for the settings as they are, what is seen first, without holding the page up. */
+/** Compute all answers for the current settings, visible photos first, without blocking the page. */
 function weighAll() {
   const turn = ++weighing;
   const ordered = [...grid.items.slice(0, 100), ...photos];
@@ -438,7 +427,7 @@ settings.addEventListener("change", () => {
   askWhenStill();
 });
 
-/** What the page cannot compute is asked of the server, once the settings have been still. */
+/** Ask the server for answers that the page cannot compute, once the settings have stopped changing. */
 const askWhenStill = debounced(200, () => {
   const asked = photos.filter((photo) => photo.current && photo.shown?.how === "estimate");
   if (asked.length) askAgain(asked, { evidence: false, signal: AbortSignal.any([moving.signal, leaving.signal]) });
@@ -449,8 +438,8 @@ state.addEventListener("index", () => {
   leaving = new AbortController();
   $("choose").disabled = !state.info.images;
   $("drop-hint").textContent = state.info.images
-    ? "Drop them anywhere on this page, or paste. They are sent to this server only."
-    : "This index has no encoder here: it takes features (POST /v1/classify), not photographs.";
+    ? "JPEG, PNG or WebP. Drop or paste them anywhere on this page. They are sent to this server only."
+    : "This classifier has no encoder here. It takes features (POST /v1/classify), not photos.";
   for (const photo of photos) begin(photo);
   arrange();
 });
@@ -466,7 +455,7 @@ $("choose").addEventListener("click", () => $("files").click());
 $("more").addEventListener("click", () => $("files").click());
 $("files").addEventListener("change", () => {
   addFiles([...$("files").files]);
-  $("files").value = ""; // the same file may be chosen again
+  $("files").value = ""; // so that the same file can be chosen again
 });
 $("clear").addEventListener("click", () => putAway([...photos]));
 arrange();

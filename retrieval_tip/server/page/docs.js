@@ -1,10 +1,10 @@
-// The description of the interface, /openapi.json, for eyes.
+// A readable view of /openapi.json.
 
 import { $, el } from "./dom.js";
 
 const quoted = (text) => `'${String(text).replaceAll("'", `'\\''`)}'`;
 
-/** A command that asks it. */
+/** A curl command for an operation. */
 function command(path, method, { parameters = [], requestBody }) {
   const secret = parameters.some(({ name }) => name === "authorization");
   const needed = parameters.filter((one) => one.in === "query" && one.required).map(({ name }) => `${name}=1`);
@@ -43,13 +43,13 @@ function operation(path, method, what, schemas) {
     el("p", {}, what.description),
     rows.length ? el("table", {}, el("tbody", {}, ...rows)) : null,
     el("pre", { tabIndex: 0 }, el("code", {}, command(path, method, what))),
-    el("p", { class: "hint" }, `Answers: ${Object.keys(what.responses).join(", ")}`),
+    el("p", { class: "hint" }, `Responses: ${Object.keys(what.responses).join(", ")}`),
   );
 }
 
 try {
   const { info, paths, components } = await (await fetch("/openapi.json")).json();
-  $("api-about").textContent = `${info.description} Version ${info.version}. Fields with * are needed.`;
+  $("api-about").textContent = `${info.description} Version ${info.version}. Fields marked * are required.`;
   $("operations").replaceChildren(
     ...Object.entries(paths).flatMap(([path, methods]) =>
       Object.entries(methods).map(([method, what]) => operation(path, method, what, components.schemas)),

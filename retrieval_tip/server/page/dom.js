@@ -1,8 +1,8 @@
-// Elements. Names and sources come from anywhere: they become text nodes and attributes, never markup.
+// Elements. Names and file names are untrusted: they become text nodes and attributes, never markup.
 
 export const $ = (id) => document.getElementById(id);
 
-/** An element with properties (`data` and `aria` are maps, `class` is the class) and children, strings being text. */
+/** Make an element with properties (`data` and `aria` are maps) and children; strings become text. */
 export function el(tag, { data = {}, aria = {}, class: names, role, ...properties } = {}, ...children) {
   const element = document.createElement(tag);
   Object.assign(element, properties);
@@ -14,7 +14,7 @@ export function el(tag, { data = {}, aria = {}, class: names, role, ...propertie
   return element;
 }
 
-/** Replace the children of a list. The focus stays on its button, if one of the same name is there again. */
+/** Replace the children of a list. The focus stays on the button of the same name. */
 export function refill(list, children) {
   const named = (button) => button.ariaLabel ?? button.title;
   const focused = list.contains(document.activeElement) ? named(document.activeElement) : null;
@@ -22,19 +22,19 @@ export function refill(list, children) {
   if (focused) [...list.querySelectorAll("button")].find((button) => named(button) === focused)?.focus({ preventScroll: true });
 }
 
-/** Something to read aloud, once it has been still for a moment: moving a slider says the last answer, not all. */
+/** Announce a text to screen readers, after 400 ms without another. */
 let saying;
 export function say(text) {
   clearTimeout(saying);
   saying = setTimeout(() => ($("live").textContent = text), 400);
 }
 
-/** Calls at most once in so many milliseconds of quiet, with the last arguments. */
+/** A function that calls `call` with the last arguments, after a pause of `milliseconds`. */
 export function debounced(milliseconds, call) {
   let timer;
-  return (...given) => {
+  return (...last) => {
     clearTimeout(timer);
-    timer = setTimeout(() => call(...given), milliseconds);
+    timer = setTimeout(() => call(...last), milliseconds);
   };
 }
 
@@ -44,7 +44,7 @@ export function percent(p) {
   return `${(100 * p).toFixed(1)} %`;
 }
 
-/** A number for reading; its full precision goes beside it, in data-value. */
+/** A number with few digits, for reading. */
 export function short(value) {
   if (!Number.isFinite(value)) return "–";
   const size = Math.abs(value);
@@ -55,12 +55,12 @@ export function short(value) {
 
 export const plural = (number, one, many = `${one}s`) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 
-/** The last part of a path, or its last two. */
+/** The last `parts` parts of a path. */
 export const nameOf = (source, parts = 1) => String(source).split(/[\\/]/).filter(Boolean).slice(-parts).join("/");
 
-/** A picture of a key, or a quiet placeholder where the server has none. Decorative: text beside it says what it is. */
+/** The image of an example, or a placeholder if the server has none. */
 export function picture(url, size, label) {
-  const none = () => el("span", { class: "picture none", title: "no picture on the server" }, "no picture");
+  const none = () => el("span", { class: "picture none", title: "The server has no image of this example." }, "no image");
   if (!url) return none();
   const image = el("img", {
     class: "picture",
@@ -73,7 +73,7 @@ export function picture(url, size, label) {
   return image;
 }
 
-/** What went wrong, with a way to try again. */
+/** An error message, with a button to try again if `again` is given. */
 export function failure(error, again) {
   const button = again && el("button", { type: "button" }, "Try again");
   button?.addEventListener("click", again);

@@ -1,4 +1,4 @@
-// One photograph, opened: what it is, the photographs that decided, and how that came about.
+// One open photo: its answer, the examples for and against it, and the calculation.
 
 import * as api from "./api.js";
 import { $, el, nameOf, percent, picture, short } from "./dom.js";
@@ -6,13 +6,13 @@ import { settings } from "./settings.js";
 import { state } from "./state.js";
 
 const SHOWN = 3; // classes
-const DECIDED = 5; // photographs that decided
+const DECIDED = 5; // supporting examples
 
 let photo = null;
 let teach = null; // (photos, label)
-let likeness = null; // { own, other }: mean affinities of shots of one class, and of two
+let likeness = null; // { own, other }: mean affinities of shots of the same class, and of different classes
 
-/** The photograph that is open, or null. */
+/** The open photo, or null. */
 export const openPhoto = () => photo;
 
 export function setUp(given) {
@@ -46,10 +46,10 @@ function teachChoice(i) {
 function newClass() {
   const label = $("drawer-label").value.trim();
   $("drawer-new").textContent =
-    label && !state.labels.includes(label) ? `${label} is a new class: it is made from this photograph.` : "";
+    label && !state.labels.includes(label) ? `This creates the new class ${label}, with this photo as its first example.` : "";
 }
 
-/** Open a photograph. */
+/** Open a photo. */
 export async function open(which) {
   const another = which !== photo;
   photo = which;
@@ -60,7 +60,7 @@ export async function open(which) {
     $("drawer-label").value = "";
     newClass();
     const url = URL.createObjectURL(photo.file);
-    const image = el("img", { alt: `Your photograph ${photo.name}`, src: url });
+    const image = el("img", { alt: `Your photo ${photo.name}`, src: url });
     const none = () => image.replaceWith(el("span", { class: "none" }, "no preview"));
     image.addEventListener("load", () => URL.revokeObjectURL(url), { once: true });
     image.addEventListener("error", () => (URL.revokeObjectURL(url), none()), { once: true });
@@ -79,14 +79,14 @@ export function close() {
   $("settings-home").append($("settings-fold"));
 }
 
-/** Show the open photograph as it is now. */
+/** Show the current state of the open photo. */
 export function show() {
   if (!photo) return;
   const drawer = $("drawer");
   const { shown, winner } = photo;
   drawer.setAttribute("aria-busy", String(photo.busy));
   $("drawer-file").textContent = photo.name;
-  $("drawer-state").textContent = photo.problem?.message ?? (photo.busy ? "Looking…" : "");
+  $("drawer-state").textContent = photo.problem?.message ?? (photo.busy ? "Classifying…" : "");
   $("drawer-answer").hidden = !shown;
   if (!shown) {
     $("drawer-title").textContent = photo.name;
@@ -100,7 +100,7 @@ export function show() {
     cacheLogit: winner.cache,
     how: shown.how,
   });
-  $("drawer-title").textContent = photo.unlike ? "Unlike any shot" : winner.label;
+  $("drawer-title").textContent = photo.unlike ? "No match" : winner.label;
   $("drawer-probability").textContent = photo.unlike ? "" : percent(winner.probability);
   $("drawer-how").textContent = shown.how === "estimate" ? "estimate" : "";
   $("drawer-notes").replaceChildren(...notes());
@@ -111,19 +111,15 @@ export function show() {
 }
 
 function notes() {
-  const said = [];
-  if (photo.unlike)
-    said.push(
-      `None of the ${state.info.n_keys.toLocaleString("en")} photographs of this index is like it. ` +
-        `The nearest guess is ${photo.winner.label}.`,
-    );
-  if (photo.taught) said.push(`You taught it as ${photo.taught}: it is now one of the shots.`);
-  if (photo.judgedByOthers) said.push("It is a shot itself, so here the others judge it.");
+  const lines = [];
+  if (photo.unlike) lines.push(`This photo resembles none of the example photos. The closest guess is ${photo.winner.label}.`);
+  if (photo.taught) lines.push(`You added this photo as an example of ${photo.taught}.`);
+  if (photo.judgedByOthers) lines.push("This photo is one of the examples, so only the other examples count here.");
   const { before, shown } = photo;
   const same = before?.rows[0].label === shown.rows[0].label;
   if (before && (!same || Math.abs(before.rows[0].probability - shown.rows[0].probability) >= 0.0005))
-    said.push(`Before the last change: ${same ? "" : `${before.rows[0].label} `}${percent(before.rows[0].probability)}.`);
-  return said.map((text) => el("p", {}, text));
+    lines.push(`Before the last change: ${same ? "" : `${before.rows[0].label} `}${percent(before.rows[0].probability)}.`);
+  return lines.map((text) => el("p", {}, text));
 }
 
 function classRow({ label, probability }) {
@@ -137,14 +133,14 @@ function showCorrection() {
   $("drawer-form").hidden = !can;
   $("drawer-refused").hidden = can;
   const chips = photo.choices.map((label, i) => {
-    const chip = el("button", { type: "button", class: "chip", title: `Key ${i + 1}` }, el("kbd", {}, `${i + 1}`), label);
+    const chip = el("button", { type: "button", class: "chip", title: `Press ${i + 1}` }, el("kbd", {}, `${i + 1}`), label);
     chip.addEventListener("click", () => teachChoice(i));
     return chip;
   });
   $("drawer-chips").replaceChildren(...(can ? chips : []));
 }
 
-/** Where a similarity lies between that of two classes (0) and that of one class (1), for the bar. */
+/** The length of the similarity bar: 0 at the mean of two classes, 1 at the mean of one class. */
 function similarityShare(affinity) {
   const own = likeness?.own ?? 1;
   const other = likeness?.other ?? 0;
@@ -159,7 +155,7 @@ function showDecided() {
   $("opposed-title").hidden = !opposing;
 }
 
-/** How much a shot moved the answer: what it added or took away, or what it gave to the runner-up. */
+/** How much an example moved the answer: its contribution to the winner, else to the runner-up. */
 const strength = ({ contribution, weight }) => Math.abs(contribution) || weight;
 
 function decidedRow(key, most) {
@@ -169,7 +165,7 @@ function decidedRow(key, most) {
   const moved = el("i", { class: key.contribution > 0 ? "for" : "against", aria: { hidden: "true" } });
   moved.style.setProperty("--p", strength(key) / most);
   const { label } = photo.winner;
-  const how = key.contribution > 0 ? `for ${label}` : key.contribution < 0 ? `against ${label}` : `for ${key.label}`;
+  const how = key.contribution < 0 ? `against ${label}` : `supports ${key.contribution > 0 ? label : key.label}`;
   return el(
     "li",
     { data: { keyId: key.keyId, affinity }, title: key.source },

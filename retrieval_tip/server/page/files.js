@@ -1,6 +1,6 @@
-// Files from a drop: folders are opened, and each file knows the folder that it lies in.
+// Dropped or chosen files, each with its folder.
 
-/** An entry's files, as { file, folder }; what starts with a dot is no photograph. */
+/** The files of an entry, as { file, folder }, without hidden ones. */
 async function filesIn(entry, folder) {
   if (entry.name.startsWith(".")) return [];
   if (entry.isFile) return [{ file: await new Promise((resolve, reject) => entry.file(resolve, reject)), folder }];
@@ -15,7 +15,7 @@ async function filesIn(entry, folder) {
   return parts.flat();
 }
 
-/** All files of a drop or a paste. Called while the event is handled: later its entries are gone. */
+/** All files of a drop or a paste. Call it while the event is handled: the entries vanish afterwards. */
 export async function gather(transfer) {
   const entries = [...(transfer.items ?? [])].filter((item) => item.kind === "file").map((item) => item.webkitGetAsEntry?.());
   const plain = [...transfer.files];
@@ -24,7 +24,7 @@ export async function gather(transfer) {
   return parts.flat();
 }
 
-/** Files of an input that takes folders. */
+/** The files of a folder input. */
 export const chosen = (input) =>
   [...input.files]
     .filter((file) => !file.name.startsWith("."))

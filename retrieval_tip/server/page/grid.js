@@ -1,17 +1,17 @@
-// A grid of which only what is near the window is in the document: a listbox of tiles, by mouse and by keyboard.
+// A listbox of tiles for mouse and keyboard. Only tiles near the window are in the document.
 
 const GAP = 16;
-const LEAST = 148; // px that a tile is wide at least
-const BELOW = 52; // px of text below its picture
+const LEAST = 148; // px: smallest width of a tile
+const BELOW = 52; // px of text below its image
 const HEAD = 44;
-const AHEAD = 700; // px beyond the window that are made too
+const AHEAD = 700; // px beyond the window in which tiles are drawn
 
-/** Items are objects with an `id`. `tile(item)` makes an element, `opened(item)` is called by Enter or a click,
- *  `chosen()` as the selection changes, `pressed(event)` for keys that the grid does not know. */
+/** Items are objects with an `id`. `tile(item, element)` makes or updates an element, `opened(item)` handles Enter and
+ *  clicks, `chosen()` a changed selection, and `pressed(event)` all other keys. */
 export class Grid {
   selected = new Set();
   active = null;
-  #items = []; // in the order that they are shown in
+  #items = []; // in the order shown
   #places = new Map(); // item -> { x, y, row, at }
   #heads = [];
   #mounted = new Map(); // item or head -> element
@@ -23,11 +23,11 @@ export class Grid {
   constructor(element, { tile, opened, chosen, pressed }) {
     Object.assign(this, { element, tile, opened, chosen, pressed });
     addEventListener("scroll", () => this.#soon(), { passive: true, capture: true });
-    // Of no width is a grid on a screen that is not shown: its tiles stay where they are until it is shown again.
+    // A grid on a hidden screen has no width: its tiles stay where they are.
     new ResizeObserver(() => element.clientWidth && element.clientWidth !== this.#width && this.show(this.groups)).observe(element);
     element.addEventListener("click", (event) => this.#click(event));
     element.addEventListener("keydown", (event) => this.#key(event));
-    element.addEventListener("focus", () => this.active ?? this.#go(this.#items[0]));
+    element.addEventListener("focus", () => this.active ?? this.go(this.#items[0]));
   }
 
   /** Show groups: [{ label (null for none), items }]. */
@@ -75,7 +75,7 @@ export class Grid {
     this.#frame = requestAnimationFrame(() => this.draw(false));
   }
 
-  /** Put what is near the window into the document; `again`: also what is there already. */
+  /** Draw the tiles near the window. With `again`, update those that are drawn already. */
   draw(again = true) {
     const top = -this.element.getBoundingClientRect().top - AHEAD;
     const bottom = top + innerHeight + 2 * AHEAD;
@@ -90,7 +90,7 @@ export class Grid {
     }
     for (let i = low; i < this.#items.length && this.#places.get(this.#items[i]).y < bottom; i++)
       wanted.add(this.#items[i]);
-    if (this.active) wanted.add(this.active); // which the listbox names
+    if (this.active) wanted.add(this.active); // for aria-activedescendant
     for (const [item, element] of this.#mounted) {
       if (wanted.has(item)) continue;
       element.remove();
@@ -143,7 +143,7 @@ export class Grid {
     element.classList.toggle("active", item === this.active);
   }
 
-  /** Draw one tile anew, where it is in the document. */
+  /** Update a tile, if it is drawn. */
   redraw(item) {
     const element = this.#mounted.get(item);
     if (element) this.tile(item, element);
@@ -165,7 +165,7 @@ export class Grid {
     this.#changed();
   }
 
-  /** All between the one that was selected last and this one. */
+  /** Select everything between the last selected item and this one. */
   #stretch(item) {
     const from = this.#places.get(this.#anchor ?? this.active ?? item)?.at ?? 0;
     const to = this.#places.get(item).at;
@@ -179,19 +179,15 @@ export class Grid {
     if (event.shiftKey) this.#stretch(item);
     else if (event.ctrlKey || event.metaKey || event.target.closest(".tick")) this.#toggle(item);
     else this.opened(item);
-    this.#go(item);
+    this.go(item);
   }
 
-  #go(item) {
+  /** Make an item active, and scroll to it. */
+  go(item) {
     if (!item || !this.#places.has(item)) return;
     this.active = item;
     this.draw(false);
     this.#mounted.get(item).scrollIntoView({ block: "nearest" });
-  }
-
-  /** Make an item the active one, and show it. */
-  go(item) {
-    this.#go(item);
   }
 
   #key(event) {
@@ -203,7 +199,7 @@ export class Grid {
         this.#anchor ??= this.active;
         this.#stretch(to);
       } else this.#anchor = to;
-      this.#go(to);
+      this.go(to);
     } else if (event.key === " " && this.active) this.#toggle(this.active);
     else if (event.key === "Enter" && this.active) this.opened(this.active);
     else if (event.key === "a" && (event.ctrlKey || event.metaKey)) this.select(this.#items);

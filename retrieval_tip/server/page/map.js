@@ -1,19 +1,19 @@
-// Two-dimensional map of the keys on a canvas: hover, or go from key to key with the arrow keys; drag a shape around some.
+// A two-dimensional map of the keys on a canvas, for mouse and keyboard.
 
 import { plural } from "./dom.js";
 
-const NEAR = 14; // px at which a key is pointed at
-const DRAWN = 6; // px that a drag goes at least: less is a click
-const CLOSE = 3; // scale from which there are pictures
-const SIDE = 44; // px of a picture, and of the room that each has for itself
-const NEAREST = 8; // keys that say where a photograph lies among neighbours
+const NEAR = 14; // px within which a key is pointed at
+const DRAWN = 6; // px; a shorter drag is a click
+const CLOSE = 3; // scale from which images appear
+const SIDE = 44; // px of an image and its cell
+const NEAREST = 8; // keys that place a photo on a map without axes
 const ARROWS = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
-/** A hue of its own for each class, neighbouring ids far apart. */
+/** The colour of a class; consecutive ids get distant hues. */
 export const colour = (classId) => `oklch(${dark.matches ? 0.76 : 0.58} 0.15 ${(classId * 137.508 + 20) % 360})`;
 
-/** Whether a point is within a polygon: a ray from it crosses the edge an odd number of times. */
+/** Whether a point is inside a polygon, by ray casting. */
 export function within([x, y], polygon) {
   let inside = false;
   for (let i = 0, j = polygon.length - 1; i < polygon.length; j = i++) {
@@ -23,8 +23,8 @@ export function within([x, y], polygon) {
   return inside;
 }
 
-/** The place of a photograph on a map, or null. On axes it has its own; else it is the mean of the places of its nearest
- *  keys, each by its weight: exp(-beta (1 - affinity)). `without`: ids of keys that are the photograph itself. */
+/** The place of a photo on a map, or null: its projection on the axes, else the mean of its nearest keys, weighted by
+ *  exp(-beta (1 - affinity)). `without` holds the key ids of the photo itself. */
 export function placeOf({ axes, key_ids: ids, x, y }, { feature, keyIds, affinities }, beta, without) {
   if (axes) {
     const [offset, ...rows] = axes;
@@ -44,18 +44,18 @@ export class KeyMap {
   #on;
   #map = null;
   #chosen = -1;
-  #taken = new Set(); // places in the map, by a shape or by space
+  #taken = new Set(); // positions of the marked keys
   #star = null;
   #classId = null;
   #scale = 1;
-  #centre = [0, 0]; // of what is seen, in the map's own coordinates
-  #drag = null; // { path, from } while a button is down
-  #images = new Map(); // key id -> image, or null while it is asked for, or where there is none
+  #centre = [0, 0]; // of the view, in map coordinates
+  #drag = null; // { path, at, centre } while a button is down
+  #images = new Map(); // key id -> image, or null
   #asking = 0;
   #frame = 0;
 
-  /** `on.chosen(keyId)` as keys are pointed at; `on.taken(keyIds)` for those in a shape, or taken by space and Enter;
-   *  `on.shots(keyIds)` finds [{ key_id, image }], for the pictures of what is close. */
+  /** `on.chosen(keyId)` handles a key that is pointed at, `on.taken(keyIds)` the keys in a shape or marked by Space;
+   *  `on.shots(keyIds)` returns [{ key_id, image }]. */
   constructor(canvas, on) {
     this.#canvas = canvas;
     this.#on = on;
@@ -77,35 +77,35 @@ export class KeyMap {
     this.#taken.clear();
     this.#images.clear();
     this.zoom(0);
-    this.#canvas.setAttribute("aria-label", `Map of ${plural(map.key_ids.length, "photograph")}, coloured by class`);
+    this.#canvas.setAttribute("aria-label", `Map of ${plural(map.key_ids.length, "photo")}, coloured by class`);
     this.#draw();
   }
 
-  /** Let one class stand out (null: none). */
+  /** Highlight a class (null: none). */
   highlight(classId) {
     this.#classId = classId;
     this.#soon();
   }
 
-  /** A place of something that is no key, [x, y], as a star (null: none). */
+  /** Draw a star at [x, y] (null: none). */
   star(place) {
     this.#star = place;
     this.#canvas.dataset.star = place ? place.map((value) => value.toFixed(4)).join() : "";
     this.#soon();
   }
 
-  /** Closer by a factor, about the chosen key or a place; 0 shows the whole. */
+  /** Zoom by a factor around a place, by default the chosen key; 0 fits the map to the canvas. */
   zoom(by, about = null) {
     if (!this.#map) return;
     const [x, y] = about ?? (this.#chosen < 0 ? this.#centre : [this.#map.x[this.#chosen], this.#map.y[this.#chosen]]);
     const scale = by ? Math.min(64, Math.max(1, this.#scale * by)) : 1;
-    const keep = about ? this.#scale / scale : 0; // what is pointed at stays under the pointer
+    const keep = about ? this.#scale / scale : 0; // the place stays under the pointer
     this.#scale = scale;
     this.#look([x + (this.#centre[0] - x) * keep, y + (this.#centre[1] - y) * keep]);
     this.#canvas.dataset.scale = scale;
   }
 
-  /** Look at a place, as far as there is something. */
+  /** Centre the view, within the map. */
   #look(centre) {
     const limit = 1 - 1 / this.#scale;
     this.#centre = centre.map((value) => Math.min(limit, Math.max(-limit, value)));
@@ -115,7 +115,7 @@ export class KeyMap {
   #wheel(event) {
     if (!this.#map) return;
     const by = event.deltaY < 0 ? 1.25 : 0.8;
-    if (by < 1 && this.#scale === 1) return; // the page scrolls on
+    if (by < 1 && this.#scale === 1) return; // let the page scroll
     event.preventDefault();
     const { clientWidth: width, clientHeight: height } = this.#canvas;
     const [x, y] = [(2 * event.offsetX) / width - 1, 1 - (2 * event.offsetY) / height];
@@ -151,7 +151,7 @@ export class KeyMap {
     const radius = ids.length > 2000 ? 2.5 : ids.length > 400 ? 3.5 : 5;
     const ink = getComputedStyle(this.#canvas).color;
     const dots = (some, r) => {
-      const byClass = Map.groupBy(some, (i) => ids[i]); // a path a class: thousands are drawn in a few milliseconds
+      const byClass = Map.groupBy(some, (i) => ids[i]); // one path per class is fast
       for (const [classId, own] of byClass) {
         context.beginPath();
         for (const i of own) {
@@ -217,7 +217,7 @@ export class KeyMap {
     context.stroke();
   }
 
-  /** Pictures of what is close, as many as have room; those that are not here yet are asked for. */
+  /** Draw images where they have room, and request missing ones. */
   #pictures(context, seen) {
     const taken = new Set();
     const wanted = [];
@@ -312,7 +312,7 @@ export class KeyMap {
     if (best >= 0) this.#choose(best);
   }
 
-  /** The nearest key in the arrow's direction; what lies aside counts as farther. */
+  /** Move to the nearest key in the direction of the arrow; sideways distance counts twice. */
   #key(event) {
     const direction = ARROWS[event.key];
     const closer = { "+": 1.5, "=": 1.5, "-": 1 / 1.5, 0: 0 }[event.key];

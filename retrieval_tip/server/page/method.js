@@ -1,20 +1,20 @@
-// The method, once: Tip-Adapter over the evidence of one image, in float64. Pure functions; as tip.py does in torch.
+// Tip-Adapter over the evidence of one image, in float64: pure functions, the same method as tip.py in torch.
 //
-//   affinities A are to the keys in the index's metric, where it has one: the server gives them
-//   cache   C_c = sum over the k nearest keys i of class c of exp(-beta (1 - A_i))
-//           + with tail, for the r_c keys of c that are left:  r_c exp(-beta (1 - m_c)),  m_c their mean affinity
-//   where key i gives V_i in place of 1 to its own class (values that were solved or trained):
-//           C = sum of exp(-beta (1 - A_i)) V_i,  a key that is left counting at the mean affinity of its class
-//           and with an offset o   C = log(1 + max(C, 0) / o)
+//   A       affinities to the keys, from the server (in the index's metric, if it has one)
+//   cache   C_c = sum of exp(-beta (1 - A_i)) over the k nearest keys i of class c
+//           with tail, plus r_c exp(-beta (1 - m_c)) for the other r_c keys of c, whose mean affinity is m_c
+//   with solved or trained values V_i:
+//           C = sum of exp(-beta (1 - A_i)) V_i;  with tail, each other key counts at the mean affinity of its class
+//           with an offset o, then C = log(1 + max(C, 0) / o)
 //   logits  = text + alpha C          probabilities = softmax(logits / temperature)
 //
-// Settings are { alpha, beta, k, tail }, k a number or "all". A model is what the index gives beside them:
-// { values: Map of key id to Float32Array, or null for one-hot; offset; temperature; exact }. `without` is a set of key
-// ids that are not to count: a photograph that is a shot itself is judged by the others.
+// Settings are { alpha, beta, k, tail }; k is a number or "all". A model holds the rest of the index:
+// { values: Map of key id to Float64Array, or null for one-hot; offset; temperature; exact }. `without` is a set of key
+// ids to ignore, so that a photo that is a shot itself is classified by the other shots.
 
 const NONE = new Set();
 
-/** Evidence as the server sends it, its long lists as typed arrays. */
+/** Convert the server's evidence: lists become typed arrays. */
 export function evidenceOf(json) {
   return {
     feature: Float32Array.from(json.feature),
@@ -28,7 +28,7 @@ export function evidenceOf(json) {
   };
 }
 
-/** Whether the answer is exactly the server's: all keys that count are here, and they are really the nearest. */
+/** Whether `classify` gives the server's answer exactly: the evidence holds all keys that count. */
 export function computable(model, evidence, { k }) {
   if (model.values === undefined) return false;
   if (model.values !== null && !evidence.complete) return false;
@@ -36,12 +36,12 @@ export function computable(model, evidence, { k }) {
   return model.exact && (k <= evidence.affinities.length || evidence.complete);
 }
 
-/** What one key adds to its class: exp(-beta (1 - A)). */
+/** The weight of a key: exp(-beta (1 - A)). */
 export function weight(affinity, beta) {
   return Math.exp(-beta * (1 - affinity));
 }
 
-/** The cache C, one number a class, without alpha. Of keys that are not here only the counts and sums are known. */
+/** The cache C, one number per class, without alpha. Keys beyond the evidence count by class: their number and sum. */
 export function cacheOf(evidence, { beta, k, tail }, { values, offset } = {}, without = NONE) {
   const { keyIds, classIds, affinities, counts, sums, complete } = evidence;
   const all = k === "all";
@@ -79,8 +79,8 @@ export function cacheOf(evidence, { beta, k, tail }, { values, offset } = {}, wi
   return offset ? cache.map((value) => Math.log1p(Math.max(value, 0) / offset)) : cache;
 }
 
-/** The keys behind an answer, as retrieval/evidence.py defines them: { supporting, opposing }, each key as
- *  { keyId, classId, affinity, weight, contribution }. `winner` and `rival` are class ids; `rival` may be undefined. */
+/** The keys behind an answer, as in retrieval/evidence.py: { supporting, opposing }. Each key is { keyId, classId,
+ *  affinity, weight, contribution }; `winner` and `rival` are class ids, and `rival` may be undefined. */
 export function contributors(evidence, { beta, k }, { values }, { winner, rival, number }, without = NONE) {
   const { keyIds, classIds, affinities } = evidence;
   const met = [];
@@ -99,7 +99,7 @@ export function contributors(evidence, { beta, k }, { values }, { winner, rival,
   return { supporting, opposing };
 }
 
-/** Softmax of logits / temperature; the winner's logit is subtracted first, so that it is finite. */
+/** Softmax of logits / temperature. Subtracting the largest logit first keeps it finite. */
 export function softmax(logits, temperature) {
   let most = -Infinity;
   for (const logit of logits) most = Math.max(most, logit);
@@ -109,7 +109,7 @@ export function softmax(logits, temperature) {
   return probabilities.map((p) => p / sum);
 }
 
-/** The places of the largest numbers, largest first; of equal ones the first. */
+/** The indices of the `number` largest values, largest first. */
 export function largest(values, number) {
   const found = [];
   for (let i = 0; i < values.length; i++) {
@@ -122,7 +122,7 @@ export function largest(values, number) {
   return found;
 }
 
-/** The top classes: [{ classId, probability, text, cache }], cache with alpha, so that text + cache is the logit. */
+/** The top classes: [{ classId, probability, text, cache }]; cache includes alpha, so text + cache is the logit. */
 export function classify(evidence, settings, model, top, without) {
   const cache = cacheOf(evidence, settings, model, without).map((value) => settings.alpha * value);
   const { temperature } = model;

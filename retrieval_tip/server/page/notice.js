@@ -1,17 +1,17 @@
-// A line at the foot of the page: what was done, and a way to undo it.
+// A line at the bottom of the page that says what happened, with Undo.
 
 import { $, el } from "./dom.js";
 
-/** A line at the foot of the page; `undo` says what it did, or false where it was not done.
- *  Returns what changes its text, as long as it is there. */
+/** Show a notice. `undo` returns the text that follows it, or false if nothing was undone.
+ *  Returns a function that changes the text of the notice. */
 export function notice(text, undo) {
   const line = el("span", {}, text);
   const button = undo && el("button", { type: "button" }, "Undo");
   button?.addEventListener("click", async () => {
     button.disabled = true;
     try {
-      const said = await undo();
-      if (said) notice(said);
+      const undone = await undo();
+      if (undone) notice(undone);
       else button.disabled = false;
     } catch (error) {
       notice(error.message);

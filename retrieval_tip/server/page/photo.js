@@ -1,29 +1,29 @@
-// A photograph on the page: its file, what the server said of it, and what the settings make of that.
+// A photo on the page: its file, the server's evidence, and the answer under the current settings.
 
 import * as api from "./api.js";
 import { cacheOf, classify, computable, contributors, evidenceOf } from "./method.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 
-export const TOP = 8; // classes that are weighed
-export const NEIGHBOURS = 8; // shots whose names are asked for
-const SAME = 0.9995; // affinity of a photograph to itself, rounding left out
+export const TOP = 8; // classes in an answer
+export const NEIGHBOURS = 8; // shots whose sources the server sends
+const SAME = 0.9995; // smallest affinity of a photo to itself
 
 export class Photo {
   static #count = 0;
 
   evidence = null;
-  version = null; // of the index that the evidence is from
-  served = null; // the server's answer, for settings of that name: { name, rows, unlike, supporting, opposing }
+  version = null; // index version of the evidence
+  served = null; // the server's answer, and the name of its settings: { name, rows, unlike, supporting, opposing }
   shown = null; // { rows, how, unlike }
   before = null; // the answer before the index changed
-  named = new Map(); // sources of the shots behind the answer
-  without = new Set(); // shots that are this photograph itself
+  named = new Map(); // shots behind the answer, by key id
+  without = new Set(); // key ids of this photo itself
   problem = null; // why there is no answer
   busy = false;
-  taught = null; // the class that it was taught as
+  taught = null; // the class it was added to
 
-  /** A `file`; `keyId` where it is the picture of that shot. */
+  /** `keyId` if the file is the image of that shot. */
   constructor(file, keyId = null) {
     this.id = `photo-${++Photo.#count}`;
     this.file = file;
@@ -43,19 +43,19 @@ export class Photo {
     return this.shown?.unlike === true;
   }
 
-  /** How doubtful the answer is: what is unlike any shot most of all, then what is least probable. */
+  /** A sort key: no answer, then no match, then least probable. */
   get doubt() {
     if (!this.shown) return 3;
     return (this.unlike ? 1 : 0) + 1 - this.winner.probability;
   }
 
-  /** Begin anew, with another index. */
+  /** Forget the answer, for another index. */
   forget() {
     Object.assign(this, { evidence: null, served: null, shown: null, before: null, problem: null, taught: null });
     if (state.info) this.without = new Set();
   }
 
-  /** Ask the server about the photograph itself. Raises api.Problem; AbortError where it was put away. */
+  /** Send the photo to the server. Throws api.Problem, or AbortError if the photo was removed. */
   async ask(left, waiting) {
     const signal = AbortSignal.any([this.gone.signal, left]);
     const { name } = settings;
@@ -65,9 +65,9 @@ export class Photo {
     return this.take(answer, answer.results[0], name);
   }
 
-  /** Take an answer that was given for settings of this name; false where the index has changed since. */
+  /** Take the server's answer to settings of this name. Returns false if the index has changed since. */
   async take(answer, result, name) {
-    if (answer.version !== state.info.version) await state.refresh(); // somebody else changed the index
+    if (answer.version !== state.info.version) await state.refresh();
     if (result.evidence) {
       this.evidence = evidenceOf(result.evidence);
       this.version = answer.version;
@@ -101,12 +101,12 @@ export class Photo {
     return this.evidence !== null && this.version === state.info.version;
   }
 
-  /** Whether a shot is this photograph, and the answer is what the others say. */
+  /** Whether the photo is a shot itself, so that the other shots classify it. */
   get judgedByOthers() {
     return this.exact && this.without.size > 0;
   }
 
-  /** Weigh the answer for the settings as they are. */
+  /** Compute the answer for the current settings. */
   weigh() {
     if (!this.current) return;
     if (this.exact || this.served?.name !== settings.name) {
@@ -118,7 +118,7 @@ export class Photo {
     }
   }
 
-  /** Whether it is unlike any shot: what the index's own settings say, whatever the sliders do. */
+  /** Whether it is unlike any shot under the index's own settings, whatever the sliders say. */
   #unlike() {
     const least = state.info.least_cache;
     if (least === null || !this.without.size) return this.served?.unlike ?? false;
@@ -138,12 +138,12 @@ export class Photo {
     const named = (key) => ({
       ...key,
       label: state.labels[key.classId],
-      source: this.named.get(key.keyId)?.source ?? `shot ${key.keyId}`,
+      source: this.named.get(key.keyId)?.source ?? `example ${key.keyId}`,
     });
     return { supporting: found.supporting.map(named), opposing: found.opposing && named(found.opposing) };
   }
 
-  /** Up to three classes that it may be rather. */
+  /** Up to three classes to choose instead. */
   get choices() {
     if (!this.shown) return [];
     const { rows } = this.shown;
@@ -151,7 +151,7 @@ export class Photo {
   }
 }
 
-/** What the server is asked, of images and of features alike. */
+/** The parameters of a request to classify. */
 export const parameters = () => ({ ...settings.values, top: TOP, neighbours: NEIGHBOURS, logits: true });
 
 /** A shot of the server's answer. */
@@ -159,17 +159,11 @@ function shotOf({ key_id: keyId, label, source, affinity, weight, gives }) {
   return { keyId, label, source, affinity, weight, contribution: gives[0] };
 }
 
-/** The server's answer as rows: what of a logit is not text is cache. The winner's own parts are the server's. */
+/** The server's answer as rows. The cache part of a logit is the logit minus the text part. */
 function rowsOf({ labels, probabilities, logits, text_logit: text, cache_logit: cache }, texts) {
   return labels.map((label, i) => {
     const classId = state.labels.indexOf(label);
-    if (i === 0) return { classId, label, probability: probabilities[i], text, cache };
-    return {
-      classId,
-      label,
-      probability: probabilities[i],
-      text: texts[classId],
-      cache: (logits?.[classId] ?? NaN) - texts[classId],
-    };
+    const parts = i === 0 ? { text, cache } : { text: texts[classId], cache: (logits?.[classId] ?? NaN) - texts[classId] };
+    return { classId, label, probability: probabilities[i], ...parts };
   });
 }

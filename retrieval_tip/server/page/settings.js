@@ -1,12 +1,12 @@
-// alpha, beta, k and tail: sliders with number inputs beside them. "change" is fired for each new value.
+// alpha, beta, k and tail: sliders and number inputs. Fires "change" for each new value.
 
 import { $, plural } from "./dom.js";
 import { state } from "./state.js";
 
-const RANGES = { alpha: 3, beta: 2 }; // decades to either side of the index's own value
-const STEPS = 60; // a decade
+const RANGES = { alpha: 3, beta: 2 }; // decades on either side of the index's own value
+const STEPS = 60; // per decade
 
-/** Where a slider stops: 0, then evenly in the logarithm around the index's own value, which is among them exactly. */
+/** The stops of a slider: 0, then a logarithmic scale around the index's own value, which is one of them. */
 function stopsAround(own, decades) {
   const middle = own > 0 ? own : 1;
   const stops = [0];
@@ -16,14 +16,14 @@ function stopsAround(own, decades) {
   return stops;
 }
 
-/** Every number of keys while they are few, then steps of 3 %, and at last all. */
+/** The stops of k: every small number, then steps of 3 %, then all. */
 function stopsUpTo(n) {
   const stops = [];
   for (let k = 1; k < n; k = Math.max(k + 1, Math.round(k * 1.03))) stops.push(k);
   return [...stops, n];
 }
 
-/** The stop nearest to a value, by ratio. */
+/** The index of the stop nearest to a value, by ratio. */
 function nearest(stops, value) {
   let best = 0;
   const far = (stop) => Math.abs(Math.log(stop || 1e-300) - Math.log(value || 1e-300));
@@ -43,7 +43,7 @@ class Settings extends EventTarget {
     super();
     for (const name of ["alpha", "beta", "k"]) {
       $(name).addEventListener("input", () => this.#typed(name));
-      $(name).addEventListener("change", () => this.#show(name)); // what is not valid gives way to what holds
+      $(name).addEventListener("change", () => this.#show(name)); // replace an invalid entry by the current value
       $(`${name}-slider`).addEventListener("input", () => this.#slid(name));
     }
     $("tail").addEventListener("change", () => this.#set({ tail: $("tail").checked }));
@@ -57,7 +57,7 @@ class Settings extends EventTarget {
     return { alpha: this.alpha, beta: this.beta, k: this.k, tail: this.tail };
   }
 
-  /** A name for what is set, to compare answers by. */
+  /** A string that identifies the settings. */
   get name() {
     return [this.alpha, this.beta, this.k, this.k === "all" || this.tail].join(" ");
   }
@@ -66,7 +66,7 @@ class Settings extends EventTarget {
     this.#set(this.#own);
   }
 
-  /** Another index, or a new version of it: settings that nobody moved are the index's own. */
+  /** Follow another index or version. Settings that the user has not moved become the index's own. */
   #follow(another) {
     const { alpha, beta, k, tail, n_keys: n } = state.info;
     const untouched = another || this.#same();
@@ -107,24 +107,24 @@ class Settings extends EventTarget {
     $("tail").disabled = this.k === "all";
     $("reset").disabled = this.#same();
     const k = this.k === "all" ? "-k all" : `-k ${this.k} ${this.tail ? "--tail" : "--no-tail"}`;
-    $("settings-title").textContent = this.#same() ? "Settings" : "Settings, changed";
+    $("settings-title").textContent = this.#same() ? "Settings" : "Settings (changed)";
     $("command").textContent = `--alpha ${this.alpha} --beta ${this.beta} ${k}`;
   }
 
-  /** Both faces of a setting; what is being typed stays as it is. */
+  /** Show a setting on its slider and in its input, which is left alone while the user types. */
   #show(name, typing = false) {
     const value = this[name];
     const stops = this.#stops[name];
     const slider = $(`${name}-slider`);
     if (!typing) {
-      $(name).value = value === "all" ? "" : Number(value.toPrecision(6)); // to read; the command shows all digits
+      $(name).value = value === "all" ? "" : Number(value.toPrecision(6)); // the command shows all digits
       $(name).removeAttribute("aria-invalid");
     }
     $(name).dataset.value = value;
     const at = value === "all" ? stops.length - 1 : nearest(stops, value);
     if (Number(slider.value) !== at) slider.value = at;
-    const said = name === "k" ? (value === "all" ? "all photographs" : plural(value, "photograph")) : String(value);
-    slider.setAttribute("aria-valuetext", said);
+    const spoken = name === "k" ? (value === "all" ? "all examples" : plural(value, "example")) : String(value);
+    slider.setAttribute("aria-valuetext", spoken);
     slider.style.setProperty("--filled", `${(100 * at) / Math.max(1, stops.length - 1)}%`);
   }
 }

@@ -1,4 +1,4 @@
-// The first screen: what this index knows, how well, and some of its photographs to try.
+// The first screen: the classes of the classifier, its accuracy, and some example photos to try.
 
 import { showAccuracy } from "./accuracy.js";
 import * as api from "./api.js";
@@ -7,13 +7,13 @@ import { addFiles } from "./classify.js";
 import { $, el, picture, plural } from "./dom.js";
 import { state } from "./state.js";
 
-const CLASSES = 60; // classes with a picture
+const CLASSES = 60; // classes shown
 const SAMPLES = 6;
 
 async function show() {
   const { info } = state;
-  const photographs = plural(info.n_keys, "photograph");
-  $("knows").textContent = `${info.name} knows ${plural(info.n_classes, "class", "classes")} from ${photographs}`;
+  const examples = plural(info.n_keys, "example photo");
+  $("knows").textContent = `“${info.name}” recognises ${plural(info.n_classes, "class", "classes")}, learned from ${examples}`;
   if (!$("start").hidden) showAccuracy($("judged"));
   const known = info.classes.slice(0, CLASSES);
   const list = (shown) => {
@@ -36,16 +36,16 @@ async function show() {
     const step = Math.max(1, Math.floor(pictured.length / SAMPLES));
     samples(info.images ? pictured.filter((_, i) => i % step === 0).slice(0, SAMPLES) : []);
   } catch {
-    // names and counts stay
+    // names and counts are shown without pictures
   }
 }
 
-/** Some of its photographs to click: each is judged by all the others. */
+/** Show example photos to click. Each is classified by all the others. */
 function samples(shown) {
   $("samples").hidden = !shown.length;
   $("samples-list").replaceChildren(
     ...shown.map(({ key_id: id, class_id: classId, image }) => {
-      const label = `Try a photograph of ${state.labels[classId]}`;
+      const label = `Try a photo of ${state.labels[classId]}`;
       const button = el("button", { type: "button", aria: { label } }, picture(image, 240, ""));
       button.addEventListener("click", async () => {
         const response = await fetch(`${api.pictureOf(state.info.name, id)}?size=1024`);

@@ -1,12 +1,12 @@
-// The index that the page shows, and changes to it. Views listen: "index" is another index, "version" a newer one.
+// The index on the page, and its changes. Events: "index" for another index, "version" for another version of it.
 
 import * as api from "./api.js";
 import { $, el } from "./dom.js";
 
 const TOKEN = "retrieval-tip token";
-const BATCH = 16; // photographs a request that teaches
+const BATCH = 16; // photos per request
 
-// The address that serve prints ends in #token=...: it is kept for this tab, and not left in the address.
+// `retrieval-tip serve` prints an address with #token=...: keep it for this tab, and remove it from the address bar.
 const given = new URLSearchParams(location.hash.slice(1)).get("token");
 if (given) {
   sessionStorage.setItem(TOKEN, given);
@@ -16,8 +16,8 @@ if (given) {
 class State extends EventTarget {
   info = null; // GET /v1/indexes/{name}
   labels = []; // by class id
-  model = null; // what the method needs beside settings, see method.js
-  mayChange = false; // whether the server takes changes from who has its token
+  model = null; // see method.js
+  mayChange = false; // whether the server accepts changes
   #exemplars = null;
   #accuracy = null;
 
@@ -26,7 +26,7 @@ class State extends EventTarget {
     this.dispatchEvent(new Event("index"));
   }
 
-  /** Fetch the index again; views hear of it where the version is another one. */
+  /** Fetch the index again, and fire "version" if it has changed. */
   async refresh() {
     const { name, version } = this.info;
     const info = await api.index(name);
@@ -45,19 +45,19 @@ class State extends EventTarget {
     $("class-names").replaceChildren(...info.classes.map(({ label }) => el("option", { value: label })));
   }
 
-  /** A shot that shows each class, and how like shots are; once a version. */
+  /** A typical shot of each class, and mean affinities; fetched once per version. */
   exemplars() {
     this.#exemplars ??= api.exemplars(this.info.name);
     return this.#exemplars;
   }
 
-  /** The estimated accuracy, once a version. */
+  /** The estimated accuracy; fetched once per version. */
   accuracy() {
     this.#accuracy ??= api.accuracy(this.info.name);
     return this.#accuracy;
   }
 
-  /** Make photographs shots of a class, a batch after the other: what the server said, or null without a token. */
+  /** Add photos as examples of a class, in batches. Returns the server's answers, merged, or null without a token. */
   async add(label, files, progress = () => {}) {
     const lists = { key_ids: [], classes: [], duplicates: [], warnings: [], skipped: [] };
     const all = { ...lists, known: 0, since: this.info.version };
@@ -86,18 +86,18 @@ class State extends EventTarget {
     return made;
   }
 
-  /** Fit the index to its shots anew. */
+  /** Fit the index to its shots again. */
   fit = () => this.#change((token) => api.fit(this.info.name, token));
   remove = (keyIds) => this.#change((token) => api.removeShots(this.info.name, keyIds, token));
   relabel = (keyIds, label) => this.#change((token) => api.relabel(this.info.name, { key_ids: keyIds, label }, token));
   /** Several relabels, [{ key_ids, label }], in one version. */
   relabelAll = (moves) => this.#change((token) => api.relabel(this.info.name, { moves }, token));
-  /** Another name for a class; the name of another class merges the two. */
+  /** Rename a class; the name of another class merges the two. */
   rename = (of, label) => this.#change((token) => api.rename(this.info.name, { of, label }, token));
-  /** Back to version `to`, where the index is still at `since`. */
+  /** Go back to version `to`, if the index is still at `since`. */
   rollback = (to, since) => this.#change((token) => api.rollback(this.info.name, { to, since }, token));
 
-  /** Send a change with the token, which is asked for where it is not known; null where none was given. */
+  /** Send a change with the token, which the user is asked for if it is unknown. Returns null without a token. */
   async #change(send, refresh = true) {
     let refused = "";
     for (;;) {
@@ -111,13 +111,13 @@ class State extends EventTarget {
       } catch (error) {
         if (error.status !== 401) throw error;
         sessionStorage.removeItem(TOKEN);
-        refused = "That is not this server’s token. The address that serve printed has it, after #token=.";
+        refused = "This is not the server’s token. Copy it from the address that “retrieval-tip serve” printed, after #token=.";
       }
     }
   }
 }
 
-/** What each key gives to each class; undefined where these are too many to be sent, so that the server is asked. */
+/** The value of each key for each class; undefined if they are too many to send: then the server computes answers. */
 async function valuesOf({ name }) {
   try {
     const { key_ids: ids, values } = await api.values(name);
@@ -130,9 +130,9 @@ async function valuesOf({ name }) {
 
 const pending = new WeakMap();
 
-/** Open a dialog; its return value once it is closed ("" where it was dismissed). */
+/** Open a dialog. Returns its return value once it is closed, "" if it was dismissed. */
 export function ask(dialog) {
-  pending.get(dialog)?.(""); // it was dismissed, and opens again before its close event has come
+  pending.get(dialog)?.(""); // dismissed and opened again before its close event
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {

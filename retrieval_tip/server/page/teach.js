@@ -1,4 +1,4 @@
-// Teaching: photographs are dropped onto named classes, and become an index of their own, or shots of one that is there.
+// Create a classifier from photos in named classes, or add them to the open one.
 
 import { judged } from "./accuracy.js";
 import * as api from "./api.js";
@@ -8,22 +8,22 @@ import { chosen } from "./files.js";
 import { notice } from "./notice.js";
 import { state } from "./state.js";
 
-const FIRST = 48; // photographs that an index is begun with
-const SHOWN = 12; // thumbnails a class
-const IMAGE = /\.(jpe?g|png|webp|hei[cf])$/i; // what the server accepts
+const FIRST = 48; // photos in the request that creates an index
+const SHOWN = 12; // thumbnails per class
+const IMAGE = /\.(jpe?g|png|webp|hei[cf])$/i;
 
 const classes = []; // { name, files, element }
-let running = null; // aborts what is being sent
+let running = null; // aborts the upload
 
-const photographs = () => classes.reduce((sum, one) => sum + one.files.length, 0);
+const photos = () => classes.reduce((sum, one) => sum + one.files.length, 0);
 const isNew = () => $("teach-new").checked;
 
 function addClass(name = "", files = []) {
   const one = { name, files: [] };
-  const input = el("input", { type: "text", value: name, placeholder: "name of the class", autocomplete: "off", aria: { label: "Name of the class" } });
+  const input = el("input", { type: "text", value: name, placeholder: "class name", autocomplete: "off", aria: { label: "Class name" } });
   input.setAttribute("list", "class-names");
   input.addEventListener("input", () => ((one.name = input.value.trim()), show()));
-  const pick = el("input", { type: "file", accept: "image/jpeg,image/png,image/webp,.heic,.heif", multiple: true, hidden: true, aria: { label: "Photographs" } });
+  const pick = el("input", { type: "file", accept: "image/jpeg,image/png,image/webp,.heic,.heif", multiple: true, hidden: true, aria: { label: "Photos" } });
   pick.addEventListener("change", () => (give(one, [...pick.files]), (pick.value = "")));
   const choose = el("button", { type: "button" }, "Choose");
   choose.addEventListener("click", () => pick.click());
@@ -31,7 +31,7 @@ function addClass(name = "", files = []) {
   shoot.addEventListener("click", () =>
     camera.open((file) => give(one, [file]), one.name || "this class").catch((error) => notice(error.message)),
   );
-  const away = el("button", { type: "button", class: "quiet", aria: { label: "Take this class away" } }, "×");
+  const away = el("button", { type: "button", class: "quiet", aria: { label: "Remove this class" } }, "×");
   away.addEventListener("click", () => {
     takeAway(one);
     if (!classes.length) addClass();
@@ -65,7 +65,7 @@ function give(one, files) {
   show();
 }
 
-/** Show some of its photographs on a card, as far as there is room. */
+/** Show files on the card of a class, as far as there is room. */
 function draw(one, files) {
   const room = SHOWN - one.pictures.children.length;
   for (const file of files.slice(0, Math.max(0, room))) {
@@ -78,18 +78,18 @@ function draw(one, files) {
   }
 }
 
-/** The class that loose photographs go to if they are dropped at an element: its card, else the first without any. */
+/** The class for single photos dropped on an element: the class of that card, else the first empty one. */
 const targetAt = (place) =>
   classes.find(({ element }) => element.contains(place)) ?? classes.find(({ files }) => !files.length);
 
-/** While files are dragged over an element: mark the class that loose ones would go to. Null: no more. */
+/** Mark the class that single photos would go to while they are dragged. Null ends it. */
 export function aim(event) {
   const loose = event && [...event.dataTransfer.items].some(({ type }) => type); // a folder has no type
   const target = loose ? targetAt(event.target) : null;
   for (const one of classes) one.element.classList.toggle("target", one === target);
 }
 
-/** Files that were dropped at an element, or chosen: each folder is a class, wherever it is dropped. */
+/** Take files that were dropped on an element, or chosen. Each folder is a class, wherever it is dropped. */
 export function receive(found, place = null) {
   const images = found.filter(({ file }) => IMAGE.test(file.name) || IMAGE.test(file.type.replace("/", ".")));
   const before = new Set(classes);
@@ -105,9 +105,9 @@ export function receive(found, place = null) {
   if (images.some(({ folder }) => folder !== null)) empty.forEach(takeAway);
   show();
   const other = found.length - images.length;
-  const skipped = other ? ` ${plural(other, "file was", "files were")} skipped: not JPEG, PNG, WebP or HEIC.` : "";
+  const skipped = other ? ` Skipped ${plural(other, "file")}: not JPEG, PNG, WebP or HEIC.` : "";
   if (!images.length) return notice(skipped.trim());
-  notice(`Added ${plural(images.length, "photograph")} to ${plural(given.length, "class", "classes")}.${skipped}`, () => {
+  notice(`Added ${plural(images.length, "photo")} to ${plural(given.length, "class", "classes")}.${skipped}`, () => {
     for (const [one, files] of given) takeBack(one, files, before.has(one));
     while (classes.length < 2) addClass();
     show();
@@ -115,7 +115,7 @@ export function receive(found, place = null) {
   });
 }
 
-/** Take photographs off a class, and the class too, unless it was there before them. */
+/** Remove files from a class, and the class too if it is empty and does not stay. */
 function takeBack(one, files, stays) {
   if (!classes.includes(one)) return;
   one.files = one.files.filter((file) => !files.has(file));
@@ -125,32 +125,26 @@ function takeBack(one, files, stays) {
 }
 
 function show() {
-  for (const one of classes) one.count.textContent = one.files.length ? plural(one.files.length, "photograph") : "Drop photographs here";
+  for (const one of classes) one.count.textContent = one.files.length ? plural(one.files.length, "photo") : "Drop photos here";
   const full = classes.filter((one) => one.files.length);
   const unnamed = full.find((one) => !one.name);
   const twice = full.length !== new Set(full.map((one) => one.name)).size;
   const few = isNew() ? 2 : 1;
   const name = $("teach-name").value.trim();
   $("teach-name-label").hidden = !isNew();
-  const missing = !state.mayChange
-    ? "This server takes no changes: start it without --read-only, or with --token."
-    : full.length < few
-      ? isNew()
-        ? "Two classes with photographs are needed at least; five photographs each are a good beginning."
-        : "Drop photographs onto a class."
-      : unnamed
-        ? "Each class needs a name."
-        : twice
-          ? "Two classes have one name."
-          : isNew() && !name
-            ? "The index needs a name."
-            : "";
+  let missing = "";
+  if (!state.mayChange) missing = "This server is read-only. Restart it with --token.";
+  else if (full.length < few) missing = isNew() ? "Add photos to at least two classes. Five per class are a good start." : "Add photos to a class.";
+  else if (unnamed) missing = "Each class needs a name.";
+  else if (twice) missing = "Two classes have the same name.";
+  else if (isNew() && !name) missing = "The classifier needs a name.";
   $("teach-missing").textContent = missing;
   $("teach-go").disabled = Boolean(missing) || running !== null;
-  $("teach-go").textContent = `Teach ${plural(photographs(), "photograph")} in ${plural(full.length, "class", "classes")}`;
+  const of = full.length ? ` ${plural(photos(), "photo")} in ${plural(full.length, "class", "classes")}` : "";
+  $("teach-go").textContent = isNew() ? `Create classifier${of && ` from${of}`}` : `Add${of || " photos"}`;
 }
 
-/** What is sent first: of each class in turn, so that every class is there. */
+/** Files for the first request, some of every class, and the rest by class. */
 function begun() {
   const first = [];
   const left = new Map();
@@ -169,7 +163,7 @@ async function go() {
   notice("");
   running = new AbortController();
   const { signal } = running;
-  const total = photographs();
+  const total = photos();
   const started = performance.now();
   let sent = 0;
   const report = (text) => {
@@ -183,7 +177,7 @@ async function go() {
   const skipped = [];
   let since = null;
   try {
-    report(`Looking at ${plural(total, "photograph")}…`);
+    report(`Uploading ${plural(total, "photo")}…`);
     let rest;
     let result;
     if (isNew()) {
@@ -198,18 +192,18 @@ async function go() {
       rest = new Map(classes.filter((one) => one.files.length).map((one) => [one.name, one.files]));
     }
     for (const [label, files] of rest) {
-      report(`Looking at photographs of ${label}…`);
+      report(`Uploading ${label}…`);
       const before = sent;
       const added = await state.add(label, files, (done) => {
         sent = before + done;
-        report(`Looked at ${sent} of ${total} photographs…`);
+        report(`Uploading ${label}: ${done} of ${files.length}…`);
       });
       if (!added) return;
       skipped.push(...added.skipped);
       sent = before + files.length;
     }
     if (rest.size) {
-      report("Learning what is alike…");
+      report("Training…");
       result = await state.fit();
       if (!result) return;
     }
@@ -217,9 +211,9 @@ async function go() {
   } catch (error) {
     $("teach-said").textContent = "";
     $("teach-result").hidden = false;
-    if (sent) await state.refresh().catch(() => {}); // what was sent is in the index
+    if (sent) await state.refresh().catch(() => {}); // uploaded photos are in the index
     const what = error.name === "AbortError" ? "Cancelled." : failure(error);
-    const kept = sent ? ` ${plural(sent, "photograph was", "photographs were")} sent before. ` : "";
+    const kept = sent ? ` ${plural(sent, "photo was", "photos were")} already added. ` : "";
     $("teach-result").replaceChildren(el("p", {}, what, kept, sent ? undoTo(since) : null));
   } finally {
     running = null;
@@ -228,14 +222,14 @@ async function go() {
   }
 }
 
-/** Back to the version before, where there was one. */
+/** A button that restores version `since`, if there is one. */
 function undoTo(since) {
   if (since === null) return null;
   const undo = el("button", { type: "button" }, "Undo");
   undo.addEventListener("click", async () => {
     undo.disabled = true;
     try {
-      if (await state.rollback(since, state.info.version)) $("teach-result").replaceChildren("Undone: the index is as it was before.");
+      if (await state.rollback(since, state.info.version)) $("teach-result").replaceChildren("Undone.");
     } catch (error) {
       $("teach-result").replaceChildren(failure(error));
     }
@@ -244,28 +238,29 @@ function undoTo(since) {
 }
 
 function finished(result, skipped, since, seconds) {
-  const out = skipped.length ? ` ${plural(skipped.length, "file was", "files were")} left out: ${skipped.slice(0, 3).map(({ input }) => input).join(", ")}.` : "";
-  const ask = el("button", { type: "button", class: "primary", id: "teach-ask" }, "Ask it about photographs");
+  const names = skipped.slice(0, 3).map(({ input }) => input).join(", ") + (skipped.length > 3 ? ` and ${skipped.length - 3} more` : "");
+  const out = skipped.length ? ` Skipped ${plural(skipped.length, "file")}: ${names}.` : "";
+  const ask = el("button", { type: "button", class: "primary", id: "teach-ask" }, "Try it on a photo");
   ask.addEventListener("click", () => (location.hash = "#classify"));
   $("teach-result").hidden = false;
   $("teach-result").replaceChildren(
-    el("strong", {}, `${result.index} has learnt it in ${seconds.toFixed(1)} s.`),
-    el("p", {}, `${judged(result.judged) || "With one photograph a class there is nothing to judge by yet."}${out}`),
+    el("strong", {}, `Done in ${seconds.toFixed(1)} s. “${result.index}” is ready.`),
+    el("p", {}, `${judged(result.judged) || "To estimate its accuracy, add a second photo to each class."}${out}`),
     el("p", { class: "buttons" }, ask, undoTo(since)),
   );
   for (const one of classes.splice(0)) one.element.remove();
   addClass();
   addClass();
-  $("teach-old").checked = true; // more photographs go to what was made
+  $("teach-old").checked = true; // more photos go to the same classifier
   follow();
   ask.focus();
 }
 
-/** The index that is open may be added to. */
+/** Offer to add to the open index, if it takes photos. */
 function follow() {
   const can = state.info?.images ?? false;
   $("teach-old").disabled = !can;
-  $("teach-old-name").textContent = can ? state.info.name : "the open index";
+  $("teach-old-name").textContent = can ? `“${state.info.name}”` : "an existing one";
   if (!can) $("teach-new").checked = true;
   show();
 }
@@ -274,7 +269,7 @@ $("teach-more").addEventListener("click", () => addClass().input.focus());
 $("teach-go").addEventListener("click", go);
 $("teach-cancel").addEventListener("click", () => {
   running?.abort(new DOMException("cancelled", "AbortError"));
-  $("teach-said").textContent = "Stopping, once the server has what is being sent…";
+  $("teach-said").textContent = "Stopping after the current upload…";
 });
 $("teach-folders").addEventListener("click", () => $("teach-folder").click());
 $("teach-folder").addEventListener("change", () => (receive(chosen($("teach-folder"))), ($("teach-folder").value = "")));
