@@ -96,7 +96,7 @@ def main(index: Path, new: Path) -> None:
         serving = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603  # itself
         with serving, sync_playwright() as playwright:
             assert serving.stderr is not None
-            address = next(filter(None, (re.search(r"open (http\S+)", line) for line in serving.stderr)))[1]
+            address = next(filter(None, (re.search(r"http\S+#token=\S+", line) for line in serving.stderr)))[0]
             try:
                 browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
                 page = browser.new_page(viewport={"width": 1280, "height": 840}, reduced_motion="reduce")

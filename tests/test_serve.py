@@ -381,15 +381,15 @@ def test_on_this_machine_a_token_is_made_and_printed(random_things: Path, warm_p
     def started(*options: str) -> tuple[str, subprocess.Popen[str]]:
         process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
-        return next(line for line in process.stderr if "serving" in line), process
+        return next(line for line in process.stderr if "http://" in line), process
 
     line, process = started()
     with process:
-        address, token = re.search(r"open (http://127\.0\.0\.1:\d+)/#token=([\w-]{20,}) ", line).groups()  # type: ignore[union-attr]
+        address, token = re.search(r"(http://127\.0\.0\.1:\d+)/#token=([\w-]{20,}) ", line).groups()  # type: ignore[union-attr]
         keys = f"{address}/v1/indexes/{random_things.name}/keys"
         assert httpx.post(keys, json=key).status_code == 401
         wrong = httpx.post(keys, json=key, headers={"Authorization": f"Bearer {token[:-1]}"})
-        assert "the address that serve printed has it" in wrong.json()["detail"]
+        assert "token that serve printed" in wrong.json()["detail"]
         right = httpx.post(keys, json=key, headers={"Authorization": f"Bearer {token}"})
         assert right.status_code == 201
         back = httpx.post(

@@ -525,7 +525,7 @@ def test_another_spelling_is_a_class_of_its_own_with_a_warning(own: Path) -> Non
         body = client.post("/v1/indexes/own/keys", json=sent, headers=AUTHORISED).json()
         assert body["classes"] == [other]
         (warning,) = body["warnings"]
-        assert f"{other!r} is a new class beside {label!r}" in warning
+        assert f"{other!r} is spelled almost like {label!r}" in warning
         route, _, change = warning.rpartition("POST ")[2].partition(" ")
         merged = client.post(route, json=json.loads(change), headers=AUTHORISED)
         assert (merged.status_code, merged.json()["key_ids"]) == (200, body["key_ids"])
@@ -992,7 +992,7 @@ def test_an_index_whose_backbone_cannot_be_had_takes_features(
         assert not client.get("/v1/indexes").json()["indexes"][0]["images"]
         answer = client.post("/v1/classify", files={"images": b"x"})
         assert (answer.status_code, "features only" in answer.json()["detail"]) == (422, True)
-    assert "takes features only" in caplog.text
+    assert "only features are accepted" in caplog.text
     assert answers.tell() == 0
     assert not (tmp_path / "model" / "ran").exists()
 

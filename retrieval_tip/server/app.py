@@ -1,4 +1,4 @@
-"""The application: the routes, the page, and what guards them."""
+"""The ASGI application: routes, page, and middleware."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def create_app(
     maker: Maker | None = None,
     ready: Callable[[], None] = lambda: None,
 ) -> FastAPI:
-    """Return the application over indexes by name (:func:`served.open_all`).
+    """Return the application for indexes by name (:func:`served.open_all`).
 
-    A request that sends the ``token`` may change indexes. ``uploads``, ``root`` and ``maker`` as for
-    :class:`service.Service`. ``ready`` is called once requests are answered.
+    Requests that send the ``token`` may change indexes. ``uploads``, ``root`` and ``maker`` are those of
+    :class:`service.Service`. ``ready`` is called at startup, once requests can be answered.
     """
     limits = limits or Limits()
     service = Service(served, limits, uploads, root, maker)
@@ -46,7 +46,7 @@ def create_app(
 
     app = FastAPI(
         title="retrieval-tip", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
-        description="Few-shot image classification as retrieval. Errors are application/problem+json.",
+        description="Few-shot image classification by retrieval. Errors are application/problem+json (RFC 9457).",
     )  # fmt: skip
     app.state.service, app.state.token = service, token
     app.add_middleware(Guard, limits=limits)
@@ -70,4 +70,4 @@ async def _docs() -> Response:
 
 
 async def _unexpected(_: Request, error: Exception) -> Response:
-    return answer(Problem(500, f"an error in the server ({type(error).__name__}); its log says more"))
+    return answer(Problem(500, f"internal error ({type(error).__name__}); see the log of the server"))

@@ -1,4 +1,4 @@
-"""Work that requests share: what waits together is answered together, and what takes long is made once and kept."""
+"""Work shared by requests: batches, fair turns, and a cache of slow results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ R = TypeVar("R")
 K = TypeVar("K")
 
 SMOOTHING = 0.2
-"""Share of the latest batch in the mean of the seconds that an item takes."""
+"""Weight of the latest batch in the moving average of seconds per item."""
 
 
 @dataclass
@@ -33,12 +33,11 @@ class _Call(Generic[K, T, R]):
 
 
 class Batcher(Generic[K, T, R]):
-    """Calls ``run(key, items)`` in a thread of its own, with the items of all calls of one key that wait meanwhile.
+    """Calls ``run(key, items)`` in its own thread, with the items of all waiting calls of the same key.
 
-    While one batch is computed the next one gathers, so a call that comes alone does not wait for others. Batches have
-    ``most(key)`` items, or those of one call; calls are answered in the order in which they came, but for those that
-    join an earlier one of their key. At most ``room`` items wait: a further call is refused at once, with the seconds
-    after which there will be room, unless nothing waits.
+    The next batch gathers while one is computed, so a lone call does not wait for others. A batch has at most
+    ``most(key)`` items, or those of one call. Calls are answered in order, except that they join an earlier call of
+    their key. At most ``room`` items wait; a call beyond is refused with the seconds until there is room.
     """
 
     def __init__(self, name: str, run: Callable[[K, list[T]], list[R]], *, most: Callable[[K], int], room: int) -> None:
@@ -50,14 +49,14 @@ class Batcher(Generic[K, T, R]):
         self._worker: asyncio.Task[None] | None = None
 
     async def __call__(self, key: K, items: Sequence[T]) -> list[R]:
-        """The results of ``run`` for these items, in order.
+        """Return the results of ``run`` for these items, in order.
 
-        Raises Problem 429 where too many wait, and what ``run`` raises for them.
+        Raises Problem 429 if too many items wait, and whatever ``run`` raises for these items.
         """
         if self._items and self._items + len(items) > self._room:
             metrics.REFUSED.labels(self._name).inc()
             wait = math.ceil(self._items * self._seconds) or 1
-            raise Problem(429, f"{self._items} items wait already; try again in {wait} s", {"Retry-After": str(wait)})
+            raise Problem(429, f"{self._items} items are waiting; try again in {wait} s", {"Retry-After": str(wait)})
         call: _Call[K, T, R] = _Call(key, items, asyncio.get_running_loop().create_future())
         self._waiting.append(call)
         self._count(len(items))
@@ -75,7 +74,7 @@ class Batcher(Generic[K, T, R]):
                 await self._answer(calls)
 
     async def _answer(self, calls: list[_Call[K, T, R]]) -> None:
-        """One batch. One that fails is halved until it is one call's: nobody gets an error for what others sent."""
+        """Answer a batch. If it fails, halve it, down to one call, so that no call gets an error of another."""
         items = [item for call in calls for item in call.items]
         start = time.perf_counter()
         try:
@@ -92,12 +91,12 @@ class Batcher(Generic[K, T, R]):
         metrics.BATCHES.labels(self._name).observe(len(items))
         at = 0
         for call in calls:
-            if not call.answer.done():  # else whoever asked has gone
+            if not call.answer.done():  # done: the caller has gone
                 call.answer.set_result(answers[at : at + len(call.items)])
             at += len(call.items)
 
     def _next(self) -> list[_Call[K, T, R]]:
-        """The calls of the next batch: the first one that is still wanted, and those of its key that fit beside it."""
+        """Take the next batch: the first call that is still wanted, and others of its key that fit."""
         taken: list[_Call[K, T, R]] = []
         kept: deque[_Call[K, T, R]] = deque()
         number = 0
@@ -115,7 +114,7 @@ class Batcher(Generic[K, T, R]):
         return taken
 
     async def close(self) -> None:
-        """Answer what waits, then end."""
+        """Answer waiting calls, then end the thread."""
         if self._worker is not None:
             await self._worker
         self._pool.shutdown()
@@ -123,7 +122,7 @@ class Batcher(Generic[K, T, R]):
 
 @dataclass(eq=False)
 class Turn(Generic[R]):
-    """A call that waits in a :class:`FairPool`; ``result`` is that of the call."""
+    """A call in a :class:`FairPool`, and its future ``result``."""
 
     place: float
     cost: float
@@ -132,15 +131,15 @@ class Turn(Generic[R]):
 
 
 LARGE = 2.0
-"""Cost of a call in a :class:`FairPool` from which on it is a large one; an ordinary call costs 1."""
+"""Smallest cost of a large call in a :class:`FairPool`; an ordinary call costs 1."""
 
 
 class FairPool(Generic[R]):
-    """Threads for the calls of many requests, in an order by which small requests do not wait for large ones.
+    """Threads for the calls of many requests, so that small requests do not wait for large ones.
 
-    The place of a call is the place of the call that began last, at the time of the request, plus the costs of the
-    request's calls up to and including this one. The call with the lowest place begins next. At most ``threads`` large
-    calls run at once; one thread more is for the others. At most ``held`` results are computed or in use.
+    The place of a call is the place of the last call to begin before the request, plus the costs of the request's calls
+    up to and including this one. The call with the lowest place begins next. At most ``threads`` large calls run at
+    once; one more thread is for the others. At most ``held`` results are being computed or in use.
     """
 
     def __init__(self, lane: str, *, threads: int, room: int, held: int) -> None:
@@ -153,17 +152,16 @@ class FairPool(Generic[R]):
 
     @contextmanager
     def turns(self, calls: Sequence[Callable[[], R]], costs: Sequence[float]) -> Iterator[list[Turn[R]]]:
-        """Line up the calls of a request. Those that have not begun when the context ends are given up.
+        """Queue the calls of a request. Calls that have not begun when the context ends are cancelled.
 
-        Raises Problem 429 if the calls until the last of these cost more than ``room``, unless they are all its own.
+        Raises Problem 429 if calls of other requests come before its last one and the total cost exceeds ``room``.
         """
         places = [self._now + cost for cost in accumulate(costs)]
         before = sum(one.cost for one in self._waiting if one.place <= places[-1])
         if before and before + sum(costs) > self._room:
             metrics.REFUSED.labels(self._lane).inc()
-            raise Problem(
-                429, f"{len(self._waiting)} {self._lane} wait already; try again in 2 s", {"Retry-After": "2"}
-            )
+            text = f"{len(self._waiting)} {self._lane} are waiting; try again in 2 s"
+            raise Problem(429, text, {"Retry-After": "2"})
         loop = asyncio.get_running_loop()
         own = [Turn(*one, loop.create_future()) for one in zip(places, costs, calls, strict=True)]
         self._waiting += own
@@ -176,7 +174,7 @@ class FairPool(Generic[R]):
             self.release(*own)
 
     def release(self, *turns: Turn[R]) -> None:
-        """Give up calls that wait, and make room for other results."""
+        """Cancel waiting calls, and make room for other results."""
         self._waiting = [one for one in self._waiting if one not in turns]
         self._held = [one for one in self._held if one not in turns]
         self._begin()
@@ -199,7 +197,7 @@ class FairPool(Generic[R]):
     def _end(self, one: Turn[R], made: asyncio.Future[R]) -> None:
         self._running.remove(one)
         error = made.exception()
-        if one.result.done():  # whoever asked has gone
+        if one.result.done():  # the caller has gone
             pass
         elif error is not None:
             one.result.set_exception(error)
@@ -208,15 +206,15 @@ class FairPool(Generic[R]):
         self._begin()
 
     def close(self) -> None:
-        """End the threads, once they are idle."""
+        """End the threads once they are idle."""
         self._pool.shutdown()
 
 
 class Kept(Generic[K, R]):
-    """Results by key, each made once in a thread of ``pool``: who asks meanwhile waits for the one that is made.
+    """A cache of results, each made once in a thread of ``pool``; concurrent calls for a key wait for the same result.
 
-    Kept are those that were asked for last, of ``most`` altogether by their ``size``. At most ``room`` are made or
-    wait for it: a further one is refused at once.
+    It keeps the most recently used results, up to a total ``size`` of ``most``. At most ``room`` results are being
+    made or waiting; a further one is refused.
     """
 
     def __init__(self, pool: Executor, *, most: int, room: int, size: Callable[[R], int] = lambda _: 1) -> None:
@@ -226,16 +224,16 @@ class Kept(Generic[K, R]):
         self._size = 0
 
     async def __call__(self, key: K, make: Callable[[], R]) -> R:
-        """The result of ``make``. Raises Problem 503 where too many are made, and as ``make``, which is not kept.
+        """Return the result of ``make``. Raises Problem 503 if too many are being made, and whatever ``make`` raises.
 
-        Who is cancelled leaves it to the others: it is made to its end.
+        Errors are not kept. A cancelled call does not stop ``make``.
         """
         if key in self._results:
             self._results.move_to_end(key)
             return self._results[key]
         if key not in self._making:
             if len(self._making) >= self._room:
-                raise Problem(503, f"{self._room} others are being made; ask again in 5 s", {"Retry-After": "5"})
+                raise Problem(503, f"{self._room} results are being computed; try again in 5 s", {"Retry-After": "5"})
             made = self._making[key] = asyncio.get_running_loop().run_in_executor(self._pool, make)
             made.add_done_callback(lambda future: self._keep(key, future))
         return await asyncio.shield(self._making[key])

@@ -1,4 +1,4 @@
-"""Limits of requests, and the ASGI middleware that applies them."""
+"""Limits of requests, and the ASGI middleware that enforces them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from retrieval_tip.server import metrics
 from retrieval_tip.server.problems import Problem, answer
 
 DEADLINE = "retrieval_tip.deadline"
-"""Key of a scope for the request's ``asyncio.Timeout``."""
+"""Scope key of the request's ``asyncio.Timeout``."""
 
 PART = 64 << 10
-"""Bytes of an answer that are sent at a time. The rest waits here, where it is counted, until they are taken."""
+"""Number of bytes per write of a response. The rest stays in memory, counted, until the client has read them."""
 
 SECURITY = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
@@ -28,22 +28,22 @@ SECURITY = {
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
 }
-"""Headers of every answer: nothing is loaded from elsewhere, and no other site embeds the page."""
+"""Headers of every response: the page loads nothing from other sites, and they cannot embed it."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of requests.
+    """Limits of requests and of work.
 
-    One request: ``bytes`` of its body, ``json_bytes`` if that is JSON, ``images`` or ``rows`` of features, ``pixels``
-    of an image, ``seconds`` until its answer begins and again until that is taken, ``cells`` numbers in the answers to
-    several queries (:meth:`served.Version.cells`). All requests together: ``queue`` images wait at most, and
-    ``QUEUED_ROWS`` times as many rows; bodies, and answers of more than :data:`PART`, have ``held`` bytes.
-    ``indexes`` is the largest number of indexes, ``hosts`` the names that the server answers to: ``None`` for any.
+    One request: ``bytes`` of a form, ``json_bytes`` of JSON, ``images`` or ``rows`` of features, ``pixels`` per image,
+    ``cells`` numbers in the answers to several queries (:meth:`served.Version.cells`), and ``seconds`` until the
+    response begins and again until the client has read it. All requests together: ``queue`` images and
+    ``QUEUED_ROWS * queue`` rows waiting, and ``held`` bytes of bodies and of responses larger than :data:`PART`.
+    The server has at most ``indexes`` indexes, and answers to the names ``hosts`` (``None``: any).
 
-    Work that takes long: a map is made of at most ``mapped`` values of keys, accuracy is estimated of at most
-    ``estimated`` keys, at most ``values`` are sent. A request waits ``patience`` seconds for it, then has to ask again.
-    New versions of the indexes are looked for every ``poll`` seconds.
+    Slow work: a map holds at most ``mapped`` values of keys, an accuracy is estimated from at most ``estimated`` keys,
+    a response holds at most ``values`` values. A request waits ``patience`` seconds for it and then gets a 503.
+    Indexes are checked for new versions every ``poll`` seconds.
     """
 
     bytes: int = 32 << 20
@@ -64,28 +64,30 @@ class Limits:
     poll: float = 1.0
 
     def check_host(self, host: str) -> None:
-        """Raise Problem 421 for another host: a page elsewhere may point a name of its own at this machine."""
+        """Raise Problem 421 for an unknown host name: other sites may resolve a name of theirs to this machine."""
         name = re.sub(r":\d*$", "", host.lower())
         if self.hosts is not None and name not in self.hosts:
-            raise Problem(421, f"unknown host {name!r}: start the server with --allow-host {name}")
+            raise Problem(421, f"unknown host {name!r}; restart the server with --allow-host {name}")
 
     def check_size(self, size: int) -> None:
-        """Raise Problem 413 for a body of ``size`` bytes that is too large."""
+        """Raise Problem 413 if a body of ``size`` bytes is too large."""
         if size > self.bytes:
-            raise Problem(413, f"a request may have {self.bytes:,} bytes, not {size:,} or more; send less at once")
+            raise Problem(
+                413, f"request of {size:,} bytes or more: at most {self.bytes:,} are allowed; send less at once"
+            )
 
 
 QUEUED_ROWS = 16
 
 
 class Guard:
-    """ASGI middleware around an app: limits, headers and counts of requests."""
+    """ASGI middleware for limits, security headers and metrics."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self.app, self.limits, self.held = app, limits, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request to the app within its limits; answer with a problem beyond them."""
+        """Pass a request to the app, or answer with a problem if it exceeds a limit."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -101,7 +103,7 @@ class Guard:
                     headers.setdefault(name, value)
             try:
                 await send(message)
-            except LocalProtocolError:  # uvicorn has refused the rest of the request meanwhile
+            except LocalProtocolError:  # uvicorn has refused the rest of the request
                 raise ClientDisconnect from None
 
         try:
@@ -122,7 +124,7 @@ class Guard:
 
 
 class _Exchange:
-    """A request and its answer: both count while they are held, and each has ``limits.seconds``."""
+    """A request and its response, which count against ``limits.held`` and have ``limits.seconds`` each."""
 
     def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
         self._guard, self._limits = guard, guard.limits
@@ -131,7 +133,7 @@ class _Exchange:
         self._waits = self._whole = self._begun = self._refused = False
 
     async def run(self) -> None:
-        """Raise Problem 408 if the body does not come in time, 503 if there is no answer."""
+        """Run the app. Raises Problem 408 if the body is late, 503 if the response is."""
         try:
             async with asyncio.timeout(self._limits.seconds) as self._deadline:
                 self._scope[DEADLINE] = self._deadline
@@ -139,14 +141,14 @@ class _Exchange:
         except TimeoutError:
             seconds = f"within {self._limits.seconds:g} s; try again"
             if self._waits:
-                raise Problem(408, f"the body did not come {seconds}", {"Connection": "close"}) from None
+                raise Problem(408, f"the request body did not arrive {seconds}", {"Connection": "close"}) from None
             if not self._begun:
                 raise Problem(503, f"no answer {seconds}", {"Retry-After": "5"}) from None
         finally:
             self._guard.held -= self._held
 
     async def receive(self) -> Message:
-        """Receive a part of the body. Raises Problem 413 for a large body, 503 if bodies and answers are too many."""
+        """Receive a part of the body. Raises Problem 413 if the body is too large, 503 if too much is held."""
         self._waits = not self._whole
         message = await self._receive()
         self._waits, self._whole = False, not message.get("more_body")
@@ -158,7 +160,7 @@ class _Exchange:
         return message
 
     async def send(self, message: Message) -> None:
-        """Send a part of the answer, or a problem in place of a large answer for which there is no room."""
+        """Send a part of the response, or a problem instead of a large response if too much is held."""
         if self._refused:
             return
         if message["type"] == "http.response.start":
@@ -176,7 +178,7 @@ class _Exchange:
         await self._send(message)
 
     def _hold(self, size: int) -> bool:
-        """Count bytes that are held, if there is room for them; a request alone has room."""
+        """Count ``size`` bytes as held and return ``True``, if they fit or no other request holds any."""
         if self._guard.held + size > self._limits.held and self._guard.held > self._held:
             return False
         self._guard.held += size
@@ -185,4 +187,4 @@ class _Exchange:
 
 
 def _full() -> Problem:
-    return Problem(503, "too many large requests and answers at once; try again in 1 s", {"Retry-After": "1"})
+    return Problem(503, "too many large requests and responses at once; try again in 1 s", {"Retry-After": "1"})

@@ -1,4 +1,4 @@
-"""The counters of the server, for Prometheus. One set a process."""
+"""Prometheus metrics of the server, one set per process."""
 
 from __future__ import annotations
 
@@ -7,26 +7,24 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)  # memory, processor seconds, open files
 
-REQUESTS = Counter("retrieval_tip_requests", "Answers", ["route", "method", "status"], registry=REGISTRY)
+REQUESTS = Counter("retrieval_tip_requests", "Requests answered", ["route", "method", "status"], registry=REGISTRY)
 SECONDS = Histogram(
     "retrieval_tip_request_seconds", "Time to answer", ["route"], registry=REGISTRY,
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
 )  # fmt: skip
-IN_FLIGHT = Gauge("retrieval_tip_in_flight", "Requests that are being answered", registry=REGISTRY)
-CLASSIFIED = Counter(
-    "retrieval_tip_classified", "Images and features that were classified", ["index"], registry=REGISTRY
-)
-WAITING = Gauge("retrieval_tip_waiting", "Items that wait for the next batch", ["lane"], registry=REGISTRY)
+IN_FLIGHT = Gauge("retrieval_tip_in_flight", "Requests in progress", registry=REGISTRY)
+CLASSIFIED = Counter("retrieval_tip_classified", "Images and features classified", ["index"], registry=REGISTRY)
+WAITING = Gauge("retrieval_tip_waiting", "Items waiting for the next batch", ["lane"], registry=REGISTRY)
 BATCHES = Histogram(
-    "retrieval_tip_batch_items", "Items of a batch", ["lane"], registry=REGISTRY,
+    "retrieval_tip_batch_items", "Items per batch", ["lane"], registry=REGISTRY,
     buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 1024),
 )  # fmt: skip
-REFUSED = Counter("retrieval_tip_refused", "Requests that met a full queue", ["lane"], registry=REGISTRY)
-VERSION = Gauge("retrieval_tip_index_version", "Version of the index that is served", ["index"], registry=REGISTRY)
-KEYS = Gauge("retrieval_tip_index_keys", "Keys of the index that is served", ["index"], registry=REGISTRY)
-RELOADS = Counter("retrieval_tip_reloads", "New versions that were met", ["index", "outcome"], registry=REGISTRY)
+REFUSED = Counter("retrieval_tip_refused", "Requests refused because the queue was full", ["lane"], registry=REGISTRY)
+VERSION = Gauge("retrieval_tip_index_version", "Version of a served index", ["index"], registry=REGISTRY)
+KEYS = Gauge("retrieval_tip_index_keys", "Keys of a served index", ["index"], registry=REGISTRY)
+RELOADS = Counter("retrieval_tip_reloads", "New versions found", ["index", "outcome"], registry=REGISTRY)
 
 
 def page() -> bytes:
-    """All of it in the text format of Prometheus."""
+    """Return all metrics in the text format of Prometheus."""
     return generate_latest(REGISTRY)

@@ -1,4 +1,4 @@
-"""Problems as ``application/problem+json`` (RFC 9457)."""
+"""Errors as ``application/problem+json`` (RFC 9457)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, one_
 
 MEDIA = "application/problem+json"
 BUSY = 5
-"""Seconds after which to ask again where the index is being written, or the disk is full."""
+"""``Retry-After`` in seconds while an index is being written or the disk is full."""
 NAMED = 3
-"""Errors of one request that are said."""
+"""Largest number of errors named in one response."""
 
 
-class Problem(Exception):  # noqa: N818  # the name of the format
-    """A refusal or failure: an HTTP ``status``, and one line that says what to do."""
+class Problem(Exception):  # noqa: N818  # as the RFC names it
+    """An error response: an HTTP ``status``, and one line that says what to do."""
 
     def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail)
@@ -38,29 +38,27 @@ def answer(problem: Problem) -> Response:
 
 
 def of(error: Exception) -> Problem:
-    """Turn an error of this package or of the framework into a problem."""
+    """Return the problem of an error of this package or of the framework."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, RequestValidationError):
-        return Problem(
-            422, "; ".join(map(_said, error.errors()[:NAMED])) or "not as the description of the interface says"
-        )
+        return Problem(422, "; ".join(map(_line, error.errors()[:NAMED])) or "the request does not match /openapi.json")
     if isinstance(error, HTTPException):
         return Problem(error.status_code, str(error.detail), error.headers)
-    if isinstance(error, FormParserError):  # which newer versions of starlette turn into an HTTPException
+    if isinstance(error, FormParserError):  # newer versions of starlette raise an HTTPException
         return Problem(400, f"multipart/form-data: {error}")
     if isinstance(error, InputError | UsageError):
         return Problem(422, str(error))
-    return Problem(503, str(error), {"Retry-After": str(BUSY)})  # an index that cannot be read or written now
+    return Problem(503, str(error), {"Retry-After": str(BUSY)})  # the index cannot be read or written now
 
 
-def _said(error: Mapping[str, object]) -> str:
+def _line(error: Mapping[str, object]) -> str:
     where = ".".join(str(part) for part in cast(tuple[object], error["loc"]) if part not in ("query", "path", "body"))
     return f"{where}: {error['msg']}" if where else str(error["msg"])
 
 
 async def handle(_: Request, error: Exception) -> Response:
-    """The exception handler for all of :data:`HANDLED`."""
+    """Answer with a problem: the exception handler for all of :data:`HANDLED`."""
     return answer(of(error))
 
 

@@ -1,7 +1,4 @@
-"""The routes: each reads what was sent, asks the service once, and answers.
-
-The routes ``about`` the server and the ``reads`` are open to all; ``changes`` need the server's token.
-"""
+"""HTTP routes. ``about`` and ``reads`` are open; ``changes`` need the server's token."""
 
 from __future__ import annotations
 
@@ -25,15 +22,18 @@ from retrieval_tip.settings import KeysMet
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 MOST = 1_000_000_000
-"""Largest whole number that a parameter may be."""
+"""Largest offset."""
 PICTURE: dict[int | str, dict[str, object]] = {200: {"content": {"image/jpeg": {}}}}
 SENT = schemas.problems(400, 408, 413, 415, 429)
-"""Problems of routes that images or features are sent to."""
+"""Problems of routes that take images or features."""
 
-Token = Annotated[str | None, Header(description="Bearer and the server's token, in one field.")]
-Positive = Annotated[float | None, Query(ge=0, allow_inf_nan=False, description="In place of the index's.")]
+Token = Annotated[str | None, Header(description='"Bearer TOKEN", with the server\'s token.')]
+Positive = Annotated[
+    float | None, Query(ge=0, allow_inf_nan=False, description="Replaces the index's value for this request.")
+]
 Norms = Annotated[
-    Literal["check", "unit", "keep"], Query(description="Features must have norm 1, are scaled, or kept.")
+    Literal["check", "unit", "keep"],
+    Query(description="check: reject features without norm 1; unit: scale them to norm 1; keep: use them unchanged."),
 ]
 
 
@@ -67,64 +67,58 @@ AcceptsChanges = Annotated[bool, Depends(_accepts_changes)]
 
 
 def _has_token(request: Request) -> bool:
-    """Tell whether a request has the server's token."""
     token = request.app.state.token
-    said = request.headers.getlist("authorization")
-    scheme, _, sent = said[0].partition(" ") if len(said) == 1 else ("", "", "")
+    headers = request.headers.getlist("authorization")
+    scheme, _, sent = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
     right = token is not None and hmac.compare_digest(sent.strip(" ").encode("latin-1"), token.strip(" ").encode())
     return bool(right and scheme.lower() == "bearer")
 
 
 async def _from_here(request: Request) -> None:
-    """Refuse requests that a browser sends for a page of another site, unless they have the token."""
+    """Refuse requests from pages of other sites, unless they have the token."""
     if "cross-site" in request.headers.getlist("sec-fetch-site") and not _has_token(request):
-        raise Problem(403, "pages of other sites may not ask this server; send its token (Authorization: Bearer TOKEN)")
+        raise Problem(403, "request from another site; send the server's token (Authorization: Bearer TOKEN)")
 
 
 async def _allowed(request: Request, authorization: Token = None) -> None:
-    """Refuse requests without the server's token."""
+    """Refuse requests without the token."""
     if request.app.state.token is None:
         raise Problem(403, "this server is read-only; restart it with --token TOKEN and send that token")
     if not _has_token(request):
-        raise Problem(
-            401,
-            "this is not the server's token (Authorization: Bearer TOKEN); the address that serve printed has it",
-            {"WWW-Authenticate": "Bearer"},
-        )
+        text = "token missing or wrong; send Authorization: Bearer TOKEN, with the token that serve printed"
+        raise Problem(401, text, {"WWW-Authenticate": "Bearer"})
 
 
-def _lift_deadline(request: Request) -> None:
-    """Take the time limit off a request: a change that has begun is not given up half-way."""
+async def _lift_deadline(request: Request) -> None:
+    """Remove the time limit of a request, so that a change is not abandoned half-way."""
     request.scope[DEADLINE].reschedule(None)
-
-
-async def _unhurried(request: Request) -> None:
-    _lift_deadline(request)
 
 
 about = APIRouter()
 reads = APIRouter(prefix="/v1", dependencies=[Depends(_from_here)], responses=schemas.problems(403, 404, 422, 503))
 changes = APIRouter(prefix="/v1", dependencies=[Depends(_allowed)], responses=schemas.problems(401, 403, 404, 422, 503))
-UNHURRIED = [Depends(_unhurried)]
+UNHURRIED = [Depends(_lift_deadline)]
 
 
-# The busiest route is the first one, which is matched first.
+# First, because it is the busiest route, and routes are matched in order.
 @reads.post("/classify", response_model=schemas.Classified, openapi_extra=schemas.CLASSIFY, responses=SENT)
 async def classify(
     request: Request,
     service: TheService,
-    index: Annotated[str | None, Query(description="Which index; needed where several are served.")] = None,
+    index: Annotated[str | None, Query(description="Name of the index; required if several are served.")] = None,
     alpha: Positive = None,
     beta: Positive = None,
-    k: Annotated[str | None, Query(pattern="^(all|[1-9][0-9]{0,8})$", description="Nearest keys, or all.")] = None,
-    tail: Annotated[bool | None, Query(description="Estimate the keys that were not retrieved.")] = None,
-    top: Annotated[int, Query(ge=1, le=1000, description="Classes to report.")] = 5,
-    neighbours: Annotated[int, Query(ge=0, le=1000, description="Shots to report: those that contributed most.")] = 5,
-    logits: Annotated[bool, Query(description="Logits of every class.")] = False,
-    evidence: Annotated[bool, Query(description="The parts of the answer.")] = False,
+    k: Annotated[
+        str | None, Query(pattern="^(all|[1-9][0-9]{0,8})$", description="Number of nearest keys, or all.")
+    ] = None,
+    tail: Annotated[bool | None, Query(description="Estimate the contribution of the other keys.")] = None,
+    top: Annotated[int, Query(ge=1, le=1000, description="Number of classes to return.")] = 5,
+    neighbours: Annotated[int, Query(ge=0, le=1000, description="Number of shots to return, most support first.")] = 5,
+    logits: Annotated[bool, Query(description="Return the logits of all classes.")] = False,
+    evidence: Annotated[bool, Query(description="Return what the answer is computed from.")] = False,
     norms: Norms = "check",
 ) -> Response:
-    """Classify images or features. Inputs that cannot be read are named in `skipped`, unless none can."""
+    """Classify images or features. `skipped` names unreadable inputs; it is an error if all are unreadable."""
     version = service.index(index).now
     sent = await read(request, service.limits, norms, version.cache.d)
     met: KeysMet = int(k) if k not in (None, "all") else "all" if k else None
@@ -133,13 +127,13 @@ async def classify(
 
 @about.get("/healthz")
 async def health(service: TheService) -> schemas.Health:
-    """Whether the server answers."""
+    """Check that the server answers."""
     return schemas.Health("ok", __version__, len(service.served))
 
 
 @about.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def prometheus() -> Response:
-    """Counts and times, in the text format of Prometheus."""
+    """Return metrics in the text format of Prometheus."""
     return Response(metrics.page(), media_type=TEXT)
 
 
@@ -155,23 +149,23 @@ async def indexes(service: TheService, changes: AcceptsChanges) -> schemas.Index
 async def create(
     request: Request,
     service: TheService,
-    like: Annotated[str | None, Query(description="The index whose backbone to take, and beside which.")] = None,
+    like: Annotated[str | None, Query(description="Use the encoder of this index, and the folder it is in.")] = None,
 ) -> schemas.MadeIndex:
-    """Make an index of labelled images, fit it to them, and serve it."""
+    """Make an index from labelled images, fit it, and serve it."""
     sent = await read_index(request, service.limits)
-    _lift_deadline(request)
+    await _lift_deadline(request)
     return await service.create(sent, like)
 
 
 @changes.post("/indexes/{name}/fit", dependencies=UNHURRIED)
 async def fit(service: TheService, one: Named) -> schemas.FittedIndex:
-    """Fit an index to its shots again, and estimate its accuracy by photos, words and both."""
+    """Fit an index to its shots again, and estimate its accuracy."""
     return await service.fit(one)
 
 
 @reads.get("/indexes/{name}")
 async def index(version: Now, changes: AcceptsChanges) -> schemas.WholeIndex:
-    """Describe an index, with its classes and the origin of its settings."""
+    """Describe an index, its classes, and where its settings come from."""
     return version.describe_whole(changes=changes)
 
 
@@ -179,13 +173,13 @@ async def index(version: Now, changes: AcceptsChanges) -> schemas.WholeIndex:
 async def keys(
     service: TheService,
     version: Now,
-    label: Annotated[list[str], Query(default_factory=list, description="Keys of this class; may be repeated.")],
-    key_id: Annotated[list[schemas.KeyId], Query(default_factory=list, description="These keys.")],
-    source: Annotated[str | None, Query(description="Keys whose source holds this text, in any case.")] = None,
+    label: Annotated[list[str], Query(default_factory=list, description="Only keys of this class; may be repeated.")],
+    key_id: Annotated[list[schemas.KeyId], Query(default_factory=list, description="Only this key; may be repeated.")],
+    source: Annotated[str | None, Query(description="Only keys whose source contains this text, in any case.")] = None,
     offset: Annotated[int, Query(ge=0, le=MOST)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
 ) -> Response:
-    """List the label store, a page at a time, in its order."""
+    """List keys with their labels and sources, page by page."""
     total, rows = await service.keys(version, label, source, key_id, slice(offset, offset + limit))
     return _json(schemas.KeyPage(version.manifest.version, total, offset, limit, rows))
 
@@ -198,7 +192,7 @@ async def image(
     size: Annotated[int, Query(ge=16, le=1024, description="Longest side, in pixels.")] = 160,
     if_none_match: Annotated[str | None, Header(include_in_schema=False)] = None,
 ) -> Response:
-    """Show a shot's picture, small."""
+    """Return a thumbnail of a shot, as JPEG."""
     data = await service.thumbnail(version, key_id, size)
     tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
     headers = {"etag": tag, "cache-control": "private, max-age=60"}
@@ -211,8 +205,8 @@ async def image(
 async def map_of(
     service: TheService,
     version: Now,
-    method: Annotated[Method, Query(description="pca; tsne where it is installed.")] = "pca",
-    limit: Annotated[int, Query(ge=1, le=100_000, description="Keys at most; long features: fewer.")] = 5000,
+    method: Annotated[Method, Query(description="pca, or tsne if scikit-learn is installed.")] = "pca",
+    limit: Annotated[int, Query(ge=1, le=100_000, description="Largest number of keys; long features: fewer.")] = 5000,
 ) -> Response:
     """Place the keys in two dimensions."""
     return _json(await service.map(version, method, limit))
@@ -231,7 +225,7 @@ async def audit(
 
 @reads.get("/indexes/{name}/accuracy")
 async def accuracy(service: TheService, version: Now) -> schemas.Accuracy:
-    """Estimate the accuracy by folds of the shots: each fold is answered by the others."""
+    """Estimate the accuracy by cross-validation on the shots: each fold is classified by the others."""
     return await service.accuracy(version)
 
 
@@ -239,7 +233,7 @@ async def accuracy(service: TheService, version: Now) -> schemas.Accuracy:
 async def add(request: Request, service: TheService, one: Named, norms: Norms = "check") -> schemas.AddedShots:
     """Add labelled images or features as shots, as a new version of the index. A new label makes a new class."""
     sent = await read(request, service.limits, norms, one.now.cache.d, labelled=True)
-    _lift_deadline(request)
+    await _lift_deadline(request)
     return await service.add(one, sent)
 
 
@@ -256,7 +250,7 @@ async def relabel(service: TheService, one: Named, change: schemas.Relabel) -> s
     """Move shots, or a whole class, to other classes, as one new version of the index."""
     chosen = sum(field is not None for field in (change.key_ids, change.of, change.moves))
     if chosen != 1 or (change.label is None) != (change.moves is not None):
-        raise Problem(422, "give label with key_ids, label with of, or moves alone")
+        raise Problem(422, "give label and key_ids, label and of, or only moves")
     if change.of is not None:
         return await service.merge(one, change.of, str(change.label))
     moves = [(move.key_ids, move.label) for move in change.moves or ()]
@@ -265,37 +259,37 @@ async def relabel(service: TheService, one: Named, change: schemas.Relabel) -> s
 
 @changes.post("/indexes/{name}/rename", dependencies=UNHURRIED)
 async def rename(service: TheService, one: Named, change: schemas.Rename) -> schemas.ChangedShots:
-    """Rename a class, as a new version, or merge it into the class that has the new name.
+    """Rename a class, as a new version of the index, or merge it into the class that has the new name.
 
-    The name is encoded as words if the server has their encoder.
+    The new name is encoded if the server has the text encoder.
     """
     return await service.rename(one, change.of, change.label)
 
 
 @reads.get("/indexes/{name}/history", response_model=schemas.History)
 async def history(service: TheService, one: Named) -> Response:
-    """List the versions that are kept."""
+    """List the kept versions, oldest first."""
     return _json(schemas.History(one.now.manifest.version, await service.history(one)))
 
 
 @changes.post("/indexes/{name}/rollback", dependencies=UNHURRIED, responses=schemas.problems(409))
 async def rollback(service: TheService, one: Named, change: schemas.Rollback) -> schemas.ChangedShots:
-    """Make the content of an earlier version that of a new one. Nothing is lost."""
+    """Restore an earlier version, as a new version. Nothing is lost."""
     return await service.rollback(one, change.to, change.since)
 
 
 @reads.get("/indexes/{name}/values", response_model=schemas.KeyValues)
 async def values(service: TheService, version: Now) -> Response:
-    """Give the values of each key for each class, if they were solved or trained and are not too many."""
+    """Return the value of each key for each class, if values were solved or trained and are not too many."""
     return _json(service.values(version))
 
 
 @reads.get("/indexes/{name}/exemplars")
 async def exemplars(service: TheService, version: Now) -> schemas.Exemplars:
-    """Show a shot of each class, and how similar shots are."""
+    """Return a typical shot of each class, and how similar shots are."""
     return await service.exemplars(version)
 
 
 def _json(answer: object) -> Response:
-    """Serialise an answer that holds rows of tables or arrays."""
+    """Serialise an answer with table rows or arrays."""
     return Response(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")

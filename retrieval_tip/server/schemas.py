@@ -1,4 +1,4 @@
-"""Requests and answers as values. FastAPI checks requests by them, and describes both in the OpenAPI document."""
+"""Requests and responses. FastAPI validates requests with these classes, and describes both in /openapi.json."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from retrieval_tip.server.problems import MEDIA
 from retrieval_tip.store.labels import LABEL_SCHEMA, VERSIONS_SCHEMA
 
 Row = dict[str, object]
-"""A row of a table, or a part of the OpenAPI document."""
-
-EXAMPLE_FEATURE = [0.6, 0.8]
+"""A row of a table, or a part of /openapi.json."""
 
 KeyId = Annotated[int, Field(ge=0, le=2**62)]
 Label = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -26,14 +24,14 @@ VersionNumber = Annotated[int, Field(ge=1, le=2**31)]
 
 
 class Move(BaseModel, extra="forbid"):
-    """Shots, by their ids, and the class of the index that they are given to."""
+    """Shots, by key id, and their new label, a class of the index."""
 
     key_ids: Annotated[list[KeyId], Field(max_length=100_000)]
     label: Label
 
 
 class Relabel(BaseModel, extra="forbid"):
-    """The new ``label`` of some shots, or of the whole class ``of``; or several ``moves`` at once."""
+    """The new ``label`` of the shots ``key_ids`` or of all shots of the class ``of``; or several ``moves``."""
 
     label: Label | None = None
     key_ids: Annotated[list[KeyId], Field(max_length=100_000)] | None = None
@@ -42,60 +40,56 @@ class Relabel(BaseModel, extra="forbid"):
 
 
 class Rename(BaseModel, extra="forbid"):
-    """The class ``of`` the index, and its new name."""
+    """The class ``of``, and its new name ``label``."""
 
     of: Label
     label: Label
 
 
 class Rollback(BaseModel, extra="forbid"):
-    """The version ``to`` go back to, if the index is still at version ``since``."""
+    """The version ``to`` restore, if the index is still at version ``since``."""
 
     to: VersionNumber
     since: VersionNumber | None = None
 
 
-_FEATURES = {
-    "type": "array",
-    "items": {"type": "array", "items": {"type": "number"}},
-    "minItems": 1,
-    "description": "Unit-norm features, a list each.",
-}
-_TEXTS = {"type": "array", "items": {"type": "string", "minLength": 1}}
-_FILES = {
-    "type": "array",
-    "items": {"type": "string", "format": "binary"},
-    "minItems": 1,
-    "description": "JPEG, PNG or WebP files, and HEIC if the server has the extra heic.",
-}
+def _list_of(items: Row, **more: object) -> Row:
+    return {"type": "array", "items": items, **more}
+
+
+_NUMBERS, _INTEGERS = _list_of({"type": "number"}), _list_of({"type": "integer"})
+_FEATURES = _list_of(_NUMBERS, minItems=1, description="Features of norm 1, one list per input.")
+_TEXTS = _list_of({"type": "string", "minLength": 1})
+_KINDS = "JPEG, PNG or WebP files; also HEIC if retrieval-tip[heic] is installed on the server."
+_FILES = _list_of({"type": "string", "format": "binary"}, minItems=1, description=_KINDS)
 
 
 def _body(form: Row, json: Row | None = None, example: Row | None = None) -> Row:
-    """Describe a body: a form, of which all fields are needed, or JSON."""
-    whole: Row = {"type": "object", "properties": form, "required": sorted(form)}
-    content: Row = {"multipart/form-data": {"schema": whole}}
+    """Describe a body: a form, whose fields are all required, or JSON."""
+    schema: Row = {"type": "object", "properties": form, "required": sorted(form)}
+    content: Row = {"multipart/form-data": {"schema": schema}}
     if json is not None:
-        needed = sorted(json.keys() & {"features", "labels"})
-        whole = {"type": "object", "properties": json, "required": needed, "additionalProperties": False}
-        content["application/json"] = {"schema": whole, "example": example}
+        required = sorted(json.keys() & {"features", "labels"})
+        schema = {"type": "object", "properties": json, "required": required, "additionalProperties": False}
+        content["application/json"] = {"schema": schema, "example": example}
     return {"requestBody": {"required": True, "content": content}}
 
 
 CLASSIFY = _body(
     {"images": _FILES},
     {"features": _FEATURES, "inputs": _TEXTS},
-    {"features": [EXAMPLE_FEATURE], "inputs": ["camera-3/0001"]},
+    {"features": [[0.6, 0.8]], "inputs": ["camera-3/0001"]},
 )
 ADD = _body(
-    {"images": _FILES, "label": {"type": "string", "minLength": 1, "description": "The class of all the images."}},
+    {"images": _FILES, "label": {"type": "string", "minLength": 1, "description": "Class of all images."}},
     {"features": _FEATURES, "labels": _TEXTS, "sources": _TEXTS},
-    {"features": [EXAMPLE_FEATURE], "labels": ["cat"], "sources": ["camera-3/0001"]},
+    {"features": [[0.6, 0.8]], "labels": ["cat"], "sources": ["camera-3/0001"]},
 )
 MAKE = _body(
     {
         "name": {"type": "string", "description": "Name of the index and of its folder."},
         "images": _FILES,
-        "label": _TEXTS | {"description": "The class of each image, in their order."},
+        "label": _TEXTS | {"description": "Class of each image, in the same order."},
     }
 )
 
@@ -110,44 +104,37 @@ class ProblemAnswer(BaseModel):
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, object]]:
-    """Describe the answers of these statuses, for a route."""
+    """Describe error responses with these statuses, for a route."""
     content = {MEDIA: {"schema": ProblemAnswer.model_json_schema()}}
-    return {status: {"description": "What went wrong", "content": content} for status in statuses}
+    return {status: {"description": "Problem (RFC 9457)", "content": content} for status in statuses}
 
 
-def _list_of(kind: str) -> Row:
-    return {"type": "array", "items": {"type": kind}}
+_UNCHECKED = PlainValidator(lambda value: value)
+Floats = Annotated[npt.NDArray[np.float32], _UNCHECKED, WithJsonSchema(_NUMBERS)]
+Ints = Annotated[npt.NDArray[np.int64], _UNCHECKED, WithJsonSchema(_INTEGERS)]
 
 
-def _same(value: object) -> object:
-    return value
-
-
-Floats = Annotated[npt.NDArray[np.float32], PlainValidator(_same), WithJsonSchema(_list_of("number"))]
-Ints = Annotated[npt.NDArray[np.int64], PlainValidator(_same), WithJsonSchema(_list_of("integer"))]
-
-
-def _described(kind: pa.DataType) -> Row:
+def _schema_of(kind: pa.DataType) -> Row:
     if pa.types.is_struct(kind):
-        return {"type": "object", "properties": {field.name: _described(field.type) for field in kind}}
+        return {"type": "object", "properties": {field.name: _schema_of(field.type) for field in kind}}
     if pa.types.is_list(kind):
-        return {"type": "array", "items": _described(kind.value_type)}
+        return _list_of(_schema_of(kind.value_type))
     number = "integer" if pa.types.is_integer(kind) else "number" if pa.types.is_floating(kind) else "string"
     return {"type": "boolean" if pa.types.is_boolean(kind) else number}
 
 
 def _row(columns: Iterable[pa.Field], **more: Row) -> WithJsonSchema:
-    """Describe a row of a table of these columns, which may be null, with ``more`` beside them."""
-    kinds = {column.name: _described(column.type) for column in columns}
+    """Describe a table row with these nullable columns, and ``more`` fields."""
+    kinds = {column.name: _schema_of(column.type) for column in columns}
     own = {name: kind | {"type": [kind["type"], "null"]} for name, kind in kinds.items()}
     return WithJsonSchema({"type": "object", "properties": own | more})
 
 
 HISTORY = ("version", "parent", "created_at", "change", "keys", "classes", "current")
-"""The columns of :data:`VERSIONS_SCHEMA` in an answer."""
-_EVIDENCE = {field.name: {} if field.name == "complete" else _list_of("number") for field in fields(Evidence)}
+"""Columns of :data:`VERSIONS_SCHEMA` in a response."""
+_EVIDENCE = {field.name: {} if field.name == "complete" else _NUMBERS for field in fields(Evidence)}
 
-Key = Annotated[Row, _row(LABEL_SCHEMA, image={"type": ["string", "null"], "description": "Address of its picture."})]
+Key = Annotated[Row, _row(LABEL_SCHEMA, image={"type": ["string", "null"], "description": "Address of the thumbnail."})]
 PastVersion = Annotated[Row, _row(VERSIONS_SCHEMA.field(name) for name in HISTORY)]
 Result = Annotated[
     Row,
@@ -160,7 +147,7 @@ Result = Annotated[
 
 @dataclass(frozen=True)
 class Unread:
-    """An input that could not be read, and why."""
+    """An unreadable input, and the reason."""
 
     input: str
     reason: str
@@ -168,7 +155,7 @@ class Unread:
 
 @dataclass(frozen=True)
 class Health:
-    """The server answers."""
+    """The state of the server."""
 
     status: Literal["ok"]
     version: str
@@ -177,7 +164,7 @@ class Health:
 
 @dataclass(frozen=True)
 class UsedSettings:
-    """The settings of an answer, as :class:`settings.Settings`; ``k`` is a number of keys, or all."""
+    """The settings used, as in :class:`settings.Settings`."""
 
     alpha: float
     beta: float
@@ -188,7 +175,7 @@ class UsedSettings:
 
 @dataclass(frozen=True)
 class IndexFacts(UsedSettings):
-    """An index, at the version that answers."""
+    """An index, at its current version."""
 
     name: str
     version: int
@@ -212,7 +199,7 @@ class IndexFacts(UsedSettings):
 
 @dataclass(frozen=True)
 class Indexes:
-    """The served indexes, and whether this server makes others."""
+    """The served indexes, and whether this server can make new ones."""
 
     indexes: list[IndexFacts]
     makes: bool
@@ -229,7 +216,7 @@ class IndexClass:
 
 @dataclass(frozen=True)
 class WholeIndex(IndexFacts):
-    """An index with its classes, and the origin of its settings."""
+    """An index with its classes, prompt templates, and the origin of its settings."""
 
     classes: list[IndexClass]
     templates: list[str]
@@ -238,7 +225,7 @@ class WholeIndex(IndexFacts):
 
 @dataclass(frozen=True)
 class KeyPage:
-    """A page of the keys that match, and their total number."""
+    """A page of the matching keys, and their total number."""
 
     version: int
     total: int
@@ -249,9 +236,9 @@ class KeyPage:
 
 @dataclass(frozen=True)
 class Map:
-    """Keys in two dimensions, -1 to 1; ``explained`` is the share of the variance on each axis.
+    """Keys in two dimensions, from -1 to 1; ``explained`` is the share of the variance on each axis.
 
-    ``axes``, of principal components, place a feature: the first row and its products with the others.
+    ``axes`` of principal components place a feature f: ``axes[0] + f @ axes[1:]``.
     """
 
     version: int
@@ -268,7 +255,7 @@ class Map:
 
 @dataclass(frozen=True)
 class Audit:
-    """Shots that look mislabelled, worst first: rows of ``retrieval-tip index audit``."""
+    """Shots that look mislabelled, worst first, as in ``retrieval-tip index audit``."""
 
     version: int
     total: int
@@ -277,7 +264,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class Shares:
-    """Shares of right answers on the shots, each held out, by photos alone, words alone and both; null if unknown."""
+    """Accuracy on held-out shots by photos alone, class names alone (``words``) and both; null if unknown."""
 
     photos: float | None
     words: float | None
@@ -293,7 +280,7 @@ class Accuracy(Shares):
 
 @dataclass(frozen=True)
 class ChangedShots:
-    """The index at the version that a change made, and the keys that it added, removed or moved."""
+    """The new version of the index, and the keys that were added, removed or moved."""
 
     index: str
     version: int
@@ -302,9 +289,9 @@ class ChangedShots:
 
 @dataclass(frozen=True)
 class AddedShots(ChangedShots):
-    """Keys that were added, and new ``classes``; ``known`` is the number of images that had this label already.
+    """The added keys and new ``classes``; ``known`` counts images that the class had already.
 
-    ``warnings`` names new classes that are spelled almost as another one.
+    ``warnings`` names new classes spelled almost like an existing one.
     """
 
     classes: list[str]
@@ -316,14 +303,14 @@ class AddedShots(ChangedShots):
 
 @dataclass(frozen=True)
 class Judgement(Shares):
-    """The estimate of a fit, and a sentence about it."""
+    """The accuracy that a fit estimated, and a sentence about it."""
 
     summary: str | None
 
 
 @dataclass(frozen=True)
 class FittedIndex:
-    """An index that was fitted."""
+    """An index after a fit."""
 
     index: str
     version: int
@@ -332,7 +319,7 @@ class FittedIndex:
 
 @dataclass(frozen=True)
 class MadeIndex(FittedIndex):
-    """A new index; ``warnings`` as of :class:`AddedShots`."""
+    """A new index; ``warnings`` as in :class:`AddedShots`."""
 
     warnings: list[str]
     skipped: list[Unread]
@@ -340,7 +327,7 @@ class MadeIndex(FittedIndex):
 
 @dataclass(frozen=True)
 class History:
-    """Versions, oldest first."""
+    """The kept versions, oldest first."""
 
     version: int
     versions: list[PastVersion]
@@ -348,7 +335,7 @@ class History:
 
 @dataclass(frozen=True)
 class KeyValues:
-    """The values of each key for each class, if they were solved or trained: enough to weigh answers again."""
+    """The value of each key for each class, solved or trained: enough to compute answers in the browser."""
 
     version: int
     key_ids: Ints
@@ -357,7 +344,7 @@ class KeyValues:
 
 @dataclass(frozen=True)
 class Exemplar:
-    """The key nearest to the mean of its class."""
+    """The key closest to the mean of its class."""
 
     class_id: int
     key_id: int
@@ -366,7 +353,7 @@ class Exemplar:
 
 @dataclass(frozen=True)
 class Exemplars:
-    """An exemplar a class; mean affinities of keys of one class (``own``), and of two classes (``other``)."""
+    """One exemplar per class, and the mean affinity of keys of the same class (``own``) and of others (``other``)."""
 
     version: int
     exemplars: list[Exemplar]
@@ -376,9 +363,9 @@ class Exemplars:
 
 @dataclass(frozen=True)
 class Classified(UsedSettings):
-    """Results, in the order of the inputs, and the settings that they were made with.
+    """Results in the order of the inputs, and the settings used.
 
-    ``warnings`` says so if these settings make the answers worse than the index's own.
+    ``warnings`` tells if these settings make answers worse than the index's own.
     """
 
     index: str

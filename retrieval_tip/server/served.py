@@ -1,4 +1,4 @@
-"""The indexes that are served: the version that each is at, what answers with it, and how it follows the folder."""
+"""Served indexes: open versions, their encoders, and how they follow changes of their folders."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ log = logging.getLogger(__name__)
 FloatArray = npt.NDArray[np.float32]
 
 RETRY_SECONDS = 30.0
-"""A version that could not be opened is tried again after so long: a file may be restored."""
+"""Seconds after which a version that failed to open is tried again: a file may have been restored."""
 
 COMPLETE, NEAREST = 1 << 14, 2048
-"""Keys up to which evidence holds them all; of more, it holds so many nearest ones."""
+"""Evidence holds all keys of an index with at most ``COMPLETE`` keys, else the ``NEAREST`` nearest ones."""
 
 NEIGHBOUR_CELLS = 16
-"""The cost of a neighbour in an answer, which is an object with names: its memory is that of so many numbers."""
+"""Cost of a neighbour in an answer: it takes as much memory as 16 numbers."""
 
 VALUES = 1 << 22
-"""Numbers of answers, or keys that are retrieved for them, at a time."""
+"""Largest number of numbers in answers, or of keys retrieved for them, computed at once."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """Settings that queries are to be answered by; ``None`` is the index's own setting."""
+    """Options of a request to classify; ``None`` means the index's own setting."""
 
     alpha: float | None = None
     beta: float | None = None
@@ -66,7 +66,7 @@ class Ask:
 
 @dataclass(frozen=True, eq=False)
 class Version:
-    """One version of an index, opened: what a request has taken it keeps, whatever the folder becomes meanwhile."""
+    """One open version of an index. A request keeps its version, even if the folder changes."""
 
     name: str
     cache: AnsweringIndex
@@ -74,11 +74,11 @@ class Version:
     backbone: Backbone | None
 
     def settings(self, ask: Ask) -> Settings:
-        """The settings that are asked for, the index's own where nothing is said."""
+        """Return the settings for a request."""
         return self.cache.settings.override(alpha=ask.alpha, beta=ask.beta, k=ask.k, tail=ask.tail)
 
     def cells(self, ask: Ask) -> int:
-        """Numbers in the answer to one query, or keys to be retrieved for it, where that is asked for."""
+        """Return the size of one answer: its numbers, plus the keys to retrieve if the request sets ``k``."""
         cache, c = self.cache, len(self.cache.class_names)
         near = cache.n if cache.n <= COMPLETE else NEAREST
         evidence = cache.d + 3 * c + 3 * near if ask.evidence else 0
@@ -87,7 +87,7 @@ class Version:
         return 2 * min(ask.top, c) + neighbours + (c if ask.logits else 0) + evidence + met
 
     def at_once(self, ask: Ask) -> int:
-        """Queries that are answered at a time: their answers, and the keys that they retrieve, are limited."""
+        """Return the number of queries to answer at once, within the limits of memory."""
         met = min(self.settings(ask).k or 0, self.cache.n)
         return max(1, min(VALUES // max(self.cells(ask), met), LOGITS // len(self.cache.class_names)))
 
@@ -97,7 +97,9 @@ class Version:
         hidden = {"keys"} if ask.logits else {"keys", "logits"}
         results: list[Row] = []
         for part in slices(len(features), self.at_once(ask)):
-            predictions = cache.classify(features[part], ask.top, neighbours=ask.neighbours, norms="keep")  # as read
+            predictions = cache.classify(
+                features[part], ask.top, neighbours=ask.neighbours, norms="keep"
+            )  # read() has checked them
             answers = list(predictions.rows([c for c in predictions.to_arrow().column_names if c not in hidden]))
             if ask.evidence:
                 for answer, own in zip(answers, cache.evidence(features[part], COMPLETE, NEAREST), strict=True):
@@ -106,33 +108,18 @@ class Version:
         return results
 
     def describe(self, *, changes: bool) -> schemas.IndexFacts:
-        """Describe the index; ``changes`` tells whether the server accepts them."""
+        """Describe the index; ``changes`` tells whether the server accepts changes."""
         cache, settings, fitted = self.cache, self.cache.settings, self.cache.fitted
         return schemas.IndexFacts(
-            alpha=settings.alpha,
-            beta=settings.beta,
-            k=settings.k or "all",
-            tail=settings.tail,
-            temperature=settings.temperature,
-            name=self.name,
-            version=self.manifest.version,
-            created_at=self.manifest.created_at,
-            change=self.manifest.change,
-            n_keys=cache.n,
-            n_classes=len(cache.class_names),
-            d=cache.d,
-            logit_scale=settings.logit_scale,
-            index=cache.index_type,
-            exact_search=cache.exact_search,
-            backbone=str(cache.backbone) if cache.backbone else None,
-            images=self.backbone is not None,
-            text=cache.has_text,
-            least_cache=settings.least_cache,
-            log_offset=settings.log_offset,
-            metric=fitted.metric if fitted else "none",
+            alpha=settings.alpha, beta=settings.beta, k=settings.k or "all", tail=settings.tail,
+            temperature=settings.temperature, logit_scale=settings.logit_scale, log_offset=settings.log_offset,
+            least_cache=settings.least_cache, name=self.name, version=self.manifest.version,
+            created_at=self.manifest.created_at, change=self.manifest.change, changes=changes,
+            n_keys=cache.n, n_classes=len(cache.class_names), d=cache.d, index=cache.index_type,
+            exact_search=cache.exact_search, backbone=str(cache.backbone) if cache.backbone else None,
+            images=self.backbone is not None, text=cache.has_text, metric=fitted.metric if fitted else "none",
             values=fitted.values if fitted else "one-hot" if cache.values is None else "trained",
-            changes=changes,
-        )
+        )  # fmt: skip
 
     def describe_whole(self, *, changes: bool) -> schemas.WholeIndex:
         """Describe the index with its classes, templates and provenance."""
@@ -142,11 +129,11 @@ class Version:
         return schemas.WholeIndex(**facts, classes=classes, templates=cache.templates, provenance=cache.provenance)
 
     def address_of(self, key_id: int) -> str:
-        """The address of a shot's picture."""
+        """Return the path of a shot's thumbnail on this server."""
         return f"/v1/indexes/{quote(self.name, safe='')}/keys/{key_id}/image"
 
     def source_of(self, key_id: int) -> str:
-        """The source of a key. Raises Problem 404 where there is no such key."""
+        """Return the source of a key. Raises Problem 404 if there is no such key."""
         keys = self.cache.find(key_ids=[key_id])
         if not len(keys):
             raise Problem(404, f"index {self.name!r} has no key {key_id}")
@@ -154,9 +141,9 @@ class Version:
 
 
 class Backbones:
-    """Backbones by what they are, so that indexes of one share it; each lives as long as an index that is open.
+    """Open backbones, shared by indexes with the same one. Each lives as long as an open index that uses it.
 
-    The indexes are opened on the same ``device``, with the same ``precision``, and checked as ``verify`` says.
+    ``device``, ``precision`` and ``verify`` apply to all of these indexes.
     """
 
     def __init__(self, device: str, precision: Precision, verify: Verify | None) -> None:
@@ -164,11 +151,11 @@ class Backbones:
         self._open: weakref.WeakValueDictionary[tuple[str, Path | None], Any] = weakref.WeakValueDictionary()
 
     def know(self, backbone: Backbone) -> None:
-        """Take one that is open already."""
+        """Add an open backbone."""
         self._open[(backbone.identity.fingerprint, None)] = backbone
 
     def of(self, cache: AnsweringIndex, name: str) -> Backbone | None:
-        """That of an index; ``None``, with a warning, where it names none or that cannot be had: features only."""
+        """Return the backbone of an index. Returns ``None`` if it has none, or, with a warning, if loading fails."""
         identity = cache.backbone
         if identity is None:
             return None
@@ -178,29 +165,25 @@ class Backbones:
             try:
                 backbone = self._loaded(identity, cache)
             except (BackboneError, UsageError) as error:
-                log.warning("%s: takes features only, for its backbone cannot be had: %s", name, error)
+                log.warning("%s: cannot load the encoder, so only features are accepted: %s", name, error)
                 return None
             self._open[key] = backbone
         return backbone
 
     def _loaded(self, identity: Identity, cache: AnsweringIndex) -> Backbone:
         backbone = load_backbone(
-            identity.model,
-            identity.pretrained,
-            device=self.device,
-            precision=self.precision,
-            tuned=cache.tuned,
+            identity.model, identity.pretrained, device=self.device, precision=self.precision, tuned=cache.tuned
         )
         check_backbone(identity, cache.d, backbone, [])
-        backbone.encode_images(torch.zeros(1, 3, *backbone.size))  # what is set up by the first one
+        backbone.encode_images(torch.zeros(1, 3, *backbone.size))  # warm up
         return backbone
 
 
 class Served:
-    """An index that is served under its ``name``: ``now`` is the version that is answered with."""
+    """An index served under its ``name``; ``now`` is its open version."""
 
     def __init__(self, folder: places.Place, backbones: Backbones) -> None:
-        """Open an index. Raises StoreError where that cannot be."""
+        """Open an index. Raises StoreError if that fails."""
         self.folder = folder
         self.place = places.at(folder)
         self.name = self.place.name
@@ -213,20 +196,20 @@ class Served:
 
     @property
     def beside(self) -> Path | None:
-        """The folder that the index lies in; ``None`` for one in a bucket."""
+        """The folder that holds the index folder; ``None`` for an index in a bucket."""
         return None if self.place.local is None else real(self.place.local).parent
 
     def _opened(self, cache: AnsweringIndex) -> Version:
         manifest = cache.manifest
         assert manifest is not None
         version = Version(self.name, cache, manifest, self.backbones.of(cache, self.name))
-        version.answer(Ask(), cache.some(1)[0].astype(np.float32))  # what is set up by the first query
+        version.answer(Ask(), cache.some(1)[0].astype(np.float32))  # warm up
         metrics.VERSION.labels(self.name).set(manifest.version)
         metrics.KEYS.labels(self.name).set(cache.n)
         return version
 
     def changed(self) -> bool:
-        """Whether there may be another version that can be opened: a look at a file; of a store, whether to ask it."""
+        """Tell whether there may be a new version. This is cheap, and asks a remote store only now and then."""
         return time.monotonic() - self._looked_at >= self.place.look_every and self._is_other(self.place.stamp())
 
     def _is_other(self, stamp: Hashable | None) -> bool:
@@ -234,7 +217,7 @@ class Served:
         return stamp is not None and (again or stamp != self._seen)
 
     def follow(self) -> Version:
-        """Take the folder's current version, where there is another; where it cannot be opened, stay at this one."""
+        """Open the folder's current version if it is new, and return it. If that fails, keep the open one."""
         with self._changing:
             stamp = self.place.stamp()
             if not self._is_other(stamp):
@@ -247,7 +230,9 @@ class Served:
                     self.now = self._opened(cache)
                     metrics.RELOADS.labels(self.name, "taken").inc()
             except RetrievalTipError as error:
-                log.warning("%s: stays at version %s: %s", self.name, self.now.manifest.version, error)
+                log.warning(
+                    "%s: cannot open the new version; still serving %s: %s", self.name, self.now.manifest.version, error
+                )
                 metrics.RELOADS.labels(self.name, "failed").inc()
                 self._failed_at = time.monotonic()
             self._seen = stamp
@@ -256,7 +241,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Maker:
-    """What new indexes are made with, where none is served that would say: a ``backbone``, and the folder ``into``."""
+    """How to make new indexes if no served index sets an example: the ``backbone``, and the folder ``into``."""
 
     into: Path
     backbone: Backbone
@@ -265,7 +250,7 @@ class Maker:
     verify: Verify | None
 
     def backbones(self) -> Backbones:
-        """The backbone, as indexes that are opened have it."""
+        """Return the backbone for opening the new index."""
         backbones = Backbones(self.device, self.precision, self.verify)
         backbones.know(self.backbone)
         return backbones
@@ -274,19 +259,19 @@ class Maker:
 def open_all(
     folders: Sequence[places.Place], device: str, precision: Precision, verify: Verify | None
 ) -> dict[str, Served]:
-    """Indexes by name. Raises UsageError where two have one name, StoreError where one cannot be opened."""
+    """Open indexes, by name. Raises UsageError if two have the same name, StoreError if one cannot be opened."""
     backbones = Backbones(device, precision, verify)
     served: dict[str, Served] = {}
     for folder in folders:
         one = Served(folder, backbones)
         if one.name in served:
-            raise UsageError(f"{folder}: another index of the name {one.name!r} is served; rename one of the folders")
+            raise UsageError(f"{folder}: another index is named {one.name!r} too; rename one of the folders")
         served[one.name] = one
     return served
 
 
 def encoded(backbone: Backbone, pixels: Sequence[torch.Tensor]) -> list[FloatArray]:
-    """Raw features ``[d]`` of pictures, so many at a time as the backbone does best."""
+    """Return the raw features ``[d]`` of images, encoded in batches of the backbone's size."""
     size = backbone.batch_size
     parts = [pixels[start : start + size] for start in range(0, len(pixels), size)]
     return [row for part in parts for row in backbone.encode_images(torch.stack(list(part)))]

@@ -1,4 +1,4 @@
-"""The work of the server: images to features to answers, together; changes, one at a time; and what is slow, once."""
+"""The work behind the routes: images and queries in batches, changes one at a time, and slow results once."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ log = logging.getLogger(__name__)
 
 ROWS_AT_A_TIME = 256
 PIXELS = 4_000_000
-"""Pixels of an image that count as a further image against ``--queue``."""
+"""Pixels that count as one more image against ``--queue``."""
 DECODED = 32
-"""Largest number of images that are decoded and not yet encoded."""
+"""Largest number of images that are decoded but not yet encoded."""
 THUMBNAIL_BYTES, THUMBNAIL_OVERHEAD = 64 << 20, 1 << 10
-"""Bytes of pictures of shots that are kept, and what each takes beyond its own."""
+"""Memory for thumbnails in bytes, and the overhead of each."""
 DRAWN_AT_ONCE, SLOW_AT_ONCE, SLOW_KEPT = 256, 4, 32
-"""Pictures of shots, and maps and audits, that are made or wait at most; maps and audits that are kept."""
+"""Largest number of thumbnails in progress, of slow results (maps, audits) in progress, and of slow results kept."""
 AUDITED, MOST_AUDITED = 1000, 1 << 15
-"""Suspicious shots of an audit that are kept; largest number of keys, each of which is compared with each."""
+"""Largest number of suspicious shots kept, and of keys for an audit, which compares all pairs."""
 
 T = TypeVar("T")
 
 
 class Service:
-    """Answers, changes and follows the indexes, while it is ``running`` in the loop that asks it.
+    """Queries, changes and follows indexes while it is ``running`` in the event loop of its callers.
 
-    Images that are added lie, as they came, in a folder a class in ``uploads`` (by default beside the index, called as
-    it is with ``-shots``); pictures of shots whose paths are relative are looked for below ``root``.
+    Added images are saved in one folder per class in ``uploads`` (default: beside the index, in ``NAME-shots``).
+    Relative paths of shots are looked up in ``root``.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Service:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Follow the folders meanwhile; then finish what was taken, and end."""
+        """Follow the index folders inside the context; then finish the queued work and end the threads."""
         follower = asyncio.create_task(self._follow())
         yield
         follower.cancel()
@@ -120,36 +120,36 @@ class Service:
                     try:
                         await self._in(self._following, one.follow)
                     except Exception:
-                        log.exception("%s: cannot be followed", one.name)
+                        log.exception("%s: cannot look for new versions", one.name)
 
     @staticmethod
     async def _in(pool: Executor, call: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, call, *arguments)
 
     def index(self, name: str | None) -> Served:
-        """The index of this name, or the only one. Raises Problem 404 or 422."""
+        """Return the index of this name; without a name, the only one. Raises Problem 404 or 422."""
         if name is None:
             if not self.served:
-                raise Problem(404, "no index is served yet")
+                raise Problem(404, "no index is served yet; make one first")
             if len(self.served) > 1:
-                raise Problem(422, f"index: give one of {', '.join(self.served)}")
+                raise Problem(422, f"index: missing; choose one of {', '.join(self.served)}")
             return next(iter(self.served.values()))
         if name not in self.served:
-            raise Problem(404, f"no index {name!r} is served; there are {', '.join(self.served)}")
+            raise Problem(404, f"index {name!r}: not found; served are {', '.join(self.served) or 'none'}")
         return self.served[name]
 
     async def classify(self, version: Version, ask: Ask, sent: Sent) -> schemas.Classified:
-        """Classify what was sent.
+        """Classify uploaded inputs.
 
-        Raises Problem 422 where none can be used, or the answer would be too large; 429 where many wait.
+        Raises Problem 422 if all are unreadable or the answers would be too large, 429 if too many images wait.
         """
         cells, rows = version.cells(ask), len(sent.names)
         if rows > 1 and rows * cells > self.limits.cells:
             raise Problem(
                 422,
-                f"{rows} inputs: their answers and the keys for them would be {rows * cells:,} numbers, a neighbour "
-                f"counting as {NEIGHBOUR_CELLS}, of {self.limits.cells:,} at most; send "
-                f"{max(1, self.limits.cells // cells)} at once, or ask for less (evidence, logits, neighbours, top, k)",
+                f"{rows} inputs: the answers would hold {rows * cells:,} numbers (a neighbour counts as "
+                f"{NEIGHBOUR_CELLS}), and {self.limits.cells:,} are allowed; send {max(1, self.limits.cells // cells)} "
+                "at once, or reduce evidence, logits, neighbours, top or k",
             )
         skipped: list[Unread] = []
         names, features = sent.names, list(sent.features) if sent.features is not None else []
@@ -179,9 +179,9 @@ class Service:
         backbone: Backbone,
         use: Callable[[torch.Tensor], Awaitable[T | InputError]],
     ) -> tuple[dict[int, T], list[Unread]]:
-        """Return what ``use`` makes of the images that can be read, by their places, and name the others.
+        """Decode images and pass each to ``use``. Returns the results by position, and the unreadable images.
 
-        Raises Problem 422 if none can be read, 429 where too many wait.
+        Raises Problem 422 if all are unreadable, 429 if too many images wait.
         """
 
         async def used(turn: Turn[torch.Tensor | InputError]) -> T | InputError:
@@ -191,8 +191,10 @@ class Service:
             finally:
                 self._decoding.release(turn)
 
-        # One header at a time, so that requests take turns here too.
-        areas = [await self._in(self._weighing, self._area, data) for data in datas]
+        area = partial(images.area, most=self.limits.pixels, only=images.uploads())
+        areas = [
+            await self._in(self._weighing, area, data) for data in datas
+        ]  # one by one, so that requests take turns
         calls = [partial(self._pixels, data, backbone) for data in datas]
         with self._decoding.turns(calls, [1 + area / PIXELS for area in areas]) as turns:
             made = await asyncio.gather(*map(used, turns))
@@ -203,17 +205,14 @@ class Service:
             raise Problem(422, "; ".join(lines[:NAMED]) + (f"; and {len(lines) - NAMED} more" if lines[NAMED:] else ""))
         return {place: one for place, one in enumerate(made) if not isinstance(one, InputError)}, skipped
 
-    def _area(self, data: bytes) -> int:
-        return images.area(data, most=self.limits.pixels, only=images.uploads())
-
     def _pixels(self, data: bytes, backbone: Backbone) -> torch.Tensor | InputError:
         try:
             return pixels_of(data, backbone, most=self.limits.pixels, only=images.uploads())
         except InputError as error:
-            return InputError(str(error))  # without the traceback, which holds the image and what was made of it
+            return InputError(str(error))  # drops the traceback, which holds the image
 
     async def add(self, one: Served, sent: Sent) -> schemas.AddedShots:
-        """Add shots; the index is at the new version when this returns. Raises as :func:`changes.add`."""
+        """Add shots, and open the new version. Raises as :func:`changes.add`."""
         backbone = one.now.backbone
         skipped: list[Unread] = []
         if sent.images is None:
@@ -235,10 +234,9 @@ class Service:
     async def create(self, sent: Sent, like: str | None) -> schemas.MadeIndex:
         """Make an index of images, fit it, and serve it.
 
-        Raises Problem 409 for a name that is taken, or if ``limits.indexes`` are served; else as a build.
-
-        It is made with the backbone of the index ``like``, or the first that has one, and lies beside that; or as
-        :class:`served.Maker` says.
+        The new index gets the backbone of the index ``like`` and is saved beside it. Without ``like``, the ``maker``
+        decides, else the first index with a backbone. Raises Problem 409 if the name is taken or ``limits.indexes``
+        are served, and otherwise as :func:`shots.build`.
         """
         name = str(sent.index)
         into: Path | None
@@ -248,15 +246,12 @@ class Service:
             model = self.index(like or next((name for name, one in self.served.items() if one.now.backbone), None))
             backbone, into, backbones = _backbone_of(model.now), model.beside, model.backbones
         if into is None:
-            raise Problem(422, "the index is in a bucket; new ones are made where serve has --into FOLDER")
+            raise Problem(422, "the index is in a bucket; to make new ones, restart the server with --into FOLDER")
         if name in self.served or (into / name).exists():
-            raise Problem(409, f"there is an index {name!r} already; give another name, or add to it")
+            raise Problem(409, f"index {name!r} exists already; choose another name, or add to it")
         if len(self.served) + self._creating >= self.limits.indexes:
-            raise Problem(
-                409,
-                f"{self.limits.indexes} indexes are served, and more are not made; delete some of {show(into)} and "
-                "start the server again",
-            )
+            most = f"{self.limits.indexes} indexes are served, which is the limit"
+            raise Problem(409, f"{most}; delete some in {show(into)} and restart the server")
         assert sent.images is not None
         self._creating += 1
         try:
@@ -272,50 +267,50 @@ class Service:
         return schemas.MadeIndex(name, one.now.manifest.version, _judged(one), warnings, skipped)
 
     async def fit(self, one: Served) -> schemas.FittedIndex:
-        """Fit an index to its shots again; the index is at the new version when this returns."""
+        """Fit an index to its shots again, and open the new version."""
         await self._in(self._changing, fit_index, one.folder)
         await self._in(self._following, one.follow)
         return schemas.FittedIndex(one.name, one.now.manifest.version, _judged(one))
 
     async def remove(self, one: Served, key_ids: Sequence[int]) -> schemas.ChangedShots:
-        """Remove shots, as :meth:`add` adds them. Raises Problem 404 for a key that is not there, else as that."""
+        """Remove shots, and open the new version. Raises Problem 404 for an unknown key."""
         await self._found(one, (), key_ids)
         return await self._changed(one, lambda: changes.remove(one.folder, key_ids=key_ids))
 
     async def relabel(self, one: Served, moves: Sequence[tuple[Sequence[int], str]]) -> schemas.ChangedShots:
-        """Give shots, by their key ids, a label a move, all in one version.
+        """Relabel shots: pairs of key ids and a label, all as one version.
 
-        Raises Problem 422 for no shot, or one with two labels, else as :meth:`remove`.
+        Raises Problem 422 without shots or for a shot with two labels, else as :meth:`remove`.
         """
         labels: dict[int, str] = {}
         for key_ids, label in moves:
             for key_id in key_ids:
                 if labels.setdefault(key_id, label) != label:
-                    raise Problem(422, f"key_ids: key {key_id} is given two labels")
+                    raise Problem(422, f"key_ids: key {key_id} has two labels; give one")
         if not labels:
-            raise Problem(422, "key_ids: name at least one shot")
+            raise Problem(422, "key_ids: empty; give at least one")
         await self._found(one, (), list(labels))
         return await self._changed(one, lambda: changes.relabel(one.folder, labels))
 
     async def merge(self, one: Served, of: str, label: str) -> schemas.ChangedShots:
-        """Give all shots of the class ``of`` to another. Raises Problem 422 where it has none, or as :meth:`remove`."""
-        there = await self._found(one, (of,), ())
-        if not there:
-            raise Problem(422, f"{of!r} is not a class that has shots")
-        return await self._changed(one, lambda: changes.relabel(one.folder, label, key_ids=there))
+        """Relabel all shots of the class ``of``. Raises Problem 422 if it has none, else as :meth:`remove`."""
+        found = await self._found(one, (of,), ())
+        if not found:
+            raise Problem(422, f"of: class {of!r} has no shots")
+        return await self._changed(one, lambda: changes.relabel(one.folder, label, key_ids=found))
 
     async def _found(self, one: Served, labels: Sequence[str], key_ids: Sequence[int]) -> list[int]:
-        """The keys of these classes and ids. Raises Problem 404 for an id that is not there."""
-        found = await self._in(self._finding, one.now.cache.find, labels, None, key_ids)
-        there: list[int] = found["key_id"].to_pylist()
-        if missing := set(key_ids) - set(there):
+        """Return the ids of matching keys. Raises Problem 404 if one of ``key_ids`` is missing."""
+        keys = await self._in(self._finding, one.now.cache.find, labels, None, key_ids)
+        found: list[int] = keys["key_id"].to_pylist()
+        if missing := set(key_ids) - set(found):
             raise Problem(404, f"index {one.name!r} has no key {min(missing)}")
-        return there
+        return found
 
     async def rename(self, one: Served, of: str, label: str) -> schemas.ChangedShots:
-        """Give a class another name, or merge it into the class of that name; encode the name if the server can.
+        """Rename a class, or merge it into the class of that name; encode a new name if the server can.
 
-        Raises Problem 404 if there is no such class, else as :meth:`remove`.
+        Raises Problem 404 if there is no class ``of``, else as :meth:`remove`.
         """
         names, backbone = one.now.cache.class_names, one.now.backbone
         if of not in names:
@@ -325,26 +320,32 @@ class Service:
         return await self._changed(one, lambda: changes.rename(one.folder, of, label, reads))
 
     async def rollback(self, one: Served, to: int, since: int | None) -> schemas.ChangedShots:
-        """Go back to a version. Raises Problem 404 where it is not kept, 409 where the index is not at ``since``."""
+        """Restore a version. Raises Problem 404 if it is not kept, 409 if the index is not at version ``since``."""
         return await self._changed(one, lambda: _rolled_back(one, to, since))
 
     async def history(self, one: Served) -> list[Row]:
-        """List the versions that are kept, oldest first."""
+        """Return the kept versions, oldest first."""
         versions = await self._in(self._finding, one.place.history)
         return list(versions.select(schemas.HISTORY).to_pylist())
 
     async def _changed(self, one: Served, call: Callable[[], changes.Changed]) -> schemas.ChangedShots:
-        """Make a change; the index is at the new version when this returns."""
         changed = await self._in(self._changing, call)
         await self._in(self._following, one.follow)
         return schemas.ChangedShots(one.name, changed.version, changed.key_ids)
 
     def values(self, version: Version) -> schemas.KeyValues:
         """Return the value of each key for each class. Raises Problem 422 if values are one-hot or too many."""
-        return _values(version, self.limits.values)
+        values = getattr(version.cache, "values", None)
+        if values is None:
+            raise Problem(422, "values are one-hot: each key counts 1 for its own class")
+        if values.numel() > self.limits.values:
+            many = f"{values.numel():,} values are more than {self.limits.values:,}"
+            raise Problem(422, f"{many}; classify with logits=true instead")
+        key_ids = version.cache.described(version.cache.every_row(), ["key_id"])["key_id"].to_numpy()
+        return schemas.KeyValues(version.manifest.version, key_ids, list(values.float().cpu().numpy()))
 
     async def exemplars(self, version: Version) -> schemas.Exemplars:
-        """Return the key that is typical of each class, and mean affinities. Raises Problem 503 while it takes long."""
+        """Return a typical key of each class, and mean affinities. Raises Problem 503 if it takes too long."""
 
         def call() -> schemas.Exemplars:
             found = exemplars(version.cache)
@@ -359,7 +360,7 @@ class Service:
     async def keys(
         self, version: Version, labels: Sequence[str], source: str | None, key_ids: Sequence[int], page: slice
     ) -> tuple[int, list[Row]]:
-        """Count the keys of :meth:`AnsweringIndex.find`, and return a page of them."""
+        """Return the number of keys that :meth:`AnsweringIndex.find` finds, and a page of them."""
 
         def call() -> tuple[int, list[Row]]:
             keys = version.cache.find(labels, source, key_ids)
@@ -368,25 +369,24 @@ class Service:
         return await self._in(self._finding, call)
 
     def _pictured(self, version: Version, keys: pa.Table) -> list[dict[str, Any]]:
-        """Rows of keys, with the addresses of their pictures."""
-        rows = keys.to_pylist()
+        address = version.address_of
         return [
-            row | {"image": version.address_of(row["key_id"]) if self.picture(row["source"]) else None} for row in rows
+            row | {"image": address(row["key_id"]) if self.picture(row["source"]) else None} for row in keys.to_pylist()
         ]
 
     async def map(self, version: Version, method: Method, limit: int) -> schemas.Map:
-        """Place keys in two dimensions. Raises Problem 422 for a missing method, 503 while it takes long."""
+        """Place keys in two dimensions. Raises Problem 422 for a missing method, 503 if it takes too long."""
         if method not in methods():
-            raise Problem(422, f"method {method!r}: expected one of {', '.join(methods())}")
+            raise Problem(422, f"method {method!r}: not installed; choose one of {', '.join(methods())}")
         cache = version.cache
         limit = min(limit, cache.n, max(1, self.limits.mapped // cache.d))
 
         def call() -> Projection:
-            if method != "pca" and self.served[version.name].now is not version:  # while it waited its turn
-                raise Problem(503, "the index has changed meanwhile", {"Retry-After": "1"})
+            if method != "pca" and self.served[version.name].now is not version:  # while waiting
+                raise Problem(503, "the index has changed; try again in 1 s", {"Retry-After": "1"})
             return projected(cache, method, limit)
 
-        kept = self._made if method == "pca" else self._mapped  # audits need not wait for a map of neighbours
+        kept = self._made if method == "pca" else self._mapped  # t-SNE must not delay audits
         found = await self._once(version, ("map", method, limit), call, kept)
         x, y = found.places.T.copy()
         explained, axes = (None if one is None else list(one) for one in (found.explained, found.axes))
@@ -396,9 +396,10 @@ class Service:
         )  # fmt: skip
 
     async def audit(self, version: Version, limit: int, borderline: bool) -> schemas.Audit:
-        """List suspicious shots, worst first. Raises Problem 422 for too many keys, 503 while it takes long."""
+        """List suspicious shots, worst first. Raises Problem 422 for too many keys, 503 if it takes too long."""
         if version.cache.n > MOST_AUDITED:
-            raise Problem(422, f"{version.cache.n:,} keys are many: use retrieval-tip index audit {version.name}")
+            many = f"{version.cache.n:,} keys are more than {MOST_AUDITED:,}"
+            raise Problem(422, f"{many}; run retrieval-tip index audit {version.name}")
         cache = version.cache
 
         def call() -> tuple[int, list[Row]]:
@@ -409,9 +410,9 @@ class Service:
         return schemas.Audit(version.manifest.version, total, suspicious[:limit])
 
     async def accuracy(self, version: Version) -> schemas.Accuracy:
-        """Estimate the accuracy of a version, once (:func:`closed_form.estimate`). Raises Problem 503 as :meth:`audit`.
+        """Estimate the accuracy (:func:`closed_form.estimate`) of at most ``limits.estimated`` keys, else ``None``.
 
-        It is unknown if the index has more than ``limits.estimated`` keys.
+        Raises Problem 503 if it takes too long.
         """
         cache = version.cache
         known: Judged = {"photos": None, "words": None, "both": None}
@@ -422,64 +423,52 @@ class Service:
     async def _once(
         self, version: Version, what: Hashable, call: Callable[[], T], kept: Kept[Hashable, Any] | None = None
     ) -> T:
-        """Return the result of ``call``, made once a version. Raises Problem 503 while it takes long."""
+        """Return the result of ``call``, made once per version. Raises Problem 503 after ``limits.patience``."""
         try:
             async with asyncio.timeout(self.limits.patience):
-                key = (weakref.ref(version), what)  # which keeps no version alive
+                key = (weakref.ref(version), what)  # does not keep the version alive
                 answer: T = await (kept or self._made)(key, call)
                 return answer
         except TimeoutError:
-            raise Problem(503, "it is still being computed; ask again in 5 s", {"Retry-After": "5"}) from None
+            raise Problem(503, "still being computed; try again in 5 s", {"Retry-After": "5"}) from None
 
     async def thumbnail(self, version: Version, key_id: int, size: int) -> bytes:
-        """A shot's picture as a small JPEG. Raises Problem 404 where there is none."""
+        """Return a thumbnail of a shot as JPEG. Raises Problem 404 if it has no readable image."""
         path = self.picture(await self._in(self._finding, version.source_of, key_id))
         if path is None:
-            raise Problem(404, f"key {key_id}: its source is no image on this machine")
+            raise Problem(404, f"key {key_id}: its source is not an image on this machine")
         try:
             seen = path.stat()
             name = (path, seen.st_mtime_ns, seen.st_size, size)
-            return await self._thumbnails(name, lambda: self._drawn(path, size))
+            most = self.limits.pixels
+            return await self._thumbnails(name, lambda: images.thumbnail(images.read(path), size, most=most))
         except (OSError, InputError) as error:
-            raise Problem(404, f"key {key_id}: its picture cannot be read ({error})") from None
-
-    def _drawn(self, path: Path, size: int) -> bytes:
-        return images.thumbnail(images.read(path), size, most=self.limits.pixels)
+            raise Problem(404, f"key {key_id}: its image cannot be read ({error})") from None
 
     def picture(self, source: str) -> Path | None:
-        """The file that a shot's source names, where that is an image's name and the file is there."""
+        """Return the image file of a shot's source, or ``None`` if there is no such file."""
         path = self._root / source
         try:
             return path if path.suffix.lower() in images.extensions() and path.is_file() else None
-        except (OSError, ValueError):  # a name that is none
+        except (OSError, ValueError):  # not a valid file name
             return None
 
 
 async def _nothing(_: torch.Tensor) -> None:
-    """Make nothing of an image: that it could be decoded is enough."""
-
-
-def _values(version: Version, most: int) -> schemas.KeyValues:
-    values = getattr(version.cache, "values", None)
-    if values is None:
-        raise Problem(422, "the values are one-hot: each key gives 1 to its own class")
-    if values.numel() > most:
-        raise Problem(422, f"{values.numel():,} values are more than {most:,}: ask for logits instead")
-    key_ids = version.cache.described(version.cache.every_row(), ["key_id"])["key_id"].to_numpy()
-    return schemas.KeyValues(version.manifest.version, key_ids, list(values.float().cpu().numpy()))
+    """Do nothing with a decoded image: it is enough that it could be decoded."""
 
 
 def _rolled_back(one: Served, to: int, since: int | None) -> changes.Changed:
     kept = [row["version"] for row in one.place.history().to_pylist()]
     if since is not None and kept[-1] != since:
-        raise Problem(409, f"the index was changed meanwhile: it is at version {kept[-1]}, not {since}")
+        raise Problem(409, f"the index has changed: it is at version {kept[-1]}, not {since}; reload and try again")
     if to not in kept:
-        raise Problem(404, f"index {one.name!r} keeps no version {to}; it keeps {', '.join(map(str, kept))}")
+        raise Problem(404, f"index {one.name!r} has no version {to}; kept are {', '.join(map(str, kept))}")
     return changes.rollback(one.folder, to)
 
 
 def _judged(one: Served) -> schemas.Judgement:
-    """The estimate of the last fit."""
+    """Return the accuracy that the last fit estimated."""
     fit = one.now.cache.provenance.get("fit", {})
     return schemas.Judgement(fit.get("photos"), fit.get("words"), fit.get("both"), fit.get("summary"))
 
@@ -491,7 +480,7 @@ def _answered(key: tuple[Version, Ask], rows: list[FloatArray]) -> list[Row]:
 
 def _backbone_of(version: Version) -> Backbone:
     if version.backbone is None:
-        raise Problem(422, f"index {version.name!r} takes features only: the backbone that made its keys is not here")
+        raise Problem(422, f"index {version.name!r} takes features only: this server does not have its encoder")
     return version.backbone
 
 
@@ -504,9 +493,9 @@ def _unit(raw: FloatArray) -> FloatArray | InputError:
 
 
 def _of_spelling(name: str, alike: Mapping[str, str]) -> list[str]:
-    """Say which new classes are spelled almost as others, and how to merge them."""
+    """Return warnings about new classes spelled almost like others, with the request that merges them."""
     route = f"POST /v1/indexes/{quote(name, safe='')}/rename"
     return [
-        f"{new!r} is a new class beside {known!r}; if they are one: {route} {json_line({'of': new, 'label': known})}"
+        f"{new!r} is spelled almost like {known!r}; to merge them: {route} {json_line({'of': new, 'label': known})}"
         for new, known in alike.items()
     ]

@@ -1,6 +1,6 @@
-"""Photographs and features that were sent become shots: photographs are kept, as they came, in a folder a class.
+"""Add uploaded images and features as shots.
 
-Of what is not added, nothing is kept that was not there.
+Images are kept unchanged, in one folder per class. Files of images that are not added are removed again.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from retrieval_tip.server.uploads import Sent
 def add_images(
     one: Served, backbone: Backbone, label: str, datas: Sequence[bytes], uploads: Path | None
 ) -> changes.Added:
-    """Keep the images and add them; of those that are not added, none is kept that was not there."""
+    """Save the images and add them as shots. Raises Problem 422 for an index in a bucket without ``uploads``."""
     folder = uploads or photos.folder_of(one.place)
     if folder is None:
-        raise Problem(422, f"index {one.name!r} is in a bucket; images are added where serve has --uploads FOLDER")
-    with _kept_where_done(folder, photos.class_folder(folder, label)) as fresh:
+        raise Problem(
+            422, f"index {one.name!r} is in a bucket; to add images, restart the server with --uploads FOLDER"
+        )
+    with _removed_on_error(folder, photos.class_folder(folder, label)) as fresh:
         source = _source(f"shots of {label}", folder, [(label, data) for data in datas], fresh)
         added = changes.add(one.folder, source, Encoder(backbone), skip_known=True)
     if added.known:  # under another name
@@ -42,7 +44,7 @@ def add_images(
 
 
 def add_features(one: Served, backbone: Backbone | None, sent: Sent) -> changes.Added:
-    """Add features under names that can never be those of a file."""
+    """Add features as shots, with sources that cannot be file names."""
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
         table = Path(folder) / "shots.parquet"
         assert sent.features is not None
@@ -53,18 +55,18 @@ def add_features(one: Served, backbone: Backbone | None, sent: Sent) -> changes.
 
 
 def build(folder: Path, backbone: Backbone, labelled: Sequence[tuple[str, bytes]], uploads: Path | None) -> Path:
-    """Build an index of labelled images, which are kept beside it; where that cannot be, nothing is kept."""
+    """Save labelled images and build an index of them."""
     shots = uploads or folder.with_name(f"{folder.name}-shots")
-    with _kept_where_done(shots, shots) as fresh:
+    with _removed_on_error(shots, shots) as fresh:
         build_index(_source(folder.name, shots, labelled, fresh), folder, Encoder(backbone))
     return folder
 
 
 @contextmanager
-def _kept_where_done(folder: Path, own: Path) -> Iterator[list[Path]]:
-    """Yield the files that are new in a folder; where what is done with them fails, in whatever way, they go.
+def _removed_on_error(folder: Path, own: Path) -> Iterator[list[Path]]:
+    """Yield a list for new files in ``folder``, which are removed if the context raises.
 
-    So do ``own``, the folder that they are in, if it is empty, and the folder itself if it was not there.
+    So are ``own``, their folder, if it is empty, and ``folder`` itself if it is new.
     """
     fresh: list[Path] = []
     folders = [own] if folder.exists() else [own, folder]
@@ -77,17 +79,17 @@ def _kept_where_done(folder: Path, own: Path) -> Iterator[list[Path]]:
             with suppress(OSError):
                 place.rmdir()
         if isinstance(error, OSError):
-            raise StoreError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
+            raise StoreError(f"{error.filename or folder}: cannot write: {error.strerror or error}") from error
         raise
 
 
 def _source(name: str, folder: Path, labelled: Sequence[tuple[str, bytes]], fresh: list[Path]) -> Source:
-    """Labelled images, class by class, as files named by what they hold; those that were not there become ``fresh``."""
+    """Save labelled images, class by class, in files named by their hashes; add new files to ``fresh``."""
     labels = tuple(dict.fromkeys(label for label, _ in labelled))
     kept: dict[tuple[str, Path], None] = {}
     for label, data in sorted(labelled, key=lambda pair: labels.index(pair[0])):
         path = photos.file_of(folder, label, data)
-        kept[label, path] = None  # once, however often it was sent
+        kept[label, path] = None  # once, even if it was sent twice
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             fresh.append(path)
@@ -97,7 +99,7 @@ def _source(name: str, folder: Path, labelled: Sequence[tuple[str, bytes]], fres
 
 
 def _remove(paths: Sequence[Path]) -> None:
-    """Remove files, and their folders where nothing else is in them."""
+    """Remove files, and their folders if empty."""
     for path in paths:
         with suppress(OSError):
             path.unlink(missing_ok=True)

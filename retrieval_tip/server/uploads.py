@@ -1,4 +1,4 @@
-"""The content of a request: images as multipart form data, or features as JSON."""
+"""Read request bodies: images as multipart form data, or features as JSON."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from retrieval_tip.settings import Norms
 
 FORM, JSON = "multipart/form-data", "application/json"
 LONGEST_FIELD = 1 << 16
-"""Bytes of a form's text field."""
+"""Largest size of a text field in bytes."""
 LONGEST_NAME = 1024
-"""Characters of an input's name or a label."""
+"""Largest length of an input's name or a label in characters."""
 PARTS_A_ROW = 64
-"""Lists, texts and commas that JSON may hold for each row of features, beside those of its numbers: others have
-nothing to do here, and millions of them would stop everything for as long as they take to parse."""
+"""Commas, lists and strings that JSON may hold per row of features, beyond those of its numbers. Millions of them would
+block the server while they are parsed."""
 SHORT = 1 << 16
-"""Bytes of JSON that are parsed at once; of more, one request's at a time, and others are answered meanwhile."""
+"""Size of JSON in bytes up to which it is parsed at once. Longer JSON is parsed in a thread, one request at a time."""
 
 NAME = re.compile(r"[^\W\d_][\w .-]{0,62}(?<![ .])")
-"""Names of new indexes: they are names of folders too."""
+"""Valid names of new indexes, which are also names of folders."""
 
 _PARSING = ThreadPoolExecutor(1, thread_name_prefix="parse")
 
 
 @dataclass(frozen=True)
 class Sent:
-    """``images`` or ``features`` ``[q, d]``, a name each; where they are shots ``labels``, one for all or each.
+    """Uploaded ``images`` or ``features`` ``[q, d]`` with their ``names``.
 
-    ``index``: the name of the index that is to be made of them.
+    Shots also have ``labels``: one for all, or one each. ``index`` is the name of the index to be made of them.
     """
 
     names: list[str]
@@ -56,10 +56,10 @@ class Sent:
 
 
 async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labelled: bool = False) -> Sent:
-    """Read the images or features of a request, for an index of features of ``d`` values.
+    """Read the images or features of a request to an index of features with ``d`` values.
 
-    Raises Problem 400 for a body that cannot be parsed, 413 for a large one, 415 for another content type, 422 if
-    something is missing or superfluous; InputError for features that cannot be used.
+    Raises Problem 400 for a malformed body, 413 for a large one, 415 for another content type, 422 for missing or
+    unknown fields; InputError for invalid features.
     """
     kind = _kind(request)
     if kind == JSON:
@@ -67,24 +67,24 @@ async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labell
         parse = partial(_json, body, limits, norms, d, labelled=labelled)
         return parse() if len(body) <= SHORT else await asyncio.get_running_loop().run_in_executor(_PARSING, parse)
     if kind != FORM:
-        raise Problem(415, f"content type {kind!r}: expected {FORM} with images, or {JSON} with features")
+        raise Problem(415, f"content type {kind!r}: send images as {FORM}, or features as {JSON}")
     names, images, texts = await _form(request, limits, ["label"] if labelled else [])
     labels = [_label(text) for text in texts["label"]]
     if labelled and len(labels) != 1:
-        raise Problem(422, f"label: expected one for all images, got {len(labels)}")
+        raise Problem(422, f"label: {len(labels)} given; send one for all images")
     return Sent(names, images, None, labels)
 
 
 async def read_index(request: Request, limits: Limits) -> Sent:
-    """Read the images of a new index, with a label each in their order, and its name. Raises as :func:`read`."""
+    """Read the name of a new index and its images, with one label per image. Raises as :func:`read`."""
     if (kind := _kind(request)) != FORM:
-        raise Problem(415, f"content type {kind!r}: expected {FORM} with name, images, and a label for each image")
+        raise Problem(415, f"content type {kind!r}: send {FORM} with a name, images, and a label for each image")
     names, images, texts = await _form(request, limits, ["label", "name"])
     labels = [_label(text) for text in texts["label"]]
     if len(texts["name"]) != 1:
-        raise Problem(422, f"name: expected one, that of the new index, got {len(texts['name'])}")
+        raise Problem(422, f"name: {len(texts['name'])} given; send one, the name of the new index")
     if len(labels) != len(images):
-        raise Problem(422, f"label: expected one for each image, in order, got {len(labels)} for {len(images)} images")
+        raise Problem(422, f"label: {len(labels)} given for {len(images)} images; send one for each image, in order")
     return Sent(names, images, None, labels, _index(texts["name"][0]))
 
 
@@ -95,10 +95,10 @@ def _kind(request: Request) -> str:
 async def _form(
     request: Request, limits: Limits, fields: list[str]
 ) -> tuple[list[str], list[bytes], defaultdict[str, list[object]]]:
-    """Names and bytes of the images of a form, and its texts by field."""
+    """Return names and bytes of a form's images, and its texts by field."""
     _, options = parse_options_header(request.headers["content-type"])
-    if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # some of Python's codecs take long, or fail
-        raise Problem(415, f"content type {FORM}: its text has to be UTF-8")
+    if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # some of Python's codecs are slow, or fail
+        raise Problem(415, f"content type {FORM}: its charset must be UTF-8")
     last = b"--%s--" % options.get(b"boundary", b"")
     end = b""
 
@@ -107,7 +107,7 @@ async def _form(
         message = await request.receive()
         end = (end + message.get("body", b""))[-len(last) - 4 :]
         if message["type"] == "http.request" and not message.get("more_body") and last not in end:
-            raise Problem(400, f"content type {FORM}: the form breaks off before its last boundary; send all of it")
+            raise Problem(400, f"content type {FORM}: the form ends before its last boundary; send all of it")
         return message
 
     names: list[str] = []
@@ -117,16 +117,16 @@ async def _form(
     async with Request(request.scope, receive).form(**most) as form:
         for field, value in form.multi_items():
             if field not in ("images", *fields):
-                raise Problem(422, f"field {field!r}: expected {' and '.join(['images', *fields])}")
+                raise Problem(422, f"field {field!r}: unknown; expected {' and '.join(['images', *fields])}")
             if isinstance(value, UploadFile) != (field == "images"):
-                raise Problem(422, f"field {field!r}: expected {'files' if field == 'images' else 'text'}")
+                raise Problem(422, f"field {field!r}: must be {'files' if field == 'images' else 'text'}")
             if isinstance(value, UploadFile):
                 names.append(_text("images", value.filename or f"image {len(names)}"))
                 images.append(await value.read())
             else:
                 texts[field].append(value)
     if not images:
-        raise Problem(422, "images: none; send at least one file in the field 'images'")
+        raise Problem(422, "images: missing; send at least one file in the field 'images'")
     return names, images, texts
 
 
@@ -135,7 +135,7 @@ async def _body(request: Request, limits: Limits) -> bytes:
     async for part in request.stream():
         size += len(part)
         if size > limits.json_bytes:
-            raise Problem(413, f"JSON may have {limits.json_bytes:,} bytes; send fewer features at once")
+            raise Problem(413, f"JSON of more than {limits.json_bytes:,} bytes; send fewer features at once")
         parts.append(part)
     return b"".join(parts)
 
@@ -145,71 +145,64 @@ def _json(body: bytes, limits: Limits, norms: Norms, d: int, *, labelled: bool) 
     try:
         sent = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise Problem(400, f"not JSON: {error}") from None
+        raise Problem(400, f"invalid JSON: {error}") from None
     names_field = "sources" if labelled else "inputs"
     known = {"features", names_field} | ({"labels"} if labelled else set())
     if not isinstance(sent, dict) or not isinstance(sent.get("features"), list):
-        raise Problem(422, "expected an object with 'features', a list of lists of numbers")
-    if superfluous := sorted(sent.keys() - known):
-        raise Problem(422, f"{superfluous[0][:LONGEST_NAME]!r}: not known here; expected {', '.join(sorted(known))}")
+        raise Problem(422, "features: missing; send an object with 'features', a list of lists of numbers")
+    if unknown := sorted(sent.keys() - known):
+        raise Problem(422, f"field {unknown[0][:LONGEST_NAME]!r}: unknown; expected {', '.join(sorted(known))}")
     rows = len(sent["features"])
     if not 1 <= rows <= limits.rows:
         raise Problem(413 if rows else 422, f"features: {rows} rows; send 1 to {limits.rows} at once")
     features = _features(sent["features"], d, norms)
-    names = (
-        _texts(sent.get(names_field), names_field, rows) if names_field in sent else [f"row {i}" for i in range(rows)]
-    )
+    names = _texts(sent.get(names_field, [f"row {i}" for i in range(rows)]), names_field, rows)
     labels = [_label(label) for label in _texts(sent.get("labels"), "labels", rows)] if labelled else []
     return Sent(names, None, features, labels)
 
 
 def _check_parts(body: bytes, rows: int, d: int) -> None:
-    """Raise Problem 413 for JSON of more parts than ``rows`` features of ``d`` values have, with a name and a label."""
+    """Raise Problem 413 for JSON with more commas, lists and strings than ``rows`` features of ``d`` values need."""
     read = np.frombuffer(body, np.uint8)
     commas, others = (sum(int(np.count_nonzero(read == ord(part))) for part in parts) for parts in (",", '[{"'))
     if commas > rows * (d + PARTS_A_ROW) or others > rows * PARTS_A_ROW:
-        raise Problem(413, f"JSON of more parts than {rows} features of {d} values have; send fewer at once")
+        raise Problem(413, f"JSON with more parts than {rows} features of {d} values need; send fewer at once")
 
 
 def _features(sent: list[object], d: int, norms: Norms) -> FloatArray:
-    """Rows of JSON as features; what they hold is looked at first, for an array of texts takes their longest for each.
-
-    Raises InputError.
-    """
+    """Return the rows of JSON as features. Raises InputError for rows of another length, or not of numbers."""
     rows = np.empty((len(sent), d))
     for i, row in enumerate(sent):
         if not isinstance(row, list) or len(row) != d:
-            raise InputError(f"features: row {i} is no list of {d} numbers, as the index needs")
-        if not {float, int}.issuperset(map(type, row)):  # bool is another type
-            raise InputError(f"features: row {i} holds something other than numbers")
+            raise InputError(f"features: row {i} is not a list of {d} numbers, which this index needs")
+        if not {float, int}.issuperset(map(type, row)):  # excludes bool; NumPy would pad strings to the longest
+            raise InputError(f"features: row {i} holds values other than numbers")
         rows[i] = row
     return check_norms(matrix(rows, "features"), 0, norms, "features")
 
 
 def _texts(sent: object, field: str, rows: int) -> list[str]:
     if not isinstance(sent, list) or len(sent) != rows:
-        raise Problem(422, f"{field}: expected a list of {rows}, one a row of features")
+        raise Problem(422, f"{field}: must be a list of {rows}, one for each row of features")
     return [_text(field, value) for value in sent]
 
 
 def _text(field: str, value: object) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME:
-        raise Problem(422, f"{field}: expected text of 1 to {LONGEST_NAME} characters")
+        raise Problem(422, f"{field}: must be text of 1 to {LONGEST_NAME} characters")
     return value.encode("utf-8", "backslashreplace").decode()
 
 
 def _index(value: object) -> str:
-    """The name of a new index, which is that of its folder too."""
     name = _text("name", value).strip()
     if not NAME.fullmatch(name):
-        raise Problem(
-            422, "name: expected 1 to 64 letters, digits, spaces, dots, hyphens or underscores, a letter first"
-        )
+        expected = "1 to 64 letters, digits, spaces, dots, hyphens or underscores, a letter first"
+        raise Problem(422, f"name: {name[:64]!r} is not valid; use {expected}")
     return name
 
 
 def _label(value: object) -> str:
     label = _text("label", value).strip()
     if not label or not label.isprintable():
-        raise Problem(422, "label: expected the name of a class, without control characters")
+        raise Problem(422, "label: must be a class name without control characters")
     return label
