@@ -1,4 +1,4 @@
-"""The accuracies of docs/reproduce.md, through the command line.
+"""The accuracies of docs/accuracy.md, through the command line.
 
 Protocol: keys are the shots (Caltech101: all 1600 of the shared part's train split; Food-101: 16 a class, drawn by the
 published rule with seeds 1 to N), one centre view each; alpha and beta are fixed beforehand and printed; nothing is

@@ -1,4 +1,4 @@
-"""The documentation site: ``make site`` builds it from these pages, with Sphinx and MyST."""
+"""Sphinx configuration of the documentation site, which ``make site`` builds."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ if TYPE_CHECKING:
     from sphinx.environment import BuildEnvironment
 
 project, author, release = "retrieval-tip", "the authors of retrieval-tip", __version__
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"retrieval-tip {release}"
-suppress_warnings = ["myst.header", "myst.xref_missing"]  # files of the repository that are no pages
-nitpicky = True  # a reference that leads nowhere is a warning
+suppress_warnings = ["myst.header", "myst.xref_missing"]  # links to files of the repository, which are not pages
 
 
 def setup(app: Sphinx) -> None:
-    """Let references name their target by its end: ``sources.open_source``."""
+    """Resolve short references: ``sources.open_source``, and on the site its last part alone."""
     app.connect("missing-reference", by_end)
 
 
@@ -33,6 +35,13 @@ def by_end(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: Ele
     if node.get("refdomain") != "py":
         return None
     node["refspecific"] = True
-    return env.domains["py"].resolve_xref(
-        env, node["refdoc"], app.builder, node["reftype"], node["reftarget"], node, contnode
-    )
+    targets = [node["reftarget"]]
+    if not app.config.nitpicky:  # the site documents public names, without their modules
+        targets.append(targets[0].rpartition(".")[2])
+    for target in targets:
+        found = env.domains["py"].resolve_xref(
+            env, node["refdoc"], app.builder, node["reftype"], target, node, contnode
+        )
+        if found is not None:
+            return found
+    return None

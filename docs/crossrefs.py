@@ -53,7 +53,8 @@ def main(package: Path) -> int:
             page.write_text(head + "\n".join(directives(module.body, member=False)), encoding="utf-8")
         Path(folder, "index.rst").write_text("Modules\n=======\n")
         command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "dummy", "-c", DOCS]
-        command += ["-D", "suppress_warnings=docutils"]  # docutils does not know sections like "Args:"
+        # docutils does not know sections like "Args:"
+        command += ["-D", "nitpicky=1", "-D", "suppress_warnings=docutils"]
         return subprocess.run([*command, folder, f"{folder}/out"], check=False).returncode  # noqa: S603 # no input
 
 
