@@ -80,7 +80,7 @@ def test_a_file_and_a_link_to_one_are_read(tmp_path: Path) -> None:
         assert file.read() == b"anything"
         assert not os.get_inheritable(file.fileno())
     assert read_regular(str(link), 8) == b"anything"
-    with pytest.raises(InputError, match=r"x: 8 bytes are more than"):
+    with pytest.raises(InputError, match="x: 8 bytes"):
         read_regular(path, 7)
     check_regular(link)
     path.write_bytes(b"")
@@ -120,7 +120,7 @@ def test_what_the_kernel_makes_up_is_no_file(path: str, tmp_path: Path) -> None:
         pytest.skip(f"there is no {path} here")
     (tmp_path / "link").symlink_to(path)
     for name in (path, tmp_path / "link"):
-        with pytest.raises(NotAFileError, match=f"{name}: made up by the kernel, not a file"):
+        with pytest.raises(NotAFileError, match=f"{name}: .* kernel, not a file"):
             read_regular(name, 1 << 60)
         with pytest.raises(NotAFileError):
             open_regular(name)

@@ -1,4 +1,4 @@
-"""The contents of the data files of an index folder: read into memory, and written as the next version."""
+"""Read the data files of an index folder, and write them as its next version."""
 
 from __future__ import annotations
 
@@ -15,23 +15,17 @@ import torch
 from retrieval_tip import tip
 from retrieval_tip.errors import StoreError
 from retrieval_tip.files import real
-from retrieval_tip.store.folder import (
-    Check,
-    find_weights,
-    read_array,
-    read_curve,
-    read_labels,
-)
+from retrieval_tip.store.folder import Check, find_weights, read_array, read_curve, read_labels
 from retrieval_tip.store.manifest import DataFile, Manifest, Segment
 from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.writer import Writer
 
 HELD = ("text", "values", "curve", "metric", "points", "sums")
-"""Parts of one file each, which is written again only for another object."""
+"""Kinds with one file each, written again only if the object changes."""
 
 
 class SavedIndex(Protocol):
-    """A FAISS index of ``indexed`` vectors, and the file ``path`` that it was saved in."""
+    """A FAISS index of ``indexed`` vectors, and the file ``path`` that holds it."""
 
     path: Path | None
 
@@ -40,17 +34,17 @@ class SavedIndex(Protocol):
         """Number of vectors."""
 
     def save(self, path: Path) -> None:
-        """Write it."""
+        """Write the index to ``path``."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The contents of a version's data files, as arrays or tensors.
+    """Contents of a version's data files, as arrays or tensors.
 
-    ``segments`` are keys ``[n_i, d]``, float32 or float16; the ``index`` is over the first. ``labels`` describes all
-    keys, row by row; ``text`` ``[c, d]`` and ``values`` ``[n, c]`` are float32. A fitted index has a ``metric``, the
-    first segment's ``points`` in it, and the ``sums`` of all keys; a fine-tuned one the loss ``curve``, and ``weights``
-    of its encoder (a safetensors file). Contents that were just read have no ``index``: the caller opens it by FAISS.
+    ``segments`` are keys ``[n_i, d]``, float32 or float16; the ``index`` covers the first. ``labels`` has one row per
+    key; ``text`` ``[c, d]`` and ``values`` ``[n, c]`` are float32. A fitted index has a ``metric``, the ``points`` of
+    the first segment in it, and the ``sums`` of all keys. A fine-tuned one has the loss ``curve``, and ``weights`` of
+    its encoder (a safetensors file). :meth:`read` leaves ``index`` to the caller, who opens it with FAISS.
     """
 
     segments: Sequence[npt.NDArray[np.floating]]
@@ -66,21 +60,21 @@ class Contents:
 
     @classmethod
     def read(cls, folder: Path, manifest: Manifest) -> Contents:
-        """The contents of a version; arrays stay on disk, memory-mapped.
+        """Read a version; arrays are memory-mapped.
 
-        Raises StoreError naming the file that cannot be read, or does not fit the manifest.
+        Raises StoreError naming a file that cannot be read or does not match the manifest.
         """
         files, c = manifest.files, len(manifest.class_names)
         segments = [read_array(folder, part.keys, (part.keys.rows, manifest.d)) for part in manifest.segments]
         if {part.dtype for part in segments} != {np.dtype(manifest.dtype)}:
             raise StoreError(f"{folder}: keys are not all {manifest.dtype}; build the index again")
-        first, labels = len(segments[0]), read_labels(folder, manifest)
+        labels, metric = read_labels(folder, manifest), None
+        if "metric" in files:
+            metric = metric_of(read_array(folder, files["metric"], (manifest.d + 1, manifest.d), (np.float32,)))
         return cls(
             segments=segments,
-            metric=metric_of(read_array(folder, files["metric"], (manifest.d + 1, manifest.d), (np.float32,)))
-            if "metric" in files
-            else None,
-            points=read_array(folder, files["points"], (first, manifest.d)) if "points" in files else None,
+            metric=metric,
+            points=read_array(folder, files["points"], segments[0].shape) if "points" in files else None,
             sums=_sums(folder, manifest, labels) if "sums" in files else None,
             labels=labels,
             text=read_array(folder, files["text"], (c, manifest.d)),
@@ -90,10 +84,10 @@ class Contents:
         )
 
     def write(self, writer: Writer, stored: Stored | None) -> Contents:
-        """Seal every file that the version before does not have; ``stored`` is the version that these come from.
+        """Seal each file that the writer's parent version lacks; ``stored`` is the version that these come from.
 
-        Keys that the writer has already are not written again. Returns the contents with the ``weights`` where they are
-        now: a copy, by content. Raises StoreError for a file that is damaged or cannot be written.
+        Keys that the writer already holds are not written again. Returns the contents with the new path of ``weights``.
+        Raises StoreError for a file that is damaged or cannot be written.
         """
         shared = stored if stored is not None and stored.is_before(writer) else None
         if stored is not None:
@@ -118,7 +112,7 @@ class Contents:
         return self if self.weights is None else replace(self, weights=writer.seal_weights(self.weights))
 
     def _write_keys(self, writer: Writer, shared: Stored | None) -> None:
-        """Keys and labels, a segment at a time, but for those that are there."""
+        """Write the keys and labels of each segment, unless ``shared`` has them."""
         at = 0
         for number, part in enumerate(self.segments):
             segment, labels = None if shared is None else shared.segment_of(part), self.labels.slice(at, len(part))
@@ -139,7 +133,7 @@ class Contents:
 
 
 def array_of(held: npt.NDArray[np.floating] | torch.Tensor | tip.Metric | Sums) -> npt.NDArray[np.floating]:
-    """What the file of a part holds."""
+    """Convert a part to the array that its file holds."""
     if isinstance(held, Sums):
         return held.to_array()
     whole = torch.cat([held.mean[None], held.transform]) if isinstance(held, tip.Metric) else held
@@ -147,28 +141,26 @@ def array_of(held: npt.NDArray[np.floating] | torch.Tensor | tip.Metric | Sums) 
 
 
 def _sums(folder: Path, manifest: Manifest, labels: pa.Table) -> Sums:
-    """The sums of a version's keys. Raises StoreError where the classes have other numbers of keys than these say."""
+    """Read the sums of a version's keys. Raises StoreError if they count other keys than the labels."""
     file, c = manifest.files["sums"], len(manifest.class_names)
     array = read_array(folder, file, (c + manifest.d, 1 + manifest.d), (np.float64,))
     if not np.array_equal(array[:c, 0], np.bincount(labels["class_id"].to_numpy(), minlength=c)):
-        raise StoreError(
-            f"{folder / file.name}: is of other keys; go back to the version before, or build the index again"
-        )
+        raise StoreError(f"{folder / file.name}: belongs to other keys; restore an earlier version or build again")
     return Sums.of_array(array.astype(np.float64, copy=False), c)
 
 
 def metric_of(array: npt.NDArray[np.floating]) -> tip.Metric:
-    """The metric of an array ``[1 + d, d]`` float32: its mean, then its transform."""
+    """Convert an array ``[1 + d, d]`` float32 to a metric: row 0 is its mean, the others its transform."""
     whole = torch.from_numpy(np.array(array))
     return tip.Metric(whole[0], whole[1:])
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A version of an index folder, and the objects in memory that its files hold and that need no new file.
+    """A version of an index folder, and the objects in memory that its files already hold.
 
-    ``check`` compares its files with their digests; ``contents`` are ``None`` if unknown. ``named``: its labels have
-    the classes' current names.
+    ``check`` compares its files with their digests; ``contents`` are ``None`` if unknown. ``named`` tells whether its
+    labels have the current class names.
     """
 
     check: Check
@@ -177,37 +169,37 @@ class Stored:
 
     @classmethod
     def of(cls, check: Check, contents: Contents) -> Stored:
-        """That a version holds these contents; its indexes learn the files that they are in."""
+        """Record that the version of ``check`` holds ``contents``, and set the path of their index."""
         if contents.index is not None:
             contents.index.path = check.folder / check.manifest.files["index"].name
         return cls(check, contents)
 
     @property
     def manifest(self) -> Manifest:
-        """That of the version."""
+        """Manifest of this version."""
         return self.check.manifest
 
     def is_before(self, writer: Writer) -> bool:
-        """Whether the version that is being written follows on this one."""
+        """Return whether this version is the parent of the one being written."""
         same = real(self.check.folder) == real(writer.folder)
         return same and writer.parent is not None and writer.parent.version == self.manifest.version
 
     def segment_of(self, array: npt.NDArray[np.floating]) -> Segment | None:
-        """The files of a segment, where this version has it."""
+        """Return the files of a segment that this version holds, or ``None``."""
         if self.contents is None:
             return None
         pairs = zip(self.contents.segments, self.manifest.segments, strict=True)
         return next((segment for stored, segment in pairs if stored is array), None)
 
     def has_index(self, index: SavedIndex) -> bool:
-        """Whether this version has the index in a file."""
+        """Return whether this version holds ``index`` in a file."""
         file = self.manifest.files.get("index")
         return file is not None and index.path == self.check.folder / file.name
 
     def check_copied(self, contents: Contents, *, shared: bool) -> None:
-        """Verify every file before copying it, so that damage is not sealed again under a valid digest.
+        """Verify files before they are copied, so that damage is not sealed again under a valid digest.
 
-        ``shared``: files are shared with this version. Raises StoreError naming the damaged file.
+        If ``shared``, unchanged files are not copied and need no check. Raises StoreError naming the damaged file.
         """
         if self.check.verify == "full":
             return

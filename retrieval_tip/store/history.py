@@ -1,4 +1,4 @@
-"""The plans that all stores share: how a version is sealed, told of, and made current again."""
+"""Versions of an index, for all stores: seal, describe and restore them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from retrieval_tip.store.labels import versions_table
 from retrieval_tip.store.manifest import Manifest
 
 KEPT_VERSIONS = 32
-"""So many versions are kept by themselves, the current one among them; ``index gc`` keeps fewer."""
+"""Number of versions that a commit keeps, including the current one; ``index gc`` can keep fewer."""
 
 
 def stamp() -> dict[str, Any]:
-    """Time and program, of a manifest that is written now."""
+    """Return the time and program for a new manifest."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"created_at": now, "created_by": f"retrieval-tip {version('retrieval-tip')}"}
 
 
 def sealed(manifest: Manifest, place: object) -> bytes:
-    """The bytes of a manifest that is to be committed: what could not be read again is never written.
+    """Return the bytes of a manifest to commit, after a check that they can be read back.
 
-    Raises InputError for a setting or a name that a manifest cannot hold.
+    Raises InputError for a setting or name that a manifest cannot hold.
     """
     try:
         raw = manifest.to_bytes()
@@ -41,7 +41,7 @@ def sealed(manifest: Manifest, place: object) -> bytes:
 
 
 def renewed(old: Manifest, current: Manifest, next_key_id: int, stamp: dict[str, Any]) -> Manifest:
-    """An earlier version as the one after the current: of its content, with no key id that was given since."""
+    """Make a manifest with the content of an ``old`` version to follow the current one; no key id is reused."""
     return dataclasses.replace(
         old,
         version=current.version + 1,
@@ -53,7 +53,7 @@ def renewed(old: Manifest, current: Manifest, next_key_id: int, stamp: dict[str,
 
 
 def history_table(earlier: Sequence[Manifest], current: Manifest) -> pa.Table:
-    """Versions, oldest first: a table of :data:`labels.VERSIONS_SCHEMA`. ``bytes`` are those of each one's files."""
+    """Return the versions, oldest first, as a table of :data:`labels.VERSIONS_SCHEMA`."""
     names = ("version", "parent", "created_at", "created_by", "change")
     return versions_table(
         [
@@ -72,7 +72,7 @@ def history_table(earlier: Sequence[Manifest], current: Manifest) -> pa.Table:
 def described(
     place: object, manifest: Manifest, earlier: Sequence[Manifest], counts: npt.NDArray[np.int64], **more: object
 ) -> dict[str, Any]:
-    """The facts that ``index info`` prints of a version: its manifest, its keys of each class ``[c]``, and ``more``."""
+    """Return what ``index info`` prints: the manifest, statistics of the keys per class ``[c]``, and ``more``."""
     facts = dataclasses.asdict(manifest)
     for name in ("files", "later", "digests"):
         del facts[name]

@@ -1,6 +1,6 @@
-"""The lock of a folder: one process at a time writes what lies in it.
+"""Lock a folder, so that only one process writes it at a time.
 
-It is the system's lock on a file, so it ends with the process that holds it; the file's text says who that is.
+The lock is the system's lock on a file, so it ends with its process. The file's text names its owner.
 """
 
 from __future__ import annotations
@@ -17,20 +17,19 @@ from retrieval_tip.errors import StoreError, one_line
 from retrieval_tip.files import make_folders
 
 LOCK_WAIT = 30.0
-"""Seconds that a writer waits for another one, where it is not told."""
+"""Default seconds to wait for another writer."""
 POLL = 0.02
-"""Seconds between two looks of a writer that waits."""
+"""Seconds between attempts to take the lock."""
 TRIES = 16
-"""Times that a lock is taken anew because its folder was removed meanwhile."""
+"""Attempts to take a lock whose folder another writer removes meanwhile."""
 
 
 @contextmanager
 def locked(folder: Path, place: object, wait: float | None = None) -> Iterator[None]:
-    """The right to write a folder, within the context; a writer waits its turn, up to ``wait`` seconds.
+    """Lock ``folder`` for writing inside the context, after up to ``wait`` seconds (:data:`LOCK_WAIT` by default).
 
-    By default that is :data:`LOCK_WAIT`. The folder and its ``data`` are made; another writer that fails to make a
-    first version removes them under its lock. Raises StoreError, which calls the folder ``place``, where another holds
-    the lock for longer, or it cannot be had.
+    Makes the folder and its ``data``, which another writer removes under its lock if it fails to make a first version.
+    Raises StoreError naming ``place`` if the lock is still held or cannot be taken.
     """
     path, data = folder / "lock", folder / "data"
     lock = filelock.FileLock(path)
@@ -42,27 +41,27 @@ def locked(folder: Path, place: object, wait: float | None = None) -> Iterator[N
         except filelock.Timeout:
             raise busy(place, _owner(path)) from None
         except OSError as error:
-            if not left or not isinstance(error, FileNotFoundError | FileExistsError):  # else removed just now
+            if not left or not isinstance(error, FileNotFoundError | FileExistsError):  # else it was removed just now
                 reason = error.strerror or type(error).__name__
                 raise StoreError(one_line(f"{place}: cannot be written: {reason}; nothing was changed")) from None
     try:
         data.mkdir(exist_ok=True)
-        with suppress(OSError):  # a full disk: then the lock does not name its owner
+        with suppress(OSError):  # on a full disk, the lock does not name its owner
             path.write_text(this_process(), "utf-8")
         yield
     finally:
-        with suppress(OSError):  # the next owner may take a moment to say who it is, and is not this one
+        with suppress(OSError):  # until the next owner has written its name
             os.truncate(path, 0)
         lock.release()
 
 
 def this_process() -> str:
-    """The owner of what this process writes."""
+    """Describe this process as the owner of a lock."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def busy(place: object, owner: str) -> StoreError:
-    """The error of a writer that has waited long enough."""
+    """Return the error for a place that another process still writes."""
     return StoreError(one_line(f"{place}: is being written by {owner or 'another process'}; try later"))
 
 

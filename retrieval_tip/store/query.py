@@ -1,7 +1,7 @@
-"""SQL over the tables of a label store: queries, and conditions on its rows.
+"""Run SQL queries and conditions on the tables of a label store.
 
-duckdb answers on copies in memory, without files or network. Its limits of time and memory stop mistakes, not attacks:
-who types SQL owns the machine, no route of the server takes it, and long strings escape duckdb's limit of memory.
+duckdb works on copies in memory, without access to files or the network. Its limits of time and memory catch mistakes,
+not attacks, because long strings escape the memory limit. Only the machine's user types SQL; the server accepts none.
 """
 
 from __future__ import annotations
@@ -27,48 +27,50 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection, Statement
 
 TIMEOUT, LONGEST, LAST_WAIT = 60, 86_400, 2.0
-"""Seconds that an answer may take, by default and at most, and has to end; duckdb does not interrupt its parser."""
+"""Default and largest timeout, and the wait for an interrupted query to end (duckdb's parser ignores interrupts), in
+seconds."""
 MAX_TEXT, MAX_OPEN = 1 << 16, 500
-"""Largest statement in characters, and most open parentheses: the parser's memory grows with their square."""
+"""Most characters and most open parentheses of a statement; the parser's memory grows with the square of the latter."""
 MEMORY, ANSWER = 512 << 20, 128 << 20
-"""Bytes that duckdb, and its answer, may take beside twice the size of the tables."""
+"""Memory limits of duckdb and of an answer in bytes, plus twice the size of the tables."""
 
 
 def ask(
     tables: Mapping[str, pa.Table], sql: str, predictions: Path | None = None, timeout: float = TIMEOUT
 ) -> pa.Table:
-    """Return the answer of one SELECT over these tables, by name, and over ``class_counts``, a view of ``labels``.
+    """Run one SELECT over ``tables``, by name, and the view ``class_counts`` of ``labels``.
 
-    The view has ``class_id``, ``label`` and ``keys``, a row for each class that has keys. The table ``predictions``
-    holds a file of them. Half-precision columns come as float32. Repeated names of columns get numbers (``label_1``).
+    The view has ``class_id``, ``label`` and ``keys``, with a row for each class that has keys. A ``predictions`` file
+    becomes the table ``predictions``. Half-precision columns become float32; repeated column names get a number
+    (``label_1``).
 
-    Raises UsageError if the statement is not one SELECT, duckdb refuses it, or it takes more than ``timeout`` seconds
-    or too much memory; InputError for a table that duckdb cannot hold, and as :func:`read_predictions`.
+    Raises UsageError if ``sql`` is not one SELECT, duckdb refuses it, or it takes more than ``timeout`` seconds or too
+    much memory; InputError for a table that duckdb cannot hold, and as :func:`read_predictions`.
     """
     if not 0 < timeout <= LONGEST:
-        raise UsageError(f"timeout is {timeout}: expected seconds, at most {LONGEST}")
+        raise UsageError(f"timeout is {timeout}: expected more than 0 and at most {LONGEST} seconds")
     if predictions is not None:
         tables = {**tables, "predictions": read_predictions(predictions)}
-    refusal = "query: expected one SELECT; the label store is read-only here"
+    refusal = "query: expected one SELECT; queries cannot change the label store"
     answer = _answered("query", tables, sql, lambda database: _one_select(database, sql, refusal), timeout)
     return answer.rename_columns(_distinct(answer.column_names))
 
 
 def rows_where(labels: pa.Table, condition: str) -> npt.NDArray[np.int64]:
-    """Return the positions ``[m]`` int64, ascending, of the rows where a boolean SQL expression holds.
+    """Return the positions ``[m]`` int64, ascending, of the rows for which an SQL condition is true (not NULL).
 
-    NULL does not hold. Subqueries may ask ``labels`` and ``class_counts``. Raises UsageError if the condition is not
-    one boolean expression, and else as :func:`ask` with :data:`TIMEOUT`.
+    Subqueries may use ``labels`` and ``class_counts``. Raises UsageError if the condition is not one boolean
+    expression, otherwise as :func:`ask` with :data:`TIMEOUT`.
     """
     position = "position"
     while position in {name.lower() for name in labels.column_names}:
         position += "_"
     numbered = labels.append_column(position, pa.array(np.arange(len(labels))))
     columns = one_line(", ".join(labels.column_names))
-    expected = f"expected one condition that is true or false of a row, over the columns {columns}"
+    expected = f"expected one true-or-false condition over the columns {columns}"
 
     def select(database: DuckDBPyConnection) -> Statement:
-        # Bare, it can close no parenthesis of ours; within one, it can end no SELECT and open no comment.
+        # Without parentheses, it cannot close ours; with them, it cannot end the SELECT or open a comment.
         asked = (condition, f"({condition}) FROM labels", f"{position} FROM labels WHERE ({condition})")
         _, value, rows = (_one_select(database, f"SELECT {part}", f"where: {expected}") for part in asked)
         types = [str(kind) for kind in database.sql(value).types]
@@ -77,11 +79,11 @@ def rows_where(labels: pa.Table, condition: str) -> npt.NDArray[np.int64]:
         return rows
 
     answer = _answered("where", {"labels": numbered}, condition, select, TIMEOUT, hint=f"; {expected}")
-    return np.sort(answer[0].to_numpy())  # duckdb's threads may hand them over in any order
+    return np.sort(answer[0].to_numpy())  # duckdb's threads return rows in any order
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Return column names, the repeated ones with ``_1``, ``_2`` ..., as in duckdb's own tables."""
+    """Number repeated column names ``_1``, ``_2`` ..., as duckdb's own tables do."""
     taken, columns, numbers = set(names), dict[str, None](), defaultdict[str, Iterator[int]](lambda: itertools.count(1))
     for name in names:
         others = (f"{name}_{number}" for number in numbers[name])
@@ -98,7 +100,7 @@ def _answered(
     timeout: float,
     hint: str = "",
 ) -> pa.Table:
-    """Return the answer of ``select`` over tables; a timeout, or Ctrl+C, interrupts the thread that makes it."""
+    """Return the answer of ``select`` over ``tables``; a timeout or Ctrl+C interrupts its thread."""
     import duckdb
 
     if text != text.encode(errors="replace").decode():
@@ -124,28 +126,28 @@ def _answered(
     try:
         return answer.result(timeout)
     except TimeoutError:
-        longer = ", or give it longer (--timeout)" if what == "query" else ""
-        raise UsageError(f"{what}: took longer than {timeout:g} s; ask for less{longer}") from None
+        longer = ", or raise --timeout" if what == "query" else ""
+        raise UsageError(f"{what}: took longer than {timeout:g} s; simplify it{longer}") from None
     finally:
         until = time.monotonic() + LAST_WAIT
         while not answer.done() and time.monotonic() < until:
-            database.interrupt()  # repeatedly: between two statements it has no effect
+            database.interrupt()  # repeated, because it has no effect between two statements
             wait([answer], 0.02)
 
 
 def _fetched(
     database: DuckDBPyConnection, what: str, select: Callable[[DuckDBPyConnection], Statement], most: int, hint: str
 ) -> pa.Table:
-    """Return an answer of at most ``most`` bytes. Raises UsageError if duckdb refuses it, or it is larger."""
+    """Return an answer of at most ``most`` bytes. Raises UsageError if it is larger or duckdb fails."""
     import duckdb
 
     size, batches = 0, []
     try:
         answer = pa.RecordBatchReader.from_stream(database.sql(select(database)))
         for batch in answer:
-            size += max(batch.nbytes, 8 * batch.num_rows)  # rows of nothing take no bytes, but time
+            size += max(batch.nbytes, 8 * batch.num_rows)  # empty rows take no bytes, but time
             if size > most:
-                raise UsageError(f"{what}: its answer takes more than {most >> 20} MiB; ask for less, as with LIMIT")
+                raise UsageError(f"{what}: the answer exceeds {most >> 20} MiB; add a LIMIT or select less")
             batches.append(batch)
         return pa.Table.from_batches(batches, answer.schema)
     except (duckdb.Error, OSError, MemoryError, pa.ArrowException) as error:
@@ -155,7 +157,7 @@ def _fetched(
 
 
 def _create(database: DuckDBPyConnection, name: str, table: pa.Table) -> None:
-    """Copy a table, and make the view over ``labels``. Raises InputError if duckdb cannot hold it."""
+    """Copy a table into the database, with the view of ``labels``. Raises InputError if duckdb cannot hold it."""
     import duckdb
 
     try:
@@ -170,7 +172,7 @@ def _create(database: DuckDBPyConnection, name: str, table: pa.Table) -> None:
 
 
 def _held(kind: pa.DataType) -> pa.DataType:
-    """Return the nearest type that duckdb takes from Arrow."""
+    """Return the closest Arrow type that duckdb accepts."""
     if pa.types.is_float16(kind):
         return pa.float32()
     if pa.types.is_struct(kind):
@@ -183,7 +185,7 @@ def _held(kind: pa.DataType) -> pa.DataType:
 
 
 def _one_select(database: DuckDBPyConnection, sql: str, refusal: str) -> Statement:
-    """Return the statement, parsed. Raises UsageError if it is not one SELECT, duckdb.Error if it is not SQL."""
+    """Parse one SELECT. Raises UsageError for other statements, duckdb.Error for invalid SQL."""
     statements = database.extract_statements(sql)
     if [statement.type.name for statement in statements] != ["SELECT"]:
         raise UsageError(refusal)
