@@ -227,4 +227,4 @@ def test_the_time_of_a_version_is_the_instant(when: datetime.datetime) -> None:
 def test_a_value_that_no_version_has_is_refused(row: dict[str, object]) -> None:
     with pytest.raises(InputError) as error:
         versions_table([row])
-    one_line(error, "versions: a value cannot be kept (")
+    one_line(error, "versions: cannot store a value (")

@@ -600,7 +600,7 @@ def test_what_is_no_encoder_or_no_curve_is_refused_and_changes_nothing(index: Pa
     with pytest.raises(InputError, match=r"files\.weights\.rows"):
         replace(model(), tuned=tmp_path / "empty.safetensors").save(index)
     odd = pa.table({"loss": pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array([1])])})
-    with pytest.raises(InputError, match=r"^curve: a column cannot be kept"):
+    with pytest.raises(InputError, match=r"^curve: cannot store a column"):
         replace(model(), curve=odd).save(index)
     assert snapshot(index) == before
 

@@ -1,1 +1,1 @@
-"""Retrieval: which keys a query meets, and what they give."""
+"""Retrieval: find keys for queries, and compute logits from them."""

@@ -1,1 +1,1 @@
-"""An index folder's bytes: manifest, labels, reading, checking and writing."""
+"""Index folders: manifests, labels, reading, checking and writing."""

@@ -1,4 +1,4 @@
-"""The label store's tables: labels, what classify wrote beside them, and versions. :mod:`store.query` asks them."""
+"""Tables of the label store: labels and versions. :mod:`store.query` runs SQL on them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LABEL_SCHEMA = pa.schema(
         ("added_at", pa.timestamp("us", "UTC")),
     ]
 )
-"""Columns of the label store; row i describes row i of the keys. A table's further columns follow."""
+"""Columns of the label store, whose row i describes key i. Further columns of a source follow."""
 
 VERSIONS_SCHEMA = pa.schema(
     [
@@ -39,7 +39,7 @@ VERSIONS_SCHEMA = pa.schema(
         ("current", pa.bool_()),
     ]
 )
-"""The history of an index, a row a version; ``bytes`` are those of the version's files."""
+"""Columns of the history, one row per version; ``bytes`` is the size of its files."""
 
 
 def label_table(
@@ -52,14 +52,17 @@ def label_table(
     digests: Sequence[str | None] | None = None,
     extra: pa.Table | None = None,
 ) -> pa.Table:
-    """The label store of keys with these class ids; ``shot`` counts the keys of a class. ``extra`` columns follow."""
+    """Make the label store of keys with these class ids; ``shot`` numbers the keys of a class from 0.
+
+    Raises InputError if a column has another length, or an ``extra`` one has a reserved name.
+    """
     n = len(class_ids)
     extra = extra if extra is not None and extra.num_columns else None
     for what, given in (("sources", sources), ("digests", digests), ("extra", extra)):
         if given is not None and len(given) != n:
             raise InputError(f"{what}: {len(given)} for {n} keys")
     if extra is not None and (own := sorted(set(extra.column_names) & set(LABEL_SCHEMA.names))):
-        raise InputError(f"extra: column {own[0]!r} is one that the label store has itself")
+        raise InputError(f"extra: column {own[0]!r} is reserved by the label store; rename it")
     ids = np.arange(n) if key_ids is None else key_ids
     columns = {
         "key_id": pa.array(ids, pa.int64()),
@@ -79,7 +82,7 @@ def label_table(
 
 
 def shots_of(class_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """Number the keys of each class from 0, in their order: ``[n]`` from class ids ``[n]``."""
+    """Number the keys of each class from 0, in order: ``[n]`` int32 from class ids ``[n]``."""
     order = np.argsort(class_ids, kind="stable")
     counts = np.bincount(class_ids)
     shots = np.empty(len(class_ids), dtype=np.int32)
@@ -88,7 +91,7 @@ def shots_of(class_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
 
 
 def shots_after(added: pa.Table, ids: npt.NDArray[np.int64], following: npt.NDArray[np.int32]) -> pa.Table:
-    """Labels to be added, whose shots are counted on from those of their class."""
+    """Continue the shot numbers of new labels after the existing ones of their classes."""
     shots = pa.array(added["shot"].to_numpy() + following[ids], pa.int32())
     return added.set_column(added.column_names.index("shot"), "shot", shots)
 
@@ -96,7 +99,7 @@ def shots_after(added: pa.Table, ids: npt.NDArray[np.int64], following: npt.NDAr
 def rows_with(
     table: pa.Table, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()
 ) -> pa.Table:
-    """The rows of these labels and key ids (all, where none is named) whose source has that text, in whatever case."""
+    """Select rows by label, key id and text in the source (ignoring case); an empty condition selects all."""
     chosen = pa.array(np.ones(len(table), dtype=bool))
     if labels:
         chosen = pc.and_(chosen, pc.is_in(table["label"], value_set=pa.array(labels, pa.string())))
@@ -108,29 +111,29 @@ def rows_with(
 
 
 def labelled_digests(table: pa.Table, digests: Sequence[str | None]) -> set[tuple[str, str]]:
-    """Digest and label of the rows that have one of these digests."""
+    """Return digest and label of the rows with one of these digests."""
     asked = pa.array(set(digests) - {None}, pa.string())
     same = table.select(["digest", "label"]).filter(pc.is_in(table["digest"], value_set=asked))
     return set(zip(same["digest"].to_pylist(), same["label"].to_pylist(), strict=True))
 
 
 def images_of(labels: pa.Table) -> npt.NDArray[np.int64]:
-    """A number a key ``[n]`` that agrees for keys of one image: of one content digest, or of one source without one."""
+    """Return a code for each key ``[n]``, equal for equal images: the same digest or, without one, the same source."""
     images, sources = digest_codes(labels), _codes(labels["source"])
     return np.where(images < 0, images.max(initial=-1) + 1 + sources, images)
 
 
 def _codes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    """A number a row that agrees for equal strings, -1 for null."""
+    """Return a code for each row, equal for equal strings; -1 for null."""
     encoded = column.dictionary_encode().unify_dictionaries()
     parts = [chunk.indices.fill_null(-1).to_numpy(zero_copy_only=False) for chunk in encoded.chunks]
     return np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64)
 
 
 def digest_codes(labels: pa.Table, among: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
-    """A number a row ``[n]`` that agrees for equal content digests, -1 where there is none.
+    """Return a code for each row ``[n]``, equal for equal content digests; -1 without a digest.
 
-    With ``among``, some rows, also where the digest is none of theirs: which costs little where they are few.
+    ``among`` limits the codes to digests of these rows, which is fast for a few rows; other digests give -1.
     """
     column = labels["digest"]
     if among is not None:
@@ -148,22 +151,22 @@ def _string(values: Sequence[str] | pa.ChunkedArray) -> pa.Array | pa.ChunkedArr
 
 
 def versions_table(rows: Sequence[Mapping[str, object]]) -> pa.Table:
-    """The history of an index as a table of ``VERSIONS_SCHEMA``; what a row lacks is null.
+    """Convert rows to a table of :data:`VERSIONS_SCHEMA`; missing values are null.
 
-    ``created_at`` is ISO text, UTC where it names no zone; text that is no time becomes null. Raises InputError for a
-    value that its column cannot hold.
+    ``created_at`` is ISO text, in UTC by default; invalid times become null. Raises InputError for a value that its
+    column cannot hold.
     """
     try:
         return pa.Table.from_pylist(
             [{**row, "created_at": _time(row.get("created_at"))} for row in rows], schema=VERSIONS_SCHEMA
         )
     except (pa.ArrowException, OverflowError, ValueError) as error:
-        raise InputError(f"versions: a value cannot be kept ({first_line(error)})") from None
+        raise InputError(f"versions: cannot store a value ({first_line(error)})") from None
 
 
 def _time(text: object) -> datetime.datetime | None:
     try:
         time = datetime.datetime.fromisoformat(str(text))
         return (time if time.tzinfo else time.replace(tzinfo=datetime.UTC)).astimezone(datetime.UTC)
-    except (ValueError, OverflowError):  # the first and the last hours of the calendar have no UTC
+    except (ValueError, OverflowError):  # the first and last hours of the calendar have no UTC time
         return None

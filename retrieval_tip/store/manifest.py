@@ -1,7 +1,7 @@
-"""The manifest of a version of an index: the format of its manifests, in folders and beside tables.
+"""Manifests of index versions, in folders and beside LanceDB tables.
 
-A manifest is JSON that names every data file with its SHA-256, and ends in its own. A format that this program writes,
-or that an older one wrote, is read whole or refused: nothing is guessed.
+A manifest is JSON that names every data file with its SHA-256, and ends with its own. It is read completely or refused;
+nothing is guessed. Older formats can be read, too.
 """
 
 from __future__ import annotations
@@ -20,25 +20,31 @@ from retrieval_tip.settings import Built, Dtype, Fitted, Settings
 
 FORMAT = "retrieval-tip index"
 TABLE_FORMAT, FITTED_FORMAT, BUILT_FORMAT, FORMAT_VERSION = 3, 4, 5, 6
-"""All are read, and what is changed is written as the last. 1 had one segment, and neither ``change`` nor
-``next_key_id``; 3 is 2 with a ``table``, 4 is 3 with what was ``fitted``, 5 is 4 with what was ``built``, 6 is 5 with
-``sums``, which every change of keys has to change too."""
+"""Format versions. All can be read; changes are written as the last one.
+
+Format 1 has one segment, no ``change`` and no ``next_key_id``. Later additions: 3 ``table``, 4 ``fitted``, 5 ``built``,
+6 ``sums``, which every change of keys must update.
+"""
 
 KINDS = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy"}
 OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parquet", "text_index": ".faiss",
                   "metric": ".npy", "points": ".npy", "sums": ".npy"}  # fmt: skip
-"""Of a fitted or fine-tuned index: values ``[n, c]`` float32. Of a fitted one, the metric ``[1 + d, d]`` float32, which
-is its mean and its transform, the points ``phi(K)`` of the first segment, and the sums ``[c + d, 1 + d]`` float64 of
-all keys, where these are many (:class:`sums.Sums`). Of a fine-tuned one, tensors of its encoder and the loss curve of
-the training. ``text_index`` is read and ignored: indexes of more than 32,768 classes had one up to version 0.1."""
+"""Files of fitted or fine-tuned indexes.
+
+- ``values`` ``[n, c]`` float32: solved or trained values.
+- fitted: ``metric`` ``[1 + d, d]`` float32 (mean and transform), ``points`` ``phi(K)`` of the first segment and, for
+  many keys, ``sums`` ``[c + d, 1 + d]`` float64 of all keys (:class:`sums.Sums`).
+- fine-tuned: ``weights`` (tensors of the encoder) and ``curve`` (loss of the training).
+- ``text_index`` is ignored; up to version 0.1, indexes with over 32,768 classes had one.
+"""
 TABLE_KINDS = {"classes": ".parquet"}
-"""Beside a table: of each class its label, its text weight, and number and sum of its keys."""
+"""Files beside a table: the label, text weight, number of keys and sum of keys of each class."""
 OPTIONAL_TABLE_KINDS = {"second": ".npy", "metric": ".npy", "values": ".npy"}
-"""Beside a table: the sum ``[d, d]`` of its keys' outer products; of a fitted index its metric, and solved values."""
+"""Files beside a table: the sum ``[d, d]`` of its keys' outer products; if fitted, the metric and solved values."""
 SUFFIXES = KINDS | OPTIONAL_KINDS | TABLE_KINDS | OPTIONAL_TABLE_KINDS
 
 MAX_DEPTH, MAX_KEY_ID = 64, 2**62
-"""The depth to which a provenance may be nested; the largest first key id that was never given."""
+"""Deepest nesting of a provenance, and largest ``next_key_id``."""
 
 _NAMED = re.compile(rb"data/\w+-[0-9a-f]{16}\.\w+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -47,9 +53,9 @@ _TABLE_FILE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)+")
 
 @dataclass(frozen=True)
 class DataFile:
-    """One immutable file of an index: its place below the folder, rows, bytes and SHA-256.
+    """An immutable file of an index: its path in the folder, rows, bytes and SHA-256.
 
-    ``rows``: keys, or classes (text), tensors (weights), epochs (curve), 1 + d (metric) or c + d (sums).
+    ``rows`` counts keys; classes (text), tensors (weights), epochs (curve), 1 + d (metric) or c + d (sums).
     """
 
     name: str
@@ -60,7 +66,7 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Segment:
-    """Keys, grouped by class, and the labels that describe them row by row."""
+    """Keys grouped by class, and their labels, one row per key."""
 
     keys: DataFile
     labels: DataFile
@@ -68,7 +74,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of keys and their labels outside the folder, as it was at one of its versions, with ``rows`` rows."""
+    """A version of a table of keys and labels outside the folder."""
 
     name: str
     version: int
@@ -77,10 +83,10 @@ class Table:
 
 @dataclass(frozen=True)
 class TableDigests:
-    """Digests of such a table at one of its versions, each in 64 hexadecimal digits.
+    """Digests of a table version, in 64 hexadecimal digits each.
 
-    ``rows`` is the digest of all rows (:mod:`row_digest`), ``None`` for a table that was made before rows had one.
-    ``files`` are the SHA-256 of the table's files, by name: of the engine's manifest, and on a disk of its data.
+    ``rows`` is the digest of all rows (:mod:`row_digest`), or ``None`` for an older table without one. ``files`` are
+    the SHA-256 of the table's files by name: the engine's manifest and, on a local disk, its data.
     """
 
     rows: str | None
@@ -89,14 +95,14 @@ class TableDigests:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about one version of an index but the arrays.
+    """Everything about a version of an index except its arrays.
 
-    ``files`` by kind: ``keys`` and ``labels`` are the first segment, which the ``index`` is over; ``later`` segments
-    were added since. ``change`` says in a few words what made this version; key ids from ``next_key_id`` on were never
-    given (``None`` in format 1, which did not keep that). ``provenance`` is a record, by which nothing is decided; what
-    is stands in ``built`` and ``fitted``. Where keys and labels are in a ``table``, ``files`` are
-    ``classes``, with what else a table does not hold, and there are no segments. ``digests`` are those of the table;
-    manifests of folders, and of tables that were written before it, lack this entry.
+    ``files`` by kind: ``keys`` and ``labels`` are the first segment, which the ``index`` covers; ``later`` segments
+    were added since. ``change`` describes in a few words how this version was made. Key ids from ``next_key_id`` on are
+    unused (``None`` in format 1). ``provenance`` is informative only; ``built`` and ``fitted`` decide.
+
+    With a ``table`` of keys and labels, there are no segments, and ``files`` holds ``classes`` and whatever else the
+    table lacks. ``digests`` belong to that table; folders and older tables have none.
     """
 
     version: int
@@ -128,26 +134,26 @@ class Manifest:
 
     @property
     def data_files(self) -> list[DataFile]:
-        """Every data file of this version."""
+        """All data files of this version."""
         return [*self.files.values(), *(file for part in self.later for file in (part.keys, part.labels))]
 
     @property
     def has_points(self) -> bool:
-        """Whether a table holds the keys in the metric, too: not where they have values, for then a query meets all."""
+        """Whether the table also holds the points. With values it does not, because queries then visit all keys."""
         return self.table is not None and "metric" in self.files and "values" not in self.files
 
     @property
     def keys_digest(self) -> str:
-        """The digest of the keys, in 16 hexadecimal digits."""
+        """Digest of the keys in 16 hexadecimal digits."""
         digests = [part.keys.sha256 for part in self.segments]
         return (digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:16]
 
     def to_bytes(self) -> bytes:
-        """JSON whose last entry is the SHA-256 of the rest: no byte can change unseen."""
+        """Return JSON whose last entry is the SHA-256 of the others."""
         body: dict[str, object] = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
         del body["settings"]
-        body |= asdict(self.settings)  # beside the rest, by name
-        if self.digests is None:  # else older programs would refuse the folders that they can read
+        body |= asdict(self.settings)
+        if self.digests is None:  # omitted, so that older programs can read the folder
             del body["digests"]
         return _seal(body)
 
@@ -155,7 +161,7 @@ class Manifest:
     def from_bytes(
         cls, raw: bytes, name: str, remedy: str = "restore it, or delete the folder and build the index again"
     ) -> Manifest:
-        """The inverse of :meth:`to_bytes`. Raises StoreError for anything missing, changed or of another format."""
+        """Invert :meth:`to_bytes`. Raises StoreError for anything missing, changed or unknown."""
         damaged = f"{name}: damaged"
         try:
             body = json.loads(raw.decode("utf-8"))
@@ -169,23 +175,16 @@ class Manifest:
         writer = ascii(body.get("created_by", "a newer version"))[:100].strip("'")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise StoreError(
-                f"{name}: index format {version}, this program reads up to {FORMAT_VERSION}; "
-                f"it was written by {writer}: install that"
+                f"{name}: index format {version}, but this program reads up to {FORMAT_VERSION}; install {writer}"
             )
         try:
             sealed = _seal({key: value for key, value in body.items() if key != "sha256"}) == raw
-        except (
-            ValueError,
-            RecursionError,
-        ):  # half a surrogate pair, or nested too deeply: nothing that was written here
+        except (ValueError, RecursionError):  # half a surrogate pair, or nested too deeply
             sealed = False
         if not sealed:
-            raise StoreError(f"{damaged} (its own checksum does not fit); {remedy}")
-        if unknown := body.keys() - _ENTRIES:  # what it says there may change every answer
-            raise StoreError(
-                f"{name}: has entries that this program does not know ({ascii(sorted(unknown))[:100]}); "
-                f"it was written by {writer}: install that"
-            )
+            raise StoreError(f"{damaged} (its checksum does not match); {remedy}")
+        if unknown := body.keys() - _ENTRIES:  # they may change every answer
+            raise StoreError(f"{name}: has unknown entries ({ascii(sorted(unknown))[:100]}); install {writer}")
         try:
             if type(version) is not int or version < 1:
                 raise ValueError("format_version")
@@ -195,16 +194,16 @@ class Manifest:
 
     @classmethod
     def parse(cls, stated: Mapping[str, Any]) -> Manifest:
-        """A manifest of its JSON. Raises KeyError, TypeError, ValueError or OverflowError for what it cannot hold."""
-        if stated["format_version"] == 1:
-            stated = dict(stated) | {"later": [], "next_key_id": None, "change": ""}
-        if stated["format_version"] < TABLE_FORMAT:
-            stated = dict(stated) | {"table": None}
-        if stated["format_version"] < FITTED_FORMAT:
-            stated = dict(stated) | {"fitted": None}
-        if stated["format_version"] < BUILT_FORMAT:
-            stated = dict(stated) | {"built": _built(stated["provenance"])}
-        stated = {"digests": None} | dict(stated)
+        """Convert JSON to a manifest. Raises KeyError, TypeError, ValueError or OverflowError for invalid entries."""
+        version, stated = stated["format_version"], {"digests": None} | dict(stated)
+        if version == 1:
+            stated |= {"later": [], "next_key_id": None, "change": ""}
+        if version < TABLE_FORMAT:
+            stated |= {"table": None}
+        if version < FITTED_FORMAT:
+            stated |= {"fitted": None}
+        if version < BUILT_FORMAT:
+            stated |= {"built": _built(stated["provenance"])}
         body = {field.name: stated[field.name] for field in fields(cls) if field.name != "settings"}
         needed = [field.name for field in fields(Settings) if field.name in stated or not field.metadata.get("later")]
         settings = Settings(**{name: stated[name] for name in needed})
@@ -236,7 +235,7 @@ class Manifest:
         return manifest
 
     def _check_files(self) -> None:
-        """Raise ValueError for data files that are not those of such a version."""
+        """Raise ValueError for data files that do not match the other entries."""
         files, later, table, c = self.files, self.later, self.table, len(self.class_names)
         metric, moved = files.get("metric"), self.fitted is not None and self.fitted.metric != "none"
         if table is not None:
@@ -278,13 +277,13 @@ class Manifest:
 
 
 def _need(condition: bool, what: str) -> None:
-    """Raise ValueError naming ``what`` is wrong, unless a condition holds."""
+    """Raise ValueError naming ``what``, unless ``condition`` holds."""
     if not condition:
         raise ValueError(what)
 
 
 def _whole(value: object, least: int) -> bool:
-    """Whether a value is a whole number, at least so large."""
+    """Return whether a value is a whole number of at least ``least``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -294,9 +293,9 @@ _ENTRIES = {"format", "format_version", "sha256"} | {
 
 
 def named_in(raw: bytes) -> set[str] | None:
-    """The data files that a manifest names, maybe more; ``None`` where its bytes are not those that were written.
+    """Return the data files that a manifest names, perhaps with others; ``None`` if it is damaged.
 
-    Of a thousand classes it takes a hundredth of :meth:`Manifest.from_bytes`, which reads everything.
+    With a thousand classes, this takes a hundredth of the time of :meth:`Manifest.from_bytes`.
     """
     body, _, digest = raw.rpartition(b',\n "sha256": "')
     if hashlib.sha256(body + b"\n}").hexdigest().encode() + b'"\n}' != digest:
@@ -305,7 +304,7 @@ def named_in(raw: bytes) -> set[str] | None:
 
 
 def _built(provenance: object) -> dict[str, object]:
-    """The way an index was built, by the provenance of a format before 5, as far as it can be that."""
+    """Derive ``built`` from the provenance of a format before 5, without values that :class:`Built` refuses."""
     stated = provenance if isinstance(provenance, dict) else {}
     said: dict[str, object] = {"auto_index": stated.get("index") == "auto"}
     for name in ("source", "shots", "seed", "views"):
@@ -316,7 +315,7 @@ def _built(provenance: object) -> dict[str, object]:
 
 
 def _shallow(value: object, depth: int) -> bool:
-    """Whether JSON is not nested deeper: Python goes through it by recursion."""
+    """Return whether JSON is nested at most ``depth`` levels, a limit because Python recurses."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return depth > 0 and all(_shallow(part, depth - 1) for part in parts)
 

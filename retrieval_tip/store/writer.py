@@ -1,6 +1,6 @@
-"""The next version of an index folder: data files are written, flushed and renamed in, then the manifest.
+"""Write the next version of an index folder: data files are written, flushed and renamed, then the manifest.
 
-A kill at any moment leaves the version that was there; what is left over is removed by the next writer.
+A kill at any moment leaves the old version in place; the next writer removes leftovers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TEMPORARY = re.compile(rf"\.(({_ANY_KIND})-[0-9a-f]{{32}}\.\w+|(manifest|\d+)\.j
 
 
 class Writer:
-    """A new version of an index folder in the making. Make one with :func:`write`."""
+    """A new version of an index folder. Make one with :func:`write`."""
 
     def __init__(self, folder: Path, parent: Manifest | None) -> None:
         self.folder, self.parent = folder, parent
@@ -54,7 +54,7 @@ class Writer:
         self._later: list[Segment] = []
 
     def stage(self, kind: str) -> Path:
-        """A place to write the data file of this kind, to be closed by :meth:`seal`."""
+        """Return the path to write a data file of this kind to, before :meth:`seal`."""
         path = self.folder / "data" / f".{kind}-{uuid.uuid4().hex}{SUFFIXES[kind]}.tmp"
         self._staged.append(path)
         return path
@@ -62,7 +62,7 @@ class Writer:
     def stage_array(
         self, kind: str, shape: tuple[int, int], dtype: npt.DTypeLike
     ) -> tuple[Path, npt.NDArray[np.floating]]:
-        """A writable memory-mapped array, its disk space reserved first (a full disk must not end in SIGBUS)."""
+        """Stage a writable memory-mapped array, with its disk space reserved (a full disk must not cause SIGBUS)."""
         path = self.stage(kind)
         with path.open("wb") as file:
             _write_header(file, shape, dtype)
@@ -71,13 +71,13 @@ class Writer:
             file.flush()
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), start, size)
-            else:  # macOS: writing is what reserves
+            else:  # macOS: only writing reserves space
                 for at in range(0, size, len(_ZEROS)):
                     file.write(_ZEROS[: size - at])
         return path, np.lib.format.open_memmap(path, mode="r+")
 
     def seal(self, kind: str, staged: Path, rows: int) -> Path:
-        """Flush a staged file to disk and move it to the name that its content gives it."""
+        """Flush a staged file to disk, name it by its digest, and return its path."""
         self._files[kind] = entry = self._seal(kind, staged, rows)
         return self.folder / entry.name
 
@@ -91,18 +91,18 @@ class Writer:
         return entry
 
     def seal_array(self, kind: str, array: npt.NDArray[np.floating]) -> None:
-        """Write a large array ``[rows, columns]`` as the data file of this kind."""
+        """Write an array ``[rows, columns]`` as the data file of this kind."""
         self._files[kind] = self._array(kind, array)
 
     def _array(self, kind: str, array: npt.NDArray[np.floating]) -> DataFile:
         staged = self.stage(kind)
-        with staged.open("wb") as file:  # a map of it would count as this process's memory
+        with staged.open("wb") as file:  # memory-mapping it would count as this process's memory
             _write_header(file, array.shape, array.dtype)
             file.write(np.ascontiguousarray(array).data)
         return self._seal(kind, staged, len(array))
 
     def seal_table(self, kind: str, table: pa.Table) -> None:
-        """Write a table as the data file of this kind. Raises InputError if Parquet cannot hold one of its types."""
+        """Write a table as the data file of this kind. Raises InputError if Parquet cannot store a column."""
         self._files[kind] = self._table(kind, table)
 
     def _table(self, kind: str, table: pa.Table) -> DataFile:
@@ -111,24 +111,24 @@ class Writer:
             with staged.open("wb") as file:
                 pq.write_table(table, file)
         except pa.ArrowException as error:
-            raise InputError(f"{kind}: a column cannot be kept ({first_line(error)})") from None
+            raise InputError(f"{kind}: cannot store a column ({first_line(error)})") from None
         return self._seal(kind, staged, len(table))
 
     def seal_later(self, keys: npt.NDArray[np.floating], labels: pa.Table) -> Segment:
-        """Write a segment ``[m, d]`` that comes after those before, with its labels, which are grouped by class."""
+        """Write a further segment ``[m, d]``, grouped by class, with its labels."""
         self._later.append(Segment(self._array("keys", keys), self._table("labels", labels)))
         return self._later[-1]
 
     def keep_later(self, segment: Segment, labels: pa.Table | None = None) -> None:
-        """Share a segment, or with other ``labels`` its keys, with the version before; it comes after those before."""
+        """Add a segment of the parent version without writing its keys, optionally with new ``labels``."""
         if labels is not None:
             segment = replace(segment, labels=self._table("labels", labels))
         self._later.append(segment)
 
     def seal_weights(self, path: Path) -> Path:
-        """Copy a safetensors file as the ``weights``; one of the version before is shared with it.
+        """Copy a safetensors file as the ``weights``, or share the file of the parent version. Returns its path.
 
-        Raises StoreError where the file is none.
+        Raises StoreError if it is not a safetensors file.
         """
         shared = self.parent.files.get("weights") if self.parent else None
         if shared is not None and path.resolve() == (self.folder / shared.name).resolve():
@@ -140,25 +140,25 @@ class Writer:
         return self.seal("weights", staged, number)
 
     def keep(self, kind: str) -> None:
-        """Share the data file of this kind with the version before."""
+        """Share the data file of this kind with the parent version."""
         assert self.parent is not None
         self._files[kind] = self.parent.files[kind]
 
     def keep_all(self) -> None:
-        """Share every data file with the version before."""
+        """Share every data file with the parent version."""
         assert self.parent is not None
         self._files |= self.parent.files
         self._later = list(self.parent.later)
 
     def discard(self, staged: Path) -> None:
-        """Give up a staged file."""
+        """Delete a staged file."""
         staged.unlink(missing_ok=True)
         self._staged.remove(staged)
 
     def commit(self, manifest: Manifest) -> None:
-        """Make the sealed files the current version. Until the last rename the old version stands.
+        """Make the sealed files the current version, in one rename of the manifest.
 
-        Raises InputError for a setting or a name that a manifest cannot hold.
+        Raises InputError for a setting or name that a manifest cannot hold.
         """
         raw = history.sealed(manifest, self.folder)
         sync(self.folder / "data")
@@ -169,7 +169,7 @@ class Writer:
             sync(earlier)
         sync(self.folder)
         _write(self.folder / "manifest.json", raw)
-        # The new version stands, so nothing below may fail; what is not done here the next writer does.
+        # The new version is committed, so nothing below may fail; the next writer completes it.
         sync(self.folder)
         sync(self.folder.parent)
         with suppress(OSError, StoreError):
@@ -178,16 +178,16 @@ class Writer:
 
     @property
     def later(self) -> list[Segment]:
-        """The further segments that were sealed or kept."""
+        """Further segments that were sealed or kept."""
         return list(self._later)
 
     @property
     def files(self) -> dict[str, DataFile]:
-        """The data files that were sealed or kept, by kind."""
+        """Data files that were sealed or kept, by kind."""
         return {kind: self._files[kind] for kind in SUFFIXES if kind in self._files}
 
     def abandon(self) -> None:
-        """Remove what is staged; what is sealed but in no manifest is collected."""
+        """Remove staged files; the next tidy removes sealed files that no manifest names."""
         for path in self._staged:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -195,11 +195,10 @@ class Writer:
 
 @contextmanager
 def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
-    """Write a new version of an index, alone: another writer waits its turn, ``wait`` seconds.
+    """Yield the writer of a new version, after up to ``wait`` seconds for other writers (:data:`lock.LOCK_WAIT`).
 
-    By default that is :data:`lock.LOCK_WAIT`. An exception, or a kill at any moment, leaves the version that was there;
-    folders that were not there are removed again. Raises StoreError: the folder is something else, is locked, cannot be
-    written, or the disk is full.
+    An exception, or a kill at any moment, leaves the old version in place; new folders are removed again. Raises
+    StoreError if the folder holds something else, stays locked or cannot be written, or the disk is full.
     """
     check_name(folder)
     for name in ("data", "manifests", "lock", "manifest.json"):
@@ -209,9 +208,9 @@ def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
     try:
         made += [path for path in (folder, *folder.parents) if not path.exists()]
         if folder.is_file():
-            raise StoreError(f"{folder}: is a file; an index is a folder, give another --out")
+            raise StoreError(f"{folder}: is a file, not a folder; give another --out")
         if not all(_is_own(name) for name in _names_in(folder)) and not is_index(folder):
-            raise StoreError(f"{folder}: a folder with other things in it; give an empty or new one")
+            raise StoreError(f"{folder}: is not an index and not empty; give an empty or new folder")
         with lock.locked(folder, folder, wait):
             try:
                 parent = _current(folder)
@@ -222,7 +221,7 @@ def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
                 except BaseException:
                     writer.abandon()
                     with suppress(StoreError):
-                        _tidy(folder, _current(folder))  # an interrupted commit may stand
+                        _tidy(folder, _current(folder))  # an interrupted commit may have succeeded
                     raise
                 writer.abandon()
                 _tidy(folder, writer.current)
@@ -235,13 +234,13 @@ def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
             "nothing was changed"
         ) from error
     finally:
-        with suppress(OSError):  # a folder that is not empty stays: another writer may have moved in
+        with suppress(OSError):  # a folder with another writer's files stays
             for path in made if not is_index(folder) else ():
                 path.rmdir()
 
 
 def _names_in(folder: Path) -> list[str]:
-    """Names in a folder, if it is there; looked at before :func:`is_index`, for another writer may make it one."""
+    """List a folder, before :func:`is_index`: another writer may turn it into an index in between."""
     try:
         return [entry.name for entry in folder.iterdir()]
     except FileNotFoundError:
@@ -249,12 +248,12 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _is_own(name: str) -> bool:
-    """Whether an interrupted writer of a first version can have left this in the folder."""
+    """Return whether an interrupted writer of a first version can have left this name."""
     return name in ("data", "manifests", "lock") or TEMPORARY.fullmatch(name) is not None
 
 
 def _remove_own(folder: Path) -> None:
-    """Remove what a failed first version leaves; under its lock, for after it these could be another writer's."""
+    """Remove what a failed first version left. Needs the lock: later, the files could be another writer's."""
     with suppress(OSError):
         for empty in (folder / "manifests", folder / "data"):
             if empty.exists():
@@ -267,14 +266,14 @@ def _current(folder: Path) -> Manifest | None:
 
 
 def _tidy(folder: Path, current: Manifest | None) -> None:
-    """Remove what an interrupted or failed writer left: data files that no kept manifest names, and temporary files."""
+    """Remove leftovers of failed writers: data files that no kept manifest names, and temporary files."""
     try:
-        if current is not None:  # put there for a next version that never was
+        if current is not None:  # archived for a version that was never committed
             (folder / "manifests" / manifest_name(current)).unlink(missing_ok=True)
         raws = [manifest_bytes(folder, path) for path in earlier_paths(folder)]
         names = [named_in(raw) for raw in raws] + [{file.name for file in current.data_files} if current else set()]
         if None in names:
-            return  # what a damaged manifest names is not known, so everything stays
+            return  # a damaged manifest may name any file
         named = {folder / name for part in names for name in part or ()}
         paths = [*(folder / "data").iterdir(), *folder.glob(".*.tmp"), *folder.glob("manifests/.*.tmp")]
     except (OSError, StoreError):
@@ -288,13 +287,13 @@ def _tidy(folder: Path, current: Manifest | None) -> None:
 
 
 def collect(folder: Path, keep: int = 1) -> tuple[list[int], int]:
-    """Give up all versions but the last ``keep``, and remove the files that only they name: versions, bytes.
+    """Delete all versions but the last ``keep``, with the files that only they use; return their numbers and bytes.
 
-    A reader that has an older version open keeps it, where the system lets an open file be removed. Raises StoreError
-    as :func:`write`, UsageError where ``keep`` is below 1.
+    Readers with an older version open can finish if the system allows an open file to be removed. Raises StoreError as
+    :func:`write`, UsageError if ``keep`` is below 1.
     """
     if keep < 1:
-        raise UsageError(f"keep is {keep}: the current version always stays, so at least 1")
+        raise UsageError(f"keep is {keep}: expected at least 1, because the current version always stays")
     check_there(folder)
     with write(folder) as writer:
         before = _size(folder)
@@ -308,7 +307,7 @@ def _size(folder: Path) -> int:
 
 
 def _forget(folder: Path, keep: int) -> list[int]:
-    """Remove the manifests of all versions but the last ``keep``, of which one is the current."""
+    """Remove the manifests of all versions but the last ``keep``, including the current one; return their numbers."""
     paths = earlier_paths(folder)
     gone = paths[: max(0, len(paths) + 1 - keep)]
     for path in gone:
@@ -317,7 +316,7 @@ def _forget(folder: Path, keep: int) -> list[int]:
 
 
 def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-    """The first bytes of a ``.npy`` file."""
+    """Write the header of a ``.npy`` file."""
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
 
