@@ -42,7 +42,7 @@ from retrieval_tip.server import shots as shots_module
 from retrieval_tip.server import uploads as uploads_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
-from retrieval_tip.server.served import Ask, Maker, open_all
+from retrieval_tip.server.served import Ask, Backbones, Maker, open_all
 
 from conftest import SHARED, with_code  # isort: skip
 
@@ -509,7 +509,9 @@ def test_an_index_is_made_of_photographs(own: Path, tmp_path: Path, lit_mini: An
         assert "for 15 images" in client.post("/v1/indexes", **wrong, headers=AUTHORISED).json()["detail"]
         assert not (tmp_path / "other").exists()
 
-    app = create_app({}, token=TOKEN, maker=Maker(tmp_path / "shelf", lit_mini, "cpu", "float32", "full"))
+    app = create_app(
+        {}, token=TOKEN, maker=Maker(tmp_path / "shelf", lit_mini, Backbones("cpu", "float32", "full", lit_mini))
+    )
     with TestClient(app) as client:
         assert client.get("/v1/indexes").json() == {"indexes": [], "makes": True}
         assert client.post("/v1/classify", files={"images": b"x"}).status_code == 404

@@ -101,7 +101,7 @@ def serve_command(
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.limits import Limits
     from retrieval_tip.server.run import LOOPBACK, address, listen, serve
-    from retrieval_tip.server.served import Maker, open_all
+    from retrieval_tip.server.served import Backbones, Maker, open_all
 
     if token is not None and (not token.strip() or not token.isascii() or not token.isprintable()):
         raise UsageError("--token: must consist of printable ASCII characters; give another one or omit the option")
@@ -117,7 +117,7 @@ def serve_command(
         maker = None
         if model is not None or not folders:
             backbone = load_backbone(model, pretrained, device=device, precision=precision)
-            maker = Maker(into or Path("indexes"), backbone, device, precision, verify)
+            maker = Maker(into or Path("indexes"), backbone, Backbones(device, precision, verify, backbone))
         elif into is not None:
             raise UsageError("--into: needs --model when an INDEX is given; add --model NAME")
         named = (f"{name} ({counted(one.now.cache.n, 'key')})" for name, one in served.items())

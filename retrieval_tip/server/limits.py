@@ -72,9 +72,7 @@ class Limits:
     def check_size(self, size: int) -> None:
         """Raise Problem 413 if a body of ``size`` bytes is too large."""
         if size > self.bytes:
-            raise Problem(
-                413, f"request of {size:,} bytes or more: at most {self.bytes:,} are allowed; send less at once"
-            )
+            raise Problem(413, f"request of at least {size:,} bytes: the limit is {self.bytes:,}; send less at once")
 
 
 QUEUED_ROWS = 16

@@ -146,13 +146,11 @@ class Backbones:
     ``device``, ``precision`` and ``verify`` apply to all of these indexes.
     """
 
-    def __init__(self, device: str, precision: Precision, verify: Verify | None) -> None:
+    def __init__(self, device: str, precision: Precision, verify: Verify | None, *known: Backbone) -> None:
         self.device, self.precision, self.verify = device, precision, verify
         self._open: weakref.WeakValueDictionary[tuple[str, Path | None], Any] = weakref.WeakValueDictionary()
-
-    def know(self, backbone: Backbone) -> None:
-        """Add an open backbone."""
-        self._open[(backbone.identity.fingerprint, None)] = backbone
+        for backbone in known:
+            self._open[backbone.identity.fingerprint, None] = backbone
 
     def of(self, cache: AnsweringIndex, name: str) -> Backbone | None:
         """Return the backbone of an index. Returns ``None`` if it has none, or, with a warning, if loading fails."""
@@ -230,9 +228,8 @@ class Served:
                     self.now = self._opened(cache)
                     metrics.RELOADS.labels(self.name, "taken").inc()
             except RetrievalTipError as error:
-                log.warning(
-                    "%s: cannot open the new version; still serving %s: %s", self.name, self.now.manifest.version, error
-                )
+                version = self.now.manifest.version
+                log.warning("%s: cannot open the new version; still serving version %s: %s", self.name, version, error)
                 metrics.RELOADS.labels(self.name, "failed").inc()
                 self._failed_at = time.monotonic()
             self._seen = stamp
@@ -245,15 +242,7 @@ class Maker:
 
     into: Path
     backbone: Backbone
-    device: str
-    precision: Precision
-    verify: Verify | None
-
-    def backbones(self) -> Backbones:
-        """Return the backbone for opening the new index."""
-        backbones = Backbones(self.device, self.precision, self.verify)
-        backbones.know(self.backbone)
-        return backbones
+    backbones: Backbones
 
 
 def open_all(

@@ -81,7 +81,7 @@ class Service:
         )
         self._answer: Batcher[tuple[Version, Ask], FloatArray, Row] = Batcher(
             "features",
-            _answered,
+            lambda key, rows: key[0].answer(key[1], np.stack(rows)),
             most=lambda key: min(ROWS_AT_A_TIME, key[0].at_once(key[1])),
             room=QUEUED_ROWS * limits.queue,
         )
@@ -191,10 +191,9 @@ class Service:
             finally:
                 self._decoding.release(turn)
 
+        # Read the headers one by one, so that requests take turns here too.
         area = partial(images.area, most=self.limits.pixels, only=images.uploads())
-        areas = [
-            await self._in(self._weighing, area, data) for data in datas
-        ]  # one by one, so that requests take turns
+        areas = [await self._in(self._weighing, area, data) for data in datas]
         calls = [partial(self._pixels, data, backbone) for data in datas]
         with self._decoding.turns(calls, [1 + area / PIXELS for area in areas]) as turns:
             made = await asyncio.gather(*map(used, turns))
@@ -213,10 +212,9 @@ class Service:
 
     async def add(self, one: Served, sent: Sent) -> schemas.AddedShots:
         """Add shots, and open the new version. Raises as :func:`changes.add`."""
-        backbone = one.now.backbone
         skipped: list[Unread] = []
         if sent.images is None:
-            added = await self._in(self._changing, shots.add_features, one, backbone, sent)
+            added = await self._in(self._changing, shots.add_features, one, one.now.backbone, sent)
         else:
             backbone = _backbone_of(one.now)
             good, skipped = await self._decoded(sent.names, sent.images, backbone, _nothing)
@@ -241,7 +239,7 @@ class Service:
         name = str(sent.index)
         into: Path | None
         if self.maker and like is None:
-            backbone, into, backbones = self.maker.backbone, self.maker.into, self.maker.backbones()
+            backbone, into, backbones = self.maker.backbone, self.maker.into, self.maker.backbones
         else:
             model = self.index(like or next((name for name, one in self.served.items() if one.now.backbone), None))
             backbone, into, backbones = _backbone_of(model.now), model.beside, model.backbones
@@ -312,12 +310,12 @@ class Service:
 
         Raises Problem 404 if there is no class ``of``, else as :meth:`remove`.
         """
-        names, backbone = one.now.cache.class_names, one.now.backbone
-        if of not in names:
+        cache, backbone = one.now.cache, one.now.backbone
+        if of not in cache.class_names:
             raise Problem(404, f"index {one.name!r} has no class {of!r}")
-        encodes = backbone is not None and backbone.has_text and one.now.cache.templates and label not in names
-        reads = backbone if encodes else None
-        return await self._changed(one, lambda: changes.rename(one.folder, of, label, reads))
+        if backbone is None or not backbone.has_text or not cache.templates or label in cache.class_names:
+            backbone = None
+        return await self._changed(one, lambda: changes.rename(one.folder, of, label, backbone))
 
     async def rollback(self, one: Served, to: int, since: int | None) -> schemas.ChangedShots:
         """Restore a version. Raises Problem 404 if it is not kept, 409 if the index is not at version ``since``."""
@@ -471,11 +469,6 @@ def _judged(one: Served) -> schemas.Judgement:
     """Return the accuracy that the last fit estimated."""
     fit = one.now.cache.provenance.get("fit", {})
     return schemas.Judgement(fit.get("photos"), fit.get("words"), fit.get("both"), fit.get("summary"))
-
-
-def _answered(key: tuple[Version, Ask], rows: list[FloatArray]) -> list[Row]:
-    version, ask = key
-    return version.answer(ask, np.stack(rows))
 
 
 def _backbone_of(version: Version) -> Backbone:

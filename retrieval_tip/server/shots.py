@@ -31,9 +31,7 @@ def add_images(
     """Save the images and add them as shots. Raises Problem 422 for an index in a bucket without ``uploads``."""
     folder = uploads or photos.folder_of(one.place)
     if folder is None:
-        raise Problem(
-            422, f"index {one.name!r} is in a bucket; to add images, restart the server with --uploads FOLDER"
-        )
+        raise Problem(422, f"index {one.name!r} is in a bucket; to add images, start the server with --uploads FOLDER")
     with _removed_on_error(folder, photos.class_folder(folder, label)) as fresh:
         source = _source(f"shots of {label}", folder, [(label, data) for data in datas], fresh)
         added = changes.add(one.folder, source, Encoder(backbone), skip_known=True)
