@@ -39,13 +39,10 @@ from retrieval_tip.store.labels import digest_codes, images_of
 
 ALL_PAIRS, MET = 1 << 33, 256
 """Largest number of affinities for an exact audit (90,000 keys); keys per shot beyond it."""
-
 VALUES = 1 << 23
 """Affinities in memory at a time: 32 MiB of float32, and a few arrays of that size."""
-
 LEAST = torch.finfo(torch.float32).tiny
 """Smallest score in a margin, relative to the nearest key's weight; bounds margins by 88."""
-
 CLEAR = 1.0
 """Margin above which a label looks wrong: another class fits more than e times as well."""
 

@@ -27,13 +27,10 @@ log = logging.getLogger(__name__)
 
 BINS = 15
 """Number of bins, as in Guo et al."""
-
 LOWEST, HIGHEST = 1e-4, 1e4
 """Bounds of a fitted temperature, as multiples of the largest spread of a row of logits."""
-
 ITSELF = 1e-4
 """Squared distance to a key up to which a validation item counts as a shot itself."""
-
 _BLOCK = 1 << 21
 _STEPS, _TOLERANCE = 200, 1e-12
 

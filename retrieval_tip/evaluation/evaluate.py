@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -168,22 +167,27 @@ def judge(
     if abstain is not None and not 0 <= abstain <= 1:
         raise UsageError(f"abstain is {abstain}: give a probability, 0 to 1")
     pairs = _Pairs(cache) if affinities else None
-    parts: list[_Part] = []
+    places, parts = [], []
     for block in blocks:
+        places.append(block.positions)
         for part in cache.parts(len(block.positions)):
-            parts.append(_answer(cache, block.features[part], block.positions[part], ids, details))
+            features, own = block.features[part], ids[block.positions[part]]
+            parts.append(_answer(cache, features, own, details))
             if pairs is not None:
-                pairs.add(block.features[part], torch.from_numpy(ids[block.positions[part]]))
-    positions = np.concatenate([part.positions for part in parts])
-    ranked, confidence, chances = (
-        torch.cat([getattr(part, name) for part in parts]).numpy() for name in ("ranked", "confidence", "chances")
-    )
+                pairs.add(features, torch.from_numpy(own))
+    positions = np.concatenate(places)
+    ranked, confidence, chances = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
     truth, predicted = ids[positions], ranked[:, 0]
     hits = ranked == truth[:, None]
     right = hits[:, 0]
     per_class = {cache.class_names[i]: float(right[truth == i].mean()) for i in np.unique(truth)}
     wrong = Counter(zip(truth[~right].tolist(), predicted[~right].tolist(), strict=True))
+    confusions = [(cache.class_names[a], cache.class_names[b], n) for (a, b), n in wrong.most_common(CONFUSIONS)]
     answered = None if abstain is None else confidence >= abstain
+    more = None
+    if details:
+        log_truth, log_doubt, text, alone = chances.T
+        more = Details(positions, log_truth, log_doubt, Part(ranked[:, -2], text), Part(ranked[:, -1], alone))
     return Evaluation(
         top1=float(right.mean()),
         top5=float(hits[:, :-2].any(axis=1).mean()),
@@ -195,16 +199,9 @@ def judge(
         skipped=len(skipped),
         settings=cache.settings,
         per_class=per_class,
-        confusions=[
-            (cache.class_names[a], cache.class_names[b], times) for (a, b), times in wrong.most_common(CONFUSIONS)
-        ],
+        confusions=confusions,
         answers=Answers(
-            truth=truth,
-            predicted=predicted,
-            confidence=confidence,
-            class_names=cache.class_names,
-            affinities=None if pairs is None else pairs.counted(),
-            details=_details(positions, ranked, chances) if details else None,
+            truth, predicted, confidence, cache.class_names, None if pairs is None else pairs.counted(), more
         ),
         abstain=abstain,
         coverage=None if answered is None else float(answered.mean()),
@@ -212,23 +209,14 @@ def judge(
     )
 
 
-class _Part(NamedTuple):
-    """A block of answers to the items at ``positions`` of the source.
+def _answer(
+    cache: AnsweringIndex, features: npt.NDArray[np.float32], truth: Ints, details: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Classify ``q`` features of classes ``truth``, and return ``ranked``, ``confidence`` and ``chances``.
 
     ``ranked`` ``[q, m + 2]`` holds the ids of the ``m`` (at most 5) largest blended logits, of the largest text logit
-    and of the largest cache logit. ``chances`` ``[q, 4]`` are the columns of :class:`Details` if requested, else
-    ``[q, 0]``.
+    and of the largest cache logit. ``chances`` ``[q, 4]`` are columns of :class:`Details`, or ``[q, 0]`` without them.
     """
-
-    positions: Ints
-    ranked: Tensor
-    confidence: Tensor
-    chances: Tensor
-
-
-def _answer(
-    cache: AnsweringIndex, features: npt.NDArray[np.float32], positions: Ints, ids: Ints, details: bool
-) -> _Part:
     terms, settings = cache.terms(features), cache.settings
     text, alone, logits = terms.text, terms.cache, terms.logits(settings)
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
@@ -237,16 +225,11 @@ def _answer(
     chances = confidence.new_zeros((len(best), 0))
     if details:
         logs = (logits.double() / settings.temperature).log_softmax(dim=1)
-        log_truth = logs.gather(1, torch.from_numpy(ids[positions])[:, None].to(logs.device))
+        log_truth = logs.gather(1, torch.from_numpy(truth)[:, None].to(logs.device))
         log_doubt = logs.scatter(1, best[:, :1], -torch.inf).logsumexp(dim=1, keepdim=True)
-        of_parts = [tip.probabilities(z, 1.0).amax(1, keepdim=True) for z in (text, settings.alpha * alone)]
-        chances = torch.cat([log_truth, log_doubt, *of_parts], dim=1)
-    return _Part(positions, ranked.cpu(), confidence.cpu(), chances.cpu())
-
-
-def _details(positions: Ints, ranked: Ints, chances: Floats) -> Details:
-    log_truth, log_doubt, text, cache = chances.T
-    return Details(positions, log_truth, log_doubt, Part(ranked[:, -2], text), Part(ranked[:, -1], cache))
+        parts = [tip.probabilities(z, 1.0).amax(1, keepdim=True) for z in (text, settings.alpha * alone)]
+        chances = torch.cat([log_truth, log_doubt, *parts], dim=1)
+    return ranked.cpu(), confidence.cpu(), chances.cpu()
 
 
 class _Pairs:

@@ -51,11 +51,9 @@ Method = Literal[
 - linear-probe: logistic regression without text, with C chosen on folds of the shots
 - tip-adapter-f: keys fine-tuned on views of the shots; validation images choose settings and epoch
 """
-
 METHODS: tuple[Method, ...] = get_args(Method)
 PLAIN = METHODS[:-2]
 """Default methods: those that need no training by gradients."""
-
 LINEAR = {"class-means": class_means, "linear-probe": linear_probe}
 
 
@@ -166,14 +164,8 @@ def sweep(
             seen: Items | None = None
             answering: CacheModel | Linear
             for method in methods:
-                told: Told = {
-                    "keys": keys_digest,
-                    "test": test.name,
-                    "method": method,
-                    "protocol": protocol,
-                    "shots": number,
-                    "seed": seed,
-                }
+                told: Told = {"keys": keys_digest, "test": test.name, "method": method, "protocol": protocol,
+                              "shots": number, "seed": seed}  # fmt: skip
                 run = tuple(told.values())
                 if run not in done:
                     if drawn is None:
@@ -226,8 +218,7 @@ def summary(rows: Sequence[Run]) -> list[Summary]:
         groups.setdefault((row["method"], row["shots"]), []).append(row["top1"])
     lines: list[Summary] = []
     for (method, shots), values in groups.items():
-        seeds = len(values)
-        half = None
+        seeds, half = len(values), None
         if seeds > 1:
             quantile = STUDENT[seeds - 2] if seeds - 2 < len(STUDENT) else 1.96
             half = quantile * float(np.std(values, ddof=1)) / math.sqrt(seeds)
@@ -285,12 +276,7 @@ def _fine_tune(
 
 
 def _row(
-    told: Told,
-    answering: CacheModel | Linear,
-    chosen_on: str,
-    test: Items,
-    start: float,
-    backbone: Identity | None,
+    told: Told, answering: CacheModel | Linear, chosen_on: str, test: Items, start: float, backbone: Identity | None
 ) -> Run:
     """Return the row of a run that began at ``start`` of the performance counter."""
     top1, top5 = _answer(answering, test)

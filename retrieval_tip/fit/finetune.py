@@ -64,19 +64,13 @@ CURVE = pa.schema(
     [("epoch", pa.int64())]
     + [(name, pa.float64()) for name in ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")]
 )
-"""Columns of a loss curve with one row per epoch; epoch 0 is before training.
-
-``loss`` and ``accuracy`` are means during the epoch, ``val_`` those on validation images after it, and ``seconds`` is
-the training time so far.
-"""
+"""Columns of a loss curve, one row per epoch (0: before training): means during the epoch, then ``val_`` on validation
+images after it, and ``seconds`` of training so far."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Accuracy ``before`` and ``after`` a training, on ``n`` unseen images of ``source``.
-
-    Before training, the index uses its own fit and settings.
-    """
+    """Accuracy ``before`` training (with the index's own fit) and ``after``, on ``n`` unseen images of ``source``."""
 
     before: float
     after: float
@@ -181,7 +175,7 @@ def finetune_into(
     if val is not None and tuned.choice is not None:
         compared = Comparison(_right(cache, val) / len(val.ids), tuned.choice.accuracy, len(val.ids), val.name)
     if tuned.collapsed is not None:
-        _report(tuned)
+        _warn(tuned)
     if compared is None:
         log.warning("no photo could be held out to judge the training, since no class has two; give --val")
     elif compared.helps or keep_last:
@@ -237,7 +231,7 @@ def finetune(
     cache = _untrained(cache, recipe)
     material = _Material.of(cache, shots, encoder, recipe, val)
     tuned = _trained(cache, material, recipe, parent, place=place, held=held, on_epoch=on_epoch)
-    _report(tuned)
+    _warn(tuned)
     return tuned
 
 
@@ -248,16 +242,10 @@ def _untrained(cache: CacheModel, recipe: Recipe) -> CacheModel:
 
 
 def _trained(
-    cache: CacheModel,
-    material: _Material,
-    recipe: Recipe,
-    parent: str = "",
-    *,
-    place: Path | None = None,
-    held: Checkpoint | None = None,
-    compared: Comparison | None = None,
+    cache: CacheModel, material: _Material, recipe: Recipe, parent: str = "", *, place: Path | None = None,
+    held: Checkpoint | None = None, compared: Comparison | None = None,
     on_epoch: Callable[[Mapping[str, float]], None] | None = None,
-) -> Tuned:
+) -> Tuned:  # fmt: skip
     """Train an :func:`_untrained` index, or continue from the checkpoint ``held``."""
     if cache.device == "cpu":
         queries = min(recipe.batch, len(material.shots))
@@ -275,7 +263,7 @@ def _trained(
     return run.result(parent)
 
 
-def _report(tuned: Tuned) -> None:
+def _warn(tuned: Tuned) -> None:
     """Warn if training collapsed or did not help."""
     if tuned.collapsed is not None:
         log.warning("training collapsed: %s; kept epoch %d", tuned.collapsed, tuned.epoch)
@@ -319,15 +307,11 @@ def _compared(
 
 
 def _right(cache: CacheModel, queries: search_hp.Queries) -> int:
-    """Return the number of queries that an index answers right."""
     return int((cache.logits(queries.features).argmax(1).cpu().numpy() == queries.ids).sum())
 
 
 def _held(place: Path | None, resume: bool) -> Checkpoint | None:
-    """Return the state of an interrupted run to resume, if any.
-
-    Raises UsageError for ``resume`` without encoders; InputError if the checkpoint is damaged or not a file.
-    """
+    """Return the state of an interrupted run to resume, if any."""
     if place is None:
         if resume:
             raise UsageError("resume: only for encoders (train visual or text); to train keys and values, start again")
@@ -476,14 +460,9 @@ class _Run:
     """A running training; ``told`` identifies it in a checkpoint."""
 
     def __init__(
-        self,
-        cache: CacheModel,
-        material: _Material,
-        recipe: Recipe,
-        told: Mapping[str, object] | None = None,
-        compared: Comparison | None = None,
-        on_epoch: Callable[[Mapping[str, float]], None] | None = None,
-    ) -> None:
+        self, cache: CacheModel, material: _Material, recipe: Recipe, told: Mapping[str, object] | None = None,
+        compared: Comparison | None = None, on_epoch: Callable[[Mapping[str, float]], None] | None = None,
+    ) -> None:  # fmt: skip
         self.cache, self.material, self.recipe = cache, material, recipe
         self.told, self.compared = dict(told or {}), compared
         self.on_epoch = on_epoch or (lambda _: None)
@@ -640,7 +619,7 @@ class _Run:
 
 
 def _told(cache: CacheModel, material: _Material, recipe: Recipe) -> dict[str, object]:
-    """Return what identifies a run before it starts."""
+    """Return the facts that identify a run before it starts."""
     queries, views, backbone = material.queries, material.views, material.backbone
     parts = [cache.keys, cache.class_ids.cpu().numpy(), cache.text_weights.cpu().numpy(), material.ids]
     parts += [] if views is None else [views.features, views.starts]

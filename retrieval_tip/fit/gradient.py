@@ -25,7 +25,6 @@ from retrieval_tip.retrieval.logits import slices
 
 BLOCK = 2048
 """Keys per block on a CPU (benchmarks/finetune.py)."""
-
 GPU_BLOCK = 65536
 """Keys per block on a GPU."""
 

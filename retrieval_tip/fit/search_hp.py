@@ -37,7 +37,6 @@ from retrieval_tip.store.labels import images_of
 
 BETAS = np.geomspace(0.1, 100, 31)
 """Betas to try, in steps of 1.26; accuracy changes slowly on this scale."""
-
 SURFACE_ALPHAS = 41
 BOOTSTRAP = 1000
 GPU_AFFINITIES = 1 << 27
@@ -45,7 +44,6 @@ GPU_AFFINITIES = 1 << 27
 QUERY_BLOCK = 1024
 FLAT = 0.01
 """Difference in accuracy from the best that counts as equal."""
-
 PAPER_STEPS = (200, 20)
 PAPER_SCALES = (7.0, 3.0)
 """Published grid: number of steps and largest values of beta and alpha (those for ImageNet)."""
@@ -252,19 +250,19 @@ def search(
     stay = untouched_settings(cache.met, cache.class_ids.cpu().numpy()) if kept is None else kept
     always = {stay[1]} if betas is None or cautious or kept is not None else set()
     betas = sorted({*(BETAS if betas is None else betas), *always})
-    ks = ([None] if cache.index.by_class else _powers(cache.n)) if ks is None else list(ks)
-    if cautious and None not in ks:
+    if ks is None:
+        ks = [] if cache.index.by_class else [2**i for i in range(cache.n.bit_length()) if 2**i <= cache.n // 2]
+        ks = [None, *ks]
+    elif cautious and None not in ks:
         ks = [None, *ks]
     tried = _Tried.of(cache, queries, betas, ks)
-    solved = [[_best_alpha(tried.low[b, j], tried.high[b, j]) for j in range(len(ks))] for b in range(len(betas))]
-    ranked = [
-        (round(right), _width(interval), ks[j] is None, -abs(b - len(betas) // 2), b, j)
-        for b, row in enumerate(solved)
-        for j, (right, interval) in enumerate(row)
-    ]
-    *_, b, j = max(ranked)
-    _, interval = solved[b][j]
-    alpha = _middle(interval)
+    solved = {(b, j): _best_alpha(tried.low[b, j], tried.high[b, j]) for b in range(len(betas)) for j in range(len(ks))}
+    *_, b, j = max(
+        (right, _width(interval), ks[j] is None, -abs(b - len(betas) // 2), b, j)
+        for (b, j), (right, interval) in solved.items()
+    )
+    interval = solved[b, j][1]
+    alpha = 2 * interval[0] + 1 if interval[1] == math.inf else sum(interval) / 2
     best = tried.hits(b, j, alpha)
     if cautious:
         at, every = betas.index(stay[1]), ks.index(None)
@@ -272,7 +270,10 @@ def search(
         if more.mean() <= 1.96 * more.std() / math.sqrt(len(more)):
             b, j, alpha, interval = at, every, stay[0], (stay[0], stay[0])
     accuracy, most = float(tried.hits(b, j, alpha).mean()), float(best.mean())
-    warnings = list(_kept("the untouched settings" if kept is None else "the settings", accuracy, most, len(best)))
+    warnings = [] if most <= accuracy else [
+        f"kept the {'untouched ' if kept is None else ''}settings ({100 * accuracy:.1f} %): with {len(best)} queries, "
+        f"the best found ({100 * most:.1f} %) may be better by chance; --greedy takes it"
+    ]  # fmt: skip
     return tried.choice(b, j, alpha, interval, most, "honest", tried.surface(tried.steps()), warnings, seed)
 
 
@@ -334,17 +335,9 @@ class _Tried:
         return hits
 
     def choice(
-        self,
-        b: int,
-        j: int,
-        alpha: float,
-        interval: tuple[float, float],
-        best: float,
-        protocol: Protocol,
-        surface: pa.Table,
-        warnings: Sequence[str],
-        seed: int,
-    ) -> HyperparameterChoice:
+        self, b: int, j: int, alpha: float, interval: tuple[float, float], best: float, protocol: Protocol,
+        surface: pa.Table, warnings: Sequence[str], seed: int,
+    ) -> HyperparameterChoice:  # fmt: skip
         """Return the choice of ``betas[b]``, ``ks[j]`` and ``alpha``."""
         hits = self.hits(b, j, alpha)
         lower, upper = _bootstrap(hits.astype(np.float64), seed)
@@ -391,10 +384,6 @@ class _Tried:
         )
 
 
-def _powers(n: int) -> list[int | None]:
-    return [None, *(2**i for i in range(n.bit_length()) if 2**i <= n // 2)]
-
-
 def _blocks(
     cache: CacheModel, queries: Queries, betas: Sequence[float], ks: Sequence[int | None]
 ) -> Iterator[tuple[slice, Tensor, Tensor, Iterator[tuple[int, int, Tensor]]]]:
@@ -409,20 +398,15 @@ def _blocks(
         affinity.masked_fill_(hidden[:, None] == groups[None, :], -torch.inf)
         text = tip.text_logits(f, cache.text_weights, cache.settings.logit_scale)
         y = torch.from_numpy(queries.ids[part]).to(cache.device)
-        caches = _caches(affinity, cache.class_ids, len(cache.class_names), betas, ks, cache.values)
-        offset = cache.settings.log_offset
+        offset, caches = cache.settings.log_offset, _caches(affinity, cache, betas, ks)
         yield part, text, y, ((b, j, tip.log_cache(cache_logits, offset)) for b, j, cache_logits in caches)
 
 
 def _caches(
-    affinity: Tensor,
-    ids: Tensor,
-    c: int,
-    betas: Sequence[float],
-    ks: Sequence[int | None],
-    values: Tensor | None = None,
+    affinity: Tensor, cache: CacheModel, betas: Sequence[float], ks: Sequence[int | None]
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Yield cache logits ``[q, c]`` for every beta and k; hidden keys have affinity minus infinity."""
+    ids, c = cache.class_ids, len(cache.class_names)
     seen = affinity > -torch.inf
     counts = tip.sum_by_class(seen.to(affinity.dtype), ids, c)
     every = torch.bincount(ids, minlength=c).to(affinity.dtype)
@@ -435,7 +419,7 @@ def _caches(
         if k is not None:
             filled = highest[:, :k] > -torch.inf
             near, near_ids, tail = highest[:, :k].where(filled, 0), torch.where(filled, ids[rows[:, :k]], c), totals
-        if values is None:
+        if cache.values is None:
             for b, beta in enumerate(betas):
                 yield b, j, made_up * tip.cache_logits(near, near_ids, c, beta, tail)
             continue
@@ -445,7 +429,7 @@ def _caches(
             counted = mean[:, ids].scatter_(1, rows[:, :k], near).masked_fill_(~seen, -torch.inf)
         factor = made_up[:, ids]
         for b, beta in enumerate(betas):
-            yield b, j, tip.Values(values).weighted(tip.weight(counted, beta).mul_(factor))
+            yield b, j, tip.Values(cache.values).weighted(tip.weight(counted, beta).mul_(factor))
 
 
 def right_between(text: Tensor, cache: Tensor, y: Tensor) -> tuple[FloatArray, FloatArray]:
@@ -499,13 +483,6 @@ def _width(interval: tuple[float, float]) -> float:
     return math.inf if high == math.inf or low <= 0 else high / low
 
 
-def _middle(interval: tuple[float, float]) -> float:
-    low, high = interval
-    if high == math.inf:
-        return 2 * low + 1
-    return (low + high) / 2
-
-
 def _bootstrap(values: FloatArray, seed: int) -> tuple[float, float]:
     """Return a 95 % bootstrap interval of the mean."""
     drawn = np.random.default_rng(seed).integers(0, len(values), (BOOTSTRAP, len(values)))
@@ -513,20 +490,8 @@ def _bootstrap(values: FloatArray, seed: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _kept(what: str, accuracy: float, best: float, n: int) -> Iterator[str]:
-    if best > accuracy:
-        yield (
-            f"kept {what} ({100 * accuracy:.1f} %): with {n} queries, the best found ({100 * best:.1f} %) may be "
-            "better by chance; --greedy takes it"
-        )
-
-
 def _warnings(
-    hits: npt.NDArray[np.bool_],
-    rivals: dict[str, npt.NDArray[np.bool_]],
-    b: int,
-    betas: Sequence[float],
-    seed: int,
+    hits: npt.NDArray[np.bool_], rivals: dict[str, npt.NDArray[np.bool_]], b: int, betas: Sequence[float], seed: int
 ) -> Iterator[str]:
     if len(betas) > 1 and b in (0, len(betas) - 1):
         yield f"beta {betas[b]:.3g} is at the edge of the range tried"

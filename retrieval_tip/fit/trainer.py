@@ -27,18 +27,14 @@ from retrieval_tip.settings import TRAINED, TrainedPart, TrainingPrecision, Trai
 
 ENCODER_RATE = 1e-3
 """Learning rate of encoders, as a fraction of that of the keys."""
-
 VIEWS = 16
 """Default number of cached views per shot."""
-
 WORTH = 1.5
 """Speed-up of matrix products from which ``auto`` chooses bfloat16."""
 SMALL = 1 << 22
 """Number of key values up to which ``auto`` chooses float32, as there is no time to gain."""
-
 TEXTS = 256
 """Prompts per batch of the text encoder."""
-
 QUERIES = 256
 """Queries per batch of an evaluation."""
 
