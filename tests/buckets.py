@@ -1,7 +1,7 @@
-"""An object store on loopback: moto's S3, a fresh bucket for each test, and the environment that finds it.
+"""An object store on loopback (moto's S3), with a fresh bucket for each test and the environment to reach it.
 
-A test file takes the fixtures by ``bucket = buckets.bucket``: ``bucket`` is an address below a fresh bucket, ``place``
-that of a store on a disk and in a bucket in turn.
+A test file takes the fixtures by ``bucket = buckets.bucket``. ``bucket`` is an address in a fresh bucket; ``place`` is
+the address of a store, on a disk and in a bucket in turn.
 """
 
 from __future__ import annotations

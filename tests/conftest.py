@@ -1,4 +1,4 @@
-"""What the tests share: the data beside the repository or what stands in for it, one backbone, how much is tried."""
+"""Shared by all tests: test data or its stand-in, one backbone, the number of cases, common fixtures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import pytest
 import standin
-import torch  # before FAISS, of which a build for an older CUDA may be in the way
+import torch  # before FAISS, whose CUDA libraries may be older
 import warm
 from click.testing import CliRunner, Result
 from hypothesis import settings
@@ -35,22 +35,22 @@ from retrieval_tip.settings import Settings
 
 MEMORY, ROOM = Path("/dev/shm"), 4 << 30
 if MEMORY.is_dir() and min(shutil.disk_usage(MEMORY).free, psutil.virtual_memory().available) > ROOM:
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # on a disk, waiting for it takes a tenth of the time
-gc.disable()  # until all is imported
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # so that processes which are interrupted here notice
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # waiting for a disk takes a tenth of the time
+gc.disable()  # until everything is imported
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # children inherit it, so interrupting them works
 if "PYTEST_XDIST_WORKER" in os.environ:
-    atexit.register(os._exit, 0)  # last of all: it has said what it has to say, and taking it down takes seconds
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub is imported; without it a test would try for a minute, then fail
+    atexit.register(os._exit, 0)  # runs last; a regular shutdown takes seconds
+os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; without it, a test would try for a minute before failing
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
-PROGRAMS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a ``PATH`` with what is installed here
+PROGRAMS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ``PATH`` including this environment
 
 
 def _shared() -> Path:
-    """The data beside the repository, else what stands in for it; a process that this one starts need not look."""
+    """Return the test data or its stand-in, and pass the path on to child processes."""
     beside = Path(os.environ.get("RETRIEVAL_TIP_SHARED", ROOT.parent / "shared"))
     found = beside if beside.is_dir() else standin.laid_out(ROOT / "build" / "shared") or beside
     os.environ["RETRIEVAL_TIP_SHARED"] = str(found)
@@ -60,17 +60,16 @@ def _shared() -> Path:
 SHARED = _shared()
 
 SOAK = bool(os.environ.get("RETRIEVAL_TIP_SOAK"))
-"""``make soak``: every kill, every damaged file, Ray, the browser. Without it the same tests take a sample."""
+"""``make soak``: every kill, every damaged file, Ray, the browser. Otherwise, the same tests take a sample."""
 ATTACK = bool(os.environ.get("RETRIEVAL_TIP_ATTACK"))
-"""``make attack``: many hostile inputs, others each time. Without it the same few each time."""
+"""``make attack``: many hostile inputs, different ones each time. Otherwise, the same few each time."""
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"SKIPPED: no shared data at {SHARED}")
 needs_real = pytest.mark.skipif(
     not (SHARED / "data" / "splits").is_dir(),
     reason=f"SKIPPED: needs real CLIP features, whole Caltech101 or published lists, which {SHARED} lacks",
 )
-"""What photographs, features and an encoder of another kind cannot stand in for (:mod:`standin`)."""
-
+"""Marks tests that cannot use the stand-in (:mod:`standin`)."""
 
 NO_GPU = "SKIPPED: torch sees no CUDA GPU, so nothing that needs one was tried; where there is one: make gpu"
 
@@ -82,29 +81,29 @@ LONG = [
         "finetune_kill", "kill_changes", "plots", "living", "full_disk",
     )
 ]  # fmt: skip
-"""Files that take longest, the longest first."""
+"""The slowest test files, slowest first."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Only the tests marked gpu see one (``make gpu``): others compare digits, or fork, and ``auto`` would take it."""
+    """Hide the GPU except in ``make gpu``: other tests compare digits or fork, and ``auto`` would choose it."""
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def sampled(number: int, most: int = 4) -> list[int]:
-    """Which of so many steps are tried: every one in a soak, else a few, the first and the last among them."""
+    """Return which of ``number`` steps to try: all in a soak, else at most ``most``, including first and last."""
     few = min(most, number)
     return [*range(number)] if SOAK else [i * (number - 1) // max(1, few - 1) for i in range(few)]
 
 
 def few(cases: Iterable[T], number: int = 4) -> list[T]:
-    """Which of the cases of a test that take the same road are tried: all in a soak, else so many, evenly spread."""
+    """Return which of several similar cases to try: all in a soak, else ``number``, evenly spread."""
     cases = [*cases]
     return [cases[i] for i in sampled(len(cases), number)]
 
 
 def examples(number: int) -> int:
-    """Return how many examples of a property are tried: all in a soak, else a quarter, and ten at least."""
+    """Return how many examples of a property to try: ``number`` in a soak, else a quarter, but at least ten."""
     return number if SOAK or ATTACK else min(number, max(10, number // 4))
 
 
@@ -113,7 +112,7 @@ settings.load_profile("sized")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take longest come first: where two processes share the work, none then waits for the last one."""
+    """Run the slowest files first, so that two processes finish at the same time. Skip soak and GPU tests."""
     long = pytest.mark.skip(reason="a long test: make soak runs it")
     for item in items:
         if not SOAK and item.get_closest_marker("soak"):
@@ -124,21 +123,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def for_all(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
-    """A folder that the processes of one run share."""
-    shared_by_workers = "PYTEST_XDIST_WORKER" in os.environ  # whose folders lie side by side
+    """Return a folder shared by all processes of a run."""
+    shared_by_workers = "PYTEST_XDIST_WORKER" in os.environ  # their folders have one parent
     return tmp_path_factory.getbasetemp().parent / name if shared_by_workers else tmp_path_factory.mktemp(name)
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays for good: to look through it for garbage, time and again, took a sixth of the time."""
+    """Keep imported objects out of garbage collection, which took a sixth of the time."""
     gc.freeze()
     gc.enable()
-    atexit.register(gc.unfreeze)  # at the end it is taken down: some of it says else that it was not (openvino, triton)
+    atexit.register(gc.unfreeze)  # otherwise openvino and triton complain at exit
 
 
 @pytest.fixture(scope="session", autouse=True)
 def encodings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One encoding cache for the whole run, so that no test encodes what another has."""
+    """One encoding cache for the whole run, so that no photo is encoded twice."""
     folder = for_all(tmp_path_factory, "encodings")
     os.environ["RETRIEVAL_TIP_CACHE"] = str(folder)
     return folder
@@ -146,19 +145,19 @@ def encodings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A writer that finds another one at work gives up at once: tests that make it wait say so."""
+    """Make a writer fail at once if another one holds the lock."""
     monkeypatch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 0.0)
 
 
 @pytest.fixture(autouse=True)
 def nothing_said() -> None:
-    """What is said once a process is said once a test."""
+    """Repeat once-per-process warnings in every test."""
     errors.warn_once.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def log() -> None:
-    """What the command line sets up for its messages ends with the test, or the fixture, that ran it."""
+    """Reset the logger that the command line configures."""
     logger = logging.getLogger("retrieval_tip")
     logger.handlers[:], logger.propagate = [], True
     logger.setLevel(logging.NOTSET)
@@ -166,7 +165,7 @@ def log() -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The data beside the repository."""
+    """The test data."""
     if not SHARED.is_dir():
         pytest.skip(f"no shared data at {SHARED}")
     return SHARED
@@ -184,7 +183,7 @@ def lit_mini() -> Backbone:
 
 @pytest.fixture(scope="session")
 def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index of real photographs, eight of each of ten classes; whoever changes it changes a copy."""
+    """An index of real photos, eight for each of ten classes. Change only a copy."""
     from serving import build, photographs
 
     if not SHARED.is_dir():
@@ -199,9 +198,9 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def warm_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A ``PATH`` whose ``retrieval-tip`` runs in a process that has imported everything, one for the whole run."""
+    """A ``PATH`` whose ``retrieval-tip`` forks from a process that has imported everything."""
     if not sys.platform.startswith("linux"):
-        yield PROGRAMS  # elsewhere forking is not sound, or cannot be
+        yield PROGRAMS  # forking is unsafe or impossible elsewhere
         return
     place = for_all(tmp_path_factory, "warm")
     place.mkdir(exist_ok=True)
@@ -211,7 +210,7 @@ def warm_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where it is not installed."""
+    """Make matplotlib look uninstalled."""
     real = builtins.__import__
 
     def without(name: str, *rest: object) -> object:
@@ -224,7 +223,7 @@ def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run() -> Callable[..., Result]:
-    """The command line, in this process. An exception that would be a traceback fails the test."""
+    """The command line, run in this process. An exception that would print a traceback fails the test."""
 
     def invoke(*arguments: object, stdin: str | bytes | None = None) -> Result:
         result = CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
@@ -236,7 +235,7 @@ def run() -> Callable[..., Result]:
 
 
 def nearest_keys(model: AnsweringIndex, queries: Any, k: int = 1) -> list[list[dict[str, Any]]]:
-    """Return the ``k`` nearest keys of each query, nearest first: key_id, source, label and affinity of each."""
+    """Return key_id, source, label and affinity of the ``k`` nearest keys of each query, nearest first."""
     retrieval = model.retrieval
     near = retrieval.nearest(retrieval.points(torch.from_numpy(np.asarray(queries))), k)
     used, places = np.unique(near.rows.reshape(-1).numpy(), return_inverse=True)
@@ -246,19 +245,19 @@ def nearest_keys(model: AnsweringIndex, queries: Any, k: int = 1) -> list[list[d
 
 
 def parts_of(model: AnsweringIndex, *asked: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Text and cache logits of :meth:`AnsweringIndex.terms`."""
+    """Return the text and cache logits of :meth:`AnsweringIndex.terms`."""
     terms = model.terms(*asked)
     return terms.text, terms.cache
 
 
 def cache_of(*features: Any, **options: Any) -> CacheModel:
-    """:meth:`CacheModel.from_features`, with settings among the options."""
+    """Call :meth:`CacheModel.from_features` with settings among the options."""
     own = {field.name: options.pop(field.name) for field in fields(Settings) if field.name in options}
     return CacheModel.from_features(*features, settings=Settings(**own), **options)
 
 
 def with_code(folder: Path, file: str = "config.json") -> Path:
-    """A model folder one of whose files names Python code beside it, which leaves a file ``ran`` where it runs."""
+    """Create a model folder with Python code that one of its files names, and that creates a file ``ran`` if run."""
     folder.mkdir(exist_ok=True)
     parts: dict[str, Any] = {"AutoConfig": "evil.T", "AutoModel": "evil.T", "AutoTokenizer": ["evil.T", "evil.T"]}
     (folder / file).write_text(json.dumps({"model_type": "x", "auto_map": parts}))
@@ -267,7 +266,7 @@ def with_code(folder: Path, file: str = "config.json") -> Path:
 
 
 def mount(place: Path, options: str) -> None:
-    """Put a file system in memory there; the test is skipped where that cannot be."""
+    """Mount a file system in memory, or skip the test."""
     result = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True)
     if result.returncode:
         pytest.skip(f"SKIPPED: cannot mount a small file system here: {result.stderr.strip()}")
@@ -275,7 +274,7 @@ def mount(place: Path, options: str) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Makes an empty file system of so many KiB, in place of the one before."""
+    """A function that mounts an empty file system of a size in KiB, instead of the previous one."""
     if not AS_ROOT or not sys.platform.startswith("linux"):
         pytest.skip("SKIPPED: only root on Linux can mount a small file system; the simulated full disk is tested")
     place = tmp_path / "disk"
@@ -296,7 +295,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Torch and FAISS with one thread each."""
+    """Limit torch and FAISS to one thread each."""
     import killing
 
     with killing.one_thread():

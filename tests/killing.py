@@ -1,7 +1,7 @@
-"""Processes to be killed: a server imports everything once, then forks a child for each job that it is told of.
+"""Processes to kill: a server imports everything once, then forks a child for each job.
 
-No thread has been started by then, so the fork is sound, and a job costs no imports. The server is a test module run as
-a script, which calls :func:`serve`; the tests of that module talk to it by a :class:`Server`.
+The server starts no thread before it forks, so forking is safe, and a job costs no imports. The server is a test module
+run as a script that calls :func:`serve`; the tests of that module talk to it through a :class:`Server`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What tests of index folders share: their bytes, and manifests that a hand wrote which knows the format."""
+"""Helpers for tests of index folders: their bytes, and forged manifests with valid digests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server of the real command line in a process of its own, and a small index of real photographs to serve."""
+"""A server of the real command line in its own process, and a small index of real photos."""
 
 from __future__ import annotations
 

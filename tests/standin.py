@@ -1,9 +1,8 @@
-"""What stands in for the data beside the repository where there is none: what the demo uses offline, in its layout.
+"""Stand-in for the ``../shared`` test data: the demo's offline photos and encoder, in the same layout.
 
-- ``data/caltech101``: photographs of Debian's tuxpaint-stamps-default, on white. Their classes have names of kindred
-  things in Caltech101, by which the tests call them.
-- ``models/lit-mini``: the image tower of EfficientNet-Lite0 with its ImageNet weights, and a text tower of random ones.
-- ``data/clip-food9``: random features about a mean of each class. Tests that need CLIP's own are ``needs_real``.
+- ``data/caltech101``: images from Debian's tuxpaint-stamps-default on white, under similar class names of Caltech101
+- ``models/lit-mini``: the image tower of EfficientNet-Lite0 with ImageNet weights, and a random text tower
+- ``data/clip-food9``: random features around a mean for each class; tests of real CLIP features are ``needs_real``
 """
 
 from __future__ import annotations

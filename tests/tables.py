@@ -1,4 +1,4 @@
-"""Tables and features that tests write."""
+"""Tables and features for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small tars and pictures, as tests of tars and of Ray make them."""
+"""Small tars and images for tests of tars and Ray."""
 
 from __future__ import annotations
 

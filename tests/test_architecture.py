@@ -1,4 +1,4 @@
-"""The rooms and the direction of imports."""
+"""Layers, import directions and docstring references."""
 
 from __future__ import annotations
 

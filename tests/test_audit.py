@@ -1,4 +1,4 @@
-"""Suspicious shots: against dense references, planted in made features, and in real photographs."""
+"""Suspicious shots: against dense references, planted in synthetic features, and in real photos."""
 
 from __future__ import annotations
 

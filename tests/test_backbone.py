@@ -1,4 +1,4 @@
-"""Backbones: loading, identity, what is refused, and the views."""
+"""Backbones: loading, identity, errors and views."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Baselines: each follows its equation and chooses on the shots alone."""
+"""The baselines follow their equations and choose settings on the shots alone."""
 
 from __future__ import annotations
 

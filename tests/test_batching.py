@@ -1,4 +1,4 @@
-"""Requests that wait together are answered together, in order, and no more of them than there is room for."""
+"""Waiting requests are answered together and in order, within limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked for is within bounds, and memory is reckoned before it is taken."""
+"""Arguments are within bounds, and memory is estimated before it is allocated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of docs/browser in a real Chromium, with onnxruntime-web from npm: the package's own logits."""
+"""The page of docs/browser in a real Chromium, with onnxruntime-web from npm, against the package's logits."""
 
 from __future__ import annotations
 

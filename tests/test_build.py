@@ -1,4 +1,4 @@
-"""Building an index: shots, views, text weights, key types, versions, and what is refused."""
+"""Building an index: shots, views, text weights, key types, versions and errors."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(table,
     assert not (tmp_path / "i").exists()
 
 
-def test_views_of_photographs_are_averaged_then_normalised(shared, lit_mini, tmp_path):
+def test_views_of_photos_are_averaged_then_normalised(shared, lit_mini, tmp_path):
     from retrieval_tip.data import images
 
     source = open_source(shared / "data/caltech101/split_zhou_Caltech101.json").take([0, 1, 20])

@@ -1,4 +1,4 @@
-"""Calibration against definitions spelled out in loops, planted temperatures, and the two commands that use it."""
+"""Calibration against explicit loops, planted temperatures, and the two commands that use it."""
 
 from __future__ import annotations
 

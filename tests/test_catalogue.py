@@ -1,4 +1,4 @@
-"""The names of backbones: how they may be spelled, what is recommended, and the list of them."""
+"""Names of backbones: spellings, recommendations and the list."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(mute, online, monkeypatch):
         server.shutdown()
 
 
-def test_without_a_network_the_error_names_what_works_offline(run, tmp_path, monkeypatch):
+def test_without_a_network_the_error_names_models_that_work_offline(run, tmp_path, monkeypatch):
     """By a process of its own; its options load."""
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)

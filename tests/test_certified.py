@@ -1,4 +1,4 @@
-"""Whole classes and certified answers against dense float64: winners, bounds, neighbours, and what is kept."""
+"""Class indexes and certified answers against dense float64: winners, bounds, neighbours, saved files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a query may leave out (retrieval/certify.py), against exact logits."""
+"""Certificates (retrieval/certify.py) against exact logits."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def proofs(
     scale=st.sampled_from([0.01, 1.0, 100.0]),
     tail=st.booleans(),
 )
-def test_what_is_proved_is_so(
+def test_certificates_hold_for_all_keys(
     case: Case, k: int, alpha: float, beta: float, scale: float, tail: bool, dtype: torch.dtype
 ) -> None:
     if dtype == torch.float32:  # the same numbers for both sides

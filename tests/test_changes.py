@@ -1,4 +1,4 @@
-"""What changes an index folder, by its functions and by the commands: each one new version, alone, or nothing."""
+"""Changes of an index folder, by function and by command: each makes one new version, or none if it fails."""
 
 from __future__ import annotations
 
@@ -146,9 +146,7 @@ def refused(result: Any, status: int, *words: object) -> None:
 # --- add
 
 
-def test_photographs_that_are_added_are_the_keys_a_build_would_make(
-    run: Any, pictures: Path, lit_mini: Backbone, tmp_path: Path
-) -> None:
+def test_added_photos_become_the_keys_of_a_build(run: Any, pictures: Path, lit_mini: Backbone, tmp_path: Path) -> None:
     new = photographs(tmp_path / "new", okapi=range(2), panda=range(4, 6))
     before = opened(pictures)
     done = run("index", "add", pictures, new, "--device", "cpu")

@@ -1,4 +1,4 @@
-"""Photographs to answers from Python: what can be asked about, explained, added, kept, shared, and what is refused."""
+"""The Python API: predict, explain, add, save, share, and its errors."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ class Dataset(torch.utils.data.Dataset):
         return photograph(10 * (i // 3) + i % 3, i % 3), i % 3
 
 
-def test_photographs_that_are_held_are_shots(place):
+def test_photos_in_memory_become_shots(place):
     from torchvision.datasets import ImageFolder
 
     model = f"local-dir:{place / 'model'}"

@@ -1,4 +1,4 @@
-"""The command line: formats, settings, explanations, exit statuses, and the whole job by real processes."""
+"""The command line: formats, settings, explanations, exit statuses, and a whole session in real processes."""
 
 from __future__ import annotations
 

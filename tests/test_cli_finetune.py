@@ -1,4 +1,4 @@
-"""finetune through the command line: what it writes, says, refuses, and goes on with."""
+"""The command finetune: output, messages, errors and resuming."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""index tune, classify --certify, index build --index auto and --precision, through the command line."""
+"""The commands index tune, classify --certify, index build --index auto and --precision."""
 
 from __future__ import annotations
 

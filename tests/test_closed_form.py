@@ -1,4 +1,4 @@
-"""The closed form: metric and values against dense float64, honest folds, and the commands."""
+"""The closed-form fit: metric and values against dense float64, held-out folds, and the commands."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ class Diagonal(FittedMetric):
         return tip.Metric(scatter.mean.float(), torch.diag(shrunk**-0.5).float())
 
 
-def test_another_way_to_fit_is_one_class_and_one_entry(tmp_path):
+def test_a_new_form_takes_one_class_and_one_entry(tmp_path):
     """It is fitted, judged by folds, and answers from disk; without its entry, the index still answers."""
     cache, form = model(shots=12, text=False), Form(Diagonal(0.1), Solved(0.1), 1.0)
     queries, truth = clusters(40, seed=7)

@@ -1,9 +1,9 @@
-"""Indexes that older versions wrote load for ever: ``indexes/vN`` was written by format N, and is never changed.
+"""Indexes of older versions load for ever: format N wrote ``indexes/vN``, which never changes.
 
-``expected.json`` beside them holds queries ``features`` and, for each index, what its program answered: logits over all
-keys and the 4 nearest. Format 3 is of a LanceDB store: ``v3/plain`` is ``v2/plain`` in one. Format 4 has what was
-fitted, format 5 how an index was built, format 6 the sums of its keys; ``v6/solved`` and ``v6/metric`` are those of
-format 4 in LanceDB stores.
+``expected.json`` beside them holds queries ``features`` and each index's answers at that time: logits over all keys and
+the 4 nearest. ``v3/plain`` is ``v2/plain`` in a LanceDB store. Format 4 added fitted metrics and values, format 5 the
+settings of the build, format 6 the sums of the keys; ``v6/solved`` and ``v6/metric`` are those of format 4 in LanceDB
+stores.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def test_every_format_has_its_indexes() -> None:
 
 
 @pytest.mark.parametrize(("version", "name"), NAMES)
-def test_an_older_index_answers_as_it_did(version: str, name: str, tmp_path: Path) -> None:
+def test_an_older_index_gives_its_old_answers(version: str, name: str, tmp_path: Path) -> None:
     folder = tmp_path / name
     shutil.copytree(INDEXES / version / name, folder)
     check_answers(verify(folder), version, name)

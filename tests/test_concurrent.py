@@ -1,6 +1,6 @@
-"""Writers and readers at once on one folder: no reader fails, nothing that was added is lost, history is one line.
+"""Concurrent writers and readers of one folder: no reader fails, nothing is lost, history is linear.
 
-Run as a script, this file is the writers and readers. RETRIEVAL_TIP_SECONDS says how long they are at it.
+Run as a script, this file is the writers and readers. RETRIEVAL_TIP_SECONDS sets their duration.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Dockerfile, where no container can be built: what it names is there."""
+"""Files named in the Dockerfile exist, checked without building a container."""
 
 from __future__ import annotations
 

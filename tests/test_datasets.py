@@ -1,4 +1,4 @@
-"""The datasets by name: the table of facts, their layouts on disk, what is missing, and the command line."""
+"""Datasets by name: the table of facts, layouts on disk, missing files, and the command line."""
 
 from __future__ import annotations
 

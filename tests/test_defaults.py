@@ -1,4 +1,4 @@
-"""Settings that work untouched, against the normalised forms written out."""
+"""Default settings against explicit normalised formulas."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_what_cannot_be_normalised_is_said():
 
 
 @needs_real
-def test_untouched_defaults_give_most_of_what_is_there(run, shared, things, tmp_path):
+def test_defaults_come_close_to_the_best_settings(run, shared, things, tmp_path):
     """Paper's constants give 46 % on lit-mini; on CLIP's features nothing is lost against alpha 1.17, beta 5.5."""
     index, judged, least = things, (tmp_path / "val.csv",), 0.8
     lines = [f"{path},{label}" for path, label in photographs(shared, "val", 10, 4)]

@@ -1,4 +1,4 @@
-"""The demo takes the first photographs and encoder that can be had, and says which; it works without a network."""
+"""The demo uses the best photos and encoder it can download, reports which, and works without a network."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_the_mistake_that_is_shown_is_the_most_certain_one():
     assert demo.most_certain_mistake(rows[:1], truth) is None
 
 
-def test_the_demo_runs_on_photos_of_ones_own_and_its_next_commands_run(tmp_path, monkeypatch):
+def test_the_demo_and_its_next_commands_run_on_your_own_photos(tmp_path, monkeypatch):
     import timm
 
     torch.manual_seed(0)

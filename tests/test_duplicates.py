@@ -1,4 +1,4 @@
-"""Duplicates across classes: against every pair, planted in made keys, and where there are very many."""
+"""Duplicates across classes: against all pairs, planted in synthetic keys, and in large numbers."""
 
 from __future__ import annotations
 

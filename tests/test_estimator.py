@@ -1,4 +1,4 @@
-"""TipAdapterClassifier: scikit-learn's own checks, and the same answers as the CacheModel under it."""
+"""TipAdapterClassifier: scikit-learn's own checks, and the same answers as its CacheModel."""
 
 from __future__ import annotations
 

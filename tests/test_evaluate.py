@@ -1,4 +1,4 @@
-"""Evaluation against accuracies that plain NumPy counts."""
+"""Evaluation against counts in plain NumPy."""
 
 from __future__ import annotations
 

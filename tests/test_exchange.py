@@ -1,4 +1,4 @@
-"""Caches of Tip-Adapter's code and exported tables: each row is there, or there is one clear error and no file."""
+"""Caches of Tip-Adapter's code and exported tables: complete rows, or one clear error and no file."""
 
 from __future__ import annotations
 

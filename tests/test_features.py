@@ -1,4 +1,4 @@
-"""Images are read once and encoded once; feature tables are read exactly or refused by row."""
+"""Images are read and encoded once; feature tables are read exactly or refused by row."""
 
 from __future__ import annotations
 
@@ -501,7 +501,7 @@ def kept(cache: EncodingCache, name: str, number: int) -> int:
     return sum(cache.get("s", f"{name}{i}", "centre") is not None for i in range(number))
 
 
-def test_a_full_cache_gives_up_what_was_not_used_for_the_longest_time(tmp_path: Path) -> None:
+def test_a_full_cache_drops_its_least_recently_used_entries(tmp_path: Path) -> None:
     with_cache(tmp_path, lambda cache: cache.limit(MEGABYTE))
     for name in "abc":
         with_cache(tmp_path, lambda cache, name=name: keep(cache, name, 60))

@@ -1,4 +1,4 @@
-"""Regular files are opened and read; whatever else a path leads to is named, and nobody waits for it."""
+"""Regular files are opened and read; any other kind is reported without waiting for it."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_what_the_kernel_makes_up_is_no_file(path: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SKIPPED: needs locks on files")
-def test_the_next_writer_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+def test_the_next_writer_removes_the_files_of_a_killed_one(tmp_path: Path) -> None:
     out, others = tmp_path / "x.csv", [".y.csv.0123abcd.tmp", ".x.csv.old.tmp", ".x.csv.tmp", "x.csv.0123abcd.tmp"]
     for name in others:
         (tmp_path / name).touch()

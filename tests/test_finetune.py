@@ -1,4 +1,4 @@
-"""Fine-tuning: the loop against plain torch, the epoch that is kept, what cannot be, and every part in training."""
+"""Fine-tuning: the loop against plain torch, the epoch that is kept, errors, and every trainable part."""
 
 from __future__ import annotations
 

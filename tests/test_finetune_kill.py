@@ -1,4 +1,4 @@
-"""A training of encoders that is killed and resumed ends where an unbroken run ends, bit for bit.
+"""A killed and resumed encoder training ends where an unbroken run ends, bit for bit.
 
 Run as a script, this file is the trainer.
 """

@@ -1,4 +1,4 @@
-"""A LanceDB store that was fitted: metric and values are those of a folder of the same keys."""
+"""A fitted LanceDB store has the metric and values of a folder with the same keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A disk that is too small for what a change writes: one clear error, at every size, and nothing was changed."""
+"""A change on a disk that is too small, at every size: one clear error, and nothing changed."""
 
 from __future__ import annotations
 

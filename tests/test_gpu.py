@@ -1,4 +1,4 @@
-"""What runs on a GPU (``gpu``), and the decisions about one that need none. Searches: test_gpu_index.py."""
+"""Code on a GPU (``gpu``), and decisions about it that need none. Searches are in test_gpu_index.py."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""What of an index lies on which GPU, and who searches it there, decided against stand-ins for FAISS and the GPU."""
+"""Placement of indexes on GPUs and their searches, with stand-ins for FAISS and the GPU."""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""The gradient of the cache: against torch's own of the plain formula, and the method's forward."""
+"""Forward and gradient of the cache, against torch's own on the plain formula."""
 
 from __future__ import annotations
 

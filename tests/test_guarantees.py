@@ -1,4 +1,4 @@
-"""The list of what is guaranteed (``tests/README.md``) names tests that are there, and every file of them."""
+"""The table of guarantees (``tests/README.md``) names existing tests and every test file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from conftest import ROOT
 TESTS = ROOT / "tests"
 
 
-def test_what_is_named_is_there_and_no_file_is_left_out() -> None:
+def test_the_table_lists_existing_tests_and_every_file() -> None:
     lines = (TESTS / "README.md").read_text(encoding="utf-8").splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     named = [(file, test) for _, file, test, _ in cells if file.startswith("test_")]

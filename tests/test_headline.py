@@ -1,4 +1,4 @@
-"""The figures that the whole path has to give, through the command line, on real photographs."""
+"""Accuracy of the whole command line on real photos."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def caltech(tmp_path_factory):
 
 
 @needs_real
-def test_caltech_from_photographs(run, shared, caltech, monkeypatch):
+def test_caltech_from_photos(run, shared, caltech, monkeypatch):
     """Measured with plain open_clip and the formula: see lit-mini's MODEL.md."""
     split = shared / "data/caltech101/split_zhou_Caltech101.json"
     model = f"local-dir:{shared / 'models/lit-mini'}"

@@ -1,7 +1,7 @@
-"""Hostile inputs, by property: pictures, tables, index folders, manifests, settings, commands and requests.
+"""Hostile inputs, by property: images, tables, index folders, manifests, settings, commands and requests.
 
-The program answers or ends in one line of its own: no traceback, no half-written file, bounded memory and time.
-``make test`` tries the same few examples each time, ``make attack`` many others.
+The program answers, or ends in one line of its own: no traceback, no half-written file, bounded memory and time.
+``make test`` tries the same few examples each time, ``make attack`` many different ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small tables for notebooks: what they show, and that no name becomes markup."""
+"""Small tables for notebooks: their contents, and escaped names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever the bytes are, decode gives an upright RGB picture or says in one line why not."""
+"""Any bytes: decode returns an upright RGB image or a one-line reason."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_a_file_cut_short_is_refused_wherever_it_is_cut(style: str) -> None:
         b"\x89HDF\r\n\x1a\n" + b"\0" * 100,
     ],
 )
-def test_what_is_no_image_is_refused(data: bytes) -> None:
+def test_files_that_are_not_images_are_refused(data: bytes) -> None:
     refusal(data)
 
 

@@ -1,4 +1,4 @@
-"""What an installer makes of the project's requirements, by asking the registry: only ``make soak`` does."""
+"""Resolving and installing the requirements from the registry; only ``make soak`` runs it."""
 
 from __future__ import annotations
 

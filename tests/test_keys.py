@@ -1,4 +1,4 @@
-"""Keys in blocks, by whole classes and by row, against dense float64; how exact half precision is; what auto takes."""
+"""Keys in blocks, by class and by row, against dense float64; accuracy of half precision; the choice of auto."""
 
 from __future__ import annotations
 

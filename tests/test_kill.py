@@ -1,4 +1,4 @@
-"""A build that is killed leaves the index as it was or as it would be. Run as a script, this file is the builder."""
+"""A killed build leaves the old index or the new one. Run as a script, this file is the builder."""
 
 from __future__ import annotations
 

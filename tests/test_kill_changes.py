@@ -1,4 +1,4 @@
-"""A writer that is killed leaves the index as it was or as it would be, wherever it lies, and the next one finishes.
+"""A killed writer leaves the old index or the new one, in a folder or a store, and the next writer finishes.
 
 Run as a script, this file is that writer.
 """

@@ -1,4 +1,4 @@
-"""The label store's tables: files of predictions, and the history of versions."""
+"""Tables of the label store: files of predictions, and the history of versions."""
 
 from __future__ import annotations
 

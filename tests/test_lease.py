@@ -1,4 +1,4 @@
-"""One writer at a time: on a disk and in a bucket, with holders that are killed, stopped and cut off."""
+"""One writer at a time, on a disk and in a bucket, with killed, stopped and disconnected holders."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_processes_that_append_to_a_list_do_not_interleave(place: str):
 
 
 @needs_signals
-def test_after_a_kill_the_next_one_gets_it(place: str):
+def test_after_a_kill_the_next_writer_gets_the_lease(place: str):
     with holder(place, 1.0) as first:
         assert f"process {first.pid} on " in refused(place)
         first.signal(signal.SIGKILL)

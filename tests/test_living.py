@@ -1,4 +1,4 @@
-"""A living index folder: whatever happens to it, it answers as one that is built afresh of what should be there."""
+"""After any sequence of changes, an index folder answers like a fresh build."""
 
 from __future__ import annotations
 
@@ -316,7 +316,7 @@ class Living(RuleBasedStateMachine):
         3,
     ),
 )
-def test_an_index_that_lives_answers_as_one_that_is_built_afresh(factory: str, dtype: str, small: int) -> None:
+def test_a_changed_index_answers_like_a_fresh_build(factory: str, dtype: str, small: int) -> None:
     kind = type("LivingIndex", (Living,), {"factory": factory, "dtype": dtype, "small": small})
     quick = settings(
         max_examples=6 if SOAK else 2, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck)

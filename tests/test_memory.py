@@ -1,4 +1,4 @@
-"""Building from a large feature table holds FAISS's copy of the keys and the mapped file, and a fit the points too."""
+"""Building from a large table holds FAISS's copy of the keys and a memory-mapped file; a fit adds the points."""
 
 from __future__ import annotations
 

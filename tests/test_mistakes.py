@@ -1,4 +1,4 @@
-"""Mistakes that people make at the command line: each is one line that says what to do."""
+"""Common mistakes on the command line each give one line that says what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom on the demo's photographs, and come to what they say: ``make soak``."""
+"""The notebooks run from top to bottom on the demo's photos and reach their results: ``make soak``."""
 
 from __future__ import annotations
 

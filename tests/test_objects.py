@@ -1,4 +1,4 @@
-"""Objects below an address: on a disk, in a bucket, and what is said where they cannot be reached."""
+"""Objects at an address, on a disk and in a bucket, and errors when it cannot be reached."""
 
 from __future__ import annotations
 

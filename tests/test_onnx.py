@@ -1,4 +1,4 @@
-"""An index as an ONNX graph: the package's own logits in another runtime."""
+"""An index as an ONNX graph gives the package's logits in another runtime."""
 
 from __future__ import annotations
 

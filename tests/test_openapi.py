@@ -1,4 +1,4 @@
-"""The description of the interface, and the server held to it by schemathesis: no request makes it fail."""
+"""The API schema, and the server tested against it by schemathesis: no request makes it fail."""
 
 from __future__ import annotations
 

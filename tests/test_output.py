@@ -1,4 +1,4 @@
-"""What is printed, as a table for eyes and as data: a terminal gets nothing that it would obey."""
+"""Printed tables and data, without escape sequences that a terminal would obey."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page, in a real Chromium, against a real server that the real command line started."""
+"""The page in a real Chromium, against a server started by the real command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Diagrams: what they show against plain counting, and that files are pictures with something on them."""
+"""Diagrams show what plain counting gives, and files are images with content."""
 
 from __future__ import annotations
 

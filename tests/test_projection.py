@@ -1,4 +1,4 @@
-"""Keys in two dimensions, against the full decomposition."""
+"""Projection of keys to two dimensions, against the full decomposition."""
 
 from __future__ import annotations
 

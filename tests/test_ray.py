@@ -1,4 +1,4 @@
-"""Ray: pieces, actors and folders of parts in this process, and two nodes that answer as one process does (soak)."""
+"""Ray: pieces, actors and folders of parts in this process; two nodes against one process (soak)."""
 
 from __future__ import annotations
 

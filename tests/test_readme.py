@@ -1,6 +1,6 @@
-"""The README and docs stay true: their commands run here, on the demo's photographs, and print what the pages say.
+"""The commands in README and docs run here on the demo's photos and print the documented output.
 
-``RETRIEVAL_TIP_WRITE_DOCS=1`` writes what they print into the pages.
+``RETRIEVAL_TIP_WRITE_DOCS=1`` writes the output into the pages.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def typed_and_printed(typed, place, path, with_messages=False):
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", RUN, ids=[page.stem for page in RUN])
-def test_examples_print_what_the_page_says(page, place, things, warm_path, monkeypatch):
+def test_examples_print_the_documented_output(page, place, things, warm_path, monkeypatch):
     monkeypatch.chdir(place)
     text = page.read_text(encoding="utf-8")
     for language, body, options in blocks(page):

@@ -1,4 +1,4 @@
-"""Reports: their figures against evaluate and plain NumPy, what names can do to them, and how a browser takes them."""
+"""Reports: figures against evaluate and plain NumPy, hostile names, and display in a browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search for alpha, beta and k: against brute force, honest about what it saw, through the command line."""
+"""The search for alpha, beta and k: against brute force, without test labels, and through the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several arrays as one: slices, rows, the index with vectors beside it, and all that is asked of a segmented index."""
+"""Segments: slices, rows, an index with vectors beside it, and every operation on a segmented index."""
 
 from __future__ import annotations
 

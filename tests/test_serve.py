@@ -1,4 +1,4 @@
-"""``retrieval-tip serve`` as a process: what reaches it, what it refuses, how it follows its index, and how it ends."""
+"""The process ``retrieval-tip serve``: access, refusals, reloading and shutdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server's routes, over an index of real photographs and one of real CLIP features."""
+"""Routes of the server, on an index of real photos and one of real CLIP features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sampler against the published draws, and by its rule."""
+"""The sampler against the published draws and its rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of source gives its items in order, or says which row of which file is wrong."""
+"""Every kind of source yields its items in order, or names the faulty row and file."""
 
 from __future__ import annotations
 

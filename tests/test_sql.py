@@ -1,4 +1,4 @@
-"""Queries in SQL and conditions on rows: what they mean, what they reach, and what time and memory they may take."""
+"""SQL queries and conditions on rows: their meaning, their reach, and limits of time and memory."""
 
 from __future__ import annotations
 

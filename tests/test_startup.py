@@ -1,4 +1,4 @@
-"""Start-up: what a command imports and loads, that nothing is answered unchecked, and the benchmark of it."""
+"""Start-up: imports of each command, checks before answers, and the benchmark."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The index folder: manifests, versions, lock, damage, full disks, and questions in SQL."""
+"""The index folder: manifests, versions, lock, damage, full disks and SQL queries."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One contract for every store: what holds of an index in a folder holds of it in LanceDB, on a disk and in a bucket.
+"""One contract for every store: a folder, and LanceDB on a disk and in a bucket.
 
-What an index should answer is written out here, in float64, from the keys and labels that went into it.
+Expected answers are computed here in float64 from the keys and labels of the index.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Counts, class sums and outer products of keys, by their definition, and in an index that is fitted and changed."""
+"""Counts, class sums and outer products of keys, by definition and in a fitted, changing index."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def drawn(n: int, c: int, d: int, seed: int, dtype: str = "float32") -> tuple[np
     dtype=st.sampled_from(["float32", "float16"]),
     cuts=st.lists(st.integers(0, 40), max_size=3),
 )
-def test_they_are_what_is_defined_however_keys_come_and_go(n, c, d, seed, dtype, cuts):
+def test_sums_match_their_definition_as_keys_come_and_go(n, c, d, seed, dtype, cuts):
     keys, ids = drawn(n, c, d, seed, dtype)
     parts = np.split(np.arange(n), sorted(min(cut, n) for cut in cuts))
     sums = Sums.of(((keys[part], ids[part]) for part in parts), c, d)

@@ -1,4 +1,4 @@
-"""Accuracy over shots, seeds and methods: draws, methods, resuming, intervals, and that test is only answered."""
+"""Accuracy over shots, seeds and methods: draws, methods, resuming, intervals, and untouched test labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tars and object stores as sources of this process alone: what they hold is what a folder of the same images gives."""
+"""Tars and object stores as sources: they give what a folder of the same images gives."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def world(shared, tmp_path_factory):
 
 
 @pytest.mark.parametrize("place", few(["folder", "range", "pattern"], 2))
-def test_an_index_of_tars_is_that_of_their_photographs(run, world, model, tmp_path, place):
+def test_an_index_of_tars_equals_one_of_their_photos(run, world, model, tmp_path, place):
     source = {"folder": "shards", "range": "shards/{000..001}.tar", "pattern": "shards/*.tar"}[place]
     for name, what in (("a", "photos"), ("b", source)):
         done = run("index", "build", world / what, "--out", tmp_path / name, "--model", model, "--fit", "none")
@@ -269,7 +269,7 @@ def test_what_is_wrong_within_a_tar_is_named_and_the_rest_is_there(tmp_path):
 
 @settings(max_examples=examples(60), deadline=None)
 @given(cut=st.integers(0, 6000), flip=st.integers(0, 6000))
-def test_a_damaged_tar_gives_what_is_whole_and_says_so(tmp_path_factory, cut, flip):
+def test_a_damaged_tar_yields_its_intact_members_with_a_warning(tmp_path_factory, cut, flip):
     folder = tmp_path_factory.mktemp("tar")
     whole = tar(folder / "w.tar", [(f"{i}.jpg", jpeg(i)) for i in range(3)])
     data = bytearray(whole.read_bytes()[:6144])

@@ -1,4 +1,4 @@
-"""tip.py against the method written out: dense, in float64, with the one-hot product. And README's formula."""
+"""tip.py against the dense method in float64 with one-hot products, and against README's formula."""
 
 from __future__ import annotations
 

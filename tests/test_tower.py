@@ -1,4 +1,4 @@
-"""An image tower by itself: torch's features, the model's own views, kept from one process to the next."""
+"""The image tower alone: torch's features, the model's own views, and the file kept between processes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def cosines(one, other):
     return (unit(one).astype(np.float64) * unit(other)).sum(1)
 
 
-def test_features_are_torchs_for_any_number_of_pictures(folder, place):
+def test_features_are_torchs_for_any_number_of_images(folder, place):
     compiled, plain = both(f"local-dir:{folder}")
     for number in (1, 2, 5):
         pixels = some_pixels(plain, number)

@@ -1,4 +1,4 @@
-"""CLIP and SigLIP in the format of transformers, against its own features; small ones with random weights."""
+"""CLIP and SigLIP in transformers' format, against transformers' features; small, with random weights."""
 
 from __future__ import annotations
 

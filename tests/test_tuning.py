@@ -1,4 +1,4 @@
-"""Tuning: which trials are best, that the choice agrees and is the cheapest, what is tried, and what is refused."""
+"""Tuning: the best trials, the cheapest that agrees, the trials made, and errors."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def check_choice(found: Tuning, agreement: float) -> None:
 
 @pytest.mark.parametrize("agreement", few([0.3, 0.9, 0.98, 0.999, 1.0], 2))
 @pytest.mark.parametrize("own", ["Flat", "Classes", "IVF4,Flat"])
-def test_the_chosen_trial_agrees_often_enough_and_none_cheaper_does(
+def test_the_cheapest_trial_that_agrees_often_enough_is_chosen(
     own: str, agreement: float, material: tuple[Array, Array, Array, Array]
 ) -> None:
     cache, queries = model(material, index=own), material[3]

@@ -1,4 +1,4 @@
-"""Trained values, wherever an index is asked, against slow float64 forms; and the files of a fine-tuned index."""
+"""Trained values in every kind of index, against slow float64 formulas; files of a fine-tuned index."""
 
 from __future__ import annotations
 

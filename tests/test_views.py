@@ -1,4 +1,4 @@
-"""Each view on its own: features by shot, and pixels for training an encoder."""
+"""Views: features by shot, and pixels for training an encoder."""
 
 # ruff: noqa: F811 - fixtures are taken from test_features
 from __future__ import annotations

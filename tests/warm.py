@@ -1,9 +1,8 @@
-"""The command line, and Python, in processes that need not import anything: a server has, and forks one for each.
+"""The command line, and Python, in processes without import time: a server imports once and forks for each command.
 
-A command is handed its files, folder and environment, and is a process of its own; it costs its work alone, where a new
-interpreter imports for seconds. No thread has been started when the server forks, so that is sound. Processes that test
-share one: the first that needs it starts it, each keeps a connection, and it ends with the last of these, however that
-was closed. Run as a script, this file is the server.
+Each command gets its files, folder and environment, and runs in its own process. The server starts no thread before it
+forks, so forking is safe. Test processes share one server: the first that needs it starts it, and it ends when the last
+connection closes. Run as a script, this file is the server.
 """
 
 from __future__ import annotations
