@@ -164,17 +164,18 @@ def test_without_a_network_the_error_names_models_that_work_offline(run, tmp_pat
             command, env=os.environ | hub | {"PATH": PROGRAMS}, capture_output=True, text=True, check=False
         )
     assert done.returncode == 1
+    assert "ViT-B-32 (605 MB)" in done.stderr
     assert "--pretrained datacomp_xl_s13b_b90k=FILE" in done.stderr
     monkeypatch.setattr(catalogue, "DEMO", catalogue.DEMO[:2])  # whether the clone has had its demo or not
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "hub")
     torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), "efficientnet-lite0.pth")
     said = run(*command[1:])
     assert said.exit_code == 1
-    offline = re.search(r"add --model (\S+) --pretrained (\S+), or", said.stderr)
+    offline = re.search(r"or --model (\S+) --pretrained (\S+) \(on this machine\)", said.stderr)
     assert load_backbone(*offline.groups(), device="cpu").dim == 1280
     cached = Path("hub/models--timm--tf_efficientnet_lite0.in1k")
     (cached / "snapshots/abc").mkdir(parents=True)
     (cached / "snapshots/abc/model.safetensors").touch()
     (cached / "refs").mkdir()
     (cached / "refs/main").write_text("abc")
-    assert "add --model timm:tf_efficientnet_lite0.in1k, or" in run(*command[1:]).stderr
+    assert "or --model timm:tf_efficientnet_lite0.in1k (on this machine)" in run(*command[1:]).stderr

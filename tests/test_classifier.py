@@ -418,5 +418,5 @@ def test_an_index_of_features_answers_for_features(tmp_path):
     clf = Classifier.load(tmp_path / "i", device="cpu")
     assert len(clf.predict(table)) == 6
     assert "features" in repr(clf)
-    with pytest.raises(UsageError, match="backbone"):
+    with pytest.raises(UsageError, match="encoder"):
         clf.predict(Image.new("RGB", (8, 8)))

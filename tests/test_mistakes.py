@@ -86,7 +86,7 @@ MISTAKES = {
     "index query {w}/i/x SELECT*n*FROM*keys": (2, "class_counts, labels, versions"),
     "evaluate {w}/i/x": (2, "Missing argument"),
     "calibrate {w}/i/x": (2, "--val"),
-    "models nosuchmodel": (2, "no backbone has this in its name"),
+    "models nosuchmodel": (2, "no encoder has this in its name"),
     "index list {w}/nowhere": (1, "no such folder"),
 }
 

@@ -111,7 +111,7 @@ def test_what_is_no_dual_encoder_is_refused(tmp_path, folder):
             (place / file).write_text(json.dumps(content | values))
         return place
 
-    with pytest.raises(BackboneError, match="a model of kind 'vit'"):
+    with pytest.raises(BackboneError, match="'vit'"):
         load_backbone(f"hf:{changed('vit', 'config.json', model_type='vit')}", device="cpu")
     bare = changed("bare", None)
     (bare / "model.safetensors").unlink()
@@ -119,7 +119,7 @@ def test_what_is_no_dual_encoder_is_refused(tmp_path, folder):
         load_backbone(f"hf:{bare}", device="cpu")
     if json.loads((folder / "config.json").read_text())["model_type"] == "clip":
         place = changed("crop", "preprocessor_config.json", size={"shortest_edge": 40})
-        with pytest.raises(BackboneError, match="prepares pictures in another way"):
+        with pytest.raises(BackboneError, match="unsupported image preprocessing"):
             load_backbone(f"hf:{place}", device="cpu")
     from safetensors.torch import load_file, save_file
 
@@ -128,15 +128,15 @@ def test_what_is_no_dual_encoder_is_refused(tmp_path, folder):
     save_file(dict(list(state.items())[1:]), place / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BackboneError, match="weights lack"):
         load_backbone(f"hf:{place}", device="cpu")
-    with pytest.raises(UsageError, match="leave it out"):
+    with pytest.raises(UsageError, match="omit --pretrained"):
         load_backbone(f"hf:{folder}", "openai", device="cpu")
 
 
 def test_who_names_a_model_as_elsewhere_is_told_how_to():
-    with pytest.raises(UsageError, match=r"; for a CLIP or SigLIP by transformers, hf:google/siglip-base-patch16-224"):
+    with pytest.raises(UsageError, match="give hf:google/siglip-base-patch16-224"):
         load_backbone("google/siglip-base-patch16-224")
-    with pytest.raises(UsageError, match="timm has it: timm:resnet50"):
+    with pytest.raises(UsageError, match="give timm:resnet50"):
         load_backbone("resnet50")
     assert catalogue.named("hf:org/name") == ("hf:org/name", None)
-    with pytest.raises(BackboneError, match=r"hf:nobody/nothing.*\(HF_HUB_OFFLINE is set\)"):
+    with pytest.raises(BackboneError, match="hf:nobody/nothing: HF_HUB_OFFLINE is set"):
         load_backbone("hf:nobody/nothing", device="cpu")

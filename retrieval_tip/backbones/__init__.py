@@ -1,1 +1,1 @@
-"""Backbones: what turns images and words into features, and the prompts that words are put into."""
+"""Backbones, which turn images and text into features, and the prompts for class names."""

@@ -1,4 +1,4 @@
-"""The protocols of backbones, which turn pictures, and some of them sentences, into features."""
+"""The protocol of backbones, which turn images, and with a text tower sentences, into features."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from retrieval_tip.errors import BackboneError, InputError, UsageError, warn_once
+from retrieval_tip.errors import BackboneError, InputError, UsageError, counted, warn_once
 from retrieval_tip.settings import Precision, Runtime, check_choice
 
 if TYPE_CHECKING:
@@ -25,15 +25,16 @@ PARTS = ("visual", "text")
 
 FloatArray = npt.NDArray[np.float32]
 Preprocess = Mapping[str, Any]
-"""How a backbone prepares pictures, as JSON: open_clip's or timm's settings."""
+"""Preprocessing settings of a backbone as JSON, in open_clip's or timm's terms."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """The backbone that made a feature.
+    """The identity of a backbone.
 
-    ``model`` and ``pretrained`` are the names to load it by. ``weights`` (digest over every tensor), ``config`` (digest
-    of the architecture) and ``preprocess`` identify it: the same weights from a tag and a file are the same backbone.
+    ``model`` and ``pretrained`` are the names that load it. Only ``weights`` (digest of every tensor), ``config``
+    (digest of the architecture) and ``preprocess`` identify it: a tag and a file with the same weights are the same
+    backbone.
     """
 
     model: str
@@ -44,7 +45,7 @@ class Identity:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits, equal if and only if features can be compared."""
+        """Sixteen hex digits, equal if and only if features are comparable."""
         what = {"weights": self.weights, "config": self.config, "preprocess": dict(self.preprocess)}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -52,12 +53,12 @@ class Identity:
         return f"{self.model}{f'/{self.pretrained}' if self.pretrained else ''} ({self.fingerprint})"
 
     def to_dict(self) -> dict[str, object]:
-        """Return the entry of manifests and feature tables."""
+        """Return the entry for manifests and feature tables."""
         return asdict(self) | {"preprocess": dict(self.preprocess), "fingerprint": self.fingerprint}
 
     @classmethod
     def from_dict(cls, data: object) -> Identity:
-        """Read an entry by :meth:`to_dict`. Raises BackboneError if a part is missing or of the wrong type."""
+        """Read an entry written by :meth:`to_dict`. Raises BackboneError if a key is missing or of the wrong type."""
         if not isinstance(data, Mapping):
             raise BackboneError("backbone: not an object")
         kinds = {"model": str, "pretrained": (str, type(None)), "weights": str, "config": str, "preprocess": Mapping}
@@ -68,17 +69,17 @@ class Identity:
 
 
 def view_size(preprocess: Preprocess) -> tuple[int, int]:
-    """Return height and width of a view by an identity's ``preprocess``."""
+    """Return height and width of a view from an identity's ``preprocess``."""
     size = preprocess["size"]
     return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 class Backbone(Protocol):
-    """An image encoder, perhaps with a text encoder, whose features are all that is used."""
+    """An image encoder, possibly with a text encoder."""
 
     @property
     def identity(self) -> Identity:
-        """Which backbone this is."""
+        """Identity of the backbone."""
 
     @property
     def dim(self) -> int:
@@ -86,7 +87,7 @@ class Backbone(Protocol):
 
     @property
     def has_text(self) -> bool:
-        """Whether it encodes sentences; if not, photos alone tell the classes apart."""
+        """Whether it encodes text."""
 
     @property
     def logit_scale(self) -> float:
@@ -94,17 +95,17 @@ class Backbone(Protocol):
 
     @property
     def precision(self) -> str:
-        """``float32``, or the autocast dtype: a part of the key of a cached encoding."""
+        """``float32``, or the autocast dtype; part of the key of a cached encoding."""
 
     @property
     def batch_size(self) -> int:
-        """Number of views that it encodes fastest at a time on its device."""
+        """Fastest number of views to encode at a time on its device."""
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """Return the model's centre view ``[3, h, w]`` float32 of an RGB picture."""
+        """Return the model's centre view ``[3, h, w]`` float32 of an RGB image."""
 
     def view(self, image: Image.Image, seed: str) -> torch.Tensor:
-        """Return an augmented view ``[3, h, w]`` float32, determined by picture and seed."""
+        """Return an augmented view ``[3, h, w]`` float32, determined by image and seed."""
 
     def encode_images(self, pixels: torch.Tensor) -> FloatArray:
         """Return raw features ``[b, d]`` of views ``[b, 3, h, w]``, not normalised, so that views can be averaged."""
@@ -114,20 +115,20 @@ class Backbone(Protocol):
 
 
 def unit(features: FloatArray, what: str = "feature") -> FloatArray:
-    """Scale rows ``[m, d]`` to length 1, float32: the one place where features are normalised.
+    """Scale rows ``[m, d]`` to length 1, float32. Features are normalised nowhere else.
 
-    Raises InputError naming the row of a feature that is zero or not finite.
+    Raises InputError naming the first row that is zero or not finite.
     """
     norms = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
     if bad.size:
-        raise InputError(f"{what} {int(bad[0])}: zero or not finite, so it has no direction")
+        raise InputError(f"{what} {int(bad[0])}: zero or not finite")
     scaled: FloatArray = (features / norms).astype(np.float32)
     return scaled
 
 
 def resolve_device(device: str = "auto") -> str:
-    """Resolve ``auto`` to ``cuda`` if torch can use a GPU, else to ``cpu``, with a warning if there is a GPU.
+    """Resolve ``auto`` to ``cuda`` if torch can use a GPU, else to ``cpu``, with a warning if a GPU is left unused.
 
     Raises UsageError for a device that does not exist.
     """
@@ -136,7 +137,7 @@ def resolve_device(device: str = "auto") -> str:
     if device == "auto":
         problem = _unusable()
         if problem:
-            warn_once(f"{problem}; the CPU is used in its place (see doctor)")
+            warn_once(f"{problem}; using the CPU (see retrieval-tip doctor)")
         return "cpu" if problem is not None else "cuda"
     if device == "cpu":
         return device
@@ -145,13 +146,13 @@ def resolve_device(device: str = "auto") -> str:
             raise UsageError(f"device {device!r}: torch finds no CUDA GPU; use --device auto or cpu (see doctor)")
         number = device[5:]
         if device != "cuda" and not (number.isdecimal() and int(number) < torch.cuda.device_count()):
-            raise UsageError(f"device {device!r}: there are {torch.cuda.device_count()} GPUs")
+            raise UsageError(f"device {device!r}: torch finds {counted(torch.cuda.device_count(), 'GPU')}")
         return device
     raise UsageError(f"device {device!r}: expected auto, cpu or cuda")
 
 
 def _unusable() -> str | None:
-    """Say why torch cannot use a GPU: ``""`` if there is none, ``None`` if it can."""
+    """Return why torch cannot use a GPU: ``""`` without a GPU, ``None`` if it can."""
     import torch
 
     if not torch.cuda.is_available():
@@ -159,15 +160,15 @@ def _unusable() -> str | None:
         if hidden or not any(Path("/dev").glob("nvidia[0-9]*")):
             return ""
         build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
-        return f"there is a GPU, but torch, built for {build}, does not find it: its driver may be too old"
+        return f"torch (built for {build}) cannot use the GPU; its driver may be too old"
     major, minor = torch.cuda.get_device_capability()
     if runs_on((major, minor), torch.cuda.get_arch_list()):
         return None
-    return f"there is a GPU (sm_{major}{minor}), but torch was not built for it"
+    return f"torch was not built for this GPU (sm_{major}{minor})"
 
 
 def runs_on(capability: tuple[int, int], arches: Sequence[str]) -> bool:
-    """Tell whether torch, built for ``arches`` (``sm_86``, ``compute_90``), runs on a GPU of this capability."""
+    """Tell whether torch built for ``arches`` (``sm_86``, ``compute_90``) runs on a GPU of this capability."""
     major, minor = capability
     matches = [re.fullmatch(r"(sm|compute)_([0-9]+)([0-9])[a-z]?", arch) for arch in arches]
     known = [(kind, int(m), int(n)) for kind, m, n in (match.groups() for match in matches if match)]
@@ -177,14 +178,14 @@ def runs_on(capability: tuple[int, int], arches: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Execution:
-    """Device and precision of a backbone, and the ``runtime`` that encodes images on a CPU."""
+    """Device and precision of a backbone, and the ``runtime`` for images on a CPU."""
 
     device: str = "auto"
     precision: Precision = "auto"
     runtime: Runtime = "auto"
 
     def resolved(self) -> Execution:
-        """Replace ``auto`` by a device and a precision. Raises UsageError for one that does not exist."""
+        """Replace ``auto`` by a device and a precision. Raises UsageError for an unknown one."""
         device = resolve_device(self.device)
         check_choice("precision", self.precision, Precision)
         check_choice("runtime", self.runtime, Runtime)

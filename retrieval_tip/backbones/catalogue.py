@@ -1,4 +1,4 @@
-"""The list of backbones: their names and spellings, tags, sizes, and whether their weights are cached."""
+"""The list of backbones: names and spellings, tags, sizes, and whether the weights are cached."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from retrieval_tip.errors import BackboneError, UsageError, counted, first_line
 log = logging.getLogger(__name__)
 
 DEFAULT = "ViT-B-32"
-"""Default backbone: its recommended weights reach 69 % on ImageNet by text alone, in 0.6 GB."""
+"""Default backbone: its recommended weights (0.6 GB) reach 69 % zero-shot on ImageNet."""
 
 SHORT = {
     "clip": "ViT-B-32",
@@ -32,7 +32,7 @@ SHORT = {
     "dinov3": "timm:vit_small_patch16_dinov3.lvd1689m",
     "efficientnet": "timm:tf_efficientnet_lite0.in1k",
 }
-"""Short names of backbones to start with."""
+"""Short names of recommended backbones."""
 
 _ELSEWHERE = {
     "openai/clip-vit-base-patch32": ("ViT-B-32", "openai"),
@@ -43,33 +43,33 @@ _ELSEWHERE = {
     "dinov2_vitb14": ("timm:vit_base_patch14_dinov2.lvd142m", None),
     "dinov2_vitl14": ("timm:vit_large_patch14_dinov2.lvd142m", None),
 }
-"""Names of the same weights in other libraries."""
+"""Names that other libraries give to the same weights."""
 
 _FIRST = ("datacomp_xl", "datacomp_s34b", "laion2b_s34b", "laion2b_s32b", "laion2b", "webli", "openai")
-"""Beginnings of tags, best first: trained the longest on the most openly licensed data."""
+"""Prefixes of tags, best first: trained longest on the most openly licensed data."""
 
 NEAR, ALIKE = 8, 0.6
-"""Number of names in a message, and how alike they must be (``difflib.get_close_matches``)."""
+"""Number of similar names in a message, and their least similarity (``difflib.get_close_matches``)."""
 
 ANSWER = 2.5
-"""Seconds to wait for an answer of the hub."""
+"""Seconds to wait for the hub to answer."""
 
 _DEMO = "build/demo/efficientnet-lite0.pth"
 DEMO = (Path(_DEMO), Path(_DEMO).relative_to("build/demo"), Path(__file__).parents[2] / _DEMO)
-"""Places of the encoder of ``benchmarks/demo.py``: its folder, the current one, an installed clone."""
+"""Places to look for the encoder of ``benchmarks/demo.py``: its folder, the current folder, an installed clone."""
 
 LARGEST_LIST = 200
-"""Longest list with sizes: each takes a twentieth of a second to compute."""
+"""Longest list with sizes; computing one takes a twentieth of a second."""
 
 _QUIET = threading.RLock()
 
 
 def named(model: str | None, pretrained: str | None = None) -> tuple[str, str | None]:
-    """Return the names by which model and weights are loaded, however they were spelled.
+    """Return the canonical names of a model and its weights, whatever their spelling.
 
-    ``ViT-B/32`` and ``vit-b-32`` are ``ViT-B-32``, ``ViT-L/14@336px`` is ``ViT-L-14-336``, ``clip`` is
-    ``SHORT["clip"]``, ``openai/clip-vit-base-patch32`` is ``ViT-B-32`` with ``openai``, ``timm/NAME`` is ``timm:NAME``.
-    Unknown names are returned unchanged.
+    ``ViT-B/32`` and ``vit-b-32`` become ``ViT-B-32``, ``ViT-L/14@336px`` becomes ``ViT-L-14-336``, ``clip`` becomes
+    ``SHORT["clip"]``, ``openai/clip-vit-base-patch32`` becomes ``ViT-B-32`` with ``openai``, and ``timm/NAME`` becomes
+    ``timm:NAME``. Unknown names are returned unchanged.
     """
     model = model or DEFAULT
     if model.startswith(("local-dir:", "hf-hub:", "hf:", "timm:")):
@@ -88,7 +88,7 @@ def named(model: str | None, pretrained: str | None = None) -> tuple[str, str | 
 
 
 def _plain(name: str) -> str:
-    """Normalise a name: people spell case and separators differently."""
+    """Normalise case and separators of a name."""
     return re.sub(r"[-_/@ ]+", "-", name.lower().removesuffix("px"))
 
 
@@ -100,40 +100,40 @@ def _architectures() -> tuple[str, ...]:
 
 
 def has(model: str) -> bool:
-    """Tell whether a name is an architecture of open_clip."""
+    """Tell whether open_clip has an architecture of this name."""
     return model in _architectures()
 
 
 def unknown(model: str) -> UsageError:
-    """Make the error for a name that open_clip does not know, with similar names."""
+    """Return the error for a name that open_clip does not know, with similar names."""
     import timm
 
-    text = f"model {model!r}: not an open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO"
-    near = _offer(model, _architectures())
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not near:
-        near = f"; for a CLIP or SigLIP by transformers, hf:{model}"
+    near = _similar(model, _architectures())
     if timm.is_model(model.partition(".")[0]):
-        near = f"; timm has it: timm:{model}"
-    return UsageError(f"{text}{near}; retrieval-tip models WORD lists what there is")
+        near = f"; timm has it: give timm:{model}"
+    elif not near and re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        near = f"; for a CLIP or SigLIP of transformers, give hf:{model}"
+    expected = "; expected an open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO"
+    return UsageError(f"model {model!r}: unknown{near or expected}; search with retrieval-tip models WORD")
 
 
 def unknown_timm(model: str) -> UsageError:
-    """Make the error for a name that timm does not know, with similar names."""
+    """Return the error for a name that timm does not know, with similar names."""
     import timm
 
-    return UsageError(f"model 'timm:{model}': timm has no such model" + _offer(model, timm.list_models(), "timm:"))
+    return UsageError(f"model 'timm:{model}': timm has no such model" + _similar(model, timm.list_models(), "timm:"))
 
 
-def _offer(model: str, names: Sequence[str], prefix: str = "") -> str:
-    """List names that contain every part of this one, and names spelled similarly."""
+def _similar(model: str, names: Sequence[str], prefix: str = "") -> str:
+    """List names that contain every part of this one, or are spelled similarly."""
     plain, asked = {_plain(name): name for name in names}, _plain(model)
     whole = sorted((name for name in plain if all(part in name for part in asked.split("-"))), key=len)
     near = [*dict.fromkeys([*whole, *difflib.get_close_matches(asked, list(plain), NEAR, ALIKE)])][:NEAR]
-    return f"; near it are {', '.join(prefix + plain[name] for name in near)}" if near else ""
+    return f"; similar names: {', '.join(prefix + plain[name] for name in near)}" if near else ""
 
 
 def recommended(model: str) -> str | None:
-    """Return the default tag of an architecture of open_clip; ``None`` if it has no tags."""
+    """Return the default tag of an open_clip architecture; ``None`` if it has no tags."""
     import open_clip
 
     tags: list[str] = open_clip.list_pretrained_tags_by_model(model)
@@ -141,7 +141,7 @@ def recommended(model: str) -> str | None:
 
 
 def timm_tags(architecture: str) -> list[str]:
-    """Return the tags of a model of timm, its own default first."""
+    """List the tags of a timm model, its default first."""
     import timm
 
     return [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
@@ -149,9 +149,10 @@ def timm_tags(architecture: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Named:
-    """A row of the list of backbones: tags, the recommended one first, and bytes of the weights in float32.
+    """A row of the list of backbones.
 
-    ``cached``: whether the recommended weights are on this machine.
+    ``pretrained`` has the tags, the recommended one first; ``bytes`` is the size of the weights in float32; ``words``
+    tells whether it has a text tower, ``cached`` whether the recommended weights are on this machine.
     """
 
     model: str
@@ -162,9 +163,9 @@ class Named:
 
 
 def search(word: str = "") -> list[Named]:
-    """List the backbones whose name or tags contain a word, in any spelling; by default those of ``SHORT``.
+    """List the backbones whose name or tags contain a word, in any spelling; by default the recommended ones.
 
-    Raises UsageError with similar names if there is none.
+    Raises UsageError with similar names if nothing matches.
     """
     import timm
 
@@ -177,7 +178,7 @@ def search(word: str = "") -> list[Named]:
     if word.startswith("timm:"):
         ours = []
     if not (found := list(dict.fromkeys([*short, *ours, *theirs]))):
-        raise UsageError(f"models {word!r}: no backbone has this in its name" + _offer(word, _architectures()))
+        raise UsageError(f"models {word!r}: no encoder has this in its name" + _similar(word, _architectures()))
     return [_described(name, sized=len(found) <= LARGEST_LIST) for name in found]
 
 
@@ -203,9 +204,9 @@ def _described(name: str, *, sized: bool = True) -> Named:
 
 
 def _bytes(name: str) -> int | None:
-    """Count the bytes of the parameters in float32 on a model without memory; nothing is fetched.
+    """Count the bytes of the parameters in float32 without allocating or downloading them.
 
-    Returns ``None`` if the model cannot be made, for example if the configuration of its text tower is on a hub.
+    Returns ``None`` if that is impossible, for example if the configuration of the text tower is on a hub.
     """
     import open_clip
     import timm
@@ -221,18 +222,18 @@ def _bytes(name: str) -> int | None:
                 model = timm.create_model(name.removeprefix("timm:"), num_classes=0)
             else:
                 model = open_clip.create_model(name, device="meta", load_weights=False)
-    except Exception as error:  # whatever it is, the model can be named all the same
+    except Exception as error:  # the model can be listed without its size
         log.debug("%s: size unknown: %s", name, first_line(error))
         return None
     return int(4 * sum(parameter.numel() for parameter in model.parameters()))
 
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
-"""Files of weights in the order in which open_clip and timm look for them."""
+"""Weight files in the order in which open_clip and timm look for them."""
 
 
 def is_cached(repository: str | None, files: Sequence[str] = WEIGHTS) -> bool:
-    """Tell whether one of these files of a repository, by default its weights, is on this machine."""
+    """Tell whether one of these files of a repository, by default its weights, is cached on this machine."""
     from huggingface_hub import try_to_load_from_cache
 
     found = [try_to_load_from_cache(repository, file) for file in files] if repository else []
@@ -240,24 +241,24 @@ def is_cached(repository: str | None, files: Sequence[str] = WEIGHTS) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the reason of an error of the hub on one line, without its advice."""
-    said = first_line(error).rpartition("Last error: ")[2]
+    """Return the reason of a hub's error on one line, without its advice."""
+    text = first_line(error).rpartition("Last error: ")[2]
     silent = ("locate the file on the Hub", "connect to 'https://huggingface.co'", "reach https://huggingface.co")
-    return "huggingface.co does not answer" if any(words in said for words in silent) else said
+    return "huggingface.co did not answer" if any(phrase in text for phrase in silent) else text
 
 
 def check_code(model: str, error: Exception) -> None:
-    """Raise BackboneError if a model cannot be loaded because transformers would have to run the model's own code."""
+    """Raise BackboneError if loading failed because the model needs code of its own."""
     if "trust_remote_code" in str(error):
         raise BackboneError(
             f"{model}: this model requires custom code, which retrieval-tip never runs; choose another encoder "
-            "(retrieval-tip models lists some)"
+            "(see retrieval-tip models)"
         ) from None
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence open_clip, transformers and the hub inside the context; this package's messages still appear."""
+    """Silence open_clip, transformers and the hub, but not this package, inside the context."""
     ours = logging.getLogger("retrieval_tip")
     with _QUIET, _unasked():
         loggers = [ours, *map(logging.getLogger, (None, "huggingface_hub", "transformers"))]
@@ -276,16 +277,16 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _unasked() -> Iterator[None]:
-    """Make transformers refuse a model's own code, where it would ask on standard input whether to run it.
+    """Make transformers refuse a model's own code instead of asking on standard input whether to run it.
 
-    open_clip has no argument for that: it loads text towers without ``trust_remote_code``.
+    open_clip has no argument for this: it loads text towers without ``trust_remote_code``.
     """
     try:
         from transformers import dynamic_module_utils as asking
     except ImportError:
         yield
         return
-    before = asking.TIME_OUT_REMOTE_CODE  # seconds that it waits for an answer; with 0 it does not ask
+    before = asking.TIME_OUT_REMOTE_CODE  # seconds to wait for an answer; with 0 it does not ask
     asking.TIME_OUT_REMOTE_CODE = 0
     try:
         yield
@@ -294,10 +295,10 @@ def _unasked() -> Iterator[None]:
 
 
 def ask_hub(repository: str) -> None:
-    """Log the size of a repository's weights before they are fetched, if they are not on this machine.
+    """Log the size of a repository's weights before a download; do nothing if they are cached.
 
-    This is one request, which huggingface_hub would repeat a dozen times within 46 s. Raises ConnectionError if the hub
-    does not answer within ``ANSWER`` seconds (``HF_HUB_ETAG_TIMEOUT`` changes that), or ``HF_HUB_OFFLINE`` is set.
+    Sends one request, which huggingface_hub alone would repeat a dozen times within 46 s. Raises ConnectionError if the
+    hub does not answer within ``ANSWER`` seconds (or ``HF_HUB_ETAG_TIMEOUT``), or if ``HF_HUB_OFFLINE`` is set.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
@@ -309,34 +310,40 @@ def ask_hub(repository: str) -> None:
     limit = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or ANSWER)
     try:
         found = HfApi().model_info(repository, files_metadata=True, timeout=limit).siblings or []
-    except (HfHubHTTPError, ValueError) as error:  # an answer, or no repository; the download will say what is wrong
+    except (HfHubHTTPError, ValueError) as error:  # the download will report it
         log.debug("%s: %s", repository, first_line(error))
         return
-    except Exception as error:  # the hub's own errors differ from version to version
+    except Exception as error:  # the hub's errors differ from version to version
         log.debug("%s: %s", repository, first_line(error))
-        raise ConnectionError(f"{urlsplit(constants.ENDPOINT).netloc} does not answer") from error
+        raise ConnectionError(f"{urlsplit(constants.ENDPOINT).netloc} did not answer") from error
     sizes = {file.rfilename: file.size for file in found}
     if size := next((sizes[file] for file in WEIGHTS if sizes.get(file)), None):
-        log.info("fetching %s of weights from huggingface.co/%s, once", megabytes(size), repository)
+        log.info("downloading %s from huggingface.co/%s (only once)", megabytes(size), repository)
 
 
 def _weights_of(repository: str) -> Iterator[Path]:
-    """Return the files of weights of a repository in the hub's cache."""
+    """Return the weight files of a repository in the hub's cache."""
     from huggingface_hub import constants
 
     snapshots = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots")
     return (file for file in snapshots.glob("*/*") if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
 
 
-def unfetched(what: str, error: Exception, way_out: str) -> BackboneError:
-    """Make the error for weights that cannot be fetched; without a network it names options that work offline."""
-    here = _offline() if isinstance(error, ConnectionError) else None
-    offline = f"offline, add {here}, or " if here else ""
-    return BackboneError(f"{what} cannot be fetched ({reason_of(error)}); {offline}give {way_out}")
+def download_error(model: str, error: Exception, way_out: str) -> BackboneError:
+    """Return the error for a model that could not be downloaded or loaded, with options that work offline."""
+    if not isinstance(error, ConnectionError):
+        return BackboneError(f"Could not load {model}: {reason_of(error)}. Pass {way_out}.")
+    size = _bytes(model) if has(model) or model.startswith("timm:") else None
+    sized = f" ({megabytes(size)})" if size else ""
+    here = _offline()
+    offline = f"{here} (on this machine)" if here else "--model timm:NAME --pretrained FILE"
+    return BackboneError(
+        f"Could not download {model}{sized}: {reason_of(error)}. Offline? Pass {way_out}, or {offline}."
+    )
 
 
 def _offline() -> str | None:
-    """Return options that name an encoder whose weights are on this machine; ``None`` if there is none."""
+    """Return options that name an encoder whose weights are on this machine; ``None`` if there are none."""
     import open_clip
 
     for name in dict.fromkeys(SHORT.values()):
@@ -352,5 +359,5 @@ def _offline() -> str | None:
 
 
 def megabytes(size: int) -> str:
-    """Format a number of bytes."""
+    """Format a number of bytes in MB or GB."""
     return counted(round(size / 1e6), "MB").removesuffix("s") if size < 1e9 else f"{size / 1e9:.1f} GB"

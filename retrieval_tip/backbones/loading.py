@@ -1,4 +1,4 @@
-"""Load backbones by name, and read and write the files of tuned ones."""
+"""Load backbones by name, and read and write tuned weights."""
 
 from __future__ import annotations
 
@@ -33,25 +33,24 @@ def load_backbone(
     """Load a backbone by its name, in evaluation mode.
 
     Args:
-        model: an open_clip architecture (``ViT-B-32``, or as OpenAI spells it ``ViT-B/32``); ``local-dir:PATH`` (a
-            folder with ``open_clip_config.json`` and weights) or ``hf-hub:ORG/REPO`` in open_clip's format;
-            ``hf:ORG/REPO`` or ``hf:PATH``, a CLIP or SigLIP in the format of transformers; ``timm:NAME`` for an image
-            encoder without words (``timm:vit_small_patch14_dinov2.lvd142m``); a short name of
-            :data:`catalogue.SHORT`. ``None``: :data:`catalogue.DEFAULT`.
-        pretrained: a tag (``openai``, ``laion2b_s34b_b79k``), a checkpoint file, or ``TAG=FILE`` (a local copy of that
-            tag's weights, with the preprocessing and activation that belong to the tag). ``None``: the tag that
-            :func:`catalogue.recommended` names.
+        model: an open_clip architecture (``ViT-B-32``, or OpenAI's spelling ``ViT-B/32``); ``local-dir:PATH`` (a folder
+            with ``open_clip_config.json`` and weights) or ``hf-hub:ORG/REPO`` in open_clip's format; ``hf:ORG/REPO`` or
+            ``hf:PATH``, a CLIP or SigLIP in transformers' format; ``timm:NAME``, an image encoder without text
+            (``timm:vit_small_patch14_dinov2.lvd142m``); or a short name in :data:`catalogue.SHORT`. ``None`` uses
+            :data:`catalogue.DEFAULT`.
+        pretrained: a tag (``openai``, ``laion2b_s34b_b79k``), a checkpoint file, or ``TAG=FILE``: a local copy of that
+            tag's weights, used with the tag's preprocessing and activation. ``None`` uses
+            :func:`catalogue.recommended`.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``float32``; ``float16`` or ``bfloat16`` autocast; ``auto`` is float32 on a CPU, float16 on a GPU.
-        runtime: what encodes images on a CPU: ``auto`` is OpenVINO where its features are the model's (:mod:`tower`),
-            else ``torch``.
-        tuned: a file by :func:`write_tuned`, whose tensors take the place of the model's.
+        runtime: encodes images on a CPU: ``torch``, or ``auto`` for OpenVINO if its features agree (:mod:`tower`).
+        tuned: a file by :func:`write_tuned`, whose tensors replace the model's.
 
     Raises:
         UsageError: an unknown architecture, tag, device, precision or runtime.
-        BackboneError: weights that are missing, damaged, or cannot be fetched (the message names the file wanted); a
-            model that requires Python code of its own, which is never run; ``tuned`` is missing, damaged, or holds
-            tensors that do not fit the model.
+        BackboneError: weights that are missing, damaged, or cannot be downloaded (the message names the file); a model
+            that requires Python code of its own, which is never run; ``tuned`` is missing, damaged, or does not fit the
+            model.
     """
     how = Execution(device, precision, runtime).resolved()
     state = None if tuned is None else _read_tuned(Path(tuned))
@@ -68,10 +67,9 @@ def load_backbone(
 def load_when_needed(
     identity: Identity, dim: int, *, device: str = "auto", precision: Precision = "auto", runtime: Runtime = "auto"
 ) -> TorchBackbone:
-    """Return the backbone ``identity`` of features ``[m, dim]``, which is loaded later if its image tower is kept.
+    """Return the backbone ``identity`` with features of ``dim`` values; load it lazily if its image tower is stored.
 
-    Any other is loaded now. Raises as :func:`load_backbone`; one that is loaded later raises BackboneError then if it
-    is not ``identity``.
+    Raises as :func:`load_backbone`. A lazily loaded backbone raises BackboneError later if it is not ``identity``.
     """
     model, awaited = identity.model, (identity, dim)
     how = Execution(device, precision, runtime).resolved()
@@ -88,15 +86,15 @@ def _of(
         return timm.TimmBackbone(name.removeprefix("timm:"), tag, how, awaited)
     if name.startswith("hf:"):
         if tag is not None:
-            raise UsageError(f"pretrained {tag!r}: {name} has its own weights; leave it out")
+            raise UsageError(f"pretrained {tag!r}: {name} has its own weights; omit --pretrained")
         return transformers.TransformersBackbone(name.removeprefix("hf:"), how, awaited)
     return open_clip.OpenClipBackbone(name, tag, how, awaited)
 
 
 def write_tuned(path: str | os.PathLike[str], state: Mapping[str, torch.Tensor]) -> None:
-    """Write the tensors of :meth:`TorchBackbone.tuned` as a safetensors file, for ``load_backbone(..., tuned=path)``.
+    """Write tensors from :meth:`TorchBackbone.tuned` to a safetensors file, for ``load_backbone(..., tuned=path)``.
 
-    The same tensors give the same bytes. Raises BackboneError naming the file where it cannot be written.
+    The same tensors give the same bytes. Raises BackboneError if the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -111,7 +109,7 @@ def _read_tuned(file: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load
 
     try:
-        if not file.is_file():  # a pipe would wait for ever
+        if not file.is_file():  # reading a pipe would block
             raise FileNotFoundError("no such file")
         state: dict[str, torch.Tensor] = load(file.read_bytes())  # load_file refuses names that are not UTF-8
     except OSError as error:
@@ -125,7 +123,7 @@ def _read_tuned(file: Path) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Stop garbage collection: open_clip's imports make a million objects that stay, and walking them took a third."""
+    """Pause garbage collection: it took a third of the time, walking the million objects that open_clip imports."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Backbones by open_clip: by architecture and tag, from a folder, from the hub, or loaded already."""
+"""Backbones of open_clip: by architecture and tag, from a folder, from the hub, or already loaded."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from retrieval_tip.backbones.base import Execution, Identity
 from retrieval_tip.backbones.catalogue import (
     ask_hub,
     check_code,
+    download_error,
     has,
     quiet,
     reason_of,
     recommended,
-    unfetched,
     unknown,
 )
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Config = dict[str, Any]
-"""A configuration of open_clip, as JSON."""
+"""An open_clip configuration, as JSON."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Arguments for open_clip, and the ``wanted`` file or folder for messages."""
+    """Arguments for open_clip, and the ``wanted`` file or folder for error messages."""
 
     model: str
     pretrained: str | None
@@ -50,7 +50,7 @@ class _Plan:
     arguments: Config
     wanted: str
     repository: str | None = None
-    """Repository on huggingface.co that the weights come from."""
+    """Repository of the weights on huggingface.co."""
 
 
 def _plan(model: str, pretrained: str | None) -> _Plan:
@@ -63,64 +63,63 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
         text: Config = config["text_cfg"] if isinstance(config.get("text_cfg"), dict) else {}
         tower = text.get("hf_model_name")
         if tower and not Path(tower).is_dir() and (folder / "config.json").is_file():
-            # the text tower lies in this very folder, wherever we run from
+            # the text tower is in this folder too, whatever the current folder is
             arguments["text_cfg"] = text | {"hf_model_name": str(folder), "hf_model_pretrained": False}
         return _Plan(f"local-dir:{folder.resolve()}", None, None, arguments, str(folder))
     if model.startswith("hf-hub:"):
-        wanted = f"open_clip_config.json and the weights of huggingface.co/{model[7:]}"
-        return _Plan(model, None, None, {}, wanted, model[7:])
+        return _Plan(model, None, None, {}, f"huggingface.co/{model[7:]}", model[7:])
     if not has(model):
         raise unknown(model)
     tags = open_clip.list_pretrained_tags_by_model(model)
     pretrained = pretrained or recommended(model)
     if pretrained is None:
-        raise UsageError(f"model {model!r}: nobody has published weights of it; give --pretrained FILE")
+        raise UsageError(f"model {model!r}: has no published weights; give --pretrained FILE")
     tag, _, file = pretrained.rpartition("=")
     facts = open_clip.get_pretrained_cfg(model, tag or pretrained)
     if tag and facts:
         if not Path(file).is_file():
-            raise BackboneError(f"{file}: no such checkpoint (wanted as the weights of {model}/{tag})")
+            raise BackboneError(f"{file}: no such checkpoint for {model}/{tag}")
         return _Plan(model, tag, file, _tag_arguments(facts), file)
     if facts:
         repository = str(facts.get("hf_hub", "")).rpartition("/")[0] or None
         return _Plan(model, pretrained, None, _tag_arguments(facts), _remote(facts), repository)
     if Path(pretrained).is_file():
         log.warning(
-            "%s: no tag is named, so open_clip's default preprocessing and activation are used with these weights; "
-            "if they belong to a tag, give --pretrained TAG=%s (tags: %s)",
+            "%s: no tag given, so using open_clip's default preprocessing and activation; if these weights belong to "
+            "a tag, give --pretrained TAG=%s (tags: %s)",
             pretrained,
             pretrained,
             ", ".join(tags) or "none",
         )
         return _Plan(model, str(Path(pretrained).resolve()), pretrained, {}, pretrained)
     raise UsageError(
-        f"pretrained {pretrained!r}: neither a checkpoint file nor a tag of {model}; its tags are {', '.join(tags)}"
+        f"pretrained {pretrained!r}: neither a checkpoint file nor a tag of {model}; its tags: {', '.join(tags)}"
     )
 
 
 def _remote(facts: Config) -> str:
-    """Name the place that open_clip fetches a tag's weights from."""
+    """Name the source of a tag's weights."""
     repository, _, file = facts.get("hf_hub", "").rpartition("/")
-    return f"{file or 'open_clip_model.safetensors'} of huggingface.co/{repository}" if repository else facts["url"]
+    return f"{file or 'open_clip_model.safetensors'} from huggingface.co/{repository}" if repository else facts["url"]
 
 
 def _local_config(folder: Path) -> Config:
     path = folder / "open_clip_config.json"
     if not folder.is_dir():
-        raise BackboneError(f"{folder}: no such model folder; give its place with --model local-dir:PATH")
+        raise BackboneError(f"{folder}: no such model folder; give --model local-dir:PATH")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
         if not isinstance(config, dict):
             raise TypeError("model_cfg is not an object")
     except FileNotFoundError:
-        raise BackboneError(f"{path}: missing; a local-dir: model is a folder with this file and weights") from None
+        raise BackboneError(f"{path}: missing; local-dir: needs a folder with this file and weights") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise BackboneError(f"{path}: not an open_clip configuration ({error})") from None
     return config
 
 
 def _tag_arguments(facts: Config) -> Config:
-    """Return activation and preprocessing of a tag: open_clip only warns if the activation differs."""
+    """Return activation and preprocessing of a tag; for a wrong activation, open_clip only warns."""
     keys = ("mean", "std", "interpolation", "resize_mode")
     arguments: Config = {f"image_{key}": facts[key] for key in keys if facts.get(key) is not None}
     if facts.get("quick_gelu"):
@@ -129,7 +128,7 @@ def _tag_arguments(facts: Config) -> Config:
 
 
 def _open(plan: _Plan, device: torch.device) -> Opened:
-    """Open a model. Raises BackboneError for weights that are missing, damaged, or cannot be fetched."""
+    """Open a model. Raises BackboneError if its weights are missing, damaged, or cannot be downloaded."""
     import open_clip
 
     name = plan.model
@@ -147,7 +146,7 @@ def _open(plan: _Plan, device: torch.device) -> Opened:
     except Exception as error:  # open_clip, the hub, torch and safetensors each raise their own
         raise _load_error(plan, error) from error
     if not has_weights:
-        raise BackboneError(f"{plan.wanted}: holds no weights (*.safetensors, *.bin or *.pth)")
+        raise BackboneError(f"{plan.wanted}: no weights in this folder; add *.safetensors, *.bin or *.pth")
     config_digest = _config_digest(config, quick_gelu=bool(plan.arguments.get("force_quick_gelu")))
     return _opened(plan, frozen(model), preprocess, config_digest)
 
@@ -170,16 +169,16 @@ def _tokenizer(plan: _Plan) -> Tokenizer:
     try:
         with quiet():
             text = (open_clip.get_model_config(plan.model) or {}).get("text_cfg", {})
-            # A configuration may set this itself, in tokenizer_kwargs; open_clip's own tokenizers do not take it.
+            # Overrides tokenizer_kwargs of a configuration; open_clip's own tokenizers do not accept it.
             refused = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
             tokenizer: Tokenizer = open_clip.get_tokenizer(plan.model, **refused)
-    except Exception as error:  # as those of the model
+    except Exception as error:  # open_clip, the hub and transformers each raise their own
         raise _load_error(plan, error) from error
     return tokenizer
 
 
 class OpenClipBackbone(TorchBackbone):
-    """A backbone by open_clip. Make one with :func:`loading.load_backbone`, or :meth:`of`."""
+    """A backbone of open_clip. Create one with :func:`loading.load_backbone`, or :meth:`of`."""
 
     def __init__(
         self,
@@ -204,17 +203,17 @@ class OpenClipBackbone(TorchBackbone):
         pretrained: str | None = None,
         precision: Precision = "auto",
     ) -> Self:
-        """Make a backbone of what ``open_clip.create_model_and_transforms`` and ``get_tokenizer`` returned.
+        """Wrap a model, transform and tokenizer from ``open_clip.create_model_and_transforms`` and ``get_tokenizer``.
 
-        The model stays on its device and is set to evaluation mode without gradients.
+        The model stays on its device, in evaluation mode and without gradients.
 
         Args:
             model: an open_clip model with ``visual.preprocess_cfg``.
-            preprocess: a picture to its validation view ``[3, h, w]``.
-            tokenizer: sentences to tokens.
-            name: the architecture, by which an index can load it again; by another name it cannot.
-            pretrained: with an architecture, the tag or file of its weights.
-            precision: as for :func:`loading.load_backbone`.
+            preprocess: the validation transform, from an image to ``[3, h, w]``.
+            tokenizer: turns sentences into tokens.
+            name: the architecture; an index can reload the backbone only by a name that open_clip knows.
+            pretrained: tag or file of the weights of this architecture.
+            precision: as in :func:`loading.load_backbone`.
         """
         device = str(next(model.parameters()).device)
         how = Execution(device, precision).resolved()
@@ -241,13 +240,13 @@ class OpenClipBackbone(TorchBackbone):
 def _filled_once(create: Callable[[], _Created]) -> _Created:
     """Call ``create``, which returns a model first, without drawing random weights that a checkpoint overwrites.
 
-    If not every parameter was written, the model is made again in the plain way.
+    If some parameter was not written, call it again normally.
     """
     import torch
     from torch.overrides import TorchFunctionMode
 
-    draws = {"normal_", "uniform_", "kaiming_uniform_"}  # by name: transformers puts its own in the place of torch's
-    written: dict[int, torch.Tensor] = {}  # by id, and held, so that no other one gets it
+    draws = {"normal_", "uniform_", "kaiming_uniform_"}  # by name: transformers replaces torch's functions
+    written: dict[int, torch.Tensor] = {}  # by id; holding the tensor keeps the id unique
 
     class Undrawn(TorchFunctionMode):
         def __torch_function__(
@@ -268,11 +267,11 @@ def _filled_once(create: Callable[[], _Created]) -> _Created:
 
 
 def _text_dim(model: Model) -> int | None:
-    """Return the length of text features by the tower's last projection; ``None`` without one."""
+    """Return the length of text features from the tower's last projection; ``None`` without one."""
     import torch
 
     tower = getattr(model, "text", model)
-    projection = getattr(tower, "text_projection", getattr(tower, "proj", None))  # open_clip's own, a Hugging Face one
+    projection = getattr(tower, "text_projection", getattr(tower, "proj", None))  # open_clip's name, Hugging Face's
     if isinstance(projection, torch.nn.Sequential):
         projection = projection[-1]
     if isinstance(projection, torch.nn.Linear):
@@ -285,7 +284,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _config_digest(config: Config, *, quick_gelu: bool) -> str:
-    """Digest the architecture, without names of files and hubs, whose content is in the weights."""
+    """Digest the architecture, without file and hub names, which only say where the weights come from."""
 
     def plain(part: Config) -> Config:
         names = ("hf_model_name", "hf_tokenizer_name", "hf_model_pretrained", "timm_model_pretrained")
@@ -303,9 +302,5 @@ def _load_error(plan: _Plan, error: Exception) -> BackboneError:
         return BackboneError(f"{plan.model}: its text tower needs transformers; pip install 'retrieval-tip[hf]'")
     if plan.checkpoint or plan.model.startswith("local-dir:"):
         return BackboneError(f"{plan.wanted}: cannot be loaded as {plan.model}: {reason}")
-    way_out = (
-        "--model local-dir:FOLDER, a copy of that repository"
-        if plan.model.startswith("hf-hub:")
-        else f"--pretrained {plan.pretrained}=FILE, a copy of that file"
-    )
-    return unfetched(f"{plan.model}: {plan.wanted}", error, way_out)
+    option = "--model local-dir:FOLDER" if plan.model.startswith("hf-hub:") else f"--pretrained {plan.pretrained}=FILE"
+    return download_error(plan.model, error, f"{option} (a copy of {plan.wanted})")

@@ -1,4 +1,4 @@
-"""Class names to sentences, and sentences to class text weights."""
+"""Turn class names into prompts, and prompts into class text weights."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
 
 def clean_class_name(name: str) -> str:
-    """A class name as it stands in a sentence: underscores are spaces, white space is single."""
+    """Return a class name for use in a sentence: with single spaces, also in place of underscores."""
     return re.sub(r"[\s_]+", " ", name).strip()
 
 
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
-    """The templates, each with exactly one ``{}``. Raises UsageError otherwise, or where there are none."""
+    """Return the templates. Raises UsageError if there are none, or one does not contain ``{}`` exactly once."""
     if not templates:
-        raise UsageError("no template given: at least one sentence with {} in place of the class is needed")
+        raise UsageError("templates: none given; expected at least one, such as 'a photo of a {}.'")
     for template in templates:
         if template.count("{}") != 1:
-            raise UsageError(f"template {template!r}: needs one {{}} where the class name goes")
+            raise UsageError(f"template {template!r}: expected exactly one {{}} for the class name")
     return tuple(templates)
 
 
 def prompts_of(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """The sentences of each class, class by class. Raises UsageError as :func:`check_templates`."""
+    """Return the prompts of each class, class by class. Raises UsageError as :func:`check_templates`."""
     templates = check_templates(templates)
     return [template.replace("{}", clean_class_name(name)) for name in class_names for template in templates]
 
@@ -38,12 +38,12 @@ def prompts_of(class_names: Sequence[str], templates: Sequence[str]) -> list[str
 def text_weights(
     backbone: Backbone, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES, batch_size: int = 256
 ) -> npt.NDArray[np.float32]:
-    """Class text weights ``W`` ``[c, d]``, float32: one unit vector a class.
+    """Return class text weights ``W`` ``[c, d]`` float32, one unit vector per class.
 
-    Each prompt's feature is normalised, the features are averaged over the templates, and the mean is normalised
-    (the paper's code, and CLIP's own prompt ensembling).
+    Normalises each prompt's feature, averages over the templates, and normalises the mean (the paper's code, and CLIP's
+    own prompt ensembling).
 
-    Raises UsageError for a template without ``{}``; InputError where prompts of a class cancel out or are not finite.
+    Raises UsageError for a template without ``{}``; InputError if a class's prompts cancel out or are not finite.
     """
     prompts = prompts_of(class_names, templates)
     features = [
@@ -55,7 +55,7 @@ def text_weights(
 
 
 def mean_by_class(features: npt.NDArray[np.float32], class_names: Sequence[str]) -> npt.NDArray[np.float32]:
-    """Unit features ``[c, t, d]`` averaged over the ``t`` prompts of each class, then normalised: ``[c, d]``."""
+    """Average unit features ``[c, t, d]`` over the ``t`` prompts of each class, and normalise: ``[c, d]``."""
     means = features.mean(axis=1)
     for row in np.flatnonzero(~(np.linalg.norm(means, axis=1) > 1e-6)).tolist():
         raise InputError(f"class {class_names[row]!r}: the features of its prompts cancel out")

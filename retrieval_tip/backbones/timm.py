@@ -1,4 +1,4 @@
-"""Backbones by timm: image encoders without text (DINOv2, DINOv3, EfficientNet)."""
+"""Backbones of timm: image encoders without text (DINOv2, DINOv3, EfficientNet)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from retrieval_tip.backbones.base import Execution, Identity, Preprocess
-from retrieval_tip.backbones.catalogue import ask_hub, timm_tags, unfetched, unknown_timm
+from retrieval_tip.backbones.catalogue import ask_hub, download_error, timm_tags, unknown_timm
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
 from retrieval_tip.errors import BackboneError, UsageError, first_line
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class TimmBackbone(TorchBackbone):
-    """A backbone of one tower, by timm. Make one with :func:`loading.load_backbone`.
+    """An image backbone of timm. Create one with :func:`loading.load_backbone`.
 
-    Its features are those before the classifier, ``timm.create_model(NAME, num_classes=0)``, of a view that the model's
-    own configuration describes.
+    Its features are the input of the classifier, ``timm.create_model(NAME, num_classes=0)``; its view follows the
+    model's own configuration.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class TimmBackbone(TorchBackbone):
 
     @property
     def has_text(self) -> bool:
-        """Never."""
+        """Always false."""
         return False
 
     def _open(self) -> Opened:
@@ -49,7 +49,7 @@ class TimmBackbone(TorchBackbone):
                 ask_hub(config.hf_hub_id)
             tower = timm.create_model(name, pretrained=file is None, num_classes=0)
         except Exception as error:  # timm, the hub, torch and safetensors each raise their own
-            raise unfetched(f"timm:{name}: its weights", error, "--pretrained FILE, a copy of them") from error
+            raise download_error(f"timm:{name}", error, "--pretrained FILE (a copy of its weights)") from error
         if file is not None:
             _fill(tower, file, name)
         settings = resolve_model_data_config(tower)
@@ -67,7 +67,7 @@ class TimmBackbone(TorchBackbone):
 
 
 def _image_model(tower: torch.nn.Module) -> Model:
-    """Make a module like an open_clip model of an image tower."""
+    """Wrap an image tower in a module like an open_clip model."""
     import torch
 
     class VisualOnly(torch.nn.Module):
@@ -83,13 +83,13 @@ def _image_model(tower: torch.nn.Module) -> Model:
 
 
 def _plain(settings: Preprocess) -> Preprocess:
-    """Return timm's settings of a view as JSON, with the size under open_clip's name."""
+    """Return timm's settings of a view as JSON, with open_clip's name for the size."""
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     return plain | {"size": plain.pop("input_size")[1:]}
 
 
 def _plan(name: str, pretrained: str | None) -> tuple[str, str | None, Path | None]:
-    """Return architecture, tag and file. Raises UsageError or BackboneError naming what does not exist."""
+    """Return architecture, tag and file. Raises UsageError or BackboneError naming the missing one."""
     import timm
 
     architecture, _, tag = name.partition(".")
@@ -103,21 +103,20 @@ def _plan(name: str, pretrained: str | None) -> tuple[str, str | None, Path | No
         else:
             tag, file = of or tag, Path(path)
             if not file.is_file():
-                raise BackboneError(f"{path}: no such checkpoint (wanted as the weights of timm:{architecture})")
+                raise BackboneError(f"{path}: no such checkpoint for timm:{architecture}")
     tags = timm_tags(architecture)
     if tag and tag not in tags:
-        known = f"its tags are {', '.join(tags)}" if tags else "it has none"
-        raise UsageError(f"model 'timm:{name}': {tag!r} is no tag of {architecture}; {known}")
+        raise UsageError(f"model 'timm:{name}': unknown tag {tag!r}; its tags: {', '.join(tags) or 'none'}")
     if not tag and file is None:
         if not tags:
-            raise UsageError(f"model 'timm:{name}': nobody has published weights of it; give --pretrained FILE")
+            raise UsageError(f"model 'timm:{name}': has no published weights; give --pretrained FILE")
         config = timm.get_pretrained_cfg(architecture)
         tag = config.tag if config is not None and config.tag in tags else tags[0]
     return architecture, tag or None, file
 
 
 def _fill(tower: torch.nn.Module, file: Path, name: str) -> None:
-    """Put the tensors of a checkpoint into a tower by their names, or in order if another program named them.
+    """Load the tensors of a checkpoint into a tower: by name, or in order if the names differ.
 
     Raises BackboneError naming the file and the first tensor that does not fit.
     """
@@ -130,10 +129,12 @@ def _fill(tower: torch.nn.Module, file: Path, name: str) -> None:
     own = tower.state_dict()
     if own.keys() <= state.keys():
         chosen = {key: state[key] for key in own}
-    else:  # the classifier comes last
+    else:  # in order; the classifier comes last
         chosen = dict(zip(own, state.values(), strict=False))
     for key, tensor in own.items():
         if key not in chosen or chosen[key].shape != tensor.shape:
-            found = "missing" if key not in chosen else f"{list(chosen[key].shape)}, not {list(tensor.shape)}"
-            raise BackboneError(f"{file}: not weights of timm:{name}: tensor {key!r} is {found}")
+            found = "is missing" if key not in chosen else f"has shape {list(chosen[key].shape)}"
+            raise BackboneError(
+                f"{file}: not weights of timm:{name}: tensor {key!r} {found}; expected {list(tensor.shape)}"
+            )
     tower.load_state_dict(chosen)

@@ -1,4 +1,4 @@
-"""A backbone that is a torch module: views, features, training, and the identity of its weights."""
+"""Backbones as torch modules: views, features, training, and the identity of weights."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 BFLOAT16_FROM = (8, 0)
-"""First capability of a GPU that multiplies in bfloat16."""
+"""First GPU capability with bfloat16 arithmetic."""
 
 VIEW_SCALE = (0.5, 1.0)
 VIEW_RATIO = (3 / 4, 4 / 3)
 
 SAMPLED = 64
-"""Values of every tensor that are compared to notice changed weights."""
+"""Number of values per parameter that are compared to detect changed weights."""
 
 _OPENING = threading.Lock()
 _CONVOLUTIONS = threading.RLock()
-"""Held while the rounding of the process's convolutions is changed."""
+"""Lock for changing the rounding of convolutions, a setting of the process."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An opened model, in evaluation mode and without gradients, and its identity without the weights.
+    """A loaded model, in evaluation mode and without gradients, and its identity without the weights' digest.
 
-    ``tokenizer`` makes the function that turns sentences into the model's input; ``None`` without a text tower.
+    ``tokenizer`` creates the tokenizer; it is ``None`` without a text tower.
     """
 
     model: Model
@@ -59,21 +59,21 @@ class Opened:
 
 
 class TorchBackbone(ABC):
-    """A :class:`base.Backbone` whose towers, ``visual`` and ``text``, can be trained and stored.
+    """A :class:`base.Backbone` whose parts, ``visual`` and ``text``, can be trained and stored.
 
-    Make one with :func:`loading.load_backbone`. Every method that takes parts raises UsageError for another name.
+    Create one with :func:`loading.load_backbone`. Methods that take parts raise UsageError for any other name.
     """
 
     def __init__(self, how: Execution, awaited: tuple[Identity, int] | None = None) -> None:
-        """Open it at once, or with ``awaited``, its identity and ``d``, when it is first needed."""
+        """Load the model now, or with ``awaited`` (its identity and ``d``) when it is first needed."""
         import torch
 
         self._device = torch.device(how.device)
         self._precision, self._runtime = how.precision, how.runtime
-        self._tower: tuple[str, tower.Tower | None] | None = None  # for this fingerprint
+        self._tower: tuple[str, tower.Tower | None] | None = None  # with the fingerprint it belongs to
         self._is_trained = False
         self._opened: Opened | None = None
-        self._digested: torch.Tensor | None = None  # sampled weights, when their digest was made
+        self._digested: torch.Tensor | None = None  # sample of the weights that the digest belongs to
         dim: int | None
         if awaited is not None:
             self._identity, dim = awaited
@@ -84,21 +84,21 @@ class TorchBackbone(ABC):
 
     @abstractmethod
     def _open(self) -> Opened:
-        """Open the model on the backbone's device. Raises BackboneError for weights that are missing or damaged."""
+        """Load the model on the backbone's device. Raises BackboneError for weights that are missing or damaged."""
 
     def _open_here(self) -> Opened:
-        """Open the model, on a GPU with channels last, as pixels come; a CPU packs weights by itself."""
         import torch
 
         opened = self._open()
         if self._device.type == "cuda":
-            opened.model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch forgot it
+            # like the pixels; a CPU packs weights itself
+            opened.model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return opened
 
     def _open_model(self) -> Opened:
         import torch
 
-        with _OPENING:  # threads that decode images ask for it at the same time
+        with _OPENING:  # several decoding threads may need it at once
             if self._opened is None:
                 opened = self._open_here()
                 identity = replace(opened.identity, weights=weights_digest(opened.model))
@@ -116,10 +116,9 @@ class TorchBackbone(ABC):
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        """Made for the first text."""
         make = self._open_model().tokenizer
         if make is None:
-            raise UsageError(f"{self._identity.model}: has no text encoder; leave out what is made of words")
+            raise UsageError(f"{self._identity.model}: has no text encoder; omit prompts and templates")
         return make()
 
     @cached_property
@@ -128,7 +127,7 @@ class TorchBackbone(ABC):
 
     @property
     def identity(self) -> Identity:
-        """Which backbone this is, with the digest of its weights as they are now: caches go by it."""
+        """Identity of the backbone, with the digest of its current weights, which is a cache key."""
         if self._opened is None:
             return self._identity
         import torch
@@ -145,11 +144,11 @@ class TorchBackbone(ABC):
 
     @property
     def has_text(self) -> bool:
-        return self._opened is None or self._opened.tokenizer is not None  # an awaited one has
+        return self._opened is None or self._opened.tokenizer is not None  # TimmBackbone overrides this
 
     @property
     def logit_scale(self) -> float:
-        """The model's own factor, ``exp`` of its stored logarithm; 100 without a text tower."""
+        """Factor of the zero-shot logits: ``exp`` of the model's stored logarithm, or 100 without a text tower."""
         return float(self._model.logit_scale.exp()) if self.has_text else 100.0
 
     @property
@@ -158,7 +157,7 @@ class TorchBackbone(ABC):
 
     @property
     def batch_size(self) -> int:
-        """256 on a GPU, 16 on a CPU, 4 by torch: larger ones spend time on fresh memory (benchmarks/encoding.py)."""
+        """256 on a GPU, 16 with OpenVINO, 4 with torch on a CPU: more is slower there (benchmarks/encoding.py)."""
         if self._device.type != "cpu":
             return 256
         return 16 if self._may_compile else 4
@@ -169,18 +168,18 @@ class TorchBackbone(ABC):
 
     @property
     def image_encoder(self) -> torch.nn.Module:
-        """Image tower as a module, ``[b, 3, h, w]`` to raw features ``[b, d]``, on the backbone's device."""
+        """Image tower as a module, from ``[b, 3, h, w]`` to raw features ``[b, d]``, on the backbone's device."""
         return tower.image_encoder(self._model)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         if self._opened is None and tower.can_view(self._identity.preprocess):
             return tower.view(image, self._identity.preprocess)
-        # Not in numpy: while threads that decode have OpenMP threads of their own, the model's spin little at their
-        # barriers. Where they spin on cores that others use too, encoding takes several times as long.
+        # Uses torch, not numpy: decoding threads with OpenMP threads of their own keep the model's threads from
+        # spinning at barriers. On shared cores, spinning makes encoding several times slower.
         return self._open_model().preprocess(image)
 
     def view(self, image: Image.Image, seed: str) -> torch.Tensor:
-        """The paper's augmented view: random resized crop (area 0.5 to 1, bicubic), flipped half the time."""
+        """Return the paper's augmented view: a random resized crop (area 0.5 to 1, bicubic), flipped half the time."""
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as vision
 
@@ -210,7 +209,7 @@ class TorchBackbone(ABC):
         if self._tower is None or self._tower[0] != identity.fingerprint:
             compiled = tower.kept(identity, self._precision)
             if compiled is None:
-                if number < 2:  # converting takes longer than it gains for one
+                if number < 2:  # converting does not pay for one image
                     return None
                 compiled = tower.converted(self._model, identity, self.size, self._precision)
             self._tower = identity.fingerprint, compiled
@@ -224,9 +223,9 @@ class TorchBackbone(ABC):
         import torch
 
         if self._device.type == "cuda" and pixels.device.type == "cpu":
-            pixels = pixels.pin_memory()  # from there they are copied while this thread goes on
+            pixels = pixels.pin_memory()  # makes the copy asynchronous
         given = pixels.to(self._device, non_blocking=True)
-        channels_last = given.to(memory_format=torch.channels_last)  # convolutions prefer it
+        channels_last = given.to(memory_format=torch.channels_last)  # faster for convolutions
         return self._forward(self._model.encode_image, channels_last)
 
     def forward_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -244,7 +243,7 @@ class TorchBackbone(ABC):
             return tower(given).float()
 
     def copy_to_train(self) -> Self:
-        """Copy it, with bfloat16 or, on an old GPU, float32 for float16, whose gradients below 6e-8 are 0."""
+        """Return a copy for training, with bfloat16 or float32 for float16, whose gradients underflow below 6e-8."""
         import torch
 
         copied = copy.deepcopy(self)
@@ -255,7 +254,7 @@ class TorchBackbone(ABC):
         return copied
 
     def parameters(self, part: str) -> list[torch.nn.Parameter]:
-        """Return the parameters of one tower in the model's order, without logit scale and bias."""
+        """Return the parameters of one part in the model's order, without logit scale and bias."""
         return [parameter for name, parameter in self._model.named_parameters() if self._is_of(part, name)]
 
     @contextmanager
@@ -264,11 +263,11 @@ class TorchBackbone(ABC):
         parameters = [parameter for part in parts for parameter in self.parameters(part)]
         if "text" in parts and not self.has_text:
             raise UsageError(f"train text: {self._identity.model} has no text encoder")
-        self._is_trained = self._is_trained or "visual" in parts  # compiling does not pay for one step
+        self._is_trained = self._is_trained or "visual" in parts  # compiling again after each step does not pay
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
-            with _whole_convolutions(self._device):  # backward is called in here
+            with _whole_convolutions(self._device):  # for the caller's backward pass
                 yield parameters
         finally:
             for parameter in parameters:
@@ -276,16 +275,16 @@ class TorchBackbone(ABC):
                 parameter.grad = None
 
     def tuned(self, parts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Copy every tensor of ``parts`` by its name in the model, contiguous and on the CPU."""
+        """Return copies of the tensors of ``parts`` by name, contiguous and on the CPU."""
         import torch
 
         whole = {name: tensor for part in parts for name, tensor in self._tensors(part).items()}
         return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in whole.items()}
 
     def adopt(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Replace the tensors of whole towers by those of :meth:`tuned`; the identity follows.
+        """Replace whole parts by tensors from :meth:`tuned`, which changes the identity.
 
-        Raises BackboneError naming a tensor that is unknown, missing, or of another shape or type, and changes nothing.
+        Raises BackboneError, and changes nothing, if a tensor is unknown, missing, or of another shape or type.
         """
         towers = [self._tensors(part) for part in PARTS]
         _check_fit(state, towers, self._identity.model)
@@ -293,7 +292,6 @@ class TorchBackbone(ABC):
         self._digested = None
 
     def _tensors(self, part: str) -> dict[str, torch.Tensor]:
-        """Return the parameters and buffers of one tower."""
         return {name: tensor for name, tensor in self._model.state_dict().items() if self._is_of(part, name)}
 
     def _is_of(self, part: str, name: str) -> bool:
@@ -305,22 +303,22 @@ class TorchBackbone(ABC):
             return False
         if hasattr(self._model, "text"):
             return name.startswith("text.")
-        # OpenAI's CLIP: the modules of the text tower lie on the model itself
+        # in OpenAI's CLIP, the modules of the text tower are attributes of the model itself
         return not name.startswith(("visual.", "logit_scale", "logit_bias"))
 
 
 def _without_gradient(forward: Callable[[_T], torch.Tensor], given: _T) -> FloatArray:
     import torch
 
-    with torch.no_grad():  # inference_mode would keep what a tower caches from being trained later
+    with torch.no_grad():  # after inference_mode, tensors that a tower caches could not be trained
         array: FloatArray = forward(given).float().cpu().numpy()
     return array
 
 
 def frozen(model: Model) -> Model:
-    """Put a module into evaluation mode, without gradients; it stays in evaluation mode while it is trained.
+    """Put a module into evaluation mode without gradients. It stays in evaluation mode during training.
 
-    Batch statistics and dropout would give a picture a different feature in each batch.
+    Otherwise batch statistics and dropout would change an image's feature from batch to batch.
     """
     model.eval().requires_grad_(False)
     return model
@@ -328,14 +326,14 @@ def frozen(model: Model) -> Model:
 
 @contextmanager
 def _whole_convolutions(device: torch.device) -> Iterator[None]:
-    """Compute float32 convolutions in float32: cuDNN would round to TF32, and features differ from a CPU's by 1e-3."""
+    """Compute float32 convolutions exactly: with cuDNN's TF32, features would differ from a CPU's by 1e-3."""
     import torch
 
     if device.type == "cpu":
         yield
         return
     cudnn: Any = torch.backends.cudnn
-    new = hasattr(cudnn, "conv")  # torch 2.9; once it was used, the older setting cannot even be read
+    new = hasattr(cudnn, "conv")  # since torch 2.9; once used, the older setting cannot even be read
     place, name, exact = (cudnn.conv, "fp32_precision", "ieee") if new else (cudnn, "allow_tf32", False)
     with _CONVOLUTIONS:
         before = getattr(place, name)
@@ -347,22 +345,22 @@ def _whole_convolutions(device: torch.device) -> Iterator[None]:
 
 
 def _check_fit(state: Mapping[str, torch.Tensor], towers: Sequence[Mapping[str, torch.Tensor]], model: str) -> None:
-    """Raise BackboneError naming the tensor, unless ``state`` holds whole towers, at least one."""
+    """Raise BackboneError naming the tensor unless ``state`` holds one or more whole towers."""
     own = {name: tensor for tower in towers for name, tensor in tower.items()}
     for name, tensor in state.items():
         if name not in own:
-            raise BackboneError(f"tensor {name!r} is in neither tower of {model}; they were tuned from another model")
+            raise BackboneError(f"tensor {name!r} is in neither tower of {model}; tuned from another model?")
         stated, wanted = (f"{t.dtype} {list(t.shape)}".removeprefix("torch.") for t in (tensor, own[name]))
         if stated != wanted:
-            raise BackboneError(f"tensor {name!r} is {stated}, in {model} {wanted}; they were tuned from another model")
+            raise BackboneError(f"tensor {name!r} is {stated}, in {model} {wanted}; tuned from another model?")
     missing = [name for tower in towers if not state.keys().isdisjoint(tower) for name in tower if name not in state]
     if missing or not state:
-        what = f"tensor {missing[0]!r} is missing" if missing else "holds no tensors"
-        raise BackboneError(f"{what}; a tuned tower of {model} is stored whole")
+        what = f"tensor {missing[0]!r} is missing" if missing else "contains no tensors"
+        raise BackboneError(f"{what}; expected a whole tower of {model}")
 
 
 def _crop(width: int, height: int, generator: random.Random) -> tuple[int, int, int, int]:
-    """Draw top, left, height and width of a crop of random area and aspect; after ten misses, the largest centre."""
+    """Draw top, left, height and width of a random crop; after ten misses, take the largest centre crop."""
     for _ in range(10):
         area = width * height * generator.uniform(*VIEW_SCALE)
         ratio = float(np.exp(generator.uniform(*np.log(VIEW_RATIO))))
@@ -375,13 +373,13 @@ def _crop(width: int, height: int, generator: random.Random) -> tuple[int, int, 
 
 
 def _sampled(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Return views of up to ``SAMPLED`` values of every parameter, in which any training step shows."""
+    """Return views of up to ``SAMPLED`` values per parameter, enough to detect any training step."""
     parameters = [parameter.detach() for parameter in model.parameters()]
     return [p.as_strided((min(SAMPLED, p.numel()),), (max(1, p.numel() // SAMPLED),)) for p in parameters]
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """Return the SHA-256 over name, dtype, shape and bytes of every tensor."""
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of all tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         array = tensor.detach().cpu().contiguous()

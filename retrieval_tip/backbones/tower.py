@@ -1,7 +1,7 @@
-"""The image tower of a backbone on a CPU, compiled by OpenVINO and kept on disk.
+"""Image towers for CPUs, compiled by OpenVINO and stored on disk.
 
-It returns the backbone's features up to float rounding, two to three times as fast (``benchmarks/encoding.py``), and
-needs neither torch's model nor the libraries that made it.
+A tower returns the backbone's features up to float rounding, two to three times as fast as torch
+(``benchmarks/encoding.py``), and needs neither the torch model nor the libraries that made it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     class Model(torch.nn.Module):
-        """An open_clip model, or a module like one; the text parts are missing without a text tower."""
+        """An open_clip model or a similar module; the text parts are missing without a text tower."""
 
         visual: torch.nn.Module
         logit_scale: torch.Tensor
@@ -44,17 +44,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.99}
-"""Smallest accepted cosine to torch's float32 features, by precision. With lit-mini, bfloat16 has 0.997 at least on
-photos, by torch and by OpenVINO."""
+"""Smallest accepted cosine to torch's float32 features, by precision. With lit-mini on photos, bfloat16 reaches at
+least 0.997 in torch and in OpenVINO."""
 
 FORM = 1
-"""Version of the kept files; a change makes new ones."""
+"""Version of the stored files."""
 
 _GRAPH, _WEIGHTS, _FACTS = "tower.xml", "tower.bin", "digests.json"
 
 
 class Tower:
-    """A compiled tower: views ``[b, 3, h, w]`` to raw features ``[b, d]``, both float32."""
+    """A compiled tower, from views ``[b, 3, h, w]`` to raw features ``[b, d]``, both float32."""
 
     def __init__(self, model: openvino.Model, precision: str) -> None:
         import torch
@@ -62,28 +62,28 @@ class Tower:
         hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
         config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         self._compiled = _openvino().Core().compile_model(model, "CPU", config)
-        self._requests = threading.local()  # calling the compiled model shares one request among all threads
+        self._requests = threading.local()  # the compiled model itself has one request for all threads
 
     def __call__(self, pixels: torch.Tensor) -> FloatArray:
-        """Return raw features. Raises RuntimeError if OpenVINO returns another number of them."""
+        """Return raw features. Raises RuntimeError if OpenVINO returns a wrong number of them."""
         if not hasattr(self._requests, "own"):
             self._requests.own = self._compiled.create_infer_request()
         features: FloatArray = np.array(self._requests.own.infer(pixels.float().contiguous().numpy())[0])
-        if len(features) != len(pixels):  # in bfloat16, if oneDNN may not use it
-            raise RuntimeError(f"OpenVINO gave {len(features)} features for {len(pixels)} images")
+        if len(features) != len(pixels):  # happens in bfloat16 if oneDNN does not allow it
+            raise RuntimeError(f"OpenVINO returned {len(features)} features for {len(pixels)} images")
         return features
 
     def __deepcopy__(self, _: object) -> Tower:
-        return self  # it never changes
+        return self  # immutable
 
 
 def is_kept(identity: Identity) -> bool:
-    """Tell whether a backbone can encode images without its model: its tower is kept, its views are known here."""
+    """Tell whether a backbone can encode images without its model: its tower is stored, and its views are known."""
     return can_view(identity.preprocess) and (folder := _folder(identity)) is not None and (folder / _FACTS).is_file()
 
 
 def kept(identity: Identity, precision: str) -> Tower | None:
-    """Return the kept tower of a backbone; ``None`` if it is missing or damaged, and then remove it."""
+    """Load the stored tower of a backbone; return ``None`` if it is missing or damaged, and remove a damaged one."""
     import torch
 
     folder = _folder(identity)
@@ -93,11 +93,11 @@ def kept(identity: Identity, precision: str) -> Tower | None:
         if json.loads((folder / _FACTS).read_bytes()) != _digests(folder):
             raise ValueError("its files have changed")
         tower = Tower(_openvino().Core().read_model(folder / _GRAPH), precision)
-        if precision != "float32":  # a tower that was kept in float32 was never tried in another precision
+        if precision != "float32":  # a tower stored in float32 was never tried in another precision
             tower(torch.zeros(1, 3, *view_size(identity.preprocess)))
         return tower
-    except Exception as error:  # openvino raises RuntimeError, the files OSError and ValueError
-        log.info("%s: cannot be used (%s); it is made again", show(folder), first_line(error))
+    except Exception as error:  # OpenVINO raises RuntimeError, files OSError and ValueError
+        log.info("%s: cannot be used (%s); compiling it again", show(folder), first_line(error))
         shutil.rmtree(folder, ignore_errors=True)
         return None
 
@@ -105,10 +105,10 @@ def kept(identity: Identity, precision: str) -> Tower | None:
 def converted(
     model: Model, identity: Identity, size: tuple[int, int], precision: str, least: float | None = None
 ) -> Tower | None:
-    """Convert and keep the tower of a torch model.
+    """Convert the tower of a torch model, and store it.
 
-    Returns ``None``, with a warning, if that fails, or a cosine of its features to the model's is below ``least``
-    (default: :data:`LEAST_COSINE`).
+    Logs a warning and returns ``None`` if that fails, or if the cosine between its features and the model's is below
+    ``least`` (default: :data:`LEAST_COSINE`).
     """
     import torch
 
@@ -120,16 +120,16 @@ def converted(
             own = model.encode_image(pixels).double()
         cosine = float(torch.cosine_similarity(own, torch.from_numpy(tower(pixels)).double()).min())
         if not cosine >= (LEAST_COSINE[precision] if least is None else least):
-            raise ValueError(f"its features have a cosine of {cosine:.6f} to torch's")
-    except Exception as error:  # openvino and torch each raise their own
-        log.warning("%s: images are encoded by torch, more slowly: OpenVINO cannot (%s)", identity, first_line(error))
+            raise ValueError(f"cosine to torch's features {cosine:.6f}")
+    except Exception as error:  # OpenVINO and torch each raise their own
+        log.warning("%s: images encoded by torch, which is slower: OpenVINO failed (%s)", identity, first_line(error))
         return None
     _keep(graph, identity)
     return tower
 
 
 def _openvino() -> ModuleType:
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # then it reports nothing to its maker
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # disables telemetry
     import openvino
 
     module: ModuleType = openvino
@@ -137,7 +137,7 @@ def _openvino() -> ModuleType:
 
 
 def image_encoder(model: Model) -> torch.nn.Module:
-    """Return the ``encode_image`` of a model as a module, ``[b, 3, h, w]`` to ``[b, d]``."""
+    """Return a model's ``encode_image`` as a module, from ``[b, 3, h, w]`` to ``[b, d]``."""
     import torch
 
     class ImageTower(torch.nn.Module):
@@ -153,7 +153,7 @@ def image_encoder(model: Model) -> torch.nn.Module:
 
 
 def _graph(model: Model, size: tuple[int, int]) -> openvino.Model:
-    """Return the model's ``encode_image`` as a graph of OpenVINO, for any number of views of this size."""
+    """Return a model's ``encode_image`` as an OpenVINO graph, for any number of views of this size."""
     import torch
 
     openvino = _openvino()
@@ -166,7 +166,7 @@ def _graph(model: Model, size: tuple[int, int]) -> openvino.Model:
 
 @contextmanager
 def traceable() -> Iterator[None]:
-    """Turn off torch's fused attention, which no other program knows, and its advice on tracing."""
+    """Turn off torch's fused attention, which other runtimes lack, and its warnings about tracing."""
     import warnings
 
     import torch
@@ -184,14 +184,12 @@ def traceable() -> Iterator[None]:
 def _folder(identity: Identity) -> Path | None:
     """Return the folder of a backbone's tower; ``None`` for a user without a cache folder."""
     caches = cache_folder()
-    if caches is None:
-        return None
-    made_of = f"{FORM} {identity.fingerprint} {identity.weights} {version('openvino')}"
-    return caches / "towers" / hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    key = f"{FORM} {identity.fingerprint} {identity.weights} {version('openvino')}"
+    return None if caches is None else caches / "towers" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def _keep(graph: openvino.Model, identity: Identity) -> None:
-    """Write a tower, whole or not at all; log why if it cannot be written."""
+    """Write a tower atomically; if that fails, log why."""
     folder = _folder(identity)
     if folder is None or folder.exists():
         return
@@ -202,8 +200,8 @@ def _keep(graph: openvino.Model, identity: Identity) -> None:
             (new / _FACTS).write_text(json.dumps(_digests(new)))
             new.rename(folder)
     except (OSError, RuntimeError) as error:
-        if not folder.exists():  # else another process was first
-            log.info("%s: cannot be kept (%s)", show(folder), first_line(error))
+        if not folder.exists():  # otherwise another process was faster
+            log.info("%s: cannot be stored (%s)", show(folder), first_line(error))
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -211,16 +209,16 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def can_view(preprocess: Preprocess) -> bool:
-    """Tell whether :func:`view` can prepare pictures as a backbone wants them."""
+    """Tell whether :func:`view` supports a backbone's preprocessing."""
     with suppress(KeyError, TypeError, ValueError):
         return shorter_side(preprocess) is not None and len(preprocess["mean"]) == len(preprocess["std"]) == 3
     return False
 
 
 def view(image: Image.Image, preprocess: Preprocess) -> torch.Tensor:
-    """Return the centre view ``[3, h, w]`` float32 of a picture, equal to open_clip's and timm's to the last bit.
+    """Return the centre view ``[3, h, w]`` float32 of an image, bit for bit equal to open_clip's and timm's.
 
-    It is resized, cropped to the middle, divided by 255, less ``mean``, divided by ``std``.
+    The image is resized, centre-cropped, divided by 255, and normalised by ``mean`` and ``std``.
     """
     import torch
     from PIL.Image import Resampling
@@ -242,7 +240,7 @@ def view(image: Image.Image, preprocess: Preprocess) -> torch.Tensor:
 
 
 def shorter_side(preprocess: Preprocess) -> int | None:
-    """Return the shorter side of a resized picture before it is cropped; ``None`` if it is not known here."""
+    """Return the shorter side to resize to before cropping; ``None`` for unsupported preprocessing."""
     size = view_size(preprocess)
     if size[0] != size[1] or preprocess.get("interpolation") not in ("bilinear", "bicubic"):
         return None

@@ -1,4 +1,4 @@
-"""Backbones by transformers: CLIP and SigLIP in its own format, many of them tuned to a domain."""
+"""Backbones of transformers: CLIP and SigLIP models in its format, many of them tuned to a domain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from retrieval_tip.backbones.base import Execution, Identity, Preprocess
-from retrieval_tip.backbones.catalogue import ask_hub, check_code, is_cached, quiet, reason_of, unfetched
+from retrieval_tip.backbones.catalogue import ask_hub, check_code, download_error, is_cached, quiet, reason_of
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
 from retrieval_tip.errors import BackboneError, UsageError
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from retrieval_tip.backbones.tower import Model
 
 KINDS = ("clip", "siglip")
-"""Accepted kinds of models; SigLIP 2 of a fixed resolution is a ``siglip``."""
+"""Accepted types of models; SigLIP 2 with a fixed resolution is a ``siglip``."""
 ARCHITECTURE = ("hidden_act", "num_attention_heads", "layer_norm_eps", "eos_token_id")
-"""Settings of a tower that its weights do not show."""
+"""Settings of a tower that cannot be derived from its weights."""
 
 
 class TransformersBackbone(TorchBackbone):
-    """A backbone by transformers. Make one with :func:`loading.load_backbone`.
+    """A backbone of transformers. Create one with :func:`loading.load_backbone`.
 
-    Its features are those of ``get_image_features`` and ``get_text_features``, of views as its own image processor
-    makes them (but for half a pixel, where what is cut off is odd) and of sentences padded to the tower's length.
+    Its features equal ``get_image_features`` and ``get_text_features``. Views match its image processor's (shifted by
+    half a pixel if an odd number of pixels is cropped); sentences are padded to the tower's length.
     """
 
     def __init__(self, place: str, how: Execution, awaited: tuple[Identity, int] | None = None) -> None:
@@ -50,7 +50,8 @@ class TransformersBackbone(TorchBackbone):
             if not (here := Path(self._place).is_dir() or is_cached(self._place)):
                 ask_hub(self._place)
         except ConnectionError as error:
-            raise unfetched(f"hf:{self._place}: it", error, "--model hf:FOLDER, a copy of that repository") from error
+            way_out = f"--model hf:FOLDER (a copy of huggingface.co/{self._place})"
+            raise download_error(f"hf:{self._place}", error, way_out) from error
 
         def read(kind: Any, **options: Any) -> Any:
             try:
@@ -59,19 +60,19 @@ class TransformersBackbone(TorchBackbone):
             except Exception as error:  # transformers, the hub, torch and safetensors each raise their own
                 check_code(f"hf:{self._place}", error)
                 raise BackboneError(
-                    f"wanted the CLIP or SigLIP of hf:{self._place}, which cannot be read ({reason_of(error)}); give "
-                    "--model hf:FOLDER with that repository's files"
+                    f"hf:{self._place}: cannot be read as a CLIP or SigLIP: {reason_of(error)}; give --model hf:FOLDER "
+                    "with the repository's files"
                 ) from error
 
         config = read(AutoConfig)
         if config.model_type not in KINDS:
             raise BackboneError(
-                f"hf:{self._place}: a model of kind {config.model_type!r}; {' and '.join(KINDS)} are read, and image "
-                "encoders by timm:NAME"
+                f"hf:{self._place}: unsupported model type {config.model_type!r}; expected {' or '.join(KINDS)}, or "
+                "timm:NAME for an image encoder"
             )
         settings = _settings(read(AutoImageProcessor).to_dict(), self._place)
         model, found = read(AutoModel, output_loading_info=True)
-        if found["missing_keys"]:  # which transformers fills at random
+        if found["missing_keys"]:  # transformers would fill them at random
             raise BackboneError(f"hf:{self._place}: its weights lack {min(found['missing_keys'])}")
         length = config.text_config.max_position_embeddings
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
@@ -84,7 +85,7 @@ class TransformersBackbone(TorchBackbone):
 
 @contextmanager
 def _no_bars(wanted: bool) -> Iterator[None]:
-    """Hide progress bars, while local files are read."""
+    """Hide progress bars inside the context if ``wanted``."""
     from transformers.utils import logging as bars
 
     before = bars.is_progress_bar_enabled()
@@ -98,7 +99,7 @@ def _no_bars(wanted: bool) -> Iterator[None]:
 
 
 def _dual(model: Any) -> Model:
-    """Make a module like an open_clip model of the towers of one of transformers."""
+    """Wrap the towers of a transformers model in a module like an open_clip model."""
     import torch
 
     class Projected(torch.nn.Module):
@@ -127,7 +128,7 @@ def _dual(model: Any) -> Model:
 
 
 def _settings(processor: Preprocess, place: str) -> PreprocessCfg:
-    """Return the settings of an image processor as open_clip's. Raises BackboneError for others."""
+    """Return an image processor's settings as open_clip's. Raises BackboneError if it differs from CLIP and SigLIP."""
     from open_clip.transform import PreprocessCfg
     from PIL.Image import Resampling
 
@@ -135,7 +136,7 @@ def _settings(processor: Preprocess, place: str) -> PreprocessCfg:
     side = processor["crop_size"] if cropped else size
     interpolation = Resampling(processor["resample"]).name.lower()
     if (cropped and size.get("shortest_edge") != min(side.values())) or interpolation not in ("bicubic", "bilinear"):
-        raise BackboneError(f"hf:{place}: prepares pictures in another way than CLIP and SigLIP do ({size} to {side})")
+        raise BackboneError(f"hf:{place}: unsupported image preprocessing ({interpolation}, {size} to {side})")
     return PreprocessCfg(
         size=(side["height"], side["width"]), mean=tuple(processor["image_mean"]), std=tuple(processor["image_std"]),
         interpolation=interpolation, resize_mode="shortest" if cropped else "squash",
@@ -145,14 +146,14 @@ def _settings(processor: Preprocess, place: str) -> PreprocessCfg:
 def _tokenizer(tokenizer: Callable[..., Any], length: int) -> Tokenizer:
     def tokens(sentences: list[str]) -> torch.Tensor:
         padded = tokenizer(sentences, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        ids: torch.Tensor = padded["input_ids"]  # without a mask: CLIP looks back only, SigLIP has learned the padding
+        ids: torch.Tensor = padded["input_ids"]  # needs no mask: CLIP only looks back, SigLIP has learned the padding
         return ids
 
     return tokens
 
 
 def _digest(config: Any) -> str:
-    """Digest what the weights do not show of the architecture: versions of transformers add to a configuration."""
+    """Digest the architecture by a few settings only, since versions of transformers add others."""
     towers = [
         {name: getattr(part, name, None) for name in ARCHITECTURE}
         for part in (config.vision_config, config.text_config)

@@ -207,7 +207,7 @@ class Encoder:
     def needed_backbone(self, source: Source) -> Backbone:
         """Return the backbone. Raises UsageError if there is none."""
         if self.backbone is None:
-            raise UsageError(f"{source.name}: images need an encoder; give --model (and --pretrained)")
+            raise UsageError(f"{source.name}: needs an encoder; give --model (and --pretrained)")
         return self.backbone
 
     def _parts(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[_Part]:
