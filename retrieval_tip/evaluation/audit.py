@@ -13,7 +13,7 @@ comparable between indexes. Trained ``values`` are ignored. A fitted index is ju
 visible keys has no score. A shot that is the only image of its class cannot be judged: its suggestion, scores, margin
 and rank are null, and it is listed only as a duplicate.
 
-Keys are processed in blocks, so memory stays flat. The formula is that of :mod:`tip`.
+Keys are processed in blocks, so memory stays flat.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ BINS = 15
 LOWEST, HIGHEST = 1e-4, 1e4
 """Bounds of a fitted temperature, as multiples of the largest spread of a row of logits."""
 ITSELF = 1e-4
-"""Squared distance to a key up to which a validation item counts as a shot itself."""
+"""Largest squared distance to a key of a validation item that is itself a shot."""
 _BLOCK = 1 << 21
 _STEPS, _TOLERANCE = 200, 1e-12
 
@@ -84,7 +84,7 @@ def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BIN
 def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BINS) -> float:
     """Return ``ECE = sum over bins m of (n_m / n) |accuracy_m - mean confidence_m|``, 0 to 1 (Guo et al., eq. 3).
 
-    Bins are those of :func:`reliability`. The estimate is biased upwards if bins hold few answers.
+    Uses the bins of :func:`reliability`. The estimate is biased upwards if bins hold few answers.
     """
     curve = reliability(confidence, right, bins)
     n = sum(b.count for b in curve)

@@ -53,7 +53,7 @@ class Details:
     """Details of each item ``[n]``: its ``positions`` in the source, and natural logarithms of probabilities.
 
     ``log_truth`` belongs to the true class, ``log_doubt`` to all classes except the answer; both still rank items whose
-    probabilities round to 0 or 1. ``text`` are the answers of ``softmax(text logits)``, ``cache`` those of
+    probabilities round to 0 or 1. ``text`` holds the answers of ``softmax(text logits)``, ``cache`` of
     ``softmax(alpha * cache logits)``.
     """
 
@@ -139,7 +139,7 @@ def evaluate(
 ) -> Evaluation:
     """Classify a labelled source and compare the answers with its labels.
 
-    ``k`` and ``tail`` default to those of the index. ``abstain`` is a probability below which answers would be
+    ``k`` and ``tail`` default to the settings of the index. ``abstain`` is a probability below which answers would be
     withheld. ``affinities`` adds a histogram of affinities to keys.
 
     Raises InputError if the source is empty or has labels that are not classes of the index; UsageError for ``abstain``

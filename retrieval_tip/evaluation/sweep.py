@@ -72,7 +72,7 @@ class Run(Told):
     """A row of the table of runs.
 
     ``k`` 0 stands for all keys; alpha, beta and k are ``None`` for methods without them. ``seconds`` covers choosing
-    and answering, without encoding; ``peak_memory`` is that of the process so far, in bytes.
+    and answering, without encoding; ``peak_memory`` is the peak of the process so far, in bytes.
     """
 
     top1: float
@@ -183,7 +183,7 @@ def sweep(
 
 
 def encode(pool: CacheModel, source: Source, encoder: Encoder) -> Items:
-    """Encode a labelled source, with class ids of the pool. Raises InputError for labels that are not classes of it."""
+    """Encode a labelled source, with class ids of the pool. Raises InputError for unknown labels."""
     ids = pool.ids_of(source)
     encoded = encoder.encode(source)
     return Items(encoded.features, ids[encoded.positions], source.name)
@@ -294,7 +294,8 @@ def _row(
         "chosen_on": chosen_on,
         "seconds": time.perf_counter() - start,
         "parameters_trained": _trained(answering, told["method"]),
-        "peak_memory": _peak_memory(),
+        # Linux reports KiB, macOS bytes
+        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "backbone": str(backbone) if backbone else None,
         "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -312,8 +313,3 @@ def _answer(answering: CacheModel | Linear, test: Items) -> tuple[float, float]:
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
     hits = ranked == torch.from_numpy(test.ids)[:, None]
     return float(hits[:, 0].double().mean()), float(hits.any(dim=1).double().mean())
-
-
-def _peak_memory() -> int:
-    """Return the largest resident set of this process so far in bytes (Linux reports KiB, macOS bytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

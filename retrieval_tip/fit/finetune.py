@@ -52,7 +52,7 @@ Checkpoint = dict[str, Any]
 STATE = ("epoch", "seconds", "curve", "kept_epoch", "kept", "collapsed")
 """Attributes of a run kept in a checkpoint."""
 FLATTER, STRONGER = 0.1, (1, 4, 16)
-"""Settings to try besides those of the index: beta in units of the spread of affinities between classes (1 if
+"""Further settings to try: beta in units of the spread of affinities between classes (1 if
 untouched), and alpha as multiples of the most likely one on the validation images."""
 TRIAL = 0.25
 """Share of the epochs used to try settings."""
@@ -216,8 +216,8 @@ def finetune(
         parent: name of the index, for the record.
         checkpoint: file for the state after each epoch, if an encoder is trained. The caller removes it.
         on_epoch: called with each row of the curve (:data:`CURVE`), first before training; an exception ends the run.
-        resume: continue from ``checkpoint`` if it exists. The result equals that of an uninterrupted run, bit for bit
-            on the same device with as many threads.
+        resume: continue from ``checkpoint`` if it exists. The result is the same as without interruption, bit for
+            bit on the same device with as many threads.
 
     Raises:
         UsageError: a recipe that this index or backbone cannot follow, or that does not fit in memory; a checkpoint of
@@ -236,7 +236,7 @@ def finetune(
 
 
 def _untrained(cache: CacheModel, recipe: Recipe) -> CacheModel:
-    """Return Tip-Adapter over the same keys with the recipe's alpha and beta, from which training starts."""
+    """Return the start of training: Tip-Adapter over the same keys, with the recipe's alpha and beta."""
     plain = closed_form.unfitted(cache.whole())
     return plain.with_settings(plain.settings.override(alpha=recipe.alpha, beta=recipe.beta))
 
@@ -268,7 +268,7 @@ def _warn(tuned: Tuned) -> None:
     if tuned.collapsed is not None:
         log.warning("training collapsed: %s; kept epoch %d", tuned.collapsed, tuned.epoch)
     elif tuned.epoch == 0:
-        log.warning("no epoch improved the accuracy on the validation photos; kept the index as it was")
+        log.warning("no epoch improved the accuracy on the validation photos; the keys stay untrained")
 
 
 def _compared(
@@ -366,7 +366,7 @@ def shots_of(cache: CacheModel) -> Source:
 def own_shots(cache: CacheModel, source: Source) -> Source:
     """Return the items of a source that are shots of the index: path or id is the ``source`` of a key.
 
-    Raises InputError if there is none.
+    Raises InputError if nothing matches.
     """
     own = set(cache.labels["source"].to_pylist())
     positions = [position for position, name in enumerate(source.sources) if name in own]
@@ -666,7 +666,7 @@ def _fitting_alpha(cache: CacheModel, queries: search_hp.Queries) -> float:
 
 def _check_length(cache: CacheModel, name: str, d: int) -> None:
     if d != cache.d:
-        raise InputError(f"{name}: features have {d} values; those of the index have {cache.d}")
+        raise InputError(f"{name}: features have {d} values; the index needs {cache.d}")
 
 
 def _in_training(cache: CacheModel, encoder: Encoder, recipe: Recipe) -> tuple[Encoder, TorchBackbone | None]:

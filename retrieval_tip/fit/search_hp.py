@@ -134,7 +134,7 @@ def unseen(cache: AnsweringIndex, features: npt.NDArray[np.float32], ids: npt.ND
 def leave_one_out(cache: CacheModel) -> Queries:
     """Return the shots as queries that do not see the keys of their own image.
 
-    Keys belong to one image if they share a content digest, or a source if there is none. Raises UsageError if a class
+    Keys belong to one image if they share a content digest, or without digests a source. Raises UsageError if a class
     has a single image, or if values were solved, since they know all shots.
     """
     if cache.fitted is not None and cache.fitted.solved:
@@ -229,13 +229,13 @@ def search(
     Args:
         cache: the index; its own alpha, beta and k are ignored.
         queries: from :func:`on_validation`, :func:`leave_one_out` or :func:`folds`.
-        betas: values to try; by default 0.1 to 100 in steps of 1.26, and the untouched beta or that of ``kept``.
-        ks: values to try, ``None`` for all keys; by default all keys and the powers of two up to half of them. An index
-            over classes tries all keys only.
+        betas: values to try; by default 0.1 to 100 in steps of 1.26, plus the untouched beta or the one in ``kept``.
+        ks: values to try, ``None`` for all keys; by default all keys and the powers of two up to half the keys. An
+            index over classes tries all keys only.
         cautious: keep the untouched settings (:mod:`defaults`) unless the best ones are significantly better (paired,
             95 %). Few queries overfit a choice among thousands of settings.
         kept: alpha and beta that a cautious search keeps instead, with ``k = all``: the training settings of fine-tuned
-            keys; by default those of a fitted index. This beta is always tried.
+            keys; by default the settings of a fitted index. This beta is always tried.
         seed: seed of the bootstrap.
 
     Raises InputError for queries that are empty, of unknown classes, or not ``[q, d]``; UsageError for invalid
@@ -282,7 +282,7 @@ def search_paper(
 ) -> HyperparameterChoice:
     """Search the published grid: beta ``0.1 + i (scale - 0.1) / 200``, alpha ``0.1 + i (scale - 0.1) / 20``.
 
-    The first best wins; alpha 0 is not in the grid. ``scales`` are those of beta and alpha (7 and 3 for ImageNet).
+    The first best wins; alpha 0 is not in the grid. ``scales`` are the largest beta and alpha (7 and 3 for ImageNet).
     Published figures used the whole validation split, and for ImageNet the test set. Raises UsageError if values were
     solved, since these belong to one beta.
     """

@@ -26,13 +26,13 @@ from retrieval_tip.fit.gradient import BLOCK, GPU_BLOCK, AllKeys
 from retrieval_tip.settings import TRAINED, TrainedPart, TrainingPrecision, TrainingSettings, check_choice
 
 ENCODER_RATE = 1e-3
-"""Learning rate of encoders, as a fraction of that of the keys."""
+"""Learning rate of encoders, relative to the keys."""
 VIEWS = 16
 """Default number of cached views per shot."""
 WORTH = 1.5
-"""Speed-up of matrix products from which ``auto`` chooses bfloat16."""
+"""Smallest speed-up of matrix products that makes ``auto`` choose bfloat16."""
 SMALL = 1 << 22
-"""Number of key values up to which ``auto`` chooses float32, as there is no time to gain."""
+"""Largest number of key values for which ``auto`` keeps float32; small indexes have no time to gain."""
 TEXTS = 256
 """Prompts per batch of the text encoder."""
 QUERIES = 256
@@ -41,17 +41,17 @@ QUERIES = 256
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options of fine-tuning; the defaults are those of the paper.
+    """Options of fine-tuning; the defaults follow the paper.
 
     - ``train``: parts to train, of :data:`settings.TRAINED`
     - ``epochs``; ``batch``: queries per step
-    - ``lr``: learning rate, which falls to 0 along a cosine; encoders use a thousandth of it. ``eps`` and
+    - ``lr``: learning rate, which falls to 0 along a cosine; encoders use a thousandth. ``eps`` and
       ``weight_decay`` belong to AdamW.
     - ``views``: augmented views of each shot, encoded once and drawn from. ``None`` encodes a fresh view every epoch,
       as the paper's code does; training the image encoder requires it.
     - ``precision``: of matrix products; ``auto`` uses bfloat16 if it is measurably faster
     - ``seed``: seed of batches and views
-    - ``settings``: alpha and beta to train with. ``own`` are those of the index. ``tried`` compares them with a few
+    - ``settings``: alpha and beta to train with. ``own`` takes them from the index. ``tried`` compares these with a few
       flatter ones on the validation images, if given, for a quarter of the epochs each: a sharp exponential classifies
       well but leaves little gradient. Encoders always use ``own``.
     - ``alpha``, ``beta``: values to train with instead; either implies ``own``

@@ -67,7 +67,7 @@ class Judged:
         return [digest for block in self.blocks for digest in block.digests]
 
     def record(self, name: str) -> dict[str, object]:
-        """Return the index's record of its ``search`` or ``finetune``, empty if there is none."""
+        """Return the index's record of its ``search`` or ``finetune``, or an empty one."""
         kept = self.cache.provenance.get(name)
         return kept if isinstance(kept, dict) else {}
 

@@ -278,7 +278,7 @@ def _drawn(judged: Judged) -> tuple[list[int], str]:
     if not judged.curves:
         raise _LeftOutError("switched off for this report")
     if judged.is_tuned:
-        raise _LeftOutError("the keys were fine-tuned together, so draws of them say nothing about fewer examples")
+        raise _LeftOutError("the keys were fine-tuned together, so a draw says nothing about fewer examples")
     if judged.shots is not None:
         return list(dict.fromkeys(judged.shots)), ""
     least, rare = _fewest(judged.cache)

@@ -18,7 +18,7 @@ from retrieval_tip.report.judged import Judged, portable
 Bools = npt.NDArray[np.bool_]
 
 SURE = 0.9
-"""Probability from which an answer counts as certain."""
+"""Smallest probability of a certain answer."""
 WEAK, NAMED = 0.5, 5
 """Accuracy below which a class is always weak; largest number of weak classes named."""
 AUDITED = 1 << 14
@@ -96,7 +96,7 @@ def sentences(judged: Judged, ways: Sequence[Way]) -> Iterator[str]:
 
 
 def actions(judged: Judged, ways: Sequence[Way]) -> Iterator[Action]:
-    """Yield what is likely to help, most likely first."""
+    """Yield recommendations, most promising first."""
     cache, evaluation, own = judged.cache, judged.evaluation, ways[-1]
     folder = None if judged.folder is None else shlex.quote(portable(judged.folder))
     fit = f"retrieval-tip fit {folder}" if folder else ""
