@@ -159,7 +159,7 @@ def test_the_demo_and_its_next_commands_run_on_your_own_photos(tmp_path, monkeyp
     taught.touch()
     done = CliRunner().invoke(demo.main, options)
     assert done.exit_code == 0, done.output
-    assert "18 keys of 1280, 3 classes" in done.stdout
+    assert "18 shots, 3 classes" in done.stdout
     assert "version 2, added 6 shots" in done.stdout
     assert done.stdout.count("affinity") >= 4
     assert taught.exists()

@@ -24,7 +24,7 @@ def test_caltech_from_photos(run, shared, caltech, monkeypatch):
     model = f"local-dir:{shared / 'models/lit-mini'}"
     built = run("index", "build", "--fit", "none", split, "--model", model, "--template", TEMPLATE, "--out", caltech)
     assert built.exit_code == 0, built.output
-    assert "1,600 keys of 1280, 100 classes" in built.stdout
+    assert "1,600 shots, 100 classes" in built.stdout
 
     def percent(*settings):
         result = json.loads(run("evaluate", caltech, split, *settings, "--json").stdout)

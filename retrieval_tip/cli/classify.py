@@ -202,15 +202,9 @@ def _classify_on_ray(
     if printing.style != "parquet" or printing.output is None:
         raise UsageError("--engine ray: writes Parquet parts; give --format parquet and --output FOLDER")
     pieces = cut_inputs(inputs, paths_on_stdin())
-    question = Question(
-        str(folder),
-        at(folder).manifest().to_bytes(),
-        "float32" if encoding.precision == "auto" else encoding.precision,  # auto may differ between machines
-        loaded.settings,
-        answer.where,
-        schema,
-        partial(_rows, rows, schema),
-    )
+    precision = encoding.precision if encoding.precision != "auto" else "float32"  # auto differs between machines
+    manifest, ask = at(folder).manifest().to_bytes(), partial(_rows, rows, schema)
+    question = Question(str(folder), manifest, precision, loaded.settings, answer.where, schema, ask)
     what, skipped = _on_ray(ctx, pieces, printing.output, engine, encoding, index=loaded, question=question)
     say(f"{show(printing.output)}: {what}")
     if rows.certify:
@@ -260,14 +254,9 @@ def _on_ray(
     cache = None if encoding.no_cache else str(encoding.cache or EncodingCache.default_folder())
     work = Work(encoding.encoder(views), backbone, cache, question)
     rows, kept, skipped = write_parts(
-        work,
-        pieces,
-        out,
-        address=engine.ray_address,
-        actors=engine.actors,
-        device=encoding.device,
+        work, pieces, out, address=engine.ray_address, actors=engine.actors, device=encoding.device,
         progress=sys.stderr.isatty() and not ctx.obj,
-    )
+    )  # fmt: skip
     warn(f"skipped {one}" for one in skipped)
     before = f", {kept} kept from an earlier run" if kept else ""
     return f"{rows} rows in {counted(len(pieces), 'part')}{before}", skipped

@@ -134,18 +134,10 @@ def sweep_command(
     with encoder_for(ctx, pool, [*sources, *images], encoding) as encoder:
         test, *rest = [sweep.encode(pool, items, encoder) for items in sources]
         for row in sweep.sweep(
-            pool,
-            read_manifest(folder).keys_digest,
-            test,
-            results,
-            shots=shots,
-            seeds=range(1, seeds + 1),
-            methods=methods or None,
-            val=rest[0] if rest else None,
-            protocol=protocol,
-            scales=scales,
+            pool, read_manifest(folder).keys_digest, test, results, shots=shots, seeds=range(1, seeds + 1),
+            methods=methods or None, val=rest[0] if rest else None, protocol=protocol, scales=scales,
             views=(images[0], encoder) if images else None,
-        ):
+        ):  # fmt: skip
             rows.append(row)
             if as_json:
                 click.echo(json.dumps(row))
@@ -202,18 +194,9 @@ def report_command(
     sources = [test] if unseen is None else [test, unseen]
     with encoder_for(ctx, cache, sources, encoding) as encoder:
         written = write_report(
-            cache,
-            test,
-            encoder,
-            out,
-            val=unseen,
-            shots=shots or None,
-            seeds=seeds,
-            curves=not no_curves,
-            folder=folder,
-            where=answer.where,
-            command=shlex.join(["retrieval-tip", *map(portable, sys.argv[1:])]),
-        )
+            cache, test, encoder, out, val=unseen, shots=shots or None, seeds=seeds, curves=not no_curves,
+            folder=folder, where=answer.where, command=shlex.join(["retrieval-tip", *map(portable, sys.argv[1:])]),
+        )  # fmt: skip
     figures = written.evaluation
     about(out, f"{written.bytes / 1e6:.1f} MB, accuracy {shown(figures.top1)} on {counted(figures.n, 'item')}")
     finish(ctx, encoder.skipped)

@@ -145,11 +145,10 @@ def search_command(
         with encoder_for(ctx, cache, [val], encoding) as encoder:
             queries = search_hp.on_validation(cache, val, encoder)
         skipped = encoder.skipped
-    choice = (
-        search_hp.search_paper(cache, queries, scales)
-        if paper
-        else search_hp.search(cache, queries, cautious=not greedy)
-    )
+    if paper:
+        choice = search_hp.search_paper(cache, queries, scales)
+    else:
+        choice = search_hp.search(cache, queries, cautious=not greedy)
     warn(choice.warnings)
     if surface:
         search_hp.write_surface(choice, surface)
@@ -201,19 +200,10 @@ class TrainingOptions:
         encoders = {"visual", "text"} & set(self.train)
         fresh = self.views or (encoders and not self.views_cache)
         return Recipe(
-            train=tuple(dict.fromkeys(self.train)),
-            views=None if fresh else self.views_cache or VIEWS,
-            settings=self.settings,
-            alpha=self.alpha,
-            beta=self.beta,
-            epochs=self.epochs,
-            batch=self.batch,
-            lr=self.lr,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            precision=self.products,
-            seed=self.seed,
-        )
+            train=tuple(dict.fromkeys(self.train)), views=None if fresh else self.views_cache or VIEWS,
+            settings=self.settings, alpha=self.alpha, beta=self.beta, epochs=self.epochs, batch=self.batch, lr=self.lr,
+            eps=self.eps, weight_decay=self.weight_decay, precision=self.products, seed=self.seed,
+        )  # fmt: skip
 
 
 _TRAINING = options.grouped(

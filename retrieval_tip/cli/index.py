@@ -1,4 +1,4 @@
-"""Commands under ``index``: each parses, makes one library call and prints."""
+"""Commands under ``index``."""
 
 from __future__ import annotations
 
@@ -12,15 +12,7 @@ import click
 from retrieval_tip.cli import options
 from retrieval_tip.cli.group import Group
 from retrieval_tip.cli.messages import about, finish, print_facts, say, say_fit, warn
-from retrieval_tip.cli.opening import (
-    Origin,
-    backbone_for,
-    backbone_of,
-    checked,
-    encoder_for,
-    encoder_of,
-    source_of,
-)
+from retrieval_tip.cli.opening import Origin, backbone_for, backbone_of, checked, encoder_for, encoder_of, source_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OutputOptions, ReadingOptions, ViewOptions
 from retrieval_tip.cli.parameters import (
     FILE,
@@ -46,7 +38,6 @@ if TYPE_CHECKING:
     from retrieval_tip.index.changes import Added
     from retrieval_tip.index.places import Place
 
-
 OUT = click.option("--out", "--store", type=INDEX, required=True,
                    help=f"Index folder, or {KIND} ({FORMS}); an existing index gets a new version.")  # fmt: skip
 _KEYS = options.several(
@@ -56,8 +47,9 @@ _KEYS = options.several(
                  help="Weight of the cache relative to the text.  [default: chosen on the shots]"),
     click.option("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: chosen on the shots]"),
 )  # fmt: skip
-
-
+_TEMPLATES = click.option("--template", "template", multiple=True,
+                          help="Prompt with {} for the class name; repeat for an ensemble.")  # fmt: skip
+_SHOTS = click.option("--shots", type=SHOTS, help="Shots to draw per class, by CoOp's sampling rule.  [default: all]")
 _INDEXING = options.several(
     click.option("--index", "factory",
                   help="FAISS factory string; Classes: search likely classes in full; auto: by the number of keys. At "
@@ -90,10 +82,8 @@ def index() -> None:
               help="TOML file with any of these options; command-line options override it.")  # fmt: skip
 @options.BACKBONE
 @click.option("--text", type=FILE, help="Feature table of text features, labelled by class, used instead of prompts.")
-@click.option(
-    "--template", "template", multiple=True, help="Prompt with {} for the class name; repeat for an ensemble."
-)
-@click.option("--shots", type=SHOTS, help="Shots to draw per class, by CoOp's sampling rule.  [default: all]")
+@_TEMPLATES
+@_SHOTS
 @options.VIEWS
 @_INDEXING
 @options.READING
@@ -136,24 +126,10 @@ def build(
     templates = template or (facts(items.dataset).templates if items.dataset and words else ())
     with encoder_of(ctx, backbone, encoding, views) as encoder:
         cache = build_index(
-            items,
-            out,
-            encoder,
-            shots=shots,
-            templates=templates,
-            text=text,
-            index=factory,
-            dtype=dtype,
-            alpha=alpha,
-            beta=beta,
-            normalize=normalize,
-            fit=fit,
-            metric=metric,
-            values=values,
-            k=k,
-            logit_scale=logit_scale,
+            items, out, encoder, shots=shots, templates=templates, text=text, index=factory, dtype=dtype, fit=fit,
+            metric=metric, values=values, alpha=alpha, beta=beta, normalize=normalize, k=k, logit_scale=logit_scale,
             device=encoding.device,
-        )
+        )  # fmt: skip
     version = cache.version or 1
     _say_version(out, version, _held(cache))
     if not ctx.obj:
@@ -208,18 +184,11 @@ def list_command(folder: Path, printing: OutputOptions) -> None:
 
     types = {"index": pa.string(), "version": pa.int64(), "keys": pa.int64(), "classes": pa.int64()}
     types |= {"backbone": pa.string(), "made": pa.string()}
-    rows = [
-        {
-            "index": name,
-            "version": one.version,
-            "keys": one.n,
-            "classes": len(one.class_names),
-            "backbone": one.backbone["model"] if one.backbone else None,
-            "made": one.created_at,
-        }
+    rows = (
+        (name, one.version, one.n, len(one.class_names), (one.backbone or {}).get("model"), one.created_at)
         for name, one in listed(folder)
-    ]
-    write_rows(rows, types, printing.style, printing.output)
+    )
+    write_rows([dict(zip(types, row, strict=True)) for row in rows], types, printing.style, printing.output)
 
 
 @index.command("verify")
@@ -232,8 +201,7 @@ def verify(folder: Place) -> None:
     from retrieval_tip.index.places import at
 
     cache = at(folder).verify()
-    shots, classes = counted(cache.n, "shot"), counted(len(cache.class_names), "class")
-    about(folder, f"version {cache.version} is intact ({shots}, {classes})")
+    about(folder, f"version {cache.version} is intact ({_held(cache)})")
 
 
 @index.command("query")
@@ -333,7 +301,7 @@ _WHICH = options.several(
 @click.argument("folder", type=INDEX, metavar="INDEX")
 @click.argument("source", type=SOURCE)
 @click.option("--text", type=FILE, help="Feature table of text features for new classes, used instead of prompts.")
-@click.option("--shots", type=SHOTS, help="Shots to draw per class, by CoOp's sampling rule.  [default: all]")
+@_SHOTS
 @click.option("--views", type=VIEWS_COUNT, help="Views averaged per key.  [default: as in the index]")
 @click.option("--seed", type=SEED, help="Seed for drawing shots and views.  [default: the index's, else 1]")
 @click.option("--skip-known", is_flag=True, help="Skip images that the index already has under the same label.")
@@ -407,7 +375,7 @@ def remove_command(folder: Place, where: str | None, key_ids: list[int] | None) 
 def relabel_command(folder: Place, label: str, where: str | None, key_ids: list[int] | None) -> None:
     """Move shots to another class.
 
-    LABEL is a class of the index. To add a class, use index add; to rename one, index rename.
+    LABEL must be a class of the index. Use index add to add a class, and index rename to rename one.
     """
     from retrieval_tip.index import changes
 
@@ -444,9 +412,7 @@ def rename_command(folder: Place, old: str, new: str, encode: bool, backbone: Ba
 @click.option("--temperature", type=POSITIVE, help="Temperature T of the probabilities, softmax(logits / T).")
 @click.option("--normalize", type=options.choice(Normalize),
               help="Units of alpha and beta, measured on the current shots; both: as in a new build.")  # fmt: skip
-@click.option(
-    "--template", "template", multiple=True, help="Prompt with {} for the class name; repeat for an ensemble."
-)
+@_TEMPLATES
 @options.grouped("backbone", BackboneOptions, options.BACKBONE, options.DEVICE)
 def set_command(
     folder: Place,
@@ -465,17 +431,11 @@ def set_command(
     """
     from retrieval_tip.index import changes
 
+    loaded = backbone_for(Origin.of(folder), [], backbone, needed=True) if template else None
     changed = changes.configure(
-        folder,
-        alpha=alpha,
-        beta=beta,
-        k=k,
-        tail=tail,
-        temperature=temperature,
-        normalize=normalize,
-        templates=template,
-        backbone=backbone_for(Origin.of(folder), [], backbone, needed=True) if template else None,
-    )
+        folder, alpha=alpha, beta=beta, k=k, tail=tail, temperature=temperature, normalize=normalize,
+        templates=template, backbone=loaded,
+    )  # fmt: skip
     if changed.summary is not None:
         say(changed.summary)
     _say_version(folder, changed.version, "settings changed")
@@ -545,7 +505,7 @@ def gc_command(folder: Place, keep: int) -> None:
 @click.argument("out", type=INDEX)
 @click.option("--version", type=count(), help="Version to copy.  [default: the current one]")
 def clone_command(folder: Place, out: Place, version: int | None) -> None:
-    """Copy an index to OUT, verifying it on the way."""
+    """Copy an index to OUT and verify the copied files."""
     from retrieval_tip.index import changes
 
     _say_version(out, changes.clone(folder, out, version).version, f"copied from {folder}")
@@ -557,7 +517,7 @@ def clone_command(folder: Place, out: Place, version: int | None) -> None:
 @click.option("--text", type=FILE, help="Feature table to write for the text weights; index build --text reads it.")
 @click.option("--onnx", type=FILE, help="ONNX file to write; a graph from pixels to logits (needs onnx).")
 @click.option("--features", is_flag=True, help="With --onnx: start from features, without the image encoder.")
-@click.option("--k", type=K(), help="With --onnx, all: use every key, as a graph must, although the index uses k.")
+@click.option("--k", type=K(), help="With --onnx: all, because a graph uses every key, even if the index uses k.")
 def export_command(
     folder: Path, out: Path | None, text: Path | None, onnx: Path | None, features: bool, k: KeysMet
 ) -> None:
@@ -616,15 +576,7 @@ def import_command(
     from retrieval_tip.index.changes import import_index
 
     cache = import_index(
-        source,
-        out,
-        classes=classes,
-        text=text,
-        norms=norms,
-        index=factory,
-        dtype=dtype,
-        alpha=alpha,
-        beta=beta,
+        source, out, classes=classes, text=text, norms=norms, index=factory, dtype=dtype, alpha=alpha, beta=beta
     )
     _say_version(out, cache.version or 1, _held(cache))
 
@@ -668,7 +620,7 @@ def _say_version(folder: Place, version: int, what: str) -> None:
 
 
 def _held(cache: AnsweringIndex) -> str:
-    return f"{counted(cache.n, 'key')} of {cache.d}, {counted(len(cache.class_names), 'class')}"
+    return f"{counted(cache.n, 'shot')}, {counted(len(cache.class_names), 'class')}"
 
 
 def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
@@ -687,4 +639,4 @@ def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
     if added.duplicates is not None:
         warn_of(added.duplicates)
         if added.duplicates.compared == "digests":
-            warn(["the index is too large to look for near-identical images while adding; index audit finds them"])
+            warn(["the index is too large to search for near-identical images now; use index audit"])

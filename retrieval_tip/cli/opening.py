@@ -131,12 +131,7 @@ def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Pat
     if sys.stderr.isatty() and not (ctx is not None and ctx.obj):  # loading takes seconds
         say(f"Loading {model} ...")
     return load_backbone(
-        model,
-        pretrained,
-        device=backbone.device,
-        precision=backbone.precision,
-        runtime=backbone.runtime,
-        tuned=tuned,
+        model, pretrained, device=backbone.device, precision=backbone.precision, runtime=backbone.runtime, tuned=tuned
     )
 
 

@@ -97,16 +97,10 @@ class EncodingOptions(BackboneOptions):
         """Return an encoder without backbone and cache; ``None`` encodes the centre view."""
         from retrieval_tip.data.encoder import Encoder
 
-        views = views or ViewOptions()
         return Encoder(
-            norms=self.norms,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            reduce=self.reduce,
-            strict=self.strict,
-            views=views.views,
-            seed=views.seed,
-        )
+            norms=self.norms, batch_size=self.batch_size, workers=self.workers, reduce=self.reduce, strict=self.strict,
+            **vars(views or ViewOptions()),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
