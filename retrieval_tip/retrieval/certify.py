@@ -21,7 +21,7 @@ def uncertain(terms: tip.Terms, settings: Settings, error: float) -> Tensor:
     Cache logits must be non-negative.
     """
     winner = terms.logits(settings).argmax(dim=1, keepdim=True)
-    return _highest_other(terms, settings, error, winner) >= _at(terms, settings, winner, -error)
+    return _highest_other(terms, settings, error, winner) >= _logit_of(terms, settings, winner, -error)
 
 
 def promising(terms: tip.Terms, settings: Settings, slack: float, most: int) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ def promising(terms: tip.Terms, settings: Settings, slack: float, most: int) -> 
 
 def settled(terms: tip.Terms, settings: Settings, slack: float, classes: Tensor) -> Tensor:
     """Return whether only the :func:`promising` ``classes`` ``[q, p]`` can win, ``[q]`` bool."""
-    return _highest_other(terms, settings, slack, classes) < _at(terms, settings, classes[:, :1])
+    return _highest_other(terms, settings, slack, classes) < _logit_of(terms, settings, classes[:, :1])
 
 
 def certificate(terms: tip.Terms, near: Nearest, totals: tip.Totals, settings: Settings) -> Tensor:
@@ -77,7 +77,7 @@ def _highest_other(terms: tip.Terms, settings: Settings, slack: float, classes: 
     return terms.logits(settings, slack).scatter_(1, classes, -torch.inf).amax(dim=1)
 
 
-def _at(terms: tip.Terms, settings: Settings, classes: Tensor, slack: float = 0.0) -> Tensor:
+def _logit_of(terms: tip.Terms, settings: Settings, classes: Tensor, slack: float = 0.0) -> Tensor:
     """Return each query's logit ``[q]`` for its class in ``classes`` ``[q, 1]``, with the cache raised by ``slack``."""
     chosen = tip.Terms(terms.text.gather(1, classes), terms.cache.gather(1, classes))
     return chosen.logits(settings, slack)[:, 0]

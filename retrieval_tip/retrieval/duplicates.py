@@ -122,7 +122,7 @@ def duplicates(
     new = np.zeros(n, dtype=bool)
     new[asked] = True
     images = digest_codes(labels, None if fresh is None else asked)
-    a, b, total = _equal(images, class_ids, new, most)
+    a, b, total = _pairs_of_equal(images, class_ids, new, most)
 
     def remain(x: IntArray, y: IntArray) -> Bools:
         """Select pairs of two classes, except identical images, which are counted already."""
@@ -135,14 +135,16 @@ def duplicates(
     elif fresh is not None and search is not None:
         compared, more = "nearest", _closest([_nearest(keys, asked, search, least, remain)], most)
     elif fresh is None and not isinstance(keys, KeysInPlace):
-        features = _identical(keys)
-        x, y, every = _equal(features, class_ids, new, most + len(a))  # identical images among them drop out below
+        features = _codes_of_equal(keys)
+        x, y, every = _pairs_of_equal(
+            features, class_ids, new, most + len(a)
+        )  # identical images among them drop out below
         kept = remain(x, y)
         both = np.where((features < 0) | (images < 0), -1, features * (n + 1) + images)
-        more = x[kept], y[kept], every - _equal(both, class_ids, new, 0)[2]
+        more = x[kept], y[kept], every - _pairs_of_equal(both, class_ids, new, 0)[2]
     kinds = np.repeat([0, 2], [len(a), len(more[0])])[:most]
     a, b = np.concatenate([a, more[0]])[:most], np.concatenate([b, more[1]])[:most]
-    return Duplicates(_described(keys, labels, a, b, kinds), total + more[2], compared)
+    return Duplicates(_describe(keys, labels, a, b, kinds), total + more[2], compared)
 
 
 def describe_duplicates(duplicates: Duplicates, limit: int = 5) -> list[str]:
@@ -156,7 +158,7 @@ def describe_duplicates(duplicates: Duplicates, limit: int = 5) -> list[str]:
     return [*lines, f"and {left} more"] if left > 0 else lines
 
 
-def _equal(codes: IntArray, class_ids: IntArray, new: Bools, most: int) -> tuple[IntArray, IntArray, int]:
+def _pairs_of_equal(codes: IntArray, class_ids: IntArray, new: Bools, most: int) -> tuple[IntArray, IntArray, int]:
     """Return up to ``most`` pairs of rows of equal code (-1 excluded) and different classes, and the total count.
 
     At least one row of a pair is new. With rows sorted by code and class, the partners of a row are a run, from the end
@@ -179,7 +181,7 @@ def _equal(codes: IntArray, class_ids: IntArray, new: Bools, most: int) -> tuple
     return a, b, int(count.sum())
 
 
-def _identical(keys: KeyArray | Segments) -> IntArray:
+def _codes_of_equal(keys: KeyArray | Segments) -> IntArray:
     """Return a code for each key, equal for keys of equal bytes; -1 for unique keys.
 
     Sums modulo 2^64 cost no more than reading the keys, but may collide, so keys of equal sums are hashed.
@@ -245,7 +247,7 @@ def _closest(blocks: Iterable[Near], most: int) -> tuple[IntArray, IntArray, int
     return a, b, total
 
 
-def _described(keys: Keys, labels: pa.Table, a: IntArray, b: IntArray, kinds: IntArray) -> list[Duplicate]:
+def _describe(keys: Keys, labels: pa.Table, a: IntArray, b: IntArray, kinds: IntArray) -> list[Duplicate]:
     """Describe pairs of rows; near-identical pairs of equal values become identical features."""
     cosine = torch.einsum("nd,nd->n", _unit(keys, a).double(), _unit(keys, b).double()).numpy()
     kinds = np.where((kinds == 2) & (np.asarray(keys[a]) == np.asarray(keys[b])).all(axis=1), 1, kinds)

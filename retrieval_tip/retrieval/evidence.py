@@ -61,17 +61,8 @@ class Nearest:
         )
 
     @classmethod
-    def beside(cls, parts: Sequence[Nearest]) -> Nearest:
-        """Concatenate keys of the same queries."""
-        return cls._joined(parts, dim=1)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Nearest]) -> Nearest:
-        """Concatenate the keys of consecutive queries."""
-        return cls._joined(parts, dim=0)
-
-    @classmethod
-    def _joined(cls, parts: Sequence[Nearest], dim: int) -> Nearest:
+    def joined(cls, parts: Sequence[Nearest], dim: int = 0) -> Nearest:
+        """Concatenate the keys of consecutive queries, or with ``dim=1`` of the same queries."""
         return cls(*(torch.cat(column, dim=dim) for column in zip(*(part.columns for part in parts), strict=True)))
 
 

@@ -388,16 +388,15 @@ class Keys(KeyStream):
         if self.device != "cpu" and self._fits is None:
             with _COPYING:
                 if self._fits is None:
-                    self._copy()
+                    fits = self.array.nbytes < room_on(self.device) // 2
+                    if fits:
+                        self._on_device = torch.from_numpy(np.asarray(self.array)).to(self.device)
+                    else:
+                        warn_once(
+                            f"{self.device}: half of its free memory cannot hold the keys; each answer copies them"
+                        )
+                    self._fits = fits
         return self._on_device
-
-    def _copy(self) -> None:
-        fits = self.array.nbytes < room_on(self.device) // 2
-        if fits:
-            self._on_device = torch.from_numpy(np.asarray(self.array)).to(self.device)
-        else:
-            warn_once(f"{self.device}: the keys exceed half of its free memory, so every answer copies them there")
-        self._fits = fits
 
     def _rows(self, part: slice) -> Tensor:
         resident = self.resident
@@ -421,19 +420,16 @@ class Keys(KeyStream):
         if isinstance(segments_of(self.array)[0], np.memmap) and self.array.nbytes > 1 << 31:
             yield from super()._halved(products)
             return
-        halved = self._all_halved(products)
+        halved = self._kept_halved
+        if halved is None or halved.dtype != products:
+            halved = self._kept_halved = None  # frees it first
+            halved, start = torch.empty(self.array.shape, dtype=products, device=self.device), 0
+            for keys, _ in self.blocks():
+                halved[start : start + len(keys)] = keys - self._centre
+                start += len(keys)
+            self._kept_halved = halved
         for part in self._runs:
             yield halved[part], self.class_ids[part]
-
-    def _all_halved(self, products: torch.dtype) -> Tensor:
-        if self._kept_halved is None or self._kept_halved.dtype != products:
-            self._kept_halved = None  # frees it first
-            kept, start = torch.empty(self.array.shape, dtype=products, device=self.device), 0
-            for keys, _ in self.blocks():
-                kept[start : start + len(keys)] = keys - self._centre
-                start += len(keys)
-            self._kept_halved = kept
-        return self._kept_halved
 
     def products(self, beta: float, q: int = HALF_FROM_QUERIES) -> torch.dtype:
         """Return the dtype for products of ``q`` queries with all keys, by ``precision``; ``auto`` is measured once.

@@ -111,7 +111,7 @@ class LabelledKeys:
         """Remove the keys at ``rows``."""
         gone = np.zeros(len(self.labels), dtype=bool)
         gone[rows] = True
-        return self._arranged(gone, ~gone)
+        return self._rearranged(gone, ~gone)
 
     def relabelled(self, rows: IntArray, class_ids: IntArray, class_names: Sequence[str]) -> LabelledKeys:
         """Move the keys at ``rows`` ``[m]`` to ``class_ids`` ``[m]``, as the last shots there; values stay."""
@@ -128,7 +128,7 @@ class LabelledKeys:
             labels = labels.set_column(place, name, pa.array(column, LABEL_SCHEMA.field(name).type))
         touched = np.zeros(len(ids), dtype=bool)
         touched[rows] = True
-        return replace(self, labels=labels)._arranged(touched, np.ones(len(ids), dtype=bool))
+        return replace(self, labels=labels)._rearranged(touched, np.ones(len(ids), dtype=bool))
 
     def _next_shots(self, n_classes: int) -> npt.NDArray[np.int32]:
         """Return the next shot number of each class ``[c]``."""
@@ -136,7 +136,7 @@ class LabelledKeys:
         np.maximum.at(following, self.class_ids, self.labels["shot"].to_numpy() + 1)
         return following
 
-    def _arranged(self, touched: Bools, keep: Bools) -> LabelledKeys:
+    def _rearranged(self, touched: Bools, keep: Bools) -> LabelledKeys:
         """Return the keys to ``keep``, in order; untouched segments are shared.
 
         If the first segment, which the index covers, is ``touched``, all become one segment.

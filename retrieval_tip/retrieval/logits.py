@@ -82,12 +82,12 @@ class Retrieval(ABC):
     def terms(self, features: Tensor, *, certify: bool = False, neighbours: int = 0) -> AnswerTerms:
         """Compute text and cache logits over all keys, or over about ``k``, with the others at their mean (tail).
 
-        ``certify`` also tells which queries are settled. ``neighbours`` also asks for that number of shots behind each
-        answer. They come without extra cost if each query retrieves its own keys; otherwise use :meth:`contributors`.
+        ``certify`` also tells which queries are settled. ``neighbours`` adds that number of shots behind each answer, if
+        each query retrieves its own keys; otherwise call :meth:`contributors`.
         """
         settings, points = self.settings, self.points(features)
         if settings.k is not None and settings.k < self.keys.n:
-            return self._meet(features, points, settings.k, certify, neighbours)
+            return self._terms_over_few(features, points, settings.k, certify, neighbours)
         text = tip.text_logits(features, self.text_weights, settings.logit_scale)
         return AnswerTerms(text, tip.log_cache(self._cache_over_all(points, text), settings.log_offset))
 
@@ -107,12 +107,12 @@ class Retrieval(ABC):
         """Split ``q`` queries into blocks whose logits fit a processor's cache, or larger ones for a GPU."""
         return slices(q, QUERY_BLOCK if self.keys.device == "cpu" else max(QUERY_BLOCK, LOGITS // self.keys.n_classes))
 
-    def _meet(self, features: Tensor, points: Tensor, k: int, certify: bool, neighbours: int) -> AnswerTerms:
+    def _terms_over_few(self, features: Tensor, points: Tensor, k: int, certify: bool, neighbours: int) -> AnswerTerms:
         settings, text = self.settings, features.new_empty(len(features), self.keys.n_classes)
         done = torch.ones(len(text), dtype=torch.bool, device=text.device)
         terms = AnswerTerms(text, torch.empty_like(text), done)
         if self.by_class:
-            self._meet_classes(features, points, k, terms, done if certify else None)
+            self._terms_over_classes(features, points, k, terms, done if certify else None)
             tip.log_cache(terms.cache, settings.log_offset)
             return terms
         kept = []
@@ -121,7 +121,7 @@ class Retrieval(ABC):
             tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=own.text)
             near = self.nearest(points[part], k)
             totals = tip.Totals.of(points[part], self.keys.sums, self.keys.counts) if settings.tail or certify else None
-            own.cache.copy_(self._over(near, totals if settings.tail else None))
+            own.cache.copy_(self._logits_over(near, totals if settings.tail else None))
             if certify and totals is not None:
                 done[part] = certificate(own, near, totals, settings)
             tip.log_cache(own.cache, settings.log_offset)
@@ -146,7 +146,7 @@ class Retrieval(ABC):
         if few.any():
             others = self.nearest(points[few], number)
             others = others.without(others.class_ids == winner[few, None], c)
-            filled = Nearest.beside([own.queries(few), others])
+            filled = Nearest.joined([own.queries(few), others], dim=1)
             own.put(few, filled.ordered(torch.zeros_like(filled.affinity)).first(number))
         return Contributors(own, opposing)
 
@@ -167,12 +167,13 @@ class Retrieval(ABC):
             for query in queries[place].split(QUERY_BLOCK):
                 affinity, near = tip.affinity(points[query], keys).topk(min(k, len(keys)), dim=1)
                 found = Nearest(affinity, rows[near], asked[place].expand(near.shape))
-                both = Nearest.beside([best.queries(query), found])
-                kept = both.at(both.affinity.topk(k, dim=1).indices)
-                best.put(query, kept)
+                both = Nearest.joined([best.queries(query), found], dim=1)
+                best.put(query, both.at(both.affinity.topk(k, dim=1).indices))
         return replace(best, affinity=best.affinity.masked_fill(best.rows < 0, 0))
 
-    def _meet_classes(self, features: Tensor, points: Tensor, k: int, terms: AnswerTerms, done: Tensor | None) -> None:
+    def _terms_over_classes(
+        self, features: Tensor, points: Tensor, k: int, terms: AnswerTerms, done: Tensor | None
+    ) -> None:
         """Fill ``terms`` with logits over the keys of the classes that can win, about ``k`` keys at most.
 
         All queries choose their classes first: queries that visit a class together share one read of its keys.
@@ -217,7 +218,7 @@ class Retrieval(ABC):
     def _nearest_means(self, points: Tensor, number: int) -> Tensor:
         """Return the classes ``[q, number]`` with the nearest means."""
 
-    def _over(self, near: Nearest, tail: tip.Totals | None) -> Tensor:
+    def _logits_over(self, near: Nearest, tail: tip.Totals | None) -> Tensor:
         """Compute cache logits ``[q, c]`` over each query's own keys."""
         return tip.cache_logits(near.affinity, near.class_ids, self.keys.n_classes, self.settings.beta, tail)
 
@@ -257,7 +258,7 @@ class IndexRetrieval(Retrieval):
         for part in slices(len(points), QUERY_BLOCK):
             rows = keys.rows_of(classes[part], torch.ones_like(met[part]))  # values for other classes have no bound
             totals = tip.Totals.of(points[part], keys.sums, keys.counts) if settings.tail else None
-            cache[part] = self._over(self._described(keys.affinity(points[part], rows), rows), totals)
+            cache[part] = self._logits_over(self._described(keys.affinity(points[part], rows), rows), totals)
 
     def _described(self, affinity: Tensor, rows: Tensor) -> Nearest:
         """Add class ids to keys by row; empty slots (row -1) get class id ``c`` and affinity 0."""
@@ -265,9 +266,9 @@ class IndexRetrieval(Retrieval):
         ids = self.keys.class_ids[rows.clamp_min(0)].masked_fill_(empty, self.keys.n_classes)
         return Nearest(affinity.masked_fill(empty, 0), rows, ids)
 
-    def _over(self, near: Nearest, tail: tip.Totals | None) -> Tensor:
+    def _logits_over(self, near: Nearest, tail: tip.Totals | None) -> Tensor:
         if self.values is None:
-            return super()._over(near, tail)
+            return super()._logits_over(near, tail)
         value_sums = self.keys.value_sums(self.values) if tail else None
         values = tip.Values(self.values, near.rows.clamp_min(0), value_sums)
         return tip.cache_logits(near.affinity, near.class_ids, self.keys.n_classes, self.settings.beta, tail, values)

@@ -135,7 +135,7 @@ class VectorIndex:
         n, d = keys.shape
         inner = inner_factory(factory) or factory
         if problem := _factory_problem(inner, n, d):
-            raise UsageError(f"index {_shown(factory)}: {problem}")
+            raise UsageError(f"index {factory if len(factory) <= 80 else factory[:80] + '...'!r}: {problem}")
         index = _attempt(factory, lambda: faiss().index_factory(d, inner, faiss().METRIC_INNER_PRODUCT))
         _set_search_effort(index)
         if not index.is_trained:
@@ -315,14 +315,14 @@ class VectorIndex:
         return str(self.path) if self.path else f"index {self.factory!r}"
 
     def _search_indexed(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
-        with self._explained():
+        with self._errors_named():
             affinity, rows = self._gpu.search(features, k) or self._cpu.search(features, k)
         if rows.size and not -1 <= rows.min() <= rows.max() < self.indexed:
             raise StoreError(f"{self._name}: damaged (finds rows out of range); rebuild the index")
         return affinity, rows
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _errors_named(self) -> Iterator[None]:
         """Raise FAISS's errors as StoreError naming the index, or as torch's OutOfMemoryError."""
         try:
             yield
@@ -336,7 +336,7 @@ class VectorIndex:
     def search_tensor(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Run :meth:`search` on a tensor, with results on its device; on a GPU, nothing passes through the host."""
         k = int(min(k, self.n))
-        with self._explained():
+        with self._errors_named():
             found = None if len(self._late_rows) else self._gpu.search_tensor(features, k)
         if found is None:
             affinity, rows = self.search(features.cpu().numpy(), k)
@@ -363,7 +363,11 @@ class GpuCopy:
             return None
         with _GPU:
             if not self._tried:
-                self._tried, self._held = True, self._made()
+                try:
+                    self._held = self._copy()
+                except RuntimeError as error:
+                    warn_once(f"searching an index on the CPU: {_reason(error)}")
+                self._tried = True
             return self._held
 
     def drop(self) -> None:
@@ -379,7 +383,7 @@ class GpuCopy:
 
     def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray] | None:
         """Return affinities and rows ``[q, k]`` of the nearest vectors; ``None`` if the CPU must search."""
-        copied = self._for(k)
+        copied = self._copy_for(k)
         if copied is None:
             return None
         if isinstance(copied, Product):
@@ -391,7 +395,7 @@ class GpuCopy:
 
     def search_tensor(self, features: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
         """Run :meth:`search` on a tensor; ``None`` if this copy only takes arrays."""
-        copied = None if features.device.type == "cpu" else self._for(k)
+        copied = None if features.device.type == "cpu" else self._copy_for(k)
         if isinstance(copied, Product):
             return copied.search(features, k)
         # Transforms around a copy, and copies on several GPUs, only take arrays; they have no getDevice.
@@ -402,7 +406,7 @@ class GpuCopy:
             found: tuple[Tensor, Tensor] = copied.search(features.contiguous(), k)
         return found
 
-    def _for(self, k: int) -> FaissIndex | None:
+    def _copy_for(self, k: int) -> FaissIndex | None:
         """Return the copy if it can retrieve ``k`` vectors."""
         copied = self.get()
         if copied is None or isinstance(copied, Product) or k <= GPU_MAX_K:
@@ -410,14 +414,7 @@ class GpuCopy:
         warn_once(f"FAISS finds at most {GPU_MAX_K:,} keys on a GPU; searching on the CPU for more")
         return None
 
-    def _made(self) -> FaissIndex | None:
-        try:
-            return self._copied()
-        except RuntimeError as error:
-            warn_once(f"searching an index on the CPU: {_reason(error)}")
-            return None
-
-    def _copied(self) -> FaissIndex:
+    def _copy(self) -> FaissIndex:
         """Make the copy. Raises RuntimeError with the reason if that is impossible."""
         number = int(self._number or torch.cuda.current_device())
         size, room = _bytes_on_gpu(self._index, self._half), int(torch.cuda.mem_get_info(number)[0]) // 2
@@ -427,12 +424,12 @@ class GpuCopy:
         if not gpus:
             raise RuntimeError("FAISS finds no GPU, but torch does (see retrieval-tip doctor)")
         if size <= room:
-            return self._cloned(lambda options: faiss().index_cpu_to_gpu(resources(), number, self._index, options))
+            return self._clone(lambda options: faiss().index_cpu_to_gpu(resources(), number, self._index, options))
         if gpus > 1 and not self._number:
-            return self._cloned(lambda options: faiss().index_cpu_to_all_gpus(self._index, options), shard=True)
+            return self._clone(lambda options: faiss().index_cpu_to_all_gpus(self._index, options), shard=True)
         raise RuntimeError(f"it takes {size:,} bytes, more than half of the GPU's free memory ({room:,} bytes)")
 
-    def _cloned(self, clone: Callable[[object], FaissIndex], shard: bool = False) -> FaissIndex:
+    def _clone(self, clone: Callable[[object], FaissIndex], shard: bool = False) -> FaissIndex:
         """Clone the index by FAISS, with at most :data:`GPU_MAX_K` lists to probe."""
         options = faiss().GpuMultipleClonerOptions()
         options.useFloat16 = self._half and not _is_one_of(UNCOMPRESSED, self._index)  # would round queries, too
@@ -526,10 +523,6 @@ def _factory_problem(factory: str, n: int, d: int) -> str | None:
         if not least <= int(count) <= most:
             return f"{count} is out of range; use {least} to {most:,} for {n:,} vectors of {d:,} values"
     return None
-
-
-def _shown(factory: str) -> str:
-    return repr(factory if len(factory) <= 80 else f"{factory[:80]}...")
 
 
 def _size_problem(path: Path) -> str | None:

@@ -171,7 +171,6 @@ def opened(
 
 
 def _problem(folder: Path, file: DataFile, verify: Verify) -> str | None:
-    """Return the fault of a data file, or ``None``."""
     path = folder / file.name
     try:
         if not lies_in(folder, path):

@@ -64,11 +64,13 @@ def label_table(
     if extra is not None and (own := sorted(set(extra.column_names) & set(LABEL_SCHEMA.names))):
         raise InputError(f"extra: column {own[0]!r} is reserved by the label store; rename it")
     ids = np.arange(n) if key_ids is None else key_ids
+    if not isinstance(sources, pa.ChunkedArray):
+        sources = pa.array([f"key {i}" for i in ids] if sources is None else list(sources), pa.string())
     columns = {
         "key_id": pa.array(ids, pa.int64()),
         "class_id": pa.array(class_ids, pa.int32()),
         "label": pa.array(class_names, pa.string()).take(pa.array(class_ids)),
-        "source": pa.array([f"key {i}" for i in ids], pa.string()) if sources is None else _string(sources),
+        "source": sources,
         "shot": pa.array(shots_of(class_ids)),
         "views": pa.array(np.broadcast_to(np.asarray(views, dtype=np.int32), n)),
         "digest": pa.array(digests if digests is not None else [None] * n, pa.string()),
@@ -144,10 +146,6 @@ def digest_codes(labels: pa.Table, among: npt.NDArray[np.int64] | None = None) -
         codes = pc.index_in(column, value_set=wanted).fill_null(-1)
         return np.asarray(codes.to_numpy(), dtype=np.int64)
     return _codes(pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column))
-
-
-def _string(values: Sequence[str] | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    return values if isinstance(values, pa.ChunkedArray) else pa.array(list(values), pa.string())
 
 
 def versions_table(rows: Sequence[Mapping[str, object]]) -> pa.Table:

@@ -52,7 +52,7 @@ def ask(
     if predictions is not None:
         tables = {**tables, "predictions": read_predictions(predictions)}
     refusal = "query: expected one SELECT; queries cannot change the label store"
-    answer = _answered("query", tables, sql, lambda database: _one_select(database, sql, refusal), timeout)
+    answer = _run("query", tables, sql, lambda database: _one_select(database, sql, refusal), timeout)
     return answer.rename_columns(_distinct(answer.column_names))
 
 
@@ -78,7 +78,7 @@ def rows_where(labels: pa.Table, condition: str) -> npt.NDArray[np.int64]:
             raise UsageError(f"where: is {', '.join(types)}; {expected}")
         return rows
 
-    answer = _answered("where", {"labels": numbered}, condition, select, TIMEOUT, hint=f"; {expected}")
+    answer = _run("where", {"labels": numbered}, condition, select, TIMEOUT, hint=f"; {expected}")
     return np.sort(answer[0].to_numpy())  # duckdb's threads return rows in any order
 
 
@@ -92,7 +92,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return list(columns)
 
 
-def _answered(
+def _run(
     what: str,
     tables: Mapping[str, pa.Table],
     text: str,
@@ -118,7 +118,7 @@ def _answered(
 
     def work() -> None:
         try:
-            answer.set_result(_fetched(database, what, select, ANSWER + held, hint))
+            answer.set_result(_fetch(database, what, select, ANSWER + held, hint))
         except BaseException as error:
             answer.set_exception(error)
 
@@ -135,7 +135,7 @@ def _answered(
             wait([answer], 0.02)
 
 
-def _fetched(
+def _fetch(
     database: DuckDBPyConnection, what: str, select: Callable[[DuckDBPyConnection], Statement], most: int, hint: str
 ) -> pa.Table:
     """Return an answer of at most ``most`` bytes. Raises UsageError if it is larger or duckdb fails."""
@@ -161,7 +161,9 @@ def _create(database: DuckDBPyConnection, name: str, table: pa.Table) -> None:
     import duckdb
 
     try:
-        database.register("from Arrow", table.cast(pa.schema([f.with_type(_held(f.type)) for f in table.schema])))
+        database.register(
+            "from Arrow", table.cast(pa.schema([f.with_type(_duckdb_type(f.type)) for f in table.schema]))
+        )
         database.execute(f'CREATE TABLE "{name}" AS FROM "from Arrow"')
         database.unregister("from Arrow")
         if name == "labels":
@@ -171,16 +173,16 @@ def _create(database: DuckDBPyConnection, name: str, table: pa.Table) -> None:
         raise InputError(f"{name}: duckdb cannot hold this table ({first_line(error)})") from None
 
 
-def _held(kind: pa.DataType) -> pa.DataType:
+def _duckdb_type(kind: pa.DataType) -> pa.DataType:
     """Return the closest Arrow type that duckdb accepts."""
     if pa.types.is_float16(kind):
         return pa.float32()
     if pa.types.is_struct(kind):
-        return pa.struct([kind.field(i).with_type(_held(kind.field(i).type)) for i in range(kind.num_fields)])
+        return pa.struct([kind.field(i).with_type(_duckdb_type(kind.field(i).type)) for i in range(kind.num_fields)])
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return pa.large_list(_held(kind.value_type))
+        return pa.large_list(_duckdb_type(kind.value_type))
     if pa.types.is_fixed_size_list(kind):
-        return pa.list_(_held(kind.value_type), kind.list_size)
+        return pa.list_(_duckdb_type(kind.value_type), kind.list_size)
     return kind
 
 

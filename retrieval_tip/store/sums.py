@@ -12,8 +12,8 @@ BLOCK = 2048
 """Keys converted to float64 at a time."""
 
 TOLERANCE, LEAST = 1e-9, 1e-8
-"""Relative tolerances of :class:`Along`: of the largest such sum (above rounding error, below the effect of one key in
-10^8), and of one key, for sums that stay however many keys are removed."""
+"""Tolerances of :class:`Along`, relative to the largest possible sum (above rounding error, below the effect of one key
+in 10^8), and to a single key, for sums from which many keys were removed."""
 
 LEFT = 1e-5
 """Smallest share of the squares that may be left after a removal; below it, rounding errors of removed keys matter."""
@@ -75,19 +75,16 @@ class Sums:
         c, d = len(self.counts), len(self.second)
         return 8 * (c + d) * (1 + d)
 
-    def added(self, keys: npt.NDArray[np.floating], ids: IntArray) -> Sums:
-        """Add keys ``[m, d]`` of class ids ``[m]``."""
-        return self._counted(keys, ids, 1)
-
-    def removed(self, keys: npt.NDArray[np.floating], ids: IntArray) -> Sums:
-        """Remove keys ``[m, d]`` of class ids ``[m]``."""
-        return self._counted(keys, ids, -1)
-
-    def _counted(self, keys: npt.NDArray[np.floating], ids: IntArray, sign: int) -> Sums:
+    def added(self, keys: npt.NDArray[np.floating], ids: IntArray, sign: int = 1) -> Sums:
+        """Add keys ``[m, d]`` of class ids ``[m]``, or remove them (``sign`` -1)."""
         other = Sums(np.array(self.counts), np.array(self.sums), np.array(self.second))
         other.count(keys, ids, sign)
         other.sums[other.counts == 0] = 0  # clears rounding errors
         return other
+
+    def removed(self, keys: npt.NDArray[np.floating], ids: IntArray) -> Sums:
+        """Remove keys ``[m, d]`` of class ids ``[m]``."""
+        return self.added(keys, ids, -1)
 
     def outweighs(self, before: Sums) -> bool:
         """Return whether enough is left after a removal from ``before`` for these sums to be accurate."""
@@ -95,8 +92,8 @@ class Sums:
 
     def moved(self, keys: npt.NDArray[np.floating], ids: IntArray, new_ids: IntArray) -> Sums:
         """Move keys ``[m, d]`` from classes ``ids`` ``[m]`` to classes ``new_ids`` ``[m]``."""
-        there = self.removed(keys, ids).added(keys, new_ids)
-        return Sums(there.counts, there.sums, self.second)
+        moved = self.removed(keys, ids).added(keys, new_ids)
+        return Sums(moved.counts, moved.sums, self.second)
 
     def widened(self, c: int) -> Sums:
         """Add empty classes, up to ``c`` in all."""

@@ -114,10 +114,9 @@ class Writer:
             raise InputError(f"{kind}: cannot store a column ({first_line(error)})") from None
         return self._seal(kind, staged, len(table))
 
-    def seal_later(self, keys: npt.NDArray[np.floating], labels: pa.Table) -> Segment:
+    def seal_later(self, keys: npt.NDArray[np.floating], labels: pa.Table) -> None:
         """Write a further segment ``[m, d]``, grouped by class, with its labels."""
         self._later.append(Segment(self._array("keys", keys), self._table("labels", labels)))
-        return self._later[-1]
 
     def keep_later(self, segment: Segment, labels: pa.Table | None = None) -> None:
         """Add a segment of the parent version without writing its keys, optionally with new ``labels``."""
@@ -201,7 +200,8 @@ def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
     StoreError if the folder holds something else, stays locked or cannot be written, or the disk is full.
     """
     check_name(folder)
-    for name in ("data", "manifests", "lock", "manifest.json"):
+    own = ("data", "manifests", "lock")  # apart from temporary files, all that a failed first version can leave
+    for name in (*own, "manifest.json"):
         if not lies_in(folder, folder / name):
             raise StoreError(f"{folder / name}: is a link that leads out of the index; nothing was changed")
     made: list[Path] = []
@@ -209,7 +209,8 @@ def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
         made += [path for path in (folder, *folder.parents) if not path.exists()]
         if folder.is_file():
             raise StoreError(f"{folder}: is a file, not a folder; give another --out")
-        if not all(_is_own(name) for name in _names_in(folder)) and not is_index(folder):
+        others = [name for name in _names_in(folder) if name not in own and not TEMPORARY.fullmatch(name)]
+        if others and not is_index(folder):
             raise StoreError(f"{folder}: is not an index and not empty; give an empty or new folder")
         with lock.locked(folder, folder, wait):
             try:
@@ -245,11 +246,6 @@ def _names_in(folder: Path) -> list[str]:
         return [entry.name for entry in folder.iterdir()]
     except FileNotFoundError:
         return []
-
-
-def _is_own(name: str) -> bool:
-    """Return whether an interrupted writer of a first version can have left this name."""
-    return name in ("data", "manifests", "lock") or TEMPORARY.fullmatch(name) is not None
 
 
 def _remove_own(folder: Path) -> None:
@@ -316,7 +312,6 @@ def _forget(folder: Path, keep: int) -> list[int]:
 
 
 def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-    """Write the header of a ``.npy`` file."""
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
 
