@@ -82,8 +82,8 @@ class Retrieval(ABC):
     def terms(self, features: Tensor, *, certify: bool = False, neighbours: int = 0) -> AnswerTerms:
         """Compute text and cache logits over all keys, or over about ``k``, with the others at their mean (tail).
 
-        ``certify`` also tells which queries are settled. ``neighbours`` adds that number of shots behind each answer, if
-        each query retrieves its own keys; otherwise call :meth:`contributors`.
+        ``certify`` also tells which queries are settled. ``neighbours`` adds that number of shots behind each answer
+        if each query retrieves its own keys; otherwise call :meth:`contributors`.
         """
         settings, points = self.settings, self.points(features)
         if settings.k is not None and settings.k < self.keys.n:
