@@ -58,16 +58,6 @@ def test_the_method_needs_torch_only():
     assert done.stdout.strip() == "[]"
 
 
-def test_help_starts_without_the_heavy_libraries():
-    script = (
-        "import sys; from click.testing import CliRunner; from retrieval_tip.cli import main; "
-        "assert CliRunner().invoke(main, ['index', 'build', '--help']).exit_code == 0; "
-        "print(sorted({'torch', 'faiss', 'open_clip', 'pyarrow', 'duckdb', 'numpy'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 def test_public_names_are_there_and_documented():
     import retrieval_tip
 
