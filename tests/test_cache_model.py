@@ -377,12 +377,6 @@ def test_top_is_cut_to_the_classes() -> None:
     assert sum(answer.probabilities) == pytest.approx(1)
 
 
-def test_no_queries_are_no_answers() -> None:
-    for k in (None, 5):
-        assert model().logits(QUERIES[:0], k).shape == (0, C)
-        assert model().classify(QUERIES[:0], k=k) == []
-
-
 def test_one_class_and_one_key() -> None:
     answer = CacheModel.from_features(KEYS[:1], ["only"], ["only"], device="cpu").classify(QUERIES[:1], k=9)[0]
     assert (answer.label, answer.probability, len(answer.neighbours)) == ("only", 1.0, 1)

@@ -164,22 +164,6 @@ def test_no_tensor_is_larger_than_a_block_or_the_outputs(form: str, half: bool) 
     assert largest.most <= max(outputs, 16 * 24, all_keys)
 
 
-def test_affinities_exist_one_block_at_a_time() -> None:
-    case = Case(2, [40, 70], q=45, d=4)
-    seen = []
-    affinity = keys_module.tip.affinity
-
-    def recorded(*arguments: Any, **named: Any) -> torch.Tensor:
-        found = affinity(*arguments, **named)
-        seen.append(tuple(found.shape))
-        return found
-
-    with blocks(16, 32), mock.patch.object(keys_module.tip, "affinity", recorded):
-        case.keys().cache_logits(case.features, 3.0)
-    sizes = [32, 32, 32, 14]
-    assert seen == [(rows, queries) for queries in (16, 16, 13) for rows in sizes]
-
-
 def test_keys_that_are_not_grouped_by_class_are_refused() -> None:
     rows = np.ones((3, 2), dtype=np.float32)
     for ids in ([0, 1, 0], [1, 0, 0], [0, 1]):

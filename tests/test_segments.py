@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -416,13 +415,3 @@ def test_an_index_that_lost_all_that_was_added_is_the_one_before(index: str) -> 
     np.testing.assert_array_equal(
         cache.nearest(torch.from_numpy(queries), 5)[1], base.nearest(torch.from_numpy(queries), 5)[1]
     )
-
-
-def test_a_copy_with_other_settings_keeps_the_segments() -> None:
-    cache = segmented()
-    other = replace(cache, settings=cache.settings.override(alpha=3.0))
-    queries = clusters(10, C, D, 2)[0]
-    assert other.segments == 4
-    terms = cache.terms(queries)
-    text, alone = terms.text, terms.cache
-    np.testing.assert_allclose(other.logits(queries), text + 3 * alone, atol=1e-4)
