@@ -172,27 +172,23 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def lit_mini() -> Backbone:
+def lit_mini(shared: Path) -> Backbone:
     """A small real dual encoder."""
     from retrieval_tip.backbones.loading import load_backbone
 
-    if not SHARED.is_dir():
-        pytest.skip(f"no shared data at {SHARED}")
-    return load_backbone(f"local-dir:{SHARED / 'models' / 'lit-mini'}", device="cpu")
+    return load_backbone(f"local-dir:{shared / 'models' / 'lit-mini'}", device="cpu")
 
 
 @pytest.fixture(scope="session")
-def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def things(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An index of real photos, eight for each of ten classes. Change only a copy."""
     from serving import build, photographs
 
-    if not SHARED.is_dir():
-        pytest.skip(f"no shared data at {SHARED}")
     folder = for_all(tmp_path_factory, "things")
     folder.mkdir(exist_ok=True)
     with filelock.FileLock(folder / "lock"):
         if not (folder / "things").is_dir():
-            build(SHARED, folder / "things", photographs(SHARED, "train", 10, 8))
+            build(shared, folder / "things", photographs(shared, "train", 10, 8))
     return folder / "things"
 
 

@@ -254,19 +254,6 @@ def test_other_views_or_another_seed_encode_what_is_new(
     assert np.array_equal(found[1], alone[1])
 
 
-def test_several_views_are_averaged_before_they_are_normalised(folder: Path) -> None:
-    backbone = Fake()
-    source = source_of(folder).take([3])
-    data = images.read(str(folder / "03.png"))
-    digest = hashlib.sha256(data).hexdigest()
-    raw = [backbone.encode_images(backbone.view(picture(3), f"{digest}/crop/7/{v}")[None])[0] for v in range(4)]
-    mean = np.mean(raw, axis=0)
-    _, found = all_of(Encoder(backbone, views=4, seed=7), source)
-    assert np.allclose(found[0], mean / np.linalg.norm(mean), atol=1e-6)
-    normalised_first = np.mean([r / np.linalg.norm(r) for r in raw], axis=0)
-    assert not np.allclose(found[0], normalised_first / np.linalg.norm(normalised_first), atol=1e-4)
-
-
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_a_path_that_comes_again_is_read_once(folder: Path, batch_size: int) -> None:
     order, reads, backbone = [3, 0, 3, 11, 5, 3, 0, 7, 11], Reads(), Fake()

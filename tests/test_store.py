@@ -766,23 +766,6 @@ def test_a_label_store_that_does_not_describe_the_keys_is_refused(
 # --- questions in SQL
 
 
-def test_query_answers_over_labels_and_class_counts(index: Path) -> None:
-    rows = store.query(index, "SELECT class_id, label, keys FROM class_counts").to_pylist()
-    assert rows == [{"class_id": i, "label": name, "keys": 10} for i, name in enumerate(CLASSES)]
-    names = store.query(index, "FROM labels LIMIT 1").column_names
-    assert names == LABEL_SCHEMA.names
-    same = store.query(index, "SELECT * FROM labels ORDER BY class_id, shot")
-    assert (
-        same["key_id"].to_pylist()
-        == pq.ParquetFile(index / store.read_manifest(index).files["labels"].name).read()["key_id"].to_pylist()
-    )
-    assert [row["name"] for row in store.query(index, "SHOW TABLES").to_pylist()] == [
-        "class_counts",
-        "labels",
-        "versions",
-    ]
-
-
 @pytest.mark.parametrize(
     "name", ["it's", "a b", 'q"q', "a[1]", "[ab]", "a*", "**", "wh?", "x=1", "ünï", "{a,b}", "a;b", "file:x"]
 )
@@ -800,13 +783,6 @@ def test_query_and_load_work_whatever_the_folder_is_called(
         assert len(table) == N + 4
         assert verify(folder).labels.column_names == LABEL_SCHEMA.names
         assert answer(CacheModel.load(folder, device="cpu")) == answer(cache)
-
-
-def test_settings_may_be_numpy_numbers(tmp_path: Path) -> None:
-    cache = model(1)
-    cache.settings = cache.settings.override(alpha=np.float32(2), beta=np.float64(3))
-    cache.save(tmp_path / "x")
-    assert (CacheModel.load(tmp_path / "x").settings.alpha, CacheModel.load(tmp_path / "x").settings.beta) == (2.0, 3.0)
 
 
 @pytest.mark.parametrize("at_a_time", [1, 7, 1 << 24])
