@@ -46,8 +46,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     and the first :meth:`partial_fit` read the parameters; later changes take effect at the next fit.
 
     Args:
-        text_weights: unit vectors ``W`` ``[c, d]``, one per class in sorted order (or that of ``class_names``), used
-            unchanged. ``None`` classifies by the shots alone.
+        text_weights: unit vectors ``W`` ``[c, d]``, one per class in sorted order (or the order of ``class_names``),
+            used unchanged. ``None`` classifies by the shots alone.
         class_names: the ``c`` labels in the order of ``text_weights``. Classes missing in ``y`` are scored by their
             text alone. ``None``: the sorted labels of ``y``.
         alpha: weight of the cache relative to the text; at least 0. ``auto`` fits metric, values, alpha, beta and
@@ -56,7 +56,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         beta: sharpness of the exponential; at least 0, by default 5.5. Needs a number as ``alpha``.
         metric: with ``alpha="auto"``: ``none`` or ``within``; ``None`` lets the fit choose.
         values: with ``alpha="auto"``: ``one-hot`` or ``solved``; ``None`` lets the fit choose.
-        k: number of nearest keys per query; ``None`` uses all of them, Tip-Adapter exactly.
+        k: number of nearest keys per query; ``None`` uses every key, Tip-Adapter exactly.
         tail: with ``k``, estimate the contribution of the other keys.
         logit_scale: factor of the text logits, the backbone's own (100 for OpenAI's CLIP).
         index: FAISS factory string: ``Flat``, ``IVF256,Flat``, ``HNSW32`` ...
@@ -122,9 +122,9 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     def partial_fit(self, X: npt.ArrayLike, y: npt.ArrayLike, classes: npt.ArrayLike | None = None) -> Self:
         """Add the rows of ``X`` ``[m, d]`` with labels ``y`` ``[m]`` to the keys.
 
-        The result is that of :meth:`fit` on all rows so far. Each call rebuilds the index, and fits again with
+        The result equals :meth:`fit` on all rows so far. Each call rebuilds the index, and fits again with
         ``alpha="auto"``, so pass many rows at once. ``classes`` lists all possible labels; the first call needs it
-        unless ``class_names`` are set. Errors are those of :meth:`fit` and change nothing.
+        unless ``class_names`` are set. Raises as :meth:`fit`; an error changes nothing.
         """
         if not hasattr(self, "cache_"):
             if classes is None and self.class_names is None:
@@ -213,7 +213,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         super().__setstate__(state)
 
     def _first(self, X: npt.ArrayLike, y: npt.ArrayLike, labels: npt.ArrayLike | None) -> Self:
-        """Fit on the first rows; ``labels`` lists all classes, ``None`` takes those of ``y``."""
+        """Fit on the first rows; ``labels`` lists all classes, ``None`` takes the labels of ``y``."""
         normalize = bool(self.normalize)
         rows, own = validate_data(self, X, y, dtype=_dtypes(normalize))
         check_classification_targets(own)
@@ -289,7 +289,7 @@ def _classes(labels: npt.ArrayLike, *, once: bool) -> tuple[Array, Array]:
     except TypeError:
         raise InputError("classes: labels of different types cannot be sorted; use one type") from None
     if given.ndim != 1 or (once and len(classes) < len(given)):
-        raise InputError(f"class_names: shape {given.shape}, {len(classes)} of them distinct; expected each label once")
+        raise InputError(f"class_names: shape {given.shape}, {len(classes)} distinct labels; give each label once")
     return classes, order
 
 

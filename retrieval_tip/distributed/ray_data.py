@@ -143,7 +143,6 @@ def write_parts(
 def _stream(
     work: Work, missing: list[dict[str, object]], folder: PartsFolder, most: int | None, device: str, progress: bool
 ) -> None:
-    """Send pieces through actors into Parquet files."""
     import ray
     from ray import data
 

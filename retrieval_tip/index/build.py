@@ -78,7 +78,9 @@ def build_index(
     """
     check_choice("dtype", dtype, Dtype)
     scale = logit_scale if logit_scale is not None or encoder.backbone is None else encoder.backbone.logit_scale
-    asked = _asked(Settings().override(alpha=alpha, beta=beta, logit_scale=scale, k=k), alpha, beta, normalize, k)
+    form = normalize or ("both" if alpha is None and beta is None else "none")
+    check_choice("normalize", form, Normalize)
+    settings = Settings().override(alpha=alpha, beta=beta, logit_scale=scale, k=k)
     fitted = Fit(metric, values) if _fits(fit, (metric, values), (alpha, beta, normalize)) else None
     words = _text(source, encoder, templates, text)
     source, ids = _drawn(source, words.class_names, text, shots, encoder.seed)
@@ -88,7 +90,7 @@ def build_index(
             encoder=encoder,
             ids=ids,
             words=words,
-            asked=asked,
+            asked=Asked(settings, alpha, beta, form, keeps_k=k is not None),
             shots=shots,
             index=index,
             dtype=dtype,
@@ -111,14 +113,6 @@ def _drawn(
         return source, ids
     drawn = draw_shots(ids, class_names, shots, seed)
     return source.take(drawn), ids[drawn]
-
-
-def _asked(
-    settings: Settings, alpha: float | None, beta: float | None, normalize: Normalize | None, k: KeysMet
-) -> Asked:
-    form = normalize or ("both" if alpha is None and beta is None else "none")
-    check_choice("normalize", form, Normalize)
-    return Asked(settings, alpha, beta, form, k is not None)
 
 
 def _fits(fit: FitName | None, letters: Sequence[str | None], settings: Sequence[float | str | None]) -> bool:

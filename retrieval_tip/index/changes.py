@@ -99,7 +99,7 @@ def add(
     skip_known: bool = False,
     manifest: Manifest | None = None,
 ) -> Added:
-    """Add the labelled images or features of a source. New classes follow those of the index, in source order.
+    """Add the labelled images or features of a source. New classes come last, in source order.
 
     Labels are exact: another spelling makes another class, with a warning (:attr:`Added.alike`). If the index has text,
     the text weights of new classes come from its templates and the encoder's backbone, or from ``text``. The cost
@@ -121,7 +121,7 @@ def add(
     manifest = manifest or store.manifest()
     check_backbone(_backbone_of(manifest), manifest.d, encoder.backbone, [source])
     weights = _weights_of(source.class_names, manifest, encoder, text)
-    _needed(source.class_names, manifest.class_names, weights, store.has_text(manifest))
+    _new_classes(source.class_names, manifest.class_names, weights, store.has_text(manifest))
     if shots is not None:
         ids = ids_in(source, source.class_names)
         source = source.take(draw_shots(ids, source.class_names, shots, encoder.seed))
@@ -204,11 +204,7 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
 
 
 def relabel(
-    folder: Place,
-    label: str | Mapping[int, str],
-    *,
-    where: str | None = None,
-    key_ids: Sequence[int] | None = None,
+    folder: Place, label: str | Mapping[int, str], *, where: str | None = None, key_ids: Sequence[int] | None = None
 ) -> Changed:
     """Move keys to other classes of the index: chosen keys (see :func:`remove`) to one label, or a label per key id.
 
@@ -264,8 +260,8 @@ def apply_audit(folder: Place, file: Folder) -> Changed:
 def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) -> Renamed:
     """Rename a class, or merge it into the class that already has the new name; returns the ids of its keys.
 
-    The text weight stays that of the class, or of the class it is merged into. With a ``backbone``, the new name is
-    encoded with the index's templates instead.
+    The text weight stays; a merge keeps the target's. With a ``backbone``, the new name is encoded with the index's
+    templates instead.
 
     Raises InputError if there is no class ``old``, or ``new`` cannot be a name. Raises UsageError for a backbone
     without a text encoder, or an index without templates; BackboneError for another backbone than the index's.
@@ -359,7 +355,7 @@ def configure(
 def compact(folder: Place) -> Changed:
     """Merge all keys into one segment, indexed as the first one; does nothing if there is only one.
 
-    Answers are those of a new build from the same keys. Raises StoreError as :func:`writer.write`.
+    Answers equal a new build from the same keys. Raises StoreError as :func:`writer.write`.
     """
     with places.at(folder).change() as change:
         segments = change.cache.segments
@@ -406,8 +402,8 @@ def gc(folder: Place, keep: int = 1) -> Collected:
 def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
     """Copy the current or an earlier version of an index to a new place, and verify it on the way.
 
-    Between kinds of store, keys, labels, settings and fit stay the same; the index over the keys is that of a new
-    build: ``Flat`` in a folder, ``auto`` elsewhere.
+    Between kinds of store, keys, labels, settings and fit stay the same; the index over the keys is built again:
+    ``Flat`` in a folder, ``auto`` elsewhere.
 
     Raises StoreError if ``out`` already holds an index, InputError as :meth:`Store.copy_from`.
     """
@@ -487,14 +483,13 @@ def _weights_of(
 
 
 def _add_classes(cache: EditableIndex, names: Sequence[str], weights: dict[str, npt.NDArray[np.float32]]) -> list[str]:
-    """Add the classes that the index lacks, in order, with their text weights if it has text."""
-    new = _needed(names, cache.class_names, weights, cache.has_text)
+    new = _new_classes(names, cache.class_names, weights, cache.has_text)
     if new:
         cache.add_classes(new, np.stack([weights[name] for name in new]) if cache.has_text else None)
     return new
 
 
-def _needed(
+def _new_classes(
     names: Sequence[str], present: Sequence[str], weights: Mapping[str, npt.NDArray[np.float32]], has_text: bool
 ) -> list[str]:
     """Return the classes that the index lacks, in order. Raises InputError if one has no text weight."""
@@ -546,7 +541,6 @@ def _known(
 
 
 def _chosen(cache: AnsweringIndex, where: str | None, key_ids: Sequence[int] | None) -> list[int]:
-    """Return the ids of the chosen keys. Raises InputError for an unknown id, or if no key matches."""
     if (where is None) == (key_ids is None):
         raise UsageError("which keys: give either a condition (--where) or ids (--key-ids)")
     if where is None:
@@ -563,17 +557,15 @@ def _chosen(cache: AnsweringIndex, where: str | None, key_ids: Sequence[int] | N
 
 
 def _labels_of(cache: AnsweringIndex, key_ids: Sequence[int]) -> dict[int, str]:
-    """Return the labels of the given keys that the index has."""
     possible = [key_id for key_id in key_ids if -(2**63) <= key_id < 2**63]
     rows = cache.find(key_ids=possible) if possible else cache.labels.slice(0, 0)
     return dict(zip(rows["key_id"].to_pylist(), rows["label"].to_pylist(), strict=True))
 
 
-def _check_class(cache: AnsweringIndex, label: str, where: str = "") -> None:
-    """Raise InputError if the index has no such class; ``where`` is the prefix of the message."""
+def _check_class(cache: AnsweringIndex, label: str, prefix: str = "") -> None:
     if label not in cache.class_names:
         raise InputError(
-            f"{where}{label!r} is not a class of this index ({few(cache.class_names)}); add new classes with index add"
+            f"{prefix}{label!r} is not a class of this index ({few(cache.class_names)}); add new classes with index add"
         )
 
 

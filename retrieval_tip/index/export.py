@@ -28,7 +28,7 @@ def export_table(cache: CacheModel, out: Path) -> int:
 
     Raises InputError and leaves no file if ``out`` cannot be written.
     """
-    _outside(cache, out)
+    _refuse_inside(cache, out)
     trained = cache.values if cache.fitted is None else None  # solved values can be fitted again
     for part, what in ((trained, "trained values"), (cache.tuned, "the fine-tuned encoder")):
         if part is not None:
@@ -60,7 +60,7 @@ def export_text(cache: CacheModel, out: Path) -> int:
     Returns the number of classes. Raises UsageError if the index has no text weights. Raises InputError and leaves no
     file if a class has no text weight or ``out`` cannot be written.
     """
-    _outside(cache, out)
+    _refuse_inside(cache, out)
     if not cache.has_text:
         raise UsageError("text: this index has no text weights; export its keys instead")
     weights = cache.text_weights.cpu().numpy()
@@ -73,7 +73,6 @@ def export_text(cache: CacheModel, out: Path) -> int:
     return write_table(out, schema, (table_of(schema, name, name, part, {}) for name, part in parts))
 
 
-def _outside(cache: CacheModel, out: Path) -> None:
-    """Raise UsageError if ``out`` is inside the index folder."""
+def _refuse_inside(cache: CacheModel, out: Path) -> None:
     if cache.folder is not None and real(out).is_relative_to(real(cache.folder)):
         raise UsageError(f"{show(out)}: is inside the index; give a path outside it")

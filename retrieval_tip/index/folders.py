@@ -35,23 +35,18 @@ EFFORT = 16
 class FolderChange(Change):
     """A :class:`CacheModel` that becomes the next version of its folder."""
 
-    def __init__(self, cache: CacheModel) -> None:
-        self._cache = cache
-
-    @property
-    def cache(self) -> CacheModel:
-        return self._cache
+    cache: CacheModel
 
     def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
-        self._cache.compact(index, dtype, again=True)
+        self.cache.compact(index, dtype, again=True)
 
     def refit(self, beta: float) -> FormChoice:
-        choice = closed_form.refit(self._cache, beta)
-        self._cache.solve()
+        choice = closed_form.refit(self.cache, beta)
+        self.cache.solve()
         return choice
 
     def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
-        cache = self._cache
+        cache = self.cache
         fresh = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))
         # Exact and class-wise indexes compare with very many keys.
         cheap = not (cache.metric or cache.index.by_class or cache.index.exact_search)

@@ -86,7 +86,7 @@ class Fit(NamedTuple):
 class Material:
     """Inputs of a build, the same for every store: items, their class ids ``[m]``, classes and settings.
 
-    ``index`` is the index type and ``dtype`` that of the stored keys. ``fit`` is ``None`` for plain Tip-Adapter, and
+    ``index`` is the index type, ``dtype`` the dtype of stored keys. ``fit`` is ``None`` for plain Tip-Adapter, and
     ``device`` holds the returned classifier.
     """
 

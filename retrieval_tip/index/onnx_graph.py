@@ -114,7 +114,7 @@ def export_onnx(
     size = sum(part.numel() * part.element_size() for part in answer.state_dict().values())
     if size > LARGEST:
         raise UsageError(f"{show(Path(out))}: keys, values and encoder take {size / 1e9:.1f} GB; ONNX holds 2 GB")
-    facts = _facts(cache, backbone)
+    facts = _metadata(cache, backbone)
     with replacing(Path(out)) as temporary:
         _trace(answer, cache, backbone, temporary)
         graph = onnx.load_model(temporary)
@@ -127,7 +127,6 @@ def export_onnx(
 
 
 def _trace(answer: Answer, cache: CacheModel, backbone: TorchBackbone | None, file: Path) -> None:
-    """Write the graph with torch's exporter."""
     from retrieval_tip.backbones.tower import traceable
 
     name, shape = ("features", (2, cache.d)) if backbone is None else ("pixels", (2, 3, *backbone.size))
@@ -147,8 +146,7 @@ def _trace(answer: Answer, cache: CacheModel, backbone: TorchBackbone | None, fi
         logger.disabled = False
 
 
-def _facts(cache: CacheModel, backbone: TorchBackbone | None) -> dict[str, Any]:
-    """Return the metadata of the file."""
+def _metadata(cache: CacheModel, backbone: TorchBackbone | None) -> dict[str, Any]:
     facts = {"labels": cache.class_names, "settings": asdict(cache.settings), "opset": OPSET}
     facts |= {"index": cache.place, "version": cache.version}
     if backbone is not None:

@@ -77,7 +77,6 @@ def remove_unused(store: Store) -> tuple[int, int]:
 
 
 def _photos(folder: Path) -> list[Path]:
-    """Return the files in the class folders that are named like a photo."""
     classes = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
     entries = [entry for place in classes for entry in os.scandir(place) if entry.is_file(follow_symlinks=False)]
     return [Path(entry.path) for entry in entries if _NAME.fullmatch(entry.name)]

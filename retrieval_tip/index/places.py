@@ -90,11 +90,10 @@ class FolderStore(Store):
         index_folder.check_there(self.folder)  # make nothing without an index
         with write(self.folder) as writer:
             check = index_folder.Check(self.folder, writer.parent, "fast")  # copied files are hashed anyway
-            cache = CacheModel.load(self.folder, device="cpu", precision="float32", check=check)
-            change = FolderChange(cache)
+            change = FolderChange(CacheModel.load(self.folder, device="cpu", precision="float32", check=check))
             yield change
             if change.what:
-                cache.commit(writer, change.what)
+                change.cache.commit(writer, change.what)
 
     def fit(
         self, metric: MetricName | None, values: ValuesName | None, queries: Callable[[AnsweringIndex], Queries] | None

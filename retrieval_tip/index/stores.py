@@ -35,14 +35,12 @@ class VersionWriter(Protocol):
 
 
 class Change(ABC):
-    """An index being changed. Set ``what``, the line for its history, or nothing is written."""
+    """An index to edit, ``cache``. Set ``what``, the line for its history, or nothing is written."""
 
     what = ""
 
-    @property
-    @abstractmethod
-    def cache(self) -> EditableIndex:
-        """The index to edit."""
+    def __init__(self, cache: EditableIndex) -> None:
+        self.cache = cache
 
     @abstractmethod
     def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
@@ -119,7 +117,7 @@ class Store(ABC):
     ) -> AnsweringIndex:
         """Open the current version, or an earlier one.
 
-        ``precision`` is that of the products with all keys. ``verify="full"`` checks every byte first; ``fast`` checks
+        ``precision`` applies to products with all keys. ``verify="full"`` checks every byte first; ``fast`` checks
         small files, and the size of others. The default depends on the kind of store. Raises UsageError for a precision
         that the store lacks.
         """

@@ -80,11 +80,7 @@ def tune_on(
 
 
 def tune(
-    cache: CacheModel,
-    features: npt.NDArray[np.float32],
-    *,
-    agreement: float = 0.999,
-    factories: Sequence[str] = (),
+    cache: CacheModel, features: npt.NDArray[np.float32], *, agreement: float = 0.999, factories: Sequence[str] = ()
 ) -> Tuning:
     """Try indexes on queries ``[q, d]``, and choose the cheapest whose winners agree with those over all keys.
 
@@ -125,7 +121,6 @@ def _usual(cache: CacheModel) -> list[str]:
 
 
 def _settings(cache: CacheModel) -> Iterator[tuple[int | None, int]]:
-    """Yield the efforts and numbers of keys worth trying with an index."""
     if inner_factory(cache.index.factory) is not None:
         shots = cache.n / len(cache.class_names)
         ks = sorted({max(1, round(number * shots)) for number in CLASSES})

@@ -135,7 +135,6 @@ def set_credentials(scheme: str) -> str:
 
 
 def _endpoint(address: Address, variable: str) -> str:
-    """Return the server that a variable names. Raises StoreError for a wrong address, a password, or no TLS."""
     endpoint, place = os.environ[variable], one_line(str(address))
     if not re.fullmatch(r"https?://[^\s/@\[\]]+/*", endpoint):
         raise StoreError(f"{place}: {variable} is not a server address; set it to https://HOST, without a user")

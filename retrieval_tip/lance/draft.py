@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from retrieval_tip.lance.key_table import (
     FLAT,
     KINDS,
     POINT,
+    RESTORE,
     UNINDEXED,
     VECTOR,
     VERSION,
@@ -37,7 +38,7 @@ from retrieval_tip.lance.key_table import (
 )
 from retrieval_tip.lance.lance_model import LanceModel, check
 from retrieval_tip.lance.row_digest import with_rows
-from retrieval_tip.lance.versions import RESTORE, Classes, TableWriter
+from retrieval_tip.lance.versions import Classes, TableWriter
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.inputs import Features, Labels
@@ -55,7 +56,7 @@ Column = npt.NDArray[np.integer[Any]] | list[str]
 MOST_ASKED, NEIGHBOURS = 512, 4
 """Upper bound for new keys compared with their nearest keys, and the number of these."""
 INDEX_FROM = 50_000
-"""Number of keys from which an index is faster than comparing with every key."""
+"""Smallest number of keys for which an index is faster than comparing with every key."""
 MOST_HELD = 1 << 30
 """Upper bound in bytes for keys and solved values in memory."""
 
@@ -209,14 +210,13 @@ class LanceDraft(LanceModel, EditableIndex):
             )
 
     def _check_columns(self, added: pa.Table) -> None:
-        """Raise InputError for extra columns that the table cannot hold, or holds with another type."""
         there = self.table.schema
         check_columns(list(added.schema)[len(LABEL_SCHEMA) :])
         for column in added.schema:
             if column.name in there.names and there.field(column.name).type != column.type:
+                known = there.field(column.name).type
                 raise InputError(
-                    f"labels: their columns do not fit the index's (column {column.name!r} is {column.type}, there "
-                    f"{there.field(column.name).type})"
+                    f"labels: column {column.name!r} is {column.type}, but {known} in the index; convert it"
                 )
 
     def _next_shots(self, class_ids: IntArray) -> npt.NDArray[np.int32]:
@@ -250,7 +250,6 @@ class LanceDraft(LanceModel, EditableIndex):
         self._follow()
 
     def _digest(self, rows: pa.Table | pa.RecordBatch, sign: int = 1) -> None:
-        """Add rows to the digest, or subtract them (-1)."""
         self.digest = None if self.digest is None else with_rows(self.digest, rows, sign)
 
     def remove(self, key_ids: Sequence[int]) -> None:
@@ -263,7 +262,6 @@ class LanceDraft(LanceModel, EditableIndex):
             self._move(rows, -1)
 
     def _of_ids(self, key_ids: Sequence[int]) -> pa.Table:
-        """Return the rows of keys. Raises InputError for unknown ids."""
         rows = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), self.table.schema.names)
         missing = sorted(set(key_ids) - set(rows["key_id"].to_pylist()))
         if missing:
@@ -359,10 +357,8 @@ class LanceDraft(LanceModel, EditableIndex):
             metric=self.metric if self.whole is None else None,
             known=known,
         )
-        if rewritten.dtype == self.dtype and self.digest not in (
-            None,
-            rewritten.digest,
-        ):  # or damage would get a valid digest
+        # Damage must not get a valid digest.
+        if rewritten.dtype == self.dtype and self.digest not in (None, rewritten.digest):
             raise StoreError(f"{self.store}: rows are damaged; {RESTORE}")
         for name in ("table", "classes", "second", "dtype", "digest"):
             setattr(self, name, getattr(rewritten, name))
@@ -431,14 +427,6 @@ class LanceDraft(LanceModel, EditableIndex):
         pairs = duplicates(self.keys_of(some), labels, np.flatnonzero(np.isin(some, asked)), budget=PAIRS)
         return pairs if len(asked) == len(key_ids) else replace(pairs, compared="digests")
 
-    def opened(self, device: str) -> LanceModel:
-        """Return the committed version, read-only."""
-        assert self.manifest is not None
-        if device != self.device:
-            return LanceModel.load(self.store, device=device, version=self.version)
-        known = {own.name: getattr(self, own.name) for own in fields(LanceModel) if own.init}
-        return LanceModel(**known | {"table": self.store.table(self.manifest)})
-
     def commit(self, change: str) -> None:
         """Make this the current version of its store; ``change`` describes it in a few words.
 
@@ -459,7 +447,6 @@ class LanceDraft(LanceModel, EditableIndex):
 
 
 def _arrays(draft: LanceDraft) -> Iterator[tuple[str, KeyArray]]:
-    """Yield the arrays to store beside the classes, by kind."""
     second, keys = draft.second, draft.n * draft.d * np.dtype(draft.dtype).itemsize
     if second is not None and second.nbytes * SUMS_FROM <= keys:
         yield "second", second

@@ -39,7 +39,7 @@ FLAT, CLASSES = "Flat", "Classes"
 KINDS = {"IvfFlat": 1, "IvfSq": 4, "HnswSq": 4}
 """Index types, and how many candidates per nearest key are compared with the exact keys."""
 UNINDEXED = 20_000
-"""Number of rows outside the index, which slow down every search, from which it takes them in."""
+"""Rows outside the index slow down every search; at this number the index takes them in."""
 TRAINED_ON, KMEANS_ITERATIONS = 64, 10
 """Rows per list to train its centre on, and iterations: fewer than LanceDB's defaults, with equal answers."""
 PROBED = 0.15
@@ -52,6 +52,7 @@ SCANNED = 8192
 """Number of rows read at a time."""
 GROUPED = 1 << 28
 """Bytes of rows that are sorted by class at a time while a table is written."""
+RESTORE = "go back to an earlier version, or build the store again"
 TAG = "kept-"
 FOREVER = datetime.timedelta(days=36500)
 ASKED_AT_ONCE = 4096
@@ -114,10 +115,8 @@ def _grouped(held: Sequence[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     if (ids[1:] >= ids[:-1]).all():
         yield from held
         return
-    rows, order = (
-        pa.concat_batches(held),
-        np.argsort(ids, kind="stable"),
-    )  # taking from chunks takes three times as long
+    rows = pa.concat_batches(held)  # taking from chunks takes three times as long
+    order = np.argsort(ids, kind="stable")
     for start in range(0, len(order), SCANNED):
         yield rows.take(pa.array(order[start : start + SCANNED]))
 
@@ -243,10 +242,10 @@ class KeyTable:
                 return
             yield batch
 
-    def read(self, columns: Sequence[str], where: str | None = None) -> pa.Table:
-        """Read rows as one table."""
+    def read(self, columns: Sequence[str]) -> pa.Table:
+        """Read all rows as one table."""
         schema = pa.schema([self.schema.field(name) for name in columns])
-        return pa.Table.from_batches(list(self.scan(columns, where)), schema)
+        return pa.Table.from_batches(list(self.scan(columns)), schema)
 
     def of_ids(self, column: str, values: Sequence[int | str], columns: Sequence[str]) -> pa.Table:
         """Read the rows whose ``column`` is one of ``values``; numbers outside int64 match nothing."""
@@ -285,9 +284,7 @@ class KeyTable:
             column = column.combine_chunks()
         values = column.flatten()
         if column.null_count or values.null_count:
-            raise StoreError(
-                f"{self.address}: a key lacks values; go back to an earlier version, or build the store again"
-            )
+            raise StoreError(f"{self.address}: a key lacks values; {RESTORE}")
         matrix: KeyArray = values.to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
         return matrix
 
@@ -302,7 +299,7 @@ class KeyTable:
         """Return the ``k`` nearest rows by the index: affinities, largest first, row numbers, class ids, ``[q, k]``.
 
         ``kind`` is the index type. Affinities are float32 products with the stored keys, or points, which come with the
-        hits; the engine's ``_distance`` may be that of a compressed copy. Slots without a hit have row -1.
+        hits; the engine's ``_distance`` may come from a compressed copy. Slots without a hit have row -1.
         """
         (q, d), met = features.shape, self.met
         affinity = np.zeros((q, k), dtype=np.float32)

@@ -80,8 +80,7 @@ class LanceKeys(KeyStream):
     def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
         """See :meth:`keys.KeyStream.numbered_of_classes`.
 
-        Small classes are read together, up to :data:`PIECE`; the blocks of a larger one come as they are read. Blocks
-        share their memory.
+        Small classes are read together, up to :data:`PIECE`; a larger one is read in blocks. Blocks share their memory.
         """
         counts, most = self._counts[class_ids], PIECE // (4 * self.d)
         ends, start = np.cumsum(counts), 0
@@ -96,7 +95,7 @@ class LanceKeys(KeyStream):
             start = max(stop, start + 1)
 
     def _large(self, class_id: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the keys of a class and their row numbers, as they are read."""
+        """Yield the keys of a class and their row numbers in blocks."""
         n_read = 0
         for _, keys, rows in self._batches([class_id]):
             yield self._tensors(np.array(keys, dtype=np.float32), rows)

@@ -2,7 +2,7 @@
 
 Memory does not grow with the number of keys. The tail needs only statistics of each class, search results bring their
 keys and class ids, and a query that uses all keys reads them block by block. Solved values exist only for few keys;
-then all keys are in memory and answer like those of a folder.
+then all keys are in memory and answer as in a folder.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from retrieval_tip.answering import AnsweringIndex, spread
 from retrieval_tip.backbones.base import Identity, resolve_device
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
-from retrieval_tip.lance.key_table import FLAT, POINT, VECTOR, VERSION, IntArray, KeyTable
+from retrieval_tip.lance.key_table import FLAT, POINT, RESTORE, VECTOR, VERSION, IntArray, KeyTable
 from retrieval_tip.lance.lance_keys import LanceKeys, LanceRetrieval
 from retrieval_tip.lance.row_digest import hexadecimal, with_rows
-from retrieval_tip.lance.versions import RESTORE, Classes, LanceVersions
+from retrieval_tip.lance.versions import Classes, LanceVersions
 from retrieval_tip.retrieval.defaults import SAMPLE, Statistics, measure
 from retrieval_tip.retrieval.keys import index_over, points_of
 from retrieval_tip.retrieval.logits import Retrieval
@@ -102,7 +102,7 @@ class LanceModel(AnsweringIndex):
 
     @classmethod
     def _of(cls, place: LanceVersions, manifest: Manifest, table: KeyTable, device: str, **more: Any) -> Self:
-        arrays = place.arrays(manifest)
+        metric, values = place.array(manifest, "metric"), place.array(manifest, "values")
         model = cls(
             store=place,
             table=table,
@@ -118,13 +118,13 @@ class LanceModel(AnsweringIndex):
             device=device,
             manifest=manifest,
             version=manifest.version,
-            metric=None if arrays.metric is None else metric_of(arrays.metric),
+            metric=None if metric is None else metric_of(metric),
             fitted=manifest.fitted,
-            second=arrays.second,
+            second=place.array(manifest, "second"),
             **more,
         )
-        if arrays.values is not None:
-            model.hold(arrays.values)
+        if values is not None:
+            model.hold(values)
         return model
 
     def hold(self, values: npt.NDArray[np.float32]) -> None:
@@ -218,7 +218,7 @@ class LanceModel(AnsweringIndex):
         return labelled_digests(self.table.of_ids("digest", asked, ["digest", "label"]), asked)
 
     def statistics(self) -> Statistics | None:
-        """See :meth:`AnsweringIndex.statistics`. Up to :data:`MOST_ORDERED` keys, the sample is that of a folder."""
+        """See :meth:`AnsweringIndex.statistics`. Up to :data:`MOST_ORDERED` keys it samples like a folder."""
         if self.whole is not None:
             return self.whole.statistics()
         chosen = np.arange(self.n)

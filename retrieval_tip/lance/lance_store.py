@@ -48,6 +48,7 @@ class LanceStore(LanceVersions, Store):
         from retrieval_tip.lance import shots
         from retrieval_tip.lance.draft import LanceDraft, index_kind, labelled_blocks
         from retrieval_tip.lance.key_table import FLAT
+        from retrieval_tip.lance.lance_model import LanceModel
         from retrieval_tip.retrieval.duplicates import duplicates
 
         index = material.index or "auto"
@@ -70,7 +71,7 @@ class LanceStore(LanceVersions, Store):
             if material.fit is not None:
                 warn(shots.fit(draft, material.fit.metric, material.fit.values, factory=index).warnings)
             draft.commit("build")
-        return draft.opened(material.device)
+        return LanceModel.load(self, device=material.device, version=draft.version)
 
     def copy_from(self, model: AnsweringIndex, what: str) -> int:
         """See :meth:`Store.copy_from`. A LanceDB store cannot hold trained values or a trained encoder."""
@@ -131,10 +132,12 @@ class LanceStore(LanceVersions, Store):
     ) -> FormChoice:
         from retrieval_tip.lance import shots
 
-        model = None if queries is None else self.load(device="cpu")
-        judged_by = None if queries is None or model is None else queries(model)
+        judged_by, version = None, None
+        if queries is not None:
+            model = self.load(device="cpu")
+            judged_by, version = queries(model), model.version
         with self.change() as change:
-            if model is not None and change.cache.version != model.version:
+            if version not in (None, change.cache.version):
                 raise StoreError(f"{self}: another process changed it meanwhile; try again")
             change.what = "fit"
             return shots.fit(change.cache, metric, values, judged_by)
@@ -165,20 +168,15 @@ class LanceStore(LanceVersions, Store):
 class LanceChange(Change):
     """A :class:`LanceDraft` that becomes the next version."""
 
-    def __init__(self, draft: LanceDraft) -> None:
-        self._draft = draft
-
-    @property
-    def cache(self) -> LanceDraft:
-        return self._draft
+    cache: LanceDraft
 
     def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
-        self._draft.rewrite(index, dtype)
+        self.cache.rewrite(index, dtype)
 
     def refit(self, beta: float) -> FormChoice:
         from retrieval_tip.lance import shots
 
-        return shots.refit(self._draft, beta)
+        return shots.refit(self.cache, beta)
 
     def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
-        return self._draft.duplicates_of(key_ids)
+        return self.cache.duplicates_of(key_ids)

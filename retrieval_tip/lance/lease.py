@@ -103,7 +103,7 @@ class _Lease:
     def _look(self) -> tuple[dict[str, object], UpdateVersion | None]:
         """Return the content of the lease and its version, ``None`` without a lease.
 
-        A damaged lease has no content, and expires like that of a dead holder.
+        A damaged lease has no content, and expires as if its holder were dead.
         """
         try:
             content, version = self._objects.read(NAME, MOST_BYTES)
@@ -129,7 +129,6 @@ class _Lease:
         return written is not None
 
     def _renew(self) -> None:
-        """Renew the lease until it is released or lost."""
         while self._lost is None and not self._ended.wait(self._seconds / 4):
             try:
                 if not self._write(self._version):

@@ -216,9 +216,8 @@ class Objects:
             raise self._explained(what, name, error) from None
 
     def _is_missing(self, error: Exception) -> bool:
-        """Return whether an object is missing, and not its bucket."""
         if self._root is not None:
-            return isinstance(error, FileNotFoundError) or _number(error) in (errno.ENOENT, errno.ENOTDIR)
+            return isinstance(error, FileNotFoundError) or _errno(error) in (errno.ENOENT, errno.ENOTDIR)
         return isinstance(error, FileNotFoundError) and not _is_bucket_missing(str(error))
 
     def _explained(self, what: str, name: str, error: Exception) -> StoreError:
@@ -230,7 +229,7 @@ class Objects:
 
         code, status = found(r"<Code>(\w{1,64})</Code>"), found(r"status code: (\d{3})")
         said, url = code or f"status {status}", found(r"Error performing [A-Z]+ (\S+)")
-        if self._root is not None and (number := _number(error)):
+        if self._root is not None and (number := _errno(error)):
             why = f"cannot be {what}: {os.strerror(number)}"
             if "UnableToCopyFile" in text and number in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
                 why = f"cannot be {what}: the file system has no hard links, which a commit needs; use another disk"
@@ -282,8 +281,7 @@ def _version(answer: ObjectMeta | PutResult) -> UpdateVersion:
     return version
 
 
-def _number(error: Exception) -> int | None:
-    """Return the system's error number of a disk error."""
+def _errno(error: Exception) -> int | None:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     match = re.search(r"\bcode: (\d+)", str(error))

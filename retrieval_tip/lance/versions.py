@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ from retrieval_tip.errors import StoreError, UsageError
 from retrieval_tip.files import sha256_of, sync
 from retrieval_tip.lance import lease
 from retrieval_tip.lance.address import Address
-from retrieval_tip.lance.key_table import VALUES, KeyTable
+from retrieval_tip.lance.key_table import RESTORE, VALUES, KeyTable
 from retrieval_tip.lance.objects import Objects, flush
 from retrieval_tip.lance.row_digest import hexadecimal
 from retrieval_tip.retrieval.segments import KeyArray
@@ -55,9 +55,8 @@ T = TypeVar("T")
 TABLE = "keys"
 DIGESTED = ("data", "_deletions", "_indices")
 """Folders of a table on a disk whose files have digests. File names there are never reused."""
-RESTORE = "go back to an earlier version, or build the store again"
 PRUNED_EVERY = 16
-"""Number of versions between two prunings of the table, each of which merges all small fragments."""
+"""Number of versions between two prunings of the table; pruning also merges all small fragments."""
 OBJECT_BYTES = 1 << 34
 """Upper bound for an object of a store: a million classes of 1024 values take less."""
 
@@ -101,14 +100,6 @@ class Classes:
         return cls(table["label"].to_pylist(), text, counts, matrix("sum"), points)
 
 
-class Arrays(NamedTuple):
-    """Arrays of a version, as far as it has them: ``[d, d]``, ``[1 + d, d]`` and ``[n, c]``."""
-
-    second: npt.NDArray[np.float64] | None
-    metric: npt.NDArray[np.float32] | None
-    values: npt.NDArray[np.float32] | None
-
-
 class TableWriter:
     """The exclusive writer of the next version, from :meth:`LanceVersions.write`."""
 
@@ -137,7 +128,9 @@ class TableWriter:
     @property
     def prunes(self) -> bool:
         """Whether to prune old table versions after this commit: always if the first build wrote the table twice."""
-        return (self.parent is None and self._creations > 1) or self.store.prunes(self.number)
+        if self.parent is None:
+            return self._creations > 1
+        return self.number % PRUNED_EVERY == 0 and len(self.store.versions()) >= history.KEPT_VERSIONS
 
     def put(self, kind: str, raw: bytes, rows: int) -> DataFile:
         """Write an object of the small part, unless the parent version has it."""
@@ -202,7 +195,6 @@ class TableWriter:
 
     @contextmanager
     def _on_disk(self, what: str) -> Iterator[None]:
-        """Turn disk errors into StoreError."""
         try:
             yield
         except OSError as error:
@@ -210,7 +202,6 @@ class TableWriter:
             raise StoreError(f"{self.store}: its table cannot be {what}: {reason}; nothing changed") from None
 
     def _flush(self) -> None:
-        """Flush the new files of the table on a disk, and their folders."""
         new = [path for path, _ in self.store.table_files() - self._files]
         with self._on_disk("flushed"):
             for path in new:
@@ -232,9 +223,9 @@ class LanceVersions:
 
     def exists(self) -> bool:
         """Return whether there is an index, in any state."""
-        return bool(self._versions())
+        return bool(self.versions())
 
-    def _versions(self) -> list[int]:
+    def versions(self) -> list[int]:
         """Return the kept versions, oldest first."""
         matches = (_MANIFEST.fullmatch(name.rpartition("/")[2]) for name in self.objects.names("manifests"))
         return sorted(int(match[1]) for match in matches if match)
@@ -242,7 +233,7 @@ class LanceVersions:
     def manifest(self, version: int | None = None) -> Manifest:
         """Return the current manifest, or an earlier one. Raises StoreError if it is missing or damaged."""
         for _ in range(VERSIONS_TRIED):
-            there = self._versions()
+            there = self.versions()
             if not there:
                 raise StoreError(f"{self}: no index; build one with retrieval-tip index build SOURCE --store {self}")
             if version is not None and version not in there:
@@ -266,14 +257,13 @@ class LanceVersions:
         file = manifest.files["classes"]
         return Classes.from_bytes(self._checked(file.name, file.sha256), manifest.d)
 
-    def arrays(self, manifest: Manifest) -> Arrays:
-        """The arrays of a version. Raises StoreError where one is missing or damaged."""
+    def array(self, manifest: Manifest, kind: str) -> npt.NDArray[Any] | None:
+        """Return the ``second`` ``[d, d]``, ``metric`` ``[1 + d, d]`` or ``values`` ``[n, c]`` of a version, if any.
 
-        def read(kind: str) -> npt.NDArray[Any] | None:
-            file = manifest.files.get(kind)
-            return None if file is None else np.load(io.BytesIO(self._checked(file.name, file.sha256)))
-
-        return Arrays(read("second"), read("metric"), read("values"))
+        Raises StoreError if it is missing or damaged.
+        """
+        file = manifest.files.get(kind)
+        return None if file is None else np.load(io.BytesIO(self._checked(file.name, file.sha256)))
 
     def check_objects(self, manifest: Manifest) -> None:
         """Check the objects of a version. Raises StoreError if one is missing or damaged."""
@@ -350,17 +340,12 @@ class LanceVersions:
         """
         self._refuse_others()
         with lease.held(self.objects, wait) as still_held:
-            self._tidy()
+            for unfinished in self.root.glob("*/.*.tmp*") if self.address.local is not None else ():
+                with suppress(OSError):  # of a killed writer, without an object name yet
+                    unfinished.unlink()
             yield TableWriter(self, still_held, self.manifest() if self.exists() else None)
 
-    def _tidy(self) -> None:
-        """Remove unfinished files of a killed writer, which have no object names yet."""
-        for path in self.address.local.glob("*/.*.tmp*") if self.address.local is not None else ():
-            with suppress(OSError):
-                path.unlink()
-
     def _refuse_others(self) -> None:
-        """Raise StoreError if the place holds other files."""
         place = self.address.local
         if place is None or not place.exists():
             return
@@ -385,7 +370,7 @@ class LanceVersions:
 
     def keeps(self, manifest: Manifest) -> bool:
         """Return whether a version is still kept; a writer deletes its manifest first."""
-        return manifest.version in self._versions()
+        return manifest.version in self.versions()
 
     def _too_fast(self) -> StoreError:
         return StoreError(f"{self}: changes faster than it can be opened; try again")
@@ -401,7 +386,7 @@ class LanceVersions:
     def earlier(self, current: Manifest) -> list[Manifest]:
         """Return the earlier versions, oldest first."""
         manifests = []
-        for version in self._versions():
+        for version in self.versions():
             if version < current.version:
                 try:
                     manifests.append(self._read(version))
@@ -420,12 +405,8 @@ class LanceVersions:
 
     def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
         """Run a SELECT (:func:`folder.query`); table ``labels`` is read into memory, without keys."""
-
-        def labels(manifest: Manifest) -> pa.Table:
-            table = self.table(manifest)
-            return table.read(table.label_columns)
-
-        return ask({"labels": self.opened(labels), "versions": self.history()}, sql, predictions, timeout)
+        labels = self.opened(lambda manifest: (table := self.table(manifest)).read(table.label_columns))
+        return ask({"labels": labels, "versions": self.history()}, sql, predictions, timeout)
 
     def collect(self, keep: int = 1) -> tuple[list[int], int]:
         """Delete all versions except the last ``keep``, and their data; return their numbers and bytes of objects.
@@ -439,7 +420,7 @@ class LanceVersions:
             return self._forget(writer.still_held, keep)
 
     def _forget(self, still_held: Callable[[], None], keep: int, prune: bool = True) -> tuple[list[int], int]:
-        there = self._versions()
+        there = self.versions()
         gone, kept = there[:-keep], [self._read(version) for version in there[-keep:]]
         named = {file.name for manifest in kept for file in manifest.data_files}
         strays = {name: size for name, size in self.objects.sizes("data").items() if name not in named}
@@ -454,13 +435,9 @@ class LanceVersions:
             table.prune(sorted({entry.version for entry in tables}))
         return gone, sum(strays.values())
 
-    def prunes(self, number: int) -> bool:
-        """Return whether the version with this number is to prune the table."""
-        return number % PRUNED_EVERY == 0 and len(self._versions()) >= history.KEPT_VERSIONS
-
     def forget_old(self, still_held: Callable[[], None], prune: bool) -> None:
         """Delete versions beyond :data:`history.KEPT_VERSIONS`, and ``prune`` the table if requested."""
-        if prune or len(self._versions()) > history.KEPT_VERSIONS:
+        if prune or len(self.versions()) > history.KEPT_VERSIONS:
             self._forget(still_held, history.KEPT_VERSIONS, prune=prune)
 
 
