@@ -109,8 +109,9 @@ class KeyEdits(EditableIndex):
         self, keys: KeyArray | Segments, class_ids: npt.NDArray[np.int64], factory: str | None = None
     ) -> VectorIndex:
         """Return an index over other keys: of the same type and search effort, or of type ``factory``."""
-        index = index_over(keys, class_ids, len(self.class_names), factory or self.index.factory, self.device)
-        if factory in (None, self.index.factory):
+        wanted = self.index.factory if factory is None else factory
+        index = index_over(keys, class_ids, len(self.class_names), wanted, self.device)
+        if wanted == self.index.factory:
             index.effort = self.index.effort
         return index
 

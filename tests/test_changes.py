@@ -841,7 +841,7 @@ def test_a_reader_reloads_only_what_changed_and_goes_on_with_what_it_has(parted:
     assert torch.equal(now.logits(QUERIES), opened(parted).logits(QUERIES))
     assert now.reload() is now
     assert torch.equal(reader.logits(QUERIES), answers)
-    with pytest.raises(UsageError, match="neither loaded"):
+    with pytest.raises(UsageError, match="^reload: "):
         CacheModel.from_features(unit_rows(2, D), ["a", "b"], ["a", "b"], device="cpu").reload()
 
 
