@@ -361,7 +361,7 @@ def test_what_cannot_be_merged_is_refused_and_changes_nothing(
     CacheModel.from_features(unit_rows(1, D), ["owl"], ["owl"], device="cpu").save(tmp_path / "bare")
     refused(run("index", "merge", index, tmp_path / "bare"), 1, "'owl'", "text weight")
     CacheModel.from_features(unit_rows(1, D + 1), ["cat"], ["cat"], device="cpu").save(tmp_path / "long")
-    refused(run("index", "merge", index, tmp_path / "long"), 1, f"{D + 1} values", f"the index has {D}")
+    refused(run("index", "merge", index, tmp_path / "long"), 1, f"{D + 1} values", f"needs {D}")
     refused(run("index", "merge", index, tmp_path / "nowhere"), 1, "nowhere")
     assert everything(index) == before
     model = f"local-dir:{tiny(tmp_path / 'model')}"
@@ -841,7 +841,7 @@ def test_a_reader_reloads_only_what_changed_and_goes_on_with_what_it_has(parted:
     assert torch.equal(now.logits(QUERIES), opened(parted).logits(QUERIES))
     assert now.reload() is now
     assert torch.equal(reader.logits(QUERIES), answers)
-    with pytest.raises(UsageError, match="^reload: "):
+    with pytest.raises(UsageError, match="reload:"):
         CacheModel.from_features(unit_rows(2, D), ["a", "b"], ["a", "b"], device="cpu").reload()
 
 
