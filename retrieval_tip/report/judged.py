@@ -22,7 +22,7 @@ from retrieval_tip.evaluation.sweep import Items
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedIndex:
     """A test source classified by an index, and the arguments of :func:`report.write_report`.
 
     ``ids`` ``[m]`` are the classes of all items; ``blocks`` and ``evaluation`` cover the ``n`` readable ones.

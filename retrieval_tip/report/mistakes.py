@@ -19,7 +19,7 @@ from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.evaluation.evaluate import Answers
 from retrieval_tip.predictions import Neighbour
-from retrieval_tip.report.judged import Judged
+from retrieval_tip.report.judged import JudgedIndex
 
 MISTAKES, PAIRS, EXAMPLES, NEIGHBOURS = 12, 8, 3, 5
 """Largest number of mistakes in a list, of confused pairs, of photos per pair, and of keys per mistake."""
@@ -84,7 +84,7 @@ class Mistakes(NamedTuple):
     wrong: int
 
 
-def mistakes(judged: Judged) -> Mistakes:
+def mistakes(judged: JudgedIndex) -> Mistakes:
     """Explain the worst mistakes and the most certain ones."""
     answers = judged.answers
     worst, certain = (wrong_answers(answers, by) for by in (judged.details.log_truth, judged.details.log_doubt))
@@ -94,7 +94,7 @@ def mistakes(judged: Judged) -> Mistakes:
     return Mistakes([made[place] for place in worst], [made[place] for place in certain], wrong)
 
 
-def _explained(judged: Judged, places: Sequence[int]) -> list[Mistake]:
+def _explained(judged: JudgedIndex, places: Sequence[int]) -> list[Mistake]:
     cache, answers, some = judged.cache, judged.answers, judged.features[np.asarray(places)]
     names, explained = cache.class_names, []
     predictions = cache.classify(some, 3, neighbours=NEIGHBOURS)
@@ -115,7 +115,7 @@ def _explained(judged: Judged, places: Sequence[int]) -> list[Mistake]:
     return explained
 
 
-def confusions(judged: Judged) -> list[Pair]:
+def confusions(judged: JudgedIndex) -> list[Pair]:
     """Return the most confused pairs of classes, with their most certain mistakes and keys near these."""
     answers, names = judged.answers, judged.cache.class_names
     pairs = [(names.index(truth), names.index(answer), n) for truth, answer, n in judged.evaluation.confusions[:PAIRS]]
@@ -136,14 +136,14 @@ def confusions(judged: Judged) -> list[Pair]:
     return described
 
 
-def _of_item(judged: Judged, place: int) -> Picture:
+def _of_item(judged: JudgedIndex, place: int) -> Picture:
     test, position = judged.test, int(judged.details.positions[place])
     path = test.paths[position] if test.paths is not None else test.sources[position]
     label = judged.cache.class_names[int(judged.answers.truth[place])]
     return Picture(path, judged.digests[place], f"test photo of {label}")
 
 
-def _with_pictures(judged: Judged, keys: Sequence[Neighbour]) -> list[tuple[Neighbour, Picture]]:
+def _with_pictures(judged: JudgedIndex, keys: Sequence[Neighbour]) -> list[tuple[Neighbour, Picture]]:
     labels = judged.cache.labels.select(["key_id", "digest"])
     rows = labels.filter(pc.is_in(labels["key_id"], value_set=pa.array([key.key_id for key in keys], pa.int64())))
     digests = dict(zip(rows["key_id"].to_pylist(), rows["digest"].to_pylist(), strict=True))

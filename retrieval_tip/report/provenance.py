@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from retrieval_tip import doctor
 from retrieval_tip.errors import counted
-from retrieval_tip.report.judged import Judged, portable
+from retrieval_tip.report.judged import JudgedIndex, portable
 from retrieval_tip.store.folder import read_manifest, read_version
 from retrieval_tip.store.manifest import Manifest
 
@@ -20,7 +20,7 @@ KEPT = {"source": "source", "dataset": "dataset", "shots": "shots", "seed": "see
 """Records of a build, with their names in the report."""
 
 
-def provenance(judged: Judged) -> dict[str, object]:
+def provenance(judged: JudgedIndex) -> dict[str, object]:
     """Return rows for ``settings``, ``search``, ``index`` and ``machine``, and the time as ``when``."""
     folder, version, manifest = judged.folder, judged.cache.version, None
     if folder is not None:
@@ -34,7 +34,7 @@ def provenance(judged: Judged) -> dict[str, object]:
     }
 
 
-def _settings(judged: Judged, manifest: Manifest | None) -> Iterator[tuple[str, str, str]]:
+def _settings(judged: JudgedIndex, manifest: Manifest | None) -> Iterator[tuple[str, str, str]]:
     """Yield name, value and origin of each setting."""
     kept, searched = judged.cache.provenance, "search-hp" if judged.record("search") else "the index"
     known = {"alpha": kept.get("alpha"), "beta": kept.get("beta"), "k": searched, "tail": "the index"}
@@ -47,7 +47,7 @@ def _settings(judged: Judged, manifest: Manifest | None) -> Iterator[tuple[str, 
     yield "logit_scale", _setting(judged.cache.settings.logit_scale), "the index"
 
 
-def _index(judged: Judged, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
+def _index(judged: JudgedIndex, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
     cache = judged.cache
     if judged.folder is not None and manifest is not None:
         yield "folder", portable(judged.folder)

@@ -38,7 +38,7 @@ from retrieval_tip.fit.finetune import CURVE
 from retrieval_tip.html import render
 from retrieval_tip.predictions import shown_probability
 from retrieval_tip.report import plots
-from retrieval_tip.report.judged import Judged, portable
+from retrieval_tip.report.judged import JudgedIndex, portable
 from retrieval_tip.report.mistakes import confusions, mistakes, thumbnail
 from retrieval_tip.report.provenance import described, provenance
 from retrieval_tip.report.verdict import CLASS_NAMES, EXAMPLES, Way, actions, sentences, wilson
@@ -123,7 +123,7 @@ def write_report(
     evaluation = judge(cache, blocks, ids, list(encoder.skipped), affinities=few, details=True)
     items = None if val is None else sweep.encode(cache, val, encoder)
     place = Path(folder) if folder is not None else cache.folder
-    judged = Judged(
+    judged = JudgedIndex(
         cache, test, encoder, blocks, ids, evaluation,
         val=items, shots=shots, seeds=seeds, curves=curves, folder=place, where=where, command=command,
     )  # fmt: skip
@@ -163,9 +163,9 @@ class Plot(NamedTuple):
         return cls(plots.svg(draw, before + caption), caption)
 
 
-def _page(judged: Judged) -> tuple[str, dict[str, str]]:
+def _page(judged: JudgedIndex) -> tuple[str, dict[str, str]]:
     """Return the page, and the reasons for missing sections by name."""
-    makers: dict[str, Callable[[Judged], object]] = {
+    makers: dict[str, Callable[[JudgedIndex], object]] = {
         "shots": _over_shots, "settings": _surface, "training": _training, "mistakes": mistakes,
         "confusions": _confusions, "classes": _classes, "probabilities": _probabilities, "affinities": _affinities,
         "provenance": provenance,
@@ -198,7 +198,7 @@ def _page(judged: Judged) -> tuple[str, dict[str, str]]:
 # ----------------------------------------------------------------------------------------------------------- accuracy
 
 
-def _accuracy(judged: Judged) -> tuple[list[Way], str]:
+def _accuracy(judged: JudgedIndex) -> tuple[list[Way], str]:
     """Return the ways of classifying, including rivals, and why some are missing."""
     evaluation, details, truth, tuned = judged.evaluation, judged.details, judged.answers.truth, judged.is_tuned
     ways, missing = [], ""
@@ -215,7 +215,7 @@ def _accuracy(judged: Judged) -> tuple[list[Way], str]:
     return [*ways, _way(_blend(judged), what, judged.answers.right, truth, evaluation.ece)], missing
 
 
-def _rivals(judged: Judged, shots: CacheModel) -> list[Way]:
+def _rivals(judged: JudgedIndex, shots: CacheModel) -> list[Way]:
     """Return simple rivals, Tip-Adapter, and the index before fine-tuning."""
     ways = []
     if shots.n <= RIVAL_KEYS:
@@ -232,13 +232,13 @@ def _rivals(judged: Judged, shots: CacheModel) -> list[Way]:
     return ways
 
 
-def _answering(judged: Judged, shots: CacheModel, what: str) -> Way:
+def _answering(judged: JudgedIndex, shots: CacheModel, what: str) -> Way:
     other = judge(shots, judged.blocks, judged.ids)
     name = "Tip-Adapter" if shots.fitted is None else "fitted"
     return _way(name, what, other.answers.right, other.answers.truth, other.ece)
 
 
-def _blend(judged: Judged) -> str:
+def _blend(judged: JudgedIndex) -> str:
     return "Tip-Adapter-F" if judged.is_tuned else "Tip-Adapter" if judged.cache.fitted is None else "fitted"
 
 
@@ -253,7 +253,7 @@ def _way(name: str, what: str, right: Bools, truth: Ints, ece: float | None) -> 
     return Way(name, what, hits / n, *wilson(hits, n), mean, ece, right)
 
 
-def _parent(judged: Judged) -> CacheModel:
+def _parent(judged: JudgedIndex) -> CacheModel:
     """Load the index that this one was fine-tuned from."""
     cache, facts = judged.cache, judged.record("finetune")
     name, version = facts.get("parent"), facts.get("parent_version")
@@ -273,7 +273,7 @@ def _parent(judged: Judged) -> CacheModel:
 # --------------------------------------------------------------------------------------------------- shots, settings
 
 
-def _drawn(judged: Judged) -> tuple[list[int], str]:
+def _drawn(judged: JudgedIndex) -> tuple[list[int], str]:
     """Return the numbers of shots to draw, and a sentence about skipped ones."""
     if not judged.curves:
         raise _LeftOutError("switched off for this report")
@@ -292,7 +292,7 @@ def _drawn(judged: Judged) -> tuple[list[int], str]:
     return few, f" Draws of more than {CURVE_KEYS:,} examples are skipped." if len(few) < len(possible) else ""
 
 
-def _over_shots(judged: Judged) -> dict[str, object]:
+def _over_shots(judged: JudgedIndex) -> dict[str, object]:
     """Return a diagram of accuracy over shots, and rows: method, shots, draws, mean, half of the interval, range."""
     numbers, more = _drawn(judged)
     last: sweep.Method = "cache-alone" if judged.cache.fitted is None else "closed-form"
@@ -323,7 +323,7 @@ def _over_shots(judged: Judged) -> dict[str, object]:
     return {"plot": Plot(svg, caption), "rows": rows}
 
 
-def _runs(judged: Judged, numbers: Sequence[int], methods: Sequence[sweep.Method]) -> list[sweep.Run]:
+def _runs(judged: JudgedIndex, numbers: Sequence[int], methods: Sequence[sweep.Method]) -> list[sweep.Run]:
     counts = {number for number in judged.cache.counts if number}
     test = sweep.Items(judged.features, judged.answers.truth, judged.test.name)
     runs: list[sweep.Run] = []
@@ -336,7 +336,7 @@ def _runs(judged: Judged, numbers: Sequence[int], methods: Sequence[sweep.Method
     return runs
 
 
-def _surface(judged: Judged) -> Plot:
+def _surface(judged: JudgedIndex) -> Plot:
     cache, val = judged.cache, judged.val
     if judged.is_tuned:
         raise _LeftOutError("fine-tuned keys know their own photos and belong to one alpha and beta")
@@ -371,7 +371,7 @@ def _some(queries: search_hp.Queries) -> search_hp.Queries:
     return replace(queries, features=queries.features[rows], ids=queries.ids[rows], hidden=queries.hidden[rows])
 
 
-def _training(judged: Judged) -> dict[str, object]:
+def _training(judged: JudgedIndex) -> dict[str, object]:
     """Return the record of fine-tuning, and its curve if the index has one."""
     facts, curve = judged.record("finetune"), judged.cache.curve
     rows = [(name, described(value)) for name, value in facts.items()]
@@ -394,14 +394,14 @@ def _training(judged: Judged) -> dict[str, object]:
 # ------------------------------------------------------------------------------------------------ classes and figures
 
 
-def _confusions(judged: Judged) -> dict[str, object]:
+def _confusions(judged: JudgedIndex) -> dict[str, object]:
     pairs, classes = confusions(judged), counted(len(judged.evaluation.per_class), "class")
     label = f"Confusion matrix of {classes}, as shares of the true class"
     draw = partial(plots.draw_confusion, judged.evaluation)
     return {"pairs": pairs, "matrix": plots.svg(draw, label) if pairs else ""}
 
 
-def _classes(judged: Judged) -> dict[str, object]:
+def _classes(judged: JudgedIndex) -> dict[str, object]:
     """Return rows of classes, weakest first: name, accuracy, interval, items, keys, most frequent mistake."""
     answers, names, evaluation = judged.answers, judged.cache.class_names, judged.evaluation
     rows, keys = [], judged.cache.counts
@@ -420,7 +420,7 @@ def _classes(judged: Judged) -> dict[str, object]:
     }
 
 
-def _probabilities(judged: Judged) -> tuple[Plot, Plot]:
+def _probabilities(judged: JudgedIndex) -> tuple[Plot, Plot]:
     evaluation = judged.evaluation
     said = (
         f"Mean probability of the answers {evaluation.answers.confidence.mean():.1%}, accuracy {evaluation.top1:.1%}, "
@@ -431,7 +431,7 @@ def _probabilities(judged: Judged) -> tuple[Plot, Plot]:
     return reliability, Plot.of(partial(plots.draw_coverage, evaluation), covered)
 
 
-def _affinities(judged: Judged) -> Plot:
+def _affinities(judged: JudgedIndex) -> Plot:
     seen = judged.answers.affinities
     if seen is None:
         raise _LeftOutError(f"more than {AFFINITY_PAIRS:,} pairs of photo and example; use evaluate --plot")

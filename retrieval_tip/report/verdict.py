@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from retrieval_tip.errors import counted
 from retrieval_tip.evaluation.audit import audit
-from retrieval_tip.report.judged import Judged, portable
+from retrieval_tip.report.judged import JudgedIndex, portable
 
 Bools = npt.NDArray[np.bool_]
 
@@ -59,7 +59,7 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     return max(0.0, low) if hits else 0.0, min(1.0, high) if hits < n else 1.0
 
 
-def sentences(judged: Judged, ways: Sequence[Way]) -> Iterator[str]:
+def sentences(judged: JudgedIndex, ways: Sequence[Way]) -> Iterator[str]:
     """Yield the verdict: accuracy, the alternatives, how far to trust the probabilities, and what goes wrong."""
     evaluation, own, by = judged.evaluation, ways[-1], {way.name: way for way in ways}
     yield (
@@ -95,7 +95,7 @@ def sentences(judged: Judged, ways: Sequence[Way]) -> Iterator[str]:
         yield f"The most frequent mistake is {truth} classified as {answer} ({times} times)."
 
 
-def actions(judged: Judged, ways: Sequence[Way]) -> Iterator[Action]:
+def actions(judged: JudgedIndex, ways: Sequence[Way]) -> Iterator[Action]:
     """Yield recommendations, most promising first."""
     cache, evaluation, own = judged.cache, judged.evaluation, ways[-1]
     folder = None if judged.folder is None else shlex.quote(portable(judged.folder))
@@ -131,7 +131,7 @@ def differ(one: Bools, other: Bools) -> bool:
     return bool(change > 1.96 * np.sqrt((one != other).sum()))
 
 
-def _weakest(judged: Judged) -> list[tuple[str, int, int, int]]:
+def _weakest(judged: JudgedIndex) -> list[tuple[str, int, int, int]]:
     """Return (class, right answers, test items, keys), lowest accuracy first, then most mistakes."""
     names, answers = judged.cache.class_names, judged.answers
     totals, rights = (np.bincount(ids, minlength=len(names)) for ids in (answers.truth, answers.truth[answers.right]))
