@@ -94,11 +94,11 @@ def test_a_photograph_is_classified_in_the_browser(site, things, shared, run, tm
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda asked: asked.url.startswith((site, "blob:")) or wrong.append(asked.url))
         page.goto(site)
-        expect(page.get_by_role("status")).to_have_text("It knows 10 classes.", timeout=PATIENCE)
-        page.get_by_label("A photograph").set_input_files(paths[0])
+        expect(page.get_by_role("status")).to_have_text("Ready: 10 classes.", timeout=PATIENCE)
+        page.get_by_label("Choose a photo").set_input_files(paths[0])
         expect(page.locator("li").first).to_contain_text(expected[str(paths[0])]["label"], timeout=PATIENCE)
         found = [page.evaluate(LOGITS, [path.name, f"{number}{path.suffix}"]) for number, path in enumerate(paths)]
-        page.get_by_label("A photograph").set_input_files(things / "manifest.json")
+        page.get_by_label("Choose a photo").set_input_files(things / "manifest.json")
         expect(page.get_by_role("status")).to_contain_text("cannot be read", timeout=PATIENCE)
     assert not wrong
     assert found[0]["labels"] == CacheModel.load(things).class_names

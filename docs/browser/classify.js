@@ -1,16 +1,16 @@
-// A photograph classified in the browser by an index that `retrieval-tip index export --onnx` wrote.
+// Classify a photo in the browser with an index written by `retrieval-tip index export --onnx`.
 //
-// Beside this file lie index.html, things.onnx, and in ort/ three files of the npm package onnxruntime-web (dist/):
+// Put index.html and things.onnx beside this file, and in ort/ three files from dist/ of the npm package onnxruntime-web:
 // ort.wasm.min.mjs, ort-wasm-simd-threaded.mjs and ort-wasm-simd-threaded.wasm.
 import * as ort from "./ort/ort.wasm.min.mjs";
 
 const MODEL = "things.onnx";
 const SHOWN = 5;
-ort.env.wasm.numThreads = 1; // more need the headers COOP and COEP
+ort.env.wasm.numThreads = 1; // more threads need the headers COOP and COEP
 
-// --- the model, and what it says of itself
+// --- the model and its metadata
 
-/** A session, with the labels of the index and how its pictures are prepared. */
+/** Open a session, with the labels and the preprocessing of the index. */
 export async function open(url) {
   const answer = await fetch(url);
   if (!answer.ok) throw new Error(`${url}: ${answer.status} ${answer.statusText}`);
@@ -20,14 +20,14 @@ export async function open(url) {
   return { session, labels: JSON.parse(labels), preprocess: JSON.parse(preprocess) };
 }
 
-/** The metadata of an ONNX file, which onnxruntime-web does not tell: field 14 of its protobuf, pairs of texts. */
+/** Read the metadata of an ONNX file (field 14, key and value), which onnxruntime-web does not expose. */
 function metadata(model) {
   const text = new TextDecoder();
   const entries = [...fields(model)].filter(([number]) => number === 14);
   return Object.fromEntries(entries.map(([, entry]) => [...fields(entry)].map(([, value]) => text.decode(value))));
 }
 
-/** The number and bytes of each field of a protobuf message that has bytes. */
+/** Yield number and bytes of each length-delimited field of a protobuf message. */
 function* fields(bytes) {
   let at = 0;
   const varint = () => {
@@ -51,7 +51,7 @@ function* fields(bytes) {
 
 // --- the answer
 
-/** Logits and probabilities of each label for a picture, as a file or a blob. */
+/** Return the logits and probabilities of an image, given as a file or a blob. */
 export async function classify({ session, preprocess }, file) {
   const pixels = view(await decoded(file), preprocess);
   const [height, width] = preprocess.size;
@@ -59,7 +59,7 @@ export async function classify({ session, preprocess }, file) {
   return { logits: found.logits.data, probabilities: found.probabilities.data };
 }
 
-/** The pixels of a picture, upright, on white, as they are in the file: `data` RGBA. */
+/** Decode an image upright, on white, without colour conversion: `data` is RGBA. */
 async function decoded(file) {
   const bitmap = await createImageBitmap(file, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
   const context = new OffscreenCanvas(bitmap.width, bitmap.height).getContext("2d", { willReadFrequently: true });
@@ -69,7 +69,7 @@ async function decoded(file) {
   return context.getImageData(0, 0, bitmap.width, bitmap.height);
 }
 
-/** The centre of a picture at the size of the model, [3, height, width] from 0 to 255: resized, then cut. */
+/** Resize an image and crop its centre to the size of the model: [3, height, width] from 0 to 255. */
 function view(image, { size: [height, width], shorter_side: side, resize_mode: mode, interpolation }) {
   if (!side || !(interpolation in FILTERS)) throw new Error("the model does not say how its pictures are prepared");
   const longer = Math.trunc((side * Math.max(image.width, image.height)) / Math.min(image.width, image.height));
@@ -86,7 +86,7 @@ function view(image, { size: [height, width], shorter_side: side, resize_mode: m
   return pixels;
 }
 
-/** Half of a number, rounded to even as Python does. */
+/** Halve a number, rounding to even like Python. */
 function half(number) {
   const low = Math.floor(number / 2);
   return number % 2 && low % 2 ? low + 1 : low;
@@ -98,10 +98,10 @@ const FILTERS = {
 };
 
 /**
- * Rows of RGBA pixels at another width, transposed: data [lines, from] gives [to, lines].
+ * Resize rows of RGBA pixels to another width, and transpose: data [lines, from] gives [to, lines].
  *
- * As Pillow does it, so that a model sees what it was fitted with: a picture that shrinks is averaged over what each
- * new pixel covers, which a canvas does not promise. Weights have 22 bits, each pass rounds to bytes.
+ * Like Pillow, so that a model sees the pixels it was fitted with: each new pixel averages the area it covers, which a
+ * canvas does not guarantee. Weights have 22 bits, and each pass rounds to bytes.
  */
 function resized(data, from, lines, to, interpolation) {
   const [reach, weight] = FILTERS[interpolation];
@@ -131,10 +131,10 @@ const opened = open(MODEL);
 
 opened.then(
   ({ labels }) => {
-    status.textContent = `It knows ${labels.length} classes.`;
+    status.textContent = `Ready: ${labels.length} classes.`;
     input.disabled = false;
   },
-  (error) => (status.textContent = `The model cannot be used: ${error.message}`),
+  (error) => (status.textContent = `Cannot load the model: ${error.message}`),
 );
 
 input.addEventListener("change", async () => {
@@ -155,6 +155,6 @@ input.addEventListener("change", async () => {
     }
     status.textContent = `${model.labels[ranked[0]]}, after ${Math.round(performance.now() - started)} ms`;
   } catch (error) {
-    status.textContent = `The photograph cannot be read: ${error.message}`;
+    status.textContent = `This photo cannot be read: ${error.message}`;
   }
 });
