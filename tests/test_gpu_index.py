@@ -106,9 +106,6 @@ def test_nothing_is_copied_before_something_is_searched(gpus) -> None:
         index.search(QUERIES, 3)
         index.plus(np.array([300]), lambda: KEYS[:1]).search(QUERIES, 3)  # the same index, and one more key beside it
         assert len(fake.copies) == 1
-        index.refresh(KEYS)
-        index.search(QUERIES, 3)
-        assert len(fake.copies) == 2
         fake.copies.clear()
 
 

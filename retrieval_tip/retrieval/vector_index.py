@@ -9,9 +9,9 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,6 @@ from retrieval_tip.retrieval.segments import KeyArray, Segments
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
-T = TypeVar("T")
-
 FaissIndex = Any
 """A FAISS index. FAISS ships no types."""
 
@@ -136,7 +134,8 @@ class VectorIndex:
         inner = inner_factory(factory) or factory
         if problem := _factory_problem(inner, n, d):
             raise UsageError(f"index {factory if len(factory) <= 80 else factory[:80] + '...'!r}: {problem}")
-        index = _attempt(factory, lambda: faiss().index_factory(d, inner, faiss().METRIC_INNER_PRODUCT))
+        with _usage_errors(factory):
+            index = faiss().index_factory(d, inner, faiss().METRIC_INNER_PRODUCT)
         _set_search_effort(index)
         if not index.is_trained:
             sample = np.arange(n)
@@ -144,16 +143,12 @@ class VectorIndex:
             if lists and n > lists * TRAINING_PER_LIST:
                 sample = np.sort(np.random.default_rng(0).choice(n, lists * TRAINING_PER_LIST, replace=False))
             training = np.ascontiguousarray(keys[sample], dtype=np.float32)
-            _attempt(factory, lambda: index.train(training), f" (training it on {len(sample)} keys of {d} values)")
-        _fill(index, keys, factory, block)
+            with _usage_errors(factory, f" (training it on {len(sample)} keys of {d} values)"):
+                index.train(training)
+        with _usage_errors(factory):
+            for start in range(0, n, block):
+                index.add(np.ascontiguousarray(keys[start : start + block], dtype=np.float32))
         return cls(index, factory, device, keys.dtype == np.float16)
-
-    def refresh(self, keys: KeyArray, block: int = 65536) -> None:
-        """Replace the vectors by ``keys`` ``[n, d]``, without new training of lists or codes."""
-        self._gpu.drop()
-        self._cpu.reset()
-        self._late, self._late_rows, self.path = None, self._late_rows[:0], None
-        _fill(self._cpu, keys, self.factory, block)
 
     def plus(self, rows: IntArray, vectors: Callable[[], FloatArray]) -> VectorIndex:
         """Return this index with other ``vectors`` ``[m, d]`` at ascending ``rows`` ``[m]``, without training.
@@ -370,11 +365,6 @@ class GpuCopy:
                 self._tried = True
             return self._held
 
-    def drop(self) -> None:
-        """Free the copy. The next search makes a new one."""
-        with _GPU:
-            self._tried, self._held = False, None
-
     def probe(self, lists: int) -> None:
         """Set the number of lists to probe, limited to :data:`GPU_MAX_K`."""
         with _GPU:
@@ -541,14 +531,10 @@ def _size_problem(path: Path) -> str | None:
     return None
 
 
-def _fill(index: FaissIndex, keys: KeyArray | Segments, factory: str, block: int) -> None:
-    for start in range(0, len(keys), block):
-        _attempt(factory, partial(index.add, np.ascontiguousarray(keys[start : start + block], dtype=np.float32)))
-
-
-def _attempt(factory: str, run: Callable[[], T], when: str = "") -> T:
+@contextmanager
+def _usage_errors(factory: str, when: str = "") -> Iterator[None]:
     try:
-        return run()
+        yield
     except (RuntimeError, MemoryError) as error:
         raise UsageError(f"index {factory!r}: {_reason(error)}{when}") from None
 
