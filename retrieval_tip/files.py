@@ -1,4 +1,4 @@
-"""Open files by a user's paths, without waiting for a pipe, device or socket; replace and lock files."""
+"""Open, replace and lock files; a pipe, device or socket at a given path never blocks."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ STEEPEST = 60.0
 """Largest exponent ``beta (1 - mean)`` of a default. Nearly identical images would exceed it and overflow float32."""
 
 SAMPLE = 4096
-"""Largest number of keys to measure affinities on."""
+"""Maximum number of keys to measure affinities on."""
 
 
 @dataclass(frozen=True)

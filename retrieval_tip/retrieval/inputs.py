@@ -15,7 +15,7 @@ from retrieval_tip.errors import InputError, few
 from retrieval_tip.retrieval.segments import KeyArray
 
 LONGEST_NAME = 1024
-"""Most characters of a new class name."""
+"""Maximum length of a new class name in characters."""
 
 Labels = Sequence[str] | Sequence[int] | npt.NDArray[np.integer]
 Features = npt.NDArray[np.floating] | Tensor
@@ -28,7 +28,7 @@ def matrix(features: Features, what: str) -> KeyArray:
         raise InputError(f"{what}: shape {array.shape}; expected [n, d] with n and d at least 1")
     if not np.issubdtype(array.dtype, np.floating):
         raise InputError(f"{what}: {array.dtype}; expected floating-point numbers")
-    with np.errstate(over="ignore"):  # refused just below
+    with np.errstate(over="ignore"):  # overflow becomes infinity, which is refused below
         array = array if array.dtype == np.float16 else array.astype(np.float32, copy=False)
     bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
     if bad.size:
@@ -51,7 +51,7 @@ def queries(features: Features, d: int) -> Tensor:
     if isinstance(features, Tensor):
         f = features.detach().float()
     else:
-        with np.errstate(over="ignore"):  # refused just below
+        with np.errstate(over="ignore"):  # overflow becomes infinity, which is refused below
             f = torch.from_numpy(np.require(_array(features, "features"), np.float32, ["C", "W"]))
     if f.ndim != 2 or f.shape[1] != d:
         raise InputError(f"features: shape {tuple(f.shape)}; expected [q, {d}]")

@@ -31,10 +31,10 @@ GPU_BLOCKS = 8
 """Factor of both block sizes on a GPU."""
 
 GATHERED = 1 << 23
-"""Most values gathered at a time if each query has its own keys: 32 MiB of float32."""
+"""Maximum number of values gathered at a time if each query has its own keys: 32 MiB of float32."""
 
 FEW = 8
-"""Most queries of a class for which keys are the rows of the product; beyond, packing the keys pays off."""
+"""Maximum number of queries of a class for products with keys as rows; for more queries, packing the keys pays off."""
 
 SPREAD_QUERIES, SPREAD_CLASSES, SPREAD_KEYS = 256, 8, 64
 """Sample sizes of :meth:`KeyStream.slack`: keys used as queries, nearest classes per query, keys per class."""
@@ -44,9 +44,9 @@ MOST_SLACK = 1e9
 """Upper limit of the slack; every class can win at this value already."""
 
 HALF_FROM = 1 << 22
-"""Smallest number of key values for which ``auto`` tries half precision."""
+"""Minimum number of key values for which ``auto`` tries half precision."""
 HALF_FROM_QUERIES = 64
-"""Smallest batch for which ``auto`` tries half precision; for fewer queries, converting the keys costs more."""
+"""Minimum number of queries for which ``auto`` tries half precision; for fewer, converting the keys costs more."""
 HALF_GAIN = 1.3
 """Speed-up that half precision needs for ``auto`` to use it."""
 HALF_ERROR = 2e-3
@@ -374,7 +374,7 @@ class Keys(KeyStream):
         self._value_sums: tuple[Tensor, Tensor] | None = None
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """See :meth:`KeyStream.blocks`. A GPU keeps all keys if they fit half of its free memory."""
+        """See :meth:`KeyStream.blocks`. A GPU keeps all keys if they fit in half of its free memory."""
         converted = torch.empty(self._block_size(), self.d, device=self.device)
         for part in self._runs:
             rows = self._rows(part)

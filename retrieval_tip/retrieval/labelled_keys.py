@@ -17,7 +17,7 @@ from retrieval_tip.retrieval.segments import KeyArray, Segments, joined, segment
 from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of
 
 SMALL = 4096
-"""Most keys of a small segment, which an addition merges instead of keeping it separate."""
+"""Maximum size of a small segment, which an addition merges instead of keeping it separate."""
 
 IntArray = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]

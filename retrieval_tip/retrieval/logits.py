@@ -18,10 +18,10 @@ from retrieval_tip.retrieval.vector_index import VectorIndex
 from retrieval_tip.settings import Settings
 
 LOGITS = 1 << 25
-"""Largest number of logits in one block: 128 MiB of float32."""
+"""Maximum number of logits in one block: 128 MiB of float32."""
 
 LEAST_CLASSES = 2
-"""Fewest classes a query may visit whole; with one, only the winner's logit would be exact."""
+"""Minimum number of classes that a query visits whole; with one, only the winner's logit would be exact."""
 
 CLOSE = 1e-3
 """Relative error of half-precision cache logits, per unit of beta; closer answers are recomputed in float32.

@@ -19,10 +19,10 @@ from retrieval_tip.retrieval.labelled_keys import LabelledKeys
 IntArray = npt.NDArray[np.int64]
 
 MOST_SOLVED = 1 << 14
-"""Most keys whose values are solved at once: the system has n^2 entries and takes n^3 / 3 operations."""
+"""Maximum number of keys whose values are solved at once: the system has n^2 entries and takes n^3 / 3 operations."""
 
 SOLVED_AGAIN = 4096
-"""Most keys for which a change solves all values again, within a second; beyond, it solves only those it touches."""
+"""Maximum number of keys for which a change solves all values again (in a second), not just those it touches."""
 
 
 @dataclass(frozen=True)

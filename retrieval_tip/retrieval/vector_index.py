@@ -31,10 +31,10 @@ HEADER = 45
 """Bytes of the smallest index file: the header of a flat index without vectors."""
 
 GPU_MAX_K = 2048
-"""Most keys that FAISS retrieves on a GPU, and most lists that it probes. The CPU index answers a larger k."""
+"""Maximum number of keys that FAISS retrieves, and of lists that it probes, on a GPU. The CPU answers a larger k."""
 
 PRODUCTS, QUERIES = 1 << 27, 4096
-"""Most affinities (512 MiB of float32) and queries in one block on a GPU."""
+"""Maximum number of affinities (512 MiB of float32) and of queries per block on a GPU."""
 
 _GPU = threading.RLock()
 """Lock of FAISS's GPU resources: a process has one stream and one scratch memory for all its indexes."""
@@ -46,7 +46,7 @@ BY_CLASS = "Classes"
 """Factory of an index over class means: ``Classes``, optionally followed by ``,`` and a FAISS factory for the means."""
 
 MOST_LINKS = 1024
-"""Most links per key of a graph index."""
+"""Maximum number of links per key of a graph index."""
 
 FLAT = ("IndexFlat", "IndexFlatIP")
 UNCOMPRESSED = (*FLAT, "IndexIVFFlat", "IndexHNSWFlat", "IndexNSGFlat")

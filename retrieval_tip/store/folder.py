@@ -42,9 +42,9 @@ T = TypeVar("T")
 VERSIONS_TRIED = 16
 """Attempts to open an index whose version is deleted meanwhile."""
 FAST_BYTES = 1 << 22
-"""Largest file in bytes that a fast check hashes; it only compares the size of larger ones."""
+"""Maximum size in bytes of files that a fast check hashes; of larger files, it only compares the size."""
 MANIFEST_BYTES = 1 << 28
-"""Largest accepted manifest in bytes; one with a million classes takes a tenth."""
+"""Maximum size of a manifest in bytes; one with a million classes takes a tenth."""
 
 
 def is_index(folder: Path) -> bool:
@@ -96,7 +96,7 @@ def read_version(folder: Path, version: int) -> Manifest:
 
 
 def manifest_bytes(folder: Path, path: Path) -> bytes:
-    """Read the bytes of a manifest. Raises StoreError for a link out of the folder, no file or too large a one."""
+    """Read the bytes of a manifest. Raises StoreError for a link out of the folder, or for no or too large a file."""
     if not lies_in(folder, path):
         raise StoreError(f"{path}: is a link that leads out of the index; replace it by the file itself")
     if not stat.S_ISREG(path.stat().st_mode):  # a single call, because it may be deleted between two

@@ -30,7 +30,7 @@ TIMEOUT, LONGEST, LAST_WAIT = 60, 86_400, 2.0
 """Default and largest timeout, and the wait for an interrupted query to end (duckdb's parser ignores interrupts), in
 seconds."""
 MAX_TEXT, MAX_OPEN = 1 << 16, 500
-"""Most characters and most open parentheses of a statement; the parser's memory grows with the square of the latter."""
+"""Maximum length of a statement, and maximum number of open parentheses: the parser's memory grows with its square."""
 MEMORY, ANSWER = 512 << 20, 128 << 20
 """Memory limits of duckdb and of an answer in bytes, plus twice the size of the tables."""
 

@@ -16,7 +16,7 @@ TOLERANCE, LEAST = 1e-9, 1e-8
 in 10^8), and to a single key, for sums from which many keys were removed."""
 
 LEFT = 1e-5
-"""Smallest share of the squares that may be left after a removal; below it, rounding errors of removed keys matter."""
+"""Minimum share of the squares left after a removal; below it, rounding errors of the removed keys matter."""
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
