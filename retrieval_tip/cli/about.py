@@ -87,8 +87,8 @@ def models_command(word: str, printing: OutputOptions) -> None:
 def cache_command(cache: Path | None, prune: bool, max_size: int | None, as_json: bool) -> None:
     """Show, limit or clear the encoding cache.
 
-    An encoder never encodes the same image twice while its encoding is cached. A full cache drops the encodings unused
-    for longest. Weights of encoders are not stored here, but in the Hugging Face cache (hf cache ls).
+    The cache saves encoding an image twice; when full, it drops the encodings unused for longest. Weights of
+    encoders are not stored here, but in the Hugging Face cache (hf cache ls).
     """
     from retrieval_tip.data.encoding_cache import EncodingCache
 

@@ -180,7 +180,7 @@ def report_command(
     """Write an accuracy report (one HTML file).
 
     The file opens in any browser, offline, and shows accuracy, mistakes and settings. Its figures match evaluate. The
-    accuracy curves and the surface over alpha and beta never use the test source to choose. Needs matplotlib.
+    accuracy curves and the alpha-beta surface choose nothing on the test source. Needs matplotlib.
     """
     from retrieval_tip.report.judged import portable
     from retrieval_tip.report.report import check, write_report

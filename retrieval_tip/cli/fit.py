@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -192,7 +190,7 @@ class TrainingOptions:
     seed: int
 
     def recipe(self) -> Recipe:
-        """Return the training recipe. Raises UsageError for conflicting options of views."""
+        """Return the training recipe. Raises UsageError for conflicting view options."""
         from retrieval_tip.fit.trainer import VIEWS, Recipe
 
         if self.views and self.views_cache:
@@ -281,10 +279,15 @@ def finetune_command(
     shots = shots_of(cache) if source is None else own_shots(cache, source_of(source, reading, "train"))
     unseen = None if val is None else validation(cache, val, reading.root, val_shots)
     sources = [shots] if unseen is None else [shots, unseen]
-    with encoder_for(ctx, cache, sources, encoding) as encoder, _to_be_resumed(checkpoint_of(out)):
-        tuned = finetune_into(
-            out, cache, shots, encoder, recipe, val=unseen, parent=show(folder), resume=resume, keep_last=keep_last
-        )
+    try:
+        with encoder_for(ctx, cache, sources, encoding) as encoder:
+            tuned = finetune_into(
+                out, cache, shots, encoder, recipe, val=unseen, parent=show(folder), resume=resume, keep_last=keep_last
+            )
+    except KeyboardInterrupt as error:
+        if checkpoint_of(out).exists():
+            error.add_note("to continue from the last checkpoint, repeat the command with --resume")
+        raise
     if plot:
         plots.write(lambda: plots.draw_training(tuned.curve, tuned.epoch, "Fine-tuning"), plot, show(out.name))
     warn(tuned.choice.warnings if tuned.choice else ())
@@ -293,17 +296,6 @@ def finetune_command(
     else:
         print_facts(tuned.facts(), 12)
     finish(ctx, encoder.skipped)
-
-
-@contextmanager
-def _to_be_resumed(checkpoint: Path) -> Iterator[None]:
-    """Add the command that continues an interrupted run to the message."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        if checkpoint.exists():
-            error.add_note("to continue from the last checkpoint, repeat the command with --resume")
-        raise
 
 
 @command("calibrate")
@@ -319,7 +311,7 @@ def calibrate_command(
 ) -> None:
     """Fit the temperature of the probabilities.
 
-    Fits it on validation images and makes a new version of the index. Predicted classes do not change; their
+    Fits it on validation images and makes a new version of the index. Predicted classes stay the same; their
     probabilities become softmax(logits / temperature). Calibrate again if keys, alpha, beta, k or tail change.
     """
     from retrieval_tip.evaluation.calibration import apply, calibrate

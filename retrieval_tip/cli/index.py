@@ -457,7 +457,7 @@ def compact_command(folder: Place) -> None:
 def rebuild_command(folder: Place, factory: str | None, dtype: Dtype | None) -> None:
     """Rebuild the FAISS index from the keys.
 
-    Options change the type of the FAISS index or the precision of the keys.
+    --index changes its type, and --dtype the precision of the keys.
     """
     from retrieval_tip.index import changes
 
@@ -517,7 +517,7 @@ def clone_command(folder: Place, out: Place, version: int | None) -> None:
 @click.option("--text", type=FILE, help="Feature table to write for the text weights; index build --text reads it.")
 @click.option("--onnx", type=FILE, help="ONNX file to write; a graph from pixels to logits (needs onnx).")
 @click.option("--features", is_flag=True, help="With --onnx: start from features, without the image encoder.")
-@click.option("--k", type=K(), help="With --onnx: all, because a graph uses every key, even if the index uses k.")
+@click.option("--k", type=K(), help="With --onnx: all, if the index uses k nearest keys; a graph uses every key.")
 def export_command(
     folder: Path, out: Path | None, text: Path | None, onnx: Path | None, features: bool, k: KeysMet
 ) -> None:

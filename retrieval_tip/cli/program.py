@@ -31,7 +31,7 @@ from retrieval_tip.errors import InputError, message
 
 
 class _Program(Group):
-    """The root group: prints errors on one line of standard error, with the right exit status."""
+    """Root group that prints each error on one line of standard error and sets the exit status."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
@@ -140,7 +140,7 @@ def _leave_lightly() -> None:
 
 
 class _Handler(logging.Handler):
-    """Prints log records on the current standard error, escaped and shortened to one line."""
+    """Log handler that writes to the current standard error, escaped and shortened to one line."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

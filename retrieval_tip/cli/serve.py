@@ -12,7 +12,7 @@ import click
 
 from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import say
-from retrieval_tip.cli.options import DEVICE, PRECISION, VERIFY, grouped, several
+from retrieval_tip.cli.options import DEVICE, PRECISION, VERIFY, several
 from retrieval_tip.cli.parameters import FOLDER, INDEX, Number, count
 from retrieval_tip.errors import UsageError, counted
 
@@ -21,18 +21,7 @@ if TYPE_CHECKING:
     from retrieval_tip.settings import Precision, Verify
 
 
-@dataclasses.dataclass(frozen=True)
-class LimitOptions:
-    """Limits per request (bytes, pixels, seconds), and on images in the queue."""
-
-    max_bytes: int
-    max_pixels: int
-    queue: int
-    timeout: float
-
-
-_LIMITS = grouped(
-    "most", LimitOptions,
+_LIMITS = several(
     click.option("--max-bytes", type=count(), default=32 << 20, show_default=True, help="Largest request, in bytes."),
     click.option("--max-pixels", type=count(), default=50_000_000, show_default=True, help="Largest image, in pixels."),
     click.option("--queue", type=count("queue"), default=256, show_default=True,
@@ -83,7 +72,10 @@ def serve_command(
     pretrained: str | None,
     root: Path | None,
     hosts: tuple[str, ...],
-    most: LimitOptions,
+    max_bytes: int,
+    max_pixels: int,
+    queue: int,
+    timeout: float,
     precision: Precision,
     verify: Verify | None,
     device: str,
@@ -107,7 +99,7 @@ def serve_command(
         raise UsageError("--token: must consist of printable ASCII characters; give another one or omit the option")
     if token is not None and read_only:
         raise UsageError("--token and --read-only: give only one")
-    limits = Limits(bytes=most.max_bytes, pixels=most.max_pixels, queue=most.queue, seconds=most.timeout)
+    limits = Limits(bytes=max_bytes, pixels=max_pixels, queue=queue, seconds=timeout)
     with listen(host, port) as listening:
         here = listening.getsockname()[0].startswith(("127.", "::1"))
         made = secrets.token_urlsafe(16) if here and token is None and not read_only else None
@@ -120,10 +112,10 @@ def serve_command(
             maker = Maker(into or Path("indexes"), backbone, Backbones(device, precision, verify, backbone))
         elif into is not None:
             raise UsageError("--into: needs --model when an INDEX is given; add --model NAME")
-        named = (f"{name} ({counted(one.now.cache.n, 'key')})" for name, one in served.items())
+        named = (f"{name} ({counted(one.now.cache.n, 'shot')})" for name, one in served.items())
         what = ", ".join(named) or "no index yet"
         at = address(listening)
         opened = f" open {at}/#token={made} to view and change it;" if made else ""
         ready = partial(say, f"serving {what} at {at};{opened} Ctrl+C stops the server")
         app = create_app(served, limits, token=token or made, uploads=uploads, root=root, maker=maker, ready=ready)
-        serve(app, listening, most.timeout)
+        serve(app, listening, timeout)
