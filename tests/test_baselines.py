@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import needs_real
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from tables import unit_rows
 from test_search_hp import C, D, clusters
@@ -42,10 +45,55 @@ def test_the_linear_probe_is_scikit_learns():
     assert min(near) < 5e-3, near
 
 
-@pytest.mark.parametrize("rival", [baselines.class_means, baselines.linear_probe])
+def test_the_discriminant_without_text_ranks_as_scikit_learns_does():
+    cache = cache_of(40)
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=D / (cache.n - 1 + D), priors=np.full(C, 1 / C))
+    theirs.fit(np.asarray(cache.keys), cache.class_ids.numpy())
+    ours = baselines.discriminant(cache).logits(QUERIES).log_softmax(1).numpy()
+    log = theirs.predict_log_proba(QUERIES)
+    scales = (ours[:, :1] - ours[:, 1:]) / (log[:, :1] - log[:, 1:])  # one factor stands for a temperature
+    np.testing.assert_allclose(scales, np.median(scales), rtol=0.02)
+
+
+def test_the_discriminant_with_text_adds_it():
+    text = unit_rows(C, D, 5)
+    bare, both = baselines.discriminant(cache_of(40)), baselines.discriminant(cache_of(40, text))
+    parts = torch.stack([bare.weights.flatten(), torch.from_numpy(text).flatten()], 1).double()
+    solved = torch.linalg.lstsq(parts, both.weights.flatten().double()[:, None])
+    assert (
+        float((parts @ solved.solution - both.weights.flatten()[:, None]).abs().max()) < 1e-4 * both.weights.abs().max()
+    )
+    assert (solved.solution > -1e-6).all()
+
+
+@pytest.mark.parametrize("rival", [baselines.class_means, baselines.linear_probe, baselines.discriminant])
 def test_one_shot_a_class_and_a_class_without_a_shot_are_answered(rival):
     names, text = [*NAMES, "none"], unit_rows(C + 1, D, 5)
     for n, weights in ((C, None), (4 * C, None), (4 * C, text)):
         logits = rival(cache_of(n, weights, names)).logits(QUERIES)
         assert logits.shape == (len(QUERIES), C + 1)
         assert torch.isfinite(logits).all()
+
+
+@needs_real
+def test_on_real_features_the_discriminant_answers_as_the_published_equation(shared):
+    """GDA-CLIP's, written out in float64; without text a factor changes no answer."""
+    place = shared / "data/clip-vitb32/caltech101"
+
+    def read(name):
+        table = pq.read_table(place / f"{name}.parquet")
+        return np.stack(table["feature"].to_numpy()).astype(np.float32), np.array(table["label"].to_pylist())
+
+    (keys, labels), (features, truth) = read("shots_4"), read("test")
+    names = np.unique(labels)
+    cache = CacheModel.from_features(keys, labels.tolist(), names.tolist(), device="cpu")
+    n, d = keys.shape
+    means = np.stack([keys[labels == name].mean(0, dtype=np.float64) for name in names])
+    rest = keys - means[np.searchsorted(names, labels)]
+    covariance = np.cov(rest.T)
+    inverse = d * np.linalg.inv((n - 1) * covariance + np.trace(covariance) * np.eye(d))
+    weights = means @ inverse
+    published = (features @ weights.T - (weights * means).sum(1) / 2).argmax(1)
+    ours = baselines.discriminant(cache).logits(features).argmax(1).numpy()
+    assert (ours == published).mean() > 0.999
+    assert (names[ours] == truth).mean() > 0.9
