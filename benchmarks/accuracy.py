@@ -1,9 +1,9 @@
-"""What the same shots give by each method: accuracy, calibration and time, on real features of the field's datasets.
+"""Compare methods on the same shots: accuracy, calibration and time, with real features of standard datasets.
 
-Shots are the field's published keys where these are there (seed 1, each the mean of ten views), else draws by the
-published rule (seeds 1 to N, one centre view a shot; of 1 shot DTD's published keys). Every setting is chosen on the
-shots alone: alpha, beta and k of Tip-Adapter by leaving each shot out, everything else by folds of the shots. No
-validation image is used but as shot or as question, and nothing is chosen on the images that are scored.
+Shots are published keys if available (seed 1, each the mean of ten views), else draws by the published rule (seeds 1 to
+N, one centre view per shot; for 1 shot, DTD's published keys). All settings are chosen on the shots alone:
+Tip-Adapter's alpha, beta and k by leave-one-out, the rest by cross-validation. Validation images serve only as shots or
+queries, and nothing is chosen on the images that are scored.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from retrieval_tip.fit.trainer import Recipe
 SHOTS = (1, 2, 4, 8, 16)
 TEMPLATE = "a photo of a {}."
 ALLOWED = 0.5
-"""Points that the default may be below the best rival, at 2 shots and more."""
+"""Largest accepted gap in points between the default and the best rival, from 2 shots on."""
 
 
 @dataclass(frozen=True)
 class Shots:
-    """Untouched Tip-Adapter over the shots of a run, and where they come from (for fine-tuning)."""
+    """Tip-Adapter with default settings over the shots of a run, and their source, which fine-tuning needs."""
 
     cache: CacheModel
     source: Source
@@ -97,9 +97,9 @@ RIVALS = (ZERO, SEARCHED, PROBE)
 
 @dataclass(frozen=True)
 class Tables:
-    """Feature tables in a folder: ``keys`` of so many shots are that table, those of other numbers a draw of ``pool``.
+    """Feature tables in a folder: one per shot count in ``keys``; other shot counts are drawn from ``pool``.
 
-    The classes are those of ``text`` where it is there, and shots and test items of others are left out.
+    With ``text``, its classes are used, and shots and test items of other classes are dropped.
     """
 
     title: str
@@ -118,7 +118,7 @@ class Tables:
     def read(
         self, shared: Path, name: str, classes: Sequence[str] | None = None
     ) -> tuple[np.ndarray, list[Any], list[Any]]:
-        """Features, labels and ids of a table, of some classes."""
+        """Return features, labels and ids of a table, optionally of some classes only."""
         table = pq.read_table(self.file(shared, name))
         if classes is not None:
             table = table.filter(pc.is_in(table["label"], pa.array(classes)))
@@ -126,7 +126,7 @@ class Tables:
         return unit(features), table["label"].to_pylist(), table["id"].to_pylist()
 
     def pool_of(self, number: int, shared: Path) -> tuple[CacheModel, Source]:
-        """Keys to draw so many shots of, and the table that they come from."""
+        """Return keys to draw ``number`` shots from, and their table."""
         name = f"shots_{number}" if number in self.keys else self.pool
         weights, classes = None, sorted(set(self.read(shared, self.test)[1]))
         if self.text is not None:
@@ -142,12 +142,12 @@ class Tables:
 
 @dataclass(frozen=True)
 class Photographs:
-    """Photographs of a split file, encoded once by lit-mini."""
+    """Photos of a split file, encoded once by lit-mini."""
 
     title: str
     split: str
 
-    @functools.cache  # noqa: B019 - these live as long as the program
+    @functools.cache  # noqa: B019 - instances live as long as the program
     def encoder(self, shared: Path) -> Encoder:
         backbone = load_backbone(f"local-dir:{shared / 'models/lit-mini'}", device="cpu")
         return Encoder(backbone, cache=EncodingCache(EncodingCache.default_folder()))
@@ -159,7 +159,7 @@ class Photographs:
             out = Path(folder) / "index"
             build_index(train, out, self.encoder(shared), templates=[TEMPLATE], fit="none", device="cpu")
             pool = CacheModel.load(out, device="cpu", precision="float32")
-            return pool.take(np.arange(pool.n))  # in memory: the folder goes
+            return pool.take(np.arange(pool.n))  # in memory, since the folder is deleted
 
     def pool_of(self, number: int, shared: Path) -> tuple[CacheModel, Source]:
         return self.pool(shared), open_source(shared / self.split, split="train")
@@ -179,7 +179,7 @@ DATASETS: dict[str, Tables | Photographs] = {
     "flowers": Tables(f"Flowers102 test, images only, {CLIP}", "clip-vitb32/oxford_flowers", "test", None, SHOTS),
     "food": Tables(f"9 classes of Food-101, with text, {CLIP}", "clip-food9", "test", "text", (), "train"),
     "photographs": Photographs(
-        "Caltech101 photographs, 100 classes with text, lit-mini", "data/caltech101/split_zhou_Caltech101.json"
+        "Caltech101 photos, 100 classes with text, lit-mini", "data/caltech101/split_zhou_Caltech101.json"
     ),
 }
 
@@ -187,12 +187,12 @@ DATASETS: dict[str, Tables | Photographs] = {
 def runs(
     name: str, shared: Path, shots: Sequence[int], seeds: int, methods: Sequence[str], done: set[Any]
 ) -> Iterator[dict[str, Any]]:
-    """A row for each number of shots, seed and method of a dataset that is not done."""
+    """Yield a row for each shot count, seed and method of a dataset that is not in ``done``."""
     dataset, items = DATASETS[name], None
     for number in shots:
         pool, source = dataset.pool_of(number, shared)
         items = items or dataset.items(pool, shared)
-        only = set(np.bincount(pool.class_ids.numpy())) == {number}  # each draw would be the same
+        only = set(np.bincount(pool.class_ids.numpy())) == {number}  # all draws would be equal
         for seed in range(1, 2 if only else seeds + 1):
             drawn = Shots(sweep.draw(pool, number, seed), source, dataset.encoder(shared), seed)
             for method in methods:
@@ -210,7 +210,7 @@ RUN = ("dataset", "shots", "seed", "method")
 
 
 def scores(answering: Answering, items: sweep.Items) -> dict[str, float]:
-    """Accuracy and expected calibration error."""
+    """Return accuracy and expected calibration error."""
     temperature = answering.settings.temperature if isinstance(answering, CacheModel) else 1.0
     confidence, ids = tip.probabilities(answering.logits(items.features), temperature).max(1)
     right = ids.cpu().numpy() == items.ids
@@ -218,7 +218,7 @@ def scores(answering: Answering, items: sweep.Items) -> dict[str, float]:
 
 
 def mean(rows: Sequence[dict[str, Any]], column: str, **of: Any) -> float | None:
-    """The mean of a column over seeds."""
+    """Return the mean of a column over seeds."""
     values = [row[column] for row in rows if all(row[name] == value for name, value in of.items())]
     return statistics.mean(values) if values else None
 
@@ -228,7 +228,7 @@ def cell(value: float | None, form: str) -> str:
 
 
 def print_table(name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Accuracy and calibration of each method at each number of shots, and the time at the most."""
+    """Print accuracy and calibration of each method by shots, and the time for the largest number of shots."""
     shots = sorted({row["shots"] for row in rows})
     seeds = [f"{number}: {len({row['seed'] for row in rows if row['shots'] == number})}" for number in shots]
     click.echo(f"\n**{DATASETS[name].title}** (draws of {', '.join(seeds)})\n")
@@ -244,7 +244,7 @@ def print_table(name: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def losses(rows: Sequence[dict[str, Any]]) -> list[tuple[float, str]]:
-    """How far the default is below the best rival, in points, of each dataset at 2 shots and more; largest first."""
+    """Return the default's gap to the best rival in points, per dataset and shots (from 2 on), largest first."""
     found = []
     for name, number in sorted({(row["dataset"], row["shots"]) for row in rows if row["shots"] > 1}):
         of = {"dataset": name, "shots": number}
@@ -254,8 +254,8 @@ def losses(rows: Sequence[dict[str, Any]]) -> list[tuple[float, str]]:
         if own is None or not there:
             continue
         best = max(there, key=lambda method: there[method])
-        told = f"{DATASETS[name].title}, {number} shots: {DEFAULT} {100 * own:.1f}, {best} {there[best]:.1f}"
-        found.append((there[best] - 100 * own, told))
+        where = f"{DATASETS[name].title}, {number} shots: {DEFAULT} {100 * own:.1f}, {best} {there[best]:.1f}"
+        found.append((there[best] - 100 * own, where))
     return sorted(found, reverse=True)
 
 
@@ -264,11 +264,11 @@ def losses(rows: Sequence[dict[str, Any]]) -> list[tuple[float, str]]:
 @click.option("--dataset", "chosen", type=click.Choice(list(DATASETS)), multiple=True, help="[default: all]")
 @click.option("--shots", type=int, multiple=True, default=SHOTS, show_default=True)
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="[default: all]")
-@click.option("--seeds", default=3, show_default=True, help="Draws, where shots are drawn.")
+@click.option("--seeds", default=3, show_default=True, help="Number of draws, if shots are drawn.")
 @click.option(
-    "--finetune", "tuning", is_flag=True, help=f"{FINE_TUNED} too: seconds from tables, minutes from photographs."
+    "--finetune", "tuning", is_flag=True, help=f"Include {FINE_TUNED}: seconds for tables, minutes for photos."
 )
-@click.option("--results", type=click.Path(path_type=Path), help="JSON lines, one a run: what is in it is not run.")
+@click.option("--results", type=click.Path(path_type=Path), help="JSON lines of finished runs, which are skipped.")
 def main(
     shared: Path,
     chosen: tuple[str, ...],
@@ -280,8 +280,8 @@ def main(
 ) -> None:
     """Fit, answer, print."""
     click.echo(
-        f"{machine()}; seeds 1 to {seeds}.\nSettings are chosen on the shots alone. Top-1 in %, mean over draws; "
-        "ECE: expected calibration error in 15 bins; s: seconds of the processor to fit, choosing included."
+        f"{machine()}; seeds 1 to {seeds}.\nAll settings are chosen on the shots alone. Top-1 in %, mean over draws; "
+        "ECE: expected calibration error in 15 bins; s: CPU seconds to fit, including the choice of settings."
     )
     methods = methods or tuple(method for method in METHODS if tuning or method != FINE_TUNED)
     every: list[dict[str, Any]] = []
@@ -302,11 +302,11 @@ def main(
     found = losses(rows)
     if found:
         click.echo(
-            f"\n{DEFAULT} below the best of {', '.join(RIVALS)}, at 2 shots and more (allowed: {ALLOWED} points):\n"
+            f"\nGap of {DEFAULT} to the best of {', '.join(RIVALS)}, from 2 shots on (accepted: {ALLOWED} points):\n"
         )
         click.echo("| points | where |\n|--:|---|")
-        for points, told in [found[0], *(pair for pair in found[1:] if pair[0] > ALLOWED)]:
-            click.echo(f"| {points:.1f} | {told} |")
+        for points, where in [found[0], *(pair for pair in found[1:] if pair[0] > ALLOWED)]:
+            click.echo(f"| {points:.1f} | {where} |")
 
 
 if __name__ == "__main__":

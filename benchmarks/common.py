@@ -1,13 +1,13 @@
-"""Shared by the benchmarks: sides that take turns, tables, the machine, processes, and two checkouts in one run.
+"""Shared code of the benchmarks: alternating measurements, tables, machine facts, processes, and comparing checkouts.
 
-With ``--against CHECKOUT`` a script measures this tree and another one in the same run::
+With ``--against CHECKOUT``, a script measures this tree and another one in the same run::
 
     git worktree add /tmp/base 17a8cd6
     python benchmarks/throughput.py --only exact --against /tmp/base
 
-Both run this very script, each on its own package, and hand a token to and fro: one measures a turn while the other
-waits. Tables at the end have the medians of both, and this tree's time by the other's: median, least and most of the
-turns. Above 1 this tree is slower.
+Both processes run this script, each on its own package, and pass a token back and forth: one measures a turn while the
+other waits. The tables at the end show both medians, and this tree's time divided by the other's (median, minimum and
+maximum of the turns). Above 1, this tree is slower.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ SEED = 0
 GIB = 2**30
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 PROGRAM = (sys.executable, "-P", "-m", "retrieval_tip")
-"""The real command, of the package that PYTHONPATH names: ``-P`` keeps the current folder out."""
+"""The real command, from the package on PYTHONPATH; ``-P`` excludes the current folder."""
 
 Side = Callable[[int], float | None]
-"""One of those that take turns. It is given the number of the turn; what it returns counts in place of its seconds."""
+"""A measured function of the turn's number. Its result, if not ``None``, replaces the measured seconds."""
 
 
 def clocked(call: Callable[[], object]) -> float:
-    """Return the seconds that a call takes."""
+    """Measure a call in seconds."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def take_turns(title: str, sides: Mapping[str, Side], rounds: int, warm: int = 1) -> dict[str, list[float]]:
-    """Measure each side once a turn, and return its seconds of each turn after the first ``warm`` ones."""
+    """Measure each side once per turn, and return its seconds per turn without the first ``warm`` turns."""
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + warm):
         for name, side in sides.items():
@@ -68,7 +68,7 @@ def medians(taken: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def show(title: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Print a table; the columns are those of the first row, and floats are rounded to four digits."""
+    """Print a table with the columns of the first row, and floats rounded to four digits."""
     lines = [list(rows[0]), *([_cell(row.get(column)) for column in rows[0]] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     right = [isinstance(value, int | float) for value in rows[0].values()]
@@ -85,7 +85,7 @@ def _cell(value: object) -> str:
 
 
 def machine(*packages: str) -> str:
-    """Return the machine and the versions of what runs on it, as one line."""
+    """Describe the machine and the versions of relevant packages on one line."""
     import torch
 
     known = Path("/proc/cpuinfo")
@@ -111,7 +111,7 @@ def machine(*packages: str) -> str:
 
 @dataclass(frozen=True)
 class Finished:
-    """A process: what it printed, its wall-clock seconds, and its peak memory in GiB, resident and anonymous."""
+    """A finished process: its output, wall-clock seconds, and peak memory in GiB, resident and anonymous."""
 
     output: str
     seconds: float
@@ -135,11 +135,11 @@ while True:
     time.sleep(0.02)
 print(os.waitstatus_to_exitcode(status), usage.ru_maxrss, anonymous)
 """
-"""A small process between: Linux counts as a child's peak also what its parent held when it started the child."""
+"""A small launcher process, because Linux includes the parent's memory at the start in a child's peak."""
 
 
 def launch(*command: object) -> Finished:
-    """Run a command to its end, and measure its memory. Raises ClickException where it fails."""
+    """Run a command and measure its memory. Raises ClickException if it fails."""
     start = time.perf_counter()
     launched = [sys.executable, "-S", "-c", LAUNCH, *map(str, command)]
     output = subprocess.run(launched, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -152,7 +152,7 @@ def launch(*command: object) -> Finished:
 
 
 def run(*command: object) -> str:
-    """Run a command, and return what it prints. Raises ClickException where it fails."""
+    """Run a command and return its output. Raises ClickException if it fails."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode:
         raise click.ClickException(f"{' '.join(map(str, command))}: {done.stderr}")
@@ -162,11 +162,11 @@ def run(*command: object) -> str:
 # Two checkouts
 
 TURNS = "BENCHMARK_TURNS"
-"""In each of the two processes: the pipe that it waits at, the one that it writes to, and the file for its records."""
+"""Environment variable of the two processes: the pipe to wait on, the pipe to write to, and the file for records."""
 
 
 def against(command: click.Command) -> click.Command:
-    """Give a script the option ``--against``."""
+    """Add the option ``--against`` to a script."""
     own = command.callback
     assert own is not None
 
@@ -180,19 +180,19 @@ def against(command: click.Command) -> click.Command:
 
     command.callback = callback
     folder = click.Path(path_type=Path, exists=True, file_okay=False)
-    command.params.append(click.Option(["--against"], type=folder, help="Measure this checkout too, turn by turn."))
+    command.params.append(click.Option(["--against"], type=folder, help="Another checkout to measure in turn."))
     return command
 
 
 def record(title: str, name: str, values: Sequence[float]) -> None:
-    """Keep the values of a side, one a turn, for the table of two checkouts; less is better."""
+    """Record a side's values, one per turn, for the comparison of two checkouts; lower is better."""
     if TURNS in os.environ:
         with Path(os.environ[TURNS].split()[2]).open("a", encoding="utf-8") as file:
             file.write(json.dumps([title, name, list(values)]) + "\n")
 
 
 def _hand_over() -> None:
-    """Let the other checkout measure its turn; once it has ended, its pipe is closed, and nothing is waited for."""
+    """Let the other checkout measure its turn; if it has ended and closed its pipe, do not wait."""
     if TURNS in os.environ:
         own, other, _ = os.environ[TURNS].split()
         try:
@@ -203,11 +203,11 @@ def _hand_over() -> None:
 
 
 def _compare(other: Path) -> None:
-    """Run this script on both trees, and print its times side by side."""
+    """Run this script on both trees, and print their times side by side."""
     at = next(i for i, word in enumerate(sys.argv) if word.startswith("--against"))
     arguments = [*sys.argv[:at], *sys.argv[at + (1 if "=" in sys.argv[at] else 2) :]]
     trees = [Path(__file__).resolve().parents[1], other]
-    pipes = [os.pipe(), os.pipe()]  # each waits at its own, and writes to the other's
+    pipes = [os.pipe(), os.pipe()]  # each process waits on its own, and writes to the other's
     os.write(pipes[0][1], b".")
     with tempfile.TemporaryDirectory() as folder:
         files, processes = [Path(folder) / name for name in ("this", "other")], []
@@ -228,6 +228,6 @@ def _compare(other: Path) -> None:
         row = {"side": name, "this": statistics.median(mine), "other": statistics.median(others)}
         row |= {"this / other": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]}
         tables.setdefault(title, []).append(row)
-    click.echo(f"\nThis tree against {other}, seconds; ratios are of the same turns")
+    click.echo(f"\nThis tree against {other}, in seconds; ratios compare the same turns")
     for title, rows in tables.items():
         show(title, rows)

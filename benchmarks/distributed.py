@@ -1,11 +1,11 @@
-"""Both engines side by side: made queries classified from Parquet to Parquet, and photos encoded.
+"""Compare the local engine with Ray: classify synthetic queries from Parquet to Parquet, and encode photos.
 
 \b
     python benchmarks/distributed.py                          # 1,000,000 queries of 64 values, and the photos
     python benchmarks/distributed.py --queries 100000 --images FOLDER --model ViT-B-32 --pretrained openai
 
-Times are those of the real commands, without an encoding cache. A second run on few items tells the start of
-interpreter, model and actors apart.
+Times the real commands, without an encoding cache. A second run on few items measures the start of interpreter, model
+and actors separately.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from retrieval_tip.data import images
 from retrieval_tip.data.tables import open_parquet, table_files
 
 SHOTS, FEW = 16, 32
-"""Keys a class of the index; items of the run that only shows how long the start takes."""
+"""Keys per class of the index; items of the run that measures only the start."""
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 ENGINES = {"local": (".parquet", ()), "ray": (".parts", ("--engine", "ray"))}
 
 
 def seconds(*command: object) -> float:
-    """Run a command of the package; its failure is ours. Status 3 means that some photos could not be read."""
+    """Time a command of the package. Raises ClickException if it fails; status 3 means unreadable photos."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "retrieval_tip", "-q", *map(str, command)], capture_output=True)
     if done.returncode not in (0, 3):
@@ -43,7 +43,7 @@ def seconds(*command: object) -> float:
 
 
 def write_table(path: Path, made: Made, ids: np.ndarray, rows: np.ndarray | None = None) -> Path:
-    """A feature table of these rows, or else of queries of these classes, drawn a block at a time."""
+    """Write a feature table of ``rows``, or of queries of these classes, drawn block by block."""
     schema = pa.schema([("id", pa.string()), ("label", pa.string()), ("feature", pa.list_(pa.float32(), made.d))])
     with pq.ParquetWriter(path, schema, compression="none") as writer:
         for start in range(0, len(ids), ROWS):
@@ -56,12 +56,12 @@ def write_table(path: Path, made: Made, ids: np.ndarray, rows: np.ndarray | None
 
 
 def compare(name: str, n: int, every: Sequence[object], few: Sequence[object], out: Path) -> None:
-    """Print times and rates of a command by both engines; ``every`` and ``few`` end where the output's name follows."""
+    """Print times and rates of a command with both engines; ``every`` and ``few`` lack only the output's name."""
     for engine, (suffix, more) in ENGINES.items():
         start = seconds(*few, out / f"{name}-few{suffix}", *more)
         whole = seconds(*every, out / f"{name}{suffix}", *more)
         rate = (n - FEW) / max(whole - start, 1e-9)
-        click.echo(f"{name:<9}{engine:<6}{n:>10,} items{whole:>9.1f} s, of it start {start:.1f} s; then {rate:,.0f}/s")
+        click.echo(f"{name:<9}{engine:<6}{n:>10,} items{whole:>9.1f} s (start {start:.1f} s, then {rate:,.0f}/s)")
 
 
 @click.command(help=__doc__)
@@ -86,7 +86,7 @@ def main(queries: int, dim: int, classes: int, folder: Path, model: str, pretrai
         compare("classify", queries, *([("classify", out / "index", one, *options) for one in asked]), out)
         tables = [pa.concat_tables([open_parquet(file).read(["input", "label"]) for file in table_files(out / name)])
                   for name in ("classify.parquet", "classify.parts")]  # fmt: skip
-        click.echo(f"classify both: inputs and labels {'are the same' if tables[0].equals(tables[1]) else 'differ'}")
+        click.echo(f"classify: inputs and labels {'agree' if tables[0].equals(tables[1]) else 'differ'}")
         paths = [str(path) for path in images.find(folder)]
         for name, some in (("photos", paths), ("few", paths[:FEW])):
             pq.write_table(pa.table({"path": some}), out / f"{name}.parquet")

@@ -1,12 +1,12 @@
-"""Photographs on disk to features, in images a second, against the plain open_clip loop.
+"""Measure the encoding of photos on disk in images per second, against the plain open_clip loop.
 
-Plain: one thread opens each file and applies open_clip's own transform, then encode_image on batches of 64 under
-no_grad, with torch's default threads. The same with small batches says how much of the difference is their size. Ours:
-Encoder without a cache. All sides take turns; the ratio is that of the medians, the cosine the smallest to the plain
-loop's feature of the same photograph.
+The plain loop opens each file in one thread, applies open_clip's own transform, and calls encode_image on batches of 64
+under no_grad, with torch's default threads. A second plain loop with small batches shows the effect of their size. Ours
+is Encoder without a cache. All sides take turns. Ratios compare medians; the cosine is the smallest to the plain loop's
+feature of the same photo.
 
-Large photographs are made up: real ones enlarged, and mosaics of real ones at their own size, which have finer detail
-than any camera's. They show what decoding JPEGs at a reduced size gains and changes.
+Large photos are synthetic: enlarged real photos, and mosaics of real photos at full size, with finer detail than any
+camera's. They show the gain and the error of decoding JPEGs at a reduced size.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from retrieval_tip.data import images
 from retrieval_tip.data.sources import of_images
 
 PLAIN_BATCHES = 64, 4
-"""What is usual, and what suits small towers on a CPU."""
+"""The usual batch size, and one that suits small towers on a CPU."""
 QUALITY = 90
 
 Encode = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 
 
 def plain(model: str, pretrained: str | None, device: str, batch: int) -> Encode:
-    """Return the loop of open_clip's own documentation."""
+    """Return the loop from open_clip's documentation."""
     network, _, transform = open_clip.create_model_and_transforms(model, pretrained, device=device)
     network.eval()
 
@@ -53,20 +53,20 @@ def plain(model: str, pretrained: str | None, device: str, batch: int) -> Encode
 
 
 def ours(backbone: Backbone, batch: int | None = None, *, reduce: bool = True) -> Encode:
-    """Return a fresh Encoder each time."""
+    """Return a function that encodes with a new Encoder."""
     return lambda paths: Encoder(backbone, batch_size=batch, reduce=reduce).encode(of_images(list(paths))).features
 
 
 def chosen(folder: Path, number: int) -> list[str]:
-    """Return so many photographs of a folder, the same ones each time."""
+    """Draw ``number`` photos from a folder, always the same ones."""
     found = [str(path) for path in images.find(folder)]
     if len(found) < number:
-        raise click.UsageError(f"{folder}: {len(found)} photographs, {number} are needed")
+        raise click.UsageError(f"{folder}: {len(found)} photos; expected at least {number}")
     return random.Random(0).sample(found, number)
 
 
 def make_large(paths: Sequence[str], number: int, size: tuple[int, int], folder: Path) -> list[str]:
-    """Make large JPEGs of small photographs: by turns one of them enlarged, and a mosaic of many."""
+    """Make large JPEGs from small photos: alternately one photo enlarged, and a mosaic of many."""
     made = []
     for turn in range(number):
         own = [Image.open(paths[(turn + place) % len(paths)]).convert("RGB") for place in range(64)]
@@ -85,7 +85,7 @@ def make_large(paths: Sequence[str], number: int, size: tuple[int, int], folder:
 
 
 def compare(name: str, paths: list[str], sides: dict[str, Encode], rounds: int) -> None:
-    """Let the sides take turns on the same photographs; the first one is what the others are compared with."""
+    """Measure the sides in turn on the same photos, and compare them with the first."""
     features: dict[str, npt.NDArray[np.float32]] = {}
 
     def encode(side: str, turn: int) -> float:
@@ -109,10 +109,10 @@ def compare(name: str, paths: list[str], sides: dict[str, Encode], rounds: int) 
 @click.option("--pretrained")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), default=SHARED / "data/caltech101", show_default=True)
-@click.option("--number", default=64, show_default=True, help="Photographs of the folder.")
-@click.option("--large", default=32, show_default=True, help="Large photographs that are made; 0 leaves them out.")
-@click.option("--size", type=(int, int), default=(4000, 3000), show_default=True, help="Of the large ones.")
-@click.option("--batch", "batches", type=int, multiple=True, help="Ours with this batch size too; repeat for more.")
+@click.option("--number", default=64, show_default=True, help="Number of photos from the folder.")
+@click.option("--large", default=32, show_default=True, help="Number of large synthetic photos; 0 for none.")
+@click.option("--size", type=(int, int), default=(4000, 3000), show_default=True, help="Size of the large photos.")
+@click.option("--batch", "batches", type=int, multiple=True, help="Further batch size for ours; repeatable.")
 @click.option("--rounds", default=3, show_default=True)
 def main(
     model: str, pretrained: str | None, device: str, folder: Path, number: int, large: int, size: tuple[int, int],
@@ -129,12 +129,12 @@ def main(
             sides[f"ours, {name}, batches of {batch}"] = ours(backbone, batch)
     click.echo(f"{whole.identity} on {device}")
     photographs = chosen(folder, number)
-    compare("photographs", photographs, sides, rounds)
+    compare("photos", photographs, sides, rounds)
     if large:
         with tempfile.TemporaryDirectory() as scratch:
             made = make_large(photographs, large, size, Path(scratch))
             sides = {"plain loop": looped, "ours, --no-reduce": ours(whole, reduce=False), "ours": ours(whole)}
-            compare(f"photographs of {size[0]} x {size[1]}", made, sides, rounds)
+            compare(f"photos of {size[0]} x {size[1]}", made, sides, rounds)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A step of fine-tuning keys against the plain form and against the two matrix products that it cannot do without.
+"""Measure a fine-tuning step of keys against the plain form and against its two unavoidable matrix products.
 
-Made features (benchmarks/made.py) at the paper's ImageNet size. All sides take turns on the same fresh batches, after
-two turns that warm up; figures are medians. Plain: the published form, one-hot product and torch.optim.AdamW by
-autograd. Two products: f K^T and w^T f, in memory that is there already. Ours: Trainer.step. Then whole runs of
-finetune(), with accuracy on queries that none of them saw, in both precisions.
+Uses synthetic features (benchmarks/made.py) at the paper's ImageNet size. All sides take turns on the same batches,
+after two warm-up turns; figures are medians. Plain: the published form, with a one-hot product, autograd and
+torch.optim.AdamW. Two products: f K^T and w^T f into preallocated memory. Ours: Trainer.step. Then runs finetune() in
+both precisions, and prints the accuracy on unseen queries.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from retrieval_tip.settings import Settings
 ALPHA, BETA, SCALE = 1.0, 5.5, 100.0
 RATE, EPS = 1e-3, 1e-4
 INSTANCE = 0.7
-"""How much of a view is its shot's; the rest is its own."""
+"""Share of a view that comes from its shot; the rest is noise of the view."""
 
 Array = npt.NDArray[np.float32]
 Step = Callable[[Tensor, Tensor], object]
@@ -40,7 +40,7 @@ Step = Callable[[Tensor, Tensor], object]
 
 @dataclass(frozen=True)
 class Material:
-    """Views ``[n, v, d]`` of shots of classes ``ids`` ``[n]``, the index of their means, and queries that are none."""
+    """Views ``[n, v, d]`` of shots with class ids ``[n]``, the index of their means, and other queries."""
 
     views: Array
     ids: npt.NDArray[np.int64]
@@ -50,7 +50,7 @@ class Material:
 
     @classmethod
     def make(cls, classes: int, shots: int, dim: int, views: int, queries: int, device: str = "cpu") -> Material:
-        """Make them."""
+        """Draw views, shots and queries."""
         made, ids, asked = Made(classes, dim, SEED), np.repeat(np.arange(classes), shots), np.arange(queries) % classes
         own = np.stack([made.draw(ids, 10 + view) for view in range(views)], axis=1)
         seen = INSTANCE**0.5 * made.draw(ids, 1)[:, None] + (1 - INSTANCE) ** 0.5 * own
@@ -63,7 +63,7 @@ class Material:
         return cls(seen, ids, cache, made.draw(asked, 2), asked)
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield features ``[b, d]`` and class ids ``[b]``, for ever."""
+        """Yield features ``[b, d]`` and class ids ``[b]`` without end."""
         random = np.random.default_rng(SEED)
         while True:
             at = random.choice(len(self.ids), size, replace=False)
@@ -71,7 +71,7 @@ class Material:
             yield torch.from_numpy(views).to(self.cache.device), torch.from_numpy(self.ids[at]).to(self.cache.device)
 
     def shots(self, folder: Path) -> Source:
-        """Write the views as a feature table: all those of a shot have its id."""
+        """Write the views as a feature table in which views of a shot share its id."""
         n, v, d = self.views.shape
         table = rows(self.views.reshape(-1, d), [self.cache.class_names[i] for i in np.repeat(self.ids, v)])
         table = table.set_column(0, "id", [[f"row {i}" for i in np.repeat(np.arange(n), v)]])
@@ -79,7 +79,7 @@ class Material:
         return open_source(folder / "views.parquet")
 
     def right(self, logits: npt.ArrayLike) -> float:
-        """Percent of the queries."""
+        """Return the accuracy in percent."""
         return 100 * float((np.asarray(logits).argmax(axis=1) == self.query_ids).mean())
 
 
@@ -104,7 +104,7 @@ def plain(cache: CacheModel) -> Step:
 
 
 def products(cache: CacheModel, batch: int, dtype: torch.dtype = torch.float32) -> Step:
-    """Return affinities and the keys' gradient, without anything between them."""
+    """Return a step that only computes affinities and the keys' gradient."""
     keys = torch.from_numpy(np.array(cache.keys)).to(cache.device, dtype)
     affinity, gradient = keys.new_empty(batch, cache.n), torch.empty_like(keys)
 
@@ -117,13 +117,13 @@ def products(cache: CacheModel, batch: int, dtype: torch.dtype = torch.float32) 
 
 
 def ours(cache: CacheModel, precision: str) -> Step:
-    """Return the product's step."""
+    """Return this package's step."""
     trainer = Trainer(cache, Recipe(lr=RATE, eps=EPS, precision=precision), None)
     return lambda f, ids: trainer.step(f, ids, RATE)
 
 
 def steps(material: Material, batch: int) -> dict[str, Step]:
-    """Return a step of every side."""
+    """Return the step of every side."""
     cache = material.cache
     return {
         "plain, one-hot and autograd": plain(cache),
@@ -135,7 +135,7 @@ def steps(material: Material, batch: int) -> dict[str, Step]:
 
 
 def print_steps(material: Material, batch: int, rounds: int) -> None:
-    """Time the sides turn by turn."""
+    """Time the sides in turn."""
     sides, batches = steps(material, batch), material.batches(batch)
     given = [next(batches) for _ in range(rounds + 2)]
     turns: dict[str, Side] = {
@@ -187,8 +187,8 @@ def print_runs(material: Material, batch: int, epochs: int) -> None:
 @click.option("--batch", default=256, show_default=True)
 @click.option("--views", default=4, show_default=True)
 @click.option("--queries", default=5000, show_default=True)
-@click.option("--rounds", default=15, show_default=True, help="Steps of each side that are timed.")
-@click.option("--epochs", default=20, show_default=True, help="Of the whole runs; 0 leaves them out.")
+@click.option("--rounds", default=15, show_default=True, help="Timed steps of each side.")
+@click.option("--epochs", default=20, show_default=True, help="Epochs of the whole runs; 0 for no runs.")
 def main(
     classes: int, shots: int, dim: int, batch: int, views: int, queries: int, rounds: int, epochs: int
 ) -> None:  # fmt: skip

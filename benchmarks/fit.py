@@ -1,7 +1,7 @@
-"""What a fit costs: seconds and peak memory, and how long answers with solved values take.
+"""Measure the cost of a fit in seconds and peak memory, and the time of answers with solved values.
 
-Made features with cosines like CLIP's (benchmarks/made.py), with text. A batch of queries over all keys is timed
-against the two products that it cannot do without, ``phi(f) phi(K)^T`` and ``w V``, turn by turn.
+Uses synthetic features with cosines like CLIP's (benchmarks/made.py), with text. A batch of queries over all keys is
+timed in turn with its two unavoidable products, ``phi(f) phi(K)^T`` and ``w V``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ QUERIES, ROUNDS = 1024, 5
 
 
 def peak() -> float:
-    """Return the peak resident memory of this process so far, GiB."""
+    """Return the peak resident memory of this process in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
@@ -31,7 +31,7 @@ def peak() -> float:
 @click.option("--classes", default=1000, show_default=True)
 @click.option("--dimensions", default=1024, show_default=True)
 def main(keys: int, classes: int, dimensions: int) -> None:
-    """Fit, ask, print."""
+    """Fit, answer, print."""
     click.echo(machine())
     made, ids, test = Made(classes, dimensions, SEED), np.sort(np.arange(keys) % classes), np.arange(QUERIES) % classes
     names = made.names

@@ -1,9 +1,8 @@
-"""What a GPU takes, as one Markdown table: answers over all keys, encoding, and a step of fine-tuning.
+"""Measure a GPU, as one Markdown table: answers over all keys, encoding, and a fine-tuning step.
 
-Every side stands against the plain torch form and against the matrix products that it cannot do without, in the same
-run, after a turn that warms up; figures are medians, peak memory is what torch had at most beside what was there
-before. Made features (benchmarks/made.py), seed 0. The plain form of answers is the published one: affinity,
-exponential, one-hot product.
+Compares every side with the plain torch form and with its unavoidable matrix products in the same run, after a warm-up
+turn. Figures are medians; peak memory is the largest amount that torch allocated on top. Features are synthetic
+(benchmarks/made.py, seed 0). The plain form of answers is the published one: affinity, exponential, one-hot product.
 
 \b
 Goal on an H100: the paper's 20 epochs of fine-tuning in less than 10 s.
@@ -34,21 +33,21 @@ from retrieval_tip.fit.trainer import Recipe
 START, END = "<!-- measured by benchmarks/gpu.py -->", "<!-- to here -->"
 HEAD = ("what", "side", "ms", "x as fast as plain", "x the products", "peak MiB")
 AT_A_TIME = 1 << 30
-"""Affinities of the bare product at a time."""
+"""Affinities of the bare product per slice."""
 
 Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Median seconds and peak bytes of one side; infinite seconds where the GPU has too little memory for it."""
+    """Median seconds and peak bytes of one side; infinite seconds mean that the GPU ran out of memory."""
 
     seconds: float
     peak: int
 
 
 def measured(run: Callable[[], object], device: str, rounds: int) -> Figure:
-    """Time one side, and measure its memory."""
+    """Measure time and memory of one side."""
     on_gpu, seconds, peak = device != "cpu", [], 0
 
     def whole() -> None:
@@ -70,7 +69,7 @@ def measured(run: Callable[[], object], device: str, rounds: int) -> Figure:
 
 
 def rows_of(what: str, sides: dict[str, Figure], plain: str, products: dict[str, str]) -> Iterator[Sequence[str]]:
-    """Yield lines of the table; ``products`` names, by side, the product that it stands against."""
+    """Yield lines of the table; ``products`` maps sides to the product they are compared with."""
     for name, side in sides.items():
         if side.seconds == float("inf"):
             yield what, name, "out of memory", "", "", ""
@@ -82,7 +81,7 @@ def rows_of(what: str, sides: dict[str, Figure], plain: str, products: dict[str,
 
 
 def product(keys: Tensor, f: Tensor, dtype: torch.dtype) -> Callable[[], None]:
-    """Return the affinities of all queries, a slice of them at a time in the same memory."""
+    """Return a function that computes the affinities of all queries, slice by slice in the same memory."""
     keys, f = keys.to(dtype), f.to(dtype)
     step = max(1, AT_A_TIME // len(keys))
     memory = keys.new_empty(min(step, len(f)), len(keys))
@@ -95,7 +94,7 @@ def product(keys: Tensor, f: Tensor, dtype: torch.dtype) -> Callable[[], None]:
 
 
 def answers(size: Size, queries: Sequence[int], rounds: int, device: str) -> Iterator[Sequence[str]]:
-    """Measure answers over all keys, for so many queries a call."""
+    """Measure answers over all keys, for each number of queries per call."""
     material = Material.make(size, max(queries), "Flat", device)
     cache, plain, precision = material.cache, dense(material.cache), "float16" if device != "cpu" else "bfloat16"
     half, keys = material.other(precision=precision), torch.from_numpy(np.asarray(cache.keys)).to(device)
@@ -114,7 +113,7 @@ def answers(size: Size, queries: Sequence[int], rounds: int, device: str) -> Ite
 
 
 def encodings(model: str, folder: Path, number: int, rounds: int, device: str) -> Iterator[Sequence[str]]:
-    """Measure photographs on a disk, and the tower alone on pixels that are there."""
+    """Measure photos on disk, and the tower alone on pixels in memory."""
     paths, plain = encoding.chosen(folder, number), encoding.plain(model, None, device, encoding.PLAIN_BATCHES[0])
     sides = {"plain loop of open_clip": measured(lambda: plain(paths), device, rounds)}
     for precision in ("float32", "float16" if device != "cpu" else "bfloat16"):
@@ -125,7 +124,7 @@ def encodings(model: str, folder: Path, number: int, rounds: int, device: str) -
         tower = measured(lambda own=backbone, pixels=pixels: own.encode_images(pixels), device, rounds)
         sides[f"tower alone, {precision}"] = Figure(tower.seconds * len(paths) / len(pixels), tower.peak)
     products = {"float32": "tower alone, float32"}
-    yield from rows_of(f"encoding {len(paths)} photographs", sides, next(iter(sides)), products)
+    yield from rows_of(f"encoding {len(paths)} photos", sides, next(iter(sides)), products)
 
 
 def training(size: Size, epochs: int, rounds: int, device: str) -> Iterator[Sequence[str]]:
@@ -144,11 +143,11 @@ def training(size: Size, epochs: int, rounds: int, device: str) -> Iterator[Sequ
         for precision in ("float32", "bfloat16"):
             recipe = Recipe(epochs=epochs, batch=batch, precision=precision, settings="own")
             seconds = clocked(lambda recipe=recipe: finetune(cache, source, Encoder(), recipe))
-            yield f"{epochs} epochs of it", precision, f"{1e3 * seconds:.0f}", "", "", ""
+            yield f"{epochs} epochs", precision, f"{1e3 * seconds:.0f}", "", "", ""
 
 
 def write(text: str, place: Path) -> None:
-    """Put the table in the place of the one before, or behind what the page says."""
+    """Replace the table in a page, or append it."""
     page = place.read_text("utf-8") if place.exists() else "# How fast\n"
     before, _, rest = page.partition(START)
     place.write_text(f"{before.rstrip()}\n\n{START}\n\n{text}\n\n{END}{rest.partition(END)[2] or chr(10)}", "utf-8")
@@ -160,15 +159,15 @@ SIZES = ((16_000, 1024, 1000), (1_000_000, 512, 1000))
 @click.command(help=__doc__)
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--size", "sizes", type=(int, int, int), multiple=True, default=SIZES, show_default=True,
-              help="Keys, their values, and classes.")  # fmt: skip
+              help="Number of keys, dimensions and classes.")  # fmt: skip
 @click.option("--queries", type=int, multiple=True, default=(1, 64, 50_000), show_default=True)
 @click.option("--training", "trained", type=(int, int, int), default=(1000, 16, 1024), show_default=True)
 @click.option("--epochs", default=20, show_default=True)
 @click.option("--model", default=f"local-dir:{SHARED}/models/lit-mini", show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), default=SHARED / "data/caltech101", show_default=True)
-@click.option("--photographs", default=1024, show_default=True, help="0 leaves encoding out.")
+@click.option("--photographs", default=1024, show_default=True, help="Number of photos to encode; 0 for none.")
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="A Markdown page to put the table into.")
+@click.option("--out", type=click.Path(path_type=Path), help="Markdown page to put the table into.")
 def main(
     device: str, sizes: Sequence[Size], queries: Sequence[int], trained: Size, epochs: int, model: str, folder: Path,
     photographs: int, rounds: int, out: Path | None,

@@ -1,8 +1,8 @@
-"""The accuracies of docs/accuracy.md, through the command line.
+"""Reproduce accuracies of docs/accuracy.md on the command line.
 
-Protocol: keys are the shots (Caltech101: all 1600 of the shared part's train split; Food-101: 16 a class, drawn by the
-published rule with seeds 1 to N), one centre view each; alpha and beta are fixed beforehand and printed; nothing is
-chosen on the test part that is scored.
+Protocol: shots are all 1600 images of Caltech101's shared train split, and 16 per class of Food-101, drawn by the
+published rule with seeds 1 to N; one centre view each. Alpha and beta are fixed beforehand and printed. Nothing is
+chosen on the test part.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from common import PROGRAM, SHARED, machine, run, show
 
 
 def percent(index: Path, source: Path, *settings: object) -> dict[str, float]:
-    """Return zero-shot, blend and cache alone."""
+    """Return the accuracies of zero-shot, blend and cache alone."""
     scores = json.loads(run(*PROGRAM, "evaluate", index, source, *settings, "--json"))
     names = {"zero-shot": "zero_shot_top1", "blend": "top1", "cache alone": "cache_top1"}
     return {name: 100 * scores[own] for name, own in names.items()}
@@ -25,7 +25,7 @@ def percent(index: Path, source: Path, *settings: object) -> dict[str, float]:
 
 @click.command(help=__doc__)
 @click.option("--shared", type=click.Path(path_type=Path, exists=True), default=SHARED, show_default=True)
-@click.option("--seeds", default=5, show_default=True, help="Draws of Food-101.")
+@click.option("--seeds", default=5, show_default=True, help="Number of Food-101 draws.")
 def main(shared: Path, seeds: int) -> None:
     """Build, evaluate, print."""
     click.echo(machine("open_clip_torch"))

@@ -1,12 +1,12 @@
-"""What a change costs: building an index from a feature table, and adding to it, through the library.
+"""Measure the cost of changes: build an index from a feature table, and add to it, in Python.
 
 \b
-    python benchmarks/living.py                     # 1000 keys to 1,000,000 x 512 of 1000 classes, index Classes
+    python benchmarks/living.py                     # add 1000 keys to 1,000,000 x 512 of 1000 classes, index Classes
     python benchmarks/living.py --index IVF4000,Flat
 
-Each addition is one new version on disk: it opens the index, encodes nothing (the features are in a table), looks for
-duplicates in other classes, and commits. The build is of the same kind of table. Both run in one process; additions are
-repeated, and the median counts. Then what a removal costs, and opening, every byte checked or not.
+Each addition is a new version on disk: it opens the index, looks for duplicates in other classes, and commits. It
+encodes nothing, since the features are in a table, as for the build. Both run in one process; for repeated additions,
+the median counts. Then measures removals, and opening with and without checking every byte.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from retrieval_tip.index import changes
 @click.option("--dim", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--classes", type=click.IntRange(min=1), default=1000, show_default=True)
 @click.option("--index", default="auto", show_default=True)
-@click.option("--times", type=click.IntRange(min=1), default=5, show_default=True, help="Additions.")
-@click.option("--folder", type=click.Path(path_type=Path, exists=True), default=tempfile.gettempdir, help="For files.")
+@click.option("--times", type=click.IntRange(min=1), default=5, show_default=True, help="Number of additions.")
+@click.option("--folder", type=click.Path(path_type=Path, exists=True), default=tempfile.gettempdir,
+              help="Folder for temporary files.")  # fmt: skip
 def main(keys: int, added: int, dim: int, classes: int, index: str, times: int, folder: Path) -> None:
     """Measure and print."""
-    if shutil.disk_usage(folder).free < 16 * keys * dim:  # the table, the keys, an index that holds them, and once more
-        raise click.ClickException(f"{folder}: {16 * keys * dim / GIB:.1f} GiB of free space are needed")
+    if shutil.disk_usage(folder).free < 16 * keys * dim:  # the table, the keys, an index that holds them, a new version
+        raise click.ClickException(f"{folder}: needs {16 * keys * dim / GIB:.1f} GiB of free space")
     click.echo(machine())
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-living-", dir=folder) as name:
@@ -55,7 +56,7 @@ def main(keys: int, added: int, dim: int, classes: int, index: str, times: int, 
             pq.write_table(table, late)
             taken.append(clocked(lambda: changes.add(target, open_source(late), Encoder())))
         found[f"add {added:,}"] = statistics.median(taken)
-        for what, first in (("remove 10 of those added", keys), ("remove 10 of the first", 0)):
+        for what, first in (("remove 10 added keys", keys), ("remove 10 original keys", 0)):
             found[what] = clocked(lambda at=first: changes.remove(target, key_ids=range(at, at + 10)))
         for verify in ("full", "fast"):
             found[f"open, {verify}"] = clocked(lambda how=verify: CacheModel.load(target, device="cpu", verify=how))

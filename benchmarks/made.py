@@ -1,10 +1,9 @@
-"""Made features whose cosines are like CLIP's, for the benchmarks: the same seed gives the same features.
+"""Synthetic features with cosines like CLIP's, for the benchmarks. The same seed gives the same features.
 
-A feature is a part common to all (cosine 0.52 between any two), parts of the nested groups that its class belongs to
-(a group of 100 classes, one of 10 of them, the class itself), and its own part. Two of a class have a cosine of about
-0.75, two of neighbouring classes about 0.69, any two 0.52. Directions are not alike: their variance falls as one over
-their rank, so that cosines spread like those of real features (standard deviation 0.07 within a class), which random
-directions of equal variance do not.
+A feature is the sum of a part common to all features, parts of the nested groups of its class (100 classes, 10 classes,
+the class itself), and noise. Two features of a class have a cosine of about 0.75, of neighbouring classes about 0.69,
+of other classes 0.52. The variance of directions falls as one over their rank, so that cosines spread like those of
+real features (standard deviation 0.07 within a class); with equal variances they would not.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ import pyarrow.parquet as pq
 COMMON, GROUP, SUBGROUP, CLASS, OWN = 0.52, 0.05, 0.12, 0.06, 0.25
 BRANCH = 10
 TEXT, TEXT_OWN = 0.3, 0.2
-"""Cosines of a class's text weight with the direction in which the class differs from the mean of all, and with noise
-of its own; the rest is common to all text weights."""
+"""Cosines of a class's text weight with its direction from the mean of all classes, and with its own noise; the rest is
+common to all text weights."""
 
 ROWS = 8192
 
@@ -31,7 +30,7 @@ Array = npt.NDArray[np.float32]
 
 @dataclass
 class Made:
-    """Features ``[m, d]`` of unit norm, of ``c`` classes, and a text weight for each."""
+    """Generator of unit features ``[m, d]`` of ``c`` classes, with a text weight per class."""
 
     c: int
     d: int
@@ -55,10 +54,10 @@ class Made:
         shared = (1 - TEXT**2 - TEXT_OWN**2) ** 0.5 * _unit(noise[:1])
         self.text = _unit(TEXT * _unit(apart) + shared + TEXT_OWN * _unit(noise[1:])).astype(np.float32)
         self._centres = self._centres.astype(np.float32)
-        self.names = [f"class {i:06d}" for i in range(self.c)]  # they sort in this order
+        self.names = [f"class {i:06d}" for i in range(self.c)]  # sorted
 
     def draw(self, ids: npt.NDArray[np.int64], seed: int, dtype: npt.DTypeLike = np.float32) -> npt.NDArray:
-        """One feature of each of these classes, ``[m, d]``."""
+        """Draw one feature for each class id, ``[m, d]``."""
         rng = np.random.default_rng([self.seed, seed])
         found = np.empty((len(ids), self.d), dtype=dtype)
         for start in range(0, len(ids), ROWS):
@@ -70,14 +69,14 @@ class Made:
         return found
 
     def classes(self, m: int, seed: int) -> npt.NDArray[np.int64]:
-        """Classes of ``m`` queries."""
+        """Draw the classes of ``m`` queries."""
         return np.random.default_rng([self.seed, seed]).integers(0, self.c, m)
 
 
 def write_tables(folder: Path, made: Made, n: int, dtype: str = "float32") -> None:
-    """Write ``n`` keys as ``table.parquet``, a block at a time, and the text weights as ``text.parquet``.
+    """Write ``n`` keys block by block to ``table.parquet``, and the text weights to ``text.parquet``.
 
-    Labels go round the classes, so that no class lies together.
+    Labels cycle through the classes, so that no class is contiguous.
     """
     path = folder / "table.parquet"
     with pq.ParquetWriter(path, _schema(made.d, dtype), use_dictionary=["label"], compression="none") as writer:
@@ -89,7 +88,7 @@ def write_tables(folder: Path, made: Made, n: int, dtype: str = "float32") -> No
 
 
 def rows(features: npt.NDArray, labels: Sequence[str], name: str = "row ") -> pa.Table:
-    """Return a feature table whose ids begin with ``name``."""
+    """Return a feature table with ids that begin with ``name``."""
     schema = _schema(features.shape[1], str(features.dtype))
     values = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
     return pa.table([[f"{name}{i}" for i in range(len(labels))], labels, values], schema=schema)

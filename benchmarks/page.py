@@ -1,9 +1,9 @@
-"""Seconds that a person waits for the page of ``retrieval-tip serve``, in Chromium.
+"""Measure how long a person waits for the page of ``retrieval-tip serve``, in Chromium.
 
-``make setup browser && make demo``, then ``python benchmarks/page.py demo/things demo/new``: an index, and photographs
-in class folders that it has not seen. It says how long the first answer takes after a drop, and all of 48; weighing
-5,000 answers anew (those to the photographs of NEW, in turn, that the server gave); and opening the map of 10,000 made
-keys of 512 values (benchmarks/made.py): by axes, by neighbours, and again once it is known.
+Run ``make setup browser && make demo``, then ``python benchmarks/page.py demo/things demo/new`` with an index, and new
+photos in class folders. Measures the first answer after a drop, and all of 48; recomputing 5,000 answers (the server's
+answers to the photos in NEW, repeated); and opening the map of 10,000 synthetic keys of 512 values
+(benchmarks/made.py): by axes, by neighbours, and a second time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from retrieval_tip import CacheModel
 KEYS, D, CLASSES = 10_000, 512, 100
 ANSWERS, MANY, ROUNDS = 5000, 48, 5
 WAIT = 600_000
-"""Milliseconds that anything may take."""
+"""Longest wait in milliseconds."""
 
 WEIGH = """async ([number, files]) => {
     const real = window.fetch;
@@ -62,7 +62,7 @@ WEIGH = """async ([number, files]) => {
 
 
 def measured(page: Page, address: str, index: str, new: list[Path]) -> dict[str, float]:
-    """Seconds, by what is waited for."""
+    """Return the measured waiting times in seconds."""
     found: dict[str, float] = {}
 
     def opened(name: str) -> None:
@@ -78,16 +78,16 @@ def measured(page: Page, address: str, index: str, new: list[Path]) -> dict[str,
 
     opened(index)
     times = []
-    for path in new[: ROUNDS + 1]:  # the first one warms the encoder up
+    for path in new[: ROUNDS + 1]:  # the first one warms up the encoder
         times.append(clocked(lambda path=path: (page.set_input_files("#files", path),
                                               page.wait_for_selector("#grid .tile[data-label]"))))  # fmt: skip
         page.click("#drawer-close")
         page.click("#clear")
     found["first answer after a drop"] = statistics.median(times[1:])
-    found[f"answers to {min(MANY, len(new))} photographs"] = clocked(lambda: answered(MANY))
+    found[f"answers to {min(MANY, len(new))} photos"] = clocked(lambda: answered(MANY))
     page.click("#clear")
     files = [[path.name, list(path.read_bytes())] for path in new[:20]]
-    found[f"weighing {ANSWERS:,} answers anew"] = statistics.median(page.evaluate(WEIGH, [ANSWERS, files]))
+    found[f"recomputing {ANSWERS:,} answers"] = statistics.median(page.evaluate(WEIGH, [ANSWERS, files]))
 
     opened("made")
     chosen = page.locator("#map-method")
@@ -108,7 +108,7 @@ def measured(page: Page, address: str, index: str, new: list[Path]) -> dict[str,
 @click.argument("index", type=click.Path(exists=True, path_type=Path))
 @click.argument("new", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(index: Path, new: Path) -> None:
-    """Serve INDEX, and drop photographs of NEW, a folder of class folders, on its page."""
+    """Serve INDEX, and drop photos from NEW, a folder of class folders, on its page."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     files = sorted(path.resolve() for path in new.rglob("*") if path.is_file() and not path.name.startswith("."))
     with tempfile.TemporaryDirectory() as folder:
@@ -118,7 +118,7 @@ def main(index: Path, new: Path) -> None:
         keys.save(Path(folder) / "made")
         served = [str(index), f"{folder}/made", "--port", "0", "--device", "cpu", "--read-only"]
         command = [sys.executable, "-m", "retrieval_tip", "serve", *served]
-        serving = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # itself
+        serving = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         with serving, sync_playwright() as playwright:
             try:
                 assert serving.stderr is not None

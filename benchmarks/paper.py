@@ -1,14 +1,14 @@
-"""The paper's tables and figures beside what is measured here: runs what images and weights are there for.
+"""Print the paper's tables and figures beside measurements here, as far as images and weights are available.
 
-Published figures: benchmarks/published.csv (facts, each with its source), RN50 unless it says otherwise. Measured: mean
-top-1 over seeds 1 to N with half the 95 % interval (Student's t), one centre view a shot, settings as --protocol says
-(honest: chosen on the published validation draw, min(shots, 4) a class, or by leave-one-out where there is no
-validation part; paper: the published grid over the whole validation part). Runs resume from --work.
+Published figures come from benchmarks/published.csv, which names their sources; they are for RN50 unless stated.
+Measured figures are mean top-1 over seeds 1 to N with half the 95 % interval (Student's t), one centre view per shot.
+--protocol chooses the settings (honest: on the published validation draw of min(shots, 4) per class, or by
+leave-one-out without a validation part; paper: the published grid over the whole validation part). Runs resume from
+--work.
 
---table 1 fine-tunes each of the parts of Table 1 instead, on Caltech101. Every row starts from the same alpha and beta,
-trains with them to the last epoch, and answers the test part with them; then once more with alpha, beta and k chosen on
-the validation part, as the row that trains nothing does too. Nothing is chosen on the test part. Encoders get fewer
-epochs, as printed.
+--table 1 fine-tunes the parts of Table 1 on Caltech101 instead. Every row trains with the same alpha and beta to the
+last epoch, and answers the test part with them; then again with alpha, beta and k chosen on the validation part.
+Nothing is chosen on the test part. Encoders get fewer epochs, as printed.
 """
 
 from __future__ import annotations
@@ -42,32 +42,32 @@ from retrieval_tip.store.folder import read_manifest
 HERE = Path(__file__).resolve().parent
 SHOTS = (1, 2, 4, 8, 16)
 PAPER = {"zero-shot": "zero-shot", "tip-adapter": "tip-adapter", "tip-adapter-f": "tip-adapter-f"}
-"""Which published method a measured one stands beside."""
+"""Measured method to published method."""
 
 TABLE_1 = "Caltech101"
 TRAINED = ("", "keys", "values", "keys+values", "visual", "text", "visual+text")
 SETTINGS = (50.0, 1.0)
-"""alpha and beta of every row of Table 1: lit-mini's, from a coarse grid on the validation part (its MODEL.md)."""
+"""alpha and beta of every row of Table 1, from a coarse grid on the validation part (lit-mini's MODEL.md)."""
 EPOCHS = {"visual": 2, "visual+text": 2, "text": 5}
-"""Where not the paper's 20: an epoch of an encoder takes a minute or more on two cores."""
+"""Epochs that differ from the paper's 20: one epoch of an encoder takes minutes on two cores."""
 TEMPLATE = "a photo of a {}."
 
 
 def published() -> list[dict[str, str]]:
-    """The rows of published.csv."""
+    """Read published.csv."""
     with (HERE / "published.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def place(name: str, root: Path) -> Path:
-    """The folder to look for a dataset in: its usual one below root, or one named after it, or root."""
+    """Return the folder of a dataset: its usual one in root, one with its name, or root."""
     facts = datasets.facts(name)
     found = (root / folder for folder in (facts.folder, name.lower()) if (root / folder).is_dir())
     return next(found, root)
 
 
 def dataset_rows(name: str, root: Path, work: Path, backbone: Any, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measure one of the datasets from its photographs."""
+    """Measure a dataset of photos."""
     facts, folder = datasets.facts(name), place(name, root)
     with_cache = EncodingCache(EncodingCache.default_folder())
     encoder = Encoder(backbone, cache=with_cache, progress=True)
@@ -84,7 +84,7 @@ def dataset_rows(name: str, root: Path, work: Path, backbone: Any, options: dict
 
 
 def table_rows(folder: Path, work: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measure feature tables: train, test and text of a folder."""
+    """Measure the feature tables train, test and text in a folder."""
     train, test = (open_source(folder / f"{part}.parquet") for part in ("train", "test"))
     out = work / folder.name
     pool = build_index(train, out, Encoder(), text=folder / "text.parquet", fit="none")
@@ -101,14 +101,14 @@ def measure(
     scales: tuple[float, float],
     options: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """Every shot count, seed and method, kept beside the index."""
+    """Yield the results of every shot count, seed and method; they are stored beside the index."""
     digest = read_manifest(out).keys_digest
     results = out.with_suffix(".parquet")
     yield from sweep.sweep(pool, digest, test, results, val=val, scales=scales, **options)
 
 
 def print_rows(name: str, label: str, rows: list[dict[str, Any]], facts: list[dict[str, str]]) -> None:
-    """Accuracy against shots, measured beside published."""
+    """Print measured and published accuracy by shots."""
     click.echo(f"\n{name}, measured with {label}, {rows[0]['n']} test items; published: (RN50)")
     click.echo(f"{'':<24}" + "".join(f"{f'{shots} shots':>15}" for shots in SHOTS))
     lines = sweep.summary(rows)
@@ -126,7 +126,7 @@ def print_rows(name: str, label: str, rows: list[dict[str, Any]], facts: list[di
 
 
 def print_published(table: str, title: str, why: str, facts: list[dict[str, str]]) -> None:
-    """Rows of the paper that cannot be run here, and why."""
+    """Print rows of the paper that are not run here, and why."""
     click.echo(f"\n{title}: {why}")
     for row in facts:
         if row["table"] == table:
@@ -137,7 +137,7 @@ def print_published(table: str, title: str, why: str, facts: list[dict[str, str]
 
 
 def finetuning(root: Path, work: Path, model: str, pretrained: str | None, facts: list[dict[str, str]]) -> None:
-    """Table 1: every choice of what to train, measured beside published."""
+    """Print Table 1: every choice of trained parts, measured and published."""
     folder = place(TABLE_1, root)
     train, val, test = (datasets.open_dataset(TABLE_1, folder, part) for part in ("train", "val", "test"))
     backbone = load_backbone(model, pretrained, device="cpu")
@@ -150,15 +150,15 @@ def finetuning(root: Path, work: Path, model: str, pretrained: str | None, facts
     encoder.encode_views(shots, view_names(1, VIEWS))
     encoding = time.perf_counter() - start
     click.echo(
-        f"\nTable 1, what is fine-tuned. Published: ImageNet, RN50, 20 epochs, RTX 3090. Here: {TABLE_1}, "
+        f"\nTable 1, fine-tuned parts. Published: ImageNet, RN50, 20 epochs, RTX 3090. Here: {TABLE_1}, "
         f"{len(index.class_names)} classes, {index.n} shots, {len(test)} test images, {backbone.identity};\n"
-        f"alpha {alpha:g}, beta {beta:g}, all keys; {VIEWS} cached views a shot (visual: fresh ones); seconds of "
-        f"training\n({encoding:.0f} s more for encodings); loss of the last epoch; anew: settings chosen on {len(val)} "
-        "validation images afterwards"
+        f"alpha {alpha:g}, beta {beta:g}, all keys; {VIEWS} cached views per shot (visual: new ones); seconds of "
+        f"training\n(plus {encoding:.0f} s for encoding); loss of the last epoch; tuned: with settings chosen on "
+        f"{len(val)} validation images afterwards"
     )
     click.echo(
         f"{'trained':<13}{'epochs':>7}{'parameters':>12}{'seconds':>9}{'loss':>7}{'val':>6}{'test':>6}"
-        f"{'':>6} {'here':<13}{'anew':>6}{'alpha':>7}{'beta':>6}{'k':>5}{'published':>11}{'time':>12}  there"
+        f"{'':>6} {'here':<13}{'tuned':>6}{'alpha':>7}{'beta':>6}{'k':>5}{'published':>11}{'time':>12}  there"
     )
     by = {row["trained"]: row for row in facts if row["table"] == "1"}
     none: Score | None = None
@@ -171,14 +171,14 @@ def finetuning(root: Path, work: Path, model: str, pretrained: str | None, facts
         click.echo(
             f"{trained or 'none':<13}{found.epochs:>7}{found.parameters:>12,}{found.seconds:>9.1f}{found.loss:>7.3f}"
             f"{100 * found.val:>6.1f}{found.test.percent:>6.1f}{change:>+6.1f} {here:<13}"
-            f"{found.anew.percent:>6.1f}{found.anew.alpha:>7.1f}{found.anew.beta:>6.2f}{found.anew.k or 'all':>5}"
+            f"{found.tuned.percent:>6.1f}{found.tuned.alpha:>7.1f}{found.tuned.beta:>6.2f}{found.tuned.k or 'all':>5}"
             f"{row['accuracy']:>11}{row['train_time']:>12}  {there}"
         )
 
 
 @dataclass(frozen=True)
 class Score:
-    """What an index with some settings gets ``right`` of the test items."""
+    """Settings, and which test items an index gets ``right`` with them."""
 
     right: np.ndarray
     alpha: float
@@ -197,7 +197,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """One row of Table 1: ``val`` and ``test`` with the settings that were trained with, ``anew`` with chosen ones."""
+    """One row of Table 1: ``val`` and ``test`` with the training settings, ``tuned`` with settings chosen later."""
 
     epochs: int
     parameters: int
@@ -206,11 +206,11 @@ class Finetuned:
     collapsed: bool
     val: float
     test: Score
-    anew: Score
+    tuned: Score
 
 
 def finetuned(index: CacheModel, shots: Source, val: Source, test: Source, encoder: Encoder, trained: str) -> Finetuned:
-    """Train one of the choices, to the last epoch."""
+    """Train one choice of parts to the last epoch."""
     cache, parts, epochs = index, tuple(filter(None, trained.split("+"))), 0
     seconds, loss, collapsed = 0.0, math.nan, False
     if parts:
@@ -232,14 +232,14 @@ def finetuned(index: CacheModel, shots: Source, val: Source, test: Source, encod
 
 
 def size_of(part: str, index: CacheModel, encoder: Encoder) -> int:
-    """Parameters of what can be trained."""
+    """Count the parameters of a part."""
     if part in PARTS:
         return sum(parameter.numel() for parameter in encoder.backbone.parameters(part))
     return int(index.keys.size) if part == "keys" else index.n * len(index.class_names)
 
 
 def compared(one: Score, other: Score) -> str:
-    """Where accuracy moved from another on the same items; within chance (95 %) it did not."""
+    """Say whether accuracy went up or down on the same items, or stayed within chance (95 %)."""
     change = int(one.right.sum()) - int(other.right.sum())
     if not differ(one.right, other.right):
         return "within chance" if change else ""
@@ -247,7 +247,7 @@ def compared(one: Score, other: Score) -> str:
 
 
 def direction(before: str, after: str) -> str:
-    """Where a published accuracy moved."""
+    """Say whether a published accuracy went up or down."""
     if after == "collapsed":
         return after
     return "up" if float(after) > float(before) else "down" if float(after) < float(before) else ""
@@ -258,14 +258,14 @@ def direction(before: str, after: str) -> str:
 @click.option("--work", type=click.Path(path_type=Path), default=Path("indexes/paper"), show_default=True)
 @click.option("--model", default=f"local-dir:{SHARED}/models/lit-mini", show_default=True)
 @click.option("--pretrained")
-@click.option("--dataset", "chosen", multiple=True, help="A dataset; repeat for more.  [default: all that are there]")
+@click.option("--dataset", "chosen", multiple=True, help="A dataset; repeatable.  [default: all available]")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--shots", type=int, multiple=True, default=SHOTS, show_default=True)
 @click.option("--method", "methods", type=click.Choice(list(sweep.METHODS)), multiple=True, default=sweep.METHODS)
 @click.option("--protocol", type=click.Choice(["honest", "paper"]), default="honest", show_default=True)
 @click.option("--table", type=click.Choice(["1"]), help="Run only this table of the paper: minutes of fine-tuning.")
 def main(root: Path, work: Path, model: str, pretrained: str | None, chosen: tuple[str, ...], **given: Any) -> None:
-    """Run what can be run, and say what cannot."""
+    """Run what is possible, and list the rest."""
     facts = published()
     click.echo(machine("open_clip_torch"))
     if given["table"]:
@@ -294,8 +294,8 @@ def main(root: Path, work: Path, model: str, pretrained: str | None, chosen: tup
     if food.is_dir() and not chosen and given["protocol"] == "honest":
         measured["clip-food9"] = table_rows(food, work, options)
         print_rows("clip-food9", "the features of its tables", measured["clip-food9"], [])
-    print_published("1", "Table 1, what is fine-tuned (16 shots, ImageNet)", "--table 1 runs it", facts)
-    print_published("2", "Table 2, ImageNet", "not run, needs ImageNet and ViT-L/14", facts)
+    print_published("1", "Table 1, fine-tuned parts (16 shots, ImageNet)", "run it with --table 1", facts)
+    print_published("2", "Table 2, ImageNet", "not run; needs ImageNet and ViT-L/14", facts)
     if missing:
         click.echo("\nNot run:")
         for line in missing:

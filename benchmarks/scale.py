@@ -1,17 +1,17 @@
-"""Large indexes through the real command, and the memory of classifying exactly.
+"""Measure large indexes with the real command, and the memory of exact classification.
 
 \b
     python benchmarks/scale.py                                       # 1,000,000 x 512 of 10,000 classes, float16
     python benchmarks/scale.py --keys 10000000 --classes 100000 --folder /tmp     # 40 GB of disk
     python benchmarks/scale.py --keys 5000000 --store lance --folder /tmp         # the same in a LanceDB store
-    python benchmarks/scale.py --fit auto --dtype float32 --classes 1000          # memory of a build that fits
+    python benchmarks/scale.py --fit auto --dtype float32 --classes 1000          # memory of a build with a fit
     python benchmarks/scale.py --memory                              # 50,000 queries against 16,000 keys, exact
 
-Without --memory: makes a feature table (benchmarks/made.py) a block at a time, builds an index from it with `index
-build`, opens that in a fresh process and classifies with the index's own k. Peak memory is the largest resident set of
-each process as the system counts it, memory-mapped pages included; how much of it was anonymous (not pages of files,
-which the system takes back when it needs them) is sampled. With --memory: peak memory beyond keys, queries and text
-weights, interpreter and libraries included.
+Without --memory, makes a feature table (benchmarks/made.py) block by block, builds an index from it with `index build`,
+opens the index in a new process, and classifies with the index's own k. Peak memory is the largest resident set of each
+process, including memory-mapped pages. Its anonymous part (not pages of files, which the system can reclaim) is
+sampled. With --memory, prints the peak memory beyond keys, queries and text weights, including interpreter and
+libraries.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.settings import Settings
 
 LOGITS = 1 << 26
-"""Logits that a call answers at most: 256 MiB; a batch of more is answered in several calls."""
+"""Largest number of logits per call (256 MiB); larger batches take several calls."""
 SINGLES = 16
 
 Measure = tuple[str, float | None, str]
 
 
 def place_of(folder: Path, store: str) -> str:
-    """Return where the index is."""
+    """Return the place of the index."""
     return f"lance://{folder / 'index'}" if store == "lance" else str(folder / "index")
 
 
 def answer(folder: Path, store: str, exact_queries: int) -> dict[str, object]:
-    """Open the index below a folder, and classify its queries, in a fresh process."""
+    """Open the index in a folder, and classify its queries; runs in a new process."""
     queries, ids, opened = np.load(folder / "queries.npy"), np.load(folder / "ids.npy"), []
     load = places.at(place_of(folder, store)).load
     opening = clocked(lambda: opened.append(load(device="cpu", precision="float32")))
@@ -71,12 +71,12 @@ def answer(folder: Path, store: str, exact_queries: int) -> dict[str, object]:
     measures: list[Measure] = [
         ("opening, every byte checked", opening, "s"),
         ("first query after opening", 1e3 * first, "ms"),
-        (f"a query of a batch of {len(queries)} ({batch} a call)", 1e6 * sum(taken) / len(queries), "us"),
+        (f"one query in a batch of {len(queries)} ({batch} per call)", 1e6 * sum(taken) / len(queries), "us"),
         ("a single query", 1e3 * statistics.median(singles), "ms"),
-        (f"a query against all keys, {few} a call", 1e6 * exact / few, "us"),
+        (f"one query against all keys, {few} per call", 1e6 * exact / few, "us"),
         ("accuracy", 100 * float((found == ids).mean()), "%"),
         (f"accuracy with all keys, {few} queries", 100 * float((expected == ids[:few]).mean()), "%"),
-        ("agreement with all keys, on them", 100 * float((found[:few] == expected).mean()), "%"),
+        ("agreement with all keys, same queries", 100 * float((found[:few] == expected).mean()), "%"),
     ]
     return {"index": f"{cache.index_type}, k {cache.settings.k or 'all'}", "measures": measures}
 
@@ -84,7 +84,7 @@ def answer(folder: Path, store: str, exact_queries: int) -> dict[str, object]:
 def large(
     folder: Path, store: str, size: tuple[int, int, int], queries: int, dtype: str, exact: int, options: list[object]
 ) -> Iterator[Measure]:
-    """Make, build, answer."""
+    """Make features, build an index, and answer."""
     n, d, c = size
     made = Made(c, d, SEED)
     write_tables(folder, made, n, dtype)
@@ -98,21 +98,21 @@ def large(
     build = launch(*PROGRAM, "-q", "index", "build", table, *text, *options)
     yield "building", build.seconds, "s"
     yield "building, peak resident", build.peak, "GiB"
-    yield "building, of it anonymous", build.anonymous, "GiB"
+    yield "building, peak anonymous", build.anonymous, "GiB"
     yield "feature table", table.stat().st_size / GIB, "GiB"
-    table.unlink()  # so that its pages make room
+    table.unlink()  # frees its cached pages
     for part, bytes_ in sizes_of(folder / "index").items():
         yield part, bytes_ / GIB, "GiB"
     process = launch(sys.executable, __file__, "--answer", folder, "--store", store, "--exact-queries", exact)
     found = json.loads(process.output)
     yield from map(tuple, found["measures"])
     yield "answering, peak resident", process.peak, "GiB"
-    yield "answering, of it anonymous", process.anonymous, "GiB"
+    yield "answering, peak anonymous", process.anonymous, "GiB"
     yield f"index {found['index']}", None, ""
 
 
 def sizes_of(index: Path) -> dict[str, int]:
-    """Return the bytes of the files of an index, by what they are."""
+    """Return the sizes of an index's files in bytes by kind."""
     sizes: dict[str, int] = {}
     for path in sorted(path for path in index.rglob("*") if path.is_file()):
         inner = path.relative_to(index).parts
@@ -124,7 +124,7 @@ def sizes_of(index: Path) -> dict[str, int]:
 
 
 def classify_exactly(n: int, d: int, c: int, queries: int) -> Measure:
-    """Classify in a fresh process, whose memory is measured, and return the GiB of the inputs."""
+    """Classify in a new process, whose memory is measured, and return the size of the inputs."""
     made, ids = Made(c, d, SEED), np.arange(n) % c
     keys, features, text, names = made.draw(ids, 1), made.draw(made.classes(queries, 2), 3), made.text, made.names
     alpha, beta = untouched_settings(keys, ids)
@@ -137,7 +137,7 @@ def classify_exactly(n: int, d: int, c: int, queries: int) -> Measure:
 
 
 def exact_memory(size: tuple[int, int, int], queries: int) -> Iterator[Measure]:
-    """Classify exactly, and so few that only interpreter and libraries count."""
+    """Measure exact classification, and a tiny case that shows the memory of interpreter and libraries."""
 
     def own(*sizes: int) -> list[object]:
         names = ("keys", "dim", "classes", "queries")
@@ -157,7 +157,7 @@ def exact_memory(size: tuple[int, int, int], queries: int) -> Iterator[Measure]:
 
 
 @click.command(help=__doc__)
-@click.option("--memory", is_flag=True, help="Classify exactly, in float32, and count the memory.")
+@click.option("--memory", is_flag=True, help="Measure the memory of exact classification in float32.")
 @click.option("--keys", type=int, help="[default: 1,000,000; with --memory 16,000]")
 @click.option("--dim", type=int, help="[default: 512; with --memory 1024]")
 @click.option("--classes", type=int, help="[default: 10,000; with --memory 1000]")
@@ -166,16 +166,17 @@ def exact_memory(size: tuple[int, int, int], queries: int) -> Iterator[Measure]:
 @click.option("--index", default="auto", show_default=True)
 @click.option("--store", type=click.Choice(["folder", "lance"]), default="folder", show_default=True)
 @click.option("--fit", type=click.Choice(["none", "auto"]), default="none", show_default=True)
-@click.option("-k", type=int, help="Nearest keys that a query meets.  [default: the index's]")
+@click.option("-k", type=int, help="Number of nearest keys per query.  [default: the index's]")
 @click.option("--exact-queries", type=int, default=64, show_default=True)
-@click.option("--folder", type=click.Path(path_type=Path, exists=True), default=tempfile.gettempdir, help="For files.")
+@click.option("--folder", type=click.Path(path_type=Path, exists=True), default=tempfile.gettempdir,
+              help="Folder for temporary files.")  # fmt: skip
 @click.option("--answer", "to_answer", type=click.Path(path_type=Path), hidden=True)
 @click.option("--classify-exactly", "to_classify", is_flag=True, hidden=True)
 def main(
     memory: bool, keys: int | None, dim: int | None, classes: int | None, queries: int | None, dtype: str, index: str,
     store: str, fit: str, k: int | None, exact_queries: int, folder: Path, to_answer: Path | None, to_classify: bool,
 ) -> None:  # fmt: skip
-    """Measure and print; the hidden options are the processes that are measured."""
+    """Measure and print; hidden options run the measured processes."""
     if to_answer is not None:
         click.echo(json.dumps(answer(to_answer, store, exact_queries)))
         return
@@ -189,9 +190,9 @@ def main(
         if memory:
             found = list(exact_memory((n, d, c), q))
         else:
-            need = n * d * (2 * np.dtype(dtype).itemsize + 4)  # the table, the keys, and an index that holds them too
+            need = n * d * (2 * np.dtype(dtype).itemsize + 4)  # the table, the keys, and an index that holds them
             if shutil.disk_usage(folder).free < need:
-                raise click.ClickException(f"{folder}: {need / GIB:.1f} GiB of free space are needed")
+                raise click.ClickException(f"{folder}: needs {need / GIB:.1f} GiB of free space")
             options = ["--index", index, "--fit", fit, *(() if k is None else ("-k", k))]
             found = list(large(Path(name), store, (n, d, c), q, dtype, exact_queries, options))
     title = f"{n:,} keys x {d} {'float32' if memory else dtype}, {c:,} classes, {q:,} queries"

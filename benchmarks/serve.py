@@ -1,21 +1,21 @@
-"""Requests a second and waiting times of ``retrieval-tip serve``, against a plain FastAPI handler without batching.
+"""Measure throughput and latency of ``retrieval-tip serve``, against a plain FastAPI handler without batching.
 
 \b
-    python benchmarks/serve.py                        # features and images at 1, 8 and 64 clients, seven minutes
+    python benchmarks/serve.py                        # features and images with 1, 8 and 64 clients, seven minutes
     python benchmarks/serve.py --rounds 0 --soak 600  # ten minutes of load, the index replaced every 5 seconds
 
-Ours is the real command. Plain is what one writes first: FastAPI under uvicorn without an access log, a ``def`` handler
-in FastAPI's thread pool, a pydantic body, one CacheModel.classify a request (and for images one encode_images), the
-same fields in the answer. Each is a process of its own; clients are connections over loopback that stay open, each with
-one feature row (or one photograph) a request, and the next one once the answer is there. Both answer in float32 with
-the index's own settings, and first have to agree on every request: labels, and probabilities within 1e-4.
+Ours is the real command. Plain is a first version that anyone would write: FastAPI under uvicorn without an access log,
+a ``def`` handler in FastAPI's thread pool, a pydantic body, one CacheModel.classify per request (and one encode_images
+for images), and the same fields in the answer. Each runs in its own process. Clients keep a loopback connection open,
+and send one feature row or photo per request, the next one after the answer. Both servers answer in float32 with the
+index's own settings. First they must agree on every request: labels, and probabilities within 1e-4.
 
-Then they take turns, after a turn that warms up. Figures are medians over the turns; "processor" is what the server's
-process took of it, milliseconds a request, which other processes on the machine disturb least. OMP_WAIT_POLICY is
-PASSIVE for both, as the command has it: in the plain one up to 40 threads have a team of their own, and spin else.
+Then they take turns, after a warm-up turn. Figures are medians over the turns. "processor" is the server's CPU time in
+milliseconds per request, which other processes disturb least. OMP_WAIT_POLICY is PASSIVE for both, as in the command:
+otherwise the plain server's 40 threads, each with its own OpenMP team, would spin.
 
-Features are made (benchmarks/made.py), images are Caltech101's test part, for an index of its shots by lit-mini. Exit
-status 1 where a request failed or answers differ.
+Features are synthetic (benchmarks/made.py); images are Caltech101's test part, for an index of its shots by lit-mini.
+Exits with 1 if a request failed or answers differ.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ from retrieval_tip.index import changes
 WHATS = ("features", "images")
 TOP = NEIGHBOURS = 5
 DIFFERENCE = 1e-4
-"""Of probabilities, at most."""
+"""Largest accepted difference of probabilities."""
 REQUESTS = {"features": 256, "images": 64}
-"""Different ones, which the clients go round."""
+"""Number of different requests, which the clients repeat."""
 START_SECONDS, ANSWER_SECONDS = 180, 60
 MIB = 1 << 20
 VERSION = re.compile(rb'"version": *(\d+)')
@@ -68,7 +68,7 @@ LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 
 def plain(folder: Path, what: str, device: str, port: int) -> None:
-    """Serve what one writes first, in a process of its own."""
+    """Run the plain server; in a process of its own."""
     cache = CacheModel.load(folder, device=device, precision="float32")
     fields = ("label", "probability", "labels", "probabilities", "text_logit", "cache_logit", "neighbours", "opposing",
               "unlike")  # fmt: skip
@@ -106,25 +106,25 @@ def plain(folder: Path, what: str, device: str, port: int) -> None:
 
 @dataclass
 class Server:
-    """A process that serves."""
+    """A server process."""
 
     port: int
     process: psutil.Process
 
     def processor(self) -> float:
-        """Processor seconds so far."""
+        """Return the CPU seconds used so far."""
         found = self.process.cpu_times()
         return found.user + found.system
 
     def memory(self) -> tuple[float, float]:
-        """Resident MiB, and of these anonymous ones: not of files, which the system can take back."""
+        """Return resident MiB, and the anonymous part of it, which the system cannot reclaim."""
         found = self.process.memory_info()
         return found.rss / MIB, (found.rss - found.shared) / MIB
 
 
 @contextmanager
 def serving(kind: str, folders: list[Path], what: str, device: str) -> Iterator[Server]:
-    """Serve ``ours`` or ``plain`` during the block."""
+    """Run the server ``ours`` or ``plain`` inside the context."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     if kind == "ours":
@@ -142,7 +142,7 @@ def serving(kind: str, folders: list[Path], what: str, device: str) -> Iterator[
             except OSError:
                 found = psutil.Process(process.pid)
                 if time.monotonic() > limit or found.status() == psutil.STATUS_ZOMBIE:
-                    raise click.ClickException(f"{kind} does not serve: see above") from None
+                    raise click.ClickException(f"{kind}: server did not start; see above") from None
                 time.sleep(0.05)
         yield Server(port, psutil.Process(process.pid))
     finally:
@@ -155,7 +155,7 @@ def serving(kind: str, folders: list[Path], what: str, device: str) -> Iterator[
 
 @dataclass
 class Load:
-    """Clients of one server, and what they have seen of it; without ``seconds`` they make each request once."""
+    """Clients of one server, and their results; without ``seconds`` they make each request once."""
 
     port: int
     requests: list[bytes]
@@ -167,7 +167,7 @@ class Load:
     answers: dict[int, dict[str, object]] = field(default_factory=dict)
 
     def run(self) -> Load:
-        """Let all clients ask, to the end."""
+        """Run all clients to the end."""
         asyncio.run(self._all())
         return self
 
@@ -183,7 +183,7 @@ class Load:
         self.lasted = time.perf_counter() - self.begun
 
     async def _client(self, order: Iterator[int]) -> None:
-        """Ask over one connection; once it is lost, over another."""
+        """Send requests over one connection, and reconnect if it is lost."""
         writer, seen = None, 0
         while self.seconds is None or time.perf_counter() - self.begun < self.seconds:
             number = next(order, None)
@@ -198,7 +198,7 @@ class Load:
                 length = LENGTH.search(head)
                 body = await reader.readexactly(int(length[1]) if length else 0)
             except (OSError, asyncio.IncompleteReadError) as error:
-                self.failures.append(f"the connection was lost: {error}")
+                self.failures.append(f"connection lost: {error}")
                 writer = None
                 continue
             version = VERSION.search(body)
@@ -214,23 +214,23 @@ class Load:
             writer.close()
 
     def wait(self, share: float) -> float:
-        """Return the milliseconds within which this share of the answers came."""
+        """Return a quantile of the waiting times in milliseconds."""
         taken = sorted(self.taken) or [0.0]
         return 1000 * taken[min(len(taken) - 1, int(share * len(taken)))]
 
     def check(self, what: str) -> None:
-        """Raise ClickException where a request failed."""
+        """Raise ClickException if a request failed."""
         if self.failures or not self.taken:
             lines = "\n".join(self.failures[:5])
             raise click.ClickException(f"{what}: {len(self.taken)} answers, {len(self.failures)} failures\n{lines}")
 
 
-# What is asked
+# The requests
 
 
 @dataclass(frozen=True)
 class Material:
-    """An index, and the requests to it."""
+    """An index, and requests to it."""
 
     what: str
     index: Path
@@ -238,7 +238,7 @@ class Material:
 
     @classmethod
     def features(cls, place: Path, keys: int, dim: int, classes: int, index: str, k: int | None) -> Material:
-        """Make features."""
+        """Make an index of synthetic features, and queries."""
         made, folder = Made(classes, dim, SEED), place / "made"
         write_tables(place, made, keys)
         source = open_source(place / "table.parquet")
@@ -249,10 +249,10 @@ class Material:
 
     @classmethod
     def images(cls, place: Path, shared: Path, shots: int) -> Material | None:
-        """Return Caltech101 by lit-mini; ``None`` where they are not there."""
+        """Make an index of Caltech101 with lit-mini; return ``None`` if they are not available."""
         split, folder = shared / "data/caltech101/split_zhou_Caltech101.json", place / "caltech"
         if not split.exists():
-            click.echo(f"images: skipped, no {split}")
+            click.echo(f"images: skipped; no such file {split}")
             return None
         backbone = load_backbone(f"local-dir:{shared / 'models/lit-mini'}")
         encoder = Encoder(backbone, cache=EncodingCache(EncodingCache.default_folder()), seed=1)
@@ -276,7 +276,7 @@ class Material:
 
 
 def _request(content_type: str, body: bytes, index: str) -> bytes:
-    """Return a request as it goes over the wire."""
+    """Return a request as sent over the wire."""
     head = f"POST /v1/classify?index={index} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {content_type}\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
@@ -285,7 +285,7 @@ def _request(content_type: str, body: bytes, index: str) -> bytes:
 
 
 def compare(material: Material, clients: tuple[int, ...], seconds: float, rounds: int, device: str) -> None:
-    """Both servers on the same requests, at each number of clients."""
+    """Measure both servers on the same requests, for each number of clients."""
     what, folders = material.what, [material.index]
     with serving("ours", folders, what, device) as ours, serving("plain", folders, what, device) as other:
         servers = {"ours": ours, "plain": other}
@@ -319,7 +319,7 @@ def compare(material: Material, clients: tuple[int, ...], seconds: float, rounds
 
 
 def agreement(material: Material, servers: dict[str, Server], clients: int) -> str:
-    """Ask both every request, and return a line that says that they agree."""
+    """Send every request to both, and describe how well they agree. Raises ClickException if they do not."""
     found: list[dict[int, dict[str, object]]] = []
     for name, server in servers.items():
         seen = Load(server.port, material.requests, clients, None).run()
@@ -328,14 +328,14 @@ def agreement(material: Material, servers: dict[str, Server], clients: int) -> s
     pairs = [(found[0][number], found[1][number]) for number in range(len(material.requests))]
     difference = max(np.abs(np.subtract(a["probabilities"], b["probabilities"])).max() for a, b in pairs)
     differ = sum(a["label"] != b["label"] for a, b in pairs)
-    line = f"{len(pairs)} requests, {differ} answers differ, probabilities by {difference:.1e} at most"
+    line = f"{len(pairs)} requests: {differ} labels differ, probabilities differ by at most {difference:.1e}"
     if differ or difference > DIFFERENCE:
         raise click.ClickException(line)
     return line
 
 
 def soak(material: Material, seconds: float, every: float, device: str) -> bool:
-    """Ask while the index is replaced, and return whether no request failed and new versions were served."""
+    """Send requests while the index is replaced, and tell whether all succeeded and new versions were served."""
     apart = multiprocessing.get_context("spawn")
     ready = apart.Barrier(2)
     replacing = apart.Process(target=replace, args=(material.index, seconds, every, ready))
@@ -356,7 +356,7 @@ def soak(material: Material, seconds: float, every: float, device: str) -> bool:
 
 
 def replace(folder: Path, seconds: float, every: float, ready: Barrier) -> None:
-    """Make versions, by turns of adding, relabelling, removing, rebuilding and building, in a process of its own."""
+    """Keep adding, relabelling, removing, rebuilding and building versions, in a process of its own."""
     cache, added = CacheModel.load(folder, device="cpu"), [0]
     table = folder.parent / "again.parquet"
     names = [cache.class_names[i] for i in cache.class_ids.tolist()]
@@ -385,7 +385,7 @@ def replace(folder: Path, seconds: float, every: float, ready: Barrier) -> None:
 
 
 def watch(server: Server, seconds: float) -> None:
-    """Print the memory of the server twenty times."""
+    """Sample the server's memory twenty times, and print it."""
     begun, samples = time.monotonic(), []
     for number in range(1, 21):
         time.sleep(max(0.0, begun + number * seconds / 20 - time.monotonic()))
@@ -396,21 +396,22 @@ def watch(server: Server, seconds: float) -> None:
 
 @against
 @click.command(help=__doc__)
-@click.option("--only", type=click.Choice(WHATS), multiple=True, help="Repeat for more.  [default: both]")
+@click.option("--only", type=click.Choice(WHATS), multiple=True, help="Kind of requests; repeatable.  [default: both]")
 @click.option("--keys", type=click.IntRange(min=1), default=16_000, show_default=True)
 @click.option("--d", "--dim", "dim", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--classes", type=click.IntRange(min=2), default=1000, show_default=True)
 @click.option("--index", default="Flat", show_default=True)
-@click.option("-k", type=click.IntRange(min=1), help="Nearest keys that a feature meets.  [default: all]")
+@click.option("-k", type=click.IntRange(min=1), help="Number of nearest keys per query.  [default: all]")
 @click.option("--shared", type=click.Path(path_type=Path), default=SHARED, show_default=True)
-@click.option("--shots", type=click.IntRange(min=1), default=16, show_default=True, help="Of the index for images.")
-@click.option("--clients", type=int, multiple=True, default=(1, 8, 64), show_default=True, help="Repeat for more.")
-@click.option("--seconds", type=float, default=5.0, show_default=True, help="Of a turn.")
-@click.option("--rounds", default=5, show_default=True, help="Turns that are timed; 0: no timings.")
-@click.option("--soak", "soaked", type=float, metavar="SECONDS", help="Load while the index is replaced, too.")
-@click.option("--every", type=float, default=5.0, show_default=True, help="Seconds between two versions.")
+@click.option("--shots", type=click.IntRange(min=1), default=16, show_default=True, help="Shots per class (images).")
+@click.option("--clients", type=int, multiple=True, default=(1, 8, 64), show_default=True, help="Clients; repeatable.")
+@click.option("--seconds", type=float, default=5.0, show_default=True, help="Length of a turn.")
+@click.option("--rounds", default=5, show_default=True, help="Timed turns; 0 for none.")
+@click.option("--soak", "soaked", type=float, metavar="SECONDS", help="Length of a load test with index replacements.")
+@click.option("--every", type=float, default=5.0, show_default=True, help="Seconds between index versions.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--folder", type=click.Path(path_type=Path, exists=True), default=tempfile.gettempdir, help="For files.")
+@click.option("--folder", type=click.Path(path_type=Path, exists=True), default=tempfile.gettempdir,
+              help="Folder for temporary files.")  # fmt: skip
 def main(
     only: tuple[str, ...], keys: int, dim: int, classes: int, index: str, k: int | None, shared: Path, shots: int,
     clients: tuple[int, ...], seconds: float, rounds: int, soaked: float | None, every: float, device: str,

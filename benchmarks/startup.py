@@ -1,8 +1,7 @@
-"""Seconds from the shell to the answer: help, one image, one feature row, and `import torch` beside them.
+"""Measure commands from start to answer: help, one image, one feature row, with `import torch` for comparison.
 
-Every figure is the median over fresh processes, which take turns after a turn that warms up. Indexes are made in a
-temporary folder: one of images of Caltech101, with the encoder that --model names, and one of made features
-(benchmarks/made.py).
+Figures are medians over new processes, which take turns after a warm-up turn. The indexes are temporary: one of
+Caltech101 images, encoded by --model, and one of synthetic features (benchmarks/made.py).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ CLASSES = 100
 
 
 def sides(folder: Path, image: Path, keys: int, dim: int) -> dict[str, Side]:
-    """Return the commands that are timed, on the indexes ``images`` and ``rows`` of a folder."""
+    """Return the timed commands, on the indexes ``images`` and ``rows`` in a folder."""
     images, features, known = folder / "images", folder / "rows", ("--cache", folder / "cache")
     large, row = f"one row of features, {keys:,} keys x {dim}", folder / "row.parquet"
     new = ("classify", images, image, "--cache", folder / "empty")
@@ -52,9 +51,9 @@ def sides(folder: Path, image: Path, keys: int, dim: int) -> dict[str, Side]:
 @against
 @click.command(help=__doc__)
 @click.option("--data", type=click.Path(path_type=Path, exists=True), default=SHARED, show_default=True)
-@click.option("--model", help="As of the command line.  [default: models/lit-mini in --data]")
-@click.option("--images", default=CLASSES, show_default=True, help="Keys of the index of images, one a class.")
-@click.option("--keys", default=200_000, show_default=True, help="Keys of the index of features.")
+@click.option("--model", help="Encoder, as on the command line.  [default: models/lit-mini in --data]")
+@click.option("--images", default=CLASSES, show_default=True, help="Keys in the index of images, one per class.")
+@click.option("--keys", default=200_000, show_default=True, help="Number of keys in the index of features.")
 @click.option("--dim", default=512, show_default=True)
 @click.option("--runs", default=5, show_default=True)
 def main(data: Path, model: str | None, images: int, keys: int, dim: int, runs: int) -> None:

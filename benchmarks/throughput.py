@@ -1,16 +1,16 @@
-"""Classification against the plain dense form, as published, and against the bare affinity product.
+"""Measure classification against the published plain dense form, and against the bare affinity product.
 
-All sides of a table run in one process and take turns, after a turn that warms up; figures are medians. Features are
-made (benchmarks/made.py), alpha and beta are what `index build` sets, float32 unless said.
+All sides of a table run in one process and take turns, after a warm-up turn; figures are medians. Features are
+synthetic (benchmarks/made.py). Alpha and beta are set as by `index build`. Everything is float32 unless stated.
 
 \b
 plain dense form: affinity = f @ keys.T; cache = ((-1) * (beta - beta * affinity)).exp() @ one_hot;
-    logits = 100 * f @ W.T + cache * alpha. Above 16,384 keys in blocks of so many, and over 256 queries a call.
-product alone: f @ keys.T into memory that is there already, the limit for exact answers.
+    logits = 100 * f @ W.T + cache * alpha. Above 16,384 keys, in blocks of that size and 256 queries per call.
+product alone: f @ keys.T into preallocated memory, the limit for exact answers.
 
-Agreement is how often the answer is that of all keys in float32; top-1 stands beside it. Section `real` uses CLIP's
-features of Food-101 and lit-mini's of Caltech101, one centre view a shot. Section `files` runs `retrieval-tip classify`
-of feature tables, Parquet to Parquet: the time beyond what a few rows take, so without the start of the interpreter.
+Agreement is the share of answers that equal those of all keys in float32. Section `real` uses CLIP features of Food-101
+and lit-mini features of Caltech101, one centre view per shot. Section `files` runs `retrieval-tip classify` on feature
+tables, from Parquet to Parquet, and subtracts the time of a few rows, so that the start does not count.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from retrieval_tip.settings import Settings
 SECTIONS = ("exact", "retrieval", "real", "files")
 DENSE_BLOCK = 16_384
 SINGLES = 8
-"""Calls of one query in a turn."""
+"""Single-query calls per turn."""
 FEW = 32
-"""Rows of the command whose time is taken off."""
+"""Number of rows in the run whose time is subtracted."""
 
 Size = tuple[int, int, int]
 Run = Callable[[Tensor], Tensor]
@@ -47,7 +47,7 @@ Run = Callable[[Tensor], Tensor]
 
 @dataclass
 class Way:
-    """One way to answer: ``run`` on ``batch`` of the queries a call, ``calls`` times a turn."""
+    """One way to answer: ``run`` on ``batch`` queries per call, ``calls`` times per turn."""
 
     run: Run
     queries: Tensor
@@ -56,7 +56,7 @@ class Way:
     answers: dict[int, Tensor] = field(default_factory=dict)
 
     def __call__(self, turn: int) -> float:
-        """Return the seconds of a query."""
+        """Return the seconds per query."""
         starts = range(0, len(self.queries) - self.batch + 1, self.batch)
         seconds = 0.0
         for call in range(self.calls):
@@ -73,13 +73,13 @@ class Way:
         return logits
 
     def right(self, expected: Tensor) -> float:
-        """Percent of its answers that are the expected ones."""
+        """Return the share of expected answers in percent."""
         hits = [(found == expected[at : at + len(found)]).float() for at, found in self.answers.items()]
         return 100 * float(torch.cat(hits).mean())
 
 
 def dense(cache: CacheModel) -> Run:
-    """Return the plain dense form, in blocks of keys where there are many."""
+    """Return the plain dense form, in blocks if there are many keys."""
     weights, alpha, beta, c = cache.text_weights, cache.settings.alpha, cache.settings.beta, len(cache.class_names)
     keys, ids = torch.from_numpy(cache.keys).to(cache.device), cache.class_ids[:, None]
     one_hot = torch.zeros(min(cache.n, DENSE_BLOCK), c, device=cache.device)
@@ -104,7 +104,7 @@ def dense(cache: CacheModel) -> Run:
 
 
 def bare_product(cache: CacheModel, batch: int, dtype: torch.dtype = torch.float32) -> Run:
-    """Return the affinity product alone."""
+    """Return the bare affinity product."""
     keys = torch.from_numpy(cache.keys).to(cache.device, dtype)
     affinity = torch.empty(batch, cache.n, dtype=dtype, device=cache.device)
     return lambda f: torch.mm(f.to(dtype), keys.T, out=affinity)
@@ -120,7 +120,7 @@ class Material:
 
     @classmethod
     def make(cls, size: Size, queries: int, index: str = "Flat", device: str = "cpu") -> Material:
-        """Make features, and the index that ``from_features`` makes of them."""
+        """Make features, and an index of them."""
         n, d, c = size
         made, ids = Made(c, d, SEED), np.arange(n) % c
         keys = made.draw(ids, 1)
@@ -132,7 +132,7 @@ class Material:
         return cls(cache, torch.from_numpy(made.draw(asked, 3)).to(device), torch.from_numpy(asked))
 
     def other(self, index: str = "Flat", precision: str = "float32") -> CacheModel:
-        """Return the same keys under another index, or another precision of the products."""
+        """Return the same keys with another index type or precision."""
         cache = self.cache
         settings = replace(cache.settings, k=None)
         return CacheModel.from_features(
@@ -147,7 +147,7 @@ class Material:
         return f"{cache.n:,} x {cache.d}, {len(cache.class_names)} classes, alpha {alpha:.4g}, beta {beta:.4g}"
 
     def compare(self, section: str, ways: dict[str, Way], rounds: int, expected: Tensor | None = None) -> None:
-        """Let the ways take turns, and print them beside the first one."""
+        """Measure the ways in turn, and compare them with the first."""
         title = f"{section}: {self.title}, medians of {rounds} turns"
         seconds = medians(take_turns(title, ways, rounds))
         plain = next(iter(ways))
@@ -163,7 +163,7 @@ class Material:
 
 
 def exact(size: Size, queries: int, rounds: int, device: str) -> None:
-    """All keys."""
+    """Measure answers from all keys."""
     material = Material.make(size, queries, "Flat", device)
     cache, f = material.cache, material.features
     half = material.other(precision="bfloat16")
@@ -179,7 +179,7 @@ def exact(size: Size, queries: int, rounds: int, device: str) -> None:
 
 
 def retrieval(size: Size, queries: int, large: int, rounds: int, device: str, others: list[tuple[str, int]]) -> None:
-    """What `--index auto` takes, in batches, in large batches, and one query at a time; and what else is asked for."""
+    """Measure `--index auto` in batches, large batches and single queries, and other index types."""
     material = Material.make(size, queries, "auto", device)
     cache, f = material.cache, material.features
     made, plain = Made(size[2], size[1], SEED), dense(cache)
@@ -199,7 +199,7 @@ def retrieval(size: Size, queries: int, large: int, rounds: int, device: str, ot
 
 
 def real(data: Path, rounds: int, device: str) -> None:
-    """All keys, the 64 nearest with the tail, and `Classes` with k = 256, on real features."""
+    """Measure all keys, the 64 nearest with the tail, and `Classes` with k = 256, on real features."""
     with tempfile.TemporaryDirectory() as folder:
         for name, material in _real(data, Path(folder), device):
             own, q = material.cache, len(material.ids)
@@ -214,7 +214,7 @@ def real(data: Path, rounds: int, device: str) -> None:
 
 
 def _real(data: Path, folder: Path, device: str) -> Iterator[tuple[str, Material]]:
-    """Yield an index and queries of each data set that is there."""
+    """Yield an index and queries of each available dataset."""
     food, caltech = data / "data/clip-food9", data / "data/caltech101/split_zhou_Caltech101.json"
     encoder, built = Encoder(seed=1), {"fit": "none", "device": device}
     if food.is_dir():
@@ -236,7 +236,7 @@ def _asked(pool: CacheModel, test: Source, encoder: Encoder) -> Material:
 
 
 def files(size: Size, queries: int, rounds: int, device: str, place: Path) -> None:
-    """The command on feature tables."""
+    """Measure the command on feature tables."""
     material = Material.make(size, queries, "auto", device)
     material.cache.save(place / "index")
     features = material.features.cpu().numpy()
@@ -279,16 +279,16 @@ SIZES = ("16000x1024x1000", "16000x512x1000", "160000x512x1000", "1000000x512x10
 
 @against
 @click.command(help=__doc__)
-@click.option("--only", type=click.Choice(SECTIONS), multiple=True, help="A section; repeat for more.  [default: all]")
+@click.option("--only", type=click.Choice(SECTIONS), multiple=True, help="A section; repeatable.  [default: all]")
 @click.option("--exact-size", type=SizeType(), default="16000x1024x1000", show_default=True)
-@click.option("--sizes", type=SizeType(), multiple=True, default=SIZES, help="Of section retrieval; repeat for more.")
+@click.option("--sizes", type=SizeType(), multiple=True, default=SIZES, help="Size for section retrieval; repeatable.")
 @click.option("--index", "others", type=(str, int), multiple=True,
-              help="A FAISS factory string and k, beside auto in section retrieval; repeat for more.")  # fmt: skip
-@click.option("--rounds", default=3, show_default=True, help="Turns that are timed; exact takes twice as many.")
+              help="FAISS factory string and k to compare in section retrieval; repeatable.")  # fmt: skip
+@click.option("--rounds", default=3, show_default=True, help="Timed turns; section exact takes twice as many.")
 @click.option("--queries", type=int, help="[default: 1000 for exact, 8192, and 4096 above 200,000 keys]")
-@click.option("--large-batch", default=32768, show_default=True, help="Queries a call of auto once more.")
+@click.option("--large-batch", default=32768, show_default=True, help="Batch size of the large batch.")
 @click.option("--files-size", type=SizeType(), default="1600x64x100", show_default=True)
-@click.option("--rows", default=100_000, show_default=True, help="Of the section files.")
+@click.option("--rows", default=100_000, show_default=True, help="Number of rows for section files.")
 @click.option("--data", type=click.Path(path_type=Path), default=SHARED, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 def main(
