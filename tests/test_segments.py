@@ -396,7 +396,7 @@ def test_an_evaluation_is_that_of_the_compacted_index(tmp_path: Path, k: int | N
 
 
 def test_tuning_wants_one_segment_and_says_so() -> None:
-    with pytest.raises(InputError, match="compact it first"):
+    with pytest.raises(InputError, match="index compact"):
         tune(segmented(), clusters(100, C, D, 2)[0])
 
 
