@@ -378,9 +378,7 @@ class AnsweringIndex(ABC):
         column = source.items["source"]
         for block in encoder.blocks(source):
             for part in self.parts(len(block.positions)):
-                answers = self.classify(
-                    block.features[part], top, k, tail, neighbours, certify, norms="keep"
-                )  # checked
+                answers = self.classify(block.features[part], top, k, tail, neighbours, certify, "keep")
                 yield answers.named(column.take(pa.array(block.positions[part])))
 
     def evidence(self, features: Features, complete: int = 1 << 14, nearest: int = 2048) -> list[Evidence]:
@@ -398,22 +396,14 @@ class AnsweringIndex(ABC):
         sums = tip.Totals.of(points, keys.sums, keys.counts).affinities.cpu().numpy()
         counts, class_ids = keys.counts.long().cpu().numpy(), near.class_ids.cpu().numpy()
         affinity, there = near.affinity.cpu().numpy(), (near.rows >= 0).cpu().numpy()
+        queries = zip(f.cpu().numpy(), text, key_ids, class_ids, affinity, sums, there, strict=True)
         return [
-            Evidence(
-                feature=feature,
-                text=own_text,
-                key_ids=key_ids[q][there[q]],
-                class_ids=class_ids[q][there[q]],
-                affinities=affinity[q][there[q]],
-                counts=counts,
-                sums=own_sums,
-                complete=self.n <= complete,
-            )
-            for q, (feature, own_text, own_sums) in enumerate(zip(f.cpu().numpy(), text, sums, strict=True))
+            Evidence(feature, own_text, ids[met], classes[met], own[met], counts, own_sums, self.n <= complete)
+            for feature, own_text, ids, classes, own, own_sums, met in queries
         ]
 
     def _every(self, points: Tensor) -> Nearest:
-        """All keys, nearest first."""
+        """Return all keys, nearest first."""
         blocks = [(tip.affinity(points, keys), ids.clone()) for keys, ids in self.key_blocks()]
         affinity, order = torch.cat([block_affinity for block_affinity, _ in blocks], dim=1).sort(
             dim=1, descending=True, stable=True
@@ -515,27 +505,13 @@ def manifest_of(
 ) -> Manifest:
     """Return the manifest of version ``number``, made from ``parent`` by ``change``."""
     return Manifest(
-        version=number,
-        parent=None if parent is None else parent.version,
-        **history.stamp(),
-        n=index.n,
-        d=index.d,
-        dtype=index.dtype,
-        class_names=index.class_names,
-        templates=index.templates,
-        settings=index.settings,
-        index=index.index_type,
-        backbone=index.backbone.to_dict() if index.backbone else None,
-        provenance=index.provenance,
-        files=files,
-        later=list(later),
-        next_key_id=index.next_key_id,
-        change=change,
-        table=table,
-        fitted=index.fitted,
-        built=index.built,
-        digests=digests,
-    )
+        version=number, parent=None if parent is None else parent.version, **history.stamp(),
+        n=index.n, d=index.d, dtype=index.dtype, class_names=index.class_names, templates=index.templates,
+        settings=index.settings, index=index.index_type,
+        backbone=index.backbone.to_dict() if index.backbone else None, provenance=index.provenance, files=files,
+        later=list(later), next_key_id=index.next_key_id, change=change, table=table, fitted=index.fitted,
+        built=index.built, digests=digests,
+    )  # fmt: skip
 
 
 def _columns(

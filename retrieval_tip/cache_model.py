@@ -24,14 +24,7 @@ from retrieval_tip.files import real
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.defaults import Statistics, measure
 from retrieval_tip.retrieval.inputs import Features, Labels
-from retrieval_tip.retrieval.keys import (
-    KEY_BLOCK,
-    Keys,
-    auto_for,
-    beside,
-    index_over,
-    points_of,
-)
+from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, auto_for, beside, index_over, points_of
 from retrieval_tip.retrieval.labelled_keys import LabelledKeys
 from retrieval_tip.retrieval.logits import IndexRetrieval, slices
 from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
@@ -315,7 +308,7 @@ class CacheModel(KeyEdits):
     an array, use the methods, or ``dataclasses.replace`` on a copy; never assign in place.
 
     Attributes:
-        keys: ``[n, d]`` float32 or float16, grouped by class; or segments that are (keys added after the index).
+        keys: ``[n, d]`` float32 or float16, grouped by class; or segments of such keys, the indexed one first.
         labels: the label store, one row per key.
         class_names: the ``c`` classes in order.
         text_weights: ``[c, d]`` float32; zeros without text.
@@ -330,7 +323,8 @@ class CacheModel(KeyEdits):
         precision: type of the products with all keys (:class:`keys.Keys`).
         class_ids: ``[n]`` int64 on the device, derived from ``labels``.
         sums: sums that a metric is fitted from, if known; edits update them.
-        folder, version: where this was loaded from.
+        folder: index folder that this was loaded from or saved to.
+        version: number of its version there.
         next_key_id: first id that no key has ever had.
         built: settings of the build.
 
@@ -446,16 +440,10 @@ class CacheModel(KeyEdits):
             settings = replace(settings, k=k)
         weights = inputs.text_weights(text_weights, len(names), matrix.shape[1])
         return cls(
-            keys=ordered,
-            labels=table,
-            class_names=names,
-            text_weights=weights,
-            index=index_over(ordered, ids[order], len(names), factory, device),
-            settings=settings,
-            device=device,
+            keys=ordered, labels=table, class_names=names, text_weights=weights, settings=settings, device=device,
+            index=index_over(ordered, ids[order], len(names), factory, device), precision=precision,
             values=None if values is None else inputs.values_of(values, len(ids), len(names))[order],
-            precision=precision,
-        )
+        )  # fmt: skip
 
     def described(self, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
         return self.labels.select(list(columns)).take(pa.array(rows))
@@ -522,15 +510,9 @@ class CacheModel(KeyEdits):
         except UsageError:
             index = self._index_over(part.met, part.class_ids, "Flat")
         return replace(
-            self,
-            keys=part.keys,
-            labels=part.labels,
-            values=part.values,
-            points=part.points,
-            index=index,
-            version=None,
-            folder=None,
-        )
+            self, keys=part.keys, labels=part.labels, values=part.values, points=part.points, index=index,
+            version=None, folder=None,
+        )  # fmt: skip
 
     @property
     def place(self) -> str | None:
@@ -646,28 +628,14 @@ def _opened(cls: type[T], place: Path, manifest: Manifest, device: str, precisio
     if index.d != manifest.d or not (index.indexed <= c if index.by_class else index.indexed == files["keys"].rows):
         raise StoreError(f"{path}: does not match the manifest; build the index again")
     cache = cls(
-        keys=joined(contents.segments),
-        labels=contents.labels,
-        class_names=manifest.class_names,
-        text_weights=torch.from_numpy(contents.text),
-        index=index,
-        settings=manifest.settings,
-        templates=manifest.templates,
+        keys=joined(contents.segments), labels=contents.labels, class_names=manifest.class_names,
+        text_weights=torch.from_numpy(contents.text), index=index, settings=manifest.settings,
+        templates=manifest.templates, provenance=manifest.provenance, device=device, version=manifest.version,
         backbone=Identity.from_dict(manifest.backbone) if manifest.backbone else None,
-        provenance=manifest.provenance,
-        device=device,
-        version=manifest.version,
-        values=None if contents.values is None else torch.from_numpy(contents.values),
-        tuned=contents.weights,
-        curve=contents.curve,
-        precision=precision,
-        folder=place,
-        next_key_id=manifest.next_key_id,
-        metric=contents.metric,
-        points=contents.points,
-        fitted=manifest.fitted,
-        built=manifest.built,
-    )
+        values=None if contents.values is None else torch.from_numpy(contents.values), tuned=contents.weights,
+        curve=contents.curve, precision=precision, folder=place, next_key_id=manifest.next_key_id,
+        metric=contents.metric, points=contents.points, fitted=manifest.fitted, built=manifest.built,
+    )  # fmt: skip
     cache.sums = contents.sums
     return cache
 

@@ -104,6 +104,9 @@ class Classifier:
         - ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``
         - ``views``: 1 for the centre view of each photo, V > 1 for the mean feature of V augmented views
         - ``seed``: random seed of ``shots`` and ``views``
+        - ``shots``: draw this many photos per class, by the published rule [default: all]
+        - ``templates``: prompts for class names, with ``{}`` for the name; or ``text``, a feature table of prompts
+        - ``fit``: ``auto`` fits the method to the photos; ``none`` is plain Tip-Adapter with ``alpha`` and ``beta``
 
         :func:`build.build_index` describes the other arguments. Raises the same as :func:`sources.open_source`,
         :func:`loading.load_backbone` and :func:`build.build_index`.
@@ -115,24 +118,10 @@ class Classifier:
         encoder = Encoder(_backbone(model, pretrained, device), views=views, seed=seed, cache=EncodingCache.at(None))
         place = Path(tempfile.mkdtemp(prefix="retrieval-tip-")) / "index" if out is None else Path(out)
         cache = build_index(
-            given.source,
-            place,
-            replace(encoder, read=given.read, strict=given is photos),
-            shots=shots,
-            templates=templates,
-            text=text,
-            index=index,
-            dtype=dtype,
-            alpha=alpha,
-            beta=beta,
-            normalize=normalize,
-            fit=fit,
-            metric=metric,
-            values=values,
-            k=k,
-            logit_scale=logit_scale,
-            device=device,
-        )
+            given.source, place, replace(encoder, read=given.read, strict=given is photos), shots=shots,
+            templates=templates, text=text, index=index, dtype=dtype, alpha=alpha, beta=beta, normalize=normalize,
+            fit=fit, metric=metric, values=values, k=k, logit_scale=logit_scale, device=device,
+        )  # fmt: skip
         made = cls(cache, replace(encoder, views=1))
         if out is None:
             made._temporary = weakref.finalize(made, shutil.rmtree, place.parent, ignore_errors=True)
@@ -172,27 +161,10 @@ class Classifier:
         and :func:`pictures.labelled_pictures`.
         """
         return cls.from_folder(
-            labelled_pictures(images, labels),
-            model,
-            pretrained=pretrained,
-            out=out,
-            device=device,
-            views=views,
-            seed=seed,
-            shots=shots,
-            templates=templates,
-            text=text,
-            index=index,
-            dtype=dtype,
-            alpha=alpha,
-            beta=beta,
-            normalize=normalize,
-            fit=fit,
-            metric=metric,
-            values=values,
-            k=k,
-            logit_scale=logit_scale,
-        )
+            labelled_pictures(images, labels), model, pretrained=pretrained, out=out, device=device, views=views,
+            seed=seed, shots=shots, templates=templates, text=text, index=index, dtype=dtype, alpha=alpha, beta=beta,
+            normalize=normalize, fit=fit, metric=metric, values=values, k=k, logit_scale=logit_scale,
+        )  # fmt: skip
 
     @classmethod
     def load(
