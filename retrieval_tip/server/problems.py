@@ -37,8 +37,7 @@ def answer(problem: Problem) -> Response:
     return Response(orjson.dumps(body), status, problem.headers, MEDIA)
 
 
-def of(error: Exception) -> Problem:
-    """Return the problem of an error of this package or of the framework."""
+def _problem(error: Exception) -> Problem:
     if isinstance(error, Problem):
         return error
     if isinstance(error, RequestValidationError):
@@ -59,7 +58,7 @@ def _line(error: Mapping[str, object]) -> str:
 
 async def handle(_: Request, error: Exception) -> Response:
     """Answer with a problem: the exception handler for all of :data:`HANDLED`."""
-    return answer(of(error))
+    return answer(_problem(error))
 
 
 HANDLED = (Problem, RequestValidationError, HTTPException, FormParserError, RetrievalTipError)
