@@ -48,7 +48,7 @@ from retrieval_tip.store.query import rows_where
 IMAGES, ROWS = 256, 16_384
 """Largest piece, in images or rows of a feature table."""
 PIECES = 64
-"""Pieces of a small source; each still has at least a sixteenth of the largest size."""
+"""Number of pieces for a small source, unless they would have less than a sixteenth of the largest size."""
 FAILED = "_failed"
 
 Piece = Source | str

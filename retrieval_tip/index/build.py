@@ -10,9 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import resolve_device
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates, text_weights
@@ -83,36 +80,17 @@ def build_index(
     settings = Settings().override(alpha=alpha, beta=beta, logit_scale=scale, k=k)
     fitted = Fit(metric, values) if _fits(fit, (metric, values), (alpha, beta, normalize)) else None
     words = _text(source, encoder, templates, text)
-    source, ids = _drawn(source, words.class_names, text, shots, encoder.seed)
-    made = places.at(out).create(
-        Material(
-            source=source,
-            encoder=encoder,
-            ids=ids,
-            words=words,
-            asked=Asked(settings, alpha, beta, form, keeps_k=k is not None),
-            shots=shots,
-            index=index,
-            dtype=dtype,
-            fit=fitted,
-            device=resolve_device(device),
-        )
-    )
+    source = source.known_as(words.class_names)
+    ids = ids_in(source, words.class_names)
+    _warn_of_layout(source, words.class_names, text)
+    if shots is not None:
+        drawn = draw_shots(ids, words.class_names, shots, encoder.seed)
+        source, ids = source.take(drawn), ids[drawn]
+    asked = Asked(settings, alpha, beta, form, keeps_k=k is not None)
+    on = resolve_device(device)
+    made = places.at(out).create(Material(source, encoder, ids, words, asked, shots, index, dtype, fitted, on))
     warn_of_spelling(out, words.class_names, words.class_names)
     return made
-
-
-def _drawn(
-    source: Source, class_names: Sequence[str], text: str | os.PathLike[str] | None, shots: int | None, seed: int
-) -> tuple[Source, npt.NDArray[np.int64]]:
-    """Return the items that become keys, and their class ids ``[m]``."""
-    source = source.known_as(class_names)
-    ids = ids_in(source, class_names)
-    _warn_of_layout(source, class_names, text)
-    if shots is None:
-        return source, ids
-    drawn = draw_shots(ids, class_names, shots, seed)
-    return source.take(drawn), ids[drawn]
 
 
 def _fits(fit: FitName | None, letters: Sequence[str | None], settings: Sequence[float | str | None]) -> bool:
@@ -159,9 +137,8 @@ def _text(
         return Words(source.class_names, weights, prompts, "templates")
     if templates:
         raise UsageError("templates: text weights from templates need a backbone; give --model")
-    if encoder.backbone is not None:  # without a text encoder
-        return Words(source.class_names, None, [], None)
-    log.warning("no text weights (neither --text nor --model): only the shots tell the classes apart")
+    if encoder.backbone is None:
+        log.warning("no text weights (neither --text nor --model): only the shots tell the classes apart")
     return Words(source.class_names, None, [], None)
 
 

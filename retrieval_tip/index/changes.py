@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -42,12 +42,12 @@ from retrieval_tip.store.query import rows_where
 Folder = str | os.PathLike[str]
 
 COMPARED = 1 << 18
-"""Upper bound for the keys that new features are compared with if duplicates are only counted."""
+"""Upper bound for keys that new features are compared with when known ones are only counted."""
 
 
 @dataclass(frozen=True)
 class Changed:
-    """Result of a change: the current ``version``, which is the old one if nothing was to be done, and its key ids."""
+    """Result of a change: the current ``version``, unchanged if there was nothing to do, and the affected keys."""
 
     version: int
     key_ids: list[int]
@@ -135,18 +135,11 @@ def add(
         rows = np.flatnonzero(~known) if skip_known else np.arange(len(labels))
         classes, key_ids, found = _add_classes(cache, source.class_names, weights), [], None
         if len(rows):
-            added = columns.take(rows)
-            key_ids = cache.add(
-                block.features[rows],
-                labels[rows].tolist(),
-                added.sources,
-                views=encoder.views if source.table is None else 1,
-                digests=added.digests,
-                extra=added.extra,
-            )
+            views = encoder.views if source.table is None else 1
+            key_ids = cache.add(block.features[rows], labels[rows].tolist(), views=views, **vars(columns.take(rows)))
             found = change.duplicates_of(key_ids)  # an error up to here changes nothing
         if len(rows) or classes:
-            change.what = _said(f"add {counted(len(rows), 'key')}", classes)
+            change.what = _with_classes(f"add {counted(len(rows), 'key')}", classes)
     alike = warn_of_spelling(folder, cache.class_names, classes)
     return Added(_version(cache), key_ids, classes, int(known.sum()), found, alike)
 
@@ -172,17 +165,10 @@ def merge(folder: Place, other: Place) -> Added:
     with target.change() as change:
         cache = change.cache
         classes = _add_classes(cache, theirs.class_names, weights)
-        labels = theirs.labels["label"].to_pylist()
-        key_ids = cache.add(
-            np.asarray(theirs.keys),
-            labels,
-            columns.sources,
-            views=theirs.labels["views"].to_numpy(),
-            digests=columns.digests,
-            extra=columns.extra,
-        )
+        labels, views = theirs.labels["label"].to_pylist(), theirs.labels["views"].to_numpy()
+        key_ids = cache.add(np.asarray(theirs.keys), labels, views=views, **vars(columns))
         found = change.duplicates_of(key_ids)  # an error up to here changes nothing
-        change.what = _said(f"merge {show(str(source))}: {counted(len(key_ids), 'key')}", classes)
+        change.what = _with_classes(f"merge {show(str(source))}: {counted(len(key_ids), 'key')}", classes)
     return Added(_version(cache), key_ids, classes, 0, found, warn_of_spelling(folder, cache.class_names, classes))
 
 
@@ -328,20 +314,19 @@ def configure(
         weights = dict(zip(names, text_weights(backbone, names, prompts), strict=True))
     with store.change() as change:
         cache, summary = change.cache, None
+        given: dict[str, Any]
         own_alpha, own_beta = alpha, beta
         if normalize is not None:
             own_alpha, own_beta = plain_settings(alpha, beta, normalize, cache.statistics())
         if cache.fitted is not None and own_beta is not None and own_beta != cache.settings.beta:
             summary = str(change.refit(own_beta))
-        cache.settings = cache.settings.override(
-            alpha=own_alpha, beta=own_beta, k=k, tail=tail, temperature=temperature
-        )
+        given = {"alpha": own_alpha, "beta": own_beta, "k": k, "tail": tail, "temperature": temperature}
+        given = {name: value for name, value in given.items() if value is not None}
+        cache.settings = cache.settings.override(**given)
         if prompts:
             if weights.keys() != set(cache.class_names):
                 raise StoreError(f"{folder}: its classes changed meanwhile; try again")
             cache.set_text(np.stack([weights[name] for name in cache.class_names]), prompts)
-        given = {"alpha": own_alpha, "beta": own_beta, "k": k, "tail": tail, "temperature": temperature}
-        given = {name: value for name, value in given.items() if value is not None}
         marks = dict.fromkeys(given, "given") | ({"text": "templates"} if prompts else {})
         if normalize is not None:
             marks |= {"alpha": provenance_of(alpha, normalize), "beta": provenance_of(beta, normalize)}
@@ -580,7 +565,7 @@ def _relabel(change: Change, wanted: Mapping[int, str], now: Mapping[int, str]) 
     return list(moved)
 
 
-def _said(what: str, classes: Sequence[str]) -> str:
+def _with_classes(what: str, classes: Sequence[str]) -> str:
     return what + (f" and {counted(len(classes), 'class')}" if classes else "")
 
 

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ItemColumns:
-    """Columns of a source's items for the label store: sources, digests, and extra columns."""
+    """Columns of a source's items, as the label store names them: sources, digests, and extra columns."""
 
     sources: pa.ChunkedArray
     digests: list[str | None]
@@ -127,15 +127,7 @@ class Material:
     def labels(self, rows: npt.NDArray[np.int64], digests: Sequence[str | None]) -> pa.Table:
         """Return the label store of some items, in this order, with the digests of their images."""
         columns = ItemColumns.of(self.source.items.take(pa.array(rows)), digests)
-        return label_table(
-            self.words.class_names,
-            self.ids[rows],
-            columns.sources,
-            key_ids=rows,
-            views=self.views,
-            digests=columns.digests,
-            extra=columns.extra,
-        )
+        return label_table(self.words.class_names, self.ids[rows], key_ids=rows, views=self.views, **vars(columns))
 
     def described(self, statistics: Statistics | None) -> dict[str, object]:
         """Return the provenance, which is complete once all items are read."""

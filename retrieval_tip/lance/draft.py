@@ -1,4 +1,4 @@
-"""The next version of an index in LanceDB: a draft to add, remove and relabel rows in."""
+"""The next version of an index in LanceDB: a draft that adds, removes and relabels rows."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ from retrieval_tip.store.sums import Sums
 Column = npt.NDArray[np.integer[Any]] | list[str]
 
 MOST_ASKED, NEIGHBOURS = 512, 4
-"""Upper bound for new keys compared with their nearest keys, and the number of these."""
+"""Upper bound for new keys checked against their neighbours, and the number of neighbours."""
 INDEX_FROM = 50_000
 """Smallest number of keys for which an index is faster than comparing with every key."""
 MOST_HELD = 1 << 30
-"""Upper bound in bytes for keys and solved values in memory."""
+"""Upper bound in bytes for keys and solved values held in memory."""
 
 
 @dataclass(repr=False, kw_only=True)
@@ -182,7 +182,12 @@ class LanceDraft(LanceModel, EditableIndex):
         array, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
         key_ids = np.arange(self.next_key_id, self.next_key_id + len(array))
         added = label_table(self.class_names, ids, sources, key_ids=key_ids, views=views, digests=digests, extra=extra)
-        self._check_columns(added)
+        check_columns(list(added.schema)[len(LABEL_SCHEMA) :])
+        there = self.table.schema
+        known = dict(zip(there.names, there.types, strict=True))
+        for name, kind in zip(added.schema.names, added.schema.types, strict=True):
+            if known.get(name, kind) != kind:
+                raise InputError(f"labels: column {name!r} is {kind}, but {known[name]} in the index; convert it")
         added = shots_after(added, ids, self._next_shots(np.unique(ids)))
         order, array = np.argsort(ids, kind="stable"), array.astype(self.dtype)
         points = points_of(self.metric, array, self.device)
@@ -208,16 +213,6 @@ class LanceDraft(LanceModel, EditableIndex):
                 f"{self.store}: {n:,} keys with solved values of {len(self.class_names):,} classes are too many for a "
                 f"LanceDB store; fit one-hot values first (retrieval-tip fit {self.store} --values one-hot)"
             )
-
-    def _check_columns(self, added: pa.Table) -> None:
-        there = self.table.schema
-        check_columns(list(added.schema)[len(LABEL_SCHEMA) :])
-        for column in added.schema:
-            if column.name in there.names and there.field(column.name).type != column.type:
-                known = there.field(column.name).type
-                raise InputError(
-                    f"labels: column {column.name!r} is {column.type}, but {known} in the index; convert it"
-                )
 
     def _next_shots(self, class_ids: IntArray) -> npt.NDArray[np.int32]:
         """Return the number of the next shot for each of these classes ``[c]``; 0 for all others."""
@@ -284,7 +279,7 @@ class LanceDraft(LanceModel, EditableIndex):
         self._move(self._changed(moved, class_id=ids.astype(np.int32), label=names, shot=shots), 1)
 
     def _changed(self, rows: pa.Table | pa.RecordBatch, **columns: Column) -> pa.Table | pa.RecordBatch:
-        """Return rows with new columns, and with this version as the one that brought them."""
+        """Return rows with new columns, marked as brought by this version."""
         for name, column in {**columns, VERSION: np.full(len(rows), self.writer.number)}.items():
             rows = rows.set_column(rows.schema.get_field_index(name), name, pa.array(column))
         return rows
@@ -376,7 +371,7 @@ class LanceDraft(LanceModel, EditableIndex):
         factory: str | None = None,
         whole: CacheModel | None = None,
     ) -> None:
-        """Take a fitted metric and its description; ``whole`` are the :meth:`keys_in_memory` with solved values.
+        """Set a fitted metric and the record of its fit; ``whole`` are the :meth:`keys_in_memory` with solved values.
 
         Without solved values the table gets the keys' points, which rewrites it. ``factory`` is the index type, by
         default the current one. Raises InputError as :meth:`check_held`.
@@ -469,9 +464,9 @@ def labelled_blocks(material: Material) -> Iterator[tuple[pa.Table, npt.NDArray[
 def index_kind(factory: str, n: int = 0, c: int = 1) -> tuple[str, int | None]:
     """Return the index type for a request, and the number of keys per query that comes with it.
 
-    A request is ``auto``, ``Flat``, ``Classes`` or one of :data:`key_table.KINDS`. For many keys ``n`` of ``c``
-    classes, ``auto`` uses whole classes if a folder would (:func:`vector_index.auto_factory`). Raises UsageError for
-    other types.
+    A request is ``auto``, ``Flat``, ``Classes`` or one of :data:`key_table.KINDS`. For a large number ``n`` of keys in
+    ``c`` classes, ``auto`` is ``Classes`` if a folder would use it (:func:`vector_index.auto_factory`). Raises
+    UsageError for other types.
     """
     if factory == "auto":
         if n < INDEX_FROM:

@@ -37,15 +37,15 @@ VALUES = {"float32": pa.float32(), "float16": pa.float16()}
 FLAT, CLASSES = "Flat", "Classes"
 """No index; and an index over class ids, for reading the keys of a few classes."""
 KINDS = {"IvfFlat": 1, "IvfSq": 4, "HnswSq": 4}
-"""Index types, and how many candidates per nearest key are compared with the exact keys."""
+"""Index types, and the number of candidates per result that are compared with the stored keys."""
 UNINDEXED = 20_000
 """Rows outside the index slow down every search; at this number the index takes them in."""
 TRAINED_ON, KMEANS_ITERATIONS = 64, 10
-"""Rows per list to train its centre on, and iterations: fewer than LanceDB's defaults, with equal answers."""
+"""Rows per list for training its centre, and iterations: fewer than LanceDB's defaults, with the same answers."""
 PROBED = 0.15
 """Share of the lists that a search probes: it found 98.8 % of the 64 nearest of 200,000 CLIP-like keys."""
 CACHE_BYTES = 3 << 28
-"""Upper bound for the index in memory; the rest is read on demand."""
+"""Upper bound in bytes for the index in memory; the rest is read on demand."""
 SEARCHED = 1 << 24
 """Upper bound for key values returned by one search: 64 MiB of float32."""
 SCANNED = 8192
@@ -62,8 +62,8 @@ LARGEST = (1 << 63) - 1
 
 
 def lancedb() -> Any:
-    """Import LanceDB. Raises UsageError with the command that installs it."""
-    os.environ.setdefault("LANCEDB_LOG", "error")  # it warns about intended use
+    """Import LanceDB. Raises UsageError if it is not installed."""
+    os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings concern what is intended here
     try:
         return importlib.import_module("lancedb")
     except ImportError as error:
@@ -133,7 +133,7 @@ def _store_errors(address: Address, what: str) -> Iterator[None]:
 
 
 class KeyTable:
-    """A version of a store's table, to read; the :meth:`latest` one also to write."""
+    """One version of a store's table; only the :meth:`latest` version can be written."""
 
     def __init__(self, address: Address, name: str, table: Any) -> None:
         self.address, self.name = address, name
@@ -156,7 +156,7 @@ class KeyTable:
 
     @classmethod
     def create(cls, address: Address, name: str, rows: Iterator[pa.RecordBatch], schema: pa.Schema) -> KeyTable:
-        """Write a table of these rows, or its next version, completely or not at all. Errors of ``rows`` pass."""
+        """Write a table, or its next version, from all ``rows`` or not at all. Errors in ``rows`` are passed on."""
         failed: list[BaseException] = []
 
         def read() -> Iterator[pa.RecordBatch]:
@@ -209,7 +209,7 @@ class KeyTable:
 
     @property
     def met(self) -> str:
-        """The column that queries are compared with, and the index is over: points if any, or keys."""
+        """The column that queries and the index use: points if there are any, otherwise keys."""
         return POINT if self.has_points else VECTOR
 
     @property
@@ -410,7 +410,7 @@ class KeyTable:
     def prune(self, kept: Sequence[int]) -> None:
         """Delete versions before the first of ``kept``, and the data that only they use.
 
-        The engine deletes by age and refuses if a version has a tag, so the kept ones are tagged meanwhile.
+        The engine deletes by age and refuses to delete a tagged version, so the kept versions are tagged meanwhile.
         """
         tags = {f"{TAG}{uuid.uuid4().hex}": version for version in kept}
         try:

@@ -23,7 +23,7 @@ from retrieval_tip.retrieval.segments import KeyArray
 from retrieval_tip.retrieval.vector_index import Product
 
 HELD_BYTES = 1 << 29
-"""Upper bound for keys that stay in memory after the first read, in a store without an index."""
+"""Upper bound in bytes for keys that stay in memory after the first read, without an index."""
 PIECE = 1 << 26
 """Upper bound in bytes for keys, as float32, that are read together by class."""
 SPREAD_BYTES, SPREAD_LEAST = 1 << 28, 8

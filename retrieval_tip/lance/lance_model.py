@@ -45,7 +45,7 @@ MOST_TAKEN = 1 << 29
 MOVED = {"float32": 1e-4, "float16": 4e-3}
 """Tolerance, by dtype, between a stored point and the metric's point of its key."""
 MOST_ORDERED = 1 << 26
-"""Upper bound for keys that are sampled as in a folder, which takes reading all ids: 2 GiB."""
+"""Upper bound for keys that are sampled as in a folder; this reads all ids, 2 GiB."""
 IN_ORDER = [("class_id", "ascending"), ("key_id", "ascending")]
 """Order of the keys in a folder."""
 
@@ -249,7 +249,7 @@ class LanceModel(AnsweringIndex):
             )
 
     def keys_of(self, key_ids: IntArray) -> KeyArray:
-        """Return keys ``[m, d]`` as stored, by existing ids."""
+        """Return the stored keys ``[m, d]`` with these ids, which must exist."""
         some = self.table.of_ids("key_id", key_ids.tolist(), ["key_id", VECTOR])
         found = some["key_id"].to_numpy()
         order = np.argsort(found)

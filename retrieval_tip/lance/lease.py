@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from obstore import UpdateVersion
 
 LEASE = 20.0
-"""Seconds without renewal after which a holder in a bucket counts as dead; it renews four times as often."""
+"""Seconds without renewal after which a holder in a bucket counts as dead; it renews four times in that span."""
 POLL = 0.2
 """Seconds between two looks of a waiting process."""
 NAME = "lease"

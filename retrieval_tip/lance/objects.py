@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATIENT_BYTES, PATIENT_SECONDS = 1 << 20, 120
-"""An object above this size gets this many seconds for an answer, which include sending it."""
+"""Objects above this size get this many seconds for the upload and the answer."""
 
 _NAME = re.compile(r"[A-Za-z0-9_=+@-][A-Za-z0-9._=+@-]*(/[A-Za-z0-9_=+@-][A-Za-z0-9._=+@-]*)*")
 
@@ -87,7 +87,7 @@ class Objects:
         return self._put(name, data, "create") is not None
 
     def replace(self, name: str, data: bytes, version: UpdateVersion | None) -> UpdateVersion | None:
-        """Write an object in a bucket if it still has this version (``None``: does not exist); return its new version.
+        """Write an object in a bucket if it still has this version (``None``: if it is new); return its new version.
 
         Returns ``None`` if it has another version. Of simultaneous writers, at most one gets a version, as with
         :meth:`create`.
@@ -95,7 +95,7 @@ class Objects:
         return self._put(name, data, "create" if version is None else version)
 
     def names(self, folder: str = "") -> list[str]:
-        """Return the sorted names of the objects in a folder, without subfolders; none without the folder."""
+        """Return the sorted names of the objects in a folder, without subfolders; empty if it is missing."""
         return list(self.sizes(folder))
 
     def sizes(self, folder: str = "") -> dict[str, int]:
@@ -221,7 +221,7 @@ class Objects:
         return isinstance(error, FileNotFoundError) and not _is_bucket_missing(str(error))
 
     def _explained(self, what: str, name: str, error: Exception) -> StoreError:
-        """Explain an error in one line: its text has many, and may repeat what a server said about a key."""
+        """Explain an error in one line. Its own text has many, and may hold an access key that a server repeated."""
         text, scheme = str(error), self.address.scheme
 
         def found(pattern: str) -> str:

@@ -335,7 +335,7 @@ class LanceVersions:
     def write(self, wait: float | None = None) -> Iterator[TableWriter]:
         """Write a new version exclusively. Other writers wait up to ``wait`` seconds (:data:`lock.LOCK_WAIT`).
 
-        An exception, or a kill at any moment, leaves the current version. Raises StoreError if the store is locked or
+        An exception, or a kill at any moment, keeps the current version. Raises StoreError if the store is locked or
         not writable.
         """
         self._refuse_others()
@@ -396,12 +396,10 @@ class LanceVersions:
 
     def describe(self) -> dict[str, object]:
         """Return the facts that ``index info`` prints."""
-
-        def read(manifest: Manifest) -> dict[str, object]:
-            counts, table = self.classes(manifest).counts, self.table(manifest)
-            return history.described(self, manifest, self.earlier(manifest), counts, not_indexed=table.unindexed())
-
-        return self.opened(read)
+        manifest, counts, unindexed = self.opened(
+            lambda manifest: (manifest, self.classes(manifest).counts, self.table(manifest).unindexed())
+        )
+        return history.described(self, manifest, self.earlier(manifest), counts, not_indexed=unindexed)
 
     def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
         """Run a SELECT (:func:`folder.query`); table ``labels`` is read into memory, without keys."""
