@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)  # memory, processor seconds, open files
@@ -23,8 +23,3 @@ REFUSED = Counter("retrieval_tip_refused", "Requests refused because the queue w
 VERSION = Gauge("retrieval_tip_index_version", "Version of a served index", ["index"], registry=REGISTRY)
 KEYS = Gauge("retrieval_tip_index_keys", "Keys of a served index", ["index"], registry=REGISTRY)
 RELOADS = Counter("retrieval_tip_reloads", "New versions found", ["index", "outcome"], registry=REGISTRY)
-
-
-def page() -> bytes:
-    """Return all metrics in the text format of Prometheus."""
-    return generate_latest(REGISTRY)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import orjson
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import Response
+from prometheus_client import generate_latest
 
 from retrieval_tip import __version__
 from retrieval_tip.evaluation.projection import Method
@@ -134,7 +135,7 @@ async def health(service: TheService) -> schemas.Health:
 @about.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def prometheus() -> Response:
     """Return metrics in the text format of Prometheus."""
-    return Response(metrics.page(), media_type=TEXT)
+    return Response(generate_latest(metrics.REGISTRY), media_type=TEXT)
 
 
 @reads.get("/indexes")

@@ -11,7 +11,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,6 @@ from retrieval_tip.files import real
 from retrieval_tip.index import places
 from retrieval_tip.retrieval.logits import LOGITS, slices
 from retrieval_tip.server import metrics, schemas
-from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.settings import KeysMet, Precision, Settings, Verify
 from retrieval_tip.store.manifest import Manifest
@@ -127,17 +125,6 @@ class Version:
         pairs = enumerate(zip(cache.class_names, cache.counts, strict=True))
         classes = [schemas.IndexClass(class_id, label, keys) for class_id, (label, keys) in pairs]
         return schemas.WholeIndex(**facts, classes=classes, templates=cache.templates, provenance=cache.provenance)
-
-    def address_of(self, key_id: int) -> str:
-        """Return the path of a shot's thumbnail on this server."""
-        return f"/v1/indexes/{quote(self.name, safe='')}/keys/{key_id}/image"
-
-    def source_of(self, key_id: int) -> str:
-        """Return the source of a key. Raises Problem 404 if there is no such key."""
-        keys = self.cache.find(key_ids=[key_id])
-        if not len(keys):
-            raise Problem(404, f"index {self.name!r} has no key {key_id}")
-        return str(keys["source"][0].as_py())
 
 
 class Backbones:

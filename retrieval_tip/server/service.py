@@ -367,9 +367,10 @@ class Service:
         return await self._in(self._finding, call)
 
     def _pictured(self, version: Version, keys: pa.Table) -> list[dict[str, Any]]:
-        address = version.address_of
+        address = f"/v1/indexes/{quote(version.name, safe='')}/keys"
         return [
-            row | {"image": address(row["key_id"]) if self.picture(row["source"]) else None} for row in keys.to_pylist()
+            row | {"image": f"{address}/{row['key_id']}/image" if self.picture(row["source"]) else None}
+            for row in keys.to_pylist()
         ]
 
     async def map(self, version: Version, method: Method, limit: int) -> schemas.Map:
@@ -432,7 +433,10 @@ class Service:
 
     async def thumbnail(self, version: Version, key_id: int, size: int) -> bytes:
         """Return a thumbnail of a shot as JPEG. Raises Problem 404 if it has no readable image."""
-        path = self.picture(await self._in(self._finding, version.source_of, key_id))
+        keys = await self._in(self._finding, version.cache.find, (), None, [key_id])
+        if not len(keys):
+            raise Problem(404, f"index {version.name!r} has no key {key_id}")
+        path = self.picture(keys["source"][0].as_py())
         if path is None:
             raise Problem(404, f"key {key_id}: its source is not an image on this machine")
         try:

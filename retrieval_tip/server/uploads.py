@@ -85,7 +85,11 @@ async def read_index(request: Request, limits: Limits) -> Sent:
         raise Problem(422, f"name: {len(texts['name'])} given; send one, the name of the new index")
     if len(labels) != len(images):
         raise Problem(422, f"label: {len(labels)} given for {len(images)} images; send one for each image, in order")
-    return Sent(names, images, None, labels, _index(texts["name"][0]))
+    name = _text("name", texts["name"][0]).strip()
+    if not NAME.fullmatch(name):
+        expected = "1 to 64 letters, digits, spaces, dots, hyphens or underscores, a letter first"
+        raise Problem(422, f"name: {name[:64]!r} is not valid; use {expected}")
+    return Sent(names, images, None, labels, name)
 
 
 def _kind(request: Request) -> str:
@@ -191,14 +195,6 @@ def _text(field: str, value: object) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME:
         raise Problem(422, f"{field}: must be text of 1 to {LONGEST_NAME} characters")
     return value.encode("utf-8", "backslashreplace").decode()
-
-
-def _index(value: object) -> str:
-    name = _text("name", value).strip()
-    if not NAME.fullmatch(name):
-        expected = "1 to 64 letters, digits, spaces, dots, hyphens or underscores, a letter first"
-        raise Problem(422, f"name: {name[:64]!r} is not valid; use {expected}")
-    return name
 
 
 def _label(value: object) -> str:
