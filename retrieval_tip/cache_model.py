@@ -691,7 +691,7 @@ def verify(folder: str | os.PathLike[str]) -> CacheModel:
     if cache.sums is not None and not cache.sums.are_of(blocks):
         raise StoreError(f"{place}: sums do not match the keys; run index rebuild, then fit")
     vectors = cache.met
-    if cache.index.by_class:  # recompute the means, which the index may hold damaged
+    if cache.index.by_class:  # recomputed, because the means in the index may be damaged
         vectors = Keys(cache.met, cache.class_ids.numpy(), len(cache.class_names)).means.numpy()
     sample = np.unique(np.linspace(0, len(vectors) - 1, min(len(vectors), 256)).astype(int))
     queries = np.ascontiguousarray(vectors[sample], dtype=np.float32)
