@@ -154,7 +154,7 @@ def test_a_bare_checkpoint_loads_and_says_what_it_assumes(tmp_path, caplog):
         ("local-dir:/no/such/folder", None, BackboneError, ["/no/such/folder"]),
     ],
 )
-def test_what_cannot_be_loaded_is_named_with_the_way_out(model, pretrained, kind, words):
+def test_a_model_that_does_not_load_is_named_with_a_remedy(model, pretrained, kind, words):
     with pytest.raises(kind) as error:
         load_backbone(model, pretrained, device="cpu")
     assert "\n" not in str(error.value)
@@ -199,7 +199,7 @@ def test_a_models_own_code_is_never_run(scheme, claimant, text_cfg, tmp_path, mo
     assert not (folder / "ran").exists()
 
 
-def test_what_others_say_while_a_model_is_opened_is_said(caplog):
+def test_loading_a_model_quietly_keeps_messages_of_other_threads(caplog):
     """Images are named that cannot be read, while a thread that decodes others opens the model."""
     inside, said = threading.Event(), threading.Event()
 

@@ -155,7 +155,7 @@ async def test_who_has_gone_is_not_answered() -> None:
 
 
 @in_a_loop
-async def test_closing_answers_what_was_taken() -> None:
+async def test_closing_answers_accepted_requests() -> None:
     gate = Gate()
     batcher = Batcher("test", gate, most=lambda _: 1, room=10)
     calls = [asyncio.create_task(batcher("a", [i])) for i in range(3)]
@@ -238,7 +238,7 @@ async def test_too_much_before_a_request_is_refused_and_what_goes_first_is_not()
 
 
 @in_a_loop
-async def test_what_is_in_use_or_given_up_leaves_no_trace() -> None:
+async def test_held_and_released_calls_leave_no_trace() -> None:
     calls = Calls()
     pool: FairPool[str] = FairPool("test", threads=4, room=100, held=2)
     with pool.turns(calls.named(*"abcd"), [1] * 4) as turns:
@@ -308,7 +308,7 @@ async def test_what_failed_is_not_kept() -> None:
 
 
 @in_a_loop
-async def test_no_more_is_made_than_there_is_room_for() -> None:
+async def test_no_more_are_made_than_fit() -> None:
     maker = Maker()
     with ThreadPoolExecutor(1) as pool:
         kept: Kept[str, str] = Kept(pool, most=8, room=2)

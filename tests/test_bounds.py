@@ -46,7 +46,7 @@ def test_counts_that_memory_depends_on_are_bounded_in_python_too(name: str, make
             make(value)
 
 
-def test_memory_that_is_not_there_is_refused_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_much_memory_is_refused_with_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "memory", lambda: 24 << 30)
     check_memory(24 << 30, "this", "ask for less")
     with pytest.raises(UsageError, match=r"^this: needs 9\.09 TiB .* 24 GiB .*; ask for less$"):

@@ -106,7 +106,7 @@ def test_text_weights_of_another_length_are_refused(tmp_path, table):
     assert not (tmp_path / "i").exists()
 
 
-def test_building_again_makes_a_version_and_shares_what_is_the_same(table, tmp_path):
+def test_building_again_makes_a_version_and_shares_equal_files(table, tmp_path):
     first, second = build(table, tmp_path / "i"), build(table, tmp_path / "i", beta=2.0)
     assert (first.version, second.version) == (1, 2)
     assert len(list((tmp_path / "i/data").glob("keys-*"))) == 1
@@ -164,7 +164,7 @@ def test_further_columns_of_a_table_of_paths_reach_the_label_store(shared, lit_m
     assert CacheModel.load(tmp_path / "i").labels["iso"].to_pylist() == [100, 200]
 
 
-def test_what_a_source_probably_should_not_be_is_said(tmp_path, caplog):
+def test_suspicious_sources_get_a_warning(tmp_path, caplog):
     rows = np.eye(6, dtype=np.float32)
     one = write_table(tmp_path / "one.parquet", rows[:2], ["cat", "cat"])
     build_index(open_source(one), tmp_path / "1", Encoder(), fit="none", device="cpu")

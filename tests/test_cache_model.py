@@ -423,7 +423,7 @@ BAD_MODELS: dict[str, tuple[dict[str, Any], type[RetrievalTipError], str]] = {
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), BAD_MODELS.values(), ids=BAD_MODELS.keys())
-def test_what_cannot_be_a_model_is_refused_in_one_line(
+def test_bad_arguments_of_a_model_are_refused_in_one_line(
     changes: dict[str, Any], error: type[RetrievalTipError], message: str
 ) -> None:
     with pytest.raises(error, match=message) as caught:
@@ -449,7 +449,7 @@ BAD_CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[RetrievalTipErr
 
 
 @pytest.mark.parametrize(("arguments", "settings_", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS.keys())
-def test_what_cannot_be_asked_is_refused_in_one_line(
+def test_bad_arguments_of_a_call_are_refused_in_one_line(
     arguments: tuple[Any, ...], settings_: dict[str, Any], error: type[RetrievalTipError], message: str
 ) -> None:
     cache = model()
@@ -465,7 +465,7 @@ def test_no_class_is_too_few_to_report() -> None:
 
 
 @pytest.mark.parametrize("k", [None, 16])
-def test_what_overflows_is_said_instead_of_answered(k: int | None) -> None:
+def test_overflow_is_an_error(k: int | None) -> None:
     with pytest.raises(InputError, match=r"^beta 1000: "):
         model(keys=KEYS * 10, beta=1000).logits(QUERIES, k)
     with pytest.raises(InputError, match=r"^alpha 1e\+39, .*overflow"):
@@ -490,7 +490,7 @@ def test_settings_are_checked_where_they_are_kept_too() -> None:
                 Settings(**{name: value})
 
 
-def test_settings_change_by_what_is_given() -> None:
+def test_settings_are_overridden_only_where_given() -> None:
     settings = Settings(alpha=2.0, k=7, tail=False)
     assert settings.override() is settings
     assert settings.override(k="all", beta=None, tail=None) == Settings(alpha=2.0, tail=False)
@@ -554,7 +554,7 @@ def test_adding_to_float16_keys_keeps_them_float16() -> None:
     ],
     ids=["length", "labels", "name", "NaN", "nothing", "sources", "float16", "missing", "all", "too few to train"],
 )
-def test_a_change_that_cannot_be_changes_nothing(
+def test_a_refused_change_changes_nothing(
     act: Callable[[CacheModel], object], error: type[RetrievalTipError], message: str
 ) -> None:
     cache = model(keys=KEYS.astype(np.float16), index="IVF16,Flat")

@@ -267,7 +267,7 @@ def test_no_test_part_is_read(run, shared, tmp_path):
     assert run("calibrate", tmp_path / "i", "--val", path, "--split", "test").exit_code == 2
 
 
-def test_what_a_temperature_cannot_mend_is_said(run, shared, food_index, tmp_path):
+def test_a_warning_tells_what_no_temperature_can_mend(run, shared, food_index, tmp_path):
     folder, _, _ = food_index
     cache = CacheModel.load(folder, device="cpu")
     # the shots themselves: all right, and at an affinity of 1

@@ -102,7 +102,7 @@ def test_models_lists_them(run):
     assert "RN50" in wrong.stderr
 
 
-def test_the_size_is_said_before_weights_are_fetched(online, monkeypatch, caplog):
+def test_the_size_is_printed_before_weights_are_downloaded(online, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "retrieval_tip")
     files = [
         SimpleNamespace(rfilename=name, size=size) for name, size in (("a", 1), (catalogue.WEIGHTS[0], 605 * 10**6))

@@ -245,7 +245,7 @@ def test_one_key_a_class_is_met_too() -> None:
     np.testing.assert_array_equal(met.argmax(1), exact.argmax(1))
 
 
-def test_of_one_class_there_is_nothing_to_choose() -> None:
+def test_a_single_class_is_always_the_answer() -> None:
     case = Case(4, [9], q=4, d=5)
     cache = of_case(case)
     np.testing.assert_allclose(cache.terms(case.f, 2).cache, exact_parts(cache, case.f)[1], rtol=1e-5)
@@ -432,7 +432,7 @@ def test_saved_and_opened_it_answers_the_same(
 
 @pytest.mark.parametrize("change", ["take", "add", "remove", "replace"])
 @pytest.mark.parametrize("index", [*KEPT, "Flat"])
-def test_changed_keys_are_met_as_if_built_anew(
+def test_changed_keys_give_the_answers_of_a_fresh_build(
     index: str, change: str, material: tuple[Array, Array, Array, Array]
 ) -> None:
     array, ids, text, queries = material
@@ -528,7 +528,7 @@ def test_auto_sets_index_and_k(material: tuple[Array, Array, Array, Array]) -> N
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
-def test_precision_is_that_of_all_keys_and_no_part_of_what_is_saved(
+def test_precision_concerns_all_keys_and_is_not_saved(
     precision: str, tmp_path: Path, material: tuple[Array, Array, Array, Array]
 ) -> None:
     array, ids, text, queries = material

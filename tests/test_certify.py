@@ -141,7 +141,7 @@ def test_everything_is_proved_where_nothing_can_change(shared: Path, tail: bool)
 
 @settings(max_examples=examples(100), deadline=None)
 @given(cases(), betas, st.integers(1, 10), st.integers(1, 4), st.booleans())
-def test_empty_slots_do_not_change_what_is_proved(case: Case, beta: float, k: int, slots: int, tail: bool) -> None:
+def test_empty_slots_do_not_change_certificates(case: Case, beta: float, k: int, slots: int, tail: bool) -> None:
     near, ids = case.retrieved(k)
     shape, own = (len(near), slots), Settings(beta=beta, tail=tail)
     terms = tip.Terms(near.new_zeros(len(near), case.c), tip.cache_logits(near, ids, case.c, beta))
@@ -247,7 +247,7 @@ def test_errors_change_a_winner_only_where_it_is_close(c: int, alpha: float, err
     assert c > 1 or not close.any()
 
 
-def test_what_is_far_apart_is_not_uncertain() -> None:
+def test_distant_logits_are_not_uncertain() -> None:
     terms, own = tip.Terms(torch.tensor([[5.0, 1.0, 0.0]]), torch.tensor([[1.0, 2.0, 0.5]])), Settings(alpha=1.0)
     assert not certify.uncertain(terms, own, 0.1).any()  # 6 or 5.9, against 3 or 3.2
     assert certify.uncertain(terms, own, 1.0).all()  # 5 against 5

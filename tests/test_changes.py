@@ -347,7 +347,7 @@ def other(tmp_path: Path) -> Path:
     return tmp_path / "other"
 
 
-def test_what_cannot_be_merged_is_refused_and_changes_nothing(
+def test_a_bad_merge_is_refused_and_changes_nothing(
     run: Any, index: Path, other: Path, pictures: Path, tmp_path: Path
 ) -> None:
     from test_backbone import tiny
@@ -410,7 +410,7 @@ def test_a_condition_that_is_none_or_reaches_further_is_refused(
     assert everything(tmp_path) == before
 
 
-def test_where_nothing_is_to_do_there_is_no_new_version(run: Any, index: Path) -> None:
+def test_a_change_without_effect_makes_no_version(run: Any, index: Path) -> None:
     before = everything(index)
     for command, said in (
         (("relabel", index, "cat", "--where", "label = 'cat'"), "relabelled 0 shots as cat"),
@@ -621,7 +621,7 @@ def test_a_rebuilt_index_is_of_another_type_and_answers_as_before(run: Any, wide
     assert store.history(wide)["change"].to_pylist()[-1] == f"rebuild as {factory} of float32"
 
 
-def test_what_cannot_be_rebuilt_leaves_everything(run: Any, wide: Path) -> None:
+def test_a_failed_rebuild_leaves_everything(run: Any, wide: Path) -> None:
     before = everything(wide)
     for factory in ("Nonsense", "IVF1000,Flat", "L2norm,Flat", ""):
         result = run("index", "rebuild", wide, "--index", factory)
@@ -863,7 +863,7 @@ def counted(*functions: Any) -> Iterator[Counter[str]]:
         sys.setprofile(None)
 
 
-def test_a_manifest_is_parsed_once_and_what_was_just_written_is_not_hashed_again(
+def test_a_manifest_is_parsed_once_and_new_files_are_not_hashed_again(
     run: Any, index: Path, table: Path, text: Path, tmp_path: Path
 ) -> None:
     late = write_table(tmp_path / "late.parquet", unit_rows(2, D, 3), ["dog", "cat"])
@@ -877,7 +877,7 @@ def test_a_manifest_is_parsed_once_and_what_was_just_written_is_not_hashed_again
     assert torch.equal(built.logits(QUERIES), opened(tmp_path / "new").logits(QUERIES))
 
 
-def test_what_is_damaged_since_is_found_by_a_reload_where_the_file_is_new(index: Path) -> None:
+def test_a_reload_finds_damage_in_new_files(index: Path) -> None:
     reader = opened(index)
     changes.remove(index, key_ids=[0])
     flip(index / store.read_manifest(index).files["keys"].name)

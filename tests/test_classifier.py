@@ -99,7 +99,7 @@ def test_features_are_answered_and_raw_ones_refused(clf):
     assert len(clf.cache.classify(2 * keys[:2], norms="keep")) == 2
 
 
-def test_what_cannot_be_read_is_named(place, clf, tmp_path):
+def test_unreadable_photos_are_named(place, clf, tmp_path):
     with pytest.raises(InputError, match=r"gone\.png: no such file$"):
         clf.predict("gone.png")
     (tmp_path / "notes.txt").write_text("no image")
@@ -110,7 +110,7 @@ def test_what_cannot_be_read_is_named(place, clf, tmp_path):
             clf.predict([wrong])
 
 
-def test_answers_are_a_table_for_whoever_reads_arrow(place, clf):
+def test_predictions_are_a_table_for_arrow_readers(place, clf):
     pd = pytest.importorskip("pandas")
     pl = pytest.importorskip("polars")
     answers = clf.predict(place / "new", top=2)

@@ -377,7 +377,7 @@ def test_answers_appear_while_the_rest_is_read(style, run, tmp_path, warm_path):
         "datasets list --format csv", "datasets list --format table", "datasets list --format parquet")], 5),
     ids=str,
 )  # fmt: skip
-def test_a_standard_output_that_is_full_is_said_in_one_line(arguments, unbuffered):
+def test_a_full_standard_output_gives_one_line(arguments, unbuffered):
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "retrieval_tip", *arguments]
         environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}

@@ -163,7 +163,7 @@ def test_training_that_does_not_help_is_not_kept_unless_asked(run, place):
     assert verify(place / "last").provenance["finetune"]["held_out"]["after"] == said["after"]
 
 
-def test_what_is_printed_was_never_trained_on(run, place):
+def test_printed_accuracy_is_of_photos_outside_the_training(run, place):
     """Labels that are drawn can be learnt by heart, and say nothing about other shots."""
     rows = pq.read_table(place / "views.parquet")
     names = sorted(set(rows["id"].to_pylist()))

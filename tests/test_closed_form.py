@@ -306,7 +306,7 @@ def test_shots_choose_the_metric_where_it_helps():
     assert [trial.form for trial in choice.trials] == FORMS
 
 
-def test_words_that_do_not_help_count_little_and_it_is_said():
+def test_unhelpful_text_gets_little_weight_and_a_message():
     keys, ids = clusters(12)
     noise = unit(np.random.default_rng(8).normal(size=(C, D))).astype(np.float32)
     cache = CacheModel.from_features(keys, ids, [str(i) for i in range(C)], noise)
@@ -341,7 +341,7 @@ def test_words_that_are_sure_and_wrong_leave_one_photograph_a_class_to_decide():
     assert cache.settings.alpha / cache.settings.temperature <= closed_form.ONE_SHOT_MOST * 1.0001
 
 
-def test_letters_can_be_fixed_and_what_cannot_be_is_refused():
+def test_settings_can_be_fixed_and_bad_ones_are_refused():
     cache = model()
     closed_form.fit(cache, metric="none", values="one-hot")
     assert (cache.fitted.metric, cache.fitted.values) == ("none", "one-hot")
@@ -391,7 +391,7 @@ def test_an_estimate_is_that_of_a_fit_and_follows_the_labels(form, text):
     assert cache.settings == settings
 
 
-def test_what_cannot_be_judged_has_no_estimate():
+def test_an_index_without_held_out_shots_has_no_estimate():
     nothing = dict.fromkeys(("photos", "words", "both"))
     assert closed_form.estimate(model(shots=1)) == nothing
 

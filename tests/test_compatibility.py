@@ -99,7 +99,7 @@ def test_an_older_store_answers_as_its_folder_and_goes_on(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["solved", "metric"])
-def test_an_older_store_has_what_was_fitted(name: str, tmp_path: Path) -> None:
+def test_an_older_store_keeps_its_fit(name: str, tmp_path: Path) -> None:
     shutil.copytree(INDEXES / "v6" / name, tmp_path / name)
     place, folder = f"lance://{tmp_path / name}", CacheModel.load(INDEXES / "v4" / name, device="cpu")
     assert json.loads((tmp_path / name / "manifests/000001.json").read_text())["format_version"] == 6
@@ -147,7 +147,7 @@ def test_an_index_of_format_2_has_its_segments_and_versions() -> None:
     assert CacheModel.load(INDEXES / "v2" / "plain", device="cpu", version=3).n == 9
 
 
-def test_an_index_of_format_4_has_what_was_fitted() -> None:
+def test_an_index_of_format_4_keeps_its_fit() -> None:
     solved, metric = (CacheModel.load(INDEXES / "v4" / name, device="cpu") for name in ("solved", "metric"))
     assert solved.fitted == Fitted("within", "solved", 0.8, 0.1, 12)
     assert metric.fitted == Fitted("within", "one-hot", 0.5, None, 12)

@@ -22,7 +22,7 @@ def said(kind):
     return [text for step, text in STEPS if step == kind]
 
 
-def test_what_is_copied_is_there_and_not_ignored():
+def test_copied_files_exist_and_are_not_ignored():
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     copied = {name for text in said("COPY") if not text.startswith("--from") for name in text.split()[:-1]}
     assert {"pyproject.toml", "retrieval_tip"} <= copied
@@ -33,7 +33,7 @@ def test_what_is_copied_is_there_and_not_ignored():
     assert needed <= copied
 
 
-def test_what_is_installed_is_what_the_project_asks_for():
+def test_the_installed_packages_are_those_of_the_project():
     runs = " ".join(said("RUN"))
     extras = re.findall(r"'\.\[([^\]]*)\]'", runs)
     assert extras
@@ -45,7 +45,7 @@ def test_what_is_installed_is_what_the_project_asks_for():
         assert f"Programming Language :: Python :: {python}" in PROJECT["classifiers"]
 
 
-def test_it_starts_a_command_that_there_is_without_rights():
+def test_it_starts_an_existing_command_without_privileges():
     (entry,), (typed,) = said("ENTRYPOINT"), said("CMD")
     assert json.loads(entry) == list(PROJECT["scripts"])
     name, *rest = json.loads(typed)

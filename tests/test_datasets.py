@@ -469,7 +469,7 @@ def test_the_datasets_templates_give_way_to_given_ones(run, photographs, tmp_pat
     assert list(CacheModel.load(tmp_path / "text").templates) == []
 
 
-def test_wrong_use_is_said_and_builds_nothing(run, photographs, tmp_path):
+def test_wrong_usage_is_an_error_and_builds_nothing(run, photographs, tmp_path):
     build = ("index", "build", "--fit", "none", photographs, "--out", tmp_path / "a")
     for options, status, message in (
         (("--dataset", "kaltech"), 2, "dataset 'kaltech': unknown; choose from ImageNet, "),

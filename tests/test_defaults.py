@@ -54,7 +54,7 @@ def test_defaults_are_settings_that_float32_holds(form, mean, std):
     assert np.isfinite(np.float32(alpha) * weights * np.float32(1e6)).all()  # a million keys a class
 
 
-def test_what_cannot_be_normalised_is_said():
+def test_settings_without_normalisation_are_an_error():
     assert plain_settings(None, None, "both", None) == (1.0, 5.5)
     with pytest.raises(UsageError, match="at least two classes"):
         plain_settings(2.0, None, "both", None)

@@ -173,7 +173,7 @@ def test_labels_in_several_chunks():
     assert len(set(images_of(chunked).tolist())) == 3
 
 
-def test_beyond_the_budget_a_search_finds_what_is_near_the_fresh_ones():
+def test_beyond_the_budget_a_search_finds_neighbours_of_fresh_keys():
     keys, ids, _ = poisoned(8, n=80, d=16)
     keys = (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32)
     order = np.argsort(ids, kind="stable")

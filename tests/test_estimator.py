@@ -243,7 +243,7 @@ def test_partial_fit_needs_to_know_the_classes() -> None:
 
 
 @pytest.mark.parametrize("index", ["Flat", "HNSW8", "SQ8"])
-def test_kneighbors_are_sorted_and_rows_of_what_was_fitted(index: str) -> None:
+def test_kneighbors_are_sorted_rows_of_the_training_data(index: str) -> None:
     made = classifier(index=index).fit(X, Y)
     affinity, rows = made.kneighbors(QUERIES, n_neighbors=10)
     assert (affinity.shape, affinity.dtype, rows.shape, rows.dtype) == ((40, 10), np.float32, (40, 10), np.int64)
@@ -316,7 +316,7 @@ def test_the_cache_behind_it_can_be_saved(tmp_path: Path) -> None:
     ],
     ids=lambda value: "" if isinstance(value, type | str) else next(iter(value)),
 )
-def test_what_cannot_work_is_said(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_parameters_are_an_error(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     made = classifier(**changes)  # the constructor takes anything, as scikit-learn demands
     with pytest.raises(error, match=message):
         made.fit(X, Y)

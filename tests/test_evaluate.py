@@ -104,7 +104,7 @@ def test_the_tail_is_used_where_it_is_asked_for(source: Source) -> None:
     assert replace(everything, settings=everything.settings.override(k="all")) == evaluate(cache, source, Encoder())
 
 
-def test_without_text_there_is_no_zero_shot(source: Source) -> None:
+def test_without_text_zero_shot_is_missing(source: Source) -> None:
     found = evaluate(model(text_weights=None), source, Encoder())
     assert found.zero_shot_top1 is None
     assert found.top1 == found.cache_top1 == pytest.approx((expected()[2].argmax(1) == TRUTH).mean())

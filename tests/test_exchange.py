@@ -112,7 +112,7 @@ def test_square_keys_are_told_apart_by_their_norms_or_refused(tmp_path):
         refused(folder, "keys_16shots.pt")
 
 
-def test_what_is_imported_is_one_cache(tmp_path):
+def test_an_import_is_one_cache(tmp_path):
     research(tmp_path / "c")
     research(tmp_path / "c", shots=4)
     refused(tmp_path / "c", "keys_16shots.pt, keys_4shots.pt", UsageError)
@@ -215,7 +215,7 @@ def test_odd_names_work(tmp_path, name):
 
 
 @pytest.mark.parametrize("where", ["no/such/folder/t.parquet", "folder", "file/t.parquet", "y" * 300])
-def test_places_that_cannot_be_written_are_one_line(tmp_path, where):
+def test_unwritable_places_give_one_line(tmp_path, where):
     research(tmp_path / "c")
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
@@ -300,7 +300,7 @@ def rebuilt(cache: CacheModel, tmp_path: Path, **options: Any) -> CacheModel:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_an_index_built_from_what_was_exported_is_the_same(tmp_path, dtype):
+def test_an_index_built_from_an_export_is_the_same(tmp_path, dtype):
     cache = cache_of(dtype=dtype, sources=[f"s{i % 5}" for i in range(40)])  # which repeat
     cache = replace(cache, labels=cache.labels.append_column("camera", pa.array([f"c{i}" for i in range(40)])))
     built = rebuilt(cache, tmp_path, dtype=dtype)
@@ -367,7 +367,7 @@ def test_an_index_without_text_has_none_to_export(tmp_path):
     np.testing.assert_allclose(weights, cache.text_weights.numpy(), atol=1e-7)
 
 
-def test_what_was_imported_and_built_answers_as_the_research_code(tmp_path):
+def test_an_imported_cache_answers_as_the_research_code(tmp_path):
     research(tmp_path / "c", n=30, d=8, c=3, dtype=torch.float32)
     import_table(tmp_path / "c", tmp_path / "t.parquet")
     cache = build_index(open_source(tmp_path / "t.parquet"), tmp_path / "i", Encoder(), alpha=1.5, beta=4.0)

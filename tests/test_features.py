@@ -240,7 +240,7 @@ def test_another_backbone_or_precision_encodes_again(
 
 
 @pytest.mark.parametrize(("views", "seed", "fresh"), [(3, 1, 0), (2, 1, 0), (4, 1, 12), (3, 2, 36), (1, 1, 12)])
-def test_other_views_or_another_seed_encode_what_is_new(
+def test_other_views_or_another_seed_encode_only_new_views(
     folder: Path, tmp_path: Path, views: int, seed: int, fresh: int
 ) -> None:
     source = source_of(folder)
@@ -274,7 +274,7 @@ def test_equal_contents_are_encoded_once_a_batch(folder: Path) -> None:
     assert block.digests[4] == hashlib.sha256((folder / "04.png").read_bytes()).hexdigest()
 
 
-def test_an_image_that_cannot_be_read_is_named_and_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreadable_image_is_named_and_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "05.png").write_bytes(b"garbage")
     (folder / "07.png").unlink()
     (folder / "gone.png").symlink_to("nowhere")
@@ -300,7 +300,7 @@ def test_no_readable_image_at_all_is_an_error(tmp_path: Path) -> None:
         all_of(Encoder(Fake()), of_images([str(tmp_path / "a.png"), str(tmp_path / "b.png")]))
 
 
-def test_a_feature_without_direction_is_an_image_that_cannot_be_used(folder: Path) -> None:
+def test_an_image_without_a_usable_feature_is_skipped(folder: Path) -> None:
     class Broken(Fake):
         def encode_images(self, pixels: torch.Tensor) -> np.ndarray:
             raw = super().encode_images(pixels)
@@ -313,7 +313,7 @@ def test_a_feature_without_direction_is_an_image_that_cannot_be_used(folder: Pat
     assert "not finite" in encoder.skipped[0].reason
 
 
-def test_whoever_stops_early_leaves_nothing_running(folder: Path) -> None:
+def test_stopping_early_leaves_nothing_running(folder: Path) -> None:
     backbone = Fake()
     blocks = Encoder(backbone, batch_size=1, workers=2).blocks(source_of(folder))
     next(blocks)
@@ -324,7 +324,7 @@ def test_whoever_stops_early_leaves_nothing_running(folder: Path) -> None:
 @pytest.mark.parametrize(
     "wrong", [{"views": 0}, {"batch_size": 0}, {"workers": 0}, {"batch_size": -1}, {"norms": "sometimes"}]
 )
-def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
+def test_bad_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         Encoder(Fake(), **wrong)
 
@@ -412,7 +412,7 @@ def test_damage_that_is_met_while_writing_is_put_aside(folder: Path, tmp_path: P
     assert backbone.batches == []
 
 
-def test_a_cache_that_cannot_be_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_an_unusable_cache_is_refused_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "d/encodings.sqlite").mkdir(parents=True)
     (tmp_path / "p").mkdir()
@@ -422,7 +422,7 @@ def test_a_cache_that_cannot_be_is_refused_with_the_way_out(tmp_path: Path) -> N
             EncodingCache(place)
 
 
-def test_a_default_cache_that_cannot_be_is_said_and_done_without(
+def test_an_unusable_default_cache_gives_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("x")
@@ -683,7 +683,7 @@ def test_a_table_knows_its_backbone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"{}", b"\xff", b'{"model": 1}', b"[" * 100_000])
-def test_backbone_metadata_that_cannot_be_read_is_refused(tmp_path: Path, raw: bytes) -> None:
+def test_unreadable_backbone_metadata_is_refused(tmp_path: Path, raw: bytes) -> None:
     with pytest.raises(InputError, match=r"t\.parquet: its backbone metadata cannot be read"):
         table_identity(with_identity(tmp_path / "t.parquet", raw))
 
@@ -707,7 +707,7 @@ def test_a_table_of_another_backbone_is_refused(tmp_path: Path) -> None:
 # -- encode --
 
 
-def test_an_encoded_table_holds_what_was_encoded(folder: Path, tmp_path: Path) -> None:
+def test_an_encoded_table_holds_the_features(folder: Path, tmp_path: Path) -> None:
     lines = "".join(f"images/{n:02}.png,{'even' if n % 2 == 0 else 'odd'},note {n}\n" for n in range(12))
     (tmp_path / "list.csv").write_text(f"path,label,note\n{lines}")
     out = tmp_path / "caf\udce9.parquet"  # not UTF-8
@@ -733,7 +733,7 @@ def test_encoding_a_table_again_keeps_it(folder: Path, tmp_path: Path) -> None:
     assert one.equals(two, check_metadata=True)
 
 
-def test_what_cannot_be_read_leaves_no_row(folder: Path, tmp_path: Path) -> None:
+def test_unreadable_images_get_no_row(folder: Path, tmp_path: Path) -> None:
     (folder / "03.png").write_bytes(b"")
     encoder = Encoder(Fake())
     assert encode_table(source_of(folder), tmp_path / "o.parquet", encoder) == 11
@@ -782,7 +782,7 @@ def test_a_failure_leaves_the_folder_as_it_was(folder: Path, tmp_path: Path, exi
         assert {path: path.read_bytes() for path in place.iterdir()} == before
 
 
-def test_a_place_that_cannot_be_written_is_named(folder: Path, tmp_path: Path) -> None:
+def test_an_unwritable_place_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder.parquet").mkdir()
     os.mkfifo(tmp_path / "pipe.parquet")

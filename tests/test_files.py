@@ -31,7 +31,7 @@ MAKERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("what", MAKERS)
-def test_what_is_no_file_is_named_and_never_waited_for(tmp_path: Path, what: str) -> None:
+def test_other_kinds_of_file_are_named_without_waiting(tmp_path: Path, what: str) -> None:
     make, word = MAKERS[what]
     path = tmp_path / "x\n.png"
     make(path)

@@ -532,7 +532,7 @@ def test_shots_and_validation_images_have_to_be_of_the_index(shots: Source, tmp_
         ({"train": ("visual",)}, "views"),
     ],
 )
-def test_recipes_that_cannot_be_are_refused_in_one_line(changes: dict[str, Any], named: str) -> None:
+def test_bad_recipes_are_refused_in_one_line(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=f"^{named}") as error:
         Recipe(**changes)
     assert "\n" not in str(error.value)

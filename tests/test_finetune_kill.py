@@ -249,7 +249,7 @@ def test_a_damaged_or_foreign_checkpoint_is_named(resumed: dict[str, Any]) -> No
         place.rmdir() if place.is_dir() else place.unlink()
 
 
-def test_a_checkpoint_that_cannot_be_written_is_named(resumed: dict[str, Any], tmp_path: Path) -> None:
+def test_an_unwritable_checkpoint_is_named(resumed: dict[str, Any], tmp_path: Path) -> None:
     place = tmp_path / "missing" / "x"
     with pytest.raises(InputError, match=f"^{place}: "):
         finetune.finetune(**resumed | {"checkpoint": place})

@@ -184,7 +184,7 @@ COPIES = [*itertools.product(LETTERS, KINDS), ("solved", "s3"), ("metric", "s3")
 
 
 @pytest.mark.parametrize(("name", "to"), few(COPIES, 4))
-def test_a_copy_has_what_was_fitted(run, built, name, to, tmp_path):
+def test_a_copy_keeps_the_fit(run, built, name, to, tmp_path):
     for kind in KINDS:
         out = made(tmp_path, to, f"{kind}-copy")
         done(run("index", "clone", built[name, kind], out))
@@ -277,7 +277,7 @@ def test_another_beta_for_one_call_is_warned_of_once(run, built, tmp_path):
 
 
 @pytest.mark.parametrize("name", LETTERS)
-def test_what_is_derived_of_the_keys_is_made_again_for_another_dtype(built, name, tmp_path):
+def test_derived_arrays_are_recomputed_for_another_dtype(built, name, tmp_path):
     for kind in KINDS:
         place = copied(tmp_path, kind, built[name, kind], kind)
         for dtype in (np.float16, np.float32):

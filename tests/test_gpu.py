@@ -276,7 +276,7 @@ def test_all_keys_are_what_auto_prefers_on_a_gpu_up_to_what_fits(monkeypatch) ->
     assert keys_module.auto_for((20_000_000, 512), np.dtype("float16"), 1000, "cuda") == ("Flat", None)
 
 
-def test_keys_are_halved_on_a_gpu_only_where_there_is_room_for_them(monkeypatch) -> None:
+def test_keys_are_halved_on_a_gpu_only_if_they_fit(monkeypatch) -> None:
     keys = Keys(np.ones((5000, 1024), np.float32), np.zeros(5000, dtype=np.int64), 1, precision="auto")
     keys.device = "cuda"
     monkeypatch.setattr(keys_module, "room_on", lambda _: 4 * 5000 * 1024 - 2)

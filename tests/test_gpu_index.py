@@ -133,7 +133,7 @@ def test_a_product_in_parts_is_that_of_all() -> None:
     assert Product(torch.from_numpy(KEYS)).search(torch.empty(0, 16), 4)[1].shape == (0, 4)
 
 
-def test_one_gpu_holds_what_fits_in_half_of_what_is_free(gpus) -> None:
+def test_one_gpu_holds_an_index_that_fits_in_half_its_free_memory(gpus) -> None:
     fake = gpus(2, free=2 * SIZE)
     VectorIndex.build(KEYS, "IVF4,Flat", "auto").search(QUERIES, 1)
     [(where, number, options, _)] = fake.copies
@@ -198,7 +198,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
         (1 << 30, 0, "cuda", "", "FAISS finds no GPU"),
     ],
 )
-def test_where_the_cpu_searches_for_a_gpu_it_is_said_once(
+def test_a_search_on_the_cpu_for_a_gpu_warns_once(
     gpus, caplog, free: int, number: int, device: str, fails: str, told: str
 ) -> None:
     gpus(number, free).fails = fails
@@ -226,7 +226,7 @@ def test_more_keys_than_faiss_finds_there_are_searched_for_on_the_cpu_which_is_s
     assert said(caplog) == ["FAISS finds at most 6 keys on a GPU; searching on the CPU for more"]
 
 
-def test_memory_that_faiss_lacks_on_a_gpu_is_what_is_said(gpus) -> None:
+def test_missing_gpu_memory_is_reported(gpus) -> None:
     gpus()
     index = VectorIndex.build(KEYS, "IVF4,Flat", "cuda")
 

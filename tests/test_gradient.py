@@ -75,7 +75,7 @@ def test_forward_and_gradient_are_those_of_the_plain_formula(case: Case, beta: f
 
 
 @pytest.mark.parametrize("wanted", ["features", "keys", "values"])
-def test_only_what_is_asked_for_gets_a_gradient(wanted: str) -> None:
+def test_only_requested_tensors_get_a_gradient(wanted: str) -> None:
     case = Case(2, [3, 5], q=4, d=3)
     over = AllKeys(case.K.clone(), case.ids, case.c, 2.0, case.V.clone(), block=3)
     asked = {name: name == wanted for name in ("features", "keys", "values")}

@@ -401,7 +401,7 @@ def test_other_formats_are_never_reduced(style: str) -> None:
     assert np.array_equal(np.asarray(decode(data, 20)), pixels(data))
 
 
-def test_what_is_no_jpeg_is_not_reducible_and_a_cut_one_is_named() -> None:
+def test_only_jpegs_are_reducible_and_a_truncated_one_is_named() -> None:
     data = encoded(smooth(320, 240), "JPEG")
     for wrong in (b"", b"\xff\xd8", b"\xff\xd8\xff" + b"garbage" * 100, data[:20]):
         assert not images.reducible(wrong, 20)

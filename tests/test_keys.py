@@ -358,9 +358,7 @@ def test_rows_of_classes_are_exactly_the_keys_of_those_met(given_: tuple[Case, A
 
 @settings(max_examples=examples(40), deadline=None)
 @given(small_cases, st.integers(0, 7), st.integers(1, 60))
-def test_affinities_to_keys_of_ones_own_are_those_of_numpy_and_0_where_there_is_none(
-    case: Case, k: int, gathered: int
-) -> None:
+def test_affinities_to_chosen_keys_match_numpy_and_are_0_in_empty_slots(case: Case, k: int, gathered: int) -> None:
     rows = case.rng.integers(-1, len(case.ids), size=(len(case.f), k))
     with blocks(3, 3, gathered):
         found = case.keys().affinity(case.features, torch.from_numpy(rows))

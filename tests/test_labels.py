@@ -178,7 +178,7 @@ def test_a_file_of_too_many_predictions_is_refused(tmp_path: Path, style: str, m
         read_predictions(path)
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_other_kinds_of_file_are_refused(tmp_path: Path) -> None:
     for path, reason in [
         (tmp_path, "not a file"),
         (tmp_path / "x\ny", "no such file"),
@@ -211,7 +211,7 @@ def test_versions_as_a_table() -> None:
      ("2026-01-02", 0), ("", None), ("yesterday", None), ("0001-01-01T00:00:00+23:00", None),
      ("9999-12-31T23:59:59-23:00", None), (None, None), ("\x00", None), (5, None)],
 )  # fmt: skip
-def test_what_is_no_time_is_null(text: object, hour: int | None) -> None:
+def test_an_invalid_time_is_null(text: object, hour: int | None) -> None:
     (found,) = versions_table([{"version": 1, "created_at": text}])["created_at"].to_pylist()
     assert (found and found.hour) == hour
 

@@ -299,7 +299,7 @@ def test_a_holder_that_is_cut_off_lost_it(bucket: str, monkeypatch: pytest.Monke
                 own()
 
 
-def test_a_service_that_cannot_be_asked_is_an_error_for_all(bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_unreachable_service_is_an_error_for_all(bucket: str, monkeypatch: pytest.MonkeyPatch):
     objects = at(bucket)
 
     def cut(name: str, most: int | None = None) -> tuple[bytes, UpdateVersion]:

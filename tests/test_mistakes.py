@@ -187,7 +187,7 @@ def test_help_has_sections_a_summary_and_two_examples_that_work():
             assert ctx.args == []
 
 
-def test_help_folds_what_is_rare(run):
+def test_help_folds_rare_options(run):
     short, long = run("classify", "--help").stdout, run("classify", "--help-all").stdout
     assert "Answers:" in short
     assert "--workers" in short

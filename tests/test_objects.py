@@ -94,7 +94,7 @@ def test_an_address_has_one_text(text: str, canonical: str):
         ("s3://bucket/x?secret=hunter2", "remove the query"),
     ],
 )
-def test_what_cannot_be_an_address_is_refused_in_one_line(text: str, says: str):
+def test_a_bad_address_is_refused_in_one_line(text: str, says: str):
     with pytest.raises(UsageError) as caught:
         Address.parse(text)
     message = str(caught.value)
@@ -137,7 +137,7 @@ def test_a_local_address_for_lancedb_is_absolute(tmp_path: Path, monkeypatch: py
 # -------------------------------------------------------------------------------------------------------- the contract
 
 
-def test_what_is_written_is_read(place: str):
+def test_written_objects_are_read_back(place: str):
     store = at(place)
     assert store.names() == store.names("a") == []
     store.put("a/x", b"one")
@@ -154,7 +154,7 @@ def test_what_is_written_is_read(place: str):
     assert store.names("z") == []
 
 
-def test_what_is_not_there_is_said_so(place: str):
+def test_a_missing_object_is_reported(place: str):
     store = at(place)
     for name in ("x", "a/x"):
         with pytest.raises(FileNotFoundError):
@@ -284,7 +284,7 @@ def test_on_a_disk_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_without_obstore_it_is_said_how_to_get_it(tmp_path: Path, no_obstore: None):
+def test_without_obstore_the_error_tells_how_to_install_it(tmp_path: Path, no_obstore: None):
     for text in (f"lance://{tmp_path}/x", "s3://bucket/x", "gs://bucket/x"):
         with pytest.raises(UsageError) as caught:
             at(text)
@@ -396,7 +396,7 @@ def test_what_a_service_refuses(status: int, code: str, says: str, monkeypatch: 
         ("AWS_ENDPOINT_URL_S3", f"http://u:{buckets.SECRET}@h", "AWS_ENDPOINT_URL_S3 is not a server address"),
     ],
 )
-def test_an_environment_that_cannot_be_used(name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_unusable_environment_is_an_error(name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch):
     buckets.use(monkeypatch, CLOSED)
     monkeypatch.setenv(name, value)
     address = parsed("s3://bucket/x")

@@ -96,7 +96,7 @@ def test_an_index_that_retrieves_is_refused_unless_it_is_to_meet_all_keys(tmp_pa
     )
 
 
-def test_what_is_too_large_is_refused_before_it_is_written(tmp_path, monkeypatch):
+def test_too_large_objects_are_refused_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr("retrieval_tip.index.onnx_graph.LARGEST", 100)
     with pytest.raises(UsageError, match="ONNX holds 2 GB"):
         export_onnx(index(), tmp_path / "i.onnx")

@@ -61,7 +61,7 @@ def test_no_request_makes_the_server_fail(api: schemathesis.BaseSchema, path: st
     ask()
 
 
-def test_the_description_says_what_is_needed() -> None:
+def test_the_description_states_requirements() -> None:
     assert {path for path, _ in OPERATIONS} >= {"/v1/classify", "/v1/indexes/{name}/keys", "/healthz", "/metrics"}
     for path, method in OPERATIONS:
         operation = DESCRIBED["paths"][path][method]

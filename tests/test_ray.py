@@ -81,7 +81,7 @@ def test_actors_share_the_cpus_or_have_a_gpu_each(nodes, device, expected):
         (("--out", "x", "--engine", "ray"), "pip install"),
     ],
 )
-def test_what_cannot_run_is_refused(run, monkeypatch, tmp_path, arguments, named):
+def test_a_bad_run_is_refused(run, monkeypatch, tmp_path, arguments, named):
     monkeypatch.chdir(tmp_path)
     if named == "pip install":
         monkeypatch.setitem(sys.modules, "ray", None)

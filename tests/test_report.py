@@ -594,7 +594,7 @@ def test_a_test_of_one_class(labels, tmp_path):
     assert (said in page.first("header").text) == (len(labels) == 3)
 
 
-def test_what_cannot_be_drawn_says_why(tmp_path, monkeypatch):
+def test_a_missing_diagram_says_why(tmp_path, monkeypatch):
     table = write_table(tmp_path / "one.parquet", unit_rows(3, 8), ["a", "a", "b"])
     done("-q", "index", "build", "--fit", "none", table, "--out", tmp_path / "one")
     page = reported(tmp_path, tmp_path / "one", table)
@@ -691,7 +691,7 @@ def test_after_a_failure_nothing_was_written(tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_missing_matplotlib_is_said_before_any_work(tmp_path, no_matplotlib):
+def test_a_missing_matplotlib_is_reported_before_any_work(tmp_path, no_matplotlib):
     refused = done("report", tmp_path / "none", "--test", tmp_path / "none", "--out", tmp_path / "r.html", status=2)
     assert "a report needs matplotlib: pip install 'retrieval-tip[plot]'" in refused.stderr
 

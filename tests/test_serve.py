@@ -167,7 +167,7 @@ def test_a_server_for_this_machine_answers_to_its_own_names_only(served: tuple[s
     assert "--allow-host evil.example" in httpx.get(address, headers={"Host": others[0]}).json()["detail"]
 
 
-def test_what_is_slow_to_come_is_given_up(random_things: Path, warm_path: str) -> None:
+def test_slow_requests_are_dropped(random_things: Path, warm_path: str) -> None:
     with server(random_things, "--timeout", 1, path=warm_path) as (address, _):
         asking = connection(address)
         asking.putrequest("POST", "/v1/classify")
@@ -251,7 +251,7 @@ def test_a_body_that_turns_out_malformed_is_no_error_of_the_server(
     assert "Exception in ASGI" not in caplog.text
 
 
-def test_what_is_promised_takes_no_room(random_things: Path) -> None:
+def test_an_announced_size_takes_no_memory(random_things: Path) -> None:
     """What has come of a body does, for a while."""
     served = open_all([random_things], "cpu", "float32", "fast")
     length = b"Connection: close\r\nContent-Length: %d\r\n\r\n"
@@ -296,7 +296,7 @@ def test_who_leaves_before_the_answer_makes_no_error(random_things: Path, caplog
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
-def test_a_change_by_the_command_line_is_followed_and_the_end_finishes_what_was_taken(
+def test_a_change_by_the_command_line_is_followed_and_shutdown_finishes_requests(
     things: Path, photo: tuple[Path, str], tmp_path: Path, run: Callable[..., Result], warm_path: str
 ) -> None:
     own = shutil.copytree(things, tmp_path / "own")
@@ -359,7 +359,7 @@ def test_clients_see_no_error_while_the_index_changes(random_things: Path, tmp_p
     assert versions >= {number + 2 for number in range(CHANGES)}
 
 
-def test_what_cannot_be_served_is_said(things: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
+def test_an_index_that_cannot_be_served_is_an_error(things: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = run("serve", things, "--port", taken.getsockname()[1])
         assert result.exit_code == 2

@@ -699,7 +699,7 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("what", UNUSABLE)
-def test_features_that_cannot_be_used_are_refused(both: Client, what: str) -> None:
+def test_bad_features_are_refused(both: Client, what: str) -> None:
     status, body = UNUSABLE[what]
     answer = both.post("/v1/classify?index=food", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == status, answer.text
@@ -726,7 +726,7 @@ def test_a_long_text_among_features_takes_no_memory() -> None:
     assert peak < 16 << 20
 
 
-def test_long_json_is_parsed_beside_what_is_answered(both: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_json_is_parsed_while_other_requests_are_answered(both: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = []
     real = uploads_module._json
 

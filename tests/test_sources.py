@@ -70,7 +70,7 @@ def test_classes_are_the_folders_in_name_order(tmp_path: Path) -> None:
     assert len(source) == 5
 
 
-def test_what_is_left_out_of_a_folder_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_files_of_a_folder_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     touch(tmp_path, "cat/a.png", "cat/b.cr2", "cat/deep/c.CR2", "cat/d.mp4", "empty/readme.txt", "stray.png")
     source = open_source(tmp_path)
     assert source.class_names == ("cat",)
@@ -353,7 +353,7 @@ def test_blanks_are_missing_and_counted(tmp_path: Path, rows: str, words: str) -
         (b'path,label\n"x.png,cat\n', []),
     ],
 )
-def test_a_table_that_cannot_be_is_refused(tmp_path: Path, text: bytes, words: Sequence[str]) -> None:
+def test_a_bad_table_is_refused(tmp_path: Path, text: bytes, words: Sequence[str]) -> None:
     refused(write(tmp_path / "t.csv", text), *words)
 
 
@@ -437,7 +437,7 @@ def test_a_feature_table_is_told_by_its_column(tmp_path: Path) -> None:
     assert source.items.column_names == ["source", "label", "who", "path", "feature.note"]
 
 
-def test_parquet_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_bad_parquet_is_refused(tmp_path: Path) -> None:
     bad_text = pa.Array.from_buffers(
         pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe")]
     )
@@ -540,7 +540,7 @@ def test_an_entry_of_another_shape_is_named(tmp_path: Path, entry: object) -> No
         ('{"train": [["a.png", %s, "x"]]}' % ("9" * 5000), ["not JSON"]),
     ],
 )
-def test_a_split_that_cannot_be_is_refused(tmp_path: Path, text: str | bytes, words: list[str]) -> None:
+def test_a_bad_split_is_refused(tmp_path: Path, text: str | bytes, words: list[str]) -> None:
     touch(tmp_path, "a.png")
     refused(write(tmp_path / "s.json", text), *words)
 
@@ -556,7 +556,7 @@ def test_a_split_that_cannot_be_is_refused(tmp_path: Path, text: str | bytes, wo
         ("p.csv", "not a file"), ("p.parquet", "not a file"), ("p.json", "not a file"),  # pipes
     ],
 )  # fmt: skip
-def test_what_is_no_source_is_told_why(tmp_path: Path, name: str, words: str) -> None:
+def test_a_bad_source_is_told_why(tmp_path: Path, name: str, words: str) -> None:
     touch(tmp_path, "x.png", "a.zip", "x.txt", "x")
     if name.startswith("p."):
         os.mkfifo(tmp_path / name)
@@ -640,7 +640,7 @@ def test_a_glob_or_folder_without_images_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gone.png", "gone.csv", "x" * 5000, "a\0b.png", "\udcff.png", "\ud800"])
-def test_an_image_that_is_not_there_is_left_to_whoever_reads_it(name: str) -> None:
+def test_a_missing_image_is_left_to_the_reader(name: str) -> None:
     (source,) = opened([name])
     assert source.paths == (name,)
     assert source.sources == [show(name)]

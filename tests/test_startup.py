@@ -135,7 +135,7 @@ def test_classify_of_a_cached_image_imports_no_model(run, of_pictures, pictures,
 # nothing is answered unchecked
 
 
-def test_nothing_is_said_at_the_end_of_a_process_that_loaded_a_model(of_pictures, pictures):
+def test_a_process_that_loaded_a_model_ends_silently(of_pictures, pictures):
     """A library that torchvision brings (triton) reports what is not taken down at exit."""
     command = [sys.executable, "-m", "retrieval_tip", "-q", "classify", of_pictures, next(pictures.rglob("*.png"))]
     command += ["--no-cache", "--runtime", "torch"]

@@ -298,7 +298,7 @@ def nested(depth: int) -> bytes:
     ],
     ids=lambda raw: f"{raw[:44]!r}",
 )  # fmt: skip
-def test_what_is_no_manifest_is_refused(index: Path, raw: bytes) -> None:
+def test_a_bad_manifest_is_refused(index: Path, raw: bytes) -> None:
     (index / "manifest.json").write_bytes(raw)
     for opened in (CacheModel.load, verify, store.describe):
         with pytest.raises(StoreError) as error:
@@ -448,7 +448,7 @@ def test_a_damaged_earlier_manifest_keeps_everything_until_it_is_gone(
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
-def test_a_manifest_that_cannot_be_looked_at_is_not_written_over_with_a_first_version(
+def test_an_unreadable_manifest_is_not_overwritten_by_a_first_version(
     index: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     before, real = snapshot(index), os.stat

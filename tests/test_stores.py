@@ -591,7 +591,7 @@ def versions_of(pets):
     return dict(zip(labels["key_id"].to_pylist(), labels["version"].to_pylist(), strict=True))
 
 
-def test_a_rebuild_writes_the_same_rows_anew_also_in_another_dtype(beside):
+def test_a_rebuild_writes_the_same_rows_again_in_any_dtype(beside):
     beside.add(unit_rows(3, D, 30), ["cat"] * 3)
     changes.remove(beside.place, key_ids=[0])
     beside.truth.remove(0)
@@ -633,7 +633,7 @@ def test_history_goes_on_when_it_goes_back(pets):
     assert pets.store.manifest(2).n == 62
 
 
-def test_what_is_given_up_is_gone_and_the_rest_is_whole(pets):
+def test_dropped_versions_are_gone_and_the_rest_is_whole(pets):
     old = pets.open()
     pets.add(unit_rows(2, D, 20), ["cat", "cat"])
     changes.relabel(pets.place, BARE, key_ids=[1, 2])
@@ -825,7 +825,7 @@ def test_two_writers_at_once_lose_nothing(pets, monkeypatch):
     assert pets.store.history()["version"].to_pylist() == list(range(1, 2 + 2 * times))
 
 
-def test_a_second_writer_is_told_that_there_is_one(pets):
+def test_a_second_writer_is_told_about_the_first(pets):
     with pets.store.change() as change:
         said(lambda: changes.configure(pets.place, k=3), "is being written")
         assert change.what == ""
@@ -865,7 +865,7 @@ def test_who_lost_the_right_to_write_gives_up_nothing_that_another_needs(in_buck
     assert in_bucket.store.history()["version"].to_pylist() == [1, 2, 3]
 
 
-def test_a_version_whose_parts_another_gave_up_is_none(in_bucket, monkeypatch):
+def test_a_version_without_its_parts_does_not_count(in_bucket, monkeypatch):
     """Stopped right before it created the manifest: until then nobody could know that its parts are needed."""
     more, real = in_bucket.table(unit_rows(2, D, 20), ["cat", "cat"]), Objects.create
 
@@ -955,7 +955,7 @@ def test_a_folder_is_no_table_and_a_table_no_folder(tmp_path, base):
 
 
 @pytest.mark.parametrize("kind", TRIED)
-def test_where_there_is_nothing_nothing_is_made(kind, tmp_path, base):
+def test_reading_a_missing_store_creates_nothing(kind, tmp_path, base):
     place = made(tmp_path, kind, "nowhere")
     calls = (
         lambda: stores.at(place).load(device="cpu"), lambda: stores.at(place).verify(),
@@ -983,7 +983,7 @@ def newer(data):
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
 @pytest.mark.parametrize("part", ["manifests", "data", "keys.lance/_versions", "keys.lance/data"])
-def test_what_is_damaged_or_missing_is_named(beside, part, damage):
+def test_damaged_and_missing_files_are_named(beside, part, damage):
     changes.configure(beside.place, k=3)
     moved = copied(beside.tables, beside.kind, beside.place, "moved")  # the engine has no copy of this one in memory
     names = [name for name in everything(moved) if name.startswith(f"{part}/") and "hint" not in name]

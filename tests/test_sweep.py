@@ -151,7 +151,7 @@ def test_intervals_are_students():
     assert sweep.summary(many)[0]["half"] == pytest.approx(1.96 * np.std(np.arange(20) / 100, ddof=1) / np.sqrt(20))
 
 
-def test_what_cannot_be_run_is_refused(pool, test_items, tmp_path):
+def test_a_bad_sweep_is_refused(pool, test_items, tmp_path):
     for options in ({"methods": ["x"]}, {"protocol": "x"}, {"protocol": "paper"}):
         with pytest.raises(UsageError):
             rows_of(pool, test_items, tmp_path / "r.parquet", **options)

@@ -110,7 +110,7 @@ def test_photographs_and_tars_in_a_bucket_are_sources(run, world, model, tmp_pat
     assert (done.exit_code, "written with --engine ray" in done.stderr) == (2, True)
 
 
-def test_what_is_wrong_in_a_tar_is_said_and_the_rest_is_used(run, shared, model, tmp_path):
+def test_faults_in_a_tar_are_reported_and_the_rest_is_used(run, shared, model, tmp_path):
     shots = list(members(photographs(shared, "train", 2, 2)))
     path = tar(tmp_path / "t.tar", [*shots, ("lonely.jpg", jpeg())])
     whole = path.read_bytes()
@@ -170,7 +170,7 @@ def test_many_tars_are_open_a_few_at_a_time_and_closed(tmp_path):
         assert len(held) <= tars.HELD
 
 
-def test_another_tar_in_the_place_of_one_is_read_anew(tmp_path):
+def test_a_replaced_tar_is_read_again(tmp_path):
     path = tar(tmp_path / "t.tar", [("x.jpg", jpeg(1))])
     (name,) = open_items(path).paths
     tar(path, [("y.jpg", jpeg(2)), ("x.jpg", jpeg(3))])
@@ -245,7 +245,7 @@ def test_names_in_a_tar_are_names_only(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_is_wrong_within_a_tar_is_named_and_the_rest_is_there(tmp_path):
+def test_bad_members_of_a_tar_are_named_and_the_rest_is_read(tmp_path):
     members = [
         ("good.jpg", jpeg(1)), ("good.cls", b"cat"),
         ("lonely.cls", b"dog"),

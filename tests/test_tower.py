@@ -126,7 +126,7 @@ def replace_weights(name):
     return Identity(model=name, pretrained=None, weights=f"sha256:{name}", config="sha256:0", preprocess={"size": 224})
 
 
-def test_what_is_kept_needs_no_model(folder, place):
+def test_the_kept_tower_needs_no_model(folder, place):
     first = load_backbone(f"local-dir:{folder}", device="cpu")
     pixels = some_pixels(first, 3)
     expected = first.encode_images(pixels)
@@ -179,7 +179,7 @@ def test_a_damaged_tower_is_made_again(folder, place, damage):
     assert tower.kept(first.identity, "float32") is not None
 
 
-def test_features_that_are_not_torchs_are_not_used_and_it_is_said(folder, place, caplog):
+def test_features_unlike_torchs_are_not_used_with_a_warning(folder, place, caplog):
     plain = load_backbone(f"local-dir:{folder}", device="cpu", runtime="torch")
     assert tower.converted(plain._model, plain.identity, plain.size, "float32", least=1.1) is None
     assert [record.message.count("encoded by torch") for record in caplog.records] == [1]

@@ -100,7 +100,7 @@ def test_an_index_remembers_it_and_its_towers_can_be_trained(folder, tmp_path, c
         assert any(parameter.grad.abs().sum() > 0 for parameter in parameters)
 
 
-def test_what_is_no_dual_encoder_is_refused(tmp_path, folder):
+def test_a_model_without_two_towers_is_refused(tmp_path, folder):
     def changed(name, file, **values):
         place = tmp_path / name
         place.mkdir()

@@ -158,7 +158,7 @@ def test_tuning_leaves_the_classifier_as_it_was(material: tuple[Array, Array, Ar
     assert torch.equal(cache.logits(queries, 64), answers)
 
 
-def test_what_is_tried_where_nothing_is_named(material: tuple[Array, Array, Array, Array]) -> None:
+def test_default_trials_of_tuning(material: tuple[Array, Array, Array, Array]) -> None:
     cache = model(material)
     assert tuning._usual(cache) == ["Classes"]
     rows = np.tile(np.arange(cache.n), 4)
@@ -206,7 +206,7 @@ def test_an_agreement_that_is_no_share_is_refused(
         tune(model(material), material[3], agreement=agreement)
 
 
-def test_an_index_that_cannot_be_is_refused(material: tuple[Array, Array, Array, Array]) -> None:
+def test_a_bad_index_is_refused(material: tuple[Array, Array, Array, Array]) -> None:
     for factory in ("Nope", "Classes,Nope", "IVF999,Flat"):
         with pytest.raises(UsageError, match=f"^index '{factory}': "):
             tune(model(material), material[3], factories=["Classes", factory])

@@ -234,7 +234,7 @@ def test_what_happens_to_the_array_later_is_no_matter() -> None:
     ],
     ids=["rows", "columns", "one dimension", "NaN", "infinity", "integers", "text"],
 )  # fmt: skip
-def test_what_cannot_be_values_is_refused(values: Any) -> None:
+def test_bad_values_are_refused(values: Any) -> None:
     with pytest.raises(InputError, match=r"^values: "):
         model(values=values)
 
@@ -273,7 +273,7 @@ def test_a_key_that_is_added_gives_to_its_own_class_and_one_removed_nothing(k: i
     np.testing.assert_allclose(cache.terms(QUERIES, k).cache, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_change_that_cannot_be_leaves_the_values() -> None:
+def test_a_refused_change_leaves_the_values() -> None:
     cache = model(index="IVF16,Flat")
     before = cache.values
     for act in (lambda: cache.add(KEYS, [0]), lambda: cache.remove(range(N)), lambda: cache.remove(range(N - 3))):
@@ -574,7 +574,7 @@ def test_values_that_are_not_finite_are_found_by_verify(index: Path) -> None:
         verify(index)
 
 
-def test_what_is_no_encoder_or_no_curve_is_refused_and_changes_nothing(index: Path, tmp_path: Path) -> None:
+def test_a_bad_encoder_or_curve_is_refused_and_changes_nothing(index: Path, tmp_path: Path) -> None:
     before = snapshot(index)
     (tmp_path / "garbage.safetensors").write_bytes(b"garbage")
     save_file({}, tmp_path / "empty.safetensors")

@@ -73,7 +73,7 @@ def test_search_returns_near_keys_with_their_affinities(factory: str) -> None:
 
 
 @every_type
-def test_it_says_what_is_exact(factory: str) -> None:
+def test_it_tells_whether_search_is_exact(factory: str) -> None:
     index = built(factory)
     assert (index.exact_search, index.exact_affinity) == TYPES[factory][:2]
     assert (index.n, index.d, index.device, index.factory) == (640, D, "cpu", factory)
@@ -220,7 +220,7 @@ KILLERS = [
 
 
 @pytest.mark.parametrize("factory", [*BAD, *(pytest.param(factory, id=factory[:30]) for factory in KILLERS)])
-def test_a_type_that_cannot_be_is_a_usage_error_of_one_line(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_type_is_a_usage_error_of_one_line(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if factory in KILLERS:
         monkeypatch.setattr(faiss, "index_factory", lambda *_: pytest.fail("it was asked for"))
     with pytest.raises(UsageError) as caught:
@@ -302,7 +302,7 @@ def test_a_cut_file_is_a_store_error(tmp_path: Path) -> None:
             VectorIndex.load(tmp_path / "cut", factory)
 
 
-def test_a_place_that_cannot_be_written_is_a_store_error(tmp_path: Path) -> None:
+def test_an_unwritable_place_is_a_store_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="nowhere"):
         built("Flat").save(tmp_path / "nowhere" / "index.faiss")
 
@@ -386,7 +386,7 @@ def test_an_index_over_classes_searches_the_vectors_that_it_is_given(factory: st
 
 
 @pytest.mark.parametrize("factory", ["Classes,Nope", "ClassesX", "Classes,Classes", "Classes,L2norm,Flat", "Classes,,"])
-def test_a_type_over_classes_that_cannot_be_is_a_usage_error_of_one_line(factory: str) -> None:
+def test_a_bad_type_over_classes_is_a_usage_error_of_one_line(factory: str) -> None:
     with pytest.raises(UsageError) as caught:
         VectorIndex.build(KEYS, factory, "cpu")
     assert str(caught.value).startswith(f"index {factory!r}: ")
@@ -459,7 +459,7 @@ def test_effort_is_saved_with_the_index(factory: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("factory", ["Flat", "SQ8", "Classes"])
-def test_where_every_vector_is_compared_there_is_no_effort(factory: str) -> None:
+def test_exhaustive_search_has_no_effort_setting(factory: str) -> None:
     index = VectorIndex.build(KEYS, factory, "cpu")
     before = index.search(QUERIES, 20)[1]
     assert (index.effort, index.effort_limit) == (None, None)

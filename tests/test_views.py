@@ -83,7 +83,7 @@ def test_the_raw_views_of_a_shot_average_to_its_block(folder: Path, cache: Encod
         np.testing.assert_allclose(block.features[shot], unit(raw.mean(axis=0, keepdims=True))[0], atol=1e-6)
 
 
-def test_more_views_encode_only_what_is_new(folder: Path, cache: EncodingCache) -> None:
+def test_more_views_encode_only_new_ones(folder: Path, cache: EncodingCache) -> None:
     backbone = Fake()
     source = source_of(folder)
     encoder = Encoder(backbone, seed=2, cache=cache)
@@ -106,7 +106,7 @@ def test_a_path_that_comes_again_is_one_shot(folder: Path) -> None:
         np.testing.assert_allclose(feature, Fake().expected(picture(number)), atol=1e-6)
 
 
-def test_an_image_that_cannot_be_read_has_no_views(folder: Path) -> None:
+def test_an_unreadable_image_has_no_views(folder: Path) -> None:
     source = source_of(folder).take([2, 5, 5, 4])
     (folder / "05.png").write_bytes(b"garbage")
     encoder = Encoder(Fake())
@@ -123,7 +123,7 @@ def test_an_image_that_cannot_be_read_has_no_views(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [[], ["centre", "centre"]])
-def test_views_that_cannot_be_are_refused(folder: Path, names: list[str]) -> None:
+def test_bad_views_are_refused(folder: Path, names: list[str]) -> None:
     with pytest.raises(UsageError, match="views"):
         Encoder(Fake()).encode_views(source_of(folder), names)
 
@@ -211,7 +211,7 @@ def test_pixels_of_another_name_are_another_view(folder: Path) -> None:
     assert not torch.equal(one, other)
 
 
-def test_pixels_leave_out_and_name_once_what_cannot_be_read(folder: Path) -> None:
+def test_pixels_leave_out_unreadable_images_and_name_them_once(folder: Path) -> None:
     for number in (4, 5, 9):
         (folder / f"{number:02}.png").write_bytes(b"")
     encoder = Encoder(Fake())
