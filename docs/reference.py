@@ -58,7 +58,7 @@ def listed(records: list[Record], common: set[Record], formatter: click.HelpForm
 
 
 def block(formatter: click.HelpFormatter) -> str:
-    """Return what was written as a Markdown block."""
+    """Return the formatted text as a Markdown block."""
     return f"```text\n{formatter.getvalue().strip()}\n```\n"
 
 

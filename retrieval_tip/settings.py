@@ -105,7 +105,7 @@ class Settings:
         return replace(self, least_cache=None, log_offset=None)
 
     def shown(self) -> dict[str, Any]:
-        """Return the adjustable settings by name, without ``logit_scale`` and those of a fit; ``k`` may be ``all``."""
+        """Return the adjustable settings by name, without ``logit_scale`` and fitted ones; ``k`` may be ``all``."""
         names = (field.name for field in fields(self) if field.name not in ("logit_scale", *FITTED))
         return {name: getattr(self, name) for name in names} | {"k": self.k or "all"}
 

@@ -214,7 +214,7 @@ def test_every_format_tells_the_keys_that_settled_an_answer(run: Any, place: Pat
     cache = CacheModel.load(place / "index", device="cpu", precision="float32")
     assert [row["label"] for row in rows] == [NAMES[i] for i in labels(cache, features, None)]
     parts = [f"{keys.count(k)} with {'all' if k == C * SHOTS else k} keys" for k in sorted(set(keys))]
-    assert as_json.stderr.strip() == f"answers proved equal to those over all keys: {', '.join(parts)}"
+    assert as_json.stderr.strip() == f"Answers proved equal to those over all keys: {', '.join(parts)}"
 
 
 @pytest.mark.parametrize("index", ["Classes", "IVF4,Flat"])
@@ -222,7 +222,7 @@ def test_after_approximate_search_nothing_is_called_proved(run: Any, place: Path
     build(run, place, "other", "--index", index)
     result = run("classify", place / "other", place / "queries.parquet", "--certify", "-k", 16, "--format", "json")
     assert result.exit_code == 0, result.stderr
-    assert re.fullmatch(r"answers in agreement with those over all keys: \d+ with .*keys", result.stderr.strip())
+    assert re.fullmatch(r"Answers in agreement with those over all keys: \d+ with .*keys", result.stderr.strip())
     counted = sum(int(n) for n in re.findall(r"(\d+) with", result.stderr))
     assert counted == len(json_rows(result.stdout)) == Q
 

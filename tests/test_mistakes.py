@@ -82,7 +82,7 @@ MISTAKES = {
     "index build": (2, "Missing argument SOURCE and option --out"),
     "index build {w}/my*photos/cat --out {w}/o --model RN5O": (1, "perhaps {w}/my photos"),
     "index build {w}/nothing --out {w}/o": (1, "no such file or folder"),
-    "index build {w}/train.parquet --out {w}/my*photos": (1, "other things"),
+    "index build {w}/train.parquet --out {w}/my*photos": (1, "empty or new folder"),
     "index query {w}/i/x SELECT*n*FROM*keys": (2, "class_counts, labels, versions"),
     "evaluate {w}/i/x": (2, "Missing argument"),
     "calibrate {w}/i/x": (2, "--val"),
@@ -155,7 +155,7 @@ def test_the_cache_is_shown_pruned_and_bounded(run, tmp_path, monkeypatch):
     assert json.loads(run("cache", "--cache", tmp_path, "--json").stdout)["encodings"] == 2
     pruned = run("cache", "--cache", tmp_path, "--prune", "--json")
     assert json.loads(pruned.stdout)["encodings"] == 0
-    assert "removed 2 encodings" in pruned.stderr
+    assert "Removed 2 encodings" in pruned.stderr
     bounded = run("cache", "--cache", tmp_path, "--max-size", "20mb", "--json")
     assert json.loads(bounded.stdout)["max_bytes"] == 20_000_000
     assert json.loads(run("cache", "--cache", tmp_path, "--json").stdout)["max_bytes"] == 20_000_000

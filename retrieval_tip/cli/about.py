@@ -75,7 +75,7 @@ def models_command(word: str, printing: OutputOptions) -> None:
     rows = [vars(one) | {"size": None if one.bytes is None else megabytes(one.bytes)} for one in search(word)]
     write_rows(rows, types, printing.style, printing.output)
     if not word:
-        say("to search all encoders: retrieval-tip models WORD")
+        say("To search all encoders: retrieval-tip models WORD")
 
 
 @command("cache")
@@ -102,7 +102,7 @@ def cache_command(cache: Path | None, prune: bool, max_size: int | None, as_json
     finally:
         kept.close()
     if prune:
-        say(f"removed {counted(removed, 'encoding')}")
+        say(f"Removed {counted(removed, 'encoding')}")
     if as_json:
         click.echo(json_line(facts))
     else:

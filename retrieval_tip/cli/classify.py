@@ -225,7 +225,7 @@ def _rows(
 def _say_settled(cache: AnsweringIndex, settled: dict[int, int]) -> None:
     how = "proved equal to" if cache.exact_search else "in agreement with"
     used = (f"{number} with {'all' if keys == cache.n else keys} keys" for keys, number in sorted(settled.items()))
-    say(f"answers {how} those over all keys: {', '.join(used)}")
+    say(f"Answers {how} those over all keys: {', '.join(used)}")
 
 
 def _on_ray(

@@ -209,7 +209,7 @@ _TRAINING = options.grouped(
     click.option("--epochs", type=count("epochs"), default=20, show_default=True, help="Passes over the shots."),
     click.option("--batch", type=count("batch"), default=256, show_default=True, help="Queries per step."),
     click.option("--lr", type=POSITIVE, default=1e-3, show_default=True,
-                 help="Initial learning rate, with cosine decay; encoders use a thousandth of it."),
+                 help="Initial learning rate, with cosine decay; encoders use a thousandth."),
     click.option("--eps", type=POSITIVE, default=1e-4, show_default=True, help="Epsilon of AdamW."),
     click.option("--weight-decay", type=NUMBER, default=0.01, show_default=True, help="Weight decay of AdamW."),
     click.option("--views-cache", type=VIEWS_COUNT, metavar="M",
@@ -233,7 +233,7 @@ _TRAINING = options.grouped(
 @click.option("--train", multiple=True, type=click.Choice(["keys", "values", "visual", "text"]), default=["keys"],
               show_default=True, help="Part to train; repeat for more.")  # fmt: skip
 @click.option("--source", type=SOURCE,
-              help="Shots as images, or as a feature table of views in which an id names a shot.  "
+              help="Shots as images, or as a feature table of views, with one id per shot.  "
                    "[default: the source that the index was built from]")  # fmt: skip
 @click.option("--val", type=SOURCE, help="Labelled validation source to choose the epoch and settings on; a "
                                          "split .json gives its val part.")  # fmt: skip

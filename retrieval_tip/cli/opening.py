@@ -94,7 +94,7 @@ def _restricted(cache: AnsweringIndex, where: str) -> CacheModel:
 
 @dataclass(frozen=True)
 class Origin:
-    """Origin of an index's features, from its manifest: enough to encode more of them without the index."""
+    """Origin of an index's features, from its manifest: enough to encode more without loading the index."""
 
     manifest: Manifest
     backbone: Identity | None
@@ -186,7 +186,7 @@ def encoder_of(
         if encoder.done["images"] and seconds > LONG and not ctx.obj:
             made, met = encoder.done["fresh"], encoder.done["images"]
             speed = f"{counted(met, 'image')} in {seconds:.0f} s ({met / seconds:.0f}/s)"
-            say(f"encoded {speed}, {max(0, met - made):,} from the cache")
+            say(f"Encoded {speed}, {max(0, met - made):,} from the cache")
     finally:
         if cache is not None:
             cache.close()

@@ -44,7 +44,7 @@ _ACCESS = several(
     click.option("--into", type=FOLDER,
                   help="Folder for indexes created in the page.  [default: next to the first INDEX]"),
     click.option("--model", metavar="NAME",
-                  help="Encoder of indexes created in the page.  [default: that of the first INDEX, else ViT-B-32]"),
+                  help="Encoder of indexes created in the page.  [default: the first INDEX's, else ViT-B-32]"),
     click.option("--pretrained", metavar="TAG", help="Weights of --model."),
     click.option("--root", type=FOLDER, help="Folder that relative paths of shots start from."),
     click.option("--allow-host", "hosts", multiple=True, metavar="NAME",
@@ -116,6 +116,6 @@ def serve_command(
         what = ", ".join(named) or "no index yet"
         at = address(listening)
         opened = f" open {at}/#token={made} to view and change it;" if made else ""
-        ready = partial(say, f"serving {what} at {at};{opened} Ctrl+C stops the server")
+        ready = partial(say, f"Serving {what} at {at};{opened} Ctrl+C stops the server")
         app = create_app(served, limits, token=token or made, uploads=uploads, root=root, maker=maker, ready=ready)
         serve(app, listening, timeout)
