@@ -845,14 +845,19 @@ def test_a_dead_or_busy_server_is_one_line(opened: Open) -> None:
 
     def full(route: Route) -> None:
         if busy:
-            detail = {"type": "about:blank", "title": "Busy", "status": busy.pop(), "detail": "many images wait"}
+            detail = {
+                "type": "about:blank",
+                "title": "Busy",
+                "status": busy.pop(),
+                "detail": "9 images are waiting; try again in 1 s",
+            }
             route.fulfill(status=429, headers={"Retry-After": "1"}, json=detail)
         else:
             route.continue_()
 
     page.route("**/v1/classify**", full)
     page.click("#again")
-    expect(page.locator("#troubles")).to_contain_text("many images wait. Trying again")
+    expect(page.locator("#troubles")).to_contain_text("9 images are waiting. Trying again…")
     classified(page, 3)
     expect(page.locator("#troubles p")).to_have_count(0)
 
@@ -954,14 +959,19 @@ def test_index_view(opened: Open, served: Served) -> None:
 
     def audit(route: Route) -> None:
         if busy:
-            detail = {"type": "about:blank", "title": "Busy", "status": busy.pop(), "detail": "It is being computed."}
+            detail = {
+                "type": "about:blank",
+                "title": "Busy",
+                "status": busy.pop(),
+                "detail": "still being computed; try again in 1 s",
+            }
             route.fulfill(status=503, headers={"Retry-After": "1"}, json=detail)
         else:
             route.continue_()
 
     page.route("**/audit*", audit)
     page.click("#tab-index")
-    expect(page.locator("#audit-state")).to_contain_text("It is being computed.")
+    expect(page.locator("#audit-state")).to_contain_text("Still being computed. Trying again…")
     known = page.request.get(f"{served.address}/v1/indexes/things").json()["classes"]
     expect(page.locator("#classes-list li")).to_have_count(len(known))
     expect(page.locator("#about")).to_contain_text("lit-mini")

@@ -69,6 +69,12 @@ function limited(number) {
 /** Whether the same request may succeed later: the server did not answer or was busy. */
 export const passing = ({ status }) => [UNREACHED, 429, 503].includes(status);
 
+/** A line about a busy server that is asked again. */
+export function retrying({ message }) {
+  const [reason] = message.split("; try again");
+  return `${reason.charAt(0).toUpperCase()}${reason.slice(1)}. Trying again…`;
+}
+
 const asking = limited(4);
 const at = (name) => `/v1/indexes/${encodeURIComponent(name)}`;
 const query = (parameters) => {

@@ -36,7 +36,7 @@ class Part {
     this.#asked = new AbortController();
     const { signal } = this.#asked;
     this.state.textContent = "Loading…";
-    const waiting = (problem) => (this.state.textContent = `${problem.message} Trying again…`);
+    const waiting = (problem) => (this.state.textContent = api.retrying(problem));
     try {
       const found = await this.fetchPart({ signal, waiting });
       this.state.textContent = this.show(found) ?? "";
@@ -320,7 +320,7 @@ const map = new Part(
     const axes = await made("pca"); // fast; shown until t-SNE is ready
     if (!axes.methods.includes("tsne")) return axes;
     showMap(axes);
-    const waiting = () => (map.state.textContent = "This is a first draft. A map that keeps similar photos together is on its way…");
+    const waiting = () => (map.state.textContent = "Preview. A map that keeps similar photos together is being computed…");
     waiting();
     return made("tsne", { waiting, patience: MINUTES });
   },

@@ -159,7 +159,7 @@ const spoken = (photo) => (photo.unlike ? "no match" : `${photo.winner.label}, $
 let lasting = "";
 /** The server is busy: show it once, not for each photo. */
 function trouble(problem) {
-  lasting = problem.message;
+  lasting = api.retrying(problem);
   showProblems();
 }
 
@@ -172,7 +172,7 @@ function showProblems() {
     again.addEventListener("click", () => failed.forEach((photo) => (photo.evidence ? askAgain([photo]) : ask(photo))));
     const without = failed.filter((photo) => !photo.shown).length;
     lines.push([`${failed[0].problem.message}${without ? ` ${plural(without, "photo")} not classified yet.` : ""}`, again]);
-  } else if (lasting && busy()) lines.push([`${lasting}. Trying again…`]);
+  } else if (lasting && busy()) lines.push([lasting]);
   if (!busy()) lasting = "";
   for (const [reason, names] of refused) {
     const close = el("button", { type: "button", class: "quiet", aria: { label: "Dismiss" } }, "×");
