@@ -32,7 +32,7 @@ def create_app(
 ) -> FastAPI:
     """Return the application for indexes by name (:func:`served.open_all`).
 
-    Requests that send the ``token`` may change indexes. ``uploads``, ``root`` and ``maker`` are those of
+    Requests that send the ``token`` may change indexes. For ``uploads``, ``root`` and ``maker`` see
     :class:`service.Service`. ``ready`` is called at startup, once requests can be answered.
     """
     limits = limits or Limits()

@@ -36,8 +36,8 @@ class Batcher(Generic[K, T, R]):
     """Calls ``run(key, items)`` in its own thread, with the items of all waiting calls of the same key.
 
     The next batch gathers while one is computed, so a lone call does not wait for others. A batch has at most
-    ``most(key)`` items, or those of one call. Calls are answered in order, except that they join an earlier call of
-    their key. At most ``room`` items wait; a call beyond is refused with the seconds until there is room.
+    ``most(key)`` items, unless a single call has more. Calls are answered in order, except that they join an earlier
+    call with the same key. At most ``room`` items wait; a further call is refused with the seconds until there is room.
     """
 
     def __init__(self, name: str, run: Callable[[K, list[T]], list[R]], *, most: Callable[[K], int], room: int) -> None:

@@ -358,7 +358,7 @@ class Service:
     async def keys(
         self, version: Version, labels: Sequence[str], source: str | None, key_ids: Sequence[int], page: slice
     ) -> tuple[int, list[Row]]:
-        """Return the number of keys that :meth:`AnsweringIndex.find` finds, and a page of them."""
+        """Return one page of the keys that :meth:`AnsweringIndex.find` finds, and their total number."""
 
         def call() -> tuple[int, list[Row]]:
             keys = version.cache.find(labels, source, key_ids)

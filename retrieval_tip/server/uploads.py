@@ -30,10 +30,9 @@ LONGEST_FIELD = 1 << 16
 LONGEST_NAME = 1024
 """Largest length of an input's name or a label in characters."""
 PARTS_A_ROW = 64
-"""Commas, lists and strings that JSON may hold per row of features, beyond those of its numbers. Millions of them would
-block the server while they are parsed."""
+"""Commas, lists and strings that JSON may hold per row besides the numbers. Parsing millions would block the server."""
 SHORT = 1 << 16
-"""Size of JSON in bytes up to which it is parsed at once. Longer JSON is parsed in a thread, one request at a time."""
+"""Largest JSON in bytes that is parsed at once. Longer JSON is parsed in a thread, one request at a time."""
 
 NAME = re.compile(r"[^\W\d_][\w .-]{0,62}(?<![ .])")
 """Valid names of new indexes, which are also names of folders."""
@@ -45,7 +44,7 @@ _PARSING = ThreadPoolExecutor(1, thread_name_prefix="parse")
 class Sent:
     """Uploaded ``images`` or ``features`` ``[q, d]`` with their ``names``.
 
-    Shots also have ``labels``: one for all, or one each. ``index`` is the name of the index to be made of them.
+    Shots also have ``labels``: one for all, or one each. ``index`` is the name of a new index.
     """
 
     names: list[str]
@@ -111,7 +110,7 @@ async def _form(
         message = await request.receive()
         end = (end + message.get("body", b""))[-len(last) - 4 :]
         if message["type"] == "http.request" and not message.get("more_body") and last not in end:
-            raise Problem(400, f"content type {FORM}: the form ends before its last boundary; send all of it")
+            raise Problem(400, f"content type {FORM}: the form ends before its last boundary; send the whole form")
         return message
 
     names: list[str] = []
