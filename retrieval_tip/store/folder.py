@@ -96,7 +96,7 @@ def read_version(folder: Path, version: int) -> Manifest:
 
 
 def manifest_bytes(folder: Path, path: Path) -> bytes:
-    """Read the bytes of a manifest. Raises StoreError for a link out of the folder, or for no or too large a file."""
+    """Read a manifest's bytes. Raises StoreError if it is a link out of the folder, not a file, or too large."""
     if not lies_in(folder, path):
         raise StoreError(f"{path}: is a link that leads out of the index; replace it by the file itself")
     if not stat.S_ISREG(path.stat().st_mode):  # a single call, because it may be deleted between two
