@@ -108,7 +108,7 @@ def _is_there(path: Path) -> bool:
 
 def _check(status: os.stat_result, path: str | os.PathLike[str]) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise NotAFileError(path, _KINDS.get(stat.S_IFMT(status.st_mode), "something else"))
+        raise NotAFileError(path, _KINDS.get(stat.S_IFMT(status.st_mode), "of an unknown kind"))
     if status.st_dev in _kernel_devices():  # looks regular, but may be endless or block, like /proc/kmsg
         raise NotAFileError(path, KERNEL)
 

@@ -88,7 +88,7 @@ def plain_settings(
         try:
             alpha *= math.exp(beta * (1 - statistics.mean))
         except OverflowError:
-            raise UsageError(f"beta {beta * statistics.std:g}: too large for these affinities; give less") from None
+            raise UsageError(f"beta {beta * statistics.std:g}: too large for these affinities; lower it") from None
     if normalize in ("both", "shots"):
         alpha /= statistics.shots + DOUBT
     return alpha, beta

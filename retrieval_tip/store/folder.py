@@ -199,7 +199,7 @@ def read_array(
     except Exception as error:  # damaged headers fail anywhere in numpy's parser
         raise StoreError(f"{path}: cannot be read ({first_line(error)})") from None
     if array.shape != shape or array.dtype not in dtypes:
-        raise StoreError(f"{path}: {array.dtype} {array.shape} does not match the manifest ({shape})")
+        raise StoreError(f"{path}: {array.dtype} {array.shape} does not match {shape} in the manifest")
     return array
 
 

@@ -106,7 +106,7 @@ def _run(
     if text != text.encode(errors="replace").decode():
         raise UsageError(f"{what}: not UTF-8 text")
     if len(text) > MAX_TEXT or text.count("(") - text.count(")") > MAX_OPEN:
-        raise UsageError(f"{what}: more than {MAX_TEXT:,} characters, or {MAX_OPEN} open parentheses")
+        raise UsageError(f"{what}: more than {MAX_TEXT:,} characters, or {MAX_OPEN} open parentheses; shorten it")
     threads, held = min(4, os.cpu_count() or 1), 2 * sum(table.nbytes for table in tables.values())
     closed = {"enable_external_access": "false", "python_enable_replacements": "false", "temp_directory": ""}
     limits = {"threads": str(threads), "memory_limit": f"{MEMORY + held} bytes"}
