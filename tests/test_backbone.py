@@ -602,4 +602,4 @@ def test_a_model_that_is_loaded_already_can_say_what_it_is():
     model, _, preprocess = open_clip.create_model_and_transforms("RN50", force_quick_gelu=True)
     given = OpenClipBackbone.of(model, preprocess, open_clip.get_tokenizer("RN50"), name="RN50", pretrained="openai")
     assert (given.identity.model, given.identity.pretrained) == ("RN50", "openai")
-    assert given.identity.config == backbone._config_digest(open_clip.get_model_config("RN50"), quick_gelu=True)
+    assert given.identity.config == backbone._config_digest(backbone._plan("RN50", "openai"))

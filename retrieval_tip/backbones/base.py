@@ -115,10 +115,7 @@ class Backbone(Protocol):
 
 
 def unit(features: FloatArray, what: str = "feature") -> FloatArray:
-    """Scale rows ``[m, d]`` to length 1, float32. Features are normalised nowhere else.
-
-    Raises InputError naming the first row that is zero or not finite.
-    """
+    """Scale rows ``[m, d]`` to length 1, float32. Raises InputError naming a row that is zero or not finite."""
     norms = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
     if bad.size:
@@ -128,10 +125,7 @@ def unit(features: FloatArray, what: str = "feature") -> FloatArray:
 
 
 def resolve_device(device: str = "auto") -> str:
-    """Resolve ``auto`` to ``cuda`` if torch can use a GPU, else to ``cpu``, with a warning if a GPU is left unused.
-
-    Raises UsageError for a device that does not exist.
-    """
+    """Resolve ``auto`` to ``cuda`` or ``cpu``; warn of an unusable GPU. Raises UsageError for an unknown device."""
     import torch
 
     if device == "auto":

@@ -88,7 +88,6 @@ def named(model: str | None, pretrained: str | None = None) -> tuple[str, str | 
 
 
 def _plain(name: str) -> str:
-    """Normalise case and separators of a name."""
     return re.sub(r"[-_/@ ]+", "-", name.lower().removesuffix("px"))
 
 
@@ -108,7 +107,7 @@ def unknown(model: str) -> UsageError:
     """Return the error for a name that open_clip does not know, with similar names."""
     import timm
 
-    near = _similar(model, _architectures())
+    near = similar(model, _architectures())
     if timm.is_model(model.partition(".")[0]):
         near = f"; timm has it: give timm:{model}"
     elif not near and re.fullmatch(r"[\w.-]+/[\w.-]+", model):
@@ -117,14 +116,7 @@ def unknown(model: str) -> UsageError:
     return UsageError(f"model {model!r}: unknown{near or expected}; search with retrieval-tip models WORD")
 
 
-def unknown_timm(model: str) -> UsageError:
-    """Return the error for a name that timm does not know, with similar names."""
-    import timm
-
-    return UsageError(f"model 'timm:{model}': timm has no such model" + _similar(model, timm.list_models(), "timm:"))
-
-
-def _similar(model: str, names: Sequence[str], prefix: str = "") -> str:
+def similar(model: str, names: Sequence[str], prefix: str = "") -> str:
     """List names that contain every part of this one, or are spelled similarly."""
     plain, asked = {_plain(name): name for name in names}, _plain(model)
     whole = sorted((name for name in plain if all(part in name for part in asked.split("-"))), key=len)
@@ -138,13 +130,6 @@ def recommended(model: str) -> str | None:
 
     tags: list[str] = open_clip.list_pretrained_tags_by_model(model)
     return next((tag for first in _FIRST for tag in tags if tag.startswith(first)), tags[0] if tags else None)
-
-
-def timm_tags(architecture: str) -> list[str]:
-    """List the tags of a timm model, its default first."""
-    import timm
-
-    return [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
 
 
 @dataclass(frozen=True)
@@ -163,10 +148,7 @@ class Named:
 
 
 def search(word: str = "") -> list[Named]:
-    """List the backbones whose name or tags contain a word, in any spelling; by default the recommended ones.
-
-    Raises UsageError with similar names if nothing matches.
-    """
+    """List the backbones (default: recommended ones) whose name or tags contain a word. Raises UsageError for none."""
     import timm
 
     if not word:
@@ -178,7 +160,7 @@ def search(word: str = "") -> list[Named]:
     if word.startswith("timm:"):
         ours = []
     if not (found := list(dict.fromkeys([*short, *ours, *theirs]))):
-        raise UsageError(f"models {word!r}: no encoder has this in its name" + _similar(word, _architectures()))
+        raise UsageError(f"models {word!r}: no encoder has this in its name" + similar(word, _architectures()))
     return [_described(name, sized=len(found) <= LARGEST_LIST) for name in found]
 
 
@@ -204,10 +186,7 @@ def _described(name: str, *, sized: bool = True) -> Named:
 
 
 def _bytes(name: str) -> int | None:
-    """Count the bytes of the parameters in float32 without allocating or downloading them.
-
-    Returns ``None`` if that is impossible, for example if the configuration of the text tower is on a hub.
-    """
+    """Count the bytes of a model in float32 without loading it; ``None`` if its configuration is on a hub."""
     import open_clip
     import timm
     import torch
@@ -322,7 +301,6 @@ def ask_hub(repository: str) -> None:
 
 
 def _weights_of(repository: str) -> Iterator[Path]:
-    """Return the weight files of a repository in the hub's cache."""
     from huggingface_hub import constants
 
     snapshots = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots")

@@ -92,10 +92,7 @@ def _of(
 
 
 def write_tuned(path: str | os.PathLike[str], state: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors from :meth:`TorchBackbone.tuned` to a safetensors file, for ``load_backbone(..., tuned=path)``.
-
-    The same tensors give the same bytes. Raises BackboneError if the file cannot be written.
-    """
+    """Write tensors from :meth:`TorchBackbone.tuned` as a safetensors file, always with the same bytes."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

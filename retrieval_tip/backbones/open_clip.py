@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -81,8 +82,10 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
             raise BackboneError(f"{file}: no such checkpoint for {model}/{tag}")
         return _Plan(model, tag, file, _tag_arguments(facts), file)
     if facts:
-        repository = str(facts.get("hf_hub", "")).rpartition("/")[0] or None
-        return _Plan(model, pretrained, None, _tag_arguments(facts), _remote(facts), repository)
+        repository, _, name = str(facts.get("hf_hub", "")).rpartition("/")
+        place = f"{name or 'open_clip_model.safetensors'} from huggingface.co/{repository}"
+        wanted = place if repository else facts["url"]
+        return _Plan(model, pretrained, None, _tag_arguments(facts), wanted, repository or None)
     if Path(pretrained).is_file():
         log.warning(
             "%s: no tag given, so using open_clip's default preprocessing and activation; if these weights belong to "
@@ -95,12 +98,6 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
     raise UsageError(
         f"pretrained {pretrained!r}: neither a checkpoint file nor a tag of {model}; its tags: {', '.join(tags)}"
     )
-
-
-def _remote(facts: Config) -> str:
-    """Name the source of a tag's weights."""
-    repository, _, file = facts.get("hf_hub", "").rpartition("/")
-    return f"{file or 'open_clip_model.safetensors'} from huggingface.co/{repository}" if repository else facts["url"]
 
 
 def _local_config(folder: Path) -> Config:
@@ -131,24 +128,21 @@ def _open(plan: _Plan, device: torch.device) -> Opened:
     """Open a model. Raises BackboneError if its weights are missing, damaged, or cannot be downloaded."""
     import open_clip
 
-    name = plan.model
+    name, weights = plan.model, plan.checkpoint or plan.pretrained
     try:
         if plan.repository is not None:
             ask_hub(plan.repository)
         with quiet():
-            config = open_clip.get_model_config(name)
-            model, _, preprocess = _filled_once(
-                lambda: open_clip.create_model_and_transforms(
-                    name, plan.checkpoint or plan.pretrained, device=device, **plan.arguments
-                )
-            )
-            has_weights = name.startswith("local-dir:") is False or _has_weights(Path(name[10:]))
+            create = partial(open_clip.create_model_and_transforms, name, weights, device=device, **plan.arguments)
+            model, _, preprocess = _filled_once(create)
+            config = _config_digest(plan)
     except Exception as error:  # open_clip, the hub, torch and safetensors each raise their own
         raise _load_error(plan, error) from error
-    if not has_weights:
-        raise BackboneError(f"{plan.wanted}: no weights in this folder; add *.safetensors, *.bin or *.pth")
-    config_digest = _config_digest(config, quick_gelu=bool(plan.arguments.get("force_quick_gelu")))
-    return _opened(plan, frozen(model), preprocess, config_digest)
+    if name.startswith("local-dir:"):
+        endings = {file.suffix for file in Path(name.removeprefix("local-dir:")).iterdir()}
+        if not endings & {".safetensors", ".bin", ".pth"}:
+            raise BackboneError(f"{plan.wanted}: no weights in this folder; add *.safetensors, *.bin or *.pth")
+    return _opened(plan, frozen(model), preprocess, config)
 
 
 def _opened(plan: _Plan, model: Model, preprocess: Callable[[Image.Image], torch.Tensor], config: str) -> Opened:
@@ -222,26 +216,19 @@ class OpenClipBackbone(TorchBackbone):
     def _open(self) -> Opened:
         if self._loaded is None:
             return _open(_plan(*self._names), self._device)
-        import open_clip
-
         model, preprocess, tokenizer = self._loaded
         name, pretrained = self._names
         if has(name):
             plan = _plan(name, pretrained)
-            config = open_clip.get_model_config(name)
-            digest = _config_digest(config, quick_gelu=bool(plan.arguments.get("force_quick_gelu")))
+            digest = _config_digest(plan)
         else:
             plan = _Plan(name, pretrained, None, {}, name)
             digest = f"sha256:{hashlib.sha256(repr(model).encode()).hexdigest()}"
-        opened = _opened(plan, model, preprocess, digest)
-        return replace(opened, tokenizer=lambda: tokenizer)
+        return replace(_opened(plan, model, preprocess, digest), tokenizer=lambda: tokenizer)
 
 
 def _filled_once(create: Callable[[], _Created]) -> _Created:
-    """Call ``create``, which returns a model first, without drawing random weights that a checkpoint overwrites.
-
-    If some parameter was not written, call it again normally.
-    """
+    """Create a model without drawing random weights that its checkpoint overwrites; if some remain, start over."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -279,19 +266,18 @@ def _text_dim(model: Model) -> int | None:
     return int(projection.shape[1]) if isinstance(projection, torch.Tensor) else None
 
 
-def _has_weights(folder: Path) -> bool:
-    return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "*.bin", "*.pth"))
-
-
-def _config_digest(config: Config, *, quick_gelu: bool) -> str:
+def _config_digest(plan: _Plan) -> str:
     """Digest the architecture, without file and hub names, which only say where the weights come from."""
+    import open_clip
 
     def plain(part: Config) -> Config:
         names = ("hf_model_name", "hf_tokenizer_name", "hf_model_pretrained", "timm_model_pretrained")
         kept = {key: value for key, value in part.items() if key not in names}
         return {key: plain(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
-    what = plain(config) | {"quick_gelu": quick_gelu or bool(config.get("quick_gelu"))}
+    config = open_clip.get_model_config(plan.model)
+    quick_gelu = bool(plan.arguments.get("force_quick_gelu") or config.get("quick_gelu"))
+    what = plain(config) | {"quick_gelu": quick_gelu}
     return f"sha256:{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()}"
 
 

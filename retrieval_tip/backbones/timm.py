@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from retrieval_tip.backbones.base import Execution, Identity, Preprocess
-from retrieval_tip.backbones.catalogue import ask_hub, download_error, timm_tags, unknown_timm
+from retrieval_tip.backbones.catalogue import ask_hub, download_error, similar
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
 from retrieval_tip.errors import BackboneError, UsageError, first_line
 
@@ -67,7 +67,6 @@ class TimmBackbone(TorchBackbone):
 
 
 def _image_model(tower: torch.nn.Module) -> Model:
-    """Wrap an image tower in a module like an open_clip model."""
     import torch
 
     class VisualOnly(torch.nn.Module):
@@ -94,17 +93,16 @@ def _plan(name: str, pretrained: str | None) -> tuple[str, str | None, Path | No
 
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        raise unknown_timm(name)
-    file = None
-    if pretrained is not None:
+        near = similar(name, timm.list_models(), "timm:")
+        raise UsageError(f"model 'timm:{name}': timm has no such model{near}")
+    file, tags = None, [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if pretrained in tags:
+        tag = pretrained
+    elif pretrained is not None:
         of, _, path = pretrained.rpartition("=")
-        if pretrained in timm_tags(architecture):
-            tag = pretrained
-        else:
-            tag, file = of or tag, Path(path)
-            if not file.is_file():
-                raise BackboneError(f"{path}: no such checkpoint for timm:{architecture}")
-    tags = timm_tags(architecture)
+        tag, file = of or tag, Path(path)
+        if not file.is_file():
+            raise BackboneError(f"{path}: no such checkpoint for timm:{architecture}")
     if tag and tag not in tags:
         raise UsageError(f"model 'timm:{name}': unknown tag {tag!r}; its tags: {', '.join(tags) or 'none'}")
     if not tag and file is None:
@@ -116,10 +114,7 @@ def _plan(name: str, pretrained: str | None) -> tuple[str, str | None, Path | No
 
 
 def _fill(tower: torch.nn.Module, file: Path, name: str) -> None:
-    """Load the tensors of a checkpoint into a tower: by name, or in order if the names differ.
-
-    Raises BackboneError naming the file and the first tensor that does not fit.
-    """
+    """Load a checkpoint by names, or in order if they differ. Raises BackboneError for the first misfit."""
     from timm.models import load_state_dict
 
     try:

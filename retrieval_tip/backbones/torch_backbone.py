@@ -316,10 +316,7 @@ def _without_gradient(forward: Callable[[_T], torch.Tensor], given: _T) -> Float
 
 
 def frozen(model: Model) -> Model:
-    """Put a module into evaluation mode without gradients. It stays in evaluation mode during training.
-
-    Otherwise batch statistics and dropout would change an image's feature from batch to batch.
-    """
+    """Put a model into evaluation mode without gradients, also for training: a feature must not depend on its batch."""
     model.eval().requires_grad_(False)
     return model
 

@@ -189,7 +189,6 @@ def _folder(identity: Identity) -> Path | None:
 
 
 def _keep(graph: openvino.Model, identity: Identity) -> None:
-    """Write a tower atomically; if that fails, log why."""
     folder = _folder(identity)
     if folder is None or folder.exists():
         return
@@ -216,10 +215,7 @@ def can_view(preprocess: Preprocess) -> bool:
 
 
 def view(image: Image.Image, preprocess: Preprocess) -> torch.Tensor:
-    """Return the centre view ``[3, h, w]`` float32 of an image, bit for bit equal to open_clip's and timm's.
-
-    The image is resized, centre-cropped, divided by 255, and normalised by ``mean`` and ``std``.
-    """
+    """Return the centre view ``[3, h, w]`` float32 of an image, bit for bit equal to open_clip's and timm's."""
     import torch
     from PIL.Image import Resampling
 

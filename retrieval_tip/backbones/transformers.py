@@ -99,7 +99,6 @@ def _no_bars(wanted: bool) -> Iterator[None]:
 
 
 def _dual(model: Any) -> Model:
-    """Wrap the towers of a transformers model in a module like an open_clip model."""
     import torch
 
     class Projected(torch.nn.Module):

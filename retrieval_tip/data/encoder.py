@@ -417,12 +417,10 @@ def pixels_of(
 
 
 def _mean_view(raw: FloatArray) -> FloatArray:
-    """Merge raw views ``[v, d]`` into the unit feature ``[1, d]`` of their mean."""
     return unit(raw.mean(axis=0, keepdims=True))
 
 
 def _each_view(raw: FloatArray) -> FloatArray:
-    """Scale each of the raw views ``[v, d]`` to unit norm."""
     return unit(raw, "feature of view")
 
 

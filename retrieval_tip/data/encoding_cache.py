@@ -12,14 +12,12 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from retrieval_tip.backbones.base import FloatArray
 from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.files import cache_folder, make_folders
 
 log = logging.getLogger(__name__)
-
-FloatArray = npt.NDArray[np.float32]
 
 NAME = "encodings.sqlite"
 DEFAULT_BYTES = 8_000_000_000
@@ -53,6 +51,7 @@ class EncodingCache:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder) / NAME
+        self._aside = self.path.with_suffix(".damaged")
         self._lock = threading.Lock()
         self._keeps = True
         self._used: set[int] = set()
@@ -90,10 +89,6 @@ class EncodingCache:
         return InputError(
             f"{self.path}: the encoding cache cannot be used ({error}); give --cache FOLDER or --no-cache"
         )
-
-    @property
-    def _aside(self) -> Path:
-        return self.path.with_suffix(".damaged")
 
     def _renew(self) -> None:
         """Move a damaged file aside, and start a new one."""
@@ -179,10 +174,7 @@ class EncodingCache:
         return _most(self._db)
 
     def limit(self, most: int) -> None:
-        """Set the size limit in bytes for this and later runs, and remove encodings beyond it.
-
-        It is stored in whole megabytes, at least one. Raises InputError if the file cannot be written.
-        """
+        """Set the size limit in bytes (whole MB, at least one) for this and later runs. Raises InputError."""
         with self._lock:
             try:
                 self._db.execute(f"PRAGMA user_version = {max(1, most // _UNIT)}")

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from retrieval_tip.backbones.base import Backbone, Identity
+from retrieval_tip.backbones.base import Backbone, FloatArray, Identity
 from retrieval_tip.data.sources import Source
 from retrieval_tip.data.tables import (
     FEATURE,
@@ -29,8 +29,6 @@ from retrieval_tip.data.tables import (
 from retrieval_tip.errors import BackboneError, InputError, first_line, show
 from retrieval_tip.files import replacing
 from retrieval_tip.settings import Norms
-
-FloatArray = npt.NDArray[np.float32]
 
 IDENTITY_KEY = b"retrieval_tip.backbone"
 NORM_TOLERANCE = 0.01
@@ -99,10 +97,7 @@ def read_features(path: Path | str, norms: Norms = "check") -> Iterator[FloatArr
 
 
 def read_rows(path: Path | str, norms: Norms, first: int, last: int | None) -> Iterator[tuple[int, FloatArray]]:
-    """Yield first row and features of each block that overlaps rows ``first`` to ``last``.
-
-    Skips other files and row groups. Raises as :func:`read_features`.
-    """
+    """Yield first row and features of each block that overlaps rows ``first`` to ``last``, as :func:`read_features`."""
     start, dim = 0, None
     for part in table_files(path):
         file, begins, name = open_parquet(part), start, show(part)
@@ -182,10 +177,7 @@ def check_norms(features: FloatArray, start: int, norms: Norms, name: str) -> Fl
 
 
 def schema_of(d: int, dtype: npt.DTypeLike, further: Sequence[pa.Field], identity: Identity | None = None) -> pa.Schema:
-    """Return the schema of a feature table: ``id``, ``label``, ``feature`` ``[d]`` of this dtype, and further columns.
-
-    Its metadata names the backbone.
-    """
+    """Return the schema of a feature table: ``id``, ``label``, ``feature`` ``[d]``, and ``further`` columns."""
     return pa.schema(
         [("id", pa.string()), ("label", pa.string()), (FEATURE, pa.list_(pa.from_numpy_dtype(dtype), d)), *further],
         metadata={IDENTITY_KEY: json.dumps(identity.to_dict())} if identity is not None else None,
@@ -200,10 +192,7 @@ def table_of(
 
 
 def write_table(out: Path, schema: pa.Schema, blocks: Iterable[pa.Table]) -> int:
-    """Write a feature table block by block, and return the number of rows.
-
-    Raises InputError if that fails, and then leaves no file.
-    """
+    """Write a feature table block by block, and return its number of rows. Raises InputError, and leaves no file."""
     number, plain = 0, [name for name in schema.names if name != FEATURE]
     try:
         with (

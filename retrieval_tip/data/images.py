@@ -91,10 +91,7 @@ def extension(data: bytes) -> str:
 
 
 def find(folder: Path, others: Counter[str] | None = None) -> Iterator[Path]:
-    """Yield image files below a folder, depth first in name order, and count the others by suffix in ``others``.
-
-    Hidden files and folders are skipped.
-    """
+    """Yield visible image files below a folder, depth first in name order; count the others by suffix in ``others``."""
     waiting = entries(folder)[::-1]
     while waiting:
         entry = waiting.pop()
@@ -129,10 +126,7 @@ def check_size(size: int) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> bytes:
-    """Return the bytes of an image file.
-
-    Raises InputError: no such file, not a regular file (a pipe would block), empty, too large, unreadable.
-    """
+    """Return the bytes of an image file. Raises InputError if it is missing, empty, too large, or not a plain file."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size  # 0 for files of /proc, which may have no end
@@ -258,7 +252,6 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _middle(image: Image.Image) -> Image.Image:
-    """Crop an image that is longer than ``MAX_ASPECT`` to its middle."""
     longest = MAX_ASPECT * min(image.size)
     width, height = min(image.width, longest), min(image.height, longest)
     left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -289,7 +282,6 @@ def _parts(image: Image.Image, factor: int = 1) -> Iterator[tuple[int, int, Imag
 
 
 def _conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """Return the function that converts a part of this image to RGB."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return partial(_from_grey, scale=255.0 / _white(image))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

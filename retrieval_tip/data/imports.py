@@ -61,7 +61,6 @@ def import_table(source: Path, out: Path, classes: Path | None = None) -> int:
 
 
 def _keys_in(source: Path) -> Path:
-    """Return the file of keys: the source itself, or the only one in a folder."""
     if not source.is_dir():
         if _KEYS.fullmatch(source.name) is None and source.exists():
             raise UsageError(f"{show(source)}: cannot be imported; {_EXPECTED}")
@@ -137,7 +136,6 @@ def _read_tensor(file: Path) -> Array:
 
 
 def _class_names(file: Path, c: int) -> list[str]:
-    """Read ``c`` distinct class names, one per line."""
     try:
         lines = read_regular(file, MAX_NAMES).decode("utf-8-sig").rstrip().split("\n")
     except UnicodeDecodeError as error:

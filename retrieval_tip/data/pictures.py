@@ -58,10 +58,7 @@ class Columns:
 
     @classmethod
     def of(cls, given: object) -> Columns | None:
-        """Find the columns of a dataset by their types; return ``None`` for anything else.
-
-        Raises UsageError for a dict of datasets, and unless exactly one column has images.
-        """
+        """Find the columns of a dataset by type; ``None`` for anything else. Raises UsageError for a dict of splits."""
         if isinstance(given, Mapping) and (parts := [name for name, part in given.items() if _is_hugging_face(part)]):
             raise UsageError(f"dataset: has several splits; choose one, for example dataset[{parts[0]!r}]")
         if not _is_hugging_face(given):
@@ -117,7 +114,6 @@ def pictures(given: Picture | Iterable[Picture]) -> Pictures:
 
 
 def _stored(dataset: HuggingFace, image: str) -> Pictures:
-    """Take the encoded files from a column of a Hugging Face dataset."""
     kind: Any = type(dataset.features[image])
     rows = dataset.with_format(None).cast_column(image, kind(decode=False))
     names = [f"photo {place}" for place in range(len(rows))]
@@ -159,7 +155,6 @@ def labelled_pictures(given: Any, labels: Iterable[object] | None = None) -> Pic
 
 
 def _apart(given: Any, columns: Columns | None) -> tuple[Any, Iterable[object]]:
-    """Return the photos and the labels of a dataset or of pairs."""
     label = None if columns is None else columns.label
     if label is not None and hasattr(given, "__len__") and Columns.of(given) == columns:
         return given, given.with_format(None)[label]
@@ -184,7 +179,6 @@ def _name(label: object, names: Sequence[object] | None, place: int) -> str:
 
 
 def _encoded(picture: object, name: str) -> bytes:
-    """Encode a photo as an image file without loss."""
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or not is_one(picture):
             raise InputError(f"{name}: {picture.dtype} of shape {picture.shape}; expected uint8 of shape [h, w, 3]")

@@ -78,10 +78,7 @@ class Source:
         return names
 
     def known_as(self, class_names: Sequence[str]) -> Source:
-        """Replace labels that differ from an index's class only in case, ``_``, ``-`` or spaces, and log a warning.
-
-        Labels that match several classes, or none, stay.
-        """
+        """Rename labels that match exactly one of ``class_names`` except for case, ``_``, ``-`` and spaces."""
         plain: dict[str, list[str]] = {}
         for name in class_names:
             plain.setdefault(_plain(name), []).append(name)
@@ -117,10 +114,7 @@ def spelled_alike(names: Iterable[str]) -> dict[str, str]:
 
 
 def read_item(path: str) -> bytes:
-    """Return the bytes of an image: a file, an object on a store, or a member of a tar.
-
-    Raises InputError with the reason only, without the path.
-    """
+    """Return the bytes of a file, an object on a store, or a member of a tar. Raises InputError without the path."""
     for read in (tars.read, remote.read):
         if (data := read(path)) is not None:
             return data

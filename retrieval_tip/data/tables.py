@@ -97,10 +97,7 @@ def _holds(folder: str, name: str) -> bool:
 
 
 def table_files(table: Path | str) -> list[Path | str]:
-    """List the Parquet files of a table: the file itself, or the parts in a folder, in order.
-
-    Raises InputError if the folder lacks some of its parts.
-    """
+    """List the Parquet files of a table: itself, or its parts in order. Raises InputError if some are missing."""
     where = os.fspath(table)
     if where.endswith(".parquet") if remote.is_remote(table) else not os.path.isdir(table):
         return [table]
@@ -120,10 +117,7 @@ def part_files(folder: str) -> list[Path | str]:
 
 
 def items_of(file: Path | str) -> tuple[pa.Table, bool]:
-    """Return all columns of a table except the features, and whether it has features.
-
-    A feature table without ids gets row numbers.
-    """
+    """Return all columns of a table except features, and whether it has features. Missing ids become row numbers."""
     name = show(file)
     if str(file).lower().endswith((".csv", ".tsv", ".jsonl")) and not os.path.isdir(file):
         items = (_read_json_lines if str(file).lower().endswith(".jsonl") else _read_csv)(Path(file))
@@ -307,7 +301,6 @@ def _encoding(file: Path) -> str:
 
 
 def _delimiter(file: Path, encoding: str) -> str:
-    """Return the most frequent usual separator in the first line."""
     with Path(file).open(encoding=encoding, errors="replace") as text:
         line = text.readline(1 << 16)
     return max(",;\t|", key=line.count)

@@ -114,10 +114,7 @@ class Tar:
 
 
 def opened(place: str) -> Tar:
-    """Open a tar by path or URL, or reuse one of the last :data:`HELD` if its file has not changed.
-
-    Raises as :class:`Tar`.
-    """
+    """Open a tar by path or URL; reuse one of the last :data:`HELD` if it has not changed. Raises as :class:`Tar`."""
     try:
         status = None if remote.is_remote(place) else os.stat(place)
     except OSError as error:
@@ -213,7 +210,6 @@ def _in_folder(where: str) -> list[str]:
 
 
 def _named(pattern: str) -> Iterator[str]:
-    """Expand ``{000..099}`` to numbers as wide as the first."""
     match = _RANGE.search(pattern)
     if match is None:
         yield pattern
@@ -279,10 +275,7 @@ def _unpack(raw: BinaryIO, file: BinaryIO) -> None:
 
 
 def _label(sample: _Sample) -> str | None:
-    """Return the label of a sample: the text of ``.cls`` or ``.txt``, or ``label``, ``class`` or ``cls`` in ``.json``.
-
-    Raises InputError if it is not UTF-8, too long, or not text.
-    """
+    """Return the text of ``.cls`` or ``.txt``, or ``label``, ``class`` or ``cls`` in ``.json``. Raises InputError."""
     kind = next((kind for kind in LABELS if kind in sample.labels), None)
     if kind is None:
         return None

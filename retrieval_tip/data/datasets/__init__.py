@@ -38,11 +38,7 @@ def open_dataset(name: str, root: str | os.PathLike[str], split: str) -> Source:
 
 
 def check(name: str, root: str | os.PathLike[str]) -> list[str]:
-    """List missing or damaged files of a dataset below ``root``, with the expected layout, one line each.
-
-    Checks folders, lists, the number of classes, and a sample of each part's images. Raises UsageError for an unknown
-    name.
-    """
+    """List problems of a dataset below ``root``, one line each. Raises UsageError for an unknown name."""
     dataset = facts(name)
     folder = _folder(dataset, Path(root))
     problems = lacking(dataset, folder, tuple(dataset.images))

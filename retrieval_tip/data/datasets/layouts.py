@@ -38,7 +38,7 @@ def variant_lists(dataset: Dataset, folder: Path, split: str) -> Source:
     if twice := [name for name, times in Counter(class_names).items() if times > 1]:
         raise InputError(f"{show(folder / dataset.listing)}: duplicate class name {twice[0]!r}")
     known = set(class_names)
-    listing = variant_list(folder, split)
+    listing = folder / f"images_variant_{split}.txt"
     paths, labels = [], []
     for number, line in _lines(listing):
         image, *rest = line.split(maxsplit=1)
@@ -52,16 +52,8 @@ def variant_lists(dataset: Dataset, folder: Path, split: str) -> Source:
     return of_images(paths, show(listing), labels, class_names)
 
 
-def variant_list(folder: Path, split: str) -> Path:
-    """Return the list of the images in a part of FGVC-Aircraft."""
-    return folder / f"images_variant_{split}.txt"
-
-
 def class_folders(dataset: Dataset, folder: Path, split: str) -> Source:
-    """Open the images in the class folders of a part. Classes are in the order of ``classnames.txt``.
-
-    Raises InputError if a folder has no class name, or there are no images.
-    """
+    """Open the class folders of a part in the order of ``classnames.txt``. Raises InputError if there are no images."""
     root, folders = folder / dataset.images[split], named_folders(dataset, folder, split)
     if len(folders) < dataset.classes:
         log.warning("%s: %d of the %d class folders of %s", show(root), len(folders), dataset.classes, dataset.name)
@@ -130,7 +122,8 @@ def lacking(dataset: Dataset, folder: Path, splits: tuple[str, ...]) -> list[str
     listing, images_look = EXPECTED[dataset.layout]
     files = {folder / dataset.listing: listing}
     if dataset.layout == "variant lists":
-        files |= {variant_list(folder, split): "one line per image: its number and its variant" for split in splits}
+        line = "one line per image: its number and its variant"
+        files |= {folder / f"images_variant_{split}.txt": line for split in splits}
     if not os.path.isdir(folder):
         inside = [f"{part}/" if part else "its images" for part in dict.fromkeys(dataset.images.values())]
         inside += [file.name for file in files]
