@@ -684,7 +684,7 @@ def test_a_table_knows_its_backbone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"{}", b"\xff", b'{"model": 1}', b"[" * 100_000])
 def test_unreadable_backbone_metadata_is_refused(tmp_path: Path, raw: bytes) -> None:
-    with pytest.raises(InputError, match=r"t\.parquet: its backbone metadata cannot be read"):
+    with pytest.raises(InputError, match=r"t\.parquet: its metadata cannot be read"):
         table_identity(with_identity(tmp_path / "t.parquet", raw))
 
 
@@ -698,7 +698,7 @@ def test_a_table_of_another_backbone_is_refused(tmp_path: Path) -> None:
     check_backbone(None, 6, None, [source])
     with pytest.raises(InputError, match="features of 6 values, the index has 5"):
         check_backbone(None, 5, None, [source])
-    with pytest.raises(BackboneError, match="index: made with backbone"):
+    with pytest.raises(BackboneError, match="index: made with encoder"):
         check_backbone(other, 6, Fake(), [])
     with pytest.raises(BackboneError, match="its features have 6 values, the index has 5"):
         check_backbone(None, 5, Fake(), [])

@@ -241,7 +241,7 @@ def test_another_model_that_comes_into_the_folder_meanwhile_is_refused(known, ch
     waiting = load_when_needed(identity, dim, device="cpu")
     change(folder)
     for _ in range(2):
-        with pytest.raises(BackboneError, match=r"is needed, but .* is in use"):
+        with pytest.raises(BackboneError, match=r"made with encoder .* is in use"):
             waiting.encode_texts(["a cat"])
 
 

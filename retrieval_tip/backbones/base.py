@@ -68,6 +68,14 @@ class Identity:
         return cls(**{key: data[key] for key in kinds})
 
 
+def same_backbone(one: Identity, other: Identity, what: str) -> None:
+    """Raise BackboneError naming both backbones unless their features can be compared."""
+    if one.fingerprint != other.fingerprint:
+        raise BackboneError(
+            f"{what}: made with encoder {one}, but {other} is in use; their features cannot be compared"
+        )
+
+
 def view_size(preprocess: Preprocess) -> tuple[int, int]:
     """Return height and width of a view from an identity's ``preprocess``."""
     size = preprocess["size"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import numpy as np
 
 from retrieval_tip.backbones import tower
-from retrieval_tip.backbones.base import PARTS, Execution, FloatArray, Identity, view_size
+from retrieval_tip.backbones.base import PARTS, Execution, FloatArray, Identity, same_backbone, view_size
 from retrieval_tip.errors import BackboneError, UsageError
 
 if TYPE_CHECKING:
@@ -102,11 +102,7 @@ class TorchBackbone(ABC):
             if self._opened is None:
                 opened = self._open_here()
                 identity = replace(opened.identity, weights=weights_digest(opened.model))
-                if identity.fingerprint != self._identity.fingerprint:
-                    raise BackboneError(
-                        f"backbone {self._identity} is needed, but {identity} is in use; "
-                        "their features cannot be compared"
-                    )
+                same_backbone(self._identity, identity, "index")
                 self._opened, self._digested = opened, torch.cat(_sampled(opened.model))
             return self._opened
 

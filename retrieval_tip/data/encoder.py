@@ -17,13 +17,12 @@ import numpy.typing as npt
 import pyarrow as pa
 from tqdm import tqdm
 
-from retrieval_tip.backbones.base import Backbone, unit, view_size
+from retrieval_tip.backbones.base import Backbone, same_backbone, unit, view_size
 from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.feature_tables import (
     read_rows,
-    same_backbone,
     schema_of,
     table_dim,
     table_identity,
@@ -269,7 +268,18 @@ class Encoder:
     def _image_parts(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[_Part]:
         backbone, paths = self.needed_backbone(source), source.paths or ()
         last = {path: position for position, path in enumerate(paths)}
-        encoded = self._encode_images(list(dict.fromkeys(paths)), backbone, names, merge)
+        scope = f"{backbone.identity.fingerprint}/{backbone.precision}"
+        size, least = self.batch_size or backbone.batch_size, _least(backbone) if self.reduce else None
+        _check_pixels(backbone, len(last), len(names), size, 3)
+
+        def kept(digest: str, view: str) -> FloatArray | None:
+            return None if self.cache is None else self.cache.get(scope, digest, view)
+
+        def load(path: str) -> _Loaded:
+            return _load(path, backbone, names, kept, least, self.read)
+
+        chunks = self._ahead(_chunks(list(last), size), load, depth=2)
+        encoded = (self._encode_chunk(chunk, backbone, scope, size, merge) for chunk in chunks)
         merged: _Merged = {}
         rows: list[tuple[int, FloatArray, str]] = []
         for position, path in enumerate(paths):
@@ -283,24 +293,6 @@ class Encoder:
                 rows.append((position, *result))
         if rows:
             yield _part(rows)
-
-    def _encode_images(
-        self, paths: Sequence[str], backbone: Backbone, names: Sequence[str], merge: _Merge
-    ) -> Iterator[_Merged]:
-        """Yield merged features ``[v, d]`` and digests of images, a batch at a time."""
-        scope = f"{backbone.identity.fingerprint}/{backbone.precision}"
-        size = self.batch_size or backbone.batch_size
-        _check_pixels(backbone, len(paths), len(names), size, 3)
-        least = _least(backbone) if self.reduce else None
-
-        def kept(digest: str, view: str) -> FloatArray | None:
-            return None if self.cache is None else self.cache.get(scope, digest, view)
-
-        def load(path: str) -> _Loaded:
-            return _load(path, backbone, names, kept, least, self.read)
-
-        for chunk in self._ahead(_chunks(paths, size), load, depth=2):
-            yield self._encode_chunk(chunk, backbone, scope, size, merge)
 
     def _ahead(self, chunks: Sequence[Sequence[str]], load: Callable[[str], _T], depth: int) -> Iterator[list[_T]]:
         """Yield the loaded images of each chunk, while threads read and decode ``depth`` more chunks."""

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from retrieval_tip.backbones.base import Backbone, FloatArray, Identity
+from retrieval_tip.backbones.base import Backbone, FloatArray, Identity, same_backbone
 from retrieval_tip.data.sources import Source
 from retrieval_tip.data.tables import (
     FEATURE,
@@ -37,14 +37,6 @@ MOST_KEPT = 1e9
 TABLE_ROWS = 8192
 
 
-def same_backbone(one: Identity, other: Identity, what: str) -> None:
-    """Raise BackboneError naming both backbones unless their features can be compared."""
-    if one.fingerprint != other.fingerprint:
-        raise BackboneError(
-            f"{what}: made with backbone {one}, but {other} is in use; their features cannot be compared"
-        )
-
-
 def check_backbone(identity: Identity | None, d: int, backbone: Backbone | None, sources: Sequence[Source]) -> None:
     """Check that ``backbone`` and ``sources`` fit an index whose features have ``d`` values and come from ``identity``.
 
@@ -58,7 +50,7 @@ def check_backbone(identity: Identity | None, d: int, backbone: Backbone | None,
             )
         same_backbone(identity, backbone.identity, "index")
     if backbone is not None and backbone.dim != d:
-        raise BackboneError(f"backbone {backbone.identity}: its features have {backbone.dim} values, the index has {d}")
+        raise BackboneError(f"encoder {backbone.identity}: its features have {backbone.dim} values, the index has {d}")
     for source in sources:
         if source.table is not None:
             own = table_identity(source.table)
@@ -77,7 +69,7 @@ def table_identity(path: Path | str) -> Identity | None:
     try:
         return Identity.from_dict(json.loads(raw))
     except (ValueError, RecursionError, BackboneError) as error:
-        raise InputError(f"{show(path)}: its backbone metadata cannot be read ({error})") from None
+        raise InputError(f"{show(path)}: its metadata cannot be read ({error})") from None
 
 
 def table_dim(path: Path | str) -> int:

@@ -13,11 +13,7 @@ from retrieval_tip.errors import InputError, counted, few, show
 
 log = logging.getLogger(__name__)
 
-PARTS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing"),
-}
+PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 """Folder names of each part of a dataset."""
 
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")

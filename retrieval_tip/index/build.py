@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retrieval_tip.answering import AnsweringIndex
-from retrieval_tip.backbones.base import resolve_device
+from retrieval_tip.backbones.base import resolve_device, same_backbone
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates, text_weights
 from retrieval_tip.data.encoder import Encoder
-from retrieval_tip.data.feature_tables import same_backbone, table_identity
+from retrieval_tip.data.feature_tables import table_identity
 from retrieval_tip.data.sources import Source, open_source, spelled_alike
 from retrieval_tip.errors import SHOWN, UsageError, few
 from retrieval_tip.index import places

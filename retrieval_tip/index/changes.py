@@ -19,10 +19,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrieval_tip.answering import AnsweringIndex, EditableIndex
-from retrieval_tip.backbones.base import Backbone, Identity
+from retrieval_tip.backbones.base import Backbone, Identity, same_backbone
 from retrieval_tip.backbones.prompts import check_templates, text_weights
 from retrieval_tip.data.encoder import Encoder
-from retrieval_tip.data.feature_tables import check_backbone, same_backbone, table_identity
+from retrieval_tip.data.feature_tables import check_backbone, table_identity
 from retrieval_tip.data.imports import import_table
 from retrieval_tip.data.sources import Source, open_source, spelled_alike
 from retrieval_tip.data.tables import read_columns, reading, texts
