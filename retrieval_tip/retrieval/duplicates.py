@@ -136,10 +136,8 @@ def duplicates(
         compared, more = "nearest", _closest([_nearest(keys, asked, search, least, remain)], most)
     elif fresh is None and not isinstance(keys, KeysInPlace):
         features = _codes_of_equal(keys)
-        x, y, every = _pairs_of_equal(
-            features, class_ids, new, most + len(a)
-        )  # identical images among them drop out below
-        kept = remain(x, y)
+        x, y, every = _pairs_of_equal(features, class_ids, new, most + len(a))
+        kept = remain(x, y)  # drops identical images
         both = np.where((features < 0) | (images < 0), -1, features * (n + 1) + images)
         more = x[kept], y[kept], every - _pairs_of_equal(both, class_ids, new, 0)[2]
     kinds = np.repeat([0, 2], [len(a), len(more[0])])[:most]

@@ -150,11 +150,7 @@ class KeyStream(ABC):
     """
 
     def __init__(
-        self,
-        shape: tuple[int, int],
-        counts: Tensor,
-        device: str = "cpu",
-        means: Callable[[], FloatArray] | None = None,
+        self, shape: tuple[int, int], counts: Tensor, device: str = "cpu", means: Callable[[], FloatArray] | None = None
     ) -> None:
         self.n, self.d = shape
         self.counts, self.n_classes, self.device = counts, len(counts), device
@@ -392,9 +388,7 @@ class Keys(KeyStream):
                     if fits:
                         self._on_device = torch.from_numpy(np.asarray(self.array)).to(self.device)
                     else:
-                        warn_once(
-                            f"{self.device}: half of its free memory cannot hold the keys; each answer copies them"
-                        )
+                        warn_once(f"{self.device}: keys exceed half of its free memory; each answer copies them there")
                     self._fits = fits
         return self._on_device
 
