@@ -1,7 +1,8 @@
-"""Tables and features for tests."""
+"""Tables, features, images and models for tests."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
+
+TINY: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
 
 
 def write_table(
@@ -44,3 +52,23 @@ def touch(folder: Path, *paths: str) -> None:
     for path in paths:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).touch()
+
+
+def tiny(folder: Path, seed: int = 0, **config: Any) -> Path:
+    """Create a model folder with random weights."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(seed)
+    config = TINY | config
+    folder.mkdir()
+    save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+    settings = {"model_cfg": config, "preprocess_cfg": {"size": 32, "mean": [0.1, 0.2, 0.3]}}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def picture(size: tuple[int, int] = (50, 40)) -> Image.Image:
+    """Return an image of random pixels."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))

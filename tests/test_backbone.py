@@ -17,33 +17,13 @@ import torch
 from conftest import few, with_code
 from PIL import Image
 from safetensors.torch import save_file
+from tables import TINY, picture, tiny
 
 from retrieval_tip.backbones import catalogue, torch_backbone
 from retrieval_tip.backbones import open_clip as backbone
 from retrieval_tip.backbones.base import PARTS, Identity, unit
 from retrieval_tip.backbones.loading import load_backbone, write_tuned
 from retrieval_tip.errors import BackboneError, InputError, UsageError
-
-TINY = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
-
-
-def tiny(folder, seed=0, **config):
-    """A model folder with random weights."""
-    torch.manual_seed(seed)
-    config = TINY | config
-    folder.mkdir()
-    save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
-    settings = {"model_cfg": config, "preprocess_cfg": {"size": 32, "mean": [0.1, 0.2, 0.3]}}
-    (folder / "open_clip_config.json").write_text(json.dumps(settings))
-    return folder
-
-
-def picture(size=(50, 40)):
-    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
 
 
 def test_features_are_those_of_plain_open_clip(lit_mini, shared):

@@ -12,7 +12,7 @@ import pytest
 from conftest import cache_of, examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tables import unit_rows, write_table
+from tables import tiny, unit_rows, write_table
 
 from retrieval_tip import CacheModel
 from retrieval_tip.data.encoder import Encoder
@@ -240,8 +240,6 @@ def test_a_failed_calibration_changes_nothing(run, food_index, tmp_path):
 
 def test_no_test_part_is_read(run, shared, tmp_path):
     """The test part of the split is poisoned: other labels, and images that are not there."""
-    from test_backbone import tiny
-
     data = shared / "data/caltech101"
     split = json.loads((data / "split_zhou_Caltech101.json").read_text())
     names = ("panda", "pizza", "camera")

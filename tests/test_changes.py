@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SHARED
-from tables import unit_rows, write_table
+from tables import tiny, unit_rows, write_table
 
 from retrieval_tip import CacheModel, verify
 from retrieval_tip.backbones.base import Backbone
@@ -256,8 +256,6 @@ def test_the_same_photograph_in_two_classes_is_warned_about_at_build_and_at_add(
 
 
 def test_another_backbone_is_refused_with_both_named(run: Any, pictures: Path, tmp_path: Path) -> None:
-    from test_backbone import tiny
-
     other = tiny(tmp_path / "other")
     new, before = photographs(tmp_path / "new", panda=range(4, 5)), everything(pictures)
     refused(run("index", "add", pictures, new, "--model", f"local-dir:{other}"), 1, MODEL, other)
@@ -350,8 +348,6 @@ def other(tmp_path: Path) -> Path:
 def test_a_bad_merge_is_refused_and_changes_nothing(
     run: Any, index: Path, other: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    from test_backbone import tiny
-
     before = everything(index)
     values = CacheModel.from_features(
         unit_rows(2, D), ["cat", "dog"], ["cat", "dog"], device="cpu", values=np.ones((2, 2), dtype=np.float32)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from test_backbone import tiny
+from tables import tiny
 
 from retrieval_tip import Classifier, Encoder, Prediction, Predictions, build_index, load_backbone, open_source
 from retrieval_tip.answering import AnsweringIndex

@@ -22,7 +22,7 @@ import pytest
 from click.types import FloatParamType, IntParamType, Tuple
 from conftest import few
 from PIL import Image
-from tables import unit_rows, write_table
+from tables import picture, tiny, unit_rows, write_table
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.cli import program as cli
@@ -193,8 +193,6 @@ def test_a_wrong_recipe_is_wrong_usage(run, tmp_path, name, values):
 
 
 def test_another_backbone_than_the_indexs_is_refused_with_both_named(run, shared, tmp_path):
-    from test_backbone import tiny
-
     one, other = tiny(tmp_path / "one"), tiny(tmp_path / "other", seed=1)
     photographs = shared / "data/caltech101/101_ObjectCategories"
     for name in ("panda", "pizza"):
@@ -228,8 +226,6 @@ def test_another_backbone_than_the_indexs_is_refused_with_both_named(run, shared
 
 
 def test_a_table_that_was_encoded_here_gives_the_index_that_its_images_give(run, shared, tmp_path):
-    from test_backbone import tiny
-
     model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
     photographs = tmp_path / "photos"
     for name in ("panda", "pizza"):
@@ -251,8 +247,6 @@ def test_a_table_that_was_encoded_here_gives_the_index_that_its_images_give(run,
 
 
 def test_unreadable_images_are_named_and_the_exit_status_is_3(run, shared, tmp_path):
-    from test_backbone import tiny
-
     model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
     photographs = tmp_path / "photos"
     for name in ("panda", "pizza"):
@@ -336,8 +330,6 @@ def test_a_reader_that_stops_early_is_no_error(small, tmp_path):
 def test_answers_appear_while_the_rest_is_read(style, run, tmp_path, warm_path):
     """The first of them, before the last photograph is opened: the command waits, for its pipe holds a few lines."""
     import fcntl
-
-    from test_backbone import picture, tiny
 
     photographs, new = tmp_path / "photos", tmp_path / ("new" * 30)
     for seed, path in enumerate([*(photographs / "ab"[i % 2] / f"{i}.png" for i in range(4)), new / "000.png"]):

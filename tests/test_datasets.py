@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import needs_real
 from PIL import Image
+from tables import tiny
 
 from retrieval_tip.backbones.prompts import clean_class_name
 from retrieval_tip.cache_model import CacheModel
@@ -415,8 +416,6 @@ def photographs(shared, tmp_path):
 
 
 def test_build_encode_and_evaluate_by_name(run, photographs, tmp_path):
-    from test_backbone import tiny
-
     model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
     built = run("index", "build", "--fit", "none", photographs, "--dataset", "caltech", *model, "--out", tmp_path / "a")
     assert built.exit_code == 0, built.output
@@ -444,8 +443,6 @@ def test_build_encode_and_evaluate_by_name(run, photographs, tmp_path):
 
 
 def test_the_datasets_templates_give_way_to_given_ones(run, photographs, tmp_path):
-    from test_backbone import tiny
-
     model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
     folder = photographs / "caltech-101"
     folder.rename(photographs / "dtd")

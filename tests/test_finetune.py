@@ -16,8 +16,7 @@ from conftest import cache_of, examples, few, needs_real
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tables import unit, unit_rows, write_table
-from test_backbone import tiny
+from tables import tiny, unit, unit_rows, write_table
 from test_search_hp import C, D, clusters
 from torch.nn import functional
 

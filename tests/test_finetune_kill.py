@@ -22,7 +22,7 @@ from conftest import few, sampled
 if __name__ != "__main__":
     import numpy as np
     import torch
-    from test_backbone import tiny
+    from tables import tiny
     from test_finetune import (  # noqa: F401 - fixtures
         image_index,
         index,

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from test_backbone import TINY, picture, tiny
+from tables import TINY, picture, tiny
 from test_cli import commands
 
 from retrieval_tip import CacheModel, cache_model

@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from test_backbone import a_step, picture, some_pixels, tiny
+from tables import picture, tiny
+from test_backbone import a_step, some_pixels
 
 from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import unit
