@@ -237,14 +237,9 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
                     f"text_weights: {len(text)} rows for {len(classes)} classes; if y lacks classes, give class_names"
                 )
         cache = CacheModel.from_features(
-            _rows(rows, normalize),
-            _ids(own, names),
-            [str(label) or repr(label) for label in names.tolist()],
-            text,
-            settings=settings,
-            index=self.index,
-            device=self.device,
-        )
+            _rows(rows, normalize), _ids(own, names), [str(label) or repr(label) for label in names.tolist()], text,
+            settings=settings, index=self.index, device=self.device,
+        )  # fmt: skip
         if auto:
             closed_form.fit(cache, metric=self.metric, values=self.values)
         self._letters = (self.metric, self.values) if auto else None

@@ -98,6 +98,6 @@ def test_an_index_that_retrieves_is_refused_unless_it_is_to_meet_all_keys(tmp_pa
 
 def test_too_large_objects_are_refused_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr("retrieval_tip.index.onnx_graph.LARGEST", 100)
-    with pytest.raises(UsageError, match="ONNX holds 2 GB"):
+    with pytest.raises(UsageError, match="limit is 2 GB"):
         export_onnx(index(), tmp_path / "i.onnx")
     assert not list(tmp_path.iterdir())

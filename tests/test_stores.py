@@ -760,7 +760,7 @@ def test_keys_of_another_index_are_merged(pets, other, base):
     rows = labels_of(pets.place)
     same = ("source", "camera", "views", "digest")
     assert all(rows[new][name] == rows[i][name] for new, i in enumerate(order, N) for name in same)
-    said(lambda: changes.merge(pets.place, pets.place), "same index", error=UsageError)
+    said(lambda: changes.merge(pets.place, pets.place), "itself", error=UsageError)
 
 
 def test_labels_and_versions_answer_sql(pets):

@@ -153,7 +153,7 @@ def merge(folder: Place, other: Place) -> Added:
     """
     target, source = places.at(folder), places.at(other)
     if target.resolved == source.resolved:
-        raise UsageError(f"{other}: is the same index; give another one to merge")
+        raise UsageError(f"{other}: an index cannot be merged with itself; give another one")
     theirs = source.load(device="cpu", precision="float32").in_memory()
     if theirs.values is not None and theirs.fitted is None:
         raise InputError(f"{other}: has trained values, which cannot be merged; merge its version before the training")
@@ -426,16 +426,9 @@ def import_index(
         import_table(Path(source), table, None if classes is None else Path(classes))
         try:
             return build_index(
-                dataclasses.replace(open_source(table), name=show(source)),
-                out,
-                Encoder(norms=norms),
-                text=text,
-                index=index,
-                dtype=dtype,
-                alpha=alpha,
-                beta=beta,
-                device="cpu",
-            )
+                dataclasses.replace(open_source(table), name=show(source)), out, Encoder(norms=norms), text=text,
+                index=index, dtype=dtype, alpha=alpha, beta=beta, device="cpu",
+            )  # fmt: skip
         except InputError as error:
             raise InputError(str(error).replace(show(table), show(source))) from None
 
@@ -459,7 +452,7 @@ def _weights_of(
             same_backbone(theirs, Identity.from_dict(manifest.backbone), str(text))
         if weights.shape[1] != manifest.d:
             raise InputError(
-                f"{text}: features have {weights.shape[1]} values, the index {manifest.d}; use its backbone"
+                f"{text}: features have {weights.shape[1]} values instead of {manifest.d}; use one backbone"
             )
         return {name: row for name, row in zip(names, weights, strict=True) if name in new}
     if encoder.backbone is None or not manifest.templates:

@@ -74,17 +74,12 @@ def create(folder: Path, made: Material) -> CacheModel:
         labels = made.labels(order, digests)
         warn_of(duplicates(keys, labels))
         cache = CacheModel(
-            keys=keys,
-            labels=labels,
-            class_names=list(names),
+            keys=keys, labels=labels, class_names=list(names),
             text_weights=torch.zeros(c, d) if weights is None else torch.from_numpy(weights),
             index=index_over(keys, ids, c, factory if made.fit is None else BY_CLASS, device="cpu"),
-            settings=made.asked.plain(statistics, met),
-            templates=templates,
-            backbone=made.backbone,
-            provenance=made.described(statistics),
-            built=made.built,
-        )
+            settings=made.asked.plain(statistics, met), templates=templates, backbone=made.backbone,
+            provenance=made.described(statistics), built=made.built,
+        )  # fmt: skip
         if made.fit is not None:
             fitted = closed_form.fit(cache, metric=made.fit.metric, values=made.fit.values, factory=factory)
             warn(fitted.warnings)

@@ -113,7 +113,7 @@ def export_onnx(
     answer = Answer(cache, backbone).eval()
     size = sum(part.numel() * part.element_size() for part in answer.state_dict().values())
     if size > LARGEST:
-        raise UsageError(f"{show(Path(out))}: keys, values and encoder take {size / 1e9:.1f} GB; ONNX holds 2 GB")
+        raise UsageError(f"{show(Path(out))}: keys, values and encoder take {size / 1e9:.1f} GB; the limit is 2 GB")
     facts = _metadata(cache, backbone)
     with replacing(Path(out)) as temporary:
         _trace(answer, cache, backbone, temporary)

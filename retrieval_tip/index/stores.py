@@ -35,7 +35,7 @@ class VersionWriter(Protocol):
 
 
 class Change(ABC):
-    """An index to edit, ``cache``. Set ``what``, the line for its history, or nothing is written."""
+    """An index to edit, ``cache``. Without ``what``, a description for the history, nothing is written."""
 
     what = ""
 
@@ -52,7 +52,7 @@ class Change(ABC):
 
     @abstractmethod
     def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
-        """Return the new keys, of at least one, whose image is in another class too."""
+        """Return the keys among ``key_ids`` (at least one) whose image is also in another class."""
 
 
 class Store(ABC):

@@ -66,7 +66,7 @@ class Address:
                 f"{scheme}://...: remove the user and password from the address; {set_credentials(scheme)}"
             )
         if ":" in first and not local:
-            raise UsageError(f"{scheme}://...: give a bucket first; set a server by AWS_ENDPOINT_URL")
+            raise UsageError(f"{scheme}://...: an address has no server; set AWS_ENDPOINT_URL to it")
         rest, query, _ = rest.partition("?")
         shown = one_line(f"{scheme}://{rest}")
         if query:

@@ -122,7 +122,7 @@ class LanceDraft(LanceModel, EditableIndex):
                 with np.errstate(over="ignore"):  # refused below
                     own = own.astype(dtype)
                 if not np.isfinite(own).all():
-                    raise InputError(f"keys: hold values too large for {dtype}")
+                    raise InputError(f"keys: values too large for {dtype}; use float32")
                 points = points_of(metric, own, "cpu")
                 if known is None:
                     sums.count(own, ids)
@@ -135,16 +135,10 @@ class LanceDraft(LanceModel, EditableIndex):
 
         table, sums = writer.create(grouped(rows()), schema), known or sums
         model = cls(
-            store=writer.store,
-            table=table,
-            classes=Classes(list(class_names), text, sums.counts, sums.sums, point_sums),
-            second=sums.second,
-            metric=metric,
-            dtype=dtype,
-            next_key_id=following,
-            writer=writer,
-            digest=digest,
-        )
+            store=writer.store, table=table,
+            classes=Classes(list(class_names), text, sums.counts, sums.sums, point_sums), second=sums.second,
+            metric=metric, dtype=dtype, next_key_id=following, writer=writer, digest=digest,
+        )  # fmt: skip
         model._index(index)
         return model
 
@@ -342,16 +336,10 @@ class LanceDraft(LanceModel, EditableIndex):
             check(self.store, self.manifest, set())
         before = KeyTable.at(self.store.address, self.table.name, self.table.version)  # pinned while it is replaced
         rewritten = self.create(
-            self.writer,
-            replace(self, table=before).blocks_of(before.label_columns),
-            self.class_names,
-            self.classes.text,
-            dtype or self.dtype,
-            factory or self._asked,
-            stored=True,
-            metric=self.metric if self.whole is None else None,
-            known=known,
-        )
+            self.writer, replace(self, table=before).blocks_of(before.label_columns), self.class_names,
+            self.classes.text, dtype or self.dtype, factory or self._asked, stored=True,
+            metric=self.metric if self.whole is None else None, known=known,
+        )  # fmt: skip
         # Damage must not get a valid digest.
         if rewritten.dtype == self.dtype and self.digest not in (None, rewritten.digest):
             raise StoreError(f"{self.store}: rows are damaged; {RESTORE}")

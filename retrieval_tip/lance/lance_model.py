@@ -104,25 +104,13 @@ class LanceModel(AnsweringIndex):
     def _of(cls, place: LanceVersions, manifest: Manifest, table: KeyTable, device: str, **more: Any) -> Self:
         metric, values = place.array(manifest, "metric"), place.array(manifest, "values")
         model = cls(
-            store=place,
-            table=table,
-            classes=place.classes(manifest),
-            dtype=manifest.dtype,
-            next_key_id=manifest.next_key_id or 1,
-            index_type=manifest.index,
-            settings=manifest.settings,
-            templates=manifest.templates,
-            backbone=Identity.from_dict(manifest.backbone) if manifest.backbone else None,
-            provenance=manifest.provenance,
-            built=manifest.built,
-            device=device,
-            manifest=manifest,
-            version=manifest.version,
-            metric=None if metric is None else metric_of(metric),
-            fitted=manifest.fitted,
-            second=place.array(manifest, "second"),
-            **more,
-        )
+            store=place, table=table, classes=place.classes(manifest), dtype=manifest.dtype,
+            next_key_id=manifest.next_key_id or 1, index_type=manifest.index, settings=manifest.settings,
+            templates=manifest.templates, backbone=Identity.from_dict(manifest.backbone) if manifest.backbone else None,
+            provenance=manifest.provenance, built=manifest.built, device=device, manifest=manifest,
+            version=manifest.version, metric=None if metric is None else metric_of(metric), fitted=manifest.fitted,
+            second=place.array(manifest, "second"), **more,
+        )  # fmt: skip
         if values is not None:
             model.hold(values)
         return model
@@ -285,22 +273,12 @@ class LanceModel(AnsweringIndex):
         """Return an exact classifier over keys and labels ordered as in a folder, with this metric and settings."""
         ids, points = labels["class_id"].to_numpy().astype(np.int64), points_of(self.metric, keys, self.device)
         return CacheModel(
-            keys=keys,
-            labels=labels,
-            class_names=self.class_names,
-            text_weights=self.text_weights,
+            keys=keys, labels=labels, class_names=self.class_names, text_weights=self.text_weights,
             index=index_over(keys if points is None else points, ids, len(self.class_names), FLAT, self.device),
-            settings=self.settings,
-            templates=self.templates,
-            backbone=self.backbone,
-            provenance=self.provenance,
-            device=self.device,
-            next_key_id=self.next_key_id,
-            metric=self.metric,
-            points=points,
-            fitted=self.fitted,
+            settings=self.settings, templates=self.templates, backbone=self.backbone, provenance=self.provenance,
+            device=self.device, next_key_id=self.next_key_id, metric=self.metric, points=points, fitted=self.fitted,
             built=self.built,
-        )
+        )  # fmt: skip
 
     @property
     def segments(self) -> int:

@@ -111,7 +111,7 @@ class LanceStore(LanceVersions, Store):
         from retrieval_tip.lance.lance_model import LanceModel, check
 
         if precision not in ("auto", "float32"):
-            raise UsageError(f"precision {precision}: a LanceDB store multiplies in float32; remove it")
+            raise UsageError(f"precision {precision}: a LanceDB store multiplies in float32; remove the option")
         if verify == "full":
             self.opened(lambda manifest: check(self, manifest, set()), version)
         return LanceModel.load(self, device=device, version=version)

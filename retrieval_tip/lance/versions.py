@@ -156,7 +156,7 @@ class TableWriter:
         raw = history.sealed(manifest, address)
         assert manifest.table is not None
         if KeyTable.at(address, manifest.table.name, manifest.table.version).rows != manifest.n:
-            raise StoreError(f"{address}: another process wrote it meanwhile; try again")
+            raise StoreError(f"{address}: another process wrote to it meanwhile; try again")
         self._flush()
         self.still_held()
         name = _name(manifest.version)
