@@ -1,16 +1,15 @@
-"""Closed form: the metric and the values of an index, solved from its shots in seconds, and chosen by folds of them.
+"""Closed-form fit: metric and values of an index, solved from its shots in seconds and chosen on folds of the shots.
 
-Two letters of the formula (:mod:`tip`) are filled::
+It replaces two parts of the formula in :mod:`tip`::
 
     metric     phi(x) = unit((x - m) T),   T = ((1 - s) S + s tr(S) / d I)^(-1/2)
     values     V = (G + lambda I)^-1 Y,    G = exp(-beta (1 - phi(K) phi(K)^T))
 
-``S`` ``[d, d]`` is the scatter of the shots within their classes, so that directions in which photographs of one class
-differ count little. Sources: the metric is that of Gaussian discriminant analysis with one covariance (Wang et al.,
-GDA-CLIP, ICLR 2024); the values are kernel ridge regression (Bendou et al., ProKeR, CVPR 2025).
+``S`` ``[d, d]`` is the scatter of the shots within classes, so directions in which photos of one class differ count
+little. Sources: the metric is the shared covariance of Gaussian discriminant analysis (Wang et al., GDA-CLIP, ICLR
+2024); the values are kernel ridge regression (Bendou et al., ProKeR, CVPR 2025).
 
-The shots alone choose what is fitted: everything is solved again without each fold of them, which is then judged.
-:mod:`fit.forms` has the forms to choose from.
+Each form in :mod:`fit.forms` is solved without each fold of the shots in turn, and judged on that fold.
 """
 
 from __future__ import annotations
@@ -45,34 +44,34 @@ from retrieval_tip.store.sums import Sums
 IntArray = npt.NDArray[np.int64]
 
 FOLDS, MOST_FOLDS = 4, 8
-"""Folds that choose a form; and those that judge the chosen one, if the keys are few."""
+"""Number of folds to choose a form, and to judge the chosen one if there are few keys."""
 CHOSEN_ON, CHOSEN_SHOTS, JUDGED = 2048, 32, 4096
-"""Keys that choose a form, and keys of one class among them; and photographs that judge the chosen one."""
+"""Largest number of keys to choose a form, of keys of one class among them, and of photos to judge the chosen form."""
 LEAST_SHOTS = 3
-"""Photographs a class from which a form is chosen: folds of two leave one, which says little of what two will do."""
+"""Smallest number of photos per class to choose a form; with two, each fold would fit a single one."""
 AFFINITIES = 1 << 28
-"""Affinities that judge the chosen form, if there are very many keys."""
+"""Affinities to judge the chosen form with very many keys."""
 LEAST_OF_A_FOLD = 0.1
-"""Smallest share of a further fold to judge: solving without the fold costs the same, however little is judged."""
+"""Smallest share of a further fold worth judging, since solving costs the same for any share."""
 LEAST_JUDGED = 8
 """Photographs that have to be judged for a choice."""
 WEAKEST = 5
-"""Classes with mistakes that a fit lists."""
+"""Largest number of classes with mistakes that a fit lists."""
 OFFSETS = (None, 0.1, 0.05)
-"""Offsets of the logarithm of the cache to try if values were solved; ``None`` is no logarithm."""
+"""Offsets of the logarithm of the cache to try with solved values; ``None`` means no logarithm."""
 UNLIKE = 0.05
-"""Share of held-out shots whose largest cache logit counts as unlike any shot."""
+"""Share of held-out shots that would be ``unlike`` any class."""
 LONG, GROWN = 1.1, 5.0
-"""Norm of keys from which a fit warns; and the largest beta (norm^2 - 1) of a form without a metric, beyond which its
-weights exp(beta (A - 1)) outgrow any ridge."""
+"""Norm of keys above which a fit warns; largest beta (norm^2 - 1) of a form without metric, beyond which the weights
+exp(beta (A - 1)) outgrow any ridge."""
 LEAST_NORM = 1e-9
-"""Norm that the longest key needs: torch takes shorter vectors for 0 when it normalises them."""
+"""Smallest norm of the longest key; torch normalises shorter vectors to 0."""
 STEPS, REACH = 60, 4.0
-"""Newton's method: largest number of steps, and how far a logarithm may go from that of logits of unit spread."""
+"""Newton's method: largest number of steps, and bound of the logarithms for logits of unit spread."""
 ONE_SHOT_ALPHA, ONE_SHOT_MOST, ONE_SHOT_ALONE, ONE_SHOT_DOUBT = 13.0, 50.0, 70.0, 25
-"""Cache weight for one shot a class, where nothing can be held out: beside well-calibrated text, at most beside any
-text, and without text. Chosen on real CLIP features of four datasets, where 12 to 18 do as well, and on one of a weak
-text tower. And the number of photographs that the backbone's own temperature counts as: few say little of another."""
+"""Cache weight for one shot per class, where nothing can be held out: with well-calibrated text, upper bound with any
+text, and without text. Chosen on CLIP features of four datasets (12 to 18 do as well) and one weak text encoder. The
+last is the number of photos that the backbone's own temperature counts as."""
 
 
 class Judged(TypedDict, total=False):
@@ -85,9 +84,9 @@ class Judged(TypedDict, total=False):
 
 
 class Shots(Protocol):
-    """What is fitted: a :class:`CacheModel`, or an index whose keys are read in place.
+    """Anything that can be fitted: a :class:`CacheModel`, or an index that reads its keys in place.
 
-    ``labels`` has a row a key, at least its ``digest`` and ``source``; ``class_ids`` ``[n]``, ``text_weights``
+    ``labels`` has one row per key with at least ``digest`` and ``source``; ``class_ids`` is ``[n]``, ``text_weights``
     ``[c, d]``.
     """
 
@@ -102,7 +101,7 @@ class Shots(Protocol):
 
     @property
     def fitted(self) -> Fitted | None:
-        """The form in which they were fitted before."""
+        """Form of the previous fit."""
 
     @property
     def keys(self) -> Keys:
@@ -118,7 +117,7 @@ class Shots(Protocol):
 
     @property
     def index_type(self) -> str:
-        """Factory of the index over the keys."""
+        """Factory string of the index over the keys."""
 
     @property
     def has_text(self) -> bool:
@@ -205,7 +204,7 @@ class Held:
 class Folds:
     """Keys ``[n, d]``, their class ids ``[n]``, scaled ``text`` weights ``[c, d]``, and what is held out in turn.
 
-    ``sums`` of all keys are computed when they are first needed, unless they are given.
+    ``sums`` of all keys are computed on first use unless given.
     """
 
     keys: Keys
@@ -249,7 +248,7 @@ class Folds:
 
     @property
     def n(self) -> int:
-        """Number of photographs that are held out."""
+        """Number of held-out photos."""
         return sum(len(held.ids) for held in self.held)
 
     @property
@@ -258,7 +257,7 @@ class Folds:
         return self.n >= LEAST_JUDGED and self.c > 1
 
     def scatter(self, rows: Tensor) -> Scatter:
-        """Return how some of the keys spread; of more than ``d``, by the sums of all less those of the other keys."""
+        """Return the scatter of some of the keys; for more than ``d``, as the sums of all minus the other keys."""
         if len(rows) < self.keys.shape[1]:
             return Scatter.of_few(*self.taken(rows), self.c)
         every = np.arange(len(self.ids))
@@ -268,11 +267,10 @@ class Folds:
         return Scatter.of(self.sums - self._sums_of(others) if len(others) else self.sums)
 
     def taken(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return some of the keys, float32, and their class ids."""
+        """Return some of the keys as float32, with their class ids."""
         return _taken(self.keys, rows), self.ids[rows]
 
     def _sums_of(self, rows: IntArray) -> Sums:
-        """Sum some of the keys; each is read once."""
         ids = self.ids.numpy()
         blocks = ((keys, ids[part]) for keys, part in _blocks(self.keys, rows))
         return Sums.of(blocks, self.c, self.keys.shape[1])
@@ -282,13 +280,13 @@ class Folds:
         return blend(*self.logits(form))
 
     def logits(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Return text and cache logits ``[q, c]`` and ids ``[q]`` of what is held out, by a form fitted without it."""
+        """Return text and cache logits ``[q, c]`` and ids ``[q]`` of held-out photos, by a form fitted without them."""
         cache = torch.cat([self._cache(form, held, fold) for fold, held in enumerate(self.held)])
         features, ids = (torch.cat([getattr(held, name) for held in self.held]) for name in ("features", "ids"))
         return None if self.text is None else tip.affinity(features, self.text), cache, ids
 
     def fitted(self, form: Form, rows: Tensor, fold: int | None = None) -> tuple[tip.Metric | None, Tensor | None]:
-        """Fit the metric and the values ``[m, c]`` of a form to some of the keys, those beside a ``fold`` or all."""
+        """Fit metric and values ``[m, c]`` of a form to ``rows`` of the keys: all, or all outside a ``fold``."""
         metric = None
         if form.metric is not None:
             if fold not in self._scatters:
@@ -300,12 +298,12 @@ class Folds:
         return metric, form.values.fit(keys if metric is None else metric(keys), ids, self.c, form.beta)
 
     def _cache(self, form: Form, held: Held, fold: int) -> Tensor:
-        """Return cache logits ``[q, c]`` of what is held out, by an index over the other keys."""
+        """Return cache logits ``[q, c]`` of held-out photos, by an index over the other keys."""
         metric, values = self.fitted(form, held.rows, fold)
         queries = held.features if metric is None else metric(held.features)
         cache = torch.zeros(len(queries), self.c)
         start = 0
-        for block, rows in _blocks(self.keys, held.rows.numpy()):  # there may be very many, where values are one-hot
+        for block, rows in _blocks(self.keys, held.rows.numpy()):  # very many if values are one-hot
             keys = torch.from_numpy(np.array(block, dtype=np.float32))
             affinity = tip.affinity(queries, keys if metric is None else metric(keys))
             own = None if values is None else tip.Values(values[start : start + len(rows)])
@@ -316,7 +314,7 @@ class Folds:
 
 @dataclass(frozen=True)
 class FormTrial:
-    """A form that was tried: its mean cross-entropy in nats, and accuracy."""
+    """A form that was tried, with its mean cross-entropy in nats and its accuracy."""
 
     form: Form
     loss: float
@@ -357,7 +355,7 @@ class FormChoice:
 
     @property
     def warnings(self) -> Iterator[str]:
-        """What a user should know of the choice."""
+        """Weaknesses of the fit that a user should know."""
         if self.words is not None and self.photos is not None and self.both is not None and self.photos > self.both:
             yield (
                 f"class names do not help: photos alone {100 * self.photos:.1f} %, with class names "
@@ -370,7 +368,7 @@ class FormChoice:
             )
 
     def provenance(self) -> dict[str, object]:
-        """Return what goes into the manifest."""
+        """Return the record for the manifest."""
         parts = {"photos": self.photos, "words": self.words, "both": self.both}
         return {
             "summary": str(self),
@@ -393,35 +391,35 @@ def fit(
     factory: str | None = None,
     forms: Sequence[Form] = FORMS,
 ) -> FormChoice:
-    """Give an index the metric, values, alpha, beta and temperature that its own shots speak for.
+    """Fit metric, values, alpha, beta and temperature of an index to its own shots.
 
-    Folds of the shots choose the form (views of one photograph together, everything solved again without each fold), or
-    ``validation`` images that are none of the keys. The first form stands unless another is right at least as often,
-    and its cross-entropy smaller by more than two standard errors of the difference: few shots choose badly among many
-    forms. Classes of one photograph take part without being judged; if there are no others, the settings are the
-    documented ones (:func:`_unjudged`). The temperature comes with the blend (:func:`blend`).
+    The form is chosen on folds of the shots, solved again without each fold (views of one photo stay together), or on
+    ``validation`` images. The first form is kept unless another is at least as accurate and its cross-entropy lower by
+    more than two standard errors of the difference, since choosing among many forms overfits few shots. Classes with
+    one photo take part but are not judged; if all classes have one, the settings are fixed (:func:`_unjudged`). The
+    temperature follows from the blend (:func:`blend`).
 
     Args:
-        cache: keys as they were built or added, in one segment; its present metric and values do not matter.
-        metric: chosen from the shots by default.
-        values: chosen by default; one-hot if the index retrieves ``k`` keys, which would miss what the others take
-            back, and above :data:`MOST_SOLVED` keys.
-        validation: what to judge by in place of the shots.
-        factory: type of the index over the points, by default the present one.
-        forms: the forms to choose from.
+        cache: raw keys in one segment; the present metric and values are ignored.
+        metric: kind of metric, chosen on the shots by default.
+        values: kind of values, chosen on the shots by default. They are one-hot above :data:`MOST_SOLVED` keys, or if
+            the index retrieves ``k`` keys, since solved values need all of them.
+        validation: queries to judge by instead of the shots.
+        factory: type of the index over the fitted keys, by default the present one.
+        forms: forms to choose from.
 
-    Returns the choice; :meth:`CacheModel.save` writes the index. Raises UsageError for another metric or other values,
-    and for solved ones that cannot be; InputError for an index that was fine-tuned or has several segments, and for
-    keys whose norms are too large for the wanted metric, or too small for float32.
+    Returns the choice; :meth:`CacheModel.save` writes the index. Raises UsageError for an unknown metric or values, or
+    solved values that this index cannot have; InputError for a fine-tuned index, several segments, or keys with norms
+    too large for the metric or too small for float32.
     """
     start = time.perf_counter()
     longest = _longest(cache)
     by_class = inner_factory(factory or cache.index_type) is not None
     forms = _forms(cache, forms, metric, values, longest, by_class=by_class)
     if cache.curve is not None:
-        raise InputError("fit: the keys of this index were fine-tuned, and are no shots any more; fit the one before")
+        raise InputError("fit: the keys of this index were fine-tuned; fit the index before fine-tuning")
     if cache.segments > 1:
-        raise InputError("fit: the index has segments beside it; compact it first")
+        raise InputError("fit: the index has several segments; compact it first")
     images = images_of(cache.labels)
     folds, judged_on = _judged_by(cache, validation, images)
     if folds.can_judge:
@@ -430,7 +428,7 @@ def fit(
         where = f"fitted on {judged_on}"
     else:
         (form, settings), trials, judged = _unjudged(cache, forms), [], {}
-        where = "documented for shots that cannot be judged"
+        where = "default for shots that cannot be held out"
     fitted_metric, fitted_values = folds.fitted(form, torch.arange(len(folds.ids)))
     fitted = (form if fitted_metric is not None else replace(form, metric=None)).fitted(cache.n)
     n, seconds = folds.n if folds.can_judge else 0, time.perf_counter() - start
@@ -443,10 +441,10 @@ def fit(
 
 
 def refit(cache: Shots, beta: float) -> FormChoice:
-    """Fit alpha, temperature and what is ``unlike`` any shot for another beta; the form stays as it was fitted.
+    """Fit alpha, temperature and the threshold of ``unlike`` for another beta, in the same form.
 
-    They are judged by folds as in :func:`fit`, and stay as they are if there are too few shots. Solved values are
-    still those of the old beta: :meth:`cache_model.KeyEdits.solve` follows. Returns what the folds say of the result.
+    Uses folds as in :func:`fit`; with too few shots nothing changes but beta. Values are not solved for the new beta;
+    call :meth:`cache_model.KeyEdits.solve` next. Returns the choice with its accuracies.
     """
     start, settings, form = time.perf_counter(), replace(cache.settings, beta=beta), Form.of(cache.fitted, beta)
     folds, judged_on = _judged_by(cache, None, images_of(cache.labels))
@@ -461,13 +459,13 @@ def refit(cache: Shots, beta: float) -> FormChoice:
 
 
 def estimate(cache: CacheModel) -> Judged:
-    """Estimate the accuracy of an index by folds of its own shots, as :func:`fit` judges a form; nothing is changed.
+    """Estimate the accuracy of an index on folds of its own shots, without changing it.
 
-    Metric and values are solved again without each fold, alpha, beta and temperature stay, and queries meet all keys.
-    Right after a fit, the estimate is that of the fit; after other changes of the shots, it is that of the shots now.
+    Metric and values are solved again without each fold; alpha, beta and temperature stay, and every key is used. Right
+    after a fit the estimate equals that of the fit.
 
-    Returns shares of right answers by the cache alone (``photos``), the text alone (``words``, ``None`` without text)
-    and the blend (``both``). All are ``None`` if the keys were fine-tuned, or too few shots can be judged.
+    Returns the accuracies of cache (``photos``), text (``words``, ``None`` without text) and blend (``both``). All are
+    ``None`` if the keys were fine-tuned, or too few shots can be held out.
     """
     settings, (folds, _) = cache.settings, _judged_by(cache, None, images_of(cache.labels))
     if cache.curve is not None or not folds.can_judge:
@@ -492,9 +490,9 @@ def _accuracies(photos: Tensor, words: Tensor | None, right: Tensor, ids: Tensor
 
 
 def unfitted(cache: CacheModel) -> CacheModel:
-    """Return the same keys as Tip-Adapter has them: no metric, one-hot values, untouched alpha and beta.
+    """Return Tip-Adapter over the same keys: no metric, one-hot values, untouched alpha and beta.
 
-    The index over them is built again, in memory; ``cache`` stays as it is.
+    Builds a new index in memory; ``cache`` is not changed.
     """
     if cache.fitted is None:
         return cache
@@ -519,35 +517,30 @@ def _longest(cache: Shots) -> float:
 
 
 def _forms(
-    cache: Shots,
-    forms: Sequence[Form],
-    metric: MetricName | None,
-    values: ValuesName | None,
-    longest: float,
-    *,
+    cache: Shots, forms: Sequence[Form], metric: MetricName | None, values: ValuesName | None, longest: float, *,
     by_class: bool,
-) -> list[Form]:
-    """Return the forms that may be chosen. Raises InputError if keys are too long for all."""
+) -> list[Form]:  # fmt: skip
+    """Return the possible forms. Raises InputError if the keys are too long for all of them."""
     for name, given, known in (("metric", metric, MetricName), ("values", values, ValuesName)):
         if given is not None:
             check_choice(name, given, known)
     if cache.settings.k is not None or by_class or cache.n > MOST_SOLVED:
         if values == "solved":
             raise UsageError(
-                f"values solved: need an index whose queries meet all keys, at most {MOST_SOLVED:,}; this one has "
-                f"{cache.n:,} and k {cache.settings.k or 'all'}"
+                f"values solved: need a search over all keys, at most {MOST_SOLVED:,}, but the index has {cache.n:,} "
+                f"and k {cache.settings.k or 'all'}; give values one-hot"
             )
         values = "one-hot"
     forms = [form for form in forms if metric in (None, form.metric_name) and values in (None, form.values_name)]
     grown = longest**2 - 1
     forms = [form for form in forms if form.metric is not None or form.beta * grown <= GROWN]
     if not forms:
-        raise InputError(f"metric none: needs keys of norm 1, these have up to {longest:.4g}; give norms unit")
+        raise InputError(f"metric none: keys have norms up to {longest:.4g} instead of 1; give norms unit")
     return forms
 
 
 def _judged_by(cache: Shots, validation: Queries | None, images: IntArray) -> tuple[Folds, str]:
-    """Return what judges the chosen form, and its name."""
+    """Return the folds that judge the chosen form, and their description."""
     ids, c = cache.class_ids.cpu(), len(cache.class_names)
     text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
     if validation is not None:
@@ -559,9 +552,9 @@ def _judged_by(cache: Shots, validation: Queries | None, images: IntArray) -> tu
 
 
 def _chosen(cache: Shots, forms: Sequence[Form], folds: Folds, images: IntArray | None) -> tuple[Form, list[FormTrial]]:
-    """Return the chosen form, and the ones that were tried: none, if there are too few shots to choose by.
+    """Return the chosen form and the tried ones, which are empty if there are too few shots to choose.
 
-    With ``images`` of the keys, the shots judge, by fewer folds and a sample of very many keys.
+    With ``images`` of the keys, fewer folds of the shots are used, and a sample of very many keys.
     """
     if len(forms) == 1 or (images is not None and len(np.unique(images)) < LEAST_SHOTS * folds.c):
         return forms[0], []
@@ -589,11 +582,11 @@ def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tup
 
 
 def _unjudged(cache: Shots, forms: Sequence[Form]) -> tuple[Form, Settings]:
-    """Return form and settings for shots that cannot be judged: :data:`ONE_SHOT`, or else the untouched settings.
+    """Return form and settings for shots that cannot be held out: :data:`ONE_SHOT`, or the untouched settings.
 
-    The shots do judge the text, which has not seen them: its temperature T is fitted, so that weak words count little.
-    If they were too sure, T > 1, photographs count T^2 times as much: ``softmax(text / T + 13 T^2 cache)``, made less
-    sure as a whole if that is more than photographs can be.
+    The text has not seen the shots, so they can still fit its temperature T, which gives weak class names little
+    weight. If the text is overconfident (T > 1), photos count T^2 times as much: ``softmax(text / T + 13 T^2 cache)``,
+    at a higher temperature if that exceeds the upper bound.
     """
     if all(form.values is None for form in forms):
         alpha, beta = untouched_settings(cache.keys, cache.class_ids.cpu().numpy())
@@ -613,7 +606,7 @@ def _unjudged(cache: Shots, forms: Sequence[Form]) -> tuple[Form, Settings]:
 
 
 def _sample(keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntArray) -> Folds:
-    """Deal folds of at most about :data:`CHOSEN_ON` keys, and at most :data:`CHOSEN_SHOTS` keys a class."""
+    """Return folds of about :data:`CHOSEN_ON` keys, with at most :data:`CHOSEN_SHOTS` keys of a class."""
     if len(ids) > CHOSEN_ON:
         draw = np.random.default_rng(0)
         few = np.flatnonzero(_ranks(ids, draw) < CHOSEN_SHOTS)
@@ -635,7 +628,7 @@ def _linked(
 
 
 def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[FormTrial]]:
-    """Return the first form, or the best of those that are surely better (:func:`fit`)."""
+    """Return the first form, or the best of the significantly better ones (:func:`fit`), and all trials."""
     stands = folds.judge(forms[0])
     best, trials = (forms[0], float(stands.losses.mean())), []
     for form in forms:
@@ -649,7 +642,7 @@ def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[FormTrial]]
 
 
 def _ranks(ids: IntArray, draw: np.random.Generator) -> IntArray:
-    """Mix all, and return the place of each ``[n]`` within its class."""
+    """Shuffle, and return the rank of each item within its class ``[n]``."""
     order = draw.permutation(len(ids))
     order = order[np.argsort(ids[order], kind="stable")]
     ranks = np.empty(len(ids), dtype=np.int64)
@@ -658,7 +651,7 @@ def _ranks(ids: IntArray, draw: np.random.Generator) -> IntArray:
 
 
 def _blocks(keys: Keys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:
-    """Yield the keys at some rows, and these rows, a block at a time, in order unless the keys are read in place."""
+    """Yield some of the keys with their rows, in blocks; in order unless the keys are read in place."""
     if isinstance(keys, KeysInPlace):
         return keys.blocks(rows)
     parts = (rows[part] for part in slices(len(rows), KEY_BLOCK))
@@ -666,15 +659,14 @@ def _blocks(keys: Keys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntA
 
 
 def _taken(keys: Keys, rows: Tensor) -> Tensor:
-    """Return some rows of the keys, float32."""
     return torch.from_numpy(np.asarray(keys[rows.numpy()], dtype=np.float32))
 
 
 def _folds(images: IntArray, ids: IntArray, number: int) -> tuple[IntArray, IntArray]:
     """Return the fold of each key ``[n]``, -1 if it is never held out; and the first key of each image.
 
-    The images of a class, mixed, are dealt in turn into ``number`` folds, or as many as the smallest class with two or
-    more has images.
+    Images of each class are shuffled and dealt into ``number`` folds, or as many as the smallest class with at least
+    two images has.
     """
     _, first, image = np.unique(images, return_index=True, return_inverse=True)
     own = ids[first]

@@ -1,8 +1,8 @@
-"""Forms: the ways to fill the letters of the method, and the ones that a fit tries.
+"""Forms: combinations of metric, values and beta that a fit chooses from.
 
-To add a way to fit, write a class that fits itself from the shots, and enter a form with it in :data:`FORMS`. Add its
-name to ``MetricName`` in settings.py if ``--metric`` shall offer it. A new way to solve values also has to follow keys
-that come and go (:mod:`retrieval.ridge`).
+To add a metric or values, write a class that fits itself to the shots and add a form with it to :data:`FORMS`. Add its
+name to ``MetricName`` in settings.py to offer it in ``--metric``. New values must also support adding and removing keys
+(:mod:`retrieval.ridge`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from retrieval_tip.settings import Fitted
 from retrieval_tip.store.sums import Sums
 
 SMALLEST_EIGENVALUE = 1e-7
-"""Smallest eigenvalue of a scatter, as a share of its mean: below it a direction is noise of float32."""
+"""Smallest eigenvalue of a scatter relative to the mean eigenvalue; smaller ones are float32 noise."""
 
 
 @dataclass(frozen=True)
 class Scatter:
-    """How shots spread: their mean ``m`` ``[d]``, and eigenvalues ``[r]`` and eigenvectors ``[d, r]`` of ``S``.
+    """Scatter ``S`` of the shots, as eigenvalues ``[r]`` and eigenvectors ``[d, r]``, with their mean ``m`` ``[d]``.
 
-    In directions beyond the ``r`` there is no spread.
+    The scatter in all other directions is 0.
     """
 
     mean: Tensor
@@ -39,11 +39,10 @@ class Scatter:
 
     @classmethod
     def of(cls, sums: Sums) -> Scatter:
-        """Return the scatter of keys within their classes, from their sums; in all if each class has one key.
+        """Return the scatter of keys within classes, or of all keys if each class has one, from their sums.
 
-        ``S = sum_i r_i r_i^T / n`` of the keys' differences ``r_i`` from the mean of their class, which is
-        ``(sum_i k_i k_i^T - sum_c n_c mu_c mu_c^T) / n``; ``m`` is the mean of the classes' means, so that no class
-        counts more for having more shots.
+        ``S = sum_i r_i r_i^T / n = (sum_i k_i k_i^T - sum_c n_c mu_c mu_c^T) / n`` for the differences ``r_i`` between
+        keys and class means. ``m`` is the mean of the class means, so that every class counts the same.
         """
         mean, centres = _centres(sums.counts, sums.sums)
         roots = centres * np.sqrt(sums.counts)[:, None]
@@ -52,10 +51,7 @@ class Scatter:
 
     @classmethod
     def of_few(cls, keys: Tensor, ids: Tensor, c: int) -> Scatter:
-        """Return the same for fewer keys ``[n, d]`` than ``d``, by the products ``r_i . r_j`` ``[n, n]``.
-
-        These have the same eigenvalues.
-        """
+        """Return the same for fewer than ``d`` keys ``[n, d]``, from the Gram matrix of the ``r_i`` ``[n, n]``."""
         wide = keys.double()
         sums = torch.zeros(c, keys.shape[1], dtype=torch.float64).index_add_(0, ids, wide)
         mean, centres = _centres(torch.bincount(ids, minlength=c).numpy(), sums.numpy())
@@ -69,9 +65,9 @@ class Scatter:
 def _centres(
     counts: npt.NDArray[np.int64], sums: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return the mean of the means of classes ``[d]``, and the mean that the keys of each class differ from ``[c, d]``.
+    """Return the mean of the class means ``[d]``, and the centres of the classes ``[c, d]``.
 
-    Where each class has one key, the latter is the mean of all.
+    The centres are the class means, or the mean of all keys if each class has one.
     """
     means = sums / np.maximum(counts, 1)[:, None]
     centres = means if counts.max() > 1 else np.broadcast_to(sums.sum(0) / counts.sum(), sums.shape)
@@ -80,21 +76,21 @@ def _centres(
 
 @dataclass(frozen=True)
 class FittedMetric(ABC):
-    """A way to fit a metric to the scatter of the shots, shrunk towards a sphere: 0 is not at all, 1 a sphere."""
+    """A metric fitted to the scatter of the shots, with ``shrinkage`` towards a sphere from 0 (none) to 1 (full)."""
 
     shrinkage: float
     name: ClassVar[str]
 
     @abstractmethod
     def fit(self, scatter: Scatter) -> tip.Metric | None:
-        """Return the metric, float32; ``None`` if nothing spreads."""
+        """Return the metric, float32; ``None`` if the scatter is 0."""
 
     def __str__(self) -> str:
         return f"{self.name} metric (shrinkage {self.shrinkage:g})"
 
 
 class Within(FittedMetric):
-    """Whiten the scatter within classes: ``T = ((1 - s) S + s tr(S) / d I)^(-1/2)``."""
+    """Whitening of the scatter within classes: ``T = ((1 - s) S + s tr(S) / d I)^(-1/2)``."""
 
     name = "within"
 
@@ -115,7 +111,7 @@ class Within(FittedMetric):
 
 @dataclass(frozen=True)
 class FittedValues(ABC):
-    """A way to fit values to the shots, made smaller by a ``ridge`` above 0."""
+    """Values fitted to the shots, with a ``ridge`` above 0 as regularisation."""
 
     ridge: float
     name: ClassVar[str]
@@ -139,7 +135,7 @@ class Solved(FittedValues):
 
 @dataclass(frozen=True)
 class Form:
-    """What fits the metric and the values (``None``: no metric, one-hot values), and beta."""
+    """A metric, values and beta to fit; ``None`` stands for no metric and one-hot values."""
 
     metric: FittedMetric | None
     values: FittedValues | None
@@ -147,7 +143,7 @@ class Form:
 
     @classmethod
     def of(cls, fitted: Fitted | None, beta: float) -> Form:
-        """Return the form in which an index was fitted. Raises InputError for a metric that no form of today has."""
+        """Return the form of a fitted index. Raises InputError for an unknown metric or unknown values."""
         if fitted is None:
             return cls(None, None, beta)
         metrics = {form.metric.name: type(form.metric) for form in FORMS if form.metric}
@@ -159,10 +155,10 @@ class Form:
                 beta,
             )
         except KeyError as name:
-            raise InputError(f"fitted: {name} is unknown to this version; fit the index again") from None
+            raise InputError(f"fitted: unknown form {name}; fit the index again") from None
 
     def fitted(self, keys: int) -> Fitted:
-        """Return what the manifest keeps of the form, fitted to ``keys`` keys."""
+        """Return the entry of the manifest for this form, fitted to ``keys`` keys."""
         shrinkage = None if self.metric is None else self.metric.shrinkage
         ridge = None if self.values is None else self.values.ridge
         return Fitted(self.metric_name, self.values_name, shrinkage, ridge, keys)
@@ -182,10 +178,10 @@ class Form:
 
 
 DEFAULT_FORM = Form(Within(0.8), Solved(0.1), 1.0)
-"""The form that stands unless the shots speak against it: near the best on each dataset of the shared data."""
+"""Default form, kept unless another is clearly better; near the best on every dataset tried."""
 
 ONE_SHOT = Form(None, Solved(0.5), 1.0)
-"""The form for one photograph a class."""
+"""Form for one photo per class."""
 
 FORMS = [
     DEFAULT_FORM,
@@ -201,9 +197,9 @@ FORMS = [
     Form(None, None, 1.0),
     Form(None, None, 5.5),
 ]
-"""The forms that are tried, the default first."""
+"""Forms to try, default first."""
 
 
 def like(fitted: Fitted) -> list[Form]:
-    """Return the forms whose metric and values are of the kind that was fitted."""
+    """Return the forms with the same kind of metric and values."""
     return [form for form in FORMS if (form.metric_name, form.values_name) == (fitted.metric, fitted.values)]
