@@ -128,15 +128,9 @@ class Evaluation:
 
 
 def evaluate(
-    cache: AnsweringIndex,
-    source: Source,
-    encoder: Encoder,
-    *,
-    k: KeysMet = None,
-    tail: bool | None = None,
-    abstain: float | None = None,
-    affinities: bool = False,
-) -> Evaluation:
+    cache: AnsweringIndex, source: Source, encoder: Encoder, *, k: KeysMet = None, tail: bool | None = None,
+    abstain: float | None = None, affinities: bool = False,
+) -> Evaluation:  # fmt: skip
     """Classify a labelled source and compare the answers with its labels.
 
     ``k`` and ``tail`` default to the settings of the index. ``abstain`` is a probability below which answers would be
@@ -151,15 +145,9 @@ def evaluate(
 
 
 def judge(
-    cache: AnsweringIndex,
-    blocks: Iterable[FeatureBlock],
-    ids: Ints,
-    skipped: Sequence[Skipped] = (),
-    *,
-    abstain: float | None = None,
-    affinities: bool = False,
-    details: bool = False,
-) -> Evaluation:
+    cache: AnsweringIndex, blocks: Iterable[FeatureBlock], ids: Ints, skipped: Sequence[Skipped] = (), *,
+    abstain: float | None = None, affinities: bool = False, details: bool = False,
+) -> Evaluation:  # fmt: skip
     """Evaluate encoded items: ``blocks`` of a source with class ids ``ids``. See :func:`evaluate`.
 
     ``skipped`` is read after the last block. ``details`` keeps :class:`Details` of each item.

@@ -121,19 +121,11 @@ class Items:
 
 
 def sweep(
-    pool: CacheModel,
-    keys_digest: str,
-    test: Items,
-    results: str | os.PathLike[str],
-    *,
-    shots: Sequence[int],
-    seeds: Sequence[int],
-    methods: Sequence[Method] | None = None,
-    val: Items | None = None,
-    protocol: Protocol = "honest",
-    scales: tuple[float, float] = PAPER_SCALES,
+    pool: CacheModel, keys_digest: str, test: Items, results: str | os.PathLike[str], *, shots: Sequence[int],
+    seeds: Sequence[int], methods: Sequence[Method] | None = None, val: Items | None = None,
+    protocol: Protocol = "honest", scales: tuple[float, float] = PAPER_SCALES,
     views: tuple[Source, Encoder] | None = None,
-) -> Iterator[Run]:
+) -> Iterator[Run]:  # fmt: skip
     """Complete the table ``results``, saving it after every run, and yield all requested rows, old and new.
 
     Shots are drawn from the keys of ``pool`` by the published rule, in the order of the images. The ``honest`` protocol

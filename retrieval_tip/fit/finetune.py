@@ -140,17 +140,9 @@ def checkpoint_of(out: str | os.PathLike[str]) -> Path:
 
 
 def finetune_into(
-    out: str | os.PathLike[str],
-    cache: CacheModel,
-    shots: Source,
-    encoder: Encoder,
-    recipe: Recipe | None = None,
-    *,
-    val: Source | search_hp.Queries | None = None,
-    parent: str = "",
-    resume: bool = False,
-    keep_last: bool = False,
-) -> Tuned:
+    out: str | os.PathLike[str], cache: CacheModel, shots: Source, encoder: Encoder, recipe: Recipe | None = None, *,
+    val: Source | search_hp.Queries | None = None, parent: str = "", resume: bool = False, keep_last: bool = False,
+) -> Tuned:  # fmt: skip
     """Fine-tune an index and write the better one, trained or unchanged, into the folder ``out``.
 
     The comparison uses ``val``, or held-out shots without it (:func:`_compared`). ``keep_last`` writes the trained
@@ -190,17 +182,10 @@ def finetune_into(
 
 
 def finetune(
-    cache: CacheModel,
-    shots: Source,
-    encoder: Encoder,
-    recipe: Recipe | None = None,
-    *,
-    val: Source | search_hp.Queries | None = None,
-    parent: str = "",
-    checkpoint: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    on_epoch: Callable[[Mapping[str, float]], None] | None = None,
-) -> Tuned:
+    cache: CacheModel, shots: Source, encoder: Encoder, recipe: Recipe | None = None, *,
+    val: Source | search_hp.Queries | None = None, parent: str = "", checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False, on_epoch: Callable[[Mapping[str, float]], None] | None = None,
+) -> Tuned:  # fmt: skip
     """Train an index by the cross-entropy of ``logit_scale f W^T + alpha C`` over its shots (paper, equation 6).
 
     Args:

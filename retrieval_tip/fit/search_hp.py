@@ -211,15 +211,10 @@ def folds(cache: CacheModel, number: int, seed: int = 1) -> Queries:
 
 
 def search(
-    cache: CacheModel,
-    queries: Queries,
-    *,
-    betas: Sequence[float] | None = None,
-    ks: Sequence[int | None] | None = None,
-    cautious: bool = False,
-    kept: tuple[float, float] | None = None,
+    cache: CacheModel, queries: Queries, *, betas: Sequence[float] | None = None,
+    ks: Sequence[int | None] | None = None, cautious: bool = False, kept: tuple[float, float] | None = None,
     seed: int = 1,
-) -> HyperparameterChoice:
+) -> HyperparameterChoice:  # fmt: skip
     """Choose the alpha, beta and k with the highest accuracy on the queries.
 
     Alpha is solved exactly for each beta and k. Ties go to the widest interval of alpha (as a ratio), then to

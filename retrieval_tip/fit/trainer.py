@@ -127,12 +127,9 @@ class Trainer:
         encoders = [parameter for tower in (self._visual, self._text) if tower for parameter in tower.parameters]
         groups = [{"params": [*self._trained.values()], "rate": 1.0}, {"params": encoders, "rate": ENCODER_RATE}]
         self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=recipe.lr,
-            eps=recipe.eps,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
+            [group for group in groups if group["params"]], lr=recipe.lr, eps=recipe.eps,
+            weight_decay=recipe.weight_decay, fused=True,
+        )  # fmt: skip
 
     def step(self, queries: Tensor, ids: Tensor, lr: float) -> tuple[float, int]:
         """Take a step on features ``[b, d]`` (pixels ``[b, 3, h, w]`` to train visual) of classes ``ids`` ``[b]``.

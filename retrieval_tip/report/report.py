@@ -77,19 +77,10 @@ class WrittenReport:
 
 
 def write_report(
-    cache: CacheModel,
-    test: Source,
-    encoder: Encoder,
-    out: str | os.PathLike[str],
-    *,
-    val: Source | None = None,
-    shots: Sequence[int] | None = None,
-    seeds: int = SEEDS,
-    curves: bool = True,
-    folder: str | os.PathLike[str] | None = None,
-    where: str | None = None,
-    command: str | None = None,
-) -> WrittenReport:
+    cache: CacheModel, test: Source, encoder: Encoder, out: str | os.PathLike[str], *, val: Source | None = None,
+    shots: Sequence[int] | None = None, seeds: int = SEEDS, curves: bool = True,
+    folder: str | os.PathLike[str] | None = None, where: str | None = None, command: str | None = None,
+) -> WrittenReport:  # fmt: skip
     """Evaluate an index on a labelled test source and write an accuracy report as one HTML file.
 
     Args:
