@@ -30,7 +30,7 @@ BINS = 15
 LOWEST, HIGHEST = 1e-4, 1e4
 """Bounds of a fitted temperature, as multiples of the largest spread of a row of logits."""
 ITSELF = 1e-4
-"""Largest squared distance to a key of a validation item that is itself a shot."""
+"""Squared distance to a key below which a validation item counts as a shot."""
 _BLOCK = 1 << 21
 _STEPS, _TOLERANCE = 200, 1e-12
 

@@ -321,7 +321,7 @@ def _read(place: Path) -> Checkpoint:
         state = torch.load(place, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not isinstance(state.get("told"), dict):
             raise ValueError("not the state of a run")
-    except Exception as error:  # any other file can fail in any way
+    except Exception as error:  # a wrong file can raise anything
         raise _unfit(place, error) from None
     return state
 
@@ -349,7 +349,7 @@ def shots_of(cache: CacheModel) -> Source:
 
 
 def own_shots(cache: CacheModel, source: Source) -> Source:
-    """Return the items of a source that are shots of the index: path or id is the ``source`` of a key.
+    """Return the items of a source that are shots of the index, matched by path or id.
 
     Raises InputError if nothing matches.
     """

@@ -484,7 +484,7 @@ def _style(settings: dict[Any, str] | None = None) -> Iterator[None]:
     import matplotlib
 
     level = logging.getLogger("matplotlib.font_manager").level
-    date = os.environ.pop("SOURCE_DATE_EPOCH", None)  # an invalid one is an error, though no date is written
+    date = os.environ.pop("SOURCE_DATE_EPOCH", None)  # an invalid value would raise, though no date is written
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rc_file(LOOKS)
         matplotlib.rcParams.update(settings or {})
