@@ -116,7 +116,6 @@ def audit(cache: CacheModel, *, k: KeysMet = None, borderline: bool = False) -> 
 
 
 def _keys_met(n: int, k: KeysMet) -> int | None:
-    """Return the number of keys to retrieve for each of ``n`` shots, ``None`` for all."""
     if k is None:
         return MET if n**2 > ALL_PAIRS else None
     if k == "all":

@@ -226,7 +226,6 @@ def _in_file_order(pool: CacheModel) -> tuple[npt.NDArray[np.int64], list[int]]:
 
 
 def _validation(pool: CacheModel, val: Items | None, shots: int, seed: int, protocol: Protocol) -> Items | None:
-    """Return the validation images that a run may use."""
     if val is None or protocol == "paper":
         return val
     _, labels = _in_file_order(pool)
@@ -300,7 +299,6 @@ def _trained(answering: CacheModel | Linear, method: Method) -> int:
 
 
 def _answer(answering: CacheModel | Linear, test: Items) -> tuple[float, float]:
-    """Return top-1 and top-5 accuracy on the test items."""
     logits = answering.logits(test.features)
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
     hits = ranked == torch.from_numpy(test.ids)[:, None]

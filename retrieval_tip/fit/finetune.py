@@ -249,7 +249,6 @@ def _trained(
 
 
 def _warn(tuned: Tuned) -> None:
-    """Warn if training collapsed or did not help."""
     if tuned.collapsed is not None:
         log.warning("training collapsed: %s; kept epoch %d", tuned.collapsed, tuned.epoch)
     elif tuned.epoch == 0:
@@ -432,11 +431,9 @@ class _Material:
             yield torch.from_numpy(views.features[rows[batch]]), torch.from_numpy(ids)
 
     def steps(self, recipe: Recipe) -> int:
-        """Return the number of steps per epoch."""
         return math.ceil(len(self.shots if self.views is None else self.views.positions) / recipe.batch)
 
     def encode_queries_again(self, cache: CacheModel) -> None:
-        """Encode the validation images with the trained image encoder."""
         if self.val is not None:
             self.queries = search_hp.on_validation(cache, self.val, self.encoder)
 
@@ -478,7 +475,6 @@ class _Run:
 
     @property
     def steps(self) -> int:
-        """Number of steps of the run."""
         return self.recipe.epochs * self.material.steps(self.recipe)
 
     def _one_epoch(self, bar: tqdm[NoReturn]) -> None:
@@ -532,7 +528,6 @@ class _Run:
                 self.kept_epoch, self.kept = 0, self.untrained
 
     def _validate(self) -> tuple[float, float]:
-        """Return loss and accuracy on the validation images."""
         if "visual" in self.recipe.train:
             self.material.encode_queries_again(self.cache)
         queries = self.material.queries
@@ -621,7 +616,6 @@ def _told(cache: CacheModel, material: _Material, recipe: Recipe) -> dict[str, o
 
 
 def _settings(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[float, float]:
-    """Return the alpha and beta to train with."""
     own = (cache.settings.alpha, cache.settings.beta)
     statistics = measure(cache.keys, cache.class_ids.cpu().numpy())
     given = recipe.alpha is not None or recipe.beta is not None

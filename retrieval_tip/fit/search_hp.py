@@ -325,7 +325,6 @@ class _Tried:
         return cls(queries, betas, ks, low, high)
 
     def hits(self, b: int, j: int, alpha: float) -> npt.NDArray[np.bool_]:
-        """Return which queries are right at one alpha."""
         hits: npt.NDArray[np.bool_] = (self.low[b, j] < alpha) & (alpha < self.high[b, j])
         return hits
 
@@ -479,7 +478,6 @@ def _width(interval: tuple[float, float]) -> float:
 
 
 def _bootstrap(values: FloatArray, seed: int) -> tuple[float, float]:
-    """Return a 95 % bootstrap interval of the mean."""
     drawn = np.random.default_rng(seed).integers(0, len(values), (BOOTSTRAP, len(values)))
     low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
     return float(low), float(high)

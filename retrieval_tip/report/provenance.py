@@ -35,7 +35,6 @@ def provenance(judged: JudgedIndex) -> dict[str, object]:
 
 
 def _settings(judged: JudgedIndex, manifest: Manifest | None) -> Iterator[tuple[str, str, str]]:
-    """Yield name, value and origin of each setting."""
     kept, searched = judged.cache.provenance, "search-hp" if judged.record("search") else "the index"
     known = {"alpha": kept.get("alpha"), "beta": kept.get("beta"), "k": searched, "tail": "the index"}
     known |= {"temperature": kept.get("temperature", "not fitted")}

@@ -245,7 +245,6 @@ def _way(name: str, what: str, right: Bools, truth: Ints, ece: float | None) -> 
 
 
 def _parent(judged: JudgedIndex) -> CacheModel:
-    """Load the index that this one was fine-tuned from."""
     cache, facts = judged.cache, judged.record("finetune")
     name, version = facts.get("parent"), facts.get("parent_version")
     if not isinstance(name, str) or not name:
