@@ -180,9 +180,10 @@ def test_a_damaged_tower_is_made_again(folder, place, damage):
     assert tower.kept(first.identity, "float32") is not None
 
 
-def test_features_unlike_torchs_are_not_used_with_a_warning(folder, place, caplog):
+def test_features_unlike_torchs_are_not_used_with_a_warning(folder, place, caplog, monkeypatch):
     plain = load_backbone(f"local-dir:{folder}", device="cpu", runtime="torch")
-    assert tower.converted(plain._model, plain.identity, plain.size, "float32", least=1.1) is None
+    monkeypatch.setitem(tower.LEAST_COSINE, "float32", 1.1)
+    assert tower.converted(plain._model, plain.identity, plain.size, "float32") is None
     assert [record.message.count("encoded by torch") for record in caplog.records] == [1]
     assert not place.exists()
 

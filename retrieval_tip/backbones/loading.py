@@ -109,12 +109,11 @@ def _read_tuned(file: Path) -> dict[str, torch.Tensor]:
         if not file.is_file():  # reading a pipe would block
             raise FileNotFoundError("no such file")
         state: dict[str, torch.Tensor] = load(file.read_bytes())  # load_file refuses names that are not UTF-8
-    except OSError as error:
-        reason = error.strerror or error
-        raise BackboneError(f"{file}: tuned weights cannot be read: {reason}; restore it or fine-tune again") from None
     except Exception as error:  # safetensors raises its own error, KeyError or torch's
-        reason = first_line(error)
-        raise BackboneError(f"{file}: damaged, or not tuned weights: {reason}; restore it or fine-tune again") from None
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise BackboneError(
+            f"{file}: cannot be read as tuned weights: {reason}; restore it or fine-tune again"
+        ) from None
     return state
 
 

@@ -102,24 +102,22 @@ def kept(identity: Identity, precision: str) -> Tower | None:
         return None
 
 
-def converted(
-    model: Model, identity: Identity, size: tuple[int, int], precision: str, least: float | None = None
-) -> Tower | None:
-    """Convert the tower of a torch model, and store it.
-
-    Logs a warning and returns ``None`` if that fails, or if the cosine between its features and the model's is below
-    ``least`` (default: :data:`LEAST_COSINE`).
-    """
+def converted(model: Model, identity: Identity, size: tuple[int, int], precision: str) -> Tower | None:
+    """Convert and store a model's tower; warn and return ``None`` if it fails or misses :data:`LEAST_COSINE`."""
     import torch
 
     try:
-        graph = _graph(model, size)
+        openvino = _openvino()
+        with torch.no_grad(), traceable():
+            traced = torch.jit.trace(image_encoder(model), torch.zeros(2, 3, *size), check_trace=False)
+            graph = openvino.convert_model(traced)
+        graph.reshape(openvino.PartialShape([-1, 3, *size]))  # for any number of views
         tower = Tower(graph, precision)
         pixels = torch.rand(3, 3, *size, generator=torch.Generator().manual_seed(0)) * 4 - 2
         with torch.no_grad():
             own = model.encode_image(pixels).double()
         cosine = float(torch.cosine_similarity(own, torch.from_numpy(tower(pixels)).double()).min())
-        if not cosine >= (LEAST_COSINE[precision] if least is None else least):
+        if not cosine >= LEAST_COSINE[precision]:
             raise ValueError(f"cosine to torch's features {cosine:.6f}")
     except Exception as error:  # OpenVINO and torch each raise their own
         log.warning("%s: images encoded by torch, which is slower: OpenVINO failed (%s)", identity, first_line(error))
@@ -150,18 +148,6 @@ def image_encoder(model: Model) -> torch.nn.Module:
 
     encoder: torch.nn.Module = ImageTower().eval()
     return encoder
-
-
-def _graph(model: Model, size: tuple[int, int]) -> openvino.Model:
-    """Return a model's ``encode_image`` as an OpenVINO graph, for any number of views of this size."""
-    import torch
-
-    openvino = _openvino()
-    with torch.no_grad(), traceable():
-        traced = torch.jit.trace(image_encoder(model), torch.zeros(2, 3, *size), check_trace=False)
-        graph = openvino.convert_model(traced)
-    graph.reshape(openvino.PartialShape([-1, 3, *size]))
-    return graph
 
 
 @contextmanager

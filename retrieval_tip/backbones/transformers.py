@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -55,7 +55,7 @@ class TransformersBackbone(TorchBackbone):
 
         def read(kind: Any, **options: Any) -> Any:
             try:
-                with quiet(), _no_bars(here):
+                with quiet(), _no_bars() if here else nullcontext():
                     return kind.from_pretrained(self._place, trust_remote_code=False, **options)
             except Exception as error:  # transformers, the hub, torch and safetensors each raise their own
                 check_code(f"hf:{self._place}", error)
@@ -84,17 +84,15 @@ class TransformersBackbone(TorchBackbone):
 
 
 @contextmanager
-def _no_bars(wanted: bool) -> Iterator[None]:
-    """Hide progress bars inside the context if ``wanted``."""
+def _no_bars() -> Iterator[None]:
     from transformers.utils import logging as bars
 
     before = bars.is_progress_bar_enabled()
-    if wanted:
-        bars.disable_progress_bar()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
-        if wanted and before:
+        if before:
             bars.enable_progress_bar()
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any, Protocol, TypeGuard
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,17 +19,6 @@ from retrieval_tip.errors import InputError, UsageError, counted, few
 Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | Mapping[str, object]
 """A path; an encoded image; a PIL image; a uint8 array ``[h, w]`` or ``[h, w, 3]``; a row of a Hugging Face dataset, or
 its ``bytes`` and ``path``."""
-
-
-class HuggingFace(Protocol):
-    """A Hugging Face dataset; a streamed one lacks ``__len__`` and ``__getitem__``."""
-
-    @property
-    def features(self) -> Mapping[str, object]: ...  # noqa: D102
-    def with_format(self, kind: None, /) -> HuggingFace: ...  # noqa: D102
-    def cast_column(self, column: str, feature: object, /) -> HuggingFace: ...  # noqa: D102
-    def __len__(self) -> int: ...
-    def __getitem__(self, key: int | str, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +46,7 @@ class Columns:
     names: Sequence[object] | None
 
     @classmethod
-    def of(cls, given: object) -> Columns | None:
+    def of(cls, given: Any) -> Columns | None:
         """Find the columns of a dataset by type; ``None`` for anything else. Raises UsageError for a dict of splits."""
         if isinstance(given, Mapping) and (parts := [name for name, part in given.items() if _is_hugging_face(part)]):
             raise UsageError(f"dataset: has several splits; choose one, for example dataset[{parts[0]!r}]")
@@ -71,7 +60,7 @@ class Columns:
         return cls(image, label, None if label is None else getattr(features[label], "names", None))
 
 
-def _is_hugging_face(given: object) -> TypeGuard[HuggingFace]:
+def _is_hugging_face(given: object) -> bool:
     return isinstance(getattr(given, "features", None), Mapping) and hasattr(given, "cast_column")
 
 
@@ -113,7 +102,7 @@ def pictures(given: Picture | Iterable[Picture]) -> Pictures:
     return Pictures(of_images(paths), lambda path: held[path] if path in held else read_item(path))
 
 
-def _stored(dataset: HuggingFace, image: str) -> Pictures:
+def _stored(dataset: Any, image: str) -> Pictures:
     kind: Any = type(dataset.features[image])
     rows = dataset.with_format(None).cast_column(image, kind(decode=False))
     names = [f"photo {place}" for place in range(len(rows))]

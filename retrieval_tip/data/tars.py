@@ -282,8 +282,14 @@ def _label(sample: _Sample) -> str | None:
     try:
         text = sample.labels[kind].decode()
         if kind == "json":
-            text = _json_label(json.loads(text))
-            text.encode()
+            facts = json.loads(text)
+            if not isinstance(facts, dict):
+                raise InputError("its .json is not an object")
+            label = next((facts[key] for key in ("label", "class", "cls") if facts.get(key) is not None), "")
+            if isinstance(label, bool) or not isinstance(label, str | int):
+                raise InputError(f"the label in its .json is {type(label).__name__}; expected text")
+            text = str(label)
+            text.encode()  # fails for half a surrogate pair
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
@@ -291,12 +297,3 @@ def _label(sample: _Sample) -> str | None:
     if len(text := text.strip()) > MAX_LABEL:
         raise InputError(f"its label has more than {MAX_LABEL} characters")
     return text or None
-
-
-def _json_label(facts: object) -> str:
-    if not isinstance(facts, dict):
-        raise InputError("its .json cannot be read as a label (not an object)")
-    label = next((facts[key] for key in ("label", "class", "cls") if facts.get(key) is not None), "")
-    if isinstance(label, bool) or not isinstance(label, str | int):
-        raise InputError(f"the label in its .json is {type(label).__name__}; expected text")
-    return str(label)

@@ -13,7 +13,7 @@ from retrieval_tip.data.datasets.facts import Dataset, Layout
 from retrieval_tip.data.folders import subfolders
 from retrieval_tip.data.sources import Source, of_images, open_source
 from retrieval_tip.data.tables import MAX_TEXT
-from retrieval_tip.errors import InputError, show
+from retrieval_tip.errors import InputError, few, show
 from retrieval_tip.files import read_regular
 
 log = logging.getLogger(__name__)
@@ -77,12 +77,11 @@ def named_folders(dataset: Dataset, folder: Path, split: str) -> dict[str, Path]
     if dataset.layout == "numbered class folders":
         by_folder = {str(number): class_name for number, class_name in enumerate(by_folder.values())}
     there = {entry.name for entry in subfolders(root)}
-    strange = sorted(there - by_folder.keys())
-    if strange:
+    if strange := sorted(there - by_folder.keys()):
         which = show(strange[0]) + (f" and {len(strange) - 1} more" if len(strange) > 1 else "")
         raise InputError(
             f"{show(root)}: {dataset.listing} names no class for the folder {which}; expected one folder of images per "
-            f"class: {_some(by_folder)}"
+            f"class: {few(list(by_folder))}"
         )
     return {class_name: root / name for name, class_name in by_folder.items() if name in there}
 
@@ -191,8 +190,3 @@ def _lines(file: Path) -> list[tuple[int, str]]:
     if long := [number for number, line in lines if len(line) > MAX_TEXT]:
         raise InputError(f"{show(file)}: line {long[0]} is longer than {MAX_TEXT} characters")
     return lines
-
-
-def _some(names: Mapping[str, str]) -> str:
-    first = list(names)[:3]
-    return ", ".join(first) + (" ..." if len(names) > 3 else "")
