@@ -17,7 +17,7 @@ ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-PATIENCE = 30_000  # ms; machines of two cores that others use too
+PATIENCE = 30_000  # ms, for busy machines with two cores
 
 
 CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
@@ -29,7 +29,7 @@ def _executable() -> str | None:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """Chromium without a window. Where there is none the tests are skipped, but fail in CI."""
+    """Headless Chromium. Without it, the tests are skipped, but fail in CI."""
     found = _executable()
     if found is None:
         message = f"SKIPPED: no Chromium ({', '.join(CHROMIUM)}); apt-get install chromium"
@@ -42,14 +42,14 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def another(browser: Browser, *arguments: str) -> Iterator[Browser]:
-    """A second one beside it, with further arguments."""
+    """A second browser with further arguments."""
     started = browser.browser_type.launch(executable_path=_executable(), args=[*ARGUMENTS, *arguments])
     yield started
     started.close()
 
 
 def drop(page: Page, *images: Path, names: list[str] | None = None) -> None:
-    """Drop files on the page, as a hand would."""
+    """Drop files on the page through its drop handler."""
     names = names or [image.name for image in images]
     files = [[name, base64.b64encode(image.read_bytes()).decode()] for name, image in zip(names, images, strict=True)]
     transfer = page.evaluate_handle(
@@ -68,14 +68,14 @@ def drop(page: Page, *images: Path, names: list[str] | None = None) -> None:
 
 
 def drop_folders(page: Page, *folders: Path, at: tuple[float, float] = (600, 400)) -> None:
-    """Drop folders or files on the page, as the browser itself does it."""
+    """Drop folders or files on the page as the browser itself does."""
     drag_files(page, *folders, at=at, kinds=("dragEnter", "dragOver", "drop"))
 
 
 def drag_files(
     page: Page, *files: Path, at: tuple[float, float], kinds: tuple[str, ...] = ("dragEnter", "dragOver")
 ) -> None:
-    """Drag folders or files over the page, as the browser itself does it."""
+    """Drag folders or files over the page as the browser itself does."""
     session = page.context.new_cdp_session(page)
     data = {"items": [], "files": [str(file.resolve()) for file in files], "dragOperationsMask": 1}
     for kind in kinds:

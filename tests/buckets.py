@@ -25,11 +25,11 @@ _numbers = itertools.count()
 
 
 def _one_at_a_time(app: Callable[..., Iterable[bytes]]) -> Callable[..., list[bytes]]:
-    """Moto looks whether an object exists, then writes it; a real service does both in one step."""
+    """Check and write an object in one step, as a real service does; moto uses two."""
     lock = threading.Lock()
 
     def call(environ: dict[str, Any], start_response: Any) -> list[bytes]:
-        if length := environ.get("CONTENT_LENGTH"):  # read before: a client that is stopped meanwhile stops no other
+        if length := environ.get("CONTENT_LENGTH"):  # read first, so that a stopped client blocks no other
             environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(int(length)))
         with lock:
             return list(app(environ, start_response))
@@ -39,7 +39,7 @@ def _one_at_a_time(app: Callable[..., Iterable[bytes]]) -> Callable[..., list[by
 
 @functools.cache
 def endpoint() -> str:
-    """The address of this process's server, which is started where it was not, and ends with the process."""
+    """Return the address of this process's server, and start it on first use. It ends with the process."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
     from werkzeug.serving import make_server
 
@@ -62,7 +62,7 @@ def endpoint() -> str:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, address: str, **more: str) -> None:
-    """The environment that finds a server; processes that are started inherit it."""
+    """Set the environment to find a server; child processes inherit it."""
     for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_"))]:
         monkeypatch.delenv(name)
     settings = {
@@ -71,7 +71,7 @@ def use(monkeypatch: pytest.MonkeyPatch, address: str, **more: str) -> None:
         "AWS_REGION": REGION,
         "AWS_ENDPOINT_URL": address,
         "AWS_ALLOW_HTTP": "true",
-        "AWS_METADATA_ENDPOINT": "http://127.0.0.1:9",  # nothing is asked beyond this machine
+        "AWS_METADATA_ENDPOINT": "http://127.0.0.1:9",  # no request leaves this machine
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "NO_PROXY": "127.0.0.1",
@@ -82,7 +82,7 @@ def use(monkeypatch: pytest.MonkeyPatch, address: str, **more: str) -> None:
 
 
 def fresh_bucket() -> str:
-    """The name of a new bucket."""
+    """Create a bucket and return its name."""
     name = f"bucket-{os.getpid()}-{next(_numbers)}"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(urllib.request.Request(f"{endpoint()}/{name}", method="PUT")) as answer:
@@ -92,14 +92,14 @@ def fresh_bucket() -> str:
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The address of a store in a fresh bucket, with nothing there yet."""
+    """The address of an empty store in a fresh bucket."""
     use(monkeypatch, endpoint())
     return f"s3://{fresh_bucket()}/indexes/pets"
 
 
 @pytest.fixture(params=["disk", "bucket"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The address of a store with nothing there yet: on a disk, and in a bucket."""
+    """The address of an empty store, on a disk and in a bucket."""
     if request.param == "disk":
         return f"lance://{(tmp_path / 'indexes' / 'pets').as_posix()}"
     return str(request.getfixturevalue("bucket"))

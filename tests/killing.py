@@ -27,7 +27,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="SKIPPED: needs 
 
 
 class Steps:
-    """Counts the steps of a job by name, and ends or stops the process before the one with number ``at``."""
+    """Counter of a job's steps by name, which kills or stops the process before step number ``at``."""
 
     def __init__(self, at: int | None, how: str) -> None:
         self.at, self.how, self.names = at, how, list[str]()
@@ -38,7 +38,7 @@ class Steps:
             os.kill(os.getpid(), getattr(signal, self.how))
 
     def before(self, module: Any, name: str, after: bool = False) -> None:
-        """A step before each call of a function, and one after it if so said."""
+        """Count a step before each call of a function, and optionally one after it."""
         call = getattr(module, name)
 
         def counted(*arguments: Any) -> Any:
@@ -51,7 +51,7 @@ class Steps:
         setattr(module, name, counted)
 
     def events(self, *events: str) -> None:
-        """A step before each of these events, as :func:`sys.audit` names them."""
+        """Count a step before each of these events of :func:`sys.audit`."""
 
         def audit(event: str, _: tuple[Any, ...]) -> None:
             if event in events:
@@ -60,7 +60,7 @@ class Steps:
         sys.addaudithook(audit)
 
     def writes(self) -> None:
-        """A step before whatever changes something on disk.
+        """Count a step before every change on disk.
 
         Reading changes nothing there, so a kill before it is the kill before the next step.
         """
@@ -79,7 +79,7 @@ class Steps:
 
 
 def serve(work: Callable[[Job, Steps], None]) -> None:
-    """Do jobs, as many at once as a line of standard input holds, each in a child of its own."""
+    """Run the jobs on each line of standard input at once, each in its own child."""
     import faiss
     import torch
 
@@ -109,7 +109,7 @@ def _child(work: Callable[[Job, Steps], None], job: Job) -> int:
     status = 1
     try:
         os.dup2(2, 1)  # standard output is the server's
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and a command leaves it so
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and commands inherit that
         steps = Steps(job["step"], job["how"])
         work(job, steps)
         steps.at = None
@@ -121,7 +121,7 @@ def _child(work: Callable[[Job, Steps], None], job: Job) -> int:
 
 
 class Server:
-    """Runs jobs in children of one process, which finds its interpreter on ``path``, and kills them."""
+    """A process, started with the interpreter on ``path``, that runs jobs in children and kills them."""
 
     def __init__(self, script: str, folder: Path, path: str) -> None:
         self.counted = folder / "steps"
@@ -133,7 +133,7 @@ class Server:
         )
 
     def start(self, *jobs: Job, step: int | None = None, after: float | None = None, how: str = "SIGKILL") -> None:
-        """Begin; a job is killed before its step number ``step`` (``how``: or stopped), or after so many seconds."""
+        """Start jobs; kill them (or stop them, by ``how``) before step number ``step``, or ``after`` seconds."""
         common = {"step": step, "how": how, "steps": str(self.counted)}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"jobs": [job | common for job in jobs], "after": after}) + "\n")
@@ -147,11 +147,11 @@ class Server:
         return told
 
     def stopped(self) -> int:
-        """Wait until a job has stopped itself, and say which process it is."""
+        """Wait until a job has stopped itself, and return its process id."""
         return int(self._told()["stopped"])
 
     def wait(self) -> list[int]:
-        """How the jobs ended, which took ``seconds``."""
+        """Return the exit statuses of the jobs, and set ``seconds`` to their duration."""
         told = self._told()
         self.seconds = told["seconds"]
         return list(told["status"])
@@ -162,7 +162,7 @@ class Server:
 
     @property
     def steps(self) -> list[str]:
-        """The steps of the last job that nobody killed."""
+        """Steps of the last job that was not killed."""
         return list(json.loads(self.counted.read_text()))
 
     def close(self) -> None:
@@ -171,7 +171,7 @@ class Server:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For sums that are tiny: on a busy machine, threads would wait for each other far longer than they compute."""
+    """Use one thread for tiny computations, where threads would mostly wait for each other."""
     import torch
 
     from retrieval_tip.retrieval import vector_index

@@ -14,7 +14,7 @@ from retrieval_tip.errors import RetrievalTipError
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder with its bytes, but for the lock, which names whoever wrote last."""
+    """Return all files below a folder with their bytes, except the lock, which names the last writer."""
     paths = [path for path in sorted(folder.rglob("*")) if path.name != "lock"]
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
@@ -27,7 +27,7 @@ def one_line(error: pytest.ExceptionInfo[RetrievalTipError] | RetrievalTipError,
 
 
 def sealed(body: Mapping[str, Any]) -> bytes:
-    """What a hand that knows the format would write: the digest is that of everything before it."""
+    """Return a forged manifest whose digest is valid."""
     body = {key: value for key, value in body.items() if key != "sha256"}
     text = json.dumps(body, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass")
     entry = {"sha256": hashlib.sha256(text).hexdigest()}
@@ -40,7 +40,7 @@ def body_of(folder: Path) -> dict[str, Any]:
 
 
 def resealed(index: Path, name: str, data: bytes) -> Path:
-    """Put these bytes in place of a data file of the first segment, and make name and manifest fit; the new file."""
+    """Replace a data file of the first segment, adapt name and manifest, and return the new file."""
     body, digest = body_of(index), hashlib.sha256(data).hexdigest()
     entry = next(entry for entry in body["files"].values() if entry["name"] == name)
     (index / name).unlink()

@@ -29,7 +29,7 @@ START_SECONDS = 120
 
 
 def photographs(shared: Path, part: str, classes: int, each: int) -> list[tuple[Path, str]]:
-    """Some photographs of Caltech101 of the first classes, with their labels."""
+    """Return photos of the first classes of Caltech101, with their labels."""
     data = shared / "data" / "caltech101"
     items = json.loads((data / "split_zhou_Caltech101.json").read_text())[part]
     names = sorted({name for _, _, name in items})[:classes]
@@ -40,7 +40,7 @@ def photographs(shared: Path, part: str, classes: int, each: int) -> list[tuple[
 
 
 def build(shared: Path, out: Path, items: list[tuple[Path, str]], *options: str) -> Path:
-    """An index over labelled photographs, by the command line."""
+    """Build an index of labelled photos with the command line."""
     table = out.with_suffix(".csv")
     with table.open("w", newline="") as file:
         csv.writer(file).writerows([("path", "label"), *((str(path), name) for path, name in items)])
@@ -55,7 +55,7 @@ def build(shared: Path, out: Path, items: list[tuple[Path, str]], *options: str)
 def server(
     *arguments: object, token: str | None = None, path: str | None = None
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """``retrieval-tip serve`` on a free port: its address and process. It is ended, and must end well.
+    """Run ``retrieval-tip serve`` on a free port; yield its address and process, then stop it and check its exit.
 
     In a new interpreter, or by the program that is found on ``path``.
     """
@@ -91,14 +91,14 @@ def server(
 
 
 def listens(address: str) -> psutil.Process:
-    """The process that listens there, which a program that had it started is not."""
+    """Return the process that listens there, not the one that started it."""
     port = int(address.rpartition(":")[2])
     listening = (one for one in psutil.net_connections("tcp4") if one.status == psutil.CONN_LISTEN)
     return next(psutil.Process(one.pid) for one in listening if one.laddr.port == port)
 
 
 def random_index(folder: Path, n: int, d: int, classes: int) -> Path:
-    """An index of random features."""
+    """Write an index of random features."""
     keys = np.random.default_rng(0).normal(size=(n, d)).astype(np.float32)
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     CacheModel.from_features(keys, np.arange(n) % classes, [f"class {i}" for i in range(classes)]).save(folder)
@@ -107,7 +107,7 @@ def random_index(folder: Path, n: int, d: int, classes: int) -> Path:
 
 @contextmanager
 def running(app: FastAPI) -> Iterator[tuple[str, int]]:
-    """An application as ``serve`` runs it, in a thread of this process: its address."""
+    """Run an application as ``serve`` does, in a thread of this process, and yield its address."""
     with run.listen("127.0.0.1", 0) as listening:
         server = uvicorn.Server(run.configured(app, 20))
         thread = threading.Thread(target=server.run, args=([listening],))
@@ -121,18 +121,18 @@ def running(app: FastAPI) -> Iterator[tuple[str, int]]:
 
 
 def told(place: tuple[str, int], *said: bytes) -> bytes:
-    """All that a server answers on a connection on which these are sent, until it closes it."""
+    """Send bytes on a connection, and return everything the server answers until it closes."""
     with socket.create_connection(place, timeout=30) as asking:
         try:
             for part in said:
                 asking.sendall(part)
-        except OSError:  # it does not listen any more
+        except OSError:  # it no longer listens
             pass
         return rest(asking)
 
 
 def rest(asking: socket.socket) -> bytes:
-    """What still comes on a connection until it is closed."""
+    """Return everything that arrives on a connection until it closes."""
     answer = b""
     try:
         while part := asking.recv(1 << 16):

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import demo  # noqa: E402
 
-KINDRED = {  # of Caltech101: pictures of the package
+KINDRED = {  # Caltech101 class: images of the package
     "Motorbikes": ["vehicles/**"],
     "butterfly": ["animals/insects/**"],
     "camera": ["household", "household/dishes/**", "household/arttools"],
@@ -40,10 +40,10 @@ D = 512
 
 
 def laid_out(place: Path) -> Path | None:
-    """The folder ``place``, made where it is not yet there; None where its parts cannot be fetched."""
+    """Return the folder ``place``, creating it if needed, or None if the parts cannot be downloaded."""
     if place.is_dir():
         return place
-    work = place.with_name("docs")  # the examples of the pages take their photographs from there too
+    work = place.with_name("docs")  # shared with the examples of the docs
     work.mkdir(parents=True, exist_ok=True)
     try:
         stamps, backbone = demo.stamps(work), demo.weights(work)
@@ -59,7 +59,7 @@ def laid_out(place: Path) -> Path | None:
 
 
 def photographs(stamps: Path, out: Path) -> None:
-    """JPEG files a folder of each class, and the list of which are for training, validation and test."""
+    """Write one folder of JPEG files per class, and the split into training, validation and test."""
     from PIL import Image, ImageOps
 
     parts: dict[str, list[tuple[str, int, str]]] = {"train": [], "val": [], "test": []}
@@ -82,7 +82,7 @@ def photographs(stamps: Path, out: Path) -> None:
 
 
 def features(out: Path) -> None:
-    """Tables of unit vectors about a mean that all share and one of each class, some far from it; one text a class."""
+    """Write tables of unit vectors around a common mean and a class mean, with outliers, and one text per class."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -101,7 +101,7 @@ def features(out: Path) -> None:
 
 
 def encoder(weights: Path, out: Path) -> None:
-    """A dual encoder in open_clip's folder format."""
+    """Write a dual encoder in open_clip's folder format."""
     import open_clip
     import torch
     from safetensors.torch import save_file

@@ -43,12 +43,12 @@ def unit_rows(n: int, d: int, seed: int = 0) -> npt.NDArray[np.float32]:
 
 
 def unit(rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Return the rows with norm 1."""
+    """Scale the rows to norm 1."""
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
 def touch(folder: Path, *paths: str) -> None:
-    """Make empty files, and the folders that they are in."""
+    """Create empty files and their folders."""
     for path in paths:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).touch()

@@ -40,7 +40,7 @@ ALONE = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
 }  # fmt: skip
-"""With these, the libraries start no threads of their own when they are imported."""
+"""Keep the libraries from starting threads on import."""
 
 READY = b"!"
 PYTHON = "warm-python"
@@ -63,11 +63,11 @@ if status < 0:
     os.kill(os.getpid(), -status)
 sys.exit(status)
 """
-"""Has the server run the command of its name, passes signals on, and ends as the command did."""
+"""Shell program that has the server run the command, passes signals on, and exits with its status."""
 
 
 def import_now(*, images: bool) -> None:
-    """What commands import later, of features alone or also of images.
+    """Import what commands import later, for features only or also for images.
 
     Some of it they do only where it is installed: pyarrow takes pandas up, which lasts a third of a second.
     """
@@ -77,12 +77,12 @@ def import_now(*, images: bool) -> None:
 
 
 def _serve(place: str, starter: int) -> None:
-    """Run commands, each in a child of a child, which tells how it ended, until nobody keeps this server."""
+    """Run each command in a grandchild that reports its end, until the last connection closes."""
     import_now(images=True)
     from retrieval_tip.cli.program import main, start_lightly
 
     start_lightly()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that wait
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the intermediate children are reaped automatically
     keepers = [socket.socket(fileno=starter)]
     with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as kept:
         for listening, name in ((server, place), (kept, f"{place}.kept")):
@@ -92,12 +92,12 @@ def _serve(place: str, starter: int) -> None:
         keepers[0].send(READY)
         while keepers:
             ready, _, _ = select.select([server, kept, *keepers], [], [])
-            for keeper in {*keepers} & {*ready}:  # it says nothing until it ends
+            for keeper in {*keepers} & {*ready}:  # readable only when it closes
                 keepers.remove(keeper)
                 keeper.close()
             if kept in ready:
                 keepers.append(kept.accept()[0])
-                with contextlib.suppress(OSError):  # who has gone meanwhile is noticed above
+                with contextlib.suppress(OSError):  # a closed client is noticed above
                     keepers[-1].send(READY)
             if server not in ready:
                 continue
@@ -107,7 +107,7 @@ def _serve(place: str, starter: int) -> None:
                 break
             link.close()
         else:
-            os._exit(0)  # taking down what was imported takes half a second
+            os._exit(0)  # a regular shutdown takes half a second
     for keeper in keepers:
         keeper.close()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -146,7 +146,7 @@ def _serve(place: str, starter: int) -> None:
 
 
 def _run_python(arguments: list[str]) -> NoReturn:
-    """Run a script, or what follows ``-c``, as the interpreter does."""
+    """Run a script or ``-c`` code as the interpreter does."""
     own = sys.modules["__main__"] = types.ModuleType("__main__")
     if arguments[0] == "-c":
         sys.argv[:] = ["-c", *arguments[2:]]
@@ -160,12 +160,12 @@ def _run_python(arguments: list[str]) -> NoReturn:
 
 
 def python(path: str) -> str:
-    """The interpreter on a ``PATH`` of such a server, else that of this process."""
+    """Return the interpreter on a ``PATH`` of such a server, else this process's."""
     return shutil.which(PYTHON, path=path) or sys.executable
 
 
 def _kept(place: str) -> socket.socket:
-    """A connection to the server that is there, which lives as long as the connection, else to a new one."""
+    """Connect to the running server, or to a new one, which lives as long as the connection."""
     mine = socket.socket(socket.AF_UNIX)
     with contextlib.suppress(OSError):
         mine.connect(f"{place}.kept")
@@ -176,15 +176,15 @@ def _kept(place: str) -> socket.socket:
     with its:
         its.set_inheritable(True)
         command = [sys.executable, __file__, place, str(its.fileno())]
-        output = [(os.POSIX_SPAWN_DUP2, its.fileno(), 1)]  # what Python holds for a file, it would seek in
-        os.posix_spawn(sys.executable, command, os.environ | ALONE, file_actions=output)  # it outlives who starts it
+        output = [(os.POSIX_SPAWN_DUP2, its.fileno(), 1)]  # Python would seek in a file object
+        os.posix_spawn(sys.executable, command, os.environ | ALONE, file_actions=output)  # it outlives its starter
     assert mine.recv(1) == READY
     return mine
 
 
 @contextlib.contextmanager
 def server(folder: Path) -> Iterator[Path]:
-    """A folder to put in front of ``PATH``: its programs have a server run the command."""
+    """Yield a folder for the front of ``PATH``, whose programs have a server run the command."""
     place, programs = folder / "socket", folder / "bin"
     with filelock.FileLock(folder / "lock"):
         if not programs.exists():
