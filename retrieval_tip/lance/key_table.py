@@ -234,13 +234,7 @@ class KeyTable:
             query = self.table.search().select(list(columns))
             query = query if where is None else query.where(where)
             query = query.with_row_id(True) if with_rows else query
-            batches = iter(query.to_batches(SCANNED))
-        while True:
-            with _store_errors(self.address, "reading its rows"):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
+            yield from query.to_batches(SCANNED)
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         """Read all rows as one table."""
