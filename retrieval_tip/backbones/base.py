@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 PARTS = ("visual", "text")
 
 FloatArray = npt.NDArray[np.float32]
-Preprocess = Mapping[str, Any]
-"""Preprocessing settings of a backbone as JSON, in open_clip's or timm's terms."""
+Preprocess = Mapping[str, Any]  # preprocessing settings of a backbone as JSON, in open_clip's or timm's terms
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from retrieval_tip.errors import BackboneError, UsageError, counted, first_line
+from retrieval_tip.errors import BackboneError, UsageError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +51,12 @@ _FIRST = ("datacomp_xl", "datacomp_s34b", "laion2b_s34b", "laion2b_s32b", "laion
 NEAR, ALIKE = 8, 0.6
 """Number of similar names in a message, and their least similarity (``difflib.get_close_matches``)."""
 
-ANSWER = 2.5
-"""Seconds to wait for the hub to answer."""
-
+ANSWER = 2.5  # seconds to wait for the hub to answer
 _DEMO = "build/demo/efficientnet-lite0.pth"
 DEMO = (Path(_DEMO), Path(_DEMO).relative_to("build/demo"), Path(__file__).parents[2] / _DEMO)
 """Places to look for the encoder of ``benchmarks/demo.py``: its folder, the current folder, an installed clone."""
 
-LARGEST_LIST = 200
-"""Longest list with sizes; computing one takes a twentieth of a second."""
+LARGEST_LIST = 200  # longest list with sizes; computing one takes a twentieth of a second
 
 _QUIET = threading.RLock()
 
@@ -148,7 +145,7 @@ class Named:
 
 
 def search(word: str = "") -> list[Named]:
-    """List the backbones (default: recommended ones) whose name or tags contain a word. Raises UsageError for none."""
+    """List the backbones whose name or tags contain a word, or the recommended ones. Raises UsageError if none do."""
     import timm
 
     if not word:
@@ -338,4 +335,4 @@ def _offline() -> str | None:
 
 def megabytes(size: int) -> str:
     """Format a number of bytes in MB or GB."""
-    return counted(round(size / 1e6), "MB").removesuffix("s") if size < 1e9 else f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:,.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"

@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Config = dict[str, Any]
-"""An open_clip configuration, as JSON."""
+Config = dict[str, Any]  # an open_clip configuration, as JSON
 
 
 @dataclass(frozen=True)

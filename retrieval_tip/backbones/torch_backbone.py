@@ -27,21 +27,15 @@ if TYPE_CHECKING:
 
     Tokenizer = Callable[[list[str]], torch.Tensor]
 
-
 _T = TypeVar("_T")
 
-BFLOAT16_FROM = (8, 0)
-"""First GPU capability with bfloat16 arithmetic."""
-
+BFLOAT16_FROM = (8, 0)  # first GPU capability with bfloat16 arithmetic
 VIEW_SCALE = (0.5, 1.0)
 VIEW_RATIO = (3 / 4, 4 / 3)
-
-SAMPLED = 64
-"""Number of values per parameter that are compared to detect changed weights."""
+SAMPLED = 64  # number of values per parameter that are compared to detect changed weights
 
 _OPENING = threading.Lock()
-_CONVOLUTIONS = threading.RLock()
-"""Lock for changing the rounding of convolutions, a setting of the process."""
+_CONVOLUTIONS = threading.RLock()  # lock for changing the rounding of convolutions, a setting of the process
 
 
 @dataclass(frozen=True)

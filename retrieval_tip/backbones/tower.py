@@ -47,8 +47,7 @@ LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.99}
 """Smallest accepted cosine to torch's float32 features, by precision. With lit-mini on photos, bfloat16 reaches at
 least 0.997 in torch and in OpenVINO."""
 
-FORM = 1
-"""Version of the stored files."""
+FORM = 1  # version of the stored files
 
 _GRAPH, _WEIGHTS, _FACTS = "tower.xml", "tower.bin", "digests.json"
 

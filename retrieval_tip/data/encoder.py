@@ -48,8 +48,7 @@ _T = TypeVar("_T")
 
 CENTRE = "centre"
 REDUCED = "centre/reduced"
-REDUCED_SIDES = 3
-"""Smallest ratio of a reduced JPEG's sides to the view's: with 2, some cosines were below 0.999."""
+REDUCED_SIDES = 3  # smallest ratio of a reduced JPEG's sides to the view's: with 2, some cosines were below 0.999
 
 
 @dataclass(frozen=True)

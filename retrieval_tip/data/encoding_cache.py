@@ -20,15 +20,11 @@ from retrieval_tip.files import cache_folder, make_folders
 log = logging.getLogger(__name__)
 
 NAME = "encodings.sqlite"
-DEFAULT_BYTES = 8_000_000_000
-"""Default size limit: two million photos with 512 values each."""
-LEFT = 0.9
-"""Share of the limit that remains after old encodings are removed, so that removals are rare."""
-REMOVED, ROW_BYTES, USED = 1024, 8192, 1024
-"""Encodings removed per transaction; bytes that each should free; uses recorded at a time."""
+DEFAULT_BYTES = 8_000_000_000  # default size limit: two million photos with 512 values each
+LEFT = 0.9  # share of the limit that remains after old encodings are removed, so that removals are rare
+REMOVED, ROW_BYTES, USED = 1024, 8192, 1024  # removed per transaction, bytes each should free, uses recorded at once
 
-_UNIT = 1_000_000
-"""Unit of SQLite's 32-bit ``user_version``, which holds the limit in megabytes; 0 means the default."""
+_UNIT = 1_000_000  # unit of SQLite's 32-bit ``user_version``, which holds the limit in megabytes; 0 means the default
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS encodings (scope TEXT NOT NULL, digest TEXT NOT NULL, view TEXT NOT NULL,
     feature BLOB NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (scope, digest, view));

@@ -16,11 +16,9 @@ log = logging.getLogger(__name__)
 PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 """Folder names of each part of a dataset."""
 
-TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-"""Label tables of Hugging Face image folders."""
+TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # label tables of Hugging Face image folders
 
-HEIC = frozenset({".heic", ".heif", ".hif"})
-"""Suffixes of phone photos that need the extra ``heic``."""
+HEIC = frozenset({".heic", ".heif", ".hif"})  # suffixes of phone photos that need the extra ``heic``
 
 
 def subfolders(folder: Path) -> list[os.DirEntry[str]]:

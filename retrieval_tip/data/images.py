@@ -30,32 +30,16 @@ AVIF and JPEG 2000 are excluded: their decoders allocate far more memory than th
 AVIF, 770 MB for a 213-byte JPEG 2000).
 """
 
-MAX_PIXELS = 178_956_970
-"""Largest width x height: Pillow's own limit for a decompression bomb."""
-
-MAX_BYTES = 256 << 20
-"""Largest file, in bytes."""
-
-LARGE_PIXELS = 1 << 24
-"""Images with more pixels are decoded one at a time."""
-
-WHOLE_PIXELS = 1 << 25
-"""Largest image that is returned at full size; larger ones are reduced by the smallest sufficient whole factor."""
-
-MAX_ASPECT = 64
-"""Largest ratio of the sides. Longer images are cropped to their middle, which is all that a centre crop sees."""
-
-HEADER_EFFORT, READ_EFFORT = 16 << 20, 256
-"""Bytes a decoder may read before the first pixel, and bytes charged for each read in addition to its size."""
-
-MAX_SCANNED = 1 << 31
-"""Largest scans x pixels of a progressive JPEG: about five seconds of decoding."""
-
-MAX_EXIF = 1 << 20
-"""Largest EXIF block that is parsed, in bytes; a JPEG's has at most 64 KB."""
-
-PART_PIXELS = 1 << 18
-"""Pixels converted to RGB at a time."""
+MAX_PIXELS = 178_956_970  # largest width x height: Pillow's own limit for a decompression bomb
+MAX_BYTES = 256 << 20  # largest file, in bytes
+LARGE_PIXELS = 1 << 24  # images with more pixels are decoded one at a time
+WHOLE_PIXELS = 1 << 25  # images with more pixels are reduced by the smallest sufficient whole factor
+MAX_ASPECT = 64  # longer images are cropped to their middle, which is all that a centre crop sees
+HEADER_EFFORT = 16 << 20  # bytes that a decoder may read before the first pixel
+READ_EFFORT = 256  # bytes charged for each read, in addition to its size
+MAX_SCANNED = 1 << 31  # largest scans x pixels of a progressive JPEG: about five seconds of decoding
+MAX_EXIF = 1 << 20  # largest EXIF block that is parsed, in bytes; a JPEG's has at most 64 KB
+PART_PIXELS = 1 << 18  # pixels converted to RGB at a time
 
 _large = threading.Lock()
 

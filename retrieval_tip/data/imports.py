@@ -25,8 +25,7 @@ from retrieval_tip.files import open_regular, read_regular
 
 Array = npt.NDArray[Any]
 
-MAX_NAMES = 1 << 27
-"""Largest file of class names, in bytes."""
+MAX_NAMES = 1 << 27  # largest file of class names, in bytes
 
 _KEYS = re.compile(r"(keys|best_F)_(\d+)shots\.pt")
 _EXPECTED = "expected keys_{K}shots.pt or best_F_{K}shots.pt beside values_{K}shots.pt"

@@ -7,10 +7,8 @@ from collections.abc import Hashable, Sequence
 
 from retrieval_tip.bounds import check_count, check_memory
 
-VAL_SHOTS = 4
-"""Largest number of validation images per class."""
-ITEM_BYTES = 256
-"""Estimated bytes per drawn item without its feature: position, path, label and digest."""
+VAL_SHOTS = 4  # largest number of validation images per class
+ITEM_BYTES = 256  # estimated bytes per drawn item without its feature: position, path, label and digest
 
 
 def few_shot(labels: Sequence[Hashable], shots: int, seed: int = 1) -> list[int]:

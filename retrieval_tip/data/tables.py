@@ -33,14 +33,11 @@ RUN, COMPLETE = "_run.json", "_complete.json"
 """Files in a folder of parts: its description, and the mark that all parts exist, written last."""
 MAX_TEXT = 4096
 """Longest label or id, in characters; a longer one means that the table was misread."""
-MAX_ROWS = 2**31 - 1
-"""Largest number of rows: a file of a few bytes may claim any number."""
-MAX_JSON = 1 << 28
-"""Largest JSON-lines file, in bytes; it is read at once."""
+MAX_ROWS = 2**31 - 1  # largest number of rows: a file of a few bytes may claim any number
+MAX_JSON = 1 << 28  # largest JSON-lines file, in bytes; it is read at once
 GROUP_ROWS = 1024
 """Smallest Parquet row group."""
-MAX_SHOWN = 64
-"""Largest number of columns in a message, and of characters of each name."""
+MAX_SHOWN = 64  # largest number of columns in a message, and of characters of each name
 
 
 def row_groups_of(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

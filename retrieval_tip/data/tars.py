@@ -30,14 +30,10 @@ from retrieval_tip.errors import InputError, Skipped, UsageError, first_line, sh
 from retrieval_tip.files import open_regular
 
 TARS = (".tar", ".tar.gz", ".tgz")
-LABELS = ("cls", "json", "txt")
-"""Suffixes of labels; the first that exists is used."""
-MAX_LABEL = 4096
-"""Longest label, in characters."""
-MAX_LABEL_BYTES = 1 << 20
-"""Largest label file, in bytes."""
-MOST_NAMED = 100_000
-"""Largest number of tars in a range such as ``{000..999}``."""
+LABELS = ("cls", "json", "txt")  # suffixes of labels; the first that exists is used
+MAX_LABEL = 4096  # longest label, in characters
+MAX_LABEL_BYTES = 1 << 20  # largest label file, in bytes
+MOST_NAMED = 100_000  # largest number of tars in a range such as ``{000..999}``
 HELD = 16
 """Number of tars that stay open."""
 CHUNK = 1 << 20

@@ -18,10 +18,8 @@ from retrieval_tip.files import read_regular
 
 log = logging.getLogger(__name__)
 
-MAX_LISTING = 1 << 26
-"""Largest list of classes or images, in bytes."""
-SAMPLE = 16
-"""Number of images or class folders per part that a check looks for."""
+MAX_LISTING = 1 << 26  # largest list of classes or images, in bytes
+SAMPLE = 16  # number of images or class folders per part that a check looks for
 
 
 def split_file(dataset: Dataset, folder: Path, split: str) -> Source:
