@@ -131,17 +131,13 @@ def recommended(model: str) -> str | None:
 
 @dataclass(frozen=True)
 class Named:
-    """A row of the list of backbones.
-
-    ``pretrained`` has the tags, the recommended one first; ``bytes`` is the size of the weights in float32; ``words``
-    tells whether it has a text tower, ``cached`` whether the recommended weights are on this machine.
-    """
+    """A row of the list of backbones."""
 
     model: str
-    pretrained: list[str]
-    bytes: int | None
-    words: bool
-    cached: bool
+    pretrained: list[str]  # tags, the recommended one first
+    bytes: int | None  # size of the weights in float32
+    words: bool  # whether it has a text tower
+    cached: bool  # whether the recommended weights are on this machine
 
 
 def search(word: str = "") -> list[Named]:
@@ -253,10 +249,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _unasked() -> Iterator[None]:
-    """Make transformers refuse a model's own code instead of asking on standard input whether to run it.
-
-    open_clip has no argument for this: it loads text towers without ``trust_remote_code``.
-    """
+    """Make transformers refuse a model's own code, for which open_clip has no option, instead of asking on stdin."""
     try:
         from transformers import dynamic_module_utils as asking
     except ImportError:

@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 
 
 class TimmBackbone(TorchBackbone):
-    """An image backbone of timm. Create one with :func:`loading.load_backbone`.
-
-    Its features are the input of the classifier, ``timm.create_model(NAME, num_classes=0)``; its view follows the
-    model's own configuration.
-    """
+    """An image backbone of timm. Its features are the classifier's input; its view is the model's own."""
 
     def __init__(
         self, name: str, pretrained: str | None, how: Execution, awaited: tuple[Identity, int] | None = None

@@ -40,10 +40,7 @@ _CONVOLUTIONS = threading.RLock()  # lock for changing the rounding of convoluti
 
 @dataclass(frozen=True)
 class Opened:
-    """A loaded model, in evaluation mode and without gradients, and its identity without the weights' digest.
-
-    ``tokenizer`` creates the tokenizer; it is ``None`` without a text tower.
-    """
+    """A frozen model, its identity without a digest of weights, and a factory of its tokenizer if it has text."""
 
     model: Model
     preprocess: Callable[[Image.Image], torch.Tensor]
@@ -272,10 +269,7 @@ class TorchBackbone(ABC):
         return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in whole.items()}
 
     def adopt(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Replace whole parts by tensors from :meth:`tuned`, which changes the identity.
-
-        Raises BackboneError, and changes nothing, if a tensor is unknown, missing, or of another shape or type.
-        """
+        """Replace whole parts by :meth:`tuned` tensors. Raises BackboneError, changing nothing, if one does not fit."""
         towers = [self._tensors(part) for part in PARTS]
         _check_fit(state, towers, self._identity.model)
         self._model.load_state_dict(dict(state), strict=False)

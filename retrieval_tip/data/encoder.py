@@ -400,10 +400,7 @@ def _load(
 def pixels_of(
     data: bytes, backbone: Backbone, *, most: int = images.MAX_PIXELS, only: tuple[str, ...] | None = None
 ) -> torch.Tensor:
-    """Return the centre view of an image as pixels ``[3, h, w]`` float32, the same as :meth:`Encoder.blocks` encodes.
-
-    ``most`` and ``only`` are as in :func:`images.decode`, which raises InputError.
-    """
+    """Return the centre view ``[3, h, w]`` float32 of an image. Raises InputError as :func:`images.decode`."""
     return backbone.preprocess(images.decode(data, _least(backbone), most=most, only=only))
 
 
@@ -428,11 +425,7 @@ def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
 
 
 def encode_table(source: Source, out: str | os.PathLike[str], encoder: Encoder) -> int:
-    """Write a source's features as a feature table, and return the number of rows.
-
-    Its columns are ``id``, ``label``, ``feature``, ``digest``, and the source's further columns. ``out`` appears only
-    when the table is complete.
-    """
+    """Write a source's features as a feature table, which appears when complete, and return its number of rows."""
     schema, tables = encoded(source, encoder)
     return write_table(Path(out), schema, row_groups_of(tables))
 

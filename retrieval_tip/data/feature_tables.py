@@ -80,10 +80,7 @@ def table_dim(path: Path | str) -> int:
 
 
 def read_features(path: Path | str, norms: Norms = "check") -> Iterator[FloatArray]:
-    """Yield a table's features in file order, in blocks ``[b, d]`` float32.
-
-    Raises InputError naming rows whose features are missing, of another length, not finite, or not of unit norm.
-    """
+    """Yield the features of a table in blocks ``[b, d]`` float32. Raises InputError naming rows that cannot be used."""
     for _, features in read_rows(path, norms, 0, None):
         yield features
 
@@ -143,11 +140,7 @@ def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatAr
 
 
 def check_norms(features: FloatArray, start: int, norms: Norms, name: str) -> FloatArray:
-    """Check or scale the norms of features ``[b, d]``, the rows of ``name`` from ``start``.
-
-    Raises InputError naming rows that are not finite or zero, whose norm is not 1 (``check``), or above
-    :data:`MOST_KEPT` (``keep``).
-    """
+    """Check or scale the norms of features ``[b, d]``. Raises InputError naming bad rows, counted from ``start``."""
     with np.errstate(over="ignore", invalid="ignore"):
         lengths = np.sqrt(np.einsum("ij,ij->i", features, features, dtype=np.float64))
 

@@ -52,10 +52,7 @@ def part_of(folder: Path, part: str | None) -> Path:
 
 
 def read(folder: Path) -> Listing:
-    """List the photos in a folder of class folders. Folders without photos are not classes.
-
-    Warnings count the other files. Raises InputError if there are no photos, or two class folders have the same name.
-    """
+    """List the photos in class folders, and warn of other files. Raises InputError if there are no photos."""
     found, classes = Listing(), []
     others: Counter[str] = Counter()
     empty: list[str] = []

@@ -9,10 +9,7 @@ from retrieval_tip.errors import Skipped
 
 @dataclass
 class Listing:
-    """Images of a source in order: their paths, their labels, and the inputs that ``failed``.
-
-    ``classes`` sets the order of the labels; ``None`` sorts them.
-    """
+    """Images of a source, and inputs that ``failed``. ``classes`` orders the labels; ``None`` sorts them."""
 
     paths: list[str] = field(default_factory=list)
     labels: list[str | None] = field(default_factory=list)

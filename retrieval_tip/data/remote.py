@@ -101,10 +101,7 @@ def read(path: str) -> bytes | None:
 
 
 def listing(folder: str, *, labelled: bool) -> Listing:
-    """List the images below a folder, labelled by their class folders.
-
-    Raises InputError if there are none, or, with ``labelled``, if one is outside the class folders.
-    """
+    """List images below a folder, labelled by class folders. Raises InputError for none, or for a missing label."""
     from retrieval_tip.data import images
 
     system, scheme = system_of(folder), folder.partition("://")[0]

@@ -214,10 +214,7 @@ def reading(name: str) -> Iterator[None]:
 
 
 def read_columns(file: Path, columns: Sequence[str], most: int) -> pa.Table:
-    """Read some columns of a Parquet, JSON-lines or CSV file, recognised by its first bytes.
-
-    Raises InputError if the file cannot be read, lacks a column, or has more than ``most`` rows.
-    """
+    """Read columns of a Parquet, JSON-lines or CSV file with at most ``most`` rows. Raises InputError."""
     name = show(file)
     with reading(name), open_regular(file) as raw:
         head = raw.read(64).removeprefix(codecs.BOM_UTF8).lstrip()

@@ -112,10 +112,7 @@ def names() -> list[str]:
 
 
 def facts(name: str) -> Dataset:
-    """Return the facts about a dataset by its name, folder or alias (``pets``, ``fgvc``, ``imagenet_a``).
-
-    Case, spaces, ``-`` and ``_`` do not matter. Raises UsageError for an unknown name.
-    """
+    """Return the facts about a dataset by name, folder or alias, in any spelling. Raises UsageError if unknown."""
     row = _BY_NAME.get(_plain(name))
     if row is None:
         raise UsageError(f"dataset {name!r}: unknown; choose from {', '.join(names())}")

@@ -28,10 +28,7 @@ def split_file(dataset: Dataset, folder: Path, split: str) -> Source:
 
 
 def variant_lists(dataset: Dataset, folder: Path, split: str) -> Source:
-    """Open FGVC-Aircraft: each line of ``images_variant_{split}.txt`` holds an image's number and its variant.
-
-    Classes are in the order of ``variants.txt``. Raises InputError naming the wrong line.
-    """
+    """Open FGVC-Aircraft, whose lists have an image number and a variant per line. Raises InputError."""
     class_names = [line for _, line in _lines(folder / dataset.listing)]
     if twice := [name for name, times in Counter(class_names).items() if times > 1]:
         raise InputError(f"{show(folder / dataset.listing)}: duplicate class name {twice[0]!r}")
@@ -65,11 +62,7 @@ def class_folders(dataset: Dataset, folder: Path, split: str) -> Source:
 
 
 def named_folders(dataset: Dataset, folder: Path, split: str) -> dict[str, Path]:
-    """Map class names to the class folders of a part, in the order of ``classnames.txt``.
-
-    Folders are named as in ``classnames.txt``, or by line number from 0. Raises InputError if a folder has no class
-    name.
-    """
+    """Map class names to folders in the order of ``classnames.txt``. Raises InputError for a folder without a name."""
     listing, root = folder / dataset.listing, folder / dataset.images[split]
     by_folder = class_names_by_folder(listing)
     if dataset.layout == "numbered class folders":
