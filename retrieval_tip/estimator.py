@@ -234,7 +234,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             text = check_array(text, dtype=_dtypes(normalize), input_name="text_weights")
             if len(text) != len(classes):
                 raise InputError(
-                    f"text_weights: {len(text)} rows for {len(classes)} classes; if y lacks classes, give class_names"
+                    f"text_weights: {len(text)} rows for {len(classes)} classes; list all classes in class_names"
                 )
         cache = CacheModel.from_features(
             _rows(rows, normalize), _ids(own, names), [str(label) or repr(label) for label in names.tolist()], text,

@@ -451,9 +451,7 @@ def _weights_of(
         if theirs is not None and manifest.backbone is not None:
             same_backbone(theirs, Identity.from_dict(manifest.backbone), str(text))
         if weights.shape[1] != manifest.d:
-            raise InputError(
-                f"{text}: features have {weights.shape[1]} values instead of {manifest.d}; use one backbone"
-            )
+            raise InputError(f"{text}: {weights.shape[1]} values per row instead of {manifest.d}; use one backbone")
         return {name: row for name, row in zip(names, weights, strict=True) if name in new}
     if encoder.backbone is None or not manifest.templates:
         return {}
@@ -528,9 +526,8 @@ def _chosen(cache: AnsweringIndex, where: str | None, key_ids: Sequence[int] | N
     else:
         chosen = cache.labels["key_id"].to_numpy()[rows_where(cache.labels, where)].tolist()
     if not chosen:
-        raise InputError(
-            f"{'key ids: none given' if where is None else f'where: no key matches {where}'}; nothing changed"
-        )
+        what = "key ids: none given" if where is None else f"where: no key matches {where}"
+        raise InputError(f"{what}; nothing changed")
     return chosen
 
 

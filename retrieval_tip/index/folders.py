@@ -65,8 +65,7 @@ def create(folder: Path, made: Material) -> CacheModel:
         ids, d, c = made.ids[order], keys.shape[1], len(names)
         if weights is not None and weights.shape[1] != d:
             raise InputError(
-                f"{made.source.name}: features have {d} values, text weights {weights.shape[1]}; "
-                "use the same backbone for both"
+                f"{made.source.name}: features have {d} values, text weights {weights.shape[1]}; use one backbone"
             )
         made.warn_of_bare(np.bincount(ids, minlength=c))
         statistics = measure(keys, ids)

@@ -62,9 +62,7 @@ class Address:
         scheme = scheme.lower()
         local, first = scheme == "lance", rest.partition("/")[0]
         if re.search(r"^[^/@]*:[^@]*@", rest) or ("@" in first and not local):
-            raise UsageError(
-                f"{scheme}://...: remove the user and password from the address; {set_credentials(scheme)}"
-            )
+            raise UsageError(f"{scheme}://...: remove the user and password; {set_credentials(scheme)}")
         if ":" in first and not local:
             raise UsageError(f"{scheme}://...: an address has no server; set AWS_ENDPOINT_URL to it")
         rest, query, _ = rest.partition("?")

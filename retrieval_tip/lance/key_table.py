@@ -63,13 +63,11 @@ LARGEST = (1 << 63) - 1
 
 def lancedb() -> Any:
     """Import LanceDB. Raises UsageError if it is not installed."""
-    os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings concern what is intended here
+    os.environ.setdefault("LANCEDB_LOG", "error")  # it warns about intended use
     try:
         return importlib.import_module("lancedb")
     except ImportError as error:
-        raise UsageError(
-            f"cannot import LanceDB ({first_line(error)}); pip install 'retrieval-tip[distributed]'"
-        ) from None
+        raise UsageError(f"no LanceDB ({first_line(error)}); pip install 'retrieval-tip[distributed]'") from None
 
 
 @cache

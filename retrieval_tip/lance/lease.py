@@ -41,7 +41,7 @@ def held(objects: Objects, wait: float | None = None, seconds: float | None = No
     """Hold the write lock of a store within the context; wait up to ``wait`` seconds (:data:`lock.LOCK_WAIT`).
 
     Yields a function to call right before a commit. It raises StoreError if another process may have taken over. A dead
-    process holds the lock for ``seconds`` (:data:`LEASE`) in a bucket, and no longer on a disk. Raises StoreError if
+    process keeps the lock for ``seconds`` (:data:`LEASE`) in a bucket, but not on a disk. Raises StoreError if
     another process is writing, or the disk or the service fails.
     """
     if objects.address.local is not None:

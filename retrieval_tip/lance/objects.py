@@ -67,9 +67,7 @@ class Objects:
             result = obstore.get(client, name)
             if most is not None and result.meta["size"] > most:
                 shown, size = one_line(f"{self.address}/{name}"), result.meta["size"]
-                raise StoreError(
-                    f"{shown}: {size:,} bytes, larger than any object of a store ({most:,}); is it another file?"
-                )
+                raise StoreError(f"{shown}: {size:,} bytes, but at most {most:,} are expected; is it another file?")
             return bytes(result.bytes()), _version(result.meta)
 
         return self._asked("read", self._checked(name), read)
