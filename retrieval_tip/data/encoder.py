@@ -53,28 +53,20 @@ REDUCED_SIDES = 3  # smallest ratio of a reduced JPEG's sides to the view's: wit
 
 @dataclass(frozen=True)
 class FeatureBlock:
-    """Features of some items of a source.
+    """Features of some items of a source."""
 
-    ``positions`` ``[b]`` in the source, ascending; ``features`` ``[b, d]`` float32; ``digests`` of the images' bytes
-    (``None`` for rows of a feature table).
-    """
-
-    positions: IntArray
-    features: FloatArray
-    digests: list[str | None]
+    positions: IntArray  # [b], ascending, in the source
+    features: FloatArray  # [b, d] float32
+    digests: list[str | None]  # of the images' bytes; None for rows of a feature table
 
 
 @dataclass(frozen=True)
 class Views:
-    """Features of every view of every shot of a source.
+    """Features of every view of every shot of a source: rows ``starts[i]:starts[i + 1]`` belong to shot ``i``."""
 
-    ``positions`` ``[m]`` int64: first item of each shot in the source, ascending; ``features`` ``[r, d]`` float32;
-    ``starts`` ``[m + 1]`` int64: rows ``starts[i]:starts[i + 1]`` are the views of shot ``i``.
-    """
-
-    positions: IntArray
-    features: FloatArray
-    starts: IntArray
+    positions: IntArray  # [m] int64: first item of each shot in the source, ascending
+    features: FloatArray  # [r, d] float32
+    starts: IntArray  # [m + 1] int64
 
 
 def view_names(seed: int, number: int) -> list[str]:

@@ -172,7 +172,7 @@ def area(data: bytes, *, most: int = MAX_PIXELS, only: tuple[str, ...] | None = 
         with _opened(data, only) as image:
             pixels = image.width * image.height
             return pixels if pixels <= most else 0
-    except InputError:  # decode says what is wrong
+    except InputError:  # decode reports the reason
         return 0
 
 
@@ -181,7 +181,7 @@ def reducible(data: bytes, least: int) -> bool:
     try:
         with _opened(data, ("JPEG",)) as image:
             return image.format == "JPEG" and min(image.size) >= 2 * least
-    except InputError:  # decode says what is wrong
+    except InputError:  # decode reports the reason
         return False
 
 
@@ -214,23 +214,15 @@ def decode(
     return picture if turn is None else picture.transpose(turn)
 
 
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """Return the turn that makes an image upright by its EXIF orientation; ``None`` if there is none."""
+    to = Image.Transpose
+    turns = (to.FLIP_LEFT_RIGHT, to.ROTATE_180, to.FLIP_TOP_BOTTOM, to.TRANSPOSE, to.ROTATE_270, to.TRANSVERSE,
+             to.ROTATE_90)  # fmt: skip
     try:
         if len(image.info.get("exif") or b"") > MAX_EXIF:
             return None
-        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return dict(enumerate(turns, 2)).get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a damaged EXIF block does not make the image unreadable
         return None
 

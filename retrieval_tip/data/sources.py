@@ -234,15 +234,13 @@ def _refusal(where: str) -> InputError:
     elif not os.path.exists(where):
         why = "no such file or folder"
     elif not os.path.isfile(where):
-        why = "not a file"  # a pipe would wait for ever
+        why = "not a file"  # a pipe would block
     elif suffix in images.extensions():
         why = "a single image; expected a folder with one folder of images per class"
     elif suffix in (".zip", ".gz", ".tgz", ".7z", ".rar"):
         why = "an archive; unpack it first"
     else:
-        why = (
-            f"unknown file type; expected a folder of classes, a table ({', '.join(SUFFIXES)}) or a split file (.json)"
-        )
+        why = f"unknown file type; expected class folders, a table ({', '.join(SUFFIXES)}) or a split file (.json)"
     return InputError(f"{show(where)}: {why}")
 
 

@@ -24,33 +24,19 @@ IMAGENET = (
 
 @dataclass(frozen=True)
 class Dataset:
-    """Facts about one dataset; its class names are read from its files.
+    """Facts about one dataset; its class names are read from its files."""
 
-    Attributes:
-        name: as the papers write it.
-        folder: its folder inside the folder of all datasets (CoOp's ``DATA``).
-        layout: how its images are listed.
-        images: image folder of each part, inside ``folder``; empty for ``folder`` itself.
-        listing: the file that names its classes: the split file, ``variants.txt`` or ``classnames.txt``.
-        classes: number of classes.
-        templates: prompts; their features are averaged.
-        scale: published search scales of beta and alpha.
-        alpha: published initial alpha.
-        beta: published initial beta.
-        aliases: other accepted names.
-    """
-
-    name: str
-    folder: str
-    layout: Layout
-    images: Mapping[str, str]
-    listing: str
-    classes: int
-    templates: tuple[str, ...]
-    scale: tuple[float, float]
-    alpha: float
-    beta: float = 1.0
-    aliases: tuple[str, ...] = ()
+    name: str  # as the papers write it
+    folder: str  # inside the folder of all datasets (CoOp's ``DATA``)
+    layout: Layout  # how its images are listed
+    images: Mapping[str, str]  # image folder of each part, inside ``folder``; empty for ``folder`` itself
+    listing: str  # the file that names its classes: the split file, variants.txt or classnames.txt
+    classes: int  # number of classes
+    templates: tuple[str, ...]  # prompts; their features are averaged
+    scale: tuple[float, float]  # published search scales of beta and alpha
+    alpha: float  # published initial alpha
+    beta: float = 1.0  # published initial beta
+    aliases: tuple[str, ...] = ()  # other accepted names
 
 
 def _all(folder: str) -> dict[str, str]:
