@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,12 +84,12 @@ def _of(
 ) -> TorchBackbone:
     name, tag = (model or "", pretrained) if awaited is not None else named(model, pretrained)
     if name.startswith("timm:"):
-        return timm.TimmBackbone(name.removeprefix("timm:"), tag, how, awaited)
+        return TorchBackbone(partial(timm.open_model, name.removeprefix("timm:"), tag), how, awaited)
     if name.startswith("hf:"):
         if tag is not None:
             raise UsageError(f"pretrained {tag!r}: {name} has its own weights; omit --pretrained")
-        return transformers.TransformersBackbone(name.removeprefix("hf:"), how, awaited)
-    return open_clip.OpenClipBackbone(name, tag, how, awaited)
+        return TorchBackbone(partial(transformers.open_model, name.removeprefix("hf:")), how, awaited)
+    return open_clip.OpenClipBackbone(partial(open_clip.open_model, name, tag), how, awaited)
 
 
 def write_tuned(path: str | os.PathLike[str], state: Mapping[str, torch.Tensor]) -> None:
