@@ -6,7 +6,6 @@ import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,8 +54,7 @@ def load_backbone(
     """
     how = Execution(device, precision, runtime).resolved()
     state = None if tuned is None else _read_tuned(Path(tuned))
-    with _uncollected():
-        backbone = _of(model, pretrained, how)
+    backbone = _of(model, pretrained, how)
     if state is not None:
         try:
             backbone.adopt(state)
@@ -72,13 +70,24 @@ def load_when_needed(
 
     Raises as :func:`load_backbone`. A lazily loaded backbone raises BackboneError later if it is not ``identity``.
     """
-    model, awaited = identity.model, (identity, dim)
     how = Execution(device, precision, runtime).resolved()
-    if how.runtime == "auto" and how.device == "cpu" and tower.is_kept(identity):
-        return _of(model, identity.pretrained, how, awaited)
-    return load_backbone(model, identity.pretrained, **asdict(how))
+    is_lazy = how.runtime == "auto" and how.device == "cpu" and tower.is_kept(identity)
+    return _of(identity.model, identity.pretrained, how, (identity, dim) if is_lazy else None)
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pause garbage collection: it took a third of the time, walking the million objects that open_clip imports."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_uncollected()
 def _of(
     model: str | None, pretrained: str | None, how: Execution, awaited: tuple[Identity, int] | None = None
 ) -> TorchBackbone:
@@ -116,15 +125,3 @@ def _read_tuned(file: Path) -> dict[str, torch.Tensor]:
             f"{file}: cannot be read as tuned weights: {reason}; restore it or fine-tune again"
         ) from None
     return state
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Pause garbage collection: it took a third of the time, walking the million objects that open_clip imports."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -123,7 +124,11 @@ def read_item(path: str) -> bytes:
 
 def is_there(path: str) -> bool:
     """Tell whether an image exists, without asking object stores."""
-    return tars.exists(path) if tars.tar_of(path) is not None else remote.is_remote(path) or os.path.isfile(path)
+    if (tar := tars.tar_of(path)) is None:
+        return remote.is_remote(path) or os.path.isfile(path)
+    with suppress(InputError):
+        return path in tars.opened(tar).places
+    return False
 
 
 def kind_of(path: str | os.PathLike[str]) -> Kind:
