@@ -102,7 +102,7 @@ def _of(
 
 
 def write_tuned(path: str | os.PathLike[str], state: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors from :meth:`TorchBackbone.tuned` as a safetensors file, always with the same bytes."""
+    """Write :meth:`TorchBackbone.tuned` tensors as safetensors, always with the same bytes. Raises BackboneError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

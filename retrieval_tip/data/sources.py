@@ -218,7 +218,7 @@ def _recognise(where: str) -> tuple[Kind, Sequence[str]]:
         for kind, reader in _READERS.items():
             if places := reader.find(where):
                 return kind, places
-        if where.startswith(("http://", "https://")):
+        if where.startswith(("http:/", "https:/")):
             return "web address", ()
         if glob.has_magic(where) and not os.path.exists(where):
             return "pattern", ()
@@ -234,7 +234,7 @@ def _open(where: str, wanted: _Wanted) -> Source:
 
 def _refusal(where: str) -> InputError:
     suffix = Path(where).suffix.lower()
-    if where.startswith(("http://", "https://")):
+    if where.startswith(("http:/", "https:/")):
         why = "a web address; download it first"
     elif not os.path.exists(where):
         why = "no such file or folder"
