@@ -185,16 +185,17 @@ DATASETS: dict[str, Tables | Photographs] = {
 
 
 def runs(
-    name: str, shared: Path, shots: Sequence[int], seeds: int, methods: Sequence[str], done: set[Any]
+    name: str, shared: Path, shots: Sequence[int], seeds: int, methods: Sequence[str], done: set[Any], covered: float
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each shot count, seed and method of a dataset that is not in ``done``."""
     dataset, items = DATASETS[name], None
     for number in shots:
         pool, source = dataset.pool_of(number, shared)
         items = items or dataset.items(pool, shared)
-        only = set(np.bincount(pool.class_ids.numpy())) == {number}  # all draws would be equal
+        only = covered == 1 and set(np.bincount(pool.class_ids.numpy())) == {number}  # each draw would be the same
         for seed in range(1, 2 if only else seeds + 1):
-            drawn = Shots(sweep.draw(pool, number, seed), source, dataset.encoder(shared), seed)
+            cache = with_some_classes(sweep.draw(pool, number, seed), covered, seed)
+            drawn = Shots(cache, source, dataset.encoder(shared), seed)
             for method in methods:
                 run = (name, number, seed, method)
                 without = (method == ZERO and not pool.has_text) or (method == SEARCHED and number < 2)
@@ -204,6 +205,15 @@ def runs(
                 answering = METHODS[method](drawn)
                 seconds = time.process_time() - start
                 yield dict(zip(RUN, run, strict=True)) | scores(answering, items) | {"seconds": seconds}
+
+
+def with_some_classes(cache: CacheModel, covered: float, seed: int) -> CacheModel:
+    """Return an index in which a share of the classes, drawn by the seed, has shots; the others have text alone."""
+    if covered == 1:
+        return cache
+    c = len(cache.class_names)
+    chosen = np.random.default_rng(seed).permutation(c)[: max(2, round(covered * c))]
+    return cache.take(np.flatnonzero(np.isin(cache.class_ids.numpy(), chosen)))
 
 
 RUN = ("dataset", "shots", "seed", "method")
@@ -268,6 +278,9 @@ def losses(rows: Sequence[dict[str, Any]]) -> list[tuple[float, str]]:
 @click.option(
     "--finetune", "tuning", is_flag=True, help=f"Include {FINE_TUNED}: seconds for tables, minutes for photos."
 )
+@click.option(
+    "--covered", default=1.0, show_default=True, help="Share of classes with shots."
+)
 @click.option("--results", type=click.Path(path_type=Path), help="JSON lines of finished runs, which are skipped.")
 def main(
     shared: Path,
@@ -276,6 +289,7 @@ def main(
     methods: tuple[str, ...],
     seeds: int,
     tuning: bool,
+    covered: float,
     results: Path | None,
 ) -> None:
     """Fit, answer, print."""
@@ -290,7 +304,7 @@ def main(
     done = {tuple(row[name] for name in RUN) for row in every}
     rows = []
     for name in chosen or DATASETS:
-        for row in runs(name, shared, shots, seeds, methods, done):
+        for row in runs(name, shared, shots, seeds, methods, done, covered):
             every.append(row)
             if results is not None:
                 with results.open("a", encoding="utf-8") as file:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import examples, nearest_keys, parts_of
+from conftest import examples, nearest_keys, needs_real, parts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -233,6 +233,107 @@ def test_the_blend_is_the_most_likely_one(seed, with_text, scale):
     for a in (1, 1.1, 2) if at_bound else (0.5, 0.9, 1, 1.1, 2):
         for b in (0.5, 0.9, 1, 1.1, 2):
             assert best <= loss(a * found.a, b * found.b) + 1e-4
+
+
+def test_a_query_of_weight_2_counts_as_two_queries():
+    draw = np.random.default_rng(0)
+    y = torch.from_numpy(draw.integers(0, 4, 3000))
+    cache, text = (
+        torch.from_numpy(draw.normal(size=(3000, 4))).float() + torch.nn.functional.one_hot(y, 4) for _ in "ab"
+    )
+    twice = torch.cat([torch.arange(3000), torch.arange(1000)])
+    weights = (torch.bincount(twice) / torch.bincount(twice).double().mean()).double()
+    found, expected = blend(text, cache, y, weights), blend(text[twice], cache[twice], y[twice])
+    assert (found.a, found.b) == pytest.approx((expected.a, expected.b), rel=5e-3)  # labels are smoothed by number
+    assert found.accuracy == pytest.approx(expected.accuracy)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-3)
+
+
+# -- classes without shots --
+
+
+def partly(covered, c=20, shots=4, noise=1.0, spread=0.6):
+    """Return a model of ``c`` classes with text, of which the first ``covered`` have shots."""
+    keys, ids = clusters(shots, c=c, spread=spread)
+    some = ids < covered
+    return CacheModel.from_features(keys[some], ids[some], [f"class {i}" for i in range(c)], text_of(c, noise=noise))
+
+
+def test_a_held_out_class_is_judged_by_what_saw_none_of_its_keys():
+    cache = partly(8)
+    keys, ids, text = np.asarray(cache.keys), cache.class_ids.numpy(), cache.text_weights
+    images = np.arange(len(ids))
+    plain = closed_form.Folds.of_shots(keys, ids, 20, text, images, 4, 10**6)
+    folds = plain.with_classes(images, 10**6)
+    whole = [held for held in folds.held if held.of_classes]
+    assert sorted(np.concatenate([held.ids for held in whole])) == sorted(ids)
+    cache_logits = folds.logits(DEFAULT_FORM)[1][folds.of_classes].split([len(held.ids) for held in whole])
+    for held, logits in zip(whole, cache_logits, strict=True):
+        rows = held.rows.numpy()
+        assert not set(ids[rows]) & set(held.ids.tolist())
+        names = [f"class {i}" for i in np.unique(ids[rows])]
+        rest = CacheModel.from_features(keys[rows], np.unique(ids[rows], return_inverse=True)[1], names)
+        rest.text_weights = torch.zeros(len(names), D)
+        expected = dense(rest, held.features.numpy(), DEFAULT_FORM)[1]
+        np.testing.assert_allclose(logits[:, np.unique(ids[rows])], expected, atol=2e-4)
+        np.testing.assert_allclose(logits[:, held.ids[0]], expected.mean(1), atol=2e-4)
+    weights = folds.weights
+    assert float(weights.mean()) == pytest.approx(1)
+    assert float(weights[folds.of_classes].sum() / weights.sum()) == pytest.approx(12 / 20)
+
+
+def test_whole_classes_are_held_out_only_if_some_have_no_shots():
+    keys, ids = clusters(4)
+    images = np.arange(len(ids))
+    text = torch.from_numpy(text_of())
+    folds = closed_form.Folds.of_shots(keys, ids, C, text, images, 4, 10**6)
+    assert folds.with_classes(images, 10**6) is folds
+    assert folds.weights is None
+
+
+@pytest.mark.parametrize("shots", [1, 2, 4])
+@pytest.mark.parametrize("covered", [2, 5, 10, 19])
+def test_classes_without_shots_keep_the_chance_that_their_names_give(shots, covered):
+    cache = partly(covered, shots=shots)
+    queries, truth = clusters(20, seed=7, c=20)
+    choice = closed_form.fit(cache)
+    text, _ = parts_of(cache, queries)
+    right, by_text = (
+        (logits.argmax(1).numpy() == truth).mean() for logits in (torch.as_tensor(cache.logits(queries)), text)
+    )
+    assert right >= by_text - 0.01
+    assert f"{20 - covered} class" in str(choice)
+
+
+def test_values_of_a_class_without_shots_are_the_mean_until_it_gets_some():
+    cache = partly(8)
+    closed_form.fit(cache, forms=[DEFAULT_FORM])
+    mean = cache.values[:, :8].mean(1)
+    torch.testing.assert_close(cache.values[:, 8:], mean[:, None].expand(-1, 12))
+    keys, ids = clusters(4, c=20)
+    cache.add(keys[ids == 8], ["class 8"] * 4)
+    solved = ridge.Ridge(20, 1.0, 0.1, "cpu").values(torch.from_numpy(cache.met), cache.class_ids)
+    torch.testing.assert_close(cache.values, solved, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(cache.values[:, 8], cache.values[:, 9])
+
+
+@needs_real
+@pytest.mark.parametrize(("covered", "shots", "least"), [(9, 1, 43.7), (9, 8, 43.7), (24, 1, 44.7), (24, 8, 47.5)])
+def test_on_dtd_photos_of_some_classes_do_not_crowd_out_the_others(shared, covered, shots, least):
+    """Zero-shot gives 44.7 %; a cache that knows nothing of classes without shots gave 15 % and 34 % at 8 shots."""
+
+    def read(name):
+        table = pq.read_table(shared / f"data/clip-vitb32/dtd/{name}.parquet")
+        return np.stack(table["feature"].to_numpy()).astype(np.float32), np.array(table["label"].to_pylist())
+
+    (text, names), (keys, labels), (queries, truth) = read("text"), read("val"), read("test")
+    draw = np.random.default_rng(1)
+    chosen = draw.permutation(len(names))[:covered]
+    rows = np.concatenate([draw.permutation(np.flatnonzero(labels == names[i]))[:shots] for i in chosen])
+    cache = CacheModel.from_features(unit(keys[rows]), labels[rows].tolist(), names.tolist(), text, device="cpu")
+    closed_form.fit(cache)
+    right = names[cache.logits(unit(queries)).argmax(1).numpy()] == truth
+    assert 100 * right.mean() >= least
 
 
 def test_the_logarithm_is_taken_where_it_is_more_likely():

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.errors import InputError, UsageError, counted
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, Form, Scatter
 from retrieval_tip.fit.search_hp import Queries
 from retrieval_tip.retrieval.defaults import untouched_settings
@@ -55,6 +55,8 @@ LEAST_OF_A_FOLD = 0.1
 """Smallest share of a further fold worth judging, since solving costs the same for any share."""
 LEAST_JUDGED = 8
 """Photographs that have to be judged for a choice."""
+CLASS_FOLDS = 4
+"""Number of folds of whole classes, if some classes have text but no shots."""
 WEAKEST = 5
 """Largest number of classes with mistakes that a fit lists."""
 OFFSETS = (None, 0.1, 0.05)
@@ -131,15 +133,27 @@ class Shots(Protocol):
 
 @dataclass(frozen=True)
 class Blend:
-    """Weights of text and cache: ``softmax(a text + b cache)`` is most likely for what was held out.
+    """Weights of text and cache with which ``softmax(a text + b cache)`` is most likely for the held-out photos.
 
-    Without text ``a`` is 0. ``losses`` ``[q]`` are in nats; ``right`` ``[q]`` says which answers are.
+    Without text ``a`` is 0. ``losses`` ``[q]`` are in nats; ``right`` ``[q]`` marks the correct answers. Queries count
+    by their ``weights`` ``[q]``, of mean 1.
     """
 
     a: float
     b: float
     losses: Tensor
     right: Tensor
+    weights: Tensor
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats."""
+        return float((self.weights * self.losses).mean())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct answers."""
+        return float((self.weights * self.right).mean())
 
     def settings(self, settings: Settings, beta: float) -> Settings:
         """Return settings that answer by this blend: ``alpha = b / a`` and ``temperature = 1 / a``."""
@@ -148,14 +162,18 @@ class Blend:
         return replace(settings, alpha=self.b / self.a, beta=beta, temperature=1 / self.a)
 
 
-def blend(text: Tensor | None, cache: Tensor, ids: Tensor) -> Blend:
+def blend(text: Tensor | None, cache: Tensor, ids: Tensor, weights: Tensor | None = None) -> Blend:
     """Find the most likely ``a`` and ``b`` for text and cache logits ``[q, c]`` of queries of classes ``ids`` ``[q]``.
+
+    Queries count by their ``weights`` ``[q]``, of mean 1; by default all count the same.
 
     Minimises the cross-entropy of ``softmax(a text + b cache)``, convex in ``a, b >= 0``, by Newton's method in
     ``log a, log b``. As in Platt's scaling (1999) a label counts ``(q + 1) / (q + 2)``, and the rest is spread over the
     other classes: if all answers are right, nothing else keeps ``a`` and ``b`` finite.
     """
     q, c = cache.shape
+    if weights is None:
+        weights = torch.ones(q, dtype=torch.float64)
     parts = torch.stack([part.double() for part in ((cache,) if text is None else (text, cache))])
     parts -= parts.mean(2, keepdim=True)
     scales = parts.flatten(1).std(1).clamp_min(1e-12)
@@ -164,15 +182,16 @@ def blend(text: Tensor | None, cache: Tensor, ids: Tensor) -> Blend:
 
     def at(logs: Tensor) -> tuple[Tensor, float]:
         chances = torch.tensordot(logs.exp(), parts, 1).log_softmax(1)
-        return chances, -float((smoothed * chances).sum() / q)
+        return chances, -float((weights[:, None] * smoothed * chances).sum() / q)
 
     logs = torch.zeros(len(parts), dtype=torch.float64)
     chances, loss = at(logs)
     for _ in range(STEPS):
         p, factors = chances.exp(), logs.exp()
-        gradient = ((p - smoothed) * parts).sum((1, 2)) / q * factors
+        weighted = weights[:, None] * p
+        gradient = (weights[:, None] * (p - smoothed) * parts).sum((1, 2)) / q * factors
         means = (p * parts).sum(2)
-        curvature = torch.einsum("iqc,jqc->ij", p * parts, parts) - means @ means.T
+        curvature = torch.einsum("iqc,jqc->ij", weighted * parts, parts) - (weights * means) @ means.T
         curvature = curvature / q * factors[:, None] * factors + torch.diag(gradient.clamp_min(0) + 1e-9)
         step, size = torch.linalg.solve(curvature, gradient).clamp(-2, 2), 1.0
         while True:
@@ -186,18 +205,22 @@ def blend(text: Tensor | None, cache: Tensor, ids: Tensor) -> Blend:
             logs, chances, loss = following, new_chances, new_loss
         if done:
             break
-    weights = (logs.exp() / scales).tolist()
+    found: list[float] = (logs.exp() / scales).tolist()
     losses = -chances.gather(1, ids[:, None])[:, 0]
-    return Blend(0.0 if text is None else weights[0], weights[-1], losses, chances.argmax(1) == ids)
+    return Blend(0.0 if text is None else found[0], found[-1], losses, chances.argmax(1) == ids, weights)
 
 
 @dataclass(frozen=True)
 class Held:
-    """Queries ``[q, d]`` float32 of class ids ``[q]`` that judge an index over these ``rows`` of the keys."""
+    """Queries ``[q, d]`` float32 of class ids ``[q]`` that judge an index over these ``rows`` of the keys.
+
+    ``of_classes``: all keys of their classes are held out with them.
+    """
 
     features: Tensor
     ids: Tensor
     rows: Tensor
+    of_classes: bool = False
 
 
 @dataclass
@@ -232,24 +255,50 @@ class Folds:
         What is judged is left out, with its views; the rest of a larger fold stays.
         """
         folds, first = _folds(images, ids, number)
-        held: list[Held] = []
-        for fold in range(folds.max(initial=-1) + 1):
-            asked = first[folds[first] == fold]
-            if judged < len(asked) * (LEAST_OF_A_FOLD if held else 0):
-                break
-            if len(asked) > judged:
-                asked = np.sort(np.random.default_rng(fold).choice(asked, judged, replace=False))
-            rows = torch.from_numpy(np.flatnonzero(~np.isin(images, images[asked])))
-            held.append(Held(_taken(keys, torch.from_numpy(asked)), torch.from_numpy(ids[asked]), rows))
-            judged -= len(asked)
-            if judged <= 0:
-                break
+        held = list(_held(keys, ids, folds[first], first, images, judged))
         return cls(keys, torch.from_numpy(ids), c, text, held, sums)
+
+    def with_classes(self, images: IntArray, judged: int) -> Folds:
+        """Hold out whole classes too, if some classes have text but no shots.
+
+        The photos of a held-out class are like those of a class without shots: only the text knows it, while other
+        classes have shots. Both kinds of held-out photos count by the shares of such classes.
+        """
+        ids = self.ids.numpy()
+        own = np.unique(ids)
+        if not self.held or self.covered == 1 or len(own) < CLASS_FOLDS:
+            return self
+        fold_of = np.zeros(self.c, dtype=np.int64)
+        fold_of[np.random.default_rng(0).permutation(own)] = np.arange(len(own)) % CLASS_FOLDS
+        _, first = np.unique(images, return_index=True)
+        whole = _held(self.keys, ids, fold_of[ids[first]], first, fold_of[ids], judged)
+        held = [*self.held, *(replace(one, of_classes=True) for one in whole)]
+        return replace(self, held=held)
+
+    @property
+    def covered(self) -> float:
+        """Share of the classes that have shots or queries, if the others have text; else 1."""
+        ids = torch.cat([self.ids, *(held.ids for held in self.held)])
+        return 1.0 if self.text is None else len(ids.unique()) / self.c
+
+    @property
+    def of_classes(self) -> Tensor:
+        """Whether the whole class of a query is held out, ``[q]``."""
+        return torch.cat([torch.full((len(held.ids),), held.of_classes) for held in self.held])
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Weights ``[q]`` of the queries, of mean 1; ``None`` if no whole class is held out."""
+        whole = self.of_classes
+        if not whole.any():
+            return None
+        shares = torch.where(whole, 1 - self.covered, self.covered).double()
+        return shares * len(whole) / torch.where(whole, whole.sum(), (~whole).sum())
 
     @property
     def n(self) -> int:
-        """Number of held-out photos."""
-        return sum(len(held.ids) for held in self.held)
+        """Number of photos that are held out while others of their class stay."""
+        return sum(len(held.ids) for held in self.held if not held.of_classes)
 
     @property
     def can_judge(self) -> bool:
@@ -277,7 +326,7 @@ class Folds:
 
     def judge(self, form: Form) -> Blend:
         """Judge a form, fitted without each fold."""
-        return blend(*self.logits(form))
+        return blend(*self.logits(form), self.weights)
 
     def logits(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor]:
         """Return text and cache logits ``[q, c]`` and ids ``[q]`` of held-out photos, by a form fitted without them."""
@@ -328,7 +377,8 @@ class FormChoice:
     ``photos``, ``words`` and ``both`` are the accuracies of cache, text and blend. ``words`` is ``None`` without text;
     all three are ``None`` if no photo could be held out (``n`` is 0). ``weakest`` lists classes with mistakes, the
     least accurate first, with their correct answers and their held-out photos. ``longest`` is the largest norm of a
-    key.
+    key. ``without_shots`` counts the classes that only the text knows: their accuracy is estimated on held-out
+    classes.
     """
 
     form: Form
@@ -342,16 +392,17 @@ class FormChoice:
     both: float | None = None
     weakest: Sequence[tuple[str, int, int]] = ()
     longest: float | None = None
+    without_shots: int = 0
 
     def __str__(self) -> str:
+        without = f"{counted(self.without_shots, 'class', 'has', 'have')} a name but no photos"
         if self.photos is None or self.both is None:
-            return "Accuracy not estimated: no photo can be held out with one photo per class, or with a single class"
-        parts = [self.judged_on]
+            reason = "no photo can be held out with one photo per class, or with a single class"
+            return f"Accuracy not estimated: {reason}" + (f"; {without}" if self.without_shots else "")
+        parts = [self.judged_on, *([without] if self.without_shots else [])]
         if self.words is not None:
             parts += [f"photos alone {100 * self.photos:.1f} %, class names alone {100 * self.words:.1f} %"]
-        return (
-            f"Estimated accuracy: {100 * self.both:.1f} % ({'; '.join([parts[0], ', '.join(parts[1:])][: len(parts)])})"
-        )
+        return f"Estimated accuracy: {100 * self.both:.1f} % ({'; '.join(parts)})"
 
     @property
     def warnings(self) -> Iterator[str]:
@@ -427,12 +478,15 @@ def fit(
         settings, judged = _settled(cache.settings, form, folds, cache.class_names)
         where = f"fitted on {judged_on}"
     else:
-        (form, settings), trials, judged = _unjudged(cache, forms), [], {}
+        (form, settings), trials, judged = _unjudged(cache, forms, folds.covered), [], {}
         where = "default for shots that cannot be held out"
+    without = folds.c - len(folds.ids.unique())
     fitted_metric, fitted_values = folds.fitted(form, torch.arange(len(folds.ids)))
     fitted = (form if fitted_metric is not None else replace(form, metric=None)).fitted(cache.n)
     n, seconds = folds.n if folds.can_judge else 0, time.perf_counter() - start
-    choice = FormChoice(form, trials, judged_on, n, len(folds.held), seconds, longest=longest, **judged)
+    choice = FormChoice(
+        form, trials, judged_on, n, len(folds.held), seconds, longest=longest, without_shots=without, **judged
+    )
     provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
     cache.set_fitted(fitted_metric, fitted_values, fitted, factory)
     cache.sums = folds.sums
@@ -473,19 +527,19 @@ def estimate(cache: CacheModel) -> Judged:
     text, photos, ids = folds.logits(Form.of(cache.fitted, settings.beta))
     linked = tip.log_cache(photos.clone(), settings.log_offset)
     both = linked if text is None else tip.Terms(text, linked).logits(settings)
-    return _accuracies(photos, text, both.argmax(1) == ids, ids)
+    return _accuracies(photos, text, both.argmax(1) == ids, ids, folds.weights)
 
 
-def _accuracies(photos: Tensor, words: Tensor | None, right: Tensor, ids: Tensor) -> Judged:
+def _accuracies(photos: Tensor, words: Tensor | None, right: Tensor, ids: Tensor, weights: Tensor | None) -> Judged:
     """Return the accuracies of cache and text logits ``[q, c]``, and of answers that are ``right`` ``[q]``."""
 
-    def accuracy(logits: Tensor) -> float:
-        return float((logits.argmax(1) == ids).double().mean())
+    def accuracy(right: Tensor) -> float:
+        return float((right.double() if weights is None else weights * right).mean())
 
     return {
-        "photos": accuracy(photos),
-        "words": None if words is None else accuracy(words),
-        "both": float(right.double().mean()),
+        "photos": accuracy(photos.argmax(1) == ids),
+        "words": None if words is None else accuracy(words.argmax(1) == ids),
+        "both": accuracy(right),
     }
 
 
@@ -545,9 +599,11 @@ def _judged_by(cache: Shots, validation: Queries | None, images: IntArray) -> tu
     text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
     if validation is not None:
         held = Held(torch.from_numpy(validation.features), torch.from_numpy(validation.ids), torch.arange(cache.n))
-        return Folds(cache.keys, ids, c, text, [held], cache.sums), f"{len(held.ids):,} photos of {validation.name}"
+        folds = Folds(cache.keys, ids, c, text, [held], cache.sums).with_classes(images, JUDGED)
+        return folds, f"{len(held.ids):,} photos of {validation.name}"
     number, judged = MOST_FOLDS if cache.n <= JUDGED else FOLDS, int(min(JUDGED, max(256, AFFINITIES / cache.n)))
     folds = Folds.of_shots(cache.keys, ids.numpy(), c, text, images, number, judged, cache.sums)
+    folds = folds.with_classes(images, judged)
     return folds, f"{folds.n:,} photos, each held out in turn"
 
 
@@ -556,7 +612,7 @@ def _chosen(cache: Shots, forms: Sequence[Form], folds: Folds, images: IntArray 
 
     With ``images`` of the keys, fewer folds of the shots are used, and a sample of very many keys.
     """
-    if len(forms) == 1 or (images is not None and len(np.unique(images)) < LEAST_SHOTS * folds.c):
+    if len(forms) == 1 or (images is not None and len(np.unique(images)) < LEAST_SHOTS * len(folds.ids.unique())):
         return forms[0], []
     if images is not None:
         folds = _sample(cache.keys, folds.ids.numpy(), folds.c, folds.text, images)
@@ -566,11 +622,24 @@ def _chosen(cache: Shots, forms: Sequence[Form], folds: Folds, images: IntArray 
 def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence[str]) -> tuple[Settings, Judged]:
     """Return the settings of a form that make the held-out photos most likely, and its accuracies on them."""
     text, cache, ids = folds.logits(form)
-    blended, offset = _linked(text, cache, ids, OFFSETS if form.values is not None else (None,))
-    least = float(tip.log_cache(cache, offset).amax(1).quantile(UNLIKE))
+    weights = folds.weights
+    offsets = OFFSETS if form.values is not None and weights is None else (None,)
+    blended, offset = _linked(text, cache, ids, offsets, weights)
+    if weights is None and folds.covered < 1:  # too few classes to hold some out: trust the encoder's own temperature
+        blended = replace(blended, a=1.0, b=blended.b / max(blended.a, 1.0) * folds.covered)
+    least = _quantile(tip.log_cache(cache, offset).amax(1), UNLIKE, weights)
     settings = replace(blended.settings(settings.unfitted(), form.beta), least_cache=least, log_offset=offset)
-    judged: Judged = {"weakest": _weakest(class_names, blended.right, ids)}
-    return settings, judged | _accuracies(cache, text, blended.right, ids)
+    shown = ~folds.of_classes
+    judged: Judged = {"weakest": _weakest(class_names, blended.right[shown], ids[shown])}
+    return settings, judged | _accuracies(cache, text, blended.right, ids, weights)
+
+
+def _quantile(values: Tensor, share: float, weights: Tensor | None) -> float:
+    """Return the quantile of values ``[q]``, weighted if there are weights."""
+    if weights is None:
+        return float(values.quantile(share))
+    values, order = values.sort()
+    return float(values[torch.searchsorted(weights[order].cumsum(0), share * len(values)).clamp_max(len(values) - 1)])
 
 
 def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tuple[str, int, int]]:
@@ -581,15 +650,17 @@ def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tup
     return [(class_names[c], int(correct[c]), int(held[c])) for c in missed[:WEAKEST]]
 
 
-def _unjudged(cache: Shots, forms: Sequence[Form]) -> tuple[Form, Settings]:
+def _unjudged(cache: Shots, forms: Sequence[Form], covered: float) -> tuple[Form, Settings]:
     """Return form and settings for shots that cannot be held out: :data:`ONE_SHOT`, or the untouched settings.
 
     The text has not seen the shots, so they can still fit its temperature T, which gives weak class names little
     weight. If the text is overconfident (T > 1), photos count T^2 times as much: ``softmax(text / T + 13 T^2 cache)``,
-    at a higher temperature if that exceeds the upper bound.
+    at a higher temperature if that exceeds the upper bound. Photos also count by the share of classes with shots,
+    ``covered``: the more classes only the text knows, the less the cache may decide.
     """
     if all(form.values is None for form in forms):
         alpha, beta = untouched_settings(cache.keys, cache.class_ids.cpu().numpy())
+        alpha *= covered
         return Form(None, None, beta), replace(cache.settings.unfitted(), alpha=alpha, beta=beta, temperature=1.0)
     form = replace(ONE_SHOT, metric=None if any(form.metric is None for form in forms) else DEFAULT_FORM.metric)
     temperature = 1.0
@@ -600,7 +671,7 @@ def _unjudged(cache: Shots, forms: Sequence[Form]) -> tuple[Form, Settings]:
         trusted = len(rows) / (len(rows) + ONE_SHOT_DOUBT)
         temperature = blend(None, text, cache.class_ids.cpu()[rows]).b ** -trusted
     photos = ONE_SHOT_ALPHA * max(1.0, temperature) ** 2 if cache.has_text else ONE_SHOT_ALONE
-    alpha = photos * temperature
+    alpha = photos * temperature * covered
     temperature *= max(1.0, photos / ONE_SHOT_MOST) if cache.has_text else 1.0
     return form, replace(cache.settings.unfitted(), alpha=alpha, beta=form.beta, temperature=temperature)
 
@@ -616,27 +687,27 @@ def _sample(keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntA
         rows = few[np.isin(ids[few], classes)]
         keys, images, text = np.asarray(keys[rows]), images[rows], None if text is None else text[classes]
         ids, c = np.searchsorted(classes, ids[rows]), len(classes)
-    return Folds.of_shots(keys, ids, c, text, images, FOLDS, len(ids))
+    return Folds.of_shots(keys, ids, c, text, images, FOLDS, len(ids)).with_classes(images, len(ids))
 
 
 def _linked(
-    text: Tensor | None, cache: Tensor, ids: Tensor, offsets: Sequence[float | None]
+    text: Tensor | None, cache: Tensor, ids: Tensor, offsets: Sequence[float | None], weights: Tensor | None = None
 ) -> tuple[Blend, float | None]:
     """Return the most likely blend with the cache as it is, or by its logarithm with one of these offsets."""
-    blends = [(blend(text, tip.log_cache(cache.clone(), offset), ids), offset) for offset in offsets]
-    return min(blends, key=lambda pair: float(pair[0].losses.mean()))
+    blends = [(blend(text, tip.log_cache(cache.clone(), offset), ids, weights), offset) for offset in offsets]
+    return min(blends, key=lambda pair: pair[0].loss)
 
 
 def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[FormTrial]]:
     """Return the first form, or the best of the significantly better ones (:func:`fit`), and all trials."""
     stands = folds.judge(forms[0])
-    best, trials = (forms[0], float(stands.losses.mean())), []
+    best, trials = (forms[0], stands.loss), []
     for form in forms:
         judged = stands if form is forms[0] else folds.judge(form)
-        loss, more = float(judged.losses.mean()), stands.losses - judged.losses
-        trials.append(FormTrial(form, loss, float(judged.right.double().mean())))
+        loss, more = judged.loss, stands.weights * (stands.losses - judged.losses)
+        trials.append(FormTrial(form, loss, judged.accuracy))
         sure = float(more.mean()) > 2 * float(more.std()) / len(more) ** 0.5
-        if sure and judged.right.sum() >= stands.right.sum() and loss < best[1]:
+        if sure and judged.accuracy >= stands.accuracy and loss < best[1]:
             best = form, loss
     return best[0], trials
 
@@ -648,6 +719,23 @@ def _ranks(ids: IntArray, draw: np.random.Generator) -> IntArray:
     ranks = np.empty(len(ids), dtype=np.int64)
     ranks[order] = np.arange(len(ids)) - np.searchsorted(ids[order], ids[order])
     return ranks
+
+
+def _held(keys: Keys, ids: IntArray, folds: IntArray, first: IntArray, groups: IntArray, judged: int) -> Iterator[Held]:
+    """Yield about ``judged`` queries by fold, each over the keys of no group of its queries.
+
+    ``folds`` ``[m]`` are those of the images whose first keys are ``first`` ``[m]``; ``groups`` ``[n]`` of the keys.
+    """
+    begun = False
+    for fold in range(folds.max(initial=-1) + 1):
+        asked = first[folds == fold]
+        if judged < len(asked) * (LEAST_OF_A_FOLD if begun else 0) or judged <= 0:
+            return
+        if len(asked) > judged:
+            asked = np.sort(np.random.default_rng(fold).choice(asked, judged, replace=False))
+        rows = torch.from_numpy(np.flatnonzero(~np.isin(groups, groups[asked])))
+        yield Held(_taken(keys, torch.from_numpy(asked)), torch.from_numpy(ids[asked]), rows)
+        judged, begun = judged - len(asked), True
 
 
 def _blocks(keys: Keys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:

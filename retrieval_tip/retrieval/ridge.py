@@ -27,7 +27,11 @@ SOLVED_AGAIN = 4096
 
 @dataclass(frozen=True)
 class Ridge:
-    """The linear system of solved values, ``(G + lambda I) V = Y`` (:func:`tip.ridge_values`), for ``c`` classes."""
+    """The linear system of solved values, ``(G + lambda I) V = Y`` (:func:`tip.ridge_values`), for ``c`` classes.
+
+    A class without keys gets the mean value of the classes that have some, so that its cache logit is neutral beside
+    theirs: it neither gains nor loses against an average class.
+    """
 
     n_classes: int
     beta: float
@@ -39,13 +43,14 @@ class Ridge:
 
         Raises InputError if the norms of the keys are too far from 1 for float32.
         """
-        return self._solve(points, self._gram(points), one_hot(ids, self.n_classes).float())
+        return self._neutral(self._solve(points, self._gram(points), one_hot(ids, self.n_classes).float()), ids)
 
     def solved(self, labelled: LabelledKeys) -> LabelledKeys:
-        """Solve the values of all keys again, or return ``labelled`` if it has over :data:`SOLVED_AGAIN` keys."""
-        if len(labelled.keys) > SOLVED_AGAIN:
-            return labelled
+        """Solve the values of all keys again; of over :data:`SOLVED_AGAIN` keys, only those of classes without keys."""
         ids = torch.from_numpy(labelled.class_ids).to(self.device)
+        if len(labelled.keys) > SOLVED_AGAIN:
+            assert labelled.values is not None
+            return replace(labelled, values=self._neutral(labelled.values, ids))
         return replace(labelled, values=self.values(self._on_device(np.asarray(labelled.met)), ids))
 
     def added(self, keys: Keys, values: Tensor, points: npt.NDArray[np.floating], ids: IntArray) -> Tensor:
@@ -85,6 +90,13 @@ class Ridge:
             f"keys: cannot solve values at beta {self.beta:g} for keys of norm {longest:.4g}; "
             "scale keys to norm 1 (norms unit)"
         )
+
+    def _neutral(self, values: Tensor, ids: Tensor) -> Tensor:
+        """Return values ``[n, c]`` with the mean of the other classes for those that no key of ``ids`` ``[n]`` has."""
+        empty = torch.bincount(ids, minlength=self.n_classes) == 0
+        if not empty.any() or empty.all():
+            return values
+        return torch.where(empty, values[:, ~empty].mean(1, keepdim=True), values)
 
     def _on_device(self, points: npt.NDArray[np.floating]) -> Tensor:
         return torch.from_numpy(points.astype(np.float32)).to(self.device)
