@@ -278,9 +278,7 @@ def losses(rows: Sequence[dict[str, Any]]) -> list[tuple[float, str]]:
 @click.option(
     "--finetune", "tuning", is_flag=True, help=f"Include {FINE_TUNED}: seconds for tables, minutes for photos."
 )
-@click.option(
-    "--covered", default=1.0, show_default=True, help="Share of classes with shots."
-)
+@click.option("--covered", default=1.0, show_default=True, help="Share of classes with shots.")
 @click.option("--results", type=click.Path(path_type=Path), help="JSON lines of finished runs, which are skipped.")
 def main(
     shared: Path,
