@@ -16,7 +16,7 @@ PLUGS = dict.fromkeys(("lance", "s3", "gs"), "retrieval_tip.lance")
 """Package that stores the indexes of each scheme."""
 KIND, FORMS = "LanceDB store", "lance://PATH, s3://BUCKET/PATH, gs://BUCKET/PATH"
 """Name and addresses of these stores in help and messages."""
-METAVAR, EXAMPLE = "DIR|lance://PATH|s3://...", "lance://indexes/things.lance"
+METAVAR, EXAMPLE = "DIR|ADDRESS", "lance://indexes/things.lance"
 """Placeholder in help, and an example of an address."""
 
 
