@@ -62,6 +62,7 @@ MISTAKES = {
     "classify {w}/my*photos {w}/new.parquet": (1, "index build SOURCE --out INDEX"),
     "classify {w}/gone {w}/new.parquet": (1, "no such folder"),
     "classify {w}/i/x https://x.org/a.jpg": (1, "download it first"),
+    "index build https://x.org/a.zip --out {w}/o": (1, "download it first"),
     "classify {w}/i/x {w}/*.jpg": (1, "no file matches"),
     "classify {w}/i/x {w}/my*photos": (2, "--model"),
     "classify {w}/i/x {w}/new.parquet --alpha much": (2, "--alpha"),

@@ -177,10 +177,10 @@ def test_the_verdict_is_waited_for(index, row, run, monkeypatch):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """The plans of the models that open_clip was asked for."""
-    plans, real = [], backbone._open
-    monkeypatch.setattr(backbone, "_open", lambda plan, device: plans.append(plan) or real(plan, device))
-    return plans
+    """The models that open_clip opened."""
+    models, real = [], backbone.open_model
+    monkeypatch.setattr(backbone, "open_model", lambda *given: models.append(given) or real(*given))
+    return models
 
 
 @pytest.fixture

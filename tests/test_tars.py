@@ -107,7 +107,7 @@ def test_photographs_and_tars_in_a_bucket_are_sources(run, world, model, tmp_pat
         assert done.exit_code == 1, done.output
         assert wrong in done.stderr
     done = run("encode", world / "photos", "--model", model, "--out", f"{bucket}/t.parquet")
-    assert (done.exit_code, "written with --engine ray" in done.stderr) == (2, True)
+    assert (done.exit_code, "--engine ray" in done.stderr) == (2, True)
 
 
 def test_faults_in_a_tar_are_reported_and_the_rest_is_used(run, shared, model, tmp_path):

@@ -6,7 +6,7 @@ import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,8 +54,7 @@ def load_backbone(
     """
     how = Execution(device, precision, runtime).resolved()
     state = None if tuned is None else _read_tuned(Path(tuned))
-    with _uncollected():
-        backbone = _of(model, pretrained, how)
+    backbone = _of(model, pretrained, how)
     if state is not None:
         try:
             backbone.adopt(state)
@@ -71,28 +70,39 @@ def load_when_needed(
 
     Raises as :func:`load_backbone`. A lazily loaded backbone raises BackboneError later if it is not ``identity``.
     """
-    model, awaited = identity.model, (identity, dim)
     how = Execution(device, precision, runtime).resolved()
-    if how.runtime == "auto" and how.device == "cpu" and tower.is_kept(identity):
-        return _of(model, identity.pretrained, how, awaited)
-    return load_backbone(model, identity.pretrained, **asdict(how))
+    is_lazy = how.runtime == "auto" and how.device == "cpu" and tower.is_kept(identity)
+    return _of(identity.model, identity.pretrained, how, (identity, dim) if is_lazy else None)
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pause garbage collection: it took a third of the time, walking the million objects that open_clip imports."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_uncollected()
 def _of(
     model: str | None, pretrained: str | None, how: Execution, awaited: tuple[Identity, int] | None = None
 ) -> TorchBackbone:
     name, tag = (model or "", pretrained) if awaited is not None else named(model, pretrained)
     if name.startswith("timm:"):
-        return timm.TimmBackbone(name.removeprefix("timm:"), tag, how, awaited)
+        return TorchBackbone(partial(timm.open_model, name.removeprefix("timm:"), tag), how, awaited)
     if name.startswith("hf:"):
         if tag is not None:
             raise UsageError(f"pretrained {tag!r}: {name} has its own weights; omit --pretrained")
-        return transformers.TransformersBackbone(name.removeprefix("hf:"), how, awaited)
-    return open_clip.OpenClipBackbone(name, tag, how, awaited)
+        return TorchBackbone(partial(transformers.open_model, name.removeprefix("hf:")), how, awaited)
+    return open_clip.OpenClipBackbone(partial(open_clip.open_model, name, tag), how, awaited)
 
 
 def write_tuned(path: str | os.PathLike[str], state: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors from :meth:`TorchBackbone.tuned` as a safetensors file, always with the same bytes."""
+    """Write :meth:`TorchBackbone.tuned` tensors as safetensors, always with the same bytes. Raises BackboneError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -115,15 +125,3 @@ def _read_tuned(file: Path) -> dict[str, torch.Tensor]:
             f"{file}: cannot be read as tuned weights: {reason}; restore it or fine-tune again"
         ) from None
     return state
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Pause garbage collection: it took a third of the time, walking the million objects that open_clip imports."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

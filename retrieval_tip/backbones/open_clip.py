@@ -123,17 +123,18 @@ def _tag_arguments(facts: Config) -> Config:
     return arguments
 
 
-def _open(plan: _Plan, device: torch.device) -> Opened:
-    """Open a model. Raises BackboneError if its weights are missing, damaged, or cannot be downloaded."""
+def open_model(model: str, pretrained: str | None, device: torch.device) -> Opened:
+    """Open a model by its names. Raises BackboneError if its weights are missing, damaged, or cannot be downloaded."""
     import open_clip
 
+    plan = _plan(model, pretrained)
     name, weights = plan.model, plan.checkpoint or plan.pretrained
     try:
         if plan.repository is not None:
             ask_hub(plan.repository)
         with quiet():
             create = partial(open_clip.create_model_and_transforms, name, weights, device=device, **plan.arguments)
-            model, _, preprocess = _filled_once(create)
+            made, _, preprocess = _filled_once(create)
             config = _config_digest(plan)
     except Exception as error:  # open_clip, the hub, torch and safetensors each raise their own
         raise _load_error(plan, error) from error
@@ -141,7 +142,7 @@ def _open(plan: _Plan, device: torch.device) -> Opened:
         endings = {file.suffix for file in Path(name.removeprefix("local-dir:")).iterdir()}
         if not endings & {".safetensors", ".bin", ".pth"}:
             raise BackboneError(f"{plan.wanted}: no weights in this folder; add *.safetensors, *.bin or *.pth")
-    return _opened(plan, frozen(model), preprocess, config)
+    return _opened(plan, frozen(made), preprocess, config)
 
 
 def _opened(plan: _Plan, model: Model, preprocess: Callable[[Image.Image], torch.Tensor], config: str) -> Opened:
@@ -173,18 +174,6 @@ def _tokenizer(plan: _Plan) -> Tokenizer:
 class OpenClipBackbone(TorchBackbone):
     """A backbone of open_clip. Create one with :func:`loading.load_backbone`, or :meth:`of`."""
 
-    def __init__(
-        self,
-        model: str,
-        pretrained: str | None,
-        how: Execution,
-        awaited: tuple[Identity, int] | None = None,
-        *,
-        loaded: tuple[Model, Callable[[Image.Image], torch.Tensor], Tokenizer] | None = None,
-    ) -> None:
-        self._names, self._loaded = (model, pretrained), loaded
-        super().__init__(how, awaited)
-
     @classmethod
     def of(
         cls,
@@ -210,20 +199,10 @@ class OpenClipBackbone(TorchBackbone):
         """
         device = str(next(model.parameters()).device)
         how = Execution(device, precision).resolved()
-        return cls(name, pretrained, how, loaded=(frozen(model), preprocess, tokenizer))
-
-    def _open(self) -> Opened:
-        if self._loaded is None:
-            return _open(_plan(*self._names), self._device)
-        model, preprocess, tokenizer = self._loaded
-        name, pretrained = self._names
-        if has(name):
-            plan = _plan(name, pretrained)
-            digest = _config_digest(plan)
-        else:
-            plan = _Plan(name, pretrained, None, {}, name)
-            digest = f"sha256:{hashlib.sha256(repr(model).encode()).hexdigest()}"
-        return replace(_opened(plan, model, preprocess, digest), tokenizer=lambda: tokenizer)
+        plan = _plan(name, pretrained) if has(name) else _Plan(name, pretrained, None, {}, name)
+        architecture = f"sha256:{hashlib.sha256(repr(model).encode()).hexdigest()}"
+        opened = _opened(plan, frozen(model), preprocess, _config_digest(plan) if has(name) else architecture)
+        return cls(lambda _: replace(opened, tokenizer=lambda: tokenizer), how)
 
 
 def _filled_once(create: Callable[[], _Created]) -> _Created:

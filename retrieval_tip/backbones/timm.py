@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from retrieval_tip.backbones.base import Execution, Identity, Preprocess
+from retrieval_tip.backbones.base import Identity, Preprocess
 from retrieval_tip.backbones.catalogue import ask_hub, download_error, similar
-from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
+from retrieval_tip.backbones.torch_backbone import Opened, frozen
 from retrieval_tip.errors import BackboneError, UsageError, first_line
 
 if TYPE_CHECKING:
@@ -18,48 +18,35 @@ if TYPE_CHECKING:
     from retrieval_tip.backbones.tower import Model
 
 
-class TimmBackbone(TorchBackbone):
-    """An image backbone of timm. Its features are the classifier's input; its view is the model's own."""
+def open_model(name: str, pretrained: str | None, device: torch.device) -> Opened:
+    """Open an image model without its classifier, with the view of its own configuration. Raises BackboneError."""
+    import timm
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
 
-    def __init__(
-        self, name: str, pretrained: str | None, how: Execution, awaited: tuple[Identity, int] | None = None
-    ) -> None:
-        self._names = (name, pretrained)
-        super().__init__(how, awaited)
-
-    @property
-    def has_text(self) -> bool:
-        """Always false."""
-        return False
-
-    def _open(self) -> Opened:
-        import timm
-        from timm.data.config import resolve_model_data_config
-        from timm.data.transforms_factory import create_transform
-
-        architecture, tag, file = _plan(*self._names)
-        name = f"{architecture}.{tag}" if tag else architecture
-        try:
-            config = timm.get_pretrained_cfg(name)
-            if file is None and config is not None and config.hf_hub_id:
-                ask_hub(config.hf_hub_id)
-            tower = timm.create_model(name, pretrained=file is None, num_classes=0)
-        except Exception as error:  # timm, the hub, torch and safetensors each raise their own
-            raise download_error(f"timm:{name}", error, "--pretrained FILE (a copy of its weights)") from error
-        if file is not None:
-            _fill(tower, file, name)
-        settings = resolve_model_data_config(tower)
-        identity = Identity(
-            model=f"timm:{name}",
-            pretrained=None if file is None else str(file.resolve()),
-            weights="",
-            config=f"sha256:{hashlib.sha256(json.dumps({'timm': architecture}).encode()).hexdigest()}",
-            preprocess=_plain(settings),
-        )
-        model = frozen(_image_model(tower)).to(self._device)
-        preprocess = create_transform(**settings, is_training=False)
-        dim = cast("int", getattr(tower, "head_hidden_size", None) or tower.num_features)
-        return Opened(model, preprocess, identity, dim, None)
+    architecture, tag, file = _plan(name, pretrained)
+    name = f"{architecture}.{tag}" if tag else architecture
+    try:
+        config = timm.get_pretrained_cfg(name)
+        if file is None and config is not None and config.hf_hub_id:
+            ask_hub(config.hf_hub_id)
+        tower = timm.create_model(name, pretrained=file is None, num_classes=0)
+    except Exception as error:  # timm, the hub, torch and safetensors each raise their own
+        raise download_error(f"timm:{name}", error, "--pretrained FILE (a copy of its weights)") from error
+    if file is not None:
+        _fill(tower, file, name)
+    settings = resolve_model_data_config(tower)
+    identity = Identity(
+        model=f"timm:{name}",
+        pretrained=None if file is None else str(file.resolve()),
+        weights="",
+        config=f"sha256:{hashlib.sha256(json.dumps({'timm': architecture}).encode()).hexdigest()}",
+        preprocess=_plain(settings),
+    )
+    model = frozen(_image_model(tower)).to(device)
+    preprocess = create_transform(**settings, is_training=False)
+    dim = cast("int", getattr(tower, "head_hidden_size", None) or tower.num_features)
+    return Opened(model, preprocess, identity, dim, None)
 
 
 def _image_model(tower: torch.nn.Module) -> Model:

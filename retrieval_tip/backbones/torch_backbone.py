@@ -6,7 +6,6 @@ import copy
 import hashlib
 import random
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from retrieval_tip.backbones.tower import Model
 
     Tokenizer = Callable[[list[str]], torch.Tensor]
+    Open = Callable[[torch.device], "Opened"]
 
 _T = TypeVar("_T")
 
@@ -49,17 +49,17 @@ class Opened:
     tokenizer: Callable[[], Tokenizer] | None
 
 
-class TorchBackbone(ABC):
+class TorchBackbone:
     """A :class:`base.Backbone` whose parts, ``visual`` and ``text``, can be trained and stored.
 
     Create one with :func:`loading.load_backbone`. Methods that take parts raise UsageError for any other name.
     """
 
-    def __init__(self, how: Execution, awaited: tuple[Identity, int] | None = None) -> None:
-        """Load the model now, or with ``awaited`` (its identity and ``d``) when it is first needed."""
+    def __init__(self, open_model: Open, how: Execution, awaited: tuple[Identity, int] | None = None) -> None:
+        """Open the model on its device now, or with ``awaited`` (its identity and ``d``) when it is first needed."""
         import torch
 
-        self._device = torch.device(how.device)
+        self._open, self._device = open_model, torch.device(how.device)
         self._precision, self._runtime = how.precision, how.runtime
         self._tower: tuple[str, tower.Tower | None] | None = None  # with the fingerprint it belongs to
         self._is_trained = False
@@ -73,14 +73,10 @@ class TorchBackbone(ABC):
             self._identity, dim = self._opened.identity, self._opened.dim
         self._dim = dim or int(self.encode_texts(["a"]).shape[1])
 
-    @abstractmethod
-    def _open(self) -> Opened:
-        """Load the model on the backbone's device. Raises BackboneError for weights that are missing or damaged."""
-
     def _open_here(self) -> Opened:
         import torch
 
-        opened = self._open()
+        opened = self._open(self._device)
         if self._device.type == "cuda":
             # like the pixels; a CPU packs weights itself
             opened.model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -131,7 +127,9 @@ class TorchBackbone(ABC):
 
     @property
     def has_text(self) -> bool:
-        return self._opened is None or self._opened.tokenizer is not None  # TimmBackbone overrides this
+        if self._opened is None:
+            return not self._identity.model.startswith("timm:")
+        return self._opened.tokenizer is not None
 
     @property
     def logit_scale(self) -> float:

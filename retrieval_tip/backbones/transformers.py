@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from retrieval_tip.backbones.base import Execution, Identity, Preprocess
+from retrieval_tip.backbones.base import Identity, Preprocess
 from retrieval_tip.backbones.catalogue import ask_hub, check_code, download_error, is_cached, quiet, reason_of
-from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
+from retrieval_tip.backbones.torch_backbone import Opened, frozen
 from retrieval_tip.errors import BackboneError, UsageError
 
 if TYPE_CHECKING:
@@ -28,59 +28,54 @@ ARCHITECTURE = ("hidden_act", "num_attention_heads", "layer_norm_eps", "eos_toke
 """Settings of a tower that cannot be derived from its weights."""
 
 
-class TransformersBackbone(TorchBackbone):
-    """A backbone of transformers. Create one with :func:`loading.load_backbone`.
+def open_model(place: str, device: torch.device) -> Opened:
+    """Open a CLIP or SigLIP in transformers' format. Raises BackboneError.
 
     Its features equal ``get_image_features`` and ``get_text_features``. Views match its image processor's (shifted by
     half a pixel if an odd number of pixels is cropped); sentences are padded to the tower's length.
     """
+    place = str(Path(place).resolve()) if Path(place).is_dir() else place
+    try:
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+    except ImportError:
+        raise UsageError(f"hf:{place}: needs transformers; pip install 'retrieval-tip[hf]'") from None
+    from open_clip.transform import image_transform_v2
 
-    def __init__(self, place: str, how: Execution, awaited: tuple[Identity, int] | None = None) -> None:
-        self._place = str(Path(place).resolve()) if Path(place).is_dir() else place
-        super().__init__(how, awaited)
+    try:
+        if not (here := Path(place).is_dir() or is_cached(place)):
+            ask_hub(place)
+    except ConnectionError as error:
+        way_out = f"--model hf:FOLDER (a copy of huggingface.co/{place})"
+        raise download_error(f"hf:{place}", error, way_out) from error
 
-    def _open(self) -> Opened:
+    def read(kind: Any, **options: Any) -> Any:
         try:
-            from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
-        except ImportError:
-            raise UsageError(f"hf:{self._place}: needs transformers; pip install 'retrieval-tip[hf]'") from None
-        from open_clip.transform import image_transform_v2
-
-        try:
-            if not (here := Path(self._place).is_dir() or is_cached(self._place)):
-                ask_hub(self._place)
-        except ConnectionError as error:
-            way_out = f"--model hf:FOLDER (a copy of huggingface.co/{self._place})"
-            raise download_error(f"hf:{self._place}", error, way_out) from error
-
-        def read(kind: Any, **options: Any) -> Any:
-            try:
-                with quiet(), _no_bars() if here else nullcontext():
-                    return kind.from_pretrained(self._place, trust_remote_code=False, **options)
-            except Exception as error:  # transformers, the hub, torch and safetensors each raise their own
-                check_code(f"hf:{self._place}", error)
-                raise BackboneError(
-                    f"hf:{self._place}: cannot be read as a CLIP or SigLIP: {reason_of(error)}; give --model hf:FOLDER "
-                    "with the repository's files"
-                ) from error
-
-        config = read(AutoConfig)
-        if config.model_type not in KINDS:
+            with quiet(), _no_bars() if here else nullcontext():
+                return kind.from_pretrained(place, trust_remote_code=False, **options)
+        except Exception as error:  # transformers, the hub, torch and safetensors each raise their own
+            check_code(f"hf:{place}", error)
             raise BackboneError(
-                f"hf:{self._place}: unsupported model type {config.model_type!r}; expected {' or '.join(KINDS)}, or "
-                "timm:NAME for an image encoder"
-            )
-        settings = _settings(read(AutoImageProcessor).to_dict(), self._place)
-        model, found = read(AutoModel, output_loading_info=True)
-        if found["missing_keys"]:  # transformers would fill them at random
-            raise BackboneError(f"hf:{self._place}: its weights lack {min(found['missing_keys'])}")
-        length = config.text_config.max_position_embeddings
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
-        identity = Identity(f"hf:{self._place}", None, "", _digest(config), plain)
-        dual = frozen(_dual(model.float())).to(self._device)
-        return Opened(
-            dual, image_transform_v2(settings, False), identity, None, lambda: _tokenizer(read(AutoTokenizer), length)
+                f"hf:{place}: cannot be read as a CLIP or SigLIP: {reason_of(error)}; give --model hf:FOLDER "
+                "with the repository's files"
+            ) from error
+
+    config = read(AutoConfig)
+    if config.model_type not in KINDS:
+        raise BackboneError(
+            f"hf:{place}: unsupported model type {config.model_type!r}; expected {' or '.join(KINDS)}, or "
+            "timm:NAME for an image encoder"
         )
+    settings = _settings(read(AutoImageProcessor).to_dict(), place)
+    model, found = read(AutoModel, output_loading_info=True)
+    if found["missing_keys"]:  # transformers would fill them at random
+        raise BackboneError(f"hf:{place}: its weights lack {min(found['missing_keys'])}")
+    length = config.text_config.max_position_embeddings
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
+    identity = Identity(f"hf:{place}", None, "", _digest(config), plain)
+    dual = frozen(_dual(model.float())).to(device)
+    return Opened(
+        dual, image_transform_v2(settings, False), identity, None, lambda: _tokenizer(read(AutoTokenizer), length)
+    )
 
 
 @contextmanager

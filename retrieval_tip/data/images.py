@@ -157,7 +157,7 @@ def _opened(data: bytes, only: tuple[str, ...] | None = None) -> Iterator[Image.
     except InputError:
         raise
     except UnidentifiedImageError:
-        raise InputError(f"not a readable image ({', '.join(known)}); is it damaged?") from None
+        raise InputError(f"not a readable image: damaged, or not one of {', '.join(known)}") from None
     except Image.DecompressionBombError as error:
         raise InputError(f"too large to decode: {error}") from error
     except MemoryError:

@@ -34,15 +34,11 @@ _EXPECTED = "expected keys_{K}shots.pt or best_F_{K}shots.pt beside values_{K}sh
 def import_table(source: Path, out: Path, classes: Path | None = None) -> int:
     """Convert a cache written by Tip-Adapter's code into a feature table, and return its number of rows.
 
-    ``keys_{K}shots.pt`` holds keys ``[d, n]``; ``best_F_{K}shots.pt`` holds Tip-Adapter-F's, ``[n, d]``, and is read
-    only if named explicitly. ``values_{K}shots.pt`` beside it holds the classes, one-hot ``[n, c]``. Files are read as
-    tensors; no code in them runs. Features stay float16 or float32 (float64 and bfloat16 become float32) and keep their
-    norms. Ids are row numbers.
-
-    Args:
-        source: a file of keys, or a folder with exactly one.
-        out: the table; it appears only when complete.
-        classes: a file of class names, one per line. ``None`` names them ``class 0``, ``class 1`` ...
+    ``source`` is a file of keys or a folder with exactly one. ``keys_{K}shots.pt`` holds keys ``[d, n]``;
+    ``best_F_{K}shots.pt`` holds Tip-Adapter-F's, ``[n, d]``, and is read only if named explicitly;
+    ``values_{K}shots.pt`` beside it holds the classes, one-hot ``[n, c]``. ``classes`` is a file of class names, one
+    per line; ``None`` names them ``class 0``, ``class 1`` ... No code in the files runs. Features stay float16 or
+    float32 (float64 and bfloat16 become float32) and keep their norms. Ids are row numbers.
 
     Raises UsageError unless the source is exactly one cache, InputError naming the file that does not fit.
     """

@@ -26,7 +26,7 @@ def few_shot(labels: Sequence[Hashable], shots: int, seed: int = 1) -> list[int]
 def few_shot_split(
     train: Sequence[Hashable], val: Sequence[Hashable], shots: int, seed: int = 1
 ) -> tuple[list[int], list[int]]:
-    """Draw training shots, then ``min(shots, 4)`` validation shots per class with the same generator."""
+    """Return positions of training shots, then of ``min(shots, 4)`` validation shots per class, by one generator."""
     generator = random.Random(seed)  # noqa: S311
     drawn = _draw(train, shots, generator)
     return drawn, _draw(val, min(shots, VAL_SHOTS), generator)

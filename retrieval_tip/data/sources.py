@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -123,7 +124,11 @@ def read_item(path: str) -> bytes:
 
 def is_there(path: str) -> bool:
     """Tell whether an image exists, without asking object stores."""
-    return tars.exists(path) if tars.tar_of(path) is not None else remote.is_remote(path) or os.path.isfile(path)
+    if (tar := tars.tar_of(path)) is None:
+        return remote.is_remote(path) or os.path.isfile(path)
+    with suppress(InputError):
+        return path in tars.opened(tar).places
+    return False
 
 
 def kind_of(path: str | os.PathLike[str]) -> Kind:
@@ -213,7 +218,7 @@ def _recognise(where: str) -> tuple[Kind, Sequence[str]]:
         for kind, reader in _READERS.items():
             if places := reader.find(where):
                 return kind, places
-        if where.startswith(("http://", "https://")):
+        if where.startswith(("http:/", "https:/")):
             return "web address", ()
         if glob.has_magic(where) and not os.path.exists(where):
             return "pattern", ()
@@ -229,7 +234,7 @@ def _open(where: str, wanted: _Wanted) -> Source:
 
 def _refusal(where: str) -> InputError:
     suffix = Path(where).suffix.lower()
-    if where.startswith(("http://", "https://")):
+    if where.startswith(("http:/", "https:/")):
         why = "a web address; download it first"
     elif not os.path.exists(where):
         why = "no such file or folder"

@@ -240,7 +240,9 @@ def _read_csv(file: Path) -> pa.Table:
     with reading(show(file)):
         check_regular(file)
         encoding, name = _encoding(file), os.fsencode(file)  # the name may not be UTF-8
-        delimiter = "\t" if file.suffix.lower() == ".tsv" else _delimiter(file, encoding)
+        with file.open(encoding=encoding, errors="replace") as text:
+            line = text.readline(1 << 16)
+        delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t|", key=line.count)
         read = pyarrow.csv.ReadOptions(encoding=encoding)
         parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
         with pyarrow.csv.open_csv(pa.OSFile(name), read, parse) as reader:
@@ -255,9 +257,7 @@ def _read_json_lines(file: Path, wanted: Sequence[str] | None = None) -> pa.Tabl
     """Read all columns of a JSON-lines file, or the ``wanted`` ones, as text; other values become JSON."""
     try:
         rows = [json.loads(line) for line in read_regular(file, MAX_JSON).splitlines() if line.strip()]
-        columns = [
-            name for name in dict.fromkeys(name for row in rows for name in row) if wanted is None or name in wanted
-        ]
+        columns = dict.fromkeys(name for row in rows for name in row if wanted is None or name in wanted)
         return pa.table({name: pa.array([_text(row.get(name)) for row in rows], pa.string()) for name in columns})
     except InputError:
         raise
@@ -292,12 +292,6 @@ def _encoding(file: Path) -> str:
                 warn_once(f"{show(file)}: not UTF-8; reading it as Windows-1252 (if that is wrong, save it as UTF-8)")
                 return "cp1252"
     return "utf8"
-
-
-def _delimiter(file: Path, encoding: str) -> str:
-    with Path(file).open(encoding=encoding, errors="replace") as text:
-        line = text.readline(1 << 16)
-    return max(",;\t|", key=line.count)
 
 
 def _once(columns: Sequence[str], name: str) -> None:

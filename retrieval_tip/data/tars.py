@@ -139,15 +139,6 @@ def read(path: str) -> bytes | None:
     return None if (tar := tar_of(path)) is None else opened(tar).read(path)
 
 
-def exists(path: str) -> bool:
-    """Tell whether an image in a tar exists."""
-    try:
-        tar = tar_of(path)
-        return tar is not None and path in opened(tar).places
-    except InputError:
-        return False
-
-
 def listing(places: Sequence[str], *, labelled: bool) -> Listing:
     """List the images of tars, in order. Unreadable images are ``failed``; with ``labelled``, unlabelled ones too."""
     found = Listing()

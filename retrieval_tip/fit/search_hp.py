@@ -195,11 +195,11 @@ def write_surface(choice: HyperparameterChoice, path: str | os.PathLike[str]) ->
         pq.write_table(choice.surface, file)
 
 
-def folds(cache: CacheModel, number: int, seed: int = 1) -> Queries:
+def folds(cache: CacheModel, number: int) -> Queries:
     """Return the shots as queries in ``number`` folds of each class; a query does not see the keys of its fold."""
     check_count("folds", number, 2)
     loo = leave_one_out(cache)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(1)
     fold_of: dict[int, int] = {}
     for class_id in np.unique(loo.ids):
         images = generator.permutation(loo.hidden[loo.ids == class_id])
@@ -207,13 +207,12 @@ def folds(cache: CacheModel, number: int, seed: int = 1) -> Queries:
         fold_of |= {int(image): (start + i) % number for i, image in enumerate(images)}
     groups = np.array([fold_of[int(image)] for image in loo.groups])
     hidden = np.array([fold_of[int(image)] for image in loo.hidden])
-    return Queries(loo.features, loo.ids, hidden, groups, f"its own shots in {number} folds, seed {seed}")
+    return Queries(loo.features, loo.ids, hidden, groups, f"its own shots in {number} folds")
 
 
 def search(
     cache: CacheModel, queries: Queries, *, betas: Sequence[float] | None = None,
     ks: Sequence[int | None] | None = None, cautious: bool = False, kept: tuple[float, float] | None = None,
-    seed: int = 1,
 ) -> HyperparameterChoice:  # fmt: skip
     """Choose the alpha, beta and k with the highest accuracy on the queries.
 
@@ -231,7 +230,6 @@ def search(
             95 %). Few queries overfit a choice among thousands of settings.
         kept: alpha and beta that a cautious search keeps instead, with ``k = all``: the training settings of fine-tuned
             keys; by default the settings of a fitted index. This beta is always tried.
-        seed: seed of the bootstrap.
 
     Raises InputError for queries that are empty, of unknown classes, or not ``[q, d]``; UsageError for invalid
     ``kept``.
@@ -269,11 +267,11 @@ def search(
         f"kept the {'untouched ' if kept is None else ''}settings ({100 * accuracy:.1f} %): with {len(best)} queries, "
         f"the best found ({100 * most:.1f} %) may be better by chance; --greedy takes it"
     ]  # fmt: skip
-    return tried.choice(b, j, alpha, interval, most, "honest", tried.surface(tried.steps()), warnings, seed)
+    return tried.choice(b, j, alpha, interval, most, "honest", tried.surface(tried.steps()), warnings)
 
 
 def search_paper(
-    cache: CacheModel, queries: Queries, scales: tuple[float, float] = PAPER_SCALES, seed: int = 1
+    cache: CacheModel, queries: Queries, scales: tuple[float, float] = PAPER_SCALES
 ) -> HyperparameterChoice:
     """Search the published grid: beta ``0.1 + i (scale - 0.1) / 200``, alpha ``0.1 + i (scale - 0.1) / 20``.
 
@@ -295,7 +293,7 @@ def search_paper(
     b, a = divmod(int(accuracy.argmax()), len(alphas))
     alpha, best = alphas[a], float(accuracy.max())
     edge = [] if 0 < a < len(alphas) - 1 else [f"alpha {alpha:.3g} is at the edge of the grid"]
-    return tried.choice(b, 0, alpha, (alpha, alpha), best, "paper", surface, edge, seed)
+    return tried.choice(b, 0, alpha, (alpha, alpha), best, "paper", surface, edge)
 
 
 @dataclass(frozen=True)
@@ -330,11 +328,11 @@ class _Tried:
 
     def choice(
         self, b: int, j: int, alpha: float, interval: tuple[float, float], best: float, protocol: Protocol,
-        surface: pa.Table, warnings: Sequence[str], seed: int,
+        surface: pa.Table, warnings: Sequence[str],
     ) -> HyperparameterChoice:  # fmt: skip
         """Return the choice of ``betas[b]``, ``ks[j]`` and ``alpha``."""
         hits = self.hits(b, j, alpha)
-        lower, upper = _bootstrap(hits.astype(np.float64), seed)
+        lower, upper = _bootstrap(hits.astype(np.float64))
         rivals = {"text alone": self.hits(b, j, 0.0), "cache alone": self.high[b, j] == np.inf}
         accuracy = float(hits.mean())
         return HyperparameterChoice(
@@ -353,7 +351,7 @@ class _Tried:
             n=len(hits),
             source=self.queries.name,
             protocol=protocol,
-            warnings=(*_warnings(hits, rivals, b, self.betas, seed), *warnings),
+            warnings=(*_warnings(hits, rivals, b, self.betas), *warnings),
             surface=surface,
         )
 
@@ -477,19 +475,19 @@ def _width(interval: tuple[float, float]) -> float:
     return math.inf if high == math.inf or low <= 0 else high / low
 
 
-def _bootstrap(values: FloatArray, seed: int) -> tuple[float, float]:
-    drawn = np.random.default_rng(seed).integers(0, len(values), (BOOTSTRAP, len(values)))
+def _bootstrap(values: FloatArray) -> tuple[float, float]:
+    drawn = np.random.default_rng(1).integers(0, len(values), (BOOTSTRAP, len(values)))
     low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
     return float(low), float(high)
 
 
 def _warnings(
-    hits: npt.NDArray[np.bool_], rivals: dict[str, npt.NDArray[np.bool_]], b: int, betas: Sequence[float], seed: int
+    hits: npt.NDArray[np.bool_], rivals: dict[str, npt.NDArray[np.bool_]], b: int, betas: Sequence[float]
 ) -> Iterator[str]:
     if len(betas) > 1 and b in (0, len(betas) - 1):
         yield f"beta {betas[b]:.3g} is at the edge of the range tried"
     for name, rival in rivals.items():
-        low, high = _bootstrap(hits.astype(np.float64) - rival, seed)
+        low, high = _bootstrap(hits.astype(np.float64) - rival)
         if low <= 0 < (hits.mean() - rival.mean()):
             yield (
                 f"{len(hits)} queries cannot tell this choice from {name} "

@@ -260,7 +260,7 @@ def cosine(step: int, steps: int, lr: float) -> float:
     return lr * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def faster_precision(cache: CacheModel, batch: int, rounds: int = 5) -> Literal["float32", "bfloat16"]:
+def faster_precision(cache: CacheModel, batch: int) -> Literal["float32", "bfloat16"]:
     """Return ``bfloat16`` if it multiplies keys and ``batch`` queries at least :data:`WORTH` times as fast.
 
     Measures a block of ones. Small indexes always use ``float32``, so that machines agree on them.
@@ -269,7 +269,7 @@ def faster_precision(cache: CacheModel, batch: int, rounds: int = 5) -> Literal[
         return "float32"
     keys = torch.ones(BLOCK if cache.device == "cpu" else GPU_BLOCK, cache.d, device=cache.device)
     seconds: dict[str, list[float]] = {"float32": [], "bfloat16": []}
-    for turn in range(rounds + 1):
+    for turn in range(6):
         for name, lasted in seconds.items():
             block, queries = keys.to(getattr(torch, name)), keys[:batch].to(getattr(torch, name))
             start = time.perf_counter()

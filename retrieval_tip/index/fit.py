@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 
-from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit.closed_form import FormChoice
-from retrieval_tip.fit.search_hp import Queries, on_validation
+from retrieval_tip.fit.search_hp import on_validation
 from retrieval_tip.index import places
 from retrieval_tip.index.places import Place
 from retrieval_tip.settings import MetricName, ValuesName
@@ -34,11 +33,7 @@ def fit_index(
     Raises as :func:`closed_form.fit`, and StoreError as :meth:`Store.load` and :meth:`Store.change`. An error changes
     nothing.
     """
-    queries: Callable[[AnsweringIndex], Queries] | None = None
+    queries = None
     if validation is not None and encoder is not None:
-        source, reader = validation, encoder
-
-        def queries(index: AnsweringIndex) -> Queries:
-            return on_validation(index, source, reader)
-
+        queries = functools.partial(on_validation, source=validation, encoder=encoder)
     return places.at(folder).fit(metric, values, queries)

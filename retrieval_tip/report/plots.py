@@ -104,13 +104,13 @@ def class_accuracies(per_class: dict[str, float]) -> tuple[list[str], Floats]:
     return [name for name, _ in ordered], np.array([value for _, value in ordered])
 
 
-def affinity_bars(affinities: Affinities, bars: int = AFFINITY_BARS) -> tuple[Floats, Floats, Floats]:
-    """Return edges of at most ``bars`` bins over the affinities, and the shares of ``same`` and ``other`` pairs."""
+def affinity_bars(affinities: Affinities) -> tuple[Floats, Floats, Floats]:
+    """Return edges of at most ``AFFINITY_BARS`` bins, and the shares of ``same`` and ``other`` pairs."""
     either = np.flatnonzero(affinities.same + affinities.other)
     if not either.size:
         return affinities.edges[[0, -1]], np.zeros(1), np.zeros(1)
     low, high = int(either[0]), int(either[-1]) + 1
-    width = max(1, -(-(high - low) // bars))
+    width = max(1, -(-(high - low) // AFFINITY_BARS))
     starts = np.arange(low, high, width)
     edges = affinities.edges[np.append(starts, starts[-1] + width).clip(max=len(affinities.same))]
     same, other = (
