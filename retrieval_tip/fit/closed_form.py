@@ -5,7 +5,7 @@ It replaces two parts of the formula in :mod:`tip`::
     metric     phi(x) = unit((x - m) T),   T = ((1 - s) S + s tr(S) / d I)^(-1/2)
     values     V = (G + lambda I)^-1 Y,    G = exp(-beta (1 - phi(K) phi(K)^T))
 
-``S`` ``[d, d]`` is the scatter of the shots within classes, so directions in which photos of one class differ count
+``S`` ``[d, d]`` is the scatter of the shots within classes, so directions that vary within a class count
 little. Sources: the metric is the shared covariance of Gaussian discriminant analysis (Wang et al., GDA-CLIP, ICLR
 2024); the values are kernel ridge regression (Bendou et al., ProKeR, CVPR 2025).
 
@@ -54,7 +54,7 @@ AFFINITIES = 1 << 28
 LEAST_OF_A_FOLD = 0.1
 """Smallest share of a further fold worth judging, since solving costs the same for any share."""
 LEAST_JUDGED = 8
-"""Photographs that have to be judged for a choice."""
+"""Smallest number of held-out photos for a choice."""
 CLASS_FOLDS = 4
 """Number of folds of whole classes, if some classes have text but no shots."""
 WEAKEST = 5
@@ -133,10 +133,10 @@ class Shots(Protocol):
 
 @dataclass(frozen=True)
 class Blend:
-    """Weights of text and cache with which ``softmax(a text + b cache)`` is most likely for the held-out photos.
+    """Weights that maximise the likelihood of ``softmax(a text + b cache)`` on held-out photos.
 
-    Without text ``a`` is 0. ``losses`` ``[q]`` are in nats; ``right`` ``[q]`` marks the correct answers. Queries count
-    by their ``weights`` ``[q]``, of mean 1.
+    Without text ``a`` is 0. ``losses`` ``[q]`` are in nats, ``right`` ``[q]`` marks correct answers, and ``weights``
+    ``[q]`` of mean 1 weight the queries.
     """
 
     a: float
@@ -163,13 +163,12 @@ class Blend:
 
 
 def blend(text: Tensor | None, cache: Tensor, ids: Tensor, weights: Tensor | None = None) -> Blend:
-    """Find the most likely ``a`` and ``b`` for text and cache logits ``[q, c]`` of queries of classes ``ids`` ``[q]``.
-
-    Queries count by their ``weights`` ``[q]``, of mean 1; by default all count the same.
+    """Fit ``a`` and ``b`` to text and cache logits ``[q, c]`` of queries of classes ``ids`` ``[q]``.
 
     Minimises the cross-entropy of ``softmax(a text + b cache)``, convex in ``a, b >= 0``, by Newton's method in
-    ``log a, log b``. As in Platt's scaling (1999) a label counts ``(q + 1) / (q + 2)``, and the rest is spread over the
-    other classes: if all answers are right, nothing else keeps ``a`` and ``b`` finite.
+    ``log a, log b``. ``weights`` ``[q]`` of mean 1 weight the queries, by default equally. As in Platt scaling (1999),
+    a label counts ``(q + 1) / (q + 2)`` and the other classes share the rest, which keeps ``a`` and ``b`` finite even
+    if all answers are right.
     """
     q, c = cache.shape
     if weights is None:
@@ -212,9 +211,9 @@ def blend(text: Tensor | None, cache: Tensor, ids: Tensor, weights: Tensor | Non
 
 @dataclass(frozen=True)
 class Held:
-    """Queries ``[q, d]`` float32 of class ids ``[q]`` that judge an index over these ``rows`` of the keys.
+    """Held-out ``features`` ``[q, d]`` float32 with class ``ids`` ``[q]``, for an index over the other ``rows``.
 
-    ``of_classes``: all keys of their classes are held out with them.
+    With ``of_classes``, all keys of their classes are held out.
     """
 
     features: Tensor
@@ -225,7 +224,7 @@ class Held:
 
 @dataclass
 class Folds:
-    """Keys ``[n, d]``, their class ids ``[n]``, scaled ``text`` weights ``[c, d]``, and what is held out in turn.
+    """Keys ``[n, d]`` with class ``ids`` ``[n]``, scaled ``text`` weights ``[c, d]``, and held-out queries.
 
     ``sums`` of all keys are computed on first use unless given.
     """
@@ -240,19 +239,12 @@ class Folds:
 
     @classmethod
     def of_shots(
-        cls,
-        keys: Keys,
-        ids: IntArray,
-        c: int,
-        text: Tensor | None,
-        images: IntArray,
-        number: int,
-        judged: int,
+        cls, keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntArray, number: int, judged: int,
         sums: Sums | None = None,
-    ) -> Folds:
-        """Deal the images of keys into ``number`` folds, or as many as the smallest class has; judge about ``judged``.
+    ) -> Folds:  # fmt: skip
+        """Deal the images into ``number`` folds, or as many as the smallest class has, and hold out about ``judged``.
 
-        What is judged is left out, with its views; the rest of a larger fold stays.
+        All views of a held-out image are held out; the rest of a larger fold stays.
         """
         folds, first = _folds(images, ids, number)
         held = list(_held(keys, ids, folds[first], first, images, judged))
@@ -261,8 +253,8 @@ class Folds:
     def with_classes(self, images: IntArray, judged: int) -> Folds:
         """Hold out whole classes too, if some classes have text but no shots.
 
-        The photos of a held-out class are like those of a class without shots: only the text knows it, while other
-        classes have shots. Both kinds of held-out photos count by the shares of such classes.
+        A held-out class resembles a class without shots: only the text knows it. Both kinds of held-out photos are
+        weighted by their share of the classes.
         """
         ids = self.ids.numpy()
         own = np.unique(ids)
@@ -277,13 +269,13 @@ class Folds:
 
     @property
     def covered(self) -> float:
-        """Share of the classes that have shots or queries, if the others have text; else 1."""
+        """Share of classes with shots or queries, or 1 without text."""
         ids = torch.cat([self.ids, *(held.ids for held in self.held)])
         return 1.0 if self.text is None else len(ids.unique()) / self.c
 
     @property
     def of_classes(self) -> Tensor:
-        """Whether the whole class of a query is held out, ``[q]``."""
+        """Whether the whole class of each query is held out, ``[q]``."""
         return torch.cat([torch.full((len(held.ids),), held.of_classes) for held in self.held])
 
     @property
@@ -297,12 +289,12 @@ class Folds:
 
     @property
     def n(self) -> int:
-        """Number of photos that are held out while others of their class stay."""
+        """Number of held-out photos, not counting held-out classes."""
         return sum(len(held.ids) for held in self.held if not held.of_classes)
 
     @property
     def can_judge(self) -> bool:
-        """Whether there is enough to judge a form by."""
+        """Whether there are enough held-out photos to judge a form."""
         return self.n >= LEAST_JUDGED and self.c > 1
 
     def scatter(self, rows: Tensor) -> Scatter:
@@ -325,7 +317,7 @@ class Folds:
         return Sums.of(blocks, self.c, self.keys.shape[1])
 
     def judge(self, form: Form) -> Blend:
-        """Judge a form, fitted without each fold."""
+        """Fit a form without each fold in turn, and return the blend on these folds."""
         return blend(*self.logits(form), self.weights)
 
     def logits(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -376,9 +368,8 @@ class FormChoice:
 
     ``photos``, ``words`` and ``both`` are the accuracies of cache, text and blend. ``words`` is ``None`` without text;
     all three are ``None`` if no photo could be held out (``n`` is 0). ``weakest`` lists classes with mistakes, the
-    least accurate first, with their correct answers and their held-out photos. ``longest`` is the largest norm of a
-    key. ``without_shots`` counts the classes that only the text knows: their accuracy is estimated on held-out
-    classes.
+    least accurate first, with their correct answers and held-out photos. ``longest`` is the largest norm of a key.
+    ``without_shots`` counts classes that only the text knows, whose accuracy is estimated on held-out classes.
     """
 
     form: Form
@@ -434,14 +425,9 @@ class FormChoice:
 
 
 def fit(
-    cache: Shots,
-    *,
-    metric: MetricName | None = None,
-    values: ValuesName | None = None,
-    validation: Queries | None = None,
-    factory: str | None = None,
-    forms: Sequence[Form] = FORMS,
-) -> FormChoice:
+    cache: Shots, *, metric: MetricName | None = None, values: ValuesName | None = None,
+    validation: Queries | None = None, factory: str | None = None, forms: Sequence[Form] = FORMS,
+) -> FormChoice:  # fmt: skip
     """Fit metric, values, alpha, beta and temperature of an index to its own shots.
 
     The form is chosen on folds of the shots, solved again without each fold (views of one photo stay together), or on
@@ -454,7 +440,7 @@ def fit(
         cache: raw keys in one segment; the present metric and values are ignored.
         metric: kind of metric, chosen on the shots by default.
         values: kind of values, chosen on the shots by default. They are one-hot above :data:`MOST_SOLVED` keys, or if
-            the index retrieves ``k`` keys, since solved values need all of them.
+            the index retrieves ``k`` keys, since solved values need all keys.
         validation: queries to judge by instead of the shots.
         factory: type of the index over the fitted keys, by default the present one.
         forms: forms to choose from.
@@ -516,7 +502,7 @@ def estimate(cache: CacheModel) -> Judged:
     """Estimate the accuracy of an index on folds of its own shots, without changing it.
 
     Metric and values are solved again without each fold; alpha, beta and temperature stay, and every key is used. Right
-    after a fit the estimate equals that of the fit.
+    after a fit, this gives the estimate of the fit.
 
     Returns the accuracies of cache (``photos``), text (``words``, ``None`` without text) and blend (``both``). All are
     ``None`` if the keys were fine-tuned, or too few shots can be held out.
@@ -574,7 +560,7 @@ def _forms(
     cache: Shots, forms: Sequence[Form], metric: MetricName | None, values: ValuesName | None, longest: float, *,
     by_class: bool,
 ) -> list[Form]:  # fmt: skip
-    """Return the possible forms. Raises InputError if the keys are too long for all of them."""
+    """Return the possible forms. Raises InputError if the keys are too long for every form."""
     for name, given, known in (("metric", metric, MetricName), ("values", values, ValuesName)):
         if given is not None:
             check_choice(name, given, known)
@@ -635,7 +621,7 @@ def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence
 
 
 def _quantile(values: Tensor, share: float, weights: Tensor | None) -> float:
-    """Return the quantile of values ``[q]``, weighted if there are weights."""
+    """Return a quantile of values ``[q]``, optionally weighted."""
     if weights is None:
         return float(values.quantile(share))
     values, order = values.sort()
@@ -655,8 +641,8 @@ def _unjudged(cache: Shots, forms: Sequence[Form], covered: float) -> tuple[Form
 
     The text has not seen the shots, so they can still fit its temperature T, which gives weak class names little
     weight. If the text is overconfident (T > 1), photos count T^2 times as much: ``softmax(text / T + 13 T^2 cache)``,
-    at a higher temperature if that exceeds the upper bound. Photos also count by the share of classes with shots,
-    ``covered``: the more classes only the text knows, the less the cache may decide.
+    at a higher temperature if that exceeds the upper bound. The share of classes with shots, ``covered``, scales the
+    weight of photos, since the cache cannot know the other classes.
     """
     if all(form.values is None for form in forms):
         alpha, beta = untouched_settings(cache.keys, cache.class_ids.cpu().numpy())
@@ -693,7 +679,7 @@ def _sample(keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntA
 def _linked(
     text: Tensor | None, cache: Tensor, ids: Tensor, offsets: Sequence[float | None], weights: Tensor | None = None
 ) -> tuple[Blend, float | None]:
-    """Return the most likely blend with the cache as it is, or by its logarithm with one of these offsets."""
+    """Return the best blend with the cache (``None``) or its logarithm with one of the ``offsets``, and that offset."""
     blends = [(blend(text, tip.log_cache(cache.clone(), offset), ids, weights), offset) for offset in offsets]
     return min(blends, key=lambda pair: pair[0].loss)
 
@@ -722,9 +708,9 @@ def _ranks(ids: IntArray, draw: np.random.Generator) -> IntArray:
 
 
 def _held(keys: Keys, ids: IntArray, folds: IntArray, first: IntArray, groups: IntArray, judged: int) -> Iterator[Held]:
-    """Yield about ``judged`` queries by fold, each over the keys of no group of its queries.
+    """Yield about ``judged`` queries fold by fold, for an index without the ``groups`` ``[n]`` of these queries.
 
-    ``folds`` ``[m]`` are those of the images whose first keys are ``first`` ``[m]``; ``groups`` ``[n]`` of the keys.
+    ``folds`` ``[m]`` and ``first`` ``[m]`` give the fold and the first key of each image.
     """
     begun = False
     for fold in range(folds.max(initial=-1) + 1):
