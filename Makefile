@@ -42,6 +42,7 @@ lint: setup ## check formatting, lint, types, import directions and docstring re
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python docs/reference.py --check
 	$(BIN)/python docs/crossrefs.py
+	$(BIN)/python docs/prose.py
 
 size: setup ## count lines, and list large classes and functions and duplicate names (another clone: CLONE=FOLDER)
 	$(BIN)/python docs/size.py $(CLONE)
