@@ -16,13 +16,16 @@ from retrieval_tip.errors import counted, json_line, one_line, show
 
 @click.group(cls=Group, name="datasets")
 def datasets_group() -> None:
-    """List and check the datasets known to --dataset."""
+    """List and check the datasets that --dataset supports."""
 
 
 @datasets_group.command("list")
 @FORMAT
 def datasets_list(printing: OutputOptions) -> None:
-    """List datasets: folder, number of classes, templates."""
+    """List the datasets that --dataset supports.
+
+    For each dataset, prints its folder, the number of its classes and its prompt templates.
+    """
     import pyarrow as pa
 
     from retrieval_tip.cli.output import write_rows
@@ -39,8 +42,9 @@ def datasets_list(printing: OutputOptions) -> None:
 def datasets_check(ctx: click.Context, root: Path, names: tuple[str, ...]) -> None:
     """Check that datasets are complete.
 
-    ROOT is the folder that holds them, laid out as in CoOp. NAMES are the datasets to check, by default all. The exit
-    status is 0 if every named dataset is complete or, without NAMES, at least one.
+    ROOT is the folder that holds the datasets, in the same layout as for CoOp. NAMES are the datasets to check; by
+    default, all of them are checked. The exit status is 0 if every dataset in NAMES is complete. If you give no NAMES,
+    it is 0 if at least one dataset is complete.
     """
     from retrieval_tip.data import datasets
 
@@ -61,9 +65,10 @@ def datasets_check(ctx: click.Context, root: Path, names: tuple[str, ...]) -> No
 def models_command(word: str, printing: OutputOptions) -> None:
     """List available encoders.
 
-    WORD is any part of a name (dinov2, ViT-B/32, siglip); without it, a few recommended encoders are listed. Columns:
-    words, whether the encoder has a text tower (without one, it compares images only); cached, whether its weights are
-    on this machine; pretrained, its weights, the recommended ones first.
+    WORD is any part of a name, for example dinov2, ViT-B/32 or siglip. If you omit it, only a few recommended encoders
+    are listed. The column words shows whether the encoder has a text tower; an encoder that has none can only compare
+    images. The column cached shows whether its weights are already on this machine. The column pretrained lists the
+    available weights, starting with the recommended ones.
     """
     import pyarrow as pa
 
@@ -80,15 +85,16 @@ def models_command(word: str, printing: OutputOptions) -> None:
 
 @command("cache")
 @click.option("--cache", type=FOLDER,
-              help="Folder of the cache.  [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]")  # fmt: skip
-@click.option("--prune", is_flag=True, help="Remove all encodings; they are computed again when needed.")
-@click.option("--max-size", type=Size(), help="Size limit of the cache, from now on.  [default: 8GB]")
+              help="Cache folder.  [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]")  # fmt: skip
+@click.option("--prune", is_flag=True, help="Remove all encodings. They are computed again when they are needed.")
+@click.option("--max-size", type=Size(), help="New size limit, which the cache remembers.  [default: 8GB]")
 @JSON
 def cache_command(cache: Path | None, prune: bool, max_size: int | None, as_json: bool) -> None:
     """Show, limit or clear the encoding cache.
 
-    The cache saves encoding an image twice; when full, it drops the encodings unused for longest. Weights of
-    encoders are not stored here, but in the Hugging Face cache (hf cache ls).
+    The cache stores the features of each image, so that no image has to be encoded twice. When the cache is full, the
+    least recently used encodings are removed. Encoder weights are stored in the Hugging Face cache instead; run
+    hf cache ls to list them.
     """
     from retrieval_tip.data.encoding_cache import EncodingCache
 
@@ -115,8 +121,8 @@ def cache_command(cache: Path | None, prune: bool, max_size: int | None, as_json
 def completion_command(ctx: click.Context, shell: str) -> None:
     """Print a shell completion script.
 
-    For bash, add eval "$(retrieval-tip completion bash)" to ~/.bashrc; for zsh, the same with zsh to ~/.zshrc. For
-    fish, write the script to ~/.config/fish/completions/retrieval-tip.fish.
+    For bash, add this line to ~/.bashrc: eval "$(retrieval-tip completion bash)". For zsh, add the same line to
+    ~/.zshrc, with zsh in place of bash. For fish, save the script as ~/.config/fish/completions/retrieval-tip.fish.
     """
     from click.shell_completion import get_completion_class
 
@@ -141,9 +147,10 @@ def _cache_size() -> str:
 @JSON
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Check this installation: versions, devices, FAISS build.
+    """Check this installation for problems.
 
-    The exit status is 1 if something needs repair.
+    Prints the versions of the installed packages, the available devices and the FAISS build, followed by any problems.
+    The exit status is 1 if there is a problem.
     """
     from retrieval_tip.doctor import examine
 

@@ -60,8 +60,8 @@ def encode(
 ) -> None:
     """Encode images into a feature table.
 
-    Every command that reads images also reads this table. SOURCE is the same as for index build, or a folder of
-    unlabelled images. With --engine ray, --out is a folder of Parquet parts, which works like a table.
+    You can give the table to every command that reads images. SOURCE can be anything that index build accepts, or a
+    folder of unlabelled images. With --engine ray, --out is a folder of Parquet parts, which you can use like a table.
     """
     from retrieval_tip.data.encoder import encode_table
 
@@ -84,7 +84,7 @@ def encode(
 
 @dataclass(frozen=True)
 class RowOptions:
-    """Contents of a result row, and when to withhold its label."""
+    """Columns of a result row, and the rule for withholding its label."""
 
     top: int
     explain: bool
@@ -94,7 +94,7 @@ class RowOptions:
     abstain: Abstain
 
     def columns(self, cache: AnsweringIndex) -> list[str]:
-        """Return the names of the columns."""
+        """Return the column names."""
         columns = ["input", "label", "probability"]
         columns += ["unlike"] if cache.settings.least_cache is not None else []
         columns += ["labels", "probabilities"] if self.top > 1 else []
@@ -107,15 +107,17 @@ _ROWS = options.grouped(
     "rows", RowOptions,
     options.ANSWER_OPTION("--top", type=count(), default=1, show_default=True, help="Number of classes to report."),
     options.ANSWER_OPTION("--explain", is_flag=True,
-                 help="Show the shots that contributed most, and the text and cache logits."),
+                 help="Show the shots that contributed most to an answer, and its text and cache logits."),
     options.ANSWER_OPTION("--neighbours", type=count(), default=5, show_default=True,
-                 help="Number of shots shown by --explain."),
+                 help="Number of shots that --explain shows."),
     options.ANSWER_OPTION("--logits", "with_logits", is_flag=True,
-                 help="Show the logits of all classes, in the index's order."),
+                 help="Show the logits of all classes, in the class order of the index."),
     options.ANSWER_OPTION("--certify", is_flag=True,
-                 help="Use more keys, up to all, if k do not decide the answer; report how many were needed."),
+                 help="If k keys do not decide an answer, use more keys, or all of them if necessary. The number of "
+                      "keys used is reported."),
     options.ANSWER_OPTION("--abstain", type=Abstaining(),
-                 help="Withhold the label if its probability is below P; auto: below 0.5, or no match."),
+                 help="Withhold the label if its probability is below P. With auto, the label is withheld if the "
+                      "probability is below 0.5 or the image has no match."),
 )  # fmt: skip
 
 
@@ -141,10 +143,10 @@ def classify(
 ) -> None:
     """Classify images or features with an index.
 
-    INPUTS are images, folders, globs, tables of paths, feature tables, or - to read paths from standard input. The
-    column unlike is true for an image that resembles no shot; only a fitted index has this column. With --abstain, an
-    uncertain answer has no label (null, or - in a table) but keeps its probability. With --engine ray, --output is a
-    folder of Parquet parts.
+    INPUTS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input. If
+    the index is fitted, the column unlike is true for an image that resembles no shot. With --abstain, an uncertain
+    answer has a probability but no label: the label is null, or - in a table. With --engine ray, --output is a folder
+    of Parquet parts.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -200,7 +202,7 @@ def _classify_on_ray(
     from retrieval_tip.index.places import at
 
     if printing.style != "parquet" or printing.output is None:
-        raise UsageError("--engine ray: writes Parquet parts; give --format parquet and --output FOLDER")
+        raise UsageError("--engine ray: can only write Parquet parts; give --format parquet and --output FOLDER")
     pieces = cut_inputs(inputs, paths_on_stdin())
     precision = encoding.precision if encoding.precision != "auto" else "float32"  # auto differs between machines
     manifest, ask = at(folder).manifest().to_bytes(), partial(_rows, rows, schema)
@@ -239,7 +241,7 @@ def _on_ray(
     index: AnsweringIndex | None = None,
     question: Question | None = None,
 ) -> tuple[str, list[Skipped]]:
-    """Encode pieces on Ray, or answer them with ``index``; return a summary and the skipped inputs."""
+    """Encode the pieces on Ray, or classify them if ``index`` is given. Return a summary and the skipped inputs."""
     from retrieval_tip.backbones.loading import load_backbone
     from retrieval_tip.data.encoding_cache import EncodingCache
     from retrieval_tip.distributed.ray_data import Work, write_parts

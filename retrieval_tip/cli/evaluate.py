@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 @click.argument("folder", type=INDEX, metavar="INDEX")
 @click.argument("source", type=SOURCE)
 @options.ANSWER
-@options.ANSWER_OPTION("--abstain", type=SHARE, metavar="P", help="Withhold answers with a probability below P.")
-@click.option("--plot", type=FOLDER, help="Folder for PNG diagrams: confusions, classes, calibration, affinities.")
+@options.ANSWER_OPTION("--abstain", type=SHARE, metavar="P", help="Withhold answers whose probability is below P.")
+@click.option("--plot", type=FOLDER,
+              help="Folder for PNG diagrams of confusions, classes, calibration and affinities.")  # fmt: skip
 @options.JSON
 @options.BACKBONE
 @options.READING
@@ -49,9 +50,10 @@ def evaluate_command(
 ) -> None:
     """Measure the accuracy of an index on labelled photos.
 
-    Prints the accuracy of the index (top1), of the text alone (zero-shot) and of the cache alone. ece is the expected
-    calibration error of the probabilities, in 15 bins. With --abstain, coverage is the share of images answered and
-    selective_top1 the accuracy on them. A split .json gives its test part.
+    Prints the accuracy of the index (top1), the accuracy of the text alone (zero-shot) and the accuracy of the cache
+    alone. ece is the expected calibration error of the probabilities in 15 bins. With --abstain, coverage is the share
+    of images that are answered, and selective_top1 is the accuracy on these images. If SOURCE is a split .json, its
+    test part is used.
     """
     from retrieval_tip.evaluation.evaluate import evaluate
     from retrieval_tip.report import plots
@@ -85,14 +87,21 @@ def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
 @click.argument("folder", type=FOLDER, metavar="INDEX")
 @click.argument("source", type=SOURCE)
 @click.option("--shots", type=SHOTS, multiple=True, required=True,
-              help="Shots to draw per class, for each seed and method; repeat for more.")  # fmt: skip
+              help="Number of shots to draw per class. Can be repeated.")  # fmt: skip
 @click.option(
-    "--results", type=FILE, required=True, help="Parquet file with one row per run; runs already in it are kept."
+    "--results",
+    type=FILE,
+    required=True,
+    help="Parquet file with one row per run. Runs that it already contains are not repeated.",
 )
-@click.option("--seeds", type=SEEDS, default=3, show_default=True, help="Number of draws, with seeds 1 to N.")
+@click.option("--seeds", type=SEEDS, default=3, show_default=True,
+              help="Number of random draws, which use the seeds 1 to N.")  # fmt: skip
 @click.option("--method", "methods", multiple=True, metavar="NAME",
-              help="Method; repeat for more.  [default: all but linear-probe and tip-adapter-f]")  # fmt: skip
-@click.option("--val", type=SOURCE, help="Labelled source to choose settings on.  [default: leave-one-out]")
+              help="Method to measure. Can be repeated.  "
+                   "[default: every method except linear-probe and tip-adapter-f]")  # fmt: skip
+@click.option("--val", type=SOURCE,
+              help="Labelled source on which settings are selected.  "
+                   "[default: leave-one-out on the shots]")  # fmt: skip
 @options.PROTOCOL
 @options.SCALES
 @options.OUTPUT_OPTION("--json", "as_json", is_flag=True, help="Print one JSON object per run.")
@@ -115,10 +124,11 @@ def sweep_command(
     reading: ReadingOptions,
     encoding: EncodingOptions,
 ) -> None:
-    """Measure accuracy over shots, seeds and methods.
+    """Measure accuracy by number of shots, seed and method.
 
-    The index is a pool of labelled keys. Each run draws its shots from the pool by CoOp's sampling rule, chooses its
-    settings without the test source, and adds a row to --results. A split .json gives its test part.
+    The index is used as a pool of labelled keys. Each run draws its shots from the pool by CoOp's sampling rule,
+    selects its settings without access to the test source, and adds a row to --results. If SOURCE is a split .json,
+    its test part is used.
     """
     from retrieval_tip.cli.output import table_lines
     from retrieval_tip.evaluation import sweep
@@ -150,15 +160,17 @@ def sweep_command(
 @command("report")
 @click.argument("folder", type=FOLDER, metavar="INDEX")
 @click.option("--test", "source", type=SOURCE, required=True,
-              help="Labelled test source; a split .json gives its test part.")  # fmt: skip
+              help="Labelled test source. The test part of a split .json is used.")  # fmt: skip
 @click.option("--out", type=FILE, default="report.html", show_default=True, help="HTML file to write.")
 @click.option("--val", type=SOURCE,
-              help="Labelled validation source for the curves and surface; a split .json gives its val part.  "
+              help="Labelled validation source for the curves and the surface. The val part of a split .json is used.  "
                    "[default: the shots, each held out in turn]")  # fmt: skip
 @click.option("--shots", type=SHOTS, multiple=True,
-              help="Shots per class in the accuracy curves; repeat for more.  [default: 1, 2, 4 ...]")  # fmt: skip
-@click.option("--seeds", type=SEEDS, default=3, show_default=True, help="Number of draws, with seeds 1 to N.")
-@click.option("--no-curves", is_flag=True, help="Skip the accuracy curves, which take longest.")
+              help="Number of shots per class in the accuracy curves. Can be repeated.  "
+                   "[default: 1, 2, 4 ...]")  # fmt: skip
+@click.option("--seeds", type=SEEDS, default=3, show_default=True,
+              help="Number of random draws, which use the seeds 1 to N.")  # fmt: skip
+@click.option("--no-curves", is_flag=True, help="Skip the accuracy curves, which take the longest to compute.")
 @options.ANSWER
 @options.BACKBONE
 @options.READING
@@ -177,10 +189,11 @@ def report_command(
     reading: ReadingOptions,
     encoding: EncodingOptions,
 ) -> None:
-    """Write an accuracy report (one HTML file).
+    """Write an accuracy report as a single HTML file.
 
-    The file opens in any browser, offline, and shows accuracy, mistakes and settings. Its figures match evaluate. The
-    accuracy curves and the alpha-beta surface choose nothing on the test source. Needs matplotlib.
+    You can open the file offline in any browser. It shows the accuracy, the mistakes and the settings of the index,
+    and its figures match those of the command evaluate. No setting in the accuracy curves or the alpha-beta surface is
+    selected on the test source. This command requires matplotlib.
     """
     from retrieval_tip.report.judged import portable
     from retrieval_tip.report.report import check, write_report

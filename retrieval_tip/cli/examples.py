@@ -1,4 +1,4 @@
-"""Two examples of each command, for its help and the reference."""
+"""Two examples for each command, which its help and the reference show."""
 
 from retrieval_tip.index.addresses import EXAMPLE
 

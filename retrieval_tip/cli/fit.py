@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 
 @command("fit")
 @click.argument("folder", type=INDEX, metavar="INDEX")
-@click.option("--val", "source", type=SOURCE, help="Labelled validation source to judge by, instead of the shots.")
+@click.option("--val", "source", type=SOURCE,
+              help="Labelled validation source, used instead of held-out shots to score the fit.")  # fmt: skip
 @options.LETTERS
-@click.option("--plot", type=FILE, help="PNG or SVG diagram of the forms that were tried (needs matplotlib).")
+@click.option("--plot", type=FILE, help="PNG or SVG diagram that compares the candidate forms (requires matplotlib).")
 @options.ROOT
 @options.BACKBONE
 @options.ENCODING
@@ -53,8 +54,9 @@ def fit_command(
 ) -> None:
     """Fit an index to its shots again, in closed form.
 
-    Fits metric, values and settings as index build does, for example after you added shots. With --val, validation
-    images judge the fit instead of held-out shots; a split .json gives its val part. Makes a new version of the index.
+    Fits the metric, the values and the settings in the same way as index build. This is useful after you have added
+    shots. With --val, the fit is scored on validation images instead of held-out shots, and the val part of a split
+    .json is used. The result is saved as a new version of the index.
     """
     from retrieval_tip.index.fit import fit_index
     from retrieval_tip.index.places import at
@@ -74,17 +76,21 @@ def fit_command(
     if plot and choice.trials:
         plots.write(lambda: plots.draw_choice(choice), plot, show(at(folder).name))
     elif plot:
-        warn(["--plot: no diagram written, because no forms were compared"])
+        warn(["--plot: no diagram was written, because no forms were compared"])
     finish(ctx, skipped)
 
 
 _JUDGED = options.several(
     click.option(
-        "--leave-one-out", is_flag=True, help="Score each shot with the keys of its image hidden; needs no images."
+        "--leave-one-out",
+        is_flag=True,
+        help="Score each shot against the keys of all other images. No additional images are needed.",
     ),
-    click.option("--folds", type=count(least=2), help="Score each shot with the keys of its fold hidden, in N folds."),
+    click.option("--folds", type=count(least=2),
+                 help="Split the shots into N folds, and score each shot against the keys of the other folds."),
     click.option("--val-shots", type=K("shots"),
-                  help="Validation images per class, or all.  [default: min(shots, 4), as published]"),
+                  help="Number of validation images to use per class, or all.  "
+                       "[default: min(shots, 4), as in the published code]"),
     options.PROTOCOL,
     options.SCALES,
 )  # fmt: skip
@@ -92,16 +98,17 @@ _JUDGED = options.several(
 
 @command("search-hp")
 @click.argument("folder", type=FOLDER, metavar="INDEX")
-@click.option("--val", "source", type=SOURCE, help="Labelled validation source; a split .json gives its val part.")
+@click.option("--val", "source", type=SOURCE,
+              help="Labelled validation source. The val part of a split .json is used.")  # fmt: skip
 @_JUDGED
-@click.option("--surface", type=FILE, help="Parquet file for the accuracy at each k, beta and alpha.")
-@click.option("--plot", type=FILE, help="PNG or SVG heat map of the same (needs matplotlib).")
+@click.option("--surface", type=FILE, help="Parquet file to write, with the accuracy for each k, beta and alpha.")
+@click.option("--plot", type=FILE, help="PNG or SVG heat map of these accuracies (requires matplotlib).")
 @click.option(
     "--greedy",
     is_flag=True,
-    help="Take the best settings found, even if the gain over the untouched ones may be chance.",
+    help="Use the best settings found, even if their gain over the current settings may be due to chance.",
 )
-@click.option("--dry-run", is_flag=True, help="Print the choice without changing the index.")
+@click.option("--dry-run", is_flag=True, help="Print the selected settings, but do not change the index.")
 @options.JSON
 @options.ROOT
 @options.BACKBONE
@@ -124,10 +131,11 @@ def search_command(
     root: Path | None,
     encoding: EncodingOptions,
 ) -> None:
-    """Choose alpha, beta and k, as in Tip-Adapter.
+    """Search for the best alpha, beta and k, as in Tip-Adapter.
 
-    Chooses on validation images (--val) or on the shots (--leave-one-out or --folds), never on test images; a split
-    .json gives its val part. The choice is exact in alpha. Makes a new version of the index.
+    The settings are selected on validation images (--val) or on the shots (--leave-one-out or --folds), and never on
+    test images. If --val is a split .json, its val part is used. The search is exact in alpha. The result is saved as a
+    new version of the index.
     """
     from retrieval_tip.fit import search_hp
 
@@ -161,7 +169,7 @@ def search_command(
 
 
 def _print_choice(choice: HyperparameterChoice, k: int | None, version: int | None, as_json: bool) -> None:
-    """Print the choice. In JSON, an unbounded interval ends with null."""
+    """Print the selected settings. In JSON, an unbounded interval ends with null."""
     facts = {name: value for name, value in vars(choice).items() if name not in ("surface", "warnings")}
     facts |= {"k": k or "all", "version": version}
     if as_json:
@@ -173,7 +181,7 @@ def _print_choice(choice: HyperparameterChoice, k: int | None, version: int | No
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Parts to train, and how."""
+    """Parts of the index to train, and training parameters."""
 
     train: tuple[TrainedPart, ...]
     epochs: int
@@ -190,7 +198,7 @@ class TrainingOptions:
     seed: int
 
     def recipe(self) -> Recipe:
-        """Return the training recipe. Raises UsageError for conflicting view options."""
+        """Return the training recipe. Raises UsageError if the view options conflict."""
         from retrieval_tip.fit.trainer import VIEWS, Recipe
 
         if self.views and self.views_cache:
@@ -206,42 +214,49 @@ class TrainingOptions:
 
 _TRAINING = options.grouped(
     "training", TrainingOptions,
-    click.option("--epochs", type=count("epochs"), default=20, show_default=True, help="Passes over the shots."),
-    click.option("--batch", type=count("batch"), default=256, show_default=True, help="Queries per step."),
+    click.option("--epochs", type=count("epochs"), default=20, show_default=True,
+                 help="Number of passes over the shots."),
+    click.option("--batch", type=count("batch"), default=256, show_default=True, help="Number of queries per step."),
     click.option("--lr", type=POSITIVE, default=1e-3, show_default=True,
-                 help="Initial learning rate, with cosine decay; encoders use a thousandth."),
-    click.option("--eps", type=POSITIVE, default=1e-4, show_default=True, help="Epsilon of AdamW."),
-    click.option("--weight-decay", type=NUMBER, default=0.01, show_default=True, help="Weight decay of AdamW."),
+                 help="Initial learning rate, which decays along a cosine. Encoders are trained with a thousandth of "
+                      "it."),
+    click.option("--eps", type=POSITIVE, default=1e-4, show_default=True, help="AdamW epsilon."),
+    click.option("--weight-decay", type=NUMBER, default=0.01, show_default=True, help="AdamW weight decay."),
     click.option("--views-cache", type=VIEWS_COUNT, metavar="M",
-                 help="Augmented views of each shot to encode once and draw from.  "
+                 help="Number of augmented views of each shot that are encoded once and drawn from in each epoch.  "
                       "[default: 16; fresh views if an encoder is trained]"),
-    click.option("--views", type=click.Choice(["fresh"]), help="fresh: encode a new view of each shot in every epoch."),
+    click.option("--views", type=click.Choice(["fresh"]),
+                 help="With fresh, a new view of each shot is encoded in every epoch."),
     click.option("--precision", "products", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
                  show_default=True,
-                 help="Type of the matrix products; auto: bfloat16 if it is measured to be faster."),
+                 help="Data type of the matrix products. With auto, bfloat16 is used if it is measured to be faster."),
     click.option("--settings", type=click.Choice(["tried", "own"]), default="tried", show_default=True,
-                 help="Alpha and beta for training; tried: with --val, the best of a few; own: the index's."),
-    click.option("--alpha", type=NUMBER, help="Alpha for training.  [implies --settings own]"),
-    click.option("--beta", type=NUMBER, help="Beta for training.  [implies --settings own]"),
+                 help="Alpha and beta used for training. With tried and --val, several are tried and the best are "
+                      "used. With own, those of the index are used."),
+    click.option("--alpha", type=NUMBER, help="Alpha used for training. Implies --settings own."),
+    click.option("--beta", type=NUMBER, help="Beta used for training. Implies --settings own."),
     click.option("--seed", type=SEED, default=1, show_default=True, help="Seed for drawing batches and views."),
 )  # fmt: skip
 
 
 @command("finetune")
 @click.argument("folder", type=FOLDER, metavar="INDEX")
-@click.option("--out", type=FOLDER, required=True, help="Index folder for the result.")
+@click.option("--out", type=FOLDER, required=True, help="Folder to which the trained index is written.")
 @click.option("--train", multiple=True, type=click.Choice(["keys", "values", "visual", "text"]), default=["keys"],
-              show_default=True, help="Part to train; repeat for more.")  # fmt: skip
+              show_default=True, help="Part of the index to train. Can be repeated.")  # fmt: skip
 @click.option("--source", type=SOURCE,
-              help="Shots as images, or as a feature table of views, with one id per shot.  "
+              help="Images of the shots, or a feature table of their views, with one id per shot.  "
                    "[default: the source that the index was built from]")  # fmt: skip
-@click.option("--val", type=SOURCE, help="Labelled validation source to choose the epoch and settings on; a "
-                                         "split .json gives its val part.")  # fmt: skip
-@click.option("--val-shots", type=K("shots"), help="Validation images per class, or all.  [default: min(shots, 4)]")
+@click.option("--val", type=SOURCE, help="Labelled validation source on which the epoch and the settings are selected. "
+                                         "The val part of a split .json is used.")  # fmt: skip
+@click.option("--val-shots", type=K("shots"),
+              help="Number of validation images to use per class, or all.  [default: min(shots, 4)]")  # fmt: skip
 @_TRAINING
 @click.option("--resume", is_flag=True, help="Continue an interrupted training of encoders from OUT.checkpoint.")
-@click.option("--keep-last", is_flag=True, help="Write the trained index even if it is less accurate than before.")
-@click.option("--plot", type=FILE, help="PNG or SVG diagram of loss and accuracy per epoch (needs matplotlib).")
+@click.option("--keep-last", is_flag=True,
+              help="Write the trained index even if it is less accurate than the original index.")  # fmt: skip
+@click.option("--plot", type=FILE,
+              help="PNG or SVG diagram of the loss and accuracy in each epoch (requires matplotlib).")  # fmt: skip
 @options.JSON
 @options.MODEL
 @options.READING
@@ -264,10 +279,10 @@ def finetune_command(
 ) -> None:
     """Fine-tune an index on its shots (Tip-Adapter-F).
 
-    Trains the keys, or the parts in --train, with AdamW on augmented views of the shots. Held-out shots or --val
-    measure the accuracy before and after, and the better index is written to --out. --val also chooses the epoch, then
-    alpha, beta and k. --resume continues an interrupted training of encoders from its last epoch, with identical
-    results.
+    Trains the keys, or the parts given by --train, with AdamW on augmented views of the shots. The accuracy before and
+    after training is measured on held-out shots or on --val, and the better index is written to --out. If you give
+    --val, it is also used to select the epoch, and then alpha, beta and k. Use --resume to continue an interrupted
+    training of encoders from its last epoch; the results are identical to those of an uninterrupted training.
     """
     from retrieval_tip.fit.finetune import checkpoint_of, finetune_into, own_shots, shots_of
     from retrieval_tip.report import plots
@@ -286,7 +301,7 @@ def finetune_command(
             )
     except KeyboardInterrupt as error:
         if checkpoint_of(out).exists():
-            error.add_note("to continue from the last checkpoint, repeat the command with --resume")
+            error.add_note("to continue from the last checkpoint, run the command again with --resume")
         raise
     if plot:
         plots.write(lambda: plots.draw_training(tuned.curve, tuned.epoch, "Fine-tuning"), plot, show(out.name))
@@ -301,7 +316,8 @@ def finetune_command(
 @command("calibrate")
 @click.argument("folder", type=FOLDER, metavar="INDEX")
 @click.option("--val", "source", type=SOURCE, required=True,
-              help="Labelled validation source, neither shots nor test; a split .json gives its val part.")  # fmt: skip
+              help="Labelled validation source. Do not use shots or test images. The val part of a split .json is "
+                   "used.")  # fmt: skip
 @options.ROOT
 @options.BACKBONE
 @options.ENCODING
@@ -311,8 +327,9 @@ def calibrate_command(
 ) -> None:
     """Fit the temperature of the probabilities.
 
-    Fits it on validation images and makes a new version of the index. Predicted classes stay the same; their
-    probabilities become softmax(logits / temperature). Calibrate again if keys, alpha, beta, k or tail change.
+    The temperature is fitted on validation images and saved in a new version of the index. The predicted classes stay
+    the same, and their probabilities become softmax(logits / temperature). Calibrate the index again whenever its keys,
+    alpha, beta, k or tail change.
     """
     from retrieval_tip.evaluation.calibration import apply, calibrate
 

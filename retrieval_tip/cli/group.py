@@ -1,4 +1,8 @@
-"""Behaviour shared by all commands: help in sections, -q and -v anywhere, one-line errors and suggestions."""
+"""Behaviour shared by all commands.
+
+Help is divided into sections, -q and -v are accepted after any command, errors are printed on one line, and unknown
+names are answered with suggestions.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from retrieval_tip.errors import RetrievalTipError, UsageError, message
 Function = Callable[..., Any]
 
 COLUMN = 24
-"""Largest width of the column of option names; the help of a longer name starts on the next line."""
+"""Maximum width of the column of option names. If a name is longer, its help starts on the next line."""
 
 SYNONYMS = {
     "train": ("fit", "finetune"),
@@ -32,7 +36,7 @@ SYNONYMS = {
     "version": ("--version",),
     "help": ("--help",),
 }
-"""Names from other programs, with the commands to suggest for them."""
+"""Command names used by other programs, and the commands to suggest for them."""
 
 
 def _quiet(ctx: click.Context, _: click.Parameter, quiet: bool) -> None:
@@ -54,7 +58,7 @@ def _all_help(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
 
 
 class Option(click.Option):
-    """An option under a heading of the help. A folded heading only lists names, until --help-all."""
+    """An option that the help lists under a heading. A folded heading only lists names, except in --help-all."""
 
     def __init__(self, *arguments: Any, heading: str, folded: bool = False, **more: Any) -> None:
         super().__init__(*arguments, **more)
@@ -62,20 +66,20 @@ class Option(click.Option):
 
 
 def under(heading: str, *, folded: bool = False) -> Callable[..., Callable[[Function], Function]]:
-    """Return ``click.option`` for options under a heading."""
+    """Return a ``click.option`` that lists its options under a heading."""
     return partial(click.option, cls=Option, heading=heading, folded=folded)
 
 
 _early = partial(Option, heading="General", is_eager=True, expose_value=False)
 _GENERAL = [
     _early(["-q", "--quiet"], is_flag=True, callback=_quiet, help="Hide warnings and progress."),
-    _early(["-v", "--verbose"], count=True, callback=_verbose, help="Show more messages; -vv: all."),
+    _early(["-v", "--verbose"], count=True, callback=_verbose, help="Show more messages; -vv shows all of them."),
     _early(["--help-all", "all_help"], is_flag=True, callback=_all_help, help="Show every option in full and exit."),
 ]
 
 
 class Command(click.Command):
-    """A command with options under headings, and errors that point to its own help."""
+    """A command whose help lists options under headings, and whose errors point to its own help."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Insert the general options before --help."""
@@ -83,7 +87,7 @@ class Command(click.Command):
         return [*own, *_GENERAL, shown]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options under their headings, general options last."""
+        """Write the options under their headings. The general options come last."""
         records: dict[str, list[tuple[str, str]]] = {"Options": []}
         folded: set[str] = set()
         for option in self.get_params(ctx):
@@ -101,7 +105,7 @@ class Command(click.Command):
                         formatter.write_dl(own, COLUMN)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the examples of the command."""
+        """Write the examples for the command."""
         path = ctx.command_path.partition(" ")[2]
         if path in EXAMPLES:
             with formatter.section("Examples"):
@@ -109,7 +113,7 @@ class Command(click.Command):
                     formatter.write(f"{'':{formatter.current_indent}}retrieval-tip {example}\n")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse as click does, but report all missing parameters at once, and suggest ``-k`` for ``--k``."""
+        """Parse arguments as click does, but report all missing parameters at once and suggest ``-k`` for ``--k``."""
         given = list(args)
         try:
             return super().parse_args(ctx, args)
@@ -125,7 +129,7 @@ class Command(click.Command):
             raise
 
     def _missing(self, ctx: click.Context, args: Sequence[str]) -> list[str]:
-        """Return the missing required parameters, as the usage names them."""
+        """Return the missing required parameters under the names that the usage line gives them."""
         given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
         return [
             f"argument {one.make_metavar(ctx)}" if isinstance(one, click.Argument) else f"option {one.opts[0]}"
@@ -134,13 +138,13 @@ class Command(click.Command):
         ]
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the command; errors show its usage."""
+        """Run the command. Errors show its usage."""
         with in_one_line(ctx):
             return super().invoke(ctx)
 
 
 class Group(click.Group):
-    """A group of :class:`Command` under headings, which suggests commands for names from other programs."""
+    """A group that lists its commands under headings, and suggests commands for names used by other programs."""
 
     command_class = Command
 
@@ -153,7 +157,7 @@ class Group(click.Group):
             self.add_command(one)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands with the first sentence of their help."""
+        """Write each command with the first sentence of its help."""
         room = formatter.width - max(map(len, self.commands)) - 6
         for heading, own in (self.headings or {"Commands": tuple(self.commands.values())}).items():
             with formatter.section(heading):
@@ -162,7 +166,7 @@ class Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Resolve as click does; for an unknown name, suggest commands of all groups."""
+        """Resolve a command as click does, but suggest commands from all groups if the name is unknown."""
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
@@ -181,7 +185,7 @@ command = partial(click.command, cls=Command)
 
 
 def _paths(group: click.Command, prefix: str = "") -> Iterator[str]:
-    """Yield the commands of a group and its subgroups, as ``index build``."""
+    """Yield the commands of a group and its subgroups, for example ``index build``."""
     for name, own in group.commands.items() if isinstance(group, click.Group) else ():
         yield f"{prefix}{name}"
         yield from _paths(own, f"{prefix}{name} ")
@@ -189,7 +193,7 @@ def _paths(group: click.Command, prefix: str = "") -> Iterator[str]:
 
 @contextmanager
 def in_one_line(ctx: click.Context | None = None) -> Iterator[None]:
-    """Convert errors into exceptions that click prints on one line of bounded length."""
+    """Convert errors into exceptions that click prints on a single line of bounded length."""
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:  # prints the help
@@ -217,7 +221,7 @@ def in_one_line(ctx: click.Context | None = None) -> Iterator[None]:
 
 
 def _discard_stdout() -> bool:
-    """Return whether standard output fails, and discard its buffer then, or Python would fail again on exit."""
+    """Return whether writing to standard output fails. If it does, discard its buffer so that Python can exit."""
     try:
         sys.stdout.flush()
     except OSError:

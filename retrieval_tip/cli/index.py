@@ -39,34 +39,40 @@ if TYPE_CHECKING:
     from retrieval_tip.index.places import Place
 
 OUT = click.option("--out", "--store", type=INDEX, required=True,
-                   help=f"Index folder, or {KIND} ({FORMS}); an existing index gets a new version.")  # fmt: skip
+                   help=f"Index folder, or {KIND} ({FORMS}). If the index already exists, it gets a new "
+                        "version.")  # fmt: skip
 _KEYS = options.several(
     click.option("--dtype", type=options.choice(Dtype), default="float32", show_default=True,
-                 help="Type of the stored keys."),
+                 help="Data type of the stored keys."),
     click.option("--alpha", type=NUMBER,
-                 help="Weight of the cache relative to the text.  [default: chosen on the shots]"),
-    click.option("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: chosen on the shots]"),
+                 help="Weight of the cache relative to the text.  [default: fitted to the shots]"),
+    click.option("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: fitted to the shots]"),
 )  # fmt: skip
 _TEMPLATES = click.option("--template", "template", multiple=True,
-                          help="Prompt with {} for the class name; repeat for an ensemble.")  # fmt: skip
-_SHOTS = click.option("--shots", type=SHOTS, help="Shots to draw per class, by CoOp's sampling rule.  [default: all]")
+                          help="Prompt template, with {} in place of the class name. Can be repeated for an "
+                               "ensemble.")  # fmt: skip
+_SHOTS = click.option("--shots", type=SHOTS,
+                      help="Number of shots to draw per class, by CoOp's sampling rule.  [default: all]")  # fmt: skip
 _INDEXING = options.several(
     click.option("--index", "factory",
-                  help="FAISS factory string; Classes: search likely classes in full; auto: by the number of keys. At "
-                       "an address: Flat, Classes, IvfFlat, IvfSq, HnswSq or auto.  [default: Flat; auto at an "
-                       "address]"),
+                  help="FAISS factory string, Classes or auto. Classes searches all keys of the likeliest classes; "
+                       "auto selects an index by the number of keys. At an address, give Flat, Classes, IvfFlat, "
+                       "IvfSq, HnswSq or auto.  [default: Flat; auto at an address]"),
     click.option("--fit", type=options.choice(FitName),
-                  help="auto: fit metric, values, alpha, beta and temperature to the shots; none: plain Tip-Adapter.  "
+                  help="With auto, the metric, values, alpha, beta and temperature are fitted to the shots. With none, "
+                       "the index is plain Tip-Adapter.  "
                        "[default: auto; none if --alpha, --beta or --normalize is given]"),
     options.LETTERS,
     _KEYS,
     click.option("--normalize", type=options.choice(Normalize),
-                  help="Units of alpha and beta; none: the paper's, with alpha 1 and beta 5.5.  "
+                  help="Units of alpha and beta. With none, the units of the paper are used, and the defaults are "
+                      "alpha 1 and beta 5.5.  "
                        "[default: both; none if --alpha or --beta is given]"),
     click.option("-k", "k", type=K(),
-                  help="Number of nearest keys used per query.  [default: all; with --index auto, its choice]"),
+                  help="Number of nearest keys to use per query.  [default: all; selected automatically with "
+                       "--index auto]"),
     click.option("--logit-scale", type=POSITIVE,
-                  help="Factor of the text logits.  [default: the encoder's, else 100]"),
+                  help="Factor by which text logits are multiplied.  [default: the encoder's logit scale, or 100]"),
 )  # fmt: skip
 
 
@@ -79,9 +85,10 @@ def index() -> None:
 @click.argument("source", type=SOURCE)
 @OUT
 @click.option("--recipe", type=FILE, is_eager=True, expose_value=False, callback=recipe,
-              help="TOML file with any of these options; command-line options override it.")  # fmt: skip
+              help="TOML file that sets any of these options. Options on the command line override it.")  # fmt: skip
 @options.BACKBONE
-@click.option("--text", type=FILE, help="Feature table of text features, labelled by class, used instead of prompts.")
+@click.option("--text", type=FILE,
+              help="Feature table of text features labelled by class, which are used instead of prompts.")  # fmt: skip
 @_TEMPLATES
 @_SHOTS
 @options.VIEWS
@@ -112,10 +119,10 @@ def build(
 ) -> None:
     """Build an index from labelled images or features.
 
-    SOURCE is a folder of class folders; a .csv, .tsv, .jsonl or .parquet table with columns path and label; a feature
-    table (.parquet with id, label and feature); a split .json (its train part); or webdataset tars
-    ("shards/{000..099}.tar"). Folders, tables and tars may be on s3://, gs:// or az://. With --dataset, SOURCE is the
-    folder that holds the datasets, and the dataset's own prompts are used.
+    SOURCE can be a folder of class folders; a .csv, .tsv, .jsonl or .parquet table with the columns path and label; a
+    feature table (.parquet with the columns id, label and feature); a split .json, of which the train part is used; or
+    webdataset tars ("shards/{000..099}.tar"). Folders, tables and tars can also be on s3://, gs:// or az://. With
+    --dataset, SOURCE is the folder that contains the datasets, and the prompts of the dataset are used.
     """
     from retrieval_tip.data.datasets import facts
     from retrieval_tip.index.build import build_index
@@ -137,17 +144,17 @@ def build(
             say_fit(cache.provenance["fit"])
         if version > 1:
             restore = shlex.join(["retrieval-tip", "index", "rollback", str(out)])
-            say(f"Version {version - 1} is kept; to restore it: {restore}")
+            say(f"Version {version - 1} is kept. To restore it, run: {restore}")
         say(f"Next: {_next_step(out, cache)}")
     finish(ctx, encoder.skipped)
 
 
 LEAST_RIGHT = 0.9
-"""Estimated accuracy of a class below which a build suggests more photos of it."""
+"""If the estimated accuracy of a class is lower than this, a build suggests adding photos to the class."""
 
 
 def _next_step(out: Place, cache: AnsweringIndex) -> str:
-    """Return the command that helps most after a build: more photos of a weak class, else a look at the answers."""
+    """Return the next step to suggest after a build: add photos of a weak class, or open the page if there is none."""
     name, right, held = (cache.provenance.get("fit", {}).get("weakest") or [("", 1, 1)])[0]
     if right < LEAST_RIGHT * held:
         add, audit = (shlex.join(["retrieval-tip", "index", command, str(out)]) for command in ("add", "audit"))
@@ -159,7 +166,7 @@ def _next_step(out: Place, cache: AnsweringIndex) -> str:
 @click.argument("folder", type=INDEX, metavar="INDEX")
 @options.JSON
 def info(folder: Place, as_json: bool) -> None:
-    """Describe an index: version, encoder, classes, settings."""
+    """Show the version, encoder, classes and settings of an index."""
     from retrieval_tip.index.places import at
 
     facts = at(folder).describe()
@@ -175,7 +182,8 @@ def info(folder: Place, as_json: bool) -> None:
 def list_command(folder: Path, printing: OutputOptions) -> None:
     """List the indexes in a folder.
 
-    The default FOLDER is indexes. Shows the name, version, keys, classes and encoder of each index.
+    FOLDER defaults to indexes. For each index, shows its name, version, encoder and creation time, and the number of
+    its keys and classes.
     """
     import pyarrow as pa
 
@@ -194,9 +202,10 @@ def list_command(folder: Path, printing: OutputOptions) -> None:
 @index.command("verify")
 @click.argument("folder", type=INDEX, metavar="INDEX")
 def verify(folder: Place) -> None:
-    """Check every byte of an index and that its parts match.
+    """Check that an index is undamaged.
 
-    In a bucket, checks every row of the current version and the small objects of earlier versions.
+    Checks every byte of the index, and that its parts match. For an index in a bucket, checks every row of the current
+    version and the small objects of earlier versions.
     """
     from retrieval_tip.index.places import at
 
@@ -208,16 +217,19 @@ def verify(folder: Place) -> None:
 @click.argument("folder", type=INDEX, metavar="INDEX")
 @click.argument("sql")
 @options.FORMAT
-@click.option("--predictions", type=FILE, help="Output of classify (.parquet, .csv, .json), as table predictions.")
+@click.option("--predictions", type=FILE,
+              help="Output of classify (.parquet, .csv or .json), to be used as the table predictions.")  # fmt: skip
 @click.option("--timeout", type=click.IntRange(1, 86_400), default=60, show_default=True,
-              help="Time limit of the query, in seconds.")  # fmt: skip
+              help="Time limit for the query, in seconds.")  # fmt: skip
 def query(folder: Place, sql: str, predictions: Path | None, timeout: int, printing: OutputOptions) -> None:
     """Query the label store with SQL.
 
-    SQL is one read-only SELECT; it cannot access other files. The table labels has the columns key_id, class_id, label,
-    source, shot, views, digest and added_at, and any further columns of the table that the index was built from. The
-    view class_counts has class_id, label and keys. The table versions is the output of index history. A fine-tuned
-    index has its loss curve in the table curve. With --predictions, the output of classify is the table predictions.
+    SQL is a single SELECT statement. It is read-only and cannot access other files. You can query these tables:
+
+    The table labels has the columns key_id, class_id, label, source, shot, views, digest and added_at, and any further
+    columns of the table that the index was built from. The view class_counts has the columns class_id, label and keys.
+    The table versions contains the output of index history. If the index is fine-tuned, the table curve contains its
+    loss curve. If you give --predictions, the table predictions contains that output of classify.
     """
     from retrieval_tip.cli.output import write_table
     from retrieval_tip.index.places import at
@@ -228,13 +240,15 @@ def query(folder: Place, sql: str, predictions: Path | None, timeout: int, print
 @index.command("tune")
 @click.argument("folder", type=FOLDER, metavar="INDEX")
 @click.option("--val", "source", type=SOURCE, required=True,
-              help="Images or features to tune on, not the shots; a split .json gives its val part.")  # fmt: skip
+              help="Images or features to tune on. Do not use the shots. The val part of a split .json is "
+                   "used.")  # fmt: skip
 @click.option("--agreement", type=Number(0, 1, above=True), default=0.999, show_default=True,
-              help="Required share of answers that equal those over all keys.")  # fmt: skip
+              help="Minimum share of answers that must equal those of an exact search over all keys.")  # fmt: skip
 @click.option("--index", "factories", multiple=True,
-              help="FAISS factory to try; repeat for more.  [default: Classes and an inverted file]")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Print the results without changing the index.")
-@click.option("--plot", type=FILE, help="PNG or SVG diagram of cost and agreement (needs matplotlib).")
+              help="FAISS factory string to try. Can be repeated.  "
+                   "[default: Classes and an inverted file]")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Print the results, but do not change the index.")
+@click.option("--plot", type=FILE, help="PNG or SVG diagram of cost and agreement (requires matplotlib).")
 @options.ROOT
 @options.FORMAT
 @options.BACKBONE
@@ -252,11 +266,12 @@ def tune_command(
     printing: OutputOptions,
     encoding: EncodingOptions,
 ) -> None:
-    """Find the cheapest index and k with the same answers.
+    """Find the cheapest index and k that give the same answers.
 
-    Compares the answers of each candidate with those over all keys, and measures its cost per query on this machine, in
-    one batch. Prints the candidates that no cheaper one matches, and saves the chosen one as a new version. Needs no
-    labels. -k all still gives the answers over all keys.
+    Compares the answers of each candidate with the answers of a search over all keys, and measures the cost per query
+    on this machine in one batch. Prints every candidate that has no cheaper alternative with the same agreement, and
+    saves the cheapest one that reaches --agreement as a new version. The images do not have to be labelled. You can
+    still search all keys of a tuned index with -k all.
     """
     import pyarrow as pa
 
@@ -283,7 +298,7 @@ def tune_command(
 
 
 def _ids(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> list[int] | None:
-    """Return the key ids in all options; ``None`` without any option."""
+    """Return the key ids in all given options, or ``None`` if no option is given."""
     parts = [part.strip() for text in texts for part in text.split(",")]
     if wrong := [part for part in parts if not re.fullmatch(r"-?[0-9]{1,40}", part)]:
         raise click.BadParameter(f"{wrong[0]!r} is not a key id; give whole numbers", ctx)
@@ -291,20 +306,23 @@ def _ids(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> list
 
 
 _WHICH = options.several(
-    click.option("--where", metavar="SQL", help="Condition over the label store that selects shots."),
+    click.option("--where", metavar="SQL", help="SQL condition on the label store that selects the shots."),
     click.option("--key-ids", multiple=True, metavar="ID,...", callback=_ids,
-                 help="Key ids of the shots; repeat for more."),
+                 help="Key ids of the shots. Can be repeated."),
 )  # fmt: skip
 
 
 @index.command("add")
 @click.argument("folder", type=INDEX, metavar="INDEX")
 @click.argument("source", type=SOURCE)
-@click.option("--text", type=FILE, help="Feature table of text features for new classes, used instead of prompts.")
+@click.option("--text", type=FILE,
+              help="Feature table of text features for new classes, which are used instead of prompts.")  # fmt: skip
 @_SHOTS
-@click.option("--views", type=VIEWS_COUNT, help="Views averaged per key.  [default: as in the index]")
-@click.option("--seed", type=SEED, help="Seed for drawing shots and views.  [default: the index's, else 1]")
-@click.option("--skip-known", is_flag=True, help="Skip images that the index already has under the same label.")
+@click.option("--views", type=VIEWS_COUNT,
+              help="Number of views to average per key.  [default: the same as in the index]")  # fmt: skip
+@click.option("--seed", type=SEED,
+              help="Seed for drawing shots and views.  [default: the seed of the index, or 1]")  # fmt: skip
+@click.option("--skip-known", is_flag=True, help="Skip images that are already in the index under the same label.")
 @options.BACKBONE
 @options.READING
 @options.ENCODING
@@ -323,8 +341,9 @@ def add_command(
 ) -> None:
     """Add labelled images or features to an index.
 
-    SOURCE is the same as for index build. New classes are appended, with text weights from the index's templates or
-    from --text. The cost depends only on how much you add; index compact later merges all additions.
+    SOURCE can be anything that index build accepts. New classes are appended to the index, and their text weights come
+    from the templates of the index or from --text. The cost depends only on the number of shots that you add. You can
+    merge all additions later with index compact.
     """
     from retrieval_tip.index import changes
 
@@ -346,7 +365,7 @@ def add_command(
 def merge_command(folder: Place, others: tuple[Place, ...]) -> None:
     """Add the shots of other indexes to an index.
 
-    OTHERS are indexes of the same encoder. Each one makes a new version.
+    OTHERS are indexes built with the same encoder. A new version is made for each of them.
     """
     from retrieval_tip.index import changes
 
@@ -360,7 +379,8 @@ def merge_command(folder: Place, others: tuple[Place, ...]) -> None:
 def remove_command(folder: Place, where: str | None, key_ids: list[int] | None) -> None:
     """Remove shots from an index.
 
-    Their classes stay. Earlier versions keep the shots until index gc deletes those versions.
+    The classes of these shots stay in the index. Earlier versions still contain the shots until you delete those
+    versions with index gc.
     """
     from retrieval_tip.index import changes
 
@@ -375,7 +395,7 @@ def remove_command(folder: Place, where: str | None, key_ids: list[int] | None) 
 def relabel_command(folder: Place, label: str, where: str | None, key_ids: list[int] | None) -> None:
     """Move shots to another class.
 
-    LABEL must be a class of the index. Use index add to add a class, and index rename to rename one.
+    LABEL must be a class of the index. To add a class, use index add. To rename a class, use index rename.
     """
     from retrieval_tip.index import changes
 
@@ -387,12 +407,13 @@ def relabel_command(folder: Place, label: str, where: str | None, key_ids: list[
 @click.argument("folder", type=INDEX, metavar="INDEX")
 @click.argument("old")
 @click.argument("new")
-@click.option("--encode", is_flag=True, help="Replace the text weights with an encoding of the new name.")
+@click.option("--encode", is_flag=True, help="Encode the new name, and replace the text weights with the result.")
 @options.grouped("backbone", BackboneOptions, options.BACKBONE, options.DEVICE)
 def rename_command(folder: Place, old: str, new: str, encode: bool, backbone: BackboneOptions) -> None:
     """Rename the class OLD to NEW.
 
-    If NEW already exists, OLD is merged into it. The text weights stay unchanged unless --encode or --model is given.
+    If the class NEW already exists, OLD is merged into it. The text weights stay unchanged unless you give --encode or
+    --model.
     """
     from retrieval_tip.index import changes
 
@@ -407,11 +428,12 @@ def rename_command(folder: Place, old: str, new: str, encode: bool, backbone: Ba
 @click.argument("folder", type=INDEX, metavar="INDEX")
 @click.option("--alpha", type=NUMBER, help="Weight of the cache relative to the text.")
 @click.option("--beta", type=NUMBER, help="Sharpness of the affinity.")
-@click.option("-k", "k", type=K(), help="Number of nearest keys used per query.")
-@click.option("--tail/--no-tail", default=None, help="Estimate the contribution of keys that are not retrieved.")
+@click.option("-k", "k", type=K(), help="Number of nearest keys to use per query.")
+@click.option("--tail/--no-tail", default=None,
+              help="Whether to estimate the contribution of keys that are not retrieved.")  # fmt: skip
 @click.option("--temperature", type=POSITIVE, help="Temperature T of the probabilities, softmax(logits / T).")
 @click.option("--normalize", type=options.choice(Normalize),
-              help="Units of alpha and beta, measured on the current shots; both: as in a new build.")  # fmt: skip
+              help="Units of alpha and beta, measured on the current shots. index build uses both.")  # fmt: skip
 @_TEMPLATES
 @options.grouped("backbone", BackboneOptions, options.BACKBONE, options.DEVICE)
 def set_command(
@@ -427,7 +449,8 @@ def set_command(
 ) -> None:
     """Change the settings of an index.
 
-    Templates replace the text weights. A new beta for a fitted index also refits its values, alpha and temperature.
+    If you give templates, new text weights are encoded from them. If you change the beta of a fitted index, its values,
+    alpha and temperature are also fitted again.
     """
     from retrieval_tip.index import changes
 
@@ -444,7 +467,10 @@ def set_command(
 @index.command("compact")
 @click.argument("folder", type=INDEX, metavar="INDEX")
 def compact_command(folder: Place) -> None:
-    """Merge later additions into one segment."""
+    """Merge all segments of an index into one.
+
+    Each addition to an index is stored as a separate segment.
+    """
     from retrieval_tip.index import changes
 
     _say_version(folder, changes.compact(folder).version, "one segment")
@@ -457,7 +483,7 @@ def compact_command(folder: Place) -> None:
 def rebuild_command(folder: Place, factory: str | None, dtype: Dtype | None) -> None:
     """Rebuild the FAISS index from the keys.
 
-    --index changes its type, and --dtype the precision of the keys.
+    Use --index to change the index type, and --dtype to change the precision of the keys.
     """
     from retrieval_tip.index import changes
 
@@ -468,7 +494,7 @@ def rebuild_command(folder: Place, factory: str | None, dtype: Dtype | None) -> 
 @click.argument("folder", type=INDEX, metavar="INDEX")
 @options.FORMAT
 def history_command(folder: Place, printing: OutputOptions) -> None:
-    """List the kept versions of an index, oldest first."""
+    """List all versions of an index, starting with the oldest."""
     from retrieval_tip.cli.output import write_table
     from retrieval_tip.index.places import at
 
@@ -479,7 +505,10 @@ def history_command(folder: Place, printing: OutputOptions) -> None:
 @click.argument("folder", type=INDEX, metavar="INDEX")
 @click.option("--version", type=count(), help="Version to restore.  [default: the previous one]")
 def rollback_command(folder: Place, version: int | None) -> None:
-    """Restore an earlier version, as a new version."""
+    """Restore an earlier version of an index.
+
+    The restored version is saved as a new version, so the current version is kept.
+    """
     from retrieval_tip.index import changes
 
     _say_version(folder, changes.rollback(folder, version).version, "rolled back")
@@ -491,7 +520,7 @@ def rollback_command(folder: Place, version: int | None) -> None:
 def gc_command(folder: Place, keep: int) -> None:
     """Delete earlier versions and the files that only they use.
 
-    Photos added over HTTP (in INDEX-shots) are deleted too if no kept version uses them.
+    Photos that were added over HTTP (in INDEX-shots) are also deleted if no remaining version uses them.
     """
     from retrieval_tip.index import changes
 
@@ -514,14 +543,19 @@ def clone_command(folder: Place, out: Place, version: int | None) -> None:
 @index.command("export")
 @click.argument("folder", type=FOLDER, metavar="INDEX")
 @click.option("--out", type=FILE, help="Feature table to write (.parquet).")
-@click.option("--text", type=FILE, help="Feature table to write for the text weights; index build --text reads it.")
-@click.option("--onnx", type=FILE, help="ONNX file to write; a graph from pixels to logits (needs onnx).")
-@click.option("--features", is_flag=True, help="With --onnx: start from features, without the image encoder.")
-@click.option("--k", type=K(), help="With --onnx: all, if the index uses k nearest keys; a graph uses every key.")
+@click.option("--text", type=FILE,
+              help="Feature table to write for the text weights. You can pass it to index build --text.")  # fmt: skip
+@click.option("--onnx", type=FILE,
+              help="ONNX file to write. Its graph computes logits from pixels (requires onnx).")  # fmt: skip
+@click.option("--features", is_flag=True,
+              help="With --onnx, compute logits from features, and leave out the image encoder.")  # fmt: skip
+@click.option("--k", type=K(),
+              help="With --onnx, give all if the index uses the k nearest keys, because a graph can only use all "
+                   "keys.")  # fmt: skip
 def export_command(
     folder: Path, out: Path | None, text: Path | None, onnx: Path | None, features: bool, k: KeysMet
 ) -> None:
-    """Export keys as a feature table, or an index as ONNX.
+    """Export the keys as a feature table, or the index as ONNX.
 
     The ONNX graph contains the whole index and runs in any ONNX runtime.
     """
@@ -552,10 +586,11 @@ def export_command(
 @index.command("import")
 @click.argument("source", type=FOLDER)
 @OUT
-@click.option("--classes", type=FILE, help="Text file of class names in order, one per line.  [default: class 0 ...]")
+@click.option("--classes", type=FILE,
+              help="Text file with the class names in order, one per line.  [default: class 0 ...]")  # fmt: skip
 @click.option("--text", type=FILE, help="Feature table of text features, labelled by class.")
 @options.NORMS
-@click.option("--index", "factory", help="As for index build.")
+@click.option("--index", "factory", help="Index type; see index build for details.")
 @_KEYS
 def import_command(
     source: Path,
@@ -568,10 +603,11 @@ def import_command(
     alpha: float | None,
     beta: float | None,
 ) -> None:
-    """Build an index from a cache of the Tip-Adapter code.
+    """Build an index from a cache saved by the Tip-Adapter code.
 
-    SOURCE is a keys_16shots.pt with values_16shots.pt beside it, or the folder of both. For keys of other programs,
-    docs/features.md shows how to write a feature table in ten lines of Python.
+    SOURCE is a file such as keys_16shots.pt, with values_16shots.pt in the same folder, or the folder that contains
+    both files. If your keys come from another program, see docs/features.md for how to write a feature table in ten
+    lines of Python.
     """
     from retrieval_tip.index.changes import import_index
 
@@ -583,10 +619,12 @@ def import_command(
 
 @index.command("audit")
 @click.argument("folder", type=INDEX, metavar="INDEX")
-@click.option("-k", "k", type=K(), help="Nearest keys that judge a shot, or all.  [default: all in small indexes]")
+@click.option("-k", "k", type=K(),
+              help="Number of nearest keys used to check each shot, or all.  "
+                   "[default: all in small indexes]")  # fmt: skip
 @click.option("--all", "borderline", is_flag=True, help="Include borderline cases.")
 @click.option("--apply", "file", type=FILE,
-              help="Table from audit --output; its suggestions are applied in one new version.")  # fmt: skip
+              help="Table written by audit --output, whose suggestions are applied in one new version.")  # fmt: skip
 @options.FORMAT
 @click.pass_context
 def audit_command(
@@ -594,10 +632,12 @@ def audit_command(
 ) -> None:
     """List shots that look mislabelled, or relabel them.
 
-    Each shot is judged by all others except those of the same image. The most suspicious shots come first; images in
-    two classes are listed too. To correct labels, save the list with --output suspects.csv (or .json, .parquet), delete
-    rows or edit suggestions, and pass the file to --apply. It reads three columns: key_id, label (which must still be
-    the shot's label) and suggested (the new label).
+    Each shot is classified with all other shots, excluding those of the same image. The most suspicious shots are
+    listed first. Images that appear in two classes are also listed.
+
+    To correct labels, save the list with --output suspects.csv (you can also use .json or .parquet). Delete rows or
+    edit the suggestions, and then pass the file to --apply. Three columns are read: key_id, label, which must still be
+    the label of the shot, and suggested, which is the new label.
     """
     if file is not None:
         from retrieval_tip.index.changes import apply_audit
@@ -635,7 +675,7 @@ def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
     _say_version(folder, added.version, what)
     if added.known and not skipped:
         known = counted(added.known, "image", "was", "were")
-        warn([f"{known} already in the index under the same label; --skip-known skips such images"])
+        warn([f"{known} already in the index under the same label; use --skip-known to skip such images"])
     if added.duplicates is not None:
         warn_of(added.duplicates)
         if added.duplicates.compared == "digests":

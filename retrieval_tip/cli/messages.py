@@ -1,4 +1,4 @@
-"""Messages, output lines and exit statuses of the commands."""
+"""Functions that print messages and results, and the exit statuses of commands."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ def say(text: str) -> None:
 
 
 def warn(warnings: Iterable[str]) -> None:
-    """Print warnings on standard error, unless --quiet."""
+    """Print warnings on standard error, unless --quiet is given."""
     for warning in warnings:
         logging.getLogger("retrieval_tip").warning("%s", warning)
 
 
 def say_fit(fit: Mapping[str, Any]) -> None:
-    """Print the estimate of a fit (``provenance["fit"]``) and its weakest classes; with -v, the form it chose."""
+    """Print the accuracy estimate of a fit (``provenance["fit"]``) and its weakest classes.
+
+    With -v, also print the selected form.
+    """
     say(fit["summary"])
     if fit["weakest"]:
         classes = (f"{name} {100 * right / held:.0f} % ({right} of {held})" for name, right, held in fit["weakest"])
@@ -34,7 +37,7 @@ def say_fit(fit: Mapping[str, Any]) -> None:
 
 
 def about(place: object, what: str) -> None:
-    """Print the result for a file, folder or address on standard output."""
+    """Print a result on standard output, preceded by its file, folder or address."""
     click.echo(one_line(f"{show(str(place))}: {what}"))
 
 
@@ -51,14 +54,14 @@ def shown(value: object) -> str:
 
 
 def print_facts(facts: Mapping[str, object], width: int = 0) -> None:
-    """Print facts on standard output, one per line, with aligned values."""
+    """Print each name and value on a line of standard output, with the values aligned."""
     width = max(width, *map(len, facts))
     for name, value in facts.items():
         click.echo(f"{name:<{width}}  {shown(value)}")
 
 
 def finish(ctx: click.Context, skipped: list[Skipped]) -> None:
-    """Print the number of skipped inputs, if any, and exit with their status. The inputs were named earlier."""
+    """If any inputs were skipped, print how many, and exit with the status ``SOME_SKIPPED``."""
     if skipped:
         say(f"{counted(len(skipped), 'input')} could not be read")
         ctx.exit(SOME_SKIPPED)

@@ -1,4 +1,4 @@
-"""Sources, backbones, encoders and indexes for the options of a command."""
+"""Functions that open the sources, backbones, encoders and indexes named by the options of a command."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from retrieval_tip.store.manifest import Manifest
 
 LONG = 10.0
-"""Seconds of encoding after which the speed is printed."""
+"""Number of seconds. If encoding takes longer, its speed is printed."""
 UNNAMED = "the index was built from features of an unknown encoder; name it with --model to encode images"
 
 
 def source_of(path: Path | str, reading: ReadingOptions, split: str, *, labelled: bool = True) -> Source:
-    """Open the source or dataset of a command; ``split`` is the default part."""
+    """Open the source or dataset of a command. ``split`` is the part that is used by default."""
     from retrieval_tip.data.sources import open_items, open_source
 
     part = reading.split or split
@@ -49,7 +49,7 @@ def source_of(path: Path | str, reading: ReadingOptions, split: str, *, labelled
 
 
 def validation(cache: CacheModel, path: Path | str, root: Path | None, number: KeysMet) -> Source:
-    """Open validation images: ``number`` per class, by default as published, or all."""
+    """Open ``number`` validation images per class, or all of them. The default is the published number."""
     from retrieval_tip.fit.search_hp import validation_shots
 
     val = source_of(path, ReadingOptions(root=root), "val")
@@ -57,7 +57,7 @@ def validation(cache: CacheModel, path: Path | str, root: Path | None, number: K
 
 
 def checked(folder: Path, device: str, precision: Precision = "float32") -> CacheModel:
-    """Load an index, hashing its files while torch is imported."""
+    """Load an index, and hash its files while torch is being imported."""
     from retrieval_tip.store.folder import Check
 
     check = Check(folder)
@@ -67,7 +67,7 @@ def checked(folder: Path, device: str, precision: Precision = "float32") -> Cach
 
 
 def index_with(folder: Place, answer: AnswerOptions, backbone: BackboneOptions) -> AnsweringIndex:
-    """Load an index with settings and keys as the command line chose them."""
+    """Load an index with the settings and keys selected on the command line."""
     from retrieval_tip.index.places import at
 
     cache = at(folder).load(device=backbone.device, precision=backbone.precision, verify=answer.verify)
@@ -79,12 +79,12 @@ def index_with(folder: Place, answer: AnswerOptions, backbone: BackboneOptions) 
 
 
 def _restricted(cache: AnsweringIndex, where: str) -> CacheModel:
-    """Return the index over the keys that match a condition, and print the reduced classes."""
+    """Return the index restricted to the keys that match a condition, and print the classes that lost keys."""
     from retrieval_tip.store.query import rows_where
 
     rows = rows_where(cache.labels, where)
     if not len(rows):
-        raise UsageError(f"where: none of the {cache.n} shots matches; change the condition")
+        raise UsageError(f"where: none of the {cache.n} shots match; change the condition")
     rest = cache.take(rows)
     counts = zip(cache.class_names, rest.counts, cache.counts, strict=True)
     parts = [f"{name} {a}/{b}" for name, a, b in counts if a < b]
@@ -94,7 +94,7 @@ def _restricted(cache: AnsweringIndex, where: str) -> CacheModel:
 
 @dataclass(frozen=True)
 class Origin:
-    """Origin of an index's features, from its manifest: enough to encode more without loading the index."""
+    """Manifest data that is needed to encode more images for an index without loading the index."""
 
     manifest: Manifest
     backbone: Identity | None
@@ -103,7 +103,7 @@ class Origin:
 
     @classmethod
     def of(cls, folder: Place) -> Origin:
-        """Read the origin of an index."""
+        """Read the manifest of an index."""
         from retrieval_tip.backbones.base import Identity
         from retrieval_tip.index.places import at
 
@@ -114,7 +114,10 @@ class Origin:
 
 
 def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tuple[str, str | None]:
-    """Return model and weights: from the command line, else the identity, else the default."""
+    """Return the names of the model and its weights.
+
+    They are taken from the command line if given there, then from ``identity``, and then from the defaults.
+    """
     from retrieval_tip.backbones.catalogue import DEFAULT
 
     if backbone.model or identity is None:
@@ -123,7 +126,7 @@ def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tupl
 
 
 def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Path | None = None) -> Backbone:
-    """Load the backbone that :func:`name_of` chooses."""
+    """Load the backbone named by :func:`name_of`."""
     from retrieval_tip.backbones.loading import load_backbone
 
     model, pretrained = name_of(backbone, identity)
@@ -136,7 +139,11 @@ def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Pat
 
 
 def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = False) -> Backbone | None:
-    """Load the backbone for a source: the given one, or the one a feature table names if text weights need it."""
+    """Load the backbone for a source.
+
+    If the source is a feature table and no model is given, load the backbone that the table names, but only if text
+    weights are ``needed``.
+    """
     from retrieval_tip.data.feature_tables import table_identity
 
     if source.table is None or backbone.model:
@@ -148,9 +155,10 @@ def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = Fal
 def backbone_for(
     cache: AnsweringIndex | Origin, sources: Sequence[Source], backbone: BackboneOptions, *, needed: bool
 ) -> Backbone | None:
-    """Return the index's own backbone if it is ``needed`` or there are images to encode; raise if it has changed.
+    """Return the backbone of an index if it is ``needed`` or there are images to encode.
 
-    It loads on first use, since the encoding cache or the stored image tower may suffice.
+    The backbone is loaded on first use, because the encoding cache or the stored image tower may be sufficient. Raises
+    an error if the backbone differs from the one that the index was built with.
     """
     from retrieval_tip.backbones.loading import load_when_needed
     from retrieval_tip.data.feature_tables import check_backbone
@@ -174,7 +182,7 @@ def backbone_for(
 def encoder_of(
     ctx: click.Context, backbone: Backbone | None, encoding: EncodingOptions, views: ViewOptions | None = None
 ) -> Iterator[Encoder]:
-    """Open the encoder for a command's inputs, and close its cache at the end."""
+    """Open the encoder for the inputs of a command, and close its cache on exit."""
     from retrieval_tip.data.encoding_cache import EncodingCache
 
     cache = None if backbone is None or encoding.no_cache else EncodingCache.at(encoding.cache)
@@ -202,7 +210,7 @@ def encoder_for(
     *,
     needed: bool = False,
 ) -> Iterator[Encoder]:
-    """Open the encoder for an index's queries or additions, with its own backbone (:func:`backbone_for`)."""
+    """Open an encoder with the backbone of an index (see :func:`backbone_for`)."""
     own = backbone_for(cache, sources, encoding, needed=needed)
     with encoder_of(ctx, own, encoding, views) as encoder:
         yield encoder

@@ -1,4 +1,4 @@
-"""Options shared by commands. A command receives each group of options as one frozen dataclass."""
+"""Options shared by several commands. Each group of options is passed to a command as a frozen dataclass."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ def choice(alias: object) -> click.Choice[str]:
 
 
 def several(*options: Decorator) -> Decorator:
-    """Combine options into one decorator, in the order that help shows them."""
+    """Combine options into one decorator. The help shows them in the same order."""
     return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
 def grouped(name: str, kind: type[Any], *shown: Decorator) -> Decorator:
-    """Combine options into one decorator that passes their values as parameter ``name``, an instance of ``kind``.
+    """Combine options into one decorator that passes their values to the command as one parameter.
 
-    Each field of ``kind`` takes the option of its name, from any decorator of the command, or else its default.
+    The parameter is called ``name`` and is an instance of ``kind``. Each field of ``kind`` takes the value of the
+    option with the same name, which may come from any decorator of the command. If there is no such option, the field
+    keeps its default.
     """
 
     def decorate(command: Function) -> Function:
@@ -51,7 +53,10 @@ def grouped(name: str, kind: type[Any], *shown: Decorator) -> Decorator:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneOptions:
-    """Backbone, arithmetic, runtime and device. ``model`` and ``pretrained`` are ``None`` for the default."""
+    """Options that select a backbone, its precision, its runtime and its device.
+
+    If ``model`` or ``pretrained`` is ``None``, its default is used.
+    """
 
     model: str | None
     pretrained: str | None
@@ -62,20 +67,20 @@ class BackboneOptions:
 
 @dataclass(frozen=True)
 class ReadingOptions:
-    """Dataset and part to read from a source, and the folder that relative paths start from."""
+    """Dataset and part to read from a source, and the folder against which relative paths are resolved."""
 
     dataset: str | None = None
     split: str | None = None
     root: Path | None = None
 
     def without_split(self) -> ReadingOptions:
-        """Return the options for a second source, without the part chosen for the first."""
+        """Return the options for a second source, which does not use the ``split`` of the first."""
         return replace(self, split=None)
 
 
 @dataclass(frozen=True)
 class ViewOptions:
-    """Number of views averaged per key, and the seed for drawing shots and views."""
+    """Number of views to average per key, and the seed for drawing shots and views."""
 
     views: int = 1
     seed: int = 1
@@ -83,7 +88,7 @@ class ViewOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingOptions(BackboneOptions):
-    """Options for encoding: backbone, feature norms, batches, threads and the encoding cache."""
+    """Options for encoding images: the backbone, feature norms, batches, threads and the encoding cache."""
 
     norms: Norms
     batch_size: int | None
@@ -94,7 +99,7 @@ class EncodingOptions(BackboneOptions):
     strict: bool
 
     def encoder(self, views: ViewOptions | None = None) -> Encoder:
-        """Return an encoder without backbone and cache; ``None`` encodes the centre view."""
+        """Return an encoder that has no backbone and no cache yet. If ``views`` is ``None``, use the centre view."""
         from retrieval_tip.data.encoder import Encoder
 
         return Encoder(
@@ -105,7 +110,7 @@ class EncodingOptions(BackboneOptions):
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """Settings that override the index's own, a condition on the keys, and how to check the index."""
+    """Settings that override those of the index, a condition on the keys, and the level of verification."""
 
     k: KeysMet = None
     tail: bool | None = None
@@ -117,7 +122,7 @@ class AnswerOptions:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Engine that runs the work: this process or the actors of a Ray cluster."""
+    """Options that run the work in this process or on the actors of a Ray cluster."""
 
     engine: str
     actors: int | None
@@ -125,7 +130,7 @@ class EngineOptions:
 
     @property
     def is_ray(self) -> bool:
-        """Whether the work runs on Ray. Raises UsageError for Ray's options with another engine."""
+        """Whether the work runs on Ray. Raises UsageError if Ray options are given for another engine."""
         if self.engine != "ray" and (self.actors or self.ray_address):
             raise UsageError(f"--{'actors' if self.actors else 'ray-address'}: needs --engine ray")
         return self.engine == "ray"
@@ -133,14 +138,14 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Output format and file; ``None`` for the default format and for standard output."""
+    """Output format and output file. ``None`` means the default format and standard output."""
 
     named: str | None
     output: Path | None
 
     @property
     def style(self) -> str:
-        """Given format, or the format of the file's suffix. Raises UsageError for an unknown suffix."""
+        """Output format, from --format or the suffix of the file. Raises UsageError if the suffix is unknown."""
         suffix = Path(self.output).suffix.lower() if self.output else ""  # it may be a URL
         style = self.named or _SUFFIXES.get(suffix)
         if style is None:
@@ -162,101 +167,115 @@ OUTPUT_OPTION = under("Output")
 ENGINE_OPTION = under("Distributed with Ray", folded=True)
 
 VERIFY = ANSWER_OPTION("--verify", type=choice(Verify),
-                       help="Check of the index before use; full: every byte, fast: only the size of large files.  "
-                            "[default: full; fast at an address]")  # fmt: skip
-ROOT = READING_OPTION("--root", type=FOLDER, help="Folder that relative paths in a table or split .json start from.")
+                       help="How to check the index before use. full checks every byte; fast checks only the size of "
+                            "large files.  [default: full; fast at an address]")  # fmt: skip
+ROOT = READING_OPTION("--root", type=FOLDER,
+                      help="Folder against which relative paths in a table or split .json are resolved.")  # fmt: skip
 NORMS = READING_OPTION("--norms", type=choice(Norms), default="check", show_default=True,
-                       help="Norms of feature rows; check: must be 1, unit: scale to 1, keep: accept any.")  # fmt: skip
-DEVICE = BACKBONE_OPTION("--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or cuda:N.")
+                       help="How to treat the norms of feature rows. check requires them to be 1, unit scales them to "
+                            "1, and keep accepts any norm.")  # fmt: skip
+DEVICE = BACKBONE_OPTION("--device", default="auto", show_default=True,
+                         help="Device to use: auto, cpu, cuda or cuda:N.")  # fmt: skip
 PRECISION = BACKBONE_OPTION(
     "--precision", type=choice(Precision), default="auto", show_default=True,
-    help="Arithmetic of the encoder (auto: float32; on a GPU, float16 autocast) and of the products with all keys "
-         "(auto: the fastest that is measured to be accurate).",
+    help="Precision of the encoder and of the products with all keys. With auto, the encoder uses float32 (float16 "
+         "autocast on a GPU), and the products use the fastest precision that is measured to be accurate.",
 )  # fmt: skip
 MODEL = several(
     BACKBONE_OPTION(
         "--model",
-        help="An open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO (see retrieval-tip"
-        " models).  [default: ViT-B-32]",
+        help="Encoder to use: an open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO. "
+        "Run retrieval-tip models for a list.  [default: ViT-B-32]",
     ),
     BACKBONE_OPTION(
         "--pretrained",
-        help="Weights: a tag, a checkpoint file, or TAG=FILE for a local copy.  [default: the recommended tag]",
+        help="Weights to load: a tag, a checkpoint file, or TAG=FILE for a local copy.  [default: the recommended tag]",
     ),
 )
 BACKBONE = several(
     MODEL,
     PRECISION,
     BACKBONE_OPTION("--runtime", type=choice(Runtime), default="auto", show_default=True,
-                    help="Runtime for encoding images on a CPU; auto: OpenVINO if its features match torch's."),
+                    help="Runtime for encoding images on a CPU. With auto, OpenVINO is used if its features match "
+                         "those of torch."),
 )  # fmt: skip
 READING = grouped(
     "reading", ReadingOptions,
     READING_OPTION("--dataset", metavar="NAME",
-                   help="Known dataset (see datasets list); SOURCE is the folder that holds its folder."),
-    READING_OPTION("--split", help="Part of a split .json or dataset: train, val or test."),
+                   help="Name of a supported dataset (see datasets list). SOURCE is then the folder that contains "
+                        "the folder of the dataset."),
+    READING_OPTION("--split", help="Part of a split .json or dataset to use: train, val or test."),
     ROOT,
 )  # fmt: skip
 ENCODING = grouped(
     "encoding", EncodingOptions,
     NORMS,
     READING_OPTION("--batch-size", type=count("batch_size"),
-                   help="Images encoded at a time.  [default: the encoder's best, 16 on a CPU, 256 on a GPU]"),
-    READING_OPTION("--workers", type=count("workers"), default=min(16, os.cpu_count() or 1), show_default="cores",
-                   help="Number of threads that read and decode images."),
+                   help="Number of images to encode at a time.  [default: the best size for the encoder, 16 on a "
+                        "CPU, 256 on a GPU]"),
+    READING_OPTION("--workers", type=count("workers"), default=min(16, os.cpu_count() or 1),
+                   show_default="number of cores", help="Number of threads that read and decode images."),
     READING_OPTION("--cache", type=FOLDER,
                    help="Folder of the encoding cache.  [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]"),
     READING_OPTION("--no-cache", is_flag=True, help="Do not use the encoding cache."),
     READING_OPTION("--reduce/--no-reduce", default=True, show_default=True,
-                   help="Decode large JPEGs at reduced size for the centre view: faster, with nearly the same "
-                        "features."),
+                   help="Whether to decode large JPEGs at a reduced size for the centre view. This is faster and gives "
+                        "nearly the same features."),
     READING_OPTION("--strict", is_flag=True, help="Fail on the first image that cannot be read."),
     DEVICE,
 )  # fmt: skip
 VIEWS = grouped(
     "views", ViewOptions,
     click.option("--views", type=VIEWS_COUNT, default=1, show_default=True,
-                 help="Views averaged per key; 1: the centre view, more: augmented views, as in the paper."),
+                 help="Number of views to average per key. With 1, the centre view is used; with more, augmented views "
+                      "are used, as in the paper."),
     click.option("--seed", type=SEED, default=1, show_default=True, help="Seed for drawing shots and views."),
 )  # fmt: skip
 LETTERS = several(
     click.option("--metric", type=choice(MetricName),
-                 help="Similarity; within: directions in which photos of one class differ count less.  "
-                      "[default: chosen on the shots]"),
+                 help="Similarity metric. With within, directions in which photos of the same class differ count "
+                      "less.  [default: selected on the shots]"),
     click.option("--values", type=choice(ValuesName),
-                 help="Weights of keys for classes; solved: by ridge regression.  [default: chosen on the shots]"),
+                 help="Weights of the keys for each class. With solved, they are computed by ridge regression.  "
+                      "[default: selected on the shots]"),
 )  # fmt: skip
 ANSWER = grouped(
     "answer",
     AnswerOptions,
-    ANSWER_OPTION("-k", "k", type=K(), help="Number of nearest keys used per query.  [default: the index's]"),
+    ANSWER_OPTION("-k", "k", type=K(),
+                  help="Number of nearest keys to use per query.  [default: the setting of the index]"),
     ANSWER_OPTION("--tail/--no-tail", default=None,
-                  help="Estimate the contribution of keys that are not retrieved.  [default: the index's]"),
-    ANSWER_OPTION("--alpha", type=NUMBER, help="Weight of the cache relative to the text.  [default: the index's]"),
-    ANSWER_OPTION("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: the index's]"),
-    ANSWER_OPTION("--where", metavar="SQL", help="Condition over the label store; only matching keys are used."),
+                  help="Whether to estimate the contribution of keys that are not retrieved.  "
+                       "[default: the setting of the index]"),
+    ANSWER_OPTION("--alpha", type=NUMBER,
+                  help="Weight of the cache relative to the text.  [default: the setting of the index]"),
+    ANSWER_OPTION("--beta", type=NUMBER,
+                  help="Sharpness of the affinity.  [default: the setting of the index]"),
+    ANSWER_OPTION("--where", metavar="SQL",
+                  help="SQL condition on the label store. Only keys that match it are used."),
     VERIFY,
 )  # fmt: skip
 ENGINE = grouped(
     "engine", EngineOptions,
     ENGINE_OPTION("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, is_eager=True,
-                  help="Where to run; ray: actors on this machine or a cluster, which write a folder of parts, on disk "
-                       "or in a bucket. Running the command again completes the folder."),
+                  help="Where to run the command. With ray, actors on this machine or a cluster write a folder of "
+                       "parts, which can be on disk or in a bucket. If the command is interrupted, run it again to "
+                       "complete the folder."),
     ENGINE_OPTION("--actors", type=count("actors"), metavar="N",
                   help="Maximum number of Ray actors.  [default: one per GPU, or up to 8 per node]"),
     ENGINE_OPTION("--ray-address", metavar="HOST:PORT",
-                  help="Head of a Ray cluster, or auto.  [default: start Ray on this machine]"),
+                  help="Address of the head of a Ray cluster, or auto.  [default: start Ray on this machine]"),
 )  # fmt: skip
 PROTOCOL = click.option("--protocol", type=choice(Protocol), default="honest", show_default=True,
-                        help="How to choose settings; paper: published grid on the whole validation "
-                             "source.")  # fmt: skip
+                        help="How settings are selected. With paper, the published grid is searched on the whole "
+                             "validation source.")  # fmt: skip
 SCALES = click.option("--scales", type=(POSITIVE, POSITIVE), metavar="X X", default=(7.0, 3.0), show_default=True,
-                       help="Largest beta and alpha of the published grid.")  # fmt: skip
+                       help="Largest beta and largest alpha of the published grid.")  # fmt: skip
 FORMAT = grouped(
     "printing", OutputOptions,
     OUTPUT_OPTION("--format", "named", type=click.Choice(["table", "json", "jsonl", "csv", "parquet"]),
-                  help="Output format; json and jsonl: one object per line.  [default: by the suffix of --output, else "
-                       "table]"),
-    OUTPUT_OPTION("--output", type=OUTPUT, help="File to write instead of standard output."),
+                  help="Output format. json and jsonl both write one object per line.  [default: given by the suffix "
+                       "of --output, or table]"),
+    OUTPUT_OPTION("--output", type=OUTPUT, help="File to write to instead of standard output."),
 )  # fmt: skip
-JSON = OUTPUT_OPTION("--json", "as_json", is_flag=True, help="Print one JSON object.")
+JSON = OUTPUT_OPTION("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")

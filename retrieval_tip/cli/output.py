@@ -1,4 +1,4 @@
-"""Results as a table, JSON lines, CSV or Parquet, on standard output or in a file."""
+"""Functions that write results as a table, JSON lines, CSV or Parquet, to standard output or a file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from retrieval_tip.predictions import rows_of, shown_probability
 FORMATS = ("table", "json", "csv", "parquet")
 CHUNK = 1024
 WIDE = 200
-"""Largest number of characters in an aligned cell; a longer cell shifts only its own line."""
+"""Maximum number of characters in an aligned cell. If a cell is longer, only its own line is shifted."""
 
 Row = Mapping[str, Any]
 Details = Callable[[Row], Iterable[str]]
@@ -37,19 +37,19 @@ def write_tables(
     details: Details | None = None,
     known: Mapping[str, Iterable[str]] | None = None,
 ) -> None:
-    """Write tables of one schema as they arrive, in one of ``FORMATS``. A file appears only when complete.
+    """Write tables that have the same schema as they arrive, in one of ``FORMATS``.
 
-    In the format ``table``, floats are rounded. ``details`` yields lines to print below a row instead of its nested
-    columns (:func:`prediction_details`). ``known`` gives texts of columns in advance, so that columns align from the
-    first row.
+    An output file appears only once it is complete. In the format ``table``, floats are rounded. ``details`` yields
+    the lines to print below a row instead of its nested columns; see :func:`prediction_details`. ``known`` contains
+    texts that will appear in a column, so that the column can be aligned from the first row.
 
-    Control characters are escaped (:func:`errors.one_line`) in tables, in CSV on a terminal, and in JSON, where this
-    changes no value. CSV files keep them.
+    Control characters are escaped (see :func:`errors.one_line`) in tables, in CSV on a terminal, and in JSON, where
+    this does not change any value. CSV files keep their control characters.
 
-    Raises UsageError for Parquet on a terminal; InputError if the file cannot be written.
+    Raises UsageError if Parquet would be written to a terminal. Raises InputError if the file cannot be written.
     """
     if style == "parquet" and path is None and sys.stdout.isatty():
-        raise UsageError("--format parquet: is binary; give --output FILE or redirect standard output")
+        raise UsageError("--format parquet: output is binary; give --output FILE or redirect standard output")
     with _target(path) as target:
         if style == "parquet":
             with parquet_writer(target, schema) as writer:
@@ -67,16 +67,16 @@ def write_tables(
                 blocks = _csv(rows, schema.names, safe=path is None and sys.stdout.isatty())
             for block in blocks:
                 text.write(block)
-                target.flush()  # a pipe's reader gets each answer at once
+                target.flush()  # so that the reader of a pipe gets each answer immediately
         finally:
             text.detach()
 
 
 def prediction_details(row: Row) -> Iterator[str]:
-    """Yield the lines below a prediction: its evidence, and classes with their probabilities."""
+    """Yield the lines to print below a prediction, which show its evidence and the class probabilities."""
     if row.get("neighbours"):
         shots = [*row["neighbours"], *([row["opposing"]] if row.get("opposing") else [])]
-        rows = [shot | {"contribution": shot["gives"][0]} for shot in shots]  # to the answer
+        rows = [shot | {"contribution": shot["gives"][0]} for shot in shots]  # contribution to the answer
         lines = list(table_lines(rows, ["contribution", "affinity", "label", "source", "key_id"]))
         if row.get("opposing"):
             lines.insert(-1, "strongest against it:")
@@ -87,7 +87,7 @@ def prediction_details(row: Row) -> Iterator[str]:
 
 
 def rounded(table: pa.Table) -> pa.Table:
-    """Round the probabilities of predictions to 4 significant digits, for CSV."""
+    """Round the probabilities of predictions to 4 significant digits, as CSV files show them."""
     for place, field in enumerate(table.schema):
         if field.name not in ("probability", "probabilities"):
             continue
@@ -101,9 +101,9 @@ def rounded(table: pa.Table) -> pa.Table:
 
 
 def write_table(table: pa.Table, style: str, path: Path | None) -> None:
-    """Write a table as :func:`write_tables` does, with times rounded to microseconds.
+    """Write a table in the same way as :func:`write_tables`, but round its times to microseconds.
 
-    Raises UsageError for a value that the format cannot hold, such as an interval in Parquet or a year above 9999.
+    Raises UsageError if the format does not support a value, for example an interval in Parquet or a year above 9999.
     """
     for place, field in enumerate(table.schema):
         if pa.types.is_timestamp(field.type) and field.type.unit == "ns":
@@ -123,7 +123,7 @@ def write_table(table: pa.Table, style: str, path: Path | None) -> None:
 def write_rows(
     rows: Iterable[Row], types: Mapping[str, pa.DataType], style: str, path: Path | None, *, between: str = ", "
 ) -> None:
-    """Write rows with columns of given types. The format ``table`` joins lists with ``between``."""
+    """Write rows whose columns have the given types. In the format ``table``, lists are joined with ``between``."""
     if style == "table":
         lists = [column for column, kind in types.items() if pa.types.is_list(kind)]
         types = {**types, **dict.fromkeys(lists, pa.string())}
@@ -132,7 +132,7 @@ def write_rows(
 
 
 def table_lines(rows: Sequence[Row], columns: Sequence[str]) -> Iterator[str]:
-    """Yield aligned lines with a heading; numbers are right-aligned."""
+    """Yield a heading and one aligned line per row. Numbers are aligned to the right."""
     right = [all(isinstance(row.get(c), int | float | None) for row in rows) for c in columns]
     lines = [_heading(columns), *(_cells(row, columns) for row in rows)]
     yield from _aligned(lines, right, [_width(texts) for texts in zip(*lines, strict=True)])
@@ -160,7 +160,7 @@ def _aligned(lines: Iterable[Sequence[str]], right: Sequence[bool], widths: Sequ
 def _table(
     blocks: Iterable[Sequence[Row]], schema: pa.Schema, known: Mapping[str, Iterable[str]], details: Details | None
 ) -> Iterator[str]:
-    """Yield blocks of a table as text. A column widens when a later block has wider cells."""
+    """Yield blocks of a table as text. If a later block has wider cells, the column becomes wider."""
     fields = [field for field in schema if details is None or not pa.types.is_nested(field.type)]
     columns, right = [field.name for field in fields], [_is_number(field.type) for field in fields]
     heading = _heading(columns)
@@ -185,7 +185,7 @@ def _is_number(kind: pa.DataType) -> bool:
 
 def _csv(blocks: Iterable[Iterable[Row]], columns: Sequence[str], safe: bool) -> Iterator[str]:
     text = io.StringIO(newline="")
-    writer = csv.writer(_Lines(text), lineterminator="\r\n")  # so that it quotes both within a field
+    writer = csv.writer(_Lines(text), lineterminator="\r\n")  # the writer then quotes both characters in a field
     writer.writerow(_heading(columns) if safe else columns)
     for rows in blocks:
         for row in rows:
@@ -198,7 +198,7 @@ def _csv(blocks: Iterable[Iterable[Row]], columns: Sequence[str], safe: bool) ->
 
 
 class _Lines:
-    """Target of a CSV writer, with lines that end with LF instead of CRLF."""
+    """File-like target for a CSV writer. It ends lines with LF instead of CRLF."""
 
     def __init__(self, target: IO[str]) -> None:
         self._target = target

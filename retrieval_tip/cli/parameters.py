@@ -1,4 +1,4 @@
-"""Types of options and arguments: paths, indexes and bounded numbers."""
+"""Click types for options and arguments: paths, indexes and bounded numbers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from retrieval_tip.data.remote import is_remote
 from retrieval_tip.index.addresses import KIND, METAVAR, parse
 
 LARGEST = 1e30
-"""Largest number accepted: results computed from it must stay within float32, up to 3e38."""
+"""Largest number that an option accepts. Results computed from it must not exceed the float32 range of 3e38."""
 
 LARGEST_FILE = 10**15
-"""Largest size accepted, in bytes."""
+"""Largest size that an option accepts, in bytes."""
 
 
 Place = str | os.PathLike[str]
 Named = str | bytes | os.PathLike[str]
-"""Types that a path option accepts, and types that click returns."""
+"""``Place`` is the type that a path option accepts, and ``Named`` is the type that click returns for it."""
 
 
 class Folder(click.Path):
-    """A path; addresses are rejected."""
+    """A local path. Index addresses are rejected."""
 
     def convert(self, value: Place, param: click.Parameter | None, ctx: click.Context | None) -> Named:
         if parse(str(value)) is not None:
@@ -41,7 +41,7 @@ class Folder(click.Path):
 
 
 class IndexType(click.ParamType[Path | str]):
-    """An index: a folder, or an address."""
+    """An index, given as a folder or an address."""
 
     name = METAVAR
 
@@ -49,7 +49,7 @@ class IndexType(click.ParamType[Path | str]):
         address, path = parse(str(value)), Path(str(value))
         if address is None and path.is_file():
             self.fail(
-                f"{value}: is a file, not an index folder; the index comes first (index list shows yours)", param, ctx
+                f"{value}: is a file, not an index folder; give the index first (index list shows yours)", param, ctx
             )
         return address or path
 
@@ -64,14 +64,14 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 class SourceType(Folder):
-    """A source: a path or the URL of an object store."""
+    """A source, given as a path or an object store URL."""
 
     def convert(self, value: Place, param: click.Parameter | None, ctx: click.Context | None) -> Named:
         return value if is_remote(value) else super().convert(value, param, ctx)
 
 
 class Output(click.Path):
-    """A file to write; with ``--engine ray``, a folder or its URL."""
+    """A file to write. With ``--engine ray``, it is a folder or a folder URL."""
 
     def convert(self, value: Place, param: click.Parameter | None, ctx: click.Context | None) -> Named:
         engine = ctx.params.get("engine") if ctx is not None else None
@@ -87,7 +87,7 @@ OUTPUT = Output(path_type=Path, dir_okay=False)
 
 
 class K(click.ParamType[int | Literal["all"]]):
-    """A number of keys from 1 up, or ``all``."""
+    """A number of keys, which is at least 1, or ``all``."""
 
     name = "N|all"
 
@@ -107,7 +107,7 @@ class K(click.ParamType[int | Literal["all"]]):
 
 
 class Count(click.ParamType[int]):
-    """A whole number with generous bounds, which only errors show."""
+    """A whole number within generous bounds. The bounds appear only in error messages."""
 
     name = "N"
 
@@ -123,7 +123,7 @@ class Count(click.ParamType[int]):
 
 
 def count(kind: str = "", least: int = 1) -> Count:
-    """Return a whole number type from ``least`` to the upper bound of a kind (:data:`bounds.MOST`)."""
+    """Return a type for whole numbers from ``least`` to the upper bound that :data:`bounds.MOST` gives for ``kind``."""
     return Count(least, MOST.get(kind, MANY))
 
 
@@ -131,7 +131,7 @@ SHOTS, VIEWS_COUNT, SEEDS, SEED = count("shots"), count("views"), count("seeds")
 
 
 class Number(click.ParamType[float]):
-    """A finite number from ``least`` to ``most``, or strictly above ``least``."""
+    """A finite number from ``least`` to ``most``. If ``above`` is true, ``least`` itself is excluded."""
 
     name = "X"
 
@@ -151,7 +151,7 @@ class Number(click.ParamType[float]):
 
 
 class Size(click.ParamType[int]):
-    """A number of bytes, written with MB, GB or TB."""
+    """A number of bytes, written with the unit MB, GB or TB."""
 
     name = "N(MB|GB|TB)"
 

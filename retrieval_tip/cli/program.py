@@ -1,4 +1,4 @@
-"""The program: its commands, errors, exit statuses and signals."""
+"""The command-line program, with its commands, error handling, exit statuses and signal handling."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from retrieval_tip.errors import InputError, message
 
 
 class _Program(Group):
-    """Root group that prints each error on one line of standard error and sets the exit status."""
+    """Root group, which prints each error on one line of standard error and sets the exit status."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
@@ -52,12 +52,15 @@ class _Program(Group):
                 return super().invoke(ctx)
         except KeyboardInterrupt as error:
             line = "; ".join(["interrupted", *getattr(error, "__notes__", ())])
-            click.echo("\n" * sys.stderr.isatty() + line, err=True)  # after the ^C that a terminal shows
+            click.echo("\n" * sys.stderr.isatty() + line, err=True)  # a terminal has already printed ^C
             ctx.exit(128 + next((number for number in error.args if isinstance(number, int)), signal.SIGINT))
 
 
 def _fill_closed_streams() -> None:
-    """Open closed standard streams on /dev/null, or files would get their descriptors and libraries' output."""
+    """Open /dev/null in place of closed standard streams.
+
+    Otherwise, other files would get their descriptors and receive the output of libraries.
+    """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -67,15 +70,15 @@ def _fill_closed_streams() -> None:
 
 @contextmanager
 def _orderly_end() -> Iterator[None]:
-    """End a command on SIGTERM and SIGHUP as on Ctrl+C: remove partial files and release locks.
+    """Make SIGTERM and SIGHUP end a command like Ctrl+C, which removes partial files and releases locks.
 
-    A second signal ends it at once.
+    A second signal ends the command immediately.
     """
     ended = False
 
     def end(number: int, frame: FrameType | None) -> None:
         nonlocal ended
-        while frame is not None and not ended:  # torch crashes if its import is interrupted: end at once too
+        while frame is not None and not ended:  # torch crashes if its import is interrupted, so end immediately
             ended = frame.f_code.co_filename == "<frozen importlib._bootstrap>"
             frame = frame.f_back
         if ended:
@@ -86,8 +89,8 @@ def _orderly_end() -> Iterator[None]:
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
-    unchanged = signal.SIG_DFL, signal.default_int_handler  # other handlers are the caller's choice
-    main_thread = threading.current_thread() is threading.main_thread()  # only there can handlers be set
+    unchanged = signal.SIG_DFL, signal.default_int_handler  # keep any other handler that the caller has set
+    main_thread = threading.current_thread() is threading.main_thread()  # handlers can only be set there
     own = [number for number in numbers if main_thread and before[number] in unchanged]
     try:
         for number in own:
@@ -101,13 +104,13 @@ def _orderly_end() -> Iterator[None]:
 @click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, package_name="retrieval-tip")
 @click.option("-q", "--quiet", is_flag=True, help="Hide warnings and progress.")
-@click.option("-v", "--verbose", count=True, help="Show more messages; -vv: all.")
+@click.option("-v", "--verbose", count=True, help="Show more messages; -vv shows all of them.")
 @click.pass_context
 def main(ctx: click.Context, quiet: bool, verbose: int) -> None:
     """Few-shot image classification as retrieval (Tip-Adapter on a FAISS index).
 
-    Exit status: 0 success; 1 failure, nothing changed; 2 wrong usage; 3 finished, but some inputs were skipped; 130
-    interrupted (128 + the signal).
+    The exit status is 0 for success, 1 for a failure that changed nothing, and 2 for incorrect usage. It is 3 if the
+    command finished but some inputs were skipped, and 130 (128 plus the signal number) if it was interrupted.
     """
     handler = _Handler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
@@ -117,7 +120,7 @@ def main(ctx: click.Context, quiet: bool, verbose: int) -> None:
     logger.setLevel(logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
     logging.addLevelName(logging.WARNING, "warning")
     start_lightly()
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # our own messages name the image
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # this package reports the same problems with the image name
     ctx.obj = quiet
     if "NO_COLOR" in os.environ:
         ctx.color = False
@@ -125,22 +128,23 @@ def main(ctx: click.Context, quiet: bool, verbose: int) -> None:
 
 @functools.cache  # once per process
 def start_lightly() -> None:
-    """Set up the process before torch is imported, so that a command for one image is quick."""
-    gc.set_threshold(50_000)  # imports create a million permanent objects; scanning them took a third of the time
+    """Configure the process before torch is imported, so that a command for a single image is fast."""
+    # Imports create a million permanent objects, and scanning them took a third of the run time.
+    gc.set_threshold(50_000)
     atexit.register(_leave_lightly)
-    # Let waiting OpenMP threads sleep. With fewer free cores than OpenMP counts, busy waiting took 3 s for an image of
-    # 0.05 s.
+    # Let waiting OpenMP threads sleep. If fewer cores are free than OpenMP assumes, busy waiting makes an image that
+    # should take 0.05 s take 3 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _leave_lightly() -> None:
-    """Skip the last garbage collection, which takes a second, unless triton is loaded: it would report leaks."""
+    """Skip the last garbage collection, which takes a second. If triton is loaded, run it, or triton reports leaks."""
     if "triton" not in sys.modules:
         gc.freeze()
 
 
 class _Handler(logging.Handler):
-    """Log handler that writes to the current standard error, escaped and shortened to one line."""
+    """Log handler that writes each record to the current standard error, escaped and shortened to one line."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

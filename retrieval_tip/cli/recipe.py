@@ -1,4 +1,4 @@
-"""Recipes: TOML files with options, which the command line overrides."""
+"""Recipes, which are TOML files that set options. Options on the command line override them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECIPE_BYTES = 1 << 20
 
 
 def recipe(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
-    """Use the values of a TOML file as defaults of options, after checking their types."""
+    """Check the types of the values in a TOML file, and use the values as defaults for options."""
     if path is not None:
         known = {parameter.name: parameter for parameter in ctx.command.params if parameter.expose_value}
         values = _toml(path)
@@ -35,10 +35,10 @@ def recipe(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | 
 
 
 def _toml(path: Path) -> dict[str, object]:
-    """Read a TOML file. Raises BadParameter naming the file."""
+    """Read a TOML file. Raises BadParameter, with the name of the file, if it cannot be read."""
     try:
         return tomllib.loads(read_regular(path, RECIPE_BYTES).decode())
-    except InputError as error:  # which names the file
+    except InputError as error:  # the message already names the file
         raise click.BadParameter(str(error)) from None
     except OSError as error:
         raise click.BadParameter(f"{path}: {error.strerror or error}") from None
@@ -47,7 +47,7 @@ def _toml(path: Path) -> dict[str, object]:
 
 
 def _kind(parameter: click.Parameter) -> str:
-    """Describe the TOML value for an option or argument."""
+    """Return a description of the TOML value that a parameter expects."""
     if isinstance(parameter, click.Option) and parameter.is_flag:
         return "true or false"
     if isinstance(parameter.type, K):

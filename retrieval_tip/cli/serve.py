@@ -22,34 +22,39 @@ if TYPE_CHECKING:
 
 
 _LIMITS = several(
-    click.option("--max-bytes", type=count(), default=32 << 20, show_default=True, help="Largest request, in bytes."),
-    click.option("--max-pixels", type=count(), default=50_000_000, show_default=True, help="Largest image, in pixels."),
+    click.option("--max-bytes", type=count(), default=32 << 20, show_default=True,
+                 help="Maximum size of a request, in bytes."),
+    click.option("--max-pixels", type=count(), default=50_000_000, show_default=True,
+                 help="Maximum size of an image, in pixels."),
     click.option("--queue", type=count("queue"), default=256, show_default=True,
-                 help="Images that may wait; a large one counts several times. Beyond, requests get status 429."),
+                 help="Maximum number of waiting images, in which a large image counts several times. Further requests "
+                      "are refused with status 429."),
     click.option("--timeout", type=Number(0.1, 86_400), default=30.0, show_default=True, metavar="SECONDS",
-                 help="Time limit for an answer."),
+                 help="Time limit for a response."),
 )  # fmt: skip
 
 
 _ACCESS = several(
     click.option("--host", default="127.0.0.1", show_default=True,
-                  help="Address to listen on; everyone who can reach it can see the indexes."),
-    click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0: a free one."),
+                  help="Address to listen on. Anyone who can reach this address can view the indexes."),
+    click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True,
+                 help="Port to listen on. Use 0 to select a free port."),
     click.option("--token", envvar="RETRIEVAL_TIP_TOKEN", show_envvar=True,
-                  help="Secret required to change indexes.  [default: on localhost a new one, in the printed URL; "
-                       "elsewhere none, and changes are refused]"),
+                  help="Secret token required to change indexes.  [default: on localhost, a new token, which is part "
+                       "of the printed URL; on other addresses, no token, and changes are refused]"),
     click.option("--read-only", is_flag=True, help="Refuse all changes."),
     click.option("--uploads", type=FOLDER,
-                  help="Folder for added images.  [default: INDEX-shots, next to each INDEX]"),
+                  help="Folder in which added images are stored.  [default: INDEX-shots, next to each INDEX]"),
     click.option("--into", type=FOLDER,
-                  help="Folder for indexes created in the page.  [default: next to the first INDEX]"),
+                  help="Folder for indexes that are created in the page.  [default: next to the first INDEX]"),
     click.option("--model", metavar="NAME",
-                  help="Encoder of indexes created in the page.  [default: the first INDEX's, else ViT-B-32]"),
-    click.option("--pretrained", metavar="TAG", help="Weights of --model."),
-    click.option("--root", type=FOLDER, help="Folder that relative paths of shots start from."),
+                  help="Encoder for indexes that are created in the page.  [default: the encoder of the first INDEX, "
+                       "or ViT-B-32]"),
+    click.option("--pretrained", metavar="TAG", help="Weights to load for --model."),
+    click.option("--root", type=FOLDER, help="Folder against which the relative paths of shots are resolved."),
     click.option("--allow-host", "hosts", multiple=True, metavar="NAME",
-                  help="Additional host name that requests may use; repeat for more.  "
-                       "[default: only localhost; any name if --host is another address]"),
+                  help="Additional host name that requests may use. Can be repeated.  "
+                       "[default: only localhost, or any name if --host is another address]"),
 )  # fmt: skip
 
 
@@ -82,13 +87,16 @@ def serve_command(
 ) -> None:
     """Serve indexes as a web page and an HTTP API.
 
-    Without an INDEX, you create the first one in the page. New versions of an index are picked up while serving. Ctrl+C
-    or SIGTERM stops the server cleanly. Needs pip install 'retrieval-tip[serve]'.
+    If you give no INDEX, you can create the first one in the page. While the server is running, it detects new versions
+    of its indexes. Use Ctrl+C or SIGTERM to stop the server cleanly. To install the required packages, run
+    pip install 'retrieval-tip[serve]'.
     """
     try:
         import fastapi  # noqa: F401
     except ModuleNotFoundError:
-        raise UsageError("serve needs FastAPI and uvicorn: pip install 'retrieval-tip[serve]'") from None
+        raise UsageError(
+            "serve: FastAPI and uvicorn are not installed; run pip install 'retrieval-tip[serve]'"
+        ) from None
     from retrieval_tip.backbones.loading import load_backbone
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.limits import Limits
@@ -96,7 +104,7 @@ def serve_command(
     from retrieval_tip.server.served import Backbones, Maker, open_all
 
     if token is not None and (not token.strip() or not token.isascii() or not token.isprintable()):
-        raise UsageError("--token: must consist of printable ASCII characters; give another one or omit the option")
+        raise UsageError("--token: must consist of printable ASCII characters; give another token or omit the option")
     if token is not None and read_only:
         raise UsageError("--token and --read-only: give only one")
     limits = Limits(bytes=max_bytes, pixels=max_pixels, queue=queue, seconds=timeout)

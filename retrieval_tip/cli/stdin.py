@@ -1,4 +1,4 @@
-"""Paths on standard input, for the input ``-``."""
+"""Read paths from standard input, which is what the input ``-`` stands for."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from retrieval_tip.errors import InputError
 
 PATHS_READ = 1 << 20
-"""Bytes read at a time; also the longest path."""
+"""Number of bytes to read at a time, which is also the maximum length of a path."""
 MAX_PATHS, MAX_PATHS_BYTES = 1 << 24, 1 << 30
-"""Limits on standard input."""
+"""Maximum number of paths and maximum number of bytes on standard input."""
 
 
 def paths_on_stdin() -> Iterator[str]:
-    """Yield paths, one per line or separated by NUL (``find -print0``), of any bytes.
+    """Yield the paths on standard input, one per line or separated by NUL characters (as by ``find -print0``).
 
-    Raises InputError if standard input is closed or too long for a list of images.
+    Paths can contain any bytes. Raises InputError if standard input is closed, or exceeds the limits.
     """
     if sys.stdin is None:
         raise InputError("standard input: is closed; send paths to it, or name the files instead of -")
