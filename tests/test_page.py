@@ -1418,7 +1418,7 @@ def test_the_interface_is_described(opened: Open, served: Served) -> None:
     expect(page.locator("#operations section")).to_have_count(number)
     classify = page.locator("#operations section").filter(has_text="/v1/classify")
     expect(classify.locator("pre")).to_contain_text(f"-F images=@photo.jpg '{served.address}/v1/classify'")
-    expect(classify).to_contain_text("Number of nearest keys, or all.")
+    expect(classify).to_contain_text("Number of nearest keys")
     assert violations(page) == []
 
 

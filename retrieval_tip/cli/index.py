@@ -229,7 +229,7 @@ def query(folder: Place, sql: str, predictions: Path | None, timeout: int, print
     The table labels has the columns key_id, class_id, label, source, shot, views, digest and added_at, and any further
     columns of the table that the index was built from. The view class_counts has the columns class_id, label and keys.
     The table versions contains the output of index history. If the index is fine-tuned, the table curve contains its
-    loss curve. If you give --predictions, the table predictions contains that output of classify.
+    loss curve. If you give --predictions, the table predictions contains the rows of that file.
     """
     from retrieval_tip.cli.output import write_table
     from retrieval_tip.index.places import at

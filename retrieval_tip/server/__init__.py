@@ -1,5 +1,7 @@
-"""The HTTP server and web page of ``retrieval-tip serve``. Needs ``pip install 'retrieval-tip[serve]'``.
+"""The HTTP server and web page of ``retrieval-tip serve``.
 
-``run`` starts the process and ``app`` the application. ``routes`` pass requests to ``service``, which works on the open
-indexes of ``served`` and shares work by ``batching``. ``page`` holds the files for browsers.
+To install the required packages, run ``pip install 'retrieval-tip[serve]'``. The module ``run`` starts the server, and
+``app`` creates the application. ``routes`` passes requests to ``service``, which works on the open indexes in
+``served`` and combines the work of several requests with ``batching``. The folder ``page`` contains the files that are
+sent to browsers.
 """

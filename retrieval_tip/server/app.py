@@ -1,4 +1,4 @@
-"""The ASGI application: routes, page, and middleware."""
+"""The ASGI application, which combines the routes, the page and the middleware."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def create_app(
     maker: Maker | None = None,
     ready: Callable[[], None] = lambda: None,
 ) -> FastAPI:
-    """Return the application for indexes by name (:func:`served.open_all`).
+    """Return the application that serves a dictionary of indexes, as returned by :func:`served.open_all`.
 
-    Requests that send the ``token`` may change indexes. For ``uploads``, ``root`` and ``maker`` see
-    :class:`service.Service`. ``ready`` is called at startup, once requests can be answered.
+    Requests that send the ``token`` can change indexes. See :class:`service.Service` for ``uploads``, ``root`` and
+    ``maker``. ``ready`` is called at startup, as soon as requests can be answered.
     """
     limits = limits or Limits()
     service = Service(served, limits, uploads, root, maker)
@@ -46,7 +46,8 @@ def create_app(
 
     app = FastAPI(
         title="retrieval-tip", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
-        description="Few-shot image classification by retrieval. Errors are application/problem+json (RFC 9457).",
+        description="Few-shot image classification by retrieval. Errors are returned as application/problem+json "
+                    "(RFC 9457).",
     )  # fmt: skip
     app.state.service, app.state.token = service, token
     app.add_middleware(Guard, limits=limits)
@@ -70,4 +71,4 @@ async def _docs() -> Response:
 
 
 async def _unexpected(_: Request, error: Exception) -> Response:
-    return answer(Problem(500, f"internal error ({type(error).__name__}); see the log of the server"))
+    return answer(Problem(500, f"internal error ({type(error).__name__}); see the server log"))

@@ -1,4 +1,4 @@
-"""Work shared by requests: batches, fair turns, and a cache of slow results."""
+"""Classes that share work between requests: a batcher, a fair thread pool, and a cache of slow results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ R = TypeVar("R")
 K = TypeVar("K")
 
 SMOOTHING = 0.2
-"""Weight of the latest batch in the moving average of seconds per item."""
+"""Weight of the latest batch in the moving average of the seconds per item."""
 
 
 @dataclass
@@ -33,11 +33,12 @@ class _Call(Generic[K, T, R]):
 
 
 class Batcher(Generic[K, T, R]):
-    """Calls ``run(key, items)`` in its own thread, with the items of all waiting calls of the same key.
+    """Combine the items of all waiting calls that have the same key, and pass them to ``run(key, items)``.
 
-    The next batch gathers while one is computed, so a lone call does not wait for others. A batch has at most
-    ``most(key)`` items, unless a single call has more. Calls are answered in order, except that they join an earlier
-    call with the same key. At most ``room`` items wait; a further call is refused with the seconds until there is room.
+    ``run`` is called in a separate thread. While one batch is being computed, the next one is collected, so a single
+    call never waits for others to arrive. A batch has at most ``most(key)`` items, unless a single call has more. Calls
+    are answered in order, except that a call can join the batch of an earlier call with the same key. At most ``room``
+    items can wait. A further call is refused, and its error gives the number of seconds to wait.
     """
 
     def __init__(self, name: str, run: Callable[[K, list[T]], list[R]], *, most: Callable[[K], int], room: int) -> None:
@@ -49,9 +50,9 @@ class Batcher(Generic[K, T, R]):
         self._worker: asyncio.Task[None] | None = None
 
     async def __call__(self, key: K, items: Sequence[T]) -> list[R]:
-        """Return the results of ``run`` for these items, in order.
+        """Return the results of ``run`` for these items, in the same order.
 
-        Raises Problem 429 if too many items wait, and whatever ``run`` raises for these items.
+        Raises Problem 429 if too many items are waiting. Exceptions that ``run`` raises for these items are passed on.
         """
         if self._items and self._items + len(items) > self._room:
             metrics.REFUSED.labels(self._name).inc()
@@ -74,7 +75,7 @@ class Batcher(Generic[K, T, R]):
                 await self._answer(calls)
 
     async def _answer(self, calls: list[_Call[K, T, R]]) -> None:
-        """Answer a batch. If it fails, halve it, down to one call, so that no call gets an error of another."""
+        """Answer a batch. If it fails, split it in half repeatedly, so that no call gets the error of another call."""
         items = [item for call in calls for item in call.items]
         start = time.perf_counter()
         try:
@@ -91,12 +92,12 @@ class Batcher(Generic[K, T, R]):
         metrics.BATCHES.labels(self._name).observe(len(items))
         at = 0
         for call in calls:
-            if not call.answer.done():  # done: the caller has gone
+            if not call.answer.done():  # it is done if the client has disconnected
                 call.answer.set_result(answers[at : at + len(call.items)])
             at += len(call.items)
 
     def _next(self) -> list[_Call[K, T, R]]:
-        """Take the next batch: the first call that is still wanted, and others of its key that fit."""
+        """Take the next batch, which is the first call that is still needed and all calls of its key that fit."""
         taken: list[_Call[K, T, R]] = []
         kept: deque[_Call[K, T, R]] = deque()
         number = 0
@@ -114,7 +115,7 @@ class Batcher(Generic[K, T, R]):
         return taken
 
     async def close(self) -> None:
-        """Answer waiting calls, then end the thread."""
+        """Answer all waiting calls, and then stop the thread."""
         if self._worker is not None:
             await self._worker
         self._pool.shutdown()
@@ -122,7 +123,7 @@ class Batcher(Generic[K, T, R]):
 
 @dataclass(eq=False)
 class Turn(Generic[R]):
-    """A call in a :class:`FairPool`, and its future ``result``."""
+    """A call in a :class:`FairPool`. ``result`` is the future for its result."""
 
     place: float
     cost: float
@@ -131,15 +132,16 @@ class Turn(Generic[R]):
 
 
 LARGE = 2.0
-"""Smallest cost of a large call in a :class:`FairPool`; an ordinary call costs 1."""
+"""Minimum cost of a large call in a :class:`FairPool`. An ordinary call costs 1."""
 
 
 class FairPool(Generic[R]):
-    """Threads for the calls of many requests, so that small requests do not wait for large ones.
+    """A thread pool that shares its threads fairly, so that small requests do not wait for large ones.
 
-    The place of a call is the place of the last call to begin before the request, plus the costs of the request's calls
-    up to and including this one. The call with the lowest place begins next. At most ``threads`` large calls run at
-    once; one more thread is for the others. At most ``held`` results are being computed or in use.
+    Each call gets a place, and the waiting call with the lowest place is started next. The place is the sum of the
+    costs of the request's calls, up to and including this one, added to the place of the last call that was started
+    before the request arrived. At most ``threads`` large calls run at the same time, and one additional thread is
+    reserved for other calls. At most ``held`` results are being computed or in use.
     """
 
     def __init__(self, lane: str, *, threads: int, room: int, held: int) -> None:
@@ -152,9 +154,9 @@ class FairPool(Generic[R]):
 
     @contextmanager
     def turns(self, calls: Sequence[Callable[[], R]], costs: Sequence[float]) -> Iterator[list[Turn[R]]]:
-        """Queue the calls of a request. Calls that have not begun when the context ends are cancelled.
+        """Queue the calls of a request. On exit, calls that have not been started are cancelled.
 
-        Raises Problem 429 if calls of other requests come before its last one and the total cost exceeds ``room``.
+        Raises Problem 429 if the calls have to wait for those of other requests and the total cost exceeds ``room``.
         """
         places = [self._now + cost for cost in accumulate(costs)]
         before = sum(one.cost for one in self._waiting if one.place <= places[-1])
@@ -174,7 +176,7 @@ class FairPool(Generic[R]):
             self.release(*own)
 
     def release(self, *turns: Turn[R]) -> None:
-        """Cancel waiting calls, and make room for other results."""
+        """Cancel calls that are still waiting, and free the space that their results occupy."""
         self._waiting = [one for one in self._waiting if one not in turns]
         self._held = [one for one in self._held if one not in turns]
         self._begin()
@@ -197,7 +199,7 @@ class FairPool(Generic[R]):
     def _end(self, one: Turn[R], made: asyncio.Future[R]) -> None:
         self._running.remove(one)
         error = made.exception()
-        if one.result.done():  # the caller has gone
+        if one.result.done():  # the client has disconnected
             pass
         elif error is not None:
             one.result.set_exception(error)
@@ -206,15 +208,15 @@ class FairPool(Generic[R]):
         self._begin()
 
     def close(self) -> None:
-        """End the threads once they are idle."""
+        """Stop the threads as soon as they are idle."""
         self._pool.shutdown()
 
 
 class Kept(Generic[K, R]):
-    """A cache of results, each made once in a thread of ``pool``; concurrent calls for a key wait for the same result.
+    """A cache of results, each of which is computed once in a thread of ``pool``.
 
-    It keeps the most recently used results, up to a total ``size`` of ``most``. At most ``room`` results are being
-    made or waiting; a further one is refused.
+    Concurrent calls with the same key wait for the same result. The cache keeps the most recently used results, up to
+    a total ``size`` of ``most``. At most ``room`` results can be in progress or waiting. A further one is refused.
     """
 
     def __init__(self, pool: Executor, *, most: int, room: int, size: Callable[[R], int] = lambda _: 1) -> None:
@@ -224,9 +226,10 @@ class Kept(Generic[K, R]):
         self._size = 0
 
     async def __call__(self, key: K, make: Callable[[], R]) -> R:
-        """Return the result of ``make``. Raises Problem 503 if too many are being made, and whatever ``make`` raises.
+        """Return the result of ``make``, from the cache if possible.
 
-        Errors are not kept. A cancelled call does not stop ``make``.
+        Errors are not cached. If a call is cancelled, ``make`` continues to run. Raises Problem 503 if too many results
+        are in progress. Exceptions that ``make`` raises are passed on.
         """
         if key in self._results:
             self._results.move_to_end(key)

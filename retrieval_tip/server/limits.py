@@ -1,4 +1,4 @@
-"""Limits of requests, and the ASGI middleware that enforces them."""
+"""Limits on requests, and the ASGI middleware that enforces them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from retrieval_tip.server import metrics
 from retrieval_tip.server.problems import Problem, answer
 
 DEADLINE = "retrieval_tip.deadline"
-"""Scope key of the request's ``asyncio.Timeout``."""
+"""Key under which the ASGI scope holds the ``asyncio.Timeout`` of the request."""
 
 PART = 64 << 10
-"""Number of bytes per write of a response. The rest stays in memory, counted, until the client has read them."""
+"""Number of bytes of a response to write at a time. The rest is held in memory until the client has read them."""
 
 SECURITY = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
@@ -28,22 +28,25 @@ SECURITY = {
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
 }
-"""Headers of every response: the page loads nothing from other sites, and they cannot embed it."""
+"""Headers of every response. The page cannot load anything from other sites, and other sites cannot embed it."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of requests and of work.
+    """Limits on requests and on the work that they cause.
 
-    One request: ``bytes`` of a form, ``json_bytes`` of JSON, ``images`` or ``rows`` of features, ``pixels`` per image,
-    ``cells`` numbers in the answers to several queries (:meth:`served.Version.cells`), and ``seconds`` until the
-    response begins and again until the client has read it. All requests together: ``queue`` images and
-    ``QUEUED_ROWS * queue`` rows waiting, and ``held`` bytes of bodies and of responses larger than :data:`PART`.
-    The server has at most ``indexes`` indexes, and answers to the names ``hosts`` (``None``: any).
+    A form can have at most ``bytes`` bytes and ``images`` images of ``pixels`` pixels each. A JSON body can have at
+    most ``json_bytes`` bytes and ``rows`` rows of features. The answers to several queries can contain at most
+    ``cells`` numbers; see :meth:`served.Version.cells`. A response must start within ``seconds``, and the client must
+    read it within the same time.
 
-    Slow work: a map holds at most ``mapped`` values of keys, an accuracy is estimated from at most ``estimated`` keys,
-    a response holds at most ``values`` values. A request waits ``patience`` seconds for it and then gets a 503.
-    Indexes are checked for new versions every ``poll`` seconds.
+    At most ``queue`` images and ``QUEUED_ROWS * queue`` rows can wait at the same time. Request bodies, and responses
+    larger than :data:`PART`, can occupy at most ``held`` bytes. The server can have at most ``indexes`` indexes. It
+    only answers requests for the host names in ``hosts``, or for any name if ``hosts`` is ``None``.
+
+    A map contains at most ``mapped`` key values, accuracy is estimated only if there are at most ``estimated`` keys,
+    and a response contains at most ``values`` solved or trained values. A request waits ``patience`` seconds for slow
+    work, and then gets a 503. Indexes are checked for new versions every ``poll`` seconds.
     """
 
     bytes: int = 32 << 20
@@ -64,7 +67,7 @@ class Limits:
     poll: float = 1.0
 
     def check_host(self, host: str) -> None:
-        """Raise Problem 421 for an unknown host name: other sites may resolve a name of theirs to this machine."""
+        """Raise Problem 421 if the host name is unknown, because another site may resolve its name to this machine."""
         name = re.sub(r":\d*$", "", host.lower())
         if self.hosts is not None and name not in self.hosts:
             raise Problem(421, f"unknown host {name!r}; restart the server with --allow-host {name}")
@@ -72,20 +75,22 @@ class Limits:
     def check_size(self, size: int) -> None:
         """Raise Problem 413 if a body of ``size`` bytes is too large."""
         if size > self.bytes:
-            raise Problem(413, f"request of at least {size:,} bytes: the limit is {self.bytes:,}; send less at once")
+            raise Problem(
+                413, f"request of at least {size:,} bytes: the limit is {self.bytes:,}; send less data at once"
+            )
 
 
 QUEUED_ROWS = 16
 
 
 class Guard:
-    """ASGI middleware for limits, security headers and metrics."""
+    """ASGI middleware that enforces limits, adds security headers and records metrics."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self.app, self.limits, self.held = app, limits, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request to the app, or answer with a problem if it exceeds a limit."""
+        """Pass a request to the app. If the request exceeds a limit, answer it with a problem instead."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -101,7 +106,7 @@ class Guard:
                     headers.setdefault(name, value)
             try:
                 await send(message)
-            except LocalProtocolError:  # uvicorn has refused the rest of the request
+            except LocalProtocolError:  # uvicorn has rejected the rest of the request
                 raise ClientDisconnect from None
 
         try:
@@ -122,7 +127,7 @@ class Guard:
 
 
 class _Exchange:
-    """A request and its response, which count against ``limits.held`` and have ``limits.seconds`` each."""
+    """A request and its response. Both count towards ``limits.held``, and each has ``limits.seconds`` to complete."""
 
     def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
         self._guard, self._limits = guard, guard.limits
@@ -131,7 +136,7 @@ class _Exchange:
         self._waits = self._whole = self._begun = self._refused = False
 
     async def run(self) -> None:
-        """Run the app. Raises Problem 408 if the body is late, 503 if the response is."""
+        """Run the app. Raises Problem 408 if the body arrives too late, and Problem 503 if the response is too late."""
         try:
             async with asyncio.timeout(self._limits.seconds) as self._deadline:
                 self._scope[DEADLINE] = self._deadline
@@ -146,7 +151,10 @@ class _Exchange:
             self._guard.held -= self._held
 
     async def receive(self) -> Message:
-        """Receive a part of the body. Raises Problem 413 if the body is too large, 503 if too much is held."""
+        """Receive a part of the body.
+
+        Raises Problem 413 if the body is too large. Raises Problem 503 if too much data is held in memory.
+        """
         self._waits = not self._whole
         message = await self._receive()
         self._waits, self._whole = False, not message.get("more_body")
@@ -158,7 +166,7 @@ class _Exchange:
         return message
 
     async def send(self, message: Message) -> None:
-        """Send a part of the response, or a problem instead of a large response if too much is held."""
+        """Send a part of the response. If a large response does not fit in memory, send a problem instead."""
         if self._refused:
             return
         if message["type"] == "http.response.start":
@@ -176,7 +184,10 @@ class _Exchange:
         await self._send(message)
 
     def _hold(self, size: int) -> bool:
-        """Count ``size`` bytes as held and return ``True``, if they fit or no other request holds any."""
+        """Count ``size`` bytes as held, and return whether that is allowed.
+
+        It is allowed if the bytes fit, or if no other request holds any bytes.
+        """
         if self._guard.held + size > self._limits.held and self._guard.held > self._held:
             return False
         self._guard.held += size

@@ -1,4 +1,4 @@
-"""Errors as ``application/problem+json`` (RFC 9457)."""
+"""Functions that convert errors into ``application/problem+json`` responses (RFC 9457)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, one_
 
 MEDIA = "application/problem+json"
 BUSY = 5
-"""``Retry-After`` in seconds while an index is being written or the disk is full."""
+"""Value of ``Retry-After``, in seconds, while an index is being written or the disk is full."""
 NAMED = 3
-"""Largest number of errors named in one response."""
+"""Maximum number of errors to describe in one response."""
 
 
-class Problem(Exception):  # noqa: N818  # as the RFC names it
-    """An error response: an HTTP ``status``, and one line that says what to do."""
+class Problem(Exception):  # noqa: N818  # the RFC uses this name
+    """An error response, with an HTTP ``status`` and a ``detail`` line that tells the client what to do."""
 
     def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail)
@@ -31,7 +31,7 @@ class Problem(Exception):  # noqa: N818  # as the RFC names it
 
 
 def answer(problem: Problem) -> Response:
-    """Return a problem as a response."""
+    """Convert a problem into a response."""
     status, detail = problem.status, one_line(problem.detail)
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
     return Response(orjson.dumps(body), status, problem.headers, MEDIA)
@@ -44,11 +44,11 @@ def _problem(error: Exception) -> Problem:
         return Problem(422, "; ".join(map(_line, error.errors()[:NAMED])) or "the request does not match /openapi.json")
     if isinstance(error, HTTPException):
         return Problem(error.status_code, str(error.detail), error.headers)
-    if isinstance(error, FormParserError):  # newer versions of starlette raise an HTTPException
+    if isinstance(error, FormParserError):  # newer versions of Starlette raise an HTTPException instead
         return Problem(400, f"multipart/form-data: {error}")
     if isinstance(error, InputError | UsageError):
         return Problem(422, str(error))
-    return Problem(503, str(error), {"Retry-After": str(BUSY)})  # the index cannot be read or written now
+    return Problem(503, str(error), {"Retry-After": str(BUSY)})  # the index cannot be read or written at the moment
 
 
 def _line(error: Mapping[str, object]) -> str:
@@ -57,7 +57,7 @@ def _line(error: Mapping[str, object]) -> str:
 
 
 async def handle(_: Request, error: Exception) -> Response:
-    """Answer with a problem: the exception handler for all of :data:`HANDLED`."""
+    """Handle an exception of one of the types in :data:`HANDLED` by returning a problem response."""
     return answer(_problem(error))
 
 

@@ -1,4 +1,4 @@
-"""HTTP routes. ``about`` and ``reads`` are open; ``changes`` need the server's token."""
+"""HTTP routes. The routers ``about`` and ``reads`` are open to everyone; ``changes`` requires the server's token."""
 
 from __future__ import annotations
 
@@ -23,18 +23,21 @@ from retrieval_tip.settings import KeysMet
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 MOST = 1_000_000_000
-"""Largest offset."""
+"""Maximum offset of a page of keys."""
 PICTURE: dict[int | str, dict[str, object]] = {200: {"content": {"image/jpeg": {}}}}
 SENT = schemas.problems(400, 408, 413, 415, 429)
-"""Problems of routes that take images or features."""
+"""Problem responses of routes that accept images or features."""
 
-Token = Annotated[str | None, Header(description='"Bearer TOKEN", with the server\'s token.')]
+Token = Annotated[str | None, Header(description='"Bearer TOKEN", where TOKEN is the server\'s token.')]
 Positive = Annotated[
-    float | None, Query(ge=0, allow_inf_nan=False, description="Replaces the index's value for this request.")
+    float | None, Query(ge=0, allow_inf_nan=False, description="Overrides the index's setting for this request.")
 ]
 Norms = Annotated[
     Literal["check", "unit", "keep"],
-    Query(description="check: reject features without norm 1; unit: scale them to norm 1; keep: use them unchanged."),
+    Query(
+        description="How to treat the norms of features. check rejects features whose norm is not 1, unit scales them "
+        "to norm 1, and keep uses them unchanged."
+    ),
 ]
 
 
@@ -76,22 +79,22 @@ def _has_token(request: Request) -> bool:
 
 
 async def _from_here(request: Request) -> None:
-    """Refuse requests from pages of other sites, unless they have the token."""
+    """Refuse requests that come from pages of other sites and do not have the token."""
     if "cross-site" in request.headers.getlist("sec-fetch-site") and not _has_token(request):
         raise Problem(403, "request from another site; send the server's token (Authorization: Bearer TOKEN)")
 
 
 async def _allowed(request: Request, authorization: Token = None) -> None:
-    """Refuse requests without the token."""
+    """Refuse requests that do not have the token."""
     if request.app.state.token is None:
         raise Problem(403, "this server is read-only; restart it with --token TOKEN and send that token")
     if not _has_token(request):
-        text = "token missing or wrong; send Authorization: Bearer TOKEN, with the token that serve printed"
+        text = "the token is missing or wrong; send Authorization: Bearer TOKEN, with the token that serve printed"
         raise Problem(401, text, {"WWW-Authenticate": "Bearer"})
 
 
 async def _lift_deadline(request: Request) -> None:
-    """Remove the time limit of a request, so that a change is not abandoned half-way."""
+    """Remove the time limit of a request, so that a change is not interrupted halfway."""
     request.scope[DEADLINE].reschedule(None)
 
 
@@ -101,25 +104,37 @@ changes = APIRouter(prefix="/v1", dependencies=[Depends(_allowed)], responses=sc
 UNHURRIED = [Depends(_lift_deadline)]
 
 
-# First, because it is the busiest route, and routes are matched in order.
+# Routes are matched in order, so the most frequent one comes first.
 @reads.post("/classify", response_model=schemas.Classified, openapi_extra=schemas.CLASSIFY, responses=SENT)
 async def classify(
     request: Request,
     service: TheService,
-    index: Annotated[str | None, Query(description="Name of the index; required if several are served.")] = None,
+    index: Annotated[
+        str | None, Query(description="Name of the index. It is required if several indexes are served.")
+    ] = None,
     alpha: Positive = None,
     beta: Positive = None,
     k: Annotated[
-        str | None, Query(pattern="^(all|[1-9][0-9]{0,8})$", description="Number of nearest keys, or all.")
+        str | None, Query(pattern="^(all|[1-9][0-9]{0,8})$", description="Number of nearest keys to use, or all.")
     ] = None,
-    tail: Annotated[bool | None, Query(description="Estimate the contribution of the other keys.")] = None,
+    tail: Annotated[
+        bool | None, Query(description="Whether to estimate the contribution of keys that are not retrieved.")
+    ] = None,
     top: Annotated[int, Query(ge=1, le=1000, description="Number of classes to return.")] = 5,
-    neighbours: Annotated[int, Query(ge=0, le=1000, description="Number of shots to return, most support first.")] = 5,
-    logits: Annotated[bool, Query(description="Return the logits of all classes.")] = False,
-    evidence: Annotated[bool, Query(description="Return what the answer is computed from.")] = False,
+    neighbours: Annotated[
+        int,
+        Query(ge=0, le=1000, description="Number of shots to return, starting with the strongest support."),
+    ] = 5,
+    logits: Annotated[bool, Query(description="Whether to return the logits of all classes.")] = False,
+    evidence: Annotated[
+        bool, Query(description="Whether to return the values from which the answer is computed.")
+    ] = False,
     norms: Norms = "check",
 ) -> Response:
-    """Classify images or features. `skipped` names unreadable inputs; it is an error if all are unreadable."""
+    """Classify images or features.
+
+    The response lists unreadable inputs as `skipped`. If all inputs are unreadable, the response is an error.
+    """
     version = service.index(index).now
     sent = await read(request, service.limits, norms, version.cache.d)
     met: KeysMet = int(k) if k not in (None, "all") else "all" if k else None
@@ -128,13 +143,13 @@ async def classify(
 
 @about.get("/healthz")
 async def health(service: TheService) -> schemas.Health:
-    """Check that the server answers."""
+    """Check that the server is running."""
     return schemas.Health("ok", __version__, len(service.served))
 
 
 @about.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def prometheus() -> Response:
-    """Return metrics in the text format of Prometheus."""
+    """Return metrics in the Prometheus text format."""
     return Response(generate_latest(metrics.REGISTRY), media_type=TEXT)
 
 
@@ -150,9 +165,11 @@ async def indexes(service: TheService, changes: AcceptsChanges) -> schemas.Index
 async def create(
     request: Request,
     service: TheService,
-    like: Annotated[str | None, Query(description="Use the encoder of this index, and the folder it is in.")] = None,
+    like: Annotated[
+        str | None, Query(description="Name of an index whose encoder and parent folder are used for the new index.")
+    ] = None,
 ) -> schemas.MadeIndex:
-    """Make an index from labelled images, fit it, and serve it."""
+    """Create an index from labelled images, fit it and serve it."""
     sent = await read_index(request, service.limits)
     await _lift_deadline(request)
     return await service.create(sent, like)
@@ -166,7 +183,7 @@ async def fit(service: TheService, one: Named) -> schemas.FittedIndex:
 
 @reads.get("/indexes/{name}")
 async def index(version: Now, changes: AcceptsChanges) -> schemas.WholeIndex:
-    """Describe an index, its classes, and where its settings come from."""
+    """Describe an index, its classes and the source of its settings."""
     return version.describe_whole(changes=changes)
 
 
@@ -174,13 +191,19 @@ async def index(version: Now, changes: AcceptsChanges) -> schemas.WholeIndex:
 async def keys(
     service: TheService,
     version: Now,
-    label: Annotated[list[str], Query(default_factory=list, description="Only keys of this class; may be repeated.")],
-    key_id: Annotated[list[schemas.KeyId], Query(default_factory=list, description="Only this key; may be repeated.")],
-    source: Annotated[str | None, Query(description="Only keys whose source contains this text, in any case.")] = None,
+    label: Annotated[
+        list[str], Query(default_factory=list, description="Only list keys of this class. Can be repeated.")
+    ],
+    key_id: Annotated[
+        list[schemas.KeyId], Query(default_factory=list, description="Only list this key. Can be repeated.")
+    ],
+    source: Annotated[
+        str | None, Query(description="Only list keys whose source contains this text. The case is ignored.")
+    ] = None,
     offset: Annotated[int, Query(ge=0, le=MOST)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
 ) -> Response:
-    """List keys with their labels and sources, page by page."""
+    """List one page of the keys, with their labels and sources."""
     total, rows = await service.keys(version, label, source, key_id, slice(offset, offset + limit))
     return _json(schemas.KeyPage(version.manifest.version, total, offset, limit, rows))
 
@@ -190,10 +213,10 @@ async def image(
     service: TheService,
     version: Now,
     key_id: schemas.KeyId,
-    size: Annotated[int, Query(ge=16, le=1024, description="Longest side, in pixels.")] = 160,
+    size: Annotated[int, Query(ge=16, le=1024, description="Length of the longer side, in pixels.")] = 160,
     if_none_match: Annotated[str | None, Header(include_in_schema=False)] = None,
 ) -> Response:
-    """Return a thumbnail of a shot, as JPEG."""
+    """Return a thumbnail of a shot as a JPEG image."""
     data = await service.thumbnail(version, key_id, size)
     tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
     headers = {"etag": tag, "cache-control": "private, max-age=60"}
@@ -206,8 +229,12 @@ async def image(
 async def map_of(
     service: TheService,
     version: Now,
-    method: Annotated[Method, Query(description="pca, or tsne if scikit-learn is installed.")] = "pca",
-    limit: Annotated[int, Query(ge=1, le=100_000, description="Largest number of keys; long features: fewer.")] = 5000,
+    method: Annotated[
+        Method, Query(description="Projection method: pca, or tsne if scikit-learn is installed on the server.")
+    ] = "pca",
+    limit: Annotated[
+        int, Query(ge=1, le=100_000, description="Maximum number of keys. If features are long, it may be lower.")
+    ] = 5000,
 ) -> Response:
     """Place the keys in two dimensions."""
     return _json(await service.map(version, method, limit))
@@ -218,21 +245,27 @@ async def audit(
     service: TheService,
     version: Now,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    borderline: Annotated[bool, Query(description="List borderline cases too.")] = False,
+    borderline: Annotated[bool, Query(description="Whether to include borderline cases.")] = False,
 ) -> Response:
-    """List shots that look mislabelled, worst first."""
+    """List shots that look mislabelled, starting with the most suspicious ones."""
     return _json(await service.audit(version, limit, borderline))
 
 
 @reads.get("/indexes/{name}/accuracy")
 async def accuracy(service: TheService, version: Now) -> schemas.Accuracy:
-    """Estimate the accuracy by cross-validation on the shots: each fold is classified by the others."""
+    """Estimate the accuracy by cross-validation on the shots.
+
+    Each fold of the shots is classified with the shots of the other folds.
+    """
     return await service.accuracy(version)
 
 
 @changes.post("/indexes/{name}/keys", status_code=201, openapi_extra=schemas.ADD, responses=SENT)
 async def add(request: Request, service: TheService, one: Named, norms: Norms = "check") -> schemas.AddedShots:
-    """Add labelled images or features as shots, as a new version of the index. A new label makes a new class."""
+    """Add labelled images or features as shots, in a new version of the index.
+
+    If a label is new, a new class is added for it.
+    """
     sent = await read(request, service.limits, norms, one.now.cache.d, labelled=True)
     await _lift_deadline(request)
     return await service.add(one, sent)
@@ -242,16 +275,16 @@ async def add(request: Request, service: TheService, one: Named, norms: Norms = 
 async def remove(
     service: TheService, one: Named, key_id: Annotated[list[schemas.KeyId], Query(min_length=1, max_length=1000)]
 ) -> schemas.ChangedShots:
-    """Remove shots, as a new version of the index."""
+    """Remove shots, in a new version of the index."""
     return await service.remove(one, key_id)
 
 
 @changes.post("/indexes/{name}/relabel", dependencies=UNHURRIED)
 async def relabel(service: TheService, one: Named, change: schemas.Relabel) -> schemas.ChangedShots:
-    """Move shots, or a whole class, to other classes, as one new version of the index."""
+    """Move shots or a whole class to other classes, in one new version of the index."""
     chosen = sum(field is not None for field in (change.key_ids, change.of, change.moves))
     if chosen != 1 or (change.label is None) != (change.moves is not None):
-        raise Problem(422, "give label and key_ids, label and of, or only moves")
+        raise Problem(422, "relabel: give either label and key_ids, or label and of, or only moves")
     if change.of is not None:
         return await service.merge(one, change.of, str(change.label))
     moves = [(move.key_ids, move.label) for move in change.moves or ()]
@@ -260,37 +293,41 @@ async def relabel(service: TheService, one: Named, change: schemas.Relabel) -> s
 
 @changes.post("/indexes/{name}/rename", dependencies=UNHURRIED)
 async def rename(service: TheService, one: Named, change: schemas.Rename) -> schemas.ChangedShots:
-    """Rename a class, as a new version of the index, or merge it into the class that has the new name.
+    """Rename a class, in a new version of the index.
 
-    The new name is encoded if the server has the text encoder.
+    If a class with the new name already exists, the two classes are merged. Otherwise, the new name is encoded if the
+    server has the text encoder.
     """
     return await service.rename(one, change.of, change.label)
 
 
 @reads.get("/indexes/{name}/history", response_model=schemas.History)
 async def history(service: TheService, one: Named) -> Response:
-    """List the kept versions, oldest first."""
+    """List all versions that are kept, starting with the oldest."""
     return _json(schemas.History(one.now.manifest.version, await service.history(one)))
 
 
 @changes.post("/indexes/{name}/rollback", dependencies=UNHURRIED, responses=schemas.problems(409))
 async def rollback(service: TheService, one: Named, change: schemas.Rollback) -> schemas.ChangedShots:
-    """Restore an earlier version, as a new version. Nothing is lost."""
+    """Restore an earlier version, as a new version. The current version is kept."""
     return await service.rollback(one, change.to, change.since)
 
 
 @reads.get("/indexes/{name}/values", response_model=schemas.KeyValues)
 async def values(service: TheService, version: Now) -> Response:
-    """Return the value of each key for each class, if values were solved or trained and are not too many."""
+    """Return the value of each key for each class, provided that values were solved or trained.
+
+    The response is an error if there are too many values.
+    """
     return _json(service.values(version))
 
 
 @reads.get("/indexes/{name}/exemplars")
 async def exemplars(service: TheService, version: Now) -> schemas.Exemplars:
-    """Return a typical shot of each class, and how similar shots are."""
+    """Return a typical shot of each class, and the mean similarity of shots."""
     return await service.exemplars(version)
 
 
 def _json(answer: object) -> Response:
-    """Serialise an answer with table rows or arrays."""
+    """Serialise an answer that contains table rows or arrays."""
     return Response(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")

@@ -1,4 +1,4 @@
-"""Run the application with uvicorn, and shut down in order."""
+"""Functions that run the application with uvicorn and shut it down cleanly."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from retrieval_tip.errors import UsageError
 
 BACKLOG = 1024
 IDLE_SECONDS = 15
-"""Seconds after which an idle connection is closed."""
+"""Number of seconds after which an idle connection is closed."""
 HEAD_BYTES = 64 << 10
-"""Largest size of the request line and headers together."""
+"""Maximum total size of the request line and the headers, in bytes."""
 CONNECTIONS = 512
-"""Number of open connections beyond which requests get a 503."""
+"""Maximum number of open connections. If there are more, requests get a 503."""
 FILES = 4096
-"""Largest limit of open files, which also bounds connections without a request."""
+"""Maximum number of open files, which also limits the number of connections that have no request."""
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket. Raises UsageError for an invalid address or a port in use."""
+    """Return a listening socket. Raises UsageError if the address is invalid or the port is in use."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
@@ -38,14 +38,14 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address(listening: socket.socket) -> str:
-    """Return the URL of a listening socket for a browser."""
+    """Return the URL at which a browser can reach a listening socket."""
     host, port = listening.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # wildcard addresses cannot be opened
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # browsers cannot open wildcards
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def configured(app: FastAPI, seconds: float) -> uvicorn.Config:
-    """Return the settings of uvicorn. At shutdown, requests in progress have ``seconds`` to finish."""
+    """Return the uvicorn configuration. At shutdown, requests in progress have ``seconds`` to finish."""
     return uvicorn.Config(
         app, http="h11", h11_max_incomplete_event_size=HEAD_BYTES, limit_concurrency=CONNECTIONS,
         timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=int(seconds) + 1, ws="none", lifespan="on",
@@ -54,14 +54,14 @@ def configured(app: FastAPI, seconds: float) -> uvicorn.Config:
 
 
 def serve(app: FastAPI, listening: socket.socket, seconds: float) -> None:
-    """Serve until SIGINT or SIGTERM, then finish requests in progress within ``seconds`` and return."""
-    for name in ("uvicorn", "python_multipart"):  # no log line for each malformed request: the client is told
+    """Serve requests until SIGINT or SIGTERM is received, and then give open requests ``seconds`` to finish."""
+    for name in ("uvicorn", "python_multipart"):  # malformed requests are reported to the client, not logged
         logging.getLogger(name).setLevel(logging.ERROR)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES if soft == resource.RLIM_INFINITY else min(soft, FILES), hard))
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        uvicorn.Server(configured(app, seconds)).run([listening])  # sends itself the signal again
+        uvicorn.Server(configured(app, seconds)).run([listening])  # finally sends the signal again
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Requests and responses. FastAPI validates requests with these classes, and describes both in /openapi.json."""
+"""Classes for requests and responses. FastAPI validates requests with them, and describes both in /openapi.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from retrieval_tip.server.problems import MEDIA
 from retrieval_tip.store.labels import LABEL_SCHEMA, VERSIONS_SCHEMA
 
 Row = dict[str, object]
-"""A row of a table, or a part of /openapi.json."""
+"""Type of a table row, or of a part of /openapi.json."""
 
 KeyId = Annotated[int, Field(ge=0, le=2**62)]
 Label = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -24,14 +24,18 @@ VersionNumber = Annotated[int, Field(ge=1, le=2**31)]
 
 
 class Move(BaseModel, extra="forbid"):
-    """Shots, by key id, and their new label, a class of the index."""
+    """The key ids of shots and their new label, which must be a class of the index."""
 
     key_ids: Annotated[list[KeyId], Field(max_length=100_000)]
     label: Label
 
 
 class Relabel(BaseModel, extra="forbid"):
-    """The new ``label`` of the shots ``key_ids`` or of all shots of the class ``of``; or several ``moves``."""
+    """A request to relabel shots.
+
+    ``label`` is the new label of the shots ``key_ids``, or of all shots of the class ``of``. To use several labels in
+    one request, give only ``moves``.
+    """
 
     label: Label | None = None
     key_ids: Annotated[list[KeyId], Field(max_length=100_000)] | None = None
@@ -40,14 +44,14 @@ class Relabel(BaseModel, extra="forbid"):
 
 
 class Rename(BaseModel, extra="forbid"):
-    """The class ``of``, and its new name ``label``."""
+    """A request to rename the class ``of`` to ``label``."""
 
     of: Label
     label: Label
 
 
 class Rollback(BaseModel, extra="forbid"):
-    """The version ``to`` restore, if the index is still at version ``since``."""
+    """A request to restore the version ``to``, provided that the index is still at version ``since``."""
 
     to: VersionNumber
     since: VersionNumber | None = None
@@ -58,14 +62,14 @@ def _list_of(items: Row, **more: object) -> Row:
 
 
 _NUMBERS, _INTEGERS = _list_of({"type": "number"}), _list_of({"type": "integer"})
-_FEATURES = _list_of(_NUMBERS, minItems=1, description="Features of norm 1, one list per input.")
+_FEATURES = _list_of(_NUMBERS, minItems=1, description="Features of norm 1, as one list per input.")
 _TEXTS = _list_of({"type": "string", "minLength": 1})
-_KINDS = "JPEG, PNG or WebP files; also HEIC if retrieval-tip[heic] is installed on the server."
+_KINDS = "JPEG, PNG or WebP files. HEIC files are accepted if retrieval-tip[heic] is installed on the server."
 _FILES = _list_of({"type": "string", "format": "binary"}, minItems=1, description=_KINDS)
 
 
 def _body(form: Row, json: Row | None = None, example: Row | None = None) -> Row:
-    """Describe a body: a form, whose fields are all required, or JSON."""
+    """Describe a request body, which can be a form or JSON. All fields of a form are required."""
     schema: Row = {"type": "object", "properties": form, "required": sorted(form)}
     content: Row = {"multipart/form-data": {"schema": schema}}
     if json is not None:
@@ -87,7 +91,7 @@ ADD = _body(
 )
 MAKE = _body(
     {
-        "name": {"type": "string", "description": "Name of the index and of its folder."},
+        "name": {"type": "string", "description": "Name of the new index and its folder."},
         "images": _FILES,
         "label": _TEXTS | {"description": "Class of each image, in the same order."},
     }
@@ -95,7 +99,7 @@ MAKE = _body(
 
 
 class ProblemAnswer(BaseModel):
-    """A problem (RFC 9457)."""
+    """An error response (RFC 9457)."""
 
     type: str = "about:blank"
     title: str
@@ -104,7 +108,7 @@ class ProblemAnswer(BaseModel):
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, object]]:
-    """Describe error responses with these statuses, for a route."""
+    """Describe the error responses of a route, given their statuses."""
     content = {MEDIA: {"schema": ProblemAnswer.model_json_schema()}}
     return {status: {"description": "Problem (RFC 9457)", "content": content} for status in statuses}
 
@@ -124,14 +128,14 @@ def _schema_of(kind: pa.DataType) -> Row:
 
 
 def _row(columns: Iterable[pa.Field], **more: Row) -> WithJsonSchema:
-    """Describe a table row with these nullable columns, and ``more`` fields."""
+    """Describe a table row that has the given nullable columns and the fields in ``more``."""
     kinds = {column.name: _schema_of(column.type) for column in columns}
     own = {name: kind | {"type": [kind["type"], "null"]} for name, kind in kinds.items()}
     return WithJsonSchema({"type": "object", "properties": own | more})
 
 
 HISTORY = ("version", "parent", "created_at", "change", "keys", "classes", "current")
-"""Columns of :data:`VERSIONS_SCHEMA` in a response."""
+"""Columns of :data:`VERSIONS_SCHEMA` that responses contain."""
 _EVIDENCE = {field.name: {} if field.name == "complete" else _NUMBERS for field in fields(Evidence)}
 
 Key = Annotated[Row, _row(LABEL_SCHEMA, image={"type": ["string", "null"], "description": "Address of the thumbnail."})]
@@ -147,7 +151,7 @@ Result = Annotated[
 
 @dataclass(frozen=True)
 class Unread:
-    """An unreadable input, and the reason."""
+    """An input that cannot be read, and the reason."""
 
     input: str
     reason: str
@@ -155,7 +159,7 @@ class Unread:
 
 @dataclass(frozen=True)
 class Health:
-    """The state of the server."""
+    """The server status, the package version and the number of served indexes."""
 
     status: Literal["ok"]
     version: str
@@ -164,7 +168,7 @@ class Health:
 
 @dataclass(frozen=True)
 class UsedSettings:
-    """The settings used, as in :class:`settings.Settings`."""
+    """The settings that were used; see :class:`settings.Settings` for details."""
 
     alpha: float
     beta: float
@@ -175,7 +179,7 @@ class UsedSettings:
 
 @dataclass(frozen=True)
 class IndexFacts(UsedSettings):
-    """An index, at its current version."""
+    """A description of the current version of an index."""
 
     name: str
     version: int
@@ -199,7 +203,7 @@ class IndexFacts(UsedSettings):
 
 @dataclass(frozen=True)
 class Indexes:
-    """The served indexes, and whether this server can make new ones."""
+    """The served indexes, and whether this server can create new indexes."""
 
     indexes: list[IndexFacts]
     makes: bool
@@ -207,7 +211,7 @@ class Indexes:
 
 @dataclass(frozen=True)
 class IndexClass:
-    """A class and its number of keys."""
+    """A class and the number of its keys."""
 
     class_id: int
     label: str
@@ -216,7 +220,7 @@ class IndexClass:
 
 @dataclass(frozen=True)
 class WholeIndex(IndexFacts):
-    """An index with its classes, prompt templates, and the origin of its settings."""
+    """A description of an index that includes its classes, prompt templates and the source of its settings."""
 
     classes: list[IndexClass]
     templates: list[str]
@@ -225,7 +229,7 @@ class WholeIndex(IndexFacts):
 
 @dataclass(frozen=True)
 class KeyPage:
-    """A page of the matching keys, and their total number."""
+    """One page of the matching keys, and the total number of matching keys."""
 
     version: int
     total: int
@@ -236,9 +240,10 @@ class KeyPage:
 
 @dataclass(frozen=True)
 class Map:
-    """Keys in two dimensions, from -1 to 1; ``explained`` is the share of the variance on each axis.
+    """Coordinates of keys in two dimensions, from -1 to 1.
 
-    ``axes`` of principal components place a feature f: ``axes[0] + f @ axes[1:]``.
+    ``explained`` is the share of the variance that each axis explains. If the method is PCA, the coordinates of a
+    feature f are ``axes[0] + f @ axes[1:]``.
     """
 
     version: int
@@ -255,7 +260,7 @@ class Map:
 
 @dataclass(frozen=True)
 class Audit:
-    """Shots that look mislabelled, worst first, as in ``retrieval-tip index audit``."""
+    """Shots that look mislabelled, in the order and format of ``retrieval-tip index audit``."""
 
     version: int
     total: int
@@ -264,7 +269,10 @@ class Audit:
 
 @dataclass(frozen=True)
 class Shares:
-    """Accuracy on held-out shots by photos alone, class names alone (``words``) and both; null if unknown."""
+    """Accuracy on held-out shots with photos alone, with class names alone (``words``) and with both.
+
+    An unknown accuracy is null.
+    """
 
     photos: float | None
     words: float | None
@@ -273,14 +281,14 @@ class Shares:
 
 @dataclass(frozen=True)
 class Accuracy(Shares):
-    """The estimated accuracy of a version."""
+    """The estimated accuracy of a version of an index."""
 
     version: int
 
 
 @dataclass(frozen=True)
 class ChangedShots:
-    """The new version of the index, and the keys that were added, removed or moved."""
+    """The new version of the index, and the ids of the keys that were added, removed or relabelled."""
 
     index: str
     version: int
@@ -289,9 +297,10 @@ class ChangedShots:
 
 @dataclass(frozen=True)
 class AddedShots(ChangedShots):
-    """The added keys and new ``classes``; ``known`` counts images that the class had already.
+    """The keys and ``classes`` that were added.
 
-    ``warnings`` names new classes spelled almost like an existing one.
+    ``known`` is the number of images that were already in the class. ``warnings`` lists new classes that are spelled
+    almost like an existing class.
     """
 
     classes: list[str]
@@ -303,14 +312,14 @@ class AddedShots(ChangedShots):
 
 @dataclass(frozen=True)
 class Judgement(Shares):
-    """The accuracy that a fit estimated, and a sentence about it."""
+    """The accuracy estimated by a fit, and a sentence that summarises it."""
 
     summary: str | None
 
 
 @dataclass(frozen=True)
 class FittedIndex:
-    """An index after a fit."""
+    """An index that has been fitted, and its estimated accuracy."""
 
     index: str
     version: int
@@ -319,7 +328,7 @@ class FittedIndex:
 
 @dataclass(frozen=True)
 class MadeIndex(FittedIndex):
-    """A new index; ``warnings`` as in :class:`AddedShots`."""
+    """A new index. See :class:`AddedShots` for ``warnings``."""
 
     warnings: list[str]
     skipped: list[Unread]
@@ -327,7 +336,7 @@ class MadeIndex(FittedIndex):
 
 @dataclass(frozen=True)
 class History:
-    """The kept versions, oldest first."""
+    """All versions that are kept, starting with the oldest."""
 
     version: int
     versions: list[PastVersion]
@@ -335,7 +344,7 @@ class History:
 
 @dataclass(frozen=True)
 class KeyValues:
-    """The value of each key for each class, solved or trained: enough to compute answers in the browser."""
+    """The solved or trained value of each key for each class, from which the browser can compute answers."""
 
     version: int
     key_ids: Ints
@@ -344,7 +353,7 @@ class KeyValues:
 
 @dataclass(frozen=True)
 class Exemplar:
-    """The key closest to the mean of its class."""
+    """The key that is closest to the mean of its class."""
 
     class_id: int
     key_id: int
@@ -353,7 +362,11 @@ class Exemplar:
 
 @dataclass(frozen=True)
 class Exemplars:
-    """One exemplar per class, and the mean affinity of keys of the same class (``own``) and of others (``other``)."""
+    """One exemplar per class, and mean affinities.
+
+    ``own`` is the mean affinity of keys of the same class, and ``other`` is the mean affinity of keys of different
+    classes.
+    """
 
     version: int
     exemplars: list[Exemplar]
@@ -363,9 +376,9 @@ class Exemplars:
 
 @dataclass(frozen=True)
 class Classified(UsedSettings):
-    """Results in the order of the inputs, and the settings used.
+    """Results in the order of the inputs, and the settings that were used.
 
-    ``warnings`` tells if these settings make answers worse than the index's own.
+    ``warnings`` contains a message if these settings make answers less accurate than the settings of the index.
     """
 
     index: str

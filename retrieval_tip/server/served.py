@@ -1,4 +1,4 @@
-"""Served indexes: open versions, their encoders, and how they follow changes of their folders."""
+"""Served indexes, which hold an open version and its encoder, and follow changes in their folders."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ log = logging.getLogger(__name__)
 FloatArray = npt.NDArray[np.float32]
 
 RETRY_SECONDS = 30.0
-"""Seconds after which a version that failed to open is tried again: a file may have been restored."""
+"""Number of seconds after which a version that failed to open is tried again, in case a file has been restored."""
 
 COMPLETE, NEAREST = 1 << 14, 2048
-"""Evidence holds all keys of an index with at most ``COMPLETE`` keys, else the ``NEAREST`` nearest ones."""
+"""Evidence contains all keys of an index if there are at most ``COMPLETE``, and the ``NEAREST`` nearest otherwise."""
 
 NEIGHBOUR_CELLS = 16
-"""Cost of a neighbour in an answer: it takes as much memory as 16 numbers."""
+"""Cost of a neighbour in an answer. A neighbour takes as much memory as 16 numbers."""
 
 VALUES = 1 << 22
-"""Largest number of numbers in answers, or of keys retrieved for them, computed at once."""
+"""Maximum count of numbers, or of retrieved keys, in the answers that are computed at once."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """Options of a request to classify; ``None`` means the index's own setting."""
+    """Options of a classification request. ``None`` means that the setting of the index is used."""
 
     alpha: float | None = None
     beta: float | None = None
@@ -64,7 +64,7 @@ class Ask:
 
 @dataclass(frozen=True, eq=False)
 class Version:
-    """One open version of an index. A request keeps its version, even if the folder changes."""
+    """An open version of an index. A request uses the same version throughout, even if the folder changes."""
 
     name: str
     cache: AnsweringIndex
@@ -72,11 +72,11 @@ class Version:
     backbone: Backbone | None
 
     def settings(self, ask: Ask) -> Settings:
-        """Return the settings for a request."""
+        """Return the settings to use for a request."""
         return self.cache.settings.override(alpha=ask.alpha, beta=ask.beta, k=ask.k, tail=ask.tail)
 
     def cells(self, ask: Ask) -> int:
-        """Return the size of one answer: its numbers, plus the keys to retrieve if the request sets ``k``."""
+        """Return the count of numbers in one answer, plus the number of keys to retrieve if the request sets ``k``."""
         cache, c = self.cache, len(self.cache.class_names)
         near = cache.n if cache.n <= COMPLETE else NEAREST
         evidence = cache.d + 3 * c + 3 * near if ask.evidence else 0
@@ -85,19 +85,22 @@ class Version:
         return 2 * min(ask.top, c) + neighbours + (c if ask.logits else 0) + evidence + met
 
     def at_once(self, ask: Ask) -> int:
-        """Return the number of queries to answer at once, within the limits of memory."""
+        """Return the number of queries that can be answered at once within the memory limits."""
         met = min(self.settings(ask).k or 0, self.cache.n)
         return max(1, min(VALUES // max(self.cells(ask), met), LOGITS // len(self.cache.class_names)))
 
     def answer(self, ask: Ask, features: FloatArray) -> list[Row]:
-        """Return a result for each query ``[q, d]``. Raises as :meth:`AnsweringIndex.classify`."""
+        """Return one result per query, given the queries as an array of shape ``[q, d]``.
+
+        Raises the same errors as :meth:`AnsweringIndex.classify`.
+        """
         cache = self.cache.with_settings(self.settings(ask))
         hidden = {"keys"} if ask.logits else {"keys", "logits"}
         results: list[Row] = []
         for part in slices(len(features), self.at_once(ask)):
             predictions = cache.classify(
                 features[part], ask.top, neighbours=ask.neighbours, norms="keep"
-            )  # read() has checked them
+            )  # read() has already checked the norms
             answers = list(predictions.rows([c for c in predictions.to_arrow().column_names if c not in hidden]))
             if ask.evidence:
                 for answer, own in zip(answers, cache.evidence(features[part], COMPLETE, NEAREST), strict=True):
@@ -106,7 +109,7 @@ class Version:
         return results
 
     def describe(self, *, changes: bool) -> schemas.IndexFacts:
-        """Describe the index; ``changes`` tells whether the server accepts changes."""
+        """Return a description of the index. ``changes`` is whether the server accepts changes."""
         cache, settings, fitted = self.cache, self.cache.settings, self.cache.fitted
         return schemas.IndexFacts(
             alpha=settings.alpha, beta=settings.beta, k=settings.k or "all", tail=settings.tail,
@@ -120,7 +123,7 @@ class Version:
         )  # fmt: skip
 
     def describe_whole(self, *, changes: bool) -> schemas.WholeIndex:
-        """Describe the index with its classes, templates and provenance."""
+        """Return a description of the index that includes its classes, templates and provenance."""
         cache, facts = self.cache, vars(self.describe(changes=changes))
         pairs = enumerate(zip(cache.class_names, cache.counts, strict=True))
         classes = [schemas.IndexClass(class_id, label, keys) for class_id, (label, keys) in pairs]
@@ -128,9 +131,10 @@ class Version:
 
 
 class Backbones:
-    """Open backbones, shared by indexes with the same one. Each lives as long as an open index that uses it.
+    """Open backbones, each of which is shared by all indexes that use it.
 
-    ``device``, ``precision`` and ``verify`` apply to all of these indexes.
+    A backbone stays in memory as long as an open index uses it. ``device``, ``precision`` and ``verify`` apply to all
+    indexes.
     """
 
     def __init__(self, device: str, precision: Precision, verify: Verify | None, *known: Backbone) -> None:
@@ -140,7 +144,10 @@ class Backbones:
             self._open[backbone.identity.fingerprint, None] = backbone
 
     def of(self, cache: AnsweringIndex, name: str) -> Backbone | None:
-        """Return the backbone of an index. Returns ``None`` if it has none, or, with a warning, if loading fails."""
+        """Return the backbone of an index, or ``None`` if the index does not name one.
+
+        If loading fails, log a warning and return ``None``.
+        """
         identity = cache.backbone
         if identity is None:
             return None
@@ -160,15 +167,15 @@ class Backbones:
             identity.model, identity.pretrained, device=self.device, precision=self.precision, tuned=cache.tuned
         )
         check_backbone(identity, cache.d, backbone, [])
-        backbone.encode_images(torch.zeros(1, 3, *backbone.size))  # warm up
+        backbone.encode_images(torch.zeros(1, 3, *backbone.size))  # warms up the backbone
         return backbone
 
 
 class Served:
-    """An index served under its ``name``; ``now`` is its open version."""
+    """An index that is served under its ``name``. ``now`` is the version that is open."""
 
     def __init__(self, folder: places.Place, backbones: Backbones) -> None:
-        """Open an index. Raises StoreError if that fails."""
+        """Open an index. Raises StoreError if the index cannot be opened."""
         self.folder = folder
         self.place = places.at(folder)
         self.name = self.place.name
@@ -181,20 +188,20 @@ class Served:
 
     @property
     def beside(self) -> Path | None:
-        """The folder that holds the index folder; ``None`` for an index in a bucket."""
+        """The parent of the index folder, or ``None`` if the index is in a bucket."""
         return None if self.place.local is None else real(self.place.local).parent
 
     def _opened(self, cache: AnsweringIndex) -> Version:
         manifest = cache.manifest
         assert manifest is not None
         version = Version(self.name, cache, manifest, self.backbones.of(cache, self.name))
-        version.answer(Ask(), cache.some(1)[0].astype(np.float32))  # warm up
+        version.answer(Ask(), cache.some(1)[0].astype(np.float32))  # warms up the index
         metrics.VERSION.labels(self.name).set(manifest.version)
         metrics.KEYS.labels(self.name).set(cache.n)
         return version
 
     def changed(self) -> bool:
-        """Tell whether there may be a new version. This is cheap, and asks a remote store only now and then."""
+        """Return whether there may be a new version. This check is cheap, and queries a remote store only rarely."""
         return time.monotonic() - self._looked_at >= self.place.look_every and self._is_other(self.place.stamp())
 
     def _is_other(self, stamp: Hashable | None) -> bool:
@@ -202,7 +209,10 @@ class Served:
         return stamp is not None and (again or stamp != self._seen)
 
     def follow(self) -> Version:
-        """Open the folder's current version if it is new, and return it. If that fails, keep the open one."""
+        """Open the current version of the folder if it is new, and return it.
+
+        If opening fails, keep and return the version that is already open.
+        """
         with self._changing:
             stamp = self.place.stamp()
             if not self._is_other(stamp):
@@ -225,7 +235,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Maker:
-    """How to make new indexes if no served index sets an example: the ``backbone``, and the folder ``into``."""
+    """The ``backbone`` and the folder ``into`` that are used for new indexes, unless a served index is named."""
 
     into: Path
     backbone: Backbone
@@ -235,19 +245,22 @@ class Maker:
 def open_all(
     folders: Sequence[places.Place], device: str, precision: Precision, verify: Verify | None
 ) -> dict[str, Served]:
-    """Open indexes, by name. Raises UsageError if two have the same name, StoreError if one cannot be opened."""
+    """Open several indexes, and return them by name.
+
+    Raises UsageError if two indexes have the same name. Raises StoreError if an index cannot be opened.
+    """
     backbones = Backbones(device, precision, verify)
     served: dict[str, Served] = {}
     for folder in folders:
         one = Served(folder, backbones)
         if one.name in served:
-            raise UsageError(f"{folder}: another index is named {one.name!r} too; rename one of the folders")
+            raise UsageError(f"{folder}: another index is also named {one.name!r}; rename one of the folders")
         served[one.name] = one
     return served
 
 
 def encoded(backbone: Backbone, pixels: Sequence[torch.Tensor]) -> list[FloatArray]:
-    """Return the raw features ``[d]`` of images, encoded in batches of the backbone's size."""
+    """Encode images in batches of the backbone's batch size, and return the raw features ``[d]`` of each image."""
     size = backbone.batch_size
     parts = [pixels[start : start + size] for start in range(0, len(pixels), size)]
     return [row for part in parts for row in backbone.encode_images(torch.stack(list(part)))]

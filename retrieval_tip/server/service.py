@@ -1,4 +1,7 @@
-"""The work behind the routes: images and queries in batches, changes one at a time, and slow results once."""
+"""The service behind the routes.
+
+It processes images and queries in batches, makes changes one at a time, and computes each slow result only once.
+"""
 
 from __future__ import annotations
 
@@ -42,24 +45,27 @@ log = logging.getLogger(__name__)
 
 ROWS_AT_A_TIME = 256
 PIXELS = 4_000_000
-"""Pixels that count as one more image against ``--queue``."""
+"""Number of pixels that count as one additional image towards ``--queue``."""
 DECODED = 32
-"""Largest number of images that are decoded but not yet encoded."""
+"""Maximum number of images that have been decoded but not yet encoded."""
 THUMBNAIL_BYTES, THUMBNAIL_OVERHEAD = 64 << 20, 1 << 10
-"""Memory for thumbnails in bytes, and the overhead of each."""
+"""Memory for the thumbnail cache, and the overhead of each thumbnail, in bytes."""
 DRAWN_AT_ONCE, SLOW_AT_ONCE, SLOW_KEPT = 256, 4, 32
-"""Largest number of thumbnails in progress, of slow results (maps, audits) in progress, and of slow results kept."""
+"""Maximum numbers of thumbnails in progress, of slow results in progress, and of slow results in the cache.
+
+Slow results are maps, audits and accuracies.
+"""
 AUDITED, MOST_AUDITED = 1000, 1 << 15
-"""Largest number of suspicious shots kept, and of keys for an audit, which compares all pairs."""
+"""Maximum numbers of suspicious shots to keep, and of keys in an index for an audit, which compares all pairs."""
 
 T = TypeVar("T")
 
 
 class Service:
-    """Queries, changes and follows indexes while it is ``running`` in the event loop of its callers.
+    """Service that queries, changes and follows indexes while it is ``running`` in the event loop of its callers.
 
-    Added images are saved in one folder per class in ``uploads`` (default: beside the index, in ``NAME-shots``).
-    Relative paths of shots are looked up in ``root``.
+    Added images are saved in ``uploads``, with one folder per class. By default, they are saved in the folder
+    ``NAME-shots`` next to the index. The relative paths of shots are resolved against ``root``.
     """
 
     def __init__(
@@ -98,7 +104,7 @@ class Service:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Follow the index folders inside the context; then finish the queued work and end the threads."""
+        """Follow the index folders inside the context. On exit, finish the queued work and stop the threads."""
         follower = asyncio.create_task(self._follow())
         yield
         follower.cancel()
@@ -127,29 +133,34 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(pool, call, *arguments)
 
     def index(self, name: str | None) -> Served:
-        """Return the index of this name; without a name, the only one. Raises Problem 404 or 422."""
+        """Return the index with this name, or the only index if ``name`` is ``None``.
+
+        Raises Problem 404 if the index does not exist. Raises Problem 422 if the name is missing but there are several
+        indexes.
+        """
         if name is None:
             if not self.served:
-                raise Problem(404, "no index is served yet; make one first")
+                raise Problem(404, "no index is served yet; create one first")
             if len(self.served) > 1:
                 raise Problem(422, f"index: missing; choose one of {', '.join(self.served)}")
             return next(iter(self.served.values()))
         if name not in self.served:
-            raise Problem(404, f"index {name!r}: not found; served are {', '.join(self.served) or 'none'}")
+            raise Problem(404, f"index {name!r}: not found; the served indexes are {', '.join(self.served) or 'none'}")
         return self.served[name]
 
     async def classify(self, version: Version, ask: Ask, sent: Sent) -> schemas.Classified:
         """Classify uploaded inputs.
 
-        Raises Problem 422 if all are unreadable or the answers would be too large, 429 if too many images wait.
+        Raises Problem 422 if all inputs are unreadable, or if the answers would be too large. Raises Problem 429 if too
+        many images are waiting.
         """
         cells, rows = version.cells(ask), len(sent.names)
         if rows > 1 and rows * cells > self.limits.cells:
             raise Problem(
                 422,
-                f"{rows} inputs: the answers would hold {rows * cells:,} numbers (a neighbour counts as "
-                f"{NEIGHBOUR_CELLS}), and {self.limits.cells:,} are allowed; send {max(1, self.limits.cells // cells)} "
-                "at once, or reduce evidence, logits, neighbours, top or k",
+                f"{rows} inputs: the answers would contain {rows * cells:,} numbers (a neighbour counts as "
+                f"{NEIGHBOUR_CELLS}), but only {self.limits.cells:,} are allowed; send at most "
+                f"{max(1, self.limits.cells // cells)} at once, or reduce evidence, logits, neighbours, top or k",
             )
         skipped: list[Unread] = []
         names, features = sent.names, list(sent.features) if sent.features is not None else []
@@ -179,9 +190,9 @@ class Service:
         backbone: Backbone,
         use: Callable[[torch.Tensor], Awaitable[T | InputError]],
     ) -> tuple[dict[int, T], list[Unread]]:
-        """Decode images and pass each to ``use``. Returns the results by position, and the unreadable images.
+        """Decode images and pass each of them to ``use``. Return the results by position, and the unreadable images.
 
-        Raises Problem 422 if all are unreadable, 429 if too many images wait.
+        Raises Problem 422 if all images are unreadable. Raises Problem 429 if too many images are waiting.
         """
 
         async def used(turn: Turn[torch.Tensor | InputError]) -> T | InputError:
@@ -191,7 +202,7 @@ class Service:
             finally:
                 self._decoding.release(turn)
 
-        # Read the headers one by one, so that requests take turns here too.
+        # Read the headers one at a time, so that requests take turns here as well.
         area = partial(images.area, most=self.limits.pixels, only=images.uploads())
         areas = [await self._in(self._weighing, area, data) for data in datas]
         calls = [partial(self._pixels, data, backbone) for data in datas]
@@ -208,10 +219,10 @@ class Service:
         try:
             return pixels_of(data, backbone, most=self.limits.pixels, only=images.uploads())
         except InputError as error:
-            return InputError(str(error))  # drops the traceback, which holds the image
+            return InputError(str(error))  # drops the traceback, which keeps the image in memory
 
     async def add(self, one: Served, sent: Sent) -> schemas.AddedShots:
-        """Add shots, and open the new version. Raises as :func:`changes.add`."""
+        """Add shots, and open the new version. Raises the same errors as :func:`changes.add`."""
         skipped: list[Unread] = []
         if sent.images is None:
             added = await self._in(self._changing, shots.add_features, one, one.now.backbone, sent)
@@ -230,11 +241,14 @@ class Service:
         )
 
     async def create(self, sent: Sent, like: str | None) -> schemas.MadeIndex:
-        """Make an index of images, fit it, and serve it.
+        """Create an index from images, fit it and serve it.
 
-        The new index gets the backbone of the index ``like`` and is saved beside it. Without ``like``, the ``maker``
-        decides, else the first index with a backbone. Raises Problem 409 if the name is taken or ``limits.indexes``
-        are served, and otherwise as :func:`shots.build`.
+        The new index has the same backbone as the index ``like``, and is saved next to it. If ``like`` is ``None``, the
+        backbone and folder of the ``maker`` are used. If there is no maker, the first index that has a backbone is used
+        in the same way as ``like``.
+
+        Raises Problem 409 if the name is already in use, or if ``limits.indexes`` indexes are served. Also raises the
+        same errors as :func:`shots.build`.
         """
         name = str(sent.index)
         into: Path | None
@@ -244,9 +258,9 @@ class Service:
             model = self.index(like or next((name for name, one in self.served.items() if one.now.backbone), None))
             backbone, into, backbones = _backbone_of(model.now), model.beside, model.backbones
         if into is None:
-            raise Problem(422, "the index is in a bucket; to make new ones, restart the server with --into FOLDER")
+            raise Problem(422, "the index is in a bucket; to create indexes, restart the server with --into FOLDER")
         if name in self.served or (into / name).exists():
-            raise Problem(409, f"index {name!r} exists already; choose another name, or add to it")
+            raise Problem(409, f"index {name!r} already exists; choose another name, or add to this index")
         if len(self.served) + self._creating >= self.limits.indexes:
             most = f"{self.limits.indexes} indexes are served, which is the limit"
             raise Problem(409, f"{most}; delete some in {show(into)} and restart the server")
@@ -271,14 +285,15 @@ class Service:
         return schemas.FittedIndex(one.name, one.now.manifest.version, _judged(one))
 
     async def remove(self, one: Served, key_ids: Sequence[int]) -> schemas.ChangedShots:
-        """Remove shots, and open the new version. Raises Problem 404 for an unknown key."""
+        """Remove shots, and open the new version. Raises Problem 404 if a key does not exist."""
         await self._found(one, (), key_ids)
         return await self._changed(one, lambda: changes.remove(one.folder, key_ids=key_ids))
 
     async def relabel(self, one: Served, moves: Sequence[tuple[Sequence[int], str]]) -> schemas.ChangedShots:
-        """Relabel shots: pairs of key ids and a label, all as one version.
+        """Relabel shots in one new version. Each of the ``moves`` consists of key ids and their new label.
 
-        Raises Problem 422 without shots or for a shot with two labels, else as :meth:`remove`.
+        Raises Problem 422 if there are no shots, or if a shot is given two labels. Also raises the same errors as
+        :meth:`remove`.
         """
         labels: dict[int, str] = {}
         for key_ids, label in moves:
@@ -291,14 +306,17 @@ class Service:
         return await self._changed(one, lambda: changes.relabel(one.folder, labels))
 
     async def merge(self, one: Served, of: str, label: str) -> schemas.ChangedShots:
-        """Relabel all shots of the class ``of``. Raises Problem 422 if it has none, else as :meth:`remove`."""
+        """Move all shots of the class ``of`` to the class ``label``.
+
+        Raises Problem 422 if the class ``of`` has no shots. Also raises the same errors as :meth:`remove`.
+        """
         found = await self._found(one, (of,), ())
         if not found:
             raise Problem(422, f"of: class {of!r} has no shots")
         return await self._changed(one, lambda: changes.relabel(one.folder, label, key_ids=found))
 
     async def _found(self, one: Served, labels: Sequence[str], key_ids: Sequence[int]) -> list[int]:
-        """Return the ids of matching keys. Raises Problem 404 if one of ``key_ids`` is missing."""
+        """Return the ids of the matching keys. Raises Problem 404 if one of ``key_ids`` does not exist."""
         keys = await self._in(self._finding, one.now.cache.find, labels, None, key_ids)
         found: list[int] = keys["key_id"].to_pylist()
         if missing := set(key_ids) - set(found):
@@ -306,9 +324,10 @@ class Service:
         return found
 
     async def rename(self, one: Served, of: str, label: str) -> schemas.ChangedShots:
-        """Rename a class, or merge it into the class of that name; encode a new name if the server can.
+        """Rename a class, or merge it into the class that already has the new name.
 
-        Raises Problem 404 if there is no class ``of``, else as :meth:`remove`.
+        If the name is new and the server has the text encoder, the name is encoded. Raises Problem 404 if the class
+        ``of`` does not exist. Also raises the same errors as :meth:`remove`.
         """
         cache, backbone = one.now.cache, one.now.backbone
         if of not in cache.class_names:
@@ -318,11 +337,14 @@ class Service:
         return await self._changed(one, lambda: changes.rename(one.folder, of, label, backbone))
 
     async def rollback(self, one: Served, to: int, since: int | None) -> schemas.ChangedShots:
-        """Restore a version. Raises Problem 404 if it is not kept, 409 if the index is not at version ``since``."""
+        """Restore an earlier version.
+
+        Raises Problem 404 if the version does not exist. Raises Problem 409 if the current version is not ``since``.
+        """
         return await self._changed(one, lambda: _rolled_back(one, to, since))
 
     async def history(self, one: Served) -> list[Row]:
-        """Return the kept versions, oldest first."""
+        """Return all versions that are kept, starting with the oldest."""
         versions = await self._in(self._finding, one.place.history)
         return list(versions.select(schemas.HISTORY).to_pylist())
 
@@ -332,18 +354,21 @@ class Service:
         return schemas.ChangedShots(one.name, changed.version, changed.key_ids)
 
     def values(self, version: Version) -> schemas.KeyValues:
-        """Return the value of each key for each class. Raises Problem 422 if values are one-hot or too many."""
+        """Return the value of each key for each class.
+
+        Raises Problem 422 if the values are one-hot, or if there are too many values.
+        """
         values = getattr(version.cache, "values", None)
         if values is None:
-            raise Problem(422, "values are one-hot: each key counts 1 for its own class")
+            raise Problem(422, "values: are one-hot and not stored; the value of each key is 1 for its own class")
         if values.numel() > self.limits.values:
-            many = f"{values.numel():,} values are more than {self.limits.values:,}"
+            many = f"values: there are {values.numel():,}, but at most {self.limits.values:,} can be returned"
             raise Problem(422, f"{many}; classify with logits=true instead")
         key_ids = version.cache.described(version.cache.every_row(), ["key_id"])["key_id"].to_numpy()
         return schemas.KeyValues(version.manifest.version, key_ids, list(values.float().cpu().numpy()))
 
     async def exemplars(self, version: Version) -> schemas.Exemplars:
-        """Return a typical key of each class, and mean affinities. Raises Problem 503 if it takes too long."""
+        """Return a typical key of each class, and mean affinities. Raises Problem 503 if this takes too long."""
 
         def call() -> schemas.Exemplars:
             found = exemplars(version.cache)
@@ -358,7 +383,7 @@ class Service:
     async def keys(
         self, version: Version, labels: Sequence[str], source: str | None, key_ids: Sequence[int], page: slice
     ) -> tuple[int, list[Row]]:
-        """Return one page of the keys that :meth:`AnsweringIndex.find` finds, and their total number."""
+        """Return the total number of keys that :meth:`AnsweringIndex.find` finds, and one page of them."""
 
         def call() -> tuple[int, list[Row]]:
             keys = version.cache.find(labels, source, key_ids)
@@ -374,7 +399,10 @@ class Service:
         ]
 
     async def map(self, version: Version, method: Method, limit: int) -> schemas.Map:
-        """Place keys in two dimensions. Raises Problem 422 for a missing method, 503 if it takes too long."""
+        """Project keys to two dimensions.
+
+        Raises Problem 422 if the method is not installed. Raises Problem 503 if this takes too long.
+        """
         if method not in methods():
             raise Problem(422, f"method {method!r}: not installed; choose one of {', '.join(methods())}")
         cache = version.cache
@@ -385,7 +413,7 @@ class Service:
                 raise Problem(503, "the index has changed; try again in 1 s", {"Retry-After": "1"})
             return projected(cache, method, limit)
 
-        kept = self._made if method == "pca" else self._mapped  # t-SNE must not delay audits
+        kept = self._made if method == "pca" else self._mapped  # a separate thread, so that t-SNE does not delay audits
         found = await self._once(version, ("map", method, limit), call, kept)
         x, y = found.places.T.copy()
         explained, axes = (None if one is None else list(one) for one in (found.explained, found.axes))
@@ -395,9 +423,12 @@ class Service:
         )  # fmt: skip
 
     async def audit(self, version: Version, limit: int, borderline: bool) -> schemas.Audit:
-        """List suspicious shots, worst first. Raises Problem 422 for too many keys, 503 if it takes too long."""
+        """List suspicious shots, starting with the most suspicious ones.
+
+        Raises Problem 422 if the index has too many keys. Raises Problem 503 if this takes too long.
+        """
         if version.cache.n > MOST_AUDITED:
-            many = f"{version.cache.n:,} keys are more than {MOST_AUDITED:,}"
+            many = f"the index has {version.cache.n:,} keys, but at most {MOST_AUDITED:,} can be audited here"
             raise Problem(422, f"{many}; run retrieval-tip index audit {version.name}")
         cache = version.cache
 
@@ -409,9 +440,10 @@ class Service:
         return schemas.Audit(version.manifest.version, total, suspicious[:limit])
 
     async def accuracy(self, version: Version) -> schemas.Accuracy:
-        """Estimate the accuracy (:func:`closed_form.estimate`) of at most ``limits.estimated`` keys, else ``None``.
+        """Estimate the accuracy with :func:`closed_form.estimate`.
 
-        Raises Problem 503 if it takes too long.
+        If the index has more than ``limits.estimated`` keys, the accuracy is ``None``. Raises Problem 503 if this takes
+        too long.
         """
         cache = version.cache
         known: Judged = {"photos": None, "words": None, "both": None}
@@ -422,17 +454,20 @@ class Service:
     async def _once(
         self, version: Version, what: Hashable, call: Callable[[], T], kept: Kept[Hashable, Any] | None = None
     ) -> T:
-        """Return the result of ``call``, made once per version. Raises Problem 503 after ``limits.patience``."""
+        """Return the result of ``call``, which is computed once per version.
+
+        Raises Problem 503 after ``limits.patience`` seconds.
+        """
         try:
             async with asyncio.timeout(self.limits.patience):
                 key = (weakref.ref(version), what)  # does not keep the version alive
                 answer: T = await (kept or self._made)(key, call)
                 return answer
         except TimeoutError:
-            raise Problem(503, "still being computed; try again in 5 s", {"Retry-After": "5"}) from None
+            raise Problem(503, "the result is still being computed; try again in 5 s", {"Retry-After": "5"}) from None
 
     async def thumbnail(self, version: Version, key_id: int, size: int) -> bytes:
-        """Return a thumbnail of a shot as JPEG. Raises Problem 404 if it has no readable image."""
+        """Return a thumbnail of a shot as JPEG data. Raises Problem 404 if the shot has no readable image."""
         keys = await self._in(self._finding, version.cache.find, (), None, [key_id])
         if not len(keys):
             raise Problem(404, f"index {version.name!r} has no key {key_id}")
@@ -448,36 +483,36 @@ class Service:
             raise Problem(404, f"key {key_id}: its image cannot be read ({error})") from None
 
     def picture(self, source: str) -> Path | None:
-        """Return the image file of a shot's source, or ``None`` if there is no such file."""
+        """Return the path of the image file that ``source`` names, or ``None`` if there is no such file."""
         path = self._root / source
         try:
             return path if path.suffix.lower() in images.extensions() and path.is_file() else None
-        except (OSError, ValueError):  # not a valid file name
+        except (OSError, ValueError):  # the source is not a valid file name
             return None
 
 
 async def _nothing(_: torch.Tensor) -> None:
-    """Do nothing with a decoded image: it is enough that it could be decoded."""
+    """Ignore a decoded image. Decoding it was enough to check it."""
 
 
 def _rolled_back(one: Served, to: int, since: int | None) -> changes.Changed:
     kept = [row["version"] for row in one.place.history().to_pylist()]
     if since is not None and kept[-1] != since:
-        raise Problem(409, f"the index has changed: it is at version {kept[-1]}, not {since}; reload and try again")
+        raise Problem(409, f"the index has changed: it is at version {kept[-1]}, not {since}; reload it and try again")
     if to not in kept:
-        raise Problem(404, f"index {one.name!r} has no version {to}; kept are {', '.join(map(str, kept))}")
+        raise Problem(404, f"index {one.name!r} has no version {to}; its versions are {', '.join(map(str, kept))}")
     return changes.rollback(one.folder, to)
 
 
 def _judged(one: Served) -> schemas.Judgement:
-    """Return the accuracy that the last fit estimated."""
+    """Return the accuracy estimated by the last fit."""
     fit = one.now.cache.provenance.get("fit", {})
     return schemas.Judgement(fit.get("photos"), fit.get("words"), fit.get("both"), fit.get("summary"))
 
 
 def _backbone_of(version: Version) -> Backbone:
     if version.backbone is None:
-        raise Problem(422, f"index {version.name!r} takes features only: this server does not have its encoder")
+        raise Problem(422, f"index {version.name!r} only accepts features: this server does not have its encoder")
     return version.backbone
 
 
@@ -490,7 +525,7 @@ def _unit(raw: FloatArray) -> FloatArray | InputError:
 
 
 def _of_spelling(name: str, alike: Mapping[str, str]) -> list[str]:
-    """Return warnings about new classes spelled almost like others, with the request that merges them."""
+    """Return a warning for each new class that is spelled almost like another, with the request that merges them."""
     route = f"POST /v1/indexes/{quote(name, safe='')}/rename"
     return [
         f"{new!r} is spelled almost like {known!r}; to merge them: {route} {json_line({'of': new, 'label': known})}"

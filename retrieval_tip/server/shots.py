@@ -1,6 +1,6 @@
-"""Add uploaded images and features as shots.
+"""Functions that add uploaded images and features as shots.
 
-Images are kept unchanged, in one folder per class. Files of images that are not added are removed again.
+Image files are stored unchanged, in one folder per class. If an image is not added, its file is removed again.
 """
 
 from __future__ import annotations
@@ -28,21 +28,24 @@ from retrieval_tip.server.uploads import Sent
 def add_images(
     one: Served, backbone: Backbone, label: str, datas: Sequence[bytes], uploads: Path | None
 ) -> changes.Added:
-    """Save the images and add them as shots. Raises Problem 422 for an index in a bucket without ``uploads``."""
+    """Save images, and add them as shots.
+
+    Raises Problem 422 if the index is in a bucket and ``uploads`` is ``None``.
+    """
     folder = uploads or photos.folder_of(one.place)
     if folder is None:
         raise Problem(422, f"index {one.name!r} is in a bucket; to add images, start the server with --uploads FOLDER")
     with _removed_on_error(folder, photos.class_folder(folder, label)) as fresh:
         source = _source(f"shots of {label}", folder, [(label, data) for data in datas], fresh)
         added = changes.add(one.folder, source, Encoder(backbone), skip_known=True)
-    if added.known:  # under another name
+    if added.known:  # the index already has these images under other names
         kept = set(one.follow().cache.find(key_ids=added.key_ids)["source"].to_pylist())
         _remove([path for path in fresh if show(path) not in kept])
     return added
 
 
 def add_features(one: Served, backbone: Backbone | None, sent: Sent) -> changes.Added:
-    """Add features as shots, with sources that cannot be file names."""
+    """Add features as shots. Their sources start with ``api:``, so that they are not mistaken for file names."""
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
         table = Path(folder) / "shots.parquet"
         assert sent.features is not None
@@ -53,7 +56,7 @@ def add_features(one: Served, backbone: Backbone | None, sent: Sent) -> changes.
 
 
 def build(folder: Path, backbone: Backbone, labelled: Sequence[tuple[str, bytes]], uploads: Path | None) -> Path:
-    """Save labelled images, and build an index."""
+    """Save labelled images, and build an index from them."""
     shots = uploads or folder.with_name(f"{folder.name}-shots")
     with _removed_on_error(shots, shots) as fresh:
         build_index(_source(folder.name, shots, labelled, fresh), folder, Encoder(backbone))
@@ -62,9 +65,9 @@ def build(folder: Path, backbone: Backbone, labelled: Sequence[tuple[str, bytes]
 
 @contextmanager
 def _removed_on_error(folder: Path, own: Path) -> Iterator[list[Path]]:
-    """Yield a list for new files in ``folder``, which are removed if the context raises.
+    """Yield a list to which the context appends new files in ``folder``, and remove these files on error.
 
-    So are ``own``, their folder, if it is empty, and ``folder`` itself if it is new.
+    On error, also remove the folder ``own`` if it is empty, and ``folder`` if it is new.
     """
     fresh: list[Path] = []
     folders = [own] if folder.exists() else [own, folder]
@@ -82,12 +85,12 @@ def _removed_on_error(folder: Path, own: Path) -> Iterator[list[Path]]:
 
 
 def _source(name: str, folder: Path, labelled: Sequence[tuple[str, bytes]], fresh: list[Path]) -> Source:
-    """Save labelled images, class by class, in files named by their hashes; add new files to ``fresh``."""
+    """Save labelled images by class, in files named by their hashes, and append new files to ``fresh``."""
     labels = tuple(dict.fromkeys(label for label, _ in labelled))
     kept: dict[tuple[str, Path], None] = {}
     for label, data in sorted(labelled, key=lambda pair: labels.index(pair[0])):
         path = photos.file_of(folder, label, data)
-        kept[label, path] = None  # once, even if it was sent twice
+        kept[label, path] = None  # keeps one entry even if the image was sent twice
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             fresh.append(path)
@@ -97,7 +100,7 @@ def _source(name: str, folder: Path, labelled: Sequence[tuple[str, bytes]], fres
 
 
 def _remove(paths: Sequence[Path]) -> None:
-    """Remove files, and their folders if empty."""
+    """Remove files, and their folders if they are empty."""
     for path in paths:
         with suppress(OSError):
             path.unlink(missing_ok=True)

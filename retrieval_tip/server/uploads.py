@@ -1,4 +1,4 @@
-"""Read request bodies: images as multipart form data, or features as JSON."""
+"""Functions that read request bodies, which contain images as multipart form data or features as JSON."""
 
 from __future__ import annotations
 
@@ -26,25 +26,28 @@ from retrieval_tip.settings import Norms
 
 FORM, JSON = "multipart/form-data", "application/json"
 LONGEST_FIELD = 1 << 16
-"""Largest size of a text field in bytes."""
+"""Maximum size of a text field, in bytes."""
 LONGEST_NAME = 1024
-"""Largest length of an input's name or a label in characters."""
+"""Maximum length of an input name or a label, in characters."""
 PARTS_A_ROW = 64
-"""Commas, lists and strings that JSON may hold per row besides the numbers. Parsing millions would block the server."""
+"""Maximum number of commas, lists and strings per JSON row, besides the numbers.
+
+Parsing millions of them would block the server.
+"""
 SHORT = 1 << 16
-"""Largest JSON in bytes that is parsed at once. Longer JSON is parsed in a thread, one request at a time."""
+"""Maximum size of JSON to parse directly, in bytes. Longer JSON is parsed in a thread, one request at a time."""
 
 NAME = re.compile(r"[^\W\d_][\w .-]{0,62}(?<![ .])")
-"""Valid names of new indexes, which are also names of folders."""
+"""Pattern for the name of a new index, which is also the name of its folder."""
 
 _PARSING = ThreadPoolExecutor(1, thread_name_prefix="parse")
 
 
 @dataclass(frozen=True)
 class Sent:
-    """Uploaded ``images`` or ``features`` ``[q, d]`` with their ``names``.
+    """Uploaded ``images``, or ``features`` of shape ``[q, d]``, and their ``names``.
 
-    Shots also have ``labels``: one for all, or one each. ``index`` is the name of a new index.
+    If they are shots, there is one label for all of them or one label for each. ``index`` is the name of a new index.
     """
 
     names: list[str]
@@ -55,10 +58,12 @@ class Sent:
 
 
 async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labelled: bool = False) -> Sent:
-    """Read the images or features of a request to an index of features with ``d`` values.
+    """Read the images or features in a request to an index whose features have ``d`` values.
 
-    Raises Problem 400 for a malformed body, 413 for a large one, 415 for another content type, 422 for missing or
-    unknown fields; InputError for invalid features.
+    Raises:
+        Problem: with status 400 if the body is malformed, 413 if it is too large, 415 if its content type is not
+            supported, or 422 if a field is missing or unknown.
+        InputError: if the features are invalid.
     """
     kind = _kind(request)
     if kind == JSON:
@@ -70,23 +75,25 @@ async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labell
     names, images, texts = await _form(request, limits, ["label"] if labelled else [])
     labels = [_label(text) for text in texts["label"]]
     if labelled and len(labels) != 1:
-        raise Problem(422, f"label: {len(labels)} given; send one for all images")
+        raise Problem(422, f"label: {len(labels)} labels given; send one label for all images")
     return Sent(names, images, None, labels)
 
 
 async def read_index(request: Request, limits: Limits) -> Sent:
-    """Read the name of a new index and its images, with one label per image. Raises as :func:`read`."""
+    """Read the name of a new index, and its images with one label each. Raises the same errors as :func:`read`."""
     if (kind := _kind(request)) != FORM:
         raise Problem(415, f"content type {kind!r}: send {FORM} with a name, images, and a label for each image")
     names, images, texts = await _form(request, limits, ["label", "name"])
     labels = [_label(text) for text in texts["label"]]
     if len(texts["name"]) != 1:
-        raise Problem(422, f"name: {len(texts['name'])} given; send one, the name of the new index")
+        raise Problem(422, f"name: {len(texts['name'])} names given; send one name for the new index")
     if len(labels) != len(images):
-        raise Problem(422, f"label: {len(labels)} given for {len(images)} images; send one for each image, in order")
+        raise Problem(
+            422, f"label: {len(labels)} labels given for {len(images)} images; send one label for each image, in order"
+        )
     name = _text("name", texts["name"][0]).strip()
     if not NAME.fullmatch(name):
-        expected = "1 to 64 letters, digits, spaces, dots, hyphens or underscores, a letter first"
+        expected = "1 to 64 letters, digits, spaces, dots, hyphens or underscores, starting with a letter"
         raise Problem(422, f"name: {name[:64]!r} is not valid; use {expected}")
     return Sent(names, images, None, labels, name)
 
@@ -98,9 +105,9 @@ def _kind(request: Request) -> str:
 async def _form(
     request: Request, limits: Limits, fields: list[str]
 ) -> tuple[list[str], list[bytes], defaultdict[str, list[object]]]:
-    """Return names and bytes of a form's images, and its texts by field."""
+    """Return the names and bytes of the images in a form, and its texts by field."""
     _, options = parse_options_header(request.headers["content-type"])
-    if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # some of Python's codecs are slow, or fail
+    if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # some Python codecs are slow or fail
         raise Problem(415, f"content type {FORM}: its charset must be UTF-8")
     last = b"--%s--" % options.get(b"boundary", b"")
     end = b""
@@ -157,7 +164,7 @@ def _json(body: bytes, limits: Limits, norms: Norms, d: int, *, labelled: bool) 
         raise Problem(422, f"field {unknown[0][:LONGEST_NAME]!r}: unknown; expected {', '.join(sorted(known))}")
     rows = len(sent["features"])
     if not 1 <= rows <= limits.rows:
-        raise Problem(413 if rows else 422, f"features: {rows} rows; send 1 to {limits.rows} at once")
+        raise Problem(413 if rows else 422, f"features: {rows} rows given; send 1 to {limits.rows} rows at once")
     features = _features(sent["features"], d, norms)
     names = _texts(sent.get(names_field, [f"row {i}" for i in range(rows)]), names_field, rows)
     labels = [_label(label) for label in _texts(sent.get("labels"), "labels", rows)] if labelled else []
@@ -165,34 +172,34 @@ def _json(body: bytes, limits: Limits, norms: Norms, d: int, *, labelled: bool) 
 
 
 def _check_parts(body: bytes, rows: int, d: int) -> None:
-    """Raise Problem 413 for JSON with more commas, lists and strings than ``rows`` features of ``d`` values need."""
+    """Raise Problem 413 if JSON contains more commas, lists and strings than ``rows`` features of ``d`` values need."""
     read = np.frombuffer(body, np.uint8)
     commas, others = (sum(int(np.count_nonzero(read == ord(part))) for part in parts) for parts in (",", '[{"'))
     if commas > rows * (d + PARTS_A_ROW) or others > rows * PARTS_A_ROW:
-        raise Problem(413, f"JSON with more parts than {rows} features of {d} values need; send fewer at once")
+        raise Problem(413, f"JSON: contains more parts than {rows} features of {d} values need; send fewer at once")
 
 
 def _features(sent: list[object], d: int, norms: Norms) -> FloatArray:
-    """Return the rows of JSON as features. Raises InputError for rows of another length, or not of numbers."""
+    """Return JSON rows as features. Raises InputError if a row is not a list of ``d`` numbers."""
     rows = np.empty((len(sent), d))
     for i, row in enumerate(sent):
         if not isinstance(row, list) or len(row) != d:
             raise InputError(f"features: row {i} is not a list of {d} numbers, which this index needs")
-        if not {float, int}.issuperset(map(type, row)):  # excludes bool; NumPy would pad strings to the longest
-            raise InputError(f"features: row {i} holds values other than numbers")
+        if not {float, int}.issuperset(map(type, row)):  # bool is excluded; NumPy would pad strings to the longest
+            raise InputError(f"features: row {i} contains values that are not numbers")
         rows[i] = row
     return check_norms(matrix(rows, "features"), 0, norms, "features")
 
 
 def _texts(sent: object, field: str, rows: int) -> list[str]:
     if not isinstance(sent, list) or len(sent) != rows:
-        raise Problem(422, f"{field}: must be a list of {rows}, one for each row of features")
+        raise Problem(422, f"{field}: must be a list of length {rows}, with one entry for each row of features")
     return [_text(field, value) for value in sent]
 
 
 def _text(field: str, value: object) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME:
-        raise Problem(422, f"{field}: must be text of 1 to {LONGEST_NAME} characters")
+        raise Problem(422, f"{field}: must be a text of 1 to {LONGEST_NAME} characters")
     return value.encode("utf-8", "backslashreplace").decode()
 
 
