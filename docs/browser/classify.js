@@ -1,16 +1,16 @@
 // Classify a photo in the browser with an index written by `retrieval-tip index export --onnx`.
 //
-// Put index.html and things.onnx beside this file, and in ort/ three files from dist/ of the npm package onnxruntime-web:
+// Put index.html and things.onnx beside this file. Copy three files of dist/ in the npm package onnxruntime-web to ort/:
 // ort.wasm.min.mjs, ort-wasm-simd-threaded.mjs and ort-wasm-simd-threaded.wasm.
 import * as ort from "./ort/ort.wasm.min.mjs";
 
 const MODEL = "things.onnx";
 const SHOWN = 5;
-ort.env.wasm.numThreads = 1; // more threads need the headers COOP and COEP
+ort.env.wasm.numThreads = 1; // using more threads requires the headers COOP and COEP
 
 // --- the model and its metadata
 
-/** Open a session, with the labels and the preprocessing of the index. */
+/** Open a session, and return it with the labels and the preprocessing of the index. */
 export async function open(url) {
   const answer = await fetch(url);
   if (!answer.ok) throw new Error(`${url}: ${answer.status} ${answer.statusText}`);
@@ -20,14 +20,14 @@ export async function open(url) {
   return { session, labels: JSON.parse(labels), preprocess: JSON.parse(preprocess) };
 }
 
-/** Read the metadata of an ONNX file (field 14, key and value), which onnxruntime-web does not expose. */
+/** Return the metadata of an ONNX file, which onnxruntime-web does not expose. It is stored as pairs in field 14. */
 function metadata(model) {
   const text = new TextDecoder();
   const entries = [...fields(model)].filter(([number]) => number === 14);
   return Object.fromEntries(entries.map(([, entry]) => [...fields(entry)].map(([, value]) => text.decode(value))));
 }
 
-/** Yield number and bytes of each length-delimited field of a protobuf message. */
+/** Yield the number and the bytes of each length-delimited field of a protobuf message. */
 function* fields(bytes) {
   let at = 0;
   const varint = () => {
@@ -45,7 +45,7 @@ function* fields(bytes) {
       const length = varint();
       yield [Math.floor(key / 8), bytes.subarray(at, at + length)];
       at += length;
-    } else throw new Error("no ONNX file");
+    } else throw new Error("this is not an ONNX file");
   }
 }
 
@@ -59,7 +59,7 @@ export async function classify({ session, preprocess }, file) {
   return { logits: found.logits.data, probabilities: found.probabilities.data };
 }
 
-/** Decode an image upright, on white, without colour conversion: `data` is RGBA. */
+/** Return the RGBA pixels of an image, rotated upright, on a white background, with its colours unconverted. */
 async function decoded(file) {
   const bitmap = await createImageBitmap(file, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
   const context = new OffscreenCanvas(bitmap.width, bitmap.height).getContext("2d", { willReadFrequently: true });
@@ -69,9 +69,9 @@ async function decoded(file) {
   return context.getImageData(0, 0, bitmap.width, bitmap.height);
 }
 
-/** Resize an image and crop its centre to the size of the model: [3, height, width] from 0 to 255. */
+/** Resize an image and crop its centre, and return pixels of shape [3, height, width] with values from 0 to 255. */
 function view(image, { size: [height, width], shorter_side: side, resize_mode: mode, interpolation }) {
-  if (!side || !(interpolation in FILTERS)) throw new Error("the model does not say how its pictures are prepared");
+  if (!side || !(interpolation in FILTERS)) throw new Error("the model does not say how photos must be prepared");
   const longer = Math.trunc((side * Math.max(image.width, image.height)) / Math.min(image.width, image.height));
   const upright = image.width <= image.height;
   const [wide, high] = mode === "squash" ? [width, height] : upright ? [side, longer] : [longer, side];
@@ -98,10 +98,11 @@ const FILTERS = {
 };
 
 /**
- * Resize rows of RGBA pixels to another width, and transpose: data [lines, from] gives [to, lines].
+ * Resize rows of RGBA pixels to another width, and transpose them: data of shape [lines, from] becomes [to, lines].
  *
- * Like Pillow, so that a model sees the pixels it was fitted with: each new pixel averages the area it covers, which a
- * canvas does not guarantee. Weights have 22 bits, and each pass rounds to bytes.
+ * The result is the same as in Pillow, so that the model sees the pixels it was fitted with. Each new pixel is the
+ * average of the area that it covers, which a canvas does not guarantee. Weights have 22 bits, and each pass rounds
+ * its results to bytes.
  */
 function resized(data, from, lines, to, interpolation) {
   const [reach, weight] = FILTERS[interpolation];
