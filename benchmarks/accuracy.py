@@ -185,16 +185,26 @@ DATASETS: dict[str, Tables | Photographs] = {
 
 
 def runs(
-    name: str, shared: Path, shots: Sequence[int], seeds: int, methods: Sequence[str], done: set[Any], covered: float
+    name: str,
+    shared: Path,
+    shots: Sequence[int],
+    seeds: int,
+    methods: Sequence[str],
+    done: set[Any],
+    covered: float,
+    tail: bool,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each shot count, seed and method of a dataset that is not in ``done``."""
     dataset, items = DATASETS[name], None
     for number in shots:
         pool, source = dataset.pool_of(number, shared)
         items = items or dataset.items(pool, shared)
-        only = covered == 1 and set(np.bincount(pool.class_ids.numpy())) == {number}  # each draw would be the same
+        only = (
+            covered == 1 and not tail and set(np.bincount(pool.class_ids.numpy())) == {number}
+        )  # each draw would be the same
         for seed in range(1, 2 if only else seeds + 1):
             cache = with_some_classes(sweep.draw(pool, number, seed), covered, seed)
+            cache = with_long_tail(cache, number, seed) if tail else cache
             drawn = Shots(cache, source, dataset.encoder(shared), seed)
             for method in methods:
                 run = (name, number, seed, method)
@@ -204,7 +214,7 @@ def runs(
                 start = time.process_time()
                 answering = METHODS[method](drawn)
                 seconds = time.process_time() - start
-                yield dict(zip(RUN, run, strict=True)) | scores(answering, items) | {"seconds": seconds}
+                yield dict(zip(RUN, run, strict=True)) | scores(answering, items, by_class=tail) | {"seconds": seconds}
 
 
 def with_some_classes(cache: CacheModel, covered: float, seed: int) -> CacheModel:
@@ -216,15 +226,27 @@ def with_some_classes(cache: CacheModel, covered: float, seed: int) -> CacheMode
     return cache.take(np.flatnonzero(np.isin(cache.class_ids.numpy(), chosen)))
 
 
+def with_long_tail(cache: CacheModel, most: int, seed: int) -> CacheModel:
+    """Return an index whose classes have 1 to ``most`` shots, evenly spread on a logarithmic scale."""
+    draw, ids, c = np.random.default_rng(seed), cache.class_ids.numpy(), len(cache.class_names)
+    numbers = np.round(most ** (draw.permutation(c) / (c - 1))).astype(int)
+    rows = [draw.permutation(np.flatnonzero(ids == i))[: numbers[i]] for i in range(c)]
+    return cache.take(np.sort(np.concatenate(rows)))
+
+
 RUN = ("dataset", "shots", "seed", "method")
 
 
-def scores(answering: Answering, items: sweep.Items) -> dict[str, float]:
+def scores(answering: Answering, items: sweep.Items, by_class: bool = False) -> dict[str, float]:
     """Return accuracy and expected calibration error."""
     temperature = answering.settings.temperature if isinstance(answering, CacheModel) else 1.0
     confidence, ids = tip.probabilities(answering.logits(items.features), temperature).max(1)
     right = ids.cpu().numpy() == items.ids
-    return {"top1": float(right.mean()), "ece": expected_calibration_error(confidence.cpu().numpy(), right)}
+    per_class = [right[items.ids == i].mean() for i in np.unique(items.ids)]
+    return {
+        "top1": float(np.mean(per_class) if by_class else right.mean()),
+        "ece": expected_calibration_error(confidence.cpu().numpy(), right),
+    }
 
 
 def mean(rows: Sequence[dict[str, Any]], column: str, **of: Any) -> float | None:
@@ -279,6 +301,7 @@ def losses(rows: Sequence[dict[str, Any]]) -> list[tuple[float, str]]:
     "--finetune", "tuning", is_flag=True, help=f"Include {FINE_TUNED}: seconds for tables, minutes for photos."
 )
 @click.option("--covered", default=1.0, show_default=True, help="Share of classes with shots.")
+@click.option("--tail", is_flag=True, help="Classes have 1 to --shots shots; top-1 is a mean over classes.")
 @click.option("--results", type=click.Path(path_type=Path), help="JSON lines of finished runs, which are skipped.")
 def main(
     shared: Path,
@@ -288,6 +311,7 @@ def main(
     seeds: int,
     tuning: bool,
     covered: float,
+    tail: bool,
     results: Path | None,
 ) -> None:
     """Fit, answer, print."""
@@ -302,7 +326,7 @@ def main(
     done = {tuple(row[name] for name in RUN) for row in every}
     rows = []
     for name in chosen or DATASETS:
-        for row in runs(name, shared, shots, seeds, methods, done, covered):
+        for row in runs(name, shared, shots, seeds, methods, done, covered, tail):
             every.append(row)
             if results is not None:
                 with results.open("a", encoding="utf-8") as file:

@@ -243,11 +243,13 @@ def _valued(
     return values.weighted((weights - own).where(filled, 0)) + left @ values.sums
 
 
-def ridge_values(gram: Tensor, targets: Tensor, ridge: float) -> Tensor:
-    """Solve for the values that classify the keys themselves: ``V = (G + lambda I)^-1 Y``, kernel ridge regression.
+def ridge_values(gram: Tensor, targets: Tensor, ridge: float | Tensor) -> Tensor:
+    """Solve for the values that classify the keys themselves: ``V = (G + diag(lambda))^-1 Y``, kernel ridge regression.
 
-    ``gram`` is ``G = exp(-beta (1 - phi(K) phi(K)^T))`` ``[n, n]`` and is overwritten. ``targets`` ``Y`` ``[n, c]`` are
-    the one-hot labels; ``ridge`` is ``lambda`` > 0. Uses Cholesky factorisation in the dtype of ``gram``.
+    ``gram`` is ``G = exp(-beta (1 - phi(K) phi(K)^T))``, of shape ``[n, n]``, and is overwritten. ``targets`` ``Y``, of
+    shape ``[n, c]``, are the one-hot labels. ``ridge`` is ``lambda`` > 0: one number, or one for each key. Cholesky
+    factorisation solves the system in the dtype of ``gram``.
+
     Source: ProKeR (Bendou et al., CVPR 2025, equation 6). With the identity for the inverse, this is Tip-Adapter.
     Raises torch.linalg.LinAlgError if the system cannot be solved in that dtype.
     """

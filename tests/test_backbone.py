@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import random
+import subprocess
+import sys
 import threading
 
 import huggingface_hub
@@ -177,6 +179,14 @@ def test_a_models_own_code_is_never_run(scheme, claimant, text_cfg, tmp_path, mo
         load_backbone(f"{scheme}:{folder}", device="cpu").encode_texts(["a cat"])
     assert answers.tell() == 0
     assert not (folder / "ran").exists()
+
+
+def test_loading_a_text_encoder_of_transformers_prints_nothing(shared):
+    """A library that is imported while a model loads sets the level of its own messages."""
+    load = f"from retrieval_tip import load_backbone; load_backbone('local-dir:{shared}/models/lit-mini', device='cpu')"
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
+    done = subprocess.run([sys.executable, "-c", load], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
 
 
 def test_loading_a_model_quietly_keeps_messages_of_other_threads(caplog):

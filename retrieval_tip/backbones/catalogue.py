@@ -233,6 +233,10 @@ def quiet() -> Iterator[None]:
     """Silence open_clip, transformers and the hub, but not this package, inside the context."""
     ours = logging.getLogger("retrieval_tip")
     with _QUIET, _unasked():
+        given = os.environ.get("TRANSFORMERS_VERBOSITY")
+        os.environ["TRANSFORMERS_VERBOSITY"] = (
+            "critical"  # the first import of transformers sets the level of its logger
+        )
         loggers = [ours, *map(logging.getLogger, (None, "huggingface_hub", "transformers"))]
         before = [logger.level for logger in loggers]
         ours.setLevel(ours.getEffectiveLevel())
@@ -245,6 +249,9 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, before, strict=True):
                 logger.setLevel(level)
+            del os.environ["TRANSFORMERS_VERBOSITY"]
+            if given is not None:
+                os.environ["TRANSFORMERS_VERBOSITY"] = given
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from retrieval_tip.fit.search_hp import Queries
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.keys import KEY_BLOCK
 from retrieval_tip.retrieval.logits import slices
-from retrieval_tip.retrieval.ridge import MOST_SOLVED
+from retrieval_tip.retrieval.ridge import MOST_SOLVED, class_weights
 from retrieval_tip.retrieval.segments import Keys, KeysInPlace
 from retrieval_tip.retrieval.vector_index import inner_factory
 from retrieval_tip.settings import Fitted, MetricName, Settings, ValuesName, check_choice
@@ -235,6 +235,7 @@ class Folds:
     text: Tensor | None
     held: Sequence[Held]
     sums: Sums | None = None
+    even: bool = True
     _scatters: dict[int | None, Scatter] = field(default_factory=dict)
 
     @classmethod
@@ -280,12 +281,19 @@ class Folds:
 
     @property
     def weights(self) -> Tensor | None:
-        """Weights ``[q]`` of the queries, of mean 1; ``None`` if no whole class is held out."""
-        whole = self.of_classes
-        if not whole.any():
-            return None
-        shares = torch.where(whole, 1 - self.covered, self.covered).double()
-        return shares * len(whole) / torch.where(whole, whole.sum(), (~whole).sum())
+        """Weights ``[q]`` of the queries, of mean 1; ``None`` if all count the same.
+
+        Classes count the same if ``even``, however many shots they have. Queries of held-out classes together count by
+        the share of classes without shots.
+        """
+        whole, ids = self.of_classes, torch.cat([held.ids for held in self.held])
+        weights = torch.ones(len(ids), dtype=torch.float64)
+        if self.even:
+            weights = class_weights(torch.bincount(self.ids, minlength=self.c))[ids].double()
+        if whole.any():
+            shares = torch.where(whole, 1 - self.covered, self.covered)
+            weights *= shares / torch.where(whole, weights[whole].sum(), weights[~whole].sum())
+        return None if (weights == 1).all() else weights / weights.mean()
 
     @property
     def n(self) -> int:
@@ -574,6 +582,8 @@ def _forms(
     forms = [form for form in forms if metric in (None, form.metric_name) and values in (None, form.values_name)]
     grown = longest**2 - 1
     forms = [form for form in forms if form.metric is not None or form.beta * grown <= GROWN]
+    if _is_uneven(cache.class_ids):  # one-hot values sum over the shots of a class
+        forms = [form for form in forms if form.values is not None] or forms
     if not forms:
         raise InputError(f"metric none: keys have norms up to {longest:.4g} instead of 1; give norms unit")
     return forms
@@ -585,7 +595,7 @@ def _judged_by(cache: Shots, validation: Queries | None, images: IntArray) -> tu
     text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
     if validation is not None:
         held = Held(torch.from_numpy(validation.features), torch.from_numpy(validation.ids), torch.arange(cache.n))
-        folds = Folds(cache.keys, ids, c, text, [held], cache.sums).with_classes(images, JUDGED)
+        folds = Folds(cache.keys, ids, c, text, [held], cache.sums, even=False).with_classes(images, JUDGED)
         return folds, f"{len(held.ids):,} photos of {validation.name}"
     number, judged = MOST_FOLDS if cache.n <= JUDGED else FOLDS, int(min(JUDGED, max(256, AFFINITIES / cache.n)))
     folds = Folds.of_shots(cache.keys, ids.numpy(), c, text, images, number, judged, cache.sums)
@@ -609,9 +619,9 @@ def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence
     """Return the settings of a form that make the held-out photos most likely, and its accuracies on them."""
     text, cache, ids = folds.logits(form)
     weights = folds.weights
-    offsets = OFFSETS if form.values is not None and weights is None else (None,)
+    offsets = OFFSETS if form.values is not None and not folds.of_classes.any() else (None,)
     blended, offset = _linked(text, cache, ids, offsets, weights)
-    if weights is None and folds.covered < 1:  # too few classes to hold some out: trust the encoder's own temperature
+    if not folds.of_classes.any() and folds.covered < 1:  # too few classes to hold some out
         blended = replace(blended, a=1.0, b=blended.b / max(blended.a, 1.0) * folds.covered)
     least = _quantile(tip.log_cache(cache, offset).amax(1), UNLIKE, weights)
     settings = replace(blended.settings(settings.unfitted(), form.beta), least_cache=least, log_offset=offset)
@@ -698,6 +708,11 @@ def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[FormTrial]]
     return best[0], trials
 
 
+def _is_uneven(class_ids: Tensor) -> bool:
+    """Return whether the classes that have keys differ in their numbers of keys."""
+    return len(torch.unique(torch.unique(class_ids, return_counts=True)[1])) > 1
+
+
 def _ranks(ids: IntArray, draw: np.random.Generator) -> IntArray:
     """Shuffle, and return the rank of each item within its class ``[n]``."""
     order = draw.permutation(len(ids))
@@ -749,5 +764,5 @@ def _folds(images: IntArray, ids: IntArray, number: int) -> tuple[IntArray, IntA
     if not several.any():
         return np.full(len(ids), -1), first
     ranks = _ranks(own, np.random.default_rng(0))
-    folds = np.where(several, ranks % min(number, int(counts[counts > 1].min())), -1)
+    folds = np.where(several, ranks % min(number, int(np.median(counts[counts > 1]))), -1)
     return folds[image], first

@@ -25,9 +25,20 @@ SOLVED_AGAIN = 4096
 """Maximum number of keys for which a change solves all values again (in a second), not just those it touches."""
 
 
+def class_weights(counts: Tensor) -> Tensor:
+    """Return the weights ``mean(n) / n_c`` ``[c]`` with which all classes count the same, for their numbers of keys.
+
+    The mean is taken over the classes that have keys. If these have the same number of keys, their weights are 1.
+    """
+    return counts[counts > 0].float().mean() / counts.clamp_min(1)
+
+
 @dataclass(frozen=True)
 class Ridge:
-    """The linear system of solved values, ``(G + lambda I) V = Y`` (:func:`tip.ridge_values`), for ``c`` classes.
+    """The linear system of solved values for ``c`` classes (:func:`tip.ridge_values`).
+
+    ``(G + lambda diag(1 / omega)) V = Y`` with ``omega_i = mean(n) / n_c`` for a key of class ``c``, which has ``n_c``
+    keys: a class gains nothing from having more shots than others. If all have the same number, ``omega`` is 1.
 
     A class without keys gets the mean value of the classes that have some, so that its cache logit is neutral beside
     theirs: it neither gains nor loses against an average class.
@@ -43,7 +54,8 @@ class Ridge:
 
         Raises InputError if the norms of the keys are too far from 1 for float32.
         """
-        return self._neutral(self._solve(points, self._gram(points), one_hot(ids, self.n_classes).float()), ids)
+        values = self._solve(points, self._gram(points), self._wanted(ids), self._ridges(ids, ids))
+        return self._neutral(values, ids)
 
     def solved(self, labelled: LabelledKeys) -> LabelledKeys:
         """Solve the values of all keys again; of over :data:`SOLVED_AGAIN` keys, only those of classes without keys."""
@@ -59,15 +71,17 @@ class Ridge:
         They fit the residual of the other keys, ``V_b = (G_bb + lambda I)^-1 (Y_b - G_ba V_a)``: one step of block
         Gauss-Seidel for each block of new keys. If :meth:`solved` will solve all keys, returns the targets.
         """
-        wanted = self._wanted(ids)
+        own_ids = torch.from_numpy(ids).to(self.device)
+        wanted = self._wanted(own_ids)
         if keys.n + len(ids) <= SOLVED_AGAIN:
             return wanted
         own, parts = self._on_device(points), [values[:0]]
+        ridges = self._ridges(own_ids, torch.cat([keys.class_ids, own_ids]))
         for start in range(0, len(own), KEY_BLOCK):
             block = own[start : start + KEY_BLOCK]
             left = wanted[start : start + KEY_BLOCK] - keys.cache_logits(block, self.beta, values)
             left -= tip.weight(tip.affinity(block, own[:start]), self.beta) @ torch.cat(parts)
-            parts.append(self._solve(block, self._gram(block), left))
+            parts.append(self._solve(block, self._gram(block), left, ridges[start : start + KEY_BLOCK]))
         return torch.cat(parts)
 
     def relabelled(self, keys: Keys, labelled: LabelledKeys, rows: IntArray, class_ids: IntArray) -> LabelledKeys:
@@ -78,13 +92,17 @@ class Ridge:
         own = self._on_device(np.asarray(labelled.met[rows]))
         gram, values = self._gram(own), labelled.values.clone()
         others = keys.cache_logits(own, self.beta, values) - gram @ values[rows]
-        values[rows] = self._solve(own, gram, self._wanted(class_ids) - others)
+        own_ids, every = torch.from_numpy(class_ids).to(self.device), keys.class_ids.clone()
+        every[rows] = own_ids
+        values[rows] = self._solve(own, gram, self._wanted(own_ids) - others, self._ridges(own_ids, every))
         return replace(labelled, values=values)
 
-    def _solve(self, points: Tensor, gram: Tensor, targets: Tensor) -> Tensor:
-        if float(gram.diagonal().max()) * torch.finfo(gram.dtype).eps < self.ridge:  # else rounding hides the ridge
+    def _solve(self, points: Tensor, gram: Tensor, targets: Tensor, ridges: Tensor) -> Tensor:
+        if float(gram.diagonal().max()) * torch.finfo(gram.dtype).eps < float(
+            ridges.min()
+        ):  # else rounding hides the ridge
             with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # torch's stubs lack it
-                return tip.ridge_values(gram, targets, self.ridge)
+                return tip.ridge_values(gram, targets, ridges)
         longest = float(torch.linalg.vector_norm(points.double(), dim=1).max())
         raise InputError(
             f"keys: cannot solve values at beta {self.beta:g} for keys of norm {longest:.4g}; "
@@ -105,5 +123,9 @@ class Ridge:
         affinity = tip.affinity(points, points)
         return tip.weight(affinity, self.beta, out=affinity)
 
-    def _wanted(self, ids: IntArray) -> Tensor:
-        return one_hot(torch.from_numpy(ids).to(self.device), self.n_classes).float()
+    def _wanted(self, ids: Tensor) -> Tensor:
+        return one_hot(ids, self.n_classes).float()
+
+    def _ridges(self, ids: Tensor, every: Tensor) -> Tensor:
+        """Return ``lambda / omega`` for keys with class ids ``ids``, among keys with class ids ``every``."""
+        return self.ridge / class_weights(torch.bincount(every, minlength=self.n_classes))[ids]
