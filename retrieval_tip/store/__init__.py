@@ -1,1 +1,1 @@
-"""Index folders: manifests, labels, reading, checking and writing."""
+"""Read, check and write index folders, with their manifests and label stores."""

@@ -1,4 +1,4 @@
-"""Read the data files of an index folder, and write them as its next version."""
+"""Read the data files of an index folder, and write them as the next version of the index."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.writer import Writer
 
 HELD = ("text", "values", "curve", "metric", "points", "sums")
-"""Kinds with one file each, written again only if the object changes."""
+"""Kinds of data that have one file each. The file is rewritten only if the data changes."""
 
 
 class SavedIndex(Protocol):
-    """A FAISS index of ``indexed`` vectors, and the file ``path`` that holds it."""
+    """A FAISS index over ``indexed`` vectors, and the ``path`` of the file that holds it."""
 
     path: Path | None
 
@@ -39,12 +39,13 @@ class SavedIndex(Protocol):
 
 @dataclass(frozen=True)
 class Contents:
-    """Contents of a version's data files, as arrays or tensors.
+    """The contents of a version's data files, as arrays or tensors.
 
-    ``segments`` are keys ``[n_i, d]``, float32 or float16; the ``index`` covers the first. ``labels`` has one row per
-    key; ``text`` ``[c, d]`` and ``values`` ``[n, c]`` are float32. A fitted index has a ``metric``, the ``points`` of
-    the first segment in it, and the ``sums`` of all keys. A fine-tuned one has the loss ``curve``, and ``weights`` of
-    its encoder (a safetensors file). :meth:`read` leaves ``index`` to the caller, who opens it with FAISS.
+    ``segments`` are float32 or float16 arrays of keys, of shape ``[n_i, d]``. The ``index`` covers the first segment.
+    ``labels`` has one row per key. ``text`` has shape ``[c, d]`` and ``values`` has shape ``[n, c]``; both are float32.
+    A fitted index also has a ``metric``, the ``points`` of the first segment under that metric, and the ``sums`` of all
+    keys. A fine-tuned index also has the loss ``curve`` and the ``weights`` of its encoder, which are the path of a
+    safetensors file. :meth:`read` does not set ``index``, because the caller opens the index with FAISS.
     """
 
     segments: Sequence[npt.NDArray[np.floating]]
@@ -60,9 +61,9 @@ class Contents:
 
     @classmethod
     def read(cls, folder: Path, manifest: Manifest) -> Contents:
-        """Read a version; arrays are memory-mapped.
+        """Read the data files of a version. Arrays are memory-mapped.
 
-        Raises StoreError naming a file that cannot be read or does not match the manifest.
+        Raises StoreError if a file cannot be read or does not match the manifest. The message names the file.
         """
         files, c = manifest.files, len(manifest.class_names)
         segments = [read_array(folder, part.keys, (part.keys.rows, manifest.d)) for part in manifest.segments]
@@ -84,10 +85,10 @@ class Contents:
         )
 
     def write(self, writer: Writer, stored: Stored | None) -> Contents:
-        """Seal each file that the writer's parent version lacks; ``stored`` is the version that these come from.
+        """Seal every file that the writer's parent version does not have. ``stored`` is the version that was opened.
 
-        Keys that the writer already holds are not written again. Returns the contents with the new path of ``weights``.
-        Raises StoreError for a file that is damaged or cannot be written.
+        Keys that the writer already holds are not written again. Return the contents with the new path of ``weights``.
+        Raises StoreError if a file is damaged or cannot be written.
         """
         shared = stored if stored is not None and stored.is_before(writer) else None
         if stored is not None:
@@ -112,7 +113,7 @@ class Contents:
         return self if self.weights is None else replace(self, weights=writer.seal_weights(self.weights))
 
     def _write_keys(self, writer: Writer, shared: Stored | None) -> None:
-        """Write the keys and labels of each segment, unless ``shared`` has them."""
+        """Write the keys and labels of each segment, unless the ``shared`` version already has them."""
         at = 0
         for number, part in enumerate(self.segments):
             segment, labels = None if shared is None else shared.segment_of(part), self.labels.slice(at, len(part))
@@ -133,7 +134,7 @@ class Contents:
 
 
 def array_of(held: npt.NDArray[np.floating] | torch.Tensor | tip.Metric | Sums) -> npt.NDArray[np.floating]:
-    """Convert a part to the array that its file holds."""
+    """Convert part of the contents to the array that is stored in its file."""
     if isinstance(held, Sums):
         return held.to_array()
     whole = torch.cat([held.mean[None], held.transform]) if isinstance(held, tip.Metric) else held
@@ -141,7 +142,7 @@ def array_of(held: npt.NDArray[np.floating] | torch.Tensor | tip.Metric | Sums) 
 
 
 def _sums(folder: Path, manifest: Manifest, labels: pa.Table) -> Sums:
-    """Read the sums of a version's keys. Raises StoreError if they count other keys than the labels."""
+    """Read the sums of a version's keys. Raises StoreError if their key counts differ from the labels."""
     file, c = manifest.files["sums"], len(manifest.class_names)
     array = read_array(folder, file, (c + manifest.d, 1 + manifest.d), (np.float64,))
     if not np.array_equal(array[:c, 0], np.bincount(labels["class_id"].to_numpy(), minlength=c)):
@@ -150,17 +151,17 @@ def _sums(folder: Path, manifest: Manifest, labels: pa.Table) -> Sums:
 
 
 def metric_of(array: npt.NDArray[np.floating]) -> tip.Metric:
-    """Convert an array ``[1 + d, d]`` float32 to a metric: row 0 is its mean, the others its transform."""
+    """Convert a float32 array of shape ``[1 + d, d]`` to a metric. Row 0 becomes the mean, the rest the transform."""
     whole = torch.from_numpy(np.array(array))
     return tip.Metric(whole[0], whole[1:])
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A version of an index folder, and the objects in memory that its files already hold.
+    """A version of an index folder, together with the objects in memory that were read from its files.
 
-    ``check`` compares its files with their digests; ``contents`` are ``None`` if unknown. ``named`` tells whether its
-    labels have the current class names.
+    ``check`` compares the files with their digests. ``contents`` is ``None`` if those objects are not known. ``named``
+    tells whether the stored labels still use the current class names.
     """
 
     check: Check
@@ -169,37 +170,38 @@ class Stored:
 
     @classmethod
     def of(cls, check: Check, contents: Contents) -> Stored:
-        """Record that the version of ``check`` holds ``contents``, and set the path of their index."""
+        """Record that the version behind ``check`` holds ``contents``, and set the path of the index."""
         if contents.index is not None:
             contents.index.path = check.folder / check.manifest.files["index"].name
         return cls(check, contents)
 
     @property
     def manifest(self) -> Manifest:
-        """Manifest of this version."""
+        """The manifest of this version."""
         return self.check.manifest
 
     def is_before(self, writer: Writer) -> bool:
-        """Return whether this version is the parent of the one being written."""
+        """Return whether this version is the parent of the version being written."""
         same = real(self.check.folder) == real(writer.folder)
         return same and writer.parent is not None and writer.parent.version == self.manifest.version
 
     def segment_of(self, array: npt.NDArray[np.floating]) -> Segment | None:
-        """Return the files of a segment that this version holds, or ``None``."""
+        """Return the segment whose keys are ``array``, or ``None`` if this version has no such segment."""
         if self.contents is None:
             return None
         pairs = zip(self.contents.segments, self.manifest.segments, strict=True)
         return next((segment for stored, segment in pairs if stored is array), None)
 
     def has_index(self, index: SavedIndex) -> bool:
-        """Return whether this version holds ``index`` in a file."""
+        """Return whether ``index`` was read from a file of this version."""
         file = self.manifest.files.get("index")
         return file is not None and index.path == self.check.folder / file.name
 
     def check_copied(self, contents: Contents, *, shared: bool) -> None:
-        """Verify files before they are copied, so that damage is not sealed again under a valid digest.
+        """Verify files before they are copied, so that damaged data does not get a valid digest.
 
-        If ``shared``, unchanged files are not copied and need no check. Raises StoreError naming the damaged file.
+        If ``shared`` is true, unchanged files are not copied, so they are not verified. Raises StoreError if a file is
+        damaged. The message names the file.
         """
         if self.check.verify == "full":
             return

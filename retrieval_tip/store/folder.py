@@ -1,14 +1,14 @@
-"""Read an index folder: immutable data files and a manifest that names them.
+"""Read an index folder, which holds immutable data files and a manifest that names them.
 
-Readers see the old version or the new one, never a mixture.
+Readers see either the old version or the new version, never a mixture of the two.
 
-manifest.json             current version, replaced by one rename
-manifests/000003.json     earlier versions, until they are deleted
+manifest.json             the current version, replaced by a single rename
+manifests/000003.json     an earlier version, kept until it is deleted
 data/keys-<digest>.npy    data/index-<digest>.faiss    data/labels-<digest>.parquet    data/text-<digest>.npy
 data/keys-<digest>.npy    data/labels-<digest>.parquet                                          for each added segment
 data/values-<digest>.npy  data/weights-<digest>.safetensors  data/curve-<digest>.parquet       in a fine-tuned index
 data/metric-<digest>.npy  data/points-<digest>.npy  data/sums-<digest>.npy                     in a fitted index
-lock                      held by the writing process
+lock                      locked by the process that is writing
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from retrieval_tip.store.query import TIMEOUT, ask
 T = TypeVar("T")
 
 VERSIONS_TRIED = 16
-"""Attempts to open an index whose version is deleted meanwhile."""
+"""Number of attempts to open an index if each version is deleted while it is being read."""
 FAST_BYTES = 1 << 22
-"""Maximum size in bytes of files that a fast check hashes; of larger files, it only compares the size."""
+"""Maximum size in bytes of the files that a fast check hashes. It only compares the size of larger files."""
 MANIFEST_BYTES = 1 << 28
-"""Maximum size of a manifest in bytes; one with a million classes takes a tenth."""
+"""Maximum size of a manifest in bytes, about ten times the size of a manifest with a million classes."""
 
 
 def is_index(folder: Path) -> bool:
-    """Return whether a folder holds an index, valid or damaged."""
+    """Return whether a folder holds an index, even a damaged one."""
     try:
         return (folder / "manifest.json").is_file()
-    except OSError as error:  # an unreadable folder counts as an index, so that no first version overwrites it
+    except OSError as error:  # treat an unreadable folder as an index, so that it is not overwritten
         return error.errno != errno.ENAMETOOLONG
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of the current version. Raises StoreError if there is none or it is damaged."""
+    """Read the manifest of the current version. Raises StoreError if the manifest is missing or damaged."""
     check_name(folder)
     path = folder / "manifest.json"
     try:
@@ -71,7 +71,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_there(folder: Path) -> None:
-    """Raise StoreError if a folder holds no index, without reading it."""
+    """Raise StoreError if a folder does not hold an index. The index itself is not read."""
     if not is_index(folder):
         raise _missing(folder)
 
@@ -82,7 +82,7 @@ def _missing(folder: Path) -> StoreError:
 
 
 def read_version(folder: Path, version: int) -> Manifest:
-    """Read the manifest of the current or an earlier version. Raises StoreError if it is missing or damaged."""
+    """Read the manifest of the current version or an earlier one. Raises StoreError if it is missing or damaged."""
     current = read_manifest(folder)
     if version == current.version:
         return current
@@ -96,11 +96,14 @@ def read_version(folder: Path, version: int) -> Manifest:
 
 
 def manifest_bytes(folder: Path, path: Path) -> bytes:
-    """Read a manifest's bytes. Raises StoreError if it is a link out of the folder, not a file, or too large."""
+    """Read a manifest as bytes.
+
+    Raises StoreError if the path is not a regular file, is a link that leads out of the folder, or is too large.
+    """
     if not lies_in(folder, path):
         raise StoreError(f"{path}: is a link that leads out of the index; replace it by the file itself")
-    if not stat.S_ISREG(path.stat().st_mode):  # a single call, because it may be deleted between two
-        raise StoreError(f"{path}: is not a file; restore it")  # a pipe would block
+    if not stat.S_ISREG(path.stat().st_mode):  # one call, because the file may be deleted between two calls
+        raise StoreError(f"{path}: is not a file; restore it")  # reading a pipe would block
     with path.open("rb") as file:
         raw = file.read(MANIFEST_BYTES + 1)
     if len(raw) > MANIFEST_BYTES:
@@ -109,17 +112,17 @@ def manifest_bytes(folder: Path, path: Path) -> bytes:
 
 
 def lies_in(folder: Path, path: Path) -> bool:
-    """Return whether a path stays in the folder when all links are followed."""
+    """Return whether a path stays inside the folder after all links are resolved."""
     try:
         return path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):  # a link to itself
+    except (OSError, RuntimeError):  # a link that points to itself
         return False
 
 
 class Check:
-    """Comparison of a version's data files with its manifest, in background threads.
+    """A check of a version's data files against its manifest, which runs in background threads.
 
-    Imports and other work can proceed meanwhile, because hashing releases the interpreter's lock.
+    Hashing releases the interpreter's lock, so you can import modules or do other work in the meantime.
     """
 
     def __init__(
@@ -129,11 +132,12 @@ class Check:
         verify: Verify = "full",
         known: Collection[DataFile] = (),
     ) -> None:
-        """Start the check, of the current version by default.
+        """Start the check. ``manifest`` defaults to the manifest of the current version.
 
-        ``verify`` ``full`` compares the size and SHA-256 of every file. ``fast`` compares the SHA-256 of files up to 4
-        MiB only, so it misses changes in large files that keep their size. ``known`` files are skipped. Raises
-        StoreError as :func:`read_manifest`, UsageError for another ``verify``.
+        With ``verify="full"``, the size and SHA-256 of every file are compared. With ``"fast"``, the SHA-256 is only
+        compared for files of up to 4 MiB, so a change that keeps the size of a larger file is missed. Files in
+        ``known`` are skipped. Raises UsageError if ``verify`` has another value. Raises StoreError under the same
+        conditions as :func:`read_manifest`.
         """
         check_choice("verify", verify, Verify)
         self.folder, self.verify = folder, verify
@@ -144,7 +148,7 @@ class Check:
         pool.shutdown(wait=False)
 
     def wait(self) -> None:
-        """Wait until all files are verified. Raises StoreError naming the first one that differs."""
+        """Wait until all files are verified. Raises StoreError naming the first file that differs from the manifest."""
         for future in self._problems:
             if problem := future.result():
                 raise StoreError(f"{problem}; restore the file or an earlier version, or build the index again")
@@ -153,10 +157,10 @@ class Check:
 def opened(
     folder: Path, read: Callable[[Manifest], T], *, verify: Verify = "full", check: Check | None = None
 ) -> tuple[T, Check]:
-    """Verify the current version, and return the result of ``read`` for it and the check.
+    """Verify the current version, call ``read`` with its manifest, and return the result together with the check.
 
-    If a writer deletes that version meanwhile, this starts again with the new one. ``check`` is a check that is already
-    running. Raises StoreError as :class:`Check`, and whatever ``read`` raises.
+    If a writer deletes the version in the meantime, the function starts again with the new version. Pass ``check`` to
+    use a check that is already running. Raises StoreError if a file is damaged, and any error that ``read`` raises.
     """
     for _ in range(VERSIONS_TRIED):
         check = check or Check(folder, verify=verify)
@@ -189,14 +193,14 @@ def _problem(folder: Path, file: DataFile, verify: Verify) -> str | None:
 def read_array(
     folder: Path, file: DataFile, shape: tuple[int, int], dtypes: Sequence[npt.DTypeLike] = (np.float32, np.float16)
 ) -> npt.NDArray[np.floating]:
-    """Memory-map a ``.npy`` file, copy-on-write so that torch can share it.
+    """Memory-map a ``.npy`` file in copy-on-write mode, so that torch can share the memory.
 
-    Raises StoreError if it cannot be read, or has another shape or dtype.
+    Raises StoreError if the file cannot be read, or if its shape or dtype is not the expected one.
     """
     path = folder / file.name
     try:
         array: npt.NDArray[np.floating] = np.lib.format.open_memmap(path, mode="c")  # never unpickles
-    except Exception as error:  # damaged headers fail anywhere in numpy's parser
+    except Exception as error:  # a damaged header can make numpy raise any error
         raise StoreError(f"{path}: cannot be read ({first_line(error)})") from None
     if array.shape != shape or array.dtype not in dtypes:
         raise StoreError(f"{path}: {array.dtype} {array.shape} does not match {shape} in the manifest")
@@ -204,14 +208,14 @@ def read_array(
 
 
 def has_text(folder: Path, manifest: Manifest) -> bool:
-    """Return whether a version has text weights other than zeros. Raises StoreError as :func:`read_array`."""
+    """Return whether a version has any text weight that is not zero. Raises StoreError if it cannot be read."""
     return bool(read_array(folder, manifest.files["text"], (len(manifest.class_names), manifest.d)).any())
 
 
 def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
-    """Read the label store of all segments as one table; a column that a segment lacks is null there.
+    """Read the label stores of all segments as one table. If a segment does not have a column, its rows are null there.
 
-    Raises StoreError if it does not match the manifest's keys and classes.
+    Raises StoreError if the labels do not match the keys and classes in the manifest.
     """
     tables = [_read_labels(folder / part.labels.name, part.labels.rows, manifest) for part in manifest.segments]
     try:
@@ -242,7 +246,10 @@ def _read_labels(path: Path, rows: int, manifest: Manifest) -> pa.Table:
 
 
 def read_curve(folder: Path, file: DataFile) -> pa.Table:
-    """Read the loss curve of a fine-tuning, one row per epoch. Raises StoreError if it does not match the manifest."""
+    """Read the loss curve of a fine-tuned index as a table with one row per epoch.
+
+    Raises StoreError if the table does not match the manifest.
+    """
     table = _read_table(folder / file.name)
     if len(table) != file.rows:
         raise StoreError(f"{folder / file.name}: has {len(table)} rows instead of {file.rows}")
@@ -250,7 +257,7 @@ def read_curve(folder: Path, file: DataFile) -> pa.Table:
 
 
 def find_weights(folder: Path, file: DataFile) -> Path:
-    """Find the safetensors file of a fine-tuned encoder. Raises StoreError if it does not match the manifest."""
+    """Return the path of a fine-tuned encoder's weights. Raises StoreError if they do not match the manifest."""
     path = folder / file.name
     number = count_tensors(path)
     if number != file.rows:
@@ -259,7 +266,7 @@ def find_weights(folder: Path, file: DataFile) -> Path:
 
 
 def count_tensors(path: Path) -> int:
-    """Count the tensors of a safetensors file by its header. Raises StoreError if it is not one."""
+    """Return the number of tensors in a safetensors file. Raises StoreError if it is not a safetensors file."""
     try:
         with safe_open(path, framework="np") as file:
             return len(file.keys())
@@ -269,19 +276,19 @@ def count_tensors(path: Path) -> int:
 
 def _read_table(path: Path) -> pa.Table:
     try:
-        # Not a Python file, whose buffers Arrow's threads may free after the interpreter ends. Not a path, because a
-        # folder named x=1 would become a column x.
+        # Do not pass a Python file: Arrow's threads may free its buffers after the interpreter has shut down.
+        # Do not pass a path: a folder named x=1 would become a column x.
         with pa.OSFile(os.fsencode(path)) as file:
             table = pq.ParquetFile(file).read()
             table.validate(full=True)
-            table.schema.names  # noqa: B018 - decodes them, which may fail
+            table.schema.names  # noqa: B018 - decodes the names, which may fail
             return table
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise StoreError(f"{path}: cannot be read ({first_line(error)})") from None
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Return what ``index info`` prints: the manifest, the keys per class, and the space on disk."""
+    """Return the facts that ``index info`` prints: the manifest, the number of keys per class and the disk usage."""
     (manifest, labels), _ = opened(folder, lambda manifest: (manifest, read_labels(folder, manifest)), verify="fast")
     counts = np.bincount(labels["class_id"].to_numpy(), minlength=len(manifest.class_names))
     earlier = _before(folder, manifest)
@@ -298,7 +305,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def history(folder: Path) -> pa.Table:
-    """Return the kept versions, oldest first, as a table of :data:`labels.VERSIONS_SCHEMA`.
+    """Return the kept versions as a table with the columns of :data:`labels.VERSIONS_SCHEMA`, oldest version first.
 
     Raises StoreError if a manifest is damaged.
     """
@@ -307,13 +314,15 @@ def history(folder: Path) -> pa.Table:
 
 
 def query(folder: Path, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
-    """Run a SELECT over the label store (:func:`query.ask`).
+    """Run a SELECT query over the label store. See :func:`query.ask` for details.
 
-    Its tables are ``labels``, with the view ``class_counts``; ``versions`` (:func:`history`); ``curve``, the loss curve
-    of a fine-tuned index, one row per epoch; and ``predictions``, if a file is given (:func:`read_predictions`).
+    You can query the table ``labels``, its view ``class_counts`` and the table ``versions`` (see :func:`history`). A
+    fine-tuned index also has the table ``curve``, which holds the loss of each epoch. If you give a file of
+    predictions, it becomes the table ``predictions`` (see :func:`read_predictions`).
 
-    Raises UsageError if ``sql`` is not one SELECT, duckdb refuses it, or it takes more than ``timeout`` seconds or too
-    much memory; StoreError if the index is damaged; InputError if the file does not hold predictions.
+    Raises UsageError if ``sql`` is not a single SELECT, if duckdb rejects it, if it runs for more than ``timeout``
+    seconds or if it needs too much memory. Raises StoreError if the index is damaged. Raises InputError if the file
+    does not hold predictions.
     """
 
     def read(manifest: Manifest) -> dict[str, pa.Table]:
@@ -325,44 +334,44 @@ def query(folder: Path, sql: str, predictions: Path | None = None, timeout: floa
 
 
 def next_key_id(folder: Path, manifest: Manifest) -> int:
-    """Return the first key id that no version up to ``manifest`` has used. Raises StoreError as read_labels."""
+    """Return the first unused key id as of ``manifest``. Raises StoreError if its labels cannot be read."""
     if manifest.next_key_id is not None:
         return manifest.next_key_id
     return int(pc.max(read_labels(folder, manifest)["key_id"]).as_py()) + 1
 
 
 def earlier_manifests(folder: Path) -> list[Manifest]:
-    """Read the manifests of earlier versions, oldest first. Raises StoreError if one is damaged."""
+    """Read the manifests of earlier versions, oldest first. Raises StoreError if a manifest is damaged."""
     for _ in range(VERSIONS_TRIED):
         manifests = [_read_earlier(folder, path) for path in earlier_paths(folder)]
-        if None not in manifests:  # else some were deleted meanwhile, and the others may have gaps
+        if None not in manifests:  # otherwise some were deleted in the meantime, and versions may be missing
             break
     return [manifest for manifest in manifests if manifest is not None]
 
 
 def _before(folder: Path, current: Manifest) -> list[Manifest]:
-    """Read earlier manifests without a copy of the current one, which a writer may have put there."""
+    """Read the earlier manifests, excluding a copy of the current manifest that a writer may have archived."""
     return [manifest for manifest in earlier_manifests(folder) if manifest.version < current.version]
 
 
 def check_earlier(folder: Path) -> None:
-    """Verify the files of every earlier version. Raises StoreError as :class:`Check`."""
+    """Verify the files of every earlier version. Raises StoreError if a file is missing or damaged."""
     known: set[DataFile] = set()
     for manifest in earlier_manifests(folder):
         try:
             Check(folder, manifest, known=known).wait()
         except StoreError:
-            if (folder / "manifests" / manifest_name(manifest)).exists():  # else it was deleted meanwhile
+            if (folder / "manifests" / manifest_name(manifest)).exists():  # otherwise it was deleted in the meantime
                 raise
         known |= set(manifest.data_files)
 
 
 def earlier_paths(folder: Path) -> list[Path]:
-    """List the manifest files of earlier versions, oldest first. Raises StoreError if they cannot be listed."""
+    """List the manifest files of earlier versions, oldest first. Raises StoreError if the folder cannot be read."""
     place = folder / "manifests"
     try:
         paths = [path for path in place.iterdir() if path.suffix == ".json" and not path.name.startswith(".")]
-    except FileNotFoundError:  # no earlier version
+    except FileNotFoundError:  # there is no earlier version
         return []
     except OSError as error:
         raise StoreError(f"{place}: cannot be read: {error.strerror}") from None
@@ -370,7 +379,7 @@ def earlier_paths(folder: Path) -> list[Path]:
 
 
 def _read_earlier(folder: Path, path: Path) -> Manifest | None:
-    """Read the manifest of an earlier version; ``None`` if it was deleted."""
+    """Read the manifest of an earlier version. Return ``None`` if the version was deleted."""
     try:
         return Manifest.from_bytes(manifest_bytes(folder, path), str(path), "delete earlier versions with index gc")
     except FileNotFoundError:
@@ -380,12 +389,12 @@ def _read_earlier(folder: Path, path: Path) -> Manifest | None:
 
 
 def manifest_name(manifest: Manifest) -> str:
-    """Return the file name of a version's manifest in ``manifests``."""
+    """Return the name of a version's file in the folder ``manifests``."""
     return f"{manifest.version:06d}.json"
 
 
 def check_name(folder: Path) -> None:
-    """Raise StoreError for a folder name that is not UTF-8."""
+    """Raise StoreError if the name of a folder is not valid UTF-8."""
     try:
         str(folder).encode()
     except UnicodeEncodeError:

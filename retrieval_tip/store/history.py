@@ -1,4 +1,4 @@
-"""Versions of an index, for all stores: seal, describe and restore them."""
+"""Seal, describe and restore the versions of an index in any kind of store."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from retrieval_tip.store.labels import versions_table
 from retrieval_tip.store.manifest import Manifest
 
 KEPT_VERSIONS = 32
-"""Number of versions that a commit keeps, including the current one; ``index gc`` can keep fewer."""
+"""Number of versions that a commit keeps, including the current version. You can keep fewer with ``index gc``."""
 
 
 def stamp() -> dict[str, Any]:
-    """Return the time and program for a new manifest."""
+    """Return the entries of a new manifest that name the time and the program."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"created_at": now, "created_by": f"retrieval-tip {version('retrieval-tip')}"}
 
 
 def sealed(manifest: Manifest, place: object) -> bytes:
-    """Return the bytes of a manifest to commit, after a check that they can be read back.
+    """Convert a manifest to bytes, and check that the bytes can be read back.
 
-    Raises InputError for a setting or name that a manifest cannot hold.
+    Raises InputError if the manifest contains a setting or a name that cannot be stored.
     """
     try:
         raw = manifest.to_bytes()
@@ -41,7 +41,7 @@ def sealed(manifest: Manifest, place: object) -> bytes:
 
 
 def renewed(old: Manifest, current: Manifest, next_key_id: int, stamp: dict[str, Any]) -> Manifest:
-    """Make a manifest with the content of an ``old`` version to follow the current one; no key id is reused."""
+    """Return a manifest that restores an ``old`` version after the ``current`` version. No key id is used again."""
     return dataclasses.replace(
         old,
         version=current.version + 1,
@@ -53,7 +53,7 @@ def renewed(old: Manifest, current: Manifest, next_key_id: int, stamp: dict[str,
 
 
 def history_table(earlier: Sequence[Manifest], current: Manifest) -> pa.Table:
-    """Return the versions, oldest first, as a table of :data:`labels.VERSIONS_SCHEMA`."""
+    """Return a table of versions, oldest first, with the columns of :data:`labels.VERSIONS_SCHEMA`."""
     names = ("version", "parent", "created_at", "created_by", "change")
     return versions_table(
         [
@@ -72,7 +72,11 @@ def history_table(earlier: Sequence[Manifest], current: Manifest) -> pa.Table:
 def described(
     place: object, manifest: Manifest, earlier: Sequence[Manifest], counts: npt.NDArray[np.int64], **more: object
 ) -> dict[str, Any]:
-    """Return what ``index info`` prints: the manifest, statistics of the keys per class ``[c]``, and ``more``."""
+    """Return the facts that ``index info`` prints.
+
+    They include the entries of the manifest, statistics of ``counts`` (the number of keys per class) and ``more``
+    facts.
+    """
     facts = dataclasses.asdict(manifest)
     for name in ("files", "later", "digests"):
         del facts[name]

@@ -1,4 +1,4 @@
-"""Tables of the label store: labels and versions. :mod:`store.query` runs SQL on them."""
+"""Build and read the tables of the label store. You can query these tables in SQL (see :mod:`store.query`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LABEL_SCHEMA = pa.schema(
         ("added_at", pa.timestamp("us", "UTC")),
     ]
 )
-"""Columns of the label store, whose row i describes key i. Further columns of a source follow."""
+"""Columns of the label store. Row i describes key i. Extra columns of a source come after these."""
 
 VERSIONS_SCHEMA = pa.schema(
     [
@@ -39,7 +39,7 @@ VERSIONS_SCHEMA = pa.schema(
         ("current", pa.bool_()),
     ]
 )
-"""Columns of the history, one row per version; ``bytes`` is the size of its files."""
+"""Columns of the history, which has one row per version. ``bytes`` is the total size of the version's files."""
 
 
 def label_table(
@@ -52,9 +52,9 @@ def label_table(
     digests: Sequence[str | None] | None = None,
     extra: pa.Table | None = None,
 ) -> pa.Table:
-    """Make the label store of keys with these class ids; ``shot`` numbers the keys of a class from 0.
+    """Build the label store for keys with the given class ids. ``shot`` numbers the keys of each class from 0.
 
-    Raises InputError if a column has another length, or an ``extra`` one has a reserved name.
+    Raises InputError if a column does not have one value per key, or if a column of ``extra`` has a reserved name.
     """
     n = len(class_ids)
     extra = extra if extra is not None and extra.num_columns else None
@@ -84,7 +84,7 @@ def label_table(
 
 
 def shots_of(class_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """Number the keys of each class from 0, in order: ``[n]`` int32 from class ids ``[n]``."""
+    """Number the keys of each class from 0, in order. Return an int32 array with one number per class id."""
     order = np.argsort(class_ids, kind="stable")
     counts = np.bincount(class_ids)
     shots = np.empty(len(class_ids), dtype=np.int32)
@@ -93,7 +93,7 @@ def shots_of(class_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
 
 
 def shots_after(added: pa.Table, ids: npt.NDArray[np.int64], following: npt.NDArray[np.int32]) -> pa.Table:
-    """Continue the shot numbers of new labels after the existing ones of their classes."""
+    """Renumber the shots in a table of new labels, so that they follow the existing shots of their classes."""
     shots = pa.array(added["shot"].to_numpy() + following[ids], pa.int32())
     return added.set_column(added.column_names.index("shot"), "shot", shots)
 
@@ -101,7 +101,10 @@ def shots_after(added: pa.Table, ids: npt.NDArray[np.int64], following: npt.NDAr
 def rows_with(
     table: pa.Table, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()
 ) -> pa.Table:
-    """Select rows by label, key id and text in the source (ignoring case); an empty condition selects all."""
+    """Select rows by label, by key id, and by text that occurs in the source, ignoring case.
+
+    An empty condition selects all rows.
+    """
     chosen = pa.array(np.ones(len(table), dtype=bool))
     if labels:
         chosen = pc.and_(chosen, pc.is_in(table["label"], value_set=pa.array(labels, pa.string())))
@@ -113,29 +116,33 @@ def rows_with(
 
 
 def labelled_digests(table: pa.Table, digests: Sequence[str | None]) -> set[tuple[str, str]]:
-    """Return digest and label of the rows with one of these digests."""
+    """Return the digest and label of every row that has one of the given digests."""
     asked = pa.array(set(digests) - {None}, pa.string())
     same = table.select(["digest", "label"]).filter(pc.is_in(table["digest"], value_set=asked))
     return set(zip(same["digest"].to_pylist(), same["label"].to_pylist(), strict=True))
 
 
 def images_of(labels: pa.Table) -> npt.NDArray[np.int64]:
-    """Return a code for each key ``[n]``, equal for equal images: the same digest or, without one, the same source."""
+    """Return an integer code for each key. Keys of the same image have the same code.
+
+    Two keys belong to the same image if they have the same digest or, if they have no digest, the same source.
+    """
     images, sources = digest_codes(labels), _codes(labels["source"])
     return np.where(images < 0, images.max(initial=-1) + 1 + sources, images)
 
 
 def _codes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    """Return a code for each row, equal for equal strings; -1 for null."""
+    """Return an integer code for each row. Equal strings have equal codes, and null has the code -1."""
     encoded = column.dictionary_encode().unify_dictionaries()
     parts = [chunk.indices.fill_null(-1).to_numpy(zero_copy_only=False) for chunk in encoded.chunks]
     return np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64)
 
 
 def digest_codes(labels: pa.Table, among: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
-    """Return a code for each row ``[n]``, equal for equal content digests; -1 without a digest.
+    """Return an integer code for each row. Rows with the same digest have the same code; rows with no digest have -1.
 
-    ``among`` limits the codes to digests of these rows, which is fast for a few rows; other digests give -1.
+    If ``among`` is given, only the digests of these rows get a code, and all other rows have -1. This is faster
+    if there are few such rows.
     """
     column = labels["digest"]
     if among is not None:
@@ -149,10 +156,10 @@ def digest_codes(labels: pa.Table, among: npt.NDArray[np.int64] | None = None) -
 
 
 def versions_table(rows: Sequence[Mapping[str, object]]) -> pa.Table:
-    """Convert rows to a table of :data:`VERSIONS_SCHEMA`; missing values are null.
+    """Convert rows to a table with the columns of :data:`VERSIONS_SCHEMA`. Missing values become null.
 
-    ``created_at`` is ISO text, in UTC by default; invalid times become null. Raises InputError for a value that its
-    column cannot hold.
+    ``created_at`` is a time in ISO format, which defaults to UTC if it has no time zone. An invalid time becomes null.
+    Raises InputError if a column cannot hold a value.
     """
     try:
         return pa.Table.from_pylist(
@@ -166,5 +173,5 @@ def _time(text: object) -> datetime.datetime | None:
     try:
         time = datetime.datetime.fromisoformat(str(text))
         return (time if time.tzinfo else time.replace(tzinfo=datetime.UTC)).astimezone(datetime.UTC)
-    except (ValueError, OverflowError):  # the first and last hours of the calendar have no UTC time
+    except (ValueError, OverflowError):  # the first and last hours of the calendar cannot be converted to UTC
         return None

@@ -1,6 +1,7 @@
-"""Lock a folder, so that only one process writes it at a time.
+"""Lock a folder, so that only one process can write to it at a time.
 
-The lock is the system's lock on a file, so it ends with its process. The file's text names its owner.
+The operating system holds the lock on a file and releases it when the process ends. The file contains the name of the
+owner.
 """
 
 from __future__ import annotations
@@ -17,19 +18,20 @@ from retrieval_tip.errors import StoreError, one_line
 from retrieval_tip.files import make_folders
 
 LOCK_WAIT = 30.0
-"""Default seconds to wait for another writer."""
+"""Number of seconds to wait for another writer by default."""
 POLL = 0.02
-"""Seconds between attempts to take the lock."""
+"""Number of seconds between two attempts to acquire the lock."""
 TRIES = 16
-"""Attempts to take a lock whose folder another writer removes meanwhile."""
+"""Number of attempts to acquire the lock if another writer keeps removing the folder."""
 
 
 @contextmanager
 def locked(folder: Path, place: object, wait: float | None = None) -> Iterator[None]:
-    """Lock ``folder`` for writing inside the context, after up to ``wait`` seconds (:data:`LOCK_WAIT` by default).
+    """Lock ``folder`` for writing inside the context.
 
-    Makes the folder and its ``data``, which another writer removes under its lock if it fails to make a first version.
-    Raises StoreError naming ``place`` if the lock is still held or cannot be taken.
+    Waits up to ``wait`` seconds for another writer. ``wait`` defaults to :data:`LOCK_WAIT`. The folder and its ``data``
+    folder are created first. Another writer that fails to write a first version may remove them, while it holds the
+    lock. Raises StoreError naming ``place`` if the lock is still held or cannot be acquired.
     """
     path, data = folder / "lock", folder / "data"
     lock = filelock.FileLock(path)
@@ -41,27 +43,27 @@ def locked(folder: Path, place: object, wait: float | None = None) -> Iterator[N
         except filelock.Timeout:
             raise busy(place, _owner(path)) from None
         except OSError as error:
-            if not left or not isinstance(error, FileNotFoundError | FileExistsError):  # else it was removed just now
+            if not left or not isinstance(error, FileNotFoundError | FileExistsError):  # else just removed
                 reason = error.strerror or type(error).__name__
                 raise StoreError(one_line(f"{place}: cannot be written: {reason}; nothing was changed")) from None
     try:
         data.mkdir(exist_ok=True)
-        with suppress(OSError):  # on a full disk, the lock does not name its owner
+        with suppress(OSError):  # on a full disk, the lock file cannot name its owner
             path.write_text(this_process(), "utf-8")
         yield
     finally:
-        with suppress(OSError):  # until the next owner has written its name
+        with suppress(OSError):  # the file stays empty until the next owner writes its name
             os.truncate(path, 0)
         lock.release()
 
 
 def this_process() -> str:
-    """Describe this process as the owner of a lock."""
+    """Return a description of this process, which is used to name the owner of a lock."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def busy(place: object, owner: str) -> StoreError:
-    """Return the error for a place that another process still writes."""
+    """Return the error for a place that another process is still writing to."""
     return StoreError(one_line(f"{place}: is being written by {owner or 'another process'}; try later"))
 
 

@@ -1,7 +1,7 @@
-"""Manifests of index versions, in folders and beside LanceDB tables.
+"""Read and write manifests, which describe the versions of an index in a folder or in a LanceDB store.
 
-A manifest is JSON that names every data file with its SHA-256, and ends with its own. It is read completely or refused;
-nothing is guessed. Older formats can be read, too.
+A manifest is a JSON file that lists every data file with its SHA-256 and ends with its own SHA-256. A manifest that is
+damaged or that has unknown entries is rejected. Older formats can still be read.
 """
 
 from __future__ import annotations
@@ -20,31 +20,36 @@ from retrieval_tip.settings import Built, Dtype, Fitted, Settings
 
 FORMAT = "retrieval-tip index"
 TABLE_FORMAT, FITTED_FORMAT, BUILT_FORMAT, FORMAT_VERSION = 3, 4, 5, 6
-"""Format versions. All can be read; changes are written as the last one.
+"""Versions of the manifest format. All of them can be read. New manifests are always written in the last one.
 
-Format 1 has one segment, no ``change`` and no ``next_key_id``. Later additions: 3 ``table``, 4 ``fitted``, 5 ``built``,
-6 ``sums``, which every change of keys must update.
+Format 1 has a single segment and has no ``change`` and no ``next_key_id``. Format 3 added ``table``, format 4 added
+``fitted`` and format 5 added ``built``. Format 6 added ``sums``, which every change of keys must update.
 """
 
 KINDS = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy"}
 OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parquet", "text_index": ".faiss",
                   "metric": ".npy", "points": ".npy", "sums": ".npy"}  # fmt: skip
-"""Files of fitted or fine-tuned indexes.
+"""Files that only fitted or fine-tuned indexes have.
 
-- ``values`` ``[n, c]`` float32: solved or trained values.
-- fitted: ``metric`` ``[1 + d, d]`` float32 (mean and transform), ``points`` ``phi(K)`` of the first segment and, for
-  many keys, ``sums`` ``[c + d, 1 + d]`` float64 of all keys (:class:`sums.Sums`).
-- fine-tuned: ``weights`` (tensors of the encoder) and ``curve`` (loss of the training).
-- ``text_index`` is ignored; up to version 0.1, indexes with over 32,768 classes had one.
+- ``values`` is a float32 array of solved or trained values, of shape ``[n, c]``.
+- A fitted index has ``metric``, a float32 array of shape ``[1 + d, d]`` that holds the mean and the transform, and
+  ``points``, which is ``phi(K)`` of the first segment. If the index has many keys, it also has ``sums``, a float64
+  array of shape ``[c + d, 1 + d]`` over all keys (see :class:`sums.Sums`).
+- A fine-tuned index has ``weights``, the tensors of the encoder, and ``curve``, the training loss.
+- ``text_index`` is ignored. Up to version 0.1, indexes with more than 32,768 classes had this file.
 """
 TABLE_KINDS = {"classes": ".parquet"}
-"""Files beside a table: the label, text weight, number of keys and sum of keys of each class."""
+"""File beside a table that holds the label, the text weight, the number of keys and the key sum of each class."""
 OPTIONAL_TABLE_KINDS = {"second": ".npy", "metric": ".npy", "values": ".npy"}
-"""Files beside a table: the sum ``[d, d]`` of its keys' outer products; if fitted, the metric and solved values."""
+"""Optional files beside a table.
+
+``second`` is the sum of the keys' outer products, of shape ``[d, d]``. A fitted index can also have a ``metric`` and
+solved ``values``.
+"""
 SUFFIXES = KINDS | OPTIONAL_KINDS | TABLE_KINDS | OPTIONAL_TABLE_KINDS
 
 MAX_DEPTH, MAX_KEY_ID = 64, 2**62
-"""Deepest nesting of a provenance, and largest ``next_key_id``."""
+"""Maximum nesting depth of a provenance, and maximum value of ``next_key_id``."""
 
 _NAMED = re.compile(rb"data/\w+-[0-9a-f]{16}\.\w+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -53,9 +58,10 @@ _TABLE_FILE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)+")
 
 @dataclass(frozen=True)
 class DataFile:
-    """An immutable file of an index: its path in the folder, rows, bytes and SHA-256.
+    """An immutable file of an index, described by its path in the folder, number of rows, size and SHA-256.
 
-    ``rows`` counts keys; classes (text), tensors (weights), epochs (curve), 1 + d (metric) or c + d (sums).
+    ``rows`` is usually the number of keys. For text weights it is the number of classes, for encoder weights the number
+    of tensors, for a curve the number of epochs, for a metric ``1 + d`` and for sums ``c + d``.
     """
 
     name: str
@@ -66,7 +72,7 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Segment:
-    """Keys grouped by class, and their labels, one row per key."""
+    """A group of keys, sorted by class, and a table of their labels. Both files have one row per key."""
 
     keys: DataFile
     labels: DataFile
@@ -74,7 +80,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Table:
-    """A version of a table of keys and labels outside the folder."""
+    """A version of a table that holds the keys and labels outside the folder."""
 
     name: str
     version: int
@@ -83,10 +89,11 @@ class Table:
 
 @dataclass(frozen=True)
 class TableDigests:
-    """Digests of a table version, in 64 hexadecimal digits each.
+    """Digests of a table version, each as 64 hexadecimal digits.
 
-    ``rows`` is the digest of all rows (:mod:`row_digest`), or ``None`` for an older table without one. ``files`` are
-    the SHA-256 of the table's files by name: the engine's manifest and, on a local disk, its data.
+    ``rows`` is the digest of all rows (see :mod:`row_digest`), or ``None`` if an older table does not have one.
+    ``files`` maps the names of the table's files to their SHA-256. It includes the engine's manifest and, on a local
+    disk, its data files.
     """
 
     rows: str | None
@@ -95,14 +102,15 @@ class TableDigests:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a version of an index except its arrays.
+    """The description of a version of an index, which holds everything except the arrays.
 
-    ``files`` by kind: ``keys`` and ``labels`` are the first segment, which the ``index`` covers; ``later`` segments
-    were added since. ``change`` describes in a few words how this version was made. Key ids from ``next_key_id`` on are
-    unused (``None`` in format 1). ``provenance`` is informative only; ``built`` and ``fitted`` decide.
+    ``files`` maps each kind to a data file. The ``keys`` and ``labels`` in it form the first segment, which the
+    ``index`` covers. ``later`` lists the segments that were added afterwards. ``change`` briefly describes how this
+    version was made. ``next_key_id`` is the first unused key id; it is ``None`` in format 1. ``provenance`` is for
+    information only, and the program relies on ``built`` and ``fitted`` instead.
 
-    With a ``table`` of keys and labels, there are no segments, and ``files`` holds ``classes`` and whatever else the
-    table lacks. ``digests`` belong to that table; folders and older tables have none.
+    If the keys and labels are in a ``table``, there are no segments, and ``files`` holds ``classes`` and other data
+    that is not in the table. ``digests`` are the digests of that table. Folders and older tables do not have them.
     """
 
     version: int
@@ -129,31 +137,34 @@ class Manifest:
 
     @property
     def segments(self) -> list[Segment]:
-        """All segments, in the order of their keys."""
+        """List of all segments, in the order of their keys."""
         return [Segment(self.files["keys"], self.files["labels"]), *self.later]
 
     @property
     def data_files(self) -> list[DataFile]:
-        """All data files of this version."""
+        """List of all data files of this version."""
         return [*self.files.values(), *(file for part in self.later for file in (part.keys, part.labels))]
 
     @property
     def has_points(self) -> bool:
-        """Whether the table also holds the points. With values it does not, because queries then visit all keys."""
+        """Whether the table also holds the points.
+
+        It does not if the index has solved values, because every query then uses all keys.
+        """
         return self.table is not None and "metric" in self.files and "values" not in self.files
 
     @property
     def keys_digest(self) -> str:
-        """Digest of the keys in 16 hexadecimal digits."""
+        """Digest of the keys, as 16 hexadecimal digits."""
         digests = [part.keys.sha256 for part in self.segments]
         return (digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:16]
 
     def to_bytes(self) -> bytes:
-        """Return JSON whose last entry is the SHA-256 of the others."""
+        """Convert the manifest to JSON. The last entry is the SHA-256 of the other entries."""
         body: dict[str, object] = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
         del body["settings"]
         body |= asdict(self.settings)
-        if self.digests is None:  # omitted, so that older programs can read the folder
+        if self.digests is None:  # omitted so that older programs can read the folder
             del body["digests"]
         return _seal(body)
 
@@ -161,7 +172,7 @@ class Manifest:
     def from_bytes(
         cls, raw: bytes, name: str, remedy: str = "restore it, or delete the folder and build the index again"
     ) -> Manifest:
-        """Invert :meth:`to_bytes`. Raises StoreError for anything missing, changed or unknown."""
+        """Invert :meth:`to_bytes`. Raises StoreError if an entry is missing, was changed or is unknown."""
         damaged = f"{name}: damaged"
         try:
             body = json.loads(raw.decode("utf-8"))
@@ -179,11 +190,11 @@ class Manifest:
             )
         try:
             sealed = _seal({key: value for key, value in body.items() if key != "sha256"}) == raw
-        except (ValueError, RecursionError):  # half a surrogate pair, or nested too deeply
+        except (ValueError, RecursionError):  # an unpaired surrogate, or JSON that is nested too deeply
             sealed = False
         if not sealed:
             raise StoreError(f"{damaged} (its checksum does not match); {remedy}")
-        if unknown := body.keys() - _ENTRIES:  # they may change every answer
+        if unknown := body.keys() - _ENTRIES:  # an unknown entry may change every answer
             raise StoreError(f"{name}: has unknown entries ({ascii(sorted(unknown))[:100]}); install {writer}")
         try:
             if type(version) is not int or version < 1:
@@ -194,7 +205,10 @@ class Manifest:
 
     @classmethod
     def parse(cls, stated: Mapping[str, Any]) -> Manifest:
-        """Convert JSON to a manifest. Raises KeyError, TypeError, ValueError or OverflowError for invalid entries."""
+        """Convert parsed JSON to a manifest.
+
+        Raises KeyError, TypeError, ValueError or OverflowError if an entry is missing or invalid.
+        """
         version, stated = stated["format_version"], {"digests": None} | dict(stated)
         if version == 1:
             stated |= {"later": [], "next_key_id": None, "change": ""}
@@ -235,7 +249,7 @@ class Manifest:
         return manifest
 
     def _check_files(self) -> None:
-        """Raise ValueError for data files that do not match the other entries."""
+        """Raise ValueError if the data files do not match the other entries."""
         files, later, table, c = self.files, self.later, self.table, len(self.class_names)
         metric, moved = files.get("metric"), self.fitted is not None and self.fitted.metric != "none"
         if table is not None:
@@ -256,7 +270,7 @@ class Manifest:
         else:
             _need(KINDS.keys() <= files.keys() <= KINDS.keys() | OPTIONAL_KINDS.keys(), "files")
             _need(self.digests is None, "digests")
-        _need(not later or "values" not in files, "later")  # trained values are one array
+        _need(not later or "values" not in files, "later")  # trained values are stored in a single array
         of_later = [(kind, file) for part in later for kind, file in vars(part).items()]
         for kind, file in [*files.items(), *of_later]:
             _need(_SHA256.fullmatch(file.sha256) is not None, f"files.{kind}.sha256")
@@ -277,7 +291,7 @@ class Manifest:
 
 
 def _need(condition: bool, what: str) -> None:
-    """Raise ValueError naming ``what``, unless ``condition`` holds."""
+    """Raise ValueError naming ``what`` if ``condition`` is false."""
     if not condition:
         raise ValueError(what)
 
@@ -293,9 +307,10 @@ _ENTRIES = {"format", "format_version", "sha256"} | {
 
 
 def named_in(raw: bytes) -> set[str] | None:
-    """Return the data files that a manifest names, perhaps with others; ``None`` if it is damaged.
+    """Return the names of the data files in a manifest, or ``None`` if the manifest is damaged.
 
-    With a thousand classes, this takes a hundredth of the time of :meth:`Manifest.from_bytes`.
+    The result can also include names that only occur in other entries. For an index with a thousand classes, this is a
+    hundred times as fast as :meth:`Manifest.from_bytes`.
     """
     body, _, digest = raw.rpartition(b',\n "sha256": "')
     if hashlib.sha256(body + b"\n}").hexdigest().encode() + b'"\n}' != digest:
@@ -304,7 +319,7 @@ def named_in(raw: bytes) -> set[str] | None:
 
 
 def _built(provenance: object) -> dict[str, object]:
-    """Derive ``built`` from the provenance of a format before 5, without values that :class:`Built` refuses."""
+    """Derive ``built`` from the provenance of a format before 5, ignoring values that :class:`Built` rejects."""
     stated = provenance if isinstance(provenance, dict) else {}
     said: dict[str, object] = {"auto_index": stated.get("index") == "auto"}
     for name in ("source", "shots", "seed", "views"):
@@ -315,7 +330,7 @@ def _built(provenance: object) -> dict[str, object]:
 
 
 def _shallow(value: object, depth: int) -> bool:
-    """Return whether JSON is nested at most ``depth`` levels, a limit because Python recurses."""
+    """Return whether JSON has at most ``depth`` nested levels. Deeper nesting could exceed the recursion limit."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return depth > 0 and all(_shallow(part, depth - 1) for part in parts)
 

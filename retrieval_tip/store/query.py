@@ -1,7 +1,8 @@
-"""Run SQL queries and conditions on the tables of a label store.
+"""Run SQL queries and conditions over the tables of a label store.
 
-duckdb works on copies in memory, without access to files or the network. Its limits of time and memory catch mistakes,
-not attacks, because long strings escape the memory limit. Only the machine's user types SQL; the server accepts none.
+duckdb works on copies in memory and cannot access files or the network. The time and memory limits protect against
+mistakes but not against attacks, because long strings can exceed the memory limit. Only the user of this machine can
+run SQL; the server does not accept it.
 """
 
 from __future__ import annotations
@@ -27,25 +28,31 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection, Statement
 
 TIMEOUT, LONGEST, LAST_WAIT = 60, 86_400, 2.0
-"""Default and largest timeout, and the wait for an interrupted query to end (duckdb's parser ignores interrupts), in
-seconds."""
+"""Default timeout, maximum timeout, and time to wait for an interrupted query to end, in seconds.
+
+The wait is limited because duckdb's parser ignores interrupts.
+"""
 MAX_TEXT, MAX_OPEN = 1 << 16, 500
-"""Maximum length of a statement, and maximum number of open parentheses: the parser's memory grows with its square."""
+"""Maximum length of a statement, and maximum number of open parentheses.
+
+The memory that the parser needs grows with the square of the number of parentheses.
+"""
 MEMORY, ANSWER = 512 << 20, 128 << 20
-"""Memory limits of duckdb and of an answer in bytes, plus twice the size of the tables."""
+"""Memory limits of duckdb and of an answer, in bytes. Twice the size of the tables is added to each limit."""
 
 
 def ask(
     tables: Mapping[str, pa.Table], sql: str, predictions: Path | None = None, timeout: float = TIMEOUT
 ) -> pa.Table:
-    """Run one SELECT over ``tables``, by name, and the view ``class_counts`` of ``labels``.
+    """Run a SELECT query over the named ``tables`` and the view ``class_counts`` of the table ``labels``.
 
-    The view has ``class_id``, ``label`` and ``keys``, with a row for each class that has keys. A ``predictions`` file
-    becomes the table ``predictions``. Half-precision columns become float32; repeated column names get a number
-    (``label_1``).
+    The view has the columns ``class_id``, ``label`` and ``keys``, and a row for each class that has keys. If you give a
+    file of ``predictions``, it becomes the table ``predictions``. Half-precision columns are converted to float32. If a
+    column name is repeated, a number is appended to it, for example ``label_1``.
 
-    Raises UsageError if ``sql`` is not one SELECT, duckdb refuses it, or it takes more than ``timeout`` seconds or too
-    much memory; InputError for a table that duckdb cannot hold, and as :func:`read_predictions`.
+    Raises UsageError if ``sql`` is not a single SELECT, if duckdb rejects it, if it runs for more than ``timeout``
+    seconds or if it needs too much memory. Raises InputError if duckdb cannot store a table or if the predictions
+    cannot be read.
     """
     if not 0 < timeout <= LONGEST:
         raise UsageError(f"timeout is {timeout}: expected more than 0 and at most {LONGEST} seconds")
@@ -57,10 +64,11 @@ def ask(
 
 
 def rows_where(labels: pa.Table, condition: str) -> npt.NDArray[np.int64]:
-    """Return the positions ``[m]`` int64, ascending, of the rows for which an SQL condition is true (not NULL).
+    """Return the positions of the rows for which an SQL condition is true, as an ascending int64 array.
 
-    Subqueries may use ``labels`` and ``class_counts``. Raises UsageError if the condition is not one boolean
-    expression, otherwise as :func:`ask` with :data:`TIMEOUT`.
+    Rows for which the condition is NULL are not included. You can use ``labels`` and ``class_counts`` in subqueries.
+    Raises UsageError if the condition is not a single boolean expression. Other errors are the same as for :func:`ask`
+    with a timeout of :data:`TIMEOUT`.
     """
     position = "position"
     while position in {name.lower() for name in labels.column_names}:
@@ -70,7 +78,8 @@ def rows_where(labels: pa.Table, condition: str) -> npt.NDArray[np.int64]:
     expected = f"expected one true-or-false condition over the columns {columns}"
 
     def select(database: DuckDBPyConnection) -> Statement:
-        # Without parentheses, it cannot close ours; with them, it cannot end the SELECT or open a comment.
+        # The bare condition must parse, so that it cannot close our parentheses. In parentheses it must parse too, so
+        # that it cannot end the SELECT or open a comment.
         asked = (condition, f"({condition}) FROM labels", f"{position} FROM labels WHERE ({condition})")
         _, value, rows = (_one_select(database, f"SELECT {part}", f"where: {expected}") for part in asked)
         types = [str(kind) for kind in database.sql(value).types]
@@ -79,11 +88,11 @@ def rows_where(labels: pa.Table, condition: str) -> npt.NDArray[np.int64]:
         return rows
 
     answer = _run("where", {"labels": numbered}, condition, select, TIMEOUT, hint=f"; {expected}")
-    return np.sort(answer[0].to_numpy())  # duckdb's threads return rows in any order
+    return np.sort(answer[0].to_numpy())  # duckdb's threads can return rows in any order
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Number repeated column names ``_1``, ``_2`` ..., as duckdb's own tables do."""
+    """Append ``_1``, ``_2`` and so on to repeated column names, as duckdb does for its own tables."""
     taken, columns, numbers = set(names), dict[str, None](), defaultdict[str, Iterator[int]](lambda: itertools.count(1))
     for name in names:
         others = (f"{name}_{number}" for number in numbers[name])
@@ -100,7 +109,7 @@ def _run(
     timeout: float,
     hint: str = "",
 ) -> pa.Table:
-    """Return the answer of ``select`` over ``tables``; a timeout or Ctrl+C interrupts its thread."""
+    """Return the answer of ``select`` over ``tables``. A timeout or Ctrl+C interrupts the thread that runs it."""
     import duckdb
 
     if text != text.encode(errors="replace").decode():
@@ -131,21 +140,21 @@ def _run(
     finally:
         until = time.monotonic() + LAST_WAIT
         while not answer.done() and time.monotonic() < until:
-            database.interrupt()  # repeated, because it has no effect between two statements
+            database.interrupt()  # repeated, because an interrupt between two statements has no effect
             wait([answer], 0.02)
 
 
 def _fetch(
     database: DuckDBPyConnection, what: str, select: Callable[[DuckDBPyConnection], Statement], most: int, hint: str
 ) -> pa.Table:
-    """Return an answer of at most ``most`` bytes. Raises UsageError if it is larger or duckdb fails."""
+    """Return the answer. Raises UsageError if the answer is larger than ``most`` bytes or if duckdb fails."""
     import duckdb
 
     size, batches = 0, []
     try:
         answer = pa.RecordBatchReader.from_stream(database.sql(select(database)))
         for batch in answer:
-            size += max(batch.nbytes, 8 * batch.num_rows)  # empty rows take no bytes, but time
+            size += max(batch.nbytes, 8 * batch.num_rows)  # rows with no columns take no memory but still take time
             if size > most:
                 raise UsageError(f"{what}: the answer exceeds {most >> 20} MiB; add a LIMIT or select less")
             batches.append(batch)
@@ -157,7 +166,10 @@ def _fetch(
 
 
 def _create(database: DuckDBPyConnection, name: str, table: pa.Table) -> None:
-    """Copy a table into the database, with the view of ``labels``. Raises InputError if duckdb cannot hold it."""
+    """Copy a table into the database. The table ``labels`` also gets its view.
+
+    Raises InputError if duckdb cannot store the table.
+    """
     import duckdb
 
     try:
@@ -187,7 +199,7 @@ def _duckdb_type(kind: pa.DataType) -> pa.DataType:
 
 
 def _one_select(database: DuckDBPyConnection, sql: str, refusal: str) -> Statement:
-    """Parse one SELECT. Raises UsageError for other statements, duckdb.Error for invalid SQL."""
+    """Parse a single SELECT. Raises UsageError for any other statement, and duckdb.Error for invalid SQL."""
     statements = database.extract_statements(sql)
     if [statement.type.name for statement in statements] != ["SELECT"]:
         raise UsageError(refusal)

@@ -1,4 +1,4 @@
-"""Sums that a metric is fitted from, updated in proportion to the keys that a change adds or removes."""
+"""Sums that are used to fit a metric. Updating them takes time in proportion to the number of keys that change."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK = 2048
-"""Keys converted to float64 at a time."""
+"""Number of keys that are converted to float64 at a time."""
 
 TOLERANCE, LEAST = 1e-9, 1e-8
-"""Tolerances of :class:`Along`, relative to the largest possible sum (above rounding error, below the effect of one key
-in 10^8), and to a single key, for sums from which many keys were removed."""
+"""Tolerances of :class:`Along`.
+
+The first is relative to the largest possible sum. It is larger than the rounding error and smaller than the effect of
+one key in 10^8. The second is relative to a single key and is meant for sums from which many keys were removed.
+"""
 
 LEFT = 1e-5
-"""Minimum share of the squares left after a removal; below it, rounding errors of the removed keys matter."""
+"""Minimum share of the sum of squares that must remain after a removal.
+
+If less remains, the rounding errors of the removed keys are no longer negligible.
+"""
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -25,11 +31,12 @@ Blocks = Iterable[tuple[npt.NDArray[np.floating], IntArray]]
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Number and sum of the keys ``k_i`` ``[d]`` per class ``y_i``, and the sum of all their outer products.
+    """The number of keys and the sum of the keys of each class, and the sum of the outer products of all keys.
 
-    ``counts[j] = |{i: y_i = j}|`` ``[c]`` int64, ``sums[j] = sum_{y_i = j} k_i`` ``[c, d]`` and
-    ``second = sum_i k_i k_i^T`` ``[d, d]``, float64. Products of two float32 values are exact in float64, so a removal
-    undoes an addition up to an error in the last digits. A change returns a new value.
+    For keys ``k_i`` of length ``d`` with class ids ``y_i``, ``counts[j] = |{i: y_i = j}|`` is an int64 array of shape
+    ``[c]``. ``sums[j] = sum_{y_i = j} k_i`` and ``second = sum_i k_i k_i^T`` are float64 arrays of shapes ``[c, d]``
+    and ``[d, d]``. The product of two float32 values is exact in float64, so removing a key undoes its addition up to
+    an error in the last digits. Every change except :meth:`count` returns a new object.
     """
 
     counts: IntArray
@@ -38,16 +45,17 @@ class Sums:
 
     @classmethod
     def of(cls, blocks: Blocks, c: int, d: int) -> Sums:
-        """Sum blocks of keys ``[b, d]`` float32 or float16 and class ids ``[b]``, each read once."""
+        """Compute the sums of blocks of float32 or float16 keys and their class ids. Each block is read once."""
         made = cls(np.zeros(c, np.int64), np.zeros((c, d)), np.zeros((d, d)))
         for keys, ids in blocks:
             made.count(keys, ids)
         return made
 
     def count(self, keys: npt.NDArray[np.floating], ids: IntArray, sign: int = 1) -> None:
-        """Add keys ``[b, d]`` of class ids ``[b]`` in place, or remove them (``sign`` -1).
+        """Add keys of shape ``[b, d]`` with their class ids in place, or remove them if ``sign`` is -1.
 
-        Only for a value that is not shared yet. In place, because with many classes a copy is large.
+        Use this only for an object that is not shared yet. It works in place because a copy is large if there are many
+        classes.
         """
         for start in range(0, len(keys), BLOCK):
             own, wide = ids[start : start + BLOCK], np.array(keys[start : start + BLOCK], np.float64)
@@ -71,41 +79,41 @@ class Sums:
 
     @property
     def nbytes(self) -> int:
-        """Size of :meth:`to_array` in bytes."""
+        """Size in bytes of the array that :meth:`to_array` returns."""
         c, d = len(self.counts), len(self.second)
         return 8 * (c + d) * (1 + d)
 
     def added(self, keys: npt.NDArray[np.floating], ids: IntArray, sign: int = 1) -> Sums:
-        """Add keys ``[m, d]`` of class ids ``[m]``, or remove them (``sign`` -1)."""
+        """Return the sums after adding keys of shape ``[m, d]``, or after removing them if ``sign`` is -1."""
         other = Sums(np.array(self.counts), np.array(self.sums), np.array(self.second))
         other.count(keys, ids, sign)
         other.sums[other.counts == 0] = 0  # clears rounding errors
         return other
 
     def removed(self, keys: npt.NDArray[np.floating], ids: IntArray) -> Sums:
-        """Remove keys ``[m, d]`` of class ids ``[m]``."""
+        """Return the sums after removing keys of shape ``[m, d]``."""
         return self.added(keys, ids, -1)
 
     def outweighs(self, before: Sums) -> bool:
-        """Return whether enough is left after a removal from ``before`` for these sums to be accurate."""
+        """Return whether these sums are still accurate after keys were removed from ``before``."""
         return bool(self.second.trace() >= LEFT * before.second.trace())
 
     def moved(self, keys: npt.NDArray[np.floating], ids: IntArray, new_ids: IntArray) -> Sums:
-        """Move keys ``[m, d]`` from classes ``ids`` ``[m]`` to classes ``new_ids`` ``[m]``."""
+        """Return the sums after moving keys of shape ``[m, d]`` from the classes ``ids`` to ``new_ids``."""
         moved = self.removed(keys, ids).added(keys, new_ids)
         return Sums(moved.counts, moved.sums, self.second)
 
     def widened(self, c: int) -> Sums:
-        """Add empty classes, up to ``c`` in all."""
+        """Return the sums with empty classes appended, so that there are ``c`` classes."""
         more = c - len(self.counts)
         return Sums(np.pad(self.counts, (0, more)), np.pad(self.sums, ((0, more), (0, 0))), self.second)
 
     def without(self, class_id: int) -> Sums:
-        """Remove an empty class."""
+        """Return the sums after removing an empty class."""
         return Sums(np.delete(self.counts, class_id), np.delete(self.sums, class_id, axis=0), self.second)
 
     def are_of(self, blocks: Blocks) -> bool:
-        """Return whether these are the sums of the keys in ``blocks``, each read once (:class:`Along`)."""
+        """Check with :class:`Along` that these are the sums of the keys in ``blocks``. Each block is read once."""
         along = Along(*self.sums.shape)
         for keys, ids in blocks:
             along.count(keys, ids)
@@ -113,29 +121,33 @@ class Sums:
 
     @classmethod
     def of_array(cls, array: FloatArray, c: int) -> Sums:
-        """Invert :meth:`to_array` for ``c`` classes; a memory-mapped ``array`` is not copied."""
+        """Invert :meth:`to_array` for ``c`` classes. A memory-mapped ``array`` is not copied."""
         return cls(array[:c, 0].astype(np.int64), array[:c, 1:], array[c:, 1:])
 
     def to_array(self) -> FloatArray:
-        """Return ``[c + d, 1 + d]`` float64: the sum of ``(1, k_i)`` for each class, then of ``k_i (1, k_i)``."""
+        """Return the sums as a float64 array of shape ``[c + d, 1 + d]``.
+
+        The first ``c`` rows are the per-class sums of ``(1, k_i)``. The other rows are the sum of ``k_i (1, k_i)``.
+        """
         return np.block([[self.counts[:, None], self.sums], [self.sums.sum(0)[:, None], self.second]])
 
 
 class Along:
-    """Probabilistic check of sums against keys, along a random direction ``r`` (Freivalds, 1977).
+    """A probabilistic check of sums against keys along a random direction ``r`` (Freivalds, 1977).
 
-    It takes ``2 n d`` products instead of ``n d^2``: row ``j`` of ``sums r`` is the sum of ``k_i . r`` over class
-    ``j``, and ``second r = sum_i k_i (k_i . r)``. Wrong sums pass only by chance; rounding errors are tolerated.
+    Row ``j`` of ``sums r`` is the sum of ``k_i . r`` over class ``j``, and ``second r = sum_i k_i (k_i . r)``. The
+    check therefore takes ``2 n d`` products instead of ``n d^2``. Rounding errors are tolerated, and wrong sums only
+    pass with negligible probability.
     """
 
     def __init__(self, c: int, d: int, least: float = 0.0) -> None:
-        """``least``: error that is always tolerated, as a share of one key."""
+        """Start a check. ``least`` is the error that is always tolerated, as a share of one key."""
         self._least = least
         self._direction = np.random.default_rng().standard_normal(d)
         self._counts, self._sums, self._second, self._squares = np.zeros(c, np.int64), np.zeros(c), np.zeros(d), 0.0
 
     def count(self, keys: npt.NDArray[np.floating], ids: IntArray) -> None:
-        """Add keys ``[b, d]`` of class ids ``[b]``."""
+        """Add a block of keys, of shape ``[b, d]``, with their class ids."""
         wide = np.asarray(keys, np.float64)
         products = wide @ self._direction
         self._counts += np.bincount(ids, minlength=len(self._counts))
@@ -144,16 +156,16 @@ class Along:
         self._second += products @ wide
 
     def has(self, counts: IntArray, sums: FloatArray) -> bool:
-        """Return whether ``counts`` ``[c]`` and ``sums`` ``[c, d]`` match the keys."""
+        """Return whether ``counts`` and ``sums`` match the keys that were added."""
         return np.array_equal(counts, self._counts) and self._fit(sums, self._sums, counts, 1.0)
 
     def has_second(self, second: FloatArray) -> bool:
-        """Return whether ``second`` ``[d, d]`` is the sum of the keys' outer products."""
+        """Return whether ``second`` is the sum of the outer products of the keys that were added."""
         every = np.abs(second.diagonal())
         return self._fit(second, self._second, every, every / self._counts.sum())
 
     def _fit(self, known: FloatArray, found: FloatArray, every: IntArray | FloatArray, one: float | FloatArray) -> bool:
-        """Compare sums; by Cauchy-Schwarz, they are at most ``(every sum_i (k_i . r)^2)^(1/2)``."""
+        """Compare sums, whose Cauchy-Schwarz bound is ``(every sum_i (k_i . r)^2)^(1/2)``, within the tolerance."""
         most = np.sqrt(every * self._squares)
         least = np.sqrt(one * self._squares / self._counts.sum())
         return bool((np.abs(known @ self._direction - found) <= TOLERANCE * most + self._least * least).all())

@@ -1,6 +1,7 @@
-"""Write the next version of an index folder: data files are written, flushed and renamed, then the manifest.
+"""Write the next version of an index folder.
 
-A kill at any moment leaves the old version in place; the next writer removes leftovers.
+The data files are written, flushed and renamed first, and the manifest last. If the process is killed at any moment,
+the old version stays in place, and the next writer removes the leftover files.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ TEMPORARY = re.compile(rf"\.(({_ANY_KIND})-[0-9a-f]{{32}}\.\w+|(manifest|\d+)\.j
 
 
 class Writer:
-    """A new version of an index folder. Make one with :func:`write`."""
+    """A writer of a new version of an index folder. Use :func:`write` to create one."""
 
     def __init__(self, folder: Path, parent: Manifest | None) -> None:
         self.folder, self.parent = folder, parent
@@ -54,7 +55,7 @@ class Writer:
         self._later: list[Segment] = []
 
     def stage(self, kind: str) -> Path:
-        """Return the path to write a data file of this kind to, before :meth:`seal`."""
+        """Return a temporary path for a data file of this kind. Write the file there before you call :meth:`seal`."""
         path = self.folder / "data" / f".{kind}-{uuid.uuid4().hex}{SUFFIXES[kind]}.tmp"
         self._staged.append(path)
         return path
@@ -62,7 +63,10 @@ class Writer:
     def stage_array(
         self, kind: str, shape: tuple[int, int], dtype: npt.DTypeLike
     ) -> tuple[Path, npt.NDArray[np.floating]]:
-        """Stage a writable memory-mapped array, with its disk space reserved (a full disk must not cause SIGBUS)."""
+        """Stage a writable memory-mapped array, and return its path and the array.
+
+        The disk space is reserved in advance, because a full disk would otherwise cause a SIGBUS.
+        """
         path = self.stage(kind)
         with path.open("wb") as file:
             _write_header(file, shape, dtype)
@@ -71,13 +75,13 @@ class Writer:
             file.flush()
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), start, size)
-            else:  # macOS: only writing reserves space
+            else:  # on macOS, space is only reserved by writing
                 for at in range(0, size, len(_ZEROS)):
                     file.write(_ZEROS[: size - at])
         return path, np.lib.format.open_memmap(path, mode="r+")
 
     def seal(self, kind: str, staged: Path, rows: int) -> Path:
-        """Flush a staged file to disk, name it by its digest, and return its path."""
+        """Flush a staged file to disk, rename it to a name that includes its digest, and return the new path."""
         self._files[kind] = entry = self._seal(kind, staged, rows)
         return self.folder / entry.name
 
@@ -91,12 +95,12 @@ class Writer:
         return entry
 
     def seal_array(self, kind: str, array: npt.NDArray[np.floating]) -> None:
-        """Write an array ``[rows, columns]`` as the data file of this kind."""
+        """Write a two-dimensional array as the data file of this kind."""
         self._files[kind] = self._array(kind, array)
 
     def _array(self, kind: str, array: npt.NDArray[np.floating]) -> DataFile:
         staged = self.stage(kind)
-        with staged.open("wb") as file:  # memory-mapping it would count as this process's memory
+        with staged.open("wb") as file:  # a memory-mapped file would count towards this process's memory
             _write_header(file, array.shape, array.dtype)
             file.write(np.ascontiguousarray(array).data)
         return self._seal(kind, staged, len(array))
@@ -115,19 +119,20 @@ class Writer:
         return self._seal(kind, staged, len(table))
 
     def seal_later(self, keys: npt.NDArray[np.floating], labels: pa.Table) -> None:
-        """Write a further segment ``[m, d]``, grouped by class, with its labels."""
+        """Write another segment, whose keys have shape ``[m, d]`` and are grouped by class, with its labels."""
         self._later.append(Segment(self._array("keys", keys), self._table("labels", labels)))
 
     def keep_later(self, segment: Segment, labels: pa.Table | None = None) -> None:
-        """Add a segment of the parent version without writing its keys, optionally with new ``labels``."""
+        """Share the keys of a later segment with the parent version. If ``labels`` are given, they are written."""
         if labels is not None:
             segment = replace(segment, labels=self._table("labels", labels))
         self._later.append(segment)
 
     def seal_weights(self, path: Path) -> Path:
-        """Copy a safetensors file as the ``weights``, or share the file of the parent version. Returns its path.
+        """Copy a safetensors file to the ``weights`` of this version, and return the new path.
 
-        Raises StoreError if it is not a safetensors file.
+        If ``path`` is the file of the parent version, the file is shared instead. Raises StoreError if it is not a
+        safetensors file.
         """
         shared = self.parent.files.get("weights") if self.parent else None
         if shared is not None and path.resolve() == (self.folder / shared.name).resolve():
@@ -155,9 +160,9 @@ class Writer:
         self._staged.remove(staged)
 
     def commit(self, manifest: Manifest) -> None:
-        """Make the sealed files the current version, in one rename of the manifest.
+        """Make the sealed files the current version by renaming the manifest.
 
-        Raises InputError for a setting or name that a manifest cannot hold.
+        Raises InputError if the manifest contains a setting or a name that cannot be stored.
         """
         raw = history.sealed(manifest, self.folder)
         sync(self.folder / "data")
@@ -168,7 +173,7 @@ class Writer:
             sync(earlier)
         sync(self.folder)
         _write(self.folder / "manifest.json", raw)
-        # The new version is committed, so nothing below may fail; the next writer completes it.
+        # The new version is committed, so nothing below may raise an error. The next writer completes the rest.
         sync(self.folder)
         sync(self.folder.parent)
         with suppress(OSError, StoreError):
@@ -177,16 +182,16 @@ class Writer:
 
     @property
     def later(self) -> list[Segment]:
-        """Further segments that were sealed or kept."""
+        """Later segments that have been sealed or kept so far."""
         return list(self._later)
 
     @property
     def files(self) -> dict[str, DataFile]:
-        """Data files that were sealed or kept, by kind."""
+        """Data files that have been sealed or kept so far, by kind."""
         return {kind: self._files[kind] for kind in SUFFIXES if kind in self._files}
 
     def abandon(self) -> None:
-        """Remove staged files; the next tidy removes sealed files that no manifest names."""
+        """Remove the staged files. Sealed files that no manifest names are removed by the next writer."""
         for path in self._staged:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -194,13 +199,14 @@ class Writer:
 
 @contextmanager
 def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
-    """Yield the writer of a new version, after up to ``wait`` seconds for other writers (:data:`lock.LOCK_WAIT`).
+    """Lock a folder and yield the writer of its next version.
 
-    An exception, or a kill at any moment, leaves the old version in place; new folders are removed again. Raises
-    StoreError if the folder holds something else, stays locked or cannot be written, or the disk is full.
+    Waits up to ``wait`` seconds for other writers; ``wait`` defaults to :data:`lock.LOCK_WAIT`. If an exception is
+    raised or the process is killed, the old version stays in place. New folders are removed again after an exception.
+    Raises StoreError if the folder holds other files, stays locked or cannot be written, or if the disk is full.
     """
     check_name(folder)
-    own = ("data", "manifests", "lock")  # apart from temporary files, all that a failed first version can leave
+    own = ("data", "manifests", "lock")  # a failed first version only leaves these and temporary files
     for name in (*own, "manifest.json"):
         if not lies_in(folder, folder / name):
             raise StoreError(f"{folder / name}: is a link that leads out of the index; nothing was changed")
@@ -222,7 +228,7 @@ def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
                 except BaseException:
                     writer.abandon()
                     with suppress(StoreError):
-                        _tidy(folder, _current(folder))  # an interrupted commit may have succeeded
+                        _tidy(folder, _current(folder))  # an interrupted commit may still have succeeded
                     raise
                 writer.abandon()
                 _tidy(folder, writer.current)
@@ -235,13 +241,13 @@ def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
             "nothing was changed"
         ) from error
     finally:
-        with suppress(OSError):  # a folder with another writer's files stays
+        with suppress(OSError):  # a folder that contains files of another writer stays
             for path in made if not is_index(folder) else ():
                 path.rmdir()
 
 
 def _names_in(folder: Path) -> list[str]:
-    """List a folder, before :func:`is_index`: another writer may turn it into an index in between."""
+    """List a folder. Call this before :func:`is_index`, because another writer may create an index in between."""
     try:
         return [entry.name for entry in folder.iterdir()]
     except FileNotFoundError:
@@ -249,7 +255,10 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _remove_own(folder: Path) -> None:
-    """Remove what a failed first version left. Needs the lock: later, the files could be another writer's."""
+    """Remove the files that a failed first version left behind.
+
+    Hold the lock while you call this, because the files could otherwise belong to another writer.
+    """
     with suppress(OSError):
         for empty in (folder / "manifests", folder / "data"):
             if empty.exists():
@@ -262,14 +271,14 @@ def _current(folder: Path) -> Manifest | None:
 
 
 def _tidy(folder: Path, current: Manifest | None) -> None:
-    """Remove leftovers of failed writers: data files that no kept manifest names, and temporary files."""
+    """Remove the leftovers of failed writers, which are temporary files and data files that no manifest names."""
     try:
-        if current is not None:  # archived for a version that was never committed
+        if current is not None:  # was archived for a version that was never committed
             (folder / "manifests" / manifest_name(current)).unlink(missing_ok=True)
         raws = [manifest_bytes(folder, path) for path in earlier_paths(folder)]
         names = [named_in(raw) for raw in raws] + [{file.name for file in current.data_files} if current else set()]
         if None in names:
-            return  # a damaged manifest may name any file
+            return  # a damaged manifest may name any of the files
         named = {folder / name for part in names for name in part or ()}
         paths = [*(folder / "data").iterdir(), *folder.glob(".*.tmp"), *folder.glob("manifests/.*.tmp")]
     except (OSError, StoreError):
@@ -278,15 +287,16 @@ def _tidy(folder: Path, current: Manifest | None) -> None:
         if FILE_NAME.fullmatch(path.name) or TEMPORARY.fullmatch(path.name):
             with suppress(OSError):
                 path.unlink()
-    with suppress(OSError):  # only if it is empty
+    with suppress(OSError):  # fails unless the folder is empty
         (folder / "manifests").rmdir()
 
 
 def collect(folder: Path, keep: int = 1) -> tuple[list[int], int]:
-    """Delete all versions but the last ``keep``, with the files that only they use; return their numbers and bytes.
+    """Delete all versions except the last ``keep``, and the files that only the deleted versions use.
 
-    Readers with an older version open can finish if the system allows an open file to be removed. Raises StoreError as
-    :func:`write`, UsageError if ``keep`` is below 1.
+    Return the deleted version numbers and the number of bytes that were freed. A reader that has an older version open
+    can finish if the operating system allows open files to be removed. Raises UsageError if ``keep`` is below 1. Raises
+    StoreError under the same conditions as :func:`write`.
     """
     if keep < 1:
         raise UsageError(f"keep is {keep}: expected at least 1, because the current version always stays")
@@ -303,7 +313,10 @@ def _size(folder: Path) -> int:
 
 
 def _forget(folder: Path, keep: int) -> list[int]:
-    """Remove the manifests of all versions but the last ``keep``, including the current one; return their numbers."""
+    """Remove the manifests of all versions except the last ``keep``, and return the removed version numbers.
+
+    The current version counts as one of the versions that are kept.
+    """
     paths = earlier_paths(folder)
     gone = paths[: max(0, len(paths) + 1 - keep)]
     for path in gone:
