@@ -1,1 +1,1 @@
-"""Encode and classify on a Ray cluster; ``ray`` is imported only when needed."""
+"""Encode and classify images on a Ray cluster. The package ``ray`` is only imported when it is needed."""

@@ -1,7 +1,7 @@
-"""Addresses of indexes outside folders.
+"""Resolve the addresses of indexes that are not in a folder.
 
-This is the only module that names the packages behind them. Each package has the two functions of :class:`Plug`, and
-its schemes are registered in :data:`PLUGS`.
+No other module names the packages that store such indexes. Each package provides the two functions of :class:`Plug`,
+and its URL schemes are registered in :data:`PLUGS`.
 """
 
 from __future__ import annotations
@@ -13,31 +13,34 @@ if TYPE_CHECKING:
     from retrieval_tip.index.stores import Store
 
 PLUGS = dict.fromkeys(("lance", "s3", "gs"), "retrieval_tip.lance")
-"""Package that stores the indexes of each scheme."""
+"""The package that stores indexes with each URL scheme."""
 KIND, FORMS = "LanceDB store", "lance://PATH, s3://BUCKET/PATH, gs://BUCKET/PATH"
-"""Name and addresses of these stores in help and messages."""
+"""Name of these stores and the forms of their addresses, for help and messages."""
 METAVAR, EXAMPLE = "DIR|ADDRESS", "lance://indexes/things.lance"
-"""Placeholder in help, and an example of an address."""
+"""Placeholder for a place in the help, and an example of an address."""
 
 
 class Plug(Protocol):
-    """A package that stores indexes at addresses."""
+    """A package that stores indexes at addresses of its own."""
 
     def canonical(self, text: str) -> str:
-        """Return the canonical spelling of an address. Raises UsageError if it is wrong."""
+        """Return the canonical spelling of an address. Raises UsageError if the address is invalid."""
 
     def store_at(self, text: str) -> Store:
-        """Return the store at an address. Raises UsageError if it is wrong, or a package is missing."""
+        """Return the store at an address. Raises UsageError if it is invalid or if a package is not installed."""
 
 
 def plug_of(text: str) -> Plug | None:
-    """Return the package that stores the index at an address; ``None`` for the path of a folder."""
+    """Return the package that stores the index at an address, or ``None`` if ``text`` is the path of a folder."""
     scheme, separator, _ = text.partition("://")
     package = PLUGS.get(scheme.lower()) if separator else None
     return None if package is None else cast("Plug", importlib.import_module(package))
 
 
 def parse(text: str) -> str | None:
-    """Return the canonical spelling of an address; ``None`` for the path of a folder. Raises as :class:`Plug`."""
+    """Return the canonical spelling of an address, or ``None`` if ``text`` is the path of a folder.
+
+    Raises UsageError if the address is invalid.
+    """
     plug = plug_of(text)
     return None if plug is None else plug.canonical(text)

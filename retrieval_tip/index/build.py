@@ -45,33 +45,40 @@ def build_index(
     logit_scale: float | None = None,
     device: str = "auto",
 ) -> AnsweringIndex:
-    """Build an index from a labelled source. An existing index gets a new version.
+    """Build an index from a labelled source. If ``out`` already holds an index, it gets a new version.
 
-    Features stream from the encoder into the store, so a feature table may be larger than memory.
+    Features are streamed from the encoder into the store, so a feature table can be larger than memory.
 
     Args:
-        source: labelled images or features (see :func:`sources.open_source`).
-        out: the index folder, or the address of another store (:mod:`index.addresses`).
-        encoder: backbone, views, seed and caching; ``encoder.skipped`` names the images that could not be read.
-        shots: shots to draw per class by CoOp's sampling rule and the encoder's seed; ``None`` takes every item.
-        templates: prompts for the text weights, with ``{}`` for the class name (needs a backbone).
-        text: a feature table of prompts instead, one or more per class. The index takes its classes, in its order.
-        index: FAISS factory string, ``Classes`` or ``auto`` (:func:`keys.auto_for`), by default ``Flat``. Other stores
-            have types of their own; their default is ``auto``.
-        dtype: dtype of the stored keys.
-        alpha: residual ratio.
-        beta: sharpness.
-        normalize: units of alpha and beta (:func:`defaults.plain_settings`). If one of the two is given, the default is
-            the paper's units, and the other is 1.0 or 5.5. Otherwise both follow from the shots' affinities (``both``).
-        fit: ``auto``: :func:`closed_form.fit`; ``none``: Tip-Adapter, the default if alpha, beta or normalize is given.
-        metric: ``none`` or ``within``; ``None`` lets the fit choose.
-        values: ``one-hot`` or ``solved``; ``None`` lets the fit choose.
-        k: number of keys per query, or ``all``; ``None`` follows ``index="auto"``, and is all keys for other types.
-        logit_scale: by default the backbone's own, 100 without a backbone.
-        device: device of the returned classifier; ``index="auto"`` chooses for it.
+        source: the labelled images or features (see :func:`sources.open_source`).
+        out: the index folder, or the address of another store (see :mod:`index.addresses`).
+        encoder: sets the backbone, the views, the seed and the cache. ``encoder.skipped`` lists the images that could
+            not be read.
+        shots: the number of shots to draw per class, with CoOp's sampling rule and the encoder's seed. ``None`` uses
+            every item.
+        templates: the prompts for the text weights, with ``{}`` in place of the class name. They need a backbone.
+        text: a feature table to use instead of templates, with one or more prompts per class. The index uses the
+            classes of this table, in the same order.
+        index: a FAISS factory string, ``Classes`` or ``auto`` (see :func:`keys.auto_for`). Defaults to ``Flat``. Other
+            stores have their own index types, and their default is ``auto``.
+        dtype: the dtype of the stored keys.
+        alpha: the residual ratio.
+        beta: the sharpness.
+        normalize: the units of alpha and beta (see :func:`defaults.plain_settings`). If you give alpha or beta, the
+            default is the units of the paper, and the other one defaults to 1.0 for alpha or 5.5 for beta. Otherwise
+            the default is ``both``, which derives both values from the affinities of the shots.
+        fit: ``auto`` fits the index with :func:`closed_form.fit`, and ``none`` uses plain Tip-Adapter. Defaults to
+            ``none`` if alpha, beta or normalize is given, and to ``auto`` otherwise.
+        metric: ``none`` or ``within``. If ``None``, the fit selects the metric.
+        values: ``one-hot`` or ``solved``. If ``None``, the fit selects the values.
+        k: the number of keys per query, or ``all``. ``None`` uses the number that comes with ``index="auto"``, and all
+            keys for other index types.
+        logit_scale: the scale of the text logits. Defaults to the scale of the backbone, or to 100 if there is no
+            backbone.
+        device: the device of the returned classifier. ``index="auto"`` depends on it.
 
-    Raises InputError, UsageError and BackboneError for wrong input, and StoreError if the place cannot be written or is
-    being written by another process. An error changes nothing.
+    Raises InputError, UsageError or BackboneError if the input is invalid. Raises StoreError if the place cannot be
+    written or if another process is writing to it. After an error, nothing has changed.
     """
     check_choice("dtype", dtype, Dtype)
     scale = logit_scale if logit_scale is not None or encoder.backbone is None else encoder.backbone.logit_scale
@@ -94,7 +101,7 @@ def build_index(
 
 
 def _fits(fit: FitName | None, letters: Sequence[str | None], settings: Sequence[float | str | None]) -> bool:
-    """Return whether to fit. Raises UsageError for options that exclude each other."""
+    """Return whether to fit the index. Raises UsageError if two options exclude each other."""
     if fit is not None:
         check_choice("fit", fit, FitName)
     given, wanted = any(setting is not None for setting in settings), any(letter is not None for letter in letters)
@@ -106,7 +113,7 @@ def _fits(fit: FitName | None, letters: Sequence[str | None], settings: Sequence
 
 
 def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.PathLike[str] | None) -> None:
-    """Warn of a single class, of classes with one shot, and of swapped shot and text tables."""
+    """Warn if there is a single class, if a class has one shot, or if the shots and text may be swapped."""
     counts = Counter(source.labels)
     if len(counts) == 1:
         log.warning("%s: only one class, %s; every answer will be that class", source.name, class_names[0])
@@ -122,7 +129,7 @@ def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.P
 def _text(
     source: Source, encoder: Encoder, templates: Sequence[str] | None, text: str | os.PathLike[str] | None
 ) -> Words:
-    """Return the classes and their text weights, from a table, from prompts, or without text."""
+    """Return the classes and their text weights, if there are any, from a table or from prompts."""
     if text is not None:
         if templates:
             raise UsageError("text and templates: give only one; a text table holds features of its own prompts")
@@ -143,7 +150,7 @@ def _text(
 
 
 def warn_of_spelling(place: Place, class_names: Sequence[str], new: Sequence[str]) -> dict[str, str]:
-    """Warn of ``new`` classes spelled almost like an earlier one, and return these pairs."""
+    """Warn about ``new`` classes that are spelled almost like an earlier class, and return these pairs."""
     pairs = spelled_alike(class_names)
     alike = {name: pairs[name] for name in new if name in pairs}
     for name, known in itertools.islice(alike.items(), SHOWN):

@@ -1,6 +1,6 @@
-"""Changes of an index. Each function writes one new version exclusively, or fails and changes nothing.
+"""Change an existing index. Each function writes one new version. If it fails, nothing changes.
 
-Slow work, above all encoding, is done before other writers have to wait.
+Slow work such as encoding is done before the index is locked, so that other writers do not have to wait for it.
 """
 
 from __future__ import annotations
@@ -42,12 +42,15 @@ from retrieval_tip.store.query import rows_where
 Folder = str | os.PathLike[str]
 
 COMPARED = 1 << 18
-"""Upper bound for keys that new features are compared with when known ones are only counted."""
+"""Maximum number of keys to compare with new features if known features are only counted, not skipped."""
 
 
 @dataclass(frozen=True)
 class Changed:
-    """Result of a change: the current ``version``, unchanged if there was nothing to do, and the affected keys."""
+    """The result of a change, with the current ``version`` and the ids of the affected keys.
+
+    The version stays the same if there was nothing to do.
+    """
 
     version: int
     key_ids: list[int]
@@ -55,21 +58,21 @@ class Changed:
 
 @dataclass(frozen=True)
 class Renamed(Changed):
-    """Result of renaming: whether the class was ``merged`` into an existing one."""
+    """The result of a rename. ``merged`` tells whether the class was merged into an existing class."""
 
     merged: bool
 
 
 @dataclass(frozen=True)
 class Configured(Changed):
-    """Result of changing settings, with the ``summary`` of a fit if there was one."""
+    """The result of a change of settings, with a ``summary`` of the fit if the index was fitted again."""
 
     summary: str | None
 
 
 @dataclass(frozen=True)
 class Collected:
-    """Deleted ``versions``, number of deleted ``photos``, and ``freed`` bytes."""
+    """The result of :func:`gc`: the deleted ``versions``, the number of deleted ``photos``, and the ``freed`` bytes."""
 
     versions: list[int]
     photos: int
@@ -78,9 +81,10 @@ class Collected:
 
 @dataclass(frozen=True)
 class Added(Changed):
-    """Result of adding: new ``classes``, number of images already ``known``, and new keys that are in two classes.
+    """The result of an addition, with the new ``classes`` and the number of images that were already ``known``.
 
-    ``alike`` maps a new class to an earlier one that differs only in case, ``_``, ``-`` or spaces.
+    ``duplicates`` are the new keys whose image is also in another class. ``alike`` maps a new class to an earlier class
+    whose name only differs in case, ``_``, ``-`` or spaces.
     """
 
     classes: list[str]
@@ -99,23 +103,26 @@ def add(
     skip_known: bool = False,
     manifest: Manifest | None = None,
 ) -> Added:
-    """Add the labelled images or features of a source. New classes come last, in source order.
+    """Add the labelled images or features of a source. New classes are appended in source order.
 
-    Labels are exact: another spelling makes another class, with a warning (:attr:`Added.alike`). If the index has text,
-    the text weights of new classes come from its templates and the encoder's backbone, or from ``text``. The cost
-    depends only on the size of the addition (:meth:`cache_model.KeyEdits.add`).
+    Labels are compared exactly. A different spelling makes a new class and causes a warning (see :attr:`Added.alike`).
+    If the index has text weights, those of new classes come from ``text``, or from the templates of the index and the
+    encoder's backbone. The cost only depends on the size of the addition (see :meth:`cache_model.KeyEdits.add`).
 
     Args:
         folder: the index.
-        source: labelled images or features.
-        encoder: backbone, views and caching, as for the index; ``encoder.skipped`` names unreadable images.
-        text: a table of text features labelled by class, for the new classes.
-        shots: shots to draw per class by CoOp's sampling rule and the encoder's seed; ``None`` takes every item.
-        skip_known: skip items that the index has under the same label: images by the digest of their bytes, features
-            without a digest by their stored values.
-        manifest: the current version's manifest, if already read.
+        source: the labelled images or features.
+        encoder: sets the same backbone as for the index, the views and the cache. ``encoder.skipped`` lists the images
+            that could not be read.
+        text: a table of text features, labelled by class, for the new classes.
+        shots: the number of shots to draw per class, with CoOp's sampling rule and the encoder's seed. ``None`` uses
+            every item.
+        skip_known: whether to skip items that the index already has under the same label. Images are compared by the
+            digest of their bytes, and features that have no digest by their stored values.
+        manifest: the manifest of the current version, if you have already read it.
 
-    Raises InputError, UsageError and BackboneError for wrong input; StoreError as :func:`writer.write`.
+    Raises InputError, UsageError or BackboneError if the input is invalid. Raises StoreError under the same conditions
+    as :func:`writer.write`.
     """
     store = places.at(folder)
     manifest = manifest or store.manifest()
@@ -137,7 +144,7 @@ def add(
         if len(rows):
             views = encoder.views if source.table is None else 1
             key_ids = cache.add(block.features[rows], labels[rows].tolist(), views=views, **vars(columns.take(rows)))
-            found = change.duplicates_of(key_ids)  # an error up to here changes nothing
+            found = change.duplicates_of(key_ids)  # if anything fails up to here, nothing changes
         if len(rows) or classes:
             change.what = _with_classes(f"add {counted(len(rows), 'key')}", classes)
     alike = warn_of_spelling(folder, cache.class_names, classes)
@@ -145,11 +152,12 @@ def add(
 
 
 def merge(folder: Place, other: Place) -> Added:
-    """Add the keys of another index of the same backbone; new classes bring their text weights.
+    """Add the keys of another index that has the same backbone. New classes keep their text weights.
 
-    Keys get new ids, and keep their source, digest, views and extra columns. Raises BackboneError if the backbones
-    differ. Raises InputError if the other index has trained values, which mean nothing among other keys, or lacks text
-    that this one has. Raises StoreError as :func:`writer.write`.
+    The added keys get new ids and keep their source, digest, views and extra columns. Raises BackboneError if the
+    backbones differ. Raises InputError if the other index has trained values, because they are only valid for its own
+    keys. Raises InputError if this index has text weights and a new class has none. Raises StoreError under the same
+    conditions as :func:`writer.write`.
     """
     target, source = places.at(folder), places.at(other)
     if target.resolved == source.resolved:
@@ -167,23 +175,25 @@ def merge(folder: Place, other: Place) -> Added:
         classes = _add_classes(cache, theirs.class_names, weights)
         labels, views = theirs.labels["label"].to_pylist(), theirs.labels["views"].to_numpy()
         key_ids = cache.add(np.asarray(theirs.keys), labels, views=views, **vars(columns))
-        found = change.duplicates_of(key_ids)  # an error up to here changes nothing
+        found = change.duplicates_of(key_ids)  # if anything fails up to here, nothing changes
         change.what = _with_classes(f"merge {show(str(source))}: {counted(len(key_ids), 'key')}", classes)
     return Added(_version(cache), key_ids, classes, 0, found, warn_of_spelling(folder, cache.class_names, classes))
 
 
 def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
-    """Remove keys chosen by an SQL condition over the label store or by their ids; classes stay.
+    """Remove the keys that match an SQL condition over the label store, or that have the given ids.
 
-    Their bytes leave the folder with the last version that has them (:func:`writer.collect`). In a store that only
-    marks rows as removed, :func:`rebuild` first. Raises UsageError unless exactly one of ``where`` and ``key_ids`` is
-    given and valid. Raises InputError if no key matches, or as :meth:`cache_model.KeyEdits.remove`.
+    The classes stay, even if they are empty. The data of the keys is deleted from the folder together with the last
+    version that contains them (see :func:`writer.collect`). Other stores only mark rows as removed, so call
+    :func:`rebuild` first if the data must be deleted there. Raises UsageError unless exactly one of ``where`` and
+    ``key_ids`` is given and is valid. Raises InputError if no key matches or if a key cannot be removed (see
+    :meth:`cache_model.KeyEdits.remove`).
     """
     with places.at(folder).change() as change:
         chosen = _chosen(change.cache, where, key_ids)
         try:
             change.cache.remove(chosen)
-        except UsageError as error:  # fewer keys than the lists of an inverted file
+        except UsageError as error:  # an inverted file would have fewer keys than lists
             raise InputError(f"{error}; rebuild the index first, with index=Flat") from None
         change.what = f"remove {counted(len(chosen), 'key')}"
     return Changed(_version(change.cache), chosen)
@@ -192,10 +202,11 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
 def relabel(
     folder: Place, label: str | Mapping[int, str], *, where: str | None = None, key_ids: Sequence[int] | None = None
 ) -> Changed:
-    """Move keys to other classes of the index: chosen keys (see :func:`remove`) to one label, or a label per key id.
+    """Move keys to other classes of the index, and return the keys that changed.
 
-    Returns the keys that changed. Raises UsageError if a mapping comes with ``where`` or ``key_ids``, InputError for an
-    unknown key id or label, otherwise as :func:`remove`.
+    You can give one label and select the keys as in :func:`remove`, or give a mapping from key ids to labels. Raises
+    UsageError if ``where`` or ``key_ids`` is given together with a mapping. Raises InputError if a key id or a label is
+    unknown. Other errors are the same as for :func:`remove`.
     """
     with places.at(folder).change() as change:
         cache = change.cache
@@ -212,14 +223,14 @@ def relabel(
 
 
 def apply_audit(folder: Place, file: Folder) -> Changed:
-    """Relabel shots as a table of :func:`audit.audit` suggests, all in one new version.
+    """Apply the labels that a table of :func:`audit.audit` suggests, all in one new version.
 
-    ``file`` is CSV, JSON lines or Parquet, as ``index audit --output`` writes it, possibly edited. It needs the columns
-    ``key_id``, ``label``, which must still be the key's label, and ``suggested``, the new label. Rows whose suggestion
-    is empty or the same label are skipped.
+    ``file`` is a CSV, JSON lines or Parquet file that ``index audit --output`` wrote. You can edit it first. It needs
+    the columns ``key_id``, ``label`` and ``suggested``. ``label`` must still be the current label of the key, and
+    ``suggested`` is its new label. A row is skipped if its suggestion is empty or equal to the label.
 
-    Raises InputError and changes nothing for an unreadable file, a key that is unknown, repeated or relabelled since,
-    and a suggestion that is not a class of the index.
+    Raises InputError if the file cannot be read, if a key is unknown, is repeated or has been relabelled since, or if a
+    suggestion is not a class of the index. In these cases nothing changes.
     """
     name, place = show(file), places.at(folder)
     table = read_columns(Path(file), ("key_id", "label", "suggested"), place.manifest().n)
@@ -244,13 +255,14 @@ def apply_audit(folder: Place, file: Folder) -> Changed:
 
 
 def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) -> Renamed:
-    """Rename a class, or merge it into the class that already has the new name; returns the ids of its keys.
+    """Rename a class, or merge it into the class that already has the new name. Return the ids of its keys.
 
-    The text weight stays; a merge keeps the target's. With a ``backbone``, the new name is encoded with the index's
-    templates instead.
+    The class keeps its text weight. A merged class uses the text weight of the target. If you give a ``backbone``, the
+    new name is encoded with the templates of the index instead.
 
-    Raises InputError if there is no class ``old``, or ``new`` cannot be a name. Raises UsageError for a backbone
-    without a text encoder, or an index without templates; BackboneError for another backbone than the index's.
+    Raises InputError if there is no class ``old`` or if ``new`` is not a valid name. Raises UsageError if the backbone
+    has no text encoder or if the index has no templates. Raises BackboneError if the backbone differs from the backbone
+    of the index.
     """
     weights = None
     if backbone is not None:
@@ -287,16 +299,19 @@ def configure(
     templates: Sequence[str] = (),
     backbone: Backbone | None = None,
 ) -> Configured:
-    """Change settings of an index; ``None`` keeps a setting. Templates and a ``backbone`` make new text weights.
+    """Change settings of an index. ``None`` keeps the current value of a setting.
 
-    In a fitted index another beta refits the parts that depend on it (:meth:`Change.refit`): solved values, alpha,
-    temperature and the ``unlike`` threshold. A given alpha or temperature is set after that.
+    If you give ``templates`` and a ``backbone``, the text weights are computed again.
 
-    With ``normalize``, alpha and beta are in units of the current shots; omitted ones get the defaults of a new build
-    (:func:`defaults.plain_settings`).
+    If the index is fitted, a new beta also refits the parts that depend on it (see :meth:`Change.refit`). These are the
+    solved values, alpha, the temperature and the ``unlike`` threshold. If you also give alpha or the temperature, your
+    value is set after the refit.
 
-    Raises UsageError if nothing is given, a setting is invalid, or templates come without a backbone; BackboneError for
-    another backbone than the index's.
+    If you give ``normalize``, alpha and beta are in units that depend on the current shots. If one of them is omitted,
+    it gets the default of a new build (see :func:`defaults.plain_settings`).
+
+    Raises UsageError if nothing is given, if a setting is invalid, or if templates are given but no backbone. Raises
+    BackboneError if the backbone differs from the backbone of the index.
     """
     if not templates and all(value is None for value in (alpha, beta, k, tail, temperature, normalize)):
         raise UsageError("nothing to set: give alpha, beta, k, tail, temperature, normalize or templates")
@@ -338,9 +353,10 @@ def configure(
 
 
 def compact(folder: Place) -> Changed:
-    """Merge all keys into one segment, indexed as the first one; does nothing if there is only one.
+    """Merge all keys into one segment, which keeps the index type of the first segment.
 
-    Answers equal a new build from the same keys. Raises StoreError as :func:`writer.write`.
+    The answers are the same as after a new build from these keys. If there is only one segment, nothing happens. Raises
+    StoreError under the same conditions as :func:`writer.write`.
     """
     with places.at(folder).change() as change:
         segments = change.cache.segments
@@ -351,10 +367,10 @@ def compact(folder: Place) -> Changed:
 
 
 def rebuild(folder: Place, *, index: str | None = None, dtype: Dtype | None = None) -> Changed:
-    """Build the index again from its keys, with another ``index`` type or ``dtype``.
+    """Build the index again from its keys. You can change the ``index`` type and the ``dtype``.
 
-    A store other than a folder writes every row again, without removed ones. Raises UsageError for an invalid type or
-    dtype, InputError if keys overflow the dtype.
+    A store that is not a folder writes every row again, except rows that were removed. Raises UsageError if the index
+    type or the dtype is invalid. Raises InputError if a key overflows the dtype.
     """
     if dtype is not None:
         check_choice("dtype", dtype, Dtype)
@@ -365,18 +381,19 @@ def rebuild(folder: Place, *, index: str | None = None, dtype: Dtype | None = No
 
 
 def rollback(folder: Place, version: int | None = None) -> Changed:
-    """Copy an earlier version, by default the parent, into a new version, so that history stays linear.
+    """Copy an earlier version into a new version, so that the history stays linear.
 
-    Key ids assigned since are not reused. Raises StoreError if that version is missing or damaged.
+    ``version`` defaults to the parent of the current version. Key ids that were assigned in the meantime are not used
+    again. Raises StoreError if the earlier version is missing or damaged.
     """
     return Changed(places.at(folder).rollback(version), [])
 
 
 def gc(folder: Place, keep: int = 1) -> Collected:
-    """Delete all versions except the last ``keep``, with the files and photos that only they use.
+    """Delete all versions except the last ``keep``, and the files and photos that only the deleted versions use.
 
-    Photos are those added over HTTP (:func:`photos.remove_unused`). Raises StoreError as :func:`writer.write`,
-    UsageError if ``keep`` is below 1.
+    Only photos that were added over HTTP are deleted (see :func:`photos.remove_unused`). Raises UsageError if ``keep``
+    is below 1. Raises StoreError under the same conditions as :func:`writer.write`.
     """
     store = places.at(folder)
     versions, freed = store.collect(keep)
@@ -385,12 +402,13 @@ def gc(folder: Place, keep: int = 1) -> Collected:
 
 
 def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
-    """Copy the current or an earlier version of an index to a new place, and verify it on the way.
+    """Copy the current version of an index, or an earlier version, to a new place. The files are verified first.
 
-    Between kinds of store, keys, labels, settings and fit stay the same; the index over the keys is built again:
-    ``Flat`` in a folder, ``auto`` elsewhere.
+    You can copy an index to another kind of store. The keys, labels, settings and fit stay the same, but the index over
+    the keys is built again. Its type is ``Flat`` in a folder and ``auto`` in other stores.
 
-    Raises StoreError if ``out`` already holds an index, InputError as :meth:`Store.copy_from`.
+    Raises StoreError if ``out`` already holds an index. Raises InputError if the target cannot hold a part of the index
+    (see :meth:`Store.copy_from`).
     """
     source, target = places.at(folder), places.at(out)
     if target.exists():
@@ -398,7 +416,7 @@ def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
     if target.local is not None and Path(target.resolved).is_relative_to(source.resolved):
         raise StoreError(f"{out}: is inside the index; give a folder outside it")
     manifest = source.manifest(version)
-    source.check(manifest)  # or damage would get valid digests
+    source.check(manifest)  # otherwise damaged data would get valid digests
     cache = source.load(device="cpu", version=manifest.version, verify="fast")
     what = f"clone version {cache.version} of {show(str(source))}"
     return Changed(target.copy_from(cache, what), [])
@@ -416,10 +434,11 @@ def import_index(
     alpha: float | None = None,
     beta: float | None = None,
 ) -> AnsweringIndex:
-    """Build an index from a cache that Tip-Adapter's code wrote (:func:`imports.import_table`).
+    """Build an index from a cache that was written by the original Tip-Adapter code.
 
-    ``source`` and ``classes`` are that function's; ``norms`` is :class:`encoder.Encoder`'s, the others are
-    :func:`build.build_index`'s. Classes are in the order of ``text``, or else alphabetical. Raises as these functions.
+    See :func:`imports.import_table` for ``source`` and ``classes``, :class:`encoder.Encoder` for ``norms``, and
+    :func:`build.build_index` for the other arguments and for the errors. Classes have the same order as in ``text``. If
+    no ``text`` is given, they are sorted alphabetically.
     """
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
         table = Path(folder) / "keys.parquet"
@@ -440,7 +459,7 @@ def _backbone_of(manifest: Manifest) -> Identity | None:
 def _weights_of(
     class_names: Sequence[str], manifest: Manifest, encoder: Encoder, text: Folder | None
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """Return the text weights of new classes, if ``text`` or templates and a backbone can provide them."""
+    """Return the text weights of new classes from ``text``, or from templates if there is a backbone."""
     known = set(manifest.class_names)
     new = [name for name in class_names if name not in known]
     if not new:
@@ -468,7 +487,7 @@ def _add_classes(cache: EditableIndex, names: Sequence[str], weights: dict[str, 
 def _new_classes(
     names: Sequence[str], present: Sequence[str], weights: Mapping[str, npt.NDArray[np.float32]], has_text: bool
 ) -> list[str]:
-    """Return the classes that the index lacks, in order. Raises InputError if one has no text weight."""
+    """Return the classes that are not in the index yet. Raises InputError if a class needs a text weight."""
     known = set(present)
     new = [name for name in names if name not in known]
     missing = [name for name in new if name not in weights] if has_text else []
@@ -489,10 +508,9 @@ def _known(
     features: npt.NDArray[np.float32],
     most: int | None,
 ) -> npt.NDArray[np.bool_]:
-    """Return which of some images ``[m]`` the index has under the same label.
+    """Return a boolean array that tells which images the index already has under the same label.
 
-    Images without a digest are compared by their ``features`` ``[m, d]``, unless their classes have more than ``most``
-    keys.
+    An image that has no digest is compared by its row in ``features``, unless the classes have more than ``most`` keys.
     """
     by_digest = cache.known([digest or None for digest in digests])
     known = np.array([pair in by_digest for pair in zip(digests, labels.tolist(), strict=True)], dtype=bool)
@@ -502,13 +520,13 @@ def _known(
     classes = np.unique(ids[bare])
     if not len(bare) or (most is not None and sum(np.array(cache.counts)[classes].tolist()) > most):
         return known
-    with np.errstate(over="ignore"):  # adding refuses overflow
-        rows = features[bare].astype(cache.dtype) + np.zeros((), cache.dtype)  # turns -0 into 0
+    with np.errstate(over="ignore"):  # an overflow is rejected when the keys are added
+        rows = features[bare].astype(cache.dtype) + np.zeros((), cache.dtype)  # converts -0 to 0
     wanted = {(class_id, row.tobytes()): False for class_id, row in zip(ids[bare].tolist(), rows, strict=True)}
     first = np.unique(rows[:, 0])
     for class_ids, keys in cache.of_classes(classes):
         near = np.searchsorted(first, keys[:, 0]).clip(max=len(first) - 1)
-        alike = np.flatnonzero(first[near] == keys[:, 0])  # few keys are left to compare one by one
+        alike = np.flatnonzero(first[near] == keys[:, 0])  # only few keys remain to be compared one by one
         for class_id, key in zip(class_ids[alike].tolist(), keys[alike] + np.zeros((), cache.dtype), strict=True):
             if (class_id, key.tobytes()) in wanted:
                 wanted[class_id, key.tobytes()] = True
@@ -545,7 +563,7 @@ def _check_class(cache: AnsweringIndex, label: str, prefix: str = "") -> None:
 
 
 def _relabel(change: Change, wanted: Mapping[int, str], now: Mapping[int, str]) -> list[int]:
-    """Give keys their ``wanted`` labels if these differ from ``now``; return the changed ids."""
+    """Change the labels of keys whose ``wanted`` label differs from ``now``, and return the ids of these keys."""
     moved = {key_id: label for key_id, label in wanted.items() if label != now[key_id]}
     if moved:
         change.cache.relabel(list(moved), list(moved.values()))

@@ -1,4 +1,4 @@
-"""Write the keys or the text weights of an index as a feature table."""
+"""Write the keys or the text weights of an index to a feature table."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ log = logging.getLogger(__name__)
 
 
 def export_table(cache: CacheModel, out: Path) -> int:
-    """Write the keys of an index as a feature table, in the order of the index, and return the number of rows.
+    """Write the keys of an index to a feature table, in index order, and return the number of rows.
 
-    Columns: ``id`` (the key's source), ``label``, ``feature`` ``[d]`` in the dtype of the keys, ``key_id``, ``shot``,
-    ``views``, ``digest``, ``added_at`` and extra columns of the label store. The metadata names the backbone. A table
-    cannot hold trained values or a tuned encoder; a warning says so.
+    The table has the columns ``id``, ``label``, ``feature``, ``key_id``, ``shot``, ``views``, ``digest`` and
+    ``added_at``, and the extra columns of the label store. ``id`` is the source of the key, and ``feature`` holds ``d``
+    values in the dtype of the keys. The metadata names the backbone. A table cannot hold trained values or a fine-tuned
+    encoder, so a warning is logged if the index has them.
 
-    Raises InputError and leaves no file if ``out`` cannot be written.
+    Raises InputError if ``out`` cannot be written. In that case no file is left behind.
     """
-    _refuse_inside(cache, out)
-    trained = cache.values if cache.fitted is None else None  # solved values can be fitted again
-    for part, what in ((trained, "trained values"), (cache.tuned, "the fine-tuned encoder")):
+    _refuse_inside(cache, out) trained = cache.values if cache.fitted is None else None  # solved values are not lost,
+    because they can be fitted again for part, what in ((trained, "trained values"), (cache.tuned, "the fine-tuned
+    encoder")):
         if part is not None:
             log.warning("%s: a table cannot hold %s; an index built from it will lack them", show(out), what)
     table = cache.labels
@@ -55,10 +56,10 @@ def export_table(cache: CacheModel, out: Path) -> int:
 
 
 def export_text(cache: CacheModel, out: Path) -> int:
-    """Write the text weights ``[c, d]`` of an index as a feature table for ``--text``, one row per class.
+    """Write the text weights of an index to a feature table with one row per class, and return the number of classes.
 
-    Returns the number of classes. Raises UsageError if the index has no text weights. Raises InputError and leaves no
-    file if a class has no text weight or ``out`` cannot be written.
+    You can use the table as the ``--text`` of another index. Raises UsageError if the index has no text weights. Raises
+    InputError if a class has no text weight or if ``out`` cannot be written. In these cases no file is left behind.
     """
     _refuse_inside(cache, out)
     if not cache.has_text:

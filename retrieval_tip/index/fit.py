@@ -1,4 +1,4 @@
-"""Fit an index to its shots as a new version, in any store."""
+"""Fit an index to its shots and write the result as a new version, in any kind of store."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ def fit_index(
     validation: Source | None = None,
     encoder: Encoder | None = None,
 ) -> FormChoice:
-    """Fit metric, values and settings of an index (:func:`closed_form.fit`), and write a new version.
+    """Fit the metric, values and settings of an index with :func:`closed_form.fit`, and write a new version.
 
     Args:
         folder: the index.
-        metric: ``none`` or ``within``; ``None`` lets the fit choose.
-        values: ``one-hot`` or ``solved``; ``None`` lets the fit choose.
-        validation: labelled images or features to choose by, instead of the held-out shots; they need an ``encoder``.
-        encoder: backbone and caching, as for the index.
+        metric: ``none`` or ``within``. If ``None``, the fit selects the metric.
+        values: ``one-hot`` or ``solved``. If ``None``, the fit selects the values.
+        validation: labelled images or features to use for the selection instead of the held-out shots. They need an
+            ``encoder``.
+        encoder: sets the same backbone as for the index, and the cache.
 
-    Raises as :func:`closed_form.fit`, and StoreError as :meth:`Store.load` and :meth:`Store.change`. An error changes
-    nothing.
+    Raises the errors of :func:`closed_form.fit`. Raises StoreError if the index cannot be read or written. After an
+    error, nothing has changed.
     """
     queries = None
     if validation is not None and encoder is not None:

@@ -1,4 +1,4 @@
-"""Build, edit and fit an index in a folder."""
+"""Build, edit and fit an index that is stored in a folder."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from retrieval_tip.settings import Dtype, MetricName, ValuesName
 from retrieval_tip.store.writer import Writer, write
 
 PAIRS = 1 << 26
-"""Upper bound for the affinities computed to check an addition: half a second on two cores."""
+"""Maximum number of affinities to compute when an addition is checked. It takes half a second on two cores."""
 EFFORT = 16
-"""Lists probed for nearly identical keys: these are in the nearest list or next to it."""
+"""Number of lists to probe for nearly identical keys, which are in the nearest list or in a neighbouring list."""
 
 
 class FolderChange(Change):
-    """A :class:`CacheModel` that becomes the next version of its folder."""
+    """A change of a :class:`CacheModel` that becomes the next version of its folder."""
 
     cache: CacheModel
 
@@ -48,17 +48,20 @@ class FolderChange(Change):
     def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
         cache = self.cache
         fresh = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))
-        # Exact and class-wise indexes compare with very many keys.
+        # An exact or class-wise index would compare each query with too many keys.
         cheap = not (cache.metric or cache.index.by_class or cache.index.exact_search)
         with cache.index.limited(EFFORT):
             return duplicates(cache.keys, cache.labels, fresh, budget=PAIRS, search=cache.nearest if cheap else None)
 
 
 def create(folder: Path, made: Material) -> CacheModel:
-    """Build the next version of a folder: keys sorted by class in a file, and the index over them or their points."""
+    """Build the next version of a folder.
+
+    The keys are sorted by class and written to a file. The index is built over the keys, or over their points.
+    """
     names, weights, templates, _ = made.words
     asked = made.index or "Flat"
-    order = np.argsort(made.ids, kind="stable")  # keys are grouped by class: row r of the index is item order[r]
+    order = np.argsort(made.ids, kind="stable")  # group the keys by class, so that row r of the index is item order[r]
     with write(folder) as writer:
         keys, kept, digests = _write_keys(writer, made, order)
         order = order[kept]
@@ -92,7 +95,7 @@ def fit(
     values: ValuesName | None,
     queries: Callable[[AnsweringIndex], Queries] | None,
 ) -> FormChoice:
-    """Fit the current version of a folder, and write the next one. See :meth:`Store.fit`."""
+    """Fit the current version of a folder, and write the next version. See :meth:`Store.fit` for details."""
     cache = CacheModel.load(folder, device="cpu")
     judged_by = None if queries is None else queries(cache)
     if cache.segments > 1:
@@ -105,7 +108,7 @@ def fit(
 def _write_keys(
     writer: Writer, made: Material, order: npt.NDArray[np.int64]
 ) -> tuple[KeyArray, npt.NDArray[np.int64], list[str | None]]:
-    """Stream features into the keys' file. Returns the keys, their places in ``order``, and image digests."""
+    """Stream features into the file of keys. Return the keys, their positions in ``order`` and the image digests."""
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
     blocks = made.blocks()
@@ -121,7 +124,7 @@ def _write_keys(
         for row, digest in zip(rows.tolist(), block.digests, strict=True):
             digests[row] = digest
     kept = np.flatnonzero(present)
-    if len(kept) < len(order):  # close the gaps of unreadable images
+    if len(kept) < len(order):  # close the gaps that unreadable images left
         whole, old = writer.stage_array("keys", (len(kept), shape[1]), made.dtype)
         for start in range(0, len(kept), KEY_BLOCK):
             old[start : start + KEY_BLOCK] = array[kept[start : start + KEY_BLOCK]]

@@ -1,4 +1,4 @@
-"""Download an index from the Hugging Face hub, or upload one with a model card."""
+"""Download an index from the Hugging Face hub, or upload an index with a model card."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ clf.predict("photo.jpg")
 
 
 def download(repository: str, folder: str | os.PathLike[str] | None = None) -> Path:
-    """Download the index ``ORG/NAME`` from the hub into a folder, by default ``indexes/NAME``; return the folder.
+    """Download the index ``ORG/NAME`` from the hub into a folder, and return the folder.
 
-    Raises InputError if the download fails.
+    ``folder`` defaults to ``indexes/NAME``. Raises InputError if the download fails.
     """
     from huggingface_hub import snapshot_download
 
     place = Path("indexes", repository.rpartition("/")[2]) if folder is None else Path(folder)
     try:
         snapshot_download(repository, local_dir=place)
-    except Exception as error:  # hub, httpx and disk raise many types
+    except Exception as error:  # the hub client, httpx and the disk raise many types of errors
         raise InputError(f"{repository}: download failed: {str(error).splitlines()[0]}") from error
     return place
 
 
 def upload(place: str, repository: str, card: str, private: bool = False, token: str | None = None) -> str:
-    """Upload the current version of an index and its ``card`` to ``ORG/NAME`` on the hub; return the address.
+    """Upload the current version of an index and its ``card`` to ``ORG/NAME`` on the hub, and return the URL.
 
-    Raises InputError if the hub refuses, and as :func:`changes.clone`.
+    Raises InputError if the upload fails. Raises the errors of :func:`changes.clone` if the index cannot be copied.
     """
     from huggingface_hub import HfApi
 
@@ -61,13 +61,13 @@ def upload(place: str, repository: str, card: str, private: bool = False, token:
             hub.create_repo(repository, private=private, exist_ok=True)
             hub.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repository)
             done = hub.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["lock", ".*"])
-        except Exception as error:  # hub and httpx raise many types
+        except Exception as error:  # the hub client and httpx raise many types of errors
             raise InputError(f"{repository}: upload refused: {str(error).splitlines()[0]}") from error
     return str(done)
 
 
 def card(index: AnsweringIndex, name: str, figures: Mapping[str, object] | None = None) -> str:
-    """Return the model card of an index in Markdown, with the figures of an evaluation if given."""
+    """Return the model card of an index in Markdown. If figures are given, the card includes an evaluation."""
     judged = ""
     if figures is not None:
         rows = "".join(f"| {figure} | {value:.4g} |\n" for figure, value in figures.items() if isinstance(value, float))

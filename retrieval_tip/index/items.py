@@ -1,4 +1,4 @@
-"""Inputs of a build: a labelled source, its classes and text weights, and the requested settings."""
+"""Collect the inputs of a build: a labelled source, its classes and text weights, and the requested settings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ItemColumns:
-    """Columns of a source's items, as the label store names them: sources, digests, and extra columns."""
+    """Columns of the items in a source, named as in the label store."""
 
     sources: pa.ChunkedArray
     digests: list[str | None]
@@ -38,20 +38,20 @@ class ItemColumns:
 
     @classmethod
     def of(cls, items: pa.Table, digests: Sequence[str | None]) -> ItemColumns:
-        """Return the columns of a table of items. Its own ``digest`` column overrides ``digests``."""
+        """Return the columns of a table of items. If the table has a column ``digest``, it overrides ``digests``."""
         if "digest" in items.column_names and pa.types.is_string(items["digest"].type):
             digests = items["digest"].to_pylist()
         extra = items.select([c for c in items.column_names if c not in (*LABEL_SCHEMA.names, "id")])
         return cls(items["source"], list(digests), extra)
 
     def take(self, rows: npt.NDArray[np.int64]) -> ItemColumns:
-        """Return the columns of some items."""
+        """Return the columns of the items at the given positions."""
         places = pa.array(rows)
         return ItemColumns(self.sources.take(places), [self.digests[row] for row in rows], self.extra.take(places))
 
 
 class Words(NamedTuple):
-    """Classes in order, their text weights ``[c, d]``, the prompt templates, and the origin of the weights."""
+    """The classes in order, their text weights, the prompt templates, and the source of the text weights."""
 
     class_names: Sequence[str]
     weights: npt.NDArray[np.float32] | None
@@ -61,7 +61,7 @@ class Words(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """Requested settings: ``alpha`` and ``beta`` in units of ``form``; ``None`` for the defaults."""
+    """The requested settings. ``alpha`` and ``beta`` are in units of ``form``, and ``None`` means the default."""
 
     settings: Settings
     alpha: float | None
@@ -70,13 +70,13 @@ class Asked:
     keeps_k: bool
 
     def plain(self, statistics: Statistics | None, met: int | None) -> Settings:
-        """Return the settings with alpha and beta in plain units, and ``met`` as k unless k was given."""
+        """Convert alpha and beta to plain units, and return the settings. ``met`` is used as k if no k was given."""
         alpha, beta = plain_settings(self.alpha, self.beta, self.form, statistics)
         return self.settings.override(alpha=alpha, beta=beta, k=None if self.keeps_k else met)
 
 
 class Fit(NamedTuple):
-    """A requested fit: its ``metric`` and ``values``, each ``None`` to let the fit choose."""
+    """A request for a fit. If ``metric`` or ``values`` is ``None``, the fit selects it."""
 
     metric: MetricName | None
     values: ValuesName | None
@@ -84,10 +84,10 @@ class Fit(NamedTuple):
 
 @dataclass(frozen=True)
 class Material:
-    """Inputs of a build, the same for every store: items, their class ids ``[m]``, classes and settings.
+    """The inputs of a build, which are the same for every kind of store.
 
-    ``index`` is the index type, ``dtype`` the dtype of stored keys. ``fit`` is ``None`` for plain Tip-Adapter, and
-    ``device`` holds the returned classifier.
+    ``ids`` has one class id per item of the source. ``index`` is the requested index type, and ``dtype`` is the dtype
+    of the stored keys. ``fit`` is ``None`` for plain Tip-Adapter. ``device`` is the device of the returned classifier.
     """
 
     source: Source
@@ -103,34 +103,34 @@ class Material:
 
     @property
     def built(self) -> Built:
-        """Build parameters for the manifest."""
+        """The build parameters that are stored in the manifest."""
         drawn = self.shots is not None or self.encoder.views > 1
         return Built(self.source.name, self.shots, self.encoder.seed if drawn else 1, self.encoder.views)
 
     @property
     def views(self) -> int:
-        """Number of views averaged into a key."""
+        """Number of views that are averaged into each key."""
         return self.encoder.views if self.source.table is None else 1
 
     @property
     def backbone(self) -> Identity | None:
-        """Backbone of the features."""
+        """The backbone that computed the features."""
         return identity_of(self.source, self.encoder)
 
     def blocks(self) -> Iterator[FeatureBlock]:
-        """Read the items block by block. Raises InputError if a feature overflows the dtype."""
+        """Yield the items in blocks of features. Raises InputError if a feature overflows the dtype."""
         for block in self.encoder.blocks(self.source):
             if np.abs(block.features).max() > np.finfo(self.dtype).max:
                 raise InputError(f"{self.source.name}: feature values overflow {self.dtype}; use --dtype float32")
             yield block
 
     def labels(self, rows: npt.NDArray[np.int64], digests: Sequence[str | None]) -> pa.Table:
-        """Return the label store of some items, in this order, with the digests of their images."""
+        """Return the label store of the items at ``rows``, in that order, including the digests of their images."""
         columns = ItemColumns.of(self.source.items.take(pa.array(rows)), digests)
         return label_table(self.words.class_names, self.ids[rows], key_ids=rows, views=self.views, **vars(columns))
 
     def described(self, statistics: Statistics | None) -> dict[str, object]:
-        """Return the provenance, which is complete once all items are read."""
+        """Return the provenance. It is complete once all items have been read."""
         views, asked = self.encoder.views, self.asked
         return {
             "source": self.source.name,
@@ -146,13 +146,13 @@ class Material:
         }
 
     def warn_of_bare(self, counts: npt.NDArray[np.int64]) -> None:
-        """Warn of classes without a key, given the number of keys per class ``[c]``."""
+        """Warn about classes that have no key. ``counts`` is the number of keys per class."""
         if bare := [name for name, number in zip(self.words.class_names, counts, strict=True) if not number]:
             log.warning("%s no key: %s", counted(len(bare), "class", "has", "have"), few(bare))
 
 
 def draw_shots(ids: npt.NDArray[np.int64], class_names: Sequence[str], shots: int, seed: int) -> npt.NDArray[np.int64]:
-    """Return the positions of the shots drawn for each class (:func:`shots.few_shot`), in source order."""
+    """Draw shots for each class with :func:`shots.few_shot`, and return their positions in source order."""
     rare = [class_names[i] for i, times in Counter(ids.tolist()).items() if times < shots]
     if rare:
         have = counted(len(rare), "class", "has", "have")
@@ -161,7 +161,7 @@ def draw_shots(ids: npt.NDArray[np.int64], class_names: Sequence[str], shots: in
 
 
 def ids_in(source: Source, class_names: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Return the class ids of the items of a source. Raises InputError for an unknown label."""
+    """Return the class id of each item in a source. Raises InputError if a label is unknown."""
     position = {name: i for i, name in enumerate(class_names)}
     labels = source.labels
     unknown = sorted(set(labels) - position.keys())
@@ -171,7 +171,7 @@ def ids_in(source: Source, class_names: Sequence[str]) -> npt.NDArray[np.int64]:
 
 
 def identity_of(source: Source, encoder: Encoder) -> Identity | None:
-    """Return the backbone of the features: the encoder's, or the one that the table names."""
+    """Return the identity of the encoder's backbone or, if it has none, of the backbone that the table names."""
     if encoder.backbone is not None:
         return encoder.backbone.identity
     return table_identity(source.table) if source.table is not None else None
@@ -180,10 +180,11 @@ def identity_of(source: Source, encoder: Encoder) -> Identity | None:
 def read_text_table(
     path: str | os.PathLike[str], norms: Norms = "check"
 ) -> tuple[tuple[str, ...], npt.NDArray[np.float32]]:
-    """Return class names and text weights ``[c, d]`` of a table of text features, in order of first appearance.
+    """Read the class names and text weights from a table of text features, in order of first appearance.
 
-    Rows of one class are prompts of norm 1 (or scaled to it, unless ``norms`` is ``check``): averaged, then normalised.
-    Raises InputError if it is not a feature table.
+    Each row is the feature of a prompt. The rows of each class are averaged and then normalised. If ``norms`` is
+    ``check``, the rows must have unit norm; otherwise they are scaled to it. Raises InputError if the file is not a
+    feature table.
     """
     table = open_source(path)
     if table.table is None:
@@ -197,18 +198,18 @@ def read_text_table(
 
 
 def provenance_of(given: float | None, form: str) -> str:
-    """Describe the origin of a setting."""
+    """Return a description of where the value of a setting comes from."""
     if given is not None:
         return "given" if form == "none" else f"given as {given:g}, normalize {form}"
     return "the paper's default" if form == "none" else f"default, normalize {form}"
 
 
 def warn_of(duplicates: Duplicates) -> None:
-    """Warn of images that are in two classes: at least one of the labels is wrong."""
+    """Warn about images that are in two classes, because at least one of their labels is wrong."""
     warn(f"in two classes: {line}" for line in describe_duplicates(duplicates))
 
 
 def warn(lines: Iterable[str]) -> None:
-    """Log warnings."""
+    """Log each line as a warning."""
     for line in lines:
         log.warning("%s", line)

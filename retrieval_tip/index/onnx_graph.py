@@ -1,4 +1,7 @@
-"""Export an index as one ONNX graph, from pixels or features to logits, for runtimes without this package."""
+"""Export an index as an ONNX graph that computes logits from pixels or features.
+
+You can run the graph in an ONNX runtime, where this package is not needed.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,11 @@ if TYPE_CHECKING:
 
 OPSET = 18
 LARGEST = (1 << 31) - (1 << 20)
-"""Upper bound for the bytes of a graph with its weights, below protobuf's limit of 2 GiB."""
+"""Maximum size in bytes of a graph including its weights, slightly below the protobuf limit of 2 GiB."""
 
 
 class Answer(torch.nn.Module):
-    """A module that answers as an index does; see :func:`export_onnx` for its input and outputs."""
+    """A torch module that computes the answers of an index. See :func:`export_onnx` for its input and outputs."""
 
     mean: Tensor
     std: Tensor
@@ -51,16 +54,15 @@ class Answer(torch.nn.Module):
         preprocess = {"mean": [0.0], "std": [1.0]} if backbone is None else backbone.identity.preprocess
         for name in ("mean", "std"):
             self.register_buffer(name, 255 * torch.tensor(preprocess[name]).float()[:, None, None])
-        self.register_buffer("text", cache.text_weights.float().cpu())
-        self.register_buffer("keys", torch.from_numpy(np.asarray(cache.met[:], dtype=np.float32)))
-        self.register_buffer("ids", cache.class_ids.cpu())
-        values = one_hot(self.ids, self.n_classes) if cache.values is None else cache.values  # ONNX cannot sum by class
-        self.register_buffer("values", values.float().cpu())
-        self.register_buffer("metric_mean", None if metric is None else metric.mean.cpu())
-        self.register_buffer("metric_transform", None if metric is None else metric.transform.cpu())
+        self.register_buffer("text", cache.text_weights.float().cpu()) self.register_buffer("keys",
+        torch.from_numpy(np.asarray(cache.met[:], dtype=np.float32))) self.register_buffer("ids", cache.class_ids.cpu())
+        values = one_hot(self.ids, self.n_classes) if cache.values is None else cache.values  # ONNX has no per-class
+        sum self.register_buffer("values", values.float().cpu()) self.register_buffer("metric_mean", None if metric is
+        None else metric.mean.cpu()) self.register_buffer("metric_transform", None if metric is None else
+        metric.transform.cpu())
 
     def forward(self, given: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and probabilities ``[b, c]``."""
+        """Return the logits and the probabilities, each of shape ``[b, c]``."""
         settings, features = self.settings, given
         if self.tower is not None:
             features = normalize(self.tower((given - self.mean) / self.std))
@@ -75,7 +77,7 @@ class Answer(torch.nn.Module):
 
 
 class Logits(torch.nn.Module):
-    """The logits ``[b, c]`` of an :class:`Answer`, without the probabilities."""
+    """A torch module that returns only the logits of an :class:`Answer`, of shape ``[b, c]``."""
 
     def __init__(self, answer: Answer) -> None:
         super().__init__()
@@ -90,16 +92,17 @@ class Logits(torch.nn.Module):
 def export_onnx(
     cache: CacheModel, out: str | os.PathLike[str], backbone: TorchBackbone | None = None
 ) -> dict[str, Any]:
-    """Write an index as an ONNX file, with its labels and image preprocessing in the metadata.
+    """Write an index to an ONNX file. The metadata contains the labels and the image preprocessing.
 
-    With a ``backbone``, the input is ``pixels`` ``[b, 3, h, w]`` float32, RGB from 0 to 255, resized and cropped as
-    ``preprocess`` in the metadata says. The graph itself subtracts the mean and divides by the deviation. Without a
-    backbone, the input is ``features`` ``[b, d]`` float32 of unit norm. The outputs are ``logits`` and
-    ``probabilities`` ``[b, c]``, in the order of ``labels``. The graph computes the whole formula of :mod:`tip`.
+    If you give a ``backbone``, the input is ``pixels``, a float32 array of shape ``[b, 3, h, w]`` with RGB values from
+    0 to 255. Resize and crop the images as described by ``preprocess`` in the metadata. The graph itself subtracts the
+    mean and divides by the standard deviation. If you give no backbone, the input is ``features``, a float32 array of
+    shape ``[b, d]`` with rows of unit norm. The outputs are ``logits`` and ``probabilities``, both of shape ``[b, c]``,
+    in the order of ``labels``. The graph computes the complete formula of :mod:`tip`.
 
-    Returns the metadata, with the size in ``bytes``. Raises UsageError if the package onnx is missing, if the index
-    answers by ``k`` keys, which needs retrieval, and above 2 GiB. Raises InputError if the file cannot be written, or
-    torch cannot express the encoder in ONNX.
+    Returns the metadata, including the size of the file in ``bytes``. Raises UsageError if the package onnx is not
+    installed, if the index uses only ``k`` keys per query, which needs retrieval, or if the graph would exceed 2 GiB.
+    Raises InputError if the file cannot be written or if torch cannot convert the encoder to ONNX.
     """
     try:
         import onnx
@@ -140,7 +143,7 @@ def _trace(answer: Answer, cache: CacheModel, backbone: TorchBackbone | None, fi
                 answer, (torch.zeros(shape),), file, input_names=[name], output_names=["logits", "probabilities"],
                 dynamic_axes=axes, opset_version=OPSET, dynamo=False,
             )  # fmt: skip
-    except Exception as error:  # torch raises many types
+    except Exception as error:  # torch raises many types of errors
         raise InputError(f"{cache.backbone or 'features'}: cannot be written as ONNX: {first_line(error)}") from None
     finally:
         logger.disabled = False

@@ -1,4 +1,7 @@
-"""Photos added over HTTP: files ``DIR-shots/CLASS/HEX.EXT`` beside an index DIR, named by their SHA-256."""
+"""Manage the photos that were added to an index over HTTP.
+
+The photos of an index ``DIR`` are stored beside it, in files ``DIR-shots/CLASS/HEX.EXT`` named by their SHA-256.
+"""
 
 from __future__ import annotations
 
@@ -23,42 +26,42 @@ from retrieval_tip.store import lock
 log = logging.getLogger(__name__)
 
 HEX = 16
-"""Hexadecimal digits of the SHA-256 in the file name of a photo."""
+"""Number of hexadecimal digits of the SHA-256 that are used in the file name of a photo."""
 
 _NAME = re.compile(rf"([0-9a-f]{{{HEX}}})\.\w{{1,8}}")
 _IN_SOURCE = rf"(?:^|[/\\])(?P<digits>[0-9a-f]{{{HEX}}})\.\w{{1,8}}$"
 
 
 def folder_of(store: Store) -> Path | None:
-    """Return the folder ``DIR-shots`` of an index; ``None`` for an index in a bucket."""
+    """Return the folder ``DIR-shots`` of an index, or ``None`` if the index is in a bucket."""
     return None if store.local is None else real(store.local).with_name(f"{store.name}-shots")
 
 
 def class_folder(folder: Path, label: str) -> Path:
-    """Return the folder for the photos of a class."""
+    """Return the folder in which the photos of a class are stored."""
     name = quote(label, safe=" ()+,-=@")[:120]
     return folder / (name if not name.startswith(".") else f"%2E{name[1:]}")
 
 
 def file_of(folder: Path, label: str, data: bytes) -> Path:
-    """Return the path for a photo. Raises InputError if it is not an image."""
+    """Return the path at which to store a photo. Raises InputError if the data is not an image."""
     return class_folder(folder, label) / (hashlib.sha256(data).hexdigest()[:HEX] + images.extension(data))
 
 
 @contextmanager
 def adding(folder: Path) -> Iterator[None]:
-    """Block :func:`remove_unused` while photos are added that no version names yet. Raises OSError."""
+    """Block :func:`remove_unused` inside the context, while new photos are not yet part of a version."""
     make_folders(folder)
     with locked_folder(folder, alone=False, wait=lock.LOCK_WAIT):
         yield
 
 
 def remove_unused(store: Store) -> tuple[int, int]:
-    """Remove the photos in ``DIR-shots`` that no kept version uses; return their number and the freed bytes.
+    """Remove the photos in ``DIR-shots`` that no kept version uses. Return their number and the freed bytes.
 
-    A version uses a photo if it has its digest, or a source with its file name. Files not named by their own SHA-256
-    and links are left alone. Removes nothing, with a warning, while photos are being added or if a version cannot be
-    read.
+    A version uses a photo if a key has the digest of the photo, or if the source of a key ends with its file name.
+    Links, and files that are not named by their own SHA-256, are left alone. If photos are being added, or if a version
+    cannot be read, nothing is removed and a warning is logged.
     """
     folder = folder_of(store)
     if folder is None or folder.is_symlink() or not folder.is_dir():
@@ -83,7 +86,7 @@ def _photos(folder: Path) -> list[Path]:
 
 
 def _used(store: Store, names: set[str]) -> set[str]:
-    """Return the ``names``, without extension, that a kept version uses."""
+    """Return the ``names`` that a kept version uses. Names do not include the file extension."""
     used: set[str] = set()
     wanted = pa.array(names, pa.string())
     for version in store.history()["version"].to_pylist() if names else ():
@@ -95,7 +98,7 @@ def _used(store: Store, names: set[str]) -> set[str]:
 
 
 def _remove(folder: Path, photos: list[Path]) -> tuple[int, int]:
-    """Remove photos that are named by their own SHA-256, and class folders that become empty."""
+    """Remove the photos that are named by their own SHA-256, and the class folders that are empty afterwards."""
     number = freed = 0
     for path in photos:
         with suppress(OSError):
@@ -106,6 +109,6 @@ def _remove(folder: Path, photos: list[Path]) -> tuple[int, int]:
     for place in list(folder.iterdir()):
         if place.is_dir() and not place.is_symlink():
             freed += remove_leftovers(place)
-            with suppress(OSError):  # only if it is empty
+            with suppress(OSError):  # fails unless the folder is empty
                 place.rmdir()
     return number, freed

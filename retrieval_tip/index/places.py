@@ -1,4 +1,4 @@
-"""Places of an index: a folder, or the address of another store."""
+"""Open the store of an index, given a folder or the address of another kind of store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import TIMEOUT
 from retrieval_tip.store.writer import Writer, collect, write
 
-if TYPE_CHECKING:  # reading a manifest needs no torch, which takes a second to import
+if TYPE_CHECKING:  # a manifest can be read without torch, which takes a second to import
     from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.cache_model import CacheModel
     from retrieval_tip.fit.closed_form import FormChoice
@@ -27,11 +27,11 @@ if TYPE_CHECKING:  # reading a manifest needs no torch, which takes a second to 
     from retrieval_tip.index.items import Material
 
 Place = str | os.PathLike[str]
-"""A folder, or the address of another store (:mod:`index.addresses`)."""
+"""A folder, or the address of another kind of store (see :mod:`index.addresses`)."""
 
 
 class FolderStore(Store):
-    """An index folder; see :mod:`store.folder`."""
+    """A store that keeps the versions of an index in a folder. See :mod:`store.folder` for details."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = self.local = folder
@@ -44,7 +44,7 @@ class FolderStore(Store):
 
     def stamp(self) -> Hashable | None:
         try:
-            status = (self.folder / "manifest.json").stat()  # replaced by each version
+            status = (self.folder / "manifest.json").stat()  # each version replaces this file
         except OSError:
             return None
         return status.st_ino, status.st_mtime_ns, status.st_size
@@ -73,7 +73,7 @@ class FolderStore(Store):
     ) -> CacheModel:
         verify = verify or "full"
         check = None if version is not None else index_folder.Check(self.folder, verify=verify)
-        from retrieval_tip.cache_model import CacheModel  # files are hashed during this import
+        from retrieval_tip.cache_model import CacheModel  # the files are hashed in the background during this import
 
         return CacheModel.load(
             self.folder, device=device, precision=precision, verify=verify, check=check, version=version
@@ -87,12 +87,11 @@ class FolderStore(Store):
         from retrieval_tip.cache_model import CacheModel
         from retrieval_tip.index.folders import FolderChange
 
-        index_folder.check_there(self.folder)  # make nothing without an index
+        index_folder.check_there(self.folder)  # do not create a folder if there is no index
         with write(self.folder) as writer:
-            check = index_folder.Check(self.folder, writer.parent, "fast")  # copied files are hashed anyway
-            change = FolderChange(CacheModel.load(self.folder, device="cpu", precision="float32", check=check))
-            yield change
-            if change.what:
+            check = index_folder.Check(self.folder, writer.parent, "fast")  # files that are copied are hashed in any
+            case change = FolderChange(CacheModel.load(self.folder, device="cpu", precision="float32", check=check))
+            yield change if change.what:
                 change.cache.commit(writer, change.what)
 
     def fit(
@@ -137,15 +136,18 @@ class FolderStore(Store):
 
 
 def at(place: Place) -> Store:
-    """Return the store at a folder or an address, even without an index. Raises UsageError for a wrong address."""
+    """Return the store at a folder or an address, even if it holds no index yet.
+
+    Raises UsageError if the address is invalid.
+    """
     plug = plug_of(place) if isinstance(place, str) else None
     return FolderStore(Path(place)) if plug is None else plug.store_at(str(place))
 
 
 def listed(folder: Path) -> list[tuple[str, Manifest]]:
-    """Return the index folders directly in a folder, in name order: path and current version of each.
+    """Return the path and the current manifest of each index folder inside a folder, sorted by name.
 
-    Skips other files and damaged indexes. Raises InputError if the folder does not exist.
+    Other files and damaged indexes are skipped. Raises InputError if the folder does not exist.
     """
     if not folder.is_dir():
         raise InputError(f"{show(folder)}: no such folder; give the folder that holds indexes")

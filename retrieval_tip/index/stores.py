@@ -1,4 +1,4 @@
-"""Interface of a store: the versions of one index, in any kind of place."""
+"""Define the interface of a store, which keeps the versions of one index in a folder, on a disk or in a bucket."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from retrieval_tip.store import history
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import TIMEOUT
 
-if TYPE_CHECKING:  # reading a manifest needs no torch, which takes a second to import
+if TYPE_CHECKING:  # a manifest can be read without torch, which takes a second to import
     from retrieval_tip.answering import AnsweringIndex, EditableIndex
     from retrieval_tip.fit.closed_form import FormChoice
     from retrieval_tip.fit.search_hp import Queries
@@ -26,16 +26,19 @@ if TYPE_CHECKING:  # reading a manifest needs no torch, which takes a second to 
 
 
 class VersionWriter(Protocol):
-    """A writer of the next version of an index, which follows ``parent``."""
+    """A writer of the next version of an index. ``parent`` is the manifest of the version before it."""
 
     parent: Manifest | None
 
     def commit(self, manifest: Manifest) -> None:
-        """Make this the current version."""
+        """Make the new version the current version."""
 
 
 class Change(ABC):
-    """An index to edit, ``cache``. Without ``what``, a description for the history, nothing is written."""
+    """A change of an index. Edit ``cache``, and set ``what`` to a description for the history.
+
+    If ``what`` is empty, no version is written.
+    """
 
     what = ""
 
@@ -44,23 +47,23 @@ class Change(ABC):
 
     @abstractmethod
     def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
-        """Build the index again from its keys, with another type or dtype."""
+        """Build the index again from its keys. ``None`` keeps the index type or the dtype."""
 
     @abstractmethod
     def refit(self, beta: float) -> FormChoice:
-        """Refit a fitted index for another beta (:func:`closed_form.refit`), including solved values."""
+        """Refit a fitted index for a new beta with :func:`closed_form.refit`, including its solved values."""
 
     @abstractmethod
     def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
-        """Return the keys among ``key_ids`` (at least one) whose image is also in another class."""
+        """Return the keys among ``key_ids`` whose image is also in another class. At least one id is needed."""
 
 
 class Store(ABC):
-    """The versions of one index. Readers see one whole version; one writer at a time makes the next.
+    """A store that keeps the versions of one index. Readers see one complete version, and only one writer can write.
 
-    ``local`` is the folder on this machine, ``None`` in a bucket. ``look_every`` is the number of seconds after which a
-    server looks for a new version. StoreError means that the store is missing, damaged, locked or not writable. An
-    error, or a kill at any moment, changes nothing.
+    ``local`` is the folder on this machine, or ``None`` if the index is in a bucket. ``look_every`` is the number of
+    seconds after which a server checks for a new version. Methods raise StoreError if the store is missing, damaged,
+    locked or not writable. If an error occurs or the process is killed, the current version stays unchanged.
     """
 
     local: Path | None
@@ -68,42 +71,44 @@ class Store(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """Return the folder or address."""
+        """Return the folder or the address of the store."""
 
     @property
     def resolved(self) -> str:
-        """Text that is the same for the same place."""
+        """A form of the folder or address that is the same for every spelling of the same place."""
         return str(self) if self.local is None else str(real(self.local))
 
     @property
     def name(self) -> str:
-        """Last part of the folder or address."""
+        """Last part of the folder or of the address."""
         return self.resolved.rpartition("/")[2] if self.local is None else Path(self.resolved).name
 
     @abstractmethod
     def exists(self) -> bool:
-        """Return whether there is an index, in any state."""
+        """Return whether the store holds an index, even a damaged one."""
 
     @abstractmethod
     def stamp(self) -> Hashable | None:
-        """Return a value that changes with the current version, without asking a service; ``None`` without an index.
+        """Return a value that changes with the current version, or ``None`` if there is no index.
 
-        In a store that must be asked, every value is new.
+        This never sends a request to a service. If a request would be needed to see changes, every call returns a new
+        value.
         """
 
     @abstractmethod
     def manifest(self, version: int | None = None) -> Manifest:
-        """Return the manifest of the current version, or of an earlier one."""
+        """Return the manifest of the current version, or of an earlier version."""
 
     @abstractmethod
     def create(self, material: Material) -> AnsweringIndex:
-        """Build the first or next version, and return it, opened."""
+        """Build the first or the next version, and return the opened index."""
 
     @abstractmethod
     def copy_from(self, model: AnsweringIndex, what: str) -> int:
-        """Write an opened index as the next version, and return its number; ``what`` goes into the history.
+        """Write an opened index as the next version, and return the version number.
 
-        Raises InputError for a part that this kind of store cannot hold.
+        ``what`` describes the change in the history. Raises InputError if the index has a part that this kind of store
+        cannot hold.
         """
 
     @abstractmethod
@@ -115,57 +120,57 @@ class Store(ABC):
         verify: Verify | None = None,
         version: int | None = None,
     ) -> AnsweringIndex:
-        """Open the current version, or an earlier one.
+        """Open the current version, or an earlier version.
 
-        ``precision`` applies to products with all keys. ``verify="full"`` checks every byte first; ``fast`` checks
-        small files, and the size of others. The default depends on the kind of store. Raises UsageError for a precision
-        that the store lacks.
+        ``precision`` applies to products with all keys. With ``verify="full"``, every byte is checked first. With
+        ``"fast"``, small files are checked completely and larger files only by their size. The default of ``verify``
+        depends on the kind of store. Raises UsageError if the store does not support the precision.
         """
 
     @abstractmethod
     def change(self) -> AbstractContextManager[Change]:
-        """Open the current version for exclusive editing. A change without a description writes nothing."""
+        """Open the current version for exclusive editing. A change that has no description is not written."""
 
     @abstractmethod
     def fit(
         self, metric: MetricName | None, values: ValuesName | None, queries: Callable[[AnsweringIndex], Queries] | None
     ) -> FormChoice:
-        """Fit the current version (:func:`closed_form.fit`), and write the next one.
+        """Fit the current version with :func:`closed_form.fit`, and write the next version.
 
-        ``queries`` makes validation queries from the opened index.
+        ``queries`` is a function that returns validation queries for the opened index.
         """
 
     @abstractmethod
     def tuned(self, manifest: Manifest) -> Path | None:
-        """Return the weights of a version's fine-tuned encoder, if it has one."""
+        """Return the path of a version's fine-tuned encoder weights, or ``None`` if it has no such encoder."""
 
     @abstractmethod
     def has_text(self, manifest: Manifest) -> bool:
-        """Return whether a version has text weights that are not all zero."""
+        """Return whether a version has any text weight that is not zero."""
 
     @abstractmethod
     def write(self, wait: float | None = None) -> AbstractContextManager[VersionWriter]:
-        """Write the next version exclusively. Other writers wait up to ``wait`` seconds."""
+        """Lock the store and return a writer of the next version. Waits up to ``wait`` seconds for other writers."""
 
     @abstractmethod
     def verify(self) -> AnsweringIndex:
-        """Check every byte or row of the current version, and that its parts fit together; return it."""
+        """Check every byte or row of the current version, check that its parts are consistent, and return it."""
 
     @abstractmethod
     def check(self, manifest: Manifest) -> None:
-        """Check that a version can become current again."""
+        """Raise StoreError if a version is damaged and cannot become the current version again."""
 
     @abstractmethod
     def next_key_id(self, manifest: Manifest) -> int:
-        """Return the first key id that no version up to this one has used."""
+        """Return the first key id that is not used in this version or in any version before it."""
 
     @abstractmethod
     def read_labels(self, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
-        """Return columns of the label store of a version."""
+        """Return the given columns of a version's label store."""
 
     @abstractmethod
     def history(self) -> pa.Table:
-        """Return the kept versions, oldest first, as a table of :data:`labels.VERSIONS_SCHEMA`."""
+        """Return the kept versions as a table with the columns of :data:`labels.VERSIONS_SCHEMA`, oldest first."""
 
     @abstractmethod
     def describe(self) -> dict[str, object]:
@@ -173,15 +178,18 @@ class Store(ABC):
 
     @abstractmethod
     def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
-        """Run a SELECT over the label store (:func:`folder.query`)."""
+        """Run a SELECT query over the label store. See :func:`folder.query` for details."""
 
     @abstractmethod
     def collect(self, keep: int = 1) -> tuple[list[int], int]:
-        """Delete all versions except the last ``keep``. Returns their numbers and the freed bytes."""
+        """Delete all versions except the last ``keep``. Return the deleted versions and the number of freed bytes."""
 
     def rollback(self, version: int | None = None) -> int:
-        """Copy an earlier version, by default the parent, into a new one; return the current version's number."""
-        self.manifest()  # make nothing without an index
+        """Copy an earlier version into a new version, and return the number of the current version.
+
+        ``version`` defaults to the parent of the current version.
+        """
+        self.manifest()  # do not create a store if there is no index
         with self.write() as writer:
             current = writer.parent or self.manifest()
             wanted = version if version is not None else current.parent

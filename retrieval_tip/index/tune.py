@@ -1,4 +1,4 @@
-"""Choose the cheapest index and k whose answers agree with those over all keys."""
+"""Find the cheapest index type and k whose answers agree with a search over all keys."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from retrieval_tip.retrieval.keys import index_over
 from retrieval_tip.retrieval.vector_index import BY_CLASS, VectorIndex, inner_factory, lists_for
 
 CLASSES = (1, 2, 4, 8, 16)
-"""Whole classes to try per query, for an index over classes."""
+"""Numbers of whole classes per query to try for an index over classes."""
 KEYS = (16, 64, 256)
-"""Keys to try per query, for an index over keys."""
+"""Numbers of keys per query to try for an index over keys."""
 EFFORTS = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Lists probed or candidates kept (:attr:`VectorIndex.effort`)."""
+"""Search efforts to try. See :attr:`VectorIndex.effort` for their meaning."""
 
 ROUNDS = 3
 LEAST_QUERIES = 100
@@ -32,11 +32,11 @@ LEAST_QUERIES = 100
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting: how often it agrees with the answers over all keys, and what a query costs.
+    """A trial of one setting, with its cost and its agreement with a search over all keys.
 
-    ``index`` and ``effort`` (:attr:`VectorIndex.effort`) are the tried ones; ``k`` is ``None`` for all keys.
-    ``agreement`` is a fraction of the queries, and ``microseconds`` the median time per query, in one batch. ``best``
-    means that no cheaper setting agrees as often.
+    ``index`` is the index type, and ``effort`` is its :attr:`VectorIndex.effort`. ``k`` is ``None`` if all keys are
+    used. ``agreement`` is the fraction of queries that have the same winner. ``microseconds`` is the median time per
+    query in one batch. ``best`` is true if no cheaper setting agrees as often.
     """
 
     index: str
@@ -49,7 +49,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The ``trials`` on ``n`` queries of ``source``, cheapest first, and the ``chosen`` one with its index."""
+    """The result of tuning on ``n`` queries of ``source``.
+
+    ``trials`` starts with the cheapest trial. ``chosen`` is the selected trial, and ``index`` is its index.
+    """
 
     trials: list[Trial]
     chosen: Trial
@@ -58,9 +61,10 @@ class Tuning:
     source: str = ""
 
     def apply(self, cache: CacheModel, folder: str | os.PathLike[str] | None = None) -> None:
-        """Give the tuned ``cache`` the chosen index type, effort and k, and record their origin.
+        """Apply the selected index type, effort and k to the ``cache`` that was tuned, and record their provenance.
 
-        With a ``folder``, write a new version there; raises as :meth:`CacheModel.save`.
+        If you give a ``folder``, a new version is written there. In that case, errors are the same as for
+        :meth:`CacheModel.save`.
         """
         where = f"tuned on {self.source}, n={self.n}, agreement {self.chosen.agreement:.4g}"
         cache.index, cache.settings = self.index, cache.settings.override(k=self.chosen.k or "all", tail=True)
@@ -72,7 +76,7 @@ class Tuning:
 def tune_on(
     cache: CacheModel, source: Source, encoder: Encoder, *, agreement: float = 0.999, factories: Sequence[str] = ()
 ) -> Tuning:
-    """Tune on the images or features of a source, as :func:`tune`. Merges segments of the index first."""
+    """Call :func:`tune` with the images or features of a source. Segments of the index are merged first."""
     if cache.segments > 1:
         cache.compact()
     features = encoder.encode(source).features
@@ -82,14 +86,15 @@ def tune_on(
 def tune(
     cache: CacheModel, features: npt.NDArray[np.float32], *, agreement: float = 0.999, factories: Sequence[str] = ()
 ) -> Tuning:
-    """Try indexes on queries ``[q, d]``, and choose the cheapest whose winners agree with those over all keys.
+    """Find the cheapest index whose winners agree with a search over all keys.
 
-    Tries ``Classes`` and an inverted file, or the given ``factories``, each with several numbers of keys and efforts.
-    All use the tail and the cache's own alpha and beta. All keys are a setting too, and always agree. Labels are not
-    needed.
+    The queries are ``features`` of shape ``[q, d]``; their labels are not needed. By default, ``Classes`` and an
+    inverted file are tried. You can give other ``factories`` instead. Each index is tried with several numbers of keys
+    and several efforts, using the tail and the alpha and beta of the cache. A search over all keys is tried too, and it
+    always agrees.
 
-    Raises UsageError for an ``agreement`` outside 0 to 1 or a factory that FAISS does not know. Raises InputError for
-    fewer than 100 queries, which are too few to measure agreement.
+    Raises UsageError if ``agreement`` is not between 0 and 1 or if FAISS does not support a factory. Raises InputError
+    if there are fewer than 100 queries, which are too few to measure agreement.
     """
     if not 0 < agreement <= 1:
         raise UsageError(f"agreement is {agreement}: expected a fraction above 0, at most 1")
@@ -132,8 +137,8 @@ def _settings(cache: CacheModel) -> Iterator[tuple[int | None, int]]:
 
 
 def _timed(cache: CacheModel, f: torch.Tensor, k: int | None) -> tuple[torch.Tensor, float]:
-    """Return the winners ``[q]``, and microseconds per query."""
-    winners = _winners(cache, f, k)  # warm-up
+    """Return the winner of each query, and the number of microseconds per query."""
+    winners = _winners(cache, f, k)  # warm up first
     seconds = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
@@ -147,7 +152,7 @@ def _winners(cache: CacheModel, f: torch.Tensor, k: int | None) -> torch.Tensor:
 
 
 def _frontier(trials: list[Trial]) -> list[Trial]:
-    """Sort trials by cost, and mark the best: those that no cheaper one equals."""
+    """Sort trials by cost, and mark each trial whose agreement is higher than in all cheaper trials."""
     ordered, highest = [], -1.0
     for trial in sorted(trials, key=lambda trial: (trial.microseconds, -trial.agreement)):
         ordered.append(replace(trial, best=trial.agreement > highest))

@@ -1,4 +1,4 @@
-"""Indexes in LanceDB, at an address instead of in a folder. See :class:`index.addresses.Plug`."""
+"""Store indexes in LanceDB. They have an address instead of a folder. See :class:`index.addresses.Plug`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ if TYPE_CHECKING:
 
 
 def canonical(text: str) -> str:
-    """Return the canonical spelling of an address. Raises UsageError if it is wrong."""
+    """Return the canonical spelling of an address. Raises UsageError if the address is invalid."""
     from retrieval_tip.lance.address import Address
 
     return str(Address.parse(text))
 
 
 def store_at(text: str) -> Store:
-    """Return the store at an address. Raises UsageError if it is wrong, or LanceDB is not installed."""
+    """Return the store at an address. Raises UsageError if it is invalid or if LanceDB is not installed."""
     from retrieval_tip.lance.address import Address
     from retrieval_tip.lance.lance_store import LanceStore
 

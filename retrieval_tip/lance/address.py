@@ -1,9 +1,9 @@
-"""Addresses of stores, and the connection settings in the environment.
+"""Parse the addresses of stores, and read the connection settings from the environment.
 
-lance://indexes/pets  lance:///data/pets     a local folder, relative or absolute
-s3://bucket/prefix    gs://bucket/prefix     a prefix of a bucket
+lance://indexes/pets  lance:///data/pets     a local folder with a relative or an absolute path
+s3://bucket/prefix    gs://bucket/prefix     a prefix in a bucket
 
-Credentials come from the environment and never appear in an address, a message or an option.
+Credentials are read from the environment. They never appear in an address, a message or an option.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 _UNLIKE = re.compile(r'[\\%#*\[\]{}^"<>|`]')
-"""Characters that obstore and LanceDB read differently in a name."""
+"""Characters in a name that obstore and LanceDB interpret differently."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """Timeouts of a server in seconds, and the number of retries of a request.
+    """The timeouts in seconds and the number of retries for requests to a server.
 
-    An unreachable server fails after ``retry + answer`` seconds.
+    A request to an unreachable server fails after ``retry + answer`` seconds.
     """
 
     connect: float = 4
@@ -42,9 +42,10 @@ PATIENCE = Patience()
 
 @dataclass(frozen=True)
 class Address:
-    """The place of a store. ``str`` gives its canonical text, which :meth:`parse` reads and which has no credentials.
+    """The address of a store. ``str`` returns its canonical text, which :meth:`parse` can read.
 
-    ``scheme`` is ``lance``, ``s3`` or ``gs``; ``bucket`` is empty for a local folder; ``path`` is the folder or prefix.
+    ``scheme`` is ``lance``, ``s3`` or ``gs``. ``bucket`` is empty for a local folder. ``path`` is the folder or the
+    prefix. An address never contains credentials.
     """
 
     scheme: str
@@ -53,10 +54,11 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """Read an address.
+        """Parse the text of an address.
 
-        Raises UsageError if it lacks a bucket or a path, holds a password, a query, control characters or invalid
-        UTF-8, leaves its bucket by ``..``, or has characters that clients of buckets read differently.
+        Raises UsageError if the address has no bucket or no path, if it contains a password, a query, control
+        characters or invalid UTF-8, if it contains ``..`` in a bucket, or if it contains characters that storage
+        clients interpret differently.
         """
         scheme, _, rest = text.partition("://")
         scheme = scheme.lower()
@@ -92,21 +94,22 @@ class Address:
 
     @property
     def local(self) -> Path | None:
-        """The folder; ``None`` for a bucket."""
+        """The local folder, or ``None`` if the address is in a bucket."""
         return None if self.bucket else Path(self.path)
 
     @property
     def uri(self) -> str:
-        """Argument of ``lancedb.connect``: an absolute local path, or the address."""
+        """The argument for ``lancedb.connect``, which is an absolute local path or the address."""
         if self.local is None:
             return str(self)
         return str(real(self.local) if ".." in self.local.parts else self.local.absolute())
 
 
 def storage_options(address: Address, patience: Patience = PATIENCE) -> dict[str, str]:
-    """Return the options of ``lancedb.connect``, which :class:`objects.Objects` uses too; none for a local folder.
+    """Return the options for ``lancedb.connect``, which :class:`objects.Objects` also uses.
 
-    They hold no credentials; clients read these from the environment. Raises StoreError for a wrong endpoint.
+    A local folder has no options. The options contain no credentials, because the clients read them from the
+    environment. Raises StoreError if the endpoint is invalid.
     """
     if address.local is not None:
         return {}
@@ -117,7 +120,7 @@ def storage_options(address: Address, patience: Patience = PATIENCE) -> dict[str
         "client_retry_timeout": f"{patience.retry:.0f}",
         "allow_http": str(_allow_http()).lower(),
     }
-    if address.scheme == "s3":  # the two clients prefer different ones of these variables
+    if address.scheme == "s3":  # the two clients give priority to different variables
         if variable := _first_set(_ENDPOINTS):
             options["aws_endpoint"] = _endpoint(address, variable)
         if variable := _first_set(_REGIONS):
@@ -126,7 +129,7 @@ def storage_options(address: Address, patience: Patience = PATIENCE) -> dict[str
 
 
 def set_credentials(scheme: str) -> str:
-    """Return advice on giving credentials."""
+    """Return a hint that tells the user how to provide credentials."""
     if scheme == "gs":
         return "set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account in the environment"
     return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"

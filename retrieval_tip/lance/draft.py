@@ -1,4 +1,4 @@
-"""The next version of an index in LanceDB: a draft that adds, removes and relabels rows."""
+"""Edit an index in LanceDB. A draft adds, removes and relabels rows, and becomes the next version."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ from retrieval_tip.store.sums import Sums
 Column = npt.NDArray[np.integer[Any]] | list[str]
 
 MOST_ASKED, NEIGHBOURS = 512, 4
-"""Upper bound for new keys checked against their neighbours, and the number of neighbours."""
+"""Maximum number of new keys to compare with their neighbours, and the number of neighbours of each key."""
 INDEX_FROM = 50_000
-"""Smallest number of keys for which an index is faster than comparing with every key."""
+"""Minimum number of keys for which an index is faster than a comparison with every key."""
 MOST_HELD = 1 << 30
-"""Upper bound in bytes for keys and solved values held in memory."""
+"""Maximum size in bytes of the keys and solved values that are held in memory."""
 
 
 @dataclass(repr=False, kw_only=True)
 class LanceDraft(LanceModel, EditableIndex):
-    """A :class:`LanceModel` that edits the table; :meth:`commit` makes it the current version.
+    """A :class:`LanceModel` that you can edit. :meth:`commit` makes it the current version.
 
-    Made by :meth:`changing` or :meth:`create`. ``digest`` covers the rows (:mod:`row_digest`), and is ``None`` for a
-    table from before rows had digests.
+    Use :meth:`changing` or :meth:`create` to get a draft. ``digest`` is the digest of the rows (see :mod:`row_digest`),
+    or ``None`` if the table was written before rows had digests.
     """
 
     writer: TableWriter
@@ -74,9 +74,9 @@ class LanceDraft(LanceModel, EditableIndex):
 
     @classmethod
     def changing(cls, writer: TableWriter) -> LanceDraft:
-        """Open the current version for editing. Raises as :meth:`LanceModel.load`, and without an index."""
+        """Open the current version for editing. Raises StoreError if it is missing or damaged."""
         if writer.parent is None or writer.table is None:
-            writer.store.manifest()  # raises, with advice
+            writer.store.manifest()  # raises an error that tells the user what to do
             raise StoreError(f"{writer.store}: another process is building it; try again")
         known = writer.parent.digests
         digest = None if known is None or known.rows is None else int(known.rows, 16)
@@ -96,12 +96,15 @@ class LanceDraft(LanceModel, EditableIndex):
         metric: tip.Metric | None = None,
         known: Sums | None = None,
     ) -> LanceDraft:
-        """Stream labels (:func:`labels.label_table`) and keys ``[b, d]`` into a table, and build its index.
+        """Stream blocks of labels and keys into a table, and build its index.
 
-        :meth:`commit` makes it a version. ``stored`` labels come from a table and name the version that brought each
-        row. With a ``metric`` the table also holds the keys' points. ``known`` are the sums of the keys. Raises
-        UsageError for an index type that a store lacks. Raises InputError for columns that a table cannot hold or text
-        weights of another length, and the errors of ``blocks``.
+        Each block is a label table (see :func:`labels.label_table`) and an array of keys of shape ``[b, d]``. Call
+        :meth:`commit` to make the table a version. Set ``stored`` if the labels come from another table and already
+        name the version that added each row. If you give a ``metric``, the table also holds the points of the keys.
+        ``known`` are the sums of the keys, if they are known.
+
+        Raises UsageError if the store does not support the index type. Raises InputError if the table cannot hold a
+        column or if the text weights have the wrong length. Errors in ``blocks`` are passed on.
         """
         index_kind(index)
         ahead = iter(blocks)
@@ -119,7 +122,7 @@ class LanceDraft(LanceModel, EditableIndex):
             nonlocal following, digest
             for part, own in itertools.chain([(labels, keys)], ahead):
                 ids = part["class_id"].to_numpy().astype(np.int64)
-                with np.errstate(over="ignore"):  # refused below
+                with np.errstate(over="ignore"):  # an overflow is rejected below
                     own = own.astype(dtype)
                 if not np.isfinite(own).all():
                     raise InputError(f"keys: values too large for {dtype}; use float32")
@@ -172,7 +175,7 @@ class LanceDraft(LanceModel, EditableIndex):
         digests: Sequence[str | None] | None = None,
         extra: pa.Table | None = None,
     ) -> list[int]:
-        """See :meth:`answering.EditableIndex.add`. Also raises as :meth:`check_held`."""
+        """See :meth:`answering.EditableIndex.add`. Raises InputError if the keys with solved values are too many."""
         array, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
         key_ids = np.arange(self.next_key_id, self.next_key_id + len(array))
         added = label_table(self.class_names, ids, sources, key_ids=key_ids, views=views, digests=digests, extra=extra)
@@ -195,13 +198,13 @@ class LanceDraft(LanceModel, EditableIndex):
         return key_ids.tolist()
 
     def _settled_whole(self) -> CacheModel:
-        """Return the keys in memory, for editing, with the current settings, which solve their values."""
+        """Return the keys in memory for editing. They get the current settings, which are used to solve their values."""
         assert self.whole is not None
         self.whole.settings = self.settings
         return self.whole
 
     def check_held(self, n: int) -> None:
-        """Raise InputError if ``n`` keys with solved values are too many to hold in memory."""
+        """Raise InputError if ``n`` keys with solved values do not fit in memory."""
         if n * (self.d + len(self.class_names)) * 4 > MOST_HELD:
             raise InputError(
                 f"{self.store}: {n:,} keys with solved values of {len(self.class_names):,} classes are too many for a "
@@ -209,7 +212,7 @@ class LanceDraft(LanceModel, EditableIndex):
             )
 
     def _next_shots(self, class_ids: IntArray) -> npt.NDArray[np.int32]:
-        """Return the number of the next shot for each of these classes ``[c]``; 0 for all others."""
+        """Return the number of the next shot of each class. It is 0 for classes that are not in ``class_ids``."""
         following = np.zeros(len(self.class_names), dtype=np.int32)
         shots = self.table.of_ids("class_id", class_ids.tolist(), ["class_id", "shot"])
         np.maximum.at(following, shots["class_id"].to_numpy(), shots["shot"].to_numpy() + 1)
@@ -217,11 +220,14 @@ class LanceDraft(LanceModel, EditableIndex):
 
     @property
     def sums(self) -> Sums | None:
-        """Sums that a metric is fitted from, if known."""
+        """The sums that are used to fit a metric, or ``None`` if they are not known."""
         return None if self.second is None else Sums(self.classes.counts, self.classes.sums, self.second)
 
     def _move(self, rows: pa.Table, sign: int) -> None:
-        """Add rows to the table (``sign`` 1) or remove them (-1), and update its digest and the sums of classes."""
+        """Add rows to the table if ``sign`` is 1, or remove them if it is -1.
+
+        The digest of the table and the per-class sums are updated.
+        """
         if sign > 0:
             self.table.append(rows)
         else:
@@ -273,13 +279,16 @@ class LanceDraft(LanceModel, EditableIndex):
         self._move(self._changed(moved, class_id=ids.astype(np.int32), label=names, shot=shots), 1)
 
     def _changed(self, rows: pa.Table | pa.RecordBatch, **columns: Column) -> pa.Table | pa.RecordBatch:
-        """Return rows with new columns, marked as brought by this version."""
+        """Return rows with new columns. The rows are marked as added by this version."""
         for name, column in {**columns, VERSION: np.full(len(rows), self.writer.number)}.items():
             rows = rows.set_column(rows.schema.get_field_index(name), name, pa.array(column))
         return rows
 
     def _update(self, where: str, name: str, values: Callable[[pa.RecordBatch], Column], sql: str) -> None:
-        """Set a column of the rows that match ``where`` to ``values``; ``sql`` computes the same in the table."""
+        """Set a column of the rows that match ``where``.
+
+        ``values`` computes the new column in Python for the digest. ``sql`` computes the same column in the table.
+        """
         for rows in () if self.digest is None else self.table.scan(self.table.schema.names, where):
             self._digest(rows, -1)
             self._digest(self._changed(rows, **{name: values(rows)}))
@@ -298,7 +307,7 @@ class LanceDraft(LanceModel, EditableIndex):
         self._follow()
 
     def _merge(self, class_id: int, into: str, names: list[str]) -> None:
-        """Move the keys of a class to the class ``into``, and drop it; ``names`` are the remaining classes."""
+        """Move the keys of a class into the class ``into``, and delete the class. ``names`` are the remaining classes."""
         old = self.class_names[class_id]
         self.relabel(self.find([old])["key_id"].to_pylist(), into)
         if self.whole is not None:
@@ -326,21 +335,21 @@ class LanceDraft(LanceModel, EditableIndex):
             self._follow()
 
     def rewrite(self, factory: str | None = None, dtype: Dtype | None = None, known: Sums | None = None) -> None:
-        """Write every row and the index again, so that no file of this version holds removed rows.
+        """Write every row and the index again, so that the files of this version do not contain removed rows.
 
-        ``factory`` and ``dtype`` change the index type and the dtype of the keys. ``known`` are the sums of the keys;
-        without them they are computed again. Raises UsageError for a type that a store lacks, InputError if keys
-        overflow the dtype, StoreError if rows are damaged.
+        You can change the index type with ``factory`` and the dtype of the keys with ``dtype``. ``known`` are the sums
+        of the keys; if omitted, they are computed again. Raises UsageError if the store does not support the index
+        type. Raises InputError if a key overflows the dtype. Raises StoreError if rows are damaged.
         """
         if dtype not in (None, self.dtype) and self.manifest is not None:
             check(self.store, self.manifest, set())
-        before = KeyTable.at(self.store.address, self.table.name, self.table.version)  # pinned while it is replaced
-        rewritten = self.create(
+        before = KeyTable.at(self.store.address, self.table.name, self.table.version)  # keeps the old version open
+        while it is replaced rewritten = self.create(
             self.writer, replace(self, table=before).blocks_of(before.label_columns), self.class_names,
             self.classes.text, dtype or self.dtype, factory or self._asked, stored=True,
             metric=self.metric if self.whole is None else None, known=known,
         )  # fmt: skip
-        # Damage must not get a valid digest.
+        # Damaged rows must not get a valid digest.
         if rewritten.dtype == self.dtype and self.digest not in (None, rewritten.digest):
             raise StoreError(f"{self.store}: rows are damaged; {RESTORE}")
         for name in ("table", "classes", "second", "dtype", "digest"):
@@ -359,10 +368,11 @@ class LanceDraft(LanceModel, EditableIndex):
         factory: str | None = None,
         whole: CacheModel | None = None,
     ) -> None:
-        """Set a fitted metric and the record of its fit; ``whole`` are the :meth:`keys_in_memory` with solved values.
+        """Set a fitted metric and the record of its fit.
 
-        Without solved values the table gets the keys' points, which rewrites it. ``factory`` is the index type, by
-        default the current one. Raises InputError as :meth:`check_held`.
+        ``whole`` is the result of :meth:`keys_in_memory` with solved values, if there are any. If there are none, the
+        table is rewritten with the points of the keys. ``factory`` is the index type, which defaults to the current
+        type. Raises InputError if the keys with solved values do not fit in memory.
         """
         self.metric, self.fitted, self.whole = metric, fitted, None
         if whole is not None and whole.values is not None:
@@ -388,8 +398,11 @@ class LanceDraft(LanceModel, EditableIndex):
         self.built = replace(self.built, auto_index=asked == "auto")
 
     def _keep_up(self, prunes: bool) -> None:
-        """Maintain the index: unindexed rows slow down every search, and many keys need an index."""
-        if prunes:  # or pruning would merge fragments in a version of its own
+        """Update the index if needed.
+
+        Rows outside the index slow down every search, and a table with many keys needs an index.
+        """
+        if prunes:  # otherwise pruning would merge fragments in a separate version
             self.table.optimize()
         if self.index_type == FLAT and self.n >= INDEX_FROM and self.built.auto_index:
             self._index("auto")
@@ -397,7 +410,7 @@ class LanceDraft(LanceModel, EditableIndex):
             self.table.optimize()
 
     def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
-        """See :meth:`Change.duplicates_of`. Reads only the keys' neighbours and keys of the same images."""
+        """See :meth:`Change.duplicates_of`. Only neighbours of the keys and keys with the same digests are read."""
         asked = np.asarray(key_ids[:MOST_ASKED])
         retrieval = self.retrieval
         points = retrieval.points(torch.from_numpy(self.keys_of(asked).astype(np.float32)))
@@ -411,9 +424,9 @@ class LanceDraft(LanceModel, EditableIndex):
         return pairs if len(asked) == len(key_ids) else replace(pairs, compared="digests")
 
     def commit(self, change: str) -> None:
-        """Make this the current version of its store; ``change`` describes it in a few words.
+        """Make this draft the current version of its store. ``change`` is a short description for the history.
 
-        Raises as :meth:`AnsweringIndex.check_answers` and :meth:`versions.TableWriter.commit`.
+        Raises the errors of :meth:`AnsweringIndex.check_answers` and :meth:`versions.TableWriter.commit`.
         """
         writer, prunes = self.writer, self.writer.prunes
         self.check_answers()
@@ -425,7 +438,7 @@ class LanceDraft(LanceModel, EditableIndex):
         self.manifest = manifest_of(self, writer.number, writer.parent, change, files, table=table, digests=digests)
         writer.commit(self.manifest)
         self.version = self.manifest.version
-        with suppress(StoreError):  # the new version stands, and a later one deletes the rest
+        with suppress(StoreError):  # the new version is committed, and a later version deletes the rest
             self.store.forget_old(writer.still_held, prunes)
 
 
@@ -440,7 +453,7 @@ def _arrays(draft: LanceDraft) -> Iterator[tuple[str, KeyArray]]:
 
 
 def labelled_blocks(material: Material) -> Iterator[tuple[pa.Table, npt.NDArray[np.float32]]]:
-    """Yield labels and keys of a source block by block; shots are numbered across blocks."""
+    """Yield the labels and keys of a source in blocks. Shot numbers continue from block to block."""
     names = material.words.class_names
     following = np.zeros(len(names), dtype=np.int32)
     for block in material.blocks():
@@ -450,11 +463,11 @@ def labelled_blocks(material: Material) -> Iterator[tuple[pa.Table, npt.NDArray[
 
 
 def index_kind(factory: str, n: int = 0, c: int = 1) -> tuple[str, int | None]:
-    """Return the index type for a request, and the number of keys per query that comes with it.
+    """Return the index type for a requested ``factory``, and the number of keys per query that belongs to it.
 
-    A request is ``auto``, ``Flat``, ``Classes`` or one of :data:`key_table.KINDS`. For a large number ``n`` of keys in
-    ``c`` classes, ``auto`` is ``Classes`` if a folder would use it (:func:`vector_index.auto_factory`). Raises
-    UsageError for other types.
+    You can request ``auto``, ``Flat``, ``Classes`` or one of :data:`key_table.KINDS`. ``n`` is the number of keys and
+    ``c`` the number of classes. With many keys, ``auto`` selects ``Classes`` if a folder would use it (see
+    :func:`vector_index.auto_factory`). Raises UsageError for any other type.
     """
     if factory == "auto":
         if n < INDEX_FROM:
@@ -467,7 +480,7 @@ def index_kind(factory: str, n: int = 0, c: int = 1) -> tuple[str, int | None]:
 
 
 def values_by_id(cache: CacheModel) -> npt.NDArray[np.float32]:
-    """Return the values ``[n, c]`` of a classifier in the order of key ids."""
+    """Return the values of a classifier, of shape ``[n, c]``, sorted by key id."""
     assert cache.values is not None
     order = np.argsort(cache.labels["key_id"].to_numpy())
     values: npt.NDArray[np.float32] = cache.values.cpu().numpy()[order]
@@ -475,7 +488,7 @@ def values_by_id(cache: CacheModel) -> npt.NDArray[np.float32]:
 
 
 def check_columns(columns: Iterable[pa.Field]) -> None:
-    """Raise InputError for an extra column whose name is reserved or not allowed."""
+    """Raise InputError if the name of an extra column is reserved or is not allowed."""
     for column in columns:
         if column.name in (VERSION, VECTOR, "") or column.name.startswith("_") or set(".`") & set(column.name):
             raise InputError(

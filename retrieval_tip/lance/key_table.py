@@ -1,10 +1,12 @@
-"""A LanceDB table of keys and their labels.
+"""Read, search and write a LanceDB table of keys and their labels.
 
-A row has the columns of the label store, ``version`` (the index version that brought it) and the key, ``vector``. If
-the index has a metric, a row also has ``_point``, the key in that metric, and the vector index is over the points.
-Every write makes an immutable version of the table; a manifest says which one counts. Searches only use the inner
-product (``dot``): LanceDB would silently bypass the index for any other metric, and cosine would normalise keys that
-fine-tuning moved off the unit sphere.
+Each row has the columns of the label store, the column ``version`` (the index version that added the row) and the
+column ``vector`` (the key). If the index has a metric, each row also has the column ``_point``, which is the key
+transformed by the metric. In that case, the vector index is built over the points.
+
+Every write makes an immutable version of the table, and a manifest names the version to use. Searches only use the
+inner product (``dot``). For any other metric, LanceDB would silently bypass the index, and the cosine would normalise
+keys that fine-tuning has moved off the unit sphere.
 """
 
 from __future__ import annotations
@@ -35,35 +37,38 @@ IntArray = npt.NDArray[np.int64]
 VECTOR, POINT, VERSION, ROW = "vector", "_point", "version", "_rowid"
 VALUES = {"float32": pa.float32(), "float16": pa.float16()}
 FLAT, CLASSES = "Flat", "Classes"
-"""No index; and an index over class ids, for reading the keys of a few classes."""
+"""Index types for no index, and for an index over class ids that is used to read the keys of a few classes."""
 KINDS = {"IvfFlat": 1, "IvfSq": 4, "HnswSq": 4}
-"""Index types, and the number of candidates per result that are compared with the stored keys."""
+"""Vector index types, with the number of candidates per result that are compared with the stored keys."""
 UNINDEXED = 20_000
-"""Rows outside the index slow down every search; at this number the index takes them in."""
+"""Number of unindexed rows at which they are added to the index, because they slow down every search."""
 TRAINED_ON, KMEANS_ITERATIONS = 64, 10
-"""Rows per list for training its centre, and iterations: fewer than LanceDB's defaults, with the same answers."""
+"""Rows per list that are used to train the centres, and number of iterations.
+
+Both are lower than LanceDB's defaults but give the same answers.
+"""
 PROBED = 0.15
-"""Share of the lists that a search probes: it found 98.8 % of the 64 nearest of 200,000 CLIP-like keys."""
+"""Share of the lists that a search probes. It found 98.8 % of the 64 nearest among 200,000 CLIP-like keys."""
 CACHE_BYTES = 3 << 28
-"""Upper bound in bytes for the index in memory; the rest is read on demand."""
+"""Maximum size in bytes of the index data in memory. The rest is read on demand."""
 SEARCHED = 1 << 24
-"""Upper bound for key values returned by one search: 64 MiB of float32."""
+"""Maximum number of key values that one search returns, which is 64 MiB in float32."""
 SCANNED = 8192
-"""Number of rows read at a time."""
+"""Number of rows that are read at a time."""
 GROUPED = 1 << 28
-"""Bytes of rows that are sorted by class at a time while a table is written."""
+"""Number of bytes of rows that are sorted by class at a time while a table is written."""
 RESTORE = "go back to an earlier version, or build the store again"
 TAG = "kept-"
 FOREVER = datetime.timedelta(days=36500)
 ASKED_AT_ONCE = 4096
-"""Upper bound for key ids in one condition."""
+"""Maximum number of key ids in one condition."""
 LARGEST = (1 << 63) - 1
-"""Largest value of an int64 column."""
+"""Maximum value of an int64 column."""
 
 
 def lancedb() -> Any:
     """Import LanceDB. Raises UsageError if it is not installed."""
-    os.environ.setdefault("LANCEDB_LOG", "error")  # it warns about intended use
+    os.environ.setdefault("LANCEDB_LOG", "error")  # suppresses warnings about uses that are intended here
     try:
         return importlib.import_module("lancedb")
     except ImportError as error:
@@ -72,12 +77,12 @@ def lancedb() -> Any:
 
 @cache
 def _session() -> Any:
-    """Return the engine's caches, shared by all tables of this process."""
+    """Return the LanceDB session, whose caches are shared by all tables in this process."""
     return lancedb().Session(index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=CACHE_BYTES // 4)
 
 
 def schema_of(d: int, dtype: Dtype, extra: Iterable[pa.Field] = (), *, points: bool = False) -> pa.Schema:
-    """Return the columns of a table of keys of ``d`` values, with or without points."""
+    """Return the schema of a table whose keys have ``d`` values. If ``points`` is true, it includes the points."""
     value = VALUES[dtype]
     own = [*LABEL_SCHEMA, pa.field(VERSION, pa.int64())]
     vectors = [pa.field(name, pa.list_(value, d)) for name in ((VECTOR, POINT) if points else (VECTOR,))]
@@ -85,7 +90,7 @@ def schema_of(d: int, dtype: Dtype, extra: Iterable[pa.Field] = (), *, points: b
 
 
 def rows_of(labels: pa.Table, keys: KeyArray, version: int, points: KeyArray | None = None) -> pa.Table:
-    """Return rows of keys ``[m, d]``, points and labels; labels without a version get this ``version``."""
+    """Return table rows with keys, points and labels. Labels that have no version column get this ``version``."""
     if VERSION not in labels.column_names:
         labels = labels.append_column(VERSION, pa.array(np.full(len(labels), version)))
     rows = labels.append_column(VECTOR, vectors(keys))
@@ -93,9 +98,10 @@ def rows_of(labels: pa.Table, keys: KeyArray, version: int, points: KeyArray | N
 
 
 def grouped(rows: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Sort rows by class, :data:`GROUPED` bytes at a time, so that the keys of a class lie together.
+    """Sort rows by class, so that the keys of each class are stored together.
 
-    With 500 keys per class in random order, reading two classes took 21 ms; sorted, 4 ms.
+    :data:`GROUPED` bytes are sorted at a time. For 500 keys per class, reading two classes took 21 ms if the keys were
+    in random order and 4 ms if they were sorted.
     """
     held: list[pa.RecordBatch] = []
     size = 0
@@ -113,7 +119,7 @@ def _grouped(held: Sequence[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     if (ids[1:] >= ids[:-1]).all():
         yield from held
         return
-    rows = pa.concat_batches(held)  # taking from chunks takes three times as long
+    rows = pa.concat_batches(held)  # taking rows from chunks is three times as slow
     order = np.argsort(ids, kind="stable")
     for start in range(0, len(order), SCANNED):
         yield rows.take(pa.array(order[start : start + SCANNED]))
@@ -121,17 +127,17 @@ def _grouped(held: Sequence[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 @contextmanager
 def _store_errors(address: Address, what: str) -> Iterator[None]:
-    """Turn errors of the engine into a one-line StoreError."""
+    """Convert LanceDB errors to a StoreError with a one-line message."""
     try:
         yield
     except RetrievalTipError:
         raise
-    except Exception as error:  # includes panics of the engine, a type of its own
+    except Exception as error:  # includes LanceDB panics, which have their own type
         raise StoreError(f"{address}: {what} failed ({first_line(error)[:300]})") from None
 
 
 class KeyTable:
-    """One version of a store's table; only the :meth:`latest` version can be written."""
+    """A version of the table of a store. Only the :meth:`latest` version can be written."""
 
     def __init__(self, address: Address, name: str, table: Any) -> None:
         self.address, self.name = address, name
@@ -140,7 +146,7 @@ class KeyTable:
 
     @classmethod
     def at(cls, address: Address, name: str, version: int) -> KeyTable:
-        """Open a version of the table. Raises StoreError if it no longer exists."""
+        """Open a version of the table. Raises StoreError if the version no longer exists."""
         with _store_errors(address, f"opening version {version} of its table"):
             table = _connected(address).open_table(name)
             table.checkout(version)
@@ -148,19 +154,22 @@ class KeyTable:
 
     @classmethod
     def latest(cls, address: Address, name: str) -> KeyTable:
-        """Open the newest version of the table, regardless of manifests."""
+        """Open the newest version of the table, even if no manifest names it."""
         with _store_errors(address, "opening its table"):
             return cls(address, name, _connected(address).open_table(name))
 
     @classmethod
     def create(cls, address: Address, name: str, rows: Iterator[pa.RecordBatch], schema: pa.Schema) -> KeyTable:
-        """Write a table, or its next version, from all ``rows`` or not at all. Errors in ``rows`` are passed on."""
+        """Write all ``rows`` to a new table, or to the next version of an existing table.
+
+        If an error occurs, nothing is written. Errors in ``rows`` are passed on.
+        """
         failed: list[BaseException] = []
 
         def read() -> Iterator[pa.RecordBatch]:
             try:
                 yield from rows
-            except BaseException as error:  # raised below in place of the engine's message
+            except BaseException as error:  # raised below instead of the LanceDB error
                 failed.append(error)
                 raise
 
@@ -176,48 +185,51 @@ class KeyTable:
 
     @property
     def table(self) -> Any:
-        """The engine's table. Raises StoreError in a forked process, which lacks the engine's threads."""
+        """The LanceDB table.
+
+        Raises StoreError if this process was forked after the table was opened, because LanceDB's threads are missing.
+        """
         if os.getpid() != self._process:
             raise StoreError(f"{self.address}: opened before this process was forked; open it again here, or use spawn")
         return self._table
 
     @property
     def version(self) -> int:
-        """Version of the table."""
+        """Version number of the table."""
         with _store_errors(self.address, "reading its version"):
             return int(self.table.version)
 
     @property
     def rows(self) -> int:
-        """Number of rows."""
+        """Number of rows in the table."""
         with _store_errors(self.address, "counting its rows"):
             return int(self.table.count_rows())
 
     @property
     def schema(self) -> pa.Schema:
-        """Columns of the table."""
+        """Schema of the table."""
         with _store_errors(self.address, "reading its schema"):
             schema: pa.Schema = self.table.schema
             return schema
 
     @property
     def has_points(self) -> bool:
-        """Whether the table also holds the keys' points."""
+        """Whether the table also contains the points of the keys."""
         return POINT in self.schema.names
 
     @property
     def met(self) -> str:
-        """The column that queries and the index use: points if there are any, otherwise keys."""
+        """Name of the column that is searched. It holds the points if there are any, and the keys otherwise."""
         return POINT if self.has_points else VECTOR
 
     @property
     def label_columns(self) -> list[str]:
-        """All columns except keys and points."""
+        """Names of all columns except the keys and the points."""
         return [name for name in self.schema.names if name not in (VECTOR, POINT)]
 
     @property
     def vector_type(self) -> tuple[int, pa.DataType]:
-        """Length ``d`` and type of the keys' values. Raises StoreError if it is not a table of keys."""
+        """Length and value type of the keys. Raises StoreError if the table does not contain keys."""
         schema = self.schema
         if not {VECTOR, *LABEL_SCHEMA.names} <= set(schema.names):
             raise StoreError(f"{self.address}: its table does not hold keys and labels; build the store again")
@@ -227,7 +239,7 @@ class KeyTable:
     def scan(
         self, columns: Sequence[str], where: str | None = None, *, with_rows: bool = False
     ) -> Iterator[pa.RecordBatch]:
-        """Yield rows in batches, with row numbers as column ``_rowid`` if requested."""
+        """Yield rows in batches. If ``with_rows`` is true, the column ``_rowid`` holds the row numbers."""
         with _store_errors(self.address, "reading its rows"):
             query = self.table.search().select(list(columns))
             query = query if where is None else query.where(where)
@@ -235,26 +247,26 @@ class KeyTable:
             yield from query.to_batches(SCANNED)
 
     def read(self, columns: Sequence[str]) -> pa.Table:
-        """Read all rows as one table."""
+        """Read the given columns of all rows as one table."""
         schema = pa.schema([self.schema.field(name) for name in columns])
         return pa.Table.from_batches(list(self.scan(columns)), schema)
 
     def of_ids(self, column: str, values: Sequence[int | str], columns: Sequence[str]) -> pa.Table:
-        """Read the rows whose ``column`` is one of ``values``; numbers outside int64 match nothing."""
+        """Read the rows whose ``column`` is one of ``values``. Numbers that do not fit in an int64 match no row."""
         schema = pa.schema([self.schema.field(name) for name in columns])
         return pa.Table.from_batches(list(self.scan_of(column, values, columns)), schema)
 
     def scan_of(
         self, column: str, values: Sequence[int | str], columns: Sequence[str], *, with_rows: bool = False
     ) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of :meth:`of_ids` in batches, as :meth:`scan`."""
+        """Yield the same rows as :meth:`of_ids`, in batches like :meth:`scan`."""
         values = [value for value in values if isinstance(value, str) or -LARGEST <= value <= LARGEST]
         for start in range(0, len(values), ASKED_AT_ONCE):
             wanted = ", ".join(map(literal, values[start : start + ASKED_AT_ONCE]))
             yield from self.scan(columns, f"{column} IN ({wanted})", with_rows=with_rows)
 
     def take(self, rows: IntArray, columns: Sequence[str]) -> pa.Table:
-        """Read columns of rows by their ascending row numbers (:meth:`search`). Raises StoreError if one is missing."""
+        """Read columns of rows, given their ascending row numbers. Raises StoreError if a row is missing."""
         schema = pa.schema([self.schema.field(name) for name in columns])
         if not len(rows):
             return schema.empty_table()
@@ -265,13 +277,13 @@ class KeyTable:
         return taken.select(list(columns))
 
     def offsets(self, places: IntArray, columns: Sequence[str]) -> pa.Table:
-        """Read columns of the rows at these ascending positions."""
+        """Read columns of the rows at the given positions, which must be ascending."""
         with _store_errors(self.address, "reading rows"):
             taken: pa.Table = self.table.take_offsets(places.tolist()).select(list(columns)).to_arrow()
         return taken
 
     def matrix(self, column: pa.Array | pa.ChunkedArray) -> KeyArray:
-        """Return the vectors ``[m, d]`` of a column as stored. Raises StoreError if one is missing."""
+        """Return the vectors of a column as an array of shape ``[m, d]``. Raises StoreError if a value is missing."""
         if isinstance(column, pa.ChunkedArray):
             column = column.combine_chunks()
         values = column.flatten()
@@ -281,17 +293,19 @@ class KeyTable:
         return matrix
 
     def class_ids(self, column: pa.Array | pa.ChunkedArray, n_classes: int) -> IntArray:
-        """Return the class ids ``[m]`` of a column. Raises StoreError if one is out of range."""
+        """Return the class ids of a column. Raises StoreError if a class id is out of range."""
         ids: IntArray = column.to_numpy().astype(np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < n_classes:
             raise StoreError(f"{self.address}: class ids are out of range; check it with index verify")
         return ids
 
     def search(self, features: FloatArray, k: int, kind: str) -> tuple[FloatArray, IntArray, IntArray]:
-        """Return the ``k`` nearest rows by the index: affinities, largest first, row numbers, class ids, ``[q, k]``.
+        """Search the index for the ``k`` nearest rows of each query.
 
-        ``kind`` is the index type. Affinities are float32 products with the stored keys, or points, which come with the
-        hits; the engine's ``_distance`` may come from a compressed copy. Slots without a hit have row -1.
+        Return the affinities, the row numbers and the class ids, each of shape ``[q, k]``, with the largest affinity
+        first. ``kind`` is the index type. Affinities are float32 products with the stored keys or points. The engine's
+        own ``_distance`` is not used, because it may come from a compressed copy. If a query has fewer than ``k`` hits,
+        the remaining row numbers are -1.
         """
         (q, d), met = features.shape, self.met
         affinity = np.zeros((q, k), dtype=np.float32)
@@ -324,7 +338,7 @@ class KeyTable:
         return hits
 
     def append(self, rows: pa.Table) -> None:
-        """Add rows, and any columns that the table lacks."""
+        """Add rows to the table. Columns that are missing in the table are added first."""
         there = self.schema
         new = [rows.schema.field(name) for name in rows.column_names if name not in there.names]
         if new:
@@ -338,24 +352,28 @@ class KeyTable:
             self.table.add(rows.select(there.names).cast(there))
 
     def delete(self, key_ids: Sequence[int]) -> None:
-        """Remove the rows of these keys."""
+        """Delete the rows of the given keys."""
         for start in range(0, len(key_ids), ASKED_AT_ONCE):
             with _store_errors(self.address, "removing rows"):
                 self.table.delete(f"key_id IN ({', '.join(map(str, key_ids[start : start + ASKED_AT_ONCE]))})")
 
     def change(self, where: str, sql: dict[str, str]) -> None:
-        """Set columns of the rows that match a condition to values computed by ``sql``."""
+        """Set columns of the rows that match a condition. ``sql`` maps each column to an expression for its values."""
         with _store_errors(self.address, "changing rows"):
             self.table.update(where=where, values_sql=sql)
 
     def restore(self, version: int) -> None:
-        """Make an earlier version the newest, which drops the rows of interrupted writers."""
+        """Restore an earlier version as the newest version. This drops rows that interrupted writers have left."""
         with _store_errors(self.address, f"going back to version {version} of its table"):
             self.table.checkout(version)
             self.table.restore()
 
     def build_index(self, kind: str) -> None:
-        """Build the index again over all keys, points or class ids (``Classes``), or drop it (``Flat``)."""
+        """Build the index of the table again.
+
+        ``Flat`` only drops the index, and ``Classes`` builds an index over the class ids. All other types build an
+        index over the points or, if there are none, the keys.
+        """
         self._lists = None
         with _store_errors(self.address, f"building its index ({kind})"):
             for entry in self.table.list_indices():
@@ -375,47 +393,49 @@ class KeyTable:
                 )
 
     def drop_points(self) -> None:
-        """Drop the points and the index over them."""
+        """Remove the points from the table, and drop their index."""
         self.build_index(FLAT)
         with _store_errors(self.address, "removing points"):
             self.table.drop_columns([POINT])
 
     def unindexed(self) -> int:
-        """Return the number of rows outside the index; 0 without an index."""
+        """Return the number of rows that are not in the index, or 0 if there is no index."""
         with _store_errors(self.address, "reading its index"):
             stats = [self.table.index_stats(entry.name) for entry in self.table.list_indices()]
         return max((int(own.num_unindexed_rows) for own in stats if own is not None), default=0)
 
     @property
     def fragments(self) -> int:
-        """Number of fragments of the table."""
+        """Number of fragments in the table."""
         with _store_errors(self.address, "reading its statistics"):
             stats = self.table.stats()
         return int(stats["fragment_stats"]["num_fragments"])
 
     def optimize(self) -> None:
-        """Merge small fragments, and put all rows into the index. Deletes no version."""
+        """Merge small fragments, and add all rows to the index. No version is deleted."""
         self._lists = None
         with _store_errors(self.address, "optimizing its table"):
-            self.table.optimize(cleanup_older_than=FOREVER)  # by default it deletes versions after seven days
+            self.table.optimize(cleanup_older_than=FOREVER)  # versions older than seven days would be deleted by
+            default
 
     def prune(self, kept: Sequence[int]) -> None:
-        """Delete versions before the first of ``kept``, and the data that only they use.
+        """Delete the versions before the first version in ``kept``, and the data that only the deleted versions use.
 
-        The engine deletes by age and refuses to delete a tagged version, so the kept versions are tagged meanwhile.
+        LanceDB deletes versions by age, but it does not delete a tagged version. The kept versions are therefore tagged
+        in the meantime.
         """
         tags = {f"{TAG}{uuid.uuid4().hex}": version for version in kept}
         try:
             with _store_errors(self.address, "marking versions"):
-                for tag in self.table.tags.list():  # left by a killed writer
+                for tag in self.table.tags.list():  # a killed writer may have left tags
                     if tag.startswith(TAG):
                         self.table.tags.delete(tag)
                 for tag, version in tags.items():
                     self.table.tags.create(tag, version)
                 made = {entry["version"]: entry["timestamp"] for entry in self.table.list_versions()}
-            self.optimize()  # now, so that the call below is quick: its age counts from the call
-            oldest = min(made[version] for version in kept)  # not always the first: clocks may be set back
-            for slack in (datetime.timedelta(seconds=0.002 * 2**doubled) for doubled in range(22)):
+            self.optimize()  # optimize now, so that the call below is fast, because the age counts from that call
+            oldest = min(made[version] for version in kept)  # not always the first version, because clocks can be set
+            back for slack in (datetime.timedelta(seconds=0.002 * 2**doubled) for doubled in range(22)):
                 age = max(datetime.datetime.now(oldest.tzinfo) - oldest, datetime.timedelta()) + slack
                 try:
                     with _store_errors(self.address, "deleting versions"):
@@ -431,7 +451,7 @@ class KeyTable:
 
 
 def lists_for(rows: int, kind: str) -> int:
-    """Return the number of lists of an index; the lists of ``HnswSq`` hold more keys, each in a graph."""
+    """Return the number of lists in an index. ``HnswSq`` has fewer lists, and each list is a graph with more keys."""
     return max(1, round(rows / 100_000) if kind == "HnswSq" else round(2 * rows**0.5))
 
 
@@ -440,7 +460,7 @@ def _connected(address: Address) -> Any:
 
 
 def literal(value: int | str) -> str:
-    """Return a value as an SQL literal."""
+    """Convert a value to an SQL literal."""
     if isinstance(value, str):
         return "'" + value.replace("'", "''") + "'"
     return str(int(value))
