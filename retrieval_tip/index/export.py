@@ -29,9 +29,9 @@ def export_table(cache: CacheModel, out: Path) -> int:
 
     Raises InputError if ``out`` cannot be written. In that case no file is left behind.
     """
-    _refuse_inside(cache, out) trained = cache.values if cache.fitted is None else None  # solved values are not lost,
-    because they can be fitted again for part, what in ((trained, "trained values"), (cache.tuned, "the fine-tuned
-    encoder")):
+    _refuse_inside(cache, out)
+    trained = cache.values if cache.fitted is None else None  # solved values can be fitted again
+    for part, what in ((trained, "trained values"), (cache.tuned, "the fine-tuned encoder")):
         if part is not None:
             log.warning("%s: a table cannot hold %s; an index built from it will lack them", show(out), what)
     table = cache.labels

@@ -54,12 +54,13 @@ class Answer(torch.nn.Module):
         preprocess = {"mean": [0.0], "std": [1.0]} if backbone is None else backbone.identity.preprocess
         for name in ("mean", "std"):
             self.register_buffer(name, 255 * torch.tensor(preprocess[name]).float()[:, None, None])
-        self.register_buffer("text", cache.text_weights.float().cpu()) self.register_buffer("keys",
-        torch.from_numpy(np.asarray(cache.met[:], dtype=np.float32))) self.register_buffer("ids", cache.class_ids.cpu())
-        values = one_hot(self.ids, self.n_classes) if cache.values is None else cache.values  # ONNX has no per-class
-        sum self.register_buffer("values", values.float().cpu()) self.register_buffer("metric_mean", None if metric is
-        None else metric.mean.cpu()) self.register_buffer("metric_transform", None if metric is None else
-        metric.transform.cpu())
+        self.register_buffer("text", cache.text_weights.float().cpu())
+        self.register_buffer("keys", torch.from_numpy(np.asarray(cache.met[:], dtype=np.float32)))
+        self.register_buffer("ids", cache.class_ids.cpu())
+        values = one_hot(self.ids, self.n_classes) if cache.values is None else cache.values  # ONNX cannot sum by class
+        self.register_buffer("values", values.float().cpu())
+        self.register_buffer("metric_mean", None if metric is None else metric.mean.cpu())
+        self.register_buffer("metric_transform", None if metric is None else metric.transform.cpu())
 
     def forward(self, given: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits and the probabilities, each of shape ``[b, c]``."""

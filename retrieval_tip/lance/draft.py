@@ -198,7 +198,7 @@ class LanceDraft(LanceModel, EditableIndex):
         return key_ids.tolist()
 
     def _settled_whole(self) -> CacheModel:
-        """Return the keys in memory for editing. They get the current settings, which are used to solve their values."""
+        """Return the keys in memory for editing. Their values are solved with the current settings."""
         assert self.whole is not None
         self.whole.settings = self.settings
         return self.whole
@@ -307,7 +307,7 @@ class LanceDraft(LanceModel, EditableIndex):
         self._follow()
 
     def _merge(self, class_id: int, into: str, names: list[str]) -> None:
-        """Move the keys of a class into the class ``into``, and delete the class. ``names`` are the remaining classes."""
+        """Move the keys of a class to the class ``into``, and delete the class. ``names`` are the remaining classes."""
         old = self.class_names[class_id]
         self.relabel(self.find([old])["key_id"].to_pylist(), into)
         if self.whole is not None:
@@ -343,8 +343,8 @@ class LanceDraft(LanceModel, EditableIndex):
         """
         if dtype not in (None, self.dtype) and self.manifest is not None:
             check(self.store, self.manifest, set())
-        before = KeyTable.at(self.store.address, self.table.name, self.table.version)  # keeps the old version open
-        while it is replaced rewritten = self.create(
+        before = KeyTable.at(self.store.address, self.table.name, self.table.version)  # pinned while it is replaced
+        rewritten = self.create(
             self.writer, replace(self, table=before).blocks_of(before.label_columns), self.class_names,
             self.classes.text, dtype or self.dtype, factory or self._asked, stored=True,
             metric=self.metric if self.whole is None else None, known=known,

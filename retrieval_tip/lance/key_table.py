@@ -415,8 +415,7 @@ class KeyTable:
         """Merge small fragments, and add all rows to the index. No version is deleted."""
         self._lists = None
         with _store_errors(self.address, "optimizing its table"):
-            self.table.optimize(cleanup_older_than=FOREVER)  # versions older than seven days would be deleted by
-            default
+            self.table.optimize(cleanup_older_than=FOREVER)  # LanceDB deletes versions after seven days by default
 
     def prune(self, kept: Sequence[int]) -> None:
         """Delete the versions before the first version in ``kept``, and the data that only the deleted versions use.
@@ -434,8 +433,8 @@ class KeyTable:
                     self.table.tags.create(tag, version)
                 made = {entry["version"]: entry["timestamp"] for entry in self.table.list_versions()}
             self.optimize()  # optimize now, so that the call below is fast, because the age counts from that call
-            oldest = min(made[version] for version in kept)  # not always the first version, because clocks can be set
-            back for slack in (datetime.timedelta(seconds=0.002 * 2**doubled) for doubled in range(22)):
+            oldest = min(made[version] for version in kept)  # not always the first, because clocks can be set back
+            for slack in (datetime.timedelta(seconds=0.002 * 2**doubled) for doubled in range(22)):
                 age = max(datetime.datetime.now(oldest.tzinfo) - oldest, datetime.timedelta()) + slack
                 try:
                     with _store_errors(self.address, "deleting versions"):

@@ -1,4 +1,7 @@
-"""Keys of a LanceDB table as queries read them: all, in blocks; by class; or the nearest."""
+"""Read the keys of a LanceDB table for queries.
+
+A query can read all keys in blocks, the keys of a few classes, or the nearest keys.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +26,15 @@ from retrieval_tip.retrieval.segments import KeyArray
 from retrieval_tip.retrieval.vector_index import Product
 
 HELD_BYTES = 1 << 29
-"""Upper bound in bytes for keys that stay in memory after the first read, without an index."""
+"""Maximum size in bytes of keys that stay in memory after they were read for the first time."""
 PIECE = 1 << 26
-"""Upper bound in bytes for keys, as float32, that are read together by class."""
+"""Maximum size in bytes of the float32 keys of several classes that are read together."""
 SPREAD_BYTES, SPREAD_LEAST = 1 << 28, 8
-"""Upper bound in bytes for the sample of :meth:`KeyStream.slack`, unless that leaves too few queries."""
+"""Maximum size in bytes of the sample for :meth:`KeyStream.slack`, and the minimum number of queries in it."""
 
 
 class LanceKeys(KeyStream):
-    """Keys of a table, or their points; ``classes`` gives the count and sum of each class."""
+    """The keys of a table, or their points. ``classes`` holds the number and the sum of the keys of each class."""
 
     def __init__(self, table: KeyTable, classes: Classes, device: str) -> None:
         counts = torch.from_numpy(classes.counts.astype(np.float32)).to(device)
@@ -41,7 +44,7 @@ class LanceKeys(KeyStream):
 
     @cached_property
     def sums(self) -> Tensor:
-        """Sum of the keys of each class ``[c, d]``."""
+        """Per-class sums of the keys, of shape ``[c, d]``."""
         return torch.from_numpy(self._sums.astype(np.float32)).to(self.device)
 
     @cached_property
@@ -66,7 +69,7 @@ class LanceKeys(KeyStream):
             raise StoreError(f"{self.table.address}: {n_read} rows instead of {self.n}; use another version")
 
     def numbered_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield :meth:`blocks` with row numbers ``[b]`` of the table."""
+        """Yield the same blocks as :meth:`blocks`, and the row numbers of their keys in the table."""
         return iter(self._held) if self.n * self.d * 4 <= HELD_BYTES else self._read()
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -80,7 +83,8 @@ class LanceKeys(KeyStream):
     def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
         """See :meth:`keys.KeyStream.numbered_of_classes`.
 
-        Small classes are read together, up to :data:`PIECE`; a larger one is read in blocks. Blocks share their memory.
+        Small classes are read together, up to :data:`PIECE` bytes. A larger class is read in blocks, which share their
+        memory.
         """
         counts, most = self._counts[class_ids], PIECE // (4 * self.d)
         ends, start = np.cumsum(counts), 0
@@ -95,7 +99,7 @@ class LanceKeys(KeyStream):
             start = max(stop, start + 1)
 
     def _large(self, class_id: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the keys of a class and their row numbers in blocks."""
+        """Yield the keys of a large class and their row numbers in blocks."""
         n_read = 0
         for _, keys, rows in self._batches([class_id]):
             yield self._tensors(np.array(keys, dtype=np.float32), rows)
@@ -105,7 +109,7 @@ class LanceKeys(KeyStream):
     def _small(
         self, class_ids: IntArray, counts: IntArray, memory: npt.NDArray[np.float32]
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield the place, keys and row numbers of each class, a block per class, all in ``memory``."""
+        """Yield one block per class with its position, keys and row numbers. The keys are written to ``memory``."""
         firsts, read = np.cumsum(counts) - counts, np.zeros_like(counts)
         held, numbers = memory[: counts.sum()], np.empty(counts.sum(), dtype=np.int64)
         for ids, keys, rows in self._batches(class_ids.tolist()):
@@ -122,7 +126,7 @@ class LanceKeys(KeyStream):
             yield place, every[part], every_row[part]
 
     def _batches(self, class_ids: Sequence[int]) -> Iterator[tuple[IntArray, KeyArray, IntArray]]:
-        """Yield class ids, keys and row numbers of some classes, in table order."""
+        """Yield the class ids, keys and row numbers of the given classes in table order."""
         for batch in self.table.scan_of("class_id", class_ids, ["class_id", self.table.met], with_rows=True):
             if len(batch):
                 rows = batch[ROW].to_numpy().astype(np.int64)
@@ -137,7 +141,7 @@ class LanceKeys(KeyStream):
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         number, key = SPREAD_QUERIES, 4 * self.d
-        if self.n * key > SPREAD_BYTES:  # otherwise a sample costs at most all keys
+        if self.n * key > SPREAD_BYTES:  # otherwise even reading all keys is cheap enough
             number = int(np.clip(SPREAD_BYTES / (SPREAD_CLASSES * self.mean_count * key), SPREAD_LEAST, number))
         some = self.table.offsets(spread(self.n, number), ["class_id", self.table.met])
         keys, ids = self.table.matrix(some[self.table.met]), self.table.class_ids(some["class_id"], self.n_classes)
@@ -152,7 +156,7 @@ class LanceKeys(KeyStream):
         return affinity
 
     def nearest(self, features: Tensor, k: int) -> Nearest:
-        """Return the ``k`` nearest keys of each query, by comparing with all."""
+        """Compare each query with all keys, and return its ``k`` nearest keys."""
         none = torch.empty(len(features), 0, dtype=torch.int64, device=self.device)
         best: tuple[Tensor, ...] = (features.new_empty(len(features), 0), none, none)
         for keys, ids, rows in self.numbered_blocks():
@@ -165,21 +169,21 @@ class LanceKeys(KeyStream):
 
 @dataclass(frozen=True, kw_only=True)
 class LanceRetrieval(Retrieval):
-    """Retrieval from a LanceDB table by its index, or by comparing with all keys."""
+    """Retrieval from a LanceDB table that uses its index or compares each query with all keys."""
 
     keys: LanceKeys
     kind: str
 
     @property
     def by_class(self) -> bool:
-        """Whether queries use whole classes."""
+        """Whether queries retrieve whole classes."""
         return self.kind == CLASSES
 
     def _nearest_means(self, points: Tensor, number: int) -> Tensor:
         return Product(self.keys.means).search(points, number)[1]
 
     def nearest(self, points: Tensor, k: int) -> Nearest:
-        """Return the ``k`` nearest keys. Affinities are to the stored keys, even if the index compresses them."""
+        """Return the ``k`` nearest keys. Affinities use the stored keys, even if the index compresses its own copy."""
         k = min(k, self.keys.n)
         if self.kind == FLAT:
             return self.keys.nearest(points, k)

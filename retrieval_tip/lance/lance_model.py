@@ -1,8 +1,8 @@
-"""A classifier whose keys lie in a LanceDB table, on a disk or in a bucket, and may exceed memory.
+"""Open a classifier whose keys are in a LanceDB table, on a disk or in a bucket. The keys can be larger than memory.
 
-Memory does not grow with the number of keys. The tail needs only statistics of each class, search results bring their
-keys and class ids, and a query that uses all keys reads them block by block. Solved values exist only for few keys;
-then all keys are in memory and answer as in a folder.
+Memory use does not grow with the number of keys. The tail only needs per-class statistics, search results include their
+keys and class ids, and a query that uses all keys reads them block by block. Only an index with few keys can have
+solved values. All keys of such an index are held in memory and give the same answers as in a folder.
 """
 
 from __future__ import annotations
@@ -41,21 +41,22 @@ from retrieval_tip.store.sums import LEAST, Along
 from retrieval_tip.store.writer import write
 
 MOST_TAKEN = 1 << 29
-"""Upper bound in bytes for keys taken out of a table into an index in memory."""
+"""Maximum size in bytes of the keys that are copied from a table into an index in memory."""
 MOVED = {"float32": 1e-4, "float16": 4e-3}
-"""Tolerance, by dtype, between a stored point and the metric's point of its key."""
+"""Tolerance, by dtype, for the difference between a stored point and the point that is computed from its key."""
 MOST_ORDERED = 1 << 26
-"""Upper bound for keys that are sampled as in a folder; this reads all ids, 2 GiB."""
+"""Maximum number of keys to sample in the same order as in a folder. This reads up to 2 GiB of ids."""
 IN_ORDER = [("class_id", "ascending"), ("key_id", "ascending")]
-"""Order of the keys in a folder."""
+"""The order in which a folder stores its keys."""
 
 
 @dataclass(repr=False, kw_only=True)
 class LanceModel(AnsweringIndex):
-    """A version of a :class:`versions.LanceVersions`, opened read-only by :meth:`load`.
+    """A version of an index in LanceDB, opened read-only. Use :meth:`load` to open a version.
 
-    ``second`` ``[d, d]`` float64 is the sum of the keys' outer products, if known. ``whole`` holds all keys in memory
-    if their values were solved. :class:`draft.LanceDraft` makes the next version.
+    ``second`` is the sum of the keys' outer products, a float64 array of shape ``[d, d]``, or ``None`` if it is not
+    known. If the values were solved, ``whole`` holds all keys in memory. Use a :class:`draft.LanceDraft` to write the
+    next version.
     """
 
     store: LanceVersions
@@ -84,7 +85,7 @@ class LanceModel(AnsweringIndex):
         self._follow()
 
     def _follow(self) -> None:
-        """Update the attributes that depend on the classes and the table."""
+        """Update the attributes that depend on the classes or the table."""
         self.__dict__.pop("labels", None)
         self.class_names = self.classes.names
         self.values = None if self.whole is None else self.whole.values
@@ -93,9 +94,10 @@ class LanceModel(AnsweringIndex):
 
     @classmethod
     def load(cls, place: LanceVersions, *, device: str = "auto", version: int | None = None) -> Self:
-        """Open the current version of a store, or an earlier one. Verifies the small files and the size of the table.
+        """Open the current version of a store, or an earlier version.
 
-        Raises StoreError naming the part that is missing, damaged or does not match the manifest.
+        The small files and the size of the table are verified. Raises StoreError if a part is missing, is damaged or
+        does not match the manifest. The message names the part.
         """
         device = resolve_device(device)
         return place.opened(lambda manifest: cls._of(place, manifest, place.table(manifest), device), version)
@@ -116,7 +118,7 @@ class LanceModel(AnsweringIndex):
         return model
 
     def hold(self, values: npt.NDArray[np.float32]) -> None:
-        """Hold all keys in memory, with solved values ``[n, c]`` in the order of key ids."""
+        """Load all keys into memory. ``values`` are their solved values, of shape ``[n, c]``, sorted by key id."""
         whole = self.keys_in_memory()
         places = np.argsort(np.argsort(whole.labels["key_id"].to_numpy()))
         self.whole = replace(whole, values=torch.from_numpy(values[places]))
@@ -129,7 +131,7 @@ class LanceModel(AnsweringIndex):
         return self.keys_in_memory()
 
     def keys_in_memory(self) -> CacheModel:
-        """Return all keys in memory, ordered as in a folder, without values; exact."""
+        """Return an exact classifier with all keys in memory, in the same order as in a folder, but no values."""
         labels, keys = zip(*self.stored_blocks(), strict=True)
         table = pa.concat_tables(labels)
         class_ids = self.table.class_ids(table["class_id"], len(self.class_names))
@@ -166,7 +168,7 @@ class LanceModel(AnsweringIndex):
 
     @cached_property
     def labels(self) -> pa.Table:
-        """The label store in memory, without keys: about 150 bytes per key."""
+        """The label store as a table in memory, which takes about 150 bytes per key."""
         return self.table.read(self.table.label_columns)
 
     def reload(self) -> Self:
@@ -206,7 +208,10 @@ class LanceModel(AnsweringIndex):
         return labelled_digests(self.table.of_ids("digest", asked, ["digest", "label"]), asked)
 
     def statistics(self) -> Statistics | None:
-        """See :meth:`AnsweringIndex.statistics`. Up to :data:`MOST_ORDERED` keys it samples like a folder."""
+        """See :meth:`AnsweringIndex.statistics`.
+
+        With up to :data:`MOST_ORDERED` keys, the same sample is used as in a folder.
+        """
         if self.whole is not None:
             return self.whole.statistics()
         chosen = np.arange(self.n)
@@ -237,7 +242,7 @@ class LanceModel(AnsweringIndex):
             )
 
     def keys_of(self, key_ids: IntArray) -> KeyArray:
-        """Return the stored keys ``[m, d]`` with these ids, which must exist."""
+        """Return the keys with the given ids, of shape ``[m, d]``. All ids must exist."""
         some = self.table.of_ids("key_id", key_ids.tolist(), ["key_id", VECTOR])
         found = some["key_id"].to_numpy()
         order = np.argsort(found)
@@ -248,12 +253,12 @@ class LanceModel(AnsweringIndex):
         return self.blocks_of([name for name in self.table.label_columns if name != VERSION])
 
     def blocks_of(self, columns: Sequence[str]) -> Iterator[tuple[pa.Table, KeyArray]]:
-        """Yield columns and keys of all rows as stored, block by block."""
+        """Yield the given columns and the keys of all rows in blocks, in table order."""
         for batch in self.table.scan([*columns, VECTOR]):
             yield pa.Table.from_batches([batch]).drop_columns([VECTOR]), self.table.matrix(batch[VECTOR])
 
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
-        """See :meth:`AnsweringIndex.save`. The folder gets a ``Flat`` index."""
+        """See :meth:`AnsweringIndex.save`. The index in the folder has the type ``Flat``."""
         if self.whole is not None:
             self.whole.with_settings(self.settings).save(folder, change)
             return
@@ -270,7 +275,7 @@ class LanceModel(AnsweringIndex):
             self._in_memory(keys, labels).commit(writer, change)
 
     def _in_memory(self, keys: KeyArray, labels: pa.Table) -> CacheModel:
-        """Return an exact classifier over keys and labels ordered as in a folder, with this metric and settings."""
+        """Return an exact classifier over keys and labels in folder order, with the metric and settings of this one."""
         ids, points = labels["class_id"].to_numpy().astype(np.int64), points_of(self.metric, keys, self.device)
         return CacheModel(
             keys=keys, labels=labels, class_names=self.class_names, text_weights=self.text_weights,
@@ -282,15 +287,15 @@ class LanceModel(AnsweringIndex):
 
     @property
     def segments(self) -> int:
-        """Fragments of the table, and one for rows outside its index."""
+        """Number of fragments of the table, plus one if some rows are not in the index."""
         return self.table.fragments + (self.table.unindexed() > 0)
 
 
 def verify(place: LanceVersions) -> LanceModel:
-    """Check every file of every version on a disk, and every row of the current version; return that, opened.
+    """Check every row of the current version and the files of all versions, and return the opened current version.
 
-    In a bucket, only the objects of earlier versions are checked, not their rows. Versions that a writer deletes
-    meanwhile are skipped. Raises StoreError naming the part that is damaged or does not match.
+    In a bucket, only the objects of earlier versions are checked, not their rows. If a writer deletes a version in the
+    meantime, it is skipped. Raises StoreError if a part is damaged or inconsistent. The message names the part.
     """
     seen: set[tuple[str, str]] = set()
     model = place.opened(lambda manifest: check(place, manifest, seen))
@@ -307,10 +312,10 @@ def verify(place: LanceVersions) -> LanceModel:
 
 
 def check(place: LanceVersions, manifest: Manifest, seen: set[tuple[str, str]]) -> LanceModel:
-    """Check every row and object of a version, and that they fit together; return it, opened.
+    """Check every row and object of a version, check that they are consistent, and return the opened version.
 
-    Skips files in ``seen`` and adds the others (:meth:`LanceVersions.check_files`). Raises StoreError naming the part
-    that is damaged or does not match.
+    Files in ``seen`` are skipped, and all other files are added to it (see :meth:`LanceVersions.check_files`). Raises
+    StoreError if a part is damaged or inconsistent. The message names the part.
     """
     place.check_files(manifest, seen)
     model = LanceModel._of(place, manifest, place.table(manifest), "cpu")
@@ -319,7 +324,7 @@ def check(place: LanceVersions, manifest: Manifest, seen: set[tuple[str, str]]) 
 
 
 def _check_rows(model: LanceModel) -> None:
-    """Raise StoreError if rows do not match their digest, or the sums of their classes."""
+    """Raise StoreError if the rows do not match their digest or the per-class sums."""
     place, classes, c = model.store, model.classes, len(model.class_names)
     of_keys, of_points = Along(c, model.d, LEAST), Along(c, model.d, LEAST)
     known = None if model.manifest is None or model.manifest.digests is None else model.manifest.digests.rows

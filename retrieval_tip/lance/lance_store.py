@@ -1,4 +1,4 @@
-"""A store in LanceDB: a table, and objects beside it."""
+"""Store an index in LanceDB. The store consists of a table and of objects beside it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from retrieval_tip.lance.versions import LanceVersions
 from retrieval_tip.settings import Dtype, MetricName, Precision, ValuesName, Verify
 from retrieval_tip.store.manifest import Manifest
 
-if TYPE_CHECKING:  # reading a manifest needs no torch, which takes a second to import
+if TYPE_CHECKING:  # a manifest can be read without torch, which takes a second to import
     from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.fit.closed_form import FormChoice
     from retrieval_tip.fit.search_hp import Queries
@@ -27,23 +27,23 @@ if TYPE_CHECKING:  # reading a manifest needs no torch, which takes a second to 
     from retrieval_tip.retrieval.duplicates import Duplicates
 
 FEW_KEYS = 8192
-"""Upper bound for keys of a new store that are all compared, to find images in two classes."""
+"""Maximum number of keys in a new store that are all compared to find images in two classes."""
 
 
 class LanceStore(LanceVersions, Store):
-    """The versions of an index at an address; see :mod:`lance.versions`."""
+    """A store that keeps the versions of an index at an address. See :mod:`lance.versions` for details."""
 
     look_every = 2.0
 
     @property
-    def local(self) -> Path | None:  # type: ignore[override]  # never set
+    def local(self) -> Path | None:  # type: ignore[override]  # read-only
         return self.address.local
 
     def stamp(self) -> Hashable:
         return time.monotonic_ns()
 
     def create(self, material: Material) -> LanceModel:
-        """Stream keys into a table. A fit may write it again, with their points."""
+        """Stream the keys into a table. If the index is fitted, the table may be written again with the points."""
         from retrieval_tip.index.items import warn, warn_of
         from retrieval_tip.lance import shots
         from retrieval_tip.lance.draft import LanceDraft, index_kind, labelled_blocks
@@ -74,7 +74,7 @@ class LanceStore(LanceVersions, Store):
         return LanceModel.load(self, device=material.device, version=draft.version)
 
     def copy_from(self, model: AnsweringIndex, what: str) -> int:
-        """See :meth:`Store.copy_from`. A LanceDB store cannot hold trained values or a trained encoder."""
+        """See :meth:`Store.copy_from`. Raises InputError if the index has trained values or a trained encoder."""
         from retrieval_tip.lance.draft import LanceDraft, values_by_id
 
         if (model.values is not None and model.fitted is None) or model.tuned is not None:
@@ -87,7 +87,7 @@ class LanceStore(LanceVersions, Store):
                 model.class_names,
                 model.text_weights.cpu().numpy(),
                 model.dtype,
-                metric=model.metric if model.values is None else None,  # for points in the table
+                metric=model.metric if model.values is None else None,  # the table then contains the points
             )
             draft.settings, draft.templates, draft.backbone = model.settings, model.templates, model.backbone
             draft.provenance, draft.metric, draft.fitted = model.provenance, model.metric, model.fitted
@@ -107,7 +107,7 @@ class LanceStore(LanceVersions, Store):
         verify: Verify | None = None,
         version: int | None = None,
     ) -> LanceModel:
-        """See :meth:`Store.load`. Products are float32; ``full`` checks every row, as :meth:`verify` does."""
+        """See :meth:`Store.load`. Products use float32. ``verify="full"`` checks every row, like :meth:`verify`."""
         from retrieval_tip.lance.lance_model import LanceModel, check
 
         if precision not in ("auto", "float32"):
@@ -120,7 +120,7 @@ class LanceStore(LanceVersions, Store):
     def change(self) -> Iterator[LanceChange]:
         from retrieval_tip.lance.draft import LanceDraft
 
-        self.manifest()  # make nothing without an index
+        self.manifest()  # do not create a store if there is no index
         with self.write() as writer:
             change = LanceChange(LanceDraft.changing(writer))
             yield change
@@ -166,7 +166,7 @@ class LanceStore(LanceVersions, Store):
 
 
 class LanceChange(Change):
-    """A :class:`LanceDraft` that becomes the next version."""
+    """A change of a :class:`LanceDraft` that becomes the next version of its store."""
 
     cache: LanceDraft
 

@@ -1,12 +1,12 @@
-"""One writer at a time.
+"""Make sure that only one process at a time writes to a store.
 
-On a local disk the system locks a file (:mod:`store.lock`). A bucket has no locks; there an object, ``lease``, is only
-replaced if it still has the version that was read before (If-Match). A process takes the lease if it was released, or
-did not change for :data:`LEASE` seconds while the process watched. The holder renews it more often, so clocks of two
-machines need not agree.
+On a local disk, the operating system locks a file (see :mod:`store.lock`). A bucket has no locks, so an object named
+``lease`` is used instead. The object is only replaced if it still has the version that was read before (If-Match). A
+process takes the lease if it was released, or if it has not changed for :data:`LEASE` seconds while the process watched
+it. The holder renews the lease more often than that, so the clocks of two machines do not have to agree.
 
-A holder that was suspended for longer notices the loss when it asks, right before it commits. A commit creates an
-object, so a holder that loses the lease a moment later still overwrites nothing.
+If a holder was suspended for longer, it notices that the lease is lost when it checks the lease right before a commit.
+A commit creates a new object, so a holder that loses the lease just after this check does not overwrite anything.
 """
 
 from __future__ import annotations
@@ -28,25 +28,29 @@ if TYPE_CHECKING:
     from obstore import UpdateVersion
 
 LEASE = 20.0
-"""Seconds without renewal after which a holder in a bucket counts as dead; it renews four times in that span."""
+"""Number of seconds after which a holder that has not renewed its lease is considered dead.
+
+A holder renews its lease four times in this period.
+"""
 POLL = 0.2
-"""Seconds between two looks of a waiting process."""
+"""Number of seconds between two checks of the lease by a waiting process."""
 NAME = "lease"
 MOST_BYTES = 1 << 14
-"""Upper bound for a lease; a larger object is something else."""
+"""Maximum size of a lease in bytes. A larger object is not a lease."""
 
 
 @contextmanager
 def held(objects: Objects, wait: float | None = None, seconds: float | None = None) -> Iterator[Callable[[], None]]:
-    """Hold the write lock of a store within the context; wait up to ``wait`` seconds (:data:`lock.LOCK_WAIT`).
+    """Hold the write lock of a store inside the context.
 
-    Yields a function to call right before a commit. It raises StoreError if another process may have taken over. A dead
-    process keeps the lock for ``seconds`` (:data:`LEASE`) in a bucket, but not on a disk. Raises StoreError if
-    another process is writing, or the disk or the service fails.
+    Waits up to ``wait`` seconds, which defaults to :data:`lock.LOCK_WAIT`. The context yields a function to call right
+    before a commit. This function raises StoreError if another process may have taken over the lock. In a bucket, a
+    dead process keeps the lock for ``seconds``, which defaults to :data:`LEASE`. On a disk, the lock of a dead process
+    is released at once. Raises StoreError if another process is writing, or if the disk or the service fails.
     """
     if objects.address.local is not None:
         with locked(objects.address.local, objects.address, wait):
-            yield lambda: None  # the system guards the lock
+            yield lambda: None  # the operating system enforces the lock
         return
     lease = _Lease(objects, LEASE if seconds is None else seconds)
     try:
@@ -57,7 +61,7 @@ def held(objects: Objects, wait: float | None = None, seconds: float | None = No
 
 
 class _Lease:
-    """The lease in a bucket. Its content names the holder, so that nobody takes another's for its own."""
+    """A lease in a bucket. Its content names the holder, so that each process can recognize its own lease."""
 
     def __init__(self, objects: Objects, seconds: float) -> None:
         self._objects, self._seconds, self._token, self._beats = objects, seconds, uuid.uuid4().hex, 0
@@ -68,11 +72,11 @@ class _Lease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def take(self, wait: float) -> None:
-        """Acquire the lease within ``wait`` seconds. Raises StoreError if another process holds it longer."""
+        """Acquire the lease within ``wait`` seconds. Raises StoreError if another process still holds it then."""
         until, seen, since = time.monotonic() + wait, None, 0.0
         while True:
             look = said, version = self._look()
-            now = time.monotonic()  # after the look, so that a lease never seems older than it is
+            now = time.monotonic()  # measured after the request, so that a lease never seems older than it is
             if look != seen:
                 seen, since = look, now
             free = version is None or said.get("released") is True or now - since >= self._seconds
@@ -84,26 +88,26 @@ class _Lease:
         self._thread.start()
 
     def still_held(self) -> None:
-        """Raise StoreError if another process took the lease, or that is unknown."""
+        """Raise StoreError if another process has taken the lease, or if the state of the lease cannot be read."""
         self._lost = self._lost or self._taken_by(self._look()[0])
         if self._lost is not None:
             text = f"{self._objects.address}: lost the right to write ({self._lost}); nothing changed; try again"
             raise StoreError(one_line(text))
 
     def release(self) -> None:
-        """Release the lease. A failure only costs the next writer some seconds."""
+        """Release the lease. If this fails, the next writer only has to wait for the lease to expire."""
         self._ended.set()
         if self._thread.is_alive():
-            self._thread.join()  # or a late renewal would undo the release
-        with suppress(StoreError):  # after an interrupted take it may be ours, too
+            self._thread.join()  # otherwise a late renewal would undo the release
+        with suppress(StoreError):  # the lease may be ours even if take was interrupted
             said, version = self._look()
             if self._taken_by(said) is None:
                 self._write(version, released=True)
 
     def _look(self) -> tuple[dict[str, object], UpdateVersion | None]:
-        """Return the content of the lease and its version, ``None`` without a lease.
+        """Return the content of the lease and its version. The version is ``None`` if there is no lease.
 
-        A damaged lease has no content, and expires as if its holder were dead.
+        A damaged lease has no content and expires like the lease of a dead process.
         """
         try:
             content, version = self._objects.read(NAME, MOST_BYTES)
@@ -115,12 +119,12 @@ class _Lease:
         return {}, version
 
     def _write(self, version: UpdateVersion | None, released: bool = False) -> bool:
-        """Replace this version, or one of ours, with a new beat; return whether the lease is ours now."""
+        """Replace this version of the lease, or our own version, and return whether the lease is ours afterwards."""
         began, self._beats = time.monotonic(), self._beats + 1
         new = {"owner": this_process(), "token": self._token, "beat": self._beats, "released": released}
         content = json.dumps(new, indent=1).encode()
         written = self._objects.replace(NAME, content, version)
-        if written is None:  # a server may store a beat without acknowledging it: this or the last
+        if written is None:  # the server may have stored this write or the last without acknowledging it
             said, version = self._look()
             if self._taken_by(said) is None:
                 written = version if said == new else self._objects.replace(NAME, content, version)
@@ -138,7 +142,7 @@ class _Lease:
                     self._lost = f"it could not be renewed: {error}"
 
     def _taken_by(self, said: dict[str, object]) -> str | None:
-        """Describe the loss of the lease; ``None`` if it is ours."""
+        """Return a description of who took the lease, or ``None`` if the lease is ours."""
         return None if said.get("token") == self._token else f"it was taken over by {_owner(said)}"
 
 

@@ -1,8 +1,8 @@
-"""Objects below one address: on a local disk, in an S3 bucket or in a GCS bucket, through obstore.
+"""Read and write objects with obstore. They are stored on a local disk, in an S3 bucket or in a GCS bucket.
 
-Processes that share a store need little. An object is written whole and read whole. Of several processes that *create*
-an object, exactly one succeeds. In a bucket, an object is *replaced* only by a process that knows its current version.
-The tables themselves are LanceDB's.
+Processes that share a store rely on three guarantees. An object is always read and written as a whole. If several
+processes *create* the same object, exactly one of them succeeds. In a bucket, a process can only *replace* an object if
+it knows the current version. The tables themselves are managed by LanceDB.
 """
 
 from __future__ import annotations
@@ -32,33 +32,39 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATIENT_BYTES, PATIENT_SECONDS = 1 << 20, 120
-"""Objects above this size get this many seconds for the upload and the answer."""
+"""Size in bytes above which an upload gets more time, and the number of seconds for the upload and the answer."""
 
 _NAME = re.compile(r"[A-Za-z0-9_=+@-][A-Za-z0-9._=+@-]*(/[A-Za-z0-9_=+@-][A-Za-z0-9._=+@-]*)*")
 
 
 class Objects:
-    """The objects below one address. Names are relative; their parts, separated by ``/``, never begin with a dot.
+    """The objects at an address. Names are relative to the address, and no part of a name begins with a dot.
 
-    Nothing is read in advance, and the place need not exist. Raises UsageError if obstore is not installed, StoreError
-    for an unusable environment. Every method raises StoreError if the disk or the service refuses, cannot be reached or
-    cannot be understood, and for an invalid name.
+    No request is sent until a method is called, and the address does not have to exist. Raises UsageError if obstore is
+    not installed. Raises StoreError if the environment has invalid settings. Every method raises StoreError if a name
+    is invalid, if the disk or the service rejects the request, or if the service cannot be reached.
     """
 
     def __init__(self, place: Address, patience: Patience = PATIENCE) -> None:
         self.address, self._root, self._patience = place, place.local, patience
         try:
-            import obstore  # noqa: F401 - only to see whether it is installed
+            import obstore  # noqa: F401 - only checks that obstore is installed
         except ImportError:
             raise UsageError(f"{one_line(str(place))}: needs pip install 'retrieval-tip[distributed]'") from None
         self._bucket = None if self._root is not None else self._connected(patience.answer)
 
     def get(self, name: str, most: int | None = None) -> bytes:
-        """Read an object. Raises FileNotFoundError, and StoreError if it has more than ``most`` bytes."""
+        """Read an object.
+
+        Raises FileNotFoundError if the object is missing. Raises StoreError if it has more than ``most`` bytes.
+        """
         return self.read(name, most)[0]
 
     def read(self, name: str, most: int | None = None) -> tuple[bytes, UpdateVersion]:
-        """Read an object, and the version to :meth:`replace`. Raises as :meth:`get`."""
+        """Read an object and its version, which you can pass to :meth:`replace`.
+
+        Errors are the same as for :meth:`get`.
+        """
         import obstore
 
         def read(client: Client) -> tuple[bytes, UpdateVersion]:
@@ -73,31 +79,35 @@ class Objects:
         return self._asked("read", self._checked(name), read)
 
     def put(self, name: str, data: bytes) -> None:
-        """Write an object, or overwrite it; a reader gets the old or the new one whole."""
+        """Write or overwrite an object. Readers get either the complete old object or the complete new object."""
         self._put(name, data, "overwrite")
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a new object; return ``False`` if it exists. Of simultaneous writers, at most one gets ``True``.
+        """Write a new object, or return ``False`` if the object already exists.
 
-        A server may store an object and then fail to acknowledge it. After ``False`` or a StoreError, a writer of
-        unique data should therefore look whether its own lies there.
+        If several processes create the same object, at most one of them gets ``True``. A server may store an object and
+        then fail to acknowledge it. After ``False`` or a StoreError, a writer of unique data should therefore check
+        whether the object contains its own data.
         """
         return self._put(name, data, "create") is not None
 
     def replace(self, name: str, data: bytes, version: UpdateVersion | None) -> UpdateVersion | None:
-        """Write an object in a bucket if it still has this version (``None``: if it is new); return its new version.
+        """Replace an object in a bucket if it still has the given version, and return its new version.
 
-        Returns ``None`` if it has another version. Of simultaneous writers, at most one gets a version, as with
-        :meth:`create`.
+        If ``version`` is ``None``, the object must not exist yet. Return ``None`` if the object has another version. If
+        several processes replace the same version, at most one of them gets a new version.
         """
         return self._put(name, data, "create" if version is None else version)
 
     def names(self, folder: str = "") -> list[str]:
-        """Return the sorted names of the objects in a folder, without subfolders; empty if it is missing."""
+        """Return the sorted names of the objects in a folder, excluding subfolders.
+
+        The list is empty if the folder does not exist.
+        """
         return list(self.sizes(folder))
 
     def sizes(self, folder: str = "") -> dict[str, int]:
-        """Return the sizes of the objects in a folder in bytes, by name as in :meth:`names`."""
+        """Return a mapping from the names of the objects in a folder to their sizes in bytes. See :meth:`names`."""
         import obstore
 
         def listed(client: Client) -> dict[str, int]:
@@ -112,17 +122,17 @@ class Objects:
         return {name: sizes[name] for name in sorted(sizes) if name.startswith(before) and _NAME.fullmatch(name)}
 
     def delete(self, names: Iterable[str]) -> None:
-        """Remove objects; missing ones are ignored."""
+        """Delete objects. Missing objects are ignored."""
         import obstore
 
         checked = [self._checked(name) for name in names]
-        # A disk and GCS stop at the first missing object; S3 ignores it.
+        # A local disk and GCS stop at the first missing object, but S3 ignores missing objects.
         for part in ([checked] if self.address.scheme == "s3" else [[name] for name in checked]) if checked else ():
             with suppress(FileNotFoundError):
                 self._asked("removed", part[0], functools.partial(obstore.delete, paths=part))
 
     def _put(self, name: str, data: bytes, mode: PutMode) -> UpdateVersion | None:
-        """Write an object; return ``None`` if the condition of ``mode`` fails."""
+        """Write an object. Return ``None`` if the condition of ``mode`` is not met."""
         import obstore
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
@@ -140,7 +150,7 @@ class Objects:
         return self._asked("written", self._checked(name), put)
 
     def _flushed(self, client: Client, root: Path, name: str, data: bytes, create: bool) -> UpdateVersion:
-        """Write a file: flush the data before the rename, and the folders before returning."""
+        """Write a file on disk. The data is flushed before the file gets its name, and the folders are flushed last."""
         import obstore
 
         path = root / name
@@ -149,7 +159,7 @@ class Objects:
             version = _version(obstore.put(client, staged, data))
             flush(root / staged)
             if create:
-                obstore.copy(client, staged, name, overwrite=False)  # a hard link fails if the name exists
+                obstore.copy(client, staged, name, overwrite=False)  # a hard link, which fails if the name exists
             else:
                 obstore.rename(client, staged, name)
         finally:
@@ -159,13 +169,16 @@ class Objects:
         return version
 
     def _checked(self, name: str) -> str:
-        """Return a valid name. Names may come from a foreign file, and must not lead out of the address."""
+        """Return ``name`` if it is valid. Raises StoreError otherwise.
+
+        A name can come from an untrusted file, so it must not lead out of the address.
+        """
         if not _NAME.fullmatch(name):
             raise StoreError(f"{one_line(str(self.address))}: {one_line(name[:200])!r} is not a valid object name")
         return name
 
     def _connected(self, seconds: float) -> S3Store | GCSStore:
-        """Return a client with LanceDB's options, without a request."""
+        """Return a client that has the same options as LanceDB. No request is sent."""
         from obstore.exceptions import BaseError
         from obstore.store import GCSStore, S3Store
 
@@ -174,7 +187,7 @@ class Objects:
             "connect_timeout": timedelta(seconds=self._patience.connect),
             "read_timeout": timedelta(seconds=seconds),
             "timeout": timedelta(minutes=10),
-            "allow_http": options["allow_http"] == "true",  # options hide the environment's
+            "allow_http": options["allow_http"] == "true",  # set here because options override the environment
         }
         retry: RetryConfig = {
             "max_retries": self._patience.retries,
@@ -189,11 +202,11 @@ class Objects:
             if own.scheme == "gs":
                 return GCSStore(own.bucket, prefix=own.path, client_options=client, retry_config=retry)
             return S3Store(own.bucket, prefix=own.path, config=config, client_options=client, retry_config=retry)
-        except (BaseError, ValueError, OSError) as error:  # e.g. a damaged credentials file
+        except (BaseError, ValueError, OSError) as error:  # for example, a damaged file of credentials
             raise self._explained("connected to", "", error) from None
 
     def _asked(self, what: str, name: str, ask: Callable[[Client], T]) -> T:
-        """Return the answer of a client. Translates its errors; raises FileNotFoundError for a missing object."""
+        """Call ``ask`` with a client. Client errors become StoreError, or FileNotFoundError if an object is missing."""
         from obstore.exceptions import BaseError
         from obstore.store import LocalStore
 
@@ -219,7 +232,10 @@ class Objects:
         return isinstance(error, FileNotFoundError) and not _is_bucket_missing(str(error))
 
     def _explained(self, what: str, name: str, error: Exception) -> StoreError:
-        """Explain an error in one line. Its own text has many, and may hold an access key that a server repeated."""
+        """Convert an error to a StoreError with a one-line message.
+
+        The original text has many lines and could contain an access key that the server repeated.
+        """
         text, scheme = str(error), self.address.scheme
 
         def found(pattern: str) -> str:
@@ -259,18 +275,21 @@ class Objects:
 
 @functools.cache
 def _first_process() -> int:
-    """Return the process that runs obstore's threads; a forked one lacks them and would wait forever."""
+    """Return the id of the process that runs obstore's threads.
+
+    A forked process does not have these threads and would wait forever.
+    """
     return os.getpid()
 
 
 def flush(file: Path) -> None:
-    """Flush a file to disk. Raises OSError."""
+    """Flush a file to disk. Raises OSError if this fails."""
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())
 
 
 def _version(answer: ObjectMeta | PutResult) -> UpdateVersion:
-    """Return the version in an answer, without the ``None`` that obstore rejects."""
+    """Return the version in an answer, excluding ``None`` values, which obstore rejects."""
     version: UpdateVersion = {}
     if answer["e_tag"] is not None:
         version["e_tag"] = answer["e_tag"]

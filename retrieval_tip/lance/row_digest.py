@@ -1,9 +1,9 @@
-"""Digest of the rows of a table, independent of their order; updating it costs only the changed rows.
+"""Compute a digest of the rows of a table that does not depend on their order.
 
     digest = sum of SHA-256(row) over all rows, modulo 2^256
 
-A new row adds its SHA-256 and a removed row subtracts it. This detects damage, but not someone who can also write the
-manifest.
+An added row adds its SHA-256, and a removed row subtracts it, so only the changed rows have to be read. The digest
+detects damage. It does not protect against an attacker who can also write the manifest.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _EMPTY = pa.scalar(b"", pa.large_binary())
 
 
 def with_rows(digest: int, rows: pa.Table | pa.RecordBatch, sign: int = 1) -> int:
-    """Return the digest of a table after adding rows, or after removing them (``sign`` -1).
+    """Return the digest of a table after adding rows, or after removing them if ``sign`` is -1.
 
-    The hash of a row covers its values with their column names, in the order of the names, then the bytes of its key.
-    It skips nulls, so that a new column does not change the digest of older rows, and points, which follow from the
-    keys. Raises InputError if a value cannot be read.
+    The hash of a row covers the names and values of its columns, sorted by name, followed by the bytes of its key.
+    Nulls are skipped, so that a new column does not change the digest of older rows. Points are skipped because they
+    can be computed from the keys. Raises InputError if a value cannot be read.
     """
     names = sorted({*rows.schema.names} - {VECTOR, POINT})
     rows = rows if isinstance(rows, pa.Table) else pa.Table.from_batches([rows])
@@ -40,14 +40,14 @@ def with_rows(digest: int, rows: pa.Table | pa.RecordBatch, sign: int = 1) -> in
 
 
 def hexadecimal(digest: int) -> str:
-    """Return a digest as 64 hexadecimal digits."""
+    """Format a digest as 64 hexadecimal digits."""
     return f"{digest:064x}"
 
 
 def _fields(name: str, column: pa.Array) -> pa.Array:
-    """Return a column as bytes, each value as ``name length value``; a null stays null."""
+    """Convert each value of a column to the bytes ``name length value``. Null values stay null."""
     kind = column.type
-    if pa.types.is_primitive(kind) and 8 <= kind.bit_width <= 64:  # every bit of floats and times counts
+    if pa.types.is_primitive(kind) and 8 <= kind.bit_width <= 64:  # hash every bit of floats and times
         column, kind = column.view(f"int{kind.bit_width}"), pa.int64()
     plain = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     if not any(is_kind(kind) for is_kind in plain):
@@ -61,4 +61,4 @@ def _fields(name: str, column: pa.Array) -> pa.Array:
     named = pc.binary_join_element_wise(
         pa.scalar(name, pa.large_string()), length, value, pa.scalar(" ", pa.large_string())
     )
-    return named.cast(pa.large_binary())  # damaged text may not be UTF-8
+    return named.cast(pa.large_binary())  # damaged text may be invalid UTF-8

@@ -1,4 +1,4 @@
-"""Fit an index in LanceDB. Keys are read in the order of a folder, in memory or in a few passes."""
+"""Fit an index in LanceDB. The keys are read in folder order, either into memory or in a few passes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ LABELS = ("key_id", "class_id", "digest", "source")
 
 
 class OrderedKeys(KeysInPlace):
-    """Keys ``[n, d]`` of a table in the order of a folder: by class, and within a class by id.
+    """The keys of a table in the same order as in a folder, which is by class and then by key id.
 
-    ``offsets`` ``[n]`` are their positions in the table.
+    ``offsets`` are the positions of the keys in the table, in this order.
     """
 
     def __init__(self, table: KeyTable, d: int, offsets: IntArray) -> None:
@@ -41,7 +41,7 @@ class OrderedKeys(KeysInPlace):
         return keys
 
     def blocks(self, places: IntArray) -> Iterator[tuple[KeyArray, IntArray]]:
-        """See :meth:`KeysInPlace.blocks`; reads the table once."""
+        """See :meth:`KeysInPlace.blocks`. The table is read once."""
         wanted, start = np.zeros(len(self), dtype=bool), 0
         wanted[self._offsets[places]] = True
         for batch in self.table.scan([VECTOR]):
@@ -52,7 +52,7 @@ class OrderedKeys(KeysInPlace):
 
 
 class TableShots:
-    """A draft as :func:`closed_form.fit` takes it, with labels in memory."""
+    """An adapter that passes a draft to :func:`closed_form.fit`. Only the labels are held in memory."""
 
     curve: pa.Table | None = None
     segments = 1
@@ -73,7 +73,7 @@ class TableShots:
     def set_fitted(
         self, metric: tip.Metric | None, values: Tensor | None, fitted: Fitted | None, factory: str | None = None
     ) -> None:
-        """See :meth:`LanceDraft.set_fitted`. A table this large has no solved values."""
+        """See :meth:`LanceDraft.set_fitted`. A table of this size cannot have solved values."""
         assert values is None
         self.draft.set_fitted(metric, fitted, factory)
 
@@ -85,9 +85,10 @@ def fit(
     validation: Queries | None = None,
     factory: str | None = None,
 ) -> FormChoice:
-    """Fit a draft, with the arguments of :func:`closed_form.fit`.
+    """Fit a draft. See :func:`closed_form.fit` for the arguments.
 
-    Keys that may get solved values are in memory. For larger tables only labels are, and keys are read in a few passes.
+    If there are few enough keys for solved values, all keys are loaded into memory. For larger tables, only the labels
+    are loaded, and the keys are read in a few passes.
     """
     if draft.n > MOST_SOLVED:
         shots = TableShots(draft)
@@ -96,7 +97,7 @@ def fit(
         return choice
     whole = draft.keys_in_memory() if draft.whole is None else draft.whole
     whole.settings, whole.sums = draft.settings, draft.sums
-    by_class = CLASSES if (factory or draft.index_type) == CLASSES else None  # it has no solved values
+    by_class = CLASSES if (factory or draft.index_type) == CLASSES else None  # this type does not support solved values
     choice = closed_form.fit(whole, metric=metric, values=values, validation=validation, factory=by_class)
     draft.settings, draft.provenance = whole.settings, whole.provenance
     draft.set_fitted(whole.metric, whole.fitted, factory, whole)
@@ -104,7 +105,7 @@ def fit(
 
 
 def refit(draft: LanceDraft, beta: float) -> FormChoice:
-    """See :meth:`Change.refit`. Raises InputError as :meth:`cache_model.KeyEdits.solve`."""
+    """See :meth:`Change.refit`. Raises InputError if :meth:`cache_model.KeyEdits.solve` fails."""
     shots: CacheModel | TableShots = draft.whole or TableShots(draft)
     shots.settings = draft.settings
     choice = closed_form.refit(shots, beta)
