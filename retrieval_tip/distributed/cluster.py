@@ -1,4 +1,4 @@
-"""Connect to a Ray cluster, or start one on this machine, and count how many actors fit."""
+"""Connect to a Ray cluster or start one on this machine, and compute how many actors it can run."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from typing import Any
 from retrieval_tip.errors import UsageError, first_line
 
 ACTORS_A_NODE = 8
-"""Upper bound for actors per node without GPUs: each holds an encoder or an index, and a share of the CPUs."""
+"""Maximum number of actors on a node that has no GPU.
+
+Each actor holds an encoder or an index and uses a share of the CPUs.
+"""
 PATIENCE = 5.0
-"""Seconds to wait for a connection to the head of a cluster; Ray would try for minutes."""
+"""Number of seconds to wait for a connection to the head of a cluster. Ray itself would wait for minutes."""
 
 
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
-    """Connect to the cluster at ``address``, or start one here, until the block ends.
+    """Connect to the cluster at ``address``, or start a cluster on this machine, until the context ends.
 
-    Raises UsageError if Ray is not installed or no cluster answers.
+    Raises UsageError if Ray is not installed or if the cluster does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # other levels bypass Python's loggers
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of old releases
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # messages of other levels bypass the Python loggers
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning in old releases
     try:
         import ray
     except ImportError:
@@ -47,9 +50,9 @@ def connected(address: str | None) -> Iterator[None]:
 
 
 def room(nodes: Iterable[Mapping[str, Any]], device: str) -> tuple[int, int, int]:
-    """Return the number of actors for the nodes of ``ray.nodes()``, and the CPUs and GPUs of each actor.
+    """Return the number of actors that ``nodes`` can run, and the number of CPUs and GPUs per actor.
 
-    Each GPU gets one actor. Raises UsageError if no node has a whole CPU.
+    ``nodes`` is the result of ``ray.nodes()``. Each GPU gets one actor. Raises UsageError if no node has a whole CPU.
     """
     found = [node["Resources"] for node in nodes if node["Alive"]]
     cpus = [int(node.get("CPU", 0)) for node in found]

@@ -1,14 +1,15 @@
-"""Encode or classify the pieces of a source on a Ray cluster, into a folder of Parquet parts on a disk or in a bucket.
+"""Encode or classify the pieces of a source on a Ray cluster, and write the results to a folder of Parquet files.
 
-Ray Data sends each piece to an actor, which holds the encoder and the index, and writes the resulting rows:
+The folder can be on a disk or in a bucket. Ray Data sends each piece to an actor, which holds the encoder and the
+index, and writes the resulting rows:
 
-    _run.json               digest of the work and its source, so that two runs never mix their parts
-    part=000012/            rows of piece 12; absent if none of its items could be read
-    _failed/000012.json     unreadable inputs of piece 12, each with the reason
-    _complete.json          written last
+    _run.json               a digest of the work and its source, so that parts of two runs are never mixed
+    part=000012/            the rows of piece 12. It is missing if no item of the piece could be read
+    _failed/000012.json     the inputs of piece 12 that could not be read, with the reason for each of them
+    _complete.json          an empty file that is written last
 
-Repeating the call makes the missing parts. Ray retries the pieces of a dead worker or node. Readers of Parquet skip
-names with an underscore, so other programs read the folder as one table.
+If a run was interrupted, repeat the call to process the missing parts. If a worker or a node dies, Ray retries its
+pieces. Parquet readers skip names that begin with an underscore, so other programs can read the folder as one table.
 """
 
 from __future__ import annotations
@@ -46,18 +47,21 @@ from retrieval_tip.settings import Precision, Settings
 from retrieval_tip.store.query import rows_where
 
 IMAGES, ROWS = 256, 16_384
-"""Largest piece, in images or rows of a feature table."""
+"""Maximum size of a piece, in images or in rows of a feature table."""
 PIECES = 64
-"""Number of pieces for a small source, unless they would have less than a sixteenth of the largest size."""
+"""Number of pieces for a small source, unless a piece would be smaller than a sixteenth of the maximum size."""
 FAILED = "_failed"
 
 Piece = Source | str
-"""Items of a source, or the path or URL of a tar that the actor opens."""
+"""Part of a source, or the path or URL of a tar file that the actor opens."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question to the index at ``folder`` with this manifest: ``rows`` answers it, with these settings."""
+    """A query to the index at ``folder``, which must still have the given manifest.
+
+    ``rows`` is a function that yields the answers as tables. ``settings`` are the settings of the index to use.
+    """
 
     folder: str
     manifest: bytes
@@ -70,10 +74,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Work:
-    """The work of an actor: to encode each piece, or to answer a ``question`` about it.
+    """The work of an actor, which encodes each piece or, if there is a ``question``, answers it for each piece.
 
-    The actor completes ``encoder``: ``backbone`` loads one onto a device, ``cache`` is the folder of the encoding
-    cache.
+    The actor adds a backbone and a cache to ``encoder``. ``backbone`` is a function that loads the backbone onto a
+    device, and ``cache`` is the folder of the encoding cache.
     """
 
     encoder: Encoder
@@ -83,7 +87,7 @@ class Work:
 
 
 def cut(source: Source) -> list[Piece]:
-    """Cut a source into pieces."""
+    """Split a source into pieces of similar size."""
     most = ROWS if source.paths is None else IMAGES
     size = max(most // 16, min(most, len(source) // PIECES))
     unnamed = replace(source, class_names=())
@@ -91,7 +95,7 @@ def cut(source: Source) -> list[Piece]:
 
 
 def cut_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> list[Piece]:
-    """Cut the inputs of ``classify`` into pieces: one per tar; :func:`open_inputs` opens all others."""
+    """Split the inputs of ``classify`` into pieces. Each tar file is one piece; :func:`open_inputs` opens the rest."""
     pieces: list[Piece] = []
     for of_tar, some in groupby(arguments, lambda one: one != "-" and bool(tars.find(one))):
         if of_tar:
@@ -111,10 +115,11 @@ def write_parts(
     device: str = "auto",
     progress: bool = False,
 ) -> tuple[int, int, list[Skipped]]:
-    """Process every piece whose part is missing in the folder ``out``, which all nodes of the cluster must share.
+    """Process every piece whose part is missing in the folder ``out``. All nodes of the cluster must share this folder.
 
-    Returns the number of rows, the number of earlier parts, and the unreadable inputs. Raises UsageError if ``out``
-    holds other files, or as :func:`connected`; InputError if no input could be read; and the errors of actors.
+    Returns the number of rows, the number of parts that already existed, and the inputs that could not be read. Raises
+    UsageError if ``out`` holds other files or if no cluster answers. Raises InputError if no input could be read.
+    Errors of the actors are passed on.
     """
     folder = PartsFolder(out)
     pickled = {f"{number:06}": pickle.dumps(piece) for number, piece in enumerate(pieces)}
@@ -153,7 +158,7 @@ def _stream(
     context.enable_progress_bars = progress
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    context.target_max_block_size = None  # or a large part would become two files
+    context.target_max_block_size = None  # otherwise a large part would be split into two files
     dataset = data.from_items(missing, override_num_blocks=len(missing)).map_batches(
         Worker,
         batch_size=1,
@@ -168,28 +173,28 @@ def _stream(
             folder.place,
             partition_cols=["part"],
             filesystem=PyFileSystem(FSSpecHandler(folder.system)),
-            ray_remote_args={"num_cpus": 0},  # actors may occupy every CPU
+            ray_remote_args={"num_cpus": 0},  # the actors may use all CPUs
             concurrency=actors,
             use_dictionary=False,
         )
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
         if isinstance(cause, RetrievalTipError):
-            raise type(cause)(first_line(cause)) from None  # without Ray's own lines
+            raise type(cause)(first_line(cause)) from None  # omits the lines that Ray adds
         raise InputError(f"Ray failed ({first_line(cause)}); run the command again for the missing parts") from error
 
 
 class Worker:
-    """An actor that loads the encoder and the index once, and makes the rows of one piece at a time."""
+    """An actor that loads the encoder and the index once, and computes the rows of one piece at a time."""
 
     def __init__(self, work: Work, out: str, device: str, started_in: Path) -> None:
-        with suppress(OSError):  # for relative paths, if the folder exists here
+        with suppress(OSError):  # resolves relative paths if the folder exists on this node
             os.chdir(started_in)
         self._work, self._folder, self._device = work, PartsFolder(out), device
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Make the rows of a piece, with its part number."""
-        part, piece = batch["part"][0].as_py(), pickle.loads(batch["piece"][0].as_py())  # noqa: S301 - our own
+        """Compute the rows of a piece, and add a column with its part number."""
+        part, piece = batch["part"][0].as_py(), pickle.loads(batch["piece"][0].as_py())  # noqa: S301 - our own data
         source = of_tars(show(piece), [piece], labelled=False) if isinstance(piece, str) else piece
         encoder = replace(self._encoder, skipped=[])
         if question := self._work.question:
@@ -224,7 +229,7 @@ class Worker:
 
 
 class PartsFolder:
-    """A folder of parts at a path or URL; names in ``files`` are relative to it."""
+    """A folder of parts at a path or a URL. Names in ``files`` are relative to the folder."""
 
     system: AbstractFileSystem
 
@@ -236,7 +241,10 @@ class PartsFolder:
         self.files = DirFileSystem(self.place.rpartition("://")[2], self.system)
 
     def claim(self, digest: str) -> bool:
-        """Begin or continue a run; return whether it is complete. Raises UsageError for a folder with other files."""
+        """Start or continue a run, and return whether it is already complete.
+
+        Raises UsageError if the folder holds other files.
+        """
         names, run = self.files.find(""), json.dumps({"run": digest}).encode()
         if names and (RUN not in names or self.files.cat_file(RUN) != run):
             raise UsageError(f"{show(self.place)}: holds other files, or parts of another run; give another folder")
@@ -244,14 +252,14 @@ class PartsFolder:
         return COMPLETE in names
 
     def rows(self) -> dict[str, int]:
-        """Return the number of rows of each part. Removes files that a killed run left unfinished or wrote twice."""
+        """Return the number of rows in each part. Incomplete and duplicate files of a killed run are removed."""
         rows: dict[str, int] = {}
         for file in part_files(self.place):
             part = os.fspath(file).split("/")[-2].removeprefix("part=")
             try:
                 number = open_parquet(file).metadata.num_rows
             except InputError:
-                if remote.is_remote(self.place):  # every file there is whole, so the store did not answer
+                if remote.is_remote(self.place):  # remote files are never incomplete, so the service did not answer
                     raise
                 number = None
             if number is None or part in rows:
@@ -261,6 +269,6 @@ class PartsFolder:
         return rows
 
     def failed(self) -> dict[str, list[Skipped]]:
-        """Return the unreadable inputs of each piece."""
+        """Return the inputs of each piece that could not be read."""
         names = sorted(self.files.find(FAILED))
         return {Path(name).stem: [Skipped(*one) for one in json.loads(self.files.cat_file(name))] for name in names}

@@ -307,7 +307,7 @@ class LanceDraft(LanceModel, EditableIndex):
         self._follow()
 
     def _merge(self, class_id: int, into: str, names: list[str]) -> None:
-        """Move the keys of a class to the class ``into``, and delete the class. ``names`` are the remaining classes."""
+        """Move the keys of a class to the class ``into``, and delete the class. ``names`` are the other classes."""
         old = self.class_names[class_id]
         self.relabel(self.find([old])["key_id"].to_pylist(), into)
         if self.whole is not None:

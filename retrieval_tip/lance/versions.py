@@ -1,23 +1,24 @@
-"""The versions of one index beside a LanceDB table, on a disk or in a bucket: manifests and class tables as objects.
+"""Manage the versions of an index in LanceDB. The manifests and class tables are objects beside the LanceDB table.
 
-Readers see the old version or the new one, never half of one.
+Readers see either the old version or the new version, never a part of one.
 
-manifests/000003.json          one per version; the highest number is current. Creating it commits the version, and of
-                               two writers only one can create it
-data/classes-<digest>.parquet  per class: label, text weight, number of keys, sum of keys and of their points
-data/second-<digest>.npy       sum of the keys' outer products, to fit a metric from
-data/metric-<digest>.npy       metric of a fitted index
-data/values-<digest>.npy       solved values of a fitted index, in the order of key ids
-keys.lance/                    table of keys and labels; each manifest names a version of it
-lock                           held by the writing process; in a bucket an object, ``lease`` (:mod:`lance.lease`)
+manifests/000003.json          the manifest of a version; the version with the highest number is current. Creating this
+                               object commits the version, and only one of two writers can create it
+data/classes-<digest>.parquet  the label, the text weight, the number of keys, and the sums of keys and points per class
+data/second-<digest>.npy       the sum of the keys' outer products, which is used to fit a metric
+data/metric-<digest>.npy       the metric of a fitted index
+data/values-<digest>.npy       the solved values of a fitted index, sorted by key id
+keys.lance/                    the table of keys and labels; each manifest names a version of the table
+lock                           locked by the process that is writing. In a bucket, the object ``lease`` is used instead
+                               (see :mod:`lance.lease`)
 
-LanceDB's own versions cannot be the commit: ``create_table(mode="overwrite")`` silently drops a concurrent add, and
-with ``mode="create"`` on a disk, both racing writers succeeded in 5 of 20 races. So the commit is the manifest, an
-object that is created only if it does not exist (If-None-Match, or a hard link).
+LanceDB's own versions cannot be used to commit. ``create_table(mode="overwrite")`` silently drops rows that are added
+at the same time, and with ``mode="create"`` on a disk, both writers succeeded in 5 of 20 races. The commit is therefore
+the manifest, an object that is only created if it does not exist yet (with If-None-Match or a hard link).
 
-A killed writer leaves versions of the table that no manifest names. The next writer restarts from the version in its
-manifest, so that no row is doubled. On a disk, all new files of the table are flushed before the manifest is created,
-since the engine does not flush them. Credentials stay in the environment.
+A killed writer may leave table versions that no manifest names. The next writer starts from the table version in the
+current manifest, so that no row is added twice. On a disk, all new files of the table are flushed before the manifest
+is created, because LanceDB does not flush them. Credentials are only read from the environment.
 """
 
 from __future__ import annotations
@@ -54,21 +55,22 @@ T = TypeVar("T")
 
 TABLE = "keys"
 DIGESTED = ("data", "_deletions", "_indices")
-"""Folders of a table on a disk whose files have digests. File names there are never reused."""
+"""Folders of a table on a disk whose files have digests. LanceDB never uses a file name in them twice."""
 PRUNED_EVERY = 16
-"""Number of versions between two prunings of the table; pruning also merges all small fragments."""
+"""Number of versions after which the table is pruned. Pruning also merges all small fragments."""
 OBJECT_BYTES = 1 << 34
-"""Upper bound for an object of a store: a million classes of 1024 values take less."""
+"""Maximum size of an object in bytes. A million classes with 1024 values each take less."""
 
 _MANIFEST = re.compile(r"(\d{6,12})\.json")
 
 
 @dataclass(frozen=True)
 class Classes:
-    """The small part of an index: name, text weight ``[c, d]`` float32 and statistics of each class.
+    """The name, the text weight and the key statistics of each class.
 
-    ``counts`` ``[c]`` int64 and ``sums`` ``[c, d]`` float64 are of its keys; ``points`` are the sums of their points,
-    if the table has points.
+    ``text`` is a float32 array of shape ``[c, d]``. ``counts`` is the number of keys per class, in int64. ``sums`` are
+    the per-class sums of the keys, a float64 array of shape ``[c, d]``. If the table has points, ``points`` are the
+    per-class sums of the points.
     """
 
     names: list[str]
@@ -78,7 +80,7 @@ class Classes:
     points: npt.NDArray[np.float64] | None = None
 
     def to_bytes(self) -> bytes:
-        """Return a Parquet file."""
+        """Convert the classes to a Parquet file."""
         columns = {"label": pa.array(self.names, pa.string()), "keys": pa.array(self.counts, pa.int64())}
         columns |= {"text": vectors(self.text), "sum": vectors(self.sums)}
         table = pa.table(columns if self.points is None else columns | {"point_sum": vectors(self.points)})
@@ -88,7 +90,7 @@ class Classes:
 
     @classmethod
     def from_bytes(cls, raw: bytes, d: int) -> Classes:
-        """Read the file of :meth:`to_bytes`, for features of length ``d``."""
+        """Invert :meth:`to_bytes`. ``d`` is the length of the features."""
         table = pq.read_table(io.BytesIO(raw))
 
         def matrix(name: str) -> npt.NDArray[np.float64]:
@@ -101,7 +103,7 @@ class Classes:
 
 
 class TableWriter:
-    """The exclusive writer of the next version, from :meth:`LanceVersions.write`."""
+    """The exclusive writer of the next version. Use :meth:`LanceVersions.write` to get one."""
 
     def __init__(self, store: LanceVersions, still_held: Callable[[], None], parent: Manifest | None) -> None:
         self.store, self.parent, self.still_held = store, parent, still_held
@@ -111,29 +113,32 @@ class TableWriter:
         if parent is not None and parent.table is not None:
             store.check_engine(parent)
             self.table = KeyTable.latest(store.address, parent.table.name)
-            if self.table.version != parent.table.version:  # drop what interrupted writers left
+            if self.table.version != parent.table.version:  # drop the rows that interrupted writers left
                 self.table.restore(parent.table.version)
 
     @property
     def number(self) -> int:
-        """Number of the version being written."""
+        """Number of the version that is being written."""
         return (self.parent.version if self.parent else 0) + 1
 
     def create(self, rows: Iterator[pa.RecordBatch], schema: pa.Schema) -> KeyTable:
-        """Write a table of these rows; earlier versions keep theirs."""
+        """Write a table with the given rows. Earlier versions are not affected."""
         self.table = KeyTable.create(self.store.address, TABLE, rows, schema)
         self._creations += 1
         return self.table
 
     @property
     def prunes(self) -> bool:
-        """Whether to prune old table versions after this commit: always if the first build wrote the table twice."""
+        """Whether to prune old table versions after this commit.
+
+        A first build prunes the table if it has written the table twice.
+        """
         if self.parent is None:
             return self._creations > 1
         return self.number % PRUNED_EVERY == 0 and len(self.store.versions()) >= history.KEPT_VERSIONS
 
     def put(self, kind: str, raw: bytes, rows: int) -> DataFile:
-        """Write an object of the small part, unless the parent version has it."""
+        """Write a data file as an object, unless the parent version already has the same file."""
         digest = hashlib.sha256(raw).hexdigest()
         entry = DataFile(f"data/{kind}-{digest[:16]}{SUFFIXES[kind]}", rows, len(raw), digest)
         if self.parent is None or self.parent.files.get(kind) != entry:
@@ -141,16 +146,16 @@ class TableWriter:
         return entry
 
     def put_array(self, kind: str, array: KeyArray | npt.NDArray[np.float64]) -> DataFile:
-        """Write an array with :meth:`put`."""
+        """Write an array as an object. See :meth:`put` for details."""
         sink = io.BytesIO()
         np.save(sink, np.ascontiguousarray(array), allow_pickle=False)
         return self.put(kind, sink.getvalue(), len(array))
 
     def commit(self, manifest: Manifest) -> None:
-        """Make this the current version. Until its manifest is created, the old version stands.
+        """Make this the current version. The old version stays current until the new manifest is created.
 
-        Raises InputError for values that a manifest cannot hold. Raises StoreError if another writer was faster, or the
-        table lacks rows or cannot be flushed.
+        Raises InputError if the manifest contains a value that cannot be stored. Raises StoreError if another writer
+        was faster, if rows of the table are missing, or if the table cannot be flushed.
         """
         address, objects = self.store.address, self.store.objects
         raw = history.sealed(manifest, address)
@@ -160,12 +165,12 @@ class TableWriter:
         self._flush()
         self.still_held()
         name = _name(manifest.version)
-        # If the answer was lost, the object may exist all the same; its content tells whose it is.
+        # The object may exist even if the answer was lost. Its content tells which writer created it.
         if not objects.create(name, raw) and objects.get(name, len(raw)) != raw:
             raise StoreError(f"{address}: another process wrote version {manifest.version}; try again")
         try:
             self.still_held()
-        except StoreError as lost:  # the new holder may have deleted what no manifest named yet
+        except StoreError as lost:  # the new holder may have deleted files of this version
             try:
                 self.store.check_objects(manifest)
                 self.store.table(manifest)
@@ -174,14 +179,14 @@ class TableWriter:
                 raise lost from None
 
     def digests(self, table: Table, rows: int | None) -> TableDigests:
-        """Return the digests of a version of the table: of its files, and of its ``rows`` if known.
+        """Return the digests of a table version. ``rows`` is the digest of its rows, if it is known.
 
-        Reads only new files. Raises StoreError if one is unreadable.
+        Only new files are read. Raises StoreError if a file cannot be read.
         """
         engine = _engine_name(table)
         before = {} if self.parent is None or self.parent.digests is None else self.parent.digests.files
         files = {}
-        with suppress(FileNotFoundError):  # another version of the engine may use another name
+        with suppress(FileNotFoundError):  # another version of LanceDB may use a different name
             files[engine] = hashlib.sha256(self.store.objects.get(engine)).hexdigest()
         for path, changed in sorted(self.store.table_files()):
             name = path.relative_to(self.store.root).as_posix()
@@ -212,7 +217,7 @@ class TableWriter:
 
 
 class LanceVersions:
-    """The versions of one index at an address. Nothing is opened or created in advance."""
+    """The versions of an index at an address. Nothing is opened or created until a method is called."""
 
     def __init__(self, address: Address) -> None:
         self.address = address
@@ -222,16 +227,16 @@ class LanceVersions:
         return str(self.address)
 
     def exists(self) -> bool:
-        """Return whether there is an index, in any state."""
+        """Return whether the store holds an index, even a damaged one."""
         return bool(self.versions())
 
     def versions(self) -> list[int]:
-        """Return the kept versions, oldest first."""
+        """Return the numbers of the kept versions, oldest first."""
         matches = (_MANIFEST.fullmatch(name.rpartition("/")[2]) for name in self.objects.names("manifests"))
         return sorted(int(match[1]) for match in matches if match)
 
     def manifest(self, version: int | None = None) -> Manifest:
-        """Return the current manifest, or an earlier one. Raises StoreError if it is missing or damaged."""
+        """Return the current manifest, or an earlier manifest. Raises StoreError if it is missing or damaged."""
         for _ in range(VERSIONS_TRIED):
             there = self.versions()
             if not there:
@@ -240,7 +245,7 @@ class LanceVersions:
                 raise StoreError(f"{self}: no version {version}; choose from {', '.join(map(str, there))}")
             try:
                 return self._read(version or there[-1])
-            except FileNotFoundError:  # just deleted
+            except FileNotFoundError:  # the version was just deleted
                 continue
         raise self._too_fast()
 
@@ -253,25 +258,26 @@ class LanceVersions:
         return manifest
 
     def classes(self, manifest: Manifest) -> Classes:
-        """Return the classes of a version. Raises StoreError if their table is missing or damaged."""
+        """Return the classes of a version. Raises StoreError if their file is missing or damaged."""
         file = manifest.files["classes"]
         return Classes.from_bytes(self._checked(file.name, file.sha256), manifest.d)
 
     def array(self, manifest: Manifest, kind: str) -> npt.NDArray[Any] | None:
-        """Return the ``second`` ``[d, d]``, ``metric`` ``[1 + d, d]`` or ``values`` ``[n, c]`` of a version, if any.
+        """Return an array of a version, or ``None`` if the version does not have it.
 
-        Raises StoreError if it is missing or damaged.
+        ``kind`` is ``second``, ``metric`` or ``values``. The arrays have the shapes ``[d, d]``, ``[1 + d, d]`` and
+        ``[n, c]``. Raises StoreError if the file is missing or damaged.
         """
         file = manifest.files.get(kind)
         return None if file is None else np.load(io.BytesIO(self._checked(file.name, file.sha256)))
 
     def check_objects(self, manifest: Manifest) -> None:
-        """Check the objects of a version. Raises StoreError if one is missing or damaged."""
+        """Check the objects of a version. Raises StoreError if an object is missing or damaged."""
         for file in manifest.data_files:
             self._checked(file.name, file.sha256)
 
     def _checked(self, name: str, sha256: str) -> bytes:
-        """Read an object. Raises StoreError if it is missing, or does not match its digest."""
+        """Read an object. Raises StoreError if it is missing or does not match its digest."""
         try:
             raw = self.objects.get(name, OBJECT_BYTES)
         except FileNotFoundError:
@@ -282,11 +288,11 @@ class LanceVersions:
 
     @property
     def root(self) -> Path:
-        """The folder on a disk."""
+        """The folder of the store, if the store is on a disk."""
         return self.address.local or Path()
 
     def table_files(self) -> set[tuple[Path, int]]:
-        """Return the files of the table with their times of change; none for a bucket."""
+        """Return the files of the table with their modification times. The set is empty for a bucket."""
         paths = [] if self.address.local is None else self.root.glob(f"{TABLE}.lance/**/*")
         return {(path, path.stat().st_mtime_ns) for path in paths if path.is_file()}
 
@@ -301,10 +307,10 @@ class LanceVersions:
         return table
 
     def check_engine(self, manifest: Manifest) -> None:
-        """Check the engine's own manifest of a version against its digest, if there is one.
+        """Check LanceDB's own manifest of a version against its digest, if there is a digest.
 
-        The engine has no checksums; one changed bit can make it panic, with a backtrace on standard error. Raises
-        StoreError if the file is missing or damaged.
+        LanceDB has no checksums, so a single changed bit can make it panic and print a backtrace. Raises StoreError if
+        the file is missing or damaged.
         """
         assert manifest.table is not None
         name = _engine_name(manifest.table)
@@ -312,10 +318,10 @@ class LanceVersions:
             self._checked(name, manifest.digests.files[name])
 
     def check_files(self, manifest: Manifest, seen: set[tuple[str, str]]) -> None:
-        """Check the files of the table on a disk against their digests, except files already ``seen``.
+        """Check the files of a table on a disk against their digests, except files that were already ``seen``.
 
-        Missing files are skipped: they may belong to an earlier version only, and the engine reports those it needs.
-        Raises StoreError if a file is damaged.
+        Missing files are skipped, because only an earlier version may have used them. LanceDB itself reports missing
+        files that it needs. Raises StoreError if a file is damaged.
         """
         files = {} if self.address.local is None or manifest.digests is None else manifest.digests.files
         for name, digest in files.items() - seen:
@@ -333,15 +339,16 @@ class LanceVersions:
 
     @contextmanager
     def write(self, wait: float | None = None) -> Iterator[TableWriter]:
-        """Write a new version exclusively. Other writers wait up to ``wait`` seconds (:data:`lock.LOCK_WAIT`).
+        """Lock the store, and yield a writer of the next version.
 
-        An exception, or a kill at any moment, keeps the current version. Raises StoreError if the store is locked or
-        not writable.
+        Waits up to ``wait`` seconds for other writers; ``wait`` defaults to :data:`lock.LOCK_WAIT`. If an exception is
+        raised or the process is killed, the current version stays in place. Raises StoreError if the store stays locked
+        or is not writable.
         """
         self._refuse_others()
         with lease.held(self.objects, wait) as still_held:
             for unfinished in self.root.glob("*/.*.tmp*") if self.address.local is not None else ():
-                with suppress(OSError):  # of a killed writer, without an object name yet
+                with suppress(OSError):  # temporary files of a killed writer
                     unfinished.unlink()
             yield TableWriter(self, still_held, self.manifest() if self.exists() else None)
 
@@ -354,10 +361,10 @@ class LanceVersions:
             raise StoreError(f"{self}: holds other files; give an empty or new folder")
 
     def opened(self, read: Callable[[Manifest], T], version: int | None = None) -> T:
-        """Return ``read`` of the current version, or of an earlier one.
+        """Call ``read`` with the manifest of the current version or an earlier version, and return the result.
 
-        Retries if a writer deletes that version meanwhile. Raises StoreError as :meth:`manifest`, and the errors of
-        ``read``.
+        If a writer deletes the version in the meantime, this is tried again. Raises StoreError under the same
+        conditions as :meth:`manifest`. Errors of ``read`` are passed on.
         """
         for _ in range(VERSIONS_TRIED):
             manifest = self.manifest(version)
@@ -369,28 +376,28 @@ class LanceVersions:
         raise self._too_fast()
 
     def keeps(self, manifest: Manifest) -> bool:
-        """Return whether a version is still kept; a writer deletes its manifest first."""
+        """Return whether a version still exists. A writer deletes the manifest of a version first."""
         return manifest.version in self.versions()
 
     def _too_fast(self) -> StoreError:
         return StoreError(f"{self}: changes faster than it can be opened; try again")
 
     def history(self) -> pa.Table:
-        """Return the kept versions, oldest first: a table of :data:`labels.VERSIONS_SCHEMA`.
+        """Return the kept versions as a table with the columns of :data:`labels.VERSIONS_SCHEMA`, oldest first.
 
-        ``bytes`` counts the small part. Raises StoreError if a manifest is damaged.
+        ``bytes`` does not include the LanceDB table. Raises StoreError if a manifest is damaged.
         """
         current = self.manifest()
         return history.history_table(self.earlier(current), current)
 
     def earlier(self, current: Manifest) -> list[Manifest]:
-        """Return the earlier versions, oldest first."""
+        """Return the manifests of earlier versions, oldest first."""
         manifests = []
         for version in self.versions():
             if version < current.version:
                 try:
                     manifests.append(self._read(version))
-                except FileNotFoundError:  # just deleted
+                except FileNotFoundError:  # the version was just deleted
                     continue
         return manifests
 
@@ -402,14 +409,15 @@ class LanceVersions:
         return history.described(self, manifest, self.earlier(manifest), counts, not_indexed=unindexed)
 
     def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
-        """Run a SELECT (:func:`folder.query`); table ``labels`` is read into memory, without keys."""
+        """Run a SELECT query. See :func:`folder.query`. The table ``labels``, but no key, is read into memory."""
         labels = self.opened(lambda manifest: (table := self.table(manifest)).read(table.label_columns))
         return ask({"labels": labels, "versions": self.history()}, sql, predictions, timeout)
 
     def collect(self, keep: int = 1) -> tuple[list[int], int]:
-        """Delete all versions except the last ``keep``, and their data; return their numbers and bytes of objects.
+        """Delete all versions except the last ``keep``, and the data that only they use.
 
-        A reader that still has a deleted version open will fail. Raises UsageError if ``keep`` is below 1.
+        Return the numbers of the deleted versions and the size of the deleted objects in bytes. A reader that still has
+        a deleted version open will fail. Raises UsageError if ``keep`` is below 1.
         """
         if keep < 1:
             raise UsageError(f"keep is {keep}: give at least 1, for the current version")
@@ -422,7 +430,7 @@ class LanceVersions:
         gone, kept = there[:-keep], [self._read(version) for version in there[-keep:]]
         named = {file.name for manifest in kept for file in manifest.data_files}
         strays = {name: size for name, size in self.objects.sizes("data").items() if name not in named}
-        still_held()  # or another writer may have used files that look unused here
+        still_held()  # otherwise another writer may use files that seem unused here
         self.objects.delete([_name(version) for version in gone])
         still_held()
         self.objects.delete(strays)
@@ -434,7 +442,7 @@ class LanceVersions:
         return gone, sum(strays.values())
 
     def forget_old(self, still_held: Callable[[], None], prune: bool) -> None:
-        """Delete versions beyond :data:`history.KEPT_VERSIONS`, and ``prune`` the table if requested."""
+        """Delete all but the last :data:`history.KEPT_VERSIONS` versions, and ``prune`` the table if requested."""
         if prune or len(self.versions()) > history.KEPT_VERSIONS:
             self._forget(still_held, history.KEPT_VERSIONS, prune=prune)
 
@@ -444,5 +452,5 @@ def _name(version: int) -> str:
 
 
 def _engine_name(table: Table) -> str:
-    """Return the name of the engine's manifest of a version. Numbers count down, so that the latest comes first."""
+    """Return the name of LanceDB's own manifest, whose number decreases so that the latest version is listed first."""
     return f"{table.name}.lance/_versions/{(1 << 64) - 1 - table.version:020d}.manifest"
