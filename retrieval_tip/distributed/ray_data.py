@@ -6,7 +6,7 @@ index, and writes the resulting rows:
     _run.json               a digest of the work and its source, so that parts of two runs are never mixed
     part=000012/            the rows of piece 12. It is missing if no item of the piece could be read
     _failed/000012.json     the inputs of piece 12 that could not be read, with the reason for each of them
-    _complete.json          an empty file that is written last
+    _complete.json          an empty JSON object, which is written last
 
 If a run was interrupted, repeat the call to process the missing parts. If a worker or a node dies, Ray retries its
 pieces. Parquet readers skip names that begin with an underscore, so other programs can read the folder as one table.
