@@ -1,4 +1,4 @@
-"""From logits to predictions, for an index in a folder or in a LanceDB store."""
+"""Turn logits into predictions, for an index in a folder or in a LanceDB store."""
 
 from __future__ import annotations
 
@@ -39,31 +39,39 @@ if TYPE_CHECKING:
     from retrieval_tip.cache_model import CacheModel
 
 SHOWN_CLASSES = 8
-"""Classes shown in a notebook."""
+"""Number of classes shown in a notebook."""
 
 ASKED = 16
-"""Keys whose logits are checked before they become a version."""
+"""Number of keys that are used as queries to check the logits before a version is written."""
 
 MOST_EXPONENT = 80.0
-"""Largest exponent of a key's weight. float32 overflows from 88 on."""
+"""Largest exponent allowed in the weight of a key. In float32, the exponential overflows from 88 on."""
 
 PREDICTED, ARROW_LENGTH = 1 << 16, (1 << 31) - 1
-"""Predictions turned into columns at a time, and the maximum length of an Arrow list or text column."""
+"""Number of predictions converted to columns at a time, and the maximum length of an Arrow list or text column."""
 
 GROWTH, ALL_FROM = 4, 8
-"""An unsettled query is retried with 4 times as many keys, and with all of them beyond an eighth.
+"""Limits of the retries of :meth:`AnsweringIndex.certified`.
 
-A GPU computes all keys faster than it retrieves more than ``GPU_MAX_K``."""
+Each retry uses 4 times as many keys. If that is more than an eighth of the index, the query uses all keys. On a GPU, it
+also uses all keys beyond ``GPU_MAX_K``, because comparing a query with every key is then faster than retrieving some.
+"""
 
 
 class AnsweringIndex(ABC):
-    """An index that classifies: keys in memory or in a table, and ``text_weights`` ``[c, d]`` float32 of the classes.
+    """Base class of the indexes that classify. Their keys are in memory or in a table.
 
-    - ``settings``: defaults of every call
-    - ``labels``: the label store, one row per key; key ids from ``next_key_id`` on have never been used
-    - ``metric`` and ``values``: fitted or trained parts of the method (:mod:`tip`), described by ``fitted``
-    - ``tuned``: weights file of a fine-tuned encoder
-    - ``place`` and ``version``: where this was loaded from
+    Attributes:
+        text_weights: the text weights of the classes, as a float32 tensor of shape ``[c, d]``.
+        settings: the defaults for every call.
+        labels: the label store, which has one row per key.
+        next_key_id: the smallest key id that has never been used.
+        metric: the fitted metric (see :mod:`tip`), or ``None``.
+        values: the solved or trained values (see :mod:`tip`), or ``None`` if values are one-hot.
+        fitted: a description of how the metric and the values were fitted.
+        tuned: the weights file of the fine-tuned encoder, if there is one.
+        place: the folder or address that the index was loaded from.
+        version: the number of the version that was loaded.
     """
 
     labels: pa.Table
@@ -100,87 +108,87 @@ class AnsweringIndex(ABC):
     @property
     @abstractmethod
     def retrieval(self) -> Retrieval:
-        """Retrieval of the keys with the current settings."""
+        """The object that retrieves keys, using the current settings."""
 
     @property
     @abstractmethod
     def index_type(self) -> str:
-        """FAISS factory string of the index over the keys."""
+        """The FAISS factory string of the index."""
 
     @property
     @abstractmethod
     def exact_search(self) -> bool:
-        """Whether a search always finds the nearest keys."""
+        """Whether a search is guaranteed to find the nearest keys."""
 
     @property
     @abstractmethod
     def manifest(self) -> Manifest | None:
-        """Manifest of the version that this was loaded from or saved as."""
+        """The manifest of the version that this index was loaded from or saved as."""
 
     @property
     @abstractmethod
     def place(self) -> str | None:
-        """Folder or address that this was loaded from or saved to."""
+        """The folder or address that this index was loaded from or saved to."""
 
     @abstractmethod
     def reload(self) -> AnsweringIndex:
-        """Return the current version of the folder or store, or this index if it is current."""
+        """Return the current version of the folder or store. If this index is up to date, return the index itself."""
 
     @abstractmethod
     def described(self, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-        """Return columns of the label store for ``rows`` ``[m]`` of :class:`evidence.Nearest`."""
+        """Return columns of the label store for the given ``rows`` (see :class:`evidence.Nearest`)."""
 
     @abstractmethod
     def every_row(self) -> npt.NDArray[np.int64]:
-        """Return the row numbers ``[n]`` of all keys for :meth:`described`, in the order of :meth:`key_blocks`."""
+        """Return the row numbers of all keys in the order of :meth:`key_blocks`, for use with :meth:`described`."""
 
     @abstractmethod
     def some(self, m: int) -> tuple[npt.NDArray[Any], pa.Table]:
-        """Return at most ``m`` stored keys, spread evenly over all, with their ``key_id`` and ``class_id``."""
+        """Return at most ``m`` evenly spaced keys as they are stored, and their ``key_id`` and ``class_id``."""
 
     @abstractmethod
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
-        """Return the label store's rows of these classes and key ids (default: all) whose source contains ``source``.
+        """Return the rows of the label store that match all of the given filters.
 
-        ``source`` ignores case.
+        By default, all classes and key ids match. ``source`` matches any source that contains it, ignoring case.
         """
 
     @property
     @abstractmethod
     def segments(self) -> int:
-        """Number of segments of the keys."""
+        """Number of segments that hold the keys."""
 
     @abstractmethod
     def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
-        """Return the digest and label of each key that has one of these digests."""
+        """Return the digest and the label of every key that has one of the given digests."""
 
     @abstractmethod
     def of_classes(self, class_ids: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]:
-        """Yield the class ids and stored keys of some classes, one block at a time."""
+        """Yield the class ids and the stored keys of the given classes, one block at a time."""
 
     @abstractmethod
     def stored_blocks(self) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
-        """Yield the labels and stored keys, one block at a time."""
+        """Yield the labels and the stored keys of the whole index, one block at a time."""
 
     @abstractmethod
     def statistics(self) -> Statistics | None:
-        """Return :func:`defaults.measure` of the keys in the metric, ``None`` if they have no spread."""
+        """Measure the affinities between the keys in the metric (see :func:`defaults.measure`)."""
 
     @abstractmethod
     def take(self, rows: npt.NDArray[np.int64]) -> CacheModel:
-        """Return an index in memory over some of the keys, by row of ``labels``. Raises UsageError for too many."""
+        """Return an index in memory over the keys at the given rows. Raises UsageError if there are too many."""
 
     @abstractmethod
     def in_memory(self) -> CacheModel:
-        """Return this index with all keys in memory. Raises UsageError for too many."""
+        """Return this index with all keys in memory. Raises UsageError if there are too many."""
 
     @abstractmethod
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
-        """Write the next version of an index folder; ``change`` is its entry in the history."""
+        """Write the next version of an index folder. ``change`` is used as its entry in the history."""
 
     @property
     def counts(self) -> list[int]:
-        """Number of keys of each class ``[c]``."""
+        """Number of keys in each class."""
         return list(self.retrieval.keys.counts.long().tolist())
 
     def __repr__(self) -> str:
@@ -191,7 +199,7 @@ class AnsweringIndex(ABC):
         )
 
     def _repr_html_(self) -> str:
-        """Show contents, settings and origin in a notebook."""
+        """Show the contents, the settings and the folder of the index in a notebook."""
         shown = zip(self.class_names[:SHOWN_CLASSES], self.counts, strict=False)
         few = ", ".join(f"{name} {number}" for name, number in shown)
         more = f" and {len(self.class_names) - SHOWN_CLASSES:,} more" if len(self.class_names) > SHOWN_CLASSES else ""
@@ -211,11 +219,11 @@ class AnsweringIndex(ABC):
 
     @property
     def has_text(self) -> bool:
-        """Whether there are text weights. Without them, zero-shot logits are 0 and the cache alone decides."""
+        """Whether the index has text weights. If not, zero-shot logits are 0 and only the cache decides."""
         return bool(self.text_weights.any())
 
     def caution(self, settings: Settings) -> str | None:
-        """Return a warning if ``settings`` have another beta than the fit."""
+        """Return a warning if the beta in ``settings`` differs from the beta of the fit."""
         if self.fitted is None or settings.beta == self.settings.beta:
             return None
         return (
@@ -224,7 +232,7 @@ class AnsweringIndex(ABC):
         )
 
     def with_settings(self, settings: Settings) -> Self:
-        """Return an index with other settings that shares these keys. Warns once if beta is not the fitted one."""
+        """Return an index that has other settings and shares the keys. Warns once if beta differs from the fit."""
         if settings == self.settings:
             return self
         if (caution := self.caution(settings)) is not None:
@@ -240,16 +248,16 @@ class AnsweringIndex(ABC):
         return replace(self.retrieval, settings=self.settings.override(k=k, tail=tail))
 
     def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> AnswerTerms:
-        """Return the terms of the logits: text ``logit_scale * f W^T``, and cache ``C`` without alpha.
+        """Return the two terms of the logits: the text term ``logit_scale * f W^T`` and the cache term ``C``.
 
-        Takes and raises the same as :meth:`logits`.
+        The cache term is not multiplied by alpha. The arguments and errors are the same as for :meth:`logits`.
         """
         terms = self._retrieval(k, tail).terms(self._queries(features))
         self._check(terms)
         return terms
 
     def check_answers(self) -> None:
-        """Raise InputError if logits overflow, using a few of the index's own keys as queries."""
+        """Raise InputError if the logits overflow for a few of the keys, which are used as queries."""
         settings, (keys, described) = self.settings, self.some(ASKED)
         own = torch.from_numpy(keys.astype(np.float32)).to(self.device)
         ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64)).to(self.device)
@@ -261,7 +269,10 @@ class AnsweringIndex(ABC):
         self._check(tip.Terms(tip.text_logits(queries, self.text_weights, settings.logit_scale), cache))
 
     def check_lengths(self, keys: npt.NDArray[Any]) -> None:
-        """Raise InputError if a unit query could overflow at one of these keys ``[m, d]``, given in the metric."""
+        """Raise InputError if the weight of one of these keys could overflow for a query of unit norm.
+
+        If the index has a metric, pass the keys in the metric.
+        """
         longest = float(np.sqrt(np.einsum("ij,ij->i", keys, keys, dtype=np.float64).max()))
         if self.settings.beta * (longest - 1) > MOST_EXPONENT:
             raise InputError(
@@ -283,13 +294,16 @@ class AnsweringIndex(ABC):
             )
 
     def certified(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> AnswerTerms:
-        """Return terms with the same winners as over all keys, retrieving as few keys as each query needs.
+        """Return terms that give the same winners as a search over all keys, while retrieving as few keys as possible.
 
-        A query starts with ``k`` keys, then takes four times as many, and finally all, until no other key can change
-        its winner (:func:`certify.certificate`; for an index over classes, :func:`certify.settled`). ``keys`` of the
-        result is the number used. With exact search the winners are proven. With approximate search, keys that it
-        misses are not considered. Solved or trained values can be negative, so they always need all keys. Takes and
-        raises the same as :meth:`logits`.
+        Each query starts with ``k`` keys. If another key could still change the winner, the query is repeated with
+        four times as many keys, and finally with all keys. See :func:`certify.certificate` for details, or
+        :func:`certify.settled` for an index over classes. The attribute ``keys`` of the result is the number of keys
+        used per query.
+
+        If the search is exact, the winners are proven. An approximate search may miss keys, and missed keys are not
+        considered. Solved or trained values can be negative, so queries always need all keys. The arguments and errors
+        are the same as for :meth:`logits`.
         """
         f, retrieval = self._queries(features), self._retrieval(k, tail)
         text = f.new_empty(len(f), len(self.class_names))
@@ -309,15 +323,20 @@ class AnsweringIndex(ABC):
         return answers
 
     def logits(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Tensor:
-        """Return the logits ``logit_scale * f W^T + alpha * C`` ``[q, c]`` float32, in the order of the classes.
+        """Return the logits ``logit_scale * f W^T + alpha * C``, in the order of the classes.
 
         Args:
-            features: ``[q, d]`` unit-norm features, array or tensor.
-            k: number of nearest keys per query, or ``"all"``, which is exact Tip-Adapter. [default: from settings]
-            tail: with ``k``, estimate the contribution of keys that were not retrieved (:func:`tip.cache_logits`).
-                [default: from settings]
+            features: the features, which should have unit norm, as an array or tensor of shape ``[q, d]``.
+            k: the number of nearest keys to use per query, or ``"all"`` for exact Tip-Adapter. Defaults to the setting
+                of the index.
+            tail: whether to estimate the contribution of keys that are not retrieved, if ``k`` is a number (see
+                :func:`tip.cache_logits`). Defaults to the setting of the index.
 
-        Raises InputError if features are not finite or not ``[q, d]``, or if logits overflow; UsageError if ``k`` < 1.
+        Returns a float32 tensor of shape ``[q, c]``.
+
+        Raises:
+            InputError: if the features are not finite or do not have the shape ``[q, d]``, or if the logits overflow.
+            UsageError: if ``k`` is less than 1.
         """
         return self.terms(features, k, tail).logits(self.settings)
 
@@ -331,19 +350,19 @@ class AnsweringIndex(ABC):
         certify: bool = False,
         norms: Norms = "check",
     ) -> Predictions:
-        """Classify features ``[q, d]``: label, probability, and the shots that contributed most to each answer.
+        """Classify features, and return labels, probabilities and the shots that contributed most to each answer.
 
         Args:
-            features: ``[q, d]`` unit-norm features, array or tensor.
-            top: number of classes to report, most probable first.
-            k: as for :meth:`logits`.
-            tail: as for :meth:`logits`.
-            neighbours: number of shots to report (:class:`retrieval.evidence.Contributors`). With ``k``, only retrieved
-                keys count.
-            certify: retrieve as many keys as it takes to settle each label (:meth:`certified`).
-            norms: ``"check"`` that features have norm 1, or ``"keep"`` them unchecked.
+            features: the features, which should have unit norm, as an array or tensor of shape ``[q, d]``.
+            top: the number of classes to report, most probable first.
+            k: the number of nearest keys to use, as in :meth:`logits`.
+            tail: whether to estimate the contribution of the other keys, as in :meth:`logits`.
+            neighbours: the number of shots to report (see :class:`retrieval.evidence.Contributors`). If ``k`` is a
+                number, only retrieved keys are reported.
+            certify: whether to retrieve enough keys to prove each label (see :meth:`certified`).
+            norms: ``"check"`` to check that all features have norm 1, or ``"keep"`` to accept any norm.
 
-        Raises the same as :meth:`logits`, and InputError naming the first row whose norm is not 1.
+        Raises InputError if the norm of a feature is not 1. Raises the same errors as :meth:`logits`.
         """
         check_count("top", top)
         retrieval, f = self._retrieval(k, tail), self._queries(features)
@@ -370,10 +389,10 @@ class AnsweringIndex(ABC):
         neighbours: int = 5,
         certify: bool = False,
     ) -> Iterator[Predictions]:
-        """Classify images or a feature table while reading it, and yield the predictions in order, with item names.
+        """Classify images or a feature table while reading them, and yield the predictions in order.
 
-        Images need an ``encoder`` with this index's backbone. Unreadable items are left out and listed in
-        ``encoder.skipped``. The other arguments are those of :meth:`classify`.
+        To classify images, pass an ``encoder`` that uses the backbone of this index. Unreadable items are skipped and
+        listed in ``encoder.skipped``. The other arguments are the same as for :meth:`classify`.
         """
         column = source.items["source"]
         for block in encoder.blocks(source):
@@ -382,9 +401,10 @@ class AnsweringIndex(ABC):
                 yield answers.named(column.take(pa.array(block.positions[part])))
 
     def evidence(self, features: Features, complete: int = 1 << 14, nearest: int = 2048) -> list[Evidence]:
-        """Return the evidence for queries ``[q, d]``: all keys if there are at most ``complete``, else ``nearest``.
+        """Return the evidence for each query.
 
-        Raises InputError if features are not finite or not ``[q, d]``.
+        If the index has at most ``complete`` keys, the evidence includes all of them. Otherwise it includes the
+        ``nearest`` keys. Raises InputError if the features are not finite or do not have the shape ``[q, d]``.
         """
         f, retrieval = self._queries(features), self.retrieval
         keys = retrieval.keys
@@ -403,7 +423,7 @@ class AnsweringIndex(ABC):
         ]
 
     def _every(self, points: Tensor) -> Nearest:
-        """Return all keys, nearest first."""
+        """Return all keys for each query, nearest first."""
         blocks = [(tip.affinity(points, keys), ids.clone()) for keys, ids in self.key_blocks()]
         affinity, order = torch.cat([block_affinity for block_affinity, _ in blocks], dim=1).sort(
             dim=1, descending=True, stable=True
@@ -412,13 +432,13 @@ class AnsweringIndex(ABC):
         return Nearest(affinity, rows[order], ids[order])
 
     def parts(self, q: int) -> Iterator[slice]:
-        """Split ``q`` queries into slices of at most :data:`LOGITS` logits."""
+        """Split ``q`` queries into slices that have at most :data:`LOGITS` logits each."""
         return slices(q, max(1, LOGITS // len(self.class_names)))
 
     def ids_of(self, source: Source) -> npt.NDArray[np.int64]:
-        """Return the class ids of a labelled source's items. :meth:`Source.known_as` matches other spellings.
+        """Return the class id of each item in a labelled source. :meth:`Source.known_as` matches other spellings.
 
-        Raises InputError if it has no items, or a label that is not a class of the index.
+        Raises InputError if the source has no items, or if a label is not a class of the index.
         """
         position = {name: i for i, name in enumerate(self.class_names)}
         labels = source.known_as(self.class_names).labels
@@ -433,23 +453,27 @@ class AnsweringIndex(ABC):
         return np.array([position[label] for label in labels], dtype=np.int64)
 
     def key_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the keys in the metric ``[b, d]`` float32 and their class ids ``[b]``, on the device, in blocks."""
+        """Yield blocks of keys in the metric and their class ids, as tensors on the device."""
         return self.retrieval.keys.blocks()
 
 
 class EditableIndex(AnsweringIndex):
-    """An index whose edits become the next version of its folder or store. An edit that raises changes nothing."""
+    """An index that you can edit. The edits become the next version of its folder or store.
+
+    If an edit raises an error, the index does not change.
+    """
 
     @abstractmethod
     def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
-        """Append classes without keys. An index with text needs their ``text_weights`` ``[m, d]``.
+        """Append classes that have no keys yet.
 
-        Raises InputError if a name exists, or weights are missing or of the wrong shape.
+        If the index has text weights, you must also pass ``text_weights`` for the new classes, of shape ``[m, d]``.
+        Raises InputError if a class already exists, or if the weights are missing or have the wrong shape.
         """
 
     @abstractmethod
     def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
-        """Replace the text weights ``[c, d]`` and the templates that they were made from."""
+        """Replace the text weights of all classes, and the templates that the weights were made from."""
 
     @abstractmethod
     def add(
@@ -462,34 +486,40 @@ class EditableIndex(AnsweringIndex):
         digests: Sequence[str | None] | None = None,
         extra: pa.Table | None = None,
     ) -> list[int]:
-        """Add keys ``[m, d]`` of existing classes, and return their key ids.
+        """Add keys to existing classes, and return their key ids.
 
-        ``views``, ``digests`` (SHA-256 of the images) and ``extra`` columns go into the label store. Raises InputError
-        for keys of the wrong shape and unknown labels.
+        ``keys`` has the shape ``[m, d]``. ``views``, ``digests`` and the columns of ``extra`` are written to the label
+        store. The digests are the SHA-256 digests of the images. Raises InputError if the keys have the wrong shape or
+        a label is unknown.
         """
 
     @abstractmethod
     def remove(self, key_ids: Sequence[int]) -> None:
-        """Remove keys by id; classes stay. Raises InputError for an unknown id, or if no key would remain."""
+        """Remove keys by id. Classes that become empty are kept.
+
+        Raises InputError if an id is unknown, or if no key would remain.
+        """
 
     @abstractmethod
     def relabel(self, key_ids: Sequence[int], labels: str | Sequence[str]) -> None:
-        """Move keys to other classes: one label for each, or one for all. They become the last shots of their class.
+        """Move keys to other classes, given one label for all keys or one label per key.
 
-        Raises InputError for an unknown id or label, or a repeated id.
+        The keys become the last shots of their new class. Raises InputError if an id or a label is unknown, or if an id
+        is repeated.
         """
 
     @abstractmethod
     def rename(self, old: str, new: str) -> None:
-        """Rename a class; its keys and text weight stay.
+        """Rename a class. The class keeps its keys and its text weight.
 
-        If ``new`` exists, merge the two: the keys move to ``new``, which keeps its text weight, and the ids of later
-        classes decrease by one. Raises InputError if ``old`` does not exist or ``new`` is not a valid name.
+        If ``new`` already exists, the two classes are merged. In that case the keys move to ``new``, which keeps its
+        own text weight, and the ids of later classes decrease by one. Raises InputError if ``old`` does not exist, or
+        if ``new`` is not a valid name.
         """
 
     @abstractmethod
     def compact(self) -> None:
-        """Merge all segments into one, with an index of the same type."""
+        """Merge all segments into one, and build an index of the same type over it."""
 
 
 def manifest_of(
@@ -503,7 +533,7 @@ def manifest_of(
     table: Table | None = None,
     digests: TableDigests | None = None,
 ) -> Manifest:
-    """Return the manifest of version ``number``, made from ``parent`` by ``change``."""
+    """Create the manifest of version ``number``, which is made from ``parent`` by ``change``."""
     return Manifest(
         version=number, parent=None if parent is None else parent.version, **history.stamp(),
         n=index.n, d=index.d, dtype=index.dtype, class_names=index.class_names, templates=index.templates,
@@ -518,7 +548,7 @@ def _columns(
     index: AnsweringIndex, f: Tensor, terms: AnswerTerms, retrieval: Retrieval, top: int, neighbours: int
 ) -> pa.Table:
     logits, shots = terms.logits(index.settings), terms.shots
-    ranked = logits.topk(min(top, logits.shape[1]), dim=1).indices  # the same at any temperature
+    ranked = logits.topk(min(top, logits.shape[1]), dim=1).indices  # the temperature does not change the ranking
     chances = _doubles(tip.probabilities(logits, index.settings.temperature).gather(1, ranked))
     winner = ranked[:, :1]
     if shots is None and neighbours > 0:
@@ -546,7 +576,7 @@ def _columns(
 
 
 def _neighbours(index: AnsweringIndex, near: Nearest | None, classes: Tensor) -> pa.ListArray:
-    """Return the supporting keys of each query, with their contributions to its ``classes`` ``[q, m]``."""
+    """Return the supporting keys of each query, and their contributions to the reported ``classes``."""
     kind = PREDICTIONS["neighbours"]
     if near is None:
         ends = np.zeros(len(classes) + 1, np.int32)
@@ -557,7 +587,7 @@ def _neighbours(index: AnsweringIndex, near: Nearest | None, classes: Tensor) ->
 
 
 def _opposing(index: AnsweringIndex, near: Nearest | None, classes: Tensor) -> pa.StructArray:
-    """Return the strongest key against each answer, or null."""
+    """Return the key that counts most against each answer, or null if no key does."""
     if near is None:
         return pa.nulls(len(classes), PREDICTIONS["opposing"])
     there = (near.rows[:, 0] >= 0).cpu().numpy()
@@ -565,7 +595,7 @@ def _opposing(index: AnsweringIndex, near: Nearest | None, classes: Tensor) -> p
 
 
 def _described(index: AnsweringIndex, near: Nearest, classes: Tensor) -> pa.StructArray:
-    """Return the keys of ``near``, without empty slots, as one column, query by query."""
+    """Return the keys of ``near`` as one column, ordered by query. Empty slots are dropped."""
     there = near.rows >= 0
     weight = tip.weight(near.affinity, index.settings.beta)
     if index.values is None:
@@ -585,10 +615,10 @@ def _doubles(values: Tensor) -> npt.NDArray[np.float64]:
 
 
 def _largest(logits: Tensor) -> Tensor:
-    """Return the largest absolute value, or NaN if there is one, without copying the logits."""
+    """Return the largest absolute value, or NaN if any logit is NaN. The logits are not copied."""
     return torch.stack(logits.aminmax()).abs().amax()
 
 
 def spread(n: int, m: int) -> npt.NDArray[np.int64]:
-    """Return at most ``m`` of ``n`` positions, ascending and evenly spread."""
+    """Return at most ``m`` evenly spaced positions out of ``n``, in ascending order."""
     return np.unique(np.linspace(0, n - 1, min(n, m)).round().astype(np.int64))

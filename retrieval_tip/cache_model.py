@@ -1,4 +1,4 @@
-"""An index whose keys are in memory: classify with it, edit it, and save it to an index folder."""
+"""An index that holds its keys in memory. You can classify with it, edit it, and save it to an index folder."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from retrieval_tip.store.writer import Writer, write
 T = TypeVar("T", bound="CacheModel")
 
 SUMS_FROM = 8
-"""Save the sums if the keys have at least 8 times their bytes. Below that, recomputing them takes no time."""
+"""The sums are saved only if the keys are at least 8 times as large. Otherwise it is cheap to recompute them."""
 
 
 class KeyEdits(EditableIndex):
-    """Edits of keys in memory, which keep labels, points, values, sums and the FAISS index consistent.
+    """Methods that edit keys in memory, and keep labels, points, values, sums and the FAISS index consistent.
 
-    :class:`CacheModel` describes the attributes. :meth:`CacheModel.save` writes the edits to disk.
+    See :class:`CacheModel` for the attributes. Edits are written to disk by :meth:`CacheModel.save`.
     """
 
     keys: KeyArray | Segments
@@ -73,18 +73,18 @@ class KeyEdits(EditableIndex):
 
     @property
     def met(self) -> KeyArray | Segments:
-        """Keys in the metric: the points, or without a metric the keys themselves."""
+        """The keys in the metric. If there is no metric, these are the keys themselves."""
         return self.keys if self.points is None else self.points
 
     def _with_points(self) -> KeyArray | Segments:
-        """Return the points of all keys. Compute them for later segments that have none yet."""
+        """Return the points of all keys. Points are computed for segments that do not have any yet."""
         known = [] if self.points is None else list(segments_of(self.points))
         late = [points_of(self.metric, part, self.device) for part in segments_of(self.keys)[len(known) :]]
         return joined([*known, *(part for part in late if part is not None)])
 
     @property
     def segments(self) -> int:
-        """Number of segments of the keys. The FAISS index covers the first one."""
+        """Number of segments that hold the keys. The FAISS index covers the first segment."""
         return len(segments_of(self.keys))
 
     @property
@@ -93,7 +93,7 @@ class KeyEdits(EditableIndex):
 
     @property
     def _ridge(self) -> Ridge | None:
-        """Solver that updates the values after an edit; ``None`` unless values were solved."""
+        """The solver that updates the values after an edit, or ``None`` if the values were not solved."""
         if self.fitted is None or self.fitted.ridge is None:
             return None
         return Ridge(len(self.class_names), self.settings.beta, self.fitted.ridge, self.device)
@@ -101,7 +101,7 @@ class KeyEdits(EditableIndex):
     def _index_over(
         self, keys: KeyArray | Segments, class_ids: npt.NDArray[np.int64], factory: str | None = None
     ) -> VectorIndex:
-        """Return an index over other keys: of the same type and search effort, or of type ``factory``."""
+        """Build a FAISS index over other keys. By default, it has the same type and search effort as the current one."""
         wanted = self.index.factory if factory is None else factory
         index = index_over(keys, class_ids, len(self.class_names), wanted, self.device)
         if wanted == self.index.factory:
@@ -128,12 +128,15 @@ class KeyEdits(EditableIndex):
         digests: Sequence[str | None] | None = None,
         extra: pa.Table | None = None,
     ) -> list[int]:
-        """Add keys as :meth:`answering.EditableIndex.add` does. The cost depends only on how many are added.
+        """Add keys (see :meth:`answering.EditableIndex.add`). The cost depends only on the number of added keys.
 
-        The new keys become a segment outside the FAISS index. It absorbs segments that are not larger, so segments stay
-        few; once they hold as many keys as the index, the index is rebuilt (:meth:`compact`). A cache with values has
-        one segment. Solved values are solved again, in a large index only for the new keys (:class:`ridge.Ridge`);
-        a new key beside trained values gets a one-hot row.
+        The new keys become a segment that is not part of the FAISS index. Existing segments that are not larger are
+        merged into it, so that there are never many segments. Once the segments hold as many keys as the index, the
+        index is rebuilt (see :meth:`compact`).
+
+        A cache that has values consists of one segment. Solved values are solved again. In a large index, only the
+        values of the new keys are solved (see :class:`ridge.Ridge`). If the values were trained, the new keys get
+        one-hot rows.
         """
         matrix, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
         assert self.next_key_id is not None
@@ -160,7 +163,7 @@ class KeyEdits(EditableIndex):
         if len(gone):
             sums = None if self.sums is None else self.sums.removed(*labelled.of_rows(gone))
             if sums is not None and self.sums is not None and not sums.outweighs(self.sums):
-                sums = None  # too much rounding; the next fit recomputes them
+                sums = None  # rounding errors have become too large, so the next fit recomputes the sums
             self._hold(labelled.without(gone), sums)
 
     def relabel(self, key_ids: Sequence[int], labels: str | Sequence[str]) -> None:
@@ -189,8 +192,8 @@ class KeyEdits(EditableIndex):
         self._follow()
 
     def _merge(self, class_id: int, into: str, names: list[str]) -> None:
-        """Move the keys of a class to the class ``into`` and drop it; ``names`` are the remaining classes."""
-        if self.values is not None:  # the two columns add up: solved values are linear in their targets
+        """Move the keys of a class to the class ``into``, and drop the class. ``names`` are the remaining classes."""
+        if self.values is not None:  # the columns can be added, because solved values are linear in their targets
             self.values = self.values.clone()
             self.values[:, self.class_names.index(into)] += self.values[:, class_id]
         self.relabel(self.find([self.class_names[class_id]])["key_id"].to_pylist(), into)
@@ -208,9 +211,9 @@ class KeyEdits(EditableIndex):
         self._follow()
 
     def solve(self) -> None:
-        """Solve all values again for the current keys and beta. Does nothing if values were not solved.
+        """Solve all values again for the current keys and beta. Does nothing if the values were not solved.
 
-        Raises InputError and changes nothing for more than :data:`MOST_SOLVED` keys.
+        Raises InputError if there are more than :data:`MOST_SOLVED` keys. In that case nothing changes.
         """
         if self._ridge is None:
             return
@@ -223,12 +226,18 @@ class KeyEdits(EditableIndex):
         self.values = self._ridge.values(torch.from_numpy(points).to(self.device), self.class_ids)
 
     def compact(self, factory: str | None = None, dtype: Dtype | None = None, *, again: bool = False) -> None:
-        """Merge all segments into one and build the index over it.
+        """Merge all segments into one, and build the index over it. After an error, nothing has changed.
 
-        ``factory`` changes the type of the index (``auto``: :func:`keys.auto_for` chooses it and ``k``), ``dtype`` the
-        type of the keys, float32 or float16. Another dtype, or ``again``, recomputes points and solved values; the next
-        fit recomputes the sums. Raises UsageError for an invalid factory and InputError for keys too large for the
-        dtype, and then changes nothing.
+        Args:
+            factory: the new type of the index. If it is ``auto``, :func:`keys.auto_for` selects the type and ``k``.
+                Defaults to the current type.
+            dtype: the new type of the keys, float32 or float16. Defaults to the current type.
+            again: whether to recompute the points and the solved values. This is always done if ``dtype`` changes. The
+                next fit then recomputes the sums, too.
+
+        Raises:
+            UsageError: if the factory is invalid.
+            InputError: if the keys are too large for the dtype.
         """
         settings = self.settings
         if factory == "auto":
@@ -237,7 +246,7 @@ class KeyEdits(EditableIndex):
         ordered = self._labelled.take(self._labelled.order())
         again = again or (dtype is not None and ordered.keys.dtype != dtype)
         if again:
-            with np.errstate(over="ignore"):  # refused just below
+            with np.errstate(over="ignore"):  # overflow becomes infinity, which raises an error below
                 keys = np.asarray(ordered.keys).astype(dtype or self.dtype)
             if not np.isfinite(keys).all():
                 raise InputError(f"keys: values too large for {keys.dtype}; use float32")
@@ -252,10 +261,10 @@ class KeyEdits(EditableIndex):
     def set_fitted(
         self, metric: tip.Metric | None, values: Tensor | None, fitted: Fitted | None, factory: str | None = None
     ) -> None:
-        """Set the metric, the values ``[n, c]`` and how they were ``fitted``, and build the index over the points.
+        """Set the metric and the values, and build the index over the points.
 
-        All keys must be in one segment. ``factory`` changes the type of the index. Raises UsageError for an invalid
-        factory.
+        ``fitted`` describes how the metric and the values were fitted. ``factory`` is the new type of the index, and
+        defaults to the current type. All keys must be in one segment. Raises UsageError if the factory is invalid.
         """
         moved = self.metric is not None or metric is not None
         self.metric, self.values, self.fitted = metric, values, fitted
@@ -270,7 +279,7 @@ class KeyEdits(EditableIndex):
         self.values, self.points = labelled.values, labelled.points
 
     def _hold(self, labelled: LabelledKeys, sums: Sums | None) -> None:
-        """Replace the keys and their sums. Rebuild the index only if the first segment changed."""
+        """Replace the keys and their sums. The index is rebuilt only if the first segment has changed."""
         labelled = labelled if self._ridge is None else self._ridge.solved(labelled)
         first, *late = segments_of(labelled.met)
         if first is not segments_of(self.met)[0]:
@@ -285,7 +294,7 @@ class KeyEdits(EditableIndex):
         self.templates, self.text_weights = list(templates), torch.from_numpy(weights).to(self.device)
 
     def _follow(self) -> None:
-        """Update everything derived from keys, labels and classes."""
+        """Update everything that is derived from the keys, the labels and the classes."""
         class_ids = self.labels["class_id"].to_numpy().astype(np.int64)
         c, (base, *late) = len(self.class_names), segments_of(self.met)
         if not self.index.by_class and self.index.indexed != len(base):
@@ -302,33 +311,36 @@ class KeyEdits(EditableIndex):
 
 @dataclass
 class CacheModel(KeyEdits):
-    """Tip-Adapter's cache as a searchable, editable index, with keys in memory or memory-mapped.
+    """The cache of Tip-Adapter as an index that you can search and edit. The keys are in memory or memory-mapped.
 
-    Create it with :meth:`from_features` or :meth:`load`; :meth:`save` writes the next version of its folder. To change
-    an array, use the methods, or ``dataclasses.replace`` on a copy; never assign in place.
+    Create an index with :meth:`from_features` or :meth:`load`. :meth:`save` writes the next version of its folder. To
+    change the contents, use the methods, or call ``dataclasses.replace``. Do not modify the arrays in place.
 
     Attributes:
-        keys: ``[n, d]`` float32 or float16, grouped by class; or segments of such keys, the indexed one first.
-        labels: the label store, one row per key.
-        class_names: the ``c`` classes in order.
-        text_weights: ``[c, d]`` float32; zeros without text.
+        keys: the keys as a float32 or float16 array of shape ``[n, d]``, grouped by class. They can also be several
+            segments of such keys. In that case the FAISS index covers the first segment.
+        labels: the label store, which has one row per key.
+        class_names: the names of the ``c`` classes, in order.
+        text_weights: the text weights as a float32 tensor of shape ``[c, d]``. They are zero if there is no text.
         index: the FAISS index over the first segment.
-        settings: defaults of every call.
-        values: ``[n, c]`` float32 on the device, solved or trained (:class:`tip.Values`); ``None`` is one-hot.
+        settings: the defaults for every call.
+        values: the solved or trained values as a float32 tensor of shape ``[n, c]`` on the device (see
+            :class:`tip.Values`), or ``None`` if values are one-hot.
         metric: the fitted metric, or ``None``.
-        points: ``phi(K)``, in the dtype and segments of ``keys``; computed if missing.
-        fitted: how metric and values were fitted (:mod:`fit.closed_form`), or ``None``.
-        tuned: safetensors file of the fine-tuned encoder.
-        curve: loss curve of the training, one row per epoch.
-        precision: type of the products with all keys (:class:`keys.Keys`).
-        class_ids: ``[n]`` int64 on the device, derived from ``labels``.
-        sums: sums that a metric is fitted from, if known; edits update them.
-        folder: index folder that this was loaded from or saved to.
-        version: number of its version there.
-        next_key_id: first id that no key has ever had.
-        built: settings of the build.
+        points: the keys in the metric, ``phi(K)``, in the same dtype and segments as ``keys``. They are computed if
+            they are missing.
+        fitted: a description of how the metric and the values were fitted (see :mod:`fit.closed_form`), or ``None``.
+        tuned: the safetensors file of the fine-tuned encoder.
+        curve: the loss curve of the training, which has one row per epoch.
+        precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
+        class_ids: the class ids as an int64 tensor of shape ``[n]`` on the device, derived from ``labels``.
+        sums: the sums that a metric is fitted from, if known. Edits update them.
+        folder: the index folder that this index was loaded from or saved to.
+        version: the number of its version in that folder.
+        next_key_id: the smallest key id that has never been used.
+        built: the options that the index was built with.
 
-    Raises InputError for values of another shape or a curve without rows.
+    Raises InputError if the values have the wrong shape, or if the curve has no rows.
     """
 
     keys: KeyArray | Segments
@@ -367,7 +379,7 @@ class CacheModel(KeyEdits):
         if self.curve is not None and not len(self.curve):
             raise InputError("curve: has no rows; pass one row per epoch, or None")
 
-    __repr__ = AnsweringIndex.__repr__  # not the dataclass's
+    __repr__ = AnsweringIndex.__repr__  # replaces the one that dataclass generates
 
     @property
     def retrieval(self) -> IndexRetrieval:
@@ -406,23 +418,24 @@ class CacheModel(KeyEdits):
         """Create an index from precomputed features.
 
         Args:
-            keys: ``[n, d]`` floating-point features of the shots. They are not normalised: pass unit vectors, unless
-                they were fine-tuned.
-            labels: class of each key, as a name or a position in ``class_names``.
-            class_names: the ``c`` classes in order; a class may have no key.
-            text_weights: ``[c, d]`` unit vectors; with ``None`` the cache alone decides.
-            settings: defaults of every call. [default: the paper's]
-            index: FAISS factory string: ``Flat``, ``IVF256,Flat``, ``HNSW32``, ``SQfp16`` ...; ``Classes`` for an index
-                of class means; ``auto`` to choose it and ``k`` by :func:`keys.auto_for`.
+            keys: the features of the shots, as a floating-point array of shape ``[n, d]``. They are not normalised, so
+                make sure that they are unit vectors unless they were fine-tuned.
+            labels: the class of each key, given by its name or by its position in ``class_names``.
+            class_names: the names of the ``c`` classes, in order. A class may have no keys.
+            text_weights: the text weights, as unit vectors of shape ``[c, d]``. If ``None``, only the cache decides.
+            settings: the defaults for every call. By default, these are the settings of the paper.
+            index: the FAISS factory string, for example ``Flat``, ``IVF256,Flat``, ``HNSW32`` or ``SQfp16``. You can
+                also pass ``Classes`` for an index over class means, or ``auto`` to let :func:`keys.auto_for` select the
+                type and ``k``.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-            sources: path or id of each key, shown with predictions.
-            values: ``[n, c]`` trained values. [default: one-hot labels]
-            precision: type of the products with all keys: ``float32``, ``bfloat16``, ``float16``, or ``auto``
-                (the fastest that is accurate enough, as measured).
+            sources: the path or id of each key, which is shown with predictions.
+            values: the trained values, of shape ``[n, c]``. Defaults to one-hot labels.
+            precision: the dtype that is used to multiply queries with all keys: ``float32``, ``bfloat16``, ``float16``
+                or ``auto``. With ``auto``, the fastest dtype that is accurate enough is selected by a measurement.
 
         Raises:
-            InputError: shapes do not match, values are not finite, or a label is not a class.
-            UsageError: invalid alpha, beta, device, index or precision.
+            InputError: if shapes do not match, if values are not finite, or if a label is not a class.
+            UsageError: if alpha, beta, the device, the index or the precision is invalid.
         """
         matrix = inputs.matrix(keys, "keys")
         names = inputs.names(class_names)
@@ -475,32 +488,32 @@ class CacheModel(KeyEdits):
         return measure(self.met, self.class_ids.cpu().numpy())
 
     def exact_logits(self, features: Features) -> Tensor:
-        """Return logits ``[q, c]`` over all keys in float64, for solved or trained values.
+        """Return logits over all keys, computed in float64. This is useful for solved or trained values.
 
-        Such values cancel each other, so in float32 the last digits depend on which queries share a batch. Raises the
-        same as :meth:`AnsweringIndex.logits`.
+        Such values partly cancel, so in float32 the last digits depend on which queries are in the same batch. Raises
+        the same errors as :meth:`AnsweringIndex.logits`.
         """
         terms = self.retrieval.double().terms(self._queries(features).double())
         self._check(terms)
         return terms.logits(self.settings)
 
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
-        """Return affinities and rows ``[q, k]`` of the ``k`` nearest keys of queries ``[q, d]``, on the device.
+        """Return the affinities and rows of the ``k`` nearest keys of each query, both of shape ``[q, k]``.
 
-        Affinities use the stored keys, even if the index compresses them. An empty slot has row -1.
+        The affinities are computed from the stored keys, even if the index compresses them. Empty slots have row -1.
         """
         retrieval = self.retrieval
         near = retrieval.nearest(retrieval.points(features), k)
         return near.affinity, near.rows.cpu().numpy()
 
     def whole(self) -> Self:
-        """Return this index with all keys in one segment."""
+        """Return an equal index that holds all keys in one segment."""
         return self if self.segments == 1 else self.take(self._labelled.order())
 
     def take(self, rows: npt.NDArray[np.int64]) -> Self:
-        """Return an index over some of the keys, by row (rows may repeat), otherwise the same.
+        """Return an index that consists of the keys at the given rows. Rows may repeat.
 
-        If the index type needs more keys, the new index is ``Flat``.
+        If there are too few keys for the type of the index, the new index is ``Flat``.
         """
         grouped = np.asarray(rows)[np.argsort(self._labelled.class_ids[rows], kind="stable")]
         part = self._labelled.take(grouped)
@@ -533,20 +546,22 @@ class CacheModel(KeyEdits):
         check: Check | None = None,
         version: int | None = None,
     ) -> Self:
-        """Open the current version of an index folder, or an earlier one.
+        """Open the current version of an index folder, or an earlier version.
 
-        Keys and values are memory-mapped. If a writer deletes the current version meanwhile, the next one is opened.
+        Keys and values are memory-mapped. If a writer deletes the current version in the meantime, the next version is
+        opened instead.
 
         Args:
             folder: the index folder.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-            precision: type of the products with all keys. ``auto`` is the fastest that is accurate enough on this
-                machine (:meth:`keys.Keys.products`); ``float32`` gives the same answers everywhere, up to rounding.
-            verify: ``full`` compares every file with its digest; ``fast`` compares only the size of large files.
-            check: a check that has already started; its version is opened.
-            version: number of an earlier version.
+            precision: the dtype that is used to multiply queries with all keys. ``auto`` selects the fastest dtype that
+                is accurate enough on this machine (see :meth:`keys.Keys.products`). ``float32`` gives the same answers
+                on every machine, up to rounding.
+            verify: ``full`` to compare every file with its digest, or ``fast`` to compare only the size of large files.
+            check: a check that has already been started. If it is given, the version that it checks is opened.
+            version: the number of an earlier version. Defaults to the current version.
 
-        Raises StoreError naming the file that is missing, damaged, of a newer format, or different from the manifest.
+        Raises StoreError if a file is missing or damaged, has a newer format, or does not match the manifest.
         """
         place, device = Path(folder), resolve_device(device)
         if version is None:
@@ -564,7 +579,10 @@ class CacheModel(KeyEdits):
         return self
 
     def on(self, device: str, precision: Precision) -> Self:
-        """Return this saved version on another device and in another precision, without hashing files again."""
+        """Return this version of the index on another device and in another precision.
+
+        The index must have been saved. Its files are not hashed again.
+        """
         assert self._stored is not None
         if device == self.device:
             self.precision = precision
@@ -573,10 +591,10 @@ class CacheModel(KeyEdits):
         return type(self).load(self._stored.check.folder, device=device, precision=precision, check=self._stored.check)
 
     def reload(self) -> Self:
-        """Return the current version of this index's folder, or this index if it is current.
+        """Return the current version of the folder. If this index is up to date, return the index itself.
 
-        Files that both versions share are not hashed again. Unsaved changes of settings are lost. Raises StoreError as
-        :meth:`load`, and UsageError if the index has no folder.
+        Files that both versions share are not hashed again. Settings that you have changed but not saved are lost.
+        Raises UsageError if the index has no folder. Raises the same errors as :meth:`load`.
         """
         if self.folder is None or self._stored is None:
             raise UsageError("reload: the index has no folder; save it first")
@@ -587,11 +605,15 @@ class CacheModel(KeyEdits):
         return type(self).load(self.folder, device=self.device, precision=self.precision, check=check)
 
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
-        """Write the next version of an index folder, or its first (:func:`writer.write`).
+        """Write the next version of an index folder, or the first version of a new folder (see :func:`writer.write`).
 
-        Unchanged files are shared with the version before. ``change`` is the version's entry in the history. Raises
-        StoreError if the folder cannot be written, has changed since it was loaded, or ``tuned`` is not a safetensors
-        file; InputError for contents that a version cannot hold. After an error nothing has changed.
+        Unchanged files are shared with the previous version. ``change`` is used as the entry in the history. After an
+        error, nothing has changed.
+
+        Raises:
+            StoreError: if the folder cannot be written, if it has changed since it was loaded, or if ``tuned`` is not a
+                safetensors file.
+            InputError: if the contents cannot be stored.
         """
         with write(Path(folder)) as writer:
             own = self.folder is not None and real(self.folder) == real(writer.folder)
@@ -600,7 +622,7 @@ class CacheModel(KeyEdits):
             self.commit(writer, change)
 
     def save_settings(self, folder: str | os.PathLike[str], change: str = "change settings") -> None:
-        """Write settings and provenance as a new version of this index's folder, sharing all data files.
+        """Write only the settings and the provenance, as a new version that shares all data files.
 
         Raises StoreError if the folder has changed since it was loaded.
         """
@@ -611,10 +633,10 @@ class CacheModel(KeyEdits):
             self._stored = Stored(check, None if self._stored is None else self._stored.contents)
 
     def commit(self, writer: Writer, change: str) -> None:
-        """Write the files that changed, and make this the current version.
+        """Write the files that have changed, and make this index the current version.
 
-        Keys that the writer already has are not written again. ``tuned`` is copied, and then names the copy. Raises the
-        same as :meth:`save`.
+        Keys that the writer already has are not written again. The file ``tuned`` is copied into the folder, and the
+        attribute then refers to the copy. Raises the same errors as :meth:`save`.
         """
         contents = _contents(self).write(writer, self._stored)
         self.tuned = contents.weights
@@ -666,7 +688,7 @@ def _check_current(cache: CacheModel, writer: Writer) -> None:
 
 
 def _commit(cache: CacheModel, writer: Writer, change: str) -> Check:
-    """Write the manifest that makes this the current version, and return a check that has nothing left to do."""
+    """Write the manifest that makes this index the current version, and return a check that is already complete."""
     cache.check_answers()
     number = writer.parent.version + 1 if writer.parent else 1
     manifest = manifest_of(cache, number, writer.parent, change, writer.files, later=writer.later)
@@ -676,9 +698,9 @@ def _commit(cache: CacheModel, writer: Writer, change: str) -> Check:
 
 
 def verify(folder: str | os.PathLike[str]) -> CacheModel:
-    """Check every byte of every kept version of an index folder, and that its parts are consistent.
+    """Check every byte in all versions of an index folder, and check that its parts are consistent.
 
-    Returns the opened index. Raises StoreError naming the file that is damaged or inconsistent.
+    Returns the opened index. Raises StoreError if a file is damaged or does not match the others.
     """
     place = Path(folder)
     cache = CacheModel.load(place, device="cpu")
@@ -691,7 +713,7 @@ def verify(folder: str | os.PathLike[str]) -> CacheModel:
     if cache.sums is not None and not cache.sums.are_of(blocks):
         raise StoreError(f"{place}: sums do not match the keys; run index rebuild, then fit")
     vectors = cache.met
-    if cache.index.by_class:  # recomputed, because the means in the index may be damaged
+    if cache.index.by_class:  # the means are recomputed, because those in the index may be damaged
         vectors = Keys(cache.met, cache.class_ids.numpy(), len(cache.class_names)).means.numpy()
     sample = np.unique(np.linspace(0, len(vectors) - 1, min(len(vectors), 256)).astype(int))
     queries = np.ascontiguousarray(vectors[sample], dtype=np.float32)

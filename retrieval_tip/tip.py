@@ -1,15 +1,16 @@
-"""The method: Tip-Adapter (Zhang et al., ECCV 2022, section 3) as functions of torch tensors.
+"""Tip-Adapter (Zhang et al., ECCV 2022, section 3), implemented as functions of torch tensors.
 
-Notation:
+The code uses the notation of the paper:
 
-- ``f`` query features, ``[q, d]``, unit norm
-- ``K`` keys, ``[n, d]``: features of the labelled shots, unit norm unless fine-tuned
-- ``V`` values, ``[n, c]``: what each key adds to each class. One-hot labels, unless solved or trained
-- ``W`` text weights of the classes, ``[c, d]``
+- ``f`` ``[q, d]``: the features of the queries, which have unit norm.
+- ``K`` ``[n, d]``: the keys, which are the features of the labelled shots. They have unit norm unless fine-tuned.
+- ``V`` ``[n, c]``: the values, which say how much each key adds to each class. By default they are one-hot labels.
+- ``W`` ``[c, d]``: the text weights of the classes.
 
 :func:`answer` is the whole method. The other functions, and the rest of the package, compute the same numbers faster,
-from fewer keys, or from more keys than fit in memory. Start here, then read ``retrieval/logits.py`` (which keys a query
-uses), ``answering.py`` (from logits to predictions) and ``cache_model.py`` (the index that you edit and save).
+from fewer keys, or from more keys than fit in memory. We recommend that you start here. Then read
+``retrieval/logits.py`` to see which keys a query uses, ``answering.py`` to see how logits become predictions, and
+``cache_model.py`` for the index that you edit and save.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ def answer(
     phi: Callable[[Tensor], Tensor] = lambda x: x,
     offset: float | None = None,
 ) -> Tensor:
-    """Return the logits ``[q, c]``. The class probabilities are ``softmax(logits / temperature)``.
+    """Return the logits, of shape ``[q, c]``. The class probabilities are ``softmax(logits / temperature)``.
 
-    Plain Tip-Adapter has no metric (``phi(x) = x``), one-hot values and no ``offset``. All three can be fitted to the
-    shots in closed form (:mod:`fit.closed_form`). :class:`settings.Settings` describes the other parameters.
+    Plain Tip-Adapter uses no metric (``phi(x) = x``), one-hot values and no ``offset``. You can also fit all three to
+    the shots in closed form (see :mod:`fit.closed_form`). For the other parameters, see :class:`settings.Settings`.
     """
     A = phi(f) @ phi(K).T  # affinity
     C = torch.exp(-beta * (1 - A)) @ V  # cache
@@ -53,66 +54,67 @@ def answer(
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric ``phi(x) = unit((x - m) T)``, from features ``[q, d]`` to unit vectors ``[q, d]``, float32.
+    """A metric ``phi(x) = unit((x - m) T)``, which maps features to unit vectors.
 
-    ``mean`` is ``m`` ``[d]`` and ``transform`` is ``T`` ``[d, d]``, both float32. The metric applies to queries and
-    keys, not to text weights.
+    ``mean`` is the vector ``m``, of shape ``[d]``. ``transform`` is the matrix ``T``, of shape ``[d, d]``. Both are
+    float32. The metric is applied to queries and keys, but not to text weights.
     """
 
     mean: Tensor
     transform: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Apply the metric to features ``[q, d]``. A feature equal to the mean becomes 0."""
+        """Apply the metric to features of shape ``[q, d]``. A feature that equals the mean is mapped to 0."""
         return torch.nn.functional.normalize((features - self.mean) @ self.transform)
 
     def to(self, device: str) -> Metric:
-        """Return this metric on another device."""
+        """Return a copy of this metric on another device."""
         return Metric(self.mean.to(device), self.transform.to(device))
 
     def double(self) -> Metric:
-        """Return this metric in float64."""
+        """Return a copy of this metric in float64."""
         return Metric(self.mean.double(), self.transform.double())
 
 
 def affinity(features: Tensor, keys: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return the inner products ``A = f K^T`` ``[q, n]`` of features ``[q, d]`` and keys ``[n, d]`` (equation 4).
+    """Return the inner products ``A = f K^T`` of the features and the keys, of shape ``[q, n]`` (equation 4).
 
-    With a metric, pass ``phi(f)`` and ``phi(K)``.
+    If the index has a metric, pass ``phi(f)`` and ``phi(K)``.
     """
     return torch.mm(features, keys.T, out=out)
 
 
 def weight(affinity: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
-    """Return ``exp(-beta (1 - A))``, elementwise: how much each key adds to the cache logit of its class (equation 4).
+    """Return the weight ``exp(-beta (1 - A))`` that each key adds to the cache logit of its class (equation 4).
 
-    ``beta`` is the sharpness. At 0, every key has weight 1; the larger ``beta``, the more the nearest keys dominate.
+    ``beta`` is the sharpness. If it is 0, every key has weight 1. The larger it is, the more the nearest keys dominate.
     """
-    return torch.sub(affinity, 1, out=out).mul_(beta).exp_()  # the largest array: allocate it once at most
+    return torch.sub(affinity, 1, out=out).mul_(beta).exp_()  # this is the largest array, so allocate it at most once
 
 
 def at_mean(number: Tensor, mean: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
-    """Return the tail ``r_c exp(-beta (1 - m_c))``, elementwise: ``r_c`` keys, all at their mean affinity ``m_c``.
+    """Return the tail ``r_c exp(-beta (1 - m_c))``, the weight of ``r_c`` keys at their mean affinity ``m_c``.
 
-    The exponential is convex, so the tail never exceeds the exact sum over these keys.
+    Because the exponential is convex, the tail never exceeds the exact sum over these keys.
     """
     return weight(mean, beta, out=out).mul_(number)
 
 
 def sum_by_class(values: Tensor, class_ids: Tensor, n_classes: int, out: Tensor | None = None) -> Tensor:
-    """Sum values ``[q, k]`` over the keys of each class, to ``[q, c]``, without a one-hot product.
+    """Sum values of shape ``[q, k]`` over the keys of each class, and return the sums, of shape ``[q, c]``.
 
-    ``class_ids`` is ``[k]`` if all queries use the same keys, else ``[q, k]``. Slots with the id ``c`` are empty and
-    ignored. With ``out`` ``[q, c]``, add the sums to it; this needs shared keys and no empty slots.
+    ``class_ids`` has the shape ``[k]`` if all queries use the same keys, and ``[q, k]`` otherwise. Slots with the class
+    id ``c`` are empty and are ignored. If ``out`` is given, the sums are added to it. In that case, all queries must
+    use the same keys, and no slot may be empty.
     """
     if out is not None:
         add_rows(out.T, class_ids, values.T)
         return out
     q = values.shape[0]
-    if class_ids.ndim == 1:  # one row per key: each addition is one contiguous run over the queries
+    if class_ids.ndim == 1:  # with one row per key, each addition reads contiguous memory
         return add_rows(values.new_zeros(n_classes + 1, q), class_ids, values.T)[:n_classes].T
     sums = values.new_zeros(q, n_classes + 1)
-    if values.is_cuda:  # as in add_rows
+    if values.is_cuda:  # for the same reason as in add_rows
         queries = torch.arange(q, device=values.device)[:, None]
         return sums.index_put_((queries, class_ids), values, accumulate=True)[:, :n_classes]
     return sums.scatter_add_(1, class_ids, values)[:, :n_classes]
@@ -121,7 +123,7 @@ def sum_by_class(values: Tensor, class_ids: Tensor, n_classes: int, out: Tensor 
 def add_rows(sums: Tensor, places: Tensor, rows: Tensor) -> Tensor:
     """Add ``rows[i]`` to ``sums[places[i]]`` in place, always in the same order.
 
-    On a GPU ``index_add_`` adds in thread order, so the last bit varies between runs; ``index_put_`` sorts first.
+    On a GPU, ``index_add_`` adds rows in thread order, so the last bit varies between runs. ``index_put_`` sorts them.
     """
     if sums.is_cuda:
         return sums.index_put_((places,), rows, accumulate=True)
@@ -130,11 +132,11 @@ def add_rows(sums: Tensor, places: Tensor, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Totals:
-    """Statistics over all keys of each class, from which the contribution of unretrieved keys is estimated.
+    """Statistics over all keys of each class, which are used to estimate the contribution of unretrieved keys.
 
-    ``counts`` is the number of keys ``n_c``, ``[c]``, or ``[q, c]`` if queries use different keys. ``affinities``
-    ``[q, c]`` is the sum of affinities to all keys of a class, ``n_c f mu_c``. It costs one product with ``c`` key sums
-    instead of ``n`` keys.
+    ``counts`` holds the number of keys ``n_c`` of each class. Its shape is ``[c]``, or ``[q, c]`` if queries use
+    different keys. ``affinities``, of shape ``[q, c]``, holds the sums of the affinities to all keys of a class,
+    ``n_c f mu_c``. Computing it takes a product with ``c`` key sums instead of ``n`` keys.
     """
 
     counts: Tensor
@@ -142,14 +144,15 @@ class Totals:
 
     @classmethod
     def of(cls, features: Tensor, key_sums: Tensor, counts: Tensor) -> Totals:
-        """Return the totals of queries ``[q, d]`` for classes whose keys sum to ``key_sums`` ``[c, d]``."""
+        """Compute the totals of queries for classes whose keys sum to ``key_sums``, of shape ``[c, d]``."""
         return cls(counts.to(features.dtype), affinity(features, key_sums))
 
     def rest(self, affinity: Tensor, class_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the number ``r_c`` and mean affinity ``m_c`` of each class's keys other than the given ones.
+        """Return the number ``r_c`` and the mean affinity ``m_c`` of the remaining keys of each class.
 
-        ``m_c = (n_c f mu_c - sum of given affinities of c) / r_c``, exact up to rounding, and 0 if ``r_c`` is 0. Both
-        are ``[q, c]``.
+        The remaining keys are those that are not given. Their mean affinity is
+        ``m_c = (n_c f mu_c - sum of given affinities of c) / r_c``, or 0 if ``r_c`` is 0. It is exact up to rounding.
+        Both results have the shape ``[q, c]``.
         """
         n_classes = self.counts.shape[-1]
         number = self.counts - sum_by_class(torch.ones_like(affinity), class_ids, n_classes)
@@ -160,11 +163,12 @@ class Totals:
 
 @dataclass(frozen=True)
 class Values:
-    """Solved or trained values: what each key adds to each class. One-hot rows give plain Tip-Adapter.
+    """Solved or trained values, which say how much each key adds to each class. One-hot rows give plain Tip-Adapter.
 
-    ``matrix`` ``[n, c]`` holds ``V_i`` in row i, in the dtype of the weights. ``rows`` ``[q, k]`` int64 is the row of
-    each retrieved key (any row for an empty slot); ``None`` if column j of the affinity is row j. ``sums`` ``[c, c]``
-    holds in row g the sum of the values of class g's keys; only a tail needs it.
+    - ``matrix`` ``[n, c]``: row i holds the values ``V_i`` of key i, in the dtype of the weights.
+    - ``rows`` ``[q, k]`` int64: the row of each retrieved key. Empty slots may hold any row. If ``rows`` is ``None``,
+      column j of the affinity belongs to row j.
+    - ``sums`` ``[c, c]``: row g holds the sum of the values of all keys of class g. Only a tail needs it.
     """
 
     matrix: Tensor
@@ -172,10 +176,10 @@ class Values:
     sums: Tensor | None = None
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """Return the sum over keys i of ``weights[:, i] V_i``, ``[q, k]`` to ``[q, c]``, without a ``[q, k, c]``."""
+        """Return the sum of ``weights[:, i] V_i`` over all keys i. No array of shape ``[q, k, c]`` is allocated."""
         if self.rows is None:
             return weights @ self.matrix
-        if not self.rows.shape[1]:  # embedding_bag refuses an empty bag
+        if not self.rows.shape[1]:  # embedding_bag does not accept an empty bag
             return weights.new_zeros(len(weights), self.matrix.shape[1])
         return embedding_bag(self.rows, self.matrix, per_sample_weights=weights, mode="sum")
 
@@ -189,20 +193,23 @@ def cache_logits(
     values: Values | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return the cache logits ``C``: the sum of key weights in each class, ``[q, c]`` (equation 5).
+    """Return the cache logits ``C``, which are the sums of the key weights in each class (equation 5).
 
-    ``C[:, c] = sum over keys i of class c of exp(-beta (1 - A[:, i]))``, in the dtype of ``affinity``.
+    ``C[:, c] = sum over keys i of class c of exp(-beta (1 - A[:, i]))``, in the dtype of ``affinity``. The shape of the
+    result is ``[q, c]``.
 
-    - All keys: ``affinity`` ``[q, n]`` and ``class_ids`` ``[n]``. Exact; the results of disjoint blocks add up.
-    - Retrieved keys: ``affinity`` and ``class_ids`` ``[q, k]``. An empty slot has the class id ``c``.
-    - ``tail`` adds ``r_c exp(-beta (1 - m_c))`` for the keys of class c that were not retrieved, at their mean affinity
-      ``m_c``. This never exceeds their exact sum.
-    - ``values`` replaces the one-hot labels: ``C = exp(-beta (1 - A)) V``. With a tail, an unretrieved key i of class g
-      adds ``exp(-beta (1 - m_g)) V_i``.
-    - ``out`` ``[q, c]``, for a block of all keys: add the logits to it and turn ``affinity`` into weights, in place.
-      Fastest if both are transposes of contiguous tensors, one row per key.
+    - To use all keys, pass an ``affinity`` of shape ``[q, n]`` and ``class_ids`` of shape ``[n]``. The result is exact.
+      You can also call the function on disjoint blocks of keys and add up the results.
+    - To use retrieved keys, pass ``affinity`` and ``class_ids`` of shape ``[q, k]``. Empty slots have the class id
+      ``c``.
+    - ``tail`` adds ``r_c exp(-beta (1 - m_c))`` for the keys of class c that were not retrieved, where ``m_c`` is their
+      mean affinity. The tail never exceeds their exact sum.
+    - ``values`` replaces the one-hot labels, so that ``C = exp(-beta (1 - A)) V``. If there is a tail, an unretrieved
+      key i of class g adds ``exp(-beta (1 - m_g)) V_i``.
+    - If ``out`` is given, the logits of a block of keys are added to it, and ``affinity`` is overwritten with weights.
+      This is fastest if both are transposes of contiguous tensors that have one row per key.
 
-    Raises ValueError for a tail with values that lack ``sums``.
+    Raises ValueError if there is a tail and the values have no ``sums``.
     """
     if out is not None:
         weights = weight(affinity, beta, out=affinity)
@@ -230,7 +237,7 @@ def _valued(
 ) -> Tensor:
     """Return ``sum over keys i of (w_i - t[:, y_i]) V_i + t sums``, where ``t[:, g]`` is the tail weight of class g.
 
-    ``t sums`` counts every key at the tail weight; the first term corrects the retrieved ones.
+    The term ``t sums`` counts every key at the tail weight, and the first term corrects this for the retrieved keys.
     """
     filled = class_ids < n_classes
     if tail is None:
@@ -244,13 +251,16 @@ def _valued(
 
 
 def ridge_values(gram: Tensor, targets: Tensor, ridge: float | Tensor) -> Tensor:
-    """Solve for the values that classify the keys themselves: ``V = (G + diag(lambda))^-1 Y``, kernel ridge regression.
+    """Solve for the values that classify the keys themselves, by kernel ridge regression.
 
-    ``gram`` is ``G = exp(-beta (1 - phi(K) phi(K)^T))``, of shape ``[n, n]``, and is overwritten. ``targets`` ``Y``, of
-    shape ``[n, c]``, are the one-hot labels. ``ridge`` is ``lambda`` > 0: one number, or one for each key. Cholesky
-    factorisation solves the system in the dtype of ``gram``.
+    The values are ``V = (G + diag(lambda))^-1 Y`` (ProKeR, Bendou et al., CVPR 2025, equation 6). If the inverse is
+    replaced by the identity, the result is plain Tip-Adapter. The system is solved by Cholesky factorisation in the
+    dtype of ``gram``.
 
-    Source: ProKeR (Bendou et al., CVPR 2025, equation 6). With the identity for the inverse, this is Tip-Adapter.
+    - ``gram`` ``[n, n]``: the matrix ``G = exp(-beta (1 - phi(K) phi(K)^T))``, which is overwritten.
+    - ``targets`` ``[n, c]``: the one-hot labels ``Y``.
+    - ``ridge``: the regularisation strength ``lambda``, which is a number above 0, or one such number per key.
+
     Raises torch.linalg.LinAlgError if the system cannot be solved in that dtype.
     """
     gram.diagonal().add_(ridge)
@@ -258,42 +268,47 @@ def ridge_values(gram: Tensor, targets: Tensor, ridge: float | Tensor) -> Tensor
 
 
 def log_cache(cache: Tensor, offset: float | None) -> Tensor:
-    """Apply the link ``log(1 + max(C, 0) / o)`` to cache logits ``[q, c]`` in place. Without an offset, do nothing.
+    """Apply the link ``log(1 + max(C, 0) / o)`` to cache logits in place. If the offset ``o`` is ``None``, do nothing.
 
-    Solved values give a ``C`` near the probability of each class, over several decades; the logarithm makes it a logit.
-    Probabilities well below the offset ``o`` are no longer told apart. The order of classes with ``C > 0`` stays.
+    With solved values, ``C`` is close to the probability of each class and spans several orders of magnitude. The
+    logarithm turns it into a logit. Probabilities far below the offset become indistinguishable. The order of classes
+    with ``C > 0`` does not change.
     """
     return cache if offset is None else cache.clamp_min_(0).div_(offset).log1p_()
 
 
 def text_logits(features: Tensor, text_weights: Tensor, logit_scale: float, out: Tensor | None = None) -> Tensor:
-    """Return CLIP's zero-shot logits ``logit_scale * f W^T`` ``[q, c]``."""
+    """Return CLIP's zero-shot logits ``logit_scale * f W^T``, of shape ``[q, c]``."""
     return affinity(features, text_weights, out=out).mul_(logit_scale)
 
 
 def blend(text_logits: Tensor, cache_logits: Tensor, alpha: float) -> Tensor:
-    """Return the classifier's logits: text plus ``alpha`` (the residual ratio) times cache (equation 6)."""
+    """Return the text logits plus ``alpha`` times the cache logits (equation 6). ``alpha`` is the residual ratio."""
     return torch.add(text_logits, cache_logits, alpha=min(alpha, LARGEST))
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The two terms of the logits, ``[q, c]`` each: ``text``, and ``cache`` after the link and without alpha."""
+    """The two terms of the logits, each of shape ``[q, c]``.
+
+    ``text`` holds the zero-shot logits. ``cache`` holds the cache logits after the link, not yet multiplied by alpha.
+    """
 
     text: Tensor
     cache: Tensor
 
     def logits(self, settings: Settings, slack: float = 0.0) -> Tensor:
-        """Return the logits ``text + alpha * cache`` ``[q, c]``.
+        """Return the logits ``text + alpha * cache``, of shape ``[q, c]``.
 
-        With ``slack``, return an upper bound for a cache that may be larger by this fraction.
+        If ``slack`` is given, return an upper bound, assuming that the cache logits may be larger by this fraction.
         """
         return blend(self.text, self.cache, settings.alpha * (1 + slack))
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return ``softmax(logits / T)`` ``[q, c]`` float32. The temperature T > 0 never changes the ranking.
+    """Return ``softmax(logits / T)`` as a float32 tensor of shape ``[q, c]``. The temperature T must be above 0.
 
-    The result is finite for every T: the largest logit is subtracted first, and the division is in float64.
+    The temperature never changes the ranking. The result is finite for every temperature, because the largest logit is
+    subtracted before the division, which is done in float64.
     """
     return ((logits - logits.amax(dim=1, keepdim=True)).double() / temperature).softmax(dim=1).float()
