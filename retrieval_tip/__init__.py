@@ -1,4 +1,4 @@
-"""Few-shot image classification as retrieval: Tip-Adapter on a FAISS index with a Parquet label store.
+"""Few-shot image classification by retrieval, using Tip-Adapter with a FAISS index and a Parquet label store.
 
 >>> from retrieval_tip import Classifier
 >>> clf = Classifier.from_folder("photos")  # one folder per class
@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # importing it from typing would double the import time
+TYPE_CHECKING = False  # importing it from typing would double the import time of the package
 if TYPE_CHECKING:
     from retrieval_tip.backbones.base import Backbone as Backbone
     from retrieval_tip.backbones.base import Identity as Identity
@@ -65,12 +65,12 @@ __all__ = sorted(_HOMES)
 
 
 def __dir__() -> list[str]:
-    """Return the public names, for completion."""
+    """Return the public names, which are used for tab completion."""
     return sorted([*__all__, "__version__"])
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name on first use: torch takes seconds, and --help does not need it."""
+    """Import a public name when it is first used. Importing torch takes seconds, and ``--help`` does not need it."""
     import importlib
 
     if name not in _HOMES:

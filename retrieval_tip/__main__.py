@@ -1,4 +1,4 @@
-"""The program ``retrieval-tip``, also run by ``python -m retrieval_tip``."""
+"""Entry point of the program ``retrieval-tip``. You can also run it as ``python -m retrieval_tip``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def main() -> None:
-    """Run the program. Ctrl+C during its imports exits as usual, with one line and status 130."""
+    """Run the program. If you press Ctrl+C during the imports, it prints one line and exits with status 130."""
     try:
         import signal
 
@@ -22,7 +22,7 @@ def main() -> None:
 
 
 def _end(*_: object) -> None:
-    """Exit at once, since a module that is being imported could swallow or wrap an exception."""
+    """Exit immediately, because a module that is being imported could catch an exception."""
     os.write(2, b"interrupted\n")
     os._exit(130)
 

@@ -1,4 +1,4 @@
-"""Bounds on counts, and on memory before it is allocated."""
+"""Checks of counts, and of the memory that an operation needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from retrieval_tip.errors import UsageError
 
 MANY = 2**31 - 1
-"""Upper bound for counts limited only by the data: keys, classes, versions, items."""
+"""Upper bound for counts that only depend on the data, such as keys, classes, versions and items."""
 MOST = {
     "shots": 1_000_000,
     "views": 1024,
@@ -24,34 +24,37 @@ MOST = {
     "queue": 65_536,
     "seed": 2**63 - 1,
 }
-"""Upper bounds of other counts: above any need, and within what memory and the libraries allow."""
+"""Upper bounds for other counts. They are higher than anyone needs, but memory and the libraries can handle them."""
 
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raise UsageError unless a value is a whole number from ``least`` to its upper bound."""
+    """Raise UsageError if a value is not a whole number between ``least`` and its upper bound."""
     most = MOST.get(name, MANY)
     if isinstance(value, Integral) and least <= int(value) <= most:
         return
-    too_long = isinstance(value, Integral) and abs(int(value)) > 2**64  # Python cannot print them
+    too_long = isinstance(value, Integral) and abs(int(value)) > 2**64  # Python cannot print very long integers
     raise UsageError(f"{name} is {'too large' if too_long else value}: expected a whole number from {least} to {most}")
 
 
 def check_memory(needed: int, what: str, remedy: str) -> None:
-    """Raise UsageError if ``needed`` bytes exceed the memory available to this process."""
+    """Raise UsageError if ``needed`` is more than the memory that is available to this process, in bytes."""
     there = memory()
     if there is not None and needed > there:
         raise UsageError(f"{what}: needs {_amount(needed)} of memory, but only {_amount(there)} is available; {remedy}")
 
 
 def memory() -> int | None:
-    """Return the bytes of memory available: the machine's, or the lowest limit; ``None`` if unknown."""
+    """Return the available memory in bytes, or ``None`` if it is unknown.
+
+    This is the memory of the machine, or the limit of the process or its container if that is lower.
+    """
     sizes = [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
     with suppress(OSError, ValueError):
         sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for name in _LIMITS:  # of the container
+    for name in _LIMITS:  # limits of the container
         with suppress(OSError, ValueError):
             sizes.append(int(Path(name).read_text("ascii")))
     return min((size for size in sizes if size > 0), default=None)

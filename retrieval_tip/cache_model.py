@@ -101,7 +101,7 @@ class KeyEdits(EditableIndex):
     def _index_over(
         self, keys: KeyArray | Segments, class_ids: npt.NDArray[np.int64], factory: str | None = None
     ) -> VectorIndex:
-        """Build a FAISS index over other keys. By default, it has the same type and search effort as the current one."""
+        """Build a FAISS index over other keys. By default, its type and search effort are those of the current one."""
         wanted = self.index.factory if factory is None else factory
         index = index_over(keys, class_ids, len(self.class_names), wanted, self.device)
         if wanted == self.index.factory:

@@ -1,4 +1,4 @@
-"""``Classifier``: an index and its encoder in one object. Its methods do the same as the commands of the same name."""
+"""The ``Classifier`` combines an index and its encoder. Its methods do the same as the commands of the same name."""
 
 from __future__ import annotations
 
@@ -44,17 +44,18 @@ if TYPE_CHECKING:
 
 Features = npt.NDArray[np.floating[Any]]
 THUMBNAIL = 128
-"""Longer side of an image in a notebook, in pixels."""
+"""Length of the longer side of an image in a notebook, in pixels."""
 
 
 class Classifier:
     """Few-shot image classifier.
 
-    Build one with :meth:`from_folder` or :meth:`from_images`, or open one with :meth:`load` or :meth:`from_hub`.
+    Use :meth:`from_folder` or :meth:`from_images` to build a classifier, or :meth:`load` or :meth:`from_hub` to open an
+    existing one.
 
     Attributes:
-        cache: the index (:class:`CacheModel`), for everything that has no method here.
-        encoder: makes features of photos, in the same way as for the index.
+        cache: the index (see :class:`CacheModel`). Use it for everything that has no method in this class.
+        encoder: the encoder that computes the features of photos, in the same way as for the index.
 
     Examples:
         >>> clf = Classifier.from_folder("photos")  # one folder per class
@@ -64,7 +65,7 @@ class Classifier:
     """
 
     _temporary: weakref.finalize[Any, Any] | None = None
-    """Deletes the temporary folder of an index that has not been saved."""
+    """Finalizer that deletes the temporary folder of an index that has not been saved."""
 
     def __init__(self, cache: AnsweringIndex, encoder: Encoder) -> None:
         self.cache, self.encoder = cache, encoder
@@ -96,19 +97,26 @@ class Classifier:
     ) -> Self:
         """Build a classifier from a folder that has one folder of photos per class, or from another labelled source.
 
-        - ``photos``: path of a folder, table, tar or split file (:func:`sources.open_source`), or an open source
-        - ``model``: encoder, as a name (:func:`loading.load_backbone`), a backbone, or open_clip's tuple of model,
-          preprocessing and tokenizer
-        - ``pretrained``: tag or file of weights, if ``model`` is a name
-        - ``out``: index folder to write; without it, the index is deleted with this object unless you :meth:`save` it
-        - ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``
-        - ``views``: 1 for the centre view of each photo, V > 1 for the mean feature of V augmented views
-        - ``seed``: random seed of ``shots`` and ``views``
-        - ``shots``: draw this many photos per class, by the published rule [default: all]
-        - ``templates``: prompts for class names, with ``{}`` for the name; or ``text``, a feature table of prompts
-        - ``fit``: ``auto`` fits the method to the photos; ``none`` is plain Tip-Adapter with ``alpha`` and ``beta``
+        Args:
+            photos: the path of a folder, table, tar file or split file (see :func:`sources.open_source`), or an open
+                source.
+            model: the encoder. You can pass a name (see :func:`loading.load_backbone`), a backbone, or the model,
+                preprocessing and tokenizer that open_clip returns.
+            pretrained: the tag or the file of the weights, if ``model`` is a name.
+            out: the index folder to write. If you do not pass one, the index is deleted together with this object,
+                unless you call :meth:`save`.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            views: 1 to encode the centre view of each photo, or a larger number to use the mean feature of that number
+                of augmented views.
+            seed: the random seed for ``shots`` and ``views``.
+            shots: the number of photos to draw per class by the published rule (see :mod:`data.shots`). By default, all
+                photos are used.
+            templates: the prompts for class names. ``{}`` is replaced with the name.
+            text: a feature table of prompts, as an alternative to ``templates``.
+            fit: ``auto`` to fit the method to the photos, or ``none`` for plain Tip-Adapter with ``alpha`` and
+                ``beta``.
 
-        :func:`build.build_index` describes the other arguments. Raises the same as :func:`sources.open_source`,
+        For the other arguments, see :func:`build.build_index`. Raises the same errors as :func:`sources.open_source`,
         :func:`loading.load_backbone` and :func:`build.build_index`.
         """
         if isinstance(photos, Pictures):
@@ -155,10 +163,14 @@ class Classifier:
     ) -> Self:
         """Build a classifier from labelled photos in memory or in a dataset.
 
-        ``images`` are photos as for :meth:`predict`, with one class name each in ``labels``; or pairs
-        ``(photo, label)``, such as a torch dataset without a transform; or a Hugging Face dataset with columns of
-        images and labels. The other arguments are as for :meth:`from_folder`. Raises the same as :meth:`from_folder`
-        and :func:`pictures.labelled_pictures`.
+        You can pass ``images`` in three forms:
+
+        - photos as for :meth:`predict`, and the class name of each photo in ``labels``
+        - pairs ``(photo, label)``, for example a torch dataset that has no transform
+        - a Hugging Face dataset that has a column of images and a column of labels
+
+        The other arguments are the same as for :meth:`from_folder`. Raises the same errors as :meth:`from_folder` and
+        :func:`pictures.labelled_pictures`.
         """
         return cls.from_folder(
             labelled_pictures(images, labels), model, pretrained=pretrained, out=out, device=device, views=views,
@@ -176,9 +188,12 @@ class Classifier:
     ) -> Self:
         """Open an index from its folder or store address, and load its encoder.
 
-        ``model`` is the index's encoder, as for :meth:`from_folder`, if it cannot be loaded by its name. An index of
-        features from an unnamed encoder classifies features only. Raises StoreError if the index is missing or damaged;
-        BackboneError if its encoder cannot be loaded, or ``model`` is a different one.
+        If the encoder of the index cannot be loaded by its name, pass it as ``model``, in the same forms as for
+        :meth:`from_folder`. If the index was built from features of an unnamed encoder, it can only classify features.
+
+        Raises:
+            StoreError: if the index is missing or damaged.
+            BackboneError: if the encoder cannot be loaded, or if ``model`` is not the encoder of the index.
         """
         cache = places.at(place).load(device=device)
         backbone = _own_backbone(cache, device) if model is None else _backbone(model, None, device)
@@ -194,16 +209,17 @@ class Classifier:
         *,
         device: str = "auto",
     ) -> Self:
-        """Download an index that :meth:`push_to_hub` put on the Hugging Face hub at ``ORG/NAME``, and open it.
+        """Download an index from the Hugging Face hub, and open it.
 
-        The index goes to ``folder``, by default ``indexes/NAME``. ``model`` and ``device`` are as for :meth:`load`.
-        Raises the same as :meth:`load`, and InputError if the download fails.
+        ``repository`` is the name ``ORG/NAME`` that was passed to :meth:`push_to_hub`. The index is written to
+        ``folder``, which defaults to ``indexes/NAME``. ``model`` and ``device`` are the same as for :meth:`load`.
+        Raises InputError if the download fails. Raises the same errors as :meth:`load`.
         """
         return cls.load(hub.download(repository, folder), model, device=device)
 
     @property
     def classes(self) -> list[str]:
-        """Class names, in the order of the logits."""
+        """The class names, in the order of the logits."""
         return list(self.cache.class_names)
 
     @overload
@@ -241,22 +257,24 @@ class Classifier:
         certify: bool = False,
         norms: Literal["check", "keep"] = "check",
     ) -> Prediction | Predictions:
-        """Classify a photo, several photos, a folder, table or tar, or features.
+        """Classify photos or features.
 
         Args:
-            what: one photo (path, PIL image, array ``[h, w, 3]`` uint8, encoded bytes, or row of a Hugging Face
-                dataset); several (a list of these, a Hugging Face dataset or its image column); any input of
-                ``retrieval-tip classify`` (folder, pattern, table, tar), where ``encoder.skipped`` lists unreadable
-                photos; or features ``[q, d]`` or ``[d]`` of the index's encoder, floating-point.
-            top: number of classes to report, most probable first.
-            neighbours: number of shots to report, largest contribution first.
-            k: number of nearest keys that vote, or ``"all"``. [default: the index's setting]
-            tail: estimate the contribution of the other keys. [default: the index's setting]
-            certify: use as many keys as it takes to settle the answer.
-            norms: ``"check"`` that features have norm 1, or ``"keep"`` them unchecked.
+            what: the input, in one of four forms. A single photo is a path, a PIL image, a uint8 array of shape
+                ``[h, w, 3]``, encoded bytes, or a row of a Hugging Face dataset. Several photos are a list of these, a
+                Hugging Face dataset or its image column. You can also pass any input of ``retrieval-tip classify``,
+                such as a folder, a pattern, a table or a tar file. In that case unreadable photos are listed in
+                ``encoder.skipped``. Finally, you can pass floating-point features of the encoder, of shape ``[q, d]``
+                or ``[d]``.
+            top: the number of classes to report, most probable first.
+            neighbours: the number of shots to report, largest contribution first.
+            k: the number of nearest keys to use, or ``"all"``. Defaults to the setting of the index.
+            tail: whether to estimate the contribution of the other keys. Defaults to the setting of the index.
+            certify: whether to use enough keys to prove the answer.
+            norms: ``"check"`` to check that all features have norm 1, or ``"keep"`` to accept any norm.
 
-        Returns a :class:`Prediction` for one photo or feature ``[d]``, else :class:`Predictions`. Raises InputError
-        naming the unreadable photo, or the row of features whose norm is not 1.
+        Returns a :class:`Prediction` for a single photo or feature, and :class:`Predictions` otherwise. Raises
+        InputError if a photo cannot be read, or if the norm of a feature is not 1.
         """
         if isinstance(what, np.ndarray) and np.issubdtype(what.dtype, np.floating):
             answers = self.cache.classify(np.atleast_2d(what), top, k, tail, neighbours, certify, norms)
@@ -280,7 +298,10 @@ class Classifier:
         tail: bool | None = None,
         certify: bool = False,
     ) -> Explanation:
-        """Classify one photo and show it in a notebook beside the shots that decided. See :meth:`predict`."""
+        """Classify a photo, and show it in a notebook next to the shots that contributed most to the answer.
+
+        The arguments are the same as for :meth:`predict`.
+        """
         given, encoder = pictures(what), replace(self.encoder, strict=True)
         prediction = _answers(self.cache, [given], encoder, top, k, tail, neighbours, certify)[0]
         own = given.read(given.source.paths[0]) if given.source.paths else b""
@@ -297,9 +318,11 @@ class Classifier:
     ) -> list[int]:
         """Add labelled photos as a new version of the index, and return the ids of their keys.
 
-        ``what`` are photos as for :meth:`predict`, with a ``label`` for all or one for each; or a labelled source or
-        dataset. Labels may be new classes. The other arguments are those of :func:`changes.add`. Raises the same as
-        :func:`changes.add`, and UsageError if photos have no label.
+        ``what`` can be photos as for :meth:`predict`. In that case, ``label`` is one label for all photos or a list
+        that has one label per photo. You can also pass a labelled source or dataset. A label may name a new class. For
+        the other arguments, see :func:`changes.add`.
+
+        Raises UsageError if photos have no label. Raises the same errors as :func:`changes.add`.
         """
         built = self.cache.manifest.built if self.cache.manifest is not None else None
         encoder = self.encoder if built is None else replace(self.encoder, views=built.views, seed=built.seed)
@@ -319,7 +342,10 @@ class Classifier:
         return added.key_ids
 
     def save(self, folder: str | os.PathLike[str]) -> Self:
-        """Copy the index to a new folder or store address, and use that copy. Raises as :func:`changes.clone`."""
+        """Copy the index to a new folder or store address, and use the copy from now on.
+
+        Raises the same errors as :func:`changes.clone`.
+        """
         changes.clone(self._place(), folder)
         self.cache = places.at(folder).load(device=self.cache.device)
         if self._temporary is not None:
@@ -341,10 +367,10 @@ class Classifier:
         abstain: float | None = None,
         affinities: bool = False,
     ) -> Evaluation:
-        """Classify labelled test photos, and return accuracy and other figures (:func:`evaluate.evaluate`).
+        """Classify labelled test photos, and return the accuracy and other metrics.
 
-        ``test`` is a labelled source (its test part is used), or a dataset as for :meth:`from_images`. The other
-        arguments, and the errors, are those of :func:`evaluate.evaluate`.
+        ``test`` is a labelled source, or a dataset as for :meth:`from_images`. If a source has a test split, only this
+        split is used. The other arguments and the errors are the same as for :func:`evaluate.evaluate`.
         """
         encoder = replace(self.encoder, skipped=[])
         if isinstance(test, str | os.PathLike | Source):
@@ -364,10 +390,10 @@ class Classifier:
         seeds: int = 3,
         curves: bool = True,
     ) -> WrittenReport:
-        """Write an accuracy report, one HTML file, to ``out`` (:func:`report.write_report`).
+        """Write an accuracy report as a single HTML file to ``out``.
 
-        ``test`` and ``val`` are labelled sources; their test and val parts are used. The other arguments, and the
-        errors, are those of :func:`report.write_report`.
+        ``test`` and ``val`` are labelled sources. If they are split, the test split and the validation split are used.
+        The other arguments and the errors are the same as for :func:`report.write_report`.
         """
         from retrieval_tip.report.report import write_report
 
@@ -378,11 +404,14 @@ class Classifier:
         )
 
     def as_module(self) -> torch.nn.Module:
-        """Return a torch module from pixels to logits ``[b, c]``, in the order of :attr:`classes`. It is a copy.
+        """Return a copy of the classifier as a torch module, which maps pixels to logits.
 
-        Pixels are ``[b, 3, h, w]``, RGB from 0 to 255, resized and cropped to the encoder's size, as in
-        :func:`onnx_graph.export_onnx`. An index without an encoder takes features. Raises UsageError if ``k`` is not
-        ``all``, or as :meth:`answering.AnsweringIndex.in_memory`.
+        The pixels are RGB values from 0 to 255, of shape ``[b, 3, h, w]``. They must already be resized and cropped to
+        the input size of the encoder, as for :func:`onnx_graph.export_onnx`. If the index has no encoder, the module
+        takes features instead. The logits have the shape ``[b, c]``, in the order of :attr:`classes`.
+
+        Raises UsageError if ``k`` is not ``all``. Raises the same errors as
+        :meth:`answering.AnsweringIndex.in_memory`.
         """
         from retrieval_tip.index.onnx_graph import Answer, Logits
 
@@ -399,10 +428,11 @@ class Classifier:
         private: bool = False,
         token: str | None = None,
     ) -> str:
-        """Upload the index to the Hugging Face hub at ``ORG/NAME``, with a card, and return the address.
+        """Upload the index and a model card to the Hugging Face hub, and return the address.
 
-        The upload holds features, labels and the paths of the shots, but no photos and no earlier versions. ``test`` is
-        a labelled source whose accuracy goes on the card. Raises InputError if the hub refuses.
+        ``repository`` is the name ``ORG/NAME``. The upload includes the features, the labels and the paths of the
+        shots, but no photos and no earlier versions. If you pass a labelled source as ``test``, the card also shows the
+        accuracy on it. Raises InputError if the upload fails.
         """
         figures = None if test is None else self.evaluate(test).to_dict()
         return hub.upload(self._place(), repository, hub.card(self.cache, repository, figures), private, token)
@@ -422,7 +452,7 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A prediction with the photo and the shots that contributed most to the answer, for a notebook."""
+    """A prediction, the photo, and the shots that contributed most to the answer. It can be shown in a notebook."""
 
     prediction: Prediction
     picture: bytes
@@ -430,7 +460,7 @@ class Explanation:
 
     @property
     def label(self) -> str:
-        """Predicted class."""
+        """The predicted class."""
         return self.prediction.label
 
     def _repr_html_(self) -> str:

@@ -1,4 +1,4 @@
-"""Check of an installation: versions, devices, and problems with their remedies."""
+"""Check an installation, and report versions, devices and problems."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ OLD_DRIVER = "PyPI's torch needs CUDA 13 and driver 580 or newer (see nvidia-smi
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Facts by name, and problems with their remedies."""
+    """The result of :func:`examine`: facts by name, and problems that say how to fix them."""
 
     facts: dict[str, str]
     problems: list[str]
 
 
 def examine() -> Diagnosis:
-    """Examine versions, devices and the FAISS build."""
+    """Check the installed versions, the devices and the FAISS build."""
     facts = {
         "retrieval-tip": _version("retrieval-tip") or "not installed as a package",
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -49,14 +49,14 @@ def examine() -> Diagnosis:
 
 
 def faiss_distributions() -> dict[str, str]:
-    """Return the installed distributions that provide ``faiss``, with their versions."""
+    """Return the version of each installed distribution that provides ``faiss``."""
     return {name: version for name in FAISS_DISTRIBUTIONS if (version := _version(name)) is not None}
 
 
 def _torch(facts: dict[str, str], problems: list[str]) -> None:
     try:
         torch = importlib.import_module("torch")
-    except Exception as error:  # a broken installation fails in many ways
+    except Exception as error:  # a broken installation can fail in many ways
         problems.append(f"torch cannot be imported ({error}); reinstall it")
         return
     facts["torch device"] = "cpu"

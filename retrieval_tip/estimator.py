@@ -1,4 +1,4 @@
-"""Tip-Adapter as a scikit-learn classifier over features: a thin layer over :class:`CacheModel`."""
+"""Tip-Adapter as a scikit-learn classifier over features. It is a thin layer over :class:`CacheModel`."""
 
 from __future__ import annotations
 
@@ -39,40 +39,46 @@ FloatArray = npt.NDArray[np.float32]
 
 
 class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
-    """Tip-Adapter over features, with scikit-learn's interface: for its searches, pipelines and calibration.
+    """Tip-Adapter classifier over features.
 
-    The rows of ``X`` given to :meth:`fit` become the keys of a :class:`CacheModel`, which answers every query:
-    ``logits = logit_scale * f W^T + alpha * C`` (:mod:`retrieval_tip.tip`; the paper's equations 4 to 6). :meth:`fit`
-    and the first :meth:`partial_fit` read the parameters; later changes take effect at the next fit.
+    It has the scikit-learn interface, so you can use it in pipelines, parameter searches and calibration. The rows of
+    ``X`` that are passed to :meth:`fit` become the keys of a :class:`CacheModel`. Queries are classified by
+    ``logits = logit_scale * f W^T + alpha * C`` (see :mod:`retrieval_tip.tip`, and equations 4 to 6 of the paper). The
+    parameters are read by :meth:`fit` and by the first call of :meth:`partial_fit`. If you change one later, the change
+    takes effect at the next fit.
 
     Args:
-        text_weights: unit vectors ``W`` ``[c, d]``, one per class in sorted order (or the order of ``class_names``),
-            used unchanged. ``None`` classifies by the shots alone.
-        class_names: the ``c`` labels in the order of ``text_weights``. Classes missing in ``y`` are scored by their
-            text alone. ``None``: the sorted labels of ``y``.
-        alpha: weight of the cache relative to the text; at least 0. ``auto`` fits metric, values, alpha, beta and
-            temperature to the rows in closed form, like ``retrieval-tip index build``
-            (:func:`retrieval_tip.fit.closed_form.fit`). A number is Tip-Adapter as published.
-        beta: sharpness of the exponential; at least 0, by default 5.5. Needs a number as ``alpha``.
-        metric: with ``alpha="auto"``: ``none`` or ``within``; ``None`` lets the fit choose.
-        values: with ``alpha="auto"``: ``one-hot`` or ``solved``; ``None`` lets the fit choose.
-        k: number of nearest keys per query; ``None`` uses every key, Tip-Adapter exactly.
-        tail: with ``k``, estimate the contribution of the other keys.
-        logit_scale: factor of the text logits, the backbone's own (100 for OpenAI's CLIP).
-        index: FAISS factory string: ``Flat``, ``IVF256,Flat``, ``HNSW32`` ...
+        text_weights: the text weights ``W``, as unit vectors of shape ``[c, d]``. They are in the order of
+            ``class_names``, or in sorted order of the classes if there are no ``class_names``. They are not normalised.
+            If ``None``, only the shots are used.
+        class_names: the ``c`` labels, in the order of ``text_weights``. Classes that do not occur in ``y`` are scored
+            by their text only. Defaults to the sorted labels of ``y``.
+        alpha: the weight of the cache relative to the text, which must be at least 0. With a number, the classifier is
+            Tip-Adapter as published. With ``auto``, the metric, the values, alpha, beta and the temperature are fitted
+            to the rows in closed form, as in ``retrieval-tip index build`` (see
+            :func:`retrieval_tip.fit.closed_form.fit`).
+        beta: the sharpness of the exponential, which must be at least 0. Defaults to 5.5. You can only set it if
+            ``alpha`` is a number.
+        metric: ``none`` or ``within``, if ``alpha="auto"``. By default, the fit selects the metric.
+        values: ``one-hot`` or ``solved``, if ``alpha="auto"``. By default, the fit selects the values.
+        k: the number of nearest keys to use per query. If ``None``, every key is used, as in Tip-Adapter.
+        tail: whether to estimate the contribution of the other keys, if ``k`` is set.
+        logit_scale: the factor of the text logits, which belongs to the backbone. It is 100 for OpenAI's CLIP.
+        index: the FAISS factory string, for example ``Flat``, ``IVF256,Flat`` or ``HNSW32``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        normalize: scale each row of ``X`` to unit length. A zero row has no direction and stays zero: its affinity to
-            every key is 0, so as a query it gets the class with the most keys. ``False`` uses rows unchanged, for
-            fine-tuned keys, which are not unit vectors.
+        normalize: whether to scale each row of ``X`` to unit length. A row of zeros stays zero. Its affinity to every
+            key is 0, so it is assigned to the class that has the most keys. Use ``False`` for fine-tuned keys, which
+            are not unit vectors.
 
     Attributes:
-        classes_: the sorted labels ``[c]``, in their original dtype.
-        n_features_in_: ``d``, the length of a feature.
-        feature_names_in_: column names ``[d]``, if ``X`` had any.
-        cache_: the underlying :class:`CacheModel`, whose key ids are rows of ``X``; ``cache_.save`` writes an index.
+        classes_: the sorted labels, in their original dtype.
+        n_features_in_: the length ``d`` of a feature.
+        feature_names_in_: the column names of ``X``, if it has any.
+        cache_: the underlying :class:`CacheModel`. Its key ids are the row numbers of ``X``. Use ``cache_.save`` to
+            write an index.
 
-    A fitted estimator can be pickled. The FAISS index is rebuilt from the keys, so an approximate one may retrieve
-    slightly different keys. As with any pickle, only open your own.
+    You can pickle a fitted estimator. The FAISS index is rebuilt from the keys when you load it, so an approximate
+    index may retrieve slightly different keys. As with any pickle, only load files that you trust.
     """
 
     classes_: Array
@@ -110,21 +116,26 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         self.normalize = normalize
 
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
-        """Use the rows of ``X`` ``[n, d]`` (real, finite) as keys, with labels ``y`` ``[n]`` of any type.
+        """Fit the classifier, using the rows of ``X`` as keys.
+
+        Args:
+            X: the features, as an array of shape ``[n, d]``.
+            y: the labels, as an array of shape ``[n]`` and of any type.
 
         Raises:
-            ValueError: scikit-learn rejects ``X`` or ``y``.
-            InputError: a label is not in ``class_names``, or ``text_weights`` are not ``[c, d]``. A ValueError too.
-            UsageError: alpha, beta, k, logit_scale, index or device is invalid. A ValueError too.
+            ValueError: if scikit-learn rejects ``X`` or ``y``.
+            InputError: if a label is not in ``class_names``, or if ``text_weights`` do not have the shape ``[c, d]``.
+                This is also a ValueError.
+            UsageError: if alpha, beta, k, logit_scale, index or device is invalid. This is also a ValueError.
         """
         return self._first(X, y, self.class_names)
 
     def partial_fit(self, X: npt.ArrayLike, y: npt.ArrayLike, classes: npt.ArrayLike | None = None) -> Self:
-        """Add the rows of ``X`` ``[m, d]`` with labels ``y`` ``[m]`` to the keys.
+        """Add the rows of ``X`` to the keys. The result is the same as a :meth:`fit` on all rows so far.
 
-        The result equals :meth:`fit` on all rows so far. Each call rebuilds the index, and fits again with
-        ``alpha="auto"``, so pass many rows at once. ``classes`` lists all possible labels; the first call needs it
-        unless ``class_names`` are set. Raises as :meth:`fit`; an error changes nothing.
+        Each call rebuilds the index, and repeats the fit if ``alpha="auto"``. It is therefore faster to pass many rows
+        at once. ``classes`` lists all possible labels. It must be passed to the first call, unless ``class_names`` is
+        set. Raises the same errors as :meth:`fit`. After an error, nothing has changed.
         """
         if not hasattr(self, "cache_"):
             if classes is None and self.class_names is None:
@@ -136,9 +147,9 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             _same_classes(classes, self.classes_)
         rows, labels = validate_data(self, X, y, reset=False, dtype=_dtypes(self._normalize))
         check_classification_targets(labels)
-        cache = copy.copy(self.cache_)  # so that an error below changes nothing
+        cache = copy.copy(self.cache_)  # the estimator stays unchanged if an error is raised below
         if self._letters is not None:
-            cache.set_fitted(None, None, None)  # the new fit solves the values
+            cache.set_fitted(None, None, None)  # the next fit solves the values again
         cache.add(_rows(rows, self._normalize), _ids(labels, self._names))
         if self._letters is not None:
             cache.compact()
@@ -147,11 +158,15 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         return self
 
     def decision_function(self, X: npt.ArrayLike) -> FloatArray:
-        """Return the logits ``logit_scale * f W^T + alpha * C`` of queries ``X`` ``[q, d]``, float32.
+        """Return the logits ``logit_scale * f W^T + alpha * C`` of the queries ``X``.
 
-        The shape is ``[q, c]``, in the order of ``classes_``. For two classes it is ``[q]``: the second logit minus the
-        first, as scikit-learn requires. Raises NotFittedError, ValueError for an invalid ``X``, and InputError if
-        logits overflow, which can happen without ``normalize``.
+        The result is a float32 array of shape ``[q, c]``, in the order of ``classes_``. For two classes, its shape is
+        ``[q]``, and it holds the second logit minus the first, as scikit-learn requires.
+
+        Raises:
+            NotFittedError: if the estimator is not fitted.
+            ValueError: if ``X`` is invalid.
+            InputError: if the logits overflow, which can happen if ``normalize`` is ``False``.
         """
         logits = self._logits(X)
         scores = logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
@@ -159,30 +174,33 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         return array
 
     def predict_proba(self, X: npt.ArrayLike) -> FloatArray:
-        """Return ``softmax(logits / temperature)`` of queries ``X`` ``[q, d]``: ``[q, c]`` float32.
+        """Return the class probabilities ``softmax(logits / temperature)``, of shape ``[q, c]``.
 
-        The temperature is 1 unless fitted. Errors as for :meth:`decision_function`.
+        The temperature is 1 unless it was fitted. Raises the same errors as :meth:`decision_function`.
         """
         logits = self._logits(X)
         probabilities: FloatArray = tip.probabilities(logits, self.cache_.settings.temperature).cpu().numpy()
         return probabilities
 
     def predict(self, X: npt.ArrayLike) -> Array:
-        """Return the label with the largest logit for each query ``X`` ``[q, d]``: ``[q]``, of ``classes_``'s dtype.
+        """Return the label that has the largest logit, for each query in ``X``.
 
-        Ties go to the class that sorts first. Errors as for :meth:`decision_function`.
+        If two classes are tied, the class that sorts first is returned. Raises the same errors as
+        :meth:`decision_function`.
         """
         scores = self.decision_function(X)
         labels: Array = self.classes_[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
         return labels
 
     def kneighbors(self, X: npt.ArrayLike, n_neighbors: int = 5) -> tuple[FloatArray, npt.NDArray[np.int64]]:
-        """Return the nearest keys of queries ``X`` ``[q, d]``.
+        """Find the nearest keys of each query.
 
-        Returns affinities (inner products, not distances) ``[q, m]`` float32, largest first, and the row numbers
-        ``[q, m]`` int64 of the keys in the fitted ``X``, counted across calls of :meth:`partial_fit`. ``m`` is
-        ``n_neighbors`` or, if smaller, the number of keys. Slots that an approximate index leaves empty have affinity
-        -inf and row -1. Raises UsageError if ``n_neighbors`` is below 1, otherwise as :meth:`decision_function`.
+        Returns two arrays of shape ``[q, m]``, where ``m`` is ``n_neighbors`` or the number of keys, whichever is
+        smaller. The first array holds the affinities, largest first. Note that affinities are inner products, not
+        distances. The second array holds the row numbers of the keys in the fitted ``X``, counted across calls of
+        :meth:`partial_fit`. An approximate index may leave slots empty. Empty slots have affinity -inf and row -1.
+
+        Raises UsageError if ``n_neighbors`` is below 1. Raises the same errors as :meth:`decision_function`.
         """
         features = self._queries(X)
         if not (isinstance(n_neighbors, int | np.integer) and n_neighbors >= 1):
@@ -213,7 +231,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         super().__setstate__(state)
 
     def _first(self, X: npt.ArrayLike, y: npt.ArrayLike, labels: npt.ArrayLike | None) -> Self:
-        """Fit on the first rows; ``labels`` lists all classes, ``None`` takes the labels of ``y``."""
+        """Fit the first rows. ``labels`` lists all classes, and defaults to the labels in ``y``."""
         normalize = bool(self.normalize)
         rows, own = validate_data(self, X, y, dtype=_dtypes(normalize))
         check_classification_targets(own)
@@ -252,24 +270,24 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         return _rows(validate_data(self, X, reset=False, dtype=_dtypes(self._normalize)), self._normalize)
 
     def _logits(self, X: npt.ArrayLike) -> torch.Tensor:
-        """Return logits ``[q, c]`` of queries, in the order of ``classes_``."""
-        features = self._queries(X)  # first, so that it raises if not fitted
+        """Return the logits of the queries, in the order of ``classes_``."""
+        features = self._queries(X)  # must come first, because it raises an error if the estimator is not fitted
         cache = self.cache_
         logits = cache.logits(features) if cache.values is None else cache.exact_logits(features)
         return logits if self._order is None else logits[:, self._order]
 
 
 def _dtypes(normalize: bool) -> list[type] | type:
-    """Return dtypes for scikit-learn's validation; unscaled rows have to fit the float32 of a key."""
+    """Return the dtypes that scikit-learn should accept. Rows that are not scaled must fit in float32."""
     return [np.float64, np.float32] if normalize else np.float32
 
 
 def _rows(X: Array, normalize: bool) -> FloatArray:
-    """Return features ``[m, d]`` float32; normalising gives every nonzero row length 1, at any scale."""
+    """Convert rows to float32 features, and optionally scale every nonzero row to length 1."""
     if not normalize:
         return np.require(X, np.float32, ["C", "W"])
     _, exponent = np.frexp(np.abs(X).max(axis=1, keepdims=True))
-    X = np.ldexp(X.astype(np.float64), -exponent)  # exact, so that no length over- or underflows
+    X = np.ldexp(X.astype(np.float64), -exponent)  # scaling by a power of 2 is exact and prevents overflow
     rows = np.zeros(X.shape, dtype=np.float32)
     some = X.any(axis=1)
     rows[some] = unit(X[some])
@@ -277,7 +295,7 @@ def _rows(X: Array, normalize: bool) -> FloatArray:
 
 
 def _classes(labels: npt.ArrayLike, *, once: bool) -> tuple[Array, Array]:
-    """Return the sorted distinct labels, and the position of each in the given ones."""
+    """Return the distinct labels in sorted order, and the position of each one in ``labels``."""
     given = np.asarray(labels)
     try:
         classes, order = np.unique(given, return_index=True)
@@ -303,13 +321,14 @@ def _ids(labels: Array, classes: Array) -> npt.NDArray[np.int64]:
 
 
 class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
-    """A transformer from photos to unit features ``[n, d]`` float32, for pipelines that begin with paths.
+    """Transformer that converts photos to features of unit norm.
 
-    ``make_pipeline(ImageEncoder("ViT-B-32"), TipAdapterClassifier())``. It needs no fitting.
+    It is used in pipelines that start with image paths, for example
+    ``make_pipeline(ImageEncoder("ViT-B-32"), TipAdapterClassifier())``. It does not need to be fitted.
 
     Args:
-        model: name of a backbone, or a backbone (:func:`load_backbone`).
-        pretrained: tag or weights of a named backbone.
+        model: a backbone, or the name of a backbone (see :func:`load_backbone`).
+        pretrained: the tag or the file of the weights, if ``model`` is a name.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     """
 
@@ -321,7 +340,7 @@ class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sc
         self.device = device
 
     def fit(self, X: object, y: object = None) -> Self:
-        """Load the backbone. Raises as :func:`load_backbone`."""
+        """Load the backbone. Raises the same errors as :func:`load_backbone`."""
         if self.model is None or isinstance(self.model, str):
             self.backbone_: Backbone = load_backbone(self.model, self.pretrained, device=self.device)
         else:
@@ -329,7 +348,10 @@ class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sc
         return self
 
     def transform(self, X: Picture | Iterable[Picture]) -> FloatArray:
-        """Return features of paths, PIL images or arrays ``[n]``. Raises InputError naming unreadable ones."""
+        """Return the features of image paths, PIL images or arrays, as a float32 array of shape ``[n, d]``.
+
+        Raises InputError if an image cannot be read.
+        """
         check_is_fitted(self, "backbone_")
         given = pictures(X)
         encoder = Encoder(self.backbone_, cache=EncodingCache.at(None), read=given.read, strict=True)

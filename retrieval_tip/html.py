@@ -1,7 +1,7 @@
-"""HTML from Jinja2 templates, which lie beside the modules that fill them.
+"""Render HTML from Jinja2 templates, which are stored next to the modules that use them.
 
-Values are escaped and put on one line, with unprintable characters (control characters, marks that reverse the
-direction of text) as escapes. Only the templates and :func:`markup` produce markup.
+All values are escaped and written on one line. Unprintable characters, such as control characters and marks that
+reverse the direction of text, are replaced with escape sequences. Only templates and :func:`markup` can add markup.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @cache
 def _templates() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # takes 0.1 s, so only on demand
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # this import takes 0.1 s, so it is done on demand
 
     return Environment(
         loader=PackageLoader("retrieval_tip", "."),
@@ -33,19 +33,19 @@ def _templates() -> Environment:
 
 
 def markup(text: str) -> Markup:
-    """Mark text of our own as HTML; never a name or any other input."""
+    """Mark trusted text as HTML. Never use this for names or other user input."""
     from markupsafe import Markup
 
     return Markup(text)  # noqa: S704
 
 
 def render(template: str, **values: object) -> str:
-    """Fill a template, given by its path within this package."""
+    """Render a template. ``template`` is its path within this package."""
     return _templates().get_template(template).render(values)
 
 
 def table(
     columns: Sequence[object], rows: Iterable[Sequence[object]], caption: object = "", numbers: Collection[int] = ()
 ) -> str:
-    """Return an HTML table for a notebook (``table.html.j2``), legible on light and dark backgrounds."""
+    """Render an HTML table for a notebook, which is legible on both light and dark backgrounds."""
     return str(_templates().get_template("table.html.j2").module.table(columns, rows, caption, numbers))  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Predictions as objects, as Arrow columns, and in files that ``classify`` writes."""
+"""Predictions as objects, as Arrow columns, and in the files that ``classify`` writes."""
 
 from __future__ import annotations
 
@@ -35,40 +35,42 @@ PREDICTIONS = {
     "keys": pa.int64(),
     "unlike": pa.bool_(),
 }
-"""Columns that ``classify`` can write, with their types."""
+"""The columns that ``classify`` can write, and their types."""
 SCHEMA = pa.schema(list(PREDICTIONS.items()))
 ROWS = 1024
-"""Rows converted to objects at a time."""
+"""Number of rows that are converted to objects at a time."""
 
 MAX_ROWS = 100_000_000
-"""Largest number of predictions in a file."""
+"""Maximum number of predictions in a file."""
 MAX_LINE = 1 << 26
-"""Longest line of a text file of predictions, in bytes. A thousand classes with logits take 20,000."""
+"""Maximum length of a line in a text file of predictions, in bytes. The logits of 1,000 classes take 20,000 bytes."""
 _SCALARS = {bool: pa.bool_(), int: pa.float64(), float: pa.float64(), str: pa.string()}
 _REMEDY = "pass a file from retrieval-tip classify --format parquet, csv or json --output FILE"
 
 SHOWN_PREDICTIONS = 50
-"""Predictions shown in a notebook."""
+"""Number of predictions shown in a notebook."""
 SHOWN_LABELS = 8
 
 Abstain = float | Literal["auto"] | None
-"""Probability below which an answer is withheld. ``auto`` is 0.5, or a query that is ``unlike``."""
+"""Probability below which an answer is withheld. ``auto`` means 0.5, and also withholds answers that are ``unlike``."""
 MORE_LIKELY_WRONG = 0.5
 
 
 def shown_probability(probability: float) -> str:
-    """Format a probability without rounding it to 0 or 1."""
-    if probability > 0.99995:  # in float32, smaller probabilities may also round to 1
+    """Format a probability. The result is never rounded to 0 or 1."""
+    if probability > 0.99995:  # larger values would be rounded to 1
         return ">0.9999"
     return f"{probability:.1e}" if 0 < probability < 5e-4 else f"{probability:.4f}"
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A shot behind an answer: its ``affinity`` to the query, and its ``weight`` ``w = exp(-beta (1 - affinity))``.
+    """A shot that contributed to an answer.
 
-    ``gives`` is its contribution ``w V`` to the cache ``C`` of each class in the prediction's ``labels``. With one-hot
-    values, this is the weight for its own class and 0 for others. Fitted values may be larger, smaller or negative.
+    ``affinity`` is its similarity to the query. ``weight`` is ``w = exp(-beta (1 - affinity))``. ``gives`` holds its
+    contribution ``w V`` to the cache logit of each class in the ``labels`` of the prediction. If values are one-hot,
+    the contribution is the weight for the class of the shot, and 0 for other classes. Fitted values may be larger,
+    smaller or negative.
     """
 
     key_id: int
@@ -80,28 +82,28 @@ class Neighbour:
 
     @property
     def contribution(self) -> float:
-        """Contribution to the winner's cache: positive for the answer, negative against it."""
+        """The contribution to the winning class. It is positive if the shot supports the answer, else negative."""
         return self.gives[0]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one query, a row of :class:`Predictions`.
+    """The answer to a single query. Each row of :class:`Predictions` is a prediction.
 
     Attributes:
         label: the most probable class.
-        probability: its probability, ``softmax(logits / temperature)``.
+        probability: the probability of that class, ``softmax(logits / temperature)``.
         labels: the ``top`` classes, most probable first.
         probabilities: the probabilities of ``labels``.
-        text_logit: text part of the winner's logit.
-        cache_logit: cache part of the winner's logit, with alpha; the two parts add up to it.
-        logits: ``[c]`` float32, in the order of the classes.
-        neighbours: shots with the largest contributions to the answer, largest first.
-        keys: number of keys that settled a certified answer.
-        unlike: whether the query resembles no shot: its largest cache logit is below the index's ``least_cache``.
-            ``None`` for an index without one.
-        opposing: shot with the lowest contribution, or if none is negative, with the largest for the runner-up.
-            ``None`` if no shot counts against the answer.
+        text_logit: the text term of the winning logit.
+        cache_logit: the cache term of the winning logit, multiplied by alpha. The two terms add up to the logit.
+        logits: the logits of all classes, as a float32 array of shape ``[c]``.
+        neighbours: the shots that contributed most to the answer, largest contribution first.
+        keys: the number of keys used for a certified answer.
+        unlike: whether the query does not resemble any shot, which means that its largest cache logit is below the
+            ``least_cache`` of the index. ``None`` if the index has no such setting.
+        opposing: the shot with the most negative contribution. If no contribution is negative, it is the shot that
+            contributes most to the runner-up. ``None`` if no shot counts against the answer.
     """
 
     label: str
@@ -131,11 +133,12 @@ class Prediction:
 
 
 class Predictions:
-    """A table of predictions in the order of the queries, which you can also index and iterate like a list.
+    """A table of predictions, in the order of the queries. You can also index and iterate over it like a list.
 
-    Any library that reads Arrow accepts it: ``polars.DataFrame(predictions)``. Its columns are the known ones of
-    :data:`PREDICTIONS`; ``input`` is the name of a query, by default its number. Each :class:`Prediction` is made on
-    access. The class is not a subclass of list, because libraries would then read it row by row.
+    You can pass it to any library that reads Arrow, for example ``polars.DataFrame(predictions)``. The columns are
+    described in :data:`PREDICTIONS`, and columns that are not known are missing. The column ``input`` holds the query
+    names, which default to the row numbers. Each :class:`Prediction` is created when you access it. The class is not a
+    subclass of list, because libraries would then read it row by row.
     """
 
     def __init__(self, columns: pa.Table | None = None) -> None:
@@ -143,17 +146,17 @@ class Predictions:
 
     @classmethod
     def joined(cls, parts: Iterable[Predictions]) -> Predictions:
-        """Join the predictions of consecutive queries."""
+        """Concatenate the predictions for consecutive queries."""
         tables = [part.to_arrow() for part in parts]
         return cls(pa.concat_tables(tables) if tables else None)
 
     def named(self, inputs: pa.Array | pa.ChunkedArray) -> Predictions:
-        """Return the same predictions with these names of the queries."""
+        """Return the same predictions with new query names."""
         return Predictions(self._columns.set_column(0, "input", inputs))
 
     @property
     def inputs(self) -> list[str]:
-        """Names of the queries."""
+        """The names of the queries."""
         names: list[str] = self._columns["input"].to_pylist()
         return names
 
@@ -179,14 +182,14 @@ class Predictions:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Predictions | list) and list(self) == list(other)
 
-    __hash__ = None  # type: ignore[assignment]  # as for a list
+    __hash__ = None  # type: ignore[assignment]  # a list is not hashable either
 
     def __repr__(self) -> str:
         few = ", ".join(self._columns["label"][:SHOWN_LABELS].to_pylist())
         return f"Predictions({counted(len(self), 'prediction')}: {few}{' ...' if len(self) > SHOWN_LABELS else ''})"
 
     def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Yield these columns of each prediction as a dictionary; ``logits`` is an array ``[c]`` float32."""
+        """Yield the given columns of each prediction as a dictionary, in which ``logits`` is a float32 array."""
         rows = rows_of(self._columns.select([column for column in columns if column != "logits"]))
         if "logits" not in columns or "logits" not in self._columns.column_names:
             yield from rows
@@ -197,16 +200,16 @@ class Predictions:
             yield row | {"logits": own}
 
     def withheld(self, abstain: Abstain) -> pa.ChunkedArray:
-        """Return whether each label is withheld ``[q]``: its probability is below ``abstain``.
+        """Return whether each label is withheld because its probability is below ``abstain``.
 
-        ``auto`` withholds labels that are more likely wrong than right, and those of queries that are ``unlike``.
+        ``auto`` withholds labels that are more likely wrong than right, and labels of queries that are ``unlike``.
         """
         auto = abstain == "auto"
         low = pc.less(self._columns["probability"], MORE_LIKELY_WRONG if auto else abstain or 0.0)
         return pc.or_(low, self._columns["unlike"]) if auto and "unlike" in self._columns.column_names else low
 
     def written(self, columns: Sequence[str], abstain: Abstain = None) -> pa.Table:
-        """Return these columns as ``classify`` writes them, with null for unknown values and withheld labels."""
+        """Return the given columns as ``classify`` writes them. Unknown values and withheld labels are null."""
         table = self._columns
         if abstain is not None:
             label = pc.if_else(self.withheld(abstain), pa.scalar(None, pa.string()), table["label"])
@@ -216,15 +219,15 @@ class Predictions:
         return table.select(list(columns))
 
     def to_arrow(self) -> pa.Table:
-        """Return a table with one row per prediction and the known columns of :data:`PREDICTIONS`."""
+        """Return an Arrow table that has one row per prediction. Its columns are described in :data:`PREDICTIONS`."""
         return self._columns
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
-        """Export to pandas, polars or duckdb by Arrow's PyCapsule interface."""
+        """Export the table to pandas, polars or duckdb through the Arrow PyCapsule interface."""
         return self.to_arrow().__arrow_c_stream__(requested_schema)
 
     def to_pandas(self) -> Any:
-        """Return :meth:`to_arrow` as a pandas data frame. Raises ImportError if pandas is not installed."""
+        """Return the predictions as a pandas DataFrame. Raises ImportError if pandas is not installed."""
         return self.to_arrow().to_pandas()
 
     def _repr_html_(self) -> str:
@@ -241,11 +244,17 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything needed to recompute one answer with another alpha, beta or k.
+    """The data that is needed to recompute an answer with a different alpha, beta or k.
 
-    ``feature`` ``[d]`` and its ``text`` logits ``[c]`` are float32. The ``m`` nearest keys, nearest first, have
-    ``key_ids`` and ``class_ids`` int64 and ``affinities`` float32; ``complete`` says that these are all keys. Each
-    class has ``counts`` ``[c]`` int64 keys, and ``sums`` ``[c]`` float32 is the sum of the affinities to all of them.
+    Attributes:
+        feature: the feature of the query, of shape ``[d]``.
+        text: the text logits, of shape ``[c]``.
+        key_ids: the key ids of the ``m`` nearest keys, nearest first.
+        class_ids: the class ids of these keys.
+        affinities: the affinities of these keys.
+        counts: the number of keys in each class.
+        sums: the sum of the affinities to all keys of each class.
+        complete: whether the nearest keys are all keys of the index.
     """
 
     feature: npt.NDArray[np.float32]
@@ -259,7 +268,10 @@ class Evidence:
 
 
 def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a table as dictionaries, faster than ``to_pylist``, which visits each number of a list."""
+    """Yield the rows of a table as dictionaries.
+
+    This is faster than ``to_pylist``, which converts the numbers in a list one by one.
+    """
     for batch in table.to_batches(ROWS):
         for row in zip(*map(_values, batch.columns), strict=True):
             yield dict(zip(table.column_names, row, strict=True))
@@ -281,19 +293,19 @@ def _values(column: pa.Array) -> list[Any]:
 
 
 def lists(values: npt.NDArray[Any] | pa.Array, m: int) -> pa.ListArray:
-    """Return values ``[q * m]`` or ``[q, m]`` as ``q`` lists of ``m``, without copying an array."""
+    """Convert values to an Arrow column of lists that have ``m`` items each. An array is not copied."""
     flat = values if isinstance(values, pa.Array) else pa.array(values.reshape(-1))
     return pa.ListArray.from_arrays(pa.array(np.arange(0, len(flat) + 1, m, dtype=np.int32)), flat)
 
 
 def read_predictions(path: Path) -> pa.Table:
-    """Read predictions that ``classify`` wrote, as Parquet, CSV or JSON lines, recognised by their contents.
+    """Read predictions that ``classify`` wrote. The file format is Parquet, CSV or JSON lines, and is detected.
 
-    The table has one row per input, and columns in the types of ``PREDICTIONS``. It always has ``input`` and ``label``,
-    and ``label`` may be null. Other columns are kept; from JSON lines, only text, numbers and booleans, as found in the
-    first line.
+    The table has one row per input. Its columns have the types in ``PREDICTIONS``. The columns ``input`` and ``label``
+    are always present, and ``label`` may be null. Additional columns are kept. In JSON lines, they are only kept if the
+    first line has text, a number or a boolean in them.
 
-    Raises InputError naming the file and its fault, also if it has more than ``MAX_ROWS`` rows.
+    Raises InputError if the file is not valid, or if it has more than ``MAX_ROWS`` rows.
     """
     name = one_line(str(path))
     try:
@@ -306,7 +318,7 @@ def read_predictions(path: Path) -> pa.Table:
         for column in ("input", "label"):
             if table.schema.field(column).type not in (pa.string(), pa.large_string(), pa.string_view()):
                 raise ValueError(f"column {column!r} is {table.schema.field(column).type}, not text")
-        table.validate(full=True)  # text is valid UTF-8
+        table.validate(full=True)  # this also checks that text is valid UTF-8
         if table["input"].null_count:
             raise ValueError(f"row {np.flatnonzero(table['input'].is_null().to_numpy())[0]} has no input")
     except NotAFileError as error:
@@ -332,7 +344,7 @@ def _parquet(raw: pa.NativeFile, _: bytes) -> pa.Table:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(raw) as file:
-        _check_columns(file.schema_arrow.names, file.metadata.num_rows)  # before it takes memory
+        _check_columns(file.schema_arrow.names, file.metadata.num_rows)  # before the rows are read into memory
         return file.read()
 
 
@@ -343,7 +355,7 @@ def _json(raw: pa.NativeFile, head: bytes) -> pa.Table:
 
 
 def _read_json(raw: pa.NativeFile | io.BytesIO, kinds: Mapping[str, pa.DataType]) -> pa.Table:
-    """Read these columns of JSON lines only: Arrow overflows its stack on deeply nested types."""
+    """Read only the given columns of JSON lines, because deeply nested types overflow Arrow's stack."""
     import pyarrow.json
 
     schema = pa.schema(list(kinds.items()))
@@ -355,7 +367,7 @@ def _read_json(raw: pa.NativeFile | io.BytesIO, kinds: Mapping[str, pa.DataType]
 
 
 def _csv(raw: pa.NativeFile, _: bytes) -> pa.Table:
-    """Read a CSV file whose lists are JSON."""
+    """Read a CSV file in which lists are written as JSON."""
     import pyarrow.csv
 
     nested = {column: kind for column, kind in PREDICTIONS.items() if pa.types.is_nested(kind)}
@@ -372,7 +384,7 @@ def _csv(raw: pa.NativeFile, _: bytes) -> pa.Table:
         cells = table[column].to_pylist()
         lines = "".join(f'{{"cell": {"null" if cell is None else cell}}}\n' for cell in cells)
         parsed = _read_json(io.BytesIO(lines.encode()), {"cell": nested[column]})
-        if len(parsed) != len(table):  # a cell that closes its line and opens another
+        if len(parsed) != len(table):  # a cell has closed its JSON line and started another one
             raise ValueError(f"column {column!r} is not JSON")
         table = table.set_column(table.column_names.index(column), column, parsed["cell"])
     return table

@@ -1,4 +1,4 @@
-"""Settings of an index, how it was fitted, and how it was built."""
+"""The settings of an index, and records of how it was fitted and built."""
 
 from __future__ import annotations
 
@@ -9,60 +9,73 @@ from typing import Any, Literal, Self, get_args
 from retrieval_tip.errors import UsageError
 
 KeysMet = int | Literal["all"] | None
-"""Number of nearest keys to use in one call. ``None`` uses the index's setting, ``"all"`` every key."""
+"""Number of nearest keys to use in a call. ``None`` uses the setting of the index, and ``"all"`` uses every key."""
 
 Verify = Literal["full", "fast"]
-"""Check of files on loading: ``full`` reads every byte, ``fast`` only compares the size of large files."""
+"""How files are checked when an index is loaded.
+
+``full`` reads every byte. ``fast`` only compares the sizes of large files.
+"""
 Norms = Literal["check", "unit", "keep"]
-"""Treatment of feature rows: require norm 1, scale to norm 1, or keep any norm."""
+"""How the norms of features are treated: check that they are 1, scale features to norm 1, or keep any norm."""
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
 Runtime = Literal["auto", "torch"]
 Dtype = Literal["float32", "float16"]
-"""Type of the stored keys."""
+"""Dtype of the stored keys."""
 FitName = Literal["auto", "none"]
 Normalize = Literal["both", "shots", "affinity", "none"]
-"""Units of alpha and beta (:mod:`retrieval.defaults`)."""
+"""Units of alpha and beta (see :mod:`retrieval.defaults`)."""
 MetricName = Literal["none", "within"]
 ValuesName = Literal["one-hot", "solved"]
 METRICS, VALUES = get_args(MetricName), get_args(ValuesName)
-"""Metrics and values that a fit can choose (:mod:`tip`)."""
+"""The metrics and values that a fit can select (see :mod:`tip`)."""
 TrainedPart = Literal["keys", "values", "visual", "text"]
 TRAINED: tuple[TrainedPart, ...] = get_args(TrainedPart)
-"""Trainable parts: keys (Tip-Adapter-F), values ``[n, c]``, and the two encoders."""
+"""The parts that can be trained: the keys (as in Tip-Adapter-F), the values, and the two encoders."""
 TrainingPrecision = Literal["auto", "float32", "bfloat16"]
 TrainingSettings = Literal["tried", "own"]
 Protocol = Literal["honest", "paper"]
-"""Where settings are chosen: on the shots or a draw of validation images, or on the whole validation source."""
+"""The data that settings are selected on.
+
+``honest`` uses the shots or a random draw of validation images. ``paper`` uses the whole validation source.
+"""
 
 
 def check_choice(name: str, value: object, alias: object) -> None:
-    """Raise UsageError unless a value is one of a ``Literal``."""
+    """Raise UsageError if the value is not one of the options of a ``Literal`` type."""
     words: tuple[str, ...] = get_args(alias)
     if value not in words:
         raise UsageError(f"{name} {value!r}: expected one of {', '.join(words)}")
 
 
 ADDED_AFTER_FORMAT_1 = {"later": True}
-"""Marks a setting added after format 1: it has its default in older manifests."""
+"""Metadata of a setting that was added after format 1. In older manifests it has its default."""
 FITTED = ("least_cache", "log_offset")
-"""Settings that only a fit chooses; otherwise ``None``."""
+"""Settings that are only set by a fit. Otherwise they are ``None``."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the method, ``logits = logit_scale * f W^T + alpha * C`` (:mod:`tip`). The defaults are the paper's.
+    """The settings of the method, ``logits = logit_scale * f W^T + alpha * C`` (see :mod:`tip`).
+
+    The defaults are those of the paper.
 
     Args:
-        alpha: residual ratio, the weight of the cache relative to the text (paper, equation 6); 0 or more.
-        beta: sharpness of the exponential in the cache logits ``C`` (paper, equation 4); 0 or more.
-        logit_scale: temperature factor of the backbone, 100 for OpenAI's CLIP; above 0.
-        k: number of nearest keys per query, 1 or more; ``None`` for all, exactly Tip-Adapter.
-        tail: with ``k``, estimate the contribution of the other keys (:func:`tip.cache_logits`).
-        temperature: divisor of the logits in the probabilities only; above 0.
-        log_offset: ``o > 0`` replaces ``C`` with ``log(1 + max(C, 0) / o)``; ``None`` keeps ``C``.
-        least_cache: a query with a smaller largest cache logit is ``unlike``; ``None`` for no such check.
+        alpha: the residual ratio, which is the weight of the cache relative to the text (equation 6 of the paper). It
+            must be 0 or more.
+        beta: the sharpness of the exponential in the cache logits ``C`` (equation 4 of the paper). It must be 0 or
+            more.
+        logit_scale: the factor of the text logits, which belongs to the backbone. It is 100 for OpenAI's CLIP, and must
+            be above 0.
+        k: the number of nearest keys to use per query. If it is ``None``, all keys are used, as in Tip-Adapter.
+        tail: whether to estimate the contribution of the other keys, if ``k`` is set (see :func:`tip.cache_logits`).
+        temperature: the divisor of the logits, which is only used for probabilities. It must be above 0.
+        log_offset: the offset ``o``, above 0, with which ``C`` is replaced by ``log(1 + max(C, 0) / o)``. If it is
+            ``None``, ``C`` is used directly.
+        least_cache: a threshold for the largest cache logit of a query. Queries below it are ``unlike``. If it is
+            ``None``, queries are not checked.
 
-    Raises UsageError naming the invalid setting.
+    Raises UsageError if a setting is invalid.
     """
 
     alpha: float = 1.0
@@ -94,28 +107,28 @@ class Settings:
                 object.__setattr__(self, name, float(getattr(self, name)))
 
     def override(self, *, k: KeysMet = None, **given: Any) -> Self:
-        """Return the settings with the given ones replaced; ``None`` keeps a setting."""
+        """Return a copy in which the given settings are replaced. ``None`` keeps the current value."""
         known = {name: value for name, value in given.items() if value is not None}
         if k is not None:
             known["k"] = None if k == "all" else k
         return replace(self, **known) if known else self
 
     def unfitted(self) -> Self:
-        """Return the settings without those that only a fit chooses."""
+        """Return a copy in which the settings that are only set by a fit are ``None``."""
         return replace(self, least_cache=None, log_offset=None)
 
     def shown(self) -> dict[str, Any]:
-        """Return the adjustable settings by name, without ``logit_scale`` and fitted ones; ``k`` may be ``all``."""
+        """Return the settings that a user can adjust, by name. If all keys are used, ``k`` is ``all``."""
         names = (field.name for field in fields(self) if field.name not in ("logit_scale", *FITTED))
         return {name: getattr(self, name) for name in names} | {"k": self.k or "all"}
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Metric and values that were fitted to the shots of an index (:mod:`fit.closed_form`).
+    """A record of the metric and the values that were fitted to the shots of an index (see :mod:`fit.closed_form`).
 
-    ``metric`` is ``none``, or a name from :mod:`fit.forms` with a ``shrinkage``. ``values`` is ``one-hot``, or
-    ``solved`` with a ``ridge``. ``keys`` is the number of keys at that time.
+    ``metric`` is ``none`` or a name from :mod:`fit.forms`, which also has a ``shrinkage``. ``values`` is ``one-hot`` or
+    ``solved``. Solved values also have a ``ridge``. ``keys`` is the number of keys at the time of the fit.
     """
 
     metric: str
@@ -137,16 +150,20 @@ class Fitted:
 
     @property
     def solved(self) -> bool:
-        """Whether the values were solved, which ties them to one beta."""
+        """Whether the values were solved. Solved values are only valid for a single beta."""
         return self.values != "one-hot"
 
 
 @dataclass(frozen=True)
 class Built:
-    """Build options that later changes follow, unlike the provenance, which is only a record.
+    """The options of the build that are also used for later changes. The provenance, in contrast, is only a record.
 
-    ``source`` is the name of the labelled source. ``shots`` were drawn per class (``None``: all), and a key is the mean
-    of ``views``; ``seed`` drew both. ``auto_index``: the type of the index follows the number of keys.
+    Attributes:
+        source: the name of the labelled source.
+        shots: the number of shots drawn per class, or ``None`` if all were used.
+        seed: the random seed for the shots and the views.
+        views: the number of views whose mean feature is a key.
+        auto_index: whether the type of the index depends on the number of keys.
     """
 
     source: str | None = None

@@ -1,1 +1,1 @@
-"""Retrieval: find keys for queries, and compute logits from them."""
+"""Find the keys that a query needs, and compute logits from them."""

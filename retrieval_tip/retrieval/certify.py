@@ -1,8 +1,9 @@
-"""Bounds of the logits, which show the keys and classes that a query may skip.
+"""Bounds on the logits, which are used to decide which keys and classes a query can skip.
 
-Suppose cache logits cover some keys, and the others are omitted or count at their class's mean affinity
-(:func:`tip.at_mean`). They are then lower bounds of the cache logits over all keys, and ``L = text + alpha * cache`` is
-a lower bound of the logits. This holds for one-hot values and non-negative settings.
+Suppose that the cache logits are computed from some of the keys, and that the other keys are omitted or counted at the
+mean affinity of their class (see :func:`tip.at_mean`). The results are then lower bounds on the cache logits over all
+keys, and ``L = text + alpha * cache`` is a lower bound on the logits. This holds if values are one-hot and settings are
+not negative.
 """
 
 from __future__ import annotations
@@ -16,46 +17,50 @@ from retrieval_tip.settings import Settings
 
 
 def uncertain(terms: tip.Terms, settings: Settings, error: float) -> Tensor:
-    """Return whether relative errors up to ``error`` in the cache logits could change the winner, ``[q]`` bool.
+    """Return, for each query, whether relative errors of up to ``error`` in the cache logits could change the winner.
 
-    Cache logits must be non-negative.
+    The cache logits must not be negative.
     """
     winner = terms.logits(settings).argmax(dim=1, keepdim=True)
     return _highest_other(terms, settings, error, winner) >= _logit_of(terms, settings, winner, -error)
 
 
 def promising(terms: tip.Terms, settings: Settings, slack: float, most: int) -> tuple[Tensor, Tensor]:
-    """Return the classes whose keys each query should visit; in ``terms``, all keys count at their class's mean.
+    """Select the classes whose keys each query should visit.
 
-    Visiting the keys of a class raises its cache logit by at most a fraction ``slack``, with rare exceptions. So only
-    classes with ``L_c + alpha slack cache_c >= max L`` can win.
+    In ``terms``, all keys are counted at the mean affinity of their class. If the keys of a class are visited, its
+    cache logit increases by at most the fraction ``slack``, with rare exceptions. Therefore only classes with
+    ``L_c + alpha slack cache_c >= max L`` can win.
 
-    Returns the ``p = min(most, c)`` classes of the largest ``L``, ``[q, p]`` int64, largest first, and whether each can
-    win, ``[q, p]`` bool (always true for the first).
+    Returns the ``p = min(most, c)`` classes that have the largest ``L``, as an int64 tensor of shape ``[q, p]``,
+    largest first. Also returns whether each of these classes can win, as a bool tensor of the same shape. For the first
+    class, this is always true.
     """
     highest, classes = terms.logits(settings).topk(min(most, terms.text.shape[1]), dim=1)
     can = highest + settings.alpha * slack * terms.cache.gather(1, classes) >= highest[:, :1]
-    can[:, :1] = True  # also where logits overflow
+    can[:, :1] = True  # this must also hold if logits overflow
     return classes, can
 
 
 def settled(terms: tip.Terms, settings: Settings, slack: float, classes: Tensor) -> Tensor:
-    """Return whether only the :func:`promising` ``classes`` ``[q, p]`` can win, ``[q]`` bool."""
+    """Return, for each query, whether no class other than the :func:`promising` ``classes`` can win."""
     return _highest_other(terms, settings, slack, classes) < _logit_of(terms, settings, classes[:, :1])
 
 
 def certificate(terms: tip.Terms, near: Nearest, totals: tip.Totals, settings: Settings) -> Tensor:
-    """Return whether the prediction from retrieved keys provably equals the one from all keys, ``[q]`` bool.
+    """Return, for each query, whether the retrieved keys provably give the same prediction as all keys.
 
-    ``terms`` cover the retrieved keys (``near``, ``[q, k]``), with or without the tail, before the link; both give a
-    lower bound of the exact logits. Each of the other ``r_c`` keys of class ``c`` has at most the smallest retrieved
-    affinity ``s_k``. So the logit of ``c`` can rise by at most ``alpha r_c (exp(-beta (1 - s_k)) - t_c)``, where
-    ``t_c`` is the weight of each in the tail. The prediction is proved if the winner's logit exceeds all raised ones by
-    more than rounding can explain: a weight's relative error is ``1 + beta`` times that of its affinity, and text and
-    cache may cancel in a logit.
+    ``terms`` are computed from the retrieved keys ``near`` before the link is applied. They may include the tail. In
+    both cases they are a lower bound on the exact logits.
 
-    The proof needs one-hot values, because a key with negative trained values can also lower a logit. It needs exact
-    retrieval, too; after an approximate search it is only evidence.
+    The affinity of every other key is at most ``s_k``, the smallest affinity of a retrieved key. Class ``c`` has
+    ``r_c`` other keys, so its logit can rise by at most ``alpha r_c (exp(-beta (1 - s_k)) - t_c)``, where ``t_c`` is
+    the weight of such a key in the tail. The prediction is proved if the winning logit exceeds all other raised logits
+    by more than the rounding error. The bound on the rounding error takes two effects into account: the relative error
+    of a weight is ``1 + beta`` times the error of its affinity, and the text term and the cache term may cancel.
+
+    The proof requires one-hot values, because a key that has negative values can also lower a logit. It also requires
+    an exact search. After an approximate search, the result is only evidence.
     """
     logits, affinity, class_ids = terms.logits(settings), near.affinity, near.class_ids
     alpha, beta, n_classes = settings.alpha, settings.beta, totals.counts.shape[0]
@@ -73,11 +78,11 @@ def certificate(terms: tip.Terms, near: Nearest, totals: tip.Totals, settings: S
 
 
 def _highest_other(terms: tip.Terms, settings: Settings, slack: float, classes: Tensor) -> Tensor:
-    """Return the largest upper bound of the logits outside ``classes`` ``[q, p]``, ``[q]``."""
+    """Return, for each query, the largest upper bound on the logits of all classes that are not in ``classes``."""
     return terms.logits(settings, slack).scatter_(1, classes, -torch.inf).amax(dim=1)
 
 
 def _logit_of(terms: tip.Terms, settings: Settings, classes: Tensor, slack: float = 0.0) -> Tensor:
-    """Return each query's logit ``[q]`` for its class in ``classes`` ``[q, 1]``, with the cache raised by ``slack``."""
+    """Return the logit of each query for its class in ``classes``, after its cache term is raised by ``slack``."""
     chosen = tip.Terms(terms.text.gather(1, classes), terms.cache.gather(1, classes))
     return chosen.logits(settings, slack)[:, 0]

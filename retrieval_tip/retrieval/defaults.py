@@ -1,7 +1,8 @@
-"""Default alpha and beta for any backbone and any number of shots.
+"""Default values of alpha and beta for any backbone and any number of shots.
 
-The paper's alpha 1 and beta 5.5 suit CLIP's cosines and 16 shots. But the cache term grows with the number of shots,
-and the spread of affinities depends on the backbone. Constants in units of both carry over.
+In the paper, alpha is 1 and beta is 5.5. These values work well for CLIP features and 16 shots. However, the cache term
+grows with the number of shots, and the spread of the affinities depends on the backbone. We therefore define the
+defaults in units of the spread and the number of shots, so that they can be used with any backbone.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from retrieval_tip.retrieval.segments import Keys
 from retrieval_tip.settings import Normalize, check_choice
 
 UNTOUCHED = {"both": (0.7, 1.0), "shots": (20.0, 5.5), "affinity": (0.035, 1.0), "none": (1.0, 5.5)}
-"""Default alpha and beta of each form: the paper's for ``none``; the others agree with each other at 16 shots."""
+"""Default alpha and beta for each unit. For ``none`` they are from the paper. The others are equivalent at 16 shots."""
 
 DOUBT = 4
-"""Pseudo-shots added to each class, so that a few shots weigh less (chosen on validation data)."""
+"""Number of pseudo-shots added to each class, so that few shots get a smaller weight. Selected on validation data."""
 
 STEEPEST = 60.0
-"""Largest exponent ``beta (1 - mean)`` of a default. Nearly identical images would exceed it and overflow float32."""
+"""Upper limit for the exponent ``beta (1 - mean)`` of a default. Otherwise near-identical images overflow float32."""
 
 SAMPLE = 4096
-"""Maximum number of keys to measure affinities on."""
+"""Maximum number of keys whose affinities are measured."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """``mean`` and ``std`` of affinities between classes, and the mean number of ``shots`` per class."""
+    """The mean and standard deviation of affinities between classes, and the mean number of shots per class."""
 
     mean: float
     std: float
@@ -39,7 +40,10 @@ class Statistics:
 
 
 def measure(keys: Keys, class_ids: npt.NDArray[np.int64]) -> Statistics | None:
-    """Measure keys ``[n, d]`` of class ids ``[n]``; ``None`` for a single class or constant affinities."""
+    """Measure the affinities between keys of different classes.
+
+    Returns ``None`` if there is only one class, or if all affinities are equal.
+    """
     rows = np.arange(len(keys))
     if len(keys) > SAMPLE:
         rows = np.sort(np.random.default_rng(0).choice(len(keys), SAMPLE, replace=False))
@@ -52,25 +56,26 @@ def measure(keys: Keys, class_ids: npt.NDArray[np.int64]) -> Statistics | None:
 
 
 def untouched_settings(keys: Keys, class_ids: npt.NDArray[np.int64]) -> tuple[float, float]:
-    """Return default alpha and beta for keys ``[n, d]`` of class ids ``[n]``."""
+    """Return the default alpha and beta for the given keys and their class ids."""
     return plain_settings(None, None, "both", measure(keys, class_ids))
 
 
 def plain_settings(
     alpha: float | None, beta: float | None, normalize: Normalize, statistics: Statistics | None
 ) -> tuple[float, float]:
-    """Convert alpha and beta from the units of ``normalize`` to those of the paper's equation 6.
+    """Convert alpha and beta from the units of ``normalize`` to the units of equation 6 in the paper.
 
-    ``affinity`` standardises affinities, ``A' = (A - mean) / std``, so that a key's weight is ``exp(beta A')``.
-    ``shots`` divides the cache by the shots per class plus :data:`DOUBT`. ``both`` does both::
+    If ``normalize`` is ``affinity``, affinities are standardised as ``A' = (A - mean) / std``, and the weight of a key
+    is ``exp(beta A')``. If it is ``shots``, the cache is divided by the number of shots per class plus :data:`DOUBT`.
+    If it is ``both``, both are done::
 
         beta_plain  = beta / std
         alpha_plain = alpha exp(beta_plain (1 - mean)) / (shots + 4)
 
-    ``None`` takes the form's default, or the paper's if there are no statistics. A default beta is limited
-    (:data:`STEEPEST`), so that logits of unit-norm keys fit float32.
+    If alpha or beta is ``None``, it defaults to a value for these units, or to the value in the paper if there are no
+    statistics. A default beta is limited by :data:`STEEPEST`, so that the logits of keys with unit norm fit in float32.
 
-    Raises UsageError for an unknown form, or if given settings need statistics and there are none.
+    Raises UsageError if ``normalize`` is unknown, or if alpha or beta is given and there are no statistics.
     """
     check_choice("normalize", normalize, Normalize)
     if statistics is None and normalize != "none":

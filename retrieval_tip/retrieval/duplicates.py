@@ -1,4 +1,4 @@
-"""Find the same image in two classes: at least one of its labels must be wrong."""
+"""Find images that occur in two classes, which means that at least one of the labels is wrong."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from retrieval_tip.retrieval.vector_index import faiss
 from retrieval_tip.store.labels import digest_codes
 
 NEAR = 0.98
-"""Lowest cosine of near-identical keys.
+"""Lowest cosine at which two keys count as near-identical.
 
-Measured on 2999 Caltech101 images with lit-mini. Share of copies that reach it: JPEG quality 75, 100 %; quality 90,
-99.7 %; enlarged, 94 %; cropped by 1 %, 27 %; scaled to 75 %, 19 %. Different images reach at most 0.82 between classes
-and 0.995 within one (frames of a cartoon). With CLIP on nine foods, the maxima are 0.92 and 0.974.
+We measured how many edited copies of 2999 Caltech101 images reach it with lit-mini. The share was 100 % at JPEG quality
+75, 99.7 % at quality 90, 94 % after enlarging, 27 % after cropping by 1 %, and 19 % after scaling to 75 %. The cosine
+of two different images was at most 0.82 between classes, and 0.995 within a class (frames of a cartoon). With CLIP on
+nine foods, the maxima were 0.92 and 0.974.
 """
 
 PAIRS = 1 << 28
-"""Default limit on compared pairs: all pairs of 16,000 keys, which take 1 s on two cores."""
+"""Default limit on the number of compared pairs. Comparing all pairs of 16,000 keys takes 1 s on two cores."""
 
 MOST = 1000
-"""Default limit on pairs in a result."""
+"""Default limit on the number of pairs in a result."""
 
 BLOCK = 128
-"""Keys per block of an all-pairs comparison. If 16,000 keys are all alike, the pairs of a block take 300 MiB."""
+"""Number of keys per block when all pairs are compared. If 16,000 keys are all alike, a block takes 300 MiB."""
 
 NEIGHBOURS = 32
-"""Nearest keys to retrieve for each fresh key."""
+"""Number of nearest keys to retrieve for each fresh key."""
 
 KINDS = ("identical image", "identical feature", "near-identical")
 
@@ -49,15 +50,15 @@ Bools = npt.NDArray[np.bool_]
 Search = Callable[[Tensor, int], tuple[Tensor, Tensor | IntArray]]
 Remain = Callable[[IntArray, IntArray], Bools]
 Near = tuple[IntArray, IntArray, FloatArray]
-"""Pairs, as two arrays of rows, and their cosines."""
+"""Pairs of keys as two arrays of row numbers, and an array of their cosines."""
 
 
 @dataclass(frozen=True)
 class Duplicate:
-    """A pair of keys of different classes that show the same image; the ``other`` key has the higher key id.
+    """Two keys that belong to different classes and show the same image. The ``other`` key has the higher key id.
 
-    ``affinity`` is their cosine. ``kind`` is ``identical image`` (equal content digests), ``identical feature`` (equal
-    values) or ``near-identical`` (a high cosine).
+    ``affinity`` is the cosine of the keys. ``kind`` is ``identical image`` if their content digests are equal,
+    ``identical feature`` if their values are equal, and ``near-identical`` if their cosine is high.
     """
 
     key_id: int
@@ -72,11 +73,14 @@ class Duplicate:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Duplicates across classes: identical images first, then by descending affinity.
+    """Duplicates between classes.
 
-    ``pairs`` holds the closest ones; ``total`` counts all that were found. ``compared`` names the method: ``all``
-    (every pair of keys, so ``total`` is exact), ``nearest`` (each fresh key with its nearest keys) or ``digests``
-    (identical images only; without ``fresh``, identical features too).
+    Attributes:
+        pairs: the closest pairs. Identical images come first, followed by the other pairs in order of their affinity.
+        total: the number of pairs that were found.
+        compared: the method that was used. ``all`` compares every pair of keys, so that ``total`` is exact. ``nearest``
+            compares each fresh key with its nearest keys. ``digests`` finds identical images, and also identical
+            features if there are no fresh keys.
     """
 
     pairs: list[Duplicate]
@@ -94,23 +98,26 @@ def duplicates(
     search: Search | None = None,
     most: int = MOST,
 ) -> Duplicates:
-    """Find pairs of keys of different classes that show the same image. Repeats within a class do not count.
+    """Find keys of different classes that show the same image. Duplicates within a class are ignored.
 
-    Two keys are duplicates if their content digests agree, or ``cos(K_i, K_j) = K_i K_j / (|K_i| |K_j|) >= least``.
-    Digests are always compared, and so are the cosines of up to ``budget`` pairs. Beyond ``budget``, each fresh key is
-    compared with the nearest keys that ``search`` returns; without ``fresh``, features are compared for equality.
+    Two keys are duplicates if their content digests are equal, or if ``cos(K_i, K_j) = K_i K_j / (|K_i| |K_j|)`` is at
+    least ``least``. Digests are always compared. Cosines are compared if there are at most ``budget`` pairs. Otherwise,
+    each fresh key is compared with the nearest keys that ``search`` returns. If there are no fresh keys, features are
+    only checked for equality.
 
     Args:
-        keys: ``[n, d]`` float32 or float16.
-        labels: the label store, one row per key: ``key_id``, ``class_id``, ``label``, ``source``, ``digest``.
-        fresh: rows of newly added keys; at least one key of a pair must be among them. ``None`` means all.
-        least: lowest cosine of near-identical keys.
-        budget: largest number of pairs to compare, ``len(fresh) * n``.
-        search: maps features ``[m, d]`` (a float32 tensor on the CPU) and k to affinities and rows ``[m, k]``, -1 where
-            empty, like ``CacheModel.nearest`` of a cache that includes the fresh keys.
-        most: largest number of pairs to return.
+        keys: the keys, as a float32 or float16 array of shape ``[n, d]``.
+        labels: the label store, which has one row per key and the columns ``key_id``, ``class_id``, ``label``,
+            ``source`` and ``digest``.
+        fresh: the rows of newly added keys. At least one key of each pair must be fresh. By default, all keys are.
+        least: the lowest cosine at which two keys count as near-identical.
+        budget: the maximum number of pairs to compare, ``len(fresh) * n``.
+        search: a function like ``CacheModel.nearest``. It takes a float32 CPU tensor of features and the number ``k``,
+            and returns the affinities and rows of the ``k`` nearest keys. Empty slots have row -1. The fresh keys must
+            be included in the search.
+        most: the maximum number of pairs to return.
 
-    Raises InputError if ``labels`` does not have one row per key, or ``fresh`` is out of range.
+    Raises InputError if ``labels`` does not have one row per key, or if ``fresh`` is out of range.
     """
     n = int(keys.shape[0])
     if len(labels) != n:
@@ -125,7 +132,7 @@ def duplicates(
     a, b, total = _pairs_of_equal(images, class_ids, new, most)
 
     def remain(x: IntArray, y: IntArray) -> Bools:
-        """Select pairs of two classes, except identical images, which are counted already."""
+        """Return which pairs belong to different classes. Identical images have already been counted."""
         keep: Bools = (class_ids[x] != class_ids[y]) & ((images[x] != images[y]) | (images[x] < 0))
         return keep
 
@@ -137,7 +144,7 @@ def duplicates(
     elif fresh is None and not isinstance(keys, KeysInPlace):
         features = _codes_of_equal(keys)
         x, y, every = _pairs_of_equal(features, class_ids, new, most + len(a))
-        kept = remain(x, y)  # drops identical images
+        kept = remain(x, y)  # this drops identical images
         both = np.where((features < 0) | (images < 0), -1, features * (n + 1) + images)
         more = x[kept], y[kept], every - _pairs_of_equal(both, class_ids, new, 0)[2]
     kinds = np.repeat([0, 2], [len(a), len(more[0])])[:most]
@@ -146,7 +153,7 @@ def duplicates(
 
 
 def describe_duplicates(duplicates: Duplicates, limit: int = 5) -> list[str]:
-    """Format a warning: a line for each of the first ``limit`` pairs, then the number of the others."""
+    """Format a warning that has one line for each of the first ``limit`` pairs, and a line that counts the others."""
     lines = [
         one_line(f"{pair.source} ({pair.label}) and {pair.other_source} ({pair.other_label}): {pair.kind}")
         + (f" (affinity {pair.affinity:.4f})" if pair.kind == KINDS[2] else "")
@@ -157,11 +164,11 @@ def describe_duplicates(duplicates: Duplicates, limit: int = 5) -> list[str]:
 
 
 def _pairs_of_equal(codes: IntArray, class_ids: IntArray, new: Bools, most: int) -> tuple[IntArray, IntArray, int]:
-    """Return up to ``most`` pairs of rows of equal code (-1 excluded) and different classes, and the total count.
+    """Return up to ``most`` pairs of rows that have equal codes and different classes, and the total number of pairs.
 
-    At least one row of a pair is new. With rows sorted by code and class, the partners of a row are a run, from the end
-    of its class to the end of its code. (A join in duckdb takes 0.1 s to start, and seconds for one image in 100,000
-    rows.)
+    Rows with code -1 are ignored, and at least one row of each pair is new. The rows are sorted by code and class, so
+    the partners of a row are all rows from the end of its class to the end of its code. A join in duckdb would take
+    0.1 s to start, and several seconds if one image occurs in 100,000 rows.
     """
     rows = np.flatnonzero((codes >= 0) & np.isin(codes, codes[new]))
     rows = rows[np.lexsort((class_ids[rows], codes[rows]))]
@@ -180,9 +187,10 @@ def _pairs_of_equal(codes: IntArray, class_ids: IntArray, new: Bools, most: int)
 
 
 def _codes_of_equal(keys: KeyArray | Segments) -> IntArray:
-    """Return a code for each key, equal for keys of equal bytes; -1 for unique keys.
+    """Return a code for each key. Identical keys have the same code, and unique keys have the code -1.
 
-    Sums modulo 2^64 cost no more than reading the keys, but may collide, so keys of equal sums are hashed.
+    The keys are first compared by their sums modulo 2^64, which is as fast as reading them. Because sums can collide,
+    keys that have equal sums are then hashed.
     """
     n, width = int(keys.shape[0]), math.gcd(8, int(keys.shape[1]) * keys.dtype.itemsize)
     words = (np.ascontiguousarray(keys[part]).view(f"u{width}") for part in slices(n, KEY_BLOCK))
@@ -196,14 +204,15 @@ def _codes_of_equal(keys: KeyArray | Segments) -> IntArray:
 
 
 def _unit(keys: Keys, rows: IntArray) -> Tensor:
-    """Return keys ``[m, d]`` float32, scaled to norm 1, which fine-tuned keys do not have."""
+    """Return the keys at ``rows`` as float32, scaled to norm 1. Fine-tuned keys can have any norm."""
     return normalize(torch.from_numpy(np.asarray(keys[rows], dtype=np.float32)), dim=-1)
 
 
 def _near(keys: Keys, asked: IntArray, new: Bools, least: float, remain: Remain) -> Iterator[Near]:
-    """Yield blocks of pairs that ``remain``: a row of ``asked`` and any other row, with a cosine above ``least``.
+    """Compare the rows in ``asked`` with all rows, and yield blocks of pairs that have a cosine above ``least``.
 
-    Asked rows come first in the order, and each row is compared with the asked rows before it.
+    Only pairs for which ``remain`` returns true are included. The rows in ``asked`` come first in the order, and each
+    row is compared with the ``asked`` rows before it.
     """
     order = np.concatenate([asked, np.flatnonzero(~new)])
     index = faiss().IndexFlatIP(int(keys.shape[1]))
@@ -218,7 +227,10 @@ def _near(keys: Keys, asked: IntArray, new: Bools, least: float, remain: Remain)
 
 
 def _nearest(keys: Keys, asked: IntArray, search: Search, least: float, remain: Remain) -> Near:
-    """Return pairs that ``remain``: a row of ``asked`` and a retrieved one, with a cosine of at least ``least``."""
+    """Compare the rows in ``asked`` with their nearest keys, and return pairs that have a cosine of at least ``least``.
+
+    Only pairs for which ``remain`` returns true are included.
+    """
     pairs, cosines = [np.empty((0, 2), dtype=np.int64)], [np.empty(0, dtype=np.float32)]
     for part in slices(len(asked), QUERY_BLOCK):
         features = torch.from_numpy(np.asarray(keys[asked[part]], dtype=np.float32))
@@ -234,7 +246,7 @@ def _nearest(keys: Keys, asked: IntArray, search: Search, least: float, remain: 
 
 
 def _closest(blocks: Iterable[Near], most: int) -> tuple[IntArray, IntArray, int]:
-    """Return the ``most`` pairs of the highest cosine, highest first, and the total count."""
+    """Return the ``most`` pairs that have the highest cosines, highest first, and the total number of pairs."""
     total, a, b = 0, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     cosine = np.empty(0, dtype=np.float32)
     for x, y, near in blocks:
@@ -246,7 +258,7 @@ def _closest(blocks: Iterable[Near], most: int) -> tuple[IntArray, IntArray, int
 
 
 def _describe(keys: Keys, labels: pa.Table, a: IntArray, b: IntArray, kinds: IntArray) -> list[Duplicate]:
-    """Describe pairs of rows; near-identical pairs of equal values become identical features."""
+    """Describe pairs of rows. If the values of a near-identical pair are equal, it becomes an identical feature."""
     cosine = torch.einsum("nd,nd->n", _unit(keys, a).double(), _unit(keys, b).double()).numpy()
     kinds = np.where((kinds == 2) & (np.asarray(keys[a]) == np.asarray(keys[b])).all(axis=1), 1, kinds)
     key_ids = labels["key_id"].to_numpy()

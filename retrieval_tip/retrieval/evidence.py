@@ -1,7 +1,7 @@
-"""Explain an answer by its shots: those that contributed most to it, and the one that counted most against it.
+"""Find the shots that contributed most to an answer, and the shot that counted most against it.
 
-Key ``i`` contributes ``w_i V_ic`` to class ``c``: its weight ``w_i = exp(-beta (1 - A_i))`` times its value. One-hot
-values are 1 for the key's own class and 0 elsewhere; fitted values may be negative.
+Key ``i`` contributes ``w_i V_ic`` to class ``c``, which is its weight ``w_i = exp(-beta (1 - A_i))`` times its value. A
+one-hot value is 1 for the class of the key, and 0 for other classes. Fitted values may be negative.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Nearest:
-    """Retrieved keys of ``q`` queries, nearest first by default; each tensor is ``[q, k]``.
+    """The retrieved keys of each query, as tensors of shape ``[q, k]``. By default, the nearest key comes first.
 
-    ``affinity`` float32, exact; ``rows`` int64, as :meth:`answering.AnsweringIndex.described` takes them; ``class_ids``
-    int64. An empty slot has affinity 0, row -1 and class id ``c``.
+    Empty slots have affinity 0, row -1 and the class id ``c``.
+
+    Attributes:
+        affinity: the exact affinities, in float32.
+        rows: the row numbers, which you can pass to :meth:`answering.AnsweringIndex.described`.
+        class_ids: the class ids.
     """
 
     affinity: Tensor
@@ -27,7 +31,7 @@ class Nearest:
 
     @property
     def columns(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The three tensors."""
+        """The three tensors as a tuple."""
         return self.affinity, self.rows, self.class_ids
 
     def queries(self, part: slice | Tensor) -> Nearest:
@@ -40,20 +44,20 @@ class Nearest:
             column[part] = replacement
 
     def ordered(self, by: Tensor) -> Nearest:
-        """Sort each query's keys by ``by`` ``[q, k]``, largest first; stable, with empty slots last."""
+        """Sort the keys of each query by ``by``, largest first. Empty slots come last, and the sort is stable."""
         by = by.masked_fill(self.rows < 0, -torch.inf)
         return self.at(by.argsort(dim=1, descending=True, stable=True))
 
     def at(self, places: Tensor) -> Nearest:
-        """Return each query's keys at ``places`` ``[q, m]``."""
+        """Return the keys of each query at the given ``places``."""
         return Nearest(*(column.gather(1, places) for column in self.columns))
 
     def first(self, number: int) -> Nearest:
-        """Return each query's first ``number`` keys."""
+        """Return the first ``number`` keys of each query."""
         return Nearest(*(column[:, :number] for column in self.columns))
 
     def without(self, dropped: Tensor, n_classes: int) -> Nearest:
-        """Empty the slots where ``dropped`` ``[q, k]`` is true."""
+        """Return a copy in which the slots where ``dropped`` is true are empty."""
         return Nearest(
             self.affinity.masked_fill(dropped, 0),
             self.rows.masked_fill(dropped, -1),
@@ -62,13 +66,13 @@ class Nearest:
 
     @classmethod
     def joined(cls, parts: Sequence[Nearest], dim: int = 0) -> Nearest:
-        """Concatenate the keys of consecutive queries, or with ``dim=1`` of the same queries."""
+        """Concatenate the keys of consecutive queries. If ``dim=1``, concatenate several keys of the same queries."""
         return cls(*(torch.cat(column, dim=dim) for column in zip(*(part.columns for part in parts), strict=True)))
 
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest contributions ``[q, m]`` so far, largest first, with the affinities and rows of their keys."""
+    """The largest contributions found so far, largest first, and the affinities and rows of their keys."""
 
     given: Tensor
     affinity: Tensor
@@ -76,14 +80,14 @@ class Largest:
 
     @classmethod
     def none(cls, q: int, number: int, device: str) -> Largest:
-        """Return empty slots: contribution -inf, affinity 0, row -1."""
+        """Create empty slots, which have contribution -inf, affinity 0 and row -1."""
         given = torch.full((q, number), -torch.inf, device=device)
         return cls(given, torch.zeros_like(given), torch.full((q, number), -1, device=device))
 
     def add(self, part: slice, given: Tensor, affinity: Tensor, first: int) -> None:
-        """Merge a block ``[p, b]`` of keys, whose rows start at ``first``, for the queries in ``part``."""
+        """Merge a block of keys for the queries in ``part``. ``first`` is the row number of the first key."""
         number = self.given.shape[1]
-        if number == 1:  # several times as fast as topk
+        if number == 1:  # max is several times as fast as topk
             largest, place = given.max(dim=1, keepdim=True)
         else:
             largest, place = given.topk(min(number, given.shape[1]), dim=1)
@@ -97,11 +101,12 @@ class Largest:
 
 @dataclass(frozen=True)
 class Contributors:
-    """The shots behind the answers to ``q`` queries.
+    """The shots that contributed most to the answers, and the shots that counted most against them.
 
-    ``supporting`` ``[q, m]``: the keys that contribute most to the winning class, largest contribution first.
-    ``opposing`` ``[q, 1]``: the key with the most negative contribution, else (as with one-hot values) the key that
-    contributes most to the runner-up; empty if no key counts against the answer.
+    Attributes:
+        supporting: the keys that contribute most to the winning class, largest contribution first.
+        opposing: the key that has the most negative contribution. If no contribution is negative, it is the key that
+            contributes most to the runner-up. The slot is empty if no key counts against the answer.
     """
 
     supporting: Nearest
@@ -120,9 +125,9 @@ class Contributors:
 
     @classmethod
     def among(cls, near: Nearest, winner: Tensor, rival: Tensor, n_classes: int, number: int) -> Contributors:
-        """Choose ``number`` shots from retrieved keys ``[q, k]``.
+        """Select ``number`` supporting shots and the opposing shot from the retrieved keys.
 
-        ``winner`` and ``rival`` ``[q, k]`` are the keys' contributions to the winning class and to the runner-up.
+        ``winner`` and ``rival`` are the contributions of the keys to the winning class and to the runner-up.
         """
         there = near.rows >= 0
         nearest_first = near.affinity.masked_fill(~there, -torch.inf).argsort(dim=1, descending=True, stable=True)

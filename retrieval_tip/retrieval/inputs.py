@@ -1,4 +1,4 @@
-"""Validate arguments and convert them to arrays; each error names the argument and the expected value."""
+"""Validate arguments and convert them to arrays. Each error names the argument and the expected value."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ Features = npt.NDArray[np.floating] | Tensor
 
 
 def matrix(features: Features, what: str) -> KeyArray:
-    """Convert features to a finite array ``[n, d]`` float32; float16 is kept. Raises InputError naming ``what``."""
+    """Convert features to a finite float32 array of shape ``[n, d]``. float16 features keep their dtype.
+
+    Raises InputError, which names ``what``, if the features are not valid.
+    """
     array = features.detach().cpu().float().numpy() if isinstance(features, Tensor) else _array(features, what)
     if array.ndim != 2 or 0 in array.shape:
         raise InputError(f"{what}: shape {array.shape}; expected [n, d] with n and d at least 1")
     if not np.issubdtype(array.dtype, np.floating):
         raise InputError(f"{what}: {array.dtype}; expected floating-point numbers")
-    with np.errstate(over="ignore"):  # overflow becomes infinity, which is refused below
+    with np.errstate(over="ignore"):  # overflow becomes infinity, which raises an error below
         array = array if array.dtype == np.float16 else array.astype(np.float32, copy=False)
     bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
     if bad.size:
@@ -47,11 +50,11 @@ def _array(values: object, what: str) -> npt.NDArray[Any]:
 
 
 def queries(features: Features, d: int) -> Tensor:
-    """Convert queries to a finite tensor ``[q, d]`` float32, on the device they are on. Raises InputError."""
+    """Convert queries to a finite float32 tensor on the same device. Raises InputError if they are not valid."""
     if isinstance(features, Tensor):
         f = features.detach().float()
     else:
-        with np.errstate(over="ignore"):  # overflow becomes infinity, which is refused below
+        with np.errstate(over="ignore"):  # overflow becomes infinity, which raises an error below
             f = torch.from_numpy(np.require(_array(features, "features"), np.float32, ["C", "W"]))
     if f.ndim != 2 or f.shape[1] != d:
         raise InputError(f"features: shape {tuple(f.shape)}; expected [q, {d}]")
@@ -62,7 +65,7 @@ def queries(features: Features, d: int) -> Tensor:
 
 
 def check_unit(f: Tensor) -> None:
-    """Raise InputError naming the first query ``[q, d]`` whose norm is not 1."""
+    """Raise InputError if the norm of a query is not 1."""
     norms = torch.linalg.vector_norm(f, dim=1)
     wrong = ((norms - 1).abs() > NORM_TOLERANCE).nonzero()
     if len(wrong):
@@ -74,7 +77,10 @@ def check_unit(f: Tensor) -> None:
 
 
 def names(names: Sequence[str]) -> list[str]:
-    """Check class names and return them as a list. Raises InputError for an empty list or name, or a duplicate."""
+    """Check class names and return them as a list.
+
+    Raises InputError if the list is empty, if a name is empty, or if a name occurs twice.
+    """
     result = list(names)
     if not result or not all(isinstance(name, str) and name for name in result):
         raise InputError("class_names: expected at least one name, each a non-empty string")
@@ -84,7 +90,10 @@ def names(names: Sequence[str]) -> list[str]:
 
 
 def ids_of(labels: Labels, class_names: Sequence[str], n: int) -> npt.NDArray[np.int64]:
-    """Convert labels, names or positions, to class ids ``[n]`` int64. Raises InputError naming the first bad row."""
+    """Convert labels to class ids. Each label is the name or the position of a class.
+
+    Raises InputError, which names the first invalid row, if a label is not a class.
+    """
     array = _array(labels, "labels")
     if array.shape != (n,):
         raise InputError(f"labels: shape {array.shape} for {n} keys; give one label per key")
@@ -103,9 +112,9 @@ def ids_of(labels: Labels, class_names: Sequence[str], n: int) -> npt.NDArray[np
 
 
 def new_ids(key_ids: Sequence[int], labels: str | Sequence[str], class_names: Sequence[str]) -> dict[int, int]:
-    """Map key ids to class ids, given one label for all or a label for each.
+    """Map key ids to class ids, given one label for all keys or one label per key.
 
-    Raises InputError for a label that is not a class, or for a repeated key id with a label for each.
+    Raises InputError if a label is not a class, or if there is one label per key and a key id is repeated.
     """
     if isinstance(labels, str):
         return dict.fromkeys(key_ids, int(ids_of([labels], class_names, 1)[0]))
@@ -116,7 +125,10 @@ def new_ids(key_ids: Sequence[int], labels: str | Sequence[str], class_names: Se
 
 
 def text_weights(weights: Features | None, c: int, d: int) -> Tensor:
-    """Copy text weights to ``[c, d]`` float32; ``None`` gives zeros. Raises InputError for another shape."""
+    """Copy text weights to a float32 tensor of shape ``[c, d]``. If they are ``None``, return zeros.
+
+    Raises InputError if the shape is wrong.
+    """
     if weights is None:
         return torch.zeros(c, d)
     array = matrix(weights, "text_weights")
@@ -127,9 +139,9 @@ def text_weights(weights: Features | None, c: int, d: int) -> Tensor:
 def new_classes(
     names_: Sequence[str], present: Sequence[str], weights: Features | None, d: int, has_text: bool
 ) -> tuple[list[str], Tensor]:
-    """Return the names and text weights ``[m, d]`` of new classes.
+    """Check new classes, and return their names and text weights.
 
-    Raises InputError for a name that is in use, or for weights that are missing or have another shape.
+    Raises InputError if a name is already in use, or if the weights are missing or have the wrong shape.
     """
     new = names(names_)
     if again := sorted(set(new) & set(present)):
@@ -140,9 +152,10 @@ def new_classes(
 
 
 def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[str]]:
-    """Return the position of the class ``old``, and all names with it renamed to ``new``, or merged into that class.
+    """Return the position of the class ``old``, and the list of class names after it is renamed to ``new``.
 
-    Raises InputError if ``old`` is not a class, or ``new`` is not a valid name.
+    If ``new`` is already a class, ``old`` is removed from the list. Raises InputError if ``old`` is not a class, or if
+    ``new`` is not a valid name.
     """
     if old not in class_names:
         raise InputError(f"{old!r} is not a class of this index ({few(class_names)})")
@@ -159,7 +172,10 @@ def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[s
 def keys_to_add(
     keys: Features, labels: Labels, class_names: Sequence[str], d: int, dtype: str
 ) -> tuple[KeyArray, npt.NDArray[np.int64]]:
-    """Check keys ``[m, d]`` to add to an index of ``dtype``; return them and class ids ``[m]``. Raises InputError."""
+    """Check keys that are added to an index, and return them and their class ids.
+
+    Raises InputError if a label is unknown, or if the keys do not fit the length or the dtype of the index.
+    """
     array = matrix(keys, "keys")
     if array.shape[1] != d:
         raise InputError(f"keys: have {array.shape[1]} values each; the index needs {d}")
@@ -169,13 +185,13 @@ def keys_to_add(
 
 
 def values_of(values: Features, n: int, c: int) -> Tensor:
-    """Convert trained values to ``[n, c]`` float32. Raises InputError for another shape."""
+    """Convert trained values to a float32 tensor of shape ``[n, c]``. Raises InputError if the shape is wrong."""
     array = matrix(values, "values")
     check_shape("values", array.shape, (n, c), "one row per key")
     return torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
 
 
 def check_shape(what: str, shape: Sequence[int], expected: tuple[int, int], meaning: str) -> None:
-    """Raise InputError unless the shape of ``what`` is as expected; ``meaning`` explains the first dimension."""
+    """Raise InputError if ``what`` does not have the expected shape. ``meaning`` explains the first dimension."""
     if tuple(shape) != expected:
         raise InputError(f"{what}: shape {tuple(shape)}; expected [{expected[0]}, {expected[1]}], {meaning}")

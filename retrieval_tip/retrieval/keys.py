@@ -1,7 +1,8 @@
-"""Keys grouped by class, and the cache logits of queries over all of them or over whole classes.
+"""Compute cache logits over all keys or over whole classes, from keys that are grouped by class.
 
-Work proceeds in blocks, so that memory stays flat for any number of keys and queries. Blocks reuse memory, because a
-fresh page costs as much as the sums that go into it. For the formula see :mod:`tip`.
+The computation is done in blocks, so that memory usage does not grow with the number of keys and queries. The blocks
+reuse memory, because allocating a new page takes as long as computing the sums that are written to it. See :mod:`tip`
+for the formula.
 """
 
 from __future__ import annotations
@@ -25,32 +26,32 @@ from retrieval_tip.retrieval.vector_index import Product, VectorIndex, auto_fact
 from retrieval_tip.settings import Precision, check_choice
 
 QUERY_BLOCK, KEY_BLOCK = 512, 2048
-"""Shape of the largest affinity block: [2048, 512] float32, 4 MiB, which stays in a processor's cache."""
+"""Maximum number of queries and keys in a block of affinities. A block takes 4 MiB, which fits in the CPU cache."""
 
 GPU_BLOCKS = 8
-"""Factor of both block sizes on a GPU."""
+"""Factor by which both block sizes are larger on a GPU."""
 
 GATHERED = 1 << 23
-"""Maximum number of values gathered at a time if each query has its own keys: 32 MiB of float32."""
+"""Maximum number of values to gather at a time if each query has its own keys. In float32, they take 32 MiB."""
 
 FEW = 8
-"""Maximum number of queries of a class for products with keys as rows; for more queries, packing the keys pays off."""
+"""Maximum number of queries per class for which keys are the rows of the product. Otherwise, queries are the rows."""
 
 SPREAD_QUERIES, SPREAD_CLASSES, SPREAD_KEYS = 256, 8, 64
-"""Sample sizes of :meth:`KeyStream.slack`: keys used as queries, nearest classes per query, keys per class."""
+"""Sample sizes for :meth:`KeyStream.slack`: number of queries, nearest classes per query, and keys per class."""
 
 SPREAD_QUANTILE = 0.999
 MOST_SLACK = 1e9
-"""Upper limit of the slack; every class can win at this value already."""
+"""Upper limit for the slack. At this value, every class can win."""
 
 HALF_FROM = 1 << 22
-"""Minimum number of key values for which ``auto`` tries half precision."""
+"""Minimum number of values in all keys for which ``auto`` tries half precision."""
 HALF_FROM_QUERIES = 64
-"""Minimum number of queries for which ``auto`` tries half precision; for fewer, converting the keys costs more."""
+"""Minimum number of queries for which ``auto`` tries half precision. Otherwise the conversion of keys takes longer."""
 HALF_GAIN = 1.3
-"""Speed-up that half precision needs for ``auto`` to use it."""
+"""Minimum speed-up for which ``auto`` uses half precision."""
 HALF_ERROR = 2e-3
-"""Largest relative root mean square error of cache logits that ``auto`` accepts."""
+"""Maximum relative root mean square error of the cache logits that ``auto`` accepts."""
 
 _COPYING = threading.Lock()
 
@@ -59,15 +60,15 @@ IntArray = npt.NDArray[np.int64]
 
 
 def room_on(device: str) -> int:
-    """Return the bytes that torch can allocate on a GPU: free memory, and unused memory that it has reserved."""
+    """Return the number of bytes that torch can allocate on a GPU, including memory that it has already reserved."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def auto_for(shape: tuple[int, int], dtype: npt.DTypeLike, n_classes: int, device: str) -> tuple[str, int | None]:
-    """Choose the factory and k (:func:`vector_index.auto_factory`) for keys ``[n, d]`` on ``device``.
+    """Select the factory and k for keys on ``device`` (see :func:`vector_index.auto_factory`).
 
-    A GPU that can hold all keys compares all of them (``Flat``), because an index would cost more than it saves.
+    If all keys fit in GPU memory, the index is ``Flat``, because an approximate search would not be faster.
     """
     if device != "cpu" and shape[0] * shape[1] * np.dtype(dtype).itemsize < room_on(device) // 2:
         return "Flat", None
@@ -77,10 +78,10 @@ def auto_for(shape: tuple[int, int], dtype: npt.DTypeLike, n_classes: int, devic
 def index_over(
     keys: KeyArray | Segments, class_ids: IntArray, n_classes: int, factory: str, device: str = "auto"
 ) -> VectorIndex:
-    """Build the FAISS index over keys ``[n, d]`` grouped by class, or over class means (``Classes``).
+    """Build a FAISS index over keys that are grouped by class, or over their class means if it is ``Classes``.
 
-    Class means are searched with four times the usual effort, because a missed class counts nothing. Raises UsageError
-    like :meth:`VectorIndex.build`.
+    Class means are searched with four times the usual effort, because the keys of a missed class are lost. Raises the
+    same errors as :meth:`VectorIndex.build`.
     """
     if inner_factory(factory) is None:
         return VectorIndex.build(keys, factory, device)
@@ -91,10 +92,11 @@ def index_over(
 
 
 def beside(index: VectorIndex, late: Sequence[KeyArray], class_ids: IntArray, counts: IntArray) -> VectorIndex:
-    """Extend the index over the first segment by ``late`` segments, whose keys have ``class_ids`` ``[m]``.
+    """Extend the index over the first segment by the ``late`` segments.
 
-    Their keys become further rows; an index over class means gets the new means of their classes. The first segment has
-    ``counts`` ``[c]`` keys per class.
+    The keys of the late segments become additional rows. If the index is over class means, the means of their classes
+    are replaced instead. ``class_ids`` are the class ids of the late keys. ``counts`` is the number of keys per class
+    in the first segment.
     """
     bare = index.bare()
     if not index.by_class:
@@ -119,9 +121,9 @@ def beside(index: VectorIndex, late: Sequence[KeyArray], class_ids: IntArray, co
 
 
 def own_affinity(features: Tensor, rows: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return affinities ``[q, k]`` of queries ``[q, d]`` to vectors at their own ``rows`` ``[q, k]``; 0 for row -1.
+    """Return the affinities between each query and the vectors at its own ``rows``. The affinity of row -1 is 0.
 
-    ``gather`` returns the vectors ``[b, k, d]`` at rows ``[b, k]``; it is called for a few queries at a time.
+    ``gather`` is a function that returns the vectors at the given rows. It is called for a few queries at a time.
     """
     affinity = features.new_zeros(rows.shape)
     step = max(1, GATHERED // max(1, rows.shape[1] * features.shape[1]))
@@ -132,7 +134,7 @@ def own_affinity(features: Tensor, rows: Tensor, gather: Callable[[Tensor], Tens
 
 
 def points_of(metric: tip.Metric | None, keys: KeyArray, device: str) -> KeyArray | None:
-    """Apply a metric on ``device`` to keys ``[m, d]``, and return points of their dtype; ``None`` without a metric."""
+    """Apply a metric to keys, and return the points in the dtype of the keys. Return ``None`` if there is no metric."""
     if metric is None:
         return None
     points = np.empty(keys.shape, dtype=keys.dtype)
@@ -143,10 +145,10 @@ def points_of(metric: tip.Metric | None, keys: KeyArray, device: str) -> KeyArra
 
 
 class KeyStream(ABC):
-    """Keys ``[n, d]`` of any store, read in blocks; sums are float32 on ``device``.
+    """Base class for keys in any store, which are read in blocks.
 
-    ``counts`` ``[c]`` float32 are the keys per class. ``means`` returns the class means ``[c, d]``; without it, they
-    are computed from all keys.
+    ``counts`` is the number of keys per class, as a float32 tensor. ``means`` is a function that returns the class
+    means. By default, the means are computed from all keys.
     """
 
     def __init__(
@@ -159,70 +161,71 @@ class KeyStream(ABC):
 
     @abstractmethod
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield blocks of keys ``[b, d]`` float32 and their class ids ``[b]``, on the device.
+        """Yield blocks of float32 keys and their class ids, on the device.
 
-        Each block is grouped by class and has at most :data:`KEY_BLOCK` keys, on a GPU :data:`GPU_BLOCKS` times as
-        many. Blocks may share memory.
+        Each block is grouped by class and has at most :data:`KEY_BLOCK` keys. On a GPU, blocks are :data:`GPU_BLOCKS`
+        times as large. Blocks may share memory, so do not keep them.
         """
 
     def products(self, beta: float, q: int = HALF_FROM_QUERIES) -> torch.dtype:
-        """Return the dtype for products of ``q`` queries with all keys: float32."""
+        """Return the dtype that is used to multiply ``q`` queries with all keys, which is float32 by default."""
         return torch.float32
 
     def _halved(self, products: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield blocks of keys minus their mean, in half precision."""
+        """Yield blocks of centred keys in half precision."""
         yield from (((keys - self._centre).to(products), ids) for keys, ids in self.blocks())
 
     @cached_property
     def mean_count(self) -> float:
-        """Mean number of keys per class, over non-empty classes."""
+        """Mean number of keys per class. Empty classes are not counted."""
         return self.n / int((self.counts > 0).sum())
 
     @cached_property
     def sums(self) -> Tensor:
-        """Sum of the keys of each class ``[c, d]``, which the tail needs for unretrieved keys."""
+        """Sum of the keys in each class, of shape ``[c, d]``. The tail is computed from these sums."""
         if self._known_means is not None:
             return self.means * self.counts[:, None]
         return self.by_class(self.blocks(), self.d)
 
     @cached_property
     def means(self) -> Tensor:
-        """Mean key of each class ``[c, d]``, not normalised; zeros for an empty class."""
+        """Mean of the keys in each class, of shape ``[c, d]``. It is not normalised. Empty classes have zeros."""
         if self._known_means is not None:
             return torch.from_numpy(self._known_means()).to(self.device)
         return self.sums / self.counts.clamp_min(1)[:, None]
 
     def by_class(self, blocks: Iterable[tuple[Tensor, Tensor]], columns: int) -> Tensor:
-        """Sum blocks of rows by class id, ``[c, columns]`` float32, accumulated in float64."""
+        """Sum blocks of rows per class. The sums are accumulated in float64 and returned as float32."""
         sums = torch.zeros(self.n_classes, columns, dtype=torch.float64, device=self.device)
         for rows, ids in blocks:
-            if self.device != "cpu":  # where each class would be a kernel launch
+            if self.device != "cpu":  # on a GPU, the loop below would launch a kernel per class
                 tip.add_rows(sums, ids, rows.double())
                 continue
             present, counts = ids.unique_consecutive(return_counts=True)
             if len(rows) < 16 * len(present):
                 sums.index_add_(0, ids, rows.double())
                 continue
-            for class_id, part in zip(present.tolist(), rows.split(counts.tolist()), strict=True):  # 6 times faster
+            for class_id, part in zip(present.tolist(), rows.split(counts.tolist()), strict=True):  # 6 times as fast
                 sums[class_id] += part.sum(0, dtype=torch.float64)
         return sums.float()
 
     @abstractmethod
     def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor]]:
-        """Yield each class's position in ascending ``class_ids`` with its keys ``[b, d]``, on the device.
+        """Yield the keys of the given classes in blocks, and the position of each block's class in ``class_ids``.
 
-        Keys have their stored dtype, or float32. A class may come in several blocks, which may share memory.
+        ``class_ids`` must be in ascending order. The keys are on the device, in their stored dtype or in float32. There
+        may be several blocks per class. Blocks may share memory, so do not keep them.
         """
 
     @abstractmethod
     def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield :meth:`of_classes`, in float32, with the rows ``[b]`` int64 of the keys."""
+        """Yield the same blocks as :meth:`of_classes` in float32, and also the row numbers of the keys."""
 
     def class_logits(self, features: Tensor, classes: Tensor, met: Tensor, beta: float) -> Tensor:
-        """Compute exact cache logits ``[q, p]`` of each query's ``classes`` ``[q, p]`` int64.
+        """Compute the exact cache logits of each query for its own ``classes``, all of shape ``[q, p]``.
 
-        Where ``met`` ``[q, p]`` is false, the logit is 0 and no key is read. All queries of a class share one read of
-        its keys.
+        Where ``met`` is false, the logit is 0 and no key is read. The keys of a class are read only once for all
+        queries.
         """
         query, slot = met.nonzero(as_tuple=True)
         ids, order = classes[query, slot].sort()
@@ -245,11 +248,11 @@ class KeyStream(ABC):
         return logits
 
     def slack(self, beta: float) -> float:
-        """Estimate the largest relative excess of a class's cache logit over its value at the mean affinity.
+        """Estimate by how much the cache logit of a class can exceed its value at the mean affinity.
 
-        The excess is ``mean of exp(beta a_i) / exp(beta mean of a_i) - 1`` over the keys of a class near a query. It is
-        measured once, on a sample of keys as queries and their nearest other classes. Returns the quantile
-        :data:`SPREAD_QUANTILE`.
+        The relative excess is ``mean of exp(beta a_i) / exp(beta mean of a_i) - 1`` over the keys of a class. It is
+        measured once, using a sample of keys as queries, and the classes that are nearest to each query. The result is
+        the quantile :data:`SPREAD_QUANTILE` of the measured values.
         """
         if beta not in self._slack:
             self._slack[beta] = self._measured_slack(beta)
@@ -261,19 +264,19 @@ class KeyStream(ABC):
         near.scatter_(1, own[:, None], -torch.inf)
         highest, classes = near.topk(min(SPREAD_CLASSES, self.n_classes), dim=1)
         affinity = self._spread(features, classes).double()
-        excess = ((affinity - affinity.mean(2, keepdim=True)) * beta).exp().mean(2) - 1  # centred: no underflow
+        excess = ((affinity - affinity.mean(2, keepdim=True)) * beta).exp().mean(2) - 1  # centring prevents underflow
         excess = excess[highest > -torch.inf].clamp(0, MOST_SLACK)
         return float(excess.quantile(SPREAD_QUANTILE)) if len(excess) else 0.0
 
     @abstractmethod
     def _sample(self) -> tuple[Tensor, Tensor]:
-        """Return at most :data:`SPREAD_QUERIES` keys as queries ``[m, d]`` float32, and their class ids ``[m]``."""
+        """Return at most :data:`SPREAD_QUERIES` keys, which are used as queries, and their class ids."""
 
     @abstractmethod
     def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
-        """Return affinities ``[m, p, SPREAD_KEYS]`` of queries to keys of their ``classes`` ``[m, p]``.
+        """Return the affinities between each query and :data:`SPREAD_KEYS` keys of each of its ``classes``.
 
-        Those of an empty class are arbitrary.
+        The affinities to an empty class are arbitrary.
         """
 
     def cache_logits(
@@ -281,9 +284,10 @@ class KeyStream(ABC):
     ) -> Tensor:
         """Compute cache logits over all keys, ``C[:, c] = sum over i of class c of exp(-beta (1 - A[:, i]))``.
 
-        ``features`` ``[q, d]`` are float32 on the device; ``values`` ``[n, c]`` replace one-hot values. Returns
-        ``[q, c]``. Products in half precision (default :meth:`products`) take keys relative to their mean ``m``,
-        ``A = f m + f (K - m)``, so that only the second term is rounded, about a quarter of the whole.
+        ``features`` must be float32 and on the device. If ``values`` are given, they replace the one-hot values.
+        ``products`` is the dtype of the products, which defaults to :meth:`products`. In half precision, the affinity
+        is computed as ``A = f m + f (K - m)``, where ``m`` is the mean of the keys. Only the second term is rounded,
+        which is about a quarter of the affinity. The result has the shape ``[q, c]``.
         """
         if values is not None:
             products = torch.float32
@@ -305,7 +309,7 @@ class KeyStream(ABC):
     def _sum_all(
         self, features: Tensor, beta: float, values: Tensor | None, products: torch.dtype, memory: Tensor
     ) -> Tensor:
-        """Compute cache logits ``[c, q]``. With keys as rows, each sum by class runs along the queries."""
+        """Compute the transposed cache logits, of shape ``[c, q]``, so that the sums read contiguous memory."""
         cache, start = features.new_zeros(self.n_classes, len(features)), 0
         for affinity, ids in self._affinities(features, products, memory):
             own = None if values is None else tip.Values(values[start : start + len(ids)])
@@ -314,7 +318,7 @@ class KeyStream(ABC):
         return cache
 
     def _affinities(self, features: Tensor, products: torch.dtype, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield affinities ``[b, q]`` of each block of keys, in ``memory``, and their class ids ``[b]``."""
+        """Yield the affinities of each block of keys, which are stored in ``memory``, and the class ids of the keys."""
         q = len(features)
         if products == torch.float32:
             for keys, ids in self.blocks():
@@ -334,11 +338,15 @@ class KeyStream(ABC):
 
 
 class Keys(KeyStream):
-    """Keys ``[n, d]`` float32 or float16, in memory or memory-mapped, each segment grouped by class.
+    """Keys that are in memory or memory-mapped, in float32 or float16. Each segment is grouped by class.
 
-    ``precision`` applies to products with all keys (:meth:`cache_logits`): float32, bfloat16, float16, or ``auto`` for
-    the fastest that a measurement finds accurate enough. ``means`` as for :class:`KeyStream`. Raises InputError if
-    ``class_ids`` ``[n]`` of a segment do not ascend, UsageError for an unknown precision.
+    ``precision`` is the dtype that :meth:`cache_logits` uses to multiply queries with all keys: ``float32``,
+    ``bfloat16``, ``float16`` or ``auto``. With ``auto``, the fastest dtype that is accurate enough is selected by a
+    measurement. For ``means``, see :class:`KeyStream`.
+
+    Raises:
+        InputError: if the class ids of a segment are not in ascending order.
+        UsageError: if the precision is unknown.
     """
 
     def __init__(
@@ -358,7 +366,7 @@ class Keys(KeyStream):
         self.array, self.precision = array, precision
         counts = np.array([np.bincount(class_ids[a:b], minlength=n_classes) for a, b in itertools.pairwise(bounds)])
         self.starts = bounds[:-1, None] + np.pad(np.cumsum(counts, axis=1), ((0, 0), (1, 0)))
-        self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # Arrow's are read-only
+        self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # Arrow's is read-only
         total = torch.from_numpy(counts.sum(axis=0).astype(np.float32)).to(device)
         super().__init__((int(array.shape[0]), int(array.shape[1])), total, device, means)
         self._runs = list(runs(array, self._block_size()))
@@ -370,7 +378,7 @@ class Keys(KeyStream):
         self._value_sums: tuple[Tensor, Tensor] | None = None
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """See :meth:`KeyStream.blocks`. A GPU keeps all keys if they fit in half of its free memory."""
+        """See :meth:`KeyStream.blocks`. If the keys fit in half of the free GPU memory, they are kept there."""
         converted = torch.empty(self._block_size(), self.d, device=self.device)
         for part in self._runs:
             rows = self._rows(part)
@@ -380,7 +388,10 @@ class Keys(KeyStream):
 
     @property
     def resident(self) -> Tensor | None:
-        """All keys ``[n, d]`` in their stored dtype on the GPU, or ``None`` if they exceed half of its free memory."""
+        """All keys on the GPU, in their stored dtype.
+
+        ``None`` if there is no GPU, or if the keys do not fit in half of its free memory.
+        """
         if self.device != "cpu" and self._fits is None:
             with _COPYING:
                 if self._fits is None:
@@ -397,12 +408,12 @@ class Keys(KeyStream):
         return torch.from_numpy(self.array[part]).to(self.device) if resident is None else resident[part]
 
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-        """Find the ``k`` nearest keys by exact search: affinities and rows ``[q, k]``; ``None`` unless on a GPU."""
+        """Find the ``k`` nearest keys by an exact search on the GPU. Return ``None`` if the keys are not on a GPU."""
         resident = self.resident
         return None if resident is None else Product(resident).search(features, min(k, self.n))
 
     def value_sums(self, values: Tensor) -> Tensor:
-        """Sum the ``values`` ``[n, c]`` by class, ``[c, c]``; the tail needs them."""
+        """Return the per-class sums of the values, of shape ``[c, c]``. The tail is computed from these sums."""
         if self._value_sums is None or self._value_sums[0] is not values:
             parts = [slice(start, start + KEY_BLOCK) for start in range(0, self.n, KEY_BLOCK)]
             blocks = ((values[part], self.class_ids[part]) for part in parts)
@@ -410,13 +421,13 @@ class Keys(KeyStream):
         return self._value_sums[1]
 
     def _halved(self, products: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield blocks of keys minus their mean, in half precision; kept unless keys on disk exceed 2 GiB."""
+        """Yield blocks of centred keys in half precision. They are cached, unless the keys on disk exceed 2 GiB."""
         if isinstance(segments_of(self.array)[0], np.memmap) and self.array.nbytes > 1 << 31:
             yield from super()._halved(products)
             return
         halved = self._kept_halved
         if halved is None or halved.dtype != products:
-            halved = self._kept_halved = None  # frees it first
+            halved = self._kept_halved = None  # free the memory first
             halved, start = torch.empty(self.array.shape, dtype=products, device=self.device), 0
             for keys, _ in self.blocks():
                 halved[start : start + len(keys)] = keys - self._centre
@@ -426,10 +437,11 @@ class Keys(KeyStream):
             yield halved[part], self.class_ids[part]
 
     def products(self, beta: float, q: int = HALF_FROM_QUERIES) -> torch.dtype:
-        """Return the dtype for products of ``q`` queries with all keys, by ``precision``; ``auto`` is measured once.
+        """Return the dtype that is used to multiply ``q`` queries with all keys.
 
-        ``auto`` is float32, unless half precision is :data:`HALF_GAIN` times as fast on a block of these keys and the
-        relative root mean square error of cache logits is at most :data:`HALF_ERROR`.
+        It depends on ``precision``. With ``auto``, the dtype is measured once. It is float32, unless half precision is
+        at least :data:`HALF_GAIN` times as fast on a block of these keys. In addition, the relative root mean square
+        error of the cache logits must be at most :data:`HALF_ERROR`.
         """
         if self.precision != "auto":
             dtype: torch.dtype = getattr(torch, self.precision)
@@ -443,7 +455,7 @@ class Keys(KeyStream):
     def _fastest(self, beta: float) -> torch.dtype:
         if self.n * self.d < HALF_FROM:
             return torch.float32
-        if self.device != "cpu" and 2 * self.n * self.d > room_on(self.device) // 2:  # bytes of the halved keys
+        if self.device != "cpu" and 2 * self.n * self.d > room_on(self.device) // 2:  # size in half precision
             return torch.float32
         rows = np.linspace(0, self.n - 1, min(self.n, QUERY_BLOCK * self._times()), dtype=np.int64)
         features = torch.from_numpy(self.array[rows]).to(self.device).float()
@@ -484,9 +496,9 @@ class Keys(KeyStream):
                     yield place, self._rows(part).float(), torch.arange(part.start, part.stop, device=self.device)
 
     def rows_of(self, classes: Tensor, met: Tensor) -> Tensor:
-        """Return the rows ``[q, m]`` int64 of the keys of ``classes`` ``[q, p]`` where ``met``; -1 fills up."""
+        """Return the rows of the keys in ``classes`` where ``met`` is true. Each query is padded with -1."""
         firsts, lasts = (self._starts[:, ids].permute(1, 2, 0).flatten(1) for ids in (classes, classes + 1))
-        met = met.repeat_interleave(len(self.starts), dim=1)  # a class has a run of rows in each segment
+        met = met.repeat_interleave(len(self.starts), dim=1)  # each segment has a run of rows for the class
         lengths = torch.where(met, lasts - firsts, 0)
         ends = lengths.cumsum(1)
         query = torch.arange(len(classes), device=self.device).repeat_interleave(ends[:, -1])
@@ -499,7 +511,7 @@ class Keys(KeyStream):
         return rows
 
     def affinity(self, features: Tensor, rows: Tensor) -> Tensor:
-        """Return affinities ``[q, k]`` of queries ``[q, d]`` to keys at their own ``rows`` ``[q, k]``; 0 for row -1."""
+        """Return the affinities between each query and the keys at its own ``rows``. The affinity of row -1 is 0."""
         return own_affinity(features, rows, self._gathered)
 
     def _gathered(self, rows: Tensor) -> Tensor:
@@ -511,12 +523,12 @@ class Keys(KeyStream):
     def _sample(self) -> tuple[Tensor, Tensor]:
         rows = torch.linspace(
             0, self.n - 1, min(self.n, SPREAD_QUERIES), dtype=torch.float64, device=self.device
-        ).long()  # float32 would round the last one to n from 16,777,220 keys on
+        ).long()  # from 16,777,220 keys on, float32 would round the last row to n
         return self._gathered(rows).float(), self.class_ids[rows]
 
     def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
         every = np.diff(self.starts, axis=1)
-        most = every.argmax(axis=0), np.arange(self.n_classes)  # a class's largest segment stands for it
+        most = every.argmax(axis=0), np.arange(self.n_classes)  # each class is sampled from its largest segment
         starts, counts = (torch.from_numpy(x[most]).to(self.device) for x in (self.starts[:, :-1], every))
         steps = torch.arange(SPREAD_KEYS, device=self.device)
         rows = (starts[classes, None] + counts[classes, None] * steps // SPREAD_KEYS).clamp_max(self.n - 1)

@@ -1,4 +1,4 @@
-"""Keys and their labels as one immutable value; each edit returns a new one."""
+"""Keys and their labels as an immutable object. Each edit returns a new object."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from retrieval_tip.retrieval.segments import KeyArray, Segments, joined, segment
 from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of
 
 SMALL = 4096
-"""Maximum size of a small segment, which an addition merges instead of keeping it separate."""
+"""Maximum number of keys in a small segment. Small segments are merged when keys are added."""
 
 IntArray = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -25,11 +25,15 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class LabelledKeys:
-    """Keys ``[n, d]`` and their ``labels``, one row per key; each segment of the keys is grouped by class.
+    """Keys and their labels. Each segment of the keys is grouped by class.
 
-    ``points`` are the keys in the metric, if there is one, in the same segments. ``values`` ``[n, c]`` are present if
-    solved or trained; keys with values are a single segment. The FAISS index covers the first segment, which a change
-    shares unless it touches it.
+    The FAISS index covers the first segment. An edit that does not affect the first segment shares it with the result.
+
+    Attributes:
+        keys: the keys, of shape ``[n, d]``.
+        labels: the label store, which has one row per key.
+        values: the solved or trained values, of shape ``[n, c]``. If there are values, the keys are a single segment.
+        points: the keys in the metric, in the same segments as ``keys``, or ``None`` if there is no metric.
     """
 
     keys: KeyArray | Segments
@@ -39,21 +43,21 @@ class LabelledKeys:
 
     @property
     def met(self) -> KeyArray | Segments:
-        """The keys that queries are compared with: the points, or the keys without a metric."""
+        """The keys that queries are compared with. These are the points if there is a metric."""
         return self.keys if self.points is None else self.points
 
     @property
     def class_ids(self) -> IntArray:
-        """Class ids ``[n]`` int64."""
+        """The class ids as an int64 array."""
         return np.asarray(self.labels["class_id"].to_numpy(), dtype=np.int64)
 
     @property
     def key_ids(self) -> IntArray:
-        """Key ids ``[n]`` int64."""
+        """The key ids as an int64 array."""
         return np.asarray(self.labels["key_id"].to_numpy(), dtype=np.int64)
 
     def rows_of(self, key_ids: Sequence[int]) -> IntArray:
-        """Return the rows of ``key_ids``, ascending. Raises InputError naming unknown ids."""
+        """Return the rows of ``key_ids`` in ascending order. Raises InputError if an id is unknown."""
         present, wanted = self.key_ids, np.asarray(list(key_ids), dtype=np.int64)
         missing = np.setdiff1d(wanted, present)
         if missing.size:
@@ -61,24 +65,24 @@ class LabelledKeys:
         return np.flatnonzero(np.isin(present, wanted))
 
     def of_rows(self, rows: IntArray) -> tuple[KeyArray, IntArray]:
-        """Return the keys ``[m, d]`` at ``rows``, and their class ids ``[m]``."""
+        """Return the keys at ``rows``, and their class ids."""
         return np.asarray(self.keys[rows]), self.class_ids[rows]
 
     def order(self) -> IntArray:
-        """Return the rows sorted by class, then key id, which is the order of a newly built index."""
+        """Return the rows sorted by class and key id. This is the order of a newly built index."""
         return np.lexsort((self.key_ids, self.class_ids))
 
     def take(self, rows: IntArray) -> LabelledKeys:
-        """Return the keys at ``rows``, in this order, as one segment."""
+        """Return the keys at ``rows`` as a single segment, in the given order."""
         values = None if self.values is None else self.values[rows]
         points = None if self.points is None else np.asarray(self.points[rows])
         return LabelledKeys(np.asarray(self.keys[rows]), self.labels.take(pa.array(rows)), values, points)
 
     def with_added(self, new: LabelledKeys, n_classes: int) -> LabelledKeys:
-        """Append ``new`` keys as a segment, and continue the shot numbers of their classes.
+        """Append new keys as a segment, and continue the shot numbers of their classes.
 
-        To keep segments few, earlier ones that are small or not larger are merged into it. Raises InputError if the
-        columns of the labels do not match.
+        To limit the number of segments, earlier segments that are small, or not larger than the new segment, are merged
+        into it. Raises InputError if the columns of the labels do not match.
         """
         added = new.labels
         ids = added["class_id"].to_numpy().astype(np.int64)
@@ -114,8 +118,8 @@ class LabelledKeys:
         return self._rearranged(gone, ~gone)
 
     def relabelled(self, rows: IntArray, class_ids: IntArray, class_names: Sequence[str]) -> LabelledKeys:
-        """Move the keys at ``rows`` ``[m]`` to ``class_ids`` ``[m]``, as the last shots there; values stay."""
-        order = np.argsort(self.key_ids[rows])  # rows of a segment need not ascend by key id
+        """Move the keys at ``rows`` to other classes, where they become the last shots. Values do not change."""
+        order = np.argsort(self.key_ids[rows])  # the rows of a segment are not always sorted by key id
         rows, class_ids = rows[order], class_ids[order]
         ids, names = self.class_ids.copy(), self.labels["label"].to_numpy().copy()
         shots = self.labels["shot"].to_numpy().copy()
@@ -131,15 +135,15 @@ class LabelledKeys:
         return replace(self, labels=labels)._rearranged(touched, np.ones(len(ids), dtype=bool))
 
     def _next_shots(self, n_classes: int) -> npt.NDArray[np.int32]:
-        """Return the next shot number of each class ``[c]``."""
+        """Return the next shot number for each class."""
         following = np.zeros(n_classes, dtype=np.int32)
         np.maximum.at(following, self.class_ids, self.labels["shot"].to_numpy() + 1)
         return following
 
     def _rearranged(self, touched: Bools, keep: Bools) -> LabelledKeys:
-        """Return the keys to ``keep``, in order; untouched segments are shared.
+        """Return the keys to ``keep``, in sorted order. Segments that are not ``touched`` are shared.
 
-        If the first segment, which the index covers, is ``touched``, all become one segment.
+        If the first segment is touched, all keys become a single segment, because the index covers the first segment.
         """
         parts = segments_of(self.keys)
         points = None if self.points is None else segments_of(self.points)

@@ -1,4 +1,4 @@
-"""Compute text and cache logits of queries: over all keys, over whole classes, or over the nearest keys."""
+"""Compute the text and cache logits of queries, using all keys, whole classes, or only the nearest keys."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ from retrieval_tip.retrieval.vector_index import VectorIndex
 from retrieval_tip.settings import Settings
 
 LOGITS = 1 << 25
-"""Maximum number of logits in one block: 128 MiB of float32."""
+"""Maximum number of logits in a block. In float32, they take 128 MiB."""
 
 LEAST_CLASSES = 2
-"""Minimum number of classes that a query visits whole; with one, only the winner's logit would be exact."""
+"""Minimum number of classes that a query visits. If it visited only one, the runner-up's logit would not be exact."""
 
 CLOSE = 1e-3
-"""Relative error of half-precision cache logits, per unit of beta; closer answers are recomputed in float32.
-It is six times the root mean square on features like CLIP's. A weight's error is beta times that of its affinity."""
+"""Bound on the relative error of cache logits in half precision, per unit of beta.
+
+If the error could change an answer, the answer is recomputed in float32. The bound is six times the root mean square
+error on CLIP-like features. It is proportional to beta, because the error of a weight is beta times the error of its
+affinity.
+"""
 
 
 def slices(q: int, size: int) -> Iterator[slice]:
@@ -35,11 +39,13 @@ def slices(q: int, size: int) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class AnswerTerms(tip.Terms):
-    """Text and cache logits, with facts from their retrieval.
+    """Text and cache logits, and information about the retrieval.
 
-    ``settled`` ``[q]`` bool: no unvisited key can change the winner; ``None`` if the query visited all keys, or was not
-    certified. ``keys`` ``[q]`` int64: number of keys that settled each query, if certified. ``shots``: the shots behind
-    each answer, if computing the terms already found them.
+    Attributes:
+        settled: whether no other key can change the winner, for each query. ``None`` if all keys were used, or if the
+            queries were not certified.
+        keys: the number of keys used for each certified query.
+        shots: the shots that contributed to each answer, if they were already found with the logits.
     """
 
     settled: Tensor | None = None
@@ -55,10 +61,11 @@ class AnswerTerms(tip.Terms):
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval(ABC):
-    """Keys, a way to search them, and the settings of the method: see :class:`answering.AnsweringIndex`.
+    """Base class that combines keys, a search over the keys, and the settings of the method.
 
-    Features ``[q, d]`` are float32 on the device of the keys. With a ``metric``, keys are ``phi(K)`` and ``points`` are
-    ``phi(f)``; without one, ``points`` are ``f``. Logits may overflow here.
+    Features must be float32 and on the device of the keys. If there is a ``metric``, the keys are ``phi(K)`` and the
+    points are ``phi(f)``. Otherwise the points are the features. This class does not check whether logits overflow; see
+    :class:`answering.AnsweringIndex`.
     """
 
     keys: KeyStream
@@ -67,23 +74,25 @@ class Retrieval(ABC):
     metric: tip.Metric | None = None
 
     def points(self, features: Tensor) -> Tensor:
-        """Map queries ``[q, d]`` to the space of the keys: ``phi(f)``, or ``f`` without a metric."""
+        """Map queries to the space of the keys. If there is no metric, the queries are returned unchanged."""
         return features if self.metric is None else self.metric(features)
 
     @property
     @abstractmethod
     def by_class(self) -> bool:
-        """Whether queries visit whole classes."""
+        """Whether each query visits all keys of some classes."""
 
     @abstractmethod
     def nearest(self, points: Tensor, k: int) -> Nearest:
-        """Find each query's ``k`` nearest keys."""
+        """Find the ``k`` nearest keys of each query."""
 
     def terms(self, features: Tensor, *, certify: bool = False, neighbours: int = 0) -> AnswerTerms:
-        """Compute text and cache logits over all keys, or over about ``k``, with the others at their mean (tail).
+        """Compute the text and cache logits.
 
-        ``certify`` also tells which queries are settled. ``neighbours`` adds that number of shots behind each answer
-        if each query retrieves its own keys; otherwise call :meth:`contributors`.
+        By default, all keys are used. If the settings have a ``k``, about ``k`` keys are used, and the tail counts the
+        other keys at their mean affinity. If ``certify`` is true, the result also says which queries are settled. If
+        each query retrieves its own keys, the result also includes ``neighbours`` shots for each answer. Otherwise you
+        can call :meth:`contributors` to find them.
         """
         settings, points = self.settings, self.points(features)
         if settings.k is not None and settings.k < self.keys.n:
@@ -92,7 +101,7 @@ class Retrieval(ABC):
         return AnswerTerms(text, tip.log_cache(self._cache_over_all(points, text), settings.log_offset))
 
     def _cache_over_all(self, points: Tensor, text: Tensor) -> Tensor:
-        """Compute cache logits over all keys ``[q, c]``, in float32 if half precision could change the answer."""
+        """Compute the cache logits over all keys. If half precision could change an answer, float32 is used for it."""
         beta = self.settings.beta
         products = self.keys.products(beta, len(points))
         cache = self.keys.cache_logits(points, beta, products=products)
@@ -104,7 +113,7 @@ class Retrieval(ABC):
         return cache
 
     def _parts(self, q: int) -> Iterator[slice]:
-        """Split ``q`` queries into blocks whose logits fit a processor's cache, or larger ones for a GPU."""
+        """Split ``q`` queries into blocks whose logits fit in the CPU cache. On a GPU, the blocks are larger."""
         return slices(q, QUERY_BLOCK if self.keys.device == "cpu" else max(QUERY_BLOCK, LOGITS // self.keys.n_classes))
 
     def _terms_over_few(self, features: Tensor, points: Tensor, k: int, certify: bool, neighbours: int) -> AnswerTerms:
@@ -131,14 +140,15 @@ class Retrieval(ABC):
         return replace(terms, shots=Contributors.joined(kept) if kept else None)
 
     def _contributions(self, near: Nearest, classes: Tensor) -> Tensor:
-        """Return the contributions ``[q, k]`` of keys to each query's class in ``classes`` ``[q]``; -1 is no class."""
+        """Return the contributions of the keys to one class per query. The class id -1 stands for no class."""
         return tip.weight(near.affinity, self.settings.beta) * (near.class_ids == classes[:, None])
 
     def contributors(self, points: Tensor, winner: Tensor, rival: Tensor, number: int) -> Contributors:
-        """Find the shots behind answers over all keys, or over whole classes: ``number`` for each query.
+        """Find ``number`` shots that contributed most to each answer, if all keys or whole classes were used.
 
-        ``winner`` and ``rival`` ``[q]`` int64 are the answer and the runner-up; -1 is no class. With one-hot values,
-        the shots are the nearest keys of these classes. If the winner has fewer, the nearest other keys follow.
+        ``winner`` and ``rival`` are the class ids of the answer and the runner-up, or -1 if there is none. If values
+        are one-hot, the shots are the nearest keys of these classes. If the winning class has fewer keys than
+        ``number``, the nearest keys of other classes follow.
         """
         number, c = min(number, self.keys.n), self.keys.n_classes
         own, opposing = (self.nearest_of_classes(points, ids[:, None], m) for ids, m in ((winner, number), (rival, 1)))
@@ -151,7 +161,7 @@ class Retrieval(ABC):
         return Contributors(own, opposing)
 
     def nearest_of_classes(self, points: Tensor, classes: Tensor, k: int) -> Nearest:
-        """Find each query's ``k`` nearest keys in its ``classes`` ``[q, m]``; -1 is no class."""
+        """Find the ``k`` nearest keys of each query within its own ``classes``. The class id -1 stands for no class."""
         shape, device = (len(points), k), points.device
         best = Nearest(
             torch.full(shape, -torch.inf, device=device),
@@ -174,9 +184,9 @@ class Retrieval(ABC):
     def _terms_over_classes(
         self, features: Tensor, points: Tensor, k: int, terms: AnswerTerms, done: Tensor | None
     ) -> None:
-        """Fill ``terms`` with logits over the keys of the classes that can win, about ``k`` keys at most.
+        """Fill ``terms`` with logits that are computed from the classes that can win, using at most about ``k`` keys.
 
-        All queries choose their classes first: queries that visit a class together share one read of its keys.
+        The classes of all queries are selected first, so that the keys of each class are only read once.
         """
         settings, keys = self.settings, self.keys
         slack, most = keys.slack(settings.beta), min(max(LEAST_CLASSES, round(k / keys.mean_count)), keys.n_classes)
@@ -193,9 +203,9 @@ class Retrieval(ABC):
         self._over_classes(points, terms.cache, classes, met)
 
     def _over_classes(self, points: Tensor, cache: Tensor, classes: Tensor, met: Tensor) -> None:
-        """Replace the mean logits in ``cache`` by exact ones for ``classes`` ``[q, p]`` where ``met``.
+        """Replace the logits of ``classes`` in ``cache`` with exact logits where ``met`` is true.
 
-        Without a tail, all other logits become 0.
+        If there is no tail, all other logits become 0.
         """
         exact = self.keys.class_logits(points, classes, met, self.settings.beta)
         if self.settings.tail:
@@ -205,7 +215,7 @@ class Retrieval(ABC):
         cache.scatter_(1, classes, exact)
 
     def _near_classes(self, points: Tensor, k: int) -> Tensor:
-        """Return the classes ``[q, m]`` with the nearest means, which hold about ``4 k`` keys; -1 is no class."""
+        """Return the classes that have the nearest means and hold about ``4 k`` keys. The id -1 stands for no class."""
         keys = self.keys
         number = min(keys.n_classes, max(8, round(4 * k / keys.mean_count)))
         near = self._nearest_means(points, number)
@@ -216,18 +226,18 @@ class Retrieval(ABC):
 
     @abstractmethod
     def _nearest_means(self, points: Tensor, number: int) -> Tensor:
-        """Return the classes ``[q, number]`` with the nearest means."""
+        """Return the ``number`` classes whose means are nearest to each query."""
 
     def _logits_over(self, near: Nearest, tail: tip.Totals | None) -> Tensor:
-        """Compute cache logits ``[q, c]`` over each query's own keys."""
+        """Compute the cache logits from the retrieved keys of each query."""
         return tip.cache_logits(near.affinity, near.class_ids, self.keys.n_classes, self.settings.beta, tail)
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexRetrieval(Retrieval):
-    """Retrieval from keys in memory or memory-mapped, by a FAISS index over the keys or over class means.
+    """Retrieval of keys in memory or memory-mapped keys, by a FAISS index over the keys or over the class means.
 
-    ``values`` ``[n, c]``, if trained or solved, replace one-hot values.
+    If ``values`` are given, they replace the one-hot values. They are solved or trained, and have the shape ``[n, c]``.
     """
 
     keys: Keys
@@ -235,7 +245,7 @@ class IndexRetrieval(Retrieval):
     values: Tensor | None = None
 
     def double(self) -> IndexRetrieval:
-        """Return a copy that computes in float64; the keys keep their dtype."""
+        """Return a copy that computes logits in float64. The keys keep their dtype."""
         values = None if self.values is None else self.values.double()
         metric = None if self.metric is None else self.metric.double()
         return replace(self, text_weights=self.text_weights.double(), values=values, metric=metric)
@@ -247,7 +257,7 @@ class IndexRetrieval(Retrieval):
 
     @property
     def by_class(self) -> bool:
-        """Whether queries visit whole classes."""
+        """Whether each query visits all keys of some classes."""
         return self.index.by_class
 
     def _over_classes(self, points: Tensor, cache: Tensor, classes: Tensor, met: Tensor) -> None:
@@ -256,12 +266,12 @@ class IndexRetrieval(Retrieval):
             super()._over_classes(points, cache, classes, met)
             return
         for part in slices(len(points), QUERY_BLOCK):
-            rows = keys.rows_of(classes[part], torch.ones_like(met[part]))  # values for other classes have no bound
+            rows = keys.rows_of(classes[part], torch.ones_like(met[part]))  # other values have no bounds
             totals = tip.Totals.of(points[part], keys.sums, keys.counts) if settings.tail else None
             cache[part] = self._logits_over(self._described(keys.affinity(points[part], rows), rows), totals)
 
     def _described(self, affinity: Tensor, rows: Tensor) -> Nearest:
-        """Add class ids to keys by row; empty slots (row -1) get class id ``c`` and affinity 0."""
+        """Look up the class ids of keys by row. Empty slots (row -1) get the class id ``c`` and affinity 0."""
         empty = rows < 0
         ids = self.keys.class_ids[rows.clamp_min(0)].masked_fill_(empty, self.keys.n_classes)
         return Nearest(affinity.masked_fill(empty, 0), rows, ids)
@@ -280,7 +290,7 @@ class IndexRetrieval(Retrieval):
         return tip.weight(near.affinity, self.settings.beta) * own.where(classes[:, None] >= 0, 0)
 
     def contributors(self, points: Tensor, winner: Tensor, rival: Tensor, number: int) -> Contributors:
-        """Find the shots behind answers over all keys; with fitted values, any key may contribute most."""
+        """Find the shots that contributed most to each answer. With fitted values, these can be keys of any class."""
         if self.values is None:
             return super().contributors(points, winner, rival, number)
         supporting, opposing = self._extremes(points, winner, min(number, self.keys.n))
@@ -292,7 +302,7 @@ class IndexRetrieval(Retrieval):
         return Contributors(supporting, opposing)
 
     def _extremes(self, points: Tensor, classes: Tensor, number: int) -> tuple[Nearest, Nearest]:
-        """Return the ``number`` keys that contribute most to ``classes`` ``[q]``, and the least contributing one."""
+        """Return the ``number`` keys that contribute most to one class per query, and the least contributing key."""
         assert self.values is not None
         asked, own = classes.unique(return_inverse=True)
         most, least = (Largest.none(len(points), m, self.keys.device) for m in (number, 1))
@@ -308,9 +318,10 @@ class IndexRetrieval(Retrieval):
         return self._described(most.affinity, most.rows), self._described(least.affinity, least.rows)
 
     def nearest(self, points: Tensor, k: int) -> Nearest:
-        """Find the ``k`` nearest keys, with exact affinities even if the index is compressed.
+        """Find the ``k`` nearest keys of each query. Affinities are exact, even if the index is compressed.
 
-        A GPU that holds the keys searches all of them, as fast as an exact index or one over classes.
+        If the index is exact or covers class means, and the keys are on a GPU, all keys are searched. This is as fast
+        as searching the index.
         """
         if (self.index.exact_search or self.index.by_class) and (found := self.keys.nearest(points, k)) is not None:
             return self._described(*found)
@@ -337,6 +348,6 @@ class IndexRetrieval(Retrieval):
 
 
 def first_two(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the winning class and the runner-up of each query, ``[q]`` each; -1 if there is only one class."""
+    """Return the winning class and the runner-up of each query. If there is only one class, the runner-up is -1."""
     classes = logits.topk(min(2, logits.shape[1]), dim=1).indices
     return classes[:, 0], classes[:, 1] if classes.shape[1] > 1 else torch.full_like(classes[:, 0], -1)

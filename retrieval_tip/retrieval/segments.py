@@ -1,4 +1,4 @@
-"""Several arrays as one, so that an index can grow without copying its existing keys."""
+"""Treat several arrays as a single array, so that an index can grow without copying its existing keys."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from retrieval_tip.errors import InputError
 
 IntArray = npt.NDArray[np.int64]
 KeyArray = npt.NDArray[np.floating]
-"""Keys ``[n, d]`` float32 or float16."""
+"""A float32 or float16 array of keys, of shape ``[n, d]``."""
 
 
 class KeysInPlace(ABC):
-    """Keys ``[n, d]`` that exceed memory; read a few by row, or many in one pass in storage order."""
+    """Keys that do not fit in memory. You can read a few keys by row, or many keys in storage order."""
 
     shape: tuple[int, int]
 
@@ -25,18 +25,18 @@ class KeysInPlace(ABC):
 
     @abstractmethod
     def __getitem__(self, rows: IntArray) -> KeyArray:
-        """Return a few keys ``[m, d]`` in their stored dtype."""
+        """Return the keys at the given rows, in their stored dtype. Use this for a few keys only."""
 
     @abstractmethod
     def blocks(self, rows: IntArray) -> Iterator[tuple[KeyArray, IntArray]]:
-        """Yield blocks of the keys ``[b, d]`` at ``rows``, with their row numbers ``[b]``."""
+        """Yield the keys at ``rows`` in blocks, and the row numbers of each block."""
 
 
 class Segments:
-    """Arrays ``[n_i, d]`` of one dtype, concatenated to ``[n, d]`` without a copy.
+    """Several arrays that behave like their concatenation. The arrays are not copied.
 
-    A slice within one part is a view; other selections are copies. Raises InputError if there are no parts, or their
-    shapes or dtypes differ.
+    A slice that lies within one array is a view. All other selections are copies. Raises InputError if there are no
+    arrays, or if their dtypes or row lengths differ.
     """
 
     def __init__(self, parts: Sequence[KeyArray]) -> None:
@@ -49,19 +49,19 @@ class Segments:
 
     @property
     def size(self) -> int:
-        """Number of values."""
+        """Total number of values."""
         return self.shape[0] * self.shape[1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all values."""
+        """Total number of bytes."""
         return self.size * self.dtype.itemsize
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: slice | int | Sequence[int] | IntArray) -> KeyArray:
-        """Return rows by slice, row numbers (negative from the end) or mask, or a single row by number."""
+        """Return rows, which are selected by a slice, a number, several numbers or a mask, as in NumPy."""
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
             if step != 1:
@@ -91,21 +91,21 @@ class Segments:
 
 
 Keys = KeyArray | Segments | KeysInPlace
-"""Keys ``[n, d]`` in memory, memory-mapped or in place."""
+"""Keys that are in memory, memory-mapped, or read from their store."""
 
 
 def segments_of(array: KeyArray | Segments) -> tuple[KeyArray, ...]:
-    """Return the parts of ``array``, or the array itself as the only part."""
+    """Return the segments of ``array``. A plain array is its own only segment."""
     return array.parts if isinstance(array, Segments) else (array,)
 
 
 def joined(parts: Sequence[KeyArray]) -> KeyArray | Segments:
-    """Join parts; return a single part unchanged."""
+    """Join arrays into segments. A single array is returned unchanged."""
     return parts[0] if len(parts) == 1 else Segments(parts)
 
 
 def runs(array: KeyArray | Segments, size: int) -> Iterator[slice]:
-    """Yield slices of at most ``size`` rows that cover ``array``, each within one part."""
+    """Yield slices that cover ``array``. Each slice has at most ``size`` rows and lies within one segment."""
     at = 0
     for part in segments_of(array):
         for start in range(0, len(part), size):

@@ -1,4 +1,4 @@
-"""FAISS inner-product indexes over keys or over class means, on a GPU if there is one."""
+"""FAISS inner-product indexes over keys or over class means. If there is a GPU, searches run on it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch  # before FAISS: on macOS each brings an OpenMP runtime, and torch's must load first
+import torch  # must come before FAISS: on macOS both include an OpenMP runtime, and the one of torch must load first
 from torch import Tensor
 
 from retrieval_tip import tip
@@ -25,32 +25,32 @@ from retrieval_tip.retrieval.segments import KeyArray, Segments
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 FaissIndex = Any
-"""A FAISS index. FAISS ships no types."""
+"""A FAISS index. FAISS does not provide types."""
 
 HEADER = 45
-"""Bytes of the smallest index file: the header of a flat index without vectors."""
+"""Size of the smallest index file in bytes, which is the header of an empty flat index."""
 
 GPU_MAX_K = 2048
-"""Maximum number of keys that FAISS retrieves, and of lists that it probes, on a GPU. The CPU answers a larger k."""
+"""Maximum number of keys that FAISS can retrieve on a GPU, and of lists that it can probe. A larger k uses the CPU."""
 
 PRODUCTS, QUERIES = 1 << 27, 4096
-"""Maximum number of affinities (512 MiB of float32) and of queries per block on a GPU."""
+"""Maximum number of affinities and of queries per block on a GPU. In float32, the affinities take 512 MiB."""
 
 _GPU = threading.RLock()
-"""Lock of FAISS's GPU resources: a process has one stream and one scratch memory for all its indexes."""
+"""Lock for the GPU resources of FAISS. All indexes in a process share one stream and one block of scratch memory."""
 
 TRAINING_PER_LIST = 256
-"""Training keys per list of a clustered index. FAISS itself uses no more."""
+"""Number of training keys per list of a clustered index. FAISS does not use more."""
 
 BY_CLASS = "Classes"
-"""Factory of an index over class means: ``Classes``, optionally followed by ``,`` and a FAISS factory for the means."""
+"""Factory of an index over class means. You can append a comma and a FAISS factory, which is used for the means."""
 
 MOST_LINKS = 1024
 """Maximum number of links per key of a graph index."""
 
 FLAT = ("IndexFlat", "IndexFlatIP")
 UNCOMPRESSED = (*FLAT, "IndexIVFFlat", "IndexHNSWFlat", "IndexNSGFlat")
-"""FAISS classes that store the vectors uncompressed."""
+"""FAISS classes that store vectors without compression."""
 
 _SCALARS = "SQ(4|6|8|fp16|bf16)"
 _FACTORY = re.compile(
@@ -59,25 +59,29 @@ _FACTORY = re.compile(
     rf"(Flat|{_SCALARS}|PQ[0-9]{{1,9}}(x([3-9]|1[0-2]))?(fsr?|np)?|RaBitQ[1-9]?(fs)?))"
     rf"(,RFlat|,Refine\((Flat|{_SCALARS})\))?"
 )
-"""Accepted factories. Others that FAISS knows may crash the process (``Refine(IVF4,Flat)``), never end (``NSG16`` with
-repeated keys), write out of bounds (``PCA7,OPQ60_300,Flat``), take gigabytes (``RQ2x24``), or expect other vectors
-(``SQ8_direct``: bytes)."""
+"""The factories that are accepted.
+
+FAISS supports more factories, but some of them are not safe. For example, ``Refine(IVF4,Flat)`` crashes the process,
+``NSG16`` never finishes if keys are repeated, ``PCA7,OPQ60_300,Flat`` writes out of bounds, ``RQ2x24`` takes gigabytes,
+and ``SQ8_direct`` expects vectors of bytes.
+"""
 
 
 def inner_factory(factory: str) -> str | None:
-    """Return FAISS's part of a factory over class means (default ``Flat``); ``None`` for one over the keys."""
+    """Return the FAISS factory for class means, which defaults to ``Flat``. For an index over keys, return ``None``."""
     name, _, rest = factory.partition(",")
     return (rest or "Flat") if name == BY_CLASS else None
 
 
 def auto_factory(n: int, c: int) -> tuple[str, int | None]:
-    """Choose the factory and k for ``n`` keys of ``c`` classes (``--index auto``).
+    """Select the factory and k for ``n`` keys of ``c`` classes. This is used for ``--index auto``.
 
-    The limits come from benchmarks/throughput.py (``--index``), on features like CLIP's:
+    The limits were measured with ``benchmarks/throughput.py --index`` on CLIP-like features:
 
-    - up to 4 keys per class, or 2048 in all: every key (``Flat``, k = all). The text weights cost as much as the keys.
-    - up to ``4 sqrt(n)`` keys per class: whole classes (``Classes``), at most 8.
-    - more: the 256 nearest keys, by an inverted file of ``4 sqrt(n)`` lists.
+    - If there are at most 4 keys per class, or at most 2048 keys in total, use all keys (``Flat``, k = all). In this
+      case the text weights take as long as the keys.
+    - If there are at most ``4 sqrt(n)`` keys per class, use at most 8 whole classes (``Classes``).
+    - Otherwise, use the 256 nearest keys, and an inverted file that has ``4 sqrt(n)`` lists.
     """
     if n <= max(4 * c, 2048):
         return "Flat", None
@@ -93,20 +97,21 @@ def lists_for(n: int) -> str:
 
 @cache
 def faiss() -> Any:  # a module without types
-    """Import FAISS when first needed. Raises StoreError if that fails."""
+    """Import FAISS when it is first needed. Raises StoreError if the import fails."""
     try:
         module = importlib.import_module("faiss")
     except ImportError as error:
         raise StoreError(f"faiss cannot be imported ({error}); run retrieval-tip doctor") from error
-    module.cvar.distance_compute_blas_threshold = 1  # by default, FAISS searches a few dozen queries one by one
+    module.cvar.distance_compute_blas_threshold = 1  # otherwise a few queries are searched one by one
     return module
 
 
 class VectorIndex:
-    """Maximum inner product search over vectors ``[n, d]``, without normalisation; the id of row i is i.
+    """A maximum inner product search over vectors. The vectors are not normalised, and the id of row i is i.
 
-    The vectors are the keys, or class means if the factory is ``Classes`` (``by_class``). ``path`` is the file that the
-    index was read from, until it changes. Vectors added by :meth:`plus` are compared with every query and not saved.
+    The vectors are the keys. If the factory is ``Classes``, they are the class means, and ``by_class`` is true.
+    ``path`` is the file that the index was read from, or ``None`` if the index has changed since then. Vectors that are
+    added by :meth:`plus` are compared with every query, and are not saved.
     """
 
     def __init__(
@@ -125,10 +130,10 @@ class VectorIndex:
     def build(
         cls, keys: KeyArray | Segments, factory: str = "Flat", device: str = "auto", block: int = 65536
     ) -> VectorIndex:
-        """Build an index over ``keys`` ``[n, d]`` float32 or float16, with training if its type needs it.
+        """Build an index over keys, and train it if its type requires training.
 
-        Keys may be memory-mapped; they are read in blocks. Raises UsageError for a factory that is unknown, unsafe or
-        normalises, or if there are too few keys to train it.
+        The keys are read in blocks, so they can be memory-mapped. Raises UsageError if the factory is unknown, is not
+        safe or normalises the keys, or if there are too few keys to train the index.
         """
         n, d = keys.shape
         inner = inner_factory(factory) or factory
@@ -151,21 +156,21 @@ class VectorIndex:
         return cls(index, factory, device, keys.dtype == np.float16)
 
     def plus(self, rows: IntArray, vectors: Callable[[], FloatArray]) -> VectorIndex:
-        """Return this index with other ``vectors`` ``[m, d]`` at ascending ``rows`` ``[m]``, without training.
+        """Return a copy of this index that has other vectors at the given ``rows``. The index is not trained again.
 
-        They replace vectors of these rows, or follow the last row without a gap. The first search calls ``vectors``;
-        every search compares its queries with all of them.
+        The new vectors replace existing rows, or are appended after the last row. ``rows`` must be ascending and must
+        not leave a gap. ``vectors`` is called by the first search. Every query is compared with all new vectors.
         """
         longer = copy.copy(self)
         longer._late, longer._late_rows, longer._late_vectors = None, rows, vectors
         return longer
 
     def bare(self) -> VectorIndex:
-        """Return this index without the vectors of :meth:`plus`."""
+        """Return a copy of this index that does not include the vectors added by :meth:`plus`."""
         return self.plus(np.empty(0, dtype=np.int64), lambda: np.empty((0, self.d), dtype=np.float32))
 
     def _beside(self) -> FaissIndex:
-        """Return the flat index over the vectors of :meth:`plus`, built on first use."""
+        """Return a flat index over the vectors added by :meth:`plus`. It is built when it is first used."""
         with self._lock:
             if self._late is None:
                 late = faiss().IndexFlatIP(self.d)
@@ -175,14 +180,14 @@ class VectorIndex:
 
     @property
     def indexed(self) -> int:
-        """Number of vectors in the index itself, without :meth:`plus`."""
+        """Number of vectors in the FAISS index, excluding the vectors added by :meth:`plus`."""
         return int(self._cpu.ntotal)
 
     @classmethod
     def load(cls, path: Path, factory: str, device: str = "auto", half: bool = False) -> VectorIndex:
-        """Read an index file, memory-mapped if its type allows; with ``half``, a GPU holds it in half precision.
+        """Read an index file, which is memory-mapped if its type supports this.
 
-        Raises StoreError naming the file.
+        If ``half`` is true, the copy on the GPU is in half precision. Raises StoreError if the file cannot be read.
         """
         if problem := _size_problem(path):
             raise StoreError(f"{path}: {problem}; rebuild the index")
@@ -196,9 +201,9 @@ class VectorIndex:
         return cls(index, factory, device, half, path)
 
     def save(self, path: Path) -> None:
-        """Write the index, as it is on the CPU, to ``path``."""
+        """Write the CPU version of the index to ``path``. Raises StoreError if the file cannot be written."""
         try:
-            with path.open("wb") as file:  # given a name, FAISS ignores a full disk
+            with path.open("wb") as file:  # if FAISS opens the file, it ignores a full disk
                 faiss().write_index(self._cpu, faiss().PyCallbackIOWriter(file.write))
         except RuntimeError as error:
             raise StoreError(f"{path}: FAISS cannot write it ({_reason(error)})") from None
@@ -207,7 +212,7 @@ class VectorIndex:
 
     @property
     def n(self) -> int:
-        """Number of vectors."""
+        """Number of vectors, including those added by :meth:`plus`."""
         return max(self.indexed, int(self._late_rows[-1]) + 1 if len(self._late_rows) else 0)
 
     @property
@@ -217,24 +222,25 @@ class VectorIndex:
 
     @property
     def device(self) -> str:
-        """Device of searches: ``cpu`` or ``cuda``."""
+        """The device on which searches run, ``cpu`` or ``cuda``."""
         return "cpu" if self._gpu.get() is None else "cuda"
 
     @property
     def exact_search(self) -> bool:
-        """Whether a search always finds the nearest keys (``Flat`` only)."""
+        """Whether a search is guaranteed to find the nearest keys. This is only the case for ``Flat``."""
         return not self.by_class and _is_one_of(FLAT, self._cpu)
 
     @property
     def exact_affinity(self) -> bool:
-        """Whether returned affinities are exact, because the vectors are not compressed."""
+        """Whether a search returns exact affinities. This is the case if the vectors are not compressed."""
         return _is_one_of(UNCOMPRESSED, self._cpu)
 
     @property
     def effort(self) -> int | None:
-        """Number of lists that a search probes, or of graph candidates; ``None`` for types without such a setting.
+        """Number of lists or of graph candidates that a search visits, or ``None`` if the index has no such setting.
 
-        A higher effort finds more of the nearest vectors and takes longer. It is saved with the index.
+        A search with a higher effort finds more of the nearest vectors, but takes longer. The effort is saved with the
+        index.
         """
         return next((int(getattr(*place)) for place in _effort_of(self._cpu)), None)
 
@@ -249,7 +255,7 @@ class VectorIndex:
 
     @contextmanager
     def limited(self, effort: int) -> Iterator[None]:
-        """Limit :attr:`effort` inside the context, without a change to the saved index."""
+        """Limit :attr:`effort` inside the context. The saved index does not change."""
         before, path = self.effort, self.path
         self.effort = None if before is None else min(before, effort)
         try:
@@ -260,12 +266,12 @@ class VectorIndex:
 
     @property
     def effort_limit(self) -> int | None:
-        """Largest useful :attr:`effort`, or ``None``."""
+        """The largest useful :attr:`effort`, or ``None`` if the index has no such setting."""
         lists = _lists(self._cpu)
         return lists or (self.n if self.effort is not None else None)
 
     def vectors(self) -> FloatArray:
-        """Return the vectors ``[n, d]`` float32, approximate unless :attr:`exact_affinity`."""
+        """Return all vectors in float32. They are approximate unless :attr:`exact_affinity` is true."""
         for part in _inner(self._cpu):
             if hasattr(part, "make_direct_map"):
                 part.make_direct_map()
@@ -276,9 +282,10 @@ class VectorIndex:
         return vectors
 
     def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
-        """Return affinities ``[q, k]`` float32, largest first, and rows ``[q, k]`` int64 of the k nearest vectors.
+        """Return the affinities of the k nearest vectors of each query, largest first, and their rows.
 
-        ``k`` is limited to the number of vectors. Row -1 fills up what an approximate index does not find.
+        ``k`` is limited to the number of vectors. If an approximate search finds fewer than ``k`` vectors, the
+        remaining rows are -1.
         """
         k = int(min(k, self.n))
         features = np.ascontiguousarray(features, dtype=np.float32)
@@ -287,7 +294,7 @@ class VectorIndex:
         return self._search_indexed(features, k)
 
     def _search_both(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
-        """Merge the index's hits, without replaced vectors, and hits among the vectors of :meth:`plus`."""
+        """Search the FAISS index and the vectors added by :meth:`plus`, and merge the results."""
         replaced = int(np.searchsorted(self._late_rows, self.indexed))
         asked = min(k + min(replaced, k), self.indexed)
         while True:
@@ -318,18 +325,21 @@ class VectorIndex:
 
     @contextmanager
     def _errors_named(self) -> Iterator[None]:
-        """Raise FAISS's errors as StoreError naming the index, or as torch's OutOfMemoryError."""
+        """Convert FAISS errors to StoreError or to OutOfMemoryError of torch. The message names the index."""
         try:
             yield
         except torch.OutOfMemoryError:
             raise
         except (AssertionError, IndexError, RuntimeError) as error:
-            if "alloc fail" in str(error):  # FAISS's scratch memory
+            if "alloc fail" in str(error):  # FAISS has run out of scratch memory
                 raise torch.OutOfMemoryError(f"{self._name}: FAISS: {_reason(error)}") from None
             raise StoreError(f"{self._name}: FAISS cannot search it ({_reason(error)}); rebuild the index") from None
 
     def search_tensor(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Run :meth:`search` on a tensor, with results on its device; on a GPU, nothing passes through the host."""
+        """Run :meth:`search` on a tensor, and return tensors on the same device.
+
+        If the search runs on a GPU, no data is copied to the CPU.
+        """
         k = int(min(k, self.n))
         with self._errors_named():
             found = None if len(self._late_rows) else self._gpu.search_tensor(features, k)
@@ -340,11 +350,12 @@ class VectorIndex:
 
 
 class GpuCopy:
-    """GPU copy of a FAISS index, made by the first search.
+    """A copy of a FAISS index on a GPU, which is made by the first search.
 
-    For ``Flat``, the GPU holds only the vectors (in half precision if ``half``), and torch computes their products.
-    Other supported types are cloned by FAISS, over all GPUs if one is too small and the device names none. ``auto`` is
-    torch's current GPU. If the CPU has to search instead, a warning says so once.
+    If the index is ``Flat``, only its vectors are copied, and torch is used for the search. The vectors are in half
+    precision if ``half`` is true. Other types are cloned by FAISS. If a single GPU is too small and the device does not
+    name one, the index is spread over all GPUs. The device ``auto`` is the current GPU of torch. If the search has to
+    run on the CPU, a warning is logged once.
     """
 
     def __init__(self, index: FaissIndex, device: str, half: bool) -> None:
@@ -353,7 +364,7 @@ class GpuCopy:
         self._tried, self._held = False, None
 
     def get(self) -> FaissIndex | None:
-        """Return the copy, made if necessary; ``None`` if searches run on the CPU."""
+        """Return the copy, which is made if necessary, or ``None`` if searches run on the CPU."""
         if not self._wanted:
             return None
         with _GPU:
@@ -366,13 +377,13 @@ class GpuCopy:
             return self._held
 
     def probe(self, lists: int) -> None:
-        """Set the number of lists to probe, limited to :data:`GPU_MAX_K`."""
+        """Set the number of lists to probe, which is limited to :data:`GPU_MAX_K`."""
         with _GPU:
             if self._held is not None and not isinstance(self._held, Product):
                 faiss().GpuParameterSpace().set_index_parameter(self._held, "nprobe", min(lists, GPU_MAX_K))
 
     def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray] | None:
-        """Return affinities and rows ``[q, k]`` of the nearest vectors; ``None`` if the CPU must search."""
+        """Return the affinities and rows of the nearest vectors, or ``None`` if the search must run on the CPU."""
         copied = self._copy_for(k)
         if copied is None:
             return None
@@ -384,20 +395,20 @@ class GpuCopy:
         return found
 
     def search_tensor(self, features: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-        """Run :meth:`search` on a tensor; ``None`` if this copy only takes arrays."""
+        """Run :meth:`search` on a tensor. Return ``None`` if the copy only accepts arrays."""
         copied = None if features.device.type == "cpu" else self._copy_for(k)
         if isinstance(copied, Product):
             return copied.search(features, k)
-        # Transforms around a copy, and copies on several GPUs, only take arrays; they have no getDevice.
+        # A copy that has transforms or is spread over several GPUs only accepts arrays. It has no getDevice.
         if getattr(copied, "getDevice", lambda: None)() != features.device.index or copied is None:
             return None
-        importlib.import_module("faiss.contrib.torch_utils")  # lets FAISS take tensors
-        with _GPU, torch.cuda.device(features.device):  # FAISS uses its stream
+        importlib.import_module("faiss.contrib.torch_utils")  # after this import, FAISS accepts tensors
+        with _GPU, torch.cuda.device(features.device):  # FAISS uses the stream of the current device
             found: tuple[Tensor, Tensor] = copied.search(features.contiguous(), k)
         return found
 
     def _copy_for(self, k: int) -> FaissIndex | None:
-        """Return the copy if it can retrieve ``k`` vectors."""
+        """Return the copy, or ``None`` if it cannot retrieve ``k`` vectors."""
         copied = self.get()
         if copied is None or isinstance(copied, Product) or k <= GPU_MAX_K:
             return copied
@@ -405,7 +416,7 @@ class GpuCopy:
         return None
 
     def _copy(self) -> FaissIndex:
-        """Make the copy. Raises RuntimeError with the reason if that is impossible."""
+        """Make the copy. Raises RuntimeError, which gives the reason, if this is not possible."""
         number = int(self._number or torch.cuda.current_device())
         size, room = _bytes_on_gpu(self._index, self._half), int(torch.cuda.mem_get_info(number)[0]) // 2
         if _is_one_of(FLAT, self._index) and size <= room:
@@ -420,9 +431,9 @@ class GpuCopy:
         raise RuntimeError(f"it takes {size:,} bytes, more than half of the GPU's free memory ({room:,} bytes)")
 
     def _clone(self, clone: Callable[[object], FaissIndex], shard: bool = False) -> FaissIndex:
-        """Clone the index by FAISS, with at most :data:`GPU_MAX_K` lists to probe."""
+        """Clone the index with FAISS. The clone probes at most :data:`GPU_MAX_K` lists."""
         options = faiss().GpuMultipleClonerOptions()
-        options.useFloat16 = self._half and not _is_one_of(UNCOMPRESSED, self._index)  # would round queries, too
+        options.useFloat16 = self._half and not _is_one_of(UNCOMPRESSED, self._index)  # it also rounds the queries
         options.use_cuvs = "CUVS" in faiss().get_compile_options().upper()
         options.shard = shard
         cut = [(part, lists) for part in _inner(self._index) if (lists := getattr(part, "nprobe", 0)) > GPU_MAX_K]
@@ -437,14 +448,14 @@ class GpuCopy:
 
 
 class Product:
-    """Exact search on a GPU, by products of the queries with all vectors ``[n, d]`` float32 or float16."""
+    """An exact search on a GPU, which multiplies the queries with all vectors."""
 
     def __init__(self, vectors: Tensor) -> None:
         self.vectors = vectors
 
     @classmethod
     def of(cls, index: FaissIndex, device: str, half: bool) -> Product:
-        """Copy the vectors of a flat FAISS index to ``device``."""
+        """Create a search by copying the vectors of a flat FAISS index to ``device``."""
         n, d = int(index.ntotal), int(index.d)
         vectors = torch.empty(n, d, dtype=torch.float16 if half else torch.float32, device=device)
         for start in range(0, n, 65536):
@@ -453,9 +464,10 @@ class Product:
         return cls(vectors)
 
     def search(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return affinities ``[q, k]``, largest first, and rows of the ``k <= n`` nearest, on the GPU.
+        """Return the affinities of the ``k`` nearest vectors, largest first, and their rows, as tensors on the GPU.
 
-        Products are float32, also of float16 vectors.
+        ``k`` must not exceed the number of vectors. The products are computed in float32, even if the vectors are
+        float16.
         """
         features = features.to(self.vectors.device)
         affinity = features.new_empty(len(features), k)
@@ -480,7 +492,7 @@ class Product:
 
 @cache
 def resources() -> object:
-    """Return FAISS's GPU resources, with less memory than by default (1.5 GiB per GPU, 256 MiB pinned)."""
+    """Return the GPU resources of FAISS. They use less memory than the defaults, 1.5 GiB per GPU and 256 MiB pinned."""
     made = faiss().StandardGpuResources()
     made.setTempMemory(512 << 20)
     made.setPinnedMemory(32 << 20)
@@ -492,7 +504,7 @@ def _is_one_of(kinds: tuple[str, ...], index: FaissIndex) -> bool:
 
 
 def _bytes_on_gpu(index: FaissIndex, half: bool) -> int:
-    """Estimate the GPU memory of an index: vectors or codes, and ids."""
+    """Estimate the GPU memory that an index needs for its vectors or codes, and for its ids."""
     if _is_one_of(FLAT, index):
         return int(index.ntotal) * int(index.d) * (2 if half else 4)
     codes = [int(part.code_size) for part in _inner(index) if hasattr(part, "code_size")]
@@ -500,7 +512,7 @@ def _bytes_on_gpu(index: FaissIndex, half: bool) -> int:
 
 
 def _factory_problem(factory: str, n: int, d: int) -> str | None:
-    """Return the fault of a factory for ``n`` vectors of ``d`` values, or ``None``."""
+    """Return what is wrong with a factory for ``n`` vectors of length ``d``, or ``None`` if it is valid."""
     if "norm" in factory.lower():
         return "normalises, but fine-tuned keys are not unit vectors; use a factory without normalisation"
     if not _FACTORY.fullmatch(factory):
@@ -508,7 +520,7 @@ def _factory_problem(factory: str, n: int, d: int) -> str | None:
             "unsupported factory; use Flat, IVF256,Flat, HNSW32, SQ8, PQ16, RaBitQ4 or a combination such as "
             "PCA64,IVF256,PQ16,RFlat"
         )
-    for name, count in re.findall(r"(IVF|HNSW|PQ|PCAW?R?|RR|_)([0-9]+)", factory):  # OPQ ends in PQ
+    for name, count in re.findall(r"(IVF|HNSW|PQ|PCAW?R?|RR|_)([0-9]+)", factory):  # PQ also matches OPQ
         least, most = {"IVF": (1, n), "HNSW": (2, MOST_LINKS)}.get(name, (1, d))
         if not least <= int(count) <= most:
             return f"{count} is out of range; use {least} to {most:,} for {n:,} vectors of {d:,} values"
@@ -516,7 +528,7 @@ def _factory_problem(factory: str, n: int, d: int) -> str | None:
 
 
 def _size_problem(path: Path) -> str | None:
-    """Return the fault of a file's size, or ``None``: FAISS may crash when it maps a truncated file."""
+    """Return an error message if an index file is truncated, because FAISS may crash when it maps such a file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -540,13 +552,13 @@ def _usage_errors(factory: str, when: str = "") -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return the text of FAISS's error, without the location in its source."""
+    """Return the message of a FAISS error. The location in the FAISS source is removed."""
     text = str(error).strip()
     return text.rpartition("' failed: ")[2] if "' failed: " in text else text.rpartition(": ")[2] or text
 
 
 def _inner(index: FaissIndex) -> Iterator[FaissIndex]:
-    """Yield the index, then those that it wraps."""
+    """Yield the index, and then each index that it wraps."""
     while index is not None:
         index = faiss().downcast_index(index)
         yield index
@@ -554,7 +566,7 @@ def _inner(index: FaissIndex) -> Iterator[FaissIndex]:
 
 
 def _effort_of(index: FaissIndex) -> Iterator[tuple[FaissIndex, str]]:
-    """Yield the object and attribute that hold the effort, if there is one."""
+    """Yield the object and the name of the attribute that hold the effort. Yield nothing if there is no effort."""
     for part in _inner(index):
         if hasattr(part, "nprobe"):
             yield part, "nprobe"
@@ -569,15 +581,15 @@ def _lists(index: FaissIndex) -> int:
 
 
 def _set_search_effort(index: FaissIndex) -> None:
-    """Raise FAISS's defaults, 1 list and 16 candidates: too few for a cache, where all keys count."""
+    """Increase the FAISS defaults of 1 list and 16 candidates, which are too low for a cache, where all keys count."""
     for part in _inner(index):
         if hasattr(part, "cp"):
-            part.cp.min_points_per_centroid = 1  # below 39, FAISS prints a warning
+            part.cp.min_points_per_centroid = 1  # by default, FAISS prints a warning if there are fewer than 39
         if hasattr(part, "nprobe"):
             part.nprobe = min(int(part.nlist), max(8, round(2 * int(part.nlist) ** 0.5)), GPU_MAX_K)
         if hasattr(part, "k_factor"):
-            part.k_factor = 4  # a compressed index compares 4 k candidates exactly
+            part.k_factor = 4  # a compressed index recomputes the affinities of 4 k candidates exactly
         if hasattr(part, "hnsw"):
             part.hnsw.efSearch = 128
         if hasattr(part, "do_polysemous_training"):
-            part.do_polysemous_training = False  # takes seconds, only for Hamming distances
+            part.do_polysemous_training = False  # it takes seconds and is only used for Hamming distances
