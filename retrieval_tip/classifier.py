@@ -98,8 +98,7 @@ class Classifier:
         """Build a classifier from a folder that has one folder of photos per class, or from another labelled source.
 
         Args:
-            photos: the path of a folder, table, tar file or split file (see :func:`sources.open_source`), or an open
-                source.
+            photos: an open source, or the path of a folder, table, tar or split file (see :func:`sources.open_source`).
             model: the encoder. You can pass a name (see :func:`loading.load_backbone`), a backbone, or the model,
                 preprocessing and tokenizer that open_clip returns.
             pretrained: the tag or the file of the weights, if ``model`` is a name.
@@ -109,12 +108,10 @@ class Classifier:
             views: 1 to encode the centre view of each photo, or a larger number to use the mean feature of that number
                 of augmented views.
             seed: the random seed for ``shots`` and ``views``.
-            shots: the number of photos to draw per class by the published rule (see :mod:`data.shots`). By default, all
-                photos are used.
+            shots: the number of photos to draw per class (see :mod:`data.shots`). By default, all photos are used.
             templates: the prompts for class names. ``{}`` is replaced with the name.
             text: a feature table of prompts, as an alternative to ``templates``.
-            fit: ``auto`` to fit the method to the photos, or ``none`` for plain Tip-Adapter with ``alpha`` and
-                ``beta``.
+            fit: ``auto`` to fit the method to the photos, or ``none`` for Tip-Adapter with ``alpha`` and ``beta``.
 
         For the other arguments, see :func:`build.build_index`. Raises the same errors as :func:`sources.open_source`,
         :func:`loading.load_backbone` and :func:`build.build_index`.
@@ -260,12 +257,11 @@ class Classifier:
         """Classify photos or features.
 
         Args:
-            what: the input, in one of four forms. A single photo is a path, a PIL image, a uint8 array of shape
-                ``[h, w, 3]``, encoded bytes, or a row of a Hugging Face dataset. Several photos are a list of these, a
-                Hugging Face dataset or its image column. You can also pass any input of ``retrieval-tip classify``,
-                such as a folder, a pattern, a table or a tar file. In that case unreadable photos are listed in
-                ``encoder.skipped``. Finally, you can pass floating-point features of the encoder, of shape ``[q, d]``
-                or ``[d]``.
+            what: a photo, which can be a path, a PIL image, a uint8 array of shape ``[h, w, 3]``, encoded bytes, or a
+                row of a Hugging Face dataset. For several photos, pass a list of these, a Hugging Face dataset or its
+                image column. You can also pass any input of ``retrieval-tip classify``, such as a folder, a pattern, a
+                table or a tar file, or features of the encoder, of shape ``[q, d]`` or ``[d]``. If you pass a folder,
+                pattern, table or tar file, unreadable photos are skipped and listed in ``encoder.skipped``.
             top: the number of classes to report, most probable first.
             neighbours: the number of shots to report, largest contribution first.
             k: the number of nearest keys to use, or ``"all"``. Defaults to the setting of the index.
