@@ -97,21 +97,19 @@ class Classifier:
     ) -> Self:
         """Build a classifier from a folder that has one folder of photos per class, or from another labelled source.
 
-        Args:
-            photos: an open source, or the path of a folder, table, tar or split file (see :func:`sources.open_source`).
-            model: the encoder. You can pass a name (see :func:`loading.load_backbone`), a backbone, or the model,
-                preprocessing and tokenizer that open_clip returns.
-            pretrained: the tag or the file of the weights, if ``model`` is a name.
-            out: the index folder to write. If you do not pass one, the index is deleted together with this object,
-                unless you call :meth:`save`.
-            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-            views: 1 to encode the centre view of each photo, or a larger number to use the mean feature of that number
-                of augmented views.
-            seed: the random seed for ``shots`` and ``views``.
-            shots: the number of photos to draw per class (see :mod:`data.shots`). By default, all photos are used.
-            templates: the prompts for class names. ``{}`` is replaced with the name.
-            text: a feature table of prompts, as an alternative to ``templates``.
-            fit: ``auto`` to fit the method to the photos, or ``none`` for Tip-Adapter with ``alpha`` and ``beta``.
+        - ``photos``: an open source, or the path of a folder, table, tar or split (see :func:`sources.open_source`).
+        - ``model``: the encoder. You can pass a name (see :func:`loading.load_backbone`), a backbone, or the model,
+          preprocessing and tokenizer that open_clip returns.
+        - ``pretrained``: the tag or the file of the weights, if ``model`` is a name.
+        - ``out``: the index folder to write. If you do not pass one, the index is deleted together with this object,
+          unless you call :meth:`save`.
+        - ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        - ``views``: 1 to encode the centre view of each photo, or the number of augmented views to average.
+        - ``seed``: the random seed for ``shots`` and ``views``.
+        - ``shots``: the number of photos to draw per class (see :mod:`data.shots`). By default, all photos are used.
+        - ``templates``: the prompts for class names, in which ``{}`` is replaced with the name. You can also pass a
+          feature table of prompts as ``text``.
+        - ``fit``: ``auto`` to fit the method to the photos, or ``none`` for Tip-Adapter with ``alpha`` and ``beta``.
 
         For the other arguments, see :func:`build.build_index`. Raises the same errors as :func:`sources.open_source`,
         :func:`loading.load_backbone` and :func:`build.build_index`.
