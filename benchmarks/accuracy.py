@@ -214,7 +214,11 @@ def runs(
                 start = time.process_time()
                 answering = METHODS[method](drawn)
                 seconds = time.process_time() - start
-                yield dict(zip(RUN, run, strict=True)) | scores(answering, items, by_class=tail) | {"seconds": seconds}
+                yield (
+                    dict(zip(RUN, run, strict=True))
+                    | scores(answering, items, drawn.cache if tail else None)
+                    | {"seconds": seconds}
+                )
 
 
 def with_some_classes(cache: CacheModel, covered: float, seed: int) -> CacheModel:
@@ -237,16 +241,21 @@ def with_long_tail(cache: CacheModel, most: int, seed: int) -> CacheModel:
 RUN = ("dataset", "shots", "seed", "method")
 
 
-def scores(answering: Answering, items: sweep.Items, by_class: bool = False) -> dict[str, float]:
-    """Return accuracy and expected calibration error."""
+def scores(answering: Answering, items: sweep.Items, tail: CacheModel | None = None) -> dict[str, float]:
+    """Return accuracy and expected calibration error.
+
+    With an index of uneven shots, accuracy is the mean over classes, and ``uneven`` the mean by the number of shots.
+    """
     temperature = answering.settings.temperature if isinstance(answering, CacheModel) else 1.0
     confidence, ids = tip.probabilities(answering.logits(items.features), temperature).max(1)
     right = ids.cpu().numpy() == items.ids
-    per_class = [right[items.ids == i].mean() for i in np.unique(items.ids)]
-    return {
-        "top1": float(np.mean(per_class) if by_class else right.mean()),
-        "ece": expected_calibration_error(confidence.cpu().numpy(), right),
-    }
+    found = {"top1": float(right.mean()), "ece": expected_calibration_error(confidence.cpu().numpy(), right)}
+    if tail is None:
+        return found
+    tested = np.unique(items.ids)
+    per_class = [right[items.ids == i].mean() for i in tested]
+    shots = np.bincount(tail.class_ids.numpy(), minlength=len(tail.class_names))[tested]
+    return found | {"top1": float(np.mean(per_class)), "uneven": float(np.average(per_class, weights=shots))}
 
 
 def mean(rows: Sequence[dict[str, Any]], column: str, **of: Any) -> float | None:
@@ -266,11 +275,14 @@ def print_table(name: str, rows: Sequence[dict[str, Any]]) -> None:
     click.echo(f"\n**{DATASETS[name].title}** (draws of {', '.join(seeds)})\n")
     heads = [f"top-1, {number}" if number == shots[0] else str(number) for number in shots]
     heads += [f"ECE, {number}" if number == shots[0] else str(number) for number in shots]
+    tail = "uneven" in rows[0]
+    heads += [f"uneven test, {shots[-1]}"] if tail else []
     click.echo(f"| | {' | '.join(heads)} | s at {shots[-1]} |\n|---{'|--:' * (len(heads) + 1)}|")
     for method in [method for method in METHODS if any(row["method"] == method for row in rows)]:
         top1 = [mean(rows, "top1", shots=number, method=method) for number in shots]
         cells = [cell(None if value is None else 100 * value, ".1f") for value in top1]
         cells += [cell(mean(rows, "ece", shots=number, method=method), ".3f") for number in shots]
+        cells += [f"{100 * (mean(rows, 'uneven', shots=shots[-1], method=method) or 0):.1f}"] if tail else []
         seconds = cell(mean(rows, "seconds", shots=shots[-1], method=method), ".1f")
         click.echo(f"| {method} | {' | '.join(cells)} | {seconds} |")
 
