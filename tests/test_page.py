@@ -1023,7 +1023,7 @@ def test_wrong_labels_come_first_and_are_mended(opened: Open, served: Served, ru
     version = page.request.get(f"{served.address}/v1/indexes/things").json()["version"]
     worst.get_by_role("button", name="Change to pizza").press("Enter")
     expect(page.locator("#notice")).to_contain_text("Moved 1 example photo to pizza.")
-    expect(page.locator("#audit-state")).to_contain_text("No clear mistakes.")
+    expect(page.locator("#audit-state")).to_contain_text("No clear mistakes")
     found = page.request.get(f"{served.address}/v1/indexes/things/keys?key_id={key_id}").json()["keys"]
     assert found[0]["label"] == "pizza"
     expect(page.locator("#history li").first).to_contain_text("relabel 1 key as pizza")
@@ -1095,11 +1095,11 @@ def test_suspicious_ones_are_mended_together(opened: Open, served: Served) -> No
     assert len(set(movable.values())) > 1
     version = page.request.get(f"{served.address}/v1/indexes/things").json()["version"]
     page.click("#audit-move-all")
-    expect(page.locator("#notice")).to_contain_text(f"{len(movable)} labels corrected.")
+    expect(page.locator("#notice")).to_contain_text(f"Corrected {len(movable)} labels.")
     assert page.request.get(f"{served.address}/v1/indexes/things").json()["version"] == version + 1
     after = f"{int(100 * accuracy() + 0.5)} %"
-    gain = f"Accuracy {before} → {after}." if after != before else f"Accuracy stays at {after}."
-    expect(page.locator("#notice")).to_contain_text(f"labels corrected. {gain}")
+    gain = f"from {before} to {after}." if after != before else f"still {after}."
+    expect(page.locator("#notice")).to_contain_text(gain)
     expect(page.locator("#index-judged")).to_contain_text(f"accuracy: {after}")
     query = "&".join(f"key_id={key_id}" for key_id in movable)
     keys = page.request.get(f"{served.address}/v1/indexes/things/keys?{query}&limit=1000").json()["keys"]
@@ -1113,13 +1113,13 @@ def test_suspicious_ones_are_mended_together(opened: Open, served: Served) -> No
     assert violations(page) == []
     page.click("#confirm-ok")
     expect(page.locator("#index-facts")).to_contain_text(f"{82 - number} photos")
-    expect(page.locator("#notice")).not_to_contain_text("Accuracy")
+    expect(page.locator("#notice")).not_to_contain_text("accuracy")
     expect(page.locator("#index-judged")).to_contain_text("accuracy")
     page.locator("#notice").get_by_role("button", name="Undo").click()
     expect(page.locator("#index-facts")).to_contain_text("82 photos")
     expect(listed).to_have_count(number)
     page.click("#audit-keep-all")
-    expect(page.locator("#audit-state")).to_contain_text("No suspicious labels.")
+    expect(page.locator("#audit-state")).to_contain_text("No suspicious labels")
     page.evaluate("() => localStorage.clear()")
 
 
@@ -1331,7 +1331,7 @@ def test_other_index_of_features_alone(page: Page) -> None:
     ask(page, *photographs("test", "panda", 1))
     page.get_by_role("combobox", name="Classifier").select_option("food <b>1")
     expect(page.locator("#index-facts")).to_contain_text("36 photos, 9 classes")
-    expect(page.locator("#drop-hint")).to_contain_text("takes features")
+    expect(page.locator("#drop-hint")).to_contain_text("accepts features")
     expect(page.locator("#choose")).to_be_disabled()
     expect(page.locator("#troubles")).to_contain_text("features, not photos")
     page.click("#clear")

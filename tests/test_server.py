@@ -768,7 +768,7 @@ def test_an_answers_size_is_limited_before_it_is_made(
         answer = client.post(f"/v1/classify?{query}", json={"features": [row] * 8})
         assert answer.status_code == 422
         assert f"{7 * cells:,}" in answer.json()["detail"]
-        assert "send 7 at once" in answer.json()["detail"]
+        assert "at most 7 at once" in answer.json()["detail"]
     monkeypatch.undo()
     with serving(random_things, limits=Limits(cells=1)) as client:  # one has its answer, whatever its size
         assert client.post(f"/v1/classify?{query}", json={"features": [row]}).status_code == 200

@@ -1,4 +1,4 @@
-// Requests to the server. Every error is a Problem with the server's own `detail` as its message.
+// Requests to the server. Every error is a Problem whose message is the `detail` that the server sent.
 
 export class Problem extends Error {
   constructor(message, status = 0) {
@@ -7,9 +7,9 @@ export class Problem extends Error {
   }
 }
 
-export const UNREACHED = -1; // status if the server does not answer
+export const UNREACHED = -1; // status of a problem if the server does not answer
 
-const PATIENCE = 120_000; // ms for which a busy server is asked again
+const PATIENCE = 120_000; // ms during which a request to a busy server is repeated
 
 const pause = (ms, signal) =>
   new Promise((resolve, reject) => {
@@ -22,7 +22,7 @@ async function problemOf(response) {
   try {
     detail = (await response.json()).detail;
   } catch {
-    // not JSON: from a proxy, not from this server
+    // the response is not JSON, so it comes from a proxy
   }
   return new Problem(
     typeof detail === "string" ? detail : `HTTP ${response.status} ${response.statusText}`,
@@ -30,7 +30,7 @@ async function problemOf(response) {
   );
 }
 
-/** Fetch JSON. After 429 and 503 it waits as Retry-After says, calls `waiting(problem)`, and asks again. */
+/** Fetch JSON. After status 429 or 503, call `waiting(problem)`, wait for the time in Retry-After, and try again. */
 async function request(path, { waiting, signal, patience = PATIENCE, ...options } = {}) {
   const until = Date.now() + patience;
   for (;;) {
@@ -50,13 +50,13 @@ async function request(path, { waiting, signal, patience = PATIENCE, ...options 
   }
 }
 
-/** Run at most `number` calls at once; the others wait in line. */
+/** Return a function that runs at most `number` calls at once. Further calls wait in a queue. */
 function limited(number) {
   let running = 0;
   const line = [];
   return async (work) => {
     if (running < number) running++;
-    else await new Promise((resolve) => line.push(resolve)); // a finished call hands over its place
+    else await new Promise((resolve) => line.push(resolve)); // a finished call passes its place on
     try {
       return await work();
     } finally {
@@ -66,10 +66,10 @@ function limited(number) {
   };
 }
 
-/** Whether the same request may succeed later: the server did not answer or was busy. */
+/** Return whether the same request may succeed later, because the server did not answer or was busy. */
 export const passing = ({ status }) => [UNREACHED, 429, 503].includes(status);
 
-/** A line about a busy server that is asked again. */
+/** Return a line to show while a request to a busy server is repeated. */
 export function retrying({ message }) {
   const [reason] = message.split("; try again");
   return `${reason.charAt(0).toUpperCase()}${reason.slice(1)}. Trying again…`;
@@ -91,7 +91,7 @@ const json = (body, headers = {}) => ({
   body: JSON.stringify(body),
 });
 const bearer = (token) => ({ Authorization: `Bearer ${encoded(token)}` });
-/** Headers hold Latin-1 only; a character that no token of the server has becomes "?". */
+/** Replace characters that are not printable ASCII by "?". Headers cannot contain them, and no token does. */
 const encoded = (token) => token.replace(/[^\x20-\x7e]/g, "?");
 
 export const indexes = () => request("/v1/indexes");
@@ -115,14 +115,14 @@ export function classifyFile(file, parameters, options) {
   });
 }
 
-/** Classify images again, by the features of earlier answers. */
+/** Classify images again, using the features in earlier answers. */
 export const classifyFeatures = (features, inputs, parameters, options) =>
   asking(() => {
     options.signal?.throwIfAborted();
     return request(`/v1/classify${query(parameters)}`, { ...options, ...json({ features: features.map((row) => [...row]), inputs }) });
   });
 
-/** Add photos of one class as examples. */
+/** Add photos as examples of one class. */
 export function addShots(name, label, files, token) {
   const body = new FormData();
   body.append("label", label);
@@ -130,7 +130,7 @@ export function addShots(name, label, files, token) {
   return request(`${at(name)}/keys`, { method: "POST", body, headers: bearer(token) });
 }
 
-/** Make an index of [label, file] pairs, and fit it. */
+/** Create an index from [label, file] pairs, and fit it. */
 export function makeIndex(name, like, pairs, token) {
   const body = new FormData();
   body.append("name", name);

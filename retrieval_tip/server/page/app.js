@@ -1,4 +1,4 @@
-// Starts the page: views, the choice of a classifier, and dropped or pasted files.
+// The entry point of the page. It handles the views, the classifier menu, and dropped or pasted files.
 
 import * as api from "./api.js";
 import { showIndexView } from "./browse.js";
@@ -15,7 +15,7 @@ const TITLES = { classify: "Photos", index: "Classifier", teach: "Teach" };
 
 function route() {
   $("overlay").firstElementChild.textContent =
-    location.hash === "#teach" ? "Each folder becomes a class. Single photos go to the marked class." : "Drop your photos";
+    location.hash === "#teach" ? "Each folder becomes a class. Single photos are added to the marked class." : "Drop your photos here";
   const view = VIEWS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "classify";
   for (const name of VIEWS) {
     const tab = $(`tab-${name}`);
@@ -30,7 +30,7 @@ function route() {
   }
 }
 
-/** Fetch changes that others have made. If that fails, the next answer will show them. */
+/** Fetch changes that other users have made. If this fails, they appear with the next answer. */
 const follow = () => state.info && state.refresh().catch(() => {});
 
 function facts() {
@@ -59,7 +59,7 @@ async function start(prefer = null) {
     const names = served.map(({ name }) => name);
     state.mayChange = makes || served.some(({ changes }) => changes);
     state.dispatchEvent(new Event("indexes"));
-    if (!names.length && !makes) throw new api.Problem("This server has no classifier and cannot create one.");
+    if (!names.length && !makes) throw new api.Problem("This server has no classifier yet and cannot create one.");
     if (!names.length) {
       $("index-facts").textContent = "no classifier yet";
       location.hash = "#teach";
@@ -77,7 +77,8 @@ async function start(prefer = null) {
   }
 }
 
-/** Handle files and folders that were dropped on an element or pasted: learn from them on the Teach screen, else classify. */
+/** Handle files and folders that were pasted, or dropped on an element. They are examples on the Teach screen, and
+ *  are classified on other screens. */
 async function receive(transfer, place) {
   const found = await gather(transfer);
   if (!found.length) return;
@@ -87,7 +88,7 @@ async function receive(transfer, place) {
 }
 
 const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
-let depth = 0; // dragenter and dragleave fire for every element on the way
+let depth = 0; // dragenter and dragleave fire for every element that the pointer crosses
 const dropping = (by) => {
   depth = by ? Math.max(0, depth + by) : 0;
   document.body.classList.toggle("dropping", depth > 0);

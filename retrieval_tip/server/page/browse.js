@@ -1,4 +1,4 @@
-// The view of a classifier: classes, labels to check, example photos, map, history.
+// The Classifier view, with classes, labels to check, example photos, the map and the history.
 
 import { estimated, gained, showAccuracy } from "./accuracy.js";
 import * as api from "./api.js";
@@ -11,17 +11,17 @@ import { settings } from "./settings.js";
 import { ask, state } from "./state.js";
 
 const PAGE = 1000; // examples per request
-const MOST = 10_000; // examples listed; filters find the others
-const CLASSES = 200; // classes listed; the filter finds the others
-const SUSPECTS = 1000; // suspicious labels fetched
+const MOST = 10_000; // examples to list; the others can be found with the filters
+const CLASSES = 200; // classes to list; the others can be found with the filter
+const SUSPECTS = 1000; // suspicious labels to fetch
 const SUSPECTS_SHOWN = 100;
 const ASKED = 500; // key ids per request
-const MAPPED = 10_000; // examples on the map; of more, a sample of each class
-const MINUTES = 20 * 60_000; // ms a map may take
-const LEGEND = 30; // classes that colours can tell apart
-const FEW = 4; // a class with fewer examples needs more
+const MAPPED = 10_000; // maximum number of examples on the map; if there are more, each class is sampled
+const MINUTES = 20 * 60_000; // ms that computing a map may take
+const LEGEND = 30; // maximum number of classes that colours can distinguish
+const FEW = 4; // a class that has fewer examples needs more
 
-/** A part of the view that is fetched. Its state line shows progress, errors, or that there is nothing. */
+/** A part of the view whose content is fetched. Its state line shows progress or errors, or tells that it is empty. */
 class Part {
   #asked = new AbortController();
 
@@ -32,7 +32,7 @@ class Part {
   }
 
   async load() {
-    this.#asked.abort(); // so that a late answer does not replace a newer one
+    this.#asked.abort(); // so that a late response does not replace a newer one
     this.#asked = new AbortController();
     const { signal } = this.#asked;
     this.state.textContent = "Loading…";
@@ -46,10 +46,10 @@ class Part {
   }
 }
 
-let shownVersion = null; // "name version" on the view
-const shotsByKey = new Map(); // examples by key id, for the map; emptied with every version
+let shownVersion = null; // name and version of the index that the view shows
+const shotsByKey = new Map(); // examples by key id, which the map shows; cleared with every new version
 
-/** Show the view; load it again if the index has changed. */
+/** Show the view. If the index has changed, load the view again. */
 export function showIndexView() {
   const wanted = `${state.info.name} ${state.info.version}`;
   showStar();
@@ -69,7 +69,7 @@ function showAbout() {
     version: `${info.version} (${info.change}), ${new Date(info.created_at).toLocaleString()}`,
     "example photos": info.n_keys.toLocaleString("en"),
     classes: info.n_classes.toLocaleString("en"),
-    encoder: info.backbone ?? "none: takes features only",
+    encoder: info.backbone ?? "none (only features are accepted)",
   });
   fill($("provenance"), {
     dimensions: info.d,
@@ -79,7 +79,7 @@ function showAbout() {
     temperature: rounded(info.temperature),
     "logit scale": rounded(info.logit_scale),
     "FAISS index": info.exact_search ? info.index : `${info.index}, approximate`,
-    prompts: info.text ? info.templates.join(" · ") || "computed elsewhere" : "none: class names are not used",
+    prompts: info.text ? info.templates.join(" · ") || "not stored" : "none (class names are not used)",
     metric: info.metric === "none" ? null : "within-class",
     values: info.values === "one-hot" ? null : info.values,
     ...info.provenance,
@@ -106,7 +106,7 @@ async function showClasses() {
   $("classes-more").textContent = !found.length
     ? "No classes match this filter."
     : found.length > CLASSES
-      ? `${(found.length - CLASSES).toLocaleString("en")} more. Filter to find them.`
+      ? `There are ${(found.length - CLASSES).toLocaleString("en")} more. Use the filter to find them.`
       : "";
 }
 
@@ -144,7 +144,7 @@ function classElement({ class_id: id, label, keys }, most, byClass) {
 
 let renamed = null; // the class in the dialog
 
-/** Ask for a new name. The name of another class merges the two. */
+/** Ask for a new name. If another class already has this name, the two classes are merged. */
 async function rename(label) {
   renamed = label;
   $("rename-title").textContent = `Rename ${label}`;
@@ -171,20 +171,20 @@ function sayMerge() {
 $("rename-label").addEventListener("input", sayMerge);
 $("rename-cancel").addEventListener("click", () => $("rename-dialog").close(""));
 
-/** Highlight the class of the filter on the map. */
+/** Highlight the class that is selected in the filter on the map. */
 function highlightChosen() {
   const classId = state.labels.indexOf($("shots-class").value);
   keyMap.highlight(classId < 0 ? null : classId);
 }
 
-/** A description of an example. */
+/** Return the elements that describe an example. */
 const described = ({ key_id: id, label, source }) => [
   el("strong", { class: "name" }, label),
   el("span", { class: "source", title: source }, nameOf(source)),
   el("span", { class: "hint" }, `photo ${id}`),
 ];
 
-/** Make a change. Then show `what` it did and how it affected the accuracy, and offer Undo. */
+/** Make a change. Then show its description `what` and its effect on the accuracy, and offer to undo it. */
 async function changed(what, change, heading) {
   const before = state.info.version;
   const accuracy = estimated();
@@ -252,7 +252,7 @@ $("shots-form").addEventListener("submit", (event) => {
 $("shots-remove").addEventListener("click", () => remove([...grid.selected], $("shots-title")));
 $("shots-none").addEventListener("click", () => (grid.select([]), $("shots").focus()));
 
-/** Fetch examples by their key ids, if they match `wanted`. */
+/** Fetch the examples that have these key ids and match `wanted`. */
 async function keysOf(ids, wanted, options) {
   const keys = [];
   for (let at = 0; at < ids.length; at += ASKED) {
@@ -280,19 +280,19 @@ const shots = new Part(
   },
   ({ total, keys }) => {
     $("shots-count").textContent = total.toLocaleString("en");
-    const before = new Map(grid.items.map((shot) => [shot.key_id, shot])); // they stay selected
+    const before = new Map(grid.items.map((shot) => [shot.key_id, shot])); // keeping the same objects keeps the selection
     const all = keys.map((shot) => Object.assign(before.get(shot.key_id) ?? { id: `shot-${shot.key_id}` }, shot));
     const groups = [...Map.groupBy(all, ({ label }) => label)].map(([label, items]) => ({ label, items }));
     grid.show(groups.length > 1 ? groups : [{ label: null, items: all }]);
     grid.chosen();
     if (!total) return "No example photos match this filter.";
-    return keys.length < total ? `The first ${keys.length.toLocaleString("en")}. Filter to find the others.` : unchangeable();
+    return keys.length < total ? `These are the first ${keys.length.toLocaleString("en")}. Use the filters to find the others.` : unchangeable();
   },
 );
 
-let mapped = null; // key ids chosen on the map; null for all
+let mapped = null; // key ids selected on the map, or null for all
 
-/** List and select the examples of these ids (null: list all). */
+/** List and select the examples that have these ids. If `ids` is null, list all examples. */
 async function listOnly(ids) {
   mapped = ids;
   $("shots-mapped").hidden = !ids;
@@ -317,17 +317,17 @@ const map = new Part(
   async (options) => {
     const made = (method, more) => api.map(state.info.name, method, MAPPED, { ...options, ...more });
     if (wished) return made(wished, { patience: MINUTES });
-    const axes = await made("pca"); // fast; shown until t-SNE is ready
+    const axes = await made("pca"); // fast, so it is shown until t-SNE is ready
     if (!axes.methods.includes("tsne")) return axes;
     showMap(axes);
-    const waiting = () => (map.state.textContent = "Preview. A map that keeps similar photos together is being computed…");
+    const waiting = () => (map.state.textContent = "This is a preview. A map that keeps similar photos together is being computed…");
     waiting();
     return made("tsne", { waiting, patience: MINUTES });
   },
   showMap,
 );
 
-/** Show a map. Returns the text of its state line. */
+/** Show a map, and return the text of its state line. */
 function showMap(found) {
   $("map-methods").hidden = found.methods.length < 2;
   if ($("map-method").children.length !== found.methods.length) {
@@ -353,14 +353,14 @@ function showMap(found) {
 }
 
 let drawn = null; // the current map
-let wished = ""; // the method the user chose
+let wished = ""; // the method that the user selected
 
 /** Show the open photo as a star on the map. */
 function showStar() {
   const photo = looked();
   const place = drawn && photo?.current ? placeOf(drawn, photo.evidence, settings.beta, photo.without) : null;
   keyMap.star(place);
-  const how = drawn?.axes ? "is at the star." : "is not on this map. The star marks the examples it resembles most.";
+  const how = drawn?.axes ? "is at the star." : "is not on this map. The star marks the examples that it resembles most.";
   $("map-star").textContent = place ? `★ ${photo.name} ${how}` : "";
 }
 
@@ -399,7 +399,7 @@ const audit = new Part(
   ({ shots: all, images }) => {
     suspects = all.map((shot) => ({
       ...shot,
-      suggested: shot.suggested === shot.label ? null : shot.suggested, // the same image is in another class too
+      suggested: shot.suggested === shot.label ? null : shot.suggested, // the same image is also in another class
       image: images.get(shot.key_id),
       nearest: images.get(shot.nearest_key_id),
     }));
@@ -421,7 +421,7 @@ function keep(some) {
   $("audit-title").focus();
 }
 
-/** List the suspicious examples that the user has not kept. */
+/** List the suspicious examples that the user has not chosen to keep. */
 function showSuspects() {
   const known = kept();
   listed = suspects.filter((shot) => !known.has(`${shot.key_id} ${shot.label}`));
@@ -431,15 +431,15 @@ function showSuspects() {
   $("audit-bulk").hidden = listed.length < 2 || !state.info.changes;
   $("audit-move-all").textContent = `Accept all ${movable.length}`;
   $("audit-move-all").hidden = !movable.length;
-  $("audit-state").textContent = listed.length ? "" : $("audit-all").checked ? "No suspicious labels." : "No clear mistakes.";
+  $("audit-state").textContent = listed.length ? "" : $("audit-all").checked ? "No suspicious labels were found." : "No clear mistakes were found.";
 }
 
-/** Accept all suggestions, as one version. */
+/** Accept all suggestions, in one new version. */
 function moveAll() {
   const movable = listed.filter((shot) => shot.suggested !== null);
   const byClass = Map.groupBy(movable, (shot) => shot.suggested);
   const moves = [...byClass].map(([label, some]) => ({ label, key_ids: some.map((shot) => shot.key_id) }));
-  return changed(`${plural(movable.length, "label")} corrected`, () => state.relabelAll(moves), $("audit-title"));
+  return changed(`Corrected ${plural(movable.length, "label")}`, () => state.relabelAll(moves), $("audit-title"));
 }
 $("audit-all").addEventListener("change", () => audit.load());
 $("audit-move-all").addEventListener("click", moveAll);
@@ -471,7 +471,7 @@ function suspicious(shot) {
       {},
       suggested === null ? null : el("p", {}, "Should this be ", el("strong", { class: "name" }, suggested), "?"),
       el("p", { class: "source", title: shot.source }, nameOf(shot.source, 2)),
-      twin === null ? null : el("p", { class: "hint" }, `Same image as photo ${twin}.`),
+      twin === null ? null : el("p", { class: "hint" }, `This is the same image as photo ${twin}.`),
       el(
         "p",
         { class: "buttons" },
@@ -528,7 +528,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => stat
 
 state.addEventListener("index", () => {
   for (const id of ["classes-filter", "shots-class", "shots-source"]) $(id).value = "";
-  grid.show([]); // key ids differ from index to index
+  grid.show([]); // each index has its own key ids
   suspects = listed = [];
   mapped = drawn = null;
   wished = "";

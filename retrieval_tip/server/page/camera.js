@@ -1,4 +1,4 @@
-// The camera: a live preview, and a photo at a click.
+// The camera, with a live preview and a button that takes a photo.
 
 import { $, el } from "./dom.js";
 
@@ -15,7 +15,8 @@ export function stop() {
   $("camera-view").hidden = true;
 }
 
-/** Show the live preview and call `take(file)` for each photo. Throws an Error that says why there is no camera. */
+/** Show the live preview, and call `take(file)` for each photo. If there is no camera, throw an Error with the
+ *  reason. */
 export async function open(take, what = "") {
   taking = take;
   $("camera-what").textContent = what;
@@ -28,7 +29,7 @@ export async function open(take, what = "") {
   $("camera-view").hidden = false;
   if (video.srcObject !== stream) {
     video.srcObject = stream;
-    $("camera-take").disabled = true; // until the first frame
+    $("camera-take").disabled = true; // until the first frame arrives
     await new Promise((resolve) => video.addEventListener("loadeddata", resolve, { once: true }));
     $("camera-take").disabled = false;
   }

@@ -1,4 +1,4 @@
-// The photos on the page: requests to the server, the grid, and actions on one or several photos.
+// The photos on the page, with the requests that classify them, their grid, and actions on one or several photos.
 
 import * as api from "./api.js";
 import * as drawer from "./drawer.js";
@@ -9,15 +9,15 @@ import { Photo, parameters } from "./photo.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 
-const BLOCK = 8; // features per request; the evidence of one may take a megabyte
-const SLICE = 12; // ms of computing before the page may do something else
+const BLOCK = 8; // features per request; the evidence for each may take a megabyte
+const SLICE = 12; // ms of computing after which the page can handle other events
 
 const photos = [];
-const refused = new Map(); // reason -> names of skipped files
+const refused = new Map(); // names of skipped files by reason
 let leaving = new AbortController(); // aborts requests to an index that is no longer open
 let moving = new AbortController(); // aborts requests for settings that have changed
 
-/** The open photo, else the last active one, else the first; or null. */
+/** Return the open photo, or else the active photo, or else the first photo, or null if there are no photos. */
 export const looked = () => drawer.openPhoto() ?? grid.active ?? photos[0] ?? null;
 
 const grid = new Grid($("grid"), {
@@ -57,24 +57,25 @@ function fail(photo, error) {
   if (api.passing(error) || photo.evidence) return;
   const reason = reasonOf(photo, error);
   refused.set(reason, [...(refused.get(reason) ?? []), photo.name]);
-  remove([photo]); // there will never be an answer
+  remove([photo]); // because it will never get an answer
   showProblems();
 }
 
-/** Why a file was skipped, without its name, so that files with the same reason share a line. */
+/** Return the reason why a file was skipped. It excludes the file name, so that files with the same reason share a
+ *  line. */
 function reasonOf({ name }, { message }) {
   const reason = message.startsWith(`${name}: `) ? message.slice(name.length + 2) : message;
   if (!/not a readable image/.test(reason)) return reason;
-  if (/\.hei[cf]$/i.test(name)) return "this server cannot open HEIC; save as JPEG, or install retrieval-tip[heic] on the server";
-  return "not a JPEG, PNG or WebP image, or damaged";
+  if (/\.hei[cf]$/i.test(name)) return "the server cannot open HEIC files; save as JPEG, or install retrieval-tip[heic] on the server";
+  return "the file is damaged, or is not a JPEG, PNG or WebP image";
 }
 
-/** Classify photos again by their features; with new evidence if the index has changed. */
+/** Classify photos again by their features. Set `evidence` if new evidence is needed because the index has changed. */
 async function askAgain(asked, { evidence = true, signal = leaving.signal } = {}) {
   const { name } = settings;
   if (evidence) for (const photo of asked) photo.busy = true;
   const first = new Set(grid.items.slice(0, 60));
-  const ordered = [...asked].sort((a, b) => first.has(b) - first.has(a)); // likely visible
+  const ordered = [...asked].sort((a, b) => first.has(b) - first.has(a)); // these are probably visible
   const blocks = [];
   for (let i = 0; i < ordered.length; i += BLOCK) blocks.push(ordered.slice(i, i + BLOCK));
   await Promise.all(
@@ -99,7 +100,8 @@ async function askAgain(asked, { evidence = true, signal = leaving.signal } = {}
   );
 }
 
-/** Put files on the page, on top of the others. They wait until an index is open. `keyIds`: the shots they show, if any. */
+/** Add files at the top of the page. They wait until an index is open. If files are images of shots, `keyIds` contains
+ *  the key ids of these shots. */
 export function addFiles(files, keyIds = []) {
   const added = files.map((file, i) => new Photo(file, keyIds[i]));
   photos.unshift(...added);
@@ -111,7 +113,7 @@ export function addFiles(files, keyIds = []) {
 function begin(photo) {
   photo.forget();
   if (state.info.images) ask(photo);
-  else photo.problem = new api.Problem("This classifier takes features, not photos.");
+  else photo.problem = new api.Problem("This classifier accepts features, not photos.");
 }
 
 // --- display ---
@@ -141,7 +143,7 @@ function progress() {
   $("progress").textContent =
     (left ? `${(photos.length - left).toLocaleString("en")} of ${plural(photos.length, "photo")} done` : plural(photos.length, "photo")) +
     (unlike ? ` · ${unlike} with no match` : "");
-  $("exactness").textContent = photos.some((photo) => photo.shown?.how === "estimate") ? "Estimate; asking the server…" : "";
+  $("exactness").textContent = photos.some((photo) => photo.shown?.how === "estimate") ? "These are estimates. Waiting for the server…" : "";
   const done = wasBusy && !left;
   wasBusy = left > 0;
   if (done) {
@@ -157,13 +159,13 @@ function progress() {
 const spoken = (photo) => (photo.unlike ? "no match" : `${photo.winner.label}, ${percent(photo.winner.probability)}`);
 
 let lasting = "";
-/** The server is busy: show it once, not for each photo. */
+/** Show that the server is busy. The message appears once, and not for each photo. */
 function trouble(problem) {
   lasting = api.retrying(problem);
   showProblems();
 }
 
-/** Show one line per kind of problem, however many files have it. */
+/** Show one line for each kind of problem, regardless of how many files have it. */
 function showProblems() {
   const lines = [];
   const failed = photos.filter((photo) => photo.problem && api.passing(photo.problem));
@@ -171,7 +173,7 @@ function showProblems() {
     const again = el("button", { type: "button", id: "again" }, "Try again");
     again.addEventListener("click", () => failed.forEach((photo) => (photo.evidence ? askAgain([photo]) : ask(photo))));
     const without = failed.filter((photo) => !photo.shown).length;
-    lines.push([`${failed[0].problem.message}${without ? ` ${plural(without, "photo")} not classified yet.` : ""}`, again]);
+    lines.push([`${failed[0].problem.message}${without ? ` ${plural(without, "photo has", "photos have")} not been classified yet.` : ""}`, again]);
   } else if (lasting && busy()) lines.push([lasting]);
   if (!busy()) lasting = "";
   for (const [reason, names] of refused) {
@@ -237,7 +239,7 @@ function arrange() {
   const kept = photos.filter(
     (photo) => is(photo) && (!wanted || `${classOf(photo)}\n${photo.name}`.toLowerCase().includes(wanted)),
   );
-  const found = busy() ? kept : kept.sort(SORTS[$("sort").value]); // photos stay in place while answers arrive
+  const found = busy() ? kept : kept.sort(SORTS[$("sort").value]); // photos keep their places while answers arrive
   let groups = [{ label: null, items: found }];
   if ($("group").checked) {
     const byClass = Map.groupBy(found, classOf);
@@ -279,7 +281,8 @@ drawer.setUp({
 
 const acting = () => (grid.selected.size ? grid.items.filter((photo) => grid.selected.has(photo)) : grid.active ? [grid.active] : []);
 
-/** Three classes to choose for the selected photos: the most probable in sum, but not one that all have already. */
+/** Return three classes to suggest for the selected photos. They have the highest total probability, and exclude the
+ *  class that all of these photos already have. */
 function choices() {
   const some = acting();
   if (some.length === 1) return some[0].choices;
@@ -313,7 +316,7 @@ $("selection-form").addEventListener("submit", (event) => {
 $("selection-none").addEventListener("click", () => (grid.select([]), $("grid").focus()));
 $("selection-away").addEventListener("click", () => (putAway(acting()), $("grid").focus()));
 
-/** Add photos as examples of a class, and offer Undo. */
+/** Add photos as examples of a class, and offer to undo this. */
 async function teach(which, label) {
   if (!which.length) return;
   notice("Adding…");
@@ -327,7 +330,7 @@ async function teach(which, label) {
     }
     grid.select([]);
     arrange();
-    if (!added.key_ids.length) return notice(`Nothing was added: ${label} has ${added.known === 1 ? "this example" : "these examples"} already.`);
+    if (!added.key_ids.length) return notice(`Nothing was added, because ${label} already has ${added.known === 1 ? "this example" : "these examples"}.`);
     const to = added.classes.length ? `the new class ${label}` : label;
     const alike = added.warnings.map((line) => ` ${line.split("; to merge")[0]}.`).join("");
     const twins = added.duplicates.length ? ` Please check: ${added.duplicates.join("; ")}` : "";
@@ -362,7 +365,7 @@ function putAway(which) {
 
 // --- download ---
 
-/** The answers, one row per photo. */
+/** Return the answers, as one row per photo. */
 const rows = () =>
   grid.items
     .filter(({ shown }) => shown)
@@ -376,7 +379,7 @@ const rows = () =>
       probabilities: photo.shown.rows.map(({ probability }) => probability),
     }));
 
-/** A CSV cell. A quote keeps spreadsheets from running text as a formula. */
+/** Return a CSV cell. A leading quote prevents spreadsheets from evaluating text as a formula. */
 function cell(value) {
   const text = value === null ? "" : String(value);
   const safe = typeof value === "string" && /^[=+\-@\t\r]/.test(text) ? `'${text}` : text;
@@ -402,7 +405,7 @@ $("download-json").addEventListener("click", () =>
 
 let weighing = 0;
 
-/** Compute all answers for the current settings, visible photos first, without blocking the page. */
+/** Compute all answers for the current settings without blocking the page, starting with the visible photos. */
 function weighAll() {
   const turn = ++weighing;
   const ordered = [...grid.items.slice(0, 100), ...photos];
@@ -427,7 +430,7 @@ settings.addEventListener("change", () => {
   askWhenStill();
 });
 
-/** Ask the server for answers that the page cannot compute, once the settings have stopped changing. */
+/** Request answers that the page cannot compute from the server, as soon as the settings have stopped changing. */
 const askWhenStill = debounced(200, () => {
   const asked = photos.filter((photo) => photo.current && photo.shown?.how === "estimate");
   if (asked.length) askAgain(asked, { evidence: false, signal: AbortSignal.any([moving.signal, leaving.signal]) });
@@ -438,8 +441,8 @@ state.addEventListener("index", () => {
   leaving = new AbortController();
   $("choose").disabled = !state.info.images;
   $("drop-hint").textContent = state.info.images
-    ? "JPEG, PNG or WebP. Drop or paste them anywhere on this page. They are sent to this server only."
-    : "This classifier has no encoder here. It takes features (POST /v1/classify), not photos.";
+    ? "Drop or paste JPEG, PNG or WebP files anywhere on this page. They are only sent to this server."
+    : "This classifier has no encoder on this server. It accepts features (POST /v1/classify), not photos.";
   for (const photo of photos) begin(photo);
   arrange();
 });
@@ -455,7 +458,7 @@ $("choose").addEventListener("click", () => $("files").click());
 $("more").addEventListener("click", () => $("files").click());
 $("files").addEventListener("change", () => {
   addFiles([...$("files").files]);
-  $("files").value = ""; // so that the same file can be chosen again
+  $("files").value = ""; // allows the same file to be selected again
 });
 $("clear").addEventListener("click", () => putAway([...photos]));
 arrange();

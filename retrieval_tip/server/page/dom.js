@@ -1,8 +1,8 @@
-// Elements. Names and file names are untrusted: they become text nodes and attributes, never markup.
+// Functions for elements. Class and file names are untrusted, so they become text nodes and attributes, never markup.
 
 export const $ = (id) => document.getElementById(id);
 
-/** Make an element with properties (`data` and `aria` are maps) and children; strings become text. */
+/** Return a new element that has these properties and children. `data` and `aria` are maps, and strings become text. */
 export function el(tag, { data = {}, aria = {}, class: names, role, ...properties } = {}, ...children) {
   const element = document.createElement(tag);
   Object.assign(element, properties);
@@ -14,7 +14,7 @@ export function el(tag, { data = {}, aria = {}, class: names, role, ...propertie
   return element;
 }
 
-/** Replace the children of a list. The focus stays on the button of the same name. */
+/** Replace the children of a list. The focus stays on the button that has the same name. */
 export function refill(list, children) {
   const named = (button) => button.ariaLabel ?? button.title;
   const focused = list.contains(document.activeElement) ? named(document.activeElement) : null;
@@ -22,14 +22,15 @@ export function refill(list, children) {
   if (focused) [...list.querySelectorAll("button")].find((button) => named(button) === focused)?.focus({ preventScroll: true });
 }
 
-/** Announce a text to screen readers, after 400 ms without another. */
+/** Announce a text to screen readers, unless another text follows within 400 ms. */
 let saying;
 export function say(text) {
   clearTimeout(saying);
   saying = setTimeout(() => ($("live").textContent = text), 400);
 }
 
-/** A function that calls `call` with the last arguments, after a pause of `milliseconds`. */
+/** Return a function that waits until it has not been called for `milliseconds`, and then calls `call` with its last
+ *  arguments. */
 export function debounced(milliseconds, call) {
   let timer;
   return (...last) => {
@@ -44,7 +45,7 @@ export function percent(p) {
   return `${(100 * p).toFixed(1)} %`;
 }
 
-/** A number with few digits, for reading. */
+/** Format a number with few digits. */
 export function short(value) {
   if (!Number.isFinite(value)) return "–";
   const size = Math.abs(value);
@@ -55,10 +56,10 @@ export function short(value) {
 
 export const plural = (number, one, many = `${one}s`) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 
-/** The last `parts` parts of a path. */
+/** Return the last `parts` parts of a path. */
 export const nameOf = (source, parts = 1) => String(source).split(/[\\/]/).filter(Boolean).slice(-parts).join("/");
 
-/** The image of an example, or a placeholder if the server has none. */
+/** Return the image of an example, or a placeholder if the server does not have the image. */
 export function picture(url, size, label) {
   const none = () => el("span", { class: "picture none", title: "The server has no image of this example." }, "no image");
   if (!url) return none();
@@ -73,7 +74,7 @@ export function picture(url, size, label) {
   return image;
 }
 
-/** An error message, with a button to try again if `again` is given. */
+/** Return an error message. If `again` is given, add a button that tries again. */
 export function failure(error, again) {
   const button = again && el("button", { type: "button" }, "Try again");
   button?.addEventListener("click", again);

@@ -1,18 +1,18 @@
-// One open photo: its answer, the examples for and against it, and the calculation.
+// The open photo, with its answer, the examples for and against this answer, and the calculation.
 
 import * as api from "./api.js";
 import { $, el, nameOf, percent, picture, short } from "./dom.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 
-const SHOWN = 3; // classes
-const DECIDED = 5; // supporting examples
+const SHOWN = 3; // number of classes
+const DECIDED = 5; // number of supporting examples
 
 let photo = null;
-let teach = null; // (photos, label)
-let likeness = null; // { own, other }: mean affinities of shots of the same class, and of different classes
+let teach = null; // function of (photos, label)
+let likeness = null; // { own, other }, the mean affinities of shots of the same class and of different classes
 
-/** The open photo, or null. */
+/** Return the open photo, or null. */
 export const openPhoto = () => photo;
 
 export function setUp(given) {
@@ -112,7 +112,7 @@ export function show() {
 
 function notes() {
   const lines = [];
-  if (photo.unlike) lines.push(`This photo resembles none of the example photos. The closest guess is ${photo.winner.label}.`);
+  if (photo.unlike) lines.push(`This photo does not resemble any example photo. The closest guess is ${photo.winner.label}.`);
   if (photo.taught) lines.push(`You added this photo as an example of ${photo.taught}.`);
   if (photo.judgedByOthers) lines.push("This photo is one of the examples, so only the other examples count here.");
   const { before, shown } = photo;
@@ -140,7 +140,8 @@ function showCorrection() {
   $("drawer-chips").replaceChildren(...(can ? chips : []));
 }
 
-/** The length of the similarity bar: 0 at the mean of two classes, 1 at the mean of one class. */
+/** Return the length of the similarity bar. It is 0 at the mean affinity of photos of different classes, and 1 at the
+ *  mean affinity of photos of the same class. */
 function similarityShare(affinity) {
   const own = likeness?.own ?? 1;
   const other = likeness?.other ?? 0;
@@ -155,7 +156,7 @@ function showDecided() {
   $("opposed-title").hidden = !opposing;
 }
 
-/** How much an example moved the answer: its contribution to the winner, else to the runner-up. */
+/** Return how much an example changed the answer, which is its contribution to the winner, or else to the runner-up. */
 const strength = ({ contribution, weight }) => Math.abs(contribution) || weight;
 
 function decidedRow(key, most) {

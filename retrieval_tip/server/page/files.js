@@ -1,13 +1,13 @@
-// Dropped or chosen files, each with its folder.
+// Functions that list dropped or selected files, and the folder of each file.
 
-/** The files of an entry, as { file, folder }, without hidden ones. */
+/** Return the files of an entry as { file, folder }, excluding hidden files. */
 async function filesIn(entry, folder) {
   if (entry.name.startsWith(".")) return [];
   if (entry.isFile) return [{ file: await new Promise((resolve, reject) => entry.file(resolve, reject)), folder }];
   const reader = entry.createReader();
   const found = [];
   for (;;) {
-    const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject)); // a hundred at a time
+    const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject)); // returns a hundred at a time
     if (!some.length) break;
     found.push(...some);
   }
@@ -15,7 +15,8 @@ async function filesIn(entry, folder) {
   return parts.flat();
 }
 
-/** All files of a drop or a paste. Call it while the event is handled: the entries vanish afterwards. */
+/** Return all files that were dropped or pasted. Call this function while the event is handled, because the entries are
+ *  no longer available afterwards. */
 export async function gather(transfer) {
   const entries = [...(transfer.items ?? [])].filter((item) => item.kind === "file").map((item) => item.webkitGetAsEntry?.());
   const plain = [...transfer.files];
@@ -24,7 +25,7 @@ export async function gather(transfer) {
   return parts.flat();
 }
 
-/** The files of a folder input. */
+/** Return the files of a folder input. */
 export const chosen = (input) =>
   [...input.files]
     .filter((file) => !file.name.startsWith("."))

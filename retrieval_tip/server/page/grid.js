@@ -1,20 +1,21 @@
-// A listbox of tiles for mouse and keyboard. Only tiles near the window are in the document.
+// A listbox of tiles that can be used with a mouse or a keyboard. The document only contains tiles near the window.
 
 const GAP = 16;
-const LEAST = 148; // px: smallest width of a tile
-const BELOW = 52; // px of text below its image
+const LEAST = 148; // minimum width of a tile, in px
+const BELOW = 52; // height of the text below the image, in px
 const HEAD = 44;
-const AHEAD = 700; // px beyond the window in which tiles are drawn
+const AHEAD = 700; // tiles are drawn up to this many px outside the window
 
-/** Items are objects with an `id`. `tile(item, element)` makes or updates an element, `opened(item)` handles Enter and
- *  clicks, `chosen()` a changed selection, and `pressed(event)` all other keys. */
+/** A grid of items, which are objects that have an `id`. `tile(item, element)` creates or updates an element,
+ *  `opened(item)` handles Enter and clicks, `chosen()` handles a changed selection, and `pressed(event)` handles all
+ *  other keys. */
 export class Grid {
   selected = new Set();
   active = null;
-  #items = []; // in the order shown
-  #places = new Map(); // item -> { x, y, row, at }
+  #items = []; // in the order in which they are shown
+  #places = new Map(); // { x, y, row, at } by item
   #heads = [];
-  #mounted = new Map(); // item or head -> element
+  #mounted = new Map(); // elements by item or head
   #columns = 1;
   #width = 0;
   #anchor = null;
@@ -23,14 +24,14 @@ export class Grid {
   constructor(element, { tile, opened, chosen, pressed }) {
     Object.assign(this, { element, tile, opened, chosen, pressed });
     addEventListener("scroll", () => this.#soon(), { passive: true, capture: true });
-    // A grid on a hidden screen has no width: its tiles stay where they are.
+    // A grid on a hidden screen has no width, so its tiles keep their places.
     new ResizeObserver(() => element.clientWidth && element.clientWidth !== this.#width && this.show(this.groups)).observe(element);
     element.addEventListener("click", (event) => this.#click(event));
     element.addEventListener("keydown", (event) => this.#key(event));
     element.addEventListener("focus", () => this.active ?? this.go(this.#items[0]));
   }
 
-  /** Show groups: [{ label (null for none), items }]. */
+  /** Show groups, given as [{ label, items }]. A group whose label is null has no heading. */
   show(groups) {
     this.groups = groups ?? [];
     this.#width = this.element.clientWidth;
@@ -75,7 +76,7 @@ export class Grid {
     this.#frame = requestAnimationFrame(() => this.draw(false));
   }
 
-  /** Draw the tiles near the window. With `again`, update those that are drawn already. */
+  /** Draw the tiles near the window. If `again` is true, also update tiles that have already been drawn. */
   draw(again = true) {
     const top = -this.element.getBoundingClientRect().top - AHEAD;
     const bottom = top + innerHeight + 2 * AHEAD;
@@ -90,7 +91,7 @@ export class Grid {
     }
     for (let i = low; i < this.#items.length && this.#places.get(this.#items[i]).y < bottom; i++)
       wanted.add(this.#items[i]);
-    if (this.active) wanted.add(this.active); // for aria-activedescendant
+    if (this.active) wanted.add(this.active); // aria-activedescendant needs it
     for (const [item, element] of this.#mounted) {
       if (wanted.has(item)) continue;
       element.remove();
@@ -126,7 +127,7 @@ export class Grid {
     if (!this.#places.has(item)) {
       const head = document.createElement("div");
       head.className = "group";
-      head.setAttribute("aria-hidden", "true"); // each tile says its class
+      head.setAttribute("aria-hidden", "true"); // each tile contains its class
       head.textContent = item.label;
       return head;
     }
@@ -143,7 +144,7 @@ export class Grid {
     element.classList.toggle("active", item === this.active);
   }
 
-  /** Update a tile, if it is drawn. */
+  /** Update a tile if it has been drawn. */
   redraw(item) {
     const element = this.#mounted.get(item);
     if (element) this.tile(item, element);
@@ -165,7 +166,7 @@ export class Grid {
     this.#changed();
   }
 
-  /** Select everything between the last selected item and this one. */
+  /** Select all items between the last selected item and this one. */
   #stretch(item) {
     const from = this.#places.get(this.#anchor ?? this.active ?? item)?.at ?? 0;
     const to = this.#places.get(item).at;
@@ -182,7 +183,7 @@ export class Grid {
     this.go(item);
   }
 
-  /** Make an item active, and scroll to it. */
+  /** Activate an item, and scroll to it. */
   go(item) {
     if (!item || !this.#places.has(item)) return;
     this.active = item;

@@ -1,19 +1,19 @@
-// A two-dimensional map of the keys on a canvas, for mouse and keyboard.
+// A two-dimensional map of the keys on a canvas, which can be used with a mouse or a keyboard.
 
 import { plural } from "./dom.js";
 
-const NEAR = 14; // px within which a key is pointed at
-const DRAWN = 6; // px; a shorter drag is a click
-const CLOSE = 3; // scale from which images appear
-const SIDE = 44; // px of an image and its cell
-const NEAREST = 8; // keys that place a photo on a map without axes
+const NEAR = 14; // maximum distance of the pointer from a key, in px
+const DRAWN = 6; // minimum length of a drag in px; a shorter drag is a click
+const CLOSE = 3; // minimum scale at which images appear
+const SIDE = 44; // side of an image and its cell, in px
+const NEAREST = 8; // number of keys that determine the place of a photo on a map that has no axes
 const ARROWS = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
-/** The colour of a class; consecutive ids get distant hues. */
+/** Return the colour of a class. Consecutive ids get very different hues. */
 export const colour = (classId) => `oklch(${dark.matches ? 0.76 : 0.58} 0.15 ${(classId * 137.508 + 20) % 360})`;
 
-/** Whether a point is inside a polygon, by ray casting. */
+/** Return whether a point is inside a polygon, using ray casting. */
 export function within([x, y], polygon) {
   let inside = false;
   for (let i = 0, j = polygon.length - 1; i < polygon.length; j = i++) {
@@ -23,8 +23,9 @@ export function within([x, y], polygon) {
   return inside;
 }
 
-/** The place of a photo on a map, or null: its projection on the axes, else the mean of its nearest keys, weighted by
- *  exp(-beta (1 - affinity)). `without` holds the key ids of the photo itself. */
+/** Return the place of a photo on a map, or null. If the map has axes, it is the projection onto these axes. Otherwise,
+ *  it is the mean of the nearest keys, weighted by exp(-beta (1 - affinity)). `without` contains the key ids of the
+ *  photo itself. */
 export function placeOf({ axes, key_ids: ids, x, y }, { feature, keyIds, affinities }, beta, without) {
   if (axes) {
     const [offset, ...rows] = axes;
@@ -48,14 +49,14 @@ export class KeyMap {
   #star = null;
   #classId = null;
   #scale = 1;
-  #centre = [0, 0]; // of the view, in map coordinates
-  #drag = null; // { path, at, centre } while a button is down
-  #images = new Map(); // key id -> image, or null
+  #centre = [0, 0]; // centre of the view, in map coordinates
+  #drag = null; // { path, at, centre } while a button is pressed
+  #images = new Map(); // image or null by key id
   #asking = 0;
   #frame = 0;
 
-  /** `on.chosen(keyId)` handles a key that is pointed at, `on.taken(keyIds)` the keys in a shape or marked by Space;
-   *  `on.shots(keyIds)` returns [{ key_id, image }]. */
+  /** `on.chosen(keyId)` is called for the key under the pointer, and `on.taken(keyIds)` for the keys that are inside a
+   *  shape or marked with Space. `on.shots(keyIds)` returns [{ key_id, image }]. */
   constructor(canvas, on) {
     this.#canvas = canvas;
     this.#on = on;
@@ -81,20 +82,20 @@ export class KeyMap {
     this.#draw();
   }
 
-  /** Highlight a class (null: none). */
+  /** Highlight a class, or no class if `classId` is null. */
   highlight(classId) {
     this.#classId = classId;
     this.#soon();
   }
 
-  /** Draw a star at [x, y] (null: none). */
+  /** Draw a star at [x, y], or no star if `place` is null. */
   star(place) {
     this.#star = place;
     this.#canvas.dataset.star = place ? place.map((value) => value.toFixed(4)).join() : "";
     this.#soon();
   }
 
-  /** Zoom by a factor around a place, by default the chosen key; 0 fits the map to the canvas. */
+  /** Zoom by a factor around a place, which defaults to the selected key. A factor of 0 fits the map to the canvas. */
   zoom(by, about = null) {
     if (!this.#map) return;
     const [x, y] = about ?? (this.#chosen < 0 ? this.#centre : [this.#map.x[this.#chosen], this.#map.y[this.#chosen]]);
@@ -105,7 +106,7 @@ export class KeyMap {
     this.#canvas.dataset.scale = scale;
   }
 
-  /** Centre the view, within the map. */
+  /** Centre the view on a place, but keep it within the map. */
   #look(centre) {
     const limit = 1 - 1 / this.#scale;
     this.#centre = centre.map((value) => Math.min(limit, Math.max(-limit, value)));
@@ -115,7 +116,7 @@ export class KeyMap {
   #wheel(event) {
     if (!this.#map) return;
     const by = event.deltaY < 0 ? 1.25 : 0.8;
-    if (by < 1 && this.#scale === 1) return; // let the page scroll
+    if (by < 1 && this.#scale === 1) return; // so that the page can scroll
     event.preventDefault();
     const { clientWidth: width, clientHeight: height } = this.#canvas;
     const [x, y] = [(2 * event.offsetX) / width - 1, 1 - (2 * event.offsetY) / height];
@@ -151,7 +152,7 @@ export class KeyMap {
     const radius = ids.length > 2000 ? 2.5 : ids.length > 400 ? 3.5 : 5;
     const ink = getComputedStyle(this.#canvas).color;
     const dots = (some, r) => {
-      const byClass = Map.groupBy(some, (i) => ids[i]); // one path per class is fast
+      const byClass = Map.groupBy(some, (i) => ids[i]); // drawing one path per class is fast
       for (const [classId, own] of byClass) {
         context.beginPath();
         for (const i of own) {
@@ -217,7 +218,7 @@ export class KeyMap {
     context.stroke();
   }
 
-  /** Draw images where they have room, and request missing ones. */
+  /** Draw images where there is room for them, and request missing images. */
   #pictures(context, seen) {
     const taken = new Set();
     const wanted = [];
@@ -228,7 +229,7 @@ export class KeyMap {
       const id = this.#map.key_ids[i];
       const image = this.#images.get(id);
       if (image === undefined) wanted.push(id);
-      taken.add(cells[4]); // its own
+      taken.add(cells[4]); // the cell of this key
       if (!image?.complete || !image.naturalWidth) continue;
       const side = Math.min(image.naturalWidth, image.naturalHeight);
       const [left, top] = [(image.naturalWidth - side) / 2, (image.naturalHeight - side) / 2];
@@ -312,7 +313,7 @@ export class KeyMap {
     if (best >= 0) this.#choose(best);
   }
 
-  /** Move to the nearest key in the direction of the arrow; sideways distance counts twice. */
+  /** Move to the nearest key in the direction of the arrow. The sideways distance counts twice. */
   #key(event) {
     const direction = ARROWS[event.key];
     const closer = { "+": 1.5, "=": 1.5, "-": 1 / 1.5, 0: 0 }[event.key];

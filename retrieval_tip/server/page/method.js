@@ -1,20 +1,20 @@
-// Tip-Adapter over the evidence of one image, in float64: pure functions, the same method as tip.py in torch.
+// Tip-Adapter for the evidence of one image. These pure functions compute the same in float64 as tip.py does in torch.
 //
-//   A       affinities to the keys, from the server (in the index's metric, if it has one)
+//   A       affinities to the keys, which the server computes (with the metric of the index, if it has one)
 //   cache   C_c = sum of exp(-beta (1 - A_i)) over the k nearest keys i of class c
 //           with tail, plus r_c exp(-beta (1 - m_c)) for the other r_c keys of c, whose mean affinity is m_c
 //   with solved or trained values V_i:
-//           C = sum of exp(-beta (1 - A_i)) V_i;  with tail, each other key counts at the mean affinity of its class
-//           with an offset o, then C = log(1 + max(C, 0) / o)
+//           C = sum of exp(-beta (1 - A_i)) V_i;  with tail, each other key has the mean affinity of its class
+//           with an offset o, C is then replaced by log(1 + max(C, 0) / o)
 //   logits  = text + alpha C          probabilities = softmax(logits / temperature)
 //
-// Settings are { alpha, beta, k, tail }; k is a number or "all". A model holds the rest of the index:
-// { values: Map of key id to Float64Array, or null for one-hot; offset; temperature; exact }. `without` is a set of key
-// ids to ignore, so that a photo that is a shot itself is classified by the other shots.
+// Settings are { alpha, beta, k, tail }, where k is a number or "all". A model is an object { values, offset,
+// temperature, exact }, where `values` is a Map from key ids to Float64Arrays, or null if values are one-hot. `without`
+// is a set of key ids to ignore. If a photo is one of the shots, it is used to classify the photo with the other shots.
 
 const NONE = new Set();
 
-/** Convert the server's evidence: lists become typed arrays. */
+/** Convert the lists in the server's evidence to typed arrays. */
 export function evidenceOf(json) {
   return {
     feature: Float32Array.from(json.feature),
@@ -28,7 +28,7 @@ export function evidenceOf(json) {
   };
 }
 
-/** Whether `classify` gives the server's answer exactly: the evidence holds all keys that count. */
+/** Return whether `classify` gives exactly the server's answer, because the evidence contains all keys that count. */
 export function computable(model, evidence, { k }) {
   if (model.values === undefined) return false;
   if (model.values !== null && !evidence.complete) return false;
@@ -36,12 +36,13 @@ export function computable(model, evidence, { k }) {
   return model.exact && (k <= evidence.affinities.length || evidence.complete);
 }
 
-/** The weight of a key: exp(-beta (1 - A)). */
+/** Return the weight of a key, exp(-beta (1 - A)). */
 export function weight(affinity, beta) {
   return Math.exp(-beta * (1 - affinity));
 }
 
-/** The cache C, one number per class, without alpha. Keys beyond the evidence count by class: their number and sum. */
+/** Return the cache C, with one number per class, before it is multiplied by alpha. For keys that are not part of the
+ *  evidence, their number and the sum of their affinities in each class are used. */
 export function cacheOf(evidence, { beta, k, tail }, { values, offset } = {}, without = NONE) {
   const { keyIds, classIds, affinities, counts, sums, complete } = evidence;
   const all = k === "all";
@@ -60,7 +61,7 @@ export function cacheOf(evidence, { beta, k, tail }, { values, offset } = {}, wi
     const c = classIds[i];
     const out = without.size > 0 && without.has(keyIds[i]);
     if (!out && met >= most) {
-      if (!values) break; // one-hot: counts and sums say the rest
+      if (!values) break; // if values are one-hot, counts and sums cover the remaining keys
       beyond.push(i);
       continue;
     }
@@ -79,8 +80,9 @@ export function cacheOf(evidence, { beta, k, tail }, { values, offset } = {}, wi
   return offset ? cache.map((value) => Math.log1p(Math.max(value, 0) / offset)) : cache;
 }
 
-/** The keys behind an answer, as in retrieval/evidence.py: { supporting, opposing }. Each key is { keyId, classId,
- *  affinity, weight, contribution }; `winner` and `rival` are class ids, and `rival` may be undefined. */
+/** Return the keys behind an answer as { supporting, opposing }, in the same way as retrieval/evidence.py. Each key is
+ *  { keyId, classId, affinity, weight, contribution }. `winner` and `rival` are class ids, and `rival` can be
+ *  undefined. */
 export function contributors(evidence, { beta, k }, { values }, { winner, rival, number }, without = NONE) {
   const { keyIds, classIds, affinities } = evidence;
   const met = [];
@@ -99,7 +101,7 @@ export function contributors(evidence, { beta, k }, { values }, { winner, rival,
   return { supporting, opposing };
 }
 
-/** Softmax of logits / temperature. Subtracting the largest logit first keeps it finite. */
+/** Return the softmax of logits / temperature. The largest logit is subtracted first, so that the result is finite. */
 export function softmax(logits, temperature) {
   let most = -Infinity;
   for (const logit of logits) most = Math.max(most, logit);
@@ -109,7 +111,7 @@ export function softmax(logits, temperature) {
   return probabilities.map((p) => p / sum);
 }
 
-/** The indices of the `number` largest values, largest first. */
+/** Return the indices of the `number` largest values, in descending order. */
 export function largest(values, number) {
   const found = [];
   for (let i = 0; i < values.length; i++) {
@@ -122,7 +124,8 @@ export function largest(values, number) {
   return found;
 }
 
-/** The top classes: [{ classId, probability, text, cache }]; cache includes alpha, so text + cache is the logit. */
+/** Return the top classes as [{ classId, probability, text, cache }]. `cache` is multiplied by alpha, so that the logit
+ *  is text + cache. */
 export function classify(evidence, settings, model, top, without) {
   const cache = cacheOf(evidence, settings, model, without).map((value) => settings.alpha * value);
   const { temperature } = model;

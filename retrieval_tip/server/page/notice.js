@@ -1,9 +1,9 @@
-// A line at the bottom of the page that says what happened, with Undo.
+// A line at the bottom of the page that describes the last change and can offer to undo it.
 
 import { $, el } from "./dom.js";
 
-/** Show a notice. `undo` returns the text that follows it, or false if nothing was undone.
- *  Returns a function that changes the text of the notice. */
+/** Show a notice, and return a function that changes its text. `undo` returns the text of the next notice, or false if
+ *  nothing was undone. */
 export function notice(text, undo) {
   const line = el("span", {}, text);
   const button = undo && el("button", { type: "button" }, "Undo");

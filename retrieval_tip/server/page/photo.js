@@ -1,29 +1,29 @@
-// A photo on the page: its file, the server's evidence, and the answer under the current settings.
+// A photo on the page, with its file, the server's evidence, and the answer for the current settings.
 
 import * as api from "./api.js";
 import { cacheOf, classify, computable, contributors, evidenceOf } from "./method.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 
-export const TOP = 8; // classes in an answer
-export const NEIGHBOURS = 8; // shots whose sources the server sends
-const SAME = 0.9995; // smallest affinity of a photo to itself
+export const TOP = 8; // number of classes in an answer
+export const NEIGHBOURS = 8; // number of shots whose sources the server sends
+const SAME = 0.9995; // minimum affinity of a photo to itself
 
 export class Photo {
   static #count = 0;
 
   evidence = null;
-  version = null; // index version of the evidence
-  served = null; // the server's answer, and the name of its settings: { name, rows, unlike, supporting, opposing }
+  version = null; // index version to which the evidence belongs
+  served = null; // the server's answer as { name, rows, unlike, supporting, opposing }; `name` identifies the settings
   shown = null; // { rows, how, unlike }
   before = null; // the answer before the index changed
-  named = new Map(); // shots behind the answer, by key id
+  named = new Map(); // the shots behind the answer, by key id
   without = new Set(); // key ids of this photo itself
-  problem = null; // why there is no answer
+  problem = null; // the reason why there is no answer
   busy = false;
-  taught = null; // the class it was added to
+  taught = null; // the class that the photo was added to
 
-  /** `keyId` if the file is the image of that shot. */
+  /** If the file is the image of a shot, `keyId` is the key id of that shot. */
   constructor(file, keyId = null) {
     this.id = `photo-${++Photo.#count}`;
     this.file = file;
@@ -43,13 +43,13 @@ export class Photo {
     return this.shown?.unlike === true;
   }
 
-  /** A sort key: no answer, then no match, then least probable. */
+  /** A sort key, which is highest for photos that have no answer, and then for photos that have no match. */
   get doubt() {
     if (!this.shown) return 3;
     return (this.unlike ? 1 : 0) + 1 - this.winner.probability;
   }
 
-  /** Forget the answer, for another index. */
+  /** Discard the answer, because another index is open. */
   forget() {
     Object.assign(this, { evidence: null, served: null, shown: null, before: null, problem: null, taught: null });
     if (state.info) this.without = new Set();
@@ -65,7 +65,7 @@ export class Photo {
     return this.take(answer, answer.results[0], name);
   }
 
-  /** Take the server's answer to settings of this name. Returns false if the index has changed since. */
+  /** Store the server's answer for the settings with this name. Return false if the index has changed meanwhile. */
   async take(answer, result, name) {
     if (answer.version !== state.info.version) await state.refresh();
     if (result.evidence) {
@@ -101,7 +101,7 @@ export class Photo {
     return this.evidence !== null && this.version === state.info.version;
   }
 
-  /** Whether the photo is a shot itself, so that the other shots classify it. */
+  /** Whether the photo is one of the shots, and is therefore classified with the other shots. */
   get judgedByOthers() {
     return this.exact && this.without.size > 0;
   }
@@ -118,7 +118,7 @@ export class Photo {
     }
   }
 
-  /** Whether it is unlike any shot under the index's own settings, whatever the sliders say. */
+  /** Return whether the photo is unlike all shots, given the settings of the index instead of those of the sliders. */
   #unlike() {
     const least = state.info.least_cache;
     if (least === null || !this.without.size) return this.served?.unlike ?? false;
@@ -126,7 +126,8 @@ export class Photo {
     return Math.max(...cacheOf(this.evidence, { alpha, beta, k, tail }, state.model, this.without)) < least;
   }
 
-  /** The shots behind the answer: { supporting, opposing }, each { keyId, label, source, affinity, contribution }. */
+  /** Return the shots behind the answer as { supporting, opposing }, where each shot is an object { keyId, label, source,
+   *  affinity, contribution }. */
   contributors(number) {
     if (this.shown.how === "server") {
       const { supporting, opposing } = this.served;
@@ -143,7 +144,7 @@ export class Photo {
     return { supporting: found.supporting.map(named), opposing: found.opposing && named(found.opposing) };
   }
 
-  /** Up to three classes to choose instead. */
+  /** Up to three other classes to suggest. */
   get choices() {
     if (!this.shown) return [];
     const { rows } = this.shown;
@@ -151,15 +152,15 @@ export class Photo {
   }
 }
 
-/** The parameters of a request to classify. */
+/** Return the parameters of a classification request. */
 export const parameters = () => ({ ...settings.values, top: TOP, neighbours: NEIGHBOURS, logits: true });
 
-/** A shot of the server's answer. */
+/** Convert a shot in the server's answer. */
 function shotOf({ key_id: keyId, label, source, affinity, weight, gives }) {
   return { keyId, label, source, affinity, weight, contribution: gives[0] };
 }
 
-/** The server's answer as rows. The cache part of a logit is the logit minus the text part. */
+/** Convert the server's answer to rows. The cache part of a logit is the logit minus its text part. */
 function rowsOf({ labels, probabilities, logits, text_logit: text, cache_logit: cache }, texts) {
   return labels.map((label, i) => {
     const classId = state.labels.indexOf(label);

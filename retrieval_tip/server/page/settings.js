@@ -1,12 +1,12 @@
-// alpha, beta, k and tail: sliders and number inputs. Fires "change" for each new value.
+// The settings alpha, beta, k and tail, with sliders and number inputs. A "change" event is fired for each new value.
 
 import { $, plural } from "./dom.js";
 import { state } from "./state.js";
 
-const RANGES = { alpha: 3, beta: 2 }; // decades on either side of the index's own value
-const STEPS = 60; // per decade
+const RANGES = { alpha: 3, beta: 2 }; // decades on either side of the setting of the index
+const STEPS = 60; // number of steps per decade
 
-/** The stops of a slider: 0, then a logarithmic scale around the index's own value, which is one of them. */
+/** Return the stops of a slider. They are 0 and a logarithmic scale that includes the setting of the index. */
 function stopsAround(own, decades) {
   const middle = own > 0 ? own : 1;
   const stops = [0];
@@ -16,14 +16,14 @@ function stopsAround(own, decades) {
   return stops;
 }
 
-/** The stops of k: every small number, then steps of 3 %, then all. */
+/** Return the stops of k. They are all small numbers, then numbers in steps of 3 %, and finally all keys. */
 function stopsUpTo(n) {
   const stops = [];
   for (let k = 1; k < n; k = Math.max(k + 1, Math.round(k * 1.03))) stops.push(k);
   return [...stops, n];
 }
 
-/** The index of the stop nearest to a value, by ratio. */
+/** Return the index of the stop whose ratio to a value is closest to 1. */
 function nearest(stops, value) {
   let best = 0;
   const far = (stop) => Math.abs(Math.log(stop || 1e-300) - Math.log(value || 1e-300));
@@ -43,7 +43,7 @@ class Settings extends EventTarget {
     super();
     for (const name of ["alpha", "beta", "k"]) {
       $(name).addEventListener("input", () => this.#typed(name));
-      $(name).addEventListener("change", () => this.#show(name)); // replace an invalid entry by the current value
+      $(name).addEventListener("change", () => this.#show(name)); // replaces an invalid entry with the current value
       $(`${name}-slider`).addEventListener("input", () => this.#slid(name));
     }
     $("tail").addEventListener("change", () => this.#set({ tail: $("tail").checked }));
@@ -66,7 +66,7 @@ class Settings extends EventTarget {
     this.#set(this.#own);
   }
 
-  /** Follow another index or version. Settings that the user has not moved become the index's own. */
+  /** Switch to another index or version. If the user has not changed any setting, use those of the index. */
   #follow(another) {
     const { alpha, beta, k, tail, n_keys: n } = state.info;
     const untouched = another || this.#same();
@@ -111,7 +111,7 @@ class Settings extends EventTarget {
     $("command").textContent = `--alpha ${this.alpha} --beta ${this.beta} ${k}`;
   }
 
-  /** Show a setting on its slider and in its input, which is left alone while the user types. */
+  /** Show a setting on its slider and in its input. The input is not changed while the user is typing. */
   #show(name, typing = false) {
     const value = this[name];
     const stops = this.#stops[name];

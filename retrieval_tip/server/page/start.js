@@ -1,4 +1,4 @@
-// The first screen: the classes of the classifier, its accuracy, and some example photos to try.
+// The first screen, which shows the classes of the classifier, its accuracy, and some example photos to try.
 
 import { showAccuracy } from "./accuracy.js";
 import * as api from "./api.js";
@@ -7,7 +7,7 @@ import { addFiles } from "./classify.js";
 import { $, el, picture, plural } from "./dom.js";
 import { state } from "./state.js";
 
-const CLASSES = 60; // classes shown
+const CLASSES = 60; // number of classes to show
 const SAMPLES = 6;
 
 async function show() {
@@ -36,11 +36,11 @@ async function show() {
     const step = Math.max(1, Math.floor(pictured.length / SAMPLES));
     samples(info.images ? pictured.filter((_, i) => i % step === 0).slice(0, SAMPLES) : []);
   } catch {
-    // names and counts are shown without pictures
+    // names and counts are shown even if there are no pictures
   }
 }
 
-/** Show example photos to click. Each is classified by all the others. */
+/** Show example photos that the user can click. Each is classified with all other examples. */
 function samples(shown) {
   $("samples").hidden = !shown.length;
   $("samples-list").replaceChildren(

@@ -1,12 +1,14 @@
-// The index on the page, and its changes. Events: "index" for another index, "version" for another version of it.
+// The index on the page, and its changes. An "index" event is fired when another index is opened, and a "version" event
+// when the index has a new version.
 
 import * as api from "./api.js";
 import { $, el } from "./dom.js";
 
 const TOKEN = "retrieval-tip token";
-const BATCH = 16; // photos per request
+const BATCH = 16; // number of photos per request
 
-// `retrieval-tip serve` prints an address with #token=...: keep it for this tab, and remove it from the address bar.
+// `retrieval-tip serve` prints an address that ends with #token=... Keep the token for this tab, and remove it from the
+// address bar.
 const given = new URLSearchParams(location.hash.slice(1)).get("token");
 if (given) {
   sessionStorage.setItem(TOKEN, given);
@@ -45,19 +47,20 @@ class State extends EventTarget {
     $("class-names").replaceChildren(...info.classes.map(({ label }) => el("option", { value: label })));
   }
 
-  /** A typical shot of each class, and mean affinities; fetched once per version. */
+  /** Return a typical shot of each class, and mean affinities. They are fetched once per version. */
   exemplars() {
     this.#exemplars ??= api.exemplars(this.info.name);
     return this.#exemplars;
   }
 
-  /** The estimated accuracy; fetched once per version. */
+  /** Return the estimated accuracy. It is fetched once per version. */
   accuracy() {
     this.#accuracy ??= api.accuracy(this.info.name);
     return this.#accuracy;
   }
 
-  /** Add photos as examples of a class, in batches. Returns the server's answers, merged, or null without a token. */
+  /** Add photos as examples of a class, in batches. Return the merged answers of the server, or null if there is no
+   *  token. */
   async add(label, files, progress = () => {}) {
     const lists = { key_ids: [], classes: [], duplicates: [], warnings: [], skipped: [] };
     const all = { ...lists, known: 0, since: this.info.version };
@@ -74,7 +77,7 @@ class State extends EventTarget {
     return all;
   }
 
-  /** Make an index of [label, file] pairs, and open it. */
+  /** Create an index from [label, file] pairs, and open it. */
   async make(name, pairs) {
     const like = this.info?.images ? this.info.name : undefined;
     const made = await this.#change((token) => api.makeIndex(name, like, pairs, token), false);
@@ -90,14 +93,14 @@ class State extends EventTarget {
   fit = () => this.#change((token) => api.fit(this.info.name, token));
   remove = (keyIds) => this.#change((token) => api.removeShots(this.info.name, keyIds, token));
   relabel = (keyIds, label) => this.#change((token) => api.relabel(this.info.name, { key_ids: keyIds, label }, token));
-  /** Several relabels, [{ key_ids, label }], in one version. */
+  /** Relabel several groups of shots, given as [{ key_ids, label }], in one new version. */
   relabelAll = (moves) => this.#change((token) => api.relabel(this.info.name, { moves }, token));
-  /** Rename a class; the name of another class merges the two. */
+  /** Rename a class. If another class already has the new name, the two classes are merged. */
   rename = (of, label) => this.#change((token) => api.rename(this.info.name, { of, label }, token));
-  /** Go back to version `to`, if the index is still at `since`. */
+  /** Restore version `to`, provided that the index is still at version `since`. */
   rollback = (to, since) => this.#change((token) => api.rollback(this.info.name, { to, since }, token));
 
-  /** Send a change with the token, which the user is asked for if it is unknown. Returns null without a token. */
+  /** Send a change with the token. If the token is unknown, ask the user for it, and return null if there is none. */
   async #change(send, refresh = true) {
     let refused = "";
     for (;;) {
@@ -111,13 +114,14 @@ class State extends EventTarget {
       } catch (error) {
         if (error.status !== 401) throw error;
         sessionStorage.removeItem(TOKEN);
-        refused = "This is not the server’s token. Copy it from the address that “retrieval-tip serve” printed, after #token=.";
+        refused = "This is not the server’s token. Copy the token from the end of the address that “retrieval-tip serve” printed, after #token=.";
       }
     }
   }
 }
 
-/** The value of each key for each class; undefined if they are too many to send: then the server computes answers. */
+/** Return the value of each key for each class. If there are too many values to send, return undefined, and let the
+ *  server compute the answers. */
 async function valuesOf({ name }) {
   try {
     const { key_ids: ids, values } = await api.values(name);
@@ -130,9 +134,9 @@ async function valuesOf({ name }) {
 
 const pending = new WeakMap();
 
-/** Open a dialog. Returns its return value once it is closed, "" if it was dismissed. */
+/** Open a dialog, and return its return value when it is closed. If it was dismissed, the value is "". */
 export function ask(dialog) {
-  pending.get(dialog)?.(""); // dismissed and opened again before its close event
+  pending.get(dialog)?.(""); // it was dismissed, and opened again before its close event
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {

@@ -1,4 +1,4 @@
-// Create a classifier from photos in named classes, or add them to the open one.
+// The Teach view, which creates a classifier from photos in named classes, or adds them to the open classifier.
 
 import { judged } from "./accuracy.js";
 import * as api from "./api.js";
@@ -8,8 +8,8 @@ import { chosen } from "./files.js";
 import { notice } from "./notice.js";
 import { state } from "./state.js";
 
-const FIRST = 48; // photos in the request that creates an index
-const SHOWN = 12; // thumbnails per class
+const FIRST = 48; // number of photos in the request that creates an index
+const SHOWN = 12; // number of thumbnails per class
 const IMAGE = /\.(jpe?g|png|webp|hei[cf])$/i;
 
 const classes = []; // { name, files, element }
@@ -65,7 +65,7 @@ function give(one, files) {
   show();
 }
 
-/** Show files on the card of a class, as far as there is room. */
+/** Show files on the card of a class if there is room for them. */
 function draw(one, files) {
   const room = SHOWN - one.pictures.children.length;
   for (const file of files.slice(0, Math.max(0, room))) {
@@ -78,18 +78,20 @@ function draw(one, files) {
   }
 }
 
-/** The class for single photos dropped on an element: the class of that card, else the first empty one. */
+/** Return the class for single photos that are dropped on an element. If the element is not part of a card, this is the
+ *  first empty class. */
 const targetAt = (place) =>
   classes.find(({ element }) => element.contains(place)) ?? classes.find(({ files }) => !files.length);
 
-/** Mark the class that single photos would go to while they are dragged. Null ends it. */
+/** While single photos are dragged, mark the class that they would be added to. Pass null to remove the mark. */
 export function aim(event) {
   const loose = event && [...event.dataTransfer.items].some(({ type }) => type); // a folder has no type
   const target = loose ? targetAt(event.target) : null;
   for (const one of classes) one.element.classList.toggle("target", one === target);
 }
 
-/** Take files that were dropped on an element, or chosen. Each folder is a class, wherever it is dropped. */
+/** Add files that were selected, or dropped on an element. Each folder becomes a class, regardless of where it is
+ *  dropped. */
 export function receive(found, place = null) {
   const images = found.filter(({ file }) => IMAGE.test(file.name) || IMAGE.test(file.type.replace("/", ".")));
   const before = new Set(classes);
@@ -105,7 +107,7 @@ export function receive(found, place = null) {
   if (images.some(({ folder }) => folder !== null)) empty.forEach(takeAway);
   show();
   const other = found.length - images.length;
-  const skipped = other ? ` Skipped ${plural(other, "file")}: not JPEG, PNG, WebP or HEIC.` : "";
+  const skipped = other ? ` Skipped ${plural(other, "file")} because only JPEG, PNG, WebP and HEIC are supported.` : "";
   if (!images.length) return notice(skipped.trim());
   notice(`Added ${plural(images.length, "photo")} to ${plural(given.length, "class", "classes")}.${skipped}`, () => {
     for (const [one, files] of given) takeBack(one, files, before.has(one));
@@ -115,7 +117,7 @@ export function receive(found, place = null) {
   });
 }
 
-/** Remove files from a class, and the class too if it is empty and does not stay. */
+/** Remove files from a class. If the class is then empty, also remove the class, unless `stays` is true. */
 function takeBack(one, files, stays) {
   if (!classes.includes(one)) return;
   one.files = one.files.filter((file) => !files.has(file));
@@ -134,7 +136,7 @@ function show() {
   $("teach-name-label").hidden = !isNew();
   let missing = "";
   if (!state.mayChange) missing = "This server is read-only. Restart it with --token.";
-  else if (full.length < few) missing = isNew() ? "Add photos to at least two classes. Five per class are a good start." : "Add photos to a class.";
+  else if (full.length < few) missing = isNew() ? "Add photos to at least two classes. Five photos per class are a good start." : "Add photos to a class.";
   else if (unnamed) missing = "Each class needs a name.";
   else if (twice) missing = "Two classes have the same name.";
   else if (isNew() && !name) missing = "The classifier needs a name.";
@@ -144,7 +146,7 @@ function show() {
   $("teach-go").textContent = isNew() ? `Create classifier${of && ` from${of}`}` : `Add${of || " photos"}`;
 }
 
-/** Files for the first request, some of every class, and the rest by class. */
+/** Return the files for the first request, which include some of every class, and the remaining files by class. */
 function begun() {
   const first = [];
   const left = new Map();
@@ -211,7 +213,7 @@ async function go() {
   } catch (error) {
     $("teach-said").textContent = "";
     $("teach-result").hidden = false;
-    if (sent) await state.refresh().catch(() => {}); // uploaded photos are in the index
+    if (sent) await state.refresh().catch(() => {}); // photos that were uploaded are already in the index
     const what = error.name === "AbortError" ? "Cancelled." : failure(error);
     const kept = sent ? ` ${plural(sent, "photo was", "photos were")} already added. ` : "";
     $("teach-result").replaceChildren(el("p", {}, what, kept, sent ? undoTo(since) : null));
@@ -222,7 +224,7 @@ async function go() {
   }
 }
 
-/** A button that restores version `since`, if there is one. */
+/** Return a button that restores version `since`, or null if there is no such version. */
 function undoTo(since) {
   if (since === null) return null;
   const undo = el("button", { type: "button" }, "Undo");
@@ -251,12 +253,12 @@ function finished(result, skipped, since, seconds) {
   for (const one of classes.splice(0)) one.element.remove();
   addClass();
   addClass();
-  $("teach-old").checked = true; // more photos go to the same classifier
+  $("teach-old").checked = true; // so that further photos are added to the same classifier
   follow();
   ask.focus();
 }
 
-/** Offer to add to the open index, if it takes photos. */
+/** Offer to add photos to the open index if it accepts photos. */
 function follow() {
   const can = state.info?.images ?? false;
   $("teach-old").disabled = !can;
