@@ -1,9 +1,10 @@
-"""Compare methods on the same shots: accuracy, calibration and time, with real features of standard datasets.
+"""Compare the accuracy, calibration and time of methods on the same shots, with real features of standard datasets.
 
-Shots are published keys if available (seed 1, each the mean of ten views), else draws by the published rule (seeds 1 to
-N, one centre view per shot; for 1 shot, DTD's published keys). All settings are chosen on the shots alone:
-Tip-Adapter's alpha, beta and k by leave-one-out, the rest by cross-validation. Validation images serve only as shots or
-queries, and nothing is chosen on the images that are scored.
+If published keys are available, they are used as shots (with seed 1; each key is the mean of ten views). Otherwise,
+shots are drawn by the published rule with seeds 1 to N, and have one centre view each. The exception is DTD with 1
+shot, which uses the published keys. All settings are selected on the shots alone: alpha, beta and k of Tip-Adapter by
+leave-one-out, and all other settings by cross-validation. Validation images are only used as shots or queries. No
+setting is selected on the images that are scored.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from retrieval_tip.fit.trainer import Recipe
 SHOTS = (1, 2, 4, 8, 16)
 TEMPLATE = "a photo of a {}."
 ALLOWED = 0.5
-"""Largest accepted gap in points between the default and the best rival, from 2 shots on."""
+"""Maximum accepted gap between the default and the best rival, in points, for 2 or more shots."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,10 @@ RIVALS = (ZERO, SEARCHED, PROBE)
 
 @dataclass(frozen=True)
 class Tables:
-    """Feature tables in a folder: one per shot count in ``keys``; other shot counts are drawn from ``pool``.
+    """The feature tables of a dataset, which are files in a folder.
 
-    With ``text``, its classes are used, and shots and test items of other classes are dropped.
+    ``keys`` contains one table for each of several numbers of shots. For other numbers, shots are drawn from ``pool``.
+    If there is a ``text`` table, only its classes are used, and shots and test items of other classes are dropped.
     """
 
     title: str
@@ -118,7 +120,7 @@ class Tables:
     def read(
         self, shared: Path, name: str, classes: Sequence[str] | None = None
     ) -> tuple[np.ndarray, list[Any], list[Any]]:
-        """Return features, labels and ids of a table, optionally of some classes only."""
+        """Return the features, labels and ids in a table. If classes are given, return only those of these classes."""
         table = pq.read_table(self.file(shared, name))
         if classes is not None:
             table = table.filter(pc.is_in(table["label"], pa.array(classes)))
@@ -126,7 +128,7 @@ class Tables:
         return unit(features), table["label"].to_pylist(), table["id"].to_pylist()
 
     def pool_of(self, number: int, shared: Path) -> tuple[CacheModel, Source]:
-        """Return keys to draw ``number`` shots from, and their table."""
+        """Return the keys from which ``number`` shots are drawn, and their table."""
         name = f"shots_{number}" if number in self.keys else self.pool
         weights, classes = None, sorted(set(self.read(shared, self.test)[1]))
         if self.text is not None:
@@ -142,7 +144,7 @@ class Tables:
 
 @dataclass(frozen=True)
 class Photographs:
-    """Photos of a split file, encoded once by lit-mini."""
+    """The photos in a split file, which are encoded once by lit-mini."""
 
     title: str
     split: str
@@ -159,7 +161,7 @@ class Photographs:
             out = Path(folder) / "index"
             build_index(train, out, self.encoder(shared), templates=[TEMPLATE], fit="none", device="cpu")
             pool = CacheModel.load(out, device="cpu", precision="float32")
-            return pool.take(np.arange(pool.n))  # in memory, since the folder is deleted
+            return pool.take(np.arange(pool.n))  # copied to memory, because the folder is deleted
 
     def pool_of(self, number: int, shared: Path) -> tuple[CacheModel, Source]:
         return self.pool(shared), open_source(shared / self.split, split="train")
@@ -194,7 +196,7 @@ def runs(
     covered: float,
     tail: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each shot count, seed and method of a dataset that is not in ``done``."""
+    """Yield a row for each number of shots, seed and method of a dataset, unless the row is already in ``done``."""
     dataset, items = DATASETS[name], None
     for number in shots:
         pool, source = dataset.pool_of(number, shared)
@@ -222,7 +224,10 @@ def runs(
 
 
 def with_some_classes(cache: CacheModel, covered: float, seed: int) -> CacheModel:
-    """Return an index in which a share of the classes, drawn by the seed, has shots; the others have text alone."""
+    """Return an index in which only a share of the classes has shots. The seed selects these classes.
+
+    The other classes only have text.
+    """
     if covered == 1:
         return cache
     c = len(cache.class_names)
@@ -242,9 +247,10 @@ RUN = ("dataset", "shots", "seed", "method")
 
 
 def scores(answering: Answering, items: sweep.Items, tail: CacheModel | None = None) -> dict[str, float]:
-    """Return accuracy and expected calibration error.
+    """Return the accuracy and the expected calibration error.
 
-    With an index of uneven shots, accuracy is the mean over classes, and ``uneven`` the mean by the number of shots.
+    If ``tail`` is given, classes have different numbers of shots. In this case, the accuracy is the mean over all
+    classes, and ``uneven`` is the same mean weighted by the number of shots of each class.
     """
     temperature = answering.settings.temperature if isinstance(answering, CacheModel) else 1.0
     confidence, ids = tip.probabilities(answering.logits(items.features), temperature).max(1)
@@ -259,7 +265,7 @@ def scores(answering: Answering, items: sweep.Items, tail: CacheModel | None = N
 
 
 def mean(rows: Sequence[dict[str, Any]], column: str, **of: Any) -> float | None:
-    """Return the mean of a column over seeds."""
+    """Return the mean of a column over all seeds."""
     values = [row[column] for row in rows if all(row[name] == value for name, value in of.items())]
     return statistics.mean(values) if values else None
 
@@ -269,7 +275,10 @@ def cell(value: float | None, form: str) -> str:
 
 
 def print_table(name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Print accuracy and calibration of each method by shots, and the time for the largest number of shots."""
+    """Print the accuracy and calibration of each method by number of shots.
+
+    Also print the time that each method takes for the largest number of shots.
+    """
     shots = sorted({row["shots"] for row in rows})
     seeds = [f"{number}: {len({row['seed'] for row in rows if row['shots'] == number})}" for number in shots]
     click.echo(f"\n**{DATASETS[name].title}** (draws of {', '.join(seeds)})\n")
@@ -288,7 +297,10 @@ def print_table(name: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def losses(rows: Sequence[dict[str, Any]]) -> list[tuple[float, str]]:
-    """Return the default's gap to the best rival in points, per dataset and shots (from 2 on), largest first."""
+    """Return the gap between the default and the best rival for each dataset and number of shots, in points.
+
+    The largest gap comes first. Only runs that have 2 or more shots are included.
+    """
     found = []
     for name, number in sorted({(row["dataset"], row["shots"]) for row in rows if row["shots"] > 1}):
         of = {"dataset": name, "shots": number}
@@ -308,13 +320,19 @@ def losses(rows: Sequence[dict[str, Any]]) -> list[tuple[float, str]]:
 @click.option("--dataset", "chosen", type=click.Choice(list(DATASETS)), multiple=True, help="[default: all]")
 @click.option("--shots", type=int, multiple=True, default=SHOTS, show_default=True)
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="[default: all]")
-@click.option("--seeds", default=3, show_default=True, help="Number of draws, if shots are drawn.")
+@click.option("--seeds", default=3, show_default=True, help="Number of random draws, if shots are drawn.")
 @click.option(
     "--finetune", "tuning", is_flag=True, help=f"Include {FINE_TUNED}: seconds for tables, minutes for photos."
 )
-@click.option("--covered", default=1.0, show_default=True, help="Share of classes with shots.")
-@click.option("--tail", is_flag=True, help="Classes have 1 to --shots shots; top-1 is a mean over classes.")
-@click.option("--results", type=click.Path(path_type=Path), help="JSON lines of finished runs, which are skipped.")
+@click.option("--covered", default=1.0, show_default=True, help="Share of classes that have shots.")
+@click.option(
+    "--tail", is_flag=True, help="Give the classes from 1 to --shots shots. The accuracy is then the mean over classes."
+)
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    help="File with one JSON line per finished run. These runs are skipped.",
+)
 def main(
     shared: Path,
     chosen: tuple[str, ...],
@@ -326,7 +344,7 @@ def main(
     tail: bool,
     results: Path | None,
 ) -> None:
-    """Fit, answer, print."""
+    """Fit the indexes, classify the test items, and print the results."""
     click.echo(
         f"{machine()}; seeds 1 to {seeds}.\nAll settings are chosen on the shots alone. Top-1 in %, mean over draws; "
         "ECE: expected calibration error in 15 bins; s: CPU seconds to fit, including the choice of settings."

@@ -1,13 +1,15 @@
-"""Shared code of the benchmarks: alternating measurements, tables, machine facts, processes, and comparing checkouts.
+"""Code shared by the benchmarks.
 
-With ``--against CHECKOUT``, a script measures this tree and another one in the same run::
+It measures several sides in turn, prints tables, describes the machine, runs processes and compares two checkouts. With
+``--against CHECKOUT``, a script measures this tree and another tree in the same run::
 
     git worktree add /tmp/base 17a8cd6
     python benchmarks/throughput.py --only exact --against /tmp/base
 
-Both processes run this script, each on its own package, and pass a token back and forth: one measures a turn while the
-other waits. The tables at the end show both medians, and this tree's time divided by the other's (median, minimum and
-maximum of the turns). Above 1, this tree is slower.
+Both processes run the same script, but each of them uses its own package. They pass a token back and forth, so that one
+process measures a turn while the other waits. The tables at the end show both medians, and the ratio of this tree's
+time to the other tree's time (as the median, minimum and maximum over all turns). If the ratio is above 1, this tree is
+slower.
 """
 
 from __future__ import annotations
@@ -33,21 +35,24 @@ SEED = 0
 GIB = 2**30
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 PROGRAM = (sys.executable, "-P", "-m", "retrieval_tip")
-"""The real command, from the package on PYTHONPATH; ``-P`` excludes the current folder."""
+"""The real command, from the package on PYTHONPATH. The option ``-P`` excludes the current folder."""
 
 Side = Callable[[int], float | None]
-"""A measured function of the turn's number. Its result, if not ``None``, replaces the measured seconds."""
+"""Type of a measured function, which gets the number of the turn.
+
+If its result is not ``None``, the result replaces the measured seconds.
+"""
 
 
 def clocked(call: Callable[[], object]) -> float:
-    """Measure a call in seconds."""
+    """Return the number of seconds that a call takes."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def take_turns(title: str, sides: Mapping[str, Side], rounds: int, warm: int = 1) -> dict[str, list[float]]:
-    """Measure each side once per turn, and return its seconds per turn without the first ``warm`` turns."""
+    """Measure each side once per turn, and return its seconds for each turn, excluding the first ``warm`` turns."""
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + warm):
         for name, side in sides.items():
@@ -68,7 +73,7 @@ def medians(taken: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def show(title: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Print a table with the columns of the first row, and floats rounded to four digits."""
+    """Print a table that has the columns of the first row. Floats are rounded to four digits."""
     lines = [list(rows[0]), *([_cell(row.get(column)) for column in rows[0]] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     right = [isinstance(value, int | float) for value in rows[0].values()]
@@ -85,7 +90,7 @@ def _cell(value: object) -> str:
 
 
 def machine(*packages: str) -> str:
-    """Describe the machine and the versions of relevant packages on one line."""
+    """Return a line that describes the machine and the versions of relevant packages."""
     import torch
 
     known = Path("/proc/cpuinfo")
@@ -111,7 +116,7 @@ def machine(*packages: str) -> str:
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished process: its output, wall-clock seconds, and peak memory in GiB, resident and anonymous."""
+    """A finished process, with its output, wall-clock seconds, and peak resident and anonymous memory in GiB."""
 
     output: str
     seconds: float
@@ -135,11 +140,11 @@ while True:
     time.sleep(0.02)
 print(os.waitstatus_to_exitcode(status), usage.ru_maxrss, anonymous)
 """
-"""A small launcher process, because Linux includes the parent's memory at the start in a child's peak."""
+"""Code of a small launcher process. It is used because, on Linux, the peak of a child includes its parent's memory."""
 
 
 def launch(*command: object) -> Finished:
-    """Run a command and measure its memory. Raises ClickException if it fails."""
+    """Run a command and measure its memory. Raises ClickException if the command fails."""
     start = time.perf_counter()
     launched = [sys.executable, "-S", "-c", LAUNCH, *map(str, command)]
     output = subprocess.run(launched, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -152,7 +157,7 @@ def launch(*command: object) -> Finished:
 
 
 def run(*command: object) -> str:
-    """Run a command and return its output. Raises ClickException if it fails."""
+    """Run a command and return its output. Raises ClickException if the command fails."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode:
         raise click.ClickException(f"{' '.join(map(str, command))}: {done.stderr}")
@@ -162,7 +167,7 @@ def run(*command: object) -> str:
 # Two checkouts
 
 TURNS = "BENCHMARK_TURNS"
-"""Environment variable of the two processes: the pipe to wait on, the pipe to write to, and the file for records."""
+"""Environment variable that gives a process the pipe to wait on, the pipe to write to, and the file for records."""
 
 
 def against(command: click.Command) -> click.Command:
@@ -185,14 +190,14 @@ def against(command: click.Command) -> click.Command:
 
 
 def record(title: str, name: str, values: Sequence[float]) -> None:
-    """Record a side's values, one per turn, for the comparison of two checkouts; lower is better."""
+    """Record one value per turn for a side, so that two checkouts can be compared. Lower values are better."""
     if TURNS in os.environ:
         with Path(os.environ[TURNS].split()[2]).open("a", encoding="utf-8") as file:
             file.write(json.dumps([title, name, list(values)]) + "\n")
 
 
 def _hand_over() -> None:
-    """Let the other checkout measure its turn; if it has ended and closed its pipe, do not wait."""
+    """Let the other checkout measure its turn. If the other process has ended and closed its pipe, do not wait."""
     if TURNS in os.environ:
         own, other, _ = os.environ[TURNS].split()
         try:
@@ -207,7 +212,7 @@ def _compare(other: Path) -> None:
     at = next(i for i, word in enumerate(sys.argv) if word.startswith("--against"))
     arguments = [*sys.argv[:at], *sys.argv[at + (1 if "=" in sys.argv[at] else 2) :]]
     trees = [Path(__file__).resolve().parents[1], other]
-    pipes = [os.pipe(), os.pipe()]  # each process waits on its own, and writes to the other's
+    pipes = [os.pipe(), os.pipe()]  # each process waits on its own pipe, and writes to the other pipe
     os.write(pipes[0][1], b".")
     with tempfile.TemporaryDirectory() as folder:
         files, processes = [Path(folder) / name for name in ("this", "other")], []

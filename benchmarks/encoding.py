@@ -1,12 +1,12 @@
 """Measure the encoding of photos on disk in images per second, against the plain open_clip loop.
 
-The plain loop opens each file in one thread, applies open_clip's own transform, and calls encode_image on batches of 64
-under no_grad, with torch's default threads. A second plain loop with small batches shows the effect of their size. Ours
-is Encoder without a cache. All sides take turns. Ratios compare medians; the cosine is the smallest to the plain loop's
-feature of the same photo.
+The plain loop opens all files in one thread, applies the transform from open_clip, and calls encode_image on batches of
+64 under no_grad, with the default number of torch threads. A second plain loop uses small batches, which shows the
+effect of the batch size. Our side is Encoder, with no cache. All sides take turns. Ratios compare medians. The cosine
+is the smallest cosine between our feature and the plain loop's feature of the same photo.
 
-Large photos are synthetic: enlarged real photos, and mosaics of real photos at full size, with finer detail than any
-camera's. They show the gain and the error of decoding JPEGs at a reduced size.
+Large photos are synthetic. They are enlarged real photos, and mosaics of real photos at full size, which have finer
+detail than any camera can record. They show the gain and the error of decoding JPEGs at a reduced size.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from retrieval_tip.data import images
 from retrieval_tip.data.sources import of_images
 
 PLAIN_BATCHES = 64, 4
-"""The usual batch size, and one that suits small towers on a CPU."""
+"""The usual batch size, and a batch size that is better for small towers on a CPU."""
 QUALITY = 90
 
 Encode = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 
 
 def plain(model: str, pretrained: str | None, device: str, batch: int) -> Encode:
-    """Return the loop from open_clip's documentation."""
+    """Return the loop from the open_clip documentation."""
     network, _, transform = open_clip.create_model_and_transforms(model, pretrained, device=device)
     network.eval()
 
@@ -58,7 +58,7 @@ def ours(backbone: Backbone, batch: int | None = None, *, reduce: bool = True) -
 
 
 def chosen(folder: Path, number: int) -> list[str]:
-    """Draw ``number`` photos from a folder, always the same ones."""
+    """Draw ``number`` photos from a folder. The same photos are drawn each time."""
     found = [str(path) for path in images.find(folder)]
     if len(found) < number:
         raise click.UsageError(f"{folder}: {len(found)} photos; expected at least {number}")
@@ -66,7 +66,7 @@ def chosen(folder: Path, number: int) -> list[str]:
 
 
 def make_large(paths: Sequence[str], number: int, size: tuple[int, int], folder: Path) -> list[str]:
-    """Make large JPEGs from small photos: alternately one photo enlarged, and a mosaic of many."""
+    """Make large JPEGs from small photos. Every other JPEG is an enlarged photo, and the others are mosaics."""
     made = []
     for turn in range(number):
         own = [Image.open(paths[(turn + place) % len(paths)]).convert("RGB") for place in range(64)]
@@ -85,7 +85,7 @@ def make_large(paths: Sequence[str], number: int, size: tuple[int, int], folder:
 
 
 def compare(name: str, paths: list[str], sides: dict[str, Encode], rounds: int) -> None:
-    """Measure the sides in turn on the same photos, and compare them with the first."""
+    """Measure the sides in turn on the same photos, and compare them with the first side."""
     features: dict[str, npt.NDArray[np.float32]] = {}
 
     def encode(side: str, turn: int) -> float:
@@ -110,15 +110,17 @@ def compare(name: str, paths: list[str], sides: dict[str, Encode], rounds: int) 
 @click.option("--device", default="auto", show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), default=SHARED / "data/caltech101", show_default=True)
 @click.option("--number", default=64, show_default=True, help="Number of photos from the folder.")
-@click.option("--large", default=32, show_default=True, help="Number of large synthetic photos; 0 for none.")
+@click.option("--large", default=32, show_default=True, help="Number of large synthetic photos. Use 0 for no photos.")
 @click.option("--size", type=(int, int), default=(4000, 3000), show_default=True, help="Size of the large photos.")
-@click.option("--batch", "batches", type=int, multiple=True, help="Further batch size for ours; repeatable.")
+@click.option(
+    "--batch", "batches", type=int, multiple=True, help="Additional batch size for our side. Can be repeated."
+)
 @click.option("--rounds", default=3, show_default=True)
 def main(
     model: str, pretrained: str | None, device: str, folder: Path, number: int, large: int, size: tuple[int, int],
     batches: tuple[int, ...], rounds: int,
 ) -> None:  # fmt: skip
-    """Measure and print."""
+    """Measure all sides, and print the results."""
     device = resolve_device(device)
     click.echo(machine("open_clip_torch", "openvino", "pillow"))
     whole, half = (load_backbone(model, pretrained, device=device, precision=p) for p in ("float32", "bfloat16"))

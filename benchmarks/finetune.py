@@ -1,9 +1,10 @@
-"""Measure a fine-tuning step of keys against the plain form and against its two unavoidable matrix products.
+"""Compare a fine-tuning step of keys with the plain form, and with the two matrix products that it cannot avoid.
 
-Uses synthetic features (benchmarks/made.py) at the paper's ImageNet size. All sides take turns on the same batches,
-after two warm-up turns; figures are medians. Plain: the published form, with a one-hot product, autograd and
-torch.optim.AdamW. Two products: f K^T and w^T f into preallocated memory. Ours: Trainer.step. Then runs finetune() in
-both precisions, and prints the accuracy on unseen queries.
+Features are synthetic (benchmarks/made.py) and have the size of ImageNet in the paper. After two warm-up turns, all
+sides take turns on the same batches. Figures are medians. The plain side is the published form, which uses a one-hot
+product, autograd and torch.optim.AdamW. The side with two products computes f K^T and w^T f into preallocated memory.
+Our side is Trainer.step. Afterwards, finetune() is run in both precisions, and its accuracy on unseen queries is
+printed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from retrieval_tip.settings import Settings
 ALPHA, BETA, SCALE = 1.0, 5.5, 100.0
 RATE, EPS = 1e-3, 1e-4
 INSTANCE = 0.7
-"""Share of a view that comes from its shot; the rest is noise of the view."""
+"""Share of a view that comes from its shot. The rest is noise that is specific to the view."""
 
 Array = npt.NDArray[np.float32]
 Step = Callable[[Tensor, Tensor], object]
@@ -40,7 +41,7 @@ Step = Callable[[Tensor, Tensor], object]
 
 @dataclass(frozen=True)
 class Material:
-    """Views ``[n, v, d]`` of shots with class ids ``[n]``, the index of their means, and other queries."""
+    """Views of shots as an array of shape ``[n, v, d]``, their class ids, an index of their means, and queries."""
 
     views: Array
     ids: npt.NDArray[np.int64]
@@ -50,7 +51,7 @@ class Material:
 
     @classmethod
     def make(cls, classes: int, shots: int, dim: int, views: int, queries: int, device: str = "cpu") -> Material:
-        """Draw views, shots and queries."""
+        """Draw views, shots and queries at random."""
         made, ids, asked = Made(classes, dim, SEED), np.repeat(np.arange(classes), shots), np.arange(queries) % classes
         own = np.stack([made.draw(ids, 10 + view) for view in range(views)], axis=1)
         seen = INSTANCE**0.5 * made.draw(ids, 1)[:, None] + (1 - INSTANCE) ** 0.5 * own
@@ -63,7 +64,7 @@ class Material:
         return cls(seen, ids, cache, made.draw(asked, 2), asked)
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield features ``[b, d]`` and class ids ``[b]`` without end."""
+        """Yield batches of features, of shape ``[b, d]``, and class ids, of shape ``[b]``, indefinitely."""
         random = np.random.default_rng(SEED)
         while True:
             at = random.choice(len(self.ids), size, replace=False)
@@ -71,7 +72,7 @@ class Material:
             yield torch.from_numpy(views).to(self.cache.device), torch.from_numpy(self.ids[at]).to(self.cache.device)
 
     def shots(self, folder: Path) -> Source:
-        """Write the views as a feature table in which views of a shot share its id."""
+        """Write the views as a feature table. All views of a shot have the same id."""
         n, v, d = self.views.shape
         table = rows(self.views.reshape(-1, d), [self.cache.class_names[i] for i in np.repeat(self.ids, v)])
         table = table.set_column(0, "id", [[f"row {i}" for i in np.repeat(np.arange(n), v)]])
@@ -104,7 +105,7 @@ def plain(cache: CacheModel) -> Step:
 
 
 def products(cache: CacheModel, batch: int, dtype: torch.dtype = torch.float32) -> Step:
-    """Return a step that only computes affinities and the keys' gradient."""
+    """Return a step that only computes the affinities and the gradient of the keys."""
     keys = torch.from_numpy(np.array(cache.keys)).to(cache.device, dtype)
     affinity, gradient = keys.new_empty(batch, cache.n), torch.empty_like(keys)
 
@@ -117,13 +118,13 @@ def products(cache: CacheModel, batch: int, dtype: torch.dtype = torch.float32) 
 
 
 def ours(cache: CacheModel, precision: str) -> Step:
-    """Return this package's step."""
+    """Return the step of this package."""
     trainer = Trainer(cache, Recipe(lr=RATE, eps=EPS, precision=precision), None)
     return lambda f, ids: trainer.step(f, ids, RATE)
 
 
 def steps(material: Material, batch: int) -> dict[str, Step]:
-    """Return the step of every side."""
+    """Return the step of each side."""
     cache = material.cache
     return {
         "plain, one-hot and autograd": plain(cache),
@@ -135,7 +136,7 @@ def steps(material: Material, batch: int) -> dict[str, Step]:
 
 
 def print_steps(material: Material, batch: int, rounds: int) -> None:
-    """Time the sides in turn."""
+    """Time the steps of all sides in turn."""
     sides, batches = steps(material, batch), material.batches(batch)
     given = [next(batches) for _ in range(rounds + 2)]
     turns: dict[str, Side] = {
@@ -152,7 +153,7 @@ def print_steps(material: Material, batch: int, rounds: int) -> None:
 
 
 def print_runs(material: Material, batch: int, epochs: int) -> None:
-    """Train in both precisions."""
+    """Train an index in both precisions."""
     cache = material.cache
     lines: list[dict[str, object]] = [
         {
@@ -187,12 +188,12 @@ def print_runs(material: Material, batch: int, epochs: int) -> None:
 @click.option("--batch", default=256, show_default=True)
 @click.option("--views", default=4, show_default=True)
 @click.option("--queries", default=5000, show_default=True)
-@click.option("--rounds", default=15, show_default=True, help="Timed steps of each side.")
-@click.option("--epochs", default=20, show_default=True, help="Epochs of the whole runs; 0 for no runs.")
+@click.option("--rounds", default=15, show_default=True, help="Number of timed steps of each side.")
+@click.option("--epochs", default=20, show_default=True, help="Number of epochs of the whole runs. Use 0 for no runs.")
 def main(
     classes: int, shots: int, dim: int, batch: int, views: int, queries: int, rounds: int, epochs: int
 ) -> None:  # fmt: skip
-    """Time, train, print."""
+    """Time the steps, train the indexes, and print the results."""
     click.echo(machine())
     material = Material.make(classes, shots, dim, views, queries)
     click.echo(f"{material.cache.n} keys x {dim}, {classes} classes, batch {batch}")

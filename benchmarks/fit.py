@@ -1,7 +1,7 @@
-"""Measure the cost of a fit in seconds and peak memory, and the time of answers with solved values.
+"""Measure the time and peak memory of a fit, and the time of answers that use solved values.
 
-Uses synthetic features with cosines like CLIP's (benchmarks/made.py), with text. A batch of queries over all keys is
-timed in turn with its two unavoidable products, ``phi(f) phi(K)^T`` and ``w V``.
+Features and text are synthetic, and have similar cosines to those of CLIP (benchmarks/made.py). The answers to a batch
+of queries over all keys take turns with the two products that they cannot avoid, ``phi(f) phi(K)^T`` and ``w V``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def peak() -> float:
 @click.option("--classes", default=1000, show_default=True)
 @click.option("--dimensions", default=1024, show_default=True)
 def main(keys: int, classes: int, dimensions: int) -> None:
-    """Fit, answer, print."""
+    """Fit an index, classify the queries, and print the results."""
     click.echo(machine())
     made, ids, test = Made(classes, dimensions, SEED), np.sort(np.arange(keys) % classes), np.arange(QUERIES) % classes
     names = made.names

@@ -1,11 +1,12 @@
-"""Measure a GPU, as one Markdown table: answers over all keys, encoding, and a fine-tuning step.
+"""Measure answers over all keys, encoding and a fine-tuning step on a GPU, and print the results as a Markdown table.
 
-Compares every side with the plain torch form and with its unavoidable matrix products in the same run, after a warm-up
-turn. Figures are medians; peak memory is the largest amount that torch allocated on top. Features are synthetic
-(benchmarks/made.py, seed 0). The plain form of answers is the published one: affinity, exponential, one-hot product.
+After a warm-up turn, each side is compared in the same run with the plain torch form, and with the matrix products that
+it cannot avoid. Figures are medians. Peak memory is the largest amount of additional memory that torch allocated.
+Features are synthetic (benchmarks/made.py, seed 0). The plain form of answers is the published form, which consists of
+affinities, an exponential and a one-hot product.
 
 \b
-Goal on an H100: the paper's 20 epochs of fine-tuning in less than 10 s.
+The goal on an H100 is to run the 20 fine-tuning epochs of the paper in less than 10 s.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ from retrieval_tip.fit.trainer import Recipe
 START, END = "<!-- measured by benchmarks/gpu.py -->", "<!-- to here -->"
 HEAD = ("what", "side", "ms", "x as fast as plain", "x the products", "peak MiB")
 AT_A_TIME = 1 << 30
-"""Affinities of the bare product per slice."""
+"""Number of affinities per slice of the bare product."""
 
 Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Median seconds and peak bytes of one side; infinite seconds mean that the GPU ran out of memory."""
+    """Median seconds and peak bytes of a side. If the GPU ran out of memory, the number of seconds is infinite."""
 
     seconds: float
     peak: int
 
 
 def measured(run: Callable[[], object], device: str, rounds: int) -> Figure:
-    """Measure time and memory of one side."""
+    """Measure the time and memory of a side."""
     on_gpu, seconds, peak = device != "cpu", [], 0
 
     def whole() -> None:
@@ -69,7 +70,7 @@ def measured(run: Callable[[], object], device: str, rounds: int) -> Figure:
 
 
 def rows_of(what: str, sides: dict[str, Figure], plain: str, products: dict[str, str]) -> Iterator[Sequence[str]]:
-    """Yield lines of the table; ``products`` maps sides to the product they are compared with."""
+    """Yield the lines of the table. ``products`` maps each side to the product with which it is compared."""
     for name, side in sides.items():
         if side.seconds == float("inf"):
             yield what, name, "out of memory", "", "", ""
@@ -81,7 +82,7 @@ def rows_of(what: str, sides: dict[str, Figure], plain: str, products: dict[str,
 
 
 def product(keys: Tensor, f: Tensor, dtype: torch.dtype) -> Callable[[], None]:
-    """Return a function that computes the affinities of all queries, slice by slice in the same memory."""
+    """Return a function that computes the affinities of all queries in slices, which reuse the same memory."""
     keys, f = keys.to(dtype), f.to(dtype)
     step = max(1, AT_A_TIME // len(keys))
     memory = keys.new_empty(min(step, len(f)), len(keys))
@@ -94,7 +95,7 @@ def product(keys: Tensor, f: Tensor, dtype: torch.dtype) -> Callable[[], None]:
 
 
 def answers(size: Size, queries: Sequence[int], rounds: int, device: str) -> Iterator[Sequence[str]]:
-    """Measure answers over all keys, for each number of queries per call."""
+    """Measure answers over all keys for each number of queries per call."""
     material = Material.make(size, max(queries), "Flat", device)
     cache, plain, precision = material.cache, dense(material.cache), "float16" if device != "cpu" else "bfloat16"
     half, keys = material.other(precision=precision), torch.from_numpy(np.asarray(cache.keys)).to(device)
@@ -113,7 +114,7 @@ def answers(size: Size, queries: Sequence[int], rounds: int, device: str) -> Ite
 
 
 def encodings(model: str, folder: Path, number: int, rounds: int, device: str) -> Iterator[Sequence[str]]:
-    """Measure photos on disk, and the tower alone on pixels in memory."""
+    """Measure the encoding of photos on disk, and of pixels in memory by the tower alone."""
     paths, plain = encoding.chosen(folder, number), encoding.plain(model, None, device, encoding.PLAIN_BATCHES[0])
     sides = {"plain loop of open_clip": measured(lambda: plain(paths), device, rounds)}
     for precision in ("float32", "float16" if device != "cpu" else "bfloat16"):
@@ -128,7 +129,7 @@ def encodings(model: str, folder: Path, number: int, rounds: int, device: str) -
 
 
 def training(size: Size, epochs: int, rounds: int, device: str) -> Iterator[Sequence[str]]:
-    """Measure a step at the paper's size, and whole runs."""
+    """Measure a fine-tuning step at the size used in the paper, and whole runs."""
     classes, shots, dim = size
     material = steps.Material.make(classes, shots, dim, views=4, queries=16, device=device)
     cache, batch = material.cache, min(256, classes * shots)
@@ -147,7 +148,7 @@ def training(size: Size, epochs: int, rounds: int, device: str) -> Iterator[Sequ
 
 
 def write(text: str, place: Path) -> None:
-    """Replace the table in a page, or append it."""
+    """Replace the table in a page. If the page has no table, append the table."""
     page = place.read_text("utf-8") if place.exists() else "# How fast\n"
     before, _, rest = page.partition(START)
     place.write_text(f"{before.rstrip()}\n\n{START}\n\n{text}\n\n{END}{rest.partition(END)[2] or chr(10)}", "utf-8")
@@ -165,14 +166,14 @@ SIZES = ((16_000, 1024, 1000), (1_000_000, 512, 1000))
 @click.option("--epochs", default=20, show_default=True)
 @click.option("--model", default=f"local-dir:{SHARED}/models/lit-mini", show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), default=SHARED / "data/caltech101", show_default=True)
-@click.option("--photographs", default=1024, show_default=True, help="Number of photos to encode; 0 for none.")
+@click.option("--photographs", default=1024, show_default=True, help="Number of photos to encode. Use 0 for no photos.")
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Markdown page to put the table into.")
+@click.option("--out", type=click.Path(path_type=Path), help="Markdown page in which the table is inserted.")
 def main(
     device: str, sizes: Sequence[Size], queries: Sequence[int], trained: Size, epochs: int, model: str, folder: Path,
     photographs: int, rounds: int, out: Path | None,
 ) -> None:  # fmt: skip
-    """Measure, print, write."""
+    """Measure all sides, and print or write the table."""
     device = resolve_device(device)
     lines: list[Sequence[str]] = [HEAD, ("---",) * len(HEAD)]
     for size in sizes:

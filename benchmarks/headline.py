@@ -1,8 +1,8 @@
-"""Reproduce accuracies of docs/accuracy.md on the command line.
+"""Reproduce the accuracies in docs/accuracy.md with the command line.
 
-Protocol: shots are all 1600 images of Caltech101's shared train split, and 16 per class of Food-101, drawn by the
-published rule with seeds 1 to N; one centre view each. Alpha and beta are fixed beforehand and printed. Nothing is
-chosen on the test part.
+The shots are all 1600 images in the shared train split of Caltech101, and 16 images per class of Food-101, which are
+drawn by the published rule with seeds 1 to N. Each shot has one centre view. Alpha and beta are fixed beforehand, and
+are printed. No setting is selected on the test part.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from common import PROGRAM, SHARED, machine, run, show
 
 
 def percent(index: Path, source: Path, *settings: object) -> dict[str, float]:
-    """Return the accuracies of zero-shot, blend and cache alone."""
+    """Return the accuracies of the text alone (zero-shot), the blend and the cache alone."""
     scores = json.loads(run(*PROGRAM, "evaluate", index, source, *settings, "--json"))
     names = {"zero-shot": "zero_shot_top1", "blend": "top1", "cache alone": "cache_top1"}
     return {name: 100 * scores[own] for name, own in names.items()}
@@ -25,9 +25,9 @@ def percent(index: Path, source: Path, *settings: object) -> dict[str, float]:
 
 @click.command(help=__doc__)
 @click.option("--shared", type=click.Path(path_type=Path, exists=True), default=SHARED, show_default=True)
-@click.option("--seeds", default=5, show_default=True, help="Number of Food-101 draws.")
+@click.option("--seeds", default=5, show_default=True, help="Number of random draws for Food-101.")
 def main(shared: Path, seeds: int) -> None:
-    """Build, evaluate, print."""
+    """Build and evaluate the indexes, and print the results."""
     click.echo(machine("open_clip_torch"))
     caltech, food = shared / "data/caltech101/split_zhou_Caltech101.json", shared / "data/clip-food9"
     build, lines = (*PROGRAM, "-q", "index", "build", "--fit", "none"), []

@@ -1,12 +1,13 @@
-"""Measure the cost of changes: build an index from a feature table, and add to it, in Python.
+"""Measure the cost of changes to an index, which is built from a feature table in Python.
 
 \b
     python benchmarks/living.py                     # add 1000 keys to 1,000,000 x 512 of 1000 classes, index Classes
     python benchmarks/living.py --index IVF4000,Flat
 
-Each addition is a new version on disk: it opens the index, looks for duplicates in other classes, and commits. It
-encodes nothing, since the features are in a table, as for the build. Both run in one process; for repeated additions,
-the median counts. Then measures removals, and opening with and without checking every byte.
+Each addition makes a new version on disk. It opens the index, searches for duplicates in other classes, and commits the
+new version. No images are encoded, because the features are read from a table for both the build and the additions.
+Both run in one process. If there are several additions, their median is printed. Afterwards, removals are measured, and
+opening the index is measured with and without a check of every byte.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from retrieval_tip.index import changes
 @click.option("--folder", type=click.Path(path_type=Path, exists=True), default=tempfile.gettempdir,
               help="Folder for temporary files.")  # fmt: skip
 def main(keys: int, added: int, dim: int, classes: int, index: str, times: int, folder: Path) -> None:
-    """Measure and print."""
+    """Measure the build and the changes, and print the results."""
     if shutil.disk_usage(folder).free < 16 * keys * dim:  # the table, the keys, an index that holds them, a new version
         raise click.ClickException(f"{folder}: needs {16 * keys * dim / GIB:.1f} GiB of free space")
     click.echo(machine())

@@ -1,9 +1,11 @@
-"""Synthetic features with cosines like CLIP's, for the benchmarks. The same seed gives the same features.
+"""Synthetic features for the benchmarks, whose cosines are similar to those of CLIP features.
 
-A feature is the sum of a part common to all features, parts of the nested groups of its class (100 classes, 10 classes,
-the class itself), and noise. Two features of a class have a cosine of about 0.75, of neighbouring classes about 0.69,
-of other classes 0.52. The variance of directions falls as one over their rank, so that cosines spread like those of
-real features (standard deviation 0.07 within a class); with equal variances they would not.
+The same seed always gives the same features. A feature is the sum of a part that all features have in common, a part
+for each of the nested groups that contain its class (100 classes, 10 classes, and the class itself), and noise. Two
+features have a cosine of about 0.75 if they belong to the same class, about 0.69 if they belong to neighbouring
+classes, and 0.52 otherwise. The variance of a direction is inversely proportional to its rank. As a result, cosines
+have a similar spread to those of real features, with a standard deviation of 0.07 within a class. Equal variances would
+not achieve this.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ import pyarrow.parquet as pq
 COMMON, GROUP, SUBGROUP, CLASS, OWN = 0.52, 0.05, 0.12, 0.06, 0.25
 BRANCH = 10
 TEXT, TEXT_OWN = 0.3, 0.2
-"""Cosines of a class's text weight with its direction from the mean of all classes, and with its own noise; the rest is
-common to all text weights."""
+"""Cosines of the text weight of a class with the direction of the class from the mean of all classes, and with noise.
+
+The rest of a text weight is common to all text weights.
+"""
 
 ROWS = 8192
 
@@ -30,7 +34,7 @@ Array = npt.NDArray[np.float32]
 
 @dataclass
 class Made:
-    """Generator of unit features ``[m, d]`` of ``c`` classes, with a text weight per class."""
+    """Generator of features with norm 1, of shape ``[m, d]``, for ``c`` classes. Each class has a text weight."""
 
     c: int
     d: int
@@ -54,10 +58,10 @@ class Made:
         shared = (1 - TEXT**2 - TEXT_OWN**2) ** 0.5 * _unit(noise[:1])
         self.text = _unit(TEXT * _unit(apart) + shared + TEXT_OWN * _unit(noise[1:])).astype(np.float32)
         self._centres = self._centres.astype(np.float32)
-        self.names = [f"class {i:06d}" for i in range(self.c)]  # sorted
+        self.names = [f"class {i:06d}" for i in range(self.c)]  # in sorted order
 
     def draw(self, ids: npt.NDArray[np.int64], seed: int, dtype: npt.DTypeLike = np.float32) -> npt.NDArray:
-        """Draw one feature for each class id, ``[m, d]``."""
+        """Draw one feature for each class id. The result has shape ``[m, d]``."""
         rng = np.random.default_rng([self.seed, seed])
         found = np.empty((len(ids), self.d), dtype=dtype)
         for start in range(0, len(ids), ROWS):
@@ -74,9 +78,9 @@ class Made:
 
 
 def write_tables(folder: Path, made: Made, n: int, dtype: str = "float32") -> None:
-    """Write ``n`` keys block by block to ``table.parquet``, and the text weights to ``text.parquet``.
+    """Write ``n`` keys in blocks to ``table.parquet``, and the text weights to ``text.parquet``.
 
-    Labels cycle through the classes, so that no class is contiguous.
+    The labels cycle through the classes, so that the keys of a class are not contiguous.
     """
     path = folder / "table.parquet"
     with pq.ParquetWriter(path, _schema(made.d, dtype), use_dictionary=["label"], compression="none") as writer:
@@ -88,7 +92,7 @@ def write_tables(folder: Path, made: Made, n: int, dtype: str = "float32") -> No
 
 
 def rows(features: npt.NDArray, labels: Sequence[str], name: str = "row ") -> pa.Table:
-    """Return a feature table with ids that begin with ``name``."""
+    """Return a feature table whose ids start with ``name``."""
     schema = _schema(features.shape[1], str(features.dtype))
     values = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
     return pa.table([[f"{name}{i}" for i in range(len(labels))], labels, values], schema=schema)

@@ -1,9 +1,10 @@
-"""Measure how long a person waits for the page of ``retrieval-tip serve``, in Chromium.
+"""Measure how long a user has to wait for the page of ``retrieval-tip serve`` in Chromium.
 
-Run ``make setup browser && make demo``, then ``python benchmarks/page.py demo/things demo/new`` with an index, and new
-photos in class folders. Measures the first answer after a drop, and all of 48; recomputing 5,000 answers (the server's
-answers to the photos in NEW, repeated); and opening the map of 10,000 synthetic keys of 512 values
-(benchmarks/made.py): by axes, by neighbours, and a second time.
+Run ``make setup browser && make demo``, and then ``python benchmarks/page.py demo/things demo/new``. The arguments are
+an index, and a folder of new photos in class folders. After 48 photos are dropped, the times until the first answer and
+until the last answer are measured. Next, the time to recompute 5,000 answers is measured; these are copies of the
+server's answers to the photos in NEW. Finally, the time to open a map of 10,000 synthetic keys with 512 values each
+(benchmarks/made.py) is measured by axes, by neighbours, and when the map is opened again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from retrieval_tip import CacheModel
 KEYS, D, CLASSES = 10_000, 512, 100
 ANSWERS, MANY, ROUNDS = 5000, 48, 5
 WAIT = 600_000
-"""Longest wait in milliseconds."""
+"""Maximum time to wait, in milliseconds."""
 
 WEIGH = """async ([number, files]) => {
     const real = window.fetch;
@@ -62,7 +63,7 @@ WEIGH = """async ([number, files]) => {
 
 
 def measured(page: Page, address: str, index: str, new: list[Path]) -> dict[str, float]:
-    """Return the measured waiting times in seconds."""
+    """Return the measured waiting times, in seconds."""
     found: dict[str, float] = {}
 
     def opened(name: str) -> None:
@@ -78,7 +79,7 @@ def measured(page: Page, address: str, index: str, new: list[Path]) -> dict[str,
 
     opened(index)
     times = []
-    for path in new[: ROUNDS + 1]:  # the first one warms up the encoder
+    for path in new[: ROUNDS + 1]:  # the first photo warms up the encoder
         times.append(clocked(lambda path=path: (page.set_input_files("#files", path),
                                               page.wait_for_selector("#grid .tile[data-label]"))))  # fmt: skip
         page.click("#drawer-close")

@@ -1,14 +1,15 @@
-"""Print the paper's tables and figures beside measurements here, as far as images and weights are available.
+"""Print the tables and figures of the paper next to our measurements, if images and weights are available.
 
-Published figures come from benchmarks/published.csv, which names their sources; they are for RN50 unless stated.
-Measured figures are mean top-1 over seeds 1 to N with half the 95 % interval (Student's t), one centre view per shot.
---protocol chooses the settings (honest: on the published validation draw of min(shots, 4) per class, or by
-leave-one-out without a validation part; paper: the published grid over the whole validation part). Runs resume from
---work.
+Published figures come from benchmarks/published.csv, which names their sources. They are for RN50 unless stated
+otherwise. Measured figures are the mean top-1 accuracy over seeds 1 to N and half its 95 % interval (Student's t), with
+one centre view per shot. Use --protocol to determine how settings are selected. With honest, they are selected on the
+published validation draw of min(shots, 4) images per class, or by leave-one-out if there is no validation part. With
+paper, the published grid is searched on the whole validation part. If a run is interrupted, it resumes from --work.
 
---table 1 fine-tunes the parts of Table 1 on Caltech101 instead. Every row trains with the same alpha and beta to the
-last epoch, and answers the test part with them; then again with alpha, beta and k chosen on the validation part.
-Nothing is chosen on the test part. Encoders get fewer epochs, as printed.
+With --table 1, the parts of Table 1 are fine-tuned on Caltech101 instead. In every row, training uses the same alpha
+and beta until the last epoch, and the test part is then classified with them. The test part is also classified with
+alpha, beta and k that are selected on the validation part. No setting is selected on the test part. Encoders are
+trained for fewer epochs, as printed.
 """
 
 from __future__ import annotations
@@ -42,32 +43,32 @@ from retrieval_tip.store.folder import read_manifest
 HERE = Path(__file__).resolve().parent
 SHOTS = (1, 2, 4, 8, 16)
 PAPER = {"zero-shot": "zero-shot", "tip-adapter": "tip-adapter", "tip-adapter-f": "tip-adapter-f"}
-"""Measured method to published method."""
+"""Name of the published method for each measured method."""
 
 TABLE_1 = "Caltech101"
 TRAINED = ("", "keys", "values", "keys+values", "visual", "text", "visual+text")
 SETTINGS = (50.0, 1.0)
-"""alpha and beta of every row of Table 1, from a coarse grid on the validation part (lit-mini's MODEL.md)."""
+"""Alpha and beta for every row of Table 1, from a coarse grid on the validation part (see lit-mini's MODEL.md)."""
 EPOCHS = {"visual": 2, "visual+text": 2, "text": 5}
-"""Epochs that differ from the paper's 20: one epoch of an encoder takes minutes on two cores."""
+"""Numbers of epochs that differ from the 20 of the paper, because an encoder takes minutes per epoch on two cores."""
 TEMPLATE = "a photo of a {}."
 
 
 def published() -> list[dict[str, str]]:
-    """Read published.csv."""
+    """Read the published figures from published.csv."""
     with (HERE / "published.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def place(name: str, root: Path) -> Path:
-    """Return the folder of a dataset: its usual one in root, one with its name, or root."""
+    """Return the folder of a dataset, which is its usual folder in root, a folder with its name, or root itself."""
     facts = datasets.facts(name)
     found = (root / folder for folder in (facts.folder, name.lower()) if (root / folder).is_dir())
     return next(found, root)
 
 
 def dataset_rows(name: str, root: Path, work: Path, backbone: Any, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measure a dataset of photos."""
+    """Measure a dataset that consists of photos."""
     facts, folder = datasets.facts(name), place(name, root)
     with_cache = EncodingCache(EncodingCache.default_folder())
     encoder = Encoder(backbone, cache=with_cache, progress=True)
@@ -77,14 +78,14 @@ def dataset_rows(name: str, root: Path, work: Path, backbone: Any, options: dict
     test = sweep.encode(pool, datasets.open_dataset(name, folder, "test"), encoder)
     try:
         val = sweep.encode(pool, datasets.open_dataset(name, folder, "val"), encoder)
-    except RetrievalTipError:  # ImageNet has none
+    except RetrievalTipError:  # ImageNet has no validation part
         val = None
     options = options | {"views": (train, encoder)}
     return list(measure(pool, out, test, val, facts.scale, options))
 
 
 def table_rows(folder: Path, work: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measure the feature tables train, test and text in a folder."""
+    """Measure a dataset that consists of the feature tables train, test and text in a folder."""
     train, test = (open_source(folder / f"{part}.parquet") for part in ("train", "test"))
     out = work / folder.name
     pool = build_index(train, out, Encoder(), text=folder / "text.parquet", fit="none")
@@ -101,14 +102,14 @@ def measure(
     scales: tuple[float, float],
     options: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """Yield the results of every shot count, seed and method; they are stored beside the index."""
+    """Yield the results for each number of shots, seed and method. They are stored next to the index."""
     digest = read_manifest(out).keys_digest
     results = out.with_suffix(".parquet")
     yield from sweep.sweep(pool, digest, test, results, val=val, scales=scales, **options)
 
 
 def print_rows(name: str, label: str, rows: list[dict[str, Any]], facts: list[dict[str, str]]) -> None:
-    """Print measured and published accuracy by shots."""
+    """Print the measured and published accuracy by number of shots."""
     click.echo(f"\n{name}, measured with {label}, {rows[0]['n']} test items; published: (RN50)")
     click.echo(f"{'':<24}" + "".join(f"{f'{shots} shots':>15}" for shots in SHOTS))
     lines = sweep.summary(rows)
@@ -126,7 +127,7 @@ def print_rows(name: str, label: str, rows: list[dict[str, Any]], facts: list[di
 
 
 def print_published(table: str, title: str, why: str, facts: list[dict[str, str]]) -> None:
-    """Print rows of the paper that are not run here, and why."""
+    """Print the rows of the paper that are not measured, and the reason."""
     click.echo(f"\n{title}: {why}")
     for row in facts:
         if row["table"] == table:
@@ -137,7 +138,7 @@ def print_published(table: str, title: str, why: str, facts: list[dict[str, str]
 
 
 def finetuning(root: Path, work: Path, model: str, pretrained: str | None, facts: list[dict[str, str]]) -> None:
-    """Print Table 1: every choice of trained parts, measured and published."""
+    """Print Table 1, with measured and published figures for each combination of trained parts."""
     folder = place(TABLE_1, root)
     train, val, test = (datasets.open_dataset(TABLE_1, folder, part) for part in ("train", "val", "test"))
     backbone = load_backbone(model, pretrained, device="cpu")
@@ -178,7 +179,7 @@ def finetuning(root: Path, work: Path, model: str, pretrained: str | None, facts
 
 @dataclass(frozen=True)
 class Score:
-    """Settings, and which test items an index gets ``right`` with them."""
+    """Settings of an index. ``right`` tells for each test item whether the index classifies it correctly."""
 
     right: np.ndarray
     alpha: float
@@ -197,7 +198,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """One row of Table 1: ``val`` and ``test`` with the training settings, ``tuned`` with settings chosen later."""
+    """One row of Table 1.
+
+    ``val`` and ``test`` use the training settings, and ``tuned`` uses settings that are selected after training.
+    """
 
     epochs: int
     parameters: int
@@ -210,7 +214,7 @@ class Finetuned:
 
 
 def finetuned(index: CacheModel, shots: Source, val: Source, test: Source, encoder: Encoder, trained: str) -> Finetuned:
-    """Train one choice of parts to the last epoch."""
+    """Train one combination of parts until the last epoch."""
     cache, parts, epochs = index, tuple(filter(None, trained.split("+"))), 0
     seconds, loss, collapsed = 0.0, math.nan, False
     if parts:
@@ -232,14 +236,14 @@ def finetuned(index: CacheModel, shots: Source, val: Source, test: Source, encod
 
 
 def size_of(part: str, index: CacheModel, encoder: Encoder) -> int:
-    """Count the parameters of a part."""
+    """Return the number of parameters of a part."""
     if part in PARTS:
         return sum(parameter.numel() for parameter in encoder.backbone.parameters(part))
     return int(index.keys.size) if part == "keys" else index.n * len(index.class_names)
 
 
 def compared(one: Score, other: Score) -> str:
-    """Say whether accuracy went up or down on the same items, or stayed within chance (95 %)."""
+    """Return whether the accuracy on the same items went up or down, or may have changed by chance (95 %)."""
     change = int(one.right.sum()) - int(other.right.sum())
     if not differ(one.right, other.right):
         return "within chance" if change else ""
@@ -247,7 +251,7 @@ def compared(one: Score, other: Score) -> str:
 
 
 def direction(before: str, after: str) -> str:
-    """Say whether a published accuracy went up or down."""
+    """Return whether a published accuracy went up or down."""
     if after == "collapsed":
         return after
     return "up" if float(after) > float(before) else "down" if float(after) < float(before) else ""
@@ -258,14 +262,18 @@ def direction(before: str, after: str) -> str:
 @click.option("--work", type=click.Path(path_type=Path), default=Path("indexes/paper"), show_default=True)
 @click.option("--model", default=f"local-dir:{SHARED}/models/lit-mini", show_default=True)
 @click.option("--pretrained")
-@click.option("--dataset", "chosen", multiple=True, help="A dataset; repeatable.  [default: all available]")
+@click.option(
+    "--dataset", "chosen", multiple=True, help="Dataset to measure. Can be repeated.  [default: all available]"
+)
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--shots", type=int, multiple=True, default=SHOTS, show_default=True)
 @click.option("--method", "methods", type=click.Choice(list(sweep.METHODS)), multiple=True, default=sweep.METHODS)
 @click.option("--protocol", type=click.Choice(["honest", "paper"]), default="honest", show_default=True)
-@click.option("--table", type=click.Choice(["1"]), help="Run only this table of the paper: minutes of fine-tuning.")
+@click.option(
+    "--table", type=click.Choice(["1"]), help="Only run this table of the paper, whose fine-tuning takes minutes."
+)
 def main(root: Path, work: Path, model: str, pretrained: str | None, chosen: tuple[str, ...], **given: Any) -> None:
-    """Run what is possible, and list the rest."""
+    """Run all rows that can be measured, and list the others."""
     facts = published()
     click.echo(machine("open_clip_torch"))
     if given["table"]:

@@ -7,11 +7,11 @@
     python benchmarks/scale.py --fit auto --dtype float32 --classes 1000          # memory of a build with a fit
     python benchmarks/scale.py --memory                              # 50,000 queries against 16,000 keys, exact
 
-Without --memory, makes a feature table (benchmarks/made.py) block by block, builds an index from it with `index build`,
-opens the index in a new process, and classifies with the index's own k. Peak memory is the largest resident set of each
-process, including memory-mapped pages. Its anonymous part (not pages of files, which the system can reclaim) is
-sampled. With --memory, prints the peak memory beyond keys, queries and text weights, including interpreter and
-libraries.
+By default, a feature table is made in blocks (benchmarks/made.py), and an index is built from it with `index build`.
+The index is then opened in a new process, which classifies with the k of the index. Peak memory is the largest resident
+set of each process, including memory-mapped pages. Its anonymous part, which excludes the pages of files that the
+system can reclaim, is sampled. With --memory, the peak memory in addition to the keys, queries and text weights is
+printed. It includes the interpreter and the libraries.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.settings import Settings
 
 LOGITS = 1 << 26
-"""Largest number of logits per call (256 MiB); larger batches take several calls."""
+"""Maximum number of logits per call (256 MiB). Larger batches are divided into several calls."""
 SINGLES = 16
 
 Measure = tuple[str, float | None, str]
@@ -48,7 +48,7 @@ def place_of(folder: Path, store: str) -> str:
 
 
 def answer(folder: Path, store: str, exact_queries: int) -> dict[str, object]:
-    """Open the index in a folder, and classify its queries; runs in a new process."""
+    """Open the index in a folder, and classify its queries. This function runs in a new process."""
     queries, ids, opened = np.load(folder / "queries.npy"), np.load(folder / "ids.npy"), []
     load = places.at(place_of(folder, store)).load
     opening = clocked(lambda: opened.append(load(device="cpu", precision="float32")))
@@ -61,7 +61,7 @@ def answer(folder: Path, store: str, exact_queries: int) -> dict[str, object]:
 
     first = clocked(lambda: classify(queries[:1]))
     batch = min(len(queries), max(1, LOGITS // len(cache.class_names)))
-    classify(queries[:batch])  # warms up
+    classify(queries[:batch])  # warms up the index
     answers.clear()
     taken = [clocked(lambda at=at: classify(queries[at : at + batch])) for at in range(0, len(queries), batch)]
     found, few, logits = np.array(answers), min(exact_queries, len(queries)), []
@@ -84,7 +84,7 @@ def answer(folder: Path, store: str, exact_queries: int) -> dict[str, object]:
 def large(
     folder: Path, store: str, size: tuple[int, int, int], queries: int, dtype: str, exact: int, options: list[object]
 ) -> Iterator[Measure]:
-    """Make features, build an index, and answer."""
+    """Make features, build an index from them, and classify queries."""
     n, d, c = size
     made = Made(c, d, SEED)
     write_tables(folder, made, n, dtype)
@@ -112,7 +112,7 @@ def large(
 
 
 def sizes_of(index: Path) -> dict[str, int]:
-    """Return the sizes of an index's files in bytes by kind."""
+    """Return the total size of the files of an index by kind, in bytes."""
     sizes: dict[str, int] = {}
     for path in sorted(path for path in index.rglob("*") if path.is_file()):
         inner = path.relative_to(index).parts
@@ -124,7 +124,7 @@ def sizes_of(index: Path) -> dict[str, int]:
 
 
 def classify_exactly(n: int, d: int, c: int, queries: int) -> Measure:
-    """Classify in a new process, whose memory is measured, and return the size of the inputs."""
+    """Classify queries in a new process, so that its memory can be measured. Return the size of the inputs."""
     made, ids = Made(c, d, SEED), np.arange(n) % c
     keys, features, text, names = made.draw(ids, 1), made.draw(made.classes(queries, 2), 3), made.text, made.names
     alpha, beta = untouched_settings(keys, ids)
@@ -137,7 +137,7 @@ def classify_exactly(n: int, d: int, c: int, queries: int) -> Measure:
 
 
 def exact_memory(size: tuple[int, int, int], queries: int) -> Iterator[Measure]:
-    """Measure exact classification, and a tiny case that shows the memory of interpreter and libraries."""
+    """Measure exact classification, and a tiny case that shows the memory of the interpreter and the libraries."""
 
     def own(*sizes: int) -> list[object]:
         names = ("keys", "dim", "classes", "queries")
@@ -166,7 +166,7 @@ def exact_memory(size: tuple[int, int, int], queries: int) -> Iterator[Measure]:
 @click.option("--index", default="auto", show_default=True)
 @click.option("--store", type=click.Choice(["folder", "lance"]), default="folder", show_default=True)
 @click.option("--fit", type=click.Choice(["none", "auto"]), default="none", show_default=True)
-@click.option("-k", type=int, help="Number of nearest keys per query.  [default: the index's]")
+@click.option("-k", type=int, help="Number of nearest keys to use per query.  [default: the setting of the index]")
 @click.option("--exact-queries", type=int, default=64, show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path, exists=True), default=tempfile.gettempdir,
               help="Folder for temporary files.")  # fmt: skip
@@ -176,7 +176,7 @@ def main(
     memory: bool, keys: int | None, dim: int | None, classes: int | None, queries: int | None, dtype: str, index: str,
     store: str, fit: str, k: int | None, exact_queries: int, folder: Path, to_answer: Path | None, to_classify: bool,
 ) -> None:  # fmt: skip
-    """Measure and print; hidden options run the measured processes."""
+    """Run the measurements, and print the results. Hidden options run the measured processes."""
     if to_answer is not None:
         click.echo(json.dumps(answer(to_answer, store, exact_queries)))
         return

@@ -1,21 +1,24 @@
-"""Measure throughput and latency of ``retrieval-tip serve``, against a plain FastAPI handler without batching.
+"""Compare the throughput and latency of ``retrieval-tip serve`` with those of a plain FastAPI handler.
 
 \b
     python benchmarks/serve.py                        # features and images with 1, 8 and 64 clients, seven minutes
     python benchmarks/serve.py --rounds 0 --soak 600  # ten minutes of load, the index replaced every 5 seconds
 
-Ours is the real command. Plain is a first version that anyone would write: FastAPI under uvicorn without an access log,
-a ``def`` handler in FastAPI's thread pool, a pydantic body, one CacheModel.classify per request (and one encode_images
-for images), and the same fields in the answer. Each runs in its own process. Clients keep a loopback connection open,
-and send one feature row or photo per request, the next one after the answer. Both servers answer in float32 with the
-index's own settings. First they must agree on every request: labels, and probabilities within 1e-4.
+Our server is the real command. The plain server is what most people would write first. It does not use batches. It runs
+FastAPI under uvicorn with no access log, and has a ``def`` handler in FastAPI's thread pool and a pydantic body. It
+calls CacheModel.classify once per request (and encode_images once for images), and its answers have the same fields.
+Each server runs in its own process. Each client keeps a loopback connection open, sends one feature row or photo per
+request, and waits for the answer before it sends the next request. Both servers answer in float32 with the settings of
+the index. Before the measurement, their answers to all requests are compared: labels must be equal, and probabilities
+must agree within 1e-4.
 
-Then they take turns, after a warm-up turn. Figures are medians over the turns. "processor" is the server's CPU time in
-milliseconds per request, which other processes disturb least. OMP_WAIT_POLICY is PASSIVE for both, as in the command:
-otherwise the plain server's 40 threads, each with its own OpenMP team, would spin.
+After a warm-up turn, the servers take turns. Figures are medians over the turns. "processor" is the CPU time of the
+server in milliseconds per request, which is least affected by other processes. OMP_WAIT_POLICY is PASSIVE for both
+servers, as in the command. Otherwise, the 40 threads of the plain server would spin, because each of them has its own
+OpenMP team.
 
-Features are synthetic (benchmarks/made.py); images are Caltech101's test part, for an index of its shots by lit-mini.
-Exits with 1 if a request failed or answers differ.
+Features are synthetic (benchmarks/made.py). Images are the test part of Caltech101, and the index contains its shots,
+encoded by lit-mini. The exit status is 1 if a request fails or the answers differ.
 """
 
 from __future__ import annotations
@@ -55,9 +58,9 @@ from retrieval_tip.index import changes
 WHATS = ("features", "images")
 TOP = NEIGHBOURS = 5
 DIFFERENCE = 1e-4
-"""Largest accepted difference of probabilities."""
+"""Maximum accepted difference between probabilities."""
 REQUESTS = {"features": 256, "images": 64}
-"""Number of different requests, which the clients repeat."""
+"""Number of different requests, which the clients send repeatedly."""
 START_SECONDS, ANSWER_SECONDS = 180, 60
 MIB = 1 << 20
 VERSION = re.compile(rb'"version": *(\d+)')
@@ -68,7 +71,7 @@ LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 
 def plain(folder: Path, what: str, device: str, port: int) -> None:
-    """Run the plain server; in a process of its own."""
+    """Run the plain server. This function runs in a separate process."""
     cache = CacheModel.load(folder, device=device, precision="float32")
     fields = ("label", "probability", "labels", "probabilities", "text_logit", "cache_logit", "neighbours", "opposing",
               "unlike")  # fmt: skip
@@ -106,18 +109,18 @@ def plain(folder: Path, what: str, device: str, port: int) -> None:
 
 @dataclass
 class Server:
-    """A server process."""
+    """A server that runs in a separate process."""
 
     port: int
     process: psutil.Process
 
     def processor(self) -> float:
-        """Return the CPU seconds used so far."""
+        """Return the number of CPU seconds that the server has used."""
         found = self.process.cpu_times()
         return found.user + found.system
 
     def memory(self) -> tuple[float, float]:
-        """Return resident MiB, and the anonymous part of it, which the system cannot reclaim."""
+        """Return the resident memory in MiB, and its anonymous part, which the system cannot reclaim."""
         found = self.process.memory_info()
         return found.rss / MIB, (found.rss - found.shared) / MIB
 
@@ -155,7 +158,7 @@ def serving(kind: str, folders: list[Path], what: str, device: str) -> Iterator[
 
 @dataclass
 class Load:
-    """Clients of one server, and their results; without ``seconds`` they make each request once."""
+    """Clients of a server, and their results. If ``seconds`` is not given, they send each request once."""
 
     port: int
     requests: list[bytes]
@@ -167,7 +170,7 @@ class Load:
     answers: dict[int, dict[str, object]] = field(default_factory=dict)
 
     def run(self) -> Load:
-        """Run all clients to the end."""
+        """Run all clients until they have finished."""
         asyncio.run(self._all())
         return self
 
@@ -183,7 +186,7 @@ class Load:
         self.lasted = time.perf_counter() - self.begun
 
     async def _client(self, order: Iterator[int]) -> None:
-        """Send requests over one connection, and reconnect if it is lost."""
+        """Send requests over one connection, and reconnect if the connection is lost."""
         writer, seen = None, 0
         while self.seconds is None or time.perf_counter() - self.begun < self.seconds:
             number = next(order, None)
@@ -230,7 +233,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Material:
-    """An index, and requests to it."""
+    """An index, and the requests that are sent to it."""
 
     what: str
     index: Path
@@ -238,7 +241,7 @@ class Material:
 
     @classmethod
     def features(cls, place: Path, keys: int, dim: int, classes: int, index: str, k: int | None) -> Material:
-        """Make an index of synthetic features, and queries."""
+        """Make an index of synthetic features, and queries for it."""
         made, folder = Made(classes, dim, SEED), place / "made"
         write_tables(place, made, keys)
         source = open_source(place / "table.parquet")
@@ -249,7 +252,7 @@ class Material:
 
     @classmethod
     def images(cls, place: Path, shared: Path, shots: int) -> Material | None:
-        """Make an index of Caltech101 with lit-mini; return ``None`` if they are not available."""
+        """Make an index of Caltech101 with lit-mini, or return ``None`` if one of the two is not available."""
         split, folder = shared / "data/caltech101/split_zhou_Caltech101.json", place / "caltech"
         if not split.exists():
             click.echo(f"images: skipped; no such file {split}")
@@ -267,7 +270,7 @@ class Material:
 
     @property
     def title(self) -> str:
-        """Size and settings."""
+        """Size and settings of the index."""
         cache = CacheModel.load(self.index, device="cpu", verify="fast")
         return (
             f"{self.what}: {cache.n:,} keys x {cache.d}, {len(cache.class_names):,} classes, {cache.index.factory}, "
@@ -276,7 +279,7 @@ class Material:
 
 
 def _request(content_type: str, body: bytes, index: str) -> bytes:
-    """Return a request as sent over the wire."""
+    """Return the bytes of an HTTP request."""
     head = f"POST /v1/classify?index={index} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {content_type}\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
@@ -311,7 +314,7 @@ def compare(material: Material, clients: tuple[int, ...], seconds: float, rounds
                 line = {"clients": number, "server": name, "requests/s": 1 / statistics.median(taken[name])}
                 line["ratio"] = ratio if name == "ours" else 1.0
                 for figure in turns[0]:
-                    values = [own[figure] for own in turns[1:]]  # the first turn warmed up
+                    values = [own[figure] for own in turns[1:]]  # the first turn was a warm-up
                     line[figure] = statistics.median(values)
                     record(title, f"{name}, {figure}", values)
                 lines.append(line)
@@ -319,7 +322,10 @@ def compare(material: Material, clients: tuple[int, ...], seconds: float, rounds
 
 
 def agreement(material: Material, servers: dict[str, Server], clients: int) -> str:
-    """Send every request to both, and describe how well they agree. Raises ClickException if they do not."""
+    """Send every request to both servers, and describe how well their answers agree.
+
+    Raises ClickException if the answers differ.
+    """
     found: list[dict[int, dict[str, object]]] = []
     for name, server in servers.items():
         seen = Load(server.port, material.requests, clients, None).run()
@@ -335,7 +341,7 @@ def agreement(material: Material, servers: dict[str, Server], clients: int) -> s
 
 
 def soak(material: Material, seconds: float, every: float, device: str) -> bool:
-    """Send requests while the index is replaced, and tell whether all succeeded and new versions were served."""
+    """Send requests while the index is replaced. Return whether all requests succeeded and new versions were served."""
     apart = multiprocessing.get_context("spawn")
     ready = apart.Barrier(2)
     replacing = apart.Process(target=replace, args=(material.index, seconds, every, ready))
@@ -356,7 +362,7 @@ def soak(material: Material, seconds: float, every: float, device: str) -> bool:
 
 
 def replace(folder: Path, seconds: float, every: float, ready: Barrier) -> None:
-    """Keep adding, relabelling, removing, rebuilding and building versions, in a process of its own."""
+    """Repeatedly add, relabel and remove shots, rebuild the index and build it again. Runs in a separate process."""
     cache, added = CacheModel.load(folder, device="cpu"), [0]
     table = folder.parent / "again.parquet"
     names = [cache.class_names[i] for i in cache.class_ids.tolist()]
@@ -385,7 +391,7 @@ def replace(folder: Path, seconds: float, every: float, ready: Barrier) -> None:
 
 
 def watch(server: Server, seconds: float) -> None:
-    """Sample the server's memory twenty times, and print it."""
+    """Sample the memory of the server twenty times, and print the samples."""
     begun, samples = time.monotonic(), []
     for number in range(1, 21):
         time.sleep(max(0.0, begun + number * seconds / 20 - time.monotonic()))
@@ -396,20 +402,33 @@ def watch(server: Server, seconds: float) -> None:
 
 @against
 @click.command(help=__doc__)
-@click.option("--only", type=click.Choice(WHATS), multiple=True, help="Kind of requests; repeatable.  [default: both]")
+@click.option(
+    "--only",
+    type=click.Choice(WHATS),
+    multiple=True,
+    help="Kind of requests to send. Can be repeated.  [default: both]",
+)
 @click.option("--keys", type=click.IntRange(min=1), default=16_000, show_default=True)
 @click.option("--d", "--dim", "dim", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--classes", type=click.IntRange(min=2), default=1000, show_default=True)
 @click.option("--index", default="Flat", show_default=True)
-@click.option("-k", type=click.IntRange(min=1), help="Number of nearest keys per query.  [default: all]")
+@click.option("-k", type=click.IntRange(min=1), help="Number of nearest keys to use per query.  [default: all]")
 @click.option("--shared", type=click.Path(path_type=Path), default=SHARED, show_default=True)
-@click.option("--shots", type=click.IntRange(min=1), default=16, show_default=True, help="Shots per class (images).")
+@click.option(
+    "--shots", type=click.IntRange(min=1), default=16, show_default=True, help="Number of shots per class, for images."
+)
 @click.option("--clients", type=int, multiple=True, default=(1, 8, 64), show_default=True, help="Clients; repeatable.")
-@click.option("--seconds", type=float, default=5.0, show_default=True, help="Length of a turn.")
-@click.option("--rounds", default=5, show_default=True, help="Timed turns; 0 for none.")
-@click.option("--soak", "soaked", type=float, metavar="SECONDS", help="Length of a load test with index replacements.")
-@click.option("--every", type=float, default=5.0, show_default=True, help="Seconds between index versions.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--seconds", type=float, default=5.0, show_default=True, help="Length of a turn, in seconds.")
+@click.option("--rounds", default=5, show_default=True, help="Number of timed turns. Use 0 for no turns.")
+@click.option(
+    "--soak",
+    "soaked",
+    type=float,
+    metavar="SECONDS",
+    help="Length of a load test during which the index is replaced, in seconds.",
+)
+@click.option("--every", type=float, default=5.0, show_default=True, help="Number of seconds between index versions.")
+@click.option("--device", default="auto", show_default=True, help="Device to use: auto, cpu, cuda or cuda:N.")
 @click.option("--folder", type=click.Path(path_type=Path, exists=True), default=tempfile.gettempdir,
               help="Folder for temporary files.")  # fmt: skip
 def main(
@@ -417,7 +436,7 @@ def main(
     clients: tuple[int, ...], seconds: float, rounds: int, soaked: float | None, every: float, device: str,
     folder: Path,
 ) -> None:  # fmt: skip
-    """Measure and print."""
+    """Measure both servers, and print the results."""
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     click.echo(machine("fastapi", "uvicorn"))
     good, chosen = True, only or WHATS

@@ -1,7 +1,8 @@
-"""Measure commands from start to answer: help, one image, one feature row, with `import torch` for comparison.
+"""Measure the time from the start of a command to its answer, for the help, one image and one feature row.
 
-Figures are medians over new processes, which take turns after a warm-up turn. The indexes are temporary: one of
-Caltech101 images, encoded by --model, and one of synthetic features (benchmarks/made.py).
+For comparison, `import torch` is also measured. Figures are medians over new processes, which take turns after a
+warm-up turn. Two temporary indexes are used. One contains Caltech101 images that are encoded by --model, and the other
+contains synthetic features (benchmarks/made.py).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CLASSES = 100
 
 
 def sides(folder: Path, image: Path, keys: int, dim: int) -> dict[str, Side]:
-    """Return the timed commands, on the indexes ``images`` and ``rows`` in a folder."""
+    """Return the commands to time, which use the indexes ``images`` and ``rows`` in a folder."""
     images, features, known = folder / "images", folder / "rows", ("--cache", folder / "cache")
     large, row = f"one row of features, {keys:,} keys x {dim}", folder / "row.parquet"
     new = ("classify", images, image, "--cache", folder / "empty")
@@ -51,13 +52,18 @@ def sides(folder: Path, image: Path, keys: int, dim: int) -> dict[str, Side]:
 @against
 @click.command(help=__doc__)
 @click.option("--data", type=click.Path(path_type=Path, exists=True), default=SHARED, show_default=True)
-@click.option("--model", help="Encoder, as on the command line.  [default: models/lit-mini in --data]")
-@click.option("--images", default=CLASSES, show_default=True, help="Keys in the index of images, one per class.")
+@click.option("--model", help="Encoder to use, named as on the command line.  [default: models/lit-mini in --data]")
+@click.option(
+    "--images",
+    default=CLASSES,
+    show_default=True,
+    help="Number of keys in the index of images, with one key per class.",
+)
 @click.option("--keys", default=200_000, show_default=True, help="Number of keys in the index of features.")
 @click.option("--dim", default=512, show_default=True)
 @click.option("--runs", default=5, show_default=True)
 def main(data: Path, model: str | None, images: int, keys: int, dim: int, runs: int) -> None:
-    """Make the indexes, time the commands in turn, print the table."""
+    """Make the indexes, time the commands in turn, and print the table."""
     caltech = (data / "data/caltech101").resolve()
     model = model or f"local-dir:{(data / 'models/lit-mini').resolve()}"
     split = json.loads((caltech / "split_zhou_Caltech101.json").read_text(encoding="utf-8"))

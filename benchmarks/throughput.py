@@ -1,16 +1,18 @@
-"""Measure classification against the published plain dense form, and against the bare affinity product.
+"""Compare classification with the plain dense form that was published, and with the bare affinity product.
 
-All sides of a table run in one process and take turns, after a warm-up turn; figures are medians. Features are
-synthetic (benchmarks/made.py). Alpha and beta are set as by `index build`. Everything is float32 unless stated.
+All sides of a table run in one process, and take turns after a warm-up turn. Figures are medians. Features are
+synthetic (benchmarks/made.py). Alpha and beta are set in the same way as by `index build`. All computations use float32
+unless stated otherwise.
 
 \b
 plain dense form: affinity = f @ keys.T; cache = ((-1) * (beta - beta * affinity)).exp() @ one_hot;
     logits = 100 * f @ W.T + cache * alpha. Above 16,384 keys, in blocks of that size and 256 queries per call.
 product alone: f @ keys.T into preallocated memory, the limit for exact answers.
 
-Agreement is the share of answers that equal those of all keys in float32. Section `real` uses CLIP features of Food-101
-and lit-mini features of Caltech101, one centre view per shot. Section `files` runs `retrieval-tip classify` on feature
-tables, from Parquet to Parquet, and subtracts the time of a few rows, so that the start does not count.
+Agreement is the share of answers that are equal to the answers over all keys in float32. The section `real` uses CLIP
+features of Food-101 and lit-mini features of Caltech101, with one centre view per shot. The section `files` runs
+`retrieval-tip classify` on feature tables, from Parquet to Parquet. The time for a few rows is subtracted, so that the
+startup time is not included.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from retrieval_tip.settings import Settings
 SECTIONS = ("exact", "retrieval", "real", "files")
 DENSE_BLOCK = 16_384
 SINGLES = 8
-"""Single-query calls per turn."""
+"""Number of calls per turn when each call has a single query."""
 FEW = 32
 """Number of rows in the run whose time is subtracted."""
 
@@ -47,7 +49,7 @@ Run = Callable[[Tensor], Tensor]
 
 @dataclass
 class Way:
-    """One way to answer: ``run`` on ``batch`` queries per call, ``calls`` times per turn."""
+    """A way to answer queries, in which ``run`` is called ``calls`` times per turn with ``batch`` queries per call."""
 
     run: Run
     queries: Tensor
@@ -73,13 +75,13 @@ class Way:
         return logits
 
     def right(self, expected: Tensor) -> float:
-        """Return the share of expected answers in percent."""
+        """Return the percentage of answers that are equal to the expected answers."""
         hits = [(found == expected[at : at + len(found)]).float() for at, found in self.answers.items()]
         return 100 * float(torch.cat(hits).mean())
 
 
 def dense(cache: CacheModel) -> Run:
-    """Return the plain dense form, in blocks if there are many keys."""
+    """Return the plain dense form. If there are many keys, it computes in blocks."""
     weights, alpha, beta, c = cache.text_weights, cache.settings.alpha, cache.settings.beta, len(cache.class_names)
     keys, ids = torch.from_numpy(cache.keys).to(cache.device), cache.class_ids[:, None]
     one_hot = torch.zeros(min(cache.n, DENSE_BLOCK), c, device=cache.device)
@@ -112,7 +114,7 @@ def bare_product(cache: CacheModel, batch: int, dtype: torch.dtype = torch.float
 
 @dataclass(frozen=True)
 class Material:
-    """Keys and labelled queries; ``features`` ``[q, d]`` are on the device."""
+    """Keys and labelled queries. ``features``, of shape ``[q, d]``, are on the device."""
 
     cache: CacheModel
     features: Tensor
@@ -120,7 +122,7 @@ class Material:
 
     @classmethod
     def make(cls, size: Size, queries: int, index: str = "Flat", device: str = "cpu") -> Material:
-        """Make features, and an index of them."""
+        """Make features, and an index that contains them."""
         n, d, c = size
         made, ids = Made(c, d, SEED), np.arange(n) % c
         keys = made.draw(ids, 1)
@@ -132,7 +134,7 @@ class Material:
         return cls(cache, torch.from_numpy(made.draw(asked, 3)).to(device), torch.from_numpy(asked))
 
     def other(self, index: str = "Flat", precision: str = "float32") -> CacheModel:
-        """Return the same keys with another index type or precision."""
+        """Return an index of the same keys that has another index type or precision."""
         cache = self.cache
         settings = replace(cache.settings, k=None)
         return CacheModel.from_features(
@@ -142,12 +144,12 @@ class Material:
 
     @property
     def title(self) -> str:
-        """Size and settings."""
+        """Size and settings of the index."""
         cache, (alpha, beta) = self.cache, (self.cache.settings.alpha, self.cache.settings.beta)
         return f"{cache.n:,} x {cache.d}, {len(cache.class_names)} classes, alpha {alpha:.4g}, beta {beta:.4g}"
 
     def compare(self, section: str, ways: dict[str, Way], rounds: int, expected: Tensor | None = None) -> None:
-        """Measure the ways in turn, and compare them with the first."""
+        """Measure the given ways in turn, and compare them with the first one."""
         title = f"{section}: {self.title}, medians of {rounds} turns"
         seconds = medians(take_turns(title, ways, rounds))
         plain = next(iter(ways))
@@ -163,7 +165,7 @@ class Material:
 
 
 def exact(size: Size, queries: int, rounds: int, device: str) -> None:
-    """Measure answers from all keys."""
+    """Measure answers that use all keys."""
     material = Material.make(size, queries, "Flat", device)
     cache, f = material.cache, material.features
     half = material.other(precision="bfloat16")
@@ -179,7 +181,7 @@ def exact(size: Size, queries: int, rounds: int, device: str) -> None:
 
 
 def retrieval(size: Size, queries: int, large: int, rounds: int, device: str, others: list[tuple[str, int]]) -> None:
-    """Measure `--index auto` in batches, large batches and single queries, and other index types."""
+    """Measure `--index auto` and other index types with batches, large batches and single queries."""
     material = Material.make(size, queries, "auto", device)
     cache, f = material.cache, material.features
     made, plain = Made(size[2], size[1], SEED), dense(cache)
@@ -199,7 +201,7 @@ def retrieval(size: Size, queries: int, large: int, rounds: int, device: str, ot
 
 
 def real(data: Path, rounds: int, device: str) -> None:
-    """Measure all keys, the 64 nearest with the tail, and `Classes` with k = 256, on real features."""
+    """Measure real features with all keys, with the 64 nearest keys and the tail, and with `Classes` and k = 256."""
     with tempfile.TemporaryDirectory() as folder:
         for name, material in _real(data, Path(folder), device):
             own, q = material.cache, len(material.ids)
@@ -214,7 +216,7 @@ def real(data: Path, rounds: int, device: str) -> None:
 
 
 def _real(data: Path, folder: Path, device: str) -> Iterator[tuple[str, Material]]:
-    """Yield an index and queries of each available dataset."""
+    """Yield an index and queries for each available dataset."""
     food, caltech = data / "data/clip-food9", data / "data/caltech101/split_zhou_Caltech101.json"
     encoder, built = Encoder(seed=1), {"fit": "none", "device": device}
     if food.is_dir():
@@ -260,7 +262,7 @@ def files(size: Size, queries: int, rounds: int, device: str, place: Path) -> No
 
 
 class SizeType(click.ParamType):
-    """Keys x values x classes."""
+    """Size of an index, as the number of keys x values x classes."""
 
     name = "NxDxC"
 
@@ -279,23 +281,29 @@ SIZES = ("16000x1024x1000", "16000x512x1000", "160000x512x1000", "1000000x512x10
 
 @against
 @click.command(help=__doc__)
-@click.option("--only", type=click.Choice(SECTIONS), multiple=True, help="A section; repeatable.  [default: all]")
+@click.option(
+    "--only", type=click.Choice(SECTIONS), multiple=True, help="Section to run. Can be repeated.  [default: all]"
+)
 @click.option("--exact-size", type=SizeType(), default="16000x1024x1000", show_default=True)
-@click.option("--sizes", type=SizeType(), multiple=True, default=SIZES, help="Size for section retrieval; repeatable.")
+@click.option(
+    "--sizes", type=SizeType(), multiple=True, default=SIZES, help="Size for the section retrieval. Can be repeated."
+)
 @click.option("--index", "others", type=(str, int), multiple=True,
-              help="FAISS factory string and k to compare in section retrieval; repeatable.")  # fmt: skip
-@click.option("--rounds", default=3, show_default=True, help="Timed turns; section exact takes twice as many.")
+              help="FAISS factory string and k to compare in the section retrieval. Can be repeated.")  # fmt: skip
+@click.option(
+    "--rounds", default=3, show_default=True, help="Number of timed turns. The section exact uses twice this number."
+)
 @click.option("--queries", type=int, help="[default: 1000 for exact, 8192, and 4096 above 200,000 keys]")
 @click.option("--large-batch", default=32768, show_default=True, help="Batch size of the large batch.")
 @click.option("--files-size", type=SizeType(), default="1600x64x100", show_default=True)
-@click.option("--rows", default=100_000, show_default=True, help="Number of rows for section files.")
+@click.option("--rows", default=100_000, show_default=True, help="Number of rows for the section files.")
 @click.option("--data", type=click.Path(path_type=Path), default=SHARED, show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--device", default="auto", show_default=True, help="Device to use: auto, cpu, cuda or cuda:N.")
 def main(
     only: tuple[str, ...], exact_size: Size, sizes: tuple[Size, ...], others: tuple[tuple[str, int], ...], rounds: int,
     queries: int | None, large_batch: int, files_size: Size, rows: int, data: Path, device: str,
 ) -> None:  # fmt: skip
-    """Measure and print."""
+    """Run the sections, and print the results."""
     torch.manual_seed(SEED)
     device, chosen = resolve_device(device), only or SECTIONS
     click.echo(machine())

@@ -22,21 +22,21 @@ myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"retrieval-tip {release}"
-suppress_warnings = ["myst.header", "myst.xref_missing"]  # links to files of the repository, which are not pages
+suppress_warnings = ["myst.header", "myst.xref_missing"]  # pages link to repository files that are not pages
 
 
 def setup(app: Sphinx) -> None:
-    """Resolve short references: ``sources.open_source``, and on the site its last part alone."""
+    """Resolve short references such as ``sources.open_source`` or, on the site, ``open_source``."""
     app.connect("missing-reference", by_end)
 
 
 def by_end(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: Element) -> Element | None:
-    """Resolve a reference to the only object whose full name ends with the given one."""
+    """Resolve a reference to the only object whose full name ends with the given name."""
     if node.get("refdomain") != "py":
         return None
     node["refspecific"] = True
     targets = [node["reftarget"]]
-    if not app.config.nitpicky:  # the site documents public names, without their modules
+    if not app.config.nitpicky:  # the site documents public names that do not include their modules
         targets.append(targets[0].rpartition(".")[2])
     for target in targets:
         found = env.domains["py"].resolve_xref(

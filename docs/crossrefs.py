@@ -1,6 +1,6 @@
 """Check the cross-references in the package's docstrings with Sphinx's nitpicky mode.
 
-Reads docstrings without importing the package, which takes a quarter of autodoc's time.
+The docstrings are read without importing the package. This takes a quarter of the time that autodoc would need.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ DOCS = Path(__file__).parent
 
 
 def directives(body: list[ast.stmt], member: bool) -> Iterator[str]:
-    """Yield directives for the definitions in a module or class."""
+    """Yield a directive for each definition in a module or class."""
     seen: set[str] = set()
     for node, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             kind = "method" if member else "function"
             yield from directive(kind, f"{node.name}()", ast.get_docstring(node), again=node.name in seen)
-            seen.add(node.name)  # an overload or a property's setter
+            seen.add(node.name)  # an overload, or the setter of a property
         elif isinstance(node, ast.ClassDef):
             inside = "\n".join(directives(node.body, member=True))
             yield from directive("class", node.name, f"{ast.get_docstring(node) or ''}\n\n{inside}")
@@ -37,13 +37,13 @@ def directives(body: list[ast.stmt], member: bool) -> Iterator[str]:
 
 
 def directive(kind: str, name: str, text: str | None, again: bool = False) -> Iterator[str]:
-    """Yield the directive of one object."""
+    """Yield the directive for one object."""
     yield f".. py:{kind}:: {name}\n{'   :no-index:' if again else ''}\n"
     yield textwrap.indent(text or "", "   ") + "\n"
 
 
 def main(package: Path) -> int:
-    """Return Sphinx's exit status: 1 if a reference is broken."""
+    """Return the exit status of Sphinx, which is 1 if a reference is broken."""
     with tempfile.TemporaryDirectory() as folder:
         for file in package.rglob("*.py"):
             name = ".".join(file.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
@@ -53,7 +53,7 @@ def main(package: Path) -> int:
             page.write_text(head + "\n".join(directives(module.body, member=False)), encoding="utf-8")
         Path(folder, "index.rst").write_text("Modules\n=======\n")
         command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "dummy", "-c", DOCS]
-        # docutils does not know sections like "Args:"
+        # docutils does not support sections such as "Args:"
         command += ["-D", "nitpicky=1", "-D", "suppress_warnings=docutils"]
         return subprocess.run([*command, folder, f"{folder}/out"], check=False).returncode  # noqa: S603 # no input
 

@@ -1,6 +1,7 @@
-"""Count phrases that read as translated, per 1,000 words of the package, the page and the docs.
+"""Count phrases that sound translated, per 1,000 words of the package, the page and the docs.
 
-``prose.py [--show N]`` prints N of them. Exit status 1 if a part has more than :data:`MOST` per 1,000 words.
+Use ``--show N`` to print N of these phrases. The exit status is 1 if a part has more than :data:`MOST` phrases per
+1,000 words.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import click
 
 ROOT = Path(__file__).parents[1]
 MOST = 2.0
-"""Phrases per 1,000 words that a part may have."""
+"""Maximum number of phrases per 1,000 words in each part."""
 PARTS = {
     "package": ["retrieval_tip/**/*.py"],
     "page": ["retrieval_tip/**/*.html", "retrieval_tip/**/*.js", "retrieval_tip/**/*.j2"],
@@ -45,7 +46,7 @@ COMPILED = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in PHRASE
 
 
 def texts(path: Path) -> Iterator[str]:
-    """Yield the strings with a space and the comments of a Python file, or the whole text of another file."""
+    """Yield the comments of a Python file and its strings that contain a space, or the whole text of any other file."""
     source = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
         yield source
@@ -57,9 +58,9 @@ def texts(path: Path) -> Iterator[str]:
 
 
 @click.command(help=__doc__)
-@click.option("--show", default=0, help="Number of phrases to print, at random.")
+@click.option("--show", default=0, help="Number of phrases to print, which are selected at random.")
 def main(show: int) -> None:
-    """Print the count of each part, and fail if one is too high."""
+    """Print the count of each part, and fail if a count is too high."""
     found: list[str] = []
     highest = 0.0
     for part, patterns in PARTS.items():

@@ -1,7 +1,7 @@
-"""Take ``docs/page*.png``, screenshots of the page of ``retrieval-tip serve``, in Chromium.
+"""Take the screenshots ``docs/page*.png`` of the page of ``retrieval-tip serve`` in Chromium.
 
-Run ``make setup browser && make demo``, then ``python docs/screenshots.py demo/things demo/new``: an index, and new
-photos in class folders.
+Run ``make setup browser && make demo``, and then ``python docs/screenshots.py demo/things demo/new``. The arguments are
+an index, and a folder of new photos in class folders.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 HERE = Path(__file__).parent
 COLOURS = 256
-"""Colours of a screenshot; a palette halves the file."""
+"""Number of colours in a screenshot. Using a palette halves the size of the file."""
 WAIT = 60_000
 """Timeout in milliseconds."""
 SEEN = """[...document.images].every((one) => {
     const { top, bottom } = one.getBoundingClientRect();
     return one.naturalWidth > 0 || top >= innerHeight || bottom <= 0;
 })"""
-"""JavaScript that tells whether every visible image has loaded."""
+"""JavaScript expression that is true if all visible images have loaded."""
 SHAPE = ((0.3, 0.2), (0.62, 0.12), (0.7, 0.45), (0.5, 0.62), (0.28, 0.5))
 """A shape on the map, as fractions of its width and height."""
 
 
 def pictures(page: Page, new: Path) -> None:
-    """Take a screenshot of each screen."""
+    """Take a screenshot of each screen of the page."""
     page.set_default_timeout(WAIT)
 
     def picture(name: str) -> None:
@@ -87,7 +87,7 @@ def pictures(page: Page, new: Path) -> None:
 @click.argument("index", type=click.Path(exists=True, path_type=Path))
 @click.argument("new", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(index: Path, new: Path) -> None:
-    """Serve a copy of INDEX, and classify the photos of NEW, a folder of class folders."""
+    """Serve a copy of INDEX, and classify the photos in NEW, which is a folder of class folders."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with tempfile.TemporaryDirectory() as folder:
         copy = shutil.copytree(index, Path(folder) / index.name)

@@ -1,4 +1,4 @@
-"""Print the size of the project and the figures that CONTRIBUTING.md limits."""
+"""Print the size of the project, and the figures for which CONTRIBUTING.md sets limits."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def sources(folder: Path) -> list[Path]:
 
 
 def lines(paths: list[Path]) -> int:
-    """Count lines."""
+    """Return the total number of lines in files."""
     return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
 
 
 def spans(paths: list[Path], kind: type[ast.AST] | tuple[type[ast.AST], ...]) -> Iterator[tuple[int, str]]:
-    """Yield length and name of each class or function."""
+    """Yield the length and the name of each class or function."""
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, kind):
@@ -33,12 +33,12 @@ def spans(paths: list[Path], kind: type[ast.AST] | tuple[type[ast.AST], ...]) ->
 
 
 def words(paths: list[Path], pattern: str | re.Pattern[str]) -> int:
-    """Count occurrences of a pattern."""
+    """Return the number of occurrences of a pattern in files."""
     return sum(len(re.findall(pattern, path.read_text(encoding="utf-8"))) for path in paths)
 
 
 def main() -> None:
-    """Print the figures of a clone."""
+    """Print the figures for a clone of the repository."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("clone", nargs="?", type=Path, default=Path(__file__).resolve().parent.parent)
     root = parser.parse_args().clone
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def calls(paths: list[Path]) -> int:
-    """Count calls of ``tip.blend``."""
+    """Return the number of calls to ``tip.blend``."""
     return sum(
         isinstance(node, ast.Call)
         and (

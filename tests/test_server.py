@@ -827,7 +827,7 @@ def test_values_that_were_solved_are_sent(tmp_path: Path) -> None:
         assert sent["key_ids"] == cache.labels["key_id"].to_pylist()
         assert np.array(sent["values"]) == pytest.approx(cache.values.numpy())
     with serving(tmp_path / "solved", limits=Limits(values=159)) as client:
-        assert "160 values are more than 159" in client.get("/v1/indexes/solved/values").json()["detail"]
+        assert "at most 159" in client.get("/v1/indexes/solved/values").json()["detail"]
 
 
 def test_requests_that_make_no_sense_are_refused(both: Client, things: Path, photo: bytes) -> None:

@@ -113,8 +113,8 @@ _ROWS = options.grouped(
     options.ANSWER_OPTION("--logits", "with_logits", is_flag=True,
                  help="Show the logits of all classes, in the class order of the index."),
     options.ANSWER_OPTION("--certify", is_flag=True,
-                 help="If k keys do not decide an answer, use more keys, or all of them if necessary. The number of "
-                      "keys used is reported."),
+                 help="If k keys do not decide an answer, use more keys, or all keys if necessary. The number of keys "
+                      "used is reported."),
     options.ANSWER_OPTION("--abstain", type=Abstaining(),
                  help="Withhold the label if its probability is below P. With auto, the label is withheld if the "
                       "probability is below 0.5 or the image has no match."),

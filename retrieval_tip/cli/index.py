@@ -120,7 +120,7 @@ def build(
     """Build an index from labelled images or features.
 
     SOURCE can be a folder of class folders; a .csv, .tsv, .jsonl or .parquet table with the columns path and label; a
-    feature table (.parquet with the columns id, label and feature); a split .json, of which the train part is used; or
+    feature table (.parquet with the columns id, label and feature); a split .json, whose train part is used; or
     webdataset tars ("shards/{000..099}.tar"). Folders, tables and tars can also be on s3://, gs:// or az://. With
     --dataset, SOURCE is the folder that contains the datasets, and the prompts of the dataset are used.
     """
@@ -154,7 +154,10 @@ LEAST_RIGHT = 0.9
 
 
 def _next_step(out: Place, cache: AnsweringIndex) -> str:
-    """Return the next step to suggest after a build: add photos of a weak class, or open the page if there is none."""
+    """Return the next step to suggest after a build.
+
+    If the index has a weak class, suggest adding photos of this class. Otherwise, suggest opening the page.
+    """
     name, right, held = (cache.provenance.get("fit", {}).get("weakest") or [("", 1, 1)])[0]
     if right < LEAST_RIGHT * held:
         add, audit = (shlex.join(["retrieval-tip", "index", command, str(out)]) for command in ("add", "audit"))
@@ -365,7 +368,7 @@ def add_command(
 def merge_command(folder: Place, others: tuple[Place, ...]) -> None:
     """Add the shots of other indexes to an index.
 
-    OTHERS are indexes built with the same encoder. A new version is made for each of them.
+    OTHERS are indexes built with the same encoder. A new version is made for each index.
     """
     from retrieval_tip.index import changes
 

@@ -49,7 +49,7 @@ def source_of(path: Path | str, reading: ReadingOptions, split: str, *, labelled
 
 
 def validation(cache: CacheModel, path: Path | str, root: Path | None, number: KeysMet) -> Source:
-    """Open ``number`` validation images per class, or all of them. The default is the published number."""
+    """Open ``number`` validation images per class, or all images. The default is the published number."""
     from retrieval_tip.fit.search_hp import validation_shots
 
     val = source_of(path, ReadingOptions(root=root), "val")

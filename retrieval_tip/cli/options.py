@@ -196,8 +196,8 @@ BACKBONE = several(
     MODEL,
     PRECISION,
     BACKBONE_OPTION("--runtime", type=choice(Runtime), default="auto", show_default=True,
-                    help="Runtime for encoding images on a CPU. With auto, OpenVINO is used if its features match "
-                         "those of torch."),
+                    help="Runtime for encoding images on a CPU. With auto, OpenVINO is used if it gives the same "
+                         "features as torch."),
 )  # fmt: skip
 READING = grouped(
     "reading", ReadingOptions,

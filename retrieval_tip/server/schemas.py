@@ -344,7 +344,7 @@ class History:
 
 @dataclass(frozen=True)
 class KeyValues:
-    """The solved or trained value of each key for each class, from which the browser can compute answers."""
+    """The solved or trained value of each key for each class. The browser can compute answers from them."""
 
     version: int
     key_ids: Ints

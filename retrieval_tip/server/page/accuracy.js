@@ -11,7 +11,7 @@ export function judged(accuracy) {
   if (!known(accuracy)) return "";
   const { photos, words, both } = accuracy;
   const parts = words === null ? "" : ` Photos alone: ${percent(photos)}; class names alone: ${percent(words)}.`;
-  return `Estimated accuracy: ${percent(both ?? photos)} (measured on its own examples, each of which is hidden in turn).${parts}`;
+  return `Estimated accuracy: ${percent(both ?? photos)} (measured by hiding each of its examples in turn).${parts}`;
 }
 
 /** Return the accuracy of the current version, or null if the server cannot estimate it. */

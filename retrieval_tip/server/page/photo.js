@@ -118,7 +118,7 @@ export class Photo {
     }
   }
 
-  /** Return whether the photo is unlike all shots, given the settings of the index instead of those of the sliders. */
+  /** Return whether the photo is unlike all shots, given the settings of the index and not the sliders. */
   #unlike() {
     const least = state.info.least_cache;
     if (least === null || !this.without.size) return this.served?.unlike ?? false;
