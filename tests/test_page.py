@@ -824,9 +824,7 @@ def test_files_that_are_no_images_are_one_line(opened: Open, tmp_path: Path) -> 
     ask(page, *wrong, *photographs("test", "panda", 1), number=1)
     lines = page.locator("#troubles p")
     expect(lines).to_have_count(2)
-    expect(lines.filter(has_text="Skipped 2 files (not a JPEG, PNG or WebP image, or damaged): ")).to_contain_text(
-        "notes.jpg"
-    )
+    expect(lines.filter(has_text="Skipped 2 files")).to_contain_text("notes.jpg")
     expect(lines.filter(has_text="HEIC")).to_contain_text("save as JPEG")
     lines.first.get_by_role("button", name="Dismiss").click()
     expect(lines).to_have_count(1)
@@ -837,9 +835,7 @@ def test_a_dead_or_busy_server_is_one_line(opened: Open) -> None:
     page.route("**/v1/classify**", lambda route: route.abort())
     drop(page, *photographs("test", "panda", 3))
     expect(page.locator("#troubles p")).to_have_count(1)
-    expect(page.locator("#troubles")).to_contain_text(
-        "cannot be reached. Is it still running? 3 photos not classified yet"
-    )
+    expect(page.locator("#troubles")).to_contain_text("cannot be reached. Is it still running? 3 photos have")
     page.unroute("**/v1/classify**")
     busy = [429]
 
