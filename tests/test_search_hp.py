@@ -219,7 +219,7 @@ def test_weak_choices_are_said():
     cache = made()
     queries = asked(cache)
     few = search(cache, asked(cache, 6, 0))
-    assert any("6 queries cannot tell this choice from cache alone (66.7 %" in warning for warning in few.warnings)
+    assert any("too few to prefer these settings to cache alone (66.7 %" in warning for warning in few.warnings)
     edge = search(cache, queries, betas=[0.001, 0.002], ks=[None])
     assert any("edge" in warning for warning in edge.warnings)
 

@@ -399,7 +399,7 @@ def test_a_cautious_search_keeps_what_it_is_told_to() -> None:
     cache.settings = cache.settings.override(**dict(zip(("alpha", "beta"), trained, strict=True)))
     assert careful.accuracy == (cache.logits(hard).argmax(1).numpy() == TRUTH).mean()
     assert careful.best > careful.accuracy
-    (said,) = [warning for warning in careful.warnings if "--greedy takes it" in warning]
+    (said,) = [warning for warning in careful.warnings if "--greedy selects them" in warning]
     assert said.startswith("kept the settings (")
     assert trained[1] in careful.surface["beta"].to_pylist()
     untouched = search(cache, queries, cautious=True)

@@ -1,19 +1,20 @@
-"""Audit of labels: shots that the other shots contradict, and shots that also appear in another class.
+"""Label audit, which finds shots that contradict the other shots, and shots that also appear in another class.
 
-Each key i queries the others; all keys of its image (:func:`images_of`) are hidden from it. The score of class c is the
-mean weight of its ``n_c`` visible keys, so that the number of shots does not matter::
+Each key i is used as a query against the other keys, except for the keys of the same image (:func:`images_of`). The
+score of class c is the mean weight of its ``n_c`` visible keys, so that the number of shots does not matter::
 
     score(i, c) = 1 / n_c * sum over visible keys j of class c of exp(-beta (1 - K_i K_j))
     suggested   = argmax over c of score(i, c)             # or its own label (see audit)
     margin      = log(score(i, suggested) / score(i, own label))
 
-Beta is the untouched one (:func:`defaults.untouched_settings`), since margins grow with beta and would not be
-comparable between indexes. Trained ``values`` are ignored. A fitted index is judged by its raw keys
-(:func:`closed_form.unfitted`), since its metric knows each shot's label and would confirm a wrong one. A class without
-visible keys has no score. A shot that is the only image of its class cannot be judged: its suggestion, scores, margin
-and rank are null, and it is listed only as a duplicate.
+Beta is always the untouched beta (:func:`defaults.untouched_settings`), because margins grow with beta and would
+otherwise not be comparable between indexes. Trained ``values`` are ignored. A fitted index is audited with its raw keys
+(:func:`closed_form.unfitted`), because its metric was fitted to each shot's label and would confirm a wrong label.
 
-Keys are processed in blocks, so memory stays flat.
+A class that has no visible keys has no score. If a shot is the only image of its class, it cannot be scored. Its
+suggestion, scores, margin and rank are null, and it is listed only if it is a duplicate.
+
+The keys are processed in blocks, so memory use does not grow with the number of keys.
 """
 
 from __future__ import annotations
@@ -38,34 +39,40 @@ from retrieval_tip.settings import KeysMet
 from retrieval_tip.store.labels import digest_codes, images_of
 
 ALL_PAIRS, MET = 1 << 33, 256
-"""Largest number of affinities for an exact audit (90,000 keys); keys per shot beyond it."""
+"""Largest number of affinities for an exact audit (90,000 keys), and the number of keys per shot in larger indexes."""
 VALUES = 1 << 23
-"""Affinities in memory at a time: 32 MiB of float32, and a few arrays of that size."""
+"""Number of affinities in memory at a time. They take 32 MiB in float32, and a few arrays of this size are needed."""
 LEAST = torch.finfo(torch.float32).tiny
-"""Smallest score in a margin, relative to the nearest key's weight; bounds margins by 88."""
+"""Smallest score in a margin, relative to the weight of the nearest key. It limits margins to 88."""
 CLEAR = 1.0
-"""Margin above which a label looks wrong: another class fits more than e times as well."""
+"""Margin above which a label looks wrong, because another class fits more than e times as well."""
 
 
 def audit(cache: CacheModel, *, k: KeysMet = None, borderline: bool = False) -> pa.Table:
-    """List shots that look mislabelled, and duplicates of shots in another class, most suspicious first.
+    """List shots that look mislabelled, and duplicates of shots in another class. The most suspicious shots come first.
 
-    A shot looks mislabelled if another class fits clearly better (:data:`CLEAR`), or at all better with ``borderline``.
-    Other listed shots keep their label as the suggestion.
+    A shot looks mislabelled if another class fits clearly better (:data:`CLEAR`). With ``borderline``, it is enough
+    that another class fits better. For all other shots in the list, the suggestion is their own label.
 
-    ``k = "all"`` is exact and computes ``n^2`` affinities (16,000 keys of 512 values take 3 s on two cores). A number
-    sums over the ``k`` nearest keys by the cache's index. ``None`` is "all" up to :data:`ALL_PAIRS` affinities, else
-    :data:`MET`.
+    ``k = "all"`` is exact and computes ``n^2`` affinities, which takes 3 s for 16,000 keys of 512 values on two cores.
+    If ``k`` is a number, the sums only include the ``k`` nearest keys that the index finds. ``None`` stands for
+    ``"all"`` up to :data:`ALL_PAIRS` affinities, and for :data:`MET` beyond.
 
-    Returns a table, sorted by falling margin and then key id, with the columns key_id, source, label, suggested,
-    own_score, suggested_score, margin, rank (of its own label; 1 is the highest score), nearest_key_id, nearest_source,
-    nearest_label, nearest_affinity (of the nearest visible key), and duplicate_of: the closest retrieved key of another
-    class with the same digest or a cosine of at least :data:`duplicates.NEAR`. Raises UsageError if ``k`` is below 1.
+    Returns a table that is sorted by falling margin and then by key id. Its columns are:
+
+    - ``key_id``, ``source``, ``label``: the shot
+    - ``suggested``, ``own_score``, ``suggested_score``, ``margin``: the suggested label, and how well both labels fit
+    - ``rank``: the rank of the shot's own label, where 1 is the highest score
+    - ``nearest_key_id``, ``nearest_source``, ``nearest_label``, ``nearest_affinity``: the nearest visible key
+    - ``duplicate_of``: the closest retrieved key of another class that has the same digest or a cosine of at least
+      :data:`duplicates.NEAR`
+
+    Raises UsageError if ``k`` is below 1.
     """
     cache = unfitted(cache)
     n, c, device, met = cache.n, len(cache.class_names), cache.device, _keys_met(cache.n, k)
     images, digests = images_of(cache.labels), digest_codes(cache.labels)
-    members = np.split(np.argsort(images, kind="stable"), np.cumsum(np.bincount(images))[:-1])  # by image
+    members = np.split(np.argsort(images, kind="stable"), np.cumsum(np.bincount(images))[:-1])  # rows of each image
     class_ids, counts = cache.class_ids.cpu().numpy(), np.array(cache.counts, dtype=np.float32)
     _, beta = untouched_settings(cache.keys, class_ids)
     image, digest = (torch.from_numpy(x).to(device) for x in (images, digests))
@@ -125,9 +132,10 @@ def _keys_met(n: int, k: KeysMet) -> int | None:
 
 
 def _met(cache: CacheModel, features: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
-    """Return affinities to the ``k`` nearest keys and their rows, both ``[q, k]``.
+    """Return the affinities to the ``k`` nearest keys and the rows of these keys. Both have shape ``[q, k]``.
 
-    Without ``k``, returns affinities to all keys ``[q, n]``, stored by key for faster sums by class, and rows ``[n]``.
+    If ``k`` is ``None``, return the affinities to all keys, of shape ``[q, n]``, and their rows, of shape ``[n]``. The
+    affinities are then stored key by key, which makes per-class sums faster.
     """
     if k is not None:
         near = cache.retrieval.nearest(features, k)
@@ -141,7 +149,7 @@ def _met(cache: CacheModel, features: Tensor, k: int | None) -> tuple[Tensor, Te
 
 
 def _table(cache: CacheModel, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
-    """Describe suspicious shots, most suspicious first; row -1 stands for no key."""
+    """Return the table of suspicious shots, sorted by falling margin. Row -1 means that there is no such key."""
     key_ids, names = cache.labels["key_id"].to_numpy(), pa.array(cache.class_names, pa.string())
     judged = shots["judged"]
     order = np.lexsort((key_ids[shots["row"]], -np.where(judged, shots["margin"], 0)))

@@ -1,7 +1,8 @@
-"""Baselines: simple linear classifiers trained on the shots of an index.
+"""Baselines, which are simple linear classifiers trained on the shots of an index.
 
-Notation: ``K`` ``[n, d]`` are the keys of an index; ``mu_c`` is the mean of the ``n_c`` keys of class c. Baselines
-choose their hyperparameters on the same folds of the shots as the closed form (:mod:`fit.closed_form`).
+In the formulas, ``K`` is the matrix of keys, of shape ``[n, d]``, and ``mu_c`` is the mean of the ``n_c`` keys of
+class c. The hyperparameters of a baseline are selected on the same folds of the shots as those of the closed-form fit
+(:mod:`fit.closed_form`).
 """
 
 from __future__ import annotations
@@ -20,33 +21,37 @@ from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.store.labels import images_of
 
 SCALE = 100.0
-"""Scale of cosines to class means, like CLIP's for text."""
+"""Scale of the cosines to class means. It equals the scale that CLIP uses for text."""
 
 CS = (10.0, 100.0, 1000.0, 10000.0)
-"""Inverse regularisation strengths of a linear probe, for unit features."""
+"""Inverse regularisation strengths to try for a linear probe on unit features."""
 
 SINGLE_C = 1000.0
-"""Inverse strength with one shot per class, where nothing can be held out."""
+"""Inverse regularisation strength if each class has one shot, since no shot can then be held out."""
 STEPS = 300
-"""Largest number of L-BFGS steps for each C."""
+"""Maximum number of L-BFGS steps for each C."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """``logits = f W^T + b``: weights ``W`` ``[c, d]`` and bias ``b`` ``[c]``, float32."""
+    """A linear classifier ``logits = f W^T + b``.
+
+    The weights ``W`` have shape ``[c, d]`` and the bias ``b`` has shape ``[c]``. Both are float32.
+    """
 
     weights: Tensor
     bias: Tensor
 
     def logits(self, features: Features) -> Tensor:
-        """Return logits ``[q, c]`` of features ``[q, d]``."""
+        """Return the logits of features, as a tensor of shape ``[q, c]``. The features have shape ``[q, d]``."""
         return torch.as_tensor(features, dtype=torch.float32) @ self.weights.T + self.bias
 
 
 def class_means(cache: CacheModel) -> Linear:
-    """Return the nearest class mean classifier: ``100 f unit(mu_c)^T``, 0 for classes without keys.
+    """Return the nearest class mean classifier ``100 f unit(mu_c)^T``.
 
-    Source: Mensink et al., TPAMI 2013, with cosines.
+    The logit is 0 for a class that has no keys. See Mensink et al., TPAMI 2013. Cosines are used here instead of
+    distances.
     """
     folds = _folds(cache)
     means = normalize(_means(folds, torch.arange(cache.n)))
@@ -54,10 +59,10 @@ def class_means(cache: CacheModel) -> Linear:
 
 
 def linear_probe(cache: CacheModel) -> Linear:
-    """Fit logistic regression: ``min over W, b of |W|^2 / 2 + C sum_i -log softmax(k_i W^T + b)[y_i]``.
+    """Fit logistic regression, which minimises ``|W|^2 / 2 + C sum_i -log softmax(k_i W^T + b)[y_i]`` over W and b.
 
-    Chooses the C of :data:`CS` with the highest accuracy on the folds; ties go to the lowest cross-entropy. Source: the
-    linear probe of CLIP (Radford et al., ICML 2021), which chooses C on validation images.
+    The C from :data:`CS` with the highest accuracy on the folds is selected. Ties go to the lowest cross-entropy. This
+    is the linear probe of CLIP (Radford et al., ICML 2021), except that CLIP selects C on validation images.
     """
     folds = _folds(cache)
     right, losses = torch.zeros(len(CS)), torch.zeros(len(CS))
@@ -71,11 +76,12 @@ def linear_probe(cache: CacheModel) -> Linear:
 
 
 def discriminant(cache: CacheModel) -> Linear:
-    """Fit Gaussian discriminant analysis: ``a text + b (f S^-1 mu_c^T - mu_c S^-1 mu_c^T / 2)``.
+    """Fit Gaussian discriminant analysis, which gives ``a text + b (f S^-1 mu_c^T - mu_c S^-1 mu_c^T / 2)``.
 
-    ``S^-1`` is ``d ((n - 1) S + tr(S) I)^-1`` up to a factor, for the scatter ``S`` within classes (or of all keys, if
-    each class has one). ``a`` and ``b`` maximise the likelihood on the folds; without folds they are 1. Source:
-    GDA-CLIP (Wang et al., ICLR 2024), which chooses ``b / a`` on validation images.
+    ``S^-1`` is ``d ((n - 1) S + tr(S) I)^-1`` up to a factor, where ``S`` is the within-class scatter. If each class
+    has one key, ``S`` is the scatter of all keys. ``a`` and ``b`` maximise the log-likelihood on the folds. If there
+    are no folds, both are 1. This is GDA-CLIP (Wang et al., ICLR 2024), except that GDA-CLIP selects ``b / a`` on
+    validation images.
     """
     folds = _folds(cache)
     whole, a, b = _gaussian(folds, torch.arange(cache.n)), 1.0, 1.0
@@ -95,14 +101,14 @@ def _folds(cache: CacheModel) -> Folds:
 
 
 def _means(folds: Folds, rows: Tensor) -> Tensor:
-    """Return class means ``[c, d]`` of some of the keys; 0 for classes without keys."""
+    """Return the class means of the keys in ``rows``, of shape ``[c, d]``. The mean of a class without keys is 0."""
     keys, ids = folds.taken(rows)
     sums = torch.zeros(folds.c, keys.shape[1]).index_add_(0, ids, keys)
     return sums / torch.bincount(ids, minlength=folds.c).clamp_min(1)[:, None]
 
 
 def _gaussian(folds: Folds, rows: Tensor) -> Linear:
-    """Return the discriminant of some of the keys, without text."""
+    """Return the discriminant of the keys in ``rows``, excluding the text term."""
     means, d = _means(folds, rows).double(), folds.keys.shape[1]
     metric = Within(d / (len(rows) - 1 + d)).fit(folds.scatter(rows))
     weights = means if metric is None else means @ (metric.transform.double() @ metric.transform.double())
@@ -110,7 +116,10 @@ def _gaussian(folds: Folds, rows: Tensor) -> Linear:
 
 
 def _probes(folds: Folds, rows: Tensor, cs: tuple[float, ...]) -> list[Linear]:
-    """Fit linear probes to some of the keys, one for each ascending C; each starts from the previous one."""
+    """Fit a linear probe to the keys in ``rows`` for each C.
+
+    The values of C must be ascending, because each probe starts from the weights of the previous one.
+    """
     keys, ids = folds.taken(rows)
     weights = torch.zeros(folds.c, keys.shape[1], requires_grad=True)
     bias = torch.zeros(folds.c, requires_grad=True)

@@ -1,7 +1,8 @@
-"""Calibration of probabilities: expected calibration error, temperature scaling, and accuracy against coverage.
+"""Calibration of probabilities by temperature scaling, expected calibration error, and accuracy against coverage.
 
-Notation: ``confidence`` ``[n]`` is the probability of each answer, ``right`` ``[n]`` whether it is correct. Guo et al.:
-C. Guo, G. Pleiss, Y. Sun, K. Weinberger, "On Calibration of Modern Neural Networks", ICML 2017.
+``confidence``, of shape ``[n]``, is the probability of each answer. ``right``, of shape ``[n]``, tells whether the
+answer is correct. "Guo et al." refers to C. Guo, G. Pleiss, Y. Sun and K. Weinberger, "On Calibration of Modern Neural
+Networks", ICML 2017.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ log = logging.getLogger(__name__)
 BINS = 15
 """Number of bins, as in Guo et al."""
 LOWEST, HIGHEST = 1e-4, 1e4
-"""Bounds of a fitted temperature, as multiples of the largest spread of a row of logits."""
+"""Bounds of a fitted temperature, as multiples of the largest spread within a row of logits."""
 ITSELF = 1e-4
-"""Squared distance to a key below which a validation item counts as a shot."""
+"""A validation item counts as a shot if its squared distance to a key is below this value."""
 _BLOCK = 1 << 21
 _STEPS, _TOLERANCE = 200, 1e-12
 
@@ -39,7 +40,10 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Bin:
-    """Answers with ``low < confidence <= high``, in the first bin also 0; an empty bin has ``None`` as means."""
+    """The answers with ``low < confidence <= high``.
+
+    The first bin also includes a confidence of 0. The means of an empty bin are ``None``.
+    """
 
     low: float
     high: float
@@ -49,9 +53,10 @@ class Bin:
 
 
 class Coverage(NamedTuple):
-    """Accuracy and coverage ``[m]`` at each distinct threshold, highest first.
+    """Accuracy and coverage at each of the ``m`` distinct thresholds, in falling order.
 
-    ``coverage[j]`` is the fraction of answers with ``confidence >= threshold[j]``, ``accuracy[j]`` their accuracy.
+    ``coverage[j]`` is the fraction of answers with ``confidence >= threshold[j]``, and ``accuracy[j]`` is the accuracy
+    of these answers. All arrays have shape ``[m]``.
     """
 
     threshold: Floats
@@ -60,9 +65,9 @@ class Coverage(NamedTuple):
 
 
 def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BINS) -> list[Bin]:
-    """Return confidence and accuracy in ``bins`` equal bins ``(m / bins, (m + 1) / bins]`` (Guo et al., eq. 2).
+    """Return the confidence and accuracy in equal bins ``(m / bins, (m + 1) / bins]`` (Guo et al., eq. 2).
 
-    ``confidence`` and ``right`` are ``[n]`` with n >= 1 and values in [0, 1].
+    ``confidence`` and ``right`` have shape ``[n]``, with n >= 1 and values in [0, 1].
     """
     p, hit = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
     edges = np.linspace(0, 1, bins + 1)
@@ -84,7 +89,7 @@ def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BIN
 def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BINS) -> float:
     """Return ``ECE = sum over bins m of (n_m / n) |accuracy_m - mean confidence_m|``, 0 to 1 (Guo et al., eq. 3).
 
-    Uses the bins of :func:`reliability`. The estimate is biased upwards if bins hold few answers.
+    See :func:`reliability` for the bins. The estimate is biased upwards if the bins contain few answers.
     """
     curve = reliability(confidence, right, bins)
     n = sum(b.count for b in curve)
@@ -95,7 +100,10 @@ def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike, 
 
 
 def accuracy_coverage(confidence: npt.ArrayLike, right: npt.ArrayLike) -> Coverage:
-    """Return accuracy and coverage at each distinct confidence as the threshold; the last entry covers everything."""
+    """Return the accuracy and coverage if each distinct confidence is used as the threshold.
+
+    The last entry covers all answers.
+    """
     p, hit = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
     order = np.argsort(-p, kind="stable")
     p, hit = p[order], hit[order]
@@ -107,14 +115,14 @@ def accuracy_coverage(confidence: npt.ArrayLike, right: npt.ArrayLike) -> Covera
 def fit_temperature(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor) -> float:
     """Return the temperature T > 0 that maximises the likelihood of ``softmax(logits / T)`` (Guo et al., section 4.2).
 
-    Minimises the convex ``NLL(u) = mean over i of [log sum_c exp(u z_ic) - u z_i,label]`` over ``u = 1 / T``, by
-    Newton's method on its slope ``mean(E_p[z] - z_label)`` within a shrinking bracket, in float64. Scaling the logits
-    scales T; predictions do not change.
+    The convex ``NLL(u) = mean over i of [log sum_c exp(u z_ic) - u z_i,label]`` is minimised over ``u = 1 / T``. This
+    uses Newton's method on the slope ``mean(E_p[z] - z_label)`` within a shrinking bracket, in float64. If the logits
+    are scaled, T is scaled by the same factor. The temperature does not change the predictions.
 
     The best T tends to 0 if every answer is right, and to infinity if the logits are no better than chance. T is
-    therefore bounded (:func:`temperature_bounds`). Logits that are all equal give 1.
+    therefore bounded (see :func:`temperature_bounds`). If all logits are equal, T is 1.
 
-    ``logits`` ``[n, c]`` are finite, ``labels`` ``[n]`` are class ids.
+    ``logits`` are finite and have shape ``[n, c]``. ``labels`` are class ids of shape ``[n]``.
     """
     z, y = torch.as_tensor(logits), torch.as_tensor(labels, dtype=torch.int64)
     low, high = (1 / t for t in reversed(temperature_bounds(z)))
@@ -137,7 +145,7 @@ def fit_temperature(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tens
 
 
 def temperature_bounds(logits: npt.ArrayLike | Tensor) -> tuple[float, float]:
-    """Return the bounds of :func:`fit_temperature` for logits ``[n, c]``; (1, 1) if they are all equal."""
+    """Return the bounds that :func:`fit_temperature` uses for these logits, or (1, 1) if all logits are equal."""
     z = torch.as_tensor(logits)
     spread = float((z.amax(dim=1).double() - z.amin(dim=1).double()).max())
     return (LOWEST * spread, HIGHEST * spread) if spread > 0 else (1.0, 1.0)
@@ -146,7 +154,7 @@ def temperature_bounds(logits: npt.ArrayLike | Tensor) -> tuple[float, float]:
 def negative_log_likelihood(
     logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor, temperature: float
 ) -> float:
-    """Return the mean of ``-log softmax(logits / T)[label]`` in nats, float64; arguments as :func:`fit_temperature`."""
+    """Return the mean of ``-log softmax(logits / T)[label]`` in nats. See :func:`fit_temperature` for the arguments."""
     z, y = torch.as_tensor(logits), torch.as_tensor(labels, dtype=torch.int64)
     total = 0.0
     for rows, label in _blocks(z, y):
@@ -156,7 +164,7 @@ def negative_log_likelihood(
 
 
 def _slope(z: Tensor, y: Tensor, u: float) -> tuple[float, float]:
-    """Return the derivatives of NLL by u: ``mean(E_p[z] - z_y)`` and ``mean(Var_p[z])``."""
+    """Return the first two derivatives of the NLL by u, which are ``mean(E_p[z] - z_y)`` and ``mean(Var_p[z])``."""
     first = second = 0.0
     for rows, label in _blocks(z, y):
         p = (u * rows).softmax(dim=1)
@@ -167,7 +175,7 @@ def _slope(z: Tensor, y: Tensor, u: float) -> tuple[float, float]:
 
 
 def _blocks(z: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield blocks of rows in float64, shifted so that the largest logit is 0."""
+    """Yield blocks of rows in float64. Each row is shifted so that its largest logit is 0."""
     step = max(1, _BLOCK // z.shape[1])
     for start in range(0, len(z), step):
         rows = z[start : start + step].double()
@@ -176,9 +184,9 @@ def _blocks(z: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A temperature fitted on ``n`` items, with ECE and negative log likelihood (nats) before and after.
+    """A temperature fitted on ``n`` items, with the ECE and the negative log-likelihood (in nats) before and after.
 
-    ``at_bound`` is true if the best T would be 0 or infinite.
+    ``at_bound`` is true if the best temperature would be 0 or infinite.
     """
 
     temperature: float
@@ -192,10 +200,11 @@ class Calibration:
 
 
 def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> tuple[Settings, Calibration]:
-    """Fit the temperature of an index on a labelled validation source (:func:`fit_temperature`).
+    """Fit the temperature of an index on a labelled validation source (see :func:`fit_temperature`).
 
-    Returns the settings of the index with this temperature, and the result. Predictions do not change. Fit again after
-    changing settings or keys. Raises InputError if the source is empty or has labels that are not classes of the index.
+    Returns the index settings with the new temperature, and a description of the fit. The predictions do not change.
+    Fit the temperature again after you change the settings or the keys. Raises InputError if the source is empty, or if
+    one of its labels is not a class of the index.
     """
     truth = torch.from_numpy(cache.ids_of(source))
     parts: list[Tensor] = []
@@ -220,7 +229,7 @@ def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> tuple[Sett
     if at_bound:
         what = "every answer is right" if bool(right.all()) else "the answers are no better than chance"
         log.warning(
-            "%s: %s, so the temperature is at its bound, %.4g; use more validation photos",
+            "%s: %s, so the temperature is at its bound (%.4g); use more validation photos",
             source.name, what, fitted,
         )  # fmt: skip
     if shots:
@@ -241,7 +250,7 @@ def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> tuple[Sett
 
 
 def apply(cache: CacheModel, settings: Settings, calibration: Calibration, source: str, folder: Path) -> None:
-    """Store the result of :func:`calibrate` as a new version of an index. Raises StoreError as saving does."""
+    """Save the result of :func:`calibrate` as a new version of the index. Raises StoreError if it cannot be saved."""
     cache.settings = settings
     cache.provenance = cache.provenance | {"temperature": f"fitted on {source}, n={calibration.n}"}
     cache.save_settings(folder, "calibrate")

@@ -1,4 +1,4 @@
-"""Evaluation: accuracy of an index, by class and by part of the logits, and calibration."""
+"""Evaluation of the accuracy of an index, overall, by class and by part of the logits, and of its calibration."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Affinities:
-    """Histogram of affinities between queries and keys: bin ``edges`` ``[m + 1]`` and counts ``[m]``.
+    """Histogram of the affinities between queries and keys.
 
-    ``same`` counts keys of the query's true class, ``other`` all other keys. Pairs beyond the edges count in the end
+    ``edges`` holds the edges of the bins, of shape ``[m + 1]``. ``same`` counts the keys of the query's true class and
+    ``other`` counts all other keys; both have shape ``[m]``. Affinities beyond the edges are counted in the outermost
     bins.
     """
 
@@ -42,7 +43,10 @@ class Affinities:
 
 @dataclass(frozen=True)
 class Part:
-    """Answers by one part of the logits: class ids ``predicted`` ``[n]`` and their ``confidence`` ``[n]``."""
+    """The answers that one part of the logits gives, as ``predicted`` class ids and their ``confidence``.
+
+    Both arrays have shape ``[n]``.
+    """
 
     predicted: Ints
     confidence: Floats
@@ -50,11 +54,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Details:
-    """Details of each item ``[n]``: its ``positions`` in the source, and natural logarithms of probabilities.
+    """Details of each item, as arrays of shape ``[n]``.
 
-    ``log_truth`` belongs to the true class, ``log_doubt`` to all classes except the answer; both still rank items whose
-    probabilities round to 0 or 1. ``text`` holds the answers of ``softmax(text logits)``, ``cache`` of
-    ``softmax(alpha * cache logits)``.
+    ``positions`` are the positions of the items in the source. ``log_truth`` is the natural logarithm of the
+    probability of the true class. ``log_doubt`` is that of the probability of all classes except the answer. Both can
+    be used to rank items whose probabilities round to 0 or 1. ``text`` holds the answers of ``softmax(text logits)``,
+    and ``cache`` holds the answers of ``softmax(alpha * cache logits)``.
     """
 
     positions: Ints
@@ -66,9 +71,10 @@ class Details:
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers of an evaluation: class ids ``truth`` and ``predicted`` and the ``confidence``, ``[n]`` each, in order.
+    """The answers in an evaluation, in the order of the items.
 
-    ``affinities`` and ``details`` are ``None`` unless requested.
+    ``truth`` and ``predicted`` are class ids, and ``confidence`` is the probability of the answer. All three have shape
+    ``[n]``. ``affinities`` and ``details`` are ``None`` unless they were requested.
     """
 
     truth: Ints
@@ -80,23 +86,24 @@ class Answers:
 
     @property
     def right(self) -> npt.NDArray[np.bool_]:
-        """Whether each answer is right, ``[n]``."""
+        """Whether each answer is right, as an array of shape ``[n]``."""
         right: npt.NDArray[np.bool_] = self.truth == self.predicted
         return right
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracies of an index on the ``n`` readable items of a source, as fractions.
+    """The accuracy of an index on the ``n`` readable items of a source. All accuracies are fractions.
 
-    - ``top1``, ``top5``: accuracies of the blended logits
-    - ``zero_shot_top1``: accuracy of the text logits (``None`` without text weights)
-    - ``cache_top1``: accuracy of the cache logits
-    - ``per_class``: top-1 by label, for classes that occur; ``mean_per_class``: their mean
-    - ``ece``: expected calibration error of ``softmax(blended logits / temperature)`` in 15 bins
-    - ``confusions``: the most frequent (label, predicted, count)
-    - ``coverage``: with ``abstain``, the fraction of answers with at least that probability; ``selective_top1``: their
-      accuracy (``None`` without such answers)
+    - ``top1``, ``top5``: the accuracies of the blended logits
+    - ``zero_shot_top1``: the accuracy of the text logits, or ``None`` if the index has no text weights
+    - ``cache_top1``: the accuracy of the cache logits
+    - ``per_class``: the top-1 accuracy of each class that occurs in the source
+    - ``mean_per_class``: the mean of ``per_class``
+    - ``ece``: the expected calibration error of ``softmax(blended logits / temperature)`` in 15 bins
+    - ``confusions``: the most frequent errors, as tuples (label, predicted, count)
+    - ``coverage``: the fraction of answers whose probability is at least ``abstain``, if ``abstain`` is given
+    - ``selective_top1``: the accuracy of these answers, or ``None`` if there are none
     """
 
     top1: float
@@ -116,7 +123,7 @@ class Evaluation:
     selective_top1: float | None = None
 
     def to_dict(self) -> dict[str, object]:
-        """Return the figures as ``evaluate --json`` prints them; ``k`` is ``"all"`` if every key is used."""
+        """Return the figures that ``evaluate --json`` prints. ``k`` is ``"all"`` if every key is used."""
         left_out = {"answers"} | ({"abstain", "coverage", "selective_top1"} if self.abstain is None else set())
         facts: dict[str, object] = {}
         for field_ in fields(self):
@@ -133,11 +140,11 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """Classify a labelled source and compare the answers with its labels.
 
-    ``k`` and ``tail`` default to the settings of the index. ``abstain`` is a probability below which answers would be
-    withheld. ``affinities`` adds a histogram of affinities to keys.
+    ``k`` and ``tail`` default to the settings of the index. ``abstain`` is the probability below which an answer would
+    be withheld. ``affinities`` adds a histogram of the affinities between queries and keys.
 
-    Raises InputError if the source is empty or has labels that are not classes of the index; UsageError for ``abstain``
-    outside 0 to 1.
+    Raises InputError if the source is empty, or if one of its labels is not a class of the index. Raises UsageError if
+    ``abstain`` is not between 0 and 1.
     """
     cache = cache.with_settings(cache.settings.override(k=k, tail=tail))
     truth = cache.ids_of(source)
@@ -148,9 +155,10 @@ def judge(
     cache: AnsweringIndex, blocks: Iterable[FeatureBlock], ids: Ints, skipped: Sequence[Skipped] = (), *,
     abstain: float | None = None, affinities: bool = False, details: bool = False,
 ) -> Evaluation:  # fmt: skip
-    """Evaluate encoded items: ``blocks`` of a source with class ids ``ids``. See :func:`evaluate`.
+    """Evaluate ``blocks`` of encoded items against the class ids ``ids`` of their source.
 
-    ``skipped`` is read after the last block. ``details`` keeps :class:`Details` of each item.
+    ``skipped`` is read after the last block. ``details`` adds :class:`Details` of each item. See :func:`evaluate` for
+    the other arguments.
     """
     if abstain is not None and not 0 <= abstain <= 1:
         raise UsageError(f"abstain is {abstain}: give a probability, 0 to 1")
@@ -200,10 +208,11 @@ def judge(
 def _answer(
     cache: AnsweringIndex, features: npt.NDArray[np.float32], truth: Ints, details: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Classify ``q`` features of classes ``truth``, and return ``ranked``, ``confidence`` and ``chances``.
+    """Classify ``q`` features whose classes are ``truth``, and return ``ranked``, ``confidence`` and ``chances``.
 
-    ``ranked`` ``[q, m + 2]`` holds the ids of the ``m`` (at most 5) largest blended logits, of the largest text logit
-    and of the largest cache logit. ``chances`` ``[q, 4]`` are columns of :class:`Details`, or ``[q, 0]`` without them.
+    ``ranked`` has shape ``[q, m + 2]``. It holds the class ids of the ``m`` largest blended logits (at most 5), of the
+    largest text logit and of the largest cache logit. ``chances`` holds the columns of :class:`Details` and has shape
+    ``[q, 4]``, or ``[q, 0]`` if ``details`` is false.
     """
     terms, settings = cache.terms(features), cache.settings
     text, alone, logits = terms.text, terms.cache, terms.logits(settings)
@@ -221,7 +230,7 @@ def _answer(
 
 
 class _Pairs:
-    """A histogram of affinities between queries and keys, filled block by block."""
+    """A histogram of affinities between queries and keys that is filled block by block."""
 
     def __init__(self, cache: AnsweringIndex) -> None:
         self._cache = cache
@@ -230,7 +239,10 @@ class _Pairs:
         self._other = torch.zeros(AFFINITY_BINS, dtype=torch.int64)
 
     def add(self, features: npt.NDArray[np.float32], truth: torch.Tensor) -> None:
-        """Count the affinities of queries ``[q, d]`` of classes ``truth`` ``[q]`` to every key."""
+        """Count the affinities between queries and every key.
+
+        The queries have shape ``[q, d]``, and ``truth`` holds their class ids.
+        """
         cache, device = self._cache, self._cache.device
         for first in range(0, len(features), QUERY_BLOCK):
             f = torch.from_numpy(np.ascontiguousarray(features[first : first + QUERY_BLOCK])).float().to(device)
@@ -239,13 +251,13 @@ class _Pairs:
             for keys, ids in cache.key_blocks():
                 affinity = tip.affinity(f, keys)
                 same = y[:, None] == ids[None]
-                if self._reach is None:  # 1 for unit vectors; fine-tuned keys can exceed it
+                if self._reach is None:  # affinities of unit vectors are at most 1, but fine-tuned keys can exceed 1
                     self._reach = max(1.0, float(affinity.abs().max()))
                 at = ((affinity / self._reach + 1) * (AFFINITY_BINS / 2)).long().clamp_(0, AFFINITY_BINS - 1)
                 self._same += torch.bincount(at[same], minlength=AFFINITY_BINS).cpu()
                 self._other += torch.bincount(at[~same], minlength=AFFINITY_BINS).cpu()
 
     def counted(self) -> Affinities:
-        """Return the histogram of all pairs so far."""
+        """Return the histogram of all pairs that have been counted so far."""
         reach = self._reach or 1.0
         return Affinities(np.linspace(-reach, reach, AFFINITY_BINS + 1), self._same.numpy(), self._other.numpy())

@@ -1,4 +1,4 @@
-"""Exemplars: a typical key of each class."""
+"""Exemplars, which are typical keys of each class."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from retrieval_tip.answering import AnsweringIndex
 
 KEYS, COMPARED = 1 << 15, 1 << 11
-"""Largest number of keys searched for exemplars, and of keys compared for mean affinities."""
+"""Largest number of keys that are searched for exemplars, and that are compared to compute mean affinities."""
 
 
 @dataclass(frozen=True)
 class TypicalKeys:
-    """Ids of the exemplars, and mean affinities within a class (``own``) and between classes (``other``).
+    """The ids of the exemplars, and the mean affinities within a class (``own``) and between classes (``other``).
 
-    A mean is ``None`` without such pairs.
+    A mean is ``None`` if there are no such pairs of keys.
     """
 
     key_ids: list[int]
@@ -26,7 +26,10 @@ class TypicalKeys:
 
 
 def exemplars(cache: AnsweringIndex) -> TypicalKeys:
-    """Return the key of each class nearest to the class mean, among the first :data:`KEYS`, in the metric."""
+    """Return the key of each class that is nearest to the class mean in the metric of the index.
+
+    Only the first :data:`KEYS` keys are considered.
+    """
     blocks, most = [], KEYS
     for block, block_ids in cache.key_blocks():
         blocks.append((block[:most].float().cpu(), block_ids[:most].cpu()))
@@ -37,7 +40,7 @@ def exemplars(cache: AnsweringIndex) -> TypicalKeys:
     c = len(cache.class_names)
     means = torch.zeros(c, keys.shape[1]).index_add_(0, ids, keys)
     near = (keys * means[ids]).sum(dim=1)
-    order = np.lexsort((near.numpy(), ids.numpy()))  # by class, nearest last
+    order = np.lexsort((near.numpy(), ids.numpy()))  # sorted by class, with the nearest key last
     best = order[np.flatnonzero(np.diff(ids.numpy()[order], append=c))]
     shown = cache.described(cache.every_row()[best], ["key_id"])["key_id"].to_pylist()
     step = max(1, len(keys) // COMPARED)

@@ -1,4 +1,4 @@
-"""Projections of keys to two dimensions: by principal components, or t-SNE with scikit-learn."""
+"""Projections of keys to two dimensions, by principal components or by t-SNE (which requires scikit-learn)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from retrieval_tip.errors import UsageError
 FloatArray = npt.NDArray[np.float32]
 
 AXES, ITERATIONS = 8, 8
-"""Axes and iterations of the randomised SVD: the first two axes are right to four digits in a tenth of the time."""
+"""Axes and iterations of the randomised SVD. It computes the first two axes to four digits in a tenth of the time."""
 FEWEST, REDUCED, PERPLEXITY = 5, 50, 30
-"""Smallest number of keys for t-SNE, its input dimensions, and its perplexity."""
+"""Smallest number of keys for which t-SNE is used, number of its input dimensions, and its perplexity."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """Keys in the plane, by their ``key_ids`` and ``class_ids`` ``[m]`` int64.
+    """The positions of keys in the plane.
 
-    ``places`` ``[m, 2]`` float32 lie within -1 and 1, with equal scales. ``explained`` is the share of variance along
-    each axis. ``axes`` ``[1 + d, 2]`` float32 place a new feature ``f`` at ``axes[0] + f axes[1:]``. Both are ``None``
-    for t-SNE, which cannot place new features.
+    ``key_ids`` and ``class_ids`` are int64 arrays of shape ``[m]``. ``places`` is a float32 array of shape ``[m, 2]``.
+    Its values are between -1 and 1, and both axes have the same scale. ``explained`` is the fraction of the variance
+    along each axis. ``axes`` is a float32 array of shape ``[1 + d, 2]`` that maps a new feature ``f`` to
+    ``axes[0] + f axes[1:]``. ``explained`` and ``axes`` are ``None`` for t-SNE, which cannot place new features.
     """
 
     key_ids: npt.NDArray[np.int64]
@@ -42,20 +43,22 @@ Method = Literal["pca", "tsne"]
 
 
 def methods() -> list[Method]:
-    """Return the available methods: ``pca``, and ``tsne`` with scikit-learn."""
+    """Return the available methods, which are ``pca`` and, if scikit-learn is installed, ``tsne``."""
     return ["pca", "tsne"] if importlib.util.find_spec("sklearn") else ["pca"]
 
 
 def projected(cache: AnsweringIndex, method: Method = "pca", limit: int = 5000) -> Projection:
-    """Project keys ``K`` ``[n, d]`` to two dimensions: all of them, or ``limit`` keys spread evenly over the classes.
+    """Project the keys of an index to two dimensions.
 
-    ``pca`` is ``(K - mean) v`` for the two eigenvectors ``v`` of the covariance with the largest eigenvalues, signed so
-    that the largest component is positive. ``tsne`` (van der Maaten and Hinton, 2008) starts from the first two of
-    :data:`REDUCED` principal components, with a fixed seed; fewer than :data:`FEWEST` keys use ``pca``. Raises
-    UsageError for an unavailable method, or a limit below 1.
+    If the index has more than ``limit`` keys, ``limit`` keys are drawn evenly from the classes. ``pca`` computes
+    ``(K - mean) v``, where ``K`` is the matrix of keys and ``v`` are the two eigenvectors of the covariance with the
+    largest eigenvalues. Their signs are chosen so that the largest component is positive. ``tsne`` (van der Maaten and
+    Hinton, 2008) is computed from :data:`REDUCED` principal components, starting from the first two, with a fixed seed.
+    If there are fewer than :data:`FEWEST` keys, ``pca`` is used instead. Raises UsageError if the method is not
+    available or if the limit is below 1.
     """
     if method not in methods():
-        raise UsageError(f"method {method!r}: give one of {', '.join(methods())} (tsne needs scikit-learn)")
+        raise UsageError(f"method {method!r}: give one of {', '.join(methods())} (tsne requires scikit-learn)")
     check_count("limit", limit)
     features, labels = cache.some(limit)
     keys = features.astype(np.float32)
@@ -75,7 +78,7 @@ def projected(cache: AnsweringIndex, method: Method = "pca", limit: int = 5000) 
 def _principal(keys: FloatArray) -> tuple[FloatArray, tuple[float, float], FloatArray]:
     mean = keys.mean(axis=0, dtype=np.float64).astype(np.float32)
     centred = torch.from_numpy(keys - mean)
-    with torch.random.fork_rng(devices=[]):  # a fixed seed makes the axes repeatable
+    with torch.random.fork_rng(devices=[]):  # a fixed seed makes the axes reproducible
         torch.manual_seed(0)
         _, scale, axes = torch.svd_lowrank(centred, q=min(AXES, *centred.shape), niter=ITERATIONS)
     axes = torch.nn.functional.pad(axes, (0, max(0, 2 - axes.shape[1])))[:, :2]

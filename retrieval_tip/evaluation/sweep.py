@@ -1,4 +1,7 @@
-"""Sweeps: accuracy over shots, seeds and methods, drawn from one index of all images, as a table with a row per run."""
+"""Sweeps, which measure the accuracy for several numbers of shots, seeds and methods.
+
+All shots are drawn from one index that contains all images. The result is a table that has one row per run.
+"""
 
 from __future__ import annotations
 
@@ -41,24 +44,25 @@ Method = Literal[
 ]  # fmt: skip
 """Methods of a sweep.
 
-- zero-shot: text alone
-- tip-adapter: alpha, beta and k chosen by the protocol
-- cache-alone: without text, beta and k chosen by the protocol
-- untouched: alpha and beta in units of the shots' affinities
-- paper-constants: alpha 1, beta 5.5
-- closed-form: metric, values and settings fitted to the shots, as in a new index
-- class-means: nearest class mean, without text
-- linear-probe: logistic regression without text, with C chosen on folds of the shots
-- tip-adapter-f: keys fine-tuned on views of the shots; validation images choose settings and epoch
+- zero-shot: the text logits alone
+- tip-adapter: Tip-Adapter, with alpha, beta and k selected by the protocol
+- cache-alone: the cache logits alone, with beta and k selected by the protocol
+- untouched: Tip-Adapter, with alpha and beta derived from the affinities between shots
+- paper-constants: Tip-Adapter, with alpha 1 and beta 5.5
+- closed-form: the metric, the values and the settings are fitted to the shots, as in a new index
+- class-means: the nearest class mean, which does not use text
+- linear-probe: logistic regression, which does not use text; C is selected on folds of the shots
+- tip-adapter-f: the keys are fine-tuned on views of the shots; the settings and the epoch are selected on validation
+  images
 """
 METHODS: tuple[Method, ...] = get_args(Method)
 PLAIN = METHODS[:-2]
-"""Default methods: those that need no training by gradients."""
+"""Default methods, which do not require training by gradient descent."""
 LINEAR = {"class-means": class_means, "linear-probe": linear_probe}
 
 
 class Told(TypedDict):
-    """Identity of a run; ``keys`` is the digest of the keys that shots are drawn from."""
+    """The identity of a run. ``keys`` is the digest of the keys that the shots are drawn from."""
 
     keys: str
     test: str
@@ -69,10 +73,11 @@ class Told(TypedDict):
 
 
 class Run(Told):
-    """A row of the table of runs.
+    """A row in the table of runs.
 
-    ``k`` 0 stands for all keys; alpha, beta and k are ``None`` for methods without them. ``seconds`` covers choosing
-    and answering, without encoding; ``peak_memory`` is the peak of the process so far, in bytes.
+    If ``k`` is 0, all keys are used. ``alpha``, ``beta`` and ``k`` are ``None`` if the method does not use them.
+    ``seconds`` is the time for selecting settings and classifying the test items, excluding the time for encoding.
+    ``peak_memory`` is the peak memory of the process so far, in bytes.
     """
 
     top1: float
@@ -90,7 +95,7 @@ class Run(Told):
 
 
 def _arrow(kind: object) -> pa.DataType:
-    kinds = (kind, *get_args(kind))  # includes the members of a union
+    kinds = (kind, *get_args(kind))  # include the members of a union
     return pa.int64() if int in kinds else pa.float64() if float in kinds else pa.string()
 
 
@@ -98,7 +103,10 @@ SCHEMA = pa.schema((name, _arrow(kind)) for name, kind in get_type_hints(Run).it
 
 
 class Summary(TypedDict):
-    """Mean top-1 of a method over ``seeds``, and ``half`` the width of its 95 % interval (``None`` for one seed)."""
+    """The mean top-1 accuracy of a method over ``seeds``.
+
+    ``half`` is half the width of the 95 % confidence interval, or ``None`` if there is one seed.
+    """
 
     method: Method
     shots: int
@@ -108,12 +116,15 @@ class Summary(TypedDict):
 
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; the normal 1.96 is used beyond."""
+"""97.5 % quantiles of Student's t for 1 to 9 degrees of freedom. Beyond that, the normal quantile 1.96 is used."""
 
 
 @dataclass(frozen=True)
 class Items:
-    """Labelled features of a split: ``features`` ``[m, d]``, class ``ids`` ``[m]``, and its ``name``."""
+    """The labelled features of a split.
+
+    ``features`` has shape ``[m, d]``, and the class ``ids`` have shape ``[m]``. ``name`` is the name of the split.
+    """
 
     features: npt.NDArray[np.float32]
     ids: npt.NDArray[np.int64]
@@ -126,16 +137,19 @@ def sweep(
     protocol: Protocol = "honest", scales: tuple[float, float] = PAPER_SCALES,
     views: tuple[Source, Encoder] | None = None,
 ) -> Iterator[Run]:  # fmt: skip
-    """Complete the table ``results``, saving it after every run, and yield all requested rows, old and new.
+    """Add the missing runs to the table ``results``, and yield all requested rows, whether they are old or new.
 
-    Shots are drawn from the keys of ``pool`` by the published rule, in the order of the images. The ``honest`` protocol
-    chooses settings on the published validation draw from ``val`` (``min(shots, 4)`` per class). Without ``val`` it
-    uses leave-one-out, and keeps untouched settings at 1 shot. The ``paper`` protocol searches the published grid on
-    all of ``val``. No setting depends on ``test``. ``tip-adapter-f`` needs ``views``: the images of the pool, or a
-    table of their views, with an encoder. ``methods`` defaults to :data:`PLAIN`.
+    The table is saved after every run. Shots are drawn from the keys of ``pool`` by the published rule, in the order of
+    the images. The ``honest`` protocol selects settings on the published validation draw from ``val``, which has
+    ``min(shots, 4)`` images per class. If ``val`` is not given, the protocol uses leave-one-out, or keeps the untouched
+    settings if there is 1 shot per class. The ``paper`` protocol searches the published grid on all of ``val``. No
+    setting depends on ``test``. ``tip-adapter-f`` requires ``views``, which are the images of the pool or a table of
+    their views, together with an encoder. ``methods`` defaults to :data:`PLAIN`.
 
-    Raises UsageError for an unknown method or protocol, or the paper's protocol without ``val``; InputError if
-    ``results`` is not a table of runs or cannot be written.
+    Raises:
+        UsageError: if a method or the protocol is unknown.
+        UsageError: if the protocol is ``paper`` and ``val`` is not given.
+        InputError: if ``results`` is not a table of runs or cannot be written.
     """
     if methods is None:
         # fine-tuned keys cannot be fitted
@@ -144,9 +158,9 @@ def sweep(
         check_choice("method", method, Method)
     check_choice("protocol", protocol, Protocol)
     if protocol == "paper" and val is None:
-        raise UsageError("protocol paper: needs a validation source; give --val")
+        raise UsageError("protocol paper: it requires a validation source; give --val")
     if "tip-adapter-f" in methods and views is None:
-        raise UsageError("method tip-adapter-f: needs the images of the pool; give them, or a table of their views")
+        raise UsageError("method tip-adapter-f: it requires the images of the pool; give them or a table of views")
     pool, path = closed_form.unfitted(pool), Path(results)
     rows = read_results(path) if path.exists() else []
     done = {tuple(row.values())[: len(Told.__annotations__)]: row for row in rows}
@@ -175,14 +189,14 @@ def sweep(
 
 
 def encode(pool: CacheModel, source: Source, encoder: Encoder) -> Items:
-    """Encode a labelled source, with class ids of the pool. Raises InputError for unknown labels."""
+    """Encode a labelled source, using the class ids of the pool. Raises InputError if a label is unknown."""
     ids = pool.ids_of(source)
     encoded = encoder.encode(source)
     return Items(encoded.features, ids[encoded.positions], source.name)
 
 
 def draw(pool: CacheModel, shots: int, seed: int) -> CacheModel:
-    """Draw ``shots`` keys per class from the pool, by the published rule, as an unfitted index."""
+    """Return an unfitted index of ``shots`` keys per class, drawn from the pool by the published rule."""
     order, labels = _in_file_order(pool)
     drawn = closed_form.unfitted(pool.take(np.sort(order[few_shot(labels, shots, seed)])))
     alpha, beta = untouched_settings(drawn.keys, drawn.class_ids.cpu().numpy())
@@ -190,7 +204,7 @@ def draw(pool: CacheModel, shots: int, seed: int) -> CacheModel:
 
 
 def read_results(path: Path) -> list[Run]:
-    """Read a table of runs. Raises InputError if the file is not one."""
+    """Read a table of runs. Raises InputError if the file is not a table of runs."""
     try:
         check_regular(path)
         with pa.OSFile(os.fsencode(path)) as file:
@@ -198,13 +212,13 @@ def read_results(path: Path) -> list[Run]:
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read ({first_line(error)})") from None
     if table.schema.names != SCHEMA.names:
-        raise InputError(f"{path}: is not a table of runs; give another --results")
+        raise InputError(f"{path}: not a table of runs; give another --results")
     rows: list[Run] = table.to_pylist()
     return rows
 
 
 def summary(rows: Sequence[Run]) -> list[Summary]:
-    """Return the mean of each method and number of shots over the seeds, with Student's t intervals."""
+    """Return the mean over the seeds, with a Student's t interval, for each method and number of shots."""
     groups: dict[tuple[Method, int], list[float]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["shots"]), []).append(row["top1"])
@@ -219,7 +233,7 @@ def summary(rows: Sequence[Run]) -> list[Summary]:
 
 
 def _in_file_order(pool: CacheModel) -> tuple[npt.NDArray[np.int64], list[int]]:
-    """Return the rows of the keys in the order of the source, and their class ids."""
+    """Return the key rows in the order of their source, and the class ids of these rows."""
     order = np.argsort(pool.labels["key_id"].to_numpy(), kind="stable")
     labels: list[int] = pool.class_ids.cpu().numpy()[order].tolist()
     return order, labels
@@ -236,7 +250,7 @@ def _validation(pool: CacheModel, val: Items | None, shots: int, seed: int, prot
 def _set(
     cache: CacheModel, method: Method, protocol: Protocol, scales: tuple[float, float], val: Items | None
 ) -> tuple[CacheModel | Linear, str]:
-    """Fit a method to a drawn index; return its classifier and the data that chose its settings."""
+    """Fit a method to a drawn index. Return the classifier, and the name of the data that its settings depend on."""
     if method in LINEAR:
         return LINEAR[method](cache), "nothing" if method == "class-means" else "folds of the shots"
     if method == "closed-form":
@@ -260,7 +274,10 @@ def _set(
 def _fine_tune(
     cache: CacheModel, images: Source, encoder: Encoder, val: Items | None, seed: int
 ) -> tuple[CacheModel, str]:
-    """Fine-tune the keys of a drawn index; return it and the data that chose epoch and settings."""
+    """Fine-tune the keys of a drawn index.
+
+    Return the trained index, and the name of the data that the epoch and the settings were selected on.
+    """
     queries = None if val is None else unseen(cache, val.features, val.ids, val.name)
     tuned = finetune(cache, own_shots(cache, images), encoder, Recipe(seed=seed), val=queries)
     return tuned.cache, "nothing" if val is None else val.name
@@ -269,7 +286,7 @@ def _fine_tune(
 def _row(
     told: Told, answering: CacheModel | Linear, chosen_on: str, test: Items, start: float, backbone: Identity | None
 ) -> Run:
-    """Return the row of a run that began at ``start`` of the performance counter."""
+    """Return the row of a run that started when the performance counter was at ``start``."""
     top1, top5 = _answer(answering, test)
     alpha = beta = k = None
     if isinstance(answering, CacheModel):

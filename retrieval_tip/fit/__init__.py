@@ -1,1 +1,1 @@
-"""Fitting: metric, values, settings and fine-tuned keys from the shots."""
+"""Fitting of the metric, the values, the settings and fine-tuned keys to the shots."""

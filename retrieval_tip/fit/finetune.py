@@ -1,7 +1,8 @@
-"""Fine-tuning: Tip-Adapter-F (paper, section 3.2), and training of other parts (paper, Table 1).
+"""Fine-tuning as in Tip-Adapter-F (paper, section 3.2), and training of other parts (paper, Table 1).
 
 Training minimises the cross-entropy of the method's own logits on augmented views of the shots. All randomness depends
-on seed and epoch, so an interrupted training of encoders resumes at its last epoch with the same result.
+on the seed and the epoch. If the training of an encoder is interrupted, it can therefore be resumed after its last
+complete epoch and gives the same result.
 """
 
 from __future__ import annotations
@@ -48,29 +49,30 @@ from retrieval_tip.store.labels import images_of
 log = logging.getLogger(__name__)
 
 Checkpoint = dict[str, Any]
-"""State of a run after an epoch: tensors, numbers and text."""
+"""State of a run after an epoch, made of tensors, numbers and text."""
 STATE = ("epoch", "seconds", "curve", "kept_epoch", "kept", "collapsed")
-"""Attributes of a run kept in a checkpoint."""
+"""Attributes of a run that are saved in a checkpoint."""
 FLATTER, STRONGER = 0.1, (1, 4, 16)
-"""Further settings to try: beta in units of the spread of affinities between classes (1 if
-untouched), and alpha as multiples of the most likely one on the validation images."""
+"""Further settings to try. Beta is in units of the spread of affinities between classes (1 if untouched). Alpha is a
+multiple of the alpha with the highest log-likelihood on the validation images."""
 TRIAL = 0.25
-"""Share of the epochs used to try settings."""
+"""Fraction of the epochs that is used to try each setting."""
 COLLAPSE = 0.5
-"""Share of the best accuracy so far below which a training has collapsed."""
+"""Training has collapsed if the accuracy falls below this fraction of the best accuracy so far."""
 HELD_OUT, FOLDS = 1000, 4
-"""Largest number of held-out shots to judge a training without validation images, and the number of folds."""
+"""Largest number of shots that are held out to evaluate training without validation images, and number of folds."""
 CURVE = pa.schema(
     [("epoch", pa.int64())]
     + [(name, pa.float64()) for name in ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")]
 )
-"""Columns of a loss curve, one row per epoch (0: before training): means during the epoch, then ``val_`` on validation
-images after it, and ``seconds`` of training so far."""
+"""Columns of a loss curve, which has one row per epoch. Row 0 describes the index before training. ``loss`` and
+``accuracy`` are means over the epoch. The ``val_`` columns are measured on the validation images after the epoch, and
+``seconds`` is the training time so far."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Accuracy ``before`` training (with the index's own fit) and ``after``, on ``n`` unseen images of ``source``."""
+    """Accuracy ``before`` training (with the index's own fit) and ``after``, on ``n`` unseen images from ``source``."""
 
     before: float
     after: float
@@ -91,13 +93,17 @@ class Comparison:
 class Tuned:
     """The result of fine-tuning.
 
-    - ``cache``: the new index, not yet on disk (:meth:`save`)
-    - ``epoch``: the epoch kept, 0 if none improved on the untrained index; ``curve``: table of :data:`CURVE`
-    - ``collapsed``: how training collapsed, or ``None``
-    - ``choice``: the search for alpha, beta and k after training, ``None`` without validation images
-    - ``backbone``: the backbone with trained encoders; ``encoders``: their tensors by name
-    - ``record``: description of the run
-    - ``compared``: accuracy before and after (only from :func:`finetune_into`, ``None`` if nothing was held out)
+    - ``cache``: the new index, which is written to disk by :meth:`save`
+    - ``epoch``: the epoch that was kept, or 0 if no epoch improved on the untrained index
+    - ``curve``: a table with the columns of :data:`CURVE`
+    - ``collapsed``: a description of how training collapsed, or ``None``
+    - ``choice``: the result of the search for alpha, beta and k after training, or ``None`` if there are no validation
+      images
+    - ``backbone``: the backbone with the trained encoders
+    - ``encoders``: the tensors of the trained encoders by name
+    - ``record``: a description of the run
+    - ``compared``: the accuracy before and after training. Only :func:`finetune_into` sets it, and it is ``None`` if no
+      image was held out.
     - ``as_it_was``: whether ``cache`` is a copy of the given index, because training did not help
     """
 
@@ -113,7 +119,7 @@ class Tuned:
     as_it_was: bool = False
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the index folder with any trained encoders. Raises as :meth:`CacheModel.save`."""
+        """Write the index folder, including any trained encoders. Raises the same errors as :meth:`CacheModel.save`."""
         with tempfile.TemporaryDirectory() as place:
             if self.encoders:
                 self.cache.tuned = Path(place) / "encoders.safetensors"
@@ -121,7 +127,7 @@ class Tuned:
             self.cache.save(folder, "copy, since finetune did not help" if self.as_it_was else "finetune")
 
     def facts(self) -> dict[str, object]:
-        """Return the figures for the command line, ``None`` if not measured."""
+        """Return the figures that the command line prints. A figure that was not measured is ``None``."""
         compared, kept = self.compared, None if self.as_it_was else self.epoch
         facts: dict[str, object] = {"version": self.cache.version, "kept": "as it was" if kept is None else "trained"}
         facts |= {name: compared and getattr(compared, name) for name in ("before", "after", "n", "source")}
@@ -135,7 +141,7 @@ class Tuned:
 
 
 def checkpoint_of(out: str | os.PathLike[str]) -> Path:
-    """Return the checkpoint file of a run that writes the folder ``out``."""
+    """Return the path of the checkpoint for a run that writes the folder ``out``."""
     return Path(f"{os.fspath(out)}.checkpoint")
 
 
@@ -143,18 +149,18 @@ def finetune_into(
     out: str | os.PathLike[str], cache: CacheModel, shots: Source, encoder: Encoder, recipe: Recipe | None = None, *,
     val: Source | search_hp.Queries | None = None, parent: str = "", resume: bool = False, keep_last: bool = False,
 ) -> Tuned:  # fmt: skip
-    """Fine-tune an index and write the better one, trained or unchanged, into the folder ``out``.
+    """Fine-tune an index, and write the more accurate of the trained and the original index into the folder ``out``.
 
-    The comparison uses ``val``, or held-out shots without it (:func:`_compared`). ``keep_last`` writes the trained
-    index in any case. Training of encoders keeps a checkpoint beside ``out`` until the index is written. Raises as
-    :func:`finetune` and :meth:`Tuned.save`.
+    The two are compared on ``val``. If ``val`` is not given, they are compared on held-out shots (:func:`_compared`).
+    With ``keep_last``, the trained index is always written. If an encoder is trained, a checkpoint is kept beside
+    ``out`` until the index is written. Raises the same errors as :func:`finetune` and :meth:`Tuned.save`.
     """
     check_name(Path(out))
     make_folders(Path(out).parent)
     recipe = recipe or Recipe()
     place = checkpoint_of(out) if recipe.encoders else None
     held = _held(place, resume)
-    log.warning("the closed-form fit is usually more accurate than fine-tuning; held-out photos decide which to keep")
+    log.warning("the closed-form fit is usually more accurate than fine-tuning; held-out photos decide which is kept")
     plain = _untrained(cache, recipe)
     material = _Material.of(plain, shots, encoder, recipe, val)
     val, tuned, compared = material.queries, None, None
@@ -169,7 +175,7 @@ def finetune_into(
     if tuned.collapsed is not None:
         _warn(tuned)
     if compared is None:
-        log.warning("no photo could be held out to judge the training, since no class has two; give --val")
+        log.warning("no photo could be held out to evaluate the training, since no class has two; give --val")
     elif compared.helps or keep_last:
         tuned.record["held_out"] = asdict(compared)
     else:
@@ -189,25 +195,30 @@ def finetune(
     """Train an index by the cross-entropy of ``logit_scale f W^T + alpha C`` over its shots (paper, equation 6).
 
     Args:
-        cache: the index, which is not changed. As in the paper, training starts from Tip-Adapter over its keys, without
-            any closed-form fit, with the settings of the recipe.
-        shots: the index's own shots (:func:`own_shots`), as images or as a feature table of views; rows with the same
+        cache: The index, which is not changed. As in the paper, training starts from Tip-Adapter over the keys of the
+            index and ignores any closed-form fit. It uses the settings in the recipe.
+        shots: The index's own shots (:func:`own_shots`), as images or as a feature table of views. Rows with the same
             id are views of one shot.
-        encoder: makes features; its backbone is copied for training, its ``views`` and ``seed`` are ignored.
-        recipe: options of the training.
-        val: labelled validation images, or their features if no image encoder is trained. The latest epoch within a
-            standard error of the best is kept, or the untrained index if no epoch is better, and a cautious search
-            chooses alpha, beta and k. Without ``val``, the last epoch is kept and the settings stay.
-        parent: name of the index, for the record.
-        checkpoint: file for the state after each epoch, if an encoder is trained. The caller removes it.
-        on_epoch: called with each row of the curve (:data:`CURVE`), first before training; an exception ends the run.
-        resume: continue from ``checkpoint`` if it exists. The result is the same as without interruption, bit for
-            bit on the same device with as many threads.
+        encoder: The encoder that computes the features. Its backbone is copied for training, and its ``views`` and
+            ``seed`` are ignored.
+        recipe: The training options.
+        val: Labelled validation images, or their features if no image encoder is trained. The latest epoch whose
+            accuracy is within one standard error of the best is kept. If no epoch is better than the untrained index,
+            the untrained index is kept. A cautious search then selects alpha, beta and k. If ``val`` is not given, the
+            last epoch is kept and the settings do not change.
+        parent: The name of the index, which is written to the record.
+        checkpoint: The file that stores the state after each epoch if an encoder is trained. The caller removes it.
+        on_epoch: A function that is called with each row of the curve (:data:`CURVE`). The first call takes place
+            before training. If the function raises an exception, the run ends.
+        resume: Whether to continue from ``checkpoint`` if it exists. The result is the same as that of an uninterrupted
+            run, bit for bit if the device and the number of threads are the same.
 
     Raises:
-        UsageError: a recipe that this index or backbone cannot follow, or that does not fit in memory; a checkpoint of
-            another run, or for a training without encoders.
-        InputError: shots or validation images that do not fit the index; a damaged checkpoint.
+        UsageError: if the index or the backbone does not support the recipe.
+        UsageError: if training does not fit in memory.
+        UsageError: if the checkpoint belongs to another run, or if a checkpoint is given but no encoder is trained.
+        InputError: if the shots or the validation images do not fit the index.
+        InputError: if the checkpoint is damaged.
     """
     recipe, place = recipe or Recipe(), None if checkpoint is None else Path(checkpoint)
     if place is not None and not recipe.encoders:
@@ -221,7 +232,7 @@ def finetune(
 
 
 def _untrained(cache: CacheModel, recipe: Recipe) -> CacheModel:
-    """Return the start of training: Tip-Adapter over the same keys, with the recipe's alpha and beta."""
+    """Return the index that training starts from: Tip-Adapter over the same keys, with the recipe's alpha and beta."""
     plain = closed_form.unfitted(cache.whole())
     return plain.with_settings(plain.settings.override(alpha=recipe.alpha, beta=recipe.beta))
 
@@ -258,11 +269,11 @@ def _warn(tuned: Tuned) -> None:
 def _compared(
     cache: CacheModel, material: _Material, encoder: Encoder, recipe: Recipe
 ) -> tuple[Comparison | None, Tuned | None]:
-    """Compare an index before and after training on held-out shots; return the last training, too.
+    """Compare an index before and after training on held-out shots, and return the last trained index as well.
 
-    Holds out a quarter of each class at a time, with its views, until :data:`HELD_OUT` shots are judged, but only one
-    quarter if an encoder is trained. The rest is fitted again, and trained. Returns ``None`` twice if no class has two
-    photos.
+    A quarter of each class is held out at a time, including all views of its shots, until :data:`HELD_OUT` shots have
+    been evaluated. If an encoder is trained, only one quarter is held out. The remaining shots are used to fit the
+    index again and to train it. Both return values are ``None`` if no class has two photos.
     """
     whole = cache.whole()
     images, c = images_of(whole.labels), len(whole.class_names)
@@ -295,7 +306,7 @@ def _right(cache: CacheModel, queries: search_hp.Queries) -> int:
 
 
 def _held(place: Path | None, resume: bool) -> Checkpoint | None:
-    """Return the state of an interrupted run to resume, if any."""
+    """Return the state of the interrupted run to resume, or ``None`` if there is no such run."""
     if place is None:
         if resume:
             raise UsageError("resume: only for encoders (train visual or text); to train keys and values, start again")
@@ -311,7 +322,7 @@ def _held(place: Path | None, resume: bool) -> Checkpoint | None:
 
 
 def _read(place: Path) -> Checkpoint:
-    """Read a checkpoint. Raises InputError if it is damaged or not a checkpoint."""
+    """Read a checkpoint. Raises InputError if the file is damaged or is not a checkpoint."""
     try:
         check_regular(place)
         with ZipFile(place) as archive:  # torch does not verify checksums
@@ -332,9 +343,9 @@ def _unfit(place: Path, error: Exception) -> InputError:
 
 
 def shots_of(cache: CacheModel) -> Source:
-    """Return the shots of an index from their original source: images by path, or rows of the feature table.
+    """Return the shots of an index from their original source, as image paths or as rows of the feature table.
 
-    Raises InputError naming a shot that is missing.
+    Raises InputError if a shot is missing. The message names the shot.
     """
     table = cache.labels.select(["source", "label"])
     paths = table["source"].to_pylist()
@@ -348,9 +359,9 @@ def shots_of(cache: CacheModel) -> Source:
 
 
 def own_shots(cache: CacheModel, source: Source) -> Source:
-    """Return the items of a source that are shots of the index, matched by path or id.
+    """Return the items of a source that are shots of the index. They are matched by path or id.
 
-    Raises InputError if nothing matches.
+    Raises InputError if no item matches.
     """
     own = set(cache.labels["source"].to_pylist())
     positions = [position for position, name in enumerate(source.sources) if name in own]
@@ -366,8 +377,9 @@ def own_shots(cache: CacheModel, source: Source) -> Source:
 class _Material:
     """Training and validation data of a run.
 
-    ``ids`` are the classes of ``shots``, ``views`` their cached views (``None``: fresh views each epoch), ``val`` and
-    ``queries`` the validation images and their features. ``backbone`` is the copy in training.
+    ``ids`` are the class ids of ``shots``. ``views`` are their cached views, or ``None`` if every epoch encodes fresh
+    views. ``val`` holds the validation images and ``queries`` holds their features. ``backbone`` is the copy of the
+    backbone that is trained.
     """
 
     encoder: Encoder
@@ -383,7 +395,7 @@ class _Material:
         cls, cache: CacheModel, shots: Source, encoder: Encoder, recipe: Recipe, val: Source | search_hp.Queries | None
     ) -> _Material:
         encoder, backbone = _in_training(cache, replace(encoder, views=1), recipe)
-        if shots.paths is not None:  # each image once; rows of a feature table are views
+        if shots.paths is not None:  # use each image once; rows of a feature table are views
             shots = shots.take(np.sort(np.unique(shots.paths, return_index=True)[1]))
         names = view_names(recipe.seed, recipe.views) if recipe.views else []
         views = encoder.encode_views(shots, names) if names or shots.paths is None else None
@@ -414,7 +426,10 @@ class _Material:
         return own, self.shots.take(np.flatnonzero(out))
 
     def batches(self, recipe: Recipe, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield queries (pixels to train visual) and class ids: one view of each shot."""
+        """Yield batches of queries and class ids, with one view of each shot per epoch.
+
+        The queries are pixels if the image encoder is trained, and features otherwise.
+        """
         random = np.random.default_rng((recipe.seed, epoch))
         fresh = f"fresh/{recipe.seed}/{epoch}"
         if "visual" in recipe.train:
@@ -439,7 +454,7 @@ class _Material:
 
 
 class _Run:
-    """A running training; ``told`` identifies it in a checkpoint."""
+    """A training run. ``told`` identifies the run in a checkpoint."""
 
     def __init__(
         self, cache: CacheModel, material: _Material, recipe: Recipe, told: Mapping[str, object] | None = None,
@@ -456,7 +471,7 @@ class _Run:
         self.collapsed: str | None = None
 
     def train(self, checkpoint: Path | None = None) -> None:
-        """Train all epochs and keep the best one (:meth:`_is_kept`); write a checkpoint after each."""
+        """Train for all epochs, write a checkpoint after each epoch, and keep the best one (:meth:`_is_kept`)."""
         began = time.monotonic() - self.seconds
         if not self.curve:
             self._record(math.nan, math.nan)
@@ -495,7 +510,7 @@ class _Run:
         self._record(loss / max(seen, 1), right / max(seen, 1))
 
     def _record(self, loss: float, accuracy: float) -> None:
-        """Add a row to the curve, and keep the state if it is good enough."""
+        """Add a row to the curve, and keep the current state if :meth:`_is_kept` returns true."""
         row: dict[str, float] = {"epoch": self.epoch, "loss": loss, "accuracy": accuracy, "seconds": self.seconds}
         row["val_loss"], row["val_accuracy"] = self._validate() if self.collapsed is None else (math.nan, math.nan)
         self.curve.append(row)
@@ -510,9 +525,10 @@ class _Run:
             self.kept_epoch, self.kept = self.epoch, self.trainer.trained()
 
     def _is_kept(self) -> bool:
-        """Return whether the latest accuracy is within a standard error of the best on the validation images.
+        """Return whether the latest validation accuracy is within one standard error of the best.
 
-        With few images, neighbouring epochs differ by chance, and later ones have lower rates and are more settled.
+        If there are few images, neighbouring epochs differ only by chance. Later epochs are preferred because their
+        learning rate is lower and their weights change less.
         """
         if self.material.queries is None:
             return True
@@ -521,7 +537,7 @@ class _Run:
         return bool(self.curve[-1]["val_accuracy"] >= best - error)
 
     def _settle(self) -> None:
-        """Keep the untrained state if no epoch was better on the validation images."""
+        """Keep the untrained state if no epoch was more accurate on the validation images."""
         if self.material.queries is not None:
             first, *later = [(row["val_accuracy"], -row["val_loss"]) for row in self.curve]
             if all(not other > first for other in later):
@@ -537,7 +553,7 @@ class _Run:
         return self.trainer.evaluate(features, ids)
 
     def _write(self, place: Path) -> None:
-        """Write a checkpoint. Raises InputError if that fails; the previous file stays."""
+        """Write a checkpoint. Raises InputError if writing fails, in which case the previous file is kept."""
         state: Checkpoint = {name: getattr(self, name) for name in STATE}
         state |= {"now": self.trainer.trained(), "optimizer": self.trainer.optimizer.state_dict()}
         state |= {"told": self.told, "precision": self.recipe.precision}
@@ -549,7 +565,10 @@ class _Run:
                 raise InputError(f"{show(place)}: cannot be written: {first_line(error)}") from None
 
     def restore(self, state: Checkpoint, place: Path) -> None:
-        """Continue from a checkpoint. Raises UsageError if it is of another run, InputError if it does not fit."""
+        """Continue from a checkpoint.
+
+        Raises UsageError if the checkpoint belongs to another run, and InputError if it does not fit this one.
+        """
         if other := [part for part, ours in self.told.items() if ours != state["told"].get(part)]:
             raise UsageError(f"{show(place)}: of a run with another {', '.join(other)}; start over without --resume")
         try:
@@ -561,7 +580,7 @@ class _Run:
             raise _unfit(place, error) from None
 
     def result(self, parent: str) -> Tuned:
-        """Return the index in the best state, after a new search for its settings."""
+        """Return the index in its best state, after a new search for its settings."""
         trainer, backbone = self.trainer, self.trainer.backbone
         trainer.restore(self.kept)
         keys, ids = trainer.keys.cpu().numpy().astype(self.cache.keys.dtype), self.cache.class_ids.cpu().numpy()
@@ -599,7 +618,7 @@ class _Run:
 
 
 def _told(cache: CacheModel, material: _Material, recipe: Recipe) -> dict[str, object]:
-    """Return the facts that identify a run before it starts."""
+    """Return the facts that identify a run. They are known before the run starts."""
     queries, views, backbone = material.queries, material.views, material.backbone
     parts = [cache.keys, cache.class_ids.cpu().numpy(), cache.text_weights.cpu().numpy(), material.ids]
     parts += [] if views is None else [views.features, views.starts]
@@ -608,7 +627,7 @@ def _told(cache: CacheModel, material: _Material, recipe: Recipe) -> dict[str, o
     digest = hashlib.sha256()
     for array in parts:
         digest.update(np.ascontiguousarray(array).data)
-    if views is None:  # fresh views have no features yet
+    if views is None:  # fresh views do not have features yet
         digest.update("\n".join(material.shots.sources).encode("utf-8", "surrogatepass"))
     told = asdict(recipe) | {"train": list(recipe.train), "index, shots or validation images": digest.hexdigest()}
     told |= {name: getattr(cache.settings, name) for name in ("alpha", "beta", "logit_scale")}
@@ -649,24 +668,24 @@ def _check_length(cache: CacheModel, name: str, d: int) -> None:
 
 
 def _in_training(cache: CacheModel, encoder: Encoder, recipe: Recipe) -> tuple[Encoder, TorchBackbone | None]:
-    """Return the encoder for the run, and the copy of its backbone in training, if any."""
+    """Return the encoder for the run, and the copy of its backbone that is trained, if any."""
     parts = recipe.encoders
     if not parts:
         return encoder, None
     if encoder.backbone is None:
-        raise UsageError(f"train {parts[0]}: there is no encoder; give shots as images, and --model")
+        raise UsageError(f"train {parts[0]}: there is no encoder; give the shots as images, and give --model")
     if "text" in parts and not cache.templates:
         raise UsageError(
             "train text: the index has no templates, since its text weights come from a table; train other parts"
         )
     backbone = cast(TorchBackbone, encoder.backbone).copy_to_train()
-    # encodings of an encoder in training must not enter the encoding cache
+    # encodings from an encoder in training must not be stored in the encoding cache
     return (replace(encoder, backbone=backbone, cache=None) if "visual" in parts else encoder), backbone
 
 
 @contextmanager
 def _repeatable(device: str) -> Iterator[None]:
-    """Make sums on a GPU deterministic, including attention, where only the plain kernel is."""
+    """Make sums on a GPU deterministic. Attention uses the plain kernel, because the others are not deterministic."""
     if device == "cpu":
         yield
         return

@@ -1,8 +1,8 @@
-"""Search for alpha, beta and k on validation images or on the shots themselves, never on test labels.
+"""Search for alpha, beta and k on validation images or on the shots themselves. Test labels are never used.
 
-For a given beta and k, class y beats class j exactly if ``alpha (C_y - C_j) > text_j - text_y``. Each query is
-therefore right on one interval of alpha. Counting these intervals gives the accuracy at every alpha, so alpha is solved
-exactly instead of on a grid.
+For a given beta and k, class y beats class j if and only if ``alpha (C_y - C_j) > text_j - text_y``. Each query is
+therefore classified correctly on one interval of alpha. Counting these intervals gives the accuracy at every alpha, so
+the best alpha is computed exactly and no grid is needed.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from retrieval_tip.settings import Protocol, Settings
 from retrieval_tip.store.labels import images_of
 
 BETAS = np.geomspace(0.1, 100, 31)
-"""Betas to try, in steps of 1.26; accuracy changes slowly on this scale."""
+"""Betas to try. Each is 1.26 times the previous one, and accuracy changes slowly on this scale."""
 SURFACE_ALPHAS = 41
 BOOTSTRAP = 1000
 GPU_AFFINITIES = 1 << 27
-"""Affinities at a time on a GPU; about eight arrays of that size exist at once (4 GiB)."""
+"""Affinities per block on a GPU. About eight arrays of this size exist at the same time (4 GiB)."""
 QUERY_BLOCK = 1024
 FLAT = 0.01
-"""Difference in accuracy from the best that counts as equal."""
+"""Largest difference from the best accuracy that counts as equal."""
 PAPER_STEPS = (200, 20)
 PAPER_SCALES = (7.0, 3.0)
-"""Published grid: number of steps and largest values of beta and alpha (those for ImageNet)."""
+"""Published grid: the number of steps, and the largest values, of beta and alpha. The values are those for ImageNet."""
 
 FloatArray = npt.NDArray[np.float64]
 Part = Literal["both", "text", "cache"]
@@ -54,9 +54,10 @@ Part = Literal["both", "text", "cache"]
 
 @dataclass(frozen=True)
 class Queries:
-    """Validation queries: ``features`` ``[q, d]`` and class ``ids`` ``[q]``.
+    """Validation queries, with ``features`` of shape ``[q, d]`` and class ``ids`` of shape ``[q]``.
 
-    Query i does not see keys whose group (``groups`` ``[n]``) equals ``hidden[i]``; with -1 it sees all keys.
+    ``groups``, of shape ``[n]``, holds the group of each key. Query i does not see the keys whose group equals
+    ``hidden[i]``. If ``hidden[i]`` is -1, query i sees all keys.
     """
 
     features: npt.NDArray[np.float32]
@@ -68,16 +69,18 @@ class Queries:
 
 @dataclass(frozen=True)
 class HyperparameterChoice:
-    """Chosen settings, with the evidence for them.
+    """The selected settings, together with the evidence for them.
 
-    - ``interval``: alphas with the same validation ``accuracy``; ``alpha`` is its middle
-    - ``part``: ``text`` if the interval reaches 0, ``cache`` if it has no upper end, else ``both``
-    - ``best``: highest accuracy found, above ``accuracy`` only if a cautious search kept other settings
-    - ``zero_shot``: accuracy at alpha 0; ``cache_alone``: best accuracy without text over beta and k
-    - ``low``, ``high``: 95 % interval of the accuracy, by bootstrap over the queries
-    - ``flat``: share of the surface within one point of the best
-    - ``warnings``: weaknesses of the choice
-    - ``surface``: table with the columns k (0: all keys), beta, alpha, accuracy
+    - ``interval``: the alphas that give the same validation ``accuracy``; ``alpha`` is the middle of the interval
+    - ``part``: ``text`` if the interval reaches 0, ``cache`` if it has no upper end, and ``both`` otherwise
+    - ``best``: the highest accuracy that was found. It exceeds ``accuracy`` only if a cautious search kept other
+      settings.
+    - ``zero_shot``: the accuracy at alpha 0
+    - ``cache_alone``: the best accuracy of the cache alone over all beta and k
+    - ``low``, ``high``: the 95 % confidence interval of the accuracy, from a bootstrap over the queries
+    - ``flat``: the fraction of the surface that is within one point of the best accuracy
+    - ``warnings``: reasons why the selected settings may be unreliable
+    - ``surface``: a table with the columns k (0 stands for all keys), beta, alpha and accuracy
     """
 
     alpha: float
@@ -99,12 +102,12 @@ class HyperparameterChoice:
     surface: pa.Table
 
     def settings(self, before: Settings) -> Settings:
-        """Return ``before`` with the chosen alpha, beta and k, without values fitted to the old ones."""
+        """Return ``before`` with the selected alpha, beta and k, and reset values that were fitted to the old ones."""
         least = before.least_cache if self.beta == before.beta else None
         return replace(before, alpha=self.alpha, beta=self.beta, k=self.k, temperature=1.0, least_cache=least)
 
     def provenance(self) -> dict[str, object]:
-        """Return the record for the manifest."""
+        """Return the record of the search for the manifest."""
         return {
             "chosen_on": self.source,
             "queries": self.n,
@@ -119,7 +122,7 @@ class HyperparameterChoice:
 def on_validation(cache: AnsweringIndex, source: Source, encoder: Encoder) -> Queries:
     """Encode a labelled source as queries that see all keys.
 
-    Raises InputError for labels that are not classes of the index.
+    Raises InputError if a label is not a class of the index.
     """
     ids = cache.ids_of(source)
     encoded = encoder.encode(source)
@@ -127,15 +130,16 @@ def on_validation(cache: AnsweringIndex, source: Source, encoder: Encoder) -> Qu
 
 
 def unseen(cache: AnsweringIndex, features: npt.NDArray[np.float32], ids: npt.NDArray[np.int64], name: str) -> Queries:
-    """Return queries that see all keys, from features ``[q, d]`` and class ids ``[q]``."""
+    """Return queries that see all keys, given their features of shape ``[q, d]`` and class ids of shape ``[q]``."""
     return Queries(features, ids, np.full(len(ids), -1), np.arange(cache.n), name)
 
 
 def leave_one_out(cache: CacheModel) -> Queries:
     """Return the shots as queries that do not see the keys of their own image.
 
-    Keys belong to one image if they share a content digest, or without digests a source. Raises UsageError if a class
-    has a single image, or if values were solved, since they know all shots.
+    Keys belong to the same image if they have the same content digest. If there are no digests, keys with the same
+    source belong to the same image. Raises UsageError if a class has a single image, or if the values of the index were
+    solved, since solved values depend on all shots.
     """
     if cache.fitted is not None and cache.fitted.solved:
         raise UsageError(
@@ -158,10 +162,11 @@ def leave_one_out(cache: CacheModel) -> Queries:
 def validation_shots(
     cache: CacheModel, validation: Source, path: str | os.PathLike[str] | None = None, number: int | None = None
 ) -> list[int]:
-    """Draw ``number`` validation shots per class and return their positions.
+    """Draw ``number`` validation shots per class, and return their positions.
 
-    ``number`` defaults to ``min(shots, 4)``, or 4 if no shots were drawn. If ``path`` is the split file of the index's
-    own shots, the result is its published validation draw, which continues the random generator of the training draw.
+    ``number`` defaults to ``min(shots, 4)``, or to 4 if the index does not record a number of shots. If ``path`` is the
+    split file that the index's own shots were drawn from, the published validation draw is returned. That draw
+    continues the random generator of the training draw.
     """
     drawn, seed = cache.built.shots, cache.built.seed
     if number is None and drawn is not None and path is not None and Path(path).suffix.lower() == ".json":
@@ -172,16 +177,17 @@ def validation_shots(
 
 
 def apply(cache: CacheModel, choice: HyperparameterChoice, folder: str | os.PathLike[str] | None = None) -> None:
-    """Give the index the chosen settings with their provenance, and reset a temperature fitted to others.
+    """Apply the selected settings to the index, record their provenance, and reset an outdated temperature.
 
-    An index over classes keeps its k, which limits the cost of an answer. With ``folder``, the settings are saved as a
-    new version of the index; raises as :meth:`CacheModel.save_settings`.
+    The temperature is kept if alpha and beta do not change. An index over classes keeps its k, which limits the cost of
+    an answer. If ``folder`` is given, the settings are saved as a new version of the index. Raises the same errors as
+    :meth:`CacheModel.save_settings`.
     """
     own, settings = cache.settings, choice.settings(cache.settings)
     if cache.index.by_class:
         settings = replace(settings, k=own.k)
     if (settings.alpha, settings.beta) == (own.alpha, own.beta):
-        settings = replace(settings, temperature=own.temperature)  # fitted to the same settings
+        settings = replace(settings, temperature=own.temperature)  # was fitted to the same settings
     cache.settings = settings
     kept = {name: value for name, value in cache.provenance.items() if name != "temperature"}
     cache.provenance = kept | {"alpha": "search-hp", "beta": "search-hp", "search": choice.provenance()}
@@ -196,7 +202,7 @@ def write_surface(choice: HyperparameterChoice, path: str | os.PathLike[str]) ->
 
 
 def folds(cache: CacheModel, number: int) -> Queries:
-    """Return the shots as queries in ``number`` folds of each class; a query does not see the keys of its fold."""
+    """Return the shots as queries that do not see the keys of their own fold. Each class has ``number`` folds."""
     check_count("folds", number, 2)
     loo = leave_one_out(cache)
     generator = np.random.default_rng(1)
@@ -214,25 +220,30 @@ def search(
     cache: CacheModel, queries: Queries, *, betas: Sequence[float] | None = None,
     ks: Sequence[int | None] | None = None, cautious: bool = False, kept: tuple[float, float] | None = None,
 ) -> HyperparameterChoice:  # fmt: skip
-    """Choose the alpha, beta and k with the highest accuracy on the queries.
+    """Select the alpha, beta and k that give the highest accuracy on the queries.
 
-    Alpha is solved exactly for each beta and k. Ties go to the widest interval of alpha (as a ratio), then to
-    ``k = all``. To make up for hidden keys, a class sum over ``m`` of ``n`` keys is scaled by ``n / m``, so that the
-    settings hold for the whole index; with trained values, the weight of each visible key is scaled.
+    The best alpha is computed exactly for each beta and k. Ties go to the widest interval of alpha, measured as a
+    ratio, and then to ``k = all``. To compensate for hidden keys, a per-class sum over ``m`` of ``n`` keys is
+    multiplied by ``n / m``, so that the settings are valid for the whole index. If the values are trained, the weight
+    of each visible key is scaled instead.
 
     Args:
-        cache: the index; its own alpha, beta and k are ignored.
-        queries: from :func:`on_validation`, :func:`leave_one_out` or :func:`folds`.
-        betas: values to try; by default 0.1 to 100 in steps of 1.26, plus the untouched beta or the one in ``kept``.
-        ks: values to try, ``None`` for all keys; by default all keys and the powers of two up to half the keys. An
-            index over classes tries all keys only.
-        cautious: keep the untouched settings (:mod:`defaults`) unless the best ones are significantly better (paired,
-            95 %). Few queries overfit a choice among thousands of settings.
-        kept: alpha and beta that a cautious search keeps instead, with ``k = all``: the training settings of fine-tuned
-            keys; by default the settings of a fitted index. This beta is always tried.
+        cache: The index. Its own alpha, beta and k are ignored.
+        queries: Queries from :func:`on_validation`, :func:`leave_one_out` or :func:`folds`.
+        betas: The values of beta to try. Defaults to 0.1 to 100 in steps of a factor of 1.26, plus the untouched beta
+            or the beta in ``kept``.
+        ks: The values of k to try, where ``None`` stands for all keys. Defaults to all keys and the powers of two up to
+            half the number of keys. An index over classes only tries all keys.
+        cautious: Whether to keep the untouched settings (:mod:`defaults`) unless the best settings are significantly
+            better (paired test, 95 %). This is useful when there are few queries, because a selection among thousands
+            of settings would overfit them.
+        kept: The alpha and beta that a cautious search keeps instead of the untouched ones, with ``k = all``. For
+            fine-tuned keys, these are the settings used in training. Defaults to the index's own settings if the index
+            is fitted. This beta is always tried.
 
-    Raises InputError for queries that are empty, of unknown classes, or not ``[q, d]``; UsageError for invalid
-    ``kept``.
+    Raises:
+        InputError: if there are no queries, if their class ids are unknown, or if their shape is not ``[q, d]``.
+        UsageError: if ``kept`` is invalid.
     """
     if kept is None and cache.fitted is not None:
         kept = cache.settings.alpha, cache.settings.beta
@@ -265,7 +276,7 @@ def search(
     accuracy, most = float(tried.hits(b, j, alpha).mean()), float(best.mean())
     warnings = [] if most <= accuracy else [
         f"kept the {'untouched ' if kept is None else ''}settings ({100 * accuracy:.1f} %): with {len(best)} queries, "
-        f"the best found ({100 * most:.1f} %) may be better by chance; --greedy takes it"
+        f"the best settings found ({100 * most:.1f} %) may be better by chance; --greedy selects them"
     ]  # fmt: skip
     return tried.choice(b, j, alpha, interval, most, "honest", tried.surface(tried.steps()), warnings)
 
@@ -273,15 +284,16 @@ def search(
 def search_paper(
     cache: CacheModel, queries: Queries, scales: tuple[float, float] = PAPER_SCALES
 ) -> HyperparameterChoice:
-    """Search the published grid: beta ``0.1 + i (scale - 0.1) / 200``, alpha ``0.1 + i (scale - 0.1) / 20``.
+    """Search the published grid of beta ``0.1 + i (scale - 0.1) / 200`` and alpha ``0.1 + i (scale - 0.1) / 20``.
 
-    The first best wins; alpha 0 is not in the grid. ``scales`` are the largest beta and alpha (7 and 3 for ImageNet).
-    Published figures used the whole validation split, and for ImageNet the test set. Raises UsageError if values were
-    solved, since these belong to one beta.
+    The first of several equally good settings is selected. The grid does not contain alpha 0. ``scales`` holds the
+    largest beta and alpha, which are 7 and 3 for ImageNet. The published figures used the whole validation split, or
+    the test set in the case of ImageNet. Raises UsageError if the values of the index were solved, since solved values
+    are valid for a single beta.
     """
     if cache.fitted is not None and cache.fitted.solved:
         raise UsageError(
-            "protocol paper: searches beta, but the values of this index were solved for one beta; build the index "
+            "protocol paper: it searches beta, but the values of this index were solved for one beta; build the index "
             "with --fit none, as in the paper"
         )
     cache.settings.override(alpha=scales[1], beta=scales[0])  # validates
@@ -298,7 +310,10 @@ def search_paper(
 
 @dataclass(frozen=True)
 class _Tried:
-    """Tried settings: a query is right if alpha lies between ``low`` and ``high`` ``[betas, ks, q]``."""
+    """The intervals of alpha on which each query is right, for each beta and k.
+
+    ``low`` and ``high`` are the open ends of the intervals, of shape ``[betas, ks, q]``.
+    """
 
     queries: Queries
     betas: Sequence[float]
@@ -308,10 +323,10 @@ class _Tried:
 
     @classmethod
     def of(cls, cache: CacheModel, queries: Queries, betas: Sequence[float], ks: Sequence[int | None]) -> Self:
-        """Try each beta and k. Raises InputError for queries that do not fit the index."""
+        """Try each beta and k. Raises InputError if the queries do not fit the index."""
         q, c = len(queries.ids), len(cache.class_names)
         if not q:
-            raise InputError(f"{queries.name}: has no queries to choose settings on")
+            raise InputError(f"{queries.name}: there are no queries to select settings on")
         if queries.features.shape != (q, cache.d):
             raise InputError(f"{queries.name}: features {queries.features.shape}; expected [{q}, {cache.d}]")
         if queries.ids.min() < 0 or queries.ids.max() >= c:
@@ -330,7 +345,7 @@ class _Tried:
         self, b: int, j: int, alpha: float, interval: tuple[float, float], best: float, protocol: Protocol,
         surface: pa.Table, warnings: Sequence[str],
     ) -> HyperparameterChoice:  # fmt: skip
-        """Return the choice of ``betas[b]``, ``ks[j]`` and ``alpha``."""
+        """Describe the selection of ``betas[b]``, ``ks[j]`` and ``alpha``."""
         hits = self.hits(b, j, alpha)
         lower, upper = _bootstrap(hits.astype(np.float64))
         rivals = {"text alone": self.hits(b, j, 0.0), "cache alone": self.high[b, j] == np.inf}
@@ -356,14 +371,14 @@ class _Tried:
         )
 
     def steps(self) -> FloatArray:
-        """Return alphas for the surface: 0, and logarithmic steps over the range where accuracies change."""
+        """Return the alphas of the surface: 0, and logarithmic steps over the range in which the accuracy changes."""
         low, high = self.low, self.high
         ends = np.concatenate([low[(low > 0) & (low < np.inf)], high[(high > 0) & (high < np.inf)], [1.0]])
         first, last = np.quantile(ends, (0.01, 0.99))
         return np.append(0.0, np.geomspace(first / 2, last * 2, SURFACE_ALPHAS - 1))
 
     def surface(self, alphas: FloatArray) -> pa.Table:
-        """Return a table of accuracy by k (0: all keys), beta and alpha."""
+        """Return a table of the accuracy for each k (0 stands for all keys), beta and alpha."""
         betas, ks, q = self.low.shape
         right = np.stack([[_count(self.low[b, j], self.high[b, j], alphas) for b in range(betas)] for j in range(ks)])
         return pa.table(
@@ -379,7 +394,7 @@ class _Tried:
 def _blocks(
     cache: CacheModel, queries: Queries, betas: Sequence[float], ks: Sequence[int | None]
 ) -> Iterator[tuple[slice, Tensor, Tensor, Iterator[tuple[int, int, Tensor]]]]:
-    """Yield blocks of queries: slice, text logits, labels, and cache logits by beta and k."""
+    """Yield the slice, the text logits, the labels, and the cache logits by beta and k for each block of queries."""
     groups = torch.from_numpy(queries.groups).to(cache.device)
     size = QUERY_BLOCK if cache.device == "cpu" else max(1, min(QUERY_BLOCK, GPU_AFFINITIES // cache.n))
     for part in slices(len(queries.ids), size):
@@ -397,7 +412,7 @@ def _blocks(
 def _caches(
     affinity: Tensor, cache: CacheModel, betas: Sequence[float], ks: Sequence[int | None]
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield cache logits ``[q, c]`` for every beta and k; hidden keys have affinity minus infinity."""
+    """Yield the cache logits, of shape ``[q, c]``, for each beta and k. Hidden keys have an affinity of -inf."""
     ids, c = cache.class_ids, len(cache.class_names)
     seen = affinity > -torch.inf
     counts = tip.sum_by_class(seen.to(affinity.dtype), ids, c)
@@ -416,7 +431,7 @@ def _caches(
                 yield b, j, made_up * tip.cache_logits(near, near_ids, c, beta, tail)
             continue
         counted = affinity
-        if tail is not None:  # class sums do not know the values of hidden keys
+        if tail is not None:  # per-class sums do not include the values of the other keys
             _, mean = tail.rest(near, near_ids)
             counted = mean[:, ids].scatter_(1, rows[:, :k], near).masked_fill_(~seen, -torch.inf)
         factor = made_up[:, ids]
@@ -425,11 +440,11 @@ def _caches(
 
 
 def right_between(text: Tensor, cache: Tensor, y: Tensor) -> tuple[FloatArray, FloatArray]:
-    """Return the open interval ``(low, high)`` of alphas at which each query is right; empty if ``low >= high``.
+    """Return the open interval ``(low, high)`` of alphas at which each query is right. It is empty if ``low >= high``.
 
-    ``text`` and ``cache`` are ``[q, c]``, ``y`` is ``[q]``. Class y beats class j if
-    ``alpha (C_y - C_j) > text_j - text_y``: above a bound if the cache prefers y, below one if it prefers j, and always
-    or never if it prefers neither.
+    ``text`` and ``cache`` have shape ``[q, c]``, and ``y`` has shape ``[q]``. Class y beats class j if
+    ``alpha (C_y - C_j) > text_j - text_y``. If the cache prefers y, this is true above a bound. If the cache prefers j,
+    it is true below a bound. If the cache prefers neither, it is true for every alpha or for none.
     """
     gain = (cache.gather(1, y[:, None]) - cache).double()
     lead = (text.gather(1, y[:, None]) - text).double()
@@ -444,17 +459,17 @@ def right_between(text: Tensor, cache: Tensor, y: Tensor) -> tuple[FloatArray, F
 
 
 def _best_alpha(low: FloatArray, high: FloatArray) -> tuple[int, tuple[float, float]]:
-    """Return the number of queries right at the best alpha >= 0, and the widest interval of such alphas."""
+    """Return the number of queries that are right at the best alpha >= 0, and the widest interval of such alphas."""
     some = (low < high) & (high > 0)
     ends = np.unique(np.concatenate([[0.0], low[some & (low > 0)], high[some & (high < np.inf)]]))
-    between = np.append((ends[:-1] + ends[1:]) / 2, ends[-1] * 2 + 1)  # one alpha per gap, one beyond
+    between = np.append((ends[:-1] + ends[1:]) / 2, ends[-1] * 2 + 1)  # one alpha per gap, and one beyond
     right = _count(low, high, between)
     most = int(right.max())
     upper = np.append(ends[1:], np.inf)
     gaps: list[tuple[float, float]] = []
     previous = -2
     for gap in np.flatnonzero(right == most).tolist():
-        if gap == previous + 1:  # an end that leaves the count unchanged does not split a plateau
+        if gap == previous + 1:  # an end that does not change the count does not split a plateau
             gaps[-1] = (gaps[-1][0], float(upper[gap]))
         else:
             gaps.append((float(ends[gap]), float(upper[gap])))
@@ -463,14 +478,14 @@ def _best_alpha(low: FloatArray, high: FloatArray) -> tuple[int, tuple[float, fl
 
 
 def _count(low: FloatArray, high: FloatArray, alphas: FloatArray) -> npt.NDArray[np.int64]:
-    """Return the number of intervals that contain each alpha."""
+    """Count the intervals that contain each alpha."""
     some = low < high
     begun = np.searchsorted(np.sort(low[some]), alphas, side="left")
     return begun - np.searchsorted(np.sort(high[some]), alphas, side="right")
 
 
 def _width(interval: tuple[float, float]) -> float:
-    """Return the width of an interval of alphas as a ratio; infinite if it reaches 0 or has no end."""
+    """Return the ratio of the ends of an interval of alphas. It is infinite if the interval reaches 0 or infinity."""
     low, high = interval
     return math.inf if high == math.inf or low <= 0 else high / low
 
@@ -485,11 +500,11 @@ def _warnings(
     hits: npt.NDArray[np.bool_], rivals: dict[str, npt.NDArray[np.bool_]], b: int, betas: Sequence[float]
 ) -> Iterator[str]:
     if len(betas) > 1 and b in (0, len(betas) - 1):
-        yield f"beta {betas[b]:.3g} is at the edge of the range tried"
+        yield f"beta {betas[b]:.3g} is at the edge of the range that was tried"
     for name, rival in rivals.items():
         low, high = _bootstrap(hits.astype(np.float64) - rival)
         if low <= 0 < (hits.mean() - rival.mean()):
             yield (
-                f"{len(hits)} queries cannot tell this choice from {name} "
+                f"{len(hits)} queries are too few to prefer these settings to {name} "
                 f"({100 * rival.mean():.1f} %; difference {100 * low:.1f} to {100 * high:.1f} points, 95 %)"
             )

@@ -1,4 +1,4 @@
-"""Training steps of fine-tuning: keys, values and encoders with their optimiser."""
+"""Training steps for fine-tuning keys, values and encoders, together with their optimiser."""
 
 from __future__ import annotations
 
@@ -26,37 +26,40 @@ from retrieval_tip.fit.gradient import BLOCK, GPU_BLOCK, AllKeys
 from retrieval_tip.settings import TRAINED, TrainedPart, TrainingPrecision, TrainingSettings, check_choice
 
 ENCODER_RATE = 1e-3
-"""Learning rate of encoders, relative to the keys."""
+"""Learning rate of encoders, relative to the learning rate of keys."""
 VIEWS = 16
 """Default number of cached views per shot."""
 WORTH = 1.5
-"""Smallest speed-up of matrix products that makes ``auto`` choose bfloat16."""
+"""Smallest speed-up of matrix products for which ``auto`` selects bfloat16."""
 SMALL = 1 << 22
-"""Largest number of key values for which ``auto`` keeps float32; small indexes have no time to gain."""
+"""Largest number of key values for which ``auto`` keeps float32. A small index would not save time with bfloat16."""
 TEXTS = 256
-"""Prompts per batch of the text encoder."""
+"""Number of prompts per batch of the text encoder."""
 QUERIES = 256
-"""Queries per batch of an evaluation."""
+"""Number of queries per batch in an evaluation."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options of fine-tuning; the defaults follow the paper.
+    """Options for fine-tuning. The defaults follow the paper.
 
-    - ``train``: parts to train, of :data:`settings.TRAINED`
-    - ``epochs``; ``batch``: queries per step
-    - ``lr``: learning rate, which falls to 0 along a cosine; encoders use a thousandth. ``eps`` and
-      ``weight_decay`` belong to AdamW.
-    - ``views``: augmented views of each shot, encoded once and drawn from. ``None`` encodes a fresh view every epoch,
-      as the paper's code does; training the image encoder requires it.
-    - ``precision``: of matrix products; ``auto`` uses bfloat16 if it is measurably faster
-    - ``seed``: seed of batches and views
-    - ``settings``: alpha and beta to train with. ``own`` takes them from the index. ``tried`` compares these with a few
-      flatter ones on the validation images, if given, for a quarter of the epochs each: a sharp exponential classifies
-      well but leaves little gradient. Encoders always use ``own``.
-    - ``alpha``, ``beta``: values to train with instead; either implies ``own``
+    - ``train``: the parts to train, from :data:`settings.TRAINED`
+    - ``epochs``: the number of epochs
+    - ``batch``: the number of queries per step
+    - ``lr``: the learning rate, which falls to 0 along a cosine. Encoders use a thousandth of it.
+    - ``eps``, ``weight_decay``: parameters of AdamW
+    - ``views``: the number of augmented views of each shot. They are encoded once, and each epoch draws one of them. If
+      ``None``, every epoch encodes a fresh view, as in the paper's code. This is required to train the image encoder.
+    - ``precision``: the dtype of matrix products. ``auto`` uses bfloat16 if it is measurably faster.
+    - ``seed``: the seed for batches and views
+    - ``settings``: the source of the alpha and beta used in training. ``own`` takes them from the index. ``tried``
+      compares these settings with a few flatter ones on the validation images, if given, and trains each for a quarter
+      of the epochs. Flatter settings can help because a sharp exponential classifies well but has a small gradient.
+      Encoders always use ``own``.
+    - ``alpha``, ``beta``: values to use in training instead. If you give either, ``settings`` is ignored and the other
+      one is taken from the index.
 
-    Raises UsageError for invalid options.
+    Raises UsageError if an option is invalid.
     """
 
     train: tuple[TrainedPart, ...] = ("keys",)
@@ -90,15 +93,16 @@ class Recipe:
 
     @property
     def encoders(self) -> tuple[str, ...]:
-        """Encoders to train."""
+        """The encoders to train."""
         return tuple(part for part in PARTS if part in self.train)
 
 
 class Trainer:
-    """The trained parts of an index with their optimiser.
+    """The trained parts of an index, together with their optimiser.
 
-    ``keys`` ``[n, d]`` float32 and ``values`` ``[n, c]`` (``None``: one-hot) are copies; ``text_weights`` ``[c, d]``
-    follow a trained text encoder. ``backbone`` is changed in place.
+    ``keys`` is a float32 copy of the keys, of shape ``[n, d]``. ``values`` is a copy of the values, of shape
+    ``[n, c]``, or ``None`` if they are one-hot. ``text_weights``, of shape ``[c, d]``, is updated if the text encoder
+    is trained. ``backbone`` is changed in place.
     """
 
     def __init__(self, cache: CacheModel, recipe: Recipe, backbone: TorchBackbone | None) -> None:
@@ -132,10 +136,11 @@ class Trainer:
         )  # fmt: skip
 
     def step(self, queries: Tensor, ids: Tensor, lr: float) -> tuple[float, int]:
-        """Take a step on features ``[b, d]`` (pixels ``[b, 3, h, w]`` to train visual) of classes ``ids`` ``[b]``.
+        """Take one training step, and return the mean cross-entropy before the step and the number of right answers.
 
-        Returns the mean cross-entropy before the step and the number of right answers. Changes nothing if the
-        cross-entropy is not finite.
+        ``queries`` are features of shape ``[b, d]``, or pixels of shape ``[b, 3, h, w]`` if the image encoder is
+        trained. ``ids`` are their class ids, of shape ``[b]``. If the cross-entropy is not finite, the step changes
+        nothing.
         """
         features, ids = self._features(queries), ids.to(self.cache.device)
         prompts = None if self._text is None else self._text.features(self._prompts)
@@ -163,12 +168,15 @@ class Trainer:
         return value, int(right)
 
     def loss(self, queries: Tensor, ids: Tensor) -> float:
-        """Return the mean cross-entropy of queries, given as for :meth:`step`."""
+        """Return the mean cross-entropy on queries. The arguments are those of :meth:`step`."""
         return self.evaluate(self._features(queries), ids.to(self.cache.device))[0]
 
     @torch.no_grad()
     def evaluate(self, features: Tensor, ids: Tensor) -> tuple[float, float]:
-        """Return the mean cross-entropy and accuracy on queries ``[q, d]`` of classes ``ids`` ``[q]``."""
+        """Return the mean cross-entropy and the accuracy on queries.
+
+        ``features`` has shape ``[q, d]``, and the class ``ids`` have shape ``[q]``.
+        """
         loss, right = 0.0, 0
         for f, y in zip(features.split(QUERIES), ids.split(QUERIES), strict=True):
             logits = self._blend(f, self._all.forward(f), self.text_weights)
@@ -182,13 +190,13 @@ class Trainer:
             self.text_weights = self._of(self._text.features(self._prompts))
 
     def trained(self) -> dict[str, Tensor]:
-        """Return copies of all trained tensors on the CPU by name; tensors of encoders are ``encoder.NAME``."""
+        """Return CPU copies of all trained tensors by name. Encoder tensors are named ``encoder.NAME``."""
         weights = {} if self._text is None else {"text_weights": self.text_weights}
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in (self._trained | weights).items()}
         return copies | {f"encoder.{name}": tensor for name, tensor in self.encoders().items()}
 
     def restore(self, trained: Mapping[str, Tensor]) -> None:
-        """Restore tensors from :meth:`trained`."""
+        """Restore the tensors that :meth:`trained` returned."""
         for part, matrix in self._trained.items():
             matrix.copy_(trained[part])
         if self._text is not None:
@@ -199,7 +207,7 @@ class Trainer:
             self.backbone.adopt(encoders)
 
     def encoders(self) -> dict[str, Tensor]:
-        """Return copies of the tensors of trained encoders; of both encoders if the backbone was tuned before."""
+        """Return copies of the trained encoder tensors. If the backbone was already tuned, include both encoders."""
         if self.backbone is None or not self.recipe.encoders:
             return {}
         return self.backbone.tuned(self.recipe.encoders if self.cache.tuned is None else PARTS)
@@ -213,7 +221,10 @@ class Trainer:
         return (queries if self._visual is None else self._visual.features(queries)).to(self.cache.device)
 
     def _of(self, prompts: Tensor) -> Tensor:
-        """Return text weights ``[c, d]`` from unit features of prompts ``[c t, d]``, as in :mod:`prompts`."""
+        """Compute text weights of shape ``[c, d]`` from the prompt features, as in :mod:`prompts`.
+
+        The prompt features are unit vectors, of shape ``[c t, d]``.
+        """
         means = prompts.reshape(len(self.cache.class_names), -1, prompts.shape[1]).mean(dim=1)
         return functional.normalize(means, dim=1).to(self.cache.device)
 
@@ -227,10 +238,10 @@ Inputs = TypeVar("Inputs", Tensor, Sequence[str])
 
 @dataclass(frozen=True)
 class _Tower(Generic[Inputs]):
-    """An encoder in training, of pixels or prompts, ``size`` at a time.
+    """An encoder in training, which processes ``size`` images or prompts at a time.
 
-    Features are computed without a graph, and again with one once their gradient is known, so that memory does not grow
-    with the batch.
+    Features are first computed without an autograd graph. Once their gradient is known, they are computed again with a
+    graph. This way, memory use does not grow with the batch size.
     """
 
     parameters: list[torch.nn.Parameter]
@@ -239,11 +250,11 @@ class _Tower(Generic[Inputs]):
 
     @torch.no_grad()
     def features(self, inputs: Inputs) -> Tensor:
-        """Return unit features ``[m, d]`` of pixels or prompts."""
+        """Return the unit features of pixels or prompts, of shape ``[m, d]``."""
         return torch.cat([self._unit(part) for part in self._parts(inputs)])
 
     def backward(self, inputs: Inputs, gradient: Tensor) -> None:
-        """Add to the gradients of the parameters, given the ``gradient`` ``[m, d]`` of the unit features."""
+        """Add to the parameter gradients, given the gradient of the unit features, of shape ``[m, d]``."""
         for part, wanted in zip(self._parts(inputs), gradient.split(self.size), strict=True):
             features = self._unit(part)
             features.backward(wanted.to(features.device))
@@ -256,14 +267,15 @@ class _Tower(Generic[Inputs]):
 
 
 def cosine(step: int, steps: int, lr: float) -> float:
-    """Return the learning rate of a step, which falls from ``lr`` to 0: ``lr (1 + cos(pi step / steps)) / 2``."""
+    """Return the learning rate of a step. It falls from ``lr`` to 0 as ``lr (1 + cos(pi step / steps)) / 2``."""
     return lr * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def faster_precision(cache: CacheModel, batch: int) -> Literal["float32", "bfloat16"]:
     """Return ``bfloat16`` if it multiplies keys and ``batch`` queries at least :data:`WORTH` times as fast.
 
-    Measures a block of ones. Small indexes always use ``float32``, so that machines agree on them.
+    The speed is measured on a block of ones. A small index always uses ``float32``, so that its result is the same on
+    all machines.
     """
     if cache.n * cache.d <= SMALL:
         return "float32"
