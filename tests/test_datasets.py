@@ -330,7 +330,7 @@ def test_a_damaged_split_file_is_named(tmp_path, picture, content, message):
         ("variants.txt", b"A0\nA0\n", r"variants\.txt: duplicate class name 'A0'"),
         ("variants.txt", b"\xff\n", r"variants\.txt: not UTF-8 text \(byte 0\)"),
         ("images_variant_test.txt", b"\n\n", r"images_variant_test\.txt: empty"),
-        ("images_variant_test.txt", b"0000001 A1\n\n0000002\n", "line 3: expected an image's number"),
+        ("images_variant_test.txt", b"0000001 A1\n\n0000002\n", "line 3: expected an image number"),
         ("images_variant_test.txt", b"0000001 Zeppelin\n", r"line 1: variant 'Zeppelin' is not in variants\.txt"),
         ("images_variant_test.txt", b"1 " + b"a" * 5000, "line 1 is longer than 4096 characters"),
     ],
@@ -347,7 +347,7 @@ def test_damaged_variant_lists_are_named(tmp_path, picture, file, content, messa
     [
         ("n00000000\n", r"classnames\.txt: line 1: expected a folder"),
         ("n00000000 a\nn00000000 b\n", r"classnames\.txt: line 2: duplicate folder n00000000"),
-        ("n00000000 a\nn00000005 b\n", "names no class for the folder n00000010 and 197 more; .* n000"),
+        ("n00000000 a\nn00000005 b\n", "has no class name for n00000010 and 197 more; .* n000"),
         (" \n", r"classnames\.txt: empty"),
     ],
 )

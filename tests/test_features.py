@@ -580,7 +580,7 @@ GOOD = [1.0, 0.0, 0.0, 0.0]
     ("rows", "words"),
     [
         ([GOOD, None, GOOD, None], "rows 1, 3 without a feature"),
-        ([GOOD, GOOD, [1.0, 0.0]], "row 2 has 2 values, earlier rows have 4"),
+        ([GOOD, GOOD, [1.0, 0.0]], "row 2 has 2 values; earlier rows have 4"),
         ([[], []], "row 0 has no values"),
         ([GOOD, [1.0, None, 0.0, 0.0]], "row 1 with a missing value"),
         ([[np.inf, 0, 0, 0], GOOD, [0, -np.inf, 0, 0]], "rows 0, 2: the feature contains NaN or infinity"),
@@ -696,11 +696,11 @@ def test_a_table_of_another_backbone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match=r"t\.parquet"):
         check_backbone(IDENTITY, 6, None, [source])
     check_backbone(None, 6, None, [source])
-    with pytest.raises(InputError, match="features of 6 values, the index has 5"):
+    with pytest.raises(InputError, match="its features have 6 values; the index has 5"):
         check_backbone(None, 5, None, [source])
     with pytest.raises(BackboneError, match="index: made with encoder"):
         check_backbone(other, 6, Fake(), [])
-    with pytest.raises(BackboneError, match="its features have 6 values, the index has 5"):
+    with pytest.raises(BackboneError, match="its features have 6 values; the index has 5"):
         check_backbone(None, 5, Fake(), [])
 
 

@@ -1,1 +1,1 @@
-"""Data: images, and sources of labelled images or features, turned into features."""
+"""Reading of images and of sources of labelled images or features, and their conversion to features."""

@@ -1,4 +1,4 @@
-"""Turn sources into features block by block: encode images, or read feature tables."""
+"""Turn sources into features block by block, by encoding images or reading feature tables."""
 
 from __future__ import annotations
 
@@ -43,55 +43,61 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 _Part = tuple[IntArray, FloatArray, list[str | None]]  # positions [b], features [b, v, d], digests
 _Merge = Callable[[FloatArray], FloatArray]  # takes the raw views of an image [v, d]
-_Merged = dict[str, tuple[FloatArray, str] | None]  # path to merged features and digest; None: unreadable
+_Merged = dict[str, tuple[FloatArray, str] | None]  # merged features and digest by path; None if unreadable
 _T = TypeVar("_T")
 
 CENTRE = "centre"
 REDUCED = "centre/reduced"
-REDUCED_SIDES = 3  # smallest ratio of a reduced JPEG's sides to the view's: with 2, some cosines were below 0.999
+REDUCED_SIDES = 3  # smallest ratio of a reduced JPEG's sides to the view's; 2 gave some cosines below 0.999
 
 
 @dataclass(frozen=True)
 class FeatureBlock:
-    """Features of some items of a source."""
+    """The features of some of the items in a source."""
 
-    positions: IntArray  # [b], ascending, in the source
+    positions: IntArray  # [b], ascending positions in the source
     features: FloatArray  # [b, d] float32
-    digests: list[str | None]  # of the images' bytes; None for rows of a feature table
+    digests: list[str | None]  # digests of the image bytes; None for rows of a feature table
 
 
 @dataclass(frozen=True)
 class Views:
-    """Features of every view of every shot of a source: rows ``starts[i]:starts[i + 1]`` belong to shot ``i``."""
+    """The features of all views of all shots in a source. Rows ``starts[i]:starts[i + 1]`` belong to shot ``i``."""
 
-    positions: IntArray  # [m] int64: first item of each shot in the source, ascending
+    positions: IntArray  # [m] int64, ascending positions of the first item of each shot in the source
     features: FloatArray  # [r, d] float32
     starts: IntArray  # [m + 1] int64
 
 
 def view_names(seed: int, number: int) -> list[str]:
-    """Return the names of a shot's views: the centre view if ``number`` is 1, else views augmented with ``seed``."""
+    """Return the names of a shot's views.
+
+    If ``number`` is 1, this is the centre view. Otherwise, these are views that are augmented with ``seed``.
+    """
     return [CENTRE] if number == 1 else [f"crop/{seed}/{view}" for view in range(number)]
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encoder of images and reader of feature tables.
+    """An encoder of images and a reader of feature tables.
 
     Args:
-        backbone: required for images.
-        views: 1 for the centre view; V > 1 for the mean of V augmented views, drawn with ``seed``.
-        norms: for feature tables: ``check`` that rows have unit norm, scale them to ``unit`` norm, or ``keep`` them.
-        batch_size: images to encode at a time; ``None`` uses the backbone's best.
-        workers: threads that read and decode images.
-        cache: the encoding cache, or ``None``.
-        reduce: decode large JPEGs for the centre view at 1/2, 1/4 or 1/8 of their size, but no smaller than
-            ``REDUCED_SIDES`` times the view. This is several times faster, and changes the feature slightly.
-        strict: raise for an unreadable image instead of adding it to ``skipped``.
-        read: returns the bytes of an image by its path, like :func:`sources.read_item`.
-        empty: accept a source without a readable item.
+        backbone: The backbone that encodes images. It is not required for feature tables.
+        views: The number of views of each image. 1 uses the centre view. A larger number uses the mean of that many
+            augmented views, which are drawn with ``seed``.
+        norms: How to treat the rows of a feature table. ``check`` requires unit norm, ``unit`` scales the rows to unit
+            norm, and ``keep`` does not change them.
+        batch_size: The number of images to encode at a time. If ``None``, the best batch size for the backbone is used.
+        workers: The number of threads that read and decode images.
+        cache: The encoding cache, or ``None`` to encode all images.
+        reduce: Whether to decode large JPEGs at 1/2, 1/4 or 1/8 of their size for the centre view. Both sides stay at
+            least ``REDUCED_SIDES`` times as long as those of the view. This is several times faster, and changes the
+            feature slightly.
+        strict: Whether to raise an error if an image is unreadable, instead of adding it to ``skipped``.
+        read: A function that returns the bytes of an image, given its path, like :func:`sources.read_item`.
+        empty: Whether to accept a source that has no readable items.
 
-    ``done`` counts ``images``, and newly encoded views (``fresh``).
+    ``done`` counts the encoded images (``images``), and the views that were not in the cache (``fresh``).
     """
 
     backbone: Backbone | None = None
@@ -116,19 +122,21 @@ class Encoder:
         check_choice("norms", self.norms, Norms)
 
     def blocks(self, source: Source) -> Iterator[FeatureBlock]:
-        """Yield the features of a source in order, without unreadable items.
+        """Yield the features of a source in order, skipping unreadable items.
 
         Raises:
-            InputError: no readable item; with ``strict``, an unreadable image; a feature table with missing, unequal,
-                non-finite or (``norms="check"``) unnormalised rows.
-            UsageError: images without a backbone; a batch that does not fit in memory.
-            BackboneError: a feature table made with another backbone.
+            InputError: if no item is readable, or if ``strict`` is set and an image is unreadable.
+            InputError: if rows of a feature table are missing, have different lengths, are not finite, or do not have
+                unit norm with ``norms="check"``.
+            UsageError: if the source contains images and there is no backbone.
+            UsageError: if a batch does not fit in memory.
+            BackboneError: if a feature table was made with another backbone.
         """
         for positions, features, digests in self._parts(source, view_names(self.seed, self.views), _mean_view):
             yield FeatureBlock(positions, features[:, 0], digests)
 
     def encode(self, source: Source) -> FeatureBlock:
-        """Return the features of a source as one block. Raises as :meth:`blocks`."""
+        """Return the features of a source as one block. Raises the same errors as :meth:`blocks`."""
         blocks = list(self.blocks(source))
         return FeatureBlock(
             np.concatenate([block.positions for block in blocks]),
@@ -139,11 +147,12 @@ class Encoder:
     def encode_views(self, source: Source, names: Sequence[str]) -> Views:
         """Return the features of each view of each shot, in order of first appearance.
 
-        For images, each distinct readable path is a shot with the views ``names`` (see :func:`view_names`), of unit
-        norm. In a feature table, rows that share an ``id`` are the views of one shot; ``names`` is ignored.
+        If the source contains images, each distinct readable path is a shot. Its views are ``names`` (see
+        :func:`view_names`), and their features have unit norm. If the source is a feature table, rows with the same
+        ``id`` are views of one shot, and ``names`` is ignored.
 
-        Raises as :meth:`blocks`; UsageError if ``names`` is empty or has duplicates, or if the features do not fit in
-        memory; InputError if the source is empty.
+        Raises the same errors as :meth:`blocks`. Raises UsageError if ``names`` is empty or contains duplicates, or if
+        the features do not fit in memory. Raises InputError if the source is empty.
         """
         if not len(source):
             raise InputError(f"{source.name}: empty; expected at least one item")
@@ -151,7 +160,7 @@ class Encoder:
         if source.paths is not None:
             if not names or len(set(names)) < len(names):
                 raise UsageError(f"views {', '.join(names) or 'none'}: expected at least one, without duplicates")
-            values = 2 * len(first) * len(names) * self.needed_backbone(source).dim  # twice: the parts, and their join
+            values = 2 * len(first) * len(names) * self.needed_backbone(source).dim  # the parts and their concatenation
             check_memory(4 * values, f"{len(names)} views of {len(first)} images", "use fewer views")
             source, shots = source.take(first), np.arange(len(first))
         parts = list(self._parts(source, names, _each_view))
@@ -162,14 +171,16 @@ class Encoder:
         return Views(first[counts > 0], features.reshape(-1, features.shape[2]), starts)
 
     def pixels(self, source: Source, name: str, size: int) -> Iterator[tuple[IntArray, torch.Tensor]]:
-        """Yield view ``name`` of a source's items: positions ``[b]`` and pixels ``[b, 3, h, w]`` float32.
+        """Yield the view ``name`` of each item in a source, in batches of at most ``size`` items.
 
-        Reads ``size`` items at a time, and the next ones while the caller uses them. Unreadable items are skipped, so
-        ``b`` may be smaller. A view depends only on the image's bytes and on ``name``.
+        Each batch consists of the positions of the items, of shape ``[b]``, and their pixels as a float32 tensor of
+        shape ``[b, 3, h, w]``. The next batch is read while the caller uses the current one. Unreadable items are
+        skipped, so a batch may have fewer than ``size`` items. A view only depends on the image bytes and on ``name``.
 
         Raises:
-            InputError: no readable item; with ``strict``, an unreadable image.
-            UsageError: a feature table; no backbone; ``size`` below 1.
+            InputError: if no item is readable, or if ``strict`` is set and an image is unreadable.
+            UsageError: if the source is a feature table.
+            UsageError: if there is no backbone, or if ``size`` is below 1.
         """
         import torch
 
@@ -197,11 +208,11 @@ class Encoder:
     def needed_backbone(self, source: Source) -> Backbone:
         """Return the backbone. Raises UsageError if there is none."""
         if self.backbone is None:
-            raise UsageError(f"{source.name}: needs an encoder; give --model (and --pretrained)")
+            raise UsageError(f"{source.name}: it requires an encoder; give --model (and --pretrained)")
         return self.backbone
 
     def _parts(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[_Part]:
-        """Yield items with merged features ``[v, d]``; each row of a table is one view."""
+        """Yield items with their merged features, of shape ``[v, d]``. Each row of a feature table is one view."""
         done = 0
         for skipped in source.failed:
             self._skip(skipped.source, skipped.reason)
@@ -225,7 +236,7 @@ class Encoder:
         return InputError(f"{source.name}: none of {len(source):,} items could be read ({first})")
 
     def _skip(self, name: str, reason: str) -> None:
-        """Add an unusable input to ``skipped`` once, with a warning; with ``strict``, raise instead."""
+        """Add an unusable input to ``skipped`` once, and log a warning. With ``strict``, raise InputError instead."""
         skipped = Skipped(show(name), reason)
         if self.strict:
             raise InputError(f"{skipped}; leave out --strict to skip it")
@@ -286,7 +297,7 @@ class Encoder:
             yield _part(rows)
 
     def _ahead(self, chunks: Sequence[Sequence[str]], load: Callable[[str], _T], depth: int) -> Iterator[list[_T]]:
-        """Yield the loaded images of each chunk, while threads read and decode ``depth`` more chunks."""
+        """Yield the loaded images of each chunk, while threads read and decode the next ``depth`` chunks."""
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
             waiting: deque[list[Future[_T]]] = deque()
             try:
@@ -328,7 +339,11 @@ class Encoder:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """An image after reading: cached features of its views, pixels of the other views, or the ``problem``."""
+    """An image that has been read.
+
+    It has the cached features of some views and the pixels of the other views. If the image is unreadable, ``problem``
+    contains the reason.
+    """
 
     path: str
     digest: str = ""
@@ -343,12 +358,12 @@ def _part(rows: Sequence[tuple[int, FloatArray, str]]) -> _Part:
 
 
 def _least(backbone: Backbone) -> int:
-    """Return the smallest side of a reduced image, in pixels."""
+    """Return the smallest allowed side of a reduced image, in pixels."""
     return REDUCED_SIDES * max(view_size(backbone.identity.preprocess))
 
 
 def _check_pixels(backbone: Backbone, number: int, views: int, size: int, chunks: int) -> None:
-    """Raise UsageError unless the pixels of ``chunks`` times ``size`` images, and of one batch, fit in memory."""
+    """Raise UsageError if the pixels of ``chunks`` times ``size`` images and of one batch do not fit in memory."""
     height, width = view_size(backbone.identity.preprocess)
     held = views * min(number, chunks * size) + min(views * number, size)
     what = f"{counted(views, 'view')} of {counted(min(number, chunks * size), 'image')} at a time"
@@ -363,10 +378,10 @@ def _load(
     least: int | None,
     read: Callable[[str], bytes],
 ) -> _Loaded:
-    """Read an image once: its digest, the features of ``kept`` views, and the pixels of the others.
+    """Read an image once. Return its digest, the features of the ``kept`` views, and the pixels of the other views.
 
-    With ``least``, a large JPEG's centre view comes from the reduced image and is called ``REDUCED``, so that a cache
-    can hold both.
+    If ``least`` is given, the centre view of a large JPEG is computed from the reduced image. It is then called
+    ``REDUCED``, so that the cache can store both views.
     """
     try:
         data = read(path)
@@ -392,7 +407,10 @@ def _load(
 def pixels_of(
     data: bytes, backbone: Backbone, *, most: int = images.MAX_PIXELS, only: tuple[str, ...] | None = None
 ) -> torch.Tensor:
-    """Return the centre view ``[3, h, w]`` float32 of an image. Raises InputError as :func:`images.decode`."""
+    """Return the centre view of an image as a float32 tensor of shape ``[3, h, w]``.
+
+    Raises InputError in the same cases as :func:`images.decode`.
+    """
     return backbone.preprocess(images.decode(data, _least(backbone), most=most, only=only))
 
 
@@ -409,7 +427,11 @@ def _chunks(things: Sequence[_T], size: int) -> list[Sequence[_T]]:
 
 
 def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
-    """Return the first position of each distinct name ``[m]``, and for each name its place among these ``[n]``."""
+    """Group equal names.
+
+    Return the first position of each of the ``m`` distinct names, and the number of the group of each of the ``n``
+    names. Groups are numbered in order of first appearance.
+    """
     numbers: dict[str, int] = {}
     shots = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
     _, first = np.unique(shots, return_index=True)
@@ -417,13 +439,16 @@ def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
 
 
 def encode_table(source: Source, out: str | os.PathLike[str], encoder: Encoder) -> int:
-    """Write a source's features as a feature table, which appears when complete, and return its number of rows."""
+    """Write the features of a source as a feature table, and return the number of rows.
+
+    The file only appears once it is complete.
+    """
     schema, tables = encoded(source, encoder)
     return write_table(Path(out), schema, row_groups_of(tables))
 
 
 def encoded(source: Source, encoder: Encoder) -> tuple[pa.Schema, Iterator[pa.Table]]:
-    """Return the schema of a source's feature table, and its rows, which are encoded lazily."""
+    """Return the schema and the rows of the feature table for a source. The rows are encoded lazily."""
     if source.table is not None:
         dim, identity = table_dim(source.table), table_identity(source.table)
     else:

@@ -1,4 +1,4 @@
-"""The encoding cache: raw features of images by content and backbone."""
+"""The encoding cache, which stores raw image features by image content and backbone."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from retrieval_tip.files import cache_folder, make_folders
 log = logging.getLogger(__name__)
 
 NAME = "encodings.sqlite"
-DEFAULT_BYTES = 8_000_000_000  # default size limit: two million photos with 512 values each
-LEFT = 0.9  # share of the limit that remains after old encodings are removed, so that removals are rare
-REMOVED, ROW_BYTES, USED = 1024, 8192, 1024  # removed per transaction, bytes each should free, uses recorded at once
+DEFAULT_BYTES = 8_000_000_000  # default size limit, enough for two million photos with 512 values each
+LEFT = 0.9  # fraction of the limit that is still used after old encodings were removed, so that removals are rare
+REMOVED, ROW_BYTES, USED = 1024, 8192, 1024  # encodings removed per transaction, bytes per encoding, uses per update
 
-_UNIT = 1_000_000  # unit of SQLite's 32-bit ``user_version``, which holds the limit in megabytes; 0 means the default
+_UNIT = 1_000_000  # SQLite's 32-bit ``user_version`` stores the limit in megabytes; 0 means the default
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS encodings (scope TEXT NOT NULL, digest TEXT NOT NULL, view TEXT NOT NULL,
     feature BLOB NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (scope, digest, view));
@@ -33,16 +33,16 @@ CREATE INDEX IF NOT EXISTS uses_used ON uses (used);
 CREATE TRIGGER IF NOT EXISTS encodings_used AFTER INSERT ON encodings BEGIN
     INSERT OR REPLACE INTO uses VALUES (new.rowid, julianday('now')); END;
 """
-"""``uses`` stores the times of last use separately, so that a use does not rewrite the encoding."""
+"""``uses`` stores the time of last use in a separate table, so that reading an encoding does not rewrite it."""
 _DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
 
 
 class EncodingCache:
-    """Raw features by backbone, image content and view, in one SQLite file of at most :attr:`most` bytes.
+    """A store of raw features by backbone, image content and view, in one SQLite file of at most :attr:`most` bytes.
 
-    Beyond that size, the least recently used encodings are removed. Threads and processes can share the file. Damaged
-    entries count as missing, and a damaged file is moved aside. If the file cannot be written, new encodings are not
-    stored. Raises InputError if the folder cannot hold the file.
+    If the file grows beyond that size, the least recently used encodings are removed. Threads and processes can share
+    the file. Damaged entries count as missing, and a damaged file is moved aside. If the file cannot be written, new
+    encodings are not stored. Raises InputError if the file cannot be created in the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -61,24 +61,25 @@ class EncodingCache:
 
     @classmethod
     def at(cls, folder: str | os.PathLike[str] | None) -> EncodingCache | None:
-        """Open the cache in a folder, or in the default one.
+        """Open the cache in a folder, or in the default folder if ``folder`` is ``None``.
 
-        Raises InputError if the folder cannot hold it; for the default folder, warns and returns ``None`` instead.
+        Raises InputError if the cache cannot be opened in the given folder. If it cannot be opened in the default
+        folder, a warning is logged and ``None`` is returned.
         """
         try:
             return cls(folder or cls.default_folder())
         except (InputError, UsageError) as error:
             if folder:
                 raise
-            log.warning("%s; encoding without it", error)
+            log.warning("%s; continuing without the cache", error)
             return None
 
     @staticmethod
     def default_folder() -> Path:
-        """Return :func:`files.cache_folder`. Raises UsageError for a user without a home folder."""
+        """Return :func:`files.cache_folder`. Raises UsageError if the user has no home folder."""
         folder = cache_folder()
         if folder is None:
-            raise UsageError("encoding cache: no home folder to keep it in; give --cache FOLDER or --no-cache")
+            raise UsageError("encoding cache: there is no home folder to store it; give --cache FOLDER or --no-cache")
         return folder
 
     def _unusable(self, error: Exception) -> InputError:
@@ -87,11 +88,11 @@ class EncodingCache:
         )
 
     def _renew(self) -> None:
-        """Move a damaged file aside, and start a new one."""
+        """Move the damaged file aside, and create a new one."""
         self._used.clear()
         try:
             self.path.replace(self._aside)
-            log.warning("%s: damaged, moved to %s; encoding again", show(self.path), self._aside.name)
+            log.warning("%s: damaged and moved to %s; encoding the images again", show(self.path), self._aside.name)
             self._db = self._open()
         except (OSError, sqlite3.Error) as error:
             raise self._unusable(error) from None
@@ -101,7 +102,7 @@ class EncodingCache:
             raise self._unusable(ValueError("not a file"))
         db = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level=None)
         try:
-            db.execute("PRAGMA auto_vacuum = 2")  # incremental; affects new files only
+            db.execute("PRAGMA auto_vacuum = 2")  # incremental; only affects new files
             db.executescript(_SCHEMA)
             db.execute("SELECT count(*) FROM (SELECT 1 FROM encodings LIMIT 1)").fetchone()
         except BaseException:
@@ -110,7 +111,7 @@ class EncodingCache:
         return db
 
     def get(self, scope: str, digest: str, view: str) -> FloatArray | None:
-        """Return the raw feature ``[d]`` of a view, or ``None``."""
+        """Return the raw feature of a view, of shape ``[d]``, or ``None`` if it is not in the cache."""
         query = "SELECT feature, crc, rowid FROM encodings WHERE scope = ? AND digest = ? AND view = ?"
         with self._lock:
             try:
@@ -125,7 +126,7 @@ class EncodingCache:
         return np.frombuffer(row[0], dtype="<f4")
 
     def put(self, scope: str, features: dict[tuple[str, str], FloatArray]) -> None:
-        """Store raw features by (digest, view), if the file can be written."""
+        """Store raw features by (digest, view). If the file cannot be written, log a warning and do nothing."""
         rows = []
         for (digest, view), feature in features.items():
             blob = feature.astype("<f4").tobytes()
@@ -145,7 +146,7 @@ class EncodingCache:
                     self._write("INSERT OR REPLACE INTO encodings VALUES (?, ?, ?, ?, ?)", rows)
             except (sqlite3.Error, InputError) as error:
                 self._keeps = False
-                log.warning("%s; continuing without it", error)
+                log.warning("%s; continuing without storing new encodings", error)
 
     def _write(self, statement: str, rows: list[tuple[str, str, str, bytes, int]] | list[tuple[int]]) -> None:
         with self._writing():
@@ -166,11 +167,15 @@ class EncodingCache:
 
     @property
     def most(self) -> int:
-        """Size limit of the file, in bytes."""
+        """The size limit of the file, in bytes."""
         return _most(self._db)
 
     def limit(self, most: int) -> None:
-        """Set the size limit in bytes (whole MB, at least one) for this and later runs. Raises InputError."""
+        """Set the size limit in bytes for this run and later runs.
+
+        The limit is rounded down to whole megabytes, but it is at least one megabyte. Raises InputError if the file
+        cannot be written.
+        """
         with self._lock:
             try:
                 self._db.execute(f"PRAGMA user_version = {max(1, most // _UNIT)}")
@@ -179,7 +184,7 @@ class EncodingCache:
                 raise self._unusable(error) from None
 
     def _shrink(self) -> None:
-        """Remove the least recently used encodings if the file is too large."""
+        """Remove the least recently used encodings if the file is larger than the limit."""
         page, most = self._number("page_size"), self.most
         if self._number("page_count") * page <= most:
             return
@@ -191,18 +196,18 @@ class EncodingCache:
                 self._db.executemany("DELETE FROM uses WHERE id = ?", rows)
             if not rows:
                 break
-        self._db.executescript("PRAGMA incremental_vacuum")  # execute would free a single page
+        self._db.executescript("PRAGMA incremental_vacuum")  # execute would only free one page
 
     def _number(self, name: str) -> int:
         return int(self._db.execute(f"PRAGMA {name}").fetchone()[0])
 
     def __len__(self) -> int:
-        """Number of encodings."""
+        """Return the number of encodings."""
         with self._lock:
             return int(self._db.execute("SELECT count(*) FROM encodings").fetchone()[0])
 
     def clear(self) -> int:
-        """Remove all encodings, free their space, and return their number."""
+        """Remove all encodings, free their disk space, and return the number of removed encodings."""
         number = len(self)
         with self._lock:
             with self._writing():
@@ -213,7 +218,7 @@ class EncodingCache:
         return number
 
     def close(self) -> None:
-        """Record uses, shrink the file to its limit, and close it."""
+        """Record the times of last use, shrink the file to its limit, and close it."""
         with self._lock:
             self._note_uses()
             with suppress(sqlite3.Error):
@@ -222,7 +227,7 @@ class EncodingCache:
 
 
 def size_of(folder: Path) -> tuple[Path, int, int]:
-    """Return the file of the cache in a folder, its size and its limit in bytes, without creating anything."""
+    """Return the cache file in a folder, its size and its size limit in bytes. No file is created."""
     file, most = folder / NAME, DEFAULT_BYTES
     if not file.is_file():
         return file, 0, most
@@ -237,5 +242,5 @@ def _most(db: sqlite3.Connection) -> int:
 
 
 def _crc(scope: str, digest: str, view: str, blob: bytes) -> int:
-    """Compute a checksum of key and feature, so that a damaged file cannot swap the features of two images."""
+    """Compute a checksum of the key and the feature, so that a damaged file cannot swap the features of two images."""
     return zlib.crc32(blob, zlib.crc32(f"{scope} {digest} {view}".encode()))

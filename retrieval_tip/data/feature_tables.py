@@ -1,4 +1,4 @@
-"""Read and write feature tables: Parquet files of features that name their backbone."""
+"""Read and write feature tables, which are Parquet files of features that name their backbone."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ from retrieval_tip.settings import Norms
 IDENTITY_KEY = b"retrieval_tip.backbone"
 NORM_TOLERANCE = 0.01
 MOST_KEPT = 1e9
-"""Largest norm with ``norms="keep"``: products of two features, squared, still fit float32."""
+"""Largest norm that ``norms="keep"`` accepts. The square of a product of two features then still fits float32."""
 TABLE_ROWS = 8192
 
 
 def check_backbone(identity: Identity | None, d: int, backbone: Backbone | None, sources: Sequence[Source]) -> None:
     """Check that ``backbone`` and ``sources`` fit an index whose features have ``d`` values and come from ``identity``.
 
-    Raises BackboneError naming both backbones, or a decoder that no longer exists; InputError naming both lengths.
+    Raises BackboneError if the backbones differ, or if the index was built with a decoder that is no longer supported.
+    Raises InputError if the features have different lengths.
     """
     if backbone is not None and identity is not None:
         if "decoder" in identity.preprocess:
@@ -50,18 +51,18 @@ def check_backbone(identity: Identity | None, d: int, backbone: Backbone | None,
             )
         same_backbone(identity, backbone.identity, "index")
     if backbone is not None and backbone.dim != d:
-        raise BackboneError(f"encoder {backbone.identity}: its features have {backbone.dim} values, the index has {d}")
+        raise BackboneError(f"encoder {backbone.identity}: its features have {backbone.dim} values; the index has {d}")
     for source in sources:
         if source.table is not None:
             own = table_identity(source.table)
             if identity is not None and own is not None:
                 same_backbone(own, identity, source.name)
             if (dim := table_dim(source.table)) != d:
-                raise InputError(f"{source.name}: features of {dim} values, the index has {d}")
+                raise InputError(f"{source.name}: its features have {dim} values; the index has {d}")
 
 
 def table_identity(path: Path | str) -> Identity | None:
-    """Return the backbone named in a feature table's metadata, if any."""
+    """Return the backbone that is named in the metadata of a feature table, if any."""
     files = table_files(path)
     raw = (open_parquet(files[0]).schema_arrow.metadata or {}).get(IDENTITY_KEY) if files else None
     if raw is None:
@@ -73,20 +74,26 @@ def table_identity(path: Path | str) -> Identity | None:
 
 
 def table_dim(path: Path | str) -> int:
-    """Return the length ``d`` of a table's features."""
+    """Return the length ``d`` of the features in a table."""
     for batch in read_features(path, "keep"):
         return int(batch.shape[1])
     raise InputError(f"{show(path)}: has no rows")
 
 
 def read_features(path: Path | str, norms: Norms = "check") -> Iterator[FloatArray]:
-    """Yield the features of a table in blocks ``[b, d]`` float32. Raises InputError naming rows that cannot be used."""
+    """Yield the features of a table in blocks, as float32 arrays of shape ``[b, d]``.
+
+    Raises InputError if a row cannot be used. The message gives the numbers of these rows.
+    """
     for _, features in read_rows(path, norms, 0, None):
         yield features
 
 
 def read_rows(path: Path | str, norms: Norms, first: int, last: int | None) -> Iterator[tuple[int, FloatArray]]:
-    """Yield first row and features of each block that overlaps rows ``first`` to ``last``, as :func:`read_features`."""
+    """Yield the first row and the features of each block that overlaps rows ``first`` to ``last``.
+
+    See :func:`read_features` for the blocks and the errors.
+    """
     start, dim = 0, None
     for part in table_files(path):
         file, begins, name = open_parquet(part), start, show(part)
@@ -110,12 +117,12 @@ def _column(file: pq.ParquetFile, name: str) -> str:
     """Return the name of the feature column. Raises InputError if it is missing or does not hold vectors."""
     column = feature_column(file.schema_arrow)
     if column is None:
-        raise InputError(f"{name}: no column {FEATURE!r} among {few_names(file.schema_arrow.names)}")
+        raise InputError(f"{name}: no column {FEATURE!r}; its columns are {few_names(file.schema_arrow.names)}")
     if len(file.schema_arrow.get_all_field_indices(column)) > 1:
         raise InputError(f"{name}: duplicate column {column!r}")
     kind = file.schema_arrow.field(column).type
     if not is_vector(kind):
-        raise InputError(f"{name}: column {column!r} is {kind}; expected lists of float32 or float16")
+        raise InputError(f"{name}: column {column!r} has type {kind}; expected lists of float32 or float16")
     return column
 
 
@@ -129,18 +136,21 @@ def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatAr
         raise InputError(f"{name}: row {start} has no values")
     if (wrong := np.flatnonzero(lengths != dim)).size:
         row = int(wrong[0])
-        raise InputError(f"{name}: row {row + start} has {int(lengths[row])} values, earlier rows have {dim}")
+        raise InputError(f"{name}: row {row + start} has {int(lengths[row])} values; earlier rows have {dim}")
     values = column.flatten()
     if values.null_count:
         rows = np.unique(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False)) // dim)
         raise InputError(f"{name}: {row_list(rows + start)} with a missing value in the feature")
-    with np.errstate(over="ignore"):  # too large values become infinite, and are refused for that
+    with np.errstate(over="ignore"):  # values that are too large become infinite and are then rejected
         matrix: FloatArray = values.to_numpy(zero_copy_only=False).reshape(-1, dim).astype(np.float32)
     return matrix
 
 
 def check_norms(features: FloatArray, start: int, norms: Norms, name: str) -> FloatArray:
-    """Check or scale the norms of features ``[b, d]``. Raises InputError naming bad rows, counted from ``start``."""
+    """Check or scale the norms of a block of features, of shape ``[b, d]``.
+
+    Raises InputError if a row cannot be used. The row numbers in the message are counted from ``start``.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         lengths = np.sqrt(np.einsum("ij,ij->i", features, features, dtype=np.float64))
 
@@ -162,7 +172,7 @@ def check_norms(features: FloatArray, start: int, norms: Norms, name: str) -> Fl
 
 
 def schema_of(d: int, dtype: npt.DTypeLike, further: Sequence[pa.Field], identity: Identity | None = None) -> pa.Schema:
-    """Return the schema of a feature table: ``id``, ``label``, ``feature`` ``[d]``, and ``further`` columns."""
+    """Return the schema of a feature table, with the columns ``id``, ``label``, ``feature`` and ``further``."""
     return pa.schema(
         [("id", pa.string()), ("label", pa.string()), (FEATURE, pa.list_(pa.from_numpy_dtype(dtype), d)), *further],
         metadata={IDENTITY_KEY: json.dumps(identity.to_dict())} if identity is not None else None,
@@ -172,12 +182,15 @@ def schema_of(d: int, dtype: npt.DTypeLike, further: Sequence[pa.Field], identit
 def table_of(
     schema: pa.Schema, ids: object, labels: object, features: npt.NDArray[np.generic], further: Mapping[str, object]
 ) -> pa.Table:
-    """Build rows of a feature table with this schema from features ``[m, d]``."""
+    """Build the rows of a feature table with this schema. ``features`` has shape ``[m, d]``."""
     return pa.table({"id": ids, "label": labels, FEATURE: vectors(features), **further}, schema=schema)
 
 
 def write_table(out: Path, schema: pa.Schema, blocks: Iterable[pa.Table]) -> int:
-    """Write a feature table block by block, and return its number of rows. Raises InputError, and leaves no file."""
+    """Write a feature table block by block, and return the number of rows.
+
+    Raises InputError if the table cannot be written, in which case no file is created.
+    """
     number, plain = 0, [name for name in schema.names if name != FEATURE]
     try:
         with (
@@ -188,6 +201,6 @@ def write_table(out: Path, schema: pa.Schema, blocks: Iterable[pa.Table]) -> int
             for block in blocks:
                 writer.write_table(block)
                 number += len(block)
-    except pa.ArrowException as error:  # a type that Parquet does not have
+    except pa.ArrowException as error:  # a type that Parquet does not support
         raise InputError(f"{show(out)}: cannot be written: {first_line(error)}") from None
     return number

@@ -1,4 +1,4 @@
-"""Folders of photos: one folder per class, possibly inside ``train``, ``val`` and ``test``."""
+"""Read folders of photos that contain one folder per class, possibly inside ``train``, ``val`` and ``test``."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from retrieval_tip.errors import InputError, counted, few, show
 log = logging.getLogger(__name__)
 
 PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
-"""Folder names of each part of a dataset."""
+"""Folder names for each part of a dataset."""
 
-TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # label tables of Hugging Face image folders
+TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # label tables in Hugging Face image folders
 
-HEIC = frozenset({".heic", ".heif", ".hif"})  # suffixes of phone photos that need the extra ``heic``
+HEIC = frozenset({".heic", ".heif", ".hif"})  # suffixes of phone photos that require the extra ``heic``
 
 
 def subfolders(folder: Path) -> list[os.DirEntry[str]]:
-    """List the visible folders in a folder, in name order."""
+    """List the visible folders in a folder, sorted by name."""
     return [entry for entry in images.entries(folder) if images.is_folder(entry)]
 
 
 def table_in(folder: Path) -> Path | None:
-    """Return the label table in a folder, if there is one of ``TABLES``."""
+    """Return the first of ``TABLES`` that exists in a folder, or ``None``."""
     return next((folder / name for name in TABLES if (folder / name).is_file()), None)
 
 
 def part_of(folder: Path, part: str | None) -> Path:
-    """Return the folder of a part (default ``train``); the folder itself if it holds classes instead of parts.
+    """Return the folder of a part, which defaults to ``train``. If ``folder`` has no parts, return ``folder`` itself.
 
-    A folder has parts if all folders in it have names of parts and contain folders or a label table. A warning names
-    the unused parts. Raises InputError if the part is missing.
+    A folder has parts if each folder in it is named like a part, and at least one of them contains folders or a label
+    table. A warning lists the parts that are not used. Raises InputError if the part is missing.
     """
     called = {name: part for part, names in PARTS.items() for name in names}
     there = {called.get(entry.name.lower()): Path(entry.path) for entry in subfolders(folder)}
@@ -44,7 +44,7 @@ def part_of(folder: Path, part: str | None) -> Path:
     wanted = called.get((part or "train").lower(), part or "train")
     names = [path.name for path in there.values()]
     if wanted not in there:
-        raise InputError(f"{show(folder)}: no part {wanted!r}; choose one with --split: {', '.join(names)}")
+        raise InputError(f"{show(folder)}: there is no part {wanted!r}; choose one with --split: {', '.join(names)}")
     used = there[wanted]
     if others := [name for name in names if name != used.name]:
         log.warning("%s: using its part %s, ignoring %s", show(folder), show(used.name), ", ".join(map(show, others)))
@@ -52,7 +52,7 @@ def part_of(folder: Path, part: str | None) -> Path:
 
 
 def read(folder: Path) -> Listing:
-    """List the photos in class folders, and warn of other files. Raises InputError if there are no photos."""
+    """List the photos in class folders, and warn about other files. Raises InputError if there are no photos."""
     found, classes = Listing(), []
     others: Counter[str] = Counter()
     empty: list[str] = []
@@ -81,7 +81,10 @@ def read(folder: Path) -> Listing:
 
 
 def kinds(others: Counter[str]) -> str:
-    """Describe files by suffix, most frequent first, with a hint if HEIC is among them."""
+    """Describe the numbers of files by suffix, starting with the most frequent suffix.
+
+    If there are HEIC files, the text includes a hint on how to read them.
+    """
     text = few([f"{number:,} {suffix or 'without a suffix'}" for suffix, number in others.most_common()])
     return text + ("; to read HEIC, pip install 'retrieval-tip[heic]'" if HEIC & others.keys() else "")
 
@@ -90,8 +93,8 @@ def _none_found(folder: Path, stray: list[str], others: Counter[str]) -> InputEr
     direct = sum(Path(name).suffix.lower() in images.extensions() for name in stray)
     if direct:
         return InputError(
-            f"{show(folder)}: no class folders, but {counted(direct, 'image')} directly in it; give the folder that "
-            f"holds one folder of images per class (perhaps {show(folder.absolute().parent)})"
+            f"{show(folder)}: it has no class folders, but {counted(direct, 'image')}; give the folder that "
+            f"contains one folder of images per class (perhaps {show(folder.absolute().parent)})"
         )
     others = others + Counter(Path(name).suffix.lower() for name in stray)
     here = f" (found {kinds(others)})" if others else ""

@@ -1,7 +1,8 @@
-"""Decode image files into upright 8-bit RGB, or say in one line why that failed.
+"""Decode image files to upright 8-bit RGB images, or explain in one line why an image cannot be decoded.
 
-Pillow decodes, and refuses decompression bombs by their header. This module also limits bytes, pixels, the work before
-the first pixel, and how many large images are decoded at once.
+Images are decoded by Pillow, which recognises decompression bombs by their header. This module also limits the number
+of bytes and pixels, the amount of data that is read before the first pixel, and the number of large images that are
+decoded at the same time.
 """
 
 from __future__ import annotations
@@ -24,29 +25,29 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.files import FOLDER, NotAFileError, open_regular
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Accepted formats, by Pillow's names. JPEG includes MPO.
+"""Pillow names of the accepted formats. JPEG includes MPO.
 
-AVIF and JPEG 2000 are excluded: their decoders allocate far more memory than the header suggests (240 MB for a 1 KB
-AVIF, 770 MB for a 213-byte JPEG 2000).
+AVIF and JPEG 2000 are not accepted, because their decoders allocate far more memory than the header suggests. For
+example, decoding took 240 MB for a 1 KB AVIF file and 770 MB for a 213-byte JPEG 2000 file.
 """
 
-MAX_PIXELS = 178_956_970  # largest width x height: Pillow's own limit for a decompression bomb
-MAX_BYTES = 256 << 20  # largest file, in bytes
+MAX_PIXELS = 178_956_970  # largest width x height; Pillow's own limit for decompression bombs
+MAX_BYTES = 256 << 20  # largest file size, in bytes
 LARGE_PIXELS = 1 << 24  # images with more pixels are decoded one at a time
-WHOLE_PIXELS = 1 << 25  # images with more pixels are reduced by the smallest sufficient whole factor
-MAX_ASPECT = 64  # longer images are cropped to their middle, which is all that a centre crop sees
-HEADER_EFFORT = 16 << 20  # bytes that a decoder may read before the first pixel
-READ_EFFORT = 256  # bytes charged for each read, in addition to its size
-MAX_SCANNED = 1 << 31  # largest scans x pixels of a progressive JPEG: about five seconds of decoding
-MAX_EXIF = 1 << 20  # largest EXIF block that is parsed, in bytes; a JPEG's has at most 64 KB
-PART_PIXELS = 1 << 18  # pixels converted to RGB at a time
+WHOLE_PIXELS = 1 << 25  # images with more pixels are reduced by the smallest integer factor that suffices
+MAX_ASPECT = 64  # longer images are cropped to their middle, since a centre crop does not use the rest
+HEADER_EFFORT = 16 << 20  # largest number of bytes that a decoder may read before the first pixel
+READ_EFFORT = 256  # bytes that are counted for each read in addition to its size
+MAX_SCANNED = 1 << 31  # largest scans x pixels of a progressive JPEG, about five seconds of decoding
+MAX_EXIF = 1 << 20  # largest EXIF block that is parsed, in bytes; JPEG allows at most 64 KB
+PART_PIXELS = 1 << 18  # number of pixels that are converted to RGB at a time
 
 _large = threading.Lock()
 
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Return the accepted formats by Pillow's names: ``FORMATS``, and HEIF if the extra ``heic`` is installed."""
+    """Return the Pillow names of the accepted formats: ``FORMATS``, plus HEIF if the extra ``heic`` is installed."""
     try:
         import pillow_heif
     except ImportError:
@@ -56,31 +57,37 @@ def formats() -> tuple[str, ...]:
 
 
 def uploads() -> tuple[str, ...]:
-    """Return the formats that the server accepts, by Pillow's names."""
+    """Return the Pillow names of the formats that the server accepts."""
     return tuple(name for name in formats() if name in ("JPEG", "PNG", "WEBP", "HEIF"))
 
 
 @cache
 def extensions() -> frozenset[str]:
-    """Return the file extensions of the accepted formats, in lower case, with the dot."""
+    """Return the file extensions of the accepted formats, in lower case and including the dot."""
     read = (*formats(), "MPO")
     return frozenset(ext for ext, name in Image.registered_extensions().items() if name in read)
 
 
 def extension(data: bytes) -> str:
-    """Return the usual file extension (with the dot) of an encoded image. Raises InputError as :func:`decode`."""
+    """Return the usual file extension of an encoded image, including the dot.
+
+    Raises InputError if the image cannot be opened.
+    """
     with _opened(data) as image:
         kind = image.format or ""
         return {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(kind, f".{kind.lower()}")
 
 
 def find(folder: Path, others: Counter[str] | None = None) -> Iterator[Path]:
-    """Yield visible image files below a folder, depth first in name order; count the others by suffix in ``others``."""
+    """Yield the visible image files below a folder, depth first and sorted by name.
+
+    If ``others`` is given, all other files are counted in it by suffix.
+    """
     waiting = entries(folder)[::-1]
     while waiting:
         entry = waiting.pop()
         if is_folder(entry):
-            if not entry.is_symlink():  # a link may lead back up
+            if not entry.is_symlink():  # a link may point to a parent folder
                 waiting += entries(entry.path)[::-1]
         elif (suffix := Path(entry.name).suffix.lower()) in extensions():
             yield Path(entry.path)
@@ -89,14 +96,14 @@ def find(folder: Path, others: Counter[str] | None = None) -> Iterator[Path]:
 
 
 def entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
-    """List the entries of a folder that are not hidden, in name order."""
+    """List the entries of a folder that are not hidden, sorted by name."""
     with os.scandir(folder) as found:
         seen = [entry for entry in found if not entry.name.startswith(".")]
     return sorted(seen, key=lambda entry: entry.name)
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Tell whether an entry is a folder or a link to one; a link to itself is neither."""
+    """Return whether an entry is a folder or a link to a folder. A link to itself is neither."""
     try:
         return entry.is_dir()
     except OSError:
@@ -104,16 +111,19 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def check_size(size: int) -> None:
-    """Raise InputError if ``size`` bytes are too many for an image file."""
+    """Raise InputError if an image file of ``size`` bytes is too large."""
     if size > MAX_BYTES:
         raise InputError(f"file too large: {size:,} bytes; the limit is {MAX_BYTES:,}")
 
 
 def read(path: str | os.PathLike[str]) -> bytes:
-    """Return the bytes of an image file. Raises InputError if it is missing, empty, too large, or not a plain file."""
+    """Return the bytes of an image file.
+
+    Raises InputError if the file is missing, empty or too large, or if it is not a regular file.
+    """
     try:
         with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size  # 0 for files of /proc, which may have no end
+            size = os.fstat(file.fileno()).st_size  # 0 for files in /proc, which may be endless
             check_size(size)
             data = file.read(size)
     except NotAFileError as error:
@@ -130,14 +140,17 @@ def read(path: str | os.PathLike[str]) -> bytes:
 
 
 class _Bounded(io.BytesIO):
-    """An image file that stops decoders which read byte by byte, or read too much before the first pixel."""
+    """An image file that stops decoders that read byte by byte or read too much data before the first pixel."""
 
     effort = HEADER_EFFORT
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read at most 1 MiB, as much as Pillow's own readers ever ask for; without a size, read everything."""
+        """Read at most ``size`` bytes and at most 1 MiB, or read everything if ``size`` is ``None``.
+
+        Pillow's own readers never request more than 1 MiB at a time.
+        """
         data = super().read(-1 if size is None else min(size, 1 << 20))
-        if size is not None and size >= 0:  # WEBP's decoder asks for everything, once
+        if size is not None and size >= 0:  # the WEBP decoder reads everything at once
             self.effort -= len(data) + READ_EFFORT
         if self.effort < 0:
             raise InputError("too much metadata; save the image again without it")
@@ -146,7 +159,10 @@ class _Bounded(io.BytesIO):
 
 @contextmanager
 def _opened(data: bytes, only: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
-    """Open an image by its header, optionally of the formats ``only``. Every error of Pillow becomes an InputError."""
+    """Open an image and read its header. If ``only`` is given, only these formats are accepted.
+
+    All Pillow errors are raised as InputError.
+    """
     file, known = _Bounded(data), only or formats()
     try:
         with Image.open(file, formats=known) as image:
@@ -162,12 +178,15 @@ def _opened(data: bytes, only: tuple[str, ...] | None = None) -> Iterator[Image.
         raise InputError(f"too large to decode: {error}") from error
     except MemoryError:
         raise InputError("does not fit in memory") from None
-    except Exception as error:  # decoders raise anything on damaged data: SyntaxError, struct.error, IndexError ...
+    except Exception as error:  # decoders can raise any error on damaged data, for example SyntaxError
         raise InputError(f"damaged image: {str(error).strip() or type(error).__name__}") from error
 
 
 def area(data: bytes, *, most: int = MAX_PIXELS, only: tuple[str, ...] | None = None) -> int:
-    """Return width x height of an encoded image by its header; 0 if :func:`decode` with the same limits refuses it."""
+    """Return width x height of an encoded image, as given in its header.
+
+    Return 0 if the image cannot be opened or exceeds the limits.
+    """
     try:
         with _opened(data, only) as image:
             pixels = image.width * image.height
@@ -177,7 +196,7 @@ def area(data: bytes, *, most: int = MAX_PIXELS, only: tuple[str, ...] | None = 
 
 
 def reducible(data: bytes, least: int) -> bool:
-    """Tell from the header whether :func:`decode` with ``least`` would return a reduced image."""
+    """Return whether :func:`decode` with ``least`` would return a reduced image. Only the header is read."""
     try:
         with _opened(data, ("JPEG",)) as image:
             return image.format == "JPEG" and min(image.size) >= 2 * least
@@ -188,13 +207,15 @@ def reducible(data: bytes, least: int) -> bool:
 def decode(
     data: bytes, least: int | None = None, *, most: int = MAX_PIXELS, only: tuple[str, ...] | None = None
 ) -> Image.Image:
-    """Decode an image into upright RGB with 8 bits per channel.
+    """Decode an image to upright RGB with 8 bits per channel.
 
-    Applies EXIF orientation, takes the first frame of an animation, lays transparency on white, scales 16-bit, 32-bit
-    and floating-point greys to 8 bits, and reduces images of more than ``WHOLE_PIXELS``.
+    The EXIF orientation is applied, and only the first frame of an animation is used. Transparent areas are placed on
+    white. 16-bit, 32-bit and floating-point grey values are scaled to 8 bits. Images that have more than
+    ``WHOLE_PIXELS`` pixels are reduced.
 
-    With ``least``, a JPEG is decoded at the smallest of 1/2, 1/4 or 1/8 of its size that leaves both sides ``least``
-    pixels, several times faster. ``most`` limits width x height at full size, ``only`` the formats.
+    If ``least`` is given, a JPEG is decoded at the smallest of 1/2, 1/4 or 1/8 of its size at which both sides still
+    have ``least`` pixels, which is several times faster. ``most`` limits width x height of the full image, and ``only``
+    limits the accepted formats.
 
     Raises InputError if the image has another format, is truncated or damaged, or has more than ``most`` pixels.
     """
@@ -202,7 +223,7 @@ def decode(
         width, height = image.size
         if width * height > most:
             raise InputError(f"too large: {width} x {height} pixels; the limit is {most:,}")
-        if image.format == "JPEG":  # not MPO: its other frames have another size
+        if image.format == "JPEG":  # excludes MPO, whose other frames have a different size
             scale = max(1, min(image.size) // least if least else 1)
             while (width // scale) * (height // scale) > WHOLE_PIXELS:
                 scale *= 2
@@ -215,7 +236,7 @@ def decode(
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Return the turn that makes an image upright by its EXIF orientation; ``None`` if there is none."""
+    """Return the transformation that makes an image upright, according to its EXIF orientation, or ``None``."""
     to = Image.Transpose
     turns = (to.FLIP_LEFT_RIGHT, to.ROTATE_180, to.FLIP_TOP_BOTTOM, to.TRANSPOSE, to.ROTATE_270, to.TRANSVERSE,
              to.ROTATE_90)  # fmt: skip
@@ -235,7 +256,7 @@ def _middle(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB with at most ``WHOLE_PIXELS``, part by part to save memory."""
+    """Convert an image to RGB with at most ``WHOLE_PIXELS`` pixels. It is converted part by part to save memory."""
     factor = max(1, math.ceil(math.sqrt(image.width * image.height / WHOLE_PIXELS)))
     if image.mode == "RGB" and "transparency" not in image.info and factor == 1:
         return image
@@ -248,7 +269,10 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _parts(image: Image.Image, factor: int = 1) -> Iterator[tuple[int, int, Image.Image]]:
-    """Yield left, top and content of the parts of an image; they begin at multiples of ``factor``."""
+    """Yield the left edge, the top edge and the content of each part of an image.
+
+    The edges are multiples of ``factor``.
+    """
     columns = factor * (PART_PIXELS // factor)
     rows = factor * max(1, PART_PIXELS // (factor * min(columns, image.width)))
     for top in range(0, image.height, rows):
@@ -280,7 +304,7 @@ def _values(image: Image.Image) -> npt.NDArray[np.float64]:
 
 
 def _white(image: Image.Image) -> float:
-    """Return the white of a deep grey image: 1, 255 or 65535, or its largest value if that is larger."""
+    """Return the value of white in a deep grey image: 1, 255 or 65535, or the largest value if that is larger."""
     if image.mode.startswith("I;16"):
         return 65535.0
     largest = max(float(_values(part).max()) for _, _, part in _parts(image))
@@ -290,10 +314,10 @@ def _white(image: Image.Image) -> float:
 
 
 def thumbnail(data: bytes, size: int, *, most: int = MAX_PIXELS) -> bytes:
-    """Return a small JPEG of an encoded image: upright, RGB, at most ``size`` pixels a side, never enlarged.
+    """Return a small upright RGB JPEG of an encoded image, whose sides have at most ``size`` pixels.
 
-    Drops comments, EXIF and profiles. ``most`` is as in :func:`decode`. Raises InputError as :func:`decode`; UsageError
-    if ``size`` is below 1.
+    The image is never enlarged. Comments, EXIF data and profiles are removed. See :func:`decode` for ``most`` and for
+    the cases in which InputError is raised. Raises UsageError if ``size`` is below 1.
     """
     if size < 1:
         raise UsageError(f"size {size}: expected at least 1 pixel")

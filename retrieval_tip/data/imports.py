@@ -1,6 +1,7 @@
-"""Import Tip-Adapter's caches: ``keys_{K}shots.pt`` or ``best_F_{K}shots.pt``, with ``values_{K}shots.pt``.
+"""Import caches that were written by Tip-Adapter's code.
 
-For other programs' features, ten lines of Python write a feature table (docs/features.md).
+A cache consists of ``keys_{K}shots.pt`` or ``best_F_{K}shots.pt``, together with ``values_{K}shots.pt``. To import the
+features of other programs, you can write a feature table in ten lines of Python (see docs/features.md).
 """
 
 from __future__ import annotations
@@ -25,22 +26,25 @@ from retrieval_tip.files import open_regular, read_regular
 
 Array = npt.NDArray[Any]
 
-MAX_NAMES = 1 << 27  # largest file of class names, in bytes
+MAX_NAMES = 1 << 27  # largest size of a file of class names, in bytes
 
 _KEYS = re.compile(r"(keys|best_F)_(\d+)shots\.pt")
 _EXPECTED = "expected keys_{K}shots.pt or best_F_{K}shots.pt beside values_{K}shots.pt"
 
 
 def import_table(source: Path, out: Path, classes: Path | None = None) -> int:
-    """Convert a cache written by Tip-Adapter's code into a feature table, and return its number of rows.
+    """Convert a cache written by Tip-Adapter's code to a feature table, and return the number of rows.
 
-    ``source`` is a file of keys or a folder with exactly one. ``keys_{K}shots.pt`` holds keys ``[d, n]``;
-    ``best_F_{K}shots.pt`` holds Tip-Adapter-F's, ``[n, d]``, and is read only if named explicitly;
-    ``values_{K}shots.pt`` beside it holds the classes, one-hot ``[n, c]``. ``classes`` is a file of class names, one
-    per line; ``None`` names them ``class 0``, ``class 1`` ... No code in the files runs. Features stay float16 or
-    float32 (float64 and bfloat16 become float32) and keep their norms. Ids are row numbers.
+    ``source`` is a key file, or a folder that contains exactly one. ``keys_{K}shots.pt`` contains the keys, of shape
+    ``[d, n]``. ``best_F_{K}shots.pt`` contains the keys of Tip-Adapter-F, of shape ``[n, d]``, and is only read if you
+    name the file itself. ``values_{K}shots.pt`` in the same folder contains the classes as one-hot rows, of shape
+    ``[n, c]``. ``classes`` is a file with one class name per line. If it is ``None``, the classes are named
+    ``class 0``, ``class 1`` and so on.
 
-    Raises UsageError unless the source is exactly one cache, InputError naming the file that does not fit.
+    No code in the files is executed. The norms of the features do not change. Float16 and float32 features keep their
+    dtype, and float64 and bfloat16 features are converted to float32. The ids are row numbers.
+
+    Raises UsageError if the source is not exactly one cache, and InputError if a file does not fit.
     """
     try:
         keys, ids, c = _read(_keys_in(source))
@@ -49,7 +53,7 @@ def import_table(source: Path, out: Path, classes: Path | None = None) -> int:
         raise InputError(f"{show(error.filename or source)}: cannot be read: {error.strerror or error}") from None
     dtype = np.float16 if keys.dtype == np.float16 else np.float32
     schema = schema_of(keys.shape[1], dtype, [])
-    with np.errstate(over="ignore"):  # building an index refuses infinity
+    with np.errstate(over="ignore"):  # infinite values are rejected when an index is built
         rows = np.ascontiguousarray(keys, dtype=dtype)
     labels = pa.array(names).take(pa.array(ids))
     return write_table(out, schema, [table_of(schema, pa.array(map(str, range(len(ids)))), labels, rows, {})])
@@ -68,7 +72,7 @@ def _keys_in(source: Path) -> Path:
 
 
 def _read(file: Path) -> tuple[Array, npt.NDArray[np.int64], int]:
-    """Return keys ``[n, d]``, their class ids ``[n]``, and the number of classes."""
+    """Return the keys, of shape ``[n, d]``, their class ids, of shape ``[n]``, and the number of classes."""
     match = _KEYS.fullmatch(file.name)
     if match is None:
         raise InputError(f"{show(file)}: no such file or folder")
@@ -84,45 +88,48 @@ def _read(file: Path) -> tuple[Array, npt.NDArray[np.int64], int]:
     wrong = (np.count_nonzero(values, axis=1) != 1) | ~(values == 1).any(axis=1)
     if wrong.any():
         raise InputError(
-            f"{show(other)}: {row_list(np.flatnonzero(wrong))} not one-hot; a feature table has no trained values, so "
-            "give the one-hot values of the same keys"
+            f"{show(other)}: {row_list(np.flatnonzero(wrong))} not one-hot; a feature table cannot store trained "
+            "values, so give the one-hot values of the same keys"
         )
     transposed = keys.shape[1] == n
-    if match[1] == "best_F":  # the weight of a trained linear layer, whose norms say nothing
+    if match[1] == "best_F":  # these are trained weights, whose norms are arbitrary
         transposed = keys.shape[0] != n
     elif transposed and keys.shape[0] == n:
         norms = [np.linalg.norm(keys.astype(np.float64), axis=axis) for axis in (1, 0)]
         rows, columns = (bool((np.abs(each - 1) <= NORM_TOLERANCE).all()) for each in norms)
         if rows == columns:
             raise InputError(
-                f"{show(file)}: cannot tell rows from columns in shape {keys.shape}; write a feature table "
-                "(docs/features.md)"
+                f"{show(file)}: cannot decide whether rows or columns are keys in shape {keys.shape}; write a feature "
+                "table instead (docs/features.md)"
             )
         transposed = columns
     return keys.T if transposed else keys, (values == 1).argmax(axis=1), c
 
 
 def _read_tensor(file: Path) -> Array:
-    """Read one tensor written by ``torch.save``, memory-mapped if possible, without running code from the file."""
+    """Read a tensor that was written by ``torch.save``.
+
+    The file is memory-mapped if possible. No code in the file is executed.
+    """
     name, load = show(file), partial(torch.load, map_location="cpu", weights_only=True)
     try:
         with open_regular(file) as raw, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if zipfile.is_zipfile(raw) and any(entry.compress_type for entry in zipfile.ZipFile(raw).infolist()):
-                raise ValueError("it is compressed, which torch.save never does")  # a small file could become huge
+                raise ValueError("it is compressed, which torch.save never does")  # a small file could expand a lot
             raw.seek(0)
             try:
                 tensor = load(str(file), mmap=True)
-            except (RuntimeError, ValueError):  # from before torch 1.6, or its name is not UTF-8
+            except (RuntimeError, ValueError):  # written before torch 1.6, or the file name is not UTF-8
                 tensor = load(raw)
     except OSError:
         raise
-    except Exception as error:  # damaged files fail anywhere in torch; code in a pickle is refused
-        raise InputError(f"{name}: not a tensor by torch.save, or damaged ({first_line(error)})") from None
+    except Exception as error:  # torch can raise any error on a damaged file, and rejects code in a pickle
+        raise InputError(f"{name}: not a tensor saved by torch.save, or damaged ({first_line(error)})") from None
     if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.device.type != "cpu":
-        raise InputError(f"{name}: holds a {type(tensor).__name__}, not a plain tensor; save the tensor alone")
+        raise InputError(f"{name}: contains a {type(tensor).__name__}, not a plain tensor; save only the tensor")
     if tensor.untyped_storage().nbytes() < tensor.nbytes:
-        raise InputError(f"{name}: smaller than its shape {tuple(tensor.shape)}; save a contiguous tensor")
+        raise InputError(f"{name}: too small for its shape {tuple(tensor.shape)}; save a contiguous tensor")
     try:
         array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
     except (RuntimeError, TypeError):
@@ -141,5 +148,5 @@ def _class_names(file: Path, c: int) -> list[str]:
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise InputError(f"{show(file)}: duplicate class name {twice[0]!r}; give each class its own name")
     if len(names) != c:
-        raise InputError(f"{show(file)}: {len(names)} names for {c} classes; give one per class")
+        raise InputError(f"{show(file)}: has {len(names)} names for {c} classes; give one name per class")
     return names

@@ -1,4 +1,4 @@
-"""The common result of every image reader."""
+"""The result type that all image readers share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from retrieval_tip.errors import Skipped
 
 @dataclass
 class Listing:
-    """Images of a source, and inputs that ``failed``. ``classes`` orders the labels; ``None`` sorts them."""
+    """The images of a source, and the inputs that ``failed``.
+
+    ``classes`` gives the order of the labels. If it is ``None``, the labels are sorted.
+    """
 
     paths: list[str] = field(default_factory=list)
     labels: list[str | None] = field(default_factory=list)
@@ -18,5 +21,5 @@ class Listing:
 
     @property
     def class_names(self) -> list[str]:
-        """Distinct labels in order."""
+        """The distinct labels, in order."""
         return sorted({label for label in self.labels if label is not None}) if self.classes is None else self.classes

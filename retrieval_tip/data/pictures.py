@@ -1,4 +1,4 @@
-"""Accept photos as Python objects: paths, PIL images, arrays, bytes, torch and Hugging Face datasets."""
+"""Accept photos as Python objects, such as paths, PIL images, arrays, bytes, and torch or Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -17,29 +17,34 @@ from retrieval_tip.data.sources import Source, of_images, read_item
 from retrieval_tip.errors import InputError, UsageError, counted, few
 
 Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | Mapping[str, object]
-"""A path; an encoded image; a PIL image; a uint8 array ``[h, w]`` or ``[h, w, 3]``; a row of a Hugging Face dataset, or
-its ``bytes`` and ``path``."""
+"""A photo. This can be a path, an encoded image, a PIL image, a uint8 array of shape ``[h, w]`` or ``[h, w, 3]``, a row
+of a Hugging Face dataset, or a mapping with ``bytes`` and ``path``."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """A source of photos, and ``read``, which returns the encoded bytes for a path in the source."""
+    """A source of photos, and a function ``read`` that returns the encoded bytes for a path in the source."""
 
     source: Source
     read: Callable[[str], bytes]
 
     def labelled(self, label: str | Sequence[str]) -> Pictures:
-        """Give all photos one label, or each its own. Raises InputError for a wrong number of labels."""
+        """Label the photos. ``label`` is one label for all photos, or one label for each photo.
+
+        Raises InputError if the number of labels is wrong.
+        """
         labels = [label] * len(self.source) if isinstance(label, str) else list(label)
         if len(labels) != len(self.source):
-            raise InputError(f"labels: {len(labels)} for {len(self.source)} photos; give one each, or one for all")
+            raise InputError(
+                f"labels: got {len(labels)} for {len(self.source)} photos; give one per photo, or one for all"
+            )
         items = self.source.items.append_column("label", pa.array(labels, pa.string()))
         return replace(self, source=replace(self.source, items=items, class_names=tuple(dict.fromkeys(labels))))
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns of a Hugging Face dataset, and the ``names`` of its numbered labels."""
+    """The columns of a Hugging Face dataset, and the ``names`` of its numeric labels."""
 
     image: str
     label: str | None
@@ -47,9 +52,12 @@ class Columns:
 
     @classmethod
     def of(cls, given: Any) -> Columns | None:
-        """Find the columns of a dataset by type; ``None`` for anything else. Raises UsageError for a dict of splits."""
+        """Find the columns of a dataset by their type, or return ``None`` if ``given`` is not a dataset.
+
+        Raises UsageError if ``given`` is a dict of splits.
+        """
         if isinstance(given, Mapping) and (parts := [name for name, part in given.items() if _is_hugging_face(part)]):
-            raise UsageError(f"dataset: has several splits; choose one, for example dataset[{parts[0]!r}]")
+            raise UsageError(f"dataset: it has several splits; choose one, for example dataset[{parts[0]!r}]")
         if not _is_hugging_face(given):
             return None
         features = given.features
@@ -65,22 +73,23 @@ def _is_hugging_face(given: object) -> bool:
 
 
 def _column(features: Mapping[str, object], kind: str, name: str) -> str | None:
-    """Return the only column of a type; if there are none or several, the one called ``name``."""
+    """Return the only column of a type. If there are none or several, return the column called ``name``, if any."""
     found = [column for column, feature in features.items() if type(feature).__name__ == kind]
     return found[0] if len(found) == 1 else name if name in (found or features) else None
 
 
 def is_one(given: object) -> bool:
-    """Tell whether an object is a single photo."""
+    """Return whether an object is a single photo."""
     if isinstance(given, np.ndarray):
         return given.ndim == 2 or (given.ndim == 3 and given.shape[2] in (1, 3, 4))
     return isinstance(given, str | os.PathLike | bytes | Image.Image | Mapping)
 
 
 def pictures(given: Picture | Iterable[Picture]) -> Pictures:
-    """Accept one photo or several, in order. Photos without a path are called ``photo 0``, ``photo 1`` ...
+    """Accept one photo or several photos, and keep their order.
 
-    A Hugging Face dataset is read lazily. Raises InputError for anything but photos, UsageError as :meth:`Columns.of`.
+    Photos that have no path are called ``photo 0``, ``photo 1`` and so on. A Hugging Face dataset is read lazily.
+    Raises InputError if an object is not a photo, and UsageError in the same cases as :meth:`Columns.of`.
     """
     columns = Columns.of(given)
     if columns is not None and _is_hugging_face(given) and hasattr(given, "__len__"):
@@ -91,7 +100,7 @@ def pictures(given: Picture | Iterable[Picture]) -> Pictures:
         data: object = picture
         if isinstance(data, Mapping):  # a row of a Hugging Face dataset
             data = data.get("image" if columns is None else columns.image, data)
-        if isinstance(data, Mapping):  # its image: bytes, or the path of a file
+        if isinstance(data, Mapping):  # the image in that row, as bytes or a path
             data = data.get("bytes") or data.get("path")
         if isinstance(data, str | os.PathLike):
             paths.append(os.fspath(data))
@@ -106,7 +115,7 @@ def _stored(dataset: Any, image: str) -> Pictures:
     kind: Any = type(dataset.features[image])
     rows = dataset.with_format(None).cast_column(image, kind(decode=False))
     names = [f"photo {place}" for place in range(len(rows))]
-    if names and not (rows[0][image] or {}).get("bytes"):  # a dataset of files, which have paths
+    if names and not (rows[0][image] or {}).get("bytes"):  # a dataset of files, so its photos have paths
         own = [row["path"] if row and not row["bytes"] else None for row in rows[image]]
         names = [path or name for path, name in zip(own, names, strict=True)]
     places = {name: place for place, name in enumerate(names)}
@@ -123,12 +132,14 @@ def _stored(dataset: Any, image: str) -> Pictures:
 
 
 def labelled_pictures(given: Any, labels: Iterable[object] | None = None) -> Pictures:
-    """Accept labelled photos: with separate ``labels``, as pairs ``(photo, label)``, or as a dataset.
+    """Accept labelled photos, given with separate ``labels``, as pairs ``(photo, label)``, or as a dataset.
 
-    A torch dataset is a sequence of such pairs; a Hugging Face dataset has an image and a label column. Numbers become
-    the dataset's ``classes`` or ``ClassLabel`` names, if it has any, also in a subset.
+    A torch dataset is a sequence of such pairs. A Hugging Face dataset has an image column and a label column. If the
+    dataset has ``classes`` or ``ClassLabel`` names, numeric labels are replaced by these names. This also works for a
+    subset of a dataset.
 
-    Raises UsageError without labels, InputError for anything but photos and for a missing or unnamed label.
+    Raises UsageError if there are no labels. Raises InputError if an object is not a photo, or if a label is missing or
+    has no name.
     """
     whole = given
     while not hasattr(whole, "classes") and hasattr(whole, "dataset"):
@@ -147,22 +158,22 @@ def _apart(given: Any, columns: Columns | None) -> tuple[Any, Iterable[object]]:
     label = None if columns is None else columns.label
     if label is not None and hasattr(given, "__len__") and Columns.of(given) == columns:
         return given, given.with_format(None)[label]
-    items: Any = [given] if is_one(given) else getattr(given, "samples", given)  # an ImageFolder's are paths
+    items: Any = [given] if is_one(given) else getattr(given, "samples", given)  # an ImageFolder's samples are paths
     items = [items[i] for i in range(len(items))] if hasattr(items, "__len__") else list(items)
     if columns is not None and label is not None:
         items = [(row[columns.image], row[label]) for row in items]
     if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in items):
-        raise UsageError("label: missing; give one for all photos, one each, or pairs (photo, label)")
+        raise UsageError("label: missing; give one for all photos, one per photo, or pairs (photo, label)")
     return [pair[0] for pair in items], [pair[1] for pair in items]
 
 
 def _name(label: object, names: Sequence[object] | None, place: int) -> str:
     if label is None:
-        raise InputError(f"photo {place}: has no label")
+        raise InputError(f"photo {place}: it has no label")
     if names is None or not isinstance(label, Integral):
         return str(label)
     number = int(label)
-    if not 0 <= number < len(names):  # -1 is Hugging Face's "unknown"
+    if not 0 <= number < len(names):  # Hugging Face uses -1 for "unknown"
         raise InputError(f"photo {place}: label {number} is out of range for {counted(len(names), 'class')}")
     return str(names[number])
 
@@ -175,7 +186,7 @@ def _encoded(picture: object, name: str) -> bytes:
     if not isinstance(picture, Image.Image):
         kind = type(picture).__name__
         way_out = "; give the dataset without a transform" if kind == "Tensor" else ""
-        raise InputError(f"{name}: {kind}; expected a path, a PIL image, an array or bytes{way_out}")
+        raise InputError(f"{name}: got a {kind}; expected a path, a PIL image, an array or bytes{way_out}")
     upright = ImageOps.exif_transpose(picture)
     plain = upright if upright.mode in ("L", "LA", "P", "RGB", "RGBA", "I;16") else upright.convert("RGB")
     buffer = io.BytesIO()

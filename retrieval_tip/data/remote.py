@@ -1,7 +1,7 @@
 """Read files on object stores (``s3://``, ``gs://``, ``az://``) through fsspec and obstore.
 
-obstore takes credentials, region and endpoint from the environment (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL`` ...).
-They are never stored here.
+obstore reads the credentials, the region and the endpoint from environment variables such as ``AWS_ACCESS_KEY_ID`` and
+``AWS_ENDPOINT_URL``. This module never stores them.
 """
 
 from __future__ import annotations
@@ -25,38 +25,41 @@ _T = TypeVar("_T")
 
 
 def is_remote(path: str | os.PathLike[str]) -> TypeGuard[str]:
-    """Tell whether a path is a URL on an object store."""
+    """Return whether a path is the URL of an object store."""
     return isinstance(path, str) and path.startswith(SCHEMES)
 
 
 @functools.cache
 def filesystem(scheme: str) -> AbstractFileSystem:
-    """Return the file system of ``s3``, ``gs`` or ``az``. Raises UsageError if its packages are not installed."""
+    """Return the file system for ``s3``, ``gs`` or ``az``. Raises UsageError if its packages are not installed."""
     try:
         from obstore.fsspec import FsspecStore
     except ImportError:
         raise UsageError(f"{scheme}://: support is not installed; pip install 'retrieval-tip[distributed]'") from None
-    local = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")  # a private object store
+    local = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")  # a private object store without TLS
     options = {"client_options": {"allow_http": True}} if local else {}
     system: AbstractFileSystem = FsspecStore(scheme, **options)  # type: ignore[call-overload]  # Ray can pickle it
     return system
 
 
 def system_of(url: str) -> AbstractFileSystem:
-    """Return the file system of a URL."""
+    """Return the file system that can read a URL."""
     return filesystem(url.partition("://")[0])
 
 
 def opened(url: str) -> BinaryIO:
     """Open a URL as a seekable binary file. Raises InputError if it cannot be read."""
     system = system_of(url)
-    attempt(url, lambda: system.info(url))  # obstore's file reports a missing object where no handler catches it
+    attempt(url, lambda: system.info(url))  # obstore would report a missing object later, outside any handler
     file: BinaryIO = attempt(url, lambda: system.open(url, "rb"))
     return file
 
 
 def children(folder: str) -> list[str]:
-    """List the URLs in a folder, in name order; a missing folder is empty. Raises InputError."""
+    """List the URLs in a folder, sorted by name. The list is empty if the folder does not exist.
+
+    Raises InputError if the folder cannot be read.
+    """
     place, system = folder.rstrip("/"), system_of(folder)
 
     def names() -> list[str]:
@@ -68,7 +71,7 @@ def children(folder: str) -> list[str]:
 
 
 def attempt(url: str, call: Callable[[], _T]) -> _T:
-    """Return the result of a call, and turn an object store's errors into an InputError that names the URL."""
+    """Return the result of a call. Errors from the object store are raised as InputError, which names the URL."""
     try:
         return call()
     except FileNotFoundError:
@@ -80,8 +83,11 @@ def attempt(url: str, call: Callable[[], _T]) -> _T:
 
 
 def read(path: str) -> bytes | None:
-    """Return the bytes of a remote image; ``None`` for other paths. Raises InputError without the path."""
-    from retrieval_tip.data import images  # imported late: every --help imports this module
+    """Return the bytes of a remote image, or ``None`` if the path is not remote.
+
+    Raises InputError if the image cannot be read. The message does not contain the path.
+    """
+    from retrieval_tip.data import images  # imported here because every --help imports this module
 
     if not is_remote(path):
         return None
@@ -101,7 +107,10 @@ def read(path: str) -> bytes | None:
 
 
 def listing(folder: str, *, labelled: bool) -> Listing:
-    """List images below a folder, labelled by class folders. Raises InputError for none, or for a missing label."""
+    """List the images below a folder. The name of the class folder is the label.
+
+    Raises InputError if there are no images, or if ``labelled`` is set and an image has no label.
+    """
     from retrieval_tip.data import images
 
     system, scheme = system_of(folder), folder.partition("://")[0]

@@ -1,4 +1,4 @@
-"""Draw shots by the published rule of CoOp, Tip-Adapter and their successors."""
+"""Draw shots by the rule that CoOp, Tip-Adapter and their successors have published."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Hashable, Sequence
 from retrieval_tip.bounds import check_count, check_memory
 
 VAL_SHOTS = 4  # largest number of validation images per class
-ITEM_BYTES = 256  # estimated bytes per drawn item without its feature: position, path, label and digest
+ITEM_BYTES = 256  # estimated bytes per drawn item, for its position, path, label and digest
 
 
 def few_shot(labels: Sequence[Hashable], shots: int, seed: int = 1) -> list[int]:
-    """Draw ``shots`` items per class by the published rule, and return their positions in the order drawn.
+    """Draw ``shots`` items per class by the published rule, and return their positions in the order of the draw.
 
-    Seeds Python's generator with ``seed`` and groups the items by label: groups in order of first appearance, items in
-    file order. Draws ``random.sample(group, shots)`` from each group, or ``random.choices`` (with replacement) if the
-    group is smaller.
+    Python's random generator is seeded with ``seed``. The items are grouped by label. The groups are in order of first
+    appearance, and the items in each group are in file order. ``random.sample(group, shots)`` is then drawn from each
+    group. If a group has fewer than ``shots`` items, ``random.choices`` is used instead, which draws with replacement.
 
-    Raises UsageError if ``shots`` is not positive, too large, or needs more memory than there is.
+    Raises UsageError if ``shots`` is not positive or is too large, or if there is not enough memory.
     """
     return _draw(labels, shots, random.Random(seed))  # noqa: S311 - a published draw, not a secret
 
@@ -26,7 +26,10 @@ def few_shot(labels: Sequence[Hashable], shots: int, seed: int = 1) -> list[int]
 def few_shot_split(
     train: Sequence[Hashable], val: Sequence[Hashable], shots: int, seed: int = 1
 ) -> tuple[list[int], list[int]]:
-    """Return positions of training shots, then of ``min(shots, 4)`` validation shots per class, by one generator."""
+    """Draw training shots and ``min(shots, 4)`` validation shots per class with the same generator.
+
+    Return the positions of both.
+    """
     generator = random.Random(seed)  # noqa: S311
     drawn = _draw(train, shots, generator)
     return drawn, _draw(val, min(shots, VAL_SHOTS), generator)

@@ -1,4 +1,4 @@
-"""The papers' eleven datasets and four variants of ImageNet, in CoOp's folder layout."""
+"""The eleven datasets of the papers and four ImageNet variants, in the folder layout that CoOp uses."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def open_dataset(name: str, root: str | os.PathLike[str], split: str) -> Source:
     """Open the labelled images of one part of a dataset.
 
     Args:
-        name: see :func:`facts`.
-        root: the folder of all datasets, or the dataset's own.
-        split: ``train``, ``val`` or ``test``. ImageNet has no ``val``: its images/val is the test part. Its variants
-            have only ``test``.
+        name: The name of the dataset, as in :func:`facts`.
+        root: The folder that contains all datasets, or the folder of this dataset.
+        split: ``train``, ``val`` or ``test``. ImageNet has no ``val`` part, since its images/val is used as the test
+            part. The ImageNet variants only have a ``test`` part.
 
-    Raises UsageError for an unknown name or part; InputError for a missing or damaged file or folder, with the expected
-    layout. Missing images are reported when they are read.
+    Raises UsageError if the name or the part is unknown. Raises InputError if a file or folder is missing or damaged.
+    The message describes the expected layout. Missing images are reported when they are read.
     """
     dataset = facts(name)
     if split not in dataset.images:
@@ -38,7 +38,7 @@ def open_dataset(name: str, root: str | os.PathLike[str], split: str) -> Source:
 
 
 def check(name: str, root: str | os.PathLike[str]) -> list[str]:
-    """List problems of a dataset below ``root``, one line each. Raises UsageError for an unknown name."""
+    """Return the problems of a dataset below ``root``, one per line. Raises UsageError if the name is unknown."""
     dataset = facts(name)
     folder = _folder(dataset, Path(root))
     problems = lacking(dataset, folder, tuple(dataset.images))
@@ -55,7 +55,11 @@ def check(name: str, root: str | os.PathLike[str]) -> list[str]:
 
 
 def _folder(dataset: Dataset, root: Path) -> Path:
-    """Return the dataset's folder: ``root`` itself if it has the name or the files of the dataset, else one in it."""
+    """Return the folder of a dataset.
+
+    This is ``root`` itself if ``root`` has the name or the files of the dataset, and a folder inside ``root``
+    otherwise.
+    """
     inside = root / dataset.folder
     if os.path.isdir(inside):
         return inside

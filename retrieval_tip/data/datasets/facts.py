@@ -1,4 +1,4 @@
-"""Folder, prompts and published settings of each dataset."""
+"""The folder, the prompts and the published settings of each dataset."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ IMAGENET = (
 
 @dataclass(frozen=True)
 class Dataset:
-    """Facts about one dataset; its class names are read from its files."""
+    """Facts about a dataset. Its class names are read from its files."""
 
     name: str  # as the papers write it
-    folder: str  # inside the folder of all datasets (CoOp's ``DATA``)
+    folder: str  # path inside the folder of all datasets (``DATA`` in CoOp)
     layout: Layout  # how its images are listed
-    images: Mapping[str, str]  # image folder of each part, inside ``folder``; empty for ``folder`` itself
-    listing: str  # the file that names its classes: the split file, variants.txt or classnames.txt
+    images: Mapping[str, str]  # image folder of each part, relative to ``folder``; "" stands for ``folder``
+    listing: str  # file that names the classes (split file, variants.txt or classnames.txt)
     classes: int  # number of classes
-    templates: tuple[str, ...]  # prompts; their features are averaged
+    templates: tuple[str, ...]  # prompt templates, whose features are averaged
     scale: tuple[float, float]  # published search scales of beta and alpha
     alpha: float  # published initial alpha
     beta: float = 1.0  # published initial beta
@@ -45,7 +45,7 @@ def _all(folder: str) -> dict[str, str]:
 
 # fmt: off
 DATASETS = (
-    # Everyone tests on ImageNet's images/val, so it is the test part, and there is no validation part.
+    # ImageNet results are usually reported on images/val, so it is the test part and there is no validation part.
     Dataset("ImageNet", "imagenet", "class folders", {"train": "images/train", "test": "images/val"},
             "classnames.txt", 1000, IMAGENET, (7, 3), 1.17, aliases=("imagenet-1k", "ilsvrc2012")),
     Dataset("Caltech101", "caltech-101", "split file", _all("101_ObjectCategories"),
@@ -71,7 +71,7 @@ DATASETS = (
             "split_zhou_EuroSAT.json", 10, ("a centered satellite photo of {}.",), (12, 10), 2),
     Dataset("UCF101", "ucf101", "split file", _all("UCF-101-midframes"),
             "split_zhou_UCF101.json", 101, ("a photo of a person doing {}.",), (7, 3), 3, aliases=("ucf",)),
-    # Test sets for an index of ImageNet, with its prompts and settings.
+    # These are test sets for an ImageNet index, with the prompts and settings of ImageNet.
     Dataset("ImageNet-V2", "imagenetv2", "numbered class folders",
             {"test": "imagenetv2-matched-frequency-format-val"},
             "classnames.txt", 1000, IMAGENET, (7, 3), 1.17),
@@ -93,12 +93,15 @@ _BY_NAME = {_plain(name): row for row in DATASETS for name in (row.name, row.fol
 
 
 def names() -> list[str]:
-    """List the datasets in the order of the papers' tables, with the variants of ImageNet last."""
+    """Return the dataset names in the order of the tables in the papers, followed by the ImageNet variants."""
     return [row.name for row in DATASETS]
 
 
 def facts(name: str) -> Dataset:
-    """Return the facts about a dataset by name, folder or alias, in any spelling. Raises UsageError if unknown."""
+    """Return the facts about a dataset, given its name, folder or alias. Raises UsageError if the name is unknown.
+
+    Case, spaces, hyphens and underscores are ignored.
+    """
     row = _BY_NAME.get(_plain(name))
     if row is None:
         raise UsageError(f"dataset {name!r}: unknown; choose from {', '.join(names())}")

@@ -1,4 +1,4 @@
-"""Read the datasets' folder layouts."""
+"""Read the folder layouts of the datasets."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from retrieval_tip.files import read_regular
 
 log = logging.getLogger(__name__)
 
-MAX_LISTING = 1 << 26  # largest list of classes or images, in bytes
-SAMPLE = 16  # number of images or class folders per part that a check looks for
+MAX_LISTING = 1 << 26  # largest size of a list of classes or images, in bytes
+SAMPLE = 16  # number of images or class folders in each part that are checked
 
 
 def split_file(dataset: Dataset, folder: Path, split: str) -> Source:
-    """Open a part of CoOp's split file; its paths are relative to the image folder."""
+    """Open a part of a CoOp split file. The paths in the file are relative to the image folder."""
     return open_source(folder / dataset.listing, split=split, root=str(folder / dataset.images[split]))
 
 
 def variant_lists(dataset: Dataset, folder: Path, split: str) -> Source:
-    """Open FGVC-Aircraft, whose lists have an image number and a variant per line. Raises InputError."""
+    """Open FGVC-Aircraft, whose lists contain an image number and a variant on each line.
+
+    Raises InputError if a list is missing or damaged.
+    """
     class_names = [line for _, line in _lines(folder / dataset.listing)]
     if twice := [name for name, times in Counter(class_names).items() if times > 1]:
         raise InputError(f"{show(folder / dataset.listing)}: duplicate class name {twice[0]!r}")
@@ -38,7 +41,7 @@ def variant_lists(dataset: Dataset, folder: Path, split: str) -> Source:
     for number, line in _lines(listing):
         image, *rest = line.split(maxsplit=1)
         if not rest:
-            raise InputError(f"{show(listing)}: line {number}: expected an image's number and its variant")
+            raise InputError(f"{show(listing)}: line {number}: expected an image number and a variant")
         label = rest[0]
         if label not in known:
             raise InputError(f"{show(listing)}: line {number}: variant {label!r} is not in {dataset.listing}")
@@ -51,7 +54,7 @@ def class_folders(dataset: Dataset, folder: Path, split: str) -> Source:
     """Open the class folders of a part in the order of ``classnames.txt``. Raises InputError if there are no images."""
     root, folders = folder / dataset.images[split], named_folders(dataset, folder, split)
     if len(folders) < dataset.classes:
-        log.warning("%s: %d of the %d class folders of %s", show(root), len(folders), dataset.classes, dataset.name)
+        log.warning("%s: has %d of the %d class folders of %s", show(root), len(folders), dataset.classes, dataset.name)
     inside = {class_name: [str(image) for image in images.find(path)] for class_name, path in folders.items()}
     for class_name in [class_name for class_name, own in inside.items() if not own]:
         log.warning("%s: no images in this class folder", show(folders[class_name]))
@@ -62,7 +65,7 @@ def class_folders(dataset: Dataset, folder: Path, split: str) -> Source:
 
 
 def named_folders(dataset: Dataset, folder: Path, split: str) -> dict[str, Path]:
-    """Map class names to folders in the order of ``classnames.txt``. Raises InputError for a folder without a name."""
+    """Map class names to folders in the order of ``classnames.txt``. Raises InputError if a folder has no name."""
     listing, root = folder / dataset.listing, folder / dataset.images[split]
     by_folder = class_names_by_folder(listing)
     if dataset.layout == "numbered class folders":
@@ -71,17 +74,17 @@ def named_folders(dataset: Dataset, folder: Path, split: str) -> dict[str, Path]
     if strange := sorted(there - by_folder.keys()):
         which = show(strange[0]) + (f" and {len(strange) - 1} more" if len(strange) > 1 else "")
         raise InputError(
-            f"{show(root)}: {dataset.listing} names no class for the folder {which}; expected one folder of images per "
+            f"{show(root)}: {dataset.listing} has no class name for {which}; expected one folder of images per "
             f"class: {few(list(by_folder))}"
         )
     return {class_name: root / name for name, class_name in by_folder.items() if name in there}
 
 
 def class_names_by_folder(listing: Path) -> dict[str, str]:
-    """Map folders to class names by the lines of ``classnames.txt``: the folder, a space, the name.
+    """Map folders to class names, as listed in ``classnames.txt``. Each line contains a folder, a space and a name.
 
-    A repeated name (older lists have two missiles) gets another ``_``, which prompts omit. Raises InputError naming the
-    line.
+    If a name occurs again, ``_`` is appended to it, which is removed in prompts. For example, older lists contain
+    "missile" twice. Raises InputError if a line is invalid. The message gives the line number.
     """
     names: dict[str, str] = {}
     taken: set[str] = set()
@@ -108,11 +111,11 @@ READERS: Mapping[Layout, Callable[[Dataset, Path, str], Source]] = {
 
 
 def lacking(dataset: Dataset, folder: Path, splits: tuple[str, ...]) -> list[str]:
-    """List missing folders and listing files of these parts, with the expected content."""
+    """Return a message for each missing folder or listing file of these parts, including its expected content."""
     listing, images_look = EXPECTED[dataset.layout]
     files = {folder / dataset.listing: listing}
     if dataset.layout == "variant lists":
-        line = "one line per image: its number and its variant"
+        line = "one line per image, with its number and its variant"
         files |= {folder / f"images_variant_{split}.txt": line for split in splits}
     if not os.path.isdir(folder):
         inside = [f"{part}/" if part else "its images" for part in dict.fromkeys(dataset.images.values())]
@@ -128,7 +131,10 @@ def lacking(dataset: Dataset, folder: Path, splits: tuple[str, ...]) -> list[str
 
 
 def look_into(dataset: Dataset, folder: Path, split: str) -> list[str]:
-    """Check the classes of a part and a sample of its images, and return the problems. Raises InputError."""
+    """Check the classes of a part and a sample of its images, and return the problems.
+
+    Raises InputError if a listing file is damaged.
+    """
     if in_folders := dataset.layout in ("class folders", "numbered class folders"):
         places = list(named_folders(dataset, folder, split).values())
         where, number = show(folder / dataset.images[split]), len(places)
@@ -154,19 +160,19 @@ EXPECTED: Mapping[Layout, tuple[str, str]] = {
     ),
     "variant lists": ("one class name per line", "images named like 0034309.jpg"),
     "class folders": (
-        "one line per class: its folder (n01440764) and its name",
+        "one line per class, with its folder (n01440764) and its name",
         "one folder of images per class (n01440764)",
     ),
     "numbered class folders": (
-        "one line per class: its folder in ImageNet (n01440764) and its name",
+        "one line per class, with its folder in ImageNet (n01440764) and its name",
         "one folder of images per class (0 to 999)",
     ),
 }
-"""Expected listing file and images of each layout."""
+"""Descriptions of the listing file and the images that each layout expects."""
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:
-    """Return the lines that are not blank, with their numbers from 1. Raises InputError if there are none."""
+    """Return the lines that are not blank, with line numbers starting at 1. Raises InputError if there are none."""
     try:
         text = read_regular(file, MAX_LISTING).decode("utf-8-sig")
     except InputError:
