@@ -557,7 +557,7 @@ def test_weak_classes_want_photographs_and_contradicted_shots_a_look(tmp_path):
     said = reported(tmp_path, folder, test, "--no-curves").first("ol", class_="actions").text
     assert "Add photos of cat" in said
     assert "1 example looks mislabelled" in said
-    assert "Check labels" in said
+    assert "Check the labels" in said
 
 
 @pytest.mark.parametrize(("one", "other", "differs"), [(5, 5, False), (9, 1, True), (4, 0, True), (3, 0, False)])
@@ -629,7 +629,7 @@ def test_settings_say_where_they_come_from(tmp_path):
     assert "version 2," in section(page, "provenance").text
     done("-q", "search-hp", folder, "--val", test, "--val-shots", "all")
     page = reported(tmp_path, folder, test, "--no-curves")
-    assert "chosen on these test photos" in page.first("header").text
+    assert "selected on these test photos" in page.first("header").text
 
 
 def test_test_items_that_are_keys_are_counted(photographs, tmp_path):
@@ -726,7 +726,7 @@ def test_a_manifest_may_say_anything(tmp_path):
         found = write_report(strange, open_source(test), Encoder(), tmp_path / "r.html")
         assert set(found.left_out) == {"shots", "settings", "training"}
         page = read(found.path)
-        assert "Tip-Adapter before fine-tuning is not in this table" in section(page, "accuracy").text
+        assert "The index before fine-tuning is not in this table" in section(page, "accuracy").text
         assert "<i>, 1.5, -" in section(page, "provenance").text
 
 

@@ -1,4 +1,4 @@
-"""The protocol of backbones, which turn images, and with a text tower sentences, into features."""
+"""The protocol for backbones, which turn images into features. Backbones with a text tower also encode sentences."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 PARTS = ("visual", "text")
 
 FloatArray = npt.NDArray[np.float32]
-Preprocess = Mapping[str, Any]  # preprocessing settings of a backbone as JSON, in open_clip's or timm's terms
+Preprocess = Mapping[str, Any]  # JSON preprocessing settings, named as in open_clip or timm
 
 
 @dataclass(frozen=True)
 class Identity:
     """The identity of a backbone.
 
-    ``model`` and ``pretrained`` are the names that load it. Only ``weights`` (digest of every tensor), ``config``
-    (digest of the architecture) and ``preprocess`` identify it: a tag and a file with the same weights are the same
-    backbone.
+    ``model`` and ``pretrained`` are the names that are used to load the backbone. They are not part of its identity,
+    which only depends on ``weights`` (a digest of every tensor), ``config`` (a digest of the architecture) and
+    ``preprocess``. For example, a tag and a file that contain the same weights are the same backbone.
     """
 
     model: str
@@ -44,7 +44,7 @@ class Identity:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits, equal if and only if features are comparable."""
+        """Sixteen hex digits, which are equal for two backbones if and only if their features can be compared."""
         what = {"weights": self.weights, "config": self.config, "preprocess": dict(self.preprocess)}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -52,23 +52,23 @@ class Identity:
         return f"{self.model}{f'/{self.pretrained}' if self.pretrained else ''} ({self.fingerprint})"
 
     def to_dict(self) -> dict[str, object]:
-        """Return the entry for manifests and feature tables."""
+        """Return the identity as it is stored in manifests and feature tables."""
         return asdict(self) | {"preprocess": dict(self.preprocess), "fingerprint": self.fingerprint}
 
     @classmethod
     def from_dict(cls, data: object) -> Identity:
-        """Read an entry written by :meth:`to_dict`. Raises BackboneError if a key is missing or of the wrong type."""
+        """Read an identity written by :meth:`to_dict`. Raises BackboneError if a key is missing or has a wrong type."""
         if not isinstance(data, Mapping):
             raise BackboneError("backbone: not an object")
         kinds = {"model": str, "pretrained": (str, type(None)), "weights": str, "config": str, "preprocess": Mapping}
         for key, kind in kinds.items():
             if not isinstance(data.get(key), kind):  # type: ignore[arg-type]  # a type or a tuple of types
-                raise BackboneError(f"backbone: {key} is missing or of the wrong type")
+                raise BackboneError(f"backbone: {key} is missing or has the wrong type")
         return cls(**{key: data[key] for key in kinds})
 
 
 def same_backbone(one: Identity, other: Identity, what: str) -> None:
-    """Raise BackboneError naming both backbones unless their features can be compared."""
+    """Raise BackboneError if the features of two backbones cannot be compared. The message names both backbones."""
     if one.fingerprint != other.fingerprint:
         raise BackboneError(
             f"{what}: made with encoder {one}, but {other} is in use; their features cannot be compared"
@@ -76,53 +76,65 @@ def same_backbone(one: Identity, other: Identity, what: str) -> None:
 
 
 def view_size(preprocess: Preprocess) -> tuple[int, int]:
-    """Return height and width of a view from an identity's ``preprocess``."""
+    """Return the height and width of a view, given the ``preprocess`` settings of an identity."""
     size = preprocess["size"]
     return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 class Backbone(Protocol):
-    """An image encoder, possibly with a text encoder."""
+    """An image encoder that may also have a text encoder."""
 
     @property
     def identity(self) -> Identity:
-        """Identity of the backbone."""
+        """The identity of the backbone."""
 
     @property
     def dim(self) -> int:
-        """Length ``d`` of its features."""
+        """The length ``d`` of the features."""
 
     @property
     def has_text(self) -> bool:
-        """Whether it encodes text."""
+        """Whether the backbone can encode text."""
 
     @property
     def logit_scale(self) -> float:
-        """Factor of the zero-shot logits (100 for OpenAI's CLIP)."""
+        """The scale of the zero-shot logits, which is 100 for OpenAI's CLIP."""
 
     @property
     def precision(self) -> str:
-        """``float32``, or the autocast dtype; part of the key of a cached encoding."""
+        """``float32``, or the autocast dtype. The precision is part of the key in the encoding cache."""
 
     @property
     def batch_size(self) -> int:
-        """Fastest number of views to encode at a time on its device."""
+        """The batch size at which the backbone encodes views fastest on its device."""
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """Return the model's centre view ``[3, h, w]`` float32 of an RGB image."""
+        """Return the centre view of an RGB image, as a float32 tensor of shape ``[3, h, w]``."""
 
     def view(self, image: Image.Image, seed: str) -> torch.Tensor:
-        """Return an augmented view ``[3, h, w]`` float32, determined by image and seed."""
+        """Return an augmented view of an image, as a float32 tensor of shape ``[3, h, w]``.
+
+        The view only depends on the image and the seed.
+        """
 
     def encode_images(self, pixels: torch.Tensor) -> FloatArray:
-        """Return raw features ``[b, d]`` of views ``[b, 3, h, w]``, not normalised, so that views can be averaged."""
+        """Return the raw features of a batch of views, as an array of shape ``[b, d]``.
+
+        The views have shape ``[b, 3, h, w]``. The features are not normalised, so that several views can be averaged.
+        """
 
     def encode_texts(self, texts: Sequence[str]) -> FloatArray:
-        """Return raw features ``[t, d]`` of sentences. Raises UsageError without a text encoder."""
+        """Return the raw features of ``t`` sentences, as an array of shape ``[t, d]``.
+
+        Raises UsageError if the backbone has no text encoder.
+        """
 
 
 def unit(features: FloatArray, what: str = "feature") -> FloatArray:
-    """Scale rows ``[m, d]`` to length 1, float32. Raises InputError naming a row that is zero or not finite."""
+    """Scale the rows of an array to length 1, and convert it to float32.
+
+    Raises InputError if a row is zero or not finite. The message gives the number of the row.
+    """
     norms = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
     if bad.size:
@@ -132,7 +144,10 @@ def unit(features: FloatArray, what: str = "feature") -> FloatArray:
 
 
 def resolve_device(device: str = "auto") -> str:
-    """Resolve ``auto`` to ``cuda`` or ``cpu``; warn of an unusable GPU. Raises UsageError for an unknown device."""
+    """Resolve ``auto`` to ``cuda`` or ``cpu``, and check any other device. A warning reports an unusable GPU.
+
+    Raises UsageError if the device is unknown or not available.
+    """
     import torch
 
     if device == "auto":
@@ -153,7 +168,7 @@ def resolve_device(device: str = "auto") -> str:
 
 
 def _unusable() -> str | None:
-    """Return why torch cannot use a GPU: ``""`` without a GPU, ``None`` if it can."""
+    """Return why torch cannot use the GPU, ``""`` if there is no GPU, or ``None`` if torch can use it."""
     import torch
 
     if not torch.cuda.is_available():
@@ -169,7 +184,7 @@ def _unusable() -> str | None:
 
 
 def runs_on(capability: tuple[int, int], arches: Sequence[str]) -> bool:
-    """Tell whether torch built for ``arches`` (``sm_86``, ``compute_90``) runs on a GPU of this capability."""
+    """Return whether a torch build for ``arches`` (such as ``sm_86``) runs on a GPU with this compute capability."""
     major, minor = capability
     matches = [re.fullmatch(r"(sm|compute)_([0-9]+)([0-9])[a-z]?", arch) for arch in arches]
     known = [(kind, int(m), int(n)) for kind, m, n in (match.groups() for match in matches if match)]
@@ -179,14 +194,14 @@ def runs_on(capability: tuple[int, int], arches: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Execution:
-    """Device and precision of a backbone, and the ``runtime`` for images on a CPU."""
+    """The device and the precision of a backbone, and the ``runtime`` that encodes images on a CPU."""
 
     device: str = "auto"
     precision: Precision = "auto"
     runtime: Runtime = "auto"
 
     def resolved(self) -> Execution:
-        """Replace ``auto`` by a device and a precision. Raises UsageError for an unknown one."""
+        """Replace ``auto`` by an actual device and precision. Raises UsageError if a value is unknown."""
         device = resolve_device(self.device)
         check_choice("precision", self.precision, Precision)
         check_choice("runtime", self.runtime, Runtime)

@@ -1,4 +1,4 @@
-"""The list of backbones: names and spellings, tags, sizes, and whether the weights are cached."""
+"""The list of backbones, with their names and spellings, their tags and sizes, and whether the weights are cached."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from retrieval_tip.errors import BackboneError, UsageError, first_line
 log = logging.getLogger(__name__)
 
 DEFAULT = "ViT-B-32"
-"""Default backbone: its recommended weights (0.6 GB) reach 69 % zero-shot on ImageNet."""
+"""Default backbone. Its recommended weights (0.6 GB) reach a zero-shot accuracy of 69 % on ImageNet."""
 
 SHORT = {
     "clip": "ViT-B-32",
@@ -43,26 +43,27 @@ _ELSEWHERE = {
     "dinov2_vitb14": ("timm:vit_base_patch14_dinov2.lvd142m", None),
     "dinov2_vitl14": ("timm:vit_large_patch14_dinov2.lvd142m", None),
 }
-"""Names that other libraries give to the same weights."""
+"""Names that other libraries use for the same weights."""
 
 _FIRST = ("datacomp_xl", "datacomp_s34b", "laion2b_s34b", "laion2b_s32b", "laion2b", "webli", "openai")
-"""Prefixes of tags, best first: trained longest on the most openly licensed data."""
+"""Prefixes of tags in order of preference. Long training and openly licensed training data are preferred."""
 
 NEAR, ALIKE = 8, 0.6
-"""Number of similar names in a message, and their least similarity (``difflib.get_close_matches``)."""
+"""Largest number of similar names in a message, and smallest similarity (see ``difflib.get_close_matches``)."""
 
-ANSWER = 2.5  # seconds to wait for the hub to answer
+ANSWER = 2.5  # number of seconds to wait for a response from the hub
 _DEMO = "build/demo/efficientnet-lite0.pth"
 DEMO = (Path(_DEMO), Path(_DEMO).relative_to("build/demo"), Path(__file__).parents[2] / _DEMO)
-"""Places to look for the encoder of ``benchmarks/demo.py``: its folder, the current folder, an installed clone."""
+"""Paths at which the encoder of ``benchmarks/demo.py`` may be: in its build folder, in the current folder, or in the
+clone that the package is installed from."""
 
-LARGEST_LIST = 200  # longest list with sizes; computing one takes a twentieth of a second
+LARGEST_LIST = 200  # longest list that includes sizes, since computing a size takes a twentieth of a second
 
 _QUIET = threading.RLock()
 
 
 def named(model: str | None, pretrained: str | None = None) -> tuple[str, str | None]:
-    """Return the canonical names of a model and its weights, whatever their spelling.
+    """Return the canonical names of a model and its weights, given any of their spellings.
 
     ``ViT-B/32`` and ``vit-b-32`` become ``ViT-B-32``, ``ViT-L/14@336px`` becomes ``ViT-L-14-336``, ``clip`` becomes
     ``SHORT["clip"]``, ``openai/clip-vit-base-patch32`` becomes ``ViT-B-32`` with ``openai``, and ``timm/NAME`` becomes
@@ -96,25 +97,25 @@ def _architectures() -> tuple[str, ...]:
 
 
 def has(model: str) -> bool:
-    """Tell whether open_clip has an architecture of this name."""
+    """Return whether open_clip has an architecture with this name."""
     return model in _architectures()
 
 
 def unknown(model: str) -> UsageError:
-    """Return the error for a name that open_clip does not know, with similar names."""
+    """Return the error for a name that open_clip does not know. The message suggests similar names."""
     import timm
 
     near = similar(model, _architectures())
     if timm.is_model(model.partition(".")[0]):
-        near = f"; timm has it: give timm:{model}"
+        near = f"; timm has this model: give timm:{model}"
     elif not near and re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        near = f"; for a CLIP or SigLIP of transformers, give hf:{model}"
+        near = f"; for a CLIP or SigLIP model in transformers, give hf:{model}"
     expected = "; expected an open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO"
     return UsageError(f"model {model!r}: unknown{near or expected}; search with retrieval-tip models WORD")
 
 
 def similar(model: str, names: Sequence[str], prefix: str = "") -> str:
-    """List names that contain every part of this one, or are spelled similarly."""
+    """Return a phrase that lists the names that contain every part of ``model`` or have a similar spelling."""
     plain, asked = {_plain(name): name for name in names}, _plain(model)
     whole = sorted((name for name in plain if all(part in name for part in asked.split("-"))), key=len)
     near = [*dict.fromkeys([*whole, *difflib.get_close_matches(asked, list(plain), NEAR, ALIKE)])][:NEAR]
@@ -122,7 +123,7 @@ def similar(model: str, names: Sequence[str], prefix: str = "") -> str:
 
 
 def recommended(model: str) -> str | None:
-    """Return the default tag of an open_clip architecture; ``None`` if it has no tags."""
+    """Return the default tag of an open_clip architecture, or ``None`` if it has no tags."""
     import open_clip
 
     tags: list[str] = open_clip.list_pretrained_tags_by_model(model)
@@ -131,17 +132,20 @@ def recommended(model: str) -> str | None:
 
 @dataclass(frozen=True)
 class Named:
-    """A row of the list of backbones."""
+    """A row in the list of backbones."""
 
     model: str
-    pretrained: list[str]  # tags, the recommended one first
+    pretrained: list[str]  # tags, starting with the recommended one
     bytes: int | None  # size of the weights in float32
-    words: bool  # whether it has a text tower
+    words: bool  # whether the backbone has a text tower
     cached: bool  # whether the recommended weights are on this machine
 
 
 def search(word: str = "") -> list[Named]:
-    """List the backbones whose name or tags contain a word, or the recommended ones. Raises UsageError if none do."""
+    """List the backbones whose name or tags contain a word. By default, list the recommended backbones.
+
+    Raises UsageError if no backbone matches.
+    """
     import timm
 
     if not word:
@@ -179,7 +183,10 @@ def _described(name: str, *, sized: bool = True) -> Named:
 
 
 def _bytes(name: str) -> int | None:
-    """Count the bytes of a model in float32 without loading it; ``None`` if its configuration is on a hub."""
+    """Return the size of a model in float32, in bytes, without loading its weights.
+
+    Return ``None`` if the configuration would have to be downloaded or the model cannot be created.
+    """
     import open_clip
     import timm
     import torch
@@ -194,18 +201,18 @@ def _bytes(name: str) -> int | None:
                 model = timm.create_model(name.removeprefix("timm:"), num_classes=0)
             else:
                 model = open_clip.create_model(name, device="meta", load_weights=False)
-    except Exception as error:  # the model can be listed without its size
+    except Exception as error:  # the model is then listed without its size
         log.debug("%s: size unknown: %s", name, first_line(error))
         return None
     return int(4 * sum(parameter.numel() for parameter in model.parameters()))
 
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
-"""Weight files in the order in which open_clip and timm look for them."""
+"""Names of weight files, in the order in which open_clip and timm look for them."""
 
 
 def is_cached(repository: str | None, files: Sequence[str] = WEIGHTS) -> bool:
-    """Tell whether one of these files of a repository, by default its weights, is cached on this machine."""
+    """Return whether one of these files of a repository is cached on this machine. Defaults to its weight files."""
     from huggingface_hub import try_to_load_from_cache
 
     found = [try_to_load_from_cache(repository, file) for file in files] if repository else []
@@ -213,14 +220,14 @@ def is_cached(repository: str | None, files: Sequence[str] = WEIGHTS) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the reason of a hub's error on one line, without its advice."""
+    """Return the reason for a hub error on one line, leaving out the advice in its message."""
     text = first_line(error).rpartition("Last error: ")[2]
     silent = ("locate the file on the Hub", "connect to 'https://huggingface.co'", "reach https://huggingface.co")
     return "huggingface.co did not answer" if any(phrase in text for phrase in silent) else text
 
 
 def check_code(model: str, error: Exception) -> None:
-    """Raise BackboneError if loading failed because the model needs code of its own."""
+    """Raise BackboneError if loading failed because the model requires custom code."""
     if "trust_remote_code" in str(error):
         raise BackboneError(
             f"{model}: this model requires custom code, which retrieval-tip never runs; choose another encoder "
@@ -230,7 +237,7 @@ def check_code(model: str, error: Exception) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence open_clip, transformers and the hub, but not this package, inside the context."""
+    """Silence the loggers of open_clip, transformers and the hub inside the context, but not those of this package."""
     ours = logging.getLogger("retrieval_tip")
     with _QUIET, _unasked():
         given = os.environ.get("TRANSFORMERS_VERBOSITY")
@@ -256,13 +263,13 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _unasked() -> Iterator[None]:
-    """Make transformers refuse a model's own code, for which open_clip has no option, instead of asking on stdin."""
+    """Make transformers reject custom model code instead of prompting on stdin. open_clip has no option for this."""
     try:
         from transformers import dynamic_module_utils as asking
     except ImportError:
         yield
         return
-    before = asking.TIME_OUT_REMOTE_CODE  # seconds to wait for an answer; with 0 it does not ask
+    before = asking.TIME_OUT_REMOTE_CODE  # seconds to wait for an answer; there is no prompt if it is 0
     asking.TIME_OUT_REMOTE_CODE = 0
     try:
         yield
@@ -271,10 +278,10 @@ def _unasked() -> Iterator[None]:
 
 
 def ask_hub(repository: str) -> None:
-    """Log the size of a repository's weights before a download; do nothing if they are cached.
+    """Log the size of the weights in a repository before they are downloaded. Do nothing if they are cached.
 
-    Sends one request, which huggingface_hub alone would repeat a dozen times within 46 s. Raises ConnectionError if the
-    hub does not answer within ``ANSWER`` seconds (or ``HF_HUB_ETAG_TIMEOUT``), or if ``HF_HUB_OFFLINE`` is set.
+    Only one request is sent, whereas huggingface_hub would repeat it a dozen times within 46 s. Raises ConnectionError
+    if the hub does not respond within ``ANSWER`` seconds (or ``HF_HUB_ETAG_TIMEOUT``), or if ``HF_HUB_OFFLINE`` is set.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
@@ -286,10 +293,10 @@ def ask_hub(repository: str) -> None:
     limit = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or ANSWER)
     try:
         found = HfApi().model_info(repository, files_metadata=True, timeout=limit).siblings or []
-    except (HfHubHTTPError, ValueError) as error:  # the download will report it
+    except (HfHubHTTPError, ValueError) as error:  # the download will report this error
         log.debug("%s: %s", repository, first_line(error))
         return
-    except Exception as error:  # the hub's errors differ from version to version
+    except Exception as error:  # the errors of the hub differ between versions
         log.debug("%s: %s", repository, first_line(error))
         raise ConnectionError(f"{urlsplit(constants.ENDPOINT).netloc} did not answer") from error
     sizes = {file.rfilename: file.size for file in found}
@@ -305,7 +312,7 @@ def _weights_of(repository: str) -> Iterator[Path]:
 
 
 def download_error(model: str, error: Exception, way_out: str) -> BackboneError:
-    """Return the error for a model that could not be downloaded or loaded, with options that work offline."""
+    """Return the error for a model that could not be downloaded or loaded. The message suggests offline options."""
     if not isinstance(error, ConnectionError):
         return BackboneError(f"Could not load {model}: {reason_of(error)}. Pass {way_out}.")
     size = _bytes(model) if has(model) or model.startswith("timm:") else None
@@ -318,7 +325,7 @@ def download_error(model: str, error: Exception, way_out: str) -> BackboneError:
 
 
 def _offline() -> str | None:
-    """Return options that name an encoder whose weights are on this machine; ``None`` if there are none."""
+    """Return command line options for an encoder whose weights are on this machine, or ``None`` if there is none."""
     import open_clip
 
     for name in dict.fromkeys(SHORT.values()):

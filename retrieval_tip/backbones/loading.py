@@ -33,24 +33,27 @@ def load_backbone(
     """Load a backbone by its name, in evaluation mode.
 
     Args:
-        model: an open_clip architecture (``ViT-B-32``, or OpenAI's spelling ``ViT-B/32``); ``local-dir:PATH`` (a folder
-            with ``open_clip_config.json`` and weights) or ``hf-hub:ORG/REPO`` in open_clip's format; ``hf:ORG/REPO`` or
-            ``hf:PATH``, a CLIP or SigLIP in transformers' format; ``timm:NAME``, an image encoder without text
-            (``timm:vit_small_patch14_dinov2.lvd142m``); or a short name in :data:`catalogue.SHORT`. ``None`` uses
-            :data:`catalogue.DEFAULT`.
-        pretrained: a tag (``openai``, ``laion2b_s34b_b79k``), a checkpoint file, or ``TAG=FILE``: a local copy of that
-            tag's weights, used with the tag's preprocessing and activation. ``None`` uses
-            :func:`catalogue.recommended`.
+        model: The name of the model. You can give an open_clip architecture (``ViT-B-32``, or ``ViT-B/32`` as OpenAI
+            spells it). ``local-dir:PATH`` is a folder that contains ``open_clip_config.json`` and weights, and
+            ``hf-hub:ORG/REPO`` is a repository in the same format. ``hf:ORG/REPO`` and ``hf:PATH`` are CLIP or SigLIP
+            models in the format of transformers. ``timm:NAME`` is an image encoder that does not encode text, such as
+            ``timm:vit_small_patch14_dinov2.lvd142m``. You can also give a short name from :data:`catalogue.SHORT`.
+            Defaults to :data:`catalogue.DEFAULT`.
+        pretrained: A tag (such as ``openai`` or ``laion2b_s34b_b79k``), a checkpoint file, or ``TAG=FILE``. The latter
+            is a local copy of the weights of a tag, which is used with the preprocessing and the activation of the tag.
+            Defaults to :func:`catalogue.recommended`.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        precision: ``float32``; ``float16`` or ``bfloat16`` autocast; ``auto`` is float32 on a CPU, float16 on a GPU.
-        runtime: encodes images on a CPU: ``torch``, or ``auto`` for OpenVINO if its features agree (:mod:`tower`).
-        tuned: a file by :func:`write_tuned`, whose tensors replace the model's.
+        precision: ``float32``, or ``float16`` or ``bfloat16`` for autocast. ``auto`` uses float32 on a CPU and float16
+            on a GPU.
+        runtime: The runtime that encodes images on a CPU. ``torch`` uses torch. ``auto`` uses OpenVINO if its features
+            agree with those from torch (see :mod:`tower`).
+        tuned: A file written by :func:`write_tuned`. Its tensors replace those of the model.
 
     Raises:
-        UsageError: an unknown architecture, tag, device, precision or runtime.
-        BackboneError: weights that are missing, damaged, or cannot be downloaded (the message names the file); a model
-            that requires Python code of its own, which is never run; ``tuned`` is missing, damaged, or does not fit the
-            model.
+        UsageError: if the architecture, the tag, the device, the precision or the runtime is unknown.
+        BackboneError: if the weights are missing or damaged, or cannot be downloaded. The message names the file.
+        BackboneError: if the model requires custom Python code, which is never executed.
+        BackboneError: if ``tuned`` is missing or damaged, or does not fit the model.
     """
     how = Execution(device, precision, runtime).resolved()
     state = None if tuned is None else _read_tuned(Path(tuned))
@@ -66,9 +69,11 @@ def load_backbone(
 def load_when_needed(
     identity: Identity, dim: int, *, device: str = "auto", precision: Precision = "auto", runtime: Runtime = "auto"
 ) -> TorchBackbone:
-    """Return the backbone ``identity`` with features of ``dim`` values; load it lazily if its image tower is stored.
+    """Return the backbone with this ``identity``, whose features have ``dim`` values.
 
-    Raises as :func:`load_backbone`. A lazily loaded backbone raises BackboneError later if it is not ``identity``.
+    If its image tower is stored on disk, the backbone is loaded lazily. Raises the same errors as
+    :func:`load_backbone`. A lazily loaded backbone raises BackboneError later if its identity turns out to be
+    different.
     """
     how = Execution(device, precision, runtime).resolved()
     is_lazy = how.runtime == "auto" and how.device == "cpu" and tower.is_kept(identity)
@@ -77,7 +82,10 @@ def load_when_needed(
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Pause garbage collection: it took a third of the time, walking the million objects that open_clip imports."""
+    """Pause garbage collection inside the context.
+
+    open_clip imports a million objects, and collection took a third of the loading time.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -102,7 +110,10 @@ def _of(
 
 
 def write_tuned(path: str | os.PathLike[str], state: Mapping[str, torch.Tensor]) -> None:
-    """Write :meth:`TorchBackbone.tuned` tensors as safetensors, always with the same bytes. Raises BackboneError."""
+    """Write the tensors from :meth:`TorchBackbone.tuned` as a safetensors file.
+
+    The same tensors always give the same bytes. Raises BackboneError if the file cannot be written.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -118,8 +129,8 @@ def _read_tuned(file: Path) -> dict[str, torch.Tensor]:
     try:
         if not file.is_file():  # reading a pipe would block
             raise FileNotFoundError("no such file")
-        state: dict[str, torch.Tensor] = load(file.read_bytes())  # load_file refuses names that are not UTF-8
-    except Exception as error:  # safetensors raises its own error, KeyError or torch's
+        state: dict[str, torch.Tensor] = load(file.read_bytes())  # load_file does not accept names that are not UTF-8
+    except Exception as error:  # safetensors raises KeyError, its own errors or those of torch
         reason = getattr(error, "strerror", None) or first_line(error)
         raise BackboneError(
             f"{file}: cannot be read as tuned weights: {reason}; restore it or fine-tune again"

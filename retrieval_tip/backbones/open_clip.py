@@ -1,4 +1,4 @@
-"""Backbones of open_clip: by architecture and tag, from a folder, from the hub, or already loaded."""
+"""open_clip backbones, given by architecture and tag, as a folder, as a hub repository, or as a loaded model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Config = dict[str, Any]  # an open_clip configuration, as JSON
 
 @dataclass(frozen=True)
 class _Plan:
-    """Arguments for open_clip, and the ``wanted`` file or folder for error messages."""
+    """The arguments for open_clip, and the ``wanted`` file or folder, which is named in error messages."""
 
     model: str
     pretrained: str | None
@@ -50,7 +50,7 @@ class _Plan:
     arguments: Config
     wanted: str
     repository: str | None = None
-    """Repository of the weights on huggingface.co."""
+    """The huggingface.co repository that contains the weights."""
 
 
 def _plan(model: str, pretrained: str | None) -> _Plan:
@@ -63,7 +63,7 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
         text: Config = config["text_cfg"] if isinstance(config.get("text_cfg"), dict) else {}
         tower = text.get("hf_model_name")
         if tower and not Path(tower).is_dir() and (folder / "config.json").is_file():
-            # the text tower is in this folder too, whatever the current folder is
+            # the text tower is also in this folder, and not relative to the current folder
             arguments["text_cfg"] = text | {"hf_model_name": str(folder), "hf_model_pretrained": False}
         return _Plan(f"local-dir:{folder.resolve()}", None, None, arguments, str(folder))
     if model.startswith("hf-hub:"):
@@ -73,7 +73,7 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
     tags = open_clip.list_pretrained_tags_by_model(model)
     pretrained = pretrained or recommended(model)
     if pretrained is None:
-        raise UsageError(f"model {model!r}: has no published weights; give --pretrained FILE")
+        raise UsageError(f"model {model!r}: there are no published weights; give --pretrained FILE")
     tag, _, file = pretrained.rpartition("=")
     facts = open_clip.get_pretrained_cfg(model, tag or pretrained)
     if tag and facts:
@@ -108,14 +108,14 @@ def _local_config(folder: Path) -> Config:
         if not isinstance(config, dict):
             raise TypeError("model_cfg is not an object")
     except FileNotFoundError:
-        raise BackboneError(f"{path}: missing; local-dir: needs a folder with this file and weights") from None
+        raise BackboneError(f"{path}: missing; local-dir: requires a folder with this file and weights") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise BackboneError(f"{path}: not an open_clip configuration ({error})") from None
     return config
 
 
 def _tag_arguments(facts: Config) -> Config:
-    """Return activation and preprocessing of a tag; for a wrong activation, open_clip only warns."""
+    """Return the activation and the preprocessing of a tag. If the activation is wrong, open_clip only warns."""
     keys = ("mean", "std", "interpolation", "resize_mode")
     arguments: Config = {f"image_{key}": facts[key] for key in keys if facts.get(key) is not None}
     if facts.get("quick_gelu"):
@@ -124,7 +124,10 @@ def _tag_arguments(facts: Config) -> Config:
 
 
 def open_model(model: str, pretrained: str | None, device: torch.device) -> Opened:
-    """Open a model by its names. Raises BackboneError if its weights are missing, damaged, or cannot be downloaded."""
+    """Open a model by its names.
+
+    Raises BackboneError if the weights are missing or damaged, or cannot be downloaded.
+    """
     import open_clip
 
     plan = _plan(model, pretrained)
@@ -136,7 +139,7 @@ def open_model(model: str, pretrained: str | None, device: torch.device) -> Open
             create = partial(open_clip.create_model_and_transforms, name, weights, device=device, **plan.arguments)
             made, _, preprocess = _filled_once(create)
             config = _config_digest(plan)
-    except Exception as error:  # open_clip, the hub, torch and safetensors each raise their own
+    except Exception as error:  # open_clip, the hub, torch and safetensors raise different errors
         raise _load_error(plan, error) from error
     if name.startswith("local-dir:"):
         endings = {file.suffix for file in Path(name.removeprefix("local-dir:")).iterdir()}
@@ -163,16 +166,16 @@ def _tokenizer(plan: _Plan) -> Tokenizer:
     try:
         with quiet():
             text = (open_clip.get_model_config(plan.model) or {}).get("text_cfg", {})
-            # Overrides tokenizer_kwargs of a configuration; open_clip's own tokenizers do not accept it.
+            # This overrides tokenizer_kwargs in a configuration. The tokenizers of open_clip do not accept it.
             refused = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
             tokenizer: Tokenizer = open_clip.get_tokenizer(plan.model, **refused)
-    except Exception as error:  # open_clip, the hub and transformers each raise their own
+    except Exception as error:  # open_clip, the hub and transformers raise different errors
         raise _load_error(plan, error) from error
     return tokenizer
 
 
 class OpenClipBackbone(TorchBackbone):
-    """A backbone of open_clip. Create one with :func:`loading.load_backbone`, or :meth:`of`."""
+    """An open_clip backbone. Create one with :func:`loading.load_backbone` or with :meth:`of`."""
 
     @classmethod
     def of(
@@ -185,17 +188,18 @@ class OpenClipBackbone(TorchBackbone):
         pretrained: str | None = None,
         precision: Precision = "auto",
     ) -> Self:
-        """Wrap a model, transform and tokenizer from ``open_clip.create_model_and_transforms`` and ``get_tokenizer``.
+        """Wrap an open_clip model that is already loaded.
 
-        The model stays on its device, in evaluation mode and without gradients.
+        You can use the results of ``open_clip.create_model_and_transforms`` and ``get_tokenizer``. The model stays on
+        its device. It is set to evaluation mode, and its gradients are disabled.
 
         Args:
-            model: an open_clip model with ``visual.preprocess_cfg``.
-            preprocess: the validation transform, from an image to ``[3, h, w]``.
-            tokenizer: turns sentences into tokens.
-            name: the architecture; an index can reload the backbone only by a name that open_clip knows.
-            pretrained: tag or file of the weights of this architecture.
-            precision: as in :func:`loading.load_backbone`.
+            model: An open_clip model that has ``visual.preprocess_cfg``.
+            preprocess: The validation transform, which turns an image into a tensor of shape ``[3, h, w]``.
+            tokenizer: A function that turns sentences into tokens.
+            name: The name of the architecture. An index can only reload the backbone if open_clip knows this name.
+            pretrained: The tag or the file of the weights.
+            precision: The precision, as in :func:`loading.load_backbone`.
         """
         device = str(next(model.parameters()).device)
         how = Execution(device, precision).resolved()
@@ -206,12 +210,15 @@ class OpenClipBackbone(TorchBackbone):
 
 
 def _filled_once(create: Callable[[], _Created]) -> _Created:
-    """Create a model without drawing random weights that its checkpoint overwrites; if some remain, start over."""
+    """Create a model, skipping the random initialisation of weights that its checkpoint overwrites.
+
+    If the checkpoint does not overwrite all weights, the model is created again with random initialisation.
+    """
     import torch
     from torch.overrides import TorchFunctionMode
 
-    draws = {"normal_", "uniform_", "kaiming_uniform_"}  # by name: transformers replaces torch's functions
-    written: dict[int, torch.Tensor] = {}  # by id; holding the tensor keeps the id unique
+    draws = {"normal_", "uniform_", "kaiming_uniform_"}  # names, since transformers replaces the functions
+    written: dict[int, torch.Tensor] = {}  # tensors by id; a reference to the tensor keeps its id unique
 
     class Undrawn(TorchFunctionMode):
         def __torch_function__(
@@ -232,11 +239,11 @@ def _filled_once(create: Callable[[], _Created]) -> _Created:
 
 
 def _text_dim(model: Model) -> int | None:
-    """Return the length of text features from the tower's last projection; ``None`` without one."""
+    """Return the length of text features, given by the last projection of the tower, or ``None`` if there is none."""
     import torch
 
     tower = getattr(model, "text", model)
-    projection = getattr(tower, "text_projection", getattr(tower, "proj", None))  # open_clip's name, Hugging Face's
+    projection = getattr(tower, "text_projection", getattr(tower, "proj", None))  # open_clip or Hugging Face
     if isinstance(projection, torch.nn.Sequential):
         projection = projection[-1]
     if isinstance(projection, torch.nn.Linear):
@@ -245,7 +252,7 @@ def _text_dim(model: Model) -> int | None:
 
 
 def _config_digest(plan: _Plan) -> str:
-    """Digest the architecture, without file and hub names, which only say where the weights come from."""
+    """Return a digest of the architecture. File and hub names are excluded, since they only locate the weights."""
     import open_clip
 
     def plain(part: Config) -> Config:
@@ -263,7 +270,7 @@ def _load_error(plan: _Plan, error: Exception) -> BackboneError:
     check_code(plan.model, error)
     reason = reason_of(error)
     if "pip install transformers" in str(error):
-        return BackboneError(f"{plan.model}: its text tower needs transformers; pip install 'retrieval-tip[hf]'")
+        return BackboneError(f"{plan.model}: its text tower requires transformers; pip install 'retrieval-tip[hf]'")
     if plan.checkpoint or plan.model.startswith("local-dir:"):
         return BackboneError(f"{plan.wanted}: cannot be loaded as {plan.model}: {reason}")
     option = "--model local-dir:FOLDER" if plan.model.startswith("hf-hub:") else f"--pretrained {plan.pretrained}=FILE"

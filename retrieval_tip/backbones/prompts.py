@@ -1,4 +1,4 @@
-"""Turn class names into prompts, and prompts into class text weights."""
+"""Turn class names into prompts, and prompts into the text weights of the classes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
 
 def clean_class_name(name: str) -> str:
-    """Return a class name for use in a sentence: with single spaces, also in place of underscores."""
+    """Return a class name for use in a sentence, in which underscores and repeated spaces are replaced by one space."""
     return re.sub(r"[\s_]+", " ", name).strip()
 
 
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
-    """Return the templates. Raises UsageError if there are none, or one does not contain ``{}`` exactly once."""
+    """Return the templates. Raises UsageError if there are none, or if one does not contain ``{}`` exactly once."""
     if not templates:
-        raise UsageError("templates: none given; expected at least one, such as 'a photo of a {}.'")
+        raise UsageError("templates: none given; give at least one, such as 'a photo of a {}.'")
     for template in templates:
         if template.count("{}") != 1:
             raise UsageError(f"template {template!r}: expected exactly one {{}} for the class name")
@@ -30,7 +30,7 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
 
 
 def prompts_of(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Return the prompts of each class, class by class. Raises UsageError as :func:`check_templates`."""
+    """Return the prompts of all classes, class by class. Raises the same errors as :func:`check_templates`."""
     templates = check_templates(templates)
     return [template.replace("{}", clean_class_name(name)) for name in class_names for template in templates]
 
@@ -38,12 +38,13 @@ def prompts_of(class_names: Sequence[str], templates: Sequence[str]) -> list[str
 def text_weights(
     backbone: Backbone, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES, batch_size: int = 256
 ) -> npt.NDArray[np.float32]:
-    """Return class text weights ``W`` ``[c, d]`` float32, one unit vector per class.
+    """Return the text weights ``W`` of the classes, as a float32 array of shape ``[c, d]``. Each row is a unit vector.
 
-    Normalises each prompt's feature, averages over the templates, and normalises the mean (the paper's code, and CLIP's
-    own prompt ensembling).
+    The feature of each prompt is normalised. The features are then averaged over the templates, and the mean is
+    normalised. This is how the code of the paper and the prompt ensembling of CLIP compute text weights.
 
-    Raises UsageError for a template without ``{}``; InputError if a class's prompts cancel out or are not finite.
+    Raises UsageError if a template does not contain ``{}``. Raises InputError if the features of the prompts of a class
+    cancel out or are not finite.
     """
     prompts = prompts_of(class_names, templates)
     features = [
@@ -55,7 +56,11 @@ def text_weights(
 
 
 def mean_by_class(features: npt.NDArray[np.float32], class_names: Sequence[str]) -> npt.NDArray[np.float32]:
-    """Average unit features ``[c, t, d]`` over the ``t`` prompts of each class, and normalise: ``[c, d]``."""
+    """Average unit features over the ``t`` prompts of each class, and normalise the means.
+
+    The features have shape ``[c, t, d]`` and the means have shape ``[c, d]``. Raises InputError if the features of the
+    prompts of a class cancel out.
+    """
     means = features.mean(axis=1)
     for row in np.flatnonzero(~(np.linalg.norm(means, axis=1) > 1e-6)).tolist():
         raise InputError(f"class {class_names[row]!r}: the features of its prompts cancel out")

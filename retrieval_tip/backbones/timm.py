@@ -1,4 +1,4 @@
-"""Backbones of timm: image encoders without text (DINOv2, DINOv3, EfficientNet)."""
+"""timm backbones, which are image encoders that do not encode text (such as DINOv2, DINOv3 and EfficientNet)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def open_model(name: str, pretrained: str | None, device: torch.device) -> Opened:
-    """Open an image model without its classifier, with the view of its own configuration. Raises BackboneError."""
+    """Open an image model and remove its classifier. The centre view follows the configuration of the model.
+
+    Raises BackboneError if the weights are missing or damaged, or cannot be downloaded.
+    """
     import timm
     from timm.data.config import resolve_model_data_config
     from timm.data.transforms_factory import create_transform
@@ -31,7 +34,7 @@ def open_model(name: str, pretrained: str | None, device: torch.device) -> Opene
         if file is None and config is not None and config.hf_hub_id:
             ask_hub(config.hf_hub_id)
         tower = timm.create_model(name, pretrained=file is None, num_classes=0)
-    except Exception as error:  # timm, the hub, torch and safetensors each raise their own
+    except Exception as error:  # timm, the hub, torch and safetensors raise different errors
         raise download_error(f"timm:{name}", error, "--pretrained FILE (a copy of its weights)") from error
     if file is not None:
         _fill(tower, file, name)
@@ -65,13 +68,16 @@ def _image_model(tower: torch.nn.Module) -> Model:
 
 
 def _plain(settings: Preprocess) -> Preprocess:
-    """Return timm's settings of a view as JSON, with open_clip's name for the size."""
+    """Return the view settings of timm as JSON. The size has the same name as in open_clip."""
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     return plain | {"size": plain.pop("input_size")[1:]}
 
 
 def _plan(name: str, pretrained: str | None) -> tuple[str, str | None, Path | None]:
-    """Return architecture, tag and file. Raises UsageError or BackboneError naming the missing one."""
+    """Return the architecture, the tag and the file.
+
+    Raises UsageError if the architecture or the tag is unknown, and BackboneError if the file is missing.
+    """
     import timm
 
     architecture, _, tag = name.partition(".")
@@ -90,19 +96,22 @@ def _plan(name: str, pretrained: str | None) -> tuple[str, str | None, Path | No
         raise UsageError(f"model 'timm:{name}': unknown tag {tag!r}; its tags: {', '.join(tags) or 'none'}")
     if not tag and file is None:
         if not tags:
-            raise UsageError(f"model 'timm:{name}': has no published weights; give --pretrained FILE")
+            raise UsageError(f"model 'timm:{name}': there are no published weights; give --pretrained FILE")
         config = timm.get_pretrained_cfg(architecture)
         tag = config.tag if config is not None and config.tag in tags else tags[0]
     return architecture, tag or None, file
 
 
 def _fill(tower: torch.nn.Module, file: Path, name: str) -> None:
-    """Load a checkpoint by names, or in order if they differ. Raises BackboneError for the first misfit."""
+    """Load a checkpoint by tensor names, or in order if the names differ.
+
+    Raises BackboneError if a tensor does not fit. The message names the first such tensor.
+    """
     from timm.models import load_state_dict
 
     try:
         state: dict[str, torch.Tensor] = load_state_dict(str(file), use_ema=False, weights_only=True)
-    except Exception as error:  # torch, safetensors and pickle each raise their own
+    except Exception as error:  # torch, safetensors and pickle raise different errors
         raise BackboneError(f"{file}: cannot be read as weights of timm:{name}: {first_line(error)}") from None
     own = tower.state_dict()
     if own.keys() <= state.keys():

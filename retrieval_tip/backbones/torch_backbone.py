@@ -1,4 +1,4 @@
-"""Backbones as torch modules: views, features, training, and the identity of weights."""
+"""Backbones that are torch modules, with their views, features, training and the identity of their weights."""
 
 from __future__ import annotations
 
@@ -29,18 +29,21 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-BFLOAT16_FROM = (8, 0)  # first GPU capability with bfloat16 arithmetic
+BFLOAT16_FROM = (8, 0)  # first GPU compute capability with bfloat16 arithmetic
 VIEW_SCALE = (0.5, 1.0)
 VIEW_RATIO = (3 / 4, 4 / 3)
-SAMPLED = 64  # number of values per parameter that are compared to detect changed weights
+SAMPLED = 64  # number of values per parameter that are compared to detect a change of the weights
 
 _OPENING = threading.Lock()
-_CONVOLUTIONS = threading.RLock()  # lock for changing the rounding of convolutions, a setting of the process
+_CONVOLUTIONS = threading.RLock()  # the rounding of convolutions is a setting of the whole process
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A frozen model, its identity without a digest of weights, and a factory of its tokenizer if it has text."""
+    """A frozen model, its identity, and a factory for its tokenizer if it has a text tower.
+
+    The identity does not include the digest of the weights yet.
+    """
 
     model: Model
     preprocess: Callable[[Image.Image], torch.Tensor]
@@ -52,19 +55,22 @@ class Opened:
 class TorchBackbone:
     """A :class:`base.Backbone` whose parts, ``visual`` and ``text``, can be trained and stored.
 
-    Create one with :func:`loading.load_backbone`. Methods that take parts raise UsageError for any other name.
+    Create one with :func:`loading.load_backbone`. Methods that take a part raise UsageError if its name is unknown.
     """
 
     def __init__(self, open_model: Open, how: Execution, awaited: tuple[Identity, int] | None = None) -> None:
-        """Open the model on its device now, or with ``awaited`` (its identity and ``d``) when it is first needed."""
+        """Open the model on its device.
+
+        If ``awaited`` is given, the model is opened when it is first needed. ``awaited`` holds its identity and ``d``.
+        """
         import torch
 
         self._open, self._device = open_model, torch.device(how.device)
         self._precision, self._runtime = how.precision, how.runtime
-        self._tower: tuple[str, tower.Tower | None] | None = None  # with the fingerprint it belongs to
+        self._tower: tuple[str, tower.Tower | None] | None = None  # fingerprint of the weights, and their tower
         self._is_trained = False
         self._opened: Opened | None = None
-        self._digested: torch.Tensor | None = None  # sample of the weights that the digest belongs to
+        self._digested: torch.Tensor | None = None  # sample of the weights that were digested
         dim: int | None
         if awaited is not None:
             self._identity, dim = awaited
@@ -78,14 +84,14 @@ class TorchBackbone:
 
         opened = self._open(self._device)
         if self._device.type == "cuda":
-            # like the pixels; a CPU packs weights itself
+            # the pixels have the same format; on a CPU, weights are packed anyway
             opened.model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return opened
 
     def _open_model(self) -> Opened:
         import torch
 
-        with _OPENING:  # several decoding threads may need it at once
+        with _OPENING:  # several decoding threads may need the model at the same time
             if self._opened is None:
                 opened = self._open_here()
                 identity = replace(opened.identity, weights=weights_digest(opened.model))
@@ -101,7 +107,7 @@ class TorchBackbone:
     def _tokenizer(self) -> Tokenizer:
         make = self._open_model().tokenizer
         if make is None:
-            raise UsageError(f"{self._identity.model}: has no text encoder; omit prompts and templates")
+            raise UsageError(f"{self._identity.model}: it has no text encoder; omit prompts and templates")
         return make()
 
     @cached_property
@@ -110,7 +116,7 @@ class TorchBackbone:
 
     @property
     def identity(self) -> Identity:
-        """Identity of the backbone, with the digest of its current weights, which is a cache key."""
+        """The identity of the backbone, including the digest of its current weights. It is used as a cache key."""
         if self._opened is None:
             return self._identity
         import torch
@@ -133,7 +139,10 @@ class TorchBackbone:
 
     @property
     def logit_scale(self) -> float:
-        """Factor of the zero-shot logits: ``exp`` of the model's stored logarithm, or 100 without a text tower."""
+        """The scale of the zero-shot logits.
+
+        The model stores its logarithm. If the backbone has no text tower, the scale is 100.
+        """
         return float(self._model.logit_scale.exp()) if self.has_text else 100.0
 
     @property
@@ -142,7 +151,10 @@ class TorchBackbone:
 
     @property
     def batch_size(self) -> int:
-        """256 on a GPU, 16 with OpenVINO, 4 with torch on a CPU: more is slower there (benchmarks/encoding.py)."""
+        """The default batch size, which is 256 on a GPU, 16 with OpenVINO, and 4 with torch on a CPU.
+
+        On a CPU, larger batches are slower (see benchmarks/encoding.py).
+        """
         if self._device.type != "cpu":
             return 256
         return 16 if self._may_compile else 4
@@ -153,18 +165,24 @@ class TorchBackbone:
 
     @property
     def image_encoder(self) -> torch.nn.Module:
-        """Image tower as a module, from ``[b, 3, h, w]`` to raw features ``[b, d]``, on the backbone's device."""
+        """The image tower as a module on the device of the backbone.
+
+        It maps views of shape ``[b, 3, h, w]`` to raw features of shape ``[b, d]``.
+        """
         return tower.image_encoder(self._model)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         if self._opened is None and tower.can_view(self._identity.preprocess):
             return tower.view(image, self._identity.preprocess)
-        # Uses torch, not numpy: decoding threads with OpenMP threads of their own keep the model's threads from
-        # spinning at barriers. On shared cores, spinning makes encoding several times slower.
+        # This uses torch, not numpy: decoding threads that have their own OpenMP threads prevent the threads of the
+        # model from spinning at barriers. On shared cores, spinning makes encoding several times slower.
         return self._open_model().preprocess(image)
 
     def view(self, image: Image.Image, seed: str) -> torch.Tensor:
-        """Return the paper's augmented view: a random resized crop (area 0.5 to 1, bicubic), flipped half the time."""
+        """Return an augmented view as in the paper.
+
+        This is a random resized crop (area 0.5 to 1, bicubic), which is flipped with a probability of one half.
+        """
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as vision
 
@@ -187,14 +205,14 @@ class TorchBackbone:
         return on_cpu and self._runtime != "torch"
 
     def _compiled(self, number: int) -> tower.Tower | None:
-        """Return OpenVINO's image tower if it encodes ``number`` images faster than torch."""
+        """Return the OpenVINO image tower, or ``None`` if torch should encode ``number`` images."""
         if not self._may_compile or self._is_trained:
             return None
         identity = self.identity
         if self._tower is None or self._tower[0] != identity.fingerprint:
             compiled = tower.kept(identity, self._precision)
             if compiled is None:
-                if number < 2:  # converting does not pay for one image
+                if number < 2:  # for one image, conversion takes longer than it saves
                     return None
                 compiled = tower.converted(self._model, identity, self.size, self._precision)
             self._tower = identity.fingerprint, compiled
@@ -204,7 +222,10 @@ class TorchBackbone:
         return _without_gradient(self.forward_texts, texts)
 
     def forward_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return raw features ``[b, d]`` float32 of views ``[b, 3, h, w]``, on the backbone's device, with gradient."""
+        """Return the raw features of views, with gradients, on the device of the backbone.
+
+        The views have shape ``[b, 3, h, w]``. The features are float32 and have shape ``[b, d]``.
+        """
         import torch
 
         if self._device.type == "cuda" and pixels.device.type == "cpu":
@@ -214,7 +235,10 @@ class TorchBackbone:
         return self._forward(self._model.encode_image, channels_last)
 
     def forward_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return raw features ``[t, d]`` float32 of sentences, on the backbone's device, with gradient."""
+        """Return the raw features of ``t`` sentences, with gradients, on the device of the backbone.
+
+        The features are float32 and have shape ``[t, d]``.
+        """
         tokens = self._tokenizer(list(texts)).to(self._device)
         return self._forward(self._model.encode_text, tokens)
 
@@ -228,7 +252,10 @@ class TorchBackbone:
             return tower(given).float()
 
     def copy_to_train(self) -> Self:
-        """Return a copy for training, with bfloat16 or float32 for float16, whose gradients underflow below 6e-8."""
+        """Return a copy for training.
+
+        In float16, gradients below 6e-8 would underflow, so it is replaced by bfloat16, or by float32 on an old GPU.
+        """
         import torch
 
         copied = copy.deepcopy(self)
@@ -239,20 +266,20 @@ class TorchBackbone:
         return copied
 
     def parameters(self, part: str) -> list[torch.nn.Parameter]:
-        """Return the parameters of one part in the model's order, without logit scale and bias."""
+        """Return the parameters of one part in the order of the model, excluding the logit scale and the logit bias."""
         return [parameter for name, parameter in self._model.named_parameters() if self._is_of(part, name)]
 
     @contextmanager
     def training(self, parts: Sequence[str]) -> Iterator[list[torch.nn.Parameter]]:
-        """Enable gradients for the parameters of ``parts``, yield them, and disable them on exit."""
+        """Enable gradients for the parameters of ``parts``, yield these parameters, and disable gradients on exit."""
         parameters = [parameter for part in parts for parameter in self.parameters(part)]
         if "text" in parts and not self.has_text:
             raise UsageError(f"train text: {self._identity.model} has no text encoder")
-        self._is_trained = self._is_trained or "visual" in parts  # compiling again after each step does not pay
+        self._is_trained = self._is_trained or "visual" in parts  # compiling after each step would take too long
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
-            with _whole_convolutions(self._device):  # for the caller's backward pass
+            with _whole_convolutions(self._device):  # for the backward pass of the caller
                 yield parameters
         finally:
             for parameter in parameters:
@@ -260,14 +287,17 @@ class TorchBackbone:
                 parameter.grad = None
 
     def tuned(self, parts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return copies of the tensors of ``parts`` by name, contiguous and on the CPU."""
+        """Return contiguous CPU copies of the tensors of ``parts`` by name."""
         import torch
 
         whole = {name: tensor for part in parts for name, tensor in self._tensors(part).items()}
         return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in whole.items()}
 
     def adopt(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Replace whole parts by :meth:`tuned` tensors. Raises BackboneError, changing nothing, if one does not fit."""
+        """Replace whole parts by tensors from :meth:`tuned`.
+
+        Raises BackboneError if a tensor does not fit, in which case the backbone does not change.
+        """
         towers = [self._tensors(part) for part in PARTS]
         _check_fit(state, towers, self._identity.model)
         self._model.load_state_dict(dict(state), strict=False)
@@ -285,34 +315,37 @@ class TorchBackbone:
             return False
         if hasattr(self._model, "text"):
             return name.startswith("text.")
-        # in OpenAI's CLIP, the modules of the text tower are attributes of the model itself
+        # in OpenAI's CLIP, the text modules are attributes of the model itself
         return not name.startswith(("visual.", "logit_scale", "logit_bias"))
 
 
 def _without_gradient(forward: Callable[[_T], torch.Tensor], given: _T) -> FloatArray:
     import torch
 
-    with torch.no_grad():  # after inference_mode, tensors that a tower caches could not be trained
+    with torch.no_grad():  # with inference_mode, tensors that a tower caches could not be used in training
         array: FloatArray = forward(given).float().cpu().numpy()
     return array
 
 
 def frozen(model: Model) -> Model:
-    """Put a model into evaluation mode without gradients, also for training: a feature must not depend on its batch."""
+    """Set a model to evaluation mode, and disable its gradients.
+
+    Evaluation mode is also used in training, because a feature must not depend on the other images in the batch.
+    """
     model.eval().requires_grad_(False)
     return model
 
 
 @contextmanager
 def _whole_convolutions(device: torch.device) -> Iterator[None]:
-    """Compute float32 convolutions exactly: with cuDNN's TF32, features would differ from a CPU's by 1e-3."""
+    """Compute convolutions in full float32. With TF32 in cuDNN, features would differ from those on a CPU by 1e-3."""
     import torch
 
     if device.type == "cpu":
         yield
         return
     cudnn: Any = torch.backends.cudnn
-    new = hasattr(cudnn, "conv")  # since torch 2.9; once used, the older setting cannot even be read
+    new = hasattr(cudnn, "conv")  # since torch 2.9; once it is used, the older setting cannot be read
     place, name, exact = (cudnn.conv, "fp32_precision", "ieee") if new else (cudnn, "allow_tf32", False)
     with _CONVOLUTIONS:
         before = getattr(place, name)
@@ -324,14 +357,14 @@ def _whole_convolutions(device: torch.device) -> Iterator[None]:
 
 
 def _check_fit(state: Mapping[str, torch.Tensor], towers: Sequence[Mapping[str, torch.Tensor]], model: str) -> None:
-    """Raise BackboneError naming the tensor unless ``state`` holds one or more whole towers."""
+    """Raise BackboneError if ``state`` does not consist of one or more whole towers. The message names the tensor."""
     own = {name: tensor for tower in towers for name, tensor in tower.items()}
     for name, tensor in state.items():
         if name not in own:
             raise BackboneError(f"tensor {name!r} is in neither tower of {model}; tuned from another model?")
         stated, wanted = (f"{t.dtype} {list(t.shape)}".removeprefix("torch.") for t in (tensor, own[name]))
         if stated != wanted:
-            raise BackboneError(f"tensor {name!r} is {stated}, in {model} {wanted}; tuned from another model?")
+            raise BackboneError(f"tensor {name!r} is {stated}, but {wanted} in {model}; tuned from another model?")
     missing = [name for tower in towers if not state.keys().isdisjoint(tower) for name in tower if name not in state]
     if missing or not state:
         what = f"tensor {missing[0]!r} is missing" if missing else "contains no tensors"
@@ -339,7 +372,10 @@ def _check_fit(state: Mapping[str, torch.Tensor], towers: Sequence[Mapping[str, 
 
 
 def _crop(width: int, height: int, generator: random.Random) -> tuple[int, int, int, int]:
-    """Draw top, left, height and width of a random crop; after ten misses, take the largest centre crop."""
+    """Draw a random crop, and return its top, left, height and width.
+
+    If ten attempts do not fit into the image, return the largest centre crop.
+    """
     for _ in range(10):
         area = width * height * generator.uniform(*VIEW_SCALE)
         ratio = float(np.exp(generator.uniform(*np.log(VIEW_RATIO))))
@@ -352,7 +388,7 @@ def _crop(width: int, height: int, generator: random.Random) -> tuple[int, int, 
 
 
 def _sampled(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Return views of up to ``SAMPLED`` values per parameter, enough to detect any training step."""
+    """Return up to ``SAMPLED`` values of each parameter as views. This is enough to detect any training step."""
     parameters = [parameter.detach() for parameter in model.parameters()]
     return [p.as_strided((min(SAMPLED, p.numel()),), (max(1, p.numel() // SAMPLED),)) for p in parameters]
 

@@ -1,7 +1,7 @@
-"""Image towers for CPUs, compiled by OpenVINO and stored on disk.
+"""Image towers for CPUs, which are compiled by OpenVINO and stored on disk.
 
-A tower returns the backbone's features up to float rounding, two to three times as fast as torch
-(``benchmarks/encoding.py``), and needs neither the torch model nor the libraries that made it.
+A tower returns the same features as the backbone, up to float rounding. It is two to three times as fast as torch (see
+``benchmarks/encoding.py``), and requires neither the torch model nor the libraries that created the model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     class Model(torch.nn.Module):
-        """An open_clip model or a similar module; the text parts are missing without a text tower."""
+        """An open_clip model or a similar module. If it has no text tower, the text parts are missing."""
 
         visual: torch.nn.Module
         logit_scale: torch.Tensor
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.99}
-"""Smallest accepted cosine to torch's float32 features, by precision. With lit-mini on photos, bfloat16 reaches at
-least 0.997 in torch and in OpenVINO."""
+"""Smallest accepted cosine to the float32 features from torch, by precision. For example, bfloat16 features of
+lit-mini on photos have a cosine of at least 0.997 in torch and in OpenVINO."""
 
 FORM = 1  # version of the stored files
 
@@ -53,7 +53,10 @@ _GRAPH, _WEIGHTS, _FACTS = "tower.xml", "tower.bin", "digests.json"
 
 
 class Tower:
-    """A compiled tower, from views ``[b, 3, h, w]`` to raw features ``[b, d]``, both float32."""
+    """A compiled tower, which maps views of shape ``[b, 3, h, w]`` to raw features of shape ``[b, d]``.
+
+    Both are float32.
+    """
 
     def __init__(self, model: openvino.Model, precision: str) -> None:
         import torch
@@ -61,14 +64,14 @@ class Tower:
         hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
         config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         self._compiled = _openvino().Core().compile_model(model, "CPU", config)
-        self._requests = threading.local()  # the compiled model itself has one request for all threads
+        self._requests = threading.local()  # the compiled model itself only has one request for all threads
 
     def __call__(self, pixels: torch.Tensor) -> FloatArray:
-        """Return raw features. Raises RuntimeError if OpenVINO returns a wrong number of them."""
+        """Return the raw features. Raises RuntimeError if OpenVINO returns the wrong number of features."""
         if not hasattr(self._requests, "own"):
             self._requests.own = self._compiled.create_infer_request()
         features: FloatArray = np.array(self._requests.own.infer(pixels.float().contiguous().numpy())[0])
-        if len(features) != len(pixels):  # happens in bfloat16 if oneDNN does not allow it
+        if len(features) != len(pixels):  # this happens in bfloat16 if oneDNN does not allow it
             raise RuntimeError(f"OpenVINO returned {len(features)} features for {len(pixels)} images")
         return features
 
@@ -77,12 +80,15 @@ class Tower:
 
 
 def is_kept(identity: Identity) -> bool:
-    """Tell whether a backbone can encode images without its model: its tower is stored, and its views are known."""
+    """Return whether a backbone can encode images without loading its model.
+
+    This is possible if its tower is stored and :func:`view` supports its preprocessing.
+    """
     return can_view(identity.preprocess) and (folder := _folder(identity)) is not None and (folder / _FACTS).is_file()
 
 
 def kept(identity: Identity, precision: str) -> Tower | None:
-    """Load the stored tower of a backbone; return ``None`` if it is missing or damaged, and remove a damaged one."""
+    """Load the stored tower of a backbone, or return ``None`` if it is missing or damaged. Remove a damaged tower."""
     import torch
 
     folder = _folder(identity)
@@ -92,17 +98,20 @@ def kept(identity: Identity, precision: str) -> Tower | None:
         if json.loads((folder / _FACTS).read_bytes()) != _digests(folder):
             raise ValueError("its files have changed")
         tower = Tower(_openvino().Core().read_model(folder / _GRAPH), precision)
-        if precision != "float32":  # a tower stored in float32 was never tried in another precision
+        if precision != "float32":  # a tower that was stored in float32 is untested in another precision
             tower(torch.zeros(1, 3, *view_size(identity.preprocess)))
         return tower
-    except Exception as error:  # OpenVINO raises RuntimeError, files OSError and ValueError
+    except Exception as error:  # OpenVINO raises RuntimeError; reading raises OSError and ValueError
         log.info("%s: cannot be used (%s); compiling it again", show(folder), first_line(error))
         shutil.rmtree(folder, ignore_errors=True)
         return None
 
 
 def converted(model: Model, identity: Identity, size: tuple[int, int], precision: str) -> Tower | None:
-    """Convert and store a model's tower; warn and return ``None`` if it fails or misses :data:`LEAST_COSINE`."""
+    """Convert the image tower of a model, and store it.
+
+    If the conversion fails or the features miss :data:`LEAST_COSINE`, log a warning and return ``None``.
+    """
     import torch
 
     try:
@@ -117,8 +126,8 @@ def converted(model: Model, identity: Identity, size: tuple[int, int], precision
             own = model.encode_image(pixels).double()
         cosine = float(torch.cosine_similarity(own, torch.from_numpy(tower(pixels)).double()).min())
         if not cosine >= LEAST_COSINE[precision]:
-            raise ValueError(f"cosine to torch's features {cosine:.6f}")
-    except Exception as error:  # OpenVINO and torch each raise their own
+            raise ValueError(f"the cosine to the torch features is {cosine:.6f}")
+    except Exception as error:  # OpenVINO and torch raise different errors
         log.warning("%s: images encoded by torch, which is slower: OpenVINO failed (%s)", identity, first_line(error))
         return None
     _keep(graph, identity)
@@ -134,7 +143,7 @@ def _openvino() -> ModuleType:
 
 
 def image_encoder(model: Model) -> torch.nn.Module:
-    """Return a model's ``encode_image`` as a module, from ``[b, 3, h, w]`` to ``[b, d]``."""
+    """Return ``encode_image`` of a model as a module, which maps shape ``[b, 3, h, w]`` to shape ``[b, d]``."""
     import torch
 
     class ImageTower(torch.nn.Module):
@@ -151,7 +160,7 @@ def image_encoder(model: Model) -> torch.nn.Module:
 
 @contextmanager
 def traceable() -> Iterator[None]:
-    """Turn off torch's fused attention, which other runtimes lack, and its warnings about tracing."""
+    """Turn off fused attention in torch, which other runtimes do not support, and warnings about tracing."""
     import warnings
 
     import torch
@@ -167,7 +176,7 @@ def traceable() -> Iterator[None]:
 
 
 def _folder(identity: Identity) -> Path | None:
-    """Return the folder of a backbone's tower; ``None`` for a user without a cache folder."""
+    """Return the folder for the tower of a backbone, or ``None`` if the user has no cache folder."""
     caches = cache_folder()
     key = f"{FORM} {identity.fingerprint} {identity.weights} {version('openvino')}"
     return None if caches is None else caches / "towers" / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -193,14 +202,17 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def can_view(preprocess: Preprocess) -> bool:
-    """Tell whether :func:`view` supports a backbone's preprocessing."""
+    """Return whether :func:`view` supports the preprocessing of a backbone."""
     with suppress(KeyError, TypeError, ValueError):
         return shorter_side(preprocess) is not None and len(preprocess["mean"]) == len(preprocess["std"]) == 3
     return False
 
 
 def view(image: Image.Image, preprocess: Preprocess) -> torch.Tensor:
-    """Return the centre view ``[3, h, w]`` float32 of an image, bit for bit equal to open_clip's and timm's."""
+    """Return the centre view of an image, as a float32 tensor of shape ``[3, h, w]``.
+
+    The view equals the one from open_clip or timm bit for bit.
+    """
     import torch
     from PIL.Image import Resampling
 
@@ -221,13 +233,13 @@ def view(image: Image.Image, preprocess: Preprocess) -> torch.Tensor:
 
 
 def shorter_side(preprocess: Preprocess) -> int | None:
-    """Return the shorter side to resize to before cropping; ``None`` for unsupported preprocessing."""
+    """Return the length of the shorter side before cropping, or ``None`` if the preprocessing is not supported."""
     size = view_size(preprocess)
     if size[0] != size[1] or preprocess.get("interpolation") not in ("bilinear", "bicubic"):
         return None
     if preprocess.get("resize_mode") == "squash":
         return size[0]
-    if "crop_pct" in preprocess:  # timm's
+    if "crop_pct" in preprocess:  # settings of timm
         centre = preprocess.get("crop_mode", "center") == "center"
         return int(np.floor(size[0] / preprocess["crop_pct"])) if centre else None
     shortest = preprocess.get("resize_mode", "shortest") == "shortest" and preprocess.get("mode", "RGB") == "RGB"

@@ -1,4 +1,4 @@
-"""Backbones of transformers: CLIP and SigLIP models in its format, many of them tuned to a domain."""
+"""transformers backbones, which are CLIP and SigLIP models. Many of them are tuned to a domain."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ if TYPE_CHECKING:
     from retrieval_tip.backbones.tower import Model
 
 KINDS = ("clip", "siglip")
-"""Accepted types of models; SigLIP 2 with a fixed resolution is a ``siglip``."""
+"""Accepted model types. SigLIP 2 models with a fixed resolution have the type ``siglip``."""
 ARCHITECTURE = ("hidden_act", "num_attention_heads", "layer_norm_eps", "eos_token_id")
-"""Settings of a tower that cannot be derived from its weights."""
+"""Tower settings that cannot be derived from the weights."""
 
 
 def open_model(place: str, device: torch.device) -> Opened:
-    """Open a CLIP or SigLIP in transformers' format. Raises BackboneError.
+    """Open a CLIP or SigLIP model in the format of transformers.
 
-    Its features equal ``get_image_features`` and ``get_text_features``. Views match its image processor's (shifted by
-    half a pixel if an odd number of pixels is cropped); sentences are padded to the tower's length.
+    The features equal those of ``get_image_features`` and ``get_text_features``. The views are the same as those of the
+    image processor, except that they are shifted by half a pixel if an odd number of pixels is cropped. Sentences are
+    padded to the length of the text tower. Raises BackboneError if the model is not supported or cannot be read.
     """
     place = str(Path(place).resolve()) if Path(place).is_dir() else place
     try:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
     except ImportError:
-        raise UsageError(f"hf:{place}: needs transformers; pip install 'retrieval-tip[hf]'") from None
+        raise UsageError(f"hf:{place}: it requires transformers; pip install 'retrieval-tip[hf]'") from None
     from open_clip.transform import image_transform_v2
 
     try:
@@ -52,11 +53,11 @@ def open_model(place: str, device: torch.device) -> Opened:
         try:
             with quiet(), _no_bars() if here else nullcontext():
                 return kind.from_pretrained(place, trust_remote_code=False, **options)
-        except Exception as error:  # transformers, the hub, torch and safetensors each raise their own
+        except Exception as error:  # transformers, the hub, torch and safetensors raise different errors
             check_code(f"hf:{place}", error)
             raise BackboneError(
-                f"hf:{place}: cannot be read as a CLIP or SigLIP: {reason_of(error)}; give --model hf:FOLDER "
-                "with the repository's files"
+                f"hf:{place}: cannot be read as a CLIP or SigLIP model: {reason_of(error)}; give --model hf:FOLDER "
+                "with the files of the repository"
             ) from error
 
     config = read(AutoConfig)
@@ -67,8 +68,8 @@ def open_model(place: str, device: torch.device) -> Opened:
         )
     settings = _settings(read(AutoImageProcessor).to_dict(), place)
     model, found = read(AutoModel, output_loading_info=True)
-    if found["missing_keys"]:  # transformers would fill them at random
-        raise BackboneError(f"hf:{place}: its weights lack {min(found['missing_keys'])}")
+    if found["missing_keys"]:  # transformers would initialise them at random
+        raise BackboneError(f"hf:{place}: {min(found['missing_keys'])} is missing in its weights")
     length = config.text_config.max_position_embeddings
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
     identity = Identity(f"hf:{place}", None, "", _digest(config), plain)
@@ -120,7 +121,10 @@ def _dual(model: Any) -> Model:
 
 
 def _settings(processor: Preprocess, place: str) -> PreprocessCfg:
-    """Return an image processor's settings as open_clip's. Raises BackboneError if it differs from CLIP and SigLIP."""
+    """Convert the settings of an image processor to those of open_clip.
+
+    Raises BackboneError if the preprocessing differs from that in CLIP and SigLIP.
+    """
     from open_clip.transform import PreprocessCfg
     from PIL.Image import Resampling
 
@@ -138,14 +142,14 @@ def _settings(processor: Preprocess, place: str) -> PreprocessCfg:
 def _tokenizer(tokenizer: Callable[..., Any], length: int) -> Tokenizer:
     def tokens(sentences: list[str]) -> torch.Tensor:
         padded = tokenizer(sentences, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        ids: torch.Tensor = padded["input_ids"]  # needs no mask: CLIP only looks back, SigLIP has learned the padding
+        ids: torch.Tensor = padded["input_ids"]  # no mask: CLIP is causal, SigLIP was trained with padding
         return ids
 
     return tokens
 
 
 def _digest(config: Any) -> str:
-    """Digest the architecture by a few settings only, since versions of transformers add others."""
+    """Return a digest of the architecture. It uses few settings, since new versions of transformers add others."""
     towers = [
         {name: getattr(part, name, None) for name in ARCHITECTURE}
         for part in (config.vision_config, config.text_config)

@@ -1,4 +1,4 @@
-"""Open labelled images and features: folders, tables, split files and tars, local or on an object store."""
+"""Open labelled images and features in folders, tables, split files and tars, on a disk or on an object store."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ from retrieval_tip.errors import InputError, Skipped, counted, few, show
 log = logging.getLogger(__name__)
 
 Kind = Literal["image", "table", "tars", "bucket", "folder", "split file", "pattern", "web address"]
-"""Kinds of paths; ``image`` covers every other file, even a missing one."""
+"""Kinds of paths. ``image`` stands for any other path, even if the file is missing."""
 
 
 @dataclass(frozen=True)
 class Source:
     """Items to encode or classify, in order.
 
-    ``items`` has the columns ``source`` (path or id, printable), ``label`` if known, and a table's other columns. Each
-    item is an image (``paths[i]``), or row ``rows[i]`` of the feature table ``table``, a file or a folder of parts.
-    ``class_names`` are the labels in order, empty without labels. ``dataset`` names a known dataset. ``failed`` lists
-    unreadable members of tars.
+    ``items`` is a table with the column ``source``, which is a printable path or id. It also has the column ``label``
+    if the labels are known, and the other columns of a table. Each item is either the image ``paths[i]``, or row
+    ``rows[i]`` of the feature table ``table``, which is a file or a folder of parts. ``class_names`` lists the labels
+    in order, and is empty if there are no labels. ``dataset`` is the name of a known dataset. ``failed`` lists the
+    members of tars that could not be read.
     """
 
     name: str
@@ -62,9 +63,9 @@ class Source:
 
     @property
     def labels(self) -> list[str]:
-        """Label of each item. Raises InputError naming the items without one."""
+        """The label of each item. Raises InputError if an item has no label."""
         if "label" not in self.items.column_names:
-            raise InputError(f"{self.name}: has no labels; give class folders or a table with a column 'label'")
+            raise InputError(f"{self.name}: it has no labels; give class folders or a table with a column 'label'")
         column = self.items["label"]
         if column.null_count:
             rows = np.flatnonzero(column.is_null().to_numpy())
@@ -74,12 +75,12 @@ class Source:
 
     @property
     def sources(self) -> list[str]:
-        """Path or id of each item."""
+        """The path or id of each item."""
         names: list[str] = self.items["source"].to_pylist()
         return names
 
     def known_as(self, class_names: Sequence[str]) -> Source:
-        """Rename labels that match exactly one of ``class_names`` except for case, ``_``, ``-`` and spaces."""
+        """Rename labels that match exactly one of ``class_names`` if case, ``_``, ``-`` and spaces are ignored."""
         plain: dict[str, list[str]] = {}
         for name in class_names:
             plain.setdefault(_plain(name), []).append(name)
@@ -94,7 +95,7 @@ class Source:
         return replace(self, items=items, class_names=tuple(dict.fromkeys(taken.get(n, n) for n in self.class_names)))
 
     def take(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> Source:
-        """Return the items at ``positions``, in that order, with the same class names."""
+        """Return the items at ``positions``, in this order. The class names do not change."""
         index = np.asarray(positions, dtype=np.int64)
         return replace(
             self,
@@ -105,17 +106,20 @@ class Source:
 
 
 def _plain(label: str) -> str:
-    return re.sub(r"(?!^-\d)[\s_-]+", " ", label).strip().casefold()  # -1 is not 1
+    return re.sub(r"(?!^-\d)[\s_-]+", " ", label).strip().casefold()  # keeps -1 different from 1
 
 
 def spelled_alike(names: Iterable[str]) -> dict[str, str]:
-    """Map names to the earlier name that differs only in case, ``_``, ``-`` or spaces; names without one are absent."""
+    """Map each name to the earlier name that only differs in case, ``_``, ``-`` or spaces, if there is one."""
     first: dict[str, str] = {}
     return {name: known for name in names if (known := first.setdefault(_plain(name), name)) != name}
 
 
 def read_item(path: str) -> bytes:
-    """Return the bytes of a file, an object on a store, or a member of a tar. Raises InputError without the path."""
+    """Return the bytes of a file, of an object on an object store, or of a member of a tar.
+
+    Raises InputError if they cannot be read. The message does not contain the path.
+    """
     for read in (tars.read, remote.read):
         if (data := read(path)) is not None:
             return data
@@ -123,7 +127,7 @@ def read_item(path: str) -> bytes:
 
 
 def is_there(path: str) -> bool:
-    """Tell whether an image exists, without asking object stores."""
+    """Return whether an image exists. An image on an object store is assumed to exist."""
     if (tar := tars.tar_of(path)) is None:
         return remote.is_remote(path) or os.path.isfile(path)
     with suppress(InputError):
@@ -132,27 +136,28 @@ def is_there(path: str) -> bool:
 
 
 def kind_of(path: str | os.PathLike[str]) -> Kind:
-    """Return the kind of a path, pattern or address. Raises InputError if an object store does not answer."""
+    """Return the kind of a path, pattern or address. Raises InputError if an object store cannot be reached."""
     return _recognise(os.fspath(path))[0]
 
 
 def open_source(
     path: str | os.PathLike[str], *, split: str | None = None, root: str | os.PathLike[str] | None = None
 ) -> Source:
-    """Open a labelled source of any kind.
+    """Open a labelled source. You can give any of the following kinds:
 
-    - A folder of class folders, searched recursively; classes are in name order. If it has parts (``train``, ``val``,
-      ``test``), ``split`` chooses one. A ``metadata.csv`` (``.jsonl``, ``.parquet``) in it is read as a table.
-    - ``.json``: a CoOp split file; ``split`` chooses the part (default ``train``), ``root`` is the image folder
-      (default: the split file's folder, or the folder in it that holds the images).
-    - ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` with the columns ``path`` and ``label``, or other usual names
-      (:data:`NAMES`); paths are relative to ``root`` (default: the table's folder).
-    - ``.parquet`` with a column ``feature``: a feature table (``id``, ``label``, ``feature``), or a folder of parts
-      written by ``encode --engine ray``.
-    - Webdataset tars (:mod:`tars`): one, a folder of them, or a pattern.
-    - On an object store (``s3://``, ``gs://``, ``az://``), a folder of class folders, a Parquet table or tars.
+    - A folder of class folders, which are searched recursively. The classes are sorted by name. If the folder has parts
+      (``train``, ``val``, ``test``), ``split`` selects one of them. If it contains ``metadata.csv`` (or ``.jsonl`` or
+      ``.parquet``), this file is read as a table.
+    - A CoOp split file (``.json``). ``split`` selects the part, which defaults to ``train``. ``root`` is the image
+      folder. It defaults to the folder of the split file, or to the folder inside it that contains the images.
+    - A table (``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``) with the columns ``path`` and ``label``. See
+      :data:`NAMES` for other column names. Paths are relative to ``root``, which defaults to the folder of the table.
+    - A feature table, which is a ``.parquet`` file with the columns ``id``, ``label`` and ``feature``, or a folder of
+      parts written by ``encode --engine ray``.
+    - Webdataset tars (see :mod:`tars`), given as one tar, a folder of tars, or a pattern.
+    - A folder of class folders, a Parquet table or tars on an object store (``s3://``, ``gs://``, ``az://``).
 
-    Raises InputError naming the file, what is wrong with it, and the row if there is one.
+    Raises InputError if the source cannot be read. The message names the file and, if possible, the row.
     """
     return _open(os.fspath(path), _Wanted(split, root, labelled=True))
 
@@ -160,15 +165,18 @@ def open_source(
 def open_items(
     path: str | os.PathLike[str], *, split: str | None = None, root: str | os.PathLike[str] | None = None
 ) -> Source:
-    """Open a source as :func:`open_source` does, with or without labels; a folder may hold images directly."""
+    """Open a source of any kind that :func:`open_source` accepts. Labels are optional.
+
+    A folder may also contain the images directly.
+    """
     return _open(os.fspath(path), _Wanted(split, root, labelled=False))
 
 
 def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[Source]:
-    """Open inputs to classify: images, folders (searched recursively), globs, tables, tars, object-store addresses.
+    """Open the inputs to classify, which can be images, folders, glob patterns, tables, tars or object store addresses.
 
-    ``-`` stands for the paths in ``stdin``. Consecutive images come as one source. A missing path counts as an image,
-    which the caller reports as unreadable.
+    Folders are searched recursively. ``-`` stands for the paths in ``stdin``. Consecutive images are combined into one
+    source. A path that does not exist is treated as an image, which the caller reports as unreadable.
     """
     paths: list[str] = []
     waiting = list(arguments)[::-1]
@@ -199,7 +207,7 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
 
 
 class _Wanted(NamedTuple):
-    """Options of :func:`open_source`, and whether every item must have a label."""
+    """The options of :func:`open_source`. ``labelled`` tells whether every item must have a label."""
 
     split: str | None = None
     root: str | os.PathLike[str] | None = None
@@ -207,7 +215,10 @@ class _Wanted(NamedTuple):
 
 
 class _Reader(NamedTuple):
-    """A kind of source: ``find`` returns the files a path stands for, or nothing if the path is of another kind."""
+    """Functions for one kind of source.
+
+    ``find`` returns the files that a path stands for. The result is empty if the path is of another kind.
+    """
 
     find: Callable[[str], Sequence[str]]
     open: Callable[[str, Sequence[str], _Wanted], Source]
@@ -282,7 +293,7 @@ def _open_tars(where: str, places: Sequence[str], wanted: _Wanted) -> Source:
 
 
 def of_tars(name: str, places: Sequence[str], *, labelled: bool) -> Source:
-    """Open the images of webdataset tars, in order. With ``labelled``, images without a label count as ``failed``."""
+    """Open the images in webdataset tars, in order. With ``labelled``, unlabelled images are added to ``failed``."""
     return _listed(name, tars.listing(places, labelled=labelled))
 
 
@@ -298,7 +309,7 @@ def of_images(
     labels: Sequence[str | None] | None = None,
     class_names: Sequence[str] = (),
 ) -> Source:
-    """Make a source of images, with their labels if known."""
+    """Create a source from images and, if known, their labels."""
     items = {"source": pa.array([show(path) for path in paths], pa.string())}
     if labels is not None:
         items["label"] = pa.array(labels, pa.string())
@@ -317,7 +328,7 @@ def _read_table(file: Path | str, root: str | os.PathLike[str] | None, *, labell
     missing = [column for column in (key, "label")[: 1 + labelled] if column not in items.column_names]
     if missing:
         path, feature = ", ".join(NAMES["path"][1:4]), ", ".join(NAMES[FEATURE][1:])
-        kind = f"a table of images has path ({path}) and label; a table of features has feature ({feature})"
+        kind = f"an image table has path ({path}) and label; a feature table has feature ({feature})"
         kind = "a feature table has id, label and feature" if has_features else kind
         raise InputError(f"{name}: no column {missing[0]!r} among {few_names(items.column_names)}; {kind}")
     front = {"source": texts(items[key], name, key, needed=True)}
@@ -348,4 +359,4 @@ _READERS: Mapping[Kind, _Reader] = {
     "folder": _Reader(_if(os.path.isdir), _open_folder),
     "split file": _Reader(_if(lambda where: where.lower().endswith(".json") and os.path.isfile(where)), _open_split),
 }
-"""Readers by kind; the first that recognises a path opens it."""
+"""Readers by kind. The first reader that recognises a path opens it."""

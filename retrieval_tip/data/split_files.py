@@ -1,4 +1,7 @@
-"""Read CoOp's split files: JSON whose ``train``, ``val`` and ``test`` list ``[path, label, class name]``."""
+"""Read CoOp split files.
+
+These are JSON files in which ``train``, ``val`` and ``test`` are lists of ``[path, label, class name]``.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ from retrieval_tip.data.listing import Listing
 from retrieval_tip.errors import InputError, few, show
 from retrieval_tip.files import read_regular
 
-LARGEST = 1 << 27  # largest split file, in bytes: about the size of ImageNet's
+LARGEST = 1 << 27  # largest split file, in bytes; about the size of the ImageNet one
 
 
 def read(file: Path, split: str, root: str | os.PathLike[str] | None) -> Listing:
-    """Read one part of a split file. Classes are ordered by label number.
+    """Read one part of a split file. The classes are sorted by label number.
 
-    Paths are relative to ``root``, by default the folder that holds the images: the file's own or one inside it. Raises
-    InputError naming the wrong entry.
+    Paths are relative to ``root``. It defaults to the folder that contains the images, which is the folder of the split
+    file or a folder inside it. Raises InputError if an entry is invalid. The message gives the number of the entry.
     """
     name = f"{show(file)} ({split})"
     entries: list[tuple[str, str]] = []
@@ -31,7 +34,9 @@ def read(file: Path, split: str, root: str | os.PathLike[str] | None) -> Listing
             case _:
                 raise InputError(f"{name}: entry {row} is not [path, label, class name]")
         if names.setdefault(label, class_name) != class_name:
-            raise InputError(f"{name}: entry {row} calls label {label} {class_name!r}, earlier {names[label]!r}")
+            raise InputError(
+                f"{name}: entry {row} gives label {label} the name {class_name!r}; an earlier one {names[label]!r}"
+            )
     if not entries:
         raise InputError(f"{name}: empty")
     classes = [show(names[label]) for label in sorted(names)]
@@ -57,7 +62,7 @@ def _part(file: Path, split: str) -> list[object]:
 
 
 def _image_root(file: Path, paths: list[str]) -> Path:
-    """Find the folder, the file's own or one inside it, that holds most of a sample of the images."""
+    """Return the folder of the split file or the folder inside it that contains the most images of a sample."""
     sample = paths[:: max(1, len(paths) // 16)]
 
     def held(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""Read tables: Parquet, CSV, JSON lines, and folders of Parquet parts."""
+"""Read tables in Parquet, CSV and JSON Lines files, and in folders of Parquet parts."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ NAMES = {
     "label": ("label", "class", "class_name"),
     FEATURE: (FEATURE, "embedding", "vector"),
 }
-"""Accepted column names; the first that exists is used."""
+"""Accepted column names. The first name that exists in the table is used."""
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 RUN, COMPLETE = "_run.json", "_complete.json"
-"""Files in a folder of parts: its description, and the mark that all parts exist, written last."""
+"""Files in a folder of parts: its description, and a marker that is written when all parts are complete."""
 MAX_TEXT = 4096
-"""Longest label or id, in characters; a longer one means that the table was misread."""
-MAX_ROWS = 2**31 - 1  # largest number of rows: a file of a few bytes may claim any number
-MAX_JSON = 1 << 28  # largest JSON-lines file, in bytes; it is read at once
+"""Longest label or id, in characters. A longer one is a sign that the table was misread."""
+MAX_ROWS = 2**31 - 1  # largest number of rows; a tiny file can claim to have any number
+MAX_JSON = 1 << 28  # largest JSON Lines file, in bytes; it is read as a whole
 GROUP_ROWS = 1024
-"""Smallest Parquet row group."""
-MAX_SHOWN = 64  # largest number of columns in a message, and of characters of each name
+"""Smallest number of rows in a Parquet row group."""
+MAX_SHOWN = 64  # largest number of column names in a message, and of characters in each name
 
 
 def row_groups_of(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Join tables until they have :data:`GROUP_ROWS` rows: many small row groups would make a large footer."""
+    """Join tables until they have :data:`GROUP_ROWS` rows, since many small row groups would make the footer large."""
     waiting: list[pa.Table] = []
     for table in tables:
         waiting.append(table)
@@ -53,17 +53,20 @@ def row_groups_of(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def vectors(rows: npt.NDArray[np.generic]) -> pa.FixedSizeListArray:
-    """Return rows ``[m, d]`` as a column of fixed-size lists."""
+    """Convert an array of shape ``[m, d]`` to a column of fixed-size lists."""
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).reshape(-1)), rows.shape[1])
 
 
 def parquet_writer(target: str | IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
-    """Open a Parquet writer with dictionaries for text only: numbers rarely repeat, and would take twice as long."""
+    """Open a Parquet writer that uses dictionaries only for text.
+
+    Numbers rarely repeat, and writing them with dictionaries would take twice as long.
+    """
     return pq.ParquetWriter(target, schema, use_dictionary=[path for field in schema for path in _text_paths(field)])
 
 
 def _text_paths(field: pa.Field, within: str = "") -> Iterator[str]:
-    """Yield the Parquet column paths of the text in a field."""
+    """Yield the Parquet column path of each text column in a field."""
     kind, path = field.type, within + field.name
     if pa.types.is_struct(kind):
         for inner in kind:
@@ -75,14 +78,17 @@ def _text_paths(field: pa.Field, within: str = "") -> Iterator[str]:
 
 
 def is_table(where: str) -> bool:
-    """Tell whether a path or URL is a table: one of ``SUFFIXES`` (remote: Parquet), or a folder of parts."""
+    """Return whether a path or URL is a table.
+
+    A table is a file with one of ``SUFFIXES`` or a folder of parts. A remote file must be a Parquet file.
+    """
     if remote.is_remote(where):
         return where.lower().endswith(".parquet") or is_parts(where)
     return (where.lower().endswith(SUFFIXES) and os.path.isfile(where)) or is_parts(where)
 
 
 def is_parts(folder: str | os.PathLike[str]) -> bool:
-    """Tell whether a folder or its URL holds the parts of a table, complete or not."""
+    """Return whether a local or remote folder contains the parts of a table, even if some parts are missing."""
     return _holds(os.fspath(folder), RUN)
 
 
@@ -94,7 +100,10 @@ def _holds(folder: str, name: str) -> bool:
 
 
 def table_files(table: Path | str) -> list[Path | str]:
-    """List the Parquet files of a table: itself, or its parts in order. Raises InputError if some are missing."""
+    """List the Parquet files of a table, which are the table itself or its parts in order.
+
+    Raises InputError if parts are missing.
+    """
     where = os.fspath(table)
     if where.endswith(".parquet") if remote.is_remote(table) else not os.path.isdir(table):
         return [table]
@@ -114,7 +123,10 @@ def part_files(folder: str) -> list[Path | str]:
 
 
 def items_of(file: Path | str) -> tuple[pa.Table, bool]:
-    """Return all columns of a table except features, and whether it has features. Missing ids become row numbers."""
+    """Return all columns of a table except for the features, and whether it has features.
+
+    If a feature table has no ids, row numbers are used.
+    """
     name = show(file)
     if str(file).lower().endswith((".csv", ".tsv", ".jsonl")) and not os.path.isdir(file):
         items = (_read_json_lines if str(file).lower().endswith(".jsonl") else _read_csv)(Path(file))
@@ -143,7 +155,10 @@ def items_of(file: Path | str) -> tuple[pa.Table, bool]:
 
 
 def feature_column(schema: pa.Schema) -> str | None:
-    """Return the name of the feature column: ``feature``, or a column of vectors with another of its ``NAMES``."""
+    """Return the name of the feature column, or ``None`` if there is none.
+
+    This is ``feature``, or the first column of vectors that has another name in ``NAMES``.
+    """
     if FEATURE in schema.names:
         return FEATURE
     names = [name for name in NAMES[FEATURE] if schema.names.count(name) == 1 and is_vector(schema.field(name).type)]
@@ -151,13 +166,13 @@ def feature_column(schema: pa.Schema) -> str | None:
 
 
 def is_vector(kind: pa.DataType) -> bool:
-    """Tell whether a type is a list of floating-point numbers."""
+    """Return whether a type is a list of floating-point numbers."""
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     return any(is_list(kind) for is_list in lists) and bool(pa.types.is_floating(kind.value_type))
 
 
 def renamed(items: pa.Table, *wanted: str) -> pa.Table:
-    """Rename columns with an alternative name among ``NAMES`` to the ``wanted`` one."""
+    """Rename columns that have an alternative name in ``NAMES`` to the ``wanted`` names."""
     for column in wanted:
         there = [name for name in NAMES[column] if name in items.column_names]
         if there and there[0] != column:
@@ -166,7 +181,7 @@ def renamed(items: pa.Table, *wanted: str) -> pa.Table:
 
 
 def row_groups(parquet: pq.ParquetFile, first: int, last: int | None) -> tuple[list[int], int]:
-    """Return the row groups that hold rows ``first`` to ``last`` of a file, and the number of their first row."""
+    """Return the row groups that contain rows ``first`` to ``last``, and the number of the first row in them."""
     groups: list[int] = []
     start, begins = 0, 0
     for group in range(parquet.num_row_groups):
@@ -179,7 +194,7 @@ def row_groups(parquet: pq.ParquetFile, first: int, last: int | None) -> tuple[l
 
 
 def _sound(items: pa.Table) -> pa.Table:
-    """Check that all text is UTF-8, and turn view columns into plain ones, from which rows can be taken."""
+    """Check that all text is valid UTF-8, and convert view columns to plain columns, which support ``take``."""
     kinds = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
     for place, field in enumerate(items.schema):
         try:
@@ -193,7 +208,7 @@ def _sound(items: pa.Table) -> pa.Table:
 
 
 def open_parquet(file: Path | str) -> pq.ParquetFile:
-    """Open a Parquet file, memory-mapped if it is local. Raises InputError."""
+    """Open a Parquet file. A local file is memory-mapped. Raises InputError if it cannot be read."""
     url = file if isinstance(file, str) and remote.is_remote(file) else None
     with reading(show(file)):
         if url is None:
@@ -206,7 +221,7 @@ def open_parquet(file: Path | str) -> pq.ParquetFile:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turn errors while reading a table into InputError."""
+    """Raise errors that occur while a table is read as InputError."""
     try:
         yield
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
@@ -214,7 +229,10 @@ def reading(name: str) -> Iterator[None]:
 
 
 def read_columns(file: Path, columns: Sequence[str], most: int) -> pa.Table:
-    """Read columns of a Parquet, JSON-lines or CSV file with at most ``most`` rows. Raises InputError."""
+    """Read columns of a Parquet, JSON Lines or CSV file.
+
+    Raises InputError if a column is missing, or if the file has more than ``most`` rows.
+    """
     name = show(file)
     with reading(name), open_regular(file) as raw:
         head = raw.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
@@ -236,7 +254,7 @@ def read_columns(file: Path, columns: Sequence[str], most: int) -> pa.Table:
 
 
 def _read_csv(file: Path) -> pa.Table:
-    """Read all columns as text; quoted fields may contain separators, quotes and line breaks."""
+    """Read all columns as text. Quoted fields may contain separators, quotes and line breaks."""
     with reading(show(file)):
         check_regular(file)
         encoding, name = _encoding(file), os.fsencode(file)  # the name may not be UTF-8
@@ -254,7 +272,10 @@ def _read_csv(file: Path) -> pa.Table:
 
 
 def _read_json_lines(file: Path, wanted: Sequence[str] | None = None) -> pa.Table:
-    """Read all columns of a JSON-lines file, or the ``wanted`` ones, as text; other values become JSON."""
+    """Read the ``wanted`` columns of a JSON Lines file as text, or all columns if ``wanted`` is ``None``.
+
+    Values that are not text are converted to JSON.
+    """
     try:
         rows = [json.loads(line) for line in read_regular(file, MAX_JSON).splitlines() if line.strip()]
         columns = dict.fromkeys(name for row in rows for name in row if wanted is None or name in wanted)
@@ -272,10 +293,11 @@ def _text(value: object) -> str | None:
 
 
 def _encoding(file: Path) -> str:
-    """Guess the encoding of a CSV file: UTF-8, UTF-16 with a byte-order mark, or Windows-1252, as Excel writes it.
+    """Guess the encoding of a CSV file.
 
-    Assumes Windows-1252, with a warning, if only ASCII precedes the first byte that is not UTF-8. Otherwise the file is
-    damaged UTF-8, which the reader refuses.
+    The encoding is UTF-8, UTF-16 with a byte-order mark, or Windows-1252, which Excel writes. Windows-1252 is assumed,
+    with a warning, if all bytes before the first byte that is not UTF-8 are ASCII. Otherwise the file is damaged UTF-8,
+    and the reader raises an error.
     """
     decoder, plain = codecs.getincrementaldecoder("utf-8")(), True
     with open_regular(file) as raw:
@@ -300,13 +322,16 @@ def _once(columns: Sequence[str], name: str) -> None:
 
 
 def texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool) -> pa.ChunkedArray:
-    """Read ids, paths or labels as text. Blanks count as missing, integers become digits. Raises InputError."""
+    """Read ids, paths or labels as text. Blank values count as missing, and integers are converted to text.
+
+    Raises InputError if the column has another type, or if ``needed`` is set and a value is missing.
+    """
     kind = column.type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     if not (is_text or pa.types.is_integer(kind) or pa.types.is_null(kind)):
-        raise InputError(f"{name}: column {what!r} is {column.type}; expected text")
+        raise InputError(f"{name}: column {what!r} has type {column.type}; expected text")
     with reading(name):
         values = column.cast(kind).cast(pa.string())
     with reading(f"{name}: column {what!r}"):
@@ -319,7 +344,7 @@ def texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool) -> pa.
 
 
 def check_texts(items: pa.Table, name: str) -> None:
-    """Raise InputError naming rows whose source or label is longer than :data:`MAX_TEXT`."""
+    """Raise InputError if the source or the label of a row is longer than :data:`MAX_TEXT`."""
     for column in ("source", "label"):
         if column in items.column_names:
             long = pc.greater(pc.utf8_length(items[column]), MAX_TEXT).fill_null(False).to_numpy()
@@ -336,7 +361,7 @@ def few_names(columns: Sequence[str]) -> str:
 
 
 def row_list(rows: npt.NDArray[np.int64]) -> str:
-    """Format row numbers, from 0, for a message."""
+    """Format row numbers for a message. They start at 0."""
     shown = ", ".join(str(int(row)) for row in rows[:5])
     more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
     return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"

@@ -1,7 +1,7 @@
-"""Read webdataset tars: each image ``key.jpg`` with its label in ``key.cls``, ``key.txt`` or ``key.json``.
+"""Read webdataset tars, in which the label of ``key.jpg`` is in ``key.cls``, ``key.txt`` or ``key.json``.
 
-Images are named ``TAR/MEMBER``. A local ``.tar`` is read in place, a compressed (``.tar.gz``, ``.tgz``) or remote one
-through an unnamed temporary copy. Nothing is unpacked to named files.
+Images are named ``TAR/MEMBER``. A local ``.tar`` file is read in place. A compressed tar (``.tar.gz`` or ``.tgz``) or a
+remote tar is first copied to an unnamed temporary file. No named files are created.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from retrieval_tip.errors import InputError, Skipped, UsageError, first_line, sh
 from retrieval_tip.files import open_regular
 
 TARS = (".tar", ".tar.gz", ".tgz")
-LABELS = ("cls", "json", "txt")  # suffixes of labels; the first that exists is used
+LABELS = ("cls", "json", "txt")  # suffixes of label files; the first one that exists is used
 MAX_LABEL = 4096  # longest label, in characters
 MAX_LABEL_BYTES = 1 << 20  # largest label file, in bytes
 MOST_NAMED = 100_000  # largest number of tars in a range such as ``{000..999}``
@@ -44,10 +44,11 @@ _opening = threading.Lock()
 
 
 class Tar:
-    """Images of one tar: ``places`` in the file, ``labels`` (or ``None``), and unreadable members (``failed``).
+    """The images in a tar.
 
-    Reading stops at the first damage, which is listed in ``failed``. Raises InputError without the path if nothing is
-    readable.
+    ``places`` contains the position of each image in the file, ``labels`` contains its label or ``None``, and
+    ``failed`` lists the members that cannot be read. If the tar is damaged, reading stops there and the damage is
+    listed in ``failed``. Raises InputError if nothing can be read. The message does not contain the path.
     """
 
     def __init__(self, place: str) -> None:
@@ -79,7 +80,7 @@ class Tar:
                 self.failed.append(Skipped(show(path), str(error)))
 
     def _members(self, name: str) -> Iterator[tarfile.TarInfo]:
-        """Yield the files of the tar up to its end or the first damage."""
+        """Yield the files in the tar up to its end, or up to the first damage."""
         number = 0
         with tarfile.open(fileobj=self._file, mode="r:", errors="surrogateescape", ignore_zeros=False) as tar:
             while True:
@@ -90,7 +91,7 @@ class Tar:
                     return
                 if member is None:
                     break
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all, which takes memory
+                tar.members.clear()  # type: ignore[attr-defined]  # otherwise tarfile keeps all members in memory
                 if member.isreg() and not member.issparse():
                     number += 1
                     yield member
@@ -103,30 +104,33 @@ class Tar:
             raise InputError("no such image in the tar")
         start, size = self.places[path]
         images.check_size(size)
-        data = os.pread(self._file.fileno(), size, start)  # safe for several threads
+        data = os.pread(self._file.fileno(), size, start)  # thread-safe, unlike seek and read
         if not data:
             raise InputError("empty file")
         return data
 
 
 def opened(place: str) -> Tar:
-    """Open a tar by path or URL; reuse one of the last :data:`HELD` if it has not changed. Raises as :class:`Tar`."""
+    """Open a tar by its path or URL. Raises the same errors as :class:`Tar`.
+
+    The last :data:`HELD` tars stay open and are reused if they have not changed.
+    """
     try:
         status = None if remote.is_remote(place) else os.stat(place)
     except OSError as error:
         raise InputError(str(error.strerror)) from None
-    with _opening:  # otherwise every decoding thread would open it
+    with _opening:  # otherwise each decoding thread would open the tar
         return _opened(place, None if status is None else (status.st_size, status.st_mtime_ns))
 
 
 @functools.lru_cache(HELD)
 def _opened(place: str, stamp: tuple[int, int] | None) -> Tar:
-    del stamp  # only part of the cache key
+    del stamp  # only used as part of the cache key
     return Tar(place)
 
 
 def tar_of(path: str) -> str | None:
-    """Return the tar that holds an image; ``None`` for an image outside tars."""
+    """Return the tar that contains an image, or ``None`` if the image is not in a tar."""
     for match in _IN_TAR.finditer(path):
         place = path[: match.end() - 1]
         if remote.is_remote(place) or os.path.isfile(place):
@@ -135,12 +139,18 @@ def tar_of(path: str) -> str | None:
 
 
 def read(path: str) -> bytes | None:
-    """Return the bytes of an image in a tar; ``None`` for other paths. Raises InputError without the path."""
+    """Return the bytes of an image in a tar, or ``None`` if the path is not in a tar.
+
+    Raises InputError if the image cannot be read. The message does not contain the path.
+    """
     return None if (tar := tar_of(path)) is None else opened(tar).read(path)
 
 
 def listing(places: Sequence[str], *, labelled: bool) -> Listing:
-    """List the images of tars, in order. Unreadable images are ``failed``; with ``labelled``, unlabelled ones too."""
+    """List the images in tars, in order.
+
+    Unreadable images are added to ``failed``. With ``labelled``, so are images that have no label.
+    """
     found = Listing()
     for place in places:
         try:
@@ -160,11 +170,12 @@ def listing(places: Sequence[str], *, labelled: bool) -> Listing:
 
 
 def find(where: str) -> list[str]:
-    """List the tars that a path, URL, folder or pattern stands for, in name order; return ``[]`` for anything else.
+    """List the tars that a path, URL, folder or pattern stands for, sorted by name.
 
-    Patterns are ``s-*.tar`` and ``s-{000..099}.tar``. A folder of tars holds no folders and no images.
+    Patterns have the form ``s-*.tar`` or ``s-{000..099}.tar``. A folder only counts as a folder of tars if it contains
+    no folders and no images. For anything else, the list is empty.
 
-    Raises InputError if a tar of a range is missing, UsageError if a range is too long.
+    Raises InputError if a tar in a range is missing, and UsageError if a range is too long.
     """
     if not where.lower().endswith(TARS):
         return _in_folder(where)
@@ -189,7 +200,7 @@ def _in_folder(where: str) -> list[str]:
         return [name for name in remote.children(where) if name.lower().endswith(TARS)]
     try:
         seen = images.entries(where) if os.path.isdir(where) else []
-    except OSError:  # the folder's reader reports this
+    except OSError:  # the folder reader reports this error
         return []
     if any(images.is_folder(entry) or Path(entry.name).suffix.lower() in images.extensions() for entry in seen):
         return []
@@ -210,7 +221,7 @@ def _named(pattern: str) -> Iterator[str]:
 
 @dataclass
 class _Sample:
-    """Members with one key (the name up to its first dot): the place of the image, and its label files."""
+    """The position of an image and the label files with the same key. The key is the name up to its first dot."""
 
     name: str = ""
     start: int = 0
@@ -219,7 +230,7 @@ class _Sample:
 
 
 def _add(samples: dict[str, _Sample], member: tarfile.TarInfo, file: BinaryIO) -> str | None:
-    """Add a member to the sample with its key. Returns the problem if that is impossible."""
+    """Add a member to the sample that has its key. Return the problem if it cannot be added."""
     folder, _, base = member.name.rpartition("/")
     stem, _, kind = base.partition(".")
     sample = samples.setdefault(show(f"{folder}/{stem}" if folder else stem), _Sample())
@@ -234,7 +245,7 @@ def _add(samples: dict[str, _Sample], member: tarfile.TarInfo, file: BinaryIO) -
 
 
 def _plain_tar(place: str) -> BinaryIO:
-    """Open a tar as an uncompressed local file: itself, or an unnamed copy."""
+    """Open a tar as an uncompressed local file, which is either the tar itself or an unnamed copy."""
     packed = not place.lower().endswith(".tar")
     if not packed and not remote.is_remote(place):
         return open_regular(place)
@@ -251,7 +262,7 @@ def _plain_tar(place: str) -> BinaryIO:
 
 
 def _unpack(raw: BinaryIO, file: BinaryIO) -> None:
-    """Copy a gzip file up to the first damage; the tar then ends there, which is reported."""
+    """Unpack a gzip file up to the first damage. The tar then ends there, which is reported later."""
     with gzip.GzipFile(fileobj=raw) as unpacked:
         try:
             while block := unpacked.read1(CHUNK):
@@ -262,7 +273,11 @@ def _unpack(raw: BinaryIO, file: BinaryIO) -> None:
 
 
 def _label(sample: _Sample) -> str | None:
-    """Return the text of ``.cls`` or ``.txt``, or ``label``, ``class`` or ``cls`` in ``.json``. Raises InputError."""
+    """Return the label of a sample, or ``None`` if it has no label file.
+
+    This is the text in ``.cls`` or ``.txt``, or the value of ``label``, ``class`` or ``cls`` in ``.json``. Raises
+    InputError if the label file cannot be read.
+    """
     kind = next((kind for kind in LABELS if kind in sample.labels), None)
     if kind is None:
         return None
@@ -274,9 +289,9 @@ def _label(sample: _Sample) -> str | None:
                 raise InputError("its .json is not an object")
             label = next((facts[key] for key in ("label", "class", "cls") if facts.get(key) is not None), "")
             if isinstance(label, bool) or not isinstance(label, str | int):
-                raise InputError(f"the label in its .json is {type(label).__name__}; expected text")
+                raise InputError(f"the label in its .json has type {type(label).__name__}; expected text")
             text = str(label)
-            text.encode()  # fails for half a surrogate pair
+            text.encode()  # fails for a lone surrogate
     except InputError:
         raise
     except (ValueError, RecursionError) as error:

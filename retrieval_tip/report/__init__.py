@@ -1,1 +1,1 @@
-"""Accuracy reports and diagrams."""
+"""Accuracy reports, and the diagrams in them."""

@@ -1,4 +1,4 @@
-"""Data of a report: test items as an index classified them, and the options of the report."""
+"""The data for a report: the test items as classified by an index, and the options of the report."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from retrieval_tip.evaluation.sweep import Items
 
 @dataclass(frozen=True)
 class JudgedIndex:
-    """A test source classified by an index, and the arguments of :func:`report.write_report`.
+    """A test source that an index has classified, and the arguments of :func:`report.write_report`.
 
-    ``ids`` ``[m]`` are the classes of all items; ``blocks`` and ``evaluation`` cover the ``n`` readable ones.
+    ``ids`` holds the class ids of all ``m`` items. ``blocks`` and ``evaluation`` only cover the ``n`` readable items.
     """
 
     cache: CacheModel
@@ -44,30 +44,30 @@ class JudgedIndex:
 
     @property
     def answers(self) -> Answers:
-        """Answers to the readable items ``[n]``."""
+        """The answers for the ``n`` readable items."""
         return self.evaluation.answers
 
     @property
     def details(self) -> Details:
-        """Details of these answers ``[n]``."""
+        """The details of the answers for the ``n`` readable items."""
         assert self.answers.details is not None
         return self.answers.details
 
     @cached_property
     def features(self) -> npt.NDArray[np.float32]:
-        """Features of the readable items ``[n, d]``."""
+        """The features of the readable items, as an array of shape ``[n, d]``."""
         return np.concatenate([block.features for block in self.blocks])
 
     @cached_property
     def digests(self) -> list[str | None]:
-        """Content digests of their images ``[n]``, also from the column ``digest`` of a feature table."""
+        """The content digests of the ``n`` readable items. A feature table may store them in the column ``digest``."""
         if self.test.table is not None and pa.field("digest", pa.string()) in list(self.test.items.schema):
             kept: list[str | None] = self.test.items["digest"].take(pa.array(self.details.positions)).to_pylist()
             return kept
         return [digest for block in self.blocks for digest in block.digests]
 
     def record(self, name: str) -> dict[str, object]:
-        """Return the index's record of its ``search`` or ``finetune``, or an empty one."""
+        """Return the record ``name`` (such as ``search`` or ``finetune``) of the index, or an empty dict."""
         kept = self.cache.provenance.get(name)
         return kept if isinstance(kept, dict) else {}
 
@@ -79,9 +79,10 @@ class JudgedIndex:
 
 
 def portable(text: str | os.PathLike[str]) -> str:
-    """Return a path, or a text that quotes paths, without the folders of this machine: reports are made to be sent.
+    """Shorten the absolute paths in a text, so that a report that is sent to others does not reveal local folders.
 
-    An absolute path becomes relative to the working directory, or keeps its last two parts if it lies elsewhere.
+    A path becomes relative to the working directory. If it is outside the working directory, its last two parts are
+    kept.
     """
     return re.sub(r"(?:^|(?<=[\s:=(']))/(?=[^/\s])[^:,]*", _shortened, show(text))
 

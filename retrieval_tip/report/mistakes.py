@@ -1,4 +1,4 @@
-"""Mistakes and confusions: wrong answers, with thumbnails of their photos and of the keys behind them."""
+"""Mistakes and confusions, with thumbnails of the misclassified photos and of the keys that led to the answers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from retrieval_tip.predictions import Neighbour
 from retrieval_tip.report.judged import JudgedIndex
 
 MISTAKES, PAIRS, EXAMPLES, NEIGHBOURS = 12, 8, 3, 5
-"""Largest number of mistakes in a list, of confused pairs, of photos per pair, and of keys per mistake."""
+"""Largest numbers of mistakes in a list, of confused pairs, of photos per pair, and of keys per mistake."""
 
 
 class Picture(NamedTuple):
-    """An image by its path, the ``digest`` of its bytes if known, and its ``alt`` text."""
+    """The path of an image, the ``digest`` of its bytes if known, and its ``alt`` text."""
 
     path: str
     digest: str | None
@@ -34,7 +34,7 @@ class Picture(NamedTuple):
 
 
 class Chance(NamedTuple):
-    """A class with its probability and both parts of its logit; ``kind`` is ``answer``, ``true`` or empty."""
+    """A class with its probability and the two parts of its logit. ``kind`` is ``answer``, ``true`` or empty."""
 
     name: str
     kind: str
@@ -45,7 +45,7 @@ class Chance(NamedTuple):
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong answer to an ``item``: the most probable classes, and the shots behind the answer."""
+    """A wrong answer for an ``item``, with the most probable classes and the shots that led to the answer."""
 
     number: int
     item: str
@@ -59,7 +59,11 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Pair:
-    """A class confused with another ``times`` of ``total``, with some of these items and keys near them."""
+    """Two classes that were confused.
+
+    ``times`` of the ``total`` items of class ``truth`` were classified as ``answer``. ``items`` are some of them, and
+    ``keys`` are nearby keys.
+    """
 
     truth: str
     answer: str
@@ -70,14 +74,17 @@ class Pair:
 
 
 def wrong_answers(answers: Answers, by: npt.NDArray[np.float64]) -> list[int]:
-    """Return the positions of the wrong answers with the lowest ``by``; ties keep the order of the source."""
+    """Return the positions of the wrong answers with the lowest values in ``by``. Ties keep the order of the source."""
     wrong = np.flatnonzero(~answers.right)
     order: list[int] = wrong[np.argsort(by[wrong], kind="stable")][:MISTAKES].tolist()
     return order
 
 
 class Mistakes(NamedTuple):
-    """The worst mistakes (true class least probable), the most certain ones, and the number of all."""
+    """The worst mistakes, the most certain mistakes, and the number of all mistakes.
+
+    In the worst mistakes, the probability of the true class is lowest.
+    """
 
     worst: list[Mistake]
     certain: list[Mistake]
@@ -85,7 +92,7 @@ class Mistakes(NamedTuple):
 
 
 def mistakes(judged: JudgedIndex) -> Mistakes:
-    """Explain the worst mistakes and the most certain ones."""
+    """Explain the worst and the most certain mistakes."""
     answers = judged.answers
     worst, certain = (wrong_answers(answers, by) for by in (judged.details.log_truth, judged.details.log_doubt))
     places = list(dict.fromkeys([*worst, *certain]))
@@ -116,7 +123,7 @@ def _explained(judged: JudgedIndex, places: Sequence[int]) -> list[Mistake]:
 
 
 def confusions(judged: JudgedIndex) -> list[Pair]:
-    """Return the most confused pairs of classes, with their most certain mistakes and keys near these."""
+    """Return the pairs of classes that are confused most often, with their most certain mistakes and nearby keys."""
     answers, names = judged.answers, judged.cache.class_names
     pairs = [(names.index(truth), names.index(answer), n) for truth, answer, n in judged.evaluation.confusions[:PAIRS]]
     if not pairs:
@@ -151,7 +158,10 @@ def _with_pictures(judged: JudgedIndex, keys: Sequence[Neighbour]) -> list[tuple
 
 
 def thumbnail(path: str, digest: str | None, side: int) -> str | None:
-    """Return an image as base64 JPEG of at most ``side`` pixels; ``None`` if unreadable or of another digest."""
+    """Return an image as a base64 JPEG whose sides have at most ``side`` pixels.
+
+    Return ``None`` if the image cannot be read or does not have this digest.
+    """
     try:
         data = read_item(path)
         if digest is not None and hashlib.sha256(data).hexdigest() != digest:

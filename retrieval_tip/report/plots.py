@@ -1,7 +1,8 @@
-"""Diagrams as PNG or SVG files, or as SVG within a report: first the data, then the drawing.
+"""Diagrams as PNG or SVG files, or as SVG elements in a report.
 
-Drawing imports matplotlib (``pip install 'retrieval-tip[plot]'``). The colours suit colour-blind readers: Okabe and
-Ito's palette, and the map cividis.
+The first part of this module prepares the data, and the second part draws it. Drawing requires matplotlib
+(``pip install 'retrieval-tip[plot]'``). The palette of Okabe and Ito and the colour map cividis are also suitable for
+colour-blind readers.
 """
 
 from __future__ import annotations
@@ -42,13 +43,14 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
 PAPER = "#fefefe"
 THEME = {BLACK: "currentColor", PAPER: "var(--paper)", BLUE: "var(--blue)", ORANGE: "var(--orange)"}
-"""Colours as CSS variables of a page with light and dark themes; grey suits both."""
+"""CSS variables for colours on a page that has a light and a dark theme. Grey is readable in both."""
 MOST_CLASSES, FEWER_CLASSES = 100, 40
-"""Largest number of classes drawn in full; beyond it, number of classes drawn, those with most errors."""
+"""Largest number of classes that are all drawn. If there are more, only this number of classes with most errors is
+drawn."""
 WRITTEN = 20
-"""Size of the largest confusion matrix with numbers in its cells."""
+"""Size of the largest confusion matrix that has numbers in its cells."""
 ENOUGH = 20
-"""Number of answers below which a bar is drawn fainter."""
+"""A bar is drawn fainter if it stands for fewer answers than this."""
 AFFINITY_BARS = 80
 LONGEST_NAME, LONGEST_ABOUT = 26, 60
 LOOKS = Path(__file__).with_name("plots.mplstyle")
@@ -57,7 +59,7 @@ PANELS = 6
 POINTS = 5
 """Range of a heat map, in points of accuracy below the best."""
 MARKS = (0.5, 0.9, 0.99)
-"""Thresholds marked on the curve of accuracy against coverage."""
+"""Thresholds that are marked on the curve of accuracy against coverage."""
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -68,10 +70,10 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Confusion:
-    """A confusion matrix: ``counts[i, j]`` items of class ``names[i]`` were classified as ``names[j]``.
+    """A confusion matrix, in which ``counts[i, j]`` items of class ``names[i]`` were classified as ``names[j]``.
 
-    ``totals[i]`` is the number of items of class ``i``. ``of`` is the number of classes that occur; ``counts`` holds
-    only those with most errors if there are more.
+    ``totals[i]`` is the number of items of class ``i``. ``of`` is the number of classes that occur. If there are too
+    many classes, ``counts`` only contains the classes with most errors.
     """
 
     names: list[str]
@@ -81,7 +83,7 @@ class Confusion:
 
 
 def confusion(answers: Answers) -> Confusion:
-    """Count answers by true and predicted class, in the order of the index."""
+    """Count the answers by true and predicted class. The classes are in the order of the index."""
     c = len(answers.class_names)
     truth, predicted = answers.truth, answers.predicted
     totals = np.bincount(truth, minlength=c)
@@ -98,14 +100,17 @@ def confusion(answers: Answers) -> Confusion:
 
 
 def class_accuracies(per_class: dict[str, float]) -> tuple[list[str], Floats]:
-    """Return classes and accuracies, best first; only the ``FEWER_CLASSES`` worst of more than ``MOST_CLASSES``."""
+    """Return the classes and their accuracies, starting with the best class.
+
+    If there are more than ``MOST_CLASSES`` classes, only the ``FEWER_CLASSES`` worst classes are returned.
+    """
     ordered = sorted(per_class.items(), key=lambda pair: -pair[1])
     ordered = ordered[-FEWER_CLASSES:] if len(ordered) > MOST_CLASSES else ordered
     return [name for name, _ in ordered], np.array([value for _, value in ordered])
 
 
 def affinity_bars(affinities: Affinities) -> tuple[Floats, Floats, Floats]:
-    """Return edges of at most ``AFFINITY_BARS`` bins, and the shares of ``same`` and ``other`` pairs."""
+    """Return the edges of at most ``AFFINITY_BARS`` bins, and the fractions of ``same`` and ``other`` pairs in them."""
     either = np.flatnonzero(affinities.same + affinities.other)
     if not either.size:
         return affinities.edges[[0, -1]], np.zeros(1), np.zeros(1)
@@ -127,7 +132,10 @@ def mean_affinity(affinities: Affinities, counts: Ints) -> float | None:
 
 @dataclass(frozen=True)
 class Panel:
-    """Accuracy ``[betas, alphas]`` at one ``k`` (0: all keys)."""
+    """The accuracy at one ``k`` for each beta and alpha, as an array of shape ``[betas, alphas]``.
+
+    ``k`` is 0 if all keys are used.
+    """
 
     k: int
     alphas: Floats
@@ -135,7 +143,10 @@ class Panel:
     accuracy: Floats
 
     def nearest(self, alpha: float, beta: float) -> tuple[int, int]:
-        """Return row and column of the cell nearest to these settings by ratio; alpha 0 has its own column."""
+        """Return the row and column of the cell that is nearest to these settings, measured by their ratio.
+
+        An alpha of 0 has its own column.
+        """
         with np.errstate(divide="ignore"):
             column, row = (
                 int(np.abs(np.log(values) - np.log(value)).argmin()) if value else 0
@@ -145,7 +156,10 @@ class Panel:
 
 
 def surface_panels(surface: pa.Table) -> list[Panel]:
-    """Split an accuracy surface by k, all keys first, and keep the best ``PANELS``."""
+    """Split an accuracy surface by k, and keep the ``PANELS`` most accurate panels.
+
+    The panels are sorted by falling k, starting with the panel for all keys.
+    """
     k, beta, alpha, accuracy = (surface[name].to_numpy() for name in ("k", "beta", "alpha", "accuracy"))
     panels = []
     for value in np.unique(k):
@@ -163,14 +177,14 @@ def surface_panels(surface: pa.Table) -> list[Panel]:
 
 
 def check(folder: Path) -> None:
-    """Raise UsageError without matplotlib, or if the folder is a file."""
+    """Raise UsageError if matplotlib is not installed, or if the folder is a file."""
     needs_matplotlib()
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{show(folder)}: is a file; --plot needs a folder, give another path")
+        raise UsageError(f"{show(folder)}: is a file, but --plot requires a folder; give another path")
 
 
 def needs_matplotlib(what: str = "--plot") -> None:
-    """Raise UsageError if matplotlib, which ``what`` needs, is not installed."""
+    """Raise UsageError if matplotlib, which ``what`` requires, is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -178,11 +192,11 @@ def needs_matplotlib(what: str = "--plot") -> None:
 
 
 def write_plots(evaluation: Evaluation, folder: Path, about: str = "") -> list[Path]:
-    """Write the diagrams of an evaluation into a folder and return their paths.
+    """Write the diagrams of an evaluation into a folder, and return their paths.
 
     The files are confusion.png, per_class.png, reliability.png, coverage.png and, if affinities were counted,
-    affinity.png. Each shows ``about`` and the date. Raises UsageError as :func:`check`; InputError if the folder cannot
-    be written.
+    affinity.png. Each diagram shows ``about`` and the date. Raises the same errors as :func:`check`. Raises InputError
+    if the folder cannot be written.
     """
     check(folder)
     drawings = {"confusion": draw_confusion, "per_class": draw_per_class, "reliability": draw_reliability,
@@ -196,7 +210,10 @@ def write_plots(evaluation: Evaluation, folder: Path, about: str = "") -> list[P
 
 
 def write(draw: Callable[[], Figure], path: Path, about: str) -> None:
-    """Write a diagram as SVG if ``path`` ends in .svg, else as PNG. Raises as :func:`write_plots`."""
+    """Write a diagram as SVG if ``path`` ends in .svg, and as PNG otherwise.
+
+    Raises the same errors as :func:`write_plots`.
+    """
     needs_matplotlib()
     form = "svg" if path.suffix.lower() == ".svg" else "png"
     with _style(), replacing(path) as temporary:
@@ -208,7 +225,7 @@ def write(draw: Callable[[], Figure], path: Path, about: str) -> None:
 
 
 def draw_confusion(evaluation: Evaluation) -> Figure:
-    """Draw the confusion matrix (rows: true, columns: predicted), as shares of the true class."""
+    """Draw the confusion matrix. Rows are true classes, columns are predicted ones, and cells are shares of the row."""
     from matplotlib.colors import PowerNorm
 
     matrix = confusion(evaluation.answers)
@@ -235,7 +252,7 @@ def draw_confusion(evaluation: Evaluation) -> Figure:
 
 
 def draw_per_class(evaluation: Evaluation) -> Figure:
-    """Draw the accuracy of each class as a bar, worst at the bottom."""
+    """Draw the accuracy of each class as a bar. The worst class is at the bottom."""
     names, accuracies = class_accuracies(evaluation.per_class)
     m, of = len(names), len(evaluation.per_class)
     (figure, axes), y = _figure(7, max(2.8, 0.17 * m + 1.5)), np.arange(m)[::-1]
@@ -250,7 +267,7 @@ def draw_per_class(evaluation: Evaluation) -> Figure:
 
 
 def draw_reliability(evaluation: Evaluation) -> Figure:
-    """Draw accuracy against confidence in bins, with the number of answers below."""
+    """Draw the accuracy against the confidence in bins. A second diagram below shows the number of answers per bin."""
     answers = evaluation.answers
     bins = [b for b in reliability(answers.confidence, answers.right) if b.count]
     figure, (axes, below) = _grid(5.4, 6.2, 2, 1, sharex=True, height_ratios=[3.2, 1])
@@ -258,7 +275,7 @@ def draw_reliability(evaluation: Evaluation) -> Figure:
     width = bins[0].high - bins[0].low
     accuracy = 100 * np.array([b.accuracy for b in bins], dtype=np.float64)
     confidence = 100 * np.array([b.confidence for b in bins], dtype=np.float64)
-    shades = [(BLUE, min(1.0, 0.25 + 0.75 * b.count / ENOUGH)) for b in bins]  # a bar of three answers says little
+    shades = [(BLUE, min(1.0, 0.25 + 0.75 * b.count / ENOUGH)) for b in bins]  # a bar of three answers is unreliable
     axes.bar(centres, accuracy, width * 0.92, color=shades)
     axes.bar([0], [0], 0, color=BLUE, label="accuracy of the answers")
     axes.hlines(confidence, centres - width * 0.46, centres + width * 0.46, color=ORANGE, linewidth=2.5,
@@ -277,7 +294,7 @@ def draw_reliability(evaluation: Evaluation) -> Figure:
 
 
 def draw_coverage(evaluation: Evaluation) -> Figure:
-    """Draw accuracy against coverage, as the least probable answers are withheld."""
+    """Draw the accuracy against the coverage if the least probable answers are withheld."""
     answers = evaluation.answers
     curve = accuracy_coverage(answers.confidence, answers.right)
     figure, axes = _figure(6, 4.4)
@@ -292,7 +309,7 @@ def draw_coverage(evaluation: Evaluation) -> Figure:
             axes.text(x, 0.02, f"P ≥ {threshold:g} ", rotation=90, ha="right", fontsize=8, color=BLACK,
                       transform=axes.get_xaxis_transform())  # fmt: skip
             left = min(left, x)
-    first = min([*(100 * curve.coverage[curve.accuracy < curve.accuracy.max()]), left])  # nothing happens before
+    first = min([*(100 * curve.coverage[curve.accuracy < curve.accuracy.max()]), left])  # the curve is flat before
     axes.set(xlim=(max(0.0, 0.9 * first - 5), 101), xlabel="coverage: share of photos answered, %")
     axes.set_ylabel("accuracy of the answers, %")
     said = f"all photos: {evaluation.top1:.1%}"
@@ -303,7 +320,7 @@ def draw_coverage(evaluation: Evaluation) -> Figure:
 
 
 def draw_affinity(evaluation: Evaluation) -> Figure:
-    """Draw affinities of queries to keys of the same and of other classes."""
+    """Draw histograms of the affinities of queries to keys of the same class and of other classes."""
     affinities = evaluation.answers.affinities
     assert affinities is not None
     edges, same, other = affinity_bars(affinities)
@@ -325,9 +342,10 @@ def draw_affinity(evaluation: Evaluation) -> Figure:
 
 
 def draw_surface(surface: pa.Table, path: Path, about: str = "") -> None:
-    """Write the accuracy ``surface`` of a search (columns k, beta, alpha, accuracy), one panel per k (0: all keys).
+    """Write a diagram of the accuracy surface of a search, with one panel per k.
 
-    Draws the ``PANELS`` most accurate k; the lowest quarter of accuracies shares one colour.
+    ``surface`` has the columns k (0 stands for all keys), beta, alpha and accuracy. The ``PANELS`` most accurate values
+    of k are drawn. The lowest quarter of the accuracies shares one colour.
     """
     write(partial(_draw_panels, surface_panels(surface), 100 * surface["accuracy"].to_numpy()), path, about)
 
@@ -343,12 +361,12 @@ def _draw_panels(panels: list[Panel], reached: Floats) -> Figure:
     for axes in drawn[len(panels) :]:
         axes.set_visible(False)
     figure.colorbar(image, ax=drawn, fraction=0.03, pad=0.02, extend="min", label="accuracy, %")
-    figure.suptitle("Accuracy by alpha, beta and k (circle: best of each panel)")
+    figure.suptitle("Accuracy by alpha, beta and k (a circle marks the best in each panel)")
     return figure
 
 
 def draw_frontier(tuning: Tuning) -> Figure:
-    """Draw cost per query against disagreement with an exact search, one point per setting."""
+    """Draw the disagreement with an exact search against the cost per query. Each point is a setting."""
     figure, axes = _figure(7, 4.2)
 
     def points(trials: list[Trial]) -> tuple[list[float], list[float]]:
@@ -365,7 +383,7 @@ def draw_frontier(tuning: Tuning) -> Figure:
 
 
 def draw_heat(panel: Panel, alpha: float, beta: float) -> Figure:
-    """Draw accuracy over alpha and beta at one k: circle at the best cell, cross at these settings."""
+    """Draw the accuracy over alpha and beta at one k. A circle marks the best cell, a cross these settings."""
     figure, axes = _figure(6.8, 4.4)
     best = 100 * float(panel.accuracy.max())
     image = _heat(axes, panel, max(best - POINTS, 100 * float(panel.accuracy.min())), best)
@@ -376,12 +394,15 @@ def draw_heat(panel: Panel, alpha: float, beta: float) -> Figure:
 
 
 def draw_shots(lines: Sequence[Summary], rows: Sequence[Run]) -> Figure:
-    """Draw accuracy over shots, one line per method, with 95 % intervals over seeds and dots for single draws."""
+    """Draw the accuracy over shots, with one line per method.
+
+    Bars show 95 % confidence intervals over seeds, and dots show single draws.
+    """
     figure, axes = _figure(6.8, 4.2)
     colours = {"tip-adapter": BLUE, "cache-alone": ORANGE}
     for place, method in enumerate(dict.fromkeys(line["method"] for line in lines)):
         own = [line for line in lines if line["method"] == method]
-        aside = 2 ** (0.04 * (place - 1))  # keeps error bars apart
+        aside = 2 ** (0.04 * (place - 1))  # prevents error bars from overlapping
         colour = colours.get(method, GREY)
         shots, means = [aside * line["shots"] for line in own], [100 * line["top1"] for line in own]
         halves = [100 * (line["half"] or 0.0) for line in own]
@@ -401,7 +422,7 @@ def draw_shots(lines: Sequence[Summary], rows: Sequence[Run]) -> Figure:
 
 
 def draw_choice(choice: FormChoice) -> Figure:
-    """Draw the forms tried by a fit, one line each, lowest cross-entropy on top."""
+    """Draw the forms that a fit has tried, one per row. The form with the lowest cross-entropy is at the top."""
     trials = sorted(choice.trials, key=lambda trial: -trial.loss)
     figure, drawn = _grid(9.4, 0.9 + 0.34 * len(trials), 1, 2, sharey=True)
     places, own = np.arange(len(trials)), [trial.form == choice.form for trial in trials]
@@ -411,12 +432,15 @@ def draw_choice(choice: FormChoice) -> Figure:
         axes.scatter(figures, places, color=[ORANGE if chosen else BLUE for chosen in own], zorder=3)
         axes.set(xlabel=label)
     drawn[0].set_yticks(places, [str(trial.form) for trial in trials], fontsize=8)
-    figure.suptitle("Forms tried on held-out photos (orange: chosen)")
+    figure.suptitle("Forms tried on held-out photos (the selected form is orange)")
     return figure
 
 
 def draw_training(curve: pa.Table, kept: int, title: str = "") -> Figure:
-    """Draw loss and accuracy by epoch from a ``curve`` (:data:`finetune.CURVE`) and mark the epoch ``kept``."""
+    """Draw the loss and the accuracy by epoch, and mark the epoch ``kept``.
+
+    ``curve`` has the columns of :data:`finetune.CURVE`.
+    """
     from matplotlib.ticker import MaxNLocator
 
     figure, drawn = _grid(9.4, 3.8, 1, 2)
@@ -437,9 +461,10 @@ def draw_training(curve: pa.Table, kept: int, title: str = "") -> Figure:
 
 
 def svg(draw: Callable[[], Figure], label: str) -> Markup:
-    """Return a diagram as a self-contained ``<svg>`` element with an accessible ``label``.
+    """Return a diagram as a self-contained ``<svg>`` element that has an accessible ``label``.
 
-    The page defines colours and font: ``--paper``, ``--blue``, ``--orange`` and ``--sans``.
+    The page must define the CSS variables ``--paper``, ``--blue`` and ``--orange`` for colours, and ``--sans`` for the
+    font.
     """
     buffer = io.StringIO()
     themed = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), BLACK)
@@ -450,14 +475,14 @@ def svg(draw: Callable[[], Figure], label: str) -> Markup:
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     drawn = buffer.getvalue().partition("<svg")[2].partition(">")[2]
     drawn = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", drawn, flags=re.DOTALL)
-    drawn = re.sub(r'<g id="[^"]*"', "<g", drawn)  # the same in every diagram, never used
+    drawn = re.sub(r'<g id="[^"]*"', "<g", drawn)  # the ids are the same in every diagram, and are never used
     drawn = re.sub(r'style="[^"<>]*"', _themed, drawn)
     start = markup('<svg viewBox="0 0 {:g} {:g}" width="{:g}" role="img" aria-label="{}">')  # 96 pixels per inch
     return start.format(width, height, width * 4 / 3, one_line(label)) + markup(drawn.strip())
 
 
 def _themed(style: re.Match[str]) -> str:
-    """Return a style attribute with the fonts and colours of the page."""
+    """Replace the fonts and colours in a style attribute by those of the page."""
     themed = re.sub(r"font:( \w+)? ([\d.]+)px [^;\"]*", r"font:\1 \2px var(--sans)", style[0])  # before matplotlib 3.10
     themed = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", themed)
     for colour, name in THEME.items():
@@ -466,7 +491,7 @@ def _themed(style: re.Match[str]) -> str:
 
 
 def _heat(axes: Axes, panel: Panel, low: float, high: float) -> QuadMesh:
-    """Draw the cells of one panel in colours from ``low`` to ``high`` %, with a circle at the best."""
+    """Draw the cells of a panel in colours from ``low`` to ``high`` %. A circle marks the best cell."""
     shown = 100 * panel.accuracy
     image = axes.pcolormesh(shown, cmap="cividis", vmin=low, vmax=max(high, low + 0.1), rasterized=True)
     row, column = np.unravel_index(int(panel.accuracy.argmax()), panel.accuracy.shape)
@@ -480,16 +505,16 @@ def _heat(axes: Axes, panel: Panel, low: float, high: float) -> QuadMesh:
 
 @contextmanager
 def _style(settings: dict[Any, str] | None = None) -> Iterator[None]:
-    """Draw with :data:`LOOKS` and ``settings``, whatever the user's own matplotlib settings."""
+    """Draw with :data:`LOOKS` and ``settings`` inside the context, ignoring the matplotlib settings of the user."""
     import matplotlib
 
     level = logging.getLogger("matplotlib.font_manager").level
-    date = os.environ.pop("SOURCE_DATE_EPOCH", None)  # an invalid value would raise, though no date is written
+    date = os.environ.pop("SOURCE_DATE_EPOCH", None)  # an invalid value would raise an error
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rc_file(LOOKS)
         matplotlib.rcParams.update(settings or {})
         logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class name in a script without a font
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # class names may use a script that has no font
         try:
             yield
         finally:
@@ -506,7 +531,7 @@ def _grid(
     width: float, height: float, down: int, across: int, *, sharex: bool = False, sharey: bool = False,
     height_ratios: Sequence[float] | None = None,
 ) -> tuple[Figure, list[Axes]]:  # fmt: skip
-    """Return a figure without pyplot (no windows), and its axes row by row."""
+    """Return a new figure and its axes, row by row. This does not use pyplot, which could open windows."""
     from matplotlib.figure import Figure as New
 
     figure = New(figsize=(width, height))

@@ -1,4 +1,4 @@
-"""Provenance of a report: settings, index and machine, as rows of names and values."""
+"""The provenance of a report, which lists the settings, the index and the machine as rows of names and values."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from retrieval_tip.store.folder import read_manifest, read_version
 from retrieval_tip.store.manifest import Manifest
 
 LISTED = 50
-"""Largest number of items listed of one value."""
+"""Largest number of items of a value that are listed."""
 
 KEPT = {"source": "source", "dataset": "dataset", "shots": "shots", "seed": "seed", "views": "views",
         "text": "text weights", "affinity_other_classes": "affinity_other_classes",
         "skipped": "skipped at build"}  # fmt: skip
-"""Records of a build, with their names in the report."""
+"""Names of build records in the report."""
 
 
 def provenance(judged: JudgedIndex) -> dict[str, object]:
-    """Return rows for ``settings``, ``search``, ``index`` and ``machine``, and the time as ``when``."""
+    """Return the rows for ``settings``, ``search``, ``index`` and ``machine``, and the current time as ``when``."""
     folder, version, manifest = judged.folder, judged.cache.version, None
     if folder is not None:
         manifest = read_manifest(folder) if version is None else read_version(folder, version)
@@ -72,7 +72,7 @@ def _index(judged: JudgedIndex, manifest: Manifest | None) -> Iterator[tuple[str
 
 
 def described(value: object) -> str:
-    """Return a value of a manifest as text."""
+    """Return a manifest value as text."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {described(part)}" for name, part in value.items())
     if isinstance(value, list):

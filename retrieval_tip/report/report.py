@@ -1,7 +1,7 @@
-"""Accuracy reports: one HTML file without scripts or links, laid out by ``page.html.j2``.
+"""Accuracy reports, which are single HTML files that contain no scripts and no external links.
 
-Test labels judge answers and never choose a setting. The curves over shots and the surface of alpha and beta come from
-the shots, each held out in turn, or from validation images.
+The layout is in ``page.html.j2``. The test labels are used to evaluate the answers, and never to select a setting. The
+accuracy curves and the alpha-beta surface are measured on validation images, or on the shots, each held out in turn.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CLASSES = 1000
-"""Largest number of classes in the table, weakest first."""
+"""Largest number of classes in the table. The weakest classes are shown."""
 AFFINITY_PAIRS = 2_000_000_000
-"""Largest number of (item, key) pairs whose affinities are counted."""
+"""Largest number of (item, key) pairs for which affinities are counted."""
 SHOTS = tuple(2**i for i in range(10))
 RIVAL_KEYS = 1 << 14
-"""Largest number of keys for a comparison with rivals: a linear probe of more takes minutes."""
+"""Largest number of keys for a comparison with rivals. With more keys, a linear probe takes minutes."""
 CURVE_KEYS = 4096
-"""Largest default draw of the curves: the cost of a search grows with the square of the keys."""
+"""Largest number of keys that are drawn for the curves by default. Search time grows with the square of this number."""
 SURFACE_KEYS, SURFACE_QUERIES = 20_000, 2_000
-"""Largest number of keys for a surface of alpha and beta, and of its queries."""
+"""Largest number of keys for which the alpha-beta surface is computed, and largest number of queries used."""
 AROUND = np.geomspace(1 / 8, 4, 26)
-"""Multiples of the index's beta on the surface; beyond them only the scale of alpha changes."""
+"""Betas on the surface, as multiples of the beta of the index. Beyond this range, only the scale of alpha changes."""
 SEEDS = 3
 
 Ints = npt.NDArray[np.int64]
@@ -68,7 +68,11 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """A written report: file, size in ``bytes``, evaluation, and the reasons for sections ``left_out``."""
+    """A report that has been written.
+
+    It has the ``path`` of the file, its size in ``bytes``, the ``evaluation``, and the sections that were ``left_out``,
+    with the reasons.
+    """
 
     path: Path
     bytes: int
@@ -84,27 +88,32 @@ def write_report(
     """Evaluate an index on a labelled test source and write an accuracy report as one HTML file.
 
     Args:
-        cache: the index, answering by its ``settings``.
-        test: labelled images or features, evaluated as by :func:`evaluate.evaluate`.
-        encoder: makes the features; ``encoder.skipped`` names unreadable items.
-        out: the file, replaced in one step once the report is complete.
-        val: validation source that chooses the settings of the curves and draws the surface of alpha and beta; by
-            default the shots, each held out in turn.
-        shots: keys per class to draw for the curves; by default 1, 2, 4 ... up to the smallest class.
-        seeds: draws for each number of shots.
-        curves: whether to draw accuracy over shots.
-        folder: the index folder, if ``cache`` does not know it.
-        where: the condition that restricted the keys, for the record.
-        command: the command line, for the record.
+        cache: The index. Its ``settings`` are used for the answers.
+        test: Labelled images or features. See :func:`evaluate.evaluate`.
+        encoder: The encoder that computes the features. ``encoder.skipped`` lists the unreadable items.
+        out: The file. An existing file is replaced once the report is complete.
+        val: The validation source that is used to select the settings for the curves and to compute the alpha-beta
+            surface. Defaults to the shots, each held out in turn.
+        shots: The numbers of keys per class to draw for the curves. Defaults to 1, 2, 4 and so on, up to the size of
+            the smallest class.
+        seeds: The number of draws for each number of shots.
+        curves: Whether to draw accuracy over shots.
+        folder: The index folder. Required only if ``cache`` does not contain it.
+        where: The condition by which the keys were selected. It is shown in the report.
+        command: The command line. It is shown in the report.
 
-    Raises UsageError without matplotlib, for ``shots`` beyond the smallest class, or if ``val`` is ``test``;
-    InputError as :func:`evaluate.evaluate`, and if ``out`` cannot be written. After an error nothing is written.
+    Raises:
+        UsageError: if matplotlib is not installed.
+        UsageError: if ``shots`` exceeds the size of the smallest class, or if ``val`` and ``test`` are the same source.
+        InputError: in the same cases as :func:`evaluate.evaluate`, or if ``out`` cannot be written.
+
+    If an error is raised, nothing is written.
     """
     path = Path(out)
     check(path)
     check_count("seeds", seeds)
     if val is not None and val.name == test.name:
-        raise UsageError(f"val: {val.name} is the test source; give other photos to choose settings on")
+        raise UsageError(f"val: {val.name} is the test source; give other photos to select settings on")
     least, rare = _fewest(cache)
     for number in shots or ():
         if number > least or number < 1:
@@ -125,7 +134,7 @@ def write_report(
 
 
 def check(out: Path) -> None:
-    """Raise UsageError without matplotlib, InputError if the file cannot be written."""
+    """Raise UsageError if matplotlib is not installed, and InputError if the file cannot be written."""
     plots.needs_matplotlib("a report")
     if out.is_dir():
         raise InputError(f"{show(out)}: is a folder; give a file name")
@@ -139,7 +148,7 @@ def _fewest(cache: CacheModel) -> tuple[int, str]:
 
 
 class _LeftOutError(Exception):
-    """A section that cannot be made, with the reason as the reader sees it."""
+    """Raised if a section cannot be created. The message is the reason that the report shows."""
 
 
 class Plot(NamedTuple):
@@ -150,12 +159,12 @@ class Plot(NamedTuple):
 
     @classmethod
     def of(cls, draw: Callable[[], Figure], caption: str, before: str = "") -> Plot:
-        """Draw a diagram; ``before`` and the caption become its accessible label."""
+        """Draw a diagram. Its accessible label consists of ``before`` and the caption."""
         return cls(plots.svg(draw, before + caption), caption)
 
 
 def _page(judged: JudgedIndex) -> tuple[str, dict[str, str]]:
-    """Return the page, and the reasons for missing sections by name."""
+    """Return the page, and the reason for each missing section by its name."""
     makers: dict[str, Callable[[JudgedIndex], object]] = {
         "shots": _over_shots, "settings": _surface, "training": _training, "mistakes": mistakes,
         "confusions": _confusions, "classes": _classes, "probabilities": _probabilities, "affinities": _affinities,
@@ -164,7 +173,7 @@ def _page(judged: JudgedIndex) -> tuple[str, dict[str, str]]:
     if not judged.is_tuned:
         del makers["training"]
     if judged.cache.fitted is not None and judged.cache.fitted.solved and judged.val is None:
-        del makers["settings"]  # solved values know all shots, so none can be held out
+        del makers["settings"]  # solved values depend on all shots, so none can be held out
     ways, missing = _accuracy(judged)
     parts: dict[str, object] = {"accuracy": {"ways": ways, "missing": missing}}
     left_out: dict[str, str] = {}
@@ -190,7 +199,7 @@ def _page(judged: JudgedIndex) -> tuple[str, dict[str, str]]:
 
 
 def _accuracy(judged: JudgedIndex) -> tuple[list[Way], str]:
-    """Return the ways of classifying, including rivals, and why some are missing."""
+    """Return the ways of classifying, including rivals, and the reason why some ways are missing."""
     evaluation, details, truth, tuned = judged.evaluation, judged.details, judged.answers.truth, judged.is_tuned
     ways, missing = [], ""
     if evaluation.zero_shot_top1 is not None:
@@ -207,7 +216,7 @@ def _accuracy(judged: JudgedIndex) -> tuple[list[Way], str]:
 
 
 def _rivals(judged: JudgedIndex, shots: CacheModel) -> list[Way]:
-    """Return simple rivals, Tip-Adapter, and the index before fine-tuning."""
+    """Return the simple rivals, Tip-Adapter, and the index before fine-tuning."""
     ways = []
     if shots.n <= RIVAL_KEYS:
         for name, rival in sweep.LINEAR.items():
@@ -248,13 +257,13 @@ def _parent(judged: JudgedIndex) -> CacheModel:
     cache, facts = judged.cache, judged.record("finetune")
     name, version = facts.get("parent"), facts.get("parent_version")
     if not isinstance(name, str) or not name:
-        raise _LeftOutError("the index does not name the index it was made from")
+        raise _LeftOutError("the index does not record which index it was trained from")
     try:
         number = version if isinstance(version, int) else None
         parent = CacheModel.load(name, device=cache.device, precision=cache.precision, version=number)
         check_backbone(parent.backbone, parent.d, judged.encoder.backbone, [judged.test])
         if parent.class_names != cache.class_names:
-            raise InputError("other classes")
+            raise InputError("its classes are different")
     except (RetrievalTipError, OSError, ValueError) as error:
         raise _LeftOutError(f"the index before fine-tuning, {name}, cannot be used ({error})") from None
     return parent
@@ -264,11 +273,11 @@ def _parent(judged: JudgedIndex) -> CacheModel:
 
 
 def _drawn(judged: JudgedIndex) -> tuple[list[int], str]:
-    """Return the numbers of shots to draw, and a sentence about skipped ones."""
+    """Return the numbers of shots to draw, and a sentence about the numbers that are skipped, if any."""
     if not judged.curves:
         raise _LeftOutError("switched off for this report")
     if judged.is_tuned:
-        raise _LeftOutError("the keys were fine-tuned together, so a draw says nothing about fewer examples")
+        raise _LeftOutError("the keys were fine-tuned together, so a draw does not show the accuracy of fewer examples")
     if judged.shots is not None:
         return list(dict.fromkeys(judged.shots)), ""
     least, rare = _fewest(judged.cache)
@@ -283,7 +292,11 @@ def _drawn(judged: JudgedIndex) -> tuple[list[int], str]:
 
 
 def _over_shots(judged: JudgedIndex) -> dict[str, object]:
-    """Return a diagram of accuracy over shots, and rows: method, shots, draws, mean, half of the interval, range."""
+    """Return a diagram of the accuracy over shots, and rows for a table.
+
+    Each row contains the method, the shots, the number of draws, the mean, half the width of the interval, and the
+    range.
+    """
     numbers, more = _drawn(judged)
     last: sweep.Method = "cache-alone" if judged.cache.fitted is None else "closed-form"
     methods: tuple[sweep.Method, ...] = ("zero-shot", "tip-adapter", last) if judged.cache.has_text else (last,)
@@ -298,9 +311,9 @@ def _over_shots(judged: JudgedIndex) -> dict[str, object]:
             chosen_on.setdefault(Path(run["chosen_on"]).name, []).append(str(run["shots"]))
     chosen = "; ".join(f"{', '.join(of)}: {name}" for name, of in chosen_on.items())
     caption = (
-        f"Drawn from the index's own examples by the published rule, with seeds 1 to {judged.seeds}, or once if a draw "
-        f"takes all examples. Alpha, beta and k are chosen without the test photos (shots {chosen}). Bars are 95% "
-        f"intervals of the mean over draws; dots are single draws.{more}"
+        f"Examples are drawn from the index by the published rule, with seeds 1 to {judged.seeds}, or once if a draw "
+        f"takes all examples. Alpha, beta and k are selected without the test photos (shots {chosen}). Bars show 95% "
+        f"intervals of the mean over draws. Dots show single draws.{more}"
     )
     rows = []
     for line in sorted(lines, key=lambda line: methods.index(line["method"])):
@@ -320,7 +333,7 @@ def _runs(judged: JudgedIndex, numbers: Sequence[int], methods: Sequence[sweep.M
     pool = closed_form.unfitted(judged.cache)
     with tempfile.TemporaryDirectory() as place:
         for number in tqdm(numbers, unit="draw", disable=None if judged.encoder.progress else True, leave=False):
-            seeds = range(1, 2 if counts == {number} else judged.seeds + 1)  # every draw is the same
+            seeds = range(1, 2 if counts == {number} else judged.seeds + 1)  # otherwise all draws are the same
             file, val = Path(place) / "runs.parquet", judged.val
             runs += sweep.sweep(pool, "", test, file, shots=[number], seeds=seeds, methods=methods, val=val)
     return runs
@@ -329,7 +342,7 @@ def _runs(judged: JudgedIndex, numbers: Sequence[int], methods: Sequence[sweep.M
 def _surface(judged: JudgedIndex) -> Plot:
     cache, val = judged.cache, judged.val
     if judged.is_tuned:
-        raise _LeftOutError("fine-tuned keys know their own photos and belong to one alpha and beta")
+        raise _LeftOutError("fine-tuned keys depend on their own photos and are only valid for one alpha and beta")
     if cache.n > SURFACE_KEYS:
         raise _LeftOutError(f"{cache.n:,} examples are more than {SURFACE_KEYS:,}; use search-hp --surface")
     settings = cache.settings
@@ -346,8 +359,8 @@ def _surface(judged: JudgedIndex) -> Plot:
     beyond = not panel.alphas[0] <= settings.alpha <= panel.alphas[-1]
     said = (
         f"Measured on {Path(queries.name).name} ({counted(len(queries.ids), 'photo')}, k = {k or 'all'}), not on the "
-        f"test photos. Cross: alpha {settings.alpha:.4g} and beta {settings.beta:.4g} of this report, "
-        f"{panel.accuracy[own]:.1%}{' (alpha is beyond the edge)' if beyond else ''}. Circle: the best, "
+        f"test photos. The cross marks alpha {settings.alpha:.4g} and beta {settings.beta:.4g} of this report, "
+        f"{panel.accuracy[own]:.1%}{' (alpha is beyond the edge)' if beyond else ''}. The circle marks the best, "
         f"{panel.accuracy.max():.1%}. Cells more than {plots.POINTS} points below the best share one colour."
     )
     draw = partial(plots.draw_heat, panel, settings.alpha, settings.beta)
@@ -362,7 +375,7 @@ def _some(queries: search_hp.Queries) -> search_hp.Queries:
 
 
 def _training(judged: JudgedIndex) -> dict[str, object]:
-    """Return the record of fine-tuning, and its curve if the index has one."""
+    """Return the record of fine-tuning, and the training curve if the index has one."""
     facts, curve = judged.record("finetune"), judged.cache.curve
     rows = [(name, described(value)) for name, value in facts.items()]
     if curve is None:
@@ -392,7 +405,11 @@ def _confusions(judged: JudgedIndex) -> dict[str, object]:
 
 
 def _classes(judged: JudgedIndex) -> dict[str, object]:
-    """Return rows of classes, weakest first: name, accuracy, interval, items, keys, most frequent mistake."""
+    """Return rows of classes, sorted by accuracy, with a diagram and a sentence about them.
+
+    Each row contains the name, the accuracy, its interval, the number of items, the number of keys, and the most
+    frequent mistake.
+    """
     answers, names, evaluation = judged.answers, judged.cache.class_names, judged.evaluation
     rows, keys = [], judged.cache.counts
     for name, accuracy in sorted(evaluation.per_class.items(), key=lambda pair: pair[1])[:CLASSES]:
@@ -402,7 +419,10 @@ def _classes(judged: JudgedIndex) -> dict[str, object]:
         most = f"{names[wrong[0][0]]} ({wrong[0][1]})" if wrong else "-"
         low, high = wilson(int(answers.right[own].sum()), int(own.sum()))
         rows.append((name, accuracy, f"{low:.1%} to {high:.1%}", int(own.sum()), keys[i], most))
-    said = f"Mean over classes: {evaluation.mean_per_class:.1%}. Weakest class: {rows[0][0]}, {rows[0][1]:.1%}."
+    said = (
+        f"The mean accuracy over classes is {evaluation.mean_per_class:.1%}. The weakest class is {rows[0][0]}, with "
+        f"{rows[0][1]:.1%}."
+    )
     return {
         "said": said,
         "rows": rows,
@@ -413,10 +433,10 @@ def _classes(judged: JudgedIndex) -> dict[str, object]:
 def _probabilities(judged: JudgedIndex) -> tuple[Plot, Plot]:
     evaluation = judged.evaluation
     said = (
-        f"Mean probability of the answers {evaluation.answers.confidence.mean():.1%}, accuracy {evaluation.top1:.1%}, "
-        f"expected calibration error {evaluation.ece:.3f}."
+        f"The mean probability of the answers is {evaluation.answers.confidence.mean():.1%}, the accuracy is "
+        f"{evaluation.top1:.1%}, and the expected calibration error is {evaluation.ece:.3f}."
     )
-    covered = "Accuracy of the remaining answers when the least probable ones are withheld."
+    covered = "The curve shows the accuracy of the remaining answers if the least probable ones are withheld."
     reliability = Plot.of(partial(plots.draw_reliability, evaluation), said, "Reliability. ")
     return reliability, Plot.of(partial(plots.draw_coverage, evaluation), covered)
 
@@ -424,8 +444,8 @@ def _probabilities(judged: JudgedIndex) -> tuple[Plot, Plot]:
 def _affinities(judged: JudgedIndex) -> Plot:
     seen = judged.answers.affinities
     if seen is None:
-        raise _LeftOutError(f"more than {AFFINITY_PAIRS:,} pairs of photo and example; use evaluate --plot")
+        raise _LeftOutError(f"there are more than {AFFINITY_PAIRS:,} pairs of photo and example; use evaluate --plot")
     means = (plots.mean_affinity(seen, counts) for counts in (seen.same, seen.other))
     same, other = ("-" if mean is None else f"{mean:.3f}" for mean in means)
-    said = f"Affinity of test photos to examples: mean {same} within a class, {other} between classes."
+    said = f"The mean affinity of test photos to examples is {same} within a class and {other} between classes."
     return Plot.of(partial(plots.draw_affinity, judged.evaluation), said)

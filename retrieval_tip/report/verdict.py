@@ -1,4 +1,4 @@
-"""The head of a report: a verdict in a few sentences, and what to do next."""
+"""The top of a report, which gives a verdict in a few sentences and recommends what to do next."""
 
 from __future__ import annotations
 
@@ -18,20 +18,24 @@ from retrieval_tip.report.judged import JudgedIndex, portable
 Bools = npt.NDArray[np.bool_]
 
 SURE = 0.9
-"""Smallest probability of a certain answer."""
+"""Smallest probability at which an answer counts as certain."""
 WEAK, NAMED = 0.5, 5
-"""Accuracy below which a class is always weak; largest number of weak classes named."""
+"""Accuracy below which a class always counts as weak, and the largest number of weak classes that are named."""
 AUDITED = 1 << 14
 """Largest number of keys that a report audits."""
 MISCALIBRATED = 0.05
 Z = NormalDist().inv_cdf(0.975)
 
 EXAMPLES, CLASS_NAMES = "examples only", "class names only"
-"""Names of the ways that use one part of the logits."""
+"""Names of the ways of classifying that use only one part of the logits."""
 
 
 class Way(NamedTuple):
-    """A way of classifying: accuracy with interval, mean over classes, ECE if known, and which answers are right."""
+    """A way of classifying, with its accuracy.
+
+    ``low`` and ``high`` are the ends of the 95 % confidence interval. ``mean`` is the mean over classes, ``ece`` is the
+    ECE if known, and ``right`` tells which answers are right.
+    """
 
     name: str
     what: str
@@ -44,7 +48,7 @@ class Way(NamedTuple):
 
 
 class Action(NamedTuple):
-    """A recommendation, its reason, and a ``command`` for it if there is one."""
+    """A recommendation, the reason for it, and a ``command`` that carries it out, if there is one."""
 
     what: str
     why: str
@@ -52,7 +56,7 @@ class Action(NamedTuple):
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
-    """Return the 95% interval of a fraction, ``hits`` of ``n`` (E. B. Wilson, 1927), within 0 to 1."""
+    """Return the 95% confidence interval of the fraction ``hits / n`` (E. B. Wilson, 1927), clipped to 0 and 1."""
     p, share = hits / n, Z**2 / n
     centre, half = p + share / 2, Z * math.sqrt(p * (1 - p) / n + share / (4 * n))
     low, high = (centre - half) / (1 + share), (centre + half) / (1 + share)
@@ -60,7 +64,10 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 
 
 def sentences(judged: JudgedIndex, ways: Sequence[Way]) -> Iterator[str]:
-    """Yield the verdict: accuracy, the alternatives, how far to trust the probabilities, and what goes wrong."""
+    """Yield the sentences of the verdict.
+
+    They describe the accuracy, the alternatives, the reliability of the probabilities, and the most frequent mistakes.
+    """
     evaluation, own, by = judged.evaluation, ways[-1], {way.name: way for way in ways}
     yield (
         f"{int(own.right.sum()):,} of {counted(evaluation.n, 'test photo')} were classified correctly: "
@@ -78,9 +85,12 @@ def sentences(judged: JudgedIndex, ways: Sequence[Way]) -> Iterator[str]:
     sure = answers.confidence >= SURE
     if sure.any():
         share, accuracy = sure.mean(), answers.right[sure].mean()
-        yield f"When it is at least {SURE:.0%} certain ({share:.0%} of photos), it is right {accuracy:.1%} of the time."
+        yield (
+            f"When the classifier is at least {SURE:.0%} certain ({share:.0%} of photos), it is right {accuracy:.1%} "
+            "of the time."
+        )
     else:
-        yield f"It is never {SURE:.0%} certain."
+        yield f"The classifier is never {SURE:.0%} certain."
     yield f"Its probabilities are off by {100 * evaluation.ece:.1f} points on average."
     if not evaluation.confusions:
         yield "No photo was misclassified."
@@ -96,13 +106,13 @@ def sentences(judged: JudgedIndex, ways: Sequence[Way]) -> Iterator[str]:
 
 
 def actions(judged: JudgedIndex, ways: Sequence[Way]) -> Iterator[Action]:
-    """Yield recommendations, most promising first."""
+    """Yield recommendations, starting with the most promising one."""
     cache, evaluation, own = judged.cache, judged.evaluation, ways[-1]
     folder = None if judged.folder is None else shlex.quote(portable(judged.folder))
     fit = f"retrieval-tip fit {folder}" if folder else ""
     better = [way for way in ways[:-1] if way.accuracy > own.accuracy and differ(way.right, own.right)]
     if cache.fitted is None and not judged.is_tuned:
-        why = f"{better[0].name} is significantly better" if better else "it has not been fitted to its examples yet"
+        why = f"{better[0].name} is significantly better" if better else "it is not fitted to its examples yet"
         yield Action("Fit the index", why, fit)
     elif cache.fitted is not None and cache.fitted.keys != cache.n:
         why = f"it was fitted to {cache.fitted.keys:,} examples and now has {cache.n:,}"
@@ -119,20 +129,20 @@ def actions(judged: JudgedIndex, ways: Sequence[Way]) -> Iterator[Action]:
         yield Action(f"Add photos of {', '.join(name for name, _ in weak)}", "; ".join(why for _, why in weak))
     if cache.n <= AUDITED and not judged.is_tuned and (suspicious := len(audit(cache))):
         command = f"retrieval-tip index audit {folder}" if folder else ""
-        yield Action("Check labels", f"{counted(suspicious, 'example', 'looks', 'look')} mislabelled", command)
+        yield Action("Check the labels", f"{counted(suspicious, 'example', 'looks', 'look')} mislabelled", command)
     if evaluation.ece > MISCALIBRATED:
         command = f"retrieval-tip calibrate {folder} --val SOURCE" if folder else ""
         yield Action("Calibrate the probabilities", f"they are off by {100 * evaluation.ece:.1f} points", command)
 
 
 def differ(one: Bools, other: Bools) -> bool:
-    """Return whether two ways of classifying the same items differ by more than chance (McNemar, 95%)."""
+    """Return whether the accuracies of two ways on the same items differ significantly (McNemar's test, 95%)."""
     change = abs(int(one.sum()) - int(other.sum()))
     return bool(change > 1.96 * np.sqrt((one != other).sum()))
 
 
 def _weakest(judged: JudgedIndex) -> list[tuple[str, int, int, int]]:
-    """Return (class, right answers, test items, keys), lowest accuracy first, then most mistakes."""
+    """Return tuples (class, right answers, test items, keys), sorted by accuracy and then by number of mistakes."""
     names, answers = judged.cache.class_names, judged.answers
     totals, rights = (np.bincount(ids, minlength=len(names)) for ids in (answers.truth, answers.truth[answers.right]))
     order = sorted(np.flatnonzero(totals), key=lambda i: (rights[i] / totals[i], -totals[i]))
