@@ -158,7 +158,7 @@ def test_shots_are_added_to_known_and_to_new_classes(place, clf):
     assert clf.cache.version == version + 4
     with pytest.raises(UsageError, match="label"):
         clf.add(place / "new/red/6.png")
-    with pytest.raises(InputError, match="labels: 1 for 2"):
+    with pytest.raises(InputError, match="labels: got 1 for 2"):
         clf.add([yellow[0], yellow[1]], ["yellow"])
 
 
@@ -199,7 +199,7 @@ def test_photos_in_memory_become_shots(place):
         with pytest.raises(UsageError, match=words):
             held.add(wrong)
     tensors = [(torch.zeros(3, 8, 8), "red")]
-    with pytest.raises(InputError, match=r"photo 0: Tensor.*without a transform"):
+    with pytest.raises(InputError, match=r"photo 0: got a Tensor.*without a transform"):
         Classifier.from_images(tensors, model=model, device="cpu")
 
 

@@ -625,7 +625,7 @@ def test_rows_are_counted_over_the_whole_table(tmp_path: Path) -> None:
 )
 def test_a_feature_of_another_type_is_refused(tmp_path: Path, column: pa.Array) -> None:
     path = table_of(tmp_path / "t.parquet", column)
-    with pytest.raises(InputError, match=r"t\.parquet: column 'feature' is .*expected lists of float"):
+    with pytest.raises(InputError, match=r"t\.parquet: column 'feature' has type .*expected lists of float"):
         read_all(path)
 
 
@@ -635,7 +635,7 @@ def test_an_empty_table_and_one_without_features_are_refused(tmp_path: Path) -> 
     with pytest.raises(InputError, match=r"e\.parquet: has no rows"):
         table_dim(empty)
     pq.write_table(pa.table({"id": ["a"], "vector": ["b"]}), tmp_path / "n.parquet")
-    with pytest.raises(InputError, match="no column 'feature' among id, vector"):
+    with pytest.raises(InputError, match="no column 'feature'; its columns are id, vector"):
         read_all(tmp_path / "n.parquet")
 
 

@@ -93,8 +93,8 @@ def _none_found(folder: Path, stray: list[str], others: Counter[str]) -> InputEr
     direct = sum(Path(name).suffix.lower() in images.extensions() for name in stray)
     if direct:
         return InputError(
-            f"{show(folder)}: it has no class folders, but {counted(direct, 'image')}; give the folder that "
-            f"contains one folder of images per class (perhaps {show(folder.absolute().parent)})"
+            f"{show(folder)}: there are no class folders, but {counted(direct, 'image')} directly in it; give the "
+            f"folder that contains one folder of images per class (perhaps {show(folder.absolute().parent)})"
         )
     others = others + Counter(Path(name).suffix.lower() for name in stray)
     here = f" (found {kinds(others)})" if others else ""
