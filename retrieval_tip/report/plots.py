@@ -180,7 +180,7 @@ def check(folder: Path) -> None:
     """Raise UsageError if matplotlib is not installed, or if the folder is a file."""
     needs_matplotlib()
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{show(folder)}: is a file, but --plot requires a folder; give another path")
+        raise UsageError(f"{show(folder)}: is a file; give --plot the path of a folder")
 
 
 def needs_matplotlib(what: str = "--plot") -> None:
