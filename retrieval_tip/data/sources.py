@@ -143,7 +143,9 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
 def open_source(
     path: str | os.PathLike[str], *, split: str | None = None, root: str | os.PathLike[str] | None = None
 ) -> Source:
-    """Open a labelled source. You can give any of the following kinds:
+    """Open a labelled source of any kind.
+
+    You can give:
 
     - A folder of class folders, which are searched recursively. The classes are sorted by name. If the folder has parts
       (``train``, ``val``, ``test``), ``split`` selects one of them. If it contains ``metadata.csv`` (or ``.jsonl`` or
