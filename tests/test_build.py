@@ -76,7 +76,7 @@ def test_short_classes_repeat_images_and_are_named(table, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         cache = build(table, tmp_path / "i", shots=12)
     assert cache.n == 36
-    assert "3 classes have fewer than 12 images, so some repeat: ant, bee, cat" in caplog.text
+    assert "3 classes have fewer than 12 images, so some images are repeated: ant, bee, cat" in caplog.text
 
 
 def test_text_tables_average_prompts_and_order_the_classes(tmp_path, table):
@@ -94,7 +94,7 @@ def test_text_tables_average_prompts_and_order_the_classes(tmp_path, table):
 
 def test_labels_without_text_weights_are_refused(tmp_path, table):
     text = write_table(tmp_path / "text.parquet", unit_rows(2, 8), ["ant", "bee"])
-    with pytest.raises(InputError, match="labels without text weights: cat"):
+    with pytest.raises(InputError, match="text weights: cat"):
         build(table, tmp_path / "i", text=text)
     assert not (tmp_path / "i").exists()
 

@@ -546,7 +546,7 @@ def test_adding_to_float16_keys_keeps_them_float16() -> None:
         (lambda c: c.add(QUERIES, ["zebra"] * Q), InputError, "^labels: row 0 is 'zebra'"),
         (lambda c: c.add(nan(QUERIES), [0] * Q), InputError, "^keys: row 3 holds NaN"),
         (lambda c: c.add(QUERIES[:0], []), InputError, r"^keys: shape \(0, 32\)"),
-        (lambda c: c.add(QUERIES[:2], [0, 1], ["one"]), InputError, "^sources: 1 for 2 keys"),
+        (lambda c: c.add(QUERIES[:2], [0, 1], ["one"]), InputError, "^sources: expected 2 values"),
         (lambda c: c.add(QUERIES[:2] * 1e6, [0, 1]), InputError, "^keys: .*float16"),
         (lambda c: c.remove([5, N + 3]), InputError, f"^key ids {N + 3}: not in this index"),
         (lambda c: c.remove(range(N)), InputError, "^remove: an index needs at least one key"),

@@ -908,7 +908,7 @@ def test_saving_what_another_process_has_changed_meanwhile_is_refused(index: Pat
 @pytest.mark.parametrize("wrong", [{"sources": ["a"]}, {"digests": ["a"]}, {"extra": pa.table({"camera": ["a"]})}])
 def test_columns_of_another_length_are_refused(index: Path, wrong: dict[str, Any]) -> None:
     cache = opened(index)
-    with pytest.raises(InputError, match=f"{next(iter(wrong))}: 1 for 2 keys"):
+    with pytest.raises(InputError, match=f"{next(iter(wrong))}: expected 2 values"):
         cache.add(unit_rows(2, D), ["cat", "dog"], **wrong)
     assert cache.n == 6
 

@@ -153,7 +153,7 @@ def test_too_few_queries_are_one_line_and_change_nothing(run: Any, place: Path, 
     before = (place / "index" / "manifest.json").read_bytes()
     result = tune(run, place, val="few.parquet")
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: 99 queries to tune on")
+    assert result.stderr.startswith("Error: 99 queries")
     assert result.stdout == ""
     assert (place / "index" / "manifest.json").read_bytes() == before
 

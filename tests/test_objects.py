@@ -288,7 +288,8 @@ def test_without_obstore_the_error_tells_how_to_install_it(tmp_path: Path, no_ob
     for text in (f"lance://{tmp_path}/x", "s3://bucket/x", "gs://bucket/x"):
         with pytest.raises(UsageError) as caught:
             at(text)
-        assert str(caught.value) == f"{text}: needs pip install 'retrieval-tip[distributed]'"
+        assert str(caught.value).startswith(f"{text}: ")
+        assert "retrieval-tip[distributed]" in str(caught.value)
 
 
 @pytest.fixture

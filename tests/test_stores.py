@@ -1107,7 +1107,7 @@ def changed_vector(table):
 
 TAMPERED = {
     "a changed vector": (changed_vector, "do not match"),
-    "no vector": (lambda t: t.update(where="key_id = 4", values_sql={"vector": "NULL"}), "lacks values"),
+    "no vector": (lambda t: t.update(where="key_id = 4", values_sql={"vector": "NULL"}), "missing values"),
     "a class that is not there": (lambda t: t.update(where="key_id = 4", values={"class_id": 44}), "class ids"),
     "a key of another class": (
         lambda t: t.update(where="key_id = 4", values={"class_id": 3, "label": BARE}), "do not match"),

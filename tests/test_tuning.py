@@ -193,7 +193,7 @@ def test_values_are_tuned_too(material: tuple[Array, Array, Array, Array]) -> No
 def test_too_few_queries_are_refused(material: tuple[Array, Array, Array, Array]) -> None:
     cache, queries = model(material), material[3]
     for n in (0, 1, LEAST_QUERIES - 1):
-        with pytest.raises(InputError, match=rf"^{n} queries to tune on.*at least 100$"):
+        with pytest.raises(InputError, match=rf"^{n} queries .*at least 100$"):
             tune(cache, queries[:n])
     assert tune(cache, queries[:LEAST_QUERIES], factories=["Classes"]).n == LEAST_QUERIES
 
@@ -202,7 +202,7 @@ def test_too_few_queries_are_refused(material: tuple[Array, Array, Array, Array]
 def test_an_agreement_that_is_no_share_is_refused(
     agreement: float, material: tuple[Array, Array, Array, Array]
 ) -> None:
-    with pytest.raises(UsageError, match=r"^agreement is .*: expected a fraction above 0, at most 1$"):
+    with pytest.raises(UsageError, match=r"^agreement is .*: expected a fraction above 0"):
         tune(model(material), material[3], agreement=agreement)
 
 

@@ -32,7 +32,7 @@ def connected(address: str | None) -> Iterator[None]:
     try:
         import ray
     except ImportError:
-        raise UsageError("Ray is not installed: pip install 'retrieval-tip[distributed]'") from None
+        raise UsageError("Ray is not installed; run pip install 'retrieval-tip[distributed]'") from None
     try:
         if address not in (None, "auto"):
             host, _, port = str(address).rpartition(":")

@@ -52,10 +52,8 @@ def build_index(
     Args:
         source: the labelled images or features (see :func:`sources.open_source`).
         out: the index folder, or the address of another store (see :mod:`index.addresses`).
-        encoder: sets the backbone, the views, the seed and the cache. ``encoder.skipped`` lists the images that could
-            not be read.
-        shots: the number of shots to draw per class, with CoOp's sampling rule and the encoder's seed. ``None`` uses
-            every item.
+        encoder: sets the backbone, views, seed and cache. ``encoder.skipped`` lists the images that cannot be read.
+        shots: shots to draw per class, with CoOp's sampling rule and the encoder's seed. ``None`` uses every item.
         templates: the prompts for the text weights, with ``{}`` in place of the class name. They need a backbone.
         text: a feature table to use instead of templates, with one or more prompts per class. The index uses the
             classes of this table, in the same order.
@@ -73,12 +71,11 @@ def build_index(
         values: ``one-hot`` or ``solved``. If ``None``, the fit selects the values.
         k: the number of keys per query, or ``all``. ``None`` uses the number that comes with ``index="auto"``, and all
             keys for other index types.
-        logit_scale: the scale of the text logits. Defaults to the scale of the backbone, or to 100 if there is no
-            backbone.
+        logit_scale: the scale of the text logits. Defaults to the scale of the backbone, or to 100 if there is none.
         device: the device of the returned classifier. ``index="auto"`` depends on it.
 
     Raises InputError, UsageError or BackboneError if the input is invalid. Raises StoreError if the place cannot be
-    written or if another process is writing to it. After an error, nothing has changed.
+    written or if another process is writing to it. If an error occurs, nothing changes.
     """
     check_choice("dtype", dtype, Dtype)
     scale = logit_scale if logit_scale is not None or encoder.backbone is None else encoder.backbone.logit_scale
@@ -116,14 +113,16 @@ def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.P
     """Warn if there is a single class, if a class has one shot, or if the shots and text may be swapped."""
     counts = Counter(source.labels)
     if len(counts) == 1:
-        log.warning("%s: only one class, %s; every answer will be that class", source.name, class_names[0])
+        log.warning("%s: there is only one class, %s, so every answer will be that class", source.name, class_names[0])
     single = [name for name, number in counts.items() if number == 1]
     if single and len(single) < len(counts):
-        log.warning("%s: only one photo of %s; its accuracy cannot be estimated", source.name, few(single))
+        log.warning("%s: there is only one photo of %s, so its accuracy cannot be estimated", source.name, few(single))
     if text is not None and source.table is not None and len(single) == len(counts):
         rows = len(open_source(text))
         if rows > len(source):
-            log.warning("%s: one row per class, but --text has %s rows; did you swap them?", source.name, f"{rows:,}")
+            log.warning(
+                "%s: has one row per class, but --text has %s rows; did you swap them?", source.name, f"{rows:,}"
+            )
 
 
 def _text(
@@ -132,7 +131,7 @@ def _text(
     """Return the classes and their text weights, if there are any, from a table or from prompts."""
     if text is not None:
         if templates:
-            raise UsageError("text and templates: give only one; a text table holds features of its own prompts")
+            raise UsageError("text and templates: give only one; a text table already contains features of prompts")
         class_names, weights = read_text_table(text, encoder.norms)
         theirs, ours = table_identity(Path(text)), identity_of(source, encoder)
         if theirs is not None and ours is not None:
@@ -145,7 +144,7 @@ def _text(
     if templates:
         raise UsageError("templates: text weights from templates need a backbone; give --model")
     if encoder.backbone is None:
-        log.warning("no text weights (neither --text nor --model): only the shots tell the classes apart")
+        log.warning("no text weights (neither --text nor --model is given): answers depend on the shots only")
     return Words(source.class_names, None, [], None)
 
 

@@ -106,7 +106,7 @@ def add(
     """Add the labelled images or features of a source. New classes are appended in source order.
 
     Labels are compared exactly. A different spelling makes a new class and causes a warning (see :attr:`Added.alike`).
-    If the index has text weights, those of new classes come from ``text``, or from the templates of the index and the
+    If the index has text weights, new classes get theirs from ``text``, or from the templates of the index and the
     encoder's backbone. The cost only depends on the size of the addition (see :meth:`cache_model.KeyEdits.add`).
 
     Args:
@@ -164,7 +164,7 @@ def merge(folder: Place, other: Place) -> Added:
         raise UsageError(f"{other}: an index cannot be merged with itself; give another one")
     theirs = source.load(device="cpu", precision="float32").in_memory()
     if theirs.values is not None and theirs.fitted is None:
-        raise InputError(f"{other}: has trained values, which cannot be merged; merge its version before the training")
+        raise InputError(f"{other}: has trained values, which cannot be merged; merge the version from before training")
     ours = _backbone_of(target.manifest())
     if ours is not None and theirs.backbone is not None:
         same_backbone(theirs.backbone, ours, str(other))
@@ -307,7 +307,7 @@ def configure(
     solved values, alpha, the temperature and the ``unlike`` threshold. If you also give alpha or the temperature, your
     value is set after the refit.
 
-    If you give ``normalize``, alpha and beta are in units that depend on the current shots. If one of them is omitted,
+    If you give ``normalize``, alpha and beta are in units that depend on the current shots. If you omit alpha or beta,
     it gets the default of a new build (see :func:`defaults.plain_settings`).
 
     Raises UsageError if nothing is given, if a setting is invalid, or if templates are given but no backbone. Raises
@@ -340,7 +340,7 @@ def configure(
         cache.settings = cache.settings.override(**given)
         if prompts:
             if weights.keys() != set(cache.class_names):
-                raise StoreError(f"{folder}: its classes changed meanwhile; try again")
+                raise StoreError(f"{folder}: its classes have changed in the meantime; try again")
             cache.set_text(np.stack([weights[name] for name in cache.class_names]), prompts)
         marks = dict.fromkeys(given, "given") | ({"text": "templates"} if prompts else {})
         if normalize is not None:

@@ -33,7 +33,9 @@ def export_table(cache: CacheModel, out: Path) -> int:
     trained = cache.values if cache.fitted is None else None  # solved values can be fitted again
     for part, what in ((trained, "trained values"), (cache.tuned, "the fine-tuned encoder")):
         if part is not None:
-            log.warning("%s: a table cannot hold %s; an index built from it will lack them", show(out), what)
+            log.warning(
+                "%s: a table cannot hold %s, so an index built from it will give other answers", show(out), what
+            )
     table = cache.labels
     own = {"class_id", "label", "source", "id", FEATURE}
     further = [table.schema.field(name).remove_metadata() for name in table.column_names if name not in own]

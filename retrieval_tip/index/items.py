@@ -156,7 +156,7 @@ def draw_shots(ids: npt.NDArray[np.int64], class_names: Sequence[str], shots: in
     rare = [class_names[i] for i, times in Counter(ids.tolist()).items() if times < shots]
     if rare:
         have = counted(len(rare), "class", "has", "have")
-        log.warning("%s fewer than %d images, so some repeat: %s", have, shots, few(rare))
+        log.warning("%s fewer than %d images, so some images are repeated: %s", have, shots, few(rare))
     return np.sort(np.asarray(few_shot(ids.tolist(), shots, seed), dtype=np.int64))
 
 
@@ -166,7 +166,7 @@ def ids_in(source: Source, class_names: Sequence[str]) -> npt.NDArray[np.int64]:
     labels = source.labels
     unknown = sorted(set(labels) - position.keys())
     if unknown:
-        raise InputError(f"{source.name}: labels without text weights: {few(unknown)}; add them to the text table")
+        raise InputError(f"{source.name}: some labels have no text weights: {few(unknown)}; add them to the text table")
     return np.array([position[label] for label in labels], dtype=np.int64)
 
 

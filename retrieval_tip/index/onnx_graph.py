@@ -108,10 +108,10 @@ def export_onnx(
     try:
         import onnx
     except ImportError:
-        raise UsageError("an ONNX file needs onnx: pip install 'retrieval-tip[onnx]'") from None
+        raise UsageError("the ONNX export needs the package onnx; run pip install 'retrieval-tip[onnx]'") from None
     if cache.settings.k is not None and cache.settings.k < cache.n:
         raise UsageError(
-            f"k {cache.settings.k}: an ONNX graph uses all keys and cannot retrieve; "
+            f"k {cache.settings.k}: an ONNX graph always uses all keys; "
             "give --k all, or build the index again with --index Flat"
         )
     answer = Answer(cache, backbone).eval()

@@ -38,7 +38,7 @@ def folder_of(store: Store) -> Path | None:
 
 
 def class_folder(folder: Path, label: str) -> Path:
-    """Return the folder in which the photos of a class are stored."""
+    """Return the folder that holds the photos of a class."""
     name = quote(label, safe=" ()+,-=@")[:120]
     return folder / (name if not name.startswith(".") else f"%2E{name[1:]}")
 
@@ -68,7 +68,7 @@ def remove_unused(store: Store) -> tuple[int, int]:
         return 0, 0
     with locked_folder(folder, alone=True, wait=lock.LOCK_WAIT) as held:
         if not held:
-            log.warning("%s: photos are being added; none was removed; run index gc again", show(folder))
+            log.warning("%s: photos are being added, so no photo was removed; run index gc again", show(folder))
             return 0, 0
         try:
             photos = _photos(folder)

@@ -97,9 +97,9 @@ def tune(
     if there are fewer than 100 queries, which are too few to measure agreement.
     """
     if not 0 < agreement <= 1:
-        raise UsageError(f"agreement is {agreement}: expected a fraction above 0, at most 1")
+        raise UsageError(f"agreement is {agreement}: expected a fraction above 0 and at most 1")
     if len(features) < LEAST_QUERIES:
-        raise InputError(f"{len(features)} queries to tune on: give at least {LEAST_QUERIES}")
+        raise InputError(f"{len(features)} queries are too few to tune on; give at least {LEAST_QUERIES}")
     if cache.segments > 1:
         raise InputError("the index has several segments; merge them first (index compact)")
     f = torch.from_numpy(np.ascontiguousarray(features)).to(cache.device)

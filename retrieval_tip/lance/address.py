@@ -66,17 +66,17 @@ class Address:
         if re.search(r"^[^/@]*:[^@]*@", rest) or ("@" in first and not local):
             raise UsageError(f"{scheme}://...: remove the user and password; {set_credentials(scheme)}")
         if ":" in first and not local:
-            raise UsageError(f"{scheme}://...: an address has no server; set AWS_ENDPOINT_URL to it")
+            raise UsageError(f"{scheme}://...: an address cannot name a server; set AWS_ENDPOINT_URL instead")
         rest, query, _ = rest.partition("?")
         shown = one_line(f"{scheme}://{rest}")
         if query:
             raise UsageError(f"{shown}?...: remove the query from the address; set options in the environment")
         if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in rest):
-            raise UsageError(f"{shown}: control characters or invalid UTF-8; remove them")
+            raise UsageError(f"{shown}: the address contains control characters or invalid UTF-8; remove them")
         if local:
             path = Path(re.sub(r"^/+", "/", rest)).as_posix()
             if not rest or Path(path).name in ("", ".."):
-                raise UsageError(f"{shown}: no path; give lance://PATH, or lance:///PATH from the root")
+                raise UsageError(f"{shown}: the address has no path; give lance://PATH, or lance:///PATH from the root")
             return cls("lance", "", path)
         bucket, _, prefix = rest.partition("/")
         parts = [part for part in prefix.split("/") if part]
@@ -84,7 +84,7 @@ class Address:
             what = "no path in the bucket" if bucket and not parts else "no bucket"
             raise UsageError(f"{shown}: {what}; give {scheme}://BUCKET/NAME")
         if {".", ".."} & set(parts):
-            raise UsageError(f"{shown}: '.' or '..' in a path; give the path without it")
+            raise UsageError(f"{shown}: the path contains '.' or '..'; remove it")
         if unlike := _UNLIKE.search(prefix):
             raise UsageError(f"{shown}: {unlike[0]!r} is ambiguous in an address; remove it")
         return cls(scheme, bucket, "/".join(parts))

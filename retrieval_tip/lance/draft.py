@@ -77,7 +77,7 @@ class LanceDraft(LanceModel, EditableIndex):
         """Open the current version for editing. Raises StoreError if it is missing or damaged."""
         if writer.parent is None or writer.table is None:
             writer.store.manifest()  # raises an error that tells the user what to do
-            raise StoreError(f"{writer.store}: another process is building it; try again")
+            raise StoreError(f"{writer.store}: another process is building the index; try again")
         known = writer.parent.digests
         digest = None if known is None or known.rows is None else int(known.rows, 16)
         return cls._of(writer.store, writer.parent, writer.table, "cpu", writer=writer, digest=digest)
@@ -125,7 +125,7 @@ class LanceDraft(LanceModel, EditableIndex):
                 with np.errstate(over="ignore"):  # an overflow is rejected below
                     own = own.astype(dtype)
                 if not np.isfinite(own).all():
-                    raise InputError(f"keys: values too large for {dtype}; use float32")
+                    raise InputError(f"keys: some values are too large for {dtype}; use float32")
                 points = points_of(metric, own, "cpu")
                 if known is None:
                     sums.count(own, ids)
@@ -493,5 +493,5 @@ def check_columns(columns: Iterable[pa.Field]) -> None:
         if column.name in (VERSION, VECTOR, "") or column.name.startswith("_") or set(".`") & set(column.name):
             raise InputError(
                 f"column {column.name!r}: a LanceDB store reserves {VERSION}, {VECTOR} and names that begin with _, "
-                "and allows no dot or backtick; rename or remove it"
+                "and does not allow dots or backticks; rename or remove it"
             )

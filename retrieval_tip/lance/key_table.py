@@ -72,7 +72,9 @@ def lancedb() -> Any:
     try:
         return importlib.import_module("lancedb")
     except ImportError as error:
-        raise UsageError(f"no LanceDB ({first_line(error)}); pip install 'retrieval-tip[distributed]'") from None
+        raise UsageError(
+            f"LanceDB cannot be imported ({first_line(error)}); run pip install 'retrieval-tip[distributed]'"
+        ) from None
 
 
 @cache
@@ -190,7 +192,9 @@ class KeyTable:
         Raises StoreError if this process was forked after the table was opened, because LanceDB's threads are missing.
         """
         if os.getpid() != self._process:
-            raise StoreError(f"{self.address}: opened before this process was forked; open it again here, or use spawn")
+            raise StoreError(
+                f"{self.address}: the table was opened before this process was forked; open it again here, or use spawn"
+            )
         return self._table
 
     @property
@@ -288,7 +292,7 @@ class KeyTable:
             column = column.combine_chunks()
         values = column.flatten()
         if column.null_count or values.null_count:
-            raise StoreError(f"{self.address}: a key lacks values; {RESTORE}")
+            raise StoreError(f"{self.address}: a key has missing values; {RESTORE}")
         matrix: KeyArray = values.to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
         return matrix
 

@@ -66,7 +66,7 @@ class LanceKeys(KeyStream):
                 yield tuple(torch.from_numpy(array).to(self.device) for array in block)  # type: ignore[misc]
             n_read += len(ids)
         if n_read != self.n:
-            raise StoreError(f"{self.table.address}: {n_read} rows instead of {self.n}; use another version")
+            raise StoreError(f"{self.table.address}: has {n_read} rows instead of {self.n}; use another version")
 
     def numbered_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield the same blocks as :meth:`blocks`, and the row numbers of their keys in the table."""

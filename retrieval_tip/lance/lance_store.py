@@ -111,7 +111,7 @@ class LanceStore(LanceVersions, Store):
         from retrieval_tip.lance.lance_model import LanceModel, check
 
         if precision not in ("auto", "float32"):
-            raise UsageError(f"precision {precision}: a LanceDB store multiplies in float32; remove the option")
+            raise UsageError(f"precision {precision}: a LanceDB store only supports float32; remove the option")
         if verify == "full":
             self.opened(lambda manifest: check(self, manifest, set()), version)
         return LanceModel.load(self, device=device, version=version)
@@ -138,7 +138,7 @@ class LanceStore(LanceVersions, Store):
             judged_by, version = queries(model), model.version
         with self.change() as change:
             if version not in (None, change.cache.version):
-                raise StoreError(f"{self}: another process changed it meanwhile; try again")
+                raise StoreError(f"{self}: another process has changed it in the meantime; try again")
             change.what = "fit"
             return shots.fit(change.cache, metric, values, judged_by)
 

@@ -1,7 +1,7 @@
 """Read and write objects with obstore. They are stored on a local disk, in an S3 bucket or in a GCS bucket.
 
 Processes that share a store rely on three guarantees. An object is always read and written as a whole. If several
-processes *create* the same object, exactly one of them succeeds. In a bucket, a process can only *replace* an object if
+processes *create* the same object, exactly one process succeeds. In a bucket, a process can only *replace* an object if
 it knows the current version. The tables themselves are managed by LanceDB.
 """
 
@@ -50,7 +50,9 @@ class Objects:
         try:
             import obstore  # noqa: F401 - only checks that obstore is installed
         except ImportError:
-            raise UsageError(f"{one_line(str(place))}: needs pip install 'retrieval-tip[distributed]'") from None
+            raise UsageError(
+                f"{one_line(str(place))}: obstore is not installed; run pip install 'retrieval-tip[distributed]'"
+            ) from None
         self._bucket = None if self._root is not None else self._connected(patience.answer)
 
     def get(self, name: str, most: int | None = None) -> bytes:
@@ -73,7 +75,7 @@ class Objects:
             result = obstore.get(client, name)
             if most is not None and result.meta["size"] > most:
                 shown, size = one_line(f"{self.address}/{name}"), result.meta["size"]
-                raise StoreError(f"{shown}: {size:,} bytes, but at most {most:,} are expected; is it another file?")
+                raise StoreError(f"{shown}: has {size:,} bytes, but at most {most:,} are expected; is it another file?")
             return bytes(result.bytes()), _version(result.meta)
 
         return self._asked("read", self._checked(name), read)
@@ -85,7 +87,7 @@ class Objects:
     def create(self, name: str, data: bytes) -> bool:
         """Write a new object, or return ``False`` if the object already exists.
 
-        If several processes create the same object, at most one of them gets ``True``. A server may store an object and
+        If several processes create the same object, at most one process gets ``True``. A server may store an object and
         then fail to acknowledge it. After ``False`` or a StoreError, a writer of unique data should therefore check
         whether the object contains its own data.
         """
@@ -95,7 +97,7 @@ class Objects:
         """Replace an object in a bucket if it still has the given version, and return its new version.
 
         If ``version`` is ``None``, the object must not exist yet. Return ``None`` if the object has another version. If
-        several processes replace the same version, at most one of them gets a new version.
+        several processes replace the same version, at most one process gets a new version.
         """
         return self._put(name, data, "create" if version is None else version)
 

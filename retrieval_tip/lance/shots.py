@@ -62,7 +62,7 @@ class TableShots:
         labels = table.read(LABELS)
         order = np.lexsort((labels["key_id"].to_numpy(), labels["class_id"].to_numpy()))
         if len(order) != draft.n:
-            raise StoreError(f"{draft.store}: {len(order)} rows instead of {draft.n}; use another version")
+            raise StoreError(f"{draft.store}: has {len(order)} rows instead of {draft.n}; use another version")
         self.labels: pa.Table = labels.take(pa.array(order))
         self.keys = OrderedKeys(table, draft.d, order)
         self.class_ids: Tensor = torch.from_numpy(self.labels["class_id"].to_numpy().astype(np.int64))

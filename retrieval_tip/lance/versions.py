@@ -161,7 +161,7 @@ class TableWriter:
         raw = history.sealed(manifest, address)
         assert manifest.table is not None
         if KeyTable.at(address, manifest.table.name, manifest.table.version).rows != manifest.n:
-            raise StoreError(f"{address}: another process wrote to it meanwhile; try again")
+            raise StoreError(f"{address}: another process has written to it in the meantime; try again")
         self._flush()
         self.still_held()
         name = _name(manifest.version)
@@ -380,7 +380,7 @@ class LanceVersions:
         return manifest.version in self.versions()
 
     def _too_fast(self) -> StoreError:
-        return StoreError(f"{self}: changes faster than it can be opened; try again")
+        return StoreError(f"{self}: keeps changing while it is opened; try again")
 
     def history(self) -> pa.Table:
         """Return the kept versions as a table with the columns of :data:`labels.VERSIONS_SCHEMA`, oldest first.
@@ -420,7 +420,7 @@ class LanceVersions:
         a deleted version open will fail. Raises UsageError if ``keep`` is below 1.
         """
         if keep < 1:
-            raise UsageError(f"keep is {keep}: give at least 1, for the current version")
+            raise UsageError(f"keep is {keep}: give at least 1, because the current version is always kept")
         self.manifest()
         with self.write() as writer:
             return self._forget(writer.still_held, keep)

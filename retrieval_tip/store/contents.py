@@ -68,7 +68,7 @@ class Contents:
         files, c = manifest.files, len(manifest.class_names)
         segments = [read_array(folder, part.keys, (part.keys.rows, manifest.d)) for part in manifest.segments]
         if {part.dtype for part in segments} != {np.dtype(manifest.dtype)}:
-            raise StoreError(f"{folder}: keys are not all {manifest.dtype}; build the index again")
+            raise StoreError(f"{folder}: some keys are not {manifest.dtype}; build the index again")
         labels, metric = read_labels(folder, manifest), None
         if "metric" in files:
             metric = metric_of(read_array(folder, files["metric"], (manifest.d + 1, manifest.d), (np.float32,)))
@@ -146,7 +146,7 @@ def _sums(folder: Path, manifest: Manifest, labels: pa.Table) -> Sums:
     file, c = manifest.files["sums"], len(manifest.class_names)
     array = read_array(folder, file, (c + manifest.d, 1 + manifest.d), (np.float64,))
     if not np.array_equal(array[:c, 0], np.bincount(labels["class_id"].to_numpy(), minlength=c)):
-        raise StoreError(f"{folder / file.name}: belongs to other keys; restore an earlier version or build again")
+        raise StoreError(f"{folder / file.name}: does not match the keys; restore an earlier version or build again")
     return Sums.of_array(array.astype(np.float64, copy=False), c)
 
 

@@ -62,7 +62,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.from_bytes(manifest_bytes(folder, path), str(path))
         if manifest.table is not None:
-            raise StoreError(f"{path}: is the manifest of a LanceDB store; restore the folder's own")
+            raise StoreError(f"{path}: is the manifest of a LanceDB store; restore the manifest of the folder")
         return manifest
     except FileNotFoundError:
         raise _missing(folder) from None
@@ -101,7 +101,7 @@ def manifest_bytes(folder: Path, path: Path) -> bytes:
     Raises StoreError if the path is not a regular file, is a link that leads out of the folder, or is too large.
     """
     if not lies_in(folder, path):
-        raise StoreError(f"{path}: is a link that leads out of the index; replace it by the file itself")
+        raise StoreError(f"{path}: is a link that leads out of the index; replace it with the file itself")
     if not stat.S_ISREG(path.stat().st_mode):  # one call, because the file may be deleted between two calls
         raise StoreError(f"{path}: is not a file; restore it")  # reading a pipe would block
     with path.open("rb") as file:
@@ -203,7 +203,7 @@ def read_array(
     except Exception as error:  # a damaged header can make numpy raise any error
         raise StoreError(f"{path}: cannot be read ({first_line(error)})") from None
     if array.shape != shape or array.dtype not in dtypes:
-        raise StoreError(f"{path}: {array.dtype} {array.shape} does not match {shape} in the manifest")
+        raise StoreError(f"{path}: an array of {array.dtype} {array.shape} does not match {shape} in the manifest")
     return array
 
 

@@ -36,7 +36,7 @@ def sealed(manifest: Manifest, place: object) -> bytes:
         raw = manifest.to_bytes()
         Manifest.parse(json.loads(raw))
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise InputError(f"{place}: a manifest cannot hold this ({error}); nothing was changed") from None
+        raise InputError(f"{place}: the manifest cannot be stored ({error}); nothing was changed") from None
     return raw
 
 

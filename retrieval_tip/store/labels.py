@@ -60,7 +60,7 @@ def label_table(
     extra = extra if extra is not None and extra.num_columns else None
     for what, given in (("sources", sources), ("digests", digests), ("extra", extra)):
         if given is not None and len(given) != n:
-            raise InputError(f"{what}: {len(given)} for {n} keys")
+            raise InputError(f"{what}: expected {n} values, one per key, but got {len(given)}")
     if extra is not None and (own := sorted(set(extra.column_names) & set(LABEL_SCHEMA.names))):
         raise InputError(f"extra: column {own[0]!r} is reserved by the label store; rename it")
     ids = np.arange(n) if key_ids is None else key_ids

@@ -20,7 +20,7 @@ from retrieval_tip.settings import Built, Dtype, Fitted, Settings
 
 FORMAT = "retrieval-tip index"
 TABLE_FORMAT, FITTED_FORMAT, BUILT_FORMAT, FORMAT_VERSION = 3, 4, 5, 6
-"""Versions of the manifest format. All of them can be read. New manifests are always written in the last one.
+"""Versions of the manifest format. All versions can be read. New manifests are always written in the last one.
 
 Format 1 has a single segment and has no ``change`` and no ``next_key_id``. Format 3 added ``table``, format 4 added
 ``fitted`` and format 5 added ``built``. Format 6 added ``sums``, which every change of keys must update.

@@ -58,7 +58,7 @@ def ask(
         raise UsageError(f"timeout is {timeout}: expected more than 0 and at most {LONGEST} seconds")
     if predictions is not None:
         tables = {**tables, "predictions": read_predictions(predictions)}
-    refusal = "query: expected one SELECT; queries cannot change the label store"
+    refusal = "query: expected a single SELECT; a query cannot change the label store"
     answer = _run("query", tables, sql, lambda database: _one_select(database, sql, refusal), timeout)
     return answer.rename_columns(_distinct(answer.column_names))
 
@@ -75,7 +75,7 @@ def rows_where(labels: pa.Table, condition: str) -> npt.NDArray[np.int64]:
         position += "_"
     numbered = labels.append_column(position, pa.array(np.arange(len(labels))))
     columns = one_line(", ".join(labels.column_names))
-    expected = f"expected one true-or-false condition over the columns {columns}"
+    expected = f"expected a boolean condition over the columns {columns}"
 
     def select(database: DuckDBPyConnection) -> Statement:
         # The bare condition must parse, so that it cannot close our parentheses. In parentheses it must parse too, so
@@ -84,7 +84,7 @@ def rows_where(labels: pa.Table, condition: str) -> npt.NDArray[np.int64]:
         _, value, rows = (_one_select(database, f"SELECT {part}", f"where: {expected}") for part in asked)
         types = [str(kind) for kind in database.sql(value).types]
         if types != ["BOOLEAN"]:
-            raise UsageError(f"where: is {', '.join(types)}; {expected}")
+            raise UsageError(f"where: the condition is {', '.join(types)}; {expected}")
         return rows
 
     answer = _run("where", {"labels": numbered}, condition, select, TIMEOUT, hint=f"; {expected}")
@@ -113,9 +113,9 @@ def _run(
     import duckdb
 
     if text != text.encode(errors="replace").decode():
-        raise UsageError(f"{what}: not UTF-8 text")
+        raise UsageError(f"{what}: the text is not UTF-8")
     if len(text) > MAX_TEXT or text.count("(") - text.count(")") > MAX_OPEN:
-        raise UsageError(f"{what}: more than {MAX_TEXT:,} characters, or {MAX_OPEN} open parentheses; shorten it")
+        raise UsageError(f"{what}: has more than {MAX_TEXT:,} characters or {MAX_OPEN} open parentheses; shorten it")
     threads, held = min(4, os.cpu_count() or 1), 2 * sum(table.nbytes for table in tables.values())
     closed = {"enable_external_access": "false", "python_enable_replacements": "false", "temp_directory": ""}
     limits = {"threads": str(threads), "memory_limit": f"{MEMORY + held} bytes"}

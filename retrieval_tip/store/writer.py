@@ -299,7 +299,7 @@ def collect(folder: Path, keep: int = 1) -> tuple[list[int], int]:
     StoreError under the same conditions as :func:`write`.
     """
     if keep < 1:
-        raise UsageError(f"keep is {keep}: expected at least 1, because the current version always stays")
+        raise UsageError(f"keep is {keep}: expected at least 1, because the current version is always kept")
     check_there(folder)
     with write(folder) as writer:
         before = _size(folder)
