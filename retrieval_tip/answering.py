@@ -172,7 +172,7 @@ class AnsweringIndex(ABC):
 
     @abstractmethod
     def statistics(self) -> Statistics | None:
-        """Measure the affinities between the keys in the metric (see :func:`defaults.measure`)."""
+        """Measure the affinities between the transformed keys (see :func:`defaults.measure`)."""
 
     @abstractmethod
     def take(self, rows: npt.NDArray[np.int64]) -> CacheModel:
@@ -210,7 +210,7 @@ class AnsweringIndex(ABC):
             ("keys", f"{self.n:,} of {self.d:,} values, {self.dtype}"),
             ("classes and their keys", f"{len(self.class_names):,}: {few}{more}"),
             ("settings", settings),
-            ("text", f"logit scale {own.logit_scale:.4g}" if self.has_text else "none: the cache alone decides"),
+            ("text", f"logit scale {own.logit_scale:.4g}" if self.has_text else "none: only the cache is used"),
             ("index", f"{self.index_type} on {self.device}"),
             ("backbone", self.backbone or "unnamed"),
             ("folder", f"{self.place}, version {self.version}" if self.place else "not from a folder"),
@@ -219,7 +219,7 @@ class AnsweringIndex(ABC):
 
     @property
     def has_text(self) -> bool:
-        """Whether the index has text weights. If not, zero-shot logits are 0 and only the cache decides."""
+        """Whether the index has text weights. If not, zero-shot logits are 0 and only the cache is used."""
         return bool(self.text_weights.any())
 
     def caution(self, settings: Settings) -> str | None:
@@ -271,7 +271,7 @@ class AnsweringIndex(ABC):
     def check_lengths(self, keys: npt.NDArray[Any]) -> None:
         """Raise InputError if the weight of one of these keys could overflow for a query of unit norm.
 
-        If the index has a metric, pass the keys in the metric.
+        If the index has a metric, pass the transformed keys.
         """
         longest = float(np.sqrt(np.einsum("ij,ij->i", keys, keys, dtype=np.float64).max()))
         if self.settings.beta * (longest - 1) > MOST_EXPONENT:
@@ -453,7 +453,7 @@ class AnsweringIndex(ABC):
         return np.array([position[label] for label in labels], dtype=np.int64)
 
     def key_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield blocks of keys in the metric and their class ids, as tensors on the device."""
+        """Yield blocks of transformed keys and their class ids, as tensors on the device."""
         return self.retrieval.keys.blocks()
 
 

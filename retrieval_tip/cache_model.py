@@ -73,7 +73,7 @@ class KeyEdits(EditableIndex):
 
     @property
     def met(self) -> KeyArray | Segments:
-        """The keys in the metric. If there is no metric, these are the keys themselves."""
+        """The transformed keys if there is a metric, or the keys themselves."""
         return self.keys if self.points is None else self.points
 
     def _with_points(self) -> KeyArray | Segments:
@@ -219,7 +219,7 @@ class KeyEdits(EditableIndex):
             return
         if self.n > MOST_SOLVED:
             raise InputError(
-                f"values: cannot solve {self.n:,} keys at once, at most {MOST_SOLVED:,}; "
+                f"values: cannot be solved for {self.n:,} keys, because the limit is {MOST_SOLVED:,}; "
                 "fit the index instead (retrieval-tip fit)"
             )
         points = np.asarray(self.met, dtype=np.float32)
@@ -327,8 +327,8 @@ class CacheModel(KeyEdits):
         values: the solved or trained values as a float32 tensor of shape ``[n, c]`` on the device (see
             :class:`tip.Values`), or ``None`` if values are one-hot.
         metric: the fitted metric, or ``None``.
-        points: the keys in the metric, ``phi(K)``, in the same dtype and segments as ``keys``. They are computed if
-            they are missing.
+        points: the transformed keys ``phi(K)``, in the same dtype and segments as ``keys``. If there is a metric, they
+            are computed when they are missing.
         fitted: a description of how the metric and the values were fitted (see :mod:`fit.closed_form`), or ``None``.
         tuned: the safetensors file of the fine-tuned encoder.
         curve: the loss curve of the training, which has one row per epoch.
@@ -422,7 +422,7 @@ class CacheModel(KeyEdits):
                 make sure that they are unit vectors unless they were fine-tuned.
             labels: the class of each key, given by its name or by its position in ``class_names``.
             class_names: the names of the ``c`` classes, in order. A class may have no keys.
-            text_weights: the text weights, as unit vectors of shape ``[c, d]``. If ``None``, only the cache decides.
+            text_weights: the text weights, as unit vectors of shape ``[c, d]``. If ``None``, only the cache is used.
             settings: the defaults for every call. By default, these are the settings of the paper.
             index: the FAISS factory string, for example ``Flat``, ``IVF256,Flat``, ``HNSW32`` or ``SQfp16``. You can
                 also pass ``Classes`` for an index over class means, or ``auto`` to let :func:`keys.auto_for` select the
@@ -442,7 +442,7 @@ class CacheModel(KeyEdits):
         ids = inputs.ids_of(labels, names, len(matrix))
         device = resolve_device(device)
         if sources is not None and len(sources) != len(ids):
-            raise InputError(f"sources: {len(sources)} for {len(ids)} keys")
+            raise InputError(f"sources: there are {len(sources)} sources for {len(ids)} keys; pass one source per key")
         order = np.argsort(ids, kind="stable")
         table = label_table(names, ids[order], None if sources is None else [sources[i] for i in order], key_ids=order)
         ordered = np.ascontiguousarray(matrix[order])

@@ -34,7 +34,7 @@ def examine() -> Diagnosis:
     problems: list[str] = []
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         problems.append(
-            f"Python {platform.python_version()}: is not supported; create an environment with Python 3.11 to 3.13"
+            f"Python {platform.python_version()} is not supported; create an environment with Python 3.11 to 3.13"
         )
     for name in PACKAGES:
         installed = _version(name)
@@ -42,7 +42,7 @@ def examine() -> Diagnosis:
         if installed is None and name == "transformers":
             facts[name] += " (only needed for text towers from Hugging Face: pip install 'retrieval-tip[hf]')"
         elif installed is None:
-            problems.append(f"{name}: not installed; pip install retrieval-tip")
+            problems.append(f"{name} is not installed; pip install retrieval-tip")
     _torch(facts, problems)
     _faiss(facts, problems)
     return Diagnosis(facts, problems)

@@ -38,7 +38,7 @@ Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
 
 
-class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
+class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """Tip-Adapter classifier over features.
 
     It has the scikit-learn interface, so you can use it in pipelines, parameter searches and calibration. The rows of
@@ -139,7 +139,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         """
         if not hasattr(self, "cache_"):
             if classes is None and self.class_names is None:
-                raise UsageError("classes: missing; list all classes in the first partial_fit, or set class_names")
+                raise UsageError("classes: list all classes in the first call of partial_fit, or set class_names")
             if classes is not None and self.class_names is not None:
                 _same_classes(classes, _classes(self.class_names, once=True)[0])
             return self._first(X, y, classes if self.class_names is None else self.class_names)
@@ -208,7 +208,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         queries = torch.from_numpy(features).to(self.cache_.device)
         nearest, rows = self.cache_.nearest(queries, int(n_neighbors))
         affinity = np.where(rows < 0, -np.inf, nearest.cpu().numpy()).astype(np.float32)
-        order = np.argsort(-affinity, axis=1, kind="stable")  # a compressed index orders by its own affinities
+        order = np.argsort(-affinity, axis=1, kind="stable")  # a compressed index sorts by approximate affinities
         key_ids = np.where(rows < 0, -1, self.cache_.labels["key_id"].to_numpy()[rows])
         return np.take_along_axis(affinity, order, axis=1), np.take_along_axis(key_ids, order, axis=1)
 
@@ -237,9 +237,9 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         check_classification_targets(own)
         auto = isinstance(self.alpha, str) and self.alpha == "auto"
         if not auto and (self.metric is not None or self.values is not None):
-            raise UsageError('metric and values: need alpha="auto"; set it, or remove them')
+            raise UsageError('metric and values: only valid with alpha="auto"; set alpha, or remove them')
         if auto and self.beta is not None:
-            raise UsageError('beta: alpha="auto" fits it; give a number as alpha too, or remove beta')
+            raise UsageError('beta: is fitted with alpha="auto"; set alpha to a number, or remove beta')
         alpha = Settings.alpha if auto else cast(float, self.alpha)
         settings = Settings(
             alpha, Settings.beta if self.beta is None else self.beta, self.logit_scale, self.k, self.tail
@@ -252,7 +252,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             text = check_array(text, dtype=_dtypes(normalize), input_name="text_weights")
             if len(text) != len(classes):
                 raise InputError(
-                    f"text_weights: {len(text)} rows for {len(classes)} classes; list all classes in class_names"
+                    f"text_weights: there are {len(text)} rows for {len(classes)} classes; "
+                    "list all classes in class_names"
                 )
         cache = CacheModel.from_features(
             _rows(rows, normalize), _ids(own, names), [str(label) or repr(label) for label in names.tolist()], text,
@@ -302,13 +303,15 @@ def _classes(labels: npt.ArrayLike, *, once: bool) -> tuple[Array, Array]:
     except TypeError:
         raise InputError("classes: labels of different types cannot be sorted; use one type") from None
     if given.ndim != 1 or (once and len(classes) < len(given)):
-        raise InputError(f"class_names: shape {given.shape}, {len(classes)} distinct labels; give each label once")
+        raise InputError(
+            f"class_names: shape {given.shape} has {len(classes)} distinct labels; list each label exactly once"
+        )
     return classes, order
 
 
 def _same_classes(given: npt.ArrayLike, known: Array) -> None:
     if not np.array_equal(_classes(given, once=False)[0], known):
-        raise UsageError("classes: differ from the first call's; remove them, or fit again")
+        raise UsageError("classes: these are not the classes of the first call; omit them, or call fit again")
 
 
 def _ids(labels: Array, classes: Array) -> npt.NDArray[np.int64]:
@@ -320,7 +323,7 @@ def _ids(labels: Array, classes: Array) -> npt.NDArray[np.int64]:
     return ids
 
 
-class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
+class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """Transformer that converts photos to features of unit norm.
 
     It is used in pipelines that start with image paths, for example

@@ -85,7 +85,7 @@ def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
-            raise InputError(f"{one_line(os.fspath(path))}: {size:,} bytes; expected at most {most:,}")
+            raise InputError(f"{one_line(os.fspath(path))}: file has {size:,} bytes; expected at most {most:,}")
         return file.read(size)
 
 

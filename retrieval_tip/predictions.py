@@ -327,7 +327,7 @@ def read_predictions(path: Path) -> pa.Table:
         raise InputError(f"{name}: no such file; {_REMEDY}") from None
     except (OSError, ValueError, RecursionError, MemoryError, pa.ArrowException) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        raise InputError(f"{name}: not readable as predictions ({reason}); {_REMEDY}") from None
+        raise InputError(f"{name}: cannot be read as predictions ({reason}); {_REMEDY}") from None
     return table
 
 
@@ -335,9 +335,9 @@ def _check_columns(columns: Sequence[str], rows: int) -> None:
     if twice := [column for column, times in Counter(columns).items() if times > 1]:
         raise ValueError(f"column {twice[0]!r} occurs twice")
     if missing := [column for column in ("input", "label") if column not in columns]:
-        raise ValueError(f"no column {missing[0]!r}")
+        raise ValueError(f"it has no column {missing[0]!r}")
     if not 1 <= rows <= MAX_ROWS:
-        raise ValueError(f"{rows:,} rows, more than {MAX_ROWS:,}" if rows else "no rows")
+        raise ValueError(f"it has {rows:,} rows, more than {MAX_ROWS:,}" if rows else "it has no rows")
 
 
 def _parquet(raw: pa.NativeFile, _: bytes) -> pa.Table:

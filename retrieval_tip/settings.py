@@ -139,14 +139,14 @@ class Fitted:
 
     def __post_init__(self) -> None:
         if type(self.metric) is not str or self.values not in VALUES:
-            raise UsageError(f"fitted: metric {self.metric!r} or values {self.values!r} are unknown")
+            raise UsageError(f"fitted: metric {self.metric!r} or values {self.values!r} is unknown")
         for given, needed in ((self.shrinkage, self.metric != "none"), (self.ridge, self.solved)):
             if (given is not None) != needed or (given is not None and not (_is_finite(given) and given >= 0)):
                 raise UsageError(
-                    f"fitted: shrinkage {self.shrinkage} or ridge {self.ridge} do not match metric and values"
+                    f"fitted: shrinkage {self.shrinkage} and ridge {self.ridge} do not match the metric and the values"
                 )
         if self.ridge == 0 or not _is_whole(self.keys) or self.keys < 1:
-            raise UsageError(f"fitted: ridge {self.ridge} or keys {self.keys}, expected above 0")
+            raise UsageError(f"fitted: ridge {self.ridge} and keys {self.keys} must be above 0")
 
     @property
     def solved(self) -> bool:

@@ -8,7 +8,7 @@ The code uses the notation of the paper:
 - ``W`` ``[c, d]``: the text weights of the classes.
 
 :func:`answer` is the whole method. The other functions, and the rest of the package, compute the same numbers faster,
-from fewer keys, or from more keys than fit in memory. We recommend that you start here. Then read
+from fewer keys, or from more keys than fit in memory. If you are new to the code, start here. Then read
 ``retrieval/logits.py`` to see which keys a query uses, ``answering.py`` to see how logits become predictions, and
 ``cache_model.py`` for the index that you edit and save.
 """
@@ -25,7 +25,7 @@ from torch.nn.functional import embedding_bag
 from retrieval_tip.settings import Settings
 
 LARGEST = torch.finfo(torch.float32).max
-"""Largest factor that torch accepts. Where this limit matters, the logits overflow anyway."""
+"""Largest factor that torch accepts. If a larger alpha is given, the logits overflow in any case."""
 
 
 def answer(
@@ -121,9 +121,9 @@ def sum_by_class(values: Tensor, class_ids: Tensor, n_classes: int, out: Tensor 
 
 
 def add_rows(sums: Tensor, places: Tensor, rows: Tensor) -> Tensor:
-    """Add ``rows[i]`` to ``sums[places[i]]`` in place, always in the same order.
+    """Add ``rows[i]`` to ``sums[places[i]]`` in place. The order of the additions is deterministic.
 
-    On a GPU, ``index_add_`` adds rows in thread order, so the last bit varies between runs. ``index_put_`` sorts them.
+    On a GPU, ``index_add_`` adds rows in thread order, so results can differ between runs. ``index_put_`` sorts first.
     """
     if sums.is_cuda:
         return sums.index_put_((places,), rows, accumulate=True)
@@ -136,7 +136,7 @@ class Totals:
 
     ``counts`` holds the number of keys ``n_c`` of each class. Its shape is ``[c]``, or ``[q, c]`` if queries use
     different keys. ``affinities``, of shape ``[q, c]``, holds the sums of the affinities to all keys of a class,
-    ``n_c f mu_c``. Computing it takes a product with ``c`` key sums instead of ``n`` keys.
+    ``n_c f mu_c``. They are computed from a product with ``c`` key sums instead of ``n`` keys.
     """
 
     counts: Tensor

@@ -223,7 +223,7 @@ def test_partial_fit_is_fit_on_all_of_it(how: dict[str, Any]) -> None:
 
 def test_partial_fit_needs_to_know_the_classes() -> None:
     made = classifier(text_weights=TEXT[SORTING], class_names=None)
-    with pytest.raises(UsageError, match="classes: missing"):
+    with pytest.raises(UsageError, match=r"classes: .*partial_fit"):
         made.partial_fit(X, Y)
     made.partial_fit(X[:1], Y[:1], classes=NAMES)
     assert made.classes_.tolist() == SORTED.tolist()
@@ -231,9 +231,9 @@ def test_partial_fit_needs_to_know_the_classes() -> None:
     whole = classifier().fit(X, Y).decision_function(QUERIES)
     np.testing.assert_array_equal(made.decision_function(QUERIES), whole)
     for wrong in (["ant"], [*NAMES, "cow"]):
-        with pytest.raises(UsageError, match="classes: differ"):
+        with pytest.raises(UsageError, match=r"classes: .*first call"):
             made.partial_fit(X, Y, classes=wrong)
-        with pytest.raises(UsageError, match="classes: differ"):
+        with pytest.raises(UsageError, match=r"classes: .*first call"):
             classifier().partial_fit(X, Y, classes=wrong)
     with pytest.raises(InputError, match=r"row 1 is .*cow.* 4 classes"):
         made.partial_fit(X[:2], ["ant", "cow"])

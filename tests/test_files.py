@@ -80,7 +80,7 @@ def test_a_file_and_a_link_to_one_are_read(tmp_path: Path) -> None:
         assert file.read() == b"anything"
         assert not os.get_inheritable(file.fileno())
     assert read_regular(str(link), 8) == b"anything"
-    with pytest.raises(InputError, match="x: 8 bytes"):
+    with pytest.raises(InputError, match=r"x: .*8 bytes"):
         read_regular(path, 7)
     check_regular(link)
     path.write_bytes(b"")

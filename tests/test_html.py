@@ -121,7 +121,7 @@ def check(shown: str) -> Page:
 def test_a_classifier_shows_what_it_is(cache, tmp_path):
     page = check(cache._repr_html_())
     for expected in ("CacheModel", "12 of 8 values, float32", "3: <script>alert(1)</script> 4, ", "plain 4", "alpha 2",
-                     "beta 5.5", "k all", "not from a folder", "unnamed", "none: the cache alone decides"):  # fmt: skip
+                     "beta 5.5", "k all", "not from a folder", "unnamed", "none: only the cache is used"):  # fmt: skip
         assert expected in page.text
     cache.save(tmp_path / "in<dex")
     page = check(CacheModel.load(tmp_path / "in<dex", device="cpu")._repr_html_())

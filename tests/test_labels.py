@@ -134,7 +134,7 @@ def test_a_file_that_is_no_predictions_is_refused(tmp_path: Path, content: bytes
     path.write_bytes(content)
     with pytest.raises(InputError, match=re.escape(reason)) as error:
         print(read_predictions(path))
-    one_line(error, f"{path}: not readable as predictions (", "retrieval-tip classify --format")
+    one_line(error, f"{path}: cannot be read as predictions (", "retrieval-tip classify --format")
 
 
 def test_deeply_nested_json_beside_the_columns_is_skipped(tmp_path: Path) -> None:

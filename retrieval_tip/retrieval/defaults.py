@@ -80,7 +80,7 @@ def plain_settings(
     check_choice("normalize", normalize, Normalize)
     if statistics is None and normalize != "none":
         if alpha is not None or beta is not None:
-            raise UsageError(f"normalize {normalize!r}: needs distinct keys of at least two classes; use none")
+            raise UsageError(f"normalize {normalize!r}: requires distinct keys from at least two classes; use none")
         normalize = "none"
     alpha, chosen = UNTOUCHED[normalize][0] if alpha is None else alpha, beta is None
     beta = UNTOUCHED[normalize][1] if beta is None else beta

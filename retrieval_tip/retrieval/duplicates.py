@@ -175,7 +175,7 @@ def _pairs_of_equal(codes: IntArray, class_ids: IntArray, new: Bools, most: int)
     code = np.unique(codes[rows], return_inverse=True)[1]
     both = code * (class_ids.max(initial=0) + 1) + class_ids[rows]
     first, last = (np.searchsorted(numbers, numbers, side="right") for numbers in (both, code))
-    before = np.concatenate([[0], np.cumsum(new[rows])])  # number of new rows before each row
+    before = np.concatenate([[0], np.cumsum(new[rows])])  # the number of new rows before each row
     count = np.where(new[rows], last - first, before[last] - before[first])
     pairs: list[tuple[int, int]] = []
     for at in np.flatnonzero(count)[:most]:

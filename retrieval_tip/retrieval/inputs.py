@@ -28,14 +28,14 @@ def matrix(features: Features, what: str) -> KeyArray:
     """
     array = features.detach().cpu().float().numpy() if isinstance(features, Tensor) else _array(features, what)
     if array.ndim != 2 or 0 in array.shape:
-        raise InputError(f"{what}: shape {array.shape}; expected [n, d] with n and d at least 1")
+        raise InputError(f"{what}: shape {array.shape}; expected a non-empty array of shape [n, d]")
     if not np.issubdtype(array.dtype, np.floating):
         raise InputError(f"{what}: {array.dtype}; expected floating-point numbers")
     with np.errstate(over="ignore"):  # overflow becomes infinity, which raises an error below
         array = array if array.dtype == np.float16 else array.astype(np.float32, copy=False)
     bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
     if bad.size:
-        raise InputError(f"{what}: row {int(bad[0])} holds NaN or infinity")
+        raise InputError(f"{what}: row {int(bad[0])} contains NaN or infinity")
     return array
 
 
@@ -43,7 +43,7 @@ def _array(values: object, what: str) -> npt.NDArray[Any]:
     try:
         array = np.asarray(values)
     except ValueError:
-        raise InputError(f"{what}: rows of unequal length; give an array") from None
+        raise InputError(f"{what}: rows have different lengths; pass an array") from None
     if what != "labels" and array.dtype.kind not in "fiu":
         raise InputError(f"{what}: {array.dtype}; expected floating-point numbers")
     return array
@@ -60,7 +60,7 @@ def queries(features: Features, d: int) -> Tensor:
         raise InputError(f"features: shape {tuple(f.shape)}; expected [q, {d}]")
     if not torch.isfinite(f).all():
         row = int((~torch.isfinite(f).all(dim=1)).nonzero()[0])
-        raise InputError(f"features: row {row} holds NaN or infinity")
+        raise InputError(f"features: row {row} contains NaN or infinity")
     return f
 
 
@@ -96,7 +96,7 @@ def ids_of(labels: Labels, class_names: Sequence[str], n: int) -> npt.NDArray[np
     """
     array = _array(labels, "labels")
     if array.shape != (n,):
-        raise InputError(f"labels: shape {array.shape} for {n} keys; give one label per key")
+        raise InputError(f"labels: shape {array.shape} does not match {n} keys; pass one label per key")
     if np.issubdtype(array.dtype, np.integer):
         bad = np.flatnonzero((array < 0) | (array >= len(class_names)))
         ids = array.astype(np.int64)
@@ -145,9 +145,9 @@ def new_classes(
     """
     new = names(names_)
     if again := sorted(set(new) & set(present)):
-        raise InputError(f"classes: {again[0]!r} is already a class of the index")
+        raise InputError(f"classes: {again[0]!r} already exists in the index")
     if weights is None and has_text:
-        raise InputError(f"classes: {new[0]!r} has no text weight; give one, as for the other classes of the index")
+        raise InputError(f"classes: {new[0]!r} has no text weight; pass one, because the index has text")
     return new, text_weights(weights, len(new), d)
 
 
@@ -162,7 +162,8 @@ def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[s
     if new != new.strip() or not new.isprintable() or not 0 < len(new) <= LONGEST_NAME:
         shown = new if len(new) <= LONGEST_NAME else f"{new[:20]}..."
         raise InputError(
-            f"class name {shown!r}: expected 1 to {LONGEST_NAME:,} printable characters, no white space at either end"
+            f"class name {shown!r}: expected 1 to {LONGEST_NAME:,} printable characters, and no white space at the "
+            "beginning or at the end"
         )
     at = class_names.index(old)
     merged = new != old and new in class_names
@@ -178,7 +179,7 @@ def keys_to_add(
     """
     array = matrix(keys, "keys")
     if array.shape[1] != d:
-        raise InputError(f"keys: have {array.shape[1]} values each; the index needs {d}")
+        raise InputError(f"keys: each key has {array.shape[1]} values; the index requires {d}")
     if np.abs(array).max() > np.finfo(dtype).max:
         raise InputError(f"keys: values are too large for the index's {dtype}")
     return array, ids_of(labels, class_names, len(array))

@@ -366,7 +366,7 @@ class Keys(KeyStream):
         self.array, self.precision = array, precision
         counts = np.array([np.bincount(class_ids[a:b], minlength=n_classes) for a, b in itertools.pairwise(bounds)])
         self.starts = bounds[:-1, None] + np.pad(np.cumsum(counts, axis=1), ((0, 0), (1, 0)))
-        self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # Arrow's is read-only
+        self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # Arrow data is fixed
         total = torch.from_numpy(counts.sum(axis=0).astype(np.float32)).to(device)
         super().__init__((int(array.shape[0]), int(array.shape[1])), total, device, means)
         self._runs = list(runs(array, self._block_size()))
@@ -399,7 +399,7 @@ class Keys(KeyStream):
                     if fits:
                         self._on_device = torch.from_numpy(np.asarray(self.array)).to(self.device)
                     else:
-                        warn_once(f"{self.device}: keys exceed half of its free memory; each answer copies them there")
+                        warn_once(f"{self.device}: keys exceed half of its free memory, so each call copies them")
                     self._fits = fits
         return self._on_device
 

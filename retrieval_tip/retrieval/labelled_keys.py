@@ -33,7 +33,7 @@ class LabelledKeys:
         keys: the keys, of shape ``[n, d]``.
         labels: the label store, which has one row per key.
         values: the solved or trained values, of shape ``[n, c]``. If there are values, the keys are a single segment.
-        points: the keys in the metric, in the same segments as ``keys``, or ``None`` if there is no metric.
+        points: the transformed keys, in the same segments as ``keys``, or ``None`` if there is no metric.
     """
 
     keys: KeyArray | Segments
@@ -90,7 +90,7 @@ class LabelledKeys:
         try:
             labels = pa.concat_tables([self.labels, added], promote_options="default")
         except pa.ArrowException as error:
-            raise InputError(f"labels: columns do not match those of the index ({first_line(error)})") from None
+            raise InputError(f"labels: columns do not match the columns of the index ({first_line(error)})") from None
         values = None
         if self.values is not None and new.values is not None:
             values = torch.cat([self.values, new.values.to(self.values)])

@@ -41,7 +41,7 @@ class Segments:
 
     def __init__(self, parts: Sequence[KeyArray]) -> None:
         if not parts or len({(part.shape[1:], part.dtype) for part in parts}) > 1 or parts[0].ndim != 2:
-            raise InputError("segments: expected arrays [n, d] with the same d and dtype, at least one")
+            raise InputError("segments: expected at least one array of shape [n, d], all with the same d and dtype")
         self.parts = tuple(parts)
         self.starts = np.cumsum([0, *(len(part) for part in self.parts)]).astype(np.int64)
         self.dtype = self.parts[0].dtype
@@ -86,7 +86,7 @@ class Segments:
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> KeyArray:
         if copy is False:
-            raise ValueError("segments: become one array only as a copy")
+            raise ValueError("segments: cannot be converted to a single array without a copy")
         return np.concatenate(self.parts, dtype=dtype)
 
 

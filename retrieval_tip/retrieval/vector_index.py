@@ -96,7 +96,7 @@ def lists_for(n: int) -> str:
 
 
 @cache
-def faiss() -> Any:  # a module without types
+def faiss() -> Any:  # FAISS has no types
     """Import FAISS when it is first needed. Raises StoreError if the import fails."""
     try:
         module = importlib.import_module("faiss")
@@ -148,7 +148,7 @@ class VectorIndex:
             if lists and n > lists * TRAINING_PER_LIST:
                 sample = np.sort(np.random.default_rng(0).choice(n, lists * TRAINING_PER_LIST, replace=False))
             training = np.ascontiguousarray(keys[sample], dtype=np.float32)
-            with _usage_errors(factory, f" (training it on {len(sample)} keys of {d} values)"):
+            with _usage_errors(factory, f" (while it was trained on {len(sample)} keys of {d} values)"):
                 index.train(training)
         with _usage_errors(factory):
             for start in range(0, n, block):
@@ -320,7 +320,7 @@ class VectorIndex:
         with self._errors_named():
             affinity, rows = self._gpu.search(features, k) or self._cpu.search(features, k)
         if rows.size and not -1 <= rows.min() <= rows.max() < self.indexed:
-            raise StoreError(f"{self._name}: damaged (finds rows out of range); rebuild the index")
+            raise StoreError(f"{self._name}: damaged (a search returned invalid rows); rebuild the index")
         return affinity, rows
 
     @contextmanager
@@ -372,7 +372,7 @@ class GpuCopy:
                 try:
                     self._held = self._copy()
                 except RuntimeError as error:
-                    warn_once(f"searching an index on the CPU: {_reason(error)}")
+                    warn_once(f"the index is searched on the CPU: {_reason(error)}")
                 self._tried = True
             return self._held
 
@@ -412,7 +412,7 @@ class GpuCopy:
         copied = self.get()
         if copied is None or isinstance(copied, Product) or k <= GPU_MAX_K:
             return copied
-        warn_once(f"FAISS finds at most {GPU_MAX_K:,} keys on a GPU; searching on the CPU for more")
+        warn_once(f"FAISS finds at most {GPU_MAX_K:,} keys on a GPU; larger searches run on the CPU")
         return None
 
     def _copy(self) -> FaissIndex:
@@ -428,7 +428,7 @@ class GpuCopy:
             return self._clone(lambda options: faiss().index_cpu_to_gpu(resources(), number, self._index, options))
         if gpus > 1 and not self._number:
             return self._clone(lambda options: faiss().index_cpu_to_all_gpus(self._index, options), shard=True)
-        raise RuntimeError(f"it takes {size:,} bytes, more than half of the GPU's free memory ({room:,} bytes)")
+        raise RuntimeError(f"it takes {size:,} bytes, but half of the free GPU memory is {room:,} bytes")
 
     def _clone(self, clone: Callable[[object], FaissIndex], shard: bool = False) -> FaissIndex:
         """Clone the index with FAISS. The clone probes at most :data:`GPU_MAX_K` lists."""
@@ -514,10 +514,10 @@ def _bytes_on_gpu(index: FaissIndex, half: bool) -> int:
 def _factory_problem(factory: str, n: int, d: int) -> str | None:
     """Return what is wrong with a factory for ``n`` vectors of length ``d``, or ``None`` if it is valid."""
     if "norm" in factory.lower():
-        return "normalises, but fine-tuned keys are not unit vectors; use a factory without normalisation"
+        return "it normalises vectors, but fine-tuned keys are not unit vectors; use another factory"
     if not _FACTORY.fullmatch(factory):
         return (
-            "unsupported factory; use Flat, IVF256,Flat, HNSW32, SQ8, PQ16, RaBitQ4 or a combination such as "
+            "this factory is not supported; use Flat, IVF256,Flat, HNSW32, SQ8, PQ16, RaBitQ4 or a combination such as "
             "PCA64,IVF256,PQ16,RFlat"
         )
     for name, count in re.findall(r"(IVF|HNSW|PQ|PCAW?R?|RR|_)([0-9]+)", factory):  # PQ also matches OPQ
@@ -536,10 +536,10 @@ def _size_problem(path: Path) -> str | None:
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     if len(head) < HEADER:
-        return "damaged (too short for an index)"
+        return "damaged (it is too short for an index)"
     fourcc, d, ntotal = struct.unpack("<4siq", head[:16])
     if fourcc in (b"IxFI", b"IxFl", b"IxF2") and size != HEADER + 4 * d * ntotal:
-        return f"damaged (has {size:,} bytes for {ntotal:,} vectors of {d:,} values)"
+        return f"damaged (it has {size:,} bytes for {ntotal:,} vectors of {d:,} values)"
     return None
 
 
