@@ -194,9 +194,8 @@ def test_known_images_are_left_out_where_that_is_asked_for(run: Any, pictures: P
     assert opened(pictures).n == 10
     twice = run("index", "add", pictures, new, "--device", "cpu")
     assert twice.stdout == f"{pictures}: version 3, added 4 shots\n"
-    assert twice.stderr == (  # an image twice in one class is no poison
-        "warning: 4 images were already in the index under the same label; --skip-known skips such images\n"
-    )
+    (warning,) = twice.stderr.splitlines()  # an image twice in one class is no poison
+    assert "4 images were already in the index" in warning
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -227,7 +226,7 @@ def test_known_features_are_left_out_where_that_is_asked_for(
     assert run(*add, other).stdout == f"{place}: version 3, added 3 shots, skipped 1 known image\n"
     plain = run("index", "add", place, "--norms", "keep", second)
     assert plain.stdout == f"{place}: version 4, added 6 shots\n"
-    assert "6 images were already in the index under the same label; --skip-known" in plain.stderr
+    assert "6 images were already in the index under the same label" in plain.stderr
     monkeypatch.setattr(changes, "COMPARED", 3)  # more costs too much where nothing depends on it
     assert "--skip-known" not in run("index", "add", place, "--norms", "keep", first).stderr
     assert run(*add, first).stdout == f"{place}: version 5, added 0 shots, skipped 4 known images\n"

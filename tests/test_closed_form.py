@@ -678,7 +678,8 @@ def test_a_build_fits_and_says_what_it_judged_and_fits_again_after_add(run, tabl
     assert rates == sorted(rates)
     answers = run("classify", out, tables / "test.parquet", "--format", "json")
     assert set(json.loads(answers.stdout.splitlines()[0])) == {"input", "label", "probability", "unlike"}
-    assert run("index", "add", out, tables / "more.parquet").exit_code == 0
+    added = run("index", "add", out, tables / "more.parquet")
+    assert (added.exit_code, "fit it again" in added.stderr) == (0, False)
     assert json.loads(run("index", "info", out, "--json").stdout)["fitted"]["keys"] == 30
     fitted = run("-v", "fit", out, "--metric", "within", "--values", "one-hot")
     assert fitted.exit_code == 0, fitted.output
@@ -689,6 +690,7 @@ def test_a_build_fits_and_says_what_it_judged_and_fits_again_after_add(run, tabl
     judged = run("fit", out, "--val", tables / "test.parquet")
     assert "100 photos of" in judged.stderr
     assert run("index", "verify", out).exit_code == 0
+    assert "fit it again" in run("index", "add", out, tables / "test.parquet").stderr  # 40 shots became 140
 
 
 def test_the_choice_can_be_drawn(run, tables):

@@ -683,3 +683,5 @@ def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
         warn_of(added.duplicates)
         if added.duplicates.compared == "digests":
             warn(["the index is too large to search for near-identical images now; use index audit"])
+    if added.fit_due:
+        warn([f"the index is at least twice as large as when it was fitted; fit it again: retrieval-tip fit {folder}"])

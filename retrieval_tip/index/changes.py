@@ -45,6 +45,10 @@ COMPARED = 1 << 18
 """Maximum number of keys to compare with new features if known features are only counted, not skipped."""
 
 
+GROWN = 2
+"""Growth of an index since its last fit from which a new fit is due."""
+
+
 @dataclass(frozen=True)
 class Changed:
     """The result of a change, with the current ``version`` and the ids of the affected keys.
@@ -84,13 +88,15 @@ class Added(Changed):
     """The result of an addition, with the new ``classes`` and the number of images that were already ``known``.
 
     ``duplicates`` are the new keys whose image is also in another class. ``alike`` maps a new class to an earlier class
-    whose name only differs in case, ``_``, ``-`` or spaces.
+    whose name only differs in case, ``_``, ``-`` or spaces. ``fit_due`` says that the index has at least twice as many
+    keys as when it was fitted, so that :func:`fit.fit_index` would make it more accurate.
     """
 
     classes: list[str]
     known: int
     duplicates: Duplicates | None
     alike: dict[str, str]
+    fit_due: bool
 
 
 def add(
@@ -148,7 +154,7 @@ def add(
         if len(rows) or classes:
             change.what = _with_classes(f"add {counted(len(rows), 'key')}", classes)
     alike = warn_of_spelling(folder, cache.class_names, classes)
-    return Added(_version(cache), key_ids, classes, int(known.sum()), found, alike)
+    return Added(_version(cache), key_ids, classes, int(known.sum()), found, alike, _fit_due(cache))
 
 
 def merge(folder: Place, other: Place) -> Added:
@@ -177,7 +183,12 @@ def merge(folder: Place, other: Place) -> Added:
         key_ids = cache.add(np.asarray(theirs.keys), labels, views=views, **vars(columns))
         found = change.duplicates_of(key_ids)  # if anything fails up to here, nothing changes
         change.what = _with_classes(f"merge {show(str(source))}: {counted(len(key_ids), 'key')}", classes)
-    return Added(_version(cache), key_ids, classes, 0, found, warn_of_spelling(folder, cache.class_names, classes))
+    alike = warn_of_spelling(folder, cache.class_names, classes)
+    return Added(_version(cache), key_ids, classes, 0, found, alike, _fit_due(cache))
+
+
+def _fit_due(cache: EditableIndex) -> bool:
+    return cache.fitted is not None and cache.n >= GROWN * cache.fitted.keys
 
 
 def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
