@@ -48,7 +48,7 @@ class FolderChange(Change):
     def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
         cache = self.cache
         fresh = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))
-        # An exact or class-wise index would compare each query with too many keys.
+        # An exact or class-wise index would compare each new key with too many keys.
         cheap = not (cache.metric or cache.index.by_class or cache.index.exact_search)
         with cache.index.limited(EFFORT):
             return duplicates(cache.keys, cache.labels, fresh, budget=PAIRS, search=cache.nearest if cheap else None)

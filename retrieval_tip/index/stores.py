@@ -59,7 +59,7 @@ class Change(ABC):
 
 
 class Store(ABC):
-    """A store that keeps the versions of one index. Readers see one complete version, and only one writer can write.
+    """A store that keeps the versions of one index. Readers see a complete version, and writers take turns.
 
     ``local`` is the folder on this machine, or ``None`` if the index is in a bucket. ``look_every`` is the number of
     seconds after which a server checks for a new version. Methods raise StoreError if the store is missing, damaged,

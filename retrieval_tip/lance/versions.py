@@ -409,7 +409,7 @@ class LanceVersions:
         return history.described(self, manifest, self.earlier(manifest), counts, not_indexed=unindexed)
 
     def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
-        """Run a SELECT query. See :func:`folder.query`. The table ``labels``, but no key, is read into memory."""
+        """See :func:`folder.query`. The table ``labels`` is read into memory, but the keys are not."""
         labels = self.opened(lambda manifest: (table := self.table(manifest)).read(table.label_columns))
         return ask({"labels": labels, "versions": self.history()}, sql, predictions, timeout)
 
@@ -452,5 +452,5 @@ def _name(version: int) -> str:
 
 
 def _engine_name(table: Table) -> str:
-    """Return the name of LanceDB's own manifest, whose number decreases so that the latest version is listed first."""
+    """Return the name of LanceDB's own manifest. Its number counts down, so that the latest version comes first."""
     return f"{table.name}.lance/_versions/{(1 << 64) - 1 - table.version:020d}.manifest"

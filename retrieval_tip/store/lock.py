@@ -43,7 +43,7 @@ def locked(folder: Path, place: object, wait: float | None = None) -> Iterator[N
         except filelock.Timeout:
             raise busy(place, _owner(path)) from None
         except OSError as error:
-            if not left or not isinstance(error, FileNotFoundError | FileExistsError):  # else just removed
+            if not left or not isinstance(error, FileNotFoundError | FileExistsError):  # else it was just removed
                 reason = error.strerror or type(error).__name__
                 raise StoreError(one_line(f"{place}: cannot be written: {reason}; nothing was changed")) from None
     try:
