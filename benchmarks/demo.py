@@ -44,7 +44,7 @@ PHOTOGRAPHS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/setid.mat"
 """Files that are requested to check the network. One is stored with the weights, and one with the photos."""
 
 PACKAGE = "tuxpaint-stamps-default"
-STAMPS = {  # class: folder of the package
+STAMPS = {  # folder in the package by class
     "bird": "animals/birds",
     "bovine": "animals/mammals/bovines",
     "fish": "animals/fish",
@@ -62,7 +62,7 @@ FLOWERS = (
     "sunflower", "water lily", "corn poppy", "tiger lily", "english marigold", "moon orchid", "daffodil", "rose",
     "bird of paradise", "fire lily",
 )  # fmt: skip
-TOY = {  # class: file in scikit-image, all in the public domain (CC0, or NASA's)
+TOY = {  # file in scikit-image by class; all of them are in the public domain (CC0 or from NASA)
     "astronaut": "astronaut.png",
     "brick wall": "brick.png",
     "cat": "chelsea.png",

@@ -1,4 +1,4 @@
-"""Print the tables and figures of the paper next to our measurements, if images and weights are available.
+"""Print the tables and figures of the paper next to measured ones, if images and weights are available.
 
 Published figures come from benchmarks/published.csv, which names their sources. They are for RN50 unless stated
 otherwise. Measured figures are the mean top-1 accuracy over seeds 1 to N and half its 95 % interval (Student's t), with
@@ -50,7 +50,7 @@ TRAINED = ("", "keys", "values", "keys+values", "visual", "text", "visual+text")
 SETTINGS = (50.0, 1.0)
 """Alpha and beta for every row of Table 1, from a coarse grid on the validation part (see lit-mini's MODEL.md)."""
 EPOCHS = {"visual": 2, "visual+text": 2, "text": 5}
-"""Numbers of epochs that differ from the 20 of the paper, because an encoder takes minutes per epoch on two cores."""
+"""Numbers of epochs that differ from the paper's 20 epochs, because an encoder takes minutes per epoch on two cores."""
 TEMPLATE = "a photo of a {}."
 
 

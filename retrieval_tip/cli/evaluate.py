@@ -51,9 +51,9 @@ def evaluate_command(
     """Measure the accuracy of an index on labelled photos.
 
     Prints the accuracy of the index (top1), the accuracy of the text alone (zero-shot) and the accuracy of the cache
-    alone. ece is the expected calibration error of the probabilities in 15 bins. With --abstain, coverage is the share
-    of images that are answered, and selective_top1 is the accuracy on these images. If SOURCE is a split .json, its
-    test part is used.
+    alone. The figure ece is the expected calibration error of the probabilities in 15 bins. With --abstain, coverage is
+    the share of images that are answered, and selective_top1 is the accuracy on these images. If SOURCE is a split
+    .json, its test part is used.
     """
     from retrieval_tip.evaluation.evaluate import evaluate
     from retrieval_tip.report import plots

@@ -231,8 +231,8 @@ _TRAINING = options.grouped(
                  show_default=True,
                  help="Data type of the matrix products. With auto, bfloat16 is used if it is measured to be faster."),
     click.option("--settings", type=click.Choice(["tried", "own"]), default="tried", show_default=True,
-                 help="Alpha and beta used for training. With tried and --val, several are tried and the best are "
-                      "used. With own, those of the index are used."),
+                 help="Alpha and beta used for training. With tried and --val, several settings are tried and the best "
+                      "ones are used. With own, the settings of the index are used."),
     click.option("--alpha", type=NUMBER, help="Alpha used for training. Implies --settings own."),
     click.option("--beta", type=NUMBER, help="Beta used for training. Implies --settings own."),
     click.option("--seed", type=SEED, default=1, show_default=True, help="Seed for drawing batches and views."),

@@ -482,7 +482,7 @@ def compact_command(folder: Place) -> None:
 @index.command("rebuild")
 @click.argument("folder", type=INDEX, metavar="INDEX")
 @click.option("--index", "factory", help="FAISS factory string, Classes or auto.  [default: unchanged]")
-@click.option("--dtype", type=options.choice(Dtype), help="Type of the stored keys.  [default: unchanged]")
+@click.option("--dtype", type=options.choice(Dtype), help="Data type of the stored keys.  [default: unchanged]")
 def rebuild_command(folder: Place, factory: str | None, dtype: Dtype | None) -> None:
     """Rebuild the FAISS index from the keys.
 
@@ -625,7 +625,7 @@ def import_command(
 @click.option("-k", "k", type=K(),
               help="Number of nearest keys used to check each shot, or all.  "
                    "[default: all in small indexes]")  # fmt: skip
-@click.option("--all", "borderline", is_flag=True, help="Include borderline cases.")
+@click.option("--all", "borderline", is_flag=True, help="Also list borderline cases.")
 @click.option("--apply", "file", type=FILE,
               help="Table written by audit --output, whose suggestions are applied in one new version.")  # fmt: skip
 @options.FORMAT
@@ -639,8 +639,8 @@ def audit_command(
     listed first. Images that appear in two classes are also listed.
 
     To correct labels, save the list with --output suspects.csv (you can also use .json or .parquet). Delete rows or
-    edit the suggestions, and then pass the file to --apply. Three columns are read: key_id, label, which must still be
-    the label of the shot, and suggested, which is the new label.
+    edit the suggestions, and then pass the file to --apply. Only the columns key_id, label and suggested are read. The
+    column suggested contains the new label of a shot, and label must still be its current label.
     """
     if file is not None:
         from retrieval_tip.index.changes import apply_audit

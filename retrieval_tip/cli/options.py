@@ -167,13 +167,13 @@ OUTPUT_OPTION = under("Output")
 ENGINE_OPTION = under("Distributed with Ray", folded=True)
 
 VERIFY = ANSWER_OPTION("--verify", type=choice(Verify),
-                       help="How to check the index before use. full checks every byte; fast checks only the size of "
-                            "large files.  [default: full; fast at an address]")  # fmt: skip
+                       help="How to check the index before use. With full, every byte is checked. With fast, only the "
+                            "size of large files is checked.  [default: full; fast at an address]")  # fmt: skip
 ROOT = READING_OPTION("--root", type=FOLDER,
                       help="Folder against which relative paths in a table or split .json are resolved.")  # fmt: skip
 NORMS = READING_OPTION("--norms", type=choice(Norms), default="check", show_default=True,
-                       help="How to treat the norms of feature rows. check requires them to be 1, unit scales them to "
-                            "1, and keep accepts any norm.")  # fmt: skip
+                       help="How to treat the norms of feature rows. With check, they must be 1. With unit, they are "
+                            "scaled to 1. With keep, any norm is accepted.")  # fmt: skip
 DEVICE = BACKBONE_OPTION("--device", default="auto", show_default=True,
                          help="Device to use: auto, cpu, cuda or cuda:N.")  # fmt: skip
 PRECISION = BACKBONE_OPTION(
@@ -274,8 +274,8 @@ SCALES = click.option("--scales", type=(POSITIVE, POSITIVE), metavar="X X", defa
 FORMAT = grouped(
     "printing", OutputOptions,
     OUTPUT_OPTION("--format", "named", type=click.Choice(["table", "json", "jsonl", "csv", "parquet"]),
-                  help="Output format. json and jsonl both write one object per line.  [default: given by the suffix "
-                       "of --output, or table]"),
+                  help="Output format. With json and jsonl, one object is written per line.  [default: given by the "
+                       "suffix of --output, or table]"),
     OUTPUT_OPTION("--output", type=OUTPUT, help="File to write to instead of standard output."),
 )  # fmt: skip
 JSON = OUTPUT_OPTION("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")

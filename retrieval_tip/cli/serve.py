@@ -27,7 +27,7 @@ _LIMITS = several(
     click.option("--max-pixels", type=count(), default=50_000_000, show_default=True,
                  help="Maximum size of an image, in pixels."),
     click.option("--queue", type=count("queue"), default=256, show_default=True,
-                 help="Maximum number of waiting images, in which a large image counts several times. Further requests "
+                 help="Maximum number of images that can wait. A large image counts several times. Further requests "
                       "are refused with status 429."),
     click.option("--timeout", type=Number(0.1, 86_400), default=30.0, show_default=True, metavar="SECONDS",
                  help="Time limit for a response."),

@@ -1,4 +1,4 @@
-"""Read paths from standard input, which is what the input ``-`` stands for."""
+"""Read paths from standard input, for commands whose input is ``-``."""
 
 from __future__ import annotations
 

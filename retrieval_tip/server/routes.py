@@ -35,8 +35,8 @@ Positive = Annotated[
 Norms = Annotated[
     Literal["check", "unit", "keep"],
     Query(
-        description="How to treat the norms of features. check rejects features whose norm is not 1, unit scales them "
-        "to norm 1, and keep uses them unchanged."
+        description="How to treat the norms of features. With check, they must be 1. With unit, they are scaled to 1. "
+        "With keep, any norm is accepted."
     ),
 ]
 
@@ -233,7 +233,8 @@ async def map_of(
         Method, Query(description="Projection method: pca, or tsne if scikit-learn is installed on the server.")
     ] = "pca",
     limit: Annotated[
-        int, Query(ge=1, le=100_000, description="Maximum number of keys. If features are long, it may be lower.")
+        int,
+        Query(ge=1, le=100_000, description="Maximum number of keys. Fewer keys may be returned if features are long."),
     ] = 5000,
 ) -> Response:
     """Place the keys in two dimensions."""

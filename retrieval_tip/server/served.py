@@ -109,7 +109,7 @@ class Version:
         return results
 
     def describe(self, *, changes: bool) -> schemas.IndexFacts:
-        """Return a description of the index. ``changes`` is whether the server accepts changes."""
+        """Return a description of the index. ``changes`` tells whether the server accepts changes."""
         cache, settings, fitted = self.cache, self.cache.settings, self.cache.fitted
         return schemas.IndexFacts(
             alpha=settings.alpha, beta=settings.beta, k=settings.k or "all", tail=settings.tail,
@@ -235,7 +235,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Maker:
-    """The ``backbone`` and the folder ``into`` that are used for new indexes, unless a served index is named."""
+    """The ``backbone`` and the folder ``into`` to use for new indexes, unless a request names another index."""
 
     into: Path
     backbone: Backbone
