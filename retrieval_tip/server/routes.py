@@ -237,7 +237,7 @@ async def map_of(
         Query(ge=1, le=100_000, description="Maximum number of keys. Fewer keys may be returned if features are long."),
     ] = 5000,
 ) -> Response:
-    """Place the keys in two dimensions."""
+    """Project the keys to two dimensions."""
     return _json(await service.map(version, method, limit))
 
 

@@ -133,11 +133,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(pool, call, *arguments)
 
     def index(self, name: str | None) -> Served:
-        """Return the index with this name, or the only index if ``name`` is ``None``.
-
-        Raises Problem 404 if the index does not exist. Raises Problem 422 if the name is missing but there are several
-        indexes.
-        """
+        """Return the index with this name, or the only index if ``name`` is ``None``. Raises Problem 404 or 422."""
         if name is None:
             if not self.served:
                 raise Problem(404, "no index is served yet; create one first")
@@ -151,8 +147,7 @@ class Service:
     async def classify(self, version: Version, ask: Ask, sent: Sent) -> schemas.Classified:
         """Classify uploaded inputs.
 
-        Raises Problem 422 if all inputs are unreadable, or if the answers would be too large. Raises Problem 429 if too
-        many images are waiting.
+        Raises Problem 422 if no input can be read or the answers are too large, and 429 if too many images are waiting.
         """
         cells, rows = version.cells(ask), len(sent.names)
         if rows > 1 and rows * cells > self.limits.cells:
@@ -243,12 +238,9 @@ class Service:
     async def create(self, sent: Sent, like: str | None) -> schemas.MadeIndex:
         """Create an index from images, fit it and serve it.
 
-        The new index has the same backbone as the index ``like``, and is saved next to it. If ``like`` is ``None``, the
-        backbone and folder of the ``maker`` are used. If there is no maker, the first index that has a backbone is used
-        in the same way as ``like``.
-
-        Raises Problem 409 if the name is already in use, or if ``limits.indexes`` indexes are served. Also raises the
-        same errors as :func:`shots.build`.
+        The new index has the backbone of the index ``like``, and is saved next to it. If ``like`` is ``None``, the
+        backbone and folder of the ``maker`` are used, or the first index that has a backbone if there is no maker.
+        Raises Problem 409 if the name is in use or the server is full, and the same errors as :func:`shots.build`.
         """
         name = str(sent.index)
         into: Path | None
@@ -292,8 +284,7 @@ class Service:
     async def relabel(self, one: Served, moves: Sequence[tuple[Sequence[int], str]]) -> schemas.ChangedShots:
         """Relabel shots in one new version. Each of the ``moves`` consists of key ids and their new label.
 
-        Raises Problem 422 if there are no shots, or if a shot is given two labels. Also raises the same errors as
-        :meth:`remove`.
+        Raises Problem 422 if there are no shots or a shot has two labels, and the same errors as :meth:`remove`.
         """
         labels: dict[int, str] = {}
         for key_ids, label in moves:
@@ -306,10 +297,7 @@ class Service:
         return await self._changed(one, lambda: changes.relabel(one.folder, labels))
 
     async def merge(self, one: Served, of: str, label: str) -> schemas.ChangedShots:
-        """Move all shots of the class ``of`` to the class ``label``.
-
-        Raises Problem 422 if the class ``of`` has no shots. Also raises the same errors as :meth:`remove`.
-        """
+        """Relabel a whole class. Raises Problem 422 if it has no shots, and the same errors as :meth:`remove`."""
         found = await self._found(one, (of,), ())
         if not found:
             raise Problem(422, f"of: class {of!r} has no shots")
@@ -326,8 +314,7 @@ class Service:
     async def rename(self, one: Served, of: str, label: str) -> schemas.ChangedShots:
         """Rename a class, or merge it into the class that already has the new name.
 
-        If the name is new and the server has the text encoder, the name is encoded. Raises Problem 404 if the class
-        ``of`` does not exist. Also raises the same errors as :meth:`remove`.
+        A new name is encoded if the server has the text encoder. Raises Problem 404 if the class ``of`` does not exist.
         """
         cache, backbone = one.now.cache, one.now.backbone
         if of not in cache.class_names:
@@ -337,10 +324,7 @@ class Service:
         return await self._changed(one, lambda: changes.rename(one.folder, of, label, backbone))
 
     async def rollback(self, one: Served, to: int, since: int | None) -> schemas.ChangedShots:
-        """Restore an earlier version.
-
-        Raises Problem 404 if the version does not exist. Raises Problem 409 if the current version is not ``since``.
-        """
+        """Restore a version. Raises Problem 404 if it does not exist, and 409 if the current one is not ``since``."""
         return await self._changed(one, lambda: _rolled_back(one, to, since))
 
     async def history(self, one: Served) -> list[Row]:
@@ -354,10 +338,7 @@ class Service:
         return schemas.ChangedShots(one.name, changed.version, changed.key_ids)
 
     def values(self, version: Version) -> schemas.KeyValues:
-        """Return the value of each key for each class.
-
-        Raises Problem 422 if the values are one-hot, or if there are too many values.
-        """
+        """Return the value of each key for each class. Raises Problem 422 if values are one-hot or too many."""
         values = getattr(version.cache, "values", None)
         if values is None:
             raise Problem(422, "values: are one-hot and not stored; the value of each key is 1 for its own class")
@@ -399,10 +380,7 @@ class Service:
         ]
 
     async def map(self, version: Version, method: Method, limit: int) -> schemas.Map:
-        """Project keys to two dimensions.
-
-        Raises Problem 422 if the method is not installed. Raises Problem 503 if this takes too long.
-        """
+        """Project keys to two dimensions. Raises Problem 422 if the method is missing, and 503 if this is slow."""
         if method not in methods():
             raise Problem(422, f"method {method!r}: not installed; choose one of {', '.join(methods())}")
         cache = version.cache
@@ -423,10 +401,7 @@ class Service:
         )  # fmt: skip
 
     async def audit(self, version: Version, limit: int, borderline: bool) -> schemas.Audit:
-        """List suspicious shots, starting with the most suspicious ones.
-
-        Raises Problem 422 if the index has too many keys. Raises Problem 503 if this takes too long.
-        """
+        """List suspicious shots in order. Raises Problem 422 if there are too many keys, and 503 if this is slow."""
         if version.cache.n > MOST_AUDITED:
             many = f"the index has {version.cache.n:,} keys, but at most {MOST_AUDITED:,} can be audited here"
             raise Problem(422, f"{many}; run retrieval-tip index audit {version.name}")
@@ -440,10 +415,9 @@ class Service:
         return schemas.Audit(version.manifest.version, total, suspicious[:limit])
 
     async def accuracy(self, version: Version) -> schemas.Accuracy:
-        """Estimate the accuracy with :func:`closed_form.estimate`.
+        """Estimate the accuracy with :func:`closed_form.estimate`. Raises Problem 503 if this takes too long.
 
-        If the index has more than ``limits.estimated`` keys, the accuracy is ``None``. Raises Problem 503 if this takes
-        too long.
+        If the index has more than ``limits.estimated`` keys, the accuracy is ``None``.
         """
         cache = version.cache
         known: Judged = {"photos": None, "words": None, "both": None}
@@ -454,10 +428,7 @@ class Service:
     async def _once(
         self, version: Version, what: Hashable, call: Callable[[], T], kept: Kept[Hashable, Any] | None = None
     ) -> T:
-        """Return the result of ``call``, which is computed once per version.
-
-        Raises Problem 503 after ``limits.patience`` seconds.
-        """
+        """Return the result of ``call``, which runs once per version. Raises Problem 503 after ``limits.patience``."""
         try:
             async with asyncio.timeout(self.limits.patience):
                 key = (weakref.ref(version), what)  # does not keep the version alive
