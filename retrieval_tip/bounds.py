@@ -40,7 +40,7 @@ def check_count(name: str, value: object, least: int = 1) -> None:
 
 
 def check_memory(needed: int, what: str, remedy: str) -> None:
-    """Raise UsageError if ``needed`` is more than the memory that is available to this process, in bytes."""
+    """Raise UsageError if ``needed`` bytes exceed the memory that is available to this process."""
     there = memory()
     if there is not None and needed > there:
         raise UsageError(f"{what}: needs {_amount(needed)} of memory, but only {_amount(there)} is available; {remedy}")

@@ -41,7 +41,7 @@ from retrieval_tip.store.writer import Writer, write
 T = TypeVar("T", bound="CacheModel")
 
 SUMS_FROM = 8
-"""The sums are saved only if the keys are at least 8 times as large. Otherwise it is cheap to recompute them."""
+"""The sums are only saved if they are at most an eighth of the size of the keys. Otherwise they are recomputed."""
 
 
 class KeyEdits(EditableIndex):

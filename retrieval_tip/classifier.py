@@ -97,7 +97,8 @@ class Classifier:
     ) -> Self:
         """Build a classifier from a folder that has one folder of photos per class, or from another labelled source.
 
-        - ``photos``: an open source, or the path of a folder, table, tar or split (see :func:`sources.open_source`).
+        - ``photos``: an open source, or the path of a folder, a table, a tar file or a split file (see
+          :func:`sources.open_source`).
         - ``model``: the encoder. You can pass a name (see :func:`loading.load_backbone`), a backbone, or the model,
           preprocessing and tokenizer that open_clip returns.
         - ``pretrained``: the tag or the file of the weights, if ``model`` is a name.

@@ -82,7 +82,7 @@ class Neighbour:
 
     @property
     def contribution(self) -> float:
-        """The contribution to the winning class. It is positive if the shot supports the answer, else negative."""
+        """The contribution to the winning class. It is negative if the shot counts against the answer."""
         return self.gives[0]
 
 
@@ -136,9 +136,9 @@ class Predictions:
     """A table of predictions, in the order of the queries. You can also index and iterate over it like a list.
 
     You can pass it to any library that reads Arrow, for example ``polars.DataFrame(predictions)``. The columns are
-    described in :data:`PREDICTIONS`, and columns that are not known are missing. The column ``input`` holds the query
-    names, which default to the row numbers. Each :class:`Prediction` is created when you access it. The class is not a
-    subclass of list, because libraries would then read it row by row.
+    listed in :data:`PREDICTIONS`. Columns that do not apply to the index are omitted. The column ``input`` holds the
+    query names, which default to the row numbers. Each :class:`Prediction` is created when you access it. The class is
+    not a subclass of list, because libraries would then read it row by row.
     """
 
     def __init__(self, columns: pa.Table | None = None) -> None:
@@ -189,7 +189,7 @@ class Predictions:
         return f"Predictions({counted(len(self), 'prediction')}: {few}{' ...' if len(self) > SHOWN_LABELS else ''})"
 
     def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Yield the given columns of each prediction as a dictionary, in which ``logits`` is a float32 array."""
+        """Yield the given columns of each prediction as a dictionary. The value of ``logits`` is a float32 array."""
         rows = rows_of(self._columns.select([column for column in columns if column != "logits"]))
         if "logits" not in columns or "logits" not in self._columns.column_names:
             yield from rows
@@ -299,11 +299,11 @@ def lists(values: npt.NDArray[Any] | pa.Array, m: int) -> pa.ListArray:
 
 
 def read_predictions(path: Path) -> pa.Table:
-    """Read predictions that ``classify`` wrote. The file format is Parquet, CSV or JSON lines, and is detected.
+    """Read predictions that ``classify`` wrote as Parquet, CSV or JSON lines. The format is detected automatically.
 
     The table has one row per input. Its columns have the types in ``PREDICTIONS``. The columns ``input`` and ``label``
-    are always present, and ``label`` may be null. Additional columns are kept. In JSON lines, they are only kept if the
-    first line has text, a number or a boolean in them.
+    are always present, and ``label`` may be null. Additional columns are kept. In JSON lines, an additional column is
+    only kept if its first value is text, a number or a boolean.
 
     Raises InputError if the file is not valid, or if it has more than ``MAX_ROWS`` rows.
     """

@@ -49,9 +49,9 @@ def check_choice(name: str, value: object, alias: object) -> None:
 
 
 ADDED_AFTER_FORMAT_1 = {"later": True}
-"""Metadata of a setting that was added after format 1. In older manifests it has its default."""
+"""Metadata of a setting that was added after format 1. If an older manifest is read, the setting has its default."""
 FITTED = ("least_cache", "log_offset")
-"""Settings that are only set by a fit. Otherwise they are ``None``."""
+"""Settings that can only be set by a fit. If there was no fit, they are ``None``."""
 
 
 @dataclass(frozen=True)

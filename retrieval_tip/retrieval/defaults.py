@@ -21,7 +21,10 @@ UNTOUCHED = {"both": (0.7, 1.0), "shots": (20.0, 5.5), "affinity": (0.035, 1.0),
 """Default alpha and beta for each unit. For ``none`` they are from the paper. The others are equivalent at 16 shots."""
 
 DOUBT = 4
-"""Number of pseudo-shots added to each class, so that few shots get a smaller weight. Selected on validation data."""
+"""Number of pseudo-shots added to each class, so that a few shots have less weight.
+
+The number was selected on validation data.
+"""
 
 STEEPEST = 60.0
 """Upper limit for the exponent ``beta (1 - mean)`` of a default. Otherwise near-identical images overflow float32."""

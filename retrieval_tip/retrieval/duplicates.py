@@ -80,7 +80,7 @@ class Duplicates:
         total: the number of pairs that were found.
         compared: the method that was used. ``all`` compares every pair of keys, so that ``total`` is exact. ``nearest``
             compares each fresh key with its nearest keys. ``digests`` finds identical images, and also identical
-            features if there are no fresh keys.
+            features if ``fresh`` was ``None``.
     """
 
     pairs: list[Duplicate]
@@ -102,14 +102,14 @@ def duplicates(
 
     Two keys are duplicates if their content digests are equal, or if ``cos(K_i, K_j) = K_i K_j / (|K_i| |K_j|)`` is at
     least ``least``. Digests are always compared. Cosines are compared if there are at most ``budget`` pairs. Otherwise,
-    each fresh key is compared with the nearest keys that ``search`` returns. If there are no fresh keys, features are
-    only checked for equality.
+    each fresh key is compared with the nearest keys that ``search`` returns. If ``fresh`` is ``None``, there is no
+    search, and features are only checked for equality.
 
     Args:
         keys: the keys, as a float32 or float16 array of shape ``[n, d]``.
         labels: the label store, which has one row per key and the columns ``key_id``, ``class_id``, ``label``,
             ``source`` and ``digest``.
-        fresh: the rows of newly added keys. At least one key of each pair must be fresh. By default, all keys are.
+        fresh: the rows of newly added keys. At least one key of each pair must be among them. Defaults to all keys.
         least: the lowest cosine at which two keys count as near-identical.
         budget: the maximum number of pairs to compare, ``len(fresh) * n``.
         search: a function like ``CacheModel.nearest``. It takes a float32 CPU tensor of features and the number ``k``,
@@ -132,7 +132,7 @@ def duplicates(
     a, b, total = _pairs_of_equal(images, class_ids, new, most)
 
     def remain(x: IntArray, y: IntArray) -> Bools:
-        """Return which pairs belong to different classes. Identical images have already been counted."""
+        """Return which pairs have different classes, excluding identical images, which are already counted."""
         keep: Bools = (class_ids[x] != class_ids[y]) & ((images[x] != images[y]) | (images[x] < 0))
         return keep
 
@@ -211,8 +211,8 @@ def _unit(keys: Keys, rows: IntArray) -> Tensor:
 def _near(keys: Keys, asked: IntArray, new: Bools, least: float, remain: Remain) -> Iterator[Near]:
     """Compare the rows in ``asked`` with all rows, and yield blocks of pairs that have a cosine above ``least``.
 
-    Only pairs for which ``remain`` returns true are included. The rows in ``asked`` come first in the order, and each
-    row is compared with the ``asked`` rows before it.
+    Pairs for which ``remain`` returns false are excluded. The rows in ``asked`` are sorted to the front, and every row
+    is compared with the ``asked`` rows before it.
     """
     order = np.concatenate([asked, np.flatnonzero(~new)])
     index = faiss().IndexFlatIP(int(keys.shape[1]))
@@ -229,7 +229,7 @@ def _near(keys: Keys, asked: IntArray, new: Bools, least: float, remain: Remain)
 def _nearest(keys: Keys, asked: IntArray, search: Search, least: float, remain: Remain) -> Near:
     """Compare the rows in ``asked`` with their nearest keys, and return pairs that have a cosine of at least ``least``.
 
-    Only pairs for which ``remain`` returns true are included.
+    Pairs for which ``remain`` returns false are excluded.
     """
     pairs, cosines = [np.empty((0, 2), dtype=np.int64)], [np.empty(0, dtype=np.float32)]
     for part in slices(len(asked), QUERY_BLOCK):

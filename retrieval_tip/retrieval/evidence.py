@@ -66,7 +66,7 @@ class Nearest:
 
     @classmethod
     def joined(cls, parts: Sequence[Nearest], dim: int = 0) -> Nearest:
-        """Concatenate the keys of consecutive queries. If ``dim=1``, concatenate several keys of the same queries."""
+        """Concatenate the keys of consecutive queries, or different keys of the same queries if ``dim`` is 1."""
         return cls(*(torch.cat(column, dim=dim) for column in zip(*(part.columns for part in parts), strict=True)))
 
 

@@ -47,7 +47,7 @@ MOST_SLACK = 1e9
 HALF_FROM = 1 << 22
 """Minimum number of values in all keys for which ``auto`` tries half precision."""
 HALF_FROM_QUERIES = 64
-"""Minimum number of queries for which ``auto`` tries half precision. Otherwise the conversion of keys takes longer."""
+"""Minimum number of queries for which ``auto`` tries half precision. With fewer, converting the keys takes too long."""
 HALF_GAIN = 1.3
 """Minimum speed-up for which ``auto`` uses half precision."""
 HALF_ERROR = 2e-3
@@ -78,7 +78,7 @@ def auto_for(shape: tuple[int, int], dtype: npt.DTypeLike, n_classes: int, devic
 def index_over(
     keys: KeyArray | Segments, class_ids: IntArray, n_classes: int, factory: str, device: str = "auto"
 ) -> VectorIndex:
-    """Build a FAISS index over keys that are grouped by class, or over their class means if it is ``Classes``.
+    """Build a FAISS index over keys that are grouped by class. If the factory is ``Classes``, index the class means.
 
     Class means are searched with four times the usual effort, because the keys of a missed class are lost. Raises the
     same errors as :meth:`VectorIndex.build`.
@@ -205,7 +205,7 @@ class KeyStream(ABC):
             if len(rows) < 16 * len(present):
                 sums.index_add_(0, ids, rows.double())
                 continue
-            for class_id, part in zip(present.tolist(), rows.split(counts.tolist()), strict=True):  # 6 times as fast
+            for class_id, part in zip(present.tolist(), rows.split(counts.tolist()), strict=True):  # 6 times faster
                 sums[class_id] += part.sum(0, dtype=torch.float64)
         return sums.float()
 
@@ -366,7 +366,7 @@ class Keys(KeyStream):
         self.array, self.precision = array, precision
         counts = np.array([np.bincount(class_ids[a:b], minlength=n_classes) for a, b in itertools.pairwise(bounds)])
         self.starts = bounds[:-1, None] + np.pad(np.cumsum(counts, axis=1), ((0, 0), (1, 0)))
-        self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # Arrow data is fixed
+        self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # Arrow's is read-only
         total = torch.from_numpy(counts.sum(axis=0).astype(np.float32)).to(device)
         super().__init__((int(array.shape[0]), int(array.shape[1])), total, device, means)
         self._runs = list(runs(array, self._block_size()))
@@ -439,9 +439,9 @@ class Keys(KeyStream):
     def products(self, beta: float, q: int = HALF_FROM_QUERIES) -> torch.dtype:
         """Return the dtype that is used to multiply ``q`` queries with all keys.
 
-        It depends on ``precision``. With ``auto``, the dtype is measured once. It is float32, unless half precision is
-        at least :data:`HALF_GAIN` times as fast on a block of these keys. In addition, the relative root mean square
-        error of the cache logits must be at most :data:`HALF_ERROR`.
+        If ``precision`` is ``auto``, half precision is measured once on a block of these keys. It is used if it is at
+        least :data:`HALF_GAIN` times as fast as float32, and if the relative root mean square error of the cache logits
+        is at most :data:`HALF_ERROR`.
         """
         if self.precision != "auto":
             dtype: torch.dtype = getattr(torch, self.precision)

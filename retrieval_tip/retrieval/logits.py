@@ -21,7 +21,7 @@ LOGITS = 1 << 25
 """Maximum number of logits in a block. In float32, they take 128 MiB."""
 
 LEAST_CLASSES = 2
-"""Minimum number of classes that a query visits. If it visited only one, the runner-up's logit would not be exact."""
+"""Minimum number of classes that a query visits. With a single class, the logit of the runner-up is not exact."""
 
 CLOSE = 1e-3
 """Bound on the relative error of cache logits in half precision, per unit of beta.
@@ -90,9 +90,9 @@ class Retrieval(ABC):
         """Compute the text and cache logits.
 
         By default, all keys are used. If the settings have a ``k``, about ``k`` keys are used, and the tail counts the
-        other keys at their mean affinity. If ``certify`` is true, the result also says which queries are settled. If
-        each query retrieves its own keys, the result also includes ``neighbours`` shots for each answer. Otherwise you
-        can call :meth:`contributors` to find them.
+        other keys at their mean affinity. If ``certify`` is true, the result also says whether each query is decided.
+        If each query retrieves its own keys, the result also includes ``neighbours`` shots for each answer. Otherwise,
+        you can call :meth:`contributors` to find them.
         """
         settings, points = self.settings, self.points(features)
         if settings.k is not None and settings.k < self.keys.n:
@@ -101,7 +101,7 @@ class Retrieval(ABC):
         return AnswerTerms(text, tip.log_cache(self._cache_over_all(points, text), settings.log_offset))
 
     def _cache_over_all(self, points: Tensor, text: Tensor) -> Tensor:
-        """Compute the cache logits over all keys. If half precision could change an answer, float32 is used for it."""
+        """Compute the cache logits over all keys, using float32 for answers that half precision could change."""
         beta = self.settings.beta
         products = self.keys.products(beta, len(points))
         cache = self.keys.cache_logits(points, beta, products=products)
@@ -235,7 +235,7 @@ class Retrieval(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class IndexRetrieval(Retrieval):
-    """Retrieval of keys in memory or memory-mapped keys, by a FAISS index over the keys or over the class means.
+    """Retrieval from keys in memory (or memory-mapped keys), using a FAISS index over the keys or the class means.
 
     If ``values`` are given, they replace the one-hot values. They are solved or trained, and have the shape ``[n, c]``.
     """
@@ -302,7 +302,7 @@ class IndexRetrieval(Retrieval):
         return Contributors(supporting, opposing)
 
     def _extremes(self, points: Tensor, classes: Tensor, number: int) -> tuple[Nearest, Nearest]:
-        """Return the ``number`` keys that contribute most to one class per query, and the least contributing key."""
+        """Return the ``number`` highest contributing keys for one class per query, and the lowest contributing key."""
         assert self.values is not None
         asked, own = classes.unique(return_inverse=True)
         most, least = (Largest.none(len(points), m, self.keys.device) for m in (number, 1))

@@ -95,7 +95,7 @@ Keys = KeyArray | Segments | KeysInPlace
 
 
 def segments_of(array: KeyArray | Segments) -> tuple[KeyArray, ...]:
-    """Return the segments of ``array``. A plain array is its own only segment."""
+    """Return the segments of ``array``. A plain array counts as one segment."""
     return array.parts if isinstance(array, Segments) else (array,)
 
 

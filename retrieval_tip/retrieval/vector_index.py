@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch  # must come before FAISS: on macOS both include an OpenMP runtime, and the one of torch must load first
+import torch  # must be imported before FAISS: on macOS, the OpenMP runtime of torch has to be loaded first
 from torch import Tensor
 
 from retrieval_tip import tip
@@ -31,7 +31,10 @@ HEADER = 45
 """Size of the smallest index file in bytes, which is the header of an empty flat index."""
 
 GPU_MAX_K = 2048
-"""Maximum number of keys that FAISS can retrieve on a GPU, and of lists that it can probe. A larger k uses the CPU."""
+"""Maximum number of keys that FAISS can retrieve on a GPU, and of lists that it can probe.
+
+If k is larger, the search runs on the CPU.
+"""
 
 PRODUCTS, QUERIES = 1 << 27, 4096
 """Maximum number of affinities and of queries per block on a GPU. In float32, the affinities take 512 MiB."""
@@ -325,7 +328,7 @@ class VectorIndex:
 
     @contextmanager
     def _errors_named(self) -> Iterator[None]:
-        """Convert FAISS errors to StoreError or to OutOfMemoryError of torch. The message names the index."""
+        """Convert FAISS errors to StoreError, or to ``torch.OutOfMemoryError``. The message names the index."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -492,7 +495,7 @@ class Product:
 
 @cache
 def resources() -> object:
-    """Return the GPU resources of FAISS. They use less memory than the defaults, 1.5 GiB per GPU and 256 MiB pinned."""
+    """Return GPU resources that reserve less memory than the FAISS defaults of 1.5 GiB per GPU and 256 MiB pinned."""
     made = faiss().StandardGpuResources()
     made.setTempMemory(512 << 20)
     made.setPinnedMemory(32 << 20)
@@ -528,7 +531,10 @@ def _factory_problem(factory: str, n: int, d: int) -> str | None:
 
 
 def _size_problem(path: Path) -> str | None:
-    """Return an error message if an index file is truncated, because FAISS may crash when it maps such a file."""
+    """Return what is wrong with the size of an index file, or ``None`` if it is valid.
+
+    This check is necessary because FAISS may crash when it maps a truncated file.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -566,7 +572,7 @@ def _inner(index: FaissIndex) -> Iterator[FaissIndex]:
 
 
 def _effort_of(index: FaissIndex) -> Iterator[tuple[FaissIndex, str]]:
-    """Yield the object and the name of the attribute that hold the effort. Yield nothing if there is no effort."""
+    """Yield the object and the name of the attribute that hold the effort, if the index has one."""
     for part in _inner(index):
         if hasattr(part, "nprobe"):
             yield part, "nprobe"
