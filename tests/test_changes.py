@@ -356,7 +356,7 @@ def test_a_bad_merge_is_refused_and_changes_nothing(
     CacheModel.from_features(unit_rows(1, D), ["owl"], ["owl"], device="cpu").save(tmp_path / "bare")
     refused(run("index", "merge", index, tmp_path / "bare"), 1, "'owl'", "text weight")
     CacheModel.from_features(unit_rows(1, D + 1), ["cat"], ["cat"], device="cpu").save(tmp_path / "long")
-    refused(run("index", "merge", index, tmp_path / "long"), 1, f"{D + 1} values", f"needs {D}")
+    refused(run("index", "merge", index, tmp_path / "long"), 1, f"{D + 1} values", f"requires {D}")
     refused(run("index", "merge", index, tmp_path / "nowhere"), 1, "nowhere")
     assert everything(index) == before
     model = f"local-dir:{tiny(tmp_path / 'model')}"
