@@ -156,7 +156,7 @@ def fresh(out: Path) -> Path:
 
 
 def lay_out(work: Path, source: str, photos: Path | None, chosen: Backbone) -> Backbone:
-    """Copy shots and new photos from the first available source to ``work``, and return the backbone to use."""
+    """Set up shots and new photos in ``work`` from the first available source, and return the backbone to use."""
     if photos is not None:
         divide(work, photos.expanduser())
         return chosen if chosen.model else encoder(work)

@@ -192,8 +192,8 @@ def report_command(
     """Write an accuracy report as a single HTML file.
 
     You can open the file offline in any browser. It shows the accuracy, the mistakes and the settings of the index,
-    and its figures match those of the command evaluate. No setting in the accuracy curves or the alpha-beta surface is
-    selected on the test source. This command requires matplotlib.
+    and its figures are the same as those of the command evaluate. The test source is not used to select any setting for
+    the accuracy curves or the alpha-beta surface. This command requires matplotlib.
     """
     from retrieval_tip.report.judged import portable
     from retrieval_tip.report.report import check, write_report

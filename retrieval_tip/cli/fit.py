@@ -106,7 +106,7 @@ _JUDGED = options.several(
 @click.option(
     "--greedy",
     is_flag=True,
-    help="Use the best settings found, even if their gain over the current settings may be due to chance.",
+    help="Use the best settings found, even if their gain over the default settings may be due to chance.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the selected settings, but do not change the index.")
 @options.JSON

@@ -497,7 +497,7 @@ def rebuild_command(folder: Place, factory: str | None, dtype: Dtype | None) -> 
 @click.argument("folder", type=INDEX, metavar="INDEX")
 @options.FORMAT
 def history_command(folder: Place, printing: OutputOptions) -> None:
-    """List all versions of an index, starting with the oldest."""
+    """List the versions of an index, starting with the oldest."""
     from retrieval_tip.cli.output import write_table
     from retrieval_tip.index.places import at
 

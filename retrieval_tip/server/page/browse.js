@@ -79,7 +79,7 @@ function showAbout() {
     temperature: rounded(info.temperature),
     "logit scale": rounded(info.logit_scale),
     "FAISS index": info.exact_search ? info.index : `${info.index}, approximate`,
-    prompts: info.text ? info.templates.join(" · ") || "not stored" : "none (class names are not used)",
+    prompts: info.text ? info.templates.join(" · ") || "none (text features were given)" : "none (class names are not used)",
     metric: info.metric === "none" ? null : "within-class",
     values: info.values === "one-hot" ? null : info.values,
     ...info.provenance,
