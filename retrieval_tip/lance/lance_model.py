@@ -275,7 +275,7 @@ class LanceModel(AnsweringIndex):
             self._in_memory(keys, labels).commit(writer, change)
 
     def _in_memory(self, keys: KeyArray, labels: pa.Table) -> CacheModel:
-        """Return an exact classifier over keys and labels in folder order, with the metric and settings of this one."""
+        """Return an exact classifier over keys and labels in folder order. Its metric and settings stay the same."""
         ids, points = labels["class_id"].to_numpy().astype(np.int64), points_of(self.metric, keys, self.device)
         return CacheModel(
             keys=keys, labels=labels, class_names=self.class_names, text_weights=self.text_weights,

@@ -414,7 +414,7 @@ class LanceVersions:
         return ask({"labels": labels, "versions": self.history()}, sql, predictions, timeout)
 
     def collect(self, keep: int = 1) -> tuple[list[int], int]:
-        """Delete all versions except the last ``keep``, and the data that only they use.
+        """Delete all versions except the last ``keep``, and the data that only the deleted versions use.
 
         Return the numbers of the deleted versions and the size of the deleted objects in bytes. A reader that still has
         a deleted version open will fail. Raises UsageError if ``keep`` is below 1.

@@ -85,7 +85,7 @@ class Contents:
         )
 
     def write(self, writer: Writer, stored: Stored | None) -> Contents:
-        """Seal every file that the writer's parent version does not have. ``stored`` is the version that was opened.
+        """Seal every file that the writer's parent version does not have. ``stored`` is the version they come from.
 
         Keys that the writer already holds are not written again. Return the contents with the new path of ``weights``.
         Raises StoreError if a file is damaged or cannot be written.
@@ -158,7 +158,7 @@ def metric_of(array: npt.NDArray[np.floating]) -> tip.Metric:
 
 @dataclass(frozen=True)
 class Stored:
-    """A version of an index folder, together with the objects in memory that were read from its files.
+    """A version of an index folder, together with the objects in memory that its files contain.
 
     ``check`` compares the files with their digests. ``contents`` is ``None`` if those objects are not known. ``named``
     tells whether the stored labels still use the current class names.
@@ -193,7 +193,7 @@ class Stored:
         return next((segment for stored, segment in pairs if stored is array), None)
 
     def has_index(self, index: SavedIndex) -> bool:
-        """Return whether ``index`` was read from a file of this version."""
+        """Return whether a file of this version already holds ``index``."""
         file = self.manifest.files.get("index")
         return file is not None and index.path == self.check.folder / file.name
 

@@ -165,7 +165,7 @@ class Along:
         return self._fit(second, self._second, every, every / self._counts.sum())
 
     def _fit(self, known: FloatArray, found: FloatArray, every: IntArray | FloatArray, one: float | FloatArray) -> bool:
-        """Compare sums, whose Cauchy-Schwarz bound is ``(every sum_i (k_i . r)^2)^(1/2)``, within the tolerance."""
+        """Compare sums, with a tolerance relative to their Cauchy-Schwarz bound ``(every sum_i (k_i . r)^2)^(1/2)``."""
         most = np.sqrt(every * self._squares)
         least = np.sqrt(one * self._squares / self._counts.sum())
         return bool((np.abs(known @ self._direction - found) <= TOLERANCE * most + self._least * least).all())
