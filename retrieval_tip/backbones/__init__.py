@@ -1,1 +1,1 @@
-"""Backbones, which turn images and text into features, and the prompts for class names."""
+"""Image and text encoders, and the prompts for class names."""

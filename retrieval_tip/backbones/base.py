@@ -1,4 +1,4 @@
-"""The protocol for backbones, which turn images into features. Backbones with a text tower also encode sentences."""
+"""The interface of backbones. A backbone turns images into features, and sentences too if it has a text tower."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The list of backbones, with their names and spellings, their tags and sizes, and whether the weights are cached."""
+"""Look up backbones by name, list their tags and sizes, and check whether their weights are cached."""
 
 from __future__ import annotations
 

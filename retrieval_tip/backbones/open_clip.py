@@ -1,4 +1,4 @@
-"""open_clip backbones, given by architecture and tag, as a folder, as a hub repository, or as a loaded model."""
+"""Load open_clip backbones by architecture and tag, from a folder, or from the hub, or wrap a loaded model."""
 
 from __future__ import annotations
 

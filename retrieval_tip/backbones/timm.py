@@ -1,4 +1,4 @@
-"""timm backbones, which are image encoders that do not encode text (such as DINOv2, DINOv3 and EfficientNet)."""
+"""Load timm backbones such as DINOv2, DINOv3 and EfficientNet. They encode images but not text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backbones that are torch modules, with their views, features, training and the identity of their weights."""
+"""Backbones implemented as torch modules, which can encode images and text and can be trained."""
 
 from __future__ import annotations
 

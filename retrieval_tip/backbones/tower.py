@@ -1,4 +1,4 @@
-"""Image towers for CPUs, which are compiled by OpenVINO and stored on disk.
+"""Compile image towers for CPUs with OpenVINO, and store them on disk.
 
 A tower returns the same features as the backbone, up to float rounding. It is two to three times as fast as torch (see
 ``benchmarks/encoding.py``), and requires neither the torch model nor the libraries that created the model.

@@ -1,4 +1,4 @@
-"""transformers backbones, which are CLIP and SigLIP models. Many of them are tuned to a domain."""
+"""Load CLIP and SigLIP models with transformers. Many of these models are tuned to a domain."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Reading of images and of sources of labelled images or features, and their conversion to features."""
+"""Read images, feature tables and other sources, and turn them into features."""

@@ -53,7 +53,7 @@ REDUCED_SIDES = 3  # smallest ratio of a reduced JPEG's sides to the view's; 2 g
 
 @dataclass(frozen=True)
 class FeatureBlock:
-    """The features of some of the items in a source."""
+    """Features of a block of items from a source."""
 
     positions: IntArray  # [b], ascending positions in the source
     features: FloatArray  # [b, d] float32
@@ -173,9 +173,9 @@ class Encoder:
     def pixels(self, source: Source, name: str, size: int) -> Iterator[tuple[IntArray, torch.Tensor]]:
         """Yield the view ``name`` of each item in a source, in batches of at most ``size`` items.
 
-        Each batch consists of the positions of the items, of shape ``[b]``, and their pixels as a float32 tensor of
+        Each batch is a pair: the positions of its ``b`` items in the source, and their pixels as a float32 tensor of
         shape ``[b, 3, h, w]``. The next batch is read while the caller uses the current one. Unreadable items are
-        skipped, so a batch may have fewer than ``size`` items. A view only depends on the image bytes and on ``name``.
+        skipped, so a batch may have fewer than ``size`` items. A view depends only on the image bytes and on ``name``.
 
         Raises:
             InputError: if no item is readable, or if ``strict`` is set and an image is unreadable.
@@ -212,7 +212,7 @@ class Encoder:
         return self.backbone
 
     def _parts(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[_Part]:
-        """Yield items with their merged features, of shape ``[v, d]``. Each row of a feature table is one view."""
+        """Yield items with their merged features (shape ``[v, d]``). Each row of a feature table is one view."""
         done = 0
         for skipped in source.failed:
             self._skip(skipped.source, skipped.reason)
@@ -427,10 +427,9 @@ def _chunks(things: Sequence[_T], size: int) -> list[Sequence[_T]]:
 
 
 def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
-    """Group equal names.
+    """Group equal names, and return the first position in each group and the group number of each name.
 
-    Return the first position of each of the ``m`` distinct names, and the number of the group of each of the ``n``
-    names. Groups are numbered in order of first appearance.
+    Groups are numbered in order of first appearance.
     """
     numbers: dict[str, int] = {}
     shots = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)

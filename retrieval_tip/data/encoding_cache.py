@@ -1,4 +1,4 @@
-"""The encoding cache, which stores raw image features by image content and backbone."""
+"""A cache on disk for raw image features. The key is the content of the image and the backbone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 NAME = "encodings.sqlite"
 DEFAULT_BYTES = 8_000_000_000  # default size limit, enough for two million photos with 512 values each
-LEFT = 0.9  # fraction of the limit that is still used after old encodings were removed, so that removals are rare
+LEFT = 0.9  # removing old encodings frees a tenth of the limit, so that it rarely happens
 REMOVED, ROW_BYTES, USED = 1024, 8192, 1024  # encodings removed per transaction, bytes per encoding, uses per update
 
 _UNIT = 1_000_000  # SQLite's 32-bit ``user_version`` stores the limit in megabytes; 0 means the default
@@ -111,7 +111,7 @@ class EncodingCache:
         return db
 
     def get(self, scope: str, digest: str, view: str) -> FloatArray | None:
-        """Return the raw feature of a view, of shape ``[d]``, or ``None`` if it is not in the cache."""
+        """Return the raw feature of a view (shape ``[d]``), or ``None`` if it is not in the cache."""
         query = "SELECT feature, crc, rowid FROM encodings WHERE scope = ? AND digest = ? AND view = ?"
         with self._lock:
             try:

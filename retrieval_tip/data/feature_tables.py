@@ -90,9 +90,9 @@ def read_features(path: Path | str, norms: Norms = "check") -> Iterator[FloatArr
 
 
 def read_rows(path: Path | str, norms: Norms, first: int, last: int | None) -> Iterator[tuple[int, FloatArray]]:
-    """Yield the first row and the features of each block that overlaps rows ``first`` to ``last``.
+    """Yield the features of each block that overlaps rows ``first`` to ``last``, and the number of its first row.
 
-    See :func:`read_features` for the blocks and the errors.
+    See :func:`read_features` for details.
     """
     start, dim = 0, None
     for part in table_files(path):
@@ -147,7 +147,7 @@ def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatAr
 
 
 def check_norms(features: FloatArray, start: int, norms: Norms, name: str) -> FloatArray:
-    """Check or scale the norms of a block of features, of shape ``[b, d]``.
+    """Check or scale the norms of a block of features.
 
     Raises InputError if a row cannot be used. The row numbers in the message are counted from ``start``.
     """

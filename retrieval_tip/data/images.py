@@ -63,13 +63,13 @@ def uploads() -> tuple[str, ...]:
 
 @cache
 def extensions() -> frozenset[str]:
-    """Return the file extensions of the accepted formats, in lower case and including the dot."""
+    """Return the file extensions of the accepted formats in lower case, such as ``.jpg``."""
     read = (*formats(), "MPO")
     return frozenset(ext for ext, name in Image.registered_extensions().items() if name in read)
 
 
 def extension(data: bytes) -> str:
-    """Return the usual file extension of an encoded image, including the dot.
+    """Return the usual file extension of an encoded image, such as ``.jpg``.
 
     Raises InputError if the image cannot be opened.
     """

@@ -35,11 +35,11 @@ _EXPECTED = "expected keys_{K}shots.pt or best_F_{K}shots.pt beside values_{K}sh
 def import_table(source: Path, out: Path, classes: Path | None = None) -> int:
     """Convert a cache written by Tip-Adapter's code to a feature table, and return the number of rows.
 
-    ``source`` is a key file, or a folder that contains exactly one. ``keys_{K}shots.pt`` contains the keys, of shape
-    ``[d, n]``. ``best_F_{K}shots.pt`` contains the keys of Tip-Adapter-F, of shape ``[n, d]``, and is only read if you
-    name the file itself. ``values_{K}shots.pt`` in the same folder contains the classes as one-hot rows, of shape
-    ``[n, c]``. ``classes`` is a file with one class name per line. If it is ``None``, the classes are named
-    ``class 0``, ``class 1`` and so on.
+    ``source`` is a key file, or a folder that contains exactly one. The key file ``keys_{K}shots.pt`` holds a tensor of
+    shape ``[d, n]``. The key file ``best_F_{K}shots.pt`` comes from Tip-Adapter-F and holds a tensor of shape
+    ``[n, d]``. It is read only if you name the file itself. ``values_{K}shots.pt`` in the same folder holds the
+    classes as one-hot rows (shape ``[n, c]``). ``classes`` is a file with one class name per line. By default, the
+    classes are named ``class 0``, ``class 1`` and so on.
 
     No code in the files is executed. The norms of the features do not change. Float16 and float32 features keep their
     dtype, and float64 and bfloat16 features are converted to float32. The ids are row numbers.
@@ -72,7 +72,7 @@ def _keys_in(source: Path) -> Path:
 
 
 def _read(file: Path) -> tuple[Array, npt.NDArray[np.int64], int]:
-    """Return the keys, of shape ``[n, d]``, their class ids, of shape ``[n]``, and the number of classes."""
+    """Return the keys (shape ``[n, d]``), their class ids and the number of classes."""
     match = _KEYS.fullmatch(file.name)
     if match is None:
         raise InputError(f"{show(file)}: no such file or folder")

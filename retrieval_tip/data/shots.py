@@ -1,4 +1,4 @@
-"""Draw shots by the rule that CoOp, Tip-Adapter and their successors have published."""
+"""Draw shots by the published rule that CoOp, Tip-Adapter and their successors use."""
 
 from __future__ import annotations
 

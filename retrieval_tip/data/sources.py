@@ -1,4 +1,4 @@
-"""Open labelled images and features in folders, tables, split files and tars, on a disk or on an object store."""
+"""Open folders, tables, split files and tars of labelled images or features, on disk or on an object store."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _plain(label: str) -> str:
 
 
 def spelled_alike(names: Iterable[str]) -> dict[str, str]:
-    """Map each name to the earlier name that only differs in case, ``_``, ``-`` or spaces, if there is one."""
+    """Map each name to an earlier name that differs only in case, ``_``, ``-`` or spaces, if there is one."""
     first: dict[str, str] = {}
     return {name: known for name in names if (known := first.setdefault(_plain(name), name)) != name}
 
@@ -145,7 +145,7 @@ def open_source(
 ) -> Source:
     """Open a labelled source of any kind.
 
-    You can give:
+    You can give any of the following:
 
     - A folder of class folders, which are searched recursively. The classes are sorted by name. If the folder has parts
       (``train``, ``val``, ``test``), ``split`` selects one of them. If it contains ``metadata.csv`` (or ``.jsonl`` or
@@ -209,7 +209,7 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
 
 
 class _Wanted(NamedTuple):
-    """The options of :func:`open_source`. ``labelled`` tells whether every item must have a label."""
+    """Options of :func:`open_source`. If ``labelled`` is true, every item must have a label."""
 
     split: str | None = None
     root: str | os.PathLike[str] | None = None

@@ -100,7 +100,7 @@ def _holds(folder: str, name: str) -> bool:
 
 
 def table_files(table: Path | str) -> list[Path | str]:
-    """List the Parquet files of a table, which are the table itself or its parts in order.
+    """List the Parquet files of a table. These are its parts if it is a folder, or the table itself.
 
     Raises InputError if parts are missing.
     """
@@ -221,7 +221,7 @@ def open_parquet(file: Path | str) -> pq.ParquetFile:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Raise errors that occur while a table is read as InputError."""
+    """Convert errors that occur while reading a table to InputError."""
     try:
         yield
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
@@ -355,13 +355,13 @@ def check_texts(items: pa.Table, name: str) -> None:
 
 
 def few_names(columns: Sequence[str]) -> str:
-    """Format the first column names for a message."""
+    """Format column names for a message. Only the first names of a wide table are shown."""
     shown = ", ".join(one_line(column)[:MAX_SHOWN] for column in columns[:MAX_SHOWN])
     return shown + (f" and {len(columns) - MAX_SHOWN} more" if len(columns) > MAX_SHOWN else "")
 
 
 def row_list(rows: npt.NDArray[np.int64]) -> str:
-    """Format row numbers for a message. They start at 0."""
+    """Format row numbers for a message, for example ``rows 3, 7``. The first row has the number 0."""
     shown = ", ".join(str(int(row)) for row in rows[:5])
     more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
     return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"

@@ -1,4 +1,4 @@
-"""Read webdataset tars, in which the label of ``key.jpg`` is in ``key.cls``, ``key.txt`` or ``key.json``.
+"""Read images from webdataset tars. The label of ``key.jpg`` is in ``key.cls``, ``key.txt`` or ``key.json``.
 
 Images are named ``TAR/MEMBER``. A local ``.tar`` file is read in place. A compressed tar (``.tar.gz`` or ``.tgz``) or a
 remote tar is first copied to an unnamed temporary file. No named files are created.
@@ -172,8 +172,8 @@ def listing(places: Sequence[str], *, labelled: bool) -> Listing:
 def find(where: str) -> list[str]:
     """List the tars that a path, URL, folder or pattern stands for, sorted by name.
 
-    Patterns have the form ``s-*.tar`` or ``s-{000..099}.tar``. A folder only counts as a folder of tars if it contains
-    no folders and no images. For anything else, the list is empty.
+    Patterns have the form ``s-*.tar`` or ``s-{000..099}.tar``. A folder that contains images or other folders is not a
+    folder of tars. If ``where`` does not stand for tars, the list is empty.
 
     Raises InputError if a tar in a range is missing, and UsageError if a range is too long.
     """
@@ -221,7 +221,7 @@ def _named(pattern: str) -> Iterator[str]:
 
 @dataclass
 class _Sample:
-    """The position of an image and the label files with the same key. The key is the name up to its first dot."""
+    """An image in a tar, and the label files with the same key. The key is the file name up to the first dot."""
 
     name: str = ""
     start: int = 0

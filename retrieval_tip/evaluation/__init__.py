@@ -1,1 +1,1 @@
-"""Evaluation: accuracy, calibration, sweeps over methods and shots, and audits of labels."""
+"""Accuracy, calibration, label audits, and comparisons of methods and numbers of shots."""

@@ -1,4 +1,4 @@
-"""Label audit, which finds shots that contradict the other shots, and shots that also appear in another class.
+"""Find shots whose label contradicts the other shots, and shots that also appear in another class.
 
 Each key i is used as a query against the other keys, except for the keys of the same image (:func:`images_of`). The
 score of class c is the mean weight of its ``n_c`` visible keys, so that the number of shots does not matter::
@@ -49,7 +49,7 @@ CLEAR = 1.0
 
 
 def audit(cache: CacheModel, *, k: KeysMet = None, borderline: bool = False) -> pa.Table:
-    """List shots that look mislabelled, and duplicates of shots in another class. The most suspicious shots come first.
+    """List shots that look mislabelled, and duplicates of shots in another class, starting with the most suspicious.
 
     A shot looks mislabelled if another class fits clearly better (:data:`CLEAR`). With ``borderline``, it is enough
     that another class fits better. For all other shots in the list, the suggestion is their own label.
@@ -134,7 +134,7 @@ def _keys_met(n: int, k: KeysMet) -> int | None:
 def _met(cache: CacheModel, features: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
     """Return the affinities to the ``k`` nearest keys and the rows of these keys. Both have shape ``[q, k]``.
 
-    If ``k`` is ``None``, return the affinities to all keys, of shape ``[q, n]``, and their rows, of shape ``[n]``. The
+    If ``k`` is ``None``, return the affinities to all keys (shape ``[q, n]``) and all rows (shape ``[n]``). The
     affinities are then stored key by key, which makes per-class sums faster.
     """
     if k is not None:

@@ -1,7 +1,7 @@
-"""Baselines, which are simple linear classifiers trained on the shots of an index.
+"""Simple linear classifiers that are trained on the shots of an index and serve as baselines.
 
-In the formulas, ``K`` is the matrix of keys, of shape ``[n, d]``, and ``mu_c`` is the mean of the ``n_c`` keys of
-class c. The hyperparameters of a baseline are selected on the same folds of the shots as those of the closed-form fit
+In the formulas, ``K`` is the matrix of keys (shape ``[n, d]``), and ``mu_c`` is the mean of the ``n_c`` keys of class
+c. The hyperparameters of a baseline are selected on the same folds of the shots as those of the closed-form fit
 (:mod:`fit.closed_form`).
 """
 
@@ -43,7 +43,7 @@ class Linear:
     bias: Tensor
 
     def logits(self, features: Features) -> Tensor:
-        """Return the logits of features, as a tensor of shape ``[q, c]``. The features have shape ``[q, d]``."""
+        """Return the logits of ``q`` features as a tensor of shape ``[q, c]``."""
         return torch.as_tensor(features, dtype=torch.float32) @ self.weights.T + self.bias
 
 
@@ -101,7 +101,7 @@ def _folds(cache: CacheModel) -> Folds:
 
 
 def _means(folds: Folds, rows: Tensor) -> Tensor:
-    """Return the class means of the keys in ``rows``, of shape ``[c, d]``. The mean of a class without keys is 0."""
+    """Return the class means of the keys in ``rows``. The mean of a class that has no keys is 0."""
     keys, ids = folds.taken(rows)
     sums = torch.zeros(folds.c, keys.shape[1]).index_add_(0, ids, keys)
     return sums / torch.bincount(ids, minlength=folds.c).clamp_min(1)[:, None]

@@ -1,8 +1,8 @@
-"""Calibration of probabilities by temperature scaling, expected calibration error, and accuracy against coverage.
+"""Calibrate probabilities with a temperature, and measure calibration error and accuracy against coverage.
 
-``confidence``, of shape ``[n]``, is the probability of each answer. ``right``, of shape ``[n]``, tells whether the
-answer is correct. "Guo et al." refers to C. Guo, G. Pleiss, Y. Sun and K. Weinberger, "On Calibration of Modern Neural
-Networks", ICML 2017.
+In this module, ``confidence`` is an array with the probability of each answer, and ``right`` is a boolean array that
+tells whether the answer is correct. "Guo et al." refers to C. Guo, G. Pleiss, Y. Sun and K. Weinberger, "On Calibration
+of Modern Neural Networks", ICML 2017.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Evaluation of the accuracy of an index, overall, by class and by part of the logits, and of its calibration."""
+"""Measure the accuracy and the calibration of an index on labelled images or features."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ Floats = npt.NDArray[np.float64]
 class Affinities:
     """Histogram of the affinities between queries and keys.
 
-    ``edges`` holds the edges of the bins, of shape ``[m + 1]``. ``same`` counts the keys of the query's true class and
-    ``other`` counts all other keys; both have shape ``[m]``. Affinities beyond the edges are counted in the outermost
-    bins.
+    ``edges`` holds the ``m + 1`` edges of the bins. ``same`` counts the keys of the query's true class in each bin, and
+    ``other`` counts all other keys. Affinities beyond the edges are counted in the outermost bins.
     """
 
     edges: Floats

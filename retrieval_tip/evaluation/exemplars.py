@@ -1,4 +1,4 @@
-"""Exemplars, which are typical keys of each class."""
+"""Find exemplars, which are typical keys of a class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Projections of keys to two dimensions, by principal components or by t-SNE (which requires scikit-learn)."""
+"""Project keys to two dimensions by principal components or by t-SNE (which requires scikit-learn)."""
 
 from __future__ import annotations
 

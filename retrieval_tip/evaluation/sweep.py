@@ -1,6 +1,6 @@
-"""Sweeps, which measure the accuracy for several numbers of shots, seeds and methods.
+"""Measure the accuracy of several methods, numbers of shots and seeds.
 
-All shots are drawn from one index that contains all images. The result is a table that has one row per run.
+The shots of all runs are drawn from one index that contains all images. The result is a table with one row per run.
 """
 
 from __future__ import annotations

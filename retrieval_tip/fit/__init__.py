@@ -1,1 +1,1 @@
-"""Fitting of the metric, the values, the settings and fine-tuned keys to the shots."""
+"""Fit the metric, the values and the settings of an index to its shots, and fine-tune its keys."""

@@ -1,8 +1,8 @@
-"""Fine-tuning as in Tip-Adapter-F (paper, section 3.2), and training of other parts (paper, Table 1).
+"""Fine-tune an index as in Tip-Adapter-F (paper, section 3.2), or train other parts of it (paper, Table 1).
 
-Training minimises the cross-entropy of the method's own logits on augmented views of the shots. All randomness depends
-on the seed and the epoch. If the training of an encoder is interrupted, it can therefore be resumed after its last
-complete epoch and gives the same result.
+Training minimises the cross-entropy of the method's own logits on augmented views of the shots. Random numbers depend
+only on the seed and the epoch. If the training of an encoder is interrupted, you can therefore resume it after its last
+complete epoch, and the result is the same.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from retrieval_tip.store.labels import images_of
 log = logging.getLogger(__name__)
 
 Checkpoint = dict[str, Any]
-"""State of a run after an epoch, made of tensors, numbers and text."""
+"""State of a run after an epoch. It contains only tensors, numbers and text."""
 STATE = ("epoch", "seconds", "curve", "kept_epoch", "kept", "collapsed")
 """Attributes of a run that are saved in a checkpoint."""
 FLATTER, STRONGER = 0.1, (1, 4, 16)
@@ -149,11 +149,12 @@ def finetune_into(
     out: str | os.PathLike[str], cache: CacheModel, shots: Source, encoder: Encoder, recipe: Recipe | None = None, *,
     val: Source | search_hp.Queries | None = None, parent: str = "", resume: bool = False, keep_last: bool = False,
 ) -> Tuned:  # fmt: skip
-    """Fine-tune an index, and write the more accurate of the trained and the original index into the folder ``out``.
+    """Fine-tune an index, and write the result into the folder ``out`` if it is more accurate.
 
-    The two are compared on ``val``. If ``val`` is not given, they are compared on held-out shots (:func:`_compared`).
-    With ``keep_last``, the trained index is always written. If an encoder is trained, a checkpoint is kept beside
-    ``out`` until the index is written. Raises the same errors as :func:`finetune` and :meth:`Tuned.save`.
+    If training does not help, a copy of the original index is written instead, unless ``keep_last`` is set. The
+    accuracy is measured on ``val``, or on held-out shots if ``val`` is not given (see :func:`_compared`). If an encoder
+    is trained, a checkpoint is kept beside ``out`` until the index is written. Raises the same errors as
+    :func:`finetune` and :meth:`Tuned.save`.
     """
     check_name(Path(out))
     make_folders(Path(out).parent)
@@ -192,7 +193,7 @@ def finetune(
     val: Source | search_hp.Queries | None = None, parent: str = "", checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False, on_epoch: Callable[[Mapping[str, float]], None] | None = None,
 ) -> Tuned:  # fmt: skip
-    """Train an index by the cross-entropy of ``logit_scale f W^T + alpha C`` over its shots (paper, equation 6).
+    """Train an index by minimising the cross-entropy of ``logit_scale f W^T + alpha C`` (paper, equation 6).
 
     Args:
         cache: The index, which is not changed. As in the paper, training starts from Tip-Adapter over the keys of the
@@ -208,10 +209,10 @@ def finetune(
             last epoch is kept and the settings do not change.
         parent: The name of the index, which is written to the record.
         checkpoint: The file that stores the state after each epoch if an encoder is trained. The caller removes it.
-        on_epoch: A function that is called with each row of the curve (:data:`CURVE`). The first call takes place
-            before training. If the function raises an exception, the run ends.
-        resume: Whether to continue from ``checkpoint`` if it exists. The result is the same as that of an uninterrupted
-            run, bit for bit if the device and the number of threads are the same.
+        on_epoch: A function that is called with each row of the curve (:data:`CURVE`), and once before training. If it
+            raises an exception, the run ends.
+        resume: Whether to continue from ``checkpoint`` if it exists. The result is the same as without an interruption,
+            bit for bit if the device and the number of threads are the same.
 
     Raises:
         UsageError: if the index or the backbone does not support the recipe.
@@ -412,7 +413,10 @@ class _Material:
         return cls(encoder, backbone, shots, cache.ids_of(shots), views, images, queries)
 
     def split(self, names: set[str], cache: CacheModel, encoder: Encoder, recipe: Recipe) -> tuple[_Material, Source]:
-        """Separate the shots of these sources; return the rest, with its own backbone to train, and those shots."""
+        """Split off the shots whose source is in ``names``, and return the remaining material and these shots.
+
+        The remaining material has its own copy of the backbone to train.
+        """
         out = np.array([name in names for name in self.shots.sources], dtype=bool)
         encoder, backbone = _in_training(cache, replace(encoder, views=1), recipe)
         views = self.views
@@ -527,8 +531,8 @@ class _Run:
     def _is_kept(self) -> bool:
         """Return whether the latest validation accuracy is within one standard error of the best.
 
-        If there are few images, neighbouring epochs differ only by chance. Later epochs are preferred because their
-        learning rate is lower and their weights change less.
+        If there are few images, neighbouring epochs differ only by chance. Later epochs are then preferred, because
+        their learning rate is lower.
         """
         if self.material.queries is None:
             return True
@@ -618,7 +622,7 @@ class _Run:
 
 
 def _told(cache: CacheModel, material: _Material, recipe: Recipe) -> dict[str, object]:
-    """Return the facts that identify a run. They are known before the run starts."""
+    """Return the facts that identify a run and are known before it starts."""
     queries, views, backbone = material.queries, material.views, material.backbone
     parts = [cache.keys, cache.class_ids.cpu().numpy(), cache.text_weights.cpu().numpy(), material.ids]
     parts += [] if views is None else [views.features, views.starts]

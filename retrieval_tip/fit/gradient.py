@@ -75,8 +75,8 @@ class AllKeys:
     def backward(self, d_cache: Tensor, features: Tensor, d_features: Tensor | None = None) -> None:
         """Write the gradients of the keys and values.
 
-        ``d_cache`` is the gradient of the logits that the latest :meth:`forward` returned, of shape ``[q, c]``. If
-        ``d_features``, of shape ``[q, d]``, is given, the gradient of the queries is added to it.
+        ``d_cache`` is the gradient of the logits that the latest :meth:`forward` returned. If ``d_features`` is given,
+        the gradient of the queries is added to it.
         """
         d_keys, d_values = self.keys.grad, None if self.values is None else self.values.grad
         queries, weights = features.to(self._products), self._weights(len(features))

@@ -46,7 +46,7 @@ FLAT = 0.01
 """Largest difference from the best accuracy that counts as equal."""
 PAPER_STEPS = (200, 20)
 PAPER_SCALES = (7.0, 3.0)
-"""Published grid: the number of steps, and the largest values, of beta and alpha. The values are those for ImageNet."""
+"""Number of steps in the published grid for beta and alpha, and their largest values for ImageNet."""
 
 FloatArray = npt.NDArray[np.float64]
 Part = Literal["both", "text", "cache"]
@@ -56,7 +56,7 @@ Part = Literal["both", "text", "cache"]
 class Queries:
     """Validation queries, with ``features`` of shape ``[q, d]`` and class ``ids`` of shape ``[q]``.
 
-    ``groups``, of shape ``[n]``, holds the group of each key. Query i does not see the keys whose group equals
+    ``groups`` is an array of shape ``[n]`` with the group of each key. Query i does not see the keys whose group equals
     ``hidden[i]``. If ``hidden[i]`` is -1, query i sees all keys.
     """
 
@@ -312,7 +312,7 @@ def search_paper(
 class _Tried:
     """The intervals of alpha on which each query is right, for each beta and k.
 
-    ``low`` and ``high`` are the open ends of the intervals, of shape ``[betas, ks, q]``.
+    ``low`` and ``high`` are the open ends of the intervals. Both arrays have shape ``[betas, ks, q]``.
     """
 
     queries: Queries
@@ -412,7 +412,7 @@ def _blocks(
 def _caches(
     affinity: Tensor, cache: CacheModel, betas: Sequence[float], ks: Sequence[int | None]
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield the cache logits, of shape ``[q, c]``, for each beta and k. Hidden keys have an affinity of -inf."""
+    """Yield the cache logits (shape ``[q, c]``) for each beta and k. Hidden keys have an affinity of -inf."""
     ids, c = cache.class_ids, len(cache.class_names)
     seen = affinity > -torch.inf
     counts = tip.sum_by_class(seen.to(affinity.dtype), ids, c)

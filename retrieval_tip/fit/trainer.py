@@ -1,4 +1,4 @@
-"""Training steps for fine-tuning keys, values and encoders, together with their optimiser."""
+"""Training steps that fine-tune keys, values and encoders."""
 
 from __future__ import annotations
 
@@ -100,9 +100,9 @@ class Recipe:
 class Trainer:
     """The trained parts of an index, together with their optimiser.
 
-    ``keys`` is a float32 copy of the keys, of shape ``[n, d]``. ``values`` is a copy of the values, of shape
-    ``[n, c]``, or ``None`` if they are one-hot. ``text_weights``, of shape ``[c, d]``, is updated if the text encoder
-    is trained. ``backbone`` is changed in place.
+    ``keys`` is a float32 copy of the keys (shape ``[n, d]``). ``values`` is a copy of the values (shape ``[n, c]``), or
+    ``None`` if they are one-hot. ``text_weights`` (shape ``[c, d]``) is updated if the text encoder is trained.
+    ``backbone`` is changed in place.
     """
 
     def __init__(self, cache: CacheModel, recipe: Recipe, backbone: TorchBackbone | None) -> None:
@@ -139,8 +139,7 @@ class Trainer:
         """Take one training step, and return the mean cross-entropy before the step and the number of right answers.
 
         ``queries`` are features of shape ``[b, d]``, or pixels of shape ``[b, 3, h, w]`` if the image encoder is
-        trained. ``ids`` are their class ids, of shape ``[b]``. If the cross-entropy is not finite, the step changes
-        nothing.
+        trained. ``ids`` are the class ids of the queries. If the cross-entropy is not finite, the step changes nothing.
         """
         features, ids = self._features(queries), ids.to(self.cache.device)
         prompts = None if self._text is None else self._text.features(self._prompts)
@@ -168,7 +167,7 @@ class Trainer:
         return value, int(right)
 
     def loss(self, queries: Tensor, ids: Tensor) -> float:
-        """Return the mean cross-entropy on queries. The arguments are those of :meth:`step`."""
+        """Return the mean cross-entropy on queries. See :meth:`step` for the arguments."""
         return self.evaluate(self._features(queries), ids.to(self.cache.device))[0]
 
     @torch.no_grad()
@@ -223,7 +222,7 @@ class Trainer:
     def _of(self, prompts: Tensor) -> Tensor:
         """Compute text weights of shape ``[c, d]`` from the prompt features, as in :mod:`prompts`.
 
-        The prompt features are unit vectors, of shape ``[c t, d]``.
+        The prompt features are unit vectors, and have shape ``[c t, d]`` for ``t`` templates.
         """
         means = prompts.reshape(len(self.cache.class_names), -1, prompts.shape[1]).mean(dim=1)
         return functional.normalize(means, dim=1).to(self.cache.device)
@@ -250,11 +249,11 @@ class _Tower(Generic[Inputs]):
 
     @torch.no_grad()
     def features(self, inputs: Inputs) -> Tensor:
-        """Return the unit features of pixels or prompts, of shape ``[m, d]``."""
+        """Return the normalised features of pixels or prompts."""
         return torch.cat([self._unit(part) for part in self._parts(inputs)])
 
     def backward(self, inputs: Inputs, gradient: Tensor) -> None:
-        """Add to the parameter gradients, given the gradient of the unit features, of shape ``[m, d]``."""
+        """Add to the parameter gradients, given the gradient of the normalised features."""
         for part, wanted in zip(self._parts(inputs), gradient.split(self.size), strict=True):
             features = self._unit(part)
             features.backward(wanted.to(features.device))

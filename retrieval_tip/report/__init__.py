@@ -1,1 +1,1 @@
-"""Accuracy reports, and the diagrams in them."""
+"""Accuracy reports and diagrams."""

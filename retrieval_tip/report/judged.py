@@ -1,4 +1,4 @@
-"""The data for a report: the test items as classified by an index, and the options of the report."""
+"""The data that a report is made from."""
 
 from __future__ import annotations
 

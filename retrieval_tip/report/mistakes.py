@@ -1,4 +1,4 @@
-"""Mistakes and confusions, with thumbnails of the misclassified photos and of the keys that led to the answers."""
+"""Collect the mistakes for a report, with thumbnails of the photos and of the keys that led to the answers."""
 
 from __future__ import annotations
 

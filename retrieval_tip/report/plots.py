@@ -1,4 +1,4 @@
-"""Diagrams as PNG or SVG files, or as SVG elements in a report.
+"""Draw diagrams as PNG or SVG files, or as SVG elements for a report.
 
 The first part of this module prepares the data, and the second part draws it. Drawing requires matplotlib
 (``pip install 'retrieval-tip[plot]'``). The palette of Okabe and Ito and the colour map cividis are also suitable for

@@ -1,4 +1,4 @@
-"""The provenance of a report, which lists the settings, the index and the machine as rows of names and values."""
+"""Describe the settings, the index and the machine of a report as rows of names and values."""
 
 from __future__ import annotations
 

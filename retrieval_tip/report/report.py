@@ -1,4 +1,4 @@
-"""Accuracy reports, which are single HTML files that contain no scripts and no external links.
+"""Write accuracy reports as single HTML files that contain no scripts and no external links.
 
 The layout is in ``page.html.j2``. The test labels are used to evaluate the answers, and never to select a setting. The
 accuracy curves and the alpha-beta surface are measured on validation images, or on the shots, each held out in turn.

@@ -1,4 +1,4 @@
-"""The top of a report, which gives a verdict in a few sentences and recommends what to do next."""
+"""Summarise a report in a few sentences, and recommend what to do next."""
 
 from __future__ import annotations
 
