@@ -44,7 +44,7 @@ class Identity:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits, which are equal for two backbones if and only if their features can be compared."""
+        """A hash of sixteen hex digits. It is equal for two backbones if and only if their features are comparable."""
         what = {"weights": self.weights, "config": self.config, "preprocess": dict(self.preprocess)}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -144,7 +144,7 @@ def unit(features: FloatArray, what: str = "feature") -> FloatArray:
 
 
 def resolve_device(device: str = "auto") -> str:
-    """Resolve ``auto`` to ``cuda`` or ``cpu``, and check any other device. A warning reports an unusable GPU.
+    """Resolve ``auto`` to ``cuda`` or ``cpu``, and check any other device. Warn if there is a GPU that cannot be used.
 
     Raises UsageError if the device is unknown or not available.
     """

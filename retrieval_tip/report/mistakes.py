@@ -83,7 +83,7 @@ def wrong_answers(answers: Answers, by: npt.NDArray[np.float64]) -> list[int]:
 class Mistakes(NamedTuple):
     """The worst mistakes, the most certain mistakes, and the number of all mistakes.
 
-    In the worst mistakes, the probability of the true class is lowest.
+    The worst mistakes are those in which the true class has the lowest probability.
     """
 
     worst: list[Mistake]

@@ -45,8 +45,7 @@ PAPER = "#fefefe"
 THEME = {BLACK: "currentColor", PAPER: "var(--paper)", BLUE: "var(--blue)", ORANGE: "var(--orange)"}
 """CSS variables for colours on a page that has a light and a dark theme. Grey is readable in both."""
 MOST_CLASSES, FEWER_CLASSES = 100, 40
-"""Largest number of classes that are all drawn. If there are more, only this number of classes with most errors is
-drawn."""
+"""If there are more classes than the first number, only the classes with most errors are drawn, up to the second."""
 WRITTEN = 20
 """Size of the largest confusion matrix that has numbers in its cells."""
 ENOUGH = 20

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CLASSES = 1000
-"""Largest number of classes in the table. The weakest classes are shown."""
+"""Largest number of classes in the table. If there are more, only the weakest classes are shown."""
 AFFINITY_PAIRS = 2_000_000_000
 """Largest number of (item, key) pairs for which affinities are counted."""
 SHOTS = tuple(2**i for i in range(10))

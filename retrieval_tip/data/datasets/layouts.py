@@ -83,7 +83,7 @@ def named_folders(dataset: Dataset, folder: Path, split: str) -> dict[str, Path]
 def class_names_by_folder(listing: Path) -> dict[str, str]:
     """Map folders to class names, as listed in ``classnames.txt``. Each line contains a folder, a space and a name.
 
-    If a name occurs again, ``_`` is appended to it, which is removed in prompts. For example, older lists contain
+    If a name occurs again, ``_`` is appended to it, and prompts leave it out. For example, older lists contain
     "missile" twice. Raises InputError if a line is invalid. The message gives the line number.
     """
     names: dict[str, str] = {}
