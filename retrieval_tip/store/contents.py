@@ -85,9 +85,10 @@ class Contents:
         )
 
     def write(self, writer: Writer, stored: Stored | None) -> Contents:
-        """Seal every file that the writer's parent version does not have. ``stored`` is the version they come from.
+        """Seal every file that the writer's parent version does not have.
 
-        Keys that the writer already holds are not written again. Return the contents with the new path of ``weights``.
+        ``stored`` is the version that these contents were opened from. Keys that the writer already holds are not
+        written again. Return the contents with the new path of ``weights``.
         Raises StoreError if a file is damaged or cannot be written.
         """
         shared = stored if stored is not None and stored.is_before(writer) else None
