@@ -12,6 +12,7 @@ from typing import Any
 import faiss
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -377,11 +378,6 @@ def test_top_is_cut_to_the_classes() -> None:
     assert sum(answer.probabilities) == pytest.approx(1)
 
 
-def test_one_class_and_one_key() -> None:
-    answer = CacheModel.from_features(KEYS[:1], ["only"], ["only"], device="cpu").classify(QUERIES[:1], k=9)[0]
-    assert (answer.label, answer.probability, len(answer.neighbours)) == ("only", 1.0, 1)
-
-
 def test_k_may_be_a_numpy_integer() -> None:
     assert torch.equal(model().logits(QUERIES, np.int64(9)), model().logits(QUERIES, 9))
 
@@ -547,13 +543,18 @@ def test_adding_to_float16_keys_keeps_them_float16() -> None:
         (lambda c: c.add(nan(QUERIES), [0] * Q), InputError, "^keys: row 3 contains"),
         (lambda c: c.add(QUERIES[:0], []), InputError, r"^keys: shape \(0, 32\)"),
         (lambda c: c.add(QUERIES[:2], [0, 1], ["one"]), InputError, "^sources: expected 2 values"),
+        (lambda c: c.add(QUERIES[:2], [0, 1], digests=["one"]), InputError, "^digests: expected 2 values"),
+        (lambda c: c.add(QUERIES[:2], [0, 1], extra=pa.table({"x": [1]})), InputError, "^extra: expected 2 values"),
         (lambda c: c.add(QUERIES[:2] * 1e6, [0, 1]), InputError, "^keys: .*float16"),
         (lambda c: c.remove([5, N + 3]), InputError, f"^key ids {N + 3}: not in this index"),
         (lambda c: c.remove(range(N)), InputError, "^remove: an index needs at least one key"),
         (lambda c: c.remove(range(N - 3)), UsageError, r"^index 'IVF16,Flat': "),
     ],
-    ids=["length", "labels", "name", "NaN", "nothing", "sources", "float16", "missing", "all", "too few to train"],
-)
+    ids=[
+        "length", "labels", "name", "NaN", "nothing", "sources", "digests", "extra", "float16", "missing", "all",
+        "too few to train",
+    ],
+)  # fmt: skip
 def test_a_refused_change_changes_nothing(
     act: Callable[[CacheModel], object], error: type[RetrievalTipError], message: str
 ) -> None:
@@ -625,8 +626,6 @@ def test_a_saved_folder_is_verified(tmp_path: Path) -> None:
 
 
 def test_classify_source_names_each_answer(tmp_path: Path) -> None:
-    import pyarrow as pa
-
     ids = [f"row {i}" for i in range(Q)]
     pq.write_table(pa.table({"id": ids, "feature": list(QUERIES)}), tmp_path / "queries.parquet")
     (source,) = open_inputs([str(tmp_path / "queries.parquet")])
