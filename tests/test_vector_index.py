@@ -59,8 +59,11 @@ def built(factory: str) -> VectorIndex:
 
 @every_type
 def test_search_returns_near_keys_with_their_affinities(factory: str) -> None:
-    exact_search, _, tolerance = TYPES[factory]
-    affinity, rows = built(factory).search(QUERIES, 10)
+    exact_search, exact_affinity, tolerance = TYPES[factory]
+    index = built(factory)
+    assert (index.exact_search, index.exact_affinity) == (exact_search, exact_affinity)
+    assert (index.n, index.d, index.device, index.factory) == (640, D, "cpu", factory)
+    affinity, rows = index.search(QUERIES, np.int64(10))
     assert affinity.shape == rows.shape == (9, 10)
     assert (affinity.dtype, rows.dtype) == (np.float32, np.int64)
     assert (np.diff(affinity, axis=1) <= 0).all()
@@ -73,28 +76,13 @@ def test_search_returns_near_keys_with_their_affinities(factory: str) -> None:
 
 
 @every_type
-def test_it_tells_whether_search_is_exact(factory: str) -> None:
-    index = built(factory)
-    assert (index.exact_search, index.exact_affinity) == TYPES[factory][:2]
-    assert (index.n, index.d, index.device, index.factory) == (640, D, "cpu", factory)
-
-
-@pytest.mark.parametrize("factory", ["PQ8", "SQ8", "PCA32,Flat"])
-def test_an_inexact_affinity_really_is(factory: str) -> None:
-    affinity, rows = built(factory).search(QUERIES, 10)
-    assert np.abs(affinity - np.take_along_axis(EXACT, rows, axis=1)).max() > 1e-4
-
-
-@every_type
-@pytest.mark.parametrize("device", ["cpu", "auto"])
-def test_saved_and_loaded_it_answers_the_same(factory: str, device: str, tmp_path: Path) -> None:
+def test_saved_and_loaded_it_answers_the_same(factory: str, tmp_path: Path) -> None:
     index = built(factory)
     index.save(tmp_path / "index.faiss")
-    loaded = VectorIndex.load(tmp_path / "index.faiss", factory, device)
+    loaded = VectorIndex.load(tmp_path / "index.faiss", factory, "cpu")
     assert (loaded.n, loaded.d, loaded.exact_search, loaded.exact_affinity) == (640, D, *TYPES[factory][:2])
-    if loaded.device == "cpu":
-        for one, other in zip(index.search(QUERIES, 20), loaded.search(QUERIES, 20), strict=True):
-            np.testing.assert_array_equal(one, other)
+    for one, other in zip(index.search(QUERIES, 20), loaded.search(QUERIES, 20), strict=True):
+        np.testing.assert_array_equal(one, other)
     again = tmp_path / "again.faiss"
     loaded.save(again)
     assert again.read_bytes() == (tmp_path / "index.faiss").read_bytes()
@@ -122,10 +110,6 @@ def test_slots_that_an_approximate_index_cannot_fill_have_row_minus_one() -> Non
     )
 
 
-def test_k_may_be_a_numpy_integer() -> None:
-    assert built("Flat").search(QUERIES, np.int64(3))[1].shape == (9, 3)
-
-
 def test_no_queries_and_queries_of_other_layouts() -> None:
     index = built("Flat")
     assert index.search(QUERIES[:0], 3)[1].shape == (0, 3)
@@ -146,30 +130,14 @@ def test_keys_are_never_normalised(factory: str) -> None:
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "SQ8"])
-def test_float16_keys_are_taken_as_they_are(factory: str) -> None:
-    half = KEYS.astype(np.float16)
-    affinity, rows = VectorIndex.build(half, factory, "cpu").search(QUERIES, 10)
-    expected, same = VectorIndex.build(half.astype(np.float32), factory, "cpu").search(QUERIES, 10)
-    np.testing.assert_array_equal(rows, same)
-    np.testing.assert_array_equal(affinity, expected)
-
-
-@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "SQ8"])
-def test_keys_are_read_in_blocks_also_from_a_file(factory: str, tmp_path: Path) -> None:
-    np.save(tmp_path / "keys.npy", KEYS)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_keys_are_taken_as_they_are_in_blocks_also_from_a_file(factory: str, dtype: type, tmp_path: Path) -> None:
+    np.save(tmp_path / "keys.npy", KEYS.astype(dtype))
     mapped = np.load(tmp_path / "keys.npy", mmap_mode="r")
-    for one, other in zip(
-        VectorIndex.build(mapped, factory, "cpu", block=100).search(QUERIES, 10),
-        built(factory).search(QUERIES, 10),
-        strict=True,
-    ):
+    found = VectorIndex.build(mapped, factory, "cpu", block=100).search(QUERIES, 10)
+    expected = VectorIndex.build(mapped.astype(np.float32), factory, "cpu").search(QUERIES, 10)
+    for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)
-
-
-def test_one_key_is_enough() -> None:
-    affinity, rows = VectorIndex.build(KEYS[:1], "Flat", "cpu").search(QUERIES, 5)
-    assert (rows == 0).all()
-    np.testing.assert_allclose(affinity, EXACT[:, :1], atol=1e-6)
 
 
 def test_a_sample_trains_a_clustered_index_and_every_key_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +175,7 @@ BAD = [
     "L2norm,Flat", "L2Norm,IVF16,Flat", "PCA32,L2norm,Flat",  # which normalise
     "PQ7", "PCA128,Flat", "IVF1000,Flat", "IVF641,Flat", "HNSW1025", "OPQ8_65,PQ8", "PQ65x4",
     "IVF0,Flat", "HNSW0", "HNSW1", "IVF16_HNSW1,Flat", "PQ8x0", "PCA0,Flat",
+    "Classes,Nope", "ClassesX", "Classes,Classes", "Classes,L2norm,Flat", "Classes,,",
 ]  # fmt: skip
 KILLERS = [
     "Flat,Refine(IVF4,Flat)", "Flat,Refine(NSG16)", "Flat,Refine(PQ4x4fs)", "PQ4x4,Refine(PQ4x4,RFlat)",  # an abort
@@ -215,6 +184,8 @@ KILLERS = [
     "RQ2x24", "RQ100000000x4", "IVF1000000000,Flat", "HNSW100000000", "PQ1x24", "PQ4000x99",  # gigabytes
     "PQ8x1", "PQ8x2", "Flat" + ",RFlat" * 2000,  # fail at the first search
     "SQ8_direct", "IVF4,SQ8_direct", "IVF4,ITQ,SH",  # find anything
+    "x" * 100_000, "{}" * 20_000, "\udcff", "Flat\xa0", "HNSW99999999", "NSG99999999", "IVF99999999,Flat", "LSH5000",
+    "IMI2x16,Flat", "IVF" + "9" * 250, "Pad99999999,Flat", "PQ8x99999",  # crash, or fill the memory
 ]  # fmt: skip
 """What FAISS takes, and then..."""
 
@@ -230,21 +201,6 @@ def test_a_bad_type_is_a_usage_error_of_one_line(factory: str, monkeypatch: pyte
     assert "\n" not in message
     assert len(message) < 400
     assert "/faiss/" not in message  # no place in FAISS's source
-
-
-@pytest.mark.parametrize(
-    "factory",
-    ["x" * 100_000, "{}" * 20_000, "\udcff", "Flat\xa0", "HNSW99999999", "NSG99999999", "IVF99999999,Flat", "LSH5000",
-     "IMI2x16,Flat", "IVF" + "9" * 250, "Pad99999999,Flat", "PQ8x99999"],
-    ids=lambda factory: factory[:20].encode("ascii", "backslashreplace").decode(),
-)  # fmt: skip
-def test_a_type_that_would_crash_or_fill_the_memory_never_reaches_faiss(
-    monkeypatch: pytest.MonkeyPatch, factory: str
-) -> None:
-    monkeypatch.setattr(faiss, "index_factory", lambda *_: pytest.fail("FAISS was asked"))
-    with pytest.raises(UsageError, match=r"^index ") as caught:
-        VectorIndex.build(KEYS, factory, "cpu")
-    assert len(str(caught.value)) < 1000
 
 
 GRAMMAR = ["", "PCA32,", "PCAR16,", "PCAW8,", "RR64,", "OPQ8,", "OPQ8_32,"], [
@@ -282,24 +238,18 @@ def test_too_few_keys_to_train_on_is_a_usage_error(factory: str) -> None:
         VectorIndex.build(KEYS[:5], factory, "cpu")
 
 
-@pytest.mark.parametrize("content", [b"", b"not an index", None])
-def test_a_file_that_is_no_index_is_a_store_error(content: bytes | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"", b"not an index", None, "Flat", "IVF16,Flat"])
+def test_a_file_that_is_no_index_is_a_store_error(content: bytes | str | None, tmp_path: Path) -> None:
     path = tmp_path / "index.faiss"
+    if isinstance(content, str):  # half of a file
+        built(content).save(path)
+        content = path.read_bytes()[: path.stat().st_size // 2]
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(StoreError) as caught:
         VectorIndex.load(path, "Flat")
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_cut_file_is_a_store_error(tmp_path: Path) -> None:
-    for factory in ("Flat", "IVF16,Flat"):
-        built(factory).save(tmp_path / "whole")
-        raw = (tmp_path / "whole").read_bytes()
-        (tmp_path / "cut").write_bytes(raw[: len(raw) // 2])
-        with pytest.raises(StoreError, match="cut"):
-            VectorIndex.load(tmp_path / "cut", factory)
 
 
 def test_an_unwritable_place_is_a_store_error(tmp_path: Path) -> None:
@@ -383,14 +333,6 @@ def test_an_index_over_classes_searches_the_vectors_that_it_is_given(factory: st
     loaded = VectorIndex.load(tmp_path / "index.faiss", factory, "cpu")
     assert (loaded.by_class, loaded.n, loaded.effort) == (True, 40, index.effort)
     np.testing.assert_array_equal(loaded.search(QUERIES, 5)[1], rows)
-
-
-@pytest.mark.parametrize("factory", ["Classes,Nope", "ClassesX", "Classes,Classes", "Classes,L2norm,Flat", "Classes,,"])
-def test_a_bad_type_over_classes_is_a_usage_error_of_one_line(factory: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        VectorIndex.build(KEYS, factory, "cpu")
-    assert str(caught.value).startswith(f"index {factory!r}: ")
-    assert "\n" not in str(caught.value)
 
 
 def lists_and_k(n: int, c: int) -> tuple[int, int | None]:
