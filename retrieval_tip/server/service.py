@@ -138,10 +138,10 @@ class Service:
             if not self.served:
                 raise Problem(404, "no index is served yet; create one first")
             if len(self.served) > 1:
-                raise Problem(422, f"index: missing; choose one of {', '.join(self.served)}")
+                raise Problem(422, f"index: the name is missing; give one of {', '.join(self.served)}")
             return next(iter(self.served.values()))
         if name not in self.served:
-            raise Problem(404, f"index {name!r}: not found; the served indexes are {', '.join(self.served) or 'none'}")
+            raise Problem(404, f"index {name!r} not found; the served indexes are {', '.join(self.served) or 'none'}")
         return self.served[name]
 
     async def classify(self, version: Version, ask: Ask, sent: Sent) -> schemas.Classified:
@@ -254,8 +254,8 @@ class Service:
         if name in self.served or (into / name).exists():
             raise Problem(409, f"index {name!r} already exists; choose another name, or add to this index")
         if len(self.served) + self._creating >= self.limits.indexes:
-            most = f"{self.limits.indexes} indexes are served, which is the limit"
-            raise Problem(409, f"{most}; delete some in {show(into)} and restart the server")
+            most = f"the server already has {self.limits.indexes} indexes, which is the limit"
+            raise Problem(409, f"{most}; delete some indexes in {show(into)} and restart the server")
         assert sent.images is not None
         self._creating += 1
         try:
@@ -290,9 +290,9 @@ class Service:
         for key_ids, label in moves:
             for key_id in key_ids:
                 if labels.setdefault(key_id, label) != label:
-                    raise Problem(422, f"key_ids: key {key_id} has two labels; give one")
+                    raise Problem(422, f"key_ids: key {key_id} has two labels; give only one label")
         if not labels:
-            raise Problem(422, "key_ids: empty; give at least one")
+            raise Problem(422, "key_ids: the list is empty; give at least one key id")
         await self._found(one, (), list(labels))
         return await self._changed(one, lambda: changes.relabel(one.folder, labels))
 
@@ -382,7 +382,7 @@ class Service:
     async def map(self, version: Version, method: Method, limit: int) -> schemas.Map:
         """Project keys to two dimensions. Raises Problem 422 if the method is missing, and 503 if this is slow."""
         if method not in methods():
-            raise Problem(422, f"method {method!r}: not installed; choose one of {', '.join(methods())}")
+            raise Problem(422, f"method {method!r} is not installed; choose one of {', '.join(methods())}")
         cache = version.cache
         limit = min(limit, cache.n, max(1, self.limits.mapped // cache.d))
 

@@ -127,7 +127,9 @@ async def _form(
     async with Request(request.scope, receive).form(**most) as form:
         for field, value in form.multi_items():
             if field not in ("images", *fields):
-                raise Problem(422, f"field {field!r}: unknown; expected {' and '.join(['images', *fields])}")
+                raise Problem(
+                    422, f"field {field!r}: is unknown; the expected fields are {' and '.join(['images', *fields])}"
+                )
             if isinstance(value, UploadFile) != (field == "images"):
                 raise Problem(422, f"field {field!r}: must be {'files' if field == 'images' else 'text'}")
             if isinstance(value, UploadFile):
@@ -145,7 +147,7 @@ async def _body(request: Request, limits: Limits) -> bytes:
     async for part in request.stream():
         size += len(part)
         if size > limits.json_bytes:
-            raise Problem(413, f"JSON of more than {limits.json_bytes:,} bytes; send fewer features at once")
+            raise Problem(413, f"JSON: is longer than {limits.json_bytes:,} bytes; send fewer features at once")
         parts.append(part)
     return b"".join(parts)
 
@@ -161,7 +163,9 @@ def _json(body: bytes, limits: Limits, norms: Norms, d: int, *, labelled: bool) 
     if not isinstance(sent, dict) or not isinstance(sent.get("features"), list):
         raise Problem(422, "features: missing; send an object with 'features', a list of lists of numbers")
     if unknown := sorted(sent.keys() - known):
-        raise Problem(422, f"field {unknown[0][:LONGEST_NAME]!r}: unknown; expected {', '.join(sorted(known))}")
+        raise Problem(
+            422, f"field {unknown[0][:LONGEST_NAME]!r}: is unknown; the expected fields are {', '.join(sorted(known))}"
+        )
     rows = len(sent["features"])
     if not 1 <= rows <= limits.rows:
         raise Problem(413 if rows else 422, f"features: {rows} rows given; send 1 to {limits.rows} rows at once")
