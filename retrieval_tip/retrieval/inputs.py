@@ -179,7 +179,7 @@ def keys_to_add(
     """
     array = matrix(keys, "keys")
     if array.shape[1] != d:
-        raise InputError(f"keys: each key has {array.shape[1]} values; the index needs {d}")
+        raise InputError(f"keys: each key has {array.shape[1]} values; the index requires {d}")
     if np.abs(array).max() > np.finfo(dtype).max:
         raise InputError(f"keys: values are too large for the index's {dtype}")
     return array, ids_of(labels, class_names, len(array))
