@@ -54,20 +54,17 @@ def audit(cache: CacheModel, *, k: KeysMet = None, borderline: bool = False) -> 
     A shot looks mislabelled if another class fits clearly better (:data:`CLEAR`). With ``borderline``, it is enough
     that another class fits better. For all other shots in the list, the suggestion is their own label.
 
-    ``k = "all"`` is exact and computes ``n^2`` affinities, which takes 3 s for 16,000 keys of 512 values on two cores.
-    If ``k`` is a number, the sums only include the ``k`` nearest keys that the index finds. ``None`` stands for
-    ``"all"`` up to :data:`ALL_PAIRS` affinities, and for :data:`MET` beyond.
+    ``k = "all"`` is exact and computes ``n^2`` affinities (3 s for 16,000 keys of 512 values on two cores). A number
+    limits the sums to the ``k`` nearest keys. ``None`` means all keys up to :data:`ALL_PAIRS` affinities, and
+    :data:`MET` nearest keys beyond this limit. Raises UsageError if ``k`` is below 1.
 
-    Returns a table that is sorted by falling margin and then by key id. Its columns are:
+    Returns a table that is sorted by descending margin and then by key id. Its columns are:
 
     - ``key_id``, ``source``, ``label``: the shot
     - ``suggested``, ``own_score``, ``suggested_score``, ``margin``: the suggested label, and how well both labels fit
     - ``rank``: the rank of the shot's own label, where 1 is the highest score
     - ``nearest_key_id``, ``nearest_source``, ``nearest_label``, ``nearest_affinity``: the nearest visible key
-    - ``duplicate_of``: the closest retrieved key of another class that has the same digest or a cosine of at least
-      :data:`duplicates.NEAR`
-
-    Raises UsageError if ``k`` is below 1.
+    - ``duplicate_of``: the closest retrieved key of another class that is a duplicate (see :data:`duplicates.NEAR`)
     """
     cache = unfitted(cache)
     n, c, device, met = cache.n, len(cache.class_names), cache.device, _keys_met(cache.n, k)
