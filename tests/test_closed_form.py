@@ -531,6 +531,18 @@ def test_unlike_is_what_lies_farther_than_the_shots_from_each_other():
     assert near == cache.classify(known, neighbours=0, k="all")
 
 
+@pytest.mark.parametrize("values", ["solved", "one-hot"])
+def test_about_one_in_twenty_known_photos_is_unlike_from_four_shots_on(values):
+    for shots, least, most in ((4, 0.01, 0.12), (12, 0.02, 0.1)):
+        cache = model(shots=shots)
+        closed_form.fit(cache, values=values)
+        queries, _ = clusters(400, seed=7)
+        assert least <= np.mean([one.unlike for one in cache.classify(queries)]) <= most
+    cache = model(shots=2)
+    closed_form.fit(cache, values=values)
+    assert cache.settings.least_cache is None  # half of two shots says too little
+
+
 @pytest.mark.parametrize("form", SOME, ids=str)
 @pytest.mark.parametrize("text", [True, False])
 def test_an_estimate_is_that_of_a_fit_and_follows_the_labels(form, text):

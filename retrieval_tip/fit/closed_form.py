@@ -275,6 +275,11 @@ class Folds:
         return 1.0 if self.text is None else len(ids.unique()) / self.c
 
     @property
+    def halves(self) -> bool:
+        """Whether a fold leaves about half of the shots, which says little about the similarity to all of them."""
+        return any(len(held.rows) < 0.6 * len(self.ids) for held in self.held if not held.of_classes)
+
+    @property
     def of_classes(self) -> Tensor:
         """Whether the whole class of each query is held out, ``[q]``."""
         return torch.cat([torch.full((len(held.ids),), held.of_classes) for held in self.held])
@@ -623,7 +628,12 @@ def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence
     blended, offset = _linked(text, cache, ids, offsets, weights)
     if not folds.of_classes.any() and folds.covered < 1:  # too few classes to hold some out
         blended = replace(blended, a=1.0, b=blended.b / max(blended.a, 1.0) * folds.covered)
-    least = _quantile(tip.log_cache(cache, offset).amax(1), UNLIKE, weights)
+    least: float | None = None
+    if not folds.halves:
+        if form.values is None:  # one-hot values sum over the keys of a class, and a fold has fewer of them
+            share = torch.cat([torch.full((len(held.ids),), len(held.rows) / len(folds.ids)) for held in folds.held])
+            cache = cache / share[:, None]
+        least = _quantile(tip.log_cache(cache, offset).amax(1), UNLIKE, weights)
     settings = replace(blended.settings(settings.unfitted(), form.beta), least_cache=least, log_offset=offset)
     shown = ~folds.of_classes
     judged: Judged = {"weakest": _weakest(class_names, blended.right[shown], ids[shown])}
