@@ -1,4 +1,4 @@
-"""Turn logits into predictions, for an index in a folder or in a LanceDB store."""
+"""Turn logits into predictions, for an index in a folder or in another store."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.from_bytes(manifest_bytes(folder, path), str(path))
         if manifest.table is not None:
-            raise StoreError(f"{path}: is the manifest of a LanceDB store; restore the manifest of the folder")
+            raise StoreError(f"{path}: is the manifest of another kind of store; restore the manifest of the folder")
         return manifest
     except FileNotFoundError:
         raise _missing(folder) from None

@@ -1,4 +1,4 @@
-"""Read and write manifests, which describe the versions of an index in a folder or in a LanceDB store.
+"""Read and write manifests, which describe the versions of an index in a folder or in another store.
 
 A manifest is a JSON file that lists every data file with its SHA-256 and ends with its own SHA-256. A manifest that is
 damaged or that has unknown entries is rejected. Older formats can still be read.
