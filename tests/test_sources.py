@@ -109,12 +109,9 @@ def test_the_labels_of_a_hugging_face_folder_are_in_its_table(tmp_path: Path) ->
     assert open_source(tmp_path / "whole").labels == ["cat"]
 
 
-def test_photographs_of_telephones_are_named_with_what_reads_them() -> None:
+def test_photographs_of_telephones_are_read_by_the_extra_that_is_named(tmp_path: Path) -> None:
     assert "retrieval-tip[heic]" in kinds(Counter({".heic": 1, ".txt": 2}))
     assert "heic" not in kinds(Counter({".txt": 2}))
-
-
-def test_photographs_of_telephones_are_read_by_the_extra(tmp_path: Path) -> None:
     pillow_heif = pytest.importorskip("pillow_heif")
     from PIL import Image
 
@@ -281,23 +278,6 @@ def test_lines_of_json_are_rows(tmp_path: Path) -> None:
         assert source.items["boxes"].to_pylist() == ["[1, 2]", None]
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (b"", ["no rows"]),
-        (b'{"path": "a.png", "label": "cat"\n', ["cannot be read as JSON lines"]),
-        (b'["a.png", "cat"]\n', ["a line is not an object"]),
-        (b'{"path": "a.png", "label": "\xff"}\n', ["cannot be read as JSON lines"]),
-        (b'{"path": "a.png", "label": "\\ud800"}\n', ["cannot be read as JSON lines"]),
-        (b"[" * 50_000, ["cannot be read as JSON lines"]),
-        (b'{"path": "a.png"}\n', ["no column 'label'"]),
-        (b'{"path": "a.png", "label": "cat"}\n{"path": "b.png"}\n', ["row 1 without a label"]),
-    ],
-)
-def test_lines_that_are_no_rows_are_refused(tmp_path: Path, text: bytes, words: Sequence[str]) -> None:
-    refused(write(tmp_path / "t.jsonl", text), *words)
-
-
 def test_quoted_fields_hold_anything(tmp_path: Path) -> None:
     table = write(
         tmp_path / "t.csv", 'path,label,note\n"a, b.png","the ""best"" cat","two\nlines"\n"new\nline.png",é,\n'
@@ -322,39 +302,6 @@ def test_classes_without_labels_are_those_that_occur(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="row 1 without a label"):
         _ = source.labels
     refused(table, "row 1 without a label")
-
-
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        ("x.png,\n" * 9, "rows 0, 1, 2, 3, 4 and 4 more without a label"),
-        ("x.png,cat\n,cat\n", "row 1 without a path"),
-        *((f"x.png,cat\ny.png,{blank}\n", "row 1 without a label") for blank in ("", '""', '" "', '"\t"', '"\u00a0"')),
-    ],
-)
-def test_blanks_are_missing_and_counted(tmp_path: Path, rows: str, words: str) -> None:
-    refused(write(tmp_path / "t.csv", f"path,label\n{rows}"), words)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (b"", ["cannot be read"]),
-        (b"path,label\n", ["no rows"]),
-        (b"place,label\nx.png,cat\n", ["no column 'path'", "place, label"]),
-        (b"path,kind\nx.png,cat\n", ["no column 'label'", "path, kind"]),
-        (b"path,label,path\nx.png,cat,y.png\n", ["duplicate"]),
-        (b"path,label\nx.png,cat,more\n", ["cannot be read"]),
-        ("path,label\nü.png,cat\n".encode() + b"\xff.png,cat\n", ["cannot be read", "UTF8"]),
-        ("path,label\nx.png,cat\n".encode("utf-16")[:-1], ["cannot be read", "truncated"]),
-        (b"path,label\n\xff\x81.png,cat\n", ["cannot be read"]),
-        (b"\x00" * 100, []),
-        (b"path,label\nx.png," + b"c" * 5000 + b"\n", ["row 0", "longer than"]),
-        (b'path,label\n"x.png,cat\n', []),
-    ],
-)
-def test_a_bad_table_is_refused(tmp_path: Path, text: bytes, words: Sequence[str]) -> None:
-    refused(write(tmp_path / "t.csv", text), *words)
 
 
 # -- Parquet --
@@ -412,13 +359,11 @@ def test_a_column_of_nothing_is_a_table_without_labels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("column", ["embedding", "vector"])
 def test_features_by_the_names_that_others_give_them(tmp_path: Path, column: str) -> None:
-    features = pa.FixedSizeListArray.from_arrays(pa.array([1.0, 0.0, 0.0, 1.0], pa.float32()), 2)
-    table = pa.table({"id": ["a", "b"], "class": ["x", "y"], column: features})
-    pq.write_table(table, tmp_path / "t.parquet")
-    source = open_source(tmp_path / "t.parquet")
+    table = parquet(tmp_path / "t.parquet", {"id": ["a", "b"], "class": ["x", "y"], column: features(2)})
+    source = open_source(table)
     assert source.labels == ["x", "y"]
     assert source.items.column_names == ["source", "label"]
-    np.testing.assert_array_equal(np.concatenate(list(read_features(tmp_path / "t.parquet"))), [[1, 0], [0, 1]])
+    np.testing.assert_array_equal(np.concatenate(list(read_features(table))), np.eye(4)[:2])
 
 
 def test_a_feature_table_is_told_by_its_column(tmp_path: Path) -> None:
@@ -523,9 +468,39 @@ def test_an_entry_of_another_shape_is_named(tmp_path: Path, entry: object) -> No
     refused(split(tmp_path / "s.json", [["a.png", 0, "cat"], entry]), "entry 1", "[path, label, class name]")
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
+# -- whatever else --
+
+
+BAD: dict[str, list[tuple[str | bytes, list[str]]]] = {
+    "t.csv": [
+        (b"", ["cannot be read"]),
+        (b"path,label\n", ["no rows"]),
+        (b"place,label\nx.png,cat\n", ["no column 'path'", "place, label"]),
+        (b"path,kind\nx.png,cat\n", ["no column 'label'", "path, kind"]),
+        (b"path,label,path\nx.png,cat,y.png\n", ["duplicate"]),
+        (b"path,label\nx.png,cat,more\n", ["cannot be read"]),
+        ("path,label\nü.png,cat\n".encode() + b"\xff.png,cat\n", ["cannot be read", "UTF8"]),
+        ("path,label\nx.png,cat\n".encode("utf-16")[:-1], ["cannot be read", "truncated"]),
+        (b"path,label\n\xff\x81.png,cat\n", ["cannot be read"]),
+        (b"\x00" * 100, []),
+        (b"path,label\nx.png," + b"c" * 5000 + b"\n", ["row 0", "longer than"]),
+        (b'path,label\n"x.png,cat\n', []),
+        ("path,label\n" + "x.png,\n" * 9, ["rows 0, 1, 2, 3, 4 and 4 more without a label"]),
+        ("path,label\nx.png,cat\n,cat\n", ["row 1 without a path"]),
+        *((f"path,label\ny.png,cat\nx.png,{blank}\n", ["row 1 without a label"])
+          for blank in ("", '""', '" "', '"\t"', '"\u00a0"')),
+    ],
+    "t.jsonl": [
+        (b"", ["no rows"]),
+        (b'{"path": "a.png", "label": "cat"\n', ["cannot be read as JSON lines"]),
+        (b'["a.png", "cat"]\n', ["a line is not an object"]),
+        (b'{"path": "a.png", "label": "\xff"}\n', ["cannot be read as JSON lines"]),
+        (b'{"path": "a.png", "label": "\\ud800"}\n', ["cannot be read as JSON lines"]),
+        (b"[" * 50_000, ["cannot be read as JSON lines"]),
+        (b'{"path": "a.png"}\n', ["no column 'label'"]),
+        (b'{"path": "a.png", "label": "cat"}\n{"path": "b.png"}\n', ["row 1 without a label"]),
+    ],
+    "s.json": [
         ("", ["not JSON"]),
         ("[" * 100_000, ["not JSON"]),
         (b"\xff\xfe\xff", ["not JSON"]),
@@ -539,13 +514,13 @@ def test_an_entry_of_another_shape_is_named(tmp_path: Path, entry: object) -> No
         ('{"train": [["a.png", 0, "%s"]]}' % ("x" * 5000), ["row 0", "longer"]),
         ('{"train": [["a.png", %s, "x"]]}' % ("9" * 5000), ["not JSON"]),
     ],
-)
-def test_a_bad_split_is_refused(tmp_path: Path, text: str | bytes, words: list[str]) -> None:
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text", "words"), [(name, *case) for name, cases in BAD.items() for case in cases])
+def test_a_bad_file_is_refused(tmp_path: Path, name: str, text: str | bytes, words: list[str]) -> None:
     touch(tmp_path, "a.png")
-    refused(write(tmp_path / "s.json", text), *words)
-
-
-# -- whatever else --
+    refused(write(tmp_path / name, text), *words)
 
 
 @pytest.mark.parametrize(
