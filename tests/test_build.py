@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 
 import numpy as np
@@ -90,27 +89,6 @@ def test_text_tables_average_prompts_and_order_the_classes(tmp_path, table):
     cache = build(table, tmp_path / "i", text=text)  # dog has no key, which is allowed
     assert cache.class_names == ["cat", "dog", "ant", "bee"]
     assert cache.logits(unit_rows(2, 8)).shape == (2, 4)
-
-
-def test_labels_without_text_weights_are_refused(tmp_path, table):
-    text = write_table(tmp_path / "text.parquet", unit_rows(2, 8), ["ant", "bee"])
-    with pytest.raises(InputError, match="text weights: cat"):
-        build(table, tmp_path / "i", text=text)
-    assert not (tmp_path / "i").exists()
-
-
-def test_text_weights_of_another_length_are_refused(tmp_path, table):
-    text = write_table(tmp_path / "text.parquet", unit_rows(3, 4), NAMES)
-    with pytest.raises(InputError, match=r"features have 8 values, text weights 4"):
-        build(table, tmp_path / "i", text=text)
-    assert not (tmp_path / "i").exists()
-
-
-def test_building_again_makes_a_version_and_shares_equal_files(table, tmp_path):
-    first, second = build(table, tmp_path / "i"), build(table, tmp_path / "i", beta=2.0)
-    assert (first.version, second.version) == (1, 2)
-    assert len(list((tmp_path / "i/data").glob("keys-*"))) == 1
-    assert json.loads((tmp_path / "i/manifest.json").read_text())["parent"] == 1
 
 
 @pytest.mark.parametrize(
