@@ -1,4 +1,4 @@
-"""Hostile inputs, by property: images, tables, index folders, manifests, settings, commands and requests.
+"""Hostile inputs, by property: images, tables, index folders, manifests, commands and requests.
 
 The program answers, or ends in one line of its own: no traceback, no half-written file, bounded memory and time.
 ``make test`` tries the same few examples each time, ``make attack`` many different ones.
@@ -47,7 +47,6 @@ from retrieval_tip.errors import MAX_LINE, RetrievalTipError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
 from retrieval_tip.predictions import read_predictions
-from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
 
 T = TypeVar("T")
@@ -342,18 +341,6 @@ def test_a_manifest_of_any_values_is_refused_or_answers(world: Path, data: st.Da
             refused(lambda: cache.classify(unit_rows(2, D)))
         refused(lambda: store.describe(index))
         refused(lambda: store.history(index))
-
-
-@tried(2000)
-@given(st.dictionaries(
-    st.sampled_from(["alpha", "beta", "logit_scale", "k", "temperature", "log_offset"]),
-    st.floats() | st.integers() | st.sampled_from([10**400, "x", None, True, 2**63]), min_size=1, max_size=3,
-))  # fmt: skip
-def test_settings_out_of_range_are_refused(given: dict[str, object]) -> None:
-    made = refused(lambda: Settings(**given))
-    if made is not None:
-        numbers = (value for value in (getattr(made, name) for name in given) if value is not None)
-        assert all(isinstance(value, int | float) and math.isfinite(value) for value in numbers)
 
 
 # --- commands
