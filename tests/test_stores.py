@@ -704,9 +704,6 @@ def test_a_change_stands_where_nothing_can_be_given_up(beside, monkeypatch):
     beside.check()
 
 
-IN_THE_ENGINE = "the engine gives up versions only by LanceTable.optimize, which also "
-
-
 @pytest.mark.parametrize("kind", TRIED)
 def test_the_bytes_of_removed_keys_go_with_the_last_version(kind, base, tmp_path):
     pets = pets_of(kind, base, tmp_path)
@@ -775,8 +772,6 @@ def test_labels_and_versions_answer_sql(pets):
         {"version": 1, "change": "build", "keys": N},
         {"version": 2, "change": "set k 3", "keys": N},
     ]
-    said(lambda: ask("DROP TABLE labels"), "SELECT", error=UsageError)
-    said(lambda: ask("SELECT * FROM read_csv('/etc/passwd')"), error=UsageError)
 
 
 # --- readers and writers at once
@@ -1397,9 +1392,6 @@ def test_what_takes_a_folder_says_how_to_get_one(run, command):
     assert f"retrieval-tip index clone {address} DIR" in result.stderr
     assert "Traceback" not in result.stderr
     assert len([line for line in result.stderr.splitlines() if line.startswith("Error")]) == 1
-
-
-# --- served
 
 
 def test_the_command_line_changes_a_store(run, in_bucket):

@@ -29,12 +29,6 @@ from retrieval_tip.backbones.base import unit
 from retrieval_tip.backbones.loading import load_backbone, load_when_needed
 from retrieval_tip.errors import UsageError
 
-RESNET = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8},
-    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
-}
-
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
