@@ -29,6 +29,7 @@ def test_principal_components_are_those_of_the_whole_decomposition(n: int, d: in
     ratio = np.ptp(found.places, axis=0) / np.ptp(expected, axis=0)
     assert ratio[0] == pytest.approx(ratio[1], rel=1e-3)  # one scale for both axes
     assert np.abs(found.places).max() == pytest.approx(1)
+    np.testing.assert_allclose(found.places.max(axis=0), -found.places.min(axis=0), atol=1e-6)
     assert found.key_ids.tolist() == cache.labels["key_id"].to_pylist()
     assert found.axes is not None
     np.testing.assert_allclose(found.axes[0] + keys @ found.axes[1:], found.places, atol=1e-5)
