@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SHARED
+from sealing import snapshot
 from tables import tiny, unit_rows, write_table
 
 from retrieval_tip import CacheModel, verify
@@ -124,11 +125,6 @@ def data_files(folder: Path) -> dict[str, tuple[int, int]]:
     """Each data file with its inode and its time of change."""
     found = ((path, path.stat()) for path in (folder / "data").iterdir())
     return {path.name: (stat.st_ino, stat.st_mtime_ns) for path, stat in found}
-
-
-def everything(folder: Path) -> dict[str, bytes]:
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def flip(path: Path) -> None:
@@ -262,24 +258,24 @@ def test_the_same_photograph_in_two_classes_is_warned_about_at_build_and_at_add(
 
 def test_another_backbone_is_refused_with_both_named(run: Any, pictures: Path, tmp_path: Path) -> None:
     other = tiny(tmp_path / "other")
-    new, before = photographs(tmp_path / "new", panda=range(4, 5)), everything(pictures)
+    new, before = photographs(tmp_path / "new", panda=range(4, 5)), snapshot(pictures)
     refused(run("index", "add", pictures, new, "--model", f"local-dir:{other}"), 1, MODEL, other)
     encoded = run("encode", new, "--model", f"local-dir:{other}", "--out", tmp_path / "t.parquet")
     assert encoded.exit_code == 0, encoded.output
     refused(run("index", "add", pictures, tmp_path / "t.parquet"), 1, MODEL, other)
     refused(run("index", "set", pictures, "--template", "a {}", "--model", f"local-dir:{other}"), 1, MODEL, other)
-    assert everything(pictures) == before
+    assert snapshot(pictures) == before
 
 
 def test_new_classes_of_a_feature_table_get_their_text_from_a_table(run: Any, index: Path, tmp_path: Path) -> None:
     more = write_table(tmp_path / "more.parquet", unit_rows(3, D, 4), ["owl", "bat", "cat"])
-    before = everything(index)
+    before = snapshot(index)
     refused(run("index", "add", index, more), 1, "class 'bat'", "needs a text weight", "(text)")
     some = write_table(tmp_path / "some.parquet", unit_rows(1, D, 5), ["bat"])
     refused(run("index", "add", index, more, "--text", some), 1, "class 'owl'", "(text)")
     short = write_table(tmp_path / "short.parquet", unit_rows(2, D + 1, 5), ["bat", "owl"])
     refused(run("index", "add", index, more, "--text", short), 1, "short.parquet", f"{D + 1} values", D)
-    assert everything(index) == before
+    assert snapshot(index) == before
     weights = unit_rows(3, D, 6)
     every = write_table(tmp_path / "every.parquet", weights, ["cat", "owl", "bat"])
     text = opened(index).text_weights
@@ -352,7 +348,7 @@ def other(tmp_path: Path) -> Path:
 def test_a_bad_merge_is_refused_and_changes_nothing(
     run: Any, index: Path, other: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    before = everything(index)
+    before = snapshot(index)
     values = CacheModel.from_features(
         unit_rows(2, D), ["cat", "dog"], ["cat", "dog"], device="cpu", values=np.ones((2, 2), dtype=np.float32)
     )
@@ -363,7 +359,7 @@ def test_a_bad_merge_is_refused_and_changes_nothing(
     CacheModel.from_features(unit_rows(1, D + 1), ["cat"], ["cat"], device="cpu").save(tmp_path / "long")
     refused(run("index", "merge", index, tmp_path / "long"), 1, f"{D + 1} values", f"requires {D}")
     refused(run("index", "merge", index, tmp_path / "nowhere"), 1, "nowhere")
-    assert everything(index) == before
+    assert snapshot(index) == before
     model = f"local-dir:{tiny(tmp_path / 'model')}"
     foreign = tmp_path / "foreign"
     photos = pictures.parent / "photos"
@@ -379,20 +375,20 @@ def test_a_bad_merge_is_refused_and_changes_nothing(
 
 
 def test_key_ids_may_be_several_in_one_option_and_take_the_place_of_a_condition(run: Any, index: Path) -> None:
-    before = everything(index)
+    before = snapshot(index)
     for command in (("remove", index), ("relabel", index, "cat")):
         for which in ((), ("--where", "shot = 0", "--key-ids", 1)):
             refused(run("index", *command, *which), 2, "--where", "--key-ids")
         for wrong in ("1,", "x", "1.5", "1;2", "²"):
             refused(run("index", *command, "--key-ids", wrong), 2, "--key-ids", "key id")
-    assert everything(index) == before
+    assert snapshot(index) == before
     done = run("index", "remove", index, "--key-ids", "0, 3", "--key-ids", 4)
     assert done.stdout == f"{index}: version 2, removed 3 shots\n"
     assert sorted(labels_of(index)) == [1, 2, 5]
 
 
 def test_a_change_without_effect_makes_no_version(run: Any, index: Path) -> None:
-    before = everything(index)
+    before = snapshot(index)
     for command, said in (
         (("relabel", index, "cat", "--where", "label = 'cat'"), "relabelled 0 shots as cat"),
         (("relabel", index, "cat", "--key-ids", 0, "--key-ids", 2), "relabelled 0 shots as cat"),
@@ -401,7 +397,7 @@ def test_a_change_without_effect_makes_no_version(run: Any, index: Path) -> None
         done = run("index", *command)
         assert (done.exit_code, done.stdout) == (0, f"{index}: version 1, {said}\n")
     assert changes.rollback(index, 1) == changes.Changed(1, [])
-    assert everything(index) == before
+    assert snapshot(index) == before
 
 
 def test_an_error_in_the_search_for_duplicates_changes_nothing(
@@ -411,10 +407,10 @@ def test_an_error_in_the_search_for_duplicates_changes_nothing(
         raise MemoryError
 
     monkeypatch.setattr(folders, "duplicates", fails)
-    before, other = everything(index), shutil.copytree(index, index.with_name("other"))
+    before, other = snapshot(index), shutil.copytree(index, index.with_name("other"))
     refused(run("index", "add", index, table), 1, "memory")
     refused(run("index", "merge", index, other), 1, "memory")
-    assert everything(index) == before
+    assert snapshot(index) == before
 
 
 @pytest.fixture
@@ -426,9 +422,9 @@ def lists(tmp_path: Path) -> Path:
 
 
 def test_fewer_keys_than_lists_are_refused_with_the_way_out(run: Any, lists: Path) -> None:
-    before = everything(lists)
+    before = snapshot(lists)
     refused(run("index", "remove", lists, "--where", "key_id > 9"), 1, "'IVF16,Flat'", "rebuild", "index=Flat")
-    assert everything(lists) == before
+    assert snapshot(lists) == before
     assert run("index", "rebuild", lists, "--index", "Flat").exit_code == 0
     assert run("index", "remove", lists, "--where", "key_id > 9").exit_code == 0
     assert verify(lists).n == 10
@@ -492,14 +488,14 @@ def test_trained_values_of_merged_classes_add_up(tmp_path: Path) -> None:
 
 
 def test_names_that_are_none_or_there_already_are_refused(run: Any, index: Path, lit_mini: Backbone) -> None:
-    before = everything(index)
+    before = snapshot(index)
     refused(run("index", "rename", index, "owl", "kite"), 1, "'owl'", "cat, dog")
     for wrong in ("", " dog", "a\nb", "x" * 1025):
         refused(run("index", "rename", index, "dog", wrong), 1, "class name", "1,024")
     assert run("index", "rename", index, "dog", "dog").stdout == f"{index}: version 1, renamed dog to dog (0 shots)\n"
     with pytest.raises(BackboneError):
         changes.rename(index, "dog", "wolf", lit_mini)
-    assert everything(index) == before
+    assert snapshot(index) == before
 
 
 def test_the_words_of_a_new_name_are_encoded_where_that_is_asked(run: Any, pictures: Path, lit_mini: Backbone) -> None:
@@ -557,8 +553,8 @@ def test_a_compacted_index_is_a_new_build_of_the_same_keys_bit_for_bit(
     assert labels_of(parted) == labels_of(tmp_path / "fresh")
 
 
-def test_a_failed_rebuild_leaves_everything(run: Any, index: Path) -> None:
-    before = everything(index)
+def test_a_failed_rebuild_leaves_snapshot(run: Any, index: Path) -> None:
+    before = snapshot(index)
     for factory in ("Nonsense", "IVF1000,Flat", "L2norm,Flat", ""):
         result = run("index", "rebuild", index, "--index", factory)
         refused(result, 2, "index")
@@ -570,7 +566,7 @@ def test_a_failed_rebuild_leaves_everything(run: Any, index: Path) -> None:
     )
     large.save(index.with_name("large"))
     refused(run("index", "rebuild", index.with_name("large"), "--dtype", "float16"), 1, "too large for float16")
-    assert everything(index) == before
+    assert snapshot(index) == before
 
 
 # --- versions
@@ -675,12 +671,12 @@ def test_a_list_of_suspects_is_edited_and_applied_as_one_version(
 def test_a_list_of_suspects_that_does_not_fit_changes_nothing(
     run: Any, flipped: Path, tmp_path: Path, text: str, word: str
 ) -> None:
-    table, before = tmp_path / "suspects.csv", everything(flipped)
+    table, before = tmp_path / "suspects.csv", snapshot(flipped)
     table.write_text(text)
     result = run("index", "audit", flipped, "--apply", table)
     refused(result, 1, table, word)
     assert result.stderr.count("\n") == 1
-    assert everything(flipped) == before
+    assert snapshot(flipped) == before
 
 
 # --- some of the keys
@@ -814,13 +810,13 @@ def test_saving_what_another_process_has_changed_meanwhile_is_refused(index: Pat
     program = str(shutil.which("retrieval-tip", path=warm_path))
     subprocess.run([program, "index", "remove", str(index), "--key-ids", "0"], check=True)
     stale.add(unit_rows(1, D, 9), ["cat"])
-    before = everything(index)
+    before = snapshot(index)
     with pytest.raises(StoreError, match="from version 1 to 2"):
         stale.save(index)
     stale.settings = stale.settings.override(alpha=3.0)
     with pytest.raises(StoreError, match="from version 1 to 2"):
         stale.save_settings(index)
-    assert everything(index) == before
+    assert snapshot(index) == before
     fresh = stale.reload()
     assert fresh.add(unit_rows(1, D, 9), ["cat"]) == [6]
     fresh.save(index)
@@ -849,9 +845,9 @@ def test_a_removed_photograph_leaves_no_byte_once_it_is_collected(pictures: Path
 
     def held() -> list[bool]:
         """In which of its files, unpacked where they are packed, each mark is."""
-        files = everything(pictures)
+        files = snapshot(pictures)
         tables = [repr(pq.read_table(path).to_pylist()).encode() for path in (pictures / "data").glob("*.parquet")]
-        return [any(mark in raw for raw in [*files.values(), *tables]) for mark in marks]
+        return [any(mark in raw for raw in [*filter(None, files.values()), *tables]) for mark in marks]
 
     assert held() == [True, True, True]  # the version before has it
     collect(pictures)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sealing import snapshot
 from tables import write_table
 from test_keys import made_module
 
@@ -99,16 +100,12 @@ def test_a_new_version_is_what_was_printed(
 
 
 def test_a_dry_run_prints_the_same_and_changes_nothing(run: Any, place: Path) -> None:
-    def everything() -> dict[str, bytes]:
-        root = place / "index"
-        return {str(p): p.read_bytes() for p in root.rglob("*") if p.is_file() and p.name != "lock"}
-
-    before = everything()
+    before = snapshot(place / "index")
     result = tune(run, place, "--dry-run", "--format", "json")
     assert result.exit_code == 0, result.stderr
     assert sum(row["chosen"] for row in json_rows(result.stdout)) == 1
     assert "version" not in result.stderr
-    assert everything() == before
+    assert snapshot(place / "index") == before
 
 
 def test_the_frontier_is_drawn(run: Any, place: Path) -> None:
