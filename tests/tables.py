@@ -1,8 +1,10 @@
-"""Tables, features, images and models for tests."""
+"""Tables, features, images, PNG files and models for tests."""
 
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,3 +74,14 @@ def tiny(folder: Path, seed: int = 0, **config: Any) -> Path:
 def picture(size: tuple[int, int] = (50, 40)) -> Image.Image:
     """Return an image of random pixels."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    """Return a chunk of a PNG file with its checksum."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(width: int, height: int, data: bytes, depth: int = 8, colour: int = 2) -> bytes:
+    """Return a PNG file whose header claims this size, whatever its compressed rows hold."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")

@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sealing import body_of, sealed, snapshot
 from serving import listens, server
-from tables import unit_rows, write_table
+from tables import png, unit_rows, write_table
 
 from retrieval_tip import CacheModel
 from retrieval_tip.cli import main
@@ -118,20 +118,13 @@ def picture(style: str, mode: str = "RGB", side: int = 48, **options: object) ->
     return buffer.getvalue()
 
 
-def png(width: int, height: int, data: bytes, colour: int = 2) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", data), (b"IEND", b"")]
-    packed = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
-
-
 PICTURES = [
     picture("PNG"), picture("PNG", "P"), picture("PNG", "I;16"), picture("JPEG"), picture("JPEG", progressive=True),
     picture("JPEG", "CMYK"), picture("WEBP"), picture("GIF"), picture("BMP"), picture("TIFF"),
     picture("TIFF", compression="tiff_deflate"), picture("TIFF", "F"), picture("PPM"), picture("MPO"),
 ]  # fmt: skip
 BOMBS = [
-    png(30_000, 30_000, b""), png(2**31 - 1, 1, b""), png(9000, 9000, zlib.compress(bytes(9000 * 9001), 1), 0),
+    png(30_000, 30_000, b""), png(2**31 - 1, 1, b""), png(9000, 9000, zlib.compress(bytes(9000 * 9001), 1), colour=0),
     picture("GIF", "L", 9000), picture("TIFF", "1", 9000, compression="group4"), b"P6\n60000 60000\n255\n" + bytes(99),
     b"BM" + struct.pack("<IHHIIiiHHIIiiII", 99, 0, 0, 54, 40, 50_000, 50_000, 1, 24, 0, 0, 0, 0, 0, 0),
     b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.7\n", picture("EPS"), b"PK\3\4" + bytes(60), b"", b"\xff",

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, features
-from tables import touch
+from tables import png, png_chunk, touch
 
 from retrieval_tip.data import images
 from retrieval_tip.data.images import decode, find, read, thumbnail
@@ -66,15 +66,9 @@ def refusal(data: bytes) -> str:
     return message
 
 
-def png_chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
 def png_claiming(width: int, height: int, depth: int = 8, colour: int = 2) -> bytes:
     """A PNG of a few bytes whose header claims this size."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    body = zlib.compress(b"\0" * 1000)
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", body) + png_chunk(b"IEND", b"")
+    return png(width, height, zlib.compress(b"\0" * 1000), depth, colour)
 
 
 @pytest.mark.parametrize("style", [*EXACT, *LOSSY])

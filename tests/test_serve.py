@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import threading
 import time
@@ -28,6 +27,7 @@ import pytest
 from click.testing import Result
 from PIL import Image
 from serving import listens, photographs, random_index, rest, running, server, told
+from tables import png
 
 from retrieval_tip import CacheModel
 from retrieval_tip.server import run as run_module
@@ -73,20 +73,11 @@ def connection(address: str, timeout: float = 60) -> http.client.HTTPConnection:
 
 
 def feature(folder: Path) -> dict[str, object]:
-    from retrieval_tip import CacheModel
-
     return {"features": np.asarray(CacheModel.load(folder, device="cpu").keys[:1], dtype=np.float64).tolist()}
 
 
-def png(width: int, height: int) -> bytes:
-    """A PNG file that claims a size, and whose rows are all black, as far as they go."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = zlib.compress(bytes(10_000_000), 9)
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+ROWS = zlib.compress(bytes(10_000_000), 9)
+"""The rows of a PNG file, all black, as far as they go."""
 
 
 def bad_uploads(photo: bytes) -> dict[str, bytes]:
@@ -97,8 +88,8 @@ def bad_uploads(photo: bytes) -> dict[str, bytes]:
         "empty": b"",
         "truncated": photo[: len(photo) // 3],
         "a header": photo[:20],
-        "30,000 x 30,000": png(30_000, 30_000),
-        "2,000,000,000 x 1": png(2_000_000_000, 1),
+        "30,000 x 30,000": png(30_000, 30_000, ROWS),
+        "2,000,000,000 x 1": png(2_000_000_000, 1, ROWS),
         "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nquit\n",
         "a kind that is not taken": ico.getvalue(),
         "random": np.random.default_rng(0).bytes(100_000),
@@ -119,7 +110,7 @@ def test_bad_uploads_are_refused_and_memory_stays_bounded(
             assert answer.headers["content-type"] == "application/problem+json"
             assert name in answer.json()["detail"]
         assert process.memory_info().rss - before < AT_ONCE
-        many = [*bodies.values(), png(7000, 7000), bytes(30 * MIB)] * 3
+        many = [*bodies.values(), png(7000, 7000, ROWS), bytes(30 * MIB)] * 3
         asked = [pool.submit(client.post, "/v1/classify", files={"images": body}) for body in many]
         while not all(one.done() for one in asked):
             most = max(most, process.memory_info().rss)
