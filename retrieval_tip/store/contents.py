@@ -44,8 +44,8 @@ class Contents:
     ``segments`` are float32 or float16 arrays of keys, of shape ``[n_i, d]``. The ``index`` covers the first segment.
     ``labels`` has one row per key. ``text`` has shape ``[c, d]`` and ``values`` has shape ``[n, c]``; both are float32.
     A fitted index also has a ``metric``, the ``points`` of the first segment under that metric, and the ``sums`` of all
-    keys. A fine-tuned index also has the loss ``curve`` and the ``weights`` of its encoder, which are the path of a
-    safetensors file. :meth:`read` does not set ``index``, because the caller opens the index with FAISS.
+    keys. A fine-tuned index also has the loss ``curve`` and the path of its encoder ``weights``. :meth:`read` does not
+    set ``index``, because the caller opens the index with FAISS.
     """
 
     segments: Sequence[npt.NDArray[np.floating]]
@@ -61,9 +61,9 @@ class Contents:
 
     @classmethod
     def read(cls, folder: Path, manifest: Manifest) -> Contents:
-        """Read the data files of a version. Arrays are memory-mapped.
+        """Read the data files of a version, memory-mapping the arrays.
 
-        Raises StoreError if a file cannot be read or does not match the manifest. The message names the file.
+        Raises StoreError, naming the file, if a file cannot be read or does not match the manifest.
         """
         files, c = manifest.files, len(manifest.class_names)
         segments = [read_array(folder, part.keys, (part.keys.rows, manifest.d)) for part in manifest.segments]
@@ -87,9 +87,8 @@ class Contents:
     def write(self, writer: Writer, stored: Stored | None) -> Contents:
         """Seal every file that the writer's parent version does not have.
 
-        ``stored`` is the version that these contents were opened from. Keys that the writer already holds are not
-        written again. Return the contents with the new path of ``weights``.
-        Raises StoreError if a file is damaged or cannot be written.
+        ``stored`` is the version that these contents were opened from. Return the contents with the new path of
+        ``weights``. Raises StoreError if a file is damaged or cannot be written.
         """
         shared = stored if stored is not None and stored.is_before(writer) else None
         if stored is not None:
@@ -114,7 +113,6 @@ class Contents:
         return self if self.weights is None else replace(self, weights=writer.seal_weights(self.weights))
 
     def _write_keys(self, writer: Writer, shared: Stored | None) -> None:
-        """Write the keys and labels of each segment, unless the ``shared`` version already has them."""
         at = 0
         for number, part in enumerate(self.segments):
             segment, labels = None if shared is None else shared.segment_of(part), self.labels.slice(at, len(part))
@@ -143,7 +141,7 @@ def array_of(held: npt.NDArray[np.floating] | torch.Tensor | tip.Metric | Sums) 
 
 
 def _sums(folder: Path, manifest: Manifest, labels: pa.Table) -> Sums:
-    """Read the sums of a version's keys. Raises StoreError if their key counts differ from the labels."""
+    """Read the sums of a version's keys. Raises StoreError if they do not match the labels."""
     file, c = manifest.files["sums"], len(manifest.class_names)
     array = read_array(folder, file, (c + manifest.d, 1 + manifest.d), (np.float64,))
     if not np.array_equal(array[:c, 0], np.bincount(labels["class_id"].to_numpy(), minlength=c)):
@@ -161,8 +159,8 @@ def metric_of(array: npt.NDArray[np.floating]) -> tip.Metric:
 class Stored:
     """A version of an index folder, together with the objects in memory that its files contain.
 
-    ``check`` compares the files with their digests. ``contents`` is ``None`` if those objects are not known. ``named``
-    tells whether the stored labels still use the current class names.
+    ``contents`` is ``None`` if those objects are not known. ``named`` tells whether the stored labels still use the
+    current class names.
     """
 
     check: Check
@@ -201,8 +199,8 @@ class Stored:
     def check_copied(self, contents: Contents, *, shared: bool) -> None:
         """Verify files before they are copied, so that damaged data does not get a valid digest.
 
-        If ``shared`` is true, unchanged files are not copied, so they are not verified. Raises StoreError if a file is
-        damaged. The message names the file.
+        If ``shared`` is true, unchanged files are not copied, so they are not verified. Raises StoreError, naming the
+        file, if a file is damaged.
         """
         if self.check.verify == "full":
             return

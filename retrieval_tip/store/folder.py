@@ -42,7 +42,7 @@ T = TypeVar("T")
 VERSIONS_TRIED = 16
 """Number of attempts to open an index if each version is deleted while it is being read."""
 FAST_BYTES = 1 << 22
-"""Maximum size in bytes of the files that a fast check hashes. It only compares the size of larger files."""
+"""Maximum size in bytes of the files that a fast check hashes."""
 MANIFEST_BYTES = 1 << 28
 """Maximum size of a manifest in bytes, about ten times the size of a manifest with a million classes."""
 
@@ -71,7 +71,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_there(folder: Path) -> None:
-    """Raise StoreError if a folder does not hold an index. The index itself is not read."""
+    """Raise StoreError if a folder does not hold an index."""
     if not is_index(folder):
         raise _missing(folder)
 
@@ -98,7 +98,7 @@ def read_version(folder: Path, version: int) -> Manifest:
 def manifest_bytes(folder: Path, path: Path) -> bytes:
     """Read a manifest as bytes.
 
-    Raises StoreError if the path is not a regular file, is a link that leads out of the folder, or is too large.
+    Raises StoreError if the path is not a regular file, leads out of the folder, or is too large.
     """
     if not lies_in(folder, path):
         raise StoreError(f"{path}: is a link that leads out of the index; replace it with the file itself")
@@ -120,10 +120,7 @@ def lies_in(folder: Path, path: Path) -> bool:
 
 
 class Check:
-    """A check of a version's data files against its manifest, which runs in background threads.
-
-    Hashing releases the interpreter's lock, so you can import modules or do other work in the meantime.
-    """
+    """A check of a version's data files against its manifest, which runs in background threads."""
 
     def __init__(
         self,
@@ -136,8 +133,8 @@ class Check:
 
         With ``verify="full"``, the size and SHA-256 of every file are compared. With ``"fast"``, the SHA-256 is only
         compared for files of up to 4 MiB, so a change that keeps the size of a larger file is missed. Files in
-        ``known`` are skipped. Raises UsageError if ``verify`` has another value. Raises StoreError under the same
-        conditions as :func:`read_manifest`.
+        ``known`` are skipped. Raises UsageError if ``verify`` has another value, and StoreError if the manifest cannot
+        be read.
         """
         check_choice("verify", verify, Verify)
         self.folder, self.verify = folder, verify
@@ -160,7 +157,7 @@ def opened(
     """Verify the current version, call ``read`` with its manifest, and return the result together with the check.
 
     If a writer deletes the version in the meantime, the function starts again with the new version. Pass ``check`` to
-    use a check that is already running. Raises StoreError if a file is damaged, and any error that ``read`` raises.
+    use a check that is already running. Raises StoreError if a file is damaged.
     """
     for _ in range(VERSIONS_TRIED):
         check = check or Check(folder, verify=verify)
@@ -195,7 +192,7 @@ def read_array(
 ) -> npt.NDArray[np.floating]:
     """Memory-map a ``.npy`` file in copy-on-write mode, so that torch can share the memory.
 
-    Raises StoreError if the file cannot be read, or if its shape or dtype is not the expected one.
+    Raises StoreError if the file cannot be read or if its shape or dtype is wrong.
     """
     path = folder / file.name
     try:
@@ -213,9 +210,9 @@ def has_text(folder: Path, manifest: Manifest) -> bool:
 
 
 def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
-    """Read the label stores of all segments as one table. If a segment does not have a column, its rows are null there.
+    """Read the label stores of all segments as one table. Columns that a segment does not have are null there.
 
-    Raises StoreError if the labels do not match the keys and classes in the manifest.
+    Raises StoreError if the labels do not match the manifest.
     """
     tables = [_read_labels(folder / part.labels.name, part.labels.rows, manifest) for part in manifest.segments]
     try:
@@ -246,9 +243,9 @@ def _read_labels(path: Path, rows: int, manifest: Manifest) -> pa.Table:
 
 
 def read_curve(folder: Path, file: DataFile) -> pa.Table:
-    """Read the loss curve of a fine-tuned index as a table with one row per epoch.
+    """Read the loss curve of a fine-tuned index, which has one row per epoch.
 
-    Raises StoreError if the table does not match the manifest.
+    Raises StoreError if it does not match the manifest.
     """
     table = _read_table(folder / file.name)
     if len(table) != file.rows:
@@ -314,15 +311,13 @@ def history(folder: Path) -> pa.Table:
 
 
 def query(folder: Path, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
-    """Run a SELECT query over the label store. See :func:`query.ask` for details.
+    """Run a SELECT query over the label store. See :func:`query.ask` for details and errors.
 
     You can query the table ``labels``, its view ``class_counts`` and the table ``versions`` (see :func:`history`). A
     fine-tuned index also has the table ``curve``, which holds the loss of each epoch. If you give a file of
-    predictions, it becomes the table ``predictions`` (see :func:`read_predictions`).
+    predictions, it becomes the table ``predictions``.
 
-    Raises UsageError if ``sql`` is not a single SELECT, if duckdb rejects it, if it runs for more than ``timeout``
-    seconds or if it needs too much memory. Raises StoreError if the index is damaged. Raises InputError if the file
-    does not hold predictions.
+    Raises StoreError if the index is damaged.
     """
 
     def read(manifest: Manifest) -> dict[str, pa.Table]:
@@ -350,7 +345,6 @@ def earlier_manifests(folder: Path) -> list[Manifest]:
 
 
 def _before(folder: Path, current: Manifest) -> list[Manifest]:
-    """Read the earlier manifests, excluding a copy of the current manifest that a writer may have archived."""
     return [manifest for manifest in earlier_manifests(folder) if manifest.version < current.version]
 
 
@@ -379,7 +373,7 @@ def earlier_paths(folder: Path) -> list[Path]:
 
 
 def _read_earlier(folder: Path, path: Path) -> Manifest | None:
-    """Read the manifest of an earlier version. Return ``None`` if the version was deleted."""
+    """Read the manifest of an earlier version, or return ``None`` if the version was deleted."""
     try:
         return Manifest.from_bytes(manifest_bytes(folder, path), str(path), "delete earlier versions with index gc")
     except FileNotFoundError:
@@ -389,7 +383,7 @@ def _read_earlier(folder: Path, path: Path) -> Manifest | None:
 
 
 def manifest_name(manifest: Manifest) -> str:
-    """Return the name of a version's file in the folder ``manifests``."""
+    """Return the file name of a version's manifest in the folder ``manifests``."""
     return f"{manifest.version:06d}.json"
 
 

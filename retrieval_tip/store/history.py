@@ -30,7 +30,7 @@ def stamp() -> dict[str, Any]:
 def sealed(manifest: Manifest, place: object) -> bytes:
     """Convert a manifest to bytes, and check that the bytes can be read back.
 
-    Raises InputError if the manifest contains a setting or a name that cannot be stored.
+    Raises InputError if the manifest contains a value that cannot be stored.
     """
     try:
         raw = manifest.to_bytes()
@@ -41,7 +41,7 @@ def sealed(manifest: Manifest, place: object) -> bytes:
 
 
 def renewed(old: Manifest, current: Manifest, next_key_id: int, stamp: dict[str, Any]) -> Manifest:
-    """Return a manifest that restores an ``old`` version after the ``current`` version. No key id is used again."""
+    """Return a manifest that restores an ``old`` version after the ``current`` version, without reusing key ids."""
     return dataclasses.replace(
         old,
         version=current.version + 1,
@@ -72,11 +72,7 @@ def history_table(earlier: Sequence[Manifest], current: Manifest) -> pa.Table:
 def described(
     place: object, manifest: Manifest, earlier: Sequence[Manifest], counts: npt.NDArray[np.int64], **more: object
 ) -> dict[str, Any]:
-    """Return the facts that ``index info`` prints.
-
-    They include the entries of the manifest, statistics of ``counts`` (the number of keys per class) and ``more``
-    facts.
-    """
+    """Return the facts that ``index info`` prints. ``counts`` is the number of keys per class."""
     facts = dataclasses.asdict(manifest)
     for name in ("files", "later", "digests"):
         del facts[name]

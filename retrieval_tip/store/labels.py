@@ -123,7 +123,7 @@ def labelled_digests(table: pa.Table, digests: Sequence[str | None]) -> set[tupl
 
 
 def images_of(labels: pa.Table) -> npt.NDArray[np.int64]:
-    """Return an integer code for each key. Keys of the same image have the same code.
+    """Return an integer code for each key, which is the same for all keys of an image.
 
     Two keys belong to the same image if they have the same digest or, if they have no digest, the same source.
     """
@@ -132,17 +132,16 @@ def images_of(labels: pa.Table) -> npt.NDArray[np.int64]:
 
 
 def _codes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    """Return an integer code for each row. Equal strings have equal codes, and null has the code -1."""
+    """Return an integer code for each string, and -1 for null."""
     encoded = column.dictionary_encode().unify_dictionaries()
     parts = [chunk.indices.fill_null(-1).to_numpy(zero_copy_only=False) for chunk in encoded.chunks]
     return np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64)
 
 
 def digest_codes(labels: pa.Table, among: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
-    """Return an integer code for each row. Rows with the same digest have the same code; rows with no digest have -1.
+    """Return an integer code for the digest of each row, and -1 for rows that have none.
 
-    If ``among`` is given, only the digests of these rows get a code, and all other rows have -1. This is faster
-    if there are few such rows.
+    If ``among`` is given, only the digests of these rows get a code. This is faster if there are few such rows.
     """
     column = labels["digest"]
     if among is not None:
@@ -158,8 +157,8 @@ def digest_codes(labels: pa.Table, among: npt.NDArray[np.int64] | None = None) -
 def versions_table(rows: Sequence[Mapping[str, object]]) -> pa.Table:
     """Convert rows to a table with the columns of :data:`VERSIONS_SCHEMA`. Missing values become null.
 
-    ``created_at`` is a time in ISO format, which defaults to UTC if it has no time zone. An invalid time becomes null.
-    Raises InputError if a column cannot hold a value.
+    ``created_at`` is a time in ISO format, in UTC by default. An invalid time becomes null. Raises InputError if a
+    column cannot hold a value.
     """
     try:
         return pa.Table.from_pylist(

@@ -30,8 +30,7 @@ def locked(folder: Path, place: object, wait: float | None = None) -> Iterator[N
     """Lock ``folder`` for writing inside the context.
 
     Waits up to ``wait`` seconds for another writer. ``wait`` defaults to :data:`LOCK_WAIT`. The folder and its ``data``
-    folder are created first. Another writer that fails to write a first version may remove them, while it holds the
-    lock. Raises StoreError naming ``place`` if the lock is still held or cannot be acquired.
+    folder are created first. Raises StoreError naming ``place`` if the lock is still held or cannot be acquired.
     """
     path, data = folder / "lock", folder / "data"
     lock = filelock.FileLock(path)

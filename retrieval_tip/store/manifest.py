@@ -1,7 +1,7 @@
 """Read and write manifests, which describe the versions of an index in a folder or in another store.
 
 A manifest is a JSON file that lists every data file with its SHA-256 and ends with its own SHA-256. A manifest that is
-damaged or that has unknown entries is rejected. Older formats can still be read.
+damaged or has unknown entries is rejected.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from retrieval_tip.settings import Built, Dtype, Fitted, Settings
 
 FORMAT = "retrieval-tip index"
 TABLE_FORMAT, FITTED_FORMAT, BUILT_FORMAT, FORMAT_VERSION = 3, 4, 5, 6
-"""Versions of the manifest format. All versions can be read. New manifests are always written in the last one.
+"""Versions of the manifest format. All of them can be read, and the last one is written.
 
-Format 1 has a single segment and has no ``change`` and no ``next_key_id``. Format 3 added ``table``, format 4 added
-``fitted`` and format 5 added ``built``. Format 6 added ``sums``, which every change of keys must update.
+Format 1 has a single segment, no ``change`` and no ``next_key_id``. Format 3 added ``table``, format 4 ``fitted``,
+format 5 ``built`` and format 6 ``sums``, which every change of keys must update.
 """
 
 KINDS = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy"}
@@ -72,7 +72,7 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Segment:
-    """A group of keys, sorted by class, and a table of their labels. Both files have one row per key."""
+    """A group of keys, sorted by class, and a table of their labels."""
 
     keys: DataFile
     labels: DataFile
@@ -91,9 +91,8 @@ class Table:
 class TableDigests:
     """Digests of a table version, each as 64 hexadecimal digits.
 
-    ``rows`` is the digest of all rows (see :mod:`row_digest`), or ``None`` if an older table does not have one.
-    ``files`` maps the names of the table's files to their SHA-256. It includes the engine's manifest and, on a local
-    disk, its data files.
+    ``rows`` is the digest of all rows (see :mod:`row_digest`), or ``None`` for an older table. ``files`` maps the names
+    of the table's files to their SHA-256. It includes the engine's manifest and, on a local disk, its data files.
     """
 
     rows: str | None
@@ -107,10 +106,10 @@ class Manifest:
     ``files`` maps each kind to a data file. The ``keys`` and ``labels`` in it form the first segment, which the
     ``index`` covers. ``later`` lists the segments that were added afterwards. ``change`` briefly describes how this
     version was made. ``next_key_id`` is the first unused key id; it is ``None`` in format 1. ``provenance`` is for
-    information only, and the program relies on ``built`` and ``fitted`` instead.
+    information only.
 
     If the keys and labels are in a ``table``, there are no segments, and ``files`` holds ``classes`` and other data
-    that is not in the table. ``digests`` are the digests of that table. Folders and older tables do not have them.
+    that is not in the table. ``digests`` are the digests of that table, if it has any.
     """
 
     version: int
@@ -137,20 +136,17 @@ class Manifest:
 
     @property
     def segments(self) -> list[Segment]:
-        """List of all segments, in the order of their keys."""
+        """All segments, in the order of their keys."""
         return [Segment(self.files["keys"], self.files["labels"]), *self.later]
 
     @property
     def data_files(self) -> list[DataFile]:
-        """List of all data files of this version."""
+        """All data files of this version."""
         return [*self.files.values(), *(file for part in self.later for file in (part.keys, part.labels))]
 
     @property
     def has_points(self) -> bool:
-        """Whether the table also holds the points.
-
-        It does not if the index has solved values, because every query then uses all keys.
-        """
+        """Whether the table also holds the points. With solved values it does not, because a query uses all keys."""
         return self.table is not None and "metric" in self.files and "values" not in self.files
 
     @property
@@ -172,7 +168,7 @@ class Manifest:
     def from_bytes(
         cls, raw: bytes, name: str, remedy: str = "restore it, or delete the folder and build the index again"
     ) -> Manifest:
-        """Invert :meth:`to_bytes`. Raises StoreError if an entry is missing, was changed or is unknown."""
+        """Invert :meth:`to_bytes`. Raises StoreError if the manifest is damaged."""
         damaged = f"{name}: damaged"
         try:
             body = json.loads(raw.decode("utf-8"))
@@ -249,7 +245,6 @@ class Manifest:
         return manifest
 
     def _check_files(self) -> None:
-        """Raise ValueError if the data files do not match the other entries."""
         files, later, table, c = self.files, self.later, self.table, len(self.class_names)
         metric, moved = files.get("metric"), self.fitted is not None and self.fitted.metric != "none"
         if table is not None:
@@ -291,13 +286,11 @@ class Manifest:
 
 
 def _need(condition: bool, what: str) -> None:
-    """Raise ValueError naming ``what`` if ``condition`` is false."""
     if not condition:
         raise ValueError(what)
 
 
 def _whole(value: object, least: int) -> bool:
-    """Return whether a value is a whole number of at least ``least``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -309,8 +302,8 @@ _ENTRIES = {"format", "format_version", "sha256"} | {
 def named_in(raw: bytes) -> set[str] | None:
     """Return the names of the data files in a manifest, or ``None`` if the manifest is damaged.
 
-    The result can also include names that only occur in other entries. For an index with a thousand classes, this is a
-    hundred times as fast as :meth:`Manifest.from_bytes`.
+    The result can also include names that only occur in other entries. For a thousand classes, this is a hundred times
+    as fast as :meth:`Manifest.from_bytes`.
     """
     body, _, digest = raw.rpartition(b',\n "sha256": "')
     if hashlib.sha256(body + b"\n}").hexdigest().encode() + b'"\n}' != digest:
@@ -319,7 +312,7 @@ def named_in(raw: bytes) -> set[str] | None:
 
 
 def _built(provenance: object) -> dict[str, object]:
-    """Derive ``built`` from the provenance of a format before 5, ignoring values that :class:`Built` rejects."""
+    """Derive ``built`` from the provenance of a format before 5."""
     stated = provenance if isinstance(provenance, dict) else {}
     said: dict[str, object] = {"auto_index": stated.get("index") == "auto"}
     for name in ("source", "shots", "seed", "views"):
@@ -330,7 +323,7 @@ def _built(provenance: object) -> dict[str, object]:
 
 
 def _shallow(value: object, depth: int) -> bool:
-    """Return whether JSON has at most ``depth`` nested levels. Deeper nesting could exceed the recursion limit."""
+    """Return whether JSON has at most ``depth`` nested levels, so that it cannot exceed the recursion limit."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return depth > 0 and all(_shallow(part, depth - 1) for part in parts)
 

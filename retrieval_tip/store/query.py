@@ -1,8 +1,7 @@
 """Run SQL queries and conditions over the tables of a label store.
 
 duckdb works on copies in memory and cannot access files or the network. The time and memory limits protect against
-mistakes but not against attacks, because long strings can exceed the memory limit. Only the user of this machine can
-run SQL; the server does not accept it.
+mistakes but not against attacks, because long strings can exceed the memory limit. The server does not accept SQL.
 """
 
 from __future__ import annotations
@@ -28,14 +27,10 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection, Statement
 
 TIMEOUT, LONGEST, LAST_WAIT = 60, 86_400, 2.0
-"""Default timeout, maximum timeout, and time to wait for an interrupted query to end, in seconds.
-
-The wait is limited because duckdb's parser ignores interrupts.
-"""
+"""Default timeout, maximum timeout, and time to wait for an interrupted query to end, in seconds."""
 MAX_TEXT, MAX_OPEN = 1 << 16, 500
-"""Maximum length of a statement, and maximum number of open parentheses.
-
-The memory that the parser needs grows with the square of the number of parentheses.
+"""Maximum length of a statement, and maximum number of open parentheses, because the parser's memory use grows with
+the square of that number.
 """
 MEMORY, ANSWER = 512 << 20, 128 << 20
 """Memory limits of duckdb and of an answer, in bytes. Twice the size of the tables is added to each limit."""
@@ -46,9 +41,9 @@ def ask(
 ) -> pa.Table:
     """Run a SELECT query over the named ``tables`` and the view ``class_counts`` of the table ``labels``.
 
-    The view has the columns ``class_id``, ``label`` and ``keys``, and a row for each class that has keys. If you give a
-    file of ``predictions``, it becomes the table ``predictions``. Half-precision columns are converted to float32. If a
-    column name is repeated, a number is appended to it, for example ``label_1``.
+    The view has the columns ``class_id``, ``label`` and ``keys``, and a row for each class that has keys. A file of
+    ``predictions`` becomes the table ``predictions`` (see :func:`read_predictions`). Half-precision columns are
+    converted to float32. If a column name is repeated, a number is appended to it, for example ``label_1``.
 
     Raises UsageError if ``sql`` is not a single SELECT, if duckdb rejects it, if it runs for more than ``timeout``
     seconds or if it needs too much memory. Raises InputError if duckdb cannot store a table or if the predictions
@@ -66,9 +61,8 @@ def ask(
 def rows_where(labels: pa.Table, condition: str) -> npt.NDArray[np.int64]:
     """Return the positions of the rows for which an SQL condition is true, as an ascending int64 array.
 
-    Rows for which the condition is NULL are not included. You can use ``labels`` and ``class_counts`` in subqueries.
-    Raises UsageError if the condition is not a single boolean expression. Other errors are the same as for :func:`ask`
-    with a timeout of :data:`TIMEOUT`.
+    You can use ``labels`` and ``class_counts`` in subqueries. Raises UsageError if the condition is not a single
+    boolean expression. Other errors are the same as for :func:`ask`.
     """
     position = "position"
     while position in {name.lower() for name in labels.column_names}:
@@ -78,8 +72,7 @@ def rows_where(labels: pa.Table, condition: str) -> npt.NDArray[np.int64]:
     expected = f"expected a boolean condition over the columns {columns}"
 
     def select(database: DuckDBPyConnection) -> Statement:
-        # The bare condition must parse, so that it cannot close our parentheses. In parentheses it must parse too, so
-        # that it cannot end the SELECT or open a comment.
+        # The condition must parse both bare and in parentheses, so that it cannot close them or open a comment.
         asked = (condition, f"({condition}) FROM labels", f"{position} FROM labels WHERE ({condition})")
         _, value, rows = (_one_select(database, f"SELECT {part}", f"where: {expected}") for part in asked)
         types = [str(kind) for kind in database.sql(value).types]
@@ -92,7 +85,7 @@ def rows_where(labels: pa.Table, condition: str) -> npt.NDArray[np.int64]:
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Append ``_1``, ``_2`` and so on to repeated column names, as duckdb does for its own tables."""
+    """Append ``_1``, ``_2`` and so on to repeated column names."""
     taken, columns, numbers = set(names), dict[str, None](), defaultdict[str, Iterator[int]](lambda: itertools.count(1))
     for name in names:
         others = (f"{name}_{number}" for number in numbers[name])
@@ -109,7 +102,7 @@ def _run(
     timeout: float,
     hint: str = "",
 ) -> pa.Table:
-    """Return the answer of ``select`` over ``tables``. A timeout or Ctrl+C interrupts the thread that runs it."""
+    """Run ``select`` over ``tables`` in a thread, so that a timeout or Ctrl+C can interrupt it."""
     import duckdb
 
     if text != text.encode(errors="replace").decode():
@@ -147,7 +140,6 @@ def _run(
 def _fetch(
     database: DuckDBPyConnection, what: str, select: Callable[[DuckDBPyConnection], Statement], most: int, hint: str
 ) -> pa.Table:
-    """Return the answer. Raises UsageError if the answer is larger than ``most`` bytes or if duckdb fails."""
     import duckdb
 
     size, batches = 0, []
@@ -166,10 +158,7 @@ def _fetch(
 
 
 def _create(database: DuckDBPyConnection, name: str, table: pa.Table) -> None:
-    """Copy a table into the database. The table ``labels`` also gets its view.
-
-    Raises InputError if duckdb cannot store the table.
-    """
+    """Copy a table into the database, with the view of the table ``labels``."""
     import duckdb
 
     try:
@@ -199,7 +188,6 @@ def _duckdb_type(kind: pa.DataType) -> pa.DataType:
 
 
 def _one_select(database: DuckDBPyConnection, sql: str, refusal: str) -> Statement:
-    """Parse a single SELECT. Raises UsageError for any other statement, and duckdb.Error for invalid SQL."""
     statements = database.extract_statements(sql)
     if [statement.type.name for statement in statements] != ["SELECT"]:
         raise UsageError(refusal)

@@ -14,15 +14,12 @@ BLOCK = 2048
 TOLERANCE, LEAST = 1e-9, 1e-8
 """Tolerances of :class:`Along`.
 
-The first is relative to the largest possible sum. It is larger than the rounding error and smaller than the effect of
-one key in 10^8. The second is relative to a single key and is meant for sums from which many keys were removed.
+The first is relative to the largest possible sum, and smaller than the effect of one key in 10^8. The second is
+relative to a single key and is meant for sums from which many keys were removed.
 """
 
 LEFT = 1e-5
-"""Minimum share of the sum of squares that must remain after a removal.
-
-If less remains, the rounding errors of the removed keys are no longer negligible.
-"""
+"""Minimum share of the sum of squares that must remain after a removal, so that rounding errors stay negligible."""
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -35,8 +32,8 @@ class Sums:
 
     For keys ``k_i`` of length ``d`` with class ids ``y_i``, ``counts[j] = |{i: y_i = j}|`` is an int64 array of shape
     ``[c]``. ``sums[j] = sum_{y_i = j} k_i`` and ``second = sum_i k_i k_i^T`` are float64 arrays of shapes ``[c, d]``
-    and ``[d, d]``. The product of two float32 values is exact in float64, so removing a key undoes its addition up to
-    an error in the last digits. Every change except :meth:`count` returns a new object.
+    and ``[d, d]``. Removing a key undoes its addition up to an error in the last digits. Every change except
+    :meth:`count` returns a new object.
     """
 
     counts: IntArray
@@ -45,7 +42,7 @@ class Sums:
 
     @classmethod
     def of(cls, blocks: Blocks, c: int, d: int) -> Sums:
-        """Compute the sums of blocks of float32 or float16 keys and their class ids. Each block is read once."""
+        """Compute the sums of blocks of float32 or float16 keys and their class ids."""
         made = cls(np.zeros(c, np.int64), np.zeros((c, d)), np.zeros((d, d)))
         for keys, ids in blocks:
             made.count(keys, ids)
@@ -54,8 +51,7 @@ class Sums:
     def count(self, keys: npt.NDArray[np.floating], ids: IntArray, sign: int = 1) -> None:
         """Add keys of shape ``[b, d]`` with their class ids in place, or remove them if ``sign`` is -1.
 
-        Use this only for an object that is not shared yet. It works in place because a copy is large if there are many
-        classes.
+        Use this only for an object that is not shared yet.
         """
         for start in range(0, len(keys), BLOCK):
             own, wide = ids[start : start + BLOCK], np.array(keys[start : start + BLOCK], np.float64)
@@ -104,7 +100,7 @@ class Sums:
         return Sums(moved.counts, moved.sums, self.second)
 
     def widened(self, c: int) -> Sums:
-        """Return the sums with empty classes appended, so that there are ``c`` classes."""
+        """Return the sums with empty classes appended, up to ``c`` classes."""
         more = c - len(self.counts)
         return Sums(np.pad(self.counts, (0, more)), np.pad(self.sums, ((0, more), (0, 0))), self.second)
 
@@ -113,7 +109,7 @@ class Sums:
         return Sums(np.delete(self.counts, class_id), np.delete(self.sums, class_id, axis=0), self.second)
 
     def are_of(self, blocks: Blocks) -> bool:
-        """Check with :class:`Along` that these are the sums of the keys in ``blocks``. Each block is read once."""
+        """Check with :class:`Along` that these are the sums of the keys in ``blocks``."""
         along = Along(*self.sums.shape)
         for keys, ids in blocks:
             along.count(keys, ids)
@@ -136,8 +132,7 @@ class Along:
     """A probabilistic check of sums against keys along a random direction ``r`` (Freivalds, 1977).
 
     Row ``j`` of ``sums r`` is the sum of ``k_i . r`` over class ``j``, and ``second r = sum_i k_i (k_i . r)``. The
-    check therefore takes ``2 n d`` products instead of ``n d^2``. Rounding errors are tolerated, and wrong sums only
-    pass with negligible probability.
+    check therefore takes ``2 n d`` products instead of ``n d^2``. Wrong sums only pass with negligible probability.
     """
 
     def __init__(self, c: int, d: int, least: float = 0.0) -> None:

@@ -81,7 +81,7 @@ class Writer:
         return path, np.lib.format.open_memmap(path, mode="r+")
 
     def seal(self, kind: str, staged: Path, rows: int) -> Path:
-        """Flush a staged file to disk, rename it to a name that includes its digest, and return the new path."""
+        """Flush a staged file to disk, rename it by its digest, and return the new path."""
         self._files[kind] = entry = self._seal(kind, staged, rows)
         return self.folder / entry.name
 
@@ -123,7 +123,7 @@ class Writer:
         self._later.append(Segment(self._array("keys", keys), self._table("labels", labels)))
 
     def keep_later(self, segment: Segment, labels: pa.Table | None = None) -> None:
-        """Share the keys of a later segment with the parent version. If ``labels`` are given, they are written."""
+        """Share the keys of a later segment with the parent version, and write its ``labels`` if they are given."""
         if labels is not None:
             segment = replace(segment, labels=self._table("labels", labels))
         self._later.append(segment)
@@ -131,8 +131,7 @@ class Writer:
     def seal_weights(self, path: Path) -> Path:
         """Copy a safetensors file to the ``weights`` of this version, and return the new path.
 
-        If ``path`` is the file of the parent version, the file is shared instead. Raises StoreError if it is not a
-        safetensors file.
+        The file of the parent version is shared instead. Raises StoreError if the file is not a safetensors file.
         """
         shared = self.parent.files.get("weights") if self.parent else None
         if shared is not None and path.resolve() == (self.folder / shared.name).resolve():
@@ -162,7 +161,7 @@ class Writer:
     def commit(self, manifest: Manifest) -> None:
         """Make the sealed files the current version by renaming the manifest.
 
-        Raises InputError if the manifest contains a setting or a name that cannot be stored.
+        Raises InputError if the manifest contains a value that cannot be stored.
         """
         raw = history.sealed(manifest, self.folder)
         sync(self.folder / "data")
@@ -191,7 +190,7 @@ class Writer:
         return {kind: self._files[kind] for kind in SUFFIXES if kind in self._files}
 
     def abandon(self) -> None:
-        """Remove the staged files. Sealed files that no manifest names are removed by the next writer."""
+        """Remove the staged files. The next writer removes sealed files that no manifest names."""
         for path in self._staged:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -202,8 +201,8 @@ def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
     """Lock a folder and yield the writer of its next version.
 
     Waits up to ``wait`` seconds for other writers; ``wait`` defaults to :data:`lock.LOCK_WAIT`. If an exception is
-    raised or the process is killed, the old version stays in place. New folders are removed again after an exception.
-    Raises StoreError if the folder holds other files, stays locked or cannot be written, or if the disk is full.
+    raised or the process is killed, the old version stays in place. Raises StoreError if the folder holds other files,
+    stays locked or cannot be written, or if the disk is full.
     """
     check_name(folder)
     own = ("data", "manifests", "lock")  # a failed first version only leaves these and temporary files
@@ -255,10 +254,7 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _remove_own(folder: Path) -> None:
-    """Remove the files that a failed first version left behind.
-
-    Hold the lock while you call this, because the files could otherwise belong to another writer.
-    """
+    """Remove the files that a failed first version left behind. Hold the lock while you call this."""
     with suppress(OSError):
         for empty in (folder / "manifests", folder / "data"):
             if empty.exists():
@@ -271,7 +267,7 @@ def _current(folder: Path) -> Manifest | None:
 
 
 def _tidy(folder: Path, current: Manifest | None) -> None:
-    """Remove the leftovers of failed writers, which are temporary files and data files that no manifest names."""
+    """Remove temporary files, and data files that no manifest names."""
     try:
         if current is not None:  # was archived for a version that was never committed
             (folder / "manifests" / manifest_name(current)).unlink(missing_ok=True)
@@ -294,9 +290,9 @@ def _tidy(folder: Path, current: Manifest | None) -> None:
 def collect(folder: Path, keep: int = 1) -> tuple[list[int], int]:
     """Delete all versions except the last ``keep``, and the files that only the deleted versions use.
 
-    Return the deleted version numbers and the number of bytes that were freed. A reader that has an older version open
-    can finish if the operating system allows open files to be removed. Raises UsageError if ``keep`` is below 1. Raises
-    StoreError under the same conditions as :func:`write`.
+    Return the deleted version numbers and the number of freed bytes. A reader that has a deleted version open can
+    finish if the operating system allows open files to be removed. Raises UsageError if ``keep`` is below 1, and the
+    errors of :func:`write`.
     """
     if keep < 1:
         raise UsageError(f"keep is {keep}: expected at least 1, because the current version is always kept")
@@ -313,10 +309,7 @@ def _size(folder: Path) -> int:
 
 
 def _forget(folder: Path, keep: int) -> list[int]:
-    """Remove the manifests of all versions except the last ``keep``, and return the removed version numbers.
-
-    The current version counts as one of the versions that are kept.
-    """
+    """Remove the manifests of all but the last ``keep`` versions, and return the removed version numbers."""
     paths = earlier_paths(folder)
     gone = paths[: max(0, len(paths) + 1 - keep)]
     for path in gone:
