@@ -1,7 +1,7 @@
 """Resolve the addresses of indexes that are not in a folder.
 
-No other module names the packages that store such indexes. Each package provides the two functions of :class:`Plug`,
-and its URL schemes are registered in :data:`PLUGS`.
+Each package that stores such indexes provides the two functions of :class:`Plug`, and its URL schemes are registered in
+:data:`PLUGS`. No other module names these packages.
 """
 
 from __future__ import annotations

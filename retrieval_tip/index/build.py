@@ -64,14 +64,14 @@ def build_index(
         beta: the sharpness.
         normalize: the units of alpha and beta (see :func:`defaults.plain_settings`). If you give alpha or beta, the
             default is the units of the paper, and the other one defaults to 1.0 for alpha or 5.5 for beta. Otherwise
-            the default is ``both``, which derives both values from the affinities of the shots.
+            the default is ``both``.
         fit: ``auto`` fits the index with :func:`closed_form.fit`, and ``none`` uses plain Tip-Adapter. Defaults to
             ``none`` if alpha, beta or normalize is given, and to ``auto`` otherwise.
         metric: ``none`` or ``within``. If ``None``, the fit selects the metric.
         values: ``one-hot`` or ``solved``. If ``None``, the fit selects the values.
         k: the number of keys per query, or ``all``. ``None`` uses the number that comes with ``index="auto"``, and all
             keys for other index types.
-        logit_scale: the scale of the text logits. Defaults to the scale of the backbone, or to 100 if there is none.
+        logit_scale: the scale of the text logits. Defaults to the scale of the backbone, or to 100.
         device: the device of the returned classifier. ``index="auto"`` depends on it.
 
     Raises InputError, UsageError or BackboneError if the input is invalid. Raises StoreError if the place cannot be
@@ -98,7 +98,6 @@ def build_index(
 
 
 def _fits(fit: FitName | None, letters: Sequence[str | None], settings: Sequence[float | str | None]) -> bool:
-    """Return whether to fit the index. Raises UsageError if two options exclude each other."""
     if fit is not None:
         check_choice("fit", fit, FitName)
     given, wanted = any(setting is not None for setting in settings), any(letter is not None for letter in letters)
@@ -110,7 +109,6 @@ def _fits(fit: FitName | None, letters: Sequence[str | None], settings: Sequence
 
 
 def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.PathLike[str] | None) -> None:
-    """Warn if there is a single class, if a class has one shot, or if the shots and text may be swapped."""
     counts = Counter(source.labels)
     if len(counts) == 1:
         log.warning("%s: there is only one class, %s, so every answer will be that class", source.name, class_names[0])
@@ -128,7 +126,7 @@ def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.P
 def _text(
     source: Source, encoder: Encoder, templates: Sequence[str] | None, text: str | os.PathLike[str] | None
 ) -> Words:
-    """Return the classes and their text weights, if there are any, from a table or from prompts."""
+    """Return the classes and their text weights, from a table or from prompts."""
     if text is not None:
         if templates:
             raise UsageError("text and templates: give only one; a text table already contains features of prompts")

@@ -51,10 +51,7 @@ GROWN = 2
 
 @dataclass(frozen=True)
 class Changed:
-    """The result of a change, with the current ``version`` and the ids of the affected keys.
-
-    The version stays the same if there was nothing to do.
-    """
+    """The result of a change, with the current ``version`` and the ids of the affected keys."""
 
     version: int
     key_ids: list[int]
@@ -111,7 +108,7 @@ def add(
 ) -> Added:
     """Add the labelled images or features of a source. New classes are appended in source order.
 
-    Labels are compared exactly. A different spelling makes a new class and causes a warning (see :attr:`Added.alike`).
+    Labels are compared exactly. A different spelling makes a new class and causes a warning.
     If the index has text weights, new classes get theirs from ``text``, or from the templates of the index and the
     encoder's backbone. The cost only depends on the size of the addition (see :meth:`cache_model.KeyEdits.add`).
 
@@ -121,8 +118,7 @@ def add(
         encoder: sets the same backbone as for the index, the views and the cache. ``encoder.skipped`` lists the images
             that could not be read.
         text: a table of text features, labelled by class, for the new classes.
-        shots: the number of shots to draw per class, with CoOp's sampling rule and the encoder's seed. ``None`` uses
-            every item.
+        shots: shots to draw per class, with CoOp's sampling rule and the encoder's seed. ``None`` uses every item.
         skip_known: whether to skip items that the index already has under the same label. Images are compared by the
             digest of their bytes, and features that have no digest by their stored values.
         manifest: the manifest of the current version, if you have already read it.
@@ -161,9 +157,8 @@ def merge(folder: Place, other: Place) -> Added:
     """Add the keys of another index that has the same backbone. New classes keep their text weights.
 
     The added keys get new ids and keep their source, digest, views and extra columns. Raises BackboneError if the
-    backbones differ. Raises InputError if the other index has trained values, because they are only valid for its own
-    keys. Raises InputError if this index has text weights and a new class has none. Raises StoreError under the same
-    conditions as :func:`writer.write`.
+    backbones differ. Raises InputError if the other index has trained values, which are only valid for its own keys, or
+    if this index has text weights and a new class has none.
     """
     target, source = places.at(folder), places.at(other)
     if target.resolved == source.resolved:
@@ -196,9 +191,8 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
 
     The classes stay, even if they are empty. The data of the keys is deleted from the folder together with the last
     version that contains them (see :func:`writer.collect`). Other stores only mark rows as removed, so call
-    :func:`rebuild` first if the data must be deleted there. Raises UsageError unless exactly one of ``where`` and
-    ``key_ids`` is given and is valid. Raises InputError if no key matches or if a key cannot be removed (see
-    :meth:`cache_model.KeyEdits.remove`).
+    :func:`rebuild` first if the data must be deleted there. Raises UsageError unless exactly one valid argument is
+    given. Raises InputError if no key matches or if a key cannot be removed (see :meth:`cache_model.KeyEdits.remove`).
     """
     with places.at(folder).change() as change:
         chosen = _chosen(change.cache, where, key_ids)
@@ -217,7 +211,7 @@ def relabel(
 
     You can give one label and select the keys as in :func:`remove`, or give a mapping from key ids to labels. Raises
     UsageError if ``where`` or ``key_ids`` is given together with a mapping. Raises InputError if a key id or a label is
-    unknown. Other errors are the same as for :func:`remove`.
+    unknown.
     """
     with places.at(folder).change() as change:
         cache = change.cache
@@ -237,11 +231,11 @@ def apply_audit(folder: Place, file: Folder) -> Changed:
     """Apply the labels that a table of :func:`audit.audit` suggests, all in one new version.
 
     ``file`` is a CSV, JSON lines or Parquet file that ``index audit --output`` wrote. You can edit it first. It needs
-    the columns ``key_id``, ``label`` and ``suggested``. ``label`` must still be the current label of the key, and
-    ``suggested`` is its new label. A row is skipped if its suggestion is empty or equal to the label.
+    the columns ``key_id``, ``label`` and ``suggested``. A row is skipped if its suggestion is empty or equal to the
+    label.
 
     Raises InputError if the file cannot be read, if a key is unknown, is repeated or has been relabelled since, or if a
-    suggestion is not a class of the index. In these cases nothing changes.
+    suggestion is not a class of the index.
     """
     name, place = show(file), places.at(folder)
     table = read_columns(Path(file), ("key_id", "label", "suggested"), place.manifest().n)
@@ -271,9 +265,8 @@ def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) 
     The class keeps its text weight. A merged class uses the text weight of the target. If you give a ``backbone``, the
     new name is encoded with the templates of the index instead.
 
-    Raises InputError if there is no class ``old`` or if ``new`` is not a valid name. Raises UsageError if the backbone
-    has no text encoder or if the index has no templates. Raises BackboneError if the backbone differs from the backbone
-    of the index.
+    Raises InputError if there is no class ``old`` or if ``new`` is not a valid name. Raises UsageError if the name
+    cannot be encoded. Raises BackboneError if the backbone differs from the backbone of the index.
     """
     weights = None
     if backbone is not None:
@@ -315,8 +308,8 @@ def configure(
     If you give ``templates`` and a ``backbone``, the text weights are computed again.
 
     If the index is fitted, a new beta also refits the parts that depend on it (see :meth:`Change.refit`). These are the
-    solved values, alpha, the temperature and the ``unlike`` threshold. If you also give alpha or the temperature, your
-    value is set after the refit.
+    solved values, alpha, the temperature and the ``unlike`` threshold. An alpha or temperature that you also give is
+    set after the refit.
 
     If you give ``normalize``, alpha and beta are in units that depend on the current shots. If you omit alpha or beta,
     it gets the default of a new build (see :func:`defaults.plain_settings`).
@@ -366,8 +359,7 @@ def configure(
 def compact(folder: Place) -> Changed:
     """Merge all keys into one segment, which keeps the index type of the first segment.
 
-    The answers are the same as after a new build from these keys. If there is only one segment, nothing happens. Raises
-    StoreError under the same conditions as :func:`writer.write`.
+    The answers are the same as after a new build from these keys. If there is only one segment, nothing happens.
     """
     with places.at(folder).change() as change:
         segments = change.cache.segments
@@ -380,8 +372,8 @@ def compact(folder: Place) -> Changed:
 def rebuild(folder: Place, *, index: str | None = None, dtype: Dtype | None = None) -> Changed:
     """Build the index again from its keys. You can change the ``index`` type and the ``dtype``.
 
-    A store that is not a folder writes every row again, except rows that were removed. Raises UsageError if the index
-    type or the dtype is invalid. Raises InputError if a key overflows the dtype.
+    A store that is not a folder writes every row again, except removed rows. Raises UsageError if the index type or the
+    dtype is invalid. Raises InputError if a key overflows the dtype.
     """
     if dtype is not None:
         check_choice("dtype", dtype, Dtype)
@@ -394,8 +386,8 @@ def rebuild(folder: Place, *, index: str | None = None, dtype: Dtype | None = No
 def rollback(folder: Place, version: int | None = None) -> Changed:
     """Copy an earlier version into a new version, so that the history stays linear.
 
-    ``version`` defaults to the parent of the current version. Key ids that were assigned in the meantime are not used
-    again. Raises StoreError if the earlier version is missing or damaged.
+    ``version`` defaults to the parent of the current version. Key ids are not used again. Raises StoreError if the
+    earlier version is missing or damaged.
     """
     return Changed(places.at(folder).rollback(version), [])
 
@@ -403,8 +395,7 @@ def rollback(folder: Place, version: int | None = None) -> Changed:
 def gc(folder: Place, keep: int = 1) -> Collected:
     """Delete all versions except the last ``keep``, and the files and photos that only the deleted versions use.
 
-    Only photos that were added over HTTP are deleted (see :func:`photos.remove_unused`). Raises UsageError if ``keep``
-    is below 1. Raises StoreError under the same conditions as :func:`writer.write`.
+    Only photos that were added over HTTP are deleted. Raises UsageError if ``keep`` is below 1.
     """
     store = places.at(folder)
     versions, freed = store.collect(keep)
@@ -418,8 +409,7 @@ def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
     You can copy an index to another kind of store. The keys, labels, settings and fit stay the same, but the index over
     the keys is built again. Its type is ``Flat`` in a folder and ``auto`` in other stores.
 
-    Raises StoreError if ``out`` already holds an index. Raises InputError if the target cannot hold a part of the index
-    (see :meth:`Store.copy_from`).
+    Raises StoreError if ``out`` already holds an index. Raises InputError if the target cannot hold a part of it.
     """
     source, target = places.at(folder), places.at(out)
     if target.exists():
@@ -448,8 +438,8 @@ def import_index(
     """Build an index from a cache that was written by the original Tip-Adapter code.
 
     See :func:`imports.import_table` for ``source`` and ``classes``, :class:`encoder.Encoder` for ``norms``, and
-    :func:`build.build_index` for the other arguments and for the errors. Classes have the same order as in ``text``. If
-    no ``text`` is given, they are sorted alphabetically.
+    :func:`build.build_index` for the rest. Classes have the same order as in ``text``, or else are sorted
+    alphabetically.
     """
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
         table = Path(folder) / "keys.parquet"
@@ -470,7 +460,6 @@ def _backbone_of(manifest: Manifest) -> Identity | None:
 def _weights_of(
     class_names: Sequence[str], manifest: Manifest, encoder: Encoder, text: Folder | None
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """Return the text weights of new classes from ``text``, or from templates if there is a backbone."""
     known = set(manifest.class_names)
     new = [name for name in class_names if name not in known]
     if not new:
@@ -519,7 +508,7 @@ def _known(
     features: npt.NDArray[np.float32],
     most: int | None,
 ) -> npt.NDArray[np.bool_]:
-    """Return a boolean array that tells which images the index already has under the same label.
+    """Return which images the index already has under the same label.
 
     An image that has no digest is compared by its row in ``features``, unless the classes have more than ``most`` keys.
     """
@@ -574,7 +563,6 @@ def _check_class(cache: AnsweringIndex, label: str, prefix: str = "") -> None:
 
 
 def _relabel(change: Change, wanted: Mapping[int, str], now: Mapping[int, str]) -> list[int]:
-    """Change the labels of keys whose ``wanted`` label differs from ``now``, and return the ids of these keys."""
     moved = {key_id: label for key_id, label in wanted.items() if label != now[key_id]}
     if moved:
         change.cache.relabel(list(moved), list(moved.values()))

@@ -24,8 +24,8 @@ def export_table(cache: CacheModel, out: Path) -> int:
 
     The table has the columns ``id``, ``label``, ``feature``, ``key_id``, ``shot``, ``views``, ``digest`` and
     ``added_at``, and the extra columns of the label store. ``id`` is the source of the key, and ``feature`` holds ``d``
-    values in the dtype of the keys. The metadata names the backbone. A table cannot hold trained values or a fine-tuned
-    encoder, so a warning is logged if the index has them.
+    values in the dtype of the keys. A table cannot hold trained values or a fine-tuned encoder, so a warning is logged
+    if the index has them.
 
     Raises InputError if ``out`` cannot be written. In that case no file is left behind.
     """
@@ -61,7 +61,7 @@ def export_text(cache: CacheModel, out: Path) -> int:
     """Write the text weights of an index to a feature table with one row per class, and return the number of classes.
 
     You can use the table as the ``--text`` of another index. Raises UsageError if the index has no text weights. Raises
-    InputError if a class has no text weight or if ``out`` cannot be written. In these cases no file is left behind.
+    InputError if a class has no text weight or if ``out`` cannot be written.
     """
     _refuse_inside(cache, out)
     if not cache.has_text:

@@ -31,8 +31,7 @@ def fit_index(
             ``encoder``.
         encoder: sets the same backbone as for the index, and the cache.
 
-    Raises the errors of :func:`closed_form.fit`. Raises StoreError if the index cannot be read or written. If an
-    error occurs, nothing changes.
+    Raises the errors of :func:`closed_form.fit`. If an error occurs, nothing changes.
     """
     queries = None
     if validation is not None and encoder is not None:

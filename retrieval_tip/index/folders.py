@@ -29,7 +29,7 @@ from retrieval_tip.store.writer import Writer, write
 PAIRS = 1 << 26
 """Maximum number of affinities to compute when an addition is checked. It takes half a second on two cores."""
 EFFORT = 16
-"""Number of lists to probe for nearly identical keys, which are in the nearest list or in a neighbouring list."""
+"""Number of lists to probe for nearly identical keys."""
 
 
 class FolderChange(Change):
@@ -55,10 +55,7 @@ class FolderChange(Change):
 
 
 def create(folder: Path, made: Material) -> CacheModel:
-    """Build the next version of a folder.
-
-    The keys are sorted by class and written to a file. The index is built over the keys, or over their points.
-    """
+    """Build the next version of a folder. The keys are sorted by class."""
     names, weights, templates, _ = made.words
     asked = made.index or "Flat"
     order = np.argsort(made.ids, kind="stable")  # group the keys by class, so that row r of the index is item order[r]

@@ -49,7 +49,7 @@ def download(repository: str, folder: str | os.PathLike[str] | None = None) -> P
 def upload(place: str, repository: str, card: str, private: bool = False, token: str | None = None) -> str:
     """Upload the current version of an index and its ``card`` to ``ORG/NAME`` on the hub, and return the URL.
 
-    Raises InputError if the upload fails. Raises the errors of :func:`changes.clone` if the index cannot be copied.
+    Raises InputError if the upload fails, and the errors of :func:`changes.clone`.
     """
     from huggingface_hub import HfApi
 

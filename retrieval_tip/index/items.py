@@ -87,7 +87,7 @@ class Material:
     """The inputs of a build, which are the same for every kind of store.
 
     ``ids`` has one class id per item of the source. ``index`` is the requested index type, and ``dtype`` is the dtype
-    of the stored keys. ``fit`` is ``None`` for plain Tip-Adapter. ``device`` is the device of the returned classifier.
+    of the stored keys. ``fit`` is ``None`` for plain Tip-Adapter.
     """
 
     source: Source
@@ -125,7 +125,7 @@ class Material:
             yield block
 
     def labels(self, rows: npt.NDArray[np.int64], digests: Sequence[str | None]) -> pa.Table:
-        """Return the label store of the items at ``rows``, in that order, including the digests of their images."""
+        """Return the label store of the items at ``rows``, in that order."""
         columns = ItemColumns.of(self.source.items.take(pa.array(rows)), digests)
         return label_table(self.words.class_names, self.ids[rows], key_ids=rows, views=self.views, **vars(columns))
 
@@ -183,8 +183,7 @@ def read_text_table(
     """Read the class names and text weights from a table of text features, in order of first appearance.
 
     Each row is the feature of a prompt. The rows of each class are averaged and then normalised. If ``norms`` is
-    ``check``, the rows must have unit norm; otherwise they are scaled to it. Raises InputError if the file is not a
-    feature table.
+    ``check``, the rows must have unit norm; otherwise they are scaled to it. Raises InputError if the file is invalid.
     """
     table = open_source(path)
     if table.table is None:

@@ -93,13 +93,13 @@ class Logits(torch.nn.Module):
 def export_onnx(
     cache: CacheModel, out: str | os.PathLike[str], backbone: TorchBackbone | None = None
 ) -> dict[str, Any]:
-    """Write an index to an ONNX file. The metadata contains the labels and the image preprocessing.
+    """Write an index to an ONNX file, with the labels and the image preprocessing as metadata.
 
     If you give a ``backbone``, the input is ``pixels``, a float32 array of shape ``[b, 3, h, w]`` with RGB values from
     0 to 255. Resize and crop the images as described by ``preprocess`` in the metadata. The graph itself subtracts the
     mean and divides by the standard deviation. If you give no backbone, the input is ``features``, a float32 array of
     shape ``[b, d]`` with rows of unit norm. The outputs are ``logits`` and ``probabilities``, both of shape ``[b, c]``,
-    in the order of ``labels``. The graph computes the complete formula of :mod:`tip`.
+    in the order of ``labels``.
 
     Returns the metadata, including the size of the file in ``bytes``. Raises UsageError if the package onnx is not
     installed, if the index uses only ``k`` keys per query, which needs retrieval, or if the graph would exceed 2 GiB.

@@ -26,7 +26,7 @@ from retrieval_tip.store import lock
 log = logging.getLogger(__name__)
 
 HEX = 16
-"""Number of hexadecimal digits of the SHA-256 that are used in the file name of a photo."""
+"""Number of hexadecimal digits of the SHA-256 in the file name of a photo."""
 
 _NAME = re.compile(rf"([0-9a-f]{{{HEX}}})\.\w{{1,8}}")
 _IN_SOURCE = rf"(?:^|[/\\])(?P<digits>[0-9a-f]{{{HEX}}})\.\w{{1,8}}$"
@@ -60,7 +60,7 @@ def remove_unused(store: Store) -> tuple[int, int]:
     """Remove the photos in ``DIR-shots`` that no kept version uses. Return their number and the freed bytes.
 
     A version uses a photo if a key has the digest of the photo, or if the source of a key ends with its file name.
-    Links, and files that are not named by their own SHA-256, are left alone. If photos are being added, or if a version
+    Links, and files that are not named by their own SHA-256, stay. If photos are being added, or if a version
     cannot be read, nothing is removed and a warning is logged.
     """
     folder = folder_of(store)
@@ -98,7 +98,7 @@ def _used(store: Store, names: set[str]) -> set[str]:
 
 
 def _remove(folder: Path, photos: list[Path]) -> tuple[int, int]:
-    """Remove the photos that are named by their own SHA-256, and the class folders that are empty afterwards."""
+    """Remove the photos that are named by their own SHA-256, and the empty class folders."""
     number = freed = 0
     for path in photos:
         with suppress(OSError):

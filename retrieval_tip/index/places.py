@@ -137,18 +137,15 @@ class FolderStore(Store):
 
 
 def at(place: Place) -> Store:
-    """Return the store at a folder or an address, even if it holds no index yet.
-
-    Raises UsageError if the address is invalid.
-    """
+    """Return the store at a folder or an address, even if it holds no index yet. Raises UsageError if it is invalid."""
     plug = plug_of(place) if isinstance(place, str) else None
     return FolderStore(Path(place)) if plug is None else plug.store_at(str(place))
 
 
 def listed(folder: Path) -> list[tuple[str, Manifest]]:
-    """Return the path and the current manifest of each index folder inside a folder, sorted by name.
+    """Return the path and the current manifest of each valid index folder inside a folder, sorted by name.
 
-    Other files and damaged indexes are skipped. Raises InputError if the folder does not exist.
+    Raises InputError if the folder does not exist.
     """
     if not folder.is_dir():
         raise InputError(f"{show(folder)}: no such folder; give the folder that holds indexes")

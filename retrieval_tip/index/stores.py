@@ -55,7 +55,7 @@ class Change(ABC):
 
     @abstractmethod
     def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
-        """Return the keys among ``key_ids`` whose image is also in another class. At least one id is needed."""
+        """Return the keys among ``key_ids`` whose image is also in another class."""
 
 
 class Store(ABC):
@@ -63,7 +63,7 @@ class Store(ABC):
 
     ``local`` is the folder on this machine, or ``None`` if the index is in a bucket. ``look_every`` is the number of
     seconds after which a server checks for a new version. Methods raise StoreError if the store is missing, damaged,
-    locked or not writable. If an error occurs or the process is killed, the current version stays unchanged.
+    locked or not writable. If an error occurs, the current version stays unchanged.
     """
 
     local: Path | None
@@ -75,7 +75,7 @@ class Store(ABC):
 
     @property
     def resolved(self) -> str:
-        """A form of the folder or address that is the same for every spelling of the same place."""
+        """The folder or address, in the same form for every spelling of the same place."""
         return str(self) if self.local is None else str(real(self.local))
 
     @property
@@ -91,8 +91,7 @@ class Store(ABC):
     def stamp(self) -> Hashable | None:
         """Return a value that changes with the current version, or ``None`` if there is no index.
 
-        This never sends a request to a service. If a request would be needed to see changes, every call returns a new
-        value.
+        This never sends a request. If one would be needed to see changes, every call returns a new value.
         """
 
     @abstractmethod
@@ -107,8 +106,7 @@ class Store(ABC):
     def copy_from(self, model: AnsweringIndex, what: str) -> int:
         """Write an opened index as the next version, and return the version number.
 
-        ``what`` describes the change in the history. Raises InputError if the index has a part that this kind of store
-        cannot hold.
+        ``what`` describes the change in the history. Raises InputError if the store cannot hold a part of the index.
         """
 
     @abstractmethod
@@ -123,13 +121,13 @@ class Store(ABC):
         """Open the current version, or an earlier version.
 
         ``precision`` applies to products with all keys. With ``verify="full"``, every byte is checked first. With
-        ``"fast"``, small files are checked completely and larger files only by their size. The default of ``verify``
-        depends on the kind of store. Raises UsageError if the store does not support the precision.
+        ``"fast"``, small files are checked completely and larger files only by their size. The default depends on the
+        kind of store. Raises UsageError if the store does not support the precision.
         """
 
     @abstractmethod
     def change(self) -> AbstractContextManager[Change]:
-        """Open the current version for exclusive editing. A change that has no description is not written."""
+        """Open the current version for exclusive editing, and write the next version afterwards."""
 
     @abstractmethod
     def fit(
@@ -137,7 +135,7 @@ class Store(ABC):
     ) -> FormChoice:
         """Fit the current version with :func:`closed_form.fit`, and write the next version.
 
-        ``queries`` is a function that returns validation queries for the opened index.
+        ``queries`` returns validation queries for the opened index.
         """
 
     @abstractmethod
@@ -162,7 +160,7 @@ class Store(ABC):
 
     @abstractmethod
     def next_key_id(self, manifest: Manifest) -> int:
-        """Return the first key id that is not used in this version or in any version before it."""
+        """Return the first key id that no version up to this one has used."""
 
     @abstractmethod
     def read_labels(self, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
@@ -185,10 +183,7 @@ class Store(ABC):
         """Delete all versions except the last ``keep``. Return the deleted versions and the number of freed bytes."""
 
     def rollback(self, version: int | None = None) -> int:
-        """Copy an earlier version into a new version, and return the number of the current version.
-
-        ``version`` defaults to the parent of the current version.
-        """
+        """Copy an earlier version, by default the parent, into a new version, and return the new number."""
         self.manifest()  # do not create a store if there is no index
         with self.write() as writer:
             current = writer.parent or self.manifest()

@@ -49,9 +49,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The result of tuning on ``n`` queries of ``source``.
+    """The result of tuning on ``n`` queries of ``source``, with the cheapest trial first.
 
-    ``trials`` starts with the cheapest trial. ``chosen`` is the selected trial, and ``index`` is its index.
+    ``chosen`` is the selected trial, and ``index`` is its index.
     """
 
     trials: list[Trial]
@@ -63,8 +63,7 @@ class Tuning:
     def apply(self, cache: CacheModel, folder: str | os.PathLike[str] | None = None) -> None:
         """Apply the selected index type, effort and k to the ``cache`` that was tuned, and record their provenance.
 
-        If you give a ``folder``, a new version is written there. In that case, errors are the same as for
-        :meth:`CacheModel.save`.
+        If you give a ``folder``, a new version is written there with :meth:`CacheModel.save`.
         """
         where = f"tuned on {self.source}, n={self.n}, agreement {self.chosen.agreement:.4g}"
         cache.index, cache.settings = self.index, cache.settings.override(k=self.chosen.k or "all", tail=True)
@@ -90,8 +89,7 @@ def tune(
 
     The queries are ``features`` of shape ``[q, d]``; their labels are not needed. By default, ``Classes`` and an
     inverted file are tried. You can give other ``factories`` instead. Each index is tried with several numbers of keys
-    and several efforts, using the tail and the alpha and beta of the cache. A search over all keys is tried too, and it
-    always agrees.
+    and several efforts. A search over all keys is tried too, and it always agrees.
 
     Raises UsageError if ``agreement`` is not between 0 and 1 or if FAISS does not support a factory. Raises InputError
     if there are fewer than 100 queries, which are too few to measure agreement.
