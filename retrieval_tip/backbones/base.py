@@ -1,4 +1,4 @@
-"""The interface of backbones. A backbone turns images into features, and sentences too if it has a text tower."""
+"""The interface of backbones, which turn images, and sentences if they have a text tower, into features."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ Preprocess = Mapping[str, Any]  # JSON preprocessing settings, named as in open_
 class Identity:
     """The identity of a backbone.
 
-    ``model`` and ``pretrained`` are the names that are used to load the backbone. They are not part of its identity,
-    which only depends on ``weights`` (a digest of every tensor), ``config`` (a digest of the architecture) and
-    ``preprocess``. For example, a tag and a file that contain the same weights are the same backbone.
+    ``model`` and ``pretrained`` are only used to load the backbone. Its identity depends on ``weights`` (a digest of
+    every tensor), ``config`` (a digest of the architecture) and ``preprocess``.
     """
 
     model: str
@@ -68,7 +67,7 @@ class Identity:
 
 
 def same_backbone(one: Identity, other: Identity, what: str) -> None:
-    """Raise BackboneError if the features of two backbones cannot be compared. The message names both backbones."""
+    """Raise BackboneError if the features of two backbones cannot be compared."""
     if one.fingerprint != other.fingerprint:
         raise BackboneError(
             f"{what}: made with encoder {one}, but {other} is in use; their features cannot be compared"
@@ -76,7 +75,7 @@ def same_backbone(one: Identity, other: Identity, what: str) -> None:
 
 
 def view_size(preprocess: Preprocess) -> tuple[int, int]:
-    """Return the height and width of a view, given the ``preprocess`` settings of an identity."""
+    """Return the height and width of a view."""
     size = preprocess["size"]
     return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
@@ -102,7 +101,7 @@ class Backbone(Protocol):
 
     @property
     def precision(self) -> str:
-        """``float32``, or the autocast dtype. The precision is part of the key in the encoding cache."""
+        """``float32``, or the autocast dtype."""
 
     @property
     def batch_size(self) -> int:
@@ -114,7 +113,7 @@ class Backbone(Protocol):
     def view(self, image: Image.Image, seed: str) -> torch.Tensor:
         """Return an augmented view of an image, as a float32 tensor of shape ``[3, h, w]``.
 
-        The view only depends on the image and the seed.
+        It only depends on the image and the seed.
         """
 
     def encode_images(self, pixels: torch.Tensor) -> FloatArray:
@@ -131,10 +130,7 @@ class Backbone(Protocol):
 
 
 def unit(features: FloatArray, what: str = "feature") -> FloatArray:
-    """Scale the rows of an array to length 1, and convert it to float32.
-
-    Raises InputError if a row is zero or not finite. The message gives the number of the row.
-    """
+    """Scale the rows of an array to length 1 in float32. Raises InputError if a row is zero or not finite."""
     norms = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
     if bad.size:

@@ -102,7 +102,7 @@ def has(model: str) -> bool:
 
 
 def unknown(model: str) -> UsageError:
-    """Return the error for a name that open_clip does not know. The message suggests similar names."""
+    """Return the error for a name that open_clip does not know."""
     import timm
 
     near = similar(model, _architectures())
@@ -115,7 +115,7 @@ def unknown(model: str) -> UsageError:
 
 
 def similar(model: str, names: Sequence[str], prefix: str = "") -> str:
-    """Return a phrase that lists the names that contain every part of ``model`` or have a similar spelling."""
+    """Return a phrase that lists the names that contain every part of ``model`` or are spelled like it."""
     plain, asked = {_plain(name): name for name in names}, _plain(model)
     whole = sorted((name for name in plain if all(part in name for part in asked.split("-"))), key=len)
     near = [*dict.fromkeys([*whole, *difflib.get_close_matches(asked, list(plain), NEAR, ALIKE)])][:NEAR]
@@ -183,10 +183,7 @@ def _described(name: str, *, sized: bool = True) -> Named:
 
 
 def _bytes(name: str) -> int | None:
-    """Return the size of a model in float32, in bytes, without loading its weights.
-
-    Return ``None`` if the configuration would have to be downloaded or the model cannot be created.
-    """
+    """Return the bytes of a model in float32, or ``None`` if it cannot be created without a download."""
     import open_clip
     import timm
     import torch
@@ -212,7 +209,7 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.
 
 
 def is_cached(repository: str | None, files: Sequence[str] = WEIGHTS) -> bool:
-    """Return whether one of these files of a repository is cached on this machine. Defaults to its weight files."""
+    """Return whether one of these files of a repository is cached on this machine."""
     from huggingface_hub import try_to_load_from_cache
 
     found = [try_to_load_from_cache(repository, file) for file in files] if repository else []
@@ -220,7 +217,7 @@ def is_cached(repository: str | None, files: Sequence[str] = WEIGHTS) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the reason for a hub error on one line, leaving out the advice in its message."""
+    """Return the reason for a hub error on one line, without the advice."""
     text = first_line(error).rpartition("Last error: ")[2]
     silent = ("locate the file on the Hub", "connect to 'https://huggingface.co'", "reach https://huggingface.co")
     return "huggingface.co did not answer" if any(phrase in text for phrase in silent) else text
@@ -237,7 +234,7 @@ def check_code(model: str, error: Exception) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the loggers of open_clip, transformers and the hub inside the context, but not those of this package."""
+    """Silence the loggers of open_clip, transformers and the hub inside the context."""
     ours = logging.getLogger("retrieval_tip")
     with _QUIET, _unasked():
         given = os.environ.get("TRANSFORMERS_VERBOSITY")
@@ -263,7 +260,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _unasked() -> Iterator[None]:
-    """Make transformers reject custom model code instead of prompting on stdin. open_clip has no option for this."""
+    """Make transformers reject custom model code instead of prompting on stdin."""
     try:
         from transformers import dynamic_module_utils as asking
     except ImportError:
@@ -280,8 +277,8 @@ def _unasked() -> Iterator[None]:
 def ask_hub(repository: str) -> None:
     """Log the size of the weights in a repository before they are downloaded. Do nothing if they are cached.
 
-    Only one request is sent, whereas huggingface_hub would repeat it a dozen times within 46 s. Raises ConnectionError
-    if the hub does not respond within ``ANSWER`` seconds (or ``HF_HUB_ETAG_TIMEOUT``), or if ``HF_HUB_OFFLINE`` is set.
+    Only one request is sent, since huggingface_hub would retry for 46 s. Raises ConnectionError if the hub does not
+    respond within ``ANSWER`` seconds (or ``HF_HUB_ETAG_TIMEOUT``), or if ``HF_HUB_OFFLINE`` is set.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
@@ -312,7 +309,7 @@ def _weights_of(repository: str) -> Iterator[Path]:
 
 
 def download_error(model: str, error: Exception, way_out: str) -> BackboneError:
-    """Return the error for a model that could not be downloaded or loaded. The message suggests offline options."""
+    """Return the error for a model that could not be downloaded or loaded."""
     if not isinstance(error, ConnectionError):
         return BackboneError(f"Could not load {model}: {reason_of(error)}. Pass {way_out}.")
     size = _bytes(model) if has(model) or model.startswith("timm:") else None
@@ -325,7 +322,7 @@ def download_error(model: str, error: Exception, way_out: str) -> BackboneError:
 
 
 def _offline() -> str | None:
-    """Return command line options for an encoder whose weights are on this machine, or ``None`` if there is none."""
+    """Return options for an encoder whose weights are on this machine, or ``None`` if there is none."""
     import open_clip
 
     for name in dict.fromkeys(SHORT.values()):

@@ -51,7 +51,7 @@ def load_backbone(
 
     Raises:
         UsageError: if the architecture, the tag, the device, the precision or the runtime is unknown.
-        BackboneError: if the weights are missing or damaged, or cannot be downloaded. The message names the file.
+        BackboneError: if the weights are missing or damaged, or cannot be downloaded.
         BackboneError: if the model requires custom Python code, which is never executed.
         BackboneError: if ``tuned`` is missing or damaged, or does not fit the model.
     """
@@ -71,9 +71,8 @@ def load_when_needed(
 ) -> TorchBackbone:
     """Return the backbone with this ``identity``, whose features have ``dim`` values.
 
-    If its image tower is stored on disk, the backbone is loaded lazily. Raises the same errors as
-    :func:`load_backbone`. A lazily loaded backbone raises BackboneError later if its identity turns out to be
-    different.
+    If its image tower is stored on disk, the model is loaded on first use, which raises BackboneError if its identity
+    differs. See :func:`load_backbone` for other errors.
     """
     how = Execution(device, precision, runtime).resolved()
     is_lazy = how.runtime == "auto" and how.device == "cpu" and tower.is_kept(identity)
@@ -82,10 +81,7 @@ def load_when_needed(
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Pause garbage collection inside the context.
-
-    open_clip imports a million objects, and collection took a third of the loading time.
-    """
+    """Pause garbage collection, which took a third of the loading time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

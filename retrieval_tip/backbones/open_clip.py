@@ -42,7 +42,7 @@ Config = dict[str, Any]  # an open_clip configuration, as JSON
 
 @dataclass(frozen=True)
 class _Plan:
-    """The arguments for open_clip, and the ``wanted`` file or folder, which is named in error messages."""
+    """The arguments for open_clip, and the ``wanted`` file or folder for error messages."""
 
     model: str
     pretrained: str | None
@@ -50,7 +50,6 @@ class _Plan:
     arguments: Config
     wanted: str
     repository: str | None = None
-    """The huggingface.co repository that contains the weights."""
 
 
 def _plan(model: str, pretrained: str | None) -> _Plan:
@@ -191,7 +190,7 @@ class OpenClipBackbone(TorchBackbone):
         """Wrap an open_clip model that is already loaded.
 
         You can use the results of ``open_clip.create_model_and_transforms`` and ``get_tokenizer``. The model stays on
-        its device. It is set to evaluation mode, and its gradients are disabled.
+        its device, and is frozen (see :func:`torch_backbone.frozen`).
 
         Args:
             model: An open_clip model that has ``visual.preprocess_cfg``.
@@ -210,10 +209,7 @@ class OpenClipBackbone(TorchBackbone):
 
 
 def _filled_once(create: Callable[[], _Created]) -> _Created:
-    """Create a model, skipping the random initialisation of weights that its checkpoint overwrites.
-
-    If the checkpoint does not overwrite all weights, the model is created again with random initialisation.
-    """
+    """Create a model without random initialisation, unless its checkpoint leaves some weights unset."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -239,7 +235,7 @@ def _filled_once(create: Callable[[], _Created]) -> _Created:
 
 
 def _text_dim(model: Model) -> int | None:
-    """Return the length of text features, given by the last projection of the tower, or ``None`` if there is none."""
+    """Return the length of text features, or ``None`` if the tower has no last projection."""
     import torch
 
     tower = getattr(model, "text", model)
@@ -252,7 +248,7 @@ def _text_dim(model: Model) -> int | None:
 
 
 def _config_digest(plan: _Plan) -> str:
-    """Return a digest of the architecture. File and hub names are excluded, since they only locate the weights."""
+    """Return a digest of the architecture, which excludes file and hub names."""
     import open_clip
 
     def plain(part: Config) -> Config:

@@ -68,16 +68,13 @@ def _image_model(tower: torch.nn.Module) -> Model:
 
 
 def _plain(settings: Preprocess) -> Preprocess:
-    """Return the view settings of timm as JSON. The size has the same name as in open_clip."""
+    """Return the view settings of timm as JSON, with the size named as in open_clip."""
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     return plain | {"size": plain.pop("input_size")[1:]}
 
 
 def _plan(name: str, pretrained: str | None) -> tuple[str, str | None, Path | None]:
-    """Return the architecture, the tag and the file.
-
-    Raises UsageError if the architecture or the tag is unknown, and BackboneError if the file is missing.
-    """
+    """Return the architecture, the tag and the file."""
     import timm
 
     architecture, _, tag = name.partition(".")
@@ -103,10 +100,7 @@ def _plan(name: str, pretrained: str | None) -> tuple[str, str | None, Path | No
 
 
 def _fill(tower: torch.nn.Module, file: Path, name: str) -> None:
-    """Load a checkpoint by tensor names, or in order if the names differ.
-
-    Raises BackboneError if a tensor does not fit. The message names the first such tensor.
-    """
+    """Load a checkpoint by tensor names, or in order if the names differ."""
     from timm.models import load_state_dict
 
     try:

@@ -40,10 +40,7 @@ _CONVOLUTIONS = threading.RLock()  # the rounding of convolutions is a setting o
 
 @dataclass(frozen=True)
 class Opened:
-    """A frozen model, its identity, and a factory for its tokenizer if it has a text tower.
-
-    The identity does not include the digest of the weights yet.
-    """
+    """A frozen model, its identity without the digest of the weights, and a factory for its tokenizer, if any."""
 
     model: Model
     preprocess: Callable[[Image.Image], torch.Tensor]
@@ -59,10 +56,7 @@ class TorchBackbone:
     """
 
     def __init__(self, open_model: Open, how: Execution, awaited: tuple[Identity, int] | None = None) -> None:
-        """Open the model on its device.
-
-        If ``awaited`` is given, the model is opened when it is first needed. ``awaited`` holds its identity and ``d``.
-        """
+        """Open the model on its device, or on first use if ``awaited`` gives its identity and ``d``."""
         import torch
 
         self._open, self._device = open_model, torch.device(how.device)
@@ -116,7 +110,7 @@ class TorchBackbone:
 
     @property
     def identity(self) -> Identity:
-        """The identity of the backbone, including the digest of its current weights. It is used as a cache key."""
+        """The identity of the backbone, including the digest of its current weights."""
         if self._opened is None:
             return self._identity
         import torch
@@ -139,10 +133,7 @@ class TorchBackbone:
 
     @property
     def logit_scale(self) -> float:
-        """The scale of the zero-shot logits.
-
-        The model stores its logarithm. If the backbone has no text tower, the scale is 100.
-        """
+        """The scale of the zero-shot logits, or 100 if the backbone has no text tower."""
         return float(self._model.logit_scale.exp()) if self.has_text else 100.0
 
     @property
@@ -165,10 +156,7 @@ class TorchBackbone:
 
     @property
     def image_encoder(self) -> torch.nn.Module:
-        """The image tower as a module on the device of the backbone.
-
-        It maps views of shape ``[b, 3, h, w]`` to raw features of shape ``[b, d]``.
-        """
+        """The image tower as a module on the device. It maps shape ``[b, 3, h, w]`` to ``[b, d]``."""
         return tower.image_encoder(self._model)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
@@ -222,7 +210,7 @@ class TorchBackbone:
         return _without_gradient(self.forward_texts, texts)
 
     def forward_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the raw features of views, with gradients, on the device of the backbone.
+        """Return the raw features of views with gradients.
 
         The views have shape ``[b, 3, h, w]``. The features are float32 and have shape ``[b, d]``.
         """
@@ -235,10 +223,7 @@ class TorchBackbone:
         return self._forward(self._model.encode_image, channels_last)
 
     def forward_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return the raw features of ``t`` sentences, with gradients, on the device of the backbone.
-
-        The features are float32 and have shape ``[t, d]``.
-        """
+        """Return the raw features of ``t`` sentences with gradients, in float32 and of shape ``[t, d]``."""
         tokens = self._tokenizer(list(texts)).to(self._device)
         return self._forward(self._model.encode_text, tokens)
 
@@ -357,7 +342,7 @@ def _whole_convolutions(device: torch.device) -> Iterator[None]:
 
 
 def _check_fit(state: Mapping[str, torch.Tensor], towers: Sequence[Mapping[str, torch.Tensor]], model: str) -> None:
-    """Raise BackboneError if ``state`` does not consist of one or more whole towers. The message names the tensor."""
+    """Raise BackboneError if ``state`` does not consist of one or more whole towers."""
     own = {name: tensor for tower in towers for name, tensor in tower.items()}
     for name, tensor in state.items():
         if name not in own:
@@ -372,10 +357,7 @@ def _check_fit(state: Mapping[str, torch.Tensor], towers: Sequence[Mapping[str, 
 
 
 def _crop(width: int, height: int, generator: random.Random) -> tuple[int, int, int, int]:
-    """Draw a random crop, and return its top, left, height and width.
-
-    If ten attempts do not fit into the image, return the largest centre crop.
-    """
+    """Return the top, left, height and width of a random crop, or of the largest centre crop if ten attempts fail."""
     for _ in range(10):
         area = width * height * generator.uniform(*VIEW_SCALE)
         ratio = float(np.exp(generator.uniform(*np.log(VIEW_RATIO))))
@@ -388,7 +370,7 @@ def _crop(width: int, height: int, generator: random.Random) -> tuple[int, int, 
 
 
 def _sampled(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Return up to ``SAMPLED`` values of each parameter as views. This is enough to detect any training step."""
+    """Return views of up to ``SAMPLED`` values of each parameter, which is enough to detect a training step."""
     parameters = [parameter.detach() for parameter in model.parameters()]
     return [p.as_strided((min(SAMPLED, p.numel()),), (max(1, p.numel() // SAMPLED),)) for p in parameters]
 

@@ -1,7 +1,7 @@
 """Compile image towers for CPUs with OpenVINO, and store them on disk.
 
 A tower returns the same features as the backbone, up to float rounding. It is two to three times as fast as torch (see
-``benchmarks/encoding.py``), and requires neither the torch model nor the libraries that created the model.
+``benchmarks/encoding.py``), and requires neither the torch model nor its libraries.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.99}
-"""Smallest accepted cosine to the float32 features from torch, by precision. For example, bfloat16 features of
-lit-mini on photos have a cosine of at least 0.997 in torch and in OpenVINO."""
+"""Smallest accepted cosine to the float32 features from torch, by precision. In bfloat16, the features of lit-mini on
+photos reach 0.997 in torch and in OpenVINO."""
 
 FORM = 1  # version of the stored files
 
@@ -53,10 +53,7 @@ _GRAPH, _WEIGHTS, _FACTS = "tower.xml", "tower.bin", "digests.json"
 
 
 class Tower:
-    """A compiled tower, which maps views of shape ``[b, 3, h, w]`` to raw features of shape ``[b, d]``.
-
-    Both are float32.
-    """
+    """A compiled tower, which maps shape ``[b, 3, h, w]`` to raw features of shape ``[b, d]``, both in float32."""
 
     def __init__(self, model: openvino.Model, precision: str) -> None:
         import torch
@@ -67,7 +64,7 @@ class Tower:
         self._requests = threading.local()  # the compiled model itself only has one request for all threads
 
     def __call__(self, pixels: torch.Tensor) -> FloatArray:
-        """Return the raw features. Raises RuntimeError if OpenVINO returns the wrong number of features."""
+        """Return the raw features. Raises RuntimeError if their number is wrong."""
         if not hasattr(self._requests, "own"):
             self._requests.own = self._compiled.create_infer_request()
         features: FloatArray = np.array(self._requests.own.infer(pixels.float().contiguous().numpy())[0])
@@ -80,15 +77,12 @@ class Tower:
 
 
 def is_kept(identity: Identity) -> bool:
-    """Return whether a backbone can encode images without loading its model.
-
-    This is possible if its tower is stored and :func:`view` supports its preprocessing.
-    """
+    """Return whether a backbone can encode images by its stored tower and :func:`view`, without its model."""
     return can_view(identity.preprocess) and (folder := _folder(identity)) is not None and (folder / _FACTS).is_file()
 
 
 def kept(identity: Identity, precision: str) -> Tower | None:
-    """Load the stored tower of a backbone, or return ``None`` if it is missing or damaged. Remove a damaged tower."""
+    """Load the stored tower of a backbone, or return ``None`` if it is missing or damaged."""
     import torch
 
     folder = _folder(identity)

@@ -121,10 +121,7 @@ def _dual(model: Any) -> Model:
 
 
 def _settings(processor: Preprocess, place: str) -> PreprocessCfg:
-    """Convert the settings of an image processor to those of open_clip.
-
-    Raises BackboneError if the preprocessing differs from that in CLIP and SigLIP.
-    """
+    """Convert the settings of an image processor to those of open_clip."""
     from open_clip.transform import PreprocessCfg
     from PIL.Image import Resampling
 
@@ -149,7 +146,7 @@ def _tokenizer(tokenizer: Callable[..., Any], length: int) -> Tokenizer:
 
 
 def _digest(config: Any) -> str:
-    """Return a digest of the architecture. It uses few settings, since new versions of transformers add others."""
+    """Return a digest of a few settings of the architecture, since new versions of transformers add others."""
     towers = [
         {name: getattr(part, name, None) for name in ARCHITECTURE}
         for part in (config.vision_config, config.text_config)
