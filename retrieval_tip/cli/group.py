@@ -129,7 +129,6 @@ class Command(click.Command):
             raise
 
     def _missing(self, ctx: click.Context, args: Sequence[str]) -> list[str]:
-        """Return the missing required parameters under the names that the usage line gives them."""
         given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
         return [
             f"argument {one.make_metavar(ctx)}" if isinstance(one, click.Argument) else f"option {one.opts[0]}"

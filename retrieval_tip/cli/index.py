@@ -154,10 +154,7 @@ LEAST_RIGHT = 0.9
 
 
 def _next_step(out: Place, cache: AnsweringIndex) -> str:
-    """Return the next step to suggest after a build.
-
-    If the index has a weak class, suggest adding photos of this class. Otherwise, suggest opening the page.
-    """
+    """Return the next step to suggest after a build."""
     name, right, held = (cache.provenance.get("fit", {}).get("weakest") or [("", 1, 1)])[0]
     if right < LEAST_RIGHT * held:
         add, audit = (shlex.join(["retrieval-tip", "index", command, str(out)]) for command in ("add", "audit"))
@@ -301,7 +298,6 @@ def tune_command(
 
 
 def _ids(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> list[int] | None:
-    """Return the key ids in all given options, or ``None`` if no option is given."""
     parts = [part.strip() for text in texts for part in text.split(",")]
     if wrong := [part for part in parts if not re.fullmatch(r"-?[0-9]{1,40}", part)]:
         raise click.BadParameter(f"{wrong[0]!r} is not a key id; give whole numbers", ctx)
@@ -667,7 +663,6 @@ def _held(cache: AnsweringIndex) -> str:
 
 
 def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
-    """Print how much was added, and warn of duplicates."""
     from retrieval_tip.index.items import warn_of
 
     what = f"added {counted(len(added.key_ids), 'shot')}"

@@ -79,7 +79,7 @@ def index_with(folder: Place, answer: AnswerOptions, backbone: BackboneOptions) 
 
 
 def _restricted(cache: AnsweringIndex, where: str) -> CacheModel:
-    """Return the index restricted to the keys that match a condition, and print the classes that lost keys."""
+    """Return the index with the keys that match a condition, and print the classes that lost keys."""
     from retrieval_tip.store.query import rows_where
 
     rows = rows_where(cache.labels, where)
@@ -114,10 +114,7 @@ class Origin:
 
 
 def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tuple[str, str | None]:
-    """Return the names of the model and its weights.
-
-    They are taken from the command line if given there, then from ``identity``, and then from the defaults.
-    """
+    """Return the names of the model and its weights, from the command line, from ``identity`` or by default."""
     from retrieval_tip.backbones.catalogue import DEFAULT
 
     if backbone.model or identity is None:
@@ -157,8 +154,8 @@ def backbone_for(
 ) -> Backbone | None:
     """Return the backbone of an index if it is ``needed`` or there are images to encode.
 
-    The backbone is loaded on first use, because the encoding cache or the stored image tower may be sufficient. Raises
-    an error if the backbone differs from the one that the index was built with.
+    It is loaded on first use, since the encoding cache or the stored image tower may be sufficient. Raises an error if
+    it differs from the backbone that the index was built with.
     """
     from retrieval_tip.backbones.loading import load_when_needed
     from retrieval_tip.data.feature_tables import check_backbone

@@ -28,16 +28,15 @@ def choice(alias: object) -> click.Choice[str]:
 
 
 def several(*options: Decorator) -> Decorator:
-    """Combine options into one decorator. The help shows them in the same order."""
+    """Combine options into one decorator."""
     return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
 def grouped(name: str, kind: type[Any], *shown: Decorator) -> Decorator:
     """Combine options into one decorator that passes their values to the command as one parameter.
 
-    The parameter is called ``name`` and is an instance of ``kind``. Each field of ``kind`` takes the value of the
-    option with the same name, which may come from any decorator of the command. If there is no such option, the field
-    keeps its default.
+    The parameter ``name`` is an instance of ``kind``. Each field takes the value of the option with the same name, from
+    any decorator of the command. Without such an option, the field keeps its default.
     """
 
     def decorate(command: Function) -> Function:
@@ -53,10 +52,7 @@ def grouped(name: str, kind: type[Any], *shown: Decorator) -> Decorator:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneOptions:
-    """Options that select a backbone, its precision, its runtime and its device.
-
-    If ``model`` or ``pretrained`` is ``None``, its default is used.
-    """
+    """Options that select a backbone, its precision, its runtime and its device."""
 
     model: str | None
     pretrained: str | None
@@ -99,7 +95,7 @@ class EncodingOptions(BackboneOptions):
     strict: bool
 
     def encoder(self, views: ViewOptions | None = None) -> Encoder:
-        """Return an encoder that has no backbone and no cache yet. If ``views`` is ``None``, use the centre view."""
+        """Return an encoder without a backbone and a cache. By default, it uses the centre view."""
         from retrieval_tip.data.encoder import Encoder
 
         return Encoder(

@@ -39,12 +39,12 @@ def write_tables(
 ) -> None:
     """Write tables that have the same schema as they arrive, in one of ``FORMATS``.
 
-    An output file appears only once it is complete. In the format ``table``, floats are rounded. ``details`` yields
-    the lines to print below a row instead of its nested columns; see :func:`prediction_details`. ``known`` contains
-    texts that will appear in a column, so that the column can be aligned from the first row.
+    An output file appears only once it is complete. In the format ``table``, floats are rounded. ``details`` yields the
+    lines to print below a row instead of its nested columns; see :func:`prediction_details`. ``known`` contains texts
+    of a column, which align it from the first row.
 
     Control characters are escaped (see :func:`errors.one_line`) in tables, in CSV on a terminal, and in JSON, where
-    this does not change any value. CSV files keep their control characters.
+    this does not change any value.
 
     Raises UsageError if Parquet would be written to a terminal. Raises InputError if the file cannot be written.
     """
@@ -160,7 +160,7 @@ def _aligned(lines: Iterable[Sequence[str]], right: Sequence[bool], widths: Sequ
 def _table(
     blocks: Iterable[Sequence[Row]], schema: pa.Schema, known: Mapping[str, Iterable[str]], details: Details | None
 ) -> Iterator[str]:
-    """Yield blocks of a table as text. If a later block has wider cells, the column becomes wider."""
+    """Yield blocks of a table as text. A column becomes wider if a later block has wider cells."""
     fields = [field for field in schema if details is None or not pa.types.is_nested(field.type)]
     columns, right = [field.name for field in fields], [_is_number(field.type) for field in fields]
     heading = _heading(columns)

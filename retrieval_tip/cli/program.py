@@ -57,10 +57,7 @@ class _Program(Group):
 
 
 def _fill_closed_streams() -> None:
-    """Open /dev/null in place of closed standard streams.
-
-    Otherwise, other files would get their descriptors and receive the output of libraries.
-    """
+    """Open /dev/null in place of closed standard streams, so that no file gets their descriptors."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -144,7 +141,7 @@ def _leave_lightly() -> None:
 
 
 class _Handler(logging.Handler):
-    """Log handler that writes each record to the current standard error, escaped and shortened to one line."""
+    """Log handler that writes each record to the current standard error, on one escaped and shortened line."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

@@ -35,7 +35,6 @@ def recipe(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | 
 
 
 def _toml(path: Path) -> dict[str, object]:
-    """Read a TOML file. Raises BadParameter, with the name of the file, if it cannot be read."""
     try:
         return tomllib.loads(read_regular(path, RECIPE_BYTES).decode())
     except InputError as error:  # the message already names the file
