@@ -70,10 +70,7 @@ class Views:
 
 
 def view_names(seed: int, number: int) -> list[str]:
-    """Return the names of a shot's views.
-
-    If ``number`` is 1, this is the centre view. Otherwise, these are views that are augmented with ``seed``.
-    """
+    """Return the names of a shot's views: the centre view if ``number`` is 1, or views augmented with ``seed``."""
     return [CENTRE] if number == 1 else [f"crop/{seed}/{view}" for view in range(number)]
 
 
@@ -136,7 +133,7 @@ class Encoder:
             yield FeatureBlock(positions, features[:, 0], digests)
 
     def encode(self, source: Source) -> FeatureBlock:
-        """Return the features of a source as one block. Raises the same errors as :meth:`blocks`."""
+        """Return the features of a source as one block (see :meth:`blocks`)."""
         blocks = list(self.blocks(source))
         return FeatureBlock(
             np.concatenate([block.positions for block in blocks]),
@@ -173,9 +170,8 @@ class Encoder:
     def pixels(self, source: Source, name: str, size: int) -> Iterator[tuple[IntArray, torch.Tensor]]:
         """Yield the view ``name`` of each item in a source, in batches of at most ``size`` items.
 
-        Each batch is a pair: the positions of its ``b`` items in the source, and their pixels as a float32 tensor of
-        shape ``[b, 3, h, w]``. The next batch is read while the caller uses the current one. Unreadable items are
-        skipped, so a batch may have fewer than ``size`` items. A view depends only on the image bytes and on ``name``.
+        A batch holds the positions of its ``b`` items, and their pixels in float32, of shape ``[b, 3, h, w]``.
+        Unreadable items are skipped, so a batch may have fewer than ``size`` items.
 
         Raises:
             InputError: if no item is readable, or if ``strict`` is set and an image is unreadable.
@@ -212,7 +208,7 @@ class Encoder:
         return self.backbone
 
     def _parts(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[_Part]:
-        """Yield items with their merged features (shape ``[v, d]``). Each row of a feature table is one view."""
+        """Yield items with their merged features (shape ``[v, d]``). A row of a feature table is a view."""
         done = 0
         for skipped in source.failed:
             self._skip(skipped.source, skipped.reason)
@@ -236,7 +232,7 @@ class Encoder:
         return InputError(f"{source.name}: none of {len(source):,} items could be read ({first})")
 
     def _skip(self, name: str, reason: str) -> None:
-        """Add an unusable input to ``skipped`` once, and log a warning. With ``strict``, raise InputError instead."""
+        """Add an unusable input to ``skipped`` and log it once, or raise InputError with ``strict``."""
         skipped = Skipped(show(name), reason)
         if self.strict:
             raise InputError(f"{skipped}; leave out --strict to skip it")
@@ -297,7 +293,7 @@ class Encoder:
             yield _part(rows)
 
     def _ahead(self, chunks: Sequence[Sequence[str]], load: Callable[[str], _T], depth: int) -> Iterator[list[_T]]:
-        """Yield the loaded images of each chunk, while threads read and decode the next ``depth`` chunks."""
+        """Yield the loaded images of each chunk, while threads load the next ``depth`` chunks."""
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
             waiting: deque[list[Future[_T]]] = deque()
             try:
@@ -339,11 +335,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """An image that has been read.
-
-    It has the cached features of some views and the pixels of the other views. If the image is unreadable, ``problem``
-    contains the reason.
-    """
+    """An image, with the cached features of some views and the pixels of the others, or its ``problem``."""
 
     path: str
     digest: str = ""
@@ -363,7 +355,7 @@ def _least(backbone: Backbone) -> int:
 
 
 def _check_pixels(backbone: Backbone, number: int, views: int, size: int, chunks: int) -> None:
-    """Raise UsageError if the pixels of ``chunks`` times ``size`` images and of one batch do not fit in memory."""
+    """Raise UsageError if the pixels of ``chunks * size`` images and one batch do not fit in memory."""
     height, width = view_size(backbone.identity.preprocess)
     held = views * min(number, chunks * size) + min(views * number, size)
     what = f"{counted(views, 'view')} of {counted(min(number, chunks * size), 'image')} at a time"
@@ -380,8 +372,8 @@ def _load(
 ) -> _Loaded:
     """Read an image once. Return its digest, the features of the ``kept`` views, and the pixels of the other views.
 
-    If ``least`` is given, the centre view of a large JPEG is computed from the reduced image. It is then called
-    ``REDUCED``, so that the cache can store both views.
+    If ``least`` is given, the centre view of a large JPEG is computed from the reduced image, and is called
+    ``REDUCED``.
     """
     try:
         data = read(path)
@@ -407,10 +399,7 @@ def _load(
 def pixels_of(
     data: bytes, backbone: Backbone, *, most: int = images.MAX_PIXELS, only: tuple[str, ...] | None = None
 ) -> torch.Tensor:
-    """Return the centre view of an image as a float32 tensor of shape ``[3, h, w]``.
-
-    Raises InputError in the same cases as :func:`images.decode`.
-    """
+    """Return the centre view of an image as a float32 tensor of shape ``[3, h, w]``. See :func:`images.decode`."""
     return backbone.preprocess(images.decode(data, _least(backbone), most=most, only=only))
 
 

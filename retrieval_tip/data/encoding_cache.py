@@ -40,9 +40,9 @@ _DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
 class EncodingCache:
     """A store of raw features by backbone, image content and view, in one SQLite file of at most :attr:`most` bytes.
 
-    If the file grows beyond that size, the least recently used encodings are removed. Threads and processes can share
-    the file. Damaged entries count as missing, and a damaged file is moved aside. If the file cannot be written, new
-    encodings are not stored. Raises InputError if the file cannot be created in the folder.
+    Beyond that size, the least recently used encodings are removed. Threads and processes can share the file. Damaged
+    entries count as missing, and a damaged file is moved aside. If the file cannot be written, new encodings are not
+    stored. Raises InputError if the file cannot be created in the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -63,8 +63,8 @@ class EncodingCache:
     def at(cls, folder: str | os.PathLike[str] | None) -> EncodingCache | None:
         """Open the cache in a folder, or in the default folder if ``folder`` is ``None``.
 
-        Raises InputError if the cache cannot be opened in the given folder. If it cannot be opened in the default
-        folder, a warning is logged and ``None`` is returned.
+        Raises InputError if the given folder cannot be used. If the default folder cannot be used, log a warning and
+        return ``None``.
         """
         try:
             return cls(folder or cls.default_folder())
@@ -184,7 +184,6 @@ class EncodingCache:
                 raise self._unusable(error) from None
 
     def _shrink(self) -> None:
-        """Remove the least recently used encodings if the file is larger than the limit."""
         page, most = self._number("page_size"), self.most
         if self._number("page_count") * page <= most:
             return
@@ -202,12 +201,11 @@ class EncodingCache:
         return int(self._db.execute(f"PRAGMA {name}").fetchone()[0])
 
     def __len__(self) -> int:
-        """Return the number of encodings."""
         with self._lock:
             return int(self._db.execute("SELECT count(*) FROM encodings").fetchone()[0])
 
     def clear(self) -> int:
-        """Remove all encodings, free their disk space, and return the number of removed encodings."""
+        """Remove all encodings, free their disk space, and return their number."""
         number = len(self)
         with self._lock:
             with self._writing():
@@ -242,5 +240,5 @@ def _most(db: sqlite3.Connection) -> int:
 
 
 def _crc(scope: str, digest: str, view: str, blob: bytes) -> int:
-    """Compute a checksum of the key and the feature, so that a damaged file cannot swap the features of two images."""
+    """Compute a checksum of the key and the feature, so that damage cannot swap the features of two images."""
     return zlib.crc32(blob, zlib.crc32(f"{scope} {digest} {view}".encode()))

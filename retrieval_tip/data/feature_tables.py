@@ -83,17 +83,14 @@ def table_dim(path: Path | str) -> int:
 def read_features(path: Path | str, norms: Norms = "check") -> Iterator[FloatArray]:
     """Yield the features of a table in blocks, as float32 arrays of shape ``[b, d]``.
 
-    Raises InputError if a row cannot be used. The message gives the numbers of these rows.
+    Raises InputError if a row cannot be used.
     """
     for _, features in read_rows(path, norms, 0, None):
         yield features
 
 
 def read_rows(path: Path | str, norms: Norms, first: int, last: int | None) -> Iterator[tuple[int, FloatArray]]:
-    """Yield the features of each block that overlaps rows ``first`` to ``last``, and the number of its first row.
-
-    See :func:`read_features` for details.
-    """
+    """Yield the features of each block that overlaps rows ``first`` to ``last``, and the number of its first row."""
     start, dim = 0, None
     for part in table_files(path):
         file, begins, name = open_parquet(part), start, show(part)
@@ -114,7 +111,7 @@ def read_rows(path: Path | str, norms: Norms, first: int, last: int | None) -> I
 
 
 def _column(file: pq.ParquetFile, name: str) -> str:
-    """Return the name of the feature column. Raises InputError if it is missing or does not hold vectors."""
+    """Return the name of the feature column."""
     column = feature_column(file.schema_arrow)
     if column is None:
         raise InputError(f"{name}: no column {FEATURE!r}; its columns are {few_names(file.schema_arrow.names)}")
@@ -149,7 +146,7 @@ def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatAr
 def check_norms(features: FloatArray, start: int, norms: Norms, name: str) -> FloatArray:
     """Check or scale the norms of a block of features.
 
-    Raises InputError if a row cannot be used. The row numbers in the message are counted from ``start``.
+    Raises InputError if a row cannot be used. The number of the first row is ``start``.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         lengths = np.sqrt(np.einsum("ij,ij->i", features, features, dtype=np.float64))

@@ -35,7 +35,7 @@ def part_of(folder: Path, part: str | None) -> Path:
     """Return the folder of a part, which defaults to ``train``. If ``folder`` has no parts, return ``folder`` itself.
 
     A folder has parts if each folder in it is named like a part, and at least one of them contains folders or a label
-    table. A warning lists the parts that are not used. Raises InputError if the part is missing.
+    table. Raises InputError if the part is missing.
     """
     called = {name: part for part, names in PARTS.items() for name in names}
     there = {called.get(entry.name.lower()): Path(entry.path) for entry in subfolders(folder)}
@@ -81,10 +81,7 @@ def read(folder: Path) -> Listing:
 
 
 def kinds(others: Counter[str]) -> str:
-    """Describe the numbers of files by suffix, starting with the most frequent suffix.
-
-    If there are HEIC files, the text includes a hint on how to read them.
-    """
+    """Describe the numbers of files by suffix, starting with the most frequent suffix."""
     text = few([f"{number:,} {suffix or 'without a suffix'}" for suffix, number in others.most_common()])
     return text + ("; to read HEIC, pip install 'retrieval-tip[heic]'" if HEIC & others.keys() else "")
 

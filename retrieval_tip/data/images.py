@@ -1,8 +1,7 @@
 """Decode image files to upright 8-bit RGB images, or explain in one line why an image cannot be decoded.
 
-Images are decoded by Pillow, which recognises decompression bombs by their header. This module also limits the number
-of bytes and pixels, the amount of data that is read before the first pixel, and the number of large images that are
-decoded at the same time.
+Images are decoded by Pillow, which recognises decompression bombs by their header. This module also limits bytes,
+pixels, the data before the first pixel, and the number of large images decoded at the same time.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from retrieval_tip.files import FOLDER, NotAFileError, open_regular
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow names of the accepted formats. JPEG includes MPO.
 
-AVIF and JPEG 2000 are not accepted, because their decoders allocate far more memory than the header suggests. For
-example, decoding took 240 MB for a 1 KB AVIF file and 770 MB for a 213-byte JPEG 2000 file.
+AVIF and JPEG 2000 are not accepted, because their decoders allocate far more memory than the header suggests. A 1 KB
+AVIF file took 240 MB, and a 213-byte JPEG 2000 file took 770 MB.
 """
 
 MAX_PIXELS = 178_956_970  # largest width x height; Pillow's own limit for decompression bombs
@@ -145,10 +144,7 @@ class _Bounded(io.BytesIO):
     effort = HEADER_EFFORT
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read at most ``size`` bytes and at most 1 MiB, or read everything if ``size`` is ``None``.
-
-        Pillow's own readers never request more than 1 MiB at a time.
-        """
+        """Read at most ``size`` bytes and at most 1 MiB, which Pillow's readers never exceed, or everything."""
         data = super().read(-1 if size is None else min(size, 1 << 20))
         if size is not None and size >= 0:  # the WEBP decoder reads everything at once
             self.effort -= len(data) + READ_EFFORT
@@ -159,10 +155,7 @@ class _Bounded(io.BytesIO):
 
 @contextmanager
 def _opened(data: bytes, only: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
-    """Open an image and read its header. If ``only`` is given, only these formats are accepted.
-
-    All Pillow errors are raised as InputError.
-    """
+    """Open an image and read its header. All Pillow errors are raised as InputError."""
     file, known = _Bounded(data), only or formats()
     try:
         with Image.open(file, formats=known) as image:
@@ -214,8 +207,7 @@ def decode(
     ``WHOLE_PIXELS`` pixels are reduced.
 
     If ``least`` is given, a JPEG is decoded at the smallest of 1/2, 1/4 or 1/8 of its size at which both sides still
-    have ``least`` pixels, which is several times faster. ``most`` limits width x height of the full image, and ``only``
-    limits the accepted formats.
+    have ``least`` pixels. ``most`` limits width x height of the full image, and ``only`` limits the accepted formats.
 
     Raises InputError if the image has another format, is truncated or damaged, or has more than ``most`` pixels.
     """
@@ -236,7 +228,7 @@ def decode(
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Return the transformation that makes an image upright, according to its EXIF orientation, or ``None``."""
+    """Return the transposition that makes an image upright, or ``None``."""
     to = Image.Transpose
     turns = (to.FLIP_LEFT_RIGHT, to.ROTATE_180, to.FLIP_TOP_BOTTOM, to.TRANSPOSE, to.ROTATE_270, to.TRANSVERSE,
              to.ROTATE_90)  # fmt: skip
@@ -256,7 +248,7 @@ def _middle(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB with at most ``WHOLE_PIXELS`` pixels. It is converted part by part to save memory."""
+    """Convert an image to RGB with at most ``WHOLE_PIXELS`` pixels, part by part to save memory."""
     factor = max(1, math.ceil(math.sqrt(image.width * image.height / WHOLE_PIXELS)))
     if image.mode == "RGB" and "transparency" not in image.info and factor == 1:
         return image
@@ -269,10 +261,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _parts(image: Image.Image, factor: int = 1) -> Iterator[tuple[int, int, Image.Image]]:
-    """Yield the left edge, the top edge and the content of each part of an image.
-
-    The edges are multiples of ``factor``.
-    """
+    """Yield the left edge, the top edge and the content of each part. The edges are multiples of ``factor``."""
     columns = factor * (PART_PIXELS // factor)
     rows = factor * max(1, PART_PIXELS // (factor * min(columns, image.width)))
     for top in range(0, image.height, rows):
@@ -317,7 +306,7 @@ def thumbnail(data: bytes, size: int, *, most: int = MAX_PIXELS) -> bytes:
     """Return a small upright RGB JPEG of an encoded image, whose sides have at most ``size`` pixels.
 
     The image is never enlarged. Comments, EXIF data and profiles are removed. See :func:`decode` for ``most`` and for
-    the cases in which InputError is raised. Raises UsageError if ``size`` is below 1.
+    InputError. Raises UsageError if ``size`` is below 1.
     """
     if size < 1:
         raise UsageError(f"size {size}: expected at least 1 pixel")

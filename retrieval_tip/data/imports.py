@@ -1,7 +1,7 @@
 """Import caches that were written by Tip-Adapter's code.
 
-A cache consists of ``keys_{K}shots.pt`` or ``best_F_{K}shots.pt``, together with ``values_{K}shots.pt``. To import the
-features of other programs, you can write a feature table in ten lines of Python (see docs/features.md).
+A cache consists of ``keys_{K}shots.pt`` or ``best_F_{K}shots.pt``, together with ``values_{K}shots.pt``. For the
+features of other programs, see docs/features.md.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _EXPECTED = "expected keys_{K}shots.pt or best_F_{K}shots.pt beside values_{K}sh
 def import_table(source: Path, out: Path, classes: Path | None = None) -> int:
     """Convert a cache written by Tip-Adapter's code to a feature table, and return the number of rows.
 
-    ``source`` is a key file, or a folder that contains exactly one. The key file ``keys_{K}shots.pt`` holds a tensor of
-    shape ``[d, n]``. The key file ``best_F_{K}shots.pt`` comes from Tip-Adapter-F and holds a tensor of shape
-    ``[n, d]``. It is read only if you name the file itself. ``values_{K}shots.pt`` in the same folder holds the
-    classes as one-hot rows (shape ``[n, c]``). ``classes`` is a file with one class name per line. By default, the
-    classes are named ``class 0``, ``class 1`` and so on.
+    ``source`` is a key file or a folder that contains exactly one. ``keys_{K}shots.pt`` holds a tensor of shape
+    ``[d, n]``. ``best_F_{K}shots.pt`` comes from Tip-Adapter-F, has shape ``[n, d]``, and is read only if you name the
+    file itself. ``values_{K}shots.pt`` in the same folder holds the classes as one-hot rows (shape ``[n, c]``).
+    ``classes`` is a file with one class name per line. By default, the classes are named ``class 0``, ``class 1`` and
+    so on.
 
-    No code in the files is executed. The norms of the features do not change. Float16 and float32 features keep their
-    dtype, and float64 and bfloat16 features are converted to float32. The ids are row numbers.
+    No code in the files is executed. The norms do not change. Float16 and float32 keep their dtype, and float64 and
+    bfloat16 become float32. The ids are row numbers.
 
     Raises UsageError if the source is not exactly one cache, and InputError if a file does not fit.
     """
@@ -107,10 +107,7 @@ def _read(file: Path) -> tuple[Array, npt.NDArray[np.int64], int]:
 
 
 def _read_tensor(file: Path) -> Array:
-    """Read a tensor that was written by ``torch.save``.
-
-    The file is memory-mapped if possible. No code in the file is executed.
-    """
+    """Read a tensor that was written by ``torch.save``, memory-mapped if possible."""
     name, load = show(file), partial(torch.load, map_location="cpu", weights_only=True)
     try:
         with open_regular(file) as raw, warnings.catch_warnings():

@@ -29,7 +29,7 @@ class Pictures:
     read: Callable[[str], bytes]
 
     def labelled(self, label: str | Sequence[str]) -> Pictures:
-        """Label the photos. ``label`` is one label for all photos, or one label for each photo.
+        """Label the photos, with one label for all or one for each.
 
         Raises InputError if the number of labels is wrong.
         """
@@ -73,7 +73,7 @@ def _is_hugging_face(given: object) -> bool:
 
 
 def _column(features: Mapping[str, object], kind: str, name: str) -> str | None:
-    """Return the only column of a type. If there are none or several, return the column called ``name``, if any."""
+    """Return the only column of a type, or else the column called ``name``, if any."""
     found = [column for column, feature in features.items() if type(feature).__name__ == kind]
     return found[0] if len(found) == 1 else name if name in (found or features) else None
 
@@ -135,8 +135,7 @@ def labelled_pictures(given: Any, labels: Iterable[object] | None = None) -> Pic
     """Accept labelled photos, given with separate ``labels``, as pairs ``(photo, label)``, or as a dataset.
 
     A torch dataset is a sequence of such pairs. A Hugging Face dataset has an image column and a label column. If the
-    dataset has ``classes`` or ``ClassLabel`` names, numeric labels are replaced by these names. This also works for a
-    subset of a dataset.
+    dataset has ``classes`` or ``ClassLabel`` names, numeric labels are replaced by these names.
 
     Raises UsageError if there are no labels. Raises InputError if an object is not a photo, or if a label is missing or
     has no name.

@@ -56,10 +56,7 @@ def opened(url: str) -> BinaryIO:
 
 
 def children(folder: str) -> list[str]:
-    """List the URLs in a folder, sorted by name. The list is empty if the folder does not exist.
-
-    Raises InputError if the folder cannot be read.
-    """
+    """List the URLs in a folder, sorted by name. A missing folder has none. Raises InputError if it cannot be read."""
     place, system = folder.rstrip("/"), system_of(folder)
 
     def names() -> list[str]:
@@ -71,7 +68,7 @@ def children(folder: str) -> list[str]:
 
 
 def attempt(url: str, call: Callable[[], _T]) -> _T:
-    """Return the result of a call. Errors from the object store are raised as InputError, which names the URL."""
+    """Return the result of a call. Errors from the object store are raised as InputError."""
     try:
         return call()
     except FileNotFoundError:
@@ -85,7 +82,7 @@ def attempt(url: str, call: Callable[[], _T]) -> _T:
 def read(path: str) -> bytes | None:
     """Return the bytes of a remote image, or ``None`` if the path is not remote.
 
-    Raises InputError if the image cannot be read. The message does not contain the path.
+    Raises InputError if the image cannot be read.
     """
     from retrieval_tip.data import images  # imported here because every --help imports this module
 

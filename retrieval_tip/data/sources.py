@@ -45,8 +45,7 @@ class Source:
     ``items`` is a table with the column ``source``, which is a printable path or id. It also has the column ``label``
     if the labels are known, and the other columns of a table. Each item is either the image ``paths[i]``, or row
     ``rows[i]`` of the feature table ``table``, which is a file or a folder of parts. ``class_names`` lists the labels
-    in order, and is empty if there are no labels. ``dataset`` is the name of a known dataset. ``failed`` lists the
-    members of tars that could not be read.
+    in order. ``dataset`` is the name of a known dataset. ``failed`` lists the members of tars that could not be read.
     """
 
     name: str
@@ -145,7 +144,7 @@ def open_source(
 ) -> Source:
     """Open a labelled source of any kind.
 
-    You can give any of the following:
+    The source is one of the following:
 
     - A folder of class folders, which are searched recursively. The classes are sorted by name. If the folder has parts
       (``train``, ``val``, ``test``), ``split`` selects one of them. If it contains ``metadata.csv`` (or ``.jsonl`` or
@@ -159,7 +158,7 @@ def open_source(
     - Webdataset tars (see :mod:`tars`), given as one tar, a folder of tars, or a pattern.
     - A folder of class folders, a Parquet table or tars on an object store (``s3://``, ``gs://``, ``az://``).
 
-    Raises InputError if the source cannot be read. The message names the file and, if possible, the row.
+    Raises InputError if the source cannot be read.
     """
     return _open(os.fspath(path), _Wanted(split, root, labelled=True))
 
@@ -178,7 +177,7 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
     """Open the inputs to classify, which can be images, folders, glob patterns, tables, tars or object store addresses.
 
     Folders are searched recursively. ``-`` stands for the paths in ``stdin``. Consecutive images are combined into one
-    source. A path that does not exist is treated as an image, which the caller reports as unreadable.
+    source. A path that does not exist is treated as an image.
     """
     paths: list[str] = []
     waiting = list(arguments)[::-1]
@@ -219,7 +218,7 @@ class _Wanted(NamedTuple):
 class _Reader(NamedTuple):
     """Functions for one kind of source.
 
-    ``find`` returns the files that a path stands for. The result is empty if the path is of another kind.
+    ``find`` returns the files that a path stands for, or nothing if it is of another kind.
     """
 
     find: Callable[[str], Sequence[str]]

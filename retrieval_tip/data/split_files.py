@@ -22,7 +22,7 @@ def read(file: Path, split: str, root: str | os.PathLike[str] | None) -> Listing
     """Read one part of a split file. The classes are sorted by label number.
 
     Paths are relative to ``root``. It defaults to the folder that contains the images, which is the folder of the split
-    file or a folder inside it. Raises InputError if an entry is invalid. The message gives the number of the entry.
+    file or a folder inside it. Raises InputError if an entry is invalid.
     """
     name = f"{show(file)} ({split})"
     entries: list[tuple[str, str]] = []
@@ -62,7 +62,7 @@ def _part(file: Path, split: str) -> list[object]:
 
 
 def _image_root(file: Path, paths: list[str]) -> Path:
-    """Return the folder of the split file or the folder inside it that contains the most images of a sample."""
+    """Return the folder (of the split file, or inside it) that contains the most images of a sample."""
     sample = paths[:: max(1, len(paths) // 16)]
 
     def held(folder: Path) -> int:

@@ -41,7 +41,7 @@ MAX_SHOWN = 64  # largest number of column names in a message, and of characters
 
 
 def row_groups_of(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Join tables until they have :data:`GROUP_ROWS` rows, since many small row groups would make the footer large."""
+    """Join tables until they have :data:`GROUP_ROWS` rows, because small row groups enlarge the footer."""
     waiting: list[pa.Table] = []
     for table in tables:
         waiting.append(table)
@@ -58,15 +58,11 @@ def vectors(rows: npt.NDArray[np.generic]) -> pa.FixedSizeListArray:
 
 
 def parquet_writer(target: str | IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
-    """Open a Parquet writer that uses dictionaries only for text.
-
-    Numbers rarely repeat, and writing them with dictionaries would take twice as long.
-    """
+    """Open a Parquet writer that uses dictionaries only for text, because numbers rarely repeat."""
     return pq.ParquetWriter(target, schema, use_dictionary=[path for field in schema for path in _text_paths(field)])
 
 
 def _text_paths(field: pa.Field, within: str = "") -> Iterator[str]:
-    """Yield the Parquet column path of each text column in a field."""
     kind, path = field.type, within + field.name
     if pa.types.is_struct(kind):
         for inner in kind:
@@ -100,7 +96,7 @@ def _holds(folder: str, name: str) -> bool:
 
 
 def table_files(table: Path | str) -> list[Path | str]:
-    """List the Parquet files of a table. These are its parts if it is a folder, or the table itself.
+    """List the Parquet files of a table, which are its parts or the table itself.
 
     Raises InputError if parts are missing.
     """
@@ -254,7 +250,7 @@ def read_columns(file: Path, columns: Sequence[str], most: int) -> pa.Table:
 
 
 def _read_csv(file: Path) -> pa.Table:
-    """Read all columns as text. Quoted fields may contain separators, quotes and line breaks."""
+    """Read all columns as text."""
     with reading(show(file)):
         check_regular(file)
         encoding, name = _encoding(file), os.fsencode(file)  # the name may not be UTF-8
@@ -272,10 +268,7 @@ def _read_csv(file: Path) -> pa.Table:
 
 
 def _read_json_lines(file: Path, wanted: Sequence[str] | None = None) -> pa.Table:
-    """Read the ``wanted`` columns of a JSON Lines file as text, or all columns if ``wanted`` is ``None``.
-
-    Values that are not text are converted to JSON.
-    """
+    """Read the ``wanted`` columns of a JSON Lines file (or all) as text. Other values are converted to JSON."""
     try:
         rows = [json.loads(line) for line in read_regular(file, MAX_JSON).splitlines() if line.strip()]
         columns = dict.fromkeys(name for row in rows for name in row if wanted is None or name in wanted)
@@ -293,11 +286,9 @@ def _text(value: object) -> str | None:
 
 
 def _encoding(file: Path) -> str:
-    """Guess the encoding of a CSV file.
+    """Guess the encoding of a CSV file: UTF-8, UTF-16 with a byte-order mark, or Windows-1252, which Excel writes.
 
-    The encoding is UTF-8, UTF-16 with a byte-order mark, or Windows-1252, which Excel writes. Windows-1252 is assumed,
-    with a warning, if all bytes before the first byte that is not UTF-8 are ASCII. Otherwise the file is damaged UTF-8,
-    and the reader raises an error.
+    It is Windows-1252 if all bytes before the first byte that is not UTF-8 are ASCII. Otherwise, it is damaged UTF-8.
     """
     decoder, plain = codecs.getincrementaldecoder("utf-8")(), True
     with open_regular(file) as raw:

@@ -1,7 +1,7 @@
 """Read images from webdataset tars. The label of ``key.jpg`` is in ``key.cls``, ``key.txt`` or ``key.json``.
 
 Images are named ``TAR/MEMBER``. A local ``.tar`` file is read in place. A compressed tar (``.tar.gz`` or ``.tgz``) or a
-remote tar is first copied to an unnamed temporary file. No named files are created.
+remote tar is first copied to an unnamed temporary file.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ _opening = threading.Lock()
 class Tar:
     """The images in a tar.
 
-    ``places`` contains the position of each image in the file, ``labels`` contains its label or ``None``, and
-    ``failed`` lists the members that cannot be read. If the tar is damaged, reading stops there and the damage is
-    listed in ``failed``. Raises InputError if nothing can be read. The message does not contain the path.
+    ``places`` and ``labels`` contain the position and the label of each image. ``failed`` lists the members that cannot
+    be read, and the damage at which reading stops. Raises InputError if nothing can be read.
     """
 
     def __init__(self, place: str) -> None:
@@ -111,10 +110,7 @@ class Tar:
 
 
 def opened(place: str) -> Tar:
-    """Open a tar by its path or URL. Raises the same errors as :class:`Tar`.
-
-    The last :data:`HELD` tars stay open and are reused if they have not changed.
-    """
+    """Open a tar by its path or URL, or return it if it is one of the last :data:`HELD` and has not changed."""
     try:
         status = None if remote.is_remote(place) else os.stat(place)
     except OSError as error:
@@ -141,7 +137,7 @@ def tar_of(path: str) -> str | None:
 def read(path: str) -> bytes | None:
     """Return the bytes of an image in a tar, or ``None`` if the path is not in a tar.
 
-    Raises InputError if the image cannot be read. The message does not contain the path.
+    Raises InputError if the image cannot be read.
     """
     return None if (tar := tar_of(path)) is None else opened(tar).read(path)
 
@@ -245,7 +241,7 @@ def _add(samples: dict[str, _Sample], member: tarfile.TarInfo, file: BinaryIO) -
 
 
 def _plain_tar(place: str) -> BinaryIO:
-    """Open a tar as an uncompressed local file, which is either the tar itself or an unnamed copy."""
+    """Open a tar itself, or an unpacked, unnamed copy."""
     packed = not place.lower().endswith(".tar")
     if not packed and not remote.is_remote(place):
         return open_regular(place)
@@ -262,7 +258,7 @@ def _plain_tar(place: str) -> BinaryIO:
 
 
 def _unpack(raw: BinaryIO, file: BinaryIO) -> None:
-    """Unpack a gzip file up to the first damage. The tar then ends there, which is reported later."""
+    """Unpack a gzip file up to the first damage."""
     with gzip.GzipFile(fileobj=raw) as unpacked:
         try:
             while block := unpacked.read1(CHUNK):
@@ -275,8 +271,7 @@ def _unpack(raw: BinaryIO, file: BinaryIO) -> None:
 def _label(sample: _Sample) -> str | None:
     """Return the label of a sample, or ``None`` if it has no label file.
 
-    This is the text in ``.cls`` or ``.txt``, or the value of ``label``, ``class`` or ``cls`` in ``.json``. Raises
-    InputError if the label file cannot be read.
+    This is the text in ``.cls`` or ``.txt``, or the value of ``label``, ``class`` or ``cls`` in ``.json``.
     """
     kind = next((kind for kind in LABELS if kind in sample.labels), None)
     if kind is None:

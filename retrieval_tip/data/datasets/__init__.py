@@ -24,7 +24,7 @@ def open_dataset(name: str, root: str | os.PathLike[str], split: str) -> Source:
             part. The ImageNet variants only have a ``test`` part.
 
     Raises UsageError if the name or the part is unknown. Raises InputError if a file or folder is missing or damaged.
-    The message describes the expected layout. Missing images are reported when they are read.
+    Missing images are reported when they are read.
     """
     dataset = facts(name)
     if split not in dataset.images:
@@ -55,11 +55,7 @@ def check(name: str, root: str | os.PathLike[str]) -> list[str]:
 
 
 def _folder(dataset: Dataset, root: Path) -> Path:
-    """Return the folder of a dataset.
-
-    This is ``root`` itself if ``root`` has the name or the files of the dataset, and a folder inside ``root``
-    otherwise.
-    """
+    """Return ``root`` if it has the name or the files of the dataset, and a folder inside it otherwise."""
     inside = root / dataset.folder
     if os.path.isdir(inside):
         return inside

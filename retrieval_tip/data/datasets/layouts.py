@@ -83,8 +83,8 @@ def named_folders(dataset: Dataset, folder: Path, split: str) -> dict[str, Path]
 def class_names_by_folder(listing: Path) -> dict[str, str]:
     """Map folders to class names, as listed in ``classnames.txt``. Each line contains a folder, a space and a name.
 
-    If a name occurs again, ``_`` is appended to it, and prompts leave it out. For example, older lists contain
-    "missile" twice. Raises InputError if a line is invalid. The message gives the line number.
+    If a name occurs again, as "missile" does in older lists, ``_`` is appended to it, and prompts leave it out. Raises
+    InputError if a line is invalid.
     """
     names: dict[str, str] = {}
     taken: set[str] = set()
@@ -172,7 +172,7 @@ EXPECTED: Mapping[Layout, tuple[str, str]] = {
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:
-    """Return the lines that are not blank, with line numbers starting at 1. Raises InputError if there are none."""
+    """Return the lines that are not blank, with line numbers starting at 1."""
     try:
         text = read_regular(file, MAX_LISTING).decode("utf-8-sig")
     except InputError:
