@@ -11,10 +11,8 @@ Beta is always the untouched beta (:func:`defaults.untouched_settings`), because
 otherwise not be comparable between indexes. Trained ``values`` are ignored. A fitted index is audited with its raw keys
 (:func:`closed_form.unfitted`), because its metric was fitted to each shot's label and would confirm a wrong label.
 
-A class that has no visible keys has no score. If a shot is the only image of its class, it cannot be scored. Its
-suggestion, scores, margin and rank are null, and it is listed only if it is a duplicate.
-
-The keys are processed in blocks, so memory use does not grow with the number of keys.
+A class that has no visible keys has no score. A shot that is the only image of its class cannot be scored. It is listed
+only if it is a duplicate, and its scores are null.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ from retrieval_tip.store.labels import digest_codes, images_of
 ALL_PAIRS, MET = 1 << 33, 256
 """Largest number of affinities for an exact audit (90,000 keys), and the number of keys per shot in larger indexes."""
 VALUES = 1 << 23
-"""Number of affinities in memory at a time. They take 32 MiB in float32, and a few arrays of this size are needed."""
+"""Number of affinities in memory at a time. They take 32 MiB in float32."""
 LEAST = torch.finfo(torch.float32).tiny
 """Smallest score in a margin, relative to the weight of the nearest key. It limits margins to 88."""
 CLEAR = 1.0
@@ -52,7 +50,7 @@ def audit(cache: CacheModel, *, k: KeysMet = None, borderline: bool = False) -> 
     """List shots that look mislabelled, and duplicates of shots in another class, starting with the most suspicious.
 
     A shot looks mislabelled if another class fits clearly better (:data:`CLEAR`). With ``borderline``, it is enough
-    that another class fits better. For all other shots in the list, the suggestion is their own label.
+    that another class fits better. Other shots in the list keep their label as the suggestion.
 
     ``k = "all"`` is exact and computes ``n^2`` affinities (3 s for 16,000 keys of 512 values on two cores). A number
     limits the sums to the ``k`` nearest keys. ``None`` means all keys up to :data:`ALL_PAIRS` affinities, and
@@ -131,8 +129,7 @@ def _keys_met(n: int, k: KeysMet) -> int | None:
 def _met(cache: CacheModel, features: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
     """Return the affinities to the ``k`` nearest keys and the rows of these keys. Both have shape ``[q, k]``.
 
-    If ``k`` is ``None``, return the affinities to all keys (shape ``[q, n]``) and all rows (shape ``[n]``). The
-    affinities are then stored key by key, which makes per-class sums faster.
+    If ``k`` is ``None``, return the affinities to all keys (shape ``[q, n]``) and all rows (shape ``[n]``).
     """
     if k is not None:
         near = cache.retrieval.nearest(features, k)

@@ -115,9 +115,8 @@ def accuracy_coverage(confidence: npt.ArrayLike, right: npt.ArrayLike) -> Covera
 def fit_temperature(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor) -> float:
     """Return the temperature T > 0 that maximises the likelihood of ``softmax(logits / T)`` (Guo et al., section 4.2).
 
-    The convex ``NLL(u) = mean over i of [log sum_c exp(u z_ic) - u z_i,label]`` is minimised over ``u = 1 / T``. This
-    uses Newton's method on the slope ``mean(E_p[z] - z_label)`` within a shrinking bracket, in float64. If the logits
-    are scaled, T is scaled by the same factor. The temperature does not change the predictions.
+    The convex ``NLL(u) = mean over i of [log sum_c exp(u z_ic) - u z_i,label]`` is minimised over ``u = 1 / T`` in
+    float64. If the logits are scaled, T is scaled by the same factor. The temperature does not change the predictions.
 
     The best T tends to 0 if every answer is right, and to infinity if the logits are no better than chance. T is
     therefore bounded (see :func:`temperature_bounds`). If all logits are equal, T is 1.
@@ -202,9 +201,9 @@ class Calibration:
 def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> tuple[Settings, Calibration]:
     """Fit the temperature of an index on a labelled validation source (see :func:`fit_temperature`).
 
-    Returns the index settings with the new temperature, and a description of the fit. The predictions do not change.
-    Fit the temperature again after you change the settings or the keys. Raises InputError if the source is empty, or if
-    one of its labels is not a class of the index.
+    Returns the index settings with the new temperature, and a description of the fit. Fit the temperature again after
+    you change the settings or the keys. Raises InputError if the source is empty, or if one of its labels is not a
+    class of the index.
     """
     truth = torch.from_numpy(cache.ids_of(source))
     parts: list[Tensor] = []

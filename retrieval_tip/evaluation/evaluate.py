@@ -57,8 +57,8 @@ class Details:
 
     ``positions`` are the positions of the items in the source. ``log_truth`` is the natural logarithm of the
     probability of the true class. ``log_doubt`` is that of the probability of all classes except the answer. Both can
-    be used to rank items whose probabilities round to 0 or 1. ``text`` holds the answers of ``softmax(text logits)``,
-    and ``cache`` holds the answers of ``softmax(alpha * cache logits)``.
+    rank items whose probabilities round to 0 or 1. ``text`` holds the answers of ``softmax(text logits)``, and
+    ``cache`` holds the answers of ``softmax(alpha * cache logits)``.
     """
 
     positions: Ints
@@ -238,10 +238,7 @@ class _Pairs:
         self._other = torch.zeros(AFFINITY_BINS, dtype=torch.int64)
 
     def add(self, features: npt.NDArray[np.float32], truth: torch.Tensor) -> None:
-        """Count the affinities between queries and every key.
-
-        The queries have shape ``[q, d]``, and ``truth`` holds their class ids.
-        """
+        """Count the affinities between every key and queries (shape ``[q, d]``) whose class ids are ``truth``."""
         cache, device = self._cache, self._cache.device
         for first in range(0, len(features), QUERY_BLOCK):
             f = torch.from_numpy(np.ascontiguousarray(features[first : first + QUERY_BLOCK])).float().to(device)
@@ -257,6 +254,5 @@ class _Pairs:
                 self._other += torch.bincount(at[~same], minlength=AFFINITY_BINS).cpu()
 
     def counted(self) -> Affinities:
-        """Return the histogram of all pairs that have been counted so far."""
         reach = self._reach or 1.0
         return Affinities(np.linspace(-reach, reach, AFFINITY_BINS + 1), self._same.numpy(), self._other.numpy())

@@ -75,9 +75,9 @@ class Told(TypedDict):
 class Run(Told):
     """A row in the table of runs.
 
-    If ``k`` is 0, all keys are used. ``alpha``, ``beta`` and ``k`` are ``None`` if the method does not use them.
-    ``seconds`` is the time for selecting settings and classifying the test items, excluding the time for encoding.
-    ``peak_memory`` is the peak memory of the process so far, in bytes.
+    A ``k`` of 0 means all keys. ``alpha``, ``beta`` and ``k`` are ``None`` if the method does not use them. ``seconds``
+    is the time for selecting settings and classifying the test items, excluding the time for encoding. ``peak_memory``
+    is the peak memory of the process so far, in bytes.
     """
 
     top1: float
@@ -137,7 +137,7 @@ def sweep(
     protocol: Protocol = "honest", scales: tuple[float, float] = PAPER_SCALES,
     views: tuple[Source, Encoder] | None = None,
 ) -> Iterator[Run]:  # fmt: skip
-    """Add the missing runs to the table ``results``, and yield all requested rows, whether they are old or new.
+    """Add the missing runs to the table ``results``, and yield all requested rows, old or new.
 
     The table is saved after every run. Shots are drawn from the keys of ``pool`` by the published rule, in the order of
     the images. The ``honest`` protocol selects settings on the published validation draw from ``val``, which has
@@ -250,7 +250,7 @@ def _validation(pool: CacheModel, val: Items | None, shots: int, seed: int, prot
 def _set(
     cache: CacheModel, method: Method, protocol: Protocol, scales: tuple[float, float], val: Items | None
 ) -> tuple[CacheModel | Linear, str]:
-    """Fit a method to a drawn index. Return the classifier, and the name of the data that its settings depend on."""
+    """Fit a method to a drawn index. Return the classifier, and the name of the data that selected its settings."""
     if method in LINEAR:
         return LINEAR[method](cache), "nothing" if method == "class-means" else "folds of the shots"
     if method == "closed-form":
@@ -274,10 +274,7 @@ def _set(
 def _fine_tune(
     cache: CacheModel, images: Source, encoder: Encoder, val: Items | None, seed: int
 ) -> tuple[CacheModel, str]:
-    """Fine-tune the keys of a drawn index.
-
-    Return the trained index, and the name of the data that the epoch and the settings were selected on.
-    """
+    """Return a drawn index with fine-tuned keys, and the name of the data that selected its epoch and settings."""
     queries = None if val is None else unseen(cache, val.features, val.ids, val.name)
     tuned = finetune(cache, own_shots(cache, images), encoder, Recipe(seed=seed), val=queries)
     return tuned.cache, "nothing" if val is None else val.name
@@ -286,7 +283,7 @@ def _fine_tune(
 def _row(
     told: Told, answering: CacheModel | Linear, chosen_on: str, test: Items, start: float, backbone: Identity | None
 ) -> Run:
-    """Return the row of a run that started when the performance counter was at ``start``."""
+    """Return the row of a run that started at ``start`` on the performance counter."""
     top1, top5 = _answer(answering, test)
     alpha = beta = k = None
     if isinstance(answering, CacheModel):

@@ -52,7 +52,7 @@ class Batcher(Generic[K, T, R]):
     async def __call__(self, key: K, items: Sequence[T]) -> list[R]:
         """Return the results of ``run`` for these items, in the same order.
 
-        Raises Problem 429 if too many items are waiting. Exceptions that ``run`` raises for these items are passed on.
+        Raises Problem 429 if too many items are waiting.
         """
         if self._items and self._items + len(items) > self._room:
             metrics.REFUSED.labels(self._name).inc()
@@ -75,7 +75,7 @@ class Batcher(Generic[K, T, R]):
                 await self._answer(calls)
 
     async def _answer(self, calls: list[_Call[K, T, R]]) -> None:
-        """Answer a batch. If it fails, split it in half repeatedly, so that no call gets the error of another call."""
+        """Answer a batch, or its halves if it fails, so that no call gets the error of another."""
         items = [item for call in calls for item in call.items]
         start = time.perf_counter()
         try:
@@ -97,7 +97,7 @@ class Batcher(Generic[K, T, R]):
             at += len(call.items)
 
     def _next(self) -> list[_Call[K, T, R]]:
-        """Take the next batch, which is the first call that is still needed and all calls of its key that fit."""
+        """Take the first call that is still needed and all calls of its key that fit."""
         taken: list[_Call[K, T, R]] = []
         kept: deque[_Call[K, T, R]] = deque()
         number = 0
@@ -229,7 +229,7 @@ class Kept(Generic[K, R]):
         """Return the result of ``make``, from the cache if possible.
 
         Errors are not cached. If a call is cancelled, ``make`` continues to run. Raises Problem 503 if too many results
-        are in progress. Exceptions that ``make`` raises are passed on.
+        are in progress.
         """
         if key in self._results:
             self._results.move_to_end(key)

@@ -90,7 +90,7 @@ class Guard:
         self.app, self.limits, self.held = app, limits, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request to the app. If the request exceeds a limit, answer it with a problem instead."""
+        """Pass a request to the app, or answer it with a problem if it exceeds a limit."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -136,7 +136,7 @@ class _Exchange:
         self._waits = self._whole = self._begun = self._refused = False
 
     async def run(self) -> None:
-        """Run the app. Raises Problem 408 if the body arrives too late, and Problem 503 if the response is too late."""
+        """Run the app. Raises Problem 408 if the body is too late, and 503 if the response is."""
         try:
             async with asyncio.timeout(self._limits.seconds) as self._deadline:
                 self._scope[DEADLINE] = self._deadline
@@ -151,10 +151,7 @@ class _Exchange:
             self._guard.held -= self._held
 
     async def receive(self) -> Message:
-        """Receive a part of the body.
-
-        Raises Problem 413 if the body is too large. Raises Problem 503 if too much data is held in memory.
-        """
+        """Receive a part of the body, unless it is too large (413) or too much data is held (503)."""
         self._waits = not self._whole
         message = await self._receive()
         self._waits, self._whole = False, not message.get("more_body")
@@ -184,10 +181,7 @@ class _Exchange:
         await self._send(message)
 
     def _hold(self, size: int) -> bool:
-        """Count ``size`` bytes as held, and return whether that is allowed.
-
-        It is allowed if the bytes fit, or if no other request holds any bytes.
-        """
+        """Count ``size`` bytes as held if they fit or no other request holds any, and return whether they are."""
         if self._guard.held + size > self._limits.held and self._guard.held > self._held:
             return False
         self._guard.held += size

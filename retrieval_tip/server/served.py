@@ -144,10 +144,7 @@ class Backbones:
             self._open[backbone.identity.fingerprint, None] = backbone
 
     def of(self, cache: AnsweringIndex, name: str) -> Backbone | None:
-        """Return the backbone of an index, or ``None`` if the index does not name one.
-
-        If loading fails, log a warning and return ``None``.
-        """
+        """Return the backbone of an index, or ``None`` if it names none, or if loading fails, which is logged."""
         identity = cache.backbone
         if identity is None:
             return None

@@ -185,10 +185,7 @@ class Service:
         backbone: Backbone,
         use: Callable[[torch.Tensor], Awaitable[T | InputError]],
     ) -> tuple[dict[int, T], list[Unread]]:
-        """Decode images and pass each of them to ``use``. Return the results by position, and the unreadable images.
-
-        Raises Problem 422 if all images are unreadable. Raises Problem 429 if too many images are waiting.
-        """
+        """Decode images and pass each to ``use``. Return the results by position, and the unreadable images."""
 
         async def used(turn: Turn[torch.Tensor | InputError]) -> T | InputError:
             pixels = await turn.result
@@ -463,7 +460,7 @@ class Service:
 
 
 async def _nothing(_: torch.Tensor) -> None:
-    """Ignore a decoded image. Decoding it was enough to check it."""
+    """Ignore an image that only had to be decoded."""
 
 
 def _rolled_back(one: Served, to: int, since: int | None) -> changes.Changed:
@@ -476,7 +473,6 @@ def _rolled_back(one: Served, to: int, since: int | None) -> changes.Changed:
 
 
 def _judged(one: Served) -> schemas.Judgement:
-    """Return the accuracy estimated by the last fit."""
     fit = one.now.cache.provenance.get("fit", {})
     return schemas.Judgement(fit.get("photos"), fit.get("words"), fit.get("both"), fit.get("summary"))
 
@@ -496,7 +492,7 @@ def _unit(raw: FloatArray) -> FloatArray | InputError:
 
 
 def _of_spelling(name: str, alike: Mapping[str, str]) -> list[str]:
-    """Return a warning for each new class that is spelled almost like another, with the request that merges them."""
+    """Return a warning for each new class that is spelled almost like another."""
     route = f"POST /v1/indexes/{quote(name, safe='')}/rename"
     return [
         f"{new!r} is spelled almost like {known!r}; to merge them: {route} {json_line({'of': new, 'label': known})}"

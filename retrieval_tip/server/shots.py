@@ -65,10 +65,7 @@ def build(folder: Path, backbone: Backbone, labelled: Sequence[tuple[str, bytes]
 
 @contextmanager
 def _removed_on_error(folder: Path, own: Path) -> Iterator[list[Path]]:
-    """Yield a list to which the context appends new files in ``folder``, and remove these files on error.
-
-    On error, also remove the folder ``own`` if it is empty, and ``folder`` if it is new.
-    """
+    """Yield a list for new files in ``folder``. On error, remove them, ``own`` if empty, and a new ``folder``."""
     fresh: list[Path] = []
     folders = [own] if folder.exists() else [own, folder]
     try:
@@ -85,7 +82,7 @@ def _removed_on_error(folder: Path, own: Path) -> Iterator[list[Path]]:
 
 
 def _source(name: str, folder: Path, labelled: Sequence[tuple[str, bytes]], fresh: list[Path]) -> Source:
-    """Save labelled images by class, in files named by their hashes, and append new files to ``fresh``."""
+    """Save labelled images by class under their hashes, and append new files to ``fresh``."""
     labels = tuple(dict.fromkeys(label for label, _ in labelled))
     kept: dict[tuple[str, Path], None] = {}
     for label, data in sorted(labelled, key=lambda pair: labels.index(pair[0])):

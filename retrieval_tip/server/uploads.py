@@ -184,7 +184,6 @@ def _check_parts(body: bytes, rows: int, d: int) -> None:
 
 
 def _features(sent: list[object], d: int, norms: Norms) -> FloatArray:
-    """Return JSON rows as features. Raises InputError if a row is not a list of ``d`` numbers."""
     rows = np.empty((len(sent), d))
     for i, row in enumerate(sent):
         if not isinstance(row, list) or len(row) != d:
