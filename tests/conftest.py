@@ -204,17 +204,22 @@ def warm_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"{folder}{os.pathsep}{PROGRAMS}"
 
 
-@pytest.fixture
-def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make matplotlib look uninstalled."""
+def uninstall(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a package look uninstalled."""
     real = builtins.__import__
 
     def without(name: str, *rest: object) -> object:
-        if name.startswith("matplotlib"):
+        if name.startswith(package):
             raise ImportError(name)
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
+
+
+@pytest.fixture
+def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make matplotlib look uninstalled."""
+    uninstall("matplotlib", monkeypatch)
 
 
 @pytest.fixture

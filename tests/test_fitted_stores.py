@@ -7,8 +7,6 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import buckets
-import killing
 import lancedb
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from tables import write_table
 from test_closed_form import clusters, text_of
-from test_stores import STEPS, copied, done, everything, labels_of, made, put, said, step
+from test_stores import STEPS, _bucket_and_one_thread, copied, done, everything, labels_of, made, put, said, step  # noqa: F401
 
 from retrieval_tip.cli import main
 from retrieval_tip.data.encoder import Encoder
@@ -41,13 +39,6 @@ LETTERS = {"solved": ("within", "solved"), "metric": ("within", "one-hot"), "val
 NAMES = [f"class {i}" for i in range(5)]
 QUERIES = clusters(4, seed=5)[0]
 KINDS = ("folder", "lance")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _bucket_and_one_thread():
-    with killing.one_thread(), pytest.MonkeyPatch.context() as patch:
-        buckets.use(patch, buckets.endpoint())
-        yield
 
 
 def table(path: Path, shots=8, seed=0, prefix="it's"):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import builtins
 import functools
 import http.server
 import json
 import os
 import socket
-import string
 import subprocess
 import sys
 import threading
@@ -21,14 +19,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import buckets
 import obstore
 import pytest
-from conftest import examples
+from conftest import examples, uninstall
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from obstore.exceptions import GenericError
 
 from retrieval_tip.errors import StoreError, UsageError
 from retrieval_tip.index import addresses
-from retrieval_tip.lance import address
 from retrieval_tip.lance.address import Address, Patience, storage_options
 from retrieval_tip.lance.objects import Objects
 
@@ -102,11 +99,6 @@ def test_a_bad_address_is_refused_in_one_line(text: str, says: str):
     assert message.isprintable()
     assert "hunter2" not in message
     assert "ter2" not in message
-
-
-_ANY = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp"), exclude_characters="/?"), min_size=1)
-_PART = _ANY.filter(lambda part: part not in (".", "..") and not address._UNLIKE.search(part))
-_BUCKETS = st.text(string.ascii_lowercase + string.digits, min_size=3, max_size=63)
 
 
 @settings(max_examples=examples(200), deadline=None)
@@ -284,24 +276,13 @@ def test_on_a_disk_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_without_obstore_the_error_tells_how_to_install_it(tmp_path: Path, no_obstore: None):
+def test_without_obstore_the_error_tells_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    uninstall("obstore", monkeypatch)
     for text in (f"lance://{tmp_path}/x", "s3://bucket/x", "gs://bucket/x"):
         with pytest.raises(UsageError) as caught:
             at(text)
         assert str(caught.value).startswith(f"{text}: ")
         assert "retrieval-tip[distributed]" in str(caught.value)
-
-
-@pytest.fixture
-def no_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: object) -> object:
-        if name.startswith("obstore"):
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
 
 
 # ------------------------------------------------------------------------------------------- what goes wrong elsewhere

@@ -37,7 +37,6 @@ from retrieval_tip.server.served import open_all
 
 from conftest import SHARED, SOAK  # isort: skip
 
-TOKEN = "open sesame"
 MIB = 1 << 20
 AT_ONCE = 400 * MIB
 """What a server may take beyond what it has: the pictures of 50 megapixels that it decodes at once, and bodies."""
