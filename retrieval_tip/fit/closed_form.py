@@ -352,7 +352,7 @@ class Folds:
         return metric, form.values.fit(keys if metric is None else metric(keys), ids, self.c, form.beta)
 
     def _cache(self, form: Form, held: Held, fold: int) -> Tensor:
-        """Return cache logits ``[q, c]`` of held-out photos, by an index over the other keys."""
+        """Return cache logits of held-out photos, from an index over the other keys."""
         metric, values = self.fitted(form, held.rows, fold)
         queries = held.features if metric is None else metric(held.features)
         cache = torch.zeros(len(queries), self.c)
@@ -530,8 +530,6 @@ def estimate(cache: CacheModel) -> Judged:
 
 
 def _accuracies(photos: Tensor, words: Tensor | None, right: Tensor, ids: Tensor, weights: Tensor | None) -> Judged:
-    """Return the accuracies of cache and text logits ``[q, c]``, and of answers that are ``right`` ``[q]``."""
-
     def accuracy(right: Tensor) -> float:
         return float((right.double() if weights is None else weights * right).mean())
 
@@ -559,7 +557,7 @@ def unfitted(cache: CacheModel) -> CacheModel:
 
 
 def _longest(cache: Shots) -> float:
-    """Return the largest norm of at most :data:`JUDGED` keys. Raises InputError if it is too small for float32."""
+    """Return the largest norm in a sample of the keys. Raises InputError if it is too small for float32."""
     rows = torch.linspace(0, cache.n - 1, min(cache.n, JUDGED), dtype=torch.float64).long()
     longest = float(torch.linalg.vector_norm(_taken(cache.keys, rows).double(), dim=1).max())
     if 0 < longest < LEAST_NORM:
@@ -595,7 +593,6 @@ def _forms(
 
 
 def _judged_by(cache: Shots, validation: Queries | None, images: IntArray) -> tuple[Folds, str]:
-    """Return the folds that judge the chosen form, and their description."""
     ids, c = cache.class_ids.cpu(), len(cache.class_names)
     text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
     if validation is not None:
@@ -609,10 +606,7 @@ def _judged_by(cache: Shots, validation: Queries | None, images: IntArray) -> tu
 
 
 def _chosen(cache: Shots, forms: Sequence[Form], folds: Folds, images: IntArray | None) -> tuple[Form, list[FormTrial]]:
-    """Return the chosen form and the tried ones, which are empty if there are too few shots to choose.
-
-    With ``images`` of the keys, fewer folds of the shots are used, and a sample of very many keys.
-    """
+    """Return the selected form and the forms that were tried, if there are enough shots to select one."""
     if len(forms) == 1 or (images is not None and len(np.unique(images)) < LEAST_SHOTS * len(folds.ids.unique())):
         return forms[0], []
     if images is not None:
@@ -621,7 +615,7 @@ def _chosen(cache: Shots, forms: Sequence[Form], folds: Folds, images: IntArray 
 
 
 def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence[str]) -> tuple[Settings, Judged]:
-    """Return the settings of a form that make the held-out photos most likely, and its accuracies on them."""
+    """Return the settings that give the held-out photos the highest log-likelihood, and their accuracies."""
     text, cache, ids = folds.logits(form)
     weights = folds.weights
     offsets = OFFSETS if form.values is not None and not folds.of_classes.any() else (None,)
@@ -641,7 +635,6 @@ def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence
 
 
 def _quantile(values: Tensor, share: float, weights: Tensor | None) -> float:
-    """Return a quantile of values ``[q]``, optionally weighted."""
     if weights is None:
         return float(values.quantile(share))
     values, order = values.sort()
@@ -649,7 +642,7 @@ def _quantile(values: Tensor, share: float, weights: Tensor | None) -> float:
 
 
 def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tuple[str, int, int]]:
-    """Return at most :data:`WEAKEST` classes with mistakes, least accurate first: name, correct answers, photos."""
+    """Return the classes with mistakes, least accurate first, with their right answers and their photos."""
     held, correct = (torch.bincount(part, minlength=len(class_names)) for part in (ids, ids[right]))
     missed = torch.nonzero(held > correct)[:, 0].tolist()
     missed.sort(key=lambda c: (int(correct[c]) / int(held[c]), -int(held[c])))
@@ -657,12 +650,11 @@ def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tup
 
 
 def _unjudged(cache: Shots, forms: Sequence[Form], covered: float) -> tuple[Form, Settings]:
-    """Return form and settings for shots that cannot be held out: :data:`ONE_SHOT`, or the untouched settings.
+    """Return the form and the settings for shots that cannot be held out.
 
-    The text has not seen the shots, so they can still fit its temperature T, which gives weak class names little
-    weight. If the text is overconfident (T > 1), photos count T^2 times as much: ``softmax(text / T + 13 T^2 cache)``,
-    at a higher temperature if that exceeds the upper bound. The share of classes with shots, ``covered``, scales the
-    weight of photos, since the cache cannot know the other classes.
+    The text has not seen the shots, so its temperature T can still be fitted to them. If the text is overconfident
+    (T > 1), photos count T^2 times as much: ``softmax(text / T + 13 T^2 cache)``. The share of classes that have shots,
+    ``covered``, scales the weight of photos.
     """
     if all(form.values is None for form in forms):
         alpha, beta = untouched_settings(cache.keys, cache.class_ids.cpu().numpy())
@@ -683,7 +675,7 @@ def _unjudged(cache: Shots, forms: Sequence[Form], covered: float) -> tuple[Form
 
 
 def _sample(keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntArray) -> Folds:
-    """Return folds of about :data:`CHOSEN_ON` keys, with at most :data:`CHOSEN_SHOTS` keys of a class."""
+    """Return folds of a sample of the keys."""
     if len(ids) > CHOSEN_ON:
         draw = np.random.default_rng(0)
         few = np.flatnonzero(_ranks(ids, draw) < CHOSEN_SHOTS)
@@ -699,13 +691,13 @@ def _sample(keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntA
 def _linked(
     text: Tensor | None, cache: Tensor, ids: Tensor, offsets: Sequence[float | None], weights: Tensor | None = None
 ) -> tuple[Blend, float | None]:
-    """Return the best blend with the cache (``None``) or its logarithm with one of the ``offsets``, and that offset."""
+    """Return the best blend with the cache or its logarithm, and the offset of the logarithm."""
     blends = [(blend(text, tip.log_cache(cache.clone(), offset), ids, weights), offset) for offset in offsets]
     return min(blends, key=lambda pair: pair[0].loss)
 
 
 def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[FormTrial]]:
-    """Return the first form, or the best of the significantly better ones (:func:`fit`), and all trials."""
+    """Return the first form, or the best of the significantly better ones, and all trials."""
     stands = folds.judge(forms[0])
     best, trials = (forms[0], stands.loss), []
     for form in forms:
@@ -719,12 +711,11 @@ def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[FormTrial]]
 
 
 def _is_uneven(class_ids: Tensor) -> bool:
-    """Return whether the classes that have keys differ in their numbers of keys."""
     return len(torch.unique(torch.unique(class_ids, return_counts=True)[1])) > 1
 
 
 def _ranks(ids: IntArray, draw: np.random.Generator) -> IntArray:
-    """Shuffle, and return the rank of each item within its class ``[n]``."""
+    """Return the rank of each item within its class, in random order."""
     order = draw.permutation(len(ids))
     order = order[np.argsort(ids[order], kind="stable")]
     ranks = np.empty(len(ids), dtype=np.int64)
@@ -733,10 +724,7 @@ def _ranks(ids: IntArray, draw: np.random.Generator) -> IntArray:
 
 
 def _held(keys: Keys, ids: IntArray, folds: IntArray, first: IntArray, groups: IntArray, judged: int) -> Iterator[Held]:
-    """Yield about ``judged`` queries fold by fold, for an index without the ``groups`` ``[n]`` of these queries.
-
-    ``folds`` ``[m]`` and ``first`` ``[m]`` give the fold and the first key of each image.
-    """
+    """Yield about ``judged`` queries by fold, each fold for an index that excludes its ``groups`` of keys."""
     begun = False
     for fold in range(folds.max(initial=-1) + 1):
         asked = first[folds == fold]
@@ -750,7 +738,7 @@ def _held(keys: Keys, ids: IntArray, folds: IntArray, first: IntArray, groups: I
 
 
 def _blocks(keys: Keys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:
-    """Yield some of the keys with their rows, in blocks; in order unless the keys are read in place."""
+    """Yield some of the keys and their rows in blocks, in order unless the keys are read in place."""
     if isinstance(keys, KeysInPlace):
         return keys.blocks(rows)
     parts = (rows[part] for part in slices(len(rows), KEY_BLOCK))
@@ -762,11 +750,7 @@ def _taken(keys: Keys, rows: Tensor) -> Tensor:
 
 
 def _folds(images: IntArray, ids: IntArray, number: int) -> tuple[IntArray, IntArray]:
-    """Return the fold of each key ``[n]``, -1 if it is never held out; and the first key of each image.
-
-    Images of each class are shuffled and dealt into ``number`` folds, or as many as the smallest class with at least
-    two images has.
-    """
+    """Return the fold of each key, or -1 if the key is never held out, and the first key of each image."""
     _, first, image = np.unique(images, return_index=True, return_inverse=True)
     own = ids[first]
     counts = np.bincount(own)

@@ -233,7 +233,7 @@ def finetune(
 
 
 def _untrained(cache: CacheModel, recipe: Recipe) -> CacheModel:
-    """Return the index that training starts from: Tip-Adapter over the same keys, with the recipe's alpha and beta."""
+    """Return Tip-Adapter over the same keys, with the recipe's alpha and beta."""
     plain = closed_form.unfitted(cache.whole())
     return plain.with_settings(plain.settings.override(alpha=recipe.alpha, beta=recipe.beta))
 
@@ -272,9 +272,8 @@ def _compared(
 ) -> tuple[Comparison | None, Tuned | None]:
     """Compare an index before and after training on held-out shots, and return the last trained index as well.
 
-    A quarter of each class is held out at a time, including all views of its shots, until :data:`HELD_OUT` shots have
-    been evaluated. If an encoder is trained, only one quarter is held out. The remaining shots are used to fit the
-    index again and to train it. Both return values are ``None`` if no class has two photos.
+    A quarter of each class is held out at a time, until :data:`HELD_OUT` shots have been evaluated. If an encoder is
+    trained, only one quarter is held out. Both return values are ``None`` if no class has two photos.
     """
     whole = cache.whole()
     images, c = images_of(whole.labels), len(whole.class_names)
@@ -307,7 +306,7 @@ def _right(cache: CacheModel, queries: search_hp.Queries) -> int:
 
 
 def _held(place: Path | None, resume: bool) -> Checkpoint | None:
-    """Return the state of the interrupted run to resume, or ``None`` if there is no such run."""
+    """Return the state of the interrupted run to resume, if there is one."""
     if place is None:
         if resume:
             raise UsageError("resume: only for encoders (train visual or text); to train keys and values, start again")
@@ -323,7 +322,7 @@ def _held(place: Path | None, resume: bool) -> Checkpoint | None:
 
 
 def _read(place: Path) -> Checkpoint:
-    """Read a checkpoint. Raises InputError if the file is damaged or is not a checkpoint."""
+    """Read a checkpoint. Raises InputError if the file is not a valid checkpoint."""
     try:
         check_regular(place)
         with ZipFile(place) as archive:  # torch does not verify checksums
@@ -378,9 +377,7 @@ def own_shots(cache: CacheModel, source: Source) -> Source:
 class _Material:
     """Training and validation data of a run.
 
-    ``ids`` are the class ids of ``shots``. ``views`` are their cached views, or ``None`` if every epoch encodes fresh
-    views. ``val`` holds the validation images and ``queries`` holds their features. ``backbone`` is the copy of the
-    backbone that is trained.
+    ``views`` holds the cached views of the shots, or ``None`` if every epoch encodes fresh views.
     """
 
     encoder: Encoder
@@ -413,10 +410,7 @@ class _Material:
         return cls(encoder, backbone, shots, cache.ids_of(shots), views, images, queries)
 
     def split(self, names: set[str], cache: CacheModel, encoder: Encoder, recipe: Recipe) -> tuple[_Material, Source]:
-        """Split off the shots whose source is in ``names``, and return the remaining material and these shots.
-
-        The remaining material has its own copy of the backbone to train.
-        """
+        """Split off the shots whose source is in ``names``. The rest has its own copy of the backbone to train."""
         out = np.array([name in names for name in self.shots.sources], dtype=bool)
         encoder, backbone = _in_training(cache, replace(encoder, views=1), recipe)
         views = self.views
@@ -430,10 +424,7 @@ class _Material:
         return own, self.shots.take(np.flatnonzero(out))
 
     def batches(self, recipe: Recipe, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches of queries and class ids, with one view of each shot per epoch.
-
-        The queries are pixels if the image encoder is trained, and features otherwise.
-        """
+        """Yield batches of pixels or features and their class ids, with one view of each shot per epoch."""
         random = np.random.default_rng((recipe.seed, epoch))
         fresh = f"fresh/{recipe.seed}/{epoch}"
         if "visual" in recipe.train:
@@ -475,7 +466,6 @@ class _Run:
         self.collapsed: str | None = None
 
     def train(self, checkpoint: Path | None = None) -> None:
-        """Train for all epochs, write a checkpoint after each epoch, and keep the best one (:meth:`_is_kept`)."""
         began = time.monotonic() - self.seconds
         if not self.curve:
             self._record(math.nan, math.nan)
@@ -514,7 +504,6 @@ class _Run:
         self._record(loss / max(seen, 1), right / max(seen, 1))
 
     def _record(self, loss: float, accuracy: float) -> None:
-        """Add a row to the curve, and keep the current state if :meth:`_is_kept` returns true."""
         row: dict[str, float] = {"epoch": self.epoch, "loss": loss, "accuracy": accuracy, "seconds": self.seconds}
         row["val_loss"], row["val_accuracy"] = self._validate() if self.collapsed is None else (math.nan, math.nan)
         self.curve.append(row)
@@ -529,11 +518,7 @@ class _Run:
             self.kept_epoch, self.kept = self.epoch, self.trainer.trained()
 
     def _is_kept(self) -> bool:
-        """Return whether the latest validation accuracy is within one standard error of the best.
-
-        If there are few images, neighbouring epochs differ only by chance. Later epochs are then preferred, because
-        their learning rate is lower.
-        """
+        """Return whether the latest validation accuracy is within one standard error of the best."""
         if self.material.queries is None:
             return True
         best = max(row["val_accuracy"] for row in self.curve)
@@ -557,7 +542,7 @@ class _Run:
         return self.trainer.evaluate(features, ids)
 
     def _write(self, place: Path) -> None:
-        """Write a checkpoint. Raises InputError if writing fails, in which case the previous file is kept."""
+        """Write a checkpoint. If writing fails, the previous file is kept."""
         state: Checkpoint = {name: getattr(self, name) for name in STATE}
         state |= {"now": self.trainer.trained(), "optimizer": self.trainer.optimizer.state_dict()}
         state |= {"told": self.told, "precision": self.recipe.precision}
@@ -569,10 +554,7 @@ class _Run:
                 raise InputError(f"{show(place)}: cannot be written: {first_line(error)}") from None
 
     def restore(self, state: Checkpoint, place: Path) -> None:
-        """Continue from a checkpoint.
-
-        Raises UsageError if the checkpoint belongs to another run, and InputError if it does not fit this one.
-        """
+        """Continue from a checkpoint. Raises UsageError or InputError if it does not fit this run."""
         if other := [part for part, ours in self.told.items() if ours != state["told"].get(part)]:
             raise UsageError(f"{show(place)}: of a run with another {', '.join(other)}; start over without --resume")
         try:
@@ -584,7 +566,6 @@ class _Run:
             raise _unfit(place, error) from None
 
     def result(self, parent: str) -> Tuned:
-        """Return the index in its best state, after a new search for its settings."""
         trainer, backbone = self.trainer, self.trainer.backbone
         trainer.restore(self.kept)
         keys, ids = trainer.keys.cpu().numpy().astype(self.cache.keys.dtype), self.cache.class_ids.cpu().numpy()
@@ -622,7 +603,6 @@ class _Run:
 
 
 def _told(cache: CacheModel, material: _Material, recipe: Recipe) -> dict[str, object]:
-    """Return the facts that identify a run and are known before it starts."""
     queries, views, backbone = material.queries, material.views, material.backbone
     parts = [cache.keys, cache.class_ids.cpu().numpy(), cache.text_weights.cpu().numpy(), material.ids]
     parts += [] if views is None else [views.features, views.starts]
@@ -657,7 +637,6 @@ def _settings(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[f
 
 
 def _fitting_alpha(cache: CacheModel, queries: search_hp.Queries) -> float:
-    """Return the alpha with the lowest cross-entropy on the queries."""
     terms, settings = cache.terms(queries.features, "all"), cache.settings
     ids = torch.from_numpy(queries.ids).to(cache.device)
     alphas = [float(alpha) for alpha in np.geomspace(1e-3, 1e6, 91)]
@@ -689,7 +668,7 @@ def _in_training(cache: CacheModel, encoder: Encoder, recipe: Recipe) -> tuple[E
 
 @contextmanager
 def _repeatable(device: str) -> Iterator[None]:
-    """Make sums on a GPU deterministic. Attention uses the plain kernel, because the others are not deterministic."""
+    """Make sums on a GPU deterministic. Attention uses the plain kernel for the same reason."""
     if device == "cpu":
         yield
         return

@@ -65,10 +65,7 @@ class Scatter:
 def _centres(
     counts: npt.NDArray[np.int64], sums: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return the mean of the class means ``[d]``, and the centres of the classes ``[c, d]``.
-
-    The centres are the class means, or the mean of all keys if each class has one.
-    """
+    """Return the mean of the class means, and the class means, or the mean of all keys if each class has one key."""
     means = sums / np.maximum(counts, 1)[:, None]
     centres = means if counts.max() > 1 else np.broadcast_to(sums.sum(0) / counts.sum(), sums.shape)
     return means[counts > 0].mean(0), centres

@@ -310,10 +310,7 @@ def search_paper(
 
 @dataclass(frozen=True)
 class _Tried:
-    """The intervals of alpha on which each query is right, for each beta and k.
-
-    ``low`` and ``high`` are the open ends of the intervals. Both arrays have shape ``[betas, ks, q]``.
-    """
+    """The open intervals ``(low, high)`` of alphas at which each query is right, of shape ``[betas, ks, q]``."""
 
     queries: Queries
     betas: Sequence[float]
@@ -323,7 +320,6 @@ class _Tried:
 
     @classmethod
     def of(cls, cache: CacheModel, queries: Queries, betas: Sequence[float], ks: Sequence[int | None]) -> Self:
-        """Try each beta and k. Raises InputError if the queries do not fit the index."""
         q, c = len(queries.ids), len(cache.class_names)
         if not q:
             raise InputError(f"{queries.name}: there are no queries to select settings on")
@@ -345,7 +341,6 @@ class _Tried:
         self, b: int, j: int, alpha: float, interval: tuple[float, float], best: float, protocol: Protocol,
         surface: pa.Table, warnings: Sequence[str],
     ) -> HyperparameterChoice:  # fmt: skip
-        """Describe the selection of ``betas[b]``, ``ks[j]`` and ``alpha``."""
         hits = self.hits(b, j, alpha)
         lower, upper = _bootstrap(hits.astype(np.float64))
         rivals = {"text alone": self.hits(b, j, 0.0), "cache alone": self.high[b, j] == np.inf}
@@ -371,14 +366,13 @@ class _Tried:
         )
 
     def steps(self) -> FloatArray:
-        """Return the alphas of the surface: 0, and logarithmic steps over the range in which the accuracy changes."""
+        """Return 0 and logarithmic steps over the range of alpha in which the accuracy changes."""
         low, high = self.low, self.high
         ends = np.concatenate([low[(low > 0) & (low < np.inf)], high[(high > 0) & (high < np.inf)], [1.0]])
         first, last = np.quantile(ends, (0.01, 0.99))
         return np.append(0.0, np.geomspace(first / 2, last * 2, SURFACE_ALPHAS - 1))
 
     def surface(self, alphas: FloatArray) -> pa.Table:
-        """Return a table of the accuracy for each k (0 stands for all keys), beta and alpha."""
         betas, ks, q = self.low.shape
         right = np.stack([[_count(self.low[b, j], self.high[b, j], alphas) for b in range(betas)] for j in range(ks)])
         return pa.table(
@@ -394,7 +388,7 @@ class _Tried:
 def _blocks(
     cache: CacheModel, queries: Queries, betas: Sequence[float], ks: Sequence[int | None]
 ) -> Iterator[tuple[slice, Tensor, Tensor, Iterator[tuple[int, int, Tensor]]]]:
-    """Yield the slice, the text logits, the labels, and the cache logits by beta and k for each block of queries."""
+    """Yield the slice, the text logits, the labels and the cache logits of each block of queries."""
     groups = torch.from_numpy(queries.groups).to(cache.device)
     size = QUERY_BLOCK if cache.device == "cpu" else max(1, min(QUERY_BLOCK, GPU_AFFINITIES // cache.n))
     for part in slices(len(queries.ids), size):
@@ -412,7 +406,7 @@ def _blocks(
 def _caches(
     affinity: Tensor, cache: CacheModel, betas: Sequence[float], ks: Sequence[int | None]
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield the cache logits (shape ``[q, c]``) for each beta and k. Hidden keys have an affinity of -inf."""
+    """Yield the cache logits for each beta and k. Hidden keys have an affinity of -inf."""
     ids, c = cache.class_ids, len(cache.class_names)
     seen = affinity > -torch.inf
     counts = tip.sum_by_class(seen.to(affinity.dtype), ids, c)
@@ -459,7 +453,7 @@ def right_between(text: Tensor, cache: Tensor, y: Tensor) -> tuple[FloatArray, F
 
 
 def _best_alpha(low: FloatArray, high: FloatArray) -> tuple[int, tuple[float, float]]:
-    """Return the number of queries that are right at the best alpha >= 0, and the widest interval of such alphas."""
+    """Return the number of right answers at the best alpha, and the widest interval of such alphas."""
     some = (low < high) & (high > 0)
     ends = np.unique(np.concatenate([[0.0], low[some & (low > 0)], high[some & (high < np.inf)]]))
     between = np.append((ends[:-1] + ends[1:]) / 2, ends[-1] * 2 + 1)  # one alpha per gap, and one beyond
@@ -478,7 +472,6 @@ def _best_alpha(low: FloatArray, high: FloatArray) -> tuple[int, tuple[float, fl
 
 
 def _count(low: FloatArray, high: FloatArray, alphas: FloatArray) -> npt.NDArray[np.int64]:
-    """Count the intervals that contain each alpha."""
     some = low < high
     begun = np.searchsorted(np.sort(low[some]), alphas, side="left")
     return begun - np.searchsorted(np.sort(high[some]), alphas, side="right")

@@ -220,10 +220,7 @@ class Trainer:
         return (queries if self._visual is None else self._visual.features(queries)).to(self.cache.device)
 
     def _of(self, prompts: Tensor) -> Tensor:
-        """Compute text weights of shape ``[c, d]`` from the prompt features, as in :mod:`prompts`.
-
-        The prompt features are unit vectors, and have shape ``[c t, d]`` for ``t`` templates.
-        """
+        """Compute text weights of shape ``[c, d]`` from prompt features of shape ``[c t, d]``, for ``t`` templates."""
         means = prompts.reshape(len(self.cache.class_names), -1, prompts.shape[1]).mean(dim=1)
         return functional.normalize(means, dim=1).to(self.cache.device)
 
@@ -237,11 +234,7 @@ Inputs = TypeVar("Inputs", Tensor, Sequence[str])
 
 @dataclass(frozen=True)
 class _Tower(Generic[Inputs]):
-    """An encoder in training, which processes ``size`` images or prompts at a time.
-
-    Features are first computed without an autograd graph. Once their gradient is known, they are computed again with a
-    graph. This way, memory use does not grow with the batch size.
-    """
+    """An encoder in training. Features are computed twice, so that memory use does not grow with the batch size."""
 
     parameters: list[torch.nn.Parameter]
     forward: Callable[[Inputs], Tensor]
@@ -249,11 +242,9 @@ class _Tower(Generic[Inputs]):
 
     @torch.no_grad()
     def features(self, inputs: Inputs) -> Tensor:
-        """Return the normalised features of pixels or prompts."""
         return torch.cat([self._unit(part) for part in self._parts(inputs)])
 
     def backward(self, inputs: Inputs, gradient: Tensor) -> None:
-        """Add to the parameter gradients, given the gradient of the normalised features."""
         for part, wanted in zip(self._parts(inputs), gradient.split(self.size), strict=True):
             features = self._unit(part)
             features.backward(wanted.to(features.device))

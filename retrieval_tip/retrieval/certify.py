@@ -78,11 +78,10 @@ def certificate(terms: tip.Terms, near: Nearest, totals: tip.Totals, settings: S
 
 
 def _highest_other(terms: tip.Terms, settings: Settings, slack: float, classes: Tensor) -> Tensor:
-    """Return, for each query, the largest upper bound on the logits of all classes that are not in ``classes``."""
+    """Return the largest upper bound on the logits of all classes that are not in ``classes``."""
     return terms.logits(settings, slack).scatter_(1, classes, -torch.inf).amax(dim=1)
 
 
 def _logit_of(terms: tip.Terms, settings: Settings, classes: Tensor, slack: float = 0.0) -> Tensor:
-    """Return the logit of each query for its class in ``classes``, after its cache term is raised by ``slack``."""
     chosen = tip.Terms(terms.text.gather(1, classes), terms.cache.gather(1, classes))
     return chosen.logits(settings, slack)[:, 0]

@@ -164,11 +164,10 @@ def describe_duplicates(duplicates: Duplicates, limit: int = 5) -> list[str]:
 
 
 def _pairs_of_equal(codes: IntArray, class_ids: IntArray, new: Bools, most: int) -> tuple[IntArray, IntArray, int]:
-    """Return up to ``most`` pairs of rows that have equal codes and different classes, and the total number of pairs.
+    """Return up to ``most`` pairs of rows with equal codes and different classes, and the total number of pairs.
 
-    Rows with code -1 are ignored, and at least one row of each pair is new. The rows are sorted by code and class, so
-    the partners of a row are all rows from the end of its class to the end of its code. A join in duckdb would take
-    0.1 s to start, and several seconds if one image occurs in 100,000 rows.
+    Rows with code -1 are ignored, and at least one row of each pair is new. A join in duckdb would take 0.1 s to start,
+    and several seconds if one image occurs in 100,000 rows.
     """
     rows = np.flatnonzero((codes >= 0) & np.isin(codes, codes[new]))
     rows = rows[np.lexsort((class_ids[rows], codes[rows]))]
@@ -187,11 +186,7 @@ def _pairs_of_equal(codes: IntArray, class_ids: IntArray, new: Bools, most: int)
 
 
 def _codes_of_equal(keys: KeyArray | Segments) -> IntArray:
-    """Return a code for each key. Identical keys have the same code, and unique keys have the code -1.
-
-    The keys are first compared by their sums modulo 2^64, which is as fast as reading them. Because sums can collide,
-    keys that have equal sums are then hashed.
-    """
+    """Return a code for each key, which only identical keys share. Unique keys have the code -1."""
     n, width = int(keys.shape[0]), math.gcd(8, int(keys.shape[1]) * keys.dtype.itemsize)
     words = (np.ascontiguousarray(keys[part]).view(f"u{width}") for part in slices(n, KEY_BLOCK))
     sums = np.concatenate([block.sum(axis=1, dtype=np.uint64) for block in words])
@@ -204,16 +199,12 @@ def _codes_of_equal(keys: KeyArray | Segments) -> IntArray:
 
 
 def _unit(keys: Keys, rows: IntArray) -> Tensor:
-    """Return the keys at ``rows`` as float32, scaled to norm 1. Fine-tuned keys can have any norm."""
+    """Return the keys at ``rows`` as float32, scaled to norm 1."""
     return normalize(torch.from_numpy(np.asarray(keys[rows], dtype=np.float32)), dim=-1)
 
 
 def _near(keys: Keys, asked: IntArray, new: Bools, least: float, remain: Remain) -> Iterator[Near]:
-    """Compare the rows in ``asked`` with all rows, and yield blocks of pairs that have a cosine above ``least``.
-
-    Pairs for which ``remain`` returns false are excluded. The rows in ``asked`` are sorted to the front, and every row
-    is compared with the ``asked`` rows before it.
-    """
+    """Compare ``asked`` rows with all rows, and yield blocks of pairs whose cosine is above ``least``."""
     order = np.concatenate([asked, np.flatnonzero(~new)])
     index = faiss().IndexFlatIP(int(keys.shape[1]))
     for part in slices(len(order), BLOCK):
@@ -227,10 +218,7 @@ def _near(keys: Keys, asked: IntArray, new: Bools, least: float, remain: Remain)
 
 
 def _nearest(keys: Keys, asked: IntArray, search: Search, least: float, remain: Remain) -> Near:
-    """Compare the rows in ``asked`` with their nearest keys, and return pairs that have a cosine of at least ``least``.
-
-    Pairs for which ``remain`` returns false are excluded.
-    """
+    """Compare ``asked`` rows with their nearest keys, and return pairs whose cosine is at least ``least``."""
     pairs, cosines = [np.empty((0, 2), dtype=np.int64)], [np.empty(0, dtype=np.float32)]
     for part in slices(len(asked), QUERY_BLOCK):
         features = torch.from_numpy(np.asarray(keys[asked[part]], dtype=np.float32))
@@ -246,7 +234,7 @@ def _nearest(keys: Keys, asked: IntArray, search: Search, least: float, remain: 
 
 
 def _closest(blocks: Iterable[Near], most: int) -> tuple[IntArray, IntArray, int]:
-    """Return the ``most`` pairs that have the highest cosines, highest first, and the total number of pairs."""
+    """Return the ``most`` pairs with the highest cosines, and the total number of pairs."""
     total, a, b = 0, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     cosine = np.empty(0, dtype=np.float32)
     for x, y, near in blocks:
@@ -258,7 +246,6 @@ def _closest(blocks: Iterable[Near], most: int) -> tuple[IntArray, IntArray, int
 
 
 def _describe(keys: Keys, labels: pa.Table, a: IntArray, b: IntArray, kinds: IntArray) -> list[Duplicate]:
-    """Describe pairs of rows. If the values of a near-identical pair are equal, it becomes an identical feature."""
     cosine = torch.einsum("nd,nd->n", _unit(keys, a).double(), _unit(keys, b).double()).numpy()
     kinds = np.where((kinds == 2) & (np.asarray(keys[a]) == np.asarray(keys[b])).all(axis=1), 1, kinds)
     key_ids = labels["key_id"].to_numpy()

@@ -274,10 +274,7 @@ class KeyStream(ABC):
 
     @abstractmethod
     def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
-        """Return the affinities between each query and :data:`SPREAD_KEYS` keys of each of its ``classes``.
-
-        The affinities to an empty class are arbitrary.
-        """
+        """Return the affinities of each query to a sample of keys of each of its ``classes``."""
 
     def cache_logits(
         self, features: Tensor, beta: float, values: Tensor | None = None, products: torch.dtype | None = None
@@ -309,7 +306,7 @@ class KeyStream(ABC):
     def _sum_all(
         self, features: Tensor, beta: float, values: Tensor | None, products: torch.dtype, memory: Tensor
     ) -> Tensor:
-        """Compute the transposed cache logits, of shape ``[c, q]``, so that the sums read contiguous memory."""
+        """Compute the transposed cache logits, so that the sums read contiguous memory."""
         cache, start = features.new_zeros(self.n_classes, len(features)), 0
         for affinity, ids in self._affinities(features, products, memory):
             own = None if values is None else tip.Values(values[start : start + len(ids)])
@@ -318,7 +315,7 @@ class KeyStream(ABC):
         return cache
 
     def _affinities(self, features: Tensor, products: torch.dtype, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the affinities of each block of keys, which are stored in ``memory``, and the class ids of the keys."""
+        """Yield the affinities of each block of keys, and the class ids of the keys."""
         q = len(features)
         if products == torch.float32:
             for keys, ids in self.blocks():
@@ -421,7 +418,7 @@ class Keys(KeyStream):
         return self._value_sums[1]
 
     def _halved(self, products: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield blocks of centred keys in half precision. They are cached, unless the keys on disk exceed 2 GiB."""
+        """Yield blocks of centred keys in half precision, which are cached unless the keys on disk exceed 2 GiB."""
         if isinstance(segments_of(self.array)[0], np.memmap) and self.array.nbytes > 1 << 31:
             yield from super()._halved(products)
             return

@@ -135,16 +135,12 @@ class LabelledKeys:
         return replace(self, labels=labels)._rearranged(touched, np.ones(len(ids), dtype=bool))
 
     def _next_shots(self, n_classes: int) -> npt.NDArray[np.int32]:
-        """Return the next shot number for each class."""
         following = np.zeros(n_classes, dtype=np.int32)
         np.maximum.at(following, self.class_ids, self.labels["shot"].to_numpy() + 1)
         return following
 
     def _rearranged(self, touched: Bools, keep: Bools) -> LabelledKeys:
-        """Return the keys to ``keep``, in sorted order. Segments that are not ``touched`` are shared.
-
-        If the first segment is touched, all keys become a single segment, because the index covers the first segment.
-        """
+        """Return the keys to ``keep``. If the first segment is ``touched``, all keys become a single segment."""
         parts = segments_of(self.keys)
         points = None if self.points is None else segments_of(self.points)
         if touched[: len(parts[0])].any():

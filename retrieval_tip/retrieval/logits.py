@@ -101,7 +101,7 @@ class Retrieval(ABC):
         return AnswerTerms(text, tip.log_cache(self._cache_over_all(points, text), settings.log_offset))
 
     def _cache_over_all(self, points: Tensor, text: Tensor) -> Tensor:
-        """Compute the cache logits over all keys, using float32 for answers that half precision could change."""
+        """Compute the cache logits over all keys, using float32 where half precision could change the answer."""
         beta = self.settings.beta
         products = self.keys.products(beta, len(points))
         cache = self.keys.cache_logits(points, beta, products=products)
@@ -113,7 +113,7 @@ class Retrieval(ABC):
         return cache
 
     def _parts(self, q: int) -> Iterator[slice]:
-        """Split ``q`` queries into blocks whose logits fit in the CPU cache. On a GPU, the blocks are larger."""
+        """Split ``q`` queries into blocks whose logits fit in the CPU cache."""
         return slices(q, QUERY_BLOCK if self.keys.device == "cpu" else max(QUERY_BLOCK, LOGITS // self.keys.n_classes))
 
     def _terms_over_few(self, features: Tensor, points: Tensor, k: int, certify: bool, neighbours: int) -> AnswerTerms:
@@ -140,7 +140,7 @@ class Retrieval(ABC):
         return replace(terms, shots=Contributors.joined(kept) if kept else None)
 
     def _contributions(self, near: Nearest, classes: Tensor) -> Tensor:
-        """Return the contributions of the keys to one class per query. The class id -1 stands for no class."""
+        """Return the contributions of the keys to one class per query, or to no class if its id is -1."""
         return tip.weight(near.affinity, self.settings.beta) * (near.class_ids == classes[:, None])
 
     def contributors(self, points: Tensor, winner: Tensor, rival: Tensor, number: int) -> Contributors:
@@ -184,10 +184,7 @@ class Retrieval(ABC):
     def _terms_over_classes(
         self, features: Tensor, points: Tensor, k: int, terms: AnswerTerms, done: Tensor | None
     ) -> None:
-        """Fill ``terms`` with logits that are computed from the classes that can win, using at most about ``k`` keys.
-
-        The classes of all queries are selected first, so that the keys of each class are only read once.
-        """
+        """Fill ``terms`` with logits from the classes that can win, using about ``k`` keys per query."""
         settings, keys = self.settings, self.keys
         slack, most = keys.slack(settings.beta), min(max(LEAST_CLASSES, round(k / keys.mean_count)), keys.n_classes)
         classes = torch.empty(len(features), most, dtype=torch.int64, device=keys.device)
@@ -203,10 +200,7 @@ class Retrieval(ABC):
         self._over_classes(points, terms.cache, classes, met)
 
     def _over_classes(self, points: Tensor, cache: Tensor, classes: Tensor, met: Tensor) -> None:
-        """Replace the logits of ``classes`` in ``cache`` with exact logits where ``met`` is true.
-
-        If there is no tail, all other logits become 0.
-        """
+        """Replace the logits of ``classes`` in ``cache`` with exact logits where ``met`` is true."""
         exact = self.keys.class_logits(points, classes, met, self.settings.beta)
         if self.settings.tail:
             exact = torch.where(met, exact, cache.gather(1, classes))
@@ -215,7 +209,7 @@ class Retrieval(ABC):
         cache.scatter_(1, classes, exact)
 
     def _near_classes(self, points: Tensor, k: int) -> Tensor:
-        """Return the classes that have the nearest means and hold about ``4 k`` keys. The id -1 stands for no class."""
+        """Return the classes with the nearest means, which hold about ``4 k`` keys. The id -1 stands for no class."""
         keys = self.keys
         number = min(keys.n_classes, max(8, round(4 * k / keys.mean_count)))
         near = self._nearest_means(points, number)
@@ -271,7 +265,7 @@ class IndexRetrieval(Retrieval):
             cache[part] = self._logits_over(self._described(keys.affinity(points[part], rows), rows), totals)
 
     def _described(self, affinity: Tensor, rows: Tensor) -> Nearest:
-        """Look up the class ids of keys by row. Empty slots (row -1) get the class id ``c`` and affinity 0."""
+        """Look up the class ids of keys by row. Empty slots get the class id ``c`` and affinity 0."""
         empty = rows < 0
         ids = self.keys.class_ids[rows.clamp_min(0)].masked_fill_(empty, self.keys.n_classes)
         return Nearest(affinity.masked_fill(empty, 0), rows, ids)
@@ -302,7 +296,7 @@ class IndexRetrieval(Retrieval):
         return Contributors(supporting, opposing)
 
     def _extremes(self, points: Tensor, classes: Tensor, number: int) -> tuple[Nearest, Nearest]:
-        """Return the ``number`` highest contributing keys for one class per query, and the lowest contributing key."""
+        """Return the ``number`` keys that contribute most to one class per query, and the one that contributes least."""
         assert self.values is not None
         asked, own = classes.unique(return_inverse=True)
         most, least = (Largest.none(len(points), m, self.keys.device) for m in (number, 1))

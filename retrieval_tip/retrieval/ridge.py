@@ -110,7 +110,7 @@ class Ridge:
         )
 
     def _neutral(self, values: Tensor, ids: Tensor) -> Tensor:
-        """Return values ``[n, c]`` with the mean of the other classes for those that no key of ``ids`` ``[n]`` has."""
+        """Return values in which the classes that have no key in ``ids`` get the mean of the other classes."""
         empty = torch.bincount(ids, minlength=self.n_classes) == 0
         if not empty.any() or empty.all():
             return values
@@ -127,5 +127,4 @@ class Ridge:
         return one_hot(ids, self.n_classes).float()
 
     def _ridges(self, ids: Tensor, every: Tensor) -> Tensor:
-        """Return ``lambda / omega`` for keys with class ids ``ids``, among keys with class ids ``every``."""
         return self.ridge / class_weights(torch.bincount(every, minlength=self.n_classes))[ids]

@@ -40,7 +40,7 @@ PRODUCTS, QUERIES = 1 << 27, 4096
 """Maximum number of affinities and of queries per block on a GPU. In float32, the affinities take 512 MiB."""
 
 _GPU = threading.RLock()
-"""Lock for the GPU resources of FAISS. All indexes in a process share one stream and one block of scratch memory."""
+"""Lock for the GPU resources of FAISS, which all indexes in a process share."""
 
 TRAINING_PER_LIST = 256
 """Number of training keys per list of a clustered index. FAISS does not use more."""
@@ -62,11 +62,9 @@ _FACTORY = re.compile(
     rf"(Flat|{_SCALARS}|PQ[0-9]{{1,9}}(x([3-9]|1[0-2]))?(fsr?|np)?|RaBitQ[1-9]?(fs)?))"
     rf"(,RFlat|,Refine\((Flat|{_SCALARS})\))?"
 )
-"""The factories that are accepted.
-
-FAISS supports more factories, but some of them are not safe. For example, ``Refine(IVF4,Flat)`` crashes the process,
-``NSG16`` never finishes if keys are repeated, ``PCA7,OPQ60_300,Flat`` writes out of bounds, ``RQ2x24`` takes gigabytes,
-and ``SQ8_direct`` expects vectors of bytes.
+"""The factories that are accepted. FAISS supports more factories, but some of them are not safe. For example,
+``Refine(IVF4,Flat)`` crashes the process, ``NSG16`` never finishes if keys are repeated, ``PCA7,OPQ60_300,Flat``
+writes out of bounds, ``RQ2x24`` takes gigabytes, and ``SQ8_direct`` expects vectors of bytes.
 """
 
 
@@ -173,7 +171,7 @@ class VectorIndex:
         return self.plus(np.empty(0, dtype=np.int64), lambda: np.empty((0, self.d), dtype=np.float32))
 
     def _beside(self) -> FaissIndex:
-        """Return a flat index over the vectors added by :meth:`plus`. It is built when it is first used."""
+        """Return a flat index over the vectors added by :meth:`plus`."""
         with self._lock:
             if self._late is None:
                 late = faiss().IndexFlatIP(self.d)
@@ -297,7 +295,7 @@ class VectorIndex:
         return self._search_indexed(features, k)
 
     def _search_both(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
-        """Search the FAISS index and the vectors added by :meth:`plus`, and merge the results."""
+        """Search the FAISS index and the added vectors, and merge the results."""
         replaced = int(np.searchsorted(self._late_rows, self.indexed))
         asked = min(k + min(replaced, k), self.indexed)
         while True:
@@ -328,7 +326,7 @@ class VectorIndex:
 
     @contextmanager
     def _errors_named(self) -> Iterator[None]:
-        """Convert FAISS errors to StoreError, or to ``torch.OutOfMemoryError``. The message names the index."""
+        """Convert FAISS errors to StoreError or ``torch.OutOfMemoryError``, with a message that names the index."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -411,7 +409,6 @@ class GpuCopy:
         return found
 
     def _copy_for(self, k: int) -> FaissIndex | None:
-        """Return the copy, or ``None`` if it cannot retrieve ``k`` vectors."""
         copied = self.get()
         if copied is None or isinstance(copied, Product) or k <= GPU_MAX_K:
             return copied
@@ -419,7 +416,7 @@ class GpuCopy:
         return None
 
     def _copy(self) -> FaissIndex:
-        """Make the copy. Raises RuntimeError, which gives the reason, if this is not possible."""
+        """Make the copy. Raises RuntimeError if this is not possible."""
         number = int(self._number or torch.cuda.current_device())
         size, room = _bytes_on_gpu(self._index, self._half), int(torch.cuda.mem_get_info(number)[0]) // 2
         if _is_one_of(FLAT, self._index) and size <= room:
@@ -434,7 +431,7 @@ class GpuCopy:
         raise RuntimeError(f"it takes {size:,} bytes, but half of the free GPU memory is {room:,} bytes")
 
     def _clone(self, clone: Callable[[object], FaissIndex], shard: bool = False) -> FaissIndex:
-        """Clone the index with FAISS. The clone probes at most :data:`GPU_MAX_K` lists."""
+        """Clone the index with FAISS."""
         options = faiss().GpuMultipleClonerOptions()
         options.useFloat16 = self._half and not _is_one_of(UNCOMPRESSED, self._index)  # it also rounds the queries
         options.use_cuvs = "CUVS" in faiss().get_compile_options().upper()
@@ -507,7 +504,6 @@ def _is_one_of(kinds: tuple[str, ...], index: FaissIndex) -> bool:
 
 
 def _bytes_on_gpu(index: FaissIndex, half: bool) -> int:
-    """Estimate the GPU memory that an index needs for its vectors or codes, and for its ids."""
     if _is_one_of(FLAT, index):
         return int(index.ntotal) * int(index.d) * (2 if half else 4)
     codes = [int(part.code_size) for part in _inner(index) if hasattr(part, "code_size")]
@@ -515,7 +511,7 @@ def _bytes_on_gpu(index: FaissIndex, half: bool) -> int:
 
 
 def _factory_problem(factory: str, n: int, d: int) -> str | None:
-    """Return what is wrong with a factory for ``n`` vectors of length ``d``, or ``None`` if it is valid."""
+    """Return what is wrong with a factory for ``n`` vectors of length ``d``, or ``None``."""
     if "norm" in factory.lower():
         return "it normalises vectors, but fine-tuned keys are not unit vectors; use another factory"
     if not _FACTORY.fullmatch(factory):
@@ -531,10 +527,7 @@ def _factory_problem(factory: str, n: int, d: int) -> str | None:
 
 
 def _size_problem(path: Path) -> str | None:
-    """Return what is wrong with the size of an index file, or ``None`` if it is valid.
-
-    This check is necessary because FAISS may crash when it maps a truncated file.
-    """
+    """Return what is wrong with the size of an index file. FAISS may crash when it maps a truncated file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -558,13 +551,13 @@ def _usage_errors(factory: str, when: str = "") -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return the message of a FAISS error. The location in the FAISS source is removed."""
+    """Return the message of a FAISS error without its location in the FAISS source."""
     text = str(error).strip()
     return text.rpartition("' failed: ")[2] if "' failed: " in text else text.rpartition(": ")[2] or text
 
 
 def _inner(index: FaissIndex) -> Iterator[FaissIndex]:
-    """Yield the index, and then each index that it wraps."""
+    """Yield the index and each index that it wraps."""
     while index is not None:
         index = faiss().downcast_index(index)
         yield index
@@ -572,7 +565,7 @@ def _inner(index: FaissIndex) -> Iterator[FaissIndex]:
 
 
 def _effort_of(index: FaissIndex) -> Iterator[tuple[FaissIndex, str]]:
-    """Yield the object and the name of the attribute that hold the effort, if the index has one."""
+    """Yield the object and the attribute that hold the effort, if the index has one."""
     for part in _inner(index):
         if hasattr(part, "nprobe"):
             yield part, "nprobe"
@@ -587,7 +580,7 @@ def _lists(index: FaissIndex) -> int:
 
 
 def _set_search_effort(index: FaissIndex) -> None:
-    """Increase the FAISS defaults of 1 list and 16 candidates, which are too low for a cache, where all keys count."""
+    """Increase the FAISS defaults of 1 list and 16 candidates, which are too low for a cache."""
     for part in _inner(index):
         if hasattr(part, "cp"):
             part.cp.min_points_per_centroid = 1  # by default, FAISS prints a warning if there are fewer than 39
