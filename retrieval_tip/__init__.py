@@ -65,7 +65,6 @@ __all__ = sorted(_HOMES)
 
 
 def __dir__() -> list[str]:
-    """Return the public names, which are used for tab completion."""
     return sorted([*__all__, "__version__"])
 
 

@@ -48,13 +48,13 @@ MOST_EXPONENT = 80.0
 """Largest exponent allowed in the weight of a key. In float32, the exponential overflows from 88 on."""
 
 PREDICTED, ARROW_LENGTH = 1 << 16, (1 << 31) - 1
-"""Number of predictions converted to columns at a time, and the maximum length of an Arrow list or text column."""
+"""Number of predictions converted to columns at a time, and maximum length of an Arrow list or text column."""
 
 GROWTH, ALL_FROM = 4, 8
 """Limits of the retries of :meth:`AnsweringIndex.certified`.
 
-Each retry uses 4 times as many keys. If that is more than an eighth of the index, the query uses all keys. On a GPU, it
-also uses all keys beyond ``GPU_MAX_K``, because comparing a query with every key is then faster than retrieving some.
+Each retry uses 4 times as many keys, or all keys if that is more than an eighth of the index (or ``GPU_MAX_K`` on a
+GPU). Comparing a query with every key is then faster than retrieving some.
 """
 
 
@@ -199,7 +199,6 @@ class AnsweringIndex(ABC):
         )
 
     def _repr_html_(self) -> str:
-        """Show the contents, the settings and the folder of the index in a notebook."""
         shown = zip(self.class_names[:SHOWN_CLASSES], self.counts, strict=False)
         few = ", ".join(f"{name} {number}" for name, number in shown)
         more = f" and {len(self.class_names) - SHOWN_CLASSES:,} more" if len(self.class_names) > SHOWN_CLASSES else ""
@@ -250,7 +249,7 @@ class AnsweringIndex(ABC):
     def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> AnswerTerms:
         """Return the two terms of the logits: the text term ``logit_scale * f W^T`` and the cache term ``C``.
 
-        The cache term is not multiplied by alpha. The arguments and errors are the same as for :meth:`logits`.
+        The cache term is not multiplied by alpha. The arguments are the same as for :meth:`logits`.
         """
         terms = self._retrieval(k, tail).terms(self._queries(features))
         self._check(terms)
@@ -296,14 +295,13 @@ class AnsweringIndex(ABC):
     def certified(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> AnswerTerms:
         """Return terms that give the same winners as a search over all keys, while retrieving as few keys as possible.
 
-        Each query starts with ``k`` keys. If another key could still change the winner, the query is repeated with
-        four times as many keys, and finally with all keys. See :func:`certify.certificate` for details, or
-        :func:`certify.settled` for an index over classes. The attribute ``keys`` of the result is the number of keys
-        used per query.
+        Each query starts with ``k`` keys. If another key could still change the winner, the query is repeated with four
+        times as many keys, and finally with all keys. See :func:`certify.certificate` for details, or
+        :func:`certify.settled` for an index over classes.
 
         If the search is exact, the winners are proven. An approximate search may miss keys, and missed keys are not
-        considered. Solved or trained values can be negative, so queries always need all keys. The arguments and errors
-        are the same as for :meth:`logits`.
+        considered. Solved or trained values can be negative, so queries always need all keys. The arguments are the
+        same as for :meth:`logits`.
         """
         f, retrieval = self._queries(features), self._retrieval(k, tail)
         text = f.new_empty(len(f), len(self.class_names))
@@ -362,7 +360,7 @@ class AnsweringIndex(ABC):
             certify: whether to retrieve enough keys to prove each label (see :meth:`certified`).
             norms: ``"check"`` to check that all features have norm 1, or ``"keep"`` to accept any norm.
 
-        Raises InputError if the norm of a feature is not 1. Raises the same errors as :meth:`logits`.
+        Raises InputError if the norm of a feature is not 1.
         """
         check_count("top", top)
         retrieval, f = self._retrieval(k, tail), self._queries(features)
@@ -404,7 +402,7 @@ class AnsweringIndex(ABC):
         """Return the evidence for each query.
 
         If the index has at most ``complete`` keys, the evidence includes all of them. Otherwise it includes the
-        ``nearest`` keys. Raises InputError if the features are not finite or do not have the shape ``[q, d]``.
+        ``nearest`` keys.
         """
         f, retrieval = self._queries(features), self.retrieval
         keys = retrieval.keys
@@ -423,7 +421,6 @@ class AnsweringIndex(ABC):
         ]
 
     def _every(self, points: Tensor) -> Nearest:
-        """Return all keys for each query, nearest first."""
         blocks = [(tip.affinity(points, keys), ids.clone()) for keys, ids in self.key_blocks()]
         affinity, order = torch.cat([block_affinity for block_affinity, _ in blocks], dim=1).sort(
             dim=1, descending=True, stable=True
@@ -576,7 +573,6 @@ def _columns(
 
 
 def _neighbours(index: AnsweringIndex, near: Nearest | None, classes: Tensor) -> pa.ListArray:
-    """Return the supporting keys of each query, and their contributions to the reported ``classes``."""
     kind = PREDICTIONS["neighbours"]
     if near is None:
         ends = np.zeros(len(classes) + 1, np.int32)
@@ -595,7 +591,6 @@ def _opposing(index: AnsweringIndex, near: Nearest | None, classes: Tensor) -> p
 
 
 def _described(index: AnsweringIndex, near: Nearest, classes: Tensor) -> pa.StructArray:
-    """Return the keys of ``near`` as one column, ordered by query. Empty slots are dropped."""
     there = near.rows >= 0
     weight = tip.weight(near.affinity, index.settings.beta)
     if index.values is None:

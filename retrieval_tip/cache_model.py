@@ -77,7 +77,6 @@ class KeyEdits(EditableIndex):
         return self.keys if self.points is None else self.points
 
     def _with_points(self) -> KeyArray | Segments:
-        """Return the points of all keys. Points are computed for segments that do not have any yet."""
         known = [] if self.points is None else list(segments_of(self.points))
         late = [points_of(self.metric, part, self.device) for part in segments_of(self.keys)[len(known) :]]
         return joined([*known, *(part for part in late if part is not None)])
@@ -132,7 +131,7 @@ class KeyEdits(EditableIndex):
 
         The new keys become a segment that is not part of the FAISS index. Existing segments that are not larger are
         merged into it, so that there are never many segments. Once the segments hold as many keys as the index, the
-        index is rebuilt (see :meth:`compact`).
+        index is rebuilt.
 
         A cache that has values consists of one segment. Solved values are solved again. In a large index, only the
         values of the new keys are solved (see :class:`ridge.Ridge`). If the values were trained, the new keys get
@@ -226,7 +225,7 @@ class KeyEdits(EditableIndex):
         self.values = self._ridge.values(torch.from_numpy(points).to(self.device), self.class_ids)
 
     def compact(self, factory: str | None = None, dtype: Dtype | None = None, *, again: bool = False) -> None:
-        """Merge all segments into one, and build the index over it. After an error, nothing has changed.
+        """Merge all segments into one, and build the index over it.
 
         Args:
             factory: the new type of the index. If it is ``auto``, :func:`keys.auto_for` selects the type and ``k``.
@@ -279,7 +278,7 @@ class KeyEdits(EditableIndex):
         self.values, self.points = labelled.values, labelled.points
 
     def _hold(self, labelled: LabelledKeys, sums: Sums | None) -> None:
-        """Replace the keys and their sums. The index is rebuilt only if the first segment has changed."""
+        """Replace the keys and their sums, and rebuild the index if the first segment has changed."""
         labelled = labelled if self._ridge is None else self._ridge.solved(labelled)
         first, *late = segments_of(labelled.met)
         if first is not segments_of(self.met)[0]:
@@ -294,7 +293,6 @@ class KeyEdits(EditableIndex):
         self.templates, self.text_weights = list(templates), torch.from_numpy(weights).to(self.device)
 
     def _follow(self) -> None:
-        """Update everything that is derived from the keys, the labels and the classes."""
         class_ids = self.labels["class_id"].to_numpy().astype(np.int64)
         c, (base, *late) = len(self.class_names), segments_of(self.met)
         if not self.index.by_class and self.index.indexed != len(base):
@@ -313,12 +311,12 @@ class KeyEdits(EditableIndex):
 class CacheModel(KeyEdits):
     """The cache of Tip-Adapter as an index that you can search and edit. The keys are in memory or memory-mapped.
 
-    Create an index with :meth:`from_features` or :meth:`load`. :meth:`save` writes the next version of its folder. To
-    change the contents, use the methods, or call ``dataclasses.replace``. Do not modify the arrays in place.
+    Create an index with :meth:`from_features` or :meth:`load`. To change the contents, use the methods, or call
+    ``dataclasses.replace``. Do not modify the arrays in place.
 
     Attributes:
         keys: the keys as a float32 or float16 array of shape ``[n, d]``, grouped by class. They can also be several
-            segments of such keys. In that case the FAISS index covers the first segment.
+            segments, of which the FAISS index covers the first.
         labels: the label store, which has one row per key.
         class_names: the names of the ``c`` classes, in order.
         text_weights: the text weights as a float32 tensor of shape ``[c, d]``. They are zero if there is no text.
@@ -327,8 +325,8 @@ class CacheModel(KeyEdits):
         values: the solved or trained values as a float32 tensor of shape ``[n, c]`` on the device (see
             :class:`tip.Values`), or ``None`` if values are one-hot.
         metric: the fitted metric, or ``None``.
-        points: the transformed keys ``phi(K)``, in the same dtype and segments as ``keys``. If there is a metric, they
-            are computed when they are missing.
+        points: the transformed keys ``phi(K)``, in the same dtype and segments as ``keys``. They are computed if they
+            are missing.
         fitted: a description of how the metric and the values were fitted (see :mod:`fit.closed_form`), or ``None``.
         tuned: the safetensors file of the fine-tuned encoder.
         curve: the loss curve of the training, which has one row per epoch.
@@ -490,8 +488,7 @@ class CacheModel(KeyEdits):
     def exact_logits(self, features: Features) -> Tensor:
         """Return logits over all keys, computed in float64. This is useful for solved or trained values.
 
-        Such values partly cancel, so in float32 the last digits depend on which queries are in the same batch. Raises
-        the same errors as :meth:`AnsweringIndex.logits`.
+        Such values partly cancel, so in float32 the last digits depend on which queries are in the same batch.
         """
         terms = self.retrieval.double().terms(self._queries(features).double())
         self._check(terms)
@@ -594,7 +591,7 @@ class CacheModel(KeyEdits):
         """Return the current version of the folder. If this index is up to date, return the index itself.
 
         Files that both versions share are not hashed again. Settings that you have changed but not saved are lost.
-        Raises UsageError if the index has no folder. Raises the same errors as :meth:`load`.
+        Raises UsageError if the index has no folder.
         """
         if self.folder is None or self._stored is None:
             raise UsageError("reload: the index has no folder; save it first")
@@ -607,8 +604,7 @@ class CacheModel(KeyEdits):
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
         """Write the next version of an index folder, or the first version of a new folder (see :func:`writer.write`).
 
-        Unchanged files are shared with the previous version. ``change`` is used as the entry in the history. After an
-        error, nothing has changed.
+        Unchanged files are shared with the previous version. ``change`` is used as the entry in the history.
 
         Raises:
             StoreError: if the folder cannot be written, if it has changed since it was loaded, or if ``tuned`` is not a
@@ -636,7 +632,7 @@ class CacheModel(KeyEdits):
         """Write the files that have changed, and make this index the current version.
 
         Keys that the writer already has are not written again. The file ``tuned`` is copied into the folder, and the
-        attribute then refers to the copy. Raises the same errors as :meth:`save`.
+        attribute then refers to the copy.
         """
         contents = _contents(self).write(writer, self._stored)
         self.tuned = contents.weights
@@ -679,7 +675,6 @@ def _contents(cache: CacheModel) -> Contents:
 
 
 def _check_current(cache: CacheModel, writer: Writer) -> None:
-    """Raise StoreError if the folder has changed since the cache was loaded."""
     current = writer.parent.version if writer.parent else None
     if current is None or current != cache.version:
         raise StoreError(
@@ -688,7 +683,7 @@ def _check_current(cache: CacheModel, writer: Writer) -> None:
 
 
 def _commit(cache: CacheModel, writer: Writer, change: str) -> Check:
-    """Write the manifest that makes this index the current version, and return a check that is already complete."""
+    """Write the manifest of this version, and return a check that is already complete."""
     cache.check_answers()
     number = writer.parent.version + 1 if writer.parent else 1
     manifest = manifest_of(cache, number, writer.parent, change, writer.files, later=writer.later)

@@ -65,7 +65,6 @@ class Classifier:
     """
 
     _temporary: weakref.finalize[Any, Any] | None = None
-    """Finalizer that deletes the temporary folder of an index that has not been saved."""
 
     def __init__(self, cache: AnsweringIndex, encoder: Encoder) -> None:
         self.cache, self.encoder = cache, encoder
@@ -112,8 +111,7 @@ class Classifier:
           feature table of prompts as ``text``.
         - ``fit``: ``auto`` to fit the method to the photos, or ``none`` for Tip-Adapter with ``alpha`` and ``beta``.
 
-        For the other arguments, see :func:`build.build_index`. Raises the same errors as :func:`sources.open_source`,
-        :func:`loading.load_backbone` and :func:`build.build_index`.
+        For the other arguments and the errors, see :func:`build.build_index`.
         """
         if isinstance(photos, Pictures):
             given = photos
@@ -165,8 +163,7 @@ class Classifier:
         - pairs ``(photo, label)``, for example a torch dataset that has no transform
         - a Hugging Face dataset that has a column of images and a column of labels
 
-        The other arguments are the same as for :meth:`from_folder`. Raises the same errors as :meth:`from_folder` and
-        :func:`pictures.labelled_pictures`.
+        The other arguments are the same as for :meth:`from_folder`.
         """
         return cls.from_folder(
             labelled_pictures(images, labels), model, pretrained=pretrained, out=out, device=device, views=views,
@@ -209,7 +206,7 @@ class Classifier:
 
         ``repository`` is the name ``ORG/NAME`` that was passed to :meth:`push_to_hub`. The index is written to
         ``folder``, which defaults to ``indexes/NAME``. ``model`` and ``device`` are the same as for :meth:`load`.
-        Raises InputError if the download fails. Raises the same errors as :meth:`load`.
+        Raises InputError if the download fails.
         """
         return cls.load(hub.download(repository, folder), model, device=device)
 
@@ -259,8 +256,8 @@ class Classifier:
             what: a photo, which can be a path, a PIL image, a uint8 array of shape ``[h, w, 3]``, encoded bytes, or a
                 row of a Hugging Face dataset. For several photos, pass a list of these, a Hugging Face dataset or its
                 image column. You can also pass any input of ``retrieval-tip classify``, such as a folder, a pattern, a
-                table or a tar file, or features of the encoder, of shape ``[q, d]`` or ``[d]``. If you pass a folder,
-                pattern, table or tar file, unreadable photos are skipped and listed in ``encoder.skipped``.
+                table or a tar file, or features of the encoder, of shape ``[q, d]`` or ``[d]``. Unreadable photos in
+                such an input are skipped and listed in ``encoder.skipped``.
             top: the number of classes to report, most probable first.
             neighbours: the number of shots to report, largest contribution first.
             k: the number of nearest keys to use, or ``"all"``. Defaults to the setting of the index.
@@ -317,7 +314,7 @@ class Classifier:
         that has one label per photo. You can also pass a labelled source or dataset. A label may name a new class. For
         the other arguments, see :func:`changes.add`.
 
-        Raises UsageError if photos have no label. Raises the same errors as :func:`changes.add`.
+        Raises UsageError if photos have no label.
         """
         built = self.cache.manifest.built if self.cache.manifest is not None else None
         encoder = self.encoder if built is None else replace(self.encoder, views=built.views, seed=built.seed)
@@ -337,10 +334,7 @@ class Classifier:
         return added.key_ids
 
     def save(self, folder: str | os.PathLike[str]) -> Self:
-        """Copy the index to a new folder or store address, and use the copy from now on.
-
-        Raises the same errors as :func:`changes.clone`.
-        """
+        """Copy the index to a new folder or store address, and use the copy from now on."""
         changes.clone(self._place(), folder)
         self.cache = places.at(folder).load(device=self.cache.device)
         if self._temporary is not None:
@@ -365,7 +359,7 @@ class Classifier:
         """Classify labelled test photos, and return the accuracy and other metrics.
 
         ``test`` is a labelled source, or a dataset as for :meth:`from_images`. If a source has a test split, only this
-        split is used. The other arguments and the errors are the same as for :func:`evaluate.evaluate`.
+        split is used. For the other arguments, see :func:`evaluate.evaluate`.
         """
         encoder = replace(self.encoder, skipped=[])
         if isinstance(test, str | os.PathLike | Source):
@@ -388,7 +382,7 @@ class Classifier:
         """Write an accuracy report as a single HTML file to ``out``.
 
         ``test`` and ``val`` are labelled sources. If they are split, the test split and the validation split are used.
-        The other arguments and the errors are the same as for :func:`report.write_report`.
+        For the other arguments, see :func:`report.write_report`.
         """
         from retrieval_tip.report.report import write_report
 
@@ -405,8 +399,7 @@ class Classifier:
         the input size of the encoder, as for :func:`onnx_graph.export_onnx`. If the index has no encoder, the module
         takes features instead. The logits have the shape ``[b, c]``, in the order of :attr:`classes`.
 
-        Raises UsageError if ``k`` is not ``all``. Raises the same errors as
-        :meth:`answering.AnsweringIndex.in_memory`.
+        Raises UsageError if ``k`` is not ``all``, or if there are too many keys for memory.
         """
         from retrieval_tip.index.onnx_graph import Answer, Logits
 

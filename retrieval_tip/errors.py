@@ -61,7 +61,6 @@ def message(text: str) -> str:
 
 
 def _shortened(text: str) -> str:
-    """Cut the middle of a long text. The beginning names the subject, and the end says what to do."""
     rest = MAX_LINE // 3
     return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE - rest - 5]} ... {text[-rest:]}"
 

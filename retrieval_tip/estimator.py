@@ -41,11 +41,10 @@ FloatArray = npt.NDArray[np.float32]
 class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """Tip-Adapter classifier over features.
 
-    It has the scikit-learn interface, so you can use it in pipelines, parameter searches and calibration. The rows of
-    ``X`` that are passed to :meth:`fit` become the keys of a :class:`CacheModel`. Queries are classified by
-    ``logits = logit_scale * f W^T + alpha * C`` (see :mod:`retrieval_tip.tip`, and equations 4 to 6 of the paper). The
-    parameters are read by :meth:`fit` and by the first call of :meth:`partial_fit`. If you change one later, the change
-    takes effect at the next fit.
+    You can use it in pipelines, parameter searches and calibration. The rows of ``X`` that are passed to :meth:`fit`
+    become the keys of a :class:`CacheModel`. Queries are classified by ``logits = logit_scale * f W^T + alpha * C``
+    (see :mod:`retrieval_tip.tip`, and equations 4 to 6 of the paper). If you change a parameter later, the change takes
+    effect at the next fit.
 
     Args:
         text_weights: the text weights ``W``, as unit vectors of shape ``[c, d]``. They are in the order of
@@ -135,7 +134,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
 
         Each call rebuilds the index, and repeats the fit if ``alpha="auto"``. It is therefore faster to pass many rows
         at once. ``classes`` lists all possible labels. It must be passed to the first call, unless ``class_names`` is
-        set. Raises the same errors as :meth:`fit`. After an error, nothing has changed.
+        set. After an error, nothing has changed.
         """
         if not hasattr(self, "cache_"):
             if classes is None and self.class_names is None:
@@ -176,7 +175,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     def predict_proba(self, X: npt.ArrayLike) -> FloatArray:
         """Return the class probabilities ``softmax(logits / temperature)``, of shape ``[q, c]``.
 
-        The temperature is 1 unless it was fitted. Raises the same errors as :meth:`decision_function`.
+        The temperature is 1 unless it was fitted.
         """
         logits = self._logits(X)
         probabilities: FloatArray = tip.probabilities(logits, self.cache_.settings.temperature).cpu().numpy()
@@ -185,8 +184,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     def predict(self, X: npt.ArrayLike) -> Array:
         """Return the label that has the largest logit, for each query in ``X``.
 
-        If two classes are tied, the class that sorts first is returned. Raises the same errors as
-        :meth:`decision_function`.
+        If two classes are tied, the class that sorts first is returned.
         """
         scores = self.decision_function(X)
         labels: Array = self.classes_[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
@@ -200,7 +198,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         distances. The second array holds the row numbers of the keys in the fitted ``X``, counted across calls of
         :meth:`partial_fit`. An approximate index may leave slots empty. Empty slots have affinity -inf and row -1.
 
-        Raises UsageError if ``n_neighbors`` is below 1. Raises the same errors as :meth:`decision_function`.
+        Raises UsageError if ``n_neighbors`` is below 1.
         """
         features = self._queries(X)
         if not (isinstance(n_neighbors, int | np.integer) and n_neighbors >= 1):
@@ -271,7 +269,6 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         return _rows(validate_data(self, X, reset=False, dtype=_dtypes(self._normalize)), self._normalize)
 
     def _logits(self, X: npt.ArrayLike) -> torch.Tensor:
-        """Return the logits of the queries, in the order of ``classes_``."""
         features = self._queries(X)  # must come first, because it raises an error if the estimator is not fitted
         cache = self.cache_
         logits = cache.logits(features) if cache.values is None else cache.exact_logits(features)
@@ -279,12 +276,12 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
 
 
 def _dtypes(normalize: bool) -> list[type] | type:
-    """Return the dtypes that scikit-learn should accept. Rows that are not scaled must fit in float32."""
+    """Return the dtypes to accept. Rows that are not scaled must fit in float32."""
     return [np.float64, np.float32] if normalize else np.float32
 
 
 def _rows(X: Array, normalize: bool) -> FloatArray:
-    """Convert rows to float32 features, and optionally scale every nonzero row to length 1."""
+    """Convert rows to float32, and optionally scale every nonzero row to length 1."""
     if not normalize:
         return np.require(X, np.float32, ["C", "W"])
     _, exponent = np.frexp(np.abs(X).max(axis=1, keepdims=True))
@@ -296,7 +293,6 @@ def _rows(X: Array, normalize: bool) -> FloatArray:
 
 
 def _classes(labels: npt.ArrayLike, *, once: bool) -> tuple[Array, Array]:
-    """Return the distinct labels in sorted order, and the position of each one in ``labels``."""
     given = np.asarray(labels)
     try:
         classes, order = np.unique(given, return_index=True)
@@ -343,7 +339,7 @@ class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sc
         self.device = device
 
     def fit(self, X: object, y: object = None) -> Self:
-        """Load the backbone. Raises the same errors as :func:`load_backbone`."""
+        """Load the backbone."""
         if self.model is None or isinstance(self.model, str):
             self.backbone_: Backbone = load_backbone(self.model, self.pretrained, device=self.device)
         else:

@@ -55,7 +55,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading. The call never blocks, and links are followed.
 
     Other kinds of files are not opened, because opening a pipe unblocks its writer, and opening a tape rewinds it.
-    Raises NotAFileError if the path is not a regular file. Raises OSError or ValueError in the same cases as ``open``.
+    Raises NotAFileError if the path is not a regular file.
     """
     _check(Path(path).stat(), path)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -70,7 +70,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 def check_regular(path: str | os.PathLike[str]) -> None:
     """Check a file before a library opens it by name.
 
-    Raises OSError if the file is empty. Raises the same errors as :func:`open_regular`.
+    Raises OSError if the file is empty.
     """
     with open_regular(path) as file:
         if not os.fstat(file.fileno()).st_size:
@@ -80,7 +80,7 @@ def check_regular(path: str | os.PathLike[str]) -> None:
 def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
     """Read a regular file.
 
-    Raises InputError if the file has more than ``most`` bytes. Raises the same errors as :func:`open_regular`.
+    Raises InputError if the file has more than ``most`` bytes.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -95,10 +95,7 @@ def real(path: str | os.PathLike[str]) -> Path:
 
 
 def make_folders(path: str | os.PathLike[str]) -> None:
-    """Create a folder and its missing parents. Raises OSError in the same cases as ``mkdir``.
-
-    ``Path.mkdir`` is recursive and therefore limited to a thousand levels. This function is not.
-    """
+    """Create a folder and its missing parents. Unlike ``Path.mkdir``, this is not limited to a thousand levels."""
     missing, folder = [Path(path)], Path(path)
     while not _is_there(folder) and folder != folder.parent:
         folder = folder.parent
@@ -227,7 +224,6 @@ def locked_folder(folder: Path, *, alone: bool, wait: float) -> Iterator[bool]:
 
 
 def _lock(path: Path, *, alone: bool = True) -> int | None:
-    """Lock a file or folder and return its descriptor. Return ``None`` if it cannot be locked."""
     try:
         lock = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -241,7 +237,6 @@ def _lock(path: Path, *, alone: bool = True) -> int | None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a folder tree. Errors are ignored."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

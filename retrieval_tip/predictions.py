@@ -137,8 +137,7 @@ class Predictions:
 
     You can pass it to any library that reads Arrow, for example ``polars.DataFrame(predictions)``. The columns are
     listed in :data:`PREDICTIONS`. Columns that do not apply to the index are omitted. The column ``input`` holds the
-    query names, which default to the row numbers. Each :class:`Prediction` is created when you access it. The class is
-    not a subclass of list, because libraries would then read it row by row.
+    query names, which default to the row numbers.
     """
 
     def __init__(self, columns: pa.Table | None = None) -> None:
@@ -268,10 +267,7 @@ class Evidence:
 
 
 def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a table as dictionaries.
-
-    This is faster than ``to_pylist``, which converts the numbers in a list one by one.
-    """
+    """Yield the rows of a table as dictionaries, faster than ``to_pylist``."""
     for batch in table.to_batches(ROWS):
         for row in zip(*map(_values, batch.columns), strict=True):
             yield dict(zip(table.column_names, row, strict=True))
@@ -301,9 +297,9 @@ def lists(values: npt.NDArray[Any] | pa.Array, m: int) -> pa.ListArray:
 def read_predictions(path: Path) -> pa.Table:
     """Read predictions that ``classify`` wrote as Parquet, CSV or JSON lines. The format is detected automatically.
 
-    The table has one row per input. Its columns have the types in ``PREDICTIONS``. The columns ``input`` and ``label``
-    are always present, and ``label`` may be null. Additional columns are kept. In JSON lines, an additional column is
-    only kept if its first value is text, a number or a boolean.
+    The columns have the types in ``PREDICTIONS``. The columns ``input`` and ``label`` are always present, and ``label``
+    may be null. Additional columns are kept. In JSON lines, an additional column is only kept if its first value is
+    text, a number or a boolean.
 
     Raises InputError if the file is not valid, or if it has more than ``MAX_ROWS`` rows.
     """
@@ -367,7 +363,6 @@ def _read_json(raw: pa.NativeFile | io.BytesIO, kinds: Mapping[str, pa.DataType]
 
 
 def _csv(raw: pa.NativeFile, _: bytes) -> pa.Table:
-    """Read a CSV file in which lists are written as JSON."""
     import pyarrow.csv
 
     nested = {column: kind for column, kind in PREDICTIONS.items() if pa.types.is_nested(kind)}

@@ -235,10 +235,7 @@ def _valued(
     tail: Totals | None,
     values: Values,
 ) -> Tensor:
-    """Return ``sum over keys i of (w_i - t[:, y_i]) V_i + t sums``, where ``t[:, g]`` is the tail weight of class g.
-
-    The term ``t sums`` counts every key at the tail weight, and the first term corrects this for the retrieved keys.
-    """
+    """Return ``sum over keys i of (w_i - t[:, y_i]) V_i + t sums``, where ``t[:, g]`` is the tail weight of class g."""
     filled = class_ids < n_classes
     if tail is None:
         return values.weighted(weights.where(filled, 0))
