@@ -59,7 +59,7 @@ GPU). Comparing a query with every key is then faster than retrieving some.
 
 
 class AnsweringIndex(ABC):
-    """Base class of the indexes that classify. Their keys are in memory or in a table.
+    """Base class of the indexes that classify.
 
     Attributes:
         text_weights: the text weights of the classes, as a float32 tensor of shape ``[c, d]``.
@@ -132,15 +132,15 @@ class AnsweringIndex(ABC):
 
     @abstractmethod
     def reload(self) -> AnsweringIndex:
-        """Return the current version of the folder or store. If this index is up to date, return the index itself."""
+        """Return the current version of the index, or the index itself if it is up to date."""
 
     @abstractmethod
     def described(self, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-        """Return columns of the label store for the given ``rows`` (see :class:`evidence.Nearest`)."""
+        """Return columns of the label store for the given ``rows``."""
 
     @abstractmethod
     def every_row(self) -> npt.NDArray[np.int64]:
-        """Return the row numbers of all keys in the order of :meth:`key_blocks`, for use with :meth:`described`."""
+        """Return the row numbers of all keys in the order of :meth:`key_blocks`."""
 
     @abstractmethod
     def some(self, m: int) -> tuple[npt.NDArray[Any], pa.Table]:
@@ -433,7 +433,7 @@ class AnsweringIndex(ABC):
         return slices(q, max(1, LOGITS // len(self.class_names)))
 
     def ids_of(self, source: Source) -> npt.NDArray[np.int64]:
-        """Return the class id of each item in a labelled source. :meth:`Source.known_as` matches other spellings.
+        """Return the class id of each item in a labelled source.
 
         Raises InputError if the source has no items, or if a label is not a class of the index.
         """
@@ -464,8 +464,8 @@ class EditableIndex(AnsweringIndex):
     def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
         """Append classes that have no keys yet.
 
-        If the index has text weights, you must also pass ``text_weights`` for the new classes, of shape ``[m, d]``.
-        Raises InputError if a class already exists, or if the weights are missing or have the wrong shape.
+        If the index has text weights, pass ``text_weights`` of shape ``[m, d]`` for the new classes. Raises InputError
+        if a class already exists, or if the weights are missing or have the wrong shape.
         """
 
     @abstractmethod
@@ -485,9 +485,8 @@ class EditableIndex(AnsweringIndex):
     ) -> list[int]:
         """Add keys to existing classes, and return their key ids.
 
-        ``keys`` has the shape ``[m, d]``. ``views``, ``digests`` and the columns of ``extra`` are written to the label
-        store. The digests are the SHA-256 digests of the images. Raises InputError if the keys have the wrong shape or
-        a label is unknown.
+        ``keys`` has the shape ``[m, d]``. ``views``, the SHA-256 ``digests`` of the images and the columns of ``extra``
+        are written to the label store. Raises InputError if the keys have the wrong shape or a label is unknown.
         """
 
     @abstractmethod
@@ -509,9 +508,8 @@ class EditableIndex(AnsweringIndex):
     def rename(self, old: str, new: str) -> None:
         """Rename a class. The class keeps its keys and its text weight.
 
-        If ``new`` already exists, the two classes are merged. In that case the keys move to ``new``, which keeps its
-        own text weight, and the ids of later classes decrease by one. Raises InputError if ``old`` does not exist, or
-        if ``new`` is not a valid name.
+        If ``new`` already exists, the keys move to ``new``, which keeps its own text weight, and the ids of later
+        classes decrease by one. Raises InputError if ``old`` does not exist, or if ``new`` is not a valid name.
         """
 
     @abstractmethod
@@ -610,7 +608,7 @@ def _doubles(values: Tensor) -> npt.NDArray[np.float64]:
 
 
 def _largest(logits: Tensor) -> Tensor:
-    """Return the largest absolute value, or NaN if any logit is NaN. The logits are not copied."""
+    """Return the largest absolute value, or NaN if any logit is NaN."""
     return torch.stack(logits.aminmax()).abs().amax()
 
 

@@ -92,7 +92,7 @@ class KeyEdits(EditableIndex):
 
     @property
     def _ridge(self) -> Ridge | None:
-        """The solver that updates the values after an edit, or ``None`` if the values were not solved."""
+        """The solver of the values, or ``None`` if they were not solved."""
         if self.fitted is None or self.fitted.ridge is None:
             return None
         return Ridge(len(self.class_names), self.settings.beta, self.fitted.ridge, self.device)
@@ -100,7 +100,7 @@ class KeyEdits(EditableIndex):
     def _index_over(
         self, keys: KeyArray | Segments, class_ids: npt.NDArray[np.int64], factory: str | None = None
     ) -> VectorIndex:
-        """Build a FAISS index over other keys. By default, its type and search effort are those of the current one."""
+        """Build a FAISS index over other keys, with the current type and search effort by default."""
         wanted = self.index.factory if factory is None else factory
         index = index_over(keys, class_ids, len(self.class_names), wanted, self.device)
         if wanted == self.index.factory:
@@ -129,13 +129,11 @@ class KeyEdits(EditableIndex):
     ) -> list[int]:
         """Add keys (see :meth:`answering.EditableIndex.add`). The cost depends only on the number of added keys.
 
-        The new keys become a segment that is not part of the FAISS index. Existing segments that are not larger are
-        merged into it, so that there are never many segments. Once the segments hold as many keys as the index, the
-        index is rebuilt.
+        The new keys become a segment that is not part of the FAISS index. Once these segments hold as many keys as the
+        index, the index is rebuilt.
 
-        A cache that has values consists of one segment. Solved values are solved again. In a large index, only the
-        values of the new keys are solved (see :class:`ridge.Ridge`). If the values were trained, the new keys get
-        one-hot rows.
+        Solved values are solved again, or only those of the new keys if the index is large (see :class:`ridge.Ridge`).
+        If the values were trained, the new keys get one-hot rows.
         """
         matrix, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
         assert self.next_key_id is not None
@@ -191,7 +189,7 @@ class KeyEdits(EditableIndex):
         self._follow()
 
     def _merge(self, class_id: int, into: str, names: list[str]) -> None:
-        """Move the keys of a class to the class ``into``, and drop the class. ``names`` are the remaining classes."""
+        """Move the keys of a class to the class ``into``, and drop the class."""
         if self.values is not None:  # the columns can be added, because solved values are linear in their targets
             self.values = self.values.clone()
             self.values[:, self.class_names.index(into)] += self.values[:, class_id]
@@ -231,8 +229,7 @@ class KeyEdits(EditableIndex):
             factory: the new type of the index. If it is ``auto``, :func:`keys.auto_for` selects the type and ``k``.
                 Defaults to the current type.
             dtype: the new type of the keys, float32 or float16. Defaults to the current type.
-            again: whether to recompute the points and the solved values. This is always done if ``dtype`` changes. The
-                next fit then recomputes the sums, too.
+            again: whether to recompute the points and the solved values. This is always done if ``dtype`` changes.
 
         Raises:
             UsageError: if the factory is invalid.
@@ -262,8 +259,8 @@ class KeyEdits(EditableIndex):
     ) -> None:
         """Set the metric and the values, and build the index over the points.
 
-        ``fitted`` describes how the metric and the values were fitted. ``factory`` is the new type of the index, and
-        defaults to the current type. All keys must be in one segment. Raises UsageError if the factory is invalid.
+        ``factory`` defaults to the current type. All keys must be in one segment. Raises UsageError if the factory is
+        invalid.
         """
         moved = self.metric is not None or metric is not None
         self.metric, self.values, self.fitted = metric, values, fitted
@@ -545,15 +542,13 @@ class CacheModel(KeyEdits):
     ) -> Self:
         """Open the current version of an index folder, or an earlier version.
 
-        Keys and values are memory-mapped. If a writer deletes the current version in the meantime, the next version is
-        opened instead.
+        Keys and values are memory-mapped.
 
         Args:
             folder: the index folder.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             precision: the dtype that is used to multiply queries with all keys. ``auto`` selects the fastest dtype that
-                is accurate enough on this machine (see :meth:`keys.Keys.products`). ``float32`` gives the same answers
-                on every machine, up to rounding.
+                is accurate enough on this machine. ``float32`` gives the same answers on every machine, up to rounding.
             verify: ``full`` to compare every file with its digest, or ``fast`` to compare only the size of large files.
             check: a check that has already been started. If it is given, the version that it checks is opened.
             version: the number of an earlier version. Defaults to the current version.
@@ -578,7 +573,7 @@ class CacheModel(KeyEdits):
     def on(self, device: str, precision: Precision) -> Self:
         """Return this version of the index on another device and in another precision.
 
-        The index must have been saved. Its files are not hashed again.
+        The index must have been saved.
         """
         assert self._stored is not None
         if device == self.device:
@@ -588,10 +583,9 @@ class CacheModel(KeyEdits):
         return type(self).load(self._stored.check.folder, device=device, precision=precision, check=self._stored.check)
 
     def reload(self) -> Self:
-        """Return the current version of the folder. If this index is up to date, return the index itself.
+        """Return the current version of the folder, or the index itself if it is up to date.
 
-        Files that both versions share are not hashed again. Settings that you have changed but not saved are lost.
-        Raises UsageError if the index has no folder.
+        Settings that you have changed but not saved are lost. Raises UsageError if the index has no folder.
         """
         if self.folder is None or self._stored is None:
             raise UsageError("reload: the index has no folder; save it first")
@@ -631,8 +625,7 @@ class CacheModel(KeyEdits):
     def commit(self, writer: Writer, change: str) -> None:
         """Write the files that have changed, and make this index the current version.
 
-        Keys that the writer already has are not written again. The file ``tuned`` is copied into the folder, and the
-        attribute then refers to the copy.
+        The file ``tuned`` is copied into the folder, and the attribute then refers to the copy.
         """
         contents = _contents(self).write(writer, self._stored)
         self.tuned = contents.weights

@@ -50,9 +50,6 @@ THUMBNAIL = 128
 class Classifier:
     """Few-shot image classifier.
 
-    Use :meth:`from_folder` or :meth:`from_images` to build a classifier, or :meth:`load` or :meth:`from_hub` to open an
-    existing one.
-
     Attributes:
         cache: the index (see :class:`CacheModel`). Use it for everything that has no method in this class.
         encoder: the encoder that computes the features of photos, in the same way as for the index.
@@ -255,9 +252,9 @@ class Classifier:
         Args:
             what: a photo, which can be a path, a PIL image, a uint8 array of shape ``[h, w, 3]``, encoded bytes, or a
                 row of a Hugging Face dataset. For several photos, pass a list of these, a Hugging Face dataset or its
-                image column. You can also pass any input of ``retrieval-tip classify``, such as a folder, a pattern, a
-                table or a tar file, or features of the encoder, of shape ``[q, d]`` or ``[d]``. Unreadable photos in
-                such an input are skipped and listed in ``encoder.skipped``.
+                image column, or any input of ``retrieval-tip classify``, such as a folder or a table. You can also pass
+                features of shape ``[q, d]`` or ``[d]``. Unreadable photos in a folder or table are skipped and listed
+                in ``encoder.skipped``.
             top: the number of classes to report, most probable first.
             neighbours: the number of shots to report, largest contribution first.
             k: the number of nearest keys to use, or ``"all"``. Defaults to the setting of the index.
@@ -310,9 +307,8 @@ class Classifier:
     ) -> list[int]:
         """Add labelled photos as a new version of the index, and return the ids of their keys.
 
-        ``what`` can be photos as for :meth:`predict`. In that case, ``label`` is one label for all photos or a list
-        that has one label per photo. You can also pass a labelled source or dataset. A label may name a new class. For
-        the other arguments, see :func:`changes.add`.
+        ``what`` can be photos as for :meth:`predict`, with one ``label`` for all or a list of labels, or a labelled
+        source or dataset. A label may name a new class. For the other arguments, see :func:`changes.add`.
 
         Raises UsageError if photos have no label.
         """
@@ -381,8 +377,8 @@ class Classifier:
     ) -> WrittenReport:
         """Write an accuracy report as a single HTML file to ``out``.
 
-        ``test`` and ``val`` are labelled sources. If they are split, the test split and the validation split are used.
-        For the other arguments, see :func:`report.write_report`.
+        If the labelled sources ``test`` and ``val`` are split, the test split and the validation split are used. For
+        the other arguments, see :func:`report.write_report`.
         """
         from retrieval_tip.report.report import write_report
 

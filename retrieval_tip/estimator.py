@@ -48,14 +48,12 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
 
     Args:
         text_weights: the text weights ``W``, as unit vectors of shape ``[c, d]``. They are in the order of
-            ``class_names``, or in sorted order of the classes if there are no ``class_names``. They are not normalised.
-            If ``None``, only the shots are used.
+            ``class_names``, or of the sorted classes, and are not normalised. If ``None``, only the shots are used.
         class_names: the ``c`` labels, in the order of ``text_weights``. Classes that do not occur in ``y`` are scored
             by their text only. Defaults to the sorted labels of ``y``.
         alpha: the weight of the cache relative to the text, which must be at least 0. With a number, the classifier is
             Tip-Adapter as published. With ``auto``, the metric, the values, alpha, beta and the temperature are fitted
-            to the rows in closed form, as in ``retrieval-tip index build`` (see
-            :func:`retrieval_tip.fit.closed_form.fit`).
+            to the rows in closed form (see :func:`retrieval_tip.fit.closed_form.fit`).
         beta: the sharpness of the exponential, which must be at least 0. Defaults to 5.5. You can only set it if
             ``alpha`` is a number.
         metric: ``none`` or ``within``, if ``alpha="auto"``. By default, the fit selects the metric.
@@ -76,8 +74,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         cache_: the underlying :class:`CacheModel`. Its key ids are the row numbers of ``X``. Use ``cache_.save`` to
             write an index.
 
-    You can pickle a fitted estimator. The FAISS index is rebuilt from the keys when you load it, so an approximate
-    index may retrieve slightly different keys. As with any pickle, only load files that you trust.
+    You can pickle a fitted estimator. The FAISS index is rebuilt when you load it, so an approximate index may retrieve
+    slightly different keys. As with any pickle, only load files that you trust.
     """
 
     classes_: Array
@@ -132,9 +130,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     def partial_fit(self, X: npt.ArrayLike, y: npt.ArrayLike, classes: npt.ArrayLike | None = None) -> Self:
         """Add the rows of ``X`` to the keys. The result is the same as a :meth:`fit` on all rows so far.
 
-        Each call rebuilds the index, and repeats the fit if ``alpha="auto"``. It is therefore faster to pass many rows
-        at once. ``classes`` lists all possible labels. It must be passed to the first call, unless ``class_names`` is
-        set. After an error, nothing has changed.
+        Each call rebuilds the index, so it is faster to pass many rows at once. ``classes`` lists all possible labels.
+        It must be passed to the first call, unless ``class_names`` is set. After an error, nothing has changed.
         """
         if not hasattr(self, "cache_"):
             if classes is None and self.class_names is None:
@@ -194,9 +191,9 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         """Find the nearest keys of each query.
 
         Returns two arrays of shape ``[q, m]``, where ``m`` is ``n_neighbors`` or the number of keys, whichever is
-        smaller. The first array holds the affinities, largest first. Note that affinities are inner products, not
-        distances. The second array holds the row numbers of the keys in the fitted ``X``, counted across calls of
-        :meth:`partial_fit`. An approximate index may leave slots empty. Empty slots have affinity -inf and row -1.
+        smaller. The first array holds the affinities, largest first, which are inner products and not distances. The
+        second array holds the row numbers of the keys in the fitted ``X``, counted across calls of :meth:`partial_fit`.
+        An approximate index may leave slots empty. Empty slots have affinity -inf and row -1.
 
         Raises UsageError if ``n_neighbors`` is below 1.
         """
@@ -229,7 +226,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         super().__setstate__(state)
 
     def _first(self, X: npt.ArrayLike, y: npt.ArrayLike, labels: npt.ArrayLike | None) -> Self:
-        """Fit the first rows. ``labels`` lists all classes, and defaults to the labels in ``y``."""
+        """Fit the first rows. ``labels`` defaults to the labels in ``y``."""
         normalize = bool(self.normalize)
         rows, own = validate_data(self, X, y, dtype=_dtypes(normalize))
         check_classification_targets(own)

@@ -1,7 +1,7 @@
 """Render HTML from Jinja2 templates, which are stored next to the modules that use them.
 
-All values are escaped and written on one line. Unprintable characters, such as control characters and marks that
-reverse the direction of text, are replaced with escape sequences. Only templates and :func:`markup` can add markup.
+All values are escaped and written on one line, including control characters and marks that reverse the direction of
+text. Only templates and :func:`markup` can add markup.
 """
 
 from __future__ import annotations

@@ -68,9 +68,8 @@ class Neighbour:
     """A shot that contributed to an answer.
 
     ``affinity`` is its similarity to the query. ``weight`` is ``w = exp(-beta (1 - affinity))``. ``gives`` holds its
-    contribution ``w V`` to the cache logit of each class in the ``labels`` of the prediction. If values are one-hot,
-    the contribution is the weight for the class of the shot, and 0 for other classes. Fitted values may be larger,
-    smaller or negative.
+    contribution ``w V`` to the cache logit of each class in the ``labels`` of the prediction. Contributions may be
+    negative if the values were fitted.
     """
 
     key_id: int
@@ -295,11 +294,11 @@ def lists(values: npt.NDArray[Any] | pa.Array, m: int) -> pa.ListArray:
 
 
 def read_predictions(path: Path) -> pa.Table:
-    """Read predictions that ``classify`` wrote as Parquet, CSV or JSON lines. The format is detected automatically.
+    """Read predictions that ``classify`` wrote as Parquet, CSV or JSON lines.
 
     The columns have the types in ``PREDICTIONS``. The columns ``input`` and ``label`` are always present, and ``label``
-    may be null. Additional columns are kept. In JSON lines, an additional column is only kept if its first value is
-    text, a number or a boolean.
+    may be null. Additional columns are kept, but in JSON lines only if their first value is text, a number or a
+    boolean.
 
     Raises InputError if the file is not valid, or if it has more than ``MAX_ROWS`` rows.
     """
@@ -351,7 +350,7 @@ def _json(raw: pa.NativeFile, head: bytes) -> pa.Table:
 
 
 def _read_json(raw: pa.NativeFile | io.BytesIO, kinds: Mapping[str, pa.DataType]) -> pa.Table:
-    """Read only the given columns of JSON lines, because deeply nested types overflow Arrow's stack."""
+    """Read only the given columns, because deeply nested types overflow Arrow's stack."""
     import pyarrow.json
 
     schema = pa.schema(list(kinds.items()))

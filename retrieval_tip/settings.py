@@ -127,8 +127,8 @@ class Settings:
 class Fitted:
     """A record of the metric and the values that were fitted to the shots of an index (see :mod:`fit.closed_form`).
 
-    ``metric`` is ``none`` or a name from :mod:`fit.forms`, which also has a ``shrinkage``. ``values`` is ``one-hot`` or
-    ``solved``. Solved values also have a ``ridge``. ``keys`` is the number of keys at the time of the fit.
+    A metric has a ``shrinkage``, and solved values have a ``ridge``. ``keys`` is the number of keys at the time of the
+    fit.
     """
 
     metric: str
@@ -156,7 +156,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Built:
-    """The options of the build that are also used for later changes. The provenance, in contrast, is only a record.
+    """The options of the build that are also used for later changes.
 
     Attributes:
         source: the name of the labelled source.

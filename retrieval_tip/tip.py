@@ -7,10 +7,10 @@ The code uses the notation of the paper:
 - ``V`` ``[n, c]``: the values, which say how much each key adds to each class. By default they are one-hot labels.
 - ``W`` ``[c, d]``: the text weights of the classes.
 
-:func:`answer` is the whole method. The other functions, and the rest of the package, compute the same numbers faster,
-from fewer keys, or from more keys than fit in memory. If you are new to the code, start here. Then read
-``retrieval/logits.py`` to see which keys a query uses, ``answering.py`` to see how logits become predictions, and
-``cache_model.py`` for the index that you edit and save.
+:func:`answer` is the whole method. The rest of the package computes the same numbers faster, from fewer keys, or from
+more keys than fit in memory. If you are new to the code, start here. Then read ``retrieval/logits.py`` to see which
+keys a query uses, ``answering.py`` to see how logits become predictions, and ``cache_model.py`` for the index that you
+edit and save.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def sum_by_class(values: Tensor, class_ids: Tensor, n_classes: int, out: Tensor 
     """Sum values of shape ``[q, k]`` over the keys of each class, and return the sums, of shape ``[q, c]``.
 
     ``class_ids`` has the shape ``[k]`` if all queries use the same keys, and ``[q, k]`` otherwise. Slots with the class
-    id ``c`` are empty and are ignored. If ``out`` is given, the sums are added to it. In that case, all queries must
-    use the same keys, and no slot may be empty.
+    id ``c`` are empty and are ignored. If ``out`` is given, the sums are added to it, all queries must use the same
+    keys, and no slot may be empty.
     """
     if out is not None:
         add_rows(out.T, class_ids, values.T)
@@ -135,8 +135,8 @@ class Totals:
     """Statistics over all keys of each class, which are used to estimate the contribution of unretrieved keys.
 
     ``counts`` holds the number of keys ``n_c`` of each class. Its shape is ``[c]``, or ``[q, c]`` if queries use
-    different keys. ``affinities``, of shape ``[q, c]``, holds the sums of the affinities to all keys of a class,
-    ``n_c f mu_c``. They are computed from a product with ``c`` key sums instead of ``n`` keys.
+    different keys. ``affinities``, of shape ``[q, c]``, holds the sums of the affinities to all keys of a class, ``n_c
+    f mu_c``.
     """
 
     counts: Tensor
@@ -150,9 +150,8 @@ class Totals:
     def rest(self, affinity: Tensor, class_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the number ``r_c`` and the mean affinity ``m_c`` of the remaining keys of each class.
 
-        The remaining keys are those that are not given. Their mean affinity is
-        ``m_c = (n_c f mu_c - sum of given affinities of c) / r_c``, or 0 if ``r_c`` is 0. It is exact up to rounding.
-        Both results have the shape ``[q, c]``.
+        Their mean affinity is ``m_c = (n_c f mu_c - sum of given affinities of c) / r_c``, or 0 if ``r_c`` is 0. Both
+        results have the shape ``[q, c]``.
         """
         n_classes = self.counts.shape[-1]
         number = self.counts - sum_by_class(torch.ones_like(affinity), class_ids, n_classes)
@@ -267,9 +266,8 @@ def ridge_values(gram: Tensor, targets: Tensor, ridge: float | Tensor) -> Tensor
 def log_cache(cache: Tensor, offset: float | None) -> Tensor:
     """Apply the link ``log(1 + max(C, 0) / o)`` to cache logits in place. If the offset ``o`` is ``None``, do nothing.
 
-    With solved values, ``C`` is close to the probability of each class and spans several orders of magnitude. The
-    logarithm turns it into a logit. Probabilities far below the offset become indistinguishable. The order of classes
-    with ``C > 0`` does not change.
+    With solved values, ``C`` is close to the probability of each class, which the logarithm turns into a logit. The
+    order of classes with ``C > 0`` does not change.
     """
     return cache if offset is None else cache.clamp_min_(0).div_(offset).log1p_()
 
@@ -305,7 +303,6 @@ class Terms:
 def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Return ``softmax(logits / T)`` as a float32 tensor of shape ``[q, c]``. The temperature T must be above 0.
 
-    The temperature never changes the ranking. The result is finite for every temperature, because the largest logit is
-    subtracted before the division, which is done in float64.
+    The temperature never changes the ranking, and the result is finite for every temperature.
     """
     return ((logits - logits.amax(dim=1, keepdim=True)).double() / temperature).softmax(dim=1).float()

@@ -1,15 +1,14 @@
-"""Closed-form fit: metric and values of an index, solved from its shots in seconds and chosen on folds of the shots.
+"""Fit the metric and the values of an index to its shots in closed form, which takes seconds.
 
-It replaces two parts of the formula in :mod:`tip`::
+The fit replaces two parts of the formula in :mod:`tip`::
 
     metric     phi(x) = unit((x - m) T),   T = ((1 - s) S + s tr(S) / d I)^(-1/2)
     values     V = (G + lambda I)^-1 Y,    G = exp(-beta (1 - phi(K) phi(K)^T))
 
-``S`` ``[d, d]`` is the scatter of the shots within classes, so directions that vary within a class count
-little. Sources: the metric is the shared covariance of Gaussian discriminant analysis (Wang et al., GDA-CLIP, ICLR
-2024); the values are kernel ridge regression (Bendou et al., ProKeR, CVPR 2025).
-
-Each form in :mod:`fit.forms` is solved without each fold of the shots in turn, and judged on that fold.
+``S`` is the scatter of the shots within classes, of shape ``[d, d]``, so directions that vary within a class count
+little. The metric is the shared covariance of Gaussian discriminant analysis (Wang et al., GDA-CLIP, ICLR 2024). The
+values are kernel ridge regression (Bendou et al., ProKeR, CVPR 2025). The form of both is selected from
+:mod:`fit.forms` by cross-validation on the shots.
 """
 
 from __future__ import annotations
@@ -44,36 +43,39 @@ from retrieval_tip.store.sums import Sums
 IntArray = npt.NDArray[np.int64]
 
 FOLDS, MOST_FOLDS = 4, 8
-"""Number of folds to choose a form, and to judge the chosen one if there are few keys."""
+"""Number of folds to select a form, and to evaluate the selected form if there are few keys."""
 CHOSEN_ON, CHOSEN_SHOTS, JUDGED = 2048, 32, 4096
-"""Largest number of keys to choose a form, of keys of one class among them, and of photos to judge the chosen form."""
+"""Maximum number of keys to select a form, of such keys per class, and of photos to evaluate the selected form."""
 LEAST_SHOTS = 3
-"""Smallest number of photos per class to choose a form; with two, each fold would fit a single one."""
+"""Minimum number of photos per class to select a form. With two, each fold would fit a single photo."""
 AFFINITIES = 1 << 28
-"""Affinities to judge the chosen form with very many keys."""
+"""Maximum number of affinities to evaluate the selected form if there are very many keys."""
 LEAST_OF_A_FOLD = 0.1
-"""Smallest share of a further fold worth judging, since solving costs the same for any share."""
+"""Smallest fraction of a further fold that is evaluated, because solving costs the same for any fraction."""
 LEAST_JUDGED = 8
-"""Smallest number of held-out photos for a choice."""
+"""Minimum number of held-out photos to select a form."""
 CLASS_FOLDS = 4
 """Number of folds of whole classes, if some classes have text but no shots."""
 WEAKEST = 5
-"""Largest number of classes with mistakes that a fit lists."""
+"""Maximum number of classes with mistakes that a fit lists."""
 OFFSETS = (None, 0.1, 0.05)
-"""Offsets of the logarithm of the cache to try with solved values; ``None`` means no logarithm."""
+"""Offsets of the logarithm of the cache to try with solved values. ``None`` means no logarithm."""
 UNLIKE = 0.05
-"""Share of held-out shots that would be ``unlike`` any class."""
+"""Fraction of the held-out shots that are ``unlike``, which sets the threshold."""
 LONG, GROWN = 1.1, 5.0
-"""Norm of keys above which a fit warns; largest beta (norm^2 - 1) of a form without metric, beyond which the weights
-exp(beta (A - 1)) outgrow any ridge."""
+"""Norm of keys above which a fit warns, and largest beta (norm^2 - 1) of a form that has no metric. Beyond it, the
+weights exp(beta (A - 1)) outgrow any ridge.
+"""
 LEAST_NORM = 1e-9
-"""Smallest norm of the longest key; torch normalises shorter vectors to 0."""
+"""Smallest norm of the longest key, because torch normalises shorter vectors to 0."""
 STEPS, REACH = 60, 4.0
-"""Newton's method: largest number of steps, and bound of the logarithms for logits of unit spread."""
+"""Maximum number of Newton steps, and bound on the logarithms for logits of unit spread."""
 ONE_SHOT_ALPHA, ONE_SHOT_MOST, ONE_SHOT_ALONE, ONE_SHOT_DOUBT = 13.0, 50.0, 70.0, 25
-"""Cache weight for one shot per class, where nothing can be held out: with well-calibrated text, upper bound with any
-text, and without text. Chosen on CLIP features of four datasets (12 to 18 do as well) and one weak text encoder. The
-last is the number of photos that the backbone's own temperature counts as."""
+"""Cache weight for one shot per class, where nothing can be held out: its value for well-calibrated text, its upper
+bound for any text, and its value if there is no text. They were selected on CLIP features of four datasets (12 to 18
+are as good) and one weak text encoder. The last constant is the number of photos that the backbone's own temperature
+counts as.
+"""
 
 
 class Judged(TypedDict, total=False):
@@ -86,11 +88,7 @@ class Judged(TypedDict, total=False):
 
 
 class Shots(Protocol):
-    """Anything that can be fitted: a :class:`CacheModel`, or an index that reads its keys in place.
-
-    ``labels`` has one row per key with at least ``digest`` and ``source``; ``class_ids`` is ``[n]``, ``text_weights``
-    ``[c, d]``.
-    """
+    """Anything that can be fitted: a :class:`CacheModel`, or an index that reads its keys in place."""
 
     labels: pa.Table
     class_ids: Tensor
@@ -103,11 +101,11 @@ class Shots(Protocol):
 
     @property
     def fitted(self) -> Fitted | None:
-        """Form of the previous fit."""
+        """Record of the previous fit."""
 
     @property
     def keys(self) -> Keys:
-        """Keys ``[n, d]``, by class."""
+        """The keys as an array of shape ``[n, d]``, grouped by class."""
 
     @property
     def n(self) -> int:
@@ -119,11 +117,11 @@ class Shots(Protocol):
 
     @property
     def index_type(self) -> str:
-        """Factory string of the index over the keys."""
+        """The FAISS factory string of the index."""
 
     @property
     def has_text(self) -> bool:
-        """Whether there are text weights."""
+        """Whether the index has text weights."""
 
     def set_fitted(
         self, metric: tip.Metric | None, values: Tensor | None, fitted: Fitted | None, factory: str | None = None
@@ -135,8 +133,8 @@ class Shots(Protocol):
 class Blend:
     """Weights that maximise the likelihood of ``softmax(a text + b cache)`` on held-out photos.
 
-    Without text ``a`` is 0. ``losses`` ``[q]`` are in nats, ``right`` ``[q]`` marks correct answers, and ``weights``
-    ``[q]`` of mean 1 weight the queries.
+    If there is no text, ``a`` is 0. ``losses`` are in nats, ``right`` marks correct answers, and ``weights`` are the
+    query weights, which have mean 1. All three have shape ``[q]``.
     """
 
     a: float
@@ -152,23 +150,23 @@ class Blend:
 
     @property
     def accuracy(self) -> float:
-        """Share of correct answers."""
+        """Fraction of correct answers."""
         return float((self.weights * self.right).mean())
 
     def settings(self, settings: Settings, beta: float) -> Settings:
-        """Return settings that answer by this blend: ``alpha = b / a`` and ``temperature = 1 / a``."""
+        """Return the settings that give this blend: ``alpha = b / a`` and ``temperature = 1 / a``."""
         if not self.a:
             return replace(settings, alpha=self.b, beta=beta, temperature=1.0)
         return replace(settings, alpha=self.b / self.a, beta=beta, temperature=1 / self.a)
 
 
 def blend(text: Tensor | None, cache: Tensor, ids: Tensor, weights: Tensor | None = None) -> Blend:
-    """Fit ``a`` and ``b`` to text and cache logits ``[q, c]`` of queries of classes ``ids`` ``[q]``.
+    """Fit ``a`` and ``b`` to text and cache logits of shape ``[q, c]``, for queries that have the class ``ids``.
 
-    Minimises the cross-entropy of ``softmax(a text + b cache)``, convex in ``a, b >= 0``, by Newton's method in
-    ``log a, log b``. ``weights`` ``[q]`` of mean 1 weight the queries, by default equally. As in Platt scaling (1999),
-    a label counts ``(q + 1) / (q + 2)`` and the other classes share the rest, which keeps ``a`` and ``b`` finite even
-    if all answers are right.
+    Newton's method minimises the cross-entropy of ``softmax(a text + b cache)``, which is convex in ``a, b >= 0``, in
+    terms of ``log a`` and ``log b``. ``weights`` are query weights of mean 1. As in Platt scaling (1999), the label
+    counts ``(q + 1) / (q + 2)`` and the other classes share the rest. This keeps ``a`` and ``b`` finite even if all
+    answers are right.
     """
     q, c = cache.shape
     if weights is None:
@@ -211,9 +209,10 @@ def blend(text: Tensor | None, cache: Tensor, ids: Tensor, weights: Tensor | Non
 
 @dataclass(frozen=True)
 class Held:
-    """Held-out ``features`` ``[q, d]`` float32 with class ``ids`` ``[q]``, for an index over the other ``rows``.
+    """Held-out queries, for an index over the other ``rows``.
 
-    With ``of_classes``, all keys of their classes are held out.
+    The ``features`` have shape ``[q, d]`` and the class ``ids`` have shape ``[q]``. If ``of_classes`` is true, all keys
+    of these classes are held out.
     """
 
     features: Tensor
@@ -224,10 +223,7 @@ class Held:
 
 @dataclass
 class Folds:
-    """Keys ``[n, d]`` with class ``ids`` ``[n]``, scaled ``text`` weights ``[c, d]``, and held-out queries.
-
-    ``sums`` of all keys are computed on first use unless given.
-    """
+    """Keys and their class ``ids``, scaled ``text`` weights of shape ``[c, d]``, and held-out queries."""
 
     keys: Keys
     ids: Tensor
@@ -243,19 +239,19 @@ class Folds:
         cls, keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntArray, number: int, judged: int,
         sums: Sums | None = None,
     ) -> Folds:  # fmt: skip
-        """Deal the images into ``number`` folds, or as many as the smallest class has, and hold out about ``judged``.
+        """Split the images into up to ``number`` folds, and hold out about ``judged`` of them.
 
-        All views of a held-out image are held out; the rest of a larger fold stays.
+        All views of a held-out image are held out.
         """
         folds, first = _folds(images, ids, number)
         held = list(_held(keys, ids, folds[first], first, images, judged))
         return cls(keys, torch.from_numpy(ids), c, text, held, sums)
 
     def with_classes(self, images: IntArray, judged: int) -> Folds:
-        """Hold out whole classes too, if some classes have text but no shots.
+        """Also hold out whole classes, if some classes have text but no shots.
 
-        A held-out class resembles a class without shots: only the text knows it. Both kinds of held-out photos are
-        weighted by their share of the classes.
+        A held-out class resembles a class that has no shots, because only the text knows it. Both kinds of held-out
+        photos are weighted by their fraction of the classes.
         """
         ids = self.ids.numpy()
         own = np.unique(ids)
@@ -270,26 +266,26 @@ class Folds:
 
     @property
     def covered(self) -> float:
-        """Share of classes with shots or queries, or 1 without text."""
+        """Fraction of the classes that have shots or queries, or 1 if there is no text."""
         ids = torch.cat([self.ids, *(held.ids for held in self.held)])
         return 1.0 if self.text is None else len(ids.unique()) / self.c
 
     @property
     def halves(self) -> bool:
-        """Whether a fold leaves about half of the shots, which says little about the similarity to all of them."""
+        """Whether a fold leaves about half of the shots, so that it says little about the similarity to all of them."""
         return any(len(held.rows) < 0.6 * len(self.ids) for held in self.held if not held.of_classes)
 
     @property
     def of_classes(self) -> Tensor:
-        """Whether the whole class of each query is held out, ``[q]``."""
+        """Whether the whole class of each query is held out."""
         return torch.cat([torch.full((len(held.ids),), held.of_classes) for held in self.held])
 
     @property
     def weights(self) -> Tensor | None:
-        """Weights ``[q]`` of the queries, of mean 1; ``None`` if all count the same.
+        """Query weights of mean 1, or ``None`` if all queries count the same.
 
-        Classes count the same if ``even``, however many shots they have. Queries of held-out classes together count by
-        the share of classes without shots.
+        If ``even`` is true, classes count the same regardless of their number of shots. Queries of held-out classes are
+        weighted by the fraction of classes that have no shots.
         """
         whole, ids = self.of_classes, torch.cat([held.ids for held in self.held])
         weights = torch.ones(len(ids), dtype=torch.float64)
@@ -302,16 +298,16 @@ class Folds:
 
     @property
     def n(self) -> int:
-        """Number of held-out photos, not counting held-out classes."""
+        """Number of held-out photos, excluding held-out classes."""
         return sum(len(held.ids) for held in self.held if not held.of_classes)
 
     @property
     def can_judge(self) -> bool:
-        """Whether there are enough held-out photos to judge a form."""
+        """Whether there are enough held-out photos to evaluate a form."""
         return self.n >= LEAST_JUDGED and self.c > 1
 
     def scatter(self, rows: Tensor) -> Scatter:
-        """Return the scatter of some of the keys; for more than ``d``, as the sums of all minus the other keys."""
+        """Return the scatter of some of the keys."""
         if len(rows) < self.keys.shape[1]:
             return Scatter.of_few(*self.taken(rows), self.c)
         every = np.arange(len(self.ids))
@@ -321,7 +317,7 @@ class Folds:
         return Scatter.of(self.sums - self._sums_of(others) if len(others) else self.sums)
 
     def taken(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return some of the keys as float32, with their class ids."""
+        """Return some of the keys as float32, and their class ids."""
         return _taken(self.keys, rows), self.ids[rows]
 
     def _sums_of(self, rows: IntArray) -> Sums:
@@ -330,17 +326,17 @@ class Folds:
         return Sums.of(blocks, self.c, self.keys.shape[1])
 
     def judge(self, form: Form) -> Blend:
-        """Fit a form without each fold in turn, and return the blend on these folds."""
+        """Fit a form to all shots except each fold in turn, and return the blend on these folds."""
         return blend(*self.logits(form), self.weights)
 
     def logits(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Return text and cache logits ``[q, c]`` and ids ``[q]`` of held-out photos, by a form fitted without them."""
+        """Return the text and cache logits and the class ids of held-out photos, by a form fitted to the others."""
         cache = torch.cat([self._cache(form, held, fold) for fold, held in enumerate(self.held)])
         features, ids = (torch.cat([getattr(held, name) for held in self.held]) for name in ("features", "ids"))
         return None if self.text is None else tip.affinity(features, self.text), cache, ids
 
     def fitted(self, form: Form, rows: Tensor, fold: int | None = None) -> tuple[tip.Metric | None, Tensor | None]:
-        """Fit metric and values ``[m, c]`` of a form to ``rows`` of the keys: all, or all outside a ``fold``."""
+        """Fit the metric and the values of a form to ``rows`` of the keys, or to all keys outside a ``fold``."""
         metric = None
         if form.metric is not None:
             if fold not in self._scatters:
@@ -368,7 +364,7 @@ class Folds:
 
 @dataclass(frozen=True)
 class FormTrial:
-    """A form that was tried, with its mean cross-entropy in nats and its accuracy."""
+    """A form that was tried, its mean cross-entropy in nats, and its accuracy."""
 
     form: Form
     loss: float
@@ -377,12 +373,12 @@ class FormTrial:
 
 @dataclass(frozen=True)
 class FormChoice:
-    """The chosen form, and its accuracy on ``n`` held-out photos, in ``folds``.
+    """The selected form, and its accuracy on ``n`` held-out photos.
 
-    ``photos``, ``words`` and ``both`` are the accuracies of cache, text and blend. ``words`` is ``None`` without text;
-    all three are ``None`` if no photo could be held out (``n`` is 0). ``weakest`` lists classes with mistakes, the
-    least accurate first, with their correct answers and held-out photos. ``longest`` is the largest norm of a key.
-    ``without_shots`` counts classes that only the text knows, whose accuracy is estimated on held-out classes.
+    ``photos``, ``words`` and ``both`` are the accuracies of the cache, the text and the blend. ``words`` is ``None`` if
+    there is no text. All three are ``None`` if no photo could be held out. ``weakest`` lists classes with mistakes,
+    least accurate first, with their numbers of correct answers and of held-out photos. ``longest`` is the largest norm
+    of a key. ``without_shots`` is the number of classes that only the text knows.
     """
 
     form: Form
@@ -441,26 +437,26 @@ def fit(
     cache: Shots, *, metric: MetricName | None = None, values: ValuesName | None = None,
     validation: Queries | None = None, factory: str | None = None, forms: Sequence[Form] = FORMS,
 ) -> FormChoice:  # fmt: skip
-    """Fit metric, values, alpha, beta and temperature of an index to its own shots.
+    """Fit the metric, the values, alpha, beta and the temperature of an index to its own shots.
 
-    The form is chosen on folds of the shots, solved again without each fold (views of one photo stay together), or on
-    ``validation`` images. The first form is kept unless another is at least as accurate and its cross-entropy lower by
-    more than two standard errors of the difference, since choosing among many forms overfits few shots. Classes with
-    one photo take part but are not judged; if all classes have one, the settings are fixed (:func:`_unjudged`). The
-    temperature follows from the blend (:func:`blend`).
+    The form is selected on folds of the shots, where views of one photo stay together, or on ``validation`` images. The
+    first form is kept unless another one is at least as accurate and its cross-entropy is lower by more than two
+    standard errors of the difference. This prevents overfitting when there are few shots. Classes that have one photo
+    are fitted but not evaluated. If all classes have one photo, the settings are fixed. The temperature follows from
+    the :func:`blend`.
 
     Args:
-        cache: raw keys in one segment; the present metric and values are ignored.
-        metric: kind of metric, chosen on the shots by default.
-        values: kind of values, chosen on the shots by default. They are one-hot above :data:`MOST_SOLVED` keys, or if
-            the index retrieves ``k`` keys, since solved values need all keys.
-        validation: queries to judge by instead of the shots.
-        factory: type of the index over the fitted keys, by default the present one.
-        forms: forms to choose from.
+        cache: the index, which must have a single segment. Its current metric and values are ignored.
+        metric: the kind of metric. By default, it is selected on the shots.
+        values: the kind of values. By default, they are selected on the shots. They are one-hot above
+            :data:`MOST_SOLVED` keys, or if the index retrieves ``k`` keys, because solved values need all keys.
+        validation: the queries to evaluate on instead of the shots.
+        factory: the type of the index over the fitted keys. Defaults to the current type.
+        forms: the forms to select from.
 
-    Returns the choice; :meth:`CacheModel.save` writes the index. Raises UsageError for an unknown metric or values, or
-    solved values that this index cannot have; InputError for a fine-tuned index, several segments, or keys with norms
-    too large for the metric or too small for float32.
+    Raises:
+        UsageError: if the metric or the values are unknown, or if this index cannot have solved values.
+        InputError: if the index is fine-tuned or has several segments, or if its keys are too long or too short.
     """
     start = time.perf_counter()
     longest = _longest(cache)
@@ -494,10 +490,10 @@ def fit(
 
 
 def refit(cache: Shots, beta: float) -> FormChoice:
-    """Fit alpha, temperature and the threshold of ``unlike`` for another beta, in the same form.
+    """Fit alpha, the temperature and the threshold of ``unlike`` to another beta, and keep the form.
 
-    Uses folds as in :func:`fit`; with too few shots nothing changes but beta. Values are not solved for the new beta;
-    call :meth:`cache_model.KeyEdits.solve` next. Returns the choice with its accuracies.
+    If there are too few shots, only beta changes. Values are not solved for the new beta, so make sure that you call
+    :meth:`cache_model.KeyEdits.solve` next.
     """
     start, settings, form = time.perf_counter(), replace(cache.settings, beta=beta), Form.of(cache.fitted, beta)
     folds, judged_on = _judged_by(cache, None, images_of(cache.labels))
@@ -512,13 +508,12 @@ def refit(cache: Shots, beta: float) -> FormChoice:
 
 
 def estimate(cache: CacheModel) -> Judged:
-    """Estimate the accuracy of an index on folds of its own shots, without changing it.
+    """Estimate the accuracy of an index on folds of its own shots. The index does not change.
 
-    Metric and values are solved again without each fold; alpha, beta and temperature stay, and every key is used. Right
-    after a fit, this gives the estimate of the fit.
+    The metric and the values are solved again for each fold, while alpha, beta and the temperature stay the same.
 
-    Returns the accuracies of cache (``photos``), text (``words``, ``None`` without text) and blend (``both``). All are
-    ``None`` if the keys were fine-tuned, or too few shots can be held out.
+    Returns the accuracies of the cache (``photos``), the text (``words``) and the blend (``both``). ``words`` is
+    ``None`` if there is no text. All are ``None`` if the keys were fine-tuned, or if too few shots can be held out.
     """
     settings, (folds, _) = cache.settings, _judged_by(cache, None, images_of(cache.labels))
     if cache.curve is not None or not folds.can_judge:
@@ -541,10 +536,7 @@ def _accuracies(photos: Tensor, words: Tensor | None, right: Tensor, ids: Tensor
 
 
 def unfitted(cache: CacheModel) -> CacheModel:
-    """Return Tip-Adapter over the same keys: no metric, one-hot values, untouched alpha and beta.
-
-    Builds a new index in memory; ``cache`` is not changed.
-    """
+    """Return a new index over the same keys that has no metric, one-hot values, and untouched alpha and beta."""
     if cache.fitted is None:
         return cache
     other = copy.copy(cache)
@@ -652,8 +644,8 @@ def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tup
 def _unjudged(cache: Shots, forms: Sequence[Form], covered: float) -> tuple[Form, Settings]:
     """Return the form and the settings for shots that cannot be held out.
 
-    The text has not seen the shots, so its temperature T can still be fitted to them. If the text is overconfident
-    (T > 1), photos count T^2 times as much: ``softmax(text / T + 13 T^2 cache)``. The share of classes that have shots,
+    The text has not seen the shots, so its temperature T can still be fitted to them. If the text is overconfident (T >
+    1), photos count T^2 times as much: ``softmax(text / T + 13 T^2 cache)``. The share of classes that have shots,
     ``covered``, scales the weight of photos.
     """
     if all(form.values is None for form in forms):

@@ -119,7 +119,7 @@ class Tuned:
     as_it_was: bool = False
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the index folder, including any trained encoders. Raises the same errors as :meth:`CacheModel.save`."""
+        """Write the index folder, including any trained encoders."""
         with tempfile.TemporaryDirectory() as place:
             if self.encoders:
                 self.cache.tuned = Path(place) / "encoders.safetensors"
@@ -153,8 +153,7 @@ def finetune_into(
 
     If training does not help, a copy of the original index is written instead, unless ``keep_last`` is set. The
     accuracy is measured on ``val``, or on held-out shots if ``val`` is not given (see :func:`_compared`). If an encoder
-    is trained, a checkpoint is kept beside ``out`` until the index is written. Raises the same errors as
-    :func:`finetune` and :meth:`Tuned.save`.
+    is trained, a checkpoint is kept beside ``out`` until the index is written.
     """
     check_name(Path(out))
     make_folders(Path(out).parent)
@@ -209,8 +208,7 @@ def finetune(
             last epoch is kept and the settings do not change.
         parent: The name of the index, which is written to the record.
         checkpoint: The file that stores the state after each epoch if an encoder is trained. The caller removes it.
-        on_epoch: A function that is called with each row of the curve (:data:`CURVE`), and once before training. If it
-            raises an exception, the run ends.
+        on_epoch: A function that is called with each row of the curve, and once before training.
         resume: Whether to continue from ``checkpoint`` if it exists. The result is the same as without an interruption,
             bit for bit if the device and the number of threads are the same.
 
@@ -243,7 +241,7 @@ def _trained(
     held: Checkpoint | None = None, compared: Comparison | None = None,
     on_epoch: Callable[[Mapping[str, float]], None] | None = None,
 ) -> Tuned:  # fmt: skip
-    """Train an :func:`_untrained` index, or continue from the checkpoint ``held``."""
+    """Train an untrained index, or continue from the checkpoint ``held``."""
     if cache.device == "cpu":
         queries = min(recipe.batch, len(material.shots))
         check_memory(4 * queries * cache.n, f"batch {queries} x {cache.n} keys", "use a smaller batch")
@@ -526,7 +524,7 @@ class _Run:
         return bool(self.curve[-1]["val_accuracy"] >= best - error)
 
     def _settle(self) -> None:
-        """Keep the untrained state if no epoch was more accurate on the validation images."""
+        """Keep the untrained state if no epoch was more accurate."""
         if self.material.queries is not None:
             first, *later = [(row["val_accuracy"], -row["val_loss"]) for row in self.curve]
             if all(not other > first for other in later):

@@ -1,8 +1,8 @@
-"""Forms: combinations of metric, values and beta that a fit chooses from.
+"""Forms, which are the combinations of a metric, values and beta that a fit selects from.
 
-To add a metric or values, write a class that fits itself to the shots and add a form with it to :data:`FORMS`. Add its
-name to ``MetricName`` in settings.py to offer it in ``--metric``. New values must also support adding and removing keys
-(:mod:`retrieval.ridge`).
+To add a metric or values, write a class that fits itself to the shots, and add a form with it to :data:`FORMS`. To
+offer the metric in ``--metric``, add its name to ``MetricName`` in settings.py. New values must also support adding and
+removing keys (see :mod:`retrieval.ridge`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from retrieval_tip.settings import Fitted
 from retrieval_tip.store.sums import Sums
 
 SMALLEST_EIGENVALUE = 1e-7
-"""Smallest eigenvalue of a scatter relative to the mean eigenvalue; smaller ones are float32 noise."""
+"""Smallest eigenvalue of a scatter relative to the mean eigenvalue. Smaller ones are float32 noise."""
 
 
 @dataclass(frozen=True)
 class Scatter:
-    """Scatter ``S`` of the shots, as eigenvalues ``[r]`` and eigenvectors ``[d, r]``, with their mean ``m`` ``[d]``.
+    """The scatter ``S`` of the shots and their mean ``m``, of shape ``[d]``.
 
-    The scatter in all other directions is 0.
+    The eigenvalues have shape ``[r]`` and the eigenvectors ``[d, r]``. In all other directions, the scatter is 0.
     """
 
     mean: Tensor
@@ -39,10 +39,10 @@ class Scatter:
 
     @classmethod
     def of(cls, sums: Sums) -> Scatter:
-        """Return the scatter of keys within classes, or of all keys if each class has one, from their sums.
+        """Compute the scatter within classes from sums of keys, or of all keys if each class has only one.
 
-        ``S = sum_i r_i r_i^T / n = (sum_i k_i k_i^T - sum_c n_c mu_c mu_c^T) / n`` for the differences ``r_i`` between
-        keys and class means. ``m`` is the mean of the class means, so that every class counts the same.
+        ``S = sum_i r_i r_i^T / n = (sum_i k_i k_i^T - sum_c n_c mu_c mu_c^T) / n``, where ``r_i`` is the difference
+        between a key and its class mean. ``m`` is the mean of the class means, so that every class counts the same.
         """
         mean, centres = _centres(sums.counts, sums.sums)
         roots = centres * np.sqrt(sums.counts)[:, None]
@@ -51,7 +51,7 @@ class Scatter:
 
     @classmethod
     def of_few(cls, keys: Tensor, ids: Tensor, c: int) -> Scatter:
-        """Return the same for fewer than ``d`` keys ``[n, d]``, from the Gram matrix of the ``r_i`` ``[n, n]``."""
+        """Compute the same for fewer than ``d`` keys, from the Gram matrix of the ``r_i``."""
         wide = keys.double()
         sums = torch.zeros(c, keys.shape[1], dtype=torch.float64).index_add_(0, ids, wide)
         mean, centres = _centres(torch.bincount(ids, minlength=c).numpy(), sums.numpy())
@@ -73,21 +73,21 @@ def _centres(
 
 @dataclass(frozen=True)
 class FittedMetric(ABC):
-    """A metric fitted to the scatter of the shots, with ``shrinkage`` towards a sphere from 0 (none) to 1 (full)."""
+    """A metric that is fitted to the scatter of the shots, with a ``shrinkage`` from 0 (none) to 1 (a sphere)."""
 
     shrinkage: float
     name: ClassVar[str]
 
     @abstractmethod
     def fit(self, scatter: Scatter) -> tip.Metric | None:
-        """Return the metric, float32; ``None`` if the scatter is 0."""
+        """Return the metric in float32, or ``None`` if the scatter is 0."""
 
     def __str__(self) -> str:
         return f"{self.name} metric (shrinkage {self.shrinkage:g})"
 
 
 class Within(FittedMetric):
-    """Whitening of the scatter within classes: ``T = ((1 - s) S + s tr(S) / d I)^(-1/2)``."""
+    """The whitening of the scatter within classes, ``T = ((1 - s) S + s tr(S) / d I)^(-1/2)``."""
 
     name = "within"
 
@@ -108,21 +108,21 @@ class Within(FittedMetric):
 
 @dataclass(frozen=True)
 class FittedValues(ABC):
-    """Values fitted to the shots, with a ``ridge`` above 0 as regularisation."""
+    """Values that are fitted to the shots, with a regularisation strength ``ridge`` above 0."""
 
     ridge: float
     name: ClassVar[str]
 
     @abstractmethod
     def fit(self, points: Tensor, ids: Tensor, c: int, beta: float) -> Tensor:
-        """Return the values ``[n, c]`` of keys at ``points`` ``[n, d]`` of classes ``ids`` ``[n]``."""
+        """Return the values of keys at ``points``, of shape ``[n, c]``."""
 
     def __str__(self) -> str:
         return f"{self.name} values (ridge {self.ridge:g})"
 
 
 class Solved(FittedValues):
-    """Kernel ridge regression: ``V = (G + lambda I)^-1 Y`` (:class:`retrieval.ridge.Ridge`)."""
+    """Kernel ridge regression, ``V = (G + lambda I)^-1 Y`` (see :class:`retrieval.ridge.Ridge`)."""
 
     name = "solved"
 
@@ -132,7 +132,7 @@ class Solved(FittedValues):
 
 @dataclass(frozen=True)
 class Form:
-    """A metric, values and beta to fit; ``None`` stands for no metric and one-hot values."""
+    """A metric, values and beta to fit. ``None`` stands for no metric and for one-hot values."""
 
     metric: FittedMetric | None
     values: FittedValues | None
@@ -140,7 +140,7 @@ class Form:
 
     @classmethod
     def of(cls, fitted: Fitted | None, beta: float) -> Form:
-        """Return the form of a fitted index. Raises InputError for an unknown metric or unknown values."""
+        """Return the form of a fitted index. Raises InputError if the metric or the values are unknown."""
         if fitted is None:
             return cls(None, None, beta)
         metrics = {form.metric.name: type(form.metric) for form in FORMS if form.metric}
@@ -155,7 +155,7 @@ class Form:
             raise InputError(f"fitted: unknown form {name}; fit the index again") from None
 
     def fitted(self, keys: int) -> Fitted:
-        """Return the entry of the manifest for this form, fitted to ``keys`` keys."""
+        """Return the record of a fit of this form to ``keys`` keys."""
         shrinkage = None if self.metric is None else self.metric.shrinkage
         ridge = None if self.values is None else self.values.ridge
         return Fitted(self.metric_name, self.values_name, shrinkage, ridge, keys)
@@ -175,10 +175,10 @@ class Form:
 
 
 DEFAULT_FORM = Form(Within(0.8), Solved(0.1), 1.0)
-"""Default form, kept unless another is clearly better; near the best on every dataset tried."""
+"""The default form, which is near the best on every dataset tried."""
 
 ONE_SHOT = Form(None, Solved(0.5), 1.0)
-"""Form for one photo per class."""
+"""The form for one photo per class."""
 
 FORMS = [
     DEFAULT_FORM,
@@ -194,9 +194,9 @@ FORMS = [
     Form(None, None, 1.0),
     Form(None, None, 5.5),
 ]
-"""Forms to try, default first."""
+"""The forms to try, starting with the default."""
 
 
 def like(fitted: Fitted) -> list[Form]:
-    """Return the forms with the same kind of metric and values."""
+    """Return the forms that have the same kind of metric and values."""
     return [form for form in FORMS if (form.metric_name, form.values_name) == (fitted.metric, fitted.values)]

@@ -139,7 +139,7 @@ def leave_one_out(cache: CacheModel) -> Queries:
 
     Keys belong to the same image if they have the same content digest. If there are no digests, keys with the same
     source belong to the same image. Raises UsageError if a class has a single image, or if the values of the index were
-    solved, since solved values depend on all shots.
+    solved.
     """
     if cache.fitted is not None and cache.fitted.solved:
         raise UsageError(
@@ -165,8 +165,7 @@ def validation_shots(
     """Draw ``number`` validation shots per class, and return their positions.
 
     ``number`` defaults to ``min(shots, 4)``, or to 4 if the index does not record a number of shots. If ``path`` is the
-    split file that the index's own shots were drawn from, the published validation draw is returned. That draw
-    continues the random generator of the training draw.
+    split file that the index's own shots were drawn from, the published validation draw is returned.
     """
     drawn, seed = cache.built.shots, cache.built.seed
     if number is None and drawn is not None and path is not None and Path(path).suffix.lower() == ".json":
@@ -179,9 +178,8 @@ def validation_shots(
 def apply(cache: CacheModel, choice: HyperparameterChoice, folder: str | os.PathLike[str] | None = None) -> None:
     """Apply the selected settings to the index, record their provenance, and reset an outdated temperature.
 
-    The temperature is kept if alpha and beta do not change. An index over classes keeps its k, which limits the cost of
-    an answer. If ``folder`` is given, the settings are saved as a new version of the index. Raises the same errors as
-    :meth:`CacheModel.save_settings`.
+    The temperature is kept if alpha and beta do not change. An index over classes keeps its k. If ``folder`` is given,
+    the settings are saved as a new version of the index.
     """
     own, settings = cache.settings, choice.settings(cache.settings)
     if cache.index.by_class:
@@ -230,13 +228,11 @@ def search(
     Args:
         cache: The index. Its own alpha, beta and k are ignored.
         queries: Queries from :func:`on_validation`, :func:`leave_one_out` or :func:`folds`.
-        betas: The values of beta to try. Defaults to 0.1 to 100 in steps of a factor of 1.26, plus the untouched beta
-            or the beta in ``kept``.
+        betas: The values of beta to try. Defaults to :data:`BETAS`, plus the untouched beta or the beta in ``kept``.
         ks: The values of k to try, where ``None`` stands for all keys. Defaults to all keys and the powers of two up to
             half the number of keys. An index over classes only tries all keys.
         cautious: Whether to keep the untouched settings (:mod:`defaults`) unless the best settings are significantly
-            better (paired test, 95 %). This is useful when there are few queries, because a selection among thousands
-            of settings would overfit them.
+            better (paired test, 95 %). This is useful when there are few queries.
         kept: The alpha and beta that a cautious search keeps instead of the untouched ones, with ``k = all``. For
             fine-tuned keys, these are the settings used in training. Defaults to the index's own settings if the index
             is fitted. This beta is always tried.
@@ -286,10 +282,9 @@ def search_paper(
 ) -> HyperparameterChoice:
     """Search the published grid of beta ``0.1 + i (scale - 0.1) / 200`` and alpha ``0.1 + i (scale - 0.1) / 20``.
 
-    The first of several equally good settings is selected. The grid does not contain alpha 0. ``scales`` holds the
-    largest beta and alpha, which are 7 and 3 for ImageNet. The published figures used the whole validation split, or
-    the test set in the case of ImageNet. Raises UsageError if the values of the index were solved, since solved values
-    are valid for a single beta.
+    The first of several equally good settings is selected. ``scales`` holds the largest beta and alpha, which are 7 and
+    3 for ImageNet. The published figures used the whole validation split, or the test set in the case of ImageNet.
+    Raises UsageError if the values of the index were solved.
     """
     if cache.fitted is not None and cache.fitted.solved:
         raise UsageError(
@@ -436,9 +431,8 @@ def _caches(
 def right_between(text: Tensor, cache: Tensor, y: Tensor) -> tuple[FloatArray, FloatArray]:
     """Return the open interval ``(low, high)`` of alphas at which each query is right. It is empty if ``low >= high``.
 
-    ``text`` and ``cache`` have shape ``[q, c]``, and ``y`` has shape ``[q]``. Class y beats class j if
-    ``alpha (C_y - C_j) > text_j - text_y``. If the cache prefers y, this is true above a bound. If the cache prefers j,
-    it is true below a bound. If the cache prefers neither, it is true for every alpha or for none.
+    ``text`` and ``cache`` have shape ``[q, c]``, and ``y`` has shape ``[q]``. Class y beats class j if ``alpha (C_y -
+    C_j) > text_j - text_y``, which holds above a bound if the cache prefers y, and below a bound if it prefers j.
     """
     gain = (cache.gather(1, y[:, None]) - cache).double()
     lead = (text.gather(1, y[:, None]) - text).double()

@@ -52,10 +52,9 @@ class Recipe:
       ``None``, every epoch encodes a fresh view, as in the paper's code. This is required to train the image encoder.
     - ``precision``: the dtype of matrix products. ``auto`` uses bfloat16 if it is measurably faster.
     - ``seed``: the seed for batches and views
-    - ``settings``: the source of the alpha and beta used in training. ``own`` takes them from the index. ``tried``
-      compares these settings with a few flatter ones on the validation images, if given, and trains each for a quarter
-      of the epochs. Flatter settings can help because a sharp exponential classifies well but has a small gradient.
-      Encoders always use ``own``.
+    - ``settings``: the source of the alpha and beta used in training. ``own`` takes them from the index. ``tried`` also
+      trains with a few flatter settings for a quarter of the epochs, and selects on the validation images. Flatter
+      settings can help because a sharp exponential has a small gradient. Encoders always use ``own``.
     - ``alpha``, ``beta``: values to use in training instead. If you give either, ``settings`` is ignored and the other
       one is taken from the index.
 
@@ -264,8 +263,7 @@ def cosine(step: int, steps: int, lr: float) -> float:
 def faster_precision(cache: CacheModel, batch: int) -> Literal["float32", "bfloat16"]:
     """Return ``bfloat16`` if it multiplies keys and ``batch`` queries at least :data:`WORTH` times as fast.
 
-    The speed is measured on a block of ones. A small index always uses ``float32``, so that its result is the same on
-    all machines.
+    A small index always uses ``float32``, so that its result is the same on all machines.
     """
     if cache.n * cache.d <= SMALL:
         return "float32"

@@ -50,17 +50,16 @@ def settled(terms: tip.Terms, settings: Settings, slack: float, classes: Tensor)
 def certificate(terms: tip.Terms, near: Nearest, totals: tip.Totals, settings: Settings) -> Tensor:
     """Return, for each query, whether the retrieved keys provably give the same prediction as all keys.
 
-    ``terms`` are computed from the retrieved keys ``near`` before the link is applied. They may include the tail. In
-    both cases they are a lower bound on the exact logits.
+    ``terms`` are computed from the retrieved keys ``near`` before the link is applied, and may include the tail. They
+    are a lower bound on the exact logits.
 
     The affinity of every other key is at most ``s_k``, the smallest affinity of a retrieved key. Class ``c`` has
     ``r_c`` other keys, so its logit can rise by at most ``alpha r_c (exp(-beta (1 - s_k)) - t_c)``, where ``t_c`` is
     the weight of such a key in the tail. The prediction is proved if the winning logit exceeds all other raised logits
-    by more than the rounding error. The bound on the rounding error takes two effects into account: the relative error
-    of a weight is ``1 + beta`` times the error of its affinity, and the text term and the cache term may cancel.
+    by more than the rounding error. The relative rounding error of a weight is ``1 + beta`` times the error of its
+    affinity.
 
-    The proof requires one-hot values, because a key that has negative values can also lower a logit. It also requires
-    an exact search. After an approximate search, the result is only evidence.
+    The proof requires one-hot values, because negative values can lower a logit, and an exact search.
     """
     logits, affinity, class_ids = terms.logits(settings), near.affinity, near.class_ids
     alpha, beta, n_classes = settings.alpha, settings.beta, totals.counts.shape[0]

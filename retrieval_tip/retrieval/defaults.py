@@ -1,8 +1,7 @@
 """Default values of alpha and beta for any backbone and any number of shots.
 
-In the paper, alpha is 1 and beta is 5.5. These values work well for CLIP features and 16 shots. However, the cache term
-grows with the number of shots, and the spread of the affinities depends on the backbone. We therefore define the
-defaults in units of the spread and the number of shots, so that they can be used with any backbone.
+The paper's alpha of 1 and beta of 5.5 work well for CLIP features and 16 shots. However, the cache term grows with the
+number of shots, and the spread of the affinities depends on the backbone. The defaults are therefore in units of both.
 """
 
 from __future__ import annotations
@@ -21,10 +20,7 @@ UNTOUCHED = {"both": (0.7, 1.0), "shots": (20.0, 5.5), "affinity": (0.035, 1.0),
 """Default alpha and beta for each unit. For ``none`` they are from the paper. The others are equivalent at 16 shots."""
 
 DOUBT = 4
-"""Number of pseudo-shots added to each class, so that a few shots have less weight.
-
-The number was selected on validation data.
-"""
+"""Number of pseudo-shots added to each class, so that a few shots have less weight (selected on validation data)."""
 
 STEEPEST = 60.0
 """Upper limit for the exponent ``beta (1 - mean)`` of a default. Otherwise near-identical images overflow float32."""

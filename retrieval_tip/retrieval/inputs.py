@@ -1,4 +1,4 @@
-"""Validate arguments and convert them to arrays. Each error names the argument and the expected value."""
+"""Validate arguments and convert them to arrays."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _array(values: object, what: str) -> npt.NDArray[Any]:
 
 
 def queries(features: Features, d: int) -> Tensor:
-    """Convert queries to a finite float32 tensor on the same device. Raises InputError if they are not valid."""
+    """Convert queries to a finite float32 tensor on the same device."""
     if isinstance(features, Tensor):
         f = features.detach().float()
     else:
@@ -186,13 +186,13 @@ def keys_to_add(
 
 
 def values_of(values: Features, n: int, c: int) -> Tensor:
-    """Convert trained values to a float32 tensor of shape ``[n, c]``. Raises InputError if the shape is wrong."""
+    """Convert trained values to a float32 tensor of shape ``[n, c]``."""
     array = matrix(values, "values")
     check_shape("values", array.shape, (n, c), "one row per key")
     return torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
 
 
 def check_shape(what: str, shape: Sequence[int], expected: tuple[int, int], meaning: str) -> None:
-    """Raise InputError if ``what`` does not have the expected shape. ``meaning`` explains the first dimension."""
+    """Raise InputError if ``what`` does not have the expected shape."""
     if tuple(shape) != expected:
         raise InputError(f"{what}: shape {tuple(shape)}; expected [{expected[0]}, {expected[1]}], {meaning}")

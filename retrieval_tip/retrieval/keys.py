@@ -1,8 +1,7 @@
 """Compute cache logits over all keys or over whole classes, from keys that are grouped by class.
 
 The computation is done in blocks, so that memory usage does not grow with the number of keys and queries. The blocks
-reuse memory, because allocating a new page takes as long as computing the sums that are written to it. See :mod:`tip`
-for the formula.
+reuse memory, because allocating a page takes as long as computing its sums. See :mod:`tip` for the formula.
 """
 
 from __future__ import annotations
@@ -94,9 +93,8 @@ def index_over(
 def beside(index: VectorIndex, late: Sequence[KeyArray], class_ids: IntArray, counts: IntArray) -> VectorIndex:
     """Extend the index over the first segment by the ``late`` segments.
 
-    The keys of the late segments become additional rows. If the index is over class means, the means of their classes
-    are replaced instead. ``class_ids`` are the class ids of the late keys. ``counts`` is the number of keys per class
-    in the first segment.
+    The keys of the late segments become additional rows, or change the class means if the index is over these.
+    ``class_ids`` are the class ids of the late keys. ``counts`` is the number of keys per class in the first segment.
     """
     bare = index.bare()
     if not index.by_class:
@@ -148,7 +146,7 @@ class KeyStream(ABC):
     """Base class for keys in any store, which are read in blocks.
 
     ``counts`` is the number of keys per class, as a float32 tensor. ``means`` is a function that returns the class
-    means. By default, the means are computed from all keys.
+    means.
     """
 
     def __init__(
@@ -281,10 +279,10 @@ class KeyStream(ABC):
     ) -> Tensor:
         """Compute cache logits over all keys, ``C[:, c] = sum over i of class c of exp(-beta (1 - A[:, i]))``.
 
-        ``features`` must be float32 and on the device. If ``values`` are given, they replace the one-hot values.
-        ``products`` is the dtype of the products, which defaults to :meth:`products`. In half precision, the affinity
-        is computed as ``A = f m + f (K - m)``, where ``m`` is the mean of the keys. Only the second term is rounded,
-        which is about a quarter of the affinity. The result has the shape ``[q, c]``.
+        ``features`` must be float32 and on the device. ``products`` is the dtype of the products, which defaults to
+        :meth:`products`. In half precision, the affinity is computed as ``A = f m + f (K - m)``, where ``m`` is the
+        mean of the keys. Only the second term is rounded, which is about a quarter of the affinity. The result has the
+        shape ``[q, c]``.
         """
         if values is not None:
             products = torch.float32
@@ -338,8 +336,7 @@ class Keys(KeyStream):
     """Keys that are in memory or memory-mapped, in float32 or float16. Each segment is grouped by class.
 
     ``precision`` is the dtype that :meth:`cache_logits` uses to multiply queries with all keys: ``float32``,
-    ``bfloat16``, ``float16`` or ``auto``. With ``auto``, the fastest dtype that is accurate enough is selected by a
-    measurement. For ``means``, see :class:`KeyStream`.
+    ``bfloat16``, ``float16`` or ``auto`` (see :meth:`products`).
 
     Raises:
         InputError: if the class ids of a segment are not in ascending order.
@@ -375,7 +372,7 @@ class Keys(KeyStream):
         self._value_sums: tuple[Tensor, Tensor] | None = None
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """See :meth:`KeyStream.blocks`. If the keys fit in half of the free GPU memory, they are kept there."""
+        """See :meth:`KeyStream.blocks`."""
         converted = torch.empty(self._block_size(), self.d, device=self.device)
         for part in self._runs:
             rows = self._rows(part)
@@ -385,10 +382,7 @@ class Keys(KeyStream):
 
     @property
     def resident(self) -> Tensor | None:
-        """All keys on the GPU, in their stored dtype.
-
-        ``None`` if there is no GPU, or if the keys do not fit in half of its free memory.
-        """
+        """All keys on the GPU, or ``None`` if they do not fit in half of its free memory."""
         if self.device != "cpu" and self._fits is None:
             with _COPYING:
                 if self._fits is None:

@@ -81,8 +81,8 @@ class LabelledKeys:
     def with_added(self, new: LabelledKeys, n_classes: int) -> LabelledKeys:
         """Append new keys as a segment, and continue the shot numbers of their classes.
 
-        To limit the number of segments, earlier segments that are small, or not larger than the new segment, are merged
-        into it. Raises InputError if the columns of the labels do not match.
+        Earlier segments that are small, or not larger than the new segment, are merged into it. Raises InputError if
+        the columns of the labels do not match.
         """
         added = new.labels
         ids = added["class_id"].to_numpy().astype(np.int64)

@@ -27,8 +27,7 @@ CLOSE = 1e-3
 """Bound on the relative error of cache logits in half precision, per unit of beta.
 
 If the error could change an answer, the answer is recomputed in float32. The bound is six times the root mean square
-error on CLIP-like features. It is proportional to beta, because the error of a weight is beta times the error of its
-affinity.
+error on CLIP-like features.
 """
 
 
@@ -64,7 +63,7 @@ class Retrieval(ABC):
     """Base class that combines keys, a search over the keys, and the settings of the method.
 
     Features must be float32 and on the device of the keys. If there is a ``metric``, the keys are ``phi(K)`` and the
-    points are ``phi(f)``. Otherwise the points are the features. This class does not check whether logits overflow; see
+    points are ``phi(f)``. Otherwise the points are the features. Overflow is checked by
     :class:`answering.AnsweringIndex`.
     """
 
@@ -92,7 +91,7 @@ class Retrieval(ABC):
         By default, all keys are used. If the settings have a ``k``, about ``k`` keys are used, and the tail counts the
         other keys at their mean affinity. If ``certify`` is true, the result also says whether each query is decided.
         If each query retrieves its own keys, the result also includes ``neighbours`` shots for each answer. Otherwise,
-        you can call :meth:`contributors` to find them.
+        :meth:`contributors` finds them.
         """
         settings, points = self.settings, self.points(features)
         if settings.k is not None and settings.k < self.keys.n:
@@ -147,8 +146,7 @@ class Retrieval(ABC):
         """Find ``number`` shots that contributed most to each answer, if all keys or whole classes were used.
 
         ``winner`` and ``rival`` are the class ids of the answer and the runner-up, or -1 if there is none. If values
-        are one-hot, the shots are the nearest keys of these classes. If the winning class has fewer keys than
-        ``number``, the nearest keys of other classes follow.
+        are one-hot, the shots are the nearest keys of these classes.
         """
         number, c = min(number, self.keys.n), self.keys.n_classes
         own, opposing = (self.nearest_of_classes(points, ids[:, None], m) for ids, m in ((winner, number), (rival, 1)))
@@ -296,7 +294,7 @@ class IndexRetrieval(Retrieval):
         return Contributors(supporting, opposing)
 
     def _extremes(self, points: Tensor, classes: Tensor, number: int) -> tuple[Nearest, Nearest]:
-        """Return the ``number`` keys that contribute most to one class per query, and the one that contributes least."""
+        """Return, for one class per query, the keys that contribute most and the key that contributes least."""
         assert self.values is not None
         asked, own = classes.unique(return_inverse=True)
         most, least = (Largest.none(len(points), m, self.keys.device) for m in (number, 1))
@@ -312,11 +310,7 @@ class IndexRetrieval(Retrieval):
         return self._described(most.affinity, most.rows), self._described(least.affinity, least.rows)
 
     def nearest(self, points: Tensor, k: int) -> Nearest:
-        """Find the ``k`` nearest keys of each query. Affinities are exact, even if the index is compressed.
-
-        If the index is exact or covers class means, and the keys are on a GPU, all keys are searched. This is as fast
-        as searching the index.
-        """
+        """Find the ``k`` nearest keys of each query. Affinities are exact, even if the index is compressed."""
         if (self.index.exact_search or self.index.by_class) and (found := self.keys.nearest(points, k)) is not None:
             return self._described(*found)
         if self.index.by_class:

@@ -19,29 +19,27 @@ from retrieval_tip.retrieval.labelled_keys import LabelledKeys
 IntArray = npt.NDArray[np.int64]
 
 MOST_SOLVED = 1 << 14
-"""Maximum number of keys whose values are solved at once: the system has n^2 entries and takes n^3 / 3 operations."""
+"""Maximum number of keys whose values are solved at once. The system has n^2 entries and takes n^3 / 3 operations."""
 
 SOLVED_AGAIN = 4096
-"""Maximum number of keys for which a change solves all values again (in a second), not just those it touches."""
+"""Maximum number of keys for which a change solves all values again, which takes a second."""
 
 
 def class_weights(counts: Tensor) -> Tensor:
-    """Return the weights ``mean(n) / n_c`` ``[c]`` with which all classes count the same, for their numbers of keys.
+    """Return the weights ``mean(n) / n_c`` of shape ``[c]``, with which all classes count the same.
 
-    The mean is taken over the classes that have keys. If these have the same number of keys, their weights are 1.
+    The mean is taken over the classes that have keys.
     """
     return counts[counts > 0].float().mean() / counts.clamp_min(1)
 
 
 @dataclass(frozen=True)
 class Ridge:
-    """The linear system of solved values for ``c`` classes (:func:`tip.ridge_values`).
+    """The linear system of solved values for ``c`` classes (see :func:`tip.ridge_values`).
 
-    ``(G + lambda diag(1 / omega)) V = Y`` with ``omega_i = mean(n) / n_c`` for a key of class ``c``, which has ``n_c``
-    keys: a class gains nothing from having more shots than others. If all have the same number, ``omega`` is 1.
-
-    A class without keys gets the mean value of the classes that have some, so that its cache logit is neutral beside
-    theirs: it neither gains nor loses against an average class.
+    The system is ``(G + lambda diag(1 / omega)) V = Y``. For a key of class ``c``, which has ``n_c`` keys, ``omega_i``
+    is ``mean(n) / n_c``, so a class gains nothing from having more shots than others. A class that has no keys gets the
+    mean value of the other classes, so that its cache logit is neutral.
     """
 
     n_classes: int
@@ -50,7 +48,7 @@ class Ridge:
     device: str
 
     def values(self, points: Tensor, ids: Tensor) -> Tensor:
-        """Solve the values ``[n, c]`` float32 of keys at ``points`` ``[n, d]`` with class ids ``[n]``.
+        """Solve the values of keys at ``points`` as a float32 tensor of shape ``[n, c]``.
 
         Raises InputError if the norms of the keys are too far from 1 for float32.
         """
@@ -58,7 +56,7 @@ class Ridge:
         return self._neutral(values, ids)
 
     def solved(self, labelled: LabelledKeys) -> LabelledKeys:
-        """Solve the values of all keys again; of over :data:`SOLVED_AGAIN` keys, only those of classes without keys."""
+        """Solve the values of all keys again, or only those of empty classes above :data:`SOLVED_AGAIN` keys."""
         ids = torch.from_numpy(labelled.class_ids).to(self.device)
         if len(labelled.keys) > SOLVED_AGAIN:
             assert labelled.values is not None
@@ -66,10 +64,11 @@ class Ridge:
         return replace(labelled, values=self.values(self._on_device(np.asarray(labelled.met)), ids))
 
     def added(self, keys: Keys, values: Tensor, points: npt.NDArray[np.floating], ids: IntArray) -> Tensor:
-        """Return values ``[m, c]`` of new keys at ``points`` ``[m, d]``, beside keys with ``values`` ``[n, c]``.
+        """Return values of shape ``[m, c]`` for new keys at ``points``, given the ``values`` of the other keys.
 
-        They fit the residual of the other keys, ``V_b = (G_bb + lambda I)^-1 (Y_b - G_ba V_a)``: one step of block
-        Gauss-Seidel for each block of new keys. If :meth:`solved` will solve all keys, returns the targets.
+        The new values fit the residual of the other keys, ``V_b = (G_bb + lambda I)^-1 (Y_b - G_ba V_a)``, which is one
+        step of block Gauss-Seidel for each block of new keys. If :meth:`solved` will solve all keys, the targets are
+        returned.
         """
         own_ids = torch.from_numpy(ids).to(self.device)
         wanted = self._wanted(own_ids)
@@ -85,7 +84,7 @@ class Ridge:
         return torch.cat(parts)
 
     def relabelled(self, keys: Keys, labelled: LabelledKeys, rows: IntArray, class_ids: IntArray) -> LabelledKeys:
-        """Solve the values of the keys at ``rows`` ``[m]`` for new ``class_ids`` ``[m]``; keep the others."""
+        """Solve the values of the keys at ``rows`` for their new ``class_ids``, and keep the other values."""
         assert labelled.values is not None
         if len(labelled.keys) <= SOLVED_AGAIN:
             return labelled  # `solved` will solve all of them

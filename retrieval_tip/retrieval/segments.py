@@ -35,7 +35,7 @@ class KeysInPlace(ABC):
 class Segments:
     """Several arrays that behave like their concatenation. The arrays are not copied.
 
-    A slice that lies within one array is a view. All other selections are copies. Raises InputError if there are no
+    A slice that lies within one array is a view, and all other selections are copies. Raises InputError if there are no
     arrays, or if their dtypes or row lengths differ.
     """
 

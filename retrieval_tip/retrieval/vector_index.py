@@ -79,8 +79,7 @@ def auto_factory(n: int, c: int) -> tuple[str, int | None]:
 
     The limits were measured with ``benchmarks/throughput.py --index`` on CLIP-like features:
 
-    - If there are at most 4 keys per class, or at most 2048 keys in total, use all keys (``Flat``, k = all). In this
-      case the text weights take as long as the keys.
+    - If there are at most 4 keys per class, or at most 2048 keys in total, use all keys (``Flat``, k = all).
     - If there are at most ``4 sqrt(n)`` keys per class, use at most 8 whole classes (``Classes``).
     - Otherwise, use the 256 nearest keys, and an inverted file that has ``4 sqrt(n)`` lists.
     """
@@ -111,8 +110,7 @@ class VectorIndex:
     """A maximum inner product search over vectors. The vectors are not normalised, and the id of row i is i.
 
     The vectors are the keys. If the factory is ``Classes``, they are the class means, and ``by_class`` is true.
-    ``path`` is the file that the index was read from, or ``None`` if the index has changed since then. Vectors that are
-    added by :meth:`plus` are compared with every query, and are not saved.
+    ``path`` is the file that the index was read from, or ``None`` if the index has changed since then.
     """
 
     def __init__(
@@ -160,14 +158,15 @@ class VectorIndex:
         """Return a copy of this index that has other vectors at the given ``rows``. The index is not trained again.
 
         The new vectors replace existing rows, or are appended after the last row. ``rows`` must be ascending and must
-        not leave a gap. ``vectors`` is called by the first search. Every query is compared with all new vectors.
+        not leave a gap. ``vectors`` is called by the first search. Every query is compared with all new vectors, and
+        they are not saved.
         """
         longer = copy.copy(self)
         longer._late, longer._late_rows, longer._late_vectors = None, rows, vectors
         return longer
 
     def bare(self) -> VectorIndex:
-        """Return a copy of this index that does not include the vectors added by :meth:`plus`."""
+        """Return a copy of this index that excludes the vectors added by :meth:`plus`."""
         return self.plus(np.empty(0, dtype=np.int64), lambda: np.empty((0, self.d), dtype=np.float32))
 
     def _beside(self) -> FaissIndex:
@@ -186,7 +185,7 @@ class VectorIndex:
 
     @classmethod
     def load(cls, path: Path, factory: str, device: str = "auto", half: bool = False) -> VectorIndex:
-        """Read an index file, which is memory-mapped if its type supports this.
+        """Read an index file, and memory-map it if its type supports this.
 
         If ``half`` is true, the copy on the GPU is in half precision. Raises StoreError if the file cannot be read.
         """
@@ -240,8 +239,7 @@ class VectorIndex:
     def effort(self) -> int | None:
         """Number of lists or of graph candidates that a search visits, or ``None`` if the index has no such setting.
 
-        A search with a higher effort finds more of the nearest vectors, but takes longer. The effort is saved with the
-        index.
+        A search with a higher effort finds more of the nearest vectors, but takes longer.
         """
         return next((int(getattr(*place)) for place in _effort_of(self._cpu)), None)
 
@@ -285,8 +283,7 @@ class VectorIndex:
     def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
         """Return the affinities of the k nearest vectors of each query, largest first, and their rows.
 
-        ``k`` is limited to the number of vectors. If an approximate search finds fewer than ``k`` vectors, the
-        remaining rows are -1.
+        If an approximate search finds fewer than ``k`` vectors, the remaining rows are -1.
         """
         k = int(min(k, self.n))
         features = np.ascontiguousarray(features, dtype=np.float32)
@@ -337,10 +334,7 @@ class VectorIndex:
             raise StoreError(f"{self._name}: FAISS cannot search it ({_reason(error)}); rebuild the index") from None
 
     def search_tensor(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Run :meth:`search` on a tensor, and return tensors on the same device.
-
-        If the search runs on a GPU, no data is copied to the CPU.
-        """
+        """Run :meth:`search` on a tensor, and return tensors on the same device."""
         k = int(min(k, self.n))
         with self._errors_named():
             found = None if len(self._late_rows) else self._gpu.search_tensor(features, k)
@@ -353,10 +347,9 @@ class VectorIndex:
 class GpuCopy:
     """A copy of a FAISS index on a GPU, which is made by the first search.
 
-    If the index is ``Flat``, only its vectors are copied, and torch is used for the search. The vectors are in half
-    precision if ``half`` is true. Other types are cloned by FAISS. If a single GPU is too small and the device does not
-    name one, the index is spread over all GPUs. The device ``auto`` is the current GPU of torch. If the search has to
-    run on the CPU, a warning is logged once.
+    If the index is ``Flat``, only its vectors are copied, and torch is used for the search. Other types are cloned by
+    FAISS. If a single GPU is too small and the device does not name one, the index is spread over all GPUs. If the
+    search has to run on the CPU, a warning is logged once.
     """
 
     def __init__(self, index: FaissIndex, device: str, half: bool) -> None:
@@ -466,8 +459,7 @@ class Product:
     def search(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return the affinities of the ``k`` nearest vectors, largest first, and their rows, as tensors on the GPU.
 
-        ``k`` must not exceed the number of vectors. The products are computed in float32, even if the vectors are
-        float16.
+        The products are computed in float32, even if the vectors are float16.
         """
         features = features.to(self.vectors.device)
         affinity = features.new_empty(len(features), k)
