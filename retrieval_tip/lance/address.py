@@ -45,7 +45,7 @@ class Address:
     """The address of a store. ``str`` returns its canonical text, which :meth:`parse` can read.
 
     ``scheme`` is ``lance``, ``s3`` or ``gs``. ``bucket`` is empty for a local folder. ``path`` is the folder or the
-    prefix. An address never contains credentials.
+    prefix.
     """
 
     scheme: str
@@ -56,9 +56,8 @@ class Address:
     def parse(cls, text: str) -> Address:
         """Parse the text of an address.
 
-        Raises UsageError if the address has no bucket or no path, if it contains a password, a query, control
-        characters or invalid UTF-8, if it contains ``..`` in a bucket, or if it contains characters that storage
-        clients interpret differently.
+        Raises UsageError if the address has no bucket or no path, contains a password, a query, control characters or
+        invalid UTF-8, contains ``..`` in a bucket, or contains characters that storage clients interpret differently.
         """
         scheme, _, rest = text.partition("://")
         scheme = scheme.lower()
@@ -108,8 +107,8 @@ class Address:
 def storage_options(address: Address, patience: Patience = PATIENCE) -> dict[str, str]:
     """Return the options for ``lancedb.connect``, which :class:`objects.Objects` also uses.
 
-    A local folder has no options. The options contain no credentials, because the clients read them from the
-    environment. Raises StoreError if the endpoint is invalid.
+    They contain no credentials, because the clients read them from the environment. Raises StoreError if the endpoint
+    is invalid.
     """
     if address.local is not None:
         return {}

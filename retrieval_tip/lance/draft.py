@@ -98,13 +98,12 @@ class LanceDraft(LanceModel, EditableIndex):
     ) -> LanceDraft:
         """Stream blocks of labels and keys into a table, and build its index.
 
-        Each block is a label table (see :func:`labels.label_table`) and an array of keys of shape ``[b, d]``. Call
-        :meth:`commit` to make the table a version. Set ``stored`` if the labels come from another table and already
-        name the version that added each row. If you give a ``metric``, the table also holds the points of the keys.
-        ``known`` are the sums of the keys, if they are known.
+        Each block is a label table (see :func:`labels.label_table`) and an array of keys of shape ``[b, d]``. Set
+        ``stored`` if the labels come from another table and already name the version that added each row. If you give a
+        ``metric``, the table also holds the points of the keys. ``known`` are the sums of the keys, if they are known.
 
         Raises UsageError if the store does not support the index type. Raises InputError if the table cannot hold a
-        column or if the text weights have the wrong length. Errors in ``blocks`` are passed on.
+        column or if the text weights have the wrong length.
         """
         index_kind(index)
         ahead = iter(blocks)
@@ -198,7 +197,7 @@ class LanceDraft(LanceModel, EditableIndex):
         return key_ids.tolist()
 
     def _settled_whole(self) -> CacheModel:
-        """Return the keys in memory for editing. Their values are solved with the current settings."""
+        """Return the keys in memory for editing, with values solved for the current settings."""
         assert self.whole is not None
         self.whole.settings = self.settings
         return self.whole
@@ -212,7 +211,7 @@ class LanceDraft(LanceModel, EditableIndex):
             )
 
     def _next_shots(self, class_ids: IntArray) -> npt.NDArray[np.int32]:
-        """Return the number of the next shot of each class. It is 0 for classes that are not in ``class_ids``."""
+        """Return the number of the next shot of each class, or 0 for classes that are not in ``class_ids``."""
         following = np.zeros(len(self.class_names), dtype=np.int32)
         shots = self.table.of_ids("class_id", class_ids.tolist(), ["class_id", "shot"])
         np.maximum.at(following, shots["class_id"].to_numpy(), shots["shot"].to_numpy() + 1)
@@ -224,10 +223,7 @@ class LanceDraft(LanceModel, EditableIndex):
         return None if self.second is None else Sums(self.classes.counts, self.classes.sums, self.second)
 
     def _move(self, rows: pa.Table, sign: int) -> None:
-        """Add rows to the table if ``sign`` is 1, or remove them if it is -1.
-
-        The digest of the table and the per-class sums are updated.
-        """
+        """Update the digest and the sums for rows that are added, or removed if ``sign`` is -1."""
         if sign > 0:
             self.table.append(rows)
         else:
@@ -279,7 +275,7 @@ class LanceDraft(LanceModel, EditableIndex):
         self._move(self._changed(moved, class_id=ids.astype(np.int32), label=names, shot=shots), 1)
 
     def _changed(self, rows: pa.Table | pa.RecordBatch, **columns: Column) -> pa.Table | pa.RecordBatch:
-        """Return rows with new columns. The rows are marked as added by this version."""
+        """Return rows with new columns, marked as added by this version."""
         for name, column in {**columns, VERSION: np.full(len(rows), self.writer.number)}.items():
             rows = rows.set_column(rows.schema.get_field_index(name), name, pa.array(column))
         return rows
@@ -287,7 +283,7 @@ class LanceDraft(LanceModel, EditableIndex):
     def _update(self, where: str, name: str, values: Callable[[pa.RecordBatch], Column], sql: str) -> None:
         """Set a column of the rows that match ``where``.
 
-        ``values`` computes the new column in Python for the digest. ``sql`` computes the same column in the table.
+        ``values`` computes the new column for the digest, and ``sql`` computes the same column in the table.
         """
         for rows in () if self.digest is None else self.table.scan(self.table.schema.names, where):
             self._digest(rows, -1)
@@ -338,8 +334,8 @@ class LanceDraft(LanceModel, EditableIndex):
         """Write every row and the index again, so that the files of this version do not contain removed rows.
 
         You can change the index type with ``factory`` and the dtype of the keys with ``dtype``. ``known`` are the sums
-        of the keys; if omitted, they are computed again. Raises UsageError if the store does not support the index
-        type. Raises InputError if a key overflows the dtype. Raises StoreError if rows are damaged.
+        of the keys, if they are known. Raises UsageError if the store does not support the index type. Raises
+        InputError if a key overflows the dtype. Raises StoreError if rows are damaged.
         """
         if dtype not in (None, self.dtype) and self.manifest is not None:
             check(self.store, self.manifest, set())
@@ -370,9 +366,9 @@ class LanceDraft(LanceModel, EditableIndex):
     ) -> None:
         """Set a fitted metric and the record of its fit.
 
-        ``whole`` is the result of :meth:`keys_in_memory` with solved values, if there are any. If there are none, the
-        table is rewritten with the points of the keys. ``factory`` is the index type, which defaults to the current
-        type. Raises InputError if the keys with solved values do not fit in memory.
+        ``whole`` is the result of :meth:`keys_in_memory` with solved values, if there are any. Otherwise, the table is
+        rewritten with the points of the keys. ``factory`` defaults to the current index type. Raises InputError if the
+        keys with solved values do not fit in memory.
         """
         self.metric, self.fitted, self.whole = metric, fitted, None
         if whole is not None and whole.values is not None:
@@ -398,10 +394,7 @@ class LanceDraft(LanceModel, EditableIndex):
         self.built = replace(self.built, auto_index=asked == "auto")
 
     def _keep_up(self, prunes: bool) -> None:
-        """Update the index if needed.
-
-        Rows outside the index slow down every search, and a table with many keys needs an index.
-        """
+        """Update the index if needed, because rows outside the index slow down every search."""
         if prunes:  # otherwise pruning would merge fragments in a separate version
             self.table.optimize()
         if self.index_type == FLAT and self.n >= INDEX_FROM and self.built.auto_index:
@@ -465,9 +458,9 @@ def labelled_blocks(material: Material) -> Iterator[tuple[pa.Table, npt.NDArray[
 def index_kind(factory: str, n: int = 0, c: int = 1) -> tuple[str, int | None]:
     """Return the index type for a requested ``factory``, and the number of keys per query that belongs to it.
 
-    You can request ``auto``, ``Flat``, ``Classes`` or one of :data:`key_table.KINDS`. ``n`` is the number of keys and
-    ``c`` the number of classes. With many keys, ``auto`` selects ``Classes`` if a folder would use it (see
-    :func:`vector_index.auto_factory`). Raises UsageError for any other type.
+    You can request ``auto``, ``Flat``, ``Classes`` or one of :data:`key_table.KINDS`. For ``n`` keys of ``c`` classes,
+    ``auto`` selects ``Classes`` if a folder would use it (see :func:`vector_index.auto_factory`). Raises UsageError for
+    any other type.
     """
     if factory == "auto":
         if n < INDEX_FROM:

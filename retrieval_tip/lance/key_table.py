@@ -2,7 +2,7 @@
 
 Each row has the columns of the label store, the column ``version`` (the index version that added the row) and the
 column ``vector`` (the key). If the index has a metric, each row also has the column ``_point``, which is the key
-transformed by the metric. In that case, the vector index is built over the points.
+transformed by the metric, and the vector index is built over the points.
 
 Every write makes an immutable version of the table, and a manifest names the version to use. Searches only use the
 inner product (``dot``). For any other metric, LanceDB would silently bypass the index, and the cosine would normalise
@@ -41,12 +41,9 @@ FLAT, CLASSES = "Flat", "Classes"
 KINDS = {"IvfFlat": 1, "IvfSq": 4, "HnswSq": 4}
 """Vector index types, with the number of candidates per result that are compared with the stored keys."""
 UNINDEXED = 20_000
-"""Number of unindexed rows at which they are added to the index, because they slow down every search."""
+"""Number of unindexed rows at which they are added to the index."""
 TRAINED_ON, KMEANS_ITERATIONS = 64, 10
-"""Rows per list that are used to train the centres, and number of iterations.
-
-Both are lower than LanceDB's defaults but give the same answers.
-"""
+"""Rows per list that are used to train the centres, and number of iterations. LanceDB's defaults are higher."""
 PROBED = 0.15
 """Share of the lists that a search probes. It found 98.8 % of the 64 nearest among 200,000 CLIP-like keys."""
 CACHE_BYTES = 3 << 28
@@ -92,7 +89,7 @@ def schema_of(d: int, dtype: Dtype, extra: Iterable[pa.Field] = (), *, points: b
 
 
 def rows_of(labels: pa.Table, keys: KeyArray, version: int, points: KeyArray | None = None) -> pa.Table:
-    """Return table rows with keys, points and labels. Labels that have no version column get this ``version``."""
+    """Return table rows with keys, points and labels, which get ``version`` unless they name their own."""
     if VERSION not in labels.column_names:
         labels = labels.append_column(VERSION, pa.array(np.full(len(labels), version)))
     rows = labels.append_column(VECTOR, vectors(keys))
@@ -102,8 +99,7 @@ def rows_of(labels: pa.Table, keys: KeyArray, version: int, points: KeyArray | N
 def grouped(rows: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Sort rows by class, so that the keys of each class are stored together.
 
-    :data:`GROUPED` bytes are sorted at a time. For 500 keys per class, reading two classes took 21 ms if the keys were
-    in random order and 4 ms if they were sorted.
+    For 500 keys per class, reading two classes took 21 ms in random order and 4 ms in sorted order.
     """
     held: list[pa.RecordBatch] = []
     size = 0
@@ -164,7 +160,7 @@ class KeyTable:
     def create(cls, address: Address, name: str, rows: Iterator[pa.RecordBatch], schema: pa.Schema) -> KeyTable:
         """Write all ``rows`` to a new table, or to the next version of an existing table.
 
-        If an error occurs, nothing is written. Errors in ``rows`` are passed on.
+        If an error occurs, nothing is written.
         """
         failed: list[BaseException] = []
 
@@ -187,10 +183,7 @@ class KeyTable:
 
     @property
     def table(self) -> Any:
-        """The LanceDB table.
-
-        Raises StoreError if this process was forked after the table was opened, because LanceDB's threads are missing.
-        """
+        """The LanceDB table. Raises StoreError in a forked process, where LanceDB's threads are missing."""
         if os.getpid() != self._process:
             raise StoreError(
                 f"{self.address}: the table was opened before this process was forked; open it again here, or use spawn"
@@ -223,7 +216,7 @@ class KeyTable:
 
     @property
     def met(self) -> str:
-        """Name of the column that is searched. It holds the points if there are any, and the keys otherwise."""
+        """Name of the column that is searched, which is the points if there are any, and the keys otherwise."""
         return POINT if self.has_points else VECTOR
 
     @property
@@ -263,7 +256,7 @@ class KeyTable:
     def scan_of(
         self, column: str, values: Sequence[int | str], columns: Sequence[str], *, with_rows: bool = False
     ) -> Iterator[pa.RecordBatch]:
-        """Yield the same rows as :meth:`of_ids`, in batches like :meth:`scan`."""
+        """Yield the same rows as :meth:`of_ids`, in batches."""
         values = [value for value in values if isinstance(value, str) or -LARGEST <= value <= LARGEST]
         for start in range(0, len(values), ASKED_AT_ONCE):
             wanted = ", ".join(map(literal, values[start : start + ASKED_AT_ONCE]))
@@ -307,9 +300,8 @@ class KeyTable:
         """Search the index for the ``k`` nearest rows of each query.
 
         Return the affinities, the row numbers and the class ids, each of shape ``[q, k]``, with the largest affinity
-        first. ``kind`` is the index type. Affinities are float32 products with the stored keys or points. The engine's
-        own ``_distance`` is not used, because it may come from a compressed copy. If a query has fewer than ``k`` hits,
-        the remaining row numbers are -1.
+        first. Affinities are float32 products with the stored keys or points. The engine's own ``_distance`` is not
+        used, because it may come from a compressed copy. Missing hits have the row number -1.
         """
         (q, d), met = features.shape, self.met
         affinity = np.zeros((q, k), dtype=np.float32)
@@ -424,8 +416,7 @@ class KeyTable:
     def prune(self, kept: Sequence[int]) -> None:
         """Delete the versions before the first version in ``kept``, and the data that only the deleted versions use.
 
-        LanceDB deletes versions by age, but it does not delete a tagged version. The kept versions are therefore tagged
-        in the meantime.
+        The kept versions are tagged meanwhile, because LanceDB deletes versions by age, but never a tagged one.
         """
         tags = {f"{TAG}{uuid.uuid4().hex}": version for version in kept}
         try:
@@ -454,7 +445,7 @@ class KeyTable:
 
 
 def lists_for(rows: int, kind: str) -> int:
-    """Return the number of lists in an index. ``HnswSq`` has fewer lists, and each list is a graph with more keys."""
+    """Return the number of lists in an index. ``HnswSq`` has fewer, because each list is a graph with more keys."""
     return max(1, round(rows / 100_000) if kind == "HnswSq" else round(2 * rows**0.5))
 
 

@@ -83,8 +83,7 @@ class LanceKeys(KeyStream):
     def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
         """See :meth:`keys.KeyStream.numbered_of_classes`.
 
-        Small classes are read together, up to :data:`PIECE` bytes. A larger class is read in blocks, which share their
-        memory.
+        Small classes are read together, up to :data:`PIECE` bytes. The blocks of a larger class share their memory.
         """
         counts, most = self._counts[class_ids], PIECE // (4 * self.d)
         ends, start = np.cumsum(counts), 0
@@ -99,7 +98,6 @@ class LanceKeys(KeyStream):
             start = max(stop, start + 1)
 
     def _large(self, class_id: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the keys of a large class and their row numbers in blocks."""
         n_read = 0
         for _, keys, rows in self._batches([class_id]):
             yield self._tensors(np.array(keys, dtype=np.float32), rows)
@@ -109,7 +107,7 @@ class LanceKeys(KeyStream):
     def _small(
         self, class_ids: IntArray, counts: IntArray, memory: npt.NDArray[np.float32]
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield one block per class with its position, keys and row numbers. The keys are written to ``memory``."""
+        """Yield each class with its position, keys and row numbers. The keys are written to ``memory``."""
         firsts, read = np.cumsum(counts) - counts, np.zeros_like(counts)
         held, numbers = memory[: counts.sum()], np.empty(counts.sum(), dtype=np.int64)
         for ids, keys, rows in self._batches(class_ids.tolist()):
@@ -126,7 +124,6 @@ class LanceKeys(KeyStream):
             yield place, every[part], every_row[part]
 
     def _batches(self, class_ids: Sequence[int]) -> Iterator[tuple[IntArray, KeyArray, IntArray]]:
-        """Yield the class ids, keys and row numbers of the given classes in table order."""
         for batch in self.table.scan_of("class_id", class_ids, ["class_id", self.table.met], with_rows=True):
             if len(batch):
                 rows = batch[ROW].to_numpy().astype(np.int64)
@@ -156,7 +153,7 @@ class LanceKeys(KeyStream):
         return affinity
 
     def nearest(self, features: Tensor, k: int) -> Nearest:
-        """Compare each query with all keys, and return its ``k`` nearest keys."""
+        """Return the ``k`` nearest keys of each query, after a comparison with all keys."""
         none = torch.empty(len(features), 0, dtype=torch.int64, device=self.device)
         best: tuple[Tensor, ...] = (features.new_empty(len(features), 0), none, none)
         for keys, ids, rows in self.numbered_blocks():

@@ -1,8 +1,8 @@
 """Open a classifier whose keys are in a LanceDB table, on a disk or in a bucket. The keys can be larger than memory.
 
-Memory use does not grow with the number of keys. The tail only needs per-class statistics, search results include their
-keys and class ids, and a query that uses all keys reads them block by block. Only an index with few keys can have
-solved values. All keys of such an index are held in memory and give the same answers as in a folder.
+The tail only needs per-class statistics, search results include their keys and class ids, and a query that uses all
+keys reads them block by block. Only an index with few keys can have solved values. All keys of such an index are held
+in memory and give the same answers as in a folder.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ class LanceModel(AnsweringIndex):
     """A version of an index in LanceDB, opened read-only. Use :meth:`load` to open a version.
 
     ``second`` is the sum of the keys' outer products, a float64 array of shape ``[d, d]``, or ``None`` if it is not
-    known. If the values were solved, ``whole`` holds all keys in memory. Use a :class:`draft.LanceDraft` to write the
-    next version.
+    known. If the values were solved, ``whole`` holds all keys in memory.
     """
 
     store: LanceVersions
@@ -85,7 +84,6 @@ class LanceModel(AnsweringIndex):
         self._follow()
 
     def _follow(self) -> None:
-        """Update the attributes that depend on the classes or the table."""
         self.__dict__.pop("labels", None)
         self.class_names = self.classes.names
         self.values = None if self.whole is None else self.whole.values
@@ -96,8 +94,8 @@ class LanceModel(AnsweringIndex):
     def load(cls, place: LanceVersions, *, device: str = "auto", version: int | None = None) -> Self:
         """Open the current version of a store, or an earlier version.
 
-        The small files and the size of the table are verified. Raises StoreError if a part is missing, is damaged or
-        does not match the manifest. The message names the part.
+        The small files and the size of the table are verified. Raises StoreError, naming the part, if a part is missing
+        or damaged.
         """
         device = resolve_device(device)
         return place.opened(lambda manifest: cls._of(place, manifest, place.table(manifest), device), version)
@@ -208,10 +206,7 @@ class LanceModel(AnsweringIndex):
         return labelled_digests(self.table.of_ids("digest", asked, ["digest", "label"]), asked)
 
     def statistics(self) -> Statistics | None:
-        """See :meth:`AnsweringIndex.statistics`.
-
-        With up to :data:`MOST_ORDERED` keys, the same sample is used as in a folder.
-        """
+        """See :meth:`AnsweringIndex.statistics`. Small tables use the same sample as a folder."""
         if self.whole is not None:
             return self.whole.statistics()
         chosen = np.arange(self.n)
@@ -275,7 +270,6 @@ class LanceModel(AnsweringIndex):
             self._in_memory(keys, labels).commit(writer, change)
 
     def _in_memory(self, keys: KeyArray, labels: pa.Table) -> CacheModel:
-        """Return an exact classifier over keys and labels in folder order. Its metric and settings stay the same."""
         ids, points = labels["class_id"].to_numpy().astype(np.int64), points_of(self.metric, keys, self.device)
         return CacheModel(
             keys=keys, labels=labels, class_names=self.class_names, text_weights=self.text_weights,
@@ -294,8 +288,8 @@ class LanceModel(AnsweringIndex):
 def verify(place: LanceVersions) -> LanceModel:
     """Check every row of the current version and the files of all versions, and return the opened current version.
 
-    In a bucket, only the objects of earlier versions are checked, not their rows. If a writer deletes a version in the
-    meantime, it is skipped. Raises StoreError if a part is damaged or inconsistent. The message names the part.
+    In a bucket, only the objects of earlier versions are checked, not their rows. Raises StoreError, naming the part,
+    if a part is damaged or inconsistent.
     """
     seen: set[tuple[str, str]] = set()
     model = place.opened(lambda manifest: check(place, manifest, seen))
@@ -314,8 +308,8 @@ def verify(place: LanceVersions) -> LanceModel:
 def check(place: LanceVersions, manifest: Manifest, seen: set[tuple[str, str]]) -> LanceModel:
     """Check every row and object of a version, check that they are consistent, and return the opened version.
 
-    Files in ``seen`` are skipped, and all other files are added to it (see :meth:`LanceVersions.check_files`). Raises
-    StoreError if a part is damaged or inconsistent. The message names the part.
+    Files in ``seen`` are skipped, and all other files are added to it. Raises StoreError, naming the part, if a part is
+    damaged or inconsistent.
     """
     place.check_files(manifest, seen)
     model = LanceModel._of(place, manifest, place.table(manifest), "cpu")

@@ -3,10 +3,10 @@
 On a local disk, the operating system locks a file (see :mod:`store.lock`). A bucket has no locks, so an object named
 ``lease`` is used instead. The object is only replaced if it still has the version that was read before (If-Match). A
 process takes the lease if it was released, or if it has not changed for :data:`LEASE` seconds while the process watched
-it. The holder renews the lease more often than that, so the clocks of two machines do not have to agree.
+it, so the clocks of two machines do not have to agree.
 
-If a holder was suspended for longer, it notices that the lease is lost when it checks the lease right before a commit.
-A commit creates a new object, so a holder that loses the lease just after this check does not overwrite anything.
+A holder checks right before a commit whether the lease was lost. A commit creates a new object, so a holder that loses
+the lease just after this check does not overwrite anything.
 """
 
 from __future__ import annotations
@@ -28,10 +28,7 @@ if TYPE_CHECKING:
     from obstore import UpdateVersion
 
 LEASE = 20.0
-"""Number of seconds after which a holder that has not renewed its lease is considered dead.
-
-A holder renews its lease four times in this period.
-"""
+"""Number of seconds after which a holder that has not renewed its lease is considered dead."""
 POLL = 0.2
 """Number of seconds between two checks of the lease by a waiting process."""
 NAME = "lease"
@@ -44,9 +41,9 @@ def held(objects: Objects, wait: float | None = None, seconds: float | None = No
     """Hold the write lock of a store inside the context.
 
     Waits up to ``wait`` seconds, which defaults to :data:`lock.LOCK_WAIT`. The context yields a function to call right
-    before a commit. This function raises StoreError if another process may have taken over the lock. In a bucket, a
-    dead process keeps the lock for ``seconds``, which defaults to :data:`LEASE`. On a disk, the lock of a dead process
-    is released at once. Raises StoreError if another process is writing, or if the disk or the service fails.
+    before a commit, which raises StoreError if another process may have taken over the lock. In a bucket, a dead
+    process keeps the lock for ``seconds``, which defaults to :data:`LEASE`. Raises StoreError if another process is
+    writing, or if the disk or the service fails.
     """
     if objects.address.local is not None:
         with locked(objects.address.local, objects.address, wait):
@@ -105,7 +102,7 @@ class _Lease:
                 self._write(version, released=True)
 
     def _look(self) -> tuple[dict[str, object], UpdateVersion | None]:
-        """Return the content of the lease and its version. The version is ``None`` if there is no lease.
+        """Return the content of the lease and its version, which is ``None`` if there is no lease.
 
         A damaged lease has no content and expires like the lease of a dead process.
         """
@@ -142,7 +139,6 @@ class _Lease:
                     self._lost = f"it could not be renewed: {error}"
 
     def _taken_by(self, said: dict[str, object]) -> str | None:
-        """Return a description of who took the lease, or ``None`` if the lease is ours."""
         return None if said.get("token") == self._token else f"it was taken over by {_owner(said)}"
 
 

@@ -2,7 +2,7 @@
 
 Processes that share a store rely on three guarantees. An object is always read and written as a whole. If several
 processes *create* the same object, exactly one process succeeds. In a bucket, a process can only *replace* an object if
-it knows the current version. The tables themselves are managed by LanceDB.
+it knows the current version.
 """
 
 from __future__ import annotations
@@ -40,9 +40,8 @@ _NAME = re.compile(r"[A-Za-z0-9_=+@-][A-Za-z0-9._=+@-]*(/[A-Za-z0-9_=+@-][A-Za-z
 class Objects:
     """The objects at an address. Names are relative to the address, and no part of a name begins with a dot.
 
-    No request is sent until a method is called, and the address does not have to exist. Raises UsageError if obstore is
-    not installed. Raises StoreError if the environment has invalid settings. Every method raises StoreError if a name
-    is invalid, if the disk or the service rejects the request, or if the service cannot be reached.
+    No request is sent until a method is called. Raises UsageError if obstore is not installed. Methods raise
+    StoreError if a name is invalid, if the disk or the service rejects the request, or if the service is unreachable.
     """
 
     def __init__(self, place: Address, patience: Patience = PATIENCE) -> None:
@@ -58,15 +57,12 @@ class Objects:
     def get(self, name: str, most: int | None = None) -> bytes:
         """Read an object.
 
-        Raises FileNotFoundError if the object is missing. Raises StoreError if it has more than ``most`` bytes.
+        Raises FileNotFoundError if the object is missing, and StoreError if it has more than ``most`` bytes.
         """
         return self.read(name, most)[0]
 
     def read(self, name: str, most: int | None = None) -> tuple[bytes, UpdateVersion]:
-        """Read an object and its version, which you can pass to :meth:`replace`.
-
-        Errors are the same as for :meth:`get`.
-        """
+        """Read an object and its version, which you can pass to :meth:`replace`. Errors are those of :meth:`get`."""
         import obstore
 
         def read(client: Client) -> tuple[bytes, UpdateVersion]:
@@ -88,24 +84,19 @@ class Objects:
         """Write a new object, or return ``False`` if the object already exists.
 
         If several processes create the same object, at most one process gets ``True``. A server may store an object and
-        then fail to acknowledge it. After ``False`` or a StoreError, a writer of unique data should therefore check
-        whether the object contains its own data.
+        then fail to acknowledge it. After ``False`` or a StoreError, check whether the object contains your data.
         """
         return self._put(name, data, "create") is not None
 
     def replace(self, name: str, data: bytes, version: UpdateVersion | None) -> UpdateVersion | None:
         """Replace an object in a bucket if it still has the given version, and return its new version.
 
-        If ``version`` is ``None``, the object must not exist yet. Return ``None`` if the object has another version. If
-        several processes replace the same version, at most one process gets a new version.
+        If ``version`` is ``None``, the object must not exist yet. Return ``None`` if the object has another version.
         """
         return self._put(name, data, "create" if version is None else version)
 
     def names(self, folder: str = "") -> list[str]:
-        """Return the sorted names of the objects in a folder, excluding subfolders.
-
-        The list is empty if the folder does not exist.
-        """
+        """Return the sorted names of the objects in a folder, excluding subfolders."""
         return list(self.sizes(folder))
 
     def sizes(self, folder: str = "") -> dict[str, int]:
@@ -171,16 +162,13 @@ class Objects:
         return version
 
     def _checked(self, name: str) -> str:
-        """Return ``name`` if it is valid. Raises StoreError otherwise.
-
-        A name can come from an untrusted file, so it must not lead out of the address.
-        """
+        """Return ``name`` if it is valid. A name from an untrusted file must not lead out of the address."""
         if not _NAME.fullmatch(name):
             raise StoreError(f"{one_line(str(self.address))}: {one_line(name[:200])!r} is not a valid object name")
         return name
 
     def _connected(self, seconds: float) -> S3Store | GCSStore:
-        """Return a client that has the same options as LanceDB. No request is sent."""
+        """Return a client that has the same options as LanceDB."""
         from obstore.exceptions import BaseError
         from obstore.store import GCSStore, S3Store
 
@@ -234,10 +222,7 @@ class Objects:
         return isinstance(error, FileNotFoundError) and not _is_bucket_missing(str(error))
 
     def _explained(self, what: str, name: str, error: Exception) -> StoreError:
-        """Convert an error to a StoreError with a one-line message.
-
-        The original text has many lines and could contain an access key that the server repeated.
-        """
+        """Convert an error to a one-line StoreError that cannot contain an access key, unlike the original text."""
         text, scheme = str(error), self.address.scheme
 
         def found(pattern: str) -> str:
@@ -277,10 +262,7 @@ class Objects:
 
 @functools.cache
 def _first_process() -> int:
-    """Return the id of the process that runs obstore's threads.
-
-    A forked process does not have these threads and would wait forever.
-    """
+    """Return the id of the process that runs obstore's threads, which a forked process does not have."""
     return os.getpid()
 
 

@@ -23,8 +23,8 @@ def with_rows(digest: int, rows: pa.Table | pa.RecordBatch, sign: int = 1) -> in
     """Return the digest of a table after adding rows, or after removing them if ``sign`` is -1.
 
     The hash of a row covers the names and values of its columns, sorted by name, followed by the bytes of its key.
-    Nulls are skipped, so that a new column does not change the digest of older rows. Points are skipped because they
-    can be computed from the keys. Raises InputError if a value cannot be read.
+    Nulls are skipped, so that a new column does not change the digest of older rows. Points are skipped too. Raises
+    InputError if a value cannot be read.
     """
     names = sorted({*rows.schema.names} - {VECTOR, POINT})
     rows = rows if isinstance(rows, pa.Table) else pa.Table.from_batches([rows])

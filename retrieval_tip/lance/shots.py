@@ -27,7 +27,7 @@ LABELS = ("key_id", "class_id", "digest", "source")
 class OrderedKeys(KeysInPlace):
     """The keys of a table in the same order as in a folder, which is by class and then by key id.
 
-    ``offsets`` are the positions of the keys in the table, in this order.
+    ``offsets`` are their positions in the table.
     """
 
     def __init__(self, table: KeyTable, d: int, offsets: IntArray) -> None:
@@ -87,8 +87,7 @@ def fit(
 ) -> FormChoice:
     """Fit a draft. See :func:`closed_form.fit` for the arguments.
 
-    If there are few enough keys for solved values, all keys are loaded into memory. For larger tables, only the labels
-    are loaded, and the keys are read in a few passes.
+    All keys are loaded into memory if there are few enough for solved values. Otherwise, they are read in a few passes.
     """
     if draft.n > MOST_SOLVED:
         shots = TableShots(draft)

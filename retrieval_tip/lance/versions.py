@@ -13,12 +13,11 @@ lock                           locked by the process that is writing. In a bucke
                                (see :mod:`lance.lease`)
 
 LanceDB's own versions cannot be used to commit. ``create_table(mode="overwrite")`` silently drops rows that are added
-at the same time, and with ``mode="create"`` on a disk, both writers succeeded in 5 of 20 races. The commit is therefore
-the manifest, an object that is only created if it does not exist yet (with If-None-Match or a hard link).
+at the same time, and with ``mode="create"`` on a disk, both writers succeeded in 5 of 20 races.
 
 A killed writer may leave table versions that no manifest names. The next writer starts from the table version in the
 current manifest, so that no row is added twice. On a disk, all new files of the table are flushed before the manifest
-is created, because LanceDB does not flush them. Credentials are only read from the environment.
+is created, because LanceDB does not flush them.
 """
 
 from __future__ import annotations
@@ -69,8 +68,7 @@ class Classes:
     """The name, the text weight and the key statistics of each class.
 
     ``text`` is a float32 array of shape ``[c, d]``. ``counts`` is the number of keys per class, in int64. ``sums`` are
-    the per-class sums of the keys, a float64 array of shape ``[c, d]``. If the table has points, ``points`` are the
-    per-class sums of the points.
+    the per-class sums of the keys, a float64 array of shape ``[c, d]``, and ``points`` are the sums of their points.
     """
 
     names: list[str]
@@ -129,10 +127,7 @@ class TableWriter:
 
     @property
     def prunes(self) -> bool:
-        """Whether to prune old table versions after this commit.
-
-        A first build prunes the table if it has written the table twice.
-        """
+        """Whether to prune old table versions after this commit, as after a first build that wrote the table twice."""
         if self.parent is None:
             return self._creations > 1
         return self.number % PRUNED_EVERY == 0 and len(self.store.versions()) >= history.KEPT_VERSIONS
@@ -179,10 +174,7 @@ class TableWriter:
                 raise lost from None
 
     def digests(self, table: Table, rows: int | None) -> TableDigests:
-        """Return the digests of a table version. ``rows`` is the digest of its rows, if it is known.
-
-        Only new files are read. Raises StoreError if a file cannot be read.
-        """
+        """Return the digests of a table version. ``rows`` is the digest of its rows, if it is known."""
         engine = _engine_name(table)
         before = {} if self.parent is None or self.parent.digests is None else self.parent.digests.files
         files = {}
@@ -217,7 +209,7 @@ class TableWriter:
 
 
 class LanceVersions:
-    """The versions of an index at an address. Nothing is opened or created until a method is called."""
+    """The versions of an index at an address. Nothing is opened until a method is called."""
 
     def __init__(self, address: Address) -> None:
         self.address = address
@@ -272,12 +264,11 @@ class LanceVersions:
         return None if file is None else np.load(io.BytesIO(self._checked(file.name, file.sha256)))
 
     def check_objects(self, manifest: Manifest) -> None:
-        """Check the objects of a version. Raises StoreError if an object is missing or damaged."""
+        """Raise StoreError if an object of a version is missing or damaged."""
         for file in manifest.data_files:
             self._checked(file.name, file.sha256)
 
     def _checked(self, name: str, sha256: str) -> bytes:
-        """Read an object. Raises StoreError if it is missing or does not match its digest."""
         try:
             raw = self.objects.get(name, OBJECT_BYTES)
         except FileNotFoundError:
@@ -307,10 +298,9 @@ class LanceVersions:
         return table
 
     def check_engine(self, manifest: Manifest) -> None:
-        """Check LanceDB's own manifest of a version against its digest, if there is a digest.
+        """Raise StoreError if LanceDB's own manifest of a version is missing or does not match its digest.
 
-        LanceDB has no checksums, so a single changed bit can make it panic and print a backtrace. Raises StoreError if
-        the file is missing or damaged.
+        LanceDB has no checksums, so a single changed bit can make it panic and print a backtrace.
         """
         assert manifest.table is not None
         name = _engine_name(manifest.table)
@@ -320,8 +310,8 @@ class LanceVersions:
     def check_files(self, manifest: Manifest, seen: set[tuple[str, str]]) -> None:
         """Check the files of a table on a disk against their digests, except files that were already ``seen``.
 
-        Missing files are skipped, because only an earlier version may have used them. LanceDB itself reports missing
-        files that it needs. Raises StoreError if a file is damaged.
+        Missing files are skipped, because LanceDB itself reports those that it needs. Raises StoreError if a file is
+        damaged.
         """
         files = {} if self.address.local is None or manifest.digests is None else manifest.digests.files
         for name, digest in files.items() - seen:
@@ -363,8 +353,7 @@ class LanceVersions:
     def opened(self, read: Callable[[Manifest], T], version: int | None = None) -> T:
         """Call ``read`` with the manifest of the current version or an earlier version, and return the result.
 
-        If a writer deletes the version in the meantime, this is tried again. Raises StoreError under the same
-        conditions as :meth:`manifest`. Errors of ``read`` are passed on.
+        If a writer deletes the version in the meantime, this is tried again.
         """
         for _ in range(VERSIONS_TRIED):
             manifest = self.manifest(version)
@@ -385,7 +374,7 @@ class LanceVersions:
     def history(self) -> pa.Table:
         """Return the kept versions as a table with the columns of :data:`labels.VERSIONS_SCHEMA`, oldest first.
 
-        ``bytes`` does not include the LanceDB table. Raises StoreError if a manifest is damaged.
+        ``bytes`` does not include the LanceDB table.
         """
         current = self.manifest()
         return history.history_table(self.earlier(current), current)

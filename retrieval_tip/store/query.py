@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 TIMEOUT, LONGEST, LAST_WAIT = 60, 86_400, 2.0
 """Default timeout, maximum timeout, and time to wait for an interrupted query to end, in seconds."""
 MAX_TEXT, MAX_OPEN = 1 << 16, 500
-"""Maximum length of a statement, and maximum number of open parentheses, because the parser's memory use grows with
-the square of that number.
-"""
+"""Maximum length of a statement, and maximum number of open parentheses. Both limit the parser's memory."""
 MEMORY, ANSWER = 512 << 20, 128 << 20
 """Memory limits of duckdb and of an answer, in bytes. Twice the size of the tables is added to each limit."""
 
