@@ -12,10 +12,7 @@ from typing import Any
 from retrieval_tip.errors import UsageError, first_line
 
 ACTORS_A_NODE = 8
-"""Maximum number of actors on a node that has no GPU.
-
-Each actor holds an encoder or an index and uses a share of the CPUs.
-"""
+"""Maximum number of actors on a node that has no GPU. Each actor uses a share of the CPUs."""
 PATIENCE = 5.0
 """Number of seconds to wait for a connection to the head of a cluster. Ray itself would wait for minutes."""
 

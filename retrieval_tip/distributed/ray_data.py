@@ -9,7 +9,7 @@ index, and writes the resulting rows:
     _complete.json          an empty JSON object, which is written last
 
 If a run was interrupted, repeat the call to process the missing parts. If a worker or a node dies, Ray retries its
-pieces. Parquet readers skip names that begin with an underscore, so other programs can read the folder as one table.
+pieces. Parquet readers skip names that begin with an underscore, so they read the folder as one table.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ Piece = Source | str
 class Question:
     """A query to the index at ``folder``, which must still have the given manifest.
 
-    ``rows`` is a function that yields the answers as tables. ``settings`` are the settings of the index to use.
+    ``rows`` is a function that yields the answers as tables.
     """
 
     folder: str
@@ -76,8 +76,7 @@ class Question:
 class Work:
     """The work of an actor, which encodes each piece or, if there is a ``question``, answers it for each piece.
 
-    The actor adds a backbone and a cache to ``encoder``. ``backbone`` is a function that loads the backbone onto a
-    device, and ``cache`` is the folder of the encoding cache.
+    ``backbone`` is a function that loads the backbone onto a device, and ``cache`` is the folder of the encoding cache.
     """
 
     encoder: Encoder
@@ -119,7 +118,6 @@ def write_parts(
 
     Returns the number of rows, the number of parts that already existed, and the inputs that could not be read. Raises
     UsageError if ``out`` holds other files or if no cluster answers. Raises InputError if no input could be read.
-    Errors of the actors are passed on.
     """
     folder = PartsFolder(out)
     pickled = {f"{number:06}": pickle.dumps(piece) for number, piece in enumerate(pieces)}
@@ -241,10 +239,7 @@ class PartsFolder:
         self.files = DirFileSystem(self.place.rpartition("://")[2], self.system)
 
     def claim(self, digest: str) -> bool:
-        """Start or continue a run, and return whether it is already complete.
-
-        Raises UsageError if the folder holds other files.
-        """
+        """Return whether the run is already complete. Raises UsageError if the folder holds other files."""
         names, run = self.files.find(""), json.dumps({"run": digest}).encode()
         if names and (RUN not in names or self.files.cat_file(RUN) != run):
             raise UsageError(f"{show(self.place)}: holds other files, or parts of another run; give another folder")

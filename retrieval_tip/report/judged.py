@@ -79,10 +79,9 @@ class JudgedIndex:
 
 
 def portable(text: str | os.PathLike[str]) -> str:
-    """Shorten the absolute paths in a text, so that a report that is sent to others does not reveal local folders.
+    """Shorten the absolute paths in a text, so that a report does not reveal local folders.
 
-    A path becomes relative to the working directory. If it is outside the working directory, its last two parts are
-    kept.
+    A path becomes relative to the working directory. If it is outside, only its last two parts are kept.
     """
     return re.sub(r"(?:^|(?<=[\s:=(']))/(?=[^/\s])[^:,]*", _shortened, show(text))
 

@@ -74,17 +74,14 @@ class Pair:
 
 
 def wrong_answers(answers: Answers, by: npt.NDArray[np.float64]) -> list[int]:
-    """Return the positions of the wrong answers with the lowest values in ``by``. Ties keep the order of the source."""
+    """Return the positions of the wrong answers with the lowest values in ``by``."""
     wrong = np.flatnonzero(~answers.right)
     order: list[int] = wrong[np.argsort(by[wrong], kind="stable")][:MISTAKES].tolist()
     return order
 
 
 class Mistakes(NamedTuple):
-    """The worst mistakes, the most certain mistakes, and the number of all mistakes.
-
-    The worst mistakes are those in which the true class has the lowest probability.
-    """
+    """The worst mistakes (whose true class is least probable), the most certain ones, and the number of mistakes."""
 
     worst: list[Mistake]
     certain: list[Mistake]

@@ -1,8 +1,7 @@
 """Draw diagrams as PNG or SVG files, or as SVG elements for a report.
 
-The first part of this module prepares the data, and the second part draws it. Drawing requires matplotlib
-(``pip install 'retrieval-tip[plot]'``). The palette of Okabe and Ito and the colour map cividis are also suitable for
-colour-blind readers.
+Drawing requires matplotlib (``pip install 'retrieval-tip[plot]'``). The palette of Okabe and Ito and the colour map
+cividis are suitable for colour-blind readers.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
 PAPER = "#fefefe"
 THEME = {BLACK: "currentColor", PAPER: "var(--paper)", BLUE: "var(--blue)", ORANGE: "var(--orange)"}
-"""CSS variables for colours on a page that has a light and a dark theme. Grey is readable in both."""
+"""CSS variables for colours on a page that has a light and a dark theme."""
 MOST_CLASSES, FEWER_CLASSES = 100, 40
 """If there are more classes than the first number, only the classes with most errors are drawn, up to the second."""
 WRITTEN = 20
@@ -71,8 +70,8 @@ Ints = npt.NDArray[np.int64]
 class Confusion:
     """A confusion matrix, in which ``counts[i, j]`` items of class ``names[i]`` were classified as ``names[j]``.
 
-    ``totals[i]`` is the number of items of class ``i``. ``of`` is the number of classes that occur. If there are too
-    many classes, ``counts`` only contains the classes with most errors.
+    ``totals[i]`` is the number of items of class ``i``. ``of`` is the number of classes that occur, of which ``counts``
+    may only contain those with most errors.
     """
 
     names: list[str]
@@ -82,7 +81,7 @@ class Confusion:
 
 
 def confusion(answers: Answers) -> Confusion:
-    """Count the answers by true and predicted class. The classes are in the order of the index."""
+    """Count the answers by true and predicted class, in the order of the index."""
     c = len(answers.class_names)
     truth, predicted = answers.truth, answers.predicted
     totals = np.bincount(truth, minlength=c)
@@ -131,10 +130,7 @@ def mean_affinity(affinities: Affinities, counts: Ints) -> float | None:
 
 @dataclass(frozen=True)
 class Panel:
-    """The accuracy at one ``k`` for each beta and alpha, as an array of shape ``[betas, alphas]``.
-
-    ``k`` is 0 if all keys are used.
-    """
+    """The accuracy for each beta and alpha, of shape ``[betas, alphas]``, at one ``k`` (0 stands for all keys)."""
 
     k: int
     alphas: Floats
@@ -142,10 +138,7 @@ class Panel:
     accuracy: Floats
 
     def nearest(self, alpha: float, beta: float) -> tuple[int, int]:
-        """Return the row and column of the cell that is nearest to these settings, measured by their ratio.
-
-        An alpha of 0 has its own column.
-        """
+        """Return the row and column of the cell that is nearest to these settings, measured by their ratio."""
         with np.errstate(divide="ignore"):
             column, row = (
                 int(np.abs(np.log(values) - np.log(value)).argmin()) if value else 0
@@ -155,10 +148,7 @@ class Panel:
 
 
 def surface_panels(surface: pa.Table) -> list[Panel]:
-    """Split an accuracy surface by k, and keep the ``PANELS`` most accurate panels.
-
-    The panels are sorted by falling k, starting with the panel for all keys.
-    """
+    """Split an accuracy surface by k, and keep the ``PANELS`` most accurate panels, sorted by falling k."""
     k, beta, alpha, accuracy = (surface[name].to_numpy() for name in ("k", "beta", "alpha", "accuracy"))
     panels = []
     for value in np.unique(k):
@@ -194,8 +184,7 @@ def write_plots(evaluation: Evaluation, folder: Path, about: str = "") -> list[P
     """Write the diagrams of an evaluation into a folder, and return their paths.
 
     The files are confusion.png, per_class.png, reliability.png, coverage.png and, if affinities were counted,
-    affinity.png. Each diagram shows ``about`` and the date. Raises the same errors as :func:`check`. Raises InputError
-    if the folder cannot be written.
+    affinity.png. Each diagram shows ``about`` and the date. Raises InputError if the folder cannot be written.
     """
     check(folder)
     drawings = {"confusion": draw_confusion, "per_class": draw_per_class, "reliability": draw_reliability,
@@ -209,10 +198,7 @@ def write_plots(evaluation: Evaluation, folder: Path, about: str = "") -> list[P
 
 
 def write(draw: Callable[[], Figure], path: Path, about: str) -> None:
-    """Write a diagram as SVG if ``path`` ends in .svg, and as PNG otherwise.
-
-    Raises the same errors as :func:`write_plots`.
-    """
+    """Write a diagram as SVG if ``path`` ends in .svg, and as PNG otherwise."""
     needs_matplotlib()
     form = "svg" if path.suffix.lower() == ".svg" else "png"
     with _style(), replacing(path) as temporary:
@@ -251,7 +237,7 @@ def draw_confusion(evaluation: Evaluation) -> Figure:
 
 
 def draw_per_class(evaluation: Evaluation) -> Figure:
-    """Draw the accuracy of each class as a bar. The worst class is at the bottom."""
+    """Draw the accuracy of each class as a bar, with the worst class at the bottom."""
     names, accuracies = class_accuracies(evaluation.per_class)
     m, of = len(names), len(evaluation.per_class)
     (figure, axes), y = _figure(7, max(2.8, 0.17 * m + 1.5)), np.arange(m)[::-1]
@@ -266,7 +252,7 @@ def draw_per_class(evaluation: Evaluation) -> Figure:
 
 
 def draw_reliability(evaluation: Evaluation) -> Figure:
-    """Draw the accuracy against the confidence in bins. A second diagram below shows the number of answers per bin."""
+    """Draw the accuracy against the confidence in bins, and below it the number of answers per bin."""
     answers = evaluation.answers
     bins = [b for b in reliability(answers.confidence, answers.right) if b.count]
     figure, (axes, below) = _grid(5.4, 6.2, 2, 1, sharex=True, height_ratios=[3.2, 1])
@@ -341,10 +327,10 @@ def draw_affinity(evaluation: Evaluation) -> Figure:
 
 
 def draw_surface(surface: pa.Table, path: Path, about: str = "") -> None:
-    """Write a diagram of the accuracy surface of a search, with one panel per k.
+    """Write a diagram of the accuracy surface of a search, with a panel for each of the ``PANELS`` best values of k.
 
-    ``surface`` has the columns k (0 stands for all keys), beta, alpha and accuracy. The ``PANELS`` most accurate values
-    of k are drawn. The lowest quarter of the accuracies shares one colour.
+    ``surface`` has the columns k (0 stands for all keys), beta, alpha and accuracy. The lowest quarter of the
+    accuracies shares one colour.
     """
     write(partial(_draw_panels, surface_panels(surface), 100 * surface["accuracy"].to_numpy()), path, about)
 
@@ -421,7 +407,7 @@ def draw_shots(lines: Sequence[Summary], rows: Sequence[Run]) -> Figure:
 
 
 def draw_choice(choice: FormChoice) -> Figure:
-    """Draw the forms that a fit has tried, one per row. The form with the lowest cross-entropy is at the top."""
+    """Draw the forms that a fit has tried, one per row, with the lowest cross-entropy at the top."""
     trials = sorted(choice.trials, key=lambda trial: -trial.loss)
     figure, drawn = _grid(9.4, 0.9 + 0.34 * len(trials), 1, 2, sharey=True)
     places, own = np.arange(len(trials)), [trial.form == choice.form for trial in trials]
@@ -436,10 +422,7 @@ def draw_choice(choice: FormChoice) -> Figure:
 
 
 def draw_training(curve: pa.Table, kept: int, title: str = "") -> Figure:
-    """Draw the loss and the accuracy by epoch, and mark the epoch ``kept``.
-
-    ``curve`` has the columns of :data:`finetune.CURVE`.
-    """
+    """Draw the loss and the accuracy by epoch from a :data:`finetune.CURVE` table, and mark the epoch ``kept``."""
     from matplotlib.ticker import MaxNLocator
 
     figure, drawn = _grid(9.4, 3.8, 1, 2)
@@ -462,8 +445,7 @@ def draw_training(curve: pa.Table, kept: int, title: str = "") -> Figure:
 def svg(draw: Callable[[], Figure], label: str) -> Markup:
     """Return a diagram as a self-contained ``<svg>`` element that has an accessible ``label``.
 
-    The page must define the CSS variables ``--paper``, ``--blue`` and ``--orange`` for colours, and ``--sans`` for the
-    font.
+    The page must define the CSS variables ``--paper``, ``--blue``, ``--orange`` and ``--sans`` (the font).
     """
     buffer = io.StringIO()
     themed = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), BLACK)
@@ -481,7 +463,6 @@ def svg(draw: Callable[[], Figure], label: str) -> Markup:
 
 
 def _themed(style: re.Match[str]) -> str:
-    """Replace the fonts and colours in a style attribute by those of the page."""
     themed = re.sub(r"font:( \w+)? ([\d.]+)px [^;\"]*", r"font:\1 \2px var(--sans)", style[0])  # before matplotlib 3.10
     themed = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", themed)
     for colour, name in THEME.items():
@@ -490,7 +471,7 @@ def _themed(style: re.Match[str]) -> str:
 
 
 def _heat(axes: Axes, panel: Panel, low: float, high: float) -> QuadMesh:
-    """Draw the cells of a panel in colours from ``low`` to ``high`` %. A circle marks the best cell."""
+    """Draw the cells of a panel in colours from ``low`` to ``high`` %, and a circle around the best cell."""
     shown = 100 * panel.accuracy
     image = axes.pcolormesh(shown, cmap="cividis", vmin=low, vmax=max(high, low + 0.1), rasterized=True)
     row, column = np.unravel_index(int(panel.accuracy.argmax()), panel.accuracy.shape)
@@ -504,7 +485,7 @@ def _heat(axes: Axes, panel: Panel, low: float, high: float) -> QuadMesh:
 
 @contextmanager
 def _style(settings: dict[Any, str] | None = None) -> Iterator[None]:
-    """Draw with :data:`LOOKS` and ``settings`` inside the context, ignoring the matplotlib settings of the user."""
+    """Draw with :data:`LOOKS` and ``settings`` inside the context, ignoring the user's matplotlib settings."""
     import matplotlib
 
     level = logging.getLogger("matplotlib.font_manager").level
@@ -530,7 +511,7 @@ def _grid(
     width: float, height: float, down: int, across: int, *, sharex: bool = False, sharey: bool = False,
     height_ratios: Sequence[float] | None = None,
 ) -> tuple[Figure, list[Axes]]:  # fmt: skip
-    """Return a new figure and its axes, row by row. This does not use pyplot, which could open windows."""
+    """Return a new figure and its axes. This does not use pyplot, which could open windows."""
     from matplotlib.figure import Figure as New
 
     figure = New(figsize=(width, height))

@@ -1,7 +1,7 @@
 """Write accuracy reports as single HTML files that contain no scripts and no external links.
 
-The layout is in ``page.html.j2``. The test labels are used to evaluate the answers, and never to select a setting. The
-accuracy curves and the alpha-beta surface are measured on validation images, or on the shots, each held out in turn.
+The layout is in ``page.html.j2``. The test labels are never used to select a setting. The accuracy curves and the
+alpha-beta surface are measured on validation images, or on the shots, each held out in turn.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ SHOTS = tuple(2**i for i in range(10))
 RIVAL_KEYS = 1 << 14
 """Largest number of keys for a comparison with rivals. With more keys, a linear probe takes minutes."""
 CURVE_KEYS = 4096
-"""Largest number of keys that are drawn for the curves by default. Search time grows with the square of this number."""
+"""Largest number of keys that are drawn for the curves by default. Search time grows with its square."""
 SURFACE_KEYS, SURFACE_QUERIES = 20_000, 2_000
 """Largest number of keys for which the alpha-beta surface is computed, and largest number of queries used."""
 AROUND = np.geomspace(1 / 8, 4, 26)
-"""Betas on the surface, as multiples of the beta of the index. Beyond this range, only the scale of alpha changes."""
+"""Betas on the surface, as multiples of the beta of the index."""
 SEEDS = 3
 
 Ints = npt.NDArray[np.int64]
@@ -68,11 +68,7 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """A report that has been written.
-
-    It has the ``path`` of the file, its size in ``bytes``, the ``evaluation``, and the sections that were ``left_out``,
-    with the reasons.
-    """
+    """A report that has been written. ``left_out`` maps each missing section to the reason."""
 
     path: Path
     bytes: int
@@ -92,22 +88,20 @@ def write_report(
         test: Labelled images or features. See :func:`evaluate.evaluate`.
         encoder: The encoder that computes the features. ``encoder.skipped`` lists the unreadable items.
         out: The file. An existing file is replaced once the report is complete.
-        val: The validation source that is used to select the settings for the curves and to compute the alpha-beta
-            surface. Defaults to the shots, each held out in turn.
+        val: The validation source for the curves and the alpha-beta surface. Defaults to the shots, each held out in
+            turn.
         shots: The numbers of keys per class to draw for the curves. Defaults to 1, 2, 4 and so on, up to the size of
             the smallest class.
         seeds: The number of draws for each number of shots.
         curves: Whether to draw accuracy over shots.
         folder: The index folder. Required only if ``cache`` does not contain it.
-        where: The condition by which the keys were selected. It is shown in the report.
-        command: The command line. It is shown in the report.
+        where: The condition by which the keys were selected, to show in the report.
+        command: The command line to show in the report.
 
     Raises:
         UsageError: if matplotlib is not installed.
         UsageError: if ``shots`` exceeds the size of the smallest class, or if ``val`` and ``test`` are the same source.
         InputError: in the same cases as :func:`evaluate.evaluate`, or if ``out`` cannot be written.
-
-    If an error is raised, nothing is written.
     """
     path = Path(out)
     check(path)
@@ -143,7 +137,6 @@ def check(out: Path) -> None:
 
 
 def _fewest(cache: CacheModel) -> tuple[int, str]:
-    """Return the size and name of the smallest class that has keys."""
     return min((n, name) for n, name in zip(cache.counts, cache.class_names, strict=True) if n)
 
 
@@ -375,7 +368,6 @@ def _some(queries: search_hp.Queries) -> search_hp.Queries:
 
 
 def _training(judged: JudgedIndex) -> dict[str, object]:
-    """Return the record of fine-tuning, and the training curve if the index has one."""
     facts, curve = judged.record("finetune"), judged.cache.curve
     rows = [(name, described(value)) for name, value in facts.items()]
     if curve is None:
@@ -407,8 +399,8 @@ def _confusions(judged: JudgedIndex) -> dict[str, object]:
 def _classes(judged: JudgedIndex) -> dict[str, object]:
     """Return rows of classes, sorted by accuracy, with a diagram and a sentence about them.
 
-    Each row contains the name, the accuracy, its interval, the number of items, the number of keys, and the most
-    frequent mistake.
+    Each row contains the name, the accuracy and its interval, the numbers of items and keys, and the most frequent
+    mistake.
     """
     answers, names, evaluation = judged.answers, judged.cache.class_names, judged.evaluation
     rows, keys = [], judged.cache.counts

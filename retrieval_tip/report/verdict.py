@@ -31,10 +31,9 @@ EXAMPLES, CLASS_NAMES = "examples only", "class names only"
 
 
 class Way(NamedTuple):
-    """A way of classifying, with its accuracy.
+    """A way of classifying, with its accuracy and the ends of the 95 % confidence interval.
 
-    ``low`` and ``high`` are the ends of the 95 % confidence interval. ``mean`` is the mean over classes, ``ece`` is the
-    ECE if known, and ``right`` tells which answers are right.
+    ``mean`` is the mean over classes, ``ece`` is the ECE if known, and ``right`` tells which answers are right.
     """
 
     name: str
@@ -64,10 +63,7 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 
 
 def sentences(judged: JudgedIndex, ways: Sequence[Way]) -> Iterator[str]:
-    """Yield the sentences of the verdict.
-
-    They describe the accuracy, the alternatives, the reliability of the probabilities, and the most frequent mistakes.
-    """
+    """Yield sentences about the accuracy, the alternatives, the reliability and the most frequent mistakes."""
     evaluation, own, by = judged.evaluation, ways[-1], {way.name: way for way in ways}
     yield (
         f"{int(own.right.sum()):,} of {counted(evaluation.n, 'test photo')} were classified correctly: "
