@@ -31,16 +31,13 @@ class Plug(Protocol):
 
 
 def plug_of(text: str) -> Plug | None:
-    """Return the package that stores the index at an address, or ``None`` if ``text`` is the path of a folder."""
+    """Return the package that stores the index at an address, or ``None`` for a folder."""
     scheme, separator, _ = text.partition("://")
     package = PLUGS.get(scheme.lower()) if separator else None
     return None if package is None else cast("Plug", importlib.import_module(package))
 
 
 def parse(text: str) -> str | None:
-    """Return the canonical spelling of an address, or ``None`` if ``text`` is the path of a folder.
-
-    Raises UsageError if the address is invalid.
-    """
+    """Return the canonical spelling of an address, or ``None`` for a folder. Raises UsageError if it is invalid."""
     plug = plug_of(text)
     return None if plug is None else plug.canonical(text)

@@ -126,7 +126,6 @@ def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.P
 def _text(
     source: Source, encoder: Encoder, templates: Sequence[str] | None, text: str | os.PathLike[str] | None
 ) -> Words:
-    """Return the classes and their text weights, from a table or from prompts."""
     if text is not None:
         if templates:
             raise UsageError("text and templates: give only one; a text table already contains features of prompts")

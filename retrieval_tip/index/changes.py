@@ -487,7 +487,6 @@ def _add_classes(cache: EditableIndex, names: Sequence[str], weights: dict[str, 
 def _new_classes(
     names: Sequence[str], present: Sequence[str], weights: Mapping[str, npt.NDArray[np.float32]], has_text: bool
 ) -> list[str]:
-    """Return the classes that are not in the index yet. Raises InputError if a class needs a text weight."""
     known = set(present)
     new = [name for name in names if name not in known]
     missing = [name for name in new if name not in weights] if has_text else []

@@ -27,7 +27,7 @@ from retrieval_tip.settings import Dtype, MetricName, ValuesName
 from retrieval_tip.store.writer import Writer, write
 
 PAIRS = 1 << 26
-"""Maximum number of affinities to compute when an addition is checked. It takes half a second on two cores."""
+"""Maximum number of affinities to compute when an addition is checked."""
 EFFORT = 16
 """Number of lists to probe for nearly identical keys."""
 

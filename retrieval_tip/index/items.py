@@ -1,4 +1,4 @@
-"""Collect the inputs of a build: a labelled source, its classes and text weights, and the requested settings."""
+"""Collect the inputs of a build, which are a labelled source, text weights and settings."""
 
 from __future__ import annotations
 

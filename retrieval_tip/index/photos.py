@@ -86,7 +86,7 @@ def _photos(folder: Path) -> list[Path]:
 
 
 def _used(store: Store, names: set[str]) -> set[str]:
-    """Return the ``names`` that a kept version uses. Names do not include the file extension."""
+    """Return the ``names``, without file extensions, that a kept version uses."""
     used: set[str] = set()
     wanted = pa.array(names, pa.string())
     for version in store.history()["version"].to_pylist() if names else ():
@@ -98,7 +98,7 @@ def _used(store: Store, names: set[str]) -> set[str]:
 
 
 def _remove(folder: Path, photos: list[Path]) -> tuple[int, int]:
-    """Remove the photos that are named by their own SHA-256, and the empty class folders."""
+    """Remove photos that are named by their own SHA-256, and empty class folders."""
     number = freed = 0
     for path in photos:
         with suppress(OSError):

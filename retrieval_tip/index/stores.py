@@ -1,4 +1,4 @@
-"""Define the interface of a store, which keeps the versions of one index in a folder, on a disk or in a bucket."""
+"""Define the interface of a store, which keeps the versions of one index."""
 
 from __future__ import annotations
 

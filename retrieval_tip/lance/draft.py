@@ -223,7 +223,7 @@ class LanceDraft(LanceModel, EditableIndex):
         return None if self.second is None else Sums(self.classes.counts, self.classes.sums, self.second)
 
     def _move(self, rows: pa.Table, sign: int) -> None:
-        """Update the digest and the sums for rows that are added, or removed if ``sign`` is -1."""
+        """Add rows, or delete them if ``sign`` is -1, and update the digest and the sums."""
         if sign > 0:
             self.table.append(rows)
         else:
@@ -275,7 +275,6 @@ class LanceDraft(LanceModel, EditableIndex):
         self._move(self._changed(moved, class_id=ids.astype(np.int32), label=names, shot=shots), 1)
 
     def _changed(self, rows: pa.Table | pa.RecordBatch, **columns: Column) -> pa.Table | pa.RecordBatch:
-        """Return rows with new columns, marked as added by this version."""
         for name, column in {**columns, VERSION: np.full(len(rows), self.writer.number)}.items():
             rows = rows.set_column(rows.schema.get_field_index(name), name, pa.array(column))
         return rows
@@ -303,7 +302,7 @@ class LanceDraft(LanceModel, EditableIndex):
         self._follow()
 
     def _merge(self, class_id: int, into: str, names: list[str]) -> None:
-        """Move the keys of a class to the class ``into``, and delete the class. ``names`` are the other classes."""
+        """Move the keys of a class to the class ``into``, and delete the class. ``names`` are the others."""
         old = self.class_names[class_id]
         self.relabel(self.find([old])["key_id"].to_pylist(), into)
         if self.whole is not None:

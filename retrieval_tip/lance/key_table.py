@@ -81,7 +81,7 @@ def _session() -> Any:
 
 
 def schema_of(d: int, dtype: Dtype, extra: Iterable[pa.Field] = (), *, points: bool = False) -> pa.Schema:
-    """Return the schema of a table whose keys have ``d`` values. If ``points`` is true, it includes the points."""
+    """Return the schema of a table of keys of length ``d`` and, if requested, of their points."""
     value = VALUES[dtype]
     own = [*LABEL_SCHEMA, pa.field(VERSION, pa.int64())]
     vectors = [pa.field(name, pa.list_(value, d)) for name in ((VECTOR, POINT) if points else (VECTOR,))]
@@ -354,7 +354,7 @@ class KeyTable:
                 self.table.delete(f"key_id IN ({', '.join(map(str, key_ids[start : start + ASKED_AT_ONCE]))})")
 
     def change(self, where: str, sql: dict[str, str]) -> None:
-        """Set columns of the rows that match a condition. ``sql`` maps each column to an expression for its values."""
+        """Set columns of the rows that match a condition. ``sql`` maps columns to expressions."""
         with _store_errors(self.address, "changing rows"):
             self.table.update(where=where, values_sql=sql)
 
@@ -427,7 +427,7 @@ class KeyTable:
                 for tag, version in tags.items():
                     self.table.tags.create(tag, version)
                 made = {entry["version"]: entry["timestamp"] for entry in self.table.list_versions()}
-            self.optimize()  # optimize now, so that the call below is fast, because the age counts from that call
+            self.optimize()  # the age counts from the call below, which must be fast
             oldest = min(made[version] for version in kept)  # not always the first, because clocks can be set back
             for slack in (datetime.timedelta(seconds=0.002 * 2**doubled) for doubled in range(22)):
                 age = max(datetime.datetime.now(oldest.tzinfo) - oldest, datetime.timedelta()) + slack

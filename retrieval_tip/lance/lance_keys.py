@@ -30,11 +30,11 @@ HELD_BYTES = 1 << 29
 PIECE = 1 << 26
 """Maximum size in bytes of the float32 keys of several classes that are read together."""
 SPREAD_BYTES, SPREAD_LEAST = 1 << 28, 8
-"""Maximum size in bytes of the sample for :meth:`KeyStream.slack`, and the minimum number of queries in it."""
+"""Maximum size in bytes of the sample for :meth:`KeyStream.slack`, and its minimum number of queries."""
 
 
 class LanceKeys(KeyStream):
-    """The keys of a table, or their points. ``classes`` holds the number and the sum of the keys of each class."""
+    """The keys of a table, or their points, with statistics of its ``classes``."""
 
     def __init__(self, table: KeyTable, classes: Classes, device: str) -> None:
         counts = torch.from_numpy(classes.counts.astype(np.float32)).to(device)

@@ -43,7 +43,7 @@ from retrieval_tip.store.writer import write
 MOST_TAKEN = 1 << 29
 """Maximum size in bytes of the keys that are copied from a table into an index in memory."""
 MOVED = {"float32": 1e-4, "float16": 4e-3}
-"""Tolerance, by dtype, for the difference between a stored point and the point that is computed from its key."""
+"""Tolerance, by dtype, for the difference between a stored and a computed point."""
 MOST_ORDERED = 1 << 26
 """Maximum number of keys to sample in the same order as in a folder. This reads up to 2 GiB of ids."""
 IN_ORDER = [("class_id", "ascending"), ("key_id", "ascending")]
@@ -318,7 +318,6 @@ def check(place: LanceVersions, manifest: Manifest, seen: set[tuple[str, str]]) 
 
 
 def _check_rows(model: LanceModel) -> None:
-    """Raise StoreError if the rows do not match their digest or the per-class sums."""
     place, classes, c = model.store, model.classes, len(model.class_names)
     of_keys, of_points = Along(c, model.d, LEAST), Along(c, model.d, LEAST)
     known = None if model.manifest is None or model.manifest.digests is None else model.manifest.digests.rows

@@ -3,7 +3,7 @@
 On a local disk, the operating system locks a file (see :mod:`store.lock`). A bucket has no locks, so an object named
 ``lease`` is used instead. The object is only replaced if it still has the version that was read before (If-Match). A
 process takes the lease if it was released, or if it has not changed for :data:`LEASE` seconds while the process watched
-it, so the clocks of two machines do not have to agree.
+it. The holder renews the lease more often, so the clocks of two machines do not have to agree.
 
 A holder checks right before a commit whether the lease was lost. A commit creates a new object, so a holder that loses
 the lease just after this check does not overwrite anything.
@@ -85,7 +85,7 @@ class _Lease:
         self._thread.start()
 
     def still_held(self) -> None:
-        """Raise StoreError if another process has taken the lease, or if the state of the lease cannot be read."""
+        """Raise StoreError if another process has taken the lease, or if it cannot be read."""
         self._lost = self._lost or self._taken_by(self._look()[0])
         if self._lost is not None:
             text = f"{self._objects.address}: lost the right to write ({self._lost}); nothing changed; try again"
@@ -102,10 +102,7 @@ class _Lease:
                 self._write(version, released=True)
 
     def _look(self) -> tuple[dict[str, object], UpdateVersion | None]:
-        """Return the content of the lease and its version, which is ``None`` if there is no lease.
-
-        A damaged lease has no content and expires like the lease of a dead process.
-        """
+        """Return the content of the lease and its version. A damaged lease has no content, so it expires."""
         try:
             content, version = self._objects.read(NAME, MOST_BYTES)
         except FileNotFoundError:
@@ -116,7 +113,7 @@ class _Lease:
         return {}, version
 
     def _write(self, version: UpdateVersion | None, released: bool = False) -> bool:
-        """Replace this version of the lease, or our own version, and return whether the lease is ours afterwards."""
+        """Replace this version of the lease, or our own, and return whether the lease is ours now."""
         began, self._beats = time.monotonic(), self._beats + 1
         new = {"owner": this_process(), "token": self._token, "beat": self._beats, "released": released}
         content = json.dumps(new, indent=1).encode()

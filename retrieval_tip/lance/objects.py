@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATIENT_BYTES, PATIENT_SECONDS = 1 << 20, 120
-"""Size in bytes above which an upload gets more time, and the number of seconds for the upload and the answer."""
+"""Size in bytes above which an upload gets more time, and the time in seconds."""
 
 _NAME = re.compile(r"[A-Za-z0-9_=+@-][A-Za-z0-9._=+@-]*(/[A-Za-z0-9_=+@-][A-Za-z0-9._=+@-]*)*")
 
@@ -143,7 +143,7 @@ class Objects:
         return self._asked("written", self._checked(name), put)
 
     def _flushed(self, client: Client, root: Path, name: str, data: bytes, create: bool) -> UpdateVersion:
-        """Write a file on disk. The data is flushed before the file gets its name, and the folders are flushed last."""
+        """Write a file on disk. The data is flushed before the file gets its name, the folders afterwards."""
         import obstore
 
         path = root / name
@@ -168,7 +168,6 @@ class Objects:
         return name
 
     def _connected(self, seconds: float) -> S3Store | GCSStore:
-        """Return a client that has the same options as LanceDB."""
         from obstore.exceptions import BaseError
         from obstore.store import GCSStore, S3Store
 
@@ -196,7 +195,7 @@ class Objects:
             raise self._explained("connected to", "", error) from None
 
     def _asked(self, what: str, name: str, ask: Callable[[Client], T]) -> T:
-        """Call ``ask`` with a client. Client errors become StoreError, or FileNotFoundError if an object is missing."""
+        """Call ``ask`` with a client, and convert client errors to StoreError or FileNotFoundError."""
         from obstore.exceptions import BaseError
         from obstore.store import LocalStore
 

@@ -441,5 +441,5 @@ def _name(version: int) -> str:
 
 
 def _engine_name(table: Table) -> str:
-    """Return the name of LanceDB's own manifest. Its number counts down, so that the latest version comes first."""
+    """Return the name of LanceDB's own manifest, whose number counts down."""
     return f"{table.name}.lance/_versions/{(1 << 64) - 1 - table.version:020d}.manifest"

@@ -1,4 +1,4 @@
-"""Collect the mistakes for a report, with thumbnails of the photos and of the keys that led to the answers."""
+"""Collect the mistakes for a report, with thumbnails of the photos and nearby keys."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _explained(judged: JudgedIndex, places: Sequence[int]) -> list[Mistake]:
 
 
 def confusions(judged: JudgedIndex) -> list[Pair]:
-    """Return the pairs of classes that are confused most often, with their most certain mistakes and nearby keys."""
+    """Return the pairs of classes that are confused most often, with mistakes and nearby keys."""
     answers, names = judged.answers, judged.cache.class_names
     pairs = [(names.index(truth), names.index(answer), n) for truth, answer, n in judged.evaluation.confusions[:PAIRS]]
     if not pairs:

@@ -192,7 +192,7 @@ def _page(judged: JudgedIndex) -> tuple[str, dict[str, str]]:
 
 
 def _accuracy(judged: JudgedIndex) -> tuple[list[Way], str]:
-    """Return the ways of classifying, including rivals, and the reason why some ways are missing."""
+    """Return the ways of classifying, and the reason why some are missing."""
     evaluation, details, truth, tuned = judged.evaluation, judged.details, judged.answers.truth, judged.is_tuned
     ways, missing = [], ""
     if evaluation.zero_shot_top1 is not None:
@@ -209,7 +209,6 @@ def _accuracy(judged: JudgedIndex) -> tuple[list[Way], str]:
 
 
 def _rivals(judged: JudgedIndex, shots: CacheModel) -> list[Way]:
-    """Return the simple rivals, Tip-Adapter, and the index before fine-tuning."""
     ways = []
     if shots.n <= RIVAL_KEYS:
         for name, rival in sweep.LINEAR.items():
@@ -266,7 +265,7 @@ def _parent(judged: JudgedIndex) -> CacheModel:
 
 
 def _drawn(judged: JudgedIndex) -> tuple[list[int], str]:
-    """Return the numbers of shots to draw, and a sentence about the numbers that are skipped, if any."""
+    """Return the numbers of shots to draw, and a sentence about skipped numbers."""
     if not judged.curves:
         raise _LeftOutError("switched off for this report")
     if judged.is_tuned:

@@ -138,7 +138,7 @@ def differ(one: Bools, other: Bools) -> bool:
 
 
 def _weakest(judged: JudgedIndex) -> list[tuple[str, int, int, int]]:
-    """Return tuples (class, right answers, test items, keys), sorted by accuracy and then by number of mistakes."""
+    """Return tuples (class, right answers, test items, keys), weakest class first."""
     names, answers = judged.cache.class_names, judged.answers
     totals, rights = (np.bincount(ids, minlength=len(names)) for ids in (answers.truth, answers.truth[answers.right]))
     order = sorted(np.flatnonzero(totals), key=lambda i: (rights[i] / totals[i], -totals[i]))

@@ -141,7 +141,7 @@ def array_of(held: npt.NDArray[np.floating] | torch.Tensor | tip.Metric | Sums) 
 
 
 def _sums(folder: Path, manifest: Manifest, labels: pa.Table) -> Sums:
-    """Read the sums of a version's keys. Raises StoreError if they do not match the labels."""
+    """Read the sums of a version's keys, and check them against the labels."""
     file, c = manifest.files["sums"], len(manifest.class_names)
     array = read_array(folder, file, (c + manifest.d, 1 + manifest.d), (np.float64,))
     if not np.array_equal(array[:c, 0], np.bincount(labels["class_id"].to_numpy(), minlength=c)):

@@ -82,7 +82,7 @@ def _missing(folder: Path) -> StoreError:
 
 
 def read_version(folder: Path, version: int) -> Manifest:
-    """Read the manifest of the current version or an earlier one. Raises StoreError if it is missing or damaged."""
+    """Read the manifest of a version. Raises StoreError if it is missing or damaged."""
     current = read_manifest(folder)
     if version == current.version:
         return current
@@ -205,7 +205,7 @@ def read_array(
 
 
 def has_text(folder: Path, manifest: Manifest) -> bool:
-    """Return whether a version has any text weight that is not zero. Raises StoreError if it cannot be read."""
+    """Return whether a version has any text weight that is not zero."""
     return bool(read_array(folder, manifest.files["text"], (len(manifest.class_names), manifest.d)).any())
 
 
@@ -285,7 +285,7 @@ def _read_table(path: Path) -> pa.Table:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Return the facts that ``index info`` prints: the manifest, the number of keys per class and the disk usage."""
+    """Return the facts that ``index info`` prints, including the disk usage."""
     (manifest, labels), _ = opened(folder, lambda manifest: (manifest, read_labels(folder, manifest)), verify="fast")
     counts = np.bincount(labels["class_id"].to_numpy(), minlength=len(manifest.class_names))
     earlier = _before(folder, manifest)
@@ -361,7 +361,7 @@ def check_earlier(folder: Path) -> None:
 
 
 def earlier_paths(folder: Path) -> list[Path]:
-    """List the manifest files of earlier versions, oldest first. Raises StoreError if the folder cannot be read."""
+    """List the manifest files of earlier versions, oldest first."""
     place = folder / "manifests"
     try:
         paths = [path for path in place.iterdir() if path.suffix == ".json" and not path.name.startswith(".")]
@@ -373,7 +373,6 @@ def earlier_paths(folder: Path) -> list[Path]:
 
 
 def _read_earlier(folder: Path, path: Path) -> Manifest | None:
-    """Read the manifest of an earlier version, or return ``None`` if the version was deleted."""
     try:
         return Manifest.from_bytes(manifest_bytes(folder, path), str(path), "delete earlier versions with index gc")
     except FileNotFoundError:

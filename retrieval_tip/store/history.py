@@ -18,7 +18,7 @@ from retrieval_tip.store.labels import versions_table
 from retrieval_tip.store.manifest import Manifest
 
 KEPT_VERSIONS = 32
-"""Number of versions that a commit keeps, including the current version. You can keep fewer with ``index gc``."""
+"""Number of versions, including the current one, that a commit keeps."""
 
 
 def stamp() -> dict[str, Any]:

@@ -93,7 +93,7 @@ def shots_of(class_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
 
 
 def shots_after(added: pa.Table, ids: npt.NDArray[np.int64], following: npt.NDArray[np.int32]) -> pa.Table:
-    """Renumber the shots in a table of new labels, so that they follow the existing shots of their classes."""
+    """Renumber the shots of new labels, so that they follow the existing shots."""
     shots = pa.array(added["shot"].to_numpy() + following[ids], pa.int32())
     return added.set_column(added.column_names.index("shot"), "shot", shots)
 

@@ -323,7 +323,7 @@ def _built(provenance: object) -> dict[str, object]:
 
 
 def _shallow(value: object, depth: int) -> bool:
-    """Return whether JSON has at most ``depth`` nested levels, so that it cannot exceed the recursion limit."""
+    """Return whether JSON has at most ``depth`` nested levels."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return depth > 0 and all(_shallow(part, depth - 1) for part in parts)
 

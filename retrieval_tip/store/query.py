@@ -156,7 +156,6 @@ def _fetch(
 
 
 def _create(database: DuckDBPyConnection, name: str, table: pa.Table) -> None:
-    """Copy a table into the database, with the view of the table ``labels``."""
     import duckdb
 
     try:
@@ -173,7 +172,6 @@ def _create(database: DuckDBPyConnection, name: str, table: pa.Table) -> None:
 
 
 def _duckdb_type(kind: pa.DataType) -> pa.DataType:
-    """Return the closest Arrow type that duckdb accepts."""
     if pa.types.is_float16(kind):
         return pa.float32()
     if pa.types.is_struct(kind):

@@ -1,4 +1,4 @@
-"""Sums that are used to fit a metric. Updating them takes time in proportion to the number of keys that change."""
+"""Sums that are used to fit a metric, and that are updated when keys change."""
 
 from __future__ import annotations
 
