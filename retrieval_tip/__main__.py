@@ -1,4 +1,4 @@
-"""Entry point of the program ``retrieval-tip``. You can also run it as ``python -m retrieval_tip``."""
+"""Entry point of the program ``retrieval-tip`` and of ``python -m retrieval_tip``."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ class AnsweringIndex(ABC):
 
     @abstractmethod
     def some(self, m: int) -> tuple[npt.NDArray[Any], pa.Table]:
-        """Return at most ``m`` evenly spaced keys as they are stored, and their ``key_id`` and ``class_id``."""
+        """Return at most ``m`` evenly spaced stored keys, and their ``key_id`` and ``class_id``."""
 
     @abstractmethod
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
@@ -389,8 +389,8 @@ class AnsweringIndex(ABC):
     ) -> Iterator[Predictions]:
         """Classify images or a feature table while reading them, and yield the predictions in order.
 
-        To classify images, pass an ``encoder`` that uses the backbone of this index. Unreadable items are skipped and
-        listed in ``encoder.skipped``. The other arguments are the same as for :meth:`classify`.
+        To classify images, pass an ``encoder``. Unreadable items are skipped and listed in ``encoder.skipped``. The
+        other arguments are the same as for :meth:`classify`.
         """
         column = source.items["source"]
         for block in encoder.blocks(source):
@@ -581,7 +581,6 @@ def _neighbours(index: AnsweringIndex, near: Nearest | None, classes: Tensor) ->
 
 
 def _opposing(index: AnsweringIndex, near: Nearest | None, classes: Tensor) -> pa.StructArray:
-    """Return the key that counts most against each answer, or null if no key does."""
     if near is None:
         return pa.nulls(len(classes), PREDICTIONS["opposing"])
     there = (near.rows[:, 0] >= 0).cpu().numpy()

@@ -47,10 +47,7 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
 
 
 def memory() -> int | None:
-    """Return the available memory in bytes, or ``None`` if it is unknown.
-
-    This is the memory of the machine, or the limit of the process or its container if that is lower.
-    """
+    """Return the memory that is available to this process, in bytes, or ``None`` if it is unknown."""
     sizes = [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
     with suppress(OSError, ValueError):
         sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

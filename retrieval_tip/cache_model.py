@@ -47,7 +47,7 @@ SUMS_FROM = 8
 class KeyEdits(EditableIndex):
     """Methods that edit keys in memory, and keep labels, points, values, sums and the FAISS index consistent.
 
-    See :class:`CacheModel` for the attributes. Edits are written to disk by :meth:`CacheModel.save`.
+    See :class:`CacheModel` for the attributes.
     """
 
     keys: KeyArray | Segments
@@ -414,7 +414,7 @@ class CacheModel(KeyEdits):
 
         Args:
             keys: the features of the shots, as a floating-point array of shape ``[n, d]``. They are not normalised, so
-                make sure that they are unit vectors unless they were fine-tuned.
+                make sure that they are unit vectors.
             labels: the class of each key, given by its name or by its position in ``class_names``.
             class_names: the names of the ``c`` classes, in order. A class may have no keys.
             text_weights: the text weights, as unit vectors of shape ``[c, d]``. If ``None``, only the cache is used.
@@ -426,7 +426,7 @@ class CacheModel(KeyEdits):
             sources: the path or id of each key, which is shown with predictions.
             values: the trained values, of shape ``[n, c]``. Defaults to one-hot labels.
             precision: the dtype that is used to multiply queries with all keys: ``float32``, ``bfloat16``, ``float16``
-                or ``auto``. With ``auto``, the fastest dtype that is accurate enough is selected by a measurement.
+                or ``auto`` (see :meth:`load`).
 
         Raises:
             InputError: if shapes do not match, if values are not finite, or if a label is not a class.
@@ -494,7 +494,7 @@ class CacheModel(KeyEdits):
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
         """Return the affinities and rows of the ``k`` nearest keys of each query, both of shape ``[q, k]``.
 
-        The affinities are computed from the stored keys, even if the index compresses them. Empty slots have row -1.
+        The affinities are exact even if the index is compressed. Empty slots have row -1.
         """
         retrieval = self.retrieval
         near = retrieval.nearest(retrieval.points(features), k)

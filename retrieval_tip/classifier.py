@@ -95,11 +95,10 @@ class Classifier:
 
         - ``photos``: an open source, or the path of a folder, a table, a tar file or a split file (see
           :func:`sources.open_source`).
-        - ``model``: the encoder. You can pass a name (see :func:`loading.load_backbone`), a backbone, or the model,
+        - ``model``: the encoder, which can be a name (see :func:`loading.load_backbone`), a backbone, or the model,
           preprocessing and tokenizer that open_clip returns.
         - ``pretrained``: the tag or the file of the weights, if ``model`` is a name.
-        - ``out``: the index folder to write. If you do not pass one, the index is deleted together with this object,
-          unless you call :meth:`save`.
+        - ``out``: the index folder to write. By default, the index is temporary until you call :meth:`save`.
         - ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         - ``views``: 1 to encode the centre view of each photo, or the number of augmented views to average.
         - ``seed``: the random seed for ``shots`` and ``views``.
@@ -178,8 +177,8 @@ class Classifier:
     ) -> Self:
         """Open an index from its folder or store address, and load its encoder.
 
-        If the encoder of the index cannot be loaded by its name, pass it as ``model``, in the same forms as for
-        :meth:`from_folder`. If the index was built from features of an unnamed encoder, it can only classify features.
+        If the encoder of the index cannot be loaded by its name, pass it as ``model``, as for :meth:`from_folder`. If
+        the index was built from features of an unnamed encoder, it can only classify features.
 
         Raises:
             StoreError: if the index is missing or damaged.
@@ -391,9 +390,9 @@ class Classifier:
     def as_module(self) -> torch.nn.Module:
         """Return a copy of the classifier as a torch module, which maps pixels to logits.
 
-        The pixels are RGB values from 0 to 255, of shape ``[b, 3, h, w]``. They must already be resized and cropped to
-        the input size of the encoder, as for :func:`onnx_graph.export_onnx`. If the index has no encoder, the module
-        takes features instead. The logits have the shape ``[b, c]``, in the order of :attr:`classes`.
+        The pixels are RGB values from 0 to 255, of shape ``[b, 3, h, w]``, already resized and cropped to the input
+        size of the encoder. If the index has no encoder, the module takes features instead. The logits have the shape
+        ``[b, c]``, in the order of :attr:`classes`.
 
         Raises UsageError if ``k`` is not ``all``, or if there are too many keys for memory.
         """

@@ -63,9 +63,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         logit_scale: the factor of the text logits, which belongs to the backbone. It is 100 for OpenAI's CLIP.
         index: the FAISS factory string, for example ``Flat``, ``IVF256,Flat`` or ``HNSW32``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        normalize: whether to scale each row of ``X`` to unit length. A row of zeros stays zero. Its affinity to every
-            key is 0, so it is assigned to the class that has the most keys. Use ``False`` for fine-tuned keys, which
-            are not unit vectors.
+        normalize: whether to scale each row of ``X`` to unit length. A row of zeros stays zero. Use ``False`` for
+            fine-tuned keys, which are not unit vectors.
 
     Attributes:
         classes_: the sorted labels, in their original dtype.
@@ -319,8 +318,7 @@ def _ids(labels: Array, classes: Array) -> npt.NDArray[np.int64]:
 class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """Transformer that converts photos to features of unit norm.
 
-    It is used in pipelines that start with image paths, for example
-    ``make_pipeline(ImageEncoder("ViT-B-32"), TipAdapterClassifier())``. It does not need to be fitted.
+    It can start a pipeline, for example ``make_pipeline(ImageEncoder("ViT-B-32"), TipAdapterClassifier())``.
 
     Args:
         model: a backbone, or the name of a backbone (see :func:`load_backbone`).

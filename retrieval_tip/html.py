@@ -1,7 +1,7 @@
 """Render HTML from Jinja2 templates, which are stored next to the modules that use them.
 
-All values are escaped and written on one line, including control characters and marks that reverse the direction of
-text. Only templates and :func:`markup` can add markup.
+All values are written on one line and escaped, including unprintable characters. Only templates and :func:`markup` can
+add markup.
 """
 
 from __future__ import annotations
@@ -47,5 +47,5 @@ def render(template: str, **values: object) -> str:
 def table(
     columns: Sequence[object], rows: Iterable[Sequence[object]], caption: object = "", numbers: Collection[int] = ()
 ) -> str:
-    """Render an HTML table for a notebook, which is legible on both light and dark backgrounds."""
+    """Render an HTML table for a notebook, legible on light and dark backgrounds."""
     return str(_templates().get_template("table.html.j2").module.table(columns, rows, caption, numbers))  # type: ignore[attr-defined]

@@ -99,8 +99,8 @@ class Prediction:
         logits: the logits of all classes, as a float32 array of shape ``[c]``.
         neighbours: the shots that contributed most to the answer, largest contribution first.
         keys: the number of keys used for a certified answer.
-        unlike: whether the query does not resemble any shot, which means that its largest cache logit is below the
-            ``least_cache`` of the index. ``None`` if the index has no such setting.
+        unlike: whether the query does not resemble any shot: its largest cache logit is below the ``least_cache`` of
+            the index. ``None`` if the index has no such setting.
         opposing: the shot with the most negative contribution. If no contribution is negative, it is the shot that
             contributes most to the runner-up. ``None`` if no shot counts against the answer.
     """
@@ -200,7 +200,7 @@ class Predictions:
     def withheld(self, abstain: Abstain) -> pa.ChunkedArray:
         """Return whether each label is withheld because its probability is below ``abstain``.
 
-        ``auto`` withholds labels that are more likely wrong than right, and labels of queries that are ``unlike``.
+        See :data:`Abstain` for ``auto``.
         """
         auto = abstain == "auto"
         low = pc.less(self._columns["probability"], MORE_LIKELY_WRONG if auto else abstain or 0.0)

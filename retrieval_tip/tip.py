@@ -123,7 +123,7 @@ def sum_by_class(values: Tensor, class_ids: Tensor, n_classes: int, out: Tensor 
 def add_rows(sums: Tensor, places: Tensor, rows: Tensor) -> Tensor:
     """Add ``rows[i]`` to ``sums[places[i]]`` in place. The order of the additions is deterministic.
 
-    On a GPU, ``index_add_`` adds rows in thread order, so results can differ between runs. ``index_put_`` sorts first.
+    On a GPU, ``index_add_`` adds rows in thread order, but ``index_put_`` sorts first.
     """
     if sums.is_cuda:
         return sums.index_put_((places,), rows, accumulate=True)
@@ -135,8 +135,8 @@ class Totals:
     """Statistics over all keys of each class, which are used to estimate the contribution of unretrieved keys.
 
     ``counts`` holds the number of keys ``n_c`` of each class. Its shape is ``[c]``, or ``[q, c]`` if queries use
-    different keys. ``affinities``, of shape ``[q, c]``, holds the sums of the affinities to all keys of a class, ``n_c
-    f mu_c``.
+    different keys. ``affinities``, of shape ``[q, c]``, holds the sums of the affinities to all keys of a class,
+    ``n_c f mu_c``.
     """
 
     counts: Tensor
@@ -197,8 +197,8 @@ def cache_logits(
     ``C[:, c] = sum over keys i of class c of exp(-beta (1 - A[:, i]))``, in the dtype of ``affinity``. The shape of the
     result is ``[q, c]``.
 
-    - To use all keys, pass an ``affinity`` of shape ``[q, n]`` and ``class_ids`` of shape ``[n]``. The result is exact.
-      You can also call the function on disjoint blocks of keys and add up the results.
+    - To use all keys, pass an ``affinity`` of shape ``[q, n]`` and ``class_ids`` of shape ``[n]``. You can also call
+      the function on disjoint blocks of keys and add up the results.
     - To use retrieved keys, pass ``affinity`` and ``class_ids`` of shape ``[q, k]``. Empty slots have the class id
       ``c``.
     - ``tail`` adds ``r_c exp(-beta (1 - m_c))`` for the keys of class c that were not retrieved, where ``m_c`` is their
@@ -250,8 +250,7 @@ def ridge_values(gram: Tensor, targets: Tensor, ridge: float | Tensor) -> Tensor
     """Solve for the values that classify the keys themselves, by kernel ridge regression.
 
     The values are ``V = (G + diag(lambda))^-1 Y`` (ProKeR, Bendou et al., CVPR 2025, equation 6). If the inverse is
-    replaced by the identity, the result is plain Tip-Adapter. The system is solved by Cholesky factorisation in the
-    dtype of ``gram``.
+    replaced by the identity, the result is plain Tip-Adapter.
 
     - ``gram`` ``[n, n]``: the matrix ``G = exp(-beta (1 - phi(K) phi(K)^T))``, which is overwritten.
     - ``targets`` ``[n, c]``: the one-hot labels ``Y``.

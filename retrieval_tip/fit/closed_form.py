@@ -644,8 +644,8 @@ def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tup
 def _unjudged(cache: Shots, forms: Sequence[Form], covered: float) -> tuple[Form, Settings]:
     """Return the form and the settings for shots that cannot be held out.
 
-    The text has not seen the shots, so its temperature T can still be fitted to them. If the text is overconfident (T >
-    1), photos count T^2 times as much: ``softmax(text / T + 13 T^2 cache)``. The share of classes that have shots,
+    The text has not seen the shots, so its temperature T can still be fitted to them. If the text is overconfident
+    (T > 1), photos count T^2 times as much: ``softmax(text / T + 13 T^2 cache)``. The share of classes that have shots,
     ``covered``, scales the weight of photos.
     """
     if all(form.values is None for form in forms):

@@ -1,8 +1,7 @@
 """Fine-tune an index as in Tip-Adapter-F (paper, section 3.2), or train other parts of it (paper, Table 1).
 
 Training minimises the cross-entropy of the method's own logits on augmented views of the shots. Random numbers depend
-only on the seed and the epoch. If the training of an encoder is interrupted, you can therefore resume it after its last
-complete epoch, and the result is the same.
+only on the seed and the epoch, so training that is interrupted and resumed gives the same result.
 """
 
 from __future__ import annotations
@@ -102,8 +101,7 @@ class Tuned:
     - ``backbone``: the backbone with the trained encoders
     - ``encoders``: the tensors of the trained encoders by name
     - ``record``: a description of the run
-    - ``compared``: the accuracy before and after training. Only :func:`finetune_into` sets it, and it is ``None`` if no
-      image was held out.
+    - ``compared``: the accuracy before and after training, as measured by :func:`finetune_into`, or ``None``
     - ``as_it_was``: whether ``cache`` is a copy of the given index, because training did not help
     """
 
@@ -196,7 +194,7 @@ def finetune(
 
     Args:
         cache: The index, which is not changed. As in the paper, training starts from Tip-Adapter over the keys of the
-            index and ignores any closed-form fit. It uses the settings in the recipe.
+            index and ignores any closed-form fit.
         shots: The index's own shots (:func:`own_shots`), as images or as a feature table of views. Rows with the same
             id are views of one shot.
         encoder: The encoder that computes the features. Its backbone is copied for training, and its ``views`` and
@@ -213,11 +211,9 @@ def finetune(
             bit for bit if the device and the number of threads are the same.
 
     Raises:
-        UsageError: if the index or the backbone does not support the recipe.
-        UsageError: if training does not fit in memory.
+        UsageError: if the index or the backbone does not support the recipe, or if training does not fit in memory.
         UsageError: if the checkpoint belongs to another run, or if a checkpoint is given but no encoder is trained.
-        InputError: if the shots or the validation images do not fit the index.
-        InputError: if the checkpoint is damaged.
+        InputError: if the shots or the validation images do not fit the index, or if the checkpoint is damaged.
     """
     recipe, place = recipe or Recipe(), None if checkpoint is None else Path(checkpoint)
     if place is not None and not recipe.encoders:
@@ -343,7 +339,7 @@ def _unfit(place: Path, error: Exception) -> InputError:
 def shots_of(cache: CacheModel) -> Source:
     """Return the shots of an index from their original source, as image paths or as rows of the feature table.
 
-    Raises InputError if a shot is missing. The message names the shot.
+    Raises InputError if a shot is missing.
     """
     table = cache.labels.select(["source", "label"])
     paths = table["source"].to_pylist()
@@ -447,7 +443,7 @@ class _Material:
 
 
 class _Run:
-    """A training run. ``told`` identifies the run in a checkpoint."""
+    """A training run, which ``told`` identifies in a checkpoint."""
 
     def __init__(
         self, cache: CacheModel, material: _Material, recipe: Recipe, told: Mapping[str, object] | None = None,

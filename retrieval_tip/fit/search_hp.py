@@ -73,8 +73,7 @@ class HyperparameterChoice:
 
     - ``interval``: the alphas that give the same validation ``accuracy``; ``alpha`` is the middle of the interval
     - ``part``: ``text`` if the interval reaches 0, ``cache`` if it has no upper end, and ``both`` otherwise
-    - ``best``: the highest accuracy that was found. It exceeds ``accuracy`` only if a cautious search kept other
-      settings.
+    - ``best``: the highest accuracy that was found, which a cautious search may not select
     - ``zero_shot``: the accuracy at alpha 0
     - ``cache_alone``: the best accuracy of the cache alone over all beta and k
     - ``low``, ``high``: the 95 % confidence interval of the accuracy, from a bootstrap over the queries
@@ -220,10 +219,9 @@ def search(
 ) -> HyperparameterChoice:  # fmt: skip
     """Select the alpha, beta and k that give the highest accuracy on the queries.
 
-    The best alpha is computed exactly for each beta and k. Ties go to the widest interval of alpha, measured as a
-    ratio, and then to ``k = all``. To compensate for hidden keys, a per-class sum over ``m`` of ``n`` keys is
-    multiplied by ``n / m``, so that the settings are valid for the whole index. If the values are trained, the weight
-    of each visible key is scaled instead.
+    Ties go to the widest interval of alpha, measured as a ratio, and then to ``k = all``. To compensate for hidden
+    keys, a per-class sum over ``m`` of ``n`` keys is multiplied by ``n / m``, so that the settings are valid for the
+    whole index. If the values are trained, the weight of each visible key is scaled instead.
 
     Args:
         cache: The index. Its own alpha, beta and k are ignored.
@@ -431,8 +429,9 @@ def _caches(
 def right_between(text: Tensor, cache: Tensor, y: Tensor) -> tuple[FloatArray, FloatArray]:
     """Return the open interval ``(low, high)`` of alphas at which each query is right. It is empty if ``low >= high``.
 
-    ``text`` and ``cache`` have shape ``[q, c]``, and ``y`` has shape ``[q]``. Class y beats class j if ``alpha (C_y -
-    C_j) > text_j - text_y``, which holds above a bound if the cache prefers y, and below a bound if it prefers j.
+    ``text`` and ``cache`` have shape ``[q, c]``, and ``y`` has shape ``[q]``. Class y beats class j if
+    ``alpha (C_y - C_j) > text_j - text_y``, which holds above a bound if the cache prefers y, and below a bound if it
+    prefers j.
     """
     gain = (cache.gather(1, y[:, None]) - cache).double()
     lead = (text.gather(1, y[:, None]) - text).double()

@@ -32,7 +32,7 @@ VIEWS = 16
 WORTH = 1.5
 """Smallest speed-up of matrix products for which ``auto`` selects bfloat16."""
 SMALL = 1 << 22
-"""Largest number of key values for which ``auto`` keeps float32. A small index would not save time with bfloat16."""
+"""Maximum number of key values for which ``auto`` keeps float32, because bfloat16 would not save time."""
 TEXTS = 256
 """Number of prompts per batch of the text encoder."""
 QUERIES = 256
@@ -171,10 +171,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, features: Tensor, ids: Tensor) -> tuple[float, float]:
-        """Return the mean cross-entropy and the accuracy on queries.
-
-        ``features`` has shape ``[q, d]``, and the class ``ids`` have shape ``[q]``.
-        """
+        """Return the mean cross-entropy and the accuracy on queries."""
         loss, right = 0.0, 0
         for f, y in zip(features.split(QUERIES), ids.split(QUERIES), strict=True):
             logits = self._blend(f, self._all.forward(f), self.text_weights)

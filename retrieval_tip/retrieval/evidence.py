@@ -127,7 +127,7 @@ class Contributors:
     def among(cls, near: Nearest, winner: Tensor, rival: Tensor, n_classes: int, number: int) -> Contributors:
         """Select ``number`` supporting shots and the opposing shot from the retrieved keys.
 
-        ``winner`` and ``rival`` are the contributions of the keys to the winning class and to the runner-up.
+        ``winner`` and ``rival`` are their contributions to the winning class and to the runner-up.
         """
         there = near.rows >= 0
         nearest_first = near.affinity.masked_fill(~there, -torch.inf).argsort(dim=1, descending=True, stable=True)

@@ -50,7 +50,7 @@ def _array(values: object, what: str) -> npt.NDArray[Any]:
 
 
 def queries(features: Features, d: int) -> Tensor:
-    """Convert queries to a finite float32 tensor on the same device."""
+    """Convert queries to a finite float32 tensor on the same device. Raises InputError if they are not valid."""
     if isinstance(features, Tensor):
         f = features.detach().float()
     else:
@@ -79,7 +79,7 @@ def check_unit(f: Tensor) -> None:
 def names(names: Sequence[str]) -> list[str]:
     """Check class names and return them as a list.
 
-    Raises InputError if the list is empty, if a name is empty, or if a name occurs twice.
+    Raises InputError if there are no names, or if a name is empty or occurs twice.
     """
     result = list(names)
     if not result or not all(isinstance(name, str) and name for name in result):
@@ -186,7 +186,7 @@ def keys_to_add(
 
 
 def values_of(values: Features, n: int, c: int) -> Tensor:
-    """Convert trained values to a float32 tensor of shape ``[n, c]``."""
+    """Convert trained values to a float32 tensor of shape ``[n, c]``. Raises InputError if the shape is wrong."""
     array = matrix(values, "values")
     check_shape("values", array.shape, (n, c), "one row per key")
     return torch.from_numpy(np.require(array, np.float32, ["C", "W"]))

@@ -67,7 +67,7 @@ def room_on(device: str) -> int:
 def auto_for(shape: tuple[int, int], dtype: npt.DTypeLike, n_classes: int, device: str) -> tuple[str, int | None]:
     """Select the factory and k for keys on ``device`` (see :func:`vector_index.auto_factory`).
 
-    If all keys fit in GPU memory, the index is ``Flat``, because an approximate search would not be faster.
+    If all keys fit in GPU memory, ``Flat`` is fastest.
     """
     if device != "cpu" and shape[0] * shape[1] * np.dtype(dtype).itemsize < room_on(device) // 2:
         return "Flat", None
@@ -121,7 +121,7 @@ def beside(index: VectorIndex, late: Sequence[KeyArray], class_ids: IntArray, co
 def own_affinity(features: Tensor, rows: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the affinities between each query and the vectors at its own ``rows``. The affinity of row -1 is 0.
 
-    ``gather`` is a function that returns the vectors at the given rows. It is called for a few queries at a time.
+    ``gather`` returns the vectors at the given rows.
     """
     affinity = features.new_zeros(rows.shape)
     step = max(1, GATHERED // max(1, rows.shape[1] * features.shape[1]))
@@ -161,8 +161,8 @@ class KeyStream(ABC):
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield blocks of float32 keys and their class ids, on the device.
 
-        Each block is grouped by class and has at most :data:`KEY_BLOCK` keys. On a GPU, blocks are :data:`GPU_BLOCKS`
-        times as large. Blocks may share memory, so do not keep them.
+        Each block is grouped by class and has at most :data:`KEY_BLOCK` keys, or :data:`GPU_BLOCKS` times as many on a
+        GPU. Blocks may share memory, so do not keep them.
         """
 
     def products(self, beta: float, q: int = HALF_FROM_QUERIES) -> torch.dtype:
@@ -180,7 +180,7 @@ class KeyStream(ABC):
 
     @cached_property
     def sums(self) -> Tensor:
-        """Sum of the keys in each class, of shape ``[c, d]``. The tail is computed from these sums."""
+        """Sum of the keys in each class, of shape ``[c, d]``, which the tail is computed from."""
         if self._known_means is not None:
             return self.means * self.counts[:, None]
         return self.by_class(self.blocks(), self.d)
@@ -193,7 +193,7 @@ class KeyStream(ABC):
         return self.sums / self.counts.clamp_min(1)[:, None]
 
     def by_class(self, blocks: Iterable[tuple[Tensor, Tensor]], columns: int) -> Tensor:
-        """Sum blocks of rows per class. The sums are accumulated in float64 and returned as float32."""
+        """Sum blocks of rows per class in float64, and return the sums as float32."""
         sums = torch.zeros(self.n_classes, columns, dtype=torch.float64, device=self.device)
         for rows, ids in blocks:
             if self.device != "cpu":  # on a GPU, the loop below would launch a kernel per class
@@ -222,8 +222,7 @@ class KeyStream(ABC):
     def class_logits(self, features: Tensor, classes: Tensor, met: Tensor, beta: float) -> Tensor:
         """Compute the exact cache logits of each query for its own ``classes``, all of shape ``[q, p]``.
 
-        Where ``met`` is false, the logit is 0 and no key is read. The keys of a class are read only once for all
-        queries.
+        Where ``met`` is false, the logit is 0 and no key is read.
         """
         query, slot = met.nonzero(as_tuple=True)
         ids, order = classes[query, slot].sort()
@@ -404,7 +403,7 @@ class Keys(KeyStream):
         return None if resident is None else Product(resident).search(features, min(k, self.n))
 
     def value_sums(self, values: Tensor) -> Tensor:
-        """Return the per-class sums of the values, of shape ``[c, c]``. The tail is computed from these sums."""
+        """Return the per-class sums of the values, of shape ``[c, c]``, which the tail is computed from."""
         if self._value_sums is None or self._value_sums[0] is not values:
             parts = [slice(start, start + KEY_BLOCK) for start in range(0, self.n, KEY_BLOCK)]
             blocks = ((values[part], self.class_ids[part]) for part in parts)

@@ -41,8 +41,7 @@ class AnswerTerms(tip.Terms):
     """Text and cache logits, and information about the retrieval.
 
     Attributes:
-        settled: whether no other key can change the winner, for each query. ``None`` if all keys were used, or if the
-            queries were not certified.
+        settled: whether no other key can change the winner, for each certified query, or ``None``.
         keys: the number of keys used for each certified query.
         shots: the shots that contributed to each answer, if they were already found with the logits.
     """
@@ -159,7 +158,7 @@ class Retrieval(ABC):
         return Contributors(own, opposing)
 
     def nearest_of_classes(self, points: Tensor, classes: Tensor, k: int) -> Nearest:
-        """Find the ``k`` nearest keys of each query within its own ``classes``. The class id -1 stands for no class."""
+        """Find the ``k`` nearest keys of each query within its own ``classes``, where -1 stands for no class."""
         shape, device = (len(points), k), points.device
         best = Nearest(
             torch.full(shape, -torch.inf, device=device),
@@ -282,7 +281,7 @@ class IndexRetrieval(Retrieval):
         return tip.weight(near.affinity, self.settings.beta) * own.where(classes[:, None] >= 0, 0)
 
     def contributors(self, points: Tensor, winner: Tensor, rival: Tensor, number: int) -> Contributors:
-        """Find the shots that contributed most to each answer. With fitted values, these can be keys of any class."""
+        """Find the shots that contributed most to each answer. If values were fitted, they can belong to any class."""
         if self.values is None:
             return super().contributors(points, winner, rival, number)
         supporting, opposing = self._extremes(points, winner, min(number, self.keys.n))

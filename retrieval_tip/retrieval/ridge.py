@@ -56,7 +56,7 @@ class Ridge:
         return self._neutral(values, ids)
 
     def solved(self, labelled: LabelledKeys) -> LabelledKeys:
-        """Solve the values of all keys again, or only those of empty classes above :data:`SOLVED_AGAIN` keys."""
+        """Solve all values again. Above :data:`SOLVED_AGAIN` keys, solve only those of classes that have no keys."""
         ids = torch.from_numpy(labelled.class_ids).to(self.device)
         if len(labelled.keys) > SOLVED_AGAIN:
             assert labelled.values is not None

@@ -25,7 +25,7 @@ class KeysInPlace(ABC):
 
     @abstractmethod
     def __getitem__(self, rows: IntArray) -> KeyArray:
-        """Return the keys at the given rows, in their stored dtype. Use this for a few keys only."""
+        """Return the keys at a few rows, in their stored dtype."""
 
     @abstractmethod
     def blocks(self, rows: IntArray) -> Iterator[tuple[KeyArray, IntArray]]:

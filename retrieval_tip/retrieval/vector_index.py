@@ -31,10 +31,7 @@ HEADER = 45
 """Size of the smallest index file in bytes, which is the header of an empty flat index."""
 
 GPU_MAX_K = 2048
-"""Maximum number of keys that FAISS can retrieve on a GPU, and of lists that it can probe.
-
-If k is larger, the search runs on the CPU.
-"""
+"""Maximum number of keys that FAISS can retrieve on a GPU, and of lists that it can probe there."""
 
 PRODUCTS, QUERIES = 1 << 27, 4096
 """Maximum number of affinities and of queries per block on a GPU. In float32, the affinities take 512 MiB."""
@@ -131,8 +128,8 @@ class VectorIndex:
     ) -> VectorIndex:
         """Build an index over keys, and train it if its type requires training.
 
-        The keys are read in blocks, so they can be memory-mapped. Raises UsageError if the factory is unknown, is not
-        safe or normalises the keys, or if there are too few keys to train the index.
+        Raises UsageError if the factory is unknown, is not safe or normalises the keys, or if there are too few keys to
+        train the index.
         """
         n, d = keys.shape
         inner = inner_factory(factory) or factory
@@ -441,7 +438,7 @@ class GpuCopy:
 
 
 class Product:
-    """An exact search on a GPU, which multiplies the queries with all vectors."""
+    """An exact search on a GPU."""
 
     def __init__(self, vectors: Tensor) -> None:
         self.vectors = vectors
