@@ -119,7 +119,7 @@ class Backbone(Protocol):
     def encode_images(self, pixels: torch.Tensor) -> FloatArray:
         """Return the raw features of a batch of views, as an array of shape ``[b, d]``.
 
-        The views have shape ``[b, 3, h, w]``. The features are not normalised, so that several views can be averaged.
+        The views have shape ``[b, 3, h, w]``. The features are not normalised.
         """
 
     def encode_texts(self, texts: Sequence[str]) -> FloatArray:
@@ -140,7 +140,7 @@ def unit(features: FloatArray, what: str = "feature") -> FloatArray:
 
 
 def resolve_device(device: str = "auto") -> str:
-    """Resolve ``auto`` to ``cuda`` or ``cpu``, and check any other device. Warn if there is a GPU that cannot be used.
+    """Resolve ``auto`` to ``cuda`` or ``cpu``, with a warning if the GPU cannot be used, and check any other device.
 
     Raises UsageError if the device is unknown or not available.
     """
@@ -190,7 +190,7 @@ def runs_on(capability: tuple[int, int], arches: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Execution:
-    """The device and the precision of a backbone, and the ``runtime`` that encodes images on a CPU."""
+    """The device and the precision of a backbone, and the ``runtime`` on a CPU."""
 
     device: str = "auto"
     precision: Precision = "auto"

@@ -46,7 +46,7 @@ _ELSEWHERE = {
 """Names that other libraries use for the same weights."""
 
 _FIRST = ("datacomp_xl", "datacomp_s34b", "laion2b_s34b", "laion2b_s32b", "laion2b", "webli", "openai")
-"""Prefixes of tags in order of preference. Long training and openly licensed training data are preferred."""
+"""Prefixes of tags in order of preference, which favours long training and openly licensed training data."""
 
 NEAR, ALIKE = 8, 0.6
 """Largest number of similar names in a message, and smallest similarity (see ``difflib.get_close_matches``)."""
@@ -54,8 +54,7 @@ NEAR, ALIKE = 8, 0.6
 ANSWER = 2.5  # number of seconds to wait for a response from the hub
 _DEMO = "build/demo/efficientnet-lite0.pth"
 DEMO = (Path(_DEMO), Path(_DEMO).relative_to("build/demo"), Path(__file__).parents[2] / _DEMO)
-"""Paths at which the encoder of ``benchmarks/demo.py`` may be: in its build folder, in the current folder, or in the
-clone that the package is installed from."""
+"""Paths of the encoder of ``benchmarks/demo.py``: in its build folder, the current folder or the package clone."""
 
 LARGEST_LIST = 200  # longest list that includes sizes, since computing a size takes a twentieth of a second
 
@@ -65,9 +64,9 @@ _QUIET = threading.RLock()
 def named(model: str | None, pretrained: str | None = None) -> tuple[str, str | None]:
     """Return the canonical names of a model and its weights, given any of their spellings.
 
-    ``ViT-B/32`` and ``vit-b-32`` become ``ViT-B-32``, ``ViT-L/14@336px`` becomes ``ViT-L-14-336``, ``clip`` becomes
-    ``SHORT["clip"]``, ``openai/clip-vit-base-patch32`` becomes ``ViT-B-32`` with ``openai``, and ``timm/NAME`` becomes
-    ``timm:NAME``. Unknown names are returned unchanged.
+    ``ViT-B/32`` and ``vit-b-32`` become ``ViT-B-32``, ``clip`` becomes ``SHORT["clip"]``, ``timm/NAME`` becomes
+    ``timm:NAME``, and ``openai/clip-vit-base-patch32`` becomes ``ViT-B-32`` with ``openai``. Unknown names do not
+    change.
     """
     model = model or DEFAULT
     if model.startswith(("local-dir:", "hf-hub:", "hf:", "timm:")):
@@ -142,7 +141,7 @@ class Named:
 
 
 def search(word: str = "") -> list[Named]:
-    """List the backbones whose name or tags contain a word. By default, list the recommended backbones.
+    """List the backbones whose name or tags contain a word, or by default the recommended ones.
 
     Raises UsageError if no backbone matches.
     """
@@ -205,7 +204,7 @@ def _bytes(name: str) -> int | None:
 
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
-"""Names of weight files, in the order in which open_clip and timm look for them."""
+"""Names of weight files, in the order of open_clip and timm."""
 
 
 def is_cached(repository: str | None, files: Sequence[str] = WEIGHTS) -> bool:

@@ -33,27 +33,25 @@ def load_backbone(
     """Load a backbone by its name, in evaluation mode.
 
     Args:
-        model: The name of the model. You can give an open_clip architecture (``ViT-B-32``, or ``ViT-B/32`` as OpenAI
-            spells it). ``local-dir:PATH`` is a folder that contains ``open_clip_config.json`` and weights, and
-            ``hf-hub:ORG/REPO`` is a repository in the same format. ``hf:ORG/REPO`` and ``hf:PATH`` are CLIP or SigLIP
-            models in the format of transformers. ``timm:NAME`` is an image encoder that does not encode text, such as
-            ``timm:vit_small_patch14_dinov2.lvd142m``. You can also give a short name from :data:`catalogue.SHORT`.
-            Defaults to :data:`catalogue.DEFAULT`.
-        pretrained: A tag (such as ``openai`` or ``laion2b_s34b_b79k``), a checkpoint file, or ``TAG=FILE``. The latter
-            is a local copy of the weights of a tag, which is used with the preprocessing and the activation of the tag.
-            Defaults to :func:`catalogue.recommended`.
+        model: An open_clip architecture (``ViT-B-32``, or ``ViT-B/32`` as OpenAI spells it), ``local-dir:PATH`` (a
+            folder that contains ``open_clip_config.json`` and weights), or ``hf-hub:ORG/REPO`` (a repository in the
+            same format). ``hf:ORG/REPO`` and ``hf:PATH`` are CLIP or SigLIP models in the format of transformers.
+            ``timm:NAME`` is an image encoder that does not encode text. You can also give a short name from
+            :data:`catalogue.SHORT`. Defaults to :data:`catalogue.DEFAULT`.
+        pretrained: A tag (such as ``openai`` or ``laion2b_s34b_b79k``), a checkpoint file, or ``TAG=FILE``, a local
+            copy of the weights of a tag, whose preprocessing and activation are used. Defaults to
+            :func:`catalogue.recommended`.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``float32``, or ``float16`` or ``bfloat16`` for autocast. ``auto`` uses float32 on a CPU and float16
             on a GPU.
-        runtime: The runtime that encodes images on a CPU. ``torch`` uses torch. ``auto`` uses OpenVINO if its features
-            agree with those from torch (see :mod:`tower`).
+        runtime: The runtime that encodes images on a CPU. ``auto`` uses OpenVINO if its features agree with those from
+            ``torch`` (see :mod:`tower`).
         tuned: A file written by :func:`write_tuned`. Its tensors replace those of the model.
 
     Raises:
         UsageError: if the architecture, the tag, the device, the precision or the runtime is unknown.
-        BackboneError: if the weights are missing or damaged, or cannot be downloaded.
+        BackboneError: if the weights or ``tuned`` are missing, damaged or do not fit, or cannot be downloaded.
         BackboneError: if the model requires custom Python code, which is never executed.
-        BackboneError: if ``tuned`` is missing or damaged, or does not fit the model.
     """
     how = Execution(device, precision, runtime).resolved()
     state = None if tuned is None else _read_tuned(Path(tuned))

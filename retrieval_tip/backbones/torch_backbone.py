@@ -162,14 +162,13 @@ class TorchBackbone:
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         if self._opened is None and tower.can_view(self._identity.preprocess):
             return tower.view(image, self._identity.preprocess)
-        # This uses torch, not numpy: decoding threads that have their own OpenMP threads prevent the threads of the
-        # model from spinning at barriers. On shared cores, spinning makes encoding several times slower.
+        # torch, not numpy: the OpenMP threads of decoding threads keep the model's from spinning on shared cores
         return self._open_model().preprocess(image)
 
     def view(self, image: Image.Image, seed: str) -> torch.Tensor:
         """Return an augmented view as in the paper.
 
-        This is a random resized crop (area 0.5 to 1, bicubic), which is flipped with a probability of one half.
+        This is a random resized crop (area 0.5 to 1, bicubic), which is flipped half the time.
         """
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as vision
@@ -251,7 +250,7 @@ class TorchBackbone:
         return copied
 
     def parameters(self, part: str) -> list[torch.nn.Parameter]:
-        """Return the parameters of one part in the order of the model, excluding the logit scale and the logit bias."""
+        """Return the parameters of one part in model order, without the logit scale and the logit bias."""
         return [parameter for name, parameter in self._model.named_parameters() if self._is_of(part, name)]
 
     @contextmanager
@@ -281,7 +280,7 @@ class TorchBackbone:
     def adopt(self, state: Mapping[str, torch.Tensor]) -> None:
         """Replace whole parts by tensors from :meth:`tuned`.
 
-        Raises BackboneError if a tensor does not fit, in which case the backbone does not change.
+        Raises BackboneError, and changes nothing, if a tensor does not fit.
         """
         towers = [self._tensors(part) for part in PARTS]
         _check_fit(state, towers, self._identity.model)

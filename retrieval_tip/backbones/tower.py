@@ -154,7 +154,7 @@ def image_encoder(model: Model) -> torch.nn.Module:
 
 @contextmanager
 def traceable() -> Iterator[None]:
-    """Turn off fused attention in torch, which other runtimes do not support, and warnings about tracing."""
+    """Turn off fused attention, which other runtimes do not support, and warnings about tracing."""
     import warnings
 
     import torch
@@ -170,7 +170,6 @@ def traceable() -> Iterator[None]:
 
 
 def _folder(identity: Identity) -> Path | None:
-    """Return the folder for the tower of a backbone, or ``None`` if the user has no cache folder."""
     caches = cache_folder()
     key = f"{FORM} {identity.fingerprint} {identity.weights} {version('openvino')}"
     return None if caches is None else caches / "towers" / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -196,7 +195,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def can_view(preprocess: Preprocess) -> bool:
-    """Return whether :func:`view` supports the preprocessing of a backbone."""
+    """Return whether :func:`view` supports these settings."""
     with suppress(KeyError, TypeError, ValueError):
         return shorter_side(preprocess) is not None and len(preprocess["mean"]) == len(preprocess["std"]) == 3
     return False
@@ -205,7 +204,7 @@ def can_view(preprocess: Preprocess) -> bool:
 def view(image: Image.Image, preprocess: Preprocess) -> torch.Tensor:
     """Return the centre view of an image, as a float32 tensor of shape ``[3, h, w]``.
 
-    The view equals the one from open_clip or timm bit for bit.
+    It equals that of open_clip or timm bit for bit.
     """
     import torch
     from PIL.Image import Resampling
