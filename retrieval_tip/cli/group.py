@@ -1,7 +1,6 @@
 """Behaviour shared by all commands.
 
-Help is divided into sections, -q and -v are accepted after any command, errors are printed on one line, and unknown
-names are answered with suggestions.
+Help has sections, -q and -v may follow any command, errors take one line, and unknown names get suggestions.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from retrieval_tip.errors import RetrievalTipError, UsageError, message
 Function = Callable[..., Any]
 
 COLUMN = 24
-"""Maximum width of the column of option names. If a name is longer, its help starts on the next line."""
+"""Maximum width of the column of option names. The help of a longer name starts on the next line."""
 
 SYNONYMS = {
     "train": ("fit", "finetune"),
@@ -184,7 +183,6 @@ command = partial(click.command, cls=Command)
 
 
 def _paths(group: click.Command, prefix: str = "") -> Iterator[str]:
-    """Yield the commands of a group and its subgroups, for example ``index build``."""
     for name, own in group.commands.items() if isinstance(group, click.Group) else ():
         yield f"{prefix}{name}"
         yield from _paths(own, f"{prefix}{name} ")

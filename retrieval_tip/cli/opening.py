@@ -49,7 +49,7 @@ def source_of(path: Path | str, reading: ReadingOptions, split: str, *, labelled
 
 
 def validation(cache: CacheModel, path: Path | str, root: Path | None, number: KeysMet) -> Source:
-    """Open ``number`` validation images per class, or all images. The default is the published number."""
+    """Open ``number`` validation images per class, all images, or by default the published number."""
     from retrieval_tip.fit.search_hp import validation_shots
 
     val = source_of(path, ReadingOptions(root=root), "val")
@@ -94,7 +94,7 @@ def _restricted(cache: AnsweringIndex, where: str) -> CacheModel:
 
 @dataclass(frozen=True)
 class Origin:
-    """Manifest data that is needed to encode more images for an index without loading the index."""
+    """Manifest data for encoding more images for an index without loading it."""
 
     manifest: Manifest
     backbone: Identity | None
@@ -138,8 +138,7 @@ def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Pat
 def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = False) -> Backbone | None:
     """Load the backbone for a source.
 
-    If the source is a feature table and no model is given, load the backbone that the table names, but only if text
-    weights are ``needed``.
+    Without a model, load the backbone that a feature table names only if text weights are ``needed``.
     """
     from retrieval_tip.data.feature_tables import table_identity
 

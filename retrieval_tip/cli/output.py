@@ -23,7 +23,7 @@ from retrieval_tip.predictions import rows_of, shown_probability
 FORMATS = ("table", "json", "csv", "parquet")
 CHUNK = 1024
 WIDE = 200
-"""Maximum number of characters in an aligned cell. If a cell is longer, only its own line is shifted."""
+"""Maximum number of characters in an aligned cell. A longer cell only shifts its own line."""
 
 Row = Mapping[str, Any]
 Details = Callable[[Row], Iterable[str]]
@@ -103,7 +103,7 @@ def rounded(table: pa.Table) -> pa.Table:
 def write_table(table: pa.Table, style: str, path: Path | None) -> None:
     """Write a table in the same way as :func:`write_tables`, but round its times to microseconds.
 
-    Raises UsageError if the format does not support a value, for example an interval in Parquet or a year above 9999.
+    Raises UsageError if the format does not support a value, such as a year above 9999.
     """
     for place, field in enumerate(table.schema):
         if pa.types.is_timestamp(field.type) and field.type.unit == "ns":
@@ -123,7 +123,7 @@ def write_table(table: pa.Table, style: str, path: Path | None) -> None:
 def write_rows(
     rows: Iterable[Row], types: Mapping[str, pa.DataType], style: str, path: Path | None, *, between: str = ", "
 ) -> None:
-    """Write rows whose columns have the given types. In the format ``table``, lists are joined with ``between``."""
+    """Write rows whose columns have these types. In the format ``table``, lists are joined with ``between``."""
     if style == "table":
         lists = [column for column, kind in types.items() if pa.types.is_list(kind)]
         types = {**types, **dict.fromkeys(lists, pa.string())}
@@ -198,7 +198,7 @@ def _csv(blocks: Iterable[Iterable[Row]], columns: Sequence[str], safe: bool) ->
 
 
 class _Lines:
-    """File-like target for a CSV writer. It ends lines with LF instead of CRLF."""
+    """File-like target for a CSV writer, which ends lines with LF."""
 
     def __init__(self, target: IO[str]) -> None:
         self._target = target

@@ -15,7 +15,7 @@ from retrieval_tip.data.remote import is_remote
 from retrieval_tip.index.addresses import KIND, METAVAR, parse
 
 LARGEST = 1e30
-"""Largest number that an option accepts. Results computed from it must not exceed the float32 range of 3e38."""
+"""Largest number that an option accepts, so that results stay within the float32 range of 3e38."""
 
 LARGEST_FILE = 10**15
 """Largest size that an option accepts, in bytes."""

@@ -129,13 +129,12 @@ def start_lightly() -> None:
     # Imports create a million permanent objects, and scanning them took a third of the run time.
     gc.set_threshold(50_000)
     atexit.register(_leave_lightly)
-    # Let waiting OpenMP threads sleep. If fewer cores are free than OpenMP assumes, busy waiting makes an image that
-    # should take 0.05 s take 3 s.
+    # Let waiting OpenMP threads sleep. Busy waiting on shared cores can make a 0.05 s image take 3 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _leave_lightly() -> None:
-    """Skip the last garbage collection, which takes a second. If triton is loaded, run it, or triton reports leaks."""
+    """Skip the last garbage collection, which takes a second, unless triton would then report leaks."""
     if "triton" not in sys.modules:
         gc.freeze()
 

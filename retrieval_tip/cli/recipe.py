@@ -46,7 +46,6 @@ def _toml(path: Path) -> dict[str, object]:
 
 
 def _kind(parameter: click.Parameter) -> str:
-    """Return a description of the TOML value that a parameter expects."""
     if isinstance(parameter, click.Option) and parameter.is_flag:
         return "true or false"
     if isinstance(parameter.type, K):
