@@ -80,18 +80,17 @@ class Encoder:
 
     Args:
         backbone: The backbone that encodes images. It is not required for feature tables.
-        views: The number of views of each image. 1 uses the centre view. A larger number uses the mean of that many
-            augmented views, which are drawn with ``seed``.
+        views: The number of views of each image: 1 for the centre view, or more for the mean of that many augmented
+            views, which are drawn with ``seed``.
         norms: How to treat the rows of a feature table. ``check`` requires unit norm, ``unit`` scales the rows to unit
             norm, and ``keep`` does not change them.
-        batch_size: The number of images to encode at a time. If ``None``, the best batch size for the backbone is used.
+        batch_size: The number of images to encode at a time, by default the best one for the backbone.
         workers: The number of threads that read and decode images.
         cache: The encoding cache, or ``None`` to encode all images.
-        reduce: Whether to decode large JPEGs at 1/2, 1/4 or 1/8 of their size for the centre view. Both sides stay at
-            least ``REDUCED_SIDES`` times as long as those of the view. This is several times faster, and changes the
-            feature slightly.
+        reduce: Whether to decode large JPEGs at 1/2, 1/4 or 1/8 of their size for the centre view, with sides at least
+            ``REDUCED_SIDES`` times as long. This is several times faster, and changes the feature slightly.
         strict: Whether to raise an error if an image is unreadable, instead of adding it to ``skipped``.
-        read: A function that returns the bytes of an image, given its path, like :func:`sources.read_item`.
+        read: A function that returns the bytes of an image, like :func:`sources.read_item`.
         empty: Whether to accept a source that has no readable items.
 
     ``done`` counts the encoded images (``images``), and the views that were not in the cache (``fresh``).
@@ -144,12 +143,11 @@ class Encoder:
     def encode_views(self, source: Source, names: Sequence[str]) -> Views:
         """Return the features of each view of each shot, in order of first appearance.
 
-        If the source contains images, each distinct readable path is a shot. Its views are ``names`` (see
-        :func:`view_names`), and their features have unit norm. If the source is a feature table, rows with the same
-        ``id`` are views of one shot, and ``names`` is ignored.
+        Each distinct readable path is a shot. Its views are ``names`` (see :func:`view_names`), and their features have
+        unit norm. In a feature table, rows with the same ``id`` are views of one shot, and ``names`` is ignored.
 
-        Raises the same errors as :meth:`blocks`. Raises UsageError if ``names`` is empty or contains duplicates, or if
-        the features do not fit in memory. Raises InputError if the source is empty.
+        Raises the same errors as :meth:`blocks`, UsageError if ``names`` is empty or contains duplicates or the
+        features do not fit in memory, and InputError if the source is empty.
         """
         if not len(source):
             raise InputError(f"{source.name}: empty; expected at least one item")
@@ -416,10 +414,7 @@ def _chunks(things: Sequence[_T], size: int) -> list[Sequence[_T]]:
 
 
 def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
-    """Group equal names, and return the first position in each group and the group number of each name.
-
-    Groups are numbered in order of first appearance.
-    """
+    """Return the first position of each group of equal names, and the group number of each name, in order."""
     numbers: dict[str, int] = {}
     shots = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
     _, first = np.unique(shots, return_index=True)

@@ -33,7 +33,7 @@ CREATE INDEX IF NOT EXISTS uses_used ON uses (used);
 CREATE TRIGGER IF NOT EXISTS encodings_used AFTER INSERT ON encodings BEGIN
     INSERT OR REPLACE INTO uses VALUES (new.rowid, julianday('now')); END;
 """
-"""``uses`` stores the time of last use in a separate table, so that reading an encoding does not rewrite it."""
+"""``uses`` stores the times of last use, so that reading an encoding does not rewrite it."""
 _DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
 
 
@@ -88,7 +88,6 @@ class EncodingCache:
         )
 
     def _renew(self) -> None:
-        """Move the damaged file aside, and create a new one."""
         self._used.clear()
         try:
             self.path.replace(self._aside)
@@ -225,7 +224,7 @@ class EncodingCache:
 
 
 def size_of(folder: Path) -> tuple[Path, int, int]:
-    """Return the cache file in a folder, its size and its size limit in bytes. No file is created."""
+    """Return the cache file in a folder, its size and its limit in bytes, without creating the file."""
     file, most = folder / NAME, DEFAULT_BYTES
     if not file.is_file():
         return file, 0, most

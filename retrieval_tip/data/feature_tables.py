@@ -33,15 +33,15 @@ from retrieval_tip.settings import Norms
 IDENTITY_KEY = b"retrieval_tip.backbone"
 NORM_TOLERANCE = 0.01
 MOST_KEPT = 1e9
-"""Largest norm that ``norms="keep"`` accepts. The square of a product of two features then still fits float32."""
+"""Largest norm that ``norms="keep"`` accepts. The squared product of two features then fits float32."""
 TABLE_ROWS = 8192
 
 
 def check_backbone(identity: Identity | None, d: int, backbone: Backbone | None, sources: Sequence[Source]) -> None:
     """Check that ``backbone`` and ``sources`` fit an index whose features have ``d`` values and come from ``identity``.
 
-    Raises BackboneError if the backbones differ, or if the index was built with a decoder that is no longer supported.
-    Raises InputError if the features have different lengths.
+    Raises BackboneError if the backbones differ, or if the decoder of the index is no longer supported. Raises
+    InputError if the features have different lengths.
     """
     if backbone is not None and identity is not None:
         if "decoder" in identity.preprocess:
@@ -111,7 +111,6 @@ def read_rows(path: Path | str, norms: Norms, first: int, last: int | None) -> I
 
 
 def _column(file: pq.ParquetFile, name: str) -> str:
-    """Return the name of the feature column."""
     column = feature_column(file.schema_arrow)
     if column is None:
         raise InputError(f"{name}: no column {FEATURE!r}; its columns are {few_names(file.schema_arrow.names)}")

@@ -32,10 +32,10 @@ def table_in(folder: Path) -> Path | None:
 
 
 def part_of(folder: Path, part: str | None) -> Path:
-    """Return the folder of a part, which defaults to ``train``. If ``folder`` has no parts, return ``folder`` itself.
+    """Return the folder of a part, which defaults to ``train``, or ``folder`` itself if it has no parts.
 
-    A folder has parts if each folder in it is named like a part, and at least one of them contains folders or a label
-    table. Raises InputError if the part is missing.
+    A folder has parts if each folder in it is named like a part, and one of them contains folders or a label table.
+    Raises InputError if the part is missing.
     """
     called = {name: part for part, names in PARTS.items() for name in names}
     there = {called.get(entry.name.lower()): Path(entry.path) for entry in subfolders(folder)}

@@ -1,4 +1,4 @@
-"""Decode image files to upright 8-bit RGB images, or explain in one line why an image cannot be decoded.
+"""Decode image files to upright 8-bit RGB images.
 
 Images are decoded by Pillow, which recognises decompression bombs by their header. This module also limits bytes,
 pixels, the data before the first pixel, and the number of large images decoded at the same time.
@@ -46,7 +46,7 @@ _large = threading.Lock()
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Return the Pillow names of the accepted formats: ``FORMATS``, plus HEIF if the extra ``heic`` is installed."""
+    """Return the Pillow names of the accepted formats, which include HEIF if the extra ``heic`` is installed."""
     try:
         import pillow_heif
     except ImportError:
@@ -78,10 +78,7 @@ def extension(data: bytes) -> str:
 
 
 def find(folder: Path, others: Counter[str] | None = None) -> Iterator[Path]:
-    """Yield the visible image files below a folder, depth first and sorted by name.
-
-    If ``others`` is given, all other files are counted in it by suffix.
-    """
+    """Yield the visible image files below a folder, depth first and by name. Count other files in ``others``."""
     waiting = entries(folder)[::-1]
     while waiting:
         entry = waiting.pop()
@@ -110,7 +107,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def check_size(size: int) -> None:
-    """Raise InputError if an image file of ``size`` bytes is too large."""
+    """Raise InputError if ``size`` bytes are too large for an image file."""
     if size > MAX_BYTES:
         raise InputError(f"file too large: {size:,} bytes; the limit is {MAX_BYTES:,}")
 
@@ -139,7 +136,7 @@ def read(path: str | os.PathLike[str]) -> bytes:
 
 
 class _Bounded(io.BytesIO):
-    """An image file that stops decoders that read byte by byte or read too much data before the first pixel."""
+    """An image file that stops decoders that read byte by byte, or too much before the first pixel."""
 
     effort = HEADER_EFFORT
 
@@ -176,10 +173,7 @@ def _opened(data: bytes, only: tuple[str, ...] | None = None) -> Iterator[Image.
 
 
 def area(data: bytes, *, most: int = MAX_PIXELS, only: tuple[str, ...] | None = None) -> int:
-    """Return width x height of an encoded image, as given in its header.
-
-    Return 0 if the image cannot be opened or exceeds the limits.
-    """
+    """Return width x height of an encoded image by its header, or 0 if it cannot be opened or exceeds the limits."""
     try:
         with _opened(data, only) as image:
             pixels = image.width * image.height
@@ -202,9 +196,8 @@ def decode(
 ) -> Image.Image:
     """Decode an image to upright RGB with 8 bits per channel.
 
-    The EXIF orientation is applied, and only the first frame of an animation is used. Transparent areas are placed on
-    white. 16-bit, 32-bit and floating-point grey values are scaled to 8 bits. Images that have more than
-    ``WHOLE_PIXELS`` pixels are reduced.
+    Only the first frame of an animation is used. Transparent areas are placed on white. 16-bit, 32-bit and
+    floating-point grey values are scaled to 8 bits. Images of more than ``WHOLE_PIXELS`` pixels are reduced.
 
     If ``least`` is given, a JPEG is decoded at the smallest of 1/2, 1/4 or 1/8 of its size at which both sides still
     have ``least`` pixels. ``most`` limits width x height of the full image, and ``only`` limits the accepted formats.
@@ -305,8 +298,8 @@ def _white(image: Image.Image) -> float:
 def thumbnail(data: bytes, size: int, *, most: int = MAX_PIXELS) -> bytes:
     """Return a small upright RGB JPEG of an encoded image, whose sides have at most ``size`` pixels.
 
-    The image is never enlarged. Comments, EXIF data and profiles are removed. See :func:`decode` for ``most`` and for
-    InputError. Raises UsageError if ``size`` is below 1.
+    The image is never enlarged, and its metadata is removed. See :func:`decode` for ``most`` and for InputError. Raises
+    UsageError if ``size`` is below 1.
     """
     if size < 1:
         raise UsageError(f"size {size}: expected at least 1 pixel")

@@ -38,8 +38,7 @@ def import_table(source: Path, out: Path, classes: Path | None = None) -> int:
     ``source`` is a key file or a folder that contains exactly one. ``keys_{K}shots.pt`` holds a tensor of shape
     ``[d, n]``. ``best_F_{K}shots.pt`` comes from Tip-Adapter-F, has shape ``[n, d]``, and is read only if you name the
     file itself. ``values_{K}shots.pt`` in the same folder holds the classes as one-hot rows (shape ``[n, c]``).
-    ``classes`` is a file with one class name per line. By default, the classes are named ``class 0``, ``class 1`` and
-    so on.
+    ``classes`` is a file with one class name per line. Defaults to ``class 0``, ``class 1`` and so on.
 
     No code in the files is executed. The norms do not change. Float16 and float32 keep their dtype, and float64 and
     bfloat16 become float32. The ids are row numbers.

@@ -1,4 +1,4 @@
-"""Accept photos as Python objects, such as paths, PIL images, arrays, bytes, and torch or Hugging Face datasets."""
+"""Accept photos as Python objects, such as paths, PIL images, arrays, bytes and datasets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ of a Hugging Face dataset, or a mapping with ``bytes`` and ``path``."""
 
 @dataclass(frozen=True)
 class Pictures:
-    """A source of photos, and a function ``read`` that returns the encoded bytes for a path in the source."""
+    """A source of photos, and a function ``read`` that returns the encoded bytes of a path in it."""
 
     source: Source
     read: Callable[[str], bytes]
@@ -86,7 +86,7 @@ def is_one(given: object) -> bool:
 
 
 def pictures(given: Picture | Iterable[Picture]) -> Pictures:
-    """Accept one photo or several photos, and keep their order.
+    """Accept one or several photos in order.
 
     Photos that have no path are called ``photo 0``, ``photo 1`` and so on. A Hugging Face dataset is read lazily.
     Raises InputError if an object is not a photo, and UsageError in the same cases as :meth:`Columns.of`.
@@ -134,8 +134,8 @@ def _stored(dataset: Any, image: str) -> Pictures:
 def labelled_pictures(given: Any, labels: Iterable[object] | None = None) -> Pictures:
     """Accept labelled photos, given with separate ``labels``, as pairs ``(photo, label)``, or as a dataset.
 
-    A torch dataset is a sequence of such pairs. A Hugging Face dataset has an image column and a label column. If the
-    dataset has ``classes`` or ``ClassLabel`` names, numeric labels are replaced by these names.
+    A torch dataset is a sequence of such pairs. A Hugging Face dataset has an image column and a label column. Numeric
+    labels are replaced by the ``classes`` or ``ClassLabel`` names of the dataset.
 
     Raises UsageError if there are no labels. Raises InputError if an object is not a photo, or if a label is missing or
     has no name.

@@ -1,7 +1,7 @@
 """Read files on object stores (``s3://``, ``gs://``, ``az://``) through fsspec and obstore.
 
-obstore reads the credentials, the region and the endpoint from environment variables such as ``AWS_ACCESS_KEY_ID`` and
-``AWS_ENDPOINT_URL``. This module never stores them.
+obstore reads the credentials, the region and the endpoint from variables such as ``AWS_ACCESS_KEY_ID``. This module
+never stores them.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def read(path: str) -> bytes | None:
 
 
 def listing(folder: str, *, labelled: bool) -> Listing:
-    """List the images below a folder. The name of the class folder is the label.
+    """List the images below a folder, labelled by their class folders.
 
     Raises InputError if there are no images, or if ``labelled`` is set and an image has no label.
     """

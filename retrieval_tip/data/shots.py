@@ -26,10 +26,7 @@ def few_shot(labels: Sequence[Hashable], shots: int, seed: int = 1) -> list[int]
 def few_shot_split(
     train: Sequence[Hashable], val: Sequence[Hashable], shots: int, seed: int = 1
 ) -> tuple[list[int], list[int]]:
-    """Draw training shots and ``min(shots, 4)`` validation shots per class with the same generator.
-
-    Return the positions of both.
-    """
+    """Draw positions of training shots and ``min(shots, 4)`` validation shots per class with one generator."""
     generator = random.Random(seed)  # noqa: S311
     drawn = _draw(train, shots, generator)
     return drawn, _draw(val, min(shots, VAL_SHOTS), generator)

@@ -35,17 +35,17 @@ from retrieval_tip.errors import InputError, Skipped, counted, few, show
 log = logging.getLogger(__name__)
 
 Kind = Literal["image", "table", "tars", "bucket", "folder", "split file", "pattern", "web address"]
-"""Kinds of paths. ``image`` stands for any other path, even if the file is missing."""
+"""Kinds of paths. ``image`` is any other path, even a missing one."""
 
 
 @dataclass(frozen=True)
 class Source:
     """Items to encode or classify, in order.
 
-    ``items`` is a table with the column ``source``, which is a printable path or id. It also has the column ``label``
-    if the labels are known, and the other columns of a table. Each item is either the image ``paths[i]``, or row
-    ``rows[i]`` of the feature table ``table``, which is a file or a folder of parts. ``class_names`` lists the labels
-    in order. ``dataset`` is the name of a known dataset. ``failed`` lists the members of tars that could not be read.
+    ``items`` is a table with the column ``source`` (a printable path or id), the column ``label`` if the labels are
+    known, and the other columns of a table. Each item is either the image ``paths[i]``, or row ``rows[i]`` of the
+    feature table ``table``, which is a file or a folder of parts. ``class_names`` lists the labels in order.
+    ``dataset`` is the name of a known dataset. ``failed`` lists the members of tars that could not be read.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Source:
         return names
 
     def known_as(self, class_names: Sequence[str]) -> Source:
-        """Rename labels that match exactly one of ``class_names`` if case, ``_``, ``-`` and spaces are ignored."""
+        """Rename labels that match exactly one of ``class_names`` except for case, ``_``, ``-`` and spaces."""
         plain: dict[str, list[str]] = {}
         for name in class_names:
             plain.setdefault(_plain(name), []).append(name)
@@ -126,7 +126,7 @@ def read_item(path: str) -> bytes:
 
 
 def is_there(path: str) -> bool:
-    """Return whether an image exists. An image on an object store is assumed to exist."""
+    """Return whether an image exists, which is assumed on an object store."""
     if (tar := tars.tar_of(path)) is None:
         return remote.is_remote(path) or os.path.isfile(path)
     with suppress(InputError):
@@ -166,10 +166,7 @@ def open_source(
 def open_items(
     path: str | os.PathLike[str], *, split: str | None = None, root: str | os.PathLike[str] | None = None
 ) -> Source:
-    """Open a source of any kind that :func:`open_source` accepts. Labels are optional.
-
-    A folder may also contain the images directly.
-    """
+    """Open a source that :func:`open_source` accepts, or a folder of images. Labels are optional."""
     return _open(os.fspath(path), _Wanted(split, root, labelled=False))
 
 
@@ -294,7 +291,7 @@ def _open_tars(where: str, places: Sequence[str], wanted: _Wanted) -> Source:
 
 
 def of_tars(name: str, places: Sequence[str], *, labelled: bool) -> Source:
-    """Open the images in webdataset tars, in order. With ``labelled``, unlabelled images are added to ``failed``."""
+    """Open the images in webdataset tars. With ``labelled``, unlabelled images are added to ``failed``."""
     return _listed(name, tars.listing(places, labelled=labelled))
 
 
@@ -360,4 +357,4 @@ _READERS: Mapping[Kind, _Reader] = {
     "folder": _Reader(_if(os.path.isdir), _open_folder),
     "split file": _Reader(_if(lambda where: where.lower().endswith(".json") and os.path.isfile(where)), _open_split),
 }
-"""Readers by kind. The first reader that recognises a path opens it."""
+"""Readers by kind, of which the first that recognises a path opens it."""

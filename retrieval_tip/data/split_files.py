@@ -21,8 +21,8 @@ LARGEST = 1 << 27  # largest split file, in bytes; about the size of the ImageNe
 def read(file: Path, split: str, root: str | os.PathLike[str] | None) -> Listing:
     """Read one part of a split file. The classes are sorted by label number.
 
-    Paths are relative to ``root``. It defaults to the folder that contains the images, which is the folder of the split
-    file or a folder inside it. Raises InputError if an entry is invalid.
+    Paths are relative to ``root``, which defaults to the folder of the split file or the folder inside it that contains
+    the images. Raises InputError if an entry is invalid.
     """
     name = f"{show(file)} ({split})"
     entries: list[tuple[str, str]] = []

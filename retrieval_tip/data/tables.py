@@ -27,12 +27,12 @@ NAMES = {
     "label": ("label", "class", "class_name"),
     FEATURE: (FEATURE, "embedding", "vector"),
 }
-"""Accepted column names. The first name that exists in the table is used."""
+"""Accepted column names, of which the first in the table is used."""
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 RUN, COMPLETE = "_run.json", "_complete.json"
-"""Files in a folder of parts: its description, and a marker that is written when all parts are complete."""
+"""Files in a folder of parts: its description, and a marker of completion."""
 MAX_TEXT = 4096
-"""Longest label or id, in characters. A longer one is a sign that the table was misread."""
+"""Longest label or id, in characters. A longer one suggests a misread table."""
 MAX_ROWS = 2**31 - 1  # largest number of rows; a tiny file can claim to have any number
 MAX_JSON = 1 << 28  # largest JSON Lines file, in bytes; it is read as a whole
 GROUP_ROWS = 1024
@@ -119,10 +119,7 @@ def part_files(folder: str) -> list[Path | str]:
 
 
 def items_of(file: Path | str) -> tuple[pa.Table, bool]:
-    """Return all columns of a table except for the features, and whether it has features.
-
-    If a feature table has no ids, row numbers are used.
-    """
+    """Return all columns of a table except features, and whether it has any. Ids default to row numbers."""
     name = show(file)
     if str(file).lower().endswith((".csv", ".tsv", ".jsonl")) and not os.path.isdir(file):
         items = (_read_json_lines if str(file).lower().endswith(".jsonl") else _read_csv)(Path(file))
@@ -151,10 +148,7 @@ def items_of(file: Path | str) -> tuple[pa.Table, bool]:
 
 
 def feature_column(schema: pa.Schema) -> str | None:
-    """Return the name of the feature column, or ``None`` if there is none.
-
-    This is ``feature``, or the first column of vectors that has another name in ``NAMES``.
-    """
+    """Return ``feature``, else the first column of vectors with another name in ``NAMES``, else ``None``."""
     if FEATURE in schema.names:
         return FEATURE
     names = [name for name in NAMES[FEATURE] if schema.names.count(name) == 1 and is_vector(schema.field(name).type)]
@@ -190,7 +184,7 @@ def row_groups(parquet: pq.ParquetFile, first: int, last: int | None) -> tuple[l
 
 
 def _sound(items: pa.Table) -> pa.Table:
-    """Check that all text is valid UTF-8, and convert view columns to plain columns, which support ``take``."""
+    """Check that text is valid UTF-8, and convert view columns to plain ones, which support ``take``."""
     kinds = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
     for place, field in enumerate(items.schema):
         try:
@@ -335,7 +329,7 @@ def texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool) -> pa.
 
 
 def check_texts(items: pa.Table, name: str) -> None:
-    """Raise InputError if the source or the label of a row is longer than :data:`MAX_TEXT`."""
+    """Raise InputError if a source or a label is longer than :data:`MAX_TEXT`."""
     for column in ("source", "label"):
         if column in items.column_names:
             long = pc.greater(pc.utf8_length(items[column]), MAX_TEXT).fill_null(False).to_numpy()
@@ -346,13 +340,13 @@ def check_texts(items: pa.Table, name: str) -> None:
 
 
 def few_names(columns: Sequence[str]) -> str:
-    """Format column names for a message. Only the first names of a wide table are shown."""
+    """Format the first column names for a message."""
     shown = ", ".join(one_line(column)[:MAX_SHOWN] for column in columns[:MAX_SHOWN])
     return shown + (f" and {len(columns) - MAX_SHOWN} more" if len(columns) > MAX_SHOWN else "")
 
 
 def row_list(rows: npt.NDArray[np.int64]) -> str:
-    """Format row numbers for a message, for example ``rows 3, 7``. The first row has the number 0."""
+    """Format row numbers for a message, for example ``rows 3, 7``. Rows are counted from 0."""
     shown = ", ".join(str(int(row)) for row in rows[:5])
     more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
     return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"

@@ -79,7 +79,6 @@ class Tar:
                 self.failed.append(Skipped(show(path), str(error)))
 
     def _members(self, name: str) -> Iterator[tarfile.TarInfo]:
-        """Yield the files in the tar up to its end, or up to the first damage."""
         number = 0
         with tarfile.open(fileobj=self._file, mode="r:", errors="surrogateescape", ignore_zeros=False) as tar:
             while True:
@@ -145,7 +144,7 @@ def read(path: str) -> bytes | None:
 def listing(places: Sequence[str], *, labelled: bool) -> Listing:
     """List the images in tars, in order.
 
-    Unreadable images are added to ``failed``. With ``labelled``, so are images that have no label.
+    Unreadable images are added to ``failed``, and so are unlabelled ones with ``labelled``.
     """
     found = Listing()
     for place in places:
@@ -168,8 +167,8 @@ def listing(places: Sequence[str], *, labelled: bool) -> Listing:
 def find(where: str) -> list[str]:
     """List the tars that a path, URL, folder or pattern stands for, sorted by name.
 
-    Patterns have the form ``s-*.tar`` or ``s-{000..099}.tar``. A folder that contains images or other folders is not a
-    folder of tars. If ``where`` does not stand for tars, the list is empty.
+    Patterns have the form ``s-*.tar`` or ``s-{000..099}.tar``. The list is empty for anything else, such as a folder
+    with images or other folders.
 
     Raises InputError if a tar in a range is missing, and UsageError if a range is too long.
     """
@@ -217,7 +216,7 @@ def _named(pattern: str) -> Iterator[str]:
 
 @dataclass
 class _Sample:
-    """An image in a tar, and the label files with the same key. The key is the file name up to the first dot."""
+    """An image in a tar, and its label files with the same key, which is the name up to the first dot."""
 
     name: str = ""
     start: int = 0
@@ -226,7 +225,7 @@ class _Sample:
 
 
 def _add(samples: dict[str, _Sample], member: tarfile.TarInfo, file: BinaryIO) -> str | None:
-    """Add a member to the sample that has its key. Return the problem if it cannot be added."""
+    """Add a member to the sample with its key, or return why it cannot be added."""
     folder, _, base = member.name.rpartition("/")
     stem, _, kind = base.partition(".")
     sample = samples.setdefault(show(f"{folder}/{stem}" if folder else stem), _Sample())

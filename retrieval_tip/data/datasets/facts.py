@@ -93,7 +93,7 @@ _BY_NAME = {_plain(name): row for row in DATASETS for name in (row.name, row.fol
 
 
 def names() -> list[str]:
-    """Return the dataset names in the order of the tables in the papers, followed by the ImageNet variants."""
+    """Return the dataset names in the order of the papers, followed by the ImageNet variants."""
     return [row.name for row in DATASETS]
 
 

@@ -111,7 +111,7 @@ READERS: Mapping[Layout, Callable[[Dataset, Path, str], Source]] = {
 
 
 def lacking(dataset: Dataset, folder: Path, splits: tuple[str, ...]) -> list[str]:
-    """Return a message for each missing folder or listing file of these parts, including its expected content."""
+    """Return a message for each missing folder or listing file of these parts, with its expected content."""
     listing, images_look = EXPECTED[dataset.layout]
     files = {folder / dataset.listing: listing}
     if dataset.layout == "variant lists":
@@ -168,11 +168,10 @@ EXPECTED: Mapping[Layout, tuple[str, str]] = {
         "one folder of images per class (0 to 999)",
     ),
 }
-"""Descriptions of the listing file and the images that each layout expects."""
+"""The listing file and the images that each layout expects."""
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:
-    """Return the lines that are not blank, with line numbers starting at 1."""
     try:
         text = read_regular(file, MAX_LISTING).decode("utf-8-sig")
     except InputError:
