@@ -37,7 +37,7 @@ from retrieval_tip.settings import KeysMet
 from retrieval_tip.store.labels import digest_codes, images_of
 
 ALL_PAIRS, MET = 1 << 33, 256
-"""Largest number of affinities for an exact audit (90,000 keys), and the number of keys per shot in larger indexes."""
+"""Most affinities of an exact audit (90,000 keys), and keys per shot in larger indexes."""
 VALUES = 1 << 23
 """Number of affinities in memory at a time. They take 32 MiB in float32."""
 LEAST = torch.finfo(torch.float32).tiny
@@ -47,7 +47,7 @@ CLEAR = 1.0
 
 
 def audit(cache: CacheModel, *, k: KeysMet = None, borderline: bool = False) -> pa.Table:
-    """List shots that look mislabelled, and duplicates of shots in another class, starting with the most suspicious.
+    """List shots that look mislabelled, and duplicates of shots in another class.
 
     A shot looks mislabelled if another class fits clearly better (:data:`CLEAR`). With ``borderline``, it is enough
     that another class fits better. Other shots in the list keep their label as the suggestion.
@@ -56,7 +56,7 @@ def audit(cache: CacheModel, *, k: KeysMet = None, borderline: bool = False) -> 
     limits the sums to the ``k`` nearest keys. ``None`` means all keys up to :data:`ALL_PAIRS` affinities, and
     :data:`MET` nearest keys beyond this limit. Raises UsageError if ``k`` is below 1.
 
-    Returns a table that is sorted by descending margin and then by key id. Its columns are:
+    Returns a table, sorted by descending margin and then by key id, with these columns:
 
     - ``key_id``, ``source``, ``label``: the shot
     - ``suggested``, ``own_score``, ``suggested_score``, ``margin``: the suggested label, and how well both labels fit
@@ -143,7 +143,7 @@ def _met(cache: CacheModel, features: Tensor, k: int | None) -> tuple[Tensor, Te
 
 
 def _table(cache: CacheModel, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
-    """Return the table of suspicious shots, sorted by falling margin. Row -1 means that there is no such key."""
+    """Return the table of suspicious shots by falling margin. Row -1 means that there is no such key."""
     key_ids, names = cache.labels["key_id"].to_numpy(), pa.array(cache.class_names, pa.string())
     judged = shots["judged"]
     order = np.lexsort((key_ids[shots["row"]], -np.where(judged, shots["margin"], 0)))

@@ -50,8 +50,7 @@ class Linear:
 def class_means(cache: CacheModel) -> Linear:
     """Return the nearest class mean classifier ``100 f unit(mu_c)^T``.
 
-    The logit is 0 for a class that has no keys. See Mensink et al., TPAMI 2013. Cosines are used here instead of
-    distances.
+    A class without keys has the logit 0. See Mensink et al., TPAMI 2013, who use distances instead of cosines.
     """
     folds = _folds(cache)
     means = normalize(_means(folds, torch.arange(cache.n)))
@@ -62,7 +61,7 @@ def linear_probe(cache: CacheModel) -> Linear:
     """Fit logistic regression, which minimises ``|W|^2 / 2 + C sum_i -log softmax(k_i W^T + b)[y_i]`` over W and b.
 
     The C from :data:`CS` with the highest accuracy on the folds is selected. Ties go to the lowest cross-entropy. This
-    is the linear probe of CLIP (Radford et al., ICML 2021), except that CLIP selects C on validation images.
+    is the linear probe of CLIP (Radford et al., ICML 2021), which selects C on validation images instead.
     """
     folds = _folds(cache)
     right, losses = torch.zeros(len(CS)), torch.zeros(len(CS))
@@ -80,8 +79,8 @@ def discriminant(cache: CacheModel) -> Linear:
 
     ``S^-1`` is ``d ((n - 1) S + tr(S) I)^-1`` up to a factor, where ``S`` is the within-class scatter. If each class
     has one key, ``S`` is the scatter of all keys. ``a`` and ``b`` maximise the log-likelihood on the folds. If there
-    are no folds, both are 1. This is GDA-CLIP (Wang et al., ICLR 2024), except that GDA-CLIP selects ``b / a`` on
-    validation images.
+    are no folds, both are 1. This is GDA-CLIP (Wang et al., ICLR 2024), which selects ``b / a`` on validation images
+    instead.
     """
     folds = _folds(cache)
     whole, a, b = _gaussian(folds, torch.arange(cache.n)), 1.0, 1.0
@@ -116,10 +115,7 @@ def _gaussian(folds: Folds, rows: Tensor) -> Linear:
 
 
 def _probes(folds: Folds, rows: Tensor, cs: tuple[float, ...]) -> list[Linear]:
-    """Fit a linear probe to the keys in ``rows`` for each C.
-
-    The values of C must be ascending, because each probe starts from the weights of the previous one.
-    """
+    """Fit a linear probe to the keys in ``rows`` for each C. Each starts from the previous one, so C must ascend."""
     keys, ids = folds.taken(rows)
     weights = torch.zeros(folds.c, keys.shape[1], requires_grad=True)
     bias = torch.zeros(folds.c, requires_grad=True)

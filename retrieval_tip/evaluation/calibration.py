@@ -1,8 +1,7 @@
 """Calibrate probabilities with a temperature, and measure calibration error and accuracy against coverage.
 
-In this module, ``confidence`` is an array with the probability of each answer, and ``right`` is a boolean array that
-tells whether the answer is correct. "Guo et al." refers to C. Guo, G. Pleiss, Y. Sun and K. Weinberger, "On Calibration
-of Modern Neural Networks", ICML 2017.
+``confidence`` holds the probability of each answer, and ``right`` whether it is correct. "Guo et al." refers to C. Guo,
+G. Pleiss, Y. Sun and K. Weinberger, "On Calibration of Modern Neural Networks", ICML 2017.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ BINS = 15
 LOWEST, HIGHEST = 1e-4, 1e4
 """Bounds of a fitted temperature, as multiples of the largest spread within a row of logits."""
 ITSELF = 1e-4
-"""A validation item counts as a shot if its squared distance to a key is below this value."""
+"""Squared distance to a key below which a validation item counts as a shot."""
 _BLOCK = 1 << 21
 _STEPS, _TOLERANCE = 200, 1e-12
 
@@ -67,7 +66,7 @@ class Coverage(NamedTuple):
 def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BINS) -> list[Bin]:
     """Return the confidence and accuracy in equal bins ``(m / bins, (m + 1) / bins]`` (Guo et al., eq. 2).
 
-    ``confidence`` and ``right`` have shape ``[n]``, with n >= 1 and values in [0, 1].
+    Both arrays have shape ``[n]``, with n >= 1 and values in [0, 1].
     """
     p, hit = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
     edges = np.linspace(0, 1, bins + 1)
@@ -100,10 +99,7 @@ def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike, 
 
 
 def accuracy_coverage(confidence: npt.ArrayLike, right: npt.ArrayLike) -> Coverage:
-    """Return the accuracy and coverage if each distinct confidence is used as the threshold.
-
-    The last entry covers all answers.
-    """
+    """Return the accuracy and coverage at each distinct confidence. The last entry covers all answers."""
     p, hit = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
     order = np.argsort(-p, kind="stable")
     p, hit = p[order], hit[order]

@@ -31,8 +31,8 @@ Floats = npt.NDArray[np.float64]
 class Affinities:
     """Histogram of the affinities between queries and keys.
 
-    ``edges`` holds the ``m + 1`` edges of the bins. ``same`` counts the keys of the query's true class in each bin, and
-    ``other`` counts all other keys. Affinities beyond the edges are counted in the outermost bins.
+    ``edges`` holds the ``m + 1`` edges of the bins. In each bin, ``same`` counts keys of the query's true class, and
+    ``other`` all other keys. The outermost bins include affinities beyond the edges.
     """
 
     edges: Floats
@@ -55,10 +55,10 @@ class Part:
 class Details:
     """Details of each item, as arrays of shape ``[n]``.
 
-    ``positions`` are the positions of the items in the source. ``log_truth`` is the natural logarithm of the
-    probability of the true class. ``log_doubt`` is that of the probability of all classes except the answer. Both can
-    rank items whose probabilities round to 0 or 1. ``text`` holds the answers of ``softmax(text logits)``, and
-    ``cache`` holds the answers of ``softmax(alpha * cache logits)``.
+    ``positions`` are the item positions in the source. ``log_truth`` is the natural logarithm of the probability of the
+    true class, and ``log_doubt`` that of all classes except the answer. Both can rank items whose probabilities round
+    to 0 or 1. ``text`` holds the answers of ``softmax(text logits)``, and ``cache`` holds the answers of
+    ``softmax(alpha * cache logits)``.
     """
 
     positions: Ints
@@ -72,8 +72,8 @@ class Details:
 class Answers:
     """The answers in an evaluation, in the order of the items.
 
-    ``truth`` and ``predicted`` are class ids, and ``confidence`` is the probability of the answer. All three have shape
-    ``[n]``. ``affinities`` and ``details`` are ``None`` unless they were requested.
+    ``truth`` and ``predicted`` are class ids and ``confidence`` is a probability, of shape ``[n]``. ``affinities`` and
+    ``details`` are ``None`` unless they were requested.
     """
 
     truth: Ints
@@ -139,8 +139,8 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """Classify a labelled source and compare the answers with its labels.
 
-    ``k`` and ``tail`` default to the settings of the index. ``abstain`` is the probability below which an answer would
-    be withheld. ``affinities`` adds a histogram of the affinities between queries and keys.
+    ``k`` and ``tail`` default to the settings of the index. ``abstain`` is the probability below which an answer is
+    withheld. ``affinities`` adds a histogram of the affinities between queries and keys.
 
     Raises InputError if the source is empty, or if one of its labels is not a class of the index. Raises UsageError if
     ``abstain`` is not between 0 and 1.
@@ -209,8 +209,8 @@ def _answer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Classify ``q`` features whose classes are ``truth``, and return ``ranked``, ``confidence`` and ``chances``.
 
-    ``ranked`` has shape ``[q, m + 2]``. It holds the class ids of the ``m`` largest blended logits (at most 5), of the
-    largest text logit and of the largest cache logit. ``chances`` holds the columns of :class:`Details` and has shape
+    ``ranked`` has shape ``[q, m + 2]``. It holds the class ids of the ``m`` largest blended logits (at most 5), the
+    largest text logit and the largest cache logit. ``chances`` holds the columns of :class:`Details` and has shape
     ``[q, 4]``, or ``[q, 0]`` if ``details`` is false.
     """
     terms, settings = cache.terms(features), cache.settings

@@ -10,7 +10,7 @@ import torch
 from retrieval_tip.answering import AnsweringIndex
 
 KEYS, COMPARED = 1 << 15, 1 << 11
-"""Largest number of keys that are searched for exemplars, and that are compared to compute mean affinities."""
+"""Largest numbers of keys to search for exemplars, and to compare for mean affinities."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from retrieval_tip.errors import UsageError
 FloatArray = npt.NDArray[np.float32]
 
 AXES, ITERATIONS = 8, 8
-"""Axes and iterations of the randomised SVD. It computes the first two axes to four digits in a tenth of the time."""
+"""Axes and iterations of the randomised SVD, which gives the first two axes to four digits in a tenth of the time."""
 FEWEST, REDUCED, PERPLEXITY = 5, 50, 30
 """Smallest number of keys for which t-SNE is used, number of its input dimensions, and its perplexity."""
 
@@ -27,9 +27,9 @@ class Projection:
     """The positions of keys in the plane.
 
     ``key_ids`` and ``class_ids`` are int64 arrays of shape ``[m]``. ``places`` is a float32 array of shape ``[m, 2]``.
-    Its values are between -1 and 1, and both axes have the same scale. ``explained`` is the fraction of the variance
-    along each axis. ``axes`` is a float32 array of shape ``[1 + d, 2]`` that maps a new feature ``f`` to
-    ``axes[0] + f axes[1:]``. ``explained`` and ``axes`` are ``None`` for t-SNE, which cannot place new features.
+    Its values are from -1 to 1, with the same scale on both axes. ``explained`` is the fraction of the variance along
+    each axis. ``axes`` is a float32 array of shape ``[1 + d, 2]`` that maps a new feature ``f`` to
+    ``axes[0] + f axes[1:]``. Both are ``None`` for t-SNE, which cannot place new features.
     """
 
     key_ids: npt.NDArray[np.int64]
@@ -52,10 +52,10 @@ def projected(cache: AnsweringIndex, method: Method = "pca", limit: int = 5000) 
 
     If the index has more than ``limit`` keys, ``limit`` keys are drawn evenly from the classes. ``pca`` computes
     ``(K - mean) v``, where ``K`` is the matrix of keys and ``v`` are the two eigenvectors of the covariance with the
-    largest eigenvalues. Their signs are chosen so that the largest component is positive. ``tsne`` (van der Maaten and
-    Hinton, 2008) is computed from :data:`REDUCED` principal components, starting from the first two, with a fixed seed.
-    If there are fewer than :data:`FEWEST` keys, ``pca`` is used instead. Raises UsageError if the method is not
-    available or if the limit is below 1.
+    largest eigenvalues. Their largest component is positive. ``tsne`` (van der Maaten and Hinton, 2008) is computed
+    from :data:`REDUCED` principal components, starting from the first two, with a fixed seed. If there are fewer than
+    :data:`FEWEST` keys, ``pca`` is used instead. Raises UsageError if the method is not available or the limit is below
+    1.
     """
     if method not in methods():
         raise UsageError(f"method {method!r}: give one of {', '.join(methods())} (tsne requires scikit-learn)")

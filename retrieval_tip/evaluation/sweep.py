@@ -1,6 +1,6 @@
 """Measure the accuracy of several methods, numbers of shots and seeds.
 
-The shots of all runs are drawn from one index that contains all images. The result is a table with one row per run.
+The shots are drawn from one index of all images. The result is a table with one row per run.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Summary(TypedDict):
 
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""97.5 % quantiles of Student's t for 1 to 9 degrees of freedom. Beyond that, the normal quantile 1.96 is used."""
+"""97.5 % quantiles of Student's t for 1 to 9 degrees of freedom. Beyond that, it is 1.96."""
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,10 @@ def sweep(
 
     The table is saved after every run. Shots are drawn from the keys of ``pool`` by the published rule, in the order of
     the images. The ``honest`` protocol selects settings on the published validation draw from ``val``, which has
-    ``min(shots, 4)`` images per class. If ``val`` is not given, the protocol uses leave-one-out, or keeps the untouched
-    settings if there is 1 shot per class. The ``paper`` protocol searches the published grid on all of ``val``. No
-    setting depends on ``test``. ``tip-adapter-f`` requires ``views``, which are the images of the pool or a table of
-    their views, together with an encoder. ``methods`` defaults to :data:`PLAIN`.
+    ``min(shots, 4)`` images per class. Without ``val``, it uses leave-one-out, or keeps the untouched settings for 1
+    shot per class. The ``paper`` protocol searches the published grid on all of ``val``. No setting depends on
+    ``test``. ``tip-adapter-f`` requires ``views``: the images of the pool or a table of their views, and an encoder.
+    ``methods`` defaults to :data:`PLAIN`.
 
     Raises:
         UsageError: if a method or the protocol is unknown.
@@ -218,7 +218,7 @@ def read_results(path: Path) -> list[Run]:
 
 
 def summary(rows: Sequence[Run]) -> list[Summary]:
-    """Return the mean over the seeds, with a Student's t interval, for each method and number of shots."""
+    """Return the mean over the seeds, with a 95 % interval, for each method and number of shots."""
     groups: dict[tuple[Method, int], list[float]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["shots"]), []).append(row["top1"])
@@ -233,7 +233,7 @@ def summary(rows: Sequence[Run]) -> list[Summary]:
 
 
 def _in_file_order(pool: CacheModel) -> tuple[npt.NDArray[np.int64], list[int]]:
-    """Return the key rows in the order of their source, and the class ids of these rows."""
+    """Return the key rows and their class ids in the order of their source."""
     order = np.argsort(pool.labels["key_id"].to_numpy(), kind="stable")
     labels: list[int] = pool.class_ids.cpu().numpy()[order].tolist()
     return order, labels
