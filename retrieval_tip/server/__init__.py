@@ -2,6 +2,5 @@
 
 To install the required packages, run ``pip install 'retrieval-tip[serve]'``. The module ``run`` starts the server, and
 ``app`` creates the application. ``routes`` passes requests to ``service``, which works on the open indexes in
-``served`` and combines the work of several requests with ``batching``. The folder ``page`` contains the files that are
-sent to browsers.
+``served`` and combines the work of several requests with ``batching``. The folder ``page`` is sent to browsers.
 """

@@ -38,7 +38,7 @@ class Batcher(Generic[K, T, R]):
     ``run`` is called in a separate thread. While one batch is being computed, the next one is collected, so a single
     call never waits for others to arrive. A batch has at most ``most(key)`` items, unless a single call has more. Calls
     are answered in order, except that a call can join the batch of an earlier call with the same key. At most ``room``
-    items can wait. A further call is refused, and its error gives the number of seconds to wait.
+    items can wait. A further call is refused.
     """
 
     def __init__(self, name: str, run: Callable[[K, list[T]], list[R]], *, most: Callable[[K], int], room: int) -> None:
@@ -139,9 +139,9 @@ class FairPool(Generic[R]):
     """A thread pool that shares its threads fairly, so that small requests do not wait for large ones.
 
     Each call gets a place, and the waiting call with the lowest place is started next. The place is the sum of the
-    costs of the request's calls, up to and including this one, added to the place of the last call that was started
-    before the request arrived. At most ``threads`` large calls run at the same time, and one additional thread is
-    reserved for other calls. At most ``held`` results are being computed or in use.
+    costs of the request's calls up to this one, plus the place of the last call that was started before the request. At
+    most ``threads`` large calls run at once, and one additional thread is reserved for others. At most ``held`` results
+    are being computed or in use.
     """
 
     def __init__(self, lane: str, *, threads: int, room: int, held: int) -> None:
@@ -156,7 +156,7 @@ class FairPool(Generic[R]):
     def turns(self, calls: Sequence[Callable[[], R]], costs: Sequence[float]) -> Iterator[list[Turn[R]]]:
         """Queue the calls of a request. On exit, calls that have not been started are cancelled.
 
-        Raises Problem 429 if the calls have to wait for those of other requests and the total cost exceeds ``room``.
+        Raises Problem 429 if they must wait for other requests and their total cost exceeds ``room``.
         """
         places = [self._now + cost for cost in accumulate(costs)]
         before = sum(one.cost for one in self._waiting if one.place <= places[-1])
@@ -176,7 +176,7 @@ class FairPool(Generic[R]):
             self.release(*own)
 
     def release(self, *turns: Turn[R]) -> None:
-        """Cancel calls that are still waiting, and free the space that their results occupy."""
+        """Cancel calls that are still waiting, and free the space of their results."""
         self._waiting = [one for one in self._waiting if one not in turns]
         self._held = [one for one in self._held if one not in turns]
         self._begin()
@@ -215,8 +215,8 @@ class FairPool(Generic[R]):
 class Kept(Generic[K, R]):
     """A cache of results, each of which is computed once in a thread of ``pool``.
 
-    Concurrent calls with the same key wait for the same result. The cache keeps the most recently used results, up to
-    a total ``size`` of ``most``. At most ``room`` results can be in progress or waiting. A further one is refused.
+    The cache keeps the most recently used results, up to a total ``size`` of ``most``. At most ``room`` results can be
+    in progress or waiting. A further one is refused.
     """
 
     def __init__(self, pool: Executor, *, most: int, room: int, size: Callable[[R], int] = lambda _: 1) -> None:

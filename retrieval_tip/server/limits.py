@@ -19,7 +19,7 @@ DEADLINE = "retrieval_tip.deadline"
 """Key under which the ASGI scope holds the ``asyncio.Timeout`` of the request."""
 
 PART = 64 << 10
-"""Number of bytes of a response to write at a time. The rest is held in memory until the client has read them."""
+"""Number of bytes of a response to write at a time. The rest is held in memory."""
 
 SECURITY = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
@@ -28,25 +28,25 @@ SECURITY = {
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
 }
-"""Headers of every response. The page cannot load anything from other sites, and other sites cannot embed it."""
+"""Headers of every response. The page can neither load anything from other sites nor be embedded in them."""
 
 
 @dataclass(frozen=True)
 class Limits:
     """Limits on requests and on the work that they cause.
 
-    A form can have at most ``bytes`` bytes and ``images`` images of ``pixels`` pixels each. A JSON body can have at
-    most ``json_bytes`` bytes and ``rows`` rows of features. The answers to several queries can contain at most
-    ``cells`` numbers; see :meth:`served.Version.cells`. A response must start within ``seconds``, and the client must
-    read it within the same time.
+    A form has at most ``bytes`` bytes and ``images`` images of ``pixels`` pixels each, and a JSON body ``json_bytes``
+    bytes and ``rows`` rows of features. The answers to several queries contain at most ``cells`` numbers (see
+    :meth:`served.Version.cells`). A response must start within ``seconds``, and the client must read it within the same
+    time.
 
-    At most ``queue`` images and ``QUEUED_ROWS * queue`` rows can wait at the same time. Request bodies, and responses
-    larger than :data:`PART`, can occupy at most ``held`` bytes. The server can have at most ``indexes`` indexes. It
-    only answers requests for the host names in ``hosts``, or for any name if ``hosts`` is ``None``.
+    At most ``queue`` images and ``QUEUED_ROWS * queue`` rows can wait at once. Request bodies, and responses larger
+    than :data:`PART`, can occupy ``held`` bytes. There are at most ``indexes`` indexes. Only requests for the host
+    names in ``hosts`` are answered, or all requests if it is ``None``.
 
-    A map contains at most ``mapped`` key values, accuracy is estimated only if there are at most ``estimated`` keys,
-    and a response contains at most ``values`` solved or trained values. A request waits ``patience`` seconds for slow
-    work, and then gets a 503. Indexes are checked for new versions every ``poll`` seconds.
+    A map contains at most ``mapped`` key values, accuracy is estimated only for at most ``estimated`` keys, and a
+    response contains at most ``values`` solved or trained values. A request gets a 503 after ``patience`` seconds of
+    slow work. Indexes are checked for new versions every ``poll`` seconds.
     """
 
     bytes: int = 32 << 20
@@ -67,7 +67,7 @@ class Limits:
     poll: float = 1.0
 
     def check_host(self, host: str) -> None:
-        """Raise Problem 421 if the host name is unknown, because another site may resolve its name to this machine."""
+        """Raise Problem 421 for an unknown host name, which another site may resolve to this machine."""
         name = re.sub(r":\d*$", "", host.lower())
         if self.hosts is not None and name not in self.hosts:
             raise Problem(421, f"unknown host {name!r}; restart the server with --allow-host {name}")

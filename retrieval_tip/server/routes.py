@@ -330,5 +330,4 @@ async def exemplars(service: TheService, version: Now) -> schemas.Exemplars:
 
 
 def _json(answer: object) -> Response:
-    """Serialise an answer that contains table rows or arrays."""
     return Response(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")

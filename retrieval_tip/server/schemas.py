@@ -69,7 +69,7 @@ _FILES = _list_of({"type": "string", "format": "binary"}, minItems=1, descriptio
 
 
 def _body(form: Row, json: Row | None = None, example: Row | None = None) -> Row:
-    """Describe a request body, which can be a form or JSON. All fields of a form are required."""
+    """Describe a request body, which can be a form or JSON."""
     schema: Row = {"type": "object", "properties": form, "required": sorted(form)}
     content: Row = {"multipart/form-data": {"schema": schema}}
     if json is not None:

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 FloatArray = npt.NDArray[np.float32]
 
 RETRY_SECONDS = 30.0
-"""Number of seconds after which a version that failed to open is tried again, in case a file has been restored."""
+"""Number of seconds after which a version that failed to open is tried again."""
 
 COMPLETE, NEAREST = 1 << 14, 2048
 """Evidence contains all keys of an index if there are at most ``COMPLETE``, and the ``NEAREST`` nearest otherwise."""
@@ -45,7 +45,7 @@ NEIGHBOUR_CELLS = 16
 """Cost of a neighbour in an answer. A neighbour takes as much memory as 16 numbers."""
 
 VALUES = 1 << 22
-"""Maximum count of numbers, or of retrieved keys, in the answers that are computed at once."""
+"""Maximum count of numbers, or of retrieved keys, in answers that are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Ask:
 
 @dataclass(frozen=True, eq=False)
 class Version:
-    """An open version of an index. A request uses the same version throughout, even if the folder changes."""
+    """An open version of an index. A request uses the same version throughout."""
 
     name: str
     cache: AnsweringIndex
@@ -257,7 +257,7 @@ def open_all(
 
 
 def encoded(backbone: Backbone, pixels: Sequence[torch.Tensor]) -> list[FloatArray]:
-    """Encode images in batches of the backbone's batch size, and return the raw features ``[d]`` of each image."""
+    """Encode images in batches, and return the raw features ``[d]`` of each."""
     size = backbone.batch_size
     parts = [pixels[start : start + size] for start in range(0, len(pixels), size)]
     return [row for part in parts for row in backbone.encode_images(torch.stack(list(part)))]

@@ -1,6 +1,6 @@
 """The service behind the routes.
 
-It processes images and queries in batches, makes changes one at a time, and computes each slow result only once.
+It batches images and queries, makes changes one at a time, and computes each slow result only once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ DRAWN_AT_ONCE, SLOW_AT_ONCE, SLOW_KEPT = 256, 4, 32
 Slow results are maps, audits and accuracies.
 """
 AUDITED, MOST_AUDITED = 1000, 1 << 15
-"""Maximum numbers of suspicious shots to keep, and of keys in an index for an audit, which compares all pairs."""
+"""Maximum numbers of suspicious shots to keep, and of keys in an index for an audit."""
 
 T = TypeVar("T")
 
@@ -64,8 +64,8 @@ T = TypeVar("T")
 class Service:
     """Service that queries, changes and follows indexes while it is ``running`` in the event loop of its callers.
 
-    Added images are saved in ``uploads``, with one folder per class. By default, they are saved in the folder
-    ``NAME-shots`` next to the index. The relative paths of shots are resolved against ``root``.
+    Added images are saved in ``uploads``, with one folder per class. The default is ``NAME-shots`` next to the index.
+    Relative paths of shots are resolved against ``root``.
     """
 
     def __init__(
@@ -235,9 +235,9 @@ class Service:
     async def create(self, sent: Sent, like: str | None) -> schemas.MadeIndex:
         """Create an index from images, fit it and serve it.
 
-        The new index has the backbone of the index ``like``, and is saved next to it. If ``like`` is ``None``, the
-        backbone and folder of the ``maker`` are used, or the first index that has a backbone if there is no maker.
-        Raises Problem 409 if the name is in use or the server is full, and the same errors as :func:`shots.build`.
+        The new index has the backbone of the index ``like``, and is saved next to it. Without ``like``, its backbone
+        and folder come from the ``maker``, or else from the first index with a backbone. Raises Problem 409 if the name
+        is in use or the server is full, and the same errors as :func:`shots.build`.
         """
         name = str(sent.index)
         into: Path | None
@@ -294,14 +294,14 @@ class Service:
         return await self._changed(one, lambda: changes.relabel(one.folder, labels))
 
     async def merge(self, one: Served, of: str, label: str) -> schemas.ChangedShots:
-        """Relabel a whole class. Raises Problem 422 if it has no shots, and the same errors as :meth:`remove`."""
+        """Relabel a whole class (see :meth:`relabel`)."""
         found = await self._found(one, (of,), ())
         if not found:
             raise Problem(422, f"of: class {of!r} has no shots")
         return await self._changed(one, lambda: changes.relabel(one.folder, label, key_ids=found))
 
     async def _found(self, one: Served, labels: Sequence[str], key_ids: Sequence[int]) -> list[int]:
-        """Return the ids of the matching keys. Raises Problem 404 if one of ``key_ids`` does not exist."""
+        """Return the ids of the matching keys. Raises Problem 404 if a key does not exist."""
         keys = await self._in(self._finding, one.now.cache.find, labels, None, key_ids)
         found: list[int] = keys["key_id"].to_pylist()
         if missing := set(key_ids) - set(found):
@@ -321,7 +321,7 @@ class Service:
         return await self._changed(one, lambda: changes.rename(one.folder, of, label, backbone))
 
     async def rollback(self, one: Served, to: int, since: int | None) -> schemas.ChangedShots:
-        """Restore a version. Raises Problem 404 if it does not exist, and 409 if the current one is not ``since``."""
+        """Restore a version. Raises Problem 404 if it is missing, and 409 if the current one is not ``since``."""
         return await self._changed(one, lambda: _rolled_back(one, to, since))
 
     async def history(self, one: Served) -> list[Row]:
@@ -425,7 +425,7 @@ class Service:
     async def _once(
         self, version: Version, what: Hashable, call: Callable[[], T], kept: Kept[Hashable, Any] | None = None
     ) -> T:
-        """Return the result of ``call``, which runs once per version. Raises Problem 503 after ``limits.patience``."""
+        """Return the result of ``call``, run once per version. Raises Problem 503 after ``limits.patience``."""
         try:
             async with asyncio.timeout(self.limits.patience):
                 key = (weakref.ref(version), what)  # does not keep the version alive
@@ -451,7 +451,7 @@ class Service:
             raise Problem(404, f"key {key_id}: its image cannot be read ({error})") from None
 
     def picture(self, source: str) -> Path | None:
-        """Return the path of the image file that ``source`` names, or ``None`` if there is no such file."""
+        """Return the path of the image file that ``source`` names, if it exists."""
         path = self._root / source
         try:
             return path if path.suffix.lower() in images.extensions() and path.is_file() else None

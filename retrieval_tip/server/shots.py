@@ -1,6 +1,6 @@
 """Functions that add uploaded images and features as shots.
 
-Image files are stored unchanged, in one folder per class. If an image is not added, its file is removed again.
+Image files are stored unchanged, in one folder per class, and removed again if they are not added.
 """
 
 from __future__ import annotations

@@ -30,12 +30,9 @@ LONGEST_FIELD = 1 << 16
 LONGEST_NAME = 1024
 """Maximum length of an input name or a label, in characters."""
 PARTS_A_ROW = 64
-"""Maximum number of commas, lists and strings per JSON row, besides the numbers.
-
-Parsing millions of them would block the server.
-"""
+"""Maximum number of commas, lists and strings per JSON row, since parsing millions would block the server."""
 SHORT = 1 << 16
-"""Maximum size of JSON to parse directly, in bytes. Longer JSON is parsed in a thread, one request at a time."""
+"""Maximum bytes of JSON to parse directly. Longer JSON is parsed in a thread, one request at a time."""
 
 NAME = re.compile(r"[^\W\d_][\w .-]{0,62}(?<![ .])")
 """Pattern for the name of a new index, which is also the name of its folder."""
@@ -47,7 +44,7 @@ _PARSING = ThreadPoolExecutor(1, thread_name_prefix="parse")
 class Sent:
     """Uploaded ``images``, or ``features`` of shape ``[q, d]``, and their ``names``.
 
-    If they are shots, there is one label for all of them or one label for each. ``index`` is the name of a new index.
+    Shots have one label for all or one for each. ``index`` is the name of a new index.
     """
 
     names: list[str]
@@ -176,7 +173,7 @@ def _json(body: bytes, limits: Limits, norms: Norms, d: int, *, labelled: bool) 
 
 
 def _check_parts(body: bytes, rows: int, d: int) -> None:
-    """Raise Problem 413 if JSON contains more commas, lists and strings than ``rows`` features of ``d`` values need."""
+    """Raise Problem 413 if JSON contains more parts than ``rows`` features of ``d`` values need."""
     read = np.frombuffer(body, np.uint8)
     commas, others = (sum(int(np.count_nonzero(read == ord(part))) for part in parts) for parts in (",", '[{"'))
     if commas > rows * (d + PARTS_A_ROW) or others > rows * PARTS_A_ROW:
