@@ -236,10 +236,6 @@ def quiet() -> Iterator[None]:
     """Silence the loggers of open_clip, transformers and the hub inside the context."""
     ours = logging.getLogger("retrieval_tip")
     with _QUIET, _unasked():
-        given = os.environ.get("TRANSFORMERS_VERBOSITY")
-        os.environ["TRANSFORMERS_VERBOSITY"] = (
-            "critical"  # the first import of transformers sets the level of its logger
-        )
         loggers = [ours, *map(logging.getLogger, (None, "huggingface_hub", "transformers"))]
         before = [logger.level for logger in loggers]
         ours.setLevel(ours.getEffectiveLevel())
@@ -252,9 +248,6 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, before, strict=True):
                 logger.setLevel(level)
-            del os.environ["TRANSFORMERS_VERBOSITY"]
-            if given is not None:
-                os.environ["TRANSFORMERS_VERBOSITY"] = given
 
 
 @contextmanager

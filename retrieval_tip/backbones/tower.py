@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from retrieval_tip.backbones.base import FloatArray, Identity, Preprocess, view_size
+from retrieval_tip.backbones.catalogue import quiet
 from retrieval_tip.errors import first_line, show
 from retrieval_tip.files import cache_folder, make_folders, sha256_of, temporary
 
@@ -110,7 +111,7 @@ def converted(model: Model, identity: Identity, size: tuple[int, int], precision
 
     try:
         openvino = _openvino()
-        with torch.no_grad(), traceable():
+        with torch.no_grad(), traceable(), quiet():
             traced = torch.jit.trace(image_encoder(model), torch.zeros(2, 3, *size), check_trace=False)
             graph = openvino.convert_model(traced)
         graph.reshape(openvino.PartialShape([-1, 3, *size]))  # for any number of views
