@@ -45,7 +45,7 @@ ASKED = 16
 """Number of keys that are used as queries to check the logits before a version is written."""
 
 MOST_EXPONENT = 80.0
-"""Largest exponent allowed in the weight of a key. In float32, the exponential overflows from 88 on."""
+"""Maximum exponent in the weight of a key. In float32, the exponential overflows just above 88."""
 
 PREDICTED, ARROW_LENGTH = 1 << 16, (1 << 31) - 1
 """Number of predictions converted to columns at a time, and maximum length of an Arrow list or text column."""
@@ -53,8 +53,8 @@ PREDICTED, ARROW_LENGTH = 1 << 16, (1 << 31) - 1
 GROWTH, ALL_FROM = 4, 8
 """Limits of the retries of :meth:`AnsweringIndex.certified`.
 
-Each retry uses 4 times as many keys, or all keys if that is more than an eighth of the index (or ``GPU_MAX_K`` on a
-GPU). Comparing a query with every key is then faster than retrieving some.
+Each retry uses 4 times as many keys. If that is more than an eighth of the index (or ``GPU_MAX_K`` on a GPU), it uses
+all keys, because comparing a query with every key is then faster than a search.
 """
 
 
@@ -70,8 +70,8 @@ class AnsweringIndex(ABC):
         values: the solved or trained values (see :mod:`tip`), or ``None`` if values are one-hot.
         fitted: a description of how the metric and the values were fitted.
         tuned: the weights file of the fine-tuned encoder, if there is one.
-        place: the folder or address that the index was loaded from.
-        version: the number of the version that was loaded.
+        place: the folder or LanceDB store (``lance://...``) that the index was loaded from.
+        version: the version number of the loaded index.
     """
 
     labels: pa.Table
@@ -128,7 +128,7 @@ class AnsweringIndex(ABC):
     @property
     @abstractmethod
     def place(self) -> str | None:
-        """The folder or address that this index was loaded from or saved to."""
+        """The folder or LanceDB store that this index was loaded from or saved to."""
 
     @abstractmethod
     def reload(self) -> AnsweringIndex:
@@ -184,7 +184,7 @@ class AnsweringIndex(ABC):
 
     @abstractmethod
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
-        """Write the next version of an index folder. ``change`` is used as its entry in the history."""
+        """Write the next version of an index folder. ``change`` describes it in the history."""
 
     @property
     def counts(self) -> list[int]:
@@ -299,9 +299,9 @@ class AnsweringIndex(ABC):
         times as many keys, and finally with all keys. See :func:`certify.certificate` for details, or
         :func:`certify.settled` for an index over classes.
 
-        If the search is exact, the winners are proven. An approximate search may miss keys, and missed keys are not
-        considered. Solved or trained values can be negative, so queries always need all keys. The arguments are the
-        same as for :meth:`logits`.
+        If the search is exact, the winners are proven. An approximate search may miss keys, and the proof does not
+        account for those. If values are solved or trained, they can be negative, so every query needs all keys. The
+        arguments are the same as for :meth:`logits`.
         """
         f, retrieval = self._queries(features), self._retrieval(k, tail)
         text = f.new_empty(len(f), len(self.class_names))
@@ -401,8 +401,8 @@ class AnsweringIndex(ABC):
     def evidence(self, features: Features, complete: int = 1 << 14, nearest: int = 2048) -> list[Evidence]:
         """Return the evidence for each query.
 
-        If the index has at most ``complete`` keys, the evidence includes all of them. Otherwise it includes the
-        ``nearest`` keys.
+        If the index has at most ``complete`` keys, the evidence includes every key. Otherwise, it only includes the
+        nearest keys of the query, up to the number given by ``nearest``.
         """
         f, retrieval = self._queries(features), self.retrieval
         keys = retrieval.keys
@@ -508,13 +508,14 @@ class EditableIndex(AnsweringIndex):
     def rename(self, old: str, new: str) -> None:
         """Rename a class. The class keeps its keys and its text weight.
 
-        If ``new`` already exists, the keys move to ``new``, which keeps its own text weight, and the ids of later
-        classes decrease by one. Raises InputError if ``old`` does not exist, or if ``new`` is not a valid name.
+        If ``new`` already exists, the keys are merged into ``new``, which keeps its own text weight. The ids of all
+        classes after ``old`` then decrease by one. Raises InputError if ``old`` does not exist, or if ``new`` is not a
+        valid name.
         """
 
     @abstractmethod
     def compact(self) -> None:
-        """Merge all segments into one, and build an index of the same type over it."""
+        """Merge all segments into one, and rebuild the index without changing its type."""
 
 
 def manifest_of(
@@ -528,7 +529,7 @@ def manifest_of(
     table: Table | None = None,
     digests: TableDigests | None = None,
 ) -> Manifest:
-    """Create the manifest of version ``number``, which is made from ``parent`` by ``change``."""
+    """Create the manifest of version ``number``. ``change`` describes how it differs from ``parent``."""
     return Manifest(
         version=number, parent=None if parent is None else parent.version, **history.stamp(),
         n=index.n, d=index.d, dtype=index.dtype, class_names=index.class_names, templates=index.templates,

@@ -24,7 +24,7 @@ MOST = {
     "queue": 65_536,
     "seed": 2**63 - 1,
 }
-"""Upper bounds for other counts. They are higher than anyone needs, but memory and the libraries can handle them."""
+"""Upper bounds for other counts. They are higher than anyone needs, but low enough for the libraries and for memory."""
 
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")

@@ -41,7 +41,7 @@ from retrieval_tip.store.writer import Writer, write
 T = TypeVar("T", bound="CacheModel")
 
 SUMS_FROM = 8
-"""The sums are only saved if they are at most an eighth of the size of the keys. Otherwise they are recomputed."""
+"""The sums are only saved if they are at most an eighth of the size of the keys. Otherwise, a fit recomputes them."""
 
 
 class KeyEdits(EditableIndex):
@@ -132,8 +132,8 @@ class KeyEdits(EditableIndex):
         The new keys become a segment that is not part of the FAISS index. Once these segments hold as many keys as the
         index, the index is rebuilt.
 
-        Solved values are solved again, or only those of the new keys if the index is large (see :class:`ridge.Ridge`).
-        If the values were trained, the new keys get one-hot rows.
+        If the values were solved, they are solved again. In a large index, only the values of the new keys are solved
+        (see :class:`ridge.Ridge`). If the values were trained, the new keys get one-hot rows.
         """
         matrix, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
         assert self.next_key_id is not None
@@ -208,9 +208,9 @@ class KeyEdits(EditableIndex):
         self._follow()
 
     def solve(self) -> None:
-        """Solve all values again for the current keys and beta. Does nothing if the values were not solved.
+        """Recompute solved values for the current keys and beta. Does nothing if the values were not solved.
 
-        Raises InputError if there are more than :data:`MOST_SOLVED` keys. In that case nothing changes.
+        If there are more than :data:`MOST_SOLVED` keys, raises InputError and leaves the index unchanged.
         """
         if self._ridge is None:
             return
@@ -223,7 +223,7 @@ class KeyEdits(EditableIndex):
         self.values = self._ridge.values(torch.from_numpy(points).to(self.device), self.class_ids)
 
     def compact(self, factory: str | None = None, dtype: Dtype | None = None, *, again: bool = False) -> None:
-        """Merge all segments into one, and build the index over it.
+        """Merge all segments into one, and rebuild the FAISS index.
 
         Args:
             factory: the new type of the index. If it is ``auto``, :func:`keys.auto_for` selects the type and ``k``.
@@ -257,7 +257,7 @@ class KeyEdits(EditableIndex):
     def set_fitted(
         self, metric: tip.Metric | None, values: Tensor | None, fitted: Fitted | None, factory: str | None = None
     ) -> None:
-        """Set the metric and the values, and build the index over the points.
+        """Set the metric and the values, and rebuild the FAISS index over the transformed keys.
 
         ``factory`` defaults to the current type. All keys must be in one segment. Raises UsageError if the factory is
         invalid.
@@ -312,26 +312,26 @@ class CacheModel(KeyEdits):
     ``dataclasses.replace``. Do not modify the arrays in place.
 
     Attributes:
-        keys: the keys as a float32 or float16 array of shape ``[n, d]``, grouped by class. They can also be several
-            segments, of which the FAISS index covers the first.
+        keys: the keys as a float32 or float16 array of shape ``[n, d]``, grouped by class. They can also be split into
+            several segments. In that case, the FAISS index only covers the first segment.
         labels: the label store, which has one row per key.
         class_names: the names of the ``c`` classes, in order.
-        text_weights: the text weights as a float32 tensor of shape ``[c, d]``. They are zero if there is no text.
+        text_weights: the text weights as a float32 tensor of shape ``[c, d]``. If the index has no text, they are zero.
         index: the FAISS index over the first segment.
         settings: the defaults for every call.
         values: the solved or trained values as a float32 tensor of shape ``[n, c]`` on the device (see
             :class:`tip.Values`), or ``None`` if values are one-hot.
         metric: the fitted metric, or ``None``.
-        points: the transformed keys ``phi(K)``, in the same dtype and segments as ``keys``. They are computed if they
-            are missing.
+        points: the transformed keys ``phi(K)``, in the same dtype and segments as ``keys``. If you do not pass them,
+            they are computed.
         fitted: a description of how the metric and the values were fitted (see :mod:`fit.closed_form`), or ``None``.
         tuned: the safetensors file of the fine-tuned encoder.
         curve: the loss curve of the training, which has one row per epoch.
         precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
         class_ids: the class ids as an int64 tensor of shape ``[n]`` on the device, derived from ``labels``.
-        sums: the sums that a metric is fitted from, if known. Edits update them.
+        sums: the sums that are needed to fit a metric, if known. Edits keep them up to date.
         folder: the index folder that this index was loaded from or saved to.
-        version: the number of its version in that folder.
+        version: the version number of this index in that folder.
         next_key_id: the smallest key id that has never been used.
         built: the options that the index was built with.
 
@@ -485,7 +485,7 @@ class CacheModel(KeyEdits):
     def exact_logits(self, features: Features) -> Tensor:
         """Return logits over all keys, computed in float64. This is useful for solved or trained values.
 
-        Such values partly cancel, so in float32 the last digits depend on which queries are in the same batch.
+        The contributions of such values partly cancel, so in float32 the rounding error depends on the batch.
         """
         terms = self.retrieval.double().terms(self._queries(features).double())
         self._check(terms)
@@ -548,10 +548,11 @@ class CacheModel(KeyEdits):
             folder: the index folder.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             precision: the dtype that is used to multiply queries with all keys. ``auto`` selects the fastest dtype that
-                is accurate enough on this machine. ``float32`` gives the same answers on every machine, up to rounding.
+                is accurate enough on this machine. ``float32`` gives the same answers on every machine, up to rounding
+                error.
             verify: ``full`` to compare every file with its digest, or ``fast`` to compare only the size of large files.
-            check: a check that has already been started. If it is given, the version that it checks is opened.
-            version: the number of an earlier version. Defaults to the current version.
+            check: a check that has already been started. If it is given, the version under check is opened.
+            version: the version number to open. Defaults to the current version.
 
         Raises StoreError if a file is missing or damaged, has a newer format, or does not match the manifest.
         """
@@ -585,7 +586,7 @@ class CacheModel(KeyEdits):
     def reload(self) -> Self:
         """Return the current version of the folder, or the index itself if it is up to date.
 
-        Settings that you have changed but not saved are lost. Raises UsageError if the index has no folder.
+        Unsaved changes to the settings are lost. Raises UsageError if the index has no folder.
         """
         if self.folder is None or self._stored is None:
             raise UsageError("reload: the index has no folder; save it first")
@@ -598,7 +599,7 @@ class CacheModel(KeyEdits):
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
         """Write the next version of an index folder, or the first version of a new folder (see :func:`writer.write`).
 
-        Unchanged files are shared with the previous version. ``change`` is used as the entry in the history.
+        Unchanged files are shared with the previous version. ``change`` describes the new version in the history.
 
         Raises:
             StoreError: if the folder cannot be written, if it has changed since it was loaded, or if ``tuned`` is not a
@@ -625,7 +626,7 @@ class CacheModel(KeyEdits):
     def commit(self, writer: Writer, change: str) -> None:
         """Write the files that have changed, and make this index the current version.
 
-        The file ``tuned`` is copied into the folder, and the attribute then refers to the copy.
+        The file ``tuned`` is copied into the folder. Afterwards, the attribute refers to the copy.
         """
         contents = _contents(self).write(writer, self._stored)
         self.tuned = contents.weights
@@ -686,7 +687,7 @@ def _commit(cache: CacheModel, writer: Writer, change: str) -> Check:
 
 
 def verify(folder: str | os.PathLike[str]) -> CacheModel:
-    """Check every byte in all versions of an index folder, and check that its parts are consistent.
+    """Verify every byte in all versions of an index folder, and check that the files are consistent.
 
     Returns the opened index. Raises StoreError if a file is damaged or does not match the others.
     """

@@ -51,8 +51,8 @@ class Classifier:
     """Few-shot image classifier.
 
     Attributes:
-        cache: the index (see :class:`CacheModel`). Use it for everything that has no method in this class.
-        encoder: the encoder that computes the features of photos, in the same way as for the index.
+        cache: the index (see :class:`CacheModel`). Use it for operations that have no method in this class.
+        encoder: the encoder that computes the features of new photos, with the same preprocessing as for the index.
 
     Examples:
         >>> clf = Classifier.from_folder("photos")  # one folder per class
@@ -175,7 +175,7 @@ class Classifier:
         *,
         device: str = "auto",
     ) -> Self:
-        """Open an index from its folder or store address, and load its encoder.
+        """Open an index folder or a LanceDB store (``lance://``, ``s3://`` or ``gs://``), and load its encoder.
 
         If the encoder of the index cannot be loaded by its name, pass it as ``model``, as for :meth:`from_folder`. If
         the index was built from features of an unnamed encoder, it can only classify features.
@@ -329,7 +329,7 @@ class Classifier:
         return added.key_ids
 
     def save(self, folder: str | os.PathLike[str]) -> Self:
-        """Copy the index to a new folder or store address, and use the copy from now on."""
+        """Copy the index to a new folder or LanceDB store, which this classifier uses from now on."""
         changes.clone(self._place(), folder)
         self.cache = places.at(folder).load(device=self.cache.device)
         if self._temporary is not None:
@@ -411,7 +411,7 @@ class Classifier:
         private: bool = False,
         token: str | None = None,
     ) -> str:
-        """Upload the index and a model card to the Hugging Face hub, and return the address.
+        """Upload the index and a model card to the Hugging Face hub, and return the URL.
 
         ``repository`` is the name ``ORG/NAME``. The upload includes the features, the labels and the paths of the
         shots, but no photos and no earlier versions. If you pass a labelled source as ``test``, the card also shows the

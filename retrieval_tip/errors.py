@@ -29,7 +29,7 @@ class InputError(RetrievalTipError, ValueError):
 
 
 class BackboneError(RetrievalTipError):
-    """Raised when a backbone cannot be loaded, or when it is not the one that computed the features."""
+    """Raised when a backbone cannot be loaded, or when the features were computed by a different backbone."""
 
 
 class StoreError(RetrievalTipError):

@@ -47,10 +47,11 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     effect at the next fit.
 
     Args:
-        text_weights: the text weights ``W``, as unit vectors of shape ``[c, d]``. They are in the order of
-            ``class_names``, or of the sorted classes, and are not normalised. If ``None``, only the shots are used.
+        text_weights: the text weights ``W``, as unit vectors of shape ``[c, d]``. The rows are in the order of
+            ``class_names``, or in the order of the sorted labels if ``class_names`` is not given. They are not
+            normalised. If ``None``, only the shots are used.
         class_names: the ``c`` labels, in the order of ``text_weights``. Classes that do not occur in ``y`` are scored
-            by their text only. Defaults to the sorted labels of ``y``.
+            using only their text. Defaults to the sorted labels of ``y``.
         alpha: the weight of the cache relative to the text, which must be at least 0. With a number, the classifier is
             Tip-Adapter as published. With ``auto``, the metric, the values, alpha, beta and the temperature are fitted
             to the rows in closed form (see :func:`retrieval_tip.fit.closed_form.fit`).
@@ -130,7 +131,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         """Add the rows of ``X`` to the keys. The result is the same as a :meth:`fit` on all rows so far.
 
         Each call rebuilds the index, so it is faster to pass many rows at once. ``classes`` lists all possible labels.
-        It must be passed to the first call, unless ``class_names`` is set. After an error, nothing has changed.
+        It must be passed to the first call, unless ``class_names`` is set. If a call raises an error, the estimator
+        does not change.
         """
         if not hasattr(self, "cache_"):
             if classes is None and self.class_names is None:

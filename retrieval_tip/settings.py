@@ -49,9 +49,9 @@ def check_choice(name: str, value: object, alias: object) -> None:
 
 
 ADDED_AFTER_FORMAT_1 = {"later": True}
-"""Metadata of a setting that was added after format 1. If an older manifest is read, the setting has its default."""
+"""Metadata of a setting that was added after format 1. When an older manifest is read, the default is used."""
 FITTED = ("least_cache", "log_offset")
-"""Settings that can only be set by a fit. If there was no fit, they are ``None``."""
+"""Settings that can only be set by a fit. If the index has not been fitted, they are ``None``."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Settings:
         k: the number of nearest keys to use per query. If it is ``None``, all keys are used, as in Tip-Adapter.
         tail: whether to estimate the contribution of the other keys, if ``k`` is set (see :func:`tip.cache_logits`).
         temperature: the divisor of the logits, which is only used for probabilities. It must be above 0.
-        log_offset: the offset ``o``, above 0, with which ``C`` is replaced by ``log(1 + max(C, 0) / o)``. If it is
-            ``None``, ``C`` is used directly.
+        log_offset: the offset ``o`` of the link, which must be above 0. If it is given, ``log(1 + max(C, 0) / o)``
+            replaces ``C``.
         least_cache: a threshold for the largest cache logit of a query. Queries below it are ``unlike``. If it is
             ``None``, queries are not checked.
 
@@ -127,8 +127,8 @@ class Settings:
 class Fitted:
     """A record of the metric and the values that were fitted to the shots of an index (see :mod:`fit.closed_form`).
 
-    A metric has a ``shrinkage``, and solved values have a ``ridge``. ``keys`` is the number of keys at the time of the
-    fit.
+    ``shrinkage`` is only set if there is a metric, and ``ridge`` only if the values were solved. ``keys`` is the number
+    of keys at the time of the fit.
     """
 
     metric: str
@@ -162,7 +162,7 @@ class Built:
         source: the name of the labelled source.
         shots: the number of shots drawn per class, or ``None`` if all were used.
         seed: the random seed for the shots and the views.
-        views: the number of views whose mean feature is a key.
+        views: the number of views that are averaged to compute a key.
         auto_index: whether the type of the index depends on the number of keys.
     """
 

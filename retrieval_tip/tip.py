@@ -3,7 +3,8 @@
 The code uses the notation of the paper:
 
 - ``f`` ``[q, d]``: the features of the queries, which have unit norm.
-- ``K`` ``[n, d]``: the keys, which are the features of the labelled shots. They have unit norm unless fine-tuned.
+- ``K`` ``[n, d]``: the keys, which are the features of the labelled shots. They have unit norm unless they were
+  fine-tuned.
 - ``V`` ``[n, c]``: the values, which say how much each key adds to each class. By default they are one-hot labels.
 - ``W`` ``[c, d]``: the text weights of the classes.
 
@@ -25,7 +26,7 @@ from torch.nn.functional import embedding_bag
 from retrieval_tip.settings import Settings
 
 LARGEST = torch.finfo(torch.float32).max
-"""Largest factor that torch accepts. If a larger alpha is given, the logits overflow in any case."""
+"""Largest factor that torch accepts. With a larger alpha, the logits would overflow anyway."""
 
 
 def answer(
@@ -167,7 +168,8 @@ class Values:
     - ``matrix`` ``[n, c]``: row i holds the values ``V_i`` of key i, in the dtype of the weights.
     - ``rows`` ``[q, k]`` int64: the row of each retrieved key. Empty slots may hold any row. If ``rows`` is ``None``,
       column j of the affinity belongs to row j.
-    - ``sums`` ``[c, c]``: row g holds the sum of the values of all keys of class g. Only a tail needs it.
+    - ``sums`` ``[c, c]``: row g holds the sum of the values of all keys of class g. It is only needed to compute a
+      tail.
     """
 
     matrix: Tensor

@@ -5,10 +5,10 @@ The fit replaces two parts of the formula in :mod:`tip`::
     metric     phi(x) = unit((x - m) T),   T = ((1 - s) S + s tr(S) / d I)^(-1/2)
     values     V = (G + lambda I)^-1 Y,    G = exp(-beta (1 - phi(K) phi(K)^T))
 
-``S`` is the scatter of the shots within classes, of shape ``[d, d]``, so directions that vary within a class count
-little. The metric is the shared covariance of Gaussian discriminant analysis (Wang et al., GDA-CLIP, ICLR 2024). The
-values are kernel ridge regression (Bendou et al., ProKeR, CVPR 2025). The form of both is selected from
-:mod:`fit.forms` by cross-validation on the shots.
+``S`` is the within-class scatter of the shots, of shape ``[d, d]``, so the metric gives little weight to directions
+that vary within a class. It uses the shared covariance of Gaussian discriminant analysis (Wang et al., GDA-CLIP, ICLR
+2024). The values are computed by kernel ridge regression (Bendou et al., ProKeR, CVPR 2025). Cross-validation on the
+shots selects one of the combinations in :mod:`fit.forms`.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ IntArray = npt.NDArray[np.int64]
 FOLDS, MOST_FOLDS = 4, 8
 """Number of folds to select a form, and to evaluate the selected form if there are few keys."""
 CHOSEN_ON, CHOSEN_SHOTS, JUDGED = 2048, 32, 4096
-"""Maximum number of keys to select a form, of such keys per class, and of photos to evaluate the selected form."""
+"""To select a form, maximum number of keys and of keys per class. To evaluate it, maximum number of photos."""
 LEAST_SHOTS = 3
-"""Minimum number of photos per class to select a form. With two, each fold would fit a single photo."""
+"""Minimum number of photos per class to select a form. With two photos, each fold would be fitted to only one."""
 AFFINITIES = 1 << 28
 """Maximum number of affinities to evaluate the selected form if there are very many keys."""
 LEAST_OF_A_FOLD = 0.1
-"""Smallest fraction of a further fold that is evaluated, because solving costs the same for any fraction."""
+"""Smallest fraction of another fold to evaluate. Below it, solving the values for the fold is not worthwhile."""
 LEAST_JUDGED = 8
 """Minimum number of held-out photos to select a form."""
 CLASS_FOLDS = 4
@@ -63,18 +63,18 @@ OFFSETS = (None, 0.1, 0.05)
 UNLIKE = 0.05
 """Fraction of the held-out shots that are ``unlike``, which sets the threshold."""
 LONG, GROWN = 1.1, 5.0
-"""Norm of keys above which a fit warns, and largest beta (norm^2 - 1) of a form that has no metric. Beyond it, the
-weights exp(beta (A - 1)) outgrow any ridge.
+"""Norm of keys above which a fit logs a warning, and largest beta (norm^2 - 1) of a form that has no metric. If it is
+larger, the weights exp(beta (A - 1)) outgrow any ridge.
 """
 LEAST_NORM = 1e-9
-"""Smallest norm of the longest key, because torch normalises shorter vectors to 0."""
+"""Minimum norm of the longest key. torch normalises shorter vectors to 0."""
 STEPS, REACH = 60, 4.0
 """Maximum number of Newton steps, and bound on the logarithms for logits of unit spread."""
 ONE_SHOT_ALPHA, ONE_SHOT_MOST, ONE_SHOT_ALONE, ONE_SHOT_DOUBT = 13.0, 50.0, 70.0, 25
-"""Cache weight for one shot per class, where nothing can be held out: its value for well-calibrated text, its upper
-bound for any text, and its value if there is no text. They were selected on CLIP features of four datasets (12 to 18
-are as good) and one weak text encoder. The last constant is the number of photos that the backbone's own temperature
-counts as.
+"""Cache weight for one shot per class, where no shot can be held out. The constants are the weight for well-calibrated
+text, the upper bound for any text, and the weight if there is no text. They were selected on CLIP features of four
+datasets (where 12 to 18 work equally well) and one weak text encoder. The last constant says how many photos the
+backbone's own temperature is worth.
 """
 
 
@@ -164,9 +164,9 @@ def blend(text: Tensor | None, cache: Tensor, ids: Tensor, weights: Tensor | Non
     """Fit ``a`` and ``b`` to text and cache logits of shape ``[q, c]``, for queries that have the class ``ids``.
 
     Newton's method minimises the cross-entropy of ``softmax(a text + b cache)``, which is convex in ``a, b >= 0``, in
-    terms of ``log a`` and ``log b``. ``weights`` are query weights of mean 1. As in Platt scaling (1999), the label
-    counts ``(q + 1) / (q + 2)`` and the other classes share the rest. This keeps ``a`` and ``b`` finite even if all
-    answers are right.
+    terms of ``log a`` and ``log b``. ``weights`` are query weights of mean 1. As in Platt scaling (1999), the target of
+    the correct class is ``(q + 1) / (q + 2)``, and the other classes share the rest. This keeps ``a`` and ``b`` finite
+    even if all answers are right.
     """
     q, c = cache.shape
     if weights is None:
@@ -250,8 +250,8 @@ class Folds:
     def with_classes(self, images: IntArray, judged: int) -> Folds:
         """Also hold out whole classes, if some classes have text but no shots.
 
-        A held-out class resembles a class that has no shots, because only the text knows it. Both kinds of held-out
-        photos are weighted by their fraction of the classes.
+        A held-out class resembles a class that has no shots, because it can only be recognised by its text. Its photos
+        are weighted as described in :attr:`weights`.
         """
         ids = self.ids.numpy()
         own = np.unique(ids)
@@ -272,7 +272,7 @@ class Folds:
 
     @property
     def halves(self) -> bool:
-        """Whether a fold leaves about half of the shots, so that it says little about the similarity to all of them."""
+        """Whether only about half of the shots remain in a fold. Their cache logits differ from those of all shots."""
         return any(len(held.rows) < 0.6 * len(self.ids) for held in self.held if not held.of_classes)
 
     @property
@@ -330,7 +330,7 @@ class Folds:
         return blend(*self.logits(form), self.weights)
 
     def logits(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Return the text and cache logits and the class ids of held-out photos, by a form fitted to the others."""
+        """Fit a form to the other photos, and return the text and cache logits and the class ids of held-out photos."""
         cache = torch.cat([self._cache(form, held, fold) for fold, held in enumerate(self.held)])
         features, ids = (torch.cat([getattr(held, name) for held in self.held]) for name in ("features", "ids"))
         return None if self.text is None else tip.affinity(features, self.text), cache, ids
@@ -378,7 +378,7 @@ class FormChoice:
     ``photos``, ``words`` and ``both`` are the accuracies of the cache, the text and the blend. ``words`` is ``None`` if
     there is no text. All three are ``None`` if no photo could be held out. ``weakest`` lists classes with mistakes,
     least accurate first, with their numbers of correct answers and of held-out photos. ``longest`` is the largest norm
-    of a key. ``without_shots`` is the number of classes that only the text knows.
+    of a key. ``without_shots`` is the number of classes that have text but no shots.
     """
 
     form: Form
@@ -406,7 +406,7 @@ class FormChoice:
 
     @property
     def warnings(self) -> Iterator[str]:
-        """Weaknesses of the fit that a user should know."""
+        """Weaknesses of the fit that the user should know about."""
         if self.words is not None and self.photos is not None and self.both is not None and self.photos > self.both:
             yield (
                 f"class names do not help: photos alone {100 * self.photos:.1f} %, with class names "
@@ -439,17 +439,18 @@ def fit(
 ) -> FormChoice:  # fmt: skip
     """Fit the metric, the values, alpha, beta and the temperature of an index to its own shots.
 
-    The form is selected on folds of the shots, where views of one photo stay together, or on ``validation`` images. The
-    first form is kept unless another one is at least as accurate and its cross-entropy is lower by more than two
-    standard errors of the difference. This prevents overfitting when there are few shots. Classes that have one photo
-    are fitted but not evaluated. If all classes have one photo, the settings are fixed. The temperature follows from
-    the :func:`blend`.
+    The form is selected by cross-validation on the shots (all views of a photo are in the same fold), or on
+    ``validation`` images. The first form is kept unless another form is at least as accurate and lowers the
+    cross-entropy by more than two standard errors of the difference. This prevents overfitting when there are few
+    shots. Classes that have a single photo are used to fit but not to evaluate. If every class has a single photo,
+    nothing can be evaluated, so predetermined settings are used. The temperature is determined by the :func:`blend`.
 
     Args:
         cache: the index, which must have a single segment. Its current metric and values are ignored.
         metric: the kind of metric. By default, it is selected on the shots.
-        values: the kind of values. By default, they are selected on the shots. They are one-hot above
-            :data:`MOST_SOLVED` keys, or if the index retrieves ``k`` keys, because solved values need all keys.
+        values: the kind of values. By default, they are selected on the shots. One-hot values are used if there are
+            more than :data:`MOST_SOLVED` keys, or if the index retrieves only ``k`` keys, because solved values need
+            all keys.
         validation: the queries to evaluate on instead of the shots.
         factory: the type of the index over the fitted keys. Defaults to the current type.
         forms: the forms to select from.
@@ -490,9 +491,9 @@ def fit(
 
 
 def refit(cache: Shots, beta: float) -> FormChoice:
-    """Fit alpha, the temperature and the threshold of ``unlike`` to another beta, and keep the form.
+    """Refit alpha, the temperature and the threshold of ``unlike`` for another beta, without changing the form.
 
-    If there are too few shots, only beta changes. Values are not solved for the new beta, so make sure that you call
+    If there are too few shots, only beta changes. The values are not solved for the new beta, so call
     :meth:`cache_model.KeyEdits.solve` next.
     """
     start, settings, form = time.perf_counter(), replace(cache.settings, beta=beta), Form.of(cache.fitted, beta)
@@ -616,7 +617,7 @@ def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence
         blended = replace(blended, a=1.0, b=blended.b / max(blended.a, 1.0) * folds.covered)
     least: float | None = None
     if not folds.halves:
-        if form.values is None:  # one-hot values sum over the keys of a class, and a fold has fewer of them
+        if form.values is None:  # one-hot values sum over the keys of a class, and a fold contains fewer keys
             share = torch.cat([torch.full((len(held.ids),), len(held.rows) / len(folds.ids)) for held in folds.held])
             cache = cache / share[:, None]
         least = _quantile(tip.log_cache(cache, offset).amax(1), UNLIKE, weights)
@@ -634,7 +635,7 @@ def _quantile(values: Tensor, share: float, weights: Tensor | None) -> float:
 
 
 def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tuple[str, int, int]]:
-    """Return the classes with mistakes, least accurate first, with their right answers and their photos."""
+    """Return the classes with mistakes, least accurate first, with the numbers of correct answers and photos."""
     held, correct = (torch.bincount(part, minlength=len(class_names)) for part in (ids, ids[right]))
     missed = torch.nonzero(held > correct)[:, 0].tolist()
     missed.sort(key=lambda c: (int(correct[c]) / int(held[c]), -int(held[c])))
@@ -644,9 +645,9 @@ def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tup
 def _unjudged(cache: Shots, forms: Sequence[Form], covered: float) -> tuple[Form, Settings]:
     """Return the form and the settings for shots that cannot be held out.
 
-    The text has not seen the shots, so its temperature T can still be fitted to them. If the text is overconfident
-    (T > 1), photos count T^2 times as much: ``softmax(text / T + 13 T^2 cache)``. The share of classes that have shots,
-    ``covered``, scales the weight of photos.
+    The text weights do not depend on the shots, so their temperature T can still be fitted to the shots. If the text is
+    overconfident (T > 1), the cache gets T^2 times as much weight: ``softmax(text / T + 13 T^2 cache)``. This weight is
+    multiplied by ``covered``, the fraction of classes that have shots.
     """
     if all(form.values is None for form in forms):
         alpha, beta = untouched_settings(cache.keys, cache.class_ids.cpu().numpy())
@@ -716,7 +717,7 @@ def _ranks(ids: IntArray, draw: np.random.Generator) -> IntArray:
 
 
 def _held(keys: Keys, ids: IntArray, folds: IntArray, first: IntArray, groups: IntArray, judged: int) -> Iterator[Held]:
-    """Yield about ``judged`` queries by fold, each fold for an index that excludes its ``groups`` of keys."""
+    """Yield about ``judged`` held-out queries, one fold at a time. The index excludes all ``groups`` of a fold."""
     begun = False
     for fold in range(folds.max(initial=-1) + 1):
         asked = first[folds == fold]

@@ -193,8 +193,8 @@ def finetune(
     """Train an index by minimising the cross-entropy of ``logit_scale f W^T + alpha C`` (paper, equation 6).
 
     Args:
-        cache: The index, which is not changed. As in the paper, training starts from Tip-Adapter over the keys of the
-            index and ignores any closed-form fit.
+        cache: The index, which is not changed. As in the paper, training starts from plain Tip-Adapter with the keys of
+            the index. Any closed-form fit is ignored.
         shots: The index's own shots (:func:`own_shots`), as images or as a feature table of views. Rows with the same
             id are views of one shot.
         encoder: The encoder that computes the features. Its backbone is copied for training, and its ``views`` and
@@ -207,8 +207,8 @@ def finetune(
         parent: The name of the index, which is written to the record.
         checkpoint: The file that stores the state after each epoch if an encoder is trained. The caller removes it.
         on_epoch: A function that is called with each row of the curve, and once before training.
-        resume: Whether to continue from ``checkpoint`` if it exists. The result is the same as without an interruption,
-            bit for bit if the device and the number of threads are the same.
+        resume: Whether to continue from ``checkpoint`` if it exists. The result is the same as without an interruption.
+            It is bit-identical if the device and the number of threads are the same.
 
     Raises:
         UsageError: if the index or the backbone does not support the recipe, or if training does not fit in memory.
@@ -443,7 +443,7 @@ class _Material:
 
 
 class _Run:
-    """A training run, which ``told`` identifies in a checkpoint."""
+    """A training run. ``told`` identifies the run in a checkpoint."""
 
     def __init__(
         self, cache: CacheModel, material: _Material, recipe: Recipe, told: Mapping[str, object] | None = None,

@@ -1,8 +1,8 @@
 """Forms, which are the combinations of a metric, values and beta that a fit selects from.
 
-To add a metric or values, write a class that fits itself to the shots, and add a form with it to :data:`FORMS`. To
-offer the metric in ``--metric``, add its name to ``MetricName`` in settings.py. New values must also support adding and
-removing keys (see :mod:`retrieval.ridge`).
+To add a metric or values, write a class whose ``fit`` method takes the shots, and add a form that uses the class to
+:data:`FORMS`. To offer the metric in ``--metric``, add its name to ``MetricName`` in settings.py. New values must also
+support adding and removing keys (see :mod:`retrieval.ridge`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from retrieval_tip.settings import Fitted
 from retrieval_tip.store.sums import Sums
 
 SMALLEST_EIGENVALUE = 1e-7
-"""Smallest eigenvalue of a scatter relative to the mean eigenvalue. Smaller ones are float32 noise."""
+"""Smallest eigenvalue of a scatter relative to the mean eigenvalue. Smaller eigenvalues are float32 rounding errors."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Scatter:
 
     @classmethod
     def of(cls, sums: Sums) -> Scatter:
-        """Compute the scatter within classes from sums of keys, or of all keys if each class has only one.
+        """Compute the within-class scatter from sums of keys. If each class has a single key, use the total scatter.
 
         ``S = sum_i r_i r_i^T / n = (sum_i k_i k_i^T - sum_c n_c mu_c mu_c^T) / n``, where ``r_i`` is the difference
         between a key and its class mean. ``m`` is the mean of the class means, so that every class counts the same.
@@ -51,7 +51,7 @@ class Scatter:
 
     @classmethod
     def of_few(cls, keys: Tensor, ids: Tensor, c: int) -> Scatter:
-        """Compute the same for fewer than ``d`` keys, from the Gram matrix of the ``r_i``."""
+        """Compute the same scatter for fewer than ``d`` keys, using the Gram matrix of the ``r_i``."""
         wide = keys.double()
         sums = torch.zeros(c, keys.shape[1], dtype=torch.float64).index_add_(0, ids, wide)
         mean, centres = _centres(torch.bincount(ids, minlength=c).numpy(), sums.numpy())
@@ -65,7 +65,7 @@ class Scatter:
 def _centres(
     counts: npt.NDArray[np.int64], sums: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return the mean of the class means, and the class means, or the mean of all keys if each class has one key."""
+    """Return the mean of the class means, and the class means. If each class has one key, use the overall mean."""
     means = sums / np.maximum(counts, 1)[:, None]
     centres = means if counts.max() > 1 else np.broadcast_to(sums.sum(0) / counts.sum(), sums.shape)
     return means[counts > 0].mean(0), centres
@@ -87,7 +87,7 @@ class FittedMetric(ABC):
 
 
 class Within(FittedMetric):
-    """The whitening of the scatter within classes, ``T = ((1 - s) S + s tr(S) / d I)^(-1/2)``."""
+    """Whitening of the within-class scatter, ``T = ((1 - s) S + s tr(S) / d I)^(-1/2)``."""
 
     name = "within"
 
@@ -175,10 +175,10 @@ class Form:
 
 
 DEFAULT_FORM = Form(Within(0.8), Solved(0.1), 1.0)
-"""The default form, which is near the best on every dataset tried."""
+"""The default form. On every dataset that was tried, it is close to the best form."""
 
 ONE_SHOT = Form(None, Solved(0.5), 1.0)
-"""The form for one photo per class."""
+"""The form that is used if every class has a single photo."""
 
 FORMS = [
     DEFAULT_FORM,

@@ -9,8 +9,8 @@ their rows are one-hot vectors of ``y`` unless they are trained::
     backward    dA^T = beta w * (V dC^T)                     V dC^T selects a row of dC^T per key if V is one-hot
                 dK = dA^T f,  df = dA K,  dV = w dC
 
-Both directions process the keys in blocks that fit into the CPU cache. Autograd over the plain formula takes 1.2 times
-as long in float32 and 1.6 times as long in bfloat16 (for 16,000 keys of 1,024 values on one thread).
+Both directions process the keys in blocks that fit into the CPU cache. Autograd on the plain formula takes 1.2 times as
+long in float32 and 1.6 times as long in bfloat16 (for 16,000 keys of 1,024 values on one thread).
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from retrieval_tip.settings import Protocol, Settings
 from retrieval_tip.store.labels import images_of
 
 BETAS = np.geomspace(0.1, 100, 31)
-"""Betas to try. Each is 1.26 times the previous one, and accuracy changes slowly on this scale."""
+"""Betas to try. Neighbouring values differ by a factor of 1.26. Accuracy changes slowly on this scale."""
 SURFACE_ALPHAS = 41
 BOOTSTRAP = 1000
 GPU_AFFINITIES = 1 << 27
@@ -75,7 +75,7 @@ class HyperparameterChoice:
     - ``part``: ``text`` if the interval reaches 0, ``cache`` if it has no upper end, and ``both`` otherwise
     - ``best``: the highest accuracy that was found, which a cautious search may not select
     - ``zero_shot``: the accuracy at alpha 0
-    - ``cache_alone``: the best accuracy of the cache alone over all beta and k
+    - ``cache_alone``: the best accuracy using only the cache, for any beta and k
     - ``low``, ``high``: the 95 % confidence interval of the accuracy, from a bootstrap over the queries
     - ``flat``: the fraction of the surface that is within one point of the best accuracy
     - ``warnings``: reasons why the selected settings may be unreliable
@@ -219,8 +219,8 @@ def search(
 ) -> HyperparameterChoice:  # fmt: skip
     """Select the alpha, beta and k that give the highest accuracy on the queries.
 
-    Ties go to the widest interval of alpha, measured as a ratio, and then to ``k = all``. To compensate for hidden
-    keys, a per-class sum over ``m`` of ``n`` keys is multiplied by ``n / m``, so that the settings are valid for the
+    Ties go to the widest interval of alpha, measured as a ratio, and then to ``k = all``. If a query only sees ``m`` of
+    the ``n`` keys of a class, the sum over the class is multiplied by ``n / m``, so that the settings are valid for the
     whole index. If the values are trained, the weight of each visible key is scaled instead.
 
     Args:
@@ -228,7 +228,7 @@ def search(
         queries: Queries from :func:`on_validation`, :func:`leave_one_out` or :func:`folds`.
         betas: The values of beta to try. Defaults to :data:`BETAS`, plus the untouched beta or the beta in ``kept``.
         ks: The values of k to try, where ``None`` stands for all keys. Defaults to all keys and the powers of two up to
-            half the number of keys. An index over classes only tries all keys.
+            half the number of keys. For an index over classes, only all keys are tried.
         cautious: Whether to keep the untouched settings (:mod:`defaults`) unless the best settings are significantly
             better (paired test, 95 %). This is useful when there are few queries.
         kept: The alpha and beta that a cautious search keeps instead of the untouched ones, with ``k = all``. For
@@ -241,7 +241,7 @@ def search(
     """
     if kept is None and cache.fitted is not None:
         kept = cache.settings.alpha, cache.settings.beta
-        if betas is None and cache.fitted.solved:  # values belong to one beta
+        if betas is None and cache.fitted.solved:  # solved values are only valid for one beta
             betas = [cache.settings.beta]
     if kept is not None:
         cache.settings.override(alpha=kept[0], beta=kept[1])  # validates

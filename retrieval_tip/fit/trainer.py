@@ -30,7 +30,7 @@ ENCODER_RATE = 1e-3
 VIEWS = 16
 """Default number of cached views per shot."""
 WORTH = 1.5
-"""Smallest speed-up of matrix products for which ``auto`` selects bfloat16."""
+"""Minimum speed-up of matrix products for which ``auto`` selects bfloat16."""
 SMALL = 1 << 22
 """Maximum number of key values for which ``auto`` keeps float32, because bfloat16 would not save time."""
 TEXTS = 256
@@ -55,8 +55,8 @@ class Recipe:
     - ``settings``: the source of the alpha and beta used in training. ``own`` takes them from the index. ``tried`` also
       trains with a few flatter settings for a quarter of the epochs, and selects on the validation images. Flatter
       settings can help because a sharp exponential has a small gradient. Encoders always use ``own``.
-    - ``alpha``, ``beta``: values to use in training instead. If you give either, ``settings`` is ignored and the other
-      one is taken from the index.
+    - ``alpha``, ``beta``: values to use in training instead. If you give only one of them, the other is taken from the
+      index. In both cases, ``settings`` is ignored.
 
     Raises UsageError if an option is invalid.
     """
@@ -150,7 +150,7 @@ class Trainer:
         logits = self._blend(features, cache_logits, self.text_weights if prompts is None else self._of(prompts))
         loss = functional.cross_entropy(logits, ids)
         hits = (logits.argmax(dim=1) == ids).sum()
-        value, right = torch.stack([loss.detach(), hits.to(loss)]).tolist()  # one wait for the GPU
+        value, right = torch.stack([loss.detach(), hits.to(loss)]).tolist()  # synchronises with the GPU only once
         if math.isfinite(value):
             loss.backward()
             assert cache_logits.grad is not None
@@ -180,7 +180,7 @@ class Trainer:
         return loss / len(ids), right / len(ids)
 
     def refresh(self) -> None:
-        """Compute the text weights again if the text encoder is trained."""
+        """Recompute the text weights if the text encoder is trained."""
         if self._text is not None:
             self.text_weights = self._of(self._text.features(self._prompts))
 

@@ -3,7 +3,7 @@
 Suppose that the cache logits are computed from some of the keys, and that the other keys are omitted or counted at the
 mean affinity of their class (see :func:`tip.at_mean`). The results are then lower bounds on the cache logits over all
 keys, and ``L = text + alpha * cache`` is a lower bound on the logits. This holds if values are one-hot and settings are
-not negative.
+non-negative.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from retrieval_tip.settings import Settings
 def uncertain(terms: tip.Terms, settings: Settings, error: float) -> Tensor:
     """Return, for each query, whether relative errors of up to ``error`` in the cache logits could change the winner.
 
-    The cache logits must not be negative.
+    The cache logits must be non-negative.
     """
     winner = terms.logits(settings).argmax(dim=1, keepdim=True)
     return _highest_other(terms, settings, error, winner) >= _logit_of(terms, settings, winner, -error)

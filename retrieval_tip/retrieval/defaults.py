@@ -1,7 +1,8 @@
 """Default values of alpha and beta for any backbone and any number of shots.
 
 The paper's alpha of 1 and beta of 5.5 work well for CLIP features and 16 shots. However, the cache term grows with the
-number of shots, and the spread of the affinities depends on the backbone. The defaults are therefore in units of both.
+number of shots, and the spread of the affinities depends on the backbone. The defaults are therefore expressed relative
+to both quantities.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from retrieval_tip.retrieval.segments import Keys
 from retrieval_tip.settings import Normalize, check_choice
 
 UNTOUCHED = {"both": (0.7, 1.0), "shots": (20.0, 5.5), "affinity": (0.035, 1.0), "none": (1.0, 5.5)}
-"""Default alpha and beta for each unit. For ``none`` they are from the paper. The others are equivalent at 16 shots."""
+"""Default alpha and beta in each unit. For ``none``, they are those of the paper. All are equivalent at 16 shots."""
 
 DOUBT = 4
 """Number of pseudo-shots added to each class, so that a few shots have less weight (selected on validation data)."""
 
 STEEPEST = 60.0
-"""Upper limit for the exponent ``beta (1 - mean)`` of a default. Otherwise near-identical images overflow float32."""
+"""Upper limit for the exponent ``beta (1 - mean)`` of a default. It prevents overflow for near-identical images."""
 
 SAMPLE = 4096
 """Maximum number of keys whose affinities are measured."""

@@ -1,7 +1,8 @@
 """Compute cache logits over all keys or over whole classes, from keys that are grouped by class.
 
 The computation is done in blocks, so that memory usage does not grow with the number of keys and queries. The blocks
-reuse memory, because allocating a page takes as long as computing its sums. See :mod:`tip` for the formula.
+reuse memory, because allocating a page of memory takes as long as computing the sums in it. See :mod:`tip` for the
+formula.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ QUERY_BLOCK, KEY_BLOCK = 512, 2048
 """Maximum number of queries and keys in a block of affinities. A block takes 4 MiB, which fits in the CPU cache."""
 
 GPU_BLOCKS = 8
-"""Factor by which both block sizes are larger on a GPU."""
+"""Factor by which both block sizes are multiplied on a GPU."""
 
 GATHERED = 1 << 23
 """Maximum number of values to gather at a time if each query has its own keys. In float32, they take 32 MiB."""
 
 FEW = 8
-"""Maximum number of queries per class for which keys are the rows of the product. Otherwise, queries are the rows."""
+"""If there are more queries per class than this, the rows of the matrix product are queries instead of keys."""
 
 SPREAD_QUERIES, SPREAD_CLASSES, SPREAD_KEYS = 256, 8, 64
 """Sample sizes for :meth:`KeyStream.slack`: number of queries, nearest classes per query, and keys per class."""
@@ -79,8 +80,8 @@ def index_over(
 ) -> VectorIndex:
     """Build a FAISS index over keys that are grouped by class. If the factory is ``Classes``, index the class means.
 
-    Class means are searched with four times the usual effort, because the keys of a missed class are lost. Raises the
-    same errors as :meth:`VectorIndex.build`.
+    Class means are searched with four times the usual effort, because if the search misses a class, all its keys are
+    lost. Raises the same errors as :meth:`VectorIndex.build`.
     """
     if inner_factory(factory) is None:
         return VectorIndex.build(keys, factory, device)
@@ -93,7 +94,7 @@ def index_over(
 def beside(index: VectorIndex, late: Sequence[KeyArray], class_ids: IntArray, counts: IntArray) -> VectorIndex:
     """Extend the index over the first segment by the ``late`` segments.
 
-    The keys of the late segments become additional rows, or change the class means if the index is over these.
+    The late keys become additional rows. If the index is over class means, the late keys change the means instead.
     ``class_ids`` are the class ids of the late keys. ``counts`` is the number of keys per class in the first segment.
     """
     bare = index.bare()
@@ -180,14 +181,14 @@ class KeyStream(ABC):
 
     @cached_property
     def sums(self) -> Tensor:
-        """Sum of the keys in each class, of shape ``[c, d]``, which the tail is computed from."""
+        """Sum of the keys in each class, of shape ``[c, d]``. It is needed to compute the tail."""
         if self._known_means is not None:
             return self.means * self.counts[:, None]
         return self.by_class(self.blocks(), self.d)
 
     @cached_property
     def means(self) -> Tensor:
-        """Mean of the keys in each class, of shape ``[c, d]``. It is not normalised. Empty classes have zeros."""
+        """Mean of the keys in each class, of shape ``[c, d]``. It is not normalised, and is 0 for empty classes."""
         if self._known_means is not None:
             return torch.from_numpy(self._known_means()).to(self.device)
         return self.sums / self.counts.clamp_min(1)[:, None]
@@ -248,8 +249,8 @@ class KeyStream(ABC):
         """Estimate by how much the cache logit of a class can exceed its value at the mean affinity.
 
         The relative excess is ``mean of exp(beta a_i) / exp(beta mean of a_i) - 1`` over the keys of a class. It is
-        measured once, using a sample of keys as queries, and the classes that are nearest to each query. The result is
-        the quantile :data:`SPREAD_QUANTILE` of the measured values.
+        measured once, for a sample of keys that are used as queries and the classes nearest to each query. The result
+        is the quantile :data:`SPREAD_QUANTILE` of the measured values.
         """
         if beta not in self._slack:
             self._slack[beta] = self._measured_slack(beta)
@@ -280,7 +281,7 @@ class KeyStream(ABC):
 
         ``features`` must be float32 and on the device. ``products`` is the dtype of the products, which defaults to
         :meth:`products`. In half precision, the affinity is computed as ``A = f m + f (K - m)``, where ``m`` is the
-        mean of the keys. Only the second term is rounded, which is about a quarter of the affinity. The result has the
+        mean of the keys. Only the second term, which is about a quarter of the affinity, is rounded. The result has the
         shape ``[q, c]``.
         """
         if values is not None:
@@ -403,7 +404,7 @@ class Keys(KeyStream):
         return None if resident is None else Product(resident).search(features, min(k, self.n))
 
     def value_sums(self, values: Tensor) -> Tensor:
-        """Return the per-class sums of the values, of shape ``[c, c]``, which the tail is computed from."""
+        """Return the per-class sums of the values, of shape ``[c, c]``. They are needed to compute the tail."""
         if self._value_sums is None or self._value_sums[0] is not values:
             parts = [slice(start, start + KEY_BLOCK) for start in range(0, self.n, KEY_BLOCK)]
             blocks = ((values[part], self.class_ids[part]) for part in parts)

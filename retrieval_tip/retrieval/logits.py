@@ -21,7 +21,7 @@ LOGITS = 1 << 25
 """Maximum number of logits in a block. In float32, they take 128 MiB."""
 
 LEAST_CLASSES = 2
-"""Minimum number of classes that a query visits. With a single class, the logit of the runner-up is not exact."""
+"""Minimum number of classes that a query visits. With a single class, the logit of the runner-up would not be exact."""
 
 CLOSE = 1e-3
 """Bound on the relative error of cache logits in half precision, per unit of beta.
@@ -87,8 +87,8 @@ class Retrieval(ABC):
     def terms(self, features: Tensor, *, certify: bool = False, neighbours: int = 0) -> AnswerTerms:
         """Compute the text and cache logits.
 
-        By default, all keys are used. If the settings have a ``k``, about ``k`` keys are used, and the tail counts the
-        other keys at their mean affinity. If ``certify`` is true, the result also says whether each query is decided.
+        By default, all keys are used. If ``k`` is set, about ``k`` keys are used, and the tail counts the other keys at
+        their mean affinity. If ``certify`` is true, the result also says for each query whether the winner is certain.
         If each query retrieves its own keys, the result also includes ``neighbours`` shots for each answer. Otherwise,
         :meth:`contributors` finds them.
         """

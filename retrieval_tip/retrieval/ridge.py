@@ -19,14 +19,14 @@ from retrieval_tip.retrieval.labelled_keys import LabelledKeys
 IntArray = npt.NDArray[np.int64]
 
 MOST_SOLVED = 1 << 14
-"""Maximum number of keys whose values are solved at once. The system has n^2 entries and takes n^3 / 3 operations."""
+"""Maximum number of keys to solve at once. The system has n^2 entries, and solving it takes n^3 / 3 operations."""
 
 SOLVED_AGAIN = 4096
-"""Maximum number of keys for which a change solves all values again, which takes a second."""
+"""If there are at most this many keys, every edit solves all values again, which takes a second."""
 
 
 def class_weights(counts: Tensor) -> Tensor:
-    """Return the weights ``mean(n) / n_c`` of shape ``[c]``, with which all classes count the same.
+    """Return weights ``mean(n) / n_c`` of shape ``[c]``, which make all classes count the same.
 
     The mean is taken over the classes that have keys.
     """
@@ -99,8 +99,8 @@ class Ridge:
     def _solve(self, points: Tensor, gram: Tensor, targets: Tensor, ridges: Tensor) -> Tensor:
         if float(gram.diagonal().max()) * torch.finfo(gram.dtype).eps < float(
             ridges.min()
-        ):  # else rounding hides the ridge
-            with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # torch's stubs lack it
+        ):  # otherwise rounding errors hide the ridge
+            with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # missing in torch's type stubs
                 return tip.ridge_values(gram, targets, ridges)
         longest = float(torch.linalg.vector_norm(points.double(), dim=1).max())
         raise InputError(

@@ -31,7 +31,7 @@ HEADER = 45
 """Size of the smallest index file in bytes, which is the header of an empty flat index."""
 
 GPU_MAX_K = 2048
-"""Maximum number of keys that FAISS can retrieve on a GPU, and of lists that it can probe there."""
+"""Maximum number of keys that FAISS can retrieve, and of lists that it can probe, on a GPU."""
 
 PRODUCTS, QUERIES = 1 << 27, 4096
 """Maximum number of affinities and of queries per block on a GPU. In float32, the affinities take 512 MiB."""
@@ -155,8 +155,8 @@ class VectorIndex:
         """Return a copy of this index that has other vectors at the given ``rows``. The index is not trained again.
 
         The new vectors replace existing rows, or are appended after the last row. ``rows`` must be ascending and must
-        not leave a gap. ``vectors`` is called by the first search. Every query is compared with all new vectors, and
-        they are not saved.
+        not leave a gap. ``vectors`` is called on the first search. Every query is compared with all new vectors. The
+        new vectors are not saved to the index file.
         """
         longer = copy.copy(self)
         longer._late, longer._late_rows, longer._late_vectors = None, rows, vectors
@@ -200,7 +200,7 @@ class VectorIndex:
     def save(self, path: Path) -> None:
         """Write the CPU version of the index to ``path``. Raises StoreError if the file cannot be written."""
         try:
-            with path.open("wb") as file:  # if FAISS opens the file, it ignores a full disk
+            with path.open("wb") as file:  # FAISS would not report a full disk if it opened the file itself
                 faiss().write_index(self._cpu, faiss().PyCallbackIOWriter(file.write))
         except RuntimeError as error:
             raise StoreError(f"{path}: FAISS cannot write it ({_reason(error)})") from None
@@ -342,11 +342,11 @@ class VectorIndex:
 
 
 class GpuCopy:
-    """A copy of a FAISS index on a GPU, which is made by the first search.
+    """A copy of a FAISS index on a GPU, which is created on the first search.
 
     If the index is ``Flat``, only its vectors are copied, and torch is used for the search. Other types are cloned by
-    FAISS. If a single GPU is too small and the device does not name one, the index is spread over all GPUs. If the
-    search has to run on the CPU, a warning is logged once.
+    FAISS. If the index is too large for a single GPU and ``device`` does not select one, the index is spread over all
+    GPUs. If the search has to run on the CPU, a warning is logged once.
     """
 
     def __init__(self, index: FaissIndex, device: str, half: bool) -> None:
@@ -355,7 +355,7 @@ class GpuCopy:
         self._tried, self._held = False, None
 
     def get(self) -> FaissIndex | None:
-        """Return the copy, which is made if necessary, or ``None`` if searches run on the CPU."""
+        """Return the copy, creating it if necessary, or ``None`` if searches run on the CPU."""
         if not self._wanted:
             return None
         with _GPU:
@@ -406,7 +406,7 @@ class GpuCopy:
         return None
 
     def _copy(self) -> FaissIndex:
-        """Make the copy. Raises RuntimeError if this is not possible."""
+        """Create the copy. Raises RuntimeError if this is not possible."""
         number = int(self._number or torch.cuda.current_device())
         size, room = _bytes_on_gpu(self._index, self._half), int(torch.cuda.mem_get_info(number)[0]) // 2
         if _is_one_of(FLAT, self._index) and size <= room:
@@ -423,7 +423,7 @@ class GpuCopy:
     def _clone(self, clone: Callable[[object], FaissIndex], shard: bool = False) -> FaissIndex:
         """Clone the index with FAISS."""
         options = faiss().GpuMultipleClonerOptions()
-        options.useFloat16 = self._half and not _is_one_of(UNCOMPRESSED, self._index)  # it also rounds the queries
+        options.useFloat16 = self._half and not _is_one_of(UNCOMPRESSED, self._index)  # float16 also rounds the queries
         options.use_cuvs = "CUVS" in faiss().get_compile_options().upper()
         options.shard = shard
         cut = [(part, lists) for part in _inner(self._index) if (lists := getattr(part, "nprobe", 0)) > GPU_MAX_K]
