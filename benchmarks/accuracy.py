@@ -1,10 +1,10 @@
-"""Compare the accuracy, calibration and time of methods on the same shots, with real features of standard datasets.
+"""Compare the accuracy, calibration and time of methods on the same shots, on real datasets.
 
 If published keys are available, they are used as shots (with seed 1; each key is the mean of ten views). Otherwise,
-shots are drawn by the published rule with seeds 1 to N, and have one centre view each. The exception is DTD with 1
-shot, which uses the published keys. All settings are selected on the shots alone: alpha, beta and k of Tip-Adapter by
-leave-one-out, and all other settings by cross-validation. Validation images are only used as shots or queries. No
-setting is selected on the images that are scored.
+shots are drawn by the published rule with seeds 1 to N, and each shot is encoded as one centre view. The exception is
+DTD with 1 shot, which uses the published keys. All settings are selected using only the shots: alpha, beta and k of
+Tip-Adapter by leave-one-out, and all other settings by cross-validation. Validation images are only used as shots or
+queries. No setting is selected on the images that are scored.
 """
 
 from __future__ import annotations

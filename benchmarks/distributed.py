@@ -4,8 +4,8 @@
     python benchmarks/distributed.py                          # 1,000,000 queries of 64 values, and the photos
     python benchmarks/distributed.py --queries 100000 --images FOLDER --model ViT-B-32 --pretrained openai
 
-The real commands are timed, with no encoding cache. A second run on few items is used to measure the time that the
-interpreter, the model and the actors need to start.
+The real commands are timed, without an encoding cache. A second run on a few items measures the start-up time of the
+interpreter, the model and the actors.
 """
 
 from __future__ import annotations

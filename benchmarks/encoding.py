@@ -1,9 +1,10 @@
-"""Measure the encoding of photos on disk in images per second, against the plain open_clip loop.
+"""Measure the encoding of photos on disk in images per second, and compare it with a plain open_clip loop.
 
 The plain loop opens all files in one thread, applies the transform from open_clip, and calls encode_image on batches of
 64 under no_grad, with the default number of torch threads. A second plain loop uses small batches, which shows the
-effect of the batch size. Our side is Encoder, with no cache. All sides take turns. Ratios compare medians. The cosine
-is the smallest cosine between our feature and the plain loop's feature of the same photo.
+effect of the batch size. Our side uses Encoder without a cache. All sides are measured in turn, and the ratios compare
+their medians. The printed cosine is the smallest cosine between our feature and the plain loop's feature of the same
+photo.
 
 Large photos are synthetic. They are enlarged real photos, and mosaics of real photos at full size, which have finer
 detail than any camera can record. They show the gain and the error of decoding JPEGs at a reduced size.

@@ -1,7 +1,8 @@
 """Measure the time and peak memory of a fit, and the time of answers that use solved values.
 
-Features and text are synthetic, and have similar cosines to those of CLIP (benchmarks/made.py). The answers to a batch
-of queries over all keys take turns with the two products that they cannot avoid, ``phi(f) phi(K)^T`` and ``w V``.
+Features and text weights are synthetic, and their cosines are similar to those of CLIP (benchmarks/made.py). Answers
+that use all keys are timed in turn with the two matrix products that they cannot avoid, ``phi(f) phi(K)^T`` and ``w
+V``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measure answers over all keys, encoding and a fine-tuning step on a GPU, and print the results as a Markdown table.
+"""Measure exact answers, encoding and a fine-tuning step on a GPU, and print the results as a Markdown table.
 
 After a warm-up turn, each side is compared in the same run with the plain torch form, and with the matrix products that
 it cannot avoid. Figures are medians. Peak memory is the largest amount of additional memory that torch allocated.

@@ -4,10 +4,10 @@
     python benchmarks/living.py                     # add 1000 keys to 1,000,000 x 512 of 1000 classes, index Classes
     python benchmarks/living.py --index IVF4000,Flat
 
-Each addition makes a new version on disk. It opens the index, searches for duplicates in other classes, and commits the
-new version. No images are encoded, because the features are read from a table for both the build and the additions.
-Both run in one process. If there are several additions, their median is printed. Afterwards, removals are measured, and
-opening the index is measured with and without a check of every byte.
+Each addition opens the index, searches for duplicates in other classes, and commits a new version to disk. No images
+are encoded, because the features are read from a table for both the build and the additions. Both run in one process.
+If there are several additions, their median is printed. Afterwards, removals are measured, and opening the index is
+measured with and without a check of every byte.
 """
 
 from __future__ import annotations

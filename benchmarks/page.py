@@ -4,7 +4,7 @@ Run ``make setup browser && make demo``, and then ``python benchmarks/page.py de
 an index, and a folder of new photos in class folders. After 48 photos are dropped, the times until the first answer and
 until the last answer are measured. Next, the time to recompute 5,000 answers is measured; these are copies of the
 server's answers to the photos in NEW. Finally, the time to open a map of 10,000 synthetic keys with 512 values each
-(benchmarks/made.py) is measured by axes, by neighbours, and when the map is opened again.
+(benchmarks/made.py) is measured for the layout by axes, for the layout by neighbours, and when the map is reopened.
 """
 
 from __future__ import annotations

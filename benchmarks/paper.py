@@ -9,7 +9,7 @@ paper, the published grid is searched on the whole validation part. If a run is 
 With --table 1, the parts of Table 1 are fine-tuned on Caltech101 instead. In every row, training uses the same alpha
 and beta until the last epoch, and the test part is then classified with them. The test part is also classified with
 alpha, beta and k that are selected on the validation part. No setting is selected on the test part. Encoders are
-trained for fewer epochs, as printed.
+trained for fewer epochs than in the paper; the number of epochs is printed.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@
 
 By default, a feature table is made in blocks (benchmarks/made.py), and an index is built from it with `index build`.
 The index is then opened in a new process, which classifies with the k of the index. Peak memory is the largest resident
-set of each process, including memory-mapped pages. Its anonymous part, which excludes the pages of files that the
-system can reclaim, is sampled. With --memory, the peak memory in addition to the keys, queries and text weights is
-printed. It includes the interpreter and the libraries.
+set of each process, including memory-mapped pages. The anonymous part of this memory, which excludes file pages that
+the system can reclaim, is measured by sampling. With --memory, the peak memory in addition to the keys, queries and
+text weights is printed. It includes the interpreter and the libraries.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 \b
     python benchmarks/serve.py                        # features and images with 1, 8 and 64 clients, seven minutes
-    python benchmarks/serve.py --rounds 0 --soak 600  # ten minutes of load, the index replaced every 5 seconds
+    python benchmarks/serve.py --rounds 0 --soak 600  # ten minutes of load; the index is replaced every 5 s
 
 Our server is the real command. The plain server is what most people would write first. It does not use batches. It runs
 FastAPI under uvicorn with no access log, and has a ``def`` handler in FastAPI's thread pool and a pydantic body. It

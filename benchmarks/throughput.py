@@ -8,7 +8,7 @@ unless stated otherwise.
 plain dense form: affinity = f @ keys.T; cache = ((-1) * (beta - beta * affinity)).exp() @ one_hot;
     logits = 100 * f @ W.T + cache * alpha. If there are more than 16,384 keys, blocks of this size are used, with 256
     queries per call.
-product alone: f @ keys.T into preallocated memory, which is the limit for exact answers.
+product alone: f @ keys.T into preallocated memory, which every exact answer requires.
 
 Agreement is the share of answers that are equal to the answers over all keys in float32. The section `real` uses CLIP
 features of Food-101 and lit-mini features of Caltech101, with one centre view per shot. The section `files` runs

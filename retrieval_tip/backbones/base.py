@@ -1,4 +1,4 @@
-"""The interface of backbones, which turn images, and sentences if they have a text tower, into features."""
+"""The interface of backbones, which encode images (and sentences, if they have a text tower) as features."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ Preprocess = Mapping[str, Any]  # JSON preprocessing settings, named as in open_
 class Identity:
     """The identity of a backbone.
 
-    ``model`` and ``pretrained`` are only used to load the backbone. Its identity depends on ``weights`` (a digest of
-    every tensor), ``config`` (a digest of the architecture) and ``preprocess``.
+    ``model`` and ``pretrained`` are only used to load the backbone. The fingerprint is computed from ``weights`` (a
+    digest of every tensor), ``config`` (a digest of the architecture) and ``preprocess``.
     """
 
     model: str
@@ -43,7 +43,7 @@ class Identity:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of sixteen hex digits. It is equal for two backbones if and only if their features are comparable."""
+        """A hash of sixteen hex digits, equal for two backbones if and only if their features are comparable."""
         what = {"weights": self.weights, "config": self.config, "preprocess": dict(self.preprocess)}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -113,7 +113,7 @@ class Backbone(Protocol):
     def view(self, image: Image.Image, seed: str) -> torch.Tensor:
         """Return an augmented view of an image, as a float32 tensor of shape ``[3, h, w]``.
 
-        It only depends on the image and the seed.
+        The view depends only on the image and the seed.
         """
 
     def encode_images(self, pixels: torch.Tensor) -> FloatArray:
@@ -140,9 +140,10 @@ def unit(features: FloatArray, what: str = "feature") -> FloatArray:
 
 
 def resolve_device(device: str = "auto") -> str:
-    """Resolve ``auto`` to ``cuda`` or ``cpu``, with a warning if the GPU cannot be used, and check any other device.
+    """Resolve ``auto`` to ``cuda`` or ``cpu``, and check that any other device is available.
 
-    Raises UsageError if the device is unknown or not available.
+    If there is a GPU that torch cannot use, ``auto`` logs a warning. Raises UsageError if the device is unknown or not
+    available.
     """
     import torch
 
@@ -190,7 +191,7 @@ def runs_on(capability: tuple[int, int], arches: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Execution:
-    """The device and the precision of a backbone, and the ``runtime`` on a CPU."""
+    """The device and the precision of a backbone, and the ``runtime`` that encodes images on a CPU."""
 
     device: str = "auto"
     precision: Precision = "auto"

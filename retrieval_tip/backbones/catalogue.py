@@ -46,7 +46,7 @@ _ELSEWHERE = {
 """Names that other libraries use for the same weights."""
 
 _FIRST = ("datacomp_xl", "datacomp_s34b", "laion2b_s34b", "laion2b_s32b", "laion2b", "webli", "openai")
-"""Prefixes of tags in order of preference, which favours long training and openly licensed training data."""
+"""Prefixes of tags in order of preference. Long training and openly licensed training data come first."""
 
 NEAR, ALIKE = 8, 0.6
 """Largest number of similar names in a message, and smallest similarity (see ``difflib.get_close_matches``)."""
@@ -54,7 +54,7 @@ NEAR, ALIKE = 8, 0.6
 ANSWER = 2.5  # number of seconds to wait for a response from the hub
 _DEMO = "build/demo/efficientnet-lite0.pth"
 DEMO = (Path(_DEMO), Path(_DEMO).relative_to("build/demo"), Path(__file__).parents[2] / _DEMO)
-"""Paths of the encoder of ``benchmarks/demo.py``: in its build folder, the current folder or the package clone."""
+"""Possible paths of the encoder from ``benchmarks/demo.py``, in a build folder or in a clone of the repository."""
 
 LARGEST_LIST = 200  # longest list that includes sizes, since computing a size takes a twentieth of a second
 
@@ -208,7 +208,7 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.
 
 
 def is_cached(repository: str | None, files: Sequence[str] = WEIGHTS) -> bool:
-    """Return whether one of these files of a repository is cached on this machine."""
+    """Return whether one of these files from a repository is cached on this machine."""
     from huggingface_hub import try_to_load_from_cache
 
     found = [try_to_load_from_cache(repository, file) for file in files] if repository else []
@@ -216,7 +216,7 @@ def is_cached(repository: str | None, files: Sequence[str] = WEIGHTS) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the reason for a hub error on one line, without the advice."""
+    """Return the reason for a hub error on one line, without the hub's advice."""
     text = first_line(error).rpartition("Last error: ")[2]
     silent = ("locate the file on the Hub", "connect to 'https://huggingface.co'", "reach https://huggingface.co")
     return "huggingface.co did not answer" if any(phrase in text for phrase in silent) else text
@@ -314,7 +314,7 @@ def download_error(model: str, error: Exception, way_out: str) -> BackboneError:
 
 
 def _offline() -> str | None:
-    """Return options for an encoder whose weights are on this machine, or ``None`` if there is none."""
+    """Return options that select an encoder with weights on this machine, or ``None`` if there is no such encoder."""
     import open_clip
 
     for name in dict.fromkeys(SHORT.values()):

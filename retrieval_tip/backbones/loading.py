@@ -38,8 +38,8 @@ def load_backbone(
             same format). ``hf:ORG/REPO`` and ``hf:PATH`` are CLIP or SigLIP models in the format of transformers.
             ``timm:NAME`` is an image encoder that does not encode text. You can also give a short name from
             :data:`catalogue.SHORT`. Defaults to :data:`catalogue.DEFAULT`.
-        pretrained: A tag (such as ``openai`` or ``laion2b_s34b_b79k``), a checkpoint file, or ``TAG=FILE``, a local
-            copy of the weights of a tag, whose preprocessing and activation are used. Defaults to
+        pretrained: A tag (such as ``openai`` or ``laion2b_s34b_b79k``), a checkpoint file, or ``TAG=FILE`` for a local
+            copy of a tag's weights, in which case the preprocessing and the activation of the tag are used. Defaults to
             :func:`catalogue.recommended`.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``float32``, or ``float16`` or ``bfloat16`` for autocast. ``auto`` uses float32 on a CPU and float16
@@ -69,8 +69,8 @@ def load_when_needed(
 ) -> TorchBackbone:
     """Return the backbone with this ``identity``, whose features have ``dim`` values.
 
-    If its image tower is stored on disk, the model is loaded on first use, which raises BackboneError if its identity
-    differs. See :func:`load_backbone` for other errors.
+    If the image tower of the backbone is stored on disk, the model is not loaded until it is first used. Loading then
+    raises BackboneError if the identity differs. See :func:`load_backbone` for other errors.
     """
     how = Execution(device, precision, runtime).resolved()
     is_lazy = how.runtime == "auto" and how.device == "cpu" and tower.is_kept(identity)
@@ -106,7 +106,7 @@ def _of(
 def write_tuned(path: str | os.PathLike[str], state: Mapping[str, torch.Tensor]) -> None:
     """Write the tensors from :meth:`TorchBackbone.tuned` as a safetensors file.
 
-    The same tensors always give the same bytes. Raises BackboneError if the file cannot be written.
+    The same tensors always produce an identical file. Raises BackboneError if the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file

@@ -248,7 +248,7 @@ def _text_dim(model: Model) -> int | None:
 
 
 def _config_digest(plan: _Plan) -> str:
-    """Return a digest of the architecture, which excludes file and hub names."""
+    """Return a digest of the architecture, which does not depend on file names or hub names."""
     import open_clip
 
     def plain(part: Config) -> Config:

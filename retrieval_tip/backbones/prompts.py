@@ -15,7 +15,7 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
 
 def clean_class_name(name: str) -> str:
-    """Return a class name for a sentence, with one space in place of underscores and repeated spaces."""
+    """Return a class name for use in a sentence. Underscores and repeated spaces are replaced by single spaces."""
     return re.sub(r"[\s_]+", " ", name).strip()
 
 
@@ -40,8 +40,8 @@ def text_weights(
 ) -> npt.NDArray[np.float32]:
     """Return the text weights ``W`` of the classes, as a float32 array of shape ``[c, d]``. Each row is a unit vector.
 
-    The feature of each prompt is normalised, and so is their mean over the templates, as in the code of the paper and
-    in CLIP.
+    The features of the prompts are normalised both before and after averaging over the templates, as in the paper's
+    code and in CLIP.
 
     Raises UsageError if a template does not contain ``{}``. Raises InputError if the features of the prompts of a class
     cancel out or are not finite.

@@ -35,7 +35,7 @@ VIEW_RATIO = (3 / 4, 4 / 3)
 SAMPLED = 64  # number of values per parameter that are compared to detect a change of the weights
 
 _OPENING = threading.Lock()
-_CONVOLUTIONS = threading.RLock()  # the rounding of convolutions is a setting of the whole process
+_CONVOLUTIONS = threading.RLock()  # the precision of convolutions is a process-wide setting
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,8 @@ class TorchBackbone:
     def copy_to_train(self) -> Self:
         """Return a copy for training.
 
-        In float16, gradients below 6e-8 would underflow, so it is replaced by bfloat16, or by float32 on an old GPU.
+        In float16, gradients below 6e-8 would underflow. The copy therefore uses bfloat16 instead, or float32 on an old
+        GPU.
         """
         import torch
 

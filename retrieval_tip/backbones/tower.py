@@ -1,6 +1,6 @@
 """Compile image towers for CPUs with OpenVINO, and store them on disk.
 
-A tower returns the same features as the backbone, up to float rounding. It is two to three times as fast as torch (see
+A tower returns the same features as the backbone, up to rounding error. It is two to three times as fast as torch (see
 ``benchmarks/encoding.py``), and requires neither the torch model nor its libraries.
 """
 
@@ -62,7 +62,7 @@ class Tower:
         hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
         config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         self._compiled = _openvino().Core().compile_model(model, "CPU", config)
-        self._requests = threading.local()  # the compiled model itself only has one request for all threads
+        self._requests = threading.local()  # the model's own request would be shared by all threads
 
     def __call__(self, pixels: torch.Tensor) -> FloatArray:
         """Return the raw features. Raises RuntimeError if their number is wrong."""
@@ -78,7 +78,7 @@ class Tower:
 
 
 def is_kept(identity: Identity) -> bool:
-    """Return whether a backbone can encode images by its stored tower and :func:`view`, without its model."""
+    """Return whether a backbone can encode images with its stored tower and :func:`view`, without loading its model."""
     return can_view(identity.preprocess) and (folder := _folder(identity)) is not None and (folder / _FACTS).is_file()
 
 
@@ -205,7 +205,7 @@ def can_view(preprocess: Preprocess) -> bool:
 def view(image: Image.Image, preprocess: Preprocess) -> torch.Tensor:
     """Return the centre view of an image, as a float32 tensor of shape ``[3, h, w]``.
 
-    It equals that of open_clip or timm bit for bit.
+    The view is bit-identical to that of open_clip or timm.
     """
     import torch
     from PIL.Image import Resampling

@@ -1,4 +1,4 @@
-"""Load CLIP and SigLIP models with transformers. Many of these models are tuned to a domain."""
+"""Load CLIP and SigLIP models with transformers. Many of these models are fine-tuned for a domain."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ ARCHITECTURE = ("hidden_act", "num_attention_heads", "layer_norm_eps", "eos_toke
 def open_model(place: str, device: torch.device) -> Opened:
     """Open a CLIP or SigLIP model in the format of transformers.
 
-    The features equal those of ``get_image_features`` and ``get_text_features``. The views equal those of the image
-    processor, but are shifted by half a pixel if an odd number of pixels is cropped. Sentences are padded to the length
-    of the text tower. Raises BackboneError if the model is not supported or cannot be read.
+    The features equal those of ``get_image_features`` and ``get_text_features``. The views are the same as those of the
+    image processor, except that they are shifted by half a pixel if an odd number of pixels is cropped. Sentences are
+    padded to the length of the text tower. Raises BackboneError if the model is not supported or cannot be read.
     """
     place = str(Path(place).resolve()) if Path(place).is_dir() else place
     try:
@@ -146,7 +146,7 @@ def _tokenizer(tokenizer: Callable[..., Any], length: int) -> Tokenizer:
 
 
 def _digest(config: Any) -> str:
-    """Return a digest of a few settings of the architecture, since new versions of transformers add others."""
+    """Return a digest of a few settings of the architecture, since new versions of transformers add more settings."""
     towers = [
         {name: getattr(part, name, None) for name in ARCHITECTURE}
         for part in (config.vision_config, config.text_config)

@@ -1,6 +1,7 @@
 """Behaviour shared by all commands.
 
-Help has sections, -q and -v may follow any command, errors take one line, and unknown names get suggestions.
+The help of a command is divided into sections. -q and -v can follow any command. Errors are printed on one line, and
+similar names are suggested for an unknown name.
 """
 
 from __future__ import annotations

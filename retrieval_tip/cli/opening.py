@@ -138,7 +138,7 @@ def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Pat
 def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = False) -> Backbone | None:
     """Load the backbone for a source.
 
-    Without a model, load the backbone that a feature table names only if text weights are ``needed``.
+    If no model is given, the backbone that is named in a feature table is loaded only if text weights are ``needed``.
     """
     from retrieval_tip.data.feature_tables import table_identity
 

@@ -95,7 +95,7 @@ class EncodingOptions(BackboneOptions):
     strict: bool
 
     def encoder(self, views: ViewOptions | None = None) -> Encoder:
-        """Return an encoder without a backbone and a cache. By default, it uses the centre view."""
+        """Return an encoder that has no backbone and no cache. By default, it uses the centre view."""
         from retrieval_tip.data.encoder import Encoder
 
         return Encoder(

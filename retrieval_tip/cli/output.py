@@ -40,11 +40,11 @@ def write_tables(
     """Write tables that have the same schema as they arrive, in one of ``FORMATS``.
 
     An output file appears only once it is complete. In the format ``table``, floats are rounded. ``details`` yields the
-    lines to print below a row instead of its nested columns; see :func:`prediction_details`. ``known`` contains texts
-    of a column, which align it from the first row.
+    lines to print below a row instead of its nested columns; see :func:`prediction_details`. ``known`` contains the
+    texts that will appear in a column, so that the column is aligned from the first row.
 
-    Control characters are escaped (see :func:`errors.one_line`) in tables, in CSV on a terminal, and in JSON, where
-    this does not change any value.
+    Control characters are escaped (see :func:`errors.one_line`) in tables, in CSV on a terminal, and in JSON (where
+    escaping does not change any value).
 
     Raises UsageError if Parquet would be written to a terminal. Raises InputError if the file cannot be written.
     """

@@ -48,7 +48,7 @@ _T = TypeVar("_T")
 
 CENTRE = "centre"
 REDUCED = "centre/reduced"
-REDUCED_SIDES = 3  # smallest ratio of a reduced JPEG's sides to the view's; 2 gave some cosines below 0.999
+REDUCED_SIDES = 3  # a reduced JPEG's sides are at least this many times the view's; 2 gave cosines below 0.999
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,9 @@ class Encoder:
         batch_size: The number of images to encode at a time, by default the best one for the backbone.
         workers: The number of threads that read and decode images.
         cache: The encoding cache, or ``None`` to encode all images.
-        reduce: Whether to decode large JPEGs at 1/2, 1/4 or 1/8 of their size for the centre view, with sides at least
-            ``REDUCED_SIDES`` times as long. This is several times faster, and changes the feature slightly.
+        reduce: Whether to decode large JPEGs at 1/2, 1/4 or 1/8 of their size for the centre view. Each side of the
+            reduced image is at least ``REDUCED_SIDES`` times as long as that of the view. This is several times faster,
+            but changes the features slightly.
         strict: Whether to raise an error if an image is unreadable, instead of adding it to ``skipped``.
         read: A function that returns the bytes of an image, like :func:`sources.read_item`.
         empty: Whether to accept a source that has no readable items.
@@ -146,8 +147,8 @@ class Encoder:
         Each distinct readable path is a shot. Its views are ``names`` (see :func:`view_names`), and their features have
         unit norm. In a feature table, rows with the same ``id`` are views of one shot, and ``names`` is ignored.
 
-        Raises the same errors as :meth:`blocks`, UsageError if ``names`` is empty or contains duplicates or the
-        features do not fit in memory, and InputError if the source is empty.
+        Raises the same errors as :meth:`blocks`. Also raises UsageError if ``names`` is empty or contains duplicates,
+        or if the features do not fit in memory, and InputError if the source is empty.
         """
         if not len(source):
             raise InputError(f"{source.name}: empty; expected at least one item")
@@ -424,7 +425,7 @@ def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
 def encode_table(source: Source, out: str | os.PathLike[str], encoder: Encoder) -> int:
     """Write the features of a source as a feature table, and return the number of rows.
 
-    The file only appears once it is complete.
+    The file does not appear at ``out`` until it is complete.
     """
     schema, tables = encoded(source, encoder)
     return write_table(Path(out), schema, row_groups_of(tables))

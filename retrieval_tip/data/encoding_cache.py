@@ -1,4 +1,4 @@
-"""A cache on disk for raw image features. The key is the content of the image and the backbone."""
+"""An on-disk cache for raw image features, whose keys consist of the image content and the backbone."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ _DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
 class EncodingCache:
     """A store of raw features by backbone, image content and view, in one SQLite file of at most :attr:`most` bytes.
 
-    Beyond that size, the least recently used encodings are removed. Threads and processes can share the file. Damaged
-    entries count as missing, and a damaged file is moved aside. If the file cannot be written, new encodings are not
-    stored. Raises InputError if the file cannot be created in the folder.
+    If the file exceeds this limit, the least recently used encodings are removed. Threads and processes can share the
+    file. Damaged entries count as missing, and a damaged file is moved aside. If the file cannot be written, new
+    encodings are not stored. Raises InputError if the file cannot be created in the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -239,5 +239,5 @@ def _most(db: sqlite3.Connection) -> int:
 
 
 def _crc(scope: str, digest: str, view: str, blob: bytes) -> int:
-    """Compute a checksum of the key and the feature, so that damage cannot swap the features of two images."""
+    """Compute a checksum of the key and the feature, to detect damage that would swap the features of two images."""
     return zlib.crc32(blob, zlib.crc32(f"{scope} {digest} {view}".encode()))

@@ -34,10 +34,10 @@ MAX_PIXELS = 178_956_970  # largest width x height; Pillow's own limit for decom
 MAX_BYTES = 256 << 20  # largest file size, in bytes
 LARGE_PIXELS = 1 << 24  # images with more pixels are decoded one at a time
 WHOLE_PIXELS = 1 << 25  # images with more pixels are reduced by the smallest integer factor that suffices
-MAX_ASPECT = 64  # longer images are cropped to their middle, since a centre crop does not use the rest
+MAX_ASPECT = 64  # longer images are cropped to their middle, because a centre crop discards the rest anyway
 HEADER_EFFORT = 16 << 20  # largest number of bytes that a decoder may read before the first pixel
 READ_EFFORT = 256  # bytes that are counted for each read in addition to its size
-MAX_SCANNED = 1 << 31  # largest scans x pixels of a progressive JPEG, about five seconds of decoding
+MAX_SCANNED = 1 << 31  # largest scans x pixels of a progressive JPEG, which take about five seconds to decode
 MAX_EXIF = 1 << 20  # largest EXIF block that is parsed, in bytes; JPEG allows at most 64 KB
 PART_PIXELS = 1 << 18  # number of pixels that are converted to RGB at a time
 
@@ -173,7 +173,7 @@ def _opened(data: bytes, only: tuple[str, ...] | None = None) -> Iterator[Image.
 
 
 def area(data: bytes, *, most: int = MAX_PIXELS, only: tuple[str, ...] | None = None) -> int:
-    """Return width x height of an encoded image by its header, or 0 if it cannot be opened or exceeds the limits."""
+    """Return width x height from the header of an encoded image, or 0 if it cannot be opened or exceeds the limits."""
     try:
         with _opened(data, only) as image:
             pixels = image.width * image.height
@@ -296,7 +296,7 @@ def _white(image: Image.Image) -> float:
 
 
 def thumbnail(data: bytes, size: int, *, most: int = MAX_PIXELS) -> bytes:
-    """Return a small upright RGB JPEG of an encoded image, whose sides have at most ``size`` pixels.
+    """Return a thumbnail of an encoded image as an upright RGB JPEG with sides of at most ``size`` pixels.
 
     The image is never enlarged, and its metadata is removed. See :func:`decode` for ``most`` and for InputError. Raises
     UsageError if ``size`` is below 1.

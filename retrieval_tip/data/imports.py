@@ -35,13 +35,14 @@ _EXPECTED = "expected keys_{K}shots.pt or best_F_{K}shots.pt beside values_{K}sh
 def import_table(source: Path, out: Path, classes: Path | None = None) -> int:
     """Convert a cache written by Tip-Adapter's code to a feature table, and return the number of rows.
 
-    ``source`` is a key file or a folder that contains exactly one. ``keys_{K}shots.pt`` holds a tensor of shape
-    ``[d, n]``. ``best_F_{K}shots.pt`` comes from Tip-Adapter-F, has shape ``[n, d]``, and is read only if you name the
-    file itself. ``values_{K}shots.pt`` in the same folder holds the classes as one-hot rows (shape ``[n, c]``).
-    ``classes`` is a file with one class name per line. Defaults to ``class 0``, ``class 1`` and so on.
+    ``source`` is a key file or a folder that contains exactly one such file. ``keys_{K}shots.pt`` holds a tensor of
+    shape ``[d, n]``. ``best_F_{K}shots.pt`` is written by Tip-Adapter-F and holds a tensor of shape ``[n, d]``. It is
+    read only if ``source`` names the file itself. ``values_{K}shots.pt`` in the same folder holds the classes as
+    one-hot rows (shape ``[n, c]``). ``classes`` is a file with one class name per line. If it is not given, the names
+    are ``class 0``, ``class 1`` and so on.
 
-    No code in the files is executed. The norms do not change. Float16 and float32 keep their dtype, and float64 and
-    bfloat16 become float32. The ids are row numbers.
+    No code in the files is executed. The keys are not normalised. Float16 and float32 keys keep their dtype, whereas
+    float64 and bfloat16 keys are converted to float32. The ids are row numbers.
 
     Raises UsageError if the source is not exactly one cache, and InputError if a file does not fit.
     """
@@ -112,7 +113,7 @@ def _read_tensor(file: Path) -> Array:
         with open_regular(file) as raw, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if zipfile.is_zipfile(raw) and any(entry.compress_type for entry in zipfile.ZipFile(raw).infolist()):
-                raise ValueError("it is compressed, which torch.save never does")  # a small file could expand a lot
+                raise ValueError("it is compressed, which torch.save never does")  # a small file could become huge
             raw.seek(0)
             try:
                 tensor = load(str(file), mmap=True)

@@ -56,7 +56,7 @@ def opened(url: str) -> BinaryIO:
 
 
 def children(folder: str) -> list[str]:
-    """List the URLs in a folder, sorted by name. A missing folder has none. Raises InputError if it cannot be read."""
+    """List the URLs in a folder, sorted by name, or none if it is missing. Raises InputError if it cannot be read."""
     place, system = folder.rstrip("/"), system_of(folder)
 
     def names() -> list[str]:

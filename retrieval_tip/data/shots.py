@@ -14,9 +14,9 @@ ITEM_BYTES = 256  # estimated bytes per drawn item, for its position, path, labe
 def few_shot(labels: Sequence[Hashable], shots: int, seed: int = 1) -> list[int]:
     """Draw ``shots`` items per class by the published rule, and return their positions in the order of the draw.
 
-    Python's random generator is seeded with ``seed``. The groups of equal labels are in order of first appearance, and
-    their items are in file order. ``random.sample(group, shots)`` is drawn from each, or ``random.choices`` (with
-    replacement) if a group has fewer than ``shots`` items.
+    Python's random generator is seeded with ``seed``. Items are grouped by label, in order of first appearance, and
+    stay in file order within each group. From each group, items are drawn with ``random.sample(group, shots)``, or with
+    ``random.choices`` (with replacement) if the group has fewer than ``shots`` items.
 
     Raises UsageError if ``shots`` is not positive or is too large, or if there is not enough memory.
     """

@@ -43,9 +43,9 @@ class Source:
     """Items to encode or classify, in order.
 
     ``items`` is a table with the column ``source`` (a printable path or id), the column ``label`` if the labels are
-    known, and the other columns of a table. Each item is either the image ``paths[i]``, or row ``rows[i]`` of the
-    feature table ``table``, which is a file or a folder of parts. ``class_names`` lists the labels in order.
-    ``dataset`` is the name of a known dataset. ``failed`` lists the members of tars that could not be read.
+    known, and all other columns if the source is a table. Each item is either the image ``paths[i]``, or row
+    ``rows[i]`` of the feature table ``table``, which is a file or a folder of parts. ``class_names`` lists the labels
+    in order. ``dataset`` is the name of a known dataset. ``failed`` lists the members of tars that could not be read.
     """
 
     name: str
@@ -126,7 +126,7 @@ def read_item(path: str) -> bytes:
 
 
 def is_there(path: str) -> bool:
-    """Return whether an image exists, which is assumed on an object store."""
+    """Return whether an image exists. Images on an object store are assumed to exist."""
     if (tar := tars.tar_of(path)) is None:
         return remote.is_remote(path) or os.path.isfile(path)
     with suppress(InputError):
@@ -135,7 +135,7 @@ def is_there(path: str) -> bool:
 
 
 def kind_of(path: str | os.PathLike[str]) -> Kind:
-    """Return the kind of a path, pattern or address. Raises InputError if an object store cannot be reached."""
+    """Return the kind of a path, pattern or URL. Raises InputError if an object store cannot be reached."""
     return _recognise(os.fspath(path))[0]
 
 
@@ -171,7 +171,7 @@ def open_items(
 
 
 def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[Source]:
-    """Open the inputs to classify, which can be images, folders, glob patterns, tables, tars or object store addresses.
+    """Open the inputs to classify, which can be images, folders, glob patterns, tables, tars or object store URLs.
 
     Folders are searched recursively. ``-`` stands for the paths in ``stdin``. Consecutive images are combined into one
     source. A path that does not exist is treated as an image.
@@ -357,4 +357,4 @@ _READERS: Mapping[Kind, _Reader] = {
     "folder": _Reader(_if(os.path.isdir), _open_folder),
     "split file": _Reader(_if(lambda where: where.lower().endswith(".json") and os.path.isfile(where)), _open_split),
 }
-"""Readers by kind, of which the first that recognises a path opens it."""
+"""Readers by kind. A path is opened by the first reader that recognises it."""

@@ -15,7 +15,7 @@ from retrieval_tip.data.listing import Listing
 from retrieval_tip.errors import InputError, few, show
 from retrieval_tip.files import read_regular
 
-LARGEST = 1 << 27  # largest split file, in bytes; about the size of the ImageNet one
+LARGEST = 1 << 27  # largest split file, in bytes; about the size of the split file of ImageNet
 
 
 def read(file: Path, split: str, root: str | os.PathLike[str] | None) -> Listing:

@@ -27,14 +27,14 @@ NAMES = {
     "label": ("label", "class", "class_name"),
     FEATURE: (FEATURE, "embedding", "vector"),
 }
-"""Accepted column names, of which the first in the table is used."""
+"""Accepted column names. If a table has several of these columns, the one that comes first in this list is used."""
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 RUN, COMPLETE = "_run.json", "_complete.json"
-"""Files in a folder of parts: its description, and a marker of completion."""
+"""Files in a folder of parts: its description, and a marker that is written when all parts are complete."""
 MAX_TEXT = 4096
 """Longest label or id, in characters. A longer one suggests a misread table."""
-MAX_ROWS = 2**31 - 1  # largest number of rows; a tiny file can claim to have any number
-MAX_JSON = 1 << 28  # largest JSON Lines file, in bytes; it is read as a whole
+MAX_ROWS = 2**31 - 1  # largest number of rows; even a tiny file can declare any number
+MAX_JSON = 1 << 28  # largest JSON Lines file, in bytes; it is read into memory as a whole
 GROUP_ROWS = 1024
 """Smallest number of rows in a Parquet row group."""
 MAX_SHOWN = 64  # largest number of column names in a message, and of characters in each name
@@ -262,7 +262,7 @@ def _read_csv(file: Path) -> pa.Table:
 
 
 def _read_json_lines(file: Path, wanted: Sequence[str] | None = None) -> pa.Table:
-    """Read the ``wanted`` columns of a JSON Lines file (or all) as text. Other values are converted to JSON."""
+    """Read the ``wanted`` columns (or all columns) of a JSON Lines file as text. Other values are converted to JSON."""
     try:
         rows = [json.loads(line) for line in read_regular(file, MAX_JSON).splitlines() if line.strip()]
         columns = dict.fromkeys(name for row in rows for name in row if wanted is None or name in wanted)
@@ -282,7 +282,8 @@ def _text(value: object) -> str | None:
 def _encoding(file: Path) -> str:
     """Guess the encoding of a CSV file: UTF-8, UTF-16 with a byte-order mark, or Windows-1252, which Excel writes.
 
-    It is Windows-1252 if all bytes before the first byte that is not UTF-8 are ASCII. Otherwise, it is damaged UTF-8.
+    If all bytes before the first invalid byte are ASCII, Windows-1252 is assumed. Otherwise, the file is treated as
+    damaged UTF-8.
     """
     decoder, plain = codecs.getincrementaldecoder("utf-8")(), True
     with open_regular(file) as raw:

@@ -47,7 +47,7 @@ class Tar:
     """The images in a tar.
 
     ``places`` and ``labels`` contain the position and the label of each image. ``failed`` lists the members that cannot
-    be read, and the damage at which reading stops. Raises InputError if nothing can be read.
+    be read. If the tar is damaged, it also states where reading stopped. Raises InputError if nothing can be read.
     """
 
     def __init__(self, place: str) -> None:
@@ -144,7 +144,7 @@ def read(path: str) -> bytes | None:
 def listing(places: Sequence[str], *, labelled: bool) -> Listing:
     """List the images in tars, in order.
 
-    Unreadable images are added to ``failed``, and so are unlabelled ones with ``labelled``.
+    Unreadable images are added to ``failed``. If ``labelled`` is set, unlabelled images are added as well.
     """
     found = Listing()
     for place in places:
@@ -240,7 +240,7 @@ def _add(samples: dict[str, _Sample], member: tarfile.TarInfo, file: BinaryIO) -
 
 
 def _plain_tar(place: str) -> BinaryIO:
-    """Open a tar itself, or an unpacked, unnamed copy."""
+    """Open a tar itself, or an unnamed, unpacked copy if the tar is compressed or remote."""
     packed = not place.lower().endswith(".tar")
     if not packed and not remote.is_remote(place):
         return open_regular(place)

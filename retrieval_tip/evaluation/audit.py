@@ -12,7 +12,7 @@ otherwise not be comparable between indexes. Trained ``values`` are ignored. A f
 (:func:`closed_form.unfitted`), because its metric was fitted to each shot's label and would confirm a wrong label.
 
 A class that has no visible keys has no score. A shot that is the only image of its class cannot be scored. It is listed
-only if it is a duplicate, and its scores are null.
+only if it is a duplicate, in which case its scores are null.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from retrieval_tip.settings import KeysMet
 from retrieval_tip.store.labels import digest_codes, images_of
 
 ALL_PAIRS, MET = 1 << 33, 256
-"""Most affinities of an exact audit (90,000 keys), and keys per shot in larger indexes."""
+"""Maximum number of affinities in an exact audit (90,000 keys), and number of nearest keys beyond this limit."""
 VALUES = 1 << 23
 """Number of affinities in memory at a time. They take 32 MiB in float32."""
 LEAST = torch.finfo(torch.float32).tiny
@@ -49,8 +49,9 @@ CLEAR = 1.0
 def audit(cache: CacheModel, *, k: KeysMet = None, borderline: bool = False) -> pa.Table:
     """List shots that look mislabelled, and duplicates of shots in another class.
 
-    A shot looks mislabelled if another class fits clearly better (:data:`CLEAR`). With ``borderline``, it is enough
-    that another class fits better. Other shots in the list keep their label as the suggestion.
+    A shot looks mislabelled if another class fits clearly better (:data:`CLEAR`). If ``borderline`` is set, shots that
+    another class fits only slightly better are listed as well. For a shot that is only listed as a duplicate,
+    ``suggested`` is its own label.
 
     ``k = "all"`` is exact and computes ``n^2`` affinities (3 s for 16,000 keys of 512 values on two cores). A number
     limits the sums to the ``k`` nearest keys. ``None`` means all keys up to :data:`ALL_PAIRS` affinities, and
@@ -143,7 +144,7 @@ def _met(cache: CacheModel, features: Tensor, k: int | None) -> tuple[Tensor, Te
 
 
 def _table(cache: CacheModel, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
-    """Return the table of suspicious shots by falling margin. Row -1 means that there is no such key."""
+    """Return the table of suspicious shots, sorted by descending margin. Row -1 means that there is no such key."""
     key_ids, names = cache.labels["key_id"].to_numpy(), pa.array(cache.class_names, pa.string())
     judged = shots["judged"]
     order = np.lexsort((key_ids[shots["row"]], -np.where(judged, shots["margin"], 0)))

@@ -1,7 +1,7 @@
 """Calibrate probabilities with a temperature, and measure calibration error and accuracy against coverage.
 
-``confidence`` holds the probability of each answer, and ``right`` whether it is correct. "Guo et al." refers to C. Guo,
-G. Pleiss, Y. Sun and K. Weinberger, "On Calibration of Modern Neural Networks", ICML 2017.
+``confidence`` holds the probability of each answer, and ``right`` tells whether the answer is correct. "Guo et al."
+refers to C. Guo, G. Pleiss, Y. Sun and K. Weinberger, "On Calibration of Modern Neural Networks", ICML 2017.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Bin:
 
 
 class Coverage(NamedTuple):
-    """Accuracy and coverage at each of the ``m`` distinct thresholds, in falling order.
+    """Accuracy and coverage at each of the ``m`` distinct thresholds, in descending order.
 
     ``coverage[j]`` is the fraction of answers with ``confidence >= threshold[j]``, and ``accuracy[j]`` is the accuracy
     of these answers. All arrays have shape ``[m]``.
@@ -159,7 +159,7 @@ def negative_log_likelihood(
 
 
 def _slope(z: Tensor, y: Tensor, u: float) -> tuple[float, float]:
-    """Return the first two derivatives of the NLL by u, which are ``mean(E_p[z] - z_y)`` and ``mean(Var_p[z])``."""
+    """Return the first two derivatives of the NLL with respect to u: ``mean(E_p[z] - z_y)`` and ``mean(Var_p[z])``."""
     first = second = 0.0
     for rows, label in _blocks(z, y):
         p = (u * rows).softmax(dim=1)

@@ -32,7 +32,7 @@ class Affinities:
     """Histogram of the affinities between queries and keys.
 
     ``edges`` holds the ``m + 1`` edges of the bins. In each bin, ``same`` counts keys of the query's true class, and
-    ``other`` all other keys. The outermost bins include affinities beyond the edges.
+    ``other`` counts all other keys. The outermost bins include affinities beyond the edges.
     """
 
     edges: Floats
@@ -42,7 +42,7 @@ class Affinities:
 
 @dataclass(frozen=True)
 class Part:
-    """The answers that one part of the logits gives, as ``predicted`` class ids and their ``confidence``.
+    """The answers that are computed from one part of the logits: ``predicted`` class ids and their ``confidence``.
 
     Both arrays have shape ``[n]``.
     """
@@ -56,9 +56,9 @@ class Details:
     """Details of each item, as arrays of shape ``[n]``.
 
     ``positions`` are the item positions in the source. ``log_truth`` is the natural logarithm of the probability of the
-    true class, and ``log_doubt`` that of all classes except the answer. Both can rank items whose probabilities round
-    to 0 or 1. ``text`` holds the answers of ``softmax(text logits)``, and ``cache`` holds the answers of
-    ``softmax(alpha * cache logits)``.
+    true class, and ``log_doubt`` that of all classes except the answer. Both can be used to rank items whose
+    probabilities round to 0 or 1. ``text`` holds the answers of ``softmax(text logits)``, and ``cache`` holds the
+    answers of ``softmax(alpha * cache logits)``.
     """
 
     positions: Ints

@@ -17,7 +17,7 @@ from retrieval_tip.errors import UsageError
 FloatArray = npt.NDArray[np.float32]
 
 AXES, ITERATIONS = 8, 8
-"""Axes and iterations of the randomised SVD, which gives the first two axes to four digits in a tenth of the time."""
+"""Axes and iterations of the randomised SVD. It computes the first two axes to four digits in a tenth of the time."""
 FEWEST, REDUCED, PERPLEXITY = 5, 50, 30
 """Smallest number of keys for which t-SNE is used, number of its input dimensions, and its perplexity."""
 
@@ -50,12 +50,12 @@ def methods() -> list[Method]:
 def projected(cache: AnsweringIndex, method: Method = "pca", limit: int = 5000) -> Projection:
     """Project the keys of an index to two dimensions.
 
-    If the index has more than ``limit`` keys, ``limit`` keys are drawn evenly from the classes. ``pca`` computes
-    ``(K - mean) v``, where ``K`` is the matrix of keys and ``v`` are the two eigenvectors of the covariance with the
-    largest eigenvalues. Their largest component is positive. ``tsne`` (van der Maaten and Hinton, 2008) is computed
-    from :data:`REDUCED` principal components, starting from the first two, with a fixed seed. If there are fewer than
-    :data:`FEWEST` keys, ``pca`` is used instead. Raises UsageError if the method is not available or the limit is below
-    1.
+    If the index has more than ``limit`` keys, ``limit`` keys are drawn evenly from the classes. The method ``pca``
+    computes ``(K - mean) v``, where ``K`` is the matrix of keys and ``v`` are the two eigenvectors of the covariance
+    with the largest eigenvalues. The largest component of each eigenvector is positive. ``tsne`` (van der Maaten and
+    Hinton, 2008) is computed from :data:`REDUCED` principal components, starting from the first two, with a fixed seed.
+    If there are fewer than :data:`FEWEST` keys, ``pca`` is used instead. Raises UsageError if the method is not
+    available or the limit is below 1.
     """
     if method not in methods():
         raise UsageError(f"method {method!r}: give one of {', '.join(methods())} (tsne requires scikit-learn)")

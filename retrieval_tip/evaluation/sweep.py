@@ -44,9 +44,9 @@ Method = Literal[
 ]  # fmt: skip
 """Methods of a sweep.
 
-- zero-shot: the text logits alone
+- zero-shot: only the text logits
 - tip-adapter: Tip-Adapter, with alpha, beta and k selected by the protocol
-- cache-alone: the cache logits alone, with beta and k selected by the protocol
+- cache-alone: only the cache logits, with beta and k selected by the protocol
 - untouched: Tip-Adapter, with alpha and beta derived from the affinities between shots
 - paper-constants: Tip-Adapter, with alpha 1 and beta 5.5
 - closed-form: the metric, the values and the settings are fitted to the shots, as in a new index
@@ -137,14 +137,14 @@ def sweep(
     protocol: Protocol = "honest", scales: tuple[float, float] = PAPER_SCALES,
     views: tuple[Source, Encoder] | None = None,
 ) -> Iterator[Run]:  # fmt: skip
-    """Add the missing runs to the table ``results``, and yield all requested rows, old or new.
+    """Add the missing runs to the table ``results``, and yield all requested rows, including existing ones.
 
     The table is saved after every run. Shots are drawn from the keys of ``pool`` by the published rule, in the order of
     the images. The ``honest`` protocol selects settings on the published validation draw from ``val``, which has
-    ``min(shots, 4)`` images per class. Without ``val``, it uses leave-one-out, or keeps the untouched settings for 1
-    shot per class. The ``paper`` protocol searches the published grid on all of ``val``. No setting depends on
-    ``test``. ``tip-adapter-f`` requires ``views``: the images of the pool or a table of their views, and an encoder.
-    ``methods`` defaults to :data:`PLAIN`.
+    ``min(shots, 4)`` images per class. Without ``val``, it uses leave-one-out, except that it keeps the untouched
+    settings if there is only 1 shot per class. The ``paper`` protocol searches the published grid on all of ``val``. No
+    setting depends on ``test``. ``tip-adapter-f`` requires ``views``: the images of the pool or a table of their views,
+    and an encoder. ``methods`` defaults to :data:`PLAIN`.
 
     Raises:
         UsageError: if a method or the protocol is unknown.

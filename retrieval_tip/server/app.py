@@ -33,7 +33,7 @@ def create_app(
     """Return the application that serves a dictionary of indexes, as returned by :func:`served.open_all`.
 
     Requests that send the ``token`` can change indexes. See :class:`service.Service` for ``uploads``, ``root`` and
-    ``maker``. ``ready`` is called when requests can be answered.
+    ``maker``. ``ready`` is called when the application can answer requests.
     """
     limits = limits or Limits()
     service = Service(served, limits, uploads, root, maker)

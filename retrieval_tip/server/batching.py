@@ -36,9 +36,9 @@ class Batcher(Generic[K, T, R]):
     """Combine the items of all waiting calls that have the same key, and pass them to ``run(key, items)``.
 
     ``run`` is called in a separate thread. While one batch is being computed, the next one is collected, so a single
-    call never waits for others to arrive. A batch has at most ``most(key)`` items, unless a single call has more. Calls
-    are answered in order, except that a call can join the batch of an earlier call with the same key. At most ``room``
-    items can wait. A further call is refused.
+    call never waits for others to arrive. A batch has at most ``most(key)`` items, unless a single call has more items.
+    Calls are answered in order, except that a call can join the batch of an earlier call with the same key. A call is
+    refused if other items are waiting and the total would exceed ``room``.
     """
 
     def __init__(self, name: str, run: Callable[[K, list[T]], list[R]], *, most: Callable[[K], int], room: int) -> None:
@@ -215,8 +215,8 @@ class FairPool(Generic[R]):
 class Kept(Generic[K, R]):
     """A cache of results, each of which is computed once in a thread of ``pool``.
 
-    The cache keeps the most recently used results, up to a total ``size`` of ``most``. At most ``room`` results can be
-    in progress or waiting. A further one is refused.
+    The cache keeps the most recently used results, up to a total ``size`` of ``most``. If ``room`` results are already
+    in progress or waiting, further calls are refused.
     """
 
     def __init__(self, pool: Executor, *, most: int, room: int, size: Callable[[R], int] = lambda _: 1) -> None:

@@ -35,14 +35,14 @@ SECURITY = {
 class Limits:
     """Limits on requests and on the work that they cause.
 
-    A form has at most ``bytes`` bytes and ``images`` images of ``pixels`` pixels each, and a JSON body ``json_bytes``
-    bytes and ``rows`` rows of features. The answers to several queries contain at most ``cells`` numbers (see
-    :meth:`served.Version.cells`). A response must start within ``seconds``, and the client must read it within the same
-    time.
+    A form has at most ``bytes`` bytes and ``images`` images of ``pixels`` pixels each. A JSON body has at most
+    ``json_bytes`` bytes and ``rows`` rows of features. The answers to several queries contain at most ``cells`` numbers
+    (see :meth:`served.Version.cells`). A response must start within ``seconds``, and the client must read it within the
+    same time.
 
     At most ``queue`` images and ``QUEUED_ROWS * queue`` rows can wait at once. Request bodies, and responses larger
     than :data:`PART`, can occupy ``held`` bytes. There are at most ``indexes`` indexes. Only requests for the host
-    names in ``hosts`` are answered, or all requests if it is ``None``.
+    names in ``hosts`` are answered. If ``hosts`` is ``None``, all requests are answered.
 
     A map contains at most ``mapped`` key values, accuracy is estimated only for at most ``estimated`` keys, and a
     response contains at most ``values`` solved or trained values. A request gets a 503 after ``patience`` seconds of
@@ -67,7 +67,7 @@ class Limits:
     poll: float = 1.0
 
     def check_host(self, host: str) -> None:
-        """Raise Problem 421 for an unknown host name, which another site may resolve to this machine."""
+        """Raise Problem 421 if the host name is unknown, since another site may have resolved it to this machine."""
         name = re.sub(r":\d*$", "", host.lower())
         if self.hosts is not None and name not in self.hosts:
             raise Problem(421, f"unknown host {name!r}; restart the server with --allow-host {name}")

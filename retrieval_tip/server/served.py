@@ -1,4 +1,4 @@
-"""Served indexes, which hold an open version and its encoder, and follow changes in their folders."""
+"""Served indexes. Each of them holds an open version and its encoder, and opens new versions of its folder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RETRY_SECONDS = 30.0
 """Number of seconds after which a version that failed to open is tried again."""
 
 COMPLETE, NEAREST = 1 << 14, 2048
-"""Evidence contains all keys of an index if there are at most ``COMPLETE``, and the ``NEAREST`` nearest otherwise."""
+"""Evidence contains all keys if an index has at most ``COMPLETE`` keys, and the ``NEAREST`` nearest keys otherwise."""
 
 NEIGHBOUR_CELLS = 16
 """Cost of a neighbour in an answer. A neighbour takes as much memory as 16 numbers."""
@@ -76,7 +76,7 @@ class Version:
         return self.cache.settings.override(alpha=ask.alpha, beta=ask.beta, k=ask.k, tail=ask.tail)
 
     def cells(self, ask: Ask) -> int:
-        """Return the count of numbers in one answer, plus the number of keys to retrieve if the request sets ``k``."""
+        """Return the count of numbers in one answer. If the request sets ``k``, add the number of keys to retrieve."""
         cache, c = self.cache, len(self.cache.class_names)
         near = cache.n if cache.n <= COMPLETE else NEAREST
         evidence = cache.d + 3 * c + 3 * near if ask.evidence else 0
@@ -144,7 +144,7 @@ class Backbones:
             self._open[backbone.identity.fingerprint, None] = backbone
 
     def of(self, cache: AnsweringIndex, name: str) -> Backbone | None:
-        """Return the backbone of an index, or ``None`` if it names none, or if loading fails, which is logged."""
+        """Return an index's backbone, or ``None`` if the index names none or loading fails. Failures are logged."""
         identity = cache.backbone
         if identity is None:
             return None

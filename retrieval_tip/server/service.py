@@ -268,7 +268,7 @@ class Service:
         return schemas.MadeIndex(name, one.now.manifest.version, _judged(one), warnings, skipped)
 
     async def fit(self, one: Served) -> schemas.FittedIndex:
-        """Fit an index to its shots again, and open the new version."""
+        """Refit an index to its shots, and open the new version."""
         await self._in(self._changing, fit_index, one.folder)
         await self._in(self._following, one.follow)
         return schemas.FittedIndex(one.name, one.now.manifest.version, _judged(one))

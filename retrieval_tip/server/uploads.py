@@ -44,7 +44,7 @@ _PARSING = ThreadPoolExecutor(1, thread_name_prefix="parse")
 class Sent:
     """Uploaded ``images``, or ``features`` of shape ``[q, d]``, and their ``names``.
 
-    Shots have one label for all or one for each. ``index`` is the name of a new index.
+    The shots either share one label or have one label each. ``index`` is the name of a new index.
     """
 
     names: list[str]

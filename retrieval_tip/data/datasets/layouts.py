@@ -65,7 +65,7 @@ def class_folders(dataset: Dataset, folder: Path, split: str) -> Source:
 
 
 def named_folders(dataset: Dataset, folder: Path, split: str) -> dict[str, Path]:
-    """Map class names to folders in the order of ``classnames.txt``. Raises InputError if a folder has no name."""
+    """Map class names to folders in the order of ``classnames.txt``. Raises InputError if a folder is not listed."""
     listing, root = folder / dataset.listing, folder / dataset.images[split]
     by_folder = class_names_by_folder(listing)
     if dataset.layout == "numbered class folders":
@@ -83,8 +83,8 @@ def named_folders(dataset: Dataset, folder: Path, split: str) -> dict[str, Path]
 def class_names_by_folder(listing: Path) -> dict[str, str]:
     """Map folders to class names, as listed in ``classnames.txt``. Each line contains a folder, a space and a name.
 
-    If a name occurs again, as "missile" does in older lists, ``_`` is appended to it, and prompts leave it out. Raises
-    InputError if a line is invalid.
+    If a name occurs twice, as "missile" does in older lists, ``_`` is appended to the second name. Prompts do not
+    contain the ``_``. Raises InputError if a line is invalid.
     """
     names: dict[str, str] = {}
     taken: set[str] = set()
