@@ -24,8 +24,8 @@ def connected(address: str | None) -> Iterator[None]:
     Raises UsageError if Ray is not installed or if the cluster does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # messages of other levels bypass the Python loggers
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning in old releases
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # otherwise, messages bypass the Python loggers
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of old Ray releases
     try:
         import ray
     except ImportError:
@@ -49,7 +49,8 @@ def connected(address: str | None) -> Iterator[None]:
 def room(nodes: Iterable[Mapping[str, Any]], device: str) -> tuple[int, int, int]:
     """Return the number of actors that ``nodes`` can run, and the number of CPUs and GPUs per actor.
 
-    ``nodes`` is the result of ``ray.nodes()``. Each GPU gets one actor. Raises UsageError if no node has a whole CPU.
+    ``nodes`` is the result of ``ray.nodes()``. One actor runs on each GPU. Raises UsageError if no node has a whole
+    CPU.
     """
     found = [node["Resources"] for node in nodes if node["Alive"]]
     cpus = [int(node.get("CPU", 0)) for node in found]

@@ -1,12 +1,12 @@
 """Encode or classify the pieces of a source on a Ray cluster, and write the results to a folder of Parquet files.
 
-The folder can be on a disk or in a bucket. Ray Data sends each piece to an actor, which holds the encoder and the
+The folder can be stored on disk or in a bucket. Ray Data sends each piece to an actor, which holds the encoder and the
 index, and writes the resulting rows:
 
-    _run.json               a digest of the work and its source, so that parts of two runs are never mixed
-    part=000012/            the rows of piece 12. It is missing if no item of the piece could be read
-    _failed/000012.json     the inputs of piece 12 that could not be read, with the reason for each of them
-    _complete.json          an empty JSON object, which is written last
+    _run.json               a digest of the work and its source, which prevents mixing the parts of two runs
+    part=000012/            the rows of piece 12, unless none of its items could be read
+    _failed/000012.json     the inputs of piece 12 that could not be read, with the reason for each
+    _complete.json          an empty JSON object, which is written when the run is complete
 
 If a run was interrupted, repeat the call to process the missing parts. If a worker or a node dies, Ray retries its
 pieces. Parquet readers skip names that begin with an underscore, so they read the folder as one table.
@@ -53,12 +53,12 @@ PIECES = 64
 FAILED = "_failed"
 
 Piece = Source | str
-"""Part of a source, or the path or URL of a tar file that the actor opens."""
+"""A part of a source, or the path or URL of a tar file that the actor opens."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A query to the index at ``folder``, which must still have the given manifest.
+    """A query to the index in ``folder``. The query fails if the index no longer has the given manifest.
 
     ``rows`` is a function that yields the answers as tables.
     """
@@ -74,7 +74,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Work:
-    """The work of an actor, which encodes each piece or, if there is a ``question``, answers it for each piece.
+    """The work of an actor, which encodes each piece or, if a ``question`` is given, answers it for each piece.
 
     ``backbone`` is a function that loads the backbone onto a device, and ``cache`` is the folder of the encoding cache.
     """
@@ -114,10 +114,10 @@ def write_parts(
     device: str = "auto",
     progress: bool = False,
 ) -> tuple[int, int, list[Skipped]]:
-    """Process every piece whose part is missing in the folder ``out``. All nodes of the cluster must share this folder.
+    """Process every piece whose part is missing in the folder ``out``. All nodes of the cluster must have access to it.
 
     Returns the number of rows, the number of parts that already existed, and the inputs that could not be read. Raises
-    UsageError if ``out`` holds other files or if no cluster answers. Raises InputError if no input could be read.
+    UsageError if ``out`` contains other files or if no cluster answers. Raises InputError if no input could be read.
     """
     folder = PartsFolder(out)
     pickled = {f"{number:06}": pickle.dumps(piece) for number, piece in enumerate(pieces)}
@@ -227,7 +227,7 @@ class Worker:
 
 
 class PartsFolder:
-    """A folder of parts at a path or a URL. Names in ``files`` are relative to the folder."""
+    """A folder of parts, given by its path or URL. Names in ``files`` are relative to the folder."""
 
     system: AbstractFileSystem
 
@@ -239,7 +239,7 @@ class PartsFolder:
         self.files = DirFileSystem(self.place.rpartition("://")[2], self.system)
 
     def claim(self, digest: str) -> bool:
-        """Return whether the run is already complete. Raises UsageError if the folder holds other files."""
+        """Reserve the folder for a run, and return whether the run is complete. Raises UsageError on other files."""
         names, run = self.files.find(""), json.dumps({"run": digest}).encode()
         if names and (RUN not in names or self.files.cat_file(RUN) != run):
             raise UsageError(f"{show(self.place)}: holds other files, or parts of another run; give another folder")
@@ -247,7 +247,7 @@ class PartsFolder:
         return COMPLETE in names
 
     def rows(self) -> dict[str, int]:
-        """Return the number of rows in each part. Incomplete and duplicate files of a killed run are removed."""
+        """Return the number of rows in each part, and remove incomplete and duplicate files of a killed run."""
         rows: dict[str, int] = {}
         for file in part_files(self.place):
             part = os.fspath(file).split("/")[-2].removeprefix("part=")

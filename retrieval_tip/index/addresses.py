@@ -1,7 +1,7 @@
-"""Resolve the addresses of indexes that are not in a folder.
+"""Resolve the addresses of indexes that are not stored in a folder.
 
 Each package that stores such indexes provides the two functions of :class:`Plug`, and its URL schemes are registered in
-:data:`PLUGS`. No other module names these packages.
+:data:`PLUGS`. No other module refers to these packages.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from retrieval_tip.index.stores import Store
 
 PLUGS = dict.fromkeys(("lance", "s3", "gs"), "retrieval_tip.lance")
-"""The package that stores indexes with each URL scheme."""
+"""Mapping from each URL scheme to the package that stores such indexes."""
 KIND, FORMS = "LanceDB store", "lance://PATH, s3://BUCKET/PATH, gs://BUCKET/PATH"
-"""Name of these stores and the forms of their addresses, for help and messages."""
+"""Name of these stores and the forms of their addresses, as shown in help texts and messages."""
 METAVAR, EXAMPLE = "DIR|ADDRESS", "lance://indexes/things.lance"
 """Placeholder for a place in the help, and an example of an address."""
 
 
 class Plug(Protocol):
-    """A package that stores indexes at addresses of its own."""
+    """A package that stores indexes under its own URL schemes."""
 
     def canonical(self, text: str) -> str:
         """Return the canonical spelling of an address. Raises UsageError if the address is invalid."""

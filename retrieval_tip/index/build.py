@@ -45,7 +45,7 @@ def build_index(
     logit_scale: float | None = None,
     device: str = "auto",
 ) -> AnsweringIndex:
-    """Build an index from a labelled source. If ``out`` already holds an index, it gets a new version.
+    """Build an index from a labelled source. If ``out`` already contains an index, the result becomes its next version.
 
     Features are streamed from the encoder into the store, so a feature table can be larger than memory.
 
@@ -53,29 +53,31 @@ def build_index(
         source: the labelled images or features (see :func:`sources.open_source`).
         out: the index folder, or the address of another store (see :mod:`index.addresses`).
         encoder: sets the backbone, views, seed and cache. ``encoder.skipped`` lists the images that cannot be read.
-        shots: shots to draw per class, with CoOp's sampling rule and the encoder's seed. ``None`` uses every item.
-        templates: the prompts for the text weights, with ``{}`` in place of the class name. They need a backbone.
+        shots: the number of shots per class, drawn with CoOp's sampling rule and the encoder's seed. ``None`` uses
+            every item.
+        templates: prompt templates for the text weights, in which ``{}`` stands for the class name. They require a
+            backbone.
         text: a feature table to use instead of templates, with one or more prompts per class. The index uses the
             classes of this table, in the same order.
         index: a FAISS factory string, ``Classes`` or ``auto`` (see :func:`keys.auto_for`). Defaults to ``Flat``. Other
-            stores have their own index types, and their default is ``auto``.
+            stores have their own index types and default to ``auto``.
         dtype: the dtype of the stored keys.
         alpha: the residual ratio.
         beta: the sharpness.
-        normalize: the units of alpha and beta (see :func:`defaults.plain_settings`). If you give alpha or beta, the
-            default is the units of the paper, and the other one defaults to 1.0 for alpha or 5.5 for beta. Otherwise
-            the default is ``both``.
+        normalize: the units of alpha and beta (see :func:`defaults.plain_settings`). If you give alpha or beta,
+            ``normalize`` defaults to the units of the paper, and the missing setting to alpha 1.0 or beta 5.5.
+            Otherwise, ``normalize`` defaults to ``both``.
         fit: ``auto`` fits the index with :func:`closed_form.fit`, and ``none`` uses plain Tip-Adapter. Defaults to
             ``none`` if alpha, beta or normalize is given, and to ``auto`` otherwise.
         metric: ``none`` or ``within``. If ``None``, the fit selects the metric.
         values: ``one-hot`` or ``solved``. If ``None``, the fit selects the values.
-        k: the number of keys per query, or ``all``. ``None`` uses the number that comes with ``index="auto"``, and all
-            keys for other index types.
+        k: the number of keys per query, or ``all``. ``None`` uses the number that ``index="auto"`` selects, or all keys
+            for other index types.
         logit_scale: the scale of the text logits. Defaults to the scale of the backbone, or to 100.
-        device: the device of the returned classifier. ``index="auto"`` depends on it.
+        device: the device of the returned classifier. With ``index="auto"``, the index type depends on the device.
 
-    Raises InputError, UsageError or BackboneError if the input is invalid. Raises StoreError if the place cannot be
-    written or if another process is writing to it. If an error occurs, nothing changes.
+    Raises InputError, UsageError or BackboneError if the input is invalid. Raises StoreError if ``out`` is not writable
+    or if another process is writing to it. If an error occurs, ``out`` stays unchanged.
     """
     check_choice("dtype", dtype, Dtype)
     scale = logit_scale if logit_scale is not None or encoder.backbone is None else encoder.backbone.logit_scale
@@ -146,7 +148,7 @@ def _text(
 
 
 def warn_of_spelling(place: Place, class_names: Sequence[str], new: Sequence[str]) -> dict[str, str]:
-    """Warn about ``new`` classes that are spelled almost like an earlier class, and return these pairs."""
+    """Warn about ``new`` classes whose name is almost the name of an earlier class, and return these pairs."""
     pairs = spelled_alike(class_names)
     alike = {name: pairs[name] for name in new if name in pairs}
     for name, known in itertools.islice(alike.items(), SHOWN):

@@ -1,4 +1,4 @@
-"""Change an existing index. Each function writes one new version. If it fails, nothing changes.
+"""Change an existing index. Each function writes one new version. If a function fails, the index stays unchanged.
 
 Slow work such as encoding is done before the index is locked, so that other writers do not have to wait for it.
 """
@@ -46,7 +46,7 @@ COMPARED = 1 << 18
 
 
 GROWN = 2
-"""Growth of an index since its last fit from which a new fit is due."""
+"""Factor by which an index must grow after a fit before a new fit is due."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Renamed(Changed):
 
 @dataclass(frozen=True)
 class Configured(Changed):
-    """The result of a change of settings, with a ``summary`` of the fit if the index was fitted again."""
+    """The result of a change of settings, with a ``summary`` of the fit if the index was refitted."""
 
     summary: str | None
 
@@ -85,8 +85,8 @@ class Added(Changed):
     """The result of an addition, with the new ``classes`` and the number of images that were already ``known``.
 
     ``duplicates`` are the new keys whose image is also in another class. ``alike`` maps a new class to an earlier class
-    whose name only differs in case, ``_``, ``-`` or spaces. ``fit_due`` says that the index has at least twice as many
-    keys as when it was fitted, so that :func:`fit.fit_index` would make it more accurate.
+    whose name only differs in case, ``_``, ``-`` or spaces. ``fit_due`` is true if the number of keys has at least
+    doubled since the last fit, so that :func:`fit.fit_index` would make the index more accurate.
     """
 
     classes: list[str]
@@ -108,19 +108,21 @@ def add(
 ) -> Added:
     """Add the labelled images or features of a source. New classes are appended in source order.
 
-    Labels are compared exactly. A different spelling makes a new class and causes a warning.
-    If the index has text weights, new classes get theirs from ``text``, or from the templates of the index and the
-    encoder's backbone. The cost only depends on the size of the addition (see :meth:`cache_model.KeyEdits.add`).
+    Labels are compared exactly. A label with a different spelling creates a new class and causes a warning. If the
+    index has text weights, the text weights of new classes are read from ``text`` or computed from the templates of the
+    index with the encoder's backbone. The cost only depends on the number of new items (see
+    :meth:`cache_model.KeyEdits.add`).
 
     Args:
         folder: the index.
         source: the labelled images or features.
-        encoder: sets the same backbone as for the index, the views and the cache. ``encoder.skipped`` lists the images
-            that could not be read.
+        encoder: sets the backbone (the same as for the index), the views and the cache. ``encoder.skipped`` lists the
+            images that could not be read.
         text: a table of text features, labelled by class, for the new classes.
-        shots: shots to draw per class, with CoOp's sampling rule and the encoder's seed. ``None`` uses every item.
+        shots: the number of shots per class, drawn with CoOp's sampling rule and the encoder's seed. ``None`` uses
+            every item.
         skip_known: whether to skip items that the index already has under the same label. Images are compared by the
-            digest of their bytes, and features that have no digest by their stored values.
+            digest of their bytes. Features without a digest are compared by their stored values.
         manifest: the manifest of the current version, if you have already read it.
 
     Raises InputError, UsageError or BackboneError if the input is invalid. Raises StoreError under the same conditions
@@ -189,7 +191,7 @@ def _fit_due(cache: EditableIndex) -> bool:
 def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
     """Remove the keys that match an SQL condition over the label store, or that have the given ids.
 
-    The classes stay, even if they are empty. The data of the keys is deleted from the folder together with the last
+    Classes are kept even if they become empty. The data of the keys is deleted from the folder together with the last
     version that contains them (see :func:`writer.collect`). Other stores only mark rows as removed, so call
     :func:`rebuild` first if the data must be deleted there. Raises UsageError unless exactly one valid argument is
     given. Raises InputError if no key matches or if a key cannot be removed (see :meth:`cache_model.KeyEdits.remove`).
@@ -234,8 +236,8 @@ def apply_audit(folder: Place, file: Folder) -> Changed:
     the columns ``key_id``, ``label`` and ``suggested``. A row is skipped if its suggestion is empty or equal to the
     label.
 
-    Raises InputError if the file cannot be read, if a key is unknown, is repeated or has been relabelled since, or if a
-    suggestion is not a class of the index.
+    Raises InputError if the file cannot be read, if a key is unknown, is repeated or has been relabelled since the
+    audit, or if a suggestion is not a class of the index.
     """
     name, place = show(file), places.at(folder)
     table = read_columns(Path(file), ("key_id", "label", "suggested"), place.manifest().n)
@@ -305,7 +307,7 @@ def configure(
 ) -> Configured:
     """Change settings of an index. ``None`` keeps the current value of a setting.
 
-    If you give ``templates`` and a ``backbone``, the text weights are computed again.
+    If you give ``templates`` and a ``backbone``, the text weights are recomputed.
 
     If the index is fitted, a new beta also refits the parts that depend on it (see :meth:`Change.refit`). These are the
     solved values, alpha, the temperature and the ``unlike`` threshold. An alpha or temperature that you also give is
@@ -359,7 +361,7 @@ def configure(
 def compact(folder: Place) -> Changed:
     """Merge all keys into one segment, which keeps the index type of the first segment.
 
-    The answers are the same as after a new build from these keys. If there is only one segment, nothing happens.
+    The answers are the same as those of an index built from scratch. A single segment stays unchanged.
     """
     with places.at(folder).change() as change:
         segments = change.cache.segments
@@ -370,10 +372,10 @@ def compact(folder: Place) -> Changed:
 
 
 def rebuild(folder: Place, *, index: str | None = None, dtype: Dtype | None = None) -> Changed:
-    """Build the index again from its keys. You can change the ``index`` type and the ``dtype``.
+    """Rebuild the index from its keys, optionally with another ``index`` type or ``dtype``.
 
-    A store that is not a folder writes every row again, except removed rows. Raises UsageError if the index type or the
-    dtype is invalid. Raises InputError if a key overflows the dtype.
+    Stores other than folders rewrite every row except removed rows. Raises UsageError if the index type or the dtype is
+    invalid. Raises InputError if a key overflows the dtype.
     """
     if dtype is not None:
         check_choice("dtype", dtype, Dtype)
@@ -384,10 +386,10 @@ def rebuild(folder: Place, *, index: str | None = None, dtype: Dtype | None = No
 
 
 def rollback(folder: Place, version: int | None = None) -> Changed:
-    """Copy an earlier version into a new version, so that the history stays linear.
+    """Copy an earlier version into a new version, which keeps the history linear.
 
-    ``version`` defaults to the parent of the current version. Key ids are not used again. Raises StoreError if the
-    earlier version is missing or damaged.
+    ``version`` defaults to the parent of the current version. Key ids are not reused. Raises StoreError if the earlier
+    version is missing or damaged.
     """
     return Changed(places.at(folder).rollback(version), [])
 
@@ -406,10 +408,10 @@ def gc(folder: Place, keep: int = 1) -> Collected:
 def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
     """Copy the current version of an index, or an earlier version, to a new place. The files are verified first.
 
-    You can copy an index to another kind of store. The keys, labels, settings and fit stay the same, but the index over
-    the keys is built again. Its type is ``Flat`` in a folder and ``auto`` in other stores.
+    You can copy an index to another kind of store. The keys, labels, settings and fit stay the same, but the vector
+    index is rebuilt. Its type is ``Flat`` in a folder and ``auto`` in other stores.
 
-    Raises StoreError if ``out`` already holds an index. Raises InputError if the target cannot hold a part of it.
+    Raises StoreError if ``out`` already contains an index. Raises InputError if ``out`` cannot store a part of it.
     """
     source, target = places.at(folder), places.at(out)
     if target.exists():
@@ -438,8 +440,8 @@ def import_index(
     """Build an index from a cache that was written by the original Tip-Adapter code.
 
     See :func:`imports.import_table` for ``source`` and ``classes``, :class:`encoder.Encoder` for ``norms``, and
-    :func:`build.build_index` for the rest. Classes have the same order as in ``text``, or else are sorted
-    alphabetically.
+    :func:`build.build_index` for the other arguments. The classes are in the order of ``text`` or, if it is not given,
+    in alphabetical order.
     """
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
         table = Path(folder) / "keys.parquet"

@@ -27,7 +27,7 @@ def export_table(cache: CacheModel, out: Path) -> int:
     values in the dtype of the keys. A table cannot hold trained values or a fine-tuned encoder, so a warning is logged
     if the index has them.
 
-    Raises InputError if ``out`` cannot be written. In that case no file is left behind.
+    Raises InputError if ``out`` cannot be written. In this case, no file is left behind.
     """
     _refuse_inside(cache, out)
     trained = cache.values if cache.fitted is None else None  # solved values can be fitted again
@@ -60,8 +60,8 @@ def export_table(cache: CacheModel, out: Path) -> int:
 def export_text(cache: CacheModel, out: Path) -> int:
     """Write the text weights of an index to a feature table with one row per class, and return the number of classes.
 
-    You can use the table as the ``--text`` of another index. Raises UsageError if the index has no text weights. Raises
-    InputError if a class has no text weight or if ``out`` cannot be written.
+    You can pass the table to ``--text`` when you build another index. Raises UsageError if the index has no text
+    weights. Raises InputError if a class has no text weight or if ``out`` cannot be written.
     """
     _refuse_inside(cache, out)
     if not cache.has_text:

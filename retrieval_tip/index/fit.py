@@ -1,4 +1,4 @@
-"""Fit an index to its shots and write the result as a new version, in any kind of store."""
+"""Fit an index to its shots and write the result to its store as a new version."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def fit_index(
         folder: the index.
         metric: ``none`` or ``within``. If ``None``, the fit selects the metric.
         values: ``one-hot`` or ``solved``. If ``None``, the fit selects the values.
-        validation: labelled images or features to use for the selection instead of the held-out shots. They need an
+        validation: labelled images or features to use for the selection instead of the held-out shots. They require an
             ``encoder``.
-        encoder: sets the same backbone as for the index, and the cache.
+        encoder: sets the backbone (the same as for the index) and the cache.
 
-    Raises the errors of :func:`closed_form.fit`. If an error occurs, nothing changes.
+    Raises the errors of :func:`closed_form.fit`. If an error occurs, the index stays unchanged.
     """
     queries = None
     if validation is not None and encoder is not None:

@@ -27,7 +27,7 @@ from retrieval_tip.settings import Dtype, MetricName, ValuesName
 from retrieval_tip.store.writer import Writer, write
 
 PAIRS = 1 << 26
-"""Maximum number of affinities to compute when an addition is checked."""
+"""Maximum number of affinities to compute when new keys are checked for duplicates."""
 EFFORT = 16
 """Number of lists to probe for nearly identical keys."""
 

@@ -61,7 +61,7 @@ class Words(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """The requested settings. ``alpha`` and ``beta`` are in units of ``form``, and ``None`` means the default."""
+    """The requested settings. ``alpha`` and ``beta`` are in the units of ``form``. ``None`` stands for the default."""
 
     settings: Settings
     alpha: float | None
@@ -130,7 +130,7 @@ class Material:
         return label_table(self.words.class_names, self.ids[rows], key_ids=rows, views=self.views, **vars(columns))
 
     def described(self, statistics: Statistics | None) -> dict[str, object]:
-        """Return the provenance. It is complete once all items have been read."""
+        """Return the provenance. Call this after all items have been read, because it is incomplete before."""
         views, asked = self.encoder.views, self.asked
         return {
             "source": self.source.name,
@@ -171,7 +171,7 @@ def ids_in(source: Source, class_names: Sequence[str]) -> npt.NDArray[np.int64]:
 
 
 def identity_of(source: Source, encoder: Encoder) -> Identity | None:
-    """Return the identity of the encoder's backbone or, if it has none, of the backbone that the table names."""
+    """Return the identity of the encoder's backbone or, if it has none, of the backbone named in the table."""
     if encoder.backbone is not None:
         return encoder.backbone.identity
     return table_identity(source.table) if source.table is not None else None
@@ -183,7 +183,7 @@ def read_text_table(
     """Read the class names and text weights from a table of text features, in order of first appearance.
 
     Each row is the feature of a prompt. The rows of each class are averaged and then normalised. If ``norms`` is
-    ``check``, the rows must have unit norm; otherwise they are scaled to it. Raises InputError if the file is invalid.
+    ``check``, the rows must have unit norm. Otherwise, they are normalised. Raises InputError if the file is invalid.
     """
     table = open_source(path)
     if table.table is None:

@@ -1,6 +1,6 @@
 """Export an index as an ONNX graph that computes logits from pixels or features.
 
-You can run the graph in an ONNX runtime, where this package is not needed.
+You can run the graph with any ONNX runtime, without this package.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def export_onnx(
     in the order of ``labels``.
 
     Returns the metadata, including the size of the file in ``bytes``. Raises UsageError if the package onnx is not
-    installed, if the index uses only ``k`` keys per query, which needs retrieval, or if the graph would exceed 2 GiB.
-    Raises InputError if the file cannot be written or if torch cannot convert the encoder to ONNX.
+    installed, if the index only uses ``k`` keys per query (a graph cannot retrieve keys), or if the graph would exceed
+    2 GiB. Raises InputError if the file cannot be written or if torch cannot convert the encoder to ONNX.
     """
     try:
         import onnx

@@ -1,6 +1,7 @@
 """Manage the photos that were added to an index over HTTP.
 
-The photos of an index ``DIR`` are stored beside it, in files ``DIR-shots/CLASS/HEX.EXT`` named by their SHA-256.
+The photos of an index ``DIR`` are stored next to it as ``DIR-shots/CLASS/HEX.EXT``, where ``HEX`` is the beginning of
+the SHA-256.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def file_of(folder: Path, label: str, data: bytes) -> Path:
 
 @contextmanager
 def adding(folder: Path) -> Iterator[None]:
-    """Block :func:`remove_unused` inside the context, while new photos are not yet part of a version."""
+    """Block :func:`remove_unused` inside the context, because new photos are not yet part of a version."""
     make_folders(folder)
     with locked_folder(folder, alone=False, wait=lock.LOCK_WAIT):
         yield
@@ -60,8 +61,8 @@ def remove_unused(store: Store) -> tuple[int, int]:
     """Remove the photos in ``DIR-shots`` that no kept version uses. Return their number and the freed bytes.
 
     A version uses a photo if a key has the digest of the photo, or if the source of a key ends with its file name.
-    Links, and files that are not named by their own SHA-256, stay. If photos are being added, or if a version
-    cannot be read, nothing is removed and a warning is logged.
+    Links and files that are not named by their own SHA-256 are kept. If photos are being added, or if a version cannot
+    be read, nothing is removed and a warning is logged.
     """
     folder = folder_of(store)
     if folder is None or folder.is_symlink() or not folder.is_dir():

@@ -19,7 +19,7 @@ from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import TIMEOUT
 from retrieval_tip.store.writer import Writer, collect, write
 
-if TYPE_CHECKING:  # a manifest can be read without torch, which takes a second to import
+if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
     from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.cache_model import CacheModel
     from retrieval_tip.fit.closed_form import FormChoice
@@ -137,7 +137,7 @@ class FolderStore(Store):
 
 
 def at(place: Place) -> Store:
-    """Return the store at a folder or an address, even if it holds no index yet. Raises UsageError if it is invalid."""
+    """Return the store at a folder or an address, even if it contains no index. Raises UsageError if it is invalid."""
     plug = plug_of(place) if isinstance(place, str) else None
     return FolderStore(Path(place)) if plug is None else plug.store_at(str(place))
 

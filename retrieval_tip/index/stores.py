@@ -17,7 +17,7 @@ from retrieval_tip.store import history
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import TIMEOUT
 
-if TYPE_CHECKING:  # a manifest can be read without torch, which takes a second to import
+if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
     from retrieval_tip.answering import AnsweringIndex, EditableIndex
     from retrieval_tip.fit.closed_form import FormChoice
     from retrieval_tip.fit.search_hp import Queries
@@ -47,7 +47,7 @@ class Change(ABC):
 
     @abstractmethod
     def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
-        """Build the index again from its keys. ``None`` keeps the index type or the dtype."""
+        """Rebuild the index from its keys. ``None`` keeps the current index type or dtype."""
 
     @abstractmethod
     def refit(self, beta: float) -> FormChoice:
@@ -59,7 +59,7 @@ class Change(ABC):
 
 
 class Store(ABC):
-    """A store that keeps the versions of one index. Readers see a complete version, and writers take turns.
+    """A store that keeps the versions of one index. Readers see complete versions, and writers wait for each other.
 
     ``local`` is the folder on this machine, or ``None`` if the index is in a bucket. ``look_every`` is the number of
     seconds after which a server checks for a new version. Methods raise StoreError if the store is missing, damaged,
@@ -75,23 +75,23 @@ class Store(ABC):
 
     @property
     def resolved(self) -> str:
-        """The folder or address, in the same form for every spelling of the same place."""
+        """The folder or address in a canonical form, which is the same for every spelling."""
         return str(self) if self.local is None else str(real(self.local))
 
     @property
     def name(self) -> str:
-        """Last part of the folder or of the address."""
+        """Last component of the folder or address."""
         return self.resolved.rpartition("/")[2] if self.local is None else Path(self.resolved).name
 
     @abstractmethod
     def exists(self) -> bool:
-        """Return whether the store holds an index, even a damaged one."""
+        """Return whether the store contains an index, even a damaged one."""
 
     @abstractmethod
     def stamp(self) -> Hashable | None:
         """Return a value that changes with the current version, or ``None`` if there is no index.
 
-        This never sends a request. If one would be needed to see changes, every call returns a new value.
+        This never sends a request. If the store needs a request to detect changes, every call returns a new value.
         """
 
     @abstractmethod
@@ -106,7 +106,8 @@ class Store(ABC):
     def copy_from(self, model: AnsweringIndex, what: str) -> int:
         """Write an opened index as the next version, and return the version number.
 
-        ``what`` describes the change in the history. Raises InputError if the store cannot hold a part of the index.
+        ``what`` describes the change in the history. Raises InputError if the store does not support a part of the
+        index.
         """
 
     @abstractmethod
@@ -120,14 +121,14 @@ class Store(ABC):
     ) -> AnsweringIndex:
         """Open the current version, or an earlier version.
 
-        ``precision`` applies to products with all keys. With ``verify="full"``, every byte is checked first. With
-        ``"fast"``, small files are checked completely and larger files only by their size. The default depends on the
-        kind of store. Raises UsageError if the store does not support the precision.
+        ``precision`` is the precision of the matrix products with all keys. With ``verify="full"``, every byte is
+        checked first. With ``"fast"``, small files are checked completely and larger files only by their size. The
+        default depends on the kind of store. Raises UsageError if the store does not support the precision.
         """
 
     @abstractmethod
     def change(self) -> AbstractContextManager[Change]:
-        """Open the current version for exclusive editing, and write the next version afterwards."""
+        """Open the current version for exclusive editing, and write the next version when the context ends."""
 
     @abstractmethod
     def fit(
@@ -156,7 +157,7 @@ class Store(ABC):
 
     @abstractmethod
     def check(self, manifest: Manifest) -> None:
-        """Raise StoreError if a version is damaged and cannot become the current version again."""
+        """Raise StoreError if a version is damaged and therefore cannot be restored."""
 
     @abstractmethod
     def next_key_id(self, manifest: Manifest) -> int:

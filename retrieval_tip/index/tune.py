@@ -35,8 +35,8 @@ class Trial:
     """A trial of one setting, with its cost and its agreement with a search over all keys.
 
     ``index`` is the index type, and ``effort`` is its :attr:`VectorIndex.effort`. ``k`` is ``None`` if all keys are
-    used. ``agreement`` is the fraction of queries that have the same winner. ``microseconds`` is the median time per
-    query in one batch. ``best`` is true if no cheaper setting agrees as often.
+    used. ``agreement`` is the fraction of queries for which both searches predict the same class. ``microseconds`` is
+    the median time per query in one batch. ``best`` is true if no cheaper setting agrees as often.
     """
 
     index: str
@@ -85,11 +85,11 @@ def tune_on(
 def tune(
     cache: CacheModel, features: npt.NDArray[np.float32], *, agreement: float = 0.999, factories: Sequence[str] = ()
 ) -> Tuning:
-    """Find the cheapest index whose winners agree with a search over all keys.
+    """Find the cheapest index whose predictions agree with those of a search over all keys.
 
     The queries are ``features`` of shape ``[q, d]``; their labels are not needed. By default, ``Classes`` and an
     inverted file are tried. You can give other ``factories`` instead. Each index is tried with several numbers of keys
-    and several efforts. A search over all keys is tried too, and it always agrees.
+    and several efforts. A search over all keys is tried too. Its agreement is always 1.
 
     Raises UsageError if ``agreement`` is not between 0 and 1 or if FAISS does not support a factory. Raises InputError
     if there are fewer than 100 queries, which are too few to measure agreement.
@@ -135,7 +135,7 @@ def _settings(cache: CacheModel) -> Iterator[tuple[int | None, int]]:
 
 
 def _timed(cache: CacheModel, f: torch.Tensor, k: int | None) -> tuple[torch.Tensor, float]:
-    """Return the winner of each query, and the number of microseconds per query."""
+    """Return the predicted class of each query, and the number of microseconds per query."""
     winners = _winners(cache, f, k)  # warm up first
     seconds = []
     for _ in range(ROUNDS):
@@ -150,7 +150,7 @@ def _winners(cache: CacheModel, f: torch.Tensor, k: int | None) -> torch.Tensor:
 
 
 def _frontier(trials: list[Trial]) -> list[Trial]:
-    """Sort trials by cost, and mark each trial whose agreement is higher than in all cheaper trials."""
+    """Sort trials by cost, and mark each trial that agrees more often than all cheaper trials."""
     ordered, highest = [], -1.0
     for trial in sorted(trials, key=lambda trial: (trial.microseconds, -trial.agreement)):
         ordered.append(replace(trial, best=trial.agreement > highest))
