@@ -21,6 +21,7 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.closed_form import blend
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, FittedMetric, Form, Scatter, Solved, Within
+from retrieval_tip.index import places as stores
 from retrieval_tip.retrieval import ridge
 from retrieval_tip.settings import Settings
 
@@ -703,6 +704,24 @@ def test_a_build_fits_and_says_what_it_judged_and_fits_again_after_add(run, tabl
     assert "100 photos of" in judged.stderr
     assert run("index", "verify", out).exit_code == 0
     assert "fit it again" in run("index", "add", out, tables / "test.parquet").stderr  # 40 shots became 140
+
+
+def test_a_store_fits_classes_without_shots_as_a_folder_does(run, tables):
+    keys, ids = clusters(6)
+    some = ids < 4
+    table(tables / "some.parquet", keys[some], [f"class {i}" for i in ids[some]])
+    printed, models = [], []
+    for place in (str(tables / "index"), f"lance://{tables / 'store'}"):
+        built = run("index", "build", tables / "some.parquet", "--text", tables / "text.parquet", "--out", place)
+        assert built.exit_code == 0, built.output
+        assert "1 class has a name but no photos" in built.stderr
+        models.append(stores.at(place).load(device="cpu"))
+        printed.append(run("classify", place, tables / "test.parquet", "--format", "json").stdout)
+    assert models[0].provenance["fit"] == models[1].provenance["fit"]
+    assert models[0].settings == models[1].settings
+    assert [json.loads(line)["label"] for line in printed[0].splitlines()] == [
+        json.loads(line)["label"] for line in printed[1].splitlines()
+    ]
 
 
 def test_the_choice_can_be_drawn(run, tables):
