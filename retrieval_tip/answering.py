@@ -69,7 +69,7 @@ class AnsweringIndex(ABC):
         metric: the fitted metric (see :mod:`tip`), or ``None``.
         values: the solved or trained values (see :mod:`tip`), or ``None`` if values are one-hot.
         fitted: a description of how the metric and the values were fitted.
-        tuned: the weights file of the fine-tuned encoder, if there is one.
+        tuned: the weights file of the encoder, if the encoder was fine-tuned.
         place: the folder or LanceDB store (``lance://...``) that the index was loaded from.
         version: the version number of the loaded index.
     """
@@ -256,7 +256,7 @@ class AnsweringIndex(ABC):
         return terms
 
     def check_answers(self) -> None:
-        """Raise InputError if the logits overflow for a few of the keys, which are used as queries."""
+        """Classify a few keys as if they were queries, and raise InputError if their logits overflow."""
         settings, (keys, described) = self.settings, self.some(ASKED)
         own = torch.from_numpy(keys.astype(np.float32)).to(self.device)
         ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64)).to(self.device)

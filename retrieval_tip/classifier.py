@@ -1,4 +1,4 @@
-"""The ``Classifier`` combines an index and its encoder. Its methods do the same as the commands of the same name."""
+"""The ``Classifier`` combines an index and its encoder. Its methods correspond to the commands of the same name."""
 
 from __future__ import annotations
 
@@ -102,9 +102,9 @@ class Classifier:
         - ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         - ``views``: 1 to encode the centre view of each photo, or the number of augmented views to average.
         - ``seed``: the random seed for ``shots`` and ``views``.
-        - ``shots``: the number of photos to draw per class (see :mod:`data.shots`). By default, all photos are used.
-        - ``templates``: the prompts for class names, in which ``{}`` is replaced with the name. You can also pass a
-          feature table of prompts as ``text``.
+        - ``shots``: the number of photos to sample per class (see :mod:`data.shots`). By default, all photos are used.
+        - ``templates``: the prompt templates, where ``{}`` is replaced with the class name. You can also pass a feature
+          table of prompts as ``text``.
         - ``fit``: ``auto`` to fit the method to the photos, or ``none`` for Tip-Adapter with ``alpha`` and ``beta``.
 
         For the other arguments and the errors, see :func:`build.build_index`.

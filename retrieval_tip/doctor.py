@@ -18,7 +18,7 @@ OLD_DRIVER = "PyPI's torch needs CUDA 13 and driver 580 or newer (see nvidia-smi
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The result of :func:`examine`: facts by name, and problems that say how to fix them."""
+    """The result of :func:`examine`: facts by name, and a list of problems and how to fix them."""
 
     facts: dict[str, str]
     problems: list[str]

@@ -52,16 +52,16 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             normalised. If ``None``, only the shots are used.
         class_names: the ``c`` labels, in the order of ``text_weights``. Classes that do not occur in ``y`` are scored
             using only their text. Defaults to the sorted labels of ``y``.
-        alpha: the weight of the cache relative to the text, which must be at least 0. With a number, the classifier is
-            Tip-Adapter as published. With ``auto``, the metric, the values, alpha, beta and the temperature are fitted
-            to the rows in closed form (see :func:`retrieval_tip.fit.closed_form.fit`).
+        alpha: the weight of the cache relative to the text, which must be at least 0. If it is a number, the classifier
+            is the published Tip-Adapter. If it is ``auto``, the metric, the values, alpha, beta and the temperature are
+            fitted to the rows in closed form (see :func:`retrieval_tip.fit.closed_form.fit`).
         beta: the sharpness of the exponential, which must be at least 0. Defaults to 5.5. You can only set it if
             ``alpha`` is a number.
         metric: ``none`` or ``within``, if ``alpha="auto"``. By default, the fit selects the metric.
         values: ``one-hot`` or ``solved``, if ``alpha="auto"``. By default, the fit selects the values.
         k: the number of nearest keys to use per query. If ``None``, every key is used, as in Tip-Adapter.
         tail: whether to estimate the contribution of the other keys, if ``k`` is set.
-        logit_scale: the factor of the text logits, which belongs to the backbone. It is 100 for OpenAI's CLIP.
+        logit_scale: the factor of the text logits, which depends on the backbone. For OpenAI's CLIP, it is 100.
         index: the FAISS factory string, for example ``Flat``, ``IVF256,Flat`` or ``HNSW32``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         normalize: whether to scale each row of ``X`` to unit length. A row of zeros stays zero. Use ``False`` for

@@ -49,7 +49,7 @@ class NotAFileError(InputError):
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file for reading. The call never blocks, and links are followed.
+    """Open a regular file for reading without ever blocking. Links are followed.
 
     Other kinds of files are not opened, because opening a pipe unblocks its writer, and opening a tape rewinds it.
     Raises NotAFileError if the path is not a regular file.

@@ -52,7 +52,7 @@ SHOWN_PREDICTIONS = 50
 SHOWN_LABELS = 8
 
 Abstain = float | Literal["auto"] | None
-"""Probability below which an answer is withheld. ``auto`` means 0.5, and also withholds answers that are ``unlike``."""
+"""Probability below which an answer is withheld. ``auto`` means 0.5, and also withholds ``unlike`` answers."""
 MORE_LIKELY_WRONG = 0.5
 
 
@@ -266,7 +266,7 @@ class Evidence:
 
 
 def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a table as dictionaries, faster than ``to_pylist``."""
+    """Yield the rows of a table as dictionaries. This is faster than ``to_pylist``."""
     for batch in table.to_batches(ROWS):
         for row in zip(*map(_values, batch.columns), strict=True):
             yield dict(zip(table.column_names, row, strict=True))

@@ -37,7 +37,7 @@ TrainingSettings = Literal["tried", "own"]
 Protocol = Literal["honest", "paper"]
 """The data that settings are selected on.
 
-``honest`` uses the shots or a random draw of validation images. ``paper`` uses the whole validation source.
+``honest`` uses the shots or a random sample of validation images. ``paper`` uses the whole validation source.
 """
 
 
@@ -65,8 +65,8 @@ class Settings:
             must be 0 or more.
         beta: the sharpness of the exponential in the cache logits ``C`` (equation 4 of the paper). It must be 0 or
             more.
-        logit_scale: the factor of the text logits, which belongs to the backbone. It is 100 for OpenAI's CLIP, and must
-            be above 0.
+        logit_scale: the factor of the text logits, which depends on the backbone and must be above 0. For OpenAI's
+            CLIP, it is 100.
         k: the number of nearest keys to use per query. If it is ``None``, all keys are used, as in Tip-Adapter.
         tail: whether to estimate the contribution of the other keys, if ``k`` is set (see :func:`tip.cache_logits`).
         temperature: the divisor of the logits, which is only used for probabilities. It must be above 0.
@@ -107,14 +107,14 @@ class Settings:
                 object.__setattr__(self, name, float(getattr(self, name)))
 
     def override(self, *, k: KeysMet = None, **given: Any) -> Self:
-        """Return a copy in which the given settings are replaced. ``None`` keeps the current value."""
+        """Return a copy with the given settings. A setting that is ``None`` keeps its current value."""
         known = {name: value for name, value in given.items() if value is not None}
         if k is not None:
             known["k"] = None if k == "all" else k
         return replace(self, **known) if known else self
 
     def unfitted(self) -> Self:
-        """Return a copy in which the settings that are only set by a fit are ``None``."""
+        """Return a copy where all settings that only a fit can set are ``None``."""
         return replace(self, least_cache=None, log_offset=None)
 
     def shown(self) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class Built:
 
     Attributes:
         source: the name of the labelled source.
-        shots: the number of shots drawn per class, or ``None`` if all were used.
+        shots: the number of shots sampled per class, or ``None`` if all photos were used.
         seed: the random seed for the shots and the views.
         views: the number of views that are averaged to compute a key.
         auto_index: whether the type of the index depends on the number of keys.

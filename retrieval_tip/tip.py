@@ -5,7 +5,8 @@ The code uses the notation of the paper:
 - ``f`` ``[q, d]``: the features of the queries, which have unit norm.
 - ``K`` ``[n, d]``: the keys, which are the features of the labelled shots. They have unit norm unless they were
   fine-tuned.
-- ``V`` ``[n, c]``: the values, which say how much each key adds to each class. By default they are one-hot labels.
+- ``V`` ``[n, c]``: the values, which determine how much each key adds to each class. By default, they are one-hot
+  labels.
 - ``W`` ``[c, d]``: the text weights of the classes.
 
 :func:`answer` is the whole method. The rest of the package computes the same numbers faster, from fewer keys, or from
@@ -163,7 +164,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Values:
-    """Solved or trained values, which say how much each key adds to each class. One-hot rows give plain Tip-Adapter.
+    """Solved or trained values, the contribution of each key to each class. One-hot rows give plain Tip-Adapter.
 
     - ``matrix`` ``[n, c]``: row i holds the values ``V_i`` of key i, in the dtype of the weights.
     - ``rows`` ``[q, k]`` int64: the row of each retrieved key. Empty slots may hold any row. If ``rows`` is ``None``,

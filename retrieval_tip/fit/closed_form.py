@@ -282,10 +282,10 @@ class Folds:
 
     @property
     def weights(self) -> Tensor | None:
-        """Query weights of mean 1, or ``None`` if all queries count the same.
+        """Query weights of mean 1, or ``None`` if all queries have equal weight.
 
-        If ``even`` is true, classes count the same regardless of their number of shots. Queries of held-out classes are
-        weighted by the fraction of classes that have no shots.
+        If ``even`` is true, all classes have equal weight, regardless of their number of shots. Queries of held-out
+        classes are weighted by the fraction of classes that have no shots.
         """
         whole, ids = self.of_classes, torch.cat([held.ids for held in self.held])
         weights = torch.ones(len(ids), dtype=torch.float64)
@@ -511,7 +511,7 @@ def refit(cache: Shots, beta: float) -> FormChoice:
 def estimate(cache: CacheModel) -> Judged:
     """Estimate the accuracy of an index on folds of its own shots. The index does not change.
 
-    The metric and the values are solved again for each fold, while alpha, beta and the temperature stay the same.
+    The metric and the values are refitted for each fold, but alpha, beta and the temperature are not.
 
     Returns the accuracies of the cache (``photos``), the text (``words``) and the blend (``both``). ``words`` is
     ``None`` if there is no text. All are ``None`` if the keys were fine-tuned, or if too few shots can be held out.
@@ -690,7 +690,7 @@ def _linked(
 
 
 def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[FormTrial]]:
-    """Return the first form, or the best of the significantly better ones, and all trials."""
+    """Return the first form, or the best form that is significantly better, and all trials."""
     stands = folds.judge(forms[0])
     best, trials = (forms[0], stands.loss), []
     for form in forms:

@@ -404,7 +404,7 @@ class _Material:
         return cls(encoder, backbone, shots, cache.ids_of(shots), views, images, queries)
 
     def split(self, names: set[str], cache: CacheModel, encoder: Encoder, recipe: Recipe) -> tuple[_Material, Source]:
-        """Split off the shots whose source is in ``names``. The rest has its own copy of the backbone to train."""
+        """Split off the shots whose source is in ``names``. Training on the rest uses a new copy of the backbone."""
         out = np.array([name in names for name in self.shots.sources], dtype=bool)
         encoder, backbone = _in_training(cache, replace(encoder, views=1), recipe)
         views = self.views

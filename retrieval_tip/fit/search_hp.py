@@ -161,10 +161,10 @@ def leave_one_out(cache: CacheModel) -> Queries:
 def validation_shots(
     cache: CacheModel, validation: Source, path: str | os.PathLike[str] | None = None, number: int | None = None
 ) -> list[int]:
-    """Draw ``number`` validation shots per class, and return their positions.
+    """Sample ``number`` validation shots per class, and return their positions.
 
     ``number`` defaults to ``min(shots, 4)``, or to 4 if the index does not record a number of shots. If ``path`` is the
-    split file that the index's own shots were drawn from, the published validation draw is returned.
+    split file that the index's own shots were sampled from, the published validation sample is returned.
     """
     drawn, seed = cache.built.shots, cache.built.seed
     if number is None and drawn is not None and path is not None and Path(path).suffix.lower() == ".json":

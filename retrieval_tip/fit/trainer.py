@@ -48,15 +48,16 @@ class Recipe:
     - ``batch``: the number of queries per step
     - ``lr``: the learning rate, which falls to 0 along a cosine. Encoders use a thousandth of it.
     - ``eps``, ``weight_decay``: parameters of AdamW
-    - ``views``: the number of augmented views of each shot. They are encoded once, and each epoch draws one of them. If
-      ``None``, every epoch encodes a fresh view, as in the paper's code. This is required to train the image encoder.
+    - ``views``: the number of augmented views of each shot. All views are encoded once, and each epoch samples one view
+      per shot. If ``None``, every epoch encodes a new view, as in the paper's code. This is required to train the image
+      encoder.
     - ``precision``: the dtype of matrix products. ``auto`` uses bfloat16 if it is measurably faster.
     - ``seed``: the seed for batches and views
     - ``settings``: the source of the alpha and beta used in training. ``own`` takes them from the index. ``tried`` also
       trains with a few flatter settings for a quarter of the epochs, and selects on the validation images. Flatter
       settings can help because a sharp exponential has a small gradient. Encoders always use ``own``.
-    - ``alpha``, ``beta``: values to use in training instead. If you give only one of them, the other is taken from the
-      index. In both cases, ``settings`` is ignored.
+    - ``alpha``, ``beta``: values to use in training instead. If you give either value, ``settings`` is ignored, and a
+      value that you do not give is taken from the index.
 
     Raises UsageError if an option is invalid.
     """

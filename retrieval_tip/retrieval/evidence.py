@@ -57,7 +57,7 @@ class Nearest:
         return Nearest(*(column[:, :number] for column in self.columns))
 
     def without(self, dropped: Tensor, n_classes: int) -> Nearest:
-        """Return a copy in which the slots where ``dropped`` is true are empty."""
+        """Return a copy that has empty slots where ``dropped`` is true."""
         return Nearest(
             self.affinity.masked_fill(dropped, 0),
             self.rows.masked_fill(dropped, -1),

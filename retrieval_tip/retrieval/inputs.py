@@ -24,7 +24,7 @@ Features = npt.NDArray[np.floating] | Tensor
 def matrix(features: Features, what: str) -> KeyArray:
     """Convert features to a finite float32 array of shape ``[n, d]``. float16 features keep their dtype.
 
-    Raises InputError, which names ``what``, if the features are not valid.
+    If the features are not valid, raises InputError with a message that refers to them as ``what``.
     """
     array = features.detach().cpu().float().numpy() if isinstance(features, Tensor) else _array(features, what)
     if array.ndim != 2 or 0 in array.shape:
@@ -92,7 +92,7 @@ def names(names: Sequence[str]) -> list[str]:
 def ids_of(labels: Labels, class_names: Sequence[str], n: int) -> npt.NDArray[np.int64]:
     """Convert labels to class ids. Each label is the name or the position of a class.
 
-    Raises InputError, which names the first invalid row, if a label is not a class.
+    If a label is not a class, raises InputError with a message that names the first invalid row.
     """
     array = _array(labels, "labels")
     if array.shape != (n,):

@@ -47,7 +47,7 @@ MOST_SLACK = 1e9
 HALF_FROM = 1 << 22
 """Minimum number of values in all keys for which ``auto`` tries half precision."""
 HALF_FROM_QUERIES = 64
-"""Minimum number of queries for which ``auto`` tries half precision. With fewer, converting the keys takes too long."""
+"""Minimum number of queries for which ``auto`` tries half precision. For fewer, converting the keys takes too long."""
 HALF_GAIN = 1.3
 """Minimum speed-up for which ``auto`` uses half precision."""
 HALF_ERROR = 2e-3

@@ -140,7 +140,7 @@ class LabelledKeys:
         return following
 
     def _rearranged(self, touched: Bools, keep: Bools) -> LabelledKeys:
-        """Return the keys to ``keep``. If the first segment is ``touched``, all keys become a single segment."""
+        """Return the keys to ``keep``. If the first segment is ``touched``, merge all segments."""
         parts = segments_of(self.keys)
         points = None if self.points is None else segments_of(self.points)
         if touched[: len(parts[0])].any():

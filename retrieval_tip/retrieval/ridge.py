@@ -26,9 +26,9 @@ SOLVED_AGAIN = 4096
 
 
 def class_weights(counts: Tensor) -> Tensor:
-    """Return weights ``mean(n) / n_c`` of shape ``[c]``, which make all classes count the same.
+    """Return weights ``mean(n) / n_c`` of shape ``[c]``, which give all classes equal weight.
 
-    The mean is taken over the classes that have keys.
+    The mean only includes classes that have keys.
     """
     return counts[counts > 0].float().mean() / counts.clamp_min(1)
 
@@ -109,7 +109,7 @@ class Ridge:
         )
 
     def _neutral(self, values: Tensor, ids: Tensor) -> Tensor:
-        """Return values in which the classes that have no key in ``ids`` get the mean of the other classes."""
+        """Return the values, after setting each class without a key in ``ids`` to the mean of the other classes."""
         empty = torch.bincount(ids, minlength=self.n_classes) == 0
         if not empty.any() or empty.all():
             return values

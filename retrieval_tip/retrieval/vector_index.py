@@ -390,7 +390,7 @@ class GpuCopy:
         copied = None if features.device.type == "cpu" else self._copy_for(k)
         if isinstance(copied, Product):
             return copied.search(features, k)
-        # A copy that has transforms or is spread over several GPUs only accepts arrays. It has no getDevice.
+        # A copy that has transforms or is spread over several GPUs only accepts arrays. Such a copy has no getDevice.
         if getattr(copied, "getDevice", lambda: None)() != features.device.index or copied is None:
             return None
         importlib.import_module("faiss.contrib.torch_utils")  # after this import, FAISS accepts tensors
