@@ -1,4 +1,4 @@
-"""Compare the accuracy, calibration and time of methods on the same shots, on real datasets.
+"""Compare the accuracy, calibration and time of methods that use the same shots from real datasets.
 
 If published keys are available, they are used as shots (with seed 1; each key is the mean of ten views). Otherwise,
 shots are drawn by the published rule with seeds 1 to N, and each shot is encoded as one centre view. The exception is

@@ -114,7 +114,7 @@ def answers(size: Size, queries: Sequence[int], rounds: int, device: str) -> Ite
 
 
 def encodings(model: str, folder: Path, number: int, rounds: int, device: str) -> Iterator[Sequence[str]]:
-    """Measure the encoding of photos on disk, and of pixels in memory by the tower alone."""
+    """Measure the encoding of photos on disk, and the encoding of pixels in memory with only the tower."""
     paths, plain = encoding.chosen(folder, number), encoding.plain(model, None, device, encoding.PLAIN_BATCHES[0])
     sides = {"plain loop of open_clip": measured(lambda: plain(paths), device, rounds)}
     for precision in ("float32", "float16" if device != "cpu" else "bfloat16"):

@@ -17,7 +17,7 @@ from common import PROGRAM, SHARED, machine, run, show
 
 
 def percent(index: Path, source: Path, *settings: object) -> dict[str, float]:
-    """Return the accuracies of the text alone (zero-shot), the blend and the cache alone."""
+    """Return the accuracies of the text (zero-shot), the blend and the cache."""
     scores = json.loads(run(*PROGRAM, "evaluate", index, source, *settings, "--json"))
     names = {"zero-shot": "zero_shot_top1", "blend": "top1", "cache alone": "cache_top1"}
     return {name: 100 * scores[own] for name, own in names.items()}

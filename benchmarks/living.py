@@ -5,9 +5,9 @@
     python benchmarks/living.py --index IVF4000,Flat
 
 Each addition opens the index, searches for duplicates in other classes, and commits a new version to disk. No images
-are encoded, because the features are read from a table for both the build and the additions. Both run in one process.
+are encoded, because the features are read from a table for both the build and the additions, which run in one process.
 If there are several additions, their median is printed. Afterwards, removals are measured, and opening the index is
-measured with and without a check of every byte.
+measured with and without verifying every byte.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Print the tables and figures of the paper next to measured ones, if images and weights are available.
 
 Published figures come from benchmarks/published.csv, which names their sources. They are for RN50 unless stated
-otherwise. Measured figures are the mean top-1 accuracy over seeds 1 to N and half its 95 % interval (Student's t), with
-one centre view per shot. Use --protocol to determine how settings are selected. With honest, they are selected on the
-published validation draw of min(shots, 4) images per class, or by leave-one-out if there is no validation part. With
-paper, the published grid is searched on the whole validation part. If a run is interrupted, it resumes from --work.
+otherwise. Measured figures are the mean top-1 accuracy over seeds 1 to N and half the width of its 95 % confidence
+interval (Student's t), with one centre view per shot. Use --protocol to determine how settings are selected. With
+honest, they are selected on the published validation draw of min(shots, 4) images per class, or by leave-one-out if
+there is no validation part. With paper, the published grid is searched on the whole validation part. If a run is
+interrupted, it resumes from --work.
 
 With --table 1, the parts of Table 1 are fine-tuned on Caltech101 instead. In every row, training uses the same alpha
 and beta until the last epoch, and the test part is then classified with them. The test part is also classified with

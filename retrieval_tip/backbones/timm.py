@@ -74,7 +74,6 @@ def _plain(settings: Preprocess) -> Preprocess:
 
 
 def _plan(name: str, pretrained: str | None) -> tuple[str, str | None, Path | None]:
-    """Return the architecture, the tag and the file."""
     import timm
 
     architecture, _, tag = name.partition(".")
@@ -100,7 +99,7 @@ def _plan(name: str, pretrained: str | None) -> tuple[str, str | None, Path | No
 
 
 def _fill(tower: torch.nn.Module, file: Path, name: str) -> None:
-    """Load a checkpoint by tensor names, or in order if the names differ."""
+    """Load the tensors of a checkpoint by name, or in model order if the names differ."""
     from timm.models import load_state_dict
 
     try:

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.99}
-"""Smallest accepted cosine to the float32 features from torch, by precision. In bfloat16, the features of lit-mini on
-photos reach 0.997 in torch and in OpenVINO."""
+"""Smallest accepted cosine to the float32 features from torch, by precision. For photos, the bfloat16 features of
+lit-mini reach a cosine of 0.997 in both torch and OpenVINO."""
 
 FORM = 1  # version of the stored files
 

@@ -121,7 +121,6 @@ def _dual(model: Any) -> Model:
 
 
 def _settings(processor: Preprocess, place: str) -> PreprocessCfg:
-    """Convert the settings of an image processor to those of open_clip."""
     from open_clip.transform import PreprocessCfg
     from PIL.Image import Resampling
 

@@ -154,7 +154,6 @@ LEAST_RIGHT = 0.9
 
 
 def _next_step(out: Place, cache: AnsweringIndex) -> str:
-    """Return the next step to suggest after a build."""
     name, right, held = (cache.provenance.get("fit", {}).get("weakest") or [("", 1, 1)])[0]
     if right < LEAST_RIGHT * held:
         add, audit = (shlex.join(["retrieval-tip", "index", command, str(out)]) for command in ("add", "audit"))

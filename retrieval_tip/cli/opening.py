@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from retrieval_tip.store.manifest import Manifest
 
 LONG = 10.0
-"""Number of seconds. If encoding takes longer, its speed is printed."""
+"""If encoding takes longer than this number of seconds, its speed is printed."""
 UNNAMED = "the index was built from features of an unknown encoder; name it with --model to encode images"
 
 
@@ -94,7 +94,7 @@ def _restricted(cache: AnsweringIndex, where: str) -> CacheModel:
 
 @dataclass(frozen=True)
 class Origin:
-    """Manifest data for encoding more images for an index without loading it."""
+    """Manifest data that allow encoding more images for an index without loading the index."""
 
     manifest: Manifest
     backbone: Identity | None

@@ -57,7 +57,7 @@ class _Program(Group):
 
 
 def _fill_closed_streams() -> None:
-    """Open /dev/null in place of closed standard streams, so that no file gets their descriptors."""
+    """Open /dev/null in place of closed standard streams, so that other files do not get their descriptors."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -125,7 +125,7 @@ def main(ctx: click.Context, quiet: bool, verbose: int) -> None:
 
 @functools.cache  # once per process
 def start_lightly() -> None:
-    """Configure the process before torch is imported, so that a command for a single image is fast."""
+    """Configure the process before torch is imported, so that commands for a single image start quickly."""
     # Imports create a million permanent objects, and scanning them took a third of the run time.
     gc.set_threshold(50_000)
     atexit.register(_leave_lightly)

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 NAME = "encodings.sqlite"
 DEFAULT_BYTES = 8_000_000_000  # default size limit, enough for two million photos with 512 values each
-LEFT = 0.9  # removing old encodings frees a tenth of the limit, so that it rarely happens
+LEFT = 0.9  # each removal of old encodings frees a tenth of the limit, so that removals are rare
 REMOVED, ROW_BYTES, USED = 1024, 8192, 1024  # encodings removed per transaction, bytes per encoding, uses per update
 
 _UNIT = 1_000_000  # SQLite's 32-bit ``user_version`` stores the limit in megabytes; 0 means the default

@@ -244,7 +244,6 @@ def read_columns(file: Path, columns: Sequence[str], most: int) -> pa.Table:
 
 
 def _read_csv(file: Path) -> pa.Table:
-    """Read all columns as text."""
     with reading(show(file)):
         check_regular(file)
         encoding, name = _encoding(file), os.fsencode(file)  # the name may not be UTF-8

@@ -77,10 +77,10 @@ def linear_probe(cache: CacheModel) -> Linear:
 def discriminant(cache: CacheModel) -> Linear:
     """Fit Gaussian discriminant analysis, which gives ``a text + b (f S^-1 mu_c^T - mu_c S^-1 mu_c^T / 2)``.
 
-    ``S^-1`` is ``d ((n - 1) S + tr(S) I)^-1`` up to a factor, where ``S`` is the within-class scatter. If each class
-    has one key, ``S`` is the scatter of all keys. ``a`` and ``b`` maximise the log-likelihood on the folds. If there
-    are no folds, both are 1. This is GDA-CLIP (Wang et al., ICLR 2024), which selects ``b / a`` on validation images
-    instead.
+    ``S^-1`` is ``d ((n - 1) S + tr(S) I)^-1`` up to a constant factor, where ``S`` is the within-class scatter. If each
+    class has one key, ``S`` is the scatter of all keys. ``a`` and ``b`` maximise the log-likelihood on the folds. If
+    there are no folds, both are 1. This is GDA-CLIP (Wang et al., ICLR 2024), which selects ``b / a`` on validation
+    images instead.
     """
     folds = _folds(cache)
     whole, a, b = _gaussian(folds, torch.arange(cache.n)), 1.0, 1.0

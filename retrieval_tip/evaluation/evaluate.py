@@ -42,7 +42,7 @@ class Affinities:
 
 @dataclass(frozen=True)
 class Part:
-    """The answers that are computed from one part of the logits: ``predicted`` class ids and their ``confidence``.
+    """The answers from one part of the logits: ``predicted`` class ids and their ``confidence``.
 
     Both arrays have shape ``[n]``.
     """

@@ -233,7 +233,6 @@ def summary(rows: Sequence[Run]) -> list[Summary]:
 
 
 def _in_file_order(pool: CacheModel) -> tuple[npt.NDArray[np.int64], list[int]]:
-    """Return the key rows and their class ids in the order of their source."""
     order = np.argsort(pool.labels["key_id"].to_numpy(), kind="stable")
     labels: list[int] = pool.class_ids.cpu().numpy()[order].tolist()
     return order, labels
@@ -250,7 +249,7 @@ def _validation(pool: CacheModel, val: Items | None, shots: int, seed: int, prot
 def _set(
     cache: CacheModel, method: Method, protocol: Protocol, scales: tuple[float, float], val: Items | None
 ) -> tuple[CacheModel | Linear, str]:
-    """Fit a method to a drawn index. Return the classifier, and the name of the data that selected its settings."""
+    """Fit a method to a drawn index. Return the classifier and the name of the data used to select its settings."""
     if method in LINEAR:
         return LINEAR[method](cache), "nothing" if method == "class-means" else "folds of the shots"
     if method == "closed-form":
@@ -274,7 +273,7 @@ def _set(
 def _fine_tune(
     cache: CacheModel, images: Source, encoder: Encoder, val: Items | None, seed: int
 ) -> tuple[CacheModel, str]:
-    """Return a drawn index with fine-tuned keys, and the name of the data that selected its epoch and settings."""
+    """Return a drawn index with fine-tuned keys, and the name of the data used to select its epoch and settings."""
     queries = None if val is None else unseen(cache, val.features, val.ids, val.name)
     tuned = finetune(cache, own_shots(cache, images), encoder, Recipe(seed=seed), val=queries)
     return tuned.cache, "nothing" if val is None else val.name
@@ -283,7 +282,6 @@ def _fine_tune(
 def _row(
     told: Told, answering: CacheModel | Linear, chosen_on: str, test: Items, start: float, backbone: Identity | None
 ) -> Run:
-    """Return the row of a run that started at ``start`` on the performance counter."""
     top1, top5 = _answer(answering, test)
     alpha = beta = k = None
     if isinstance(answering, CacheModel):

@@ -75,7 +75,7 @@ class Batcher(Generic[K, T, R]):
                 await self._answer(calls)
 
     async def _answer(self, calls: list[_Call[K, T, R]]) -> None:
-        """Answer a batch, or its halves if it fails, so that no call gets the error of another."""
+        """Answer a batch. If it fails, answer its halves separately, so that no call gets another call's error."""
         items = [item for call in calls for item in call.items]
         start = time.perf_counter()
         try:

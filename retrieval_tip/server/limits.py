@@ -45,8 +45,8 @@ class Limits:
     names in ``hosts`` are answered. If ``hosts`` is ``None``, all requests are answered.
 
     A map contains at most ``mapped`` key values, accuracy is estimated only for at most ``estimated`` keys, and a
-    response contains at most ``values`` solved or trained values. A request gets a 503 after ``patience`` seconds of
-    slow work. Indexes are checked for new versions every ``poll`` seconds.
+    response contains at most ``values`` solved or trained values. A request for a slow result is answered with status
+    503 after ``patience`` seconds. Indexes are checked for new versions every ``poll`` seconds.
     """
 
     bytes: int = 32 << 20
@@ -136,7 +136,7 @@ class _Exchange:
         self._waits = self._whole = self._begun = self._refused = False
 
     async def run(self) -> None:
-        """Run the app. Raises Problem 408 if the body is too late, and 503 if the response is."""
+        """Run the app. Raises Problem 408 if the body arrives too late, and 503 if the response starts too late."""
         try:
             async with asyncio.timeout(self._limits.seconds) as self._deadline:
                 self._scope[DEADLINE] = self._deadline

@@ -19,7 +19,7 @@ IDLE_SECONDS = 15
 HEAD_BYTES = 64 << 10
 """Maximum total size of the request line and the headers, in bytes."""
 CONNECTIONS = 512
-"""Maximum number of open connections, beyond which requests get a 503."""
+"""Maximum number of open connections. Requests beyond this limit are answered with status 503."""
 FILES = 4096
 """Maximum number of open files, which limits connections without a request."""
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})

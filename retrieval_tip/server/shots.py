@@ -1,6 +1,6 @@
 """Functions that add uploaded images and features as shots.
 
-Image files are stored unchanged, in one folder per class, and removed again if they are not added.
+Image files are stored unchanged in one folder per class. Files that do not become shots are removed again.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def build(folder: Path, backbone: Backbone, labelled: Sequence[tuple[str, bytes]
 
 @contextmanager
 def _removed_on_error(folder: Path, own: Path) -> Iterator[list[Path]]:
-    """Yield a list for new files in ``folder``. On error, remove them, ``own`` if empty, and a new ``folder``."""
+    """Yield a list for new files in ``folder``. On error, remove them and the folders created for them."""
     fresh: list[Path] = []
     folders = [own] if folder.exists() else [own, folder]
     try:
@@ -97,7 +97,6 @@ def _source(name: str, folder: Path, labelled: Sequence[tuple[str, bytes]], fres
 
 
 def _remove(paths: Sequence[Path]) -> None:
-    """Remove files, and their folders if they are empty."""
     for path in paths:
         with suppress(OSError):
             path.unlink(missing_ok=True)
