@@ -1,4 +1,4 @@
-"""Store indexes in LanceDB, at an address instead of in a folder. See :class:`index.addresses.Plug`."""
+"""Store indexes in LanceDB instead of in a folder. See :class:`index.addresses.Plug`."""
 
 from __future__ import annotations
 

@@ -107,8 +107,8 @@ class Address:
 def storage_options(address: Address, patience: Patience = PATIENCE) -> dict[str, str]:
     """Return the options for ``lancedb.connect``, which :class:`objects.Objects` also uses.
 
-    They contain no credentials, because the clients read them from the environment. Raises StoreError if the endpoint
-    is invalid.
+    The options contain no credentials, because the clients read credentials from the environment. Raises StoreError if
+    the endpoint is invalid.
     """
     if address.local is not None:
         return {}
@@ -119,7 +119,7 @@ def storage_options(address: Address, patience: Patience = PATIENCE) -> dict[str
         "client_retry_timeout": f"{patience.retry:.0f}",
         "allow_http": str(_allow_http()).lower(),
     }
-    if address.scheme == "s3":  # the two clients give priority to different variables
+    if address.scheme == "s3":  # obstore and LanceDB prefer different variables
         if variable := _first_set(_ENDPOINTS):
             options["aws_endpoint"] = _endpoint(address, variable)
         if variable := _first_set(_REGIONS):

@@ -1,4 +1,4 @@
-"""Edit an index in LanceDB. A draft adds, removes and relabels rows, and becomes the next version."""
+"""Edit an index in LanceDB. You can add, remove and relabel the rows of a draft, and commit it as the next version."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from retrieval_tip.store.sums import Sums
 Column = npt.NDArray[np.integer[Any]] | list[str]
 
 MOST_ASKED, NEIGHBOURS = 512, 4
-"""Maximum number of new keys to compare with their neighbours, and the number of neighbours of each key."""
+"""Maximum number of new keys to compare with their neighbours, and the number of neighbours per key."""
 INDEX_FROM = 50_000
 """Minimum number of keys for which an index is faster than a comparison with every key."""
 MOST_HELD = 1 << 30
@@ -66,7 +66,7 @@ class LanceDraft(LanceModel, EditableIndex):
     """A :class:`LanceModel` that you can edit. :meth:`commit` makes it the current version.
 
     Use :meth:`changing` or :meth:`create` to get a draft. ``digest`` is the digest of the rows (see :mod:`row_digest`),
-    or ``None`` if the table was written before rows had digests.
+    or ``None`` if the table was written by an old release that did not compute it.
     """
 
     writer: TableWriter
@@ -99,10 +99,11 @@ class LanceDraft(LanceModel, EditableIndex):
         """Stream blocks of labels and keys into a table, and build its index.
 
         Each block is a label table (see :func:`labels.label_table`) and an array of keys of shape ``[b, d]``. Set
-        ``stored`` if the labels come from another table and already name the version that added each row. If you give a
-        ``metric``, the table also holds the points of the keys. ``known`` are the sums of the keys, if they are known.
+        ``stored`` if the labels come from another table and already contain the version that added each row. If you
+        give a ``metric``, the table also contains the points of the keys. If you give the sums of the keys as
+        ``known``, they are not recomputed.
 
-        Raises UsageError if the store does not support the index type. Raises InputError if the table cannot hold a
+        Raises UsageError if the store does not support the index type. Raises InputError if the table cannot store a
         column or if the text weights have the wrong length.
         """
         index_kind(index)
@@ -174,7 +175,7 @@ class LanceDraft(LanceModel, EditableIndex):
         digests: Sequence[str | None] | None = None,
         extra: pa.Table | None = None,
     ) -> list[int]:
-        """See :meth:`answering.EditableIndex.add`. Raises InputError if the keys with solved values are too many."""
+        """See :meth:`answering.EditableIndex.add`. Raises InputError if there are solved values and too many keys."""
         array, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
         key_ids = np.arange(self.next_key_id, self.next_key_id + len(array))
         added = label_table(self.class_names, ids, sources, key_ids=key_ids, views=views, digests=digests, extra=extra)
@@ -330,11 +331,11 @@ class LanceDraft(LanceModel, EditableIndex):
             self._follow()
 
     def rewrite(self, factory: str | None = None, dtype: Dtype | None = None, known: Sums | None = None) -> None:
-        """Write every row and the index again, so that the files of this version do not contain removed rows.
+        """Rewrite every row and the index, so that the files of this version do not contain removed rows.
 
-        You can change the index type with ``factory`` and the dtype of the keys with ``dtype``. ``known`` are the sums
-        of the keys, if they are known. Raises UsageError if the store does not support the index type. Raises
-        InputError if a key overflows the dtype. Raises StoreError if rows are damaged.
+        You can change the index type with ``factory`` and the dtype of the keys with ``dtype``. If you give the sums of
+        the keys as ``known``, they are not recomputed. Raises UsageError if the store does not support the index type.
+        Raises InputError if a key overflows the dtype. Raises StoreError if rows are damaged.
         """
         if dtype not in (None, self.dtype) and self.manifest is not None:
             check(self.store, self.manifest, set())
@@ -365,9 +366,9 @@ class LanceDraft(LanceModel, EditableIndex):
     ) -> None:
         """Set a fitted metric and the record of its fit.
 
-        ``whole`` is the result of :meth:`keys_in_memory` with solved values, if there are any. Otherwise, the table is
-        rewritten with the points of the keys. ``factory`` defaults to the current index type. Raises InputError if the
-        keys with solved values do not fit in memory.
+        If there are solved values, ``whole`` is the result of :meth:`keys_in_memory` with these values. Otherwise, the
+        table is rewritten with the points of the keys. ``factory`` defaults to the current index type. Raises
+        InputError if the keys with solved values do not fit in memory.
         """
         self.metric, self.fitted, self.whole = metric, fitted, None
         if whole is not None and whole.values is not None:
@@ -393,7 +394,7 @@ class LanceDraft(LanceModel, EditableIndex):
         self.built = replace(self.built, auto_index=asked == "auto")
 
     def _keep_up(self, prunes: bool) -> None:
-        """Update the index if needed, because rows outside the index slow down every search."""
+        """Update the index if needed, because unindexed rows slow down every search."""
         if prunes:  # otherwise pruning would merge fragments in a separate version
             self.table.optimize()
         if self.index_type == FLAT and self.n >= INDEX_FROM and self.built.auto_index:
@@ -430,7 +431,7 @@ class LanceDraft(LanceModel, EditableIndex):
         self.manifest = manifest_of(self, writer.number, writer.parent, change, files, table=table, digests=digests)
         writer.commit(self.manifest)
         self.version = self.manifest.version
-        with suppress(StoreError):  # the new version is committed, and a later version deletes the rest
+        with suppress(StoreError):  # the new version is committed, and a later commit deletes the rest
             self.store.forget_old(writer.still_held, prunes)
 
 
@@ -455,7 +456,7 @@ def labelled_blocks(material: Material) -> Iterator[tuple[pa.Table, npt.NDArray[
 
 
 def index_kind(factory: str, n: int = 0, c: int = 1) -> tuple[str, int | None]:
-    """Return the index type for a requested ``factory``, and the number of keys per query that belongs to it.
+    """Return the index type for a requested ``factory``, and the number of keys per query to use with it.
 
     You can request ``auto``, ``Flat``, ``Classes`` or one of :data:`key_table.KINDS`. For ``n`` keys of ``c`` classes,
     ``auto`` selects ``Classes`` if a folder would use it (see :func:`vector_index.auto_factory`). Raises UsageError for

@@ -4,9 +4,9 @@ Each row has the columns of the label store, the column ``version`` (the index v
 column ``vector`` (the key). If the index has a metric, each row also has the column ``_point``, which is the key
 transformed by the metric, and the vector index is built over the points.
 
-Every write makes an immutable version of the table, and a manifest names the version to use. Searches only use the
-inner product (``dot``). For any other metric, LanceDB would silently bypass the index, and the cosine would normalise
-keys that fine-tuning has moved off the unit sphere.
+Every write creates an immutable version of the table. The manifest of the index contains the version number to use.
+Searches only use the inner product (``dot``), because LanceDB silently bypasses the index for any other metric. Cosine
+similarity would also normalise keys that fine-tuning has moved off the unit sphere.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ FLAT, CLASSES = "Flat", "Classes"
 KINDS = {"IvfFlat": 1, "IvfSq": 4, "HnswSq": 4}
 """Vector index types, with the number of candidates per result that are compared with the stored keys."""
 UNINDEXED = 20_000
-"""Number of unindexed rows at which they are added to the index."""
+"""Minimum number of unindexed rows before they are added to the index."""
 TRAINED_ON, KMEANS_ITERATIONS = 64, 10
-"""Rows per list that are used to train the centres, and number of iterations. LanceDB's defaults are higher."""
+"""Number of rows per list to train the centroids, and number of iterations. LanceDB's defaults are higher."""
 PROBED = 0.15
-"""Share of the lists that a search probes. It found 98.8 % of the 64 nearest among 200,000 CLIP-like keys."""
+"""Share of the lists that a search probes. It finds 98.8 % of the 64 nearest of 200,000 CLIP-like keys."""
 CACHE_BYTES = 3 << 28
 """Maximum size in bytes of the index data in memory. The rest is read on demand."""
 SEARCHED = 1 << 24
@@ -89,7 +89,7 @@ def schema_of(d: int, dtype: Dtype, extra: Iterable[pa.Field] = (), *, points: b
 
 
 def rows_of(labels: pa.Table, keys: KeyArray, version: int, points: KeyArray | None = None) -> pa.Table:
-    """Return table rows with keys, points and labels, which get ``version`` unless they name their own."""
+    """Combine labels, keys and points into table rows. Labels that have no column ``version`` get ``version``."""
     if VERSION not in labels.column_names:
         labels = labels.append_column(VERSION, pa.array(np.full(len(labels), version)))
     rows = labels.append_column(VECTOR, vectors(keys))
@@ -135,7 +135,7 @@ def _store_errors(address: Address, what: str) -> Iterator[None]:
 
 
 class KeyTable:
-    """A version of the table of a store. Only the :meth:`latest` version can be written."""
+    """A version of the table of a store. Only the :meth:`latest` version can be changed."""
 
     def __init__(self, address: Address, name: str, table: Any) -> None:
         self.address, self.name = address, name
@@ -216,7 +216,7 @@ class KeyTable:
 
     @property
     def met(self) -> str:
-        """Name of the column that is searched, which is the points if there are any, and the keys otherwise."""
+        """Name of the column to search, which contains the points if there are any, and the keys otherwise."""
         return POINT if self.has_points else VECTOR
 
     @property
@@ -300,8 +300,8 @@ class KeyTable:
         """Search the index for the ``k`` nearest rows of each query.
 
         Return the affinities, the row numbers and the class ids, each of shape ``[q, k]``, with the largest affinity
-        first. Affinities are float32 products with the stored keys or points. The engine's own ``_distance`` is not
-        used, because it may come from a compressed copy. Missing hits have the row number -1.
+        first. Affinities are float32 products with the stored keys or points. LanceDB's own ``_distance`` is not used,
+        because it may come from a compressed copy. Missing hits have the row number -1.
         """
         (q, d), met = features.shape, self.met
         affinity = np.zeros((q, k), dtype=np.float32)
@@ -359,13 +359,13 @@ class KeyTable:
             self.table.update(where=where, values_sql=sql)
 
     def restore(self, version: int) -> None:
-        """Restore an earlier version as the newest version. This drops rows that interrupted writers have left."""
+        """Restore an earlier version as the newest version. This drops the rows of interrupted writers."""
         with _store_errors(self.address, f"going back to version {version} of its table"):
             self.table.checkout(version)
             self.table.restore()
 
     def build_index(self, kind: str) -> None:
-        """Build the index of the table again.
+        """Rebuild the index of the table.
 
         ``Flat`` only drops the index, and ``Classes`` builds an index over the class ids. All other types build an
         index over the points or, if there are none, the keys.
@@ -416,7 +416,8 @@ class KeyTable:
     def prune(self, kept: Sequence[int]) -> None:
         """Delete the versions before the first version in ``kept``, and the data that only the deleted versions use.
 
-        The kept versions are tagged meanwhile, because LanceDB deletes versions by age, but never a tagged one.
+        LanceDB deletes versions by age but never deletes a tagged version, so the kept versions are tagged in the
+        meantime.
         """
         tags = {f"{TAG}{uuid.uuid4().hex}": version for version in kept}
         try:

@@ -26,7 +26,7 @@ from retrieval_tip.retrieval.segments import KeyArray
 from retrieval_tip.retrieval.vector_index import Product
 
 HELD_BYTES = 1 << 29
-"""Maximum size in bytes of keys that stay in memory after they were read for the first time."""
+"""Maximum size in bytes of keys that stay in memory after the first read."""
 PIECE = 1 << 26
 """Maximum size in bytes of the float32 keys of several classes that are read together."""
 SPREAD_BYTES, SPREAD_LEAST = 1 << 28, 8
@@ -69,7 +69,7 @@ class LanceKeys(KeyStream):
             raise StoreError(f"{self.table.address}: has {n_read} rows instead of {self.n}; use another version")
 
     def numbered_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield the same blocks as :meth:`blocks`, and the row numbers of their keys in the table."""
+        """Yield the same blocks as :meth:`blocks`, with the row numbers of their keys in the table."""
         return iter(self._held) if self.n * self.d * 4 <= HELD_BYTES else self._read()
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -83,7 +83,7 @@ class LanceKeys(KeyStream):
     def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
         """See :meth:`keys.KeyStream.numbered_of_classes`.
 
-        Small classes are read together, up to :data:`PIECE` bytes. The blocks of a larger class share their memory.
+        Small classes are read together, up to :data:`PIECE` bytes. The blocks of a larger class share a buffer.
         """
         counts, most = self._counts[class_ids], PIECE // (4 * self.d)
         ends, start = np.cumsum(counts), 0
@@ -153,7 +153,7 @@ class LanceKeys(KeyStream):
         return affinity
 
     def nearest(self, features: Tensor, k: int) -> Nearest:
-        """Return the ``k`` nearest keys of each query, after a comparison with all keys."""
+        """Return the ``k`` nearest keys of each query by comparing it with all keys."""
         none = torch.empty(len(features), 0, dtype=torch.int64, device=self.device)
         best: tuple[Tensor, ...] = (features.new_empty(len(features), 0), none, none)
         for keys, ids, rows in self.numbered_blocks():

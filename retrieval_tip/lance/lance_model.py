@@ -1,8 +1,8 @@
-"""Open a classifier whose keys are in a LanceDB table, on a disk or in a bucket. The keys can be larger than memory.
+"""Open a classifier whose keys are stored in a LanceDB table, on disk or in a bucket. The keys may not fit in memory.
 
-The tail only needs per-class statistics, search results include their keys and class ids, and a query that uses all
-keys reads them block by block. Only an index with few keys can have solved values. All keys of such an index are held
-in memory and give the same answers as in a folder.
+The tail is computed from per-class statistics, and search results already include the keys and class ids. If a query
+uses all keys, they are read block by block. Only an index with few keys can have solved values, because all of its keys
+are held in memory. Its answers are the same as those of an index in a folder.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from retrieval_tip.store.writer import write
 MOST_TAKEN = 1 << 29
 """Maximum size in bytes of the keys that are copied from a table into an index in memory."""
 MOVED = {"float32": 1e-4, "float16": 4e-3}
-"""Tolerance, by dtype, for the difference between a stored and a computed point."""
+"""Tolerance for the difference between a stored and a computed point, by dtype."""
 MOST_ORDERED = 1 << 26
 """Maximum number of keys to sample in the same order as in a folder. This reads up to 2 GiB of ids."""
 IN_ORDER = [("class_id", "ascending"), ("key_id", "ascending")]
@@ -94,8 +94,8 @@ class LanceModel(AnsweringIndex):
     def load(cls, place: LanceVersions, *, device: str = "auto", version: int | None = None) -> Self:
         """Open the current version of a store, or an earlier version.
 
-        The small files and the size of the table are verified. Raises StoreError, naming the part, if a part is missing
-        or damaged.
+        This verifies the small files and the size of the table. Raises StoreError naming the part that is missing or
+        damaged.
         """
         device = resolve_device(device)
         return place.opened(lambda manifest: cls._of(place, manifest, place.table(manifest), device), version)
@@ -129,7 +129,7 @@ class LanceModel(AnsweringIndex):
         return self.keys_in_memory()
 
     def keys_in_memory(self) -> CacheModel:
-        """Return an exact classifier with all keys in memory, in the same order as in a folder, but no values."""
+        """Return an exact classifier with all keys in memory, in the same order as in a folder, but without values."""
         labels, keys = zip(*self.stored_blocks(), strict=True)
         table = pa.concat_tables(labels)
         class_ids = self.table.class_ids(table["class_id"], len(self.class_names))
@@ -288,8 +288,8 @@ class LanceModel(AnsweringIndex):
 def verify(place: LanceVersions) -> LanceModel:
     """Check every row of the current version and the files of all versions, and return the opened current version.
 
-    In a bucket, only the objects of earlier versions are checked, not their rows. Raises StoreError, naming the part,
-    if a part is damaged or inconsistent.
+    In a bucket, only the objects of earlier versions are checked, not their rows. Raises StoreError naming the part
+    that is damaged or inconsistent.
     """
     seen: set[tuple[str, str]] = set()
     model = place.opened(lambda manifest: check(place, manifest, seen))
@@ -308,7 +308,7 @@ def verify(place: LanceVersions) -> LanceModel:
 def check(place: LanceVersions, manifest: Manifest, seen: set[tuple[str, str]]) -> LanceModel:
     """Check every row and object of a version, check that they are consistent, and return the opened version.
 
-    Files in ``seen`` are skipped, and all other files are added to it. Raises StoreError, naming the part, if a part is
+    Files in ``seen`` are skipped, and all other files are added to ``seen``. Raises StoreError naming the part that is
     damaged or inconsistent.
     """
     place.check_files(manifest, seen)

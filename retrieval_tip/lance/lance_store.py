@@ -1,4 +1,4 @@
-"""Store an index in LanceDB. The store consists of a table and of objects beside it."""
+"""Store an index in LanceDB. The store consists of a LanceDB table and of objects next to the table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from retrieval_tip.lance.versions import LanceVersions
 from retrieval_tip.settings import Dtype, MetricName, Precision, ValuesName, Verify
 from retrieval_tip.store.manifest import Manifest
 
-if TYPE_CHECKING:  # a manifest can be read without torch, which takes a second to import
+if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
     from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.fit.closed_form import FormChoice
     from retrieval_tip.fit.search_hp import Queries
@@ -27,11 +27,11 @@ if TYPE_CHECKING:  # a manifest can be read without torch, which takes a second 
     from retrieval_tip.retrieval.duplicates import Duplicates
 
 FEW_KEYS = 8192
-"""Maximum number of keys in a new store that are all compared to find images in two classes."""
+"""Maximum number of keys for which a new store compares all keys, to find images that are in two classes."""
 
 
 class LanceStore(LanceVersions, Store):
-    """A store that keeps the versions of an index at an address. See :mod:`lance.versions` for details."""
+    """A store that keeps the versions of an index in LanceDB. See :mod:`lance.versions` for details."""
 
     look_every = 2.0
 
@@ -43,7 +43,7 @@ class LanceStore(LanceVersions, Store):
         return time.monotonic_ns()
 
     def create(self, material: Material) -> LanceModel:
-        """Stream the keys into a table. If the index is fitted, the table may be written again with the points."""
+        """Stream the keys into a table. If the index is fitted, the table may be rewritten with the points."""
         from retrieval_tip.index.items import warn, warn_of
         from retrieval_tip.lance import shots
         from retrieval_tip.lance.draft import LanceDraft, index_kind, labelled_blocks

@@ -3,7 +3,8 @@
 On a local disk, the operating system locks a file (see :mod:`store.lock`). A bucket has no locks, so an object named
 ``lease`` is used instead. The object is only replaced if it still has the version that was read before (If-Match). A
 process takes the lease if it was released, or if it has not changed for :data:`LEASE` seconds while the process watched
-it. The holder renews the lease more often, so the clocks of two machines do not have to agree.
+it. The holder renews the lease more often than that. Every process only uses its own clock, so the clocks of the
+machines do not have to agree.
 
 A holder checks right before a commit whether the lease was lost. A commit creates a new object, so a holder that loses
 the lease just after this check does not overwrite anything.
@@ -40,10 +41,10 @@ MOST_BYTES = 1 << 14
 def held(objects: Objects, wait: float | None = None, seconds: float | None = None) -> Iterator[Callable[[], None]]:
     """Hold the write lock of a store inside the context.
 
-    Waits up to ``wait`` seconds, which defaults to :data:`lock.LOCK_WAIT`. The context yields a function to call right
-    before a commit, which raises StoreError if another process may have taken over the lock. In a bucket, a dead
-    process keeps the lock for ``seconds``, which defaults to :data:`LEASE`. Raises StoreError if another process is
-    writing, or if the disk or the service fails.
+    Waits up to ``wait`` seconds, which defaults to :data:`lock.LOCK_WAIT`. The context yields a function that you must
+    call right before a commit. It raises StoreError if another process may have taken over the lock. In a bucket, the
+    lock of a dead process expires after ``seconds``, which defaults to :data:`LEASE`. Raises StoreError if another
+    process is writing, or if the disk or the service fails.
     """
     if objects.address.local is not None:
         with locked(objects.address.local, objects.address, wait):

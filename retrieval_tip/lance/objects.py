@@ -1,4 +1,4 @@
-"""Read and write objects with obstore. They are stored on a local disk, in an S3 bucket or in a GCS bucket.
+"""Read and write objects on a local disk, in an S3 bucket or in a GCS bucket with obstore.
 
 Processes that share a store rely on three guarantees. An object is always read and written as a whole. If several
 processes *create* the same object, exactly one process succeeds. In a bucket, a process can only *replace* an object if
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATIENT_BYTES, PATIENT_SECONDS = 1 << 20, 120
-"""Size in bytes above which an upload gets more time, and the time in seconds."""
+"""Size in bytes above which an upload has a longer timeout, and this timeout in seconds."""
 
 _NAME = re.compile(r"[A-Za-z0-9_=+@-][A-Za-z0-9._=+@-]*(/[A-Za-z0-9_=+@-][A-Za-z0-9._=+@-]*)*")
 
 
 class Objects:
-    """The objects at an address. Names are relative to the address, and no part of a name begins with a dot.
+    """The objects of a store. Names are relative to its address, and no part of a name begins with a dot.
 
     No request is sent until a method is called. Raises UsageError if obstore is not installed. Methods raise
     StoreError if a name is invalid, if the disk or the service rejects the request, or if the service is unreachable.
@@ -62,7 +62,7 @@ class Objects:
         return self.read(name, most)[0]
 
     def read(self, name: str, most: int | None = None) -> tuple[bytes, UpdateVersion]:
-        """Read an object and its version, which you can pass to :meth:`replace`. Errors are those of :meth:`get`."""
+        """Read an object and its version, which you can pass to :meth:`replace`. Raises the errors of :meth:`get`."""
         import obstore
 
         def read(client: Client) -> tuple[bytes, UpdateVersion]:
@@ -119,7 +119,7 @@ class Objects:
         import obstore
 
         checked = [self._checked(name) for name in names]
-        # A local disk and GCS stop at the first missing object, but S3 ignores missing objects.
+        # On a local disk and in GCS, deletion stops at the first missing object. S3 ignores missing objects.
         for part in ([checked] if self.address.scheme == "s3" else [[name] for name in checked]) if checked else ():
             with suppress(FileNotFoundError):
                 self._asked("removed", part[0], functools.partial(obstore.delete, paths=part))
@@ -143,7 +143,7 @@ class Objects:
         return self._asked("written", self._checked(name), put)
 
     def _flushed(self, client: Client, root: Path, name: str, data: bytes, create: bool) -> UpdateVersion:
-        """Write a file on disk. The data is flushed before the file gets its name, the folders afterwards."""
+        """Write a file on disk. The data is flushed before the file gets its name, and the folders afterwards."""
         import obstore
 
         path = root / name
@@ -162,7 +162,7 @@ class Objects:
         return version
 
     def _checked(self, name: str) -> str:
-        """Return ``name`` if it is valid. A name from an untrusted file must not lead out of the address."""
+        """Return ``name`` if it is valid. A name from an untrusted file must not lead out of the store."""
         if not _NAME.fullmatch(name):
             raise StoreError(f"{one_line(str(self.address))}: {one_line(name[:200])!r} is not a valid object name")
         return name
@@ -191,7 +191,7 @@ class Objects:
             if own.scheme == "gs":
                 return GCSStore(own.bucket, prefix=own.path, client_options=client, retry_config=retry)
             return S3Store(own.bucket, prefix=own.path, config=config, client_options=client, retry_config=retry)
-        except (BaseError, ValueError, OSError) as error:  # for example, a damaged file of credentials
+        except (BaseError, ValueError, OSError) as error:  # for example, a damaged credentials file
             raise self._explained("connected to", "", error) from None
 
     def _asked(self, what: str, name: str, ask: Callable[[Client], T]) -> T:

@@ -2,7 +2,7 @@
 
     digest = sum of SHA-256(row) over all rows, modulo 2^256
 
-An added row adds its SHA-256, and a removed row subtracts it, so only the changed rows have to be read. The digest
+When a row is added or removed, its SHA-256 is added or subtracted, so only the changed rows have to be read. The digest
 detects damage. It does not protect against an attacker who can also write the manifest.
 """
 

@@ -1,4 +1,4 @@
-"""Fit an index in LanceDB. The keys are read in folder order, either into memory or in a few passes."""
+"""Fit an index in LanceDB. The keys are read in the order of a folder, either into memory or in a few passes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LABELS = ("key_id", "class_id", "digest", "source")
 
 
 class OrderedKeys(KeysInPlace):
-    """The keys of a table in the same order as in a folder, which is by class and then by key id.
+    """The keys of a table in the same order as in a folder, sorted by class and then by key id.
 
     ``offsets`` are their positions in the table.
     """

@@ -1,6 +1,6 @@
 """Manage the versions of an index in LanceDB. The manifests and class tables are objects beside the LanceDB table.
 
-Readers see either the old version or the new version, never a part of one.
+Readers see either the old version or the new version, never a mixture of the two.
 
 manifests/000003.json          the manifest of a version; the version with the highest number is current. Creating this
                                object commits the version, and only one of two writers can create it
@@ -12,12 +12,12 @@ keys.lance/                    the table of keys and labels; each manifest names
 lock                           locked by the process that is writing. In a bucket, the object ``lease`` is used instead
                                (see :mod:`lance.lease`)
 
-LanceDB's own versions cannot be used to commit. ``create_table(mode="overwrite")`` silently drops rows that are added
-at the same time, and with ``mode="create"`` on a disk, both writers succeeded in 5 of 20 races.
+LanceDB's own versions are not safe for commits. ``create_table(mode="overwrite")`` silently drops rows that are added
+at the same time. With ``mode="create"`` on a local disk, both writers succeeded in 5 of 20 races.
 
 A killed writer may leave table versions that no manifest names. The next writer starts from the table version in the
-current manifest, so that no row is added twice. On a disk, all new files of the table are flushed before the manifest
-is created, because LanceDB does not flush them.
+current manifest, so that no row is added twice. On a local disk, all new files of the table are flushed before the
+manifest is created, because LanceDB does not flush them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 TABLE = "keys"
 DIGESTED = ("data", "_deletions", "_indices")
-"""Folders of a table on a disk whose files have digests. LanceDB never uses a file name in them twice."""
+"""Folders of a local table whose files have digests. LanceDB never reuses a file name in these folders."""
 PRUNED_EVERY = 16
 """Number of versions after which the table is pruned. Pruning also merges all small fragments."""
 OBJECT_BYTES = 1 << 34
@@ -127,7 +127,7 @@ class TableWriter:
 
     @property
     def prunes(self) -> bool:
-        """Whether to prune old table versions after this commit, as after a first build that wrote the table twice."""
+        """Whether to prune table versions after this commit, for example if a first build wrote the table twice."""
         if self.parent is None:
             return self._creations > 1
         return self.number % PRUNED_EVERY == 0 and len(self.store.versions()) >= history.KEPT_VERSIONS
@@ -150,7 +150,7 @@ class TableWriter:
         """Make this the current version. The old version stays current until the new manifest is created.
 
         Raises InputError if the manifest contains a value that cannot be stored. Raises StoreError if another writer
-        was faster, if rows of the table are missing, or if the table cannot be flushed.
+        committed first, if rows of the table are missing, or if the table cannot be flushed.
         """
         address, objects = self.store.address, self.store.objects
         raw = history.sealed(manifest, address)
@@ -160,7 +160,7 @@ class TableWriter:
         self._flush()
         self.still_held()
         name = _name(manifest.version)
-        # The object may exist even if the answer was lost. Its content tells which writer created it.
+        # The object may exist even if the server's answer was lost. Its content shows which writer created it.
         if not objects.create(name, raw) and objects.get(name, len(raw)) != raw:
             raise StoreError(f"{address}: another process wrote version {manifest.version}; try again")
         try:
@@ -209,7 +209,7 @@ class TableWriter:
 
 
 class LanceVersions:
-    """The versions of an index at an address. Nothing is opened until a method is called."""
+    """The versions of an index in LanceDB. Nothing is opened until a method is called."""
 
     def __init__(self, address: Address) -> None:
         self.address = address
@@ -219,7 +219,7 @@ class LanceVersions:
         return str(self.address)
 
     def exists(self) -> bool:
-        """Return whether the store holds an index, even a damaged one."""
+        """Return whether the store contains an index, even a damaged one."""
         return bool(self.versions())
 
     def versions(self) -> list[int]:
@@ -279,7 +279,7 @@ class LanceVersions:
 
     @property
     def root(self) -> Path:
-        """The folder of the store, if the store is on a disk."""
+        """The folder of the store, if it is on a local disk."""
         return self.address.local or Path()
 
     def table_files(self) -> set[tuple[Path, int]]:
@@ -300,7 +300,7 @@ class LanceVersions:
     def check_engine(self, manifest: Manifest) -> None:
         """Raise StoreError if LanceDB's own manifest of a version is missing or does not match its digest.
 
-        LanceDB has no checksums, so a single changed bit can make it panic and print a backtrace.
+        LanceDB has no checksums, so a single flipped bit can make it panic and print a backtrace.
         """
         assert manifest.table is not None
         name = _engine_name(manifest.table)
@@ -308,10 +308,10 @@ class LanceVersions:
             self._checked(name, manifest.digests.files[name])
 
     def check_files(self, manifest: Manifest, seen: set[tuple[str, str]]) -> None:
-        """Check the files of a table on a disk against their digests, except files that were already ``seen``.
+        """Check the files of a local table against their digests, except files that were already ``seen``.
 
-        Missing files are skipped, because LanceDB itself reports those that it needs. Raises StoreError if a file is
-        damaged.
+        Missing files are skipped, because LanceDB reports a missing file when it needs the file. Raises StoreError if a
+        file is damaged.
         """
         files = {} if self.address.local is None or manifest.digests is None else manifest.digests.files
         for name, digest in files.items() - seen:
@@ -353,7 +353,7 @@ class LanceVersions:
     def opened(self, read: Callable[[Manifest], T], version: int | None = None) -> T:
         """Call ``read`` with the manifest of the current version or an earlier version, and return the result.
 
-        If a writer deletes the version in the meantime, this is tried again.
+        If a writer deletes the version in the meantime, the call is repeated.
         """
         for _ in range(VERSIONS_TRIED):
             manifest = self.manifest(version)
@@ -365,7 +365,7 @@ class LanceVersions:
         raise self._too_fast()
 
     def keeps(self, manifest: Manifest) -> bool:
-        """Return whether a version still exists. A writer deletes the manifest of a version first."""
+        """Return whether a version still exists. Writers delete the manifest of a version first."""
         return manifest.version in self.versions()
 
     def _too_fast(self) -> StoreError:
@@ -374,7 +374,7 @@ class LanceVersions:
     def history(self) -> pa.Table:
         """Return the kept versions as a table with the columns of :data:`labels.VERSIONS_SCHEMA`, oldest first.
 
-        ``bytes`` does not include the LanceDB table.
+        The column ``bytes`` does not include the LanceDB table.
         """
         current = self.manifest()
         return history.history_table(self.earlier(current), current)
@@ -441,5 +441,5 @@ def _name(version: int) -> str:
 
 
 def _engine_name(table: Table) -> str:
-    """Return the name of LanceDB's own manifest, whose number counts down."""
+    """Return the name of LanceDB's own manifest. LanceDB numbers its manifests in descending order."""
     return f"{table.name}.lance/_versions/{(1 << 64) - 1 - table.version:020d}.manifest"
