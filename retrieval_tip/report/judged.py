@@ -1,4 +1,4 @@
-"""The data that a report is made from."""
+"""The data from which a report is made."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class JudgedIndex:
 def portable(text: str | os.PathLike[str]) -> str:
     """Shorten the absolute paths in a text, so that a report does not reveal local folders.
 
-    A path becomes relative to the working directory. If it is outside, only its last two parts are kept.
+    A path becomes relative to the working directory. If the path is outside, only its last two parts are kept.
     """
     return re.sub(r"(?:^|(?<=[\s:=(']))/(?=[^/\s])[^:,]*", _shortened, show(text))
 

@@ -22,7 +22,7 @@ from retrieval_tip.predictions import Neighbour
 from retrieval_tip.report.judged import JudgedIndex
 
 MISTAKES, PAIRS, EXAMPLES, NEIGHBOURS = 12, 8, 3, 5
-"""Largest numbers of mistakes in a list, of confused pairs, of photos per pair, and of keys per mistake."""
+"""Maximum numbers of mistakes in a list, of confused pairs, of photos per pair, and of keys per mistake."""
 
 
 class Picture(NamedTuple):
@@ -61,8 +61,8 @@ class Mistake:
 class Pair:
     """Two classes that were confused.
 
-    ``times`` of the ``total`` items of class ``truth`` were classified as ``answer``. ``items`` are some of them, and
-    ``keys`` are nearby keys.
+    ``times`` of the ``total`` items of class ``truth`` were classified as ``answer``. ``items`` are examples of these
+    mistakes, and ``keys`` are nearby keys.
     """
 
     truth: str
@@ -81,7 +81,7 @@ def wrong_answers(answers: Answers, by: npt.NDArray[np.float64]) -> list[int]:
 
 
 class Mistakes(NamedTuple):
-    """The worst mistakes (whose true class is least probable), the most certain ones, and the number of mistakes."""
+    """The worst mistakes (with the least probable true class), the most confident mistakes, and their number."""
 
     worst: list[Mistake]
     certain: list[Mistake]
@@ -89,7 +89,7 @@ class Mistakes(NamedTuple):
 
 
 def mistakes(judged: JudgedIndex) -> Mistakes:
-    """Explain the worst and the most certain mistakes."""
+    """Explain the worst and the most confident mistakes."""
     answers = judged.answers
     worst, certain = (wrong_answers(answers, by) for by in (judged.details.log_truth, judged.details.log_doubt))
     places = list(dict.fromkeys([*worst, *certain]))

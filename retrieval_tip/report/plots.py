@@ -1,7 +1,7 @@
-"""Draw diagrams as PNG or SVG files, or as SVG elements for a report.
+"""Plot diagrams as PNG or SVG files, or as SVG elements for a report.
 
-Drawing requires matplotlib (``pip install 'retrieval-tip[plot]'``). The palette of Okabe and Ito and the colour map
-cividis are suitable for colour-blind readers.
+Plotting requires matplotlib (``pip install 'retrieval-tip[plot]'``). The Okabe-Ito palette and the colour map cividis
+are suitable for colour-blind readers.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ PAPER = "#fefefe"
 THEME = {BLACK: "currentColor", PAPER: "var(--paper)", BLUE: "var(--blue)", ORANGE: "var(--orange)"}
 """CSS variables for colours on a page that has a light and a dark theme."""
 MOST_CLASSES, FEWER_CLASSES = 100, 40
-"""If there are more classes than the first number, only the classes with most errors are drawn, up to the second."""
+"""With more classes than the first number, only those with the most errors are plotted (the second number)."""
 WRITTEN = 20
 """Size of the largest confusion matrix that has numbers in its cells."""
 ENOUGH = 20
-"""A bar is drawn fainter if it stands for fewer answers than this."""
+"""Bars that stand for fewer answers than this have a lighter colour."""
 AFFINITY_BARS = 80
 LONGEST_NAME, LONGEST_ABOUT = 26, 60
 LOOKS = Path(__file__).with_name("plots.mplstyle")
 PANELS = 6
-"""Largest number of heat maps for one accuracy surface."""
+"""Maximum number of heat maps for one accuracy surface."""
 POINTS = 5
-"""Range of a heat map, in points of accuracy below the best."""
+"""Range of a heat map, in percentage points below the best accuracy."""
 MARKS = (0.5, 0.9, 0.99)
-"""Thresholds that are marked on the curve of accuracy against coverage."""
+"""Thresholds that are marked on the accuracy-coverage curve."""
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -70,8 +70,8 @@ Ints = npt.NDArray[np.int64]
 class Confusion:
     """A confusion matrix, in which ``counts[i, j]`` items of class ``names[i]`` were classified as ``names[j]``.
 
-    ``totals[i]`` is the number of items of class ``i``. ``of`` is the number of classes that occur, of which ``counts``
-    may only contain those with most errors.
+    ``totals[i]`` is the number of items of class ``i``. ``of`` is the number of classes that occur. If there are many,
+    ``counts`` only contains the classes with the most errors.
     """
 
     names: list[str]
@@ -130,7 +130,7 @@ def mean_affinity(affinities: Affinities, counts: Ints) -> float | None:
 
 @dataclass(frozen=True)
 class Panel:
-    """The accuracy for each beta and alpha, of shape ``[betas, alphas]``, at one ``k`` (0 stands for all keys)."""
+    """The accuracy for each beta and alpha, of shape ``[betas, alphas]``, for a fixed ``k`` (0 means all keys)."""
 
     k: int
     alphas: Floats
@@ -138,7 +138,7 @@ class Panel:
     accuracy: Floats
 
     def nearest(self, alpha: float, beta: float) -> tuple[int, int]:
-        """Return the row and column of the cell that is nearest to these settings, measured by their ratio."""
+        """Return the row and column of the cell that is nearest to these settings on a logarithmic scale."""
         with np.errstate(divide="ignore"):
             column, row = (
                 int(np.abs(np.log(values) - np.log(value)).argmin()) if value else 0
@@ -148,7 +148,7 @@ class Panel:
 
 
 def surface_panels(surface: pa.Table) -> list[Panel]:
-    """Split an accuracy surface by k, and keep the ``PANELS`` most accurate panels, sorted by falling k."""
+    """Split an accuracy surface by k, and keep the ``PANELS`` most accurate panels, in descending order of k."""
     k, beta, alpha, accuracy = (surface[name].to_numpy() for name in ("k", "beta", "alpha", "accuracy"))
     panels = []
     for value in np.unique(k):
@@ -210,7 +210,7 @@ def write(draw: Callable[[], Figure], path: Path, about: str) -> None:
 
 
 def draw_confusion(evaluation: Evaluation) -> Figure:
-    """Draw the confusion matrix. Rows are true classes, columns are predicted ones, and cells are shares of the row."""
+    """Plot the confusion matrix. Rows are true classes, columns are predicted classes, and cells are row shares."""
     from matplotlib.colors import PowerNorm
 
     matrix = confusion(evaluation.answers)
@@ -237,7 +237,7 @@ def draw_confusion(evaluation: Evaluation) -> Figure:
 
 
 def draw_per_class(evaluation: Evaluation) -> Figure:
-    """Draw the accuracy of each class as a bar, with the worst class at the bottom."""
+    """Plot the accuracy of each class as a bar, with the worst class at the bottom."""
     names, accuracies = class_accuracies(evaluation.per_class)
     m, of = len(names), len(evaluation.per_class)
     (figure, axes), y = _figure(7, max(2.8, 0.17 * m + 1.5)), np.arange(m)[::-1]
@@ -252,7 +252,7 @@ def draw_per_class(evaluation: Evaluation) -> Figure:
 
 
 def draw_reliability(evaluation: Evaluation) -> Figure:
-    """Draw the accuracy against the confidence in bins, and below it the number of answers per bin."""
+    """Plot the accuracy per confidence bin, and below it the number of answers per bin."""
     answers = evaluation.answers
     bins = [b for b in reliability(answers.confidence, answers.right) if b.count]
     figure, (axes, below) = _grid(5.4, 6.2, 2, 1, sharex=True, height_ratios=[3.2, 1])
@@ -279,7 +279,7 @@ def draw_reliability(evaluation: Evaluation) -> Figure:
 
 
 def draw_coverage(evaluation: Evaluation) -> Figure:
-    """Draw the accuracy against the coverage if the least probable answers are withheld."""
+    """Plot the accuracy as a function of the coverage if the least confident answers are withheld."""
     answers = evaluation.answers
     curve = accuracy_coverage(answers.confidence, answers.right)
     figure, axes = _figure(6, 4.4)
@@ -305,7 +305,7 @@ def draw_coverage(evaluation: Evaluation) -> Figure:
 
 
 def draw_affinity(evaluation: Evaluation) -> Figure:
-    """Draw histograms of the affinities of queries to keys of the same class and of other classes."""
+    """Plot histograms of the affinities of queries to keys of the same class and of other classes."""
     affinities = evaluation.answers.affinities
     assert affinities is not None
     edges, same, other = affinity_bars(affinities)
@@ -329,8 +329,8 @@ def draw_affinity(evaluation: Evaluation) -> Figure:
 def draw_surface(surface: pa.Table, path: Path, about: str = "") -> None:
     """Write a diagram of the accuracy surface of a search, with a panel for each of the ``PANELS`` best values of k.
 
-    ``surface`` has the columns k (0 stands for all keys), beta, alpha and accuracy. The lowest quarter of the
-    accuracies shares one colour.
+    ``surface`` has the columns k (0 stands for all keys), beta, alpha and accuracy. All accuracies in the lowest
+    quarter have the same colour.
     """
     write(partial(_draw_panels, surface_panels(surface), 100 * surface["accuracy"].to_numpy()), path, about)
 
@@ -351,7 +351,7 @@ def _draw_panels(panels: list[Panel], reached: Floats) -> Figure:
 
 
 def draw_frontier(tuning: Tuning) -> Figure:
-    """Draw the disagreement with an exact search against the cost per query. Each point is a setting."""
+    """Plot the disagreement with an exact search against the cost per query. Each point is a setting."""
     figure, axes = _figure(7, 4.2)
 
     def points(trials: list[Trial]) -> tuple[list[float], list[float]]:
@@ -368,7 +368,7 @@ def draw_frontier(tuning: Tuning) -> Figure:
 
 
 def draw_heat(panel: Panel, alpha: float, beta: float) -> Figure:
-    """Draw the accuracy over alpha and beta at one k. A circle marks the best cell, a cross these settings."""
+    """Plot the accuracy by alpha and beta for a fixed k. A circle marks the best cell, a cross these settings."""
     figure, axes = _figure(6.8, 4.4)
     best = 100 * float(panel.accuracy.max())
     image = _heat(axes, panel, max(best - POINTS, 100 * float(panel.accuracy.min())), best)
@@ -379,9 +379,9 @@ def draw_heat(panel: Panel, alpha: float, beta: float) -> Figure:
 
 
 def draw_shots(lines: Sequence[Summary], rows: Sequence[Run]) -> Figure:
-    """Draw the accuracy over shots, with one line per method.
+    """Plot the accuracy as a function of the number of shots, with one line per method.
 
-    Bars show 95 % confidence intervals over seeds, and dots show single draws.
+    Bars show 95 % confidence intervals over seeds, and dots show individual draws.
     """
     figure, axes = _figure(6.8, 4.2)
     colours = {"tip-adapter": BLUE, "cache-alone": ORANGE}
@@ -407,7 +407,7 @@ def draw_shots(lines: Sequence[Summary], rows: Sequence[Run]) -> Figure:
 
 
 def draw_choice(choice: FormChoice) -> Figure:
-    """Draw the forms that a fit has tried, one per row, with the lowest cross-entropy at the top."""
+    """Plot the forms that a fit has tried, one per row, with the lowest cross-entropy at the top."""
     trials = sorted(choice.trials, key=lambda trial: -trial.loss)
     figure, drawn = _grid(9.4, 0.9 + 0.34 * len(trials), 1, 2, sharey=True)
     places, own = np.arange(len(trials)), [trial.form == choice.form for trial in trials]
@@ -422,7 +422,7 @@ def draw_choice(choice: FormChoice) -> Figure:
 
 
 def draw_training(curve: pa.Table, kept: int, title: str = "") -> Figure:
-    """Draw the loss and the accuracy by epoch from a :data:`finetune.CURVE` table, and mark the epoch ``kept``."""
+    """Plot the loss and the accuracy per epoch from a :data:`finetune.CURVE` table, and mark the epoch ``kept``."""
     from matplotlib.ticker import MaxNLocator
 
     figure, drawn = _grid(9.4, 3.8, 1, 2)
@@ -471,7 +471,7 @@ def _themed(style: re.Match[str]) -> str:
 
 
 def _heat(axes: Axes, panel: Panel, low: float, high: float) -> QuadMesh:
-    """Draw the cells of a panel in colours from ``low`` to ``high`` %, and a circle around the best cell."""
+    """Plot the cells of a panel in colours from ``low`` to ``high`` %, and mark the best cell with a circle."""
     shown = 100 * panel.accuracy
     image = axes.pcolormesh(shown, cmap="cividis", vmin=low, vmax=max(high, low + 0.1), rasterized=True)
     row, column = np.unravel_index(int(panel.accuracy.argmax()), panel.accuracy.shape)

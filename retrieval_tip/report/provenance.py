@@ -12,7 +12,7 @@ from retrieval_tip.store.folder import read_manifest, read_version
 from retrieval_tip.store.manifest import Manifest
 
 LISTED = 50
-"""Largest number of items of a value that are listed."""
+"""Maximum number of items of a value to list."""
 
 KEPT = {"source": "source", "dataset": "dataset", "shots": "shots", "seed": "seed", "views": "views",
         "text": "text weights", "affinity_other_classes": "affinity_other_classes",

@@ -1,7 +1,8 @@
 """Write accuracy reports as single HTML files that contain no scripts and no external links.
 
 The layout is in ``page.html.j2``. The test labels are never used to select a setting. The accuracy curves and the
-alpha-beta surface are measured on validation images, or on the shots, each held out in turn.
+alpha-beta surface are measured on validation images or, if there are none, on the shots, each of which is held out in
+turn.
 """
 
 from __future__ import annotations
@@ -48,16 +49,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CLASSES = 1000
-"""Largest number of classes in the table. If there are more, only the weakest classes are shown."""
+"""Maximum number of classes in the table. If there are more, only the weakest classes are shown."""
 AFFINITY_PAIRS = 2_000_000_000
-"""Largest number of (item, key) pairs for which affinities are counted."""
+"""Maximum number of (item, key) pairs for which affinities are counted."""
 SHOTS = tuple(2**i for i in range(10))
 RIVAL_KEYS = 1 << 14
-"""Largest number of keys for a comparison with rivals. With more keys, a linear probe takes minutes."""
+"""Maximum number of keys for a comparison with rivals. With more keys, a linear probe takes minutes."""
 CURVE_KEYS = 4096
-"""Largest number of keys that are drawn for the curves by default. Search time grows with its square."""
+"""Default maximum number of keys to draw for the curves. The search time grows with its square."""
 SURFACE_KEYS, SURFACE_QUERIES = 20_000, 2_000
-"""Largest number of keys for which the alpha-beta surface is computed, and largest number of queries used."""
+"""Maximum number of keys for which the alpha-beta surface is computed, and maximum number of queries."""
 AROUND = np.geomspace(1 / 8, 4, 26)
 """Betas on the surface, as multiples of the beta of the index."""
 SEEDS = 3
@@ -88,12 +89,12 @@ def write_report(
         test: Labelled images or features. See :func:`evaluate.evaluate`.
         encoder: The encoder that computes the features. ``encoder.skipped`` lists the unreadable items.
         out: The file. An existing file is replaced once the report is complete.
-        val: The validation source for the curves and the alpha-beta surface. Defaults to the shots, each held out in
-            turn.
+        val: The validation source for the curves and the alpha-beta surface. Defaults to the shots, each of which is
+            held out in turn.
         shots: The numbers of keys per class to draw for the curves. Defaults to 1, 2, 4 and so on, up to the size of
             the smallest class.
         seeds: The number of draws for each number of shots.
-        curves: Whether to draw accuracy over shots.
+        curves: Whether to plot the accuracy as a function of the number of shots.
         folder: The index folder. Required only if ``cache`` does not contain it.
         where: The condition by which the keys were selected, to show in the report.
         command: The command line to show in the report.

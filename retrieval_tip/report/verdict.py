@@ -18,11 +18,11 @@ from retrieval_tip.report.judged import JudgedIndex, portable
 Bools = npt.NDArray[np.bool_]
 
 SURE = 0.9
-"""Smallest probability at which an answer counts as certain."""
+"""Minimum probability of a confident prediction."""
 WEAK, NAMED = 0.5, 5
-"""Accuracy below which a class always counts as weak, and the largest number of weak classes that are named."""
+"""Accuracy below which a class always counts as weak, and the maximum number of weak classes to list."""
 AUDITED = 1 << 14
-"""Largest number of keys that a report audits."""
+"""Maximum number of keys that a report audits."""
 MISCALIBRATED = 0.05
 Z = NormalDist().inv_cdf(0.975)
 

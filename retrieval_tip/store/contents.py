@@ -61,9 +61,9 @@ class Contents:
 
     @classmethod
     def read(cls, folder: Path, manifest: Manifest) -> Contents:
-        """Read the data files of a version, memory-mapping the arrays.
+        """Read the data files of a version. The arrays are memory-mapped.
 
-        Raises StoreError, naming the file, if a file cannot be read or does not match the manifest.
+        Raises StoreError naming the file that cannot be read or does not match the manifest.
         """
         files, c = manifest.files, len(manifest.class_names)
         segments = [read_array(folder, part.keys, (part.keys.rows, manifest.d)) for part in manifest.segments]
@@ -133,7 +133,7 @@ class Contents:
 
 
 def array_of(held: npt.NDArray[np.floating] | torch.Tensor | tip.Metric | Sums) -> npt.NDArray[np.floating]:
-    """Convert part of the contents to the array that is stored in its file."""
+    """Convert a part of the contents to the array that is stored in its file."""
     if isinstance(held, Sums):
         return held.to_array()
     whole = torch.cat([held.mean[None], held.transform]) if isinstance(held, tip.Metric) else held
@@ -150,16 +150,16 @@ def _sums(folder: Path, manifest: Manifest, labels: pa.Table) -> Sums:
 
 
 def metric_of(array: npt.NDArray[np.floating]) -> tip.Metric:
-    """Convert a float32 array of shape ``[1 + d, d]`` to a metric. Row 0 becomes the mean, the rest the transform."""
+    """Convert a float32 array of shape ``[1 + d, d]`` to a metric. Row 0 is the mean, the rest is the transform."""
     whole = torch.from_numpy(np.array(array))
     return tip.Metric(whole[0], whole[1:])
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A version of an index folder, together with the objects in memory that its files contain.
+    """A version of an index folder, together with the contents of its files in memory.
 
-    ``contents`` is ``None`` if those objects are not known. ``named`` tells whether the stored labels still use the
+    ``contents`` is ``None`` if the contents are not known. ``named`` tells whether the stored labels still use the
     current class names.
     """
 
@@ -199,8 +199,8 @@ class Stored:
     def check_copied(self, contents: Contents, *, shared: bool) -> None:
         """Verify files before they are copied, so that damaged data does not get a valid digest.
 
-        If ``shared`` is true, unchanged files are not copied, so they are not verified. Raises StoreError, naming the
-        file, if a file is damaged.
+        If ``shared`` is true, unchanged files are not copied, so they are not verified. Raises StoreError naming the
+        file that is damaged.
         """
         if self.check.verify == "full":
             return

@@ -2,8 +2,8 @@
 
 Readers see either the old version or the new version, never a mixture of the two.
 
-manifest.json             the current version, replaced by a single rename
-manifests/000003.json     an earlier version, kept until it is deleted
+manifest.json             the current version, which is replaced with a single rename
+manifests/000003.json     an earlier version, which is kept until it is deleted
 data/keys-<digest>.npy    data/index-<digest>.faiss    data/labels-<digest>.parquet    data/text-<digest>.npy
 data/keys-<digest>.npy    data/labels-<digest>.parquet                                          for each added segment
 data/values-<digest>.npy  data/weights-<digest>.safetensors  data/curve-<digest>.parquet       in a fine-tuned index
@@ -48,7 +48,7 @@ MANIFEST_BYTES = 1 << 28
 
 
 def is_index(folder: Path) -> bool:
-    """Return whether a folder holds an index, even a damaged one."""
+    """Return whether a folder contains an index, even a damaged one."""
     try:
         return (folder / "manifest.json").is_file()
     except OSError as error:  # treat an unreadable folder as an index, so that it is not overwritten
@@ -71,7 +71,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_there(folder: Path) -> None:
-    """Raise StoreError if a folder does not hold an index."""
+    """Raise StoreError if a folder does not contain an index."""
     if not is_index(folder):
         raise _missing(folder)
 
@@ -131,10 +131,10 @@ class Check:
     ) -> None:
         """Start the check. ``manifest`` defaults to the manifest of the current version.
 
-        With ``verify="full"``, the size and SHA-256 of every file are compared. With ``"fast"``, the SHA-256 is only
-        compared for files of up to 4 MiB, so a change that keeps the size of a larger file is missed. Files in
-        ``known`` are skipped. Raises UsageError if ``verify`` has another value, and StoreError if the manifest cannot
-        be read.
+        With ``verify="full"``, the size and SHA-256 of every file are compared with the manifest. With ``"fast"``, the
+        SHA-256 is only compared for files of up to 4 MiB, so a change that keeps the size of a larger file is not
+        detected. Files in ``known`` are skipped. Raises UsageError if ``verify`` has another value, and StoreError if
+        the manifest cannot be read.
         """
         check_choice("verify", verify, Verify)
         self.folder, self.verify = folder, verify
@@ -210,7 +210,7 @@ def has_text(folder: Path, manifest: Manifest) -> bool:
 
 
 def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
-    """Read the label stores of all segments as one table. Columns that a segment does not have are null there.
+    """Read the label stores of all segments as one table. If a segment lacks a column, its values are null.
 
     Raises StoreError if the labels do not match the manifest.
     """

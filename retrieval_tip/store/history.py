@@ -22,7 +22,7 @@ KEPT_VERSIONS = 32
 
 
 def stamp() -> dict[str, Any]:
-    """Return the entries of a new manifest that name the time and the program."""
+    """Return the entries of a new manifest that contain the time and the program version."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"created_at": now, "created_by": f"retrieval-tip {version('retrieval-tip')}"}
 

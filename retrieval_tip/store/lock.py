@@ -1,7 +1,7 @@
 """Lock a folder, so that only one process can write to it at a time.
 
-The operating system holds the lock on a file and releases it when the process ends. The file contains the name of the
-owner.
+The operating system locks a file in the folder, and releases the lock when the process ends. The file contains the name
+of the owner.
 """
 
 from __future__ import annotations

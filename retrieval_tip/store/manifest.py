@@ -20,10 +20,10 @@ from retrieval_tip.settings import Built, Dtype, Fitted, Settings
 
 FORMAT = "retrieval-tip index"
 TABLE_FORMAT, FITTED_FORMAT, BUILT_FORMAT, FORMAT_VERSION = 3, 4, 5, 6
-"""Versions of the manifest format. All of them can be read, and the last one is written.
+"""Versions of the manifest format. All of these versions can be read, and new manifests use the last version.
 
 Format 1 has a single segment, no ``change`` and no ``next_key_id``. Format 3 added ``table``, format 4 ``fitted``,
-format 5 ``built`` and format 6 ``sums``, which every change of keys must update.
+format 5 ``built`` and format 6 ``sums``, which must be updated whenever the keys change.
 """
 
 KINDS = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy"}
@@ -39,9 +39,9 @@ OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parque
 - ``text_index`` is ignored. Up to version 0.1, indexes with more than 32,768 classes had this file.
 """
 TABLE_KINDS = {"classes": ".parquet"}
-"""File beside a table that holds the label, the text weight, the number of keys and the key sum of each class."""
+"""File next to a table that contains the label, the text weight, the number of keys and the key sum of each class."""
 OPTIONAL_TABLE_KINDS = {"second": ".npy", "metric": ".npy", "values": ".npy"}
-"""Optional files beside a table.
+"""Optional files next to a table.
 
 ``second`` is the sum of the keys' outer products, of shape ``[d, d]``. A fitted index can also have a ``metric`` and
 solved ``values``.
@@ -92,7 +92,7 @@ class TableDigests:
     """Digests of a table version, each as 64 hexadecimal digits.
 
     ``rows`` is the digest of all rows (see :mod:`row_digest`), or ``None`` for an older table. ``files`` maps the names
-    of the table's files to their SHA-256. It includes the engine's manifest and, on a local disk, its data files.
+    of the table's files to their SHA-256. It includes LanceDB's manifest and, on a local disk, its data files.
     """
 
     rows: str | None
@@ -146,7 +146,7 @@ class Manifest:
 
     @property
     def has_points(self) -> bool:
-        """Whether the table also holds the points. With solved values it does not, because a query uses all keys."""
+        """Whether the table also holds the points. With solved values, it does not, because a query uses all keys."""
         return self.table is not None and "metric" in self.files and "values" not in self.files
 
     @property

@@ -39,7 +39,7 @@ def ask(
 ) -> pa.Table:
     """Run a SELECT query over the named ``tables`` and the view ``class_counts`` of the table ``labels``.
 
-    The view has the columns ``class_id``, ``label`` and ``keys``, and a row for each class that has keys. A file of
+    The view has the columns ``class_id``, ``label`` and ``keys``, and one row for each class that has keys. A file of
     ``predictions`` becomes the table ``predictions`` (see :func:`read_predictions`). Half-precision columns are
     converted to float32. If a column name is repeated, a number is appended to it, for example ``label_1``.
 

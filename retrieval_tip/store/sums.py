@@ -1,4 +1,4 @@
-"""Sums that are used to fit a metric, and that are updated when keys change."""
+"""Sums that are used to fit a metric. When keys change, the sums are updated instead of recomputed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ BLOCK = 2048
 TOLERANCE, LEAST = 1e-9, 1e-8
 """Tolerances of :class:`Along`.
 
-The first is relative to the largest possible sum, and smaller than the effect of one key in 10^8. The second is
-relative to a single key and is meant for sums from which many keys were removed.
+The first tolerance is relative to the largest possible sum and smaller than the effect of one key in 10^8. The second
+is relative to a single key and is used for sums from which many keys were removed.
 """
 
 LEFT = 1e-5
@@ -32,8 +32,8 @@ class Sums:
 
     For keys ``k_i`` of length ``d`` with class ids ``y_i``, ``counts[j] = |{i: y_i = j}|`` is an int64 array of shape
     ``[c]``. ``sums[j] = sum_{y_i = j} k_i`` and ``second = sum_i k_i k_i^T`` are float64 arrays of shapes ``[c, d]``
-    and ``[d, d]``. Removing a key undoes its addition up to an error in the last digits. Every change except
-    :meth:`count` returns a new object.
+    and ``[d, d]``. Removing a key undoes its addition up to rounding errors. Every change except :meth:`count` returns
+    a new object.
     """
 
     counts: IntArray

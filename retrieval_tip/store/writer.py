@@ -131,7 +131,8 @@ class Writer:
     def seal_weights(self, path: Path) -> Path:
         """Copy a safetensors file to the ``weights`` of this version, and return the new path.
 
-        The file of the parent version is shared instead. Raises StoreError if the file is not a safetensors file.
+        If ``path`` is the file of the parent version, it is shared instead of copied. Raises StoreError if the file is
+        not a safetensors file.
         """
         shared = self.parent.files.get("weights") if self.parent else None
         if shared is not None and path.resolve() == (self.folder / shared.name).resolve():
@@ -201,8 +202,8 @@ def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
     """Lock a folder and yield the writer of its next version.
 
     Waits up to ``wait`` seconds for other writers; ``wait`` defaults to :data:`lock.LOCK_WAIT`. If an exception is
-    raised or the process is killed, the old version stays in place. Raises StoreError if the folder holds other files,
-    stays locked or cannot be written, or if the disk is full.
+    raised or the process is killed, the old version stays in place. Raises StoreError if the folder contains other
+    files, stays locked or cannot be written, or if the disk is full.
     """
     check_name(folder)
     own = ("data", "manifests", "lock")  # a failed first version only leaves these and temporary files
@@ -240,7 +241,7 @@ def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
             "nothing was changed"
         ) from error
     finally:
-        with suppress(OSError):  # a folder that contains files of another writer stays
+        with suppress(OSError):  # a folder that contains files of another writer is kept
             for path in made if not is_index(folder) else ():
                 path.rmdir()
 
