@@ -57,7 +57,7 @@ LEAST_JUDGED = 8
 CLASS_FOLDS = 4
 """Number of folds of whole classes, if some classes have text but no shots."""
 WEAKEST = 5
-"""Maximum number of classes with mistakes that a fit lists."""
+"""Maximum number of classes with mistakes to list after a fit."""
 OFFSETS = (None, 0.1, 0.05)
 """Offsets of the logarithm of the cache to try with solved values. ``None`` means no logarithm."""
 UNLIKE = 0.05

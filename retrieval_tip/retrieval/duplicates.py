@@ -30,10 +30,10 @@ copies cropped by 1 %, and 19 % of the copies scaled to 75 %. Different images f
 """
 
 PAIRS = 1 << 28
-"""Default limit on the number of compared pairs. Comparing all pairs of 16,000 keys takes 1 s on two cores."""
+"""Default maximum number of pairs to compare. Comparing all pairs of 16,000 keys takes 1 s on two cores."""
 
 MOST = 1000
-"""Default limit on the number of pairs in a result."""
+"""Default maximum number of pairs to return."""
 
 BLOCK = 128
 """Number of keys per block when all pairs are compared. If 16,000 keys are all alike, a block takes 300 MiB."""

@@ -144,8 +144,8 @@ class Retrieval(ABC):
     def contributors(self, points: Tensor, winner: Tensor, rival: Tensor, number: int) -> Contributors:
         """Find ``number`` shots that contributed most to each answer, if all keys or whole classes were used.
 
-        ``winner`` and ``rival`` are the class ids of the answer and the runner-up, or -1 if there is none. If values
-        are one-hot, the shots are the nearest keys of these classes.
+        ``winner`` and ``rival`` are the class ids of the answer and the runner-up. If there is no runner-up, its id is
+        -1. If values are one-hot, the shots are the nearest keys of these classes.
         """
         number, c = min(number, self.keys.n), self.keys.n_classes
         own, opposing = (self.nearest_of_classes(points, ids[:, None], m) for ids, m in ((winner, number), (rival, 1)))
