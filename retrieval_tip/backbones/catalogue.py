@@ -54,9 +54,9 @@ NEAR, ALIKE = 8, 0.6
 ANSWER = 2.5  # number of seconds to wait for a response from the hub
 _DEMO = "build/demo/efficientnet-lite0.pth"
 DEMO = (Path(_DEMO), Path(_DEMO).relative_to("build/demo"), Path(__file__).parents[2] / _DEMO)
-"""Possible paths of the encoder from ``benchmarks/demo.py``, in a build folder or in a clone of the repository."""
+"""Possible paths of the encoder from ``benchmarks/demo.py``, below the current folder or the repository."""
 
-LARGEST_LIST = 200  # longest list that includes sizes, since computing a size takes a twentieth of a second
+LARGEST_LIST = 200  # longest list that includes sizes, because computing each size takes a twentieth of a second
 
 _QUIET = threading.RLock()
 
@@ -141,7 +141,7 @@ class Named:
 
 
 def search(word: str = "") -> list[Named]:
-    """List the backbones whose name or tags contain a word, or by default the recommended ones.
+    """List the backbones whose name or tags contain a word. Without a word, list the recommended backbones.
 
     Raises UsageError if no backbone matches.
     """

@@ -79,7 +79,7 @@ _GENERAL = [
 
 
 class Command(click.Command):
-    """A command whose help lists options under headings, and whose errors point to its own help."""
+    """A command whose help lists options under headings, and whose errors refer to this help."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Insert the general options before --help."""

@@ -231,7 +231,7 @@ class Encoder:
         return InputError(f"{source.name}: none of {len(source):,} items could be read ({first})")
 
     def _skip(self, name: str, reason: str) -> None:
-        """Add an unusable input to ``skipped`` and log it once, or raise InputError with ``strict``."""
+        """Add an unusable input to ``skipped`` and log it once. If ``strict`` is set, raise InputError instead."""
         skipped = Skipped(show(name), reason)
         if self.strict:
             raise InputError(f"{skipped}; leave out --strict to skip it")

@@ -1,6 +1,6 @@
 """Decode image files to upright 8-bit RGB images.
 
-Images are decoded by Pillow, which recognises decompression bombs by their header. This module also limits bytes,
+Images are decoded by Pillow, which detects decompression bombs by reading their headers. This module also limits bytes,
 pixels, the data before the first pixel, and the number of large images decoded at the same time.
 """
 

@@ -92,7 +92,7 @@ def _read(file: Path) -> tuple[Array, npt.NDArray[np.int64], int]:
             "values, so give the one-hot values of the same keys"
         )
     transposed = keys.shape[1] == n
-    if match[1] == "best_F":  # these are trained weights, whose norms are arbitrary
+    if match[1] == "best_F":  # these are trained weights with arbitrary norms
         transposed = keys.shape[0] != n
     elif transposed and keys.shape[0] == n:
         norms = [np.linalg.norm(keys.astype(np.float64), axis=axis) for axis in (1, 0)]

@@ -29,7 +29,7 @@ class Pictures:
     read: Callable[[str], bytes]
 
     def labelled(self, label: str | Sequence[str]) -> Pictures:
-        """Label the photos, with one label for all or one for each.
+        """Label the photos, either with one label for all photos or with one label per photo.
 
         Raises InputError if the number of labels is wrong.
         """

@@ -27,7 +27,7 @@ CS = (10.0, 100.0, 1000.0, 10000.0)
 """Inverse regularisation strengths to try for a linear probe on unit features."""
 
 SINGLE_C = 1000.0
-"""Inverse regularisation strength if each class has one shot, since no shot can then be held out."""
+"""Inverse regularisation strength if each class has one shot, because no shot can then be held out."""
 STEPS = 300
 """Maximum number of L-BFGS steps for each C."""
 

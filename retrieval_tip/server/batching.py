@@ -138,10 +138,10 @@ LARGE = 2.0
 class FairPool(Generic[R]):
     """A thread pool that shares its threads fairly, so that small requests do not wait for large ones.
 
-    Each call gets a place, and the waiting call with the lowest place is started next. The place is the sum of the
-    costs of the request's calls up to this one, plus the place of the last call that was started before the request. At
-    most ``threads`` large calls run at once, and one additional thread is reserved for others. At most ``held`` results
-    are being computed or in use.
+    Each call is assigned a place, and the waiting call with the lowest place is started next. The place is the sum of
+    the costs of the request's calls up to this one, plus the place of the last call that was started before the
+    request. At most ``threads`` large calls run at once, and one additional thread is reserved for others. At most
+    ``held`` results are being computed or in use.
     """
 
     def __init__(self, lane: str, *, threads: int, room: int, held: int) -> None:

@@ -214,7 +214,7 @@ class Service:
             return InputError(str(error))  # drops the traceback, which keeps the image in memory
 
     async def add(self, one: Served, sent: Sent) -> schemas.AddedShots:
-        """Add shots, and open the new version. Raises the same errors as :func:`changes.add`."""
+        """Add shots, and open the new version of the index. Raises the same errors as :func:`changes.add`."""
         skipped: list[Unread] = []
         if sent.images is None:
             added = await self._in(self._changing, shots.add_features, one, one.now.backbone, sent)
