@@ -3,8 +3,9 @@
 Each key i is used as a query against the other keys, except for the keys of the same image (:func:`images_of`). The
 score of class c is the mean weight of its ``n_c`` visible keys, so that the number of shots does not matter::
 
-    score(i, c) = 1 / n_c * sum over visible keys j of class c of exp(-beta (1 - K_i K_j)) suggested = argmax over c of
-    score(i, c) # or the shot's own label (see audit) margin = log(score(i, suggested) / score(i, own label))
+    score(i, c) = 1 / n_c * sum over visible keys j of class c of exp(-beta (1 - K_i K_j))
+    suggested   = argmax over c of score(i, c)             # or the shot's own label (see audit)
+    margin      = log(score(i, suggested) / score(i, own label))
 
 Beta is always the untouched beta (:func:`defaults.untouched_settings`), because margins grow with beta and would
 otherwise not be comparable between indexes. Trained ``values`` are ignored. A fitted index is audited with its raw keys
