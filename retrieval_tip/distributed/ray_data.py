@@ -9,7 +9,7 @@ index, and writes the resulting rows:
     _complete.json          an empty JSON object, which is written when the run is complete
 
 If a run was interrupted, repeat the call to process the missing parts. If a worker or a node dies, Ray retries its
-pieces. Parquet readers skip names that begin with an underscore, so they read the folder as one table.
+pieces. You can read the folder as one table, because Parquet readers skip names that begin with an underscore.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def cut(source: Source) -> list[Piece]:
 
 
 def cut_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> list[Piece]:
-    """Split the inputs of ``classify`` into pieces. Each tar file is one piece; :func:`open_inputs` opens the rest."""
+    """Split the inputs of ``classify`` into pieces. Each tar file is a piece. :func:`open_inputs` opens the others."""
     pieces: list[Piece] = []
     for of_tar, some in groupby(arguments, lambda one: one != "-" and bool(tars.find(one))):
         if of_tar:

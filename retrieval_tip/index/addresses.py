@@ -27,7 +27,7 @@ class Plug(Protocol):
         """Return the canonical spelling of an address. Raises UsageError if the address is invalid."""
 
     def store_at(self, text: str) -> Store:
-        """Return the store at an address. Raises UsageError if it is invalid or if a package is not installed."""
+        """Return the store at an address. Raises UsageError if the address is invalid or a package is not installed."""
 
 
 def plug_of(text: str) -> Plug | None:

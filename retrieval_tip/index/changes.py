@@ -264,8 +264,8 @@ def apply_audit(folder: Place, file: Folder) -> Changed:
 def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) -> Renamed:
     """Rename a class, or merge it into the class that already has the new name. Return the ids of its keys.
 
-    The class keeps its text weight. A merged class uses the text weight of the target. If you give a ``backbone``, the
-    new name is encoded with the templates of the index instead.
+    The class keeps its text weight, unless it is merged into another class. Then the text weight of that class is kept.
+    If you give a ``backbone``, the new name is encoded with the templates of the index instead.
 
     Raises InputError if there is no class ``old`` or if ``new`` is not a valid name. Raises UsageError if the name
     cannot be encoded. Raises BackboneError if the backbone differs from the backbone of the index.
@@ -313,8 +313,8 @@ def configure(
     solved values, alpha, the temperature and the ``unlike`` threshold. An alpha or temperature that you also give is
     set after the refit.
 
-    If you give ``normalize``, alpha and beta are in units that depend on the current shots. If you omit alpha or beta,
-    it gets the default of a new build (see :func:`defaults.plain_settings`).
+    If you give ``normalize``, alpha and beta are in units that depend on the current shots. A missing alpha or beta is
+    set to the default of a new build (see :func:`defaults.plain_settings`).
 
     Raises UsageError if nothing is given, if a setting is invalid, or if templates are given but no backbone. Raises
     BackboneError if the backbone differs from the backbone of the index.

@@ -23,14 +23,14 @@ def export_table(cache: CacheModel, out: Path) -> int:
     """Write the keys of an index to a feature table, in index order, and return the number of rows.
 
     The table has the columns ``id``, ``label``, ``feature``, ``key_id``, ``shot``, ``views``, ``digest`` and
-    ``added_at``, and the extra columns of the label store. ``id`` is the source of the key, and ``feature`` holds ``d``
-    values in the dtype of the keys. A table cannot hold trained values or a fine-tuned encoder, so a warning is logged
-    if the index has them.
+    ``added_at``, and the extra columns of the label store. ``id`` is the source of the key, and ``feature`` contains
+    ``d`` values in the dtype of the keys. A table cannot store trained values or a fine-tuned encoder, so a warning is
+    logged if the index has them.
 
     Raises InputError if ``out`` cannot be written. In this case, no file is left behind.
     """
     _refuse_inside(cache, out)
-    trained = cache.values if cache.fitted is None else None  # solved values can be fitted again
+    trained = cache.values if cache.fitted is None else None  # solved values can be refitted
     for part, what in ((trained, "trained values"), (cache.tuned, "the fine-tuned encoder")):
         if part is not None:
             log.warning(

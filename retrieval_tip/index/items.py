@@ -146,7 +146,7 @@ class Material:
         }
 
     def warn_of_bare(self, counts: npt.NDArray[np.int64]) -> None:
-        """Warn about classes that have no key. ``counts`` is the number of keys per class."""
+        """Warn about classes without keys. ``counts`` is the number of keys per class."""
         if bare := [name for name, number in zip(self.words.class_names, counts, strict=True) if not number]:
             log.warning("%s no key: %s", counted(len(bare), "class", "has", "have"), few(bare))
 
@@ -197,7 +197,7 @@ def read_text_table(
 
 
 def provenance_of(given: float | None, form: str) -> str:
-    """Return a description of where the value of a setting comes from."""
+    """Describe the origin of the value of a setting."""
     if given is not None:
         return "given" if form == "none" else f"given as {given:g}, normalize {form}"
     return "the paper's default" if form == "none" else f"default, normalize {form}"

@@ -39,7 +39,7 @@ def folder_of(store: Store) -> Path | None:
 
 
 def class_folder(folder: Path, label: str) -> Path:
-    """Return the folder that holds the photos of a class."""
+    """Return the folder with the photos of a class."""
     name = quote(label, safe=" ()+,-=@")[:120]
     return folder / (name if not name.startswith(".") else f"%2E{name[1:]}")
 
@@ -60,9 +60,9 @@ def adding(folder: Path) -> Iterator[None]:
 def remove_unused(store: Store) -> tuple[int, int]:
     """Remove the photos in ``DIR-shots`` that no kept version uses. Return their number and the freed bytes.
 
-    A version uses a photo if a key has the digest of the photo, or if the source of a key ends with its file name.
-    Links and files that are not named by their own SHA-256 are kept. If photos are being added, or if a version cannot
-    be read, nothing is removed and a warning is logged.
+    A version uses a photo if a key has the digest of the photo, or if the source of a key ends with the file name of
+    the photo. Links and files that are not named by their own SHA-256 are kept. If photos are being added, or if a
+    version cannot be read, nothing is removed and a warning is logged.
     """
     folder = folder_of(store)
     if folder is None or folder.is_symlink() or not folder.is_dir():

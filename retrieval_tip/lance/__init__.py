@@ -16,7 +16,7 @@ def canonical(text: str) -> str:
 
 
 def store_at(text: str) -> Store:
-    """Return the store at an address. Raises UsageError if it is invalid or if LanceDB is not installed."""
+    """Return the store at an address. Raises UsageError if the address is invalid or LanceDB is not installed."""
     from retrieval_tip.lance.address import Address
     from retrieval_tip.lance.lance_store import LanceStore
 

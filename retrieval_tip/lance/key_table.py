@@ -152,7 +152,7 @@ class KeyTable:
 
     @classmethod
     def latest(cls, address: Address, name: str) -> KeyTable:
-        """Open the newest version of the table, even if no manifest names it."""
+        """Open the newest version of the table, even if no manifest refers to it."""
         with _store_errors(address, "opening its table"):
             return cls(address, name, _connected(address).open_table(name))
 

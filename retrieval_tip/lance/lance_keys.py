@@ -180,7 +180,7 @@ class LanceRetrieval(Retrieval):
         return Product(self.keys.means).search(points, number)[1]
 
     def nearest(self, points: Tensor, k: int) -> Nearest:
-        """Return the ``k`` nearest keys. Affinities use the stored keys, even if the index compresses its own copy."""
+        """Return the ``k`` nearest keys. Affinities use the stored keys, even if the index is compressed."""
         k = min(k, self.keys.n)
         if self.kind == FLAT:
             return self.keys.nearest(points, k)

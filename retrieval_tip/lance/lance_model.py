@@ -55,7 +55,7 @@ class LanceModel(AnsweringIndex):
     """A version of an index in LanceDB, opened read-only. Use :meth:`load` to open a version.
 
     ``second`` is the sum of the keys' outer products, a float64 array of shape ``[d, d]``, or ``None`` if it is not
-    known. If the values were solved, ``whole`` holds all keys in memory.
+    known. If the values were solved, ``whole`` contains all keys in memory.
     """
 
     store: LanceVersions

@@ -1,10 +1,10 @@
 """Make sure that only one process at a time writes to a store.
 
 On a local disk, the operating system locks a file (see :mod:`store.lock`). A bucket has no locks, so an object named
-``lease`` is used instead. The object is only replaced if it still has the version that was read before (If-Match). A
-process takes the lease if it was released, or if it has not changed for :data:`LEASE` seconds while the process watched
-it. The holder renews the lease more often than that. Every process only uses its own clock, so the clocks of the
-machines do not have to agree.
+``lease`` is used instead. A process only replaces the object if the object still has the version that it has read
+before (If-Match). A process takes the lease if it was released, or if it has not changed for :data:`LEASE` seconds
+while the process watched it. The holder renews the lease more often than that. Every process only uses its own clock,
+so the clocks of the machines do not have to agree.
 
 A holder checks right before a commit whether the lease was lost. A commit creates a new object, so a holder that loses
 the lease just after this check does not overwrite anything.
@@ -59,7 +59,7 @@ def held(objects: Objects, wait: float | None = None, seconds: float | None = No
 
 
 class _Lease:
-    """A lease in a bucket. Its content names the holder, so that each process can recognize its own lease."""
+    """A lease in a bucket. It contains the name of the holder, so that each process can recognize its own lease."""
 
     def __init__(self, objects: Objects, seconds: float) -> None:
         self._objects, self._seconds, self._token, self._beats = objects, seconds, uuid.uuid4().hex, 0
@@ -70,7 +70,7 @@ class _Lease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def take(self, wait: float) -> None:
-        """Acquire the lease within ``wait`` seconds. Raises StoreError if another process still holds it then."""
+        """Acquire the lease within ``wait`` seconds. Raises StoreError if another process still holds it afterwards."""
         until, seen, since = time.monotonic() + wait, None, 0.0
         while True:
             look = said, version = self._look()

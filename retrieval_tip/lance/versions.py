@@ -1,4 +1,4 @@
-"""Manage the versions of an index in LanceDB. The manifests and class tables are objects beside the LanceDB table.
+"""Manage the versions of an index in LanceDB. Manifests and class tables are objects next to the LanceDB table.
 
 Readers see either the old version or the new version, never a mixture of the two.
 
@@ -8,15 +8,15 @@ data/classes-<digest>.parquet  the label, the text weight, the number of keys, a
 data/second-<digest>.npy       the sum of the keys' outer products, which is used to fit a metric
 data/metric-<digest>.npy       the metric of a fitted index
 data/values-<digest>.npy       the solved values of a fitted index, sorted by key id
-keys.lance/                    the table of keys and labels; each manifest names a version of the table
+keys.lance/                    the table of keys and labels; each manifest refers to a version of the table
 lock                           locked by the process that is writing. In a bucket, the object ``lease`` is used instead
                                (see :mod:`lance.lease`)
 
 LanceDB's own versions are not safe for commits. ``create_table(mode="overwrite")`` silently drops rows that are added
 at the same time. With ``mode="create"`` on a local disk, both writers succeeded in 5 of 20 races.
 
-A killed writer may leave table versions that no manifest names. The next writer starts from the table version in the
-current manifest, so that no row is added twice. On a local disk, all new files of the table are flushed before the
+A killed writer may leave table versions to which no manifest refers. The next writer starts from the table version in
+the current manifest, so that no row is added twice. On a local disk, all new files of the table are flushed before the
 manifest is created, because LanceDB does not flush them.
 """
 
@@ -147,7 +147,7 @@ class TableWriter:
         return self.put(kind, sink.getvalue(), len(array))
 
     def commit(self, manifest: Manifest) -> None:
-        """Make this the current version. The old version stays current until the new manifest is created.
+        """Make this the current version. The old version remains current until the new manifest is created.
 
         Raises InputError if the manifest contains a value that cannot be stored. Raises StoreError if another writer
         committed first, if rows of the table are missing, or if the table cannot be flushed.
@@ -250,7 +250,7 @@ class LanceVersions:
         return manifest
 
     def classes(self, manifest: Manifest) -> Classes:
-        """Return the classes of a version. Raises StoreError if their file is missing or damaged."""
+        """Return the classes of a version. Raises StoreError if the file is missing or damaged."""
         file = manifest.files["classes"]
         return Classes.from_bytes(self._checked(file.name, file.sha256), manifest.d)
 

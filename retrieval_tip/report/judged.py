@@ -23,9 +23,10 @@ from retrieval_tip.evaluation.sweep import Items
 
 @dataclass(frozen=True)
 class JudgedIndex:
-    """A test source that an index has classified, and the arguments of :func:`report.write_report`.
+    """A test source with the answers of an index, and the arguments of :func:`report.write_report`.
 
-    ``ids`` holds the class ids of all ``m`` items. ``blocks`` and ``evaluation`` only cover the ``n`` readable items.
+    ``ids`` contains the class ids of all ``m`` items. ``blocks`` and ``evaluation`` only cover the ``n`` readable
+    items.
     """
 
     cache: CacheModel

@@ -44,7 +44,7 @@ PAPER = "#fefefe"
 THEME = {BLACK: "currentColor", PAPER: "var(--paper)", BLUE: "var(--blue)", ORANGE: "var(--orange)"}
 """CSS variables for colours on a page that has a light and a dark theme."""
 MOST_CLASSES, FEWER_CLASSES = 100, 40
-"""With more classes than the first number, only those with the most errors are plotted (the second number)."""
+"""Number of classes above which a plot is shortened, and number of worst classes that are then shown."""
 WRITTEN = 20
 """Size of the largest confusion matrix that has numbers in its cells."""
 ENOUGH = 20
@@ -485,7 +485,7 @@ def _heat(axes: Axes, panel: Panel, low: float, high: float) -> QuadMesh:
 
 @contextmanager
 def _style(settings: dict[Any, str] | None = None) -> Iterator[None]:
-    """Draw with :data:`LOOKS` and ``settings`` inside the context, ignoring the user's matplotlib settings."""
+    """Plot with :data:`LOOKS` and ``settings`` inside the context, ignoring the user's matplotlib settings."""
     import matplotlib
 
     level = logging.getLogger("matplotlib.font_manager").level

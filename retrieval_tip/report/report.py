@@ -153,7 +153,7 @@ class Plot(NamedTuple):
 
     @classmethod
     def of(cls, draw: Callable[[], Figure], caption: str, before: str = "") -> Plot:
-        """Draw a diagram. Its accessible label consists of ``before`` and the caption."""
+        """Plot a diagram. Its accessible label consists of ``before`` and the caption."""
         return cls(plots.svg(draw, before + caption), caption)
 
 

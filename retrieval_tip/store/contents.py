@@ -25,7 +25,7 @@ HELD = ("text", "values", "curve", "metric", "points", "sums")
 
 
 class SavedIndex(Protocol):
-    """A FAISS index over ``indexed`` vectors, and the ``path`` of the file that holds it."""
+    """A FAISS index over ``indexed`` vectors, and the ``path`` of its file."""
 
     path: Path | None
 
@@ -85,9 +85,9 @@ class Contents:
         )
 
     def write(self, writer: Writer, stored: Stored | None) -> Contents:
-        """Seal every file that the writer's parent version does not have.
+        """Seal the files that are not shared with the parent version of the writer.
 
-        ``stored`` is the version that these contents were opened from. Return the contents with the new path of
+        ``stored`` is the version from which these contents were read. Return the contents with the new path of
         ``weights``. Raises StoreError if a file is damaged or cannot be written.
         """
         shared = stored if stored is not None and stored.is_before(writer) else None
@@ -169,7 +169,7 @@ class Stored:
 
     @classmethod
     def of(cls, check: Check, contents: Contents) -> Stored:
-        """Record that the version behind ``check`` holds ``contents``, and set the path of the index."""
+        """Record that the version checked by ``check`` has ``contents``, and set the path of the index."""
         if contents.index is not None:
             contents.index.path = check.folder / check.manifest.files["index"].name
         return cls(check, contents)
@@ -192,7 +192,7 @@ class Stored:
         return next((segment for stored, segment in pairs if stored is array), None)
 
     def has_index(self, index: SavedIndex) -> bool:
-        """Return whether a file of this version already holds ``index``."""
+        """Return whether a file of this version already contains ``index``."""
         file = self.manifest.files.get("index")
         return file is not None and index.path == self.check.folder / file.name
 

@@ -1,4 +1,4 @@
-"""Read an index folder, which holds immutable data files and a manifest that names them.
+"""Read an index folder, which contains immutable data files and a manifest that lists them.
 
 Readers see either the old version or the new version, never a mixture of the two.
 
@@ -112,7 +112,7 @@ def manifest_bytes(folder: Path, path: Path) -> bytes:
 
 
 def lies_in(folder: Path, path: Path) -> bool:
-    """Return whether a path stays inside the folder after all links are resolved."""
+    """Return whether a path is inside the folder after all links are resolved."""
     try:
         return path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # a link that points to itself
@@ -156,7 +156,7 @@ def opened(
 ) -> tuple[T, Check]:
     """Verify the current version, call ``read`` with its manifest, and return the result together with the check.
 
-    If a writer deletes the version in the meantime, the function starts again with the new version. Pass ``check`` to
+    If a writer deletes the version in the meantime, the function is repeated with the new version. Pass ``check`` to
     use a check that is already running. Raises StoreError if a file is damaged.
     """
     for _ in range(VERSIONS_TRIED):
@@ -314,7 +314,7 @@ def query(folder: Path, sql: str, predictions: Path | None = None, timeout: floa
     """Run a SELECT query over the label store. See :func:`query.ask` for details and errors.
 
     You can query the table ``labels``, its view ``class_counts`` and the table ``versions`` (see :func:`history`). A
-    fine-tuned index also has the table ``curve``, which holds the loss of each epoch. If you give a file of
+    fine-tuned index also has the table ``curve``, which contains the loss of each epoch. If you give a file of
     predictions, it becomes the table ``predictions``.
 
     Raises StoreError if the index is damaged.

@@ -24,7 +24,7 @@ LABEL_SCHEMA = pa.schema(
         ("added_at", pa.timestamp("us", "UTC")),
     ]
 )
-"""Columns of the label store. Row i describes key i. Extra columns of a source come after these."""
+"""Columns of the label store. Row i describes key i. Extra columns of a source follow these columns."""
 
 VERSIONS_SCHEMA = pa.schema(
     [
@@ -141,7 +141,7 @@ def _codes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
 def digest_codes(labels: pa.Table, among: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
     """Return an integer code for the digest of each row, and -1 for rows that have none.
 
-    If ``among`` is given, only the digests of these rows get a code. This is faster if there are few such rows.
+    If ``among`` is given, only the digests of these rows are encoded. This is faster if there are few such rows.
     """
     column = labels["digest"]
     if among is not None:

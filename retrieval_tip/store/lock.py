@@ -47,7 +47,7 @@ def locked(folder: Path, place: object, wait: float | None = None) -> Iterator[N
                 raise StoreError(one_line(f"{place}: cannot be written: {reason}; nothing was changed")) from None
     try:
         data.mkdir(exist_ok=True)
-        with suppress(OSError):  # on a full disk, the lock file cannot name its owner
+        with suppress(OSError):  # if the disk is full, the owner cannot write its name
             path.write_text(this_process(), "utf-8")
         yield
     finally:

@@ -32,7 +32,7 @@ OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parque
 """Files that only fitted or fine-tuned indexes have.
 
 - ``values`` is a float32 array of solved or trained values, of shape ``[n, c]``.
-- A fitted index has ``metric``, a float32 array of shape ``[1 + d, d]`` that holds the mean and the transform, and
+- A fitted index has ``metric``, a float32 array of shape ``[1 + d, d]`` with the mean and the transform, and
   ``points``, which is ``phi(K)`` of the first segment. If the index has many keys, it also has ``sums``, a float64
   array of shape ``[c + d, 1 + d]`` over all keys (see :class:`sums.Sums`).
 - A fine-tuned index has ``weights``, the tensors of the encoder, and ``curve``, the training loss.
@@ -80,7 +80,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Table:
-    """A version of a table that holds the keys and labels outside the folder."""
+    """A version of a database table with the keys and labels of an index."""
 
     name: str
     version: int
@@ -101,14 +101,14 @@ class TableDigests:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The description of a version of an index, which holds everything except the arrays.
+    """The description of a version of an index, which contains everything except the arrays.
 
     ``files`` maps each kind to a data file. The ``keys`` and ``labels`` in it form the first segment, which the
     ``index`` covers. ``later`` lists the segments that were added afterwards. ``change`` briefly describes how this
-    version was made. ``next_key_id`` is the first unused key id; it is ``None`` in format 1. ``provenance`` is for
+    version was created. ``next_key_id`` is the first unused key id; it is ``None`` in format 1. ``provenance`` is for
     information only.
 
-    If the keys and labels are in a ``table``, there are no segments, and ``files`` holds ``classes`` and other data
+    If the keys and labels are in a ``table``, there are no segments, and ``files`` contains ``classes`` and other data
     that is not in the table. ``digests`` are the digests of that table, if it has any.
     """
 

@@ -1,7 +1,7 @@
 """Run SQL queries and conditions over the tables of a label store.
 
 duckdb works on copies in memory and cannot access files or the network. The time and memory limits protect against
-mistakes but not against attacks, because long strings can exceed the memory limit. The server does not accept SQL.
+mistakes but not against attacks. For example, long strings can exceed the memory limit. The server does not accept SQL.
 """
 
 from __future__ import annotations

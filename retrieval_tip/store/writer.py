@@ -1,7 +1,7 @@
 """Write the next version of an index folder.
 
-The data files are written, flushed and renamed first, and the manifest last. If the process is killed at any moment,
-the old version stays in place, and the next writer removes the leftover files.
+The data files are written, flushed and renamed first, and the manifest last. If the process is killed, the old version
+stays current, and the next writer removes the leftover files.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class Writer:
         return {kind: self._files[kind] for kind in SUFFIXES if kind in self._files}
 
     def abandon(self) -> None:
-        """Remove the staged files. The next writer removes sealed files that no manifest names."""
+        """Remove the staged files. The next writer removes sealed files to which no manifest refers."""
         for path in self._staged:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -268,14 +268,14 @@ def _current(folder: Path) -> Manifest | None:
 
 
 def _tidy(folder: Path, current: Manifest | None) -> None:
-    """Remove temporary files, and data files that no manifest names."""
+    """Remove temporary files, and data files to which no manifest refers."""
     try:
         if current is not None:  # was archived for a version that was never committed
             (folder / "manifests" / manifest_name(current)).unlink(missing_ok=True)
         raws = [manifest_bytes(folder, path) for path in earlier_paths(folder)]
         names = [named_in(raw) for raw in raws] + [{file.name for file in current.data_files} if current else set()]
         if None in names:
-            return  # a damaged manifest may name any of the files
+            return  # a damaged manifest may refer to any of the files
         named = {folder / name for part in names for name in part or ()}
         paths = [*(folder / "data").iterdir(), *folder.glob(".*.tmp"), *folder.glob("manifests/.*.tmp")]
     except (OSError, StoreError):
@@ -291,9 +291,9 @@ def _tidy(folder: Path, current: Manifest | None) -> None:
 def collect(folder: Path, keep: int = 1) -> tuple[list[int], int]:
     """Delete all versions except the last ``keep``, and the files that only the deleted versions use.
 
-    Return the deleted version numbers and the number of freed bytes. A reader that has a deleted version open can
-    finish if the operating system allows open files to be removed. Raises UsageError if ``keep`` is below 1, and the
-    errors of :func:`write`.
+    Return the deleted version numbers and the number of freed bytes. If a reader still uses a deleted version, it can
+    finish if the operating system allows removing open files. Raises UsageError if ``keep`` is below 1, and the errors
+    of :func:`write`.
     """
     if keep < 1:
         raise UsageError(f"keep is {keep}: expected at least 1, because the current version is always kept")
