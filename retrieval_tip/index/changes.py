@@ -42,7 +42,7 @@ from retrieval_tip.store.query import rows_where
 Folder = str | os.PathLike[str]
 
 COMPARED = 1 << 18
-"""Maximum number of keys to compare with new features if known features are only counted, not skipped."""
+"""Maximum number of keys to compare with new features when known features are counted but not skipped."""
 
 
 GROWN = 2
@@ -200,7 +200,7 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
         chosen = _chosen(change.cache, where, key_ids)
         try:
             change.cache.remove(chosen)
-        except UsageError as error:  # an inverted file would have fewer keys than lists
+        except UsageError as error:  # otherwise, an inverted file would have fewer keys than lists
             raise InputError(f"{error}; rebuild the index first, with index=Flat") from None
         change.what = f"remove {counted(len(chosen), 'key')}"
     return Changed(_version(change.cache), chosen)
@@ -527,7 +527,7 @@ def _known(
     first = np.unique(rows[:, 0])
     for class_ids, keys in cache.of_classes(classes):
         near = np.searchsorted(first, keys[:, 0]).clip(max=len(first) - 1)
-        alike = np.flatnonzero(first[near] == keys[:, 0])  # only few keys remain to be compared one by one
+        alike = np.flatnonzero(first[near] == keys[:, 0])  # only a few keys remain to be compared one by one
         for class_id, key in zip(class_ids[alike].tolist(), keys[alike] + np.zeros((), cache.dtype), strict=True):
             if (class_id, key.tobytes()) in wanted:
                 wanted[class_id, key.tobytes()] = True

@@ -130,7 +130,7 @@ class Material:
         return label_table(self.words.class_names, self.ids[rows], key_ids=rows, views=self.views, **vars(columns))
 
     def described(self, statistics: Statistics | None) -> dict[str, object]:
-        """Return the provenance. Call this after all items have been read, because it is incomplete before."""
+        """Return the provenance. Call this only after all items have been read."""
         views, asked = self.encoder.views, self.asked
         return {
             "source": self.source.name,

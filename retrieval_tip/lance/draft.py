@@ -212,7 +212,7 @@ class LanceDraft(LanceModel, EditableIndex):
             )
 
     def _next_shots(self, class_ids: IntArray) -> npt.NDArray[np.int32]:
-        """Return the number of the next shot of each class, or 0 for classes that are not in ``class_ids``."""
+        """Return the next shot number of each class, or 0 for classes that are not in ``class_ids``."""
         following = np.zeros(len(self.class_names), dtype=np.int32)
         shots = self.table.of_ids("class_id", class_ids.tolist(), ["class_id", "shot"])
         np.maximum.at(following, shots["class_id"].to_numpy(), shots["shot"].to_numpy() + 1)
@@ -220,7 +220,7 @@ class LanceDraft(LanceModel, EditableIndex):
 
     @property
     def sums(self) -> Sums | None:
-        """The sums that are used to fit a metric, or ``None`` if they are not known."""
+        """The sums for fitting a metric, or ``None`` if they are not known."""
         return None if self.second is None else Sums(self.classes.counts, self.classes.sums, self.second)
 
     def _move(self, rows: pa.Table, sign: int) -> None:
@@ -339,7 +339,7 @@ class LanceDraft(LanceModel, EditableIndex):
         """
         if dtype not in (None, self.dtype) and self.manifest is not None:
             check(self.store, self.manifest, set())
-        before = KeyTable.at(self.store.address, self.table.name, self.table.version)  # pinned while it is replaced
+        before = KeyTable.at(self.store.address, self.table.name, self.table.version)  # pinned during the replacement
         rewritten = self.create(
             self.writer, replace(self, table=before).blocks_of(before.label_columns), self.class_names,
             self.classes.text, dtype or self.dtype, factory or self._asked, stored=True,

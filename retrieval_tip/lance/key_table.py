@@ -65,7 +65,7 @@ LARGEST = (1 << 63) - 1
 
 def lancedb() -> Any:
     """Import LanceDB. Raises UsageError if it is not installed."""
-    os.environ.setdefault("LANCEDB_LOG", "error")  # suppresses warnings about uses that are intended here
+    os.environ.setdefault("LANCEDB_LOG", "error")  # suppresses warnings about intended uses
     try:
         return importlib.import_module("lancedb")
     except ImportError as error:
@@ -117,7 +117,7 @@ def _grouped(held: Sequence[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     if (ids[1:] >= ids[:-1]).all():
         yield from held
         return
-    rows = pa.concat_batches(held)  # taking rows from chunks is three times as slow
+    rows = pa.concat_batches(held)  # taking rows from chunks is three times slower
     order = np.argsort(ids, kind="stable")
     for start in range(0, len(order), SCANNED):
         yield rows.take(pa.array(order[start : start + SCANNED]))
@@ -130,7 +130,7 @@ def _store_errors(address: Address, what: str) -> Iterator[None]:
         yield
     except RetrievalTipError:
         raise
-    except Exception as error:  # includes LanceDB panics, which have their own type
+    except Exception as error:  # also catches LanceDB panics, which have their own type
         raise StoreError(f"{address}: {what} failed ({first_line(error)[:300]})") from None
 
 
@@ -428,8 +428,8 @@ class KeyTable:
                 for tag, version in tags.items():
                     self.table.tags.create(tag, version)
                 made = {entry["version"]: entry["timestamp"] for entry in self.table.list_versions()}
-            self.optimize()  # the age counts from the call below, which must be fast
-            oldest = min(made[version] for version in kept)  # not always the first, because clocks can be set back
+            self.optimize()  # the age is measured in the call below, which must be fast
+            oldest = min(made[version] for version in kept)  # clocks can be set back, so not always the first
             for slack in (datetime.timedelta(seconds=0.002 * 2**doubled) for doubled in range(22)):
                 age = max(datetime.datetime.now(oldest.tzinfo) - oldest, datetime.timedelta()) + slack
                 try:

@@ -138,7 +138,7 @@ class LanceKeys(KeyStream):
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         number, key = SPREAD_QUERIES, 4 * self.d
-        if self.n * key > SPREAD_BYTES:  # otherwise even reading all keys is cheap enough
+        if self.n * key > SPREAD_BYTES:  # otherwise, all keys can be read cheaply
             number = int(np.clip(SPREAD_BYTES / (SPREAD_CLASSES * self.mean_count * key), SPREAD_LEAST, number))
         some = self.table.offsets(spread(self.n, number), ["class_id", self.table.met])
         keys, ids = self.table.matrix(some[self.table.met]), self.table.class_ids(some["class_id"], self.n_classes)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need i
     from retrieval_tip.retrieval.duplicates import Duplicates
 
 FEW_KEYS = 8192
-"""Maximum number of keys for which a new store compares all keys, to find images that are in two classes."""
+"""Maximum number of keys in a new store for which all keys are compared to find images in two classes."""
 
 
 class LanceStore(LanceVersions, Store):

@@ -3,8 +3,8 @@
 On a local disk, the operating system locks a file (see :mod:`store.lock`). A bucket has no locks, so an object named
 ``lease`` is used instead. A process only replaces the object if the object still has the version that it has read
 before (If-Match). A process takes the lease if it was released, or if it has not changed for :data:`LEASE` seconds
-while the process watched it. The holder renews the lease more often than that. Every process only uses its own clock,
-so the clocks of the machines do not have to agree.
+while the process watched it. The holder renews the lease more often than that. Each process only uses its own clock, so
+the clocks of the machines do not have to agree.
 
 A holder checks right before a commit whether the lease was lost. A commit creates a new object, so a holder that loses
 the lease just after this check does not overwrite anything.
@@ -119,7 +119,7 @@ class _Lease:
         new = {"owner": this_process(), "token": self._token, "beat": self._beats, "released": released}
         content = json.dumps(new, indent=1).encode()
         written = self._objects.replace(NAME, content, version)
-        if written is None:  # the server may have stored this write or the last without acknowledging it
+        if written is None:  # the server may have stored this or the last write without acknowledging it
             said, version = self._look()
             if self._taken_by(said) is None:
                 written = version if said == new else self._objects.replace(NAME, content, version)

@@ -38,7 +38,7 @@ _NAME = re.compile(r"[A-Za-z0-9_=+@-][A-Za-z0-9._=+@-]*(/[A-Za-z0-9_=+@-][A-Za-z
 
 
 class Objects:
-    """The objects of a store. Names are relative to its address, and no part of a name begins with a dot.
+    """The objects of a store. Names are relative to its address, and no part of a name may begin with a dot.
 
     No request is sent until a method is called. Raises UsageError if obstore is not installed. Methods raise
     StoreError if a name is invalid, if the disk or the service rejects the request, or if the service is unreachable.
@@ -66,7 +66,7 @@ class Objects:
         import obstore
 
         def read(client: Client) -> tuple[bytes, UpdateVersion]:
-            if self._root is not None and not (self._root / name).is_file():  # reading a pipe would block
+            if self._root is not None and not (self._root / name).is_file():  # reading from a pipe would block
                 raise FileNotFoundError(name)
             result = obstore.get(client, name)
             if most is not None and result.meta["size"] > most:
@@ -176,7 +176,7 @@ class Objects:
             "connect_timeout": timedelta(seconds=self._patience.connect),
             "read_timeout": timedelta(seconds=seconds),
             "timeout": timedelta(minutes=10),
-            "allow_http": options["allow_http"] == "true",  # set here because options override the environment
+            "allow_http": options["allow_http"] == "true",  # set here, because options override the environment
         }
         retry: RetryConfig = {
             "max_retries": self._patience.retries,

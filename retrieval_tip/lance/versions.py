@@ -338,7 +338,7 @@ class LanceVersions:
         self._refuse_others()
         with lease.held(self.objects, wait) as still_held:
             for unfinished in self.root.glob("*/.*.tmp*") if self.address.local is not None else ():
-                with suppress(OSError):  # temporary files of a killed writer
+                with suppress(OSError):  # removes temporary files of a killed writer
                     unfinished.unlink()
             yield TableWriter(self, still_held, self.manifest() if self.exists() else None)
 

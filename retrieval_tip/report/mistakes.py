@@ -45,7 +45,7 @@ class Chance(NamedTuple):
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong answer for an ``item``, with the most probable classes and the shots that led to the answer."""
+    """A wrong answer for an ``item``, with the most probable classes and the shots that caused the answer."""
 
     number: int
     item: str

@@ -260,7 +260,7 @@ def draw_reliability(evaluation: Evaluation) -> Figure:
     width = bins[0].high - bins[0].low
     accuracy = 100 * np.array([b.accuracy for b in bins], dtype=np.float64)
     confidence = 100 * np.array([b.confidence for b in bins], dtype=np.float64)
-    shades = [(BLUE, min(1.0, 0.25 + 0.75 * b.count / ENOUGH)) for b in bins]  # a bar of three answers is unreliable
+    shades = [(BLUE, min(1.0, 0.25 + 0.75 * b.count / ENOUGH)) for b in bins]  # bars with few answers are unreliable
     axes.bar(centres, accuracy, width * 0.92, color=shades)
     axes.bar([0], [0], 0, color=BLUE, label="accuracy of the answers")
     axes.hlines(confidence, centres - width * 0.46, centres + width * 0.46, color=ORANGE, linewidth=2.5,
@@ -294,7 +294,7 @@ def draw_coverage(evaluation: Evaluation) -> Figure:
             axes.text(x, 0.02, f"P ≥ {threshold:g} ", rotation=90, ha="right", fontsize=8, color=BLACK,
                       transform=axes.get_xaxis_transform())  # fmt: skip
             left = min(left, x)
-    first = min([*(100 * curve.coverage[curve.accuracy < curve.accuracy.max()]), left])  # the curve is flat before
+    first = min([*(100 * curve.coverage[curve.accuracy < curve.accuracy.max()]), left])  # the curve is flat below
     axes.set(xlim=(max(0.0, 0.9 * first - 5), 101), xlabel="coverage: share of photos answered, %")
     axes.set_ylabel("accuracy of the answers, %")
     said = f"all photos: {evaluation.top1:.1%}"
@@ -318,7 +318,7 @@ def draw_affinity(evaluation: Evaluation) -> Figure:
         axes.stairs(100 * shares, edges, color=colour, linewidth=1.4, label=label)
         if mean is not None:
             axes.axvline(mean, ymax=0.8, color=colour, linestyle="--", linewidth=1.2)
-    axes.set_ylim(0, 125 * max(same.max(), other.max(), 1e-9))  # room for the legend
+    axes.set_ylim(0, 125 * max(same.max(), other.max(), 1e-9))  # leaves room for the legend
     axes.set(xlabel="affinity of photo and example (inner product)")
     axes.set(ylabel=f"share of pairs, % per bin of {edges[1] - edges[0]:.3f}")
     axes.legend(loc="upper left")
@@ -456,7 +456,7 @@ def svg(draw: Callable[[], Figure], label: str) -> Markup:
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     drawn = buffer.getvalue().partition("<svg")[2].partition(">")[2]
     drawn = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", drawn, flags=re.DOTALL)
-    drawn = re.sub(r'<g id="[^"]*"', "<g", drawn)  # the ids are the same in every diagram, and are never used
+    drawn = re.sub(r'<g id="[^"]*"', "<g", drawn)  # the ids are repeated in every diagram and never used
     drawn = re.sub(r'style="[^"<>]*"', _themed, drawn)
     start = markup('<svg viewBox="0 0 {:g} {:g}" width="{:g}" role="img" aria-label="{}">')  # 96 pixels per inch
     return start.format(width, height, width * 4 / 3, one_line(label)) + markup(drawn.strip())
@@ -494,7 +494,7 @@ def _style(settings: dict[Any, str] | None = None) -> Iterator[None]:
         matplotlib.rc_file(LOOKS)
         matplotlib.rcParams.update(settings or {})
         logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # class names may use a script that has no font
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # fonts may lack the script of a class name
         try:
             yield
         finally:

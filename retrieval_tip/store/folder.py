@@ -102,8 +102,8 @@ def manifest_bytes(folder: Path, path: Path) -> bytes:
     """
     if not lies_in(folder, path):
         raise StoreError(f"{path}: is a link that leads out of the index; replace it with the file itself")
-    if not stat.S_ISREG(path.stat().st_mode):  # one call, because the file may be deleted between two calls
-        raise StoreError(f"{path}: is not a file; restore it")  # reading a pipe would block
+    if not stat.S_ISREG(path.stat().st_mode):  # a single call, because the file may be deleted between two calls
+        raise StoreError(f"{path}: is not a file; restore it")  # reading from a pipe would block
     with path.open("rb") as file:
         raw = file.read(MANIFEST_BYTES + 1)
     if len(raw) > MANIFEST_BYTES:

@@ -39,7 +39,7 @@ VERSIONS_SCHEMA = pa.schema(
         ("current", pa.bool_()),
     ]
 )
-"""Columns of the history, which has one row per version. ``bytes`` is the total size of the version's files."""
+"""Columns of the history, which has one row per version. ``bytes`` is the total file size of the version."""
 
 
 def label_table(
@@ -103,7 +103,7 @@ def rows_with(
 ) -> pa.Table:
     """Select rows by label, by key id, and by text that occurs in the source, ignoring case.
 
-    An empty condition selects all rows.
+    An empty argument selects all rows.
     """
     chosen = pa.array(np.ones(len(table), dtype=bool))
     if labels:

@@ -302,8 +302,8 @@ _ENTRIES = {"format", "format_version", "sha256"} | {
 def named_in(raw: bytes) -> set[str] | None:
     """Return the names of the data files in a manifest, or ``None`` if the manifest is damaged.
 
-    The result can also include names that only occur in other entries. For a thousand classes, this is a hundred times
-    as fast as :meth:`Manifest.from_bytes`.
+    The result can include names that only occur in other entries. With a thousand classes, this is a hundred times as
+    fast as :meth:`Manifest.from_bytes`.
     """
     body, _, digest = raw.rpartition(b',\n "sha256": "')
     if hashlib.sha256(body + b"\n}").hexdigest().encode() + b'"\n}' != digest:

@@ -41,7 +41,7 @@ def ask(
 
     The view has the columns ``class_id``, ``label`` and ``keys``, and one row for each class that has keys. A file of
     ``predictions`` becomes the table ``predictions`` (see :func:`read_predictions`). Half-precision columns are
-    converted to float32. If a column name is repeated, a number is appended to it, for example ``label_1``.
+    converted to float32. If a column name is repeated, a number is appended to the name, for example ``label_1``.
 
     Raises UsageError if ``sql`` is not a single SELECT, if duckdb rejects it, if it runs for more than ``timeout``
     seconds or if it needs too much memory. Raises InputError if duckdb cannot store a table or if the predictions
@@ -144,7 +144,7 @@ def _fetch(
     try:
         answer = pa.RecordBatchReader.from_stream(database.sql(select(database)))
         for batch in answer:
-            size += max(batch.nbytes, 8 * batch.num_rows)  # rows with no columns take no memory but still take time
+            size += max(batch.nbytes, 8 * batch.num_rows)  # rows without columns take time but no memory
             if size > most:
                 raise UsageError(f"{what}: the answer exceeds {most >> 20} MiB; add a LIMIT or select less")
             batches.append(batch)

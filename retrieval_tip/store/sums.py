@@ -1,4 +1,4 @@
-"""Sums that are used to fit a metric. When keys change, the sums are updated instead of recomputed."""
+"""Sums that are used to fit a metric. When keys are changed, the sums are updated."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Sums:
     def count(self, keys: npt.NDArray[np.floating], ids: IntArray, sign: int = 1) -> None:
         """Add keys of shape ``[b, d]`` with their class ids in place, or remove them if ``sign`` is -1.
 
-        Use this only for an object that is not shared yet.
+        Only use this while no other code holds a reference to the object.
         """
         for start in range(0, len(keys), BLOCK):
             own, wide = ids[start : start + BLOCK], np.array(keys[start : start + BLOCK], np.float64)
@@ -136,7 +136,7 @@ class Along:
     """
 
     def __init__(self, c: int, d: int, least: float = 0.0) -> None:
-        """Start a check. ``least`` is the error that is always tolerated, as a share of one key."""
+        """Start a check. Errors up to ``least``, as a share of one key, are always tolerated."""
         self._least = least
         self._direction = np.random.default_rng().standard_normal(d)
         self._counts, self._sums, self._second, self._squares = np.zeros(c, np.int64), np.zeros(c), np.zeros(d), 0.0

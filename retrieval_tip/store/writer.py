@@ -206,7 +206,7 @@ def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
     files, stays locked or cannot be written, or if the disk is full.
     """
     check_name(folder)
-    own = ("data", "manifests", "lock")  # a failed first version only leaves these and temporary files
+    own = ("data", "manifests", "lock")  # if the first version failed, only these and temporary files are left
     for name in (*own, "manifest.json"):
         if not lies_in(folder, folder / name):
             raise StoreError(f"{folder / name}: is a link that leads out of the index; nothing was changed")
@@ -270,7 +270,7 @@ def _current(folder: Path) -> Manifest | None:
 def _tidy(folder: Path, current: Manifest | None) -> None:
     """Remove temporary files, and data files to which no manifest refers."""
     try:
-        if current is not None:  # was archived for a version that was never committed
+        if current is not None:  # this file was archived for a version that was never committed
             (folder / "manifests" / manifest_name(current)).unlink(missing_ok=True)
         raws = [manifest_bytes(folder, path) for path in earlier_paths(folder)]
         names = [named_in(raw) for raw in raws] + [{file.name for file in current.data_files} if current else set()]
