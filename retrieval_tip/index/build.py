@@ -53,10 +53,8 @@ def build_index(
         source: the labelled images or features (see :func:`sources.open_source`).
         out: the index folder, or the address of another store (see :mod:`index.addresses`).
         encoder: sets the backbone, views, seed and cache. ``encoder.skipped`` lists the images that cannot be read.
-        shots: the number of shots per class, drawn with CoOp's sampling rule and the encoder's seed. ``None`` uses
-            every item.
-        templates: prompt templates for the text weights, in which ``{}`` stands for the class name. They require a
-            backbone.
+        shots: the number of shots per class, drawn like in CoOp with the encoder's seed. ``None`` uses every item.
+        templates: prompts for the text weights, in which ``{}`` stands for the class name. They require a backbone.
         text: a feature table to use instead of templates, with one or more prompts per class. The index uses the
             classes of this table, in the same order.
         index: a FAISS factory string, ``Classes`` or ``auto`` (see :func:`keys.auto_for`). Defaults to ``Flat``. Other

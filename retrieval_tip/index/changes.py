@@ -230,7 +230,7 @@ def relabel(
 
 
 def apply_audit(folder: Place, file: Folder) -> Changed:
-    """Apply the labels that a table of :func:`audit.audit` suggests, all in one new version.
+    """Apply the labels that a table of :func:`audit.audit` suggests. This writes a single new version.
 
     ``file`` is a CSV, JSON lines or Parquet file that ``index audit --output`` wrote. You can edit it first. It needs
     the columns ``key_id``, ``label`` and ``suggested``. A row is skipped if its suggestion is empty or equal to the
@@ -264,8 +264,8 @@ def apply_audit(folder: Place, file: Folder) -> Changed:
 def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) -> Renamed:
     """Rename a class, or merge it into the class that already has the new name. Return the ids of its keys.
 
-    The class keeps its text weight, unless it is merged into another class. Then the text weight of that class is kept.
-    If you give a ``backbone``, the new name is encoded with the templates of the index instead.
+    The class keeps its text weight. If it is merged into another class, it gets the text weight of that class. If you
+    give a ``backbone``, the new name is encoded with the templates of the index instead.
 
     Raises InputError if there is no class ``old`` or if ``new`` is not a valid name. Raises UsageError if the name
     cannot be encoded. Raises BackboneError if the backbone differs from the backbone of the index.

@@ -51,7 +51,7 @@ class Trial:
 class Tuning:
     """The result of tuning on ``n`` queries of ``source``, with the cheapest trial first.
 
-    ``chosen`` is the selected trial, and ``index`` is its index.
+    ``chosen`` is the selected trial, and ``index`` is the index of this trial.
     """
 
     trials: list[Trial]

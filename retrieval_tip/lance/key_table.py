@@ -183,7 +183,7 @@ class KeyTable:
 
     @property
     def table(self) -> Any:
-        """The LanceDB table. Raises StoreError in a forked process, where LanceDB's threads are missing."""
+        """The LanceDB table. Raises StoreError in a forked process, because LanceDB's threads are missing there."""
         if os.getpid() != self._process:
             raise StoreError(
                 f"{self.address}: the table was opened before this process was forked; open it again here, or use spawn"

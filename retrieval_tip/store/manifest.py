@@ -146,7 +146,7 @@ class Manifest:
 
     @property
     def has_points(self) -> bool:
-        """Whether the table also holds the points. With solved values, it does not, because a query uses all keys."""
+        """Whether the table also contains the points. It does not if it has solved values, as a query uses all keys."""
         return self.table is not None and "metric" in self.files and "values" not in self.files
 
     @property
