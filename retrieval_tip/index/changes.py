@@ -59,7 +59,7 @@ class Changed:
 
 @dataclass(frozen=True)
 class Renamed(Changed):
-    """The result of a rename. ``merged`` tells whether the class was merged into an existing class."""
+    """The result of a rename. ``merged`` is true if the class was merged into an existing class."""
 
     merged: bool
 

@@ -161,7 +161,7 @@ class Store(ABC):
 
     @abstractmethod
     def next_key_id(self, manifest: Manifest) -> int:
-        """Return the first key id that no version up to this one has used."""
+        """Return the first key id that neither this version nor an earlier version has used."""
 
     @abstractmethod
     def read_labels(self, manifest: Manifest, columns: Sequence[str]) -> pa.Table:

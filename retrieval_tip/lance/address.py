@@ -56,8 +56,8 @@ class Address:
     def parse(cls, text: str) -> Address:
         """Parse the text of an address.
 
-        Raises UsageError if the address has no bucket or no path, contains a password, a query, control characters or
-        invalid UTF-8, contains ``..`` in a bucket, or contains characters that storage clients interpret differently.
+        Raises UsageError if the address has no bucket or no path. It must not contain a password, a query, control
+        characters, invalid UTF-8, ``..`` in a bucket, or characters that storage clients interpret differently.
         """
         scheme, _, rest = text.partition("://")
         scheme = scheme.lower()

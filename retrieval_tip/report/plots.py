@@ -46,7 +46,7 @@ THEME = {BLACK: "currentColor", PAPER: "var(--paper)", BLUE: "var(--blue)", ORAN
 MOST_CLASSES, FEWER_CLASSES = 100, 40
 """Number of classes above which a plot is shortened, and number of worst classes that are then shown."""
 WRITTEN = 20
-"""Size of the largest confusion matrix that has numbers in its cells."""
+"""Maximum size of a confusion matrix with numbers in its cells."""
 ENOUGH = 20
 """Bars that stand for fewer answers than this have a lighter colour."""
 AFFINITY_BARS = 80

@@ -33,7 +33,7 @@ EXAMPLES, CLASS_NAMES = "examples only", "class names only"
 class Way(NamedTuple):
     """A way of classifying, with its accuracy and the ends of the 95 % confidence interval.
 
-    ``mean`` is the mean over classes, ``ece`` is the ECE if known, and ``right`` tells which answers are right.
+    ``mean`` is the mean over classes, ``ece`` is the ECE if known, and ``right`` is a mask of the correct answers.
     """
 
     name: str
@@ -138,7 +138,7 @@ def differ(one: Bools, other: Bools) -> bool:
 
 
 def _weakest(judged: JudgedIndex) -> list[tuple[str, int, int, int]]:
-    """Return tuples (class, right answers, test items, keys), weakest class first."""
+    """Return tuples (class, correct answers, test items, keys), weakest class first."""
     names, answers = judged.cache.class_names, judged.answers
     totals, rights = (np.bincount(ids, minlength=len(names)) for ids in (answers.truth, answers.truth[answers.right]))
     order = sorted(np.flatnonzero(totals), key=lambda i: (rights[i] / totals[i], -totals[i]))

@@ -159,8 +159,8 @@ def metric_of(array: npt.NDArray[np.floating]) -> tip.Metric:
 class Stored:
     """A version of an index folder, together with the contents of its files in memory.
 
-    ``contents`` is ``None`` if the contents are not known. ``named`` tells whether the stored labels still use the
-    current class names.
+    ``contents`` is ``None`` if the contents are not known. ``named`` is true if the stored labels still use the current
+    class names.
     """
 
     check: Check

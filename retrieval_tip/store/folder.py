@@ -329,7 +329,7 @@ def query(folder: Path, sql: str, predictions: Path | None = None, timeout: floa
 
 
 def next_key_id(folder: Path, manifest: Manifest) -> int:
-    """Return the first unused key id as of ``manifest``. Raises StoreError if its labels cannot be read."""
+    """Return the first key id that ``manifest`` has not used. Raises StoreError if its labels cannot be read."""
     if manifest.next_key_id is not None:
         return manifest.next_key_id
     return int(pc.max(read_labels(folder, manifest)["key_id"]).as_py()) + 1

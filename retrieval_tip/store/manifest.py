@@ -60,8 +60,8 @@ _TABLE_FILE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)+")
 class DataFile:
     """An immutable file of an index, described by its path in the folder, number of rows, size and SHA-256.
 
-    ``rows`` is usually the number of keys. For text weights it is the number of classes, for encoder weights the number
-    of tensors, for a curve the number of epochs, for a metric ``1 + d`` and for sums ``c + d``.
+    ``rows`` is usually the number of keys. It is the number of classes for text weights, the number of tensors for
+    encoder weights, the number of epochs for a curve, ``1 + d`` for a metric and ``c + d`` for sums.
     """
 
     name: str

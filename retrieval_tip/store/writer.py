@@ -202,7 +202,7 @@ def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
     """Lock a folder and yield the writer of its next version.
 
     Waits up to ``wait`` seconds for other writers; ``wait`` defaults to :data:`lock.LOCK_WAIT`. If an exception is
-    raised or the process is killed, the old version stays in place. Raises StoreError if the folder contains other
+    raised or the process is killed, the old version stays current. Raises StoreError if the folder contains other
     files, stays locked or cannot be written, or if the disk is full.
     """
     check_name(folder)
@@ -255,7 +255,7 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _remove_own(folder: Path) -> None:
-    """Remove the files that a failed first version left behind. Hold the lock while you call this."""
+    """Remove the files that a failed first version left behind. Only call this while you hold the lock."""
     with suppress(OSError):
         for empty in (folder / "manifests", folder / "data"):
             if empty.exists():
