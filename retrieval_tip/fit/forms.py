@@ -1,4 +1,4 @@
-"""Forms, which are the combinations of a metric, values and beta that a fit selects from.
+"""Define the forms: the combinations of metric, values and beta from which a fit selects.
 
 To add a metric or values, write a class whose ``fit`` method takes the shots, and add a form that uses the class to
 :data:`FORMS`. To offer the metric in ``--metric``, add its name to ``MetricName`` in settings.py. New values must also

@@ -68,7 +68,7 @@ class JudgedIndex:
         return [digest for block in self.blocks for digest in block.digests]
 
     def record(self, name: str) -> dict[str, object]:
-        """Return the record ``name`` (such as ``search`` or ``finetune``) of the index, or an empty dict."""
+        """Return what the index records about ``search`` or ``finetune``, or an empty dict if it records nothing."""
         kept = self.cache.provenance.get(name)
         return kept if isinstance(kept, dict) else {}
 

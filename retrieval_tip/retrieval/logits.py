@@ -138,7 +138,7 @@ class Retrieval(ABC):
         return replace(terms, shots=Contributors.joined(kept) if kept else None)
 
     def _contributions(self, near: Nearest, classes: Tensor) -> Tensor:
-        """Return the contributions of the keys to one class per query, or to no class if its id is -1."""
+        """Return each key's contribution to one class per query. A class id of -1 stands for no class."""
         return tip.weight(near.affinity, self.settings.beta) * (near.class_ids == classes[:, None])
 
     def contributors(self, points: Tensor, winner: Tensor, rival: Tensor, number: int) -> Contributors:
