@@ -230,10 +230,11 @@ def asked(rows: int, query: str = "") -> bytes:
     return POST.replace(b"classify", b"classify" + query.encode()) + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
+@pytest.mark.parametrize("host", [b"localhost", b"evil.example"])  # the latter is answered with a problem
 def test_a_body_that_turns_out_malformed_is_no_error_of_the_server(
-    random_things: Path, local: tuple[str, int], caplog: pytest.LogCaptureFixture
+    random_things: Path, local: tuple[str, int], caplog: pytest.LogCaptureFixture, host: bytes
 ) -> None:
-    raw = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nnone\r\n\r\n"
+    raw = b"GET /healthz HTTP/1.1\r\nHost: %s\r\nTransfer-Encoding: chunked\r\n\r\nnone\r\n\r\n" % host
     for _ in range(20):
         with socket.create_connection(local, timeout=30) as link:
             link.sendall(raw)

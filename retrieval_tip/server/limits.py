@@ -111,14 +111,15 @@ class Guard:
 
         try:
             headers = Headers(scope=scope)
-            self.limits.check_host(headers.get("host", ""))
-            told = headers.get("content-length", "")
-            self.limits.check_size(int(told) if told.isdecimal() else 0)
-            await _Exchange(self, scope, receive, sending).run()
+            try:
+                self.limits.check_host(headers.get("host", ""))
+                told = headers.get("content-length", "")
+                self.limits.check_size(int(told) if told.isdecimal() else 0)
+                await _Exchange(self, scope, receive, sending).run()
+            except Problem as problem:
+                await answer(problem)(scope, receive, sending)
         except ClientDisconnect:
             status = 499
-        except Problem as problem:
-            await answer(problem)(scope, receive, sending)
         finally:
             metrics.IN_FLIGHT.dec()
             route = getattr(scope.get("route"), "path", "other")
