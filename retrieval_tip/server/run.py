@@ -10,6 +10,7 @@ import socket
 
 import uvicorn
 from fastapi import FastAPI
+from h11 import LocalProtocolError
 
 from retrieval_tip.errors import UsageError
 
@@ -53,10 +54,16 @@ def configured(app: FastAPI, seconds: float) -> uvicorn.Config:
     )  # fmt: skip
 
 
+def _is_no_protocol_error(record: logging.LogRecord) -> bool:
+    """Drop the error of uvicorn's second rejection of a malformed request, which ends the connection anyway."""
+    return record.exc_info is None or record.exc_info[0] is not LocalProtocolError
+
+
 def serve(app: FastAPI, listening: socket.socket, seconds: float) -> None:
     """Serve requests until SIGINT or SIGTERM is received, and then give open requests ``seconds`` to finish."""
     for name in ("uvicorn", "python_multipart"):  # malformed requests are reported to the client, not logged
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("asyncio").addFilter(_is_no_protocol_error)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES if soft == resource.RLIM_INFINITY else min(soft, FILES), hard))
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
