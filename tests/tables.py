@@ -22,6 +22,12 @@ TINY: dict[str, Any] = {
 }
 
 
+def read_features(path: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.str_]]:
+    """Return the features and the labels of a feature table."""
+    table = pq.read_table(path)
+    return np.stack(table["feature"].to_numpy()).astype(np.float32), np.array(table["label"].to_pylist())
+
+
 def write_table(
     path: Path,
     features: npt.ArrayLike,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import needs_real
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
-from tables import unit_rows
+from tables import read_features, unit_rows
 from test_search_hp import C, D, clusters
 
 from retrieval_tip.cache_model import CacheModel
@@ -79,12 +78,7 @@ def test_one_shot_a_class_and_a_class_without_a_shot_are_answered(rival):
 def test_on_real_features_the_discriminant_answers_as_the_published_equation(shared):
     """GDA-CLIP's, written out in float64; without text a factor changes no answer."""
     place = shared / "data/clip-vitb32/caltech101"
-
-    def read(name):
-        table = pq.read_table(place / f"{name}.parquet")
-        return np.stack(table["feature"].to_numpy()).astype(np.float32), np.array(table["label"].to_pylist())
-
-    (keys, labels), (features, truth) = read("shots_4"), read("test")
+    (keys, labels), (features, truth) = (read_features(place / f"{name}.parquet") for name in ("shots_4", "test"))
     names = np.unique(labels)
     cache = CacheModel.from_features(keys, labels.tolist(), names.tolist(), device="cpu")
     n, d = keys.shape

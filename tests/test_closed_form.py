@@ -15,6 +15,7 @@ from conftest import examples, nearest_keys, needs_real, parts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tables import read_features
 
 from retrieval_tip import CacheModel, tip
 from retrieval_tip.errors import InputError, UsageError
@@ -322,12 +323,9 @@ def test_values_of_a_class_without_shots_are_the_mean_until_it_gets_some():
 @pytest.mark.parametrize(("covered", "shots", "least"), [(9, 1, 43.7), (9, 8, 43.7), (24, 1, 44.7), (24, 8, 47.5)])
 def test_on_dtd_photos_of_some_classes_do_not_crowd_out_the_others(shared, covered, shots, least):
     """Zero-shot gives 44.7 %; a cache that knows nothing of classes without shots gave 15 % and 34 % at 8 shots."""
-
-    def read(name):
-        table = pq.read_table(shared / f"data/clip-vitb32/dtd/{name}.parquet")
-        return np.stack(table["feature"].to_numpy()).astype(np.float32), np.array(table["label"].to_pylist())
-
-    (text, names), (keys, labels), (queries, truth) = read("text"), read("val"), read("test")
+    (text, names), (keys, labels), (queries, truth) = (
+        read_features(shared / f"data/clip-vitb32/dtd/{name}.parquet") for name in ("text", "val", "test")
+    )
     draw = np.random.default_rng(1)
     chosen = draw.permutation(len(names))[:covered]
     rows = np.concatenate([draw.permutation(np.flatnonzero(labels == names[i]))[:shots] for i in chosen])
@@ -376,12 +374,9 @@ def test_sums_over_the_shots_of_a_class_are_not_chosen_for_uneven_shots():
 @needs_real
 def test_a_long_tail_of_flowers_is_answered_for_all_classes(shared):
     """Of 1 to 16 shots: 79.4 % over the classes with the values of a plain ridge."""
-
-    def read(name):
-        table = pq.read_table(shared / f"data/clip-vitb32/oxford_flowers/{name}.parquet")
-        return np.stack(table["feature"].to_numpy()).astype(np.float32), np.array(table["label"].to_pylist())
-
-    (keys, labels), (queries, truth) = read("shots_16"), read("test")
+    (keys, labels), (queries, truth) = (
+        read_features(shared / f"data/clip-vitb32/oxford_flowers/{name}.parquet") for name in ("shots_16", "test")
+    )
     names, ids = np.unique(labels, return_inverse=True)
     draw = np.random.default_rng(1)
     numbers = np.round(16 ** (draw.permutation(len(names)) / (len(names) - 1))).astype(int)
@@ -717,6 +712,7 @@ def test_a_store_fits_classes_without_shots_as_a_folder_does(run, tables):
         assert "1 class has a name but no photos" in built.stderr
         models.append(stores.at(place).load(device="cpu"))
         printed.append(run("classify", place, tables / "test.parquet", "--format", "json").stdout)
+        assert "1 class has a name but no photos" in run("index", "set", place, "--beta", 3).stderr
     assert models[0].provenance["fit"] == models[1].provenance["fit"]
     assert models[0].settings == models[1].settings
     assert [json.loads(line)["label"] for line in printed[0].splitlines()] == [

@@ -265,6 +265,11 @@ class Folds:
         return replace(self, held=held)
 
     @property
+    def without_shots(self) -> int:
+        """Number of classes that have no shots."""
+        return self.c - len(self.ids.unique())
+
+    @property
     def covered(self) -> float:
         """Fraction of the classes that have shots or queries, or 1 if there is no text."""
         ids = torch.cat([self.ids, *(held.ids for held in self.held)])
@@ -476,13 +481,13 @@ def fit(
     else:
         (form, settings), trials, judged = _unjudged(cache, forms, folds.covered), [], {}
         where = "default for shots that cannot be held out"
-    without = folds.c - len(folds.ids.unique())
     fitted_metric, fitted_values = folds.fitted(form, torch.arange(len(folds.ids)))
     fitted = (form if fitted_metric is not None else replace(form, metric=None)).fitted(cache.n)
     n, seconds = folds.n if folds.can_judge else 0, time.perf_counter() - start
     choice = FormChoice(
-        form, trials, judged_on, n, len(folds.held), seconds, longest=longest, without_shots=without, **judged
-    )
+        form, trials, judged_on, n, len(folds.held), seconds, longest=longest,
+        without_shots=folds.without_shots, **judged,
+    )  # fmt: skip
     provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
     cache.set_fitted(fitted_metric, fitted_values, fitted, factory)
     cache.sums = folds.sums
@@ -502,7 +507,10 @@ def refit(cache: Shots, beta: float) -> FormChoice:
     if folds.can_judge:
         settings, judged = _settled(settings, form, folds, cache.class_names)
         cache.provenance = cache.provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {judged_on}")
-    choice = FormChoice(form, [], judged_on, folds.n, len(folds.held), time.perf_counter() - start, **judged)
+    choice = FormChoice(
+        form, [], judged_on, folds.n, len(folds.held), time.perf_counter() - start,
+        without_shots=folds.without_shots, **judged,
+    )  # fmt: skip
     cache.settings = settings
     cache.provenance = cache.provenance | {"fit": choice.provenance()}
     return choice
