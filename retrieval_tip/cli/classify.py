@@ -25,7 +25,7 @@ from retrieval_tip.cli.options import (
     ReadingOptions,
     ViewOptions,
 )
-from retrieval_tip.cli.parameters import INDEX, OUTPUT, SOURCE, Abstaining, count
+from retrieval_tip.cli.parameters import OUTPUT, SOURCE, Abstaining, count
 from retrieval_tip.cli.stdin import paths_on_stdin
 from retrieval_tip.errors import Skipped, UsageError, counted, show
 
@@ -122,7 +122,7 @@ _ROWS = options.grouped(
 
 
 @command()
-@click.argument("folder", type=INDEX, metavar="INDEX")
+@options.INDEX_ARGUMENT
 @click.argument("inputs", nargs=-1, required=True)
 @options.ANSWER
 @_ROWS

@@ -15,7 +15,7 @@ from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import about, finish, print_facts, say, shown
 from retrieval_tip.cli.opening import checked, encoder_for, index_with, source_of
 from retrieval_tip.cli.options import AnswerOptions, EncodingOptions, ReadingOptions
-from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, SEEDS, SHARE, SHOTS, SOURCE
+from retrieval_tip.cli.parameters import FILE, FOLDER, SEEDS, SHARE, SHOTS, SOURCE
 from retrieval_tip.errors import UsageError, counted, json_line, show
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @command("evaluate")
-@click.argument("folder", type=INDEX, metavar="INDEX")
+@options.INDEX_ARGUMENT
 @click.argument("source", type=SOURCE)
 @options.ANSWER
 @options.ANSWER_OPTION("--abstain", type=SHARE, metavar="P", help="Withhold answers whose probability is below P.")
@@ -84,7 +84,7 @@ def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
 
 
 @command("sweep")
-@click.argument("folder", type=FOLDER, metavar="INDEX")
+@options.FOLDER_ARGUMENT
 @click.argument("source", type=SOURCE)
 @click.option("--shots", type=SHOTS, multiple=True, required=True,
               help="Number of shots to draw per class. Can be repeated.")  # fmt: skip
@@ -158,7 +158,7 @@ def sweep_command(
 
 
 @command("report")
-@click.argument("folder", type=FOLDER, metavar="INDEX")
+@options.FOLDER_ARGUMENT
 @click.option("--test", "source", type=SOURCE, required=True,
               help="Labelled test source. The test part of a split .json is used.")  # fmt: skip
 @click.option("--out", type=FILE, default="report.html", show_default=True, help="HTML file to write.")

@@ -14,7 +14,7 @@ from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import finish, print_facts, say_fit, warn
 from retrieval_tip.cli.opening import Origin, checked, encoder_for, source_of, validation
 from retrieval_tip.cli.options import EncodingOptions, ReadingOptions
-from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, NUMBER, POSITIVE, SEED, SOURCE, VIEWS_COUNT, K, count
+from retrieval_tip.cli.parameters import FILE, FOLDER, NUMBER, POSITIVE, SEED, SOURCE, VIEWS_COUNT, K, count
 from retrieval_tip.errors import Skipped, UsageError, show
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @command("fit")
-@click.argument("folder", type=INDEX, metavar="INDEX")
+@options.INDEX_ARGUMENT
 @click.option("--val", "source", type=SOURCE,
               help="Labelled validation source, used instead of held-out shots to score the fit.")  # fmt: skip
 @options.LETTERS
@@ -97,7 +97,7 @@ _JUDGED = options.several(
 
 
 @command("search-hp")
-@click.argument("folder", type=FOLDER, metavar="INDEX")
+@options.FOLDER_ARGUMENT
 @click.option("--val", "source", type=SOURCE,
               help="Labelled validation source. The val part of a split .json is used.")  # fmt: skip
 @_JUDGED
@@ -240,7 +240,7 @@ _TRAINING = options.grouped(
 
 
 @command("finetune")
-@click.argument("folder", type=FOLDER, metavar="INDEX")
+@options.FOLDER_ARGUMENT
 @click.option("--out", type=FOLDER, required=True, help="Folder to which the trained index is written.")
 @click.option("--train", multiple=True, type=click.Choice(["keys", "values", "visual", "text"]), default=["keys"],
               show_default=True, help="Part of the index to train. Can be repeated.")  # fmt: skip
@@ -314,7 +314,7 @@ def finetune_command(
 
 
 @command("calibrate")
-@click.argument("folder", type=FOLDER, metavar="INDEX")
+@options.FOLDER_ARGUMENT
 @click.option("--val", "source", type=SOURCE, required=True,
               help="Labelled validation source. Do not use shots or test images. The val part of a split .json is "
                    "used.")  # fmt: skip

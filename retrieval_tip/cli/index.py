@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import click
 
 from retrieval_tip.cli import options
 from retrieval_tip.cli.group import Group
-from retrieval_tip.cli.messages import about, finish, print_facts, say, say_fit, warn
+from retrieval_tip.cli.messages import about, command_line, finish, print_facts, say, say_fit, warn
 from retrieval_tip.cli.opening import Origin, backbone_for, backbone_of, checked, encoder_for, encoder_of, source_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OutputOptions, ReadingOptions, ViewOptions
 from retrieval_tip.cli.parameters import (
@@ -143,8 +142,7 @@ def build(
         if "fit" in cache.provenance:
             say_fit(cache.provenance["fit"])
         if version > 1:
-            restore = shlex.join(["retrieval-tip", "index", "rollback", str(out)])
-            say(f"Version {version - 1} is kept. To restore it, run: {restore}")
+            say(f"Version {version - 1} is kept. To restore it, run: {command_line('index', 'rollback', out)}")
         say(f"Next: {_next_step(out, cache)}")
     finish(ctx, encoder.skipped)
 
@@ -156,13 +154,13 @@ LEAST_RIGHT = 0.9
 def _next_step(out: Place, cache: AnsweringIndex) -> str:
     name, right, held = (cache.provenance.get("fit", {}).get("weakest") or [("", 1, 1)])[0]
     if right < LEAST_RIGHT * held:
-        add, audit = (shlex.join(["retrieval-tip", "index", command, str(out)]) for command in ("add", "audit"))
+        add, audit = (command_line("index", command, out) for command in ("add", "audit"))
         return f"add photos of {name} ({add} FOLDER), or check labels ({audit})"
-    return shlex.join(["retrieval-tip", "serve", str(out)]) + " opens it in the browser"
+    return f"{command_line('serve', out)} opens it in the browser"
 
 
 @index.command("info")
-@click.argument("folder", type=INDEX, metavar="INDEX")
+@options.INDEX_ARGUMENT
 @options.JSON
 def info(folder: Place, as_json: bool) -> None:
     """Show the version, encoder, classes and settings of an index."""
@@ -199,7 +197,7 @@ def list_command(folder: Path, printing: OutputOptions) -> None:
 
 
 @index.command("verify")
-@click.argument("folder", type=INDEX, metavar="INDEX")
+@options.INDEX_ARGUMENT
 def verify(folder: Place) -> None:
     """Check that an index is undamaged.
 
@@ -213,7 +211,7 @@ def verify(folder: Place) -> None:
 
 
 @index.command("query")
-@click.argument("folder", type=INDEX, metavar="INDEX")
+@options.INDEX_ARGUMENT
 @click.argument("sql")
 @options.FORMAT
 @click.option("--predictions", type=FILE,
@@ -237,7 +235,7 @@ def query(folder: Place, sql: str, predictions: Path | None, timeout: int, print
 
 
 @index.command("tune")
-@click.argument("folder", type=FOLDER, metavar="INDEX")
+@options.FOLDER_ARGUMENT
 @click.option("--val", "source", type=SOURCE, required=True,
               help="Images or features to tune on. Do not use the shots. The val part of a split .json is "
                    "used.")  # fmt: skip
@@ -311,7 +309,7 @@ _WHICH = options.several(
 
 
 @index.command("add")
-@click.argument("folder", type=INDEX, metavar="INDEX")
+@options.INDEX_ARGUMENT
 @click.argument("source", type=SOURCE)
 @click.option("--text", type=FILE,
               help="Feature table of text features for new classes, which are used instead of prompts.")  # fmt: skip
@@ -358,7 +356,7 @@ def add_command(
 
 
 @index.command("merge")
-@click.argument("folder", type=INDEX, metavar="INDEX")
+@options.INDEX_ARGUMENT
 @click.argument("others", nargs=-1, required=True, type=INDEX)
 def merge_command(folder: Place, others: tuple[Place, ...]) -> None:
     """Add the shots of other indexes to an index.
@@ -372,7 +370,7 @@ def merge_command(folder: Place, others: tuple[Place, ...]) -> None:
 
 
 @index.command("remove")
-@click.argument("folder", type=INDEX, metavar="INDEX")
+@options.INDEX_ARGUMENT
 @_WHICH
 def remove_command(folder: Place, where: str | None, key_ids: list[int] | None) -> None:
     """Remove shots from an index.
@@ -387,7 +385,7 @@ def remove_command(folder: Place, where: str | None, key_ids: list[int] | None) 
 
 
 @index.command("relabel")
-@click.argument("folder", type=INDEX, metavar="INDEX")
+@options.INDEX_ARGUMENT
 @click.argument("label")
 @_WHICH
 def relabel_command(folder: Place, label: str, where: str | None, key_ids: list[int] | None) -> None:
@@ -402,7 +400,7 @@ def relabel_command(folder: Place, label: str, where: str | None, key_ids: list[
 
 
 @index.command("rename")
-@click.argument("folder", type=INDEX, metavar="INDEX")
+@options.INDEX_ARGUMENT
 @click.argument("old")
 @click.argument("new")
 @click.option("--encode", is_flag=True, help="Encode the new name, and replace the text weights with the result.")
@@ -423,7 +421,7 @@ def rename_command(folder: Place, old: str, new: str, encode: bool, backbone: Ba
 
 
 @index.command("set")
-@click.argument("folder", type=INDEX, metavar="INDEX")
+@options.INDEX_ARGUMENT
 @click.option("--alpha", type=NUMBER, help="Weight of the cache relative to the text.")
 @click.option("--beta", type=NUMBER, help="Sharpness of the affinity.")
 @click.option("-k", "k", type=K(), help="Number of nearest keys to use per query.")
@@ -463,7 +461,7 @@ def set_command(
 
 
 @index.command("compact")
-@click.argument("folder", type=INDEX, metavar="INDEX")
+@options.INDEX_ARGUMENT
 def compact_command(folder: Place) -> None:
     """Merge all segments of an index into one.
 
@@ -475,7 +473,7 @@ def compact_command(folder: Place) -> None:
 
 
 @index.command("rebuild")
-@click.argument("folder", type=INDEX, metavar="INDEX")
+@options.INDEX_ARGUMENT
 @click.option("--index", "factory", help="FAISS factory string, Classes or auto.  [default: unchanged]")
 @click.option("--dtype", type=options.choice(Dtype), help="Data type of the stored keys.  [default: unchanged]")
 def rebuild_command(folder: Place, factory: str | None, dtype: Dtype | None) -> None:
@@ -489,7 +487,7 @@ def rebuild_command(folder: Place, factory: str | None, dtype: Dtype | None) -> 
 
 
 @index.command("history")
-@click.argument("folder", type=INDEX, metavar="INDEX")
+@options.INDEX_ARGUMENT
 @options.FORMAT
 def history_command(folder: Place, printing: OutputOptions) -> None:
     """List the versions of an index, starting with the oldest."""
@@ -500,7 +498,7 @@ def history_command(folder: Place, printing: OutputOptions) -> None:
 
 
 @index.command("rollback")
-@click.argument("folder", type=INDEX, metavar="INDEX")
+@options.INDEX_ARGUMENT
 @click.option("--version", type=count(), help="Version to restore.  [default: the previous one]")
 def rollback_command(folder: Place, version: int | None) -> None:
     """Restore an earlier version of an index.
@@ -513,7 +511,7 @@ def rollback_command(folder: Place, version: int | None) -> None:
 
 
 @index.command("gc")
-@click.argument("folder", type=INDEX, metavar="INDEX")
+@options.INDEX_ARGUMENT
 @click.option("--keep", type=count(), default=1, show_default=True, help="Number of latest versions to keep.")
 def gc_command(folder: Place, keep: int) -> None:
     """Delete earlier versions and the files that only they use.
@@ -528,7 +526,7 @@ def gc_command(folder: Place, keep: int) -> None:
 
 
 @index.command("clone")
-@click.argument("folder", type=INDEX, metavar="INDEX")
+@options.INDEX_ARGUMENT
 @click.argument("out", type=INDEX)
 @click.option("--version", type=count(), help="Version to copy.  [default: the current one]")
 def clone_command(folder: Place, out: Place, version: int | None) -> None:
@@ -539,7 +537,7 @@ def clone_command(folder: Place, out: Place, version: int | None) -> None:
 
 
 @index.command("export")
-@click.argument("folder", type=FOLDER, metavar="INDEX")
+@options.FOLDER_ARGUMENT
 @click.option("--out", type=FILE, help="Feature table to write (.parquet).")
 @click.option("--text", type=FILE,
               help="Feature table to write for the text weights. You can pass it to index build --text.")  # fmt: skip
@@ -616,7 +614,7 @@ def import_command(
 
 
 @index.command("audit")
-@click.argument("folder", type=INDEX, metavar="INDEX")
+@options.INDEX_ARGUMENT
 @click.option("-k", "k", type=K(),
               help="Number of nearest keys used to check each shot, or all.  "
                    "[default: all in small indexes]")  # fmt: skip
@@ -678,4 +676,5 @@ def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
         if added.duplicates.compared == "digests":
             warn(["the index is too large to search for near-identical images now; use index audit"])
     if added.fit_due:
-        warn([f"the index is at least twice as large as when it was fitted; fit it again: retrieval-tip fit {folder}"])
+        fit = command_line("fit", folder)
+        warn([f"the index is at least twice as large as when it was fitted; fit it again: {fit}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -58,6 +59,11 @@ def print_facts(facts: Mapping[str, object], width: int = 0) -> None:
     width = max(width, *map(len, facts))
     for name, value in facts.items():
         click.echo(f"{name:<{width}}  {shown(value)}")
+
+
+def command_line(*words: object) -> str:
+    """Return a command of this program as a user can type it into a shell."""
+    return shlex.join(["retrieval-tip", *map(str, words)])
 
 
 def finish(ctx: click.Context, skipped: list[Skipped]) -> None:

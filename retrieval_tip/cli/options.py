@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from retrieval_tip.cli.group import Function, under
-from retrieval_tip.cli.parameters import FOLDER, NUMBER, OUTPUT, POSITIVE, SEED, VIEWS_COUNT, K, count
+from retrieval_tip.cli.parameters import FOLDER, INDEX, NUMBER, OUTPUT, POSITIVE, SEED, VIEWS_COUNT, K, count
 from retrieval_tip.errors import UsageError, show
 from retrieval_tip.settings import KeysMet, MetricName, Norms, Precision, Protocol, Runtime, ValuesName, Verify
 
@@ -227,6 +227,10 @@ VIEWS = grouped(
                       "are used, as in the paper."),
     click.option("--seed", type=SEED, default=1, show_default=True, help="Seed for drawing shots and views."),
 )  # fmt: skip
+INDEX_ARGUMENT = click.argument("folder", type=INDEX, metavar="INDEX")
+"""Argument of a command that works on an index in any store."""
+FOLDER_ARGUMENT = click.argument("folder", type=FOLDER, metavar="INDEX")
+"""Argument of a command that requires an index in a folder."""
 LETTERS = several(
     click.option("--metric", type=choice(MetricName),
                  help="Similarity metric. With within, directions in which photos of the same class differ count "
