@@ -205,7 +205,8 @@ def runs(
             covered == 1 and not tail and set(np.bincount(pool.class_ids.numpy())) == {number}
         )  # each draw would be the same
         for seed in range(1, 2 if only else seeds + 1):
-            cache = with_some_classes(sweep.draw(pool, number, seed), covered, seed)
+            cache = sweep.draw(pool, number, seed)
+            cache = cache if covered == 1 else with_some_classes(cache, covered, seed)
             cache = with_long_tail(cache, number, seed) if tail else cache
             drawn = Shots(cache, source, dataset.encoder(shared), seed)
             for method in methods:
@@ -228,8 +229,6 @@ def with_some_classes(cache: CacheModel, covered: float, seed: int) -> CacheMode
 
     The other classes only have text.
     """
-    if covered == 1:
-        return cache
     c = len(cache.class_names)
     chosen = np.random.default_rng(seed).permutation(c)[: max(2, round(covered * c))]
     return cache.take(np.flatnonzero(np.isin(cache.class_ids.numpy(), chosen)))
@@ -274,6 +273,10 @@ def cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def percent(value: float | None) -> str:
+    return cell(None if value is None else 100 * value, ".1f")
+
+
 def print_table(name: str, rows: Sequence[dict[str, Any]]) -> None:
     """Print the accuracy and calibration of each method by number of shots.
 
@@ -288,10 +291,9 @@ def print_table(name: str, rows: Sequence[dict[str, Any]]) -> None:
     heads += [f"uneven test, {shots[-1]}"] if tail else []
     click.echo(f"| | {' | '.join(heads)} | s at {shots[-1]} |\n|---{'|--:' * (len(heads) + 1)}|")
     for method in [method for method in METHODS if any(row["method"] == method for row in rows)]:
-        top1 = [mean(rows, "top1", shots=number, method=method) for number in shots]
-        cells = [cell(None if value is None else 100 * value, ".1f") for value in top1]
+        cells = [percent(mean(rows, "top1", shots=number, method=method)) for number in shots]
         cells += [cell(mean(rows, "ece", shots=number, method=method), ".3f") for number in shots]
-        cells += [f"{100 * (mean(rows, 'uneven', shots=shots[-1], method=method) or 0):.1f}"] if tail else []
+        cells += [percent(mean(rows, "uneven", shots=shots[-1], method=method))] if tail else []
         seconds = cell(mean(rows, "seconds", shots=shots[-1], method=method), ".1f")
         click.echo(f"| {method} | {' | '.join(cells)} | {seconds} |")
 

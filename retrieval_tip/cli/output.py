@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from wcwidth import wcswidth
 
 from retrieval_tip.data.tables import parquet_writer, row_groups_of
@@ -88,15 +87,14 @@ def prediction_details(row: Row) -> Iterator[str]:
 
 def rounded(table: pa.Table) -> pa.Table:
     """Round the probabilities of predictions to 4 significant digits, as CSV files show them."""
+
+    def short(value: Any) -> Any:
+        return [short(part) for part in value] if isinstance(value, list) else float(f"{value:.4g}")
+
     for place, field in enumerate(table.schema):
-        if field.name not in ("probability", "probabilities"):
-            continue
-        values = (value if isinstance(value, list) else [value] for value in table.column(place).to_pylist())
-        short = [[float(f"{chance:.4g}") for chance in row] for row in values]
-        column = pa.array(short, pa.list_(pa.float64()))
-        table = table.set_column(
-            place, field.name, column if field.name == "probabilities" else pc.list_flatten(column)
-        )
+        if field.name in ("probability", "probabilities"):
+            values = pa.array(map(short, table.column(place).to_pylist()), field.type)
+            table = table.set_column(place, field, values)
     return table
 
 

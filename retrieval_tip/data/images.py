@@ -220,15 +220,23 @@ def decode(
     return picture if turn is None else picture.transpose(turn)
 
 
+_TURNS = {  # EXIF orientation: transposition that makes the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """Return the transposition that makes an image upright, or ``None``."""
-    to = Image.Transpose
-    turns = (to.FLIP_LEFT_RIGHT, to.ROTATE_180, to.FLIP_TOP_BOTTOM, to.TRANSPOSE, to.ROTATE_270, to.TRANSVERSE,
-             to.ROTATE_90)  # fmt: skip
     try:
         if len(image.info.get("exif") or b"") > MAX_EXIF:
             return None
-        return dict(enumerate(turns, 2)).get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a damaged EXIF block does not make the image unreadable
         return None
 
