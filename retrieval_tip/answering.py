@@ -247,9 +247,9 @@ class AnsweringIndex(ABC):
         return replace(self.retrieval, settings=self.settings.override(k=k, tail=tail))
 
     def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> AnswerTerms:
-        """Return the two terms of the logits: the text term ``logit_scale * f W^T`` and the cache term ``C``.
+        """Return the terms of the logits: the text term ``logit_scale * f W^T``, the cache ``C`` and the discriminant.
 
-        The cache term is not multiplied by alpha. The arguments are the same as for :meth:`logits`.
+        The cache is not multiplied by alpha, and the discriminant is not multiplied by gamma. The arguments are the same as for :meth:`logits`.
         """
         terms = self._retrieval(k, tail).terms(self._queries(features))
         self._check(terms)
@@ -265,7 +265,9 @@ class AnsweringIndex(ABC):
         affinity = tip.affinity(retrieval.points(queries), retrieval.points(own))
         cache = tip.cache_logits(affinity, ids, len(self.class_names), settings.beta, values=values)
         tip.log_cache(cache, settings.log_offset)
-        self._check(tip.Terms(tip.text_logits(queries, self.text_weights, settings.logit_scale), cache))
+        text = tip.text_logits(queries, self.text_weights, settings.logit_scale)
+        discriminant = retrieval.keys.discriminant(retrieval.points(queries)) if settings.gamma else None
+        self._check(tip.Terms(text, cache, discriminant))
 
     def check_lengths(self, keys: npt.NDArray[Any]) -> None:
         """Raise InputError if the weight of one of these keys could overflow for a query of unit norm.
@@ -282,7 +284,7 @@ class AnsweringIndex(ABC):
     def _check(self, terms: tip.Terms) -> None:
         if not len(terms.text):
             return
-        settings, largest = self.settings, tip.Terms(_largest(terms.text), _largest(terms.cache))
+        settings, largest = self.settings, terms.each(_largest)
         if not torch.isfinite(largest.cache):
             raise InputError(
                 f"beta {settings.beta:g}: exp(beta (affinity - 1)) overflows for these keys; use a smaller beta"
@@ -305,7 +307,8 @@ class AnsweringIndex(ABC):
         """
         f, retrieval = self._queries(features), self._retrieval(k, tail)
         text = f.new_empty(len(f), len(self.class_names))
-        cache, keys = torch.empty_like(text), torch.full((len(f),), self.n)
+        found = AnswerTerms(text, torch.empty_like(text), torch.empty_like(text) if retrieval.settings.gamma else None)
+        keys = torch.full((len(f),), self.n)
         left, met = torch.arange(len(f), device=self.device), retrieval.settings.k
         most = self.n // ALL_FROM if self.device == "cpu" else min(self.n // ALL_FROM, GPU_MAX_K)
         while len(left):
@@ -313,15 +316,17 @@ class AnsweringIndex(ABC):
                 met = None
             asked = replace(retrieval, settings=retrieval.settings.override(k=met or "all"))
             terms = asked.terms(f[left], certify=True)
-            text[left], cache[left] = terms.text, terms.cache
+            text[left], found.cache[left] = terms.text, terms.cache
+            if found.discriminant is not None:
+                found.discriminant[left] = terms.discriminant
             keys[left.cpu()] = self.n if met is None else met
             left, met = left[:0] if terms.settled is None else left[~terms.settled], met and met * GROWTH
-        answers = AnswerTerms(text, cache, keys=keys)
+        answers = replace(found, keys=keys)
         self._check(answers)
         return answers
 
     def logits(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Tensor:
-        """Return the logits ``logit_scale * f W^T + alpha * C``, in the order of the classes.
+        """Return the logits ``logit_scale * f W^T + gamma * B + alpha * C``, in the order of the classes.
 
         Args:
             features: the features, which should have unit norm, as an array or tensor of shape ``[q, d]``.
@@ -563,6 +568,8 @@ def _columns(
         "opposing": _opposing(index, None if shots is None else shots.opposing, ranked),
         "logits": lists(logits.cpu().numpy(), logits.shape[1]),
     }
+    if terms.discriminant is not None:
+        columns["discriminant_logit"] = index.settings.gamma * _doubles(terms.discriminant.gather(1, winner))[:, 0]
     if terms.keys is not None:
         columns["keys"] = terms.keys.cpu().numpy()
     if index.settings.least_cache is not None:

@@ -30,6 +30,7 @@ PREDICTIONS = {
     "logits": pa.list_(pa.float32()),
     "text_logit": pa.float64(),
     "cache_logit": pa.float64(),
+    "discriminant_logit": pa.float64(),
     "neighbours": pa.list_(pa.struct(list(_NEIGHBOUR.items()))),
     "opposing": pa.struct(list(_NEIGHBOUR.items())),
     "keys": pa.int64(),
@@ -95,7 +96,9 @@ class Prediction:
         labels: the ``top`` classes, most probable first.
         probabilities: the probabilities of ``labels``.
         text_logit: the text term of the winning logit.
-        cache_logit: the cache term of the winning logit, multiplied by alpha. The two terms add up to the logit.
+        cache_logit: the cache term of the winning logit, multiplied by alpha.
+        discriminant_logit: the discriminant of the winning class, multiplied by gamma. ``None`` if gamma is 0. The
+            three terms add up to the logit.
         logits: the logits of all classes, as a float32 array of shape ``[c]``.
         neighbours: the shots that contributed most to the answer, largest contribution first.
         keys: the number of keys used for a certified answer.
@@ -116,10 +119,13 @@ class Prediction:
     keys: int | None = None
     unlike: bool | None = None
     opposing: Neighbour | None = None
+    discriminant_logit: float | None = None
 
     def _repr_html_(self) -> str:
         classes = zip(self.labels, map(shown_probability, self.probabilities), strict=True)
         caption = f"text {self.text_logit:.4g} + cache {self.cache_logit:.4g}"
+        if self.discriminant_logit is not None:
+            caption += f" + class average {self.discriminant_logit:.4g}"
         shown = table(("class", "probability"), classes, caption, numbers=(1,))
         against = [self.opposing] if self.opposing else []
         for keys, what in ((self.neighbours, f"shots for {self.label}"), (against, "strongest shot against it")):

@@ -50,13 +50,13 @@ def check_choice(name: str, value: object, alias: object) -> None:
 
 ADDED_AFTER_FORMAT_1 = {"later": True}
 """Metadata of a setting that was added after format 1. When an older manifest is read, the default is used."""
-FITTED = ("least_cache", "log_offset")
-"""Settings that can only be set by a fit. If the index has not been fitted, they are ``None``."""
+FITTED = ("gamma", "least_cache", "log_offset")
+"""Settings that can only be set by a fit. If the index has not been fitted, they are 0 or ``None``."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the method, ``logits = logit_scale * f W^T + alpha * C`` (see :mod:`tip`).
+    """The settings of the method, ``logits = logit_scale * f W^T + gamma * B + alpha * C`` (see :mod:`tip`).
 
     The defaults are those of the paper.
 
@@ -72,6 +72,7 @@ class Settings:
         temperature: the divisor of the logits, which is only used for probabilities. It must be above 0.
         log_offset: the offset ``o`` of the link, which must be above 0. If it is given, ``log(1 + max(C, 0) / o)``
             replaces ``C``.
+        gamma: the weight of the discriminant ``B`` (see :class:`tip.Discriminant`), which must be 0 or more.
         least_cache: a threshold for the largest cache logit of a query. Queries below it are ``unlike``. If it is
             ``None``, queries are not checked.
 
@@ -86,9 +87,10 @@ class Settings:
     temperature: float = 1.0
     least_cache: float | None = field(default=None, metadata=ADDED_AFTER_FORMAT_1)
     log_offset: float | None = field(default=None, metadata=ADDED_AFTER_FORMAT_1)
+    gamma: float = field(default=0.0, metadata=ADDED_AFTER_FORMAT_1)
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "logit_scale", "temperature"):
+        for name in ("alpha", "beta", "gamma", "logit_scale", "temperature"):
             value, above = getattr(self, name), name in ("logit_scale", "temperature")
             if not _is_finite(value) or value < 0 or (above and value == 0):
                 raise UsageError(f"{name} is {value}: expected a finite number{' above 0' if above else ', 0 or more'}")
@@ -114,8 +116,8 @@ class Settings:
         return replace(self, **known) if known else self
 
     def unfitted(self) -> Self:
-        """Return a copy where all settings that only a fit can set are ``None``."""
-        return replace(self, least_cache=None, log_offset=None)
+        """Return a copy where all settings that only a fit can set have their default."""
+        return replace(self, gamma=0.0, least_cache=None, log_offset=None)
 
     def shown(self) -> dict[str, Any]:
         """Return the settings that a user can adjust, by name. If all keys are used, ``k`` is ``all``."""

@@ -38,20 +38,26 @@ def answer(
     *,
     alpha: float = 1.0,
     beta: float = 5.5,
+    gamma: float = 0.0,
     logit_scale: float = 100.0,
     phi: Callable[[Tensor], Tensor] = lambda x: x,
     offset: float | None = None,
+    M: Tensor | None = None,
+    b: Tensor | None = None,
 ) -> Tensor:
     """Return the logits, of shape ``[q, c]``. The class probabilities are ``softmax(logits / temperature)``.
 
-    Plain Tip-Adapter uses no metric (``phi(x) = x``), one-hot values and no ``offset``. You can also fit all three to
-    the shots in closed form (see :mod:`fit.closed_form`). For the other parameters, see :class:`settings.Settings`.
+    Plain Tip-Adapter uses no metric (``phi(x) = x``), one-hot values, no ``offset`` and no discriminant (``gamma`` 0).
+    You can also fit all of them to the shots in closed form (see :mod:`fit.closed_form`). ``M`` ``[c, d]`` and ``b``
+    ``[c]`` are the class means and the offsets of a :class:`Discriminant`. For the other parameters, see
+    :class:`settings.Settings`.
     """
     A = phi(f) @ phi(K).T  # affinity
     C = torch.exp(-beta * (1 - A)) @ V  # cache
     if offset is not None:
         C = torch.log(1 + C.clamp(min=0) / offset)  # link
-    return blend(logit_scale * f @ W.T, C, alpha)
+    B = None if M is None else phi(f) @ M.T + b  # discriminant
+    return blend(logit_scale * f @ W.T, C, alpha, B, gamma)
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,42 @@ class Metric:
     def double(self) -> Metric:
         """Return a copy of this metric in float64."""
         return Metric(self.mean.double(), self.transform.double())
+
+
+@dataclass(frozen=True)
+class Discriminant:
+    """The discriminant ``B = phi(f) M^T + b`` compares a query with the mean of the keys of each class.
+
+    It is the linear discriminant of classes that are normally distributed around their means ``M``, with the same
+    spread in all directions of the metric (Wang et al., GDA-CLIP, ICLR 2024, equation 5). ``means`` is the matrix
+    ``M`` of shape ``[c, d]``, and ``offsets`` is the vector ``b`` of shape ``[c]``.
+    """
+
+    means: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, key_sums: Tensor, counts: Tensor) -> Discriminant:
+        """Compute the discriminant from the sum of the transformed keys of each class, ``[c, d]``, and their numbers.
+
+        ``b_c = -(|M_c|^2 - v / n_c) / 2``. The mean of ``n_c`` keys of variance ``v`` is longer than the true mean by
+        ``v / n_c`` on average, so classes that have few keys would otherwise be at a disadvantage. ``v`` is estimated
+        for keys of unit norm. A class that has no keys gets the mean of the other classes.
+        """
+        some = counts > 0
+        means = key_sums / counts.clamp_min(1)[:, None]
+        squares = (means * means).sum(1)
+        free = counts.sum() - some.sum()
+        variance = ((counts * (1 - squares)).sum() / free.clamp_min(1)).clamp_min(0)
+        offsets = -(squares - variance / counts.clamp_min(1)) / 2
+        if some.any():
+            means = torch.where(some[:, None], means, means[some].mean(0))
+            offsets = torch.where(some, offsets, offsets[some].mean())
+        return cls(means, offsets)
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """Return ``B``, of shape ``[q, c]``, for transformed queries ``phi(f)`` of shape ``[q, d]``."""
+        return affinity(points, self.means.to(points.dtype)).add_(self.offsets)
 
 
 def affinity(features: Tensor, keys: Tensor, out: Tensor | None = None) -> Tensor:
@@ -279,27 +321,45 @@ def text_logits(features: Tensor, text_weights: Tensor, logit_scale: float, out:
     return affinity(features, text_weights, out=out).mul_(logit_scale)
 
 
-def blend(text_logits: Tensor, cache_logits: Tensor, alpha: float) -> Tensor:
-    """Return the text logits plus ``alpha`` times the cache logits (equation 6). ``alpha`` is the residual ratio."""
-    return torch.add(text_logits, cache_logits, alpha=min(alpha, LARGEST))
+def blend(
+    text_logits: Tensor, cache_logits: Tensor, alpha: float, discriminant: Tensor | None = None, gamma: float = 0.0
+) -> Tensor:
+    """Return the text logits plus ``alpha`` times the cache logits (equation 6) plus ``gamma`` times the discriminant.
+
+    ``alpha`` is the residual ratio.
+    """
+    logits = torch.add(text_logits, cache_logits, alpha=min(alpha, LARGEST))
+    return logits if discriminant is None else logits.add_(discriminant, alpha=min(gamma, LARGEST))
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The two terms of the logits, each of shape ``[q, c]``.
+    """The terms of the logits, each of shape ``[q, c]``.
 
     ``text`` holds the zero-shot logits. ``cache`` holds the cache logits after the link, not yet multiplied by alpha.
+    ``discriminant`` is not yet multiplied by gamma. It is ``None`` if gamma is 0.
     """
 
     text: Tensor
     cache: Tensor
+    discriminant: Tensor | None = None
 
     def logits(self, settings: Settings, slack: float = 0.0) -> Tensor:
-        """Return the logits ``text + alpha * cache``, of shape ``[q, c]``.
+        """Return the logits ``text + alpha * cache + gamma * discriminant``, of shape ``[q, c]``.
 
         If ``slack`` is given, return an upper bound, assuming that the cache logits may be larger by this fraction.
         """
-        return blend(self.text, self.cache, settings.alpha * (1 + slack))
+        return blend(self.text, self.cache, settings.alpha * (1 + slack), self.discriminant, settings.gamma)
+
+    def photos(self, settings: Settings) -> Tensor:
+        """Return the part of the logits that comes from the shots. If alpha and gamma are 0, return the cache logits."""
+        if self.discriminant is None:
+            return self.cache * settings.alpha if settings.alpha else self.cache
+        return blend(torch.zeros_like(self.text), self.cache, settings.alpha, self.discriminant, settings.gamma)
+
+    def each(self, part: Callable[[Tensor], Tensor]) -> Terms:
+        """Apply a function to every term."""
+        return Terms(part(self.text), part(self.cache), None if self.discriminant is None else part(self.discriminant))
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -99,7 +99,9 @@ class RowOptions:
         columns += ["unlike"] if cache.settings.least_cache is not None else []
         columns += ["labels", "probabilities"] if self.top > 1 else []
         columns += ["logits"] if self.with_logits else []
-        columns += ["text_logit", "cache_logit", "neighbours", "opposing"] if self.explain else []
+        if self.explain:
+            columns += ["text_logit", "cache_logit", *(["discriminant_logit"] if cache.settings.gamma else [])]
+            columns += ["neighbours", "opposing"]
         return columns + (["keys"] if self.certify else [])
 
 

@@ -214,7 +214,7 @@ def _answer(
     ``[q, 4]``, or ``[q, 0]`` if ``details`` is false.
     """
     terms, settings = cache.terms(features), cache.settings
-    text, alone, logits = terms.text, terms.cache, terms.logits(settings)
+    text, alone, logits = terms.text, terms.photos(settings), terms.logits(settings)
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     ranked = torch.cat([best, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1)
     confidence = tip.probabilities(logits, settings.temperature).gather(1, best[:, :1])[:, 0].double()
@@ -223,7 +223,7 @@ def _answer(
         logs = (logits.double() / settings.temperature).log_softmax(dim=1)
         log_truth = logs.gather(1, torch.from_numpy(truth)[:, None].to(logs.device))
         log_doubt = logs.scatter(1, best[:, :1], -torch.inf).logsumexp(dim=1, keepdim=True)
-        parts = [tip.probabilities(z, 1.0).amax(1, keepdim=True) for z in (text, settings.alpha * alone)]
+        parts = [tip.probabilities(z, 1.0).amax(1, keepdim=True) for z in (text, alone)]
         chances = torch.cat([log_truth, log_doubt, *parts], dim=1)
     return ranked.cpu(), confidence.cpu(), chances.cpu()
 

@@ -131,14 +131,15 @@ class Shots(Protocol):
 
 @dataclass(frozen=True)
 class Blend:
-    """Weights that maximise the likelihood of ``softmax(a text + b cache)`` on held-out photos.
+    """Weights that maximise the likelihood of ``softmax(a text + b cache + g discriminant)`` on held-out photos.
 
-    If there is no text, ``a`` is 0. ``losses`` are in nats, ``right`` marks correct answers, and ``weights`` are the
-    query weights, which have mean 1. All three have shape ``[q]``.
+    The weight of a term that does not exist is 0. ``losses`` are in nats, ``right`` marks correct answers, and
+    ``weights`` are the query weights, which have mean 1. All three have shape ``[q]``.
     """
 
     a: float
     b: float
+    g: float
     losses: Tensor
     right: Tensor
     weights: Tensor
@@ -154,24 +155,26 @@ class Blend:
         return float((self.weights * self.right).mean())
 
     def settings(self, settings: Settings, beta: float) -> Settings:
-        """Return the settings that give this blend: ``alpha = b / a`` and ``temperature = 1 / a``."""
-        if not self.a:
-            return replace(settings, alpha=self.b, beta=beta, temperature=1.0)
-        return replace(settings, alpha=self.b / self.a, beta=beta, temperature=1 / self.a)
+        """Return the settings of this blend: ``alpha = b / a``, ``gamma = g / a`` and ``temperature = 1 / a``."""
+        unit = self.a or 1.0
+        return replace(settings, alpha=self.b / unit, beta=beta, gamma=self.g / unit, temperature=1 / unit)
 
 
-def blend(text: Tensor | None, cache: Tensor, ids: Tensor, weights: Tensor | None = None) -> Blend:
-    """Fit ``a`` and ``b`` to text and cache logits of shape ``[q, c]``, for queries that have the class ``ids``.
+def blend(
+    text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor, weights: Tensor | None = None
+) -> Blend:
+    """Fit the weights of terms of shape ``[q, c]`` to queries that have the class ``ids``.
 
-    Newton's method minimises the cross-entropy of ``softmax(a text + b cache)``, which is convex in ``a, b >= 0``, in
-    terms of ``log a`` and ``log b``. ``weights`` are query weights of mean 1. As in Platt scaling (1999), the target of
-    the correct class is ``(q + 1) / (q + 2)``, and the other classes share the rest. This keeps ``a`` and ``b`` finite
-    even if all answers are right.
+    Newton's method minimises the cross-entropy of ``softmax(a text + b cache + g discriminant)``, which is convex in
+    ``a, b, g >= 0``, in terms of their logarithms. ``weights`` are query weights of mean 1. As in Platt scaling (1999),
+    the target of the correct class is ``(q + 1) / (q + 2)``, and the other classes share the rest. This keeps the
+    factors finite even if all answers are right.
     """
     q, c = cache.shape
     if weights is None:
         weights = torch.ones(q, dtype=torch.float64)
-    parts = torch.stack([part.double() for part in ((cache,) if text is None else (text, cache))])
+    terms = (text, cache, discriminant)
+    parts = torch.stack([part.double() for part in terms if part is not None])
     parts -= parts.mean(2, keepdim=True)
     scales = parts.flatten(1).std(1).clamp_min(1e-12)
     parts /= scales[:, None, None]
@@ -202,9 +205,10 @@ def blend(text: Tensor | None, cache: Tensor, ids: Tensor, weights: Tensor | Non
             logs, chances, loss = following, new_chances, new_loss
         if done:
             break
-    found: list[float] = (logs.exp() / scales).tolist()
+    found = iter((logs.exp() / scales).tolist())
+    a, b, g = (0.0 if part is None else next(found) for part in terms)
     losses = -chances.gather(1, ids[:, None])[:, 0]
-    return Blend(0.0 if text is None else found[0], found[-1], losses, chances.argmax(1) == ids, weights)
+    return Blend(a, b, g, losses, chances.argmax(1) == ids, weights)
 
 
 @dataclass(frozen=True)
@@ -332,13 +336,25 @@ class Folds:
 
     def judge(self, form: Form) -> Blend:
         """Fit a form to all shots except each fold in turn, and return the blend on these folds."""
-        return blend(*self.logits(form), self.weights)
+        return blend(*self.terms(form), self.ids_held, self.weights)
 
-    def logits(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Fit a form to the other photos, and return the text and cache logits and the class ids of held-out photos."""
-        cache = torch.cat([self._cache(form, held, fold) for fold, held in enumerate(self.held)])
-        features, ids = (torch.cat([getattr(held, name) for held in self.held]) for name in ("features", "ids"))
-        return None if self.text is None else tip.affinity(features, self.text), cache, ids
+    def terms(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Fit a form to the other photos. Return text logits, cache logits and the discriminant of held-out photos.
+
+        If some classes have no shots, there is no discriminant, because it cannot compare them with the other classes.
+        """
+        cache, discriminant = (
+            torch.cat(parts)
+            for parts in zip(*(self._answers(form, held, fold) for fold, held in enumerate(self.held)), strict=True)
+        )
+        features = torch.cat([held.features for held in self.held])
+        text = None if self.text is None else tip.affinity(features, self.text)
+        return text, cache, discriminant if self.covered == 1 else None
+
+    @property
+    def ids_held(self) -> Tensor:
+        """Class ids of the held-out queries."""
+        return torch.cat([held.ids for held in self.held])
 
     def fitted(self, form: Form, rows: Tensor, fold: int | None = None) -> tuple[tip.Metric | None, Tensor | None]:
         """Fit the metric and the values of a form to ``rows`` of the keys, or to all keys outside a ``fold``."""
@@ -352,19 +368,21 @@ class Folds:
         keys, ids = self.taken(rows)
         return metric, form.values.fit(keys if metric is None else metric(keys), ids, self.c, form.beta)
 
-    def _cache(self, form: Form, held: Held, fold: int) -> Tensor:
-        """Return cache logits of held-out photos, from an index over the other keys."""
+    def _answers(self, form: Form, held: Held, fold: int) -> tuple[Tensor, Tensor]:
+        """Return the cache logits and the discriminant of held-out photos, from an index over the other keys."""
         metric, values = self.fitted(form, held.rows, fold)
         queries = held.features if metric is None else metric(held.features)
-        cache = torch.zeros(len(queries), self.c)
+        cache, sums = torch.zeros(len(queries), self.c), torch.zeros(self.c, queries.shape[1], dtype=torch.float64)
         start = 0
         for block, rows in _blocks(self.keys, held.rows.numpy()):  # very many if values are one-hot
             keys = torch.from_numpy(np.array(block, dtype=np.float32))
-            affinity = tip.affinity(queries, keys if metric is None else metric(keys))
+            points, ids = keys if metric is None else metric(keys), self.ids[torch.from_numpy(rows)]
             own = None if values is None else tip.Values(values[start : start + len(rows)])
-            cache += tip.cache_logits(affinity, self.ids[torch.from_numpy(rows)], self.c, form.beta, values=own)
+            cache += tip.cache_logits(tip.affinity(queries, points), ids, self.c, form.beta, values=own)
+            tip.add_rows(sums, ids, points.double())
             start += len(rows)
-        return cache
+        counts = torch.bincount(self.ids[held.rows], minlength=self.c)
+        return cache, tip.Discriminant.of(sums.float(), counts.float())(queries)
 
 
 @dataclass(frozen=True)
@@ -527,10 +545,12 @@ def estimate(cache: CacheModel) -> Judged:
     settings, (folds, _) = cache.settings, _judged_by(cache, None, images_of(cache.labels))
     if cache.curve is not None or not folds.can_judge:
         return {"photos": None, "words": None, "both": None}
-    text, photos, ids = folds.logits(Form.of(cache.fitted, settings.beta))
-    linked = tip.log_cache(photos.clone(), settings.log_offset)
-    both = linked if text is None else tip.Terms(text, linked).logits(settings)
-    return _accuracies(photos, text, both.argmax(1) == ids, ids, folds.weights)
+    text, photos, discriminant = folds.terms(Form.of(cache.fitted, settings.beta))
+    linked = tip.log_cache(photos, settings.log_offset)
+    terms = tip.Terms(torch.zeros_like(photos) if text is None else text, linked, discriminant)
+    ids = folds.ids_held
+    right = terms.logits(settings).argmax(1) == ids
+    return _accuracies(terms.photos(settings), text, right, ids, folds.weights)
 
 
 def _accuracies(photos: Tensor, words: Tensor | None, right: Tensor, ids: Tensor, weights: Tensor | None) -> Judged:
@@ -586,7 +606,7 @@ def _forms(
     forms = [form for form in forms if metric in (None, form.metric_name) and values in (None, form.values_name)]
     grown = longest**2 - 1
     forms = [form for form in forms if form.metric is not None or form.beta * grown <= GROWN]
-    if _is_uneven(cache.class_ids):  # one-hot values sum over the shots of a class
+    if values is None:  # one-hot values are only needed if a query uses some of the keys
         forms = [form for form in forms if form.values is not None] or forms
     if not forms:
         raise InputError(f"metric none: keys have norms up to {longest:.4g} instead of 1; give norms unit")
@@ -617,12 +637,15 @@ def _chosen(cache: Shots, forms: Sequence[Form], folds: Folds, images: IntArray 
 
 def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence[str]) -> tuple[Settings, Judged]:
     """Return the settings that give the held-out photos the highest log-likelihood, and their accuracies."""
-    text, cache, ids = folds.logits(form)
-    weights = folds.weights
+    (text, cache, discriminant), ids, weights = folds.terms(form), folds.ids_held, folds.weights
     offsets = OFFSETS if form.values is not None and not folds.of_classes.any() else (None,)
-    blended, offset = _linked(text, cache, ids, offsets, weights)
+    blends = [
+        (blend(text, tip.log_cache(cache.clone(), offset), discriminant, ids, weights), offset) for offset in offsets
+    ]
+    blended, offset = min(blends, key=lambda pair: pair[0].loss)
     if not folds.of_classes.any() and folds.covered < 1:  # too few classes to hold some out
-        blended = replace(blended, a=1.0, b=blended.b / max(blended.a, 1.0) * folds.covered)
+        share = folds.covered / max(blended.a, 1.0)
+        blended = replace(blended, a=1.0, b=blended.b * share, g=blended.g * share)
     least: float | None = None
     if not folds.halves:
         if form.values is None:  # one-hot values sum over the keys of a class, and a fold contains fewer keys
@@ -632,7 +655,8 @@ def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence
     settings = replace(blended.settings(settings.unfitted(), form.beta), least_cache=least, log_offset=offset)
     shown = ~folds.of_classes
     judged: Judged = {"weakest": _weakest(class_names, blended.right[shown], ids[shown])}
-    return settings, judged | _accuracies(cache, text, blended.right, ids, weights)
+    photos = tip.Terms(cache, tip.log_cache(cache, offset), discriminant).photos(settings)
+    return settings, judged | _accuracies(photos, text, blended.right, ids, weights)
 
 
 def _quantile(values: Tensor, share: float, weights: Tensor | None) -> float:
@@ -668,7 +692,7 @@ def _unjudged(cache: Shots, forms: Sequence[Form], covered: float) -> tuple[Form
         keys = torch.nn.functional.normalize(_taken(cache.keys, rows))
         text = tip.text_logits(keys, cache.text_weights.cpu(), cache.settings.logit_scale)
         trusted = len(rows) / (len(rows) + ONE_SHOT_DOUBT)
-        temperature = blend(None, text, cache.class_ids.cpu()[rows]).b ** -trusted
+        temperature = blend(None, text, None, cache.class_ids.cpu()[rows]).b ** -trusted
     photos = ONE_SHOT_ALPHA * max(1.0, temperature) ** 2 if cache.has_text else ONE_SHOT_ALONE
     alpha = photos * temperature * covered
     temperature *= max(1.0, photos / ONE_SHOT_MOST) if cache.has_text else 1.0
@@ -689,14 +713,6 @@ def _sample(keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntA
     return Folds.of_shots(keys, ids, c, text, images, FOLDS, len(ids)).with_classes(images, len(ids))
 
 
-def _linked(
-    text: Tensor | None, cache: Tensor, ids: Tensor, offsets: Sequence[float | None], weights: Tensor | None = None
-) -> tuple[Blend, float | None]:
-    """Return the best blend with the cache or its logarithm, and the offset of the logarithm."""
-    blends = [(blend(text, tip.log_cache(cache.clone(), offset), ids, weights), offset) for offset in offsets]
-    return min(blends, key=lambda pair: pair[0].loss)
-
-
 def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[FormTrial]]:
     """Return the first form, or the best form that is significantly better, and all trials."""
     stands = folds.judge(forms[0])
@@ -709,10 +725,6 @@ def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[FormTrial]]
         if sure and judged.accuracy >= stands.accuracy and loss < best[1]:
             best = form, loss
     return best[0], trials
-
-
-def _is_uneven(class_ids: Tensor) -> bool:
-    return len(torch.unique(torch.unique(class_ids, return_counts=True)[1])) > 1
 
 
 def _ranks(ids: IntArray, draw: np.random.Generator) -> IntArray:

@@ -182,19 +182,15 @@ ONE_SHOT = Form(None, Solved(0.5), 1.0)
 
 FORMS = [
     DEFAULT_FORM,
-    Form(Within(0.8), Solved(1.0), 2.0),
     Form(Within(0.8), Solved(0.1), 4.0),
     Form(Within(0.5), Solved(0.1), 1.0),
-    Form(Within(0.5), Solved(0.3), 2.0),
     Form(None, Solved(0.3), 1.0),
-    Form(None, Solved(0.1), 4.0),
     Form(Within(0.8), None, 1.0),
     Form(Within(0.5), None, 1.0),
     Form(Within(0.5), None, 4.0),
-    Form(None, None, 1.0),
     Form(None, None, 5.5),
 ]
-"""The forms to try, starting with the default."""
+"""The forms to try, starting with the default. One-hot values are only tried if values cannot be solved."""
 
 
 def like(fitted: Fitted) -> list[Form]:

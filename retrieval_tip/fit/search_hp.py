@@ -391,9 +391,20 @@ def _blocks(
         affinity = torch.cat([tip.affinity(points, keys) for keys, _ in cache.key_blocks()], dim=1)
         affinity.masked_fill_(hidden[:, None] == groups[None, :], -torch.inf)
         text = tip.text_logits(f, cache.text_weights, cache.settings.logit_scale)
+        if cache.settings.gamma:
+            text += cache.settings.gamma * _discriminant(points, affinity, cache)
         y = torch.from_numpy(queries.ids[part]).to(cache.device)
         offset, caches = cache.settings.log_offset, _caches(affinity, cache, betas, ks)
         yield part, text, y, ((b, j, tip.log_cache(cache_logits, offset)) for b, j, cache_logits in caches)
+
+
+def _discriminant(points: Tensor, affinity: Tensor, cache: CacheModel) -> Tensor:
+    """Return the discriminant, with the mean affinity of each class over the keys that are not hidden."""
+    own, c = cache.retrieval.keys.discriminant, len(cache.class_names)
+    seen = affinity > -torch.inf
+    counts = tip.sum_by_class(seen.to(affinity.dtype), cache.class_ids, c)
+    means = tip.sum_by_class(affinity.where(seen, 0), cache.class_ids, c) / counts.clamp_min(1)
+    return torch.where(counts > 0, means + own.offsets, own(points))
 
 
 def _caches(

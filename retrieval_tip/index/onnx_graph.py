@@ -45,6 +45,8 @@ class Answer(torch.nn.Module):
     values: Tensor
     metric_mean: Tensor | None
     metric_transform: Tensor | None
+    class_means: Tensor | None
+    class_offsets: Tensor | None
 
     def __init__(self, cache: CacheModel, backbone: TorchBackbone | None) -> None:
         super().__init__()
@@ -59,6 +61,9 @@ class Answer(torch.nn.Module):
         self.register_buffer("ids", cache.class_ids.cpu())
         values = one_hot(self.ids, self.n_classes) if cache.values is None else cache.values  # ONNX cannot sum by class
         self.register_buffer("values", values.float().cpu())
+        discriminant = cache.retrieval.keys.discriminant if settings.gamma else None
+        self.register_buffer("class_means", None if discriminant is None else discriminant.means.cpu())
+        self.register_buffer("class_offsets", None if discriminant is None else discriminant.offsets.cpu())
         self.register_buffer("metric_mean", None if metric is None else metric.mean.cpu())
         self.register_buffer("metric_transform", None if metric is None else metric.transform.cpu())
 
@@ -73,7 +78,10 @@ class Answer(torch.nn.Module):
         affinity = tip.affinity(points, self.keys)
         cache = tip.cache_logits(affinity, self.ids, self.n_classes, settings.beta, values=tip.Values(self.values))
         text = tip.text_logits(features, self.text, settings.logit_scale)
-        logits = tip.Terms(text, tip.log_cache(cache, settings.log_offset)).logits(settings)
+        discriminant = None
+        if self.class_means is not None and self.class_offsets is not None:
+            discriminant = tip.Discriminant(self.class_means, self.class_offsets)(points)
+        logits = tip.Terms(text, tip.log_cache(cache, settings.log_offset), discriminant).logits(settings)
         return logits, (logits / settings.temperature).softmax(1)
 
 

@@ -102,14 +102,15 @@ def _explained(judged: JudgedIndex, places: Sequence[int]) -> list[Mistake]:
     cache, answers, some = judged.cache, judged.answers, judged.features[np.asarray(places)]
     names, explained = cache.class_names, []
     predictions = cache.classify(some, 3, neighbours=NEIGHBOURS)
-    terms, alpha = cache.terms(some), cache.settings.alpha
+    terms = cache.terms(some)
+    photos = terms.photos(cache.settings)
     for row, (place, prediction) in enumerate(zip(places, predictions, strict=True)):
         truth, answer, sure = int(answers.truth[place]), int(answers.predicted[place]), float(answers.confidence[place])
         likely = zip(map(names.index, prediction.labels), prediction.probabilities, strict=True)
         likeliest = dict(likely) | {answer: sure, truth: math.exp(judged.details.log_truth[place])}
         kinds = {truth: "true", answer: "answer"}
         chances = [
-            Chance(names[i], kinds.get(i, ""), p, float(terms.text[row, i]), alpha * float(terms.cache[row, i]))
+            Chance(names[i], kinds.get(i, ""), p, float(terms.text[row, i]), float(photos[row, i]))
             for i, p in sorted(likeliest.items(), key=lambda pair: -pair[1])
         ]
         item = judged.test.sources[int(judged.details.positions[place])]

@@ -2,8 +2,8 @@
 
 Suppose that the cache logits are computed from some of the keys, and that the other keys are omitted or counted at the
 mean affinity of their class (see :func:`tip.at_mean`). The results are then lower bounds on the cache logits over all
-keys, and ``L = text + alpha * cache`` is a lower bound on the logits. This holds if values are one-hot and settings are
-non-negative.
+keys, and ``L = text + gamma * discriminant + alpha * cache`` is a lower bound on the logits. This holds if values are
+one-hot and settings are non-negative.
 """
 
 from __future__ import annotations
@@ -82,5 +82,4 @@ def _highest_other(terms: tip.Terms, settings: Settings, slack: float, classes: 
 
 
 def _logit_of(terms: tip.Terms, settings: Settings, classes: Tensor, slack: float = 0.0) -> Tensor:
-    chosen = tip.Terms(terms.text.gather(1, classes), terms.cache.gather(1, classes))
-    return chosen.logits(settings, slack)[:, 0]
+    return terms.each(lambda term: term.gather(1, classes)).logits(settings, slack)[:, 0]

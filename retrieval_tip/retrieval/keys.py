@@ -193,6 +193,11 @@ class KeyStream(ABC):
             return torch.from_numpy(self._known_means()).to(self.device)
         return self.sums / self.counts.clamp_min(1)[:, None]
 
+    @cached_property
+    def discriminant(self) -> tip.Discriminant:
+        """The discriminant of the class means."""
+        return tip.Discriminant.of(self.sums, self.counts)
+
     def by_class(self, blocks: Iterable[tuple[Tensor, Tensor]], columns: int) -> Tensor:
         """Sum blocks of rows per class in float64, and return the sums as float32."""
         sums = torch.zeros(self.n_classes, columns, dtype=torch.float64, device=self.device)

@@ -38,7 +38,7 @@ def slices(q: int, size: int) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class AnswerTerms(tip.Terms):
-    """Text and cache logits, and information about the retrieval.
+    """The terms of the logits, and information about the retrieval.
 
     Attributes:
         settled: whether no other key can change the winner, for each certified query, or ``None``.
@@ -54,7 +54,7 @@ class AnswerTerms(tip.Terms):
         """Return the terms of the queries in ``part``."""
         settled, keys = (None if column is None else column[part] for column in (self.settled, self.keys))
         shots = None if self.shots is None else self.shots.queries(part)
-        return AnswerTerms(self.text[part], self.cache[part], settled, keys, shots)
+        return AnswerTerms(**vars(self.each(lambda term: term[part])), settled=settled, keys=keys, shots=shots)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class Retrieval(ABC):
         """Find the ``k`` nearest keys of each query."""
 
     def terms(self, features: Tensor, *, certify: bool = False, neighbours: int = 0) -> AnswerTerms:
-        """Compute the text and cache logits.
+        """Compute the terms of the logits.
 
         By default, all keys are used. If ``k`` is set, about ``k`` keys are used, and the tail counts the other keys at
         their mean affinity. If ``certify`` is true, the result also says for each query whether the winner is certain.
@@ -96,15 +96,20 @@ class Retrieval(ABC):
         if settings.k is not None and settings.k < self.keys.n:
             return self._terms_over_few(features, points, settings.k, certify, neighbours)
         text = tip.text_logits(features, self.text_weights, settings.logit_scale)
-        return AnswerTerms(text, tip.log_cache(self._cache_over_all(points, text), settings.log_offset))
+        others = tip.Terms(text, text, self._discriminant(points))
+        cache = self._cache_over_all(points, others)
+        return AnswerTerms(text, tip.log_cache(cache, settings.log_offset), others.discriminant)
 
-    def _cache_over_all(self, points: Tensor, text: Tensor) -> Tensor:
+    def _discriminant(self, points: Tensor) -> Tensor | None:
+        return self.keys.discriminant(points) if self.settings.gamma else None
+
+    def _cache_over_all(self, points: Tensor, others: tip.Terms) -> Tensor:
         """Compute the cache logits over all keys, using float32 where half precision could change the answer."""
         beta = self.settings.beta
         products = self.keys.products(beta, len(points))
         cache = self.keys.cache_logits(points, beta, products=products)
         if products != torch.float32 and len(points):
-            terms, error = AnswerTerms(text, cache), min(1.0, CLOSE * beta)
+            terms, error = AnswerTerms(others.text, cache, others.discriminant), min(1.0, CLOSE * beta)
             parts = self._parts(len(points))
             close = torch.cat([uncertain(terms.queries(part), self.settings, error) for part in parts])
             cache[close] = self.keys.cache_logits(points[close], beta, products=torch.float32)
@@ -117,7 +122,7 @@ class Retrieval(ABC):
     def _terms_over_few(self, features: Tensor, points: Tensor, k: int, certify: bool, neighbours: int) -> AnswerTerms:
         settings, text = self.settings, features.new_empty(len(features), self.keys.n_classes)
         done = torch.ones(len(text), dtype=torch.bool, device=text.device)
-        terms = AnswerTerms(text, torch.empty_like(text), done)
+        terms = AnswerTerms(text, torch.empty_like(text), self._discriminant(points), done)
         if self.by_class:
             self._terms_over_classes(features, points, k, terms, done if certify else None)
             tip.log_cache(terms.cache, settings.log_offset)
@@ -241,9 +246,9 @@ class IndexRetrieval(Retrieval):
         metric = None if self.metric is None else self.metric.double()
         return replace(self, text_weights=self.text_weights.double(), values=values, metric=metric)
 
-    def _cache_over_all(self, points: Tensor, text: Tensor) -> Tensor:
+    def _cache_over_all(self, points: Tensor, others: tip.Terms) -> Tensor:
         if self.values is None:
-            return super()._cache_over_all(points, text)
+            return super()._cache_over_all(points, others)
         return self.keys.cache_logits(points, self.settings.beta, self.values)
 
     @property
