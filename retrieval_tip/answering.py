@@ -317,7 +317,7 @@ class AnsweringIndex(ABC):
             asked = replace(retrieval, settings=retrieval.settings.override(k=met or "all"))
             terms = asked.terms(f[left], certify=True)
             text[left], found.cache[left] = terms.text, terms.cache
-            if found.discriminant is not None:
+            if found.discriminant is not None and terms.discriminant is not None:
                 found.discriminant[left] = terms.discriminant
             keys[left.cpu()] = self.n if met is None else met
             left, met = left[:0] if terms.settled is None else left[~terms.settled], met and met * GROWTH

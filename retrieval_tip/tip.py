@@ -56,7 +56,7 @@ def answer(
     C = torch.exp(-beta * (1 - A)) @ V  # cache
     if offset is not None:
         C = torch.log(1 + C.clamp(min=0) / offset)  # link
-    B = None if M is None else phi(f) @ M.T + b  # discriminant
+    B = None if M is None or b is None else phi(f) @ M.T + b  # discriminant
     return blend(logit_scale * f @ W.T, C, alpha, B, gamma)
 
 

@@ -78,6 +78,21 @@ def dense(cache, queries, form):
     return text, np.exp(-form.beta * (1 - q @ keys.T)) @ v, keys
 
 
+def class_averages(cache, queries, points):
+    """The mean affinity to the keys of each class, less half the mean affinity of two of its keys, in NumPy."""
+    ids, q = cache.class_ids.numpy(), unit_points(cache, queries).astype(np.float64)
+    shared = within = 0.0
+    averages = []
+    for i in range(len(cache.class_names)):
+        own = points[ids == i]
+        mean = own.mean(0)
+        averages.append((q @ mean, mean @ mean, len(own)))
+        within += sum(1 - key @ mean for key in own)
+        shared += len(own) - 1
+    variance = max(0.0, within / max(shared, 1))
+    return np.stack([mean - (square - variance / n) / 2 for mean, square, n in averages], axis=1)
+
+
 SOME = [
     Form(Within(0.8), Solved(0.1), 1.0),
     Form(Within(0.5), None, 4.0),
@@ -103,7 +118,7 @@ def test_logits_are_those_of_the_definition(form, where, tmp_path):
     np.testing.assert_allclose(own_text, text, atol=1e-4)
     np.testing.assert_allclose(own_cache, alone, atol=2e-4 * np.abs(alone).max())
     np.testing.assert_allclose(cache.met, points, atol=1e-5)
-    expected = text + cache.settings.alpha * alone
+    expected = text + cache.settings.alpha * alone + cache.settings.gamma * class_averages(cache, queries, points)
     np.testing.assert_allclose(cache.logits(queries).numpy(), expected, atol=1e-3 * np.abs(expected).max())
     affinity = (unit_points(cache, queries) @ points.T).max(1)
     np.testing.assert_allclose([one["affinity"] for [one] in nearest_keys(cache, queries)], affinity, atol=1e-5)
@@ -188,7 +203,7 @@ def test_each_fold_is_judged_by_what_saw_nothing_of_it():
         rows = held.rows.numpy()
         rest = CacheModel.from_features(keys[rows], ids[rows], cache.class_names)
         expected.append(dense(rest, held.features.numpy(), DEFAULT_FORM)[1])
-    np.testing.assert_allclose(folds.logits(DEFAULT_FORM)[1], np.concatenate(expected), atol=2e-4)
+    np.testing.assert_allclose(folds.terms(DEFAULT_FORM)[1], np.concatenate(expected), atol=2e-4)
 
 
 def test_views_of_one_photograph_stay_together():
@@ -216,25 +231,33 @@ def test_of_many_photographs_those_that_are_judged_are_left_out():
 
 
 @settings(max_examples=examples(25), deadline=None)
-@given(st.integers(0, 10**6), st.booleans(), st.sampled_from([0.1, 3.0, 100.0]))
-def test_the_blend_is_the_most_likely_one(seed, with_text, scale):
+@given(st.integers(0, 10**6), st.booleans(), st.booleans(), st.sampled_from([0.1, 3.0, 100.0]))
+def test_the_blend_is_the_most_likely_one(seed, with_text, with_discriminant, scale):
     draw = np.random.default_rng(seed)
     y = torch.from_numpy(draw.integers(0, 4, 40))
     cache = torch.from_numpy(draw.normal(size=(40, 4))).float() + torch.nn.functional.one_hot(y, 4)
     text = scale * torch.from_numpy(draw.normal(size=(40, 4))).float() if with_text else None
-    found = blend(text, cache, y)
+    third = torch.from_numpy(draw.normal(size=(40, 4))).float() + cache if with_discriminant else None
+    found = blend(text, cache, third, y)
+    assert (found.a > 0, found.g > 0) == (with_text, with_discriminant)
 
-    def loss(a, b):
-        logits = b * cache.double() + (0 if text is None else a * text.double())
+    def loss(a, b, g):
+        parts = zip((a, b, g), (text, cache, third), strict=True)
+        logits = sum(factor * part.double() for factor, part in parts if part is not None)
         q = len(y)
         target = torch.full((q, 4), 1 / ((q + 2) * 3), dtype=torch.float64).scatter_(1, y[:, None], (q + 1) / (q + 2))
         return float(-(target * logits.log_softmax(1)).sum() / q)
 
-    best = loss(found.a, found.b)
-    at_bound = text is not None and found.a * float((text - text.mean(1, keepdim=True)).std()) < 0.02
-    for a in (1, 1.1, 2) if at_bound else (0.5, 0.9, 1, 1.1, 2):
-        for b in (0.5, 0.9, 1, 1.1, 2):
-            assert best <= loss(a * found.a, b * found.b) + 1e-4
+    best = loss(found.a, found.b, found.g)
+
+    def around(factor, part):
+        at_bound = part is not None and factor * float((part - part.mean(1, keepdim=True)).std()) < 0.02
+        return (1, 1.1, 2) if at_bound else (0.5, 0.9, 1, 1.1, 2)
+
+    for a in around(found.a, text):
+        for b in around(found.b, cache):
+            for g in around(found.g, third):
+                assert best <= loss(a * found.a, b * found.b, g * found.g) + 1e-4
 
 
 def test_a_query_of_weight_2_counts_as_two_queries():
@@ -245,8 +268,11 @@ def test_a_query_of_weight_2_counts_as_two_queries():
     )
     twice = torch.cat([torch.arange(3000), torch.arange(1000)])
     weights = (torch.bincount(twice) / torch.bincount(twice).double().mean()).double()
-    found, expected = blend(text, cache, y, weights), blend(text[twice], cache[twice], y[twice])
-    assert (found.a, found.b) == pytest.approx((expected.a, expected.b), rel=5e-3)  # labels are smoothed by number
+    third = text.flip(0)
+    found = blend(text, cache, third, y, weights)
+    expected = blend(text[twice], cache[twice], third[twice], y[twice])
+    factors = ((one.a, one.b, one.g) for one in (found, expected))
+    assert next(factors) == pytest.approx(next(factors), rel=5e-3, abs=5e-3)  # labels are smoothed by number
     assert found.accuracy == pytest.approx(expected.accuracy)
     assert found.loss == pytest.approx(expected.loss, rel=1e-3)
 
@@ -269,7 +295,7 @@ def test_a_held_out_class_is_judged_by_what_saw_none_of_its_keys():
     folds = plain.with_classes(images, 10**6)
     whole = [held for held in folds.held if held.of_classes]
     assert sorted(np.concatenate([held.ids for held in whole])) == sorted(ids)
-    cache_logits = folds.logits(DEFAULT_FORM)[1][folds.of_classes].split([len(held.ids) for held in whole])
+    cache_logits = folds.terms(DEFAULT_FORM)[1][folds.of_classes].split([len(held.ids) for held in whole])
     for held, logits in zip(whole, cache_logits, strict=True):
         rows = held.rows.numpy()
         assert not set(ids[rows]) & set(held.ids.tolist())
@@ -393,18 +419,18 @@ def test_the_logarithm_is_taken_where_it_is_more_likely():
     y = torch.from_numpy(draw.integers(0, 6, 500))
     logits = torch.from_numpy(draw.normal(size=(500, 6))) + 2 * torch.nn.functional.one_hot(y, 6)
     chances = logits.softmax(1).float()
-    linked, offset = closed_form._linked(None, chances, y, (None, 0.1, 0.05))
+    linked, offset = closed_form._linked(None, chances, None, y, (None, 0.1, 0.05))
     assert offset is not None
-    assert linked.losses.mean() < blend(None, chances, y).losses.mean() - 0.005
-    assert closed_form._linked(None, logits.float(), y, (None, 0.1, 0.05))[1] is None
+    assert linked.losses.mean() < blend(None, chances, None, y).losses.mean() - 0.005
+    assert closed_form._linked(None, logits.float(), None, y, (None, 0.1, 0.05))[1] is None
 
 
 def test_a_blend_of_what_is_always_right_stays_finite():
     y = torch.arange(6) % 3
     logits = 10 * torch.nn.functional.one_hot(y, 3).float()
-    found = blend(logits, logits, y)
+    found = blend(logits, logits, logits, y)
     settled = found.settings(Settings(), 1.0)
-    assert all(np.isfinite([settled.alpha, settled.temperature]))
+    assert all(np.isfinite([settled.alpha, settled.gamma, settled.temperature]))
     assert bool(found.right.all())
 
 
@@ -455,7 +481,7 @@ def test_shots_choose_the_metric_where_it_helps():
     assert abs(choice.both - after) < 0.2
     assert cache.fitted.metric == "within"
     assert cache.fitted.keys == len(keys)
-    assert [trial.form for trial in choice.trials] == FORMS
+    assert [trial.form for trial in choice.trials] == [form for form in FORMS if form.values is not None]
 
 
 def test_unhelpful_text_gets_little_weight_and_a_message():

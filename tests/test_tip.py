@@ -23,6 +23,7 @@ from tables import write_table
 
 from retrieval_tip import tip
 from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.settings import Settings
 
 Array = npt.NDArray[np.float64]
 BETAS = (0.1, 1.0, 5.5, 20.0, 50.0)
@@ -250,18 +251,41 @@ def test_weight_of_one_key(beta: float) -> None:
 
 
 @settings(max_examples=examples(50), deadline=None)
-@given(cases(), st.floats(0, 20), st.floats(0.5, 200), betas, st.one_of(st.none(), st.floats(1e-3, 10)))
+@given(cases(), st.integers(0, 2))
+def test_the_discriminant_compares_queries_with_the_mean_key_of_each_class(case: Case, empty: int) -> None:
+    """By its definition, in NumPy; classes that have no keys get the mean of the others."""
+    f, K, y = (part.numpy().astype(np.float64) for part in case.tensors())
+    y, c = y.astype(int), case.c + empty
+    sums, counts = np.zeros((c, K.shape[1])), np.bincount(y, minlength=c)
+    np.add.at(sums, y, K)
+    some = counts > 0
+    means = sums[some] / counts[some, None]
+    squares = (means**2).sum(1)
+    variance = max(0.0, (counts[some] * (1 - squares)).sum() / max(len(y) - some.sum(), 1))
+    expected = np.empty((len(f), c))
+    expected[:, some] = f @ means.T - (squares - variance / counts[some]) / 2
+    expected[:, ~some] = expected[:, some].mean(1, keepdims=True)
+    found = tip.Discriminant.of(torch.from_numpy(sums), torch.from_numpy(counts).double())(torch.from_numpy(f))
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=examples(50), deadline=None)
+@given(
+    cases(), st.floats(0, 20), st.floats(0, 20), st.floats(0.5, 200), betas, st.one_of(st.none(), st.floats(1e-3, 10))
+)
 def test_answer_is_what_the_parts_give(
-    case: Case, alpha: float, scale: float, beta: float, offset: float | None
+    case: Case, alpha: float, gamma: float, scale: float, beta: float, offset: float | None
 ) -> None:
     f, K, y = case.tensors()
     d = K.shape[1]
     W, phi = torch.from_numpy(case.W), tip.Metric(K.mean(0) / 2, torch.eye(d, dtype=K.dtype) + 0.1)
     V = torch.eye(case.c, dtype=K.dtype)[y]
-    scales = {"alpha": alpha, "beta": beta, "logit_scale": scale}
-    whole = tip.answer(f, K, V, W, **scales, phi=phi, offset=offset)
+    scales = {"alpha": alpha, "beta": beta, "gamma": gamma, "logit_scale": scale}
+    averages = tip.Discriminant.of(V.T @ phi(K), V.sum(0))
+    whole = tip.answer(f, K, V, W, **scales, phi=phi, offset=offset, M=averages.means, b=averages.offsets)
     cache = tip.cache_logits(tip.affinity(phi(f), phi(K)), y, case.c, beta)
-    parts = tip.blend(tip.text_logits(f, W, scale), tip.log_cache(cache, offset), alpha)
+    terms = tip.Terms(tip.text_logits(f, W, scale), tip.log_cache(cache, offset), averages(phi(f)))
+    parts = terms.logits(Settings(alpha=alpha, gamma=gamma))
     torch.testing.assert_close(whole, parts, rtol=1e-9, atol=1e-9)
 
 
@@ -279,7 +303,7 @@ def evaluated(formula: str, letters: dict[str, Any]) -> dict[str, Any]:
     names = FUNCTIONS | letters
     for line in formula.splitlines():
         left, right = re.split(r" = | <- ", line.split(None, 1)[1].strip())
-        scaled = re.sub(r"\b(alpha|beta|logit_scale) ", r"\1 * ", right.replace("^T", ".T"))
+        scaled = re.sub(r"\b(alpha|beta|gamma|logit_scale) ", r"\1 * ", right.replace("^T", ".T"))
         product = re.sub(r"(?<=[\w)]) (?=[\w(])", " @ ", scaled)
         if left == "phi(x)":
             names["phi"] = eval(f"lambda x: {product}", names)
@@ -312,11 +336,19 @@ def test_readmes_formula_gives_the_logits_of_an_exported_index(
     letters |= {"f": test.astype(np.float32), "K": K, "W": W}
     lines = re.search(r"```\n(metric .*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     if fit == "none":  # as README says: no metric, no link, one-hot values
-        lines = "\n".join(line for line in lines.splitlines() if line.split()[0] not in ("metric", "link"))
+        lines = "\n".join(
+            line for line in lines.splitlines() if line.split()[0] not in ("metric", "link", "discriminant")
+        )
+        lines = lines.replace("+ gamma B", "")
         letters |= {"phi": lambda x: x, "V": np.eye(5)[[names.index(label) for label in labels]]}
     else:
         metric = array("metric")
         letters |= {"m": metric[:1], "T": metric[1:], "V": array("values"), "o": manifest["log_offset"]}
+        letters |= {"gamma": manifest["gamma"]}
+        points = unit((K.astype(np.float64) - metric[:1]) @ metric[1:])
+        letters["M"] = np.stack([points[np.array(labels) == name].mean(0) for name in names])
+        squares, n = (letters["M"] ** 2).sum(1), 16
+        letters["b"] = -(squares - (1 - squares).sum() * n / (80 - 5) / n) / 2
     made = evaluated(lines, letters)
     cache = CacheModel.load(index, device="cpu", precision="float32")
     np.testing.assert_allclose(cache.exact_logits(letters["f"]), made["L"], rtol=1e-6, atol=1e-4)

@@ -338,7 +338,7 @@ class Folds:
         """Fit a form to all shots except each fold in turn, and return the blend on these folds."""
         return blend(*self.terms(form), self.ids_held, self.weights)
 
-    def terms(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor]:
+    def terms(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Fit a form to the other photos. Return text logits, cache logits and the discriminant of held-out photos.
 
         If some classes have no shots, there is no discriminant, because it cannot compare them with the other classes.
@@ -639,13 +639,9 @@ def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence
     """Return the settings that give the held-out photos the highest log-likelihood, and their accuracies."""
     (text, cache, discriminant), ids, weights = folds.terms(form), folds.ids_held, folds.weights
     offsets = OFFSETS if form.values is not None and not folds.of_classes.any() else (None,)
-    blends = [
-        (blend(text, tip.log_cache(cache.clone(), offset), discriminant, ids, weights), offset) for offset in offsets
-    ]
-    blended, offset = min(blends, key=lambda pair: pair[0].loss)
+    blended, offset = _linked(text, cache, discriminant, ids, offsets, weights)
     if not folds.of_classes.any() and folds.covered < 1:  # too few classes to hold some out
-        share = folds.covered / max(blended.a, 1.0)
-        blended = replace(blended, a=1.0, b=blended.b * share, g=blended.g * share)
+        blended = replace(blended, a=1.0, b=blended.b / max(blended.a, 1.0) * folds.covered)
     least: float | None = None
     if not folds.halves:
         if form.values is None:  # one-hot values sum over the keys of a class, and a fold contains fewer keys
@@ -657,6 +653,17 @@ def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence
     judged: Judged = {"weakest": _weakest(class_names, blended.right[shown], ids[shown])}
     photos = tip.Terms(cache, tip.log_cache(cache, offset), discriminant).photos(settings)
     return settings, judged | _accuracies(photos, text, blended.right, ids, weights)
+
+
+def _linked(
+    text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor, offsets: Sequence[float | None],
+    weights: Tensor | None = None,
+) -> tuple[Blend, float | None]:  # fmt: skip
+    """Return the best blend with the cache or its logarithm, and the offset of the logarithm."""
+    blends = [
+        (blend(text, tip.log_cache(cache.clone(), offset), discriminant, ids, weights), offset) for offset in offsets
+    ]
+    return min(blends, key=lambda pair: pair[0].loss)
 
 
 def _quantile(values: Tensor, share: float, weights: Tensor | None) -> float:
