@@ -249,7 +249,8 @@ class AnsweringIndex(ABC):
     def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> AnswerTerms:
         """Return the terms of the logits: the text term ``logit_scale * f W^T``, the cache ``C`` and the discriminant.
 
-        The cache is not multiplied by alpha, and the discriminant is not multiplied by gamma. The arguments are the same as for :meth:`logits`.
+        The cache is not multiplied by alpha, and the discriminant is not multiplied by gamma. The arguments are the
+        same as for :meth:`logits`.
         """
         terms = self._retrieval(k, tail).terms(self._queries(features))
         self._check(terms)
@@ -417,12 +418,13 @@ class AnsweringIndex(ABC):
         key_ids = self.described(used, ["key_id"])["key_id"].to_numpy()[where].reshape(near.rows.shape)
         text = tip.text_logits(f, self.text_weights, self.settings.logit_scale).cpu().numpy()
         sums = tip.Totals.of(points, keys.sums, keys.counts).affinities.cpu().numpy()
+        averages = (keys.discriminant(points) if self.settings.gamma else torch.zeros(text.shape)).cpu().numpy()
         counts, class_ids = keys.counts.long().cpu().numpy(), near.class_ids.cpu().numpy()
         affinity, there = near.affinity.cpu().numpy(), (near.rows >= 0).cpu().numpy()
-        queries = zip(f.cpu().numpy(), text, key_ids, class_ids, affinity, sums, there, strict=True)
+        queries = zip(f.cpu().numpy(), text, key_ids, class_ids, affinity, sums, averages, there, strict=True)
         return [
-            Evidence(feature, own_text, ids[met], classes[met], own[met], counts, own_sums, self.n <= complete)
-            for feature, own_text, ids, classes, own, own_sums, met in queries
+            Evidence(feature, own_text, ids[met], classes[met], own[met], counts, own_sums, average, self.n <= complete)
+            for feature, own_text, ids, classes, own, own_sums, average, met in queries
         ]
 
     def _every(self, points: Tensor) -> Nearest:

@@ -248,7 +248,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The data that is needed to recompute an answer with a different alpha, beta or k.
+    """The data that is needed to recompute an answer with a different alpha, beta, gamma or k.
 
     Attributes:
         feature: the feature of the query, of shape ``[d]``.
@@ -258,6 +258,7 @@ class Evidence:
         affinities: the affinities of these keys.
         counts: the number of keys in each class.
         sums: the sum of the affinities to all keys of each class.
+        discriminant: the discriminant, of shape ``[c]``. It is 0 if gamma is 0.
         complete: whether the nearest keys are all keys of the index.
     """
 
@@ -268,6 +269,7 @@ class Evidence:
     affinities: npt.NDArray[np.float32]
     counts: npt.NDArray[np.int64]
     sums: npt.NDArray[np.float32]
+    discriminant: npt.NDArray[np.float32]
     complete: bool
 
 

@@ -352,7 +352,7 @@ class Terms:
         return blend(self.text, self.cache, settings.alpha * (1 + slack), self.discriminant, settings.gamma)
 
     def photos(self, settings: Settings) -> Tensor:
-        """Return the part of the logits that comes from the shots. If alpha and gamma are 0, return the cache logits."""
+        """Return the part of the logits that comes from the shots, or the cache logits if alpha and gamma are 0."""
         if self.discriminant is None:
             return self.cache * settings.alpha if settings.alpha else self.cache
         return blend(torch.zeros_like(self.text), self.cache, settings.alpha, self.discriminant, settings.gamma)

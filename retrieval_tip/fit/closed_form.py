@@ -28,7 +28,8 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError, counted
-from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, Form, Scatter
+from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, Form
+from retrieval_tip.fit.scatter import FloatArray, Scatter
 from retrieval_tip.fit.search_hp import Queries
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.keys import KEY_BLOCK
@@ -236,12 +237,13 @@ class Folds:
     held: Sequence[Held]
     sums: Sums | None = None
     even: bool = True
+    prior: FloatArray | None = None
     _scatters: dict[int | None, Scatter] = field(default_factory=dict)
 
     @classmethod
     def of_shots(
         cls, keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntArray, number: int, judged: int,
-        sums: Sums | None = None,
+        sums: Sums | None = None, prior: FloatArray | None = None,
     ) -> Folds:  # fmt: skip
         """Split the images into up to ``number`` folds, and hold out about ``judged`` of them.
 
@@ -249,7 +251,7 @@ class Folds:
         """
         folds, first = _folds(images, ids, number)
         held = list(_held(keys, ids, folds[first], first, images, judged))
-        return cls(keys, torch.from_numpy(ids), c, text, held, sums)
+        return cls(keys, torch.from_numpy(ids), c, text, held, sums, prior=prior)
 
     def with_classes(self, images: IntArray, judged: int) -> Folds:
         """Also hold out whole classes, if some classes have text but no shots.
@@ -317,13 +319,13 @@ class Folds:
 
     def scatter(self, rows: Tensor) -> Scatter:
         """Return the scatter of some of the keys."""
-        if len(rows) < self.keys.shape[1]:
+        if len(rows) < self.keys.shape[1] and self.prior is None:
             return Scatter.of_few(*self.taken(rows), self.c)
         every = np.arange(len(self.ids))
         if self.sums is None:
             self.sums = self._sums_of(every)
         others = np.delete(every, rows.numpy())
-        return Scatter.of(self.sums - self._sums_of(others) if len(others) else self.sums)
+        return Scatter.of(self.sums - self._sums_of(others) if len(others) else self.sums, self.prior)
 
     def taken(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return some of the keys as float32, and their class ids."""

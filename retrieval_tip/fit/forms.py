@@ -11,64 +11,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.errors import InputError
+from retrieval_tip.fit.scatter import SMALLEST_EIGENVALUE, Scatter
 from retrieval_tip.retrieval.ridge import Ridge
 from retrieval_tip.settings import Fitted
-from retrieval_tip.store.sums import Sums
-
-SMALLEST_EIGENVALUE = 1e-7
-"""Smallest eigenvalue of a scatter relative to the mean eigenvalue. Smaller eigenvalues are float32 rounding errors."""
-
-
-@dataclass(frozen=True)
-class Scatter:
-    """The scatter ``S`` of the shots and their mean ``m``, of shape ``[d]``.
-
-    The eigenvalues have shape ``[r]`` and the eigenvectors ``[d, r]``. In all other directions, the scatter is 0.
-    """
-
-    mean: Tensor
-    eigenvalues: Tensor
-    eigenvectors: Tensor
-
-    @classmethod
-    def of(cls, sums: Sums) -> Scatter:
-        """Compute the within-class scatter from sums of keys. If each class has a single key, use the total scatter.
-
-        ``S = sum_i r_i r_i^T / n = (sum_i k_i k_i^T - sum_c n_c mu_c mu_c^T) / n``, where ``r_i`` is the difference
-        between a key and its class mean. ``m`` is the mean of the class means, so that every class counts the same.
-        """
-        mean, centres = _centres(sums.counts, sums.sums)
-        roots = centres * np.sqrt(sums.counts)[:, None]
-        values, vectors = torch.linalg.eigh(torch.from_numpy((sums.second - roots.T @ roots) / sums.n))
-        return cls(torch.from_numpy(mean), values.clamp_min(0), vectors)
-
-    @classmethod
-    def of_few(cls, keys: Tensor, ids: Tensor, c: int) -> Scatter:
-        """Compute the same scatter for fewer than ``d`` keys, using the Gram matrix of the ``r_i``."""
-        wide = keys.double()
-        sums = torch.zeros(c, keys.shape[1], dtype=torch.float64).index_add_(0, ids, wide)
-        mean, centres = _centres(torch.bincount(ids, minlength=c).numpy(), sums.numpy())
-        apart = wide - torch.from_numpy(centres[ids.numpy()])
-        values, left = torch.linalg.eigh(apart @ apart.T / len(keys))
-        some = values > SMALLEST_EIGENVALUE * values.max() / len(keys)
-        scaled = left[:, some] / (len(keys) * values[some]).sqrt()
-        return cls(torch.from_numpy(mean), values[some], apart.T @ scaled)
-
-
-def _centres(
-    counts: npt.NDArray[np.int64], sums: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return the mean of the class means, and the class means. If each class has one key, use the overall mean."""
-    means = sums / np.maximum(counts, 1)[:, None]
-    centres = means if counts.max() > 1 else np.broadcast_to(sums.sum(0) / counts.sum(), sums.shape)
-    return means[counts > 0].mean(0), centres
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,7 @@ class IndexFacts(UsedSettings):
     text: bool
     least_cache: float | None
     log_offset: float | None
+    gamma: float
     metric: str
     values: str
     changes: bool

@@ -114,7 +114,7 @@ class Version:
         return schemas.IndexFacts(
             alpha=settings.alpha, beta=settings.beta, k=settings.k or "all", tail=settings.tail,
             temperature=settings.temperature, logit_scale=settings.logit_scale, log_offset=settings.log_offset,
-            least_cache=settings.least_cache, name=self.name, version=self.manifest.version,
+            least_cache=settings.least_cache, gamma=settings.gamma, name=self.name, version=self.manifest.version,
             created_at=self.manifest.created_at, change=self.manifest.change, changes=changes,
             n_keys=cache.n, n_classes=len(cache.class_names), d=cache.d, index=cache.index_type,
             exact_search=cache.exact_search, backbone=str(cache.backbone) if cache.backbone else None,

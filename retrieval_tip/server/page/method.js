@@ -6,9 +6,10 @@
 //   with solved or trained values V_i:
 //           C = sum of exp(-beta (1 - A_i)) V_i;  with tail, each other key has the mean affinity of its class
 //           with an offset o, C is then replaced by log(1 + max(C, 0) / o)
-//   logits  = text + alpha C          probabilities = softmax(logits / temperature)
+//   B       the mean affinity to the keys of each class, plus an offset, which the server computes
+//   logits  = text + alpha C + gamma B          probabilities = softmax(logits / temperature)
 //
-// Settings are { alpha, beta, k, tail }, where k is a number or "all". A model is an object { values, offset,
+// Settings are { alpha, beta, k, tail }, where k is a number or "all". A model is an object { values, offset, gamma,
 // temperature, exact }, where `values` is a Map from key ids to Float64Arrays, or null if values are one-hot. `without`
 // is a set of key ids to ignore. If a photo is one of the shots, it is used to classify the photo with the other shots.
 
@@ -24,6 +25,7 @@ export function evidenceOf(json) {
     affinities: Float64Array.from(json.affinities),
     counts: Float64Array.from(json.counts),
     sums: Float64Array.from(json.sums),
+    discriminant: Float64Array.from(json.discriminant),
     complete: json.complete,
   };
 }
@@ -80,6 +82,18 @@ export function cacheOf(evidence, { beta, k, tail }, { values, offset } = {}, wi
   return offset ? cache.map((value) => Math.log1p(Math.max(value, 0) / offset)) : cache;
 }
 
+/** Return the discriminant B, with one number per class. Keys in `without` do not count towards the mean affinity. */
+export function discriminantOf({ keyIds, classIds, affinities, counts, sums, discriminant }, without = NONE) {
+  const left = Float64Array.from(counts);
+  const rest = Float64Array.from(sums);
+  for (let i = 0; i < affinities.length && without.size > 0; i++) {
+    if (!without.has(keyIds[i])) continue;
+    left[classIds[i]] -= 1;
+    rest[classIds[i]] -= affinities[i];
+  }
+  return discriminant.map((value, c) => (left[c] > 0.5 ? value + rest[c] / left[c] - sums[c] / counts[c] : value));
+}
+
 /** Return the keys behind an answer as { supporting, opposing }, in the same way as retrieval/evidence.py. Each key is
  *  { keyId, classId, affinity, weight, contribution }. `winner` and `rival` are class ids, and `rival` can be
  *  undefined. */
@@ -124,10 +138,13 @@ export function largest(values, number) {
   return found;
 }
 
-/** Return the top classes as [{ classId, probability, text, cache }]. `cache` is multiplied by alpha, so that the logit
- *  is text + cache. */
+/** Return the top classes as [{ classId, probability, text, cache }]. `cache` is alpha C + gamma B, so that the logit is
+ *  text + cache. */
 export function classify(evidence, settings, model, top, without) {
-  const cache = cacheOf(evidence, settings, model, without).map((value) => settings.alpha * value);
+  const averages = model.gamma ? discriminantOf(evidence, without) : null;
+  const cache = cacheOf(evidence, settings, model, without).map(
+    (value, c) => settings.alpha * value + (averages ? model.gamma * averages[c] : 0),
+  );
   const { temperature } = model;
   const logits = evidence.text.map((value, c) => value + cache[c]);
   const probabilities = softmax(logits, temperature);

@@ -161,7 +161,8 @@ function shotOf({ key_id: keyId, label, source, affinity, weight, gives }) {
 }
 
 /** Convert the server's answer to rows. The cache part of a logit is the logit minus its text part. */
-function rowsOf({ labels, probabilities, logits, text_logit: text, cache_logit: cache }, texts) {
+function rowsOf({ labels, probabilities, logits, text_logit: text, cache_logit, discriminant_logit }, texts) {
+  const cache = cache_logit + (discriminant_logit ?? 0);
   return labels.map((label, i) => {
     const classId = state.labels.indexOf(label);
     const parts = i === 0 ? { text, cache } : { text: texts[classId], cache: (logits?.[classId] ?? NaN) - texts[classId] };

@@ -40,7 +40,7 @@ class State extends EventTarget {
   async #take(info) {
     const values = info.values === "one-hot" ? null : await valuesOf(info);
     this.info = info;
-    this.model = { values, offset: info.log_offset, temperature: info.temperature, exact: info.exact_search };
+    this.model = { values, offset: info.log_offset, gamma: info.gamma, temperature: info.temperature, exact: info.exact_search };
     this.labels = [];
     this.#exemplars = this.#accuracy = null;
     for (const { class_id: id, label } of info.classes) this.labels[id] = label;

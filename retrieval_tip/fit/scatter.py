@@ -1,0 +1,90 @@
+"""The scatter of keys around their class means, and its prior: the scatter of other labelled photos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from retrieval_tip.errors import InputError
+from retrieval_tip.store.sums import Sums
+
+FloatArray = npt.NDArray[np.float64]
+
+PRIOR_WEIGHT = 1000
+"""Number of photos, each with its own deviation from a class mean, that a prior counts as."""
+
+SMALLEST_EIGENVALUE = 1e-7
+"""Smallest eigenvalue of a scatter relative to the mean eigenvalue. Smaller eigenvalues are float32 rounding errors."""
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """The scatter ``S`` of the shots and their mean ``m``, of shape ``[d]``.
+
+    The eigenvalues have shape ``[r]`` and the eigenvectors ``[d, r]``. In all other directions, the scatter is 0.
+    """
+
+    mean: Tensor
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+
+    @classmethod
+    def of(cls, sums: Sums, prior: FloatArray | None = None) -> Scatter:
+        """Compute the within-class scatter from sums of keys. If each class has a single key, use the total scatter.
+
+        ``S = sum_i r_i r_i^T / n = (sum_i k_i k_i^T - sum_c n_c mu_c mu_c^T) / n``, where ``r_i`` is the difference
+        between a key and its class mean. ``m`` is the mean of the class means, so that every class counts the same.
+
+        With a ``prior``, ``S = (sum_i r_i r_i^T + w P) / (n - c + w)``, where ``P`` is the scatter of other photos and
+        ``w`` is :data:`PRIOR_WEIGHT`. This is the mean of an inverse Wishart distribution.
+        """
+        mean, centres = _centres(sums.counts, sums.sums, total=prior is None)
+        roots = centres * np.sqrt(sums.counts)[:, None]
+        scatter, n = sums.second - roots.T @ roots, sums.n
+        if prior is not None:
+            scatter, n = scatter + PRIOR_WEIGHT * prior, n - int((sums.counts > 0).sum()) + PRIOR_WEIGHT
+        values, vectors = torch.linalg.eigh(torch.from_numpy(scatter / n))
+        return cls(torch.from_numpy(mean), values.clamp_min(0), vectors)
+
+    @classmethod
+    def of_few(cls, keys: Tensor, ids: Tensor, c: int) -> Scatter:
+        """Compute the same scatter for fewer than ``d`` keys, using the Gram matrix of the ``r_i``."""
+        wide = keys.double()
+        sums = torch.zeros(c, keys.shape[1], dtype=torch.float64).index_add_(0, ids, wide)
+        mean, centres = _centres(torch.bincount(ids, minlength=c).numpy(), sums.numpy())
+        apart = wide - torch.from_numpy(centres[ids.numpy()])
+        values, left = torch.linalg.eigh(apart @ apart.T / len(keys))
+        some = values > SMALLEST_EIGENVALUE * values.max() / len(keys)
+        scaled = left[:, some] / (len(keys) * values[some]).sqrt()
+        return cls(torch.from_numpy(mean), values[some], apart.T @ scaled)
+
+
+def _centres(counts: npt.NDArray[np.int64], sums: FloatArray, *, total: bool = True) -> tuple[FloatArray, FloatArray]:
+    """Return the mean of the class means, and the class means.
+
+    If ``total`` is true and each class has one key, the overall mean replaces the class means.
+    """
+    means = sums / np.maximum(counts, 1)[:, None]
+    centres = means if counts.max() > 1 or not total else np.broadcast_to(sums.sum(0) / counts.sum(), sums.shape)
+    return means[counts > 0].mean(0), centres
+
+
+def pooled(sums: Sequence[Sums]) -> FloatArray:
+    """Return the within-class scatter of several sets of keys as a prior, of shape ``[d, d]``.
+
+    ``P = sum_i r_i r_i^T / (n - c)``, where ``r_i`` is the difference between a key and its class mean. Raises
+    InputError if no class has two keys.
+    """
+    free = sum(part.n - int((part.counts > 0).sum()) for part in sums)
+    if not free:
+        raise InputError("prior: no class has two photos, so their spread is unknown; give another index")
+    scatters = []
+    for part in sums:
+        roots = part.sums / np.sqrt(np.maximum(part.counts, 1))[:, None]
+        scatters.append(part.second - roots.T @ roots)
+    return np.asarray(sum(scatters) / free)
