@@ -76,7 +76,7 @@ def fine_tuned(shots: Shots) -> Answering:
 
 def closed(shots: Shots, metric: str | None = None, values: str | None = None) -> Answering:
     cache = copy.copy(shots.cache)
-    closed_form.fit(cache, metric=metric, values=values)
+    closed_form.fit(cache, closed_form.Fit(metric=metric, values=values))
     return cache
 
 

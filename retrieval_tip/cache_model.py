@@ -93,9 +93,10 @@ class KeyEdits(EditableIndex):
     @property
     def _ridge(self) -> Ridge | None:
         """The solver of the values, or ``None`` if they were not solved."""
-        if self.fitted is None or self.fitted.ridge is None:
+        fitted = self.fitted
+        if fitted is None or fitted.ridge is None:
             return None
-        return Ridge(len(self.class_names), self.settings.beta, self.fitted.ridge, self.device)
+        return Ridge(len(self.class_names), self.settings.beta, fitted.ridge, self.device, fitted.class_prior)
 
     def _index_over(
         self, keys: KeyArray | Segments, class_ids: npt.NDArray[np.int64], factory: str | None = None
@@ -330,6 +331,7 @@ class CacheModel(KeyEdits):
         precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
         class_ids: the class ids as an int64 tensor of shape ``[n]`` on the device, derived from ``labels``.
         sums: the sums that are needed to fit a metric, if known. Edits keep them up to date.
+        prior: the scatter of other photos, of shape ``[d, d]``, if the index was fitted with one.
         folder: the index folder that this index was loaded from or saved to.
         version: the version number of this index in that folder.
         next_key_id: the smallest key id that has never been used.
@@ -363,6 +365,7 @@ class CacheModel(KeyEdits):
     def __post_init__(self) -> None:
         self._stored: Stored | None = None
         self.sums: Sums | None = None
+        self.prior: npt.NDArray[np.float32] | None = None
         self.text_weights = self.text_weights.to(self.device)
         if self.metric is not None:
             self.metric = self.metric.to(self.device)
@@ -648,7 +651,7 @@ def _opened(cls: type[T], place: Path, manifest: Manifest, device: str, precisio
         curve=contents.curve, precision=precision, folder=place, next_key_id=manifest.next_key_id,
         metric=contents.metric, points=contents.points, fitted=manifest.fitted, built=manifest.built,
     )  # fmt: skip
-    cache.sums = contents.sums
+    cache.sums, cache.prior = contents.sums, contents.prior
     return cache
 
 
@@ -665,6 +668,7 @@ def _contents(cache: CacheModel) -> Contents:
         metric=cache.metric,
         points=None if cache.points is None else segments_of(cache.points)[0],
         sums=sums if sums is not None and sums.nbytes * SUMS_FROM <= cache.keys.nbytes else None,
+        prior=cache.prior,
     )
 
 

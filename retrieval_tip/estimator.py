@@ -20,6 +20,7 @@ from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.pictures import Picture, pictures
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form
+from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.keys import index_over
 from retrieval_tip.settings import MetricName, Settings, ValuesName
@@ -150,7 +151,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         cache.add(_rows(rows, self._normalize), _ids(labels, self._names))
         if self._letters is not None:
             cache.compact()
-            closed_form.fit(cache, metric=self._letters[0], values=self._letters[1])
+            closed_form.fit(cache, Fit(*self._letters))
         self.cache_ = cache
         return self
 
@@ -256,7 +257,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             settings=settings, index=self.index, device=self.device,
         )  # fmt: skip
         if auto:
-            closed_form.fit(cache, metric=self.metric, values=self.values)
+            closed_form.fit(cache, Fit(self.metric, self.values))
         self._letters = (self.metric, self.values) if auto else None
         self.classes_, self.cache_, self._normalize = classes, cache, normalize
         self._names, self._order = names, None if self.class_names is None else order

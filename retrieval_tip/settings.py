@@ -34,6 +34,8 @@ TRAINED: tuple[TrainedPart, ...] = get_args(TrainedPart)
 """The parts that can be trained: the keys (as in Tip-Adapter-F), the values, and the two encoders."""
 TrainingPrecision = Literal["auto", "float32", "bfloat16"]
 TrainingSettings = Literal["tried", "own"]
+ClassPrior = Literal["even", "shots"]
+"""The frequencies of the classes among future photos: all equal, or as in the shots."""
 Protocol = Literal["honest", "paper"]
 """The data that settings are selected on.
 
@@ -130,7 +132,7 @@ class Fitted:
     """A record of the metric and the values that were fitted to the shots of an index (see :mod:`fit.closed_form`).
 
     ``shrinkage`` is only set if there is a metric, and ``ridge`` only if the values were solved. ``keys`` is the number
-    of keys at the time of the fit.
+    of keys at the time of the fit. ``class_prior`` says whether all classes have the same weight, or all shots.
     """
 
     metric: str
@@ -138,8 +140,10 @@ class Fitted:
     shrinkage: float | None
     ridge: float | None
     keys: int
+    class_prior: ClassPrior = "even"
 
     def __post_init__(self) -> None:
+        check_choice("class_prior", self.class_prior, ClassPrior)
         if type(self.metric) is not str or self.values not in VALUES:
             raise UsageError(f"fitted: metric {self.metric!r} or values {self.values!r} is unknown")
         for given, needed in ((self.shrinkage, self.metric != "none"), (self.ridge, self.solved)):

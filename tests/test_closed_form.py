@@ -20,7 +20,8 @@ from tables import read_features
 from retrieval_tip import CacheModel, tip
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form, search_hp
-from retrieval_tip.fit.closed_form import blend
+from retrieval_tip.fit import folds as folds_module
+from retrieval_tip.fit.folds import Folds, blend
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, FittedMetric, Form, Scatter, Solved, Within
 from retrieval_tip.index import places as stores
 from retrieval_tip.retrieval import ridge
@@ -139,7 +140,7 @@ def test_keys_of_any_norm_are_fitted(shots, norm):
     assert (cache.logits(norm * queries).numpy().argmax(1) == truth).mean() > 0.6
     if norm > 2:
         with pytest.raises(InputError, match="metric none"):
-            closed_form.fit(cache, metric="none")
+            closed_form.fit(cache, closed_form.Fit(metric="none"))
 
 
 def test_keys_too_far_from_norm_1_are_refused():
@@ -150,7 +151,7 @@ def test_keys_too_far_from_norm_1_are_refused():
     with pytest.raises(InputError, match="norm"):
         closed_form.fit(tiny)
     solved = model()
-    closed_form.fit(solved, metric="none", values="solved")
+    closed_form.fit(solved, closed_form.Fit(metric="none", values="solved"))
     before = solved.values.clone()
     with pytest.raises(InputError, match="norm"):
         solved.add(20 * keys[:1], [0])
@@ -173,7 +174,7 @@ def test_the_scatter_is_the_definition(seed, c, shots, shrinkage, d):
     draw = np.random.default_rng(seed)
     ids = np.sort(draw.integers(0, c, c * shots))
     keys = unit(draw.normal(size=(len(ids), d))).astype(np.float32)
-    found = closed_form.Folds(keys, torch.from_numpy(ids), c, None, []).scatter(torch.arange(len(ids)))
+    found = Folds(keys, torch.from_numpy(ids), c, None, []).scatter(torch.arange(len(ids)))
     present = np.unique(ids)
     means = {i: keys[ids == i].astype(np.float64).mean(0) for i in present}
     several = np.bincount(ids).max() > 1
@@ -196,7 +197,7 @@ def test_each_fold_is_judged_by_what_saw_nothing_of_it():
     """The judge's logits of a fold are those of an index that was fitted to the other shots alone."""
     cache = model(shots=4)
     keys, ids = np.asarray(cache.keys), cache.class_ids.numpy()
-    folds = closed_form.Folds.of_shots(keys, ids, C, None, np.arange(len(ids)), 4, 10**6)
+    folds = Folds.of_shots(keys, ids, C, None, np.arange(len(ids)), 4, 10**6)
     assert [len(held.ids) for held in folds.held] == [C] * 4
     expected = []
     for held in folds.held:
@@ -209,7 +210,7 @@ def test_each_fold_is_judged_by_what_saw_nothing_of_it():
 def test_views_of_one_photograph_stay_together():
     images = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4])
     ids = np.array([0, 0, 0, 0, 1, 1, 1, 1, 2])
-    folds, first = closed_form._folds(images, ids, 4)
+    folds, first = folds_module._folds(images, ids, 4)
     assert folds[8] == -1  # the only photograph of its class takes part without being judged
     assert all(folds[i] == folds[i + 1] >= 0 for i in range(0, 8, 2))
     assert {folds[0], folds[2]} == {folds[4], folds[6]} == {0, 1}
@@ -221,7 +222,7 @@ def test_of_many_photographs_those_that_are_judged_are_left_out():
     keys, ids = clusters(40)
     images = np.arange(len(ids)) // 2
     for judged, expected in ((12, [12]), (25, [25]), (27, [25]), (29, [25, 4])):
-        folds = closed_form.Folds.of_shots(keys, ids, C, None, images, 4, judged)
+        folds = Folds.of_shots(keys, ids, C, None, images, 4, judged)
         assert [len(held.ids) for held in folds.held] == expected
         for held in folds.held:
             out = np.setdiff1d(np.arange(len(ids)), held.rows.numpy())
@@ -245,7 +246,8 @@ def test_the_blend_is_the_most_likely_one(seed, with_text, with_discriminant, sc
         parts = zip((a, b, g), (text, cache, third), strict=True)
         logits = sum(factor * part.double() for factor, part in parts if part is not None)
         q = len(y)
-        target = torch.full((q, 4), 1 / ((q + 2) * 3), dtype=torch.float64).scatter_(1, y[:, None], (q + 1) / (q + 2))
+        rest = 0.5 / (q + 1)
+        target = torch.full((q, 4), rest / 3, dtype=torch.float64).scatter_(1, y[:, None], 1 - rest)
         return float(-(target * logits.log_softmax(1)).sum() / q)
 
     best = loss(found.a, found.b, found.g)
@@ -291,7 +293,7 @@ def test_a_held_out_class_is_judged_by_what_saw_none_of_its_keys():
     cache = partly(8)
     keys, ids, text = np.asarray(cache.keys), cache.class_ids.numpy(), cache.text_weights
     images = np.arange(len(ids))
-    plain = closed_form.Folds.of_shots(keys, ids, 20, text, images, 4, 10**6)
+    plain = Folds.of_shots(keys, ids, 20, text, images, 4, 10**6)
     folds = plain.with_classes(images, 10**6)
     whole = [held for held in folds.held if held.of_classes]
     assert sorted(np.concatenate([held.ids for held in whole])) == sorted(ids)
@@ -314,7 +316,7 @@ def test_whole_classes_are_held_out_only_if_some_have_no_shots():
     keys, ids = clusters(4)
     images = np.arange(len(ids))
     text = torch.from_numpy(text_of())
-    folds = closed_form.Folds.of_shots(keys, ids, C, text, images, 4, 10**6)
+    folds = Folds.of_shots(keys, ids, C, text, images, 4, 10**6)
     assert folds.with_classes(images, 10**6) is folds
     assert folds.weights is None
 
@@ -379,7 +381,7 @@ def test_classes_count_the_same_in_the_folds_of_uneven_shots():
     keys, ids = clusters(16)
     some = np.concatenate([np.flatnonzero(ids == i)[:n] for i, n in enumerate((1, 2, 4, 8, 16))])
     ids = ids[some]
-    folds = closed_form.Folds.of_shots(keys[some], ids, C, None, np.arange(len(ids)), 8, 10**6)
+    folds = Folds.of_shots(keys[some], ids, C, None, np.arange(len(ids)), 8, 10**6)
     assert len(folds.held) == 6  # the median of 2, 4, 8 and 16
     held = torch.cat([one.ids for one in folds.held]).numpy()
     weights = folds.weights.numpy()
@@ -394,7 +396,7 @@ def test_sums_over_the_shots_of_a_class_are_not_chosen_for_uneven_shots():
     choice = closed_form.fit(cache)
     assert choice.trials
     assert all(trial.form.values is not None for trial in choice.trials)
-    assert closed_form.fit(cache, values="one-hot").form.values is None
+    assert closed_form.fit(cache, closed_form.Fit(values="one-hot")).form.values is None
 
 
 @needs_real
@@ -521,13 +523,13 @@ def test_words_that_are_sure_and_wrong_leave_one_photograph_a_class_to_decide():
 
 def test_settings_can_be_fixed_and_bad_ones_are_refused():
     cache = model()
-    closed_form.fit(cache, metric="none", values="one-hot")
+    closed_form.fit(cache, closed_form.Fit(metric="none", values="one-hot"))
     assert (cache.fitted.metric, cache.fitted.values) == ("none", "one-hot")
     with pytest.raises(UsageError, match="metric 'all'"):
-        closed_form.fit(cache, metric="all")
+        closed_form.fit(cache, closed_form.Fit(metric="all"))
     cache.settings = cache.settings.override(k=3)
     with pytest.raises(UsageError, match="values solved: need a search over all keys"):
-        closed_form.fit(cache, values="solved")
+        closed_form.fit(cache, closed_form.Fit(values="solved"))
     closed_form.fit(cache)
     assert cache.fitted.values == "one-hot"
 
@@ -557,11 +559,11 @@ def test_unlike_is_what_lies_farther_than_the_shots_from_each_other():
 def test_about_one_in_twenty_known_photos_is_unlike_from_four_shots_on(values):
     for shots, least, most in ((4, 0.01, 0.12), (12, 0.02, 0.1)):
         cache = model(shots=shots)
-        closed_form.fit(cache, values=values)
+        closed_form.fit(cache, closed_form.Fit(values=values))
         queries, _ = clusters(400, seed=7)
         assert least <= np.mean([one.unlike for one in cache.classify(queries)]) <= most
     cache = model(shots=2)
-    closed_form.fit(cache, values=values)
+    closed_form.fit(cache, closed_form.Fit(values=values))
     assert cache.settings.least_cache is None  # half of two shots says too little
 
 

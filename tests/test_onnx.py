@@ -37,7 +37,7 @@ FORMS = [("none", "one-hot"), ("within", "one-hot"), ("none", "solved"), ("withi
 def test_logits_of_features_are_the_packages(form, tmp_path):
     cache = index()
     if form is not None:
-        closed_form.fit(cache, metric=form[0], values=form[1])
+        closed_form.fit(cache, closed_form.Fit(metric=form[0], values=form[1]))
     facts = export_onnx(cache, tmp_path / "i.onnx")
     onnx.checker.check_model(str(tmp_path / "i.onnx"), full_check=True)
     for queries in (clusters(20, seed=7)[0], clusters(1, seed=8)[0][:1]):

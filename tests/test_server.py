@@ -805,7 +805,7 @@ def test_values_that_were_solved_are_sent(tmp_path: Path) -> None:
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     cache = CacheModel.from_features(keys.astype(np.float32), np.arange(40) % 4, list("abcd"))
     cache.save(tmp_path / "plain")
-    closed_form.fit(cache, values="solved")
+    closed_form.fit(cache, closed_form.Fit(values="solved"))
     cache.save(tmp_path / "solved")
     with serving(tmp_path / "plain", tmp_path / "solved") as client:
         assert client.get("/v1/indexes/plain/values").status_code == 422

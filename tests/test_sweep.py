@@ -100,7 +100,7 @@ def test_rivals_and_the_closed_form_are_those_of_the_drawn_shots(pool, test_item
 
 def test_what_was_fitted_to_all_keys_of_a_pool_is_not_known_to_a_draw_of_them(pool, test_items, tmp_path):
     rows = rows_of(pool, test_items, tmp_path / "a.parquet", seeds=[1])
-    closed_form.fit(pool, metric="within", values="solved")
+    closed_form.fit(pool, closed_form.Fit(metric="within", values="solved"))
     assert pool.fitted is not None
     fitted = rows_of(pool, test_items, tmp_path / "b.parquet", seeds=[1])
     told = ("method", "shots", "top1", "top5", "alpha", "beta", "k")

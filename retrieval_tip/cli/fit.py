@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from retrieval_tip.fit.trainer import Recipe
     from retrieval_tip.index.places import Place
     from retrieval_tip.settings import (
+        ClassPrior,
         KeysMet,
         MetricName,
         Protocol,
@@ -48,6 +49,8 @@ def fit_command(
     source: Path | str | None,
     metric: MetricName | None,
     values: ValuesName | None,
+    class_prior: ClassPrior | None,
+    prior: tuple[Place, ...],
     plot: Path | None,
     root: Path | None,
     encoding: EncodingOptions,
@@ -65,11 +68,15 @@ def fit_command(
     if plot:
         plots.needs_matplotlib()
     if source is None:
-        choice, skipped = fit_index(folder, metric=metric, values=values), []
+        choice = fit_index(folder, metric=metric, values=values, class_prior=class_prior, prior=prior)
+        skipped: list[Skipped] = []
     else:
         val = source_of(source, ReadingOptions(root=root), "val")
         with encoder_for(ctx, Origin.of(folder), [val], encoding) as encoder:
-            choice = fit_index(folder, metric=metric, values=values, validation=val, encoder=encoder)
+            choice = fit_index(
+                folder, metric=metric, values=values, class_prior=class_prior, prior=prior, validation=val,
+                encoder=encoder,
+            )  # fmt: skip
         skipped = encoder.skipped
     warn(choice.warnings)
     say_fit(choice.provenance())

@@ -30,7 +30,7 @@ from retrieval_tip.cli.parameters import (
 from retrieval_tip.cli.recipe import recipe
 from retrieval_tip.errors import UsageError, counted, few, json_line, show
 from retrieval_tip.index.addresses import FORMS, KIND
-from retrieval_tip.settings import Dtype, FitName, KeysMet, MetricName, Normalize, Norms, ValuesName
+from retrieval_tip.settings import ClassPrior, Dtype, FitName, KeysMet, MetricName, Normalize, Norms, ValuesName
 
 if TYPE_CHECKING:
     from retrieval_tip.answering import AnsweringIndex
@@ -108,6 +108,8 @@ def build(
     fit: FitName | None,
     metric: MetricName | None,
     values: ValuesName | None,
+    class_prior: ClassPrior | None,
+    prior: tuple[Place, ...],
     alpha: float | None,
     beta: float | None,
     normalize: Normalize | None,
@@ -133,8 +135,8 @@ def build(
     with encoder_of(ctx, backbone, encoding, views) as encoder:
         cache = build_index(
             items, out, encoder, shots=shots, templates=templates, text=text, index=factory, dtype=dtype, fit=fit,
-            metric=metric, values=values, alpha=alpha, beta=beta, normalize=normalize, k=k, logit_scale=logit_scale,
-            device=encoding.device,
+            metric=metric, values=values, class_prior=class_prior, prior=prior, alpha=alpha, beta=beta,
+            normalize=normalize, k=k, logit_scale=logit_scale, device=encoding.device,
         )  # fmt: skip
     version = cache.version or 1
     _say_version(out, version, _held(cache))

@@ -14,7 +14,17 @@ import click
 from retrieval_tip.cli.group import Function, under
 from retrieval_tip.cli.parameters import FOLDER, INDEX, NUMBER, OUTPUT, POSITIVE, SEED, VIEWS_COUNT, K, count
 from retrieval_tip.errors import UsageError, show
-from retrieval_tip.settings import KeysMet, MetricName, Norms, Precision, Protocol, Runtime, ValuesName, Verify
+from retrieval_tip.settings import (
+    ClassPrior,
+    KeysMet,
+    MetricName,
+    Norms,
+    Precision,
+    Protocol,
+    Runtime,
+    ValuesName,
+    Verify,
+)
 
 if TYPE_CHECKING:
     from retrieval_tip.data.encoder import Encoder
@@ -238,6 +248,12 @@ LETTERS = several(
     click.option("--values", type=choice(ValuesName),
                  help="Weights of the keys for each class. With solved, they are computed by ridge regression.  "
                       "[default: selected on the shots]"),
+    click.option("--class-prior", type=choice(ClassPrior),
+                 help="Frequencies of the classes among the photos to classify: even, or as in the shots.  "
+                      "[default: even]"),
+    click.option("--prior", type=INDEX, multiple=True,
+                 help="Another index of the same encoder. Its photos show how much photos of one class differ, which "
+                      "helps if there are few shots. Can be repeated."),
 )  # fmt: skip
 ANSWER = grouped(
     "answer",

@@ -16,8 +16,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypedDict
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -26,22 +26,20 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.backbones.base import Identity
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError, counted
-from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, Form
-from retrieval_tip.fit.scatter import FloatArray, Scatter
+from retrieval_tip.fit.folds import Blend, Folds, Held, IntArray, blend, ranks_within, taken_keys
+from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, ONE_SHOT_WITH_PRIOR, Form
+from retrieval_tip.fit.scatter import FloatArray, known_prior
 from retrieval_tip.fit.search_hp import Queries
 from retrieval_tip.retrieval.defaults import untouched_settings
-from retrieval_tip.retrieval.keys import KEY_BLOCK
-from retrieval_tip.retrieval.logits import slices
-from retrieval_tip.retrieval.ridge import MOST_SOLVED, class_weights
-from retrieval_tip.retrieval.segments import Keys, KeysInPlace
+from retrieval_tip.retrieval.ridge import MOST_SOLVED
+from retrieval_tip.retrieval.segments import Keys
 from retrieval_tip.retrieval.vector_index import inner_factory
-from retrieval_tip.settings import Fitted, MetricName, Settings, ValuesName, check_choice
+from retrieval_tip.settings import ClassPrior, Fitted, MetricName, Settings, ValuesName, check_choice
 from retrieval_tip.store.labels import images_of
 from retrieval_tip.store.sums import Sums
-
-IntArray = npt.NDArray[np.int64]
 
 FOLDS, MOST_FOLDS = 4, 8
 """Number of folds to select a form, and to evaluate the selected form if there are few keys."""
@@ -51,16 +49,13 @@ LEAST_SHOTS = 3
 """Minimum number of photos per class to select a form. With two photos, each fold would be fitted to only one."""
 AFFINITIES = 1 << 28
 """Maximum number of affinities to evaluate the selected form if there are very many keys."""
-LEAST_OF_A_FOLD = 0.1
-"""Smallest fraction of another fold to evaluate. Below it, solving the values for the fold is not worthwhile."""
-LEAST_JUDGED = 8
-"""Minimum number of held-out photos to select a form."""
-CLASS_FOLDS = 4
-"""Number of folds of whole classes, if some classes have text but no shots."""
 WEAKEST = 5
 """Maximum number of classes with mistakes to list after a fit."""
-OFFSETS = (None, 0.1, 0.05)
-"""Offsets of the logarithm of the cache to try with solved values. ``None`` means no logarithm."""
+OFFSETS: Sequence[float | None] = (None, 0.1, 0.05)
+"""Offsets of the logarithm of the cache to try with solved values. ``None`` means no logarithm.
+
+If a fold contains only half of the shots, the logarithm is always used, because it depends less on their number.
+"""
 UNLIKE = 0.05
 """Fraction of the held-out shots that are ``unlike``, which sets the threshold."""
 LONG, GROWN = 1.1, 5.0
@@ -69,14 +64,33 @@ larger, the weights exp(beta (A - 1)) outgrow any ridge.
 """
 LEAST_NORM = 1e-9
 """Minimum norm of the longest key. torch normalises shorter vectors to 0."""
-STEPS, REACH = 60, 4.0
-"""Maximum number of Newton steps, and bound on the logarithms for logits of unit spread."""
 ONE_SHOT_ALPHA, ONE_SHOT_MOST, ONE_SHOT_ALONE, ONE_SHOT_DOUBT = 13.0, 50.0, 70.0, 25
 """Cache weight for one shot per class, where no shot can be held out. The constants are the weight for well-calibrated
 text, the upper bound for any text, and the weight if there is no text. They were selected on CLIP features of four
 datasets (where 12 to 18 work equally well) and one weak text encoder. The last constant says how many photos the
 backbone's own temperature is worth.
 """
+PRIOR_ALPHA, PRIOR_GAMMA = 0.4, 0.2
+"""Factors of the cache weight that give alpha and gamma, for one shot per class and a prior for the scatter."""
+
+
+class Fit(NamedTuple):
+    """A request for a fit.
+
+    Attributes:
+        metric: the kind of metric. By default, it is selected on the shots.
+        values: the kind of values. By default, values are solved. They are one-hot if there are more than
+            :data:`MOST_SOLVED` keys, or if the index retrieves only ``k`` keys, because solved values need all keys.
+        class_prior: ``even`` if future photos are about equally often from each class, or ``shots`` if the classes are
+            as frequent as in the shots.
+        prior: the within-class scatter of other photos, of shape ``[d, d]`` (see :func:`scatter.pooled`), which is kept
+            for later fits. Defaults to the prior of the previous fit, or to a prior that is known for the backbone.
+    """
+
+    metric: MetricName | None = None
+    values: ValuesName | None = None
+    class_prior: ClassPrior = "even"
+    prior: FloatArray | None = None
 
 
 class Judged(TypedDict, total=False):
@@ -85,6 +99,8 @@ class Judged(TypedDict, total=False):
     photos: float | None
     words: float | None
     both: float | None
+    interval: tuple[float, float]
+    names_hurt: bool
     weakest: Sequence[tuple[str, int, int]]
 
 
@@ -98,7 +114,9 @@ class Shots(Protocol):
     settings: Settings
     provenance: dict[str, Any]
     sums: Sums | None
+    prior: npt.NDArray[np.float32] | None
     curve: pa.Table | None
+    backbone: Identity | None
 
     @property
     def fitted(self) -> Fitted | None:
@@ -131,263 +149,6 @@ class Shots(Protocol):
 
 
 @dataclass(frozen=True)
-class Blend:
-    """Weights that maximise the likelihood of ``softmax(a text + b cache + g discriminant)`` on held-out photos.
-
-    The weight of a term that does not exist is 0. ``losses`` are in nats, ``right`` marks correct answers, and
-    ``weights`` are the query weights, which have mean 1. All three have shape ``[q]``.
-    """
-
-    a: float
-    b: float
-    g: float
-    losses: Tensor
-    right: Tensor
-    weights: Tensor
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy in nats."""
-        return float((self.weights * self.losses).mean())
-
-    @property
-    def accuracy(self) -> float:
-        """Fraction of correct answers."""
-        return float((self.weights * self.right).mean())
-
-    def settings(self, settings: Settings, beta: float) -> Settings:
-        """Return the settings of this blend: ``alpha = b / a``, ``gamma = g / a`` and ``temperature = 1 / a``."""
-        unit = self.a or 1.0
-        return replace(settings, alpha=self.b / unit, beta=beta, gamma=self.g / unit, temperature=1 / unit)
-
-
-def blend(
-    text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor, weights: Tensor | None = None
-) -> Blend:
-    """Fit the weights of terms of shape ``[q, c]`` to queries that have the class ``ids``.
-
-    Newton's method minimises the cross-entropy of ``softmax(a text + b cache + g discriminant)``, which is convex in
-    ``a, b, g >= 0``, in terms of their logarithms. ``weights`` are query weights of mean 1. As in Platt scaling (1999),
-    the target of the correct class is ``(q + 1) / (q + 2)``, and the other classes share the rest. This keeps the
-    factors finite even if all answers are right.
-    """
-    q, c = cache.shape
-    if weights is None:
-        weights = torch.ones(q, dtype=torch.float64)
-    terms = (text, cache, discriminant)
-    parts = torch.stack([part.double() for part in terms if part is not None])
-    parts -= parts.mean(2, keepdim=True)
-    scales = parts.flatten(1).std(1).clamp_min(1e-12)
-    parts /= scales[:, None, None]
-    smoothed = torch.full_like(parts[0], 1 / ((q + 2) * max(c - 1, 1))).scatter_(1, ids[:, None], (q + 1) / (q + 2))
-
-    def at(logs: Tensor) -> tuple[Tensor, float]:
-        chances = torch.tensordot(logs.exp(), parts, 1).log_softmax(1)
-        return chances, -float((weights[:, None] * smoothed * chances).sum() / q)
-
-    logs = torch.zeros(len(parts), dtype=torch.float64)
-    chances, loss = at(logs)
-    for _ in range(STEPS):
-        p, factors = chances.exp(), logs.exp()
-        weighted = weights[:, None] * p
-        gradient = (weights[:, None] * (p - smoothed) * parts).sum((1, 2)) / q * factors
-        means = (p * parts).sum(2)
-        curvature = torch.einsum("iqc,jqc->ij", weighted * parts, parts) - (weights * means) @ means.T
-        curvature = curvature / q * factors[:, None] * factors + torch.diag(gradient.clamp_min(0) + 1e-9)
-        step, size = torch.linalg.solve(curvature, gradient).clamp(-2, 2), 1.0
-        while True:
-            following = (logs - size * step).clamp(-REACH, REACH)
-            new_chances, new_loss = at(following)
-            if new_loss <= loss or size < 1e-3:
-                break
-            size /= 2
-        done = loss - new_loss < 1e-7
-        if new_loss <= loss:
-            logs, chances, loss = following, new_chances, new_loss
-        if done:
-            break
-    found = iter((logs.exp() / scales).tolist())
-    a, b, g = (0.0 if part is None else next(found) for part in terms)
-    losses = -chances.gather(1, ids[:, None])[:, 0]
-    return Blend(a, b, g, losses, chances.argmax(1) == ids, weights)
-
-
-@dataclass(frozen=True)
-class Held:
-    """Held-out queries, for an index over the other ``rows``.
-
-    The ``features`` have shape ``[q, d]`` and the class ``ids`` have shape ``[q]``. If ``of_classes`` is true, all keys
-    of these classes are held out.
-    """
-
-    features: Tensor
-    ids: Tensor
-    rows: Tensor
-    of_classes: bool = False
-
-
-@dataclass
-class Folds:
-    """Keys and their class ``ids``, scaled ``text`` weights of shape ``[c, d]``, and held-out queries."""
-
-    keys: Keys
-    ids: Tensor
-    c: int
-    text: Tensor | None
-    held: Sequence[Held]
-    sums: Sums | None = None
-    even: bool = True
-    prior: FloatArray | None = None
-    _scatters: dict[int | None, Scatter] = field(default_factory=dict)
-
-    @classmethod
-    def of_shots(
-        cls, keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntArray, number: int, judged: int,
-        sums: Sums | None = None, prior: FloatArray | None = None,
-    ) -> Folds:  # fmt: skip
-        """Split the images into up to ``number`` folds, and hold out about ``judged`` of them.
-
-        All views of a held-out image are held out.
-        """
-        folds, first = _folds(images, ids, number)
-        held = list(_held(keys, ids, folds[first], first, images, judged))
-        return cls(keys, torch.from_numpy(ids), c, text, held, sums, prior=prior)
-
-    def with_classes(self, images: IntArray, judged: int) -> Folds:
-        """Also hold out whole classes, if some classes have text but no shots.
-
-        A held-out class resembles a class that has no shots, because it can only be recognised by its text. Its photos
-        are weighted as described in :attr:`weights`.
-        """
-        ids = self.ids.numpy()
-        own = np.unique(ids)
-        if not self.held or self.covered == 1 or len(own) < CLASS_FOLDS:
-            return self
-        fold_of = np.zeros(self.c, dtype=np.int64)
-        fold_of[np.random.default_rng(0).permutation(own)] = np.arange(len(own)) % CLASS_FOLDS
-        _, first = np.unique(images, return_index=True)
-        whole = _held(self.keys, ids, fold_of[ids[first]], first, fold_of[ids], judged)
-        held = [*self.held, *(replace(one, of_classes=True) for one in whole)]
-        return replace(self, held=held)
-
-    @property
-    def without_shots(self) -> int:
-        """Number of classes that have no shots."""
-        return self.c - len(self.ids.unique())
-
-    @property
-    def covered(self) -> float:
-        """Fraction of the classes that have shots or queries, or 1 if there is no text."""
-        ids = torch.cat([self.ids, *(held.ids for held in self.held)])
-        return 1.0 if self.text is None else len(ids.unique()) / self.c
-
-    @property
-    def halves(self) -> bool:
-        """Whether only about half of the shots remain in a fold. Their cache logits differ from those of all shots."""
-        return any(len(held.rows) < 0.6 * len(self.ids) for held in self.held if not held.of_classes)
-
-    @property
-    def of_classes(self) -> Tensor:
-        """Whether the whole class of each query is held out."""
-        return torch.cat([torch.full((len(held.ids),), held.of_classes) for held in self.held])
-
-    @property
-    def weights(self) -> Tensor | None:
-        """Query weights of mean 1, or ``None`` if all queries have equal weight.
-
-        If ``even`` is true, all classes have equal weight, regardless of their number of shots. Queries of held-out
-        classes are weighted by the fraction of classes that have no shots.
-        """
-        whole, ids = self.of_classes, torch.cat([held.ids for held in self.held])
-        weights = torch.ones(len(ids), dtype=torch.float64)
-        if self.even:
-            weights = class_weights(torch.bincount(self.ids, minlength=self.c))[ids].double()
-        if whole.any():
-            shares = torch.where(whole, 1 - self.covered, self.covered)
-            weights *= shares / torch.where(whole, weights[whole].sum(), weights[~whole].sum())
-        return None if (weights == 1).all() else weights / weights.mean()
-
-    @property
-    def n(self) -> int:
-        """Number of held-out photos, excluding held-out classes."""
-        return sum(len(held.ids) for held in self.held if not held.of_classes)
-
-    @property
-    def can_judge(self) -> bool:
-        """Whether there are enough held-out photos to evaluate a form."""
-        return self.n >= LEAST_JUDGED and self.c > 1
-
-    def scatter(self, rows: Tensor) -> Scatter:
-        """Return the scatter of some of the keys."""
-        if len(rows) < self.keys.shape[1] and self.prior is None:
-            return Scatter.of_few(*self.taken(rows), self.c)
-        every = np.arange(len(self.ids))
-        if self.sums is None:
-            self.sums = self._sums_of(every)
-        others = np.delete(every, rows.numpy())
-        return Scatter.of(self.sums - self._sums_of(others) if len(others) else self.sums, self.prior)
-
-    def taken(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return some of the keys as float32, and their class ids."""
-        return _taken(self.keys, rows), self.ids[rows]
-
-    def _sums_of(self, rows: IntArray) -> Sums:
-        ids = self.ids.numpy()
-        blocks = ((keys, ids[part]) for keys, part in _blocks(self.keys, rows))
-        return Sums.of(blocks, self.c, self.keys.shape[1])
-
-    def judge(self, form: Form) -> Blend:
-        """Fit a form to all shots except each fold in turn, and return the blend on these folds."""
-        return blend(*self.terms(form), self.ids_held, self.weights)
-
-    def terms(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Fit a form to the other photos. Return text logits, cache logits and the discriminant of held-out photos.
-
-        If some classes have no shots, there is no discriminant, because it cannot compare them with the other classes.
-        """
-        cache, discriminant = (
-            torch.cat(parts)
-            for parts in zip(*(self._answers(form, held, fold) for fold, held in enumerate(self.held)), strict=True)
-        )
-        features = torch.cat([held.features for held in self.held])
-        text = None if self.text is None else tip.affinity(features, self.text)
-        return text, cache, discriminant if self.covered == 1 else None
-
-    @property
-    def ids_held(self) -> Tensor:
-        """Class ids of the held-out queries."""
-        return torch.cat([held.ids for held in self.held])
-
-    def fitted(self, form: Form, rows: Tensor, fold: int | None = None) -> tuple[tip.Metric | None, Tensor | None]:
-        """Fit the metric and the values of a form to ``rows`` of the keys, or to all keys outside a ``fold``."""
-        metric = None
-        if form.metric is not None:
-            if fold not in self._scatters:
-                self._scatters[fold] = self.scatter(rows)
-            metric = form.metric.fit(self._scatters[fold])
-        if form.values is None:
-            return metric, None
-        keys, ids = self.taken(rows)
-        return metric, form.values.fit(keys if metric is None else metric(keys), ids, self.c, form.beta)
-
-    def _answers(self, form: Form, held: Held, fold: int) -> tuple[Tensor, Tensor]:
-        """Return the cache logits and the discriminant of held-out photos, from an index over the other keys."""
-        metric, values = self.fitted(form, held.rows, fold)
-        queries = held.features if metric is None else metric(held.features)
-        cache, sums = torch.zeros(len(queries), self.c), torch.zeros(self.c, queries.shape[1], dtype=torch.float64)
-        start = 0
-        for block, rows in _blocks(self.keys, held.rows.numpy()):  # very many if values are one-hot
-            keys = torch.from_numpy(np.array(block, dtype=np.float32))
-            points, ids = keys if metric is None else metric(keys), self.ids[torch.from_numpy(rows)]
-            own = None if values is None else tip.Values(values[start : start + len(rows)])
-            cache += tip.cache_logits(tip.affinity(queries, points), ids, self.c, form.beta, values=own)
-            tip.add_rows(sums, ids, points.double())
-            start += len(rows)
-        counts = torch.bincount(self.ids[held.rows], minlength=self.c)
-        return cache, tip.Discriminant.of(sums.float(), counts.float())(queries)
-
-
-@dataclass(frozen=True)
 class FormTrial:
     """A form that was tried, its mean cross-entropy in nats, and its accuracy."""
 
@@ -400,10 +161,13 @@ class FormTrial:
 class FormChoice:
     """The selected form, and its accuracy on ``n`` held-out photos.
 
-    ``photos``, ``words`` and ``both`` are the accuracies of the cache, the text and the blend. ``words`` is ``None`` if
-    there is no text. All three are ``None`` if no photo could be held out. ``weakest`` lists classes with mistakes,
-    least accurate first, with their numbers of correct answers and of held-out photos. ``longest`` is the largest norm
-    of a key. ``without_shots`` is the number of classes that have text but no shots.
+    ``photos``, ``words`` and ``both`` are the accuracies of the shots, the text and the blend. ``words`` is ``None`` if
+    there is no text. All three are ``None`` if no photo could be held out. ``interval`` is the 95 % confidence interval
+    of ``both``. ``names_hurt`` is true if the shots alone are significantly more accurate. ``weakest`` lists classes
+    with mistakes, least accurate first, with their numbers of correct answers and of held-out photos. ``longest`` is
+    the largest norm of a key. ``without_shots`` and ``single`` are the numbers of classes that have text but no shots,
+    and of classes that have a single photo, which cannot be held out. ``halves`` is true if a fold contains only half
+    of the shots.
     """
 
     form: Form
@@ -415,16 +179,26 @@ class FormChoice:
     photos: float | None = None
     words: float | None = None
     both: float | None = None
+    interval: tuple[float, float] | None = None
+    names_hurt: bool = False
     weakest: Sequence[tuple[str, int, int]] = ()
     longest: float | None = None
     without_shots: int = 0
+    single: int = 0
+    halves: bool = False
 
     def __str__(self) -> str:
         without = f"{counted(self.without_shots, 'class', 'has', 'have')} a name but no photos"
-        if self.photos is None or self.both is None:
+        if self.photos is None or self.both is None or self.interval is None:
             reason = "no photo can be held out with one photo per class, or with a single class"
             return f"Accuracy not estimated: {reason}" + (f"; {without}" if self.without_shots else "")
-        parts = [self.judged_on, *([without] if self.without_shots else [])]
+        low, high = self.interval
+        parts = [f"95 % interval {100 * low:.0f} to {100 * high:.0f} %", self.judged_on]
+        parts += ["measured with one photo per class"] if self.halves else []
+        parts += (
+            [f"{counted(self.single, 'class', 'has', 'have')} one photo and could not be tested"] if self.single else []
+        )
+        parts += [without] if self.without_shots else []
         if self.words is not None:
             parts += [f"photos alone {100 * self.photos:.1f} %, class names alone {100 * self.words:.1f} %"]
         return f"Estimated accuracy: {100 * self.both:.1f} % ({'; '.join(parts)})"
@@ -432,7 +206,7 @@ class FormChoice:
     @property
     def warnings(self) -> Iterator[str]:
         """Weaknesses of the fit that the user should know about."""
-        if self.words is not None and self.photos is not None and self.both is not None and self.photos > self.both:
+        if self.names_hurt and self.photos is not None and self.both is not None:
             yield (
                 f"class names do not help: photos alone {100 * self.photos:.1f} %, with class names "
                 f"{100 * self.both:.1f} %; the fit gives them little weight"
@@ -453,14 +227,15 @@ class FormChoice:
             "queries": self.n,
             "folds": self.folds,
             **{name: None if part is None else round(part, 6) for name, part in parts.items()},
+            "interval_95": None if self.interval is None else [round(end, 6) for end in self.interval],
             "weakest": [list(one) for one in self.weakest],
             "trials": [[str(trial.form), round(trial.loss, 6), round(trial.accuracy, 6)] for trial in self.trials],
         }
 
 
 def fit(
-    cache: Shots, *, metric: MetricName | None = None, values: ValuesName | None = None,
-    validation: Queries | None = None, factory: str | None = None, forms: Sequence[Form] = FORMS,
+    cache: Shots, asked: Fit | None = None, *, validation: Queries | None = None, factory: str | None = None,
+    forms: Sequence[Form] = FORMS,
 ) -> FormChoice:  # fmt: skip
     """Fit the metric, the values, alpha, beta and the temperature of an index to its own shots.
 
@@ -472,10 +247,7 @@ def fit(
 
     Args:
         cache: the index, which must have a single segment. Its current metric and values are ignored.
-        metric: the kind of metric. By default, it is selected on the shots.
-        values: the kind of values. By default, they are selected on the shots. One-hot values are used if there are
-            more than :data:`MOST_SOLVED` keys, or if the index retrieves only ``k`` keys, because solved values need
-            all keys.
+        asked: what to fit. By default, everything is selected on the shots.
         validation: the queries to evaluate on instead of the shots.
         factory: the type of the index over the fitted keys. Defaults to the current type.
         forms: the forms to select from.
@@ -484,30 +256,34 @@ def fit(
         UsageError: if the metric or the values are unknown, or if this index cannot have solved values.
         InputError: if the index is fine-tuned or has several segments, or if its keys are too long or too short.
     """
+    asked = asked or Fit()
     start = time.perf_counter()
     longest = _longest(cache)
     by_class = inner_factory(factory or cache.index_type) is not None
-    forms = _forms(cache, forms, metric, values, longest, by_class=by_class)
+    forms = _forms(cache, forms, asked.metric, asked.values, longest, by_class=by_class)
     if cache.curve is not None:
         raise InputError("fit: the keys of this index were fine-tuned; fit the index before fine-tuning")
     if cache.segments > 1:
         raise InputError("fit: the index has several segments; compact it first")
     images = images_of(cache.labels)
-    folds, judged_on = _judged_by(cache, validation, images)
+    if asked.prior is not None:
+        if len(asked.prior) != cache.keys.shape[1]:
+            raise InputError(
+                f"prior: features have {len(asked.prior)} values instead of {cache.keys.shape[1]}; use one encoder"
+            )
+        cache.prior = asked.prior.astype(np.float32)
+    folds, judged_on = _judged_by(cache, validation, images, asked.class_prior)
     if folds.can_judge:
         form, trials = _chosen(cache, forms, folds, images if validation is None else None)
         settings, judged = _settled(cache.settings, form, folds, cache.class_names)
         where = f"fitted on {judged_on}"
     else:
-        (form, settings), trials, judged = _unjudged(cache, forms, folds.covered), [], {}
+        (form, settings), trials, judged = _unjudged(cache, forms, folds), [], {}
         where = "default for shots that cannot be held out"
     fitted_metric, fitted_values = folds.fitted(form, torch.arange(len(folds.ids)))
-    fitted = (form if fitted_metric is not None else replace(form, metric=None)).fitted(cache.n)
+    fitted = (form if fitted_metric is not None else replace(form, metric=None)).fitted(cache.n, asked.class_prior)
     n, seconds = folds.n if folds.can_judge else 0, time.perf_counter() - start
-    choice = FormChoice(
-        form, trials, judged_on, n, len(folds.held), seconds, longest=longest,
-        without_shots=folds.without_shots, **judged,
-    )  # fmt: skip
+    choice = FormChoice(form, trials, judged_on, n, len(folds.held), seconds, longest=longest, **folds.limits, **judged)
     provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
     cache.set_fitted(fitted_metric, fitted_values, fitted, factory)
     cache.sums = folds.sums
@@ -522,15 +298,13 @@ def refit(cache: Shots, beta: float) -> FormChoice:
     :meth:`cache_model.KeyEdits.solve` next.
     """
     start, settings, form = time.perf_counter(), replace(cache.settings, beta=beta), Form.of(cache.fitted, beta)
-    folds, judged_on = _judged_by(cache, None, images_of(cache.labels))
+    folds, judged_on = _judged_by(cache, None, images_of(cache.labels), _class_prior(cache))
     judged: Judged = {}
     if folds.can_judge:
         settings, judged = _settled(settings, form, folds, cache.class_names)
         cache.provenance = cache.provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {judged_on}")
-    choice = FormChoice(
-        form, [], judged_on, folds.n, len(folds.held), time.perf_counter() - start,
-        without_shots=folds.without_shots, **judged,
-    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    choice = FormChoice(form, [], judged_on, folds.n, len(folds.held), seconds, **folds.limits, **judged)
     cache.settings = settings
     cache.provenance = cache.provenance | {"fit": choice.provenance()}
     return choice
@@ -544,7 +318,7 @@ def estimate(cache: CacheModel) -> Judged:
     Returns the accuracies of the cache (``photos``), the text (``words``) and the blend (``both``). ``words`` is
     ``None`` if there is no text. All are ``None`` if the keys were fine-tuned, or if too few shots can be held out.
     """
-    settings, (folds, _) = cache.settings, _judged_by(cache, None, images_of(cache.labels))
+    settings, (folds, _) = cache.settings, _judged_by(cache, None, images_of(cache.labels), _class_prior(cache))
     if cache.curve is not None or not folds.can_judge:
         return {"photos": None, "words": None, "both": None}
     text, photos, discriminant = folds.terms(Form.of(cache.fitted, settings.beta))
@@ -555,15 +329,27 @@ def estimate(cache: CacheModel) -> Judged:
     return _accuracies(terms.photos(settings), text, right, ids, folds.weights)
 
 
-def _accuracies(photos: Tensor, words: Tensor | None, right: Tensor, ids: Tensor, weights: Tensor | None) -> Judged:
-    def accuracy(right: Tensor) -> float:
-        return float((right.double() if weights is None else weights * right).mean())
+def _class_prior(cache: Shots) -> ClassPrior:
+    return "even" if cache.fitted is None else cache.fitted.class_prior
 
+
+def _accuracies(photos: Tensor, words: Tensor | None, right: Tensor, ids: Tensor, weights: Tensor | None) -> Judged:
+    by_photos, w = photos.argmax(1) == ids, torch.ones(len(ids)).double() if weights is None else weights
+    both, lost = float((w * right).mean()), w * (by_photos.double() - right.double())
     return {
-        "photos": accuracy(photos.argmax(1) == ids),
-        "words": None if words is None else accuracy(words.argmax(1) == ids),
-        "both": accuracy(right),
+        "photos": float((w * by_photos).mean()),
+        "words": None if words is None else float((w * (words.argmax(1) == ids)).mean()),
+        "both": both,
+        "interval": wilson(both, float(w.sum() ** 2 / (w * w).sum())),
+        "names_hurt": words is not None and float(lost.mean()) > 2 * float(lost.std()) / len(ids) ** 0.5,
     }
+
+
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a share that was measured on ``n`` items (Wilson, 1927)."""
+    z = 1.96
+    centre, half = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
 def unfitted(cache: CacheModel) -> CacheModel:
@@ -582,7 +368,7 @@ def unfitted(cache: CacheModel) -> CacheModel:
 def _longest(cache: Shots) -> float:
     """Return the largest norm in a sample of the keys. Raises InputError if it is too small for float32."""
     rows = torch.linspace(0, cache.n - 1, min(cache.n, JUDGED), dtype=torch.float64).long()
-    longest = float(torch.linalg.vector_norm(_taken(cache.keys, rows).double(), dim=1).max())
+    longest = float(torch.linalg.vector_norm(taken_keys(cache.keys, rows).double(), dim=1).max())
     if 0 < longest < LEAST_NORM:
         raise InputError(
             f"keys: norms of at most {longest:.4g} are too small for float32; scale them to norm 1 (norms unit)"
@@ -615,15 +401,19 @@ def _forms(
     return forms
 
 
-def _judged_by(cache: Shots, validation: Queries | None, images: IntArray) -> tuple[Folds, str]:
+def _judged_by(
+    cache: Shots, validation: Queries | None, images: IntArray, class_prior: ClassPrior
+) -> tuple[Folds, str]:
+    prior = known_prior(cache.backbone) if cache.prior is None else cache.prior.astype(np.float64)
     ids, c = cache.class_ids.cpu(), len(cache.class_names)
     text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
     if validation is not None:
         held = Held(torch.from_numpy(validation.features), torch.from_numpy(validation.ids), torch.arange(cache.n))
-        folds = Folds(cache.keys, ids, c, text, [held], cache.sums, even=False).with_classes(images, JUDGED)
+        folds = Folds(cache.keys, ids, c, text, [held], cache.sums, class_prior, weighted=False, prior=prior)
+        folds = folds.with_classes(images, JUDGED)
         return folds, f"{len(held.ids):,} photos of {validation.name}"
     number, judged = MOST_FOLDS if cache.n <= JUDGED else FOLDS, int(min(JUDGED, max(256, AFFINITIES / cache.n)))
-    folds = Folds.of_shots(cache.keys, ids.numpy(), c, text, images, number, judged, cache.sums)
+    folds = Folds.of_shots(cache.keys, ids.numpy(), c, text, images, number, judged, cache.sums, class_prior, prior)
     folds = folds.with_classes(images, judged)
     return folds, f"{folds.n:,} photos, each held out in turn"
 
@@ -633,7 +423,7 @@ def _chosen(cache: Shots, forms: Sequence[Form], folds: Folds, images: IntArray 
     if len(forms) == 1 or (images is not None and len(np.unique(images)) < LEAST_SHOTS * len(folds.ids.unique())):
         return forms[0], []
     if images is not None:
-        folds = _sample(cache.keys, folds.ids.numpy(), folds.c, folds.text, images)
+        folds = _sample(folds, images)
     return _choose(folds, forms)
 
 
@@ -641,6 +431,7 @@ def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence
     """Return the settings that give the held-out photos the highest log-likelihood, and their accuracies."""
     (text, cache, discriminant), ids, weights = folds.terms(form), folds.ids_held, folds.weights
     offsets = OFFSETS if form.values is not None and not folds.of_classes.any() else (None,)
+    offsets = [offset for offset in offsets if offset is not None or not folds.halves] or offsets
     blended, offset = _linked(text, cache, discriminant, ids, offsets, weights)
     if not folds.of_classes.any() and folds.covered < 1:  # too few classes to hold some out
         blended = replace(blended, a=1.0, b=blended.b / max(blended.a, 1.0) * folds.covered)
@@ -683,43 +474,55 @@ def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tup
     return [(class_names[c], int(correct[c]), int(held[c])) for c in missed[:WEAKEST]]
 
 
-def _unjudged(cache: Shots, forms: Sequence[Form], covered: float) -> tuple[Form, Settings]:
+def _unjudged(cache: Shots, forms: Sequence[Form], folds: Folds) -> tuple[Form, Settings]:
     """Return the form and the settings for shots that cannot be held out.
 
     The text weights do not depend on the shots, so their temperature T can still be fitted to the shots. If the text is
     overconfident (T > 1), the cache gets T^2 times as much weight: ``softmax(text / T + 13 T^2 cache)``. This weight is
-    multiplied by ``covered``, the fraction of classes that have shots.
+    multiplied by the fraction of classes that have shots. If there is a prior for the scatter, the metric is fitted to
+    the prior, and a third of the weight is given to the discriminant.
     """
+    covered = folds.covered
     if all(form.values is None for form in forms):
         alpha, beta = untouched_settings(cache.keys, cache.class_ids.cpu().numpy())
         alpha *= covered
         return Form(None, None, beta), replace(cache.settings.unfitted(), alpha=alpha, beta=beta, temperature=1.0)
     form = replace(ONE_SHOT, metric=None if any(form.metric is None for form in forms) else DEFAULT_FORM.metric)
+    if folds.prior is not None and any(form.metric is not None for form in forms):
+        form = ONE_SHOT_WITH_PRIOR
     temperature = 1.0
     if cache.has_text and len(cache.class_names) > 1:
         rows = torch.arange(min(cache.n, JUDGED))
-        keys = torch.nn.functional.normalize(_taken(cache.keys, rows))
+        keys = torch.nn.functional.normalize(taken_keys(cache.keys, rows))
         text = tip.text_logits(keys, cache.text_weights.cpu(), cache.settings.logit_scale)
         trusted = len(rows) / (len(rows) + ONE_SHOT_DOUBT)
         temperature = blend(None, text, None, cache.class_ids.cpu()[rows]).b ** -trusted
     photos = ONE_SHOT_ALPHA * max(1.0, temperature) ** 2 if cache.has_text else ONE_SHOT_ALONE
     alpha = photos * temperature * covered
     temperature *= max(1.0, photos / ONE_SHOT_MOST) if cache.has_text else 1.0
-    return form, replace(cache.settings.unfitted(), alpha=alpha, beta=form.beta, temperature=temperature)
+    gamma = 0.0
+    if form is ONE_SHOT_WITH_PRIOR:
+        alpha, gamma = PRIOR_ALPHA * alpha, PRIOR_GAMMA * alpha if covered == 1 else 0.0
+    settings = replace(cache.settings.unfitted(), alpha=alpha, beta=form.beta, gamma=gamma, temperature=temperature)
+    return form, settings
 
 
-def _sample(keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntArray) -> Folds:
+def _sample(folds: Folds, images: IntArray) -> Folds:
     """Return folds of a sample of the keys."""
+    keys, ids, c, text = folds.keys, folds.ids.numpy(), folds.c, folds.text
     if len(ids) > CHOSEN_ON:
         draw = np.random.default_rng(0)
-        few = np.flatnonzero(_ranks(ids, draw) < CHOSEN_SHOTS)
+        few = np.flatnonzero(ranks_within(ids, draw) < CHOSEN_SHOTS)
         counts = np.bincount(ids[few], minlength=c)
         classes = draw.permutation(c)
         classes = np.sort(classes[: max(2, int(np.searchsorted(np.cumsum(counts[classes]), CHOSEN_ON, "right")))])
         rows = few[np.isin(ids[few], classes)]
         keys, images, text = np.asarray(keys[rows]), images[rows], None if text is None else text[classes]
         ids, c = np.searchsorted(classes, ids[rows]), len(classes)
-    return Folds.of_shots(keys, ids, c, text, images, FOLDS, len(ids)).with_classes(images, len(ids))
+    sample = Folds.of_shots(
+        keys, ids, c, text, images, FOLDS, len(ids), class_prior=folds.class_prior, prior=folds.prior
+    )
+    return sample.with_classes(images, len(ids))
 
 
 def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[FormTrial]]:
@@ -734,51 +537,3 @@ def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[FormTrial]]
         if sure and judged.accuracy >= stands.accuracy and loss < best[1]:
             best = form, loss
     return best[0], trials
-
-
-def _ranks(ids: IntArray, draw: np.random.Generator) -> IntArray:
-    """Return the rank of each item within its class, in random order."""
-    order = draw.permutation(len(ids))
-    order = order[np.argsort(ids[order], kind="stable")]
-    ranks = np.empty(len(ids), dtype=np.int64)
-    ranks[order] = np.arange(len(ids)) - np.searchsorted(ids[order], ids[order])
-    return ranks
-
-
-def _held(keys: Keys, ids: IntArray, folds: IntArray, first: IntArray, groups: IntArray, judged: int) -> Iterator[Held]:
-    """Yield about ``judged`` held-out queries, one fold at a time. The index excludes all ``groups`` of a fold."""
-    begun = False
-    for fold in range(folds.max(initial=-1) + 1):
-        asked = first[folds == fold]
-        if judged < len(asked) * (LEAST_OF_A_FOLD if begun else 0) or judged <= 0:
-            return
-        if len(asked) > judged:
-            asked = np.sort(np.random.default_rng(fold).choice(asked, judged, replace=False))
-        rows = torch.from_numpy(np.flatnonzero(~np.isin(groups, groups[asked])))
-        yield Held(_taken(keys, torch.from_numpy(asked)), torch.from_numpy(ids[asked]), rows)
-        judged, begun = judged - len(asked), True
-
-
-def _blocks(keys: Keys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:
-    """Yield some of the keys and their rows in blocks, in order unless the keys are read in place."""
-    if isinstance(keys, KeysInPlace):
-        return keys.blocks(rows)
-    parts = (rows[part] for part in slices(len(rows), KEY_BLOCK))
-    return ((np.asarray(keys[part]), part) for part in parts)
-
-
-def _taken(keys: Keys, rows: Tensor) -> Tensor:
-    return torch.from_numpy(np.asarray(keys[rows.numpy()], dtype=np.float32))
-
-
-def _folds(images: IntArray, ids: IntArray, number: int) -> tuple[IntArray, IntArray]:
-    """Return the fold of each key, or -1 if the key is never held out, and the first key of each image."""
-    _, first, image = np.unique(images, return_index=True, return_inverse=True)
-    own = ids[first]
-    counts = np.bincount(own)
-    several = counts[own] > 1
-    if not several.any():
-        return np.full(len(ids), -1), first
-    ranks = _ranks(own, np.random.default_rng(0))
-    folds = np.where(several, ranks % min(number, int(np.median(counts[counts > 1]))), -1)
-    return folds[image], first

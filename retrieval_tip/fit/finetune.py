@@ -38,6 +38,7 @@ from retrieval_tip.data.sources import Source, is_there, open_source
 from retrieval_tip.errors import InputError, UsageError, first_line, show
 from retrieval_tip.files import check_regular, make_folders, replacing
 from retrieval_tip.fit import closed_form, search_hp
+from retrieval_tip.fit.folds import Folds
 from retrieval_tip.fit.forms import like
 from retrieval_tip.fit.trainer import Recipe, Trainer, cosine, faster_precision
 from retrieval_tip.retrieval.defaults import measure
@@ -271,7 +272,7 @@ def _compared(
     """
     whole = cache.whole()
     images, c = images_of(whole.labels), len(whole.class_names)
-    folds = closed_form.Folds.of_shots(whole.keys, whole.class_ids.cpu().numpy(), c, None, images, FOLDS, HELD_OUT)
+    folds = Folds.of_shots(whole.keys, whole.class_ids.cpu().numpy(), c, None, images, FOLDS, HELD_OUT)
     sources = np.array(whole.labels["source"].to_pylist(), dtype=object)
     visual = "visual" in recipe.train
     right, n, seconds, tuned = [0, 0], 0, 0.0, None

@@ -17,7 +17,7 @@ from retrieval_tip import tip
 from retrieval_tip.errors import InputError
 from retrieval_tip.fit.scatter import SMALLEST_EIGENVALUE, Scatter
 from retrieval_tip.retrieval.ridge import Ridge
-from retrieval_tip.settings import Fitted
+from retrieval_tip.settings import ClassPrior, Fitted
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class FittedValues(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def fit(self, points: Tensor, ids: Tensor, c: int, beta: float) -> Tensor:
+    def fit(self, points: Tensor, ids: Tensor, c: int, beta: float, class_prior: ClassPrior = "even") -> Tensor:
         """Return the values of keys at ``points``, of shape ``[n, c]``."""
 
     def __str__(self) -> str:
@@ -75,8 +75,10 @@ class Solved(FittedValues):
 
     name = "solved"
 
-    def fit(self, points: Tensor, ids: Tensor, c: int, beta: float) -> Tensor:  # noqa: D102
-        return Ridge(c, beta, self.ridge, "cpu").values(points, ids)
+    def fit(  # noqa: D102
+        self, points: Tensor, ids: Tensor, c: int, beta: float, class_prior: ClassPrior = "even"
+    ) -> Tensor:
+        return Ridge(c, beta, self.ridge, "cpu", class_prior).values(points, ids)
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,11 @@ class Form:
         except KeyError as name:
             raise InputError(f"fitted: unknown form {name}; fit the index again") from None
 
-    def fitted(self, keys: int) -> Fitted:
+    def fitted(self, keys: int, class_prior: ClassPrior) -> Fitted:
         """Return the record of a fit of this form to ``keys`` keys."""
         shrinkage = None if self.metric is None else self.metric.shrinkage
         ridge = None if self.values is None else self.values.ridge
-        return Fitted(self.metric_name, self.values_name, shrinkage, ridge, keys)
+        return Fitted(self.metric_name, self.values_name, shrinkage, ridge, keys, class_prior)
 
     @property
     def metric_name(self) -> str:
@@ -126,8 +128,8 @@ class Form:
 DEFAULT_FORM = Form(Within(0.8), Solved(0.1), 1.0)
 """The default form. On every dataset that was tried, it is close to the best form."""
 
-ONE_SHOT = Form(None, Solved(0.5), 1.0)
-"""The form that is used if every class has a single photo."""
+ONE_SHOT, ONE_SHOT_WITH_PRIOR = Form(None, Solved(0.5), 1.0), Form(Within(0.4), Solved(0.5), 1.0)
+"""The forms that are used if every class has a single photo, without and with a prior for the scatter."""
 
 FORMS = [
     DEFAULT_FORM,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from retrieval_tip.backbones.base import Identity
 from retrieval_tip.errors import InputError
 from retrieval_tip.store.sums import Sums
 
@@ -78,8 +81,10 @@ def pooled(sums: Sequence[Sums]) -> FloatArray:
     """Return the within-class scatter of several sets of keys as a prior, of shape ``[d, d]``.
 
     ``P = sum_i r_i r_i^T / (n - c)``, where ``r_i`` is the difference between a key and its class mean. Raises
-    InputError if no class has two keys.
+    InputError if no class has two keys, or if the keys have different lengths.
     """
+    if len({part.second.shape for part in sums}) > 1:
+        raise InputError("prior: features of different lengths; give indexes of one encoder")
     free = sum(part.n - int((part.counts > 0).sum()) for part in sums)
     if not free:
         raise InputError("prior: no class has two photos, so their spread is unknown; give another index")
@@ -88,3 +93,18 @@ def pooled(sums: Sequence[Sums]) -> FloatArray:
         roots = part.sums / np.sqrt(np.maximum(part.counts, 1))[:, None]
         scatters.append(part.second - roots.T @ roots)
     return np.asarray(sum(scatters) / free)
+
+
+PRIORS = Path(__file__).parent / "priors"
+"""Folder of known priors, as float16 arrays of shape ``[d, d]`` (see ``benchmarks/prior.py``)."""
+
+
+def known_prior(backbone: Identity | None) -> FloatArray | None:
+    """Return the prior that is known for a backbone, or ``None``."""
+    return None if backbone is None else _known(f"{backbone.model}-{backbone.pretrained}.npy")
+
+
+@functools.cache
+def _known(name: str) -> FloatArray | None:
+    path = next((path for path in PRIORS.glob("*.npy") if path.name == name), None)
+    return None if path is None else np.load(path).astype(np.float64)

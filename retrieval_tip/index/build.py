@@ -17,10 +17,22 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.feature_tables import table_identity
 from retrieval_tip.data.sources import Source, open_source, spelled_alike
 from retrieval_tip.errors import SHOWN, UsageError, few
+from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.index import places
-from retrieval_tip.index.items import Asked, Fit, Material, Words, draw_shots, identity_of, ids_in, read_text_table
+from retrieval_tip.index.fit import prior_of
+from retrieval_tip.index.items import Asked, Material, Words, draw_shots, identity_of, ids_in, read_text_table
 from retrieval_tip.index.places import Place
-from retrieval_tip.settings import Dtype, FitName, KeysMet, MetricName, Normalize, Settings, ValuesName, check_choice
+from retrieval_tip.settings import (
+    ClassPrior,
+    Dtype,
+    FitName,
+    KeysMet,
+    MetricName,
+    Normalize,
+    Settings,
+    ValuesName,
+    check_choice,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +53,8 @@ def build_index(
     fit: FitName | None = None,
     metric: MetricName | None = None,
     values: ValuesName | None = None,
+    class_prior: ClassPrior | None = None,
+    prior: Sequence[Place] = (),
     k: KeysMet = None,
     logit_scale: float | None = None,
     device: str = "auto",
@@ -69,6 +83,8 @@ def build_index(
             ``none`` if alpha, beta or normalize is given, and to ``auto`` otherwise.
         metric: ``none`` or ``within``. If ``None``, the fit selects the metric.
         values: ``one-hot`` or ``solved``. If ``None``, the fit selects the values.
+        class_prior: ``even`` or ``shots``, and
+        prior: other indexes of the same encoder (see :func:`fit.fit_index`).
         k: the number of keys per query, or ``all``. ``None`` uses the number that ``index="auto"`` selects, or all keys
             for other index types.
         logit_scale: the scale of the text logits. Defaults to the scale of the backbone, or to 100.
@@ -82,7 +98,10 @@ def build_index(
     form = normalize or ("both" if alpha is None and beta is None else "none")
     check_choice("normalize", form, Normalize)
     settings = Settings().override(alpha=alpha, beta=beta, logit_scale=scale, k=k)
-    fitted = Fit(metric, values) if _fits(fit, (metric, values), (alpha, beta, normalize)) else None
+    letters = (metric, values, class_prior, *map(str, prior))
+    fitted: Fit | None = None
+    if _fits(fit, letters, (alpha, beta, normalize)):
+        fitted = Fit(metric, values, class_prior or "even", prior_of(prior, identity_of(source, encoder)))
     words = _text(source, encoder, templates, text)
     source = source.known_as(words.class_names)
     ids = ids_in(source, words.class_names)
@@ -104,7 +123,7 @@ def _fits(fit: FitName | None, letters: Sequence[str | None], settings: Sequence
     if given and (fit == "auto" or wanted):
         raise UsageError("fit: sets alpha and beta itself; remove alpha, beta and normalize, or give fit none")
     if fit == "none" and wanted:
-        raise UsageError("fit none: uses neither metric nor values; remove them, or give fit auto")
+        raise UsageError("fit none: uses neither metric, values nor a prior; remove them, or give fit auto")
     return not given and fit != "none"
 
 

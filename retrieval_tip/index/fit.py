@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
+import numpy as np
+
+from retrieval_tip.backbones.base import Identity, same_backbone
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
-from retrieval_tip.fit.closed_form import FormChoice
+from retrieval_tip.fit.closed_form import Fit, FormChoice
+from retrieval_tip.fit.scatter import FloatArray, pooled
 from retrieval_tip.fit.search_hp import on_validation
 from retrieval_tip.index import places
 from retrieval_tip.index.places import Place
-from retrieval_tip.settings import MetricName, ValuesName
+from retrieval_tip.settings import ClassPrior, MetricName, ValuesName
+from retrieval_tip.store.sums import Sums
 
 
 def fit_index(
@@ -18,6 +24,8 @@ def fit_index(
     *,
     metric: MetricName | None = None,
     values: ValuesName | None = None,
+    class_prior: ClassPrior | None = None,
+    prior: Sequence[Place] = (),
     validation: Source | None = None,
     encoder: Encoder | None = None,
 ) -> FormChoice:
@@ -27,6 +35,10 @@ def fit_index(
         folder: the index.
         metric: ``none`` or ``within``. If ``None``, the fit selects the metric.
         values: ``one-hot`` or ``solved``. If ``None``, the fit selects the values.
+        class_prior: ``even`` if future photos are about equally often from each class, or ``shots`` if the classes
+            are as frequent as in the shots. Defaults to the choice of the previous fit.
+        prior: other indexes of the same encoder. The scatter of their photos around their class means helps if there
+            are few shots (see :func:`scatter.pooled`). It is kept for later fits.
         validation: labelled images or features to use for the selection instead of the held-out shots. They require an
             ``encoder``.
         encoder: sets the backbone (the same as for the index) and the cache.
@@ -36,4 +48,24 @@ def fit_index(
     queries = None
     if validation is not None and encoder is not None:
         queries = functools.partial(on_validation, source=validation, encoder=encoder)
-    return places.at(folder).fit(metric, values, queries)
+    store = places.at(folder)
+    manifest = store.manifest()
+    known = Identity.from_dict(manifest.backbone) if manifest.backbone else None
+    before = "even" if manifest.fitted is None else manifest.fitted.class_prior
+    asked = Fit(metric, values, class_prior or before, prior_of(prior, known))
+    return store.fit(asked, queries)
+
+
+def prior_of(indexes: Sequence[Place], backbone: Identity | None) -> FloatArray | None:
+    """Return the scatter of the photos of other indexes, or ``None`` if there are no indexes.
+
+    Raises BackboneError if an index has another ``backbone``. Raises InputError if no class has two photos.
+    """
+    found = []
+    for place in indexes:
+        other = places.at(place).load(device="cpu", precision="float32")
+        if backbone is not None and other.backbone is not None:
+            same_backbone(other.backbone, backbone, f"prior {place}")
+        blocks = ((keys, labels["class_id"].to_numpy().astype(np.int64)) for labels, keys in other.stored_blocks())
+        found.append(Sums.of(blocks, len(other.class_names), other.d))
+    return pooled(found) if found else None

@@ -14,7 +14,7 @@ from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError
 from retrieval_tip.fit import closed_form
-from retrieval_tip.fit.closed_form import FormChoice
+from retrieval_tip.fit.closed_form import Fit, FormChoice
 from retrieval_tip.fit.search_hp import Queries
 from retrieval_tip.index.items import Material, warn, warn_of
 from retrieval_tip.index.stores import Change
@@ -23,7 +23,7 @@ from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over
 from retrieval_tip.retrieval.segments import KeyArray
 from retrieval_tip.retrieval.vector_index import BY_CLASS
-from retrieval_tip.settings import Dtype, MetricName, ValuesName
+from retrieval_tip.settings import Dtype
 from retrieval_tip.store.writer import Writer, write
 
 PAIRS = 1 << 26
@@ -80,24 +80,19 @@ def create(folder: Path, made: Material) -> CacheModel:
             provenance=made.described(statistics), built=made.built,
         )  # fmt: skip
         if made.fit is not None:
-            fitted = closed_form.fit(cache, metric=made.fit.metric, values=made.fit.values, factory=factory)
+            fitted = closed_form.fit(cache, made.fit, factory=factory)
             warn(fitted.warnings)
         cache.commit(writer, "build")
     return cache.on(made.device, "auto")
 
 
-def fit(
-    folder: Path,
-    metric: MetricName | None,
-    values: ValuesName | None,
-    queries: Callable[[AnsweringIndex], Queries] | None,
-) -> FormChoice:
+def fit(folder: Path, asked: Fit, queries: Callable[[AnsweringIndex], Queries] | None) -> FormChoice:
     """Fit the current version of a folder, and write the next version. See :meth:`Store.fit` for details."""
     cache = CacheModel.load(folder, device="cpu")
     judged_by = None if queries is None else queries(cache)
     if cache.segments > 1:
         cache.compact()
-    choice = closed_form.fit(cache, metric=metric, values=values, validation=judged_by)
+    choice = closed_form.fit(cache, asked, validation=judged_by)
     cache.save(folder, "fit")
     return choice
 

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,11 @@ from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError, counted, few
 from retrieval_tip.retrieval.defaults import Statistics, plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates
-from retrieval_tip.settings import Built, Dtype, MetricName, Normalize, Norms, Settings, ValuesName
+from retrieval_tip.settings import Built, Dtype, Normalize, Norms, Settings
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
+
+if TYPE_CHECKING:
+    from retrieval_tip.fit.closed_form import Fit
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +76,6 @@ class Asked:
         """Convert alpha and beta to plain units, and return the settings. ``met`` is used as k if no k was given."""
         alpha, beta = plain_settings(self.alpha, self.beta, self.form, statistics)
         return self.settings.override(alpha=alpha, beta=beta, k=None if self.keeps_k else met)
-
-
-class Fit(NamedTuple):
-    """A request for a fit. If ``metric`` or ``values`` is ``None``, the fit selects it."""
-
-    metric: MetricName | None
-    values: ValuesName | None
 
 
 @dataclass(frozen=True)

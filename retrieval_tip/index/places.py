@@ -13,7 +13,7 @@ import pyarrow as pa
 from retrieval_tip.errors import InputError, StoreError, show
 from retrieval_tip.index.addresses import plug_of
 from retrieval_tip.index.stores import Change, Store
-from retrieval_tip.settings import MetricName, Precision, ValuesName, Verify
+from retrieval_tip.settings import Precision, Verify
 from retrieval_tip.store import folder as index_folder
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import TIMEOUT
@@ -22,7 +22,7 @@ from retrieval_tip.store.writer import Writer, collect, write
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
     from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.cache_model import CacheModel
-    from retrieval_tip.fit.closed_form import FormChoice
+    from retrieval_tip.fit.closed_form import Fit, FormChoice
     from retrieval_tip.fit.search_hp import Queries
     from retrieval_tip.index.items import Material
 
@@ -95,12 +95,10 @@ class FolderStore(Store):
             if change.what:
                 change.cache.commit(writer, change.what)
 
-    def fit(
-        self, metric: MetricName | None, values: ValuesName | None, queries: Callable[[AnsweringIndex], Queries] | None
-    ) -> FormChoice:
+    def fit(self, asked: Fit, queries: Callable[[AnsweringIndex], Queries] | None) -> FormChoice:
         from retrieval_tip.index import folders
 
-        return folders.fit(self.folder, metric, values, queries)
+        return folders.fit(self.folder, asked, queries)
 
     def tuned(self, manifest: Manifest) -> Path | None:
         file = manifest.files.get("weights")

@@ -12,14 +12,14 @@ import pyarrow as pa
 
 from retrieval_tip.errors import StoreError
 from retrieval_tip.files import real
-from retrieval_tip.settings import Dtype, MetricName, Precision, ValuesName, Verify
+from retrieval_tip.settings import Dtype, Precision, Verify
 from retrieval_tip.store import history
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import TIMEOUT
 
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
     from retrieval_tip.answering import AnsweringIndex, EditableIndex
-    from retrieval_tip.fit.closed_form import FormChoice
+    from retrieval_tip.fit.closed_form import Fit, FormChoice
     from retrieval_tip.fit.search_hp import Queries
     from retrieval_tip.index.items import Material
     from retrieval_tip.retrieval.duplicates import Duplicates
@@ -131,9 +131,7 @@ class Store(ABC):
         """Open the current version for exclusive editing, and write the next version when the context ends."""
 
     @abstractmethod
-    def fit(
-        self, metric: MetricName | None, values: ValuesName | None, queries: Callable[[AnsweringIndex], Queries] | None
-    ) -> FormChoice:
+    def fit(self, asked: Fit, queries: Callable[[AnsweringIndex], Queries] | None) -> FormChoice:
         """Fit the current version with :func:`closed_form.fit`, and write the next version.
 
         ``queries`` returns validation queries for the opened index.

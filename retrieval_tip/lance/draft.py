@@ -439,6 +439,8 @@ def _arrays(draft: LanceDraft) -> Iterator[tuple[str, KeyArray]]:
     second, keys = draft.second, draft.n * draft.d * np.dtype(draft.dtype).itemsize
     if second is not None and second.nbytes * SUMS_FROM <= keys:
         yield "second", second
+    if draft.prior is not None:
+        yield "prior", draft.prior
     if draft.metric is not None:
         yield "metric", array_of(draft.metric)
     if draft.whole is not None:

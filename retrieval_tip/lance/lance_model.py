@@ -55,7 +55,8 @@ class LanceModel(AnsweringIndex):
     """A version of an index in LanceDB, opened read-only. Use :meth:`load` to open a version.
 
     ``second`` is the sum of the keys' outer products, a float64 array of shape ``[d, d]``, or ``None`` if it is not
-    known. If the values were solved, ``whole`` contains all keys in memory.
+    known. ``prior`` is the scatter of other photos, if the index was fitted with one. If the values were solved,
+    ``whole`` contains all keys in memory.
     """
 
     store: LanceVersions
@@ -75,6 +76,7 @@ class LanceModel(AnsweringIndex):
     metric: tip.Metric | None = None
     fitted: Fitted | None = None
     second: npt.NDArray[np.float64] | None = None
+    prior: npt.NDArray[np.float32] | None = None
     whole: CacheModel | None = None
     values: Tensor | None = field(default=None, init=False)
     tuned: None = field(default=None, init=False)
@@ -109,7 +111,7 @@ class LanceModel(AnsweringIndex):
             templates=manifest.templates, backbone=Identity.from_dict(manifest.backbone) if manifest.backbone else None,
             provenance=manifest.provenance, built=manifest.built, device=device, manifest=manifest,
             version=manifest.version, metric=None if metric is None else metric_of(metric), fitted=manifest.fitted,
-            second=place.array(manifest, "second"), **more,
+            second=place.array(manifest, "second"), prior=place.array(manifest, "prior"), **more,
         )  # fmt: skip
         if values is not None:
             model.hold(values)

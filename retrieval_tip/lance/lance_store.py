@@ -14,12 +14,12 @@ import pyarrow as pa
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.index.stores import Change, Store
 from retrieval_tip.lance.versions import LanceVersions
-from retrieval_tip.settings import Dtype, MetricName, Precision, ValuesName, Verify
+from retrieval_tip.settings import Dtype, Precision, Verify
 from retrieval_tip.store.manifest import Manifest
 
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
     from retrieval_tip.answering import AnsweringIndex
-    from retrieval_tip.fit.closed_form import FormChoice
+    from retrieval_tip.fit.closed_form import Fit, FormChoice
     from retrieval_tip.fit.search_hp import Queries
     from retrieval_tip.index.items import Material
     from retrieval_tip.lance.draft import LanceDraft
@@ -69,7 +69,7 @@ class LanceStore(LanceVersions, Store):
                 kept = draft.keys_in_memory()
                 warn_of(duplicates(kept.keys, kept.labels))
             if material.fit is not None:
-                warn(shots.fit(draft, material.fit.metric, material.fit.values, factory=index).warnings)
+                warn(shots.fit(draft, material.fit, factory=index).warnings)
             draft.commit("build")
         return LanceModel.load(self, device=material.device, version=draft.version)
 
@@ -127,9 +127,7 @@ class LanceStore(LanceVersions, Store):
             if change.what:
                 change.cache.commit(change.what)
 
-    def fit(
-        self, metric: MetricName | None, values: ValuesName | None, queries: Callable[[AnsweringIndex], Queries] | None
-    ) -> FormChoice:
+    def fit(self, asked: Fit, queries: Callable[[AnsweringIndex], Queries] | None) -> FormChoice:
         from retrieval_tip.lance import shots
 
         judged_by, version = None, None
@@ -140,7 +138,7 @@ class LanceStore(LanceVersions, Store):
             if version not in (None, change.cache.version):
                 raise StoreError(f"{self}: another process has changed it in the meantime; try again")
             change.what = "fit"
-            return shots.fit(change.cache, metric, values, judged_by)
+            return shots.fit(change.cache, asked, judged_by)
 
     def tuned(self, manifest: Manifest) -> None:
         return None

@@ -13,13 +13,13 @@ from retrieval_tip import tip
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import StoreError
 from retrieval_tip.fit import closed_form
-from retrieval_tip.fit.closed_form import FormChoice
+from retrieval_tip.fit.closed_form import Fit, FormChoice
 from retrieval_tip.fit.search_hp import Queries
 from retrieval_tip.lance.draft import LanceDraft
 from retrieval_tip.lance.key_table import CLASSES, VECTOR, IntArray, KeyTable
 from retrieval_tip.retrieval.ridge import MOST_SOLVED
 from retrieval_tip.retrieval.segments import KeyArray, KeysInPlace
-from retrieval_tip.settings import Fitted, MetricName, ValuesName
+from retrieval_tip.settings import Fitted
 
 LABELS = ("key_id", "class_id", "digest", "source")
 
@@ -69,6 +69,7 @@ class TableShots:
         self.n, self.class_names, self.sums = draft.n, draft.class_names, draft.sums
         self.text_weights, self.has_text, self.index_type = draft.text_weights, draft.has_text, draft.index_type
         self.settings, self.provenance, self.fitted = draft.settings, draft.provenance, draft.fitted
+        self.prior, self.backbone = draft.prior, draft.backbone
 
     def set_fitted(
         self, metric: tip.Metric | None, values: Tensor | None, fitted: Fitted | None, factory: str | None = None
@@ -78,27 +79,21 @@ class TableShots:
         self.draft.set_fitted(metric, fitted, factory)
 
 
-def fit(
-    draft: LanceDraft,
-    metric: MetricName | None,
-    values: ValuesName | None,
-    validation: Queries | None = None,
-    factory: str | None = None,
-) -> FormChoice:
+def fit(draft: LanceDraft, asked: Fit, validation: Queries | None = None, factory: str | None = None) -> FormChoice:
     """Fit a draft. See :func:`closed_form.fit` for the arguments.
 
     All keys are loaded into memory if there are few enough for solved values. Otherwise, they are read in a few passes.
     """
     if draft.n > MOST_SOLVED:
         shots = TableShots(draft)
-        choice = closed_form.fit(shots, metric=metric, values=values, validation=validation, factory=factory)
-        draft.settings, draft.provenance = shots.settings, shots.provenance
+        choice = closed_form.fit(shots, asked, validation=validation, factory=factory)
+        draft.settings, draft.provenance, draft.prior = shots.settings, shots.provenance, shots.prior
         return choice
     whole = draft.keys_in_memory() if draft.whole is None else draft.whole
-    whole.settings, whole.sums = draft.settings, draft.sums
+    whole.settings, whole.sums, whole.prior = draft.settings, draft.sums, draft.prior
     by_class = CLASSES if (factory or draft.index_type) == CLASSES else None  # this type does not support solved values
-    choice = closed_form.fit(whole, metric=metric, values=values, validation=validation, factory=by_class)
-    draft.settings, draft.provenance = whole.settings, whole.provenance
+    choice = closed_form.fit(whole, asked, validation=validation, factory=by_class)
+    draft.settings, draft.provenance, draft.prior = whole.settings, whole.provenance, whole.prior
     draft.set_fitted(whole.metric, whole.fitted, factory, whole)
     return choice
 
@@ -106,7 +101,7 @@ def fit(
 def refit(draft: LanceDraft, beta: float) -> FormChoice:
     """See :meth:`Change.refit`. Raises InputError if :meth:`cache_model.KeyEdits.solve` fails."""
     shots: CacheModel | TableShots = draft.whole or TableShots(draft)
-    shots.settings = draft.settings
+    shots.settings, shots.prior = draft.settings, draft.prior
     choice = closed_form.refit(shots, beta)
     draft.settings, draft.provenance = shots.settings, shots.provenance
     draft.solve()

@@ -15,6 +15,7 @@ from retrieval_tip import tip
 from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys
 from retrieval_tip.retrieval.labelled_keys import LabelledKeys
+from retrieval_tip.settings import ClassPrior
 
 IntArray = npt.NDArray[np.int64]
 
@@ -38,14 +39,16 @@ class Ridge:
     """The linear system of solved values for ``c`` classes (see :func:`tip.ridge_values`).
 
     The system is ``(G + lambda diag(1 / omega)) V = Y``. For a key of class ``c``, which has ``n_c`` keys, ``omega_i``
-    is ``mean(n) / n_c``, so a class gains nothing from having more shots than others. A class that has no keys gets the
-    mean value of the other classes, so that its cache logit is neutral.
+    is ``mean(n) / n_c``, so a class gains nothing from having more shots than others. If ``class_prior`` is ``shots``,
+    ``omega`` is 1. A class that has no keys gets the mean value of the other classes, so that its cache logit is
+    neutral.
     """
 
     n_classes: int
     beta: float
     ridge: float
     device: str
+    class_prior: ClassPrior = "even"
 
     def values(self, points: Tensor, ids: Tensor) -> Tensor:
         """Solve the values of keys at ``points`` as a float32 tensor of shape ``[n, c]``.
@@ -126,4 +129,6 @@ class Ridge:
         return one_hot(ids, self.n_classes).float()
 
     def _ridges(self, ids: Tensor, every: Tensor) -> Tensor:
+        if self.class_prior == "shots":
+            return torch.full((len(ids),), self.ridge, device=self.device)
         return self.ridge / class_weights(torch.bincount(every, minlength=self.n_classes))[ids]

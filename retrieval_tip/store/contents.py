@@ -20,7 +20,7 @@ from retrieval_tip.store.manifest import DataFile, Manifest, Segment
 from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.writer import Writer
 
-HELD = ("text", "values", "curve", "metric", "points", "sums")
+HELD = ("text", "values", "curve", "metric", "points", "sums", "prior")
 """Kinds of data that have one file each. The file is rewritten only if the data changes."""
 
 
@@ -44,8 +44,9 @@ class Contents:
     ``segments`` are float32 or float16 arrays of keys, of shape ``[n_i, d]``. The ``index`` covers the first segment.
     ``labels`` has one row per key. ``text`` has shape ``[c, d]`` and ``values`` has shape ``[n, c]``; both are float32.
     A fitted index also has a ``metric``, the ``points`` of the first segment under that metric, and the ``sums`` of all
-    keys. A fine-tuned index also has the loss ``curve`` and the path of its encoder ``weights``. :meth:`read` does not
-    set ``index``, because the caller opens the index with FAISS.
+    keys. ``prior`` is the scatter of other photos, of shape ``[d, d]``. A fine-tuned index also has the loss ``curve``
+    and the path of its encoder ``weights``. :meth:`read` does not set ``index``, because the caller opens the index
+    with FAISS.
     """
 
     segments: Sequence[npt.NDArray[np.floating]]
@@ -58,6 +59,7 @@ class Contents:
     metric: tip.Metric | None = None
     points: npt.NDArray[np.floating] | None = None
     sums: Sums | None = None
+    prior: npt.NDArray[np.floating] | None = None
 
     @classmethod
     def read(cls, folder: Path, manifest: Manifest) -> Contents:
@@ -65,7 +67,7 @@ class Contents:
 
         Raises StoreError naming the file that cannot be read or does not match the manifest.
         """
-        files, c = manifest.files, len(manifest.class_names)
+        files, c, square = manifest.files, len(manifest.class_names), (manifest.d, manifest.d)
         segments = [read_array(folder, part.keys, (part.keys.rows, manifest.d)) for part in manifest.segments]
         if {part.dtype for part in segments} != {np.dtype(manifest.dtype)}:
             raise StoreError(f"{folder}: some keys are not {manifest.dtype}; build the index again")
@@ -77,6 +79,7 @@ class Contents:
             metric=metric,
             points=read_array(folder, files["points"], segments[0].shape) if "points" in files else None,
             sums=_sums(folder, manifest, labels) if "sums" in files else None,
+            prior=read_array(folder, files["prior"], square, (np.float32,)) if "prior" in files else None,
             labels=labels,
             text=read_array(folder, files["text"], (c, manifest.d)),
             values=read_array(folder, files["values"], (manifest.n, c), (np.float32,)) if "values" in files else None,

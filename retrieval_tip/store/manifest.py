@@ -19,32 +19,34 @@ from retrieval_tip.errors import BackboneError, StoreError, UsageError
 from retrieval_tip.settings import Built, Dtype, Fitted, Settings
 
 FORMAT = "retrieval-tip index"
-TABLE_FORMAT, FITTED_FORMAT, BUILT_FORMAT, FORMAT_VERSION = 3, 4, 5, 6
+TABLE_FORMAT, FITTED_FORMAT, BUILT_FORMAT, FORMAT_VERSION = 3, 4, 5, 7
 """Versions of the manifest format. All of these versions can be read, and new manifests use the last version.
 
 Format 1 has a single segment, no ``change`` and no ``next_key_id``. Format 3 added ``table``, format 4 ``fitted``,
-format 5 ``built`` and format 6 ``sums``, which must be updated whenever the keys change.
+format 5 ``built``, format 6 ``sums``, which must be updated whenever the keys change, and format 7 ``gamma``,
+``class_prior`` and ``prior``.
 """
 
 KINDS = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy"}
 OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parquet", "text_index": ".faiss",
-                  "metric": ".npy", "points": ".npy", "sums": ".npy"}  # fmt: skip
+                  "metric": ".npy", "points": ".npy", "sums": ".npy", "prior": ".npy"}  # fmt: skip
 """Files that only fitted or fine-tuned indexes have.
 
 - ``values`` is a float32 array of solved or trained values, of shape ``[n, c]``.
 - A fitted index has ``metric``, a float32 array of shape ``[1 + d, d]`` with the mean and the transform, and
   ``points``, which is ``phi(K)`` of the first segment. If the index has many keys, it also has ``sums``, a float64
-  array of shape ``[c + d, 1 + d]`` over all keys (see :class:`sums.Sums`).
+  array of shape ``[c + d, 1 + d]`` over all keys (see :class:`sums.Sums`). If it was fitted with the scatter of other
+  photos, that is the ``prior``, a float32 array of shape ``[d, d]``.
 - A fine-tuned index has ``weights``, the tensors of the encoder, and ``curve``, the training loss.
 - ``text_index`` is ignored. Up to version 0.1, indexes with more than 32,768 classes had this file.
 """
 TABLE_KINDS = {"classes": ".parquet"}
 """File next to a table that contains the label, the text weight, the number of keys and the key sum of each class."""
-OPTIONAL_TABLE_KINDS = {"second": ".npy", "metric": ".npy", "values": ".npy"}
+OPTIONAL_TABLE_KINDS = {"second": ".npy", "metric": ".npy", "values": ".npy", "prior": ".npy"}
 """Optional files next to a table.
 
-``second`` is the sum of the keys' outer products, of shape ``[d, d]``. A fitted index can also have a ``metric`` and
-solved ``values``.
+``second`` is the sum of the keys' outer products, of shape ``[d, d]``. A fitted index can also have a ``metric``, a
+``prior`` and solved ``values``.
 """
 SUFFIXES = KINDS | OPTIONAL_KINDS | TABLE_KINDS | OPTIONAL_TABLE_KINDS
 
@@ -272,6 +274,7 @@ class Manifest:
             _need(file.name == f"data/{kind}-{file.sha256[:16]}{SUFFIXES[kind]}", f"files.{kind}.name")
             _need(_whole(file.bytes, 1), f"files.{kind}.bytes")
             _need(_whole(file.rows, 1), f"files.{kind}.rows")
+        _need("prior" not in files or files["prior"].rows == self.d, "files.prior.rows")
         _need((metric is not None) == moved and (metric is None or metric.rows == self.d + 1), "files.metric")
         if table is not None:
             return

@@ -1,0 +1,362 @@
+"""Hold out some of the shots, fit a form to the others, and blend the terms of its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from retrieval_tip import tip
+from retrieval_tip.fit.forms import Form
+from retrieval_tip.fit.scatter import FloatArray, Scatter
+from retrieval_tip.retrieval.keys import KEY_BLOCK
+from retrieval_tip.retrieval.logits import slices
+from retrieval_tip.retrieval.ridge import class_weights
+from retrieval_tip.retrieval.segments import Keys, KeysInPlace
+from retrieval_tip.settings import ClassPrior, Settings
+from retrieval_tip.store.sums import Sums
+
+IntArray = npt.NDArray[np.int64]
+
+CLASS_FOLDS = 4
+"""Number of folds of whole classes, if some classes have text but no shots."""
+LEAST_OF_A_FOLD = 0.1
+"""Smallest fraction of another fold to evaluate. Below it, solving the values for the fold is not worthwhile."""
+LEAST_JUDGED = 8
+"""Minimum number of held-out photos to select a form."""
+SMOOTHING = 0.5
+"""Number of photos by which the labels are smoothed."""
+STEPS, REACH = 60, 4.0
+"""Maximum number of Newton steps, and bound on the logarithms for logits of unit spread."""
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Weights that maximise the likelihood of ``softmax(a text + b cache + g discriminant)`` on held-out photos.
+
+    The weight of a term that does not exist is 0. ``losses`` are in nats, ``right`` marks correct answers, and
+    ``weights`` are the query weights, which have mean 1. All three have shape ``[q]``.
+    """
+
+    a: float
+    b: float
+    g: float
+    losses: Tensor
+    right: Tensor
+    weights: Tensor
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats."""
+        return float((self.weights * self.losses).mean())
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of correct answers."""
+        return float((self.weights * self.right).mean())
+
+    def settings(self, settings: Settings, beta: float) -> Settings:
+        """Return the settings of this blend: ``alpha = b / a``, ``gamma = g / a`` and ``temperature = 1 / a``."""
+        unit = self.a or 1.0
+        return replace(settings, alpha=self.b / unit, beta=beta, gamma=self.g / unit, temperature=1 / unit)
+
+
+def blend(
+    text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor, weights: Tensor | None = None
+) -> Blend:
+    """Fit the weights of terms of shape ``[q, c]`` to queries that have the class ``ids``.
+
+    Newton's method minimises the cross-entropy of ``softmax(a text + b cache + g discriminant)``, which is convex in
+    ``a, b, g >= 0``, in terms of their logarithms. ``weights`` are query weights of mean 1. As in Platt scaling (1999),
+    the target of the correct class is ``(q + s) / (q + 2 s)`` with ``s`` = :data:`SMOOTHING`, and the other classes
+    share the rest. This keeps the factors finite even if all answers are right.
+    """
+    q, c = cache.shape
+    if weights is None:
+        weights = torch.ones(q, dtype=torch.float64)
+    terms = (text, cache, discriminant)
+    parts = torch.stack([part.double() for part in terms if part is not None])
+    parts -= parts.mean(2, keepdim=True)
+    scales = parts.flatten(1).std(1).clamp_min(1e-12)
+    parts /= scales[:, None, None]
+    rest = SMOOTHING / (q + 2 * SMOOTHING)
+    smoothed = torch.full_like(parts[0], rest / max(c - 1, 1)).scatter_(1, ids[:, None], 1 - rest)
+
+    def at(logs: Tensor) -> tuple[Tensor, float]:
+        chances = torch.tensordot(logs.exp(), parts, 1).log_softmax(1)
+        return chances, -float((weights[:, None] * smoothed * chances).sum() / q)
+
+    logs = torch.zeros(len(parts), dtype=torch.float64)
+    chances, loss = at(logs)
+    for _ in range(STEPS):
+        p, factors = chances.exp(), logs.exp()
+        weighted = weights[:, None] * p
+        gradient = (weights[:, None] * (p - smoothed) * parts).sum((1, 2)) / q * factors
+        means = (p * parts).sum(2)
+        curvature = torch.einsum("iqc,jqc->ij", weighted * parts, parts) - (weights * means) @ means.T
+        curvature = curvature / q * factors[:, None] * factors + torch.diag(gradient.clamp_min(0) + 1e-9)
+        step, size = torch.linalg.solve(curvature, gradient).clamp(-2, 2), 1.0
+        while True:
+            following = (logs - size * step).clamp(-REACH, REACH)
+            new_chances, new_loss = at(following)
+            if new_loss <= loss or size < 1e-3:
+                break
+            size /= 2
+        done = loss - new_loss < 1e-7
+        if new_loss <= loss:
+            logs, chances, loss = following, new_chances, new_loss
+        if done:
+            break
+    found = iter((logs.exp() / scales).tolist())
+    a, b, g = (0.0 if part is None else next(found) for part in terms)
+    losses = -chances.gather(1, ids[:, None])[:, 0]
+    return Blend(a, b, g, losses, chances.argmax(1) == ids, weights)
+
+
+class Limits(TypedDict):
+    """What an estimate of the accuracy does not cover, as fields of :class:`FormChoice`."""
+
+    without_shots: int
+    single: int
+    halves: bool
+
+
+@dataclass(frozen=True)
+class Held:
+    """Held-out queries, for an index over the other ``rows``.
+
+    The ``features`` have shape ``[q, d]`` and the class ``ids`` have shape ``[q]``. If ``of_classes`` is true, all keys
+    of these classes are held out.
+    """
+
+    features: Tensor
+    ids: Tensor
+    rows: Tensor
+    of_classes: bool = False
+
+
+@dataclass
+class Folds:
+    """Keys and their class ``ids``, scaled ``text`` weights of shape ``[c, d]``, and held-out queries.
+
+    ``class_prior`` is ``shots`` if all queries have equal weight. ``prior`` is the scatter of other photos.
+    """
+
+    keys: Keys
+    ids: Tensor
+    c: int
+    text: Tensor | None
+    held: Sequence[Held]
+    sums: Sums | None = None
+    class_prior: ClassPrior = "even"
+    weighted: bool = True
+    prior: FloatArray | None = None
+    _scatters: dict[int | None, Scatter] = field(default_factory=dict)
+
+    @classmethod
+    def of_shots(
+        cls, keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntArray, number: int, judged: int,
+        sums: Sums | None = None, class_prior: ClassPrior = "even", prior: FloatArray | None = None,
+    ) -> Folds:  # fmt: skip
+        """Split the images into up to ``number`` folds, and hold out about ``judged`` of them.
+
+        All views of a held-out image are held out.
+        """
+        folds, first = _folds(images, ids, number)
+        held = list(_held(keys, ids, folds[first], first, images, judged))
+        return cls(keys, torch.from_numpy(ids), c, text, held, sums, class_prior, prior=prior)
+
+    def with_classes(self, images: IntArray, judged: int) -> Folds:
+        """Also hold out whole classes, if some classes have text but no shots.
+
+        A held-out class resembles a class that has no shots, because it can only be recognised by its text. Its photos
+        are weighted as described in :attr:`weights`.
+        """
+        ids = self.ids.numpy()
+        own = np.unique(ids)
+        if not self.held or self.covered == 1 or len(own) < CLASS_FOLDS:
+            return self
+        fold_of = np.zeros(self.c, dtype=np.int64)
+        fold_of[np.random.default_rng(0).permutation(own)] = np.arange(len(own)) % CLASS_FOLDS
+        _, first = np.unique(images, return_index=True)
+        whole = _held(self.keys, ids, fold_of[ids[first]], first, fold_of[ids], judged)
+        held = [*self.held, *(replace(one, of_classes=True) for one in whole)]
+        return replace(self, held=held)
+
+    @property
+    def without_shots(self) -> int:
+        """Number of classes that have no shots."""
+        return self.c - len(self.ids.unique())
+
+    @property
+    def covered(self) -> float:
+        """Fraction of the classes that have shots or queries, or 1 if there is no text."""
+        ids = torch.cat([self.ids, *(held.ids for held in self.held)])
+        return 1.0 if self.text is None else len(ids.unique()) / self.c
+
+    @property
+    def limits(self) -> Limits:
+        """What the estimate of the accuracy does not cover."""
+        single = np.setdiff1d(self.ids.numpy(), self.ids_held.numpy() if self.held else self.ids.numpy())
+        return {"without_shots": self.without_shots, "single": len(single), "halves": self.halves}
+
+    @property
+    def halves(self) -> bool:
+        """Whether only about half of the shots remain in a fold. Their cache logits differ from those of all shots."""
+        return any(len(held.rows) < 0.6 * len(self.ids) for held in self.held if not held.of_classes)
+
+    @property
+    def of_classes(self) -> Tensor:
+        """Whether the whole class of each query is held out."""
+        return torch.cat([torch.full((len(held.ids),), held.of_classes) for held in self.held])
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Query weights of mean 1, or ``None`` if all queries have equal weight.
+
+        By default, all classes have equal weight, regardless of their number of shots. Queries of held-out classes are
+        weighted by the fraction of classes that have no shots.
+        """
+        whole, ids = self.of_classes, torch.cat([held.ids for held in self.held])
+        weights = torch.ones(len(ids), dtype=torch.float64)
+        if self.weighted and self.class_prior == "even":
+            weights = class_weights(torch.bincount(self.ids, minlength=self.c))[ids].double()
+        if whole.any():
+            shares = torch.where(whole, 1 - self.covered, self.covered)
+            weights *= shares / torch.where(whole, weights[whole].sum(), weights[~whole].sum())
+        return None if (weights == 1).all() else weights / weights.mean()
+
+    @property
+    def n(self) -> int:
+        """Number of held-out photos, excluding held-out classes."""
+        return sum(len(held.ids) for held in self.held if not held.of_classes)
+
+    @property
+    def can_judge(self) -> bool:
+        """Whether there are enough held-out photos to evaluate a form."""
+        return self.n >= LEAST_JUDGED and self.c > 1
+
+    def scatter(self, rows: Tensor) -> Scatter:
+        """Return the scatter of some of the keys."""
+        if len(rows) < self.keys.shape[1] and self.prior is None:
+            return Scatter.of_few(*self.taken(rows), self.c)
+        every = np.arange(len(self.ids))
+        if self.sums is None:
+            self.sums = self._sums_of(every)
+        others = np.delete(every, rows.numpy())
+        return Scatter.of(self.sums - self._sums_of(others) if len(others) else self.sums, self.prior)
+
+    def taken(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return some of the keys as float32, and their class ids."""
+        return taken_keys(self.keys, rows), self.ids[rows]
+
+    def _sums_of(self, rows: IntArray) -> Sums:
+        ids = self.ids.numpy()
+        blocks = ((keys, ids[part]) for keys, part in _blocks(self.keys, rows))
+        return Sums.of(blocks, self.c, self.keys.shape[1])
+
+    def judge(self, form: Form) -> Blend:
+        """Fit a form to all shots except each fold in turn, and return the blend on these folds."""
+        return blend(*self.terms(form), self.ids_held, self.weights)
+
+    def terms(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Fit a form to the other photos. Return text logits, cache logits and the discriminant of held-out photos.
+
+        If some classes have no shots, there is no discriminant, because it cannot compare them with the other classes.
+        """
+        cache, discriminant = (
+            torch.cat(parts)
+            for parts in zip(*(self._answers(form, held, fold) for fold, held in enumerate(self.held)), strict=True)
+        )
+        features = torch.cat([held.features for held in self.held])
+        text = None if self.text is None else tip.affinity(features, self.text)
+        return text, cache, discriminant if self.covered == 1 else None
+
+    @property
+    def ids_held(self) -> Tensor:
+        """Class ids of the held-out queries."""
+        return torch.cat([held.ids for held in self.held])
+
+    def fitted(self, form: Form, rows: Tensor, fold: int | None = None) -> tuple[tip.Metric | None, Tensor | None]:
+        """Fit the metric and the values of a form to ``rows`` of the keys, or to all keys outside a ``fold``."""
+        metric = None
+        if form.metric is not None:
+            if fold not in self._scatters:
+                self._scatters[fold] = self.scatter(rows)
+            metric = form.metric.fit(self._scatters[fold])
+        if form.values is None:
+            return metric, None
+        keys, ids = self.taken(rows)
+        return metric, form.values.fit(
+            keys if metric is None else metric(keys), ids, self.c, form.beta, self.class_prior
+        )
+
+    def _answers(self, form: Form, held: Held, fold: int) -> tuple[Tensor, Tensor]:
+        """Return the cache logits and the discriminant of held-out photos, from an index over the other keys."""
+        metric, values = self.fitted(form, held.rows, fold)
+        queries = held.features if metric is None else metric(held.features)
+        cache, sums = torch.zeros(len(queries), self.c), torch.zeros(self.c, queries.shape[1], dtype=torch.float64)
+        start = 0
+        for block, rows in _blocks(self.keys, held.rows.numpy()):  # very many if values are one-hot
+            keys = torch.from_numpy(np.array(block, dtype=np.float32))
+            points, ids = keys if metric is None else metric(keys), self.ids[torch.from_numpy(rows)]
+            own = None if values is None else tip.Values(values[start : start + len(rows)])
+            cache += tip.cache_logits(tip.affinity(queries, points), ids, self.c, form.beta, values=own)
+            tip.add_rows(sums, ids, points.double())
+            start += len(rows)
+        counts = torch.bincount(self.ids[held.rows], minlength=self.c)
+        return cache, tip.Discriminant.of(sums.float(), counts.float())(queries)
+
+
+def ranks_within(ids: IntArray, draw: np.random.Generator) -> IntArray:
+    """Return the rank of each item within its class, in random order."""
+    order = draw.permutation(len(ids))
+    order = order[np.argsort(ids[order], kind="stable")]
+    ranks = np.empty(len(ids), dtype=np.int64)
+    ranks[order] = np.arange(len(ids)) - np.searchsorted(ids[order], ids[order])
+    return ranks
+
+
+def _held(keys: Keys, ids: IntArray, folds: IntArray, first: IntArray, groups: IntArray, judged: int) -> Iterator[Held]:
+    """Yield about ``judged`` held-out queries, one fold at a time. The index excludes all ``groups`` of a fold."""
+    begun = False
+    for fold in range(folds.max(initial=-1) + 1):
+        asked = first[folds == fold]
+        if judged < len(asked) * (LEAST_OF_A_FOLD if begun else 0) or judged <= 0:
+            return
+        if len(asked) > judged:
+            asked = np.sort(np.random.default_rng(fold).choice(asked, judged, replace=False))
+        rows = torch.from_numpy(np.flatnonzero(~np.isin(groups, groups[asked])))
+        yield Held(taken_keys(keys, torch.from_numpy(asked)), torch.from_numpy(ids[asked]), rows)
+        judged, begun = judged - len(asked), True
+
+
+def _blocks(keys: Keys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:
+    """Yield some of the keys and their rows in blocks, in order unless the keys are read in place."""
+    if isinstance(keys, KeysInPlace):
+        return keys.blocks(rows)
+    parts = (rows[part] for part in slices(len(rows), KEY_BLOCK))
+    return ((np.asarray(keys[part]), part) for part in parts)
+
+
+def taken_keys(keys: Keys, rows: Tensor) -> Tensor:
+    """Return some of the keys as float32."""
+    return torch.from_numpy(np.asarray(keys[rows.numpy()], dtype=np.float32))
+
+
+def _folds(images: IntArray, ids: IntArray, number: int) -> tuple[IntArray, IntArray]:
+    """Return the fold of each key, or -1 if the key is never held out, and the first key of each image."""
+    _, first, image = np.unique(images, return_index=True, return_inverse=True)
+    own = ids[first]
+    counts = np.bincount(own)
+    several = counts[own] > 1
+    if not several.any():
+        return np.full(len(ids), -1), first
+    ranks = ranks_within(own, np.random.default_rng(0))
+    folds = np.where(several, ranks % min(number, int(np.median(counts[counts > 1]))), -1)
+    return folds[image], first
