@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scipy.stats
 import torch
 from conftest import examples, nearest_keys, needs_real, parts_of
 from hypothesis import given, settings
@@ -21,11 +22,14 @@ from retrieval_tip import CacheModel, tip
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit import folds as folds_module
+from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.fit.folds import Folds, blend
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, FittedMetric, Form, Scatter, Solved, Within
+from retrieval_tip.fit.scatter import pooled
 from retrieval_tip.index import places as stores
 from retrieval_tip.retrieval import ridge
 from retrieval_tip.settings import Settings
+from retrieval_tip.store.sums import Sums
 
 C, D = 5, 16
 
@@ -140,7 +144,7 @@ def test_keys_of_any_norm_are_fitted(shots, norm):
     assert (cache.logits(norm * queries).numpy().argmax(1) == truth).mean() > 0.6
     if norm > 2:
         with pytest.raises(InputError, match="metric none"):
-            closed_form.fit(cache, closed_form.Fit(metric="none"))
+            closed_form.fit(cache, Fit(metric="none"))
 
 
 def test_keys_too_far_from_norm_1_are_refused():
@@ -151,7 +155,7 @@ def test_keys_too_far_from_norm_1_are_refused():
     with pytest.raises(InputError, match="norm"):
         closed_form.fit(tiny)
     solved = model()
-    closed_form.fit(solved, closed_form.Fit(metric="none", values="solved"))
+    closed_form.fit(solved, Fit(metric="none", values="solved"))
     before = solved.values.clone()
     with pytest.raises(InputError, match="norm"):
         solved.add(20 * keys[:1], [0])
@@ -363,7 +367,83 @@ def test_on_dtd_photos_of_some_classes_do_not_crowd_out_the_others(shared, cover
     assert 100 * right.mean() >= least
 
 
+# -- the spread of other photos --
+
+
+def test_a_prior_is_the_scatter_of_other_keys_around_their_class_means():
+    parts = [clusters(9, seed) for seed in (1, 2)]
+    prior = pooled([Sums.of([part], C, D) for part in parts])
+    apart = np.concatenate([keys - np.repeat([keys[ids == i].mean(0) for i in range(C)], 9, 0) for keys, ids in parts])
+    np.testing.assert_allclose(prior, apart.T @ apart / (2 * 8 * C), rtol=1e-4, atol=1e-7)
+    keys, ids = clusters(3)
+    own = keys - np.repeat([keys[ids == i].mean(0) for i in range(C)], 3, 0)
+    expected = (own.T @ own + 1000 * prior) / (2 * C + 1000)
+    found = Folds(keys, torch.from_numpy(ids), C, None, [], prior=prior).scatter(torch.arange(len(ids)))
+    made = (found.eigenvectors * found.eigenvalues) @ found.eigenvectors.T
+    np.testing.assert_allclose(made, expected, rtol=1e-4, atol=1e-7)
+    with pytest.raises(InputError, match="no class has two"):
+        pooled([Sums.of([clusters(1)], C, D)])
+
+
+@pytest.mark.parametrize("shots", [1, 2, 4])
+@pytest.mark.parametrize("text", [True, False])
+def test_the_spread_of_other_photos_helps_few_shots(shots, text):
+    prior, right = pooled([Sums.of([clusters(40, 77, c=20)], 20, D)]), {}
+    for spread in (None, prior):
+        for seed in range(12):
+            cache, (queries, truth) = model(shots, text, seed, device="cpu"), clusters(40, seed=1000 + seed)
+            closed_form.fit(cache, Fit(prior=spread))
+            right.setdefault(spread is None, []).append((cache.logits(queries).argmax(1).numpy() == truth).mean())
+    assert np.mean(right[False]) > np.mean(right[True]) + 0.01
+
+
+def test_a_prior_stays_with_the_index_and_is_that_of_the_same_encoder(run, tables):
+    other, index, store = tables / "other", tables / "index", f"lance://{tables / 'store'}"
+    assert run("index", "build", tables / "test.parquet", "--out", other).exit_code == 0
+    for place in (index, store):
+        built = run("index", "build", tables / "more.parquet", "--text", tables / "text.parquet", "--out", place)
+        assert built.exit_code == 0, built.output
+        assert run("fit", place, "--prior", other).exit_code == 0
+    one, same = (stores.at(place).verify() for place in (index, store))
+    expected = pooled([Sums.of([clusters(20, 5)], C, D)])
+    np.testing.assert_allclose(one.prior, expected, rtol=1e-5, atol=1e-8)
+    np.testing.assert_array_equal(one.prior, same.prior)
+    torch.testing.assert_close(one.metric.transform, same.metric.transform)
+    first = (index / "manifest.json").read_bytes()
+    assert run("fit", index).exit_code == 0
+    files = [json.loads(raw)["files"] for raw in (first, (index / "manifest.json").read_bytes())]
+    assert [part["sha256"] for part in files[0].values()] == [part["sha256"] for part in files[1].values()]
+    wide = table(tables / "wide.parquet", np.eye(10, dtype=np.float32)[[0, 0, 1, 1]], ["a", "a", "b", "b"])
+    assert run("index", "build", wide, "--out", tables / "wide").exit_code == 0
+    refused = run("fit", index, "--prior", tables / "wide")
+    assert (refused.exit_code, "10 values instead of 16" in refused.stderr) == (1, True)
+    assert run("index", "build", wide, "--out", tables / "no", "--fit", "none", "--prior", other).exit_code == 2
+
+
 # -- uneven shots --
+
+
+def test_for_photos_as_frequent_as_the_shots_all_shots_have_equal_weight(run, tables):
+    keys, ids = clusters(9)
+    some = np.concatenate([np.flatnonzero(ids == i)[:n] for i, n in enumerate((1, 2, 4, 8, 9))])
+    table(tables / "tail.parquet", keys[some], [f"class {i}" for i in ids[some]])
+    index = tables / "index"
+    assert run("index", "build", tables / "tail.parquet", "--class-prior", "shots", "--out", index).exit_code == 0
+    cache = CacheModel.load(index, device="cpu")
+    assert cache.fitted.class_prior == "shots"
+
+    def expected():
+        points = np.asarray(cache.met, dtype=np.float64)
+        gram = np.exp(-cache.settings.beta * (1 - points @ points.T)) + cache.fitted.ridge * np.eye(cache.n)
+        return np.linalg.solve(gram, np.eye(C)[cache.class_ids])
+
+    np.testing.assert_allclose(cache.values, expected(), atol=1e-4)
+    cache.add(clusters(1, seed=8)[0], [f"class {i}" for i in range(C)])
+    np.testing.assert_allclose(cache.values, expected(), atol=1e-4)
+    assert run("fit", index).exit_code == 0
+    assert CacheModel.load(index).fitted.class_prior == "shots"
+    assert run("fit", index, "--class-prior", "even").exit_code == 0
+    assert CacheModel.load(index).fitted.class_prior == "even"
 
 
 def test_values_of_uneven_shots_are_those_of_a_ridge_weighted_by_class():
@@ -396,7 +476,7 @@ def test_sums_over_the_shots_of_a_class_are_not_chosen_for_uneven_shots():
     choice = closed_form.fit(cache)
     assert choice.trials
     assert all(trial.form.values is not None for trial in choice.trials)
-    assert closed_form.fit(cache, closed_form.Fit(values="one-hot")).form.values is None
+    assert closed_form.fit(cache, Fit(values="one-hot")).form.values is None
 
 
 @needs_real
@@ -523,13 +603,13 @@ def test_words_that_are_sure_and_wrong_leave_one_photograph_a_class_to_decide():
 
 def test_settings_can_be_fixed_and_bad_ones_are_refused():
     cache = model()
-    closed_form.fit(cache, closed_form.Fit(metric="none", values="one-hot"))
+    closed_form.fit(cache, Fit(metric="none", values="one-hot"))
     assert (cache.fitted.metric, cache.fitted.values) == ("none", "one-hot")
     with pytest.raises(UsageError, match="metric 'all'"):
-        closed_form.fit(cache, closed_form.Fit(metric="all"))
+        closed_form.fit(cache, Fit(metric="all"))
     cache.settings = cache.settings.override(k=3)
     with pytest.raises(UsageError, match="values solved: need a search over all keys"):
-        closed_form.fit(cache, closed_form.Fit(values="solved"))
+        closed_form.fit(cache, Fit(values="solved"))
     closed_form.fit(cache)
     assert cache.fitted.values == "one-hot"
 
@@ -559,11 +639,11 @@ def test_unlike_is_what_lies_farther_than_the_shots_from_each_other():
 def test_about_one_in_twenty_known_photos_is_unlike_from_four_shots_on(values):
     for shots, least, most in ((4, 0.01, 0.12), (12, 0.02, 0.1)):
         cache = model(shots=shots)
-        closed_form.fit(cache, closed_form.Fit(values=values))
+        closed_form.fit(cache, Fit(values=values))
         queries, _ = clusters(400, seed=7)
         assert least <= np.mean([one.unlike for one in cache.classify(queries)]) <= most
     cache = model(shots=2)
-    closed_form.fit(cache, closed_form.Fit(values=values))
+    closed_form.fit(cache, Fit(values=values))
     assert cache.settings.least_cache is None  # half of two shots says too little
 
 
@@ -576,7 +656,8 @@ def test_an_estimate_is_that_of_a_fit_and_follows_the_labels(form, text):
     cache.relabel(wrong, [cache.class_names[(cache.class_names.index(label) + 1) % C] for label in right])
     choice = closed_form.fit(cache, forms=[form])
     before = closed_form.estimate(cache)
-    assert before == pytest.approx({name: getattr(choice, name) for name in ("photos", "words", "both")})
+    assert before.pop("interval") == pytest.approx(choice.interval)
+    assert before == pytest.approx({name: getattr(choice, name) for name in ("photos", "words", "both", "names_hurt")})
     settings = cache.settings
     cache.relabel(wrong, right)
     assert closed_form.estimate(cache)["both"] > before["both"] + 0.05
@@ -704,11 +785,16 @@ def test_a_build_fits_and_says_what_it_judged_and_fits_again_after_add(run, tabl
     out = tables / "index"
     built = run("index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out)
     assert built.exit_code == 0, built.output
-    estimate = r"Estimated accuracy: ([\d.]+) % \(30 photos, each held out in turn; photos alone [\d.]+ %, class names"
+    estimate = (
+        r"Estimated accuracy: ([\d.]+) % \(95 % interval (\d+) to (\d+) %; 30 photos, each held out in turn; "
+        r"photos alone [\d.]+ %, class names"
+    )
     assert (percent := re.search(estimate, built.stderr))
     assert "Chosen form" not in built.stderr
     fit = CacheModel.load(out).provenance["fit"]
     assert float(percent[1]) == pytest.approx(100 * fit["both"], abs=0.06)
+    low, high = scipy.stats.binomtest(round(30 * fit["both"]), 30).proportion_ci(method="wilson")
+    assert [int(end) for end in percent.groups()[1:]] == [round(100 * low), round(100 * high)]
     assert sum(held - right for _, right, held in fit["weakest"]) == round(30 * (1 - fit["both"]))  # all 5 classes
     rates = [right / held for _, right, held in fit["weakest"]]
     assert rates == sorted(rates)
@@ -726,7 +812,8 @@ def test_a_build_fits_and_says_what_it_judged_and_fits_again_after_add(run, tabl
     judged = run("fit", out, "--val", tables / "test.parquet")
     assert "100 photos of" in judged.stderr
     assert run("index", "verify", out).exit_code == 0
-    assert "fit it again" in run("index", "add", out, tables / "test.parquet").stderr  # 40 shots became 140
+    added = run("index", "add", out, tables / "test.parquet")  # 40 shots became 140, but the fit is that of a choice
+    assert (added.exit_code, "fit it again" in added.stderr) == (0, True)
 
 
 def test_a_store_fits_classes_without_shots_as_a_folder_does(run, tables):

@@ -2,8 +2,8 @@
 
 ``expected.json`` beside them holds queries ``features`` and each index's answers at that time: logits over all keys and
 the 4 nearest. ``v3/plain`` is ``v2/plain`` in a LanceDB store. Format 4 added fitted metrics and values, format 5 the
-settings of the build, format 6 the sums of the keys; ``v6/solved`` and ``v6/metric`` are those of format 4 in LanceDB
-stores.
+settings of the build, format 6 the sums of the keys, format 7 the discriminant, the class prior and the prior scatter;
+``v6/solved`` and ``v6/metric`` are those of format 4 in LanceDB stores.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from retrieval_tip.store.manifest import FORMAT_VERSION, TABLE_FORMAT, Manifest
 
 INDEXES = Path(__file__).parent / "indexes"
 NAMES = [(version, name) for version in ("v1", "v2") for name in ("plain", "tuned", "classes")] + [("v2", "graph")]
-NAMES += [("v4", "solved"), ("v4", "metric"), ("v5", "drawn"), ("v5", "fitted"), ("v6", "sums")]
+NAMES += [("v4", "solved"), ("v4", "metric"), ("v5", "drawn"), ("v5", "fitted"), ("v6", "sums"), ("v7", "discriminant")]
 
 
 def expected(version: str) -> dict[str, Any]:

@@ -415,3 +415,66 @@ def test_a_fitted_store_is_served(built, tmp_path):
         assert row["label"] == one.label
         np.testing.assert_allclose([near["gives"] for near in row["neighbours"]],
                                    [near.gives for near in one.neighbours], atol=1e-5)  # fmt: skip
+
+
+# -- indexes that change a lot --
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_index_grown_photo_by_photo_is_as_accurate_as_one_built_at_once(kind, tmp_path):
+    """It is fitted again whenever it has doubled, and then equals an index that was built from the same shots."""
+    keys, ids = clusters(8)
+    order = np.argsort(np.arange(len(ids)) % 8, kind="stable")  # one shot per class at a time
+    queries, truth = clusters(40, seed=5)
+    text = write_table(tmp_path / "text.parquet", text_of(), NAMES)
+    place, number = made(tmp_path, kind), 0
+    for stop in (5, 8, 10, 13, 19, 20, 33, 40):
+        rows, number = order[number:stop], stop
+        part = write_table(tmp_path / f"{stop}.parquet", keys[rows], [NAMES[i] for i in ids[rows]], [*map(str, rows)])
+        if stop == 5:
+            build_index(open_source(part), place, Encoder(), text=text, device="cpu")
+            continue
+        added = changes.add(place, open_source(part), Encoder())
+        assert (added.fit is not None, added.fit_due) == (stop in (10, 20, 40), False)
+    grown = stores.at(place).verify()
+    assert grown.fitted.keys == 40
+    labels, names = [NAMES[i] for i in ids[order]], [*map(str, order)]
+    whole = write_table(tmp_path / "whole.parquet", keys[order], labels, names)
+    once = build_index(open_source(whole), made(tmp_path, kind, "once"), Encoder(), text=text, device="cpu")
+    right = [(model.logits(queries).argmax(1).numpy() == truth).mean() for model in (grown, once)]
+    assert right[0] == pytest.approx(right[1], abs=0.01)
+    found = [np.nan if part is None else part for part in asdict(grown.settings).values()]
+    expected = [np.nan if part is None else part for part in asdict(once.settings).values()]
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_follow_classes_that_lose_or_get_their_first_photos(kind, tmp_path):
+    keys, ids = clusters(6)
+    text, some = write_table(tmp_path / "text.parquet", text_of(), NAMES), ids < 4
+    first, rest = (
+        write_table(
+            tmp_path / name, keys[part], [NAMES[i] for i in ids[part]], [f"{name} {i}" for i in np.flatnonzero(part)]
+        )
+        for name, part in (("first.parquet", some), ("rest.parquet", ~some))
+    )
+    place = made(tmp_path, kind)
+    build_index(open_source(first), place, Encoder(), text=text, device="cpu")
+    alphas = [stores.at(place).load(device="cpu").settings.alpha]
+    added = changes.add(place, open_source(rest), Encoder())
+    alphas.append(stores.at(place).load(device="cpu").settings.alpha)
+    assert (added.fit.without_shots, added.fit_due) == (0, False)
+    removed = changes.remove(place, key_ids=added.key_ids)
+    alphas.append(stores.at(place).load(device="cpu").settings.alpha)
+    assert removed.fit.without_shots == 1
+    assert alphas[0] == pytest.approx(alphas[2], rel=1e-3)
+    assert alphas[0] != pytest.approx(alphas[1], rel=1e-3)
+    assert changes.remove(place, key_ids=[0]).fit is None
+    moved = changes.relabel(place, NAMES[4], key_ids=[1, 2])
+    assert moved.fit.without_shots == 0
+    changes.configure(place, alpha=3.0)
+    merged = changes.rename(place, NAMES[4], NAMES[0])
+    assert (merged.fit, merged.fit_due) == (None, False)  # no class is without photos, before or after
+    removed = changes.remove(place, where=f"label = '{NAMES[1]}'")
+    assert (removed.fit, removed.fit_due) == (None, True)
+    assert stores.at(place).load(device="cpu").settings.alpha == 3.0

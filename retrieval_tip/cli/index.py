@@ -34,7 +34,7 @@ from retrieval_tip.settings import ClassPrior, Dtype, FitName, KeysMet, MetricNa
 
 if TYPE_CHECKING:
     from retrieval_tip.answering import AnsweringIndex
-    from retrieval_tip.index.changes import Added
+    from retrieval_tip.index.changes import Added, Changed
     from retrieval_tip.index.places import Place
 
 OUT = click.option("--out", "--store", type=INDEX, required=True,
@@ -384,6 +384,7 @@ def remove_command(folder: Place, where: str | None, key_ids: list[int] | None) 
 
     removed = changes.remove(folder, where=where, key_ids=key_ids)
     _say_version(folder, removed.version, f"removed {counted(len(removed.key_ids), 'shot')}")
+    _say_fitted(folder, removed)
 
 
 @index.command("relabel")
@@ -399,6 +400,7 @@ def relabel_command(folder: Place, label: str, where: str | None, key_ids: list[
 
     changed = changes.relabel(folder, label, where=where, key_ids=key_ids)
     _say_version(folder, changed.version, f"relabelled {counted(len(changed.key_ids), 'shot')} as {label}")
+    _say_fitted(folder, changed)
 
 
 @index.command("rename")
@@ -420,6 +422,7 @@ def rename_command(folder: Place, old: str, new: str, encode: bool, backbone: Ba
     renamed = changes.rename(folder, old, new, loaded)
     what = f"merged {old} into {new}" if renamed.merged else f"renamed {old} to {new}"
     _say_version(folder, renamed.version, f"{what} ({counted(len(renamed.key_ids), 'shot')})")
+    _say_fitted(folder, renamed)
 
 
 @index.command("set")
@@ -644,6 +647,7 @@ def audit_command(
             raise UsageError("--apply: cannot be combined with other options")
         changed = apply_audit(folder, file)
         _say_version(folder, changed.version, f"relabelled {counted(len(changed.key_ids), 'shot')}")
+        _say_fitted(folder, changed)
         return
     from retrieval_tip.cli.output import write_table
     from retrieval_tip.evaluation.audit import audit
@@ -677,6 +681,13 @@ def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
         warn_of(added.duplicates)
         if added.duplicates.compared == "digests":
             warn(["the index is too large to search for near-identical images now; use index audit"])
-    if added.fit_due:
-        fit = command_line("fit", folder)
-        warn([f"the index is at least twice as large as when it was fitted; fit it again: {fit}"])
+    _say_fitted(folder, added)
+
+
+def _say_fitted(folder: Place, changed: Changed) -> None:
+    if changed.fit is not None:
+        warn(changed.fit.warnings)
+        say("Fitted again, because the index has changed a lot.")
+        say_fit(changed.fit.provenance())
+    elif changed.fit_due:
+        warn([f"the index has changed a lot since it was fitted; fit it again: {command_line('fit', folder)}"])

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from retrieval_tip.data.imports import import_table
 from retrieval_tip.data.sources import Source, open_source, spelled_alike
 from retrieval_tip.data.tables import read_columns, reading, texts
 from retrieval_tip.errors import InputError, StoreError, UsageError, counted, few, show
+from retrieval_tip.fit.closed_form import Fit, FormChoice, is_automatic
 from retrieval_tip.index import places
 from retrieval_tip.index.build import build_index, warn_of_spelling
 from retrieval_tip.index.items import ItemColumns, draw_shots, ids_in, provenance_of, read_text_table
@@ -45,16 +46,26 @@ COMPARED = 1 << 18
 """Maximum number of keys to compare with new features when known features are counted but not skipped."""
 
 
-GROWN = 2
-"""Factor by which an index must grow after a fit before a new fit is due."""
+GROWN, REFITTED = 2, 4096
+"""Factor by which an index must grow after a fit before a new fit is due, and most keys to fit during a change.
+
+Such a fit takes a few seconds.
+"""
 
 
 @dataclass(frozen=True)
 class Changed:
-    """The result of a change, with the current ``version`` and the ids of the affected keys."""
+    """The result of a change, with the current ``version`` and the ids of the affected keys.
+
+    If the number of keys has doubled since the last fit, or if other classes than before have no photos, the index is
+    fitted again, and ``fit`` is the result. If the index is too large for that, or if its settings were not chosen by a
+    fit to its shots, ``fit_due`` is true, and :func:`fit.fit_index` would make the index more accurate.
+    """
 
     version: int
     key_ids: list[int]
+    fit: FormChoice | None = dataclasses.field(default=None, kw_only=True)
+    fit_due: bool = dataclasses.field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -85,15 +96,13 @@ class Added(Changed):
     """The result of an addition, with the new ``classes`` and the number of images that were already ``known``.
 
     ``duplicates`` are the new keys whose image is also in another class. ``alike`` maps a new class to an earlier class
-    whose name only differs in case, ``_``, ``-`` or spaces. ``fit_due`` is true if the number of keys has at least
-    doubled since the last fit, so that :func:`fit.fit_index` would make the index more accurate.
+    whose name only differs in case, ``_``, ``-`` or spaces.
     """
 
     classes: list[str]
     known: int
     duplicates: Duplicates | None
     alike: dict[str, str]
-    fit_due: bool
 
 
 def add(
@@ -140,7 +149,7 @@ def add(
     items = source.items.take(pa.array(block.positions))
     columns = ItemColumns.of(items, block.digests)
     with store.change() as change:
-        cache = change.cache
+        cache, bare = change.cache, _bare(change.cache)
         labels = np.array(items["label"].to_pylist(), dtype=object)
         known = _known(cache, labels, columns.digests, block.features, None if skip_known else COMPARED)
         rows = np.flatnonzero(~known) if skip_known else np.arange(len(labels))
@@ -151,8 +160,9 @@ def add(
             found = change.duplicates_of(key_ids)  # if anything fails up to here, nothing changes
         if len(rows) or classes:
             change.what = _with_classes(f"add {counted(len(rows), 'key')}", classes)
+        fitted = _keep_fitted(change, bare)
     alike = warn_of_spelling(folder, cache.class_names, classes)
-    return Added(_version(cache), key_ids, classes, int(known.sum()), found, alike, _fit_due(cache))
+    return Added(_version(cache), key_ids, classes, int(known.sum()), found, alike, **fitted)
 
 
 def merge(folder: Place, other: Place) -> Added:
@@ -174,18 +184,39 @@ def merge(folder: Place, other: Place) -> Added:
     weights = dict(zip(theirs.class_names, theirs.text_weights.numpy(), strict=True)) if theirs.has_text else {}
     columns = ItemColumns.of(theirs.labels, theirs.labels["digest"].to_pylist())
     with target.change() as change:
-        cache = change.cache
+        cache, bare = change.cache, _bare(change.cache)
         classes = _add_classes(cache, theirs.class_names, weights)
         labels, views = theirs.labels["label"].to_pylist(), theirs.labels["views"].to_numpy()
         key_ids = cache.add(np.asarray(theirs.keys), labels, views=views, **vars(columns))
         found = change.duplicates_of(key_ids)  # if anything fails up to here, nothing changes
         change.what = _with_classes(f"merge {show(str(source))}: {counted(len(key_ids), 'key')}", classes)
+        fitted = _keep_fitted(change, bare)
     alike = warn_of_spelling(folder, cache.class_names, classes)
-    return Added(_version(cache), key_ids, classes, 0, found, alike, _fit_due(cache))
+    return Added(_version(cache), key_ids, classes, 0, found, alike, **fitted)
 
 
-def _fit_due(cache: EditableIndex) -> bool:
-    return cache.fitted is not None and cache.n >= GROWN * cache.fitted.keys
+class _Fitted(TypedDict, total=False):
+    fit: FormChoice | None
+    fit_due: bool
+
+
+def _bare(cache: EditableIndex) -> list[str]:
+    """Return the classes that have no keys."""
+    return [name for name, number in zip(cache.class_names, cache.counts, strict=True) if not number]
+
+
+def _keep_fitted(change: Change, bare: Sequence[str]) -> _Fitted:
+    """Fit an index again if the change has outdated its fit (see :class:`Changed`). ``bare`` had no keys before."""
+    cache = change.cache
+    if cache.fitted is None or not change.what:
+        return {}
+    grown = cache.n >= GROWN * cache.fitted.keys
+    if not grown and (not cache.has_text or _bare(cache) == bare):
+        return {}
+    if cache.n > REFITTED or not is_automatic(cache):
+        return {"fit_due": True}
+    fit = change.fit(Fit(class_prior=cache.fitted.class_prior)) if grown else change.refit(cache.settings.beta)
+    return {"fit": fit}
 
 
 def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
@@ -197,13 +228,14 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
     given. Raises InputError if no key matches or if a key cannot be removed (see :meth:`cache_model.KeyEdits.remove`).
     """
     with places.at(folder).change() as change:
-        chosen = _chosen(change.cache, where, key_ids)
+        chosen, bare = _chosen(change.cache, where, key_ids), _bare(change.cache)
         try:
             change.cache.remove(chosen)
         except UsageError as error:  # otherwise, an inverted file would have fewer keys than lists
             raise InputError(f"{error}; rebuild the index first, with index=Flat") from None
         change.what = f"remove {counted(len(chosen), 'key')}"
-    return Changed(_version(change.cache), chosen)
+        fitted = _keep_fitted(change, bare)
+    return Changed(_version(change.cache), chosen, **fitted)
 
 
 def relabel(
@@ -225,8 +257,10 @@ def relabel(
             wanted = dict.fromkeys(_chosen(cache, where, key_ids), label)
         else:
             wanted = {key_id: label[key_id] for key_id in _chosen(cache, None, list(label))}
+        bare = _bare(cache)
         moved = _relabel(change, wanted, _labels_of(cache, list(wanted)))
-    return Changed(_version(change.cache), moved)
+        fitted = _keep_fitted(change, bare)
+    return Changed(_version(change.cache), moved, **fitted)
 
 
 def apply_audit(folder: Place, file: Folder) -> Changed:
@@ -257,8 +291,10 @@ def apply_audit(folder: Place, file: Folder) -> Changed:
                 raise InputError(f"{name}: key {key_id} {found}; run index audit again")
         for label in dict.fromkeys(wanted.values()):
             _check_class(change.cache, label, f"{name}: ")
+        bare = _bare(change.cache)
         moved = _relabel(change, wanted, now)
-    return Changed(_version(change.cache), moved)
+        fitted = _keep_fitted(change, bare)
+    return Changed(_version(change.cache), moved, **fitted)
 
 
 def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) -> Renamed:
@@ -282,7 +318,7 @@ def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) 
         if old == new and new in cache.class_names:
             return Renamed(_version(cache), [], merged=False)
         key_ids = cache.find([old])["key_id"].to_pylist() if old in cache.class_names else []
-        merged = new in cache.class_names
+        merged, bare = new in cache.class_names, [name for name in _bare(cache) if name != old]
         cache.rename(old, new)
         if weights is not None:
             text = cache.text_weights.cpu().numpy().copy()
@@ -290,7 +326,8 @@ def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) 
             cache.set_text(text, cache.templates)
         change.what = f"merge {old} into {new}" if merged else f"rename {old} to {new}"
         change.what += ", with a new text weight" if weights is not None else ""
-    return Renamed(_version(cache), sorted(key_ids), merged)
+        fitted = _keep_fitted(change, bare) if merged else {}
+    return Renamed(_version(cache), sorted(key_ids), merged, **fitted)
 
 
 def configure(

@@ -45,6 +45,11 @@ class FolderChange(Change):
         self.cache.solve()
         return choice
 
+    def fit(self, asked: Fit) -> FormChoice:
+        if self.cache.segments > 1:
+            self.cache.compact()
+        return closed_form.fit(self.cache, asked)
+
     def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
         cache = self.cache
         fresh = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))

@@ -54,6 +54,10 @@ class Change(ABC):
         """Refit a fitted index for a new beta with :func:`closed_form.refit`, including its solved values."""
 
     @abstractmethod
+    def fit(self, asked: Fit) -> FormChoice:
+        """Fit the index with :func:`closed_form.fit`."""
+
+    @abstractmethod
     def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
         """Return the keys among ``key_ids`` whose image is also in another class."""
 

@@ -176,5 +176,10 @@ class LanceChange(Change):
 
         return shots.refit(self.cache, beta)
 
+    def fit(self, asked: Fit) -> FormChoice:
+        from retrieval_tip.lance import shots
+
+        return shots.fit(self.cache, asked)
+
     def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
         return self.cache.duplicates_of(key_ids)
