@@ -250,7 +250,8 @@ def fit(
     ``validation`` images. The first form is kept unless another form is at least as accurate and lowers the
     cross-entropy by more than two standard errors of the difference. This prevents overfitting when there are few
     shots. Classes that have a single photo are used to fit but not to evaluate. If every class has a single photo,
-    nothing can be evaluated, so predetermined settings are used. The temperature is determined by the :func:`folds.blend`.
+    nothing can be evaluated, so predetermined settings are used. :func:`folds.blend` determines the weights of the
+    terms and the temperature.
 
     Args:
         cache: the index, which must have a single segment. Its current metric and values are ignored.
