@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,14 @@ from PIL import Image
 from tables import read_features
 
 from retrieval_tip import CacheModel, tip
+from retrieval_tip.backbones.base import Identity
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit import folds as folds_module
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.fit.folds import Folds, blend
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, FittedMetric, Form, Scatter, Solved, Within
-from retrieval_tip.fit.scatter import pooled
+from retrieval_tip.fit.scatter import known_prior, pooled
 from retrieval_tip.index import places as stores
 from retrieval_tip.retrieval import ridge
 from retrieval_tip.settings import Settings
@@ -395,6 +397,25 @@ def test_the_spread_of_other_photos_helps_few_shots(shots, text):
             closed_form.fit(cache, Fit(prior=spread))
             right.setdefault(spread is None, []).append((cache.logits(queries).argmax(1).numpy() == truth).mean())
     assert np.mean(right[False]) > np.mean(right[True]) + 0.01
+
+
+def test_the_known_prior_of_a_backbone_is_used_for_its_features():
+    backbone = Identity("ViT-B-32", "openai", "w", "c", {})
+    prior = known_prior(backbone, 512)
+    np.testing.assert_array_equal(prior, prior.T)
+    values = np.linalg.eigvalsh(prior)
+    assert 0.1 < values.sum() < 1  # the mean squared distance of a unit feature from its class mean
+    assert values.min() > -1e-3 * values.max()
+    assert known_prior(backbone, 16) is known_prior(replace(backbone, pretrained="laion2b"), 512) is None
+    keys, ids = clusters(2, d=512)
+    one, other, plain = (CacheModel.from_features(keys, ids, [str(i) for i in range(C)], device="cpu") for _ in "abc")
+    one.backbone = backbone
+    closed_form.fit(one)
+    closed_form.fit(other, Fit(prior=prior))
+    closed_form.fit(plain)
+    assert one.prior is None  # it is not stored with every index
+    torch.testing.assert_close(one.metric.transform, other.metric.transform, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(one.metric.transform, plain.metric.transform, rtol=0.1)
 
 
 def test_a_prior_stays_with_the_index_and_is_that_of_the_same_encoder(run, tables):

@@ -421,7 +421,7 @@ def _forms(
 def _judged_by(
     cache: Shots, validation: Queries | None, images: IntArray, class_prior: ClassPrior
 ) -> tuple[Folds, str]:
-    prior = known_prior(cache.backbone) if cache.prior is None else cache.prior.astype(np.float64)
+    prior = known_prior(cache.backbone, cache.keys.shape[1]) if cache.prior is None else cache.prior.astype(np.float64)
     ids, c = cache.class_ids.cpu(), len(cache.class_names)
     text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
     if validation is not None:

@@ -97,14 +97,17 @@ def pooled(sums: Sequence[Sums]) -> FloatArray:
 
 PRIORS = Path(__file__).parent / "priors"
 """Folder of known priors, as float16 arrays of shape ``[d, d]`` (see ``benchmarks/prior.py``)."""
+PRIOR_SCALE = 1024.0
+"""Factor of the stored priors, because float16 has few digits for numbers below 1e-4."""
 
 
-def known_prior(backbone: Identity | None) -> FloatArray | None:
-    """Return the prior that is known for a backbone, or ``None``."""
-    return None if backbone is None else _known(f"{backbone.model}-{backbone.pretrained}.npy")
+def known_prior(backbone: Identity | None, d: int) -> FloatArray | None:
+    """Return the prior that is known for the features of a backbone, of shape ``[d, d]``, or ``None``."""
+    found = None if backbone is None else _known(f"{backbone.model}-{backbone.pretrained}.npy")
+    return found if found is not None and len(found) == d else None
 
 
 @functools.cache
 def _known(name: str) -> FloatArray | None:
     path = next((path for path in PRIORS.glob("*.npy") if path.name == name), None)
-    return None if path is None else np.load(path).astype(np.float64)
+    return None if path is None else np.load(path).astype(np.float64) / PRIOR_SCALE
