@@ -856,6 +856,21 @@ def test_a_store_fits_classes_without_shots_as_a_folder_does(run, tables):
     ]
 
 
+def test_classes_whose_photos_a_condition_leaves_out_keep_their_chance(run, tmp_path):
+    (keys, ids), names = clusters(6, c=20), [f"class {i}" for i in range(20)]
+    queries, truth = clusters(20, seed=5, c=20)
+    table(tmp_path / "train.parquet", keys, [names[i] for i in ids])
+    table(tmp_path / "test.parquet", queries, [names[i] for i in truth])
+    text = table(tmp_path / "text.parquet", text_of(c=20), names)
+    index = tmp_path / "index"
+    assert run("index", "build", tmp_path / "train.parquet", "--text", text, "--out", index).exit_code == 0
+    few = ("--where", "class_id < 4", "--json")
+    kept, given = (run("evaluate", index, tmp_path / "test.parquet", *few, *more) for more in ((), ("--alpha", 300)))
+    kept, given = json.loads(kept.stdout), json.loads(given.stdout)
+    assert kept["top1"] > kept["zero_shot_top1"] - 0.02
+    assert (given["alpha"], given["top1"] < kept["top1"] - 0.05) == (300, True)
+
+
 def test_the_choice_can_be_drawn(run, tables):
     index, plot, text = tables / "index", tables / "choice.png", tables / "text.parquet"
     assert run("index", "build", tables / "train.parquet", "--text", text, "--out", index).exit_code == 0

@@ -73,13 +73,17 @@ def index_with(folder: Place, answer: AnswerOptions, backbone: BackboneOptions) 
     cache = at(folder).load(device=backbone.device, precision=backbone.precision, verify=answer.verify)
     cache = cache.with_settings(cache.settings.override(alpha=answer.alpha, beta=answer.beta))
     if answer.where is not None:
-        cache = _restricted(cache, answer.where)
+        cache = _restricted(cache, answer.where, fits=answer.alpha is None and answer.beta is None)
     cache.settings = cache.settings.override(k=answer.k, tail=answer.tail)
     return cache
 
 
-def _restricted(cache: AnsweringIndex, where: str) -> CacheModel:
-    """Return the index with the keys that match a condition, and print the classes that lost keys."""
+def _restricted(cache: AnsweringIndex, where: str, *, fits: bool) -> CacheModel:
+    """Return the index with the keys that match a condition, and print the classes that lost keys.
+
+    If a class has lost all its keys, its chance depends on alpha, which is then fitted again if ``fits`` is true.
+    """
+    from retrieval_tip.fit.closed_form import is_automatic, refit
     from retrieval_tip.store.query import rows_where
 
     rows = rows_where(cache.labels, where)
@@ -88,6 +92,8 @@ def _restricted(cache: AnsweringIndex, where: str) -> CacheModel:
     rest = cache.take(rows)
     counts = zip(cache.class_names, rest.counts, cache.counts, strict=True)
     parts = [f"{name} {a}/{b}" for name, a, b in counts if a < b]
+    if fits and cache.has_text and is_automatic(cache) and rest.counts.count(0) > cache.counts.count(0):
+        refit(rest, rest.settings.beta)
     say(f"where: {rest.n} of {cache.n} shots match ({few(parts)})")
     return rest
 
