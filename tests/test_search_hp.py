@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -101,8 +102,10 @@ def test_a_query_is_right_inside_its_interval_and_wrong_outside(seed, c, coarse)
         assert (((low < alpha) & (alpha < high)) == (own > rivals))[clear].all()
 
 
-def test_retrieval_and_tail_are_searched_as_the_model_answers():
+@pytest.mark.parametrize("gamma", [0.0, 20.0])
+def test_retrieval_and_tail_are_searched_as_the_model_answers(gamma):
     cache, ks = made(shots=8), [2, 8]
+    cache.settings = replace(cache.settings, gamma=gamma)
     queries = asked(cache)
     tried = search_hp._Tried.of(cache, queries, [3.0], ks)
     low, high = tried.low, tried.high
@@ -114,8 +117,11 @@ def test_retrieval_and_tail_are_searched_as_the_model_answers():
             assert (((low[0, j] < alpha) & (alpha < high[0, j])) == right).all()
 
 
-def test_leaving_one_out_is_an_index_without_that_shot():
+@pytest.mark.parametrize("gamma", [0.0, 20.0])
+def test_leaving_one_out_is_an_index_without_that_shot(gamma):
     cache = made(shots=4)
+    cache.settings = replace(cache.settings, gamma=gamma)
+    offsets = cache.retrieval.keys.discriminant.offsets
     queries = leave_one_out(cache)
     tried = search_hp._Tried.of(cache, queries, [4.0], [None, 4])
     low, high = tried.low, tried.high
@@ -128,6 +134,8 @@ def test_leaving_one_out_is_an_index_without_that_shot():
             scale[queries.ids[row]] = 4 / 3  # its own class has three of four keys left
             without.settings = without.settings.override(beta=4.0)
             text, alone = parts_of(without, queries.features[row : row + 1], k)
+            text = text + gamma * (torch.from_numpy(queries.features[row : row + 1]) @ without.retrieval.keys.means.T)
+            text = text + gamma * offsets  # which hardly change without one shot
             for alpha in (0.3, 3.0, 30.0):
                 right = int((text + alpha * scale * alone).argmax()) == queries.ids[row]
                 assert (low[0, j, row] < alpha < high[0, j, row]) == right
