@@ -307,22 +307,19 @@ class AnsweringIndex(ABC):
         arguments are the same as for :meth:`logits`.
         """
         f, retrieval = self._queries(features), self._retrieval(k, tail)
-        text = f.new_empty(len(f), len(self.class_names))
-        found = AnswerTerms(text, torch.empty_like(text), torch.empty_like(text) if retrieval.settings.gamma else None)
-        keys = torch.full((len(f),), self.n)
+        found, keys = None, torch.full((len(f),), self.n)
         left, met = torch.arange(len(f), device=self.device), retrieval.settings.k
         most = self.n // ALL_FROM if self.device == "cpu" else min(self.n // ALL_FROM, GPU_MAX_K)
-        while len(left):
+        while found is None or len(left):
             if met is not None and (met > most or self.values is not None):
                 met = None
             asked = replace(retrieval, settings=retrieval.settings.override(k=met or "all"))
             terms = asked.terms(f[left], certify=True)
-            text[left], found.cache[left] = terms.text, terms.cache
-            if found.discriminant is not None and terms.discriminant is not None:
-                found.discriminant[left] = terms.discriminant
+            found = found or terms  # the first terms are those of all queries
+            found.cache[left] = terms.cache
             keys[left.cpu()] = self.n if met is None else met
             left, met = left[:0] if terms.settled is None else left[~terms.settled], met and met * GROWTH
-        answers = replace(found, keys=keys)
+        answers = replace(found, settled=None, keys=keys)
         self._check(answers)
         return answers
 

@@ -355,7 +355,7 @@ class Terms:
         """Return the part of the logits that comes from the shots, or the cache logits if alpha and gamma are 0."""
         if self.discriminant is None:
             return self.cache * settings.alpha if settings.alpha else self.cache
-        return blend(torch.zeros_like(self.text), self.cache, settings.alpha, self.discriminant, settings.gamma)
+        return Terms(torch.zeros_like(self.text), self.cache, self.discriminant).logits(settings)
 
     def each(self, part: Callable[[Tensor], Tensor]) -> Terms:
         """Apply a function to every term."""

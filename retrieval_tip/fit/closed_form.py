@@ -293,7 +293,7 @@ def fit(
     n, seconds = folds.n if folds.can_judge else 0, time.perf_counter() - start
     choice = FormChoice(
         form, trials, judged_on, n, len(folds.held), seconds, longest=longest, on_shots=validation is None,
-        **folds.limits, **judged,
+        **folds.untested, **judged,
     )  # fmt: skip
     provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
     cache.set_fitted(fitted_metric, fitted_values, fitted, factory)
@@ -315,7 +315,7 @@ def refit(cache: Shots, beta: float) -> FormChoice:
         settings, judged = _settled(settings, form, folds, cache.class_names)
         cache.provenance = cache.provenance | dict.fromkeys(("alpha", "temperature"), f"{FITTED_ON} {judged_on}")
     seconds = time.perf_counter() - start
-    choice = FormChoice(form, [], judged_on, folds.n, len(folds.held), seconds, **folds.limits, **judged)
+    choice = FormChoice(form, [], judged_on, folds.n, len(folds.held), seconds, **folds.untested, **judged)
     cache.settings = settings
     cache.provenance = cache.provenance | {"fit": choice.provenance()}
     return choice

@@ -118,7 +118,7 @@ def blend(
     return Blend(a, b, g, losses, chances.argmax(1) == ids, weights)
 
 
-class Limits(TypedDict):
+class Untested(TypedDict):
     """What an estimate of the accuracy does not cover, as fields of :class:`FormChoice`."""
 
     without_shots: int
@@ -200,7 +200,7 @@ class Folds:
         return 1.0 if self.text is None else len(ids.unique()) / self.c
 
     @property
-    def limits(self) -> Limits:
+    def untested(self) -> Untested:
         """What the estimate of the accuracy does not cover."""
         single = np.setdiff1d(self.ids.numpy(), self.ids_held.numpy() if self.held else self.ids.numpy())
         return {"without_shots": self.without_shots, "single": len(single), "halves": self.halves}

@@ -10,6 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import resolve_device, same_backbone
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates, text_weights
@@ -83,7 +86,7 @@ def build_index(
             ``none`` if alpha, beta or normalize is given, and to ``auto`` otherwise.
         metric: ``none`` or ``within``. If ``None``, the fit selects the metric.
         values: ``one-hot`` or ``solved``. If ``None``, the fit selects the values.
-        class_prior: ``even`` or ``shots``, and
+        class_prior: ``even`` or ``shots`` (see :func:`fit.fit_index`).
         prior: other indexes of the same encoder (see :func:`fit.fit_index`).
         k: the number of keys per query, or ``all``. ``None`` uses the number that ``index="auto"`` selects, or all keys
             for other index types.
@@ -98,22 +101,27 @@ def build_index(
     form = normalize or ("both" if alpha is None and beta is None else "none")
     check_choice("normalize", form, Normalize)
     settings = Settings().override(alpha=alpha, beta=beta, logit_scale=scale, k=k)
-    letters = (metric, values, class_prior, *map(str, prior))
-    fitted: Fit | None = None
-    if _fits(fit, letters, (alpha, beta, normalize)):
-        fitted = Fit(metric, values, class_prior or "even", prior_of(prior, identity_of(source, encoder)))
+    fits = _fits(fit, (metric, values, class_prior, *map(str, prior)), (alpha, beta, normalize))
+    scatter = prior_of(prior, identity_of(source, encoder))
+    fitted = Fit(metric, values, class_prior or "even", scatter) if fits else None
     words = _text(source, encoder, templates, text)
-    source = source.known_as(words.class_names)
-    ids = ids_in(source, words.class_names)
-    _warn_of_layout(source, words.class_names, text)
-    if shots is not None:
-        drawn = draw_shots(ids, words.class_names, shots, encoder.seed)
-        source, ids = source.take(drawn), ids[drawn]
-    asked = Asked(settings, alpha, beta, form, keeps_k=k is not None)
-    on = resolve_device(device)
+    source, ids = _shots(source.known_as(words.class_names), words.class_names, text, shots, encoder.seed)
+    asked, on = Asked(settings, alpha, beta, form, keeps_k=k is not None), resolve_device(device)
     made = places.at(out).create(Material(source, encoder, ids, words, asked, shots, index, dtype, fitted, on))
     warn_of_spelling(out, words.class_names, words.class_names)
     return made
+
+
+def _shots(
+    source: Source, class_names: Sequence[str], text: str | os.PathLike[str] | None, shots: int | None, seed: int
+) -> tuple[Source, npt.NDArray[np.int64]]:
+    """Return the items of a source that become keys, and their class ids."""
+    ids = ids_in(source, class_names)
+    _warn_of_layout(source, class_names, text)
+    if shots is None:
+        return source, ids
+    drawn = draw_shots(ids, class_names, shots, seed)
+    return source.take(drawn), ids[drawn]
 
 
 def _fits(fit: FitName | None, letters: Sequence[str | None], settings: Sequence[float | str | None]) -> bool:
