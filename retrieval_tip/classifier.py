@@ -30,7 +30,7 @@ from retrieval_tip.html import markup, table
 from retrieval_tip.index import changes, hub, places
 from retrieval_tip.index.build import build_index
 from retrieval_tip.predictions import Prediction, Predictions
-from retrieval_tip.settings import KeysMet, MetricName, ValuesName
+from retrieval_tip.settings import ClassPrior, KeysMet, MetricName, ValuesName
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +88,8 @@ class Classifier:
         fit: Literal["auto", "none"] | None = None,
         metric: MetricName | None = None,
         values: ValuesName | None = None,
+        class_prior: ClassPrior | None = None,
+        prior: Sequence[str | os.PathLike[str]] = (),
         k: KeysMet = None,
         logit_scale: float | None = None,
     ) -> Self:
@@ -118,7 +120,8 @@ class Classifier:
         cache = build_index(
             given.source, place, replace(encoder, read=given.read, strict=given is photos), shots=shots,
             templates=templates, text=text, index=index, dtype=dtype, alpha=alpha, beta=beta, normalize=normalize,
-            fit=fit, metric=metric, values=values, k=k, logit_scale=logit_scale, device=device,
+            fit=fit, metric=metric, values=values, class_prior=class_prior, prior=prior, k=k, logit_scale=logit_scale,
+            device=device,
         )  # fmt: skip
         made = cls(cache, replace(encoder, views=1))
         if out is None:
@@ -148,6 +151,8 @@ class Classifier:
         fit: Literal["auto", "none"] | None = None,
         metric: MetricName | None = None,
         values: ValuesName | None = None,
+        class_prior: ClassPrior | None = None,
+        prior: Sequence[str | os.PathLike[str]] = (),
         k: KeysMet = None,
         logit_scale: float | None = None,
     ) -> Self:
@@ -164,7 +169,8 @@ class Classifier:
         return cls.from_folder(
             labelled_pictures(images, labels), model, pretrained=pretrained, out=out, device=device, views=views,
             seed=seed, shots=shots, templates=templates, text=text, index=index, dtype=dtype, alpha=alpha, beta=beta,
-            normalize=normalize, fit=fit, metric=metric, values=values, k=k, logit_scale=logit_scale,
+            normalize=normalize, fit=fit, metric=metric, values=values, class_prior=class_prior, prior=prior, k=k,
+            logit_scale=logit_scale,
         )  # fmt: skip
 
     @classmethod

@@ -23,7 +23,7 @@ from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.keys import index_over
-from retrieval_tip.settings import MetricName, Settings, ValuesName
+from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
@@ -60,6 +60,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             ``alpha`` is a number.
         metric: ``none`` or ``within``, if ``alpha="auto"``. By default, the fit selects the metric.
         values: ``one-hot`` or ``solved``, if ``alpha="auto"``. By default, the fit selects the values.
+        class_prior: ``even`` if classes are about equally frequent in the queries, or ``shots`` if they are as frequent
+            as in ``y``. Only used if ``alpha="auto"``.
         k: the number of nearest keys to use per query. If ``None``, every key is used, as in Tip-Adapter.
         tail: whether to estimate the contribution of the other keys, if ``k`` is set.
         logit_scale: the factor of the text logits, which depends on the backbone. For OpenAI's CLIP, it is 100.
@@ -82,7 +84,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     classes_: Array
     n_features_in_: int
     cache_: CacheModel
-    _letters: tuple[MetricName | None, ValuesName | None] | None
+    _letters: tuple[MetricName | None, ValuesName | None, ClassPrior] | None
 
     def __init__(
         self,
@@ -93,6 +95,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         beta: float | None = None,
         metric: MetricName | None = None,
         values: ValuesName | None = None,
+        class_prior: ClassPrior = "even",
         k: int | None = None,
         tail: bool = True,
         logit_scale: float = Settings.logit_scale,
@@ -106,6 +109,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         self.beta = beta
         self.metric = metric
         self.values = values
+        self.class_prior = class_prior
         self.k = k
         self.tail = tail
         self.logit_scale = logit_scale
@@ -156,7 +160,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         return self
 
     def decision_function(self, X: npt.ArrayLike) -> FloatArray:
-        """Return the logits ``logit_scale * f W^T + alpha * C`` of the queries ``X``.
+        """Return the logits ``logit_scale * f W^T + gamma * B + alpha * C`` of the queries ``X``.
 
         The result is a float32 array of shape ``[q, c]``, in the order of ``classes_``. For two classes, its shape is
         ``[q]``, and it holds the second logit minus the first, as scikit-learn requires.
@@ -257,8 +261,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             settings=settings, index=self.index, device=self.device,
         )  # fmt: skip
         if auto:
-            closed_form.fit(cache, Fit(self.metric, self.values))
-        self._letters = (self.metric, self.values) if auto else None
+            closed_form.fit(cache, Fit(self.metric, self.values, self.class_prior))
+        self._letters = (self.metric, self.values, self.class_prior) if auto else None
         self.classes_, self.cache_, self._normalize = classes, cache, normalize
         self._names, self._order = names, None if self.class_names is None else order
         return self
