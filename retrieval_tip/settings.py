@@ -133,6 +133,8 @@ class Fitted:
 
     ``shrinkage`` is only set if there is a metric, and ``ridge`` only if the values were solved. ``keys`` is the number
     of keys at the time of the fit. ``class_prior`` says whether all classes have the same weight, or all shots.
+    ``automatic`` is true if a fit to the shots has chosen all settings, and nobody has changed them since. Only then
+    does a large change of the keys fit the index again.
     """
 
     metric: str
@@ -141,8 +143,11 @@ class Fitted:
     ridge: float | None
     keys: int
     class_prior: ClassPrior = "even"
+    automatic: bool = False
 
     def __post_init__(self) -> None:
+        if type(self.automatic) is not bool:
+            raise UsageError(f"fitted: automatic is {self.automatic!r}, not true or false")
         check_choice("class_prior", self.class_prior, ClassPrior)
         if type(self.metric) is not str or self.values not in VALUES:
             raise UsageError(f"fitted: metric {self.metric!r} or values {self.values!r} is unknown")

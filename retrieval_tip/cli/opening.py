@@ -83,7 +83,7 @@ def _restricted(cache: AnsweringIndex, where: str, *, fits: bool) -> CacheModel:
 
     If a class has lost all its keys, its chance depends on alpha, which is then fitted again if ``fits`` is true.
     """
-    from retrieval_tip.fit.closed_form import is_automatic, refit
+    from retrieval_tip.fit.closed_form import refit
     from retrieval_tip.store.query import rows_where
 
     rows = rows_where(cache.labels, where)
@@ -92,7 +92,8 @@ def _restricted(cache: AnsweringIndex, where: str, *, fits: bool) -> CacheModel:
     rest = cache.take(rows)
     counts = zip(cache.class_names, rest.counts, cache.counts, strict=True)
     parts = [f"{name} {a}/{b}" for name, a, b in counts if a < b]
-    if fits and cache.has_text and is_automatic(cache) and rest.counts.count(0) > cache.counts.count(0):
+    automatic = fits and cache.fitted is not None and cache.fitted.automatic
+    if automatic and cache.has_text and rest.counts.count(0) > cache.counts.count(0):
         refit(rest, rest.settings.beta)
     say(f"where: {rest.n} of {cache.n} shots match ({few(parts)})")
     return rest

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError, counted
@@ -73,10 +72,6 @@ backbone's own temperature is worth.
 """
 PRIOR_ALPHA, PRIOR_GAMMA = 0.4, 0.2
 """Factors of the cache weight that give alpha and gamma, for one shot per class and a prior for the scatter."""
-
-
-FITTED_ON, NOT_HELD_OUT = "fitted on", "default for shots that cannot be held out"
-"""Beginnings of the provenance of settings that a fit has chosen."""
 
 
 class Fit(NamedTuple):
@@ -172,7 +167,7 @@ class FormChoice:
     with mistakes, least accurate first, with their numbers of correct answers and of held-out photos. ``longest`` is
     the largest norm of a key. ``without_shots`` and ``single`` are the numbers of classes that have text but no shots,
     and of classes that have a single photo, which cannot be held out. ``halves`` is true if a fold contains only half
-    of the shots. ``on_shots`` is false if the fit used validation images.
+    of the shots.
     """
 
     form: Form
@@ -191,7 +186,6 @@ class FormChoice:
     without_shots: int = 0
     single: int = 0
     halves: bool = False
-    on_shots: bool = True
 
     def __str__(self) -> str:
         without = f"{counted(self.without_shots, 'class', 'has', 'have')} a name but no photos"
@@ -230,7 +224,6 @@ class FormChoice:
             "summary": str(self),
             "form": str(self.form),
             "judged_on": self.judged_on,
-            "on_shots": self.on_shots,
             "queries": self.n,
             "folds": self.folds,
             **{name: None if part is None else round(part, 6) for name, part in parts.items()},
@@ -284,17 +277,18 @@ def fit(
     if folds.can_judge:
         form, trials = _chosen(cache, forms, folds, images if validation is None else None)
         settings, judged = _settled(cache.settings, form, folds, cache.class_names)
-        where = f"{FITTED_ON} {judged_on}"
+        where = f"fitted on {judged_on}"
     else:
         (form, settings), trials, judged = _unjudged(cache, forms, folds), [], {}
-        where = NOT_HELD_OUT
+        where = "default for shots that cannot be held out"
     fitted_metric, fitted_values = folds.fitted(form, torch.arange(len(folds.ids)))
-    fitted = (form if fitted_metric is not None else replace(form, metric=None)).fitted(cache.n, asked.class_prior)
+    fitted = (form if fitted_metric is not None else replace(form, metric=None)).fitted(
+        cache.n, asked.class_prior, automatic=validation is None
+    )
     n, seconds = folds.n if folds.can_judge else 0, time.perf_counter() - start
     choice = FormChoice(
-        form, trials, judged_on, n, len(folds.held), seconds, longest=longest, on_shots=validation is None,
-        **folds.untested, **judged,
-    )  # fmt: skip
+        form, trials, judged_on, n, len(folds.held), seconds, longest=longest, **folds.untested, **judged
+    )
     provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
     cache.set_fitted(fitted_metric, fitted_values, fitted, factory)
     cache.sums = folds.sums
@@ -313,18 +307,12 @@ def refit(cache: Shots, beta: float) -> FormChoice:
     judged: Judged = {}
     if folds.can_judge:
         settings, judged = _settled(settings, form, folds, cache.class_names)
-        cache.provenance = cache.provenance | dict.fromkeys(("alpha", "temperature"), f"{FITTED_ON} {judged_on}")
+        cache.provenance = cache.provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {judged_on}")
     seconds = time.perf_counter() - start
     choice = FormChoice(form, [], judged_on, folds.n, len(folds.held), seconds, **folds.untested, **judged)
     cache.settings = settings
     cache.provenance = cache.provenance | {"fit": choice.provenance()}
     return choice
-
-
-def is_automatic(cache: AnsweringIndex) -> bool:
-    """Return whether a fit to the shots has chosen all settings, so that another fit overrides nobody's choice."""
-    from_fit = str(cache.provenance.get("alpha", "")).startswith((FITTED_ON, NOT_HELD_OUT))
-    return cache.fitted is not None and from_fit and bool(cache.provenance.get("fit", {}).get("on_shots"))
 
 
 def estimate(cache: CacheModel) -> Judged:

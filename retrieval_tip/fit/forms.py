@@ -105,11 +105,11 @@ class Form:
         except KeyError as name:
             raise InputError(f"fitted: unknown form {name}; fit the index again") from None
 
-    def fitted(self, keys: int, class_prior: ClassPrior) -> Fitted:
+    def fitted(self, keys: int, class_prior: ClassPrior, *, automatic: bool) -> Fitted:
         """Return the record of a fit of this form to ``keys`` keys."""
         shrinkage = None if self.metric is None else self.metric.shrinkage
         ridge = None if self.values is None else self.values.ridge
-        return Fitted(self.metric_name, self.values_name, shrinkage, ridge, keys, class_prior)
+        return Fitted(self.metric_name, self.values_name, shrinkage, ridge, keys, class_prior, automatic)
 
     @property
     def metric_name(self) -> str:

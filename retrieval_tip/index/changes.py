@@ -27,7 +27,7 @@ from retrieval_tip.data.imports import import_table
 from retrieval_tip.data.sources import Source, open_source, spelled_alike
 from retrieval_tip.data.tables import read_columns, reading, texts
 from retrieval_tip.errors import InputError, StoreError, UsageError, counted, few, show
-from retrieval_tip.fit.closed_form import Fit, FormChoice, is_automatic
+from retrieval_tip.fit.closed_form import Fit, FormChoice
 from retrieval_tip.index import places
 from retrieval_tip.index.build import build_index, warn_of_spelling
 from retrieval_tip.index.items import ItemColumns, draw_shots, ids_in, provenance_of, read_text_table
@@ -213,7 +213,7 @@ def _keep_fitted(change: Change, bare: Sequence[str]) -> _Fitted:
     grown = cache.n >= GROWN * cache.fitted.keys
     if not grown and (not cache.has_text or _bare(cache) == bare):
         return {}
-    if cache.n > REFITTED or not is_automatic(cache):
+    if cache.n > REFITTED or not cache.fitted.automatic:
         return {"fit_due": True}
     fit = change.fit(Fit(class_prior=cache.fitted.class_prior)) if grown else change.refit(cache.settings.beta)
     return {"fit": fit}
@@ -381,6 +381,8 @@ def configure(
         given = {"alpha": own_alpha, "beta": own_beta, "k": k, "tail": tail, "temperature": temperature}
         given = {name: value for name, value in given.items() if value is not None}
         cache.settings = cache.settings.override(**given)
+        if cache.fitted is not None and not given.keys() <= {"k", "tail"}:
+            cache.fitted = dataclasses.replace(cache.fitted, automatic=False)
         if prompts:
             if weights.keys() != set(cache.class_names):
                 raise StoreError(f"{folder}: its classes have changed in the meantime; try again")
