@@ -618,7 +618,8 @@ class CacheModel(KeyEdits):
     def save_settings(self, folder: str | os.PathLike[str], change: str = "change settings") -> None:
         """Write only the settings and the provenance, as a new version that shares all data files.
 
-        Later changes of the keys keep these settings (see :class:`settings.Fitted`). Raises StoreError if the folder has changed since it was loaded.
+        Later changes of the keys keep these settings (see :class:`settings.Fitted`). Raises StoreError if the folder
+        has changed since it was loaded.
         """
         with write(Path(folder)) as writer:
             _check_current(self, writer)
