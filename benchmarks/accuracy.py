@@ -5,6 +5,11 @@ shots are drawn by the published rule with seeds 1 to N, and each shot is encode
 DTD with 1 shot, which uses the published keys. All settings are selected using only the shots: alpha, beta and k of
 Tip-Adapter by leave-one-out, and all other settings by cross-validation. Validation images are only used as shots or
 queries. No setting is selected on the images that are scored.
+
+A shape describes the shots. With ``even``, every class has the same number of shots. With ``covered-20``, only 20 % of
+the classes have shots. With ``tail``, the classes have 1 to N shots. With ``one-of-500``, one class has up to 500.
+With ``k-64`` and ``classes``, a query meets only some of the keys. With ``growth``, an index grows from 4 to N shots.
+With ``wrong-10``, 10 % of the labels are wrong. With ``prior``, the scatter of the other datasets is used.
 """
 
 from __future__ import annotations
@@ -26,30 +31,40 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from common import SHARED, machine
+from prior import TABLES, sums_of
 
 from retrieval_tip import CacheModel, Encoder, EncodingCache, build_index, load_backbone, open_source, tip
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.data.sources import Source
+from retrieval_tip.data.tables import vectors
 from retrieval_tip.evaluation import baselines, sweep
 from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.finetune import finetune, own_shots
+from retrieval_tip.fit.scatter import FloatArray, pooled
 from retrieval_tip.fit.trainer import Recipe
+from retrieval_tip.index import changes
 
 SHOTS = (1, 2, 4, 8, 16)
 TEMPLATE = "a photo of a {}."
-ALLOWED = 0.5
-"""Maximum accepted gap between the default and the best rival, in points, for 2 or more shots."""
+STARTED, LARGE = 4, 500
+"""Number of shots per class from which an index grows, and number of shots of the large class."""
+SHOWN = 0.2
+"""Smallest gap to list, in points."""
 
 
 @dataclass(frozen=True)
 class Shots:
-    """Tip-Adapter with default settings over the shots of a run, and their source, which fine-tuning needs."""
+    """Tip-Adapter with default settings over the shots of a run, and their source, which fine-tuning needs.
+
+    ``prior`` is the scatter of other datasets, of shape ``[d, d]``.
+    """
 
     cache: CacheModel
     source: Source
     encoder: Encoder
     seed: int
+    prior: FloatArray | None
 
 
 Answering = CacheModel | baselines.Linear
@@ -74,33 +89,60 @@ def fine_tuned(shots: Shots) -> Answering:
     return finetune(shots.cache, own, shots.encoder, Recipe(seed=shots.seed)).cache
 
 
-def closed(shots: Shots, metric: str | None = None, values: str | None = None) -> Answering:
+def closed(shots: Shots, asked: closed_form.Fit | None = None) -> Answering:
     cache = copy.copy(shots.cache)
-    closed_form.fit(cache, closed_form.Fit(metric=metric, values=values))
+    closed_form.fit(cache, asked)
     return cache
 
 
-DEFAULT, ZERO, SEARCHED, PROBE = "the default", "zero-shot", "Tip-Adapter searched", "linear probe"
-FINE_TUNED = "Tip-Adapter-F"
+def grown(shots: Shots) -> Answering:
+    """Build an index from the first shots of each class, and add one shot per class at a time."""
+    cache = shots.cache
+    names, keys = np.array(cache.class_names), np.asarray(cache.keys[np.arange(cache.n)])
+    with tempfile.TemporaryDirectory() as folder:
+
+        def table(name: str, features: np.ndarray, labels: np.ndarray) -> Path:
+            columns = {"id": [f"{name}-{i}" for i in range(len(labels))], "label": labels, "feature": vectors(features)}
+            pq.write_table(pa.table(columns), f"{folder}/{name}.parquet")
+            return Path(f"{folder}/{name}.parquet")
+
+        ids = cache.class_ids.numpy()
+        ranks, index = np.arange(cache.n) - np.searchsorted(ids, ids), Path(folder) / "index"
+        first = open_source(table("first", keys[ranks < STARTED], names[ids[ranks < STARTED]]))
+        text = table("text", cache.text_weights.numpy(), names) if cache.has_text else None
+        build_index(first, index, Encoder(), text=text, logit_scale=cache.settings.logit_scale, device="cpu")
+        for rank in range(STARTED, ranks.max() + 1):
+            more = table(f"more-{rank}", keys[ranks == rank], names[ids[ranks == rank]])
+            changes.add(index, open_source(more), Encoder())
+        return CacheModel.load(index, device="cpu", precision="float32").in_memory()
+
+
+DEFAULT, ZERO, PAPER, SEARCHED, PROBE = (
+    "the default", "zero-shot", "Tip-Adapter (1, 5.5)", "Tip-Adapter searched", "linear probe"
+)  # fmt: skip
+FINE_TUNED, GDA, GROWN, WITH_PRIOR = "Tip-Adapter-F", "GDA", "the default, grown", "the default, with a prior"
 METHODS: dict[str, Method] = {
     ZERO: zero_shot,
-    "Tip-Adapter (1, 5.5)": paper,
+    PAPER: paper,
     SEARCHED: searched,
     FINE_TUNED: fine_tuned,
     PROBE: lambda shots: baselines.linear_probe(shots.cache),
     "nearest class mean": lambda shots: baselines.class_means(shots.cache),
-    "GDA": lambda shots: baselines.discriminant(shots.cache),
-    "ProKeR's form": lambda shots: closed(shots, metric="none", values="solved"),
+    GDA: lambda shots: baselines.discriminant(shots.cache),
+    "ProKeR's form": lambda shots: closed(shots, closed_form.Fit(metric="none", values="solved")),
     DEFAULT: closed,
+    GROWN: grown,
+    WITH_PRIOR: lambda shots: closed(shots, closed_form.Fit(prior=shots.prior)),
 }
-RIVALS = (ZERO, SEARCHED, PROBE)
+COMPARED = (ZERO, PAPER, PROBE, GDA, DEFAULT)
 
 
 @dataclass(frozen=True)
 class Tables:
     """The feature tables of a dataset, which are files in a folder.
 
-    ``keys`` contains one table for each of several numbers of shots. For other numbers, shots are drawn from ``pool``.
+    ``keys`` contains one table for each of several numbers of shots. For other numbers, shots are drawn from ``pool``,
+    or from the largest table of keys.
     If there is a ``text`` table, only its classes are used, and shots and test items of other classes are dropped.
     """
 
@@ -129,7 +171,8 @@ class Tables:
 
     def pool_of(self, number: int, shared: Path) -> tuple[CacheModel, Source]:
         """Return the keys from which ``number`` shots are drawn, and their table."""
-        name = f"shots_{number}" if number in self.keys else self.pool
+        name = self.pool or f"shots_{max(self.keys)}"
+        name = f"shots_{number}" if number in self.keys else name
         weights, classes = None, sorted(set(self.read(shared, self.test)[1]))
         if self.text is not None:
             weights, classes, _ = self.read(shared, self.text)
@@ -170,211 +213,266 @@ class Photographs:
         return sweep.encode(pool, open_source(shared / self.split, split="test"), self.encoder(shared))
 
 
-CLIP = "OpenAI ViT-B/32"
 DATASETS: dict[str, Tables | Photographs] = {
-    "dtd": Tables(f"DTD test, with text, {CLIP}", "clip-vitb32/dtd", "test", "text", (1,), "val"),
-    "cars": Tables(f"Stanford Cars val, with text, {CLIP}", "clip-vitb32/stanford_cars", "val", "text", SHOTS),
-    "caltech": Tables(f"Caltech101 test, images only, {CLIP}", "clip-vitb32/caltech101", "test", None, SHOTS),
-    "caltech-text": Tables(
-        f"Caltech101 test, the 55 classes with text, {CLIP}", "clip-vitb32/caltech101", "test", "text_part", SHOTS
-    ),
-    "flowers": Tables(f"Flowers102 test, images only, {CLIP}", "clip-vitb32/oxford_flowers", "test", None, SHOTS),
-    "food": Tables(f"9 classes of Food-101, with text, {CLIP}", "clip-food9", "test", "text", (), "train"),
-    "photographs": Photographs(
-        "Caltech101 photos, 100 classes with text, lit-mini", "data/caltech101/split_zhou_Caltech101.json"
-    ),
+    "dtd": Tables("DTD", "clip-vitb32/dtd", "test", "text", (1,), "val"),
+    "cars": Tables("Stanford Cars", "clip-vitb32/stanford_cars", "val", "text", SHOTS),
+    "caltech": Tables("Caltech101, images only", "clip-vitb32/caltech101", "test", None, SHOTS),
+    "caltech-text": Tables("Caltech101, 55 classes with text", "clip-vitb32/caltech101", "test", "text_part", SHOTS),
+    "flowers": Tables("Flowers102, images only", "clip-vitb32/oxford_flowers", "test", None, SHOTS),
+    "food": Tables("9 classes of Food-101", "clip-food9", "test", "text", (), "train"),
+    "photographs": Photographs("Caltech101 photos, lit-mini", "data/caltech101/split_zhou_Caltech101.json"),
+}
+ORDER = {name: i for i, name in enumerate(DATASETS)}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the shots of a run are drawn from the pool, given the number of shots and a seed.
+
+    Unless it is ``random``, a pool that has just the number of shots has a single draw. If it is ``uneven``, classes
+    have different numbers of shots. ``pool`` is the minimum number of shots of the pool, and ``method`` a further
+    method to measure.
+    """
+
+    draw: Callable[[CacheModel, int, int], CacheModel]
+    random: bool = True
+    uneven: bool = False
+    pool: int = 0
+    method: str | None = None
+
+
+def with_some_classes(pool: CacheModel, number: int, seed: int, covered: float) -> CacheModel:
+    """Return an index in which only a share of the classes has shots. The other classes only have text."""
+    cache, c = sweep.draw(pool, number, seed), len(pool.class_names)
+    chosen = np.random.default_rng(seed).permutation(c)[: max(2, round(covered * c))]
+    return cache.take(np.flatnonzero(np.isin(cache.class_ids.numpy(), chosen)))
+
+
+def with_long_tail(pool: CacheModel, most: int, seed: int) -> CacheModel:
+    """Return an index whose classes have 1 to ``most`` shots, evenly spread on a logarithmic scale."""
+    draw, c = np.random.default_rng(seed), len(pool.class_names)
+    numbers = np.round(most ** (draw.permutation(c) / (c - 1))).astype(int)
+    return _numbers_of(sweep.draw(pool, most, seed), numbers, draw)
+
+
+def with_one_large(pool: CacheModel, number: int, seed: int) -> CacheModel:
+    """Return an index in which one class has up to :data:`LARGE` shots, and every other class has ``number``."""
+    draw, numbers = np.random.default_rng(seed), np.full(len(pool.class_names), number)
+    numbers[draw.integers(len(numbers))] = LARGE
+    return _numbers_of(pool, numbers, draw)
+
+
+def _numbers_of(cache: CacheModel, numbers: np.ndarray, draw: np.random.Generator) -> CacheModel:
+    ids = cache.class_ids.numpy()
+    rows = [draw.permutation(np.flatnonzero(ids == i))[:number] for i, number in enumerate(numbers)]
+    return cache.take(np.sort(np.concatenate(rows)))
+
+
+def with_wrong_labels(pool: CacheModel, number: int, seed: int, wrong: float) -> CacheModel:
+    """Return an index in which a share of the shots has the label of another class."""
+    cache, c, draw = sweep.draw(pool, number, seed), len(pool.class_names), np.random.default_rng(seed)
+    ids = cache.class_ids.numpy().copy()
+    rows = draw.permutation(cache.n)[: round(wrong * cache.n)]
+    ids[rows] = (ids[rows] + draw.integers(1, c, len(rows))) % c
+    return _again(cache, ids)
+
+
+def with_class_search(pool: CacheModel, number: int, seed: int) -> CacheModel:
+    cache = sweep.draw(pool, number, seed)
+    return _again(cache, cache.class_ids.numpy(), "Classes")
+
+
+def _again(cache: CacheModel, ids: np.ndarray, index: str = "Flat") -> CacheModel:
+    keys, text = np.asarray(cache.keys[np.arange(cache.n)]), cache.text_weights if cache.has_text else None
+    return CacheModel.from_features(
+        keys, ids, cache.class_names, text, settings=cache.settings, index=index, device="cpu",
+        sources=cache.labels["source"].to_pylist(),
+    )  # fmt: skip
+
+
+def with_k(pool: CacheModel, number: int, seed: int, k: int) -> CacheModel:
+    cache = sweep.draw(pool, number, seed)
+    return cache.with_settings(cache.settings.override(k=k))
+
+
+SHAPES: dict[str, Shape] = {
+    "even": Shape(sweep.draw, random=False),
+    **{f"covered-{part}": Shape(functools.partial(with_some_classes, covered=part / 100)) for part in (20, 50, 90)},
+    "tail": Shape(with_long_tail, uneven=True),
+    "one-of-500": Shape(with_one_large, uneven=True, pool=LARGE),
+    "k-64": Shape(functools.partial(with_k, k=64), random=False),
+    "classes": Shape(with_class_search, random=False),
+    "growth": Shape(sweep.draw, random=False, method=GROWN),
+    **{f"wrong-{part}": Shape(functools.partial(with_wrong_labels, wrong=part / 100)) for part in (5, 10, 20)},
+    "prior": Shape(sweep.draw, random=False, method=WITH_PRIOR),
 }
 
 
+@functools.cache
+def prior_without(folder: str, shared: Path) -> FloatArray:
+    """Return the pooled scatter of all datasets except the one in ``folder``."""
+    tables = [name for name in TABLES if Path(name).parent.name != Path(folder).name]
+    return pooled([sums_of(shared / "data/clip-vitb32" / f"{name}.parquet") for name in tables])
+
+
+RUN = ("shape", "dataset", "shots", "seed", "method")
+
+
 def runs(
-    name: str,
-    shared: Path,
-    shots: Sequence[int],
-    seeds: int,
-    methods: Sequence[str],
-    done: set[Any],
-    covered: float,
-    tail: bool,
+    shape: str, name: str, shared: Path, shots: Sequence[int], seeds: int, methods: Sequence[str], done: set[Any]
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each number of shots, seed and method of a dataset, unless the row is already in ``done``."""
-    dataset, items = DATASETS[name], None
+    dataset, drawing, items, prior = DATASETS[name], SHAPES[shape], None, None
+    if drawing.method == WITH_PRIOR:
+        if isinstance(dataset, Photographs):
+            return  # no other dataset has the same encoder
+        prior = prior_without(dataset.folder, shared)
     for number in shots:
-        pool, source = dataset.pool_of(number, shared)
+        pool, source = dataset.pool_of(max(number, drawing.pool), shared)
         items = items or dataset.items(pool, shared)
-        only = (
-            covered == 1 and not tail and set(np.bincount(pool.class_ids.numpy())) == {number}
-        )  # each draw would be the same
+        only = not drawing.random and set(np.bincount(pool.class_ids.numpy())) == {number}
         for seed in range(1, 2 if only else seeds + 1):
-            cache = sweep.draw(pool, number, seed)
-            cache = cache if covered == 1 else with_some_classes(cache, covered, seed)
-            cache = with_long_tail(cache, number, seed) if tail else cache
-            drawn = Shots(cache, source, dataset.encoder(shared), seed)
+            drawn = Shots(drawing.draw(pool, number, seed), source, dataset.encoder(shared), seed, prior)
             for method in methods:
-                run = (name, number, seed, method)
+                run = (shape, name, number, seed, method)
                 without = (method == ZERO and not pool.has_text) or (method == SEARCHED and number < 2)
                 if run in done or without:
                     continue
                 start = time.process_time()
                 answering = METHODS[method](drawn)
                 seconds = time.process_time() - start
-                yield (
-                    dict(zip(RUN, run, strict=True))
-                    | scores(answering, items, drawn.cache if tail else None)
-                    | {"seconds": seconds}
-                )
+                found = scores(answering, items, drawn.cache if drawing.uneven else None)
+                yield dict(zip(RUN, run, strict=True)) | found | {"seconds": seconds}
 
 
-def with_some_classes(cache: CacheModel, covered: float, seed: int) -> CacheModel:
-    """Return an index in which only a share of the classes has shots. The seed selects these classes.
-
-    The other classes only have text.
-    """
-    c = len(cache.class_names)
-    chosen = np.random.default_rng(seed).permutation(c)[: max(2, round(covered * c))]
-    return cache.take(np.flatnonzero(np.isin(cache.class_ids.numpy(), chosen)))
-
-
-def with_long_tail(cache: CacheModel, most: int, seed: int) -> CacheModel:
-    """Return an index whose classes have 1 to ``most`` shots, evenly spread on a logarithmic scale."""
-    draw, ids, c = np.random.default_rng(seed), cache.class_ids.numpy(), len(cache.class_names)
-    numbers = np.round(most ** (draw.permutation(c) / (c - 1))).astype(int)
-    rows = [draw.permutation(np.flatnonzero(ids == i))[: numbers[i]] for i in range(c)]
-    return cache.take(np.sort(np.concatenate(rows)))
-
-
-RUN = ("dataset", "shots", "seed", "method")
-
-
-def scores(answering: Answering, items: sweep.Items, tail: CacheModel | None = None) -> dict[str, float]:
+def scores(answering: Answering, items: sweep.Items, uneven: CacheModel | None) -> dict[str, float]:
     """Return the accuracy and the expected calibration error.
 
-    If ``tail`` is given, classes have different numbers of shots. In this case, the accuracy is the mean over all
+    If ``uneven`` is given, classes have different numbers of shots. In this case, the accuracy is the mean over all
     classes, and ``uneven`` is the same mean weighted by the number of shots of each class.
     """
     temperature = answering.settings.temperature if isinstance(answering, CacheModel) else 1.0
     confidence, ids = tip.probabilities(answering.logits(items.features), temperature).max(1)
     right = ids.cpu().numpy() == items.ids
     found = {"top1": float(right.mean()), "ece": expected_calibration_error(confidence.cpu().numpy(), right)}
-    if tail is None:
+    if uneven is None:
         return found
     tested = np.unique(items.ids)
     per_class = [right[items.ids == i].mean() for i in tested]
-    shots = np.bincount(tail.class_ids.numpy(), minlength=len(tail.class_names))[tested]
+    shots = np.bincount(uneven.class_ids.numpy(), minlength=len(uneven.class_names))[tested]
     return found | {"top1": float(np.mean(per_class)), "uneven": float(np.average(per_class, weights=shots))}
 
 
-def mean(rows: Sequence[dict[str, Any]], column: str, **of: Any) -> float | None:
-    """Return the mean of a column over all seeds."""
-    values = [row[column] for row in rows if all(row[name] == value for name, value in of.items())]
-    return statistics.mean(values) if values else None
+def cell(rows: Sequence[dict[str, Any]], column: str) -> str:
+    """Return the mean of a column over all draws, with the standard error of an accuracy if draws differ."""
+    values, form = [row[column] for row in rows], {"ece": ".3f", "seconds": ".1f"}.get(column)
+    if not values or form is not None:
+        return format(statistics.mean(values), form) if values and form else "-"
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
+    return f"{100 * statistics.mean(values):.1f}" + (f" ± {100 * error:.1f}" if error else "")
 
 
-def cell(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def print_table(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str, str]]) -> None:
+    """Print a row for each dataset and number of shots. A column is a head, a method and a column of the results."""
+    click.echo(
+        f"\n{title}\n\n| | shots | {' | '.join(head for head, *_ in columns)} |\n|---{'|--:' * (len(columns) + 1)}|"
+    )
+    for name, number in sorted(
+        {(row["dataset"], row["shots"]) for row in rows}, key=lambda pair: (ORDER[pair[0]], pair[1])
+    ):
+        own = [row for row in rows if (row["dataset"], row["shots"]) == (name, number)]
+        cells = [cell([row for row in own if row["method"] == method], column) for _, method, column in columns]
+        click.echo(f"| {DATASETS[name].title} | {number} | {' | '.join(cells)} |")
 
 
-def percent(value: float | None) -> str:
-    return cell(None if value is None else 100 * value, ".1f")
-
-
-def print_table(name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Print the accuracy and calibration of each method by number of shots.
-
-    Also print the time that each method takes for the largest number of shots.
-    """
-    shots = sorted({row["shots"] for row in rows})
-    seeds = [f"{number}: {len({row['seed'] for row in rows if row['shots'] == number})}" for number in shots]
-    click.echo(f"\n**{DATASETS[name].title}** (draws of {', '.join(seeds)})\n")
-    heads = [f"top-1, {number}" if number == shots[0] else str(number) for number in shots]
-    heads += [f"ECE, {number}" if number == shots[0] else str(number) for number in shots]
-    tail = "uneven" in rows[0]
-    heads += [f"uneven test, {shots[-1]}"] if tail else []
-    click.echo(f"| | {' | '.join(heads)} | s at {shots[-1]} |\n|---{'|--:' * (len(heads) + 1)}|")
-    for method in [method for method in METHODS if any(row["method"] == method for row in rows)]:
-        cells = [percent(mean(rows, "top1", shots=number, method=method)) for number in shots]
-        cells += [cell(mean(rows, "ece", shots=number, method=method), ".3f") for number in shots]
-        cells += [percent(mean(rows, "uneven", shots=shots[-1], method=method))] if tail else []
-        seconds = cell(mean(rows, "seconds", shots=shots[-1], method=method), ".1f")
-        click.echo(f"| {method} | {' | '.join(cells)} | {seconds} |")
-
-
-def losses(rows: Sequence[dict[str, Any]]) -> list[tuple[float, str]]:
-    """Return the gap between the default and the best rival for each dataset and number of shots, in points.
-
-    The largest gap comes first. Only runs that have 2 or more shots are included.
-    """
+def print_losses(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the cases in which another method is more accurate than the default, with the largest gap first."""
     found = []
-    for name, number in sorted({(row["dataset"], row["shots"]) for row in rows if row["shots"] > 1}):
-        of = {"dataset": name, "shots": number}
-        own = mean(rows, "top1", method=DEFAULT, **of)
-        rivals = {method: mean(rows, "top1", method=method, **of) for method in RIVALS}
-        there = {method: 100 * value for method, value in rivals.items() if value is not None}
-        if own is None or not there:
-            continue
-        best = max(there, key=lambda method: there[method])
-        where = f"{DATASETS[name].title}, {number} shots: {DEFAULT} {100 * own:.1f}, {best} {there[best]:.1f}"
-        found.append((there[best] - 100 * own, where))
-    return sorted(found, reverse=True)
+    for name, number in {(row["dataset"], row["shots"]) for row in rows}:
+        of: dict[str, dict[int, float]] = {}
+        for row in rows:
+            if (row["dataset"], row["shots"]) == (name, number):
+                of.setdefault(row["method"], {})[row["seed"]] = 100 * row["top1"]
+        own = of.get(DEFAULT, {})
+        for method in of.keys() - {DEFAULT}:
+            gaps = [of[method][seed] - own[seed] for seed in own.keys() & of[method].keys()]
+            if gaps and statistics.mean(gaps) > SHOWN:
+                error = f" ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.1f}" if len(gaps) > 1 else ""
+                found.append((statistics.mean(gaps), f"{error} | {DATASETS[name].title}, {number} shots | {method}"))
+    click.echo(
+        f"\nMethods that are more than {SHOWN} points above {DEFAULT}:\n\n| points | where | method |\n|--:|---|---|"
+    )
+    for points, where in sorted(found, reverse=True):
+        click.echo(f"| {points:.1f}{where} |")
 
 
 @click.command(help=__doc__)
 @click.option("--shared", type=click.Path(path_type=Path, exists=True), default=SHARED, show_default=True)
+@click.option("--shape", type=click.Choice(list(SHAPES)), default="even", show_default=True)
 @click.option("--dataset", "chosen", type=click.Choice(list(DATASETS)), multiple=True, help="[default: all]")
 @click.option("--shots", type=int, multiple=True, default=SHOTS, show_default=True)
-@click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="[default: all]")
+@click.option(
+    "--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="[default: depends on the shape]"
+)
 @click.option("--seeds", default=3, show_default=True, help="Number of random draws, if shots are drawn.")
 @click.option(
     "--finetune", "tuning", is_flag=True, help=f"Include {FINE_TUNED}: seconds for tables, minutes for photos."
 )
-@click.option("--covered", default=1.0, show_default=True, help="Share of classes that have shots.")
-@click.option(
-    "--tail", is_flag=True, help="Give the classes from 1 to --shots shots. The accuracy is then the mean over classes."
-)
 @click.option(
     "--results",
     type=click.Path(path_type=Path),
-    help="File with one JSON line per finished run. These runs are skipped.",
+    help="File with one JSON line per finished run. These runs are skipped. Runs of other methods are also printed.",
 )
 def main(
     shared: Path,
+    shape: str,
     chosen: tuple[str, ...],
     shots: tuple[int, ...],
     methods: tuple[str, ...],
     seeds: int,
     tuning: bool,
-    covered: float,
-    tail: bool,
     results: Path | None,
 ) -> None:
     """Fit the indexes, classify the test items, and print the results."""
     click.echo(
-        f"{machine()}; seeds 1 to {seeds}.\nAll settings are chosen on the shots alone. Top-1 in %, mean over draws; "
-        "ECE: expected calibration error in 15 bins; s: CPU seconds to fit, including the choice of settings."
+        f"{machine()}; seeds 1 to {seeds}.\nAll settings are chosen on the shots alone. Top-1 in %, mean over draws ± "
+        "standard error; ECE: expected calibration error in 15 bins; seconds: CPU time to fit."
     )
-    methods = methods or tuple(method for method in METHODS if tuning or method != FINE_TUNED)
-    every: list[dict[str, Any]] = []
+    further = SHAPES[shape].method
+    if not methods:
+        asked = [method for method in METHODS if method not in (GROWN, WITH_PRIOR) and (tuning or method != FINE_TUNED)]
+        methods = tuple(asked if shape == "even" else COMPARED) + ((further,) if further else ())
+    rows: list[dict[str, Any]] = []
     if results is not None and results.exists():
-        every = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-    done = {tuple(row[name] for name in RUN) for row in every}
-    rows = []
+        rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    done = {tuple(row[name] for name in RUN) for row in rows}
     for name in chosen or DATASETS:
-        for row in runs(name, shared, shots, seeds, methods, done, covered, tail):
-            every.append(row)
+        for row in runs(shape, name, shared, shots, seeds, methods, done):
+            rows.append(row)
             if results is not None:
                 with results.open("a", encoding="utf-8") as file:
                     file.write(f"{json.dumps(row)}\n")
-        own = [row for row in every if row["dataset"] == name and row["shots"] in shots and row["method"] in methods]
-        if own:
-            print_table(name, own)
-        rows += own
-    found = losses(rows)
-    if found:
-        click.echo(
-            f"\nGap of {DEFAULT} to the best of {', '.join(RIVALS)}, from 2 shots on (accepted: {ALLOWED} points):\n"
+    rows = [
+        row
+        for row in rows
+        if row["shape"] == shape and row["dataset"] in (chosen or DATASETS) and row["shots"] in shots
+    ]
+    others = {row["method"]: None for row in rows if row["method"] not in METHODS}
+    named = [method for method in METHODS if any(row["method"] == method for row in rows)] + list(others)
+    fitted = [method for method in named if method in (DEFAULT, further)]
+    top1 = [(method, method, "top1") for method in named]
+    if shape == "even":
+        print_table("Top-1 in %:", rows, top1)
+        print_table("ECE:", rows, [(method, method, "ece") for method in named])
+        print_table(
+            "Seconds:",
+            [row for row in rows if row["shots"] == max(shots)],
+            [(method, method, "seconds") for method in named],
         )
-        click.echo("| points | where |\n|--:|---|")
-        for points, where in [found[0], *(pair for pair in found[1:] if pair[0] > ALLOWED)]:
-            click.echo(f"| {points:.1f} | {where} |")
+    else:
+        weighted = [(f"uneven test: {method}", method, "uneven") for method in named if SHAPES[shape].uneven]
+        print_table(f"{shape}:", rows, top1 + [(f"ECE: {method}", method, "ece") for method in fitted] + weighted)
+    print_losses(rows)
 
 
 if __name__ == "__main__":

@@ -34,12 +34,16 @@ def test_class_means_are_unit_means_of_the_shots():
     np.testing.assert_allclose(baselines.class_means(cache).logits(QUERIES), 100 * cosines, rtol=1e-5, atol=1e-4)
 
 
-def test_the_linear_probe_is_scikit_learns():
-    cache = cache_of(40)
+@pytest.mark.parametrize("uneven", [False, True])
+def test_the_linear_probe_is_scikit_learns_for_balanced_classes(uneven):
+    cache = cache_of(60)
+    if uneven:
+        cache = cache.take(np.flatnonzero((cache.class_ids.numpy() < 2) | (np.arange(cache.n) % 3 == 0)))
     probe = baselines.linear_probe(cache)
     near = []
     for c in baselines.CS:
-        theirs = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(np.asarray(cache.keys), cache.class_ids.numpy())
+        theirs = LogisticRegression(C=c, max_iter=5000, tol=1e-8, class_weight="balanced")
+        theirs.fit(np.asarray(cache.keys), cache.class_ids.numpy())
         near.append(np.abs(theirs.predict_proba(QUERIES) - probe.logits(QUERIES).softmax(1).numpy()).max())
     assert min(near) < 5e-3, near
 

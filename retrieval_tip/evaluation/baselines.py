@@ -19,6 +19,7 @@ from retrieval_tip.fit.closed_form import FOLDS
 from retrieval_tip.fit.folds import Folds, blend
 from retrieval_tip.fit.forms import Within
 from retrieval_tip.retrieval.inputs import Features
+from retrieval_tip.retrieval.ridge import class_weights
 from retrieval_tip.store.labels import images_of
 
 SCALE = 100.0
@@ -59,18 +60,20 @@ def class_means(cache: CacheModel) -> Linear:
 
 
 def linear_probe(cache: CacheModel) -> Linear:
-    """Fit logistic regression, which minimises ``|W|^2 / 2 + C sum_i -log softmax(k_i W^T + b)[y_i]`` over W and b.
+    """Fit logistic regression, which minimises ``|W|^2 / 2 + C sum_i w_i -log softmax(k_i W^T + b)[y_i]`` over W and b.
 
-    The C from :data:`CS` with the highest accuracy on the folds is selected. Ties go to the lowest cross-entropy. This
-    is the linear probe of CLIP (Radford et al., ICML 2021), which selects C on validation images instead.
+    The weights ``w`` have mean 1 and give every class the same total weight. The C from :data:`CS` with the highest
+    mean accuracy over classes on the folds is selected. Ties go to the lowest cross-entropy. This is the linear probe
+    of CLIP (Radford et al., ICML 2021), which selects C on validation images instead.
     """
     folds = _folds(cache)
     right, losses = torch.zeros(len(CS)), torch.zeros(len(CS))
     for held in folds.held:
+        weights = _weights(folds, torch.arange(cache.n))[held.ids]
         for at, probe in enumerate(_probes(folds, held.rows, CS)):
             logits = probe.logits(held.features)
-            right[at] += (logits.argmax(1) == held.ids).sum()
-            losses[at] += cross_entropy(logits, held.ids, reduction="sum")
+            right[at] += (weights * (logits.argmax(1) == held.ids)).sum()
+            losses[at] += (weights * cross_entropy(logits, held.ids, reduction="none")).sum()
     best = max(range(len(CS)), key=lambda at: (float(right[at]), -float(losses[at])))
     return _probes(folds, torch.arange(cache.n), CS[: best + 1] if folds.held else (SINGLE_C,))[-1]
 
@@ -88,7 +91,7 @@ def discriminant(cache: CacheModel) -> Linear:
     if folds.held:
         features, ids = (torch.cat([getattr(held, name) for held in folds.held]) for name in ("features", "ids"))
         logits = torch.cat([_gaussian(folds, held.rows).logits(held.features) for held in folds.held])
-        blended = blend(None if folds.text is None else features @ folds.text.T, logits, None, ids)
+        blended = blend(None if folds.text is None else features @ folds.text.T, logits, None, ids, folds.weights)
         a, b = blended.a, blended.b
     text = 0.0 if folds.text is None else a * folds.text
     return Linear(text + b * whole.weights, b * whole.bias)
@@ -98,6 +101,11 @@ def _folds(cache: CacheModel) -> Folds:
     text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
     keys, ids = np.asarray(cache.keys[np.arange(cache.n)], dtype=np.float32), cache.class_ids.cpu().numpy()
     return Folds.of_shots(keys, ids, len(cache.class_names), text, images_of(cache.labels), FOLDS, cache.n)
+
+
+def _weights(folds: Folds, rows: Tensor) -> Tensor:
+    """Return a weight for each class. The keys in ``rows`` then have the same total weight in every class."""
+    return class_weights(torch.bincount(folds.ids[rows], minlength=folds.c))
 
 
 def _means(folds: Folds, rows: Tensor) -> Tensor:
@@ -118,6 +126,7 @@ def _gaussian(folds: Folds, rows: Tensor) -> Linear:
 def _probes(folds: Folds, rows: Tensor, cs: tuple[float, ...]) -> list[Linear]:
     """Fit a linear probe to the keys in ``rows`` for each C. Each starts from the previous one, so C must ascend."""
     keys, ids = folds.taken(rows)
+    balance = _weights(folds, rows)[ids]
     weights = torch.zeros(folds.c, keys.shape[1], requires_grad=True)
     bias = torch.zeros(folds.c, requires_grad=True)
     probes = []
@@ -128,7 +137,8 @@ def _probes(folds: Folds, rows: Tensor, cs: tuple[float, ...]) -> list[Linear]:
 
         def loss(c: float = c, optimizer: torch.optim.LBFGS = optimizer) -> Tensor:
             optimizer.zero_grad()
-            value = cross_entropy(keys @ weights.T + bias, ids) + weights.square().sum() / (2 * c * len(keys))
+            losses = cross_entropy(keys @ weights.T + bias, ids, reduction="none")
+            value = (balance * losses).mean() + weights.square().sum() / (2 * c * len(keys))
             value.backward()
             return value
 
