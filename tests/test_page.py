@@ -193,6 +193,7 @@ def assert_same(page: Page, run: Callable[..., Any], folder: Path, image: Path, 
     told = run("classify", folder, image, *options, "--top", 8, "--explain", "--logits", "--format", "json")
     assert told.exit_code == 0, told.output
     right = json.loads(told.stdout)
+    right["cache_logit"] += right.get("discriminant_logit", 0)  # the page shows what the photos give in all
     shown, shots = answer(page), [*right["neighbours"], *([right["opposing"]] if right["opposing"] else [])]
     close = {"rel": 1e-3, "abs": 1e-6}
     assert shown["how"] == "page"  # computed there, not asked
@@ -277,6 +278,7 @@ def test_method_agrees_with_a_dense_reference(page: Page) -> None:
         n, c = int(random.integers(1, 60)), int(random.integers(1, 12))
         affinities = np.sort(np.round(random.uniform(-0.2, 1, n), int(random.integers(1, 17))))[::-1]  # rounded: ties
         class_ids = random.integers(0, c, n)
+        class_ids[0] = 0  # this class has a key besides the photograph itself
         one_hot = np.eye(c)[class_ids]
         text = random.normal(0, 10, c) * int(random.integers(0, 2))
         k = "all" if random.random() < 0.3 else int(random.integers(1, n + 3))
@@ -294,21 +296,26 @@ def test_method_agrees_with_a_dense_reference(page: Page) -> None:
             cache += np.exp(-beta * (1 - mean))[class_ids[counted:]] @ values[counted:]
         if offset:
             cache = np.log1p(np.maximum(cache, 0) / offset)
-        logits = text + alpha * cache
+        gamma, offsets = float(random.choice([0, 10])), random.normal(size=c)
+        sums, counts = affinities @ one_hot, one_hot.sum(0)
+        average = np.where(counts > 0, sums / np.maximum(counts, 1), 0) + offsets
+        cache = alpha * cache + gamma * average
+        logits = text + cache
         powers = np.exp((logits - logits.max()) / temperature)
         order = np.argsort(-logits, kind="stable")
-        expected += 2 * [(logits, powers / powers.sum(), text, alpha * cache, order[:3])]
+        expected += 2 * [(logits, powers / powers.sum(), text, cache, order[:3])]
         evidence = {
             "feature": [], "text": text.tolist(),
             "key_ids": list(range(n)), "class_ids": class_ids.tolist(), "affinities": affinities.tolist(),
-            "counts": one_hot.sum(0).tolist(), "sums": (affinities @ one_hot).tolist(), "complete": True,
+            "counts": counts.tolist(), "sums": sums.tolist(), "discriminant": average.tolist(), "complete": True,
         }  # fmt: skip
         rows = None if values is one_hot else values.tolist()
-        model = {"values": rows, "offset": offset, "temperature": temperature}
+        model = {"values": rows, "offset": offset, "gamma": gamma, "temperature": temperature}
         first = np.eye(c)[0]
         itself = evidence | {  # the same photograph, of the first class: not to count
             "key_ids": [n, *range(n)], "class_ids": [0, *class_ids.tolist()], "affinities": [1.0, *affinities.tolist()],
-            "counts": (one_hot.sum(0) + first).tolist(), "sums": (affinities @ one_hot + first).tolist(),
+            "counts": (counts + first).tolist(), "sums": (sums + first).tolist(),
+            "discriminant": (average + first * ((sums[0] + 1) / (counts[0] + 1) + offsets[0] - average[0])).tolist(),
         }  # fmt: skip
         cases += [[evidence, settings, model], [itself, settings, model | {"values": rows and [*rows, [9.0] * c]}, [n]]]
     found = page.evaluate(
@@ -943,6 +950,7 @@ def test_what_the_page_cannot_compute_is_asked(opened: Open, served: Served, run
     expect(page.locator("#drawer")).to_have_attribute("data-how", "server")
     expect(page.locator(".how")).to_have_text("")
     told = json.loads(run("classify", served.folder, image, "--beta", 7, "--explain", "--format", "json").stdout)
+    told["cache_logit"] += told.get("discriminant_logit", 0)
     shown = answer(page)
     for name in ("probability", "text_logit", "cache_logit"):
         assert shown[name] == pytest.approx(told[name], rel=1e-3)
