@@ -53,12 +53,12 @@ def check_choice(name: str, value: object, alias: object) -> None:
 ADDED_AFTER_FORMAT_1 = {"later": True}
 """Metadata of a setting that was added after format 1. When an older manifest is read, the default is used."""
 FITTED = ("gamma", "least_cache", "log_offset")
-"""Settings that can only be set by a fit. If the index has not been fitted, they are 0 or ``None``."""
+"""Settings that only a fit can set. If an index has not been fitted, they have their defaults."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the method, ``logits = logit_scale * f W^T + gamma * B + alpha * C`` (see :mod:`tip`).
+    """The settings of the method, ``logits = logit_scale * f W^T + alpha * C + gamma * B`` (see :mod:`tip`).
 
     The defaults are those of the paper.
 
@@ -132,9 +132,9 @@ class Fitted:
     """A record of the metric and the values that were fitted to the shots of an index (see :mod:`fit.closed_form`).
 
     ``shrinkage`` is only set if there is a metric, and ``ridge`` only if the values were solved. ``keys`` is the number
-    of keys at the time of the fit. ``class_prior`` says whether all classes have the same weight, or all shots.
-    ``automatic`` is true if a fit to the shots has chosen all settings, and nobody has changed them since. Only then
-    does a large change of the keys fit the index again.
+    of keys at the time of the fit. With the ``class_prior`` ``even``, all classes had the same weight in the fit, and
+    with ``shots``, all shots had. ``automatic`` is true if a fit to the shots has chosen all settings, and nobody has
+    changed them since. Only then does a large change of the keys fit the index again.
     """
 
     metric: str

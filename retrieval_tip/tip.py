@@ -8,6 +8,8 @@ The code uses the notation of the paper:
 - ``V`` ``[n, c]``: the values, which determine how much each key adds to each class. By default, they are one-hot
   labels.
 - ``W`` ``[c, d]``: the text weights of the classes.
+- ``M`` ``[c, d]`` and ``b`` ``[c]``: the class means and the offsets of the :class:`Discriminant`, which is not part of
+  the paper.
 
 :func:`answer` is the whole method. The rest of the package computes the same numbers faster, from fewer keys, or from
 more keys than fit in memory. If you are new to the code, start here. Then read ``retrieval/logits.py`` to see which
@@ -47,10 +49,8 @@ def answer(
 ) -> Tensor:
     """Return the logits, of shape ``[q, c]``. The class probabilities are ``softmax(logits / temperature)``.
 
-    Plain Tip-Adapter uses no metric (``phi(x) = x``), one-hot values, no ``offset`` and no discriminant (``gamma`` 0).
-    You can also fit all of them to the shots in closed form (see :mod:`fit.closed_form`). ``M`` ``[c, d]`` and ``b``
-    ``[c]`` are the class means and the offsets of a :class:`Discriminant`. For the other parameters, see
-    :class:`settings.Settings`.
+    Plain Tip-Adapter uses no metric (``phi(x) = x``), one-hot values, no ``offset`` and no discriminant. All of them
+    can be fitted to the shots (see :mod:`fit.closed_form`). For the other parameters, see :class:`settings.Settings`.
     """
     A = phi(f) @ phi(K).T  # affinity
     C = torch.exp(-beta * (1 - A)) @ V  # cache
@@ -88,9 +88,9 @@ class Metric:
 class Discriminant:
     """The discriminant ``B = phi(f) M^T + b`` compares a query with the mean of the keys of each class.
 
-    It is the linear discriminant of classes that are normally distributed around their means ``M``, with the same
-    spread in all directions of the metric (Wang et al., GDA-CLIP, ICLR 2024, equation 5). ``means`` is the matrix
-    ``M`` of shape ``[c, d]``, and ``offsets`` is the vector ``b`` of shape ``[c]``.
+    It is the linear discriminant of a Gaussian model (Wang et al., GDA-CLIP, ICLR 2024, equation 5): in the metric,
+    the keys of each class spread equally in all directions around the class mean. ``means`` is ``M``, of shape
+    ``[c, d]``, and ``offsets`` is ``b``, of shape ``[c]``.
     """
 
     means: Tensor
@@ -98,11 +98,12 @@ class Discriminant:
 
     @classmethod
     def of(cls, key_sums: Tensor, counts: Tensor) -> Discriminant:
-        """Compute the discriminant from the sum of the transformed keys of each class, ``[c, d]``, and their numbers.
+        """Compute the discriminant from the sums of the transformed keys, ``[c, d]``, and the number of keys, ``[c]``.
 
-        ``b_c = -(|M_c|^2 - v / n_c) / 2``. The mean of ``n_c`` keys of variance ``v`` is longer than the true mean by
-        ``v / n_c`` on average, so classes that have few keys would otherwise be at a disadvantage. ``v`` is estimated
-        for keys of unit norm. A class that has no keys gets the mean of the other classes.
+        The offsets are ``b_c = -(|M_c|^2 - v / n_c) / 2``, where ``v`` is the variance of the keys around their class
+        means. The expected ``|M_c|^2`` exceeds the squared length of the true mean by ``v / n_c``. Without this
+        correction, classes with few keys would be at a disadvantage. ``v`` is estimated under the assumption that keys
+        have unit norm. A class without keys gets the average mean and offset of the other classes.
         """
         some = counts > 0
         means = key_sums / counts.clamp_min(1)[:, None]
@@ -324,10 +325,7 @@ def text_logits(features: Tensor, text_weights: Tensor, logit_scale: float, out:
 def blend(
     text_logits: Tensor, cache_logits: Tensor, alpha: float, discriminant: Tensor | None = None, gamma: float = 0.0
 ) -> Tensor:
-    """Return the text logits plus ``alpha`` times the cache logits (equation 6) plus ``gamma`` times the discriminant.
-
-    ``alpha`` is the residual ratio.
-    """
+    """Return ``text_logits + alpha * cache_logits`` (equation 6), plus ``gamma`` times the discriminant if given."""
     logits = torch.add(text_logits, cache_logits, alpha=min(alpha, LARGEST))
     return logits if discriminant is None else logits.add_(discriminant, alpha=min(gamma, LARGEST))
 
@@ -336,8 +334,8 @@ def blend(
 class Terms:
     """The terms of the logits, each of shape ``[q, c]``.
 
-    ``text`` holds the zero-shot logits. ``cache`` holds the cache logits after the link, not yet multiplied by alpha.
-    ``discriminant`` is not yet multiplied by gamma. It is ``None`` if gamma is 0.
+    ``text`` holds the zero-shot logits. ``cache`` holds the cache logits after the link, before they are multiplied by
+    alpha. ``discriminant`` is ``B``, before it is multiplied by gamma, or ``None`` if gamma is 0.
     """
 
     text: Tensor

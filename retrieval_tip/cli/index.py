@@ -450,8 +450,8 @@ def set_command(
 ) -> None:
     """Change the settings of an index.
 
-    If you give templates, new text weights are encoded from them. If you change the beta of a fitted index, its values,
-    alpha and temperature are also fitted again.
+    If you give templates, new text weights are encoded from them. If you change the beta of a fitted index, its values
+    and all other fitted settings are also fitted again.
     """
     from retrieval_tip.index import changes
 

@@ -1,14 +1,15 @@
 """Fit the metric and the values of an index to its shots in closed form, which takes seconds.
 
-The fit replaces two parts of the formula in :mod:`tip`::
+The fit fills three parts of the formula in :mod:`tip`::
 
-    metric     phi(x) = unit((x - m) T),   T = ((1 - s) S + s tr(S) / d I)^(-1/2)
-    values     V = (G + lambda I)^-1 Y,    G = exp(-beta (1 - phi(K) phi(K)^T))
+    metric         phi(x) = unit((x - m) T),   T = ((1 - s) S + s tr(S) / d I)^(-1/2)
+    values         V = (G + lambda I)^-1 Y,    G = exp(-beta (1 - phi(K) phi(K)^T))
+    discriminant   B = phi(f) M^T + b          (see :class:`tip.Discriminant`)
 
 ``S`` is the within-class scatter of the shots, of shape ``[d, d]``, so the metric gives little weight to directions
-that vary within a class. It uses the shared covariance of Gaussian discriminant analysis (Wang et al., GDA-CLIP, ICLR
-2024). The values are computed by kernel ridge regression (Bendou et al., ProKeR, CVPR 2025). Cross-validation on the
-shots selects one of the combinations in :mod:`fit.forms`.
+that vary within a class. Metric and discriminant are Gaussian discriminant analysis with a shared covariance (Wang et
+al., GDA-CLIP, ICLR 2024). The values are computed by kernel ridge regression (Bendou et al., ProKeR, CVPR 2025).
+Cross-validation on the shots selects one of the combinations in :mod:`fit.forms` and all settings.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ datasets (where 12 to 18 work equally well) and one weak text encoder. The last 
 backbone's own temperature is worth.
 """
 PRIOR_ALPHA, PRIOR_GAMMA = 0.4, 0.2
-"""Factors of the cache weight that give alpha and gamma, for one shot per class and a prior for the scatter."""
+"""Alpha and gamma for one shot per class and a prior, as fractions of the alpha without a prior."""
 
 
 class Fit(NamedTuple):
@@ -79,12 +80,11 @@ class Fit(NamedTuple):
 
     Attributes:
         metric: the kind of metric. By default, it is selected on the shots.
-        values: the kind of values. By default, values are solved. They are one-hot if there are more than
-            :data:`MOST_SOLVED` keys, or if the index retrieves only ``k`` keys, because solved values need all keys.
-        class_prior: ``even`` if future photos are about equally often from each class, or ``shots`` if the classes are
-            as frequent as in the shots.
-        prior: the within-class scatter of other photos, of shape ``[d, d]`` (see :func:`scatter.pooled`), which is kept
-            for later fits. Defaults to the prior of the previous fit, or to a prior that is known for the backbone.
+        values: the kind of values. By default, they are solved. Because solved values need all keys, they are one-hot
+            if there are more than :data:`MOST_SOLVED` keys or if a query uses only some of the keys.
+        class_prior: how frequent the classes are among future photos, either ``even`` or as in the ``shots``.
+        prior: the within-class scatter of other photos, of shape ``[d, d]`` (see :func:`scatter.pooled`). It is kept
+            for later fits. Defaults to the prior of the previous fit, or to the known prior of the backbone.
     """
 
     metric: MetricName | None = None
@@ -161,13 +161,16 @@ class FormTrial:
 class FormChoice:
     """The selected form, and its accuracy on ``n`` held-out photos.
 
-    ``photos``, ``words`` and ``both`` are the accuracies of the shots, the text and the blend. ``words`` is ``None`` if
-    there is no text. All three are ``None`` if no photo could be held out. ``interval`` is the 95 % confidence interval
-    of ``both``. ``names_hurt`` is true if the shots alone are significantly more accurate. ``weakest`` lists classes
-    with mistakes, least accurate first, with their numbers of correct answers and of held-out photos. ``longest`` is
-    the largest norm of a key. ``without_shots`` and ``single`` are the numbers of classes that have text but no shots,
-    and of classes that have a single photo, which cannot be held out. ``halves`` is true if a fold contains only half
-    of the shots.
+    - ``photos``, ``words`` and ``both`` are the accuracies of the shots, the text and the blend. ``words`` is ``None``
+      if there is no text. All three are ``None`` if no photo could be held out.
+    - ``interval`` is the 95 % confidence interval of ``both``.
+    - ``names_hurt`` is true if the shots alone are significantly more accurate than the blend.
+    - ``weakest`` lists classes with mistakes, least accurate first, with their numbers of correct answers and of
+      held-out photos.
+    - ``longest`` is the largest norm of a key.
+    - ``without_shots`` is the number of classes that have text but no shots.
+    - ``single`` is the number of classes that have a single photo, which cannot be held out.
+    - ``halves`` is true if folds are classified with only about half of the shots.
     """
 
     form: Form
@@ -237,7 +240,7 @@ def fit(
     cache: Shots, asked: Fit | None = None, *, validation: Queries | None = None, factory: str | None = None,
     forms: Sequence[Form] = FORMS,
 ) -> FormChoice:  # fmt: skip
-    """Fit the metric, the values, alpha, beta and the temperature of an index to its own shots.
+    """Fit the metric, the values and the settings of an index to its own shots.
 
     The form is selected by cross-validation on the shots (all views of a photo are in the same fold), or on
     ``validation`` images. The first form is kept unless another form is at least as accurate and lowers the
@@ -297,7 +300,7 @@ def fit(
 
 
 def refit(cache: Shots, beta: float) -> FormChoice:
-    """Refit alpha, the temperature and the threshold of ``unlike`` for another beta, without changing the form.
+    """Set beta and refit all other fitted settings, without changing the form.
 
     If there are too few shots, only beta changes. The values are not solved for the new beta, so call
     :meth:`cache_model.KeyEdits.solve` next.
@@ -484,8 +487,8 @@ def _unjudged(cache: Shots, forms: Sequence[Form], folds: Folds) -> tuple[Form, 
 
     The text weights do not depend on the shots, so their temperature T can still be fitted to the shots. If the text is
     overconfident (T > 1), the cache gets T^2 times as much weight: ``softmax(text / T + 13 T^2 cache)``. This weight is
-    multiplied by the fraction of classes that have shots. If there is a prior for the scatter, the metric is fitted to
-    the prior, and a third of the weight is given to the discriminant.
+    multiplied by the fraction of classes that have shots. If there is a prior, the metric is fitted to the prior, and
+    the discriminant is used as well (see :data:`PRIOR_ALPHA`).
     """
     covered = folds.covered
     if all(form.values is None for form in forms):

@@ -72,7 +72,8 @@ def blend(
     """Fit the weights of terms of shape ``[q, c]`` to queries that have the class ``ids``.
 
     Newton's method minimises the cross-entropy of ``softmax(a text + b cache + g discriminant)``, which is convex in
-    ``a, b, g >= 0``, in terms of their logarithms. ``weights`` are query weights of mean 1. As in Platt scaling (1999),
+    the weights. Its steps change their logarithms, so the weights stay positive. ``weights`` are query weights of mean
+    1. As in Platt scaling (1999),
     the target of the correct class is ``(q + s) / (q + 2 s)`` with ``s`` = :data:`SMOOTHING`, and the other classes
     share the rest. This keeps the factors finite even if all answers are right.
     """
@@ -144,7 +145,8 @@ class Held:
 class Folds:
     """Keys and their class ``ids``, scaled ``text`` weights of shape ``[c, d]``, and held-out queries.
 
-    ``class_prior`` is ``shots`` if all queries have equal weight. ``prior`` is the scatter of other photos.
+    If ``weighted`` is false or ``class_prior`` is ``shots``, all queries have equal weight. ``prior`` is the scatter of
+    other photos.
     """
 
     keys: Keys

@@ -141,7 +141,10 @@ FORMS = [
     Form(Within(0.5), None, 4.0),
     Form(None, None, 5.5),
 ]
-"""The forms to try, starting with the default. One-hot values are only tried if values cannot be solved."""
+"""The forms to try, starting with the default.
+
+Forms with one-hot values are only tried if the user asks for them or if values cannot be solved.
+"""
 
 
 def like(fitted: Fitted) -> list[Form]:

@@ -19,7 +19,7 @@ from retrieval_tip.store.sums import Sums
 FloatArray = npt.NDArray[np.float64]
 
 PRIOR_WEIGHT = 1000
-"""Number of photos, each with its own deviation from a class mean, that a prior counts as."""
+"""Number of photos that a prior counts as."""
 
 SMALLEST_EIGENVALUE = 1e-7
 """Smallest eigenvalue of a scatter relative to the mean eigenvalue. Smaller eigenvalues are float32 rounding errors."""

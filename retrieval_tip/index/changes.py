@@ -47,9 +47,9 @@ COMPARED = 1 << 18
 
 
 GROWN, REFITTED = 2, 4096
-"""Factor by which an index must grow after a fit before a new fit is due, and most keys to fit during a change.
+"""Factor of growth after which a new fit is due, and maximum number of keys to fit during a change.
 
-Such a fit takes a few seconds.
+A fit of that many keys takes a few seconds.
 """
 
 
