@@ -24,7 +24,7 @@ TABLE_FORMAT, FITTED_FORMAT, BUILT_FORMAT, FORMAT_VERSION = 3, 4, 5, 7
 
 Format 1 has a single segment, no ``change`` and no ``next_key_id``. Format 3 added ``table``, format 4 ``fitted``,
 format 5 ``built``, format 6 ``sums``, which must be updated whenever the keys change, and format 7 ``gamma``,
-``class_prior`` and ``prior``.
+``class_prior``, ``automatic`` and ``prior``.
 """
 
 KINDS = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy"}
