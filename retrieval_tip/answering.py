@@ -315,8 +315,10 @@ class AnsweringIndex(ABC):
                 met = None
             asked = replace(retrieval, settings=retrieval.settings.override(k=met or "all"))
             terms = asked.terms(f[left], certify=True)
-            found = found or terms  # the first terms are those of all queries
-            found.cache[left] = terms.cache
+            if found is None:  # the first terms are those of all queries
+                found = terms
+            else:
+                found.cache[left] = terms.cache
             keys[left.cpu()] = self.n if met is None else met
             left, met = left[:0] if terms.settled is None else left[~terms.settled], met and met * GROWTH
         answers = replace(found, settled=None, keys=keys)
