@@ -249,8 +249,7 @@ class AnsweringIndex(ABC):
     def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> AnswerTerms:
         """Return the terms of the logits: the text term ``logit_scale * f W^T``, the cache ``C`` and the discriminant.
 
-        The cache is not multiplied by alpha, and the discriminant is not multiplied by gamma. The arguments are the
-        same as for :meth:`logits`.
+        They are not multiplied by alpha and gamma. The arguments are the same as for :meth:`logits`.
         """
         terms = self._retrieval(k, tail).terms(self._queries(features))
         self._check(terms)
@@ -326,7 +325,7 @@ class AnsweringIndex(ABC):
         return answers
 
     def logits(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Tensor:
-        """Return the logits ``logit_scale * f W^T + gamma * B + alpha * C``, in the order of the classes.
+        """Return the logits ``logit_scale * f W^T + alpha * (C + gamma * B)``, in the order of the classes.
 
         Args:
             features: the features, which should have unit norm, as an array or tensor of shape ``[q, d]``.
@@ -570,7 +569,8 @@ def _columns(
         "logits": lists(logits.cpu().numpy(), logits.shape[1]),
     }
     if terms.discriminant is not None:
-        columns["discriminant_logit"] = index.settings.gamma * _doubles(terms.discriminant.gather(1, winner))[:, 0]
+        factor = index.settings.alpha * index.settings.gamma
+        columns["discriminant_logit"] = factor * _doubles(terms.discriminant.gather(1, winner))[:, 0]
     if terms.keys is not None:
         columns["keys"] = terms.keys.cpu().numpy()
     if index.settings.least_cache is not None:

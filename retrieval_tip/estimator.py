@@ -160,7 +160,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         return self
 
     def decision_function(self, X: npt.ArrayLike) -> FloatArray:
-        """Return the logits ``logit_scale * f W^T + gamma * B + alpha * C`` of the queries ``X``.
+        """Return the logits ``logit_scale * f W^T + alpha * (C + gamma * B)`` of the queries ``X``.
 
         The result is a float32 array of shape ``[q, c]``, in the order of ``classes_``. For two classes, its shape is
         ``[q]``, and it holds the second logit minus the first, as scikit-learn requires.

@@ -97,8 +97,8 @@ class Prediction:
         probabilities: the probabilities of ``labels``.
         text_logit: the text term of the winning logit.
         cache_logit: the cache term of the winning logit, multiplied by alpha.
-        discriminant_logit: the discriminant of the winning class, multiplied by gamma. ``None`` if gamma is 0. The
-            three terms add up to the logit.
+        discriminant_logit: the discriminant of the winning class, multiplied by alpha and gamma. ``None`` if gamma
+            is 0. The three terms add up to the logit.
         logits: the logits of all classes, as a float32 array of shape ``[c]``.
         neighbours: the shots that contributed most to the answer, largest contribution first.
         keys: the number of keys used for a certified answer.

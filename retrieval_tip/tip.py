@@ -56,8 +56,9 @@ def answer(
     C = torch.exp(-beta * (1 - A)) @ V  # cache
     if offset is not None:
         C = torch.log(1 + C.clamp(min=0) / offset)  # link
-    B = None if M is None or b is None else phi(f) @ M.T + b  # discriminant
-    return blend(logit_scale * f @ W.T, C, alpha, B, gamma)
+    if M is not None and b is not None:
+        C = C + gamma * (phi(f) @ M.T + b)  # discriminant
+    return blend(logit_scale * f @ W.T, C, alpha)
 
 
 @dataclass(frozen=True)
@@ -322,20 +323,17 @@ def text_logits(features: Tensor, text_weights: Tensor, logit_scale: float, out:
     return affinity(features, text_weights, out=out).mul_(logit_scale)
 
 
-def blend(
-    text_logits: Tensor, cache_logits: Tensor, alpha: float, discriminant: Tensor | None = None, gamma: float = 0.0
-) -> Tensor:
-    """Return ``text_logits + alpha * cache_logits`` (equation 6), plus ``gamma`` times the discriminant if given."""
-    logits = torch.add(text_logits, cache_logits, alpha=min(alpha, LARGEST))
-    return logits if discriminant is None else logits.add_(discriminant, alpha=min(gamma, LARGEST))
+def blend(text_logits: Tensor, cache_logits: Tensor, alpha: float) -> Tensor:
+    """Return the text logits plus ``alpha`` times the cache logits (equation 6). ``alpha`` is the residual ratio."""
+    return torch.add(text_logits, cache_logits, alpha=min(alpha, LARGEST))
 
 
 @dataclass(frozen=True)
 class Terms:
     """The terms of the logits, each of shape ``[q, c]``.
 
-    ``text`` holds the zero-shot logits. ``cache`` holds the cache logits after the link, before they are multiplied by
-    alpha. ``discriminant`` is ``B``, before it is multiplied by gamma, or ``None`` if gamma is 0.
+    ``text`` holds the zero-shot logits. ``cache`` holds the cache logits after the link. ``discriminant`` is ``B``, or
+    ``None`` if gamma is 0. They are not yet multiplied by alpha and gamma.
     """
 
     text: Tensor
@@ -343,17 +341,16 @@ class Terms:
     discriminant: Tensor | None = None
 
     def logits(self, settings: Settings, slack: float = 0.0) -> Tensor:
-        """Return the logits ``text + alpha * cache + gamma * discriminant``, of shape ``[q, c]``.
+        """Return the logits ``text + alpha * (cache + gamma * discriminant)``, of shape ``[q, c]``.
 
         If ``slack`` is given, return an upper bound, assuming that the cache logits may be larger by this fraction.
         """
-        return blend(self.text, self.cache, settings.alpha * (1 + slack), self.discriminant, settings.gamma)
+        return blend(self.text, self.photos(settings, slack), settings.alpha)
 
-    def photos(self, settings: Settings) -> Tensor:
-        """Return the part of the logits that comes from the shots, or the cache logits if alpha and gamma are 0."""
-        if self.discriminant is None:
-            return self.cache * settings.alpha if settings.alpha else self.cache
-        return Terms(torch.zeros_like(self.text), self.cache, self.discriminant).logits(settings)
+    def photos(self, settings: Settings, slack: float = 0.0) -> Tensor:
+        """Return what the shots contribute, ``cache + gamma * discriminant``. See :meth:`logits` for ``slack``."""
+        cache = self.cache * (1 + slack) if slack else self.cache
+        return cache if self.discriminant is None else torch.add(cache, self.discriminant, alpha=settings.gamma)
 
     def each(self, part: Callable[[Tensor], Tensor]) -> Terms:
         """Apply a function to every term."""

@@ -125,7 +125,7 @@ def test_logits_are_those_of_the_definition(form, where, tmp_path):
     np.testing.assert_allclose(own_text, text, atol=1e-4)
     np.testing.assert_allclose(own_cache, alone, atol=2e-4 * np.abs(alone).max())
     np.testing.assert_allclose(cache.met, points, atol=1e-5)
-    expected = text + cache.settings.alpha * alone + cache.settings.gamma * class_averages(cache, queries, points)
+    expected = text + cache.settings.alpha * (alone + cache.settings.gamma * class_averages(cache, queries, points))
     np.testing.assert_allclose(cache.logits(queries).numpy(), expected, atol=1e-3 * np.abs(expected).max())
     affinity = (unit_points(cache, queries) @ points.T).max(1)
     np.testing.assert_allclose([one["affinity"] for [one] in nearest_keys(cache, queries)], affinity, atol=1e-5)

@@ -410,6 +410,7 @@ def test_a_fitted_store_is_served(built, tmp_path):
         assert "solved" in json.dumps(described)
         fitted = client.post("/v1/indexes/own/fit", headers=headers)
         assert (fitted.status_code, fitted.json()["version"]) == (200, 2), fitted.text
+    folder.fitted = replace(folder.fitted, automatic=True)  # its letters were given
     same(folder, stores.at(place).verify())
     for row, one in zip(answer.json()["results"], expected, strict=True):
         assert row["label"] == one.label

@@ -299,7 +299,7 @@ def test_method_agrees_with_a_dense_reference(page: Page) -> None:
         gamma, offsets = float(random.choice([0, 10])), random.normal(size=c)
         sums, counts = affinities @ one_hot, one_hot.sum(0)
         average = np.where(counts > 0, sums / np.maximum(counts, 1), 0) + offsets
-        cache = alpha * cache + gamma * average
+        cache = alpha * (cache + gamma * average)
         logits = text + cache
         powers = np.exp((logits - logits.max()) / temperature)
         order = np.argsort(-logits, kind="stable")

@@ -134,10 +134,10 @@ def test_leaving_one_out_is_an_index_without_that_shot(gamma):
             scale[queries.ids[row]] = 4 / 3  # its own class has three of four keys left
             without.settings = without.settings.override(beta=4.0)
             text, alone = parts_of(without, queries.features[row : row + 1], k)
-            text = text + gamma * (torch.from_numpy(queries.features[row : row + 1]) @ without.retrieval.keys.means.T)
-            text = text + gamma * offsets  # which hardly change without one shot
+            average = torch.from_numpy(queries.features[row : row + 1]) @ without.retrieval.keys.means.T
+            average = average + offsets  # which hardly change without one shot
             for alpha in (0.3, 3.0, 30.0):
-                right = int((text + alpha * scale * alone).argmax()) == queries.ids[row]
+                right = int((text + alpha * (scale * alone + gamma * average)).argmax()) == queries.ids[row]
                 assert (low[0, j, row] < alpha < high[0, j, row]) == right
 
 

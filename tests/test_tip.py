@@ -339,7 +339,7 @@ def test_readmes_formula_gives_the_logits_of_an_exported_index(
         lines = "\n".join(
             line for line in lines.splitlines() if line.split()[0] not in ("metric", "link", "discriminant")
         )
-        lines = lines.replace("+ gamma B", "")
+        lines = lines.replace(" + gamma B", "")
         letters |= {"phi": lambda x: x, "V": np.eye(5)[[names.index(label) for label in labels]]}
     else:
         metric = array("metric")

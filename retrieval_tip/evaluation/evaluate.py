@@ -223,7 +223,7 @@ def _answer(
         logs = (logits.double() / settings.temperature).log_softmax(dim=1)
         log_truth = logs.gather(1, torch.from_numpy(truth)[:, None].to(logs.device))
         log_doubt = logs.scatter(1, best[:, :1], -torch.inf).logsumexp(dim=1, keepdim=True)
-        parts = [tip.probabilities(z, 1.0).amax(1, keepdim=True) for z in (text, alone)]
+        parts = [tip.probabilities(z, 1.0).amax(1, keepdim=True) for z in (text, settings.alpha * alone)]
         chances = torch.cat([log_truth, log_doubt, *parts], dim=1)
     return ranked.cpu(), confidence.cpu(), chances.cpu()
 

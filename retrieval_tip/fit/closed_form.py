@@ -71,8 +71,8 @@ text, the upper bound for any text, and the weight if there is no text. They wer
 datasets (where 12 to 18 work equally well) and one weak text encoder. The last constant says how many photos the
 backbone's own temperature is worth.
 """
-PRIOR_ALPHA, PRIOR_GAMMA = 0.4, 0.2
-"""Alpha and gamma for one shot per class and a prior, as fractions of the alpha without a prior."""
+PRIOR_ALPHA, PRIOR_GAMMA = 0.4, 0.5
+"""Settings for one shot per class and a prior: alpha, as a fraction of the alpha without a prior, and gamma."""
 
 
 class Fit(NamedTuple):
@@ -286,7 +286,7 @@ def fit(
         where = "default for shots that cannot be held out"
     fitted_metric, fitted_values = folds.fitted(form, torch.arange(len(folds.ids)))
     fitted = (form if fitted_metric is not None else replace(form, metric=None)).fitted(
-        cache.n, asked.class_prior, automatic=validation is None
+        cache.n, asked.class_prior, automatic=validation is None and asked.metric is None and asked.values is None
     )
     n, seconds = folds.n if folds.can_judge else 0, time.perf_counter() - start
     choice = FormChoice(
@@ -510,7 +510,7 @@ def _unjudged(cache: Shots, forms: Sequence[Form], folds: Folds) -> tuple[Form, 
     temperature *= max(1.0, photos / ONE_SHOT_MOST) if cache.has_text else 1.0
     gamma = 0.0
     if form is ONE_SHOT_WITH_PRIOR:
-        alpha, gamma = PRIOR_ALPHA * alpha, PRIOR_GAMMA * alpha if covered == 1 else 0.0
+        alpha, gamma = PRIOR_ALPHA * alpha, PRIOR_GAMMA if covered == 1 else 0.0
     settings = replace(cache.settings.unfitted(), alpha=alpha, beta=form.beta, gamma=gamma, temperature=temperature)
     return form, settings
 

@@ -61,9 +61,9 @@ class Blend:
         return float((self.weights * self.right).mean())
 
     def settings(self, settings: Settings, beta: float) -> Settings:
-        """Return the settings of this blend: ``alpha = b / a``, ``gamma = g / a`` and ``temperature = 1 / a``."""
+        """Return the settings of this blend: ``alpha = b / a``, ``gamma = g / b`` and ``temperature = 1 / a``."""
         unit = self.a or 1.0
-        return replace(settings, alpha=self.b / unit, beta=beta, gamma=self.g / unit, temperature=1 / unit)
+        return replace(settings, alpha=self.b / unit, beta=beta, gamma=self.g / self.b, temperature=1 / unit)
 
 
 def blend(

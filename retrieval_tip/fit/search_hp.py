@@ -391,11 +391,11 @@ def _blocks(
         affinity = torch.cat([tip.affinity(points, keys) for keys, _ in cache.key_blocks()], dim=1)
         affinity.masked_fill_(hidden[:, None] == groups[None, :], -torch.inf)
         text = tip.text_logits(f, cache.text_weights, cache.settings.logit_scale)
-        if cache.settings.gamma:
-            text += cache.settings.gamma * _discriminant(points, affinity, cache)
         y = torch.from_numpy(queries.ids[part]).to(cache.device)
-        offset, caches = cache.settings.log_offset, _caches(affinity, cache, betas, ks)
-        yield part, text, y, ((b, j, tip.log_cache(cache_logits, offset)) for b, j, cache_logits in caches)
+        settings, caches = cache.settings, _caches(affinity, cache, betas, ks)
+        average = _discriminant(points, affinity, cache) if settings.gamma else None
+        terms = ((b, j, tip.Terms(text, tip.log_cache(own, settings.log_offset), average)) for b, j, own in caches)
+        yield part, text, y, ((b, j, own.photos(settings)) for b, j, own in terms)
 
 
 def _discriminant(points: Tensor, affinity: Tensor, cache: CacheModel) -> Tensor:

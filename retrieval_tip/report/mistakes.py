@@ -103,7 +103,7 @@ def _explained(judged: JudgedIndex, places: Sequence[int]) -> list[Mistake]:
     names, explained = cache.class_names, []
     predictions = cache.classify(some, 3, neighbours=NEIGHBOURS)
     terms = cache.terms(some)
-    photos = terms.photos(cache.settings)
+    photos = cache.settings.alpha * terms.photos(cache.settings)
     for row, (place, prediction) in enumerate(zip(places, predictions, strict=True)):
         truth, answer, sure = int(answers.truth[place]), int(answers.predicted[place]), float(answers.confidence[place])
         likely = zip(map(names.index, prediction.labels), prediction.probabilities, strict=True)

@@ -2,7 +2,7 @@
 
 Suppose that the cache logits are computed from some of the keys, and that the other keys are omitted or counted at the
 mean affinity of their class (see :func:`tip.at_mean`). The results are then lower bounds on the cache logits over all
-keys, and ``L = text + gamma * discriminant + alpha * cache`` is a lower bound on the logits. This holds if values are
+keys, and ``L = text + alpha * (cache + gamma * discriminant)`` is a lower bound on the logits. This holds if values are
 one-hot and settings are non-negative.
 """
 

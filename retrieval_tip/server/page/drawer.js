@@ -186,7 +186,7 @@ function decidedRow(key, most) {
 function showLogits() {
   const sum = `Σ exp(−β (1 − similarity))${state.model.values === null ? "" : " V"}`;
   const cache = state.model.offset ? `α log(1 + ${sum} / ${short(state.model.offset)})` : `α ${sum}`;
-  $("formula").textContent = state.model.gamma ? `${cache} + γ B` : cache;
+  $("formula").textContent = state.model.gamma ? `${cache} + α γ B` : cache;
   $("logits").replaceChildren(
     ...photo.shown.rows.map(({ label, probability, text, cache }) =>
       el(

@@ -7,7 +7,7 @@
 //           C = sum of exp(-beta (1 - A_i)) V_i;  with tail, each other key has the mean affinity of its class
 //           with an offset o, C is then replaced by log(1 + max(C, 0) / o)
 //   B       the mean affinity to the keys of each class, plus an offset, which the server computes
-//   logits  = text + alpha C + gamma B          probabilities = softmax(logits / temperature)
+//   logits  = text + alpha (C + gamma B)          probabilities = softmax(logits / temperature)
 //
 // Settings are { alpha, beta, k, tail }, where k is a number or "all". A model is an object { values, offset, gamma,
 // temperature, exact }, where `values` is a Map from key ids to Float64Arrays, or null if values are one-hot. `without`
@@ -138,12 +138,12 @@ export function largest(values, number) {
   return found;
 }
 
-/** Return the top classes as [{ classId, probability, text, cache }]. `cache` is alpha C + gamma B, so that the logit is
+/** Return the top classes as [{ classId, probability, text, cache }]. `cache` is alpha (C + gamma B), so that the logit is
  *  text + cache. */
 export function classify(evidence, settings, model, top, without) {
   const averages = model.gamma ? discriminantOf(evidence, without) : null;
   const cache = cacheOf(evidence, settings, model, without).map(
-    (value, c) => settings.alpha * value + (averages ? model.gamma * averages[c] : 0),
+    (value, c) => settings.alpha * (averages ? value + model.gamma * averages[c] : value),
   );
   const { temperature } = model;
   const logits = evidence.text.map((value, c) => value + cache[c]);
