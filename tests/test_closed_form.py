@@ -301,9 +301,9 @@ def test_a_held_out_class_is_judged_by_what_saw_none_of_its_keys():
     images = np.arange(len(ids))
     plain = Folds.of_shots(keys, ids, 20, text, images, 4, 10**6)
     folds = plain.with_classes(images, 10**6)
-    whole = [held for held in folds.held if held.of_classes]
+    whole = [held for held in folds.held if held.of == "classes"]
     assert sorted(np.concatenate([held.ids for held in whole])) == sorted(ids)
-    cache_logits = folds.terms(DEFAULT_FORM)[1][folds.of_classes].split([len(held.ids) for held in whole])
+    cache_logits = folds.terms(DEFAULT_FORM)[1][folds.held_of("classes")].split([len(held.ids) for held in whole])
     for held, logits in zip(whole, cache_logits, strict=True):
         rows = held.rows.numpy()
         assert not set(ids[rows]) & set(held.ids.tolist())
@@ -315,7 +315,28 @@ def test_a_held_out_class_is_judged_by_what_saw_none_of_its_keys():
         np.testing.assert_allclose(logits[:, held.ids[0]], expected.mean(1), atol=2e-4)
     weights = folds.weights
     assert float(weights.mean()) == pytest.approx(1)
-    assert float(weights[folds.of_classes].sum() / weights.sum()) == pytest.approx(12 / 20)
+    assert float(weights[folds.held_of("classes")].sum() / weights.sum()) == pytest.approx(12 / 20)
+
+
+def test_small_folds_are_added_if_the_others_contain_half_of_the_shots():
+    """Each photo is held out once in them, never with another of its class, and they have a fifth of the weight."""
+    for shots, c in ((2, 20), (2, 3), (3, 20), (4, 20)):
+        keys, ids = clusters(shots, c=c)
+        images = np.arange(len(ids))
+        plain = Folds.of_shots(keys, ids, c, None, images, 8, 10**6)
+        folds = plain.with_small(images, 10**6)
+        assert (folds is plain) == (shots > 2)
+        small = [held for held in folds.held if held.of == "small"]
+        if not small:
+            continue
+        held = [np.setdiff1d(images, one.rows.numpy()) for one in small]
+        np.testing.assert_array_equal(np.sort(np.concatenate(held)), images)
+        for rows, one in zip(held, small, strict=True):
+            np.testing.assert_array_equal(keys[rows], one.features)
+            assert len(set(ids[rows])) == len(rows) <= 0.3 * len(images) or c == 3
+        assert folds.n == len(images)
+        weights = folds.weights
+        assert float(weights[folds.held_of("small")].sum() / weights.sum()) == pytest.approx(0.2)
 
 
 def test_whole_classes_are_held_out_only_if_some_have_no_shots():

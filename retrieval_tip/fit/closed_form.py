@@ -422,7 +422,7 @@ def _judged_by(
         return folds, f"{len(held.ids):,} photos of {validation.name}"
     number, judged = MOST_FOLDS if cache.n <= JUDGED else FOLDS, int(min(JUDGED, max(256, AFFINITIES / cache.n)))
     folds = Folds.of_shots(cache.keys, ids.numpy(), c, text, images, number, judged, cache.sums, class_prior, prior)
-    folds = folds.with_classes(images, judged)
+    folds = folds.with_small(images, judged).with_classes(images, judged)
     return folds, f"{folds.n:,} photos, each held out in turn"
 
 
@@ -438,10 +438,10 @@ def _chosen(cache: Shots, forms: Sequence[Form], folds: Folds, images: IntArray 
 def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence[str]) -> tuple[Settings, Judged]:
     """Return the settings that give the held-out photos the highest log-likelihood, and their accuracies."""
     (text, cache, discriminant), ids, weights = folds.terms(form), folds.ids_held, folds.weights
-    offsets = OFFSETS if form.values is not None and not folds.of_classes.any() else (None,)
+    offsets = OFFSETS if form.values is not None and not folds.held_of("classes").any() else (None,)
     offsets = [offset for offset in offsets if offset is not None or not folds.halves] or offsets
     blended, offset = _linked(text, cache, discriminant, ids, offsets, weights)
-    if not folds.of_classes.any() and folds.covered < 1:  # too few classes to hold some out
+    if not folds.held_of("classes").any() and folds.covered < 1:  # too few classes to hold some out
         blended = replace(blended, a=1.0, b=blended.b / max(blended.a, 1.0) * folds.covered)
     least: float | None = None
     if not folds.halves:
@@ -450,7 +450,7 @@ def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence
             cache = cache / share[:, None]
         least = _quantile(tip.log_cache(cache, offset).amax(1), UNLIKE, weights)
     settings = replace(blended.settings(settings.unfitted(), form.beta), least_cache=least, log_offset=offset)
-    shown = ~folds.of_classes
+    shown = folds.held_of("shots")
     judged: Judged = {"weakest": _weakest(class_names, blended.right[shown], ids[shown])}
     photos = tip.Terms(cache, tip.log_cache(cache, offset), discriminant).photos(settings)
     return settings, judged | _accuracies(photos, text, blended.right, ids, weights)

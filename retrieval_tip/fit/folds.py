@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ from retrieval_tip.store.sums import Sums
 
 IntArray = npt.NDArray[np.int64]
 
+SMALL_FOLDS, SMALL_SHARE = 8, 0.2
+"""Number of the small folds that are added if the other folds contain half of the shots, and their weight."""
 CLASS_FOLDS = 4
 """Number of folds of whole classes, if some classes have text but no shots."""
 LEAST_OF_A_FOLD = 0.1
@@ -131,14 +133,14 @@ class Untested(TypedDict):
 class Held:
     """Held-out queries, for an index over the other ``rows``.
 
-    The ``features`` have shape ``[q, d]`` and the class ``ids`` have shape ``[q]``. If ``of_classes`` is true, all keys
-    of these classes are held out.
+    The ``features`` have shape ``[q, d]`` and the class ``ids`` have shape ``[q]``. ``of`` says what is held out: some of
+    the shots, a small fold (see :meth:`Folds.with_small`), or whole classes.
     """
 
     features: Tensor
     ids: Tensor
     rows: Tensor
-    of_classes: bool = False
+    of: Literal["shots", "small", "classes"] = "shots"
 
 
 @dataclass
@@ -173,6 +175,23 @@ class Folds:
         held = list(_held(keys, ids, folds[first], first, images, judged))
         return cls(keys, torch.from_numpy(ids), c, text, held, sums, class_prior, prior=prior)
 
+    def with_small(self, images: IntArray, judged: int) -> Folds:
+        """Also hold out few photos at a time, if the other folds contain half of the shots.
+
+        With half of its shots, an index separates the classes less than the whole index does, so a blend that is fitted
+        to these folds would be overconfident. In a small fold, almost only the class of the query has fewer shots, so
+        the blend would not be confident enough. The small folds have the weight :data:`SMALL_SHARE`.
+        """
+        if not self.halves:
+            return self
+        ids = self.ids.numpy()
+        _, first = np.unique(images, return_index=True)
+        own, draw = ids[first], np.random.default_rng(0)
+        counts = np.bincount(own, minlength=self.c)[own]
+        places = ranks_within(own, draw) * np.maximum(SMALL_FOLDS // counts, 1) + draw.permutation(self.c)[own]
+        small = _held(self.keys, ids, np.where(counts > 1, places % SMALL_FOLDS, -1), first, images, judged)
+        return replace(self, held=[*self.held, *(replace(one, of="small") for one in small)])
+
     def with_classes(self, images: IntArray, judged: int) -> Folds:
         """Also hold out whole classes, if some classes have text but no shots.
 
@@ -187,7 +206,7 @@ class Folds:
         fold_of[np.random.default_rng(0).permutation(own)] = np.arange(len(own)) % CLASS_FOLDS
         _, first = np.unique(images, return_index=True)
         whole = _held(self.keys, ids, fold_of[ids[first]], first, fold_of[ids], judged)
-        held = [*self.held, *(replace(one, of_classes=True) for one in whole)]
+        held = [*self.held, *(replace(one, of="classes") for one in whole)]
         return replace(self, held=held)
 
     @property
@@ -210,12 +229,11 @@ class Folds:
     @property
     def halves(self) -> bool:
         """Whether only about half of the shots remain in a fold. Their cache logits differ from those of all shots."""
-        return any(len(held.rows) < 0.6 * len(self.ids) for held in self.held if not held.of_classes)
+        return any(len(held.rows) < 0.6 * len(self.ids) for held in self.held if held.of == "shots")
 
-    @property
-    def of_classes(self) -> Tensor:
-        """Whether the whole class of each query is held out."""
-        return torch.cat([torch.full((len(held.ids),), held.of_classes) for held in self.held])
+    def held_of(self, what: str) -> Tensor:
+        """Return for each query whether it was held out in this way."""
+        return torch.cat([torch.full((len(held.ids),), held.of == what) for held in self.held])
 
     @property
     def weights(self) -> Tensor | None:
@@ -224,10 +242,13 @@ class Folds:
         By default, all classes have equal weight, regardless of their number of shots. Queries of held-out classes are
         weighted by the fraction of classes that have no shots.
         """
-        whole, ids = self.of_classes, torch.cat([held.ids for held in self.held])
+        whole, small, ids = self.held_of("classes"), self.held_of("small"), self.ids_held
         weights = torch.ones(len(ids), dtype=torch.float64)
         if self.weighted and self.class_prior == "even":
             weights = class_weights(torch.bincount(self.ids, minlength=self.c))[ids].double()
+        if small.any():
+            others = ~small & ~whole
+            weights[small] *= SMALL_SHARE / (1 - SMALL_SHARE) * weights[others].sum() / weights[small].sum()
         if whole.any():
             shares = torch.where(whole, 1 - self.covered, self.covered)
             weights *= shares / torch.where(whole, weights[whole].sum(), weights[~whole].sum())
@@ -235,8 +256,8 @@ class Folds:
 
     @property
     def n(self) -> int:
-        """Number of held-out photos, excluding held-out classes."""
-        return sum(len(held.ids) for held in self.held if not held.of_classes)
+        """Number of held-out photos, excluding small folds and held-out classes."""
+        return sum(len(held.ids) for held in self.held if held.of == "shots")
 
     @property
     def can_judge(self) -> bool:
