@@ -133,8 +133,8 @@ class Untested(TypedDict):
 class Held:
     """Held-out queries, for an index over the other ``rows``.
 
-    The ``features`` have shape ``[q, d]`` and the class ``ids`` have shape ``[q]``. ``of`` says what is held out: some of
-    the shots, a small fold (see :meth:`Folds.with_small`), or whole classes.
+    The ``features`` have shape ``[q, d]`` and the class ``ids`` have shape ``[q]``. ``of`` says what is held out: some
+    shots, few shots at a time (see :meth:`Folds.with_small`), or whole classes.
     """
 
     features: Tensor
