@@ -91,7 +91,7 @@ def discriminant(cache: CacheModel) -> Linear:
     if folds.held:
         features, ids = (torch.cat([getattr(held, name) for held in folds.held]) for name in ("features", "ids"))
         logits = torch.cat([_gaussian(folds, held.rows).logits(held.features) for held in folds.held])
-        blended = blend(None if folds.text is None else features @ folds.text.T, logits, None, ids, folds.weights)
+        blended = blend(None if folds.text is None else features @ folds.text.T, logits, None, ids)
         a, b = blended.a, blended.b
     text = 0.0 if folds.text is None else a * folds.text
     return Linear(text + b * whole.weights, b * whole.bias)
