@@ -92,6 +92,7 @@ class Classifier:
         prior: Sequence[str | os.PathLike[str]] = (),
         k: KeysMet = None,
         logit_scale: float | None = None,
+        drop_suspicious: bool = False,
     ) -> Self:
         """Build a classifier from a folder that has one folder of photos per class, or from another labelled source.
 
@@ -121,7 +122,7 @@ class Classifier:
             given.source, place, replace(encoder, read=given.read, strict=given is photos), shots=shots,
             templates=templates, text=text, index=index, dtype=dtype, alpha=alpha, beta=beta, normalize=normalize,
             fit=fit, metric=metric, values=values, class_prior=class_prior, prior=prior, k=k, logit_scale=logit_scale,
-            device=device,
+            drop_suspicious=drop_suspicious, device=device,
         )  # fmt: skip
         made = cls(cache, replace(encoder, views=1))
         if out is None:
@@ -155,6 +156,7 @@ class Classifier:
         prior: Sequence[str | os.PathLike[str]] = (),
         k: KeysMet = None,
         logit_scale: float | None = None,
+        drop_suspicious: bool = False,
     ) -> Self:
         """Build a classifier from labelled photos in memory or in a dataset.
 
@@ -170,7 +172,7 @@ class Classifier:
             labelled_pictures(images, labels), model, pretrained=pretrained, out=out, device=device, views=views,
             seed=seed, shots=shots, templates=templates, text=text, index=index, dtype=dtype, alpha=alpha, beta=beta,
             normalize=normalize, fit=fit, metric=metric, values=values, class_prior=class_prior, prior=prior, k=k,
-            logit_scale=logit_scale,
+            logit_scale=logit_scale, drop_suspicious=drop_suspicious,
         )  # fmt: skip
 
     @classmethod

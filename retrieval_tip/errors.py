@@ -65,9 +65,10 @@ def _shortened(text: str) -> str:
     return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE - rest - 5]} ... {text[-rest:]}"
 
 
-def few(names: Sequence[str]) -> str:
-    """Join the first few names, and add the number of remaining names."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+def few(names: Sequence[str], total: int | None = None) -> str:
+    """Join the first few of ``total`` names, by default all given names, and add the number of remaining names."""
+    more = (len(names) if total is None else total) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def first_line(error: BaseException) -> str:

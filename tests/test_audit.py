@@ -1,23 +1,26 @@
-"""Suspicious shots: against dense references, planted in synthetic features, and in real photos."""
+"""Suspicious shots: against dense references, planted in synthetic features and real photos, and left out of builds."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import examples
+import torch
+from conftest import examples, few, needs_real
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tables import unit_rows, write_table
+from tables import read_features, unit, unit_rows, write_table
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import UsageError
 from retrieval_tip.evaluation import audit as audits
-from retrieval_tip.evaluation.audit import CLEAR, audit
+from retrieval_tip.evaluation.audit import CLEAR, audit, gain, suspicious
 from retrieval_tip.fit import closed_form
+from retrieval_tip.index import build, places
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.duplicates import NEAR
 from retrieval_tip.server.app import create_app
@@ -96,6 +99,13 @@ def check(cache, k=None):
     clear = [row for row in rows if row["margin"] or row["duplicate_of"] is not None]
     clear.sort(key=lambda row: (-(row["margin"] or 0), row["key_id"]))
     assert audit(cache, k=k).to_pylist() == clear
+    if k is None:
+        wrong = [row for row in clear if row["margin"]]
+        numbers = Counter(row["label"] for row in wrong)
+        left = {name: number - numbers[name] for name, number in zip(cache.class_names, cache.counts, strict=True)}
+        assert suspicious(cache).to_pylist() == [
+            row for row in wrong if left[row["label"]] >= max(2, numbers[row["label"]])
+        ]
     return table
 
 
@@ -252,3 +262,101 @@ def test_a_fitted_index_agrees_with_no_wrong_label() -> None:
     wrong = cache.labels["key_id"].to_pylist()[np.abs(np.asarray(cache.keys) - keys[7]).sum(1).argmin()]
     assert (worst["key_id"], worst["label"], worst["suggested"]) == (wrong, "e", "b")
     assert cache.fitted is not None
+
+
+# --- leaving suspicious shots out of a build
+
+
+def mislabelled(ids, share, seed):
+    """Move a share of the shots to other classes. Return the class ids, and which of them are wrong."""
+    draw, c = np.random.default_rng(seed), ids.max() + 1
+    wrong = draw.permutation(len(ids)) < round(share * len(ids))
+    return np.where(wrong, (ids + draw.integers(1, c, len(ids))) % c, ids), wrong
+
+
+@needs_real
+@pytest.mark.parametrize("seed", few([1, 2, 3]))
+@pytest.mark.parametrize(("file", "precise"), [("dtd/val", 0.65), ("oxford_flowers/shots_16", 0.95)])
+def test_most_wrong_labels_of_real_photos_are_listed_and_few_right_ones(shared, file, precise, seed):
+    keys, labels = read_features(shared / f"data/clip-vitb32/{file}.parquet")
+    names, ids = np.unique(labels, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(ids))
+    rows = np.concatenate([order[ids[order] == i][:16] for i in range(len(names))])
+    for share in (0, 0.1, 0.2):
+        given, wrong = mislabelled(ids[rows], share, seed)
+        cache = CacheModel.from_features(unit(keys[rows]), given, names.tolist(), device="cpu")
+        listed = np.zeros(len(rows), dtype=bool)
+        listed[[row["key_id"] for row in audit(cache).to_pylist() if row["margin"]]] = True
+        assert (listed & ~wrong).sum() <= 0.035 * (~wrong).sum()
+        if share:
+            assert (listed & wrong).sum() >= max(precise * listed.sum(), 0.5 * wrong.sum())
+
+
+@pytest.mark.parametrize("scheme", ["", "lance://"])
+def test_a_build_leaves_out_suspicious_shots(run, tmp_path, scheme):
+    """It equals a build of the other shots. A build without the option suggests it."""
+    keys, ids = planted(400, 20, spread=1.2)
+    given, _ = mislabelled(ids, 0.2, 1)
+    names, out = [f"class {i:02}" for i in given], f"{scheme}{tmp_path}/index"
+    rows = write_table(tmp_path / "rows.parquet", keys, names)
+    first = run("index", "build", rows, "--out", out).stderr.splitlines()
+    gone = suspicious(places.at(out).load().in_memory())["key_id"].to_numpy()
+    assert 50 < len(gone) < 90
+    assert f"leave out {len(gone)} shots with suspicious labels (--drop-suspicious)" in first[-1]
+    done = run("index", "build", rows, "--out", out, "--drop-suspicious").stderr
+    named = ", ".join(f"item-{i}" for i in gone[:5])
+    assert f"Left out {len(gone)} of 400 shots with suspicious labels: {named} and {len(gone) - 5} more\n" in done
+    assert "--drop-suspicious" not in done
+    left = np.delete(np.arange(400), gone)
+    write_table(rows, keys[left], [names[i] for i in left], [f"item-{i}" for i in left])
+    assert run("index", "build", rows, "--out", tmp_path / "other").exit_code == 0
+    cache, other = places.at(out).verify().in_memory(), CacheModel.load(tmp_path / "other")
+    assert cache.labels["source"].to_pylist() == other.labels["source"].to_pylist()
+    assert sorted(cache.labels["key_id"].to_pylist()) == left.tolist()
+    torch.testing.assert_close(cache.logits(keys), other.logits(keys).to("cpu"))
+    dropped = places.at(out).manifest().provenance["dropped"]
+    assert dropped == {"shots": len(gone), "of": 400, "sources": [f"item-{i}" for i in gone]}
+
+
+def test_a_gain_is_only_reported_if_it_is_sure(monkeypatch):
+    keys, ids = planted(400, 20, spread=1.2)
+    given, _ = mislabelled(ids, 0.2, 1)
+
+    def fitted(given, keys=keys, sources=None):
+        names = [f"class {i}" for i in range(20)]
+        cache = CacheModel.from_features(keys, given, names, device="cpu", sources=sources)
+        closed_form.fit(cache)
+        return cache
+
+    found = gain(fitted(given))
+    assert found.shots == len(suspicious(fitted(given)))
+    assert 0.5 < found.before < found.after < 1
+    assert gain(fitted(ids)) is None
+    monkeypatch.setattr(audits, "CHEAP", 399)
+    assert gain(fitted(given)) is None
+    keys, ids = planted(100, 20, spread=0.9)
+    copies = np.arange(0, 100, 3)  # if their photo is held out, they are held out too
+    labels, sources = np.concatenate([ids, (ids[copies] + 1) % 20]), [str(i) for i in [*range(100), *copies]]
+    again = fitted(labels, np.concatenate([keys, keys[copies]]), sources)
+    monkeypatch.undo()
+    assert len(suspicious(again)) > 10
+    assert gain(again) is None
+
+
+@pytest.mark.parametrize(("wrong", "found"), [(2, 2), (3, 0)])
+def test_a_class_that_mostly_looks_mislabelled_keeps_its_shots(wrong, found):
+    """Two of its shots are right, and each of the others is from another class."""
+    keys, ids = planted(40, 4, spread=0.3)
+    ids[1 : 1 + wrong] = 0
+    kept = np.flatnonzero((ids > 0) | (np.arange(40) < 5))
+    cache = CacheModel.from_features(keys[kept], ids[kept], list("abcd"), device="cpu")
+    assert len(audit(cache)) == wrong
+    assert len(suspicious(cache)) == found
+
+
+def test_too_many_shots_to_audit_are_refused(run, tmp_path, monkeypatch):
+    rows = write_table(tmp_path / "rows.parquet", planted(40, 4)[0], ["a", "b", "c", "d"] * 10)
+    monkeypatch.setattr(build, "ALL_PAIRS", 39**2)
+    done = run("index", "build", rows, "--out", tmp_path / "index", "--drop-suspicious")
+    assert (done.exit_code, (tmp_path / "index").exists()) == (2, False)
+    assert "drop_suspicious: compares all pairs of at most 39 shots" in done.stderr

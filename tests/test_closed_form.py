@@ -919,7 +919,13 @@ def test_without_a_fit_it_is_tip_adapter(run, tables, options):
 
 @pytest.mark.parametrize(
     "options",
-    [("--fit", "auto", "--alpha", "1"), ("--metric", "within", "--beta", "2"), ("--fit", "none", "--values", "solved")],
+    [
+        ("--fit", "auto", "--alpha", "1"),
+        ("--metric", "within", "--beta", "2"),
+        ("--fit", "none", "--values", "solved"),
+        ("--fit", "none", "--drop-suspicious"),
+        ("--beta", "2", "--drop-suspicious"),
+    ],
 )
 def test_what_does_not_go_together_is_refused(run, tables, options):
     result = run("index", "build", tables / "train.parquet", "--out", tables / "o", *options)

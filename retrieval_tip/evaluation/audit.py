@@ -17,18 +17,24 @@ only if it is a duplicate, in which case its scores are null.
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.bounds import check_count
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.fit.closed_form import unfitted
+from retrieval_tip.fit.closed_form import FOLDS, unfitted
+from retrieval_tip.fit.folds import Folds
+from retrieval_tip.fit.forms import Form
+from retrieval_tip.fit.scatter import known_prior
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.duplicates import NEAR
 from retrieval_tip.retrieval.keys import QUERY_BLOCK
@@ -44,6 +50,8 @@ LEAST = torch.finfo(torch.float32).tiny
 """Smallest score in a margin, relative to the weight of the nearest key. It limits margins to 88."""
 CLEAR = 1.0
 """Margin above which a label looks wrong, because another class fits more than e times as well."""
+CHEAP = 2048
+"""Maximum number of keys for which :func:`gain` takes at most about a second."""
 
 
 def audit(cache: CacheModel, *, k: KeysMet = None, borderline: bool = False) -> pa.Table:
@@ -175,3 +183,60 @@ def _table(cache: CacheModel, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
             "duplicate_of": described("twin", "key_id"),
         }
     )
+
+
+def suspicious(cache: CacheModel) -> pa.Table:
+    """Return the rows of :func:`audit` whose shots an index can leave out, because their labels look wrong.
+
+    If more than half of the shots of a class look mislabelled, or if only one would be left, it is not clear which of
+    them are wrong, so none of them is returned. Therefore, every class keeps at least two shots or all its shots.
+    """
+    table = audit(cache)
+    table = table.filter(pc.greater(table["margin"], CLEAR))
+    wrong, counts = Counter(table["label"].to_pylist()), dict(zip(cache.class_names, cache.counts, strict=True))
+    clear = [label for label, number in wrong.items() if number <= min(counts[label] / 2, counts[label] - 2)]
+    return table.filter(pc.is_in(table["label"], pa.array(clear, pa.string())))
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The accuracy on held-out photos, ``before`` and ``after`` leaving out a number of suspicious ``shots``."""
+
+    shots: int
+    before: float
+    after: float
+
+
+def gain(cache: CacheModel) -> Gain | None:
+    """Estimate how much a fitted index gains if it is built without the :func:`suspicious` shots.
+
+    The other shots are held out in turn. Each is classified with and without the suspicious shots among the keys, and
+    with the form of the index, which is fitted again in both cases. This takes about a second, so ``None`` is returned
+    for more than :data:`CHEAP` keys. ``None`` also means that no shot is suspicious, that too few can be held out, or
+    that the number of correct answers does not increase by more than two standard errors.
+    """
+    if cache.n > CHEAP or cache.fitted is None or not len(shots := suspicious(cache)):
+        return None
+    out = np.isin(cache.labels["key_id"].to_numpy(), shots["key_id"].to_numpy())
+    kept, images, ids, c = np.flatnonzero(~out), images_of(cache.labels), cache.class_ids.cpu(), len(cache.class_names)
+    keys, text = np.asarray(cache.keys), cache.text_weights.cpu() * cache.settings.logit_scale
+    prior = known_prior(cache.backbone, cache.d) if cache.prior is None else cache.prior.astype(np.float64)
+    without = Folds.of_shots(
+        keys[kept], ids.numpy()[kept], c, text if cache.has_text else None, images[kept], FOLDS, len(kept),
+        class_prior=cache.fitted.class_prior, prior=prior,
+    )  # fmt: skip
+    if not without.can_judge:
+        return None
+    held = []
+    for one in without.held:
+        others = kept[one.rows.numpy()]
+        hidden = np.setdiff1d(images[kept], images[others])  # copies of held-out photos are held out as well
+        rows = np.concatenate([others, np.flatnonzero(out & ~np.isin(images, hidden))])
+        held.append(replace(one, rows=torch.from_numpy(rows)))
+    form = Form.of(cache.fitted, cache.settings.beta)
+    whole = Folds(keys, ids, c, without.text, held, class_prior=without.class_prior, prior=prior)
+    after, before = (folds.judge(form).right for folds in (without, whole))
+    change = after.double() - before.double()
+    if float(change.sum()) <= 2 * float(change.abs().sum()) ** 0.5:
+        return None
+    return Gain(len(shots), float(before.double().mean()), float(after.double().mean()))

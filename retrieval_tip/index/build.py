@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import resolve_device, same_backbone
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates, text_weights
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.bounds import check_memory
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.feature_tables import table_identity
 from retrieval_tip.data.sources import Source, open_source, spelled_alike
 from retrieval_tip.errors import SHOWN, UsageError, few
+from retrieval_tip.evaluation.audit import ALL_PAIRS, suspicious
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.index import places
 from retrieval_tip.index.fit import prior_of
 from retrieval_tip.index.items import Asked, Material, Words, draw_shots, identity_of, ids_in, read_text_table
 from retrieval_tip.index.places import Place
+from retrieval_tip.retrieval.keys import index_over
+from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import (
     ClassPrior,
     Dtype,
@@ -38,6 +46,9 @@ from retrieval_tip.settings import (
 )
 
 log = logging.getLogger(__name__)
+
+LISTED = 100
+"""Maximum number of dropped shots to list in the provenance."""
 
 
 def build_index(
@@ -60,6 +71,7 @@ def build_index(
     prior: Sequence[Place] = (),
     k: KeysMet = None,
     logit_scale: float | None = None,
+    drop_suspicious: bool = False,
     device: str = "auto",
 ) -> AnsweringIndex:
     """Build an index from a labelled source. If ``out`` already contains an index, the result becomes its next version.
@@ -77,8 +89,7 @@ def build_index(
         index: a FAISS factory string, ``Classes`` or ``auto`` (see :func:`keys.auto_for`). Defaults to ``Flat``. Other
             stores have their own index types and default to ``auto``.
         dtype: the dtype of the stored keys.
-        alpha: the residual ratio.
-        beta: the sharpness.
+        alpha, beta: the residual ratio and the sharpness.
         normalize: the units of alpha and beta (see :func:`defaults.plain_settings`). If you give alpha or beta,
             ``normalize`` defaults to the units of the paper, and the missing setting to alpha 1.0 or beta 5.5.
             Otherwise, ``normalize`` defaults to ``both``.
@@ -86,11 +97,11 @@ def build_index(
             ``none`` if alpha, beta or normalize is given, and to ``auto`` otherwise.
         metric: ``none`` or ``within``. If ``None``, the fit selects the metric.
         values: ``one-hot`` or ``solved``. If ``None``, the fit selects the values.
-        class_prior: ``even`` or ``shots`` (see :func:`fit.fit_index`).
-        prior: other indexes of the same encoder (see :func:`fit.fit_index`).
+        class_prior, prior: the class frequencies and other indexes of the encoder (see :func:`fit.fit_index`).
         k: the number of keys per query, or ``all``. ``None`` uses the number that ``index="auto"`` selects, or all keys
             for other index types.
         logit_scale: the scale of the text logits. Defaults to the scale of the backbone, or to 100.
+        drop_suspicious: whether to fit the index without the shots of :func:`audit.suspicious`. Needs more memory.
         device: the device of the returned classifier. With ``index="auto"``, the index type depends on the device.
 
     Raises InputError, UsageError or BackboneError if the input is invalid. Raises StoreError if ``out`` is not writable
@@ -101,13 +112,13 @@ def build_index(
     form = normalize or ("both" if alpha is None and beta is None else "none")
     check_choice("normalize", form, Normalize)
     settings = Settings().override(alpha=alpha, beta=beta, logit_scale=scale, k=k)
-    fits = _fits(fit, (metric, values, class_prior, *map(str, prior)), (alpha, beta, normalize))
-    scatter = prior_of(prior, identity_of(source, encoder))
-    fitted = Fit(metric, values, class_prior or "even", scatter) if fits else None
+    fits = _fits(fit, (metric, values, class_prior, *prior, drop_suspicious or None), (alpha, beta, normalize))
+    fitted = Fit(metric, values, class_prior or "even", prior_of(prior, identity_of(source, encoder))) if fits else None
     words = _text(source, encoder, templates, text)
     source, ids = _shots(source.known_as(words.class_names), words.class_names, text, shots, encoder.seed)
     asked, on = Asked(settings, alpha, beta, form, keeps_k=k is not None), resolve_device(device)
-    made = places.at(out).create(Material(source, encoder, ids, words, asked, shots, index, dtype, fitted, on))
+    material = Material(source, encoder, ids, words, asked, shots, index, dtype, fitted, on)
+    made = places.at(out).create(_without_suspicious(material) if drop_suspicious else material)
     warn_of_spelling(out, words.class_names, words.class_names)
     return made
 
@@ -124,15 +135,49 @@ def _shots(
     return source.take(drawn), ids[drawn]
 
 
-def _fits(fit: FitName | None, letters: Sequence[str | None], settings: Sequence[float | str | None]) -> bool:
+def _fits(fit: FitName | None, letters: Sequence[object], settings: Sequence[float | str | None]) -> bool:
     if fit is not None:
         check_choice("fit", fit, FitName)
     given, wanted = any(setting is not None for setting in settings), any(letter is not None for letter in letters)
     if given and (fit == "auto" or wanted):
         raise UsageError("fit: sets alpha and beta itself; remove alpha, beta and normalize, or give fit none")
     if fit == "none" and wanted:
-        raise UsageError("fit none: uses neither metric, values nor a prior; remove them, or give fit auto")
+        raise UsageError(
+            "fit none: uses neither metric, values, a prior nor drop_suspicious; remove them, or give fit auto"
+        )
     return not given and fit != "none"
+
+
+def _without_suspicious(material: Material) -> Material:
+    """Read all items into memory, and leave out the suspicious shots, which the provenance lists under ``dropped``.
+
+    Raises UsageError if there are too many items.
+    """
+    name, n, ids, c = material.source.name, len(material.source), material.ids, len(material.words.class_names)
+    if n**2 > ALL_PAIRS:
+        raise UsageError(
+            f"drop_suspicious: compares all pairs of at most {math.isqrt(ALL_PAIRS):,} shots, but {name} has {n:,}; "
+            "build the index without it, and run retrieval-tip index audit"
+        )
+    blocks = []
+    for block in material.blocks():
+        check_memory(12 * n * block.features.shape[1], f"{name}: drop_suspicious", "build the index without it")
+        blocks.append(block)
+    positions = np.concatenate([block.positions for block in blocks])
+    features = np.concatenate([block.features for block in blocks])
+    digests = [digest for block in blocks for digest in block.digests]
+    order = np.argsort(ids[positions], kind="stable")  # as in a folder
+    keys, own = features[order].astype(material.dtype), positions[order]
+    labels = material.labels(own, [digests[row] for row in order])
+    cache = CacheModel(
+        keys=keys, labels=labels, class_names=list(material.words.class_names),
+        text_weights=torch.zeros(c, keys.shape[1]), index=index_over(keys, ids[own], c, BY_CLASS, device="cpu"),
+    )  # fmt: skip
+    shots = suspicious(cache)
+    left = np.flatnonzero(~np.isin(positions, shots["key_id"].to_numpy()))
+    block = FeatureBlock(positions[left], features[left], [digests[row] for row in left])
+    sources = shots["source"].slice(0, LISTED).to_pylist()
+    return replace(material, left=block, dropped={"shots": len(shots), "of": len(positions), "sources": sources})
 
 
 def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.PathLike[str] | None) -> None:

@@ -83,7 +83,8 @@ class Material:
     """The inputs of a build, which are the same for every kind of store.
 
     ``ids`` has one class id per item of the source. ``index`` is the requested index type, and ``dtype`` is the dtype
-    of the stored keys. ``fit`` is ``None`` for plain Tip-Adapter.
+    of the stored keys. ``fit`` is ``None`` for plain Tip-Adapter. If suspicious shots are left out, ``left`` holds the
+    features of the other shots, and ``dropped`` is the record for the provenance.
     """
 
     source: Source
@@ -96,6 +97,8 @@ class Material:
     dtype: Dtype
     fit: Fit | None
     device: str
+    left: FeatureBlock | None = None
+    dropped: dict[str, object] | None = None
 
     @property
     def built(self) -> Built:
@@ -115,7 +118,7 @@ class Material:
 
     def blocks(self) -> Iterator[FeatureBlock]:
         """Yield the items in blocks of features. Raises InputError if a feature overflows the dtype."""
-        for block in self.encoder.blocks(self.source):
+        for block in self.encoder.blocks(self.source) if self.left is None else (self.left,):
             if np.abs(block.features).max() > np.finfo(self.dtype).max:
                 raise InputError(f"{self.source.name}: feature values overflow {self.dtype}; use --dtype float32")
             yield block
@@ -139,7 +142,7 @@ class Material:
             "beta": provenance_of(asked.beta, asked.form),
             "affinity_other_classes": None if statistics is None else [statistics.mean, statistics.std],
             "skipped": [str(skipped) for skipped in self.encoder.skipped],
-        }
+        } | ({} if self.dropped is None else {"dropped": self.dropped})
 
     def warn_of_bare(self, counts: npt.NDArray[np.int64]) -> None:
         """Warn about classes without keys. ``counts`` is the number of keys per class."""
