@@ -89,17 +89,17 @@ def build_index(
         index: a FAISS factory string, ``Classes`` or ``auto`` (see :func:`keys.auto_for`). Defaults to ``Flat``. Other
             stores have their own index types and default to ``auto``.
         dtype: the dtype of the stored keys.
-        alpha, beta: the residual ratio and the sharpness.
-        normalize: the units of alpha and beta (see :func:`defaults.plain_settings`). If you give alpha or beta,
-            ``normalize`` defaults to the units of the paper, and the missing setting to alpha 1.0 or beta 5.5.
-            Otherwise, ``normalize`` defaults to ``both``.
+        alpha: the residual ratio.
+        beta: the sharpness.
+        normalize: the units of alpha and beta (see :func:`defaults.plain_settings`). Defaults to ``both`` or, if you
+            give alpha or beta, to the units of the paper. A missing alpha is then 1.0, and a missing beta 5.5.
         fit: ``auto`` fits the index with :func:`closed_form.fit`, and ``none`` uses plain Tip-Adapter. Defaults to
             ``none`` if alpha, beta or normalize is given, and to ``auto`` otherwise.
         metric: ``none`` or ``within``. If ``None``, the fit selects the metric.
         values: ``one-hot`` or ``solved``. If ``None``, the fit selects the values.
-        class_prior, prior: the class frequencies and other indexes of the encoder (see :func:`fit.fit_index`).
-        k: the number of keys per query, or ``all``. ``None`` uses the number that ``index="auto"`` selects, or all keys
-            for other index types.
+        class_prior: ``even`` or ``shots`` (see :func:`fit.fit_index`).
+        prior: other indexes of the same encoder (see :func:`fit.fit_index`).
+        k: the number of keys per query, or ``all``. Defaults to all keys, or the number that ``index="auto"`` selects.
         logit_scale: the scale of the text logits. Defaults to the scale of the backbone, or to 100.
         drop_suspicious: whether to fit the index without the shots of :func:`audit.suspicious`. Needs more memory.
         device: the device of the returned classifier. With ``index="auto"``, the index type depends on the device.
