@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from retrieval_tip.fit.finetune import Tuned as Tuned
     from retrieval_tip.fit.trainer import Recipe as Recipe
     from retrieval_tip.index.build import build_index as build_index
+    from retrieval_tip.labelling.photos import Suggestions as Suggestions
     from retrieval_tip.predictions import Neighbour as Neighbour
     from retrieval_tip.predictions import Prediction as Prediction
     from retrieval_tip.predictions import Predictions as Predictions
@@ -52,6 +53,7 @@ _HOMES = {
     "RetrievalTipError": "errors",
     "Settings": "settings",
     "Source": "data.sources",
+    "Suggestions": "labelling.photos",
     "TipAdapterClassifier": "estimator",
     "Tuned": "fit.finetune",
     "build_index": "index.build",

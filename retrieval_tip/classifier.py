@@ -29,7 +29,9 @@ from retrieval_tip.evaluation.evaluate import Evaluation, evaluate
 from retrieval_tip.html import markup, table
 from retrieval_tip.index import changes, hub, places
 from retrieval_tip.index.build import build_index
+from retrieval_tip.labelling.photos import Pool, Suggestions, suggest_features, suggest_photos
 from retrieval_tip.predictions import Prediction, Predictions
+from retrieval_tip.retrieval.inputs import check_unit, queries
 from retrieval_tip.settings import ClassPrior, KeysMet, MetricName, ValuesName
 
 if TYPE_CHECKING:
@@ -302,6 +304,21 @@ class Classifier:
         prediction = _answers(self.cache, [given], encoder, top, k, tail, neighbours, certify)[0]
         own = given.read(given.source.paths[0]) if given.source.paths else b""
         return Explanation(prediction, own, [_file(neighbour.source) for neighbour in prediction.neighbours])
+
+    def suggest(self, photos: Iterable[Picture] | Features | str | os.PathLike[str], n: int = 20) -> Suggestions:
+        """Choose ``n`` unlabelled photos or features to label next, most useful first.
+
+        ``photos`` can be the same as for :meth:`predict`. Photos that the index already contains are skipped. See
+        :func:`photos.suggest_photos` for the errors.
+        """
+        if isinstance(photos, np.ndarray) and np.issubdtype(photos.dtype, np.floating):
+            check_unit(queries(photos, self.cache.d))
+            names = [str(row) for row in range(len(photos))]
+            return suggest_features(Pool(names, photos.astype(np.float32), [None] * len(photos)), n, self.cache)
+        if isinstance(photos, str | os.PathLike) and kind_of(photos) != "image":
+            return suggest_photos([*open_inputs([os.fspath(photos)])], n, self.encoder, self.cache)
+        given = pictures(photos)
+        return suggest_photos([given.source], n, replace(self.encoder, read=given.read, strict=True), self.cache)
 
     def add(
         self,

@@ -57,6 +57,7 @@ EXAMPLES = {
         "index audit indexes/things --output suspects.csv",
         "index audit indexes/things --apply suspects.csv",
     ],
+    "suggest": ["suggest inbox -n 20", "suggest inbox -n 20 --index indexes/things --output next.csv"],
     "encode": [
         "encode photos --out photos.parquet",
         "encode photos --model dinov2 --views 10 --out photos.parquet",

@@ -89,7 +89,9 @@ def rounded(table: pa.Table) -> pa.Table:
     """Round the probabilities of predictions to 4 significant digits, as CSV files show them."""
 
     def short(value: Any) -> Any:
-        return [short(part) for part in value] if isinstance(value, list) else float(f"{value:.4g}")
+        if isinstance(value, list):
+            return [short(part) for part in value]
+        return None if value is None else float(f"{value:.4g}")
 
     for place, field in enumerate(table.schema):
         if field.name in ("probability", "probabilities"):

@@ -1,0 +1,1 @@
+"""Choose which photos to label next."""

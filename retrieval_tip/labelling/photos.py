@@ -1,0 +1,254 @@
+"""Suggest which photos to label next, with or without an index."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from retrieval_tip import tip
+from retrieval_tip.answering import AnsweringIndex
+from retrieval_tip.backbones.base import Identity, same_backbone
+from retrieval_tip.bounds import check_count
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.feature_tables import table_identity
+from retrieval_tip.data.sources import Source
+from retrieval_tip.errors import InputError, counted
+from retrieval_tip.index.items import ItemColumns, identity_of, read_text_table
+from retrieval_tip.labelling.suggest import TRUST, suggest, uncertainty_of
+from retrieval_tip.predictions import Predictions
+from retrieval_tip.retrieval.inputs import check_shape
+from retrieval_tip.retrieval.logits import LOGITS, slices
+from retrieval_tip.settings import Settings
+
+MOST_PHOTOS = 100_000
+"""Number of photos that are considered. If there are more, a random sample is drawn."""
+MOST_KEYS = 1 << 14
+"""Number of keys whose surroundings count as labelled. If there are more, they are spaced evenly over the index."""
+UNSURE = 0.5
+"""Probability below which a guess is called unsure."""
+
+SUGGESTIONS = pa.schema(
+    {
+        "rank": pa.int64(),
+        "input": pa.string(),
+        "label": pa.string(),
+        "probability": pa.float64(),
+        "covers": pa.int64(),
+        "why": pa.string(),
+    }
+)
+"""The columns of suggestions. ``label`` and ``probability`` are null if there is no guess."""
+
+
+@dataclass(frozen=True)
+class Suggestions:
+    """The photos to label next, most useful first.
+
+    Attributes:
+        table: the suggestions, with the columns of ``SUGGESTIONS``. ``covers`` is the number of other photos that are
+            more similar to this photo than to any labelled photo and any other suggestion.
+        photos: the number of unlabelled photos that were considered.
+        known: the number of photos that were skipped, because the index already contains them.
+        sampled_from: the number of unlabelled photos from which ``photos`` were drawn at random, or ``None`` if all
+            were considered.
+    """
+
+    table: pa.Table
+    photos: int
+    known: int
+    sampled_from: int | None = None
+
+    @property
+    def inputs(self) -> list[str]:
+        """The names of the suggested photos."""
+        names: list[str] = self.table["input"].to_pylist()
+        return names
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __str__(self) -> str:
+        text = f"suggested {counted(len(self), 'photo')} of {self.photos:,}"
+        if self.sampled_from is not None:
+            text += f", drawn at random from {self.sampled_from:,}"
+        return text + (f"; skipped {self.known:,} that the index already contains" if self.known else "")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Unlabelled photos: their names, their features of shape ``[m, d]``, and the digests of their files."""
+
+    names: list[str]
+    features: npt.NDArray[np.float32]
+    digests: list[str | None]
+
+    @classmethod
+    def of(cls, sources: Sequence[Source], encoder: Encoder) -> Pool:
+        """Encode the photos. Raises InputError or BackboneError if the sources have features of different encoders."""
+        names: list[str] = []
+        digests: list[str | None] = []
+        features: list[npt.NDArray[np.float32]] = []
+        identity: Identity | None = None
+        for source in sources:
+            own = identity_of(source, encoder)
+            if own is not None and identity is not None:
+                same_backbone(own, identity, source.name)
+            identity = identity or own
+            for block in encoder.blocks(source):
+                if features and block.features.shape[1] != features[0].shape[1]:
+                    lengths = f"{block.features.shape[1]} values; earlier photos have {features[0].shape[1]}"
+                    raise InputError(f"{source.name}: its features have {lengths}")
+                columns = ItemColumns.of(source.items.take(pa.array(block.positions)), block.digests)
+                names += columns.sources.to_pylist()
+                digests += columns.digests
+                features.append(block.features)
+        return cls(names, np.concatenate(features), digests)
+
+    def without(self, index: AnsweringIndex) -> Pool:
+        """Return the photos whose digest is not in the index."""
+        known = {digest for digest, _ in index.known(self.digests)}
+        rows = [row for row, digest in enumerate(self.digests) if digest is None or digest not in known]
+        if len(rows) == len(self.names):
+            return self
+        names, digests = [self.names[row] for row in rows], [self.digests[row] for row in rows]
+        return Pool(names, self.features[rows], digests)
+
+
+@dataclass(frozen=True)
+class ClassWords:
+    """Class names, their text weights of shape ``[c, d]``, and the scale of the text logits."""
+
+    class_names: Sequence[str]
+    weights: npt.NDArray[np.float32]
+    logit_scale: float
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], encoder: Encoder, source: Source, d: int) -> ClassWords:
+        """Read a feature table of class names. Raises InputError or BackboneError if it does not fit the photos."""
+        class_names, weights = read_text_table(path, encoder.norms)
+        theirs, ours = table_identity(Path(path)), identity_of(source, encoder)
+        if theirs is not None and ours is not None:
+            same_backbone(theirs, ours, str(path))
+        check_shape(f"text {path}", weights.shape, (len(class_names), d), "as long as the features of the photos")
+        backbone = encoder.backbone
+        return cls(class_names, weights, Settings().logit_scale if backbone is None else backbone.logit_scale)
+
+    def classify(self, features: npt.NDArray[np.float32]) -> pa.Table:
+        """Return the zero-shot ``label`` and ``probability`` of each photo."""
+        f, weights = torch.from_numpy(features), torch.from_numpy(self.weights)
+        parts = slices(len(f), max(1, LOGITS // len(weights)))
+        answers = [tip.probabilities(tip.text_logits(f[part], weights, self.logit_scale)).max(1) for part in parts]
+        chances, ids = (torch.cat(column) for column in zip(*answers, strict=True))
+        labels = pa.array(self.class_names, pa.string()).take(pa.array(ids.numpy()))
+        return pa.table({"label": labels, "probability": chances.double().numpy()})
+
+
+def suggest_photos(
+    sources: Sequence[Source],
+    n: int,
+    encoder: Encoder,
+    index: AnsweringIndex | None = None,
+    *,
+    text: str | os.PathLike[str] | None = None,
+) -> Suggestions:
+    """Choose ``n`` photos to label next (see :func:`suggest.suggest`).
+
+    Without an index, photos are compared by their features, and no label is guessed unless ``text`` is given. With an
+    index, its metric compares the photos, its probabilities give the uncertainty, and its shots count as labelled.
+    Photos that the index contains are skipped, which is decided by their digest, path or id.
+
+    If there are more than ``MOST_PHOTOS``, a random sample is drawn before encoding.
+
+    Args:
+        sources: the photos or feature tables (see :func:`sources.open_inputs`).
+        n: the number of suggestions.
+        encoder: the encoder of the photos. ``encoder.skipped`` lists the photos that cannot be read.
+        index: the index that contains the photos labelled so far.
+        text: a feature table of class names, for a zero-shot guess without an index.
+
+    Raises InputError if no photo remains, and the errors of :meth:`encoder.Encoder.blocks`.
+    """
+    check_count("n", n)
+    total = sum(map(len, sources))
+    if index is not None:
+        known = index.labels["source"].combine_chunks()
+        sources = [_kept(one, pc.invert(pc.is_in(one.items["source"], value_set=known)).to_numpy()) for one in sources]
+    left = sum(map(len, sources))
+    if left > MOST_PHOTOS:
+        drawn = np.zeros(left, dtype=bool)
+        drawn[np.random.default_rng(0).choice(left, MOST_PHOTOS, replace=False)] = True
+        parts = np.split(drawn, np.cumsum([len(source) for source in sources])[:-1])
+        sources = [_kept(source, part) for source, part in zip(sources, parts, strict=True)]
+    pool = Pool.of(sources, encoder) if left else None
+    fresh = pool if pool is None or index is None else pool.without(index)
+    if pool is None or fresh is None or not fresh.names:
+        raise InputError(f"photos: the index already contains {counted(total, 'photo')}; give other photos")
+    words = None if text is None else ClassWords.read(text, encoder, sources[0], pool.features.shape[1])
+    made = suggest_features(fresh, n, index, words)
+    skipped = total - left + len(pool.names) - len(fresh.names)
+    return replace(made, known=skipped, sampled_from=left if left > MOST_PHOTOS else None)
+
+
+def _kept(source: Source, kept: npt.NDArray[np.bool_]) -> Source:
+    return source if kept.all() else source.take(np.flatnonzero(kept))
+
+
+def suggest_features(
+    pool: Pool, n: int, index: AnsweringIndex | None = None, words: ClassWords | None = None
+) -> Suggestions:
+    """Choose ``n`` photos of a pool (see :func:`suggest_photos`). Photos that the index contains are not skipped."""
+    names = pa.array(pool.names, pa.string())
+    if index is not None:
+        guesses = _answers(index, pool.features)
+        class_ids = pc.index_in(guesses["label"], value_set=pa.array(index.class_names)).to_numpy()
+        chances, counts = guesses["probability"].to_numpy(), np.array(index.counts)
+        picks = suggest(
+            pool.features, n, uncertainty=uncertainty_of(chances, class_ids, counts),
+            labelled=index.some(MOST_KEYS)[0], metric=None if index.metric is None else index.metric.to("cpu"),
+        )  # fmt: skip
+        guesses = guesses.append_column("examples", pa.array(counts[class_ids]))
+    else:
+        guesses = pa.table([], []) if words is None else words.classify(pool.features)
+        picks = suggest(pool.features, n)
+    rows = pa.array(picks.rows)
+    facts = {"covers": pa.array(picks.covers)} | {name: guesses[name].take(rows) for name in guesses.column_names}
+    unknown = pa.nulls(len(rows))
+    columns = {"rank": pa.array(range(1, len(rows) + 1)), "input": names.take(rows)} | facts
+    columns["why"] = pa.array([why(**row) for row in pa.table(facts).to_pylist()], pa.string())
+    table = pa.table({field.name: columns.get(field.name, unknown).cast(field.type) for field in SUGGESTIONS})
+    return Suggestions(table, len(pool.names), 0)
+
+
+def _answers(index: AnsweringIndex, features: npt.NDArray[np.float32]) -> pa.Table:
+    """Return the ``label`` and ``probability`` of each photo, and whether it is ``unlike`` all shots, if known."""
+    answers = (index.classify(features[part], neighbours=0, norms="keep") for part in index.parts(len(features)))
+    return Predictions.joined(answers).written(["label", "probability", "unlike"])
+
+
+def why(
+    covers: int,
+    label: str | None = None,
+    probability: float | None = None,
+    unlike: bool | None = None,
+    examples: int | None = None,
+) -> str:
+    """Explain in words why to label a photo. ``examples`` is the number of shots of the guessed class ``label``."""
+    similar = f"typical of {counted(covers, 'similar photo')}" if covers else "similar to no other photo"
+    if unlike:
+        return f"{similar}; may be a new class"
+    if label is None or probability is None:
+        return similar
+    if probability < UNSURE:
+        return f"{similar}; the guess is unsure"
+    if examples is None:
+        return f"{similar}; the guess is based on the class name alone"
+    few = f"only {counted(examples, 'example')} of this class so far" if examples <= TRUST else "the guess may be wrong"
+    return f"{similar}; {few}"

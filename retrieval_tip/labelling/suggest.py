@@ -1,0 +1,177 @@
+"""Choose the features that are most useful to label.
+
+A label helps with all photos that are similar to the labelled photo. The suggestions therefore maximise::
+
+    sum_x u_x max_j s(x, j),   s(x, j) = max(0, cos(phi(x), phi(j)))^2
+
+over all photos ``x``, where ``j`` is any suggested or labelled photo, and ``u_x`` is the uncertainty of ``x``. This is
+facility location, solved greedily: MaxHerding (Bae et al., ECCV 2024), with uncertainty as in Uncertainty Herding (Bae
+et al., ICLR 2025).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from retrieval_tip import tip
+from retrieval_tip.bounds import check_count, check_memory
+from retrieval_tip.errors import InputError
+from retrieval_tip.retrieval import inputs
+from retrieval_tip.retrieval.inputs import Features
+from retrieval_tip.retrieval.logits import slices
+
+IntArray = npt.NDArray[np.int64]
+
+POWER = 2
+"""Exponent of the similarity."""
+TRUST = 4
+"""Number of labels of a class from which half of a probability is believed (see :func:`uncertainty_of`)."""
+CROWD, CROWD_PER_PICK = 4096, 4
+"""Number of photos that represent all photos in the sum, in total and at least for each suggestion."""
+BLOCK, STALE = 512, 64
+"""Number of candidates that are evaluated at a time, at first and later."""
+
+
+@dataclass(frozen=True)
+class Picks:
+    """The ``rows`` of the suggested features, most useful first. Both arrays have shape ``[n]``.
+
+    ``covers`` is the number of other features that are more similar to a suggestion than to any labelled feature and
+    any other suggestion.
+    """
+
+    rows: IntArray
+    covers: IntArray
+
+
+@dataclass
+class Crowd:
+    """The photos to cover: their ``points`` of shape ``[s, d]``, and their weights and coverage of shape ``[s]``."""
+
+    points: Tensor
+    weights: Tensor
+    covered: Tensor
+
+    def gains(self, candidates: Tensor) -> Tensor:
+        """Return by how much each candidate would increase the sum, given candidates of shape ``[b, d]``."""
+        return similarity(candidates, self.points).sub_(self.covered).clamp_(min=0) @ self.weights
+
+    def cover(self, point: Tensor) -> None:
+        """Add a suggestion."""
+        self.covered = torch.maximum(self.covered, similarity(point[None], self.points)[0])
+
+
+def similarity(a: Tensor, b: Tensor) -> Tensor:
+    """Return the similarities ``max(0, cos)^2`` of unit vectors, of shape ``[len(a), len(b)]``."""
+    return (a @ b.T).clamp_(min=0).pow_(POWER)
+
+
+def uncertainty_of(
+    probabilities: npt.NDArray[np.float64], class_ids: IntArray, counts: npt.NDArray[np.integer]
+) -> npt.NDArray[np.float64]:
+    """Return the uncertainty ``1 - p n / (n + 4)`` of answers, of shape ``[m]``.
+
+    ``p`` is the probability of an answer, and ``n`` is the number of labels of the answered class. A classifier that
+    knows few photos of a class cannot yet tell which of its answers are wrong. Without labels, all uncertainties are 1.
+    """
+    n = counts[class_ids]
+    uncertainty: npt.NDArray[np.float64] = 1 - probabilities * n / (n + TRUST)
+    return uncertainty
+
+
+def suggest(
+    features: Features,
+    n: int,
+    *,
+    uncertainty: npt.ArrayLike | None = None,
+    labelled: Features | None = None,
+    metric: tip.Metric | None = None,
+) -> Picks:
+    """Choose ``n`` features to label next, or all features if there are fewer.
+
+    If there are more than ``CROWD`` features, the sum runs over a random sample, drawn in proportion to the
+    uncertainty. Any feature can be suggested. The memory needed is twice that of the features.
+
+    Args:
+        features: the features of the unlabelled photos, of shape ``[m, d]``.
+        n: the number of suggestions.
+        uncertainty: the uncertainties, of shape ``[m]`` and from 0 to 1. Defaults to 1 for every photo.
+        labelled: the features of the labelled photos, of shape ``[k, d]``.
+        metric: the metric of the similarity. Defaults to the cosine after subtracting the mean of ``features``.
+
+    Raises InputError if an array is not finite or has the wrong shape, and UsageError if ``n`` is less than 1.
+    """
+    check_count("n", n)
+    raw = inputs.matrix(features, "features")
+    m, d = raw.shape
+    check_memory(8 * m * d, f"{m:,} features", "suggest from fewer photos")
+    weights = torch.ones(m) if uncertainty is None else _weights(uncertainty, m)
+    if metric is None:
+        mean = torch.from_numpy(raw.mean(axis=0, dtype=np.float64).astype(np.float32))
+        points = normalize(torch.from_numpy(raw.astype(np.float32)).sub_(mean))
+    else:
+        mean, points = metric.mean, metric(torch.from_numpy(raw.astype(np.float32, copy=False)))
+    near = torch.zeros(m)
+    if labelled is not None:
+        keys = inputs.matrix(labelled, "labelled")
+        inputs.check_shape("labelled", keys.shape, (len(keys), d), "as long as the features")
+        known = torch.from_numpy(keys.astype(np.float32))
+        known = normalize(known - mean) if metric is None else metric(known)
+        for part in slices(m, BLOCK):
+            near[part] = (points[part] @ known.T).amax(1).clamp_(min=0)
+    rows = _greedy(points, weights, near, min(n, m))
+    return Picks(rows.numpy(), _covers(points, near, rows).numpy())
+
+
+def _weights(uncertainty: npt.ArrayLike, m: int) -> Tensor:
+    weights = torch.from_numpy(np.array(uncertainty, dtype=np.float32))
+    if weights.shape != (m,) or not bool(((weights >= 0) & (weights <= 1)).all()):
+        raise InputError(f"uncertainty: expected {m} numbers from 0 to 1, one per feature")
+    return weights
+
+
+def _greedy(points: Tensor, weights: Tensor, near: Tensor, n: int) -> Tensor:
+    """Return the ``n`` rows that a greedy choice selects, in order.
+
+    Suggestions only reduce the gains of other photos, so earlier gains are upper bounds. Only the largest ones are
+    evaluated again (Minoux, 1978).
+    """
+    m, size = len(points), max(CROWD, CROWD_PER_PICK * n)
+    chosen, weights = _sampled(weights, size) if m > size else (slice(m), weights)
+    crowd = Crowd(points[chosen], weights, near[chosen] ** POWER)
+    bounds = torch.cat([crowd.gains(points[part]) for part in slices(m, BLOCK)])
+    picked = torch.zeros(m, dtype=torch.bool)
+    rows = torch.empty(n, dtype=torch.int64)
+    for place in range(n):
+        exact = picked.clone()
+        while not exact[best := bounds.argmax()]:
+            stale = bounds.masked_fill(exact, -1).topk(min(STALE, m)).indices
+            bounds[stale] = crowd.gains(points[stale]).masked_fill_(picked[stale], -1)
+            exact[stale] = True
+        rows[place], picked[best], bounds[best] = best, True, -1
+        crowd.cover(points[best])
+    return rows
+
+
+def _sampled(weights: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Draw ``size`` rows in proportion to their weights, and return the rows and their weights in the sum."""
+    shares = (weights if weights.any() else torch.ones_like(weights)).double().cumsum(0)
+    draws = (torch.arange(size) + torch.rand(size, generator=torch.Generator().manual_seed(0))) / size
+    return torch.searchsorted(shares, draws * shares[-1]).clamp_max(len(weights) - 1), torch.ones(size)
+
+
+def _covers(points: Tensor, near: Tensor, rows: Tensor) -> Tensor:
+    """Count the other photos whose most similar suggestion or labelled photo is each of the rows."""
+    covers = torch.zeros(len(rows), dtype=torch.int64)
+    others = torch.ones(len(points), dtype=torch.bool)
+    others[rows] = False
+    for part in slices(len(points), BLOCK):
+        closest, place = (points[part] @ points[rows].T).max(1)
+        covers += torch.bincount(place[others[part] & (closest > near[part])], minlength=len(rows))
+    return covers

@@ -1,0 +1,189 @@
+"""What to label next: the choice against its definition, and the command on features and photos."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from serving import photographs
+from tables import unit, unit_rows, write_table
+
+from retrieval_tip import CacheModel, Classifier, tip
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.fit import closed_form
+from retrieval_tip.labelling import photos
+from retrieval_tip.labelling import suggest as choice
+from retrieval_tip.labelling.suggest import suggest
+
+
+def kernel(a, b):
+    return np.maximum(a @ b.T, 0) ** 2
+
+
+@given(st.integers(1, 40), st.integers(1, 45), st.integers(0, 5), st.booleans(), st.integers(0, 2**32 - 1))
+def test_the_choice_is_the_greedy_one_of_the_definition(m, n, k, with_metric, seed):
+    draw = np.random.default_rng(seed)
+    features, known = draw.normal(size=(m, 6)).astype(np.float32), draw.normal(size=(k, 6)).astype(np.float32)
+    features[m // 2 :: 3] = features[0]  # copies
+    weights = draw.random(m) * (draw.random(m) < 0.8)
+    mean, transform = features.mean(axis=0), np.eye(6, dtype=np.float32)
+    if with_metric:
+        mean, transform = (draw.normal(size=shape).astype(np.float32) for shape in (6, (6, 6)))
+    metric = tip.Metric(*map(choice.torch.from_numpy, (mean, transform))) if with_metric else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "STALE", 3)
+        patch.setattr(choice, "BLOCK", 7)
+        picks = suggest(features, n, uncertainty=weights, labelled=known if k else None, metric=metric)
+    points, keys = ((rows - mean).astype(float) @ transform for rows in (features, known))
+    points, keys = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in (points, keys))
+    similarity, covered = kernel(points, points), kernel(points, keys).max(axis=1, initial=0)
+    left = np.ones(m, dtype=bool)
+    assert len(set(picks.rows.tolist())) == len(picks.rows) == min(n, m)
+    for row in picks.rows:
+        gains = weights @ np.maximum(similarity - covered[:, None], 0)
+        assert gains[row] >= gains[left].max() - 1e-4
+        left[row], covered = False, np.maximum(covered, similarity[row])
+    cosines = points @ points[picks.rows].T
+    near = np.maximum(np.max(points @ keys.T, axis=1, initial=0), 0)
+    clear = left & (np.abs(cosines.max(axis=1) - near) > 1e-5)
+    counts = np.bincount(cosines[clear & (cosines.max(axis=1) > near)].argmax(axis=1), minlength=len(picks.rows))
+    assert abs(picks.covers - counts).sum() <= 2 * (left & ~clear).sum() + 2 * ties(cosines[left])
+
+
+def ties(cosines):
+    two = np.sort(cosines, axis=1)[:, -2:]
+    return (np.diff(two, axis=1) < 1e-5).sum() if two.shape[1] > 1 else 0
+
+
+def test_a_large_pool_takes_bounded_memory_and_covers_its_uncertain_part(monkeypatch):
+    sizes, similarity = [], choice.similarity
+    monkeypatch.setattr(choice, "similarity", lambda a, b: sizes.append(len(a) * len(b)) or similarity(a, b))
+    monkeypatch.setattr(choice, "CROWD", 64)
+    features, weights = unit_rows(5000, 16), np.zeros(5000)
+    features[40:60] = unit(unit_rows(20, 16, 1) + 3 * unit_rows(1, 16, 2))
+    weights[40:60] = 1
+    assert suggest(features, 1, uncertainty=weights).rows[0] in range(40, 60)
+    picks = suggest(features, 30)
+    assert len(set(picks.rows.tolist())) == 30
+    points = unit(features - features.mean(axis=0))
+    assert picks.covers.sum() == ((points @ points[picks.rows].T).max(axis=1) > 0).sum() - 30
+    assert max(sizes) <= choice.BLOCK * choice.CROWD_PER_PICK * 30
+    monkeypatch.setattr("retrieval_tip.bounds.memory", lambda: 1000)
+    with pytest.raises(UsageError, match="memory"):
+        suggest(features, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"features": np.full((4, 8), np.nan)}, "features"),
+        ({"features": np.ones(8)}, "features"),
+        ({"uncertainty": np.ones(3)}, "uncertainty"),
+        ({"uncertainty": [0.1, np.nan, 0, 0]}, "uncertainty"),
+        ({"uncertainty": [0.1, 1.5, 0, 0]}, "uncertainty"),
+        ({"labelled": unit_rows(2, 7)}, "labelled"),
+        ({"labelled": np.full((2, 8), np.inf)}, "labelled"),
+        ({"n": 0}, "n"),
+    ],
+)
+def test_wrong_arrays_are_named(change, named):
+    with pytest.raises((InputError, UsageError), match=f"^{named}\\b"):
+        suggest(**{"features": unit_rows(4, 8), "n": 2} | change)
+
+
+@pytest.fixture
+def index(tmp_path):
+    """A fitted index with an uneven number of shots, and a table of other features."""
+    centres = 2 * unit_rows(3, 8, 5)
+    ids = np.repeat([0, 1, 2], [8, 4, 2])
+    rows = unit(centres[ids] + unit_rows(14, 8))
+    cache = CacheModel.from_features(rows, ids, ["a", "b", "c"], sources=[f"shot-{i}" for i in range(14)], device="cpu")
+    closed_form.fit(cache)
+    cache.save(tmp_path / "index")
+    pool = unit(centres[np.arange(30) % 3] + unit_rows(30, 8, 1))
+    return tmp_path / "index", write_table(tmp_path / "pool.parquet", pool), pool
+
+
+def test_an_index_gives_the_metric_the_uncertainty_and_the_labelled_surroundings(index, run, tmp_path):
+    folder, table, pool = index
+    cache = CacheModel.load(folder, device="cpu")
+    answers = cache.classify(pool)
+    examples = np.array([{"a": 8, "b": 4, "c": 2}[answer.label] for answer in answers])
+    doubts = 1 - answers.to_arrow()["probability"].to_numpy() * examples / (examples + 4)
+    picks = suggest(pool, 6, uncertainty=doubts, labelled=cache.keys, metric=cache.metric)
+    out = tmp_path / "next.parquet"
+    done = run("suggest", table, "-n", 6, "--index", folder, "--output", out)
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "", "suggested 6 photos of 30\n")
+    rows = pq.read_table(out).to_pylist()
+    assert list(rows[0]) == ["rank", "input", "label", "probability", "covers", "why"]
+    assert [row["rank"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["input"] for row in rows] == [f"item-{row}" for row in picks.rows]
+    assert [row["covers"] for row in rows] == picks.covers.tolist()
+    assert [row["label"] for row in rows] == [answers[row].label for row in picks.rows]
+    assert Classifier.load(folder, device="cpu").suggest(pool, 6).inputs == [str(row) for row in picks.rows]
+
+
+def test_known_features_are_skipped_and_samples_are_stated(index, run, monkeypatch, tmp_path):
+    folder, table, pool = index
+    mixed = write_table(tmp_path / "mixed.parquet", pool[:4], ids=["shot-3", "new-1", "new-2", "shot-0"])
+    done = run("suggest", mixed, "--index", folder, "--format", "json")
+    assert {json.loads(line)["input"] for line in done.stdout.splitlines()} == {"new-1", "new-2"}
+    assert "skipped 2" in done.stderr
+    old = write_table(tmp_path / "old.parquet", pool[:1], ids=["shot-3"])
+    assert run("suggest", old, "--index", folder).exit_code == 1
+    monkeypatch.setattr(photos, "MOST_PHOTOS", 9)
+    done = run("suggest", table, mixed, "-n", 50, "--index", folder, "--format", "csv")
+    assert len(done.stdout.splitlines()) == 1 + 9
+    assert "9, drawn at random from 32" in done.stderr
+
+
+def test_class_names_give_a_first_guess(index, run, tmp_path):
+    folder, table, pool = index
+    text = write_table(tmp_path / "text.parquet", unit_rows(2, 8, 7), ["cat", "dog"])
+    rows = list(csv.DictReader(io.StringIO(run("suggest", table, "-n", 5, "--text", text, "--format", "csv").stdout)))
+    chances = np.exp(100 * pool @ unit_rows(2, 8, 7).T)
+    for row in rows:
+        own = chances[int(row["input"].removeprefix("item-"))]
+        assert row["label"] == ["cat", "dog"][own.argmax()]
+        assert float(row["probability"]) == pytest.approx(own.max() / own.sum(), rel=1e-3)
+    cold = list(csv.DictReader(io.StringIO(run("suggest", table, "-n", 5, "--format", "csv").stdout)))
+    assert [(row["input"], row["label"], row["probability"]) for row in cold] == [(r["input"], "", "") for r in rows]
+    assert run("suggest", table, "--text", text, "--index", folder).exit_code == 2
+    shorter = write_table(tmp_path / "short.parquet", unit_rows(2, 7), ["cat", "dog"])
+    for wrong in ((table, "--text", shorter), (table, shorter), (write_table(tmp_path / "nan.parquet", [[np.nan]]),)):
+        done = run("suggest", *wrong)
+        assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert run("suggest", write_table(tmp_path / "long.parquet", 3 * pool)).exit_code == 1
+    assert run("suggest", write_table(tmp_path / "long.parquet", 3 * pool), "--norms", "unit").exit_code == 0
+
+
+def test_photos_are_suggested_from_a_folder_or_a_list(shared, things, tmp_path, run):
+    inbox, model = tmp_path / "inbox", f"local-dir:{shared / 'models' / 'lit-mini'}"
+    inbox.mkdir()
+    for place, (path, label) in enumerate(photographs(shared, "test", 3, 2)):
+        shutil.copy(path, inbox / f"{place}-{label}.jpg")
+    known = photographs(shared, "train", 1, 1)[0][0]
+    shutil.copy(known, inbox / "copy-of-a-shot.jpg")
+    (inbox / "broken.jpg").write_bytes(b"no image")
+    new = {str(path) for path in inbox.iterdir() if path.name[0].isdigit()}
+    done = run("suggest", inbox, known, "--index", things, "--format", "json")
+    assert done.exit_code == 3, done.output
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["input"] for row in rows} == new
+    assert "skipped 2" in done.stderr
+    assert all(row["label"] and row["why"] for row in rows)
+    listed = run("suggest", "-", "--index", things, "--format", "json", stdin="\n".join(sorted(new)))
+    assert {json.loads(line)["input"] for line in listed.stdout.splitlines()} == new
+    first = run("suggest", inbox, "-n", 3, "--model", model, "--format", "json")
+    kinds = {json.loads(line)["input"].rpartition("-")[2] for line in first.stdout.splitlines()}
+    assert (first.exit_code, len(kinds)) == (3, 3)
+    clf = Classifier.load(things, device="cpu")
+    assert clf.suggest(inbox).inputs == [row["input"] for row in rows]
+    assert set(clf.suggest(sorted(new), 2).inputs) < new
