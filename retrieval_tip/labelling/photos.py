@@ -241,7 +241,7 @@ def why(
     examples: int | None = None,
 ) -> str:
     """Explain in words why to label a photo. ``examples`` is the number of shots of the guessed class ``label``."""
-    similar = f"typical of {counted(covers, 'similar photo')}" if covers else "similar to no other photo"
+    similar = f"stands for {counted(covers, 'similar photo')}" if covers else "stands only for itself"
     if unlike:
         return f"{similar}; may be a new class"
     if label is None or probability is None:
