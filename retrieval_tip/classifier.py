@@ -311,14 +311,7 @@ class Classifier:
         ``photos`` can be the same as for :meth:`predict`. Photos that the index already contains are skipped. See
         :func:`photos.suggest_photos` for the errors.
         """
-        if isinstance(photos, np.ndarray) and np.issubdtype(photos.dtype, np.floating):
-            check_unit(queries(photos, self.cache.d))
-            names = [str(row) for row in range(len(photos))]
-            return suggest_features(Pool(names, photos.astype(np.float32), [None] * len(photos)), n, self.cache)
-        if isinstance(photos, str | os.PathLike) and kind_of(photos) != "image":
-            return suggest_photos([*open_inputs([os.fspath(photos)])], n, self.encoder, self.cache)
-        given = pictures(photos)
-        return suggest_photos([given.source], n, replace(self.encoder, read=given.read, strict=True), self.cache)
+        return _suggested(self.cache, self.encoder, photos, n)
 
     def add(
         self,
@@ -502,6 +495,17 @@ def _answers(
         except InputError as error:
             raise InputError(str(error).partition("; leave out --strict")[0]) from None
     return Predictions.joined(answers)
+
+
+def _suggested(index: AnsweringIndex, encoder: Encoder, photos: Any, n: int) -> Suggestions:
+    if isinstance(photos, np.ndarray) and np.issubdtype(photos.dtype, np.floating):
+        check_unit(queries(photos, index.d))
+        names = [str(row) for row in range(len(photos))]
+        return suggest_features(Pool(names, photos.astype(np.float32), [None] * len(photos)), n, index)
+    if isinstance(photos, str | os.PathLike) and kind_of(photos) != "image":
+        return suggest_photos([*open_inputs([os.fspath(photos)])], n, encoder, index)
+    given = pictures(photos)
+    return suggest_photos([given.source], n, replace(encoder, read=given.read, strict=True), index)
 
 
 def _shown(data: bytes | None) -> Any:
