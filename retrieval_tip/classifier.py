@@ -536,7 +536,7 @@ def _own_backbone(cache: AnsweringIndex, device: str) -> Backbone | None:
 
 def _backbone(model: str | Backbone | Loaded | None, pretrained: str | None, device: str) -> Backbone:
     if model is None or isinstance(model, str):
-        return load_backbone(model, pretrained, device=device)
+        return load_backbone(model, pretrained, device=device, lazy=True)
     if isinstance(model, tuple):
         from retrieval_tip.backbones.open_clip import OpenClipBackbone
 

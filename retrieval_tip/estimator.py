@@ -343,7 +343,7 @@ class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sc
     def fit(self, X: object, y: object = None) -> Self:
         """Load the backbone."""
         if self.model is None or isinstance(self.model, str):
-            self.backbone_: Backbone = load_backbone(self.model, self.pretrained, device=self.device)
+            self.backbone_: Backbone = load_backbone(self.model, self.pretrained, device=self.device, lazy=True)
         else:
             self.backbone_ = self.model
         return self

@@ -11,17 +11,20 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import huggingface_hub
 import numpy as np
 import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 from PIL import Image
 from tables import TINY, picture, tiny
 from test_cli import commands
 
 from retrieval_tip import CacheModel, cache_model
+from retrieval_tip.backbones import known
 from retrieval_tip.backbones import open_clip as backbone
 from retrieval_tip.backbones.loading import load_backbone, load_when_needed
 from retrieval_tip.errors import BackboneError, StoreError
@@ -132,6 +135,37 @@ def test_classify_of_a_cached_image_imports_no_model(run, of_pictures, pictures,
     assert json.loads(shown)["logits"] == pytest.approx(json.loads(encoded)["logits"], rel=1e-3)
 
 
+def test_a_build_of_what_is_cached_imports_no_model(run, of_pictures, pictures, tmp_path):
+    model = ["--model", f"local-dir:{tmp_path / 'model'}"]
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "cat").symlink_to(pictures / "cat")
+    found, _ = imported(
+        ["index", "build", pictures, *model, "--out", tmp_path / "again"],
+        ["index", "build", tmp_path / "cats", *model, "--out", tmp_path / "added"],
+        ["index", "add", tmp_path / "added", pictures, "--skip-known"],
+        ["classify", of_pictures, pictures, "--runtime", "torch"],  # for which no image tower is kept
+    )
+    assert found == {"numpy", "pyarrow", "torch", "faiss", "PIL"}
+    first, again, added = (CacheModel.load(tmp_path / name) for name in ("of-pictures", "again", "added"))
+    for cache in (again, added):
+        np.testing.assert_array_equal(cache.keys, first.keys)
+        assert torch.equal(cache.text_weights, first.text_weights)
+    assert (again.backbone, again.settings) == (first.backbone, first.settings)
+
+    weights = tmp_path / "model" / "open_clip_model.safetensors"
+    before = weights.stat()
+    shutil.copyfile(tiny(tmp_path / "other", seed=1) / weights.name, weights)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert weights.stat().st_size == before.st_size
+    for name, options in (("changed", []), ("uncached", ["--no-cache", "--runtime", "torch"])):
+        assert run("index", "build", pictures, *model, *options, "--out", tmp_path / name).exit_code == 0
+    changed, uncached = (CacheModel.load(tmp_path / name) for name in ("changed", "uncached"))
+    np.testing.assert_allclose(changed.keys, uncached.keys, atol=1e-4)
+    assert np.abs(changed.keys - first.keys).max() > 0.1
+    assert torch.equal(changed.text_weights, uncached.text_weights)
+    assert not torch.equal(changed.text_weights, first.text_weights)
+
+
 # nothing is answered unchecked
 
 
@@ -184,7 +218,7 @@ def opened(monkeypatch):
 
 
 @pytest.fixture
-def known(tmp_path, monkeypatch):
+def kept(tmp_path, monkeypatch):
     """A model folder with its identity and d, whose image tower is kept."""
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "cache"))
     model = load_backbone(f"local-dir:{tiny(tmp_path / 'known')}", device="cpu")
@@ -192,8 +226,8 @@ def known(tmp_path, monkeypatch):
     return tmp_path / "known", model.identity, model.dim
 
 
-def test_a_known_backbone_is_loaded_when_something_is_encoded(known, opened):
-    folder, identity, dim = known
+def test_a_known_backbone_is_loaded_when_something_is_encoded(kept, opened):
+    folder, identity, dim = kept
     plain = load_backbone(f"local-dir:{folder}", device="cpu")
     opened.clear()
     waiting = load_when_needed(identity, dim, device="cpu")
@@ -209,8 +243,8 @@ def test_a_known_backbone_is_loaded_when_something_is_encoded(known, opened):
     assert len(opened) == 1
 
 
-def test_threads_load_it_once(known, opened):
-    _, identity, dim = known
+def test_threads_load_it_once(kept, opened):
+    _, identity, dim = kept
     waiting = load_when_needed(identity, dim, device="cpu")
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: waiting.encode_texts(["a"]), range(8)))
@@ -236,13 +270,64 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_another_model_that_comes_into_the_folder_meanwhile_is_refused(known, change):
-    folder, identity, dim = known
+def test_another_model_that_comes_into_the_folder_meanwhile_is_refused(kept, change):
+    folder, identity, dim = kept
     waiting = load_when_needed(identity, dim, device="cpu")
     change(folder)
     for _ in range(2):
         with pytest.raises(BackboneError, match=r"made with encoder .* is in use"):
             waiting.encode_texts(["a cat"])
+
+
+@pytest.fixture(params=["folder", "file", "hub"])
+def loaded(request, tmp_path, monkeypatch):
+    """The names of a model, a file of it, and the model."""
+    monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "cache"))
+    names, file = (f"local-dir:{tiny(tmp_path / 'model')}", None), tmp_path / "model" / "open_clip_config.json"
+    if request.param == "file":
+        file = tmp_path / "weights.pth"
+        torch.save(timm.create_model("resnet10t", num_classes=0).state_dict(), file)
+        names = "timm:resnet10t", str(file)
+    if request.param == "hub":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        names, file = ("hf-hub:some/tiny", None), tmp_path / "models--some--tiny" / "refs" / "main"
+        file.parent.mkdir(parents=True)
+        file.write_text("abc")
+        for revision in ("abc", "abd"):
+            shutil.copytree(tmp_path / "model", file.parents[1] / "snapshots" / revision)
+    return names, file, load_backbone(*names, device="cpu", lazy=True)
+
+
+def test_a_model_is_known_until_one_of_its_files_changes(loaded, tmp_path):
+    names, file, model = loaded
+    waiting = load_backbone(*names, device="cpu", lazy=True)
+    for name in ("identity", "dim", "has_text", "logit_scale", "precision", "batch_size", "text_key"):
+        assert getattr(waiting, name) == getattr(model, name)
+    assert waiting._opened is None
+    pixels = torch.zeros(1, 3, *waiting.size)
+    np.testing.assert_array_equal(waiting.encode_images(pixels), model.encode_images(pixels))
+    data, facts = file.read_bytes(), file.stat()
+    file.write_bytes(data[:-1] + bytes([data[-1] + 1]))
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert known.recall(*names) is None
+    file.write_bytes(data)
+    assert known.recall(*names).identity == model.identity
+    if file.name.endswith(".json"):
+        (file.parent / "added").touch()
+        assert known.recall(*names) is None
+        (file.parent / "added").unlink()
+    (record,) = (tmp_path / "cache" / "backbones").iterdir()
+    for damage in (b"", b"{}", b"[1]", record.read_bytes().replace(b'"dim": ', b'"dim": "a", "": ')):
+        record.write_bytes(damage)
+        assert known.recall(*names) is None
+
+
+def test_a_model_that_changes_while_it_is_loaded_is_not_remembered(tmp_path):
+    files = known.Files(tiny(tmp_path / "model"))
+    assert files.digest() == known.Files(tmp_path / "model").digest() is not None
+    (tmp_path / "model" / "open_clip_config.json").touch()
+    assert files.digest() is None
+    assert known.Files(tmp_path / "missing").digest() is None
 
 
 # what loading a model leaves out

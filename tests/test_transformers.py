@@ -91,7 +91,8 @@ def test_an_index_remembers_it_and_its_towers_can_be_trained(folder, tmp_path, c
     assert "encoded by torch" not in caplog.text  # OpenVINO takes its image tower
     clf = Classifier.load(tmp_path / "i", device="cpu")
     assert clf.predict(tmp_path / "photos/dog/1.png").neighbours[0].affinity == pytest.approx(1, abs=1e-4)
-    backbone = load_backbone(f"hf:{folder}", device="cpu")
+    backbone, waiting = (load_backbone(f"hf:{folder}", device="cpu", lazy=True) for _ in range(2))
+    assert (waiting._opened, waiting.identity, waiting.text_key) == (None, backbone.identity, backbone.text_key)
     names = {part: list(backbone.tuned([part])) for part in ("visual", "text")}
     assert all(name.startswith(f"{part}.") for part, own in names.items() for name in own)
     assert sum(map(len, names.values())) >= len(list(transformers.AutoModel.from_pretrained(folder).parameters())) - 2

@@ -294,10 +294,20 @@ def ask_hub(repository: str) -> None:
 
 
 def _weights_of(repository: str) -> Iterator[Path]:
+    files = _hub_folder(repository).glob("snapshots/*/*")
+    return (file for file in files if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+
+
+def _hub_folder(repository: str) -> Path:
     from huggingface_hub import constants
 
-    snapshots = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots")
-    return (file for file in snapshots.glob("*/*") if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+    return Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
+
+
+def downloaded(repository: str) -> list[Path]:
+    """Return the paths that hold the revision of a repository on this machine, which may be missing."""
+    ref = _hub_folder(repository) / "refs" / "main"
+    return [ref, _hub_folder(repository) / "snapshots" / (ref.read_text() if ref.is_file() else "missing")]
 
 
 def download_error(model: str, error: Exception, way_out: str) -> BackboneError:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retrieval_tip.backbones import open_clip, timm, tower, transformers
+from retrieval_tip.backbones import known, open_clip, timm, tower, transformers
 from retrieval_tip.backbones.base import Execution, Identity
 from retrieval_tip.backbones.catalogue import named
+from retrieval_tip.backbones.known import Known
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.errors import BackboneError, UsageError, first_line
 from retrieval_tip.settings import Precision, Runtime
@@ -29,6 +31,7 @@ def load_backbone(
     precision: Precision = "auto",
     runtime: Runtime = "auto",
     tuned: str | os.PathLike[str] | None = None,
+    lazy: bool = False,
 ) -> TorchBackbone:
     """Load a backbone by its name, in evaluation mode.
 
@@ -47,20 +50,29 @@ def load_backbone(
         runtime: The runtime that encodes images on a CPU. ``auto`` uses OpenVINO if its features agree with those from
             ``torch`` (see :mod:`tower`).
         tuned: A file written by :func:`write_tuned`. Its tensors replace those of the model.
+        lazy: Whether to load the model when it is first used, if it was already loaded with ``lazy`` and its files have
+            not changed since (see :mod:`known`). This has no effect if you give ``tuned``.
 
     Raises:
         UsageError: if the architecture, the tag, the device, the precision or the runtime is unknown.
         BackboneError: if the weights or ``tuned`` are missing, damaged or do not fit, or cannot be downloaded.
         BackboneError: if the model requires custom Python code, which is never executed.
     """
-    how = Execution(device, precision, runtime).resolved()
+    with ThreadPoolExecutor(1) as pool:  # hashes the files of the model while torch is being imported
+        recalled = pool.submit(known.recall, model, pretrained) if lazy and tuned is None else None
+        how = Execution(device, precision, runtime).resolved()
+    if recalled is not None and (found := recalled.result()) is not None:
+        return _of(found.names, how, found)
     state = None if tuned is None else _read_tuned(Path(tuned))
-    backbone = _of(model, pretrained, how)
+    backbone = _of(names := named(model, pretrained), how)
     if state is not None:
         try:
             backbone.adopt(state)
         except BackboneError as error:
             raise BackboneError(f"{tuned}: {error}") from None
+    elif lazy and backbone.files is not None:
+        facts = backbone.identity, backbone.dim, backbone.logit_scale, backbone.text_key
+        known.remember(model, pretrained, Known(names, *facts), backbone.files)
     return backbone
 
 
@@ -70,11 +82,13 @@ def load_when_needed(
     """Return the backbone with this ``identity``, whose features have ``dim`` values.
 
     If the image tower of the backbone is stored on disk, the model is not loaded until it is first used. Loading then
-    raises BackboneError if the identity differs. See :func:`load_backbone` for other errors.
+    raises BackboneError if the identity differs. Otherwise, the backbone of this name is loaded as by
+    :func:`load_backbone` with ``lazy``, which raises the same errors, and its identity may differ.
     """
-    how = Execution(device, precision, runtime).resolved()
-    is_lazy = how.runtime == "auto" and how.device == "cpu" and tower.is_kept(identity)
-    return _of(identity.model, identity.pretrained, how, (identity, dim) if is_lazy else None)
+    how, names = Execution(device, precision, runtime).resolved(), (identity.model, identity.pretrained)
+    if how.runtime == "auto" and how.device == "cpu" and tower.is_kept(identity):
+        return _of(names, how, Known(names, identity, dim))
+    return load_backbone(*names, device=device, precision=precision, runtime=runtime, lazy=True)
 
 
 @contextmanager
@@ -90,17 +104,15 @@ def _uncollected() -> Iterator[None]:
 
 
 @_uncollected()
-def _of(
-    model: str | None, pretrained: str | None, how: Execution, awaited: tuple[Identity, int] | None = None
-) -> TorchBackbone:
-    name, tag = (model or "", pretrained) if awaited is not None else named(model, pretrained)
+def _of(names: tuple[str, str | None], how: Execution, found: Known | None = None) -> TorchBackbone:
+    name, tag = names
     if name.startswith("timm:"):
-        return TorchBackbone(partial(timm.open_model, name.removeprefix("timm:"), tag), how, awaited)
+        return TorchBackbone(partial(timm.open_model, name.removeprefix("timm:"), tag), how, found)
     if name.startswith("hf:"):
         if tag is not None:
             raise UsageError(f"pretrained {tag!r}: {name} has its own weights; omit --pretrained")
-        return TorchBackbone(partial(transformers.open_model, name.removeprefix("hf:")), how, awaited)
-    return open_clip.OpenClipBackbone(partial(open_clip.open_model, name, tag), how, awaited)
+        return TorchBackbone(partial(transformers.open_model, name.removeprefix("hf:")), how, found)
+    return open_clip.OpenClipBackbone(partial(open_clip.open_model, name, tag), how, found)
 
 
 def write_tuned(path: str | os.PathLike[str], state: Mapping[str, torch.Tensor]) -> None:

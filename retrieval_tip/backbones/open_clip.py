@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -16,12 +17,14 @@ from retrieval_tip.backbones.catalogue import (
     ask_hub,
     check_code,
     download_error,
+    downloaded,
     has,
     quiet,
     reason_of,
     recommended,
     unknown,
 )
+from retrieval_tip.backbones.known import Files
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
 from retrieval_tip.errors import BackboneError, UsageError
 from retrieval_tip.settings import Precision
@@ -135,6 +138,7 @@ def open_model(model: str, pretrained: str | None, device: torch.device) -> Open
         if plan.repository is not None:
             ask_hub(plan.repository)
         with quiet():
+            files = _files(plan)
             create = partial(open_clip.create_model_and_transforms, name, weights, device=device, **plan.arguments)
             made, _, preprocess = _filled_once(create)
             config = _config_digest(plan)
@@ -144,7 +148,20 @@ def open_model(model: str, pretrained: str | None, device: torch.device) -> Open
         endings = {file.suffix for file in Path(name.removeprefix("local-dir:")).iterdir()}
         if not endings & {".safetensors", ".bin", ".pth"}:
             raise BackboneError(f"{plan.wanted}: no weights in this folder; add *.safetensors, *.bin or *.pth")
-    return _opened(plan, frozen(made), preprocess, config)
+    return replace(_opened(plan, frozen(made), preprocess, config), files=files)
+
+
+def _files(plan: _Plan) -> Files | None:
+    """Return the files of a model, its text tower and its tokenizer, or ``None`` if they are unknown."""
+    import open_clip
+
+    text = (open_clip.get_model_config(plan.model) or {}).get("text_cfg", {}) | plan.arguments.get("text_cfg", {})
+    folder = plan.model.removeprefix("local-dir:") if plan.model.startswith("local-dir:") else None
+    place = plan.checkpoint or folder
+    own = downloaded(plan.repository) if plan.repository else [Path(place)] if place else []
+    names = [name for name in (text.get("hf_model_name"), folder or text.get("hf_tokenizer_name")) if name]
+    others = itertools.chain(*([name] if Path(name).is_dir() else downloaded(name) for name in names))
+    return Files(*own, *others) if own else None
 
 
 def _opened(plan: _Plan, model: Model, preprocess: Callable[[Image.Image], torch.Tensor], config: str) -> Opened:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from retrieval_tip.backbones.base import Identity, Preprocess
-from retrieval_tip.backbones.catalogue import ask_hub, download_error, similar
+from retrieval_tip.backbones.catalogue import ask_hub, download_error, downloaded, similar
+from retrieval_tip.backbones.known import Files
 from retrieval_tip.backbones.torch_backbone import Opened, frozen
 from retrieval_tip.errors import BackboneError, UsageError, first_line
 
@@ -31,8 +32,10 @@ def open_model(name: str, pretrained: str | None, device: torch.device) -> Opene
     name = f"{architecture}.{tag}" if tag else architecture
     try:
         config = timm.get_pretrained_cfg(name)
-        if file is None and config is not None and config.hf_hub_id:
-            ask_hub(config.hf_hub_id)
+        repository = None if config is None else config.hf_hub_id
+        if file is None and repository:
+            ask_hub(repository)
+        files = Files(file) if file else Files(*downloaded(repository)) if repository else None
         tower = timm.create_model(name, pretrained=file is None, num_classes=0)
     except Exception as error:  # timm, the hub, torch and safetensors raise different errors
         raise download_error(f"timm:{name}", error, "--pretrained FILE (a copy of its weights)") from error
@@ -49,7 +52,7 @@ def open_model(name: str, pretrained: str | None, device: torch.device) -> Opene
     model = frozen(_image_model(tower)).to(device)
     preprocess = create_transform(**settings, is_training=False)
     dim = cast("int", getattr(tower, "head_hidden_size", None) or tower.num_features)
-    return Opened(model, preprocess, identity, dim, None)
+    return Opened(model, preprocess, identity, dim, None, files)
 
 
 def _image_model(tower: torch.nn.Module) -> Model:

@@ -16,6 +16,7 @@ import numpy as np
 
 from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import PARTS, Execution, FloatArray, Identity, same_backbone, view_size
+from retrieval_tip.backbones.known import Files, Known
 from retrieval_tip.errors import BackboneError, UsageError
 
 if TYPE_CHECKING:
@@ -40,13 +41,17 @@ _CONVOLUTIONS = threading.RLock()  # the precision of convolutions is a process-
 
 @dataclass(frozen=True)
 class Opened:
-    """A frozen model, its identity without the digest of the weights, and a factory for its tokenizer, if any."""
+    """A frozen model, its identity without the digest of the weights, and a factory for its tokenizer, if any.
+
+    ``files`` are the files that the model was loaded from, if they are known.
+    """
 
     model: Model
     preprocess: Callable[[Image.Image], torch.Tensor]
     identity: Identity
     dim: int | None
     tokenizer: Callable[[], Tokenizer] | None
+    files: Files | None = None
 
 
 class TorchBackbone:
@@ -55,8 +60,8 @@ class TorchBackbone:
     Create one with :func:`loading.load_backbone`. Methods that take a part raise UsageError if its name is unknown.
     """
 
-    def __init__(self, open_model: Open, how: Execution, awaited: tuple[Identity, int] | None = None) -> None:
-        """Open the model on its device, or on first use if ``awaited`` gives its identity and ``d``."""
+    def __init__(self, open_model: Open, how: Execution, known: Known | None = None) -> None:
+        """Open the model on its device, or on first use if it is already ``known``."""
         import torch
 
         self._open, self._device = open_model, torch.device(how.device)
@@ -65,9 +70,10 @@ class TorchBackbone:
         self._is_trained = False
         self._opened: Opened | None = None
         self._digested: torch.Tensor | None = None  # sample of the weights that were digested
+        self._known = known
         dim: int | None
-        if awaited is not None:
-            self._identity, dim = awaited
+        if known is not None:
+            self._identity, dim = known.identity, known.dim
         else:
             self._opened = self._open_here()
             self._identity, dim = self._opened.identity, self._opened.dim
@@ -134,7 +140,21 @@ class TorchBackbone:
     @property
     def logit_scale(self) -> float:
         """The scale of the zero-shot logits, or 100 if the backbone has no text tower."""
+        if self._opened is None and self._known is not None and self._known.logit_scale is not None:
+            return self._known.logit_scale
         return float(self._model.logit_scale.exp()) if self.has_text else 100.0
+
+    @cached_property
+    def text_key(self) -> str | None:
+        """A digest of the files of the tokenizer and the model, or ``None`` if they are unknown."""
+        if self._known is not None:
+            return self._known.digest
+        return None if self.files is None else self.files.digest()
+
+    @property
+    def files(self) -> Files | None:
+        """The files that the model was loaded from, or ``None`` if they are unknown or the model is not loaded."""
+        return None if self._opened is None else self._opened.files
 
     @property
     def precision(self) -> str:

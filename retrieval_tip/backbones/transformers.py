@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from retrieval_tip.backbones.base import Identity, Preprocess
-from retrieval_tip.backbones.catalogue import ask_hub, check_code, download_error, is_cached, quiet, reason_of
+from retrieval_tip.backbones.catalogue import (
+    ask_hub,
+    check_code,
+    download_error,
+    downloaded,
+    is_cached,
+    quiet,
+    reason_of,
+)
+from retrieval_tip.backbones.known import Files
 from retrieval_tip.backbones.torch_backbone import Opened, frozen
 from retrieval_tip.errors import BackboneError, UsageError
 
@@ -49,6 +58,8 @@ def open_model(place: str, device: torch.device) -> Opened:
         way_out = f"--model hf:FOLDER (a copy of huggingface.co/{place})"
         raise download_error(f"hf:{place}", error, way_out) from error
 
+    files = Files(*([place] if Path(place).is_dir() else downloaded(place)))
+
     def read(kind: Any, **options: Any) -> Any:
         try:
             with quiet(), _no_bars() if here else nullcontext():
@@ -75,8 +86,9 @@ def open_model(place: str, device: torch.device) -> Opened:
     identity = Identity(f"hf:{place}", None, "", _digest(config), plain)
     dual = frozen(_dual(model.float())).to(device)
     return Opened(
-        dual, image_transform_v2(settings, False), identity, None, lambda: _tokenizer(read(AutoTokenizer), length)
-    )
+        dual, image_transform_v2(settings, False), identity, None,
+        lambda: _tokenizer(read(AutoTokenizer), length), files,
+    )  # fmt: skip
 
 
 @contextmanager

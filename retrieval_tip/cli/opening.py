@@ -138,8 +138,9 @@ def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Pat
     if sys.stderr.isatty() and not (ctx is not None and ctx.obj):  # loading takes seconds
         say(f"Loading {model} ...")
     return load_backbone(
-        model, pretrained, device=backbone.device, precision=backbone.precision, runtime=backbone.runtime, tuned=tuned
-    )
+        model, pretrained, device=backbone.device, precision=backbone.precision, runtime=backbone.runtime, tuned=tuned,
+        lazy=True,
+    )  # fmt: skip
 
 
 def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = False) -> Backbone | None:
@@ -171,7 +172,7 @@ def backbone_for(
     if needed or any(source.table is None for source in sources):
         if identity is None and not backbone.model:
             raise UsageError(UNNAMED)
-        if identity and not (cache.tuned or backbone.model or backbone.pretrained):
+        if identity and not (needed or cache.tuned or backbone.model or backbone.pretrained):
             loaded = load_when_needed(
                 identity, cache.d, device=backbone.device, precision=backbone.precision, runtime=backbone.runtime
             )

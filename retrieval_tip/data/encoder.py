@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections import Counter, deque
@@ -18,6 +19,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from retrieval_tip.backbones.base import Backbone, same_backbone, unit, view_size
+from retrieval_tip.backbones.prompts import prompts_of, text_weights
 from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
@@ -48,6 +50,7 @@ _T = TypeVar("_T")
 
 CENTRE = "centre"
 REDUCED = "centre/reduced"
+TEXT = "text"
 REDUCED_SIDES = 3  # a reduced JPEG's sides are at least this many times the view's; 2 gave cosines below 0.999
 
 
@@ -166,6 +169,24 @@ class Encoder:
         starts = np.concatenate([[0], np.cumsum(counts[counts > 0])])
         return Views(first[counts > 0], features.reshape(-1, features.shape[2]), starts)
 
+    def text_weights(self, class_names: Sequence[str], templates: Sequence[str]) -> FloatArray:
+        """Return the text weights of the classes (see :func:`prompts.text_weights`), from the cache if possible."""
+        backbone = self.backbone
+        assert backbone is not None
+        files = getattr(backbone, "text_key", None)  # other implementations may lack it
+        if self.cache is None or files is None:
+            return text_weights(backbone, class_names, templates)
+        scope = f"{_scope(backbone)}/{files}"
+        prompts = {name: json.dumps(prompts_of([name], templates)) for name in class_names}
+        keys = {name: (hashlib.sha256(text.encode()).hexdigest(), TEXT) for name, text in prompts.items()}
+        cached = {name: self.cache.get(scope, *key) for name, key in keys.items()}
+        weights = {name: weight for name, weight in cached.items() if weight is not None}
+        if missing := [name for name in keys if name not in weights]:
+            fresh = dict(zip(missing, text_weights(backbone, missing, templates), strict=True))
+            self.cache.put(scope, {keys[name]: weight for name, weight in fresh.items()})
+            weights |= fresh
+        return np.stack([weights[name] for name in class_names])
+
     def pixels(self, source: Source, name: str, size: int) -> Iterator[tuple[IntArray, torch.Tensor]]:
         """Yield the view ``name`` of each item in a source, in batches of at most ``size`` items.
 
@@ -265,7 +286,7 @@ class Encoder:
     def _image_parts(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[_Part]:
         backbone, paths = self.needed_backbone(source), source.paths or ()
         last = {path: position for position, path in enumerate(paths)}
-        scope = f"{backbone.identity.fingerprint}/{backbone.precision}"
+        scope = _scope(backbone)
         size, least = self.batch_size or backbone.batch_size, _least(backbone) if self.reduce else None
         _check_pixels(backbone, len(last), len(names), size, 3)
 
@@ -346,6 +367,10 @@ class _Loaded:
 def _part(rows: Sequence[tuple[int, FloatArray, str]]) -> _Part:
     positions, features, digests = zip(*rows, strict=True)
     return np.array(positions), np.stack(features), list(digests)
+
+
+def _scope(backbone: Backbone) -> str:
+    return f"{backbone.identity.fingerprint}/{backbone.precision}"
 
 
 def _least(backbone: Backbone) -> int:

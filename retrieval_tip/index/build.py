@@ -18,7 +18,7 @@ import torch
 
 from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import resolve_device, same_backbone
-from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates, text_weights
+from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates
 from retrieval_tip.bounds import check_memory
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, FeatureBlock
@@ -208,7 +208,7 @@ def _text(
         return Words(class_names, weights, [], str(text))
     if encoder.backbone is not None and (templates or encoder.backbone.has_text):
         prompts = list(check_templates(templates or DEFAULT_TEMPLATES))
-        weights = text_weights(encoder.backbone, source.class_names, prompts)
+        weights = encoder.text_weights(source.class_names, prompts)
         return Words(source.class_names, weights, prompts, "templates")
     if templates:
         raise UsageError("templates: text weights from templates need a backbone; give --model")

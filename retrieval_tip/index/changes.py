@@ -515,7 +515,7 @@ def _weights_of(
         return {name: row for name, row in zip(names, weights, strict=True) if name in new}
     if encoder.backbone is None or not manifest.templates:
         return {}
-    return dict(zip(new, text_weights(encoder.backbone, new, manifest.templates), strict=True))
+    return dict(zip(new, encoder.text_weights(new, manifest.templates), strict=True))
 
 
 def _add_classes(cache: EditableIndex, names: Sequence[str], weights: dict[str, npt.NDArray[np.float32]]) -> list[str]:
