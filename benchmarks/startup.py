@@ -25,7 +25,7 @@ from retrieval_tip import CacheModel
 CLASSES = 100
 
 
-def sides(folder: Path, image: Path, keys: int, dim: int) -> dict[str, Side]:
+def sides(folder: Path, image: Path, build: tuple[object, ...], keys: int, dim: int) -> dict[str, Side]:
     """Return the commands to time, which use the indexes ``images`` and ``rows`` in a folder."""
     images, features, known = folder / "images", folder / "rows", ("--cache", folder / "cache")
     large, row = f"one row of features, {keys:,} keys x {dim}", folder / "row.parquet"
@@ -36,6 +36,7 @@ def sides(folder: Path, image: Path, keys: int, dim: int) -> dict[str, Side]:
         "classify, an image that was encoded before": ("classify", images, image, *known),
         "classify, a new image": new,
         "classify, a new image, --runtime torch": (*new, "--runtime", "torch"),
+        "index build, images that were encoded before": (*build, "--out", folder / "again"),
         f"classify, {large}": ("classify", features, row),
         f"classify, {large}, -k 64": ("classify", features, row, "-k", 64),
     }
@@ -73,12 +74,12 @@ def main(data: Path, model: str | None, images: int, keys: int, dim: int, runs: 
         folder = Path(name)
         table = pa.table({"path": list(first.values()), "label": list(first)}).slice(0, images)
         pq.write_table(table, folder / "shots.parquet")
-        built = ("--model", model, "--fit", "none", "--cache", folder / "cache", "--out", folder / "images")
-        run(*PROGRAM, "-q", "index", "build", folder / "shots.parquet", *built)
+        source, options = folder / "shots.parquet", ("--model", model, "--fit", "none", "--cache", folder / "cache")
+        run(*PROGRAM, "-q", *(build := ("index", "build", source, *options)), "--out", folder / "images")
         made, ids = Made(CLASSES, dim, SEED), np.arange(keys) % CLASSES
         CacheModel.from_features(made.draw(ids, 1), ids, made.names, made.text, device="cpu").save(folder / "rows")
         pq.write_table(rows(made.draw(ids[:1], 2), ["?"]), folder / "row.parquet")
-        commands = sides(folder, photos / split["test"][0][0], keys, dim)
+        commands = sides(folder, photos / split["test"][0][0], build, keys, dim)
         found = take_turns(f"medians of {runs} processes", commands, runs)
     click.echo(f"{machine('openvino')}\nmodel {model}")
     show(f"medians of {runs} processes", [{"what": what, "seconds": value} for what, value in medians(found).items()])

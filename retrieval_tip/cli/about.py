@@ -92,9 +92,9 @@ def models_command(word: str, printing: OutputOptions) -> None:
 def cache_command(cache: Path | None, prune: bool, max_size: int | None, as_json: bool) -> None:
     """Show, limit or clear the encoding cache.
 
-    The cache stores the features of each image, so that no image has to be encoded twice. When the cache is full, the
-    least recently used encodings are removed. Encoder weights are stored in the Hugging Face cache instead; run
-    hf cache ls to list them.
+    The cache stores the features of each image and the text weights of each class, so that nothing has to be encoded
+    twice. When the cache is full, the least recently used encodings are removed. Encoder weights are stored in the
+    Hugging Face cache instead; run hf cache ls to list them.
     """
     from retrieval_tip.data.encoding_cache import EncodingCache
 
