@@ -25,7 +25,7 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit import folds as folds_module
 from retrieval_tip.fit.closed_form import Fit
-from retrieval_tip.fit.folds import Folds, blend
+from retrieval_tip.fit.folds import Folds, blend, robust_blend
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, FittedMetric, Form, Scatter, Solved, Within
 from retrieval_tip.fit.scatter import known_prior, pooled
 from retrieval_tip.index import places as stores
@@ -266,6 +266,28 @@ def test_the_blend_is_the_most_likely_one(seed, with_text, with_discriminant, sc
         for b in around(found.b, cache):
             for g in around(found.g, third):
                 assert best <= loss(a * found.a, b * found.b, g * found.g) + 1e-4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.2])
+def test_wrong_labels_do_not_make_the_answers_uncertain(share):
+    """The blend is that of the queries whose labels are right."""
+    draw = np.random.default_rng(0)
+    c, q = 10, 600
+    truth = torch.from_numpy(draw.integers(0, c, q))
+    logits = (torch.from_numpy(draw.normal(size=(q, c))) + 6 * torch.nn.functional.one_hot(truth, c)).float()
+    wrong = torch.from_numpy(draw.permutation(q)[: round(share * q)])
+    given = truth.clone()
+    given[wrong] = (truth[wrong] + torch.from_numpy(draw.integers(1, c, len(wrong)))) % c
+    kept = torch.ones(q, dtype=torch.float64)
+    kept[wrong] = 0
+    found = robust_blend(None, logits, None, given)
+    expected = blend(None, logits, None, truth, kept / kept.mean())
+    if share:
+        assert blend(None, logits, None, given).b < 0.45 * expected.b
+        assert 0.55 * expected.b < found.b < 1.05 * expected.b
+    else:
+        assert found.b == pytest.approx(expected.b, rel=0.02)
+    assert found.accuracy == pytest.approx(float((logits.argmax(1) == given).double().mean()))
 
 
 def test_a_query_of_weight_2_counts_as_two_queries():

@@ -30,8 +30,8 @@ from retrieval_tip import tip
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError, counted
-from retrieval_tip.fit.folds import Blend, Folds, Held, IntArray, blend, ranks_within, taken_keys
-from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, ONE_SHOT_WITH_PRIOR, Form
+from retrieval_tip.fit.folds import Blend, Folds, Held, IntArray, blend, ranks_within, robust_blend, taken_keys
+from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, ONE_SHOT_WITH_PRIOR, WITH_PRIOR, Form
 from retrieval_tip.fit.scatter import FloatArray, known_prior
 from retrieval_tip.fit.search_hp import Queries
 from retrieval_tip.retrieval.defaults import untouched_settings
@@ -277,6 +277,8 @@ def fit(
             )
         cache.prior = asked.prior.astype(np.float32)
     folds, judged_on = _judged_by(cache, validation, images, asked.class_prior)
+    if folds.prior is not None and forms[0] == DEFAULT_FORM:
+        forms = [WITH_PRIOR, *forms]
     if folds.can_judge:
         form, trials = _chosen(cache, forms, folds, images if validation is None else None)
         settings, judged = _settled(cache.settings, form, folds, cache.class_names)
@@ -441,6 +443,7 @@ def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence
     offsets = OFFSETS if form.values is not None and not folds.held_of("classes").any() else (None,)
     offsets = [offset for offset in offsets if offset is not None or not folds.halves] or offsets
     blended, offset = _linked(text, cache, discriminant, ids, offsets, weights)
+    blended = robust_blend(text, tip.log_cache(cache.clone(), offset), discriminant, ids, weights)
     if not folds.held_of("classes").any() and folds.covered < 1:  # too few classes to hold some out
         blended = replace(blended, a=1.0, b=blended.b / max(blended.a, 1.0) * folds.covered)
     least: float | None = None

@@ -31,6 +31,8 @@ LEAST_OF_A_FOLD = 0.1
 """Smallest fraction of another fold to evaluate. Below it, solving the values for the fold is not worthwhile."""
 LEAST_JUDGED = 8
 """Minimum number of held-out photos to select a form."""
+WRONG, REPEATS, CONVERGED = 0.2, 12, 1e-3
+"""First estimate of the share of wrong labels, maximum number of estimates, and smallest difference between two."""
 SMOOTHING = 0.5
 """Number of photos by which the labels are smoothed."""
 STEPS, REACH = 60, 4.0
@@ -121,6 +123,28 @@ def blend(
     return Blend(a, b, g, losses, chances.argmax(1) == ids, weights)
 
 
+def robust_blend(
+    text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor, weights: Tensor | None = None
+) -> Blend:
+    """Fit the weights as :func:`blend` does, to queries some of whose labels may be wrong.
+
+    A few wrong labels would make all answers uncertain. Labels are therefore assumed to be random with probability
+    ``e``: ``P(y) = (1 - e) p_y + e / c``. Expectation-maximisation estimates ``e``, which becomes 0 if the labels are
+    right, and gives each query the weight ``(1 - e) p_y / P(y)``. Wrong labels still count in ``losses`` and ``right``.
+    """
+    found, c, share = blend(text, cache, discriminant, ids, weights), cache.shape[1], WRONG
+    every = found.weights
+    for _ in range(REPEATS):
+        right = (1 - share) * (-found.losses).exp()
+        right = right / (right + share / c)
+        kept, before = every * right, share
+        share = float((every * (1 - right)).mean().clamp(1e-4, 0.5))
+        found = replace(blend(text, cache, discriminant, ids, kept / kept.mean()), weights=every)
+        if abs(share - before) < CONVERGED:
+            break
+    return found
+
+
 class Untested(TypedDict):
     """What an estimate of the accuracy does not cover, as fields of :class:`FormChoice`."""
 
@@ -182,7 +206,7 @@ class Folds:
         to these folds would be overconfident. In a small fold, almost only the class of the query has fewer shots, so
         the blend would not be confident enough. The small folds have the weight :data:`SMALL_SHARE`.
         """
-        if not self.halves:
+        if not self.halves or self.prior is not None:  # with a prior, both kinds of folds have the same metric
             return self
         ids = self.ids.numpy()
         _, first = np.unique(images, return_index=True)

@@ -131,6 +131,9 @@ DEFAULT_FORM = Form(Within(0.8), Solved(0.1), 1.0)
 ONE_SHOT, ONE_SHOT_WITH_PRIOR = Form(None, Solved(0.5), 1.0), Form(Within(0.4), Solved(0.5), 1.0)
 """The forms that are used if every class has a single photo, without and with a prior for the scatter."""
 
+WITH_PRIOR = Form(Within(0.3), Solved(0.1), 1.0)
+"""The default form if there is a prior for the scatter, which then needs less shrinkage."""
+
 FORMS = [
     DEFAULT_FORM,
     Form(Within(0.8), Solved(0.1), 4.0),
