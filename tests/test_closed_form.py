@@ -728,6 +728,17 @@ def test_an_estimate_is_that_of_a_fit_and_follows_the_labels(form, text):
     assert cache.settings == settings
 
 
+@pytest.mark.parametrize("form", SOME, ids=str)
+def test_a_fit_and_an_estimate_agree_on_the_photos_alone(form):
+    """With clusters that overlap, so that the link of the cache changes answers."""
+    for shots, spread in ((8, 1.6), (16, 1.6), (30, 1.0)):
+        keys, ids = clusters(shots, spread=spread)
+        cache = CacheModel.from_features(keys, ids, [f"class {i}" for i in range(C)], text_of())
+        choice, estimate = closed_form.fit(cache, forms=[form]), closed_form.estimate(cache)
+        assert choice.photos == pytest.approx(estimate["photos"])
+        assert choice.both == pytest.approx(estimate["both"])
+
+
 def test_an_index_without_held_out_shots_has_no_estimate():
     nothing = dict.fromkeys(("photos", "words", "both"))
     assert closed_form.estimate(model(shots=1)) == nothing

@@ -443,19 +443,21 @@ def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence
     offsets = OFFSETS if form.values is not None and not folds.held_of("classes").any() else (None,)
     offsets = [offset for offset in offsets if offset is not None or not folds.halves] or offsets
     blended, offset = _linked(text, cache, discriminant, ids, offsets, weights)
-    blended = robust_blend(text, tip.log_cache(cache.clone(), offset), discriminant, ids, weights)
+    cache = tip.log_cache(cache, offset)
+    blended = robust_blend(text, cache, discriminant, ids, weights)
     if not folds.held_of("classes").any() and folds.covered < 1:  # too few classes to hold some out
         blended = replace(blended, a=1.0, b=blended.b / max(blended.a, 1.0) * folds.covered)
     least: float | None = None
     if not folds.halves:
+        expected = cache
         if form.values is None:  # one-hot values sum over the keys of a class, and a fold contains fewer keys
             share = torch.cat([torch.full((len(held.ids),), len(held.rows) / len(folds.ids)) for held in folds.held])
-            cache = cache / share[:, None]
-        least = _quantile(tip.log_cache(cache, offset).amax(1), UNLIKE, weights)
+            expected = cache / share[:, None]
+        least = _quantile(expected.amax(1), UNLIKE, weights)
     settings = replace(blended.settings(settings.unfitted(), form.beta), least_cache=least, log_offset=offset)
     shown = folds.held_of("shots")
     judged: Judged = {"weakest": _weakest(class_names, blended.right[shown], ids[shown])}
-    photos = tip.Terms(cache, tip.log_cache(cache, offset), discriminant).photos(settings)
+    photos = tip.Terms(cache, cache, discriminant).photos(settings)
     return settings, judged | _accuracies(photos, text, blended.right, ids, weights)
 
 
