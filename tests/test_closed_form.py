@@ -280,7 +280,7 @@ def test_wrong_labels_do_not_make_the_answers_uncertain(share):
     given[wrong] = (truth[wrong] + torch.from_numpy(draw.integers(1, c, len(wrong)))) % c
     kept = torch.ones(q, dtype=torch.float64)
     kept[wrong] = 0
-    found = robust_blend(None, logits, None, given)
+    found = robust_blend(blend(None, logits, None, given), None, logits, None, given)
     expected = blend(None, logits, None, truth, kept / kept.mean())
     if share:
         assert blend(None, logits, None, given).b < 0.45 * expected.b

@@ -444,7 +444,7 @@ def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence
     offsets = [offset for offset in offsets if offset is not None or not folds.halves] or offsets
     blended, offset = _linked(text, cache, discriminant, ids, offsets, weights)
     cache = tip.log_cache(cache, offset)
-    blended = robust_blend(text, cache, discriminant, ids, weights)
+    blended = robust_blend(blended, text, cache, discriminant, ids)
     if not folds.held_of("classes").any() and folds.covered < 1:  # too few classes to hold some out
         blended = replace(blended, a=1.0, b=blended.b / max(blended.a, 1.0) * folds.covered)
     least: float | None = None

@@ -77,9 +77,9 @@ def blend(
 
     Newton's method minimises the cross-entropy of ``softmax(a text + b cache + g discriminant)``, which is convex in
     the weights. Its steps change their logarithms, so the weights stay positive. ``weights`` are query weights of mean
-    1. As in Platt scaling (1999),
-    the target of the correct class is ``(q + s) / (q + 2 s)`` with ``s`` = :data:`SMOOTHING`, and the other classes
-    share the rest. This keeps the factors finite even if all answers are right.
+    1. As in Platt scaling (1999), the target of the correct class is ``(q + s) / (q + 2 s)`` with ``s`` =
+    :data:`SMOOTHING`, and the other classes share the rest. This keeps the factors finite even if all answers are
+    right.
     """
     q, c = cache.shape
     if weights is None:
@@ -123,17 +123,14 @@ def blend(
     return Blend(a, b, g, losses, chances.argmax(1) == ids, weights)
 
 
-def robust_blend(
-    text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor, weights: Tensor | None = None
-) -> Blend:
-    """Fit the weights as :func:`blend` does, to queries some of whose labels may be wrong.
+def robust_blend(found: Blend, text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor) -> Blend:
+    """Improve a blend that :func:`blend` has ``found`` for the same terms, if some labels of the queries may be wrong.
 
     A few wrong labels would make all answers uncertain. Labels are therefore assumed to be random with probability
     ``e``: ``P(y) = (1 - e) p_y + e / c``. Expectation-maximisation estimates ``e``, which becomes 0 if the labels are
     right, and gives each query the weight ``(1 - e) p_y / P(y)``. Wrong labels still count in ``losses`` and ``right``.
     """
-    found, c, share = blend(text, cache, discriminant, ids, weights), cache.shape[1], WRONG
-    every = found.weights
+    every, c, share = found.weights, cache.shape[1], WRONG
     for _ in range(REPEATS):
         right = (1 - share) * (-found.losses).exp()
         right = right / (right + share / c)
