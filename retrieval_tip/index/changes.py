@@ -149,7 +149,7 @@ def add(
     items = source.items.take(pa.array(block.positions))
     columns = ItemColumns.of(items, block.digests)
     with store.change() as change:
-        cache, bare = change.cache, _bare(change.cache)
+        cache = change.cache
         labels = np.array(items["label"].to_pylist(), dtype=object)
         known = _known(cache, labels, columns.digests, block.features, None if skip_known else COMPARED)
         rows = np.flatnonzero(~known) if skip_known else np.arange(len(labels))
@@ -160,7 +160,7 @@ def add(
             found = change.duplicates_of(key_ids)  # if anything fails up to here, nothing changes
         if len(rows) or classes:
             change.what = _with_classes(f"add {counted(len(rows), 'key')}", classes)
-        fitted = _keep_fitted(change, bare)
+        fitted = _keep_fitted(change)
     alike = warn_of_spelling(folder, cache.class_names, classes)
     return Added(_version(cache), key_ids, classes, int(known.sum()), found, alike, **fitted)
 
@@ -184,13 +184,13 @@ def merge(folder: Place, other: Place) -> Added:
     weights = dict(zip(theirs.class_names, theirs.text_weights.numpy(), strict=True)) if theirs.has_text else {}
     columns = ItemColumns.of(theirs.labels, theirs.labels["digest"].to_pylist())
     with target.change() as change:
-        cache, bare = change.cache, _bare(change.cache)
+        cache = change.cache
         classes = _add_classes(cache, theirs.class_names, weights)
         labels, views = theirs.labels["label"].to_pylist(), theirs.labels["views"].to_numpy()
         key_ids = cache.add(np.asarray(theirs.keys), labels, views=views, **vars(columns))
         found = change.duplicates_of(key_ids)  # if anything fails up to here, nothing changes
         change.what = _with_classes(f"merge {show(str(source))}: {counted(len(key_ids), 'key')}", classes)
-        fitted = _keep_fitted(change, bare)
+        fitted = _keep_fitted(change)
     alike = warn_of_spelling(folder, cache.class_names, classes)
     return Added(_version(cache), key_ids, classes, 0, found, alike, **fitted)
 
@@ -200,18 +200,14 @@ class _Fitted(TypedDict, total=False):
     fit_due: bool
 
 
-def _bare(cache: EditableIndex) -> list[str]:
-    """Return the classes that have no keys."""
-    return [name for name, number in zip(cache.class_names, cache.counts, strict=True) if not number]
-
-
-def _keep_fitted(change: Change, bare: Sequence[str]) -> _Fitted:
-    """Fit an index again if the change has outdated its fit (see :class:`Changed`). ``bare`` had no keys before."""
+def _keep_fitted(change: Change) -> _Fitted:
+    """Fit an index again if the change has outdated its fit (see :class:`Changed`)."""
     cache = change.cache
     if cache.fitted is None or not change.what:
         return {}
     grown = cache.n >= GROWN * cache.fitted.keys
-    if not grown and (not cache.has_text or _bare(cache) == bare):
+    bare_before = [name for name in change.bare_before if name in cache.class_names]
+    if not grown and (not cache.has_text or change.bare() == bare_before):
         return {}
     if cache.n > REFITTED or not cache.fitted.automatic:
         return {"fit_due": True}
@@ -228,13 +224,13 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
     given. Raises InputError if no key matches or if a key cannot be removed (see :meth:`cache_model.KeyEdits.remove`).
     """
     with places.at(folder).change() as change:
-        chosen, bare = _chosen(change.cache, where, key_ids), _bare(change.cache)
+        chosen = _chosen(change.cache, where, key_ids)
         try:
             change.cache.remove(chosen)
         except UsageError as error:  # otherwise, an inverted file would have fewer keys than lists
             raise InputError(f"{error}; rebuild the index first, with index=Flat") from None
         change.what = f"remove {counted(len(chosen), 'key')}"
-        fitted = _keep_fitted(change, bare)
+        fitted = _keep_fitted(change)
     return Changed(_version(change.cache), chosen, **fitted)
 
 
@@ -257,9 +253,8 @@ def relabel(
             wanted = dict.fromkeys(_chosen(cache, where, key_ids), label)
         else:
             wanted = {key_id: label[key_id] for key_id in _chosen(cache, None, list(label))}
-        bare = _bare(cache)
         moved = _relabel(change, wanted, _labels_of(cache, list(wanted)))
-        fitted = _keep_fitted(change, bare)
+        fitted = _keep_fitted(change)
     return Changed(_version(change.cache), moved, **fitted)
 
 
@@ -291,9 +286,8 @@ def apply_audit(folder: Place, file: Folder) -> Changed:
                 raise InputError(f"{name}: key {key_id} {found}; run index audit again")
         for label in dict.fromkeys(wanted.values()):
             _check_class(change.cache, label, f"{name}: ")
-        bare = _bare(change.cache)
         moved = _relabel(change, wanted, now)
-        fitted = _keep_fitted(change, bare)
+        fitted = _keep_fitted(change)
     return Changed(_version(change.cache), moved, **fitted)
 
 
@@ -318,7 +312,7 @@ def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) 
         if old == new and new in cache.class_names:
             return Renamed(_version(cache), [], merged=False)
         key_ids = cache.find([old])["key_id"].to_pylist() if old in cache.class_names else []
-        merged, bare = new in cache.class_names, [name for name in _bare(cache) if name != old]
+        merged = new in cache.class_names
         cache.rename(old, new)
         if weights is not None:
             text = cache.text_weights.cpu().numpy().copy()
@@ -326,7 +320,7 @@ def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) 
             cache.set_text(text, cache.templates)
         change.what = f"merge {old} into {new}" if merged else f"rename {old} to {new}"
         change.what += ", with a new text weight" if weights is not None else ""
-        fitted = _keep_fitted(change, bare) if merged else {}
+        fitted = _keep_fitted(change) if merged else {}
     return Renamed(_version(cache), sorted(key_ids), merged, **fitted)
 
 

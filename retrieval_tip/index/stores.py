@@ -37,13 +37,18 @@ class VersionWriter(Protocol):
 class Change(ABC):
     """A change of an index. Edit ``cache``, and set ``what`` to a description for the history.
 
-    If ``what`` is empty, no version is written.
+    If ``what`` is empty, no version is written. ``bare_before`` lists the classes that had no keys before the change.
     """
 
     what = ""
 
     def __init__(self, cache: EditableIndex) -> None:
         self.cache = cache
+        self.bare_before = self.bare()
+
+    def bare(self) -> list[str]:
+        """Return the classes that have no keys now."""
+        return [name for name, number in zip(self.cache.class_names, self.cache.counts, strict=True) if not number]
 
     @abstractmethod
     def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
