@@ -262,12 +262,12 @@ class AnsweringIndex(ABC):
         ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64)).to(self.device)
         values = None if self.values is None else tip.Values(self.values[torch.from_numpy(spread(self.n, ASKED))])
         queries, retrieval = functional.normalize(own), self.retrieval
-        affinity = tip.affinity(retrieval.points(queries), retrieval.points(own))
+        points = retrieval.points(queries)
+        affinity = tip.affinity(points, retrieval.points(own))
         cache = tip.cache_logits(affinity, ids, len(self.class_names), settings.beta, values=values)
         tip.log_cache(cache, settings.log_offset)
         text = tip.text_logits(queries, self.text_weights, settings.logit_scale)
-        discriminant = retrieval.keys.discriminant(retrieval.points(queries)) if settings.gamma else None
-        self._check(tip.Terms(text, cache, discriminant))
+        self._check(tip.Terms(text, cache, retrieval.discriminant(points)))
 
     def check_lengths(self, keys: npt.NDArray[Any]) -> None:
         """Raise InputError if the weight of one of these keys could overflow for a query of unit norm.
@@ -409,14 +409,14 @@ class AnsweringIndex(ABC):
         nearest keys of the query, up to the number given by ``nearest``.
         """
         f, retrieval = self._queries(features), self.retrieval
-        keys = retrieval.keys
-        points = retrieval.points(f)
+        keys, points = retrieval.keys, retrieval.points(f)
         near = self._every(points) if self.n <= complete else retrieval.nearest(points, nearest)
         used, where = np.unique(near.rows.clamp_min(0).cpu().numpy(), return_inverse=True)
         key_ids = self.described(used, ["key_id"])["key_id"].to_numpy()[where].reshape(near.rows.shape)
         text = tip.text_logits(f, self.text_weights, self.settings.logit_scale).cpu().numpy()
         sums = tip.Totals.of(points, keys.sums, keys.counts).affinities.cpu().numpy()
-        averages = (keys.discriminant(points) if self.settings.gamma else torch.zeros(text.shape)).cpu().numpy()
+        discriminant = retrieval.discriminant(points)
+        averages = np.zeros_like(text) if discriminant is None else discriminant.cpu().numpy()
         counts, class_ids = keys.counts.long().cpu().numpy(), near.class_ids.cpu().numpy()
         affinity, there = near.affinity.cpu().numpy(), (near.rows >= 0).cpu().numpy()
         queries = zip(f.cpu().numpy(), text, key_ids, class_ids, affinity, sums, averages, there, strict=True)

@@ -96,11 +96,12 @@ class Retrieval(ABC):
         if settings.k is not None and settings.k < self.keys.n:
             return self._terms_over_few(features, points, settings.k, certify, neighbours)
         text = tip.text_logits(features, self.text_weights, settings.logit_scale)
-        others = tip.Terms(text, text, self._discriminant(points))
+        others = tip.Terms(text, text, self.discriminant(points))
         cache = self._cache_over_all(points, others)
         return AnswerTerms(text, tip.log_cache(cache, settings.log_offset), others.discriminant)
 
-    def _discriminant(self, points: Tensor) -> Tensor | None:
+    def discriminant(self, points: Tensor) -> Tensor | None:
+        """Compute the discriminant, of shape ``[q, c]``, or return ``None`` if gamma is 0."""
         return self.keys.discriminant(points) if self.settings.gamma else None
 
     def _cache_over_all(self, points: Tensor, others: tip.Terms) -> Tensor:
@@ -122,7 +123,7 @@ class Retrieval(ABC):
     def _terms_over_few(self, features: Tensor, points: Tensor, k: int, certify: bool, neighbours: int) -> AnswerTerms:
         settings, text = self.settings, features.new_empty(len(features), self.keys.n_classes)
         done = torch.ones(len(text), dtype=torch.bool, device=text.device)
-        terms = AnswerTerms(text, torch.empty_like(text), self._discriminant(points), done)
+        terms = AnswerTerms(text, torch.empty_like(text), self.discriminant(points), done)
         if self.by_class:
             self._terms_over_classes(features, points, k, terms, done if certify else None)
             tip.log_cache(terms.cache, settings.log_offset)
