@@ -31,10 +31,9 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.bounds import check_count
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.fit.closed_form import FOLDS, unfitted
+from retrieval_tip.fit.closed_form import FOLDS, prior_for, unfitted
 from retrieval_tip.fit.folds import Folds
 from retrieval_tip.fit.forms import Form
-from retrieval_tip.fit.scatter import known_prior
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.duplicates import NEAR
 from retrieval_tip.retrieval.keys import QUERY_BLOCK
@@ -220,7 +219,7 @@ def gain(cache: CacheModel) -> Gain | None:
     out = np.isin(cache.labels["key_id"].to_numpy(), shots["key_id"].to_numpy())
     kept, images, ids, c = np.flatnonzero(~out), images_of(cache.labels), cache.class_ids.cpu(), len(cache.class_names)
     keys, text = np.asarray(cache.keys), cache.text_weights.cpu() * cache.settings.logit_scale
-    prior = known_prior(cache.backbone, cache.d) if cache.prior is None else cache.prior.astype(np.float64)
+    prior = prior_for(cache)
     without = Folds.of_shots(
         keys[kept], ids.numpy()[kept], c, text if cache.has_text else None, images[kept], FOLDS, len(kept),
         class_prior=cache.fitted.class_prior, prior=prior,

@@ -339,6 +339,11 @@ def estimate(cache: CacheModel) -> Judged:
     return _accuracies(terms.photos(settings), text, right, ids, folds.weights)
 
 
+def prior_for(cache: Shots) -> FloatArray | None:
+    """Return the prior that was given to a fit of the index, or else the known prior of its backbone."""
+    return known_prior(cache.backbone, cache.keys.shape[1]) if cache.prior is None else cache.prior.astype(np.float64)
+
+
 def _class_prior(cache: Shots) -> ClassPrior:
     return "even" if cache.fitted is None else cache.fitted.class_prior
 
@@ -414,7 +419,7 @@ def _forms(
 def _judged_by(
     cache: Shots, validation: Queries | None, images: IntArray, class_prior: ClassPrior
 ) -> tuple[Folds, str]:
-    prior = known_prior(cache.backbone, cache.keys.shape[1]) if cache.prior is None else cache.prior.astype(np.float64)
+    prior = prior_for(cache)
     ids, c = cache.class_ids.cpu(), len(cache.class_names)
     text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
     if validation is not None:
