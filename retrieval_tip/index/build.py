@@ -10,19 +10,17 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from retrieval_tip.answering import AnsweringIndex
-from retrieval_tip.backbones.base import resolve_device, same_backbone
+from retrieval_tip.backbones.base import resolve_device
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates
 from retrieval_tip.bounds import check_memory
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, FeatureBlock
-from retrieval_tip.data.feature_tables import table_identity
 from retrieval_tip.data.sources import Source, open_source, spelled_alike
 from retrieval_tip.errors import SHOWN, UsageError, few
 from retrieval_tip.evaluation.audit import ALL_PAIRS, suspicious
@@ -201,10 +199,7 @@ def _text(
     if text is not None:
         if templates:
             raise UsageError("text and templates: give only one; a text table already contains features of prompts")
-        class_names, weights = read_text_table(text, encoder.norms)
-        theirs, ours = table_identity(Path(text)), identity_of(source, encoder)
-        if theirs is not None and ours is not None:
-            same_backbone(theirs, ours, str(text))
+        class_names, weights = read_text_table(text, encoder.norms, identity_of(source, encoder))
         return Words(class_names, weights, [], str(text))
     if encoder.backbone is not None and (templates or encoder.backbone.has_text):
         prompts = list(check_templates(templates or DEFAULT_TEMPLATES))

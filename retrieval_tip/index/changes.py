@@ -22,7 +22,7 @@ from retrieval_tip.answering import AnsweringIndex, EditableIndex
 from retrieval_tip.backbones.base import Backbone, Identity, same_backbone
 from retrieval_tip.backbones.prompts import check_templates, text_weights
 from retrieval_tip.data.encoder import Encoder
-from retrieval_tip.data.feature_tables import check_backbone, table_identity
+from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.data.imports import import_table
 from retrieval_tip.data.sources import Source, open_source, spelled_alike
 from retrieval_tip.data.tables import read_columns, reading, texts
@@ -500,10 +500,7 @@ def _weights_of(
     if not new:
         return {}
     if text is not None:
-        names, weights = read_text_table(text, encoder.norms)
-        theirs = table_identity(Path(text))
-        if theirs is not None and manifest.backbone is not None:
-            same_backbone(theirs, Identity.from_dict(manifest.backbone), str(text))
+        names, weights = read_text_table(text, encoder.norms, _backbone_of(manifest))
         if weights.shape[1] != manifest.d:
             raise InputError(f"{text}: {weights.shape[1]} values per row instead of {manifest.d}; use one backbone")
         return {name: row for name, row in zip(names, weights, strict=True) if name in new}

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrieval_tip.backbones.base import Identity
+from retrieval_tip.backbones.base import Identity, same_backbone
 from retrieval_tip.backbones.prompts import mean_by_class
 from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.feature_tables import read_features, table_identity
@@ -177,12 +177,13 @@ def identity_of(source: Source, encoder: Encoder) -> Identity | None:
 
 
 def read_text_table(
-    path: str | os.PathLike[str], norms: Norms = "check"
+    path: str | os.PathLike[str], norms: Norms = "check", backbone: Identity | None = None
 ) -> tuple[tuple[str, ...], npt.NDArray[np.float32]]:
     """Read the class names and text weights from a table of text features, in order of first appearance.
 
     Each row is the feature of a prompt. The rows of each class are averaged and then normalised. If ``norms`` is
     ``check``, the rows must have unit norm. Otherwise, they are normalised. Raises InputError if the file is invalid.
+    Raises BackboneError if the table names another backbone than ``backbone``.
     """
     table = open_source(path)
     if table.table is None:
@@ -192,6 +193,9 @@ def read_text_table(
     for row, label in enumerate(table.labels):
         rows.setdefault(label, []).append(row)
     means = [mean_by_class(features[None, own], [name])[0] for name, own in rows.items()]
+    theirs = table_identity(table.table)
+    if theirs is not None and backbone is not None:
+        same_backbone(theirs, backbone, str(path))
     return tuple(rows), np.stack(means)
 
 

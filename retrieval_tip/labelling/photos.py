@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,6 @@ from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Identity, same_backbone
 from retrieval_tip.bounds import check_count
 from retrieval_tip.data.encoder import Encoder
-from retrieval_tip.data.feature_tables import table_identity
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, counted
 from retrieval_tip.index.items import ItemColumns, identity_of, read_text_table
@@ -133,10 +131,7 @@ class ClassWords:
     @classmethod
     def read(cls, path: str | os.PathLike[str], encoder: Encoder, source: Source, d: int) -> ClassWords:
         """Read a feature table of class names. Raises InputError or BackboneError if it does not fit the photos."""
-        class_names, weights = read_text_table(path, encoder.norms)
-        theirs, ours = table_identity(Path(path)), identity_of(source, encoder)
-        if theirs is not None and ours is not None:
-            same_backbone(theirs, ours, str(path))
+        class_names, weights = read_text_table(path, encoder.norms, identity_of(source, encoder))
         check_shape(f"text {path}", weights.shape, (len(class_names), d), "as long as the features of the photos")
         backbone = encoder.backbone
         return cls(class_names, weights, Settings().logit_scale if backbone is None else backbone.logit_scale)
