@@ -500,7 +500,7 @@ def test_an_index_is_made_of_photographs(own: Path, tmp_path: Path, lit_mini: An
         {}, token=TOKEN, maker=Maker(tmp_path / "shelf", lit_mini, Backbones("cpu", "float32", "full", lit_mini))
     )
     with TestClient(app) as client:
-        assert client.get("/v1/indexes").json() == {"indexes": [], "makes": True}
+        assert client.get("/v1/indexes").json() == {"indexes": [], "makes": True, "labels": False}
         assert client.post("/v1/classify", files={"images": b"x"}).status_code == 404
         assert client.post("/v1/indexes", **sent("first"), headers=AUTHORISED).status_code == 201
         assert CacheModel.load(tmp_path / "shelf" / "first").n == 15

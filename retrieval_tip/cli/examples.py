@@ -57,6 +57,7 @@ EXAMPLES = {
         "index audit indexes/things --output suspects.csv",
         "index audit indexes/things --apply suspects.csv",
     ],
+    "label": ["label new --into indexes/things", "label new --into indexes/animals --classes cat,dog,owl"],
     "suggest": ["suggest inbox -n 20", "suggest inbox -n 20 --index indexes/things --output next.csv"],
     "encode": [
         "encode photos --out photos.parquet",

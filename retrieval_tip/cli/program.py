@@ -27,7 +27,7 @@ from retrieval_tip.cli.fit import calibrate_command, finetune_command, fit_comma
 from retrieval_tip.cli.group import Group, in_one_line
 from retrieval_tip.cli.index import index
 from retrieval_tip.cli.label import suggest
-from retrieval_tip.cli.serve import serve_command
+from retrieval_tip.cli.serve import label_command, serve_command
 from retrieval_tip.errors import InputError, message
 
 
@@ -153,7 +153,7 @@ class _Handler(logging.Handler):
 
 
 main.section("Classify and evaluate", classify, evaluate_command, sweep_command, report_command, serve_command)
-main.section("Label photos", suggest)
+main.section("Label photos", label_command, suggest)
 main.section("Indexes and features", index, encode, models_command, datasets_group)
 main.section("Fit and train", fit_command, search_command, finetune_command, calibrate_command)
 main.section("Setup", cache_command, completion_command, doctor)

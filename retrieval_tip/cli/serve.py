@@ -1,20 +1,25 @@
-"""The command ``serve``."""
+"""The commands ``serve`` and ``label``, which start a server."""
 
 from __future__ import annotations
 
 import dataclasses
 import secrets
+import sys
+import webbrowser
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from retrieval_tip.cli import options
 from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import say
-from retrieval_tip.cli.options import DEVICE, PRECISION, VERIFY, several
+from retrieval_tip.cli.opening import Origin, encoder_for, encoder_of, load
+from retrieval_tip.cli.options import DEVICE, PRECISION, VERIFY, EncodingOptions, several
 from retrieval_tip.cli.parameters import FOLDER, INDEX, Number, count
-from retrieval_tip.errors import UsageError, counted
+from retrieval_tip.cli.stdin import paths_on_stdin
+from retrieval_tip.errors import UsageError, counted, show
 
 if TYPE_CHECKING:
     from retrieval_tip.index.places import Place
@@ -91,12 +96,7 @@ def serve_command(
     of its indexes. Use Ctrl+C or SIGTERM to stop the server cleanly. To install the required packages, run
     pip install 'retrieval-tip[serve]'.
     """
-    try:
-        import fastapi  # noqa: F401
-    except ModuleNotFoundError:
-        raise UsageError(
-            "serve: FastAPI and uvicorn are not installed; run pip install 'retrieval-tip[serve]'"
-        ) from None
+    _check_installed("serve")
     from retrieval_tip.backbones.loading import load_backbone
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.limits import Limits
@@ -127,3 +127,69 @@ def serve_command(
         ready = partial(say, f"Serving {what} at {at};{opened} Ctrl+C stops the server")
         app = create_app(served, limits, token=token or made, uploads=uploads, root=root, maker=maker, ready=ready)
         serve(app, listening, timeout)
+
+
+@command("label")
+@click.argument("photos", nargs=-1, required=True)
+@click.option("--into", "folder", type=INDEX, required=True, metavar="INDEX",
+              help="Index in which the labels are saved. The first label creates it.")  # fmt: skip
+@click.option("--classes", default="", metavar="NAME,...",
+              help="Class names, separated by commas. You can add others in the page.")  # fmt: skip
+@click.option("--port", type=click.IntRange(0, 65535), default=0, show_default="a free port",
+              help="Port to listen on.")  # fmt: skip
+@options.BACKBONE
+@options.ENCODING
+@click.pass_context
+def label_command(
+    ctx: click.Context, photos: tuple[str, ...], folder: Place, classes: str, port: int, encoding: EncodingOptions
+) -> None:
+    """Label photos in the browser, while an index learns from the labels.
+
+    PHOTOS are images, folders, globs or tables of paths. Use - to read paths from standard input. The page shows the
+    photos that help most, with a guess for each. Every label is saved in INDEX, so you can stop with Ctrl+C and
+    continue later. To install the required packages, run pip install 'retrieval-tip[serve]'.
+    """
+    _check_installed("label")
+    from retrieval_tip.data.sources import open_inputs
+    from retrieval_tip.index.places import at
+    from retrieval_tip.server.app import create_app
+    from retrieval_tip.server.labelling import Labelling
+    from retrieval_tip.server.limits import Limits
+    from retrieval_tip.server.run import LOOPBACK, address, listen, serve
+    from retrieval_tip.server.served import Backbones, Maker, Served
+
+    sources = list(open_inputs(photos, paths_on_stdin()))
+    known = at(folder).exists()
+    opened = (
+        encoder_for(ctx, Origin.of(folder), sources, encoding) if known else encoder_of(ctx, load(encoding), encoding)
+    )
+    with opened as encoder, listen("127.0.0.1", port) as listening:
+        names = [name for name in map(str.strip, classes.split(",")) if name]
+        labelling = Labelling(folder, sources, encoder, names)
+        assert encoder.backbone is not None
+        backbones = Backbones(encoding.device, encoding.precision, None, encoder.backbone)
+        maker = Maker((at(folder).local or Path("indexes/new")).parent, encoder.backbone, backbones)
+        served = [Served(folder, backbones)] if known else []
+        token = secrets.token_urlsafe(16)
+        url = f"{address(listening)}/#token={token}"
+
+        def ready() -> None:
+            what = counted(len(labelling.photos), "photo")
+            say(f"Label {what} at {url}; the labels are saved in {show(str(folder))}; Ctrl+C stops the server")
+            if sys.stderr.isatty():
+                webbrowser.open(url)
+
+        app = create_app(
+            {one.name: one for one in served}, Limits(hosts=LOOPBACK), token=token, maker=maker, labelling=labelling,
+            ready=ready,
+        )  # fmt: skip
+        serve(app, listening, Limits.seconds)
+
+
+def _check_installed(name: str) -> None:
+    try:
+        import fastapi  # noqa: F401
+    except ModuleNotFoundError:
+        raise UsageError(
+            f"{name}: FastAPI and uvicorn are not installed; run pip install 'retrieval-tip[serve]'"
+        ) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -12,6 +12,7 @@ from fastapi.staticfiles import StaticFiles
 
 from retrieval_tip import __version__
 from retrieval_tip.server import routes
+from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.limits import Guard, Limits
 from retrieval_tip.server.problems import HANDLED, Problem, answer, handle
 from retrieval_tip.server.served import Maker, Served
@@ -28,19 +29,21 @@ def create_app(
     uploads: Path | None = None,
     root: Path | None = None,
     maker: Maker | None = None,
+    labelling: Labelling | None = None,
     ready: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """Return the application that serves a dictionary of indexes, as returned by :func:`served.open_all`.
 
     Requests that send the ``token`` can change indexes. See :class:`service.Service` for ``uploads``, ``root`` and
-    ``maker``. ``ready`` is called when the application can answer requests.
+    ``maker``. If there is a ``labelling`` session, photos can be labelled in the page. ``ready`` is called when the
+    application can answer requests.
     """
     limits = limits or Limits()
     service = Service(served, limits, uploads, root, maker)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with service.running():
+        async with service.running(), nullcontext() if labelling is None else labelling.running(service):
             ready()
             yield
 
@@ -49,7 +52,7 @@ def create_app(
         description="Few-shot image classification by retrieval. Errors are returned as application/problem+json "
                     "(RFC 9457).",
     )  # fmt: skip
-    app.state.service, app.state.token = service, token
+    app.state.service, app.state.token, app.state.labelling = service, token, labelling
     app.add_middleware(Guard, limits=limits)
     for kind in HANDLED:
         app.add_exception_handler(kind, handle)

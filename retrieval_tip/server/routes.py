@@ -12,8 +12,10 @@ from fastapi.responses import Response
 from prometheus_client import generate_latest
 
 from retrieval_tip import __version__
+from retrieval_tip.errors import InputError
 from retrieval_tip.evaluation.projection import Method
 from retrieval_tip.server import metrics, schemas
+from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.limits import DEADLINE
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.served import Ask, Served, Version
@@ -47,6 +49,17 @@ async def _service(request: Request) -> Service:
 
 
 TheService = Annotated[Service, Depends(_service)]
+
+
+async def _labelling(request: Request) -> Labelling:
+    labelling: Labelling | None = request.app.state.labelling
+    if labelling is None:
+        raise Problem(404, "there are no photos to label; start the server with retrieval-tip label PHOTOS")
+    return labelling
+
+
+TheLabelling = Annotated[Labelling, Depends(_labelling)]
+Size = Annotated[int, Query(ge=16, le=1024, description="Length of the longer side, in pixels.")]
 
 
 async def _index(service: TheService, name: str) -> Served:
@@ -154,11 +167,11 @@ async def prometheus() -> Response:
 
 
 @reads.get("/indexes")
-async def indexes(service: TheService, changes: AcceptsChanges) -> schemas.Indexes:
+async def indexes(request: Request, service: TheService, changes: AcceptsChanges) -> schemas.Indexes:
     """List the served indexes."""
     described = [one.now.describe(changes=changes) for one in service.served.values()]
     makes = changes and (service.maker is not None or any(one.images for one in described))
-    return schemas.Indexes(described, makes)
+    return schemas.Indexes(described, makes, request.app.state.labelling is not None)
 
 
 @changes.post("/indexes", status_code=201, openapi_extra=schemas.MAKE, responses=SENT | schemas.problems(409))
@@ -213,7 +226,7 @@ async def image(
     service: TheService,
     version: Now,
     key_id: schemas.KeyId,
-    size: Annotated[int, Query(ge=16, le=1024, description="Length of the longer side, in pixels.")] = 160,
+    size: Size = 160,
     if_none_match: Annotated[str | None, Header(include_in_schema=False)] = None,
 ) -> Response:
     """Return a thumbnail of a shot as a JPEG image."""
@@ -327,6 +340,32 @@ async def values(service: TheService, version: Now) -> Response:
 async def exemplars(service: TheService, version: Now) -> schemas.Exemplars:
     """Return a typical shot of each class, and the mean similarity of shots."""
     return await service.exemplars(version)
+
+
+@reads.get("/label")
+async def label_status(labelling: TheLabelling) -> schemas.LabellingStatus:
+    """Return the next photos to label, and the progress."""
+    return labelling.status()
+
+
+@changes.post("/label", dependencies=UNHURRIED)
+async def label(labelling: TheLabelling, change: schemas.SetLabels) -> schemas.LabellingStatus:
+    """Set or remove labels, and return the new state. The labels are saved within seconds, as a new version."""
+    labelling.label(change)
+    return labelling.status()
+
+
+@reads.get("/label/photos/{photo}/image", response_class=Response, responses=PICTURE)
+async def label_image(
+    service: TheService, labelling: TheLabelling, photo: schemas.PhotoNumber, size: Size = 160
+) -> Response:
+    """Return a photo of the labelling session as a JPEG image of a reduced size."""
+    path = labelling.path(photo)
+    try:
+        data = await service.thumbnails.of(path, lambda: labelling.encoder.read(path), size)
+    except InputError as error:
+        raise Problem(404, f"photo {photo}: cannot be read ({error})") from None
+    return Response(data, headers={"cache-control": "private, max-age=3600"}, media_type="image/jpeg")
 
 
 def _json(answer: object) -> Response:

@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, Field, PlainValidator, WithJsonSchema
 
+from retrieval_tip.labelling.queue import Picked
 from retrieval_tip.predictions import SCHEMA, Evidence
 from retrieval_tip.server.problems import MEDIA
 from retrieval_tip.store.labels import LABEL_SCHEMA, VERSIONS_SCHEMA
@@ -21,6 +22,13 @@ Row = dict[str, object]
 KeyId = Annotated[int, Field(ge=0, le=2**62)]
 Label = Annotated[str, Field(min_length=1, max_length=1024)]
 VersionNumber = Annotated[int, Field(ge=1, le=2**31)]
+PhotoNumber = Annotated[int, Field(ge=0, le=2**31)]
+
+
+def _not_blank(label: str) -> str:
+    if not label.strip():
+        raise ValueError("cannot be blank; give a class name")
+    return label.strip()
 
 
 class Move(BaseModel, extra="forbid"):
@@ -55,6 +63,20 @@ class Rollback(BaseModel, extra="forbid"):
 
     to: VersionNumber
     since: VersionNumber | None = None
+
+
+class SetLabel(BaseModel, extra="forbid"):
+    """The label of a photo. Without a label, the label of the photo is removed."""
+
+    photo: PhotoNumber
+    label: Annotated[Label, AfterValidator(_not_blank)] | None = None
+
+
+class SetLabels(BaseModel, extra="forbid"):
+    """Labels to save in one new version, and photos to show again when all others are labelled."""
+
+    labels: Annotated[list[SetLabel], Field(max_length=1000)] = []
+    skip: Annotated[list[PhotoNumber], Field(max_length=1000)] = []
 
 
 def _list_of(items: Row, **more: object) -> Row:
@@ -204,10 +226,11 @@ class IndexFacts(UsedSettings):
 
 @dataclass(frozen=True)
 class Indexes:
-    """The served indexes, and whether this server can create new indexes."""
+    """The served indexes, whether this server can create new indexes, and whether photos can be labelled here."""
 
     indexes: list[IndexFacts]
     makes: bool
+    labels: bool
 
 
 @dataclass(frozen=True)
@@ -387,3 +410,73 @@ class Classified(UsedSettings):
     results: list[Result]
     warnings: list[str]
     skipped: list[Unread]
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A class and its probability."""
+
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class QueuedPhoto:
+    """A photo to label.
+
+    ``picked`` tells how it was chosen, and ``why`` why it was suggested. ``guesses`` lists probable classes, most
+    probable first. ``similar`` lists near-identical photos.
+    """
+
+    photo: int
+    name: str
+    picked: Picked
+    why: str | None
+    guesses: list[Guess]
+    similar: list[int]
+
+
+@dataclass(frozen=True)
+class LabelClass:
+    """A class and its number of labelled photos."""
+
+    label: str
+    photos: int
+
+
+@dataclass(frozen=True)
+class LabelProgress:
+    """The estimated accuracy on unlabelled photos, with a 95 % interval.
+
+    ``drawn`` is the number of random photos behind the estimate. If it is too small, the other fields are null.
+    ``gain`` is the expected gain from ``more`` labels.
+    """
+
+    drawn: int
+    accuracy: float | None
+    low: float | None
+    high: float | None
+    more: int
+    gain: float | None
+
+
+@dataclass(frozen=True)
+class LabellingStatus:
+    """The state of a labelling session.
+
+    ``version`` is null until the first label is saved. ``photos`` is the number of readable photos, and ``encoded``,
+    ``labelled`` and ``unsaved`` tell how many of them are encoded, labelled, and labelled but not saved yet. ``busy``
+    tells whether the state will change soon. ``problem`` is an error in the background.
+    """
+
+    index: str
+    version: int | None
+    photos: int
+    encoded: int
+    labelled: int
+    unsaved: int
+    classes: list[LabelClass]
+    queue: list[QueuedPhoto]
+    progress: LabelProgress | None
+    busy: bool
+    problem: str | None

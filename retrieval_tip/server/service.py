@@ -32,6 +32,7 @@ from retrieval_tip.evaluation.projection import Method, Projection, methods, pro
 from retrieval_tip.fit.closed_form import Judged, estimate
 from retrieval_tip.index import changes
 from retrieval_tip.index.fit import fit_index
+from retrieval_tip.index.places import Place
 from retrieval_tip.retrieval.duplicates import describe_duplicates
 from retrieval_tip.server import metrics, schemas, shots
 from retrieval_tip.server.batching import Batcher, FairPool, Kept, Turn
@@ -39,6 +40,7 @@ from retrieval_tip.server.limits import QUEUED_ROWS, Limits
 from retrieval_tip.server.problems import NAMED, Problem
 from retrieval_tip.server.schemas import Row, Unread
 from retrieval_tip.server.served import NEIGHBOUR_CELLS, Ask, Maker, Served, Version, encoded
+from retrieval_tip.server.thumbnails import Thumbnails
 from retrieval_tip.server.uploads import Sent
 
 log = logging.getLogger(__name__)
@@ -48,10 +50,8 @@ PIXELS = 4_000_000
 """Number of pixels that count as one additional image towards ``--queue``."""
 DECODED = 32
 """Maximum number of images that have been decoded but not yet encoded."""
-THUMBNAIL_BYTES, THUMBNAIL_OVERHEAD = 64 << 20, 1 << 10
-"""Memory for the thumbnail cache, and the overhead of each thumbnail, in bytes."""
-DRAWN_AT_ONCE, SLOW_AT_ONCE, SLOW_KEPT = 256, 4, 32
-"""Maximum numbers of thumbnails in progress, of slow results in progress, and of slow results in the cache.
+SLOW_AT_ONCE, SLOW_KEPT = 4, 32
+"""Maximum numbers of slow results in progress, and of slow results in the cache.
 
 Slow results are maps, audits and accuracies.
 """
@@ -77,7 +77,7 @@ class Service:
         maker: Maker | None = None,
     ) -> None:
         self.served, self.limits, self.maker = served, limits, maker
-        self._uploads, self._root, self._creating = uploads, root or Path(), 0
+        self._uploads, self._creating = uploads, 0
         threads = min(4, os.cpu_count() or 1)
         self._decoding: FairPool[torch.Tensor | InputError] = FairPool(
             "images", threads=threads, room=limits.queue, held=DECODED
@@ -91,16 +91,13 @@ class Service:
             most=lambda key: min(ROWS_AT_A_TIME, key[0].at_once(key[1])),
             room=QUEUED_ROWS * limits.queue,
         )
-        self._drawing = ThreadPoolExecutor(threads, thread_name_prefix="draw")
+        self.thumbnails = Thumbnails(root, limits.pixels, threads)
         self._weighing, self._finding, self._following, self._changing, self._slow, self._slower = (
             ThreadPoolExecutor(1, thread_name_prefix=name)
             for name in ("weigh", "find", "follow", "change", "slow", "slower")
         )
         self._made: Kept[Hashable, Any] = Kept(self._slow, most=SLOW_KEPT, room=SLOW_AT_ONCE)
         self._mapped: Kept[Hashable, Any] = Kept(self._slower, most=SLOW_KEPT, room=SLOW_AT_ONCE)
-        self._thumbnails: Kept[Hashable, bytes] = Kept(
-            self._drawing, most=THUMBNAIL_BYTES, room=DRAWN_AT_ONCE, size=lambda data: len(data) + THUMBNAIL_OVERHEAD
-        )
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -113,7 +110,8 @@ class Service:
         await self._encode.close()
         await self._answer.close()
         self._decoding.close()
-        for pool in (self._weighing, self._drawing, self._finding, self._following, self._changing):
+        self.thumbnails.close()
+        for pool in (self._weighing, self._finding, self._following, self._changing):
             pool.shutdown()
         for pool in (self._slow, self._slower):
             pool.shutdown(cancel_futures=True)
@@ -124,13 +122,28 @@ class Service:
             for one in list(self.served.values()):
                 if one.changed():
                     try:
-                        await self._in(self._following, one.follow)
+                        await self.follow(one)
                     except Exception:
                         log.exception("%s: cannot look for new versions", one.name)
 
     @staticmethod
-    async def _in(pool: Executor, call: Callable[..., T], *arguments: Any) -> T:
+    async def run(pool: Executor, call: Callable[..., T], *arguments: Any) -> T:
+        """Run a call in a thread of ``pool``."""
         return await asyncio.get_running_loop().run_in_executor(pool, call, *arguments)
+
+    async def change(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Run a change of an index. Only one change runs at a time."""
+        return await self.run(self._changing, call, *arguments)
+
+    async def open(self, place: Place) -> None:
+        """Serve an index that has been created with the backbone of the ``maker``."""
+        assert self.maker is not None
+        one = await self.change(Served, place, self.maker.backbones)
+        self.served[one.name] = one
+
+    async def follow(self, one: Served) -> None:
+        """Open the current version of an index if it is new."""
+        await self.run(self._following, one.follow)
 
     def index(self, name: str | None) -> Served:
         """Return the index with this name, or the only index if ``name`` is ``None``. Raises Problem 404 or 422."""
@@ -196,7 +209,7 @@ class Service:
 
         # Read the headers one at a time, so that requests take turns here as well.
         area = partial(images.area, most=self.limits.pixels, only=images.uploads())
-        areas = [await self._in(self._weighing, area, data) for data in datas]
+        areas = [await self.run(self._weighing, area, data) for data in datas]
         calls = [partial(self._pixels, data, backbone) for data in datas]
         with self._decoding.turns(calls, [1 + area / PIXELS for area in areas]) as turns:
             made = await asyncio.gather(*map(used, turns))
@@ -217,15 +230,13 @@ class Service:
         """Add shots, and open the new version of the index. Raises the same errors as :func:`changes.add`."""
         skipped: list[Unread] = []
         if sent.images is None:
-            added = await self._in(self._changing, shots.add_features, one, one.now.backbone, sent)
+            added = await self.change(shots.add_features, one, one.now.backbone, sent)
         else:
             backbone = _backbone_of(one.now)
             good, skipped = await self._decoded(sent.names, sent.images, backbone, _nothing)
             datas = [sent.images[place] for place in good]
-            added = await self._in(
-                self._changing, shots.add_images, one, backbone, sent.labels[0], datas, self._uploads
-            )
-        await self._in(self._following, one.follow)
+            added = await self.change(shots.add_images, one, backbone, sent.labels[0], datas, self._uploads)
+        await self.follow(one)
         duplicates = describe_duplicates(added.duplicates) if added.duplicates is not None else []
         warnings = _of_spelling(one.name, added.alike)
         return schemas.AddedShots(
@@ -258,8 +269,8 @@ class Service:
         try:
             good, skipped = await self._decoded(sent.names, sent.images, backbone, _nothing)
             labelled = [(sent.labels[place], sent.images[place]) for place in good]
-            one = await self._in(
-                self._changing, lambda: Served(shots.build(into / name, backbone, labelled, self._uploads), backbones)
+            one = await self.change(
+                lambda: Served(shots.build(into / name, backbone, labelled, self._uploads), backbones)
             )
         finally:
             self._creating -= 1
@@ -269,8 +280,8 @@ class Service:
 
     async def fit(self, one: Served) -> schemas.FittedIndex:
         """Refit an index to its shots, and open the new version."""
-        await self._in(self._changing, fit_index, one.folder)
-        await self._in(self._following, one.follow)
+        await self.change(fit_index, one.folder)
+        await self.follow(one)
         return schemas.FittedIndex(one.name, one.now.manifest.version, _judged(one))
 
     async def remove(self, one: Served, key_ids: Sequence[int]) -> schemas.ChangedShots:
@@ -302,7 +313,7 @@ class Service:
 
     async def _found(self, one: Served, labels: Sequence[str], key_ids: Sequence[int]) -> list[int]:
         """Return the ids of the matching keys. Raises Problem 404 if a key does not exist."""
-        keys = await self._in(self._finding, one.now.cache.find, labels, None, key_ids)
+        keys = await self.run(self._finding, one.now.cache.find, labels, None, key_ids)
         found: list[int] = keys["key_id"].to_pylist()
         if missing := set(key_ids) - set(found):
             raise Problem(404, f"index {one.name!r} has no key {min(missing)}")
@@ -326,12 +337,12 @@ class Service:
 
     async def history(self, one: Served) -> list[Row]:
         """Return all versions that are kept, starting with the oldest."""
-        versions = await self._in(self._finding, one.place.history)
+        versions = await self.run(self._finding, one.place.history)
         return list(versions.select(schemas.HISTORY).to_pylist())
 
     async def _changed(self, one: Served, call: Callable[[], changes.Changed]) -> schemas.ChangedShots:
-        changed = await self._in(self._changing, call)
-        await self._in(self._following, one.follow)
+        changed = await self.change(call)
+        await self.follow(one)
         return schemas.ChangedShots(one.name, changed.version, changed.key_ids)
 
     def values(self, version: Version) -> schemas.KeyValues:
@@ -367,12 +378,12 @@ class Service:
             keys = version.cache.find(labels, source, key_ids)
             return len(keys), self._pictured(version, keys.slice(page.start, page.stop - page.start))
 
-        return await self._in(self._finding, call)
+        return await self.run(self._finding, call)
 
     def _pictured(self, version: Version, keys: pa.Table) -> list[dict[str, Any]]:
         address = f"/v1/indexes/{quote(version.name, safe='')}/keys"
         return [
-            row | {"image": f"{address}/{row['key_id']}/image" if self.picture(row["source"]) else None}
+            row | {"image": f"{address}/{row['key_id']}/image" if self.thumbnails.path(row["source"]) else None}
             for row in keys.to_pylist()
         ]
 
@@ -436,27 +447,16 @@ class Service:
 
     async def thumbnail(self, version: Version, key_id: int, size: int) -> bytes:
         """Return a thumbnail of a shot as JPEG data. Raises Problem 404 if the shot has no readable image."""
-        keys = await self._in(self._finding, version.cache.find, (), None, [key_id])
+        keys = await self.run(self._finding, version.cache.find, (), None, [key_id])
         if not len(keys):
             raise Problem(404, f"index {version.name!r} has no key {key_id}")
-        path = self.picture(keys["source"][0].as_py())
+        path = self.thumbnails.path(keys["source"][0].as_py())
         if path is None:
             raise Problem(404, f"key {key_id}: its source is not an image on this machine")
         try:
-            seen = path.stat()
-            name = (path, seen.st_mtime_ns, seen.st_size, size)
-            most = self.limits.pixels
-            return await self._thumbnails(name, lambda: images.thumbnail(images.read(path), size, most=most))
+            return await self.thumbnails.of_file(path, size)
         except (OSError, InputError) as error:
             raise Problem(404, f"key {key_id}: its image cannot be read ({error})") from None
-
-    def picture(self, source: str) -> Path | None:
-        """Return the path of the image file that ``source`` names, if it exists."""
-        path = self._root / source
-        try:
-            return path if path.suffix.lower() in images.extensions() and path.is_file() else None
-        except (OSError, ValueError):  # the source is not a valid file name
-            return None
 
 
 async def _nothing(_: torch.Tensor) -> None:

@@ -103,6 +103,8 @@ export const accuracy = (name) => request(`${at(name)}/accuracy`);
 export const exemplars = (name) => request(`${at(name)}/exemplars`);
 export const values = (name) => request(`${at(name)}/values`);
 export const history = (name) => request(`${at(name)}/history`);
+export const labelling = () => request("/v1/label");
+export const labelPhoto = (photo) => `/v1/label/photos/${photo}/image`;
 export const pictureOf = (name, keyId) => `${at(name)}/keys/${keyId}/image`;
 
 /** Classify an image file. */
@@ -147,3 +149,5 @@ export const removeShots = (name, keyIds, token) =>
 export const relabel = (name, change, token) => request(`${at(name)}/relabel`, json(change, bearer(token)));
 export const rename = (name, change, token) => request(`${at(name)}/rename`, json(change, bearer(token)));
 export const rollback = (name, change, token) => request(`${at(name)}/rollback`, json(change, bearer(token)));
+/** Set or remove labels in the labelling session, or skip photos, and return the new state of the session. */
+export const setLabels = (change, token) => request("/v1/label", json(change, bearer(token)));

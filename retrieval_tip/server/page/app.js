@@ -5,13 +5,14 @@ import { showIndexView } from "./browse.js";
 import { addFiles } from "./classify.js";
 import { $, el, failure, plural } from "./dom.js";
 import { gather } from "./files.js";
+import { showLabelView } from "./label.js";
 import "./start.js";
 import { state } from "./state.js";
 import * as teach from "./teach.js";
 
 const CHOSEN = "retrieval-tip index";
-const VIEWS = ["classify", "index", "teach"];
-const TITLES = { classify: "Photos", index: "Classifier", teach: "Teach" };
+const VIEWS = ["classify", "label", "index", "teach"];
+const TITLES = { classify: "Photos", label: "Label", index: "Classifier", teach: "Teach" };
 
 function route() {
   $("overlay").firstElementChild.textContent =
@@ -24,6 +25,7 @@ function route() {
     $(`${name}-view`).hidden = name !== view;
   }
   document.title = `${TITLES[view]} · ${state.info?.name ?? "retrieval-tip"}`;
+  if (view === "label") showLabelView();
   if (view === "index" && state.info) {
     showIndexView();
     follow();
@@ -55,14 +57,16 @@ async function choose(name) {
 async function start(prefer = null) {
   $("problem").hidden = true;
   try {
-    const { indexes: served, makes } = await api.indexes();
+    const { indexes: served, makes, labels } = await api.indexes();
     const names = served.map(({ name }) => name);
     state.mayChange = makes || served.some(({ changes }) => changes);
     state.dispatchEvent(new Event("indexes"));
+    $("tab-label").hidden = !labels;
+    if (labels && !location.hash) location.hash = "#label";
     if (!names.length && !makes) throw new api.Problem("This server has no classifier yet and cannot create one.");
     if (!names.length) {
       $("index-facts").textContent = "no classifier yet";
-      location.hash = "#teach";
+      if (!labels) location.hash = "#teach";
       return;
     }
     const wanted = prefer ?? sessionStorage.getItem(CHOSEN);
@@ -119,7 +123,8 @@ document.querySelector("[role=tablist]").addEventListener("keydown", (event) => 
   if (event.key === " ") (event.preventDefault(), document.activeElement.click());
   if (!step || at < 0) return;
   event.preventDefault();
-  const name = VIEWS[(at + step + VIEWS.length) % VIEWS.length];
+  const shown = VIEWS.filter((name) => !$(`tab-${name}`).hidden);
+  const name = shown[(shown.indexOf(VIEWS[at]) + step + shown.length) % shown.length];
   location.hash = `#${name}`;
   $(`tab-${name}`).focus();
 });

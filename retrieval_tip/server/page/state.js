@@ -100,6 +100,9 @@ class State extends EventTarget {
   /** Restore version `to`, provided that the index is still at version `since`. */
   rollback = (to, since) => this.#change((token) => api.rollback(this.info.name, { to, since }, token));
 
+  /** Label photos in the labelling session, and return its new state. */
+  setLabels = (change) => this.#change((token) => api.setLabels(change, token), false);
+
   /** Send a change with the token. If the token is unknown, ask the user for it, and return null if there is none. */
   async #change(send, refresh = true) {
     let refused = "";

@@ -1,0 +1,266 @@
+// The Label view, which shows one unlabelled photo after another. Labels are sent in the background, so that the next
+// photo appears at once. The server chooses the photos and saves the labels.
+
+import * as api from "./api.js";
+import { $, el, failure, plural, refill, say } from "./dom.js";
+import { notice } from "./notice.js";
+import { state } from "./state.js";
+
+const NONE = "none of these"; // the class of photos that belong to no other class
+const CHOICES = 9; // one for each digit key
+const AHEAD = 4; // number of upcoming photos to show
+const ENOUGH = 20; // number of random photos from which the accuracy is shown
+const LARGE = 1024; // size of the photo, in pixels
+const AGAIN = 1000; // ms between two requests for the state, or between two attempts to send labels
+
+let session = null; // GET /v1/label
+let current = null; // the photo that is shown, an entry of session.queue
+let polling = null;
+let opening = false; // whether the new index is being opened
+const labelled = []; // [[photo, label], ...] of each step, for undo
+const outbox = []; // changes that are not sent yet
+const ahead = new Map(); // images that are loaded before they are shown, by photo
+
+const address = (photo, size) => `${api.labelPhoto(photo)}?size=${size}`;
+const percent = (share) => (share < 0.01 ? "<1 %" : share > 0.99 ? ">99 %" : `${Math.round(100 * share)} %`);
+const file = (name) => name.split(/[\\/]/).pop();
+
+/** Show the view, and follow the state of the server while it is visible. */
+export async function showLabelView() {
+  try {
+    take(await api.labelling());
+  } catch (error) {
+    $("label-problem").replaceChildren(failure(error, showLabelView));
+    return;
+  }
+  if (!labelled.length) $("label-stage").focus({ preventScroll: true });
+}
+
+/** Show a new state, but keep the photo that is shown as long as it is not labelled. */
+function take(answer) {
+  const gone = new Set(outbox.flatMap(({ labels = [], skip = [] }) => [...labels.filter(({ label }) => label).map(({ photo }) => photo), ...skip]));
+  session = answer;
+  session.queue = session.queue.filter(({ photo }) => !gone.has(photo));
+  $("label-problem").replaceChildren(answer.problem ? failure({ message: `${plural(answer.unsaved, "label is", "labels are")} not saved yet: ${answer.problem}` }) : "");
+  if (session.version && !state.info && !opening) {
+    opening = true;
+    state.dispatchEvent(new CustomEvent("made", { detail: { name: session.index } })); // opens the new index
+  }
+  const known = state.info?.name === session.index ? state.info.version : session.version;
+  if (known < session.version) state.refresh().catch(() => {}); // the next answer tries again
+  const same = current && session.queue.find(({ photo }) => photo === current.photo);
+  if (same && !current.guesses.length) current = null; // guesses are added once, and then stay as they are
+  else if (same) session.queue = [current, ...session.queue.filter((one) => one !== same)];
+  show();
+  clearTimeout(polling);
+  if (!$("label-view").hidden && (answer.busy || answer.encoded < answer.photos)) polling = setTimeout(poll, AGAIN);
+}
+
+async function poll() {
+  try {
+    take(await api.labelling());
+  } catch (error) {
+    if (api.passing(error)) polling = setTimeout(poll, AGAIN);
+  }
+}
+
+// --- what is shown ---
+
+function show() {
+  progress();
+  const [one] = session.queue;
+  $("label-stage").hidden = !one;
+  $("label-done").hidden = Boolean(one);
+  if (one && (one.photo !== current?.photo || one !== current)) {
+    const moved = one.photo !== current?.photo;
+    current = one;
+    if (moved) picture(one);
+    choices();
+    similar();
+    $("label-why").textContent = one.picked === "random" ? "This photo was drawn at random, to measure the accuracy." : `Why this one: it ${one.why ?? "may help"}.`;
+    if (!$("label-choices").children.length) $("label-class").focus(); // there is no other choice
+    if (moved) say(`${file(one.name)}${one.guesses.length ? `, probably ${one.guesses[0].label}` : ""}`);
+  }
+  if (!one) current = null;
+  upcoming();
+}
+
+/** Show a photo. If it was loaded ahead, it appears at once. */
+function picture({ photo, name }) {
+  const image = loaded(photo);
+  image.alt = file(name);
+  $("label-photo").replaceChildren(image, el("figcaption", { class: "file" }, file(name)));
+  for (const known of ahead.keys()) if (!session.queue.some((one) => one.photo === known)) ahead.delete(known);
+}
+
+function loaded(photo) {
+  if (!ahead.has(photo)) ahead.set(photo, el("img", { decoding: "sync", src: address(photo, LARGE) }));
+  return ahead.get(photo);
+}
+
+/** Show the probable classes first, and then the largest other classes. */
+function choices() {
+  const guessed = current.guesses.map(({ label, probability }) => [label, probability]);
+  const known = new Set(guessed.map(([label]) => label));
+  const others = session.classes.filter(({ label }) => !known.has(label)).sort((a, b) => b.photos - a.photos);
+  const all = [...guessed, ...others.map(({ label }) => [label, null])].slice(0, CHOICES);
+  const buttons = all.map(([label, probability], i) => {
+    const key = i === 0 && probability !== null ? "1, Enter" : String(i + 1);
+    const share = probability === null ? "" : percent(probability);
+    const button = el("button", { type: "button", data: { label } }, el("kbd", {}, String(i + 1)), el("span", { class: "name" }, label), el("span", { class: "hint" }, share));
+    button.setAttribute("aria-keyshortcuts", key);
+    button.addEventListener("click", () => choose(label));
+    return el("li", {}, button);
+  });
+  refill($("label-choices"), buttons);
+  $("label-right").hidden = !guessed.length;
+  $("label-right").textContent = guessed.length ? `Right: ${guessed[0][0]}` : "";
+  $("class-names").replaceChildren(...session.classes.map(({ label }) => el("option", { value: label })));
+}
+
+/** Show near-identical photos, which can be labelled together. */
+function similar() {
+  const photos = current.similar;
+  $("label-similar").hidden = !photos.length;
+  $("label-too").checked = false;
+  $("label-too-text").textContent = `Also label ${photos.length === 1 ? "this similar photo" : `these ${photos.length} similar photos`}`;
+  $("label-similar-list").replaceChildren(
+    ...photos.map((photo) => {
+      const button = el("button", { type: "button", data: { photo }, aria: { pressed: "false", label: "Label this photo too" } }, el("img", { alt: "", src: address(photo, 160) }));
+      button.addEventListener("click", () => press(button, button.getAttribute("aria-pressed") === "false"));
+      return el("li", {}, button);
+    }),
+  );
+}
+
+function press(button, pressed) {
+  button.setAttribute("aria-pressed", String(pressed));
+  const all = [...$("label-similar-list").querySelectorAll("button")];
+  $("label-too").checked = all.every((one) => one.getAttribute("aria-pressed") === "true");
+}
+
+function upcoming() {
+  const next = session.queue.slice(1, 1 + AHEAD);
+  for (const { photo } of next.slice(0, 2)) loaded(photo);
+  const shown = [...$("label-next").children].map(({ dataset }) => Number(dataset.photo));
+  if (String(shown) === String(next.map(({ photo }) => photo))) return;
+  $("label-next").replaceChildren(...next.map(({ photo }) => el("li", { data: { photo } }, el("img", { alt: "", src: address(photo, 160) }))));
+}
+
+function progress() {
+  const { photos, encoded, unsaved, progress: estimate } = session;
+  const number = session.labelled;
+  const rest = photos - number;
+  const parts = [`${number.toLocaleString("en")} of ${plural(photos, "photo")} labelled.`];
+  const whole = (share) => Math.round(100 * share);
+  if (rest && estimate?.accuracy != null) {
+    const { accuracy, low, high, gain, more } = estimate;
+    parts.push(`About ${whole(accuracy)} % of the rest are classified correctly (${whole(low)} to ${whole(high)} %).`);
+    if (gain !== null) parts.push(`${more} more labels: about +${whole(Math.max(0, gain))} %.`);
+  } else if (rest && number) parts.push(`It is too early to estimate the accuracy: ${estimate?.drawn ?? 0} of ${ENOUGH} random photos are labelled.`);
+  $("label-progress").textContent = parts.join(" ").trim();
+  $("label-bar").value = photos ? number / photos : 0;
+  const waiting = [];
+  if (encoded < photos) waiting.push(`Reading photos: ${encoded.toLocaleString("en")} of ${photos.toLocaleString("en")}.`);
+  const unsent = outbox.reduce((sum, { labels = [] }) => sum + labels.length, 0);
+  waiting.push(unsaved + unsent ? `Saving ${plural(unsaved + unsent, "label")}…` : number ? `All labels are saved in “${session.index}”.` : "");
+  $("label-saved").textContent = waiting.join(" ").trim();
+  $("label-undo").disabled = !labelled.length;
+}
+
+// --- what a person does ---
+
+/** Give the photo a label, and also the similar photos that are marked. */
+function choose(label) {
+  label = label.trim();
+  if (!current || !label) return;
+  const marked = [...$("label-similar-list").querySelectorAll("[aria-pressed=true]")].map(({ dataset }) => Number(dataset.photo));
+  const labels = [current.photo, ...marked].map((photo) => ({ photo, label }));
+  labelled.push(labels);
+  if (!session.classes.some((one) => one.label === label) && label !== NONE) session.classes.push({ label, photos: 0 });
+  session.labelled += labels.length;
+  step(new Set(labels.map(({ photo }) => photo)), { labels });
+}
+
+const skip = () => current && step(new Set([current.photo]), { skip: [current.photo] });
+
+/** Remove photos from the queue, show the next one, and send the change. */
+function step(photos, change) {
+  performance.mark("retrieval-tip: labelled");
+  session.queue = session.queue.filter(({ photo }) => !photos.has(photo));
+  for (const one of session.queue) one.similar = one.similar.filter((photo) => !photos.has(photo));
+  $("label-class").value = "";
+  outbox.push(change);
+  show();
+  $("label-stage").focus({ preventScroll: true });
+  send();
+}
+
+/** Remove the labels of the last step, and show its photo again. */
+function undo() {
+  const last = labelled.pop();
+  if (!last) return;
+  outbox.push({ labels: last.map(({ photo }) => ({ photo, label: null })).reverse() }); // the first photo comes to the front
+  session.labelled -= last.length;
+  current = null;
+  session.queue = [];
+  progress();
+  send();
+}
+
+let sending = false;
+
+/** Send all changes in order. While the server cannot be reached, try again. */
+async function send() {
+  if (sending) return;
+  sending = true;
+  while (outbox.length) {
+    try {
+      const answer = await state.setLabels(outbox[0]);
+      if (answer === null) break; // no token
+      outbox.shift();
+      if (!outbox.length) take(answer);
+      notice("");
+    } catch (error) {
+      if (!api.passing(error)) {
+        outbox.shift();
+        $("label-problem").replaceChildren(failure(error));
+        await poll();
+        continue;
+      }
+      notice(`${error.message} ${plural(outbox.length, "change is", "changes are")} waiting. Trying again…`);
+      await new Promise((resolve) => setTimeout(resolve, AGAIN));
+    }
+  }
+  sending = false;
+}
+
+addEventListener("beforeunload", (event) => outbox.length && event.preventDefault());
+
+$("label-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  choose($("label-class").value);
+});
+$("label-class").addEventListener("keydown", (event) => event.key === "Escape" && $("label-stage").focus());
+$("label-right").addEventListener("click", () => choose(current.guesses[0].label));
+$("label-skip").addEventListener("click", skip);
+$("label-none").addEventListener("click", () => choose(NONE));
+$("label-undo").addEventListener("click", undo);
+$("label-too").addEventListener("change", () => {
+  for (const button of $("label-similar-list").querySelectorAll("button")) button.setAttribute("aria-pressed", String($("label-too").checked));
+});
+addEventListener("keydown", (event) => {
+  if ($("label-view").hidden || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+  if (event.target.matches("input:not([type=checkbox]), select, textarea")) return;
+  const button = event.target.closest("button, a, summary");
+  const key = event.key.toLowerCase();
+  const actions = { s: skip, n: () => choose(NONE), z: undo, a: () => $("label-too").click(), t: () => $("label-class").focus(), "/": () => $("label-class").focus() };
+  if (/^[1-9]$/.test(key)) {
+    const choice = $("label-choices").querySelectorAll("button")[Number(key) - 1];
+    if (!choice) return;
+    choose(choice.dataset.label);
+  } else if (key === "enter" && !button && current?.guesses.length) choose(current.guesses[0].label);
+  else if (key in actions) actions[key]();
+  else return;
+  event.preventDefault();
+});

@@ -1,0 +1,327 @@
+"""Labelling photos: the order of the queue, the session over HTTP, and the command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from serving import photographs
+
+from retrieval_tip.answering import AnsweringIndex
+from retrieval_tip.backbones.base import Backbone
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import open_inputs
+from retrieval_tip.errors import StoreError
+from retrieval_tip.index import places
+from retrieval_tip.labelling.queue import FIXED, QUEUED, RANDOM_EVERY, Queue, Queued
+from retrieval_tip.server import labelling as module
+from retrieval_tip.server.app import create_app
+from retrieval_tip.server.labelling import Labelling
+from retrieval_tip.server.served import Backbones, Maker, Served
+
+TOKEN = "a token"
+AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
+
+
+@given(st.integers(1, 60), st.data())
+def test_every_photo_is_shown_once_and_skipped_photos_come_last(m: int, data: st.DataObject) -> None:
+    queue, skipped = Queue(m), data.draw(st.sets(st.integers(0, m - 1)))
+    labelled: list[int] = []
+    while shown := [one.photo for one in queue.show(labelled)]:
+        assert len(set(shown)) == len(shown) == min(QUEUED, m - len(labelled))
+        assert not set(shown) & set(labelled)
+        if shown[0] in skipped - set(labelled) and set(range(m)) - skipped - set(labelled):
+            queue.skip(shown[0])
+        else:
+            labelled.append(shown[0])
+        if data.draw(st.booleans()):
+            picks = data.draw(st.permutations(range(m)))
+            queue.suggest([(photo, "") for photo in picks if photo not in skipped], labelled, len(labelled))
+    assert sorted(labelled) == [*range(m)]
+    assert set(labelled[m - len(skipped) :]) == skipped
+
+
+@given(st.integers(0, 30), st.permutations(range(60)))
+def test_suggestions_follow_the_front_and_every_fifth_photo_is_random(labelled: int, picks: list[int]) -> None:
+    queue, taken = Queue(60), set(range(labelled))
+    front = queue.show(taken)[:FIXED]
+    queue.suggest([(photo, "because") for photo in picks], taken, labelled)
+    shown = queue.show(taken)
+    assert shown[:FIXED] == front
+    at_random = [(labelled + place) % RANDOM_EVERY == RANDOM_EVERY - 1 for place in range(FIXED, QUEUED)]
+    assert [one.picked == "random" for one in shown[FIXED:]] == at_random
+    drawn = {one.photo for one in shown if one.picked == "random"}
+    wanted = [photo for photo in picks if photo not in taken and photo not in {one.photo for one in front}]
+    suggested = [one.photo for one in shown[FIXED:] if one.picked == "suggested"]
+    assert [photo for photo in wanted if photo not in drawn - set(suggested)][: len(suggested)] == suggested
+    queue.put_first(Queued(59, "random"))
+    assert queue.show(taken)[0].photo == 59
+
+
+@pytest.fixture(scope="module")
+def pool(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Paths of photos of five classes, one of which is a near copy of another, with their labels. One is damaged."""
+    folder = tmp_path_factory.mktemp("pool")
+    found = {}
+    for number, (path, label) in enumerate(photographs(shared, "train", 5, 8)):
+        found[shutil.copy(path, folder / f"{number}.jpg").as_posix()] = label
+    copy = folder / "copy.jpg"
+    Image.open(folder / "0.jpg").convert("RGB").save(copy, quality=70)
+    (folder / "damaged.jpg").write_bytes(b"no image")
+    return found | {copy.as_posix(): found[(folder / "0.jpg").as_posix()]}
+
+
+class Client:
+    """A labelling session over HTTP, which answers with the right labels."""
+
+    def __init__(self, pool: dict[str, str], place: Path, backbone: Backbone, *classes: str) -> None:
+        self.pool, backbones = pool, Backbones("cpu", "float32", None, backbone)
+        self.sources = list(open_inputs([str(Path(next(iter(pool))).parent)]))
+        labelling = Labelling(place, self.sources, Encoder(backbone), classes)
+        served = [Served(place, backbones)] if places.at(place).exists() else []
+        maker = Maker(place.parent, backbone, backbones)
+        self.app = create_app({one.name: one for one in served}, token=TOKEN, maker=maker, labelling=labelling)
+
+    def __enter__(self) -> Client:
+        self.http = TestClient(self.app)
+        self.http.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.http.__exit__(*error)
+
+    def status(self) -> dict[str, Any]:
+        return self.http.get("/v1/label").json()
+
+    def set(self, labels: dict[int, str | None], *skip: int) -> dict[str, Any]:
+        body = {"labels": [{"photo": photo, "label": label} for photo, label in labels.items()], "skip": skip}
+        answer = self.http.post("/v1/label", json=body, headers=AUTHORISED)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def label(self, number: int) -> list[dict[str, Any]]:
+        """Label the next photos rightly, and return them."""
+        done = []
+        for _ in range(number):
+            done.append(self.status()["queue"][0])
+            self.set({done[-1]["photo"]: self.pool[done[-1]["name"]]})
+        return done
+
+    def settled(self) -> dict[str, Any]:
+        """Wait until all is saved, encoded, chosen and measured."""
+        for _ in range(600):
+            state = self.status()
+            if not state["busy"] and state["encoded"] == len(self.pool):
+                return state
+            time.sleep(0.05)
+        raise AssertionError(state)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(module, "WAIT", 0.05)
+    return tmp_path / "idx"
+
+
+def opened(place: Path) -> AnsweringIndex:
+    return places.at(place).load(device="cpu")
+
+
+def test_labels_become_an_index_that_guesses_and_a_session_can_be_continued(
+    pool: dict[str, str], place: Path, lit_mini: Backbone
+) -> None:
+    with Client(pool, place, lit_mini) as client:
+        first = client.label(1)
+        assert first[0]["picked"] == "random"
+        assert first[0]["guesses"] == []
+        state = client.settled()
+        assert (state["photos"], state["labelled"], state["unsaved"]) == (41, 1, 0)  # the damaged file is no photo
+        done = first + client.label(14)
+        state = client.settled()
+        assert state["labelled"] == 15
+        assert {one["label"]: one["photos"] for one in state["classes"]} == _counts(pool[one["name"]] for one in done)
+        assert not {one["photo"] for one in state["queue"]} & {one["photo"] for one in done}
+    index = opened(place)
+    labels = {row["source"]: row for row in index.labels.to_pylist()}
+    assert {name: row["label"] for name, row in labels.items()} == {one["name"]: pool[one["name"]] for one in done}
+    assert {name: row["picked"] for name, row in labels.items()} == {one["name"]: one["picked"] for one in done}
+    assert {one["picked"] for one in done} == {"random", "suggested"}
+    with Client(pool, place, lit_mini) as client:
+        state = client.settled()
+        assert state["labelled"] == 15
+        shown = state["queue"][0]
+        feature = Encoder(lit_mini).encode(next(open_inputs([shown["name"]]))).features
+        answer = index.classify(feature, 9, norms="keep")[0]
+        assert [one["label"] for one in shown["guesses"]] == answer.labels
+        assert [one["probability"] for one in shown["guesses"]] == pytest.approx(answer.probabilities, abs=1e-4)
+        client.label(26)
+        assert client.settled()["queue"] == []
+    assert opened(place).n == 41
+
+
+def _counts(names: Any) -> dict[str, int]:
+    listed = [*names]
+    return {name: listed.count(name) for name in listed}
+
+
+def test_near_copies_are_labelled_together(pool: dict[str, str], place: Path, lit_mini: Backbone) -> None:
+    with Client(pool, place, lit_mini) as client:
+        client.settled()
+        pairs = {}
+        while len(pairs) < 2:
+            state = client.settled()
+            pairs |= {Path(one["name"]).stem: one for one in state["queue"] if Path(one["name"]).stem in ("0", "copy")}
+            if not pairs:
+                client.set({}, *(one["photo"] for one in state["queue"]))
+                client.label(1)
+                continue
+            break
+        one = next(iter(pairs.values()))
+        other = one["similar"][0]
+        state = client.set({one["photo"]: "pair", other: "pair"})
+        assert state["labelled"] >= 2
+        client.settled()
+    rows = opened(place).labels.to_pylist()
+    assert {Path(row["source"]).stem for row in rows if row["label"] == "pair"} >= {"0", "copy"}
+
+
+def test_undo_restores_the_version_and_a_label_can_be_changed(
+    pool: dict[str, str], place: Path, lit_mini: Backbone
+) -> None:
+    with Client(pool, place, lit_mini) as client:
+        (first,) = client.label(1)
+        client.settled()
+        state = client.set({first["photo"]: None})  # the only label: it is kept until there is another
+        assert state["labelled"] == 0
+        assert client.settled()["queue"][0]["photo"] == first["photo"]
+        client.set({first["photo"]: "another class"})
+        assert client.settled()["labelled"] == 1
+        assert opened(place).labels["label"].to_pylist() == ["another class"]
+        second, third = client.label(2)
+        before = client.settled()["version"]
+        typo = client.status()["queue"][0]
+        client.set({typo["photo"]: "tpyo"})
+        client.settled()
+        assert "tpyo" in opened(place).class_names
+        state = client.set({typo["photo"]: None})
+        assert (state["labelled"], state["queue"][0]["photo"]) == (3, typo["photo"])
+        assert client.settled()["version"] > before
+        assert "tpyo" not in opened(place).class_names  # the version before it was restored
+        client.set({second["photo"]: None})
+        client.settled()
+        assert sorted(opened(place).labels["source"].to_pylist()) == sorted([first["name"], third["name"]])
+        state = client.set({third["photo"]: "x"}, client.status()["queue"][0]["photo"])
+        client.settled()
+    assert dict(zip(*(opened(place).labels[name].to_pylist() for name in ("source", "label")), strict=True)) == {
+        first["name"]: "another class", third["name"]: "x",
+    }  # fmt: skip
+
+
+def test_labels_that_cannot_be_saved_are_saved_later(
+    pool: dict[str, str], place: Path, lit_mini: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, full = module.save_labels, True
+
+    def save(*arguments: Any) -> None:
+        if full:
+            raise StoreError("idx: no space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr(module, "save_labels", save)
+    monkeypatch.setattr(module, "RETRY", 0.05)
+    with Client(pool, place, lit_mini) as client:
+        client.label(2)
+        for _ in range(100):
+            if (state := client.status())["problem"]:
+                break
+            time.sleep(0.05)
+        assert state["problem"] == "idx: no space left on device"
+        assert (state["labelled"], state["unsaved"], state["version"]) == (2, 2, None)
+        full = False
+        assert client.settled()["problem"] is None
+    assert opened(place).n == 2
+
+
+def test_wrong_requests_are_refused(pool: dict[str, str], place: Path, lit_mini: Backbone) -> None:
+    with Client(pool, place, lit_mini, "owl") as client:
+        post = client.http.post
+        assert post("/v1/label", json={"labels": []}).status_code == 401
+        for body, status in (
+            ({"labels": [{"photo": 99, "label": "x"}]}, 404), ({"skip": [99]}, 404),
+            ({"labels": [{"photo": 0, "label": " "}]}, 422), ({"labels": [{"photo": -1, "label": "x"}]}, 422),
+        ):  # fmt: skip
+            assert post("/v1/label", json=body, headers=AUTHORISED).status_code == status, body
+        state = client.settled()
+        assert (state["labelled"], state["classes"]) == (0, [{"label": "owl", "photos": 0}])
+        image = client.http.get(f"/v1/label/photos/{state['queue'][0]['photo']}/image?size=64")
+        assert image.headers["content-type"] == "image/jpeg"
+        assert client.http.get("/v1/label/photos/99/image").status_code == 404
+        damaged = client.sources[0].sources.index(next(n for n in client.sources[0].sources if "damaged" in n))
+        assert client.http.get(f"/v1/label/photos/{damaged}/image").status_code == 404
+    assert not place.exists()
+
+
+def test_the_command_serves_and_a_killed_session_keeps_saved_labels(
+    pool: dict[str, str], tmp_path: Path, shared: Path, warm_path: str
+) -> None:
+    folder, index = Path(next(iter(pool))).parent, tmp_path / "idx"
+    model = f"local-dir:{shared / 'models' / 'lit-mini'}"
+    with _started(warm_path, folder, "--into", index, "--model", model, "--classes", "owl, crab") as (call, process):
+        state = call()
+        assert [one["label"] for one in state["classes"]] == ["owl", "crab"]
+        for one in state["queue"][:5]:
+            call({"labels": [{"photo": one["photo"], "label": pool[one["name"]]}]})
+        until = time.monotonic() + 60
+        while call()["unsaved"]:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        process.kill()
+    assert opened(index).n == 5
+    with _started(warm_path, folder, "--into", index) as (call, process):  # with the encoder of the index
+        assert call()["labelled"] == 5
+        call({"labels": [{"photo": call()["queue"][0]["photo"], "label": "owl"}]})
+        process.terminate()  # saves the label
+        assert process.wait(60) == 0
+    assert opened(index).n == 6
+
+
+@contextmanager
+def _started(path: str, *arguments: object) -> Iterator[tuple[Callable[..., dict[str, Any]], subprocess.Popen[str]]]:
+    program = [shutil.which("retrieval-tip", path=path) or "retrieval-tip", "label"]
+    process = subprocess.Popen([*program, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        line = next(line for line in process.stderr if "#token=" in line)
+        address, _, token = line.partition(" at ")[2].partition(";")[0].partition("/#token=")
+
+        def call(body: dict[str, Any] | None = None) -> dict[str, Any]:
+            headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+            data = None if body is None else json.dumps(body).encode()
+            with urllib.request.urlopen(urllib.request.Request(f"{address}/v1/label", data, headers)) as answer:
+                return json.load(answer)
+
+        yield call, process
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_features_cannot_be_labelled(shared: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
+    table = shared / "data" / "clip-food9" / "test.parquet"
+    told = run("label", table, "--into", tmp_path / "idx", "--model", f"local-dir:{shared / 'models' / 'lit-mini'}")
+    assert told.exit_code == 1
+    assert "labelling needs photos" in told.stderr
