@@ -1,4 +1,4 @@
-"""Commands that test an index on labelled images: ``evaluate``, ``sweep`` and ``report``."""
+"""Commands that test indexes on labelled images: ``evaluate``, ``compare``, ``sweep`` and ``report``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,17 @@ import click
 from retrieval_tip.cli import options
 from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import about, finish, print_facts, say, shown
-from retrieval_tip.cli.opening import checked, encoder_for, index_with, source_of
+from retrieval_tip.cli.opening import (
+    checked,
+    encoder_for,
+    encoder_of,
+    index_with,
+    load,
+    named_models,
+    source_of,
+)
 from retrieval_tip.cli.options import AnswerOptions, EncodingOptions, ReadingOptions
-from retrieval_tip.cli.parameters import FILE, FOLDER, SEEDS, SHARE, SHOTS, SOURCE
+from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, SEEDS, SHARE, SHOTS, SOURCE
 from retrieval_tip.errors import UsageError, counted, json_line, show
 
 if TYPE_CHECKING:
@@ -81,6 +89,68 @@ def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
     result["worst classes"] = ", ".join(f"{name} {shown(value)}" for name, value in worst)
     result["confusions"] = ", ".join(f"{a} as {b} ({times})" for a, b, times in evaluation.confusions) or "none"
     print_facts(result, 15)
+
+
+@command("compare")
+@click.argument("indexes", nargs=-1, type=INDEX)
+@click.argument("source", type=SOURCE)
+@click.option("--fitted-to", "shots", type=SOURCE,
+              help="Labelled photos to which both encoders are fitted, to compare encoders.")  # fmt: skip
+@click.option("--plot", type=FILE, help="PNG or SVG diagram of the comparison (requires matplotlib).")
+@options.JSON
+@options.MODELS
+@options.READING
+@options.ENCODING
+@click.pass_context
+def compare_command(
+    ctx: click.Context,
+    indexes: tuple[Place, ...],
+    source: Path | str,
+    shots: Path | str | None,
+    plot: Path | None,
+    as_json: bool,
+    models: tuple[str, ...],
+    weights: tuple[str, ...],
+    reading: ReadingOptions,
+    encoding: EncodingOptions,
+) -> None:
+    """Compare two indexes, or two encoders, on the same photos.
+
+    Give two INDEXES, or --fitted-to and two encoders (--model twice). Prints both accuracies with 95 % confidence
+    intervals, McNemar's exact test, and the photos to which the answers differ. A class that an index does not have
+    counts as wrong. If SOURCE has no labels, only the different answers are listed.
+    """
+    from retrieval_tip.cli.output import table_lines
+    from retrieval_tip.evaluation.compare import Side, compare
+    from retrieval_tip.index.encoders import compare_encoders
+    from retrieval_tip.report import plots
+
+    asked = named_models(encoding, models, weights)
+    if (len(indexes), len(asked), shots is None) not in ((2, 0, True), (0, 2, False)):
+        raise UsageError("compare: give two indexes, or --fitted-to SHOTS and --model twice")
+    if plot:
+        plots.needs_matplotlib()
+    items = source_of(source, reading, "test", labelled=False)
+    if shots is None:
+        a, b = (index_with(folder, AnswerOptions(), encoding) for folder in indexes)
+        name_a, name_b = (show(str(folder)) for folder in indexes)
+        with encoder_for(ctx, a, [items], encoding) as first, encoder_for(ctx, b, [items], encoding) as second:
+            comparison = compare(Side(name_a, a, first), Side(name_b, b, second), items)
+    else:
+        fitted_to = source_of(shots, reading.without_split(), "train")
+        (name_a, own_a), (name_b, own_b) = asked
+        with encoder_of(ctx, load(own_a), own_a) as first, encoder_of(ctx, load(own_b), own_b) as second:
+            comparison = compare_encoders((name_a, first), (name_b, second), fitted_to, items, encoding.device)
+    if plot:
+        plots.write(lambda: plots.draw_comparison(comparison), plot, show(str(source)))
+    if as_json:
+        click.echo(json_line(comparison.to_dict()))
+    else:
+        click.echo(str(comparison))
+        rows = comparison.differences.to_pylist()
+        for line in table_lines(rows, comparison.differences.column_names) if rows else ():
+            click.echo(line)
+    finish(ctx, comparison.skipped)
 
 
 @command("sweep")

@@ -68,6 +68,10 @@ EXAMPLES = {
         "classify indexes/things new --top 3 --output answers.csv",
     ],
     "evaluate": ["evaluate indexes/things new", "evaluate indexes/things new --plot diagrams --json"],
+    "compare": [
+        "compare indexes/things indexes/others new --plot compared.png",
+        "compare new --fitted-to photos --model clip --model dinov2",
+    ],
     "sweep": [
         "sweep indexes/things new --shots 1 --shots 4 --results runs.parquet",
         "sweep indexes/things new --shots 16 --seeds 5 --method closed-form --results runs.parquet",

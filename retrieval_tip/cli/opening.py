@@ -182,6 +182,24 @@ def backbone_for(
     return loaded
 
 
+def named_models(
+    encoding: EncodingOptions, models: Sequence[str], weights: Sequence[str]
+) -> list[tuple[str, EncodingOptions]]:
+    """Return the name of each encoder to compare, and the options that select it.
+
+    Raises UsageError if weights are not given for every model.
+    """
+    if weights and len(weights) != len(models):
+        raise UsageError(
+            f"--pretrained: given {len(weights)} times for {counted(len(models), 'model')}; give it once for each "
+            "--model, or auto for the recommended weights"
+        )
+    pairs = zip(models, (None if tag == "auto" else tag for tag in weights or ["auto"] * len(models)), strict=True)
+    return [
+        (" ".join(filter(None, (model, tag))), replace(encoding, model=model, pretrained=tag)) for model, tag in pairs
+    ]
+
+
 @contextmanager
 def encoder_of(
     ctx: click.Context, backbone: Backbone | None, encoding: EncodingOptions, views: ViewOptions | None = None

@@ -64,8 +64,8 @@ def grouped(name: str, kind: type[Any], *shown: Decorator) -> Decorator:
 class BackboneOptions:
     """Options that select a backbone, its precision, its runtime and its device."""
 
-    model: str | None
-    pretrained: str | None
+    model: str | None = None
+    pretrained: str | None = None
     device: str
     precision: Precision = "auto"
     runtime: Runtime = "auto"
@@ -198,6 +198,17 @@ MODEL = several(
         help="Weights to load: a tag, a checkpoint file, or TAG=FILE for a local copy.  [default: the recommended tag]",
     ),
 )
+MODELS = several(
+    BACKBONE_OPTION(
+        "--model", "models", multiple=True,
+        help="Encoder to compare (see retrieval-tip models). Can be repeated.",
+    ),
+    BACKBONE_OPTION(
+        "--pretrained", "weights", multiple=True,
+        help="Weights of each --model, in the same order: a tag, a checkpoint file, or auto for the recommended tag.  "
+             "[default: auto]",
+    ),
+)  # fmt: skip
 BACKBONE = several(
     MODEL,
     PRECISION,

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
 
+    from retrieval_tip.evaluation.compare import Compared
     from retrieval_tip.evaluation.sweep import Run, Summary
     from retrieval_tip.fit.closed_form import FormChoice
     from retrieval_tip.index.tune import Trial, Tuning
@@ -323,6 +325,44 @@ def draw_affinity(evaluation: Evaluation) -> Figure:
     axes.set(ylabel=f"share of pairs, % per bin of {edges[1] - edges[0]:.3f}")
     axes.legend(loc="upper left")
     _title(axes, "Affinity to the examples", f"{counted(evaluation.n, 'photo')}; dashed: means")
+    return figure
+
+
+def draw_comparison(comparison: Compared) -> Figure:
+    """Plot the accuracies of two sides with 95 % intervals, and by class, to how many photos only one side is right.
+
+    Without labels, plot the most frequent pairs of different answers.
+    """
+    a, b = map(_name, comparison.names)
+    facts = f"{counted(comparison.n, 'photo')}, {len(comparison.differences):,} with different answers"
+    if comparison.scores is None or comparison.p_value is None:
+        answers = zip(*(comparison.differences[name].to_pylist() for name in ("answer_a", "answer_b")), strict=True)
+        pairs = Counter(answers).most_common(FEWER_CLASSES)[::-1]
+        figure, axes = _figure(7, max(2.8, 0.2 * len(pairs) + 1.5))
+        axes.barh(range(len(pairs)), [times for _, times in pairs], color=BLUE)
+        axes.set_yticks(range(len(pairs)), [f"{_name(one)} / {_name(two)}" for (one, two), _ in pairs], fontsize=8)
+        axes.set(xlabel="photos")
+        _title(axes, f"Different answers of {a} / {b}", facts)
+        return figure
+    rows = zip(comparison.differences["label"].to_pylist(), comparison.differences["right"].to_pylist(), strict=True)
+    alone = Counter(row for row in rows if row[1] != "neither")
+    classes = sorted({name for name, _ in alone}, key=lambda name: (alone[name, "A"] + alone[name, "B"], name))
+    classes = classes[-FEWER_CLASSES:]
+    m = len(classes)
+    figure, (axes, below) = _grid(7, 3.4 + 0.2 * m, 2, 1, height_ratios=[1.2, 0.6 + 0.2 * m])
+    for place, (score, colour) in enumerate(zip(comparison.scores, (BLUE, ORANGE), strict=True)):
+        ends = [[100 * (score.accuracy - score.interval[0])], [100 * (score.interval[1] - score.accuracy)]]
+        axes.errorbar([100 * score.accuracy], [1 - place], xerr=ends, fmt="o", color=colour, capsize=4, linewidth=1.8)
+    axes.set(ylim=(-0.6, 1.6), xlabel="top-1 accuracy, % (bars: 95 % intervals)")
+    axes.set_yticks([1, 0], [a, b])
+    _title(axes, "Comparison", f"{facts}; McNemar's test: p = {comparison.p_value:.2g}")
+    for side, sign, colour in (("A", -1, BLUE), ("B", 1, ORANGE)):
+        below.barh(range(m), [sign * alone[name, side] for name in classes], color=colour)
+    below.axvline(0, color=BLACK, linewidth=0.8)
+    below.set_ylim(-0.7, max(m, 1) - 0.3)
+    below.set_yticks(range(m), list(map(_name, classes)), fontsize=8)
+    below.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+    below.set(xlabel=f"photos on which only {a} (left) or only {b} (right) is right")
     return figure
 
 

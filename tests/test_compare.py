@@ -1,0 +1,152 @@
+"""Two indexes, or two encoders, on the same photos: the figures against plain NumPy and scipy."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tables import read_features, tiny, unit, unit_rows, write_table
+
+from retrieval_tip import CacheModel, Encoder, build_index, load_backbone, open_source
+from retrieval_tip.data.sources import open_items
+from retrieval_tip.errors import InputError
+from retrieval_tip.evaluation.compare import Side, compare, mcnemar
+from retrieval_tip.evaluation.evaluate import evaluate
+from retrieval_tip.fit import closed_form
+
+NAMES = ["cat", "sea horse", "owl", "ant"]
+CENTRES = unit_rows(4, 12, 3)
+
+
+def rows_around(ids, seed, spread=0.35):
+    return unit(CENTRES[ids] + spread * unit_rows(len(ids), 12, seed) * 3)
+
+
+def side(name, names, each, seed):
+    """An index of the given classes, which may be spelled in another way."""
+    known = [NAMES.index(own.replace("_", " ").lower()) for own in names]
+    cache = CacheModel.from_features(
+        rows_around(np.repeat(known, each), seed), [own for own in names for _ in range(each)], names, device="cpu"
+    )
+    closed_form.fit(cache)
+    return Side(name, cache, Encoder())
+
+
+@pytest.fixture
+def sides():
+    return side("few", ["ant", "cat", "Sea_Horse"], 3, 1), side("many", NAMES, 6, 2)
+
+
+@pytest.fixture
+def table(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 4, 90)
+    return write_table(tmp_path / "test.parquet", rows_around(ids, 7, 0.5), [NAMES[i] for i in ids])
+
+
+def test_the_figures_are_those_of_plain_counting(sides, table):
+    stats = pytest.importorskip("scipy.stats")
+    found = compare(*sides, open_source(table))
+    features, labels = read_features(table)
+    answers = []
+    for own in sides:
+        names = np.array([name.replace("_", " ").lower() for name in own.index.class_names])
+        answers.append(names[own.index.logits(features).argmax(1).numpy()])
+    right = [answer == labels for answer in answers]
+    assert [score.right for score in found.scores] == [part.sum() for part in right]
+    only = [int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())]
+    assert [score.alone for score in found.scores] == only
+    assert min(only) > 0
+    for score, part in zip(found.scores, right, strict=True):
+        expected = stats.binomtest(int(part.sum()), len(part)).proportion_ci(0.95, "wilson")
+        assert score.interval == pytest.approx((expected.low, expected.high), abs=1e-3)
+    assert found.p_value == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue)
+    differ = np.flatnonzero(answers[0] != answers[1])
+    rows = found.differences.to_pylist()
+    assert [row["input"] for row in rows] == [f"item-{i}" for i in differ]
+    for row, i in zip(rows, differ, strict=True):
+        winner = "A" if right[0][i] else "B" if right[1][i] else "neither"
+        assert tuple(row.values())[1:] == (labels[i], answers[0][i], answers[1][i], winner)
+    owls = (labels == "owl").sum()
+    assert (found.scores[0].lacking, found.scores[0].lost, found.scores[1].lacking) == (["owl"], owls, [])
+    assert f"few does not have 1 class of the photos (owl); {owls} photos count as wrong" in str(found)
+    assert "many is significantly better" in str(found)
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_mcnemars_test_is_the_exact_binomial_test(a, b):
+    stats = pytest.importorskip("scipy.stats")
+    assert mcnemar(a, b) == pytest.approx(stats.binomtest(a, a + b).pvalue if a + b else 1, rel=1e-9)
+
+
+def test_without_labels_only_the_differences_are_listed(sides, table, tmp_path):
+    features, _ = read_features(table)
+    bare = write_table(tmp_path / "bare.parquet", features)
+    found, known = compare(*sides, open_items(bare)), compare(*sides, open_source(table))
+    assert (found.scores, found.p_value) == (None, None)
+    assert found.differences["input"] == known.differences["input"]
+    assert "sea horse" not in found.differences["answer_b"].to_pylist()  # spelled as in A
+    assert set(found.differences["right"].to_pylist()) == {None}
+    differ = len(known.differences)
+    assert str(found) == f"few and many classify 90 photos. They give different answers to {differ} photos."
+
+
+def test_photos_that_cannot_be_compared_are_named(sides, table, tmp_path):
+    features, labels = read_features(table)
+    for own, named in ((["zebra"] * 90, "neither few nor many"), ([*labels[:-1], None], "row 89")):
+        with pytest.raises(InputError, match=f"odd.parquet: .*{named}"):
+            compare(*sides, open_items(write_table(tmp_path / "odd.parquet", features, own)))
+    with pytest.raises(InputError, match="no items"):
+        compare(*sides, open_source(table).take([]))
+
+
+def test_the_command_prints_the_comparison(sides, table, tmp_path, run):
+    for own in sides:
+        own.index.save(tmp_path / own.name)
+    found = compare(*sides, open_source(table))
+    folders = tmp_path / "few", tmp_path / "many"
+    done = run("compare", *folders, table, "--plot", tmp_path / "plot.svg")
+    first, heading, *lines = done.stdout.splitlines()
+    assert (done.exit_code, heading.split()) == (0, ["input", "label", "answer_a", "answer_b", "right"])
+    assert first == str(found).replace("few", str(folders[0])).replace("many", str(folders[1]))
+    assert len(lines) == len(found.differences)
+    assert "McNemar" in (tmp_path / "plot.svg").read_text()
+    facts = json.loads(run("compare", *folders, table, "--json").stdout)
+    assert facts["differences"] == found.differences.to_pylist()
+    assert (facts["top1_a"], facts["p_value"]) == (found.scores[0].accuracy, found.p_value)
+    features, _ = read_features(table)
+    bare = write_table(tmp_path / "bare.parquet", features)
+    assert run("compare", *folders, bare, "--plot", tmp_path / "bare.png").exit_code == 0
+    assert (tmp_path / "bare.png").stat().st_size > 1000
+    for wrong in (folders[:1], (*folders, "--model", "a"), ("--fitted-to", table, "--model", "a")):
+        done = run("compare", *wrong, table)
+        assert (done.exit_code, done.stdout) == (2, "")
+
+
+def test_two_encoders_are_fitted_to_the_same_photos(tmp_path, run):
+    draw = np.random.default_rng(0)
+    for part, each in (("shots", 4), ("test", 8)):
+        for name, colour in (("red", (200, 60, 60)), ("green", (60, 200, 60)), ("blue", (60, 60, 200))):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(each):
+                pixels = np.clip(draw.normal(colour, 90, (24, 24, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
+    (tmp_path / "test/red/broken.png").write_bytes(b"no image")
+    models = [f"local-dir:{tiny(tmp_path / name, seed)}" for name, seed in (("one", 0), ("two", 1))]
+    shots = ("--fitted-to", tmp_path / "shots")
+    done = run("compare", tmp_path / "test", *shots, "--model", models[0], "--model", models[1], "--json")
+    assert done.exit_code == 3, done.stderr
+    facts = json.loads(done.stdout)
+    assert (facts["a"], facts["n"], facts["skipped"]) == (models[0], 24, 1)
+    for letter, model in zip("ab", models, strict=True):
+        encoder = Encoder(load_backbone(model, device="cpu"))
+        index = build_index(open_source(tmp_path / "shots"), tmp_path / letter, encoder, device="cpu")
+        assert facts[f"top1_{letter}"] == evaluate(index, open_source(tmp_path / "test"), encoder).top1
+    features = tmp_path / "features.parquet"
+    assert run("encode", tmp_path / "shots", "--model", models[0], "--out", features).exit_code == 0
+    refused = run("compare", tmp_path / "test", "--fitted-to", features, "--model", models[0], "--model", models[1])
+    assert refused.exit_code == 2
+    assert "features.parquet" in refused.stderr
