@@ -1,0 +1,96 @@
+"""The accuracy of the unlabelled photos, estimated from random labels: against classifiers without those labels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.special
+from tables import unit, unit_rows
+
+from retrieval_tip import CacheModel
+from retrieval_tip.errors import UsageError
+from retrieval_tip.fit import closed_form, folds
+from retrieval_tip.fit.forms import Form
+from retrieval_tip.labelling import progress
+from retrieval_tip.labelling.progress import Estimate, estimate_rest, gain_of
+
+NAMES = list("abcd")
+CENTRES, TEXT = unit_rows(4, 10, 5), unit(unit_rows(4, 10, 5) + 0.8 * unit_rows(4, 10, 6))
+
+
+def index_of(n, text, seed=0):
+    """A fitted index of an uneven number of photos of each class, and two photos with the same source."""
+    ids = np.random.default_rng(seed).choice(4, n, p=[0.5, 0.25, 0.2, 0.05])
+    features = unit(CENTRES[ids] + 1.5 * unit_rows(n, 10, seed + 1))
+    sources = [f"photo-{max(i, 1)}" for i in range(n)]
+    index = CacheModel.from_features(features, ids, NAMES, TEXT if text else None, sources=sources, device="cpu")
+    closed_form.fit(index)
+    return index, features, ids
+
+
+def answers_without(index, features, ids, asked, kept):
+    """Logits of each photo from a new index over the kept photos but itself."""
+    form, logits = Form.of(index.fitted, index.settings.beta), []
+    for photo in asked:
+        others = [i for i in kept if i != photo and not {i, photo} <= {0, 1}]
+        text = TEXT if index.has_text else None
+        other = CacheModel.from_features(features[others], ids[others], NAMES, text, device="cpu")
+        closed_form.fit(other, forms=[form])
+        other.settings = replace(index.settings)
+        own = other.logits(features[photo : photo + 1])[0].numpy()
+        own[[text is None and i not in ids[others] for i in range(4)]] = -np.inf
+        logits.append(own)
+    return np.array(logits)
+
+
+def highest(logits, temperature):
+    return scipy.special.softmax(logits / temperature, axis=1).max(axis=1)
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_each_random_photo_is_classified_without_its_label(text):
+    index, features, ids = index_of(40, text)
+    rest, temperature = unit(CENTRES[np.arange(60) % 4] + 1.5 * unit_rows(60, 10, 9)), index.settings.temperature
+    before = index.logits(rest).numpy()
+    random = [1, 7, 12, 20, 28, 33, 38]  # at most PARTS, so that each is held out alone
+    logits = answers_without(index, features, ids, random, range(40))
+    right = logits.argmax(axis=1) == ids[random]
+    assert 0 < right.sum() < 7
+    found = estimate_rest(index, [*random, 0, 999], rest)  # 0 is another key of the same photo as 1; 999 is unknown
+    assert (found.right, found.n) == (right.sum(), 7)
+    more = highest(before, temperature).mean() - highest(logits, temperature).mean()
+    assert found.accuracy == pytest.approx(np.clip(right.mean() + more, 0, 1), abs=1e-4)
+    assert (found.low, found.high) == closed_form.wilson(found.accuracy, 7)
+    assert (index.logits(rest).numpy() == before).all()
+    half = answers_without(index, features, ids, random, range(20)).argmax(axis=1) == ids[random]
+    assert gain_of(index, random, 20) == pytest.approx(max(0, right.mean() - half.mean()) * np.log2(1.5))
+
+
+def test_parts_of_many_random_photos_are_classified_without_any_label_of_their_part(monkeypatch):
+    index, features, _ = index_of(30, True)
+    monkeypatch.setattr(progress, "PARTS", 2)
+    seen = []
+    monkeypatch.setattr(progress, "Held", lambda *given: seen.append(given) or folds.Held(*given))
+    found = estimate_rest(index, range(30), features[:0])
+    assert found.n == 29
+    assert found.accuracy == found.right / 29
+    keys = np.asarray(index.keys)
+    for own, own_ids, others in seen:
+        assert len(own) in (14, 15)
+        rest = keys[others.numpy()]
+        assert not (rest @ own.numpy().T > 0.9999).any()
+        assert len(own_ids) + len(rest) in (29, 30)
+
+
+def test_without_random_labels_nothing_is_claimed():
+    index, features, _ = index_of(30, False)
+    assert estimate_rest(index, [], features) == Estimate(0, 0, 0.0, 0.0, 1.0)
+    assert gain_of(index, [99], 20) is None
+    with pytest.raises(UsageError, match="more"):
+        gain_of(index, [1], 0)
+    single = CacheModel.from_features(features[:2], [0, 1], NAMES, device="cpu")
+    closed_form.fit(single)
+    assert estimate_rest(single, [0, 1], features).right == 0  # without its label, each class is unknown
+    assert gain_of(single, [0], 2) is None
