@@ -26,6 +26,7 @@ from retrieval_tip.errors import InputError, RetrievalTipError, counted
 from retrieval_tip.index import changes, places
 from retrieval_tip.labelling.labels import NONE, Label, LabelledPhoto, alike, guesses, known_photos, save_labels
 from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool, suggest_features
+from retrieval_tip.labelling.progress import estimate_rest, gain_of
 from retrieval_tip.labelling.queue import QUEUED, Picked, Queue, Queued
 from retrieval_tip.server import schemas
 from retrieval_tip.server.problems import Problem
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 BATCH, WAIT = 5, 3.0
 """Number of labels to save at once, and seconds to wait for them. Each batch is a version of the index."""
+DRAWN, MORE = 20, 20
+"""Number of random photos from which the accuracy is estimated, and of further labels whose gain is estimated."""
 CHUNK = 32
 """Number of photos to encode at a time."""
 RETRY = 5.0
@@ -92,7 +95,7 @@ class Labelling:
         self._last: _Saved | None = None
         self._facts: dict[int, tuple[dict[str, float], list[int]]] = {}
         self._chosen: tuple[Version | None, int] = (None, 0)
-        self._measured: Version | None = None
+        self._measured_at: Version | None = None
         self._progress: schemas.LabelProgress | None = None
         self._problem: str | None = None
         self._trouble: str | None = None
@@ -140,7 +143,7 @@ class Labelling:
             similar = [photo for photo in others if photo not in taken]
             chances = [schemas.Guess(label, chance) for label, chance in probable.items() if label != NONE]
             shown.append(schemas.QueuedPhoto(one.photo, self._names[one.photo], one.picked, one.why, chances, similar))
-        busy = self._choice_due() or version is not self._measured or bool(self._unsaved)
+        busy = self._choice_due() or version is not self._measured_at or bool(self._unsaved)
         return schemas.LabellingStatus(
             self.name, None if version is None else version.manifest.version,
             photos=len(self._names) - len(self._unreadable), encoded=len(self._encoded), labelled=len(self._labels()),
@@ -288,7 +291,7 @@ class Labelling:
             version = self._version()
             if self._choice_due():
                 await self._choose(version)
-            elif version is not None and version is not self._measured:
+            elif version is not None and version is not self._measured_at:
                 await self._measure(version)
             else:
                 with suppress(TimeoutError):
@@ -333,12 +336,17 @@ class Labelling:
 
     async def _measure(self, version: Version) -> None:
         """Estimate the accuracy on the unlabelled photos from the photos that were drawn at random."""
-        rows = [
-            one.row for photo, one in self._known.items() if one.picked == "random" and photo not in self._withdrawn
-        ]
-        self._progress = await self._service.run(self._thinking, _measured, version.cache, rows)
-        self._measured = version
+        known = [self._known[photo] for photo in self._known.keys() - self._withdrawn]
+        drawn = [one.key_id for one in known if one.picked == "random"]
+        self._progress = schemas.LabelProgress(len(drawn), DRAWN)
+        rest = sorted(self._encoded - self._taken())
+        if len(drawn) >= DRAWN and rest and version.cache.n <= self._service.limits.estimated:
+            self._progress = await self._service.run(self._thinking, self._measured_on, rest, version.cache, drawn)
+        self._measured_at = version
 
-
-def _measured(index: AnsweringIndex, drawn: Sequence[int]) -> schemas.LabelProgress:
-    return schemas.LabelProgress(len(drawn), None, None, None, 20, None)
+    def _measured_on(self, rest: Sequence[int], index: AnsweringIndex, drawn: Sequence[int]) -> schemas.LabelProgress:
+        assert self._features is not None
+        cache = index.in_memory()
+        found = estimate_rest(cache, drawn, self._features[rest])
+        gain = gain_of(cache, drawn, MORE)
+        return schemas.LabelProgress(len(drawn), DRAWN, found.accuracy, found.low, found.high, MORE, gain)

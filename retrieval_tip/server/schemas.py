@@ -446,18 +446,19 @@ class LabelClass:
 
 @dataclass(frozen=True)
 class LabelProgress:
-    """The estimated accuracy on unlabelled photos, with a 95 % interval.
+    """The estimated accuracy on unlabelled photos, with a 95 % confidence interval.
 
-    ``drawn`` is the number of random photos behind the estimate. If it is too small, the other fields are null.
-    ``gain`` is the expected gain from ``more`` labels.
+    ``drawn`` is the number of random photos that are labelled. If it is below ``needed``, or if the index is very
+    large, the accuracy is null. ``gain`` is the expected gain from ``more`` labels.
     """
 
     drawn: int
-    accuracy: float | None
-    low: float | None
-    high: float | None
-    more: int
-    gain: float | None
+    needed: int
+    accuracy: float | None = None
+    low: float | None = None
+    high: float | None = None
+    more: int | None = None
+    gain: float | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import { state } from "./state.js";
 const NONE = "none of these"; // the class of photos that belong to no other class
 const CHOICES = 9; // one for each digit key
 const AHEAD = 4; // number of upcoming photos to show
-const ENOUGH = 20; // number of random photos from which the accuracy is shown
 const LARGE = 1024; // size of the photo, in pixels
 const AGAIN = 1000; // ms between two requests for the state, or between two attempts to send labels
 
@@ -157,7 +156,9 @@ function progress() {
     const { accuracy, low, high, gain, more } = estimate;
     parts.push(`About ${whole(accuracy)} % of the rest are classified correctly (${whole(low)} to ${whole(high)} %).`);
     if (gain !== null) parts.push(`${more} more labels: about +${whole(Math.max(0, gain))} %.`);
-  } else if (rest && number) parts.push(`It is too early to estimate the accuracy: ${estimate?.drawn ?? 0} of ${ENOUGH} random photos are labelled.`);
+  } else if (rest && estimate && estimate.drawn < estimate.needed) {
+    parts.push(`It is too early to estimate the accuracy: ${estimate.drawn} of ${estimate.needed} random photos are labelled.`);
+  }
   $("label-progress").textContent = parts.join(" ").trim();
   $("label-bar").value = photos ? number / photos : 0;
   const waiting = [];
