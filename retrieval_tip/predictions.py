@@ -35,6 +35,7 @@ PREDICTIONS = {
     "opposing": pa.struct(list(_NEIGHBOUR.items())),
     "keys": pa.int64(),
     "unlike": pa.bool_(),
+    "group": pa.int64(),
 }
 """The columns that ``classify`` can write, and their types."""
 SCHEMA = pa.schema(list(PREDICTIONS.items()))
@@ -106,6 +107,7 @@ class Prediction:
             the index. ``None`` if the index has no such setting.
         opposing: the shot with the most negative contribution. If no contribution is negative, it is the shot that
             contributes most to the runner-up. ``None`` if no shot counts against the answer.
+        group: the number of the group of similar photos without a match (see :func:`groups.group_unlike`), or ``None``.
     """
 
     label: str
@@ -120,6 +122,7 @@ class Prediction:
     unlike: bool | None = None
     opposing: Neighbour | None = None
     discriminant_logit: float | None = None
+    group: int | None = None
 
     def _repr_html_(self) -> str:
         classes = zip(self.labels, map(shown_probability, self.probabilities), strict=True)

@@ -92,11 +92,20 @@ class RowOptions:
     with_logits: bool
     certify: bool
     abstain: Abstain
+    group_unlike: bool
+
+    def check_groups(self, cache: AnsweringIndex, engine: EngineOptions) -> None:
+        """Raise UsageError if photos without a match cannot be grouped."""
+        if self.group_unlike and cache.settings.least_cache is None:
+            raise UsageError("--group-unlike: the index does not know which images have no match; fit it first")
+        if self.group_unlike and engine.is_ray:
+            raise UsageError("--group-unlike: compares all images, which --engine ray cannot; leave one of them out")
 
     def columns(self, cache: AnsweringIndex) -> list[str]:
         """Return the column names."""
         columns = ["input", "label", "probability"]
         columns += ["unlike"] if cache.settings.least_cache is not None else []
+        columns += ["group"] if self.group_unlike else []
         columns += ["labels", "probabilities"] if self.top > 1 else []
         columns += ["logits"] if self.with_logits else []
         if self.explain:
@@ -120,6 +129,8 @@ _ROWS = options.grouped(
     options.ANSWER_OPTION("--abstain", type=Abstaining(),
                  help="Withhold the label if its probability is below P. With auto, the label is withheld if the "
                       "probability is below 0.5 or the image has no match."),
+    options.ANSWER_OPTION("--group-unlike", is_flag=True,
+                 help="Group similar images that have no match. The column group numbers the groups, largest first."),
 )  # fmt: skip
 
 
@@ -158,6 +169,7 @@ def classify(
     from retrieval_tip.predictions import PREDICTIONS
 
     loaded = index_with(folder, answer, encoding)
+    rows.check_groups(loaded, engine)
     columns = rows.columns(loaded)
     schema = pa.schema([(column, PREDICTIONS[column]) for column in columns])
     if engine.is_ray:
@@ -170,12 +182,12 @@ def classify(
 
         def answers() -> Iterator[pa.Table]:
             nonlocal total, unmatched
-            for source in sources:
-                for table in _rows(rows, schema, loaded, source, encoder):
-                    settled.update(table["keys"].to_pylist() if rows.certify else ())
-                    total += len(table)
-                    unmatched += pc.sum(table["unlike"]).as_py() or 0 if "unlike" in columns else 0
-                    yield rounded(table) if printing.style == "csv" else table
+            each = chain.from_iterable(_rows(rows, schema, loaded, source, encoder) for source in sources)
+            for table in _grouped(rows, schema, loaded, sources, encoder) if rows.group_unlike else each:
+                settled.update(table["keys"].to_pylist() if rows.certify else ())
+                total += len(table)
+                unmatched += pc.sum(table["unlike"]).as_py() or 0 if "unlike" in columns else 0
+                yield rounded(table) if printing.style == "csv" else table
 
         known = {"input": chain.from_iterable(source.sources for source in sources), "label": loaded.class_names}
         write_tables(answers(), schema, printing.style, printing.output, prediction_details, known)
@@ -224,6 +236,22 @@ def _rows(
         source, encoder, rows.top, neighbours=rows.neighbours if rows.explain else 0, certify=rows.certify
     )
     return (block.written(schema.names, rows.abstain) for block in answers)
+
+
+def _grouped(
+    rows: RowOptions, schema: pa.Schema, index: AnsweringIndex, sources: Sequence[Source], encoder: Encoder
+) -> Iterator[pa.Table]:
+    from retrieval_tip.labelling.groups import MOST, classify_in_groups
+    from retrieval_tip.labelling.photos import Pool
+    from retrieval_tip.predictions import ROWS
+
+    pool = Pool.of(sources, encoder)
+    neighbours = rows.neighbours if rows.explain else 0
+    answers = classify_in_groups(index, pool, rows.top, neighbours, certify=rows.certify)
+    table = answers.written(schema.names, rows.abstain)
+    if (unlike := table["unlike"].to_pylist().count(True)) > MOST:
+        say(f"Grouped {MOST:,} of {unlike:,} images without a match, drawn at random; the others joined these groups")
+    return (table.slice(start, ROWS) for start in range(0, len(table), ROWS))
 
 
 def _say_settled(cache: AnsweringIndex, settled: dict[int, int]) -> None:

@@ -15,7 +15,7 @@ import torch
 from retrieval_tip import tip
 from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Identity, same_backbone
-from retrieval_tip.bounds import check_count
+from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, counted
@@ -95,6 +95,7 @@ class Pool:
         digests: list[str | None] = []
         features: list[npt.NDArray[np.float32]] = []
         identity: Identity | None = None
+        total = sum(map(len, sources))
         for source in sources:
             own = identity_of(source, encoder)
             if own is not None and identity is not None:
@@ -104,6 +105,9 @@ class Pool:
                 if features and block.features.shape[1] != features[0].shape[1]:
                     lengths = f"{block.features.shape[1]} values; earlier photos have {features[0].shape[1]}"
                     raise InputError(f"{source.name}: its features have {lengths}")
+                if not features:
+                    needed = 8 * total * block.features.shape[1]  # the blocks and their concatenation
+                    check_memory(needed, f"features of {total:,} photos", "use fewer photos at a time")
                 columns = ItemColumns.of(source.items.take(pa.array(block.positions)), block.digests)
                 names += columns.sources.to_pylist()
                 digests += columns.digests

@@ -1,0 +1,145 @@
+"""Group photos without a match, so that each group can be named at once.
+
+Photos are merged by average linkage: the two groups whose photos are most similar on average are merged, until no two
+groups reach the threshold. The similarity is the inner product ``phi(x) phi(y)^T`` in the metric of the index, and the
+threshold lies halfway between shots of the same class and shots of different classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch.nn.functional import normalize
+
+from retrieval_tip import tip
+from retrieval_tip.answering import AnsweringIndex
+from retrieval_tip.bounds import check_memory
+from retrieval_tip.labelling.photos import MOST_KEYS, Pool
+from retrieval_tip.predictions import PREDICTIONS, Predictions
+from retrieval_tip.retrieval import inputs
+from retrieval_tip.retrieval.inputs import Features
+from retrieval_tip.retrieval.logits import slices
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+MOST = 8192
+"""Number of photos that are compared with each other, which takes 256 MiB. If there are more, a sample is drawn."""
+BLOCK = 4096
+"""Number of other photos that are compared with the groups at a time."""
+
+
+def group(features: Features, threshold: float, metric: tip.Metric | None = None) -> list[IntArray]:
+    """Group features by average linkage, and return the rows of each group, largest group first.
+
+    A feature that is similar to no other feature is in no group. If there are more than ``MOST`` features, a random
+    sample is grouped. Each other feature then joins the group that it is most similar to on average, if that
+    similarity reaches the threshold.
+
+    Args:
+        features: the features of the photos, of shape ``[m, d]``.
+        threshold: the lowest average similarity at which two groups are merged (see :func:`threshold_of`).
+        metric: the metric of the similarity. Defaults to the cosine.
+
+    Raises InputError if ``features`` is not a finite array of this shape, and UsageError if there is too little memory.
+    """
+    raw = inputs.matrix(features, "features")
+    m, d = raw.shape
+    check_memory(4 * (2 * m * d + min(m, MOST) ** 2), f"{m:,} photos without a match", "classify fewer at a time")
+    points = _points(raw, metric)
+    order = np.random.default_rng(0).permutation(m) if m > MOST else np.arange(m)
+    sample, others = np.sort(order[:MOST]), np.sort(order[MOST:])
+    groups = [sample[rows] for rows in _linked(points[sample], threshold) if len(rows) > 1]
+    if groups and len(others):
+        centres = np.stack([points[rows].mean(axis=0) for rows in groups])
+        for part in slices(len(others), BLOCK):
+            similarity = points[others[part]] @ centres.T
+            best = np.where(similarity.max(axis=1) >= threshold, similarity.argmax(axis=1), -1)
+            groups = [np.append(rows, others[part][best == place]) for place, rows in enumerate(groups)]
+    return sorted(map(np.sort, groups), key=lambda rows: (-len(rows), rows[0]))
+
+
+def _points(raw: npt.NDArray[np.floating], metric: tip.Metric | None) -> FloatArray:
+    f = torch.from_numpy(raw.astype(np.float32, copy=False))
+    points: FloatArray = (normalize(f) if metric is None else metric.to("cpu")(f)).numpy()
+    return points
+
+
+def _linked(points: FloatArray, threshold: float) -> Iterator[Sequence[int]]:
+    """Yield the rows of each group, including groups of one.
+
+    The mean similarity of two groups is ``sums[a, b] / (counts[a] counts[b])``. Merging two groups never makes the
+    result more similar to a third group than both were, so groups that are each other's best partner can be merged in
+    any order (nearest-neighbour chains, Murtagh, 1983), and a group without a partner is complete.
+    """
+    sums, counts = points @ points.T, np.ones(len(points), dtype=np.float32)
+    left, members = np.ones(len(points), dtype=bool), [[row] for row in range(len(points))]
+    chain: list[int] = []
+    while left.any():
+        last = chain[-1] if chain else int(left.argmax())
+        means = np.where(left, sums[last] / (counts[last] * counts), -np.inf)
+        means[last] = -np.inf
+        best = int(means.argmax())
+        before = chain[-2] if len(chain) > 1 else best
+        best = before if means[before] == means[best] else best  # otherwise, ties could form a circle
+        if not means[best] >= threshold:
+            left[last] = False
+            chain = chain[:-1]
+            yield members[last]
+        elif len(chain) > 1 and best == before:
+            sums[best] += sums[last]
+            sums[:, best] = sums[best]  # a copy keeps the matrix exactly symmetric
+            counts[best] += counts[last]
+            members[best] += members[last]
+            left[last] = False
+            chain = chain[:-2]
+        else:
+            chain = [*(chain or [last]), best]
+
+
+def threshold_of(index: AnsweringIndex) -> float:
+    """Return the mean of two similarities: between shots of the same class, and between shots of different classes.
+
+    The former is the mean over all classes that have two shots, or 1 if there are none. The latter is the mean over all
+    pairs, or 0 if there is one class. If there are very many shots, a sample is used.
+    """
+    keys, described = index.some(MOST_KEYS)
+    points = torch.from_numpy(_points(keys, index.metric)).double()
+    ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64))
+    c = len(index.class_names)
+    sums = torch.zeros(c, points.shape[1], dtype=torch.float64).index_add_(0, ids, points)
+    n, squares = torch.bincount(ids, minlength=c).double(), (sums * sums).sum(1)
+    some = n > 1
+    same = float(((squares - n) / (n * (n - 1)))[some].mean()) if some.any() else 1.0
+    pairs = float(n.sum() ** 2 - (n * n).sum())
+    other = float((sums.sum(0) ** 2).sum() - squares.sum()) / pairs if pairs else 0.0
+    return (same + other) / 2
+
+
+def group_unlike(index: AnsweringIndex, features: FloatArray, answers: Predictions) -> Predictions:
+    """Add the column ``group`` to the answers for features of shape ``[q, d]``.
+
+    The groups of photos without a match are numbered from 1, largest first. Other photos, and photos that are similar
+    to no other photo without a match, have no group.
+    """
+    table = answers.to_arrow()
+    unlike = np.flatnonzero(table["unlike"].to_numpy())
+    numbers = np.zeros(len(table), dtype=np.int64)
+    if len(unlike):
+        for number, rows in enumerate(group(features[unlike], threshold_of(index), index.metric), 1):
+            numbers[unlike[rows]] = number
+    column = pa.array(numbers, PREDICTIONS["group"], mask=numbers == 0)
+    return Predictions(table.append_column("group", column))
+
+
+def classify_in_groups(index: AnsweringIndex, pool: Pool, top: int, neighbours: int, *, certify: bool) -> Predictions:
+    """Classify photos as :meth:`answering.AnsweringIndex.classify` does, and group the photos without a match."""
+    answers = (
+        index.classify(pool.features[part], top, neighbours=neighbours, certify=certify, norms="keep")
+        for part in index.parts(len(pool.features))
+    )
+    return group_unlike(index, pool.features, Predictions.joined(answers).named(pa.array(pool.names, pa.string())))

@@ -1,0 +1,150 @@
+"""Groups of photos without a match: average linkage against its definition, the threshold, and the command."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import cache_of
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from sklearn.cluster import AgglomerativeClustering
+from tables import unit, unit_rows, write_table
+
+from retrieval_tip import CacheModel, Classifier, tip
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.fit import closed_form
+from retrieval_tip.fit.forms import FORMS
+from retrieval_tip.labelling import groups
+from retrieval_tip.labelling.groups import group, threshold_of
+
+
+def linked(points, threshold):
+    """Return the groups of at least two rows that scikit-learn finds."""
+    clusters = AgglomerativeClustering(None, metric="precomputed", linkage="average", distance_threshold=1 - threshold)
+    ids = clusters.fit_predict(1 - points @ points.T)
+    assume(np.abs(clusters.distances_ - (1 - threshold)).min() > 1e-5)
+    return sorted(rows for i in set(ids) if len(rows := np.flatnonzero(ids == i).tolist()) > 1)
+
+
+@given(st.integers(2, 60), st.floats(-0.3, 0.9), st.booleans(), st.booleans(), st.integers(0, 2**32 - 1))
+def test_groups_are_those_of_average_linkage(m, threshold, with_metric, with_copies, seed):
+    draw = np.random.default_rng(seed)
+    features = draw.normal(size=(m, 6)) + draw.normal(size=(5, 6))[np.arange(m) % 5]
+    features = features.astype(np.float32)
+    if with_copies:
+        features[m // 2 :] = features[: m - m // 2]
+    mean, transform = draw.normal(size=6).astype(np.float32), draw.normal(size=(6, 6)).astype(np.float32)
+    metric = tip.Metric(*map(torch.from_numpy, (mean, transform))) if with_metric else None
+    found = group(features, threshold, metric)
+    points = unit((features - mean).astype(float) @ transform if with_metric else features.astype(float))
+    assert sorted(rows.tolist() for rows in found) == linked(points, threshold)
+    assert [(-len(rows), rows[0]) for rows in found] == sorted((-len(rows), rows[0]) for rows in found)
+
+
+def test_more_photos_than_are_compared_join_the_groups_of_a_sample(monkeypatch):
+    sizes, real = [], groups._linked
+    monkeypatch.setattr(groups, "_linked", lambda points, t: sizes.append(len(points)) or real(points, t))
+    monkeypatch.setattr(groups, "MOST", 40)
+    monkeypatch.setattr(groups, "BLOCK", 7)
+    centres = np.eye(8, dtype=np.float32)[:3]
+    features = unit(centres[np.arange(120) % 3] + 0.1 * unit_rows(120, 8))
+    features[:5] = -features[:5]  # these are similar to no group
+    own = [set(rows.tolist()) for rows in group(features, 0.5)]
+    alone = set(range(5))
+    assert sizes == [40]
+    assert (
+        sorted(rows - alone == set(range(i, 120, 3)) - alone for rows in own for i in [min(rows - alone) % 3])
+        == [True] * 3
+    )
+    monkeypatch.setattr("retrieval_tip.bounds.memory", lambda: 1000)
+    with pytest.raises(UsageError, match="memory"):
+        group(features, 0.5)
+    with pytest.raises(InputError, match=r"^features"):
+        group(np.full((3, 4), np.nan), 0.5)
+
+
+@pytest.mark.parametrize("counts", [(4, 2, 1), (1, 1, 1), (3, 0, 0)])
+@pytest.mark.parametrize("with_metric", [True, False])
+def test_the_threshold_lies_between_same_and_other_classes(counts, with_metric):
+    ids = np.repeat(range(3), counts)
+    keys = unit_rows(len(ids), 5)
+    cache = cache_of(keys, ids, ["a", "b", "c"], device="cpu")
+    points = keys.astype(float)
+    if with_metric:
+        mean, transform = unit_rows(1, 5, 1)[0], unit_rows(5, 5, 2)
+        cache.metric = tip.Metric(torch.from_numpy(mean), torch.from_numpy(transform))
+        points = unit((points - mean) @ transform)
+    a, b = np.triu_indices(len(ids), 1)
+    cosine = (points[a] * points[b]).sum(axis=1)
+    same = [cosine[(ids[a] == i) & (ids[b] == i)].mean() for i in range(3) if counts[i] > 1]
+    other = cosine[ids[a] != ids[b]]
+    expected = (np.mean(same or [1]) + (other.mean() if len(other) else 0)) / 2
+    assert threshold_of(cache) == pytest.approx(expected, abs=1e-5)
+
+
+def test_unknown_classes_of_real_photos_become_groups(things):
+    whole = CacheModel.load(things, device="cpu")
+    ids, keys = whole.class_ids.numpy(), np.asarray(whole.keys)
+    known = np.isin(ids, np.random.default_rng(0).permutation(10)[:6])
+    cache = CacheModel.from_features(keys[known], ids[known], whole.class_names, device="cpu")
+    closed_form.fit(cache, forms=FORMS[:1])
+    answers = groups.group_unlike(cache, keys[~known], cache.classify(keys[~known]))
+    numbers = answers.to_arrow()["group"].to_numpy(zero_copy_only=False)
+    own, found = ids[~known], set()
+    for number in range(1, int(np.nanmax(numbers)) + 1):
+        classes, sizes = np.unique(own[numbers == number], return_counts=True)
+        found |= set(classes[2 * sizes > sizes.sum()])
+    assert len(found) >= 3
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A fitted index of three classes."""
+    ids = np.arange(60) % 3
+    cache = CacheModel.from_features(unit(3 * np.eye(16)[ids] + unit_rows(60, 16)), ids, ["a", "b", "c"], device="cpu")
+    closed_form.fit(cache)
+    cache.save(tmp_path / "index")
+    return tmp_path / "index"
+
+
+def test_the_command_numbers_the_groups_largest_first(folder, run, tmp_path, monkeypatch):
+    kinds = np.array([0, 5, 5, 9, 1, 5, 9, 12, 2])
+    rows = unit(4 * np.eye(16)[kinds] + unit_rows(9, 16, 1)).astype(np.float32)
+    rows[7] = unit(-rows[1:2] - rows[3:4])[0]  # unlike any other photo
+    table, out = write_table(tmp_path / "new.parquet", rows), tmp_path / "answers.csv"
+    done = run("classify", folder, table, "--group-unlike", "--output", out)
+    assert (done.exit_code, "6 with no match" in done.stderr) == (0, True)
+    with out.open() as file:
+        written = list(csv.DictReader(file))
+    assert [row["group"] for row in written] == ["", "1", "1", "2", "", "1", "2", "", ""]
+    assert [row["unlike"] for row in written] == [str(kind > 2) for kind in kinds]
+    plain = run("classify", folder, table, "--top", 2, "--explain", "--certify", "--format", "json").stdout.splitlines()
+    grouped = run(
+        "classify", folder, table, "--top", 2, "--explain", "--certify", "--group-unlike", "--format", "json"
+    ).stdout.splitlines()
+    without = [{name: value for name, value in json.loads(line).items() if name != "group"} for line in grouped]
+    assert without == [json.loads(line) for line in plain]
+    monkeypatch.setattr(groups, "MOST", 3)
+    assert "Grouped 3 of 6 images" in run("classify", folder, table, "--group-unlike").stderr
+
+
+def test_without_photos_that_have_no_match_there_are_no_groups(folder, run, tmp_path):
+    table = write_table(tmp_path / "new.parquet", unit(np.eye(16)[:3]).astype(np.float32))
+    done = run("classify", folder, table, "--group-unlike", "--format", "json")
+    assert [json.loads(line)["group"] for line in done.stdout.splitlines()] == [None] * 3
+    assert [answer.group for answer in Classifier.load(folder, device="cpu").predict(np.eye(16, dtype="f")[:1])] == [
+        None
+    ]
+
+
+def test_groups_need_a_fitted_index_and_one_process(folder, run, tmp_path):
+    table = write_table(tmp_path / "new.parquet", unit_rows(2, 16))
+    done = run("classify", folder, table, "--group-unlike", "--engine", "ray", "--output", tmp_path / "parts")
+    assert (done.exit_code, "--engine ray" in done.stderr) == (2, True)
+    cache_of(unit_rows(4, 16), [0, 0, 1, 1], ["a", "b"], device="cpu").save(tmp_path / "plain")
+    done = run("classify", tmp_path / "plain", table, "--group-unlike")
+    assert (done.exit_code, "fit" in done.stderr) == (2, True)
