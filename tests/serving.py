@@ -53,16 +53,17 @@ def build(shared: Path, out: Path, items: list[tuple[Path, str]], *options: str)
 
 @contextmanager
 def server(
-    *arguments: object, token: str | None = None, path: str | None = None
+    *arguments: object, token: str | None = None, path: str | None = None, command: str = "serve"
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Run ``retrieval-tip serve`` on a free port; yield its address and process, then stop it and check its exit.
+    """Run a server on a free port; yield its address and process, then stop it and check its exit.
 
-    In a new interpreter, or by the program that is found on ``path``.
+    In a new interpreter, or by the program that is found on ``path``. If it was killed, its exit is not checked.
     """
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"} | ({"RETRIEVAL_TIP_TOKEN": token} if token else {})
     program = [str(shutil.which("retrieval-tip", path=path))] if path else [sys.executable, "-m", "retrieval_tip"]
-    command = [*program, "serve", *map(str, arguments), "--port", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [*program, command, *map(str, arguments), "--port", "0"], stderr=subprocess.PIPE, text=True, env=environment
+    )
     lines: queue.Queue[str | None] = queue.Queue()
     said: list[str] = []
 
@@ -79,8 +80,9 @@ def server(
         while " at http://" not in (line := lines.get(timeout=START_SECONDS) or "ended"):
             assert line != "ended", "".join(said)
         yield line.rpartition(" at ")[2].partition(";")[0], process
-        process.terminate()
-        assert process.wait(30) == 0, "".join(said)
+        if process.poll() is None:
+            process.terminate()
+            assert process.wait(30) == 0, "".join(said)
     finally:
         process.kill()
         process.wait()

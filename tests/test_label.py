@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from serving import photographs
+from serving import photographs, server
 
 from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Backbone
@@ -274,50 +272,36 @@ def test_wrong_requests_are_refused(pool: dict[str, str], place: Path, lit_mini:
     assert not place.exists()
 
 
-def test_the_command_serves_and_a_killed_session_keeps_saved_labels(
+def test_a_killed_session_keeps_its_labels_and_a_stopped_one_saves_the_last(
     pool: dict[str, str], tmp_path: Path, shared: Path, warm_path: str
 ) -> None:
-    folder, index = Path(next(iter(pool))).parent, tmp_path / "idx"
-    model = f"local-dir:{shared / 'models' / 'lit-mini'}"
-    with _started(warm_path, folder, "--into", index, "--model", model, "--classes", "owl, crab") as (call, process):
-        state = call()
+    options: tuple[object, ...] = (Path(next(iter(pool))).parent, "--into", tmp_path / "idx")
+    model = "--model", f"local-dir:{shared / 'models' / 'lit-mini'}", "--classes", "owl, crab"
+    with server(*options, *model, path=warm_path, command="label") as (url, process):
+        state = asked(url)
         assert [one["label"] for one in state["classes"]] == ["owl", "crab"]
         for one in state["queue"][:5]:
-            call({"labels": [{"photo": one["photo"], "label": pool[one["name"]]}]})
+            asked(url, {"labels": [{"photo": one["photo"], "label": pool[one["name"]]}]})
         until = time.monotonic() + 60
-        while call()["unsaved"]:
+        while asked(url)["unsaved"]:
             assert time.monotonic() < until
             time.sleep(0.05)
         process.kill()
-    assert opened(index).n == 5
-    with _started(warm_path, folder, "--into", index) as (call, process):  # with the encoder of the index
-        assert call()["labelled"] == 5
-        call({"labels": [{"photo": call()["queue"][0]["photo"], "label": "owl"}]})
-        process.terminate()  # saves the label
-        assert process.wait(60) == 0
-    assert opened(index).n == 6
-
-
-@contextmanager
-def _started(path: str, *arguments: object) -> Iterator[tuple[Callable[..., dict[str, Any]], subprocess.Popen[str]]]:
-    program = [shutil.which("retrieval-tip", path=path) or "retrieval-tip", "label"]
-    process = subprocess.Popen([*program, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        line = next(line for line in process.stderr if "#token=" in line)
-        address, _, token = line.partition(" at ")[2].partition(";")[0].partition("/#token=")
-
-        def call(body: dict[str, Any] | None = None) -> dict[str, Any]:
-            headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-            data = None if body is None else json.dumps(body).encode()
-            with urllib.request.urlopen(urllib.request.Request(f"{address}/v1/label", data, headers)) as answer:
-                return json.load(answer)
-
-        yield call, process
-    finally:
-        process.kill()
         process.wait()
-        process.stderr.close()
+    assert opened(tmp_path / "idx").n == 5
+    with server(*options, path=warm_path, command="label") as (url, _):  # with the encoder of the index
+        assert asked(url)["labelled"] == 5
+        asked(url, {"labels": [{"photo": asked(url)["queue"][0]["photo"], "label": "owl"}]})
+    assert opened(tmp_path / "idx").n == 6
+
+
+def asked(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the state, or set labels, given the printed address."""
+    address, _, token = url.partition("/#token=")
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(f"{address}/v1/label", data, headers)) as answer:
+        return json.load(answer)
 
 
 def test_features_cannot_be_labelled(shared: Path, tmp_path: Path, run: Callable[..., Result]) -> None:

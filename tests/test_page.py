@@ -1434,3 +1434,185 @@ def test_chromium_is_demanded_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception, match="no Chromium"), chromium():
         pass
+
+
+LABELS = CLASSES[:6]
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Unlabelled photos of six classes: the true label of each file name."""
+    folder = tmp_path_factory.mktemp("pool")
+    found = {}
+    for label in LABELS:
+        for number, path in enumerate(photographs("train", label, 14)):
+            name = f"{len(found):03}.jpg"
+            shutil.copy(path, folder / name)
+            found[name] = label
+            if number == 0:
+                shutil.copy(path, folder / f"{len(found):03}.jpg")  # a copy, to be labelled together
+                found[f"{len(found):03}.jpg"] = label
+    found[""] = str(folder)
+    return found
+
+
+@contextlib.contextmanager
+def labelling(browser: Browser, pool: dict[str, str], into: Path, **options: Any) -> Iterator[tuple[Page, Any]]:
+    """The Label screen of a session that saves into a folder, and its process."""
+    model = "--model", f"local-dir:{SHARED / 'models' / 'lit-mini'}", "--device", "cpu"
+    expect.set_options(PATIENCE)
+    with server(pool[""], "--into", into, *model, command="label") as (url, process):
+        address, _, token = url.partition("/#")
+        one = Opened(browser, address, f"/#{token}", ready="#label-progress", **options)
+        try:
+            yield one.page, process
+        finally:
+            one.close()
+
+
+def shown_photo(page: Page) -> str:
+    return page.locator("#label-photo img").get_attribute("alt") or ""
+
+
+def label_by_key(page: Page, label: str) -> str:
+    """Label the photo with the keyboard, as a person would, and return how."""
+    name, choices = shown_photo(page), page.locator("#label-choices .name").all_text_contents()
+    if page.locator("#label-right").is_visible() and choices[0] == label:
+        how = "Enter"
+    elif label in choices:
+        how = str(choices.index(label) + 1)
+    else:
+        if page.evaluate("document.activeElement.id") != "label-class":
+            page.keyboard.press("t")
+        page.keyboard.type(label)
+        how = "typed"
+    page.keyboard.press("Enter" if how == "typed" else how)
+    expect(page.locator("#label-photo img")).not_to_have_attribute("alt", name)
+    return how
+
+
+WAITED = """async () => {
+    const image = document.querySelector("#label-photo img"), start = performance.now();
+    if (image.complete && image.naturalWidth) return 0;
+    await image.decode();
+    return performance.now() - start;
+}"""
+
+
+def test_sixty_photos_are_labelled_by_keyboard_and_continued(
+    browser: Browser, pool: dict[str, str], tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    folder, hows, waited = tmp_path / "things", [], []
+    with labelling(browser, pool, folder) as (page, _):
+        assert violations(page) == []
+        expect(page.locator("#label-class")).to_be_focused()  # the only choice, as there are no classes yet
+        for _ in range(40):
+            hows.append(label_by_key(page, pool[shown_photo(page)]))
+            waited.append(page.evaluate(WAITED))
+            page.wait_for_timeout(200)  # a quick person
+        expect(page.locator("#label-progress")).to_contain_text("40 of 90 photos labelled.")
+        expect(page.locator("#label-saved")).to_have_text("All labels are saved in “things”.")
+        expect(page.locator("#index-facts")).to_contain_text("6 classes")
+        assert violations(page) == []
+    assert sum(waited) <= 1000, waited  # ms
+    assert {"Enter", "typed"} <= set(hows)
+    assert hows.count("Enter") > 12
+    with labelling(browser, pool, folder) as (page, _):
+        expect(page.locator("#label-progress")).to_contain_text("40 of 90 photos labelled.")
+        for _ in range(20):
+            label_by_key(page, pool[shown_photo(page)])
+            page.wait_for_timeout(200)
+        expect(page.locator("#label-saved")).to_have_text("All labels are saved in “things”.")
+    labels = json.loads(
+        run("index", "query", folder, "SELECT source, label FROM labels", "--format", "json")
+        .stdout.join("[]")
+        .replace("}\n{", "},{")
+    )
+    assert len(labels) == 60
+    assert all(pool[Path(row["source"]).name] == row["label"] for row in labels)
+
+
+def test_a_photo_is_skipped_undone_and_labelled_with_its_copies(
+    browser: Browser, pool: dict[str, str], tmp_path: Path
+) -> None:
+    with labelling(browser, pool, tmp_path / "things") as (page, _):
+        first = shown_photo(page)
+        page.click("#label-skip")
+        expect(page.locator("#label-photo img")).not_to_have_attribute("alt", first)
+        second = shown_photo(page)
+        page.fill("#label-class", "something")
+        page.keyboard.press("Enter")
+        expect(page.locator("#label-progress")).to_contain_text("1 of 90")
+        page.keyboard.press("z")
+        expect(page.locator("#label-photo img")).to_have_attribute("alt", second)
+        expect(page.locator("#label-progress")).to_contain_text("0 of 90")
+        page.click("#label-none")
+        expect(page.locator("#label-progress")).to_contain_text("1 of 90")
+        for _ in range(90):  # until a photo with a copy is shown
+            if page.locator("#label-similar").is_visible():
+                break
+            label_by_key(page, pool[shown_photo(page)])
+            page.wait_for_timeout(300)
+        done = int((page.locator("#label-progress").text_content() or "").split()[0])
+        number = page.locator("#label-similar-list li").count()
+        page.keyboard.press("a")
+        expect(page.locator("#label-similar-list [aria-pressed=true]")).to_have_count(number)
+        page.locator("#label-choices button").first.click()
+        expect(page.locator("#label-progress")).to_contain_text(f"{done + 1 + number} of 90")
+        page.keyboard.press("z")
+        expect(page.locator("#label-progress")).to_contain_text(f"{done} of 90")
+        expect(page.locator("#label-saved")).to_have_text("All labels are saved in “things”.")
+
+
+def test_labels_wait_for_a_server_that_is_away(browser: Browser, pool: dict[str, str], tmp_path: Path) -> None:
+    with labelling(browser, pool, tmp_path / "things", expected=["Failed to load resource"]) as (page, _):
+        page.route("**/v1/label", lambda route: route.abort() if route.request.method == "POST" else route.continue_())
+        for _ in range(3):
+            label_by_key(page, "cat")
+        expect(page.locator("#notice")).to_contain_text("3 changes are waiting. Trying again…")
+        expect(page.locator("#label-progress")).to_contain_text("3 of 90")
+        page.unroute("**/v1/label")
+        expect(page.locator("#label-saved")).to_have_text("All labels are saved in “things”.")
+        expect(page.locator("#notice")).to_be_hidden()
+        page.route("**/v1/label", lambda route: (time.sleep(1), route.continue_()))  # a slow server
+        for _ in range(3):
+            label_by_key(page, "cat")
+        page.unroute("**/v1/label")
+        expect(page.locator("#label-progress")).to_contain_text("6 of 90")
+        expect(page.locator("#label-saved")).to_have_text("All labels are saved in “things”.")
+
+
+def test_labelling_on_a_phone(browser: Browser, pool: dict[str, str], tmp_path: Path) -> None:
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    with labelling(browser, pool, tmp_path / "things", **phone) as (page, _):
+        page.fill("#label-class", "crab")
+        page.get_by_role("button", name="Label", exact=True).tap()
+        expect(page.locator("#label-progress")).to_contain_text("1 of 90")
+        page.locator("#label-choices button").first.tap()
+        expect(page.locator("#label-progress")).to_contain_text("2 of 90")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert violations(page) == []
+
+
+def test_similar_photos_without_a_match_are_named_together(opened: Open) -> None:
+    page = opened(at=f"/#token={TOKEN}").page
+    ask(page, *photographs("train", "yin_yang", 5), *photographs("train", "stop_sign", 4))
+    groups = page.locator("#unknown-list > li")
+    expect(groups.first).to_be_visible()
+    assert violations(page) == []
+    number = groups.first.locator("img").count()
+    groups.first.get_by_label("Class name").fill("signs")
+    groups.first.get_by_role("button", name="Name this class").click()
+    expect(page.locator("#notice")).to_contain_text(f"Added {number} example photos to the new class signs")
+    page.locator("#notice").get_by_role("button", name="Undo").click()
+    expect(page.locator("#notice")).to_contain_text("Undone")
+
+
+def test_photos_are_sorted_by_their_similarity_to_one(page: Page) -> None:
+    ask(page, *photographs("test", "panda", 2), *photographs("test", "pizza", 2))
+    tiles = page.locator("#grid .tile")
+    tiles.filter(has_text="pizza").first.click()
+    name = page.locator("#drawer-file").text_content()
+    page.click("#drawer-like")
+    expect(tiles.first).to_have_attribute("data-input", name or "")
+    expect(tiles.nth(1)).to_contain_text("pizza")

@@ -36,6 +36,7 @@ from retrieval_tip.fit import closed_form
 from retrieval_tip.index import changes
 from retrieval_tip.index import photos as photos_module
 from retrieval_tip.index.fit import fit_index
+from retrieval_tip.labelling.groups import group, threshold_of
 from retrieval_tip.server import served as served_module
 from retrieval_tip.server import service as service_module
 from retrieval_tip.server import shots as shots_module
@@ -206,6 +207,18 @@ def test_pictures_of_shots_are_small_and_cached(both: Client, things: Path, tmp_
     for name, key in (("things", 999), ("food", 3), ("nothing", 3)):
         missing = both.get(f"/v1/indexes/{name}/keys/{key}/image")
         assert (missing.status_code, missing.headers["content-type"]) == (404, "application/problem+json")
+
+
+def test_similar_features_are_grouped(food: Path) -> None:
+    rows = pq.read_table(SHARED / "data" / "clip-food9" / "test.parquet")["feature"].to_pylist()[::9]
+    index = CacheModel.load(food)
+    expected = group(np.array(rows, np.float32), threshold_of(index), index.metric)
+    with serving(food) as client:
+        answer = client.post("/v1/indexes/food/groups", json={"features": rows})
+        assert answer.json() == {"version": 1, "groups": [own.tolist() for own in expected]}
+        assert len(answer.json()["groups"]) > 1
+        refused = client.post("/v1/indexes/food/groups", files={"images": b"x"})
+        assert refused.status_code == 422
 
 
 def test_relative_paths_of_pictures_start_from_root(own: Path, tmp_path: Path) -> None:

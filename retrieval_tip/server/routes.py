@@ -254,6 +254,15 @@ async def map_of(
     return _json(await service.map(version, method, limit))
 
 
+@reads.post("/indexes/{name}/groups", openapi_extra=schemas.GROUP, responses=SENT)
+async def groups(request: Request, service: TheService, version: Now, norms: Norms = "check") -> schemas.Groups:
+    """Group similar features, for example of images without a match, so that each group can be named at once."""
+    sent = await read(request, service.limits, norms, version.cache.d)
+    if sent.features is None:
+        raise Problem(422, "images: cannot be grouped; send the features that POST /v1/classify returns as evidence")
+    return schemas.Groups(version.manifest.version, await service.find(version.groups, sent.features))
+
+
 @reads.get("/indexes/{name}/audit", response_model=schemas.Audit)
 async def audit(
     service: TheService,

@@ -91,9 +91,9 @@ _FILES = _list_of({"type": "string", "format": "binary"}, minItems=1, descriptio
 
 
 def _body(form: Row, json: Row | None = None, example: Row | None = None) -> Row:
-    """Describe a request body, which can be a form or JSON."""
+    """Describe a request body, which can be a form or JSON, or only JSON if ``form`` has no fields."""
     schema: Row = {"type": "object", "properties": form, "required": sorted(form)}
-    content: Row = {"multipart/form-data": {"schema": schema}}
+    content: Row = {"multipart/form-data": {"schema": schema}} if form else {}
     if json is not None:
         required = sorted(json.keys() & {"features", "labels"})
         schema = {"type": "object", "properties": json, "required": required, "additionalProperties": False}
@@ -106,6 +106,7 @@ CLASSIFY = _body(
     {"features": _FEATURES, "inputs": _TEXTS},
     {"features": [[0.6, 0.8]], "inputs": ["camera-3/0001"]},
 )
+GROUP = _body({}, {"features": _FEATURES}, {"features": [[0.6, 0.8], [0.8, 0.6]]})
 ADD = _body(
     {"images": _FILES, "label": {"type": "string", "minLength": 1, "description": "Class of all images."}},
     {"features": _FEATURES, "labels": _TEXTS, "sources": _TEXTS},
@@ -410,6 +411,14 @@ class Classified(UsedSettings):
     results: list[Result]
     warnings: list[str]
     skipped: list[Unread]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of similar inputs, largest first. Each group lists the positions of its inputs in the request."""
+
+    version: int
+    groups: list[list[int]]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.files import real
 from retrieval_tip.index import places
+from retrieval_tip.labelling.groups import group, threshold_of
 from retrieval_tip.retrieval.logits import LOGITS, slices
 from retrieval_tip.server import metrics, schemas
 from retrieval_tip.server.schemas import Row
@@ -107,6 +108,11 @@ class Version:
                     answer["evidence"] = own
             results += answers
         return results
+
+    def groups(self, features: FloatArray) -> list[list[int]]:
+        """Return the rows of each group of similar features (see :func:`groups.group`)."""
+        found = group(features, threshold_of(self.cache), self.cache.metric)
+        return [rows.tolist() for rows in found]
 
     def describe(self, *, changes: bool) -> schemas.IndexFacts:
         """Return a description of the index. ``changes`` tells whether the server accepts changes."""

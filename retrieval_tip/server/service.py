@@ -135,6 +135,10 @@ class Service:
         """Run a change of an index. Only one change runs at a time."""
         return await self.run(self._changing, call, *arguments)
 
+    async def find(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Run a short query of an index. Queries do not wait for changes."""
+        return await self.run(self._finding, call, *arguments)
+
     async def open(self, place: Place) -> None:
         """Serve an index that has been created with the backbone of the ``maker``."""
         assert self.maker is not None
@@ -313,7 +317,7 @@ class Service:
 
     async def _found(self, one: Served, labels: Sequence[str], key_ids: Sequence[int]) -> list[int]:
         """Return the ids of the matching keys. Raises Problem 404 if a key does not exist."""
-        keys = await self.run(self._finding, one.now.cache.find, labels, None, key_ids)
+        keys = await self.find(one.now.cache.find, labels, None, key_ids)
         found: list[int] = keys["key_id"].to_pylist()
         if missing := set(key_ids) - set(found):
             raise Problem(404, f"index {one.name!r} has no key {min(missing)}")
@@ -337,7 +341,7 @@ class Service:
 
     async def history(self, one: Served) -> list[Row]:
         """Return all versions that are kept, starting with the oldest."""
-        versions = await self.run(self._finding, one.place.history)
+        versions = await self.find(one.place.history)
         return list(versions.select(schemas.HISTORY).to_pylist())
 
     async def _changed(self, one: Served, call: Callable[[], changes.Changed]) -> schemas.ChangedShots:
@@ -378,7 +382,7 @@ class Service:
             keys = version.cache.find(labels, source, key_ids)
             return len(keys), self._pictured(version, keys.slice(page.start, page.stop - page.start))
 
-        return await self.run(self._finding, call)
+        return await self.find(call)
 
     def _pictured(self, version: Version, keys: pa.Table) -> list[dict[str, Any]]:
         address = f"/v1/indexes/{quote(version.name, safe='')}/keys"
@@ -447,7 +451,7 @@ class Service:
 
     async def thumbnail(self, version: Version, key_id: int, size: int) -> bytes:
         """Return a thumbnail of a shot as JPEG data. Raises Problem 404 if the shot has no readable image."""
-        keys = await self.run(self._finding, version.cache.find, (), None, [key_id])
+        keys = await self.find(version.cache.find, (), None, [key_id])
         if not len(keys):
             raise Problem(404, f"index {version.name!r} has no key {key_id}")
         path = self.thumbnails.path(keys["source"][0].as_py())

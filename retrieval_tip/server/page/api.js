@@ -124,6 +124,9 @@ export const classifyFeatures = (features, inputs, parameters, options) =>
     return request(`/v1/classify${query(parameters)}`, { ...options, ...json({ features: features.map((row) => [...row]), inputs }) });
   });
 
+/** Group similar features. */
+export const groups = (name, features) => request(`${at(name)}/groups`, json({ features: features.map((row) => [...row]) }));
+
 /** Add photos as examples of one class. */
 export function addShots(name, label, files, token) {
   const body = new FormData();

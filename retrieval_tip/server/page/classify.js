@@ -8,6 +8,7 @@ import { notice } from "./notice.js";
 import { Photo, parameters } from "./photo.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
+import { showUnknown } from "./unknown.js";
 
 const BLOCK = 8; // features per request; the evidence for each may take a megabyte
 const SLICE = 12; // ms of computing after which the page can handle other events
@@ -152,6 +153,7 @@ function progress() {
     if (first?.shown && photos.length === 1) say(`${first.name}: ${spoken(first)}`);
     else if (first) say(`${plural(photos.length, "photo")} classified. First: ${first.name}, ${first.shown ? spoken(first) : ""}`);
   }
+  if (!left) showUnknown(photos, teach);
   drawer.show();
   showProblems();
 }
@@ -224,7 +226,20 @@ const SORTS = {
   sure: (a, b) => a.doubt - b.doubt,
   name: (a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }),
   new: () => 0,
+  like: (a, b) => likeness(b) - likeness(a),
 };
+let example = null; // the photo to which the others are compared
+const likeness = (photo) => (example?.evidence && photo.evidence ? photo.evidence.feature.reduce((sum, x, i) => sum + x * example.evidence.feature[i], 0) : -1);
+
+/** Sort the photos by their similarity to one of them. */
+function moreLike(photo) {
+  example = photo;
+  $("sort-like").hidden = false;
+  $("sort-like").textContent = `Similar to ${photo.name}`;
+  $("sort").value = "like";
+  arrange();
+  scrollTo({ top: 0 });
+}
 const STATES = {
   all: () => true,
   unlike: (photo) => photo.unlike && !photo.taught,
@@ -270,6 +285,7 @@ function close() {
 
 drawer.setUp({
   teach: (which, label) => teach(which, label),
+  like: moreLike,
   close,
   step(by) {
     const next = grid.items[grid.items.indexOf(drawer.openPhoto()) + by];

@@ -36,6 +36,7 @@ export function setUp(given) {
     if ($("drawer-label").value.trim()) teach([photo], $("drawer-label").value.trim());
   });
   $("drawer-label").addEventListener("input", newClass);
+  $("drawer-like").addEventListener("click", () => given.like(photo));
 }
 
 function teachChoice(i) {
