@@ -179,3 +179,12 @@ def test_without_a_network_the_error_names_models_that_work_offline(run, tmp_pat
     (cached / "refs").mkdir()
     (cached / "refs/main").write_text("abc")
     assert "or --model timm:tf_efficientnet_lite0.in1k (on this machine)" in run(*command[1:]).stderr
+    repository = open_clip.get_pretrained_cfg("RN50", "openai")["hf_hub"].rpartition("/")[0]
+    for name in (repository, "timm/resnet18.a1_in1k", "some/other"):
+        folder = Path(f"hub/models--{name.replace('/', '--')}/snapshots/abc")
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+    assert list(catalogue.cached()) == [
+        ("timm:tf_efficientnet_lite0.in1k", None), ("RN50", "openai"), ("timm:resnet18.a1_in1k", None),
+        ("timm:tf_efficientnet_lite0", "efficientnet-lite0.pth"),
+    ]  # fmt: skip

@@ -12,11 +12,13 @@ from PIL import Image
 from tables import read_features, tiny, unit, unit_rows, write_table
 
 from retrieval_tip import CacheModel, Encoder, build_index, load_backbone, open_source
+from retrieval_tip.backbones import catalogue
 from retrieval_tip.data.sources import open_items
 from retrieval_tip.errors import InputError
 from retrieval_tip.evaluation.compare import Side, compare, mcnemar
 from retrieval_tip.evaluation.evaluate import evaluate
 from retrieval_tip.fit import closed_form
+from retrieval_tip.index.encoders import EncoderTrial, recommended
 
 NAMES = ["cat", "sea horse", "owl", "ant"]
 CENTRES = unit_rows(4, 12, 3)
@@ -126,27 +128,72 @@ def test_the_command_prints_the_comparison(sides, table, tmp_path, run):
         assert (done.exit_code, done.stdout) == (2, "")
 
 
-def test_two_encoders_are_fitted_to_the_same_photos(tmp_path, run):
-    draw = np.random.default_rng(0)
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Folders of coloured noise, one unreadable photo, and two encoders."""
+    place, draw = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for part, each in (("shots", 4), ("test", 8)):
         for name, colour in (("red", (200, 60, 60)), ("green", (60, 200, 60)), ("blue", (60, 60, 200))):
-            (tmp_path / part / name).mkdir(parents=True)
+            (place / part / name).mkdir(parents=True)
             for i in range(each):
                 pixels = np.clip(draw.normal(colour, 90, (24, 24, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
-    (tmp_path / "test/red/broken.png").write_bytes(b"no image")
-    models = [f"local-dir:{tiny(tmp_path / name, seed)}" for name, seed in (("one", 0), ("two", 1))]
-    shots = ("--fitted-to", tmp_path / "shots")
-    done = run("compare", tmp_path / "test", *shots, "--model", models[0], "--model", models[1], "--json")
+                Image.fromarray(pixels).save(place / part / name / f"{i}.png")
+    (place / "test/red/broken.png").write_bytes(b"no image")
+    return place, [f"local-dir:{tiny(place / name, seed)}" for name, seed in (("one", 0), ("two", 1))]
+
+
+def test_two_encoders_are_fitted_to_the_same_photos(photos, tmp_path, run):
+    place, models = photos
+    asked = "--fitted-to", place / "shots", "--model", models[0], "--model", models[1]
+    done = run("compare", place / "test", *asked, "--json")
     assert done.exit_code == 3, done.stderr
     facts = json.loads(done.stdout)
     assert (facts["a"], facts["n"], facts["skipped"]) == (models[0], 24, 1)
     for letter, model in zip("ab", models, strict=True):
         encoder = Encoder(load_backbone(model, device="cpu"))
-        index = build_index(open_source(tmp_path / "shots"), tmp_path / letter, encoder, device="cpu")
-        assert facts[f"top1_{letter}"] == evaluate(index, open_source(tmp_path / "test"), encoder).top1
+        index = build_index(open_source(place / "shots"), tmp_path / letter, encoder, device="cpu")
+        assert facts[f"top1_{letter}"] == evaluate(index, open_source(place / "test"), encoder).top1
     features = tmp_path / "features.parquet"
-    assert run("encode", tmp_path / "shots", "--model", models[0], "--out", features).exit_code == 0
-    refused = run("compare", tmp_path / "test", "--fitted-to", features, "--model", models[0], "--model", models[1])
+    assert run("encode", place / "shots", "--model", models[0], "--out", features).exit_code == 0
+    refused = run("compare", place / "test", "--fitted-to", features, *asked[2:])
     assert refused.exit_code == 2
     assert "features.parquet" in refused.stderr
+
+
+def test_encoders_on_this_machine_are_tried_on_labelled_photos(photos, tmp_path, run, monkeypatch):
+    place, models = photos
+    here = []
+    monkeypatch.setattr(catalogue, "cached", lambda: iter(here))
+    none = run("models", "--try", place / "test")
+    assert (none.exit_code, none.stdout, "--model" in none.stderr) == (2, "", True)
+    assert run("models", "--model", models[0]).exit_code == 2
+    here.append((models[0], None))
+    one = run("models", "--try", place / "test", "--format", "json")
+    assert (one.exit_code, "only one encoder" in one.stderr) == (3, True)
+    weights = f"{models[1].removeprefix('local-dir:')}/open_clip_model.safetensors"
+    done = run(
+        "models", "one", "--try", place / "test", "--model", models[1], "--pretrained", weights, "--format", "json"
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["encoder"] for row in rows] == [f"{models[1]} {weights}", models[0]]
+    alone = json.loads(one.stdout)
+    assert alone == rows[1] | {"images_per_second": alone["images_per_second"], "recommended": True}
+    assert sum(row["recommended"] for row in rows) == 1
+    built = build_index(open_source(place / "test"), tmp_path / "i", Encoder(load_backbone(models[0], device="cpu")))
+    fit = built.provenance["fit"]
+    assert (rows[1]["accuracy"], [rows[1]["low"], rows[1]["high"]]) == (fit["both"], fit["interval_95"])
+
+
+@pytest.mark.parametrize(
+    ("others", "speed", "best"),
+    [(88, 3.0, "other"), (88, 1.4, "first"), (70, 3.0, "first"), (91, 0.1, "first"), (91, 0.8, "other")],
+)
+def test_a_faster_encoder_is_recommended_if_it_is_not_significantly_worse(others, speed, best):
+    right = {"first": {i: i < 90 for i in range(100)}, "other": {i: i < others for i in range(3, 103)}}
+    right["other"][200] = True  # could not be read by the first
+    trials = [
+        EncoderTrial(name, share / 100, (0, 1), per_second, right[name])
+        for name, share, per_second in (("first", 90, 10.0), ("other", others, 10 * speed))
+    ]
+    assert recommended(trials).name == best
+    assert recommended(trials[::-1]).name == best

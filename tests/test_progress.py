@@ -11,9 +11,9 @@ from tables import unit, unit_rows
 
 from retrieval_tip import CacheModel
 from retrieval_tip.errors import UsageError
+from retrieval_tip.evaluation import held_out
 from retrieval_tip.fit import closed_form, folds
 from retrieval_tip.fit.forms import Form
-from retrieval_tip.labelling import progress
 from retrieval_tip.labelling.progress import Estimate, estimate_rest, gain_of
 
 NAMES = list("abcd")
@@ -70,9 +70,9 @@ def test_each_random_photo_is_classified_without_its_label(text):
 
 def test_parts_of_many_random_photos_are_classified_without_any_label_of_their_part(monkeypatch):
     index, features, _ = index_of(30, True)
-    monkeypatch.setattr(progress, "PARTS", 2)
+    monkeypatch.setattr(held_out, "PARTS", 2)
     seen = []
-    monkeypatch.setattr(progress, "Held", lambda *given: seen.append(given) or folds.Held(*given))
+    monkeypatch.setattr(held_out, "Held", lambda *given: seen.append(given) or folds.Held(*given))
     found = estimate_rest(index, range(30), features[:0])
     assert found.n == 29
     assert found.accuracy == found.right / 29

@@ -168,17 +168,9 @@ def _tags(model: str) -> list[str]:
 
 
 def _described(name: str, *, sized: bool = True) -> Named:
-    import open_clip
-    import timm
-
-    if name.startswith("timm:"):
-        own = name.removeprefix("timm:")
-        config = timm.get_pretrained_cfg(own)
-        cached = config is not None and is_cached(config.hf_hub_id)
-        return Named(name, [own.partition(".")[2]], _bytes(name) if sized else None, False, cached)
-    tags = _tags(name)
-    repository = open_clip.get_pretrained_cfg(name, tags[0]).get("hf_hub", "").rpartition("/")[0]
-    return Named(name, tags, _bytes(name) if sized else None, True, is_cached(repository))
+    tags = [name.removeprefix("timm:").partition(".")[2]] if name.startswith("timm:") else _tags(name)
+    words, here = not name.startswith("timm:"), is_cached(_repository(name, None))
+    return Named(name, tags, _bytes(name) if sized else None, words, here)
 
 
 def _bytes(name: str) -> int | None:
@@ -294,7 +286,11 @@ def ask_hub(repository: str) -> None:
 
 
 def _weights_of(repository: str) -> Iterator[Path]:
-    files = _hub_folder(repository).glob("snapshots/*/*")
+    return _weights_in(_hub_folder(repository))
+
+
+def _weights_in(folder: Path) -> Iterator[Path]:
+    files = folder.glob("snapshots/*/*")
     return (file for file in files if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
 
 
@@ -323,20 +319,50 @@ def download_error(model: str, error: Exception, way_out: str) -> BackboneError:
     )
 
 
+def cached() -> Iterator[tuple[str, str | None]]:
+    """Yield the models whose weights are on this machine, and their tags or weight files. Recommended models are first.
+
+    Models of open_clip and timm are found in the cache of the hub.
+    """
+    import open_clip
+    import timm
+
+    found = {folder.name for folder in _hub_folder("any").parent.glob("models--*") if next(_weights_in(folder), None)}
+    for name in dict.fromkeys(SHORT.values()):
+        repository = _repository(name, None)
+        if _described(name, sized=False).cached:
+            found.discard(_hub_folder(repository).name)
+            yield name, None
+    for name, tag in open_clip.list_pretrained():
+        folder = _hub_folder(_repository(name, tag)).name
+        if folder in found:  # several architectures can share one repository
+            found.remove(folder)
+            yield name, tag
+    for own in timm.list_pretrained():
+        if _hub_folder(_repository(f"timm:{own}", None)).name in found:
+            yield f"timm:{own}", None
+    if file := next((file for file in DEMO if file.is_file()), None):
+        yield "timm:tf_efficientnet_lite0", str(file)
+
+
+def _repository(name: str, tag: str | None) -> str:
+    """Return the repository of the weights, or an empty string if they have none."""
+    import open_clip
+    import timm
+
+    if name.startswith("timm:"):
+        config = timm.get_pretrained_cfg(name.removeprefix("timm:"))
+        return str(config.hf_hub_id or "") if config is not None else ""
+    found = open_clip.get_pretrained_cfg(name, tag or _tags(name)[0]).get("hf_hub", "")
+    return str(found).rpartition("/")[0]
+
+
 def _offline() -> str | None:
     """Return options that select an encoder with weights on this machine, or ``None`` if there is no such encoder."""
-    import open_clip
-
-    for name in dict.fromkeys(SHORT.values()):
-        if _described(name, sized=False).cached:
-            return f"--model {name}"
-    for name, tag in open_clip.list_pretrained():
-        if next(_weights_of(open_clip.get_pretrained_cfg(name, tag).get("hf_hub", "").rpartition("/")[0]), None):
-            return f"--model {name} --pretrained {tag}"
-    for file in DEMO:
-        if file.is_file():
-            return f"--model timm:tf_efficientnet_lite0 --pretrained {shlex.quote(str(file))}"
-    return None
+    if (found := next(cached(), None)) is None:
+        return None
+    name, weights = found
+    return f"--model {name}" + (f" --pretrained {shlex.quote(weights)}" if weights else "")
 
 
 def megabytes(size: int) -> str:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from retrieval_tip.cli import options
 from retrieval_tip.cli.group import Group, command
-from retrieval_tip.cli.messages import FAILED, print_facts, say
-from retrieval_tip.cli.options import FORMAT, JSON, OutputOptions
-from retrieval_tip.cli.parameters import FOLDER, Size
-from retrieval_tip.errors import counted, json_line, one_line, show
+from retrieval_tip.cli.messages import FAILED, finish, print_facts, say
+from retrieval_tip.cli.opening import encoder_of, load, named_models, source_of
+from retrieval_tip.cli.options import FORMAT, JSON, EncodingOptions, OutputOptions, ReadingOptions
+from retrieval_tip.cli.parameters import FOLDER, SOURCE, Size
+from retrieval_tip.errors import UsageError, counted, json_line, one_line, show
+
+if TYPE_CHECKING:
+    from retrieval_tip.data.encoder import Encoder
+    from retrieval_tip.data.sources import Source
 
 
 @click.group(cls=Group, name="datasets")
@@ -61,26 +70,83 @@ def datasets_check(ctx: click.Context, root: Path, names: tuple[str, ...]) -> No
 
 @command("models")
 @click.argument("word", default="")
-@FORMAT
-def models_command(word: str, printing: OutputOptions) -> None:
-    """List available encoders.
+@click.option("--try", "photos", type=SOURCE,
+              help="Labelled photos on which the encoders on this machine are compared.")  # fmt: skip
+@options.FORMAT
+@options.MODELS
+@options.READING
+@options.ENCODING
+@click.pass_context
+def models_command(
+    ctx: click.Context,
+    word: str,
+    photos: Path | str | None,
+    printing: OutputOptions,
+    models: tuple[str, ...],
+    weights: tuple[str, ...],
+    reading: ReadingOptions,
+    encoding: EncodingOptions,
+) -> None:
+    """List available encoders, or compare them on your photos.
 
     WORD is any part of a name, for example dinov2, ViT-B/32 or siglip. If you omit it, only a few recommended encoders
     are listed. The column words shows whether the encoder has a text tower; an encoder that has none can only compare
     images. The column cached shows whether its weights are already on this machine. The column pretrained lists the
     available weights, starting with the recommended ones.
+
+    With --try, the encoders on this machine and each --model are fitted to labelled photos. The accuracy is estimated
+    by cross-validation; low and high are the ends of its 95 % confidence interval. The most accurate encoder is
+    recommended, unless a much faster one is not significantly less accurate.
     """
     import pyarrow as pa
 
     from retrieval_tip.backbones.catalogue import megabytes, search
     from retrieval_tip.cli.output import write_rows
 
+    if photos is not None:
+        _try_encoders(ctx, word, source_of(photos, reading, "train"), printing, encoding, models, weights)
+        return
+    if models or weights:
+        raise UsageError("--model: can only be compared; give labelled photos with --try")
     types = {"model": pa.string(), "size": pa.string(), "words": pa.bool_(), "cached": pa.bool_()}
     types |= {"pretrained": pa.list_(pa.string())}
     rows = [vars(one) | {"size": None if one.bytes is None else megabytes(one.bytes)} for one in search(word)]
     write_rows(rows, types, printing.style, printing.output)
     if not word:
         say("To search all encoders: retrieval-tip models WORD")
+
+
+def _try_encoders(
+    ctx: click.Context, word: str, photos: Source, printing: OutputOptions, encoding: EncodingOptions,
+    models: tuple[str, ...], weights: tuple[str, ...],
+) -> None:  # fmt: skip
+    import pyarrow as pa
+
+    from retrieval_tip.backbones.catalogue import cached
+    from retrieval_tip.cli.output import write_rows
+    from retrieval_tip.index.encoders import try_encoders
+
+    here = [pair for pair in cached() if word.lower() in pair[0].lower()]
+    asked = named_models(encoding, [name for name, _ in here], [tag or "auto" for _, tag in here])
+    asked = list(dict([*named_models(encoding, models, weights), *asked]).items())
+    more = "to download more, give --model, for example --model clip --model dinov2"
+    if not asked:
+        raise UsageError(f"models: no encoder{f' named {word}' if word else ''} is on this machine; {more}")
+
+    def opened(own: EncodingOptions) -> AbstractContextManager[Encoder]:
+        return encoder_of(ctx, load(own), own)
+
+    tried = try_encoders(photos, [(name, partial(opened, own)) for name, own in asked], encoding.device)
+    types = {"encoder": pa.string(), "accuracy": pa.float64(), "low": pa.float64(), "high": pa.float64()}
+    types |= {"images_per_second": pa.int64(), "recommended": pa.bool_()}
+    rows = [
+        {"encoder": one.name, "accuracy": one.accuracy, "low": one.interval[0], "high": one.interval[1],
+         "images_per_second": round(one.images_per_second), "recommended": one is tried.recommended}
+        for one in tried.trials
+    ]  # fmt: skip
+    write_rows(rows, types, printing.style, printing.output)
+    say(f"only one encoder is on this machine; {more}" if len(rows) == 1 else str(tried))
+    finish(ctx, tried.skipped)
 
 
 @command("cache")

@@ -88,7 +88,7 @@ EXAMPLES = {
         "finetune indexes/things --val validation --views-cache 10 --out indexes/things-f",
     ],
     "calibrate": ["calibrate indexes/things --val validation", "calibrate indexes/things --val val.parquet"],
-    "models": ["models", "models siglip"],
+    "models": ["models siglip", "models --try photos --model clip --model dinov2"],
     "datasets list": ["datasets list", "datasets list --format json"],
     "datasets check": ["datasets check /data", "datasets check /data caltech101 dtd"],
     "doctor": ["doctor", "doctor --json"],

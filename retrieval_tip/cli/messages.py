@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -66,7 +66,7 @@ def command_line(*words: object) -> str:
     return shlex.join(["retrieval-tip", *map(str, words)])
 
 
-def finish(ctx: click.Context, skipped: list[Skipped]) -> None:
+def finish(ctx: click.Context, skipped: Sequence[Skipped]) -> None:
     """If any inputs were skipped, print how many, and exit with the status ``SOME_SKIPPED``."""
     if skipped:
         say(f"{counted(len(skipped), 'input')} could not be read")

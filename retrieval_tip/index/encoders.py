@@ -3,16 +3,63 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from retrieval_tip.answering import AnsweringIndex
+import numpy as np
+
+from retrieval_tip.answering import AnsweringIndex, spread
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import UsageError
-from retrieval_tip.evaluation.compare import Compared, Side, compare
+from retrieval_tip.errors import InputError, Skipped, UsageError
+from retrieval_tip.evaluation.compare import SIGNIFICANT, Compared, Side, compare, mcnemar
+from retrieval_tip.evaluation.held_out import held_out, photo_rows
 from retrieval_tip.index.build import build_index
+
+TIMED = 64
+"""Number of photos that are encoded to measure the speed."""
+FASTER = 1.5
+"""Minimum ratio of the speeds for which a less accurate encoder is recommended."""
+JUDGED = 4096
+"""Maximum number of photos that are held out to compare encoders."""
+
+
+@dataclass(frozen=True)
+class EncoderTrial:
+    """The estimated accuracy and the speed of an encoder.
+
+    ``accuracy`` and its 95 % ``interval`` are those that a build prints, by cross-validation on the photos. ``right``
+    maps the positions of held-out photos to whether the answers are right.
+    """
+
+    name: str
+    accuracy: float
+    interval: tuple[float, float]
+    images_per_second: float
+    right: dict[int, bool]
+
+
+@dataclass(frozen=True)
+class EncoderTrials:
+    """The trials in the given order, the recommended one, and the photos that could not be read."""
+
+    trials: Sequence[EncoderTrial]
+    recommended: EncoderTrial
+    skipped: Sequence[Skipped]
+
+    def __str__(self) -> str:
+        best = max(self.trials, key=lambda one: one.accuracy)
+        if self.recommended is best:
+            return f"recommended: {best.name}; it is the most accurate, and no much faster encoder is about as accurate"
+        ratio = self.recommended.images_per_second / best.images_per_second
+        return (
+            f"recommended: {self.recommended.name}; it is {ratio:.1f} times as fast as {best.name}, and not "
+            "significantly less accurate"
+        )
 
 
 @contextmanager
@@ -37,3 +84,61 @@ def compare_encoders(
     (name_a, encoder_a), (name_b, encoder_b) = a, b
     with trial(shots, encoder_a, device) as first, trial(shots, encoder_b, device) as second:
         return compare(Side(name_a, first, encoder_a), Side(name_b, second, encoder_b), source)
+
+
+def try_encoders(
+    photos: Source, encoders: Iterable[tuple[str, Callable[[], AbstractContextManager[Encoder]]]], device: str = "auto"
+) -> EncoderTrials:
+    """Fit an index of each encoder to labelled photos, and measure its accuracy and its speed.
+
+    ``encoders`` are names, and functions that open an encoder. Only one encoder is open at a time. See
+    :func:`recommended` for the recommendation.
+
+    Raises UsageError if ``photos`` is a feature table, and InputError if no photo can be held out.
+    """
+    trials, skipped = [], list[Skipped]()
+    for name, opened in encoders:
+        with opened() as encoder, trial(photos, encoder, device) as built:
+            index = built.in_memory()
+            fit = index.provenance["fit"]
+            if fit["both"] is None:
+                raise InputError(f"{photos.name}: {fit['summary']}; give at least two photos per class")
+            rows = photo_rows(index, index.labels["key_id"].to_pylist())
+            rows = rows[spread(len(rows), JUDGED)]
+            answers, _ = held_out(index, rows, np.arange(index.n))
+            right = dict(zip(index.labels["key_id"].to_numpy()[rows].tolist(), answers.tolist(), strict=True))
+            low, high = fit["interval_95"]
+            trials.append(EncoderTrial(name, fit["both"], (low, high), _speed(photos, encoder), right))
+            skipped += encoder.skipped
+    return EncoderTrials(trials, recommended(trials), list(dict.fromkeys(skipped)))
+
+
+def recommended(trials: Sequence[EncoderTrial]) -> EncoderTrial:
+    """Return the most accurate encoder, or the fastest one that is about as accurate and much faster.
+
+    An encoder is much faster if it is at least :data:`FASTER` times as fast, and about as accurate if McNemar's test on
+    the held-out photos finds no significant difference.
+    """
+    best = max(trials, key=lambda one: one.accuracy)
+    fast = [one for one in trials if one.images_per_second >= FASTER * best.images_per_second and not _worse(one, best)]
+    return max(fast, key=lambda one: one.images_per_second, default=best)
+
+
+def _worse(one: EncoderTrial, best: EncoderTrial) -> bool:
+    """Return whether an encoder is significantly less accurate than the best one on the photos of both."""
+    both = [(one.right[at], best.right[at]) for at in one.right.keys() & best.right.keys()]
+    only, other = sum(a and not b for a, b in both), sum(b and not a for a, b in both)
+    return other > only and mcnemar(only, other) < SIGNIFICANT
+
+
+def _speed(photos: Source, encoder: Encoder) -> float:
+    """Return how many photos are read and encoded per second, without the encoding cache."""
+    few = photos.take(spread(len(photos), TIMED))
+    bare = replace(encoder, cache=None, skipped=[], done=Counter(), progress=False, empty=True)
+    _count(bare, few)  # loads the encoder
+    start = time.perf_counter()
+    return _count(bare, few) / (time.perf_counter() - start)
+
+
+def _count(encoder: Encoder, photos: Source) -> int:
+    return sum(len(block.positions) for block in encoder.blocks(photos))

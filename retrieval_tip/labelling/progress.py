@@ -19,24 +19,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from retrieval_tip import tip
 from retrieval_tip.answering import spread
 from retrieval_tip.bounds import check_count
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.fit.closed_form import prior_for, wilson
-from retrieval_tip.fit.folds import Folds, Held, taken_keys
-from retrieval_tip.fit.forms import Form
+from retrieval_tip.evaluation.held_out import held_out, photo_rows
+from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.retrieval.inputs import Features
-from retrieval_tip.store.labels import images_of
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
-
-PARTS = 8
-"""Number of parts of the random photos. Each part is held out once, so the fit is repeated this many times."""
 MOST_REST = 4096
 """Maximum number of unlabelled photos whose probabilities are averaged."""
 
@@ -59,9 +51,8 @@ class Estimate:
 def estimate_rest(index: CacheModel, random_ids: Sequence[int], rest: Features) -> Estimate:
     """Estimate the accuracy of a fitted index on photos that are still unlabelled.
 
-    The random photos are held out in :data:`PARTS` parts. The metric and the values are refitted to all other keys,
-    while alpha, beta and the temperature stay. All keys of a photo are held out together. The index does not change.
-    For 500 keys of 512 values, this takes about 0.5 s.
+    The random photos are held out in parts (see :func:`held_out.held_out`). For 500 keys of 512 values, this takes
+    about 0.5 s.
 
     Args:
         index: the index.
@@ -72,8 +63,8 @@ def estimate_rest(index: CacheModel, random_ids: Sequence[int], rest: Features) 
 
     Raises InputError if ``rest`` is not finite or has the wrong shape.
     """
-    rows = _rows(index, random_ids)
-    right, chances = _held_out(index, rows, np.arange(index.n))
+    rows = photo_rows(index, random_ids)
+    right, chances = held_out(index, rows, np.arange(index.n))
     if not len(rows):
         return Estimate(0, 0, 0.0, 0.0, 1.0)
     accuracy = float(right.mean())
@@ -97,50 +88,9 @@ def gain_of(index: CacheModel, random_ids: Sequence[int], more: int) -> float | 
     labels.
     """
     check_count("more", more)
-    rows, n = _rows(index, random_ids), index.n
+    rows, n = photo_rows(index, random_ids), index.n
     if not len(rows) or n < 4:
         return None
     first = np.sort(np.argsort(index.labels["key_id"].to_numpy())[: n // 2])
-    by_all, by_half = (_held_out(index, rows, kept)[0].mean() for kept in (np.arange(n), first))
+    by_all, by_half = (held_out(index, rows, kept)[0].mean() for kept in (np.arange(n), first))
     return max(0.0, float(by_all - by_half)) * math.log2((n + more) / n)
-
-
-def _rows(index: CacheModel, key_ids: Sequence[int]) -> IntArray:
-    """Return the first row of each photo that has one of these key ids."""
-    rows = np.flatnonzero(np.isin(index.labels["key_id"].to_numpy(), np.asarray(key_ids, dtype=np.int64)))
-    _, first = np.unique(images_of(index.labels)[rows], return_index=True)
-    return rows[np.sort(first)]
-
-
-def _held_out(index: CacheModel, rows: IntArray, kept: IntArray) -> tuple[npt.NDArray[np.bool_], FloatArray]:
-    """Classify each photo by the ``kept`` keys, except the keys of its own part.
-
-    Returns whether the answers are right, and their probabilities.
-    """
-    ids, images, settings = index.class_ids.cpu(), images_of(index.labels), index.settings
-    right, chances = np.zeros(len(rows), dtype=bool), np.zeros(len(rows))
-    order = np.random.default_rng(0).permutation(len(rows))
-    parts, held = [], []
-    for part in np.array_split(order, min(PARTS, len(rows)) or 1):
-        others = kept[~np.isin(images[kept], images[rows[part]])]
-        if len(part) and len(others):  # without any other key, the answers are wrong
-            own = torch.from_numpy(rows[part])
-            held.append(Held(taken_keys(index.keys, own), ids[own], torch.from_numpy(others)))
-            parts.append(part)
-    if not held:
-        return right, chances
-    text = index.text_weights.cpu() * settings.logit_scale if index.has_text else None
-    prior, c = prior_for(index), len(index.class_names)
-    class_prior = "even" if index.fitted is None else index.fitted.class_prior
-    folds = Folds(index.keys, ids, c, text, held, index.sums, class_prior, prior=prior)
-    words, cache, discriminant = folds.terms(Form.of(index.fitted, settings.beta))
-    linked = tip.log_cache(cache, settings.log_offset)
-    terms = tip.Terms(torch.zeros_like(linked) if words is None else words, linked, discriminant)
-    logits = terms.logits(settings)
-    if words is None:  # a class without keys would be unknown
-        known = torch.stack([torch.bincount(ids[part.rows], minlength=c) > 0 for part in held])
-        logits[~known.repeat_interleave(torch.tensor([len(part.ids) for part in held]), dim=0)] = -torch.inf
-    highest, answers = tip.probabilities(logits, settings.temperature).max(1)
-    places = np.concatenate(parts)
-    right[places], chances[places] = (answers == folds.ids_held).numpy(), highest.numpy()
-    return right, chances
