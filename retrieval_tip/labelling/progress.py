@@ -1,15 +1,16 @@
 """Estimate how many unlabelled photos a classifier already answers correctly, and how much more labels would help.
 
 Suggested photos are not typical, because they are chosen where the classifier is uncertain. The estimates are therefore
-based on labelled photos that were drawn at random. Each of them is classified without its own label, so all labels can
-train the classifier. The share of right answers is corrected with the probabilities of the answers ``p``::
+based on ``n`` labelled photos that were drawn at random. Each of them is classified without its own label, so all
+labels can train the classifier. Their right answers correct the probabilities ``p`` of the answers::
 
-    accuracy = mean of right over the random photos + mean of p over the rest - mean of p over the random photos
+    accuracy = mean of p over the rest + n / (n + 10) (mean of right - mean of p, over the random photos)
 
-The rest is easier than the random photos, for two reasons. Suggestions have removed uncertain photos from the rest, and
-without its own label, a random photo belongs to a class with few labels. In both cases, the probabilities are lower as
-well. This is the difference estimator of survey sampling (Cochran, 1977), and prediction-powered inference
-(Angelopoulos et al., Science 2023).
+The share of right answers alone would be too low, because the random photos are harder than the rest. Suggestions have
+removed uncertain photos from the rest, and without its own label, a random photo belongs to a class with few labels. In
+both cases, the probabilities are lower as well. This is the difference estimator of survey sampling (Cochran, 1977), or
+prediction-powered inference (Angelopoulos et al., Science 2023). Its correction is shrunk if there are few random
+photos.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from retrieval_tip.evaluation.held_out import held_out, photo_rows
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.retrieval.inputs import Features
 
+DOUBT = 10
+"""Number of random photos from which half of the correction is believed."""
 MOST_REST = 4096
 """Maximum number of unlabelled photos whose probabilities are averaged."""
 
@@ -67,11 +70,12 @@ def estimate_rest(index: CacheModel, random_ids: Sequence[int], rest: Features) 
     right, chances = held_out(index, rows, np.arange(index.n))
     if not len(rows):
         return Estimate(0, 0, 0.0, 0.0, 1.0)
-    accuracy = float(right.mean())
+    n, accuracy = len(rows), float(right.mean())
     if len(rest):
-        accuracy += _mean_probability(index, rest[spread(len(rest), MOST_REST)]) - float(chances.mean())
+        correction = accuracy - float(chances.mean())
+        accuracy = _mean_probability(index, rest[spread(len(rest), MOST_REST)]) + n / (n + DOUBT) * correction
     accuracy = min(max(accuracy, 0.0), 1.0)
-    return Estimate(int(right.sum()), len(rows), accuracy, *wilson(accuracy, len(rows)))
+    return Estimate(int(right.sum()), n, accuracy, *wilson(accuracy, n))
 
 
 def _mean_probability(index: CacheModel, features: Features) -> float:
