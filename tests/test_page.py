@@ -1523,11 +1523,8 @@ def test_sixty_photos_are_labelled_by_keyboard_and_continued(
             label_by_key(page, pool[shown_photo(page)])
             page.wait_for_timeout(200)
         expect(page.locator("#label-saved")).to_have_text("All labels are saved in “things”.")
-    labels = json.loads(
-        run("index", "query", folder, "SELECT source, label FROM labels", "--format", "json")
-        .stdout.join("[]")
-        .replace("}\n{", "},{")
-    )
+    told = run("index", "query", folder, "SELECT source, label FROM labels", "--format", "json").stdout
+    labels = [json.loads(line) for line in told.splitlines()]
     assert len(labels) == 60
     assert all(pool[Path(row["source"]).name] == row["label"] for row in labels)
 
