@@ -46,10 +46,11 @@ COMPARED = 1 << 18
 """Maximum number of keys to compare with new features when known features are counted but not skipped."""
 
 
-GROWN, REFITTED = 2, 4096
-"""Factor of growth after which a new fit is due, and maximum number of keys to fit during a change.
+GROWN, REFITTED, DUE = 1.125, 4096, 2.0
+"""Factor of growth after which a change fits the index again, and maximum number of keys for this.
 
-A fit of that many keys takes a few seconds.
+A fit of that many keys takes a few seconds. The last constant is the factor of growth after which a fit is suggested,
+if it is not automatic.
 """
 
 
@@ -57,9 +58,10 @@ A fit of that many keys takes a few seconds.
 class Changed:
     """The result of a change, with the current ``version`` and the ids of the affected keys.
 
-    If the number of keys has doubled since the last fit, or if other classes than before have no photos, the index is
-    fitted again, and ``fit`` is the result. If the index is too large for that, or if its settings were not chosen by a
-    fit to its shots, ``fit_due`` is true, and :func:`fit.fit_index` would make the index more accurate.
+    If the number of keys has grown by an eighth since the last fit, or if other classes than before have no photos, the
+    index is fitted again, and ``fit`` is the result. Some indexes are not fitted by a change, because they are too
+    large, or because a fit to their shots did not choose their settings. If such an index has doubled, or if other
+    classes have no photos, ``fit_due`` is true, and :func:`fit.fit_index` would make the index more accurate.
     """
 
     version: int
@@ -205,11 +207,12 @@ def _keep_fitted(change: Change) -> _Fitted:
     cache = change.cache
     if cache.fitted is None or not change.what:
         return {}
-    grown = cache.n >= GROWN * cache.fitted.keys
+    automatic = cache.n <= REFITTED and cache.fitted.automatic
+    grown = cache.n >= (GROWN if automatic else DUE) * cache.fitted.keys
     bare_before = [name for name in change.bare_before if name in cache.class_names]
     if not grown and (not cache.has_text or change.bare() == bare_before):
         return {}
-    if cache.n > REFITTED or not cache.fitted.automatic:
+    if not automatic:
         return {"fit_due": True}
     fit = change.fit(Fit(class_prior=cache.fitted.class_prior)) if grown else change.refit(cache.settings.beta)
     return {"fit": fit}
