@@ -1,12 +1,13 @@
 """Take the screenshots ``docs/page*.png`` of the page of ``retrieval-tip serve`` in Chromium.
 
 Run ``make setup browser && make demo``, and then ``python docs/screenshots.py demo/things demo/new``. The arguments are
-an index, and a folder of new photos in class folders.
+an index, and a folder of new photos in class folders. On the Label page, the photos are labelled by their folders.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -32,16 +33,34 @@ SHAPE = ((0.3, 0.2), (0.62, 0.12), (0.7, 0.45), (0.5, 0.62), (0.28, 0.5))
 """A shape on the map, as fractions of its width and height."""
 
 
+def take(page: Page, name: str) -> None:
+    """Take a screenshot."""
+    page.wait_for_load_state("networkidle")
+    while not page.evaluate(SEEN):
+        page.wait_for_timeout(100)
+    seen = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    seen.quantize(COLOURS).save(HERE / f"{name}.png", optimize=True)
+
+
+def label_page(page: Page, new: Path) -> None:
+    """Label photos until the page estimates the accuracy, and take a screenshot."""
+    labels = {path.name: path.parent.name for path in new.rglob("*") if path.is_file()}
+    progress = page.locator("#label-progress")
+    while "classified correctly" not in (progress.text_content() or ""):
+        name = page.locator("#label-photo img").get_attribute("alt") or ""
+        page.fill("#label-class", labels[name])
+        page.press("#label-class", "Enter")
+        expect(page.locator("#label-photo img")).not_to_have_attribute("alt", name)
+        page.wait_for_timeout(300)
+    expect(page.locator("#label-right")).to_be_visible()
+    take(page, "page-label")
+
+
 def pictures(page: Page, new: Path) -> None:
     """Take a screenshot of each screen of the page."""
-    page.set_default_timeout(WAIT)
 
     def picture(name: str) -> None:
-        page.wait_for_load_state("networkidle")
-        while not page.evaluate(SEEN):
-            page.wait_for_timeout(100)
-        seen = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-        seen.quantize(COLOURS).save(HERE / f"{name}.png", optimize=True)
+        take(page, name)
 
     page.wait_for_selector("#samples-list img")
     picture("page-start")
@@ -92,19 +111,27 @@ def main(index: Path, new: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy = shutil.copytree(index, Path(folder) / index.name)
         new = shutil.copytree(new, Path(folder) / "new")  # browsers reject links
-        command = [sys.executable, "-m", "retrieval_tip", "serve", str(copy), "--port", "0", "--device", "cpu"]
-        serving = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603  # itself
-        with serving, sync_playwright() as playwright:
-            assert serving.stderr is not None
-            address = next(filter(None, (re.search(r"http\S+#token=\S+", line) for line in serving.stderr)))[0]
-            try:
-                browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-                page = browser.new_page(viewport={"width": 1280, "height": 840}, reduced_motion="reduce")
-                page.goto(address)
-                pictures(page, new)
-                browser.close()
-            finally:
-                serving.terminate()
+        facts = json.loads((copy / "manifest.json").read_text())["backbone"]
+        encoder = ["--model", facts["model"], "--pretrained", facts["pretrained"]]
+        commands = (
+            (pictures, ["serve", str(copy)]),
+            (label_page, ["label", str(new), "--into", str(Path(folder) / "labelled"), *encoder]),
+        )
+        for pictured, command in commands:
+            program = [sys.executable, "-m", "retrieval_tip", *command, "--port", "0", "--device", "cpu"]
+            serving = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)  # noqa: S603  # itself
+            with serving, sync_playwright() as playwright:
+                assert serving.stderr is not None
+                address = next(filter(None, (re.search(r"http[^\s;]+#token=[^\s;]+", line) for line in serving.stderr)))
+                try:
+                    browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+                    page = browser.new_page(viewport={"width": 1280, "height": 840}, reduced_motion="reduce")
+                    page.set_default_timeout(WAIT)
+                    page.goto(address[0])
+                    pictured(page, new)
+                    browser.close()
+                finally:
+                    serving.terminate()
 
 
 if __name__ == "__main__":

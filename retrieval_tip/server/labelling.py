@@ -348,5 +348,7 @@ class Labelling:
         assert self._features is not None
         cache = index.in_memory()
         found = estimate_rest(cache, drawn, self._features[rest])
-        gain = gain_of(cache, drawn, MORE)
-        return schemas.LabelProgress(len(drawn), DRAWN, found.accuracy, found.low, found.high, MORE, gain)
+        more = min(MORE, len(rest))
+        gain = gain_of(cache, drawn, more)
+        gain = None if gain is None else min(gain, 1 - found.accuracy)
+        return schemas.LabelProgress(len(drawn), DRAWN, found.accuracy, found.low, found.high, more, gain)
