@@ -94,7 +94,8 @@ def test_a_command_takes_its_options_as_they_are_declared(command):
     for name, option in values.items():
         if option.callback is not None:  # which makes another type of it
             continue
-        default = option.to_info_dict()["default"] if isinstance(option, click.Option) else ""
+        is_option = isinstance(option, click.Option)
+        default = option.to_info_dict()["default"] if is_option or not (option.required or option.nargs != 1) else ""
         may_lack = default is None and not (option.required or option.multiple)
         assert ("None" in taken[name] or taken[name] in ("KeysMet", "Abstain")) == may_lack, name
         assert taken[name].startswith("tuple") == (getattr(option, "multiple", False) or option.nargs != 1), name

@@ -1,22 +1,25 @@
-"""The command ``suggest``."""
+"""The commands ``suggest`` and ``sort``."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from retrieval_tip.cli import options
 from retrieval_tip.cli.group import command
-from retrieval_tip.cli.messages import finish, say
+from retrieval_tip.cli.messages import SOME_SKIPPED, about, finish, say
 from retrieval_tip.cli.opening import backbone_of, encoder_for, encoder_of, index_with
 from retrieval_tip.cli.options import AnswerOptions, EncodingOptions, OutputOptions
-from retrieval_tip.cli.parameters import INDEX, SOURCE, count
+from retrieval_tip.cli.parameters import FOLDER, INDEX, SHARE, SOURCE, count
 from retrieval_tip.cli.stdin import paths_on_stdin
-from retrieval_tip.errors import UsageError
+from retrieval_tip.errors import UsageError, counted, show
 
 if TYPE_CHECKING:
     from retrieval_tip.index.places import Place
+    from retrieval_tip.labelling.placing import Action
+    from retrieval_tip.labelling.sort import Sorted
 
 
 @command()
@@ -65,3 +68,70 @@ def suggest(
     if not ctx.obj:
         say(str(suggestions))
     finish(ctx, encoder.skipped)
+
+
+@command("sort")
+@click.argument("folder", type=INDEX, metavar="INDEX", required=False)
+@click.argument("photos", nargs=-1)
+@click.option("--into", type=FOLDER, required=True, help="Folder to sort into, with one folder per class.")
+@click.option("--link", "action", flag_value="link", help="Create symbolic links instead of copies.")
+@click.option("--move", "action", flag_value="move", help="Move the photos instead of copying them.")
+@click.option("--min-probability", "least", type=SHARE, default=0.5, show_default=True,
+              help="Probability below which a photo goes to the folder not sure.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Print the rows of the manifest, and change nothing.")
+@click.option("--undo", is_flag=True, help="Delete the copies and links, and move photos back.")
+@options.BACKBONE
+@options.ENCODING
+@click.pass_context
+def sort_command(
+    ctx: click.Context,
+    folder: Place | None,
+    photos: tuple[str, ...],
+    into: Path,
+    action: Action | None,
+    least: float,
+    dry_run: bool,
+    undo: bool,
+    encoding: EncodingOptions,
+) -> None:
+    """Sort photos into folders by their class.
+
+    PHOTOS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input.
+    Photos that resemble no shot go to the folder "no match", and photos with a low probability to "not sure". No file
+    is overwritten. The manifest sorted.csv lists all photos, so that --undo --into FOLDER can restore the previous
+    state. If the command is interrupted, run it again.
+    """
+    from retrieval_tip.data.sources import open_inputs
+    from retrieval_tip.labelling.sort import sort_photos, undo_sort
+
+    if undo:
+        if folder is not None or action is not None:
+            raise UsageError("--undo: takes only --into FOLDER and --dry-run; leave out the rest")
+        result = undo_sort(into, dry_run=dry_run)
+    else:
+        if folder is None or not photos:
+            raise UsageError("sort: needs INDEX and PHOTOS, unless you give --undo")
+        sources = list(open_inputs(photos, paths_on_stdin()))
+        index = index_with(folder, AnswerOptions(), encoding)
+        with encoder_for(ctx, index, sources, encoding) as encoder:
+            result = sort_photos(
+                index, sources, encoder, into, action=action or "copy", min_probability=least, dry_run=dry_run
+            )
+    if dry_run:
+        _print_rows(result)
+    else:
+        about(into, str(result))
+    if undo and result.skipped:
+        say(f"{counted(len(result.skipped), 'photo')} could not be restored")
+        ctx.exit(SOME_SKIPPED)
+    finish(ctx, result.skipped)
+
+
+def _print_rows(result: Sorted) -> None:
+    import pyarrow as pa
+
+    from retrieval_tip.cli.output import write_rows
+    from retrieval_tip.labelling.placing import COLUMNS
+
+    rows = [{name: show(str(value)) for name, value in vars(row).items()} for row in result.rows]
+    write_rows(rows, dict.fromkeys(COLUMNS, pa.string()), "csv", None)

@@ -1,0 +1,227 @@
+"""Copy, link and move photos into folders without overwriting or losing a photo, and list them in a manifest.
+
+A row of the manifest is on the disk before the photo is placed. Then an empty file reserves the name of the photo, the
+bytes are written to a temporary file and flushed, and the temporary file replaces the empty one. After a kill, the
+manifest therefore lists all photos that were placed, and an empty file marks an unfinished photo.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import hashlib
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from retrieval_tip.data.sources import read_item
+from retrieval_tip.errors import InputError, show
+from retrieval_tip.files import make_folders, read_regular, replacing, sha256_of, sync, temporary
+
+Action = Literal["copy", "link", "move"]
+
+MANIFEST = "sorted.csv"
+MAX_MANIFEST = 1 << 30
+"""Maximum size of a manifest in bytes."""
+LONGEST = 200
+"""Maximum length of a name in bytes, which leaves room for a number."""
+EMPTY = hashlib.sha256().hexdigest()
+
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]|%(?=[0-9A-Fa-f]{2})|^[. ]|[. ]$')
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE | re.DOTALL)  # on Windows
+_OUTPUT = re.compile(r"(?!\.\.?/)[^/\0]+/(?!\.\.?$)[^/\0]+")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A row of the manifest.
+
+    Attributes:
+        input: the absolute path of the photo, or its name if it is not a file.
+        label: the most probable class.
+        probability: the probability of that class.
+        output: the path of the photo in the folder.
+        action: ``copy``, ``link``, ``move``, or ``kept`` if the folder already contained a photo with the same name and
+            the same bytes.
+        digest: the SHA-256 digest of the photo.
+    """
+
+    input: str
+    label: str
+    probability: float
+    output: str
+    action: str
+    digest: str
+
+
+COLUMNS = [field.name for field in fields(Placed)]
+
+
+def safe_name(name: str) -> str:
+    """Return a name that every file system accepts. Different names stay different.
+
+    Unsafe characters are escaped as in a URL, for example ``/`` as ``%2F``. A long name is cut, and ends with a digest.
+    """
+    safe = _UNSAFE.sub(lambda match: f"%{ord(match[0]):02X}", name) or "%00"
+    safe = escaped_first(safe) if _RESERVED.fullmatch(safe) else safe
+    data = safe.encode("utf-8", "surrogateescape")
+    if len(data) <= LONGEST:
+        return safe
+    suffix = Path(safe).suffix
+    end = f"~{hashlib.sha256(data).hexdigest()[:16]}{suffix if len(suffix) <= 16 else ''}"
+    return data[: LONGEST - len(end.encode("utf-8", "surrogateescape"))].decode("utf-8", "ignore") + end
+
+
+def escaped_first(name: str) -> str:
+    """Escape the first character of a name."""
+    return f"%{ord(name[0]):02X}{name[1:]}"
+
+
+def numbered(name: str, number: int) -> str:
+    """Add a number to a file name, for example ``cat-2.jpg``, unless it is 1."""
+    return name if number == 1 else f"{Path(name).stem}-{number}{Path(name).suffix}"
+
+
+def read_manifest(folder: Path) -> list[Placed]:
+    """Return the rows of the manifest in a folder, or nothing if there is no manifest.
+
+    An incomplete last row is ignored, because its photo was not placed. Raises InputError if the file is not a
+    manifest.
+    """
+    path = folder / MANIFEST
+    try:
+        text = read_regular(path, MAX_MANIFEST).decode("utf-8", "surrogateescape")
+        head, *rows = csv.reader(io.StringIO(text, newline=""))
+        if rows and not (len(rows[-1]) == len(COLUMNS) and _DIGEST.fullmatch(rows[-1][-1])):
+            rows = rows[:-1]
+        placed = [Placed(row[0], row[1], float(row[2]), *row[3:]) for row in rows]
+        valid = (_OUTPUT.fullmatch(row.output) and _DIGEST.fullmatch(row.digest) for row in placed)
+        if head != COLUMNS or not all(valid):
+            raise ValueError
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, IndexError, csv.Error) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{show(path)}: was not written by sort, or is damaged; choose another folder") from None
+    return placed
+
+
+def write_manifest(folder: Path, rows: Iterable[Placed]) -> None:
+    """Replace the manifest of a folder."""
+    with replacing(folder / MANIFEST) as new, new.open("wb") as file:
+        file.write(_lines([COLUMNS]) + _lines(map(astuple, rows)))
+        file.flush()
+        os.fsync(file.fileno())
+    sync(folder)
+
+
+def add_rows(folder: Path, rows: Iterable[Placed]) -> None:
+    """Add rows to the manifest of a folder, and wait until they are on the disk."""
+    with (folder / MANIFEST).open("ab") as file:
+        file.write(_lines(map(astuple, rows)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _lines(rows: Iterable[Sequence[object]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def digest_at(path: Path) -> str | None:
+    """Return the digest of a file, ``""`` for anything else, or ``None`` if nothing is there."""
+    if not os.path.lexists(path):
+        return None
+    return sha256_of(path) if path.is_file() else ""
+
+
+def digest_of(item: str) -> str | None:
+    """Return the digest of an image, or ``None`` if it cannot be read."""
+    with suppress(InputError):
+        return hashlib.sha256(read_item(item)).hexdigest()
+    return None
+
+
+def place(row: Placed, folder: Path) -> bool:
+    """Copy, link or move a photo to its output, and return whether it was not there already.
+
+    Raises InputError if the photo cannot be read or has changed, or if another file has taken its place. Raises OSError
+    if the output cannot be written.
+    """
+    target = folder / row.output
+    if not target.parent.exists():
+        make_folders(target.parent)
+        sync(folder)
+    if row.action == "link":
+        if is_link_to(target, row.input):
+            return False
+        target.symlink_to(row.input)
+        return True
+    there = digest_at(target)
+    if there is None:
+        target.touch(exist_ok=False)
+        there = EMPTY
+    if target.is_symlink() or there not in (EMPTY, row.digest):
+        raise InputError("another file was created at its output; run the command again")
+    moved = there == EMPTY and fill(row.input, target, row.digest, folder, move=row.action == "move")
+    deleted = row.action == "move" and not moved and delete_original(row.input, target, row.digest)
+    return there == EMPTY or deleted
+
+
+def fill(item: str, target: Path, digest: str, scratch: Path, *, move: bool) -> bool:
+    """Replace an empty file by a copy of a photo, and return whether the photo was moved instead.
+
+    Files are only moved within one file system, where moving is atomic. ``scratch`` is the folder for the temporary
+    file.
+    """
+    try:
+        if move and not Path(item).is_symlink() and digest_at(Path(item)) == digest:
+            try:
+                Path(item).replace(target)
+                sync(target.parent)
+                return True
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+        data = read_item(item)
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise InputError("has changed since it was classified; run the command again")
+        with temporary(scratch / "photo") as new:
+            with new.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            with suppress(OSError):
+                shutil.copystat(item, new)
+            new.replace(target)
+        sync(target.parent)
+    except BaseException:
+        if digest_at(target) == EMPTY != digest:
+            target.unlink()
+        raise
+    return False
+
+
+def is_link_to(path: Path, item: str) -> bool:
+    """Return whether a path is a link to this photo."""
+    return path.is_symlink() and os.readlink(path) == item  # noqa: PTH115 - keeps the exact text
+
+
+def delete_original(item: str, copy: Path, digest: str) -> bool:
+    """Delete a photo if ``copy`` is another file with the same bytes, and return whether it was deleted."""
+    original = Path(item)
+    if not original.is_file() or copy.is_symlink() or copy.samefile(original):
+        return False
+    if not digest_at(copy) == digest == digest_at(original):
+        return False
+    original.unlink()
+    return True

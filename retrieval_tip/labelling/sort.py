@@ -1,0 +1,315 @@
+"""Sort photos into folders by their predicted class, and undo it (see :mod:`placing`)."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+
+import pyarrow as pa
+
+from retrieval_tip.answering import AnsweringIndex
+from retrieval_tip.data import remote, tars
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import Source, read_item
+from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
+from retrieval_tip.files import locked_folder, make_folders, real
+from retrieval_tip.index.items import ItemColumns
+from retrieval_tip.labelling.placing import (
+    EMPTY,
+    MANIFEST,
+    Action,
+    Placed,
+    add_rows,
+    delete_original,
+    digest_at,
+    digest_of,
+    escaped_first,
+    fill,
+    is_link_to,
+    numbered,
+    place,
+    read_manifest,
+    safe_name,
+    write_manifest,
+)
+from retrieval_tip.predictions import MORE_LIKELY_WRONG, Predictions
+from retrieval_tip.settings import check_choice
+
+log = logging.getLogger(__name__)
+
+NO_MATCH, NOT_SURE = "no match", "not sure"
+"""The folders of photos that match no class, and of photos whose answer has a low probability."""
+
+_VERBS: dict[Action, str] = {"copy": "copied", "link": "linked", "move": "moved"}
+
+
+@dataclass
+class Sorted:
+    """The rows of the manifest for the photos of a call, in order, and the photos that were ``skipped``.
+
+    ``done`` is the number of photos that were copied, linked, moved or restored. The others were already there.
+    """
+
+    verb: str
+    rows: list[Placed] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    done: int = 0
+
+    def __str__(self) -> str:
+        text = f"{self.verb} {counted(self.done, 'photo')}"
+        places = Counter(row.output.partition("/")[0] for row in self.rows)
+        parts = [f"{places[name]:,} {name}" for name in (NO_MATCH, NOT_SURE) if places[name]]
+        parts += [f"{len(self.rows) - self.done:,} already there"] if self.done < len(self.rows) else []
+        return text + (f" ({', '.join(parts)})" if parts else "")
+
+
+@dataclass(frozen=True)
+class _Photo:
+    name: str
+    label: str
+    probability: float
+    unlike: bool | None
+    digest: str
+
+
+def sort_photos(
+    index: AnsweringIndex,
+    sources: Sequence[Source],
+    encoder: Encoder,
+    folder: str | os.PathLike[str],
+    *,
+    action: Action = "copy",
+    min_probability: float = MORE_LIKELY_WRONG,
+    dry_run: bool = False,
+) -> Sorted:
+    """Sort photos into ``folder/CLASS``, and return the rows of the manifest ``sorted.csv``.
+
+    Photos without a match go to ``no match``, and photos whose probability is below ``min_probability`` to ``not
+    sure``. No file is overwritten: if a name is taken, a number is added. If the folder already contains a photo with
+    the same name and the same bytes, it is not written again. An interrupted call can be repeated.
+
+    Args:
+        index: the index that classifies the photos.
+        sources: the photos (see :func:`sources.open_inputs`). The ids of a feature table are read as paths.
+        encoder: the encoder of the photos. ``encoder.skipped`` lists the photos that cannot be read.
+        folder: the folder to sort into.
+        action: ``copy``, ``link`` (a symbolic link) or ``move``. Only files can be linked or moved.
+        min_probability: the probability below which an answer is not sure.
+        dry_run: whether to return the rows without changing anything.
+
+    Raises:
+        UsageError: if the action is unknown, or if some photos are not files and cannot be linked or moved.
+        InputError: if the folder cannot be written. Photos that were already placed stay there.
+    """
+    check_choice("action", action, Action)
+    for source in sources:
+        if action != "copy" and not _has_files(source):
+            raise UsageError(f"{action}: {source.name} has photos that are not files; copy them instead")
+    root, result = Path(folder), Sorted(_VERBS[action], skipped=encoder.skipped)
+    with _locked(root, dry_run):
+        before = read_manifest(root)
+        if not dry_run:
+            write_manifest(root, before)  # without an incomplete last row
+        plan = _Outputs(root, action, min_probability, {row.input: row for row in before})
+        listed = set(before)
+        for photos in _classified(index, sources, encoder):
+            rows = [plan.row(photo) for photo in photos]
+            if not dry_run:
+                new = [row for row in dict.fromkeys(rows) if row not in listed]
+                add_rows(root, new)
+                listed.update(new)
+            result.rows += rows if dry_run else _placed(rows, root, action, result)
+    return result
+
+
+def _has_files(source: Source) -> bool:
+    paths = source.paths or ()
+    return source.table is None and not any(remote.is_remote(path) or tars.tar_of(path) for path in paths)
+
+
+@contextmanager
+def _locked(folder: Path, dry_run: bool) -> Iterator[None]:
+    """Create and lock the folder, and convert an OSError into one line."""
+    try:
+        if dry_run:
+            yield
+            return
+        make_folders(folder)
+        with locked_folder(real(folder), alone=True, wait=0) as alone:
+            if not alone:
+                raise InputError(f"{show(folder)}: another process is sorting into it; wait until it is done")
+            yield
+    except OSError as error:
+        if isinstance(error, InputError):
+            raise
+        where = show(error.filename if isinstance(error.filename, str) else folder)
+        raise InputError(f"{where}: {error.strerror or error}; run the command again to continue") from None
+
+
+def _classified(index: AnsweringIndex, sources: Sequence[Source], encoder: Encoder) -> Iterator[list[_Photo]]:
+    for source in sources:
+        for block in encoder.blocks(source):
+            columns = ItemColumns.of(source.items.take(pa.array(block.positions)), block.digests)
+            paths = source.paths
+            names = columns.sources.to_pylist() if paths is None else [paths[i] for i in block.positions]
+            parts = index.parts(len(names))
+            answers = (index.classify(block.features[part], neighbours=0, norms="keep") for part in parts)
+            table = Predictions.joined(answers).written(["label", "probability", "unlike"])
+            photos = []
+            for name, digest, answer in zip(names, columns.digests, table.to_pylist(), strict=True):
+                item = name if remote.is_remote(name) or _is_id(name, source) else os.path.abspath(name)  # noqa: PTH100
+                try:
+                    own = digest or hashlib.sha256(read_item(item)).hexdigest()
+                    photos.append(_Photo(item, **answer, digest=own))
+                except InputError as error:
+                    _skip(encoder.skipped, name, str(error))
+            yield photos
+
+
+def _skip(skipped: list[Skipped], path: str | Path, reason: str) -> None:
+    skipped.append(Skipped(show(path), reason))
+    log.warning("skipped %s", skipped[-1])
+
+
+def _is_id(name: str, source: Source) -> bool:
+    return source.paths is None and not os.path.lexists(name)
+
+
+@dataclass
+class _Outputs:
+    """Chooses the output of each photo. ``known`` holds the last row of each input."""
+
+    folder: Path
+    action: Action
+    least: float
+    known: dict[str, Placed]
+    digests: dict[str, str | None] = field(default_factory=dict)
+
+    def row(self, photo: _Photo) -> Placed:
+        """Return the row of a photo, which may be a row of the manifest."""
+        if photo.unlike:
+            part = NO_MATCH
+        elif photo.probability < self.least:
+            part = NOT_SURE
+        else:
+            part = class_folder(photo.label)
+        old = self.known.get(photo.name)
+        if old is not None and old.digest == photo.digest and old.output.startswith(f"{part}/"):
+            there = self._digest(old.output)
+            unfinished = old.action != "kept" and (there is None or (there == EMPTY and self.action != "link"))
+            if unfinished or (there == old.digest and (old.action, self.action) == ("copy", "move")):
+                self.known[photo.name] = old = replace(old, action=self.action)
+            if unfinished or there == old.digest:
+                self.digests[old.output] = old.digest
+                return old
+        path = Path(photo.name)
+        name = safe_name(path.name or photo.name)
+        if name != path.name and real(path.parent) == real(self.folder / part):  # it was sorted by an earlier call
+            name = path.name
+        for number in count(1):
+            output = f"{part}/{numbered(name, number)}"
+            there = self._digest(output)
+            if there in (None, photo.digest):
+                break
+        action = self.action if there is None else "kept"
+        row = Placed(photo.name, photo.label, photo.probability, output, action, photo.digest)
+        self.known[photo.name], self.digests[output] = row, photo.digest
+        return row
+
+    def _digest(self, output: str) -> str | None:
+        if output not in self.digests:
+            self.digests[output] = digest_at(self.folder / output)
+        return self.digests[output]
+
+
+def class_folder(label: str) -> str:
+    """Return the name of the folder of a class, which differs from the folders of photos without an answer."""
+    name = safe_name(label)
+    return escaped_first(name) if name.casefold() in (NO_MATCH, NOT_SURE, MANIFEST) else name
+
+
+def _placed(rows: Iterable[Placed], folder: Path, action: Action, result: Sorted) -> Iterator[Placed]:
+    for row in rows:
+        try:
+            if row.action == action:  # otherwise, the photo is already there
+                result.done += place(row, folder)
+            yield row
+        except InputError as error:
+            _skip(result.skipped, row.input, str(error))
+
+
+def undo_sort(folder: str | os.PathLike[str], *, dry_run: bool = False) -> Sorted:
+    """Undo all calls of :func:`sort_photos` for a folder, latest first, and return the rows that were undone.
+
+    Moved photos return to their old place. Copies are deleted if the original still has the same bytes, and links are
+    deleted. A photo that has changed since is ``skipped``, and stays in the manifest.
+
+    Raises InputError if the folder has no manifest, or if a file cannot be written.
+    """
+    root = Path(folder)
+    if not (root / MANIFEST).exists():
+        raise InputError(f"{show(root)}: has no {MANIFEST}; give the folder that sort has written")
+    result, left = Sorted("undid the sorting of"), list[Placed]()
+    with _locked(root, dry_run):
+        for row in reversed(read_manifest(root)):
+            reason = _undone(row, root / row.output, dry_run)
+            if reason is None:
+                result.rows.append(row)
+                result.done += 1
+            else:
+                left.append(row)
+                _skip(result.skipped, root / row.output, reason)
+        if dry_run:
+            return result
+        if left:
+            write_manifest(root, reversed(left))
+        else:
+            (root / MANIFEST).unlink()
+        for part in {row.output.partition("/")[0] for row in result.rows}:
+            if (root / part).is_dir() and not any((root / part).iterdir()):
+                (root / part).rmdir()
+    return result
+
+
+def _undone(row: Placed, target: Path, dry_run: bool) -> str | None:
+    """Undo a row, and return ``None``, or the reason why this is impossible. If nothing is there, nothing is done."""
+    original = Path(row.input)
+    if row.action == "kept":
+        return None
+    if row.action == "link":
+        if target.is_symlink() and not is_link_to(target, row.input):
+            return "is another link"
+        removable = target.is_symlink()
+    else:
+        there = digest_at(target)
+        if target.is_symlink() or there not in (None, EMPTY, row.digest):
+            return "has changed"
+        removable = there == EMPTY
+        if there == row.digest:
+            same = original.exists() and target.samefile(original)
+            removable = digest_of(row.input) == row.digest and not same
+        elif row.action == "move" and digest_of(row.input) != row.digest:
+            return f"is missing, and so is {show(original)}"
+        if there == row.digest and not removable:
+            if row.action == "copy" or digest_at(original) not in (None, EMPTY):
+                return f"is now the only copy, because {show(original)} is gone or has changed"
+            if not dry_run:
+                _move_back(target, original, row.digest)
+            return None
+    if removable and not dry_run:
+        target.unlink()
+    return None
+
+
+def _move_back(target: Path, original: Path, digest: str) -> None:
+    make_folders(original.parent)
+    original.touch()
+    if not fill(str(target), original, digest, original.parent, move=True):
+        delete_original(str(target), original, digest)

@@ -1,0 +1,411 @@
+"""Photos sorted into folders: no photo is overwritten or lost, even if the process is killed. Also run as a script."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import stat
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import killing
+import numpy as np
+import pytest
+from conftest import examples, few, sampled
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from serving import photographs
+from tables import unit, unit_rows, write_table
+from tarring import tar
+
+from retrieval_tip import CacheModel
+from retrieval_tip.data.encoder import Encoder, FeatureBlock
+from retrieval_tip.data.sources import open_inputs, read_item
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.files import locked_folder
+from retrieval_tip.fit import closed_form
+from retrieval_tip.fit.forms import FORMS
+from retrieval_tip.labelling import placing
+from retrieval_tip.labelling.placing import MANIFEST, read_manifest, safe_name
+from retrieval_tip.labelling.sort import class_folder, sort_photos, undo_sort
+
+CLASSES = ["../up", "no match", "c"]
+FOLDERS = ["%2E.%2Fup", "%6Eo match", "c"]
+POINTS = {"0": np.eye(16)[0], "1": np.eye(16)[1], "2": np.eye(16)[2], "9": np.eye(16)[9]}
+POINTS["?"] = POINTS["0"] + POINTS["1"] / 2 + POINTS["2"] / 2
+SURE = 0.97
+
+
+class Reader(Encoder):
+    """An encoder of text files, whose first character says what they show."""
+
+    def blocks(self, source):
+        for start in range(0, len(source), 3):
+            found = []
+            for position in range(start, min(start + 3, len(source))):
+                try:
+                    data = read_item(source.paths[position])
+                    feature = unit(POINTS[chr(data[0])][None])[0]
+                    found.append((position, feature, hashlib.sha256(data).hexdigest()))
+                except InputError as error:
+                    self._skip(source.sources[position], str(error))
+            if found:
+                positions, features, digests = zip(*found, strict=True)
+                yield FeatureBlock(np.array(positions), np.stack(features).astype(np.float32), list(digests))
+
+
+def make_index():
+    ids = np.arange(60) % 3
+    cache = CacheModel.from_features(unit(4 * np.eye(16)[ids] + unit_rows(60, 16)), ids, CLASSES, device="cpu")
+    closed_form.fit(cache, forms=FORMS[:1])
+    cache.settings = replace(cache.settings, least_cache=0.3)
+    return cache
+
+
+def sort(index, inbox, out, **options):
+    options = {"min_probability": SURE} | options
+    return sort_photos(index, list(open_inputs([str(inbox)])), Reader(), out, **options)
+
+
+def work(job, steps):
+    """Sort or undo in a process that is killed."""
+    steps.writes()
+    steps.events("os.symlink", "os.link", "os.chmod", "os.utime")
+    if job["action"] == "undo":
+        undo_sort(job["out"])
+    else:
+        sort(INDEX, job["inbox"], job["out"], action=job["action"])
+
+
+if __name__ == "__main__":
+    with killing.one_thread():
+        INDEX = make_index()  # before the forks, to save time
+    killing.serve(work)
+    raise SystemExit
+
+
+@pytest.fixture(scope="module")
+def index():
+    return make_index()
+
+
+PHOTOS = {
+    "a/x.jpg": "0 first", "b/x.jpg": "0 second", "c/x.jpg": "0 first", "a/y.jpg": "1", "a/z.jpg": "2",
+    "b/odd\udcff\n.jpg": "9 odd", "b/unsure.jpg": "?",
+}  # fmt: skip
+
+
+@pytest.fixture
+def inbox(tmp_path):
+    return make_inbox(tmp_path / "inbox")
+
+
+def make_inbox(inbox):
+    for name, text in PHOTOS.items():
+        (inbox / name).parent.mkdir(parents=True, exist_ok=True)
+        (inbox / name).write_text(text)
+    return inbox
+
+
+def files(folder, hidden=False):
+    """Return the text of each file below a folder. Links are not followed."""
+    every = (Path(place) / name for place, _, names in os.walk(folder) for name in names)
+    return {
+        str(path.relative_to(folder)): path.read_text(errors="surrogateescape")
+        for path in every
+        if not path.is_symlink() and path.name != MANIFEST and (hidden or not path.name.startswith("."))
+    }
+
+
+SORTED = {
+    f"{FOLDERS[0]}/x.jpg": "0 first", f"{FOLDERS[0]}/x-2.jpg": "0 second", f"{FOLDERS[1]}/y.jpg": "1", "c/z.jpg": "2",
+    "no match/odd\udcff%0A.jpg": "9 odd", "not sure/unsure.jpg": "?",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("action", ["copy", "move", "link"])
+def test_photos_are_sorted_and_the_manifest_undoes_it(index, inbox, tmp_path, action):
+    out, before = tmp_path / "out", files(inbox)
+    planned = sort(index, inbox, out, action=action, dry_run=True)
+    assert (out.exists(), files(inbox)) == (False, before)
+    result = sort(index, inbox, out, action=action)
+    assert result.rows == planned.rows == read_manifest(out)
+    assert (result.done, Counter(row.action for row in result.rows)) == (6, {action: 6, "kept": 1})
+    assert files(inbox) == ({"c/x.jpg": "0 first"} if action == "move" else before)
+    if action == "link":
+        assert {name: (out / name).read_text() for name in SORTED} == SORTED
+        assert all((out / name).is_symlink() for name in SORTED)
+    else:
+        assert files(out, hidden=True) == SORTED
+    for row in result.rows:
+        assert hashlib.sha256((out / row.output).read_bytes()).hexdigest() == row.digest
+    again = sort(index, inbox, out, action=action)
+    assert (again.done, len(read_manifest(out))) == (0, 7)
+    assert undo_sort(out, dry_run=True).done == 7
+    assert (undo_sort(out).skipped, files(inbox), list(out.iterdir())) == ([], before, [])
+    with pytest.raises(InputError, match=MANIFEST):
+        undo_sort(out)
+
+
+def test_undo_leaves_photos_that_have_changed(index, inbox, tmp_path):
+    out = tmp_path / "out"
+    sort(index, inbox, out, action="move")
+    sort(index, inbox, out)
+    (out / FOLDERS[1] / "y.jpg").write_text("edited")
+    (inbox / "a").mkdir(exist_ok=True)
+    (inbox / "a" / "z.jpg").write_text("another photo")
+    (out / "not sure" / "unsure.jpg").unlink()
+    result = undo_sort(out)
+    assert {skipped.source.rpartition("/")[2] for skipped in result.skipped} == {"y.jpg", "z.jpg", "unsure.jpg"}
+    assert files(out) == {f"{FOLDERS[1]}/y.jpg": "edited", "c/z.jpg": "2"}
+    assert [row.output.rpartition("/")[2] for row in read_manifest(out)] == ["y.jpg", "z.jpg", "unsure.jpg"]
+    assert files(inbox)["a/z.jpg"] == "another photo"
+
+
+def test_a_copy_is_kept_if_it_is_the_only_one_left(index, inbox, tmp_path):
+    out = tmp_path / "out"
+    sort(index, inbox, out)
+    (inbox / "a" / "z.jpg").unlink()
+    (inbox / "a" / "y.jpg").write_text("edited")
+    assert len(undo_sort(out).skipped) == 2
+    assert files(out) == {"c/z.jpg": "2", f"{FOLDERS[1]}/y.jpg": "1"}
+
+
+def test_links_to_photos_and_folders_within_each_other_lose_nothing(index, inbox, tmp_path):
+    (inbox / "link.jpg").symlink_to(inbox / "a" / "z.jpg")
+    (tmp_path / "same").symlink_to(inbox)
+    sort(index, inbox / "link.jpg", tmp_path / "out", action="move")
+    assert files(tmp_path / "out") == {"c/link.jpg": "2"}
+    assert not (inbox / "link.jpg").is_symlink()
+    assert files(inbox) == PHOTOS
+    for _ in range(2):
+        sort(index, inbox, tmp_path / "same", action="move")  # into the same folder
+        assert Counter(files(inbox).values()) == Counter(PHOTOS.values())
+    for name in SORTED:
+        assert files(inbox)[name] == SORTED[name]
+    undo_sort(tmp_path / "same")
+    assert files(inbox) == PHOTOS
+
+
+OPERATIONS = st.lists(
+    st.tuples(
+        st.sampled_from(["copy", "move", "link", "undo", "delete", "edit", "take"]),
+        st.sampled_from([0.0, SURE, 1.0]),
+        st.integers(0, 50),
+    ),
+    max_size=6,
+)
+
+
+@given(operations=OPERATIONS)
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_sequence_of_actions_loses_a_photo(index, tmp_path, operations):
+    inbox, out = make_inbox(tmp_path / "inbox"), tmp_path / "out"
+    alive = set(PHOTOS.values())
+    for operation, least, place in operations:
+        if operation in ("copy", "move", "link") and files(inbox):
+            sort(index, inbox, out, action=operation, min_probability=least)
+        elif operation == "undo" and (out / MANIFEST).exists():
+            undo_sort(out)
+        elif operation in ("delete", "edit") and files(out):
+            path = out / sorted(files(out))[place % len(files(out))]
+            text = path.read_text(errors="surrogateescape")
+            path.unlink()
+            if operation == "edit":
+                path.write_text(f"2 edited {place}")
+                alive.add(f"2 edited {place}")
+            alive -= {text} - {*files(inbox).values(), *files(out).values()}
+        elif operation == "take":
+            (out / FOLDERS[0]).mkdir(parents=True, exist_ok=True)
+            if not os.path.lexists(path := out / FOLDERS[0] / "x.jpg"):
+                path.write_text(f"0 taken {place}")
+                alive.add(f"0 taken {place}")
+        assert alive <= {*files(inbox).values(), *files(out).values()}, operation
+        assert "" not in files(out).values()
+    shutil.rmtree(inbox)
+    shutil.rmtree(out, ignore_errors=True)
+
+
+class Killed(killing.Server):
+    def sort(self, action, inbox, out, **when):
+        return self.run({"action": action, "inbox": str(inbox), "out": str(out)}, **when)
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory, warm_path):
+    process = Killed(__file__, tmp_path_factory.mktemp("process"), warm_path)
+    yield process
+    process.close()
+
+
+@killing.needs_fork
+@pytest.mark.parametrize("action", ["copy", "move", "link", "undo"])
+def test_killed_at_every_step_nothing_is_lost_and_the_next_run_completes_it(process, index, tmp_path, action):
+    def start(name):
+        inbox, out = make_inbox(tmp_path / name / "inbox"), tmp_path / name / "out"
+        if action == "undo":
+            sort(index, inbox, out, action="move")
+        return inbox, out
+
+    def state(inbox, out):
+        return (
+            files(inbox, hidden=True),
+            files(out, hidden=True),
+            sorted(p.name for p in out.rglob("*") if p.is_symlink()),
+        )
+
+    inbox, out = start("whole")
+    assert process.sort(action, inbox, out) == 0
+    expected, number = state(inbox, out), len(process.steps)
+    assert number > 20
+    for step in sampled(number, 6):
+        inbox, out = start(str(step))
+        assert process.sort(action, inbox, out, step=step) == -signal.SIGKILL
+        there = [*files(inbox).values(), *files(out).values()]
+        assert set(PHOTOS.values()) <= set(there)
+        assert set(there) <= {*PHOTOS.values(), ""}
+        if files(inbox) and (action != "undo" or (out / MANIFEST).exists()):
+            assert process.sort(action, inbox, out) == 0
+        assert state(inbox, out) == expected
+        if action != "undo":
+            undo_sort(out)
+        assert (files(inbox), files(out)) == (PHOTOS, {})
+
+
+def test_a_full_disk_leaves_whole_photos_and_the_next_run_continues(index, inbox, tmp_path, monkeypatch):
+    real, calls = os.fsync, []
+
+    def full(handle):
+        is_file = stat.S_ISREG(os.fstat(handle).st_mode)  # errors of folders are ignored
+        calls.extend([handle] * is_file)
+        if is_file and len(calls) == stop:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(placing.os, "fsync", full)
+    stop = 0
+    sort(index, inbox, tmp_path / "whole")
+    for stop in few(range(1, len(calls) + 1), 8):
+        calls.clear()
+        out = tmp_path / str(stop)
+        with pytest.raises(InputError, match=r"No space left[^\n]*$"):
+            sort(index, inbox, out)
+        assert set(files(out, hidden=True).items()) <= set(SORTED.items())
+        assert files(inbox) == PHOTOS
+        stop = 0
+        sort(index, inbox, out)
+        assert files(out, hidden=True) == SORTED
+
+
+def test_moves_to_a_small_disk_lose_nothing(index, inbox, small_disk):
+    disk = small_disk(256)
+    (inbox / "a" / "large.jpg").write_text("0" * 400_000)
+    before = files(inbox)
+    with pytest.raises(InputError, match="No space left"):
+        sort(index, inbox, disk / "out", action="move")
+    there = files(inbox) | files(disk / "out")
+    assert set(there.values()) == set(before.values())
+    (inbox / "a" / "large.jpg").unlink()
+    sort(index, inbox, disk / "out", action="move")
+    assert files(disk / "out", hidden=True) == SORTED
+    undo_sort(disk / "out")
+    assert files(inbox) == PHOTOS
+
+
+@given(st.text(min_size=1, max_size=300), st.text(min_size=1, max_size=300))
+def test_names_are_safe_and_stay_different(one, other):
+    for name in (one, other):
+        safe = class_folder(name)
+        assert 0 < len(safe.encode("utf-8", "surrogatepass")) <= 203
+        assert not set(safe) & set('/\\:*?"<>|\0\n')
+        assert safe[0] not in ". "
+        assert safe[-1] not in ". "
+        assert safe.casefold() not in ("no match", "not sure", MANIFEST)
+    assert (class_folder(one) == class_folder(other)) == (one == other)
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [("..", "%2E%2E"), ("a/b", "a%2Fb"), ("a%2Fb", "a%252Fb"), ("100%", "100%"), ("con", "%63on"), ("NUL.x", "%4EUL.x"),
+     ("", "%00"), ("Äpfel 1.5", "Äpfel 1.5"), ("x. ", "x.%20")],
+)  # fmt: skip
+def test_names_that_are_not_safe_are_escaped(name, safe):
+    assert safe_name(name) == safe
+
+
+def test_a_manifest_is_read_up_to_its_last_complete_row_or_refused(index, inbox, tmp_path):
+    out = tmp_path / "out"
+    rows, text = sort(index, inbox, out).rows, (out / MANIFEST).read_bytes()
+    for cut in range(1, len(text.splitlines()[-1]) + 1, 7):
+        (out / MANIFEST).write_bytes(text[:-cut])
+        assert read_manifest(out) == (rows if cut == 1 else rows[:-1])
+    sort(index, inbox, out)
+    assert read_manifest(out) == rows
+    for wrong in (b"", b"a,b\n1,2\n", text.replace(b",c/z.jpg", b",../z.jpg"), text.replace(b",0.", b",x."), b"\xff\0"):
+        (out / MANIFEST).write_bytes(wrong)
+        for call in (lambda: sort(index, inbox, out), lambda: undo_sort(out)):
+            with pytest.raises(InputError, match=MANIFEST):
+                call()
+        assert (out / MANIFEST).read_bytes() == wrong
+
+
+def test_one_process_sorts_at_a_time_and_the_folder_must_be_one(index, inbox, tmp_path):
+    (tmp_path / "out").mkdir()
+    with locked_folder(tmp_path / "out", alone=True, wait=0), pytest.raises(InputError, match="another process"):
+        sort(index, inbox, tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file"):
+        sort(index, inbox, tmp_path / "file")
+    with pytest.raises(UsageError, match="action"):
+        sort(index, inbox, tmp_path / "out", action="burn")
+
+
+def test_the_command_sorts_real_photos(shared, things, run, tmp_path):
+    inbox, out = tmp_path / "inbox", tmp_path / "out"
+    inbox.mkdir()
+    for place, (path, _) in enumerate(photographs(shared, "test", 3, 2)):
+        shutil.copy(path, inbox / f"{place}.jpg")
+    (inbox / "broken.jpg").write_bytes(b"no image")
+    before = {path.name: path.read_bytes() for path in inbox.iterdir()}
+    shown = run("sort", things, inbox, "--into", out, "--dry-run")
+    assert (shown.exit_code, out.exists()) == (3, False)
+    done = run("sort", things, inbox, "--into", out, "--move")
+    assert (done.exit_code, "moved 6 photos" in done.stdout, "broken.jpg" in done.stderr) == (3, True, True)
+    rows = list(csv.DictReader((out / MANIFEST).read_text().splitlines()))
+    assert [{**row, "action": "copy"} for row in rows] == list(csv.DictReader(shown.stdout.splitlines()))
+    assert [path.name for path in inbox.iterdir()] == ["broken.jpg"]
+    answers = {Path(row["input"]).name: row["label"] for row in csv.DictReader(
+        run("classify", things, out, "--format", "csv").stdout.splitlines())}  # fmt: skip
+    for row in rows:
+        assert row["label"] == answers[Path(row["output"]).name]
+        assert row["output"].split("/")[0] == (row["label"] if float(row["probability"]) >= 0.5 else "not sure")
+    (out / rows[0]["output"]).write_bytes(b"edited")
+    done = run("sort", "--undo", "--into", out)
+    assert (done.exit_code, "undid the sorting of 5 photos" in done.stdout) == (3, True)
+    missing = Path(rows[0]["input"]).name
+    assert {path.name: path.read_bytes() for path in inbox.iterdir()} == {
+        n: b for n, b in before.items() if n != missing
+    }
+    for wrong in (["--undo", things], ["--undo", "--move"], [things], []):
+        assert run("sort", *wrong, "--into", out).exit_code == 2
+
+
+def test_photos_that_are_not_files_are_only_copied(shared, things, run, tmp_path):
+    path = photographs(shared, "test", 1, 1)[0][0]
+    photos = tar(tmp_path / "photos.tar", [("a.jpg", path.read_bytes())])
+    cache = CacheModel.load(things, device="cpu")
+    table = write_table(tmp_path / "t.parquet", unit(np.asarray(cache.keys[:2])), ids=[str(path), "gone"])
+    for place, (source, status) in enumerate(((photos, 0), (table, 3))):
+        out = tmp_path / str(place)
+        for action in ("--move", "--link"):
+            done = run("sort", things, source, "--into", out, action)
+            assert (done.exit_code, f"{action[2:]}: " in done.stderr, out.exists()) == (2, True, False)
+        assert run("sort", things, source, "--into", out).exit_code == status
+        assert [found.read_bytes() for found in out.glob("*/*.jpg")] == [path.read_bytes()]
+        assert run("sort", "--undo", "--into", out).exit_code == 0
+        assert not list(out.iterdir())
