@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from retrieval_tip.errors import RetrievalTipError as RetrievalTipError
     from retrieval_tip.estimator import ImageEncoder as ImageEncoder
     from retrieval_tip.estimator import TipAdapterClassifier as TipAdapterClassifier
+    from retrieval_tip.evaluation.compare import Compared as Compared
+    from retrieval_tip.evaluation.compare import Side as Side
+    from retrieval_tip.evaluation.compare import compare as compare
     from retrieval_tip.evaluation.evaluate import Evaluation as Evaluation
     from retrieval_tip.fit.finetune import Tuned as Tuned
     from retrieval_tip.fit.trainer import Recipe as Recipe
@@ -40,6 +43,7 @@ _HOMES = {
     "Backbone": "backbones.base",
     "CacheModel": "cache_model",
     "Classifier": "classifier",
+    "Compared": "evaluation.compare",
     "Encoder": "data.encoder",
     "EncodingCache": "data.encoding_cache",
     "Evaluation": "evaluation.evaluate",
@@ -52,11 +56,13 @@ _HOMES = {
     "Recipe": "fit.trainer",
     "RetrievalTipError": "errors",
     "Settings": "settings",
+    "Side": "evaluation.compare",
     "Source": "data.sources",
     "Suggestions": "labelling.photos",
     "TipAdapterClassifier": "estimator",
     "Tuned": "fit.finetune",
     "build_index": "index.build",
+    "compare": "evaluation.compare",
     "load_backbone": "backbones.loading",
     "open_inputs": "data.sources",
     "open_source": "data.sources",
