@@ -5,12 +5,19 @@ closed form to all labels so far, and the next labels are chosen with it. The ac
 on the photos of the pool that are still unlabelled. The latter favours methods that label difficult photos. Without
 text, a classifier only knows the classes that have a label, and all other classes count as mistakes.
 
-Strategies of scikit-activeml are compared if it is installed. They see centred features. Two of them require a
+Strategies of scikit-activeml are compared if it is installed. They see centred features. BADGE and Falcun require a
 classifier, for which logistic regression is used.
+
+The tables also show the share of the classes that have a label, and the share of the photos whose most similar photo
+has the same class. Where the latter is small, a label says little about similar photos.
+
+Each run is added to the file ``--results``, and runs that it already contains are not repeated. The tables, and the
+diagram ``--plot``, show all runs in this file.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 import warnings
@@ -18,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 import faiss
@@ -30,8 +38,13 @@ from retrieval_tip import CacheModel
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.fit import closed_form
 from retrieval_tip.labelling.photos import Pool, suggest_features
+from retrieval_tip.report import plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LABELS, SHARE = (1, 2, 4, 8), 0.9
+PARTS = ("test", "unlabelled")
 IntArray = npt.NDArray[np.int64]
 
 
@@ -53,6 +66,8 @@ class Round:
 
 
 Strategy = Callable[[Round], Sequence[int] | IntArray]
+Run = dict[str, Any]
+"""The accuracies and the seconds of a run. In the file, also its pool, strategy and draw."""
 
 
 def at_random(now: Round) -> IntArray:
@@ -92,7 +107,7 @@ def of_skactiveml(name: str) -> Strategy:
         known[now.labelled] = now.ids[now.labelled]
         classes = range(now.ids.max() + 1)
         classifier = SklearnClassifier(LogisticRegression(max_iter=200), classes=classes, missing_label=np.nan)
-        more = {"clf": classifier} if name in ("Badge", "Falcun") else {}
+        more = {"clf": classifier} if name in NEED_CLASSIFIER else {}
         own = {"n_classes": len(classes)} if name == "ProbCover" else {}
         strategy = getattr(skactiveml.pool, name)(random_state=now.seed, **own)
         with warnings.catch_warnings():
@@ -102,6 +117,7 @@ def of_skactiveml(name: str) -> Strategy:
     return choose
 
 
+NEED_CLASSIFIER = ("Badge", "Falcun")
 STRATEGIES: dict[str, Strategy] = {
     "suggest": suggested, "random": at_random, "margin": margin, "cluster centres": centres,
 }  # fmt: skip
@@ -119,30 +135,99 @@ POOLS = {
 }
 
 
-def curve(pool: CacheModel, test: tuple[npt.NDArray[np.float32], IntArray], choose: Strategy, seed: int) -> list[float]:
-    """Return the accuracies on the test set, those on the unlabelled photos, and the seconds of all choices."""
-    rows = np.sort(np.random.default_rng(seed).permutation(pool.n)[: int(SHARE * pool.n)])
+def curve(pool: CacheModel, test: tuple[npt.NDArray[np.float32], IntArray], choose: Strategy, draw: int) -> Run:
+    """Label a random part of the pool in rounds, and return the accuracies in % after each round."""
+    rows = np.sort(np.random.default_rng(draw).permutation(pool.n)[: int(SHARE * pool.n)])
     features, ids = np.asarray(pool.keys[rows], dtype=np.float32), pool.class_ids.numpy()[rows]
-    weights = pool.text_weights.numpy() if pool.has_text else None
     labelled, index, seconds = np.empty(0, dtype=np.int64), None, 0.0
-    tested, unlabelled = [], []
+    accuracies: dict[str, list[float]] = {part: [] for part in (*PARTS, "classes")}
     for labels in LABELS:
         rest = np.setdiff1d(np.arange(len(ids)), labelled)
         n = min(labels * len(pool.class_names) - len(labelled), len(rest))
         start = time.perf_counter()
-        chosen = np.asarray(choose(Round(features, ids, labelled, rest, n, index, seed)), dtype=np.int64)
+        chosen = np.asarray(choose(Round(features, ids, labelled, rest, n, index, draw)), dtype=np.int64)
         seconds += time.perf_counter() - start
-        labelled = np.concatenate([labelled, chosen])
-        known = np.arange(len(pool.class_names)) if weights is not None else np.unique(ids[labelled])
-        names = [pool.class_names[i] for i in known]
-        own = [pool.class_names[i] for i in ids[labelled]]
-        index = CacheModel.from_features(features[labelled], own, names, weights, device="cpu")
-        closed_form.fit(index)
-        for on, (queries, truth) in ((tested, test), (unlabelled, (features[rest], ids[rest]))):
-            kept = slice(None) if on is tested else ~np.isin(rest, chosen)
-            right = known[index.logits(queries[kept]).argmax(1).numpy()] == truth[kept]
-            on.append(100 * float(right.mean()) if len(right) else float("nan"))
-    return [*tested, *unlabelled, seconds]
+        labelled, rest = np.concatenate([labelled, chosen]), np.setdiff1d(rest, chosen)
+        index, known = fitted(pool, features[labelled], ids[labelled])
+        for part, (queries, truth) in zip(PARTS, (test, (features[rest], ids[rest])), strict=True):
+            right = known[index.logits(queries).argmax(1).numpy()] == truth
+            accuracies[part].append(100 * float(right.mean()) if len(right) else float("nan"))
+        accuracies["classes"].append(100 * len(np.unique(ids[labelled])) / len(pool.class_names))
+    return {**accuracies, "seconds": seconds, "alike": alike(features, ids)}
+
+
+def alike(features: npt.NDArray[np.float32], ids: IntArray) -> float:
+    """Return the share of the photos whose most similar photo has the same class, in %."""
+    points = unit(features - features.mean(axis=0))
+    cosines = points @ points.T
+    np.fill_diagonal(cosines, -2)
+    return 100 * float((ids[cosines.argmax(axis=1)] == ids).mean())
+
+
+def fitted(pool: CacheModel, features: npt.NDArray[np.float32], ids: IntArray) -> tuple[CacheModel, IntArray]:
+    """Return an index that is fitted to labelled features, and the class ids of the pool that it knows."""
+    known = np.arange(len(pool.class_names)) if pool.has_text else np.unique(ids)
+    names, labels = [pool.class_names[i] for i in known], [pool.class_names[i] for i in ids]
+    weights = pool.text_weights.numpy() if pool.has_text else None
+    index = CacheModel.from_features(features, labels, names, weights, device="cpu")
+    closed_form.fit(index)
+    return index, known
+
+
+def read_runs(results: Path) -> list[Run]:
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def summary(runs: Sequence[Run], part: str) -> list[tuple[float, float]]:
+    """Return the mean accuracy and its standard error for each number of labels."""
+    columns = zip(*(run[part] for run in runs), strict=True)
+    return [(statistics.mean(own), statistics.stdev(own) / len(own) ** 0.5 if len(own) > 1 else 0.0) for own in columns]
+
+
+def by_strategy(runs: Sequence[Run], pool: str) -> dict[str, list[Run]]:
+    own = {name: [run for run in runs if (run["pool"], run["strategy"]) == (pool, name)] for name in STRATEGIES}
+    return {name: some for name, some in own.items() if some}
+
+
+def show(runs: Sequence[Run], pool: str) -> None:
+    """Print the table of a pool."""
+    heads = [*(f"{part}, {labels}" for part in PARTS for labels in LABELS), "classes", "s", "draws"]
+    own_runs = by_strategy(runs, pool)
+    share = statistics.mean(run["alike"] for own in own_runs.values() for run in own)
+    title = f"\n**{POOLS[pool].title}**: {share:.0f} % of the photos are most similar to a photo of their class\n\n"
+    click.echo(f"{title}| | {' | '.join(heads)} |\n|---{'|--:' * len(heads)}|")
+    for name, own in own_runs.items():
+        cells = [f"{mean:.1f} ± {error:.1f}" for part in PARTS for mean, error in summary(own, part)]
+        cells.append(" / ".join(f"{mean:.0f}" for mean, _ in summary(own, "classes")))
+        seconds = statistics.mean(run["seconds"] for run in own)
+        click.echo(f"| {name} | {' | '.join(cells)} | {seconds:.1f} | {len(own)} |")
+
+
+def draw_curves(runs: Sequence[Run], pools: Sequence[str]) -> Figure:
+    """Plot the accuracy on the test set against the number of labels, with a panel for each pool."""
+    from matplotlib.figure import Figure
+
+    across = min(3, len(pools))
+    down = -(-len(pools) // across)
+    figure = Figure(figsize=(4 * across, 3.4 * down + 0.8))
+    drawn = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes, pool in zip(drawn, pools, strict=False):
+        for place, (name, own) in enumerate(by_strategy(runs, pool).items()):
+            means, errors = zip(*summary(own, "test"), strict=True)
+            look: dict[str, Any] = {"color": f"C{(place - 1) + (place > 1)}", "linewidth": 1.2}  # C1 resembles ORANGE
+            if name == "suggest":
+                look = {"color": plots.ORANGE, "linewidth": 2.4, "zorder": 5}
+            labels = [labels * 2 ** (0.03 * (place - 4)) for labels in LABELS]  # prevents error bars from overlapping
+            axes.errorbar(labels, means, yerr=errors, marker="o", markersize=3, label=name, **look)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(LABELS, list(map(str, LABELS)))
+        axes.minorticks_off()
+        axes.set_title(POOLS[pool].title, size=10, weight="normal")
+        axes.set(xlabel="labels per class on average", ylabel="test accuracy, %")
+    for axes in drawn[len(pools) :]:
+        axes.set_visible(False)
+    figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside upper center", ncols=9)
+    return figure
 
 
 @click.command(help=__doc__)
@@ -150,20 +235,26 @@ def curve(pool: CacheModel, test: tuple[npt.NDArray[np.float32], IntArray], choo
 @click.option("--pool", "pools", type=click.Choice(list(POOLS)), multiple=True, default=list(POOLS))
 @click.option("--strategy", "strategies", type=click.Choice(list(STRATEGIES)), multiple=True, default=list(STRATEGIES))
 @click.option("--draws", default=5, show_default=True)
-def main(shared: Path, pools: tuple[str, ...], strategies: tuple[str, ...], draws: int) -> None:
+@click.option("--results", type=click.Path(path_type=Path), required=True, help="File of runs, one per line.")
+@click.option("--plot", type=click.Path(path_type=Path), help="PNG or SVG file with the accuracy on the test sets.")
+def main(
+    shared: Path, pools: tuple[str, ...], strategies: tuple[str, ...], draws: int, results: Path, plot: Path | None
+) -> None:
     """Label the pools in rounds, and print the accuracies."""
-    click.echo(f"{machine('scikit-activeml')}; {draws} draws. Top-1 in %, mean ± standard error.")
+    click.echo(f"{machine('scikit-activeml')}. Top-1 in %, mean ± standard error over draws.")
     for name in pools:
-        pool, _ = POOLS[name].pool_of(0, shared)
-        items = POOLS[name].items(pool, shared)
-        heads = [f"{part}, {labels}" for part in ("test", "unlabelled") for labels in LABELS]
-        click.echo(f"\n**{POOLS[name].title}**\n\n| | {' | '.join(heads)} | s |\n|---{'|--:' * (len(heads) + 1)}|")
-        for strategy in strategies:
-            runs = [curve(pool, (items.features, items.ids), STRATEGIES[strategy], seed) for seed in range(draws)]
-            *figures, seconds = zip(*runs, strict=True)
-            spread = [statistics.stdev(part) / draws**0.5 if draws > 1 else 0 for part in figures]
-            cells = [f"{statistics.mean(part):.1f} ± {se:.1f}" for part, se in zip(figures, spread, strict=True)]
-            click.echo(f"| {strategy} | {' | '.join(cells)} | {statistics.mean(seconds):.1f} |")
+        done = {(run["pool"], run["strategy"], run["draw"]) for run in read_runs(results)}
+        missing = [(name, way, draw) for draw in range(draws) for way in strategies if (name, way, draw) not in done]
+        if missing:
+            pool, _ = POOLS[name].pool_of(0, shared)
+            items = POOLS[name].items(pool, shared)
+        for _, way, draw in missing:
+            run = curve(pool, (items.features, items.ids), STRATEGIES[way], draw)
+            with results.open("a") as file:
+                file.write(json.dumps({"pool": name, "strategy": way, "draw": draw} | run) + "\n")
+        show(read_runs(results), name)
+    if plot is not None:
+        plots.write(lambda: draw_curves(read_runs(results), pools), plot, "mean and standard error over draws")
 
 
 if __name__ == "__main__":
