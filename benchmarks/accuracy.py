@@ -30,6 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from common import SHARED, machine
 from prior import TABLES, sums_of
 
@@ -346,7 +347,7 @@ def runs(
 
 
 def scores(answering: Answering, items: sweep.Items, uneven: CacheModel | None) -> dict[str, float]:
-    """Return the accuracy and the expected calibration error.
+    """Return the accuracy, the expected calibration error, and the share of items that match no class.
 
     If ``uneven`` is given, classes have different numbers of shots. In this case, the accuracy is the mean over all
     classes, and ``uneven`` is the same mean weighted by the number of shots of each class.
@@ -355,6 +356,9 @@ def scores(answering: Answering, items: sweep.Items, uneven: CacheModel | None) 
     confidence, ids = tip.probabilities(answering.logits(items.features), temperature).max(1)
     right = ids.cpu().numpy() == items.ids
     found = {"top1": float(right.mean()), "ece": expected_calibration_error(confidence.cpu().numpy(), right)}
+    if isinstance(answering, CacheModel) and (least := answering.settings.least_cache) is not None:
+        strongest = answering.terms(torch.from_numpy(items.features)).cache.amax(1)
+        found["unlike"] = float((strongest < least).double().mean())
     if uneven is None:
         return found
     tested = np.unique(items.ids)
@@ -365,7 +369,7 @@ def scores(answering: Answering, items: sweep.Items, uneven: CacheModel | None) 
 
 def cell(rows: Sequence[dict[str, Any]], column: str) -> str:
     """Return the mean of a column over all draws, with the standard error of an accuracy if draws differ."""
-    values, form = [row[column] for row in rows], {"ece": ".3f", "seconds": ".1f"}.get(column)
+    values, form = [row[column] for row in rows if column in row], {"ece": ".3f", "seconds": ".1f"}.get(column)
     if not values or form is not None:
         return format(statistics.mean(values), form) if values and form else "-"
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
@@ -464,6 +468,7 @@ def main(
     if shape == "even":
         print_table("Top-1 in %:", rows, top1)
         print_table("ECE:", rows, [(method, method, "ece") for method in named])
+        print_table("No match, in %:", rows, [(method, method, "unlike") for method in fitted])
         print_table(
             "Seconds:",
             [row for row in rows if row["shots"] == max(shots)],
@@ -471,7 +476,9 @@ def main(
         )
     else:
         weighted = [(f"uneven test: {method}", method, "uneven") for method in named if SHAPES[shape].uneven]
-        print_table(f"{shape}:", rows, top1 + [(f"ECE: {method}", method, "ece") for method in fitted] + weighted)
+        eces = [(f"ECE: {method}", method, "ece") for method in fitted]
+        unlike = [(f"no match: {method}", method, "unlike") for method in fitted]
+        print_table(f"{shape}:", rows, top1 + eces + unlike + weighted)
     print_losses(rows)
 
 

@@ -448,17 +448,13 @@ def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence
     offsets = OFFSETS if form.values is not None and not folds.held_of("classes").any() else (None,)
     offsets = [offset for offset in offsets if offset is not None or not folds.halves] or offsets
     blended, offset = _linked(text, cache, discriminant, ids, offsets, weights)
+    least: float | None = None
+    if not folds.halves:
+        least = _quantile(tip.log_cache(_strongest(cache, folds, form), offset), UNLIKE, weights)
     cache = tip.log_cache(cache, offset)
     blended = robust_blend(blended, text, cache, discriminant, ids)
     if not folds.held_of("classes").any() and folds.covered < 1:  # too few classes to hold some out
         blended = replace(blended, a=1.0, b=blended.b / max(blended.a, 1.0) * folds.covered)
-    least: float | None = None
-    if not folds.halves:
-        expected = cache
-        if form.values is None:  # one-hot values sum over the keys of a class, and a fold contains fewer keys
-            share = torch.cat([torch.full((len(held.ids),), len(held.rows) / len(folds.ids)) for held in folds.held])
-            expected = cache / share[:, None]
-        least = _quantile(expected.amax(1), UNLIKE, weights)
     settings = replace(blended.settings(settings.unfitted(), form.beta), least_cache=least, log_offset=offset)
     shown = folds.held_of("shots")
     judged: Judged = {"weakest": _weakest(class_names, blended.right[shown], ids[shown])}
@@ -475,6 +471,23 @@ def _linked(
         (blend(text, tip.log_cache(cache.clone(), offset), discriminant, ids, weights), offset) for offset in offsets
     ]
     return min(blends, key=lambda pair: pair[0].loss)
+
+
+def _strongest(cache: Tensor, folds: Folds, form: Form) -> Tensor:
+    """Return the largest cache logits ``[q]`` that the held-out photos would have if no shot were held out.
+
+    One-hot values sum over ``n`` keys of a class, so ``C`` is multiplied by ``n / m`` if a fold has ``m`` of them.
+    Solved values divide this sum by ``1 + lambda + (n - 1) g``, where ``g`` is the weight between two keys of the
+    class. The logit of the own class then becomes ``C (n / m) / (1 + (n / m - 1) C)``, which is the Spearman-Brown
+    formula for longer tests.
+    """
+    every = torch.bincount(folds.ids, minlength=folds.c)
+    fewer = torch.cat([torch.bincount(folds.ids[held.rows], minlength=folds.c)[held.ids] for held in folds.held])
+    ratio = torch.where(fewer > 0, every[folds.ids_held] / fewer, 1)  # a class that is held out whole stays empty
+    if form.values is None:
+        return cache.amax(1) * ratio
+    own = cache.gather(1, folds.ids_held[:, None])[:, 0]
+    return torch.maximum(cache.amax(1), own * ratio / (1 + (ratio - 1) * own.mean().clamp(0, 1)))
 
 
 def _quantile(values: Tensor, share: float, weights: Tensor | None) -> float:
