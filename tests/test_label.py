@@ -253,6 +253,24 @@ def test_labels_that_cannot_be_saved_are_saved_later(
     assert opened(place).n == 2
 
 
+def test_photos_are_sorted_by_their_label_or_their_answer(
+    pool: dict[str, str], place: Path, lit_mini: Backbone, tmp_path: Path
+) -> None:
+    with Client(pool, place, lit_mini) as client:
+        sort = {"url": "/v1/label/sort", "json": {"into": str(tmp_path / "sorted")}, "headers": AUTHORISED}
+        assert client.http.post(**sort).status_code == 404  # there are no labels
+        labelled = client.label(12)
+        client.set({labelled[0]["photo"]: "a class of its own"})
+        client.settled()
+        answer = client.http.post(**sort).json()
+        assert answer["summary"].startswith("copied 41 photos")
+        assert answer["undo"] == f"retrieval-tip sort --undo --into {tmp_path / 'sorted'}"
+    for one in labelled:
+        label = "a class of its own" if one is labelled[0] else pool[one["name"]]
+        assert (tmp_path / "sorted" / label / Path(one["name"]).name).is_file()
+    assert len([*(tmp_path / "sorted").glob("*/*.jpg")]) == 41
+
+
 def test_wrong_requests_are_refused(pool: dict[str, str], place: Path, lit_mini: Backbone) -> None:
     with Client(pool, place, lit_mini, "owl") as client:
         post = client.http.post

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -1523,6 +1524,14 @@ def test_sixty_photos_are_labelled_by_keyboard_and_continued(
             label_by_key(page, pool[shown_photo(page)])
             page.wait_for_timeout(200)
         expect(page.locator("#label-saved")).to_have_text("All labels are saved in “things”.")
+        page.click("#label-sort summary")
+        page.fill("#label-sort-into", str(tmp_path / "sorted"))
+        page.get_by_role("button", name="Copy").click()
+        expect(page.locator("#label-sorted")).to_contain_text("copied 90 photos")
+        assert violations(page) == []
+    placed = [*(tmp_path / "sorted").glob("*/*.jpg")]
+    assert len(placed) == 90
+    assert sum(path.parent.name == pool[path.name] for path in placed) > 80
     told = run("index", "query", folder, "SELECT source, label FROM labels", "--format", "json").stdout
     labels = [json.loads(line) for line in told.splitlines()]
     assert len(labels) == 60
@@ -1603,6 +1612,22 @@ def test_similar_photos_without_a_match_are_named_together(opened: Open) -> None
     expect(page.locator("#notice")).to_contain_text(f"Added {number} example photos to the new class signs")
     page.locator("#notice").get_by_role("button", name="Undo").click()
     expect(page.locator("#notice")).to_contain_text("Undone")
+
+
+def test_photos_are_downloaded_in_folders_by_class(page: Page) -> None:
+    images = [*photographs("test", "panda", 2), *photographs("test", "pizza", 2)]
+    ask(page, *images, names=["a/../..jpg", "same.jpg", "same.jpg", "größe.jpg"])
+    labels = [tile.get_attribute("data-label") for tile in page.locator("#grid .tile").all()]
+    with page.expect_download() as waiting:
+        page.click("#download-zip")
+    packed = zipfile.ZipFile(waiting.value.path())
+    assert packed.testzip() is None
+    names = packed.namelist()
+    assert len(set(names)) == 4
+    assert {name.partition("/")[0] for name in names} <= {*labels, "no match", "not sure"}
+    assert all(len(Path(name).parts) == 2 and ".." not in Path(name).parts for name in names)
+    assert {Path(name).name for name in names} >= {"größe.jpg", "same.jpg"}
+    assert sorted(packed.read(name) for name in names) == sorted(image.read_bytes() for image in images)
 
 
 def test_photos_are_sorted_by_their_similarity_to_one(page: Page) -> None:

@@ -92,8 +92,9 @@ def sort_photos(
     """Sort photos into ``folder/CLASS``, and return the rows of the manifest ``sorted.csv``.
 
     Photos without a match go to ``no match``, and photos whose probability is below ``min_probability`` to ``not
-    sure``. No file is overwritten: if a name is taken, a number is added. If the folder already contains a photo with
-    the same name and the same bytes, it is not written again. An interrupted call can be repeated.
+    sure``. Photos that the index contains keep their label. No file is overwritten: if a name is taken, a number is
+    added. If the folder already contains a photo with the same name and the same bytes, it is not written again. An
+    interrupted call can be repeated.
 
     Args:
         index: the index that classifies the photos.
@@ -162,8 +163,10 @@ def _classified(index: AnsweringIndex, sources: Sequence[Source], encoder: Encod
             parts = index.parts(len(names))
             answers = (index.classify(block.features[part], neighbours=0, norms="keep") for part in parts)
             table = Predictions.joined(answers).written(["label", "probability", "unlike"])
-            photos = []
+            photos, own_labels = [], dict(index.known(columns.digests))
             for name, digest, answer in zip(names, columns.digests, table.to_pylist(), strict=True):
+                if digest in own_labels:
+                    answer = {"label": own_labels[digest], "probability": 1.0, "unlike": False}
                 item = name if remote.is_remote(name) or _is_id(name, source) else os.path.abspath(name)  # noqa: PTH100
                 try:
                     own = digest or hashlib.sha256(read_item(item)).hexdigest()

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import shlex
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,7 @@ from retrieval_tip.labelling.labels import NONE, Label, LabelledPhoto, alike, gu
 from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool, suggest_features
 from retrieval_tip.labelling.progress import estimate_rest, gain_of
 from retrieval_tip.labelling.queue import QUEUED, Picked, Queue, Queued
+from retrieval_tip.labelling.sort import sort_photos
 from retrieval_tip.server import schemas
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.served import Version
@@ -168,6 +171,17 @@ class Labelling:
                 self._unsaved[one.photo] = None
                 self._queue.put_first(Queued(one.photo, labels[one.photo]))
         self._due.set()
+
+    async def sort(self, into: str) -> schemas.SortedPhotos:
+        """Copy all photos into folders by class. Raises Problem 404 without an index, and InputError if this fails."""
+        version = self._version()
+        if version is None:
+            raise Problem(404, "there are no labels yet; label some photos first")
+        encoder, folder = replace(self.encoder, skipped=[]), Path(into).expanduser()
+        done = await self._service.run(self._encoding, sort_photos, version.cache, [self.photos], encoder, folder)
+        undo = shlex.join(["retrieval-tip", "sort", "--undo", "--into", str(folder.absolute())])
+        skipped = [schemas.Unread(one.source, one.reason) for one in done.skipped]
+        return schemas.SortedPhotos(str(done), undo, skipped)
 
     def _version(self) -> Version | None:
         """Return the open version of the index, if it exists, and note which photos it contains."""

@@ -364,6 +364,12 @@ async def label(labelling: TheLabelling, change: schemas.SetLabels) -> schemas.L
     return labelling.status()
 
 
+@changes.post("/label/sort", dependencies=UNHURRIED)
+async def label_sort(labelling: TheLabelling, change: schemas.SortInto) -> schemas.SortedPhotos:
+    """Copy all photos of the labelling session into folders by class, as `retrieval-tip sort` does."""
+    return await labelling.sort(change.into)
+
+
 @reads.get("/label/photos/{photo}/image", response_class=Response, responses=PICTURE)
 async def label_image(
     service: TheService, labelling: TheLabelling, photo: schemas.PhotoNumber, size: Size = 160

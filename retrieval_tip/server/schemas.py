@@ -79,6 +79,12 @@ class SetLabels(BaseModel, extra="forbid"):
     skip: Annotated[list[PhotoNumber], Field(max_length=1000)] = []
 
 
+class SortInto(BaseModel, extra="forbid"):
+    """The folder on the server's machine into which photos are sorted."""
+
+    into: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
 def _list_of(items: Row, **more: object) -> Row:
     return {"type": "array", "items": items, **more}
 
@@ -490,3 +496,12 @@ class LabellingStatus:
     progress: LabelProgress | None
     busy: bool
     problem: str | None
+
+
+@dataclass(frozen=True)
+class SortedPhotos:
+    """The result of sorting photos, the command that undoes it, and the photos that were skipped."""
+
+    summary: str
+    undo: str
+    skipped: list[Unread]

@@ -9,6 +9,7 @@ import { Photo, parameters } from "./photo.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 import { showUnknown } from "./unknown.js";
+import { zip } from "./zip.js";
 
 const BLOCK = 8; // features per request; the evidence for each may take a megabyte
 const SLICE = 12; // ms of computing after which the page can handle other events
@@ -402,8 +403,8 @@ function cell(value) {
   return /[",\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
 }
 
-function download(name, type, text) {
-  const url = URL.createObjectURL(new Blob([text], { type }));
+function download(name, type, ...parts) {
+  const url = URL.createObjectURL(new Blob(parts, { type }));
   el("a", { href: url, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
@@ -416,6 +417,37 @@ $("download-csv").addEventListener("click", () => {
 $("download-json").addEventListener("click", () =>
   download(`${state.info.name}.json`, "application/json", `${JSON.stringify(rows(), null, 1)}\n`),
 );
+
+const SURE = 0.5; // below this probability, an answer is more likely wrong than right
+const folderOf = (photo) => photo.taught ?? (photo.unlike ? "no match" : photo.winner.probability < SURE ? "not sure" : photo.winner.label);
+const safe = (name) => name.replace(/[\x00-\x1f\x7f/\\:*?"<>|]/g, "_").replace(/^\.+$/, "_");
+
+/** Return the path of each photo in the folder of its class. If a path is taken, a number is added. */
+function sortedPaths(some) {
+  const taken = new Set();
+  return some.map((photo) => {
+    const [, stem, suffix] = /^(.*?)(\.[^.]*)?$/s.exec(safe(photo.name));
+    for (let number = 1; ; number++) {
+      const path = `${safe(folderOf(photo))}/${stem}${number > 1 ? `-${number}` : ""}${suffix ?? ""}`;
+      if (taken.has(path.toLowerCase())) continue;
+      taken.add(path.toLowerCase());
+      return [path, photo.file];
+    }
+  });
+}
+
+$("download-zip").addEventListener("click", async () => {
+  const some = grid.items.filter(({ shown }) => shown);
+  $("download-zip").disabled = true;
+  try {
+    const sorted = await zip(sortedPaths(some), (done) => notice(`Packing ${done} of ${some.length}…`));
+    download(`${state.info.name}.zip`, "application/zip", sorted);
+    notice(`Packed ${plural(some.length, "photo")} into folders by class.`);
+  } catch (error) {
+    notice(error.message);
+  }
+  $("download-zip").disabled = false;
+});
 
 // --- changes of settings, index and version ---
 

@@ -167,6 +167,8 @@ function progress() {
   waiting.push(unsaved + unsent ? `Saving ${plural(unsaved + unsent, "label")}…` : number ? `All labels are saved in “${session.index}”.` : "");
   $("label-saved").textContent = waiting.join(" ").trim();
   $("label-undo").disabled = !labelled.length;
+  $("label-sort").hidden = !session.version;
+  $("label-sort-into").value ||= `${session.index}-sorted`;
 }
 
 // --- what a person does ---
@@ -236,6 +238,16 @@ async function send() {
   sending = false;
 }
 
+$("label-sort-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  $("label-sorted").textContent = "Copying…";
+  try {
+    const sorted = await state.sortPhotos($("label-sort-into").value.trim());
+    $("label-sorted").textContent = sorted ? `${sorted.summary}. To undo this, run: ${sorted.undo}` : "";
+  } catch (error) {
+    $("label-sorted").textContent = error.message;
+  }
+});
 addEventListener("beforeunload", (event) => outbox.length && event.preventDefault());
 
 $("label-form").addEventListener("submit", (event) => {

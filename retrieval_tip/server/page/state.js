@@ -103,6 +103,9 @@ class State extends EventTarget {
   /** Label photos in the labelling session, and return its new state. */
   setLabels = (change) => this.#change((token) => api.setLabels(change, token), false);
 
+  /** Copy the photos of the labelling session into folders by class. */
+  sortPhotos = (into) => this.#change((token) => api.sortPhotos(into, token), false);
+
   /** Send a change with the token. If the token is unknown, ask the user for it, and return null if there is none. */
   async #change(send, refresh = true) {
     let refused = "";

@@ -1,0 +1,58 @@
+// A zip file of the photos on the page. The photos are stored without compression, because they are compressed already.
+// Only their checksums are computed here, so that the browser does not have to hold them in memory.
+
+const MOST = 2 ** 32 - 1; // bytes, the limit of the format without extensions
+const MOST_FILES = 2 ** 16 - 1;
+const HEAD = 30; // bytes of the header of a file
+const UTF8 = 0x0800; // flag of names in UTF-8
+
+const TABLE = Uint32Array.from({ length: 256 }, (_, n) => {
+  for (let bit = 0; bit < 8; bit++) n = n & 1 ? (n >>> 1) ^ 0xedb88320 : n >>> 1;
+  return n;
+});
+
+/** Return the CRC-32 of a file. */
+async function checksum(file) {
+  let crc = ~0;
+  const reader = file.stream().getReader();
+  for (let part = await reader.read(); !part.done; part = await reader.read())
+    for (const byte of part.value) crc = (crc >>> 8) ^ TABLE[(crc ^ byte) & 255];
+  return ~crc >>> 0;
+}
+
+/** Return numbers as bytes, given as [size, value] pairs. The lowest byte comes first. */
+function bytes(...numbers) {
+  const data = new DataView(new ArrayBuffer(numbers.reduce((sum, [size]) => sum + size, 0)));
+  let at = 0;
+  for (const [size, value] of numbers) {
+    if (size === 2) data.setUint16(at, value, true);
+    else data.setUint32(at, value, true);
+    at += size;
+  }
+  return data.buffer;
+}
+
+const time = (date) => [
+  [2, (date.getHours() << 11) | (date.getMinutes() << 5) | (date.getSeconds() >> 1)],
+  [2, (Math.max(0, date.getFullYear() - 1980) << 9) | ((date.getMonth() + 1) << 5) | date.getDate()],
+];
+
+/** Return a zip file of [path, file] pairs as a blob. `progress` is called with the number of files that are done. */
+export async function zip(pairs, progress = () => {}) {
+  const total = pairs.reduce((sum, [, file]) => sum + file.size, 0);
+  if (total > 0.99 * MOST || pairs.length > MOST_FILES) throw new Error("These photos do not fit into one zip file. Use “retrieval-tip sort” instead.");
+  const parts = [];
+  const entries = [];
+  let at = 0;
+  for (const [done, [path, file]] of pairs.entries()) {
+    progress(done);
+    const name = new TextEncoder().encode(path);
+    const facts = [[2, 20], [2, UTF8], [2, 0], ...time(new Date(file.lastModified)), [4, await checksum(file)], [4, file.size], [4, file.size], [2, name.length], [2, 0]];
+    parts.push(bytes([4, 0x04034b50], ...facts), name, file);
+    entries.push(bytes([4, 0x02014b50], [2, 20], ...facts, [2, 0], [2, 0], [2, 0], [4, 0], [4, at]), name);
+    at += HEAD + name.length + file.size;
+  }
+  const directory = new Blob(entries);
+  const end = bytes([4, 0x06054b50], [2, 0], [2, 0], [2, pairs.length], [2, pairs.length], [4, directory.size], [4, at], [2, 0]);
+  return new Blob([...parts, directory, end], { type: "application/zip" });
+}
