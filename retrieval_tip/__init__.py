@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from retrieval_tip.fit.trainer import Recipe as Recipe
     from retrieval_tip.index.build import build_index as build_index
     from retrieval_tip.labelling.photos import Suggestions as Suggestions
+    from retrieval_tip.labelling.photos import suggest_photos as suggest_photos
+    from retrieval_tip.labelling.sort import sort_photos as sort_photos
+    from retrieval_tip.labelling.sort import undo_sort as undo_sort
     from retrieval_tip.predictions import Neighbour as Neighbour
     from retrieval_tip.predictions import Prediction as Prediction
     from retrieval_tip.predictions import Predictions as Predictions
@@ -66,6 +69,9 @@ _HOMES = {
     "load_backbone": "backbones.loading",
     "open_inputs": "data.sources",
     "open_source": "data.sources",
+    "sort_photos": "labelling.sort",
+    "suggest_photos": "labelling.photos",
+    "undo_sort": "labelling.sort",
     "verify": "cache_model",
 }
 

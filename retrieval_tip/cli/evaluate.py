@@ -95,7 +95,7 @@ def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
 @click.argument("indexes", nargs=-1, type=INDEX)
 @click.argument("source", type=SOURCE)
 @click.option("--fitted-to", "shots", type=SOURCE,
-              help="Labelled photos to which both encoders are fitted, to compare encoders.")  # fmt: skip
+              help="Labelled photos to fit both encoders to, to compare encoders.")  # fmt: skip
 @click.option("--plot", type=FILE, help="PNG or SVG diagram of the comparison (requires matplotlib).")
 @options.JSON
 @options.MODELS
@@ -117,7 +117,7 @@ def compare_command(
     """Compare two indexes, or two encoders, on the same photos.
 
     Give two INDEXES, or --fitted-to and two encoders (--model twice). Prints both accuracies with 95 % confidence
-    intervals, McNemar's exact test, and the photos to which the answers differ. A class that an index does not have
+    intervals, McNemar's exact test, and the photos with different answers. A class that an index does not have
     counts as wrong. If SOURCE has no labels, only the different answers are listed.
     """
     from retrieval_tip.cli.output import table_lines

@@ -132,7 +132,7 @@ def serve_command(
 @command("label")
 @click.argument("photos", nargs=-1, required=True)
 @click.option("--into", "folder", type=INDEX, required=True, metavar="INDEX",
-              help="Index in which the labels are saved. The first label creates it.")  # fmt: skip
+              help="Index that stores the labels. The first label creates it.")  # fmt: skip
 @click.option("--classes", default="", metavar="NAME,...",
               help="Class names, separated by commas. You can add others in the page.")  # fmt: skip
 @click.option("--port", type=click.IntRange(0, 65535), default=0, show_default="a free port",

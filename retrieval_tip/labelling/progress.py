@@ -1,7 +1,7 @@
 """Estimate how many unlabelled photos a classifier already answers correctly, and how much more labels would help.
 
 Suggested photos are not typical, because they are chosen where the classifier is uncertain. The estimates are therefore
-based on ``n`` labelled photos that were drawn at random. Each of them is classified without its own label, so all
+based on ``n`` labelled photos that were drawn at random. Each photo is classified without its own label, so all
 labels can train the classifier. Their right answers correct the probabilities ``p`` of the answers::
 
     accuracy = mean of p over the rest + n / (n + 10) (mean of right - mean of p, over the random photos)

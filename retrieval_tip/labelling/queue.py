@@ -1,4 +1,4 @@
-"""Choose the order in which a person labels photos.
+"""Order photos for labelling.
 
 Four of five photos are suggestions. The fifth is drawn at random, so that the accuracy on these photos estimates the
 accuracy on all unlabelled photos (see :mod:`labelling.progress`).
@@ -32,7 +32,7 @@ class Queued:
 
 
 class Queue:
-    """Queue of ``photos`` unlabelled photos. Until photos are suggested, all of them are drawn at random.
+    """Queue of ``photos`` unlabelled photos. Until photos are suggested, all photos are drawn at random.
 
     ``order`` is a random order of all photos.
     """

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 BATCH, WAIT = 5, 3.0
 """Number of labels to save at once, and seconds to wait for them. Each batch is a version of the index."""
 DRAWN, MORE = 20, 20
-"""Number of random photos from which the accuracy is estimated, and of further labels whose gain is estimated."""
+"""Minimum number of random photos for an estimate, and number of further labels whose gain is estimated."""
 CHUNK = 32
 """Number of photos to encode at a time."""
 RETRY = 5.0
@@ -313,7 +313,7 @@ class Labelling:
                         await self._wake.wait()
 
     def _choice_due(self) -> bool:
-        """Return whether there is a new version, twice as many photos as at the last choice, or all of them."""
+        """Return whether there is a new version, twice as many photos as at the last choice, or all photos."""
         version, encoded = self._chosen
         total = len(self._names) - len(self._unreadable)
         grown = len(self._encoded) >= 2 * encoded or len(self._encoded) == total > encoded

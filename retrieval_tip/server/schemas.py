@@ -481,7 +481,7 @@ class LabellingStatus:
     """The state of a labelling session.
 
     ``version`` is null until the first label is saved. ``photos`` is the number of readable photos, and ``encoded``,
-    ``labelled`` and ``unsaved`` tell how many of them are encoded, labelled, and labelled but not saved yet. ``busy``
+    ``labelled`` and ``unsaved`` count the encoded photos, the labelled photos, and the labels that are not saved yet. ``busy``
     tells whether the state will change soon. ``problem`` is an error in the background.
     """
 

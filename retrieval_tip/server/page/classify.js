@@ -229,10 +229,10 @@ const SORTS = {
   new: () => 0,
   like: (a, b) => likeness(b) - likeness(a),
 };
-let example = null; // the photo to which the others are compared
+let example = null; // the other photos are compared to this photo
 const likeness = (photo) => (example?.evidence && photo.evidence ? photo.evidence.feature.reduce((sum, x, i) => sum + x * example.evidence.feature[i], 0) : -1);
 
-/** Sort the photos by their similarity to one of them. */
+/** Sort the photos by their similarity to this photo. */
 function moreLike(photo) {
   example = photo;
   $("sort-like").hidden = false;

@@ -35,7 +35,7 @@ export async function showLabelView() {
   if (!labelled.length) $("label-stage").focus({ preventScroll: true });
 }
 
-/** Show a new state, but keep the photo that is shown as long as it is not labelled. */
+/** Show a new state, but keep the current photo until it is labelled. */
 function take(answer) {
   const gone = new Set(outbox.flatMap(({ labels = [], skip = [] }) => [...labels.filter(({ label }) => label).map(({ photo }) => photo), ...skip]));
   session = answer;
@@ -48,7 +48,7 @@ function take(answer) {
   const known = state.info?.name === session.index ? state.info.version : session.version;
   if (known < session.version) state.refresh().catch(() => {}); // the next answer tries again
   const same = current && session.queue.find(({ photo }) => photo === current.photo);
-  if (same && !current.guesses.length) current = null; // guesses are added once, and then stay as they are
+  if (same && !current.guesses.length) current = null; // guesses are added once, and do not change afterwards
   else if (same) session.queue = [current, ...session.queue.filter((one) => one !== same)];
   show();
   clearTimeout(polling);
@@ -63,7 +63,7 @@ async function poll() {
   }
 }
 
-// --- what is shown ---
+// --- display ---
 
 function show() {
   progress();
@@ -171,7 +171,7 @@ function progress() {
   $("label-sort-into").value ||= `${session.index}-sorted`;
 }
 
-// --- what a person does ---
+// --- actions ---
 
 /** Give the photo a label, and also the similar photos that are marked. */
 function choose(label) {
