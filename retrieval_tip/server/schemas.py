@@ -480,9 +480,9 @@ class LabelProgress:
 class LabellingStatus:
     """The state of a labelling session.
 
-    ``version`` is null until the first label is saved. ``photos`` is the number of readable photos, and ``encoded``,
-    ``labelled`` and ``unsaved`` count the encoded photos, the labelled photos, and the labels that are not saved yet. ``busy``
-    tells whether the state will change soon. ``problem`` is an error in the background.
+    ``version`` is null until the first label is saved. ``photos`` is the number of readable photos. ``encoded``,
+    ``labelled`` and ``unsaved`` count the encoded photos, the labelled photos, and the labels that are not saved yet.
+    ``busy`` tells whether the state will change soon. ``problem`` is an error in the background.
     """
 
     index: str
