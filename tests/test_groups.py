@@ -82,7 +82,7 @@ def test_the_threshold_lies_between_same_and_other_classes(counts, with_metric):
     cosine = (points[a] * points[b]).sum(axis=1)
     same = [cosine[(ids[a] == i) & (ids[b] == i)].mean() for i in range(3) if counts[i] > 1]
     other = cosine[ids[a] != ids[b]]
-    expected = (np.mean(same or [1]) + (other.mean() if len(other) else 0)) / 2
+    expected = (np.mean(same or [1]) + max(other.mean() if len(other) else 0, 0)) / 2
     assert threshold_of(cache) == pytest.approx(expected, abs=1e-5)
 
 

@@ -105,7 +105,8 @@ def threshold_of(index: AnsweringIndex) -> float:
     """Return the mean of two similarities: between shots of the same class, and between shots of different classes.
 
     The former is the mean over all classes that have two shots, or 1 if there are none. The latter is the mean over all
-    pairs, or 0 if there is one class. If there are very many shots, a sample is used.
+    pairs, or 0 if it is negative or there is one class. The metric subtracts the mean of the known classes, which makes
+    these classes dissimilar to each other, but not to new classes. If there are very many shots, a sample is used.
     """
     keys, described = index.some(MOST_KEYS)
     points = torch.from_numpy(_points(keys, index.metric)).double()
@@ -117,7 +118,7 @@ def threshold_of(index: AnsweringIndex) -> float:
     same = float(((squares - n) / (n * (n - 1)))[some].mean()) if some.any() else 1.0
     pairs = float(n.sum() ** 2 - (n * n).sum())
     other = float((sums.sum(0) ** 2).sum() - squares.sum()) / pairs if pairs else 0.0
-    return (same + other) / 2
+    return (same + max(other, 0.0)) / 2
 
 
 def group_unlike(index: AnsweringIndex, features: FloatArray, answers: Predictions) -> Predictions:
