@@ -253,6 +253,26 @@ def test_labels_that_cannot_be_saved_are_saved_later(
     assert opened(place).n == 2
 
 
+def test_a_photo_that_has_gone_is_left_out(shared: Path, place: Path, lit_mini: Backbone, tmp_path: Path) -> None:
+    (tmp_path / "pool").mkdir()
+    images = [shutil.copy(path, tmp_path / "pool") for path, _ in photographs(shared, "train", 2, 2)]
+    with Client(dict.fromkeys(map(str, images), "x"), place, lit_mini) as client:
+        gone, other = client.settled()["queue"][:2]
+        Path(gone["name"]).unlink()
+        client.set({gone["photo"]: "x"})
+        client.set({other["photo"]: "x"})
+        state = client.settled()
+        assert (state["photos"], state["labelled"], state["problem"]) == (3, 1, None)
+        Path(state["queue"][0]["name"]).unlink()
+        client.set({state["queue"][0]["photo"]: "x"})  # no photo of the batch can be read
+        for _ in range(100):
+            if (state := client.status())["problem"]:
+                break
+            time.sleep(0.05)
+        assert "no such file" in state["problem"]
+        assert (state["photos"], state["labelled"], state["unsaved"]) == (2, 1, 0)
+
+
 def test_photos_are_sorted_by_their_label_or_their_answer(
     pool: dict[str, str], place: Path, lit_mini: Backbone, tmp_path: Path
 ) -> None:
@@ -278,6 +298,7 @@ def test_wrong_requests_are_refused(pool: dict[str, str], place: Path, lit_mini:
         for body, status in (
             ({"labels": [{"photo": 99, "label": "x"}]}, 404), ({"skip": [99]}, 404),
             ({"labels": [{"photo": 0, "label": " "}]}, 422), ({"labels": [{"photo": -1, "label": "x"}]}, 422),
+            ({"labels": [{"photo": 0, "label": "a\nb"}]}, 422),
         ):  # fmt: skip
             assert post("/v1/label", json=body, headers=AUTHORISED).status_code == status, body
         state = client.settled()

@@ -83,7 +83,7 @@ class Labelling:
             log.warning("using %s photos, which were drawn at random from %s", f"{MOST_PHOTOS:,}", f"{len(paths):,}")
             paths = [paths[row] for row in np.random.default_rng(0).permutation(len(paths))[:MOST_PHOTOS]]
         self.place, self.name = place, places.at(place).name
-        self.encoder = replace(encoder, empty=True, progress=False, done=Counter())
+        self.encoder = replace(encoder, progress=False, done=Counter())
         self.photos = of_images(paths, "photos")
         self._names, self._classes = self.photos.sources, list(classes)
         self._numbers = {name: number for number, name in enumerate(self._names)}
@@ -227,6 +227,8 @@ class Labelling:
                         return
                     await asyncio.sleep(RETRY)
                     continue
+            skipped = {one.source for one in self.encoder.skipped}
+            self._unreadable |= {photo for photo in labels if self._names[photo] in skipped}
             for photo, label in labels.items():
                 if self._unsaved.get(photo) is label:
                     del self._unsaved[photo]
@@ -265,7 +267,6 @@ class Labelling:
             await self._service.open(self.place)
         version = self._version()
         self._withdrawn = (self._withdrawn | old.keys()) & self._known.keys() - new.keys()
-        self._unreadable |= new.keys() - self._known.keys()
         if version is not None and new and base and not only:
             self._last = _Saved(new, base, version.manifest.version)
 
@@ -294,7 +295,7 @@ class Labelling:
 
     def _encoded_photos(self, photos: Sequence[int]) -> tuple[list[int], FloatArray]:
         """Return the readable photos and their features."""
-        blocks = list(self.encoder.blocks(self.photos.take(photos)))
+        blocks = list(replace(self.encoder, empty=True).blocks(self.photos.take(photos)))
         read = [photos[position] for block in blocks for position in block.positions]
         return read, np.concatenate([block.features for block in blocks]) if blocks else np.empty((0, 0), np.float32)
 

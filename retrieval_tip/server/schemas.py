@@ -25,9 +25,9 @@ VersionNumber = Annotated[int, Field(ge=1, le=2**31)]
 PhotoNumber = Annotated[int, Field(ge=0, le=2**31)]
 
 
-def _not_blank(label: str) -> str:
-    if not label.strip():
-        raise ValueError("cannot be blank; give a class name")
+def _class_name(label: str) -> str:
+    if not label.strip().isprintable() or not label.strip():
+        raise ValueError("must be a class name without control characters")
     return label.strip()
 
 
@@ -69,7 +69,7 @@ class SetLabel(BaseModel, extra="forbid"):
     """The label of a photo. Without a label, the label of the photo is removed."""
 
     photo: PhotoNumber
-    label: Annotated[Label, AfterValidator(_not_blank)] | None = None
+    label: Annotated[Label, AfterValidator(_class_name)] | None = None
 
 
 class SetLabels(BaseModel, extra="forbid"):

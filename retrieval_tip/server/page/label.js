@@ -40,7 +40,7 @@ function take(answer) {
   const gone = new Set(outbox.flatMap(({ labels = [], skip = [] }) => [...labels.filter(({ label }) => label).map(({ photo }) => photo), ...skip]));
   session = answer;
   session.queue = session.queue.filter(({ photo }) => !gone.has(photo));
-  $("label-problem").replaceChildren(answer.problem ? failure({ message: `${plural(answer.unsaved, "label is", "labels are")} not saved yet: ${answer.problem}` }) : "");
+  $("label-problem").replaceChildren(answer.problem ? failure({ message: (answer.unsaved ? `${plural(answer.unsaved, "label is", "labels are")} not saved yet: ` : "") + answer.problem }) : "");
   if (session.version && !state.info && !opening) {
     opening = true;
     state.dispatchEvent(new CustomEvent("made", { detail: { name: session.index } })); // opens the new index
