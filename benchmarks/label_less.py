@@ -212,7 +212,8 @@ def draw_curves(runs: Sequence[Run], pools: Sequence[str]) -> Figure:
     figure = Figure(figsize=(4 * across, 3.4 * down + 0.8))
     drawn = list(figure.subplots(down, across, squeeze=False).flat)
     for axes, pool in zip(drawn, pools, strict=False):
-        for place, (name, own) in enumerate(by_strategy(runs, pool).items()):
+        for name, own in by_strategy(runs, pool).items():
+            place = list(STRATEGIES).index(name)  # the same colour in every panel
             means, errors = zip(*summary(own, "test"), strict=True)
             look: dict[str, Any] = {"color": f"C{(place - 1) + (place > 1)}", "linewidth": 1.2}  # C1 resembles ORANGE
             if name == "suggest":
