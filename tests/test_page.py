@@ -349,6 +349,7 @@ def test_wrong_answer_becomes_a_shot_and_back(opened: Open, served: Served, run:
     assert before["label"] != "crab"
     version = page.request.get(f"{served.address}/v1/indexes/things").json()["version"]
 
+    page.click("#drawer-wrong")
     page.fill("#drawer-label", "crab")
     page.keyboard.press("Enter")
     page.fill("#token", "not the token €")
@@ -422,7 +423,7 @@ def test_hostile_names_are_text(page: Page) -> None:
     expect(page.locator("#drawer")).to_be_hidden()
     page.fill("#filter", HOSTILE)
     expect(page.locator("#grid .tile")).to_have_count(1)
-    page.click("#tab-index")
+    page.click("#tab-classes")
     page.fill("#shots-class", HOSTILE)
     expect(page.locator("#shots .tile")).to_have_count(2)
     expect(page.locator("#shots .said").first).to_have_text(HOSTILE)
@@ -467,11 +468,13 @@ def test_classifying_with_the_keyboard_alone(page: Page) -> None:
     expect(focused).to_have_id("grid")
     page.focus("#tab-classify")
     page.keyboard.press("ArrowRight")
-    expect(focused).to_have_id("tab-index")
-    expect(page.locator("#index-view")).to_be_visible()
-    expect(page.locator("#tab-index")).to_have_attribute("aria-selected", "true")
-    page.keyboard.press("ArrowRight")
-    expect(page.locator("#teach-view")).to_be_visible()
+    expect(focused).to_have_id("tab-classes")
+    expect(page.locator("#classes-view")).to_be_visible()
+    expect(page.locator("#tab-classes")).to_have_attribute("aria-selected", "true")
+    for screen in ("check", "map", "history", "teach"):
+        page.keyboard.press("ArrowRight")
+        expect(page.locator(f"#{screen}-view")).to_be_visible()
+        assert page.url.endswith(f"#{screen}")
     page.keyboard.press("ArrowRight")
     expect(page.locator("#classify-view")).to_be_visible()
     page.focus("#grid")
@@ -516,7 +519,7 @@ def test_teaching_with_the_keyboard_alone(opened: Open) -> None:
 
 
 def test_pasted_image(page: Page) -> None:
-    page.click("#tab-index")
+    page.click("#tab-classes")
     [image] = photographs("test", "accordion", 1)
     page.evaluate(
         """bytes => {
@@ -895,17 +898,21 @@ def test_a_server_that_is_gone_is_one_line_everywhere(browser: Browser, served: 
         one = Opened(browser, address, f"/#token={TOKEN}", expected=["Failed to load resource: net::ERR_"])
         page = one.page
         ask(page, *photographs("test", "panda", 2))
-        page.click("#tab-index")
+        page.click("#tab-classes")
         expect(page.locator("#shots .tile").first).to_be_visible()
+        page.click("#tab-map")
         expect(page.locator("#map-method")).to_have_value("tsne")
         process.terminate()
         process.wait(30)
         gone = "The server cannot be reached. Is it still running?"
+        page.click("#tab-classes")
         page.fill("#shots-source", "image")
         expect(page.locator("#shots-state")).to_contain_text(gone)
         expect(page.locator("#shots-state button")).to_have_text("Try again")
+        page.click("#tab-map")
         page.select_option("#map-method", "pca")
         expect(page.locator("#map-state")).to_contain_text(gone)
+        page.click("#tab-classes")
         page.locator("#classes-list .quiet").first.press("Enter")
         page.keyboard.type("another name")
         page.keyboard.press("Enter")
@@ -975,11 +982,14 @@ def test_index_view(opened: Open, served: Served) -> None:
             route.continue_()
 
     page.route("**/audit*", audit)
-    page.click("#tab-index")
+    page.click("#tab-check")
     expect(page.locator("#audit-state")).to_contain_text("Still being computed. Trying again…")
     known = page.request.get(f"{served.address}/v1/indexes/things").json()["classes"]
+    page.click("#tab-classes")
     expect(page.locator("#classes-list li")).to_have_count(len(known))
+    page.click("#tab-history")
     expect(page.locator("#about")).to_contain_text("lit-mini")
+    page.click("#tab-classes")
     expect(page.locator("#index-judged")).to_contain_text("Photos alone")
     page.fill("#classes-filter", "cra")
     expect(page.locator("#classes-list li")).to_have_count(2)
@@ -1002,14 +1012,17 @@ def test_index_view(opened: Open, served: Served) -> None:
 
 def test_wrong_labels_come_first_and_are_mended(opened: Open, served: Served, run: Callable[..., Any]) -> None:
     page = opened(at=f"/#token={TOKEN}", expected=[BUSY]).page
-    page.click("#tab-index")
+    page.click("#tab-classes")
     worst = page.locator("#audit li")
+    page.click("#tab-check")
     expect(worst).to_have_count(1)  # the one that is clear
     expect(worst).to_contain_text("Should this be pizza?")
     key_id = worst.get_attribute("data-key-id")
+    page.click("#tab-classes")
     expect(page.locator('#classes-list button[data-label="panda"]')).to_contain_text("1 to check")
     listed = run("index", "audit", served.folder, "--format", "json").stdout.splitlines()
     assert [json.loads(line)["key_id"] for line in listed] == [int(key_id or "")]  # as by the command line
+    page.click("#tab-check")
     page.check("#audit-all")
     expect(worst.nth(1)).to_be_visible()
     listed = run("index", "audit", served.folder, "--all", "--format", "json").stdout.splitlines()
@@ -1020,7 +1033,7 @@ def test_wrong_labels_come_first_and_are_mended(opened: Open, served: Served, ru
     worst.last.get_by_role("button", name="Keep").click()
     expect(worst).to_have_count(number - 1)
     page.reload()
-    page.click("#tab-index")
+    page.click("#tab-check")
     expect(worst).to_have_count(1)
     page.check("#audit-all")
     expect(worst).to_have_count(number - 1)  # it is remembered
@@ -1031,12 +1044,15 @@ def test_wrong_labels_come_first_and_are_mended(opened: Open, served: Served, ru
     expect(page.locator("#audit-state")).to_contain_text("No clear mistakes")
     found = page.request.get(f"{served.address}/v1/indexes/things/keys?key_id={key_id}").json()["keys"]
     assert found[0]["label"] == "pizza"
+    page.click("#tab-history")
     expect(page.locator("#history li").first).to_contain_text("relabel 1 key as pizza")
 
     page.locator("#history li").nth(1).get_by_role("button", name="Restore").click()
     expect(page.locator("#history li").first).to_contain_text(f"rollback to version {version}")
+    page.click("#tab-check")
     expect(worst).to_have_count(1)
 
+    page.click("#tab-classes")
     page.fill("#shots-class", "lobster")
     expect(page.locator("#shots .tile")).to_have_count(8)
     page.focus("#shots")
@@ -1053,7 +1069,7 @@ def test_wrong_labels_come_first_and_are_mended(opened: Open, served: Served, ru
 def test_a_class_is_renamed_or_merged(opened: Open, served: Served) -> None:
     """By the keyboard too; a name that is there merges, and both are undone."""
     page = opened(at=f"/#token={TOKEN}", expected=[BUSY]).page
-    page.click("#tab-index")
+    page.click("#tab-classes")
     entry = page.locator("#classes-list li").filter(has_text="crayfish")
     entry.hover()
     entry.get_by_role("button", name="Rename crayfish").click()
@@ -1066,7 +1082,9 @@ def test_a_class_is_renamed_or_merged(opened: Open, served: Served) -> None:
     page.keyboard.press("Enter")
     expect(page.locator("#notice")).to_contain_text("Renamed crayfish to <i>yabby.")
     expect(page.locator("#classes-title")).to_be_focused()
+    page.click("#tab-history")
     expect(page.locator("#history li").first).to_contain_text("rename crayfish to <i>yabby")
+    page.click("#tab-classes")
     expect(page.locator("#classes-list li").filter(has_text="<i>yabby")).to_contain_text("8 photos")
     page.locator("#notice").get_by_role("button", name="Undo").click()
     expect(entry).to_contain_text("8 photos")
@@ -1086,9 +1104,10 @@ def test_suspicious_ones_are_mended_together(opened: Open, served: Served) -> No
     """Moved as suggested, in one version, which says what it gained; removed; kept: all of them at once, and back."""
     page = opened(at=f"/#token={TOKEN}", expected=[BUSY, "Failed to load resource: net::ERR_FAILED"]).page
     accuracy = lambda: page.request.get(f"{served.address}/v1/indexes/things/accuracy").json()["both"]  # noqa: E731
-    page.click("#tab-index")
+    page.click("#tab-classes")
     before = f"{int(100 * accuracy() + 0.5)} %"
     expect(page.locator("#index-judged")).to_contain_text(f"accuracy: {before}")
+    page.click("#tab-check")
     page.check("#audit-all")
     listed = page.locator("#audit li")
     expect(listed.nth(1)).to_be_visible()
@@ -1105,23 +1124,29 @@ def test_suspicious_ones_are_mended_together(opened: Open, served: Served) -> No
     after = f"{int(100 * accuracy() + 0.5)} %"
     gain = f"from {before} to {after}." if after != before else f"still {after}."
     expect(page.locator("#notice")).to_contain_text(gain)
+    page.click("#tab-classes")
     expect(page.locator("#index-judged")).to_contain_text(f"accuracy: {after}")
     query = "&".join(f"key_id={key_id}" for key_id in movable)
     keys = page.request.get(f"{served.address}/v1/indexes/things/keys?{query}&limit=1000").json()["keys"]
     assert {row["key_id"]: row["label"] for row in keys} == movable
     page.locator("#notice").get_by_role("button", name="Undo").click()
+    page.click("#tab-check")
     expect(listed).to_have_count(number)
+    page.click("#tab-classes")
     expect(page.locator("#index-judged")).to_contain_text(f"accuracy: {before}")
     page.route("**/accuracy", lambda route: route.abort())  # then what is known stays, and nothing is said of it
+    page.click("#tab-check")
     page.click("#audit-remove-all")
     expect(page.locator("#confirm-title")).to_have_text(f"Remove {number} example photos?")
     assert violations(page) == []
     page.click("#confirm-ok")
     expect(page.locator("#index-facts")).to_contain_text(f"{82 - number} photos")
     expect(page.locator("#notice")).not_to_contain_text("accuracy")
+    page.click("#tab-classes")
     expect(page.locator("#index-judged")).to_contain_text("accuracy")
     page.locator("#notice").get_by_role("button", name="Undo").click()
     expect(page.locator("#index-facts")).to_contain_text("82 photos")
+    page.click("#tab-check")
     expect(listed).to_have_count(number)
     page.click("#audit-keep-all")
     expect(page.locator("#audit-state")).to_contain_text("No suspicious labels")
@@ -1131,7 +1156,7 @@ def test_suspicious_ones_are_mended_together(opened: Open, served: Served) -> No
 def test_a_selection_outlasts_a_change_by_somebody_else(opened: Open, served: Served) -> None:
     """The list is drawn again, with what was selected, and the labels as they are now."""
     page = opened(at=f"/#token={TOKEN}", expected=[BUSY]).page
-    page.click("#tab-index")
+    page.click("#tab-classes")
     page.fill("#shots-source", ".jpg")
     expect(page.locator("#shots-count")).to_have_text("82")
     page.focus("#shots")
@@ -1152,6 +1177,7 @@ def test_a_selection_outlasts_a_change_by_somebody_else(opened: Open, served: Se
 
 def map_by_axes(page: Page) -> Locator:
     """The map of the two axes, which is the same each time."""
+    page.click("#tab-map")
     expect(page.locator("#map-method")).to_have_value("tsne")
     page.select_option("#map-method", "pca")
     expect(page.locator("#map-facts")).to_contain_text("variance")
@@ -1159,7 +1185,6 @@ def map_by_axes(page: Page) -> Locator:
 
 
 def test_map_shows_keys_that_are_pointed_at(page: Page, served: Served) -> None:
-    page.click("#tab-index")
     canvas = map_by_axes(page)
     painted = canvas.evaluate(
         """canvas => {
@@ -1199,7 +1224,6 @@ def test_map_shows_keys_that_are_pointed_at(page: Page, served: Served) -> None:
 def test_a_shape_on_the_map_takes_photographs(opened: Open, served: Served) -> None:
     """They are listed, to be moved or removed together; without a mouse, by space and Enter."""
     page = opened(at=f"/#token={TOKEN}", expected=[BUSY]).page
-    page.click("#tab-index")
     canvas = map_by_axes(page)
     canvas.scroll_into_view_if_needed()
     found = page.evaluate("async () => (await fetch('/v1/indexes/things/map')).json()")
@@ -1234,6 +1258,7 @@ def test_a_shape_on_the_map_takes_photographs(opened: Open, served: Served) -> N
     page.click("#shots-all")
     expect(page.locator("#shots-count")).to_have_text("82")
 
+    page.click("#tab-map")
     canvas.focus()
     page.keyboard.press("Home")
     for key in ("Space", "ArrowRight", "Space", "Enter"):
@@ -1241,9 +1266,11 @@ def test_a_shape_on_the_map_takes_photographs(opened: Open, served: Served) -> N
     expect(page.locator("#shots-mapped strong")).to_have_text(re.compile(r"^([2-9]|1\d) photos from the map$"))
     expect(page.locator("#shots")).to_be_focused()
     page.click("#shots-all")
+    page.click("#tab-map")
+    expect(canvas).to_have_attribute("data-pictures", re.compile("[1-9]"))  # where there is room for them
+    expect(canvas).to_have_attribute("data-names", re.compile(r"^([5-9]|1[01])$"))  # of 11 classes
     for _ in range(4):
         page.click("#map-closer")
-    expect(canvas).to_have_attribute("data-pictures", re.compile("[1-9]"))  # close by, pictures in place of dots
     before = canvas.screenshot()
     canvas.hover()
     page.keyboard.down("Shift")
@@ -1252,13 +1279,14 @@ def test_a_shape_on_the_map_takes_photographs(opened: Open, served: Served) -> N
     page.mouse.up()
     page.keyboard.up("Shift")
     assert canvas.screenshot() != before  # it was dragged
+    page.click("#tab-classes")
     expect(page.locator("#shots-mapped")).to_be_hidden()
 
 
 def test_the_photograph_that_is_open_is_a_star_on_the_map(page: Page, served: Served) -> None:
     [image] = photographs("test", "panda", 1)
     ask(page, image)
-    page.click("#tab-index")
+    page.click("#tab-map")
     expect(page.locator("#map-method")).to_have_value("tsne")
     expect(page.locator("#map-star")).to_contain_text(f"{image.name} is not on this map")
     answer = page.request.post(
@@ -1288,7 +1316,7 @@ def test_the_photograph_that_is_open_is_a_star_on_the_map(page: Page, served: Se
 
 def test_removing_a_shot_is_asked_first(page: Page, served: Served, run: Callable[..., Any]) -> None:
     page.evaluate("token => sessionStorage.setItem('retrieval-tip token', token)", TOKEN)
-    page.click("#tab-index")
+    page.click("#tab-classes")
     page.fill("#shots-class", "starfish")
     expect(page.locator("#shots-count")).to_have_text("8")
     page.locator("#shots .tile").first.click()
@@ -1325,9 +1353,10 @@ def test_without_a_token_nothing_can_be_changed(page: Page) -> None:
     expect(page.locator("#drawer-refused")).to_contain_text("read-only")
     expect(page.locator("#drawer-form")).to_be_hidden()
     expect(page.locator("#drawer-chips button")).to_have_count(0)
-    page.click("#tab-index")
+    page.click("#tab-classes")
     page.locator("#shots .tile").first.click()
     expect(page.locator("#shots-selection")).to_be_hidden()
+    page.click("#tab-check")
     expect(page.locator("#audit li").first).to_be_visible()
     assert page.locator("#audit").get_by_role("button", name="Change").count() == 0
 
@@ -1341,15 +1370,18 @@ def test_other_index_of_features_alone(page: Page) -> None:
     expect(page.locator("#troubles")).to_contain_text("features, not photos")
     page.click("#clear")
     expect(page.locator("#known li")).to_have_count(9)
-    page.click("#tab-index")
+    page.click("#tab-classes")
     expect(page.locator("#shots .none").first).to_be_visible()  # no pictures
     expect(page.locator("#shots-count")).to_have_text("36")
+    page.click("#tab-map")
     expect(page.locator("#map-method")).to_have_value("tsne")
+    page.click("#tab-check")
     expect(page.locator("#audit-state")).not_to_contain_text("Loading")
     page.reload()
     expect(page.locator("#index-select")).to_have_value("food <b>1")  # it is remembered
     page.get_by_role("combobox", name="Classifier").select_option("things")
     expect(page.locator("#index-facts")).to_contain_text("82 photos")
+    page.click("#tab-classes")
     expect(page.locator("#shots-count")).to_have_text("82")
     expect(page.locator("#shots .none")).to_have_count(0)
 
@@ -1395,14 +1427,17 @@ def test_every_screen_fits(opened: Open, tmp_path: Path, width: int, scheme: str
     fits("token")
     page.click("#token-cancel")
     page.click("#drawer-close")
-    page.click("#tab-index")
+    page.click("#tab-check")
     expect(page.locator("#audit li").first).to_be_visible()
+    page.click("#tab-map")
     expect(page.locator("#map-method")).to_have_value("tsne")
+    page.click("#tab-classes")
     page.locator("#shots .tile").first.click()
     fits("index")
     page.locator("#classes-list .quiet").first.press("Enter")
     fits("rename")
     page.click("#rename-cancel")
+    page.click("#tab-map")
     page.locator("#map-canvas").focus()
     page.keyboard.press("Home")
     expect(page.locator("#map-shot img")).to_be_visible()

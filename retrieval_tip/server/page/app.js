@@ -1,7 +1,7 @@
 // The entry point of the page. It handles the views, the classifier menu, and dropped or pasted files.
 
 import * as api from "./api.js";
-import { showIndexView } from "./browse.js";
+import { showScreen } from "./browse.js";
 import { addFiles } from "./classify.js";
 import { $, el, failure, plural } from "./dom.js";
 import { gather } from "./files.js";
@@ -11,8 +11,8 @@ import { state } from "./state.js";
 import * as teach from "./teach.js";
 
 const CHOSEN = "retrieval-tip index";
-const VIEWS = ["classify", "label", "index", "teach"];
-const TITLES = { classify: "Photos", label: "Label", index: "Classifier", teach: "Teach" };
+const TITLES = { classify: "Photos", label: "Label", classes: "Classes", check: "Check labels", map: "Map", history: "History", teach: "Teach" };
+const VIEWS = Object.keys(TITLES);
 
 function route() {
   $("overlay").firstElementChild.textContent =
@@ -26,10 +26,7 @@ function route() {
   }
   document.title = `${TITLES[view]} · ${state.info?.name ?? "retrieval-tip"}`;
   if (view === "label") showLabelView();
-  if (view === "index" && state.info) {
-    showIndexView();
-    follow();
-  }
+  if (state.info && showScreen(view)) follow();
 }
 
 /** Fetch changes that other users have made. If this fails, they appear with the next answer. */

@@ -1,4 +1,4 @@
-// The Classifier view, with classes, labels to check, example photos, the map and the history.
+// The screens of a classifier: its classes and example photos, labels to check, the map, and the history.
 
 import { estimated, gained, showAccuracy } from "./accuracy.js";
 import * as api from "./api.js";
@@ -46,21 +46,30 @@ class Part {
   }
 }
 
-let shownVersion = null; // name and version of the index that the view shows
 const shotsByKey = new Map(); // examples by key id, which the map shows; cleared with every new version
+const loaded = new Map(); // name and version of the index that each part shows
 
-/** Show the view. If the index has changed, load the view again. */
-export function showIndexView() {
-  const wanted = `${state.info.name} ${state.info.version}`;
-  showStar();
-  if (wanted === shownVersion) return;
-  shownVersion = wanted;
-  shotsByKey.clear();
-  showAccuracy($("index-judged"));
-  showAbout();
-  showClasses();
-  for (const part of [map, audit, shots, past]) part.load();
+/** Load the parts of a screen that show another index or version. Return false if there is no such screen. */
+export function showScreen(view) {
+  const parts = { classes: [classes, audit, shots], check: [audit], map: [map], history: [past] }[view];
+  if (!parts) return false;
+  if (view === "map") showStar();
+  for (const part of parts) {
+    if (loaded.get(part) === current()) continue;
+    loaded.set(part, current());
+    part.load();
+  }
+  return true;
 }
+
+const current = () => `${state.info.name} ${state.info.version}`;
+
+const classes = {
+  load() {
+    showAccuracy($("index-judged"));
+    showClasses();
+  },
+};
 
 function showAbout() {
   const { info } = state;
@@ -135,8 +144,6 @@ function classElement({ class_id: id, label, keys }, most, byClass) {
     $("shots-title").scrollIntoView();
     $("shots-title").focus({ preventScroll: true });
   });
-  for (const event of ["pointerenter", "focus"]) button.addEventListener(event, () => keyMap.highlight(id));
-  for (const event of ["pointerleave", "blur"]) button.addEventListener(event, highlightChosen);
   const other = el("button", { type: "button", class: "quiet", aria: { label: `Rename ${label}` } }, "Rename");
   other.addEventListener("click", () => rename(label));
   return el("li", {}, button, state.info.changes ? other : null);
@@ -170,12 +177,6 @@ function sayMerge() {
 }
 $("rename-label").addEventListener("input", sayMerge);
 $("rename-cancel").addEventListener("click", () => $("rename-dialog").close(""));
-
-/** Highlight the class that is selected in the filter on the map. */
-function highlightChosen() {
-  const classId = state.labels.indexOf($("shots-class").value);
-  keyMap.highlight(classId < 0 ? null : classId);
-}
 
 /** Return the elements that describe an example. */
 const described = ({ key_id: id, label, source }) => [
@@ -300,17 +301,16 @@ async function listOnly(ids) {
     $("shots-mapped").firstElementChild.textContent = `${plural(ids.length, "photo")} from the map`;
     for (const id of ["shots-class", "shots-source"]) $(id).value = "";
   }
+  loaded.set(shots, current()); // so that the screen does not load them as well
+  if (ids) location.hash = "#classes";
+  await shots.load();
   $("shots-title").scrollIntoView();
   $("shots").focus({ preventScroll: true });
-  await shots.load();
   if (ids) grid.select(grid.items);
 }
 $("shots-all").addEventListener("click", () => listOnly(null));
 
-function filterShots() {
-  shots.load();
-  highlightChosen();
-}
+const filterShots = () => shots.load();
 
 const map = new Part(
   "map",
@@ -366,7 +366,7 @@ function showStar() {
 
 const METHODS = { tsne: "t-SNE (keeps similar photos together)", pca: "PCA (two principal axes)" };
 let pointed = null;
-const keyMap = new KeyMap($("map-canvas"), { chosen: pointAt, taken: listOnly, shots: shotsOf });
+const keyMap = new KeyMap($("map-canvas"), { chosen: pointAt, taken: listOnly, shots: shotsOf, name: (classId) => state.labels[classId] });
 
 async function shotsOf(ids) {
   const { keys } = await api.keys(state.info.name, { key_id: ids, limit: ids.length });
@@ -425,7 +425,7 @@ function keep(some) {
 function showSuspects() {
   const known = kept();
   listed = suspects.filter((shot) => !known.has(`${shot.key_id} ${shot.label}`));
-  $("audit-count").textContent = listed.length.toLocaleString("en");
+  $("audit-count").textContent = $("tab-check-count").textContent = listed.length.toLocaleString("en");
   refill($("audit"), listed.slice(0, SUSPECTS_SHOWN).map(suspicious));
   const movable = listed.filter((shot) => shot.suggested !== null);
   $("audit-bulk").hidden = listed.length < 2 || !state.info.changes;
@@ -498,6 +498,7 @@ const past = new Part(
   "history",
   () => api.history(state.info.name),
   ({ versions }) => {
+    showAbout();
     $("history").replaceChildren(
       ...versions.toReversed().map(({ version, change, created_at: at, keys, classes, current }) => {
         const back = el("button", { type: "button", class: "quiet" }, "Restore");
@@ -531,9 +532,13 @@ state.addEventListener("index", () => {
   grid.show([]); // each index has its own key ids
   suspects = listed = [];
   mapped = drawn = null;
+  shotsByKey.clear();
   wished = "";
   $("shots-mapped").hidden = true;
   $("map-method").replaceChildren();
-  keyMap.highlight(null);
+  $("tab-check-count").textContent = "";
 });
-state.addEventListener("version", () => !$("index-view").hidden && showIndexView());
+state.addEventListener("version", () => {
+  shotsByKey.clear();
+  showScreen(location.hash.slice(1));
+});

@@ -32,6 +32,7 @@ const grid = new Grid($("grid"), {
   pressed(event) {
     if (event.key === "Delete") return putAway(acting()), true;
     if (event.key === "Escape" && drawer.openPhoto()) return close(), true;
+    if (event.key === "a" && !event.ctrlKey && !event.metaKey) return acceptAll(acting()), true;
     if (!["1", "2", "3"].includes(event.key) || event.ctrlKey || event.metaKey) return false;
     const label = choices()[Number(event.key) - 1];
     if (label && state.info.changes) teach(acting(), label);
@@ -315,6 +316,7 @@ function showChosen() {
   $("selection-count").textContent = `${number} selected`;
   const can = state.info?.changes ?? false;
   $("selection-form").hidden = !can;
+  $("selection-right").hidden = !can || !acting().some(acceptable);
   $("selection-chips").replaceChildren(
     ...(can && number ? choices() : []).map((label, i) => {
       const chip = el("button", { type: "button", class: "chip" }, el("kbd", {}, `${i + 1}`), label);
@@ -330,10 +332,36 @@ $("selection-form").addEventListener("submit", (event) => {
   if (label) teach(acting(), label);
   $("selection-label").value = "";
 });
+$("selection-right").addEventListener("click", () => acceptAll(acting()));
 $("selection-none").addEventListener("click", () => (grid.select([]), $("grid").focus()));
 $("selection-away").addEventListener("click", () => (putAway(acting()), $("grid").focus()));
 
-/** Add photos as examples of a class, and offer to undo this. */
+const acceptable = (photo) => photo.shown && !photo.unlike && photo.taught === null && !photo.judgedByOthers;
+
+/** Add each photo as an example of its answer, and offer to undo this. */
+async function acceptAll(which) {
+  if (!state.info.changes) return;
+  const since = state.info.version;
+  const some = which.filter(acceptable);
+  for (const [label, own] of Map.groupBy(some, ({ winner }) => winner.label)) {
+    if (!(await teach(own, label))) return;
+  }
+  if (some.length) offerUndo(`Added ${plural(some.length, "example photo")} to the classes of their answers.`, some, since);
+}
+
+/** Show a notice that can restore a version. */
+function offerUndo(text, which, since) {
+  const now = state.info.version;
+  notice(text, async () => {
+    const undone = await state.rollback(since, now);
+    if (!undone) return false;
+    for (const photo of which) photo.taught = null;
+    arrange();
+    return "Undone.";
+  });
+}
+
+/** Add photos as examples of a class, and offer to undo this. Return whether they were added. */
 async function teach(which, label) {
   if (!which.length) return;
   notice("Adding…");
@@ -351,13 +379,8 @@ async function teach(which, label) {
     const to = added.classes.length ? `the new class ${label}` : label;
     const alike = added.warnings.map((line) => ` ${line.split("; to merge")[0]}.`).join("");
     const twins = added.duplicates.length ? ` Please check: ${added.duplicates.join("; ")}` : "";
-    notice(`Added ${plural(added.key_ids.length, "example photo")} to ${to}.${alike}${twins}`, async () => {
-      const undone = await state.rollback(added.since, added.version);
-      if (!undone) return false;
-      for (const photo of which) photo.taught = null;
-      arrange();
-      return "Undone.";
-    });
+    offerUndo(`Added ${plural(added.key_ids.length, "example photo")} to ${to}.${alike}${twins}`, which, added.since);
+    return true;
   } catch (error) {
     for (const photo of which) photo.taught = null;
     arrange();

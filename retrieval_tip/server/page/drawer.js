@@ -10,6 +10,7 @@ const DECIDED = 5; // number of supporting examples
 
 let photo = null;
 let teach = null; // function of (photos, label)
+let wrong = null; // the photo whose answer is wrong
 let likeness = null; // { own, other }, the mean affinities of shots of the same class and of different classes
 
 /** Return the open photo, or null. */
@@ -28,6 +29,8 @@ export function setUp(given) {
     else if (event.target.closest("input, select, summary") || event.ctrlKey || event.metaKey || event.altKey) return;
     else if (event.key === "ArrowLeft" || event.key === "ArrowRight") given.step(event.key === "ArrowLeft" ? -1 : 1);
     else if (["1", "2", "3"].includes(event.key)) teachChoice(Number(event.key) - 1);
+    else if (event.key === "w") correct();
+    else if (event.key === "Enter" && !event.target.closest("button") && !$("drawer-right").hidden) confirm();
     else return;
     event.preventDefault();
   });
@@ -36,7 +39,19 @@ export function setUp(given) {
     if ($("drawer-label").value.trim()) teach([photo], $("drawer-label").value.trim());
   });
   $("drawer-label").addEventListener("input", newClass);
+  $("drawer-right").addEventListener("click", confirm);
+  $("drawer-wrong").addEventListener("click", correct);
   $("drawer-like").addEventListener("click", () => given.like(photo));
+}
+
+const confirm = () => teach([photo], photo.winner.label);
+
+/** Ask for the right class. */
+function correct() {
+  if (!photo?.shown || !state.info.changes) return;
+  wrong = photo;
+  showCorrection();
+  $("drawer-label").focus();
 }
 
 function teachChoice(i) {
@@ -131,7 +146,12 @@ function classRow({ label, probability }) {
 
 function showCorrection() {
   const can = state.info.changes;
-  $("drawer-form").hidden = !can;
+  const settled = !can || photo.unlike || photo.taught !== null;
+  $("drawer-wrong").hidden = settled;
+  $("drawer-right").hidden = settled || photo.judgedByOthers; // it is an example already
+  $("drawer-wrong").setAttribute("aria-expanded", String(wrong === photo));
+  $("drawer-correction").hidden = !can || (wrong !== photo && !photo.unlike);
+  $("drawer-which").textContent = photo.unlike ? "What is it?" : "Which class is right?";
   $("drawer-refused").hidden = can;
   const chips = photo.choices.map((label, i) => {
     const chip = el("button", { type: "button", class: "chip", title: `Press ${i + 1}` }, el("kbd", {}, `${i + 1}`), label);

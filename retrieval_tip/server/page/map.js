@@ -4,7 +4,7 @@ import { plural } from "./dom.js";
 
 const NEAR = 14; // maximum distance of the pointer from a key, in px
 const DRAWN = 6; // minimum length of a drag in px; a shorter drag is a click
-const CLOSE = 3; // minimum scale at which images appear
+const NAMED = 60; // maximum number of classes whose names are drawn
 const SIDE = 44; // side of an image and its cell, in px
 const NEAREST = 8; // number of keys that determine the place of a photo on a map that has no axes
 const ARROWS = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -47,7 +47,6 @@ export class KeyMap {
   #chosen = -1;
   #taken = new Set(); // positions of the marked keys
   #star = null;
-  #classId = null;
   #scale = 1;
   #centre = [0, 0]; // centre of the view, in map coordinates
   #drag = null; // { path, at, centre } while a button is pressed
@@ -56,7 +55,7 @@ export class KeyMap {
   #frame = 0;
 
   /** `on.chosen(keyId)` is called for the key under the pointer, and `on.taken(keyIds)` for the keys that are inside a
-   *  shape or marked with Space. `on.shots(keyIds)` returns [{ key_id, image }]. */
+   *  shape or marked with Space. `on.shots(keyIds)` returns [{ key_id, image }], and `on.name(classId)` a class name. */
   constructor(canvas, on) {
     this.#canvas = canvas;
     this.#on = on;
@@ -80,12 +79,6 @@ export class KeyMap {
     this.zoom(0);
     this.#canvas.setAttribute("aria-label", `Map of ${plural(map.key_ids.length, "photo")}, coloured by class`);
     this.#draw();
-  }
-
-  /** Highlight a class, or no class if `classId` is null. */
-  highlight(classId) {
-    this.#classId = classId;
-    this.#soon();
   }
 
   /** Draw a star at [x, y], or no star if `place` is null. */
@@ -176,13 +169,11 @@ export class KeyMap {
       const [x, y] = this.#place(i);
       return x > -SIDE && y > -SIDE && x < width + SIDE && y < height + SIDE;
     });
-    const stands = (i) => this.#classId === null || ids[i] === this.#classId;
-    context.globalAlpha = 0.15;
-    dots(seen.filter((i) => !stands(i)), radius);
     context.globalAlpha = 0.85;
-    dots(seen.filter(stands), radius);
+    dots(seen, radius);
     context.globalAlpha = 1;
-    if (this.#scale >= CLOSE) this.#pictures(context, seen.filter(stands));
+    this.#pictures(context, seen);
+    this.#names(context, seen, ink);
     for (const i of this.#taken) ring(i, radius + 2);
     if (this.#star) this.#starAt(context, ink);
     if (this.#chosen >= 0) {
@@ -201,6 +192,30 @@ export class KeyMap {
       context.strokeStyle = ink;
       context.stroke();
     }
+  }
+
+  /** Write the name of each class in its middle, largest class first, where there is room. */
+  #names(context, seen, ink) {
+    const groups = [...Map.groupBy(seen, (i) => this.#map.class_ids[i])];
+    if (groups.length > NAMED) return;
+    const middle = (values) => values.toSorted((a, b) => a - b)[values.length >> 1];
+    const written = [];
+    context.font = "600 14px system-ui";
+    context.textAlign = "center";
+    context.lineWidth = 4;
+    context.strokeStyle = getComputedStyle(this.#canvas).backgroundColor;
+    context.fillStyle = ink;
+    for (const [classId, own] of groups.sort((a, b) => b[1].length - a[1].length)) {
+      const places = own.map((i) => this.#place(i));
+      const [x, y] = [0, 1].map((axis) => middle(places.map((place) => place[axis])));
+      const name = this.#on.name(classId);
+      const half = context.measureText(name).width / 2 + 4;
+      if (written.some(([ax, ay, ahalf]) => Math.abs(ax - x) < ahalf + half && Math.abs(ay - y) < 20)) continue;
+      written.push([x, y, half]);
+      context.strokeText(name, x, y);
+      context.fillText(name, x, y);
+    }
+    this.#canvas.dataset.names = written.length;
   }
 
   #starAt(context, ink) {
