@@ -1,4 +1,4 @@
-"""The commands ``suggest`` and ``sort``."""
+"""The commands ``suggest``, ``find`` and ``sort``."""
 
 from __future__ import annotations
 
@@ -67,6 +67,55 @@ def suggest(
     write_table(table, printing.style, printing.output)
     if not ctx.obj:
         say(str(suggestions))
+    finish(ctx, encoder.skipped)
+
+
+@command("find")
+@options.INDEX_ARGUMENT
+@click.argument("photos", nargs=-1, required=True, metavar="PHOTOS... QUERY")
+@click.option("-n", "number", type=count(), default=20, show_default=True, help="Number of photos or pairs to show.")
+@click.option("--duplicates", is_flag=True, help="Find near-identical photos instead. There is no QUERY.")
+@options.FORMAT
+@options.BACKBONE
+@options.ENCODING
+@click.pass_context
+def find_command(
+    ctx: click.Context,
+    folder: Place,
+    photos: tuple[str, ...],
+    number: int,
+    duplicates: bool,
+    printing: OutputOptions,
+    encoding: EncodingOptions,
+) -> None:
+    """Find unlabelled photos by a text or by an example.
+
+    PHOTOS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input. The
+    last argument is QUERY. If it is an image file, similar photos are found. Otherwise, it is a text, and the encoder
+    of the index must have text.
+    """
+    from retrieval_tip.cli.output import write_table
+    from retrieval_tip.data.sources import open_inputs
+    from retrieval_tip.labelling.find import example_of, find_duplicates, find_photos
+
+    *names, query = (*photos, "") if duplicates else photos
+    if not names:
+        raise UsageError("find: needs PHOTOS and QUERY; the last argument is QUERY")
+    example = None if duplicates else example_of(query)
+    sources = list(open_inputs(names, paths_on_stdin()))
+    index = index_with(folder, AnswerOptions(), encoding)
+    text = not duplicates and example is None
+    with encoder_for(ctx, index, [*sources, *([example] if example else [])], encoding, needed=text) as encoder:
+        if duplicates:
+            table, found = find_duplicates(sources, encoder, number)
+            note = "" if found.compared != "digests" else "; compared only identical photos and features"
+            note = f"found {counted(found.total, 'pair')}, showing {len(table):,}{note}"
+        else:
+            table, total = find_photos(index, sources, encoder, query, number)
+            note = f"searched {counted(total, 'photo')} for {'the text' if text else 'photos like'} {show(query)}"
+    write_table(table, printing.style, printing.output)
+    if not ctx.obj:
+        say(note)
     finish(ctx, encoder.skipped)
 
 

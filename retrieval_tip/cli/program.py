@@ -26,7 +26,7 @@ from retrieval_tip.cli.evaluate import compare_command, evaluate_command, report
 from retrieval_tip.cli.fit import calibrate_command, finetune_command, fit_command, search_command
 from retrieval_tip.cli.group import Group, in_one_line
 from retrieval_tip.cli.index import index
-from retrieval_tip.cli.label import sort_command, suggest
+from retrieval_tip.cli.label import find_command, sort_command, suggest
 from retrieval_tip.cli.serve import label_command, serve_command
 from retrieval_tip.errors import InputError, message
 
@@ -155,7 +155,7 @@ class _Handler(logging.Handler):
 main.section(
     "Classify and evaluate", classify, evaluate_command, compare_command, sweep_command, report_command, serve_command
 )
-main.section("Label photos", label_command, suggest, sort_command)
+main.section("Label photos", label_command, suggest, find_command, sort_command)
 main.section("Indexes and features", index, encode, models_command, datasets_group)
 main.section("Fit and train", fit_command, search_command, finetune_command, calibrate_command)
 main.section("Setup", cache_command, completion_command, doctor)

@@ -1,0 +1,127 @@
+"""Find unlabelled photos by a text or by an example, and find near-identical photos."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from retrieval_tip.answering import AnsweringIndex
+from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES
+from retrieval_tip.bounds import check_count
+from retrieval_tip.data import images
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import Source, of_images
+from retrieval_tip.errors import InputError, UsageError, show
+from retrieval_tip.index.items import ItemColumns
+from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool
+from retrieval_tip.retrieval.duplicates import PAIRS, Duplicates, duplicates
+from retrieval_tip.retrieval.vector_index import faiss
+
+FOUND = pa.schema({"rank": pa.int64(), "input": pa.string(), "similarity": pa.float64()})
+"""The columns of search results."""
+
+
+def example_of(query: str) -> Source | None:
+    """Return the source of a query that is an image file, or ``None`` if the query is a text.
+
+    Raises InputError if the query looks like an image file that does not exist.
+    """
+    if os.path.isfile(query):  # noqa: PTH113 - a long text is not an error
+        return of_images([query])
+    if Path(query).suffix.lower() in images.extensions():
+        raise InputError(f"{show(query)}: no such file; give an image file or a text")
+    return None
+
+
+def find_photos(
+    index: AnsweringIndex, sources: Sequence[Source], encoder: Encoder, query: str, n: int = 20
+) -> tuple[pa.Table, int]:
+    """Return the ``n`` photos that are most similar to a query, and the number of photos that were searched.
+
+    If the query is an image file, the similarity is the inner product in the metric of the index, and copies of the
+    image are left out. Otherwise, the query is a text. It is inserted into the prompt templates of the index, and the
+    similarity is the cosine. The table has the columns of ``FOUND``. The memory needed does not depend on the number of
+    photos.
+
+    Raises UsageError if the query is a text and the encoder has no text, and the errors of
+    :meth:`encoder.Encoder.blocks`.
+    """
+    check_count("n", n)
+    example, known = example_of(query), None
+    if example is not None:
+        block = encoder.encode(example)
+        (known,) = block.digests
+        target = _points(index, block.features)[0]
+    else:
+        backbone = encoder.needed_backbone(sources[0])
+        if not backbone.has_text:
+            raise UsageError(
+                f"{show(query)}: {backbone.identity.model} has no text encoder; give an image file instead"
+            )
+        target = torch.from_numpy(encoder.text_weights([query], index.templates or DEFAULT_TEMPLATES)[0])
+    names, best, total = pa.array([], pa.string()), torch.empty(0), 0
+    for source in sources:
+        for block in encoder.blocks(source):
+            columns = ItemColumns.of(source.items.take(pa.array(block.positions)), block.digests)
+            f = normalize(torch.from_numpy(block.features)) if example is None else _points(index, block.features)
+            similarity = torch.mv(f, target)
+            if known is not None:
+                similarity[[digest == known for digest in columns.digests]] = -torch.inf
+            every = torch.cat([best, similarity])
+            best, order = every.sort(descending=True, stable=True)
+            order = order[: min(n, int((best > -torch.inf).sum()))]
+            best, total = best[: len(order)], total + len(f)
+            names = pa.concat_arrays([names, columns.sources.cast(pa.string()).combine_chunks()])
+            names = names.take(pa.array(order.numpy()))
+    return pa.table([pa.array(range(1, len(best) + 1)), names, best.double().numpy()], schema=FOUND), total
+
+
+def _points(index: AnsweringIndex, features: npt.NDArray[np.float32]) -> Tensor:
+    f = torch.from_numpy(features)
+    return normalize(f) if index.metric is None else index.metric.to("cpu")(f)
+
+
+def find_duplicates(sources: Sequence[Source], encoder: Encoder, n: int = 20) -> tuple[pa.Table, Duplicates]:
+    """Return the ``n`` closest pairs of near-identical photos as a table, and the result of the comparison.
+
+    The table has the columns ``input``, ``other``, ``similarity`` (the cosine of the features) and ``kind`` (see
+    :class:`duplicates.Duplicate`). If there are more than ``MOST_PHOTOS``, only identical photos and identical features
+    are found.
+
+    Raises the errors of :meth:`encoder.Encoder.blocks`.
+    """
+    check_count("n", n)
+    pool = Pool.of(sources, encoder)
+    rows = np.arange(len(pool.names))
+    features = normalize(torch.from_numpy(pool.features)).numpy()
+    labels = pa.table({  # each photo is a class, because only photos of different classes are compared
+        "key_id": rows, "class_id": rows, "label": pa.array(pool.names, pa.string()),
+        "source": pa.array(pool.names, pa.string()), "digest": pa.array(pool.digests, pa.string()),
+    })  # fmt: skip
+    if len(rows) > MOST_PHOTOS:
+        found = duplicates(features, labels, budget=0, most=n)
+    else:
+        nearest = faiss().IndexFlatIP(features.shape[1])
+        nearest.add(features)
+
+        def search(queries: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
+            cosines, places = nearest.search(queries.numpy(), min(k, len(rows)))
+            return torch.from_numpy(cosines), places
+
+        found = duplicates(features, labels, rows, budget=PAIRS, search=search, most=n)
+    pairs = found.pairs
+    table = pa.table({
+        "input": pa.array([pair.source for pair in pairs], pa.string()),
+        "other": pa.array([pair.other_source for pair in pairs], pa.string()),
+        "similarity": pa.array([pair.affinity for pair in pairs], pa.float64()),
+        "kind": pa.array([pair.kind for pair in pairs], pa.string()),
+    })  # fmt: skip
+    return table, found

@@ -1,0 +1,142 @@
+"""Photos found by text or by example, and near-identical photos, against their definitions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import cache_of
+from serving import photographs
+from tables import unit, unit_rows, write_table
+
+from retrieval_tip import CacheModel
+from retrieval_tip.data.encoder import Encoder, FeatureBlock
+from retrieval_tip.data.sources import open_inputs
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.labelling import find
+from retrieval_tip.labelling.find import find_duplicates, find_photos
+from retrieval_tip.tip import Metric
+
+
+def rows_of(done):
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def inbox(shared, tmp_path):
+    """Photos of three classes, one of them twice, and a damaged file."""
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    for place, (path, _) in enumerate(photographs(shared, "test", 3, 2)):
+        shutil.copy(path, inbox / f"{place}.jpg")
+    shutil.copy(inbox / "0.jpg", inbox / "copy.jpg")
+    (inbox / "broken.jpg").write_bytes(b"no image")
+    return inbox
+
+
+def test_an_example_finds_similar_photos_in_the_metric(things, lit_mini, inbox, run):
+    cache = CacheModel.load(things, device="cpu")
+    features = {}
+    for path in sorted(inbox.glob("[0-9c]*.jpg")):
+        features[str(path)] = Encoder(lit_mini).encode(next(open_inputs([str(path)]))).features[0]
+    example = features[str(inbox / "0.jpg")]
+    others = {str(inbox / f"{place}.jpg") for place in range(1, 6)}
+    expected = {name: float(feature @ example) for name, feature in features.items() if name in others}
+    done = run("find", things, inbox, inbox / "0.jpg", "--format", "json")
+    assert (done.exit_code, "searched 7 photos" in done.stderr) == (3, True)
+    rows = rows_of(done)
+    assert [row["rank"] for row in rows] == [1, 2, 3, 4, 5]  # without the copies of the example
+    assert [row["input"] for row in rows] == sorted(expected, key=expected.get, reverse=True)
+    assert [row["similarity"] for row in rows] == pytest.approx(sorted(expected.values(), reverse=True), abs=1e-3)
+    assert rows_of(run("find", things, inbox, inbox / "0.jpg", "-n", 2, "--format", "json")) == rows[:2]
+    assert cache.metric is None
+
+
+def test_a_text_is_compared_with_the_templates_of_the_index(things, lit_mini, inbox, run):
+    cache = CacheModel.load(things, device="cpu")
+    done = run("find", things, inbox / "1.jpg", inbox / "2.jpg", "a big aeroplane", "--format", "json")
+    assert done.exit_code == 0, done.stderr
+    weight = Encoder(lit_mini).text_weights(["a big aeroplane"], cache.templates)[0]
+    for row in rows_of(done):
+        feature = Encoder(lit_mini).encode(next(open_inputs([row["input"]]))).features[0]
+        assert row["similarity"] == pytest.approx(float(feature @ weight), abs=1e-3)
+    assert len(rows_of(done)) == 2
+
+
+def test_near_identical_photos_are_listed(things, inbox, run):
+    rows = rows_of(run("find", things, inbox, "--duplicates", "--format", "json"))
+    assert [(row["input"], row["other"]) for row in rows] == [(str(inbox / "0.jpg"), str(inbox / "copy.jpg"))]
+    assert rows[0]["kind"] == "identical image"
+
+
+def index_of(metric=False):
+    cache = cache_of(unit_rows(6, 8), [0, 0, 1, 1, 2, 2], ["a", "b", "c"], device="cpu")
+    if metric:
+        cache.metric = Metric(torch.from_numpy(unit_rows(1, 8, 1)[0]), torch.from_numpy(unit_rows(8, 8, 2)))
+    return cache
+
+
+class Fixed(Encoder):
+    """An encoder whose image files hold the number of a feature, and that knows no text."""
+
+    def blocks(self, source):
+        if source.table is not None:
+            yield from super().blocks(source)
+            return
+        numbers = [int(Path(path).read_text()) for path in source.paths]
+        yield FeatureBlock(np.arange(len(numbers)), unit_rows(40, 8, 3)[numbers], [str(number) for number in numbers])
+
+
+@pytest.mark.parametrize("metric", [True, False])
+def test_the_best_of_many_blocks_are_those_of_the_definition(metric, tmp_path):
+    features, index = unit_rows(40, 8, 3), index_of(metric)
+    ids = np.arange(40).astype(str)
+    tables = [write_table(tmp_path / f"{i}.parquet", features[i::4], ids=ids[i::4].tolist()) for i in range(4)]
+    (tmp_path / "x.jpg").write_text("7")
+    found, total = find_photos(index, list(open_inputs(map(str, tables))), Fixed(), str(tmp_path / "x.jpg"), 9)
+    points = features.astype(float)
+    if metric:
+        points = unit((points - index.metric.mean.numpy()) @ index.metric.transform.numpy())
+    cosines = points @ points[7]
+    order = np.argsort(-cosines)[:9]
+    assert total == 40
+    assert found["input"].to_pylist() == [str(row) for row in order]
+    assert found["similarity"].to_numpy() == pytest.approx(cosines[order], abs=1e-5)
+
+
+def test_all_pairs_are_compared_up_to_a_limit(tmp_path, monkeypatch):
+    features = unit_rows(60, 8)
+    features[30:40] = unit(features[:10] + 0.01 * unit_rows(10, 8, 1))
+    features[50] = features[51]
+    source = list(open_inputs([str(write_table(tmp_path / "t.parquet", features, ids=[str(i) for i in range(60)]))]))
+    table, found = find_duplicates(source, Encoder(), 5)
+    a, b = np.triu_indices(60, 1)
+    near = (features[a] * features[b]).sum(axis=1) >= 0.98
+    assert (found.total, table.num_rows, found.compared) == (near.sum(), 5, "all")
+    assert table["kind"].to_pylist()[0] == "identical feature"
+    monkeypatch.setattr(find, "PAIRS", 100)
+    assert find_duplicates(source, Encoder(), 5)[0].equals(table)
+    assert find_duplicates(source, Encoder())[1].compared == "nearest"
+    monkeypatch.setattr(find, "MOST_PHOTOS", 10)
+    table, found = find_duplicates(source, Encoder(), 5)
+    assert (found.compared, table["input"].to_pylist(), table["other"].to_pylist()) == ("digests", ["50"], ["51"])
+
+
+def test_queries_that_cannot_be_answered(tmp_path, run):
+    index = index_of()
+    index.save(tmp_path / "index")
+    table = write_table(tmp_path / "t.parquet", unit_rows(3, 8))
+    for query in ("x.jpg", "missing.PNG"):
+        done = run("find", tmp_path / "index", table, query)
+        assert (done.exit_code, query in done.stderr) == (1, True)
+    for query in (["a cat"], ["a " * 3000], []):
+        assert run("find", tmp_path / "index", table, *query).exit_code == 2
+    source = list(open_inputs([str(table)]))
+    with pytest.raises(UsageError, match="n is 0"):
+        find_photos(index, source, Encoder(), "x", 0)
+    with pytest.raises(InputError):
+        find_photos(index, source, Encoder(), "x.jpg")
