@@ -1,0 +1,76 @@
+"""Count how many unknown classes become a group in which they are the majority (``classify --group-unlike``).
+
+Each draw chooses 7 unknown classes and 30 known classes at random, or as many as there are. The classifier is fitted to
+16 shots of each known class. It classifies 210 test photos of known classes and 8 test photos of each unknown class. A
+class can only become a group if at least two of its photos have no match, so the number of such classes is an upper
+bound.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import click
+import numpy as np
+import numpy.typing as npt
+from accuracy import Tables
+from common import SHARED, machine
+from label_less import POOLS
+
+from retrieval_tip import CacheModel
+from retrieval_tip.fit import closed_form
+from retrieval_tip.labelling.groups import group_unlike
+
+UNKNOWN, KNOWN, EACH, FAMILIAR, SHOTS = 7, 30, 8, 210, 16
+IntArray = npt.NDArray[np.int64]
+DATASETS = {name: POOLS[name] for name in ("photographs", "flowers", "caltech", "dtd", "cars")}
+DATASETS["food"] = Tables("9 classes of Food-101", "clip-food9", "test", None, (), "train")
+
+
+def drawn(draw: np.random.Generator, ids: IntArray, classes: IntArray, each: int) -> IntArray:
+    return np.concatenate([draw.permutation(np.flatnonzero(ids == c))[:each] for c in classes])
+
+
+def trial(pool: CacheModel, features: npt.NDArray[np.float32], ids: IntArray, seed: int) -> tuple[int, int, int, int]:
+    """Return the numbers of groups, of unknown classes that are the majority of a group, of unknown classes that could
+    be, and of photos of known classes without a match.
+    """
+    draw = np.random.default_rng(seed)
+    enough = np.flatnonzero(np.bincount(ids) >= EACH)
+    unknown, known = np.split(draw.permutation(enough)[: UNKNOWN + KNOWN], [UNKNOWN])
+    own = pool.class_ids.numpy()
+    shots = drawn(draw, own, known, SHOTS)
+    index = CacheModel.from_features(pool.keys[shots], own[shots], pool.class_names, device="cpu")
+    closed_form.fit(index)
+    familiar = drawn(draw, ids, known, -(-FAMILIAR // len(known)))[:FAMILIAR]
+    rows = np.concatenate([familiar, drawn(draw, ids, unknown, EACH)])
+    answers = group_unlike(index, features[rows], index.classify(features[rows], neighbours=0)).to_arrow()
+    numbers, unlike = (answers[name].to_numpy() for name in ("group", "unlike"))
+    found, truth = set(), ids[rows]
+    for number in range(1, int(np.nanmax(numbers, initial=0)) + 1):
+        classes, sizes = np.unique(truth[numbers == number], return_counts=True)
+        found |= set(classes[2 * sizes > sizes.sum()]) & set(unknown)
+    possible = sum(int((unlike & (truth == c)).sum() > 1) for c in unknown)
+    return int(np.nanmax(numbers, initial=0)), len(found), possible, int((unlike & np.isin(truth, known)).sum())
+
+
+@click.command(help=__doc__)
+@click.option("--shared", type=click.Path(path_type=Path, exists=True), default=SHARED, show_default=True)
+@click.option("--pool", "pools", type=click.Choice(list(DATASETS)), multiple=True, default=list(DATASETS))
+@click.option("--draws", default=20, show_default=True)
+def main(shared: Path, pools: tuple[str, ...], draws: int) -> None:
+    """Print the numbers of groups and of unknown classes."""
+    click.echo(f"{machine()}; {draws} draws of {UNKNOWN} unknown classes, mean ± standard error.\n")
+    heads = ("groups", "unknown classes found", "upper bound", "known photos without a match", "draws with 6 or more")
+    click.echo(f"| | {' | '.join(heads)} |\n|---{'|--:' * len(heads)}|")
+    for name in pools:
+        pool, _ = DATASETS[name].pool_of(0, shared)
+        items = DATASETS[name].items(pool, shared)
+        runs = list(zip(*(trial(pool, items.features, items.ids, seed) for seed in range(draws)), strict=True))
+        cells = [f"{statistics.mean(part):.1f} ± {statistics.stdev(part) / draws**0.5:.1f}" for part in runs]
+        click.echo(f"| {DATASETS[name].title} | {' | '.join(cells)} | {sum(n >= UNKNOWN - 1 for n in runs[1])} |")
+
+
+if __name__ == "__main__":
+    main()
