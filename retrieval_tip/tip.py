@@ -299,7 +299,8 @@ def ridge_values(gram: Tensor, targets: Tensor, ridge: float | Tensor) -> Tensor
     The values are ``V = (G + diag(lambda))^-1 Y`` (ProKeR, Bendou et al., CVPR 2025, equation 6). If the inverse is
     replaced by the identity, the result is plain Tip-Adapter.
 
-    - ``gram`` ``[n, n]``: the matrix ``G = exp(-beta (1 - phi(K) phi(K)^T))``, which is overwritten.
+    - ``gram`` ``[n, n]``: the matrix ``G = exp(-beta (1 - phi(K) phi(K)^T))``, which is overwritten. Only its lower
+      triangle is read.
     - ``targets`` ``[n, c]``: the one-hot labels ``Y``.
     - ``ridge``: the regularisation strength ``lambda``, which is a number above 0, or one such number per key.
 

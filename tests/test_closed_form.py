@@ -73,8 +73,7 @@ def dense(cache, queries, form):
         for key, i in zip(keys, ids, strict=True):
             s += np.outer(key - means[i], key - means[i]) / len(keys)
         s = (1 - shrinkage) * s + shrinkage * np.trace(s) / len(s) * np.eye(len(s))
-        values, vectors = np.linalg.eigh(s)
-        transform = vectors @ np.diag(values**-0.5) @ vectors.T
+        transform = np.linalg.inv(np.linalg.cholesky(s)).T
         keys, q = unit((keys - means.mean(0)) @ transform), unit((q - means.mean(0)) @ transform)
     y = np.eye(c)[ids]
     v = y
@@ -186,13 +185,12 @@ def test_the_scatter_is_the_definition(seed, c, shots, shrinkage, d):
     several = np.bincount(ids).max() > 1
     centred = keys - np.stack([means[i] for i in ids]) if several else keys - keys.astype(np.float64).mean(0)
     expected = centred.T @ centred / len(ids)
-    made = found.eigenvectors.numpy() @ np.diag(found.eigenvalues.numpy()) @ found.eigenvectors.numpy().T
-    np.testing.assert_allclose(made, expected, atol=1e-6)
+    np.testing.assert_allclose(found.matrix, expected, atol=1e-6)
     np.testing.assert_allclose(found.mean, np.mean([means[i] for i in present], axis=0), atol=1e-6)
     metric = Within(shrinkage).fit(found)
     if metric is not None:
         shrunk = (1 - shrinkage) * expected + shrinkage * np.trace(expected) / d * np.eye(d)
-        square = metric.transform.double().numpy() @ shrunk @ metric.transform.double().numpy()
+        square = metric.transform.double().numpy().T @ shrunk @ metric.transform.double().numpy()
         np.testing.assert_allclose(square / square.trace() * d, np.eye(d), atol=1e-3)
         points = metric(torch.from_numpy(keys))
         assert torch.isfinite(points).all()
@@ -424,8 +422,7 @@ def test_a_prior_is_the_scatter_of_other_keys_around_their_class_means():
     own = keys - np.repeat([keys[ids == i].mean(0) for i in range(C)], 3, 0)
     expected = (own.T @ own + 1000 * prior) / (2 * C + 1000)
     found = Folds(keys, torch.from_numpy(ids), C, None, [], prior=prior).scatter(torch.arange(len(ids)))
-    made = (found.eigenvectors * found.eigenvalues) @ found.eigenvectors.T
-    np.testing.assert_allclose(made, expected, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(found.matrix, expected, rtol=1e-4, atol=1e-7)
     with pytest.raises(InputError, match="no class has two"):
         pooled([Sums.of([clusters(1)], C, D)])
 
@@ -586,7 +583,7 @@ class Diagonal(FittedMetric):
     name = "diagonal"
 
     def fit(self, scatter: Scatter) -> tip.Metric:
-        spread = scatter.eigenvectors.square() @ scatter.eigenvalues
+        spread = scatter.matrix.diagonal()
         shrunk = (1 - self.shrinkage) * spread + self.shrinkage * spread.mean()
         return tip.Metric(scatter.mean.float(), torch.diag(shrunk**-0.5).float())
 

@@ -119,7 +119,7 @@ def _gaussian(folds: Folds, rows: Tensor) -> Linear:
     """Return the discriminant of the keys in ``rows``, excluding the text term."""
     means, d = _means(folds, rows).double(), folds.keys.shape[1]
     metric = Within(d / (len(rows) - 1 + d)).fit(folds.scatter(rows))
-    weights = means if metric is None else means @ (metric.transform.double() @ metric.transform.double())
+    weights = means if metric is None else means @ (metric.transform.double() @ metric.transform.double().T)
     return Linear(weights.float(), (weights * means).sum(1).div(-2).float())
 
 

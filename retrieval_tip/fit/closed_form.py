@@ -2,7 +2,7 @@
 
 The fit fills three parts of the formula in :mod:`tip`::
 
-    metric         phi(x) = unit((x - m) T),   T = ((1 - s) S + s tr(S) / d I)^(-1/2)
+    metric         phi(x) = unit((x - m) T),   T T^T = ((1 - s) S + s tr(S) / d I)^-1
     values         V = (G + lambda I)^-1 Y,    G = exp(-beta (1 - phi(K) phi(K)^T))
     discriminant   B = phi(f) M^T + b          (see :class:`tip.Discriminant`)
 

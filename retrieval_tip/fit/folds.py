@@ -81,46 +81,8 @@ def blend(
     :data:`SMOOTHING`, and the other classes share the rest. This keeps the factors finite even if all answers are
     right.
     """
-    q, c = cache.shape
-    if weights is None:
-        weights = torch.ones(q, dtype=torch.float64)
-    terms = (text, cache, discriminant)
-    parts = torch.stack([part.double() for part in terms if part is not None])
-    parts -= parts.mean(2, keepdim=True)
-    scales = parts.flatten(1).std(1).clamp_min(1e-12)
-    parts /= scales[:, None, None]
-    rest = SMOOTHING / (q + 2 * SMOOTHING)
-    smoothed = torch.full_like(parts[0], rest / max(c - 1, 1)).scatter_(1, ids[:, None], 1 - rest)
-
-    def at(logs: Tensor) -> tuple[Tensor, float]:
-        chances = torch.tensordot(logs.exp(), parts, 1).log_softmax(1)
-        return chances, -float((weights[:, None] * smoothed * chances).sum() / q)
-
-    logs = torch.zeros(len(parts), dtype=torch.float64)
-    chances, loss = at(logs)
-    for _ in range(STEPS):
-        p, factors = chances.exp(), logs.exp()
-        weighted = weights[:, None] * p
-        gradient = (weights[:, None] * (p - smoothed) * parts).sum((1, 2)) / q * factors
-        means = (p * parts).sum(2)
-        curvature = torch.einsum("iqc,jqc->ij", weighted * parts, parts) - (weights * means) @ means.T
-        curvature = curvature / q * factors[:, None] * factors + torch.diag(gradient.clamp_min(0) + 1e-9)
-        step, size = torch.linalg.solve(curvature, gradient).clamp(-2, 2), 1.0
-        while True:
-            following = (logs - size * step).clamp(-REACH, REACH)
-            new_chances, new_loss = at(following)
-            if new_loss <= loss or size < 1e-3:
-                break
-            size /= 2
-        done = loss - new_loss < 1e-7
-        if new_loss <= loss:
-            logs, chances, loss = following, new_chances, new_loss
-        if done:
-            break
-    found = iter((logs.exp() / scales).tolist())
-    a, b, g = (0.0 if part is None else next(found) for part in terms)
-    losses = -chances.gather(1, ids[:, None])[:, 0]
-    return Blend(a, b, g, losses, chances.argmax(1) == ids, weights)
+    ones = torch.ones(len(ids), dtype=torch.float64)
+    return _Terms(text, cache, discriminant, ids).blend(ones if weights is None else weights)
 
 
 def robust_blend(found: Blend, text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor) -> Blend:
@@ -130,16 +92,70 @@ def robust_blend(found: Blend, text: Tensor | None, cache: Tensor, discriminant:
     ``e``: ``P(y) = (1 - e) p_y + e / c``. Expectation-maximisation estimates ``e``, which becomes 0 if the labels are
     right, and gives each query the weight ``(1 - e) p_y / P(y)``. Wrong labels still count in ``losses`` and ``right``.
     """
-    every, c, share = found.weights, cache.shape[1], WRONG
+    every, c, share, terms = found.weights, cache.shape[1], WRONG, _Terms(text, cache, discriminant, ids)
     for _ in range(REPEATS):
         right = (1 - share) * (-found.losses).exp()
         right = right / (right + share / c)
         kept, before = every * right, share
         share = float((every * (1 - right)).mean().clamp(1e-4, 0.5))
-        found = replace(blend(text, cache, discriminant, ids, kept / kept.mean()), weights=every)
+        found = replace(terms.blend(kept / kept.mean(), found), weights=every)
         if abs(share - before) < CONVERGED:
             break
     return found
+
+
+class _Terms:
+    """The terms of held-out queries as float64 ``parts`` ``[t, q, c]``, with mean 0 and unit spread."""
+
+    def __init__(self, text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor) -> None:
+        self.given = [part is not None for part in (text, cache, discriminant)]
+        parts = torch.stack([part.double() for part in (text, cache, discriminant) if part is not None])
+        parts -= parts.mean(2, keepdim=True)
+        self.scales = parts.flatten(1).std(1).clamp_min(1e-12)
+        self.parts, self.ids = parts.div_(self.scales[:, None, None]), ids
+        self.own = parts.gather(2, ids.expand(len(parts), -1)[:, :, None])[:, :, 0]
+        rest = SMOOTHING / (len(ids) + 2 * SMOOTHING)
+        # Each part sums to 0 over the classes, so only the amount by which the target of the correct class exceeds the
+        # other targets matters.
+        self.sure = 1 - rest - rest / max(cache.shape[1] - 1, 1)
+
+    def blend(self, weights: Tensor, start: Blend | None = None) -> Blend:
+        """See :func:`blend`. Newton's method starts from equal weights, or from another blend of these terms."""
+        flat, q = self.parts.flatten(1), len(self.ids)
+
+        def at(logs: Tensor) -> tuple[Tensor, Tensor, float]:
+            p, own = torch.tensordot(logs.exp(), self.parts, 1), logs.exp() @ self.own
+            top = p.amax(1, keepdim=True)
+            sums = p.sub_(top).exp_().sum(1, keepdim=True)
+            total = (top + sums.log())[:, 0]
+            return p.div_(sums), total - own, float(weights @ (total - self.sure * own) / q)
+
+        logs = torch.zeros(len(self.parts), dtype=torch.float64)
+        if start is not None:
+            factors = [one for one, given in zip((start.a, start.b, start.g), self.given, strict=True) if given]
+            logs = (torch.tensor(factors, dtype=torch.float64) * self.scales).log().clamp(-REACH, REACH)
+        p, losses, loss = at(logs)
+        for _ in range(STEPS):
+            factor, products = logs.exp(), p * self.parts
+            means = products.sum(2)
+            gradient = (means - self.sure * self.own) @ weights / q * factor
+            curvature = products.mul_(weights[:, None]).flatten(1) @ flat.T - (weights * means) @ means.T
+            curvature = curvature / q * factor[:, None] * factor + torch.diag(gradient.clamp_min(0) + 1e-9)
+            step, size = torch.linalg.solve(curvature, gradient).clamp(-2, 2), 1.0
+            while True:
+                following = (logs - size * step).clamp(-REACH, REACH)
+                new_p, new_losses, new_loss = at(following)
+                if new_loss <= loss or size < 1e-3:
+                    break
+                size /= 2
+            done = loss - new_loss < 1e-7
+            if new_loss <= loss:
+                logs, p, losses, loss = following, new_p, new_losses, new_loss
+            if done:
+                break
+        found = iter((logs.exp() / self.scales).tolist())
+        a, b, g = (next(found) if given else 0.0 for given in self.given)
+        return Blend(a, b, g, losses, p.argmax(1) == self.ids, weights)
 
 
 class Untested(TypedDict):
@@ -288,7 +304,7 @@ class Folds:
     def scatter(self, rows: Tensor) -> Scatter:
         """Return the scatter of some of the keys."""
         if len(rows) < self.keys.shape[1] and self.prior is None:
-            return Scatter.of_few(*self.taken(rows), self.c)
+            return Scatter.of(self._sums_of(rows.numpy()))
         every = np.arange(len(self.ids))
         if self.sums is None:
             self.sums = self._sums_of(every)
@@ -328,31 +344,37 @@ class Folds:
 
     def fitted(self, form: Form, rows: Tensor, fold: int | None = None) -> tuple[tip.Metric | None, Tensor | None]:
         """Fit the metric and the values of a form to ``rows`` of the keys, or to all keys outside a ``fold``."""
+        metric, values, _ = self._fitted(form, rows, fold)
+        return metric, values
+
+    def _fitted(
+        self, form: Form, rows: Tensor, fold: int | None
+    ) -> tuple[tip.Metric | None, Tensor | None, Tensor | None]:
+        """Return the metric, the values, and the points of the keys, unless values are one-hot."""
         metric = None
         if form.metric is not None:
             if fold not in self._scatters:
                 self._scatters[fold] = self.scatter(rows)
             metric = form.metric.fit(self._scatters[fold])
         if form.values is None:
-            return metric, None
+            return metric, None, None
         keys, ids = self.taken(rows)
-        return metric, form.values.fit(
-            keys if metric is None else metric(keys), ids, self.c, form.beta, self.class_prior
-        )
+        points = keys if metric is None else metric(keys)
+        return metric, form.values.fit(points, ids, self.c, form.beta, self.class_prior), points
 
     def _answers(self, form: Form, held: Held, fold: int) -> tuple[Tensor, Tensor]:
         """Return the cache logits and the discriminant of held-out photos, from an index over the other keys."""
-        metric, values = self.fitted(form, held.rows, fold)
+        metric, values, points = self._fitted(form, held.rows, fold)
         queries = held.features if metric is None else metric(held.features)
         cache, sums = torch.zeros(len(queries), self.c), torch.zeros(self.c, queries.shape[1], dtype=torch.float64)
-        start = 0
-        for block, rows in _blocks(self.keys, held.rows.numpy()):  # very many if values are one-hot
+        if values is not None and points is not None:
+            cache = tip.weight(tip.affinity(queries, points), form.beta) @ values
+            tip.add_rows(sums, self.ids[held.rows], points.double())
+        for block, rows in _blocks(self.keys, held.rows.numpy()) if values is None else ():  # may be very many
             keys = torch.from_numpy(np.array(block, dtype=np.float32))
             points, ids = keys if metric is None else metric(keys), self.ids[torch.from_numpy(rows)]
-            own = None if values is None else tip.Values(values[start : start + len(rows)])
-            cache += tip.cache_logits(tip.affinity(queries, points), ids, self.c, form.beta, values=own)
+            cache += tip.cache_logits(tip.affinity(queries, points), ids, self.c, form.beta)
             tip.add_rows(sums, ids, points.double())
-            start += len(rows)
         counts = torch.bincount(self.ids[held.rows], minlength=self.c)
         return cache, tip.Discriminant.of(sums.float(), counts.float())(queries)
 

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from retrieval_tip import tip
@@ -36,19 +37,18 @@ class FittedMetric(ABC):
 
 
 class Within(FittedMetric):
-    """Whitening of the within-class scatter, ``T = ((1 - s) S + s tr(S) / d I)^(-1/2)``."""
+    """Whitening of the within-class scatter, ``T T^T = ((1 - s) S + s tr(S) / d I)^-1``."""
 
     name = "within"
 
     def fit(self, scatter: Scatter) -> tip.Metric | None:  # noqa: D102
-        d, s = len(scatter.mean), self.shrinkage
-        scale = float(scatter.eigenvalues.sum()) / d
+        d, s = len(scatter.mean), max(self.shrinkage, SMALLEST_EIGENVALUE)
+        scale = float(scatter.matrix.trace()) / d
         if not scale > 0:
             return None
-        shrunk = (1 - s) * scatter.eigenvalues / scale + s
-        along, beyond = shrunk.clamp_min(SMALLEST_EIGENVALUE) ** -0.5, max(s, SMALLEST_EIGENVALUE) ** -0.5
-        transform = (scatter.eigenvectors * (along - beyond)) @ scatter.eigenvectors.T
-        transform.diagonal().add_(beyond)
+        eye = torch.eye(d, dtype=torch.float64)
+        root = torch.linalg.cholesky((1 - s) / scale * scatter.matrix + s * eye)
+        transform = torch.linalg.solve_triangular(root.T, eye, upper=True)
         return tip.Metric(scatter.mean.float(), transform.float().contiguous())
 
     def __str__(self) -> str:

@@ -27,14 +27,10 @@ SMALLEST_EIGENVALUE = 1e-7
 
 @dataclass(frozen=True)
 class Scatter:
-    """The scatter ``S`` of the shots and their mean ``m``, of shape ``[d]``.
-
-    The eigenvalues have shape ``[r]`` and the eigenvectors ``[d, r]``. In all other directions, the scatter is 0.
-    """
+    """The scatter ``S`` of the shots as a float64 ``matrix`` of shape ``[d, d]``, and their mean ``m``, ``[d]``."""
 
     mean: Tensor
-    eigenvalues: Tensor
-    eigenvectors: Tensor
+    matrix: Tensor
 
     @classmethod
     def of(cls, sums: Sums, prior: FloatArray | None = None) -> Scatter:
@@ -51,20 +47,7 @@ class Scatter:
         scatter, n = sums.second - roots.T @ roots, sums.n
         if prior is not None:
             scatter, n = scatter + PRIOR_WEIGHT * prior, n - int((sums.counts > 0).sum()) + PRIOR_WEIGHT
-        values, vectors = torch.linalg.eigh(torch.from_numpy(scatter / n))
-        return cls(torch.from_numpy(mean), values.clamp_min(0), vectors)
-
-    @classmethod
-    def of_few(cls, keys: Tensor, ids: Tensor, c: int) -> Scatter:
-        """Compute the same scatter for fewer than ``d`` keys, using the Gram matrix of the ``r_i``."""
-        wide = keys.double()
-        sums = torch.zeros(c, keys.shape[1], dtype=torch.float64).index_add_(0, ids, wide)
-        mean, centres = _centres(torch.bincount(ids, minlength=c).numpy(), sums.numpy())
-        apart = wide - torch.from_numpy(centres[ids.numpy()])
-        values, left = torch.linalg.eigh(apart @ apart.T / len(keys))
-        some = values > SMALLEST_EIGENVALUE * values.max() / len(keys)
-        scaled = left[:, some] / (len(keys) * values[some]).sqrt()
-        return cls(torch.from_numpy(mean), values[some], apart.T @ scaled)
+        return cls(torch.from_numpy(mean), torch.from_numpy(scatter / n))
 
 
 def _centres(counts: npt.NDArray[np.int64], sums: FloatArray, *, total: bool = True) -> tuple[FloatArray, FloatArray]:

@@ -22,6 +22,9 @@ IntArray = npt.NDArray[np.int64]
 MOST_SOLVED = 1 << 14
 """Maximum number of keys to solve at once. The system has n^2 entries, and solving it takes n^3 / 3 operations."""
 
+GRAM_BLOCK = 1024
+"""Number of rows of a Gram matrix to compute at once."""
+
 SOLVED_AGAIN = 4096
 """If there are at most this many keys, every edit solves all values again, which takes a second."""
 
@@ -93,7 +96,8 @@ class Ridge:
             return labelled  # `solved` will solve all of them
         own = self._on_device(np.asarray(labelled.met[rows]))
         gram, values = self._gram(own), labelled.values.clone()
-        others = keys.cache_logits(own, self.beta, values) - gram @ values[rows]
+        weights = tip.weight(tip.affinity(own, own), self.beta)
+        others = keys.cache_logits(own, self.beta, values) - weights @ values[rows]
         own_ids, every = torch.from_numpy(class_ids).to(self.device), keys.class_ids.clone()
         every[rows] = own_ids
         values[rows] = self._solve(own, gram, self._wanted(own_ids) - others, self._ridges(own_ids, every))
@@ -122,8 +126,13 @@ class Ridge:
         return torch.from_numpy(points.astype(np.float32)).to(self.device)
 
     def _gram(self, points: Tensor) -> Tensor:
-        affinity = tip.affinity(points, points)
-        return tip.weight(affinity, self.beta, out=affinity)
+        """Return the lower triangle of the Gram matrix in blocks of rows. The upper triangle is undefined."""
+        gram = points.new_empty(len(points), len(points))
+        for start in range(0, len(points), GRAM_BLOCK):
+            stop = start + GRAM_BLOCK
+            block = gram[start:stop, :stop]
+            tip.weight(tip.affinity(points[start:stop], points[:stop], out=block), self.beta, out=block)
+        return gram
 
     def _wanted(self, ids: Tensor) -> Tensor:
         return one_hot(ids, self.n_classes).float()
