@@ -28,6 +28,7 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.predictions import Prediction, Predictions
+from retrieval_tip.retrieval import inputs
 from retrieval_tip.settings import Settings
 
 Array = npt.NDArray[Any]
@@ -435,6 +436,7 @@ BAD_CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[RetrievalTipErr
     "NaN": ((nan(QUERIES),), {}, InputError, "^features: row 3 contains"),
     "a tensor with NaN": ((torch.from_numpy(nan(QUERIES)),), {}, InputError, "^features: row 3 contains"),
     "infinity": ((QUERIES * np.inf,), {}, InputError, "^features: row 0 contains"),
+    "both infinities": ((np.where(np.eye(2, 32) > 0, [[np.inf], [-np.inf]], 1),), {}, InputError, "^features: row 0 c"),
     "too large": ((QUERIES.astype(float) * 1e300,), {}, InputError, "^features: row 0 contains"),
     "text": ((["a"],), {}, InputError, "^features: <U1; expected floating-point"),
     "complex": ((QUERIES * 1j,), {}, InputError, "^features: complex64; expected floating-point"),
@@ -453,6 +455,11 @@ def test_bad_arguments_of_a_call_are_refused_in_one_line(
         with pytest.raises(error, match=message) as caught:
             ask(*arguments, **settings_)
         assert "\n" not in str(caught.value)
+
+
+def test_features_whose_sum_overflows_are_finite() -> None:
+    features = np.full((2, 32), 3e38, dtype=np.float32)
+    assert torch.equal(inputs.queries(features, 32), torch.from_numpy(features))
 
 
 def test_no_class_is_too_few_to_report() -> None:
