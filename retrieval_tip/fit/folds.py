@@ -82,7 +82,7 @@ def blend(
     right.
     """
     ones = torch.ones(len(ids), dtype=torch.float64)
-    return _Terms(text, cache, discriminant, ids).blend(ones if weights is None else weights)
+    return _HeldTerms(text, cache, discriminant, ids).blend(ones if weights is None else weights)
 
 
 def robust_blend(found: Blend, text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor) -> Blend:
@@ -92,7 +92,7 @@ def robust_blend(found: Blend, text: Tensor | None, cache: Tensor, discriminant:
     ``e``: ``P(y) = (1 - e) p_y + e / c``. Expectation-maximisation estimates ``e``, which becomes 0 if the labels are
     right, and gives each query the weight ``(1 - e) p_y / P(y)``. Wrong labels still count in ``losses`` and ``right``.
     """
-    every, c, share, terms = found.weights, cache.shape[1], WRONG, _Terms(text, cache, discriminant, ids)
+    every, c, share, terms = found.weights, cache.shape[1], WRONG, _HeldTerms(text, cache, discriminant, ids)
     for _ in range(REPEATS):
         right = (1 - share) * (-found.losses).exp()
         right = right / (right + share / c)
@@ -104,7 +104,7 @@ def robust_blend(found: Blend, text: Tensor | None, cache: Tensor, discriminant:
     return found
 
 
-class _Terms:
+class _HeldTerms:
     """The terms of held-out queries as float64 ``parts`` ``[t, q, c]``, with mean 0 and unit spread."""
 
     def __init__(self, text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor) -> None:
