@@ -327,6 +327,7 @@ def estimate(cache: CacheModel) -> Judged:
 
     Returns the accuracies of the cache (``photos``), the text (``words``) and the blend (``both``). ``words`` is
     ``None`` if there is no text. All are ``None`` if the keys were fine-tuned, or if too few shots can be held out.
+    Otherwise, the 95 % confidence interval of ``both`` and the ``weakest`` classes are also returned.
     """
     settings, (folds, _) = cache.settings, _judged_by(cache, None, images_of(cache.labels), _class_prior(cache))
     if cache.curve is not None or not folds.can_judge:
@@ -336,7 +337,8 @@ def estimate(cache: CacheModel) -> Judged:
     terms = tip.Terms(torch.zeros_like(photos) if text is None else text, linked, discriminant)
     ids = folds.ids_held
     right = terms.logits(settings).argmax(1) == ids
-    return _accuracies(terms.photos(settings), text, right, ids, folds.weights)
+    found = _accuracies(terms.photos(settings), text, right, ids, folds.weights)
+    return {**found, "weakest": _weakest(cache.class_names, right, ids)}
 
 
 def prior_for(cache: Shots) -> FloatArray | None:

@@ -46,7 +46,7 @@ class Limits:
 
     A map contains at most ``mapped`` key values, accuracy is estimated only for at most ``estimated`` keys, and a
     response contains at most ``values`` solved or trained values. A request for a slow result is answered with status
-    503 after ``patience`` seconds. Indexes are checked for new versions every ``poll`` seconds.
+    202 after ``patience`` seconds. Indexes are checked for new versions every ``poll`` seconds.
     """
 
     bytes: int = 32 << 20

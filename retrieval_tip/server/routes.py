@@ -27,6 +27,8 @@ TEXT = "text/plain; version=0.0.4; charset=utf-8"
 MOST = 1_000_000_000
 """Maximum offset of a page of keys."""
 PICTURE: dict[int | str, dict[str, object]] = {200: {"content": {"image/jpeg": {}}}}
+SLOW = schemas.problems(202)
+"""Response of routes whose result is still being computed."""
 SENT = schemas.problems(400, 408, 413, 415, 429)
 """Problem responses of routes that accept images or features."""
 
@@ -238,7 +240,7 @@ async def image(
     return Response(data, headers=headers, media_type="image/jpeg")
 
 
-@reads.get("/indexes/{name}/map", response_model=schemas.Map)
+@reads.get("/indexes/{name}/map", response_model=schemas.Map, responses=SLOW)
 async def map_of(
     service: TheService,
     version: Now,
@@ -263,7 +265,7 @@ async def groups(request: Request, service: TheService, version: Now, norms: Nor
     return schemas.Groups(version.manifest.version, await service.find(version.groups, sent.features))
 
 
-@reads.get("/indexes/{name}/audit", response_model=schemas.Audit)
+@reads.get("/indexes/{name}/audit", response_model=schemas.Audit, responses=SLOW)
 async def audit(
     service: TheService,
     version: Now,
@@ -274,7 +276,7 @@ async def audit(
     return _json(await service.audit(version, limit, borderline))
 
 
-@reads.get("/indexes/{name}/accuracy")
+@reads.get("/indexes/{name}/accuracy", responses=SLOW)
 async def accuracy(service: TheService, version: Now) -> schemas.Accuracy:
     """Estimate the accuracy by cross-validation on the shots.
 
@@ -345,7 +347,7 @@ async def values(service: TheService, version: Now) -> Response:
     return _json(service.values(version))
 
 
-@reads.get("/indexes/{name}/exemplars")
+@reads.get("/indexes/{name}/exemplars", responses=SLOW)
 async def exemplars(service: TheService, version: Now) -> schemas.Exemplars:
     """Return a typical shot of each class, and the mean similarity of shots."""
     return await service.exemplars(version)

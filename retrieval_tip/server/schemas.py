@@ -311,10 +311,22 @@ class Shares:
 
 
 @dataclass(frozen=True)
+class WeakClass:
+    """A class with mistakes, and the number of its held-out photos that are classified correctly."""
+
+    label: str
+    right: int
+    photos: int
+
+
+@dataclass(frozen=True)
 class Accuracy(Shares):
-    """The estimated accuracy of a version of an index."""
+    """The estimated accuracy of a version of an index, with a 95 % confidence interval and the weakest classes."""
 
     version: int
+    low: float | None
+    high: float | None
+    weakest: list[WeakClass]
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ PIXELS = 4_000_000
 """Number of pixels that count as one additional image towards ``--queue``."""
 DECODED = 32
 """Maximum number of images that have been decoded but not yet encoded."""
-SLOW_AT_ONCE, SLOW_KEPT = 4, 32
+SLOW_AT_ONCE, SLOW_KEPT = 8, 32
 """Maximum numbers of slow results in progress, and of slow results in the cache.
 
 Slow results are maps, audits and accuracies.
@@ -361,7 +361,7 @@ class Service:
         return schemas.KeyValues(version.manifest.version, key_ids, list(values.float().cpu().numpy()))
 
     async def exemplars(self, version: Version) -> schemas.Exemplars:
-        """Return a typical key of each class, and mean affinities. Raises Problem 503 if this takes too long."""
+        """Return a typical key of each class, and mean affinities. Raises Problem 202 if this takes too long."""
 
         def call() -> schemas.Exemplars:
             found = exemplars(version.cache)
@@ -392,7 +392,7 @@ class Service:
         ]
 
     async def map(self, version: Version, method: Method, limit: int) -> schemas.Map:
-        """Project keys to two dimensions. Raises Problem 422 if the method is missing, and 503 if this is slow."""
+        """Project keys to two dimensions. Raises Problem 422 if the method is missing, and 202 if this is slow."""
         if method not in methods():
             raise Problem(422, f"method {method!r} is not installed; choose one of {', '.join(methods())}")
         cache = version.cache
@@ -400,7 +400,7 @@ class Service:
 
         def call() -> Projection:
             if method != "pca" and self.served[version.name].now is not version:  # while waiting
-                raise Problem(503, "the index has changed; try again in 1 s", {"Retry-After": "1"})
+                raise Problem(202, "the index has changed; try again in 1 s", {"Retry-After": "1"})
             return projected(cache, method, limit)
 
         kept = self._made if method == "pca" else self._mapped  # a separate thread, so that t-SNE does not delay audits
@@ -413,7 +413,7 @@ class Service:
         )  # fmt: skip
 
     async def audit(self, version: Version, limit: int, borderline: bool) -> schemas.Audit:
-        """List suspicious shots in order. Raises Problem 422 if there are too many keys, and 503 if this is slow."""
+        """List suspicious shots in order. Raises Problem 422 if there are too many keys, and 202 if this is slow."""
         if version.cache.n > MOST_AUDITED:
             many = f"the index has {version.cache.n:,} keys, but at most {MOST_AUDITED:,} can be audited here"
             raise Problem(422, f"{many}; run retrieval-tip index audit {version.name}")
@@ -427,7 +427,7 @@ class Service:
         return schemas.Audit(version.manifest.version, total, suspicious[:limit])
 
     async def accuracy(self, version: Version) -> schemas.Accuracy:
-        """Estimate the accuracy with :func:`closed_form.estimate`. Raises Problem 503 if this takes too long.
+        """Estimate the accuracy with :func:`closed_form.estimate`. Raises Problem 202 if this takes too long.
 
         If the index has more than ``limits.estimated`` keys, the accuracy is ``None``.
         """
@@ -435,19 +435,22 @@ class Service:
         known: Judged = {"photos": None, "words": None, "both": None}
         if cache.n <= self.limits.estimated:
             known = await self._once(version, "accuracy", lambda: estimate(cache.in_memory()))
-        return schemas.Accuracy(known["photos"], known["words"], known["both"], version.manifest.version)
+        low, high = known.get("interval", (None, None))
+        weakest = [schemas.WeakClass(*one) for one in known.get("weakest", ())]
+        shares = known["photos"], known["words"], known["both"]
+        return schemas.Accuracy(*shares, version.manifest.version, low, high, weakest)
 
     async def _once(
         self, version: Version, what: Hashable, call: Callable[[], T], kept: Kept[Hashable, Any] | None = None
     ) -> T:
-        """Return the result of ``call``, run once per version. Raises Problem 503 after ``limits.patience``."""
+        """Return the result of ``call``, run once per version. Raises Problem 202 after ``limits.patience``."""
         try:
             async with asyncio.timeout(self.limits.patience):
                 key = (weakref.ref(version), what)  # does not keep the version alive
                 answer: T = await (kept or self._made)(key, call)
                 return answer
         except TimeoutError:
-            raise Problem(503, "the result is still being computed; try again in 5 s", {"Retry-After": "5"}) from None
+            raise Problem(202, "the result is still being computed; try again in 5 s", {"Retry-After": "5"}) from None
 
     async def thumbnail(self, version: Version, key_id: int, size: int) -> bytes:
         """Return a thumbnail of a shot as JPEG data. Raises Problem 404 if the shot has no readable image."""

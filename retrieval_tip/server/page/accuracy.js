@@ -1,6 +1,7 @@
 // The accuracy of a classifier, estimated on its own example photos. There is an estimate from its last fit, and one
 // for the current examples.
 
+import { $ } from "./dom.js";
 import { state } from "./state.js";
 
 const percent = (share) => `${Math.round(100 * share)} %`;
@@ -26,6 +27,18 @@ export async function showAccuracy(element) {
   const now = await estimated();
   if (info === state.info) element.textContent = judged(known(now) ? now : fit);
 }
+
+/** Show the accuracy of the current version in the header, with its interval. */
+async function showInHeader() {
+  const { info } = state;
+  const now = await estimated();
+  if (info !== state.info) return;
+  $("index-accuracy").hidden = !known(now);
+  if (!known(now)) return;
+  const whole = (share) => Math.round(100 * share);
+  $("index-accuracy").textContent = `${percent(now.both)} accurate (${whole(now.low)}–${whole(now.high)})`;
+}
+for (const event of ["index", "version"]) state.addEventListener(event, showInHeader);
 
 /** Return a sentence about the effect of a change on the accuracy, or "" if one of the two accuracies is unknown. */
 export async function gained(before) {

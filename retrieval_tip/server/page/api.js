@@ -7,6 +7,7 @@ export class Problem extends Error {
   }
 }
 
+const COMPUTING = 202; // status while the result is being computed
 export const UNREACHED = -1; // status of a problem if the server does not answer
 
 const PATIENCE = 120_000; // ms during which a request to a busy server is repeated
@@ -30,7 +31,7 @@ async function problemOf(response) {
   );
 }
 
-/** Fetch JSON. After status 429 or 503, call `waiting(problem)`, wait for the time in Retry-After, and try again. */
+/** Fetch JSON. After status 202, 429 or 503, call `waiting(problem)`, wait for the time in Retry-After, and try again. */
 async function request(path, { waiting, signal, patience = PATIENCE, ...options } = {}) {
   const until = Date.now() + patience;
   for (;;) {
@@ -41,10 +42,10 @@ async function request(path, { waiting, signal, patience = PATIENCE, ...options 
       if (error.name === "AbortError") throw error;
       throw new Problem("The server cannot be reached. Is it still running?", UNREACHED);
     }
-    if (response.ok) return response.json();
+    if (response.ok && response.status !== COMPUTING) return response.json();
     const problem = await problemOf(response);
     const seconds = Number(response.headers.get("Retry-After") ?? NaN);
-    if (![429, 503].includes(response.status) || !(seconds >= 0) || Date.now() + 1000 * seconds > until) throw problem;
+    if (![COMPUTING, 429, 503].includes(response.status) || !(seconds >= 0) || Date.now() + 1000 * seconds > until) throw problem;
     waiting?.(problem);
     await pause(Math.max(200, 1000 * seconds), signal);
   }
@@ -67,7 +68,7 @@ function limited(number) {
 }
 
 /** Return whether the same request may succeed later, because the server did not answer or was busy. */
-export const passing = ({ status }) => [UNREACHED, 429, 503].includes(status);
+export const passing = ({ status }) => [UNREACHED, COMPUTING, 429, 503].includes(status);
 
 /** Return a line to show while a request to a busy server is repeated. */
 export function retrying({ message }) {

@@ -2,7 +2,7 @@
 
 import { estimated, gained, showAccuracy } from "./accuracy.js";
 import * as api from "./api.js";
-import { looked } from "./classify.js";
+import { looked, pagePhotos } from "./classify.js";
 import { $, debounced, el, failure, nameOf, picture, plural, refill } from "./dom.js";
 import { Grid } from "./grid.js";
 import { colour, KeyMap, placeOf } from "./map.js";
@@ -19,6 +19,7 @@ const ASKED = 500; // key ids per request
 const MAPPED = 10_000; // maximum number of examples on the map; if there are more, each class is sampled
 const MINUTES = 20 * 60_000; // ms that computing a map may take
 const LEGEND = 30; // maximum number of classes that colours can distinguish
+const RINGS = 500; // maximum number of new photos on the map
 const FEW = 4; // a class that has fewer examples needs more
 
 /** A part of the view whose content is fetched. Its state line shows progress or errors, or tells that it is empty. */
@@ -104,14 +105,17 @@ function fill(list, facts) {
 }
 
 async function showClasses() {
-  const { exemplars } = await state.exemplars().catch(() => ({ exemplars: [] }));
+  const [{ exemplars }, accuracy] = await Promise.all([state.exemplars().catch(() => ({ exemplars: [] })), estimated()]);
   const byClass = new Map(exemplars.map((one) => [one.class_id, one.image]));
+  const weakest = new Map((accuracy?.weakest ?? []).map((one) => [one.label, one]));
+  const place = new Map([...weakest.keys()].map((label, i) => [label, i]));
   const wanted = $("classes-filter").value.trim().toLowerCase();
-  const found = state.info.classes.filter(({ label }) => label.toLowerCase().includes(wanted));
-  const most = Math.max(1, ...state.info.classes.map(({ keys }) => keys));
+  const found = state.info.classes
+    .filter(({ label }) => label.toLowerCase().includes(wanted))
+    .sort((a, b) => (place.get(a.label) ?? Infinity) - (place.get(b.label) ?? Infinity) || 0); // weakest classes first
   $("classes-count").textContent =
     found.length < state.info.n_classes ? `${found.length} of ${state.info.n_classes}` : String(found.length);
-  refill($("classes-list"), found.slice(0, CLASSES).map((one) => classElement(one, most, byClass)));
+  refill($("classes-list"), found.slice(0, CLASSES).map((one) => classElement(one, byClass, weakest.get(one.label))));
   $("classes-more").textContent = !found.length
     ? "No classes match this filter."
     : found.length > CLASSES
@@ -119,12 +123,13 @@ async function showClasses() {
       : "";
 }
 
-function classElement({ class_id: id, label, keys }, most, byClass) {
+function classElement({ class_id: id, label, keys }, byClass, weak) {
   const dot = el("i", { class: "dot", aria: { hidden: "true" } });
   dot.hidden = state.info.n_classes > LEGEND;
   dot.style.background = colour(id);
   const doubted = listed.filter((shot) => shot.label === label).length;
-  const needs = keys < FEW ? "needs more photos" : doubted ? `${doubted} to check` : "";
+  const judged = weak ? `${weak.right} of ${weak.photos} right` : "";
+  const needs = [judged, keys < FEW ? "needs more photos" : doubted ? `${doubted} to check` : ""].filter(Boolean).join(", ");
   const button = el(
     "button",
     { type: "button", title: `Example photos of ${label}`, data: { label, keys } },
@@ -137,7 +142,6 @@ function classElement({ class_id: id, label, keys }, most, byClass) {
       el("span", { class: "needs" }, needs),
     ),
   );
-  button.style.setProperty("--share", `${(100 * keys) / most}%`);
   button.addEventListener("click", () => {
     $("shots-class").value = label;
     filterShots();
@@ -146,7 +150,12 @@ function classElement({ class_id: id, label, keys }, most, byClass) {
   });
   const other = el("button", { type: "button", class: "quiet", aria: { label: `Rename ${label}` } }, "Rename");
   other.addEventListener("click", () => rename(label));
-  return el("li", {}, button, state.info.changes ? other : null);
+  const more = weak || keys < FEW ? el("button", { type: "button", class: "quiet", aria: { label: `Add photos of ${label}` } }, "Add photos") : null;
+  more?.addEventListener("click", () => {
+    location.hash = "#teach";
+    state.dispatchEvent(new CustomEvent("wanted", { detail: label }));
+  });
+  return el("li", {}, button, state.info.changes ? el("span", { class: "acts" }, more, other) : null);
 }
 
 let renamed = null; // the class in the dialog
@@ -355,11 +364,12 @@ function showMap(found) {
 let drawn = null; // the current map
 let wished = ""; // the method that the user selected
 
-/** Show the open photo as a star on the map. */
+/** Show the open photo as a star on the map, and the other photos of the page as rings. */
 function showStar() {
   const photo = looked();
-  const place = drawn && photo?.current ? placeOf(drawn, photo.evidence, settings.beta, photo.without) : null;
-  keyMap.star(place);
+  const at = (one) => (drawn && one?.current ? placeOf(drawn, one.evidence, settings.beta, one.without) : null);
+  const place = at(photo);
+  keyMap.star(place, pagePhotos().slice(0, RINGS).filter((one) => one !== photo).map(at).filter(Boolean));
   const how = drawn?.axes ? "is at the star." : "is not on this map. The star marks the examples that it resembles most.";
   $("map-star").textContent = place ? `★ ${photo.name} ${how}` : "";
 }

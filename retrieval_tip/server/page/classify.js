@@ -22,6 +22,9 @@ let moving = new AbortController(); // aborts requests for settings that have ch
 /** Return the open photo, or else the active photo, or else the first photo, or null if there are no photos. */
 export const looked = () => drawer.openPhoto() ?? grid.active ?? photos[0] ?? null;
 
+/** Return all photos on the page. */
+export const pagePhotos = () => photos;
+
 const grid = new Grid($("grid"), {
   tile,
   opened(photo) {

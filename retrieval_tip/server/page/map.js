@@ -47,6 +47,7 @@ export class KeyMap {
   #chosen = -1;
   #taken = new Set(); // positions of the marked keys
   #star = null;
+  #rings = []; // places of other new photos
   #scale = 1;
   #centre = [0, 0]; // centre of the view, in map coordinates
   #drag = null; // { path, at, centre } while a button is pressed
@@ -81,9 +82,10 @@ export class KeyMap {
     this.#draw();
   }
 
-  /** Draw a star at [x, y], or no star if `place` is null. */
-  star(place) {
+  /** Draw a star at [x, y], or no star if `place` is null, and rings at other places. */
+  star(place, rings = []) {
     this.#star = place;
+    this.#rings = rings;
     this.#canvas.dataset.star = place ? place.map((value) => value.toFixed(4)).join() : "";
     this.#soon();
   }
@@ -175,6 +177,15 @@ export class KeyMap {
     this.#pictures(context, seen);
     this.#names(context, seen, ink);
     for (const i of this.#taken) ring(i, radius + 2);
+    for (const at of this.#rings) {
+      const [x, y] = this.#placed(...at);
+      context.strokeStyle = ink;
+      context.lineWidth = 2;
+      context.beginPath();
+      context.arc(x, y, 7, 0, 2 * Math.PI);
+      context.stroke();
+    }
+    this.#canvas.dataset.rings = this.#rings.length;
     if (this.#star) this.#starAt(context, ink);
     if (this.#chosen >= 0) {
       dots([this.#chosen], radius + 1);

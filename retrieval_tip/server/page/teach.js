@@ -277,6 +277,14 @@ $("teach-folders").addEventListener("click", () => $("teach-folder").click());
 $("teach-folder").addEventListener("change", () => (receive(chosen($("teach-folder"))), ($("teach-folder").value = "")));
 $("teach-name").addEventListener("input", show);
 for (const id of ["teach-new", "teach-old"]) $(id).addEventListener("change", show);
+state.addEventListener("wanted", ({ detail }) => {
+  const known = classes.find(({ name }) => name === detail);
+  const one = known ?? classes.find(({ name, files }) => !name && !files.length) ?? addClass();
+  one.name = one.input.value = detail;
+  if (!$("teach-old").disabled) $("teach-old").checked = true;
+  show();
+  one.input.focus();
+});
 state.addEventListener("index", follow);
 state.addEventListener("indexes", follow);
 addClass();
