@@ -13,6 +13,7 @@ from serving import photographs
 from test_closed_form import C, clusters, text_of
 
 from retrieval_tip import CacheModel
+from retrieval_tip.data import images
 from retrieval_tip.errors import UsageError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index.onnx_graph import export_onnx
@@ -40,18 +41,23 @@ def test_logits_of_features_are_the_packages(form, tmp_path):
         closed_form.fit(cache, closed_form.Fit(metric=form[0], values=form[1]))
     facts = export_onnx(cache, tmp_path / "i.onnx")
     onnx.checker.check_model(str(tmp_path / "i.onnx"), full_check=True)
-    for queries in (clusters(20, seed=7)[0], clusters(1, seed=8)[0][:1]):
-        session, (logits, probabilities) = run_in(tmp_path / "i.onnx", queries)
+    strangers = -clusters(20, seed=7)[0]
+    for queries in (clusters(20, seed=7)[0], clusters(1, seed=8)[0][:1], strangers):
+        session, (logits, probabilities, *unlike) = run_in(tmp_path / "i.onnx", queries)
         expected = cache.logits(queries).numpy()
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-3)
         predictions = cache.classify(queries, top=C)
         for row, prediction in zip(probabilities, predictions, strict=True):
             ranked = [row[NAMES.index(label)] for label in prediction.labels]
             np.testing.assert_allclose(ranked, prediction.probabilities, atol=1e-4)
+        assert [one.tolist() for one in unlike] == ([] if form is None else [[p.unlike for p in predictions]])
+    assert form is None or unlike[0].any()
     props = session.get_modelmeta().custom_metadata_map
     assert json.loads(props["labels"]) == NAMES
     assert json.loads(props["settings"])["beta"] == cache.settings.beta
     assert facts["bytes"] == (tmp_path / "i.onnx").stat().st_size
+    assert (facts["agreement"]["n"], facts["agreement"]["equal"]) == (10, 10)
+    assert facts["agreement"]["difference"] < 1e-4
 
 
 def test_from_pixels_by_the_command_line(run, things, shared, tmp_path):
@@ -59,6 +65,7 @@ def test_from_pixels_by_the_command_line(run, things, shared, tmp_path):
     done = run("index", "export", things, "--onnx", file)
     assert done.exit_code == 0, done.output
     assert "pixels to logits of 10 classes" in done.stdout
+    assert "10 of 10 photos classified as by the package, with probabilities within 0.0001\n" in done.stdout
     props = onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
     labels, preprocess = json.loads(props["labels"]), json.loads(props["preprocess"])
     assert (preprocess["size"], preprocess["resize_mode"], preprocess["shorter_side"]) == ([224, 224], "shortest", 224)
@@ -70,6 +77,14 @@ def test_from_pixels_by_the_command_line(run, things, shared, tmp_path):
     expected = np.array([row["logits"] for row in rows])
     np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
     assert [labels[i] for i in logits.argmax(1)] == [row["label"] for row in rows]
+
+
+def test_an_index_without_its_photos_is_exported_without_a_comparison(run, things, tmp_path, monkeypatch):
+    monkeypatch.setattr("retrieval_tip.index.onnx_graph.read_item", lambda _: images.read(tmp_path / "gone.jpg"))
+    done = run("index", "export", things, "--onnx", tmp_path / "things.onnx")
+    assert done.exit_code == 0, done.output
+    assert "no photo of the index could be read" in done.stderr
+    assert "classified as" not in done.stdout
 
 
 def prepared(path, side):

@@ -61,7 +61,7 @@ class Tower:
 
         hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
         config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        self._compiled = _openvino().Core().compile_model(model, "CPU", config)
+        self._compiled = runtime().Core().compile_model(model, "CPU", config)
         self._requests = threading.local()  # the model's own request would be shared by all threads
 
     def __call__(self, pixels: torch.Tensor) -> FloatArray:
@@ -92,7 +92,7 @@ def kept(identity: Identity, precision: str) -> Tower | None:
     try:
         if json.loads((folder / _FACTS).read_bytes()) != _digests(folder):
             raise ValueError("its files have changed")
-        tower = Tower(_openvino().Core().read_model(folder / _GRAPH), precision)
+        tower = Tower(runtime().Core().read_model(folder / _GRAPH), precision)
         if precision != "float32":  # a tower that was stored in float32 is untested in another precision
             tower(torch.zeros(1, 3, *view_size(identity.preprocess)))
         return tower
@@ -110,7 +110,7 @@ def converted(model: Model, identity: Identity, size: tuple[int, int], precision
     import torch
 
     try:
-        openvino = _openvino()
+        openvino = runtime()
         with torch.no_grad(), traceable(), quiet():
             traced = torch.jit.trace(image_encoder(model), torch.zeros(2, 3, *size), check_trace=False)
             graph = openvino.convert_model(traced)
@@ -129,7 +129,8 @@ def converted(model: Model, identity: Identity, size: tuple[int, int], precision
     return tower
 
 
-def _openvino() -> ModuleType:
+def runtime() -> ModuleType:
+    """Import openvino without its telemetry."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # disables telemetry
     import openvino
 
@@ -183,7 +184,7 @@ def _keep(graph: openvino.Model, identity: Identity) -> None:
     try:
         make_folders(folder.parent)
         with temporary(folder, folder=True) as new:
-            _openvino().serialize(graph, new / _GRAPH, new / _WEIGHTS)
+            runtime().serialize(graph, new / _GRAPH, new / _WEIGHTS)
             (new / _FACTS).write_text(json.dumps(_digests(new)))
             new.rename(folder)
     except (OSError, RuntimeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -593,6 +594,13 @@ def export_command(
         given = "features" if backbone is None else "pixels"
         size, classes = f"{facts['bytes'] / 1e6:.1f} MB", counted(len(facts["labels"]), "class")
         about(onnx, f"{given} to logits of {classes}, {size}, opset {facts['opset']}")
+        if (agreement := facts["agreement"]) is None:
+            warn([f"{show(onnx)}: not compared with the package, because no photo of the index could be read"])
+        else:
+            of = counted(agreement["n"], "photo" if backbone is not None else "key")
+            most = max(1e-4, math.ceil(1e4 * agreement["difference"]) / 1e4)
+            same = f"{agreement['equal']} of {of} classified as by the package"
+            about(onnx, f"{same}, with probabilities within {most:.4f}")
     if out is not None:
         about(out, f"{export_table(cache, out)} rows")
     if text is not None:

@@ -9,20 +9,26 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from retrieval_tip import tip
-from retrieval_tip.backbones.base import view_size
-from retrieval_tip.backbones.tower import shorter_side
+from retrieval_tip.answering import spread
+from retrieval_tip.backbones.base import unit, view_size
+from retrieval_tip.backbones.tower import runtime, shorter_side
 from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.data.encoder import pixels_of
+from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, UsageError, first_line, show
 from retrieval_tip.files import replacing
 
@@ -32,6 +38,8 @@ if TYPE_CHECKING:
 OPSET = 18
 LARGEST = (1 << 31) - (1 << 20)
 """Maximum size in bytes of a graph including its weights, slightly below the protobuf limit of 2 GiB."""
+COMPARED = 10
+"""Maximum number of photos on which a graph is compared with the package."""
 
 
 class Answer(torch.nn.Module):
@@ -67,8 +75,13 @@ class Answer(torch.nn.Module):
         self.register_buffer("metric_mean", None if metric is None else metric.mean.cpu())
         self.register_buffer("metric_transform", None if metric is None else metric.transform.cpu())
 
-    def forward(self, given: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits and the probabilities, each of shape ``[b, c]``."""
+    @property
+    def outputs(self) -> list[str]:
+        """The names of the outputs."""
+        return ["logits", "probabilities", *([] if self.settings.least_cache is None else ["unlike"])]
+
+    def forward(self, given: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits and probabilities of shape ``[b, c]``, and ``unlike`` of shape ``[b]`` if it is known."""
         settings, features = self.settings, given
         if self.tower is not None:
             features = normalize(self.tower((given - self.mean) / self.std))
@@ -81,8 +94,10 @@ class Answer(torch.nn.Module):
         discriminant = None
         if self.class_means is not None and self.class_offsets is not None:
             discriminant = tip.Discriminant(self.class_means, self.class_offsets)(points)
-        logits = tip.Terms(text, tip.log_cache(cache, settings.log_offset), discriminant).logits(settings)
-        return logits, (logits / settings.temperature).softmax(1)
+        terms = tip.Terms(text, tip.log_cache(cache, settings.log_offset), discriminant)
+        logits = terms.logits(settings)
+        answers = logits, (logits / settings.temperature).softmax(1)
+        return answers if settings.least_cache is None else (*answers, terms.cache.amax(dim=1) < settings.least_cache)
 
 
 class Logits(torch.nn.Module):
@@ -107,9 +122,10 @@ def export_onnx(
     0 to 255. Resize and crop the images as described by ``preprocess`` in the metadata. The graph itself subtracts the
     mean and divides by the standard deviation. If you give no backbone, the input is ``features``, a float32 array of
     shape ``[b, d]`` with rows of unit norm. The outputs are ``logits`` and ``probabilities``, both of shape ``[b, c]``,
-    in the order of ``labels``.
+    in the order of ``labels``. If the index is fitted, ``unlike`` is a bool array of shape ``[b]``.
 
-    Returns the metadata, including the size of the file in ``bytes``. Raises UsageError if the package onnx is not
+    Returns the metadata, the size of the file in ``bytes``, and the ``agreement`` with the package on ten examples (see
+    :func:`_agreement`). Raises UsageError if the package onnx is not
     installed, if the index only uses ``k`` keys per query (a graph cannot retrieve keys), or if the graph would exceed
     2 GiB. Raises InputError if the file cannot be written or if torch cannot convert the encoder to ONNX.
     """
@@ -135,21 +151,60 @@ def export_onnx(
         graph.producer_name, graph.producer_version = "retrieval-tip", version("retrieval-tip")
         onnx.save_model(graph, temporary)
         facts["bytes"] = temporary.stat().st_size
+        facts["agreement"] = _agreement(answer, cache, backbone, temporary)
     return facts
+
+
+def _agreement(
+    answer: Answer, cache: CacheModel, backbone: TorchBackbone | None, file: Path
+) -> dict[str, float] | None:
+    """Run the graph on at most ``COMPARED`` photos of the index (or keys, without a ``backbone``) in OpenVINO.
+
+    Returns the number of examples (``n``), the number with the package's label and ``unlike`` (``equal``), and the
+    largest difference of a probability (``difference``). Returns ``None`` if the photos cannot be read.
+    """
+    examples = [(key[None], key[None]) for key in cache.some(COMPARED)[0].astype(np.float32)]
+    if backbone is not None:
+        examples = list(_photos(answer, cache, backbone))
+    if not examples:
+        return None
+    core = runtime().Core()
+    graph = core.compile_model(core.read_model(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    equal, difference = 0, 0.0
+    for given, features in examples:
+        results = graph(given)
+        found = {name: results[name][0] for name in answer.outputs}
+        own = cache.classify(features, neighbours=0, norms="keep").to_arrow().to_pylist()[0]
+        label = cache.class_names[int(found["logits"].argmax())]
+        equal += (label, found.get("unlike")) == (own["label"], own.get("unlike"))
+        chances = tip.probabilities(torch.tensor([own["logits"]]), cache.settings.temperature)[0].numpy()
+        difference = max(difference, float(np.abs(found["probabilities"] - chances).max()))
+    return {"n": len(examples), "equal": equal, "difference": difference}
+
+
+def _photos(
+    answer: Answer, cache: CacheModel, backbone: TorchBackbone
+) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
+    """Yield the pixels and the features of evenly spaced photos of the index, and skip photos that cannot be read."""
+    for path in dict.fromkeys(cache.described(spread(cache.n, COMPARED), ["source"])["source"].to_pylist()):
+        with suppress(InputError):
+            pixels = pixels_of(read_item(path), backbone)[None]
+            given = pixels * answer.std + answer.mean
+            yield given.numpy(), unit(backbone.encode_images(pixels))
 
 
 def _trace(answer: Answer, cache: CacheModel, backbone: TorchBackbone | None, file: Path) -> None:
     from retrieval_tip.backbones.tower import traceable
 
     name, shape = ("features", (2, cache.d)) if backbone is None else ("pixels", (2, 3, *backbone.size))
-    axes = {of: {0: "batch"} for of in (name, "logits", "probabilities")}
+    axes = {of: {0: "batch"} for of in (name, *answer.outputs)}
     logger = logging.getLogger("torch.onnx")
     try:
         with torch.no_grad(), traceable(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logger.disabled = True
             torch.onnx.export(
-                answer, (torch.zeros(shape),), file, input_names=[name], output_names=["logits", "probabilities"],
+                answer, (torch.zeros(shape),), file, input_names=[name], output_names=answer.outputs,
                 dynamic_axes=axes, opset_version=OPSET, dynamo=False,
             )  # fmt: skip
     except Exception as error:  # torch raises many types of errors
