@@ -50,12 +50,21 @@ class Files(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def site(runtime, things, run, tmp_path):
+def fitted(things, run, tmp_path):
+    """The index of ten classes, fitted, so that it knows which photos have no match."""
+    folder = tmp_path / "fitted"
+    shutil.copytree(things, folder)
+    assert run("fit", folder).exit_code == 0
+    return folder
+
+
+@pytest.fixture
+def site(runtime, fitted, run, tmp_path):
     """The address of the page with an index of ten classes."""
     folder = tmp_path / "site"
     shutil.copytree(ROOT / "docs/browser", folder)
     shutil.copytree(runtime, folder / "ort")
-    assert run("index", "export", things, "--onnx", folder / "things.onnx").exit_code == 0
+    assert run("index", "export", fitted, "--onnx", folder / "things.onnx").exit_code == 0
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Files, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/"
@@ -67,12 +76,12 @@ LOGITS = """async ([name, at]) => {
     const { open, classify } = await import("./classify.js");
     window.model ??= await open("things.onnx");
     const file = await (await fetch(at)).blob();
-    const { logits, probabilities } = await classify(window.model, file);
-    return { logits: [...logits], probabilities: [...probabilities], labels: window.model.labels };
+    const { logits, probabilities, unlike } = await classify(window.model, file);
+    return { logits: [...logits], probabilities: [...probabilities], unlike, labels: window.model.labels };
 }"""
 
 
-def test_a_photograph_is_classified_in_the_browser(site, things, shared, run, tmp_path):
+def test_a_photograph_is_classified_in_the_browser(site, fitted, shared, run, tmp_path):
     paths = [Path(path) for path, _ in photographs(shared, "test", 10, 1)]
     turned, clear = tmp_path / "turned.jpg", tmp_path / "clear.png"
     exif = Image.Exif()
@@ -81,8 +90,10 @@ def test_a_photograph_is_classified_in_the_browser(site, things, shared, run, tm
     cut_out = Image.open(paths[1]).convert("RGBA")
     cut_out.putalpha(Image.linear_gradient("L").resize(cut_out.size))
     cut_out.save(clear)
-    paths += [turned, clear]
-    rows = run("classify", things, *paths, "--logits", "--format", "json", "--no-cache", "--runtime", "torch").stdout
+    stranger = tmp_path / "stranger.png"
+    Image.effect_noise((300, 300), 200).convert("RGB").save(stranger)
+    paths += [turned, clear, stranger]
+    rows = run("classify", fitted, *paths, "--logits", "--format", "json", "--no-cache", "--runtime", "torch").stdout
     expected = {row["input"]: row for row in map(json.loads, rows.splitlines())}
     for number, path in enumerate(paths):
         shutil.copy(path, tmp_path / "site" / f"{number}{path.suffix}")
@@ -98,11 +109,14 @@ def test_a_photograph_is_classified_in_the_browser(site, things, shared, run, tm
         page.get_by_label("Choose a photo").set_input_files(paths[0])
         expect(page.locator("li").first).to_contain_text(expected[str(paths[0])]["label"], timeout=PATIENCE)
         found = [page.evaluate(LOGITS, [path.name, f"{number}{path.suffix}"]) for number, path in enumerate(paths)]
-        page.get_by_label("Choose a photo").set_input_files(things / "manifest.json")
+        page.get_by_label("Choose a photo").set_input_files(stranger)
+        expect(page.get_by_role("status")).to_contain_text("No match", timeout=PATIENCE)
+        page.get_by_label("Choose a photo").set_input_files(fitted / "manifest.json")
         expect(page.get_by_role("status")).to_contain_text("cannot be read", timeout=PATIENCE)
     assert not wrong
-    assert found[0]["labels"] == CacheModel.load(things).class_names
+    assert found[0]["labels"] == CacheModel.load(fitted).class_names
     for path, one in zip(paths, found, strict=True):
         row = expected[str(path)]
         assert one["labels"][int(np.argmax(one["logits"]))] == row["label"], path
+        assert one["unlike"] == row["unlike"], path
         np.testing.assert_allclose(one["logits"], row["logits"], rtol=1e-4, atol=1e-4 * np.abs(row["logits"]).max())
