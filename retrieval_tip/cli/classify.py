@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -25,7 +25,7 @@ from retrieval_tip.cli.options import (
     ReadingOptions,
     ViewOptions,
 )
-from retrieval_tip.cli.parameters import OUTPUT, SOURCE, Abstaining, count
+from retrieval_tip.cli.parameters import BURST_SECONDS, OUTPUT, SOURCE, Abstaining, Bursts, count
 from retrieval_tip.cli.stdin import paths_on_stdin
 from retrieval_tip.errors import Skipped, UsageError, counted, show
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.data.encoder import Encoder
+    from retrieval_tip.data.exif import Noting
     from retrieval_tip.data.sources import Source
     from retrieval_tip.distributed.ray_data import Piece, Question
     from retrieval_tip.index.places import Place
@@ -84,7 +85,7 @@ def encode(
 
 @dataclass(frozen=True)
 class RowOptions:
-    """Columns of a result row, and the rule for withholding its label."""
+    """Columns of a result row, the rule for withholding its label, and the seconds between the photos of a burst."""
 
     top: int
     explain: bool
@@ -93,25 +94,40 @@ class RowOptions:
     certify: bool
     abstain: Abstain
     group_unlike: bool
+    exif: bool
+    group_by: float | None
 
     def check_groups(self, cache: AnsweringIndex, engine: EngineOptions) -> None:
-        """Raise UsageError if photos without a match cannot be grouped."""
+        """Raise UsageError if photos cannot be grouped."""
+        of_one = {"--explain": self.explain, "--logits": self.with_logits, "--certify": self.certify,
+                  "--group-unlike": self.group_unlike, "--engine ray": engine.is_ray}  # fmt: skip
+        if self.group_by is not None and (options := [name for name, given in of_one.items() if given]):
+            raise UsageError(f"--group-by burst: all photos of a burst get one answer; leave out {options[0]}")
         if self.group_unlike and cache.settings.least_cache is None:
             raise UsageError("--group-unlike: the index does not know which images have no match; fit it first")
         if self.group_unlike and engine.is_ray:
             raise UsageError("--group-unlike: compares all images, which --engine ray cannot; leave one of them out")
 
-    def columns(self, cache: AnsweringIndex) -> list[str]:
-        """Return the column names."""
+    def schema(self, cache: AnsweringIndex) -> pa.Schema:
+        """Return the columns and their types."""
+        import pyarrow as pa
+
+        from retrieval_tip.data.exif import EXIF
+        from retrieval_tip.predictions import PREDICTIONS
+
+        types = {**PREDICTIONS, **EXIF, "burst": pa.int64()}
         columns = ["input", "label", "probability"]
         columns += ["unlike"] if cache.settings.least_cache is not None else []
         columns += ["group"] if self.group_unlike else []
+        columns += ["burst"] if self.group_by is not None else []
+        columns += list(EXIF) if self.exif else []
         columns += ["labels", "probabilities"] if self.top > 1 else []
         columns += ["logits"] if self.with_logits else []
         if self.explain:
             columns += ["text_logit", "cache_logit", *(["discriminant_logit"] if cache.settings.gamma else [])]
             columns += ["neighbours", "opposing"]
-        return columns + (["keys"] if self.certify else [])
+        columns += ["keys"] if self.certify else []
+        return pa.schema([(column, types[column]) for column in columns])
 
 
 _ROWS = options.grouped(
@@ -131,6 +147,12 @@ _ROWS = options.grouped(
                       "probability is below 0.5 or the image has no match."),
     options.ANSWER_OPTION("--group-unlike", is_flag=True,
                  help="Group similar images that have no match. The column group numbers the groups, largest first."),
+    options.ANSWER_OPTION("--group-by", type=Bursts(),
+                 help="Give all photos of a burst the mean of their probabilities. A burst consists of photos in the "
+                      "same folder, each taken at most SECONDS after the one before. The default is "
+                      f"{BURST_SECONDS} seconds."),
+    options.ANSWER_OPTION("--exif", is_flag=True,
+                 help="Add the columns taken_at, latitude and longitude from the EXIF metadata of photos."),
 )  # fmt: skip
 
 
@@ -161,17 +183,15 @@ def classify(
     answer has a probability but no label: the label is null, or - in a table. With --engine ray, --output is a folder
     of Parquet parts.
     """
-    import pyarrow as pa
     import pyarrow.compute as pc
 
     from retrieval_tip.cli.output import prediction_details, rounded, write_tables
     from retrieval_tip.data.sources import open_inputs
-    from retrieval_tip.predictions import PREDICTIONS
 
     loaded = index_with(folder, answer, encoding)
     rows.check_groups(loaded, engine)
-    columns = rows.columns(loaded)
-    schema = pa.schema([(column, PREDICTIONS[column]) for column in columns])
+    schema = rows.schema(loaded)
+    columns = schema.names
     if engine.is_ray:
         _classify_on_ray(ctx, folder, inputs, loaded, answer, rows, schema, engine, printing, encoding)
         return
@@ -182,8 +202,7 @@ def classify(
 
         def answers() -> Iterator[pa.Table]:
             nonlocal total, unmatched
-            each = chain.from_iterable(_rows(rows, schema, loaded, source, encoder) for source in sources)
-            for table in _grouped(rows, schema, loaded, sources, encoder) if rows.group_unlike else each:
+            for table in _answers(rows, schema, loaded, sources, encoder):
                 settled.update(table["keys"].to_pylist() if rows.certify else ())
                 total += len(table)
                 unmatched += pc.sum(table["unlike"]).as_py() or 0 if "unlike" in columns else 0
@@ -219,7 +238,7 @@ def _classify_on_ray(
         raise UsageError("--engine ray: can only write Parquet parts; give --format parquet and --output FOLDER")
     pieces = cut_inputs(inputs, paths_on_stdin())
     precision = encoding.precision if encoding.precision != "auto" else "float32"  # auto differs between machines
-    manifest, ask = at(folder).manifest().to_bytes(), partial(_rows, rows, schema)
+    manifest, ask = at(folder).manifest().to_bytes(), partial(_answers_of_one, rows, schema)
     question = Question(str(folder), manifest, precision, loaded.settings, answer.where, schema, ask)
     what, skipped = _on_ray(ctx, pieces, printing.output, engine, encoding, index=loaded, question=question)
     say(f"{show(printing.output)}: {what}")
@@ -229,28 +248,77 @@ def _classify_on_ray(
     finish(ctx, skipped)
 
 
-def _rows(
+def _answers(
+    rows: RowOptions, schema: pa.Schema, index: AnsweringIndex, sources: Sequence[Source], encoder: Encoder
+) -> Iterator[pa.Table]:
+    """Classify the sources, and yield tables with the columns of ``schema``."""
+    from retrieval_tip.data.exif import EXIF, Noting
+
+    noting = Noting(encoder.read)
+    if rows.exif or rows.group_by is not None:
+        encoder = replace(encoder, read=noting)
+    columns = [name for name in schema.names if name not in EXIF]
+    if rows.group_unlike:
+        tables = _grouped(rows, columns, index, sources, encoder)
+    elif rows.group_by is not None:
+        tables = _in_bursts(rows, columns, index, sources, encoder, noting)
+    else:
+        tables = chain.from_iterable(_rows(rows, columns, index, source, encoder) for source in sources)
+    for table in tables:
+        for name, column in noting.columns(table["input"].to_pylist()).items() if rows.exif else ():
+            table = table.append_column(name, column)
+        yield table.select(schema.names)
+
+
+def _answers_of_one(
     rows: RowOptions, schema: pa.Schema, index: AnsweringIndex, source: Source, encoder: Encoder
+) -> Iterator[pa.Table]:
+    return _answers(rows, schema, index, [source], encoder)
+
+
+def _rows(
+    rows: RowOptions, columns: Sequence[str], index: AnsweringIndex, source: Source, encoder: Encoder
 ) -> Iterator[pa.Table]:
     answers = index.classify_source(
         source, encoder, rows.top, neighbours=rows.neighbours if rows.explain else 0, certify=rows.certify
     )
-    return (block.written(schema.names, rows.abstain) for block in answers)
+    return (block.written(columns, rows.abstain) for block in answers)
+
+
+def _in_bursts(
+    rows: RowOptions,
+    columns: Sequence[str],
+    index: AnsweringIndex,
+    sources: Sequence[Source],
+    encoder: Encoder,
+    noting: Noting,
+) -> Iterator[pa.Table]:
+    from retrieval_tip.labelling.bursts import classify_in_bursts
+
+    assert rows.group_by is not None
+    answers, bursts = classify_in_bursts(index, sources, encoder, noting, rows.group_by, rows.top)
+    table = answers.written([name for name in columns if name != "burst"], rows.abstain)
+    return _in_parts(table.append_column("burst", bursts))
 
 
 def _grouped(
-    rows: RowOptions, schema: pa.Schema, index: AnsweringIndex, sources: Sequence[Source], encoder: Encoder
+    rows: RowOptions, columns: Sequence[str], index: AnsweringIndex, sources: Sequence[Source], encoder: Encoder
 ) -> Iterator[pa.Table]:
     from retrieval_tip.labelling.groups import MOST, classify_in_groups
     from retrieval_tip.labelling.photos import Pool
-    from retrieval_tip.predictions import ROWS
 
     pool = Pool.of(sources, encoder)
     neighbours = rows.neighbours if rows.explain else 0
     answers = classify_in_groups(index, pool, rows.top, neighbours, certify=rows.certify)
-    table = answers.written(schema.names, rows.abstain)
+    table = answers.written(columns, rows.abstain)
     if (unlike := table["unlike"].to_pylist().count(True)) > MOST:
         say(f"Grouped {MOST:,} of {unlike:,} images without a match, drawn at random; the others joined these groups")
+    return _in_parts(table)
+
+
+def _in_parts(table: pa.Table) -> Iterator[pa.Table]:
+    from retrieval_tip.predictions import ROWS
+
     return (table.slice(start, ROWS) for start in range(0, len(table), ROWS))
 
 

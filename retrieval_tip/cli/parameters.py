@@ -18,6 +18,8 @@ LARGEST = 1e30
 """Largest number that an option accepts, so that results stay within the float32 range of 3e38."""
 
 LARGEST_FILE = 10**15
+BURST_SECONDS = 10
+"""Longest time between consecutive photos of a burst by default."""
 """Largest size that an option accepts, in bytes."""
 
 
@@ -172,6 +174,18 @@ class Abstaining(click.ParamType[float | Literal["auto"]]):
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> float | Literal["auto"]:
         return "auto" if value == "auto" else SHARE.convert(value, param, ctx)
+
+
+class Bursts(click.ParamType[float]):
+    """``burst`` or ``burst:SECONDS``. The value is the number of seconds."""
+
+    name = "burst[:SECONDS]"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        kind, _, seconds = str(value).partition(":")
+        if kind != "burst":
+            self.fail(f"{value}: expected burst or burst:SECONDS", param, ctx)
+        return NUMBER.convert(seconds or BURST_SECONDS, param, ctx)
 
 
 NUMBER, POSITIVE, SHARE = Number(), Number(above=True), Number(0, 1)

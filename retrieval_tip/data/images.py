@@ -72,7 +72,7 @@ def extension(data: bytes) -> str:
 
     Raises InputError if the image cannot be opened.
     """
-    with _opened(data) as image:
+    with opened(data) as image:
         kind = image.format or ""
         return {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(kind, f".{kind.lower()}")
 
@@ -151,8 +151,8 @@ class _Bounded(io.BytesIO):
 
 
 @contextmanager
-def _opened(data: bytes, only: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
-    """Open an image and read its header. All Pillow errors are raised as InputError."""
+def opened(data: bytes, only: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
+    """Open an encoded image and read its header. All Pillow errors are raised as InputError."""
     file, known = _Bounded(data), only or formats()
     try:
         with Image.open(file, formats=known) as image:
@@ -175,7 +175,7 @@ def _opened(data: bytes, only: tuple[str, ...] | None = None) -> Iterator[Image.
 def area(data: bytes, *, most: int = MAX_PIXELS, only: tuple[str, ...] | None = None) -> int:
     """Return width x height from the header of an encoded image, or 0 if it cannot be opened or exceeds the limits."""
     try:
-        with _opened(data, only) as image:
+        with opened(data, only) as image:
             pixels = image.width * image.height
             return pixels if pixels <= most else 0
     except InputError:  # decode reports the reason
@@ -185,7 +185,7 @@ def area(data: bytes, *, most: int = MAX_PIXELS, only: tuple[str, ...] | None = 
 def reducible(data: bytes, least: int) -> bool:
     """Return whether :func:`decode` with ``least`` would return a reduced image. Only the header is read."""
     try:
-        with _opened(data, ("JPEG",)) as image:
+        with opened(data, ("JPEG",)) as image:
             return image.format == "JPEG" and min(image.size) >= 2 * least
     except InputError:  # decode reports the reason
         return False
@@ -204,7 +204,7 @@ def decode(
 
     Raises InputError if the image has another format, is truncated or damaged, or has more than ``most`` pixels.
     """
-    with _opened(data, only) as image:
+    with opened(data, only) as image:
         width, height = image.size
         if width * height > most:
             raise InputError(f"too large: {width} x {height} pixels; the limit is {most:,}")
@@ -301,6 +301,23 @@ def _white(image: Image.Image) -> float:
     if image.mode == "F" and largest <= 1:
         return 1.0
     return next((limit for limit in (255.0, 65535.0) if largest <= limit), largest)
+
+
+def crop(data: bytes, box: tuple[float, float, float, float]) -> bytes:
+    """Return a part of an encoded image as an upright RGB image in PPM format.
+
+    ``box`` contains the left edge, the top edge, the width and the height, as fractions of the upright image. Parts
+    outside the image are cut off, and at least one pixel remains. See :func:`decode` for InputError.
+    """
+    picture = decode(data)
+    edges = []
+    for start, length, pixels in zip(box[:2], box[2:], picture.size, strict=True):
+        low = min(max(int(start * pixels), 0), pixels - 1)
+        edges.append((low, min(max(math.ceil((start + length) * pixels), low + 1), pixels)))
+    (left, right), (top, bottom) = edges
+    buffer = io.BytesIO()
+    picture.crop((left, top, right, bottom)).save(buffer, "PPM")
+    return buffer.getvalue()
 
 
 def thumbnail(data: bytes, size: int, *, most: int = MAX_PIXELS) -> bytes:

@@ -1,0 +1,94 @@
+"""Read when and where photos were taken, from their EXIF metadata."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import NamedTuple
+
+import pyarrow as pa
+from PIL import ExifTags, Image
+
+from retrieval_tip.data import images
+from retrieval_tip.errors import show
+
+
+class Taken(NamedTuple):
+    """When and where a photo was taken. Unknown values are ``None``.
+
+    ``taken_at`` is the local time of the camera, without a time zone. ``latitude`` and ``longitude`` are in degrees.
+    """
+
+    taken_at: datetime | None = None
+    latitude: float | None = None
+    longitude: float | None = None
+
+
+EXIF = {"taken_at": pa.timestamp("s"), "latitude": pa.float64(), "longitude": pa.float64()}
+"""The columns with the fields of :class:`Taken`."""
+UNKNOWN = Taken()
+
+
+def taken(data: bytes) -> Taken:
+    """Return when and where a photo was taken.
+
+    The time is ``DateTimeOriginal``. Damaged or implausible metadata count as unknown, as do metadata that follow the
+    pixels (in PNG) or are not in an EXIF block (in TIFF).
+    """
+    try:
+        with images.opened(data) as image:
+            block = image.info.get("exif")
+        if not isinstance(block, bytes) or len(block) > images.MAX_EXIF:
+            return UNKNOWN
+        exif = Image.Exif()
+        exif.load(block)
+        at = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal)
+        gps = exif.get_ifd(ExifTags.IFD.GPSInfo)
+    except Exception:  # Pillow raises many types of errors on damaged metadata
+        return UNKNOWN
+    latitude = _degrees(gps.get(ExifTags.GPS.GPSLatitude), gps.get(ExifTags.GPS.GPSLatitudeRef), "NS", 90)
+    longitude = _degrees(gps.get(ExifTags.GPS.GPSLongitude), gps.get(ExifTags.GPS.GPSLongitudeRef), "EW", 180)
+    place = (None, None) if latitude is None or longitude is None else (latitude, longitude)
+    return Taken(_time(at), *place)
+
+
+def _time(text: object) -> datetime | None:
+    with suppress(ValueError):
+        return datetime.strptime(str(text).strip("\0 "), "%Y:%m:%d %H:%M:%S")
+    return None
+
+
+def _degrees(parts: object, side: object, sides: str, most: int) -> float | None:
+    """Convert degrees, minutes and seconds. ``sides`` contains the letters of the positive and the negative side."""
+    if not isinstance(parts, tuple):
+        return None
+    try:
+        degrees = sum(float(part) / scale for scale, part in zip((1.0, 60.0, 3600.0), parts, strict=True))
+    except (TypeError, ValueError, ArithmeticError):
+        return None
+    letter = str(side).strip("\0 ").upper()
+    if not math.isfinite(degrees) or not 0 <= degrees <= most or letter not in tuple(sides):
+        return None
+    return -degrees if letter == sides[1] else degrees
+
+
+@dataclass
+class Noting:
+    """A function that reads a photo, like ``read``, and notes in ``taken`` when and where it was taken, by its name."""
+
+    read: Callable[[str], bytes]
+    taken: dict[str, Taken] = field(default_factory=dict)
+
+    def __call__(self, path: str) -> bytes:
+        """Return the bytes of a photo."""
+        data = self.read(path)
+        self.taken[show(path)] = taken(data)
+        return data
+
+    def columns(self, names: list[str]) -> dict[str, pa.Array]:
+        """Return the columns of :data:`EXIF` for photos. Other names, such as those of features, get nulls."""
+        fields = zip(*(self.taken.get(name, UNKNOWN) for name in names), strict=True)
+        return {name: pa.array(values, kind) for (name, kind), values in zip(EXIF.items(), fields, strict=True)}
