@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -84,6 +85,18 @@ def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
         if size > most:
             raise InputError(f"{one_line(os.fspath(path))}: file has {size:,} bytes; expected at most {most:,}")
         return file.read(size)
+
+
+def read_json(path: str | os.PathLike[str], most: int) -> object:
+    """Read a JSON file. Raises InputError if it cannot be read, is not JSON, or has more than ``most`` bytes."""
+    try:
+        return json.loads(read_regular(path, most))
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{show(path)}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{show(path)}: not JSON ({error})") from None
 
 
 def real(path: str | os.PathLike[str]) -> Path:

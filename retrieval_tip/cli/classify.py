@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -25,14 +26,15 @@ from retrieval_tip.cli.options import (
     ReadingOptions,
     ViewOptions,
 )
-from retrieval_tip.cli.parameters import BURST_SECONDS, OUTPUT, SOURCE, Abstaining, Bursts, count
+from retrieval_tip.cli.parameters import BURST_SECONDS, FILE, OUTPUT, SOURCE, Abstaining, Bursts, count
 from retrieval_tip.cli.stdin import paths_on_stdin
-from retrieval_tip.errors import Skipped, UsageError, counted, show
+from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from retrieval_tip.answering import AnsweringIndex
+    from retrieval_tip.data.boxes import Cut
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.exif import Noting
     from retrieval_tip.data.sources import Source
@@ -96,6 +98,7 @@ class RowOptions:
     group_unlike: bool
     exif: bool
     group_by: float | None
+    boxes: Path | None
 
     def check_groups(self, cache: AnsweringIndex, engine: EngineOptions) -> None:
         """Raise UsageError if photos cannot be grouped."""
@@ -103,6 +106,8 @@ class RowOptions:
                   "--group-unlike": self.group_unlike, "--engine ray": engine.is_ray}  # fmt: skip
         if self.group_by is not None and (options := [name for name, given in of_one.items() if given]):
             raise UsageError(f"--group-by burst: all photos of a burst get one answer; leave out {options[0]}")
+        if self.boxes is not None and engine.is_ray:
+            raise UsageError("--boxes: --engine ray cannot crop photos; leave one of them out")
         if self.group_unlike and cache.settings.least_cache is None:
             raise UsageError("--group-unlike: the index does not know which images have no match; fit it first")
         if self.group_unlike and engine.is_ray:
@@ -115,9 +120,10 @@ class RowOptions:
         from retrieval_tip.data.exif import EXIF
         from retrieval_tip.predictions import PREDICTIONS
 
-        types = {**PREDICTIONS, **EXIF, "burst": pa.int64()}
+        types = {**PREDICTIONS, **EXIF, "burst": pa.int64(), "detected": pa.string()}
         columns = ["input", "label", "probability"]
         columns += ["unlike"] if cache.settings.least_cache is not None else []
+        columns += ["detected"] if self.boxes is not None else []
         columns += ["group"] if self.group_unlike else []
         columns += ["burst"] if self.group_by is not None else []
         columns += list(EXIF) if self.exif else []
@@ -151,6 +157,9 @@ _ROWS = options.grouped(
                  help="Give all photos of a burst the mean of their probabilities. A burst consists of photos in the "
                       "same folder, each taken at most SECONDS after the one before. The default is "
                       f"{BURST_SECONDS} seconds."),
+    options.READING_OPTION("--boxes", type=FILE,
+                 help="Boxes of a detector, in MegaDetector's JSON format. Each box is cropped and classified, as "
+                      "photo.jpg#1. The column detected contains its category, or \"empty\" if a photo has no box."),
     options.ANSWER_OPTION("--exif", is_flag=True,
                  help="Add the columns taken_at, latitude and longitude from the EXIF metadata of photos."),
 )  # fmt: skip
@@ -186,6 +195,7 @@ def classify(
     import pyarrow.compute as pc
 
     from retrieval_tip.cli.output import prediction_details, rounded, write_tables
+    from retrieval_tip.data.boxes import Cut, read_boxes
     from retrieval_tip.data.sources import open_inputs
 
     loaded = index_with(folder, answer, encoding)
@@ -195,14 +205,17 @@ def classify(
     if engine.is_ray:
         _classify_on_ray(ctx, folder, inputs, loaded, answer, rows, schema, engine, printing, encoding)
         return
-    sources = list(open_inputs(inputs, paths_on_stdin()))
+    sources, cut = list(open_inputs(inputs, paths_on_stdin())), Cut()
+    if rows.boxes is not None:
+        cut = read_boxes(rows.boxes).cut(sources)
+        sources = cut.sources
     settled: Counter[int] = Counter()
     total, unmatched = 0, 0
     with encoder_for(ctx, loaded, sources, encoding) as encoder:
 
         def answers() -> Iterator[pa.Table]:
             nonlocal total, unmatched
-            for table in _answers(rows, schema, loaded, sources, encoder):
+            for table in _answers(rows, schema, loaded, sources, encoder, cut):
                 settled.update(table["keys"].to_pylist() if rows.certify else ())
                 total += len(table)
                 unmatched += pc.sum(table["unlike"]).as_py() or 0 if "unlike" in columns else 0
@@ -212,7 +225,8 @@ def classify(
         write_tables(answers(), schema, printing.style, printing.output, prediction_details, known)
     if printing.output is not None and not ctx.obj:
         no_match = f", {unmatched:,} with no match" if "unlike" in columns else ""
-        say(f"{show(printing.output)}: classified {counted(total, 'input')}{no_match}")
+        empty = f", {len(cut.empty):,} empty" if rows.boxes is not None else ""
+        say(f"{show(printing.output)}: classified {counted(total - len(cut.empty), 'input')}{no_match}{empty}")
     if rows.certify:
         _say_settled(loaded, settled)
     finish(ctx, encoder.skipped)
@@ -249,15 +263,24 @@ def _classify_on_ray(
 
 
 def _answers(
-    rows: RowOptions, schema: pa.Schema, index: AnsweringIndex, sources: Sequence[Source], encoder: Encoder
+    rows: RowOptions,
+    schema: pa.Schema,
+    index: AnsweringIndex,
+    sources: Sequence[Source],
+    encoder: Encoder,
+    cut: Cut | None = None,
 ) -> Iterator[pa.Table]:
-    """Classify the sources, and yield tables with the columns of ``schema``."""
+    """Classify the sources, and yield tables with the columns of ``schema``. The empty photos of ``cut`` come last."""
+    import pyarrow as pa
+
+    from retrieval_tip.data.boxes import EMPTY, Cut
     from retrieval_tip.data.exif import EXIF, Noting
 
-    noting = Noting(encoder.read)
-    if rows.exif or rows.group_by is not None:
+    cut = cut or Cut()
+    noting = Noting(encoder.read, cut.boxes)
+    if rows.exif or rows.group_by is not None or rows.boxes is not None:
         encoder = replace(encoder, read=noting)
-    columns = [name for name in schema.names if name not in EXIF]
+    columns = [name for name in schema.names if name not in (*EXIF, "detected")]
     if rows.group_unlike:
         tables = _grouped(rows, columns, index, sources, encoder)
     elif rows.group_by is not None:
@@ -265,9 +288,16 @@ def _answers(
     else:
         tables = chain.from_iterable(_rows(rows, columns, index, source, encoder) for source in sources)
     for table in tables:
-        for name, column in noting.columns(table["input"].to_pylist()).items() if rows.exif else ():
-            table = table.append_column(name, column)
-        yield table.select(schema.names)
+        names = table["input"].to_pylist()
+        more = noting.columns(names) | {"detected": pa.array([cut.detected.get(name) for name in names], pa.string())}
+        yield pa.table([more.get(name) or table[name] for name in schema.names], schema=schema)
+    if cut.empty:
+        names = list(map(show, cut.empty))
+        for path in cut.empty if rows.exif else ():
+            with suppress(InputError):
+                noting(path)
+        known = noting.columns(names) | {"input": pa.array(names), "detected": pa.array([EMPTY] * len(names))}
+        yield pa.table([known.get(field.name, pa.nulls(len(names), field.type)) for field in schema], schema=schema)
 
 
 def _answers_of_one(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -77,18 +77,24 @@ def _degrees(parts: object, side: object, sides: str, most: int) -> float | None
 
 @dataclass
 class Noting:
-    """A function that reads a photo, like ``read``, and notes in ``taken`` when and where it was taken, by its name."""
+    """A function that reads a photo, like ``read``, and notes in ``taken`` when and where it was taken, by its name.
+
+    If a name is one of ``boxes``, it returns this part of a photo, which is given by its path and by the edges of the
+    box (see :func:`images.crop`).
+    """
 
     read: Callable[[str], bytes]
+    boxes: Mapping[str, tuple[str, images.Box]] = field(default_factory=dict)
     taken: dict[str, Taken] = field(default_factory=dict)
 
     def __call__(self, path: str) -> bytes:
-        """Return the bytes of a photo."""
-        data = self.read(path)
+        """Return the bytes of a photo, or of a part of it."""
+        photo, box = self.boxes.get(path, (path, None))
+        data = self.read(photo)
         self.taken[show(path)] = taken(data)
-        return data
+        return data if box is None else images.crop(data, box)
 
-    def columns(self, names: list[str]) -> dict[str, pa.Array]:
+    def columns(self, names: Sequence[str]) -> dict[str, pa.Array]:
         """Return the columns of :data:`EXIF` for photos. Other names, such as those of features, get nulls."""
         fields = zip(*(self.taken.get(name, UNKNOWN) for name in names), strict=True)
         return {name: pa.array(values, kind) for (name, kind), values in zip(EXIF.items(), fields, strict=True)}

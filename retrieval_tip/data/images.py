@@ -41,6 +41,9 @@ MAX_SCANNED = 1 << 31  # largest scans x pixels of a progressive JPEG, which tak
 MAX_EXIF = 1 << 20  # largest EXIF block that is parsed, in bytes; JPEG allows at most 64 KB
 PART_PIXELS = 1 << 18  # number of pixels that are converted to RGB at a time
 
+Box = tuple[float, float, float, float]
+"""The left edge, the top edge, the width and the height of a part, as fractions of the upright image."""
+
 _large = threading.Lock()
 
 
@@ -303,11 +306,10 @@ def _white(image: Image.Image) -> float:
     return next((limit for limit in (255.0, 65535.0) if largest <= limit), largest)
 
 
-def crop(data: bytes, box: tuple[float, float, float, float]) -> bytes:
+def crop(data: bytes, box: Box) -> bytes:
     """Return a part of an encoded image as an upright RGB image in PPM format.
 
-    ``box`` contains the left edge, the top edge, the width and the height, as fractions of the upright image. Parts
-    outside the image are cut off, and at least one pixel remains. See :func:`decode` for InputError.
+    What lies outside the image is cut off, and at least one pixel remains. See :func:`decode` for InputError.
     """
     picture = decode(data)
     edges = []

@@ -5,7 +5,6 @@ These are JSON files in which ``train``, ``val`` and ``test`` are lists of ``[pa
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from retrieval_tip.data import folders
 from retrieval_tip.data.listing import Listing
 from retrieval_tip.errors import InputError, few, show
-from retrieval_tip.files import read_regular
+from retrieval_tip.files import read_json
 
 LARGEST = 1 << 27  # largest split file, in bytes; about the size of the split file of ImageNet
 
@@ -47,14 +46,7 @@ def read(file: Path, split: str, root: str | os.PathLike[str] | None) -> Listing
 
 
 def _part(file: Path, split: str) -> list[object]:
-    try:
-        data = json.loads(read_regular(file, LARGEST))
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{show(file)}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{show(file)}: not JSON ({error})") from None
+    data = read_json(file, LARGEST)
     if not isinstance(data, dict) or split not in data:
         has = few(list(map(repr, data))) if isinstance(data, dict) else "none"
         raise InputError(f"{show(file)}: no part {split!r}; expected train, val and test, found {has}")
