@@ -11,7 +11,6 @@ const DECIDED = 5; // number of supporting examples
 let photo = null;
 let teach = null; // function of (photos, label)
 let wrong = null; // the photo whose answer is wrong
-let likeness = null; // { own, other }, the mean affinities of shots of the same class and of different classes
 
 /** Return the open photo, or null. */
 export const openPhoto = () => photo;
@@ -41,6 +40,7 @@ export function setUp(given) {
   $("drawer-label").addEventListener("input", newClass);
   $("drawer-right").addEventListener("click", confirm);
   $("drawer-wrong").addEventListener("click", correct);
+  $("decided-more").addEventListener("click", () => showMore(!$("decided").classList.contains("all")));
   $("drawer-like").addEventListener("click", () => given.like(photo));
 }
 
@@ -66,7 +66,7 @@ function newClass() {
 }
 
 /** Open a photo. */
-export async function open(which) {
+export function open(which) {
   const another = which !== photo;
   photo = which;
   $("drawer").hidden = false;
@@ -83,9 +83,14 @@ export async function open(which) {
     $("drawer-picture").replaceChildren(image);
     $("drawer").scrollTop = 0;
   }
+  if (another) showMore(false);
   show();
-  likeness = (state.info && (await state.exemplars().catch(() => null))) ?? null;
-  if (photo === which) show();
+}
+
+/** Show all supporting examples, or only the strongest one. */
+function showMore(all) {
+  $("decided").classList.toggle("all", all);
+  $("decided-more").setAttribute("aria-expanded", String(all));
 }
 
 export function close() {
@@ -161,46 +166,33 @@ function showCorrection() {
   $("drawer-chips").replaceChildren(...(can ? chips : []));
 }
 
-/** Return the length of the similarity bar. It is 0 at the mean affinity of photos of different classes, and 1 at the
- *  mean affinity of photos of the same class. */
-function similarityShare(affinity) {
-  const own = likeness?.own ?? 1;
-  const other = likeness?.other ?? 0;
-  return own > other ? Math.min(1, Math.max(0, (affinity - other) / (own - other))) : affinity;
-}
-
 function showDecided() {
   const { supporting, opposing } = photo.contributors(DECIDED);
   const most = Math.max(1e-300, ...[...supporting, ...(opposing ? [opposing] : [])].map(strength));
   $("decided").replaceChildren(...supporting.map((key) => decidedRow(key, most)));
   $("opposed").replaceChildren(...(opposing ? [decidedRow(opposing, most)] : []));
   $("opposed-title").hidden = !opposing;
+  $("decided-more").hidden = supporting.length < 2;
+  $("decided-more").textContent = `${supporting.length - 1} more ${supporting.length === 2 ? "example" : "examples"}`;
 }
 
 /** Return how much an example changed the answer, which is its contribution to the winner, or else to the runner-up. */
 const strength = ({ contribution, weight }) => Math.abs(contribution) || weight;
 
 function decidedRow(key, most) {
-  const { affinity } = key;
-  const similar = el("span", { class: "like", aria: { hidden: "true" } });
-  similar.style.setProperty("--p", similarityShare(affinity));
-  const moved = el("i", { class: key.contribution > 0 ? "for" : "against", aria: { hidden: "true" } });
+  const { affinity, contribution } = key;
+  const moved = el("i", { class: contribution > 0 ? "for" : "against", aria: { hidden: "true" } });
   moved.style.setProperty("--p", strength(key) / most);
   const { label } = photo.winner;
-  const how = key.contribution < 0 ? `against ${label}` : `supports ${key.contribution > 0 ? label : key.label}`;
+  const how = contribution < 0 ? `against ${label}` : `supports ${contribution > 0 ? label : key.label}`;
   return el(
     "li",
-    { data: { keyId: key.keyId, affinity }, title: key.source },
+    { data: { keyId: key.keyId, affinity }, title: `${key.source}, similarity ${affinity.toFixed(2)}` },
     picture(api.pictureOf(state.info.name, key.keyId), 240, nameOf(key.source)),
-    el(
-      "div",
-      {},
-      el("span", { class: "name" }, key.label),
-      el("span", { class: "gives", data: { value: key.contribution } }, moved, ` ${how}`),
-      similar,
-      el("span", { class: "hint affinity", data: { value: affinity } }, `similarity ${affinity.toFixed(2)}`),
-      el("span", { class: "unseen weight", data: { value: key.weight } }, `weight ${short(key.weight)}`),
-    ),
+    el("span", { class: "name" }, key.label),
+    el("span", { class: "gives", data: { value: contribution } }, moved, ` ${contribution > 0 ? "+" : ""}${short(contribution)}`, el("span", { class: "unseen" }, how)),
+    el("span", { class: "unseen affinity", data: { value: affinity } }, `similarity ${affinity.toFixed(2)}`),
+    el("span", { class: "unseen weight", data: { value: key.weight } }, `weight ${short(key.weight)}`),
   );
 }
 
@@ -223,4 +215,3 @@ function showLogits() {
 }
 
 settings.addEventListener("change", () => requestAnimationFrame(show));
-state.addEventListener("index", () => (likeness = null));
