@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from retrieval_tip.backbones.loading import load_backbone as load_backbone
     from retrieval_tip.cache_model import CacheModel as CacheModel
     from retrieval_tip.cache_model import verify as verify
-    from retrieval_tip.classifier import Classifier as Classifier
-    from retrieval_tip.classifier import Explanation as Explanation
+    from retrieval_tip.classifier.answers import Explanation as Explanation
+    from retrieval_tip.classifier.classifier import Classifier as Classifier
     from retrieval_tip.data.encoder import Encoder as Encoder
     from retrieval_tip.data.encoding_cache import EncodingCache as EncodingCache
     from retrieval_tip.data.sources import Source as Source
@@ -24,42 +24,56 @@ if TYPE_CHECKING:
     from retrieval_tip.errors import RetrievalTipError as RetrievalTipError
     from retrieval_tip.estimator import ImageEncoder as ImageEncoder
     from retrieval_tip.estimator import TipAdapterClassifier as TipAdapterClassifier
+    from retrieval_tip.evaluation.calibration import Calibration as Calibration
     from retrieval_tip.evaluation.compare import Compared as Compared
     from retrieval_tip.evaluation.compare import Side as Side
     from retrieval_tip.evaluation.compare import compare as compare
     from retrieval_tip.evaluation.evaluate import Evaluation as Evaluation
+    from retrieval_tip.fit.closed_form import FormChoice as FormChoice
     from retrieval_tip.fit.finetune import Tuned as Tuned
     from retrieval_tip.fit.trainer import Recipe as Recipe
     from retrieval_tip.index.build import build_index as build_index
+    from retrieval_tip.index.changes import Added as Added
+    from retrieval_tip.index.changes import Changed as Changed
+    from retrieval_tip.index.changes import Renamed as Renamed
     from retrieval_tip.labelling.photos import Suggestions as Suggestions
     from retrieval_tip.labelling.photos import suggest_photos as suggest_photos
+    from retrieval_tip.labelling.sort import Sorted as Sorted
     from retrieval_tip.labelling.sort import sort_photos as sort_photos
     from retrieval_tip.labelling.sort import undo_sort as undo_sort
     from retrieval_tip.predictions import Neighbour as Neighbour
     from retrieval_tip.predictions import Prediction as Prediction
     from retrieval_tip.predictions import Predictions as Predictions
+    from retrieval_tip.predictions import SimilarShot as SimilarShot
     from retrieval_tip.settings import Settings as Settings
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Added": "index.changes",
     "Backbone": "backbones.base",
     "CacheModel": "cache_model",
-    "Classifier": "classifier",
+    "Calibration": "evaluation.calibration",
+    "Changed": "index.changes",
+    "Classifier": "classifier.classifier",
     "Compared": "evaluation.compare",
     "Encoder": "data.encoder",
     "EncodingCache": "data.encoding_cache",
     "Evaluation": "evaluation.evaluate",
-    "Explanation": "classifier",
+    "Explanation": "classifier.answers",
+    "FormChoice": "fit.closed_form",
     "Identity": "backbones.base",
     "ImageEncoder": "estimator",
     "Neighbour": "predictions",
     "Prediction": "predictions",
     "Predictions": "predictions",
     "Recipe": "fit.trainer",
+    "Renamed": "index.changes",
     "RetrievalTipError": "errors",
     "Settings": "settings",
     "Side": "evaluation.compare",
+    "SimilarShot": "predictions",
+    "Sorted": "labelling.sort",
     "Source": "data.sources",
     "Suggestions": "labelling.photos",
     "TipAdapterClassifier": "estimator",

@@ -24,7 +24,7 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, counted, warn_once
 from retrieval_tip.html import markup, table
-from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Evidence, Predictions, lists
+from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Evidence, Predictions, SimilarShot, lists
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.defaults import Statistics
 from retrieval_tip.retrieval.evidence import Nearest
@@ -521,6 +521,29 @@ class EditableIndex(AnsweringIndex):
     @abstractmethod
     def compact(self) -> None:
         """Merge all segments into one, and rebuild the index without changing its type."""
+
+
+def similar_shots(
+    index: AnsweringIndex, features: Features, n: int = 5, *, norms: Norms = "check"
+) -> list[list[SimilarShot]]:
+    """Return the ``n`` shots that are nearest to each query in the metric of an index, nearest first.
+
+    ``features`` has the shape ``[q, d]``. If the index searches approximately, a shot may be missed. See
+    :meth:`AnsweringIndex.classify` for ``norms``. Raises UsageError if ``n`` is below 1, and InputError if the features
+    are not valid.
+    """
+    check_count("n", n)
+    f = inputs.queries(features, index.d).to(index.device)
+    if norms == "check":
+        inputs.check_unit(f)
+    near = index.retrieval.nearest(index.retrieval.points(f), min(n, index.n))
+    rows, affinities = near.rows.cpu().numpy(), near.affinity.double().cpu().numpy()
+    used, places = np.unique(rows.clip(min=0), return_inverse=True)
+    described = index.described(used, ["key_id", "source", "label"]).to_pylist()
+    return [
+        [SimilarShot(**described[i], affinity=float(x)) for row, i, x in zip(*one, strict=True) if row >= 0]
+        for one in zip(rows, places.reshape(rows.shape), affinities, strict=True)
+    ]
 
 
 def manifest_of(

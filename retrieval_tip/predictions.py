@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -87,7 +87,16 @@ class Neighbour:
         return self.gives[0]
 
 
-@dataclass(frozen=True)
+class SimilarShot(NamedTuple):
+    """A shot that is similar to a query. ``affinity`` is their similarity in the metric of the index."""
+
+    key_id: int
+    source: str
+    label: str
+    affinity: float
+
+
+@dataclass(frozen=True, repr=False)
 class Prediction:
     """The answer to a single query. Each row of :class:`Predictions` is a prediction.
 
@@ -123,6 +132,14 @@ class Prediction:
     opposing: Neighbour | None = None
     discriminant_logit: float | None = None
     group: int | None = None
+
+    def __repr__(self) -> str:
+        chances = list(zip(self.labels, map(shown_probability, self.probabilities), strict=True))[:SHOWN_LABELS]
+        parts = [f"{self.label}, {shown_probability(self.probability)}"]
+        parts += [", ".join(f"{label} {chance}" for label, chance in chances[1:])]
+        parts += ["no match"] if self.unlike else []
+        parts += [f"strongest shot {self.neighbours[0].source}"] if self.neighbours else []
+        return one_line(f"Prediction({'; '.join(filter(None, parts))})")
 
     def _repr_html_(self) -> str:
         classes = zip(self.labels, map(shown_probability, self.probabilities), strict=True)
@@ -193,7 +210,8 @@ class Predictions:
 
     def __repr__(self) -> str:
         few = ", ".join(self._columns["label"][:SHOWN_LABELS].to_pylist())
-        return f"Predictions({counted(len(self), 'prediction')}: {few}{' ...' if len(self) > SHOWN_LABELS else ''})"
+        more = " ..." if len(self) > SHOWN_LABELS else ""
+        return one_line(f"Predictions({counted(len(self), 'prediction')}{': ' if few else ''}{few}{more})")
 
     def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Yield the given columns of each prediction as a dictionary. The value of ``logits`` is a float32 array."""

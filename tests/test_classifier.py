@@ -145,10 +145,10 @@ def test_an_explanation_shows_the_pictures(place, clf):
 
 def test_shots_are_added_to_known_and_to_new_classes(place, clf):
     version = clf.cache.version
-    ids = clf.add(place / "new/red/6.png", "RED")  # as it is spelled in the index
-    assert len(ids) == 1
+    added = clf.add(place / "new/red/6.png", "RED")  # as it is spelled in the index
+    assert (len(added.key_ids), added.classes, added.version) == (1, ["RED"], version + 1)
     assert len(clf) == 19
-    assert clf.add([photograph(1, 0), photograph(2, 1)], ["red", "green"])
+    assert clf.add([photograph(1, 0), photograph(2, 1)], ["red", "green"]).key_ids
     yellow = [Image.new("RGB", (40, 40), (250, 250, i)) for i in range(3)]
     clf.add(yellow, "yellow")
     assert clf.classes[-1] == "yellow"
@@ -192,7 +192,7 @@ def test_photos_in_memory_become_shots(place):
     held = Classifier.from_images(backwards, model=model, device="cpu")
     assert held.classes == ["red", "green", "blue"]
     part = torch.utils.data.Subset(Dataset(), [1, 4])
-    ids = held.add(part)
+    ids = held.add(part).key_ids
     labels = {row["key_id"]: row["label"] for row in held.cache.labels.to_pylist()}
     assert [labels[key] for key in ids] == ["green", "green"]
     for wrong, words in (([photograph(1, 1)], "label: missing"), (place / "new/red/6.png", "label: missing")):
@@ -218,7 +218,7 @@ def test_what_the_command_takes_is_taken_here_too(place, clf, tmp_path):
     assert answers.inputs == clf.predict(place / "new").inputs
     assert clf.predict(f"{tar}/red-6.png").label == clf.predict(place / "new/red/6.png").label
     assert clf.evaluate(tar).top1 == clf.evaluate(place / "new").top1
-    assert len(clf.add(tar)) == 6
+    assert len(clf.add(tar).key_ids) == 6
     for wrong in ("https://example.org/a.png", str(tmp_path / "*.gif")):
         with pytest.raises(InputError, match=re.escape(wrong)):
             clf.predict(wrong)
@@ -254,7 +254,7 @@ def test_datasets_of_hugging_face_are_labelled_photographs(place, clf, datasets)
         assert made.predict(new[0]).label == folder[0].label
         for given in (new, new.to_iterable_dataset(), torch.utils.data.Subset(new, range(6))):
             assert made.evaluate(given).top1 == clf.evaluate(place / "new").top1
-        assert len(made.add(new)) == 6
+        assert len(made.add(new).key_ids) == 6
     files = dataset("new", str)
     assert made.predict(files).inputs == folder.inputs  # which explain() can show
     unknown = files.remove_columns("label").add_column("label", [0, 1, 2, -1, 0, 0])

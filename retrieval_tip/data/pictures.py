@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
 
-from retrieval_tip.data.sources import Source, of_images, read_item
+from retrieval_tip.data.sources import Source, is_web, of_images, read_item, refusal
 from retrieval_tip.errors import InputError, UsageError, counted, few
 
 Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | Mapping[str, object]
@@ -88,27 +88,59 @@ def is_one(given: object) -> bool:
 def pictures(given: Picture | Iterable[Picture]) -> Pictures:
     """Accept one or several photos in order.
 
-    Photos that have no path are called ``photo 0``, ``photo 1`` and so on. A Hugging Face dataset is read lazily.
-    Raises InputError if an object is not a photo, and UsageError in the same cases as :meth:`Columns.of`.
+    Photos that have no path are called ``photo 0``, ``photo 1`` and so on. A Hugging Face dataset is read lazily. The
+    labels of pairs ``(photo, label)``, such as the items of a torch dataset, are ignored.
+
+    Raises InputError if an object is not a photo. Raises UsageError if ``given`` is neither a photo nor a collection,
+    and in the same cases as :meth:`Columns.of`.
     """
     columns = Columns.of(given)
     if columns is not None and _is_hugging_face(given) and hasattr(given, "__len__"):
         return _stored(given, columns.image)
     held: dict[str, bytes] = {}
     paths: list[str] = []
-    for place, picture in enumerate([given] if is_one(given) else given):  # type: ignore[arg-type]
-        data: object = picture
+    for place, picture in enumerate(_each(given)):
+        data: object = picture[0] if isinstance(picture, tuple) and len(picture) == 2 else picture
         if isinstance(data, Mapping):  # a row of a Hugging Face dataset
             data = data.get("image" if columns is None else columns.image, data)
         if isinstance(data, Mapping):  # the image in that row, as bytes or a path
             data = data.get("bytes") or data.get("path")
         if isinstance(data, str | os.PathLike):
             paths.append(os.fspath(data))
+            if is_web(paths[-1]):
+                raise refusal(paths[-1])
             continue
         name = f"photo {place}"
         held[name] = data if isinstance(data, bytes) else _encoded(data, name)
         paths.append(name)
     return Pictures(of_images(paths), lambda path: held[path] if path in held else read_item(path))
+
+
+def _each(given: Any) -> Iterable[Any]:
+    """Return the items of a collection, such as a torch dataset, which may have no end for ``iter``."""
+    if is_one(given):
+        return [given]
+    if (files := _files(given)) is not None:
+        return files
+    if isinstance(given, Iterable):
+        return given
+    if hasattr(given, "__len__") and hasattr(given, "__getitem__"):
+        return (given[place] for place in range(len(given)))
+    raise UsageError(
+        f"photos: got an object of type {type(given).__name__}; give a path, a PIL image, an array, bytes, or a list "
+        "of photos"
+    )
+
+
+def _files(given: Any) -> Sequence[tuple[str, int]] | None:
+    """Return the paths and labels of an ImageFolder, or ``None`` if it has a transform that makes other pictures.
+
+    A transform that makes tensors is left out, because encoders have their own.
+    """
+    files: Sequence[tuple[str, int]] | None = getattr(given, "samples", None)
+    if files and getattr(given, "transform", None) is not None and isinstance(given[0][0], Image.Image):
+        return None
+    return files
 
 
 def _stored(dataset: Any, image: str) -> Pictures:
@@ -121,6 +153,8 @@ def _stored(dataset: Any, image: str) -> Pictures:
     places = {name: place for place, name in enumerate(names)}
 
     def read(name: str) -> bytes:
+        if name not in places:  # a photo from elsewhere
+            return read_item(name)
         row = rows[places[name]][image] or {}
         if row.get("bytes"):
             return bytes(row["bytes"])
@@ -157,8 +191,7 @@ def _apart(given: Any, columns: Columns | None) -> tuple[Any, Iterable[object]]:
     label = None if columns is None else columns.label
     if label is not None and hasattr(given, "__len__") and Columns.of(given) == columns:
         return given, given.with_format(None)[label]
-    items: Any = [given] if is_one(given) else getattr(given, "samples", given)  # an ImageFolder's samples are paths
-    items = [items[i] for i in range(len(items))] if hasattr(items, "__len__") else list(items)
+    items = list(_each(given))
     if columns is not None and label is not None:
         items = [(row[columns.image], row[label]) for row in items]
     if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in items):
@@ -184,7 +217,7 @@ def _encoded(picture: object, name: str) -> bytes:
         picture = Image.fromarray(picture.squeeze())
     if not isinstance(picture, Image.Image):
         kind = type(picture).__name__
-        way_out = "; give the dataset without a transform" if kind == "Tensor" else ""
+        way_out = "; give the dataset without a transform to tensors" if kind == "Tensor" else ""
         raise InputError(f"{name}: got a {kind}; expected a path, a PIL image, an array or bytes{way_out}")
     upright = ImageOps.exif_transpose(picture)
     plain = upright if upright.mode in ("L", "LA", "P", "RGB", "RGBA", "I;16") else upright.convert("RGB")

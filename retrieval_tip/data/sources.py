@@ -125,6 +125,11 @@ def read_item(path: str) -> bytes:
     return images.read(path)
 
 
+def is_web(where: str) -> bool:
+    """Return whether a path is the address of a web page."""
+    return where.startswith(("http:/", "https:/"))
+
+
 def is_there(path: str) -> bool:
     """Return whether an image exists. Images on an object store are assumed to exist."""
     if (tar := tars.tar_of(path)) is None:
@@ -197,7 +202,7 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
                 raise InputError(f"{show(argument)}: no file matches")
             waiting += files[::-1]
         elif kind == "web address":
-            raise _refusal(argument)
+            raise refusal(argument)
         else:
             paths.append(argument)
     if paths:
@@ -227,7 +232,7 @@ def _recognise(where: str) -> tuple[Kind, Sequence[str]]:
         for kind, reader in _READERS.items():
             if places := reader.find(where):
                 return kind, places
-        if where.startswith(("http:/", "https:/")):
+        if is_web(where):
             return "web address", ()
         if glob.has_magic(where) and not os.path.exists(where):
             return "pattern", ()
@@ -237,13 +242,14 @@ def _recognise(where: str) -> tuple[Kind, Sequence[str]]:
 def _open(where: str, wanted: _Wanted) -> Source:
     kind, places = _recognise(where)
     if kind not in _READERS:
-        raise _refusal(where)
+        raise refusal(where)
     return _READERS[kind].open(where, places, wanted)
 
 
-def _refusal(where: str) -> InputError:
+def refusal(where: str) -> InputError:
+    """Return the error for a path or an address that cannot be opened."""
     suffix = Path(where).suffix.lower()
-    if where.startswith(("http:/", "https:/")):
+    if is_web(where):
         why = "a web address; download it first"
     elif not os.path.exists(where):
         why = "no such file or folder"

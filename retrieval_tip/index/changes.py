@@ -9,8 +9,9 @@ import dataclasses
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -246,6 +247,8 @@ def relabel(
     UsageError if ``where`` or ``key_ids`` is given together with a mapping. Raises InputError if a key id or a label is
     unknown.
     """
+    if not isinstance(label, str | Mapping):
+        raise UsageError(f"label: got {label!r}; give the name of a class, or a mapping from key ids to names")
     with places.at(folder).change() as change:
         cache = change.cache
         if not isinstance(label, str) and (where is not None or key_ids is not None):
@@ -572,6 +575,8 @@ def _chosen(cache: AnsweringIndex, where: str | None, key_ids: Sequence[int] | N
     if (where is None) == (key_ids is None):
         raise UsageError("which keys: give either a condition (--where) or ids (--key-ids)")
     if where is None:
+        if not isinstance(key_ids, Iterable) or not all(isinstance(key_id, Integral) for key_id in key_ids):
+            raise UsageError(f"key ids: got {key_ids!r}; give a list of whole numbers")
         chosen = list(dict.fromkeys(key_ids or []))
         if missing := sorted(set(chosen).difference(_labels_of(cache, chosen))):
             raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")

@@ -1,0 +1,259 @@
+"""The methods of a classifier that answer: classify, explain, find similar shots, and suggest or sort photos."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from retrieval_tip import tip
+from retrieval_tip.answering import AnsweringIndex, similar_shots
+from retrieval_tip.classifier.opened import OpenIndex, strict_errors
+from retrieval_tip.data import images
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.pictures import Picture, Pictures, is_one, pictures
+from retrieval_tip.data.sources import kind_of, open_inputs, read_item
+from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
+from retrieval_tip.html import markup, table
+from retrieval_tip.labelling.photos import Pool, Suggestions, suggest_features, suggest_photos
+from retrieval_tip.labelling.placing import Action
+from retrieval_tip.labelling.sort import Sorted, sort_photos
+from retrieval_tip.predictions import MORE_LIKELY_WRONG, Prediction, Predictions, SimilarShot
+from retrieval_tip.retrieval.inputs import check_unit, queries
+from retrieval_tip.settings import KeysMet
+
+Features = npt.NDArray[np.floating[Any]]
+THUMBNAIL = 128
+"""Length of the longer side of an image in a notebook, in pixels."""
+
+
+class AnsweringClassifier(OpenIndex):
+    """An open index that answers for photos and features."""
+
+    @overload
+    def predict(  # type: ignore[overload-overlap] # a path is also an iterable of letters
+        self,
+        what: Picture,
+        top: int = 1,
+        *,
+        neighbours: int = 5,
+        k: KeysMet = None,
+        tail: bool | None = None,
+        certify: bool = False,
+        norms: Literal["check", "keep"] = "check",
+    ) -> Prediction: ...
+    @overload
+    def predict(
+        self,
+        what: Iterable[Picture] | Features,
+        top: int = 1,
+        *,
+        neighbours: int = 5,
+        k: KeysMet = None,
+        tail: bool | None = None,
+        certify: bool = False,
+        norms: Literal["check", "keep"] = "check",
+    ) -> Predictions: ...
+    def predict(
+        self,
+        what: Any,
+        top: int = 1,
+        *,
+        neighbours: int = 5,
+        k: KeysMet = None,
+        tail: bool | None = None,
+        certify: bool = False,
+        norms: Literal["check", "keep"] = "check",
+    ) -> Prediction | Predictions:
+        """Classify photos or features.
+
+        Args:
+            what: a photo, which can be a path, a PIL image, a uint8 array of shape ``[h, w, 3]``, encoded bytes, or a
+                row of a Hugging Face dataset. For several photos, pass a list of these, a Hugging Face dataset or its
+                image column, or any input of ``retrieval-tip classify``, such as a folder or a table. You can also pass
+                features of shape ``[q, d]`` or ``[d]``. Unreadable photos in a folder or table are skipped and listed
+                in ``encoder.skipped``.
+            top: the number of classes to report, most probable first.
+            neighbours: the number of shots to report, largest contribution first.
+            k: the number of nearest keys to use, or ``"all"``. Defaults to the setting of the index.
+            tail: whether to estimate the contribution of the other keys. Defaults to the setting of the index.
+            certify: whether to use enough keys to prove the answer.
+            norms: ``"check"`` to check that all features have norm 1, or ``"keep"`` to accept any norm.
+
+        Returns a :class:`Prediction` for a single photo or feature, and :class:`Predictions` otherwise. Raises
+        InputError if a photo cannot be read, or if the norm of a feature is not 1.
+        """
+        if isinstance(what, np.ndarray) and np.issubdtype(what.dtype, np.floating):
+            answers = self.cache.classify(np.atleast_2d(what), top, k, tail, neighbours, certify, norms)
+            return answers[0] if what.ndim == 1 else answers
+        if isinstance(what, str | os.PathLike) and kind_of(what) != "image":
+            given = [Pictures(source, read_item) for source in open_inputs([os.fspath(what)])]
+            return _answers(self.cache, given, replace(self.encoder, norms=norms), top, k, tail, neighbours, certify)
+        encoder = replace(self.encoder, strict=True)
+        answers = _answers(self.cache, [pictures(what)], encoder, top, k, tail, neighbours, certify)
+        return answers[0] if is_one(what) else answers
+
+    __call__ = predict
+
+    def predict_proba(
+        self,
+        what: Picture | Iterable[Picture] | Features,
+        *,
+        k: KeysMet = None,
+        tail: bool | None = None,
+        norms: Literal["check", "keep"] = "check",
+    ) -> npt.NDArray[np.float32]:
+        """Return the probabilities of all classes, of shape ``[q, c]``, in the order of ``classes``.
+
+        The arguments are the same as for :meth:`predict`. A single photo gives one row. Unreadable photos in a folder
+        or table have no row.
+        """
+        answers: Any = self.predict(what, neighbours=0, k=k, tail=tail, norms=norms)
+        rows = [{"logits": answers.logits}] if isinstance(answers, Prediction) else answers.rows(["logits"])
+        logits = torch.tensor(np.array([row["logits"] for row in rows]), dtype=torch.float32)
+        chances = tip.probabilities(logits.view(-1, len(self.classes)), self.cache.settings.temperature)
+        return np.asarray(chances)
+
+    def explain(
+        self,
+        what: Picture,
+        top: int = 3,
+        *,
+        neighbours: int = 5,
+        k: KeysMet = None,
+        tail: bool | None = None,
+        certify: bool = False,
+    ) -> Explanation:
+        """Classify a photo, and show it in a notebook next to the shots that contributed most to the answer.
+
+        The arguments are the same as for :meth:`predict`.
+        """
+        given, encoder = pictures(what), replace(self.encoder, strict=True)
+        prediction = _answers(self.cache, [given], encoder, top, k, tail, neighbours, certify)[0]
+        own = given.read(given.source.paths[0]) if given.source.paths else b""
+        return Explanation(prediction, own, [_file(neighbour.source) for neighbour in prediction.neighbours])
+
+    def similar(
+        self, photo: Picture | Features, n: int = 5, *, norms: Literal["check", "keep"] = "check"
+    ) -> list[SimilarShot]:
+        """Return the ``n`` shots that are most similar to a photo or a feature (see :func:`similar_shots`)."""
+        if isinstance(photo, np.ndarray) and np.issubdtype(photo.dtype, np.floating):
+            features = np.atleast_2d(photo)
+        elif is_one(photo):
+            given = pictures(photo)
+            with strict_errors():
+                features = replace(self.encoder, read=given.read, strict=True).encode(given.source).features
+            norms = "keep"
+        else:
+            features = np.empty((0, self.cache.d))
+        if len(features) != 1:
+            raise UsageError("photo: expected a single photo or feature; call similar for each of them")
+        return similar_shots(self.cache, features, n, norms=norms)[0]
+
+    def suggest(self, photos: Iterable[Picture] | Features | str | os.PathLike[str], n: int = 20) -> Suggestions:
+        """Choose ``n`` unlabelled photos or features to label next, most useful first.
+
+        ``photos`` can be the same as for :meth:`predict`. Photos that the index already contains are skipped. See
+        :func:`photos.suggest_photos` for the errors.
+        """
+        return _suggested(self.cache, self.encoder, photos, n)
+
+    def sort(
+        self,
+        photos: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        folder: str | os.PathLike[str],
+        *,
+        action: Action = "copy",
+        min_probability: float = MORE_LIKELY_WRONG,
+        dry_run: bool = False,
+    ) -> Sorted:
+        """Sort photos into ``folder/CLASS``. To undo it, call ``undo_sort``.
+
+        ``photos`` are one or several paths of photos, folders, tables or tars. For the other arguments and the errors,
+        see :func:`sort.sort_photos`.
+        """
+        paths = list(photos) if isinstance(photos, Iterable) and not isinstance(photos, str | os.PathLike) else [photos]
+        names = [os.fspath(path) for path in paths if isinstance(path, str | os.PathLike)]
+        if len(names) < len(paths):
+            raise UsageError("photos: only files can be sorted; give the path of a photo or a folder, or several paths")
+        sources, encoder = [*open_inputs(names)], replace(self.encoder, skipped=[])
+        return sort_photos(
+            self.cache, sources, encoder, folder, action=action, min_probability=min_probability, dry_run=dry_run
+        )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A prediction, the photo, and the shots that contributed most to the answer. It can be shown in a notebook."""
+
+    prediction: Prediction
+    picture: bytes
+    shots: list[bytes | None]
+
+    @property
+    def label(self) -> str:
+        """The predicted class."""
+        return self.prediction.label
+
+    def _repr_html_(self) -> str:
+        near = zip(self.prediction.neighbours, self.shots, strict=True)
+        rows = [
+            (_shown(shot), key.label, f"{key.contribution:.2g}", f"{key.affinity:.3f}", key.source)
+            for key, shot in near
+        ]
+        chances = zip(self.prediction.labels, self.prediction.probabilities, strict=True)
+        answer = ", ".join(f"{label} {share:.1%}" for label, share in chances)
+        asked = table((), [(_shown(self.picture), answer)])
+        columns = ("shot", "class", "contribution", "affinity", "source")
+        return asked + table(columns, rows, "the shots behind the answer", numbers=(2, 3))
+
+
+def _answers(
+    index: AnsweringIndex,
+    given: Iterable[Pictures],
+    encoder: Encoder,
+    top: int,
+    k: KeysMet,
+    tail: bool | None,
+    neighbours: int,
+    certify: bool,
+) -> Predictions:
+    answers: list[Predictions] = []
+    for part in given:
+        reader = replace(encoder, read=part.read)
+        with strict_errors():
+            answers += index.classify_source(part.source, reader, top, k, tail, neighbours, certify)
+    return Predictions.joined(answers)
+
+
+def _suggested(index: AnsweringIndex, encoder: Encoder, photos: Any, n: int) -> Suggestions:
+    if isinstance(photos, np.ndarray) and np.issubdtype(photos.dtype, np.floating):
+        check_unit(queries(photos, index.d))
+        names = [str(row) for row in range(len(photos))]
+        return suggest_features(Pool(names, photos.astype(np.float32), [None] * len(photos)), n, index)
+    if isinstance(photos, str | os.PathLike) and kind_of(photos) != "image":
+        return suggest_photos([*open_inputs([os.fspath(photos)])], n, encoder, index)
+    given = pictures(photos)
+    with strict_errors():
+        return suggest_photos([given.source], n, replace(encoder, read=given.read, strict=True), index)
+
+
+def _shown(data: bytes | None) -> Any:
+    try:
+        small = images.thumbnail(data or b"", THUMBNAIL)
+    except RetrievalTipError:
+        return "-"
+    return markup(f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(small).decode()}">')
+
+
+def _file(path: str) -> bytes | None:
+    try:
+        return read_item(path)
+    except InputError:
+        return None
