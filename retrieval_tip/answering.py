@@ -367,6 +367,7 @@ class AnsweringIndex(ABC):
         Raises InputError if the norm of a feature is not 1.
         """
         check_count("top", top)
+        check_count("neighbours", neighbours, 0)
         retrieval, f = self._retrieval(k, tail), self._queries(features)
         if norms == "check":
             inputs.check_unit(f)
@@ -374,7 +375,7 @@ class AnsweringIndex(ABC):
         if certify:
             terms = self.certified(f, retrieval.settings.k or "all", retrieval.settings.tail)
         else:
-            terms = retrieval.terms(f, neighbours=max(shown, 0))
+            terms = retrieval.terms(f, neighbours=shown)
             self._check(terms)
         size = min(PREDICTED, max(1, ARROW_LENGTH // len(self.class_names)))
         parts = slices(len(f), size) if len(f) else [slice(0)]

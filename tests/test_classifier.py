@@ -7,6 +7,7 @@ import io
 import re
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,23 @@ import torch
 from PIL import Image
 from tables import tiny
 
-from retrieval_tip import Classifier, Encoder, Prediction, Predictions, build_index, load_backbone, open_source
+from retrieval_tip import (
+    CacheModel,
+    Classifier,
+    Encoder,
+    Prediction,
+    Predictions,
+    Recipe,
+    build_index,
+    load_backbone,
+    open_source,
+)
 from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.open_clip import OpenClipBackbone
 from retrieval_tip.data.sources import open_items
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
 from retrieval_tip.evaluation import evaluate as evaluation
+from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.index import changes
 from retrieval_tip.report.report import write_report
 
@@ -187,7 +199,16 @@ def test_photos_in_memory_become_shots(place):
         np.testing.assert_allclose(np.asarray(clf.cache.keys), np.asarray(folder.cache.keys), atol=1e-5)
         assert clf.classes == folder.classes
         assert clf.predict(place / "new/red/6.png").label == folder.predict(place / "new/red/6.png").label
-    assert clf.evaluate(ImageFolder(place / "new")).top1 == folder.evaluate(place / "new").top1
+    new, answers = ImageFolder(place / "new"), folder.predict(place / "new")
+    assert clf.evaluate(new).top1 == folder.evaluate(place / "new").top1
+    transforms = [None, lambda picture: picture.convert("RGB"), lambda picture: torch.zeros(3, 8, 8)]
+    for given in (*(ImageFolder(place / "new", one) for one in transforms), torch.utils.data.Subset(new, range(6))):
+        assert [one.label for one in clf.predict(given)] == [one.label for one in answers]
+        assert (clf.evaluate(given).n, len(clf.suggest(given, 6))) == (6, 6)
+    grey = ImageFolder(place / "new", lambda picture: picture.convert("L"))
+    plain = [picture.convert("L") for picture, _ in new]
+    np.testing.assert_allclose(clf.predict_proba(grey), clf.predict_proba(plain), atol=1e-6)
+    assert len(clf.predict(Dataset())) == 6  # which has no end
     backwards = torch.utils.data.Subset(Dataset(), range(5, -1, -1))
     held = Classifier.from_images(backwards, model=model, device="cpu")
     assert held.classes == ["red", "green", "blue"]
@@ -254,6 +275,7 @@ def test_datasets_of_hugging_face_are_labelled_photographs(place, clf, datasets)
         assert made.predict(new[0]).label == folder[0].label
         for given in (new, new.to_iterable_dataset(), torch.utils.data.Subset(new, range(6))):
             assert made.evaluate(given).top1 == clf.evaluate(place / "new").top1
+        assert made.suggest(new).photos == 6
         assert len(made.add(new).key_ids) == 6
     files = dataset("new", str)
     assert made.predict(files).inputs == folder.inputs  # which explain() can show
@@ -265,6 +287,219 @@ def test_datasets_of_hugging_face_are_labelled_photographs(place, clf, datasets)
                          (files.remove_columns("label"), "label: missing")):  # fmt: skip
         with pytest.raises(UsageError, match=re.escape(named)):
             Classifier.from_images(wrong, model=model, device="cpu")
+
+
+def test_every_change_is_a_method_and_the_new_version_is_used(place, tmp_path):
+    """Also for an index that is not saved."""
+    clf = Classifier.from_folder(place / "photos", f"local-dir:{place / 'model'}", device="cpu")
+    assert "not saved" in repr(clf)
+    assert clf.remove(key_ids=[0]).key_ids == [0]
+    assert len(clf) == 17
+    assert clf.relabel("red", where="key_id = 1").version == clf.cache.version == 3
+    assert clf.relabel({1: "blue", 2: "green"}).key_ids == [1, 2]
+    assert clf.cache.find(key_ids=[1, 2])["label"].to_pylist() == ["blue", "green"]
+    assert not clf.rename("red", "crimson", encode=True).merged
+    assert "crimson" in clf.classes
+    assert clf.rename("crimson", "blue").merged
+    assert clf.classes == ["blue", "green"]
+    assert clf.rollback(1).version == clf.cache.version == 7
+    assert (len(clf), clf.classes) == (18, ["blue", "green", "red"])
+    told = clf.history()["change"].to_pylist()
+    assert told[1:3] == ["remove 1 key", "relabel 1 key as red"]
+    assert clf.fit(metric="none").form.metric is None
+    choice = clf.fit(place / "new", values="one-hot")
+    assert (choice.judged_on, clf.cache.values, clf.cache.version) == (f"6 photos of {place / 'new'}", None, 9)
+    before = clf.predict_proba(place / "new")
+    result = clf.calibrate(torch.utils.data.Subset(Dataset(), range(6)))
+    assert clf.cache.settings.temperature == result.temperature != 1
+    assert (clf.predict_proba(place / "new").argmax(1) == before.argmax(1)).all()
+    assert clf.audit(borderline=True).equals(audit(CacheModel.load(clf.cache.place), borderline=True))
+    other = Classifier.from_folder(place / "new", f"local-dir:{place / 'model'}", device="cpu")
+    assert len(clf.merge(other).key_ids) == 6
+    stored = clf.save(f"lance://{tmp_path}/store.lance")
+    assert stored.remove(key_ids=[3]).version == stored.cache.version
+    assert [len(stored), len(stored.similar(place / "new/red/6.png", 30))] == [23, 23]
+    for in_a_folder_only in (lambda: stored.calibrate(place / "new"), stored.finetune):
+        with pytest.raises(UsageError, match=r"lance://.*needs an index in a folder"):
+            in_a_folder_only()
+
+
+def test_an_index_is_fine_tuned_into_another(place, kept, tmp_path):
+    """The encoder belongs to the new index, and the old one stays as it is."""
+    clf, old = Classifier.load(kept, device="cpu"), Classifier.load(kept, device="cpu")
+    recipe = Recipe(epochs=1, views=2, precision="float32")
+    tuned = clf.finetune(tmp_path / "f", recipe, val=place / "new", keep_last=True)
+    assert clf.cache.place == str(tmp_path / "f")
+    np.testing.assert_array_equal(clf.cache.keys, tuned.cache.keys)
+    trained = replace(recipe, train=("visual",), views=None, lr=1.0)
+    clf.finetune(None, trained, keep_last=True)
+    assert "not saved" in repr(clf)
+    photo = place / "new/red/6.png"
+    assert clf.encoder.backbone.identity == clf.cache.backbone != old.cache.backbone
+    features = [one.encoder.encode(open_items(place / "new")).features for one in (clf, old)]
+    assert not np.array_equal(*features)
+    again = Classifier.load(clf.save(tmp_path / "saved").cache.place, device="cpu")
+    assert again.predict(photo).probability == pytest.approx(clf.predict(photo).probability, abs=1e-5)
+    held = Classifier.from_images(Dataset(), model=f"local-dir:{place / 'model'}", device="cpu")
+    with pytest.raises(InputError, match="photo 0: no such file"):
+        held.finetune(None, recipe)
+    assert held.finetune(None, recipe, source=Dataset(), val=Dataset(), val_shots="all").compared.n == 6
+
+
+def test_probabilities_and_similar_shots_are_those_of_the_definition(place, clf):
+    cache, photos = clf.cache, open_source(place / "new")
+    f = torch.from_numpy(clf.encoder.encode(photos).features)
+    expected = (cache.logits(f).double() / cache.settings.temperature).softmax(1)
+    np.testing.assert_allclose(clf.predict_proba(place / "new"), expected, atol=1e-6)
+    np.testing.assert_allclose(clf.predict_proba(f.numpy(), k="all"), expected, atol=1e-6)
+    np.testing.assert_allclose(clf.predict_proba(photos.paths[2]), expected[2:3], atol=1e-6)
+    assert clf.predict_proba([]).shape == (0, 3)
+    points, keys = ((x if cache.metric is None else cache.metric(x)) for x in (f, torch.from_numpy(cache.keys[:])))
+    affinity = points.double() @ keys.double().T
+    for row, path in enumerate(photos.paths):
+        found, best = clf.similar(path, 4), affinity[row].argsort(descending=True)[:4]
+        np.testing.assert_allclose([shot.affinity for shot in found], affinity[row][best], atol=1e-5)
+        rows = [cache.labels["key_id"].to_pylist().index(shot.key_id) for shot in found]
+        assert [cache.labels[column][rows[0]].as_py() for column in ("source", "label")] == list(found[0][1:3])
+        np.testing.assert_allclose(affinity[row][rows], affinity[row][best], atol=1e-5)
+    assert [shot.key_id for shot in clf.similar(f[0].numpy(), 2)] == [s.key_id for s in clf.similar(photos.paths[0], 2)]
+
+
+def test_photos_are_sorted_and_two_classifiers_compared(place, kept, clf, tmp_path):
+    done = clf.sort([place / "new/red", place / "new/blue/6.png"], tmp_path / "out", min_probability=0)
+    assert done.done == 3
+    clf.relabel("red", where="label = 'blue'")
+    for other in (kept, Classifier.load(kept, device="cpu")):
+        both = clf.compare(other, place / "new")
+        assert both.names == (clf.cache.place, str(kept))
+        assert [score.accuracy for score in both.scores] == [
+            one.evaluate(place / "new").top1 for one in (clf, Classifier.load(kept, device="cpu"))
+        ]
+    held = clf.compare(kept, torch.utils.data.Subset(Dataset(), range(6)))
+    assert (held.n, held.skipped) == (6, [])
+    assert clf.compare(kept, place / "new/red").scores is None  # without labels
+
+
+def test_photos_in_memory_are_suggested_although_the_index_has_others_of_the_same_name(place):
+    clf = Classifier.from_images(Dataset(), model=f"local-dir:{place / 'model'}", device="cpu")
+    others = [photograph(100 + seed, 0) for seed in range(3)]
+    found = clf.suggest([*others, photograph(0, 0)], 4)
+    assert (sorted(found.inputs), found.known) == (["photo 0", "photo 1", "photo 2"], 1)
+
+
+def test_the_graph_gives_the_answers_of_the_classifier(place, clf, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    facts = clf.export_onnx(tmp_path / "g.onnx", features=True)
+    graph = runtime.InferenceSession(tmp_path / "g.onnx")
+    f = clf.encoder.encode(open_source(place / "new")).features
+    assert facts["labels"] == clf.classes
+    np.testing.assert_allclose(graph.run(["probabilities"], {"features": f})[0], clf.predict_proba(f), atol=1e-4)
+    clf.export_onnx(tmp_path / "pixels.onnx")
+    assert [one.name for one in runtime.InferenceSession(tmp_path / "pixels.onnx").get_inputs()] == ["pixels"]
+
+
+def test_answers_are_shown_in_one_line(place, clf):
+    answer = clf.predict(place / "new/red/6.png", top=2)
+    strongest, second = answer.neighbours[0].source, f"{answer.labels[1]} {answer.probabilities[1]:.4f}"
+    assert repr(answer) == f"Prediction({answer.label}, {answer.probability:.4f}; {second}; strongest shot {strongest})"
+    assert repr(replace(answer, unlike=True, neighbours=[], labels=["red"], probabilities=[0.9])).endswith(
+        "; no match)"
+    )
+    assert repr(replace(answer, label="a\nb")).startswith("Prediction(a\\nb, ")
+    assert repr(clf.predict([place / "new/red/6.png"])) == f"Predictions(1 prediction: {answer.label})"
+    assert repr(Predictions()) == "Predictions(0 predictions)"
+
+
+PHOTO = Image.new("RGB", (8, 8))
+MISUSE = {
+    "photos: got an object of type int; give a path, a PIL image, an array, bytes, or a list": [
+        lambda clf: clf.predict(5), lambda clf: clf.predict_proba(5), lambda clf: clf.suggest(5),
+        lambda clf: clf.add(5, "red"), lambda clf: clf.evaluate(5), lambda clf: clf.compare(clf, 5),
+        lambda clf: clf.fit(5), lambda clf: clf.calibrate(5), lambda clf: clf.finetune(val=5),
+        lambda clf: clf.from_images(5),
+    ],
+    "photos: got an object of type NoneType; give": [lambda clf: clf.predict(None), lambda clf: clf.evaluate(None)],
+    "photo: expected a single photo or feature; call similar for each": [
+        lambda clf: clf.similar(5), lambda clf: clf.similar([PHOTO]), lambda clf: clf.similar(clf.cache.keys[:2]),
+    ],
+    "what: expected a single photo; call explain for each": [lambda clf: clf.explain([PHOTO])],
+    "https://e.org/a.png: a web address; download it first": [
+        lambda clf: clf.predict("https://e.org/a.png"), lambda clf: clf.predict(["https://e.org/a.png"]),
+        lambda clf: clf.explain("https://e.org/a.png"), lambda clf: clf.similar("https://e.org/a.png"),
+        lambda clf: clf.add("https://e.org/a.png", "red"), lambda clf: clf.sort("https://e.org/a.png", "out"),
+        lambda clf: clf.evaluate("https://e.org/a.png"), lambda clf: clf.from_folder("https://e.org/a.png"),
+    ],
+    "k is many: expected": [lambda clf: clf.predict(PHOTO, k="many")],
+    "neighbours is a: expected": [lambda clf: clf.predict(PHOTO, neighbours="a")],
+    "n is 0: expected": [lambda clf: clf.similar(PHOTO, 0), lambda clf: clf.suggest([PHOTO], 0)],
+    "photos: only files can be sorted; give the path": [
+        lambda clf: clf.sort(5, "out"), lambda clf: clf.sort(PHOTO, "out"), lambda clf: clf.sort([PHOTO], "out"),
+    ],
+    "label: got 5; give the name of a class": [
+        lambda clf: clf.add(PHOTO, 5), lambda clf: clf.add([PHOTO], [5]), lambda clf: clf.relabel(5, key_ids=[0]),
+    ],
+    "images: has no items; give at least one": [lambda clf: clf.add([], "red")],
+    "labels: got 'red'; give a list": [lambda clf: clf.from_images([PHOTO], "red")],
+    "photos: a path has no labels; call from_folder": [lambda clf: clf.from_images("photos")],
+    "photos: got an object of type list; give a path": [lambda clf: clf.from_folder([PHOTO])],
+    "model: got an object of type int; give a name": [lambda clf: clf.load(clf.cache.place, 5)],
+    "model: got 2 objects; give (model, preprocess, tokenizer)": [lambda clf: clf.load(clf.cache.place, (1, 2))],
+    "key ids: got 5; give a list": [lambda clf: clf.remove(key_ids=5)],
+    "key ids: got ['a']; give a list": [lambda clf: clf.remove(key_ids=["a"]), lambda clf: clf.relabel({"a": "red"})],
+    "where: got 5; give an SQL condition": [lambda clf: clf.remove(where=5)],
+    "class name 5: expected text": [lambda clf: clf.rename("red", 5)],
+    "version is x: expected": [lambda clf: clf.rollback("x")],
+    "has no version 99; use one of": [lambda clf: clf.rollback(99)],
+    "gone: no such folder; make one with": [
+        lambda clf: clf.merge("gone"), lambda clf: clf.compare("gone", "new"), lambda clf: clf.fit(prior="gone"),
+        lambda clf: clf.load("gone"),
+    ],
+    "recipe: got an object of type int; give a Recipe": [lambda clf: clf.finetune(recipe=5)],
+    "got an object of type int; give a path": [
+        lambda clf: clf.load(5), lambda clf: clf.save(5), lambda clf: clf.merge(5), lambda clf: clf.finetune(5),
+        lambda clf: clf.compare(5, "new"), lambda clf: clf.export_onnx(5), lambda clf: clf.report("r.html", 5),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", MISUSE)
+def test_misuse_gives_one_clear_error(place, kept, words):
+    clf = Classifier.load(kept, device="cpu")
+    for call in MISUSE[words]:
+        with pytest.raises(RetrievalTipError, match=f"^[^;]*{re.escape(words)}") as error:
+            call(clf)
+        assert "\n" not in str(error.value)
+    assert clf.cache.reload() is clf.cache  # nothing changed
+
+
+def test_a_classifier_without_a_folder_or_an_encoder_says_so(place, tmp_path):
+    from tables import unit_rows, write_table
+
+    cache = CacheModel.from_features(np.eye(4, dtype=np.float32), ["a", "a", "b", "b"], ["a", "b"])
+    loose = Classifier(cache, Encoder())
+    assert loose.predict_proba(np.eye(4, dtype=np.float32)).shape == (4, 2)
+    for call in (lambda: loose.add(PHOTO, "a"), lambda: loose.remove(key_ids=[0]), loose.history, loose.rollback,
+                 loose.fit, loose.finetune, lambda: loose.merge("x"), lambda: loose.push("a/b")):  # fmt: skip
+        with pytest.raises(UsageError, match="index: has no folder yet; write one with"):
+            call()
+    build_index(open_source(write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["red", "green", "blue"] * 2)),
+                tmp_path / "i", Encoder(), device="cpu", fit="none")  # fmt: skip
+    bare, new = Classifier.load(tmp_path / "i", device="cpu"), place / "new"
+    for call in (bare.predict, bare.predict_proba, bare.suggest, bare.evaluate, bare.calibrate, bare.fit, bare.add):
+        with pytest.raises(UsageError, match=r"photos need an encoder; name it"):
+            call(new)
+    for call in (bare.similar, bare.explain, lambda one: bare.sort(one, tmp_path / "out"),
+                 lambda _: bare.compare(bare, new)):  # fmt: skip
+        with pytest.raises(UsageError, match=r"photos need an encoder; name it"):
+            call(new / "red/6.png")
+    with pytest.raises(UsageError, match="encode: the index has no encoder"):
+        bare.rename("red", "blue", encode=True)
+
+
+def test_a_misspelt_argument_is_not_ignored(clf):
+    for method in ("predict", "predict_proba", "similar", "suggest", "add", "fit", "from_folder", "from_images"):
+        with pytest.raises(TypeError, match="shotz"):
+            getattr(clf, method)(PHOTO, shotz=1)
 
 
 def parameters(function):

@@ -115,7 +115,7 @@ class AnsweringClassifier(OpenIndex):
         or table have no row.
         """
         answers: Any = self.predict(what, neighbours=0, k=k, tail=tail, norms=norms)
-        rows = [{"logits": answers.logits}] if isinstance(answers, Prediction) else answers.rows(["logits"])
+        rows = [{"logits": answers.logits}] if isinstance(answers, Prediction) else answers.rows(["label", "logits"])
         logits = torch.tensor(np.array([row["logits"] for row in rows]), dtype=torch.float32)
         chances = tip.probabilities(logits.view(-1, len(self.classes)), self.cache.settings.temperature)
         return np.asarray(chances)
@@ -134,6 +134,8 @@ class AnsweringClassifier(OpenIndex):
 
         The arguments are the same as for :meth:`predict`.
         """
+        if not is_one(what):
+            raise UsageError("what: expected a single photo; call explain for each of them")
         given, encoder = pictures(what), replace(self.encoder, strict=True)
         prediction = _answers(self.cache, [given], encoder, top, k, tail, neighbours, certify)[0]
         own = given.read(given.source.paths[0]) if given.source.paths else b""

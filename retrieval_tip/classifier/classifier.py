@@ -148,6 +148,8 @@ class Classifier(AnsweringClassifier, MeasuredClassifier, EditableClassifier):
 
         The other arguments are the same as for :meth:`from_folder`.
         """
+        if isinstance(images, str | os.PathLike) and labels is None:
+            raise UsageError(f"{os.fspath(images)}: a path has no labels; call from_folder, or give labels")
         return cls.from_folder(
             labelled_pictures(images, labels), model, pretrained=pretrained, out=out, device=device, views=views,
             seed=seed, shots=shots, templates=templates, text=text, index=index, dtype=dtype, alpha=alpha, beta=beta,
@@ -174,7 +176,7 @@ class Classifier(AnsweringClassifier, MeasuredClassifier, EditableClassifier):
 
     def save(self, folder: str | os.PathLike[str]) -> Self:
         """Copy the index to a new folder or LanceDB store, which this classifier uses from now on."""
-        changes.clone(self._place(), folder)
+        changes.clone(self._place(), check_place("folder", folder))
         self.cache = places.at(folder).load(device=self.cache.device)
         self._temporary = None
         return self

@@ -165,7 +165,10 @@ class EditableClassifier(OpenIndex):
         For the other arguments and the errors, see :func:`finetune.finetune_into`.
         """
         from retrieval_tip.fit.finetune import finetune_into, own_shots, shots_of
+        from retrieval_tip.fit.trainer import Recipe
 
+        if not isinstance(recipe, Recipe | None):
+            raise UsageError(f"recipe: got an object of type {type(recipe).__name__}; give a Recipe")
         cache = CacheModel.load(self._folder(), device=self.cache.device, precision="float32")
         encoder, unseen = self.encoder, None if val is None else self._validation(cache, val, val_shots)
         if source is None:

@@ -22,6 +22,7 @@ from retrieval_tip.data.pictures import labelled_pictures
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index import places
+from retrieval_tip.index.addresses import plug_of
 from retrieval_tip.index.places import Place
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class OpenIndex:
     def _folder(self) -> Path:
         """Return the folder of the index. Raises UsageError if it is in another kind of store."""
         place = self._place()
-        if places.at(place).local is None:
+        if plug_of(place) is not None:
             raise UsageError(f"{place}: this needs an index in a folder; copy it with save(FOLDER)")
         return Path(place)
 

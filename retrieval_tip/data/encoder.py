@@ -137,6 +137,8 @@ class Encoder:
 
     def encode(self, source: Source) -> FeatureBlock:
         """Return the features of a source as one block (see :meth:`blocks`)."""
+        if not len(source):
+            raise InputError(f"{source.name}: has no items; give at least one")
         blocks = list(self.blocks(source))
         return FeatureBlock(
             np.concatenate([block.positions for block in blocks]),
@@ -224,7 +226,7 @@ class Encoder:
     def needed_backbone(self, source: Source) -> Backbone:
         """Return the backbone. Raises UsageError if there is none."""
         if self.backbone is None:
-            raise UsageError(f"{source.name}: it requires an encoder; give --model (and --pretrained)")
+            raise UsageError(f"{source.name}: photos need an encoder; name it with --model, or in Python with model")
         return self.backbone
 
     def _parts(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[_Part]:

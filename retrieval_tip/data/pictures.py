@@ -20,6 +20,9 @@ Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | 
 """A photo. This can be a path, an encoded image, a PIL image, a uint8 array of shape ``[h, w]`` or ``[h, w, 3]``, a row
 of a Hugging Face dataset, or a mapping with ``bytes`` and ``path``."""
 
+UNNAMED = "^photo [0-9]+$"
+"""Pattern of the names of photos in memory. Two photos with the same name may be different."""
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -31,9 +34,13 @@ class Pictures:
     def labelled(self, label: str | Sequence[str]) -> Pictures:
         """Label the photos, either with one label for all photos or with one label per photo.
 
-        Raises InputError if the number of labels is wrong.
+        Raises UsageError if ``label`` is neither text nor a list of texts, and InputError if there are too few or too
+        many labels.
         """
-        labels = [label] * len(self.source) if isinstance(label, str) else list(label)
+        given = label if isinstance(label, Iterable) else [label]
+        labels: list[str] = [given] * len(self.source) if isinstance(given, str) else list(given)
+        if wrong := [one for one in labels if not isinstance(one, str)]:
+            raise UsageError(f"label: got {wrong[0]!r}; give the name of a class, or one name per photo")
         if len(labels) != len(self.source):
             raise InputError(
                 f"labels: got {len(labels)} for {len(self.source)} photos; give one per photo, or one for all"
@@ -181,6 +188,8 @@ def labelled_pictures(given: Any, labels: Iterable[object] | None = None) -> Pic
     names = getattr(whole, "classes", None) if columns is None else columns.names
     if labels is None:
         given, labels = _apart(given, columns)
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
+        raise UsageError(f"labels: got {labels!r}; give a list that has the class name of each photo")
     made = pictures(given).labelled([_name(label, names, place) for place, label in enumerate(labels)])
     own = made.source.class_names
     ordered = tuple(name for name in map(str, names or ()) if name in own)

@@ -22,6 +22,7 @@ import pyarrow as pa
 from retrieval_tip.answering import AnsweringIndex, EditableIndex
 from retrieval_tip.backbones.base import Backbone, Identity, same_backbone
 from retrieval_tip.backbones.prompts import check_templates, text_weights
+from retrieval_tip.bounds import check_count
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.data.imports import import_table
@@ -430,6 +431,8 @@ def rollback(folder: Place, version: int | None = None) -> Changed:
     ``version`` defaults to the parent of the current version. Key ids are not reused. Raises StoreError if the earlier
     version is missing or damaged.
     """
+    if version is not None:
+        check_count("version", version)
     return Changed(places.at(folder).rollback(version), [])
 
 
@@ -574,6 +577,8 @@ def _known(
 def _chosen(cache: AnsweringIndex, where: str | None, key_ids: Sequence[int] | None) -> list[int]:
     if (where is None) == (key_ids is None):
         raise UsageError("which keys: give either a condition (--where) or ids (--key-ids)")
+    if not isinstance(where, str | None):
+        raise UsageError(f"where: got {where!r}; give an SQL condition")
     if where is None:
         if not isinstance(key_ids, Iterable) or not all(isinstance(key_id, Integral) for key_id in key_ids):
             raise UsageError(f"key ids: got {key_ids!r}; give a list of whole numbers")

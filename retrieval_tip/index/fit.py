@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,13 +57,13 @@ def fit_index(
     return store.fit(asked, queries)
 
 
-def prior_of(indexes: Sequence[Place], backbone: Identity | None) -> FloatArray | None:
+def prior_of(indexes: Place | Sequence[Place], backbone: Identity | None) -> FloatArray | None:
     """Return the scatter of the photos of other indexes, or ``None`` if there are no indexes.
 
     Raises BackboneError if an index has another ``backbone``. Raises InputError if no class has two photos.
     """
     found = []
-    for place in indexes:
+    for place in [indexes] if isinstance(indexes, str | os.PathLike) else indexes:
         other = places.at(place).load(device="cpu", precision="float32")
         if backbone is not None and other.backbone is not None:
             same_backbone(other.backbone, backbone, f"prior {place}")

@@ -17,6 +17,7 @@ from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Identity, same_backbone
 from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.pictures import UNNAMED
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, counted
 from retrieval_tip.index.items import ItemColumns, identity_of, read_text_table
@@ -179,6 +180,7 @@ def suggest_photos(
     total = sum(map(len, sources))
     if index is not None:
         known = index.labels["source"].combine_chunks()
+        known = known.filter(pc.invert(pc.match_substring_regex(known, UNNAMED)))
         sources = [_kept(one, pc.invert(pc.is_in(one.items["source"], value_set=known)).to_numpy()) for one in sources]
     left = sum(map(len, sources))
     if left > MOST_PHOTOS:

@@ -160,6 +160,8 @@ def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[s
     """
     if old not in class_names:
         raise InputError(f"{old!r} is not a class of this index ({few(class_names)})")
+    if not isinstance(new, str):
+        raise InputError(f"class name {new!r}: expected text")
     if new != new.strip() or not new.isprintable() or not 0 < len(new) <= LONGEST_NAME:
         shown = new if len(new) <= LONGEST_NAME else f"{new[:20]}..."
         raise InputError(
