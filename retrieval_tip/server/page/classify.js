@@ -139,6 +139,16 @@ function changed(photo) {
 
 const busy = () => photos.filter((photo) => photo.busy).length;
 let wasBusy = false;
+let work = { begun: 0, most: 0 }; // when photos began to wait for answers, and how many there were
+
+/** Return how long the photos that have no answer yet will take, or "" at the beginning. */
+function remaining(left) {
+  if (left > work.most || !wasBusy) work = { begun: performance.now(), most: left };
+  const done = work.most - left;
+  const seconds = (performance.now() - work.begun) / 1000;
+  if (done < 5 || seconds < 3) return "";
+  return ` · about ${Math.ceil((seconds * left) / done)} s left`;
+}
 
 function progress() {
   const left = busy();
@@ -147,7 +157,7 @@ function progress() {
   $("answers").hidden = !photos.length;
   const unlike = photos.filter((photo) => photo.unlike).length;
   $("progress").textContent =
-    (left ? `${(photos.length - left).toLocaleString("en")} of ${plural(photos.length, "photo")} done` : plural(photos.length, "photo")) +
+    (left ? `${(photos.length - left).toLocaleString("en")} of ${plural(photos.length, "photo")} done${remaining(left)}` : plural(photos.length, "photo")) +
     (unlike ? ` · ${unlike} with no match` : "");
   $("exactness").textContent = photos.some((photo) => photo.shown?.how === "estimate") ? "These are estimates. Waiting for the server…" : "";
   const done = wasBusy && !left;
@@ -272,6 +282,10 @@ function arrange() {
   progress();
 }
 
+$("filters").addEventListener("click", () => {
+  const open = $("bar").classList.toggle("open");
+  $("filters").setAttribute("aria-expanded", String(open));
+});
 for (const id of ["sort", "group", "filter-state"]) $(id).addEventListener("change", arrange);
 $("filter").addEventListener("input", debounced(120, arrange));
 

@@ -93,6 +93,7 @@ export function aim(event) {
 /** Add files that were selected, or dropped on an element. Each folder becomes a class, regardless of where it is
  *  dropped. */
 export function receive(found, place = null) {
+  showCards();
   const images = found.filter(({ file }) => IMAGE.test(file.name) || IMAGE.test(file.type.replace("/", ".")));
   const before = new Set(classes);
   const given = [];
@@ -232,6 +233,7 @@ function undoTo(since) {
     undo.disabled = true;
     try {
       if (await state.rollback(since, state.info.version)) $("teach-result").replaceChildren("Undone.");
+      $("teach-view").classList.remove("done");
     } catch (error) {
       $("teach-result").replaceChildren(failure(error));
     }
@@ -239,16 +241,25 @@ function undoTo(since) {
   return undo;
 }
 
+/** Show the cards again, in place of the result. */
+function showCards() {
+  if ($("teach-view").classList.contains("done")) $("teach-result").hidden = true;
+  $("teach-view").classList.remove("done");
+}
+
 function finished(result, skipped, since, seconds) {
   const names = skipped.slice(0, 3).map(({ input }) => input).join(", ") + (skipped.length > 3 ? ` and ${skipped.length - 3} more` : "");
   const out = skipped.length ? ` Skipped ${plural(skipped.length, "file")}: ${names}.` : "";
   const ask = el("button", { type: "button", class: "primary", id: "teach-ask" }, "Try it on a photo");
   ask.addEventListener("click", () => (location.hash = "#classify"));
+  const again = el("button", { type: "button" }, "Add more photos");
+  again.addEventListener("click", () => (showCards(), $("teach-more").focus()));
+  $("teach-view").classList.add("done"); // the result takes the place of the cards
   $("teach-result").hidden = false;
   $("teach-result").replaceChildren(
     el("strong", {}, `Done in ${seconds.toFixed(1)} s. “${result.index}” is ready.`),
     el("p", {}, `${judged(result.judged) || "To estimate its accuracy, add a second photo to each class."}${out}`),
-    el("p", { class: "buttons" }, ask, undoTo(since)),
+    el("p", { class: "buttons" }, ask, again, undoTo(since)),
   );
   for (const one of classes.splice(0)) one.element.remove();
   addClass();
@@ -277,6 +288,7 @@ $("teach-folders").addEventListener("click", () => $("teach-folder").click());
 $("teach-folder").addEventListener("change", () => (receive(chosen($("teach-folder"))), ($("teach-folder").value = "")));
 $("teach-name").addEventListener("input", show);
 for (const id of ["teach-new", "teach-old"]) $(id).addEventListener("change", show);
+addEventListener("hashchange", () => location.hash === "#teach" || showCards());
 state.addEventListener("wanted", ({ detail }) => {
   const known = classes.find(({ name }) => name === detail);
   const one = known ?? classes.find(({ name, files }) => !name && !files.length) ?? addClass();
