@@ -143,7 +143,7 @@ def serve_command(
 def label_command(
     ctx: click.Context, photos: tuple[str, ...], folder: Place, classes: str, port: int, encoding: EncodingOptions
 ) -> None:
-    """Label photos in the browser, while an index learns from the labels.
+    """Label photos in the browser, most useful photos first.
 
     PHOTOS are images, folders, globs or tables of paths. Use - to read paths from standard input. The page shows the
     photos that help most, with a guess for each. Every label is saved in INDEX, so you can stop with Ctrl+C and
