@@ -252,7 +252,7 @@ def datasets(monkeypatch):
     return pytest.importorskip("datasets")
 
 
-def test_datasets_of_hugging_face_are_labelled_photographs(place, clf, datasets):
+def test_datasets_of_hugging_face_are_labelled_photographs(place, clf, datasets, tmp_path):
     def dataset(part, how):
         files, names = sorted((place / part).glob("*/*.png")), ["blue", "green", "red"]
         columns = {"id": list(range(len(files))), "label": [names.index(file.parent.name) for file in files]}
@@ -279,12 +279,18 @@ def test_datasets_of_hugging_face_are_labelled_photographs(place, clf, datasets)
         assert len(made.add(new).key_ids) == 6
     files = dataset("new", str)
     assert made.predict(files).inputs == folder.inputs  # which explain() can show
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(place / "new"), split="train", cache_dir=str(tmp_path))
+    assert clf.evaluate(loaded).top1 == clf.evaluate(place / "new").top1
+    assert clf.predict(loaded).inputs == folder.inputs
     unknown = files.remove_columns("label").add_column("label", [0, 1, 2, -1, 0, 0])
     unknown = unknown.cast_column("label", datasets.ClassLabel(names=["blue", "green", "red"]))
     with pytest.raises(InputError, match="photo 3: label -1"):
         made.evaluate(unknown)
+    two = files.rename_column("label", "coarse")
+    two = two.add_column("fine", two["coarse"], feature=two.features["coarse"])
     for wrong, named in ((files.remove_columns("image"), "'label'"), (datasets.DatasetDict(train=files), "'train'"),
-                         (files.remove_columns("label"), "label: missing")):  # fmt: skip
+                         (files.remove_columns("label"), "label: missing"),
+                         (two, "label: missing; give a dataset")):  # fmt: skip
         with pytest.raises(UsageError, match=re.escape(named)):
             Classifier.from_images(wrong, model=model, device="cpu")
 

@@ -198,6 +198,8 @@ def labelled_pictures(given: Any, labels: Iterable[object] | None = None) -> Pic
 
 def _apart(given: Any, columns: Columns | None) -> tuple[Any, Iterable[object]]:
     label = None if columns is None else columns.label
+    if columns is not None and label is None:
+        raise UsageError("label: missing; give a dataset that has one column of class labels, or one called 'label'")
     if label is not None and hasattr(given, "__len__") and Columns.of(given) == columns:
         return given, given.with_format(None)[label]
     items = list(_each(given))
