@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, Field, PlainValidator, WithJsonSchema
 
+from retrieval_tip.fit.closed_form import Judged
 from retrieval_tip.labelling.queue import Picked
 from retrieval_tip.predictions import SCHEMA, Evidence
 from retrieval_tip.server.problems import MEDIA
@@ -327,6 +328,13 @@ class Accuracy(Shares):
     low: float | None
     high: float | None
     weakest: list[WeakClass]
+
+    @classmethod
+    def of(cls, judged: Judged, version: int) -> Accuracy:
+        """Return the result of :func:`closed_form.estimate` for a version."""
+        low, high = judged.get("interval", (None, None))
+        weakest = [WeakClass(*one) for one in judged.get("weakest", ())]
+        return cls(judged["photos"], judged["words"], judged["both"], version, low, high, weakest)
 
 
 @dataclass(frozen=True)

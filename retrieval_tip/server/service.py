@@ -435,10 +435,7 @@ class Service:
         known: Judged = {"photos": None, "words": None, "both": None}
         if cache.n <= self.limits.estimated:
             known = await self._once(version, "accuracy", lambda: estimate(cache.in_memory()))
-        low, high = known.get("interval", (None, None))
-        weakest = [schemas.WeakClass(*one) for one in known.get("weakest", ())]
-        shares = known["photos"], known["words"], known["both"]
-        return schemas.Accuracy(*shares, version.manifest.version, low, high, weakest)
+        return schemas.Accuracy.of(known, version.manifest.version)
 
     async def _once(
         self, version: Version, what: Hashable, call: Callable[[], T], kept: Kept[Hashable, Any] | None = None
