@@ -24,6 +24,8 @@ COLOURS = 256
 """Number of colours in a screenshot. Using a palette halves the size of the file."""
 WAIT = 60_000
 """Timeout in milliseconds."""
+LABELS = 40
+"""Number of photos to label before the screenshot."""
 SEEN = """[...document.images].every((one) => {
     const { top, bottom } = one.getBoundingClientRect();
     return one.naturalWidth > 0 || top >= innerHeight || bottom <= 0;
@@ -43,10 +45,9 @@ def take(page: Page, name: str) -> None:
 
 
 def label_page(page: Page, new: Path) -> None:
-    """Label photos until the page estimates the accuracy, and take a screenshot."""
+    """Label some photos, and take a screenshot."""
     labels = {path.name: path.parent.name for path in new.rglob("*") if path.is_file()}
-    progress = page.locator("#label-progress")
-    while "classified correctly" not in (progress.text_content() or ""):
+    for _ in range(LABELS):
         name = page.locator("#label-photo img").get_attribute("alt") or ""
         page.fill("#label-class", labels[name])
         page.press("#label-class", "Enter")
