@@ -85,6 +85,10 @@ def encode(
     finish(ctx, encoder.skipped)
 
 
+DOCUMENTS = ("coco", "fiftyone", "label-studio")
+"""Formats for other programs (see :data:`exchange.FORMATS`)."""
+
+
 @dataclass(frozen=True)
 class RowOptions:
     """Columns of a result row, the rule for withholding its label, and the seconds between the photos of a burst."""
@@ -171,7 +175,7 @@ _ROWS = options.grouped(
 @options.ANSWER
 @_ROWS
 @options.ENGINE
-@options.FORMAT
+@options.printed_as(*DOCUMENTS)
 @options.BACKBONE
 @options.ENCODING
 @click.pass_context
@@ -190,16 +194,19 @@ def classify(
     INPUTS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input. If
     the index is fitted, the column unlike is true for an image that resembles no shot. With --abstain, an uncertain
     answer has a probability but no label: the label is null, or - in a table. With --engine ray, --output is a folder
-    of Parquet parts.
+    of Parquet parts. The formats coco, fiftyone and label-studio are JSON files for other programs.
     """
     import pyarrow.compute as pc
 
-    from retrieval_tip.cli.output import prediction_details, rounded, write_tables
+    from retrieval_tip.cli.output import prediction_details, rounded, write_document, write_tables
     from retrieval_tip.data.boxes import Cut, read_boxes
+    from retrieval_tip.data.exchange import FORMATS, Answered
     from retrieval_tip.data.sources import open_inputs
 
     loaded = index_with(folder, answer, encoding)
     rows.check_groups(loaded, engine)
+    if rows.boxes is not None and printing.style in DOCUMENTS:
+        raise UsageError(f"--format {printing.style}: lists whole photos; leave out --boxes")
     schema = rows.schema(loaded)
     columns = schema.names
     if engine.is_ray:
@@ -222,7 +229,12 @@ def classify(
                 yield rounded(table) if printing.style == "csv" else table
 
         known = {"input": chain.from_iterable(source.sources for source in sources), "label": loaded.class_names}
-        write_tables(answers(), schema, printing.style, printing.output, prediction_details, known)
+        if printing.style in DOCUMENTS:
+            columns_of = (table.select(["input", "label", "probability"]).to_pylist() for table in answers())
+            rows_of = (Answered(*row.values()) for row in chain.from_iterable(columns_of))
+            write_document(FORMATS[printing.style](rows_of, loaded.class_names), printing.output)
+        else:
+            write_tables(answers(), schema, printing.style, printing.output, prediction_details, known)
     if printing.output is not None and not ctx.obj:
         no_match = f", {unmatched:,} with no match" if "unlike" in columns else ""
         empty = f", {len(cut.empty):,} empty" if rows.boxes is not None else ""

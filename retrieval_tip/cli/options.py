@@ -298,11 +298,19 @@ PROTOCOL = click.option("--protocol", type=choice(Protocol), default="honest", s
                              "validation source.")  # fmt: skip
 SCALES = click.option("--scales", type=(POSITIVE, POSITIVE), metavar="X X", default=(7.0, 3.0), show_default=True,
                        help="Largest beta and largest alpha of the published grid.")  # fmt: skip
-FORMAT = grouped(
-    "printing", OutputOptions,
-    OUTPUT_OPTION("--format", "named", type=click.Choice(["table", "json", "jsonl", "csv", "parquet"]),
-                  help="Output format. With json and jsonl, one object is written per line.  [default: given by the "
-                       "suffix of --output, or table]"),
-    OUTPUT_OPTION("--output", type=OUTPUT, help="File to write to instead of standard output."),
-)  # fmt: skip
+
+
+def printed_as(*more: str) -> Decorator:
+    """Return the options of :class:`OutputOptions`, with ``more`` formats."""
+    formats = ["table", "json", "jsonl", "csv", "parquet", *more]
+    return grouped(
+        "printing", OutputOptions,
+        OUTPUT_OPTION("--format", "named", type=click.Choice(formats),
+                      help="Output format. With json and jsonl, each line is an object.  [default: given by the "
+                           "suffix of --output, or table]"),
+        OUTPUT_OPTION("--output", type=OUTPUT, help="File to write to instead of standard output."),
+    )  # fmt: skip
+
+
+FORMAT = printed_as()
 JSON = OUTPUT_OPTION("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")

@@ -100,6 +100,12 @@ def rounded(table: pa.Table) -> pa.Table:
     return table
 
 
+def write_document(document: object, path: Path | None) -> None:
+    """Write one JSON value to standard output or to a file."""
+    with _target(path) as target:
+        target.write(f"{json_line(document)}\n".encode())
+
+
 def write_table(table: pa.Table, style: str, path: Path | None) -> None:
     """Write a table in the same way as :func:`write_tables`, but round its times to microseconds.
 

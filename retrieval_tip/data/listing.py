@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from retrieval_tip.errors import Skipped
 
@@ -23,3 +23,8 @@ class Listing:
     def class_names(self) -> list[str]:
         """The distinct labels, in order."""
         return sorted({label for label in self.labels if label is not None}) if self.classes is None else self.classes
+
+    def labelled(self) -> Listing:
+        """Return the images that have a label."""
+        kept = [place for place, label in enumerate(self.labels) if label is not None]
+        return replace(self, paths=[self.paths[i] for i in kept], labels=[self.labels[i] for i in kept])

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrieval_tip.data import folders, images, remote, split_files, tables, tars
+from retrieval_tip.data import exchange, folders, images, remote, split_files, tables, tars
 from retrieval_tip.data.listing import Listing
 from retrieval_tip.data.tables import (
     FEATURE,
@@ -31,11 +31,13 @@ from retrieval_tip.data.tables import (
     texts,
 )
 from retrieval_tip.errors import InputError, Skipped, counted, few, show
+from retrieval_tip.files import read_json
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["image", "table", "tars", "bucket", "folder", "split file", "pattern", "web address"]
 """Kinds of paths. ``image`` is any other path, even a missing one."""
+MAX_SPLIT = 1 << 27  # largest JSON file of labels, in bytes; about the size of the split file of ImageNet
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ def open_source(
     - A folder of class folders, which are searched recursively. The classes are sorted by name. If the folder has parts
       (``train``, ``val``, ``test``), ``split`` selects one of them. If it contains ``metadata.csv`` (or ``.jsonl`` or
       ``.parquet``), this file is read as a table.
+    - A file of labels (``.json``) in COCO's format or in that of Label Studio's export (see :func:`exchange.read`).
     - A CoOp split file (``.json``). ``split`` selects the part, which defaults to ``train``. ``root`` is the image
       folder. It defaults to the folder of the split file, or to the folder inside it that contains the images.
     - A table (``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``) with the columns ``path`` and ``label``. See
@@ -281,9 +284,19 @@ def _images_in(folder: Path) -> list[str]:
     return paths
 
 
-def _open_split(where: str, _: Sequence[str], wanted: _Wanted) -> Source:
-    split = wanted.split or "train"
-    source = _listed(f"{show(where)} ({split})", split_files.read(Path(where), split, wanted.root))
+def _open_json(where: str, _: Sequence[str], wanted: _Wanted) -> Source:
+    file, split = Path(where), wanted.split or "train"
+    data = read_json(file, MAX_SPLIT)
+    if (listing := exchange.read(file, data, wanted.root)) is not None:
+        known = listing.labelled() if wanted.labelled else listing
+        if len(known.paths) < len(listing.paths):
+            unlabelled = counted(len(listing.paths) - len(known.paths), "photo")
+            log.warning("%s: left out %s without a label", show(where), unlabelled)
+        source = _listed(show(where), known)
+        if not len(source):
+            raise InputError(f"{source.name}: has no photo with one label")
+    else:
+        source = _listed(f"{show(where)} ({split})", split_files.read(file, data, split, wanted.root))
     check_texts(source.items, source.name)
     return source
 
@@ -361,6 +374,6 @@ _READERS: Mapping[Kind, _Reader] = {
         lambda where, _, wanted: _listed(show(where), remote.listing(where, labelled=wanted.labelled)),
     ),
     "folder": _Reader(_if(os.path.isdir), _open_folder),
-    "split file": _Reader(_if(lambda where: where.lower().endswith(".json") and os.path.isfile(where)), _open_split),
+    "split file": _Reader(_if(lambda where: where.lower().endswith(".json") and os.path.isfile(where)), _open_json),
 }
 """Readers by kind. A path is opened by the first reader that recognises it."""

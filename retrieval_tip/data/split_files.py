@@ -12,13 +12,10 @@ from pathlib import Path
 from retrieval_tip.data import folders
 from retrieval_tip.data.listing import Listing
 from retrieval_tip.errors import InputError, few, show
-from retrieval_tip.files import read_json
-
-LARGEST = 1 << 27  # largest split file, in bytes; about the size of the split file of ImageNet
 
 
-def read(file: Path, split: str, root: str | os.PathLike[str] | None) -> Listing:
-    """Read one part of a split file. The classes are sorted by label number.
+def read(file: Path, data: object, split: str, root: str | os.PathLike[str] | None) -> Listing:
+    """Read one part of a split file with this JSON ``data``. The classes are sorted by label number.
 
     Paths are relative to ``root``, which defaults to the folder of the split file or the folder inside it that contains
     the images. Raises InputError if an entry is invalid.
@@ -26,7 +23,7 @@ def read(file: Path, split: str, root: str | os.PathLike[str] | None) -> Listing
     name = f"{show(file)} ({split})"
     entries: list[tuple[str, str]] = []
     names: dict[int, str] = {}
-    for row, entry in enumerate(_part(file, split)):
+    for row, entry in enumerate(_part(file, data, split)):
         match entry:
             case [str() as path, int() as label, str() as class_name] if type(label) is int and class_name.strip():
                 entries.append((path, show(class_name)))
@@ -45,8 +42,7 @@ def read(file: Path, split: str, root: str | os.PathLike[str] | None) -> Listing
     return Listing([os.path.join(folder, path) for path, _ in entries], [label for _, label in entries], classes)
 
 
-def _part(file: Path, split: str) -> list[object]:
-    data = read_json(file, LARGEST)
+def _part(file: Path, data: object, split: str) -> list[object]:
     if not isinstance(data, dict) or split not in data:
         has = few(list(map(repr, data))) if isinstance(data, dict) else "none"
         raise InputError(f"{show(file)}: no part {split!r}; expected train, val and test, found {has}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,7 @@ import torch
 
 from retrieval_tip import tip
 from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.closed_form import prior_for
 from retrieval_tip.fit.folds import Folds, Held, taken_keys
 from retrieval_tip.fit.forms import Form
@@ -36,8 +38,40 @@ def held_out(index: CacheModel, rows: IntArray, kept: IntArray) -> tuple[npt.NDA
     not change. Without text, a class that has no other key cannot win. Returns whether the answers are right, and their
     probabilities.
     """
-    ids, images, settings = index.class_ids.cpu(), images_of(index.labels), index.settings
     right, chances = np.zeros(len(rows), dtype=bool), np.zeros(len(rows))
+    places, probabilities = _without_own_part(index, rows, kept)
+    highest, answers = probabilities.max(1)
+    right[places], chances[places] = (answers == index.class_ids.cpu()[rows[places]]).numpy(), highest.numpy()
+    return right, chances
+
+
+class HeldOut(NamedTuple):
+    """Held-out probabilities ``[n, c]`` of ``n`` photos, the class ids of their labels, and the id of a key of each.
+
+    The first two are the ``pred_probs`` and ``labels`` of cleanlab.
+    """
+
+    pred_probs: npt.NDArray[np.float32]
+    labels: IntArray
+    key_ids: IntArray
+
+
+def held_out_probabilities(index: CacheModel) -> HeldOut:
+    """Classify each photo of an index by the photos outside its own part, as in :func:`held_out`.
+
+    Raises UsageError if the index has only one photo.
+    """
+    rows = photo_rows(index, index.labels["key_id"].to_pylist())
+    if len(rows) < 2:
+        raise UsageError("held-out probabilities: the index has one photo; add more")
+    places, probabilities = _without_own_part(index, rows, np.arange(index.n))
+    labels = index.class_ids.cpu().numpy()[rows].astype(np.int64)
+    return HeldOut(probabilities.numpy()[np.argsort(places)], labels, index.labels["key_id"].to_numpy()[rows])
+
+
+def _without_own_part(index: CacheModel, rows: IntArray, kept: IntArray) -> tuple[IntArray, torch.Tensor]:
+    """Return the positions in ``rows`` of the photos that can be classified, and their probabilities ``[m, c]``."""
+    ids, images, settings = index.class_ids.cpu(), images_of(index.labels), index.settings
     order = np.random.default_rng(0).permutation(len(rows))
     parts, held = [], []
     for part in np.array_split(order, min(PARTS, len(rows)) or 1):
@@ -47,7 +81,7 @@ def held_out(index: CacheModel, rows: IntArray, kept: IntArray) -> tuple[npt.NDA
             held.append(Held(taken_keys(index.keys, own), ids[own], torch.from_numpy(others)))
             parts.append(part)
     if not held:
-        return right, chances
+        return np.zeros(0, np.int64), torch.zeros(0, len(index.class_names))
     text = index.text_weights.cpu() * settings.logit_scale if index.has_text else None
     prior, c = prior_for(index), len(index.class_names)
     class_prior = "even" if index.fitted is None else index.fitted.class_prior
@@ -59,7 +93,4 @@ def held_out(index: CacheModel, rows: IntArray, kept: IntArray) -> tuple[npt.NDA
     if words is None:  # a class without keys would be unknown
         known = torch.stack([torch.bincount(ids[part.rows], minlength=c) > 0 for part in held])
         logits[~known.repeat_interleave(torch.tensor([len(part.ids) for part in held]), dim=0)] = -torch.inf
-    highest, answers = tip.probabilities(logits, settings.temperature).max(1)
-    places = np.concatenate(parts)
-    right[places], chances[places] = (answers == folds.ids_held).numpy(), highest.numpy()
-    return right, chances
+    return np.concatenate(parts), tip.probabilities(logits, settings.temperature)

@@ -1,0 +1,176 @@
+"""Exchange labels and predictions with Label Studio, FiftyOne, and programs that use COCO's format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote, unquote
+
+from retrieval_tip.data import remote
+from retrieval_tip.data.listing import Listing
+from retrieval_tip.errors import InputError, Skipped, few, show
+
+LOCAL = "/data/local-files/?d="
+"""How Label Studio addresses files below its document root."""
+
+
+class Answered(NamedTuple):
+    """A photo and its predicted label, which is ``None`` if it was withheld, with its probability."""
+
+    path: str
+    label: str | None
+    probability: float | None
+
+
+def label_studio(answers: Iterable[Answered], class_names: Sequence[str] = ()) -> list[object]:
+    """Return Label Studio tasks with predictions, as its JSON import expects them.
+
+    The labelling interface needs ``<Image name="image" value="$image"/>`` and ``<Choices name="label"
+    toName="image">``. Files are addressed below the document root ``/``.
+    """
+    tasks: list[object] = []
+    for path, label, probability in answers:
+        choice = {"from_name": "label", "to_name": "image", "type": "choices", "value": {"choices": [label]}}
+        made = [] if label is None else [{"model_version": "retrieval-tip", "score": probability, "result": [choice]}]
+        where = path if remote.is_remote(path) else LOCAL + quote(os.path.abspath(path).lstrip("/"))
+        tasks.append({"data": {"image": where}, "predictions": made})
+    return tasks
+
+
+def coco(answers: Iterable[Answered], class_names: Sequence[str]) -> dict[str, object]:
+    """Return a COCO data set for classification: each annotation has a ``category_id`` and a ``score``, but no box.
+
+    The categories are the classes of the index, in order, from 1. A photo without a label has no annotation.
+    """
+    numbers = {name: number for number, name in enumerate(class_names, 1)}
+    images: list[object] = []
+    annotations: list[object] = []
+    for number, (path, label, probability) in enumerate(answers, 1):
+        images.append({"id": number, "file_name": _absolute(path)})
+        if label is not None:
+            own = {"id": len(annotations) + 1, "image_id": number, "category_id": numbers[label], "score": probability}
+            annotations.append(own)
+    categories = [{"id": number, "name": name} for name, number in numbers.items()]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def fiftyone(answers: Iterable[Answered], class_names: Sequence[str]) -> dict[str, object]:
+    """Return the ``labels.json`` of a ``FiftyOneImageClassificationDataset``, whose keys are absolute paths."""
+    labels = {
+        _absolute(path): None if label is None else {"label": label, "confidence": probability}
+        for path, label, probability in answers
+    }
+    return {"classes": list(class_names), "labels": labels}
+
+
+FORMATS: Mapping[str, Callable[[Iterable[Answered], Sequence[str]], object]] = {
+    "coco": coco,
+    "fiftyone": fiftyone,
+    "label-studio": label_studio,
+}
+"""Functions that convert the answers of an index, by the name of their format."""
+
+
+def read(file: Path, data: object, root: str | os.PathLike[str] | None) -> Listing | None:
+    """Read the labels in a COCO file or in Label Studio's JSON export, or return ``None`` if ``data`` is neither.
+
+    Paths are relative to ``root``, which defaults to the folder of the file, or to ``/`` for files that Label Studio
+    serves. Photos with several different labels are listed in ``failed``. Unlabelled photos have the label ``None``.
+    Raises InputError if an entry is invalid.
+    """
+    if isinstance(data, dict) and isinstance(data.get("images"), list):
+        labelled = _of_coco(file, data)
+    elif isinstance(data, list) and any(isinstance(task, dict) and "data" in task for task in data):
+        labelled = _of_label_studio(file, data)
+    else:
+        return None
+    listing = Listing()
+    for name, labels in labelled:
+        path = _path(name, file, root)
+        if len(labels) > 1:
+            listing.failed.append(Skipped(show(path), f"has several labels ({few(sorted(map(repr, labels)))})"))
+        else:
+            listing.paths.append(path)
+            listing.labels.append(next(iter(labels), None))
+    return listing
+
+
+def _of_coco(file: Path, data: dict[str, list[object]]) -> list[tuple[str, set[str]]]:
+    where = f"{show(file)}: COCO"
+    names: dict[int | str, str] = {}
+    for row, category in enumerate(_list(data, "categories", where)):
+        match category:
+            case {"id": int() | str() as number, "name": str() as name} if name.strip():
+                names[number] = show(name)
+            case _:
+                raise InputError(f"{where}: category {row} has no id or no name")
+    images: dict[int | str, tuple[str, set[str]]] = {}
+    for row, image in enumerate(data["images"]):
+        match image:
+            case {"id": int() | str() as number, "file_name": str() as path} if path and number not in images:
+                images[number] = path, set()
+            case _:
+                raise InputError(f"{where}: image {row} has no file_name, or no id of its own")
+    for row, annotation in enumerate(_list(data, "annotations", where)):
+        match annotation:
+            case {"image_id": int() | str() as number, "category_id": int() | str() as category} if (
+                number in images and category in names
+            ):
+                images[number][1].add(names[category])
+            case _:
+                raise InputError(f"{where}: annotation {row} names no image or no category")
+    return list(images.values())
+
+
+def _list(data: dict[str, list[object]], name: str, where: str) -> list[object]:
+    if not isinstance(found := data.get(name), list):
+        raise InputError(f"{where}: has no list {name!r}")
+    return found
+
+
+def _of_label_studio(file: Path, tasks: list[object]) -> list[tuple[str, set[str]]]:
+    labelled = []
+    for row, task in enumerate(tasks):
+        match task:
+            case {"data": {"image": str() as image}} if image:
+                texts = [image]
+            case {"data": dict() as values}:
+                texts = [value for value in values.values() if isinstance(value, str) and value]
+            case _:
+                texts = []
+        if len(texts) != 1 or not isinstance(task, dict):
+            raise InputError(f"{show(file)}: Label Studio: task {row} has no photo; its data needs a text 'image'")
+        labelled.append((texts[0], _choices(task)))
+    return labelled
+
+
+def _choices(task: Mapping[str, object]) -> set[str]:
+    """Return the choices of all annotations that were not cancelled."""
+    annotations = task.get("annotations")
+    chosen: set[str] = set()
+    for annotation in annotations if isinstance(annotations, list) else ():
+        match annotation:
+            case {"was_cancelled": True}:
+                pass
+            case {"result": list() as results}:
+                for result in results:
+                    match result:
+                        case {"value": {"choices": list() as choices}}:
+                            chosen |= {show(choice) for choice in choices if isinstance(choice, str) and choice.strip()}
+    return chosen
+
+
+def _path(name: str, file: Path, root: str | os.PathLike[str] | None) -> str:
+    if remote.is_remote(name):
+        return name
+    if name.startswith(LOCAL):
+        return os.path.join(root or "/", unquote(name.removeprefix(LOCAL)).lstrip("/"))
+    if name.startswith("/data/upload/"):  # relative to the media folder of Label Studio
+        return os.path.join(root or file.parent, unquote(name.removeprefix("/data/")))
+    return os.path.join(root or file.parent, name)
+
+
+def _absolute(path: str) -> str:
+    return path if remote.is_remote(path) else os.path.abspath(path)

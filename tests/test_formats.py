@@ -1,0 +1,224 @@
+"""Labels and predictions in the formats of other programs, checked by these programs where they are installed."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from serving import photographs
+from test_closed_form import clusters, text_of
+from test_onnx import NAMES
+
+from retrieval_tip import CacheModel
+from retrieval_tip.data.exchange import Answered, coco, fiftyone, label_studio
+from retrieval_tip.data.sources import open_items, open_source
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.evaluation.held_out import held_out, held_out_probabilities
+from retrieval_tip.fit import closed_form
+
+STRANGE = ["cat", "dög", "a/b", " x", '"q"']
+
+
+@pytest.fixture
+def answers(shared):
+    """Photos with spaces and special characters in their paths, one of them without a label."""
+    names = ["/a b/1#?%.jpg", "s3://bucket/2.jpg", "/ü/3.jpg", str(Path.cwd() / "4.jpg"), "/5.png"]
+    labels = ["cat", "dög", "cat", "a/b", None]
+    return [Answered(name, label, 0.25 + row / 10) for row, (name, label) in enumerate(zip(names, labels, strict=True))]
+
+
+def written(folder, document):
+    (folder / "labels.json").write_text(json.dumps(document), encoding="utf-8")
+    return folder / "labels.json"
+
+
+def classified(run, things, paths, style, *options):
+    """The rows of ``classify`` and its document in a format."""
+    rows = run("classify", things, *paths, "--format", "json", *options).stdout.splitlines()
+    done = run("classify", things, *paths, "--format", style, *options)
+    assert done.exit_code == 0, done.output
+    return list(map(json.loads, rows)), json.loads(done.stdout)
+
+
+def test_classify_writes_every_format(run, things, shared, tmp_path):
+    paths = [path for path, _ in photographs(shared, "test", 3, 1)]
+    names = CacheModel.load(things).class_names
+    for style, convert in (("coco", coco), ("fiftyone", fiftyone), ("label-studio", label_studio)):
+        for options in ([], ["--abstain", 0.9999], ["--group-by", "burst"]):
+            rows, document = classified(run, things, paths, style, *options)
+            own = [Answered(row["input"], row["label"], row["probability"]) for row in rows]
+            assert document == json.loads(json.dumps(convert(own, names)))
+    out = tmp_path / "answers.json"
+    assert run("classify", things, *paths, "--format", "coco", "--output", out).exit_code == 0
+    assert open_source(out).paths == tuple(map(str, paths))
+    done = run("classify", things, *paths, "--format", "coco", "--boxes", out)
+    assert (done.exit_code, "leave out --boxes" in done.stderr) == (2, True)
+
+
+def test_coco_is_read_as_it_was_written(answers, tmp_path):
+    file = written(tmp_path, coco(answers, STRANGE))
+    source = open_source(file)
+    assert list(source.paths) == [answer.path for answer in answers[:4]]
+    assert source.labels == [answer.label for answer in answers[:4]]
+    assert source.class_names == ("a/b", "cat", "dög")
+    assert open_items(file).items["label"].to_pylist() == [answer.label for answer in answers]
+
+
+def test_pycocotools_reads_coco(answers, tmp_path):
+    pycocotools = pytest.importorskip("pycocotools.coco")
+    found = pycocotools.COCO(str(written(tmp_path, coco(answers, STRANGE))))
+    assert [category["name"] for category in found.loadCats(found.getCatIds())] == STRANGE
+    for label in STRANGE:
+        images = found.loadImgs(found.getImgIds(catIds=found.getCatIds(catNms=[label])))
+        assert [image["file_name"] for image in images] == [one.path for one in answers if one.label == label]
+    notes = found.loadAnns(found.getAnnIds())
+    assert [note["score"] for note in notes] == [one.probability for one in answers[:4]]
+
+
+def test_fiftyone_reads_its_format(answers, tmp_path):
+    importers = pytest.importorskip("fiftyone.utils.data.importers")
+    file = written(tmp_path, fiftyone([one for one in answers if "://" not in one.path], STRANGE))
+    with importers.FiftyOneImageClassificationDatasetImporter(labels_path=str(file)) as importer:
+        found = {path: label and (label.label, label.confidence) for path, _, label in importer}
+    expected = {one.path: one.label and (one.label, one.probability) for one in answers if "://" not in one.path}
+    assert found == expected
+
+
+CONFIG = """<View><Image name="image" value="$image"/><Choices name="label" toName="image">
+<Choice value="cat"/><Choice value="dög"/><Choice value="a/b"/></Choices></View>"""
+
+
+def test_label_studio_accepts_the_predictions(answers):
+    interface = pytest.importorskip("label_studio_sdk.label_interface").LabelInterface(CONFIG)
+    for task, answer in zip(label_studio(answers), answers, strict=True):
+        assert interface.validate_task({"data": task["data"]})
+        assert len(task["predictions"]) == (answer.label is not None)
+        for prediction in task["predictions"]:
+            assert interface.validate_prediction(prediction, return_errors=True) == []
+
+
+def exported(tasks):
+    """Label Studio's JSON export, after somebody has accepted all predictions."""
+
+    def accepted(task):
+        return [{"was_cancelled": False, "result": one["result"]} for one in task["predictions"]]
+
+    return [task | {"id": number, "annotations": accepted(task)} for number, task in enumerate(tasks)]
+
+
+def test_labels_come_back_from_label_studio(answers, tmp_path, caplog):
+    source = open_source(written(tmp_path, exported(label_studio(answers))))
+    assert list(source.paths) == [answer.path for answer in answers[:4]]
+    assert source.labels == [answer.label for answer in answers[:4]]
+    assert "left out 1 photo without a label" in caplog.text
+
+
+def choice(*labels, **more):
+    return {"result": [{"type": "choices", "value": {"choices": list(labels)}}]} | more
+
+
+def test_several_annotations_of_one_photo(tmp_path):
+    annotations = {
+        "agreed": [choice("cat"), choice("cat")],
+        "cancelled": [choice("dog", was_cancelled=True), choice("cat")],
+        "other region": [{"result": [{"type": "rectanglelabels", "value": {"x": 1}}, *choice("cat")["result"]]}],
+        "disagreed": [choice("cat"), choice("dog")],
+        "two": [choice("cat", "dog")],
+        "none": [choice()],
+        "odd": [None, {"result": None}, {"result": [None, {"value": {"choices": [1, None, " "]}}]}],
+    }
+    tasks = [
+        {"data": {"photo": f"/data/upload/1/{name}.jpg", "n": 1}, "annotations": notes}
+        for name, notes in annotations.items()
+    ]
+    source = open_source(written(tmp_path, tasks), root="/media")
+    assert [Path(path).stem for path in source.paths] == ["agreed", "cancelled", "other region"]
+    assert set(source.labels) == {"cat"}
+    assert source.paths[0] == "/media/upload/1/agreed.jpg"
+    assert [(Path(one.source).stem, one.reason) for one in source.failed] == [
+        ("disagreed", "has several labels ('cat', 'dog')"),
+        ("two", "has several labels ('cat', 'dog')"),
+    ]
+
+
+IMAGE, CATEGORY = {"id": 1, "file_name": "a.jpg"}, {"id": 1, "name": "cat"}
+NOTE = {"image_id": 1, "category_id": 1}
+WRONG = [
+    ({"images": []}, "no list 'categories'"),
+    ({"images": [], "categories": [], "annotations": None}, "no list 'annotations'"),
+    ({"images": [], "categories": [], "annotations": []}, "no photo with one label"),
+    ({"images": [IMAGE], "categories": [], "annotations": []}, "no photo with one label"),
+    ({"images": [IMAGE, IMAGE], "categories": [], "annotations": []}, "image 1 has no file_name"),
+    ({"images": [{"id": 1}], "categories": [], "annotations": []}, "image 0 has no file_name"),
+    ({"images": [7], "categories": [], "annotations": []}, "image 0 has no file_name"),
+    ({"images": [IMAGE | {"id": [1]}], "categories": [], "annotations": []}, "image 0 has no file_name"),
+    ({"images": [IMAGE | {"id": 0.5}], "categories": [], "annotations": []}, "image 0 has no file_name"),
+    ({"images": [IMAGE], "categories": [{"id": 1, "name": " "}], "annotations": []}, "category 0 has no id"),
+    ({"images": [IMAGE], "categories": [{"id": None, "name": "x"}], "annotations": []}, "category 0 has no id"),
+    ({"images": [IMAGE], "categories": [CATEGORY], "annotations": [NOTE | {"category_id": 2}]}, "annotation 0 names"),
+    ({"images": [IMAGE], "categories": [CATEGORY], "annotations": [NOTE | {"image_id": [1]}]}, "annotation 0 names"),
+    ({"images": [IMAGE], "categories": [CATEGORY | {"name": "x" * 5000}], "annotations": [NOTE]}, "longer"),
+    ([{"data": {}}], "task 0 has no photo"),
+    ([{"data": None}], "task 0 has no photo"),
+    ([{"data": {"a": "1.jpg", "b": "2.jpg"}}], "task 0 has no photo"),
+    ([{"data": {"image": "1.jpg"}}, 7], "task 1 has no photo"),
+    ([{"data": {"image": "1.jpg"}, "annotations": 7}], "no photo with one label"),
+    ([7], "no part 'train'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("document", "message"), WRONG, ids=range(len(WRONG)))
+def test_files_of_another_form_are_errors(document, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        open_source(written(tmp_path, document))
+
+
+KEYS = st.sampled_from(["data", "image", "annotations", "result", "value", "choices"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(st.lists(st.fixed_dictionaries({"data": JSON}, optional={"annotations": JSON}), max_size=3))
+def test_any_task_is_read_or_refused(tmp_path_factory, tasks):
+    with suppress(InputError):
+        open_items(written(tmp_path_factory.getbasetemp(), tasks))
+
+
+def index(wrong=()):
+    keys, ids = clusters(12)
+    ids = ids.copy()
+    ids[list(wrong)] = (ids[list(wrong)] + 1) % len(NAMES)
+    return CacheModel.from_features(keys, ids, NAMES, text_of(), device="cpu")
+
+
+def test_held_out_probabilities_are_those_of_the_accuracy_estimate():
+    cache = index(wrong=[3, 30])
+    chances, labels, key_ids = held_out_probabilities(cache)
+    assert chances.shape == (cache.n, len(NAMES))
+    np.testing.assert_array_equal(labels, cache.class_ids.numpy())
+    np.testing.assert_array_equal(key_ids, cache.labels["key_id"])
+    np.testing.assert_allclose(chances.sum(1), 1, atol=1e-5)
+    right, highest = held_out(cache, np.arange(cache.n), np.arange(cache.n))
+    np.testing.assert_array_equal(chances.argmax(1) == labels, right)
+    np.testing.assert_allclose(chances.max(1), highest)
+    with pytest.raises(UsageError, match="one photo"):
+        held_out_probabilities(cache.take(np.arange(1)))
+
+
+def test_cleanlab_finds_wrong_labels_in_the_held_out_probabilities():
+    filters = pytest.importorskip("cleanlab.filter")
+    wrong = [3, 17, 30, 55]
+    cache = index(wrong)
+    closed_form.fit(cache)
+    chances, labels, key_ids = held_out_probabilities(cache)
+    found = filters.find_label_issues(labels, chances, filter_by="predicted_neq_given")
+    assert set(wrong) <= set(key_ids[found].tolist())
+    assert found.sum() <= 6
