@@ -125,9 +125,10 @@ def build(
     """Build an index from labelled images or features.
 
     SOURCE can be a folder of class folders; a .csv, .tsv, .jsonl or .parquet table with the columns path and label; a
-    feature table (.parquet with the columns id, label and feature); a split .json, whose train part is used; or
-    webdataset tars ("shards/{000..099}.tar"). Folders, tables and tars can also be on s3://, gs:// or az://. With
-    --dataset, SOURCE is the folder that contains the datasets, and the prompts of the dataset are used.
+    feature table (.parquet with the columns id, label and feature); a split .json, whose train part is used; a
+    .json in COCO's format or from Label Studio; or webdataset tars ("shards/{000..099}.tar"). Folders, tables and tars
+    can also be on s3://, gs:// or az://. With --dataset, SOURCE is the folder that contains the datasets, and the
+    prompts of the dataset are used.
     """
     from retrieval_tip.data.datasets import facts
     from retrieval_tip.index.build import build_index

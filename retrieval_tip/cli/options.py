@@ -176,7 +176,7 @@ VERIFY = ANSWER_OPTION("--verify", type=choice(Verify),
                        help="How to check the index before use. With full, every byte is checked. With fast, only the "
                             "size of large files is checked.  [default: full; fast at an address]")  # fmt: skip
 ROOT = READING_OPTION("--root", type=FOLDER,
-                      help="Folder against which relative paths in a table or split .json are resolved.")  # fmt: skip
+                      help="Folder against which relative paths in a table or .json are resolved.")  # fmt: skip
 NORMS = READING_OPTION("--norms", type=choice(Norms), default="check", show_default=True,
                        help="How to treat the norms of feature rows. With check, they must be 1. With unit, they are "
                             "scaled to 1. With keep, any norm is accepted.")  # fmt: skip
