@@ -28,13 +28,16 @@ from retrieval_tip import (
     load_backbone,
     open_source,
 )
-from retrieval_tip.answering import AnsweringIndex
+from retrieval_tip.answering import AnsweringIndex, similar_shots
 from retrieval_tip.backbones.open_clip import OpenClipBackbone
 from retrieval_tip.data.sources import open_items
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
 from retrieval_tip.evaluation import evaluate as evaluation
 from retrieval_tip.evaluation.audit import audit
+from retrieval_tip.fit.finetune import finetune_into
 from retrieval_tip.index import changes
+from retrieval_tip.index.fit import fit_index
+from retrieval_tip.labelling.sort import sort_photos
 from retrieval_tip.report.report import write_report
 
 
@@ -345,6 +348,10 @@ def test_an_index_is_fine_tuned_into_another(place, kept, tmp_path):
     features = [one.encoder.encode(open_items(place / "new")).features for one in (clf, old)]
     assert not np.array_equal(*features)
     again = Classifier.load(clf.save(tmp_path / "saved").cache.place, device="cpu")
+    again.finetune(again.cache.place, trained, keep_last=True)
+    assert again.encoder.backbone.identity == again.cache.backbone != clf.cache.backbone
+    again.rollback()
+    assert again.encoder.backbone.identity == again.cache.backbone == clf.cache.backbone
     assert again.predict(photo).probability == pytest.approx(clf.predict(photo).probability, abs=1e-5)
     held = Classifier.from_images(Dataset(), model=f"local-dir:{place / 'model'}", device="cpu")
     with pytest.raises(InputError, match="photo 0: no such file"):
@@ -524,6 +531,15 @@ def test_every_option_is_a_named_argument():
         (parameters(Classifier.predict), AnsweringIndex.classify, {"self", "features"}),
         (parameters(Classifier.explain), Classifier.predict, {"top", "norms"}),
         (parameters(Classifier.add), changes.add, {"folder", "source", "encoder", "manifest"}),
+        (parameters(Classifier.remove), changes.remove, {"folder"}),
+        (parameters(Classifier.relabel), changes.relabel, {"folder"}),
+        (parameters(Classifier.rollback), changes.rollback, {"folder"}),
+        (parameters(Classifier.fit), fit_index, {"folder", "validation", "encoder"}),
+        (parameters(Classifier.finetune), finetune_into, {"out", "cache", "shots", "encoder", "parent"}),
+        (parameters(Classifier.predict_proba), Classifier.predict, {"top", "neighbours", "certify"}),
+        (parameters(Classifier.similar), similar_shots, {"index", "features"}),
+        (parameters(Classifier.sort), sort_photos, {"index", "sources", "encoder"}),
+        (parameters(Classifier.audit), audit, {"cache"}),
         (parameters(Classifier.evaluate), evaluation.evaluate, {"cache", "source", "encoder"}),
         (
             parameters(Classifier.report),

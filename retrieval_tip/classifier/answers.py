@@ -75,10 +75,10 @@ class AnsweringClassifier(OpenIndex):
 
         Args:
             what: a photo, which can be a path, a PIL image, a uint8 array of shape ``[h, w, 3]``, encoded bytes, or a
-                row of a Hugging Face dataset. For several photos, pass a list of these, a Hugging Face dataset or its
-                image column, or any input of ``retrieval-tip classify``, such as a folder or a table. You can also pass
-                features of shape ``[q, d]`` or ``[d]``. Unreadable photos in a folder or table are skipped and listed
-                in ``encoder.skipped``.
+                row of a Hugging Face dataset. For several photos, pass a list of these, a torch dataset, a Hugging Face
+                dataset or its image column, or any input of ``retrieval-tip classify``, such as a folder or a table.
+                You can also pass features of shape ``[q, d]`` or ``[d]``. Unreadable photos in a folder or table are
+                skipped and listed in ``encoder.skipped``.
             top: the number of classes to report, most probable first.
             neighbours: the number of shots to report, largest contribution first.
             k: the number of nearest keys to use, or ``"all"``. Defaults to the setting of the index.

@@ -182,7 +182,8 @@ class EditableClassifier(OpenIndex):
             place, cache, shots, encoder, recipe, val=unseen, parent=self._place(), resume=resume, keep_last=keep_last
         )
         self._use(places.at(place).load(device=self.cache.device), tuned.backbone if tuned.encoders else None)
-        self._temporary = temporary
+        if Path(place) != cache.folder:
+            self._temporary = temporary
         return tuned
 
     def _validation(self, cache: CacheModel, val: Any, number: KeysMet) -> Source | Queries:
