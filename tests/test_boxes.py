@@ -174,8 +174,15 @@ def test_features_and_ray_cannot_be_cropped(run, things, tmp_path):
     assert (done.exit_code, "cannot crop" in done.stderr) == (2, True)
 
 
-def test_photos_that_are_all_empty_are_an_answer(run, things, trap):
+@pytest.mark.parametrize(("options", "more"), [([], ""), (["--group-by", "burst", "--exif"], ",,,,")])
+def test_photos_that_are_all_empty_are_an_answer(options, more, run, things, trap):
     out = trap / "answers.csv"
-    done = run("classify", things, trap / "photos/empty.png", "--boxes", trap / "boxes.json", "--output", out)
+    done = run("classify", things, trap / "photos/empty.png", "--boxes", trap / "boxes.json", "--output", out, *options)
     assert (done.exit_code, done.stderr) == (0, f"{out}: classified 0 inputs, 1 empty\n")
-    assert out.read_text().splitlines()[1:] == [f"{trap}/photos/empty.png,,,empty"]
+    assert out.read_text().splitlines()[1:] == [f"{trap}/photos/empty.png,,,empty{more}"]
+
+
+def test_nothing_is_answered_if_the_detector_failed_on_all_photos(run, things, trap):
+    done = run("classify", things, trap / "photos/failed.png", "--boxes", trap / "boxes.json", "--group-by", "burst")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "failed.png: the detector failed: Failure image access" in done.stderr

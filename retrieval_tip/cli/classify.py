@@ -293,9 +293,10 @@ def _answers(
     if rows.exif or rows.group_by is not None or rows.boxes is not None:
         encoder = replace(encoder, read=noting)
     columns = [name for name in schema.names if name not in (*EXIF, "detected")]
-    if rows.group_unlike:
+    some = any(map(len, sources))  # else all photos are empty
+    if rows.group_unlike and some:
         tables = _grouped(rows, columns, index, sources, encoder)
-    elif rows.group_by is not None:
+    elif rows.group_by is not None and some:
         tables = _in_bursts(rows, columns, index, sources, encoder, noting)
     else:
         tables = chain.from_iterable(_rows(rows, columns, index, source, encoder) for source in sources)

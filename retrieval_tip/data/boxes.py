@@ -33,7 +33,7 @@ class Detections:
 
         The name of the first box of ``photo.jpg`` is ``photo.jpg#1``. The ``file`` of an entry is the end of the path
         of its photo. Photos without an entry are added to ``failed``. Raises UsageError if a source contains features.
-        Raises InputError if no photo has an entry, or if two photos have the same entry.
+        Raises InputError if no photo has an entry, if the detector failed on all, or if two photos have the same entry.
         """
         made = Cut()
         owners: dict[str, str] = {}
