@@ -58,9 +58,9 @@ class Detections:
             made.sources.append(replace(of_images(names, source.name), failed=tuple(failed)))
         if not owners:
             example = repr(next(iter(self.photos), "photo.jpg"))
-            raise InputError(
-                f"{show(self.file)}: no photo has an entry; a path must end with a file of it, like {example}"
-            )
+            raise InputError(f"{show(self.file)}: no photo has an entry; its path must end with one, such as {example}")
+        if not made.boxes and not made.empty:
+            raise InputError(str(next(one for source in made.sources for one in source.failed)))
         return made
 
 
