@@ -722,6 +722,7 @@ def test_an_estimate_is_that_of_a_fit_and_follows_the_labels(form, text):
     choice = closed_form.fit(cache, forms=[form])
     before = closed_form.estimate(cache)
     assert before.pop("interval") == pytest.approx(choice.interval)
+    assert before.pop("weakest") == list(choice.weakest)
     assert before == pytest.approx({name: getattr(choice, name) for name in ("photos", "words", "both", "names_hurt")})
     settings = cache.settings
     cache.relabel(wrong, right)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.fit.forms import Form
-from retrieval_tip.fit.scatter import FloatArray, Scatter
+from retrieval_tip.fit.scatter import FewScatter, FloatArray, Scatter
 from retrieval_tip.retrieval.keys import KEY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.ridge import class_weights
@@ -197,7 +197,7 @@ class Folds:
     class_prior: ClassPrior = "even"
     weighted: bool = True
     prior: FloatArray | None = None
-    _scatters: dict[int | None, Scatter] = field(default_factory=dict)
+    _scatters: dict[int | None, Scatter | FewScatter] = field(default_factory=dict)
 
     @classmethod
     def of_shots(
@@ -301,10 +301,10 @@ class Folds:
         """Whether there are enough held-out photos to evaluate a form."""
         return self.n >= LEAST_JUDGED and self.c > 1
 
-    def scatter(self, rows: Tensor) -> Scatter:
+    def scatter(self, rows: Tensor) -> Scatter | FewScatter:
         """Return the scatter of some of the keys."""
         if len(rows) < self.keys.shape[1] and self.prior is None:
-            return Scatter.of(self._sums_of(rows.numpy()))
+            return FewScatter.of(*self.taken(rows), self.c)
         every = np.arange(len(self.ids))
         if self.sums is None:
             self.sums = self._sums_of(every)

@@ -11,12 +11,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.errors import InputError
-from retrieval_tip.fit.scatter import SMALLEST_EIGENVALUE, Scatter
+from retrieval_tip.fit.scatter import SMALLEST_EIGENVALUE, FewScatter, Scatter
 from retrieval_tip.retrieval.ridge import Ridge
 from retrieval_tip.settings import ClassPrior, Fitted
 
@@ -29,7 +28,7 @@ class FittedMetric(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def fit(self, scatter: Scatter) -> tip.Metric | None:
+    def fit(self, scatter: Scatter | FewScatter) -> tip.Metric | None:
         """Return the metric in float32, or ``None`` if the scatter is 0."""
 
     def __str__(self) -> str:
@@ -41,15 +40,9 @@ class Within(FittedMetric):
 
     name = "within"
 
-    def fit(self, scatter: Scatter) -> tip.Metric | None:  # noqa: D102
-        d, s = len(scatter.mean), max(self.shrinkage, SMALLEST_EIGENVALUE)
-        scale = float(scatter.matrix.trace()) / d
-        if not scale > 0:
-            return None
-        eye = torch.eye(d, dtype=torch.float64)
-        root = torch.linalg.cholesky((1 - s) / scale * scatter.matrix + s * eye)
-        transform = torch.linalg.solve_triangular(root.T, eye, upper=True)
-        return tip.Metric(scatter.mean.float(), transform.float().contiguous())
+    def fit(self, scatter: Scatter | FewScatter) -> tip.Metric | None:  # noqa: D102
+        transform = scatter.whitening(max(self.shrinkage, SMALLEST_EIGENVALUE))
+        return None if transform is None else tip.Metric(scatter.mean.float(), transform.float().contiguous())
 
     def __str__(self) -> str:
         return f"within-class metric (shrinkage {self.shrinkage:g})"

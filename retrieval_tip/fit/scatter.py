@@ -32,6 +32,17 @@ class Scatter:
     mean: Tensor
     matrix: Tensor
 
+    def whitening(self, shrinkage: float) -> Tensor | None:
+        """Return ``T`` with ``T T^T = ((1 - s) S d / tr(S) + s I)^-1``, of shape ``[d, d]``, or ``None`` if S is 0."""
+        d = len(self.mean)
+        scale = float(self.matrix.trace()) / d
+        if not scale > 0:
+            return None
+        eye = torch.eye(d, dtype=torch.float64)
+        root = torch.linalg.cholesky((1 - shrinkage) / scale * self.matrix + shrinkage * eye)
+        transform: Tensor = torch.linalg.solve_triangular(root.T, eye, upper=True)
+        return transform
+
     @classmethod
     def of(cls, sums: Sums, prior: FloatArray | None = None) -> Scatter:
         """Compute the within-class scatter from sums of keys. If each class has a single key, use the total scatter.
@@ -48,6 +59,47 @@ class Scatter:
         if prior is not None:
             scatter, n = scatter + PRIOR_WEIGHT * prior, n - int((sums.counts > 0).sum()) + PRIOR_WEIGHT
         return cls(torch.from_numpy(mean), torch.from_numpy(scatter / n))
+
+
+@dataclass(frozen=True)
+class FewScatter:
+    """The scatter of fewer than ``d`` shots, which is 0 in most directions.
+
+    The eigenvalues have shape ``[r]`` and the eigenvectors ``[d, r]``. Computing them from the Gram matrix of the shots
+    is much faster than factorising a matrix of shape ``[d, d]``.
+    """
+
+    mean: Tensor
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+
+    @classmethod
+    def of(cls, keys: Tensor, ids: Tensor, c: int) -> FewScatter:
+        """Compute the scatter of keys ``[n, d]`` from the Gram matrix of the ``r_i``."""
+        wide = keys.double()
+        sums = torch.zeros(c, keys.shape[1], dtype=torch.float64).index_add_(0, ids, wide)
+        mean, centres = _centres(torch.bincount(ids, minlength=c).numpy(), sums.numpy())
+        apart = wide - torch.from_numpy(centres[ids.numpy()])
+        values, left = torch.linalg.eigh(apart @ apart.T / len(keys))
+        some = values > SMALLEST_EIGENVALUE * values.max() / len(keys)
+        scaled = left[:, some] / (len(keys) * values[some]).sqrt()
+        return cls(torch.from_numpy(mean), values[some], apart.T @ scaled)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The scatter, of shape ``[d, d]``."""
+        return (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T
+
+    def whitening(self, shrinkage: float) -> Tensor | None:
+        """See :meth:`Scatter.whitening`."""
+        scale = float(self.eigenvalues.sum()) / len(self.mean)
+        if not scale > 0:
+            return None
+        beyond = shrinkage**-0.5
+        along = ((1 - shrinkage) * self.eigenvalues / scale + shrinkage) ** -0.5
+        transform: Tensor = (self.eigenvectors * (along - beyond)) @ self.eigenvectors.T
+        transform.diagonal().add_(beyond)
+        return transform
 
 
 def _centres(counts: npt.NDArray[np.int64], sums: FloatArray, *, total: bool = True) -> tuple[FloatArray, FloatArray]:
