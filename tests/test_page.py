@@ -1358,6 +1358,7 @@ def test_without_a_token_nothing_can_be_changed(page: Page) -> None:
     page.click("#tab-check")
     expect(page.locator("#audit li").first).to_be_visible()
     assert page.locator("#audit").get_by_role("button", name="Change").count() == 0
+    page.unroute_all(behavior="wait")  # so that no request outlasts the page
 
 
 def test_other_index_of_features_alone(page: Page) -> None:
@@ -1439,6 +1440,7 @@ def test_every_screen_fits(opened: Open, tmp_path: Path, width: int, scheme: str
     fits("rename")
     page.click("#rename-cancel")
     page.click("#tab-map")
+    expect(page.locator("#map-canvas")).to_be_visible()
     page.locator("#map-canvas").focus()
     page.keyboard.press("Home")
     expect(page.locator("#map-shot img")).to_be_visible()
