@@ -18,9 +18,10 @@ LARGEST = 1e30
 """Largest number that an option accepts, so that results stay within the float32 range of 3e38."""
 
 LARGEST_FILE = 10**15
+"""Largest size that an option accepts, in bytes."""
+
 BURST_SECONDS = 10
 """Longest time between consecutive photos of a burst by default."""
-"""Largest size that an option accepts, in bytes."""
 
 
 Place = str | os.PathLike[str]

@@ -125,9 +125,9 @@ def export_onnx(
     in the order of ``labels``. If the index is fitted, ``unlike`` is a bool array of shape ``[b]``.
 
     Returns the metadata, the size of the file in ``bytes``, and the ``agreement`` with the package on ten examples (see
-    :func:`_agreement`). Raises UsageError if the package onnx is not
-    installed, if the index only uses ``k`` keys per query (a graph cannot retrieve keys), or if the graph would exceed
-    2 GiB. Raises InputError if the file cannot be written or if torch cannot convert the encoder to ONNX.
+    :func:`_agreement`). Raises UsageError if the package onnx is not installed, if the index only uses ``k`` keys per
+    query (a graph cannot retrieve keys), or if the graph would exceed 2 GiB. Raises InputError if the file cannot be
+    written or if torch cannot convert the encoder to ONNX.
     """
     try:
         import onnx

@@ -236,6 +236,12 @@ function tile(photo, element) {
 
 // --- sorting, grouping, filtering ---
 
+const STATES = {
+  all: () => true,
+  unlike: (photo) => photo.unlike && !photo.taught,
+  unsure: (photo) => photo.shown && !photo.unlike && photo.winner.probability < 0.5,
+  taught: (photo) => photo.taught !== null,
+};
 const SORTS = {
   doubt: (a, b) => (a.taught !== null) - (b.taught !== null) || b.doubt - a.doubt,
   sure: (a, b) => a.doubt - b.doubt,
@@ -255,12 +261,7 @@ function moreLike(photo) {
   arrange();
   scrollTo({ top: 0 });
 }
-const STATES = {
-  all: () => true,
-  unlike: (photo) => photo.unlike && !photo.taught,
-  unsure: (photo) => photo.shown && !photo.unlike && photo.winner.probability < 0.5,
-  taught: (photo) => photo.taught !== null,
-};
+
 const classOf = (photo) => photo.taught ?? (photo.unlike ? "" : (photo.winner?.label ?? ""));
 
 function arrange() {

@@ -16,7 +16,7 @@ let session = null; // GET /v1/label
 let current = null; // the photo that is shown, an entry of session.queue
 let polling = null;
 let opening = false; // whether the new index is being opened
-const labelled = []; // [[photo, label], ...] of each step, for undo
+const labelled = []; // [{photo, label}, ...] of each step, for undo
 const outbox = []; // changes that are not sent yet
 const ahead = new Map(); // images that are loaded before they are shown, by photo
 
@@ -155,7 +155,7 @@ function progress() {
   if (rest && estimate?.accuracy != null) {
     const { accuracy, low, high, gain, more } = estimate;
     parts.push(`About ${whole(accuracy)} % of the rest are classified correctly (${whole(low)} to ${whole(high)} %).`);
-    if (gain !== null) parts.push(`${more} more labels: about +${whole(Math.max(0, gain))} %.`);
+    if (gain !== null) parts.push(`${more} more labels: about +${whole(gain)} %.`);
   } else if (rest && estimate && estimate.drawn < estimate.needed) {
     parts.push(`It is too early to estimate the accuracy: ${estimate.drawn} of ${estimate.needed} random photos are labelled.`);
   }

@@ -159,8 +159,7 @@ export class KeyMap {
         context.fill();
       }
     };
-    const ring = (i, r) => {
-      const [x, y] = this.#place(i);
+    const ring = ([x, y], r) => {
       context.strokeStyle = ink;
       context.lineWidth = 2;
       context.beginPath();
@@ -176,20 +175,13 @@ export class KeyMap {
     context.globalAlpha = 1;
     this.#pictures(context, seen);
     this.#names(context, seen, ink);
-    for (const i of this.#taken) ring(i, radius + 2);
-    for (const at of this.#rings) {
-      const [x, y] = this.#placed(...at);
-      context.strokeStyle = ink;
-      context.lineWidth = 2;
-      context.beginPath();
-      context.arc(x, y, 7, 0, 2 * Math.PI);
-      context.stroke();
-    }
+    for (const i of this.#taken) ring(this.#place(i), radius + 2);
+    for (const at of this.#rings) ring(this.#placed(...at), 7);
     this.#canvas.dataset.rings = this.#rings.length;
     if (this.#star) this.#starAt(context, ink);
     if (this.#chosen >= 0) {
       dots([this.#chosen], radius + 1);
-      ring(this.#chosen, radius + 4);
+      ring(this.#place(this.#chosen), radius + 4);
     }
     if (this.#drag?.path) {
       context.beginPath();
