@@ -5,12 +5,9 @@ from __future__ import annotations
 import http.server
 import json
 import logging
-import os
 import re
 import socket
-import subprocess
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -18,7 +15,6 @@ import open_clip
 import pytest
 import timm
 import torch
-from conftest import PROGRAMS
 from PIL import Image
 
 from retrieval_tip.backbones import catalogue
@@ -147,8 +143,8 @@ def test_an_unresponsive_hub_is_asked_once(mute, online, monkeypatch):
         server.shutdown()
 
 
-def test_without_a_network_the_error_names_models_that_work_offline(run, tmp_path, monkeypatch):
-    """The error comes from a fresh process, and the options in it load a model."""
+def test_without_a_network_the_error_names_models_that_work_offline(run, online, tmp_path, monkeypatch):
+    """The options in the error load a model."""
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(2):
@@ -156,32 +152,27 @@ def test_without_a_network_the_error_names_models_that_work_offline(run, tmp_pat
                 tmp_path / f"photos/{name}/{i}.png"
             )
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(catalogue, "DEMO", catalogue.DEMO[:2])  # independent of the demo's files
+    torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), "efficientnet-lite0.pth")
+    command = ("index", "build", "photos", "--out", "index")
     with socket.socket() as port:  # bound, but not listening
         port.bind(("127.0.0.1", 0))
-        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{port.getsockname()[1]}", "HF_HUB_OFFLINE": "0", "HF_HOME": "hub"}
-        command = ["retrieval-tip", "index", "build", "photos", "--out", "index"]
-        done = subprocess.run(
-            command, env=os.environ | hub | {"PATH": PROGRAMS}, capture_output=True, text=True, check=False
-        )
-    assert done.returncode == 1
-    assert "ViT-B-32 (605 MB)" in done.stderr
-    assert "--pretrained datacomp_xl_s13b_b90k=FILE" in done.stderr
-    monkeypatch.setattr(catalogue, "DEMO", catalogue.DEMO[:2])  # independent of the demo's files
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "hub")
-    torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), "efficientnet-lite0.pth")
-    failed = run(*command[1:])
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port.getsockname()[1]}")
+        failed = run(*command)
     assert failed.exit_code == 1
+    assert "ViT-B-32 (605 MB)" in failed.stderr
+    assert "--pretrained datacomp_xl_s13b_b90k=FILE" in failed.stderr
     offline = re.search(r"or --model (\S+) --pretrained (\S+) \(on this machine\)", failed.stderr)
     assert load_backbone(*offline.groups(), device="cpu").dim == 1280
-    cached = Path("hub/models--timm--tf_efficientnet_lite0.in1k")
+    cached = online / "models--timm--tf_efficientnet_lite0.in1k"
     (cached / "snapshots/abc").mkdir(parents=True)
     (cached / "snapshots/abc/model.safetensors").touch()
     (cached / "refs").mkdir()
     (cached / "refs/main").write_text("abc")
-    assert "or --model timm:tf_efficientnet_lite0.in1k (on this machine)" in run(*command[1:]).stderr
+    assert "or --model timm:tf_efficientnet_lite0.in1k (on this machine)" in run(*command).stderr
     repository = open_clip.get_pretrained_cfg("RN50", "openai")["hf_hub"].rpartition("/")[0]
     for name in (repository, "timm/resnet18.a1_in1k", "some/other"):
-        folder = Path(f"hub/models--{name.replace('/', '--')}/snapshots/abc")
+        folder = online / f"models--{name.replace('/', '--')}/snapshots/abc"
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch()
     assert list(catalogue.cached()) == [

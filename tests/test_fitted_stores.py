@@ -43,7 +43,7 @@ KINDS = ("folder", "lance")
 
 def table(path: Path, shots=8, seed=0, prefix="it's"):
     keys, ids = clusters(shots, seed)
-    order = np.random.default_rng(1).permutation(len(ids))  # a source is in no order
+    order = np.random.default_rng(1).permutation(len(ids))  # a source has random order
     return write_table(path, keys[order], [NAMES[i] for i in ids[order]], [f"{prefix} {i}" for i in order])
 
 
@@ -98,9 +98,10 @@ def test_a_store_has_the_fit_of_a_folder(built, name):
     assert store.table.has_points == (name == "metric")  # solved values need all keys, which are in memory
 
 
-@pytest.mark.parametrize(
-    ("name", "held"), [*itertools.product(("metric", "plain"), (1000, 20, 5)), ("solved", 20), ("values", 20)]
-)
+PIECES = [*itertools.product(("metric", "plain"), (1000, 20, 5)), ("solved", 20), ("values", 20)]
+
+
+@pytest.mark.parametrize(("name", "held"), few(PIECES, 4))
 def test_whole_classes_are_searched_as_in_a_folder(built, name, held, tmp_path, monkeypatch):
     """``held`` keys are all keys, some classes, or a part of a class. With solved values, all keys are in memory."""
     monkeypatch.setattr(lance_keys, "PIECE", held * 4 * QUERIES.shape[1])
@@ -143,7 +144,7 @@ def test_the_same_changes_give_the_same_folder_and_store(steps, name, built, tmp
     assert one.counts == other.counts
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", ["solved", "values"])
 def test_many_values_are_solved_as_in_a_folder(name, built, tmp_path, monkeypatch):
     """Beyond ``SOLVED_AGAIN`` keys, a change only solves the values of the keys that it touches."""
     monkeypatch.setattr("retrieval_tip.retrieval.ridge.SOLVED_AGAIN", 10)

@@ -12,6 +12,7 @@ import conftest
 import numpy as np
 import pytest
 import torch
+from tables import tiny
 from torch.nn import functional
 
 from retrieval_tip import CacheModel, doctor
@@ -210,8 +211,8 @@ def test_float32_convolutions_are_not_rounded_to_tf32(lit_mini) -> None:
         ("bfloat16", (9, 0), "bfloat16"),
     ],
 )
-def test_encoders_are_not_trained_in_float16(lit_mini, monkeypatch, precision, capability, trained) -> None:
-    model = deepcopy(lit_mini)
+def test_encoders_are_not_trained_in_float16(tmp_path, monkeypatch, precision, capability, trained) -> None:
+    model = load_backbone(f"local-dir:{tiny(tmp_path / 'tiny')}", device="cpu")
     model._precision, model._device = precision, torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     assert model.copy_to_train().precision == trained
