@@ -12,15 +12,10 @@ pytestmark = pytest.mark.soak
 TEMPLATE = "a photo of a {}."
 
 
-@pytest.fixture(scope="module")
-def caltech(tmp_path_factory):
-    return tmp_path_factory.mktemp("caltech") / "index"
-
-
 @needs_real
-def test_caltech_photos_reach_the_expected_accuracy(run, shared, caltech, monkeypatch):
+def test_caltech_photos_reach_the_expected_accuracy(run, shared, tmp_path, monkeypatch):
     """The expected values were measured with plain open_clip and the formula (lit-mini's MODEL.md)."""
-    split = shared / "data/caltech101/split_zhou_Caltech101.json"
+    caltech, split = tmp_path / "index", shared / "data/caltech101/split_zhou_Caltech101.json"
     model = f"local-dir:{shared / 'models/lit-mini'}"
     built = run("index", "build", "--fit", "none", split, "--model", model, "--template", TEMPLATE, "--out", caltech)
     assert built.exit_code == 0, built.output
