@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import contextlib
 import gc
 import json
 import logging
@@ -120,6 +121,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
     items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name cases after short lists, tuples and dicts, which pytest would only number."""
+    with contextlib.suppress(TypeError):
+        shown = json.dumps(val).replace('"', "") if isinstance(val, list | tuple | dict) else ""
+        return shown if 0 < len(shown) <= 60 else None
+    return None
 
 
 def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:

@@ -386,13 +386,13 @@ def test_key_ids_takes_several_ids_and_excludes_a_condition(run: Any, index: Pat
 
 def test_a_change_without_effect_makes_no_version(run: Any, index: Path) -> None:
     before = snapshot(index)
-    for command, said in (
+    for command, message in (
         (("relabel", index, "cat", "--where", "label = 'cat'"), "relabelled 0 shots as cat"),
         (("relabel", index, "cat", "--key-ids", 0, "--key-ids", 2), "relabelled 0 shots as cat"),
         (("compact", index), "one segment"),
     ):
         done = run("index", *command)
-        assert (done.exit_code, done.stdout) == (0, f"{index}: version 1, {said}\n")
+        assert (done.exit_code, done.stdout) == (0, f"{index}: version 1, {message}\n")
     assert changes.rollback(index, 1) == changes.Changed(1, [])
     assert snapshot(index) == before
 

@@ -56,13 +56,13 @@ def test_finetune_writes_a_new_index_with_its_provenance(run, place):
     before = (place / "index/manifest.json").read_bytes()
     result = tune(run, place, "--val", place / "val.parquet", "--epochs", 3, "--json", "--plot", place / "curve.png")
     assert result.exit_code == 0, result.stderr
-    said = json.loads(result.stdout)
+    printed = json.loads(result.stdout)
     cache = verify(place / "tuned")
     assert (place / "index/manifest.json").read_bytes() == before
     record = cache.provenance["finetune"]
     assert record["parent"] == str(place / "index")
     assert (record["parent_version"], record["epochs"], record["seed"], record["train"]) == (1, 3, 1, ["keys"])
-    assert (said["alpha"], said["beta"], said["version"]) == (cache.settings.alpha, cache.settings.beta, 1)
+    assert (printed["alpha"], printed["beta"], printed["version"]) == (cache.settings.alpha, cache.settings.beta, 1)
     assert not (place / "tuned.checkpoint").exists()
     assert (place / "curve.png").read_bytes()[:4] == b"\x89PNG"
     curve = run("index", "query", place / "tuned", "SELECT epoch FROM curve ORDER BY epoch", "--format", "json")
@@ -72,13 +72,13 @@ def test_finetune_writes_a_new_index_with_its_provenance(run, place):
 
 
 def test_python_gives_the_result_of_the_command(run, place):
-    told = tune(run, place, "--val", place / "val.parquet", "--epochs", 2, "--batch", 16, "--json")
+    result = tune(run, place, "--val", place / "val.parquet", "--epochs", 2, "--batch", 16, "--json")
     cache = CacheModel.load(place / "index", device="cpu", precision="float32")
     shots, val = (open_source(place / f"{name}.parquet") for name in ("views", "val"))
     val = val.take(validation_shots(cache, val))
     recipe = Recipe(epochs=2, batch=16)
     tuned = finetune_into(place / "again", cache, shots, Encoder(), recipe, val=val, parent=str(place / "index"))
-    assert tuned.facts() | {"seconds": 0} == json.loads(told.stdout) | {"seconds": 0}
+    assert tuned.facts() | {"seconds": 0} == json.loads(result.stdout) | {"seconds": 0}
     one, other = (CacheModel.load(place / name, device="cpu") for name in ("tuned", "again"))
     assert np.array_equal(one.keys, other.keys)
     assert one.settings == other.settings
@@ -146,10 +146,10 @@ def test_training_without_gain_is_discarded_unless_asked(run, place):
     result = tune(run, place, *worse)
     assert result.exit_code == 0, result.stderr
     assert "closed-form fit" in result.stderr.splitlines()[0]
-    said = json.loads(result.stdout)
-    assert said["kept"] == "as it was"
-    assert said["after"] <= said["before"]
-    assert (said["epoch"], said["train_accuracy"]) == (None, None)
+    printed = json.loads(result.stdout)
+    assert printed["kept"] == "as it was"
+    assert printed["after"] <= printed["before"]
+    assert (printed["epoch"], printed["train_accuracy"]) == (None, None)
     kept, test = verify(place / "tuned"), open_source(place / "test.parquet")
     assert (kept.settings, kept.fitted, kept.curve) == (index.settings, index.fitted, None)
     features = Encoder().encode(test).features
@@ -157,10 +157,10 @@ def test_training_without_gain_is_discarded_unless_asked(run, place):
     last = json.loads(tune(run, place, *worse, "--keep-last", out="last").stdout)
     assert last["kept"] == "trained"
     assert {name: last[name] for name in ("before", "after", "n")} == {
-        name: said[name] for name in ("before", "after", "n")
+        name: printed[name] for name in ("before", "after", "n")
     }
     assert verify(place / "last").curve is not None
-    assert verify(place / "last").provenance["finetune"]["held_out"]["after"] == said["after"]
+    assert verify(place / "last").provenance["finetune"]["held_out"]["after"] == printed["after"]
 
 
 def test_the_printed_accuracy_is_of_held_out_photos(run, place):
@@ -175,27 +175,27 @@ def test_the_printed_accuracy_is_of_held_out_photos(run, place):
             table.set_column(table.schema.get_field_index("label"), "label", column), place / f"{name}.parquet"
         )
     fitted_index(run, place)
-    said = json.loads(tune(run, place, "--epochs", 20, "--lr", 0.01, "--batch", 8, "--keep-last", "--json").stdout)
-    assert said["train_accuracy"] > 0.9
-    assert max(said["before"], said["after"]) < 0.5
-    assert said["n"] == 60
+    printed = json.loads(tune(run, place, "--epochs", 20, "--lr", 0.01, "--batch", 8, "--keep-last", "--json").stdout)
+    assert printed["train_accuracy"] > 0.9
+    assert max(printed["before"], printed["after"]) < 0.5
+    assert printed["n"] == 60
 
 
 def test_validation_accuracy_is_printed_before_and_after_training(run, place):
     index, val = fitted_index(run, place), open_source(place / "val.parquet")
     val = val.take(validation_shots(index, val))
     how = ("--val", place / "val.parquet", "--epochs", 3, "--batch", 16, "--json", "--keep-last")
-    said = json.loads(tune(run, place, *how).stdout)
-    assert (said["before"], said["n"]) == (pytest.approx(accuracy(index, val)), len(val))
-    assert said["after"] == pytest.approx(accuracy(CacheModel.load(place / "tuned", device="cpu"), val))
+    printed = json.loads(tune(run, place, *how).stdout)
+    assert (printed["before"], printed["n"]) == (pytest.approx(accuracy(index, val)), len(val))
+    assert printed["after"] == pytest.approx(accuracy(CacheModel.load(place / "tuned", device="cpu"), val))
 
 
 def test_training_that_helps_is_kept(run, place):
     """The settings of the index are poor."""
     assert run("index", "set", place / "index", "--alpha", 0.001).exit_code == 0
-    said = json.loads(tune(run, place, "--epochs", 20, "--batch", 16, "--alpha", 5, "--json").stdout)
-    assert (said["kept"], said["alpha"]) == ("trained", 5)
-    assert said["after"] > said["before"]
+    printed = json.loads(tune(run, place, "--epochs", 20, "--batch", 16, "--alpha", 5, "--json").stdout)
+    assert (printed["kept"], printed["alpha"]) == ("trained", 5)
+    assert printed["after"] > printed["before"]
 
 
 def test_single_shots_are_not_held_out_and_a_message_says_so(run, place):
@@ -205,8 +205,8 @@ def test_single_shots_are_not_held_out_and_a_message_says_so(run, place):
     fitted_index(run, place)
     result = tune(run, place, "--epochs", 1, "--json")
     assert result.exit_code == 0, result.stderr
-    said = json.loads(result.stdout)
-    assert (said["kept"], said["before"], said["after"], said["n"]) == ("trained", None, None, None)
+    printed = json.loads(result.stdout)
+    assert (printed["kept"], printed["before"], printed["after"], printed["n"]) == ("trained", None, None, None)
     assert "--val" in result.stderr
 
 

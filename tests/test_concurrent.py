@@ -201,10 +201,10 @@ def test_writers_lose_nothing_and_readers_never_fail(server: killing.Server, ind
     ]
     server.start(*jobs)
     assert server.wait() == [0] * len(jobs)
-    told = [json.loads(Path(str(job["out"])).read_text()) for job in jobs]
-    wrote, read = told[:WRITERS], told[WRITERS:]
+    records = [json.loads(Path(str(job["out"])).read_text()) for job in jobs]
+    written, read = records[:WRITERS], records[WRITERS:]
     # No version was lost or made twice.
-    made = sorted(version for one in wrote for version in one["versions"])
+    made = sorted(version for one in written for version in one["versions"])
     last = store.read_manifest(index).version
     assert sorted(set(made)) == list(range(2, last + 1))
     history = store.history(index).to_pylist()
@@ -213,18 +213,18 @@ def test_writers_lose_nothing_and_readers_never_fail(server: killing.Server, ind
     assert [row["parent"] for row in history] == [version - 1 or None for version in numbers]
     assert [row["current"] for row in history] == [False] * (len(history) - 1) + [True]
     # No key was lost, and no key id was given twice.
-    given = [key_id for one in wrote for key_id in one["key_ids"]]
+    given = [key_id for one in written for key_id in one["key_ids"]]
     assert sorted(given) == list(range(len(BASE), len(BASE) + len(given)))
     cache = verify(index)
     found = dict(zip(cache.labels["source"].to_pylist(), cache.labels["key_id"].to_pylist(), strict=True))
-    expected = {source: key_id for one in wrote for source, key_id in one["own"].items()}
+    expected = {source: key_id for one in written for source, key_id in one["own"].items()}
     assert len(found) == cache.n
     assert found == expected | {source: i for i, source in enumerate(BASE)}
-    assert not {source for one in wrote for source in one["removed"]} & found.keys()
+    assert not {source for one in written for source in one["removed"]} & found.keys()
     assert cache.next_key_id == len(BASE) + len(given)
     check_whole(cache, random.Random(0))
     # All writers and readers made progress.
-    assert all(one["done"] for one in wrote)
+    assert all(one["done"] for one in written)
     assert all(one["reads"] > 1 for one in read)
     assert any(one["versions"] > 1 for one in read)
 

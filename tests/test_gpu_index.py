@@ -190,7 +190,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("free", "number", "device", "fails", "told"),
+    ("free", "number", "device", "fails", "message"),
     [
         (100, 1, "cuda", "", f"{SIZE:,} bytes, but half of the free GPU memory is 50 bytes"),
         (100, 4, "cuda:1", "", "half of the free GPU memory"),
@@ -199,7 +199,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     ],
 )
 def test_a_fallback_to_the_cpu_warns_once(
-    gpus, caplog, free: int, number: int, device: str, fails: str, told: str
+    gpus, caplog, free: int, number: int, device: str, fails: str, message: str
 ) -> None:
     gpus(number, free).fails = fails
     expected = VectorIndex.build(KEYS, "IVF4,Flat", "cpu").search(QUERIES, 4)
@@ -209,7 +209,7 @@ def test_a_fallback_to_the_cpu_warns_once(
             np.testing.assert_array_equal(index.search(QUERIES, 4)[1], expected[1])
         assert index.device == "cpu"
     assert len(warnings_of(caplog)) == 1
-    assert told in warnings_of(caplog)[0]
+    assert message in warnings_of(caplog)[0]
 
 
 @mock.patch.object(vector_index, "GPU_MAX_K", 6)

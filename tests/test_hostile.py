@@ -190,12 +190,14 @@ def test_any_feature_table_is_refused_or_read_exactly(
     assert source is None or all(label.strip() for label in source.labels)
     found = refused(lambda: list(read_features(path, norms)))
     if found is not None and not damaged and "feature" in table.column_names:
-        told = np.array(table["feature"].to_pylist(), np.float32)
-        assert np.isfinite(told).all()
-        lengths = np.linalg.norm(told.astype(np.float64), axis=1, keepdims=True)
+        expected = np.array(table["feature"].to_pylist(), np.float32)
+        assert np.isfinite(expected).all()
+        lengths = np.linalg.norm(expected.astype(np.float64), axis=1, keepdims=True)
         if norms == "check":
             np.testing.assert_allclose(lengths, 1, atol=1e-2)
-        np.testing.assert_allclose(np.concatenate(found), told / lengths if norms == "unit" else told, rtol=1e-3)
+        np.testing.assert_allclose(
+            np.concatenate(found), expected / lengths if norms == "unit" else expected, rtol=1e-3
+        )
 
 
 @tried(2000)
@@ -388,12 +390,12 @@ def test_any_command_answers_or_fails_in_one_line(
         SPECIAL[special.partition(".")[0]](folder / special)
         before = snapshot(folder / "index")
         result = run(*names, *arguments, stdin="")
-        said = [text for text in result.stderr.splitlines() if not text.startswith(("warning: ", "Usage: ", "Try "))]
+        lines = [text for text in result.stderr.splitlines() if not text.startswith(("warning: ", "Usage: ", "Try "))]
         assert result.exit_code in (0, 1, 2, 3), result.stderr
         assert all(len(text) <= MAX_LINE + len("warning: ") for text in result.stderr.splitlines())
         if result.exit_code in (1, 2) and names != ["datasets", "check"]:  # prints a table of missing files
-            assert said[-1].startswith("Error: ")
-            check_line(said[-1])
+            assert lines[-1].startswith("Error: ")
+            check_line(lines[-1])
             assert snapshot(folder / "index") == before
         assert not [path for path in folder.rglob("*.tmp") if path.name not in ("x.tmp",)]
         for place in (folder / "index", folder / "new"):
