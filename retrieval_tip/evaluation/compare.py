@@ -171,9 +171,8 @@ def _answers(side: Side, source: Source, spelled: dict[str, str]) -> npt.NDArray
     """Return the answer to each photo, or ``None`` if it could not be read."""
     answers = np.full(len(source), None, dtype=object)
     for block in side.encoder.blocks(source):
-        for part in side.index.parts(len(block.positions)):
-            table = side.index.classify(block.features[part], neighbours=0, norms="keep").to_arrow()
-            answers[block.positions[part]] = [spelled.get(name, name) for name in table["label"].to_pylist()]
+        table = side.index.classify(block.features, neighbours=0, norms="keep").to_arrow()
+        answers[block.positions] = [spelled.get(name, name) for name in table["label"].to_pylist()]
     return answers
 
 

@@ -139,8 +139,5 @@ def group_unlike(index: AnsweringIndex, features: FloatArray, answers: Predictio
 
 def classify_in_groups(index: AnsweringIndex, pool: Pool, top: int, neighbours: int, *, certify: bool) -> Predictions:
     """Classify photos as :meth:`answering.AnsweringIndex.classify` does, and group the photos without a match."""
-    answers = (
-        index.classify(pool.features[part], top, neighbours=neighbours, certify=certify, norms="keep")
-        for part in index.parts(len(pool.features))
-    )
-    return group_unlike(index, pool.features, Predictions.joined(answers).named(pa.array(pool.names, pa.string())))
+    answers = index.classify(pool.features, top, neighbours=neighbours, certify=certify, norms="keep")
+    return group_unlike(index, pool.features, answers.named(pa.array(pool.names, pa.string())))
