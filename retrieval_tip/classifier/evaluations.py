@@ -72,24 +72,17 @@ class MeasuredClassifier(OpenIndex):
         out: str | os.PathLike[str],
         test: str | os.PathLike[str] | Source,
         *,
-        val: str | os.PathLike[str] | Source | None = None,
         shots: Sequence[int] | None = None,
         seeds: int = 3,
         curves: bool = True,
     ) -> WrittenReport:
         """Write an accuracy report as a single HTML file to ``out``.
 
-        If the labelled sources ``test`` and ``val`` are split, the test split and the validation split are used. For
-        the other arguments, see :func:`report.write_report`.
+        If the labelled source ``test`` is split, its test split is used. For the other arguments, see
+        :func:`report.write_report`.
         """
         from retrieval_tip.report.report import write_report
 
-        encoder, chosen_on = replace(self.encoder, skipped=[]), None if val is None else _opened(val, "val")
-        cache = self.cache.in_memory()
-        return write_report(
-            cache, _opened(test, "test"), encoder, out, val=chosen_on, shots=shots, seeds=seeds, curves=curves
-        )
-
-
-def _opened(source: str | os.PathLike[str] | Source, part: str) -> Source:
-    return source if isinstance(source, Source) else open_source(check_place("source", source), split=part)
+        source = test if isinstance(test, Source) else open_source(check_place("source", test), split="test")
+        encoder = replace(self.encoder, skipped=[])
+        return write_report(self.cache.in_memory(), source, encoder, out, shots=shots, seeds=seeds, curves=curves)

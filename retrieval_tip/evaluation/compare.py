@@ -167,6 +167,11 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * float(logs.exp().sum()))
 
 
+def differ(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> bool:
+    """Return whether two masks of right answers to the same photos differ significantly (:func:`mcnemar`)."""
+    return mcnemar(int((one & ~other).sum()), int((other & ~one).sum())) < SIGNIFICANT
+
+
 def _answers(side: Side, source: Source, spelled: dict[str, str]) -> npt.NDArray[np.object_]:
     """Return the answer to each photo, or ``None`` if it could not be read."""
     answers = np.full(len(source), None, dtype=object)
