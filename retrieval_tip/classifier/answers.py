@@ -14,7 +14,7 @@ import torch
 
 from retrieval_tip import tip
 from retrieval_tip.answering import AnsweringIndex, similar_shots
-from retrieval_tip.classifier.opened import OpenIndex, strict_errors
+from retrieval_tip.classifier.opened import OpenIndex
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.pictures import Picture, Pictures, is_one, pictures
@@ -149,8 +149,7 @@ class AnsweringClassifier(OpenIndex):
             features = np.atleast_2d(photo)
         elif is_one(photo):
             given = pictures(photo)
-            with strict_errors():
-                features = replace(self.encoder, read=given.read, strict=True).encode(given.source).features
+            features = replace(self.encoder, read=given.read, strict=True).encode(given.source).features
             norms = "keep"
         else:
             features = np.empty((0, self.cache.d))
@@ -229,8 +228,7 @@ def _answers(
     answers: list[Predictions] = []
     for part in given:
         reader = replace(encoder, read=part.read)
-        with strict_errors():
-            answers += index.classify_source(part.source, reader, top, k, tail, neighbours, certify)
+        answers += index.classify_source(part.source, reader, top, k, tail, neighbours, certify)
     return Predictions.joined(answers)
 
 
@@ -242,8 +240,7 @@ def _suggested(index: AnsweringIndex, encoder: Encoder, photos: Any, n: int) -> 
     if isinstance(photos, str | os.PathLike) and kind_of(photos) != "image":
         return suggest_photos([*open_inputs([os.fspath(photos)])], n, encoder, index)
     given = pictures(photos)
-    with strict_errors():
-        return suggest_photos([given.source], n, replace(encoder, read=given.read, strict=True), index)
+    return suggest_photos([given.source], n, replace(encoder, read=given.read, strict=True), index)
 
 
 def _shown(data: bytes | None) -> Any:
