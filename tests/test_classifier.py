@@ -622,6 +622,9 @@ def test_it_is_judged_and_reported_as_by_the_commands(place, clf, tmp_path, run)
 
     said = json.loads(run("evaluate", clf.cache.folder, place / "new", "--json", "--device", "cpu").stdout)
     assert (found.n, found.top1, found.skipped) == (said["n"], said["top1"], 0)
+    wrong = [(picture, (label + 1) % 3) for picture, label in map(Dataset().__getitem__, range(6))]
+    clf.report(tmp_path / "r.html", [(picture, Dataset.classes[label]) for picture, label in wrong], curves=False)
+    assert 'alt="test photo of ' in (tmp_path / "r.html").read_text()  # photos in memory are shown
     report = clf.report(tmp_path / "r.html", place / "new", curves=False)
     assert report.evaluation.top1 == found.top1
     assert (tmp_path / "r.html").stat().st_size == report.bytes

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from retrieval_tip.classifier.opened import OpenIndex, check_place
-from retrieval_tip.data.sources import Source, open_items, open_source
+from retrieval_tip.data.sources import open_items
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.compare import Compared, Side, compare
 from retrieval_tip.evaluation.evaluate import Evaluation, evaluate
@@ -70,7 +70,7 @@ class MeasuredClassifier(OpenIndex):
     def report(
         self,
         out: str | os.PathLike[str],
-        test: str | os.PathLike[str] | Source,
+        test: Any,
         *,
         shots: Sequence[int] | None = None,
         seeds: int = 3,
@@ -78,11 +78,10 @@ class MeasuredClassifier(OpenIndex):
     ) -> WrittenReport:
         """Write an accuracy report as a single HTML file to ``out``.
 
-        If the labelled source ``test`` is split, its test split is used. For the other arguments, see
-        :func:`report.write_report`.
+        ``test`` can be the same as for :meth:`evaluate`. For the other arguments, see :func:`report.write_report`.
         """
         from retrieval_tip.report.report import write_report
 
-        source = test if isinstance(test, Source) else open_source(check_place("source", test), split="test")
-        encoder = replace(self.encoder, skipped=[])
+        source, encoder = self._labelled(test, "test")
+        encoder = replace(encoder, skipped=[])
         return write_report(self.cache.in_memory(), source, encoder, out, shots=shots, seeds=seeds, curves=curves)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrieval_tip.data import images
-from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.predictions import Neighbour
 from retrieval_tip.report.judged import JudgedIndex
@@ -117,13 +116,13 @@ def _with_pictures(judged: JudgedIndex, keys: Sequence[Neighbour]) -> list[tuple
     return [(key, Picture(key.source, digests.get(key.key_id), f"example of {key.label}")) for key in keys]
 
 
-def thumbnail(path: str, digest: str | None, side: int) -> str | None:
+def thumbnail(read: Callable[[str], bytes], path: str, digest: str | None, side: int) -> str | None:
     """Return an image as a base64 JPEG whose sides have at most ``side`` pixels.
 
-    Return ``None`` if the image cannot be read or does not have this digest.
+    ``read`` returns the bytes of a path. Return ``None`` if the image cannot be read or does not have this digest.
     """
     try:
-        data = read_item(path)
+        data = read(path)
         if digest is not None and hashlib.sha256(data).hexdigest() != digest:
             return None
         return base64.b64encode(images.thumbnail(data, side)).decode()

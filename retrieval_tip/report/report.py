@@ -136,7 +136,7 @@ def _page(judged: JudgedIndex, curve: Curve | None) -> str:
         shared=pc.sum(pc.is_in(digests, value_set=cache.labels["digest"])).as_py() or 0,
         plots={name: plots.svg(partial(draw, evaluation), label) for name, (draw, label) in drawn.items()},
         provenance=provenance(judged), counted=counted, percent=percent, portable=portable, nobreak=_nobreak,
-        thumbnail=remembered(thumbnail),
+        thumbnail=remembered(partial(thumbnail, judged.encoder.read)),
     )  # fmt: skip
 
 
