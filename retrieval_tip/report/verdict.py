@@ -21,7 +21,7 @@ SURE = 0.9
 WEAK, NAMED = 0.5, 3
 """Accuracy below which a class always counts as weak, and the maximum number of weak classes to list."""
 AUDITED = 1 << 15
-"""Maximum number of keys that a report audits, which takes about 15 s."""
+"""Maximum number of keys that a report audits, as on the page."""
 MISCALIBRATED = 0.05
 """Difference between the mean probability and the accuracy from which a calibration is recommended."""
 
