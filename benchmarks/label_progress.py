@@ -52,7 +52,8 @@ def session(pool: CacheModel, draw: int) -> Iterator[dict[str, Any]]:
             continue
         start = time.perf_counter()
         rest = np.setdiff1d(rest, labelled)
-        estimate, gain = estimate_rest(index, random, features[rest]), gain_of(index, random, len(labelled))
+        estimate = estimate_rest(index, random, features[rest])
+        gain = gain_of(index, random, estimate, len(labelled))
         seconds = time.perf_counter() - start
         right = known[index.logits(features).argmax(1).numpy()] == ids
         yield {

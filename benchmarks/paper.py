@@ -35,10 +35,10 @@ from retrieval_tip.data.encoder import view_names
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import RetrievalTipError
 from retrieval_tip.evaluation import sweep
+from retrieval_tip.evaluation.compare import differ
 from retrieval_tip.fit import search_hp
 from retrieval_tip.fit.finetune import finetune, own_shots
 from retrieval_tip.fit.trainer import VIEWS, Recipe
-from retrieval_tip.report.verdict import differ
 from retrieval_tip.store.folder import read_manifest
 
 HERE = Path(__file__).resolve().parent

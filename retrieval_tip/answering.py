@@ -47,8 +47,8 @@ ASKED = 16
 MOST_EXPONENT = 80.0
 """Maximum exponent in the weight of a key. In float32, the exponential overflows just above 88."""
 
-PREDICTED, ARROW_LENGTH = 1 << 16, (1 << 31) - 1
-"""Number of predictions converted to columns at a time, and maximum length of an Arrow list or text column."""
+PREDICTED = 1 << 16
+"""Maximum number of queries that are classified at a time."""
 
 GROWTH, ALL_FROM = 4, 8
 """Limits of the retries of :meth:`AnsweringIndex.certified`.
@@ -372,14 +372,14 @@ class AnsweringIndex(ABC):
         if norms == "check":
             inputs.check_unit(f)
         shown = min(neighbours, retrieval.settings.k or neighbours)
-        if certify:
-            terms = self.certified(f, retrieval.settings.k or "all", retrieval.settings.tail)
-        else:
-            terms = retrieval.terms(f, neighbours=shown)
-            self._check(terms)
-        size = min(PREDICTED, max(1, ARROW_LENGTH // len(self.class_names)))
-        parts = slices(len(f), size) if len(f) else [slice(0)]
-        columns = [_columns(self, f[part], terms.queries(part), retrieval, top, shown) for part in parts]
+        columns = []
+        for part in self.parts(len(f)) if len(f) else [slice(0)]:
+            if certify:
+                terms = self.certified(f[part], retrieval.settings.k or "all", retrieval.settings.tail)
+            else:
+                terms = retrieval.terms(f[part], neighbours=shown)
+                self._check(terms)
+            columns.append(_columns(self, f[part], terms, retrieval, top, shown))
         return Predictions(pa.concat_tables(columns)).named(pa.array(np.arange(len(f))).cast(pa.string()))
 
     def classify_source(
@@ -435,8 +435,8 @@ class AnsweringIndex(ABC):
         return Nearest(affinity, rows[order], ids[order])
 
     def parts(self, q: int) -> Iterator[slice]:
-        """Split ``q`` queries into slices that have at most :data:`LOGITS` logits each."""
-        return slices(q, max(1, LOGITS // len(self.class_names)))
+        """Split ``q`` queries into slices of at most :data:`PREDICTED` queries and :data:`LOGITS` logits each."""
+        return slices(q, max(1, min(PREDICTED, LOGITS // len(self.class_names))))
 
     def ids_of(self, source: Source) -> npt.NDArray[np.int64]:
         """Return the class id of each item in a labelled source.

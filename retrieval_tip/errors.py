@@ -88,6 +88,12 @@ def counted(number: int, what: str, does: str = "", do: str = "") -> str:
     return f"{things} {does if number == 1 else do}".rstrip()
 
 
+def percent(share: float) -> str:
+    """Format a share, for example ``92.5 %``. A share is never rounded to 0 or 100 %."""
+    shown = f"{100 * share:.1f} %"
+    return ">99.9 %" if shown == "100.0 %" and share < 1 else "<0.1 %" if shown == "0.0 %" and share > 0 else shown
+
+
 @dataclass(frozen=True)
 class Skipped:
     """An input that could not be read, and the reason."""

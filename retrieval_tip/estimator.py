@@ -341,7 +341,7 @@ class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sc
         self.device = device
 
     def fit(self, X: object, y: object = None) -> Self:
-        """Load the backbone."""
+        """Load the backbone. If you do not call this method, the first call of :meth:`transform` does."""
         if self.model is None or isinstance(self.model, str):
             self.backbone_: Backbone = load_backbone(self.model, self.pretrained, device=self.device, lazy=True)
         else:
@@ -353,7 +353,8 @@ class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sc
 
         Raises InputError if an image cannot be read.
         """
-        check_is_fitted(self, "backbone_")
+        if not hasattr(self, "backbone_"):
+            self.fit(X)
         given = pictures(X)
         encoder = Encoder(self.backbone_, cache=EncodingCache.at(None), read=given.read, strict=True)
         return unit(encoder.encode(given.source).features)

@@ -99,7 +99,7 @@ class Settings:
             object.__setattr__(self, name, float(value))
         if self.k is not None:
             if not _is_whole(self.k) or self.k < 1:
-                raise UsageError(f"k is {self.k}: expected a whole number of keys, at least 1, or None for all")
+                raise UsageError(f"k is {self.k}: expected a whole number of keys, at least 1, or all")
             object.__setattr__(self, "k", int(self.k))
         object.__setattr__(self, "tail", bool(self.tail))
         if self.least_cache is not None and not _is_finite(self.least_cache):

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tables import unit
 
 import retrieval_tip
-from retrieval_tip import CacheModel
+from retrieval_tip import CacheModel, answering
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_inputs
@@ -207,9 +207,11 @@ def test_predictions_do_not_depend_on_batches_or_blocks(
                 assert torch.equal(part.argmax(1), whole.argmax(1))
 
 
-def test_classify_does_not_depend_on_batches() -> None:
+def test_classify_does_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = model()
     whole = cache.classify(QUERIES, top=3, k=16)
+    monkeypatch.setattr(answering, "PREDICTED", 3)  # more queries are classified three at a time
+    assert [p.labels for p in cache.classify(QUERIES, top=3, k=16)] == [p.labels for p in whole]
     single = [cache.classify(QUERIES[i : i + 1], top=3, k=16)[0] for i in range(Q)]
     assert [p.labels for p in single] == [p.labels for p in whole]
     assert [[n.key_id for n in p.neighbours] for p in single] == [[n.key_id for n in p.neighbours] for p in whole]

@@ -375,7 +375,7 @@ def test_key_ids_takes_several_ids_and_excludes_a_condition(run: Any, index: Pat
     before = snapshot(index)
     for command in (("remove", index), ("relabel", index, "cat")):
         for which in ((), ("--where", "shot = 0", "--key-ids", 1)):
-            refused(run("index", *command, *which), 2, "--where", "--key-ids")
+            refused(run("index", *command, *which), 2, "where, key_ids")
         for wrong in ("1,", "x", "1.5", "1;2", "²"):
             refused(run("index", *command, "--key-ids", wrong), 2, "--key-ids", "key id")
     assert snapshot(index) == before

@@ -222,9 +222,36 @@ def test_photos_in_memory_become_shots(place):
     for wrong, words in (([photograph(1, 1)], "label: missing"), (place / "new/red/6.png", "label: missing")):
         with pytest.raises(UsageError, match=words):
             held.add(wrong)
-    tensors = [(torch.zeros(3, 8, 8), "red")]
-    with pytest.raises(InputError, match=r"photo 0: got a Tensor.*without a transform"):
-        Classifier.from_images(tensors, model=model, device="cpu")
+    both = torch.utils.data.ConcatDataset([part, Dataset()])
+    assert held.evaluate(both).n == len(held.predict(both)) == 8
+    with pytest.raises(UsageError, match="different classes"):
+        held.evaluate(torch.utils.data.ConcatDataset([part, new]))
+
+
+class Tensors(Dataset):
+    """The same photographs as tensors, as torchvision's ``ToTensor`` makes them, or scaled further."""
+
+    def __init__(self, scale=1.0):
+        self.scale = scale
+
+    def __getitem__(self, i):
+        from torchvision.transforms.functional import to_tensor
+
+        picture, label = super().__getitem__(i)
+        return self.scale * to_tensor(picture), label
+
+
+def test_tensors_of_rgb_values_are_photos(place, clf):
+    expected = clf.predict_proba(Dataset())
+    np.testing.assert_allclose(clf.predict_proba(Tensors()), expected, atol=1e-6)
+    whole = [(255 * tensor).round().to(torch.uint8) for tensor, _ in map(Tensors().__getitem__, range(6))]
+    np.testing.assert_allclose(clf.predict_proba(whole), expected, atol=1e-6)
+    assert clf.evaluate(Tensors()) == clf.evaluate(Dataset())
+    grey = torch.rand(1, 9, 7, generator=torch.Generator().manual_seed(0))
+    assert clf.predict([grey])[0] == clf.predict([(255 * grey[0]).round().to(torch.uint8).numpy()])[0]
+    for wrong in (Tensors(2.5), Tensors(-1), [torch.zeros(8, 8, 8)], [torch.full((3, 4, 4), torch.nan)]):
+        with pytest.raises(InputError, match=r"photo 0: .*without a transform that normalises"):
+            clf.predict(wrong)
 
 
 def test_what_the_command_takes_is_taken_here_too(place, clf, tmp_path):
@@ -454,6 +481,10 @@ MISUSE = {
     "images: has no items; give at least one": [lambda clf: clf.add([], "red")],
     "labels: got 'red'; give a list": [lambda clf: clf.from_images([PHOTO], "red")],
     "photos: a path has no labels; call from_folder": [lambda clf: clf.from_images("photos")],
+    "photo 0: has no image": [lambda clf: clf.predict({"picture": PHOTO}), lambda clf: clf.predict([{"image": None}])],
+    "where, key_ids: give exactly one": [
+        lambda clf: clf.remove(), lambda clf: clf.relabel("red"), lambda clf: clf.remove(where="true", key_ids=[0]),
+    ],
     "photos: got an object of type list; give a path": [lambda clf: clf.from_folder([PHOTO])],
     "model: got an object of type int; give a name": [lambda clf: clf.load(clf.cache.place, 5)],
     "model: got 2 objects; give (model, preprocess, tokenizer)": [lambda clf: clf.load(clf.cache.place, (1, 2))],
@@ -529,14 +560,14 @@ def test_every_option_is_a_named_argument():
         (parameters(Classifier.from_images), Classifier.from_folder, {"photos"}),
         (parameters(Classifier.from_hub), Classifier.load, {"place"}),
         (parameters(Classifier.predict), AnsweringIndex.classify, {"self", "features"}),
-        (parameters(Classifier.explain), Classifier.predict, {"top", "norms"}),
+        (parameters(Classifier.explain), Classifier.predict, {"top", "norms", "group_unlike"}),
         (parameters(Classifier.add), changes.add, {"folder", "source", "encoder", "manifest"}),
         (parameters(Classifier.remove), changes.remove, {"folder"}),
         (parameters(Classifier.relabel), changes.relabel, {"folder"}),
         (parameters(Classifier.rollback), changes.rollback, {"folder"}),
         (parameters(Classifier.fit), fit_index, {"folder", "validation", "encoder"}),
         (parameters(Classifier.finetune), finetune_into, {"out", "cache", "shots", "encoder", "parent"}),
-        (parameters(Classifier.predict_proba), Classifier.predict, {"top", "neighbours", "certify"}),
+        (parameters(Classifier.predict_proba), Classifier.predict, {"top", "neighbours", "certify", "group_unlike"}),
         (parameters(Classifier.similar), similar_shots, {"index", "features"}),
         (parameters(Classifier.sort), sort_photos, {"index", "sources", "encoder"}),
         (parameters(Classifier.audit), audit, {"cache"}),
@@ -591,6 +622,9 @@ def test_it_is_judged_and_reported_as_by_the_commands(place, clf, tmp_path, run)
 
     said = json.loads(run("evaluate", clf.cache.folder, place / "new", "--json", "--device", "cpu").stdout)
     assert (found.n, found.top1, found.skipped) == (said["n"], said["top1"], 0)
+    wrong = [(picture, (label + 1) % 3) for picture, label in map(Dataset().__getitem__, range(6))]
+    clf.report(tmp_path / "r.html", [(picture, Dataset.classes[label]) for picture, label in wrong], curves=False)
+    assert 'alt="test photo of ' in (tmp_path / "r.html").read_text()  # photos in memory are shown
     report = clf.report(tmp_path / "r.html", place / "new", curves=False)
     assert report.evaluation.top1 == found.top1
     assert (tmp_path / "r.html").stat().st_size == report.bytes
@@ -652,6 +686,13 @@ def test_a_pipeline_of_scikit_learn_begins_with_paths(place):
     plain = Encoder(backbone).encode(new).features
     np.testing.assert_allclose(features, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-5)
     assert pipeline.score(new.sources, new.labels) > 1 / 3
+    np.testing.assert_array_equal(ImageEncoder(backbone).transform(new.sources), features)  # nothing is fitted
+    with pytest.raises(InputError, match=r"^gone.png: no such file$"):
+        ImageEncoder(backbone).transform(["gone.png"])
+    search = pytest.importorskip("sklearn.model_selection").GridSearchCV(
+        pipeline, {"tipadapterclassifier__alpha": ["auto", 1.0]}, cv=2, error_score="raise"
+    )
+    assert search.fit(train.sources, train.labels).predict(new.sources).shape == (len(new),)
 
 
 def test_an_upright_picture_stays_upright(place, clf):

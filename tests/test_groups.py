@@ -122,6 +122,11 @@ def test_the_command_numbers_the_groups_largest_first(folder, run, tmp_path, mon
         written = list(csv.DictReader(file))
     assert [row["group"] for row in written] == ["", "1", "1", "2", "", "1", "2", "", ""]
     assert [row["unlike"] for row in written] == [str(kind > 2) for kind in kinds]
+    clf = Classifier.load(folder, device="cpu")
+    for photos in (table, rows):
+        numbers = [answer.group for answer in clf.predict(photos, group_unlike=True)]
+        assert numbers == [int(row["group"]) if row["group"] else None for row in written]
+    assert clf.predict(rows[1], group_unlike=True).group is None  # there is no other photo
     plain = run("classify", folder, table, "--top", 2, "--explain", "--certify", "--format", "json").stdout.splitlines()
     grouped = run(
         "classify", folder, table, "--top", 2, "--explain", "--certify", "--group-unlike", "--format", "json"
@@ -148,3 +153,5 @@ def test_groups_need_a_fitted_index_and_one_process(folder, run, tmp_path):
     cache_of(unit_rows(4, 16), [0, 0, 1, 1], ["a", "b"], device="cpu").save(tmp_path / "plain")
     done = run("classify", tmp_path / "plain", table, "--group-unlike")
     assert (done.exit_code, "fit" in done.stderr) == (2, True)
+    with pytest.raises(UsageError, match=r"group_unlike: .*fit"):
+        Classifier.load(tmp_path / "plain", device="cpu").predict(table, group_unlike=True)

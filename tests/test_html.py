@@ -65,8 +65,8 @@ class Page(HTMLParser):
 
 
 def test_a_value_is_escaped_once_and_on_one_line():
-    (head, *cells) = Page(table([], [['<a href="x">&\'', markup("<b>&lt;</b>"), 1.5, "a\nb\u202ec\ud800"]])).words
-    assert (head, *cells) == ('<a href="x">&\'', "<", "150.0%", "a\\nb\\u202ec\\ud800")
+    (head, *cells) = Page(table([], [['<a href="x">&\'', markup("<b>&lt;</b>"), "1.5 %", "a\nb\u202ec\ud800"]])).words
+    assert (head, *cells) == ('<a href="x">&\'', "<", "1.5 %", "a\\nb\\u202ec\\ud800")
     assert markup("<b>{}</b>").format("<") == "<b>&lt;</b>"
     assert Page(table([], [["{{ 7 * 7 }}{% raw %}"]])).words == ["{{ 7 * 7 }}{% raw %}"]
 

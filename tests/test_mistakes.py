@@ -74,7 +74,7 @@ MISTAKES = {
     "classify {w}/i/x {w}/new.parquet --output {w}/answers.xlsx": (2, ".xlsx; use .csv"),
     "classify {w}/i/x {w}/new.parquet --output {w}/none/answers.csv": (1, "No such file or directory"),
     "index add {w}/i/x {w}/my*photos/cat/1.png": (1, "expected a folder with one folder of images per class"),
-    "index remove {w}/i/x": (2, "--where"),
+    "index remove {w}/i/x": (2, "where, key_ids"),
     "index remove {w}/i/x --where labl='a'": (2, "over the columns key_id, class_id, label"),
     "index rollback {w}/i/x": (1, "no version before 1"),
     "index export {w}/i/x": (2, "give --out, --text or --onnx FILE"),

@@ -65,7 +65,7 @@ def test_each_random_photo_is_classified_without_its_label(text):
     assert (found.low, found.high) == closed_form.wilson(found.accuracy, 7)
     assert (index.logits(rest).numpy() == before).all()
     half = answers_without(index, features, ids, random, range(20)).argmax(axis=1) == ids[random]
-    assert gain_of(index, random, 20) == pytest.approx(max(0, right.mean() - half.mean()) * np.log2(1.5))
+    assert gain_of(index, random, found, 20) == pytest.approx(max(0, right.mean() - half.mean()) * np.log2(1.5))
 
 
 def test_parts_of_many_random_photos_are_classified_without_any_label_of_their_part(monkeypatch):
@@ -86,11 +86,13 @@ def test_parts_of_many_random_photos_are_classified_without_any_label_of_their_p
 
 def test_without_random_labels_nothing_is_claimed():
     index, features, _ = index_of(30, False)
-    assert estimate_rest(index, [], features) == Estimate(0, 0, 0.0, 0.0, 1.0)
-    assert gain_of(index, [99], 20) is None
+    none = estimate_rest(index, [99], features)
+    assert none == Estimate(0, 0, 0.0, 0.0, 1.0)
+    assert gain_of(index, [99], none, 20) is None
     with pytest.raises(UsageError, match="more"):
-        gain_of(index, [1], 0)
+        gain_of(index, [99], none, 0)
     single = CacheModel.from_features(features[:2], [0, 1], NAMES, device="cpu")
     closed_form.fit(single)
-    assert estimate_rest(single, [0, 1], features).right == 0  # without its label, each class is unknown
-    assert gain_of(single, [0], 2) is None
+    found = estimate_rest(single, [0, 1], features)
+    assert (found.right, found.n) == (0, 2)  # without its label, each class is unknown
+    assert gain_of(single, [0, 1], found, 2) is None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -25,7 +27,7 @@ from tables import picture, tiny
 from test_backbone import a_step, some_pixels
 
 from retrieval_tip.backbones import tower
-from retrieval_tip.backbones.base import unit
+from retrieval_tip.backbones.base import Identity, unit
 from retrieval_tip.backbones.loading import load_backbone, load_when_needed
 from retrieval_tip.errors import UsageError
 
@@ -42,6 +44,26 @@ def folder(tmp_path):
     return tiny(tmp_path / "model")
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A model folder, the cache that holds its compiled tower, and the features of three images."""
+    place = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RETRIEVAL_TIP_CACHE", str(place / "cache"))
+        model = load_backbone(f"local-dir:{tiny(place / 'model')}", device="cpu")
+        pixels = some_pixels(model, 3)
+        return place, model.identity, pixels, model.encode_images(pixels)
+
+
+@pytest.fixture
+def compiled(made, tmp_path, monkeypatch):
+    """A copy of ``made``, which a test may change: the model folder, its identity, the images and their features."""
+    place, identity, pixels, features = made
+    shutil.copytree(place, tmp_path / "made")
+    monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "made" / "cache"))
+    return tmp_path / "made", replace(identity, model=f"local-dir:{tmp_path / 'made' / 'model'}"), pixels, features
+
+
 def both(model, **options):
     """A backbone as it encodes on a CPU, and as torch does."""
     return (load_backbone(model, device="cpu", runtime=runtime, **options) for runtime in ("auto", "torch"))
@@ -51,7 +73,7 @@ def cosines(one, other):
     return (unit(one).astype(np.float64) * unit(other)).sum(1)
 
 
-def test_features_are_torchs_for_any_number_of_images(folder, place):
+def test_features_match_torch_for_any_number_of_images(folder, place):
     compiled, plain = both(f"local-dir:{folder}")
     for number in (1, 2, 5):
         pixels = some_pixels(plain, number)
@@ -61,16 +83,16 @@ def test_features_are_torchs_for_any_number_of_images(folder, place):
     np.testing.assert_array_equal(deepcopy(compiled).encode_images(pixels), compiled.encode_images(pixels))
 
 
-def test_threads_that_encode_at_the_same_time_get_their_own_features(folder, place):
-    compiled = load_backbone(f"local-dir:{folder}", device="cpu", runtime="auto")
-    pixels = [some_pixels(compiled, 8) + at for at in range(8)]
-    expected = [compiled.encode_images(own) for own in pixels]
+def test_threads_that_encode_at_the_same_time_get_their_own_features(compiled):
+    model = load_backbone(compiled[1].model, device="cpu")
+    pixels = [some_pixels(model, 8) + at for at in range(8)]
+    expected = [model.encode_images(own) for own in pixels]
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(compiled.encode_images, pixels * 25))
+        found = list(pool.map(model.encode_images, pixels * 25))
     np.testing.assert_allclose(np.stack(found), np.stack(expected * 25), atol=1e-6)
 
 
-def test_a_real_encoder_of_photographs(lit_mini, shared):
+def test_a_real_encoder_matches_torch(lit_mini, shared):
     plain = load_backbone(lit_mini.identity.model, device="cpu", runtime="torch")
     files = sorted((shared / "data/caltech101/101_ObjectCategories/panda").iterdir())[:6]
     pixels = torch.stack([plain.preprocess(Image.open(file).convert("RGB")) for file in files])
@@ -84,7 +106,7 @@ def test_a_real_encoder_of_photographs(lit_mini, shared):
         assert worst < 0.9999999
 
 
-def test_a_single_picture_does_not_wait_for_it(folder, place):
+def test_a_single_image_does_not_wait_for_the_conversion(folder, place):
     compiled, plain = both(f"local-dir:{folder}")
     pixels = some_pixels(plain, 1)
     np.testing.assert_array_equal(compiled.encode_images(pixels), plain.encode_images(pixels))
@@ -92,8 +114,8 @@ def test_a_single_picture_does_not_wait_for_it(folder, place):
 
 
 @pytest.mark.parametrize("name", ["RN50", "ViT-B-32-quickgelu", "timm:tf_efficientnet_lite0"])
-def test_what_the_field_uses_can_be_converted(name, place):
-    """With random weights: of torch's own ResNet with attention, a transformer, and timm's towers."""
+def test_common_architectures_can_be_converted(name, place):
+    """Random weights of a ResNet with attention, a transformer, and a model of timm."""
     torch.manual_seed(0)
     if name.startswith("timm:"):
         visual = timm.create_model(name.removeprefix("timm:"), num_classes=0)
@@ -105,7 +127,7 @@ def test_what_the_field_uses_can_be_converted(name, place):
         visual = open_clip.CLIP(**config).visual
     model = torch.nn.Module()
     model.visual, model.encode_image = visual.eval(), visual.eval()
-    identity = replace_weights(name)
+    identity = identity_of(name)
     compiled = tower.converted(model, identity, (224, 224), "float32")
     pixels = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
@@ -115,23 +137,20 @@ def test_what_the_field_uses_can_be_converted(name, place):
     np.testing.assert_array_equal(again(pixels), compiled(pixels))
 
 
-def replace_weights(name):
-    from retrieval_tip.backbones.base import Identity
-
+def identity_of(name):
     return Identity(model=name, pretrained=None, weights=f"sha256:{name}", config="sha256:0", preprocess={"size": 224})
 
 
-def test_the_kept_tower_needs_no_model(folder, place):
-    first = load_backbone(f"local-dir:{folder}", device="cpu")
-    pixels = some_pixels(first, 3)
-    expected = first.encode_images(pixels)
-    (folder / "open_clip_model.safetensors").unlink()
-    waiting = load_when_needed(first.identity, first.dim, device="cpu")
-    np.testing.assert_array_equal(waiting.encode_images(pixels), expected)
-    np.testing.assert_array_equal(waiting.preprocess(picture()), first.preprocess(picture()))
+def test_a_stored_tower_needs_no_model(compiled):
+    place, identity, pixels, expected = compiled
+    view = load_backbone(identity.model, device="cpu").preprocess(picture())
+    (place / "model" / "open_clip_model.safetensors").unlink()
+    waiting = load_when_needed(identity, expected.shape[1], device="cpu")
+    np.testing.assert_allclose(waiting.encode_images(pixels), expected, rtol=1e-6)
+    np.testing.assert_array_equal(waiting.preprocess(picture()), view)
 
 
-def test_a_command_that_meets_a_kept_tower_imports_no_model_library(run, folder, place, tmp_path):
+def test_a_command_with_a_stored_tower_imports_no_model_library(run, compiled, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for seed in range(2):
@@ -145,7 +164,7 @@ def test_a_command_that_meets_a_kept_tower_imports_no_model_library(run, folder,
         "except SystemExit as end: assert not end.code, end.code\n"
         "print(sorted({'open_clip', 'timm', 'torchvision', 'transformers'} & set(sys.modules)))"
     )
-    assert run("index", "build", tmp_path / "photos", "--model", f"local-dir:{folder}", "--out", index).exit_code == 0
+    assert run("index", "build", tmp_path / "photos", "--model", compiled[1].model, "--out", index).exit_code == 0
     command = [sys.executable, "-c", script, "classify", str(index), str(new), "--format", "json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -154,27 +173,32 @@ def test_a_command_that_meets_a_kept_tower_imports_no_model_library(run, folder,
     assert imported == "[]"
 
 
-@pytest.mark.parametrize("damage", ["bytes", "facts", "missing"])
-def test_a_damaged_tower_is_made_again(folder, place, damage):
-    first = load_backbone(f"local-dir:{folder}", device="cpu")
-    pixels = some_pixels(first, 3)
-    expected = first.encode_images(pixels)
-    (kept,) = place.iterdir()
+@pytest.mark.parametrize("damage", ["bytes", "digests", "missing"])
+def test_a_damaged_tower_is_not_used(compiled, damage):
+    place, identity, *_ = compiled
+    assert tower.kept(identity, "float32") is not None
+    (stored,) = (place / "cache" / "towers").iterdir()
     if damage == "bytes":
-        data = bytearray((kept / "tower.bin").read_bytes())
+        data = bytearray((stored / "tower.bin").read_bytes())
         data[len(data) // 2] ^= 255
-        (kept / "tower.bin").write_bytes(data)
-    elif damage == "facts":
-        (kept / "digests.json").write_text("[" * 100_000)
+        (stored / "tower.bin").write_bytes(data)
+    elif damage == "digests":
+        (stored / "digests.json").write_text("[" * 100_000)
     else:
-        (kept / "tower.xml").unlink()
-    assert tower.kept(first.identity, "float32") is None
-    again = load_backbone(f"local-dir:{folder}", device="cpu")
-    np.testing.assert_array_equal(again.encode_images(pixels), expected)
-    assert tower.kept(first.identity, "float32") is not None
+        (stored / "tower.xml").unlink()
+    assert tower.kept(identity, "float32") is None
 
 
-def test_features_unlike_torchs_are_not_used_with_a_warning(folder, place, caplog, monkeypatch):
+def test_a_damaged_tower_is_compiled_again(compiled):
+    place, identity, pixels, expected = compiled
+    (stored,) = (place / "cache" / "towers").iterdir()
+    (stored / "tower.xml").unlink()
+    again = load_backbone(identity.model, device="cpu")
+    np.testing.assert_allclose(again.encode_images(pixels), expected, rtol=1e-6)
+    assert tower.kept(identity, "float32") is not None
+
+
+def test_a_tower_that_differs_from_torch_is_not_used(folder, place, caplog, monkeypatch):
     plain = load_backbone(f"local-dir:{folder}", device="cpu", runtime="torch")
     monkeypatch.setitem(tower.LEAST_COSINE, "float32", 1.1)
     assert tower.converted(plain._model, plain.identity, plain.size, "float32") is None
@@ -182,7 +206,7 @@ def test_features_unlike_torchs_are_not_used_with_a_warning(folder, place, caplo
     assert not place.exists()
 
 
-def test_where_nothing_can_be_kept_it_is_made_each_time(folder, tmp_path, monkeypatch):
+def test_without_a_cache_the_tower_is_compiled_each_time(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "file"))
     compiled, plain = both(f"local-dir:{folder}")
@@ -190,21 +214,19 @@ def test_where_nothing_can_be_kept_it_is_made_each_time(folder, tmp_path, monkey
     np.testing.assert_allclose(unit(compiled.encode_images(pixels)), unit(plain.encode_images(pixels)), atol=1e-5)
 
 
-def test_other_weights_are_another_tower(folder, place):
-    model = load_backbone(f"local-dir:{folder}", device="cpu")
-    pixels = some_pixels(model, 3)
-    before = model.encode_images(pixels)
+def test_other_weights_have_their_own_tower(compiled):
+    place, identity, pixels, before = compiled
+    model, plain = both(identity.model)
     state = {name: 1.5 * tensor for name, tensor in model.tuned(["visual"]).items()}
-    model.adopt(state)
+    for backbone in (model, plain):
+        backbone.adopt(state)
     after = model.encode_images(pixels)
     assert not np.allclose(before, after)
-    assert len(list(place.iterdir())) == 2
-    plain = load_backbone(f"local-dir:{folder}", device="cpu", runtime="torch")
-    plain.adopt(state)
+    assert len(list((place / "cache" / "towers").iterdir())) == 2
     np.testing.assert_allclose(unit(after), unit(plain.encode_images(pixels)), atol=1e-5)
 
 
-def test_a_tower_in_training_is_torchs(folder, place):
+def test_a_tower_in_training_runs_in_torch(folder, place):
     compiled, plain = both(f"local-dir:{folder}")
     for model in (compiled, plain):
         a_step(model, ["visual"])
@@ -213,7 +235,7 @@ def test_a_tower_in_training_is_torchs(folder, place):
     assert not place.exists()
 
 
-def test_converting_tells_nobody(folder, tmp_path, warm_path):
+def test_the_conversion_opens_no_connection(folder, tmp_path, warm_path):
     """No connection is opened, and nothing is written outside of the cache."""
     script = (
         "import socket, sys, torch\n"
@@ -234,7 +256,7 @@ def test_converting_tells_nobody(folder, tmp_path, warm_path):
     assert not list((tmp_path / "home").iterdir())
 
 
-def test_another_runtime_is_refused(folder):
+def test_an_unknown_runtime_is_refused(folder):
     with pytest.raises(UsageError, match="runtime 'onnx': expected one of auto, torch"):
         load_backbone(f"local-dir:{folder}", device="cpu", runtime="onnx")
 
@@ -245,7 +267,7 @@ TIMM = {"input_size": (3, 96, 96), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.
 
 @settings(max_examples=examples(60), deadline=None)
 @given(size=SIZES, interpolation=st.sampled_from(["bicubic", "bilinear"]), mode=st.sampled_from(["shortest", "squash"]))
-def test_a_view_is_open_clips(size, interpolation, mode):
+def test_views_match_open_clip(size, interpolation, mode):
     config = {"size": 64, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
     config |= {"interpolation": interpolation, "resize_mode": mode}
     image = noise(size)
@@ -256,7 +278,7 @@ def test_a_view_is_open_clips(size, interpolation, mode):
 
 @settings(max_examples=examples(60), deadline=None)
 @given(size=SIZES, crop_pct=st.sampled_from([0.875, 0.9, 0.95, 1.0]))
-def test_a_view_is_timms(size, crop_pct):
+def test_views_match_timm(size, crop_pct):
     from timm.data.transforms_factory import create_transform
 
     config = TIMM | {"interpolation": "bicubic", "crop_pct": crop_pct}
@@ -275,7 +297,7 @@ def noise(size):
     "change",
     [{"interpolation": "lanczos"}, {"size": [64, 32]}, {"resize_mode": "longest"}, {"mean": 0.5}, {"size": "a"}],
 )
-def test_other_views_are_left_to_the_model(change):
+def test_the_model_makes_unsupported_views(change):
     config = {"size": 64, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
     assert tower.can_view(config)
     assert not tower.can_view(config | change)

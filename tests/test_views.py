@@ -116,7 +116,7 @@ def test_an_unreadable_image_has_no_views(folder: Path) -> None:
     assert [Path(skipped.source).name for skipped in encoder.skipped] == ["05.png"]
     encoder.encode_views(source, view_names(2, 2))
     assert len(encoder.skipped) == 1
-    with pytest.raises(InputError, match=r"05\.png.*--strict"):
+    with pytest.raises(InputError, match=r"05\.png: not a readable image"):
         Encoder(Fake(), strict=True).encode_views(source, ["centre"])
     with pytest.raises(InputError, match=r"^[^(]*05\.png"):
         encoder.encode_views(source.take([1]), ["centre"])
@@ -220,7 +220,7 @@ def test_pixels_leave_out_unreadable_images_and_name_them_once(folder: Path) -> 
         assert epoch(encoder, source, f"crop/{turn}/0", 2)[0] == [0, 1, 2, 3, 6, 7, 8, 10, 11]
     encoder.encode_views(source, ["centre"])
     assert [Path(skipped.source).name for skipped in encoder.skipped] == ["04.png", "05.png", "09.png"]
-    with pytest.raises(InputError, match=r"04\.png: empty file; leave out --strict"):
+    with pytest.raises(InputError, match=r"04\.png: empty file$"):
         epoch(Encoder(Fake(), strict=True), source, "centre", 2)
     with pytest.raises(InputError, match="none of 2 items could be read"):
         epoch(encoder, source.take([4, 5]), "centre", 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
@@ -14,13 +14,15 @@ import torch
 
 from retrieval_tip import tip
 from retrieval_tip.answering import AnsweringIndex, similar_shots
-from retrieval_tip.classifier.opened import OpenIndex, strict_errors
+from retrieval_tip.classifier.opened import OpenIndex
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.pictures import Picture, Pictures, is_one, pictures
 from retrieval_tip.data.sources import kind_of, open_inputs, read_item
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.html import markup, table
+from retrieval_tip.labelling.groups import classify_in_groups
+from retrieval_tip.labelling.groups import group_unlike as grouped
 from retrieval_tip.labelling.photos import Pool, Suggestions, suggest_features, suggest_photos
 from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.sort import Sorted, sort_photos
@@ -46,6 +48,7 @@ class AnsweringClassifier(OpenIndex):
         k: KeysMet = None,
         tail: bool | None = None,
         certify: bool = False,
+        group_unlike: bool = False,
         norms: Literal["check", "keep"] = "check",
     ) -> Prediction: ...
     @overload
@@ -58,6 +61,7 @@ class AnsweringClassifier(OpenIndex):
         k: KeysMet = None,
         tail: bool | None = None,
         certify: bool = False,
+        group_unlike: bool = False,
         norms: Literal["check", "keep"] = "check",
     ) -> Predictions: ...
     def predict(
@@ -69,6 +73,7 @@ class AnsweringClassifier(OpenIndex):
         k: KeysMet = None,
         tail: bool | None = None,
         certify: bool = False,
+        group_unlike: bool = False,
         norms: Literal["check", "keep"] = "check",
     ) -> Prediction | Predictions:
         """Classify photos or features.
@@ -84,20 +89,25 @@ class AnsweringClassifier(OpenIndex):
             k: the number of nearest keys to use, or ``"all"``. Defaults to the setting of the index.
             tail: whether to estimate the contribution of the other keys. Defaults to the setting of the index.
             certify: whether to use enough keys to prove the answer.
+            group_unlike: whether to group similar photos without a match (see :func:`groups.group_unlike`).
             norms: ``"check"`` to check that all features have norm 1, or ``"keep"`` to accept any norm.
 
         Returns a :class:`Prediction` for a single photo or feature, and :class:`Predictions` otherwise. Raises
         InputError if a photo cannot be read, or if the norm of a feature is not 1.
         """
+        index, encoder, one = self.cache, self.encoder, is_one(what)
         if isinstance(what, np.ndarray) and np.issubdtype(what.dtype, np.floating):
-            answers = self.cache.classify(np.atleast_2d(what), top, k, tail, neighbours, certify, norms)
-            return answers[0] if what.ndim == 1 else answers
-        if isinstance(what, str | os.PathLike) and kind_of(what) != "image":
-            given = [Pictures(source, read_item) for source in open_inputs([os.fspath(what)])]
-            return _answers(self.cache, given, replace(self.encoder, norms=norms), top, k, tail, neighbours, certify)
-        encoder = replace(self.encoder, strict=True)
-        answers = _answers(self.cache, [pictures(what)], encoder, top, k, tail, neighbours, certify)
-        return answers[0] if is_one(what) else answers
+            features, one = np.atleast_2d(what), what.ndim == 1
+            answers = index.classify(features, top, k, tail, neighbours, certify, norms)
+            answers = grouped(index, features, answers) if group_unlike else answers
+        elif isinstance(what, str | os.PathLike) and kind_of(what) != "image":
+            given, one = [Pictures(source, read_item) for source in open_inputs([os.fspath(what)])], False
+            encoder = replace(encoder, norms=norms)
+            answers = _answers(index, given, encoder, top, k, tail, neighbours, certify, group_unlike)
+        else:
+            given, encoder = [pictures(what)], replace(encoder, strict=True)
+            answers = _answers(index, given, encoder, top, k, tail, neighbours, certify, group_unlike)
+        return answers[0] if one else answers
 
     __call__ = predict
 
@@ -149,8 +159,7 @@ class AnsweringClassifier(OpenIndex):
             features = np.atleast_2d(photo)
         elif is_one(photo):
             given = pictures(photo)
-            with strict_errors():
-                features = replace(self.encoder, read=given.read, strict=True).encode(given.source).features
+            features = replace(self.encoder, read=given.read, strict=True).encode(given.source).features
             norms = "keep"
         else:
             features = np.empty((0, self.cache.d))
@@ -218,19 +227,23 @@ class Explanation:
 
 def _answers(
     index: AnsweringIndex,
-    given: Iterable[Pictures],
+    given: Sequence[Pictures],
     encoder: Encoder,
     top: int,
     k: KeysMet,
     tail: bool | None,
     neighbours: int,
     certify: bool,
+    group_unlike: bool = False,
 ) -> Predictions:
+    if group_unlike:
+        pool = Pool.of([part.source for part in given], replace(encoder, read=given[0].read))
+        index = index.with_settings(index.settings.override(k=k, tail=tail))
+        return classify_in_groups(index, pool, top, neighbours, certify=certify)
     answers: list[Predictions] = []
     for part in given:
         reader = replace(encoder, read=part.read)
-        with strict_errors():
-            answers += index.classify_source(part.source, reader, top, k, tail, neighbours, certify)
+        answers += index.classify_source(part.source, reader, top, k, tail, neighbours, certify)
     return Predictions.joined(answers)
 
 
@@ -242,8 +255,7 @@ def _suggested(index: AnsweringIndex, encoder: Encoder, photos: Any, n: int) -> 
     if isinstance(photos, str | os.PathLike) and kind_of(photos) != "image":
         return suggest_photos([*open_inputs([os.fspath(photos)])], n, encoder, index)
     given = pictures(photos)
-    with strict_errors():
-        return suggest_photos([given.source], n, replace(encoder, read=given.read, strict=True), index)
+    return suggest_photos([given.source], n, replace(encoder, read=given.read, strict=True), index)
 
 
 def _shown(data: bytes | None) -> Any:

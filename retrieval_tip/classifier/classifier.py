@@ -143,7 +143,7 @@ class Classifier(AnsweringClassifier, MeasuredClassifier, EditableClassifier):
         You can pass ``images`` in three forms:
 
         - photos as for ``predict``, and the class name of each photo in ``labels``
-        - pairs ``(photo, label)``, for example a torch dataset whose transform, if any, returns PIL images
+        - pairs ``(photo, label)``, for example a torch dataset of PIL images, or of tensors of RGB values from 0 to 1
         - a Hugging Face dataset that has a column of images and a column of labels
 
         The other arguments are the same as for :meth:`from_folder`.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.classifier.opened import OpenIndex, TemporaryIndex, check_place, strict_errors
+from retrieval_tip.classifier.opened import OpenIndex, TemporaryIndex, check_place
 from retrieval_tip.data import images
 from retrieval_tip.data.pictures import pictures
 from retrieval_tip.data.sources import Source, kind_of
@@ -59,8 +59,7 @@ class EditableClassifier(OpenIndex):
         if self.cache.manifest is not None:
             built = self.cache.manifest.built
             encoder = replace(encoder, views=built.views, seed=built.seed)
-        with strict_errors():
-            added = changes.add(self._place(), source, encoder, text=text, shots=shots, skip_known=skip_known)
+        added = changes.add(self._place(), source, encoder, text=text, shots=shots, skip_known=skip_known)
         self._use(self.cache.reload())
         return added
 

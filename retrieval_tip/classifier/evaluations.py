@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from retrieval_tip.classifier.opened import OpenIndex, check_place
-from retrieval_tip.data.sources import Source, open_items, open_source
+from retrieval_tip.data.sources import open_items
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.compare import Compared, Side, compare
 from retrieval_tip.evaluation.evaluate import Evaluation, evaluate
@@ -70,26 +70,18 @@ class MeasuredClassifier(OpenIndex):
     def report(
         self,
         out: str | os.PathLike[str],
-        test: str | os.PathLike[str] | Source,
+        test: Any,
         *,
-        val: str | os.PathLike[str] | Source | None = None,
         shots: Sequence[int] | None = None,
         seeds: int = 3,
         curves: bool = True,
     ) -> WrittenReport:
         """Write an accuracy report as a single HTML file to ``out``.
 
-        If the labelled sources ``test`` and ``val`` are split, the test split and the validation split are used. For
-        the other arguments, see :func:`report.write_report`.
+        ``test`` can be the same as for :meth:`evaluate`. For the other arguments, see :func:`report.write_report`.
         """
         from retrieval_tip.report.report import write_report
 
-        encoder, chosen_on = replace(self.encoder, skipped=[]), None if val is None else _opened(val, "val")
-        cache = self.cache.in_memory()
-        return write_report(
-            cache, _opened(test, "test"), encoder, out, val=chosen_on, shots=shots, seeds=seeds, curves=curves
-        )
-
-
-def _opened(source: str | os.PathLike[str] | Source, part: str) -> Source:
-    return source if isinstance(source, Source) else open_source(check_place("source", source), split=part)
+        source, encoder = self._labelled(test, "test")
+        encoder = replace(encoder, skipped=[])
+        return write_report(self.cache.in_memory(), source, encoder, out, shots=shots, seeds=seeds, curves=curves)

@@ -6,8 +6,6 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -20,7 +18,7 @@ from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.data.pictures import labelled_pictures
 from retrieval_tip.data.sources import Source, open_source
-from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.errors import UsageError
 from retrieval_tip.index import places
 from retrieval_tip.index.addresses import plug_of
 from retrieval_tip.index.places import Place
@@ -118,15 +116,6 @@ class OpenIndex:
             return open_source(given, split=part), self.encoder
         own = labelled_pictures(given)
         return own.source, replace(self.encoder, read=own.read, strict=strict)
-
-
-@contextmanager
-def strict_errors() -> Iterator[None]:
-    """Remove the name of an option from the message about a photo that cannot be read."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(str(error).partition("; leave out --strict")[0]) from None
 
 
 def given_backbone(model: str | Backbone | Loaded | None, pretrained: str | None, device: str) -> Backbone:

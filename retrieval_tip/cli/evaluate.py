@@ -24,7 +24,7 @@ from retrieval_tip.cli.opening import (
 )
 from retrieval_tip.cli.options import AnswerOptions, EncodingOptions, ReadingOptions
 from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, SEEDS, SHARE, SHOTS, SOURCE
-from retrieval_tip.errors import UsageError, counted, json_line, show
+from retrieval_tip.errors import UsageError, counted, json_line, percent, show
 
 if TYPE_CHECKING:
     from retrieval_tip.evaluation.evaluate import Evaluation
@@ -232,15 +232,12 @@ def sweep_command(
 @click.option("--test", "source", type=SOURCE, required=True,
               help="Labelled test source. The test part of a split .json is used.")  # fmt: skip
 @click.option("--out", type=FILE, default="report.html", show_default=True, help="HTML file to write.")
-@click.option("--val", type=SOURCE,
-              help="Labelled validation source for the curves and the surface. The val part of a split .json is used.  "
-                   "[default: the shots, each held out in turn]")  # fmt: skip
 @click.option("--shots", type=SHOTS, multiple=True,
-              help="Number of shots per class in the accuracy curves. Can be repeated.  "
+              help="Number of shots per class in the accuracy curve. Can be repeated.  "
                    "[default: 1, 2, 4 ...]")  # fmt: skip
 @click.option("--seeds", type=SEEDS, default=3, show_default=True,
               help="Number of random draws, which use the seeds 1 to N.")  # fmt: skip
-@click.option("--no-curves", is_flag=True, help="Skip the accuracy curves, which take the longest to compute.")
+@click.option("--no-curves", is_flag=True, help="Skip the accuracy curve, which takes the longest to compute.")
 @options.ANSWER
 @options.BACKBONE
 @options.READING
@@ -251,7 +248,6 @@ def report_command(
     folder: Path,
     source: Path | str,
     out: Path,
-    val: Path | str | None,
     shots: tuple[int, ...],
     seeds: int,
     no_curves: bool,
@@ -261,9 +257,9 @@ def report_command(
 ) -> None:
     """Write an accuracy report as a single HTML file.
 
-    You can open the file offline in any browser. It shows the accuracy, the mistakes and the settings of the index,
-    and its figures are the same as those of the command evaluate. The test source is not used to select any setting for
-    the accuracy curves or the alpha-beta surface. This command requires matplotlib.
+    You can open the file offline in any browser, and send it to others. It names the weakest classes, recommends what
+    to do next, and shows the worst mistakes. Its figures are the same as those of the command evaluate. This command
+    requires matplotlib.
     """
     from retrieval_tip.report.judged import portable
     from retrieval_tip.report.report import check, write_report
@@ -273,13 +269,11 @@ def report_command(
     check(out)
     cache = index_with(folder, answer, encoding).in_memory()
     test = source_of(source, reading, "test")
-    unseen = None if val is None else source_of(val, reading.without_split(), "val")
-    sources = [test] if unseen is None else [test, unseen]
-    with encoder_for(ctx, cache, sources, encoding) as encoder:
+    with encoder_for(ctx, cache, [test], encoding) as encoder:
         written = write_report(
-            cache, test, encoder, out, val=unseen, shots=shots or None, seeds=seeds, curves=not no_curves,
-            folder=folder, where=answer.where, command=shlex.join(["retrieval-tip", *map(portable, sys.argv[1:])]),
+            cache, test, encoder, out, shots=shots or None, seeds=seeds, curves=not no_curves, folder=folder,
+            where=answer.where, command=shlex.join(["retrieval-tip", *map(portable, sys.argv[1:])]),
         )  # fmt: skip
-    figures = written.evaluation
-    about(out, f"{written.bytes / 1e6:.1f} MB, accuracy {shown(figures.top1)} on {counted(figures.n, 'item')}")
+    right = percent(written.evaluation.top1)
+    about(out, f"{written.bytes / 1e6:.1f} MB, {right} of {counted(written.evaluation.n, 'photo')} correct")
     finish(ctx, encoder.skipped)

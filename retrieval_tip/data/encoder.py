@@ -257,7 +257,7 @@ class Encoder:
         """Add an unusable input to ``skipped`` and log it once. If ``strict`` is set, raise InputError instead."""
         skipped = Skipped(show(name), reason)
         if self.strict:
-            raise InputError(f"{skipped}; leave out --strict to skip it")
+            raise InputError(str(skipped))
         if skipped not in self.skipped:
             log.warning("skipped %s", skipped)
             self.skipped.append(skipped)

@@ -10,6 +10,7 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image, ImageOps
 
@@ -112,6 +113,8 @@ def pictures(given: Picture | Iterable[Picture]) -> Pictures:
             data = data.get("image" if columns is None else columns.image, data)
         if isinstance(data, Mapping):  # the image in that row, as bytes or a path
             data = data.get("bytes") or data.get("path")
+        if data is None:
+            raise InputError(f"photo {place}: has no image")
         if isinstance(data, str | os.PathLike):
             paths.append(os.fspath(data))
             if is_web(paths[-1]):
@@ -181,9 +184,7 @@ def labelled_pictures(given: Any, labels: Iterable[object] | None = None) -> Pic
     Raises UsageError if there are no labels. Raises InputError if an object is not a photo, or if a label is missing or
     has no name.
     """
-    whole = given
-    while not hasattr(whole, "classes") and hasattr(whole, "dataset"):
-        whole = whole.dataset
+    whole = _whole(given)
     columns = Columns.of(whole)
     names = getattr(whole, "classes", None) if columns is None else columns.names
     if labels is None:
@@ -194,6 +195,17 @@ def labelled_pictures(given: Any, labels: Iterable[object] | None = None) -> Pic
     own = made.source.class_names
     ordered = tuple(name for name in map(str, names or ()) if name in own)
     return made if len(ordered) < len(own) else replace(made, source=replace(made.source, class_names=ordered))
+
+
+def _whole(given: Any) -> Any:
+    """Return the dataset that is behind a ``Subset`` or a ``ConcatDataset`` of torch, and knows the class names."""
+    parts = [given.dataset] if hasattr(given, "dataset") else getattr(given, "datasets", [])
+    if hasattr(given, "classes") or not parts:
+        return given
+    found = [_whole(part) for part in parts]
+    if len({tuple(getattr(one, "classes", ())) for one in found}) > 1:
+        raise UsageError("dataset: its parts have different classes; give one part at a time")
+    return found[0]
 
 
 def _apart(given: Any, columns: Columns | None) -> tuple[Any, Iterable[object]]:
@@ -222,16 +234,29 @@ def _name(label: object, names: Sequence[object] | None, place: int) -> str:
 
 
 def _encoded(picture: object, name: str) -> bytes:
+    way_out = ""
+    if hasattr(picture, "detach"):
+        picture, way_out = _of_tensor(picture), "; give the dataset without a transform that normalises"
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or not is_one(picture):
-            raise InputError(f"{name}: {picture.dtype} of shape {picture.shape}; expected uint8 of shape [h, w, 3]")
+            expected = f"expected uint8 of shape [h, w, 3]{way_out}"
+            raise InputError(f"{name}: {picture.dtype} of shape {picture.shape}; {expected}")
         picture = Image.fromarray(picture.squeeze())
     if not isinstance(picture, Image.Image):
-        kind = type(picture).__name__
-        way_out = "; give the dataset without a transform to tensors" if kind == "Tensor" else ""
-        raise InputError(f"{name}: got a {kind}; expected a path, a PIL image, an array or bytes{way_out}")
+        raise InputError(f"{name}: got a {type(picture).__name__}; expected a path, a PIL image, an array or bytes")
     upright = ImageOps.exif_transpose(picture)
     plain = upright if upright.mode in ("L", "LA", "P", "RGB", "RGBA", "I;16") else upright.convert("RGB")
     buffer = io.BytesIO()
     plain.save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()
+
+
+def _of_tensor(tensor: Any) -> npt.NDArray[Any]:
+    """Convert a tensor of shape ``[3, h, w]`` or ``[1, h, w]`` to an array of shape ``[h, w, 3]`` or ``[h, w, 1]``.
+
+    Values from 0 to 1, as torchvision's ``ToTensor`` returns them, are converted to uint8. Others stay as they are.
+    """
+    array: npt.NDArray[Any] = tensor.detach().cpu().numpy()
+    array = np.moveaxis(array, 0, -1) if array.ndim == 3 and array.shape[0] in (1, 3) else array
+    floating = np.issubdtype(array.dtype, np.floating) and bool(((array >= 0) & (array <= 1)).all())
+    return np.round(255 * array).astype(np.uint8) if floating else array

@@ -167,13 +167,17 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * float(logs.exp().sum()))
 
 
+def differ(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> bool:
+    """Return whether two masks of right answers to the same photos differ significantly (:func:`mcnemar`)."""
+    return mcnemar(int((one & ~other).sum()), int((other & ~one).sum())) < SIGNIFICANT
+
+
 def _answers(side: Side, source: Source, spelled: dict[str, str]) -> npt.NDArray[np.object_]:
     """Return the answer to each photo, or ``None`` if it could not be read."""
     answers = np.full(len(source), None, dtype=object)
     for block in side.encoder.blocks(source):
-        for part in side.index.parts(len(block.positions)):
-            table = side.index.classify(block.features[part], neighbours=0, norms="keep").to_arrow()
-            answers[block.positions[part]] = [spelled.get(name, name) for name in table["label"].to_pylist()]
+        table = side.index.classify(block.features, neighbours=0, norms="keep").to_arrow()
+        answers[block.positions] = [spelled.get(name, name) for name in table["label"].to_pylist()]
     return answers
 
 

@@ -41,39 +41,26 @@ class Affinities:
 
 
 @dataclass(frozen=True)
-class Part:
-    """The answers from one part of the logits: ``predicted`` class ids and their ``confidence``.
-
-    Both arrays have shape ``[n]``.
-    """
-
-    predicted: Ints
-    confidence: Floats
-
-
-@dataclass(frozen=True)
 class Details:
     """Details of each item, as arrays of shape ``[n]``.
 
     ``positions`` are the item positions in the source. ``log_truth`` is the natural logarithm of the probability of the
-    true class, and ``log_doubt`` that of all classes except the answer. Both can be used to rank items whose
-    probabilities round to 0 or 1. ``text`` holds the answers of ``softmax(text logits)``, and ``cache`` holds the
-    answers of ``softmax(alpha * cache logits)``.
+    true class, which can be used to rank items whose probabilities round to 0. ``text`` and ``cache`` hold the class
+    ids with the largest text logit and cache logit.
     """
 
     positions: Ints
     log_truth: Floats
-    log_doubt: Floats
-    text: Part
-    cache: Part
+    text: Ints
+    cache: Ints
 
 
 @dataclass(frozen=True)
 class Answers:
     """The answers in an evaluation, in the order of the items.
 
-    ``truth`` and ``predicted`` are class ids and ``confidence`` is a probability, of shape ``[n]``. ``affinities`` and
-    ``details`` are ``None`` unless they were requested.
+    ``truth`` and ``predicted`` are class ids and ``confidence`` is a probability, of shape ``[n]``. ``affinities`` is
+    ``None`` unless it was requested.
     """
 
     truth: Ints
@@ -152,12 +139,11 @@ def evaluate(
 
 def judge(
     cache: AnsweringIndex, blocks: Iterable[FeatureBlock], ids: Ints, skipped: Sequence[Skipped] = (), *,
-    abstain: float | None = None, affinities: bool = False, details: bool = False,
+    abstain: float | None = None, affinities: bool = False,
 ) -> Evaluation:  # fmt: skip
     """Evaluate ``blocks`` of encoded items against the class ids ``ids`` of their source.
 
-    ``skipped`` is read after the last block. ``details`` adds :class:`Details` of each item. See :func:`evaluate` for
-    the other arguments.
+    ``skipped`` is read after the last block. See :func:`evaluate` for the other arguments.
     """
     if abstain is not None and not 0 <= abstain <= 1:
         raise UsageError(f"abstain is {abstain}: give a probability, 0 to 1")
@@ -167,11 +153,11 @@ def judge(
         places.append(block.positions)
         for part in cache.parts(len(block.positions)):
             features, own = block.features[part], ids[block.positions[part]]
-            parts.append(_answer(cache, features, own, details))
+            parts.append(_answer(cache, features, own))
             if pairs is not None:
                 pairs.add(features, torch.from_numpy(own))
     positions = np.concatenate(places)
-    ranked, confidence, chances = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+    ranked, confidence, log_truth = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
     truth, predicted = ids[positions], ranked[:, 0]
     hits = ranked == truth[:, None]
     right = hits[:, 0]
@@ -179,10 +165,6 @@ def judge(
     wrong = Counter(zip(truth[~right].tolist(), predicted[~right].tolist(), strict=True))
     confusions = [(cache.class_names[a], cache.class_names[b], n) for (a, b), n in wrong.most_common(CONFUSIONS)]
     answered = None if abstain is None else confidence >= abstain
-    more = None
-    if details:
-        log_truth, log_doubt, text, alone = chances.T
-        more = Details(positions, log_truth, log_doubt, Part(ranked[:, -2], text), Part(ranked[:, -1], alone))
     return Evaluation(
         top1=float(right.mean()),
         top5=float(hits[:, :-2].any(axis=1).mean()),
@@ -196,7 +178,12 @@ def judge(
         per_class=per_class,
         confusions=confusions,
         answers=Answers(
-            truth, predicted, confidence, cache.class_names, None if pairs is None else pairs.counted(), more
+            truth,
+            predicted,
+            confidence,
+            cache.class_names,
+            None if pairs is None else pairs.counted(),
+            Details(positions, log_truth, ranked[:, -2], ranked[:, -1]),
         ),
         abstain=abstain,
         coverage=None if answered is None else float(answered.mean()),
@@ -204,28 +191,20 @@ def judge(
     )
 
 
-def _answer(
-    cache: AnsweringIndex, features: npt.NDArray[np.float32], truth: Ints, details: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Classify ``q`` features whose classes are ``truth``, and return ``ranked``, ``confidence`` and ``chances``.
+def _answer(cache: AnsweringIndex, features: npt.NDArray[np.float32], truth: Ints) -> tuple[Tensor, Tensor, Tensor]:
+    """Classify ``q`` features whose classes are ``truth``, and return ``ranked``, ``confidence`` and ``log_truth``.
 
     ``ranked`` has shape ``[q, m + 2]``. It holds the class ids of the ``m`` largest blended logits (at most 5), the
-    largest text logit and the largest cache logit. ``chances`` holds the columns of :class:`Details` and has shape
-    ``[q, 4]``, or ``[q, 0]`` if ``details`` is false.
+    largest text logit and the largest cache logit. ``log_truth`` is as in :class:`Details`.
     """
     terms, settings = cache.terms(features), cache.settings
     text, alone, logits = terms.text, terms.photos(settings), terms.logits(settings)
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     ranked = torch.cat([best, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1)
     confidence = tip.probabilities(logits, settings.temperature).gather(1, best[:, :1])[:, 0].double()
-    chances = confidence.new_zeros((len(best), 0))
-    if details:
-        logs = (logits.double() / settings.temperature).log_softmax(dim=1)
-        log_truth = logs.gather(1, torch.from_numpy(truth)[:, None].to(logs.device))
-        log_doubt = logs.scatter(1, best[:, :1], -torch.inf).logsumexp(dim=1, keepdim=True)
-        parts = [tip.probabilities(z, 1.0).amax(1, keepdim=True) for z in (text, settings.alpha * alone)]
-        chances = torch.cat([log_truth, log_doubt, *parts], dim=1)
-    return ranked.cpu(), confidence.cpu(), chances.cpu()
+    scaled = logits / settings.temperature
+    log_truth = scaled.gather(1, torch.from_numpy(truth)[:, None].to(scaled.device))[:, 0] - scaled.logsumexp(dim=1)
+    return ranked.cpu(), confidence.cpu(), log_truth.double().cpu()
 
 
 class _Pairs:

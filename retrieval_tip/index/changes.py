@@ -576,7 +576,7 @@ def _known(
 
 def _chosen(cache: AnsweringIndex, where: str | None, key_ids: Sequence[int] | None) -> list[int]:
     if (where is None) == (key_ids is None):
-        raise UsageError("which keys: give either a condition (--where) or ids (--key-ids)")
+        raise UsageError("where, key_ids: give exactly one of them")
     if not isinstance(where, str | None):
         raise UsageError(f"where: got {where!r}; give an SQL condition")
     if where is None:

@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 from retrieval_tip import tip
 from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.bounds import check_memory
+from retrieval_tip.errors import UsageError
 from retrieval_tip.labelling.photos import MOST_KEYS, Pool
 from retrieval_tip.predictions import PREDICTIONS, Predictions
 from retrieval_tip.retrieval import inputs
@@ -125,9 +126,11 @@ def group_unlike(index: AnsweringIndex, features: FloatArray, answers: Predictio
     """Add the column ``group`` to the answers for features of shape ``[q, d]``.
 
     The groups of photos without a match are numbered from 1, largest first. Other photos, and photos that are similar
-    to no other photo without a match, have no group.
+    to no other photo without a match, have no group. Raises UsageError if the index is not fitted.
     """
     table = answers.to_arrow()
+    if "unlike" not in table.column_names:
+        raise UsageError("group_unlike: the index does not know which images have no match; fit it first")
     unlike = np.flatnonzero(table["unlike"].to_numpy())
     numbers = np.zeros(len(table), dtype=np.int64)
     if len(unlike):
@@ -139,8 +142,5 @@ def group_unlike(index: AnsweringIndex, features: FloatArray, answers: Predictio
 
 def classify_in_groups(index: AnsweringIndex, pool: Pool, top: int, neighbours: int, *, certify: bool) -> Predictions:
     """Classify photos as :meth:`answering.AnsweringIndex.classify` does, and group the photos without a match."""
-    answers = (
-        index.classify(pool.features[part], top, neighbours=neighbours, certify=certify, norms="keep")
-        for part in index.parts(len(pool.features))
-    )
-    return group_unlike(index, pool.features, Predictions.joined(answers).named(pa.array(pool.names, pa.string())))
+    answers = index.classify(pool.features, top, neighbours=neighbours, certify=certify, norms="keep")
+    return group_unlike(index, pool.features, answers.named(pa.array(pool.names, pa.string())))

@@ -22,7 +22,6 @@ from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, counted
 from retrieval_tip.index.items import ItemColumns, identity_of, read_text_table
 from retrieval_tip.labelling.suggest import TRUST, suggest, uncertainty_of
-from retrieval_tip.predictions import Predictions
 from retrieval_tip.retrieval.inputs import check_shape
 from retrieval_tip.retrieval.logits import LOGITS, slices
 from retrieval_tip.settings import Settings
@@ -208,7 +207,8 @@ def suggest_features(
     """Choose ``n`` photos of a pool (see :func:`suggest_photos`). Photos that the index contains are not skipped."""
     names = pa.array(pool.names, pa.string())
     if index is not None:
-        guesses = _answers(index, pool.features)
+        answers = index.classify(pool.features, neighbours=0, norms="keep")
+        guesses = answers.written(["label", "probability", "unlike"])
         class_ids = pc.index_in(guesses["label"], value_set=pa.array(index.class_names)).to_numpy()
         chances, counts = guesses["probability"].to_numpy(), np.array(index.counts)
         picks = suggest(
@@ -226,12 +226,6 @@ def suggest_features(
     columns["why"] = pa.array([why(**row) for row in pa.table(facts).to_pylist()], pa.string())
     table = pa.table({field.name: columns.get(field.name, unknown).cast(field.type) for field in SUGGESTIONS})
     return Suggestions(table, len(pool.names), 0)
-
-
-def _answers(index: AnsweringIndex, features: npt.NDArray[np.float32]) -> pa.Table:
-    """Return the ``label`` and ``probability`` of each photo, and whether it is ``unlike`` all shots, if known."""
-    answers = (index.classify(features[part], neighbours=0, norms="keep") for part in index.parts(len(features)))
-    return Predictions.joined(answers).written(["label", "probability", "unlike"])
 
 
 def why(

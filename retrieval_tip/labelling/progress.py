@@ -20,9 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+import pyarrow.compute as pc
 
-from retrieval_tip import tip
 from retrieval_tip.answering import spread
 from retrieval_tip.bounds import check_count
 from retrieval_tip.cache_model import CacheModel
@@ -73,28 +72,24 @@ def estimate_rest(index: CacheModel, random_ids: Sequence[int], rest: Features) 
     n, accuracy = len(rows), float(right.mean())
     if len(rest):
         correction = accuracy - float(chances.mean())
-        accuracy = _mean_probability(index, rest[spread(len(rest), MOST_REST)]) + n / (n + DOUBT) * correction
+        answers = index.classify(rest[spread(len(rest), MOST_REST)], neighbours=0, norms="keep").to_arrow()
+        accuracy = pc.mean(answers["probability"]).as_py() + n / (n + DOUBT) * correction
     accuracy = min(max(accuracy, 0.0), 1.0)
     return Estimate(int(right.sum()), n, accuracy, *wilson(accuracy, n))
 
 
-def _mean_probability(index: CacheModel, features: Features) -> float:
-    parts = (index.logits(features[part]) for part in index.parts(len(features)))
-    return float(torch.cat([tip.probabilities(part, index.settings.temperature).amax(1) for part in parts]).mean())
-
-
-def gain_of(index: CacheModel, random_ids: Sequence[int], more: int) -> float | None:
+def gain_of(index: CacheModel, random_ids: Sequence[int], found: Estimate, more: int) -> float | None:
     """Estimate by how much the accuracy on unlabelled photos increases with ``more`` labels, as a fraction.
 
-    The random photos are classified with all ``n`` labels and with the first half of the labels, by key id. Accuracy
-    is assumed to grow by the same amount ``g`` whenever the number of labels doubles, so the gain is
-    ``g log2((n + more) / n)``. It is at least 0. Returns ``None`` if there are no random photos, or fewer than four
-    labels.
+    ``found`` is the estimate for the same random photos, which are classified again with the first half of the ``n``
+    labels, by key id. Accuracy is assumed to grow by the same amount ``g`` whenever the number of labels doubles, so
+    the gain is ``g log2((n + more) / n)``. It is at least 0. Returns ``None`` if there are no random photos, or fewer
+    than four labels.
     """
     check_count("more", more)
-    rows, n = photo_rows(index, random_ids), index.n
-    if not len(rows) or n < 4:
+    n = index.n
+    if not found.n or n < 4:
         return None
     first = np.sort(np.argsort(index.labels["key_id"].to_numpy())[: n // 2])
-    by_all, by_half = (held_out(index, rows, kept)[0].mean() for kept in (np.arange(n), first))
-    return max(0.0, float(by_all - by_half)) * math.log2((n + more) / n)
+    by_half = held_out(index, photo_rows(index, random_ids), first)[0].mean()
+    return max(0.0, found.right / found.n - float(by_half)) * math.log2((n + more) / n)

@@ -39,7 +39,7 @@ from retrieval_tip.labelling.placing import (
     safe_name,
     write_manifest,
 )
-from retrieval_tip.predictions import MORE_LIKELY_WRONG, Predictions
+from retrieval_tip.predictions import MORE_LIKELY_WRONG
 from retrieval_tip.settings import check_choice
 
 log = logging.getLogger(__name__)
@@ -160,9 +160,8 @@ def _classified(index: AnsweringIndex, sources: Sequence[Source], encoder: Encod
             columns = ItemColumns.of(source.items.take(pa.array(block.positions)), block.digests)
             paths = source.paths
             names = columns.sources.to_pylist() if paths is None else [paths[i] for i in block.positions]
-            parts = index.parts(len(names))
-            answers = (index.classify(block.features[part], neighbours=0, norms="keep") for part in parts)
-            table = Predictions.joined(answers).written(["label", "probability", "unlike"])
+            answers = index.classify(block.features, neighbours=0, norms="keep")
+            table = answers.written(["label", "probability", "unlike"])
             photos, own_labels = [], dict(index.known(columns.digests))
             for name, digest, answer in zip(names, columns.digests, table.to_pylist(), strict=True):
                 if digest in own_labels:

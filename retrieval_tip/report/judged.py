@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,27 @@ from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import show
 from retrieval_tip.evaluation.evaluate import Answers, Details, Evaluation
-from retrieval_tip.evaluation.sweep import Items
+from retrieval_tip.fit.closed_form import wilson
+
+
+class ClassScore(NamedTuple):
+    """The answers to the ``n`` test photos of a class.
+
+    ``right`` counts the right answers, and ``shots`` the examples in the index. ``answer`` is the most frequent wrong
+    answer, which was given ``times`` times.
+    """
+
+    name: str
+    right: int
+    n: int
+    shots: int
+    answer: str
+    times: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval of the accuracy."""
+        return wilson(self.right / self.n, self.n)
 
 
 @dataclass(frozen=True)
@@ -35,10 +56,6 @@ class JudgedIndex:
     blocks: list[FeatureBlock]
     ids: npt.NDArray[np.int64]
     evaluation: Evaluation
-    val: Items | None
-    shots: Sequence[int] | None
-    seeds: int
-    curves: bool
     folder: Path | None
     where: str | None
     command: str | None
@@ -67,6 +84,18 @@ class JudgedIndex:
             return kept
         return [digest for block in self.blocks for digest in block.digests]
 
+    @cached_property
+    def by_class(self) -> list[ClassScore]:
+        """The classes of the test photos, weakest class first."""
+        names, truth, predicted = self.cache.class_names, self.answers.truth, self.answers.predicted
+        scores = []
+        for i in np.unique(truth).tolist():
+            given = Counter(predicted[truth == i].tolist())
+            right, n = given.pop(i, 0), int((truth == i).sum())
+            answer, times = given.most_common(1)[0] if given else (i, 0)
+            scores.append(ClassScore(names[i], right, n, self.cache.counts[i], names[answer], times))
+        return sorted(scores, key=lambda score: (score.right / score.n, -score.n))
+
     def record(self, name: str) -> dict[str, object]:
         """Return what the index records about ``search`` or ``finetune``, or an empty dict if it records nothing."""
         kept = self.cache.provenance.get(name)
@@ -82,11 +111,14 @@ class JudgedIndex:
 def portable(text: str | os.PathLike[str]) -> str:
     """Shorten the absolute paths in a text, so that a report does not reveal local folders.
 
-    A path becomes relative to the working directory. If the path is outside, only its last two parts are kept.
+    A path becomes relative to the working directory. If the path is outside, only its last two parts are kept, without
+    the home directory.
     """
-    return re.sub(r"(?:^|(?<=[\s:=(']))/(?=[^/\s])[^:,]*", _shortened, show(text))
+    return re.sub(r"(?:^|(?<=[\s:=(',\"])|(?<=://))/(?=[^/\s])[^:,'\"]*", _shortened, show(text))
 
 
 def _shortened(path: re.Match[str]) -> str:
-    full, here = Path(path[0]), Path.cwd()
-    return str(full.relative_to(here) if full.is_relative_to(here) else Path(*full.parts[-2:]))
+    full, here, home = Path(path[0]), Path.cwd(), Path.home()
+    if full.is_relative_to(here):
+        return str(full.relative_to(here))
+    return str(Path(*(full.relative_to(home) if full.is_relative_to(home) else full).parts[-2:]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,9 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrieval_tip.data import images
-from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.evaluation.evaluate import Answers
 from retrieval_tip.predictions import Neighbour
 from retrieval_tip.report.judged import JudgedIndex
 
@@ -33,26 +31,14 @@ class Picture(NamedTuple):
     alt: str
 
 
-class Chance(NamedTuple):
-    """A class with its probability and the two parts of its logit. ``kind`` is ``answer``, ``true`` or empty."""
-
-    name: str
-    kind: str
-    probability: float
-    text: float
-    cache: float
-
-
 @dataclass(frozen=True)
 class Mistake:
     """A wrong answer for an ``item``, with the most probable classes and the shots that caused the answer."""
 
-    number: int
     item: str
     truth: str
     answer: str
-    probability: float
-    chances: list[Chance]
+    probabilities: dict[str, float]
     picture: Picture
     keys: list[tuple[Neighbour, Picture]]
 
@@ -73,71 +59,46 @@ class Pair:
     keys: list[tuple[Neighbour, Picture]]
 
 
-def wrong_answers(answers: Answers, by: npt.NDArray[np.float64]) -> list[int]:
-    """Return the positions of the wrong answers with the lowest values in ``by``."""
-    wrong = np.flatnonzero(~answers.right)
-    order: list[int] = wrong[np.argsort(by[wrong], kind="stable")][:MISTAKES].tolist()
+def worst(log_truth: npt.NDArray[np.float64], right: npt.NDArray[np.bool_]) -> list[int]:
+    """Return the positions of the wrong answers whose true class has the lowest probability, lowest first."""
+    wrong = np.flatnonzero(~right)
+    order: list[int] = wrong[np.argsort(log_truth[wrong], kind="stable")][:MISTAKES].tolist()
     return order
 
 
-class Mistakes(NamedTuple):
-    """The worst mistakes (with the least probable true class), the most confident mistakes, and their number."""
-
-    worst: list[Mistake]
-    certain: list[Mistake]
-    wrong: int
-
-
-def mistakes(judged: JudgedIndex) -> Mistakes:
-    """Explain the worst and the most confident mistakes."""
-    answers = judged.answers
-    worst, certain = (wrong_answers(answers, by) for by in (judged.details.log_truth, judged.details.log_doubt))
-    places = list(dict.fromkeys([*worst, *certain]))
-    made = dict(zip(places, _explained(judged, places), strict=True)) if places else {}
-    wrong = int((~answers.right).sum())
-    return Mistakes([made[place] for place in worst], [made[place] for place in certain], wrong)
-
-
-def _explained(judged: JudgedIndex, places: Sequence[int]) -> list[Mistake]:
-    cache, answers, some = judged.cache, judged.answers, judged.features[np.asarray(places)]
-    names, explained = cache.class_names, []
-    predictions = cache.classify(some, 3, neighbours=NEIGHBOURS)
-    terms = cache.terms(some)
-    photos = cache.settings.alpha * terms.photos(cache.settings)
-    for row, (place, prediction) in enumerate(zip(places, predictions, strict=True)):
-        truth, answer, sure = int(answers.truth[place]), int(answers.predicted[place]), float(answers.confidence[place])
-        likely = zip(map(names.index, prediction.labels), prediction.probabilities, strict=True)
-        likeliest = dict(likely) | {answer: sure, truth: math.exp(judged.details.log_truth[place])}
-        kinds = {truth: "true", answer: "answer"}
-        chances = [
-            Chance(names[i], kinds.get(i, ""), p, float(terms.text[row, i]), float(photos[row, i]))
-            for i, p in sorted(likeliest.items(), key=lambda pair: -pair[1])
-        ]
-        item = judged.test.sources[int(judged.details.positions[place])]
+def mistakes(judged: JudgedIndex) -> list[Mistake]:
+    """Explain the worst mistakes (see :func:`worst`)."""
+    answers, names, explained = judged.answers, judged.cache.class_names, []
+    places = worst(judged.details.log_truth, answers.right)
+    predictions = judged.cache.classify(judged.features[places], 3, neighbours=NEIGHBOURS, norms="keep")
+    for place, prediction in zip(places, predictions, strict=True):
+        truth, answer = names[answers.truth[place]], names[answers.predicted[place]]
+        own = {truth: math.exp(judged.details.log_truth[place]), answer: float(answers.confidence[place])}
+        likely = dict(zip(prediction.labels, prediction.probabilities, strict=True)) | own
         against = [prediction.opposing] if prediction.opposing else []
-        picture, keys = _of_item(judged, place), _with_pictures(judged, [*prediction.neighbours, *against])
-        explained.append(Mistake(row + 1, item, names[truth], names[answer], sure, chances, picture, keys))
+        keys = _with_pictures(judged, [*prediction.neighbours, *against])
+        item = judged.test.sources[int(judged.details.positions[place])]
+        ranked = dict(sorted(likely.items(), key=lambda pair: -pair[1]))
+        explained.append(Mistake(item, truth, answer, ranked, _of_item(judged, place), keys))
     return explained
 
 
 def confusions(judged: JudgedIndex) -> list[Pair]:
-    """Return the pairs of classes that are confused most often, with mistakes and nearby keys."""
-    answers, names = judged.answers, judged.cache.class_names
-    pairs = [(names.index(truth), names.index(answer), n) for truth, answer, n in judged.evaluation.confusions[:PAIRS]]
-    if not pairs:
-        return []
-    places = []
-    for truth, answer, _ in pairs:
-        own = np.flatnonzero((answers.truth == truth) & (answers.predicted == answer))
-        places.append(own[np.argsort(-answers.confidence[own], kind="stable")][:EXAMPLES])
-    some = judged.features[np.concatenate(places)]
-    predictions = iter(judged.cache.classify(some, 3, neighbours=NEIGHBOURS))
-    described = []
-    for (truth, answer, times), own in zip(pairs, places, strict=True):
-        near = [key for _ in own for key in next(predictions).neighbours if key.label == names[answer]]
-        keys = _with_pictures(judged, list({key.key_id: key for key in near}.values())[:EXAMPLES])
-        items = [_of_item(judged, place) for place in own.tolist()]
-        described.append(Pair(names[truth], names[answer], times, int((answers.truth == truth).sum()), items, keys))
+    """Return the pairs of classes that are confused most often, with mistakes and nearby keys.
+
+    A mistake that occurred once says little about two classes, so it is left out.
+    """
+    answers, names, described = judged.answers, judged.cache.class_names, []
+    for truth, answer, times in judged.evaluation.confusions[:PAIRS]:
+        if times > 1:
+            asked = answers.truth == names.index(truth)
+            own = np.flatnonzero(asked & (answers.predicted == names.index(answer)))
+            own = own[np.argsort(-answers.confidence[own], kind="stable")][:EXAMPLES]
+            predictions = judged.cache.classify(judged.features[own], neighbours=NEIGHBOURS, norms="keep")
+            near = {key.key_id: key for one in predictions for key in one.neighbours if key.label == answer}
+            keys = _with_pictures(judged, list(near.values())[:EXAMPLES])
+            items = [_of_item(judged, place) for place in own.tolist()]
+            described.append(Pair(truth, answer, times, int(asked.sum()), items, keys))
     return described
 
 
@@ -155,13 +116,13 @@ def _with_pictures(judged: JudgedIndex, keys: Sequence[Neighbour]) -> list[tuple
     return [(key, Picture(key.source, digests.get(key.key_id), f"example of {key.label}")) for key in keys]
 
 
-def thumbnail(path: str, digest: str | None, side: int) -> str | None:
+def thumbnail(read: Callable[[str], bytes], path: str, digest: str | None, side: int) -> str | None:
     """Return an image as a base64 JPEG whose sides have at most ``side`` pixels.
 
-    Return ``None`` if the image cannot be read or does not have this digest.
+    ``read`` returns the bytes of a path. Return ``None`` if the image cannot be read or does not have this digest.
     """
     try:
-        data = read_item(path)
+        data = read(path)
         if digest is not None and hashlib.sha256(data).hexdigest() != digest:
             return None
         return base64.b64encode(images.thumbnail(data, side)).decode()

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrieval_tip.errors import UsageError, counted, one_line, show
+from retrieval_tip.errors import UsageError, counted, one_line, percent, show
 from retrieval_tip.evaluation.calibration import accuracy_coverage, reliability
 from retrieval_tip.evaluation.evaluate import Affinities, Answers, Evaluation
 from retrieval_tip.files import make_folders, replacing
@@ -56,8 +56,6 @@ LONGEST_NAME, LONGEST_ABOUT = 26, 60
 LOOKS = Path(__file__).with_name("plots.mplstyle")
 PANELS = 6
 """Maximum number of heat maps for one accuracy surface."""
-POINTS = 5
-"""Range of a heat map, in percentage points below the best accuracy."""
 MARKS = (0.5, 0.9, 0.99)
 """Thresholds that are marked on the accuracy-coverage curve."""
 
@@ -138,15 +136,6 @@ class Panel:
     alphas: Floats
     betas: Floats
     accuracy: Floats
-
-    def nearest(self, alpha: float, beta: float) -> tuple[int, int]:
-        """Return the row and column of the cell that is nearest to these settings on a logarithmic scale."""
-        with np.errstate(divide="ignore"):
-            column, row = (
-                int(np.abs(np.log(values) - np.log(value)).argmin()) if value else 0
-                for values, value in ((self.alphas, alpha), (self.betas, beta))
-            )
-        return row, column
 
 
 def surface_panels(surface: pa.Table) -> list[Panel]:
@@ -234,7 +223,7 @@ def draw_confusion(evaluation: Evaluation) -> Figure:
     label = "share of the true class, %"
     figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=[0, 1, 5, 10, 25, 50, 100], label=label)
     some = f"the {m} of {matrix.of} classes with most errors" if m < matrix.of else counted(m, "class")
-    _title(axes, "Confusion matrix", f"{some}; {counted(evaluation.n, 'photo')}, top-1 {evaluation.top1:.1%}")
+    _title(axes, "Confusion matrix", f"{some}; {counted(evaluation.n, 'photo')}, top-1 {percent(evaluation.top1)}")
     return figure
 
 
@@ -249,7 +238,7 @@ def draw_per_class(evaluation: Evaluation) -> Figure:
     axes.set_yticks(y, list(map(_name, names)), fontsize=8 if m <= FEWER_CLASSES else 7)
     axes.set(xlim=(0, 106), ylim=(-0.7, m - 0.3), xticks=range(0, 101, 20), xlabel="top-1 accuracy, %")
     some = f"the worst {m} of {of} classes" if m < of else counted(m, "class")
-    _title(axes, "Accuracy by class", f"{some}; dashed: mean over classes {evaluation.mean_per_class:.1%}")
+    _title(axes, "Accuracy by class", f"{some}; dashed: mean over classes {percent(evaluation.mean_per_class)}")
     return figure
 
 
@@ -299,9 +288,10 @@ def draw_coverage(evaluation: Evaluation) -> Figure:
     first = min([*(100 * curve.coverage[curve.accuracy < curve.accuracy.max()]), left])  # the curve is flat below
     axes.set(xlim=(max(0.0, 0.9 * first - 5), 101), xlabel="coverage: share of photos answered, %")
     axes.set_ylabel("accuracy of the answers, %")
-    said = f"all photos: {evaluation.top1:.1%}"
-    if evaluation.abstain is not None and evaluation.selective_top1 is not None:
-        said += f"; P ≥ {evaluation.abstain:g}: {evaluation.selective_top1:.1%} at {evaluation.coverage:.1%} coverage"
+    said = f"all photos: {percent(evaluation.top1)}"
+    share, accuracy = evaluation.coverage, evaluation.selective_top1
+    if share is not None and accuracy is not None:
+        said += f"; P ≥ {evaluation.abstain:g}: {percent(accuracy)} at {percent(share)} coverage"
     _title(axes, "Accuracy against coverage", f"{said}; {counted(evaluation.n, 'photo')}")
     return figure
 
@@ -382,7 +372,7 @@ def _draw_panels(panels: list[Panel], reached: Floats) -> Figure:
     low, high = float(np.quantile(reached, 0.25)), float(reached.max())
     for axes, panel in zip(drawn, panels, strict=False):
         image = _heat(axes, panel, low, high)
-        axes.set_title(f"k = {panel.k or 'all'}: best {panel.accuracy.max():.1%}", size=9.5, weight="normal")
+        axes.set_title(f"k = {panel.k or 'all'}: best {percent(panel.accuracy.max())}", size=9.5, weight="normal")
     for axes in drawn[len(panels) :]:
         axes.set_visible(False)
     figure.colorbar(image, ax=drawn, fraction=0.03, pad=0.02, extend="min", label="accuracy, %")
@@ -407,42 +397,26 @@ def draw_frontier(tuning: Tuning) -> Figure:
     return figure
 
 
-def draw_heat(panel: Panel, alpha: float, beta: float) -> Figure:
-    """Plot the accuracy by alpha and beta for a fixed k. A circle marks the best cell, a cross these settings."""
-    figure, axes = _figure(6.8, 4.4)
-    best = 100 * float(panel.accuracy.max())
-    image = _heat(axes, panel, max(best - POINTS, 100 * float(panel.accuracy.min())), best)
-    row, column = panel.nearest(alpha, beta)
-    axes.plot(column + 0.5, row + 0.5, "X", markersize=10, color=ORANGE, markeredgecolor="white")
-    figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, extend="min", label="accuracy, %")
-    return figure
-
-
-def draw_shots(lines: Sequence[Summary], rows: Sequence[Run]) -> Figure:
-    """Plot the accuracy as a function of the number of shots, with one line per method.
+def draw_shots(lines: Sequence[Summary], runs: Sequence[Run], zero_shot: float | None) -> Figure:
+    """Plot the accuracy of one method as a function of the number of shots, and that of the class names alone.
 
     Bars show 95 % confidence intervals over seeds, and dots show individual draws.
     """
     figure, axes = _figure(6.8, 4.2)
-    colours = {"tip-adapter": BLUE, "cache-alone": ORANGE}
-    for place, method in enumerate(dict.fromkeys(line["method"] for line in lines)):
-        own = [line for line in lines if line["method"] == method]
-        aside = 2 ** (0.04 * (place - 1))  # prevents error bars from overlapping
-        colour = colours.get(method, GREY)
-        shots, means = [aside * line["shots"] for line in own], [100 * line["top1"] for line in own]
-        halves = [100 * (line["half"] or 0.0) for line in own]
-        single = [(aside * row["shots"], 100 * row["top1"]) for row in rows if row["method"] == method]
-        style = "-" if method in colours else "--"
-        axes.errorbar(shots, means, yerr=halves, color=colour, linestyle=style, linewidth=1.8, capsize=3, label=method)
-        axes.plot(*zip(*single, strict=True), "o", color=colour, alpha=0.45, markersize=4)
-    seen = [100 * row["top1"] for row in rows]
-    axes.set_ylim(max(0.0, min(seen) - 3), min(100.5, max(seen) + 3))
-    ticks = sorted({line["shots"] for line in lines})
+    shots, means = [line["shots"] for line in lines], [100 * line["top1"] for line in lines]
+    halves, seen = [100 * (line["half"] or 0.0) for line in lines], [100 * run["top1"] for run in runs]
+    ends = [*seen, *np.subtract(means, halves), *np.add(means, halves)]
+    axes.errorbar(shots, means, yerr=halves, color=BLUE, linewidth=1.8, capsize=3, label="examples and class names")
+    axes.plot([run["shots"] for run in runs], seen, "o", color=BLUE, alpha=0.45, markersize=4)
+    if zero_shot is not None:
+        axes.axhline(100 * zero_shot, color=GREY, linestyle="--", linewidth=1.8, label="class names only")
+        axes.legend(fontsize=9)
+        ends.append(100 * zero_shot)
+    axes.set_ylim(max(0.0, min(ends) - 2), min(101.0, max(ends) + 2))
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, list(map(str, ticks)))
+    axes.set_xticks(shots, list(map(str, shots)))
     axes.minorticks_off()
     axes.set(xlabel="examples per class", ylabel="test accuracy, %")
-    axes.legend(fontsize=9)
     return figure
 
 

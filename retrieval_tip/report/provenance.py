@@ -1,4 +1,4 @@
-"""Describe the settings, the index and the machine of a report as rows of names and values."""
+"""Describe the test, the settings, the index and the machine of a report as rows of names and values."""
 
 from __future__ import annotations
 
@@ -14,36 +14,51 @@ from retrieval_tip.store.manifest import Manifest
 LISTED = 50
 """Maximum number of items of a value to list."""
 
-KEPT = {"source": "source", "dataset": "dataset", "shots": "shots", "seed": "seed", "views": "views",
-        "text": "text weights", "affinity_other_classes": "affinity_other_classes",
-        "skipped": "skipped at build"}  # fmt: skip
+KEPT = {"source": "source", "dataset": "dataset", "shots": "examples per class", "seed": "seed", "views": "views",
+        "text": "class names from", "skipped": "skipped at build"}  # fmt: skip
 """Names of build records in the report."""
 
+Rows = list[tuple[str, str]]
 
-def provenance(judged: JudgedIndex) -> dict[str, object]:
-    """Return the rows for ``settings``, ``search``, ``index`` and ``machine``, and the current time as ``when``."""
+
+def provenance(judged: JudgedIndex) -> dict[str, Rows]:
+    """Return the rows of each part by its title. Parts without rows are left out."""
     folder, version, manifest = judged.folder, judged.cache.version, None
     if folder is not None:
         manifest = read_manifest(folder) if version is None else read_version(folder, version)
-    return {
-        "settings": list(_settings(judged, manifest)),
-        "search": [(name, described(value)) for name, value in judged.record("search").items()],
-        "index": list(_index(judged, manifest)),
-        "machine": doctor.examine().facts,
-        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    parts = {
+        "Test": list(_test(judged)),
+        "Settings": list(_settings(judged, manifest)),
+        "Search": [(name, described(value)) for name, value in judged.record("search").items()],
+        "Fine-tuning": [(name, described(value)) for name, value in judged.record("finetune").items()],
+        "Index": list(_index(judged, manifest)),
+        "Machine": [(name, portable(value)) for name, value in doctor.examine().facts.items()],
     }
+    return {title: rows for title, rows in parts.items() if rows}
 
 
-def _settings(judged: JudgedIndex, manifest: Manifest | None) -> Iterator[tuple[str, str, str]]:
+def _test(judged: JudgedIndex) -> Iterator[tuple[str, str]]:
+    skipped = judged.encoder.skipped
+    yield "source", portable(judged.test.name)
+    yield "photos", f"{judged.evaluation.n:,} classified, {len(skipped):,} could not be read"
+    yield "date", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    if judged.command:
+        yield "command", judged.command
+    for item in skipped[:LISTED]:
+        yield "skipped", portable(str(item))
+    if len(skipped) > LISTED:
+        yield "skipped", f"{len(skipped) - LISTED:,} more"
+
+
+def _settings(judged: JudgedIndex, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
     kept, searched = judged.cache.provenance, "search-hp" if judged.record("search") else "the index"
     known = {"alpha": kept.get("alpha"), "beta": kept.get("beta"), "k": searched, "tail": "the index"}
-    known |= {"temperature": kept.get("temperature", "not fitted")}
+    known |= {"temperature": kept.get("temperature", "not fitted"), "logit_scale": "the index"}
     for name, origin in known.items():
         value = getattr(judged.evaluation.settings, name)
         own = getattr(manifest.settings, name) if manifest is not None else value
-        given = f"set for this report; the index has {_setting(own)}"
-        yield name, _setting(value), described(origin) if own == value else given
-    yield "logit_scale", _setting(judged.cache.settings.logit_scale), "the index"
+        given = described(origin) if own == value else f"set for this report; the index has {_setting(own)}"
+        yield name, f"{_setting(value)} ({given})"
 
 
 def _index(judged: JudgedIndex, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
@@ -51,17 +66,14 @@ def _index(judged: JudgedIndex, manifest: Manifest | None) -> Iterator[tuple[str
     if judged.folder is not None and manifest is not None:
         yield "folder", portable(judged.folder)
         yield "version", f"{manifest.version}, {manifest.created_at}, by {manifest.created_by}"
-        yield "last change", manifest.change or "-"
-        yield "digest of the keys", manifest.keys_digest
-    yield (
-        "examples",
-        f"{cache.n:,} vectors of {cache.d:,} values, {cache.keys.dtype}, {counted(cache.segments, 'segment')}",
-    )
+        yield "last change", portable(manifest.change or "-")
+        yield "digest", manifest.keys_digest
+    yield "examples", f"{cache.n:,} of {counted(len(cache.class_names), 'class')}"
     if judged.where is not None:
-        yield "restricted to", judged.where
-    yield "classes", f"{len(cache.class_names):,}"
+        yield "restricted to", portable(judged.where)
+    yield "vectors", f"{cache.d:,} values, {cache.keys.dtype}, {counted(cache.segments, 'segment')}"
     yield "FAISS index", f"{cache.index.factory} on {cache.device}"
-    yield "templates", " | ".join(cache.templates) or "-"
+    yield "prompts", " | ".join(cache.templates) or "-"
     if cache.backbone is not None:
         yield "encoder", portable(str(cache.backbone))
         yield "digest of its weights", cache.backbone.weights

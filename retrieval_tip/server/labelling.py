@@ -364,6 +364,6 @@ class Labelling:
         cache = index.in_memory()
         found = estimate_rest(cache, drawn, self._features[rest])
         more = min(MORE, len(rest))
-        gain = gain_of(cache, drawn, more)
+        gain = gain_of(cache, drawn, found, more)
         gain = None if gain is None else min(gain, 1 - found.accuracy)
         return schemas.LabelProgress(len(drawn), DRAWN, found.accuracy, found.low, found.high, more, gain)
