@@ -210,7 +210,7 @@ def test_every_interface_lists_the_same_shots(run, tmp_path):
     assert cache.fitted is not None
     clear, everything = (audit(cache, borderline=more)["key_id"].to_pylist() for more in (False, True))
     assert 5 < len(clear) < len(everything)
-    assert f"{len(clear)} examples look mislabelled" in (tmp_path / "r.html").read_text()
+    assert f"Check {len(clear)} labels" in (tmp_path / "r.html").read_text()
     with TestClient(create_app(open_all([index], "cpu", "float32", "full"))) as client:
         for asked, flags, listed in (("", (), clear), ("?borderline=true", ("--all",), everything)):
             found = client.get(f"/v1/indexes/index/audit{asked}").json()
