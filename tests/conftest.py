@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import contextlib
 import gc
 import json
 import logging
@@ -35,13 +36,13 @@ from retrieval_tip.settings import Settings
 
 MEMORY, ROOM = Path("/dev/shm"), 4 << 30
 if MEMORY.is_dir() and min(shutil.disk_usage(MEMORY).free, psutil.virtual_memory().available) > ROOM:
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # waiting for a disk takes a tenth of the time
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # waiting for a disk takes a tenth of the test time
 gc.disable()  # until everything is imported
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job
     signal.signal(signal.SIGINT, signal.default_int_handler)  # children inherit it, so interrupting them works
 if "PYTEST_XDIST_WORKER" in os.environ:
     atexit.register(os._exit, 0)  # runs last; a regular shutdown takes seconds
-os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; without it, a test would try for a minute before failing
+os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; otherwise a test would retry for a minute before it fails
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +53,7 @@ PROGRAMS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # `
 def _shared() -> Path:
     """Return the test data or its stand-in, and pass the path on to child processes."""
     beside = Path(os.environ.get("RETRIEVAL_TIP_SHARED", ROOT.parent / "shared"))
-    found = beside if beside.is_dir() else standin.laid_out(ROOT / "build" / "shared") or beside
+    found = beside if beside.is_dir() else standin.create(ROOT / "build" / "shared") or beside
     os.environ["RETRIEVAL_TIP_SHARED"] = str(found)
     return found
 
@@ -60,9 +61,9 @@ def _shared() -> Path:
 SHARED = _shared()
 
 SOAK = bool(os.environ.get("RETRIEVAL_TIP_SOAK"))
-"""``make soak``: every kill, every damaged file, Ray, the browser. Otherwise, the same tests take a sample."""
+"""``make soak``: every kill, every damaged file, Ray, the browser. Otherwise, the same tests use a sample."""
 ATTACK = bool(os.environ.get("RETRIEVAL_TIP_ATTACK"))
-"""``make attack``: many hostile inputs, different ones each time. Otherwise, the same few each time."""
+"""``make attack``: many hostile inputs, different in each run. Otherwise, the same few in each run."""
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"SKIPPED: no shared data at {SHARED}")
 needs_real = pytest.mark.skipif(
@@ -71,13 +72,13 @@ needs_real = pytest.mark.skipif(
 )
 """Marks tests that cannot use the stand-in (:mod:`standin`)."""
 
-NO_GPU = "SKIPPED: torch sees no CUDA GPU, so nothing that needs one was tried; where there is one: make gpu"
+NO_GPU = "SKIPPED: torch finds no CUDA GPU; run make gpu on a machine with one"
 
-LONG = [
+SLOWEST = [
     f"test_{name}.py"
     for name in (
         "page", "ray", "stores", "serve", "readme", "report", "changes", "server", "hostile",
-        "finetune", "startup", "backbone", "tower", "concurrent", "cli", "tip", "kill", "stores_kill", "tars",
+        "finetune", "startup", "backbone", "tower", "concurrent", "cli", "tip", "kill", "tars",
         "finetune_kill", "kill_changes", "plots", "living", "full_disk",
     )
 ]  # fmt: skip
@@ -85,25 +86,25 @@ LONG = [
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide the GPU except in ``make gpu``: other tests compare digits or fork, and ``auto`` would choose it."""
+    """Hide the GPU except in ``make gpu``. Other tests compare digits or fork, and ``auto`` would choose the GPU."""
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def sampled(number: int, most: int = 4) -> list[int]:
-    """Return which of ``number`` steps to try: all in a soak, else at most ``most``, including first and last."""
+    """Return the steps to try, of ``number``: all in a soak, else at most ``most``, including first and last."""
     few = min(most, number)
     return [*range(number)] if SOAK else [i * (number - 1) // max(1, few - 1) for i in range(few)]
 
 
 def few(cases: Iterable[T], number: int = 4) -> list[T]:
-    """Return which of several similar cases to try: all in a soak, else ``number``, evenly spread."""
+    """Return the cases to try, of several similar ones: all in a soak, else ``number``, evenly spread."""
     cases = [*cases]
     return [cases[i] for i in sampled(len(cases), number)]
 
 
 def examples(number: int) -> int:
-    """Return how many examples of a property to try: ``number`` in a soak, else a quarter, but at least ten."""
+    """Return the number of examples of a property: ``number`` in a soak, else a quarter, but at least ten."""
     return number if SOAK or ATTACK else min(number, max(10, number // 4))
 
 
@@ -113,32 +114,40 @@ settings.load_profile("sized")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the slowest files first, so that two processes finish at the same time. Skip soak and GPU tests."""
-    long = pytest.mark.skip(reason="a long test: make soak runs it")
+    long = pytest.mark.skip(reason="a long test; make soak runs it")
     for item in items:
         if not SOAK and item.get_closest_marker("soak"):
             item.add_marker(long)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
 
 
-def for_all(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name cases after short lists, tuples and dicts, which pytest would only number."""
+    with contextlib.suppress(TypeError):
+        shown = json.dumps(val).replace('"', "") if isinstance(val, list | tuple | dict) else ""
+        return shown if 0 < len(shown) <= 60 else None
+    return None
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
     """Return a folder shared by all processes of a run."""
-    shared_by_workers = "PYTEST_XDIST_WORKER" in os.environ  # their folders have one parent
-    return tmp_path_factory.getbasetemp().parent / name if shared_by_workers else tmp_path_factory.mktemp(name)
+    in_worker = "PYTEST_XDIST_WORKER" in os.environ  # the folders of all workers have one parent
+    return tmp_path_factory.getbasetemp().parent / name if in_worker else tmp_path_factory.mktemp(name)
 
 
 def pytest_collection_finish() -> None:
     """Keep imported objects out of garbage collection, which took a sixth of the time."""
     gc.freeze()
     gc.enable()
-    atexit.register(gc.unfreeze)  # otherwise openvino and triton complain at exit
+    atexit.register(gc.unfreeze)  # otherwise openvino and triton print errors at exit
 
 
 @pytest.fixture(scope="session", autouse=True)
 def encodings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One encoding cache for the whole run, so that no photo is encoded twice."""
-    folder = for_all(tmp_path_factory, "encodings")
+    folder = shared_folder(tmp_path_factory, "encodings")
     os.environ["RETRIEVAL_TIP_CACHE"] = str(folder)
     return folder
 
@@ -150,13 +159,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def nothing_said() -> None:
+def fresh_warnings() -> None:
     """Repeat once-per-process warnings in every test."""
     errors.warn_once.cache_clear()
 
 
 @pytest.fixture(autouse=True)
-def log() -> None:
+def fresh_log() -> None:
     """Reset the logger that the command line configures."""
     logger = logging.getLogger("retrieval_tip")
     logger.handlers[:], logger.propagate = [], True
@@ -184,7 +193,7 @@ def things(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An index of real photos, eight for each of ten classes. Change only a copy."""
     from serving import build, photographs
 
-    folder = for_all(tmp_path_factory, "things")
+    folder = shared_folder(tmp_path_factory, "things")
     folder.mkdir(exist_ok=True)
     with filelock.FileLock(folder / "lock"):
         if not (folder / "things").is_dir():
@@ -198,7 +207,7 @@ def warm_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if not sys.platform.startswith("linux"):
         yield PROGRAMS  # forking is unsafe or impossible elsewhere
         return
-    place = for_all(tmp_path_factory, "warm")
+    place = shared_folder(tmp_path_factory, "warm")
     place.mkdir(exist_ok=True)
     with warm.server(place) as folder:
         yield f"{folder}{os.pathsep}{PROGRAMS}"
@@ -258,7 +267,7 @@ def cache_of(*features: Any, **options: Any) -> CacheModel:
 
 
 def with_code(folder: Path, file: str = "config.json") -> Path:
-    """Create a model folder with Python code that one of its files names, and that creates a file ``ran`` if run."""
+    """Create a model folder whose config names Python code, which creates a file ``ran`` if it is run."""
     folder.mkdir(exist_ok=True)
     parts: dict[str, Any] = {"AutoConfig": "evil.T", "AutoModel": "evil.T", "AutoTokenizer": ["evil.T", "evil.T"]}
     (folder / file).write_text(json.dumps({"model_type": "x", "auto_map": parts}))

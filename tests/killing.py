@@ -1,4 +1,4 @@
-"""Processes to kill: a server imports everything once, then forks a child for each job.
+"""Processes to kill. A server imports everything once, then forks a child for each job.
 
 The server starts no thread before it forks, so forking is safe, and a job costs no imports. The server is a test module
 run as a script that calls :func:`serve`; the tests of that module talk to it through a :class:`Server`.
@@ -62,7 +62,7 @@ class Steps:
     def writes(self) -> None:
         """Count a step before every change on disk.
 
-        Reading changes nothing there, so a kill before it is the kill before the next step.
+        Reading changes nothing, so a kill before a read equals a kill before the next step.
         """
         import faiss
 
@@ -87,11 +87,11 @@ def serve(work: Callable[[Job, Steps], None]) -> None:
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     for line in sys.stdin:
-        told = json.loads(line)
-        children = [_child(work, job) for job in told["jobs"]]
+        request = json.loads(line)
+        children = [_child(work, job) for job in request["jobs"]]
         begun = time.perf_counter()
-        if told["after"] is not None:
-            time.sleep(told["after"])
+        if request["after"] is not None:
+            time.sleep(request["after"])
             for child in children:
                 os.kill(child, signal.SIGKILL)
         status = []
@@ -139,22 +139,22 @@ class Server:
         self.process.stdin.write(json.dumps({"jobs": [job | common for job in jobs], "after": after}) + "\n")
         self.process.stdin.flush()
 
-    def _told(self) -> dict[str, Any]:
+    def _reply(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, "the server has died"
-        told: dict[str, Any] = json.loads(line)
-        return told
+        assert line, "the server died"
+        reply: dict[str, Any] = json.loads(line)
+        return reply
 
     def stopped(self) -> int:
         """Wait until a job has stopped itself, and return its process id."""
-        return int(self._told()["stopped"])
+        return int(self._reply()["stopped"])
 
     def wait(self) -> list[int]:
         """Return the exit statuses of the jobs, and set ``seconds`` to their duration."""
-        told = self._told()
-        self.seconds = told["seconds"]
-        return list(told["status"])
+        reply = self._reply()
+        self.seconds = reply["seconds"]
+        return list(reply["status"])
 
     def run(self, job: Job, **when: Any) -> int:
         self.start(job, **when)

@@ -57,7 +57,8 @@ def server(
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Run a server on a free port; yield its address and process, then stop it and check its exit.
 
-    In a new interpreter, or by the program that is found on ``path``. If it was killed, its exit is not checked.
+    The server runs in a new interpreter, or as the program found on ``path``. The exit of a killed server is not
+    checked.
     """
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"} | ({"RETRIEVAL_TIP_TOKEN": token} if token else {})
     program = [str(shutil.which("retrieval-tip", path=path))] if path else [sys.executable, "-m", "retrieval_tip"]
@@ -65,12 +66,12 @@ def server(
         [*program, command, *map(str, arguments), "--port", "0"], stderr=subprocess.PIPE, text=True, env=environment
     )
     lines: queue.Queue[str | None] = queue.Queue()
-    said: list[str] = []
+    printed: list[str] = []
 
     def read() -> None:
         assert process.stderr is not None
         for line in process.stderr:
-            said.append(line)
+            printed.append(line)
             lines.put(line)
         lines.put(None)
 
@@ -78,22 +79,22 @@ def server(
     reader.start()
     try:
         while " at http://" not in (line := lines.get(timeout=START_SECONDS) or "ended"):
-            assert line != "ended", "".join(said)
+            assert line != "ended", "".join(printed)
         yield line.rpartition(" at ")[2].partition(";")[0], process
         if process.poll() is None:
             process.terminate()
-            assert process.wait(30) == 0, "".join(said)
+            assert process.wait(30) == 0, "".join(printed)
     finally:
         process.kill()
         process.wait()
         reader.join(5)
         assert process.stderr is not None
         process.stderr.close()
-    assert "Traceback" not in "".join(said), "".join(said)
+    assert "Traceback" not in "".join(printed), "".join(printed)
 
 
 def listens(address: str) -> psutil.Process:
-    """Return the process that listens there, not the one that started it."""
+    """Return the process that listens at an address, not its parent."""
     port = int(address.rpartition(":")[2])
     listening = (one for one in psutil.net_connections("tcp4") if one.status == psutil.CONN_LISTEN)
     return next(psutil.Process(one.pid) for one in listening if one.laddr.port == port)
@@ -128,7 +129,7 @@ def told(place: tuple[str, int], *said: bytes) -> bytes:
         try:
             for part in said:
                 asking.sendall(part)
-        except OSError:  # it no longer listens
+        except OSError:  # the server no longer listens
             pass
         return rest(asking)
 

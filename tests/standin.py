@@ -1,6 +1,6 @@
 """Stand-in for the ``../shared`` test data: the demo's offline photos and encoder, in the same layout.
 
-- ``data/caltech101``: images from Debian's tuxpaint-stamps-default on white, under similar class names of Caltech101
+- ``data/caltech101``: images of Debian's tuxpaint-stamps-default on white, with similar class names of Caltech101
 - ``models/lit-mini``: the image tower of EfficientNet-Lite0 with ImageNet weights, and a random text tower
 - ``data/clip-food9``: random features around a mean for each class; tests of real CLIP features are ``needs_real``
 """
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import demo  # noqa: E402
 
-KINDRED = {  # Caltech101 class: images of the package
+SIMILAR = {  # Caltech101 class: images of the package
     "Motorbikes": ["vehicles/**"],
     "butterfly": ["animals/insects/**"],
     "camera": ["household", "household/dishes/**", "household/arttools"],
@@ -39,8 +39,8 @@ DISHES = [
 D = 512
 
 
-def laid_out(place: Path) -> Path | None:
-    """Return the folder ``place``, creating it if needed, or None if the parts cannot be downloaded."""
+def create(place: Path) -> Path | None:
+    """Return the folder ``place``, created if needed, or ``None`` if its parts cannot be downloaded."""
     if place.is_dir():
         return place
     work = place.with_name("docs")  # shared with the examples of the docs
@@ -51,19 +51,19 @@ def laid_out(place: Path) -> Path | None:
         return None
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         made = Path(folder) / "made"
-        photographs(stamps, made / "data/caltech101")
-        features(made / "data/clip-food9")
-        encoder(Path(str(backbone.pretrained)), made / "models/lit-mini")
+        write_photos(stamps, made / "data/caltech101")
+        write_features(made / "data/clip-food9")
+        write_encoder(Path(str(backbone.pretrained)), made / "models/lit-mini")
         shutil.move(made, place)
     return place
 
 
-def photographs(stamps: Path, out: Path) -> None:
+def write_photos(stamps: Path, out: Path) -> None:
     """Write one folder of JPEG files per class, and the split into training, validation and test."""
     from PIL import Image, ImageOps
 
     parts: dict[str, list[tuple[str, int, str]]] = {"train": [], "val": [], "test": []}
-    for label, (name, folders) in enumerate(KINDRED.items()):
+    for label, (name, folders) in enumerate(SIMILAR.items()):
         files = [file for folder in folders for file in sorted(stamps.glob(f"{folder}/*.png"))]
         files = [file for file in files if not file.with_suffix(".svg").exists()]
         random.Random(1).shuffle(files)
@@ -81,7 +81,7 @@ def photographs(stamps: Path, out: Path) -> None:
     (out / "split_zhou_Caltech101.json").write_text(json.dumps(parts))
 
 
-def features(out: Path) -> None:
+def write_features(out: Path) -> None:
     """Write tables of unit vectors around a common mean and a class mean, with outliers, and one text per class."""
     import numpy as np
     import pyarrow as pa
@@ -100,7 +100,7 @@ def features(out: Path) -> None:
         pq.write_table(pa.table({"id": numbered, "label": names, "feature": feature}), out / f"{part}.parquet")
 
 
-def encoder(weights: Path, out: Path) -> None:
+def write_encoder(weights: Path, out: Path) -> None:
     """Write a dual encoder in open_clip's folder format."""
     import open_clip
     import torch

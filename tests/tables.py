@@ -88,6 +88,6 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png(width: int, height: int, data: bytes, depth: int = 8, colour: int = 2) -> bytes:
-    """Return a PNG file whose header claims this size, whatever its compressed rows hold."""
+    """Return a PNG file whose header declares this size; its compressed rows may differ."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")

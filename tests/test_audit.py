@@ -1,4 +1,4 @@
-"""Suspicious shots: against dense references, planted in synthetic features and real photos, and left out of builds."""
+"""Suspicious shots: compared with a dense reference, planted in features and real photos, left out of builds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from retrieval_tip.settings import Settings
 
 
 def reference(cache, k=None):
-    """The audit in float64, shot by shot: ``{key_id: row}`` of those that are suspicious."""
+    """Return the suspicious shots as ``{key_id: row}``, computed shot by shot in float64."""
     keys = np.asarray(cache.keys, dtype=np.float64)
     affinity = keys @ keys.T
     ids = cache.labels["class_id"].to_numpy()
@@ -109,8 +109,8 @@ def check(cache, k=None):
     return table
 
 
-def made(seed, n=30, c=4, d=8, dtype=np.float32, digests=None, beta=5.5, norms=True):
-    """Distinct keys without order, of classes that some have once, or not at all."""
+def random_index(seed, n=30, c=4, d=8, dtype=np.float32, digests=None, beta=5.5, norms=True):
+    """Return an index of random keys; some classes have one key, or none."""
     generator = np.random.default_rng(seed)
     keys = generator.normal(size=(n, d))
     keys /= np.linalg.norm(keys, axis=1, keepdims=True) if norms else 2
@@ -131,20 +131,22 @@ def made(seed, n=30, c=4, d=8, dtype=np.float32, digests=None, beta=5.5, norms=T
 
 @settings(max_examples=examples(60), deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([1, 2, 5, 30]), st.sampled_from([np.float32, np.float16]))
-def test_an_audit_is_what_each_shot_alone_says(seed, n, dtype):
+def test_an_audit_matches_the_dense_reference(seed, n, dtype):
     generator = np.random.default_rng(seed)
     digests = [[None, "", "a", "b", "c"][i] for i in generator.integers(0, 5, n)]
-    check(made(seed, n, dtype=dtype, digests=digests, beta=float(generator.choice([0.5, 5.5, 30])), norms=n != 5))
+    check(
+        random_index(seed, n, dtype=dtype, digests=digests, beta=float(generator.choice([0.5, 5.5, 30])), norms=n != 5)
+    )
 
 
 @settings(max_examples=examples(20), deadline=None)
 @given(st.integers(0, 10**6), st.integers(3, 30))
-def test_an_audit_of_the_nearest_keys(seed, k):
-    check(made(seed), k)
+def test_an_audit_of_the_nearest_keys_matches_the_dense_reference(seed, k):
+    check(random_index(seed), k)
 
 
-def test_blocks_of_an_audit_change_nothing(monkeypatch):
-    cache = made(5, n=50)
+def test_an_audit_does_not_depend_on_blocks(monkeypatch):
+    cache = random_index(5, n=50)
     whole, near = audit(cache, borderline=True), audit(cache, k=9, borderline=True)
     monkeypatch.setattr(audits, "VALUES", 50 * 7)
     for table, split in ((whole, audit(cache, borderline=True)), (near, audit(cache, k=9, borderline=True))):
@@ -156,16 +158,16 @@ def test_blocks_of_an_audit_change_nothing(monkeypatch):
                 assert table[name].to_pylist() == split[name].to_pylist(), name
 
 
-def test_settings_of_the_index_change_no_judgement():
-    """A margin means the same in every index: the threshold does not move with a beta that was set for answers."""
-    table = audit(made(1), borderline=True)
+def test_an_audit_ignores_the_settings_of_the_index():
+    """A margin means the same in every index, because the threshold does not depend on the index's beta."""
+    table = audit(random_index(1), borderline=True)
     assert len(table) > 5
     for beta in (0.0, 5.5, 1e30):
-        assert audit(made(1, beta=beta), borderline=True).equals(table)
+        assert audit(random_index(1, beta=beta), borderline=True).equals(table)
 
 
 def planted(n, c, d=32, spread=0.5, seed=0):
-    """Features around one centre a class."""
+    """Return features around one centre per class, and their class ids."""
     generator = np.random.default_rng(seed)
     ids = np.arange(n) % c
     keys = np.random.default_rng(7).normal(size=(c, d))[ids] + spread * generator.normal(size=(n, d))
@@ -174,7 +176,7 @@ def planted(n, c, d=32, spread=0.5, seed=0):
 
 @pytest.mark.parametrize("k", [None, 64])
 @pytest.mark.parametrize("seed", range(3))
-def test_planted_flips_are_found_and_nothing_else(seed, k):
+def test_exactly_the_planted_wrong_labels_are_found(seed, k):
     keys, ids = planted(400, 10, seed=seed)
     ids[ids == 9] = np.where(np.arange(40) < 37, 8, 9)  # a class of three beside one of 77
     keys[ids == 8] = planted(400, 10, seed=seed + 50)[0][8::10][np.arange((ids == 8).sum()) % 40]
@@ -190,8 +192,8 @@ def test_planted_flips_are_found_and_nothing_else(seed, k):
     assert table["duplicate_of"].null_count == len(table)
 
 
-def test_every_surface_lists_the_same_shots(run, tmp_path):
-    """Command line, Python, HTTP and report; the page lists what HTTP does (test_page.py). The index is fitted."""
+def test_every_interface_lists_the_same_shots(run, tmp_path):
+    """Compare the command line, Python, HTTP and the report. ``test_page.py`` compares the page with HTTP."""
     keys, ids = planted(120, 4, spread=1.6)
     names = [f"class {i}" for i in range(4)]
     wrong = ids.copy()
@@ -208,7 +210,7 @@ def test_every_surface_lists_the_same_shots(run, tmp_path):
     assert cache.fitted is not None
     clear, everything = (audit(cache, borderline=more)["key_id"].to_pylist() for more in (False, True))
     assert 5 < len(clear) < len(everything)
-    assert f"{len(clear)} examples look mislabelled" in (tmp_path / "r.html").read_text()
+    assert f"Check {len(clear)} labels" in (tmp_path / "r.html").read_text()
     with TestClient(create_app(open_all([index], "cpu", "float32", "full"))) as client:
         for asked, flags, listed in (("", (), clear), ("?borderline=true", ("--all",), everything)):
             found = client.get(f"/v1/indexes/index/audit{asked}").json()
@@ -217,12 +219,12 @@ def test_every_surface_lists_the_same_shots(run, tmp_path):
             assert [json.loads(line)["key_id"] for line in printed] == listed
 
 
-def test_the_only_image_of_a_class_is_not_judged():
+def test_the_only_shot_of_a_class_is_not_suspicious():
     keys, ids = planted(40, 4)
     keys[0], ids[0] = unit_rows(1, 32, 3)[0], 4
     cache = CacheModel.from_features(keys, ids, list("abcde"), device="cpu")
     assert len(audit(cache)) == 0
-    cache.add(keys[:1], ["b"])  # unless another class has it too
+    cache.add(keys[:1], ["b"])  # unless another class has the same image
     rows = {row["key_id"]: row for row in audit(cache).to_pylist()}
     assert set(rows) == {0, 40}
     assert [rows[0][name] for name in ("suggested", "own_score", "margin", "rank")] == [None] * 4
@@ -230,7 +232,7 @@ def test_the_only_image_of_a_class_is_not_judged():
     assert rows[40]["suggested"] == "e"
 
 
-def test_one_key_and_one_class_say_nothing():
+def test_an_audit_of_one_key_or_one_class_is_empty():
     for n in (1, 2):
         cache = CacheModel.from_features(unit_rows(n, 4), [0] * n, ["a"], device="cpu")
         table = audit(cache)
@@ -240,7 +242,7 @@ def test_one_key_and_one_class_say_nothing():
         audit(cache, k=0)
 
 
-def test_trained_values_are_ignored():
+def test_an_audit_ignores_trained_values():
     keys, ids = planted(40, 4)
     ids[:3] = 3
     plain = CacheModel.from_features(keys, ids, list("abcd"), device="cpu")
@@ -249,8 +251,8 @@ def test_trained_values_are_ignored():
     assert set(audit(plain)["key_id"].to_pylist()) == {0, 1, 2}
 
 
-def test_a_fitted_index_agrees_with_no_wrong_label() -> None:
-    """Its metric was fitted to that label, and made the shot a neighbour of its class."""
+def test_an_audit_of_a_fitted_index_finds_a_wrong_label() -> None:
+    """The metric was fitted with the wrong label, and moved the shot towards that class."""
     random = np.random.default_rng(0)
     keys = random.normal(size=(60, 300)) + 16 * np.eye(300)[np.arange(60) % 6]
     keys = (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32)
@@ -268,7 +270,7 @@ def test_a_fitted_index_agrees_with_no_wrong_label() -> None:
 
 
 def mislabelled(ids, share, seed):
-    """Move a share of the shots to other classes. Return the class ids, and which of them are wrong."""
+    """Move a share of the shots to other classes. Return the class ids, and a mask of the wrong ones."""
     draw, c = np.random.default_rng(seed), ids.max() + 1
     wrong = draw.permutation(len(ids)) < round(share * len(ids))
     return np.where(wrong, (ids + draw.integers(1, c, len(ids))) % c, ids), wrong
@@ -277,7 +279,7 @@ def mislabelled(ids, share, seed):
 @needs_real
 @pytest.mark.parametrize("seed", few([1, 2, 3]))
 @pytest.mark.parametrize(("file", "precise"), [("dtd/val", 0.65), ("oxford_flowers/shots_16", 0.95)])
-def test_most_wrong_labels_of_real_photos_are_listed_and_few_right_ones(shared, file, precise, seed):
+def test_an_audit_of_real_photos_lists_most_wrong_and_few_right_labels(shared, file, precise, seed):
     keys, labels = read_features(shared / f"data/clip-vitb32/{file}.parquet")
     names, ids = np.unique(labels, return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(ids))
@@ -294,7 +296,7 @@ def test_most_wrong_labels_of_real_photos_are_listed_and_few_right_ones(shared, 
 
 @pytest.mark.parametrize("scheme", ["", "lance://"])
 def test_a_build_leaves_out_suspicious_shots(run, tmp_path, scheme):
-    """It equals a build of the other shots. A build without the option suggests it."""
+    """The result equals a build of the other shots. A build without the option recommends it."""
     keys, ids = planted(400, 20, spread=1.2)
     given, _ = mislabelled(ids, 0.2, 1)
     names, out = [f"class {i:02}" for i in given], f"{scheme}{tmp_path}/index"
@@ -318,7 +320,7 @@ def test_a_build_leaves_out_suspicious_shots(run, tmp_path, scheme):
     assert dropped == {"shots": len(gone), "of": 400, "sources": [f"item-{i}" for i in gone]}
 
 
-def test_a_gain_is_only_reported_if_it_is_sure(monkeypatch):
+def test_only_a_certain_gain_is_reported(monkeypatch):
     keys, ids = planted(400, 20, spread=1.2)
     given, _ = mislabelled(ids, 0.2, 1)
 
@@ -335,7 +337,7 @@ def test_a_gain_is_only_reported_if_it_is_sure(monkeypatch):
     monkeypatch.setattr(audits, "CHEAP", 399)
     assert gain(fitted(given)) is None
     keys, ids = planted(100, 20, spread=0.9)
-    copies = np.arange(0, 100, 3)  # if their photo is held out, they are held out too
+    copies = np.arange(0, 100, 3)  # held out together with the same photo
     labels, sources = np.concatenate([ids, (ids[copies] + 1) % 20]), [str(i) for i in [*range(100), *copies]]
     again = fitted(labels, np.concatenate([keys, keys[copies]]), sources)
     monkeypatch.undo()
@@ -345,7 +347,7 @@ def test_a_gain_is_only_reported_if_it_is_sure(monkeypatch):
 
 @pytest.mark.parametrize(("wrong", "found"), [(2, 2), (3, 0)])
 def test_a_class_that_mostly_looks_mislabelled_keeps_its_shots(wrong, found):
-    """Two of its shots are right, and each of the others is from another class."""
+    """Two shots of class ``a`` are right, and each of the others comes from a different class."""
     keys, ids = planted(40, 4, spread=0.3)
     ids[1 : 1 + wrong] = 0
     kept = np.flatnonzero((ids > 0) | (np.arange(40) < 5))
@@ -354,7 +356,7 @@ def test_a_class_that_mostly_looks_mislabelled_keeps_its_shots(wrong, found):
     assert len(suspicious(cache)) == found
 
 
-def test_too_many_shots_to_audit_are_refused(run, tmp_path, monkeypatch):
+def test_drop_suspicious_refuses_too_many_shots(run, tmp_path, monkeypatch):
     rows = write_table(tmp_path / "rows.parquet", planted(40, 4)[0], ["a", "b", "c", "d"] * 10)
     monkeypatch.setattr(build, "ALL_PAIRS", 39**2)
     done = run("index", "build", rows, "--out", tmp_path / "index", "--drop-suspicious")

@@ -1,4 +1,4 @@
-"""The baselines follow their equations and choose settings on the shots alone."""
+"""Baselines follow their equations, and choose settings on the shots only."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_class_means_are_unit_means_of_the_shots():
 
 
 @pytest.mark.parametrize("uneven", [False, True])
-def test_the_linear_probe_is_scikit_learns_for_balanced_classes(uneven):
+def test_the_linear_probe_matches_scikit_learn_with_balanced_classes(uneven):
     cache = cache_of(60)
     if uneven:
         cache = cache.take(np.flatnonzero((cache.class_ids.numpy() < 2) | (np.arange(cache.n) % 3 == 0)))
@@ -48,17 +48,17 @@ def test_the_linear_probe_is_scikit_learns_for_balanced_classes(uneven):
     assert min(near) < 5e-3, near
 
 
-def test_the_discriminant_without_text_ranks_as_scikit_learns_does():
+def test_the_discriminant_without_text_matches_scikit_learn_up_to_a_temperature():
     cache = cache_of(40)
     theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=D / (cache.n - 1 + D), priors=np.full(C, 1 / C))
     theirs.fit(np.asarray(cache.keys), cache.class_ids.numpy())
     ours = baselines.discriminant(cache).logits(QUERIES).log_softmax(1).numpy()
     log = theirs.predict_log_proba(QUERIES)
-    scales = (ours[:, :1] - ours[:, 1:]) / (log[:, :1] - log[:, 1:])  # one factor stands for a temperature
+    scales = (ours[:, :1] - ours[:, 1:]) / (log[:, :1] - log[:, 1:])  # one common factor is a temperature
     np.testing.assert_allclose(scales, np.median(scales), rtol=0.02)
 
 
-def test_the_discriminant_with_text_adds_it():
+def test_the_discriminant_with_text_is_a_weighted_sum_of_both():
     text = unit_rows(C, D, 5)
     bare, both = baselines.discriminant(cache_of(40)), baselines.discriminant(cache_of(40, text))
     parts = torch.stack([bare.weights.flatten(), torch.from_numpy(text).flatten()], 1).double()
@@ -70,7 +70,7 @@ def test_the_discriminant_with_text_adds_it():
 
 
 @pytest.mark.parametrize("rival", [baselines.class_means, baselines.linear_probe, baselines.discriminant])
-def test_one_shot_a_class_and_a_class_without_a_shot_are_answered(rival):
+def test_baselines_handle_single_shots_and_classes_without_shots(rival):
     names, text = [*NAMES, "none"], unit_rows(C + 1, D, 5)
     for n, weights in ((C, None), (4 * C, None), (4 * C, text)):
         logits = rival(cache_of(n, weights, names)).logits(QUERIES)
@@ -79,8 +79,8 @@ def test_one_shot_a_class_and_a_class_without_a_shot_are_answered(rival):
 
 
 @needs_real
-def test_on_real_features_the_discriminant_answers_as_the_published_equation(shared):
-    """GDA-CLIP's, written out in float64; without text a factor changes no answer."""
+def test_the_discriminant_matches_the_published_equation_on_real_features(shared):
+    """Compare with GDA-CLIP's equation in float64. Without text, a constant factor changes no answer."""
     place = shared / "data/clip-vitb32/caltech101"
     (keys, labels), (features, truth) = (read_features(place / f"{name}.parquet") for name in ("shots_4", "test"))
     names = np.unique(labels)

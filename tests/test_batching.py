@@ -1,4 +1,4 @@
-"""Waiting requests are answered together and in order, within limits."""
+"""Waiting requests are processed together and in order, within limits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from retrieval_tip.server.problems import Problem
 
 
 class Gate:
-    """A function to run, which waits until it is opened, and remembers its batches."""
+    """A batch function that waits until the gate opens, and records its batches."""
 
     def __init__(self) -> None:
         self.open = threading.Event()
@@ -41,26 +41,26 @@ def in_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], Non
     return run
 
 
-async def soon(ready: Callable[[], bool]) -> None:
+async def wait_until(ready: Callable[[], bool]) -> None:
     for _ in range(1000):
         if ready():
             return
         await asyncio.sleep(0.01)
-    raise AssertionError("never")
+    raise AssertionError("not ready within 10 s")
 
 
 @asynccontextmanager
 async def occupied(gate: Gate, most: int, room: int) -> AsyncIterator[tuple[Batcher, asyncio.Task]]:
-    """A batcher that is busy with a first call until the gate opens."""
+    """Yield a batcher that is busy with a first call until the gate opens."""
     batcher = Batcher("test", gate, most=lambda _: most, room=room)
     first = asyncio.create_task(batcher("a", [0]))
-    await soon(lambda: not batcher._waiting and batcher._worker is not None)
+    await wait_until(lambda: not batcher._waiting and batcher._worker is not None)
     yield batcher, first
     await batcher.close()
 
 
 @in_a_loop
-async def test_what_waits_meanwhile_becomes_one_batch() -> None:
+async def test_waiting_requests_become_one_batch() -> None:
     gate = Gate()
     async with occupied(gate, 100, 100) as (batcher, first):
         others = [asyncio.create_task(batcher("a", [i, -i])) for i in range(1, 11)]
@@ -95,7 +95,7 @@ def test_each_call_gets_its_own_answer(calls: list[tuple[str, list[int]]], most:
 
 
 @in_a_loop
-async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
+async def test_a_full_queue_refuses_requests_with_a_retry_time() -> None:
     gate = Gate()
     async with occupied(gate, 1, 3) as (batcher, first):
         waiting = [asyncio.create_task(batcher("a", [i])) for i in range(3)]
@@ -106,11 +106,11 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
         assert int(refused.value.headers["Retry-After"]) >= 1
         gate.open.set()
         await asyncio.gather(first, *waiting)
-        assert await batcher("a", list(range(10))) == [f"a{i}" for i in range(10)]  # more than the room, alone
+        assert await batcher("a", list(range(10))) == [f"a{i}" for i in range(10)]  # beyond the room, but alone
 
 
 @in_a_loop
-async def test_an_error_reaches_those_that_it_was_made_for() -> None:
+async def test_an_error_only_reaches_calls_with_the_same_key() -> None:
     def run(key: str, items: list[int]) -> list[int]:
         if key == "bad":
             raise InputError("no such thing")
@@ -126,7 +126,7 @@ async def test_an_error_reaches_those_that_it_was_made_for() -> None:
 
 
 @in_a_loop
-async def test_nobody_gets_an_error_for_what_others_sent() -> None:
+async def test_an_invalid_item_only_fails_its_own_call() -> None:
     def run(_: str, items: list[int]) -> list[int]:
         if 13 in items:
             raise InputError("no such thing")
@@ -140,7 +140,7 @@ async def test_nobody_gets_an_error_for_what_others_sent() -> None:
 
 
 @in_a_loop
-async def test_who_has_gone_is_not_answered() -> None:
+async def test_a_cancelled_call_is_not_processed() -> None:
     gate = Gate()
     async with occupied(gate, 10, 10) as (batcher, first):
         gone, stays = asyncio.create_task(batcher("a", [1])), asyncio.create_task(batcher("a", [2]))
@@ -166,7 +166,7 @@ async def test_closing_answers_accepted_requests() -> None:
 
 
 class Calls:
-    """Calls that say in which order they began, and wait until they are let go."""
+    """Calls that record the order in which they start, and wait until they may finish."""
 
     def __init__(self) -> None:
         self.began: list[str] = []
@@ -181,7 +181,7 @@ class Calls:
         self.gates |= {name: threading.Event() for name in names}
         return [functools.partial(call, name) for name in names]
 
-    def let_go(self, *names: str) -> None:
+    def finish(self, *names: str) -> None:
         for name in names or self.gates:
             self.gates[name].set()
 
@@ -192,16 +192,16 @@ async def test_a_small_call_does_not_wait_for_large_ones() -> None:
     pool: FairPool[str] = FairPool("test", threads=2, room=100, held=10)
     large = calls.named("a0", "a1", "a2")
     with pool.turns(large, [9, 9, 9]) as first, pool.turns(calls.named("b"), [1]) as second:
-        calls.let_go("b")
+        calls.finish("b")
         assert await second[0].result == "b"
         assert set(calls.began) == {"a0", "a1", "b"}
-        calls.let_go()
+        calls.finish()
         assert [await turn.result for turn in first] == ["a0", "a1", "a2"]
     pool.close()
 
 
 @in_a_loop
-async def test_calls_begin_in_the_order_of_what_their_requests_have_asked_for() -> None:
+async def test_calls_start_in_the_order_of_their_requests_cumulative_cost() -> None:
     calls = Calls()
     pool: FairPool[str] = FairPool("test", threads=1, room=100, held=10)
     with ExitStack() as stack:
@@ -210,59 +210,59 @@ async def test_calls_begin_in_the_order_of_what_their_requests_have_asked_for() 
             turns.extend(stack.enter_context(pool.turns(calls.named(*names), costs)))
 
         turns: list[Any] = []
-        line("xy", 1, 1)  # they run; until y begins, all else is counted from there
+        line("xy", 1, 1)  # these start first; until y starts, all other costs count from there
         line("abc", 1.5, 1.5, 1.5)
         line("de", 1, 1)
         line("f", 1.2)
-        calls.let_go()
+        calls.finish()
         await asyncio.gather(*(turn.result for turn in turns))
     pool.close()
     assert "".join(calls.began) in ("xydfaebc", "yxdfaebc")
 
 
 @in_a_loop
-async def test_too_much_before_a_request_is_refused_and_what_goes_first_is_not() -> None:
+async def test_a_request_is_refused_only_if_too_much_work_is_ahead_of_it() -> None:
     calls = Calls()
     pool: FairPool[str] = FairPool("test", threads=1, room=10, held=10)
-    with pool.turns(calls.named(*"abcd"), [50, 5, 5, 5]) as first:  # more than the room, alone
+    with pool.turns(calls.named(*"abcd"), [50, 5, 5, 5]) as first:  # beyond the room, but alone
         for costs in ([56], [1] * 56):
             with pytest.raises(Problem) as refused, pool.turns(calls.named(*map(str, range(len(costs)))), costs):
                 pass
             assert refused.value.status == 429
             assert int(refused.value.headers["Retry-After"]) >= 1
         with pool.turns(calls.named("e"), [4]) as second:
-            calls.let_go()
+            calls.finish()
             assert await second[0].result == "e"
         assert [await turn.result for turn in first] == list("abcd")
     pool.close()
 
 
 @in_a_loop
-async def test_held_and_released_calls_leave_no_trace() -> None:
+async def test_results_are_held_until_released_and_the_rest_is_cancelled() -> None:
     calls = Calls()
     pool: FairPool[str] = FairPool("test", threads=4, room=100, held=2)
     with pool.turns(calls.named(*"abcd"), [1] * 4) as turns:
-        calls.let_go()
+        calls.finish()
         assert [await turn.result for turn in turns[:2]] == ["a", "b"]
         await asyncio.sleep(0.05)
-        assert sorted(calls.began) == ["a", "b"]  # these are held
+        assert sorted(calls.began) == ["a", "b"]  # the pool holds two results
         pool.release(turns[0])
         assert await turns[2].result == "c"
     assert turns[3].result.cancelled()
     with pool.turns(calls.named("e"), [1]) as later:
-        calls.let_go()
+        calls.finish()
         assert await later[0].result == "e"
     pool.close()
     assert "d" not in calls.began
 
 
 class Maker:
-    """Makes values, and counts; waits until it is opened."""
+    """A maker of values that waits until it is opened, and records what it made."""
 
     def __init__(self) -> None:
         self.open, self.made = threading.Event(), []
 
-    def of(self, value: str) -> Callable[[], str]:
+    def making(self, value: str) -> Callable[[], str]:
         def make() -> str:
             assert self.open.wait(30)
             self.made.append(value)
@@ -274,50 +274,50 @@ class Maker:
 
 
 @in_a_loop
-async def test_what_is_kept_is_made_once() -> None:
+async def test_a_kept_value_is_made_once() -> None:
     maker = Maker()
     with ThreadPoolExecutor(4) as pool:
         kept: Kept[str, str] = Kept(pool, most=8, room=10, size=len)
-        calls = [asyncio.create_task(kept(key, maker.of(key))) for key in ["aaaa"] * 50 + ["bbbb"] * 50]
+        calls = [asyncio.create_task(kept(key, maker.making(key))) for key in ["aaaa"] * 50 + ["bbbb"] * 50]
         await asyncio.sleep(0)
         gone = calls.pop(0)
-        gone.cancel()  # which leaves it to the others
+        gone.cancel()  # the other calls still get the value
         maker.open.set()
         assert await asyncio.gather(*calls) == ["aaaa"] * 49 + ["bbbb"] * 50
         assert sorted(maker.made) == ["aaaa", "bbbb"]
-        assert await kept("aaaa", maker.of("aaaa")) == "aaaa"
-        assert await kept("cc", maker.of("cc")) == "cc"  # for which the one that was not asked for last goes
-        assert await kept("aaaa", maker.of("aaaa")) == "aaaa"
+        assert await kept("aaaa", maker.making("aaaa")) == "aaaa"
+        assert await kept("cc", maker.making("cc")) == "cc"  # replaces the least recently used value
+        assert await kept("aaaa", maker.making("aaaa")) == "aaaa"
         assert sorted(maker.made) == ["aaaa", "bbbb", "cc"]
         assert list(kept._results) == ["cc", "aaaa"]
         assert kept._size == 6
-        assert await kept("too large", maker.of("too large")) == "too large"
+        assert await kept("too large", maker.making("too large")) == "too large"
         assert (kept._size, kept._results) == (0, {})
 
 
 @in_a_loop
-async def test_what_failed_is_not_kept() -> None:
+async def test_a_failure_is_not_kept() -> None:
     maker = Maker()
     maker.open.set()
     with ThreadPoolExecutor(1) as pool:
         kept: Kept[str, str] = Kept(pool, most=8, room=1)
         for number in (1, 2):
             with pytest.raises(InputError):
-                await kept("a", maker.of("bad"))
+                await kept("a", maker.making("bad"))
             assert len(maker.made) == number
 
 
 @in_a_loop
-async def test_no_more_are_made_than_fit() -> None:
+async def test_requests_beyond_the_room_are_refused() -> None:
     maker = Maker()
     with ThreadPoolExecutor(1) as pool:
         kept: Kept[str, str] = Kept(pool, most=8, room=2)
-        calls = [asyncio.create_task(kept(key, maker.of(key))) for key in "abab"]
+        calls = [asyncio.create_task(kept(key, maker.making(key))) for key in "abab"]
         await asyncio.sleep(0)
         with pytest.raises(Problem) as refused:
-            await kept("c", maker.of("c"))
+            await kept("c", maker.making("c"))
         assert refused.value.status == 503
         assert int(refused.value.headers["Retry-After"]) >= 1
         maker.open.set()
         assert await asyncio.gather(*calls) == list("abab")
-        assert await kept("c", maker.of("c")) == "c"
+        assert await kept("c", maker.making("c")) == "c"

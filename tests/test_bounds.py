@@ -1,4 +1,4 @@
-"""Arguments are within bounds, and memory is estimated before it is allocated."""
+"""Arguments have bounds, and memory is estimated before it is allocated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from retrieval_tip.fit.trainer import Recipe
 
 
 @pytest.mark.parametrize("name", [*MOST, "anything"])
-def test_a_count_is_a_whole_number_up_to_the_most_of_its_kind(name: str) -> None:
+def test_a_count_is_a_whole_number_within_its_bounds(name: str) -> None:
     most = MOST.get(name, MANY)
     for good in (1, most, np.int32(1)):
         check_count(name, good)
@@ -40,24 +40,24 @@ def test_a_count_is_a_whole_number_up_to_the_most_of_its_kind(name: str) -> None
         ("shots", lambda value: few_shot(["a"], value)),
     ],
 )
-def test_counts_that_memory_depends_on_are_bounded_in_python_too(name: str, make: Callable[[Any], object]) -> None:
+def test_counts_that_use_memory_are_bounded_in_python(name: str, make: Callable[[Any], object]) -> None:
     for value in (2**31, 2**63) if name != "seed" else (2**63, 2**64):
         with pytest.raises(UsageError, match=f"^{name} is "):
             make(value)
 
 
-def test_too_much_memory_is_refused_with_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_allocation_beyond_the_memory_is_refused_with_both_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "memory", lambda: 24 << 30)
     check_memory(24 << 30, "this", "ask for less")
     with pytest.raises(UsageError, match=r"^this: needs 9\.09 TiB .* 24 GiB .*; ask for less$"):
         check_memory(10**13, "this", "ask for less")
     check_memory(0, "this", "ask for less")
     monkeypatch.setattr(bounds, "memory", lambda: None)
-    check_memory(10**30, "this", "ask for less")  # nobody knows
+    check_memory(10**30, "this", "ask for less")  # the size of the memory is unknown
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SKIPPED: limits as Linux has them")
-def test_the_least_limit_on_memory_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SKIPPED: needs Linux")
+def test_the_smallest_memory_limit_applies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole = memory()
     assert whole is not None
     assert whole > 1 << 26
@@ -73,7 +73,7 @@ def test_the_least_limit_on_memory_counts(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert memory() == 1 << 25
 
 
-def test_a_draw_that_no_memory_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shots_beyond_the_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "memory", lambda: 1 << 20)
     assert len(few_shot(["a", "b"], 1000)) == 2000
     with pytest.raises(UsageError, match=r"^1000000 shots of 2 classes: "):

@@ -1,4 +1,4 @@
-"""The page of docs/browser in a real Chromium, with onnxruntime-web from npm, against the package's logits."""
+"""The page of docs/browser in Chromium, with onnxruntime-web from npm, gives the logits of the package."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RUNTIME = ["ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-thre
 
 @pytest.fixture(scope="module")
 def runtime():
-    """The files of onnxruntime-web, which stay in the clone."""
+    """The files of onnxruntime-web, kept in the clone between runs."""
     folder = ROOT / "build/onnxruntime-web"
     if not all((folder / name).is_file() for name in RUNTIME):
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ LOGITS = """async ([name, at]) => {
 }"""
 
 
-def test_a_photograph_is_classified_in_the_browser(site, fitted, shared, run, tmp_path):
+def test_a_photo_is_classified_in_the_browser(site, fitted, shared, run, tmp_path):
     paths = [Path(path) for path, _ in photographs(shared, "test", 10, 1)]
     turned, clear = tmp_path / "turned.jpg", tmp_path / "clear.png"
     exif = Image.Exif()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from tables import unit_rows, write_table
 
 from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import open_source
@@ -24,7 +27,7 @@ NAMES = ["ant", "bee", "cat"]
 
 @pytest.fixture
 def table(tmp_path):
-    """Thirty rows of three classes, in no order."""
+    """Thirty rows of three classes, in random order."""
     labels = np.random.default_rng(1).permutation(NAMES * 10).tolist()
     return write_table(tmp_path / "t.parquet", unit_rows(30, 8), labels, camera=[f"c{i % 4}" for i in range(30)])
 
@@ -51,7 +54,7 @@ def test_keys_are_the_rows_grouped_by_class_in_file_order(table, tmp_path):
     assert cache.class_names == NAMES
 
 
-def test_the_classifier_is_the_one_from_arrays(table, tmp_path):
+def test_a_build_equals_a_model_from_arrays(table, tmp_path):
     text = unit_rows(3, 8, 9)
     weights = write_table(tmp_path / "text.parquet", text, NAMES)
     built = build(table, tmp_path / "i", text=weights, alpha=2.0, beta=3.0)
@@ -63,7 +66,7 @@ def test_the_classifier_is_the_one_from_arrays(table, tmp_path):
         np.testing.assert_allclose(built.logits(queries, k), made.logits(queries, k), rtol=1e-5, atol=1e-5)
 
 
-def test_shots_are_the_published_draw(table, tmp_path):
+def test_shots_are_drawn_by_the_published_rule(table, tmp_path):
     cache = build(table, tmp_path / "i", shots=4, seed=7)
     labels = open_source(table).labels
     assert sorted(cache.labels["source"].to_pylist()) == sorted(f"item-{i}" for i in few_shot(labels, 4, 7))
@@ -71,7 +74,7 @@ def test_shots_are_the_published_draw(table, tmp_path):
     assert cache.provenance["seed"] == 7
 
 
-def test_short_classes_repeat_images_and_are_named(table, tmp_path, caplog):
+def test_small_classes_repeat_images_with_a_warning(table, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         cache = build(table, tmp_path / "i", shots=12)
     assert cache.n == 36
@@ -107,22 +110,16 @@ def test_text_tables_average_prompts_and_order_the_classes(tmp_path, table):
         ({"templates": ["a {}"], "text": "t"}, "give only one"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_before_anything_is_written(table, tmp_path, options, words):
+def test_invalid_settings_are_refused_and_write_nothing(table, tmp_path, options, words):
     with pytest.raises(UsageError, match=words):
         build(table, tmp_path / "i", **options)
     assert not (tmp_path / "i").exists()
 
 
 def test_views_of_photos_are_averaged_then_normalised(shared, lit_mini, tmp_path):
-    from retrieval_tip.data import images
-
     source = open_source(shared / "data/caltech101/split_zhou_Caltech101.json").take([0, 1, 20])
     cache = build_index(source, tmp_path / "i", Encoder(lit_mini, views=3, seed=5), fit="none")
     data = images.read(source.paths[2])
-    import hashlib
-
-    import torch
-
     digest = hashlib.sha256(data).hexdigest()
     pixels = [lit_mini.view(images.decode(data), f"{digest}/crop/5/{v}") for v in range(3)]
     mean = lit_mini.encode_images(torch.stack(pixels)).mean(axis=0)
@@ -131,9 +128,9 @@ def test_views_of_photos_are_averaged_then_normalised(shared, lit_mini, tmp_path
     assert cache.labels["views"].to_pylist() == [3, 3, 3]
 
 
-def test_further_columns_of_a_table_of_paths_reach_the_label_store(shared, lit_mini, tmp_path):
-    photographs = shared / "data/caltech101/101_ObjectCategories"
-    files = sorted((photographs / "panda").iterdir())[:2]
+def test_extra_columns_of_a_path_table_reach_the_label_store(shared, lit_mini, tmp_path):
+    photos = shared / "data/caltech101/101_ObjectCategories"
+    files = sorted((photos / "panda").iterdir())[:2]
     pq.write_table(
         pa.table({"path": list(map(str, files)), "label": ["panda"] * 2, "iso": [100, 200]}), tmp_path / "p.parquet"
     )
@@ -156,7 +153,7 @@ def test_suspicious_sources_get_a_warning(tmp_path, caplog):
     assert "--text has 6 rows" in caplog.text
 
 
-def test_labels_of_photographs_are_those_of_the_text_however_spelled(tmp_path):
+def test_labels_take_the_spelling_of_the_text_table(tmp_path):
     rows = np.eye(4, dtype=np.float32)
     words = write_table(tmp_path / "words.parquet", rows[:2], ["grand_piano", "Cat"])
     shots = write_table(tmp_path / "shots.parquet", rows, ["Grand Piano", "cat"] * 2)
@@ -179,7 +176,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("case", TEXTS)
-def test_a_text_table_that_does_not_fit_is_refused(table, tmp_path, case):
+def test_a_mismatched_text_table_is_refused(table, tmp_path, case):
     rows, labels, words = TEXTS[case]
     text = write_table(tmp_path / "text.parquet", rows, pa.array(labels, pa.string()))
     with pytest.raises(InputError, match=words):
@@ -188,13 +185,13 @@ def test_a_text_table_that_does_not_fit_is_refused(table, tmp_path, case):
 
 
 @pytest.mark.parametrize("norms", ["unit", "keep"])
-def test_text_weights_have_norm_1_whatever_their_rows_had(table, tmp_path, norms):
+def test_text_weights_are_normalised_for_rows_of_any_norm(table, tmp_path, norms):
     texts = [write_table(tmp_path / f"{scale}.parquet", unit_rows(3, D, 2) * scale, NAMES) for scale in (1, 3)]
     made = [build_index(open_source(table), tmp_path / path.stem, Encoder(norms=norms), text=path, fit="none") for path in texts]  # fmt: skip  # noqa: E501
     np.testing.assert_allclose(made[0].logits(unit_rows(4, D, 3)), made[1].logits(unit_rows(4, D, 3)), rtol=1e-5)
 
 
-def test_kept_norms_that_float16_cannot_hold_are_refused(tmp_path):
+def test_kept_norms_beyond_float16_are_refused(tmp_path):
     table = write_table(tmp_path / "t.parquet", unit_rows(6, D) * 1e6, NAMES * 2)
     with pytest.raises(InputError, match="float16"):
         build_index(open_source(table), tmp_path / "out", Encoder(norms="keep"), dtype="float16")

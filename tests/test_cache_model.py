@@ -1,4 +1,4 @@
-"""CacheModel against Tip-Adapter's definition in dense float64."""
+"""CacheModel compared with Tip-Adapter's definition in dense float64."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def dense(
     tail: bool = False,
     beta: float = BETA,
 ) -> tuple[Array, Array]:
-    """Text and cache logits by definition; with k, from the k nearest, and a tail class by class."""
+    """Return text and cache logits by definition, over all keys, or over the ``k`` nearest with or without a tail."""
     f, K = queries.astype(np.float64), keys.astype(np.float64)
     A = f @ K.T
     mask = np.ones_like(A, dtype=bool)
@@ -89,26 +89,26 @@ def dense(
     return SCALE * (f @ TEXT.astype(np.float64).T), cache
 
 
-def close(model_: CacheModel, expected: tuple[Array, Array], atol: float = 1e-4, **how: Any) -> None:
+def check_logits(model_: CacheModel, expected: tuple[Array, Array], atol: float = 1e-4, **how: Any) -> None:
     logits = model_.logits(QUERIES, **how)
     assert logits.dtype == torch.float32
     np.testing.assert_allclose(logits.cpu(), expected[0] + model_.settings.alpha * expected[1], atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("index", EXACT_TYPES + COMPRESSED)
-def test_all_keys_are_tip_adapter_whatever_the_index(index: str) -> None:
+def test_all_keys_give_tip_adapter_for_any_index_type(index: str) -> None:
     cache = model(index=index)
-    close(cache, dense())
+    check_logits(cache, dense())
     text, alone = parts_of(cache, QUERIES)
     np.testing.assert_allclose(text, dense()[0], atol=1e-4)
     np.testing.assert_allclose(alone, dense()[1], atol=1e-4)
-    close(cache, dense(), k=N)
-    close(cache, dense(), k=10 * N, tail=False)
+    check_logits(cache, dense(), k=N)
+    check_logits(cache, dense(), k=10 * N, tail=False)
 
 
 @settings(max_examples=examples(15), deadline=None)
 @given(st.floats(0.1, 50), st.floats(0, 20), st.integers(1, 2 * N), st.booleans())
-def test_any_setting_is_the_dense_definition(beta: float, alpha: float, k: int, tail: bool) -> None:
+def test_logits_match_the_dense_definition_for_any_settings(beta: float, alpha: float, k: int, tail: bool) -> None:
     cache = model(beta=beta, alpha=alpha)
     text, alone = dense(k, tail=tail, beta=beta)
     np.testing.assert_allclose(cache.terms(QUERIES, k, tail).cache, alone, rtol=2e-4, atol=1e-5)
@@ -116,16 +116,16 @@ def test_any_setting_is_the_dense_definition(beta: float, alpha: float, k: int, 
 
 
 @pytest.mark.parametrize("index", ["IVF16,Flat", "HNSW32", *COMPRESSED])
-def test_top_k_of_any_index_with_the_tail_is_near_to_all(index: str) -> None:
+def test_top_k_with_the_tail_is_close_to_all_keys_for_any_index_type(index: str) -> None:
     cache = model(index=index)
     exact = cache.logits(QUERIES)
     agree = (cache.logits(QUERIES, k=64).argmax(1) == exact.argmax(1)).float().mean()
     assert agree > 0.95
-    # by convexity, and because affinities are the keys' own also where the index holds a compressed copy
+    # by convexity; affinities are computed from the keys, even if the index holds compressed copies
     assert (cache.terms(QUERIES, 64).cache <= cache.terms(QUERIES).cache + 1e-4).all()
 
 
-def test_slots_that_the_index_cannot_fill_count_nothing() -> None:
+def test_empty_slots_of_a_search_count_nothing() -> None:
     cache = model(index="IVF16,Flat")  # probes 8 of 16 lists
     _, rows = cache.index.search(QUERIES, N - 1)
     assert (rows < 0).any()
@@ -138,13 +138,13 @@ def test_slots_that_the_index_cannot_fill_count_nothing() -> None:
 
 
 @pytest.mark.parametrize("index", ["Flat", "IVF16,Flat", "SQfp16"])
-def test_float16_keys_are_off_by_their_own_rounding_only(index: str) -> None:
+def test_float16_keys_only_add_their_own_rounding_error(index: str) -> None:
     half = KEYS.astype(np.float16)
     cache = model(keys=half, index=index)
     assert cache.keys.dtype == np.float16
-    close(cache, dense(keys=half))
+    check_logits(cache, dense(keys=half))
     np.testing.assert_allclose(cache.terms(QUERIES).cache, dense()[1], rtol=BETA * 2e-3)
-    close(cache, dense(64, keys=half, tail=True), k=64, atol=1e-4 if index == "Flat" else 0.2)
+    check_logits(cache, dense(64, keys=half, tail=True), k=64, atol=1e-4 if index == "Flat" else 0.2)
 
 
 def test_fine_tuned_keys_are_not_normalised() -> None:
@@ -200,14 +200,14 @@ def test_predictions_do_not_depend_on_batches_or_blocks(
             for module in ("retrieval.keys", "retrieval.logits"):
                 patch.setattr(f"retrieval_tip.{module}.QUERY_BLOCK", blocks[0])
             patch.setattr("retrieval_tip.retrieval.keys.KEY_BLOCK", blocks[1])
-            cache.__post_init__()  # sums are made by blocks of keys too
+            cache.__post_init__()  # the sums of keys depend on blocks too
             for size in (1, 7, 64, Q):
                 part = in_batches(lambda f, k=k: cache.logits(f, k), size)
                 torch.testing.assert_close(part, whole, rtol=0, atol=1e-4)
                 assert torch.equal(part.argmax(1), whole.argmax(1))
 
 
-def test_classify_in_batches_is_classify_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classify_does_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = model()
     whole = cache.classify(QUERIES, top=3, k=16)
     monkeypatch.setattr(answering, "PREDICTED", 3)  # more queries are classified three at a time
@@ -217,11 +217,11 @@ def test_classify_in_batches_is_classify_at_once(monkeypatch: pytest.MonkeyPatch
     assert [[n.key_id for n in p.neighbours] for p in single] == [[n.key_id for n in p.neighbours] for p in whole]
 
 
-def test_order_of_the_keys_does_not_matter() -> None:
+def test_logits_do_not_depend_on_the_order_of_keys() -> None:
     order = np.random.default_rng(3).permutation(N)
     cache = model(keys=KEYS[order], labels=Y[order])
-    close(cache, dense())
-    close(cache, dense(20, tail=True), k=20)
+    check_logits(cache, dense())
+    check_logits(cache, dense(20, tail=True), k=20)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_features_may_be_tensors_or_arrays(make: Callable[[Array], Any]) -> None
 
 
 @pytest.mark.parametrize("make", [np.array, torch.tensor])
-def test_what_happens_to_the_arrays_later_is_no_matter(make: Callable[[Array], Any]) -> None:
+def test_changing_the_arrays_later_has_no_effect(make: Callable[[Array], Any]) -> None:
     keys, text, queries = make(KEYS), make(TEXT), make(QUERIES)
     cache = model(keys=keys, text_weights=text)
     before = cache.logits(queries)
@@ -325,7 +325,7 @@ def test_an_explanation_adds_up(k: int | None) -> None:
 
 
 @pytest.mark.parametrize("index", EXACT_TYPES + COMPRESSED)
-def test_neighbours_have_their_real_affinity(index: str) -> None:
+def test_neighbours_have_their_exact_affinity(index: str) -> None:
     sources = [f"photo {i}.jpg" for i in range(N)]
     for row, answer in enumerate(model(index=index, sources=sources).classify(QUERIES, k=16, neighbours=10)):
         assert len({n.key_id for n in answer.neighbours}) == 10
@@ -342,8 +342,10 @@ VALUES = np.random.default_rng(3).standard_normal((N, C)).astype(np.float32)
 
 @pytest.mark.parametrize("values", [None, VALUES, abs(VALUES)], ids=["one-hot", "signed", "positive"])
 @pytest.mark.parametrize(("index", "k"), [("Flat", None), ("Classes", 40), ("Flat", 16)])
-def test_evidence_is_the_shots_that_contributed_most(index: str, k: int | None, values: Array | None) -> None:
-    """Contributions are ``w V`` by definition, over all keys, or over the ``k`` nearest where only these count."""
+def test_neighbours_are_the_shots_with_the_largest_contributions(
+    index: str, k: int | None, values: Array | None
+) -> None:
+    """Contributions are ``w V`` by definition, over all keys or over the ``k`` nearest."""
     cache = model(index=index)
     cache = cache if values is None else replace(cache, values=torch.from_numpy(values[cache.labels["key_id"]]))
     V = np.eye(C)[Y] if values is None else values.astype(np.float64)
@@ -367,7 +369,7 @@ def test_no_shot_opposes_the_only_class() -> None:
     assert (len(answer.neighbours), answer.opposing) == (5, None)
 
 
-def test_neighbours_are_no_more_than_k_or_n_or_wanted() -> None:
+def test_k_and_neighbours_limit_the_number_of_neighbours() -> None:
     cache = model()
     assert [len(p.neighbours) for p in cache.classify(QUERIES[:2])] == [5, 5]
     assert [len(p.neighbours) for p in cache.classify(QUERIES[:2], k=3)] == [3, 3]
@@ -375,7 +377,7 @@ def test_neighbours_are_no_more_than_k_or_n_or_wanted() -> None:
     assert [p.neighbours for p in cache.classify(QUERIES[:2], neighbours=0)] == [[], []]
 
 
-def test_top_is_cut_to_the_classes() -> None:
+def test_top_is_limited_to_the_number_of_classes() -> None:
     answer = model().classify(QUERIES[:1], top=99)[0]
     assert sorted(answer.labels) == sorted(NAMES)
     assert sum(answer.probabilities) == pytest.approx(1)
@@ -422,7 +424,7 @@ BAD_MODELS: dict[str, tuple[dict[str, Any], type[RetrievalTipError], str]] = {
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), BAD_MODELS.values(), ids=BAD_MODELS.keys())
-def test_bad_arguments_of_a_model_are_refused_in_one_line(
+def test_invalid_model_arguments_are_refused_in_one_line(
     changes: dict[str, Any], error: type[RetrievalTipError], message: str
 ) -> None:
     with pytest.raises(error, match=message) as caught:
@@ -449,7 +451,7 @@ BAD_CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[RetrievalTipErr
 
 
 @pytest.mark.parametrize(("arguments", "settings_", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS.keys())
-def test_bad_arguments_of_a_call_are_refused_in_one_line(
+def test_invalid_call_arguments_are_refused_in_one_line(
     arguments: tuple[Any, ...], settings_: dict[str, Any], error: type[RetrievalTipError], message: str
 ) -> None:
     cache = model()
@@ -459,12 +461,12 @@ def test_bad_arguments_of_a_call_are_refused_in_one_line(
         assert "\n" not in str(caught.value)
 
 
-def test_features_whose_sum_overflows_are_finite() -> None:
+def test_features_whose_sum_overflows_are_accepted() -> None:
     features = np.full((2, 32), 3e38, dtype=np.float32)
     assert torch.equal(inputs.queries(features, 32), torch.from_numpy(features))
 
 
-def test_no_class_is_too_few_to_report() -> None:
+def test_top_0_is_refused() -> None:
     with pytest.raises(UsageError, match=r"^top is 0: "):
         model().classify(QUERIES, top=0)
 
@@ -477,10 +479,10 @@ def test_overflow_is_an_error(k: int | None) -> None:
         model(alpha=1e39).classify(QUERIES, k=k)
     with pytest.raises(InputError, match=r"logit_scale 1e\+39: .*overflow"):
         model(logit_scale=1e39).terms(QUERIES, k)
-    assert torch.isfinite(model(beta=1000.0).logits(QUERIES, k)).all()  # underflow is no error
+    assert torch.isfinite(model(beta=1000.0).logits(QUERIES, k)).all()  # underflow is not an error
 
 
-def test_settings_are_checked_where_they_are_kept_too() -> None:
+def test_invalid_settings_are_refused() -> None:
     assert Settings(0, 0, 1).alpha == 0
     assert Settings(np.float32(1), 5.5, 100.0, np.int64(1)) == Settings(1.0, 5.5, 100.0, 1)
     for name, values in {
@@ -495,7 +497,7 @@ def test_settings_are_checked_where_they_are_kept_too() -> None:
                 Settings(**{name: value})
 
 
-def test_settings_are_overridden_only_where_given() -> None:
+def test_override_only_changes_given_settings() -> None:
     settings = Settings(alpha=2.0, k=7, tail=False)
     assert settings.override() is settings
     assert settings.override(k="all", beta=None, tail=None) == Settings(alpha=2.0, tail=False)
@@ -509,21 +511,21 @@ def table(cache: CacheModel) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize("index", ["Flat", "SQfp16", "IVF16,Flat"])
-def test_adding_equals_building_from_all(index: str) -> None:
+def test_adding_keys_equals_building_with_all_keys(index: str) -> None:
     half = N // 2
     sources = [f"{i}.jpg" for i in range(N)]
     cache = model(keys=KEYS[:half], labels=Y[:half], index=index, sources=sources[:half])
-    cache.logits(QUERIES, 9)  # fills what is kept between calls
+    cache.logits(QUERIES, 9)  # fills all caches
     assert cache.add(KEYS[half:], [NAMES[i] for i in Y[half:]], sources[half:]) == list(range(half, N))
     whole = model(index=index, sources=sources)
-    assert table(cache) == table(whole)  # key ids and shot numbers go on
+    assert table(cache) == table(whole)  # key ids and shot numbers continue
     np.testing.assert_array_equal(cache.keys, whole.keys)
     assert cache.index.n == N
     for k in (None, 16):
         assert torch.equal(cache.logits(QUERIES, k), whole.logits(QUERIES, k))
 
 
-def test_removing_equals_never_having_had() -> None:
+def test_removing_keys_equals_building_without_them() -> None:
     gone = np.flatnonzero((Y == 4) | (np.arange(N) % 3 == 0))
     kept = np.setdiff1d(np.arange(N), gone)
     cache = model()
@@ -531,16 +533,16 @@ def test_removing_equals_never_having_had() -> None:
     cache.remove(gone.tolist())
     assert cache.n == cache.index.n == len(kept)
     assert sorted(cache.labels["key_id"].to_pylist()) == kept.tolist()
-    assert cache.class_names == NAMES  # also the one that lost all its keys
-    close(cache, dense(keys=KEYS[kept], y=Y[kept]))
-    close(cache, dense(16, keys=KEYS[kept], y=Y[kept], tail=True), k=16)
+    assert cache.class_names == NAMES  # including the class that lost all its keys
+    check_logits(cache, dense(keys=KEYS[kept], y=Y[kept]))
+    check_logits(cache, dense(16, keys=KEYS[kept], y=Y[kept], tail=True), k=16)
 
 
 def test_adding_to_float16_keys_keeps_them_float16() -> None:
     cache = model(keys=KEYS[:50].astype(np.float16), labels=Y[:50])
     cache.add(KEYS[50:], Y[50:])
     assert cache.keys.dtype == np.float16
-    close(cache, dense(keys=KEYS.astype(np.float16)))
+    check_logits(cache, dense(keys=KEYS.astype(np.float16)))
 
 
 @pytest.mark.parametrize(
@@ -580,7 +582,7 @@ def test_a_refused_change_changes_nothing(
     ("index", "dtype"),
     [(index, np.float32) for index in EXACT_TYPES + COMPRESSED] + [("Flat", np.float16), ("SQ8", np.float16)],
 )
-def test_loaded_it_answers_bit_for_bit(index: str, dtype: type, tmp_path: Path) -> None:
+def test_a_loaded_index_gives_the_same_answers_bit_for_bit(index: str, dtype: type, tmp_path: Path) -> None:
     cache = model(keys=KEYS.astype(dtype), index=index, sources=[f"ü{i}" for i in range(N)])
     cache.save(tmp_path / "x")
     loaded = CacheModel.load(str(tmp_path / "x"), device="cpu")
@@ -589,6 +591,7 @@ def test_loaded_it_answers_bit_for_bit(index: str, dtype: type, tmp_path: Path) 
     assert loaded.classify(QUERIES, top=3, k=16) == cache.classify(QUERIES, top=3, k=16)
     assert loaded.keys.dtype == dtype
     assert loaded.labels.equals(cache.labels)
+    assert retrieval_tip.verify(tmp_path / "x").n == N
 
 
 def test_every_setting_survives_saving(tmp_path: Path) -> None:
@@ -612,26 +615,21 @@ def test_every_setting_survives_saving(tmp_path: Path) -> None:
     )
 
 
-def test_saving_again_is_a_new_version_and_a_loaded_one_can_change(tmp_path: Path) -> None:
+def test_a_loaded_index_can_change_and_be_saved_as_a_new_version(tmp_path: Path) -> None:
     model(keys=KEYS[:100], labels=Y[:100]).save(tmp_path / "x")
     cache = CacheModel.load(tmp_path / "x", device="cpu")
     assert cache.version == 1
     cache.add(KEYS[100:], Y[100:])
-    assert CacheModel.load(tmp_path / "x", device="cpu").n == 100  # not before it is saved
+    assert CacheModel.load(tmp_path / "x", device="cpu").n == 100  # still unsaved
     cache.save(tmp_path / "x")
     again = CacheModel.load(tmp_path / "x", device="cpu")
     assert (again.n, again.version, cache.version) == (N, 2, 2)
     assert torch.equal(again.logits(QUERIES), model().logits(QUERIES))
     again.remove([0])
-    again.save(tmp_path / "y")  # elsewhere it is the first
+    again.save(tmp_path / "y")  # the first version of another index
     shutil.rmtree(tmp_path / "x")
     other = CacheModel.load(tmp_path / "y", device="cpu")
     assert (other.n, other.version) == (N - 1, 1)
-
-
-def test_a_saved_folder_is_verified(tmp_path: Path) -> None:
-    model(index="HNSW32").save(tmp_path / "x")
-    assert retrieval_tip.verify(tmp_path / "x").n == N
 
 
 def test_classify_source_names_each_answer(tmp_path: Path) -> None:
@@ -646,10 +644,10 @@ def test_classify_source_names_each_answer(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("index", EXACT_TYPES + COMPRESSED)
-def test_gpu_answers_as_the_cpu_does(index: str, tmp_path: Path) -> None:
+def test_gpu_answers_match_the_cpu(index: str, tmp_path: Path) -> None:
     cpu = model(index=index)
     cpu.save(tmp_path / "x")
-    gpu = CacheModel.load(tmp_path / "x", device="cuda")  # the very same index
+    gpu = CacheModel.load(tmp_path / "x", device="cuda")  # the same saved index
     for k, tail in ((None, True), (16, True), (16, False)):
         one, other = cpu.logits(QUERIES, k, tail), gpu.logits(torch.from_numpy(QUERIES).cuda(), k, tail)
         assert other.device.type == "cuda"
@@ -665,7 +663,7 @@ def test_gpu_answers_as_the_cpu_does(index: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(faiss.get_num_gpus() > 0 or torch.cuda.is_available(), reason="SKIPPED: there is a GPU here")
-def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused() -> None:
+def test_without_a_gpu_auto_means_cpu_and_cuda_is_refused() -> None:
     assert model(device="auto").device == "cpu"
     with pytest.raises(UsageError, match=r"^device 'cuda': torch finds no CUDA GPU"):
         model(device="cuda")

@@ -1,4 +1,4 @@
-"""Calibration against explicit loops, planted temperatures, and the two commands that use it."""
+"""Calibration compared with explicit loops and planted temperatures, and the two commands that use it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from retrieval_tip.evaluation.calibration import (
 )
 from retrieval_tip.evaluation.evaluate import evaluate
 
-few = settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+sized = settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 answers = st.lists(
     st.tuples(st.one_of(st.floats(0, 1), st.integers(0, 15).map(lambda i: i / 15)), st.booleans()), min_size=1
 )
@@ -41,14 +41,14 @@ def softmax(z):
 
 
 def nll(logits, labels, temperature):
-    """The negative log likelihood, written out."""
+    """Return the negative log likelihood by definition."""
     z = np.asarray(logits, dtype=np.float64) / temperature
     z = z - z.max(axis=1, keepdims=True)
     return float(np.mean(np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), labels]))
 
 
 def planted(n, c, temperature, seed, scale=1.0):
-    """Logits, and labels drawn from their softmax at a temperature."""
+    """Return logits, and labels drawn from their softmax at a temperature."""
     rng = np.random.default_rng(seed)
     logits = scale * rng.normal(size=(n, c))
     chances = softmax(logits / temperature).cumsum(axis=1)
@@ -56,9 +56,9 @@ def planted(n, c, temperature, seed, scale=1.0):
     return logits, labels
 
 
-@few
+@sized
 @given(answers, st.integers(1, 20))
-def test_error_and_bins_are_those_of_a_loop_over_bins(items, bins):
+def test_the_error_and_the_bins_match_a_loop(items, bins):
     confidence, right = (list(column) for column in zip(*items, strict=True))
     total, edges = 0.0, [m / bins for m in range(bins + 1)]
     found = reliability(confidence, right, bins)
@@ -84,7 +84,7 @@ def test_error_and_bins_are_those_of_a_loop_over_bins(items, bins):
     assert 0 <= error <= 1
 
 
-def test_errors_whose_value_is_known():
+def test_known_calibration_errors():
     assert expected_calibration_error([1.0, 1.0], [True, True]) == 0
     assert expected_calibration_error([1.0], [False]) == 1
     assert expected_calibration_error([0.5] * 4, [True, False] * 2) == 0
@@ -95,9 +95,9 @@ def test_errors_whose_value_is_known():
     assert [b.count for b in reliability([0.5, 0.0, 1.0], [1, 1, 1], 2)] == [2, 1]
 
 
-@few
+@sized
 @given(answers)
-def test_accuracy_coverage_is_that_of_every_threshold(items):
+def test_accuracy_coverage_matches_every_threshold(items):
     confidence, right = (np.array(column) for column in zip(*items, strict=True))
     curve = accuracy_coverage(confidence, right)
     assert curve.threshold.tolist() == sorted(set(confidence.tolist()), reverse=True)
@@ -114,12 +114,12 @@ def test_a_planted_temperature_is_found(temperature):
     assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.05)
 
 
-@few
+@sized
 @given(
     st.integers(2, 40), st.integers(2, 8), st.integers(0, 10**6), st.sampled_from([0.02, 1.0, 30.0, 700.0]),
     st.floats(1e-3, 1e3),
 )  # fmt: skip
-def test_the_optimum_is_one_and_scales_with_the_logits(n, c, seed, spread, factor):
+def test_the_temperature_is_optimal_and_scales_with_the_logits(n, c, seed, spread, factor):
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(n, c)) * spread
     labels = np.where(rng.random(n) < 0.7, logits.argmax(axis=1), rng.integers(0, c, n))
@@ -136,7 +136,7 @@ def test_the_optimum_is_one_and_scales_with_the_logits(n, c, seed, spread, facto
     assert (logits / found).argmax(axis=1).tolist() == logits.argmax(axis=1).tolist()
 
 
-def test_the_ends_of_the_search():
+def test_temperatures_at_the_bounds():
     logits = np.array([[5.0, 1.0, 0.0], [0.0, 3.0, 1.0]])
     assert fit_temperature(logits, [0, 1]) == pytest.approx(cal.LOWEST * 5)  # all right: T tends to 0
     assert fit_temperature(logits, [2, 0]) == pytest.approx(cal.HIGHEST * 5)  # all wrong: T tends to infinity
@@ -147,7 +147,7 @@ def test_the_ends_of_the_search():
     assert fit_temperature([[1, 0], [1, 0], [1, 0]], [0, 0, 1]) == pytest.approx(1 / math.log(2))  # by hand
 
 
-def test_blocks_of_rows_add_up(monkeypatch):
+def test_the_temperature_does_not_depend_on_blocks(monkeypatch):
     logits, labels = planted(500, 7, 2.0, seed=1, scale=4)
     whole, likelihood = fit_temperature(logits, labels), negative_log_likelihood(logits, labels, 2.0)
     monkeypatch.setattr(cal, "_BLOCK", 7 * 64)
@@ -163,7 +163,7 @@ def rows_of(table):
 
 
 def food(shared, per_class=8, **changes):
-    """CLIP features of nine foods: an index of some shots of each, and a validation table of others."""
+    """Return an index of some shots of each of nine foods, and a validation table of other photos."""
     data = shared / "data" / "clip-food9"
     text, train = pq.read_table(data / "text.parquet"), pq.read_table(data / "train.parquet")
     labels = np.array(train["label"].to_pylist())
@@ -186,7 +186,7 @@ def food_index(shared, tmp_path):
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-3, 1.0, 1e3, 1e30, 1e300])
-def test_no_temperature_changes_an_answer(shared, temperature):
+def test_the_temperature_never_changes_an_answer(shared, temperature):
     cache, val = food(shared)
     features = rows_of(val)[::9]
     plain = cache.classify(features, top=9, k=16)
@@ -221,7 +221,7 @@ def test_calibrate_writes_a_version_with_its_provenance(run, food_index):
     assert {k: v for k, v in before.items() if k not in ("ece", "temperature")} == {
         k: v for k, v in after.items() if k not in ("ece", "temperature")
     }
-    # fitting again starts from the logits, not from the last temperature
+    # a second fit ignores the previous temperature
     assert run("calibrate", folder, "--val", val).exit_code == 0
     assert CacheModel.load(folder, device="cpu").settings.temperature == cache.settings.temperature
 
@@ -238,8 +238,8 @@ def test_a_failed_calibration_changes_nothing(run, food_index, tmp_path):
     assert (folder / "manifest.json").read_bytes() == manifest
 
 
-def test_no_test_part_is_read(run, shared, tmp_path):
-    """The test part of the split is poisoned: other labels, and images that are not there."""
+def test_calibrate_never_reads_the_test_part(run, shared, tmp_path):
+    """The test part of the split has wrong labels and missing images."""
     data = shared / "data/caltech101"
     split = json.loads((data / "split_zhou_Caltech101.json").read_text())
     names = ("panda", "pizza", "camera")
@@ -265,10 +265,10 @@ def test_no_test_part_is_read(run, shared, tmp_path):
     assert run("calibrate", tmp_path / "i", "--val", path, "--split", "test").exit_code == 2
 
 
-def test_a_warning_tells_what_no_temperature_can_mend(run, shared, food_index, tmp_path):
+def test_calibrate_warns_about_unusable_validation_photos(run, shared, food_index, tmp_path):
     folder, _, _ = food_index
     cache = CacheModel.load(folder, device="cpu")
-    # the shots themselves: all right, and at an affinity of 1
+    # the shots themselves, which are all answered correctly at an affinity of 1
     shots = write_table(tmp_path / "shots.parquet", cache.keys, cache.labels["label"].to_pylist())
     done = run("calibrate", folder, "--val", shots)
     assert done.exit_code == 0
@@ -282,7 +282,7 @@ def test_a_warning_tells_what_no_temperature_can_mend(run, shared, food_index, t
     assert "no better than chance" in run("calibrate", folder, "--val", wrong).stderr
 
 
-def test_withheld_answers_are_those_that_evaluate_leaves_out(run, food_index, tmp_path):
+def test_classify_and_evaluate_withhold_the_same_answers(run, food_index, tmp_path):
     folder, val, test = food_index
     assert run("calibrate", folder, "--val", val).exit_code == 0
     truth = pq.read_table(test)["label"].to_pylist()
@@ -303,7 +303,7 @@ def test_withheld_answers_are_those_that_evaluate_leaves_out(run, food_index, tm
     assert "selective_top1" in run("evaluate", folder, test, "--abstain", 0.9).stdout
 
 
-def test_a_withheld_label_in_every_format(run, food_index, tmp_path):
+def test_every_format_shows_withheld_labels(run, food_index, tmp_path):
     folder, _, test = food_index
     table = run("classify", folder, test, "--abstain", 1, "--top", 2).stdout.splitlines()
     plain = run("classify", folder, test, "--top", 2).stdout.splitlines()
@@ -321,7 +321,7 @@ def test_a_withheld_label_in_every_format(run, food_index, tmp_path):
         assert run("evaluate", folder, test, "--abstain", wrong).exit_code == 2
 
 
-def test_a_threshold_outside_of_0_to_1_is_refused(shared):
+def test_a_threshold_outside_0_to_1_is_refused(shared):
     cache, _ = food(shared, 1)
     for wrong in (-0.1, 1.5, math.nan):
         with pytest.raises(UsageError, match="abstain is"):

@@ -5,12 +5,9 @@ from __future__ import annotations
 import http.server
 import json
 import logging
-import os
 import re
 import socket
-import subprocess
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -18,7 +15,6 @@ import open_clip
 import pytest
 import timm
 import torch
-from conftest import PROGRAMS
 from PIL import Image
 
 from retrieval_tip.backbones import catalogue
@@ -28,7 +24,7 @@ from retrieval_tip.errors import BackboneError, UsageError
 
 @pytest.fixture
 def online(monkeypatch, tmp_path):
-    """The hub's library asks the hub, and has nothing in its cache."""
+    """Let the hub's library send requests, with an empty cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
@@ -36,7 +32,7 @@ def online(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "name", "tag"),
+    ("spelling", "name", "tag"),
     [
         (None, catalogue.DEFAULT, None),
         ("ViT-B/32", "ViT-B-32", None),
@@ -51,12 +47,12 @@ def online(monkeypatch, tmp_path):
         ("nobody-knows", "nobody-knows", None),
     ],
 )
-def test_names_are_understood_as_people_spell_them(said, name, tag):
-    assert catalogue.named(said) == (name, tag)
-    assert catalogue.named(said, "file.pt") == (name, "file.pt")
+def test_common_spellings_of_a_model_are_understood(spelling, name, tag):
+    assert catalogue.named(spelling) == (name, tag)
+    assert catalogue.named(spelling, "file.pt") == (name, "file.pt")
 
 
-def test_every_short_name_is_one_that_can_be_loaded():
+def test_every_short_name_can_be_loaded():
     for name in catalogue.SHORT.values():
         if name.startswith("timm:"):
             assert name.removeprefix("timm:") in timm.list_pretrained()
@@ -72,11 +68,11 @@ def test_every_architecture_with_weights_has_a_recommended_tag():
     assert catalogue.recommended("RN50") == "openai"
 
 
-def test_the_models_that_have_a_word_in_their_name(online, monkeypatch):
+def test_search_finds_models_by_a_part_of_their_name(online, monkeypatch):
     asked = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: asked.append(address) or [])
     found = {model.model: model for model in catalogue.search("vit-b-32")}
-    assert asked == []  # a list fetches nothing
+    assert asked == []  # a search needs no network
     assert "ViT-B-32" in found
     assert "xlm-roberta-base-ViT-B-32" in found
     model = found["ViT-B-32"]
@@ -91,7 +87,7 @@ def test_the_models_that_have_a_word_in_their_name(online, monkeypatch):
         catalogue.search("RN5O")
 
 
-def test_models_lists_them(run):
+def test_the_command_models_lists_short_names(run):
     few = [json.loads(line) for line in run("models", "--format", "json").stdout.splitlines()]
     assert {row["model"] for row in few} == set(catalogue.SHORT.values())
     assert next(row for row in few if row["model"].startswith("timm:"))["words"] is False
@@ -114,14 +110,14 @@ def test_the_size_is_printed_before_weights_are_downloaded(online, monkeypatch, 
 
 
 @pytest.mark.parametrize("mute", [False, True])
-def test_a_hub_that_does_not_answer_is_asked_once(mute, online, monkeypatch):
+def test_an_unresponsive_hub_is_asked_once(mute, online, monkeypatch):
     asked, over = [], threading.Event()
 
     class Hub(http.server.BaseHTTPRequestHandler):
-        """It closes connections, or leaves them open, without a word."""
+        """A hub that closes connections, or keeps them open, without an answer."""
 
         def do_GET(self):
-            if "/some/" in self.path:  # the hub's library has questions of its own
+            if "/some/" in self.path:  # the hub's library sends other requests too
                 asked.append(self.path)
             if mute:
                 over.wait(20)
@@ -141,14 +137,14 @@ def test_a_hub_that_does_not_answer_is_asked_once(mute, online, monkeypatch):
         weights = online / "models--some--model/snapshots/abc/of-another-name.bin"
         weights.parent.mkdir(parents=True)
         weights.touch()
-        catalogue.ask_hub("some/model")  # there is nothing to fetch
+        catalogue.ask_hub("some/model")  # the weights are in the cache
         assert len(asked) == 1
         over.set()
         server.shutdown()
 
 
-def test_without_a_network_the_error_names_models_that_work_offline(run, tmp_path, monkeypatch):
-    """By a process of its own; its options load."""
+def test_without_a_network_the_error_names_models_that_work_offline(run, online, tmp_path, monkeypatch):
+    """The options in the error load a model."""
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(2):
@@ -156,32 +152,27 @@ def test_without_a_network_the_error_names_models_that_work_offline(run, tmp_pat
                 tmp_path / f"photos/{name}/{i}.png"
             )
     monkeypatch.chdir(tmp_path)
-    with socket.socket() as port:  # bound, and not listening
-        port.bind(("127.0.0.1", 0))
-        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{port.getsockname()[1]}", "HF_HUB_OFFLINE": "0", "HF_HOME": "hub"}
-        command = ["retrieval-tip", "index", "build", "photos", "--out", "index"]
-        done = subprocess.run(
-            command, env=os.environ | hub | {"PATH": PROGRAMS}, capture_output=True, text=True, check=False
-        )
-    assert done.returncode == 1
-    assert "ViT-B-32 (605 MB)" in done.stderr
-    assert "--pretrained datacomp_xl_s13b_b90k=FILE" in done.stderr
-    monkeypatch.setattr(catalogue, "DEMO", catalogue.DEMO[:2])  # whether the clone has had its demo or not
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "hub")
+    monkeypatch.setattr(catalogue, "DEMO", catalogue.DEMO[:2])  # independent of the demo's files
     torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), "efficientnet-lite0.pth")
-    said = run(*command[1:])
-    assert said.exit_code == 1
-    offline = re.search(r"or --model (\S+) --pretrained (\S+) \(on this machine\)", said.stderr)
+    command = ("index", "build", "photos", "--out", "index")
+    with socket.socket() as port:  # bound, but not listening
+        port.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port.getsockname()[1]}")
+        failed = run(*command)
+    assert failed.exit_code == 1
+    assert "ViT-B-32 (605 MB)" in failed.stderr
+    assert "--pretrained datacomp_xl_s13b_b90k=FILE" in failed.stderr
+    offline = re.search(r"or --model (\S+) --pretrained (\S+) \(on this machine\)", failed.stderr)
     assert load_backbone(*offline.groups(), device="cpu").dim == 1280
-    cached = Path("hub/models--timm--tf_efficientnet_lite0.in1k")
+    cached = online / "models--timm--tf_efficientnet_lite0.in1k"
     (cached / "snapshots/abc").mkdir(parents=True)
     (cached / "snapshots/abc/model.safetensors").touch()
     (cached / "refs").mkdir()
     (cached / "refs/main").write_text("abc")
-    assert "or --model timm:tf_efficientnet_lite0.in1k (on this machine)" in run(*command[1:]).stderr
+    assert "or --model timm:tf_efficientnet_lite0.in1k (on this machine)" in run(*command).stderr
     repository = open_clip.get_pretrained_cfg("RN50", "openai")["hf_hub"].rpartition("/")[0]
     for name in (repository, "timm/resnet18.a1_in1k", "some/other"):
-        folder = Path(f"hub/models--{name.replace('/', '--')}/snapshots/abc")
+        folder = online / f"models--{name.replace('/', '--')}/snapshots/abc"
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch()
     assert list(catalogue.cached()) == [

@@ -1,4 +1,4 @@
-"""Class indexes and certified answers against dense float64: winners, bounds, neighbours, saved files."""
+"""Class indexes and certified answers compared with dense float64: winners, bounds, neighbours, saved files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def of_case(case: Case, text: bool = True, **changes: Any) -> CacheModel:
 
 
 def exact_parts(cache: CacheModel, features: Array) -> tuple[Array, Array]:
-    """Text and cache logits over all keys by definition."""
+    """Return text and cache logits over all keys by definition."""
     ids, c = cache.labels["class_id"].to_numpy(), len(cache.class_names)
     text = cache.settings.logit_scale * features.astype(np.float64) @ cache.text_weights.numpy().astype(np.float64).T
     values = None if cache.values is None else cache.values.numpy()
@@ -55,7 +55,7 @@ def exact_parts(cache: CacheModel, features: Array) -> tuple[Array, Array]:
 
 
 def at_means(cache: CacheModel, features: Array) -> Array:
-    """What the classes add where each key counts at the mean affinity of its class."""
+    """Return cache logits in which each key counts at the mean affinity of its class."""
     ids, c = cache.labels["class_id"].to_numpy(), len(cache.class_names)
     one_hot = np.eye(c)[ids]
     counts = one_hot.sum(0)
@@ -64,7 +64,7 @@ def at_means(cache: CacheModel, features: Array) -> Array:
 
 
 def check_winners(winners: Array, text: Array, alone: Array, alpha: float) -> None:
-    """Each is the best of all keys, up to what float32 cannot tell apart."""
+    """Check that each winner is the best over all keys, up to float32 rounding."""
     logits = text + alpha * alone
     tolerance = 2e-5 * (1 + np.abs(text).max() + alpha * np.abs(alone).max())
     chosen = np.take_along_axis(logits, np.asarray(winners)[:, None], axis=1)[:, 0]
@@ -89,7 +89,7 @@ def cases(draw: st.DrawFn, least: int = 1) -> Case:
     st.booleans(),
     st.booleans(),
 )
-def test_certified_winners_of_exact_search_are_those_over_all_keys(
+def test_certified_winners_match_all_keys_after_exact_search(
     case: Case, alpha: float, beta: float, k: int, tail: bool, text: bool
 ) -> None:
     cache = of_case(case, text, alpha=alpha, beta=beta, index="Flat")
@@ -104,7 +104,7 @@ def test_certified_winners_of_exact_search_are_those_over_all_keys(
 
 
 @pytest.mark.parametrize("tail", [False, True])
-def test_most_of_separated_data_is_settled_by_few_keys_and_the_rest_by_all(
+def test_few_keys_settle_some_queries_and_all_keys_the_rest(
     material: tuple[Array, Array, Array, Array], tail: bool
 ) -> None:
     array, ids, text, queries = material
@@ -116,7 +116,7 @@ def test_most_of_separated_data_is_settled_by_few_keys_and_the_rest_by_all(
     assert not few.all()
     check_winners((found.text + found.cache).argmax(1), *exact_parts(cache, queries), 1.0)
     torch.testing.assert_close(found.cache[~few], cache.terms(queries).cache[~few], rtol=1e-5, atol=1e-4)
-    # what few keys settled has the logits of few keys: they were not counted again
+    # queries settled by few keys keep the logits of these keys
     parts = parts_of(cache, queries, 30, tail)
     first = found.keys.numpy() == 30
     torch.testing.assert_close(found.cache[first], parts[1][first], rtol=1e-5, atol=1e-4)
@@ -125,7 +125,7 @@ def test_most_of_separated_data_is_settled_by_few_keys_and_the_rest_by_all(
 
 @pytest.mark.parametrize("index", ["Flat", "Classes", "IVF4,Flat"])
 @pytest.mark.parametrize("tail", [False, True])
-def test_only_what_can_win_is_left_open_so_certified_winners_agree(
+def test_certified_winners_agree_for_every_index_type(
     material: tuple[Array, Array, Array, Array], index: str, tail: bool
 ) -> None:
     array, ids, text, queries = material
@@ -140,7 +140,7 @@ def test_only_what_can_win_is_left_open_so_certified_winners_agree(
         assert wrong <= plain
 
 
-def test_all_keys_are_taken_where_k_says_so_and_with_values(material: tuple[Array, Array, Array, Array]) -> None:
+def test_certified_uses_all_keys_for_a_large_k_and_for_values(material: tuple[Array, Array, Array, Array]) -> None:
     array, ids, text, queries = material
     for index in ("Flat", "Classes"):
         cache = model(array, ids, C, text, index=index)
@@ -153,7 +153,7 @@ def test_all_keys_are_taken_where_k_says_so_and_with_values(material: tuple[Arra
         assert [p.keys for p in valued.classify(queries[:3], k=4, certify=True)] == [cache.n] * 3
 
 
-def test_a_certified_prediction_says_how_many_keys_settled_it(material: tuple[Array, Array, Array, Array]) -> None:
+def test_a_certified_prediction_counts_the_keys_that_settled_it(material: tuple[Array, Array, Array, Array]) -> None:
     array, ids, text, queries = material
     cache = model(array, ids, C, text, index="Flat", beta=20.0)
     found = cache.certified(queries[:60], 30)
@@ -167,7 +167,7 @@ def test_a_certified_prediction_says_how_many_keys_settled_it(material: tuple[Ar
         assert a.text_logit + a.cache_logit == pytest.approx(float(a.logits.max()), rel=1e-5)
 
 
-def test_no_queries_are_no_answers() -> None:
+def test_no_queries_give_no_answers() -> None:
     case = Case(1, [4, 0, 9], q=3, d=5)
     none = case.f[:0]
     for index in ("Flat", "Classes"):
@@ -183,13 +183,13 @@ def test_no_queries_are_no_answers() -> None:
 # -------------------------------------------------------------------------------------------------------- whole classes
 
 
-def test_whole_classes_agree_with_all_keys_on_nearly_all(material: tuple[Array, Array, Array, Array]) -> None:
+def test_whole_classes_give_nearly_all_answers_of_all_keys(material: tuple[Array, Array, Array, Array]) -> None:
     array, ids, text, queries = material
     cache = model(array, ids, C, text)
     exact_text, exact = exact_parts(cache, queries)
     winners = (exact_text + exact).argmax(1)
-    assert (exact_text.argmax(1) != winners).mean() > 0.02  # the cache decides some
-    k = round(8 * cache.n / C)  # auto's, which takes all of so few
+    assert (exact_text.argmax(1) != winners).mean() > 0.02  # the cache changes some answers
+    k = round(8 * cache.n / C)  # auto's k for larger indexes
     assert auto_factory(16 * 1000, 1000) == ("Classes", 8 * 16)
     agree = [(cache.logits(queries, number).argmax(1).numpy() == winners).mean() for number in (SHOTS, k)]
     assert agree[1] >= 0.99
@@ -198,9 +198,7 @@ def test_whole_classes_agree_with_all_keys_on_nearly_all(material: tuple[Array, 
 
 @settings(max_examples=examples(30), deadline=None)
 @given(cases(), st.sampled_from([0.0, 0.3, 1.0, 20.0]), st.floats(0, 30), st.integers(1, 90), st.booleans())
-def test_each_class_is_met_whole_or_counted_at_its_mean(
-    case: Case, alpha: float, beta: float, k: int, text: bool
-) -> None:
+def test_each_class_counts_whole_or_at_its_mean(case: Case, alpha: float, beta: float, k: int, text: bool) -> None:
     cache = of_case(case, text, alpha=alpha, beta=beta)
     exact, lower = exact_parts(cache, case.f)[1], at_means(cache, case.f)
     with_tail, without = (cache.terms(case.f, k, tail).cache.numpy() for tail in (True, False))
@@ -217,7 +215,7 @@ def test_each_class_is_met_whole_or_counted_at_its_mean(
     np.testing.assert_allclose(with_tail[~met], lower[~met], **close)
     most = max(retrieval.LEAST_CLASSES, round(k / (cache.n / np.count_nonzero(np.bincount(case.ids)))))
     assert (met.sum(1) <= most).all()
-    # the most promising one is met, unless it has no keys or they count too little to be seen
+    # the most promising class is searched, unless its keys are missing or their weight is negligible
     logits = exact_parts(cache, case.f)[0] + alpha * lower
     best = logits.argmax(1)
     clear = (np.sort(logits, axis=1)[:, -1:] - np.sort(logits, axis=1)[:, :-1] > 1e-3).all(1)
@@ -226,17 +224,17 @@ def test_each_class_is_met_whole_or_counted_at_its_mean(
 
 
 @pytest.mark.parametrize("beta", [5.5, 150.0])
-def test_a_class_is_met_however_sharp_the_exponential(beta: float) -> None:
-    """Weights that underflow must not leave the nearest class unmet."""
+def test_a_sharp_exponential_still_finds_the_nearest_class(beta: float) -> None:
+    """Weights that underflow must not hide the nearest class."""
     case = Case(2, [12] * 5, q=30, d=16)
-    case.f = case.array[::2].copy()  # each is a key: its own weight is 1
+    case.f = case.array[::2].copy()  # each query is a key, whose weight is 1
     cache = of_case(case, text=False, beta=beta)
     alone = cache.terms(case.f, 12, tail=False).cache
     np.testing.assert_array_equal(alone.argmax(1), case.ids[::2])
     assert (alone.amax(1) >= 0.99).all()
 
 
-def test_one_key_a_class_is_met_too() -> None:
+def test_classes_of_one_key_are_found() -> None:
     case = Case(3, [1] * 7, q=20, d=6)
     cache = of_case(case, text=False)
     exact = exact_parts(cache, case.f)[1]
@@ -265,8 +263,8 @@ def test_classes_do_not_depend_on_blocks(case: Case, k: int, tail: bool, of_quer
         torch.testing.assert_close(of_case(case).logits(case.f, k, tail), whole, rtol=1e-5, atol=1e-4)
 
 
-def test_values_with_classes_are_the_dense_values_form_where_k_covers_all_classes() -> None:
-    """A class that cannot win by what its keys give to itself may still decide by what they give to others."""
+def test_values_give_the_dense_form_if_k_covers_all_classes() -> None:
+    """A class that cannot win may still decide the answer through its values for other classes."""
     case = Case(6, [8, 12, 7, 10, 5], q=40, d=8)
     cache = of_case(case, values=(np.eye(5)[case.ids] + 0.1 * case.values).astype(np.float32))
     exact = exact_parts(cache, case.f)[1]
@@ -277,20 +275,22 @@ def test_values_with_classes_are_the_dense_values_form_where_k_covers_all_classe
 
 @settings(max_examples=examples(25), deadline=None)
 @given(cases(), st.integers(1, 60))
-def test_one_hot_values_with_classes_are_met_whole_or_counted_at_the_mean_too(case: Case, k: int) -> None:
+def test_classes_with_one_hot_values_count_whole_or_at_their_mean(case: Case, k: int) -> None:
     plain, valued = of_case(case), of_case(case, values=np.eye(case.c, dtype=np.float32)[case.ids])
     exact, lower = exact_parts(plain, case.f)[1], at_means(plain, case.f)
     found = valued.terms(case.f, k).cache.numpy()
     met = plain.terms(case.f, k, tail=False).cache.numpy() > 0
     close = {"rtol": 1e-4, "atol": 1e-4}
     assert (np.isclose(found, exact, **close) | np.isclose(found, lower, **close)).all()
-    np.testing.assert_allclose(found[met], exact[met], **close)  # what is met without values is met with them
+    np.testing.assert_allclose(
+        found[met], exact[met], **close
+    )  # classes searched without values are searched with them
     without = valued.terms(case.f, k, tail=False).cache.numpy()
     assert (np.isclose(without, exact, **close) | np.isclose(without, 0, **close)).all()
     np.testing.assert_allclose(without[met], exact[met], **close)
 
 
-def test_where_only_a_class_without_keys_can_win_nothing_is_met() -> None:
+def test_no_class_is_searched_if_only_one_without_keys_can_win() -> None:
     case = Case(7, [5, 0, 5], q=6, d=5)
     text = np.zeros((3, 5), dtype=np.float32)
     text[1] = 1
@@ -304,11 +304,11 @@ def test_where_only_a_class_without_keys_can_win_nothing_is_met() -> None:
 
 @pytest.mark.parametrize("index", ["Classes", "Flat"])
 @pytest.mark.parametrize("valued", [False, True])
-def test_meeting_few_of_many_keys_takes_no_large_tensor(index: str, valued: bool) -> None:
-    """With few classes the logits of many queries are few; the keys that these meet are not."""
+def test_searching_few_of_many_keys_needs_no_large_tensor(index: str, valued: bool) -> None:
+    """Few classes give few logits, but each query still searches many keys."""
     case = Case(8, [60, 80], q=400, d=4)
     cache = of_case(case, index=index, values=np.eye(2, dtype=np.float32)[case.ids] if valued else None)
-    cache.logits(case.f[:2], 50)  # what is made once
+    cache.logits(case.f[:2], 50)  # computes the sums of keys once
     blocks = {"QUERY_BLOCK": 16, "KEY_BLOCK": 32}
     with (
         mock.patch.multiple(retrieval, QUERY_BLOCK=16, LOGITS=1024),
@@ -316,7 +316,7 @@ def test_meeting_few_of_many_keys_takes_no_large_tensor(index: str, valued: bool
         Largest() as largest,
     ):
         cache.logits(case.f, 50)
-    assert largest.most <= max(400 * 4, 16 * 140, 1024)  # each meets 50 keys, or both classes
+    assert largest.most <= max(400 * 4, 16 * 140, 1024)  # each query searches 50 keys, or both classes
 
 
 # -------------------------------------------------------------------------------------------------- the nearest keys
@@ -324,7 +324,7 @@ def test_meeting_few_of_many_keys_takes_no_large_tensor(index: str, valued: bool
 
 @settings(max_examples=examples(30), deadline=None)
 @given(cases(), st.integers(1, 120))
-def test_the_nearest_keys_have_their_true_affinities_in_order(case: Case, k: int) -> None:
+def test_nearest_keys_have_exact_affinities_in_order(case: Case, k: int) -> None:
     cache = of_case(case)
     affinity, rows = cache.nearest(case.features, k)
     exact = case.f.astype(np.float64) @ cache.keys.astype(np.float64).T
@@ -338,12 +338,11 @@ def test_the_nearest_keys_have_their_true_affinities_in_order(case: Case, k: int
         found = row[row >= 0]
         assert len(set(found.tolist())) == len(found)
         assert (np.diff(values[row >= 0]) <= 0).all()
-        # up to 8 classes are all searched
-        assert len(found) == min(k, cache.n)
+        assert len(found) == min(k, cache.n)  # up to 8 classes are all searched
         np.testing.assert_allclose(values, -np.sort(-whole)[: len(found)], atol=1e-5)
 
 
-def test_the_nearest_of_many_classes_are_mostly_the_nearest_of_all(material: tuple[Array, Array, Array, Array]) -> None:
+def test_a_search_by_classes_finds_most_of_the_nearest_keys(material: tuple[Array, Array, Array, Array]) -> None:
     array, ids, text, queries = material
     classes, flat = (model(array, ids, C, text, index=index) for index in ("Classes", "Flat"))
     f = torch.from_numpy(queries[:200])
@@ -355,7 +354,7 @@ def test_the_nearest_of_many_classes_are_mostly_the_nearest_of_all(material: tup
 
 
 def test_classes_without_keys_leave_no_slot_empty() -> None:
-    """Their mean, 0, is nearer to a query than that of keys behind it."""
+    """The mean of an empty class, 0, is nearer to these queries than the means of classes with keys."""
     rng = np.random.default_rng(0)
     array = unit(rng.standard_normal((40, 6)) + np.array([3, 0, 0, 0, 0, 0]))
     ids = np.repeat([0, 1], 20)
@@ -367,7 +366,7 @@ def test_classes_without_keys_leave_no_slot_empty() -> None:
 
 
 def test_small_classes_near_a_query_leave_no_slot_empty() -> None:
-    """A few classes hold most keys, the ten nearest to the query one each."""
+    """Two classes hold most keys; each of the ten classes near the query has one."""
     rng = np.random.default_rng(1)
     near, far = (
         unit(rng.standard_normal((10, 8)) * 0.1 + np.eye(8)[0]),
@@ -380,9 +379,7 @@ def test_small_classes_near_a_query_leave_no_slot_empty() -> None:
 
 
 @pytest.mark.parametrize("index", ["Classes", "Classes,HNSW8", "Classes,IVF2,Flat"])
-def test_neighbours_are_explained_with_their_own_labels(
-    index: str, material: tuple[Array, Array, Array, Array]
-) -> None:
+def test_neighbours_have_their_own_labels_and_sources(index: str, material: tuple[Array, Array, Array, Array]) -> None:
     array, ids, text, _ = material
     sources = [f"shot {i}" for i in range(len(ids))]
     cache = model(array, ids, C, text, index=index, sources=sources)
@@ -394,11 +391,11 @@ def test_neighbours_are_explained_with_their_own_labels(
             assert n.weight == pytest.approx(np.exp(-BETA * (1 - n.affinity)), rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------ what is kept
+# ------------------------------------------------------------------------------------------------------ saving
 
 
 def fresh(cache: CacheModel, **changes: Any) -> CacheModel:
-    """The same keys and labels in a classifier made anew."""
+    """Return a new model with the same keys and labels."""
     options = {"alpha": cache.settings.alpha, "index": cache.index.factory} | changes
     return model(
         np.asarray(cache.keys), cache.labels["class_id"].to_numpy(), len(cache.class_names),
@@ -406,19 +403,19 @@ def fresh(cache: CacheModel, **changes: Any) -> CacheModel:
     )  # fmt: skip
 
 
-def same(one: CacheModel, other: CacheModel, queries: Array, k: int = 64) -> None:
+def check_same(one: CacheModel, other: CacheModel, queries: Array, k: int = 64) -> None:
     for number in ("all", k):
         torch.testing.assert_close(one.logits(queries, number), other.logits(queries, number), rtol=1e-5, atol=1e-3)
     f = torch.from_numpy(queries)
     np.testing.assert_allclose(one.nearest(f, 5)[0], other.nearest(f, 5)[0], atol=1e-5)
 
 
-KEPT = ["Classes", "Classes,IVF2,Flat"]
+CLASS_INDEXES = ["Classes", "Classes,IVF2,Flat"]
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("index", KEPT)
-def test_saved_and_opened_it_answers_the_same(
+@pytest.mark.parametrize("index", CLASS_INDEXES)
+def test_a_saved_class_index_gives_the_same_answers(
     index: str, half: bool, tmp_path: Path, material: tuple[Array, Array, Array, Array]
 ) -> None:
     array, ids, text, queries = material
@@ -427,36 +424,34 @@ def test_saved_and_opened_it_answers_the_same(
     cache.save(tmp_path / "index")
     opened = verify(tmp_path / "index")
     assert (opened.index.factory, opened.settings.k, opened.n, opened.index.n) == (index, 128, C * SHOTS, C)
-    same(opened, cache, queries[:50])
+    check_same(opened, cache, queries[:50])
 
 
 @pytest.mark.parametrize("change", ["take", "add", "remove", "replace"])
-@pytest.mark.parametrize("index", [*KEPT, "Flat"])
-def test_changed_keys_give_the_answers_of_a_fresh_build(
+@pytest.mark.parametrize("index", [*CLASS_INDEXES, "Flat"])
+def test_changed_keys_give_the_answers_of_a_new_build(
     index: str, change: str, material: tuple[Array, Array, Array, Array]
 ) -> None:
     array, ids, text, queries = material
     cache = model(array, ids, C, text, index=index)
-    cache.logits(queries[:5], 64)  # what is made once is made
+    cache.logits(queries[:5], 64)  # computes the sums of keys
     if change == "take":
         cache = cache.take(np.r_[0:40, 60:400, 7, 7])
     elif change == "add":
         cache.add(queries[:30], (np.arange(30) * 7) % C)
     elif change == "remove":
-        cache.remove([*range(16, 32), 100])  # one class loses all
+        cache.remove([*range(16, 32), 100])  # one class loses all its keys
     else:
         keys = unit(array + 0.05 * np.random.default_rng(3).standard_normal(array.shape))
         cache = replace(cache, keys=keys, index=fresh(replace(cache, keys=keys)).index)
-    same(cache, fresh(cache), queries[:50])
+    check_same(cache, fresh(cache), queries[:50])
     text_, exact = exact_parts(cache, queries[:50])
     np.testing.assert_allclose(cache.logits(queries[:50]), text_ + exact, atol=1e-3)
     assert (cache.terms(queries[:50], 64).cache.numpy() <= exact * (1 + 1e-4) + 1e-4).all()
 
 
 @pytest.mark.parametrize("change", ["take", "add", "remove"])
-def test_the_effort_that_was_tuned_outlives_a_change_of_keys(
-    change: str, material: tuple[Array, Array, Array, Array]
-) -> None:
+def test_the_tuned_effort_survives_changes_of_keys(change: str, material: tuple[Array, Array, Array, Array]) -> None:
     array, ids, text, queries = material
     cache = model(array, ids, C, text, index="IVF16,Flat")
     assert cache.index.effort != 3
@@ -470,9 +465,7 @@ def test_the_effort_that_was_tuned_outlives_a_change_of_keys(
     assert cache.index.effort == 3
 
 
-def test_an_index_over_the_means_of_other_keys_is_found_by_verify(
-    tmp_path: Path, material: tuple[Array, Array, Array, Array]
-) -> None:
+def test_verify_finds_an_index_over_other_means(tmp_path: Path, material: tuple[Array, Array, Array, Array]) -> None:
     array, ids, text, _ = material
     other = model(np.ascontiguousarray(array[::-1]), ids, C, text)
     replace(model(array, ids, C, text), index=other.index).save(tmp_path / "index")
@@ -481,18 +474,18 @@ def test_an_index_over_the_means_of_other_keys_is_found_by_verify(
 
 
 @pytest.mark.parametrize("wrong", ["Classes", "Flat"])
-def test_an_index_of_another_kind_than_the_manifest_says_is_refused(
+def test_an_index_type_that_contradicts_the_manifest_is_refused(
     wrong: str, tmp_path: Path, material: tuple[Array, Array, Array, Array]
 ) -> None:
     array, ids, text, _ = material
     cache = model(array, ids, C, text, index="Flat" if wrong == "Classes" else "Classes")
-    cache.index.factory = wrong  # what goes into the manifest
+    cache.index.factory = wrong  # written to the manifest
     cache.save(tmp_path / "index")
     with pytest.raises(StoreError, match="does not match the manifest"):
         CacheModel.load(tmp_path / "index", device="cpu")
 
 
-def test_settings_alone_and_settings_with_the_index(
+def test_settings_are_saved_with_and_without_a_new_index(
     tmp_path: Path, material: tuple[Array, Array, Array, Array]
 ) -> None:
     array, ids, text, queries = material
@@ -508,7 +501,7 @@ def test_settings_alone_and_settings_with_the_index(
     assert [name.partition("-")[0] for name in added] == ["index"]
     opened = verify(tmp_path / "index")
     assert (opened.index.factory, opened.settings.k, opened.settings.alpha, opened.version) == ("Classes", 128, 2.0, 3)
-    same(opened, fresh(opened), queries[:50])
+    check_same(opened, fresh(opened), queries[:50])
     stale = CacheModel.load(tmp_path / "index", device="cpu")
     cache.save_settings(tmp_path / "index")
     with pytest.raises(StoreError, match="try again"):
@@ -528,13 +521,13 @@ def test_auto_sets_index_and_k(material: tuple[Array, Array, Array, Array]) -> N
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
-def test_precision_concerns_all_keys_and_is_not_saved(
+def test_precision_only_affects_all_keys_and_is_not_saved(
     precision: str, tmp_path: Path, material: tuple[Array, Array, Array, Array]
 ) -> None:
     array, ids, text, queries = material
     cache = model(array, ids, C, text, precision=precision)
     exact = model(array, ids, C, text)
-    assert torch.equal(cache.logits(queries, 64), exact.logits(queries, 64))  # what is retrieved is float32
+    assert torch.equal(cache.logits(queries, 64), exact.logits(queries, 64))  # retrieved keys use float32
     assert torch.equal(cache.logits(queries), exact.logits(queries)) == (precision != "bfloat16")
     cache.save(tmp_path / "index")
     exact.save(tmp_path / "exact")
@@ -545,8 +538,8 @@ def test_precision_concerns_all_keys_and_is_not_saved(
     assert CacheModel.load(tmp_path / "index", device="cpu", precision="float32").precision == "float32"
 
 
-def test_half_precision_leaves_close_answers_to_float32() -> None:
-    """Queries of no class, so that many are: without that, some answers would be others."""
+def test_close_answers_of_half_precision_are_recomputed_in_float32() -> None:
+    """Random queries have many close answers; half precision alone would change some of them."""
     rng = np.random.default_rng(5)
     common = 5 * rng.normal(size=48)
     keys, queries = (

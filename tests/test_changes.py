@@ -1,4 +1,4 @@
-"""Changes of an index folder, by function and by command: each makes one new version, or none if it fails."""
+"""Changes to an index folder, from Python and the command line. Each makes one new version, or none if it fails."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ TEMPLATES = ["a photo of a {}.", "a drawing of a {}."]
 QUERIES = unit_rows(7, D, 50)
 
 
-def photographs(folder: Path, **classes: range) -> Path:
-    """A folder of class folders with some of Caltech's photographs, by their number."""
+def copy_photos(folder: Path, **classes: range) -> Path:
+    """Create class folders with some of Caltech's photos, by their number."""
     for name, numbers in classes.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         images = sorted((CALTECH / name).iterdir())
@@ -62,17 +62,17 @@ def photographs(folder: Path, **classes: range) -> Path:
 
 
 @pytest.fixture(scope="module")
-def _pictures(tmp_path_factory: pytest.TempPathFactory, lit_mini: Backbone) -> Path:
+def built_pictures(tmp_path_factory: pytest.TempPathFactory, lit_mini: Backbone) -> Path:
     place = tmp_path_factory.mktemp("pictures")
-    source = open_source(photographs(place / "photos", panda=range(4), pizza=range(4)))
+    source = open_source(copy_photos(place / "photos", panda=range(4), pizza=range(4)))
     build_index(source, place / "index", Encoder(lit_mini), templates=TEMPLATES, device="cpu", fit="none")
     return place
 
 
 @pytest.fixture
-def pictures(_pictures: Path, tmp_path: Path) -> Path:
-    """An index of four pandas and four pizzas, to be changed; the photographs are beside it."""
-    return Path(shutil.copytree(_pictures, tmp_path / "pictures")) / "index"
+def pictures(built_pictures: Path, tmp_path: Path) -> Path:
+    """A copy of an index of four pandas and four pizzas, with the photos beside it."""
+    return Path(shutil.copytree(built_pictures, tmp_path / "pictures")) / "index"
 
 
 def features_of(lit_mini: Backbone, folder: Path, **options: Any) -> Array:
@@ -98,8 +98,8 @@ def index(tmp_path: Path, table: Path, text: Path) -> Path:
 
 
 @pytest.fixture
-def parted(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same, and two more keys in a segment of their own."""
+def segmented(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same index with two more keys in a second segment."""
     monkeypatch.setattr(labelled_keys, "SMALL", 0)
     changes.add(
         index, open_source(write_table(tmp_path / "late.parquet", unit_rows(2, D, 3), ["dog", "cat"])), Encoder()
@@ -122,13 +122,13 @@ def labels_of(folder: Path) -> dict[int, str]:
 
 
 def data_files(folder: Path) -> dict[str, tuple[int, int]]:
-    """Each data file with its inode and its time of change."""
+    """Return the inode and the modification time of each data file."""
     found = ((path, path.stat()) for path in (folder / "data").iterdir())
     return {path.name: (stat.st_ino, stat.st_mtime_ns) for path, stat in found}
 
 
 def flip(path: Path) -> None:
-    """Damage a file, or mend it again."""
+    """Damage a file, or repair it again."""
     raw = path.read_bytes()
     path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
 
@@ -138,7 +138,7 @@ def rows_of(shown: str) -> list[dict[str, Any]]:
 
 
 def refused(result: Any, status: int, *words: object) -> None:
-    """One line on standard error, that names what it is about."""
+    """Check that a command failed without output, and that its error contains these words."""
     assert result.exit_code == status, result.output
     assert result.stdout == ""
     for word in words:
@@ -149,13 +149,13 @@ def refused(result: Any, status: int, *words: object) -> None:
 
 
 def test_added_photos_become_the_keys_of_a_build(run: Any, pictures: Path, lit_mini: Backbone, tmp_path: Path) -> None:
-    new = photographs(tmp_path / "new", okapi=range(2), panda=range(4, 6))
+    new = copy_photos(tmp_path / "new", okapi=range(2), panda=range(4, 6))
     before = opened(pictures)
     done = run("index", "add", pictures, new, "--device", "cpu")
     assert done.exit_code == 0, done.output
     assert done.stdout == f"{pictures}: version 2, added 4 shots, 1 new class: okapi\n"
     cache = verify(pictures)
-    assert cache.class_names == ["panda", "pizza", "okapi"]  # those that were there keep their place
+    assert cache.class_names == ["panda", "pizza", "okapi"]  # existing classes keep their place
     np.testing.assert_allclose(cache.text_weights[2], text_weights(lit_mini, ["okapi"], TEMPLATES)[0], atol=1e-5)
     assert torch.equal(cache.text_weights[:2], before.text_weights)
     rows = {row["key_id"]: row for row in cache.labels.to_pylist()}
@@ -171,14 +171,14 @@ def test_added_photos_become_the_keys_of_a_build(run: Any, pictures: Path, lit_m
     assert answer[0]["label"] == "okapi"
 
 
-def test_views_and_seed_are_those_of_the_index_unless_given(run: Any, lit_mini: Backbone, tmp_path: Path) -> None:
-    photos = photographs(tmp_path / "photos", panda=range(2), pizza=range(2))
+def test_add_uses_the_views_and_seed_of_the_index_unless_given(run: Any, lit_mini: Backbone, tmp_path: Path) -> None:
+    photos = copy_photos(tmp_path / "photos", panda=range(2), pizza=range(2))
     built = run(
         "index", "build", "--fit", "none", photos, "--model", MODEL, "--views", 2, "--seed", 7, "--device", "cpu",
         "--out", tmp_path / "i",
     )  # fmt: skip
     assert built.exit_code == 0, built.output
-    new = photographs(tmp_path / "new", panda=range(2, 3))
+    new = copy_photos(tmp_path / "new", panda=range(2, 3))
     for options, views, seed in (((), 2, 7), (("--views", 3, "--seed", 5), 3, 5)):
         assert run("index", "add", tmp_path / "i", new, "--device", "cpu", *options).exit_code == 0
         cache = opened(tmp_path / "i")
@@ -187,8 +187,8 @@ def test_views_and_seed_are_those_of_the_index_unless_given(run: Any, lit_mini: 
         np.testing.assert_allclose(cache.keys[[row]], features_of(lit_mini, new, views=views, seed=seed), atol=1e-5)
 
 
-def test_known_images_are_left_out_where_that_is_asked_for(run: Any, pictures: Path, tmp_path: Path) -> None:
-    new = photographs(tmp_path / "new", panda=range(2, 6))
+def test_add_skips_known_images_if_asked(run: Any, pictures: Path, tmp_path: Path) -> None:
+    new = copy_photos(tmp_path / "new", panda=range(2, 6))
     done = run("index", "add", pictures, new, "--skip-known", "--device", "cpu")
     assert done.stdout == f"{pictures}: version 2, added 2 shots, skipped 2 known images\n"
     again = run("index", "add", pictures, new, "--skip-known", "--device", "cpu")
@@ -196,13 +196,13 @@ def test_known_images_are_left_out_where_that_is_asked_for(run: Any, pictures: P
     assert opened(pictures).n == 10
     twice = run("index", "add", pictures, new, "--device", "cpu")
     assert twice.stdout == f"{pictures}: version 3, added 4 shots\n"
-    (warning,) = twice.stderr.splitlines()  # an image twice in one class is no poison
+    (warning,) = twice.stderr.splitlines()  # a repeated image in one class is harmless
     assert "4 images were already in the index" in warning
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("kind", ["", "lance://"])
-def test_known_features_are_left_out_where_that_is_asked_for(
+def test_add_skips_known_features_if_asked(
     run: Any, tmp_path: Path, kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(labelled_keys, "SMALL", 0)
@@ -218,36 +218,33 @@ def test_known_features_are_left_out_where_that_is_asked_for(
     )
     add = ("index", "add", place, "--norms", "keep", "--skip-known")
     assert run(*add, first).stdout == f"{place}: version 1, added 0 shots, skipped 4 known images\n"
-    done = run(*add, second)  # two are there, of which none under another label
+    done = run(*add, second)  # two rows are known, both under the same label
     assert done.stdout == f"{place}: version 2, added 4 shots, 1 new class: emu, skipped 2 known images\n"
     for again in (first, second):
         assert "version 2, added 0 shots" in run(*add, again).stdout
-    other = write_table(
-        tmp_path / "other.parquet", rows[:4], ["dog", "cat", "cat", "emu"]
-    )  # under other labels but one
+    labels = ["dog", "cat", "cat", "emu"]  # only one is the same
+    other = write_table(tmp_path / "other.parquet", rows[:4], labels)
     assert run(*add, other).stdout == f"{place}: version 3, added 3 shots, skipped 1 known image\n"
     plain = run("index", "add", place, "--norms", "keep", second)
     assert plain.stdout == f"{place}: version 4, added 6 shots\n"
     assert "6 images were already in the index under the same label" in plain.stderr
-    monkeypatch.setattr(changes, "COMPARED", 3)  # more costs too much where nothing depends on it
+    monkeypatch.setattr(changes, "COMPARED", 3)  # beyond this number, only --skip-known compares
     assert "--skip-known" not in run("index", "add", place, "--norms", "keep", first).stderr
     assert run(*add, first).stdout == f"{place}: version 5, added 0 shots, skipped 4 known images\n"
 
 
-def test_the_same_photograph_in_two_classes_is_warned_about_at_build_and_at_add(
-    run: Any, pictures: Path, tmp_path: Path
-) -> None:
+def test_build_and_add_warn_about_a_photo_in_two_classes(run: Any, pictures: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong"
     known = sorted((pictures.parent / "photos" / "panda").iterdir())[0]
     (wrong / "pizza").mkdir(parents=True)
     shutil.copyfile(known, wrong / "pizza" / "x.jpg")
-    done = run("index", "add", pictures, wrong, "--skip-known", "--device", "cpu")  # known, but not as this
+    done = run("index", "add", pictures, wrong, "--skip-known", "--device", "cpu")  # known, but in another class
     assert done.exit_code == 0
     assert done.stdout == f"{pictures}: version 2, added 1 shot\n"
     assert "in two classes:" in done.stderr
     assert "x.jpg (pizza)" in done.stderr
     assert f"{known.name} (panda)" in done.stderr
-    photographs(wrong, panda=range(1))
+    copy_photos(wrong, panda=range(1))
     built = run("index", "build", "--fit", "none", wrong, "--model", MODEL, "--device", "cpu", "--out", tmp_path / "i")
     assert built.exit_code == 0
     assert "in two classes:" in built.stderr
@@ -256,9 +253,9 @@ def test_the_same_photograph_in_two_classes_is_warned_about_at_build_and_at_add(
     assert quiet.stderr == ""
 
 
-def test_another_backbone_is_refused_with_both_named(run: Any, pictures: Path, tmp_path: Path) -> None:
+def test_another_backbone_is_refused_and_both_are_named(run: Any, pictures: Path, tmp_path: Path) -> None:
     other = tiny(tmp_path / "other")
-    new, before = photographs(tmp_path / "new", panda=range(4, 5)), snapshot(pictures)
+    new, before = copy_photos(tmp_path / "new", panda=range(4, 5)), snapshot(pictures)
     refused(run("index", "add", pictures, new, "--model", f"local-dir:{other}"), 1, MODEL, other)
     encoded = run("encode", new, "--model", f"local-dir:{other}", "--out", tmp_path / "t.parquet")
     assert encoded.exit_code == 0, encoded.output
@@ -267,7 +264,7 @@ def test_another_backbone_is_refused_with_both_named(run: Any, pictures: Path, t
     assert snapshot(pictures) == before
 
 
-def test_new_classes_of_a_feature_table_get_their_text_from_a_table(run: Any, index: Path, tmp_path: Path) -> None:
+def test_new_classes_of_a_feature_table_need_a_text_table(run: Any, index: Path, tmp_path: Path) -> None:
     more = write_table(tmp_path / "more.parquet", unit_rows(3, D, 4), ["owl", "bat", "cat"])
     before = snapshot(index)
     refused(run("index", "add", index, more), 1, "class 'bat'", "needs a text weight", "(text)")
@@ -282,13 +279,13 @@ def test_new_classes_of_a_feature_table_get_their_text_from_a_table(run: Any, in
     assert run("index", "add", index, more, "--text", every).exit_code == 0
     cache = verify(index)
     assert cache.class_names == ["cat", "dog", "bat", "owl"]
-    assert torch.equal(cache.text_weights[:2], text)  # also that of the cat, which the table has another one of
+    assert torch.equal(cache.text_weights[:2], text)  # also the cat's, although the table has another one
     np.testing.assert_allclose(cache.text_weights[2:], weights[[2, 1]], atol=1e-6)
 
 
-def test_labels_are_exact_and_another_spelling_is_warned_of(run: Any, index: Path, tmp_path: Path) -> None:
+def test_add_warns_about_another_spelling_of_a_class(run: Any, index: Path, tmp_path: Path) -> None:
     more = write_table(tmp_path / "more.parquet", unit_rows(3, D, 4), ["CAT", "cat", "the owl"])
-    refused(run("index", "add", index, more), 1, "'CAT'", "'cat'")  # which has no words yet
+    refused(run("index", "add", index, more), 1, "'CAT'", "'cat'")  # CAT has no text weight yet
     text = write_table(tmp_path / "new.parquet", unit_rows(2, D, 5), ["CAT", "the owl"])
     done = run("index", "add", index, more, "--text", text)
     assert done.stdout == f"{index}: version 2, added 3 shots, 2 new classes: CAT, the owl\n"
@@ -307,25 +304,25 @@ def test_labels_are_exact_and_another_spelling_is_warned_of(run: Any, index: Pat
     assert changes.merge(index, tmp_path / "other").alike == {"The_Owl": "the owl"}
 
 
-def test_adding_writes_no_file_of_the_base_again(parted: Path, tmp_path: Path) -> None:
-    first, base = store.earlier_manifests(parted)[0], data_files(parted)
+def test_add_does_not_rewrite_files_of_the_base(segmented: Path, tmp_path: Path) -> None:
+    first, base = store.earlier_manifests(segmented)[0], data_files(segmented)
     more = write_table(tmp_path / "more.parquet", unit_rows(1, D, 4), ["cat"])
-    changes.add(parted, open_source(more), Encoder())
-    manifest, now = store.read_manifest(parted), data_files(parted)
+    changes.add(segmented, open_source(more), Encoder())
+    manifest, now = store.read_manifest(segmented), data_files(segmented)
     assert manifest.files == first.files
     assert {name: now[name] for name in base} == base
     assert len(manifest.segments) == 3
     assert len(now) == len(base) + 2  # keys and labels
 
 
-def test_damage_is_not_copied_into_a_file_whose_digest_fits_it(tmp_path: Path) -> None:
-    keys, labels = unit_rows(1100, 1024), ["cat", "dog"] * 550  # 4.5 MB: the checks of an addition are fast ones
+def test_damage_is_not_copied_under_a_valid_digest(tmp_path: Path) -> None:
+    keys, labels = unit_rows(1100, 1024), ["cat", "dog"] * 550  # 4.5 MB, of which an addition only checks the size
     CacheModel.from_features(keys, labels, ["cat", "dog"], device="cpu").save(tmp_path / "i")
     more = open_source(write_table(tmp_path / "more.parquet", unit_rows(1, 1024, 4), ["cat"]))
     file = tmp_path / "i" / store.read_manifest(tmp_path / "i").files["keys"].name
     assert file.stat().st_size > store.FAST_BYTES
     flip(file)
-    with pytest.raises(StoreError, match=file.name):  # so few keys are joined with what is added
+    with pytest.raises(StoreError, match=file.name):  # small segments are joined with new keys
         changes.add(tmp_path / "i", more, Encoder())
     assert version(tmp_path / "i") == 1
     flip(file)
@@ -338,14 +335,14 @@ def test_damage_is_not_copied_into_a_file_whose_digest_fits_it(tmp_path: Path) -
 
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
-    """An index of three keys, two of them of a class that the first one does not have."""
+    """An index of three keys, two of them in a class that ``index`` lacks."""
     source = write_table(tmp_path / "o.parquet", unit_rows(3, D, 7), ["owl", "cat", "owl"], lens=["x", "y", "z"])
     weights = write_table(tmp_path / "ot.parquet", unit_rows(2, D, 8), ["owl", "cat"])
     build_index(open_source(source), tmp_path / "other", Encoder(), text=weights, device="cpu", fit="none")
     return tmp_path / "other"
 
 
-def test_a_bad_merge_is_refused_and_changes_nothing(
+def test_an_invalid_merge_is_refused_and_changes_nothing(
     run: Any, index: Path, other: Path, pictures: Path, tmp_path: Path
 ) -> None:
     before = snapshot(index)
@@ -374,7 +371,7 @@ def test_a_bad_merge_is_refused_and_changes_nothing(
 # --- remove, relabel
 
 
-def test_key_ids_may_be_several_in_one_option_and_take_the_place_of_a_condition(run: Any, index: Path) -> None:
+def test_key_ids_takes_several_ids_and_excludes_a_condition(run: Any, index: Path) -> None:
     before = snapshot(index)
     for command in (("remove", index), ("relabel", index, "cat")):
         for which in ((), ("--where", "shot = 0", "--key-ids", 1)):
@@ -389,13 +386,13 @@ def test_key_ids_may_be_several_in_one_option_and_take_the_place_of_a_condition(
 
 def test_a_change_without_effect_makes_no_version(run: Any, index: Path) -> None:
     before = snapshot(index)
-    for command, said in (
+    for command, message in (
         (("relabel", index, "cat", "--where", "label = 'cat'"), "relabelled 0 shots as cat"),
         (("relabel", index, "cat", "--key-ids", 0, "--key-ids", 2), "relabelled 0 shots as cat"),
         (("compact", index), "one segment"),
     ):
         done = run("index", *command)
-        assert (done.exit_code, done.stdout) == (0, f"{index}: version 1, {said}\n")
+        assert (done.exit_code, done.stdout) == (0, f"{index}: version 1, {message}\n")
     assert changes.rollback(index, 1) == changes.Changed(1, [])
     assert snapshot(index) == before
 
@@ -421,7 +418,7 @@ def lists(tmp_path: Path) -> Path:
     return tmp_path / "lists"
 
 
-def test_fewer_keys_than_lists_are_refused_with_the_way_out(run: Any, lists: Path) -> None:
+def test_fewer_keys_than_lists_are_refused_with_a_solution(run: Any, lists: Path) -> None:
     before = snapshot(lists)
     refused(run("index", "remove", lists, "--where", "key_id > 9"), 1, "'IVF16,Flat'", "rebuild", "index=Flat")
     assert snapshot(lists) == before
@@ -430,17 +427,17 @@ def test_fewer_keys_than_lists_are_refused_with_the_way_out(run: Any, lists: Pat
     assert verify(lists).n == 10
 
 
-def test_changes_within_a_late_segment_leave_the_base_as_it_is(parted: Path) -> None:
-    files, base = store.read_manifest(parted).files, data_files(parted)
-    changes.relabel(parted, "cat", key_ids=[6])
-    changes.remove(parted, key_ids=[7])
-    assert store.read_manifest(parted).files == files
-    now = data_files(parted)
+def test_changes_in_a_late_segment_leave_the_base_unchanged(segmented: Path) -> None:
+    files, base = store.read_manifest(segmented).files, data_files(segmented)
+    changes.relabel(segmented, "cat", key_ids=[6])
+    changes.remove(segmented, key_ids=[7])
+    assert store.read_manifest(segmented).files == files
+    now = data_files(segmented)
     assert {name: now[name] for name in base} == base
-    assert labels_of(parted)[6] == "cat"
-    changes.remove(parted, key_ids=[6])
-    assert opened(parted).segments == 1
-    assert store.read_manifest(parted).files == files  # without the late ones it is the base again
+    assert labels_of(segmented)[6] == "cat"
+    changes.remove(segmented, key_ids=[6])
+    assert opened(segmented).segments == 1
+    assert store.read_manifest(segmented).files == files  # without late keys, the base is left
 
 
 # --- rename
@@ -450,7 +447,7 @@ def test_changes_within_a_late_segment_leave_the_base_as_it_is(parted: Path) -> 
     ("factory", "fitted"), [("Flat", {"fit": "none"}), ("Classes", {"fit": "none"}), ("Flat", {"values": "solved"})]
 )
 def test_renaming_a_class_to_another_merges_the_two(tmp_path: Path, factory: str, fitted: dict[str, str]) -> None:
-    """The result answers as an index that is built with the merged labels."""
+    """The result answers like an index that was built with the merged labels."""
     keys, labels = unit_rows(40, D), [f"{'abcd'[i % 4]}" for i in range(40)]
     text = write_table(tmp_path / "text.parquet", unit_rows(4, D, 1), ["a", "b", "c", "d"])
     rows = [range(36), range(36, 40)]
@@ -487,7 +484,7 @@ def test_trained_values_of_merged_classes_add_up(tmp_path: Path) -> None:
     np.testing.assert_allclose(cache.terms(QUERIES).cache, torch.stack([b, a + c], dim=1), atol=1e-5)
 
 
-def test_names_that_are_none_or_there_already_are_refused(run: Any, index: Path, lit_mini: Backbone) -> None:
+def test_rename_refuses_unknown_classes_and_invalid_names(run: Any, index: Path, lit_mini: Backbone) -> None:
     before = snapshot(index)
     refused(run("index", "rename", index, "owl", "kite"), 1, "'owl'", "cat, dog")
     for wrong in ("", " dog", "a\nb", "x" * 1025):
@@ -498,7 +495,7 @@ def test_names_that_are_none_or_there_already_are_refused(run: Any, index: Path,
     assert snapshot(index) == before
 
 
-def test_the_words_of_a_new_name_are_encoded_where_that_is_asked(run: Any, pictures: Path, lit_mini: Backbone) -> None:
+def test_rename_encodes_the_new_name_if_asked(run: Any, pictures: Path, lit_mini: Backbone) -> None:
     old = opened(pictures).text_weights.numpy()
     assert run("index", "rename", pictures, "panda", "crayfish").exit_code == 0
     np.testing.assert_array_equal(opened(pictures).text_weights.numpy(), old)
@@ -513,9 +510,7 @@ def test_the_words_of_a_new_name_are_encoded_where_that_is_asked(run: Any, pictu
 # --- set
 
 
-def test_templates_make_new_text_weights_by_the_backbone_of_the_index(
-    run: Any, pictures: Path, lit_mini: Backbone
-) -> None:
+def test_new_templates_give_new_text_weights(run: Any, pictures: Path, lit_mini: Backbone) -> None:
     done = run(
         "index", "set", pictures, "--template", "the {}", "--template", "one {}", "--alpha", 2, "--device", "cpu"
     )
@@ -532,28 +527,28 @@ def test_templates_make_new_text_weights_by_the_backbone_of_the_index(
 # --- compact, rebuild
 
 
-def test_a_compacted_index_is_a_new_build_of_the_same_keys_bit_for_bit(
-    run: Any, parted: Path, table: Path, text: Path, tmp_path: Path
+def test_a_compacted_index_equals_a_new_build_bit_for_bit(
+    run: Any, segmented: Path, table: Path, text: Path, tmp_path: Path
 ) -> None:
     rows = [pq.read_table(path).select(["id", "label", "feature"]) for path in (table, tmp_path / "late.parquet")]
     pq.write_table(pa.concat_tables(rows), tmp_path / "all.parquet")
     source = open_source(tmp_path / "all.parquet")
     built = build_index(source, tmp_path / "fresh", Encoder(), text=text, alpha=1.0, beta=4.0, device="cpu")
-    answers = opened(parted).logits(QUERIES)
-    done = run("index", "compact", parted)
-    assert done.stdout == f"{parted}: version 3, one segment\n"
-    cache = verify(parted)
+    answers = opened(segmented).logits(QUERIES)
+    done = run("index", "compact", segmented)
+    assert done.stdout == f"{segmented}: version 3, one segment\n"
+    cache = verify(segmented)
     np.testing.assert_array_equal(cache.keys, built.keys)
     assert torch.equal(cache.logits(QUERIES), built.logits(QUERIES))
     np.testing.assert_allclose(cache.logits(QUERIES), answers, atol=1e-4)
-    one, other = store.read_manifest(parted).files, store.read_manifest(tmp_path / "fresh").files
+    one, other = store.read_manifest(segmented).files, store.read_manifest(tmp_path / "fresh").files
     assert [one[kind].sha256 for kind in ("keys", "index", "text")] == [
         other[kind].sha256 for kind in ("keys", "index", "text")
     ]
-    assert labels_of(parted) == labels_of(tmp_path / "fresh")
+    assert labels_of(segmented) == labels_of(tmp_path / "fresh")
 
 
-def test_a_failed_rebuild_leaves_snapshot(run: Any, index: Path) -> None:
+def test_a_failed_rebuild_changes_nothing(run: Any, index: Path) -> None:
     before = snapshot(index)
     for factory in ("Nonsense", "IVF1000,Flat", "L2norm,Flat", ""):
         result = run("index", "rebuild", index, "--index", factory)
@@ -572,7 +567,7 @@ def test_a_failed_rebuild_leaves_snapshot(run: Any, index: Path) -> None:
 # --- versions
 
 
-def test_a_damaged_version_is_not_brought_back_and_an_index_that_is_damaged_can_be(index: Path) -> None:
+def test_rollback_refuses_a_damaged_version_and_replaces_a_damaged_one(index: Path) -> None:
     changes.remove(index, key_ids=[0])
     current, first = store.read_manifest(index), store.earlier_manifests(index)[0]
     old = index / first.files["keys"].name
@@ -586,7 +581,7 @@ def test_a_damaged_version_is_not_brought_back_and_an_index_that_is_damaged_can_
     assert opened(index).n == 6
 
 
-def test_damage_is_not_cloned(run: Any, index: Path, tmp_path: Path) -> None:
+def test_clone_refuses_a_damaged_index(run: Any, index: Path, tmp_path: Path) -> None:
     file = index / store.read_manifest(index).files["keys"].name
     flip(file)
     refused(run("index", "clone", index, tmp_path / "copy"), 1, file.name)
@@ -598,7 +593,7 @@ def test_damage_is_not_cloned(run: Any, index: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def flipped(tmp_path: Path) -> Path:
-    """Ten shots of each of three classes, of which item-0, a cat, is labelled dog, item-10 owl and item-29 cat."""
+    """Ten shots of each of three classes; the labels of item-0 (a cat), item-10 (a dog), item-29 (an owl) are wrong."""
     keys = np.eye(D, dtype=np.float32)[np.arange(30) // 10] + 0.5 * unit_rows(30, D)
     labels = ["cat"] * 10 + ["dog"] * 10 + ["owl"] * 10
     labels[0], labels[10], labels[29] = "dog", "owl", "cat"
@@ -627,9 +622,7 @@ def write_rows(table: Path, rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("style", ["csv", "json", "parquet"])
-def test_a_list_of_suspects_is_edited_and_applied_as_one_version(
-    run: Any, flipped: Path, tmp_path: Path, style: str
-) -> None:
+def test_an_edited_audit_is_applied_as_one_version(run: Any, flipped: Path, tmp_path: Path, style: str) -> None:
     table = tmp_path / f"suspects.{style}"
     assert run("index", "audit", flipped, "--output", table).exit_code == 0
     rows = {row["source"]: row for row in rows_in(table)}
@@ -668,9 +661,7 @@ def test_a_list_of_suspects_is_edited_and_applied_as_one_version(
         ("", ""),
     ],
 )  # fmt: skip
-def test_a_list_of_suspects_that_does_not_fit_changes_nothing(
-    run: Any, flipped: Path, tmp_path: Path, text: str, word: str
-) -> None:
+def test_an_invalid_audit_table_changes_nothing(run: Any, flipped: Path, tmp_path: Path, text: str, word: str) -> None:
     table, before = tmp_path / "suspects.csv", snapshot(flipped)
     table.write_text(text)
     result = run("index", "audit", flipped, "--apply", table)
@@ -679,11 +670,11 @@ def test_a_list_of_suspects_that_does_not_fit_changes_nothing(
     assert snapshot(flipped) == before
 
 
-# --- some of the keys
+# --- where
 
 
-def test_answers_of_some_keys_are_those_of_an_index_of_just_these(
-    run: Any, parted: Path, table: Path, text: Path, tmp_path: Path
+def test_where_answers_like_an_index_of_the_matching_keys(
+    run: Any, segmented: Path, table: Path, text: Path, tmp_path: Path
 ) -> None:
     rows = pq.read_table(table)
     pq.write_table(
@@ -692,29 +683,29 @@ def test_answers_of_some_keys_are_those_of_an_index_of_just_these(
     build_index(open_source(tmp_path / "some.parquet"), tmp_path / "few", Encoder(), text=text, alpha=1.0, beta=4.0)
     asked = write_table(tmp_path / "q.parquet", QUERIES, ["cat", "dog", "cat", "dog", "cat", "dog", "cat"])
     options = ("--logits", "--format", "json")
-    where = ("--where", "camera <> 'a'")  # NULL, as of the late ones, does not hold
-    done = run("classify", parted, asked, *options, *where)
+    where = ("--where", "camera <> 'a'")  # NULL, the camera of late keys, does not match
+    done = run("classify", segmented, asked, *options, *where)
     assert done.exit_code == 0
     assert done.stderr == "where: 4 of 8 shots match (cat 2/4, dog 2/4)\n"
     some, few = rows_of(done.stdout), rows_of(run("classify", tmp_path / "few", asked, *options).stdout)
     assert [row["label"] for row in some] == [row["label"] for row in few]
     np.testing.assert_allclose([row["logits"] for row in some], [row["logits"] for row in few], atol=1e-4)
-    done = run("evaluate", parted, asked, "--json", *where)
+    done = run("evaluate", segmented, asked, "--json", *where)
     assert done.stderr == "where: 4 of 8 shots match (cat 2/4, dog 2/4)\n"
     one, other = json.loads(done.stdout), json.loads(run("evaluate", tmp_path / "few", asked, "--json").stdout)
     assert {name: one[name] for name in ("top1", "cache_top1", "n")} == {
         name: other[name] for name in ("top1", "cache_top1", "n")
     }
-    dogs = run("evaluate", parted, asked, "--json", "--where", "label = 'dog'")
-    assert json.loads(dogs.stdout)["cache_top1"] == pytest.approx(3 / 7)  # the cache alone knows no cat
+    dogs = run("evaluate", segmented, asked, "--json", "--where", "label = 'dog'")
+    assert json.loads(dogs.stdout)["cache_top1"] == pytest.approx(3 / 7)  # the cache alone cannot answer cat
     for where in ("label = 'owl'", "true; DROP TABLE labels"):
-        refused(run("classify", parted, asked, "--where", where), 2, "where:")
+        refused(run("classify", segmented, asked, "--where", where), 2, "where:")
 
 
 # --- fast checks
 
 
-def test_a_fast_check_sees_small_files_whole_and_of_large_ones_the_size(run: Any, tmp_path: Path) -> None:
+def test_a_fast_check_hashes_small_files_and_compares_sizes_of_large_ones(run: Any, tmp_path: Path) -> None:
     CacheModel.from_features(unit_rows(1100, 1024), ["cat", "dog"] * 550, ["cat", "dog"], device="cpu").save(
         tmp_path / "i"
     )
@@ -725,7 +716,7 @@ def test_a_fast_check_sees_small_files_whole_and_of_large_ones_the_size(run: Any
     flip(large)
     assert run(*command, "fast").exit_code == 0
     refused(run(*command, "full"), 1, large.name, "damaged")
-    refused(run(*command[:-1]), 1, large.name, "damaged")  # full is what is done by itself
+    refused(run(*command[:-1]), 1, large.name, "damaged")  # full is the default
     flip(large)
     assert run(*command, "full").exit_code == 0
     flip(small)
@@ -739,25 +730,25 @@ def test_a_fast_check_sees_small_files_whole_and_of_large_ones_the_size(run: Any
         opened(tmp_path / "i", verify="never")
 
 
-# --- those who have an index open
+# --- open indexes
 
 
-def test_a_reader_reloads_only_what_changed_and_goes_on_with_what_it_has(parted: Path) -> None:
-    reader = opened(parted)
-    old = set(data_files(parted))
+def test_reload_only_reads_changed_files_and_keeps_the_old_reader_valid(segmented: Path) -> None:
+    reader = opened(segmented)
+    old = set(data_files(segmented))
     answers = reader.logits(QUERIES)
     near = [key.key_id for key in reader.classify(QUERIES[:1])[0].neighbours]
     assert reader.reload() is reader
-    changes.remove(parted, key_ids=[0, 7])
-    collect(parted)
+    changes.remove(segmented, key_ids=[0, 7])
+    collect(segmented)
     assert torch.equal(reader.logits(QUERIES), answers)
     assert [key.key_id for key in reader.classify(QUERIES[:1])[0].neighbours] == near
     with counted(sha256_of) as hashed:
         now = reader.reload()
     assert now is not reader
-    assert hashed["sha256_of"] == len(set(data_files(parted)) - old)
+    assert hashed["sha256_of"] == len(set(data_files(segmented)) - old)
     assert (now.version, now.n, reader.version, reader.n) == (3, 6, 2, 8)
-    assert torch.equal(now.logits(QUERIES), opened(parted).logits(QUERIES))
+    assert torch.equal(now.logits(QUERIES), opened(segmented).logits(QUERIES))
     assert now.reload() is now
     assert torch.equal(reader.logits(QUERIES), answers)
     with pytest.raises(UsageError, match="reload:"):
@@ -788,7 +779,7 @@ def test_a_manifest_is_parsed_once_and_new_files_are_not_hashed_again(
     late = write_table(tmp_path / "late.parquet", unit_rows(2, D, 3), ["dog", "cat"])
     with counted(Manifest.from_bytes) as parsed:
         assert run("index", "add", index, late).exit_code == 0
-    assert parsed["from_bytes"] == 2  # by the command, and once no other process can write
+    assert parsed["from_bytes"] == 2  # once by the command, and once under the lock
     with counted(Manifest.from_bytes, sha256_of) as calls:
         built = build_index(open_source(table), tmp_path / "new", Encoder(), text=text, device="cpu")
     assert calls["from_bytes"] == 0
@@ -796,7 +787,7 @@ def test_a_manifest_is_parsed_once_and_new_files_are_not_hashed_again(
     assert torch.equal(built.logits(QUERIES), opened(tmp_path / "new").logits(QUERIES))
 
 
-def test_a_reload_finds_damage_in_new_files(index: Path) -> None:
+def test_reload_finds_damage_in_new_files(index: Path) -> None:
     reader = opened(index)
     changes.remove(index, key_ids=[0])
     flip(index / store.read_manifest(index).files["keys"].name)
@@ -805,7 +796,7 @@ def test_a_reload_finds_damage_in_new_files(index: Path) -> None:
     assert reader.n == 6
 
 
-def test_saving_what_another_process_has_changed_meanwhile_is_refused(index: Path, warm_path: str) -> None:
+def test_saving_over_a_newer_version_is_refused(index: Path, warm_path: str) -> None:
     stale = opened(index)
     program = str(shutil.which("retrieval-tip", path=warm_path))
     subprocess.run([program, "index", "remove", str(index), "--key-ids", "0"], check=True)
@@ -825,7 +816,7 @@ def test_saving_what_another_process_has_changed_meanwhile_is_refused(index: Pat
         opened(index, version=1).save(index)
 
 
-def test_what_only_settings_were_saved_of_is_saved_whole_the_next_time(index: Path) -> None:
+def test_save_after_save_settings_saves_the_other_changes(index: Path) -> None:
     cache = opened(index)
     cache.relabel([0], "dog")
     cache.settings = cache.settings.override(alpha=3.0)
@@ -836,7 +827,7 @@ def test_what_only_settings_were_saved_of_is_saved_whole_the_next_time(index: Pa
     assert torch.equal(verify(index).logits(QUERIES), cache.logits(QUERIES))
 
 
-def test_a_removed_photograph_leaves_no_byte_once_it_is_collected(pictures: Path) -> None:
+def test_gc_deletes_every_byte_of_a_removed_photo(pictures: Path) -> None:
     cache = opened(pictures)
     row = int(np.flatnonzero(cache.labels["key_id"].to_numpy() == 0)[0])
     marks = [cache.labels[name][row].as_py().encode() for name in ("source", "digest")]
@@ -844,12 +835,12 @@ def test_a_removed_photograph_leaves_no_byte_once_it_is_collected(pictures: Path
     changes.remove(pictures, key_ids=[0])
 
     def held() -> list[bool]:
-        """In which of its files, unpacked where they are packed, each mark is."""
+        """Return for each mark whether a file contains it, unpacked if compressed."""
         files = snapshot(pictures)
         tables = [repr(pq.read_table(path).to_pylist()).encode() for path in (pictures / "data").glob("*.parquet")]
         return [any(mark in raw for raw in [*filter(None, files.values()), *tables]) for mark in marks]
 
-    assert held() == [True, True, True]  # the version before has it
+    assert held() == [True, True, True]  # the previous version has the photo
     collect(pictures)
     assert held() == [False, False, False]
     assert verify(pictures).n == 7

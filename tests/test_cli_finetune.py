@@ -19,7 +19,7 @@ NAMES = [f"class {i}" for i in range(C)]
 
 
 def views(n, seed, spread=0.02):
-    """Two views of each of n shots as rows that share an id, in an order of their own."""
+    """Return two views of each of ``n`` shots as rows that share an id, in random order."""
     features, ids = clusters(n, C, D, seed)
     noise = np.random.default_rng(seed).standard_normal((2, *features.shape)) * spread
     rows = np.concatenate([features + noise[0], features + noise[1]]).astype(np.float32)
@@ -32,7 +32,7 @@ def views(n, seed, spread=0.02):
 
 @pytest.fixture
 def place(tmp_path, run):
-    """An index of 60 shots, their views, and tables to choose and to test on."""
+    """An index of 60 shots, a table of their views, and tables for validation and test."""
     features, ids = clusters(60, C, D, 1)
     write_table(tmp_path / "train.parquet", features, [NAMES[i] for i in ids], ids=[f"shot {i}" for i in range(60)])
     write_table(tmp_path / "text.parquet", unit_rows(C, D, 5), NAMES)
@@ -52,17 +52,17 @@ def tune(run, place, *more, out="tuned"):
     return run("finetune", place / "index", "--out", place / out, "--source", place / "views.parquet", *more)
 
 
-def test_it_writes_another_index_with_its_story(run, place):
+def test_finetune_writes_a_new_index_with_its_provenance(run, place):
     before = (place / "index/manifest.json").read_bytes()
     result = tune(run, place, "--val", place / "val.parquet", "--epochs", 3, "--json", "--plot", place / "curve.png")
     assert result.exit_code == 0, result.stderr
-    said = json.loads(result.stdout)
+    printed = json.loads(result.stdout)
     cache = verify(place / "tuned")
     assert (place / "index/manifest.json").read_bytes() == before
     record = cache.provenance["finetune"]
     assert record["parent"] == str(place / "index")
     assert (record["parent_version"], record["epochs"], record["seed"], record["train"]) == (1, 3, 1, ["keys"])
-    assert (said["alpha"], said["beta"], said["version"]) == (cache.settings.alpha, cache.settings.beta, 1)
+    assert (printed["alpha"], printed["beta"], printed["version"]) == (cache.settings.alpha, cache.settings.beta, 1)
     assert not (place / "tuned.checkpoint").exists()
     assert (place / "curve.png").read_bytes()[:4] == b"\x89PNG"
     curve = run("index", "query", place / "tuned", "SELECT epoch FROM curve ORDER BY epoch", "--format", "json")
@@ -71,21 +71,21 @@ def test_it_writes_another_index_with_its_story(run, place):
     assert 0 <= json.loads(evaluated.stdout)["top1"] <= 1
 
 
-def test_python_does_what_the_command_does(run, place):
-    told = tune(run, place, "--val", place / "val.parquet", "--epochs", 2, "--batch", 16, "--json")
+def test_python_gives_the_result_of_the_command(run, place):
+    result = tune(run, place, "--val", place / "val.parquet", "--epochs", 2, "--batch", 16, "--json")
     cache = CacheModel.load(place / "index", device="cpu", precision="float32")
     shots, val = (open_source(place / f"{name}.parquet") for name in ("views", "val"))
     val = val.take(validation_shots(cache, val))
     recipe = Recipe(epochs=2, batch=16)
     tuned = finetune_into(place / "again", cache, shots, Encoder(), recipe, val=val, parent=str(place / "index"))
-    assert tuned.facts() | {"seconds": 0} == json.loads(told.stdout) | {"seconds": 0}
+    assert tuned.facts() | {"seconds": 0} == json.loads(result.stdout) | {"seconds": 0}
     one, other = (CacheModel.load(place / name, device="cpu") for name in ("tuned", "again"))
     assert np.array_equal(one.keys, other.keys)
     assert one.settings == other.settings
     assert not checkpoint_of(place / "again").exists()
 
 
-def test_without_source_it_trains_on_the_table_that_the_index_was_built_from(run, place):
+def test_finetune_trains_on_the_source_of_the_index_by_default(run, place):
     result = run("finetune", place / "index", "--out", place / "tuned", "--epochs", 2, "--keep-last")
     assert result.exit_code == 0, result.stderr
     keys, tuned = (CacheModel.load(place / name, device="cpu").keys for name in ("index", "tuned"))
@@ -97,7 +97,7 @@ def test_without_source_it_trains_on_the_table_that_the_index_was_built_from(run
     assert not (place / "again").exists()
 
 
-def test_alpha_and_beta_of_the_command_line_are_trained_with_and_kept(run, place):
+def test_given_alpha_and_beta_are_used_and_saved(run, place):
     fitted_index(run, place)
     result = tune(run, place, "--alpha", 3, "--beta", 2, "--epochs", 1, "--keep-last")
     assert result.exit_code == 0, result.stderr
@@ -106,7 +106,7 @@ def test_alpha_and_beta_of_the_command_line_are_trained_with_and_kept(run, place
 
 
 @pytest.mark.parametrize(
-    ("more", "code", "said"),
+    ("more", "code", "message"),
     [
         (["--views", "fresh", "--views-cache", "4"], 2, "--views fresh and --views-cache"),
         (["--train", "visual"], 2, "train visual: there is no encoder"),
@@ -119,17 +119,17 @@ def test_alpha_and_beta_of_the_command_line_are_trained_with_and_kept(run, place
         (["--out", "\udcff"], 1, "UTF-8"),
     ],
 )
-def test_what_cannot_be_is_one_line_and_leaves_nothing(run, place, more, code, said):
+def test_wrong_usage_is_one_line_and_writes_nothing(run, place, more, code, message):
     result = tune(run, place, *more)
     assert result.exit_code == code
-    assert said in result.stderr
+    assert message in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("Error: ")
     assert not (place / "tuned").exists()
     assert not (place / "tuned.checkpoint").exists()
 
 
 def fitted_index(run, place):
-    """The index of the same shots, fitted in closed form."""
+    """Build the index of the same shots with a closed-form fit."""
     text = ("--text", place / "text.parquet", "--logit-scale", 10)
     assert run("index", "build", place / "train.parquet", *text, "--out", place / "index").exit_code == 0
     return CacheModel.load(place / "index", device="cpu")
@@ -139,17 +139,17 @@ def accuracy(cache, source):
     return (cache.logits(Encoder().encode(source).features).argmax(1).numpy() == cache.ids_of(source)).mean()
 
 
-def test_training_that_does_not_help_is_not_kept_unless_asked(run, place):
-    """The index is written as it was: its fit and its answers are the same."""
+def test_training_without_gain_is_discarded_unless_asked(run, place):
+    """The new index has the fit and the answers of the old one."""
     index = fitted_index(run, place)
     worse = ("--epochs", 3, "--lr", 1, "--batch", 8, "--json")
     result = tune(run, place, *worse)
     assert result.exit_code == 0, result.stderr
     assert "closed-form fit" in result.stderr.splitlines()[0]
-    said = json.loads(result.stdout)
-    assert said["kept"] == "as it was"
-    assert said["after"] <= said["before"]
-    assert (said["epoch"], said["train_accuracy"]) == (None, None)
+    printed = json.loads(result.stdout)
+    assert printed["kept"] == "as it was"
+    assert printed["after"] <= printed["before"]
+    assert (printed["epoch"], printed["train_accuracy"]) == (None, None)
     kept, test = verify(place / "tuned"), open_source(place / "test.parquet")
     assert (kept.settings, kept.fitted, kept.curve) == (index.settings, index.fitted, None)
     features = Encoder().encode(test).features
@@ -157,14 +157,14 @@ def test_training_that_does_not_help_is_not_kept_unless_asked(run, place):
     last = json.loads(tune(run, place, *worse, "--keep-last", out="last").stdout)
     assert last["kept"] == "trained"
     assert {name: last[name] for name in ("before", "after", "n")} == {
-        name: said[name] for name in ("before", "after", "n")
+        name: printed[name] for name in ("before", "after", "n")
     }
     assert verify(place / "last").curve is not None
-    assert verify(place / "last").provenance["finetune"]["held_out"]["after"] == said["after"]
+    assert verify(place / "last").provenance["finetune"]["held_out"]["after"] == printed["after"]
 
 
-def test_printed_accuracy_is_of_photos_outside_the_training(run, place):
-    """Labels that are drawn can be learnt by heart, and say nothing about other shots."""
+def test_the_printed_accuracy_is_of_held_out_photos(run, place):
+    """Random labels can be memorised, but tell nothing about held-out shots."""
     rows = pq.read_table(place / "views.parquet")
     names = sorted(set(rows["id"].to_pylist()))
     drawn = dict(zip(names, np.random.default_rng(0).choice(NAMES, len(names)).tolist(), strict=True))
@@ -175,42 +175,42 @@ def test_printed_accuracy_is_of_photos_outside_the_training(run, place):
             table.set_column(table.schema.get_field_index("label"), "label", column), place / f"{name}.parquet"
         )
     fitted_index(run, place)
-    said = json.loads(tune(run, place, "--epochs", 20, "--lr", 0.01, "--batch", 8, "--keep-last", "--json").stdout)
-    assert said["train_accuracy"] > 0.9
-    assert max(said["before"], said["after"]) < 0.5
-    assert said["n"] == 60
+    printed = json.loads(tune(run, place, "--epochs", 20, "--lr", 0.01, "--batch", 8, "--keep-last", "--json").stdout)
+    assert printed["train_accuracy"] > 0.9
+    assert max(printed["before"], printed["after"]) < 0.5
+    assert printed["n"] == 60
 
 
-def test_validation_images_judge_the_index_before_and_after(run, place):
+def test_validation_accuracy_is_printed_before_and_after_training(run, place):
     index, val = fitted_index(run, place), open_source(place / "val.parquet")
     val = val.take(validation_shots(index, val))
     how = ("--val", place / "val.parquet", "--epochs", 3, "--batch", 16, "--json", "--keep-last")
-    said = json.loads(tune(run, place, *how).stdout)
-    assert (said["before"], said["n"]) == (pytest.approx(accuracy(index, val)), len(val))
-    assert said["after"] == pytest.approx(accuracy(CacheModel.load(place / "tuned", device="cpu"), val))
+    printed = json.loads(tune(run, place, *how).stdout)
+    assert (printed["before"], printed["n"]) == (pytest.approx(accuracy(index, val)), len(val))
+    assert printed["after"] == pytest.approx(accuracy(CacheModel.load(place / "tuned", device="cpu"), val))
 
 
 def test_training_that_helps_is_kept(run, place):
-    """Of an index whose settings are poor."""
+    """The settings of the index are poor."""
     assert run("index", "set", place / "index", "--alpha", 0.001).exit_code == 0
-    said = json.loads(tune(run, place, "--epochs", 20, "--batch", 16, "--alpha", 5, "--json").stdout)
-    assert (said["kept"], said["alpha"]) == ("trained", 5)
-    assert said["after"] > said["before"]
+    printed = json.loads(tune(run, place, "--epochs", 20, "--batch", 16, "--alpha", 5, "--json").stdout)
+    assert (printed["kept"], printed["alpha"]) == ("trained", 5)
+    assert printed["after"] > printed["before"]
 
 
-def test_of_one_photograph_a_class_nothing_is_held_out_and_it_says_so(run, place):
+def test_single_shots_are_not_held_out_and_a_message_says_so(run, place):
     table = pq.read_table(place / "train.parquet")
     first = sorted({label: i for i, label in enumerate(table["label"].to_pylist())}.values())
     pq.write_table(table.take(first), place / "train.parquet")
     fitted_index(run, place)
     result = tune(run, place, "--epochs", 1, "--json")
     assert result.exit_code == 0, result.stderr
-    said = json.loads(result.stdout)
-    assert (said["kept"], said["before"], said["after"], said["n"]) == ("trained", None, None, None)
+    printed = json.loads(result.stdout)
+    assert (printed["kept"], printed["before"], printed["after"], printed["n"]) == ("trained", None, None, None)
     assert "--val" in result.stderr
 
 
-def test_a_sweep_fine_tunes_what_it_draws(run, place):
+def test_a_sweep_fine_tunes_its_samples(run, place):
     result = run("sweep", place / "index", place / "test.parquet", "--shots", 4, "--seeds", 2, "--val",
                  place / "val.parquet", "--method", "untouched", "--method", "tip-adapter-f", "--results",
                  place / "runs.parquet")  # fmt: skip

@@ -64,7 +64,7 @@ def labels(cache: CacheModel, features: dict[str, Any], k: KeysMet) -> list[int]
 
 
 @pytest.mark.parametrize("more", [(), ("--agreement", 0.8, "--index", "IVF8,Flat", "--index", "HNSW8")])
-def test_a_new_version_is_what_was_printed(
+def test_the_new_version_has_the_printed_settings(
     run: Any, place: Path, features: dict[str, Any], more: tuple[object, ...]
 ) -> None:
     data, before = set((place / "index" / "data").iterdir()), CacheModel.load(place / "index", device="cpu")
@@ -74,7 +74,7 @@ def test_a_new_version_is_what_was_printed(
     assert all(list(row) == COLUMNS for row in rows)
     assert [row["microseconds"] for row in rows] == sorted(row["microseconds"] for row in rows)
     agreements = [row["agreement"] for row in rows]
-    assert all(less < higher for less, higher in pairwise(agreements))  # each buys something
+    assert all(less < higher for less, higher in pairwise(agreements))  # each further trial improves the agreement
     assert agreements[-1] == 1
     wanted = 0.8 if more else 0.999
     chosen = [row for row in rows if row["chosen"]]
@@ -85,13 +85,13 @@ def test_a_new_version_is_what_was_printed(
         chosen[0][x] for x in COLUMNS[:3]
     )
     assert cache.settings == before.settings.override(k=cache.settings.k or "all", tail=True)
-    told = f"tuned on {place / 'queries.parquet'}, n={Q}, agreement {chosen[0]['agreement']:.4g}"
-    assert cache.provenance == before.provenance | {"index": told, "k": told}
+    record = f"tuned on {place / 'queries.parquet'}, n={Q}, agreement {chosen[0]['agreement']:.4g}"
+    assert cache.provenance == before.provenance | {"index": record, "k": record}
     assert result.stderr.strip() == (
         f"{place / 'index'}: version 2, {cache.index.factory}, k {cache.settings.k or 'all'}"
     )
     added = set((place / "index" / "data").iterdir()) - data
-    assert {path.name.partition("-")[0] for path in added} <= {"index"}  # no other file is written again
+    assert {path.name.partition("-")[0] for path in added} <= {"index"}  # no other file is rewritten
     cache = CacheModel.load(place / "index", device="cpu", precision="float32")
     same = np.mean(np.equal(labels(cache, features, cache.settings.k), labels(cache, features, "all")))
     assert same == pytest.approx(chosen[0]["agreement"], abs=0.5 / Q)
@@ -99,7 +99,7 @@ def test_a_new_version_is_what_was_printed(
     assert [row["label"] for row in asked] == [NAMES[i] for i in labels(cache, features, cache.settings.k)]
 
 
-def test_a_dry_run_prints_the_same_and_changes_nothing(run: Any, place: Path) -> None:
+def test_a_dry_run_prints_its_choice_and_changes_nothing(run: Any, place: Path) -> None:
     before = snapshot(place / "index")
     result = tune(run, place, "--dry-run", "--format", "json")
     assert result.exit_code == 0, result.stderr
@@ -108,7 +108,7 @@ def test_a_dry_run_prints_the_same_and_changes_nothing(run: Any, place: Path) ->
     assert snapshot(place / "index") == before
 
 
-def test_the_frontier_is_drawn(run: Any, place: Path) -> None:
+def test_tune_draws_the_frontier(run: Any, place: Path) -> None:
     pytest.importorskip("matplotlib")
     from test_plots import check_png
 
@@ -117,8 +117,8 @@ def test_the_frontier_is_drawn(run: Any, place: Path) -> None:
     check_png(place / "tuned.png", least=10)
 
 
-def test_labels_of_the_queries_are_not_looked_at(run: Any, place: Path, features: dict[str, Any]) -> None:
-    """None at all, some missing, or names of no class: the answers are compared with those over all keys."""
+def test_tune_ignores_labels_of_the_queries(run: Any, place: Path, features: dict[str, Any]) -> None:
+    """Labels may be missing or unknown, because answers are compared with those over all keys."""
     some = [None if i % 3 else "no class of the index" for i in range(Q)]
     write_table(place / "some.parquet", features["queries"], some)
     write_table(place / "nulls.parquet", features["queries"], [None] * Q)
@@ -129,7 +129,7 @@ def test_labels_of_the_queries_are_not_looked_at(run: Any, place: Path, features
 
 
 @pytest.mark.parametrize(
-    ("more", "code", "said"),
+    ("more", "code", "message"),
     [
         (("--agreement", "0"), 2, "--agreement"),
         (("--agreement", "nan"), 2, "agreement"),
@@ -139,8 +139,8 @@ def test_labels_of_the_queries_are_not_looked_at(run: Any, place: Path, features
         (("--format", "json", "--output", "nowhere/out.json"), 1, "nowhere"),
     ],
 )
-def test_what_cannot_be_is_one_line_and_changes_nothing(
-    run: Any, place: Path, features: dict[str, Any], more: tuple[str, ...], code: int, said: str,
+def test_wrong_usage_is_one_line_and_changes_nothing(
+    run: Any, place: Path, features: dict[str, Any], more: tuple[str, ...], code: int, message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(place)
@@ -148,12 +148,12 @@ def test_what_cannot_be_is_one_line_and_changes_nothing(
     before = (place / "index" / "manifest.json").read_bytes()
     result = tune(run, place, *more)
     assert result.exit_code == code
-    assert said in result.stderr
+    assert message in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("Error: ")
     assert (place / "index" / "manifest.json").read_bytes() == before
 
 
-def test_an_index_may_be_tuned_again_and_takes_more_keys_after(run: Any, place: Path, features: dict[str, Any]) -> None:
+def test_a_tuned_index_can_be_tuned_again_and_extended(run: Any, place: Path, features: dict[str, Any]) -> None:
     for version, factory in ((2, "IVF8,Flat"), (3, "Classes")):
         result = tune(run, place, "--agreement", 0.01, "--index", factory)
         assert result.exit_code == 0, result.stderr
@@ -167,7 +167,7 @@ def test_an_index_may_be_tuned_again_and_takes_more_keys_after(run: Any, place: 
 # ------------------------------------------------------------------------------------------------------------ certify
 
 
-def test_answers_tell_the_keys_that_settled_them(run: Any, place: Path, features: dict[str, Any]) -> None:
+def test_certified_answers_show_their_number_of_keys(run: Any, place: Path, features: dict[str, Any]) -> None:
     result = run("classify", place / "index", place / "queries.parquet", "--certify", "-k", 10, "--format", "json")
     assert result.exit_code == 0, result.stderr
     rows = json_rows(result.stdout)
@@ -182,7 +182,7 @@ def test_answers_tell_the_keys_that_settled_them(run: Any, place: Path, features
 
 
 @pytest.mark.parametrize("index", ["Classes", "IVF4,Flat"])
-def test_after_approximate_search_nothing_is_called_proved(run: Any, place: Path, index: str) -> None:
+def test_approximate_search_never_claims_a_proof(run: Any, place: Path, index: str) -> None:
     build(run, place, "other", "--index", index)
     result = run("classify", place / "other", place / "queries.parquet", "--certify", "-k", 16, "--format", "json")
     assert result.exit_code == 0, result.stderr
@@ -191,14 +191,14 @@ def test_after_approximate_search_nothing_is_called_proved(run: Any, place: Path
     assert counted == len(json_rows(result.stdout)) == Q
 
 
-def test_certified_answers_are_explained_too(run: Any, place: Path) -> None:
+def test_certified_answers_can_be_explained(run: Any, place: Path) -> None:
     build(run, place, "classes", "--index", "Classes", "-k", 64)
     result = run("classify", place / "classes", place / "queries.parquet", "--certify", "--explain", "--top", 2,
                  "--logits", "--neighbours", 3, "--format", "json")  # fmt: skip
     assert result.exit_code == 0, result.stderr
     for row in json_rows(result.stdout):
         assert list(row)[-1] == "keys"
-        assert row["keys"] in (64, C * SHOTS)  # four times as many are more than an eighth
+        assert row["keys"] in (64, C * SHOTS)  # 4 x 64 keys are more than an eighth
         assert len(row["neighbours"]) == 3
         assert len(row["logits"]) == C
         assert row["text_logit"] + row["cache_logit"] == pytest.approx(max(row["logits"]), rel=1e-5)
@@ -208,29 +208,28 @@ def test_certified_answers_are_explained_too(run: Any, place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("times", "more", "expected"),
+    ("more", "expected"),
     [
-        (1, (), ("Flat", None)),
-        (7, (), ("Classes", 8 * 7 * SHOTS)),  # 2240 keys: more than are all met
-        (7, ("-k", "50"), ("Classes", 50)),
-        (7, ("-k", "all"), ("Classes", None)),
+        ((), ("Classes", 8 * 7 * SHOTS)),  # 2240 keys, too many to search all
+        (("-k", "50"), ("Classes", 50)),
+        (("-k", "all"), ("Classes", None)),
     ],
 )
-def test_build_chooses_index_and_k_by_the_numbers_unless_k_is_given(
-    run: Any, place: Path, features: dict[str, Any], times: int, more: tuple[str, ...], expected: tuple[str, int | None]
+def test_build_chooses_index_and_k_unless_k_is_given(
+    run: Any, place: Path, features: dict[str, Any], more: tuple[str, ...], expected: tuple[str, int | None]
 ) -> None:
     rng = np.random.default_rng(0)
-    rows = np.tile(features["keys"], (times, 1))
+    rows = np.tile(features["keys"], (7, 1))
     rows = rows + 0.02 * rng.standard_normal(rows.shape)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    write_table(place / "many.parquet", rows, [NAMES[i] for i in features["ids"]] * times)
+    write_table(place / "many.parquet", rows, [NAMES[i] for i in features["ids"]] * 7)
     build(run, place, "auto", "--index", "auto", *more, train="many.parquet")
     cache = verify(place / "auto")
     assert (cache.index.factory, cache.settings.k) == expected
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
-def test_precision_is_that_of_the_products_with_all_keys(
+def test_precision_applies_to_products_with_all_keys(
     run: Any, place: Path, features: dict[str, Any], precision: str
 ) -> None:
     result = run("classify", place / "index", place / "queries.parquet", "--precision", precision, "--logits",

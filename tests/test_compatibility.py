@@ -1,9 +1,9 @@
-"""Indexes of older versions load for ever: format N wrote ``indexes/vN``, which never changes.
+"""Indexes of older formats load for ever. Format N wrote ``indexes/vN``, which never changes.
 
-``expected.json`` beside them holds queries ``features`` and each index's answers at that time: logits over all keys and
-the 4 nearest. ``v3/plain`` is ``v2/plain`` in a LanceDB store. Format 4 added fitted metrics and values, format 5 the
-settings of the build, format 6 the sums of the keys, format 7 the discriminant, the class prior and the prior scatter;
-``v6/solved`` and ``v6/metric`` are those of format 4 in LanceDB stores.
+``expected.json`` beside them holds queries ``features`` and the answers of each index at that time: logits over all
+keys and over the 4 nearest. ``v3/plain`` is ``v2/plain`` in a LanceDB store, and ``v6/solved`` and ``v6/metric`` are
+the indexes of format 4 in LanceDB stores. Format 4 added fitted metrics and values, format 5 the settings of the build,
+format 6 the sums of the keys, and format 7 the discriminant, the class prior and the prior scatter.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def check_answers(cache: AnsweringIndex, version: str, name: str) -> None:
     assert [found.label for found in cache.classify(features)] == answers["labels"]
 
 
-def test_every_format_has_its_indexes() -> None:
+def test_every_format_has_test_indexes() -> None:
     assert sorted(path.name for path in INDEXES.iterdir()) == [f"v{i}" for i in range(1, FORMAT_VERSION + 1)]
     for version, name in NAMES:
         body = json.loads((INDEXES / version / name / "manifest.json").read_text())
@@ -56,17 +56,11 @@ def test_every_format_has_its_indexes() -> None:
 
 
 @pytest.mark.parametrize(("version", "name"), NAMES)
-def test_an_older_index_gives_its_old_answers(version: str, name: str, tmp_path: Path) -> None:
-    folder = tmp_path / name
-    shutil.copytree(INDEXES / version / name, folder)
-    check_answers(verify(folder), version, name)
-
-
-@pytest.mark.parametrize(("version", "name"), NAMES)
-def test_an_older_index_goes_on_as_one_of_today(version: str, name: str, tmp_path: Path) -> None:
+def test_an_older_index_gives_its_old_answers_and_can_be_changed(version: str, name: str, tmp_path: Path) -> None:
     folder = tmp_path / name
     shutil.copytree(INDEXES / version / name, folder)
     old = read_manifest(folder)
+    check_answers(verify(folder), version, name)
     changes.configure(folder, temperature=2.0)
     new = verify(folder)
     check_answers(new, version, name)
@@ -83,7 +77,7 @@ def test_an_older_index_goes_on_as_one_of_today(version: str, name: str, tmp_pat
     check_answers(verify(folder), version, name)
 
 
-def test_an_older_store_answers_as_its_folder_and_goes_on(tmp_path: Path) -> None:
+def test_an_older_store_gives_its_old_answers_and_can_be_changed(tmp_path: Path) -> None:
     shutil.copytree(INDEXES / "v3" / "plain", tmp_path / "plain")
     store = at(f"lance://{tmp_path / 'plain'}")
     old = store.manifest()
@@ -93,7 +87,7 @@ def test_an_older_store_answers_as_its_folder_and_goes_on(tmp_path: Path) -> Non
     check_answers(store.verify(), "v2", "plain")
     new = store.manifest()
     assert (new.version, new.settings.temperature) == (old.version + 1, 2.0)
-    assert (old.digests, new.digests.rows) == (None, None)  # which would take reading all rows
+    assert (old.digests, new.digests.rows) == (None, None)  # would require reading all rows
     changes.rebuild(f"lance://{tmp_path / 'plain'}")
     assert store.verify().manifest.digests.rows is not None
 
@@ -111,7 +105,7 @@ def test_an_older_store_keeps_its_fit(name: str, tmp_path: Path) -> None:
     check_answers(at(place).verify(), "v4", name)
 
 
-def test_an_index_of_format_1_has_its_labels_and_settings() -> None:
+def test_format_1_keeps_its_labels_and_settings() -> None:
     plain, tuned = (CacheModel.load(INDEXES / "v1" / name, device="cpu") for name in ("plain", "tuned"))
     assert (plain.version, plain.settings.alpha, plain.settings.beta, plain.settings.k) == (2, 2.0, 4.0, 4)
     assert plain.provenance == {"alpha": "given", "beta": "given"}
@@ -124,7 +118,7 @@ def test_an_index_of_format_1_has_its_labels_and_settings() -> None:
     assert tuned.curve["loss"].to_pylist() == [1.0, 0.5]
 
 
-def test_an_index_of_format_2_has_its_segments_and_versions() -> None:
+def test_format_2_keeps_its_segments_and_versions() -> None:
     plain = CacheModel.load(INDEXES / "v2" / "plain", device="cpu")
     assert (plain.version, plain.settings.alpha, plain.settings.k, plain.segments, plain.next_key_id) == (
         5,
@@ -147,7 +141,7 @@ def test_an_index_of_format_2_has_its_segments_and_versions() -> None:
     assert CacheModel.load(INDEXES / "v2" / "plain", device="cpu", version=3).n == 9
 
 
-def test_an_index_of_format_4_keeps_its_fit() -> None:
+def test_format_4_keeps_its_fit() -> None:
     solved, metric = (CacheModel.load(INDEXES / "v4" / name, device="cpu") for name in ("solved", "metric"))
     assert solved.fitted == Fitted("within", "solved", 0.8, 0.1, 12)
     assert metric.fitted == Fitted("within", "one-hot", 0.5, None, 12)
@@ -159,13 +153,13 @@ def test_an_index_of_format_4_keeps_its_fit() -> None:
 
 
 @pytest.mark.parametrize("name", ["drawn", "fitted"])
-def test_an_index_of_format_5_says_how_it_was_built(name: str) -> None:
+def test_format_5_keeps_the_settings_of_its_build(name: str) -> None:
     cache = CacheModel.load(INDEXES / "v5" / name, device="cpu")
     assert cache.built == Built("shots.parquet", shots=5, seed=7)
     assert (cache.n, cache.version) == (18, 2)
 
 
-def test_an_index_of_format_6_has_the_sums_of_its_keys() -> None:
+def test_format_6_keeps_the_sums_of_its_keys() -> None:
     cache = CacheModel.load(INDEXES / "v6" / "sums", device="cpu")
     keys = np.asarray(cache.keys, dtype=np.float64)
     assert cache.sums is not None
@@ -185,20 +179,20 @@ def test_an_index_of_format_6_has_the_sums_of_its_keys() -> None:
         ({}, Built()),
     ],
 )
-def test_a_format_before_5_was_built_as_its_provenance_says(recorded: dict[str, Any], built: Built) -> None:
+def test_before_format_5_the_provenance_tells_how_an_index_was_built(recorded: dict[str, Any], built: Built) -> None:
     body = json.loads((INDEXES / "v2" / "plain" / "manifest.json").read_text())
     manifest = Manifest.parse(body | {"provenance": recorded})
     assert (manifest.built, manifest.provenance) == (built, recorded)
 
 
 @pytest.mark.parametrize(("version", "name"), NAMES)
-def test_an_older_manifest_survives_being_written_again(version: str, name: str) -> None:
+def test_an_older_manifest_survives_a_round_trip(version: str, name: str) -> None:
     manifest = read_manifest(INDEXES / version / name)
     assert Manifest.from_bytes(manifest.to_bytes(), "m") == manifest
 
 
 @needs_shared
-def test_an_index_of_a_decoder_that_is_gone_answers_features_and_names_it_for_photographs(
+def test_an_index_of_a_removed_decoder_still_classifies_features(
     run: Callable[..., Result], lit_mini: Backbone, tmp_path: Path
 ) -> None:
     identity = replace(lit_mini.identity, preprocess={**lit_mini.identity.preprocess, "decoder": "nvjpeg"})

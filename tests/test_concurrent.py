@@ -51,7 +51,7 @@ pytestmark = [killing.needs_fork, pytest.mark.usefixtures("one_thread")]
 
 
 def vector(source: str) -> npt.NDArray[np.float32]:
-    """The feature of a source, which follows from its name: a reader knows what has to be in the index."""
+    """Return the feature of a source, derived from its name, so that readers can check it."""
     return unit_rows(1, D, zlib.crc32(source.encode()))[0]
 
 
@@ -60,11 +60,11 @@ def table(path: Path, sources: list[str], labels: list[str] | None = None) -> Pa
     return write_table(path, np.stack([vector(source) for source in sources]), labels, sources)
 
 
-# --- in processes of their own
+# --- child processes
 
 
 def _write(job: killing.Job) -> dict[str, Any]:
-    """Add, remove and arrange until the time is over; what became of it."""
+    """Add, remove and reorganise keys until the time is up, and return a record of the changes."""
     folder, number = Path(job["folder"]), job["number"]
     rng, own, path = random.Random(number), dict[str, int](), Path(f"{job['out']}.parquet")
     versions, key_ids, removed, done = [], [], [], 0
@@ -97,7 +97,7 @@ def _write(job: killing.Job) -> dict[str, Any]:
 
 
 def check_whole(cache: CacheModel, rng: random.Random) -> None:
-    """What was opened is one version: each key is where its label is, and is found."""
+    """Check that an open index is one version: each key has its label, and is found by a search."""
     sources, labels = cache.labels["source"].to_pylist(), cache.labels["label"].to_pylist()
     assert len(set(sources)) == len(sources) == cache.n
     assert len(set(cache.labels["key_id"].to_pylist())) == cache.n
@@ -110,16 +110,16 @@ def check_whole(cache: CacheModel, rng: random.Random) -> None:
 
 
 def _read(job: killing.Job) -> dict[str, Any]:
-    """Open and ask until the time is over. The first reader keeps its index open and follows by :meth:`reload`."""
+    """Load and query until the time is up. The first reader keeps its index open, and uses :meth:`reload`."""
     folder, number = Path(job["folder"]), job["number"]
     rng, versions, reads = random.Random(number), [0], 0
     staying = CacheModel.load(folder, device="cpu")
     end = time.monotonic() + job["seconds"]
-    while time.monotonic() < end or reads < 2:  # a busy machine gives it less than a turn
+    while time.monotonic() < end or reads < 2:  # even if a busy machine gives the reader no time
         if number == 0:
             before, then = staying, staying.logits(QUERIES)
             staying = cache = staying.reload()
-            assert np.array_equal(before.logits(QUERIES), then)  # what is open stays as it is
+            assert np.array_equal(before.logits(QUERIES), then)  # an open index does not change
         else:
             cache = CacheModel.load(folder, device="cpu", verify=rng.choice(["full", "fast"]))
         assert cache.version is not None
@@ -189,7 +189,7 @@ def index(tmp_path: Path) -> Path:
     return tmp_path / "index"
 
 
-# --- many at once
+# --- writers and readers at the same time
 
 
 @pytest.mark.timeout(300 + 4 * SECONDS)
@@ -201,10 +201,10 @@ def test_writers_lose_nothing_and_readers_never_fail(server: killing.Server, ind
     ]
     server.start(*jobs)
     assert server.wait() == [0] * len(jobs)
-    told = [json.loads(Path(str(job["out"])).read_text()) for job in jobs]
-    wrote, read = told[:WRITERS], told[WRITERS:]
-    # No version was lost, or made twice.
-    made = sorted(version for one in wrote for version in one["versions"])
+    records = [json.loads(Path(str(job["out"])).read_text()) for job in jobs]
+    written, read = records[:WRITERS], records[WRITERS:]
+    # No version was lost or made twice.
+    made = sorted(version for one in written for version in one["versions"])
     last = store.read_manifest(index).version
     assert sorted(set(made)) == list(range(2, last + 1))
     history = store.history(index).to_pylist()
@@ -212,30 +212,28 @@ def test_writers_lose_nothing_and_readers_never_fail(server: killing.Server, ind
     assert numbers == list(range(numbers[0], last + 1))
     assert [row["parent"] for row in history] == [version - 1 or None for version in numbers]
     assert [row["current"] for row in history] == [False] * (len(history) - 1) + [True]
-    # No key was lost, and no id was given twice.
-    given = [key_id for one in wrote for key_id in one["key_ids"]]
+    # No key was lost, and no key id was given twice.
+    given = [key_id for one in written for key_id in one["key_ids"]]
     assert sorted(given) == list(range(len(BASE), len(BASE) + len(given)))
     cache = verify(index)
     found = dict(zip(cache.labels["source"].to_pylist(), cache.labels["key_id"].to_pylist(), strict=True))
-    expected = {source: key_id for one in wrote for source, key_id in one["own"].items()}
+    expected = {source: key_id for one in written for source, key_id in one["own"].items()}
     assert len(found) == cache.n
     assert found == expected | {source: i for i, source in enumerate(BASE)}
-    assert not {source for one in wrote for source in one["removed"]} & found.keys()
+    assert not {source for one in written for source in one["removed"]} & found.keys()
     assert cache.next_key_id == len(BASE) + len(given)
     check_whole(cache, random.Random(0))
-    # All had their turn.
-    assert all(one["done"] for one in wrote)
+    # All writers and readers made progress.
+    assert all(one["done"] for one in written)
     assert all(one["reads"] > 1 for one in read)
     assert any(one["versions"] > 1 for one in read)
-    sums = {name: sum(one[name] for one in wrote) for name in ("done",)} | {"added": len(given), "versions": last}
-    print(f"{sums}, {sum(one['reads'] for one in read)} reads of {[one['versions'] for one in read]} versions")
 
 
-# --- a reader while versions are given up
+# --- readers of deleted versions
 
 
-def at_every_read(monkeypatch: pytest.MonkeyPatch, index: Path, read: Callable[[], object]) -> int:
-    """Do ``read`` again and again; before its first, second, third ... look at a file a writer gives the version up."""
+def delete_at_every_access(monkeypatch: pytest.MonkeyPatch, index: Path, read: Callable[[], object]) -> int:
+    """Repeat ``read`` while a writer deletes its version before file access 0, 1, 2 ...; return the last number."""
     state = {"at": -1, "count": 0}
 
     def between() -> None:
@@ -245,29 +243,29 @@ def at_every_read(monkeypatch: pytest.MonkeyPatch, index: Path, read: Callable[[
             changes.relabel(index, NAMES[state["turn"] % 2], key_ids=[0])
             collect(index)
 
-    def looking(call: Callable[..., Any]) -> Callable[..., Any]:
-        def look(*arguments: Any, **named: Any) -> Any:
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        def access(*arguments: Any, **named: Any) -> Any:
             between()
             return call(*arguments, **named)
 
-        return look
+        return access
 
-    looks = [(io, "open"), (os, "stat"), (os, "scandir"), (pa, "OSFile"), (vector_index.faiss(), "read_index")]
+    functions = [(io, "open"), (os, "stat"), (os, "scandir"), (pa, "OSFile"), (vector_index.faiss(), "read_index")]
     for turn in range(0, 1000, 1 if SOAK else 5):
-        changes.relabel(index, NAMES[2 + turn % 2], key_ids=[1])  # there is something to be given up
+        changes.relabel(index, NAMES[2 + turn % 2], key_ids=[1])  # a version to delete
         with monkeypatch.context() as patch:
-            for module, name in looks:
-                patch.setattr(module, name, looking(getattr(module, name)))
+            for module, name in functions:
+                patch.setattr(module, name, watched(getattr(module, name)))
             patch.setattr(store, "ThreadPoolExecutor", Inline)
             state |= {"at": turn, "count": 0, "turn": turn}
             read()
-        if state["at"] == turn:  # it was over before
+        if state["at"] == turn:  # read made fewer accesses
             return turn
-    return pytest.fail("there is no end to its looks")
+    return pytest.fail("read accesses files without end")
 
 
 class Inline:
-    """A pool that does its work at once."""
+    """A thread pool that runs each call at once."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -297,17 +295,17 @@ def check_history(index: Path) -> None:
 
 
 @pytest.mark.parametrize("name", READ)
-def test_a_version_that_is_given_up_at_any_look_of_a_reader_is_no_error(
+def test_a_reader_survives_deletion_of_its_version_at_any_access(
     index: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     staying = CacheModel.load(index, device="cpu")
     before = staying.logits(QUERIES)
-    looks = at_every_read(monkeypatch, index, lambda: READ[name](index, staying))
-    assert looks > 5
+    accesses = delete_at_every_access(monkeypatch, index, lambda: READ[name](index, staying))
+    assert accesses > 5
     assert np.array_equal(staying.logits(QUERIES), before)
 
 
-# --- a folder that is new to two
+# --- a new folder
 
 
 def test_two_builds_into_one_new_folder_make_two_versions(server: killing.Server, tmp_path: Path) -> None:
@@ -322,9 +320,9 @@ def test_two_builds_into_one_new_folder_make_two_versions(server: killing.Server
         assert names == {"a", "b"}
 
 
-def test_a_build_that_fails_does_not_take_its_new_folder_from_another(server: killing.Server, tmp_path: Path) -> None:
+def test_a_failed_build_does_not_remove_the_new_folder_of_another(server: killing.Server, tmp_path: Path) -> None:
     good = table(tmp_path / "good.parquet", BASE)
-    bad = write_table(tmp_path / "bad.parquet", 2 * unit_rows(4, D), NAMES)  # norms are checked under the lock
+    bad = write_table(tmp_path / "bad.parquet", 2 * unit_rows(4, D), NAMES)  # the build checks norms under the lock
     for number in range(12 if SOAK else 4):
         folder = tmp_path / str(number) / "index"
         jobs = [{"work": "build", "table": str(path), "folder": str(folder)} for path in (bad, good)]
@@ -335,10 +333,10 @@ def test_a_build_that_fails_does_not_take_its_new_folder_from_another(server: ki
 
 
 @pytest.mark.parametrize("name", ["lock", "data", "folder"])
-def test_what_a_failed_build_removes_at_any_moment_is_made_again(
+def test_a_writer_recreates_what_a_failed_build_removed(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """What another writer removes as it fails, just before this one has the lock."""
+    """Another writer fails, and removes its files just before this writer gets the lock."""
     folder, acquire, tried = tmp_path / "new", filelock.FileLock.acquire, []
 
     def late(self: Any, *arguments: Any, **named: Any) -> Any:
@@ -357,10 +355,10 @@ def test_what_a_failed_build_removes_at_any_moment_is_made_again(
     assert verify(folder).version == 1
 
 
-# --- a folder that cannot be written
+# --- a read-only folder
 
 
-def test_a_read_only_folder_is_read_and_refused_to_every_writer(index: Path, tmp_path: Path) -> None:
+def test_a_read_only_folder_can_be_read_and_refuses_every_change(index: Path, tmp_path: Path) -> None:
     changes.add(index, open_source(table(tmp_path / "more.parquet", ["more"])), Encoder())
     place, more = tmp_path / "mounted", open_source(table(tmp_path / "last.parquet", ["last"]))
     place.mkdir()
@@ -404,12 +402,10 @@ def test_a_read_only_folder_is_read_and_refused_to_every_writer(index: Path, tmp
             path.chmod(0o755)
 
 
-# --- whose lock it is
+# --- the owner of the lock
 
 
-def test_a_lock_that_a_stopped_process_holds_is_named_by_its_owner(
-    server: killing.Server, index: Path, tmp_path: Path
-) -> None:
+def test_the_error_names_the_process_that_holds_the_lock(server: killing.Server, index: Path, tmp_path: Path) -> None:
     job = {"work": "configure", "folder": str(index)}
     assert server.run(job) == 0
     locked, *_, released = [number for number, step in enumerate(server.steps) if step == "fcntl.flock"]
@@ -423,7 +419,7 @@ def test_a_lock_that_a_stopped_process_holds_is_named_by_its_owner(
                 with pytest.raises(StoreError) as error, write(index, wait=0.05):
                     pass
                 owner = f"process {stopped} on {socket.gethostname()}"
-                # For a moment a new owner has not said yet who it is; another one is never named.
+                # A new owner is unnamed for a moment, but no other process is ever named.
                 assert str(error.value) in [
                     f"{index}: is being written by {who}; try later" for who in (owner, "another process")
                 ]
@@ -436,6 +432,6 @@ def test_a_lock_that_a_stopped_process_holds_is_named_by_its_owner(
             os.kill(stopped, signal.SIGCONT)
             status = server.wait()
         assert status == [0]
-        assert verify(index).version == first + 1  # it went on
+        assert verify(index).version == first + 1  # the stopped process has continued
         assert changes.configure(index, k=8).version == first + 2
     assert named > (10 if SOAK else 3)

@@ -18,38 +18,38 @@ STEPS = re.findall(
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def said(kind):
+def lines_of(kind):
     return [text for step, text in STEPS if step == kind]
 
 
 def test_copied_files_exist_and_are_not_ignored():
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
-    copied = {name for text in said("COPY") if not text.startswith("--from") for name in text.split()[:-1]}
+    copied = {name for text in lines_of("COPY") if not text.startswith("--from") for name in text.split()[:-1]}
     assert {"pyproject.toml", "retrieval_tip"} <= copied
     for name in copied:
         assert (ROOT / name).exists(), name
         assert not any(fnmatch.fnmatch(name, pattern) for pattern in ignored), name
-    needed = {PROJECT["readme"], *PROJECT["license-files"]}  # without them it cannot be built
+    needed = {PROJECT["readme"], *PROJECT["license-files"]}  # the package cannot be built without these
     assert needed <= copied
 
 
 def test_the_installed_packages_are_those_of_the_project():
-    runs = " ".join(said("RUN"))
+    runs = " ".join(lines_of("RUN"))
     extras = re.findall(r"'\.\[([^\]]*)\]'", runs)
     assert extras
     assert all(extra in PROJECT["optional-dependencies"] for extra in extras[0].split(","))
     (faiss,) = re.findall(r"'(faiss-cpu[^']*)'", runs)
     assert any(requirement.startswith(f"{faiss} ;") for requirement in PROJECT["dependencies"])
-    for image in said("FROM"):
+    for image in lines_of("FROM"):
         python = re.match(r"python:(3\.\d+)", image)[1]
         assert f"Programming Language :: Python :: {python}" in PROJECT["classifiers"]
 
 
-def test_it_starts_an_existing_command_without_privileges():
-    (entry,), (typed,) = said("ENTRYPOINT"), said("CMD")
+def test_the_container_starts_an_existing_command_without_privileges():
+    (entry,), (typed,) = lines_of("ENTRYPOINT"), lines_of("CMD")
     assert json.loads(entry) == list(PROJECT["scripts"])
     name, *rest = json.loads(typed)
     command = cli.main.commands[name]
     ctx = command.make_context(name, rest, parent=click.Context(cli.main, obj=True))
-    assert ctx.params["port"] == int(said("EXPOSE")[0])
-    assert said("USER") == ["tip"]
+    assert ctx.params["port"] == int(lines_of("EXPOSE")[0])
+    assert lines_of("USER") == ["tip"]

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import needs_real
 from PIL import Image
-from tables import tiny
+from tables import tiny, unit_rows, write_table
 
 from retrieval_tip.backbones.prompts import clean_class_name
 from retrieval_tip.cache_model import CacheModel
@@ -51,7 +51,7 @@ def tiny_image(path):
 
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
-    """One small image; the made datasets hold links to it."""
+    """One small image; the synthetic datasets contain links to it."""
     path = tmp_path_factory.mktemp("picture") / "one.png"
     tiny_image(path)
     return path
@@ -63,15 +63,15 @@ def place(picture, path):
 
 
 def made_split(classes):
-    """A split file of one image a class and part."""
+    """Return a split file with one image per class and part."""
     return {
         split: [[f"c_{label}/{split}.png", label, f"class_{label}"] for label in range(classes)]
         for split in ("train", "val", "test")
     }
 
 
-def lay_split(root, picture, name, split_json=None, every=1):
-    """A dataset with a split file; only every so-manieth image is there."""
+def lay_split(root, picture, name, split_json=None):
+    """Create a dataset with a split file."""
     row = facts(name)
     data = split_json or made_split(row.classes)
     folder = root / row.folder
@@ -79,7 +79,7 @@ def lay_split(root, picture, name, split_json=None, every=1):
     (folder / row.listing).write_text(json.dumps(data))
     for split, entries in data.items():
         (folder / row.images[split]).mkdir(exist_ok=True)
-        for path, _, _ in entries[::every]:
+        for path, _, _ in entries:
             place(picture, folder / row.images[split] / path)
     return folder
 
@@ -112,7 +112,7 @@ def lay_imagenet(root, picture, name="ImageNet", class_names=None):
     return folder
 
 
-def test_the_names():
+def test_datasets_are_found_by_every_spelling():
     assert names() == [
         *("ImageNet", "Caltech101", "OxfordPets", "StanfordCars", "Flowers102", "Food101", "FGVCAircraft"),
         *("SUN397", "DTD", "EuroSAT", "UCF101", *VARIANTS),
@@ -136,7 +136,7 @@ def test_no_name_stands_for_two_datasets():
 
 
 @pytest.mark.parametrize("name", ["", "imagenet-b", "pet", "../caltech-101"])
-def test_an_unknown_name_is_answered_with_the_names(name):
+def test_the_error_for_an_unknown_name_lists_all_names(name):
     for ask in (lambda: facts(name), lambda: open_dataset(name, ".", "train"), lambda: check(name, ".")):
         with pytest.raises(UsageError, match=r"ImageNet, Caltech101, .*, ImageNet-R"):
             ask()
@@ -149,7 +149,7 @@ def test_templates_and_settings_are_the_published_ones(name):
     assert row.beta == 1
 
 
-def test_the_variants_of_imagenet_take_its_prompts_and_settings():
+def test_imagenet_variants_share_its_templates_and_settings():
     imagenet = facts("imagenet")
     for name in VARIANTS:
         row = facts(name)
@@ -157,24 +157,24 @@ def test_the_variants_of_imagenet_take_its_prompts_and_settings():
 
 
 @needs_real
-def test_the_shared_part_of_caltech101(shared, tmp_path):
-    photographs = shared / "data/caltech101"
-    (tmp_path / "caltech-101").symlink_to(photographs)
+def test_caltech101_opens_by_name_as_by_its_split_file(shared, tmp_path):
+    photos = shared / "data/caltech101"
+    (tmp_path / "caltech-101").symlink_to(photos)
     assert check("Caltech101", tmp_path) == []
-    assert check("Caltech101", photographs) == []  # the dataset's own folder, whatever it is called
+    assert check("Caltech101", photos) == []  # the dataset's own folder, whatever its name
     for split, number in (("train", 1600), ("val", 400), ("test", 999)):
         source = open_dataset("caltech101", tmp_path, split)
         assert (len(source), len(source.class_names), source.dataset) == (number, 100, "Caltech101")
         assert all(Path(path).is_file() for path in source.paths)
         plain = open_source(tmp_path / "caltech-101" / "split_zhou_Caltech101.json", split=split)
         assert (source.name, source.paths, source.labels) == (plain.name, plain.paths, plain.labels)
-        direct = open_dataset("caltech101", photographs, split)
+        direct = open_dataset("caltech101", photos, split)
         assert (direct.labels, direct.class_names) == (source.labels, source.class_names)
 
 
 @needs_real
 @pytest.mark.parametrize("name", sorted(set(SPLIT_FILES) - {"Food101", "SUN397", "Caltech101"}))
-def test_the_real_split_files(shared, tmp_path, picture, name):
+def test_published_split_files_are_read(shared, tmp_path, picture, name):
     row = facts(name)
     data = json.loads((shared / "data/splits" / row.listing).read_text())
     sample = {split: entries[:: max(1, len(entries) // 16)] for split, entries in data.items()}
@@ -190,18 +190,18 @@ def test_the_real_split_files(shared, tmp_path, picture, name):
 
 
 @pytest.mark.parametrize("name", ["Food101", "SUN397"])
-def test_made_split_files(tmp_path, picture, name):
+def test_synthetic_split_files_are_read(tmp_path, picture, name):
     folder = lay_split(tmp_path, picture, name)
     assert check(name, tmp_path) == check(name, folder) == []
     assert open_dataset(name, tmp_path, "val").labels[:2] == ["class_0", "class_1"]
 
 
-def test_aircraft_by_its_variant_lists(tmp_path, picture):
+def test_aircraft_is_read_from_its_variant_lists(tmp_path, picture):
     folder = lay_aircraft(tmp_path, picture)
     assert check("FGVCAircraft", tmp_path) == check("fgvc", folder) == []
     for start, split in enumerate(("train", "val", "test")):
         source = open_dataset("fgvc", tmp_path, split)
-        assert source.class_names[:2] == ("A0", "A1")  # in the order of variants.txt, not of the images
+        assert source.class_names[:2] == ("A0", "A1")  # in the order of variants.txt
         assert source.class_names[-1] == source.labels[0] == "F/A-18 Hornet"
         assert source.paths[0] == str(folder / "images" / f"{start}000099.jpg")
         assert Path(source.paths[0]).is_file()
@@ -209,7 +209,7 @@ def test_aircraft_by_its_variant_lists(tmp_path, picture):
         assert (len(source), source.dataset) == (100, "FGVCAircraft")
 
 
-def test_imagenet_by_its_class_folders(tmp_path, picture, caplog):
+def test_imagenet_is_read_from_its_class_folders(tmp_path, picture, caplog):
     folder = lay_imagenet(tmp_path, picture)
     assert check("ImageNet", tmp_path) == check("ImageNet", folder) == []
     for split, part in (("train", "train"), ("test", "val")):
@@ -222,7 +222,7 @@ def test_imagenet_by_its_class_folders(tmp_path, picture, caplog):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_variants_of_imagenet(tmp_path, picture, name, caplog):
+def test_imagenet_variants_are_read_from_their_class_folders(tmp_path, picture, name, caplog):
     folder = lay_imagenet(tmp_path, picture, name)
     assert check(name, tmp_path) == check(name, folder) == []
     source = open_dataset(name, tmp_path, "test")
@@ -235,7 +235,7 @@ def test_the_variants_of_imagenet(tmp_path, picture, name, caplog):
         open_dataset(name, tmp_path, "train")
 
 
-def test_two_classes_of_one_name_stay_apart_with_the_same_prompt(tmp_path, picture):
+def test_two_classes_of_one_name_stay_apart_and_share_a_prompt(tmp_path, picture):
     class_names = [f"thing {number}" for number in range(1000)]
     class_names[3] = class_names[500] = class_names[501] = "missile"
     lay_imagenet(tmp_path, picture, class_names=class_names)
@@ -243,12 +243,12 @@ def test_two_classes_of_one_name_stay_apart_with_the_same_prompt(tmp_path, pictu
     source = open_dataset("imagenet", tmp_path, "test")
     assert [source.class_names[number] for number in (3, 500, 501)] == ["missile", "missile_", "missile__"]
     assert {clean_class_name(source.class_names[number]) for number in (3, 500, 501)} == {"missile"}
-    part = open_dataset("imagenet-a", tmp_path, "test")  # has the folder of 500, and not that of 3
+    part = open_dataset("imagenet-a", tmp_path, "test")  # has folder 500, but not folder 3
     assert part.class_names[100] == "missile_"
     assert set(part.class_names) < set(source.class_names)
 
 
-def test_some_of_imagenet_is_opened_with_a_warning_and_no_whole_dataset(tmp_path, picture, caplog):
+def test_a_part_of_imagenet_opens_with_a_warning_and_fails_the_check(tmp_path, picture, caplog):
     folder = lay_imagenet(tmp_path, picture)
     for wnid in WNIDS[10:]:
         shutil.rmtree(folder / "images/train" / wnid)
@@ -264,7 +264,7 @@ def test_some_of_imagenet_is_opened_with_a_warning_and_no_whole_dataset(tmp_path
 
 
 @pytest.mark.parametrize("name", names())
-def test_nothing_there(tmp_path, name):
+def test_a_missing_dataset_is_reported(tmp_path, name):
     (problem,) = check(name, tmp_path)
     row = facts(name)
     assert problem.startswith(f"{tmp_path / row.folder}: no such folder; ")
@@ -272,7 +272,7 @@ def test_nothing_there(tmp_path, name):
     assert all(part in problem for part in row.images.values())
     with pytest.raises(InputError, match="no such folder"):
         open_dataset(name, tmp_path, "test")
-    (tmp_path / row.folder).mkdir()  # and called so, but empty
+    (tmp_path / row.folder).mkdir()  # an empty folder of the right name
     problems = check(name, tmp_path)
     assert problems == check(name, tmp_path / row.folder)
     assert problems[0].startswith(f"{tmp_path / row.folder / row.listing}: no such file; ")
@@ -284,7 +284,7 @@ def test_each_missing_part_is_named(tmp_path, picture):
     folder = lay_split(tmp_path, picture, "dtd")
     shutil.rmtree(folder / "images" / "c_0")
     problems = check("dtd", tmp_path)
-    assert len(problems) == 3  # one a part
+    assert len(problems) == 3  # one per part
     listing = folder / "split_zhou_DescribableTextures.json"
     assert problems[0].startswith(f"{listing} (train): 1 of ")
     assert problems[0].endswith(f"images missing, first {folder}/images/c_0/train.png")
@@ -303,7 +303,7 @@ def test_each_missing_part_is_named(tmp_path, picture):
     (folder / "images_variant_val.txt").unlink()
     (problem,) = check("fgvc", tmp_path)
     assert problem.startswith(f"{folder}/images_variant_val.txt: no such file; ")
-    assert len(open_dataset("fgvc", tmp_path, "train")) == 100  # the other parts are whole
+    assert len(open_dataset("fgvc", tmp_path, "train")) == 100  # other parts are complete
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_damaged_variant_lists_are_named(tmp_path, picture, file, content, messa
         (" \n", r"classnames\.txt: empty"),
     ],
 )
-def test_damaged_class_names_are_named(tmp_path, picture, content, message):
+def test_damaged_class_name_lists_are_named(tmp_path, picture, content, message):
     folder = lay_imagenet(tmp_path, picture, "ImageNet-R")
     (folder / "classnames.txt").write_text(content)
     with pytest.raises(InputError, match=message):
@@ -360,7 +360,7 @@ def test_damaged_class_names_are_named(tmp_path, picture, content, message):
     assert str(folder) in problem
 
 
-def test_validation_images_that_still_lie_in_one_heap_are_no_class_folders(tmp_path, picture):
+def test_unsorted_validation_images_are_not_class_folders(tmp_path, picture):
     folder = lay_imagenet(tmp_path, picture)
     shutil.rmtree(folder / "images/val")
     place(picture, folder / "images/val/ILSVRC2012_val_00000001.JPEG")
@@ -370,7 +370,7 @@ def test_validation_images_that_still_lie_in_one_heap_are_no_class_folders(tmp_p
         open_dataset("imagenet", tmp_path, "test")
 
 
-def test_list_prints_the_table(run):
+def test_datasets_list_prints_a_table(run):
     lines = run("datasets", "list").stdout.splitlines()
     assert lines[0].split() == ["name", "folder", "classes", "templates"]
     assert len(lines) == 16
@@ -380,7 +380,7 @@ def test_list_prints_the_table(run):
     assert rows[0]["templates"] == IMAGENET
 
 
-def test_check_prints_a_line_a_dataset_and_its_status(run, tmp_path, picture):
+def test_datasets_check_prints_one_line_per_dataset(run, tmp_path, picture):
     none = run("datasets", "check", tmp_path)
     assert (none.exit_code, len(none.stdout.splitlines())) == (1, 15)
     assert run("datasets", "check", tmp_path / "nowhere").exit_code == 1
@@ -399,8 +399,8 @@ def test_check_prints_a_line_a_dataset_and_its_status(run, tmp_path, picture):
 
 
 @pytest.fixture
-def photographs(shared, tmp_path):
-    """A ROOT with a few real classes as Caltech101, one image in each part."""
+def caltech(shared, tmp_path):
+    """A folder of datasets with three real classes of Caltech101."""
     row = facts("caltech101")
     whole = json.loads((shared / "data/caltech101" / row.listing).read_text())
     own = {"panda": 0, "pizza": 1, "yin_yang": 2}
@@ -415,50 +415,46 @@ def photographs(shared, tmp_path):
     return tmp_path / "data"
 
 
-def test_build_encode_and_evaluate_by_name(run, photographs, tmp_path):
+def test_build_encode_and_evaluate_take_a_dataset_name(run, caltech, tmp_path):
     model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
-    built = run("index", "build", "--fit", "none", photographs, "--dataset", "caltech", *model, "--out", tmp_path / "a")
+    built = run("index", "build", "--fit", "none", caltech, "--dataset", "caltech", *model, "--out", tmp_path / "a")
     assert built.exit_code == 0, built.output
     cache = CacheModel.load(tmp_path / "a")
     assert list(cache.templates) == ["a photo of a {}."]
     assert cache.class_names == ["panda", "pizza", "yin_yang"]
     assert cache.provenance["dataset"] == "Caltech101"
-    assert cache.n == len(open_dataset("caltech", photographs, "train"))
+    assert cache.n == len(open_dataset("caltech", caltech, "train"))
 
-    listing = photographs / "caltech-101" / "split_zhou_Caltech101.json"
-    by_name = run("evaluate", tmp_path / "a", photographs, "--dataset", "caltech101", "--json")
+    listing = caltech / "caltech-101" / "split_zhou_Caltech101.json"
+    by_name = run("evaluate", tmp_path / "a", caltech, "--dataset", "caltech101", "--json")
     by_file = run("evaluate", tmp_path / "a", listing, "--json")
     assert by_name.exit_code == 0
-    assert json.loads(by_name.stdout)["n"] == len(open_dataset("caltech", photographs, "test"))
+    assert json.loads(by_name.stdout)["n"] == len(open_dataset("caltech", caltech, "test"))
     assert {k: v for k, v in json.loads(by_name.stdout).items() if "second" not in k} == {
         k: v for k, v in json.loads(by_file.stdout).items() if "second" not in k
     }
-    val = run("evaluate", tmp_path / "a", photographs, "--dataset", "caltech101", "--split", "val", "--json")
-    assert json.loads(val.stdout)["n"] == len(open_dataset("caltech", photographs, "val"))
+    val = run("evaluate", tmp_path / "a", caltech, "--dataset", "caltech101", "--split", "val", "--json")
+    assert json.loads(val.stdout)["n"] == len(open_dataset("caltech", caltech, "val"))
 
     table = tmp_path / "t.parquet"
-    encoded = run("encode", photographs, "--dataset", "Caltech101", "--split", "test", *model, "--out", table)
+    encoded = run("encode", caltech, "--dataset", "Caltech101", "--split", "test", *model, "--out", table)
     assert encoded.exit_code == 0, encoded.output
-    assert pq.read_table(table)["id"].to_pylist() == open_dataset("caltech", photographs, "test").sources
+    assert pq.read_table(table)["id"].to_pylist() == open_dataset("caltech", caltech, "test").sources
 
 
-def test_the_datasets_templates_give_way_to_given_ones(run, photographs, tmp_path):
+def test_given_templates_replace_those_of_the_dataset(run, caltech, tmp_path):
     model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
-    folder = photographs / "caltech-101"
-    folder.rename(photographs / "dtd")
-    (photographs / "dtd/101_ObjectCategories").rename(photographs / "dtd/images")
-    listing = photographs / "dtd" / facts("caltech101").listing
+    folder = caltech / "caltech-101"
+    folder.rename(caltech / "dtd")
+    (caltech / "dtd/101_ObjectCategories").rename(caltech / "dtd/images")
+    listing = caltech / "dtd" / facts("caltech101").listing
     listing.rename(listing.with_name(facts("dtd").listing))
-    build = (
-        "index", "build", "--fit", "none", photographs / "dtd", "--dataset", "dtd", *model,
-    )  # the dataset's own folder  # fmt: skip
+    build = ("index", "build", "--fit", "none", caltech / "dtd", "--dataset", "dtd", *model)  # the dataset's own folder
     assert run(*build, "--out", tmp_path / "own").exit_code == 0
     assert list(CacheModel.load(tmp_path / "own").templates) == ["{} texture."]
     assert run(*build, "--template", "a {}", "--template", "the {}", "--out", tmp_path / "given").exit_code == 0
     assert list(CacheModel.load(tmp_path / "given").templates) == ["a {}", "the {}"]
     text = tmp_path / "text.parquet"
-    from tables import unit_rows, write_table
-
     dim = CacheModel.load(tmp_path / "own").d
     write_table(text, unit_rows(3, dim), ["panda", "pizza", "yin_yang"])
     done = run(*build, "--text", text, "--out", tmp_path / "text")
@@ -466,8 +462,8 @@ def test_the_datasets_templates_give_way_to_given_ones(run, photographs, tmp_pat
     assert list(CacheModel.load(tmp_path / "text").templates) == []
 
 
-def test_wrong_usage_is_an_error_and_builds_nothing(run, photographs, tmp_path):
-    build = ("index", "build", "--fit", "none", photographs, "--out", tmp_path / "a")
+def test_wrong_usage_is_an_error_and_builds_nothing(run, caltech, tmp_path):
+    build = ("index", "build", "--fit", "none", caltech, "--out", tmp_path / "a")
     for options, status, message in (
         (("--dataset", "kaltech"), 2, "dataset 'kaltech': unknown; choose from ImageNet, "),
         (

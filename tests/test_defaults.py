@@ -1,4 +1,4 @@
-"""Default settings against explicit normalised formulas."""
+"""Default settings compared with explicit normalised formulas."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from retrieval_tip.errors import UsageError
 from retrieval_tip.retrieval.defaults import DOUBT, UNTOUCHED, Statistics, measure, plain_settings
 
 
-def test_statistics_are_those_of_keys_of_different_classes():
+def test_statistics_only_use_keys_of_different_classes():
     keys, ids = clusters(20, 4, 8, 1)
     pairs = [float(keys[i] @ keys[j]) for i in range(20) for j in range(20) if ids[i] != ids[j]]
     found = measure(keys, ids)
     assert found == Statistics(pytest.approx(np.mean(pairs), rel=1e-5), pytest.approx(np.std(pairs), rel=1e-4), 5.0)
     assert measure(keys, np.zeros(20, dtype=np.int64)) is None  # one class
-    assert measure(np.ones((4, 3)), np.arange(4)) is None  # nothing spreads
+    assert measure(np.ones((4, 3)), np.arange(4)) is None  # no spread
 
 
-def test_the_forms_are_the_formula_over_standardised_affinities():
-    """``both``: exp(beta A') summed, divided by shots + 4, times alpha; all that is left is constants."""
+def test_normalised_settings_give_the_formula_of_standardised_affinities():
+    """``both`` is ``alpha sum exp(beta A') / (shots + 4)``, up to constant factors."""
     keys, ids = clusters(24, 4, 8, 1)
     queries, _ = clusters(9, 4, 8, 2)
     statistics = measure(keys, ids)
@@ -48,13 +48,13 @@ def test_the_forms_agree_at_sixteen_shots():
 
 @pytest.mark.parametrize("form", UNTOUCHED)
 @pytest.mark.parametrize(("mean", "std"), [(0.7, 1e-3), (0.9999, 1.1e-6), (-1, 1e-5), (0.0, 0.3), (1.0, 1e-4)])
-def test_defaults_are_settings_that_float32_holds(form, mean, std):
+def test_default_settings_fit_in_float32(form, mean, std):
     alpha, beta = plain_settings(None, None, form, Statistics(mean, std, 1.0))
     weights = np.exp(np.float32(beta) * (np.linspace(-1, 1, 9, dtype=np.float32) - 1))
-    assert np.isfinite(np.float32(alpha) * weights * np.float32(1e6)).all()  # a million keys a class
+    assert np.isfinite(np.float32(alpha) * weights * np.float32(1e6)).all()  # a million keys per class
 
 
-def test_settings_without_normalisation_are_an_error():
+def test_settings_that_cannot_be_normalised_are_refused():
     assert plain_settings(None, None, "both", None) == (1.0, 5.5)
     with pytest.raises(UsageError, match="at least two classes"):
         plain_settings(2.0, None, "both", None)
@@ -66,11 +66,11 @@ def test_settings_without_normalisation_are_an_error():
 
 @needs_real
 def test_defaults_come_close_to_the_best_settings(run, shared, things, tmp_path):
-    """Paper's constants give 46 % on lit-mini; on CLIP's features nothing is lost against alpha 1.17, beta 5.5."""
+    """The paper's constants reach 46 % on lit-mini. On CLIP features, defaults are as good as alpha 1.17, beta 5.5."""
     index, judged, least = things, (tmp_path / "val.csv",), 0.8
     lines = [f"{path},{label}" for path, label in photographs(shared, "val", 10, 4)]
     judged[0].write_text("\n".join(["path,label", *lines]))
-    if SOAK:  # all of its classes
+    if SOAK:  # all classes
         split, index, least = shared / "data/caltech101/split_zhou_Caltech101.json", tmp_path / "c", 0.85
         judged, model = (split, "--split", "test"), f"local-dir:{shared / 'models/lit-mini'}"
         built = run("index", "build", "--fit", "none", split, "--model", model, "--out", index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import demo
 
 
-def test_an_answer_is_waited_for_three_seconds_at_most():
+def test_the_demo_does_not_wait_for_unresponsive_servers():
     class Files(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
             self.send_response(200 if self.path == "/there" else 404)
@@ -38,13 +39,13 @@ def test_an_answer_is_waited_for_three_seconds_at_most():
         assert not demo.answers(f"{url}/gone")
         server.shutdown()
     assert not demo.answers(f"{url}/there")
-    with socket.create_server(("127.0.0.1", 0)) as mute:  # takes connections, and says nothing
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # accepts connections, but never answers
         start = time.monotonic()
         assert not demo.answers(f"http://127.0.0.1:{mute.getsockname()[1]}/", seconds=0.3)
         assert time.monotonic() - start < 2
 
 
-def photographs(folder, classes=3, number=8):
+def make_photos(folder, classes=3, number=8):
     for label in range(classes):
         (folder / f"class {label}").mkdir(parents=True)
         for i in range(number):
@@ -54,8 +55,8 @@ def photographs(folder, classes=3, number=8):
     return folder
 
 
-def test_all_photos_of_ones_own_are_used_the_same_way_each_time(tmp_path):
-    folder = photographs(tmp_path / "own")
+def test_your_own_photos_are_all_used_with_the_same_split_each_time(tmp_path):
+    folder = make_photos(tmp_path / "own")
     (folder / "class 0/deeper").mkdir()
     (folder / "class 0/0.png").rename(folder / "class 0/deeper/0.png")
     drawn = []
@@ -68,22 +69,22 @@ def test_all_photos_of_ones_own_are_used_the_same_way_each_time(tmp_path):
     assert Counter(new.labels) == {f"class {i}": 2 for i in range(3)}
     assert {Path(path) for path in shots.paths + new.paths} == set(folder.rglob("*.png"))
     with pytest.raises(SystemExit, match="no class has two"):
-        demo.lay_out(tmp_path / "work", "auto", photographs(tmp_path / "few", number=1), demo.Backbone("some-model"))
+        demo.lay_out(tmp_path / "work", "auto", make_photos(tmp_path / "few", number=1), demo.Backbone("some-model"))
 
 
-def test_photographs_that_are_not_the_demos_stay(tmp_path):
-    photographs(tmp_path / "work/photos")
+def test_the_demo_never_replaces_foreign_photos(tmp_path):
+    make_photos(tmp_path / "work/photos")
     (tmp_path / "work/photos.csv").write_text("mine")
     with pytest.raises(SystemExit, match="not from a demo"):
         demo.split(tmp_path / "work", {})
     with pytest.raises(SystemExit, match="not from a demo"):
-        demo.lay_out(tmp_path / "work", "auto", photographs(tmp_path / "own"), demo.Backbone("some-model"))
+        demo.lay_out(tmp_path / "work", "auto", make_photos(tmp_path / "own"), demo.Backbone("some-model"))
     assert len(list((tmp_path / "work/photos").glob("*/*"))) == 24
     assert (tmp_path / "work/photos.csv").read_text() == "mine"
 
 
-def test_the_debian_package_and_the_wheel_are_used_without_what_is_drawn(tmp_path, monkeypatch):
-    """Against stand-ins of the programs that fetch."""
+def test_the_debian_package_is_used_without_its_drawings(tmp_path, monkeypatch):
+    """Stand-ins replace the programs that download."""
 
     def fetched(command, work):
         if command[0] == "apt-get":
@@ -113,7 +114,7 @@ def test_the_debian_package_and_the_wheel_are_used_without_what_is_drawn(tmp_pat
 
 
 def test_flowers_come_from_torchvision(tmp_path, monkeypatch):
-    """Against a stand-in of the files that it downloads, and of those who answer."""
+    """Stand-ins replace the downloaded files and the servers."""
     import scipy.io
     import torchvision.datasets.flowers102 as flowers
 
@@ -135,7 +136,7 @@ def test_flowers_come_from_torchvision(tmp_path, monkeypatch):
         demo.network(tmp_path)
 
 
-def test_the_mistake_that_is_shown_is_the_most_certain_one():
+def test_the_most_certain_mistake_is_shown():
     answers = (("1.png", "cat", 0.99), ("2.png", "dog", 0.6), ("3.png", "cat", 0.7))
     rows = [dict(zip(("input", "label", "probability"), answer, strict=True)) for answer in answers]
     truth = {"1.png": "cat", "2.png": "cat", "3.png": "dog"}
@@ -143,12 +144,12 @@ def test_the_mistake_that_is_shown_is_the_most_certain_one():
     assert demo.most_certain_mistake(rows[:1], truth) is None
 
 
-def test_the_demo_and_its_next_commands_run_on_your_own_photos(tmp_path, monkeypatch):
+def test_the_demo_and_its_next_commands_run_on_your_own_photos(run, tmp_path, monkeypatch):
     import timm
 
     torch.manual_seed(0)
     torch.save(timm.create_model(demo.LITE0.partition(":")[2]).state_dict(), tmp_path / "weights.pth")
-    photographs(tmp_path / "own")
+    make_photos(tmp_path / "own")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/usr/local/bin:/usr/bin:/bin")  # no environment is active
     monkeypatch.setenv("MAKELEVEL", "1")
@@ -173,10 +174,10 @@ def test_the_demo_and_its_next_commands_run_on_your_own_photos(tmp_path, monkeyp
         "make demo PHOTOS=FOLDER",
     ]
     for command in (f"{shown[0]} --help", shown[1]):
-        subprocess.run(["bash", "-c", command], check=True, capture_output=True)
+        assert run(*shlex.split(command)[1:]).exit_code == 0
 
 
-def test_an_install_says_how_far_it_is_and_what_failed(tmp_path):
+def test_the_installer_prints_progress_and_failures(tmp_path):
     wheel = tmp_path / "nothing-1.0-py3-none-any.whl"
     facts = {"METADATA": "Metadata-Version: 2.1\nName: nothing\nVersion: 1.0\n", "RECORD": "",
              "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}  # fmt: skip
@@ -201,7 +202,7 @@ def test_an_install_says_how_far_it_is_and_what_failed(tmp_path):
 
 
 @pytest.mark.soak
-def test_the_toy_runs(tmp_path):
+def test_the_toy_demo_runs(tmp_path):
     command = [
         sys.executable, "benchmarks/demo.py", "--source", "toy", "--work", tmp_path / "w", "--out", tmp_path / "i",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Duplicates across classes: against all pairs, planted in synthetic keys, and in large numbers."""
+"""Duplicates across classes: compared with all pairs, planted in synthetic keys, and in large numbers."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def labels_of(ids, digests=None, key_ids=None, c=None):
     return label_table(names, ids, [f"{i}.jpg" for i in range(len(ids))], key_ids=key_ids, digests=digests)
 
 
-def poisoned(seed, n=24, c=3, d=6):
-    """Keys of any norm, some repeated, moved a little or scaled, with digests that repeat too."""
+def keys_with_duplicates(seed, n=24, c=3, d=6):
+    """Return keys of any norm, some repeated, moved slightly or scaled, with class ids and repeated digests."""
     generator = np.random.default_rng(seed)
     keys = generator.normal(size=(n, d)).astype(np.float32)
     for row in range(1, n):
@@ -44,7 +44,7 @@ def poisoned(seed, n=24, c=3, d=6):
 
 
 def dense(keys, ids, digests, fresh=None, least=NEAR, near=True):
-    """Every pair, one by one: ``{(row, row): kind}``; unless ``near``, fresh rows are compared by digest alone."""
+    """Return ``{(row, row): kind}`` from all pairs. Unless ``near``, fresh rows are compared by digest only."""
     f = np.asarray(keys, dtype=np.float64)
     f /= np.linalg.norm(f, axis=1, keepdims=True)
     found = {}
@@ -61,14 +61,14 @@ def dense(keys, ids, digests, fresh=None, least=NEAR, near=True):
     return found
 
 
-def as_found(found):
+def by_pair(found):
     return {(pair.key_id, pair.other_key_id): pair.kind for pair in found.pairs}
 
 
 @settings(max_examples=examples(100), deadline=None)
 @given(st.integers(0, 10**6), st.booleans(), st.sampled_from([0, 10**6]), st.booleans())
-def test_duplicates_are_those_of_every_pair(seed, some, budget, half):
-    keys, ids, digests = poisoned(seed)
+def test_duplicates_match_a_comparison_of_every_pair(seed, some, budget, half):
+    keys, ids, digests = keys_with_duplicates(seed)
     keys = keys.astype(np.float16) if half else keys
     cosines = unit(keys) @ unit(keys).T
     least = 0.97 if np.abs(cosines - 0.97).min() > 1e-5 else 0.97002
@@ -76,7 +76,7 @@ def test_duplicates_are_those_of_every_pair(seed, some, budget, half):
     found = duplicates(keys, labels_of(ids, digests), fresh, least=least, budget=budget)
     assert found.compared == ("all" if budget else "digests")
     expected = dense(keys, ids, digests, fresh, least, near=bool(budget))
-    assert as_found(found) == expected
+    assert by_pair(found) == expected
     assert found.total == len(found.pairs) == len(expected)
     for pair in found.pairs:
         assert pair.affinity == pytest.approx(cosines[pair.key_id, pair.other_key_id], abs=1e-6)
@@ -94,14 +94,14 @@ def unit(keys):
 
 @settings(max_examples=examples(200), deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.sampled_from([0, 10**6]))
-def test_the_closest_are_kept_and_all_are_counted(seed, most, budget):
-    keys, ids, digests = poisoned(seed)
+def test_the_closest_duplicates_are_returned_and_all_are_counted(seed, most, budget):
+    keys, ids, digests = keys_with_duplicates(seed)
     every = duplicates(keys, labels_of(ids, digests), budget=budget)
     found = duplicates(keys, labels_of(ids, digests), budget=budget, most=most)
     assert found.total == every.total
     assert len(found.pairs) == min(most, every.total)
     assert [p.kind for p in found.pairs] == [p.kind for p in every.pairs][:most] or budget
-    if budget:  # equal features are told from near ones among those that are kept
+    if budget:  # only returned pairs are checked for equal features
         closest = [p for p in every.pairs if p.kind == KINDS[0]]
         closest += sorted((p for p in every.pairs if p.kind != KINDS[0]), key=lambda p: -p.affinity)
         key = [(p.kind == KINDS[0]) or round(p.affinity, 5) for p in found.pairs]
@@ -109,20 +109,20 @@ def test_the_closest_are_kept_and_all_are_counted(seed, most, budget):
         assert sorted(map(float, key)) == pytest.approx(sorted(map(float, wanted)), abs=2e-5)
 
 
-def test_blocks_change_nothing(monkeypatch):
-    keys, ids, digests = poisoned(3, n=60)
+def test_duplicates_do_not_depend_on_blocks(monkeypatch):
+    keys, ids, digests = keys_with_duplicates(3, n=60)
     labels = labels_of(ids, digests)
     whole = [duplicates(keys, labels, fresh, budget=b) for fresh in (None, [0, 7, 31, 59]) for b in (0, 10**6)]
     for name, size in (("KEY_BLOCK", 7), ("QUERY_BLOCK", 4), ("BLOCK", 5)):
         monkeypatch.setattr(module, name, size)
     split = [duplicates(keys, labels, fresh, budget=b) for fresh in (None, [0, 7, 31, 59]) for b in (0, 10**6)]
-    assert list(map(as_found, split)) == list(map(as_found, whole))
+    assert list(map(by_pair, split)) == list(map(by_pair, whole))
     assert [x.total for x in split] == [x.total for x in whole]
     assert whole[1].total > whole[0].total > 0
 
 
-def test_segments_and_memory_maps_are_keys_too(tmp_path):
-    keys, ids, digests = poisoned(4)
+def test_segments_and_memory_maps_give_the_same_duplicates(tmp_path):
+    keys, ids, digests = keys_with_duplicates(4)
     np.save(tmp_path / "keys.npy", keys)
     mapped = np.load(tmp_path / "keys.npy", mmap_mode="r")
     for budget in (0, 10**6):
@@ -133,12 +133,12 @@ def test_segments_and_memory_maps_are_keys_too(tmp_path):
 
 @pytest.mark.parametrize("d", [1, 2, 3, 4, 7, 16])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_features_of_zeros_and_ones_are_told_apart_by_a_single_value(d, dtype):
+def test_features_that_differ_in_one_value_are_told_apart(d, dtype):
     bits = min(d, 8)
     keys = np.zeros((2 * 2**bits, d), dtype=dtype)  # 16 values: words of 8 bytes, whose low bits are all zero
     keys[:, -1 :: -(d // bits)] = [[float(bit) for bit in f"{i % 2**bits:0{bits}b}"] for i in range(len(keys))]
     found = duplicates(keys, labels_of([0] * 2**bits + [1] * 2**bits), budget=0)
-    assert as_found(found) == {(i, i + 2**bits): KINDS[1] for i in range(2**bits)}
+    assert by_pair(found) == {(i, i + 2**bits): KINDS[1] for i in range(2**bits)}
 
 
 def test_one_image_in_every_class_does_not_fill_the_memory():
@@ -152,29 +152,29 @@ def test_one_image_in_every_class_does_not_fill_the_memory():
     assert all(17 in (pair.key_id, pair.other_key_id) for pair in one.pairs)
 
 
-def test_repeats_within_a_class_are_no_poison():
+def test_repeats_within_a_class_are_not_duplicates():
     keys = np.ones((6, 4), dtype=np.float32)
     for budget in (0, 10**6):
         assert duplicates(keys, labels_of([1] * 6, ["same"] * 6), budget=budget).pairs == []
 
 
-def test_the_lower_key_id_comes_first_whatever_the_rows():
+def test_the_lower_key_id_comes_first():
     keys = unit_rows(4, 8)
     keys[3] = keys[0]
     found = duplicates(keys, labels_of([0, 0, 1, 1], key_ids=np.array([9, 3, 4, 2])))
     assert [(p.key_id, p.source, p.other_key_id, p.other_source) for p in found.pairs] == [(2, "3.jpg", 9, "0.jpg")]
 
 
-def test_labels_in_several_chunks():
+def test_labels_may_have_several_chunks():
     keys = unit_rows(5, 8)
     labels = labels_of([0, 0, 1, 1, 2], ["x", "y", "y", "x", None])
     chunked = pa.concat_tables([labels[:2], labels[2:3], labels[3:]])
-    assert as_found(duplicates(keys, chunked)) == {(0, 3): KINDS[0], (1, 2): KINDS[0]}
+    assert by_pair(duplicates(keys, chunked)) == {(0, 3): KINDS[0], (1, 2): KINDS[0]}
     assert len(set(images_of(chunked).tolist())) == 3
 
 
-def test_beyond_the_budget_a_search_finds_neighbours_of_fresh_keys():
-    keys, ids, _ = poisoned(8, n=80, d=16)
+def test_beyond_the_budget_fresh_keys_are_compared_with_their_neighbours():
+    keys, ids, _ = keys_with_duplicates(8, n=80, d=16)
     keys = (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32)
     order = np.argsort(ids, kind="stable")
     cache = CacheModel.from_features(keys, ids, [f"class {i}" for i in range(3)], device="cpu")
@@ -190,7 +190,7 @@ def test_beyond_the_budget_a_search_finds_neighbours_of_fresh_keys():
     )
     assert (cache.labels["key_id"].to_numpy() == order).all()
 
-    # also where it answers in arrays, with empty slots
+    # a search may return arrays with empty slots
     def sparse(features, k):
         affinity, rows = cache.nearest(features, k)
         return np.pad(affinity.numpy(), ((0, 0), (0, 1))), np.pad(rows, ((0, 0), (0, 1)), constant_values=-1)
@@ -199,7 +199,7 @@ def test_beyond_the_budget_a_search_finds_neighbours_of_fresh_keys():
     assert duplicates(cache.keys, cache.labels, budget=0, search=cache.nearest).compared == "digests"
 
 
-def test_duplicates_of_what_does_not_fit_are_refused():
+def test_mismatched_rows_are_refused():
     keys, labels = unit_rows(4, 8), labels_of([0, 0, 1, 1])
     with pytest.raises(InputError, match="labels: 4 rows for 3 keys"):
         duplicates(keys[:3], labels)
@@ -209,7 +209,7 @@ def test_duplicates_of_what_does_not_fit_are_refused():
     assert duplicates(keys, labels, []) == Duplicates([], 0, "all")
 
 
-def test_duplicates_are_described_in_lines():
+def test_duplicates_are_described_one_per_line():
     keys = np.eye(6, 8, dtype=np.float32)
     keys[3], keys[4], keys[5] = keys[0], keys[1] + 0.01 * keys[2], keys[2]
     labels = labels_of([0, 0, 0, 1, 1, 1], [None, None, "z", None, None, "z"])

@@ -1,4 +1,4 @@
-"""Evaluation against counts in plain NumPy."""
+"""Evaluation compared with counts in plain NumPy."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def expected(k: int | None = None) -> tuple[Array, Array, Array]:
 
 
 @pytest.mark.parametrize("k", [None, 5])
-def test_accuracies_are_those_of_plain_numpy(source: Source, k: int | None) -> None:
+def test_accuracies_match_plain_numpy(source: Source, k: int | None) -> None:
     logits, text, cache = expected(k)
     found = evaluate(model(), source, Encoder(), k=k, tail=False)
     predicted = logits.argmax(1)
@@ -78,7 +78,7 @@ def test_accuracies_are_those_of_plain_numpy(source: Source, k: int | None) -> N
     assert found.zero_shot_top1 == pytest.approx((text.argmax(1) == TRUTH).mean())
     assert found.cache_top1 == pytest.approx((cache.argmax(1) == TRUTH).mean())
     per_class = {NAMES[i]: right[np.equal(TRUTH, i)].mean() for i in range(C - 1)}
-    assert found.per_class == pytest.approx(per_class)  # without the class that does not occur
+    assert found.per_class == pytest.approx(per_class)  # without the class that never occurs
     assert found.mean_per_class == pytest.approx(np.mean(list(per_class.values())))
     assert found.mean_per_class != pytest.approx(found.top1)
     assert (found.n, found.skipped, found.settings.k, found.settings.tail) == (Q, 0, k, False)
@@ -94,7 +94,7 @@ def test_confusions_are_the_most_frequent_mistakes(source: Source) -> None:
     assert [times for _, _, times in found] == [times for _, times in wrong.most_common(CONFUSIONS)]
 
 
-def test_the_tail_is_used_where_it_is_asked_for(source: Source) -> None:
+def test_the_tail_is_used_if_asked(source: Source) -> None:
     cache = model()
     for tail in (False, True):
         found = evaluate(cache, source, Encoder(), k=3, tail=tail)
@@ -110,7 +110,7 @@ def test_without_text_zero_shot_is_missing(source: Source) -> None:
     assert found.top1 == found.cache_top1 == pytest.approx((expected()[2].argmax(1) == TRUTH).mean())
 
 
-def test_it_prints_as_one_json_object(source: Source) -> None:
+def test_an_evaluation_converts_to_json(source: Source) -> None:
     facts = json.loads(json.dumps(evaluate(model(), source, Encoder(), k=7).to_dict()))
     assert {"top1", "top5", "zero_shot_top1", "cache_top1", "n", "alpha", "beta", "k", "tail"} <= facts.keys()
     assert (facts["k"], facts["n"], facts["tail"]) == (7, Q, True)

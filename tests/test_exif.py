@@ -1,4 +1,4 @@
-"""When and where photos were taken, and one answer for the photos of a burst."""
+"""Time and place of photos, and one answer for all photos of a burst."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GPS = ExifTags.GPS
 
 
 def encoded(times=None, gps=None, style="JPEG", image=None):
-    """A photo whose EXIF block has these values."""
+    """Return a photo with these EXIF values."""
     exif = Image.Exif()
     if times is not None:
         exif.get_ifd(ExifTags.IFD.Exif)[AT] = times
@@ -53,7 +53,7 @@ def gps_of(latitude, longitude):
     st.floats(-179.9, 179.9),
     st.sampled_from(["JPEG", "WEBP"]),
 )
-def test_time_and_place_are_those_of_the_camera(time, latitude, longitude, style):
+def test_time_and_place_are_read_from_exif(time, latitude, longitude, style):
     found = taken(encoded(f"{time:%Y:%m:%d %H:%M:%S}", gps_of(latitude, longitude), style))
     assert found.taken_at == time.replace(microsecond=0)
     assert (found.latitude, found.longitude) == pytest.approx((latitude, longitude), abs=1e-6)
@@ -74,7 +74,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
-def test_places_that_cannot_be_are_unknown(wrong):
+def test_invalid_places_are_unknown(wrong):
     good = gps_of(48.5, 2.25)
     assert taken(encoded(gps=good))[1:] == (48.5, 2.25)
     assert taken(encoded("2026:01:02 03:04:05", good | wrong)) == Taken(datetime(2026, 1, 2, 3, 4, 5))
@@ -83,7 +83,7 @@ def test_places_that_cannot_be_are_unknown(wrong):
 @pytest.mark.parametrize(
     "text", ["0000:00:00 00:00:00", "    :  :     :  :  ", "2026:02:30 00:00:00", "x" * 60_000, b"\xff", 7]
 )
-def test_times_that_cannot_be_are_unknown(text):
+def test_invalid_times_are_unknown(text):
     assert taken(encoded(text)) == UNKNOWN
 
 
@@ -135,7 +135,7 @@ def rows_of(done):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_classify_with_exif_and_in_bursts(run, things, traps):
+def test_classify_reports_exif_and_bursts(run, things, traps):
     plain = rows_of(run("classify", things, traps, "--top", 10, "--format", "json", "--exif"))
     assert [row["taken_at"] for row in plain[1:3]] == ["2026-03-02 00:00:03", "2026-03-02 00:00:11"]
     assert [(row["latitude"], row["longitude"]) for row in plain[4:]] == [(None, None), (-1.5, 36.75)]
@@ -156,7 +156,7 @@ def test_classify_with_exif_and_in_bursts(run, things, traps):
             assert row["probability"] == row["probabilities"][0]
 
 
-def test_a_burst_has_no_match_if_none_of_its_photos_has(run, things, traps, tmp_path_factory):
+def test_a_burst_has_no_match_if_no_photo_of_it_has_one(run, things, traps, tmp_path_factory):
     index = tmp_path_factory.mktemp("index") / "fitted"
     assert run("index", "clone", things, index).exit_code == 0
     assert run("fit", index).exit_code == 0
@@ -185,12 +185,12 @@ def test_a_burst_has_no_match_if_none_of_its_photos_has(run, things, traps, tmp_
         (["--engine", "ray"], "--engine ray"),
     ],
 )
-def test_bursts_refuse_what_is_known_of_one_photo_only(options, message, run, things):
+def test_bursts_refuse_options_for_single_photos(options, message, run, things):
     done = run("classify", things, "a.jpg", "--group-by", "burst", *options)
     assert done.exit_code == 2
     assert f"leave out {message}" in done.stderr
 
 
 @pytest.mark.parametrize("given", ["bursts", "burst:x", "burst:-1", "burst:nan", "folder"])
-def test_other_groups_are_usage_errors(given, run, things):
+def test_unknown_groups_are_wrong_usage(given, run, things):
     assert run("classify", things, "a.jpg", "--group-by", given).exit_code == 2

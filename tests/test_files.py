@@ -31,7 +31,7 @@ MAKERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("what", MAKERS)
-def test_other_kinds_of_file_are_named_without_waiting(tmp_path: Path, what: str) -> None:
+def test_other_kinds_of_file_are_refused_without_waiting(tmp_path: Path, what: str) -> None:
     make, word = MAKERS[what]
     path = tmp_path / "x\n.png"
     make(path)
@@ -42,7 +42,7 @@ def test_other_kinds_of_file_are_named_without_waiting(tmp_path: Path, what: str
         assert word in caught.value.kind
 
 
-def test_what_comes_in_the_place_of_a_file_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_replaced_by_a_pipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x"
     path.touch()
     opened: list[int] = []
@@ -61,7 +61,7 @@ def test_what_comes_in_the_place_of_a_file_is_refused_too(tmp_path: Path, monkey
         os.fstat(opened[0])  # it was closed
 
 
-def test_errors_of_the_system_are_those_of_open(tmp_path: Path) -> None:
+def test_system_errors_are_passed_on(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         open_regular(tmp_path / "none")
     with pytest.raises(ValueError, match="null"):
@@ -72,7 +72,7 @@ def test_errors_of_the_system_are_those_of_open(tmp_path: Path) -> None:
         open_regular(loop)
 
 
-def test_a_file_and_a_link_to_one_are_read(tmp_path: Path) -> None:
+def test_files_and_links_to_files_are_read(tmp_path: Path) -> None:
     path, link = tmp_path / "x", tmp_path / "link"
     path.write_bytes(b"anything")
     link.symlink_to("x")
@@ -88,7 +88,7 @@ def test_a_file_and_a_link_to_one_are_read(tmp_path: Path) -> None:
         check_regular(link)
 
 
-def test_folders_are_made_as_deep_as_a_path_is_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_any_depth_are_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_folders("a/b/c")
     make_folders(Path("a/b/c"))
@@ -102,10 +102,10 @@ def test_folders_are_made_as_deep_as_a_path_is_long(tmp_path: Path, monkeypatch:
         assert sorted(tmp_path.rglob("*")) in (before, sorted([*before, tmp_path / "x"]))
     limit = sys.getrecursionlimit()
     make_folders("d/" * (limit + 10))
-    subprocess.run(["rm", "-rf", "d"], check=True)  # which does not call itself
+    subprocess.run(["rm", "-rf", "d"], check=True)  # unlike shutil.rmtree, not limited by recursion
 
 
-def test_links_in_a_circle_lead_somewhere(tmp_path: Path) -> None:
+def test_circular_links_are_resolved(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("file")
@@ -114,10 +114,10 @@ def test_links_in_a_circle_lead_somewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/proc/kmsg", "/proc/self/pagemap", "/proc/kcore", "/sys/kernel/mm/ksm/run"])
-def test_what_the_kernel_makes_up_is_no_file(path: str, tmp_path: Path) -> None:
-    """Which says that it is regular, and may have no end, or never answer."""
+def test_files_of_the_kernel_are_refused(path: str, tmp_path: Path) -> None:
+    """They look regular, but may be endless or never answer."""
     if not Path(path).exists():
-        pytest.skip(f"there is no {path} here")
+        pytest.skip(f"SKIPPED: this machine has no {path}")
     (tmp_path / "link").symlink_to(path)
     for name in (path, tmp_path / "link"):
         with pytest.raises(NotAFileError, match=f"{name}: .* kernel, not a file"):
@@ -142,7 +142,7 @@ def test_the_next_writer_removes_the_files_of_a_killed_one(tmp_path: Path) -> No
     with replacing(out) as slow:
         assert not left.exists()
         slow.write_text("slow")
-        with replacing(out) as fast:  # another one at the same time
+        with replacing(out) as fast:  # a second writer at the same time
             fast.write_text("fast")
         assert (out.read_text(), slow.read_text()) == ("fast", "slow")
     assert out.read_text() == "slow"

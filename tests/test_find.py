@@ -1,4 +1,4 @@
-"""Photos found by text or by example, and near-identical photos, against their definitions."""
+"""Photos found by text or by example, and near-identical photos, compared with their definitions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def inbox(shared, tmp_path):
     return inbox
 
 
-def test_an_example_finds_similar_photos_in_the_metric(things, lit_mini, inbox, run):
+def test_an_example_finds_similar_photos(things, lit_mini, inbox, run):
     cache = CacheModel.load(things, device="cpu")
     features = {}
     for path in sorted(inbox.glob("[0-9c]*.jpg")):
@@ -56,7 +56,7 @@ def test_an_example_finds_similar_photos_in_the_metric(things, lit_mini, inbox, 
     assert cache.metric is None
 
 
-def test_a_text_is_compared_with_the_templates_of_the_index(things, lit_mini, inbox, run):
+def test_a_text_is_encoded_with_the_templates_of_the_index(things, lit_mini, inbox, run):
     cache = CacheModel.load(things, device="cpu")
     done = run("find", things, inbox / "1.jpg", inbox / "2.jpg", "a big aeroplane", "--format", "json")
     assert done.exit_code == 0, done.stderr
@@ -81,7 +81,7 @@ def index_of(metric=False):
 
 
 class Fixed(Encoder):
-    """An encoder whose image files hold the number of a feature, and that knows no text."""
+    """An encoder without text, for image files that contain the number of a feature."""
 
     def blocks(self, source):
         if source.table is not None:
@@ -92,7 +92,7 @@ class Fixed(Encoder):
 
 
 @pytest.mark.parametrize("metric", [True, False])
-def test_the_best_of_many_blocks_are_those_of_the_definition(metric, tmp_path):
+def test_the_best_photos_of_many_blocks_match_the_definition(metric, tmp_path):
     features, index = unit_rows(40, 8, 3), index_of(metric)
     ids = np.arange(40).astype(str)
     tables = [write_table(tmp_path / f"{i}.parquet", features[i::4], ids=ids[i::4].tolist()) for i in range(4)]
@@ -126,7 +126,7 @@ def test_all_pairs_are_compared_up_to_a_limit(tmp_path, monkeypatch):
     assert (found.compared, table["input"].to_pylist(), table["other"].to_pylist()) == ("digests", ["50"], ["51"])
 
 
-def test_queries_that_cannot_be_answered(tmp_path, run):
+def test_invalid_queries_are_refused(tmp_path, run):
     index = index_of()
     index.save(tmp_path / "index")
     table = write_table(tmp_path / "t.parquet", unit_rows(3, 8))

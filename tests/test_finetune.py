@@ -1,4 +1,4 @@
-"""Fine-tuning: the loop against plain torch, the epoch that is kept, errors, and every trainable part."""
+"""Fine-tuning: the loop compared with plain torch, the kept epoch, errors, and every trainable part."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OWN = Recipe(settings="own", batch=16, epochs=4, precision="float32")
 
 
 def index(**changes: Any) -> CacheModel:
-    """An index of clusters that a sharp exponential and weak text leave something to learn."""
+    """Return an index of clusters whose sharp exponential and weak text leave room to learn."""
     keys, ids = clusters(SHOTS, C, D, 1)
     options = {"alpha": 1.0, "beta": 5.5, "logit_scale": 10.0, "device": "cpu"} | changes
     dtype = options.pop("dtype", np.float32)
@@ -50,7 +50,7 @@ def index(**changes: Any) -> CacheModel:
 
 
 def shots_table(path: Path, counts: list[int] | None = None, spread: float = 0.05, order: int | None = 3) -> Source:
-    """Views of the shots as rows that share an id, by default ragged and interleaved."""
+    """Write views of the shots as rows that share an id, by default ragged and interleaved."""
     keys, ids = clusters(SHOTS, C, D, 1)
     generator = np.random.default_rng(8)
     counts = counts or [1 + i % 4 for i in range(SHOTS)]
@@ -85,8 +85,8 @@ def losses(tuned: finetune.Tuned) -> list[float]:
     return [row["loss"] for row in tuned.curve.to_pylist()[1:]]
 
 
-def told(curve: Any) -> str:
-    """A curve without its seconds, NaN equal to NaN."""
+def without_seconds(curve: Any) -> str:
+    """Return a curve without its seconds as text, in which NaN equals NaN."""
     return repr(curve.drop(["seconds"]).to_pylist())
 
 
@@ -99,7 +99,7 @@ def facts(tuned: finetune.Tuned) -> dict[str, Any]:
 
 
 def plain(cache: CacheModel, shots: Source, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
-    """Tip-Adapter-F as one writes it in torch, over the same batches: keys, values, mean loss of each epoch."""
+    """Train Tip-Adapter-F in plain torch over the same batches. Return keys, values and the mean loss of each epoch."""
     views = Encoder().encode_views(shots, [])
     label = {name: i for i, name in enumerate(cache.class_names)}
     ids = torch.tensor([label[shots.labels[position]] for position in views.positions])
@@ -132,7 +132,7 @@ def plain(cache: CacheModel, shots: Source, recipe: Recipe) -> tuple[torch.Tenso
 
 
 @pytest.mark.parametrize("train", [("keys",), ("values",), ("keys", "values")])
-def test_twenty_epochs_end_where_plain_torch_ends(shots: Source, train: tuple[str, ...]) -> None:
+def test_twenty_epochs_match_plain_torch(shots: Source, train: tuple[str, ...]) -> None:
     cache, recipe = index(), replace(OWN, epochs=20, train=train, seed=4)
     tuned = finetune.finetune(cache, shots, Encoder(), recipe)
     keys, values, curve = plain(cache, shots, recipe)
@@ -148,10 +148,10 @@ def test_twenty_epochs_end_where_plain_torch_ends(shots: Source, train: tuple[st
     if tuned.cache.values is not None:
         assert float((tuned.cache.values - values).norm() / (values - values.round()).norm()) < 1e-4
     np.testing.assert_allclose(losses(tuned), curve, rtol=1e-5)
-    assert curve[-1] < curve[0] or train == ("values",)  # so few steps give values of 1 no more than a push
+    assert curve[-1] < curve[0] or train == ("values",)  # so few steps hardly change values of 1
 
 
-def test_each_shot_is_met_once_an_epoch_in_views_that_change(shots: Source) -> None:
+def test_each_epoch_uses_each_shot_once_in_changing_views(shots: Source) -> None:
     cache = index()
     material = _Material.of(cache, shots, Encoder(), OWN, None)
     views = Encoder().encode_views(shots, [])
@@ -166,11 +166,11 @@ def test_each_shot_is_met_once_an_epoch_in_views_that_change(shots: Source) -> N
         classes = [shots.labels[views.positions[owner[row]]] for row in rows]
         assert [NAMES[i] for _, ids in batches for i in ids] == classes
         seen.append(rows)
-    assert len({tuple(owner[row] for row in rows) for rows in seen}) == 60  # another order each time
-    assert {row for rows in seen for row in rows} == set(owner)  # and in the end every view
+    assert len({tuple(owner[row] for row in rows) for rows in seen}) == 60  # a different order each time
+    assert {row for rows in seen for row in rows} == set(owner)  # every view is used
 
 
-def test_rows_of_a_table_may_stand_in_any_order(tmp_path: Path) -> None:
+def test_rows_of_a_table_may_have_any_order(tmp_path: Path) -> None:
     counts = [1 + i % 4 for i in range(SHOTS)]
     tidy = shots_table(tmp_path / "tidy.parquet", counts, order=None)
     rows = np.arange(len(tidy))
@@ -180,22 +180,22 @@ def test_rows_of_a_table_may_stand_in_any_order(tmp_path: Path) -> None:
     assert np.array_equal(one.cache.keys, other.cache.keys)
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(shots: Source, val: Source) -> None:
+def test_only_the_same_seed_gives_the_same_bits(shots: Source, val: Source) -> None:
     recipe = Recipe(batch=16, epochs=4, train=("keys", "values"))
     one, same, other = (
         finetune.finetune(index(), shots, Encoder(), replace(recipe, seed=seed), val=val) for seed in (1, 1, 2)
     )
     assert np.array_equal(one.cache.keys, same.cache.keys)
     assert torch.equal(one.cache.values, same.cache.values)
-    assert told(one.curve) == told(same.curve)
+    assert without_seconds(one.curve) == without_seconds(same.curve)
     assert not np.array_equal(one.cache.keys, other.cache.keys)
 
 
-# --- what comes of it
+# --- the result
 
 
 @pytest.mark.parametrize("train", [("keys",), ("keys", "values")])
-def test_the_result_is_an_index_that_can_be_kept(
+def test_the_result_can_be_saved_with_its_provenance(
     shots: Source, val: Source, tmp_path: Path, train: tuple[str, ...]
 ) -> None:
     cache = index()
@@ -215,7 +215,10 @@ def test_the_result_is_an_index_that_can_be_kept(
     rows, _ = clusters(50, C, D, 9)
     assert torch.equal(found.logits(rows), tuned.cache.logits(rows))
     assert not torch.equal(found.logits(rows), cache.logits(rows))
-    assert (told(found.curve), found.curve["seconds"]) == (told(tuned.curve), tuned.curve["seconds"])
+    assert (without_seconds(found.curve), found.curve["seconds"]) == (
+        without_seconds(tuned.curve),
+        tuned.curve["seconds"],
+    )
     assert found.curve.schema == CURVE
     assert (found.values is not None) == ("values" in train)
     assert found.settings.temperature == 1.0
@@ -233,7 +236,7 @@ def test_the_result_is_an_index_that_can_be_kept(
     assert accuracy(found) > accuracy(cache)
 
 
-def test_without_validation_the_last_epoch_is_kept_and_the_settings_stay(shots: Source) -> None:
+def test_without_validation_the_last_epoch_and_the_settings_are_kept(shots: Source) -> None:
     tuned = finetune.finetune(index(), shots, Encoder(), Recipe(batch=16, epochs=3))
     assert (tuned.epoch, tuned.choice, tuned.collapsed) == (3, None, None)
     assert (tuned.cache.settings.alpha, tuned.cache.settings.beta) == (1.0, 5.5)
@@ -247,7 +250,7 @@ def test_without_validation_the_last_epoch_is_kept_and_the_settings_stay(shots: 
     assert seconds == sorted(seconds)
 
 
-def test_the_curve_tells_what_the_index_answers_on_the_validation_images(shots: Source, val: Source) -> None:
+def test_the_curve_matches_the_answers_for_validation_images(shots: Source, val: Source) -> None:
     tuned = finetune.finetune(index(), shots, Encoder(), replace(OWN, epochs=5), val=val)
     rows, ids = clusters(60, C, D, 2)
     for epoch, cache in (
@@ -263,7 +266,7 @@ def test_the_curve_tells_what_the_index_answers_on_the_validation_images(shots: 
     assert tuned.epoch > 0
 
 
-def test_an_index_of_float16_stays_one(shots: Source, tmp_path: Path) -> None:
+def test_a_float16_index_stays_float16(shots: Source, tmp_path: Path) -> None:
     cache = index(dtype=np.float16)
     tuned = finetune.finetune(cache, shots, Encoder(), OWN)
     tuned.save(tmp_path / "tuned")
@@ -278,11 +281,11 @@ def test_a_fine_tuned_index_can_be_fine_tuned_again(shots: Source, val: Source) 
     first = finetune.finetune(index(), shots, Encoder(), replace(OWN, train=("keys", "values")), val=val)
     again = finetune.finetune(first.cache, shots, Encoder(), replace(OWN, seed=2, epochs=8))
     assert not np.array_equal(first.cache.keys, again.cache.keys)
-    assert torch.equal(first.cache.values, again.cache.values)  # they count, and are not trained
+    assert torch.equal(first.cache.values, again.cache.values)  # used, but not trained
     assert losses(again)[-1] < losses(first)[0]
 
 
-def test_training_in_bfloat16_ends_about_where_float32_ends(shots: Source) -> None:
+def test_training_in_bfloat16_is_close_to_float32(shots: Source) -> None:
     recipe = replace(OWN, epochs=20)
     exact, near = (
         finetune.finetune(index(), shots, Encoder(), replace(recipe, precision=precision))
@@ -295,19 +298,19 @@ def test_training_in_bfloat16_ends_about_where_float32_ends(shots: Source) -> No
     assert facts(near)["precision"] == "bfloat16"
 
 
-# --- which epoch
+# --- the kept epoch
 
 
-def slowly_kept(curve: list[tuple[float, float]], n: int) -> int:
-    """The latest epoch within a standard error of the best; none, where no epoch is better than no training."""
+def kept_by_definition(curve: list[tuple[float, float]], n: int) -> int:
+    """Return the latest epoch within a standard error of the best, or 0 if no epoch beats no training."""
     if not any(a > curve[0][0] or (a == curve[0][0] and loss < curve[0][1]) for a, loss in curve[1:]):
         return 0
     best = max(a for a, _ in curve)
     return max(e for e, (a, _) in enumerate(curve) if a >= best - math.sqrt(best * (1 - best) / n))
 
 
-def drilled(run: _Run, curve: list[tuple[float, float]]) -> None:
-    """A run whose epochs add 1 to every key, and whose validation gives this curve of accuracy and loss."""
+def train_with_curve(run: _Run, curve: list[tuple[float, float]]) -> None:
+    """Train with epochs that add 1 to every key, and a validation that gives this curve of accuracy and loss."""
     made = iter(curve)
 
     def step(queries: Any, ids: Any, lr: float) -> tuple[float, int]:
@@ -326,30 +329,30 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> _Material:
     return _Material.of(index(), shots, Encoder(), OWN, val)
 
 
-def test_the_kept_epoch_is_that_of_the_rule(material: _Material) -> None:
+def test_the_kept_epoch_follows_the_rule(material: _Material) -> None:
     kept = set()
 
     @settings(max_examples=examples(150), deadline=None)
-    @example([(30, 1.0), (30, 1.0), (24, 0.5)])  # none is better: less loss does not make up for accuracy
-    @example([(30, 1.0), (30, 0.9)])  # as often right, with less loss
+    @example([(30, 1.0), (30, 1.0), (24, 0.5)])  # no epoch is better: a lower loss does not outweigh accuracy
+    @example([(30, 1.0), (30, 0.9)])  # equal accuracy, lower loss
     @example([(30, 1.0), (48, 0.9), (46, 0.9), (42, 0.9)])  # a standard error of 0.8 on 60 is 0.052
     @given(st.lists(st.tuples(st.integers(40, 60), st.sampled_from([0.5, 0.6, 0.7])), min_size=2, max_size=9))
     def check(made: list[tuple[int, float]]) -> None:
         curve = [(right / 60, loss) for right, loss in made]
         cache = index()
         run = _Run(cache, material, replace(OWN, batch=1024, epochs=len(curve) - 1))
-        drilled(run, curve)
-        assert run.kept_epoch == slowly_kept(curve, 60)
+        train_with_curve(run, curve)
+        assert run.kept_epoch == kept_by_definition(curve, 60)
         np.testing.assert_allclose(run.kept["keys"] - run.kept_epoch, cache.keys, atol=1e-5)
-        assert len(run.curve) == len(curve)  # all were tried
+        assert len(run.curve) == len(curve)  # all epochs ran
         kept.add(min(run.kept_epoch, 2))
 
     check()
     assert kept == {0, 1, 2}
 
 
-def test_validation_labels_choose_and_do_not_teach(shots: Source, val: Source, tmp_path: Path) -> None:
-    """With settings of its own, training is the same whatever the validation labels say, and without them."""
+def test_validation_labels_choose_the_epoch_but_train_nothing(shots: Source, val: Source, tmp_path: Path) -> None:
+    """With the settings of the index, training is the same for any validation labels, and without them."""
     rows, ids = clusters(60, C, D, 2)
     wrong = open_source(write_table(tmp_path / "wrong.parquet", rows, [NAMES[(i + 1) % C] for i in ids]))
     right, misled, without = (finetune.finetune(index(), shots, Encoder(), OWN, val=v) for v in (val, wrong, None))
@@ -362,7 +365,7 @@ def test_validation_labels_choose_and_do_not_teach(shots: Source, val: Source, t
 # --- settings
 
 
-def test_flatter_settings_are_tried_and_taken_where_the_own_ones_saturate(
+def test_flatter_settings_are_used_if_the_index_settings_saturate(
     shots: Source, val: Source, caplog: pytest.LogCaptureFixture
 ) -> None:
     sharp = index(beta=300.0)
@@ -378,13 +381,11 @@ def test_flatter_settings_are_tried_and_taken_where_the_own_ones_saturate(
     assert facts(tried)["alpha"] == facts(again)["alpha"]
     assert tried.curve["val_accuracy"].to_pylist()[-1] > own.curve["val_accuracy"].to_pylist()[-1]
     assert tried.epoch > own.epoch == 0
-    assert "no epoch improved" in caplog.text  # of the own ones
+    assert "no epoch improved" in caplog.text  # with the settings of the index
     assert np.array_equal(own.cache.keys, keys)
 
 
-def test_settings_are_among_the_candidates_and_the_better_one_wins(
-    material: _Material, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_of_the_tried_settings_is_used(material: _Material, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
     train = _Run.train
 
@@ -412,7 +413,7 @@ def test_settings_are_among_the_candidates_and_the_better_one_wins(
 
 
 @pytest.mark.parametrize(("how", "with_val"), [("own", True), ("tried", False)])
-def test_nothing_is_tried_where_nothing_can_tell(
+def test_no_settings_are_tried_if_given_or_without_validation(
     shots: Source, val: Source, how: str, with_val: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(finetune, "_fitting_alpha", lambda *_: pytest.fail("tried"))
@@ -422,8 +423,8 @@ def test_nothing_is_tried_where_nothing_can_tell(
     assert (facts(tuned)["alpha"], facts(tuned)["beta"]) == (1.0, 9.0)
 
 
-def test_settings_that_overflow_are_not_taken(shots: Source, val: Source) -> None:
-    """Of keys far from the unit sphere a sharp exponential is infinite; the flatter ones are not."""
+def test_overflowing_settings_are_not_used(shots: Source, val: Source) -> None:
+    """For keys far from the unit sphere, a sharp exponential is infinite, but a flatter one is not."""
     cache = index(beta=300.0)
     cache = replace(cache, keys=cache.keys * 3)
     tuned = finetune.finetune(cache, shots, Encoder(), Recipe(batch=16, epochs=4), val=val)
@@ -437,7 +438,7 @@ def test_settings_that_overflow_are_not_taken(shots: Source, val: Source) -> Non
 @pytest.mark.parametrize("train", [("keys",), ("values",)])
 @pytest.mark.parametrize("with_val", [False, True])
 @pytest.mark.parametrize(("lr", "epochs", "batch"), [(1e4, 4, 16), (1e37, 4, 16), (1e37, 1, 1024)])
-def test_a_collapse_is_noticed_said_and_nothing_of_it_kept(
+def test_a_collapse_is_reported_and_discarded(
     shots: Source, val: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture,
     train: tuple[str, ...], with_val: bool, lr: float, epochs: int, batch: int,
 ) -> None:  # fmt: skip
@@ -445,13 +446,13 @@ def test_a_collapse_is_noticed_said_and_nothing_of_it_kept(
     recipe = replace(OWN, train=train, lr=lr, epochs=epochs, batch=batch)
     tuned = finetune.finetune(cache, shots, Encoder(), recipe, val=val if with_val else None)
     fell = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    if tuned.collapsed is None:  # then it is none: what is kept is sound
+    if tuned.collapsed is None:  # no collapse: the kept epoch is sound
         assert not any("collapsed" in message for message in fell)
     else:
         assert fell == [f"training collapsed: {tuned.collapsed}; kept epoch {tuned.epoch}"]
         assert facts(tuned)["collapsed"] == tuned.collapsed
         assert tuned.epoch < len(tuned.curve) - 1 <= epochs
-    if "keys" in train:  # a sharp exponential knows no bounds; values may be as large as they like
+    if "keys" in train:  # an exponential overflows, but values may be of any size
         assert tuned.collapsed is not None
     tuned.save(tmp_path / "tuned")
     found = verify(tmp_path / "tuned")
@@ -461,9 +462,7 @@ def test_a_collapse_is_noticed_said_and_nothing_of_it_kept(
         assert np.array_equal(found.keys, cache.keys)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_anything_changes(
-    shots: Source, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_infinite_loss_ends_the_run_before_its_update(shots: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = finetune.finetune(index(), shots, Encoder(), OWN)
     calls = 0
     entropy = functional.cross_entropy
@@ -471,7 +470,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_changes(
     def infinite(*arguments: Any, **options: Any) -> torch.Tensor:
         nonlocal calls
         calls += torch.is_grad_enabled()
-        return entropy(*arguments, **options) * (math.inf if calls == 8 else 1)  # in the second step of epoch 3
+        return entropy(*arguments, **options) * (math.inf if calls == 8 else 1)  # the second step of epoch 3
 
     monkeypatch.setattr(functional, "cross_entropy", infinite)
     tuned = finetune.finetune(index(), shots, Encoder(), OWN)
@@ -481,7 +480,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_changes(
     assert math.isinf(losses(tuned)[2])
 
 
-def test_a_fall_of_the_accuracy_is_a_collapse_too(material: _Material) -> None:
+def test_a_drop_of_accuracy_is_a_collapse(material: _Material) -> None:
     rights = iter([0.9, 0.95, 0.5, 0.47, 0.9])
     run = _Run(index(), replace(material, queries=None), replace(OWN, batch=1024, epochs=5))
     run.trainer.step = lambda q, ids, lr: (1.0 + len(run.curve), round(next(rights) * 1e6))  # type: ignore[method-assign]
@@ -492,10 +491,10 @@ def test_a_fall_of_the_accuracy_is_a_collapse_too(material: _Material) -> None:
     assert (run.kept_epoch, len(run.curve)) == (3, 5)
 
 
-# --- which shots
+# --- shots
 
 
-def test_own_shots_are_those_that_the_keys_are_named_after(shots: Source, tmp_path: Path) -> None:
+def test_own_shots_are_the_sources_of_the_keys(shots: Source, tmp_path: Path) -> None:
     rows = unit_rows(3, D)
     extra = open_source(write_table(tmp_path / "more.parquet", rows, NAMES[:3], ["shot 3", "other", "shot 0"]))
     assert own_shots(index(), extra).sources == ["shot 3", "shot 0"]
@@ -505,7 +504,7 @@ def test_own_shots_are_those_that_the_keys_are_named_after(shots: Source, tmp_pa
         own_shots(index(), none)
 
 
-def test_shots_and_validation_images_have_to_be_of_the_index(shots: Source, tmp_path: Path) -> None:
+def test_shots_and_validation_images_must_match_the_index(shots: Source, tmp_path: Path) -> None:
     foreign = open_source(write_table(tmp_path / "foreign.parquet", unit_rows(2, D), ["class 0", "zebra"]))
     longer = open_source(write_table(tmp_path / "longer.parquet", unit_rows(2, D + 1), NAMES[:2]))
     for given_, words in ((foreign, "foreign.parquet.*zebra"), (longer, f"longer.parquet.*{D + 1}.*{D}")):
@@ -531,7 +530,7 @@ def test_shots_and_validation_images_have_to_be_of_the_index(shots: Source, tmp_
         ({"train": ("visual",)}, "views"),
     ],
 )
-def test_bad_recipes_are_refused_in_one_line(changes: dict[str, Any], named: str) -> None:
+def test_invalid_recipes_are_refused_in_one_line(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=f"^{named}") as error:
         Recipe(**changes)
     assert "\n" not in str(error.value)
@@ -539,7 +538,7 @@ def test_bad_recipes_are_refused_in_one_line(changes: dict[str, Any], named: str
     Recipe(train=("keys", "values", "visual", "text"), views=None)
 
 
-def test_encoders_need_what_they_are_made_of(shots: Source, tmp_path: Path, model: Any) -> None:
+def test_training_encoders_needs_an_encoder_templates_and_pixels(shots: Source, tmp_path: Path, model: Any) -> None:
     encoder = Encoder(model)
     with pytest.raises(UsageError, match=r"^train visual: there is no encoder"):
         finetune.finetune(index(), shots, Encoder(), replace(OWN, train=("visual",), views=None))
@@ -568,7 +567,7 @@ def model(model_folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two splits of small noisy pictures of one colour a class."""
+    """Two splits of small noisy images, one colour per class."""
     folder = tmp_path_factory.mktemp("pictures")
     generator = np.random.default_rng(0)
     for split, number in (("train", 4), ("val", 5)):
@@ -612,7 +611,7 @@ def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], part:
     "train",
     few([("visual",), ("text",), ("visual", "text"), ("keys", "visual"), ("keys", "values", "visual", "text")], 2),
 )
-def test_encoders_are_trained_kept_and_found_again(
+def test_trained_encoders_are_saved_and_loaded_again(
     train: tuple[str, ...], model: Any, model_folder: Path, pictures: Path, image_index: CacheModel, tmp_path: Path
 ) -> None:
     source, val = open_source(pictures / "train"), open_source(pictures / "val")
@@ -641,7 +640,9 @@ def test_encoders_are_trained_kept_and_found_again(
         expected = text_weights(again, found.class_names, found.templates)
         np.testing.assert_allclose(found.text_weights, expected, atol=1e-5)
     encoded = Encoder(again).encode(val).features
-    trained = tuned.cache.logits(Encoder(tuned.backbone).encode(val).features)  # by torch, the other by its own tower
+    trained = tuned.cache.logits(
+        Encoder(tuned.backbone).encode(val).features
+    )  # computed by torch, the other logits by our tower
     np.testing.assert_allclose(found.logits(encoded), trained, rtol=1e-3, atol=1e-3 * float(trained.abs().max()))
     right = (found.logits(encoded).argmax(1).numpy() == found.ids_of(val)).mean()
     assert tuned.choice is not None
@@ -652,7 +653,7 @@ def test_encoders_are_trained_kept_and_found_again(
 
 
 @pytest.mark.parametrize("train", [("keys",), ("keys", "visual", "text")])
-def test_holding_shots_out_first_changes_nothing_in_the_training(
+def test_holding_out_shots_does_not_change_the_training(
     train: tuple[str, ...], model: Any, pictures: Path, image_index: CacheModel, tmp_path: Path
 ) -> None:
     source, encoder = open_source(pictures / "train"), Encoder(model)
@@ -664,12 +665,12 @@ def test_holding_shots_out_first_changes_nothing_in_the_training(
     assert tuned.encoders.keys() == plain.encoders.keys()
     compared = tuned.compared
     assert compared is not None
-    assert compared.n == (len(source) if train == ("keys",) else len(source) // 4)  # one quarter where it takes long
+    assert compared.n == (len(source) if train == ("keys",) else len(source) // 4)  # a quarter if encoders are trained
     assert 0 <= compared.before <= 1
     assert 0 <= compared.after <= 1
 
 
-def test_validation_images_are_one_view_whatever_the_encoder_is_set_to(
+def test_validation_images_have_one_view_for_any_encoder_settings(
     model: Any, pictures: Path, image_index: CacheModel
 ) -> None:
     source, val = open_source(pictures / "train"), open_source(pictures / "val")
@@ -678,11 +679,11 @@ def test_validation_images_are_one_view_whatever_the_encoder_is_set_to(
         finetune.finetune(image_index, source, Encoder(model, views=views, seed=seed), recipe, val=val).curve
         for views, seed in ((1, 1), (4, 7))
     )
-    assert told(one) == told(other)
+    assert without_seconds(one) == without_seconds(other)
 
 
 @pytest.mark.parametrize("views", [1, 3, None])
-def test_images_are_met_in_the_views_that_were_asked_for(
+def test_training_uses_the_requested_views_of_images(
     model: Any, pictures: Path, image_index: CacheModel, views: int | None
 ) -> None:
     source = open_source(pictures / "train")
@@ -702,10 +703,10 @@ def test_images_are_met_in_the_views_that_were_asked_for(
     assert different == 40 if views is None else 5 * (views - 1) < different <= 5 * views
 
 
-def test_all_parts_at_once_have_the_gradients_of_one_plain_backward(
+def test_training_all_parts_matches_one_plain_backward_pass(
     model_folder: Path, pictures: Path, image_index: CacheModel
 ) -> None:
-    """One step from the same state moves every part as one torch graph does; encoders take some inputs at a time."""
+    """One step changes every part as one torch graph does, although encoders take inputs in chunks."""
     theirs, ours = (load_backbone(f"local-dir:{model_folder}", device="cpu") for _ in range(2))
     recipe = Recipe(train=("keys", "values", "visual", "text"), views=None, precision="float32")
     positions, pixels = next(iter(Encoder(ours).pixels(open_source(pictures / "train"), "fresh/1/0", 12)))
@@ -739,7 +740,7 @@ def test_all_parts_at_once_have_the_gradients_of_one_plain_backward(
         assert float((found - tensor).norm()) <= 0.02 * float((tensor - start[name]).norm()) + 1e-7
 
 
-def test_towers_tuned_before_stay_tuned_when_another_is(
+def test_tuning_one_tower_keeps_the_other_tuned(
     model_folder: Path, pictures: Path, image_index: CacheModel, model: Any, tmp_path: Path
 ) -> None:
     source = open_source(pictures / "train")
@@ -757,7 +758,7 @@ def test_towers_tuned_before_stay_tuned_when_another_is(
 
 
 @pytest.mark.parametrize(("train", "with_val", "batch"), [(("visual",), False, 5), (("text",), True, 100)])
-def test_an_encoder_that_falls_apart_is_put_back(
+def test_a_collapsed_encoder_is_restored(
     train: tuple[str, ...], with_val: bool, batch: int, model: Any, pictures: Path, image_index: CacheModel,
     tmp_path: Path, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -776,11 +777,11 @@ def test_an_encoder_that_falls_apart_is_put_back(
     assert torch.equal(found.text_weights, image_index.text_weights)
 
 
-# --- real features and photographs
+# --- real features
 
 
 @needs_real
-def test_fine_tuning_on_real_clip_features_does_not_lose_to_the_untrained(shared: Path, tmp_path: Path) -> None:
+def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared: Path, tmp_path: Path) -> None:
     from retrieval_tip.data.shots import few_shot
 
     train, test = (open_source(shared / f"data/clip-food9/{part}.parquet") for part in ("train", "test"))
@@ -806,7 +807,7 @@ def test_fine_tuning_on_real_clip_features_does_not_lose_to_the_untrained(shared
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("changes", [{}, {"train": ("keys", "values")}, {"precision": "bfloat16"}])
-def test_gpu_trains_as_the_cpu_does(shots: Source, val: Source, changes: dict[str, Any]) -> None:
+def test_training_on_a_gpu_matches_the_cpu(shots: Source, val: Source, changes: dict[str, Any]) -> None:
     recipe = replace(OWN, **changes, epochs=20)
     cpu, gpu, again = (
         finetune.finetune(index(device=device), shots, Encoder(), recipe, val=val) for device in ("cpu", "cuda", "cuda")
@@ -821,7 +822,7 @@ def test_gpu_trains_as_the_cpu_does(shots: Source, val: Source, changes: dict[st
 
 
 @pytest.mark.gpu
-def test_gpu_trains_encoders_as_the_cpu_does(model_folder: Path, pictures: Path) -> None:
+def test_training_encoders_on_a_gpu_matches_the_cpu(model_folder: Path, pictures: Path) -> None:
     source = open_source(pictures / "train")
     recipe = Recipe(train=("keys", "visual", "text"), views=None, batch=5, epochs=3, lr=0.1)
     curves = []

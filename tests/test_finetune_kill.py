@@ -1,4 +1,4 @@
-"""A killed and resumed encoder training ends where an unbroken run ends, bit for bit.
+"""A killed and resumed encoder training gives the result of an uninterrupted run, bit for bit.
 
 Run as a script, this file is the trainer.
 """
@@ -30,7 +30,7 @@ if __name__ != "__main__":
         model_folder,
         pictures,
         shots_table,
-        told,
+        without_seconds,
     )
 
     from retrieval_tip import CacheModel
@@ -49,7 +49,7 @@ RECIPE: dict[str, Any] = {
 
 
 def _train(job: dict[str, Any], steps: killing.Steps) -> None:
-    """One run; a digest of its result goes to a file, with the number of steps."""
+    """Train once, and write the number of steps and a digest of the result to a file."""
     import torch
 
     from retrieval_tip import CacheModel
@@ -60,7 +60,7 @@ def _train(job: dict[str, Any], steps: killing.Steps) -> None:
     from retrieval_tip.fit.trainer import Recipe, Trainer
 
     def half(state: Any, path: Path) -> None:
-        """A write in two parts: a kill between them leaves half a file."""
+        """Write in two parts, so that a kill between them leaves half a file."""
         save(state, path)
         data = Path(path).read_bytes()
         Path(path).write_bytes(data[: len(data) // 2])
@@ -119,7 +119,7 @@ def server(
 
 
 @killing.needs_fork
-def test_killed_at_every_step_and_resumed_it_ends_where_an_unbroken_run_ends(server: Trainings, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_step_and_resumed_gives_the_same_result(server: Trainings, tmp_path: Path) -> None:
     assert server.train(tmp_path / "whole") == 0
     steps, expected = json.loads((tmp_path / "whole.out").read_text())
     each = 2 * STEPS + 4  # two around each step of training and each write, one within the write, one rename
@@ -131,7 +131,7 @@ def test_killed_at_every_step_and_resumed_it_ends_where_an_unbroken_run_ends(ser
         assert server.train(place) == 0
         rest, result = json.loads(Path(f"{place}.out").read_text())
         assert result == expected
-        assert rest == steps - step // each * each  # the epochs that were finished are not trained again
+        assert rest == steps - step // each * each  # finished epochs are not trained again
 
 
 class Stop(Exception):
@@ -139,7 +139,7 @@ class Stop(Exception):
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, steps: int, **arguments: Any) -> None:
-    """A run that is stopped before its step number ``steps``; its checkpoint stays."""
+    """Stop a training before step number ``steps``, and leave its checkpoint."""
     with monkeypatch.context() as patch:
         train, done = Trainer.step, iter(range(10**6))
 
@@ -156,7 +156,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, steps: int, **arguments: Any) -
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("with_val", [False, True])
 @pytest.mark.parametrize("train", few([("keys", "values", "visual", "text"), ("visual",), ("text",)], 1))
-def test_interrupted_encoders_go_on_as_if_nothing_had_happened(
+def test_a_resumed_run_equals_an_uninterrupted_run(
     train: tuple[str, ...], with_val: bool, model_folder: Path, pictures: Path, image_index: CacheModel,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str,
 ) -> None:  # fmt: skip
@@ -173,7 +173,7 @@ def test_interrupted_encoders_go_on_as_if_nothing_had_happened(
     interrupted(monkeypatch, STEPS + 1, **arguments)
     interrupted(monkeypatch, STEPS + 1, **arguments)
     again = finetune.finetune(**arguments)
-    assert told(again.curve) == told(whole.curve)
+    assert without_seconds(again.curve) == without_seconds(whole.curve)
     assert np.array_equal(again.cache.keys, whole.cache.keys)
     assert torch.equal(again.cache.text_weights, whole.cache.text_weights)
     assert "values" not in train or torch.equal(again.cache.values, whole.cache.values)
@@ -182,36 +182,36 @@ def test_interrupted_encoders_go_on_as_if_nothing_had_happened(
     assert (again.epoch, again.cache.settings) == (whole.epoch, whole.cache.settings)
 
 
-# --- what is in the file
+# --- the checkpoint
 
 
 @pytest.fixture(scope="module")
-def left(tmp_path_factory: pytest.TempPathFactory, image_index: CacheModel, model: Any, pictures: Path) -> Any:
-    """The arguments of a run, and the checkpoint that it has left."""
+def finished(tmp_path_factory: pytest.TempPathFactory, image_index: CacheModel, model: Any, pictures: Path) -> Any:
+    """Arguments of a finished run whose checkpoint still exists."""
     arguments: dict[str, Any] = {
         "cache": image_index,
         "shots": open_source(pictures / "train"),
         "encoder": Encoder(model),
         "recipe": Recipe(**RECIPE | {"epochs": 2, "train": ("text",)}),
-        "checkpoint": tmp_path_factory.mktemp("left") / "run.checkpoint",
+        "checkpoint": tmp_path_factory.mktemp("finished") / "run.checkpoint",
     }
     finetune.finetune(**arguments)
     return arguments
 
 
 @pytest.fixture
-def resumed(left: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    return left | {"checkpoint": Path(shutil.copy(left["checkpoint"], tmp_path / "run.checkpoint"))}
+def resumed(finished: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    return finished | {"checkpoint": Path(shutil.copy(finished["checkpoint"], tmp_path / "run.checkpoint"))}
 
 
-def test_an_existing_checkpoint_is_left_aside_unless_resuming(
+def test_an_existing_checkpoint_is_ignored_unless_resuming(
     resumed: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     resumed["checkpoint"].write_bytes(b"garbage")
     finetune.finetune(**resumed)
     assert f"{resumed['checkpoint']}: found an interrupted run" in caplog.text
     caplog.clear()
-    assert len(finetune.finetune(**resumed, resume=True).curve) == 3  # of the new one that took its place
+    assert len(finetune.finetune(**resumed, resume=True).curve) == 3  # resumes the new checkpoint
     assert not caplog.text
     resumed["checkpoint"].unlink()
     assert len(finetune.finetune(**resumed, resume=True).curve) == 3
@@ -237,7 +237,13 @@ def test_a_damaged_or_foreign_checkpoint_is_named(resumed: dict[str, Any]) -> No
         place.write_bytes(data)
         refused()
         assert place.read_bytes() == data
-    for other in ([], {"a": 1}, {"told": 3}, state | {"optimizer": {}}, state | {"now": {"x": torch.ones(1)}}):
+    for other in (
+        [],
+        {"a": 1},
+        {"told": 3},
+        state | {"optimizer": {}},
+        state | {"now": {"x": torch.ones(1)}},
+    ):
         torch.save(other, place)
         refused()
     place.unlink()
@@ -276,8 +282,8 @@ def test_a_checkpoint_of_another_run_is_refused(resumed: dict[str, Any], picture
     for changes, words in others:
         with pytest.raises(UsageError) as error:
             finetune.finetune(**resumed | changes, resume=True)
-        told = f"{resumed['checkpoint']}: of a run with another {words}; start over without --resume"
-        assert str(error.value) == told
+        expected = f"{resumed['checkpoint']}: of a run with another {words}; start over without --resume"
+        assert str(error.value) == expected
     finetune.finetune(**resumed, resume=True)
 
 
@@ -289,7 +295,7 @@ def test_only_encoders_have_checkpoints(tmp_path: Path) -> None:
         finetune.finetune_into(tmp_path / "out", index(), shots, Encoder(), resume=True)
 
 
-def test_an_interrupted_encoder_goes_on_only_when_asked(
+def test_the_command_resumes_a_run_only_if_asked(
     run: Any, tmp_path: Path, pictures: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = ("--model", f"local-dir:{model_folder}")
@@ -301,12 +307,12 @@ def test_an_interrupted_encoder_goes_on_only_when_asked(
 
     unbroken, steps, checkpoint = tuned("whole", 3), finetune._Run._one_epoch, tmp_path / "broken.checkpoint"
 
-    def dies_in_the_last(self: Any, bar: Any) -> None:
-        if self.epoch == 2 and len(self.material.ids) == 12:  # not where a quarter of the shots is held out
+    def interrupt_the_last_epoch(self: Any, bar: Any) -> None:
+        if self.epoch == 2 and len(self.material.ids) == 12:  # not while a quarter of the shots is held out
             raise KeyboardInterrupt
         steps(self, bar)
 
-    monkeypatch.setattr(finetune._Run, "_one_epoch", dies_in_the_last)
+    monkeypatch.setattr(finetune._Run, "_one_epoch", interrupt_the_last_epoch)
     interrupted = tuned("broken", 3)
     monkeypatch.undo()
     assert interrupted.exit_code == 130
@@ -317,6 +323,6 @@ def test_an_interrupted_encoder_goes_on_only_when_asked(
     resumed = tuned("broken", 3, "--resume")
     assert resumed.exit_code == 0, resumed.stderr
     both = [json.loads(result.stdout) | {"seconds": 0} for result in (unbroken, resumed)]
-    assert both[0] == both[1]  # the comparison before the training is remembered, too
+    assert both[0] == both[1]  # including the held-out comparison
     assert both[0]["n"] == 3
     assert not checkpoint.exists()

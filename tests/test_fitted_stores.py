@@ -34,8 +34,8 @@ from retrieval_tip.server.served import open_all
 
 pytestmark = pytest.mark.timeout(120)
 
-LETTERS = {"solved": ("within", "solved"), "metric": ("within", "one-hot"), "values": ("none", "solved")}
-"""The letters that a form fills, by name; the last of them needs no metric."""
+FORMS = {"solved": ("within", "solved"), "metric": ("within", "one-hot"), "values": ("none", "solved")}
+"""Metric and values of each form."""
 NAMES = [f"class {i}" for i in range(5)]
 QUERIES = clusters(4, seed=5)[0]
 KINDS = ("folder", "lance")
@@ -43,7 +43,7 @@ KINDS = ("folder", "lance")
 
 def table(path: Path, shots=8, seed=0, prefix="it's"):
     keys, ids = clusters(shots, seed)
-    order = np.random.default_rng(1).permutation(len(ids))  # a source is in no order
+    order = np.random.default_rng(1).permutation(len(ids))  # a source has random order
     return write_table(path, keys[order], [NAMES[i] for i in ids[order]], [f"{prefix} {i}" for i in order])
 
 
@@ -54,7 +54,7 @@ def built(tmp_path_factory):
     table(place / "train.parquet")
     write_table(place / "text.parquet", text_of(), NAMES)
     found = {}
-    for name, (metric, values) in (LETTERS | {"plain": ("none", "one-hot")}).items():
+    for name, (metric, values) in (FORMS | {"plain": ("none", "one-hot")}).items():
         for kind in KINDS:
             found[name, kind] = made(place, kind, f"{name}-{kind}")
             words = ["index", "build", place / "train.parquet", "--text", place / "text.parquet", "--store"]
@@ -67,8 +67,8 @@ def opened(*places):
     return [stores.at(place).verify() for place in places]
 
 
-def same(one, other, *, every=(("all", True), (8, True), (8, False))):
-    """Two indexes are fitted alike, and answer alike by the same settings, to 1e-5 of the largest logit."""
+def check_same(one, other, *, every=(("all", True), (8, True), (8, False))):
+    """Check that two indexes have the same fit, and with the same settings the same answers."""
     found = [[np.nan if part is None else part for part in asdict(model.settings).values()] for model in (one, other)]
     np.testing.assert_allclose(*found, rtol=1e-5)
     other = other.with_settings(one.settings)
@@ -84,24 +84,26 @@ def same(one, other, *, every=(("all", True), (8, True), (8, False))):
             np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", LETTERS)
-def test_a_store_is_fitted_as_a_folder_is(built, name):
+@pytest.mark.parametrize("name", FORMS)
+def test_a_store_has_the_fit_of_a_folder(built, name):
     folder, store = opened(*(built[name, kind] for kind in KINDS))
-    same(folder, store)
-    assert (store.fitted.metric, store.fitted.values) == LETTERS[name]
+    check_same(folder, store)
+    assert (store.fitted.metric, store.fitted.values) == FORMS[name]
     assert store.provenance["fit"] == folder.provenance["fit"]
     for part in ("mean", "transform") if store.metric else ():
         found, expected = (getattr(model.metric, part).numpy() for model in (store, folder))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     kept = {kind for kind in ("metric", "values") if getattr(store, kind) is not None}
     assert store.manifest.files.keys() == {"classes"} | kept
-    assert store.table.has_points == (name == "metric")  # of values all keys are met, which are in memory
+    assert store.table.has_points == (name == "metric")  # solved values need all keys, which are in memory
 
 
-@pytest.mark.parametrize("held", [1000, 20, 5])
-@pytest.mark.parametrize("name", [*LETTERS, "plain"])
-def test_whole_classes_are_met_as_in_a_folder(built, name, held, tmp_path, monkeypatch):
-    """All keys at once, some classes, or part of one."""
+PIECES = [*itertools.product(("metric", "plain"), (1000, 20, 5)), ("solved", 20), ("values", 20)]
+
+
+@pytest.mark.parametrize(("name", "held"), few(PIECES, 4))
+def test_whole_classes_are_searched_as_in_a_folder(built, name, held, tmp_path, monkeypatch):
+    """``held`` keys are all keys, some classes, or a part of a class. With solved values, all keys are in memory."""
     monkeypatch.setattr(lance_keys, "PIECE", held * 4 * QUERIES.shape[1])
     places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
     more = open_source(table(tmp_path / "more.parquet", 1, 9, "more"))
@@ -116,21 +118,21 @@ def test_whole_classes_are_met_as_in_a_folder(built, name, held, tmp_path, monke
         for place, part in keys.of_classes(np.arange(5)):
             sums[place] += part.sum(dim=0)
         np.testing.assert_allclose(sums, keys.sums, atol=1e-4)
-        if held > max(folder.counts):  # else the slack is that of other keys
-            same(folder, store, every=[("all", True)])
+        if held > max(folder.counts):  # otherwise the slack comes from different keys
+            check_same(folder, store, every=[("all", True)])
             winners = [model.logits(QUERIES, 8).argmax(1) for model in (folder, store)]
-            torch.testing.assert_close(*winners)  # their slack comes from other samples of the keys
-    else:  # a store has solved values, and their keys, in memory, where the nearest are met
-        same(folder, store, every=[("all", True)])
+            torch.testing.assert_close(*winners)  # the slack comes from different samples of the keys
+    else:  # with solved values, a store searches the nearest keys in memory
+        check_same(folder, store, every=[("all", True)])
     for place in places:
         fit_index(place)
-    same(*opened(*places))  # one-hot values, as none are to be solved where whole classes are met
+    check_same(*opened(*places))  # one-hot values, because values cannot be solved for whole classes
 
 
 @settings(max_examples=6 if SOAK else 1, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(steps=STEPS)
-@pytest.mark.parametrize("name", [*LETTERS, "plain"])
-def test_a_folder_and_a_store_go_the_same_way(steps, name, built, tmp_path_factory):
+@pytest.mark.parametrize("name", [*FORMS, "plain"])
+def test_the_same_changes_give_the_same_folder_and_store(steps, name, built, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("ways")
     places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
     for number, (what, m, seed) in enumerate(steps):
@@ -138,13 +140,13 @@ def test_a_folder_and_a_store_go_the_same_way(steps, name, built, tmp_path_facto
             step(place, tmp_path, what, m, seed, number)
     assert labels_of(places[0]) == labels_of(places[1])
     one, other = opened(*places)
-    same(one, other)
+    check_same(one, other)
     assert one.counts == other.counts
 
 
-@pytest.mark.parametrize("name", LETTERS)
-def test_values_are_solved_as_in_a_folder_also_where_they_are_many(name, built, tmp_path, monkeypatch):
-    """Beyond so many keys a change solves those that it touches."""
+@pytest.mark.parametrize("name", ["solved", "values"])
+def test_many_values_are_solved_as_in_a_folder(name, built, tmp_path, monkeypatch):
+    """Beyond ``SOLVED_AGAIN`` keys, a change only solves the values of the keys that it touches."""
     monkeypatch.setattr("retrieval_tip.retrieval.ridge.SOLVED_AGAIN", 10)
     places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
     more = open_source(table(tmp_path / "more.parquet", 1, 9, "more"))
@@ -152,11 +154,11 @@ def test_values_are_solved_as_in_a_folder_also_where_they_are_many(name, built, 
         assert len(changes.add(place, more, Encoder()).key_ids) == 5
         changes.relabel(place, NAMES[2], key_ids=[1, 20, 41])
         changes.remove(place, key_ids=[3, 7, 42])
-    same(*opened(*places))
+    check_same(*opened(*places))
 
 
-@pytest.mark.parametrize("name", LETTERS)
-def test_classes_come_with_their_text_and_get_other_names(name, built, tmp_path):
+@pytest.mark.parametrize("name", FORMS)
+def test_classes_are_added_with_their_text_and_renamed(name, built, tmp_path):
     write_table(tmp_path / "words.parquet", text_of()[:1], ["new"])
     more = open_source(write_table(tmp_path / "new.parquet", clusters(1, 3)[0][:2], ["new", NAMES[0]]))
     places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
@@ -165,7 +167,7 @@ def test_classes_come_with_their_text_and_get_other_names(name, built, tmp_path)
         changes.rename(place, NAMES[1], "renamed")
     one, other = opened(*places)
     assert other.class_names == [NAMES[0], "renamed", *NAMES[2:], "new"]
-    same(one, other)
+    check_same(one, other)
     with stores.at(places[1]).change() as change:
         change.cache.rename("renamed", "again")
         same_names = [near.label for one in change.cache.classify(QUERIES, neighbours=40) for near in one.neighbours]
@@ -173,7 +175,7 @@ def test_classes_come_with_their_text_and_get_other_names(name, built, tmp_path)
         assert "renamed" not in same_names
 
 
-COPIES = [*itertools.product(LETTERS, KINDS), ("solved", "s3"), ("metric", "s3")]
+COPIES = [*itertools.product(FORMS, KINDS), ("solved", "s3"), ("metric", "s3")]
 
 
 @pytest.mark.parametrize(("name", "to"), few(COPIES, 4))
@@ -181,14 +183,13 @@ def test_a_copy_keeps_the_fit(run, built, name, to, tmp_path):
     for kind in KINDS:
         out = made(tmp_path, to, f"{kind}-copy")
         done(run("index", "clone", built[name, kind], out))
-        same(*opened(built[name, kind], out))
+        check_same(*opened(built[name, kind], out))
         changes.remove(out, key_ids=[5])
-        same(*opened(out, out))
-    assert stores.at(out).verify().n == 39
+        assert stores.at(out).verify().n == 39
 
 
-def test_fit_takes_a_store(run, built, tmp_path):
-    """To other letters and back, as a folder is: what the table had for the others is there no more."""
+def test_a_store_can_be_fitted_again(run, built, tmp_path):
+    """Fit other forms and the first one again, as in a folder. Columns of the previous form are removed."""
     places = [copied(tmp_path, kind, built["solved", kind], kind) for kind in KINDS]
     asked = write_table(tmp_path / "val.parquet", QUERIES, [NAMES[i] for i in clusters(4, seed=5)[1]])
     ways = (["--values", "one-hot"], ["--metric", "none", "--values", "one-hot"], ["--val", asked], [])
@@ -198,17 +199,17 @@ def test_fit_takes_a_store(run, built, tmp_path):
         judged = [result.stderr.splitlines()[-1].rpartition(" (")[0] for result in said_by]
         assert judged[0] == judged[1]
         one, other = opened(*places)
-        same(one, other)
+        check_same(one, other)
         assert other.version == version
         assert other.table.has_points == (other.metric is not None and other.values is None)
     assert done(run("index", "rollback", places[1], "--version", 1)).endswith("rolled back\n")
-    same(*opened(built["solved", "folder"], places[1]))
+    check_same(*opened(built["solved", "folder"], places[1]))
     wrong = run("fit", places[1], "--values", "solved", "--metric", "none", "--val", "nothing.parquet")
     assert (wrong.exit_code, wrong.stderr.count("\n")) == (1, 1)
 
 
 def check_derived(model, dtype):
-    """Points are those of the keys, and solved values solve their system, to the rounding of the dtype."""
+    """Check that points belong to the keys, and that solved values solve their system."""
     whole = model if model.values is None or not isinstance(model, lance_model.LanceModel) else model.whole
     if model.metric is not None and not isinstance(whole, lance_model.LanceModel):
         points = model.metric(torch.from_numpy(np.asarray(whole.keys, dtype=np.float32))).numpy().astype(dtype)
@@ -220,9 +221,9 @@ def check_derived(model, dtype):
         np.testing.assert_allclose(gram @ whole.values.numpy().astype(np.float64), wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", LETTERS)
+@pytest.mark.parametrize("name", FORMS)
 def test_a_key_far_from_norm_1_is_refused_unless_a_metric_scales_it(built, name, tmp_path):
-    """Also over HTTP, where it is the request's fault."""
+    """Over HTTP, the refusal is an error of the client."""
     for kind in KINDS:
         place = copied(tmp_path, kind, built[name, kind], kind)
         folder = place if kind == "lance" else Path(place)
@@ -237,25 +238,25 @@ def test_a_key_far_from_norm_1_is_refused_unless_a_metric_scales_it(built, name,
         assert model.n == 40 + (name != "values")
 
 
-@pytest.mark.parametrize("name", LETTERS)
-def test_another_beta_is_fitted_at_once(built, name, tmp_path):
+@pytest.mark.parametrize("name", FORMS)
+def test_a_new_beta_refits_the_index(built, name, tmp_path):
     places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
     before = stores.at(places[0]).load(device="cpu").settings
     summaries = [changes.configure(place, beta=6.0, temperature=2.0).summary for place in places]
     assert summaries[0] == summaries[1]
     assert summaries[0].startswith("Estimated accuracy")
     one, other = opened(*places)
-    same(one, other)
+    check_same(one, other)
     assert (one.settings.beta, one.settings.temperature) == (6.0, 2.0)
     for what in ("alpha", "least_cache"):
         assert getattr(one.settings, what) != getattr(before, what)
     for model in (one, other):
         check_derived(model, np.float32)
-    changes.configure(places[0], beta=6.0, alpha=3.0)  # the same beta: nothing is fitted
+    changes.configure(places[0], beta=6.0, alpha=3.0)  # the beta is the same, so nothing is fitted
     assert stores.at(places[0]).load(device="cpu").settings == replace(one.settings, alpha=3.0)
 
 
-def test_another_beta_for_one_call_is_warned_of_once(run, built, tmp_path):
+def test_a_different_beta_for_one_call_warns_once(run, built, tmp_path):
     asked, place = write_table(tmp_path / "asked.parquet", QUERIES), built["solved", "folder"]
     warn_once.cache_clear()
     for options, warnings in (((), 0), (("--beta", 6), 1), (("--beta", 7), 0)):
@@ -269,7 +270,7 @@ def test_another_beta_for_one_call_is_warned_of_once(run, built, tmp_path):
             assert len(found.json()["warnings"]) == warnings
 
 
-@pytest.mark.parametrize("name", LETTERS)
+@pytest.mark.parametrize("name", FORMS)
 def test_derived_arrays_are_recomputed_for_another_dtype(built, name, tmp_path):
     for kind in KINDS:
         place = copied(tmp_path, kind, built[name, kind], kind)
@@ -280,15 +281,15 @@ def test_derived_arrays_are_recomputed_for_another_dtype(built, name, tmp_path):
             check_derived(model, dtype)
         there = made(tmp_path, "lance" if kind == "folder" else "folder", f"there-{kind}")
         changes.clone(place, there)
-        same(*opened(place, there))
+        check_same(*opened(place, there))
 
 
 # --- more keys than memory
 
 
 @pytest.fixture
-def few_are_many(monkeypatch):
-    """Forty keys are more than are read at once, chosen on, or judged."""
+def small_limits(monkeypatch):
+    """Limits below forty keys on the keys that are read at once, or used to choose a form or estimate accuracy."""
     for module in (closed_form, shots):
         monkeypatch.setattr(module, "MOST_SOLVED", 30)
     monkeypatch.setattr(closed_form, "CHOSEN_ON", 20)
@@ -296,10 +297,10 @@ def few_are_many(monkeypatch):
     monkeypatch.setattr(draft, "SUMS_FROM", 0)
 
 
-@pytest.mark.usefixtures("few_are_many")
-@pytest.mark.parametrize("letters", [{}, {"metric": "within"}, {"metric": "none"}], ids=str)
+@pytest.mark.usefixtures("small_limits")
+@pytest.mark.parametrize("form", [{}, {"metric": "within"}, {"metric": "none"}], ids=str)
 @pytest.mark.parametrize("source", ["shots", "val"])
-def test_keys_that_are_not_read_at_once_are_fitted_alike(built, letters, source, tmp_path):
+def test_keys_that_are_read_in_parts_give_the_same_fit(built, form, source, tmp_path):
     places = [copied(tmp_path, kind, built["solved", kind], kind) for kind in KINDS]
     val = {}
     if source == "val":
@@ -307,17 +308,17 @@ def test_keys_that_are_not_read_at_once_are_fitted_alike(built, letters, source,
         val = {"validation": open_source(path), "encoder": Encoder()}
     for place in places:
         changes.remove(place, key_ids=[4, 17])
-    choices = [fit_index(place, **letters, **val) for place in places]
+    choices = [fit_index(place, **form, **val) for place in places]
     assert choices[0].form == choices[1].form
     assert (choices[0].n, choices[0].folds, choices[0].photos) == (choices[1].n, choices[1].folds, choices[1].photos)
     one, other = opened(*places)
     assert (other.values, other.fitted) == (None, one.fitted)
     assert other.fitted.keys == 38
-    same(one, other)
+    check_same(one, other)
 
 
-@pytest.mark.usefixtures("few_are_many")
-def test_the_sums_of_a_metric_follow_the_keys(built, tmp_path):
+@pytest.mark.usefixtures("small_limits")
+def test_the_sums_behind_a_metric_follow_the_keys(built, tmp_path):
     place = copied(tmp_path, "lance", built["metric", "lance"])
     fit_index(place, metric="within")
     changes.add(place, open_source(table(tmp_path / "more.parquet", 2, 9, "more")), Encoder())
@@ -331,11 +332,11 @@ def test_the_sums_of_a_metric_follow_the_keys(built, tmp_path):
     fresh = copied(tmp_path, "lance", place, "fresh")
     changes.rebuild(fresh)
     fit_index(fresh, metric="within")
-    same(*opened(place, fresh))
+    check_same(*opened(place, fresh))
 
 
-@pytest.mark.usefixtures("few_are_many")
-def test_the_index_is_over_the_points(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("small_limits")
+def test_the_index_covers_the_points(tmp_path, monkeypatch):
     monkeypatch.setattr(draft, "INDEX_FROM", 500)
     place, source = made(tmp_path, "lance"), table(tmp_path / "many.parquet", 200)
     build_index(open_source(source), place, Encoder(), metric="within", k=16, device="cpu")
@@ -343,7 +344,9 @@ def test_the_index_is_over_the_points(tmp_path, monkeypatch):
     assert (model.index_type, model.fitted.metric, model.table.met) == ("IvfFlat", "within", "_point")
     own = lancedb.connect(model.store.address.uri).open_table("keys")
     assert [list(entry.columns) for entry in own.list_indices()] == [["_point"]]
-    assert len([name for name in everything(place) if name.startswith("keys.lance/data/")]) == 1  # of no other version
+    assert (
+        len([name for name in everything(place) if name.startswith("keys.lance/data/")]) == 1
+    )  # no data of an earlier version
     points = model.metric(torch.from_numpy(model.keys_in_memory().keys)).numpy()
     wanted = model.metric(torch.from_numpy(QUERIES)).numpy() @ points.T
     near = model.retrieval.nearest(model.retrieval.points(torch.from_numpy(QUERIES)), 10).affinity.numpy()
@@ -353,7 +356,7 @@ def test_the_index_is_over_the_points(tmp_path, monkeypatch):
     assert sorted(late) == list(range(1000, 1005))
 
 
-# --- what cannot be, and what is damaged
+# --- errors and damage
 
 
 def test_solved_values_of_too_many_keys_are_refused(run, built, tmp_path, monkeypatch):
@@ -386,7 +389,7 @@ def test_a_damaged_object_is_named(built, kind, damage, tmp_path):
         said(call, entry.name)
 
 
-def test_points_that_are_of_other_keys_are_found(built, tmp_path):
+def test_points_of_other_keys_are_found(built, tmp_path):
     place = copied(tmp_path, "lance", built["metric", "lance"])
     changes.add(place, open_source(table(tmp_path / "more.parquet", 1, 9, "more")), Encoder())
     model = stores.at(place).verify()
@@ -410,15 +413,15 @@ def test_a_fitted_store_is_served(built, tmp_path):
         assert "solved" in json.dumps(described)
         fitted = client.post("/v1/indexes/own/fit", headers=headers)
         assert (fitted.status_code, fitted.json()["version"]) == (200, 2), fitted.text
-    folder.fitted = replace(folder.fitted, automatic=True)  # its letters were given
-    same(folder, stores.at(place).verify())
+    folder.fitted = replace(folder.fitted, automatic=True)  # its form was given
+    check_same(folder, stores.at(place).verify())
     for row, one in zip(answer.json()["results"], expected, strict=True):
         assert row["label"] == one.label
         np.testing.assert_allclose([near["gives"] for near in row["neighbours"]],
                                    [near.gives for near in one.neighbours], atol=1e-5)  # fmt: skip
 
 
-# -- indexes that change a lot --
+# --- indexes that change a lot
 
 
 @pytest.mark.parametrize("kind", KINDS)

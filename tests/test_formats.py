@@ -1,4 +1,4 @@
-"""Labels and predictions in the formats of other programs, checked by these programs where they are installed."""
+"""Labels and predictions in the formats of other programs, checked by these programs if they are installed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def written(folder, document):
 
 
 def classified(run, things, paths, style, *options):
-    """The rows of ``classify`` and its document in a format."""
+    """Return the rows of ``classify``, and its document in another format."""
     rows = run("classify", things, *paths, "--format", "json", *options).stdout.splitlines()
     done = run("classify", things, *paths, "--format", style, *options)
     assert done.exit_code == 0, done.output
@@ -60,7 +60,7 @@ def test_classify_writes_every_format(run, things, shared, tmp_path):
     assert (done.exit_code, "leave out --boxes" in done.stderr) == (2, True)
 
 
-def test_coco_is_read_as_it_was_written(answers, tmp_path):
+def test_written_coco_is_read_back(answers, tmp_path):
     file = written(tmp_path, coco(answers, STRANGE))
     source = open_source(file)
     assert list(source.paths) == [answer.path for answer in answers[:4]]
@@ -103,7 +103,7 @@ def test_label_studio_accepts_the_predictions(answers):
 
 
 def exported(tasks):
-    """Label Studio's JSON export, after somebody has accepted all predictions."""
+    """Return Label Studio's JSON export after a user has accepted all predictions."""
 
     def accepted(task):
         return [{"was_cancelled": False, "result": one["result"]} for one in task["predictions"]]
@@ -122,7 +122,7 @@ def choice(*labels, **more):
     return {"result": [{"type": "choices", "value": {"choices": list(labels)}}]} | more
 
 
-def test_several_annotations_of_one_photo(tmp_path):
+def test_photos_with_several_annotations(tmp_path):
     annotations = {
         "agreed": [choice("cat"), choice("cat")],
         "cancelled": [choice("dog", was_cancelled=True), choice("cat")],
@@ -172,8 +172,8 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("document", "message"), WRONG, ids=range(len(WRONG)))
-def test_files_of_another_form_are_errors(document, message, tmp_path):
+@pytest.mark.parametrize(("document", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_malformed_label_files_are_refused(document, message, tmp_path):
     with pytest.raises(InputError, match=message):
         open_source(written(tmp_path, document))
 
@@ -199,7 +199,7 @@ def index(wrong=()):
     return CacheModel.from_features(keys, ids, NAMES, text_of(), device="cpu")
 
 
-def test_held_out_probabilities_are_those_of_the_accuracy_estimate():
+def test_held_out_probabilities_match_the_accuracy_estimate():
     cache = index(wrong=[3, 30])
     chances, labels, key_ids = held_out_probabilities(cache)
     assert chances.shape == (cache.n, len(NAMES))

@@ -1,4 +1,4 @@
-"""A change on a disk that is too small, at every size: one clear error, and nothing changed."""
+"""Changes on disks that are too small, at every size: one clear error, and nothing changes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _segments() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tables, and another index, on a disk with room."""
+    """Tables and another index, on a disk with enough room."""
     place = tmp_path_factory.mktemp("room")
     living.make_tables(place, SEGMENTS)
     living.built(place / "others", place, "1", "Flat")
@@ -49,16 +49,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resize(disk: Path, free: int) -> None:
-    """Leave so many free bytes, a multiple of a page; but a size of 0 is no limit."""
+    """Leave ``free`` bytes, a multiple of a page. The size stays above 0, which would mean no limit."""
     found = os.statvfs(disk)
     used = (found.f_blocks - found.f_bfree) * found.f_frsize
     subprocess.run(["mount", "-o", f"remount,size={max(used + free, PAGE)}", disk], check=True)
 
 
-def refused_until_there_is_room(disk: Path, folder: Path, change: Callable[[], object]) -> int:
-    """Try with a page more at a time; every refusal says why, and leaves everything as it was. How many pages it took.
+def refused_until_it_fits(disk: Path, folder: Path, change: Callable[[], object]) -> int:
+    """Retry a change with one more page of room (outside a soak, five), and return the number of pages it needed.
 
-    Outside a soak, with five pages more.
+    Each refusal must name the reason, and must change nothing.
     """
     before = snapshot(disk)
     answer = living.answer(folder) if store.is_index(folder) else None
@@ -79,7 +79,7 @@ def refused_until_there_is_room(disk: Path, folder: Path, change: Callable[[], o
     ("name", "index"),
     few([(name, index) for index in ("Flat", "Classes") for name in OPERATIONS], 3),
 )
-def test_a_change_that_does_not_fit_on_the_disk_changes_nothing_and_succeeds_once_it_does(
+def test_a_change_on_a_full_disk_changes_nothing_and_succeeds_with_more_room(
     small_disk: Callable[[int], Path], place: Path, tmp_path: Path, name: str, index: str
 ) -> None:
     disk = small_disk(8192)
@@ -90,23 +90,23 @@ def test_a_change_that_does_not_fit_on_the_disk_changes_nothing_and_succeeds_onc
         return OPERATIONS[name](folder, place, index)
 
     change(tmp_path / "index")
-    pages = refused_until_there_is_room(disk, disk / "index", lambda: change(disk / "index"))
+    pages = refused_until_it_fits(disk, disk / "index", lambda: change(disk / "index"))
     assert pages > 2
     assert living.answer(disk / "index") == living.answer(tmp_path / "index")
     assert verify(disk / "index").version == verify(tmp_path / "index").version == 5
     assert not list(disk.rglob("*.tmp"))
 
 
-def test_a_first_build_that_does_not_fit_on_the_disk_leaves_nothing_and_succeeds_once_it_does(
+def test_a_first_build_on_a_full_disk_leaves_nothing_and_succeeds_with_more_room(
     small_disk: Callable[[int], Path], place: Path
 ) -> None:
     disk = small_disk(8192)
     folder = disk / "deep" / "index"
-    assert refused_until_there_is_room(disk, folder, lambda: living.built(folder, place, "0", "Flat")) > 8
+    assert refused_until_it_fits(disk, folder, lambda: living.built(folder, place, "0", "Flat")) > 8
     assert verify(folder).n == SEGMENTS[0]
 
 
-def test_versions_are_given_up_on_a_disk_that_is_full(small_disk: Callable[[int], Path], place: Path) -> None:
+def test_gc_frees_space_on_a_full_disk(small_disk: Callable[[int], Path], place: Path) -> None:
     disk = small_disk(8192)
     folder = disk / "index"
     living.make_index(folder, place, "Flat")

@@ -1,8 +1,7 @@
-"""Code on a GPU (``gpu``), and decisions about it that need none. Searches are in test_gpu_index.py."""
+"""Code on a GPU (marked ``gpu``), and decisions about GPUs that need none. Searches are in test_gpu_index.py."""
 
 import logging
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
@@ -13,6 +12,7 @@ import conftest
 import numpy as np
 import pytest
 import torch
+from tables import tiny
 from torch.nn import functional
 
 from retrieval_tip import CacheModel, doctor
@@ -27,16 +27,16 @@ from retrieval_tip.retrieval.vector_index import auto_factory
 from retrieval_tip.settings import Settings
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-# --- drivers, builds, and what says so
+# --- drivers and builds
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine with GPUs as the driver sees them, and as torch and FAISS see them."""
+    """A function that simulates GPUs as the driver, torch and FAISS see them."""
     import faiss
 
     glob = Path.glob
@@ -58,12 +58,12 @@ def test_a_driver_too_old_for_torch_is_explained(machine, caplog) -> None:
     assert "--index-url https://download.pytorch.org/whl/cu126" in problem
     for _ in range(2):
         assert resolve_device("auto") == "cpu"
-    [warning] = said(caplog)
+    [warning] = warnings_of(caplog)
     assert "driver" in warning
     assert "doctor" in warning
 
 
-def test_no_gpu_and_a_hidden_one_are_no_reason_to_warn(machine, monkeypatch, caplog) -> None:
+def test_a_missing_or_hidden_gpu_causes_no_warning(machine, monkeypatch, caplog) -> None:
     machine(nodes=0, torch_sees=0, faiss_sees=0)
     assert resolve_device("auto") == "cpu"
     machine(nodes=2, torch_sees=0, faiss_sees=0)
@@ -71,39 +71,29 @@ def test_no_gpu_and_a_hidden_one_are_no_reason_to_warn(machine, monkeypatch, cap
     assert resolve_device("auto") == "cpu"
     machine(nodes=2, torch_sees=2, faiss_sees=2)
     assert resolve_device("auto") == "cuda"
-    assert not said(caplog)
+    assert not warnings_of(caplog)
 
 
 @pytest.mark.parametrize(
     ("capability", "arches", "runs"),
     [
         ((7, 0), ("sm_75", "sm_80", "sm_90", "compute_90"), False),  # V100 and CUDA 13
-        ((8, 9), ("sm_75", "sm_80", "sm_86"), True),  # it runs code for an older GPU of its generation
+        ((8, 9), ("sm_75", "sm_80", "sm_86"), True),  # runs code for an older GPU of its generation
         ((12, 0), ("sm_90", "sm_120"), True),
         ((12, 1), ("sm_90", "compute_90"), True),  # compiled at first use
         ((9, 0), ("sm_90a",), True),
-        ((9, 0), ("gfx90a",), True),  # of another maker
+        ((9, 0), ("gfx90a",), True),  # of another vendor
     ],
 )
-def test_a_gpu_that_torch_was_not_built_for_is_told(capability, arches, runs) -> None:
+def test_torch_builds_are_matched_with_gpu_generations(capability, arches, runs) -> None:
     assert runs_on(capability, arches) == runs
-
-
-def test_memory_that_a_gpu_lacks_is_one_line(run, monkeypatch) -> None:
-    def examine() -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ...")
-
-    monkeypatch.setattr(doctor, "examine", examine)
-    failed = run("doctor")
-    assert failed.exit_code == 1
-    assert failed.stderr == "Error: out of memory on the GPU; use --device cpu or a smaller --batch-size\n"
 
 
 # --- answers over all keys
 
 
-def made(n: int, q: int, d: int, c: int) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
-    """Unit keys ``[n, d]`` about a common mean, class ids below ``c`` of which every second has keys, and queries."""
+def random_keys(n: int, q: int, d: int, c: int) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+    """Return unit keys ``[n, d]`` around a common mean, class ids (every second class has keys), and queries."""
     rng = np.random.default_rng(n)
     common = rng.standard_normal(d)
     rows = [common + 0.7 * rng.standard_normal((m, d)) for m in (n, q)]
@@ -114,8 +104,8 @@ def made(n: int, q: int, d: int, c: int) -> tuple[np.ndarray, np.ndarray, torch.
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "float16", "auto"])
 @pytest.mark.parametrize("stored", [np.float32, np.float16])
-def test_a_gpu_answers_over_all_keys_as_the_cpu_does(precision: str, stored: type) -> None:
-    keys, ids, queries = made(20000, 3000, 512, 1000)
+def test_gpu_answers_over_all_keys_match_the_cpu(precision: str, stored: type) -> None:
+    keys, ids, queries = random_keys(20000, 3000, 512, 1000)
     keys = keys.astype(stored)
     on_cpu = Keys(keys, ids, 1000).cache_logits(queries, 7.5)
     for number in range(torch.cuda.device_count()):
@@ -129,8 +119,8 @@ def test_a_gpu_answers_over_all_keys_as_the_cpu_does(precision: str, stored: typ
 
 
 @pytest.mark.gpu
-def test_a_gpu_answers_by_values_as_the_cpu_does() -> None:
-    keys, ids, queries = made(5000, 700, 256, 120)
+def test_gpu_answers_with_values_match_the_cpu() -> None:
+    keys, ids, queries = random_keys(5000, 700, 256, 120)
     values = torch.randn(5000, 120, generator=torch.Generator().manual_seed(0))
     on_cpu = Keys(keys, ids, 120).cache_logits(queries, 7.5, values)
     on_gpu_ = Keys(keys, ids, 120, "cuda").cache_logits(queries.cuda(), 7.5, values.cuda())
@@ -138,8 +128,8 @@ def test_a_gpu_answers_by_values_as_the_cpu_does() -> None:
 
 
 @pytest.mark.gpu
-def test_affinities_exist_one_block_at_a_time_on_a_gpu() -> None:
-    keys, ids, queries = made(200_000, 20_000, 64, 200)
+def test_a_gpu_holds_one_block_of_affinities_at_a_time() -> None:
+    keys, ids, queries = random_keys(200_000, 20_000, 64, 200)
     over, f = Keys(keys, ids, 200, "cuda"), queries.cuda()
     over.cache_logits(f[:10], 7.5)
     torch.cuda.reset_peak_memory_stats()
@@ -148,10 +138,10 @@ def test_affinities_exist_one_block_at_a_time_on_a_gpu() -> None:
     assert torch.cuda.max_memory_allocated() - before < 200_000 * 20_000 * 4 / 10
 
 
-# --- the same sums every time
+# --- determinism
 
 
-def test_training_on_a_gpu_has_one_order_and_leaves_no_setting_behind() -> None:
+def test_training_on_a_gpu_is_deterministic_and_restores_the_settings() -> None:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cuda = torch.backends.cuda
     for warn_only in (True, False):
@@ -168,7 +158,7 @@ def test_training_on_a_gpu_has_one_order_and_leaves_no_setting_behind() -> None:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def test_the_sample_of_very_many_keys_ends_with_the_last_one() -> None:
+def test_the_sample_of_very_many_keys_includes_the_last_key() -> None:
     for n in (16_777_220, 20_000_000, 50_000_000, 100_000_000):
         some = np.lib.stride_tricks.as_strided(np.ones((1, 2), np.float32), (n, 2), (0, 4))
         keys = Keys.__new__(Keys)
@@ -187,10 +177,10 @@ def test_the_sample_of_very_many_keys_ends_with_the_last_one() -> None:
 def test_float32_convolutions_are_not_rounded_to_tf32(lit_mini) -> None:
     conv = torch.backends.cudnn.conv if hasattr(torch.backends.cudnn, "conv") else None
     if conv is None:
-        pytest.skip(f"SKIPPED: torch {torch.__version__} has the older setting only, which is read where a GPU is")
+        pytest.skip(f"SKIPPED: torch {torch.__version__} has only the older setting, which needs a GPU")
     before, within = conv.fp32_precision, []
     model = deepcopy(lit_mini)
-    model._device = SimpleNamespace(type="cuda")  # only what is asked of it here
+    model._device = SimpleNamespace(type="cuda")  # the only attribute that is read
     model._forward(lambda given: within.append(conv.fp32_precision), None)
     with model.training(["visual"]):
         within.append(conv.fp32_precision)
@@ -198,7 +188,7 @@ def test_float32_convolutions_are_not_rounded_to_tf32(lit_mini) -> None:
         within.append(conv.fp32_precision)
     assert within == ["ieee"] * 4
     assert conv.fp32_precision == before == "tf32"
-    lit_mini._forward(lambda given: within.append(conv.fp32_precision), None)  # on a CPU nothing is touched
+    lit_mini._forward(lambda given: within.append(conv.fp32_precision), None)  # unchanged on a CPU
     assert within[-1] == before
 
 
@@ -211,8 +201,8 @@ def test_float32_convolutions_are_not_rounded_to_tf32(lit_mini) -> None:
         ("bfloat16", (9, 0), "bfloat16"),
     ],
 )
-def test_encoders_are_not_trained_in_float16(lit_mini, monkeypatch, precision, capability, trained) -> None:
-    model = deepcopy(lit_mini)
+def test_encoders_are_not_trained_in_float16(tmp_path, monkeypatch, precision, capability, trained) -> None:
+    model = load_backbone(f"local-dir:{tiny(tmp_path / 'tiny')}", device="cpu")
     model._precision, model._device = precision, torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     assert model.copy_to_train().precision == trained
@@ -255,19 +245,19 @@ def cache() -> CacheModel:
     return CacheModel.from_features(rows, np.repeat(np.arange(4), 10), names, device="cpu", settings=settings)
 
 
-def test_what_training_keeps_is_kept_on_the_cpu(cache) -> None:
-    made = Trainer(cache, Recipe(train=("keys", "values"), precision="float32"), None)
-    made._trained["keys"] = made.keys.to("meta")  # a device that is not the CPU; it has no numbers
+def test_trained_arrays_are_copied_to_the_cpu(cache) -> None:
+    trainer = Trainer(cache, Recipe(train=("keys", "values"), precision="float32"), None)
+    trainer._trained["keys"] = trainer.keys.to("meta")  # a device other than the CPU, without data
     with pytest.raises(NotImplementedError, match="meta"):
-        made.trained()
-    made = Trainer(cache, Recipe(train=("keys", "values"), precision="float32"), None)
-    copies = made.trained()
-    made.keys.zero_()
+        trainer.trained()
+    trainer = Trainer(cache, Recipe(train=("keys", "values"), precision="float32"), None)
+    copies = trainer.trained()
+    trainer.keys.zero_()
     assert {name: copy.device.type for name, copy in copies.items()} == {"keys": "cpu", "values": "cpu"}
     assert torch.equal(copies["keys"], torch.from_numpy(np.asarray(cache.keys)))
 
 
-def test_all_keys_are_what_auto_prefers_on_a_gpu_up_to_what_fits(monkeypatch) -> None:
+def test_auto_uses_all_keys_on_a_gpu_if_they_fit(monkeypatch) -> None:
     monkeypatch.setattr(keys_module, "room_on", lambda _: 10_000_000 * 512 * 4 * 3)
     for n, c in ((100, 10), (160_000, 1000), (1_000_000, 1000), (10_000_000, 100_000)):
         assert keys_module.auto_for((n, 512), np.dtype("float32"), c, "cuda") == ("Flat", None)
@@ -276,7 +266,7 @@ def test_all_keys_are_what_auto_prefers_on_a_gpu_up_to_what_fits(monkeypatch) ->
     assert keys_module.auto_for((20_000_000, 512), np.dtype("float16"), 1000, "cuda") == ("Flat", None)
 
 
-def test_keys_are_halved_on_a_gpu_only_if_they_fit(monkeypatch) -> None:
+def test_half_precision_copies_are_made_on_a_gpu_only_if_they_fit(monkeypatch) -> None:
     keys = Keys(np.ones((5000, 1024), np.float32), np.zeros(5000, dtype=np.int64), 1, precision="auto")
     keys.device = "cuda"
     monkeypatch.setattr(keys_module, "room_on", lambda _: 4 * 5000 * 1024 - 2)
@@ -290,23 +280,23 @@ def test_keys_are_halved_on_a_gpu_only_if_they_fit(monkeypatch) -> None:
 # --- the tests themselves
 
 
-def test_only_tests_marked_gpu_see_one(monkeypatch) -> None:
+def test_only_gpu_tests_see_a_gpu(monkeypatch) -> None:
     for expression, hidden in (("", True), ("not gpu", True), ("gpu", False)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
         conftest.pytest_configure(SimpleNamespace(getoption=lambda _, given=expression: given))  # type: ignore[arg-type]
         assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if hidden else "0")
-    assert sys.modules["torch"]  # before FAISS: see the first test that imports both
+    # torch must be imported before FAISS
     lines = (Path(__file__).parent / "conftest.py").read_text().splitlines()
     imports = [line for line in lines if line.startswith(("import", "from")) and "__future__" not in line]
     first = next(i for i, line in enumerate(imports) if line.startswith("import torch"))
     assert not any("retrieval_tip" in line or "faiss" in line for line in imports[:first])
 
 
-# --- where there is one
+# --- on a GPU
 
 
 @pytest.mark.gpu
-def test_the_same_question_has_the_same_answer_to_the_last_bit() -> None:
+def test_answers_on_a_gpu_repeat_bit_for_bit() -> None:
     rng = np.random.default_rng(0)
     keys = functional.normalize(torch.from_numpy(rng.standard_normal((9000, 64)).astype(np.float32)), dim=1)
     ids, names = np.sort(rng.integers(0, 40, 9000)), [f"class {i}" for i in range(40)]
@@ -319,8 +309,8 @@ def test_the_same_question_has_the_same_answer_to_the_last_bit() -> None:
 
 
 @pytest.mark.gpu
-def test_a_certificate_names_the_winners_over_all_keys() -> None:
-    """Also beyond the keys that FAISS finds on a GPU."""
+def test_certified_winners_on_a_gpu_match_all_keys() -> None:
+    """A certificate may need more keys than FAISS finds on a GPU."""
     rng = np.random.default_rng(0)
     rows = functional.normalize(torch.from_numpy(rng.standard_normal((9000, 32)).astype(np.float32)), dim=1)
     ids, names = np.sort(rng.integers(0, 20, 9000)), [f"class {i}" for i in range(20)]
@@ -330,7 +320,7 @@ def test_a_certificate_names_the_winners_over_all_keys() -> None:
 
 
 @pytest.mark.gpu
-def test_the_search_for_settings_holds_few_affinities_at_a_time() -> None:
+def test_search_hp_holds_few_affinities_on_a_gpu() -> None:
     rng = np.random.default_rng(0)
     rows = functional.normalize(torch.from_numpy(rng.standard_normal((400_000, 16)).astype(np.float32)), dim=1)
     ids, names = np.sort(rng.integers(0, 20, len(rows))), [f"class {i}" for i in range(20)]
@@ -343,14 +333,14 @@ def test_the_search_for_settings_holds_few_affinities_at_a_time() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_encodes_many_views_at_a_time_from_pinned_memory(shared: Path) -> None:
+def test_a_gpu_encodes_in_large_batches(shared: Path) -> None:
     model = load_backbone(f"local-dir:{shared / 'models' / 'lit-mini'}", device="cuda")
     assert model.batch_size == 256
     assert model.encode_images(torch.rand(5, 3, *model.size)).shape == (5, model.dim)
 
 
 @pytest.mark.gpu
-def test_threads_that_ask_several_indexes_at_once_are_each_answered() -> None:
+def test_threads_can_search_several_indexes_on_a_gpu_at_once() -> None:
     rng = np.random.default_rng(0)
     rows = functional.normalize(torch.from_numpy(rng.standard_normal((4000, 32)).astype(np.float32)), dim=1)
     ids, names = np.sort(rng.integers(0, 20, 4000)), [f"class {i}" for i in range(20)]
@@ -362,7 +352,7 @@ def test_threads_that_ask_several_indexes_at_once_are_each_answered() -> None:
 
 
 @pytest.mark.gpu
-def test_float32_features_are_those_of_the_cpu(shared: Path) -> None:
+def test_float32_features_on_a_gpu_match_the_cpu(shared: Path) -> None:
     place = f"local-dir:{shared / 'models' / 'lit-mini'}"
     on_cpu, on_gpu_ = (load_backbone(place, device=device, precision="float32") for device in ("cpu", "cuda"))
     pixels = torch.rand(5, 3, *on_cpu.size)

@@ -26,7 +26,7 @@ SIZE = 300 * (16 * 4 + 8)
 
 
 class Faiss:
-    """FAISS with so many GPUs, else as it is; remembers what was copied where, and gives back what it was given."""
+    """FAISS with simulated GPUs. It records each copy, and returns the given index as its copy."""
 
     def __init__(self, real: Any, gpus: int) -> None:
         self._real, self.gpus = real, gpus
@@ -64,7 +64,7 @@ class Faiss:
 
 @pytest.fixture
 def gpus():
-    """Makes so many GPUs with so many free bytes each; copies of flat indexes then stay on the CPU."""
+    """A function that simulates GPUs with a number of free bytes each. Copies of flat indexes stay on the CPU."""
     with ExitStack() as stack:
 
         def make(number: int = 1, free: int = 1 << 30, current: int = 0, torch_sees: bool = True) -> Faiss:
@@ -84,27 +84,27 @@ def gpus():
 
 
 class OnGpu(torch.Tensor):
-    """A tensor of the CPU that says it is on the second GPU."""
+    """A tensor on the CPU that claims to be on the second GPU."""
 
     device = torch.device("cuda", 1)  # type: ignore[assignment]
     is_cuda = True  # type: ignore[assignment]
 
 
-def asked() -> torch.Tensor:
+def gpu_queries() -> torch.Tensor:
     return torch.from_numpy(QUERIES).as_subclass(OnGpu)
 
 
-# --- what is copied, where to, and when
+# --- placement
 
 
-def test_nothing_is_copied_before_something_is_searched(gpus) -> None:
+def test_an_index_is_copied_at_the_first_search(gpus) -> None:
     fake = gpus()
     for factory in ("Flat", "IVF4,Flat"):
         index = VectorIndex.build(KEYS, factory, "cuda")
         assert not fake.copies
         index.search(QUERIES, 3)
         index.search(QUERIES, 3)
-        index.plus(np.array([300]), lambda: KEYS[:1]).search(QUERIES, 3)  # the same index, and one more key beside it
+        index.plus(np.array([300]), lambda: KEYS[:1]).search(QUERIES, 3)  # the same index and one more key
         assert len(fake.copies) == 1
         fake.copies.clear()
 
@@ -124,7 +124,7 @@ def test_flat_on_a_gpu_is_exact_for_any_k(gpus, dtype: type) -> None:
     assert index.exact_affinity
 
 
-def test_a_product_in_parts_is_that_of_all() -> None:
+def test_a_product_in_parts_equals_the_whole() -> None:
     whole = Product(torch.from_numpy(KEYS)).search(torch.from_numpy(QUERIES), 40)
     with mock.patch.multiple(vector_index, PRODUCTS=16 * 37, QUERIES=2):
         parts = Product(torch.from_numpy(KEYS)).search(torch.from_numpy(QUERIES), 40)
@@ -145,7 +145,7 @@ def test_one_gpu_holds_an_index_that_fits_in_half_its_free_memory(gpus) -> None:
     assert (where, options.shard) == ("all", True)
 
 
-def test_half_precision_keys_are_never_rounded_with_the_queries(gpus) -> None:
+def test_queries_are_never_rounded_with_half_precision_keys(gpus) -> None:
     fake = gpus(2)
     for factory, halved in (("IVF4,Flat", False), ("IVF4,PQ4x4", True)):
         VectorIndex.build(KEYS.astype(np.float16), factory, "cuda").search(QUERIES, 1)
@@ -156,7 +156,7 @@ def test_half_precision_keys_are_never_rounded_with_the_queries(gpus) -> None:
     assert not shared.copies[0][2].useFloat16
 
 
-def test_a_named_gpu_is_the_one_and_cuda_is_the_current_one(gpus) -> None:
+def test_a_named_gpu_is_used_and_cuda_means_the_current_one(gpus) -> None:
     fake = gpus(4, current=2)
     for device, number in (("cuda:3", 3), ("cuda", 2), ("auto", 2)):
         VectorIndex.build(KEYS, "IVF4,Flat", device).search(QUERIES, 1)
@@ -170,7 +170,7 @@ def test_a_named_gpu_is_the_one_and_cuda_is_the_current_one(gpus) -> None:
 
 
 @mock.patch.object(vector_index, "GPU_MAX_K", 3)
-def test_more_lists_than_a_gpu_probes_are_cut_for_the_copy_alone(gpus, caplog) -> None:
+def test_too_many_probes_are_reduced_on_the_gpu_only(gpus, caplog) -> None:
     fake, index = gpus(), VectorIndex.build(KEYS, "IVF8,Flat", "cuda")
     index.effort = 7
     index.search(QUERIES, 1)
@@ -182,15 +182,15 @@ def test_more_lists_than_a_gpu_probes_are_cut_for_the_copy_alone(gpus, caplog) -
     assert fake.probes == [3, 2]
 
 
-# --- the CPU in its place is told of, once
+# --- fallbacks to the CPU
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
 @pytest.mark.parametrize(
-    ("free", "number", "device", "fails", "told"),
+    ("free", "number", "device", "fails", "message"),
     [
         (100, 1, "cuda", "", f"{SIZE:,} bytes, but half of the free GPU memory is 50 bytes"),
         (100, 4, "cuda:1", "", "half of the free GPU memory"),
@@ -198,8 +198,8 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
         (1 << 30, 0, "cuda", "", "FAISS finds no GPU"),
     ],
 )
-def test_a_search_on_the_cpu_for_a_gpu_warns_once(
-    gpus, caplog, free: int, number: int, device: str, fails: str, told: str
+def test_a_fallback_to_the_cpu_warns_once(
+    gpus, caplog, free: int, number: int, device: str, fails: str, message: str
 ) -> None:
     gpus(number, free).fails = fails
     expected = VectorIndex.build(KEYS, "IVF4,Flat", "cpu").search(QUERIES, 4)
@@ -208,12 +208,12 @@ def test_a_search_on_the_cpu_for_a_gpu_warns_once(
         for _ in range(2):
             np.testing.assert_array_equal(index.search(QUERIES, 4)[1], expected[1])
         assert index.device == "cpu"
-    assert len(said(caplog)) == 1
-    assert told in said(caplog)[0]
+    assert len(warnings_of(caplog)) == 1
+    assert message in warnings_of(caplog)[0]
 
 
 @mock.patch.object(vector_index, "GPU_MAX_K", 6)
-def test_more_keys_than_faiss_finds_there_are_searched_for_on_the_cpu_which_is_said_once(gpus, caplog) -> None:
+def test_searches_for_too_many_keys_run_on_the_cpu_and_warn_once(gpus, caplog) -> None:
     gpus()
     index = VectorIndex.build(KEYS, "IVF4,Flat", "cuda")
     copied = index._gpu.get()
@@ -223,7 +223,7 @@ def test_more_keys_than_faiss_finds_there_are_searched_for_on_the_cpu_which_is_s
     for k in (6, 7, 8):
         assert index.search(QUERIES, k)[1].shape == (5, k)
     assert searched == [6]
-    assert said(caplog) == ["FAISS finds at most 6 keys on a GPU; larger searches run on the CPU"]
+    assert warnings_of(caplog) == ["FAISS finds at most 6 keys on a GPU; larger searches run on the CPU"]
 
 
 def test_missing_gpu_memory_is_reported(gpus) -> None:
@@ -239,18 +239,18 @@ def test_missing_gpu_memory_is_reported(gpus) -> None:
         index.search(QUERIES, 1)
     index._gpu._held = SimpleNamespace(search=search, getDevice=lambda: 1)
     with in_a_stream([]), pytest.raises(torch.OutOfMemoryError, match="alloc fail"):
-        index.search_tensor(asked(), 1)
+        index.search_tensor(gpu_queries(), 1)
     index._gpu._held = SimpleNamespace(search=lambda *_: (_ for _ in ()).throw(RuntimeError("damaged")))
     with pytest.raises(StoreError, match="rebuild the index"):
         index.search(QUERIES, 1)
 
 
-# --- who takes tensors
+# --- tensors
 
 
 @contextmanager
 def in_a_stream(current: list[Any]) -> Iterator[None]:
-    """FAISS takes tensors, and ``current`` are the devices whose stream it follows."""
+    """Let FAISS accept tensors, and hold the devices whose stream it follows in ``current``."""
 
     @contextmanager
     def entered(device: Any) -> Iterator[None]:
@@ -265,11 +265,11 @@ def in_a_stream(current: list[Any]) -> Iterator[None]:
         yield
 
 
-def test_a_transform_and_parts_on_several_gpus_are_given_arrays(gpus) -> None:
+def test_copies_without_a_device_get_arrays(gpus) -> None:
     gpus()
     index = VectorIndex.build(KEYS, "PCA8,IVF4,Flat", "cuda")
     assert not hasattr(index._gpu.get(), "getDevice")
-    assert index._gpu.search_tensor(asked(), 3) is None
+    assert index._gpu.search_tensor(gpu_queries(), 3) is None
     expected = VectorIndex.build(KEYS, "PCA8,IVF4,Flat", "cpu").search(QUERIES, 3)
     affinity, rows = index.search_tensor(torch.from_numpy(QUERIES), 3)
     np.testing.assert_array_equal(rows.numpy(), expected[1])
@@ -284,12 +284,12 @@ def test_tensors_are_searched_on_their_own_gpu_and_in_its_stream(gpus, own: int)
     held = SimpleNamespace(getDevice=lambda: own, search=lambda f, k: searched.append((list(current), k)) or (f, f))
     copy._tried, copy._held = True, held
     with in_a_stream(current):
-        found = copy.search_tensor(asked(), 3)
-    assert (found is not None) == (own == 1)  # not on another GPU than the queries
+        found = copy.search_tensor(gpu_queries(), 3)
+    assert (found is not None) == (own == 1)  # only on the GPU of the queries
     assert searched == ([([torch.device("cuda", 1)], 3)] if own == 1 else [])
 
 
-def test_tensors_of_the_cpu_are_searched_there() -> None:
+def test_cpu_tensors_are_searched_on_the_cpu() -> None:
     index = VectorIndex.build(np.eye(8, dtype=np.float32), "Flat", "cpu")
     affinity, rows = index.search_tensor(torch.eye(8)[3:5], 20)
     assert rows.shape == affinity.shape == (2, 8)
@@ -297,7 +297,7 @@ def test_tensors_of_the_cpu_are_searched_there() -> None:
     assert affinity[:, 0].tolist() == [1.0, 1.0]
 
 
-def test_faiss_on_gpus_is_asked_by_one_thread_at_a_time(gpus) -> None:
+def test_one_thread_at_a_time_searches_on_gpus(gpus) -> None:
     gpus()
     indexes = [VectorIndex.build(KEYS, "IVF4,Flat", "cuda") for _ in range(4)]
     inside, most, together = [], [], threading.Barrier(4)
@@ -325,16 +325,16 @@ def test_faiss_on_gpus_is_asked_by_one_thread_at_a_time(gpus) -> None:
     assert most == [1, 1, 1, 1]
 
 
-# --- keys that a GPU has
+# --- keys on a GPU
 
 
-def test_keys_that_a_gpu_has_are_found_without_an_index() -> None:
+def test_keys_on_a_gpu_are_searched_without_an_index() -> None:
     ids = np.sort(RNG.integers(0, 9, 300))
     for factory in ("Flat", "Classes"):
         cache = CacheModel.from_features(KEYS, ids, [f"class {i}" for i in range(9)], index=factory, device="cpu")
         expected = cache.retrieval.nearest(torch.from_numpy(QUERIES), 7)
         cache._keys._on_device = torch.from_numpy(KEYS)
-        with mock.patch.object(VectorIndex, "search_tensor", side_effect=AssertionError("an index is asked")):
+        with mock.patch.object(VectorIndex, "search_tensor", side_effect=AssertionError("searched an index")):
             near = cache.retrieval.nearest(torch.from_numpy(QUERIES), 7)
         dense = QUERIES.astype(np.float64) @ KEYS.T.astype(np.float64)
         np.testing.assert_allclose(near.affinity, -np.sort(-dense, axis=1)[:, :7], rtol=0, atol=1e-5)
@@ -343,26 +343,26 @@ def test_keys_that_a_gpu_has_are_found_without_an_index() -> None:
             assert torch.equal(near.rows, expected.rows)
 
 
-def test_what_torch_keeps_for_later_counts_as_free() -> None:
+def test_memory_cached_by_torch_counts_as_free() -> None:
     memory = {"memory_reserved": lambda *_: 2 * KEYS.nbytes, "memory_allocated": lambda *_: KEYS.nbytes}
     for free, fits in ((KEYS.nbytes - 1000, False), (KEYS.nbytes + 1002, True)):
         keys = Keys(KEYS, np.zeros(300, dtype=np.int64), 1)
         keys.device = "cuda"
         with mock.patch.multiple(torch.cuda, mem_get_info=lambda *_, free=free: (free, 1 << 40), **memory):
             if fits:
-                with pytest.raises((AssertionError, RuntimeError)):  # there is no GPU to take them
+                with pytest.raises((AssertionError, RuntimeError)):  # no GPU can take them
                     _ = keys.resident
             else:
                 assert keys.resident is None
 
 
-# --- where there is one
+# --- on a real GPU
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "PCA8,IVF4,Flat", "IVF4,SQ8"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_tensors_on_a_gpu_stay_there(factory: str, dtype: type) -> None:
+def test_results_stay_on_the_gpu_of_the_queries(factory: str, dtype: type) -> None:
     keys = np.random.default_rng(0).standard_normal((500, 32)).astype(dtype)
     for number in range(torch.cuda.device_count()):
         index = VectorIndex.build(keys, factory, f"cuda:{number}")

@@ -1,4 +1,4 @@
-"""Forward and gradient of the cache, against torch's own on the plain formula."""
+"""Forward and gradient of the cache, compared with torch autograd on the plain formula."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Case:
         )
 
     def plain(self, beta: float, values: bool) -> tuple[Tensor, list[Tensor]]:
-        """Cache logits by the formula, and the gradients of queries, keys and values by torch."""
+        """Return cache logits by the formula, and the gradients of queries, keys and values by torch."""
         f, K, V = (x.clone().requires_grad_() for x in (self.f, self.K, self.V))
         cache = torch.exp(beta * (f @ K.T - 1)) @ (V if values else torch.eye(self.c, dtype=f.dtype)[self.ids])
         (cache * self.G).sum().backward()
@@ -51,7 +51,7 @@ cases = st.builds(
 def ours(
     case: Case, over: AllKeys, *, features: bool = True, keys: bool = True, values: bool = True
 ) -> tuple[Tensor, list[Tensor]]:
-    """Cache logits and the gradients that are asked for."""
+    """Return cache logits and the requested gradients."""
     trained = [x for x, asked in ((over.keys, keys), (over.values, values)) if asked and x is not None]
     for x in trained:
         x.grad = torch.full_like(x, torch.nan)
@@ -63,7 +63,7 @@ def ours(
 
 @settings(max_examples=examples(150), deadline=None)
 @given(cases, st.floats(0.1, 10), st.integers(1, 40), st.booleans())
-def test_forward_and_gradient_are_those_of_the_plain_formula(case: Case, beta: float, block: int, values: bool) -> None:
+def test_forward_and_gradient_match_the_plain_formula(case: Case, beta: float, block: int, values: bool) -> None:
     over = AllKeys(case.K.clone(), case.ids, case.c, beta, case.V.clone() if values else None, block=block)
     cache, gradients = ours(case, over)
     plain, expected = case.plain(beta, values)
@@ -84,14 +84,14 @@ def test_only_requested_tensors_get_a_gradient(wanted: str) -> None:
     torch.testing.assert_close(gradients, [expected[list(asked).index(wanted)]], **CLOSE)
 
 
-def test_memory_serves_batches_of_any_size() -> None:
+def test_buffers_serve_batches_of_any_size() -> None:
     case = Case(3, [4, 5, 2], q=6, d=4)
     over = AllKeys(case.K, case.ids, case.c, 2.0, block=4)
     for q in (2, 6, 1, 3):
         torch.testing.assert_close(over.forward(case.f[:q]), case.plain(2.0, False)[0][:q], **CLOSE)
 
 
-def test_products_in_bfloat16_are_near_and_leave_the_rest_in_float32() -> None:
+def test_bfloat16_products_are_close_and_results_stay_float32() -> None:
     case = Case(4, [20, 30], q=6, d=32)
     results = []
     for products in (torch.bfloat16, torch.float32):
@@ -100,7 +100,7 @@ def test_products_in_bfloat16_are_near_and_leave_the_rest_in_float32() -> None:
         results.append([cache, *gradients])
     for near, exact in zip(*results, strict=True):
         assert near.dtype == torch.float32
-        assert not torch.equal(near, exact)  # it is another precision
+        assert not torch.equal(near, exact)  # the precision differs
         torch.testing.assert_close(near, exact, rtol=3e-2, atol=3e-2 * float(exact.abs().max()))
 
 
@@ -115,11 +115,11 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-def test_no_matrix_of_keys_by_classes_is_ever_made() -> None:
+def test_no_matrix_of_keys_by_classes_is_created() -> None:
     case = Case(5, [2] * 300, q=8, d=4)
     with _Largest() as seen:
         ours(case, AllKeys(case.K, case.ids, case.c, 1.0, block=64))
     assert case.n * 8 <= seen.elements < case.n * case.c / 10
-    with _Largest() as seen:  # the counter sees what it should
+    with _Largest() as seen:  # the counter does see such a matrix
         torch.nn.functional.one_hot(case.ids, case.c)
     assert seen.elements == case.n * case.c

@@ -12,15 +12,10 @@ pytestmark = pytest.mark.soak
 TEMPLATE = "a photo of a {}."
 
 
-@pytest.fixture(scope="module")
-def caltech(tmp_path_factory):
-    return tmp_path_factory.mktemp("caltech") / "index"
-
-
 @needs_real
-def test_caltech_from_photos(run, shared, caltech, monkeypatch):
-    """Measured with plain open_clip and the formula: see lit-mini's MODEL.md."""
-    split = shared / "data/caltech101/split_zhou_Caltech101.json"
+def test_caltech_photos_reach_the_expected_accuracy(run, shared, tmp_path, monkeypatch):
+    """The expected values were measured with plain open_clip and the formula (lit-mini's MODEL.md)."""
+    caltech, split = tmp_path / "index", shared / "data/caltech101/split_zhou_Caltech101.json"
     model = f"local-dir:{shared / 'models/lit-mini'}"
     built = run("index", "build", "--fit", "none", split, "--model", model, "--template", TEMPLATE, "--out", caltech)
     assert built.exit_code == 0, built.output
@@ -37,7 +32,7 @@ def test_caltech_from_photos(run, shared, caltech, monkeypatch):
     assert percent("--alpha", 50, "--beta", 1)["top1"] == pytest.approx(87.0, abs=0.3)
     assert percent("--beta", 10)["cache_top1"] == pytest.approx(88.3, abs=0.3)
 
-    # building again reads each image once and encodes nothing
+    # a second build reads each image once and encodes nothing
     from retrieval_tip.backbones import open_clip as backbone
     from retrieval_tip.data import images
 

@@ -1,7 +1,7 @@
-"""Hostile inputs, by property: images, tables, index folders, manifests, commands and requests.
+"""Property-based tests of hostile images, tables, index folders, manifests, commands and requests.
 
-The program answers, or ends in one line of its own: no traceback, no half-written file, bounded memory and time.
-``make test`` tries the same few examples each time, ``make attack`` many different ones.
+The program answers, or fails with a one-line error: no traceback, no half-written file, bounded memory and time.
+``make test`` tries the same few examples in each run, ``make attack`` many different ones.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ T = TypeVar("T")
 D, CLASSES = 8, ["cat", "dog", "owl"]
 pytestmark = pytest.mark.timeout(1800 if ATTACK else 300)
 SECONDS, MEMORY = 60, 1 << 30
-"""Most time of one example, where the machine is busy, and most memory of a whole test, beside what was held before."""
+"""Maximum seconds of one example on a busy machine, and maximum additional memory of a test."""
 
 
 def tried(number: int) -> settings:
-    """Return settings that try ``number`` examples in an attack, else a sixtieth, the same ones each time."""
+    """Return settings that try ``number`` examples in an attack, else a sixtieth, the same in each run."""
     return settings(
         max_examples=number if ATTACK else max(8, number // 60), derandomize=not ATTACK, database=None, deadline=None,
         suppress_health_check=list(HealthCheck),
@@ -72,7 +72,7 @@ def bounded() -> Iterator[None]:
 
 
 @contextmanager
-def soon() -> Iterator[None]:
+def in_time() -> Iterator[None]:
     begun = time.monotonic()
     yield
     assert time.monotonic() - begun < SECONDS
@@ -83,8 +83,8 @@ def check_line(text: str) -> None:
 
 
 def refused(call: Callable[[], T]) -> T | None:
-    """Return what a call returns, ``None`` if it ends in a one-line error of ours. Any other exception is a failure."""
-    with soon():
+    """Return the result of a call, or ``None`` if it fails with a one-line error of ours."""
+    with in_time():
         try:
             return call()
         except RetrievalTipError as error:
@@ -94,10 +94,10 @@ def refused(call: Callable[[], T]) -> T | None:
 
 @st.composite
 def mutated(draw: st.DrawFn, raws: st.SearchStrategy[bytes]) -> bytes:
-    """Bytes with bits flipped, a run overwritten or cut out, an end missing, or something added."""
+    """Draw bytes with a bit flipped, a run overwritten or cut out, an end missing, or a part repeated."""
     raw = draw(raws)
     at, size = draw(st.integers(0, len(raw) - 1)), draw(st.integers(1, 64))
-    if draw(st.booleans()):  # where headers are
+    if draw(st.booleans()):  # near the header
         at = min(at, 100)
     how = draw(st.sampled_from(["flip", "zeros", "ones", "noise", "cut", "head", "tail", "twice"]))
     if how == "flip":
@@ -108,7 +108,7 @@ def mutated(draw: st.DrawFn, raws: st.SearchStrategy[bytes]) -> bytes:
     return {"head": raw[:at], "tail": raw[at:], "twice": raw[:at] + raw + raw[at:]}[how]
 
 
-# --- pictures
+# --- images
 
 
 def picture(style: str, mode: str = "RGB", side: int = 48, **options: object) -> bytes:
@@ -135,7 +135,7 @@ A_PICTURE = st.one_of(DAMAGED, DAMAGED, DAMAGED, st.sampled_from(BOMBS), st.bina
 
 @tried(2000)
 @given(A_PICTURE, st.none() | st.integers(1, 64))
-def test_any_bytes_are_a_picture_or_refused(raw: bytes, least: int | None) -> None:
+def test_any_bytes_are_decoded_or_refused(raw: bytes, least: int | None) -> None:
     found = refused(lambda: images.decode(raw, least))
     if found is not None:
         assert found.mode == "RGB"
@@ -154,7 +154,7 @@ NAME = st.sampled_from(["id", "label", "feature", "path", "Feature", "", "x\n", 
 
 @st.composite
 def feature_tables(draw: st.DrawFn) -> pa.Table:
-    """Six rows with mostly good columns, some of whose names, types or values are wrong."""
+    """Draw tables of six rows with mostly valid columns; some names, types or values are wrong."""
     width, kind = draw(st.integers(1, 9)), draw(st.sampled_from([pa.float16(), pa.float32(), pa.float64()]))
     rows = [[*row] for row in unit_rows(6, width, draw(st.integers(0, 9))).tolist()]
     for _ in range(draw(st.integers(0, 2))):
@@ -179,7 +179,7 @@ def feature_tables(draw: st.DrawFn) -> pa.Table:
 
 @tried(3000)
 @given(feature_tables(), st.sampled_from(["check", "unit", "keep"]), st.data())
-def test_any_feature_table_is_refused_or_read_value_by_value(
+def test_any_feature_table_is_refused_or_read_exactly(
     tmp_path_factory: pytest.TempPathFactory, table: pa.Table, norms: str, data: st.DataObject
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.parquet"
@@ -190,12 +190,14 @@ def test_any_feature_table_is_refused_or_read_value_by_value(
     assert source is None or all(label.strip() for label in source.labels)
     found = refused(lambda: list(read_features(path, norms)))
     if found is not None and not damaged and "feature" in table.column_names:
-        told = np.array(table["feature"].to_pylist(), np.float32)
-        assert np.isfinite(told).all()
-        lengths = np.linalg.norm(told.astype(np.float64), axis=1, keepdims=True)
+        expected = np.array(table["feature"].to_pylist(), np.float32)
+        assert np.isfinite(expected).all()
+        lengths = np.linalg.norm(expected.astype(np.float64), axis=1, keepdims=True)
         if norms == "check":
             np.testing.assert_allclose(lengths, 1, atol=1e-2)
-        np.testing.assert_allclose(np.concatenate(found), told / lengths if norms == "unit" else told, rtol=1e-3)
+        np.testing.assert_allclose(
+            np.concatenate(found), expected / lengths if norms == "unit" else expected, rtol=1e-3
+        )
 
 
 @tried(2000)
@@ -276,8 +278,8 @@ SPECIAL: dict[str, Callable[[Path], object]] = {
 
 @tried(1500)
 @given(st.data())
-def test_a_damaged_index_is_refused_or_answers_right(world: Path, data: st.DataObject) -> None:
-    """Of every file of every version; and no change is built on damage."""
+def test_a_damaged_index_is_refused_or_answers_correctly(world: Path, data: st.DataObject) -> None:
+    """Damage any file of any version. No change may build on damage."""
     expected = answer(world / "index")
     files = sorted(path for path in (world / "index").rglob("*") if path.is_file() and path.name != "lock")
     with copied(world / "index") as index:
@@ -310,8 +312,8 @@ VALUES = st.recursive(
 
 @tried(3000)
 @given(st.data())
-def test_a_manifest_of_any_values_is_refused_or_answers(world: Path, data: st.DataObject) -> None:
-    """Sealed by its own checksum, as somebody can who means harm."""
+def test_any_manifest_is_refused_or_answers(world: Path, data: st.DataObject) -> None:
+    """The manifest has a valid checksum, as an attacker could give it."""
     with copied(world / "index") as index:
         body = node = {key: value for key, value in body_of(index).items() if key != "sha256"}
         while True:
@@ -356,7 +358,7 @@ WORDS = [
     "key_id < 2", "train.parquet",
 ]  # fmt: skip
 SLOW = {"epochs", "seeds", "views_cache", "folds", "shots", "engine", "plot", "resume", "help", "workers"}
-"""Options that ask for work, start other programs, or draw; their numbers have bounds (test_cli.py)."""
+"""Options that take long, start other programs, or draw. ``test_cli.py`` tests their bounds."""
 
 
 def command_of(line: list[str]) -> tuple[click.Command, list[str]]:
@@ -368,7 +370,7 @@ def command_of(line: list[str]) -> tuple[click.Command, list[str]]:
 
 @tried(1500)
 @given(st.data())
-def test_a_command_answers_or_ends_in_one_line(
+def test_any_command_answers_or_fails_in_one_line(
     run: Callable[..., Result], world: Path, monkeypatch: pytest.MonkeyPatch, data: st.DataObject
 ) -> None:
     line = data.draw(st.sampled_from(LINES))
@@ -380,20 +382,20 @@ def test_a_command_answers_or_ends_in_one_line(
     arguments = [word if data.draw(st.integers(0, 3)) else data.draw(value) for word in needs]
     for option in data.draw(st.lists(st.sampled_from(options), max_size=2)) if options else ():
         if option.name == "output" and special.startswith("pipe"):
-            continue  # it waits for a reader
+            continue  # the command would wait for a reader
         flag = option.is_flag or option.count
         arguments += [data.draw(st.sampled_from(option.opts)), *([] if flag else [data.draw(value)] * option.nargs)]
-    with copied(world) as folder, soon():
+    with copied(world) as folder, in_time():
         monkeypatch.chdir(folder)
         SPECIAL[special.partition(".")[0]](folder / special)
         before = snapshot(folder / "index")
         result = run(*names, *arguments, stdin="")
-        said = [text for text in result.stderr.splitlines() if not text.startswith(("warning: ", "Usage: ", "Try "))]
+        lines = [text for text in result.stderr.splitlines() if not text.startswith(("warning: ", "Usage: ", "Try "))]
         assert result.exit_code in (0, 1, 2, 3), result.stderr
         assert all(len(text) <= MAX_LINE + len("warning: ") for text in result.stderr.splitlines())
-        if result.exit_code in (1, 2) and names != ["datasets", "check"]:  # which prints a table of what is missing
-            assert said[-1].startswith("Error: ")
-            check_line(said[-1])
+        if result.exit_code in (1, 2) and names != ["datasets", "check"]:  # prints a table of missing files
+            assert lines[-1].startswith("Error: ")
+            check_line(lines[-1])
             assert snapshot(folder / "index") == before
         assert not [path for path in folder.rglob("*.tmp") if path.name not in ("x.tmp",)]
         for place in (folder / "index", folder / "new"):
@@ -422,7 +424,7 @@ BODIES = [
 
 @pytest.fixture(scope="module")
 def served(things: Path, tmp_path_factory: pytest.TempPathFactory, warm_path: str) -> Iterator[str]:
-    """The real server over an index of photographs, which may take changes; its memory stays bounded."""
+    """The real server with an index of photos that it may change; its memory stays bounded."""
     place = tmp_path_factory.mktemp("served") / "things"
     shutil.copytree(things, place)
     with server(place, token="sesame", path=warm_path) as (address, _):
@@ -436,7 +438,7 @@ def served(things: Path, tmp_path_factory: pytest.TempPathFactory, warm_path: st
 
 @tried(1500)
 @given(st.data())
-def test_a_request_of_any_bytes_gets_no_failure(served: str, data: st.DataObject) -> None:
+def test_any_request_gets_no_server_error(served: str, data: st.DataObject) -> None:
     host, port = served.removeprefix("http://").split(":")
     method, target = (
         data.draw(st.sampled_from(["GET", "POST", "DELETE", "PRI", "get"])),
@@ -450,12 +452,12 @@ def test_a_request_of_any_bytes_gets_no_failure(served: str, data: st.DataObject
     if not any(header.startswith(("Content-Length", "Transfer")) for header in headers):
         headers.append(f"Content-Length: {len(body)}")
     raw = "\r\n".join([f"{method} {target} HTTP/1.1", *headers, "", ""]).encode() + body
-    with soon(), socket.create_connection((host, int(port)), timeout=SECONDS) as link:
+    with in_time(), socket.create_connection((host, int(port)), timeout=SECONDS) as link:
         try:
             link.sendall(data.draw(st.just(raw) | st.just(raw[: len(raw) // 2]) | mutated(st.just(raw))))
             link.shutdown(socket.SHUT_WR)
             answered = link.recv(12)
-        except OSError:  # it may close the connection before all is sent
+        except OSError:  # the server may close the connection early
             answered = b""
     assert answered[9:10] != b"5" or answered[9:12] in (b"501", b"503", b"505", b"507"), (raw[:200], answered)
     assert httpx.get(f"{served}/healthz", timeout=SECONDS).status_code == 200
@@ -470,7 +472,7 @@ def test_a_hostile_upload_is_refused_or_answered(
     headers = {"Authorization": "Bearer sesame"} | ({"Host": host} if host else {})
     files = [("images", (name, raw)) for raw in pictures]
     where = f"{served}/v1/indexes/things/keys" if add else f"{served}/v1/classify"
-    with soon():
+    with in_time():
         answered = httpx.post(
             where, files=files, data={"label": "dog"} if add else {}, headers=headers, timeout=SECONDS
         )

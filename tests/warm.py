@@ -1,4 +1,4 @@
-"""The command line, and Python, in processes without import time: a server imports once and forks for each command.
+"""The command line and Python in processes without import time: a server imports once and forks for each command.
 
 Each command gets its files, folder and environment, and runs in its own process. The server starts no thread before it
 forks, so forking is safe. Test processes share one server: the first that needs it starts it, and it ends when the last
@@ -47,16 +47,16 @@ PYTHON = "warm-python"
 
 PROGRAM = """#!{python} -IS
 import array, os, signal, socket, sys
-told = repr(({name!r}, sys.argv[1:], os.getcwd(), dict(os.environ))).encode("utf-8", "surrogateescape")
+request = repr(({name!r}, sys.argv[1:], os.getcwd(), dict(os.environ))).encode("utf-8", "surrogateescape")
 with socket.socket(socket.AF_UNIX) as link:
     link.connect({place!r})
     files = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", range(3)))]
-    link.sendmsg([len(told).to_bytes(8, "big")], files)
-    link.sendall(told)
+    link.sendmsg([len(request).to_bytes(8, "big")], files)
+    link.sendall(request)
     child = int.from_bytes(link.recv(8), "big")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os.kill(child, number))
-    status = int.from_bytes(link.recv(8) or sys.exit("the server has died"), "big", signed=True)
+    status = int.from_bytes(link.recv(8) or sys.exit("the server died"), "big", signed=True)
 if status < 0:
     if -status != signal.SIGKILL:
         signal.signal(-status, signal.SIG_DFL)
@@ -67,9 +67,9 @@ sys.exit(status)
 
 
 def import_now(*, images: bool) -> None:
-    """Import what commands import later, for features only or also for images.
+    """Import everything that commands import later, for features only or also for images.
 
-    Some of it they do only where it is installed: pyarrow takes pandas up, which lasts a third of a second.
+    Missing packages are skipped. The list has pandas because pyarrow imports it, which takes a third of a second.
     """
     for name in (*FOR_FEATURES, *(FOR_IMAGES if images else ())):
         with contextlib.suppress(ImportError):
@@ -112,13 +112,13 @@ def _serve(place: str, starter: int) -> None:
         keeper.close()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, rights, *_ = link.recvmsg(8, socket.CMSG_SPACE(3 * array.array("i").itemsize))
-    told = link.makefile("rb").read(int.from_bytes(size, "big"))
+    request = link.makefile("rb").read(int.from_bytes(size, "big"))
     child = os.fork()
     if child:
         link.sendall(child.to_bytes(8, "big"))
         ended = os.pidfd_open(child)
         if ended not in select.select([ended, link], [], [])[0]:
-            os.kill(child, signal.SIGKILL)  # as the program was
+            os.kill(child, signal.SIGKILL)  # the program was killed too
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         link.sendall(status.to_bytes(8, "big", signed=True))
@@ -127,7 +127,7 @@ def _serve(place: str, starter: int) -> None:
     for number, file in enumerate(array.array("i", rights[0][2])):
         os.dup2(file, number)
         os.close(file)
-    name, arguments, folder, environment = ast.literal_eval(told.decode("utf-8", "surrogateescape"))
+    name, arguments, folder, environment = ast.literal_eval(request.decode("utf-8", "surrogateescape"))
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -142,7 +142,7 @@ def _serve(place: str, starter: int) -> None:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(end.code or 0)  # as above
+        os._exit(end.code or 0)  # a regular shutdown takes half a second
 
 
 def _run_python(arguments: list[str]) -> NoReturn:
@@ -160,12 +160,12 @@ def _run_python(arguments: list[str]) -> NoReturn:
 
 
 def python(path: str) -> str:
-    """Return the interpreter on a ``PATH`` of such a server, else this process's."""
+    """Return the interpreter of a warm server on this ``PATH``, else the interpreter of this process."""
     return shutil.which(PYTHON, path=path) or sys.executable
 
 
-def _kept(place: str) -> socket.socket:
-    """Connect to the running server, or to a new one, which lives as long as the connection."""
+def _connect(place: str) -> socket.socket:
+    """Connect to the running server, or start one. It ends when its last connection closes."""
     mine = socket.socket(socket.AF_UNIX)
     with contextlib.suppress(OSError):
         mine.connect(f"{place}.kept")
@@ -192,7 +192,7 @@ def server(folder: Path) -> Iterator[Path]:
             for name in ("retrieval-tip", PYTHON):
                 (programs / name).write_text(PROGRAM.format(python=sys.executable, name=name, place=str(place)))
                 (programs / name).chmod(0o755)
-        keeper = _kept(str(place))
+        keeper = _connect(str(place))
     with keeper:
         yield programs
 
