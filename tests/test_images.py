@@ -57,7 +57,7 @@ def assert_close(one: np.ndarray, other: Image.Image, most: float = 12) -> None:
     assert np.abs(one.astype(int) - np.asarray(other).astype(int)).mean() < most
 
 
-def refusal(data: bytes) -> str:
+def error_of(data: bytes) -> str:
     with pytest.raises(InputError) as caught:
         decode(data)
     message = str(caught.value)
@@ -220,7 +220,7 @@ def test_an_extremely_long_image_is_cropped_to_its_middle(size: tuple[int, int])
 @pytest.mark.parametrize("size", [(30000, 30000), (178956971, 1), (2**31 - 1, 2**31 - 1), (0, 5), (5, 0)])
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(size: tuple[int, int]) -> None:
     tracemalloc.start()
-    message = refusal(png_claiming(*size))
+    message = error_of(png_claiming(*size))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert "too large" in message or 0 in size
@@ -234,7 +234,7 @@ def test_a_file_truncated_at_any_length_is_refused(style: str) -> None:
     noise = Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data = encoded(noise, style)
     for length in np.linspace(1, len(data) * 0.9, 40).astype(int):
-        refusal(data[:length])
+        error_of(data[:length])
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_a_file_truncated_at_any_length_is_refused(style: str) -> None:
     ],
 )
 def test_files_that_are_not_images_are_refused(data: bytes) -> None:
-    refusal(data)
+    error_of(data)
 
 
 @pytest.mark.parametrize("style", [*OTHERS, *OPTIONAL])
@@ -265,7 +265,7 @@ def test_unlisted_formats_are_refused(style: str) -> None:
         pytest.skip(f"this Pillow cannot write {style}")
     size = 1024 if style == "ICNS" else 64
     quarters(size, size).convert("1" if style in ("XBM", "MSP") else "RGB").save(buffer, style)
-    assert "not a readable image" in refusal(buffer.getvalue())
+    assert "not a readable image" in error_of(buffer.getvalue())
     assert {".avif", ".jp2", ".ico", ".icns", ".tga", ".qoi", ".eps", ".pdf"}.isdisjoint(images.extensions())
 
 
@@ -274,7 +274,7 @@ def test_running_out_of_memory_refuses_the_image(monkeypatch: pytest.MonkeyPatch
         raise MemoryError
 
     monkeypatch.setattr(images, "_rgb", full)
-    assert "memory" in refusal(encoded(quarters(), "PNG"))
+    assert "memory" in error_of(encoded(quarters(), "PNG"))
 
 
 NOT_FILES: dict[str, Callable[[Path], object]] = {
@@ -315,14 +315,14 @@ def test_read_refuses_a_huge_file_without_reading_it(tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
-def names(folder: Path) -> list[str]:
+def names_found(folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in find(folder)]
 
 
 def test_find_yields_images_depth_first_in_name_order(tmp_path: Path) -> None:
     touch(tmp_path, "b.png", "a/2.jpg", "a/10.jpg", "a/z/1.webp", "c/1.gif", "B.PNG", "a.jpeg")
     touch(tmp_path, ".hidden.png", ".git/x.png", "a/.DS_Store", "a/notes.txt", "a/x.eps", "png", "a/Thumbs.db")
-    assert names(tmp_path) == ["B.PNG", "a/10.jpg", "a/2.jpg", "a/z/1.webp", "a.jpeg", "b.png", "c/1.gif"]
+    assert names_found(tmp_path) == ["B.PNG", "a/10.jpg", "a/2.jpg", "a/z/1.webp", "a.jpeg", "b.png", "c/1.gif"]
 
 
 def test_find_follows_links_to_files_only(tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_find_follows_links_to_files_only(tmp_path: Path) -> None:
     links = {"a/up": "..", "linked.png": "a/x.png", "loop": "loop", "loop.png": "loop.png"}
     for name, target in links.items():
         (tmp_path / name).symlink_to(target)
-    assert names(tmp_path) == ["a/x.png", "linked.png", "loop.png"]  # reading the loop reports it
+    assert names_found(tmp_path) == ["a/x.png", "linked.png", "loop.png"]  # reading the loop reports it
 
 
 def test_find_descends_1500_folders(tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_find_descends_1500_folders(tmp_path: Path) -> None:
         os.mkdir(deep)  # noqa: PTH102 - pathlib fails on paths this long
     touch(Path(deep), "x.png")
     try:
-        assert names(tmp_path) == ["d/" * 1500 + "x.png"]
+        assert names_found(tmp_path) == ["d/" * 1500 + "x.png"]
     finally:
         subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # too deep for pytest to remove
 
@@ -444,7 +444,7 @@ SLOW_TO_PARSE: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("what", SLOW_TO_PARSE)
 def test_an_image_that_takes_long_to_parse_is_refused(what: str) -> None:
     data = SLOW_TO_PARSE[what]()
-    refusal(data)
+    error_of(data)
     assert not images.reducible(data, 4)
 
 
@@ -489,7 +489,7 @@ def test_a_large_image_can_be_decoded_after_another_one_failed(monkeypatch: pyte
     monkeypatch.setattr(images, "LARGE_PIXELS", 10)
     data = encoded(quarters(), "PNG")
     for _ in range(2):
-        refusal(data[:-30])
+        error_of(data[:-30])
         assert decode(data).size == (32, 32)
 
 

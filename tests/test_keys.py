@@ -175,7 +175,7 @@ def test_keys_not_grouped_by_class_are_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def made() -> tuple[Any, Array, Array, Array]:
+def synthetic() -> tuple[Any, Array, Array, Array]:
     """Synthetic features: their generator, 2000 keys, their class ids, 4096 queries."""
     maker = made_module().Made(c=100, d=256)
     ids = np.repeat(np.arange(100), 20)
@@ -183,10 +183,10 @@ def made() -> tuple[Any, Array, Array, Array]:
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_changes_few_predictions(made: tuple[Any, Array, Array, Array], precision: str) -> None:
-    maker, array, ids, queries = made
+def test_half_precision_changes_few_predictions(synthetic: tuple[Any, Array, Array, Array], precision: str) -> None:
+    generator, array, ids, queries = synthetic
     alpha, beta = 1.0, 5.5
-    text = 100 * queries.astype(np.float64) @ maker.text.T.astype(np.float64)
+    text = 100 * queries.astype(np.float64) @ generator.text.T.astype(np.float64)
     exact = dense(queries, array, ids, 100, beta)
     found = Keys(array, ids, 100, precision=precision).cache_logits(torch.from_numpy(queries), beta).numpy()
     winners = (text + alpha * exact).argmax(1)
@@ -197,8 +197,8 @@ def test_half_precision_changes_few_predictions(made: tuple[Any, Array, Array, A
     assert 0 < error <= keys_module.HALF_ERROR  # half precision was used, and auto would accept its error
 
 
-def test_half_precision_is_more_accurate_with_centred_keys(made: tuple[Any, Array, Array, Array]) -> None:
-    _, array, ids, queries = made
+def test_half_precision_is_more_accurate_with_centred_keys(synthetic: tuple[Any, Array, Array, Array]) -> None:
+    _, array, ids, queries = synthetic
     beta = 5.5
     f, K = torch.from_numpy(queries[:512]), torch.from_numpy(array)
     exact = f.double() @ K.double().T
@@ -256,36 +256,36 @@ FAST = {"bfloat16": 0.5, "float16": 0.1}
 
 
 @pytest.fixture(scope="module")
-def like_clip() -> tuple[Array, Array]:
+def clip_like() -> tuple[Array, Array]:
     maker = made_module().Made(c=20, d=64)
     ids = np.repeat(np.arange(20), 10)
     return maker.draw(ids, 1), ids
 
 
-def test_auto_is_float32_for_few_keys(like_clip: tuple[Array, Array]) -> None:
-    keys = Keys(*like_clip, 20, precision="auto")
+def test_auto_is_float32_for_few_keys(clip_like: tuple[Array, Array]) -> None:
+    keys = Keys(*clip_like, 20, precision="auto")
     with mock.patch.object(keys_module.time, "perf_counter", side_effect=AssertionError("measured")):
         assert keys.products(5.5) == torch.float32
 
 
-def test_auto_chooses_half_precision_if_it_is_faster_and_accurate(like_clip: tuple[Array, Array]) -> None:
+def test_auto_chooses_half_precision_if_it_is_faster_and_accurate(clip_like: tuple[Array, Array]) -> None:
     with as_if_large(**FAST):
-        assert Keys(*like_clip, 20, precision="auto").products(5.5) == torch.bfloat16
+        assert Keys(*clip_like, 20, precision="auto").products(5.5) == torch.bfloat16
 
 
-def test_auto_is_float32_if_half_precision_is_not_faster(like_clip: tuple[Array, Array]) -> None:
+def test_auto_is_float32_if_half_precision_is_not_faster(clip_like: tuple[Array, Array]) -> None:
     with as_if_large(bfloat16=0.8):  # too little faster
-        assert Keys(*like_clip, 20, precision="auto").products(5.5) == torch.float32
+        assert Keys(*clip_like, 20, precision="auto").products(5.5) == torch.float32
 
 
 @pytest.mark.parametrize("beta", [300.0, 1e4, 1e30])
-def test_auto_is_float32_if_the_error_is_too_large(like_clip: tuple[Array, Array], beta: float) -> None:
+def test_auto_is_float32_if_the_error_is_too_large(clip_like: tuple[Array, Array], beta: float) -> None:
     with as_if_large(**FAST):
-        assert Keys(*like_clip, 20, precision="auto").products(beta) == torch.float32
+        assert Keys(*clip_like, 20, precision="auto").products(beta) == torch.float32
 
 
-def test_auto_measures_each_beta_once_and_uses_the_result(like_clip: tuple[Array, Array]) -> None:
-    array, ids = like_clip
+def test_auto_measures_each_beta_once_and_uses_the_result(clip_like: tuple[Array, Array]) -> None:
+    array, ids = clip_like
     f = torch.from_numpy(array[: keys_module.HALF_FROM_QUERIES])
     keys = Keys(array, ids, 20, precision="auto")
     with as_if_large(**FAST):
@@ -302,18 +302,18 @@ def test_auto_never_chooses_float16_on_a_cpu(case: Case, beta: float, sizes: tup
         assert case.keys(precision="auto").products(beta) in (torch.float32, torch.bfloat16)
 
 
-def test_auto_answers_few_queries_in_float32_without_measuring(like_clip: tuple[Array, Array]) -> None:
-    array, ids = like_clip
+def test_auto_answers_few_queries_in_float32_without_measuring(clip_like: tuple[Array, Array]) -> None:
+    array, ids = clip_like
     f = torch.from_numpy(array[: keys_module.HALF_FROM_QUERIES - 1])
     with as_if_large(**FAST), mock.patch.object(Keys, "_fastest", side_effect=AssertionError("measured")):
         found = Keys(array, ids, 20, precision="auto").cache_logits(f, 5.5)
     assert torch.equal(found, Keys(array, ids, 20).cache_logits(f, 5.5))
 
 
-def test_an_unknown_precision_is_refused(like_clip: tuple[Array, Array]) -> None:
+def test_an_unknown_precision_is_refused(clip_like: tuple[Array, Array]) -> None:
     for name in ("float64", "half", "", "Float32"):
         with pytest.raises(UsageError, match=f"^precision '{name}'"):
-            Keys(*like_clip, 20, precision=name)
+            Keys(*clip_like, 20, precision=name)
 
 
 # ------------------------------------------------------------------------------------------------ classes and rows
@@ -409,10 +409,10 @@ def excess_of(array: Array, ids: Array, c: int, f: Array, own: Array, beta: floa
 
 
 @pytest.mark.parametrize("beta", [1.0, 5.5, 20.0])
-def test_new_queries_rarely_exceed_the_slack(made: tuple[Any, Array, Array, Array], beta: float) -> None:
-    maker, array, ids, queries = made
+def test_new_queries_rarely_exceed_the_slack(synthetic: tuple[Any, Array, Array, Array], beta: float) -> None:
+    generator, array, ids, queries = synthetic
     slack = Keys(array, ids, 100).slack(beta)
-    excess = excess_of(array, ids, 100, queries[:1000], maker.classes(4096, 2)[:1000], beta)
+    excess = excess_of(array, ids, 100, queries[:1000], generator.classes(4096, 2)[:1000], beta)
     assert 0 < (excess > slack).mean() <= 0.01  # a quantile of a sample
     assert slack <= 1.5 * np.quantile(excess, 0.999)  # not an arbitrarily large value
 

@@ -48,7 +48,7 @@ QUERIES = unit_rows(4, D, 99)
 LEASE, LIVING = 0.4, 20.0
 """Seconds after which a lease in a bucket expires: in tests that kill its holder, and in tests that do not."""
 PRUNED_EVERY = 5
-"""Versions after which old versions of a table are deleted. The next change reaches this number."""
+"""Number of versions after which old versions of a table are deleted. The next change reaches this number."""
 KILLS = 8 if SOAK else 1
 """Number of random moments at which a change is killed."""
 GROWTH = 5 if SOAK else 3

@@ -361,7 +361,7 @@ def test_missing_credentials_are_reported(without: list[str], bucket: str, monke
 def test_refusals_of_the_service_are_reported(status: int, code: str, expected: str, monkeypatch: pytest.MonkeyPatch):
     echo = f"{buckets.KEY} {buckets.SECRET}"
     body = f"<?xml version='1.0'?>\n<Error><Code>{code}</Code><AWSAccessKeyId>{echo}</AWSAccessKeyId></Error>".encode()
-    with answering(lambda *_: (status, body if code else b"\x1b[2J")) as server:
+    with running_server(lambda *_: (status, body if code else b"\x1b[2J")) as server:
         buckets.use(monkeypatch, server)
         store = at("s3://bucket/x", retries=1)
         check_error(lambda: store.get("a"), "s3://bucket/x/a: ", expected, within=5)
@@ -420,7 +420,7 @@ Answer = tuple[int, bytes] | tuple[int, bytes, str]
 
 
 @contextmanager
-def answering(answer: Callable[[str, str, dict[str, str], bytes], Answer]) -> Iterator[str]:
+def running_server(answer: Callable[[str, str, dict[str, str], bytes], Answer]) -> Iterator[str]:
     """Run a server whose answers ``answer(method, path with query, headers, body)`` returns."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -481,7 +481,7 @@ def test_objects_behave_in_the_same_way_on_gcs(tmp_path: Path, monkeypatch: pyte
             return 204, b""
         return 200, kept[name], versions[name]
 
-    with answering(answer) as server:
+    with running_server(answer) as server:
         buckets.use(monkeypatch, CLOSED)
         account = tmp_path / "account.json"
         entries = {"gcs_base_url": server, "disable_oauth": True, "client_email": "", "private_key": ""}

@@ -90,7 +90,7 @@ def test_bad_options_are_refused(run, monkeypatch, tmp_path, arguments, named):
     assert named in done.stderr
 
 
-def test_a_folder_contains_each_intact_part_of_one_run_once(tmp_path):
+def test_a_folder_contains_each_intact_part_of_a_run_once(tmp_path):
     folder = PartsFolder(f"{tmp_path}/parts/")
     assert not folder.claim("a")
     for part, name, rows in (("000000", "a", 3), ("000000", "b", 3), ("000001", "a", 2), ("000002", "a", 1)):
@@ -127,7 +127,7 @@ def test_an_actor_encodes_a_piece_and_reports_unreadable_photos(tmp_path, shared
 
 
 @pytest.fixture(scope="module")
-def head():
+def cluster():
     """The address of a cluster of two nodes with one CPU each, which can reach the object store of the tests."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -153,7 +153,7 @@ def in_own_process(*words):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def table(place):
+def rows_and_numbers(place):
     """Return the rows of a table without its columns of numbers, and these columns."""
     rows = pa.concat_tables([open_parquet(file).read() for file in table_files(place)]).replace_schema_metadata(None)
     figures = [name for name in ("feature", "probability", "logits") if name in rows.column_names]
@@ -163,7 +163,7 @@ def table(place):
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["folder", "tars", "bucket"])
-def test_two_nodes_give_the_same_results_as_one_process(run, head, shared, tmp_path, kind):
+def test_two_nodes_give_the_same_results_as_one_process(run, cluster, shared, tmp_path, kind):
     for number, (path, label) in enumerate(photographs(shared, "test", 6, 8)):
         place = tmp_path / "photos" / label / f"{number:02}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -191,18 +191,18 @@ def test_two_nodes_give_the_same_results_as_one_process(run, head, shared, tmp_p
     threading.Thread(target=watch, daemon=True).start()
     ask = ("classify", tmp_path / "i", source, "--logits", *model[:1], "--format", "parquet", "--output")
     for command in (("encode", source, *model, "--out"), ask):
-        ray = (*command, f"{out}/{command[0]}.parts", "--engine", "ray", "--ray-address", head)
+        ray = (*command, f"{out}/{command[0]}.parts", "--engine", "ray", "--ray-address", cluster)
         here = run(*command, tmp_path / "here.parquet")
         assert (here.exit_code, place.name in here.stderr) == (3, True), here.output
         done = in_own_process(*ray)
         assert (done.returncode, place.name in done.stderr) == (3, True), done.stderr
-        (one, figures), (other, others) = table(tmp_path / "here.parquet"), table(ray[-5])
+        (one, figures), (other, others) = rows_and_numbers(tmp_path / "here.parquet"), rows_and_numbers(ray[-5])
         assert one.equals(other)
         for a, b in zip(figures, others, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     ended.set()
     raylets = [" ".join(psutil.Process(node).cmdline()) for node in nodes if psutil.pid_exists(node)]
-    assert sum(head.partition(":")[2] in raylet for raylet in raylets) == 2
+    assert sum(cluster.partition(":")[2] in raylet for raylet in raylets) == 2
     if kind == "folder":  # if a part is missing, the same command computes only this part
         parts = tmp_path / "classify.parts"
         shutil.rmtree(parts / "part=000001")
@@ -210,4 +210,4 @@ def test_two_nodes_give_the_same_results_as_one_process(run, head, shared, tmp_p
         before = {file: file.stat().st_mtime_ns for file in parts.rglob("*.parquet")}
         assert in_own_process(*ray).returncode == 3
         assert {file: file.stat().st_mtime_ns for file in before} == before
-        assert table(parts)[0].equals(one)
+        assert rows_and_numbers(parts)[0].equals(one)

@@ -40,16 +40,16 @@ def centres_of(n, seed):
     return (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32)
 
 
-def made(shots=6, text=True, spread=0.6):
+def small_cache(shots=6, text=True, spread=0.6):
     keys, ids = clusters(shots * C, C, D, 1, spread)
     weights = unit_rows(C, D, 5) if text else None
     names = [f"class {i}" for i in range(C)]
     return CacheModel.from_features(keys, ids, names, weights, settings=Settings(logit_scale=10.0), device="cpu")
 
 
-def asked(cache, n=60, seed=2):
+def queries_of(cache, n=60, seed=2):
     features, ids = clusters(n, C, D, seed)
-    return search_hp.unseen(cache, features, ids, "made")
+    return search_hp.unseen(cache, features, ids, "x")
 
 
 def dense(cache, features, beta):
@@ -60,7 +60,7 @@ def dense(cache, features, beta):
     return 10 * f @ cache.text_weights.numpy().astype(np.float64).T, np.exp(-beta * (1 - f @ keys.T)) @ one_hot
 
 
-def brute(text, alone, y):
+def best_over_alphas(text, alone, y):
     """Return the largest number of right answers over all alphas, tried between and beyond all crossings of classes."""
     q = np.arange(len(y))
     gain, lead = alone[q, y][:, None] - alone, text[q, y][:, None] - text
@@ -73,11 +73,11 @@ def brute(text, alone, y):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_search_finds_the_best_accuracy_over_all_alphas_and_betas(seed):
-    cache = made()
-    queries = asked(cache, seed=seed)
+    cache = small_cache()
+    queries = queries_of(cache, seed=seed)
     betas = [0.5, 2.0, 5.5, 12.0]
     choice = search(cache, queries, betas=betas, ks=[None])
-    best = max(brute(*dense(cache, queries.features, beta), queries.ids) for beta in betas)
+    best = max(best_over_alphas(*dense(cache, queries.features, beta), queries.ids) for beta in betas)
     assert round(choice.accuracy * len(queries.ids)) == best
     # the model has this accuracy with the chosen alpha, and at both ends of the interval
     low, high = choice.interval
@@ -104,9 +104,9 @@ def test_a_query_is_right_inside_its_interval_and_wrong_outside(seed, c, coarse)
 
 @pytest.mark.parametrize("gamma", [0.0, 20.0])
 def test_the_search_with_k_predicts_the_answers_of_the_model(gamma):
-    cache, ks = made(shots=8), [2, 8]
+    cache, ks = small_cache(shots=8), [2, 8]
     cache.settings = replace(cache.settings, gamma=gamma)
-    queries = asked(cache)
+    queries = queries_of(cache)
     tried = search_hp._Tried.of(cache, queries, [3.0], ks)
     low, high = tried.low, tried.high
     cache.settings = cache.settings.override(beta=3.0)
@@ -119,14 +119,14 @@ def test_the_search_with_k_predicts_the_answers_of_the_model(gamma):
 
 @pytest.mark.parametrize("gamma", [0.0, 20.0])
 def test_leave_one_out_predicts_the_answers_without_the_shot(gamma):
-    cache = made(shots=4)
+    cache = small_cache(shots=4)
     cache.settings = replace(cache.settings, gamma=gamma)
     offsets = cache.retrieval.keys.discriminant.offsets
     queries = leave_one_out(cache)
     tried = search_hp._Tried.of(cache, queries, [4.0], [None, 4])
     low, high = tried.low, tried.high
     for row in (0, 7, 19):
-        without = made(shots=4)
+        without = small_cache(shots=4)
         without.remove([int(cache.labels["key_id"][row].as_py())])
         for j, k in enumerate((None, 4)):
             text, alone = parts_of(without, queries.features[row : row + 1], k)
@@ -155,11 +155,11 @@ def test_keys_of_the_same_image_are_held_out_together():
 
 def test_leave_one_out_needs_two_images_per_class():
     with pytest.raises(UsageError, match="has one image"):
-        leave_one_out(made(shots=1))
+        leave_one_out(small_cache(shots=1))
 
 
 def test_each_fold_hides_an_equal_share_of_each_class():
-    cache = made(shots=6)
+    cache = small_cache(shots=6)
     queries = search_hp.folds(cache, 3)
     ids = cache.labels["class_id"].to_numpy()
     for fold in range(3):
@@ -180,7 +180,7 @@ def test_the_search_may_choose_text_alone_or_cache_alone():
         cache = CacheModel.from_features(
             keys, labels, names, weights, settings=Settings(logit_scale=10.0), device="cpu"
         )
-        return search(cache, search_hp.unseen(cache, features, ids, "made"))
+        return search(cache, search_hp.unseen(cache, features, ids, "x"))
 
     right = centres / np.linalg.norm(centres, axis=1, keepdims=True)
     text = chosen(right, (key_ids + 1) % C)  # every key is labelled wrongly
@@ -193,8 +193,8 @@ def test_the_search_may_choose_text_alone_or_cache_alone():
 
 
 def test_the_paper_protocol_searches_the_published_grid():
-    cache = made()
-    queries = asked(cache)
+    cache = small_cache()
+    queries = queries_of(cache)
     best, found = -1, (0.0, 0.0)
     for i in range(200):
         beta = 0.1 + i * (7 - 0.1) / 200
@@ -212,8 +212,8 @@ def test_the_paper_protocol_searches_the_published_grid():
 
 
 def test_the_surface_contains_the_accuracy_of_each_setting():
-    cache = made()
-    queries = asked(cache)
+    cache = small_cache()
+    queries = queries_of(cache)
     choice = search(cache, queries, betas=[1.0, 6.0], ks=[None, 4])
     for row in choice.surface.slice(0, 60).to_pylist() + choice.surface.slice(100, 60).to_pylist():
         cache.settings = cache.settings.override(alpha=row["alpha"], beta=row["beta"])
@@ -224,17 +224,17 @@ def test_the_surface_contains_the_accuracy_of_each_setting():
 
 
 def test_weak_choices_are_reported():
-    cache = made()
-    queries = asked(cache)
-    few = search(cache, asked(cache, 6, 0))
+    cache = small_cache()
+    queries = queries_of(cache)
+    few = search(cache, queries_of(cache, 6, 0))
     assert any("too few to prefer these settings to cache alone (66.7 %" in warning for warning in few.warnings)
     edge = search(cache, queries, betas=[0.001, 0.002], ks=[None])
     assert any("edge" in warning for warning in edge.warnings)
 
 
 def test_bad_queries_are_refused():
-    cache = made()
-    queries = asked(cache)
+    cache = small_cache()
+    queries = queries_of(cache)
     for wrong in (
         Queries(queries.features[:0], queries.ids[:0], queries.hidden[:0], queries.groups, "x"),
         Queries(queries.features[:, :3], queries.ids, queries.hidden, queries.groups, "x"),
@@ -330,7 +330,7 @@ def test_validation_shots_match_the_published_draw(shared, tmp_path):
     for entry in first:
         (tmp_path / "images" / entry[0]).touch()
     (tmp_path / "pets.json").symlink_to(split)
-    cache = made()
+    cache = small_cache()
     cache.built = Built(f"{tmp_path / 'pets.json'} (train)", shots=16)
     assert search_hp.validation_shots(cache, val, tmp_path / "pets.json") == published
     assert len(search_hp.validation_shots(cache, val, number=2)) == 2 * 37
@@ -339,13 +339,13 @@ def test_validation_shots_match_the_published_draw(shared, tmp_path):
 def test_a_cautious_search_changes_the_settings_only_on_significant_evidence():
     from retrieval_tip.retrieval.defaults import measure, plain_settings
 
-    cache = made()
+    cache = small_cache()
     cache.text_weights = torch.from_numpy(centres_of(400, 7))
     alpha, beta = plain_settings(None, None, "both", measure(cache.keys, cache.labels["class_id"].to_numpy()))
     cache.settings = cache.settings.override(alpha=alpha, beta=beta)
     kept = 0
     for seed in range(8):
-        queries = asked(cache, 12, seed)
+        queries = queries_of(cache, 12, seed)
         careful, greedy = search(cache, queries, cautious=True), search(cache, queries)
         assert careful.accuracy <= careful.best == greedy.accuracy == greedy.best
         right = cache.logits(queries.features).argmax(1).numpy() == queries.ids
@@ -364,7 +364,7 @@ def test_a_cautious_search_changes_the_settings_only_on_significant_evidence():
     wrong = CacheModel.from_features(
         keys, (key_ids + 1) % C, list("abcde"), centres, settings=Settings(logit_scale=1.0), device="cpu"
     )
-    moved = search(wrong, search_hp.unseen(wrong, features, ids, "made"), cautious=True)
+    moved = search(wrong, search_hp.unseen(wrong, features, ids, "x"), cautious=True)
     assert moved.accuracy == moved.best == 1.0
 
 

@@ -147,10 +147,10 @@ def test_kinds_of_paths_are_distinguished(tmp_path: Path, name: str, kind: str) 
     assert kind_of("s3://bucket/a.jpg") == "image"
 
 
-@pytest.mark.parametrize("opened", [open_source, open_items, lambda where: list(open_inputs([where]))])
-def test_web_addresses_are_not_read(opened: Callable[[str], object]) -> None:
+@pytest.mark.parametrize("read", [open_source, open_items, lambda where: list(open_inputs([where]))])
+def test_web_addresses_are_not_read(read: Callable[[str], object]) -> None:
     with pytest.raises(InputError, match=r"https://x\.org/a\.jpg"):
-        opened("https://x.org/a.jpg")
+        read("https://x.org/a.jpg")
 
 
 def test_labels_match_known_classes_in_other_spellings(caplog: pytest.LogCaptureFixture) -> None:
@@ -575,14 +575,14 @@ def test_items_need_no_labels(tmp_path: Path) -> None:
     assert open_items(parquet(tmp_path / "u.parquet", {"feature": features(3)})).sources == ["0", "1", "2"]
 
 
-def opened(arguments: Sequence[object], stdin: Sequence[str] = ()) -> list[Source]:
+def open_all(arguments: Sequence[object], stdin: Sequence[str] = ()) -> list[Source]:
     return list(open_inputs([str(argument) for argument in arguments], stdin))
 
 
 def test_inputs_are_read_in_the_given_order(tmp_path: Path) -> None:
     touch(tmp_path, "f/2.png", "f/1.png", "f/sub/3.png", "z.png", "a.png")
     table = write(tmp_path / "t.csv", "path\nfrom-table.png\n")
-    first, second, third = opened([tmp_path / "z.png", tmp_path / "f", table, "-", tmp_path / "a.png"], ["in.png\n"])
+    first, second, third = open_all([tmp_path / "z.png", tmp_path / "f", table, "-", tmp_path / "a.png"], ["in.png\n"])
     assert relative(first, tmp_path) == ["z.png", "f/1.png", "f/2.png", "f/sub/3.png"]
     assert relative(second, tmp_path) == ["from-table.png"]
     assert third.paths == ("in.png", str(tmp_path / "a.png"))
@@ -590,34 +590,34 @@ def test_inputs_are_read_in_the_given_order(tmp_path: Path) -> None:
 
 def test_lines_of_standard_input_are_paths() -> None:
     lines = ["a b.png\n", "\n", "c.png\r\n", " d.png\n", "-\n", "*.png\n", "é.png"]
-    (source,) = opened(["-"], lines)
+    (source,) = open_all(["-"], lines)
     assert source.paths == ("a b.png", "c.png", " d.png", "-", "*.png", "é.png")
-    assert opened(["-"], []) == []
+    assert open_all(["-"], []) == []
 
 
 def test_a_glob_matches_files_in_name_order(tmp_path: Path) -> None:
     """Like a shell, except that folders are skipped: ``**`` matches their images anyway."""
     touch(tmp_path, "b.png", "a.png", "c.txt", "deep/er/d.png")
-    assert relative(opened([f"{tmp_path}/*.png"])[0], tmp_path) == ["a.png", "b.png"]
-    assert relative(opened([f"{tmp_path}/**/*.png"])[0], tmp_path) == ["a.png", "b.png", "deep/er/d.png"]
+    assert relative(open_all([f"{tmp_path}/*.png"])[0], tmp_path) == ["a.png", "b.png"]
+    assert relative(open_all([f"{tmp_path}/**/*.png"])[0], tmp_path) == ["a.png", "b.png", "deep/er/d.png"]
     touch(tmp_path, "a[1].png")
-    assert relative(opened([tmp_path / "a[1].png"])[0], tmp_path) == ["a[1].png"]  # an existing file, not a pattern
+    assert relative(open_all([tmp_path / "a[1].png"])[0], tmp_path) == ["a[1].png"]  # an existing file, not a pattern
     write(tmp_path / "t.csv", "path\nx.png\n")
-    images, table = opened([f"{tmp_path}/deep/**", f"{tmp_path}/*.csv"])
+    images, table = open_all([f"{tmp_path}/deep/**", f"{tmp_path}/*.csv"])
     assert relative(images, tmp_path) == ["deep/er/d.png"]
     assert relative(table, tmp_path) == ["x.png"]
 
 
 def test_a_glob_or_folder_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no file matches"):
-        opened([f"{tmp_path}/*.png"])
-    for given in (lambda: opened([tmp_path]), lambda: open_items(tmp_path)):
+        open_all([f"{tmp_path}/*.png"])
+    for given in (lambda: open_all([tmp_path]), lambda: open_items(tmp_path)):
         with pytest.raises(InputError, match="no images in this folder"):
             given()
 
 
 @pytest.mark.parametrize("name", ["gone.png", "gone.csv", "x" * 5000, "a\0b.png", "\udcff.png", "\ud800"])
 def test_a_missing_image_is_reported_only_when_it_is_read(name: str) -> None:
-    (source,) = opened([name])
+    (source,) = open_all([name])
     assert source.paths == (name,)
     assert source.sources == [show(name)]

@@ -211,7 +211,7 @@ def test_classify_waits_for_the_check_before_it_answers(index, row, run, monkeyp
 
 
 @pytest.fixture
-def opened(monkeypatch):
+def opened_models(monkeypatch):
     """Models that open_clip has opened."""
     models, real = [], backbone.open_model
     monkeypatch.setattr(backbone, "open_model", lambda *given: models.append(given) or real(*given))
@@ -227,32 +227,32 @@ def known_model(tmp_path, monkeypatch):
     return tmp_path / "known", model.identity, model.dim
 
 
-def test_a_known_backbone_is_loaded_on_the_first_text(known_model, opened):
+def test_a_known_backbone_is_loaded_on_the_first_text(known_model, opened_models):
     folder, identity, dim = known_model
     plain = load_backbone(f"local-dir:{folder}", device="cpu")
-    opened.clear()
+    opened_models.clear()
     lazy = load_when_needed(identity, dim, device="cpu")
     same = (lazy.identity, lazy.dim, lazy.precision, lazy.batch_size)
     assert same == (plain.identity, plain.dim, plain.precision, plain.batch_size)
-    assert not opened
+    assert not opened_models
     pixels = lazy.preprocess(picture())[None]
     np.testing.assert_array_equal(lazy.encode_images(pixels), plain.encode_images(pixels))
-    assert not opened
+    assert not opened_models
     np.testing.assert_array_equal(lazy.encode_texts(["a cat"]), plain.encode_texts(["a cat"]))
     assert lazy.identity == identity
     assert lazy.logit_scale == plain.logit_scale
-    assert len(opened) == 1
+    assert len(opened_models) == 1
 
 
-def test_several_threads_load_the_model_once(known_model, opened):
+def test_several_threads_load_the_model_once(known_model, opened_models):
     _, identity, dim = known_model
     lazy = load_when_needed(identity, dim, device="cpu")
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: lazy.encode_texts(["a"]), range(8)))
-    assert len(opened) == 1
+    assert len(opened_models) == 1
 
 
-def edited(folder, change):
+def edit_config(folder, change):
     path = folder / "open_clip_config.json"
     config = json.loads(path.read_text())
     change(config)
@@ -263,8 +263,8 @@ CHANGES = {
     "weights": lambda folder: shutil.copy(
         tiny(folder.parent / "other", seed=1) / "open_clip_model.safetensors", folder
     ),
-    "activation": lambda folder: edited(folder, lambda config: config["model_cfg"].update(quick_gelu=True)),
-    "preprocessing": lambda folder: edited(
+    "activation": lambda folder: edit_config(folder, lambda config: config["model_cfg"].update(quick_gelu=True)),
+    "preprocessing": lambda folder: edit_config(
         folder, lambda config: config["preprocess_cfg"].update(mean=[0.5, 0.5, 0.5])
     ),
 }

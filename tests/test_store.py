@@ -733,7 +733,7 @@ def relabelled(index: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     resealed(index, name, buffer.getvalue())
 
 
-def replaced(name: str, values: list[Any], kind: pa.DataType | None = None) -> Callable[[pa.Table], pa.Table]:
+def with_column(name: str, values: list[Any], kind: pa.DataType | None = None) -> Callable[[pa.Table], pa.Table]:
     return lambda t: t.set_column(t.column_names.index(name), name, pa.array(values, kind or t.schema.field(name).type))
 
 
@@ -743,16 +743,16 @@ def replaced(name: str, values: list[Any], kind: pa.DataType | None = None) -> C
         lambda table: table.slice(1),
         lambda table: table.drop_columns(["source"]),
         lambda table: table.select(table.column_names[::-1]),
-        replaced("class_id", [0] * (N - 1) + [4]),
-        replaced("class_id", [-1] + [0] * (N - 1)),
-        replaced("class_id", [1, 0] + [2] * (N - 2)),
-        replaced("class_id", [None] + [0] * (N - 1)),
-        replaced("class_id", [0.5] * N, pa.float64()),
-        replaced("class_id", ["0"] * N, pa.string()),
-        replaced("key_id", [None] * N),
-        replaced("key_id", ["x"] * N, pa.string()),
-        replaced("label", [None] * N),
-        replaced("label", [1] * N, pa.int64()),
+        with_column("class_id", [0] * (N - 1) + [4]),
+        with_column("class_id", [-1] + [0] * (N - 1)),
+        with_column("class_id", [1, 0] + [2] * (N - 2)),
+        with_column("class_id", [None] + [0] * (N - 1)),
+        with_column("class_id", [0.5] * N, pa.float64()),
+        with_column("class_id", ["0"] * N, pa.string()),
+        with_column("key_id", [None] * N),
+        with_column("key_id", ["x"] * N, pa.string()),
+        with_column("label", [None] * N),
+        with_column("label", [1] * N, pa.int64()),
     ],
     ids=range(13),
 )

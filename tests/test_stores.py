@@ -677,10 +677,10 @@ def test_deleting_versions_leaves_no_copies_of_the_table(local_pets, monkeypatch
     for seed in range(30, 42):
         local_pets.add(unit_rows(1, D, seed), ["cat"])
         manifest = local_pets.store.manifest()
-        assert raw(local_pets).version == manifest.table.version
+        assert raw_table(local_pets).version == manifest.table.version
         pieces.append(len([name for name in everything(local_pets.place) if name.startswith("keys.lance/data/")]))
     assert max(pieces) < len(pieces)
-    assert len(raw(local_pets).list_versions()) <= 6
+    assert len(raw_table(local_pets).list_versions()) <= 6
     local_pets.check()
 
 
@@ -837,7 +837,7 @@ def test_a_writer_without_its_lease_creates_no_version(bucket_pets, monkeypatch)
     bucket_pets.check()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="SKIPPED: needs /proc to see what is flushed")
+@pytest.mark.skipif(sys.platform != "linux", reason="SKIPPED: needs /proc to observe flushed files")
 def test_all_files_of_a_manifest_are_flushed_before_the_manifest(local_pets, monkeypatch):
     def files():
         return {path for path in path_of(local_pets.place).rglob("*") if path.is_file()}
@@ -865,12 +865,12 @@ def test_all_files_of_a_manifest_are_flushed_before_the_manifest(local_pets, mon
         assert all(path in flushed or any(f".{path.name}." in one.name for one in flushed[:last]) for path in new)
 
 
-def raw(pets):
+def raw_table(pets):
     return lancedb.connect(pets.store.address.uri).open_table("keys")
 
 
 def test_changes_to_the_table_by_other_programs_are_ignored(local_pets):
-    table = raw(local_pets)
+    table = raw_table(local_pets)
     table.delete("key_id < 30")
     table.add(table.to_arrow().slice(0, 2))
     table.update(where="key_id = 40", values={"label": "nobody"})
@@ -932,7 +932,7 @@ def manifest_of(place):
     return max(name for name in everything(place) if name.startswith("manifests/"))
 
 
-def newer(data):
+def with_newer_format(data):
     found = json.loads(data)
     found["format_version"] = 99
     return json.dumps(found).encode()
@@ -961,7 +961,10 @@ def test_damaged_and_missing_files_are_reported_by_name(lance_pets, part, damage
 def test_a_manifest_of_another_version_or_a_newer_format_is_refused(lance_pets):
     changes.configure(lance_pets.place, k=3)
     name = manifest_of(lance_pets.place)
-    for data in (newer(everything(lance_pets.place)[name]), everything(lance_pets.place)["manifests/000001.json"]):
+    for data in (
+        with_newer_format(everything(lance_pets.place)[name]),
+        everything(lance_pets.place)["manifests/000001.json"],
+    ):
         put(lance_pets.place, name, data)
         for call in (lance_pets.open, lance_pets.store.history, lambda: changes.configure(lance_pets.place, k=4)):
             refused(call, name)
@@ -1247,7 +1250,7 @@ def test_many_keys_get_a_vector_index_that_later_changes_update(tmp_path, monkey
         assert [(one["key_id"], one["label"]) for one in near[10:]] == [(i, last) for i in gone[10:]]
     changes.rebuild(place, index="Flat")
     assert at.verify().index_type == "Flat"
-    assert not raw(Pets(place, None, tmp_path, "lance")).list_indices()
+    assert not raw_table(Pets(place, None, tmp_path, "lance")).list_indices()
     changes.remove(place, key_ids=[0])
     assert at.load(device="cpu").index_type == "Flat"  # the choice of the rebuild
 

@@ -211,7 +211,7 @@ def test_a_tar_gives_the_same_features_as_its_files(world, lit_mini, tmp_path):
     np.testing.assert_allclose(*(np.array(table["feature"].to_pylist()) for table in (a, b)), atol=1e-6)
 
 
-def opened(path, labelled=False):
+def read_tar(path, labelled=False):
     """Return the source of a tar, the bytes of each image, and the failed members."""
     source = of_tars("tar", [str(path)], labelled=labelled)
     return source, {path: read_item(path) for path in source.paths or ()}, list(source.failed)
@@ -226,7 +226,7 @@ def test_images_in_a_tar_get_labels_from_files_of_the_same_name(tmp_path, kind):
         ("b/three.jpg", jpeg(4)),
     ]  # fmt: skip
     path = tar(tmp_path / kind, members, "w" if kind == "t.tar" else "w:gz")
-    source, data, failed = opened(path)
+    source, data, failed = read_tar(path)
     assert failed == []
     assert source.sources == [f"{path}/{name}" for name in ("a/one.jpg", "a/two.JPG", "a/three.jpg", "b/three.jpg")]
     assert source.items["label"].to_pylist() == ["cat", "dog", "é", None]
@@ -239,7 +239,7 @@ def test_names_and_links_in_a_tar_cannot_access_other_files(tmp_path):
     with tarfile.open(tar(tmp_path / "t.tar", [("../../out.jpg", jpeg()), ("/abs.jpg", jpeg())]), "a") as file:
         file.addfile(link)
     before = sorted(tmp_path.rglob("*"))
-    source, data, failed = opened(tmp_path / "t.tar")
+    source, data, failed = read_tar(tmp_path / "t.tar")
     assert (list(data.values()), failed) == ([jpeg(), jpeg()], [])
     assert source.sources == [f"{tmp_path}/t.tar/../../out.jpg", f"{tmp_path}/t.tar//abs.jpg"]
     assert sorted(tmp_path.rglob("*")) == before
@@ -257,12 +257,12 @@ def test_bad_members_of_a_tar_are_reported_and_the_others_are_read(tmp_path):
         ("\udcff.jpg", jpeg(6)),
     ]  # fmt: skip
     path = tar(tmp_path / "t.tar", members)
-    source, data, failed = opened(path)
+    source, data, failed = read_tar(path)
     assert source.sources == [f"{path}/good.jpg", f"{path}/\\xff.jpg"]
     assert list(data.values()) == [jpeg(1), jpeg(6)]
     reasons = {skipped.source.removeprefix(f"{path}/"): skipped.reason for skipped in failed}
     assert set(reasons) == {"lonely", "bytes.jpg", "list.jpg", "deep.jpg", "long.jpg", "good.jpg"}
-    source, _, failed = opened(path, labelled=True)
+    source, _, failed = read_tar(path, labelled=True)
     assert source.sources == [f"{path}/good.jpg"]
     assert f"{path}/\\xff.jpg" in {skipped.source for skipped in failed}
 
@@ -273,15 +273,15 @@ def test_a_damaged_tar_yields_its_intact_members_with_a_warning(tmp_path_factory
     folder = tmp_path_factory.mktemp("tar")
     whole = tar(folder / "w.tar", [(f"{i}.jpg", jpeg(i)) for i in range(3)])
     data = bytearray(whole.read_bytes()[:6144])
-    expected = list(opened(whole)[1].values())
+    expected = list(read_tar(whole)[1].values())
     broken = folder / "t.tar"
     broken.write_bytes(data[:cut])
-    _, found, failed = opened(broken)
+    _, found, failed = read_tar(broken)
     assert list(found.values()) == expected[: len(found)]
     assert len(found) == 3 or failed
     data[flip % len(data)] ^= 0xFF
     broken.write_bytes(data)
-    opened(broken)  # no exception
+    read_tar(broken)  # no exception
 
 
 def test_a_truncated_gzip_and_a_file_that_is_not_a_tar_are_reported(tmp_path):
@@ -289,5 +289,5 @@ def test_a_truncated_gzip_and_a_file_that_is_not_a_tar_are_reported(tmp_path):
     packed = tmp_path / "p.tar.gz"
     packed.write_bytes(gzip.compress(path.read_bytes())[:50_000])
     (tmp_path / "n.tar").write_bytes(b"not a tar" * 100)
-    some, none = opened(packed), opened(tmp_path / "n.tar")
+    some, none = read_tar(packed), read_tar(tmp_path / "n.tar")
     assert (len(some[0]) in (1, 2), bool(some[2]), len(none[0]), len(none[2])) == (True, True, 0, 1)

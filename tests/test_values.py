@@ -443,7 +443,7 @@ def index(tmp_path: Path, encoder_file: Path) -> Path:
     return tmp_path / "index"
 
 
-def rewritten(folder: Path, kind: str, change: Callable[[Path], object], **entry: Any) -> None:
+def rewrite_file(folder: Path, kind: str, change: Callable[[Path], object], **entry: Any) -> None:
     """Change a data file and its manifest entry, with valid digests."""
     body = body_of(folder)
     old = body["files"][kind]
@@ -454,10 +454,10 @@ def rewritten(folder: Path, kind: str, change: Callable[[Path], object], **entry
     name = f"data/{kind}-{digest[:16]}{Path(old['name']).suffix}"
     facts = {"name": name, "bytes": path.stat().st_size, "sha256": digest}
     path.rename(folder / name)
-    written(folder, body["files"] | {kind: old | facts | entry})
+    write_manifest(folder, body["files"] | {kind: old | facts | entry})
 
 
-def written(folder: Path, files: Mapping[str, Any]) -> None:
+def write_manifest(folder: Path, files: Mapping[str, Any]) -> None:
     """Write a manifest with these files and a valid digest."""
     (folder / "manifest.json").write_bytes(sealed(body_of(folder) | {"files": files}))
 
@@ -538,7 +538,7 @@ def test_optional_files_are_deleted_with_the_last_version_that_uses_them(
 
 def test_a_manifest_with_more_values_than_keys_is_refused(index: Path) -> None:
     files = body_of(index)["files"]
-    written(index, files | {"values": files["values"] | {"rows": N + 1}})
+    write_manifest(index, files | {"values": files["values"] | {"rows": N + 1}})
     with pytest.raises(StoreError, match=r"manifest\.json: damaged"):
         CacheModel.load(index)
 
@@ -566,7 +566,7 @@ def save_array(array: Array) -> Callable[[Path], None]:
 def test_a_file_that_contradicts_the_manifest_is_refused(
     index: Path, kind: str, change: Callable[[Path], object], entry: dict[str, Any]
 ) -> None:
-    rewritten(index, kind, change, **entry)
+    rewrite_file(index, kind, change, **entry)
     for opened in (CacheModel.load, verify):
         with pytest.raises(StoreError) as error:
             opened(index)
@@ -575,7 +575,7 @@ def test_a_file_that_contradicts_the_manifest_is_refused(
 
 
 def test_verify_finds_values_that_are_not_finite(index: Path) -> None:
-    rewritten(index, "values", save_array(np.where(np.arange(C) == 1, np.nan, VALUES).astype(np.float32)))
+    rewrite_file(index, "values", save_array(np.where(np.arange(C) == 1, np.nan, VALUES).astype(np.float32)))
     with pytest.raises(StoreError, match="values are not finite"):
         verify(index)
 

@@ -35,7 +35,7 @@ TYPES: dict[str, tuple[bool, bool, float]] = {
 every_type = pytest.mark.parametrize("factory", TYPES)
 
 
-def made(seed: int, n: int, d: int = D, spread: float = 0.7) -> npt.NDArray[np.float32]:
+def clustered_vectors(seed: int, n: int, d: int = D, spread: float = 0.7) -> npt.NDArray[np.float32]:
     """Return vectors in 12 clusters, with norms from 0.5 to 1.5 like those of fine-tuned keys."""
     centres = np.random.default_rng(99).standard_normal((12, d))
     rng = np.random.default_rng(seed)
@@ -44,7 +44,7 @@ def made(seed: int, n: int, d: int = D, spread: float = 0.7) -> npt.NDArray[np.f
     return x.astype(np.float32)
 
 
-KEYS, QUERIES = made(1, 640), made(2, 9)
+KEYS, QUERIES = clustered_vectors(1, 640), clustered_vectors(2, 9)
 EXACT = QUERIES.astype(np.float64) @ KEYS.T.astype(np.float64)
 NEAREST = np.argsort(-EXACT, axis=1)
 
@@ -276,7 +276,7 @@ def test_a_gpu_index_gives_the_answers_of_the_cpu(factory: str) -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_index_answers_a_large_k_on_the_cpu() -> None:
-    keys = made(3, GPU_MAX_K + 500, d=8)
+    keys = clustered_vectors(3, GPU_MAX_K + 500, d=8)
     index = VectorIndex.build(keys, "Flat", "cuda")
     assert index.device == "cuda"
     for k in (GPU_MAX_K, GPU_MAX_K + 1, len(keys)):
@@ -371,7 +371,10 @@ def test_auto_chooses_by_the_number_of_keys_and_classes(n: int, c: int, expected
 @pytest.mark.parametrize(("n", "c"), [(300, 100), (3000, 300), (3000, 3), (2500, 20)])
 def test_the_choice_of_auto_can_be_built(n: int, c: int) -> None:
     factory, _ = vector_index.auto_factory(n, c)
-    assert VectorIndex.build(made(4, c if factory.startswith("Classes") else n, d=8), factory, "cpu").factory == factory
+    assert (
+        VectorIndex.build(clustered_vectors(4, c if factory.startswith("Classes") else n, d=8), factory, "cpu").factory
+        == factory
+    )
 
 
 def test_probing_all_lists_is_exact_and_probing_one_list_is_not() -> None:
