@@ -22,7 +22,7 @@ from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import photographs
-from tables import unit_rows, write_table
+from tables import tiny, unit_rows, write_table
 from tarring import tar
 
 from retrieval_tip.backbones.loading import load_backbone
@@ -113,7 +113,7 @@ def test_a_folder_contains_each_intact_part_of_a_run_once(tmp_path):
 
 
 def test_an_actor_encodes_a_piece_and_reports_unreadable_photos(tmp_path, shared):
-    work = Work(Encoder(), partial(load_backbone, f"local-dir:{shared / 'models/lit-mini'}"), None)
+    work = Work(Encoder(), partial(load_backbone, f"local-dir:{tiny(tmp_path / 'model')}"), None)
     worker = Worker(work, f"{tmp_path}/out", "cpu", Path.cwd())
     paths = [str(path) for path, _ in photographs(shared, "test", 2, 1)]
     (tmp_path / "bad.jpg").write_bytes(b"no image")

@@ -12,7 +12,7 @@ import torch
 from conftest import examples, needs_real, parts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tables import unit_rows, write_table
+from tables import tiny, unit_rows, write_table
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError
@@ -257,8 +257,8 @@ def split(tmp_path, shared):
     return tmp_path / "split.json"
 
 
-def test_test_labels_cannot_reach_the_search(run, split, shared, tmp_path):
-    model = ("--model", f"local-dir:{shared / 'models/lit-mini'}")
+def test_test_labels_cannot_reach_the_search(run, split, tmp_path):
+    model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
     chosen = []
     for poisoned in (False, True):
         if poisoned:

@@ -149,10 +149,13 @@ def test_sql_cannot_access_files_the_network_or_settings(secrets: Path, sql: str
     assert snapshot(secrets) == before
 
 
-def test_a_query_beyond_the_memory_limit_fails_and_writes_no_file(secrets: Path) -> None:
+def test_a_query_beyond_the_memory_limit_fails_and_writes_no_file(
+    secrets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MEMORY", 64 << 20)
     before = snapshot(secrets)
     with pytest.raises(UsageError, match="Out of Memory") as error:
-        ask({}, "SELECT count(*) FROM (SELECT DISTINCT i, i::VARCHAR FROM range(30000000) t(i))")
+        ask({}, "SELECT count(*) FROM (SELECT DISTINCT i, i::VARCHAR FROM range(3000000) t(i))")
     one_line(error)
     assert snapshot(secrets) == before
 
@@ -275,11 +278,11 @@ def test_a_query_beyond_its_timeout_is_cancelled() -> None:
 
 @pytest.mark.parametrize("long", [LONG, "SELECT i FROM range(100000000000) t(i) WHERE sqrt(i) = 0.5"])
 def test_ctrl_c_interrupts_a_query(long: str) -> None:
-    program = "import sys; from retrieval_tip.store.query import ask; print(flush=True); ask({}, sys.argv[1])"
+    program = "import sys, duckdb; from retrieval_tip.store.query import ask; print(flush=True); ask({}, sys.argv[1])"
     with subprocess.Popen([sys.executable, "-c", program, long], stdout=-1, stderr=-1, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        time.sleep(1)
+        time.sleep(0.4)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert errors.strip().endswith("KeyboardInterrupt")

@@ -18,9 +18,11 @@ from conftest import examples, few
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import photographs
+from tables import tiny
 from tarring import jpeg, tar
 
 from retrieval_tip import CacheModel
+from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data import remote, tars
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import is_there, of_tars, open_inputs, open_items, open_source, read_item
@@ -36,8 +38,8 @@ def members(items):
 
 
 @pytest.fixture(scope="module")
-def model(shared):
-    return f"local-dir:{shared / 'models' / 'lit-mini'}"
+def model(tmp_path_factory):
+    return f"local-dir:{tiny(tmp_path_factory.mktemp('models') / 'model')}"
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +203,12 @@ def test_tars_and_other_inputs_are_read_in_order(tmp_path):
     assert [read_item(path) for path in paths] == [jpeg(1), jpeg(2), jpeg(3)]
 
 
-def test_a_tar_gives_the_same_features_as_its_files(world, lit_mini, tmp_path):
+def test_a_tar_gives_the_same_features_as_its_files(world, model, tmp_path):
     from retrieval_tip.data.encoder import encode_table
 
+    backbone = load_backbone(model, device="cpu")
     for name, what in (("a", "photos"), ("b", "shards")):
-        encode_table(open_items(world / what), tmp_path / f"{name}.parquet", Encoder(lit_mini))
+        encode_table(open_items(world / what), tmp_path / f"{name}.parquet", Encoder(backbone))
     a, b = (pq.read_table(tmp_path / f"{name}.parquet") for name in "ab")
     assert a["label"].equals(b["label"])
     np.testing.assert_allclose(*(np.array(table["feature"].to_pylist()) for table in (a, b)), atol=1e-6)
