@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.soak,
     pytest.mark.skipif(
         importlib.util.find_spec("uv") is None,
-        reason="SKIPPED: uv is not installed, so nothing is resolved: pip install uv",
+        reason="SKIPPED: uv is not installed; run pip install uv",
     ),
 ]
 

@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 
 
 def made_module() -> ModuleType:
-    """benchmarks/made.py: features whose cosines are like CLIP's."""
+    """Return the module ``benchmarks/made.py``, whose features have cosines like CLIP's."""
     name = "benchmarks_made"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / "made.py")
@@ -42,7 +42,7 @@ def made_module() -> ModuleType:
 
 
 def dense(features: Array, array: Array, ids: Array, c: int, beta: float, values: Array | None = None) -> Array:
-    """Cache logits by definition, in float64."""
+    """Return the cache logits by definition, in float64."""
     A = features.astype(np.float64) @ array.astype(np.float64).T
     return np.exp(-beta * (1 - A)) @ (np.eye(c)[ids] if values is None else values.astype(np.float64))
 

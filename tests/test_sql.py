@@ -66,7 +66,7 @@ def test_ask_keeps_columns_of_every_type() -> None:
         "nothing": pa.nulls(2),
         "nested": pa.array([{"a": [1, None]}] * 2),
         "bytes": pa.array([b"\xff"] * 2),
-        "order": pa.array([1, 2]),  # a word of SQL
+        "order": pa.array([1, 2]),  # an SQL keyword
         'quo"ted': pa.array([1, 2]),
         "rowid": pa.array([5, 6]),
     }

@@ -363,7 +363,7 @@ def test_the_previous_version_is_kept_and_older_versions_are_deleted(
     assert {f"data/{path.name}" for path in (folder / "data").iterdir()} == named
     assert sorted(path.name for path in folder.iterdir()) == ["data", "lock", "manifest.json", "manifests"]
     assert answer(CacheModel.load(folder, device="cpu")) == answers[2]
-    # A rename goes back.
+    # Renaming its manifest makes a version current again.
     (folder / "manifests" / "000002.json").replace(folder / "manifest.json")
     assert answer(verify(folder)) == answers[1]
     model(4).save(folder)

@@ -1291,7 +1291,7 @@ def test_affinities_are_inner_products_with_the_stored_keys(tmp_path, kind, n, d
     assert [one["key_id"] for [one] in nearest_keys(model, -rows[:40])] == list(range(n, n + 40))
 
 
-# --- side by side
+# --- random changes (for test_fitted_stores.py)
 
 
 STEPS = st.lists(

@@ -133,7 +133,7 @@ def test_a_build_reports_damaged_members_of_a_tar_and_uses_the_others(run, share
     assert not (tmp_path / "j").exists()
 
 
-def test_only_a_folder_of_nothing_but_tars_is_read_as_tars(tmp_path):
+def test_a_folder_is_read_as_tars_only_if_it_contains_nothing_else(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat/1.jpg").write_bytes(jpeg())
     tar(tmp_path / "backup.tar", [("x.jpg", jpeg())])

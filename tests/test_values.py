@@ -383,7 +383,7 @@ def test_the_search_with_values_matches_a_loop_over_keys(ask: Callable[[CacheMod
             np.testing.assert_allclose(found[j, q], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_accuracy_of_the_search_is_that_of_the_model() -> None:
+def test_the_search_reports_the_accuracy_of_the_model() -> None:
     cache = model()
     queries = validation(cache)
     choice = search(cache, queries, ks=[None, 8])
