@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from tables import write_table
 from test_closed_form import clusters, text_of
-from test_stores import STEPS, _bucket_and_one_thread, copied, done, everything, labels_of, made, put, said, step  # noqa: F401
+from test_stores import STEPS, _bucket_and_one_thread, copied, done, everything, labels_of, made, put, refused, step  # noqa: F401
 
 from retrieval_tip.cli import main
 from retrieval_tip.data.encoder import Encoder
@@ -365,15 +365,15 @@ def test_solved_values_of_too_many_keys_are_refused(run, built, tmp_path, monkey
     monkeypatch.setattr(draft, "MOST_HELD", 40 * (16 + 5) * 4)
     more = open_source(table(tmp_path / "more.parquet", 1, 9, "more"))
     wanted = f"retrieval-tip fit {place} --values one-hot"
-    said(lambda: changes.add(place, more, Encoder()), "45 keys", wanted, error=InputError)
+    refused(lambda: changes.add(place, more, Encoder()), "45 keys", wanted, error=InputError)
     assert everything(place) == before
     done(run("fit", place, "--values", "one-hot"))
     assert len(changes.add(place, more, Encoder()).key_ids) == 5
     monkeypatch.setattr(draft, "MOST_HELD", 30)
     out = made(tmp_path, "lance", "copy")
-    said(lambda: changes.clone(built["solved", "folder"], out), "one-hot", error=InputError)
+    refused(lambda: changes.clone(built["solved", "folder"], out), "one-hot", error=InputError)
     assert not stores.at(out).exists()
-    said(lambda: fit_index(place, values="solved"), "one-hot", error=InputError)
+    refused(lambda: fit_index(place, values="solved"), "one-hot", error=InputError)
     assert stores.at(place).verify().fitted.values == "one-hot"
 
 
@@ -386,7 +386,7 @@ def test_a_damaged_object_is_named(built, kind, damage, tmp_path):
     other = {"changed": raw[:-1] + bytes([raw[-1] ^ 1]), "missing": None, "of another index": raw[: len(raw) // 2]}
     put(place, entry.name, other[damage])
     for call in (lambda: stores.at(place).load(device="cpu"), stores.at(place).verify):
-        said(call, entry.name)
+        refused(call, entry.name)
 
 
 def test_points_of_other_keys_are_found(built, tmp_path):
@@ -395,7 +395,7 @@ def test_points_of_other_keys_are_found(built, tmp_path):
     model = stores.at(place).verify()
     wrong = model.metric
     model.metric = type(wrong)(wrong.mean, wrong.transform.flip(0))
-    said(lambda: lance_model._check_rows(model), "points", "rebuild")
+    refused(lambda: lance_model._check_rows(model), "points", "rebuild")
 
 
 # --- served

@@ -1,4 +1,4 @@
-"""Any bytes: decode returns an upright RGB image or a one-line reason."""
+"""Any bytes are decoded to an upright RGB image, or refused with a one-line error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000"}
 
 
 def quarters(width: int = 32, height: int = 32) -> Image.Image:
-    """Red, green over blue, yellow: each turn and each flip of it is another picture."""
+    """Return red and green above blue and yellow, so that each rotation and each flip looks different."""
     image = Image.new("RGB", (width, height))
     w, h = width // 2, height // 2
     for colour, x, y in ((RED, 0, 0), (GREEN, w, 0), (BLUE, 0, h), (YELLOW, w, h)):
@@ -52,12 +52,12 @@ def pixels(data: bytes) -> np.ndarray:
     return np.asarray(picture)
 
 
-def close(one: np.ndarray, other: Image.Image, most: float = 12) -> None:
+def assert_close(one: np.ndarray, other: Image.Image, most: float = 12) -> None:
     assert one.shape == np.asarray(other).shape
     assert np.abs(one.astype(int) - np.asarray(other).astype(int)).mean() < most
 
 
-def refusal(data: bytes) -> str:
+def error_of(data: bytes) -> str:
     with pytest.raises(InputError) as caught:
         decode(data)
     message = str(caught.value)
@@ -67,14 +67,14 @@ def refusal(data: bytes) -> str:
 
 
 def png_claiming(width: int, height: int, depth: int = 8, colour: int = 2) -> bytes:
-    """A PNG of a few bytes whose header claims this size."""
+    """Return a PNG of a few bytes whose header claims this size."""
     return png(width, height, zlib.compress(b"\0" * 1000), depth, colour)
 
 
 @pytest.mark.parametrize("style", [*EXACT, *LOSSY])
-def test_a_format_gives_its_pixels_and_has_its_usual_extension(style: str) -> None:
+def test_pixels_and_extension_of_each_format(style: str) -> None:
     data = encoded(quarters(), style)
-    close(pixels(data), quarters(), 12 if style in LOSSY else 1e-9)
+    assert_close(pixels(data), quarters(), 12 if style in LOSSY else 1e-9)
     expected = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(style, f".{style.lower()}")
     assert images.extension(data) == expected
     assert expected in images.extensions()
@@ -83,13 +83,13 @@ def test_a_format_gives_its_pixels_and_has_its_usual_extension(style: str) -> No
 
 
 @pytest.mark.parametrize("style", ["GIF", "TIFF", "WEBP", "PNG", "MPO"])
-def test_of_several_frames_the_first_is_taken(style: str) -> None:
+def test_the_first_of_several_frames_is_decoded(style: str) -> None:
     others = [Image.new("RGB", (32, 32), BLUE), Image.new("RGB", (32, 32), GREEN)]
-    close(pixels(encoded(quarters(), style, save_all=True, append_images=others)), quarters())
+    assert_close(pixels(encoded(quarters(), style, save_all=True, append_images=others)), quarters())
 
 
 TURNED = [None, *(Image.Transpose(number) for number in (0, 3, 1, 5, 4, 6, 2))]
-"""How an image of EXIF orientation 1, 2 ... 8 becomes upright."""
+"""Transposition that makes an image of EXIF orientation 1, 2 ... 8 upright."""
 
 
 @pytest.mark.parametrize("style", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -97,7 +97,7 @@ TURNED = [None, *(Image.Transpose(number) for number in (0, 3, 1, 5, 4, 6, 2))]
 def test_exif_orientation_is_applied_once(style: str, orientation: int) -> None:
     stored, turn, exif = quarters(48, 32), TURNED[orientation - 1], Image.Exif()
     exif[0x0112] = orientation
-    close(pixels(encoded(stored, style, exif=exif)), stored if turn is None else stored.transpose(turn))
+    assert_close(pixels(encoded(stored, style, exif=exif)), stored if turn is None else stored.transpose(turn))
 
 
 @pytest.mark.parametrize(
@@ -113,22 +113,22 @@ def test_exif_orientation_is_applied_once(style: str, orientation: int) -> None:
     ],
 )
 @pytest.mark.parametrize("style", ["JPEG", "PNG", "WEBP"])
-def test_a_damaged_exif_block_does_not_spoil_the_picture(style: str, exif: bytes) -> None:
-    close(pixels(encoded(quarters(), style, exif=exif)), quarters())
+def test_damaged_exif_data_does_not_change_the_pixels(style: str, exif: bytes) -> None:
+    assert_close(pixels(encoded(quarters(), style, exif=exif)), quarters())
 
 
-def test_a_readable_orientation_counts_where_another_exif_entry_is_damaged() -> None:
+def test_orientation_is_applied_even_if_other_exif_entries_are_damaged() -> None:
     entries = [
         struct.pack("<HHII", 0x0112, 3, 1, 6),
-        struct.pack("<HHII", 0x0131, 2, 500, 0x7FFFFFFF),  # a text that lies behind the end
-        struct.pack("<HHII", 0x8769, 4, 1, 0x7FFFFFF0),  # a sub-folder that lies behind the end
+        struct.pack("<HHII", 0x0131, 2, 500, 0x7FFFFFFF),  # a text beyond the end
+        struct.pack("<HHII", 0x8769, 4, 1, 0x7FFFFFF0),  # a sub-folder beyond the end
     ]
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + b"\0\0\0\0"
     stored = quarters(48, 32)
-    close(pixels(encoded(stored, "JPEG", exif=exif)), stored.transpose(Image.Transpose.ROTATE_270))
+    assert_close(pixels(encoded(stored, "JPEG", exif=exif)), stored.transpose(Image.Transpose.ROTATE_270))
 
 
-def test_a_palette_gives_its_colours() -> None:
+def test_palette_colours_are_decoded() -> None:
     palette = quarters().quantize(4)
     assert palette.mode == "P"
     for style in ("PNG", "GIF", "BMP", "TIFF"):
@@ -159,14 +159,14 @@ FEW_PIXELS: list[tuple[Image.Image, str, dict[str, Any], list[object]]] = [
 
 
 @pytest.mark.parametrize(("image", "style", "options", "expected"), FEW_PIXELS)
-def test_few_pixels_have_their_colours_and_transparency_is_white(
+def test_colours_are_exact_and_transparent_pixels_become_white(
     image: Image.Image, style: str, options: dict[str, Any], expected: list[object]
 ) -> None:
     assert pixels(encoded(image, style, **options))[0].tolist() == expected
 
 
 @pytest.mark.parametrize("style", ["PNG", "TIFF", "PPM", "other byte order"])
-def test_sixteen_bit_greys_are_scaled_not_clipped(style: str) -> None:
+def test_sixteen_bit_greys_are_scaled_to_eight_bits(style: str) -> None:
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     image = Image.fromarray(ramp)
     if style == "other byte order":
@@ -192,22 +192,22 @@ def test_sixteen_bit_greys_are_scaled_not_clipped(style: str) -> None:
         (np.float32, [0.0, 1.5e38, 3e38], [0, 128, 255]),
     ],
 )
-def test_deep_greys_are_taken_at_their_scale(kind: type, values: list[float], expected: list[int]) -> None:
+def test_32_bit_greys_are_scaled_by_their_range(kind: type, values: list[float], expected: list[int]) -> None:
     assert pixels(encoded(Image.fromarray(np.array([values], dtype=kind)), "TIFF"))[0, :, 0].tolist() == expected
 
 
 @pytest.mark.parametrize(("mode", "style"), [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("LAB", "TIFF"), ("YCbCr", "TIFF")])
-def test_other_colour_spaces_give_their_colours(mode: str, style: str) -> None:
+def test_other_colour_spaces_are_converted_to_rgb(mode: str, style: str) -> None:
     image = quarters()
     if mode == "LAB":
         pytest.importorskip("PIL._imagingcms")
         profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
         image = ImageCms.buildTransform(*profiles, "RGB", "LAB").apply(image)
-    close(pixels(encoded(image if mode == "LAB" else image.convert(mode), style)), quarters())
+    assert_close(pixels(encoded(image if mode == "LAB" else image.convert(mode), style)), quarters())
 
 
 @pytest.mark.parametrize("size", [(1, 50000), (50000, 1), (2, 40001)])
-def test_a_very_long_picture_is_cut_to_its_middle(size: tuple[int, int]) -> None:
+def test_an_extremely_long_image_is_cropped_to_its_middle(size: tuple[int, int]) -> None:
     image = Image.new("RGB", size, BLUE)
     width, height = size
     image.paste(RED, (width // 3, height // 3, width - width // 3, height - height // 3))
@@ -218,9 +218,9 @@ def test_a_very_long_picture_is_cut_to_its_middle(size: tuple[int, int]) -> None
 
 
 @pytest.mark.parametrize("size", [(30000, 30000), (178956971, 1), (2**31 - 1, 2**31 - 1), (0, 5), (5, 0)])
-def test_a_decompression_bomb_is_refused_by_its_header(size: tuple[int, int]) -> None:
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(size: tuple[int, int]) -> None:
     tracemalloc.start()
-    message = refusal(png_claiming(*size))
+    message = error_of(png_claiming(*size))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert "too large" in message or 0 in size
@@ -229,12 +229,12 @@ def test_a_decompression_bomb_is_refused_by_its_header(size: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("style", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM"])
-def test_a_file_cut_short_is_refused_wherever_it_is_cut(style: str) -> None:
+def test_a_file_truncated_at_any_length_is_refused(style: str) -> None:
     generator = np.random.default_rng(0)
     noise = Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data = encoded(noise, style)
     for length in np.linspace(1, len(data) * 0.9, 40).astype(int):
-        refusal(data[:length])
+        error_of(data[:length])
 
 
 @pytest.mark.parametrize(
@@ -255,31 +255,31 @@ def test_a_file_cut_short_is_refused_wherever_it_is_cut(style: str) -> None:
     ],
 )
 def test_files_that_are_not_images_are_refused(data: bytes) -> None:
-    refusal(data)
+    error_of(data)
 
 
 @pytest.mark.parametrize("style", [*OTHERS, *OPTIONAL])
-def test_a_format_that_is_not_listed_is_not_read(style: str) -> None:
+def test_unlisted_formats_are_refused(style: str) -> None:
     buffer = io.BytesIO()
     if style in OPTIONAL and not features.check(OPTIONAL[style]):
         pytest.skip(f"this Pillow cannot write {style}")
     size = 1024 if style == "ICNS" else 64
     quarters(size, size).convert("1" if style in ("XBM", "MSP") else "RGB").save(buffer, style)
-    assert "not a readable image" in refusal(buffer.getvalue())
+    assert "not a readable image" in error_of(buffer.getvalue())
     assert {".avif", ".jp2", ".ico", ".icns", ".tga", ".qoi", ".eps", ".pdf"}.isdisjoint(images.extensions())
 
 
-def test_no_memory_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_refuses_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(images, "_rgb", full)
-    assert "memory" in refusal(encoded(quarters(), "PNG"))
+    assert "memory" in error_of(encoded(quarters(), "PNG"))
 
 
 NOT_FILES: dict[str, Callable[[Path], object]] = {
     "a folder": lambda path: path.mkdir(),
-    "a pipe, not a file": os.mkfifo,  # it has no writer: opening it would wait for ever
+    "a pipe, not a file": os.mkfifo,  # has no writer, so opening it would block
     "a device, not a file": lambda path: path.symlink_to("/dev/zero"),
     "kernel, not a file": lambda path: path.symlink_to("/proc/kmsg"),
     "no such file": lambda path: path.symlink_to("nowhere.png"),
@@ -289,7 +289,7 @@ NOT_FILES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("what", NOT_FILES)
-def test_read_names_what_a_path_is_instead_of_a_file(tmp_path: Path, what: str) -> None:
+def test_read_reports_why_a_path_is_not_a_file(tmp_path: Path, what: str) -> None:
     NOT_FILES[what](tmp_path / "x.png")
     with pytest.raises(InputError, match=what):
         read(tmp_path / "x.png")
@@ -298,13 +298,13 @@ def test_read_names_what_a_path_is_instead_of_a_file(tmp_path: Path, what: str) 
 
 
 @pytest.mark.parametrize("path", ["a\0b.png", "x" * 5000 + ".png", "/".join(["d"] * 3000), "\ud800.png", ""])
-def test_read_survives_impossible_paths(path: str) -> None:
+def test_read_refuses_impossible_paths(path: str) -> None:
     with pytest.raises(InputError) as caught:
         read(path)
     assert str(caught.value)
 
 
-def test_read_refuses_a_huge_file_unread(tmp_path: Path) -> None:
+def test_read_refuses_a_huge_file_without_reading_it(tmp_path: Path) -> None:
     path = tmp_path / "huge.png"
     with path.open("wb") as file:
         file.truncate(images.MAX_BYTES + 1)  # sparse
@@ -315,35 +315,35 @@ def test_read_refuses_a_huge_file_unread(tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
-def names(folder: Path) -> list[str]:
+def names_found(folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in find(folder)]
 
 
-def test_find_takes_images_depth_first_in_name_order(tmp_path: Path) -> None:
+def test_find_yields_images_depth_first_in_name_order(tmp_path: Path) -> None:
     touch(tmp_path, "b.png", "a/2.jpg", "a/10.jpg", "a/z/1.webp", "c/1.gif", "B.PNG", "a.jpeg")
     touch(tmp_path, ".hidden.png", ".git/x.png", "a/.DS_Store", "a/notes.txt", "a/x.eps", "png", "a/Thumbs.db")
-    assert names(tmp_path) == ["B.PNG", "a/10.jpg", "a/2.jpg", "a/z/1.webp", "a.jpeg", "b.png", "c/1.gif"]
+    assert names_found(tmp_path) == ["B.PNG", "a/10.jpg", "a/2.jpg", "a/z/1.webp", "a.jpeg", "b.png", "c/1.gif"]
 
 
-def test_find_follows_links_to_files_and_passes_loops(tmp_path: Path) -> None:
+def test_find_follows_links_to_files_only(tmp_path: Path) -> None:
     touch(tmp_path, "a/x.png")
     (tmp_path / "b").symlink_to("a")
     links = {"a/up": "..", "linked.png": "a/x.png", "loop": "loop", "loop.png": "loop.png"}
     for name, target in links.items():
         (tmp_path / name).symlink_to(target)
-    assert names(tmp_path) == ["a/x.png", "linked.png", "loop.png"]  # whoever reads a loop reports it
+    assert names_found(tmp_path) == ["a/x.png", "linked.png", "loop.png"]  # reading the loop reports it
 
 
-def test_find_goes_as_deep_as_paths_can(tmp_path: Path) -> None:
+def test_find_descends_1500_folders(tmp_path: Path) -> None:
     deep = str(tmp_path)
     for _ in range(1500):
         deep += "/d"
-        os.mkdir(deep)  # noqa: PTH102 - pathlib is too deep for itself
+        os.mkdir(deep)  # noqa: PTH102 - pathlib fails on paths this long
     touch(Path(deep), "x.png")
     try:
-        assert names(tmp_path) == ["d/" * 1500 + "x.png"]
+        assert names_found(tmp_path) == ["d/" * 1500 + "x.png"]
     finally:
-        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # too deep for pytest to tidy
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # too deep for pytest to remove
 
 
 # -- JPEGs at a reduced size --
@@ -366,25 +366,27 @@ def smooth(width: int, height: int, mode: str = "RGB") -> Image.Image:
         ((600, 4000), 300, (300, 2000)),
     ],
 )
-def test_a_large_jpeg_is_reduced_and_keeps_enough(size: tuple[int, int], least: int, expected: tuple[int, int]) -> None:
+def test_a_jpeg_is_halved_while_its_shorter_side_is_long_enough(
+    size: tuple[int, int], least: int, expected: tuple[int, int]
+) -> None:
     data = encoded(smooth(*size), "JPEG", quality=95)
     assert images.reducible(data, least) == (size != expected)
     found = decode(data, least)
     assert found.size == expected
-    close(np.asarray(found), decode(data).resize(expected, Image.Resampling.BOX), 2)
+    assert_close(np.asarray(found), decode(data).resize(expected, Image.Resampling.BOX), 2)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_a_reduced_jpeg_is_upright_and_in_colour(mode: str, progressive: bool, orientation: int) -> None:
+def test_a_reduced_jpeg_is_an_upright_rgb_image(mode: str, progressive: bool, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(smooth(320, 240, mode), "JPEG", quality=95, progressive=progressive, exif=exif)
     whole, reduced = decode(data), decode(data, 100)
     assert reduced.mode == "RGB"
     assert reduced.size == (whole.width // 2, whole.height // 2)
-    close(np.asarray(reduced), whole.resize(reduced.size, Image.Resampling.BOX), 2)
+    assert_close(np.asarray(reduced), whole.resize(reduced.size, Image.Resampling.BOX), 2)
 
 
 @pytest.mark.parametrize("style", ["PNG", "MPO", "WEBP", "TIFF"])
@@ -395,7 +397,7 @@ def test_other_formats_are_never_reduced(style: str) -> None:
     assert np.array_equal(np.asarray(decode(data, 20)), pixels(data))
 
 
-def test_only_jpegs_are_reducible_and_a_truncated_one_is_named() -> None:
+def test_only_jpegs_are_reducible_and_a_truncated_jpeg_is_refused() -> None:
     data = encoded(smooth(320, 240), "JPEG")
     for wrong in (b"", b"\xff\xd8", b"\xff\xd8\xff" + b"garbage" * 100, data[:20]):
         assert not images.reducible(wrong, 20)
@@ -411,45 +413,45 @@ def segment(marker: int, body: bytes) -> bytes:
     return bytes([255, marker]) + struct.pack(">H", len(body) + 2) + body
 
 
-def after_ihdr(*chunks: bytes) -> bytes:
+def png_with(*chunks: bytes) -> bytes:
     data = encoded(quarters(), "PNG")
     return data[:33] + b"".join(chunks) + data[33:]
 
 
-def after_start(*segments: bytes, **options: object) -> bytes:
+def jpeg_with(*segments: bytes, **options: object) -> bytes:
     data = encoded(quarters(), "JPEG", **options)
     return data[:2] + b"".join(segments) + data[2:]
 
 
-def with_scans(number: int) -> bytes:
-    """A black JPEG of 1024 x 1024 pixels whose last scan, of a few bytes, comes so many times more."""
+def jpeg_with_scans(number: int) -> bytes:
+    """Return a black JPEG of 1024 x 1024 pixels whose last scan, of a few bytes, is repeated ``number`` more times."""
     data = encoded(Image.new("RGB", (1024, 1024)), "JPEG", progressive=True)[:-2]
     return data + data[data.rindex(b"\xff\xda") :] * number + b"\xff\xd9"
 
 
 TEXT = png_chunk(b"iTXt", b"k\0\1\0\0\0" + zlib.compress(bytes(1_000_000)))
-LONG_WINDED: dict[str, Callable[[], bytes]] = {
-    "segments of a JPEG": lambda: after_start(segment(0xE5, b"") * 140_000),
-    "fill bytes of a JPEG": lambda: after_start(b"\xff" * 100_000),
-    "scans of a JPEG": lambda: with_scans(2100),
-    "chunks before the pixels of a PNG": lambda: after_ihdr(png_chunk(b"teSt", b"") * 40_000),
-    "chunks without pixels of a PNG": lambda: after_ihdr(png_chunk(b"IDAT", b"") * 40_000),
-    "texts of a PNG": lambda: after_ihdr(TEXT * 80),
+SLOW_TO_PARSE: dict[str, Callable[[], bytes]] = {
+    "segments of a JPEG": lambda: jpeg_with(segment(0xE5, b"") * 140_000),
+    "fill bytes of a JPEG": lambda: jpeg_with(b"\xff" * 100_000),
+    "scans of a JPEG": lambda: jpeg_with_scans(2100),
+    "chunks before the pixels of a PNG": lambda: png_with(png_chunk(b"teSt", b"") * 40_000),
+    "chunks without pixels of a PNG": lambda: png_with(png_chunk(b"IDAT", b"") * 40_000),
+    "texts of a PNG": lambda: png_with(TEXT * 80),
     "letters of a PPM's comment": lambda: b"P6\n#" + b"x" * 100_000 + b"\n1 1\n255\n\0\0\0",
 }
 
 
-@pytest.mark.parametrize("what", LONG_WINDED)
-def test_what_would_take_long_is_refused(what: str) -> None:
-    data = LONG_WINDED[what]()
-    refusal(data)
+@pytest.mark.parametrize("what", SLOW_TO_PARSE)
+def test_an_image_that_takes_long_to_parse_is_refused(what: str) -> None:
+    data = SLOW_TO_PARSE[what]()
+    error_of(data)
     assert not images.reducible(data, 4)
 
 
-def test_exif_as_long_as_a_film_is_left_alone() -> None:
+def test_a_huge_exif_block_is_ignored() -> None:
     exif = b"II*\0\x08\0\0\0" + struct.pack("<HHHII", 1, 0x0112, 3, 1_000_000, 26) + bytes(4) + b"\6\0" * 1_000_000
-    close(pixels(encoded(quarters(), "WEBP", exif=exif)), quarters())
-    close(pixels(encoded(quarters(), "PNG", exif=exif)), quarters())
+    assert_close(pixels(encoded(quarters(), "WEBP", exif=exif)), quarters())
+    assert_close(pixels(encoded(quarters(), "PNG", exif=exif)), quarters())
 
 
 MEASURED = """
@@ -472,7 +474,7 @@ for path in sys.argv[1:]:
 """
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks of memory are known on Linux only")
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is known only on Linux")
 @pytest.mark.parametrize(("style", "options"), [("PNG", {}), ("JPEG", {"progressive": True}), ("WEBP", {"method": 0})])
 def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, style: str, options: dict[str, Any]) -> None:
     size = (4200, 4000)
@@ -480,19 +482,19 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, style: str, opti
     path = tmp_path / "large"
     Image.linear_gradient("L").resize(size).convert("RGB").save(path, style, **options)
     done = subprocess.run([sys.executable, "-c", MEASURED, str(path)], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1.5 * 16 * size[0] * size[1]  # a decoder takes at most 16 bytes a pixel
+    assert int(done.stdout) < 1.5 * 16 * size[0] * size[1]  # a decoder uses at most 16 bytes per pixel
 
 
-def test_an_image_that_fails_makes_way_for_the_next_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_image_can_be_decoded_after_another_one_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "LARGE_PIXELS", 10)
     data = encoded(quarters(), "PNG")
     for _ in range(2):
-        refusal(data[:-30])
+        error_of(data[:-30])
         assert decode(data).size == (32, 32)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "I", "F"])
-def test_converting_part_by_part_changes_nothing(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_converting_in_parts_gives_the_same_pixels(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     generator = np.random.default_rng(0)
     noise = Image.fromarray(generator.integers(0, 256, (17, 23, 4), dtype=np.uint8))
     if mode in ("I;16", "I", "F"):
@@ -511,7 +513,7 @@ def test_converting_part_by_part_changes_nothing(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("style", ["PNG", "TIFF", "GIF", "WEBP", "MPO", "JPEG"])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_a_picture_that_is_too_large_comes_at_a_part_of_its_size(
+def test_an_image_above_the_pixel_limit_is_halved(
     monkeypatch: pytest.MonkeyPatch, style: str, orientation: int
 ) -> None:
     exif = Image.Exif()
@@ -522,18 +524,18 @@ def test_a_picture_that_is_too_large_comes_at_a_part_of_its_size(
     monkeypatch.setattr(images, "WHOLE_PIXELS", 96 * 64 // 4)
     found = decode(data)
     assert found.size == (whole.width // 2, whole.height // 2)
-    close(np.asarray(found), whole.resize(found.size, Image.Resampling.BOX), 3)
+    assert_close(np.asarray(found), whole.resize(found.size, Image.Resampling.BOX), 3)
 
 
 # ------------------------------------------------------------------------------- limits of the caller, and thumbnails
 
 
 @pytest.mark.parametrize("style", ["PNG", "JPEG"])
-def test_the_caller_may_allow_fewer_pixels_and_formats(style: str) -> None:
+def test_a_caller_can_limit_pixels_and_formats(style: str) -> None:
     data = encoded(quarters(40, 20), style)
     assert decode(data, most=800, only=(style,)).size == (40, 20)
     assert images.area(data, most=800, only=(style,)) == 800
-    for call in (lambda: decode(data, 2, most=799), lambda: thumbnail(data, 4, most=799)):  # of the full size
+    for call in (lambda: decode(data, 2, most=799), lambda: thumbnail(data, 4, most=799)):  # limit of the full size
         with pytest.raises(InputError, match="40 x 20 pixels"):
             call()
     with pytest.raises(InputError, match="not a readable image"):
@@ -546,18 +548,18 @@ def test_a_thumbnail_is_a_small_jpeg(style: str) -> None:
     found = thumbnail(encoded(quarters(300, 200), style), 60)
     with Image.open(io.BytesIO(found)) as image:
         assert (image.format, image.size, image.mode) == ("JPEG", (60, 40), "RGB")
-        close(np.asarray(image), quarters(60, 40))
+        assert_close(np.asarray(image), quarters(60, 40))
     assert len(found) < 2000
 
 
-def test_a_thumbnail_is_upright_not_enlarged_and_says_nothing_else() -> None:
+def test_a_thumbnail_is_upright_not_enlarged_and_without_metadata() -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "secret"  # turned by 90 degrees
     data = encoded(quarters(80, 40), "JPEG", exif=exif, comment=b"secret", icc_profile=b"secret" * 9)
     found = thumbnail(data, 200)
     with Image.open(io.BytesIO(found)) as image:
         assert image.size == (40, 80)
-        close(np.asarray(image), quarters(80, 40).transpose(Image.Transpose.ROTATE_270))
+        assert_close(np.asarray(image), quarters(80, 40).transpose(Image.Transpose.ROTATE_270))
     assert b"secret" in data
     assert b"secret" not in found
     with Image.open(io.BytesIO(thumbnail(encoded(quarters(4000, 2), "PNG"), 32))) as image:

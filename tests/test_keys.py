@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 
 
 def made_module() -> ModuleType:
-    """benchmarks/made.py: features whose cosines are like CLIP's."""
+    """Return the module ``benchmarks/made.py``, whose features have cosines like CLIP's."""
     name = "benchmarks_made"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / "made.py")
@@ -42,7 +42,7 @@ def made_module() -> ModuleType:
 
 
 def dense(features: Array, array: Array, ids: Array, c: int, beta: float, values: Array | None = None) -> Array:
-    """Cache logits by definition, in float64."""
+    """Return the cache logits by definition, in float64."""
     A = features.astype(np.float64) @ array.astype(np.float64).T
     return np.exp(-beta * (1 - A)) @ (np.eye(c)[ids] if values is None else values.astype(np.float64))
 
@@ -54,7 +54,7 @@ def blocks(queries: int, of_keys: int, gathered: int = 1 << 23) -> Iterator[None
 
 
 class Case:
-    """Queries ``[q, d]`` and keys of classes of ``counts`` keys."""
+    """Random queries ``[q, d]``, and ``counts[c]`` keys of each class ``c``."""
 
     def __init__(self, seed: int, counts: list[int], q: int, d: int, half: bool = False) -> None:
         rng = np.random.default_rng(seed)
@@ -93,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(max_examples=examples(60), deadline=None)
 @given(small_cases, betas, block_sizes, st.booleans(), st.booleans())
-def test_all_keys_are_the_dense_sum_for_any_shape_and_blocks(
+def test_all_keys_give_the_dense_sum_for_any_shape_and_blocks(
     folder: Path, case: Case, beta: float, sizes: tuple[int, int, int], valued: bool, mapped: bool
 ) -> None:
     if mapped:
@@ -109,7 +109,7 @@ def test_all_keys_are_the_dense_sum_for_any_shape_and_blocks(
 
 @settings(max_examples=examples(30), deadline=None)
 @given(small_cases, block_sizes)
-def test_sums_and_means_of_classes_are_those_of_numpy(case: Case, sizes: tuple[int, int, int]) -> None:
+def test_class_sums_and_means_match_numpy(case: Case, sizes: tuple[int, int, int]) -> None:
     with blocks(*sizes):
         keys = case.keys()
         sums, means = keys.sums, keys.means
@@ -123,8 +123,8 @@ def test_sums_and_means_of_classes_are_those_of_numpy(case: Case, sizes: tuple[i
 
 
 @pytest.mark.parametrize("per_class", [3, 40])
-def test_no_rounding_adds_up_over_the_rows_of_a_class(per_class: int) -> None:
-    """In float32 a billion plus ones stays a billion; rows come one by one, and in runs."""
+def test_class_sums_do_not_accumulate_rounding_errors(per_class: int) -> None:
+    """In float32, 1e8 + 1 is 1e8. The rows of small classes are added one by one, those of large classes in runs."""
     ids = np.repeat(np.arange(3), per_class)
     rows = np.ones((3 * per_class, 2), dtype=np.float32)
     rows[::per_class] = 1e8
@@ -135,7 +135,7 @@ def test_no_rounding_adds_up_over_the_rows_of_a_class(per_class: int) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The most values that any result of torch had, meanwhile."""
+    """Largest number of values in any tensor that torch returned inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,20 +151,20 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "values"])
-def test_no_tensor_is_larger_than_a_block_or_the_outputs(form: str, half: bool) -> None:
+def test_no_tensor_exceeds_a_block_the_outputs_or_the_keys(form: str, half: bool) -> None:
     case = Case(1, [100, 0, 150, 50], q=96, d=5, half=half)
     precision = "bfloat16" if form == "bfloat16" else "float32"
     values = torch.from_numpy(case.values) if form == "values" else None
     with blocks(16, 24):
         keys = case.keys(precision=precision)
-        keys.cache_logits(case.features, 3.0)  # what is kept is there now: sums, and keys in half precision
+        keys.cache_logits(case.features, 3.0)  # caches the sums, and the keys in half precision
         with Largest() as largest:
             keys.cache_logits(case.features, 3.0, values)
-    outputs, all_keys = 96 * 4, 300 * 5  # the latter as a view: no affinity to all, 300 * 96
+    outputs, all_keys = 96 * 4, 300 * 5  # far fewer than all affinities, 300 * 96
     assert largest.most <= max(outputs, 16 * 24, all_keys)
 
 
-def test_keys_that_are_not_grouped_by_class_are_refused() -> None:
+def test_keys_not_grouped_by_class_are_refused() -> None:
     rows = np.ones((3, 2), dtype=np.float32)
     for ids in ([0, 1, 0], [1, 0, 0], [0, 1]):
         with pytest.raises(InputError, match=r"^labels: keys are not grouped by class"):
@@ -175,18 +175,18 @@ def test_keys_that_are_not_grouped_by_class_are_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def made() -> tuple[Any, Array, Array, Array]:
-    """Made features: their maker, 2000 keys, their class ids, 4096 queries."""
+def synthetic() -> tuple[Any, Array, Array, Array]:
+    """Synthetic features: their generator, 2000 keys, their class ids, 4096 queries."""
     maker = made_module().Made(c=100, d=256)
     ids = np.repeat(np.arange(100), 20)
     return maker, maker.draw(ids, 1), ids, maker.draw(maker.classes(4096, 2), 3)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_changes_hardly_any_prediction(made: tuple[Any, Array, Array, Array], precision: str) -> None:
-    maker, array, ids, queries = made
+def test_half_precision_changes_few_predictions(synthetic: tuple[Any, Array, Array, Array], precision: str) -> None:
+    generator, array, ids, queries = synthetic
     alpha, beta = 1.0, 5.5
-    text = 100 * queries.astype(np.float64) @ maker.text.T.astype(np.float64)
+    text = 100 * queries.astype(np.float64) @ generator.text.T.astype(np.float64)
     exact = dense(queries, array, ids, 100, beta)
     found = Keys(array, ids, 100, precision=precision).cache_logits(torch.from_numpy(queries), beta).numpy()
     winners = (text + alpha * exact).argmax(1)
@@ -194,11 +194,11 @@ def test_half_precision_changes_hardly_any_prediction(made: tuple[Any, Array, Ar
     changed = int(((text + alpha * found).argmax(1) != winners).sum())
     assert changed <= 0.0005 * len(queries)
     error = np.sqrt(np.mean((found / exact - 1) ** 2))
-    assert 0 < error <= keys_module.HALF_ERROR  # it was half precision, and within what auto accepts
+    assert 0 < error <= keys_module.HALF_ERROR  # half precision was used, and auto would accept its error
 
 
-def test_half_precision_is_closer_with_the_mean_of_the_keys_taken_out(made: tuple[Any, Array, Array, Array]) -> None:
-    _, array, ids, queries = made
+def test_half_precision_is_more_accurate_with_centred_keys(synthetic: tuple[Any, Array, Array, Array]) -> None:
+    _, array, ids, queries = synthetic
     beta = 5.5
     f, K = torch.from_numpy(queries[:512]), torch.from_numpy(array)
     exact = f.double() @ K.double().T
@@ -215,16 +215,16 @@ def test_half_precision_is_closer_with_the_mean_of_the_keys_taken_out(made: tupl
 
 @settings(max_examples=examples(30), deadline=None)
 @given(small_cases, block_sizes, st.sampled_from(["bfloat16", "float16"]))
-def test_half_precision_is_near_for_any_shape_and_blocks(case: Case, sizes: tuple[int, int, int], to: str) -> None:
+def test_half_precision_is_accurate_for_any_shape_and_blocks(case: Case, sizes: tuple[int, int, int], to: str) -> None:
     beta = 3.0
     expected = dense(case.f, case.array, case.ids, case.c, beta)
     with blocks(*sizes):
         found = case.keys(precision=to).cache_logits(case.features, beta)
-    # a product of vectors of length up to 2 is off by a few roundings, and the exponent by beta times that
+    # a product of vectors of length up to 2 has an error of a few roundings, and the exponent beta times that error
     np.testing.assert_allclose(found, expected, rtol=beta * 8 * torch.finfo(getattr(torch, to)).eps, atol=1e-6)
 
 
-def test_values_are_never_added_up_in_half_precision() -> None:
+def test_values_are_always_summed_in_float32() -> None:
     case = Case(5, [30, 20], q=20, d=8)
     values = torch.from_numpy(case.values)
     found = case.keys(precision="bfloat16").cache_logits(case.features, 5.5, values)
@@ -236,7 +236,7 @@ def test_values_are_never_added_up_in_half_precision() -> None:
 
 @contextmanager
 def as_if_large(**seconds: float) -> Iterator[None]:
-    """Half precision is tried also for few keys; products seem to take these seconds, and 1 else."""
+    """Try half precision also for few keys, and pretend that products take these seconds, or 1 by default."""
     now, over_all = [0.0], Keys._sum_all
 
     def timed(keys: Keys, *arguments: Any) -> torch.Tensor:
@@ -256,36 +256,36 @@ FAST = {"bfloat16": 0.5, "float16": 0.1}
 
 
 @pytest.fixture(scope="module")
-def like_clip() -> tuple[Array, Array]:
+def clip_like() -> tuple[Array, Array]:
     maker = made_module().Made(c=20, d=64)
     ids = np.repeat(np.arange(20), 10)
     return maker.draw(ids, 1), ids
 
 
-def test_auto_is_float32_for_few_keys(like_clip: tuple[Array, Array]) -> None:
-    keys = Keys(*like_clip, 20, precision="auto")
+def test_auto_is_float32_for_few_keys(clip_like: tuple[Array, Array]) -> None:
+    keys = Keys(*clip_like, 20, precision="auto")
     with mock.patch.object(keys_module.time, "perf_counter", side_effect=AssertionError("measured")):
         assert keys.products(5.5) == torch.float32
 
 
-def test_auto_takes_half_precision_where_it_is_faster_and_accurate(like_clip: tuple[Array, Array]) -> None:
+def test_auto_chooses_half_precision_if_it_is_faster_and_accurate(clip_like: tuple[Array, Array]) -> None:
     with as_if_large(**FAST):
-        assert Keys(*like_clip, 20, precision="auto").products(5.5) == torch.bfloat16
+        assert Keys(*clip_like, 20, precision="auto").products(5.5) == torch.bfloat16
 
 
-def test_auto_is_float32_where_half_precision_is_not_faster(like_clip: tuple[Array, Array]) -> None:
-    with as_if_large(bfloat16=0.8):  # not by enough
-        assert Keys(*like_clip, 20, precision="auto").products(5.5) == torch.float32
+def test_auto_is_float32_if_half_precision_is_not_faster(clip_like: tuple[Array, Array]) -> None:
+    with as_if_large(bfloat16=0.8):  # too little faster
+        assert Keys(*clip_like, 20, precision="auto").products(5.5) == torch.float32
 
 
 @pytest.mark.parametrize("beta", [300.0, 1e4, 1e30])
-def test_auto_is_float32_where_the_error_is_too_large(like_clip: tuple[Array, Array], beta: float) -> None:
+def test_auto_is_float32_if_the_error_is_too_large(clip_like: tuple[Array, Array], beta: float) -> None:
     with as_if_large(**FAST):
-        assert Keys(*like_clip, 20, precision="auto").products(beta) == torch.float32
+        assert Keys(*clip_like, 20, precision="auto").products(beta) == torch.float32
 
 
-def test_auto_is_measured_once_for_a_beta_and_then_answers_by_it(like_clip: tuple[Array, Array]) -> None:
-    array, ids = like_clip
+def test_auto_measures_each_beta_once_and_uses_the_result(clip_like: tuple[Array, Array]) -> None:
+    array, ids = clip_like
     f = torch.from_numpy(array[: keys_module.HALF_FROM_QUERIES])
     keys = Keys(array, ids, 20, precision="auto")
     with as_if_large(**FAST):
@@ -297,23 +297,23 @@ def test_auto_is_measured_once_for_a_beta_and_then_answers_by_it(like_clip: tupl
 
 @settings(max_examples=examples(15), deadline=None)
 @given(small_cases.filter(lambda case: len(case.ids) > 0), betas, block_sizes)
-def test_auto_never_takes_float16_on_a_cpu(case: Case, beta: float, sizes: tuple[int, int, int]) -> None:
+def test_auto_never_chooses_float16_on_a_cpu(case: Case, beta: float, sizes: tuple[int, int, int]) -> None:
     with as_if_large(**FAST), blocks(*sizes):
         assert case.keys(precision="auto").products(beta) in (torch.float32, torch.bfloat16)
 
 
-def test_auto_answers_few_queries_in_float32_and_measures_nothing(like_clip: tuple[Array, Array]) -> None:
-    array, ids = like_clip
+def test_auto_answers_few_queries_in_float32_without_measuring(clip_like: tuple[Array, Array]) -> None:
+    array, ids = clip_like
     f = torch.from_numpy(array[: keys_module.HALF_FROM_QUERIES - 1])
     with as_if_large(**FAST), mock.patch.object(Keys, "_fastest", side_effect=AssertionError("measured")):
         found = Keys(array, ids, 20, precision="auto").cache_logits(f, 5.5)
     assert torch.equal(found, Keys(array, ids, 20).cache_logits(f, 5.5))
 
 
-def test_an_unknown_precision_is_refused_naming_the_choices(like_clip: tuple[Array, Array]) -> None:
+def test_an_unknown_precision_is_refused(clip_like: tuple[Array, Array]) -> None:
     for name in ("float64", "half", "", "Float32"):
         with pytest.raises(UsageError, match=f"^precision '{name}'"):
-            Keys(*like_clip, 20, precision=name)
+            Keys(*clip_like, 20, precision=name)
 
 
 # ------------------------------------------------------------------------------------------------ classes and rows
@@ -321,7 +321,7 @@ def test_an_unknown_precision_is_refused_naming_the_choices(like_clip: tuple[Arr
 
 @st.composite
 def some_classes(draw: st.DrawFn) -> tuple[Case, Array, Array]:
-    """A case; a few different classes of each query; which of them it meets."""
+    """Draw a case, some classes for each query, and which of them are requested."""
     case = draw(small_cases)
     p = draw(st.integers(1, case.c))
     classes = np.stack([case.rng.permutation(case.c)[:p] for _ in case.f]) if len(case.f) else np.empty((0, p), int)
@@ -330,7 +330,7 @@ def some_classes(draw: st.DrawFn) -> tuple[Case, Array, Array]:
 
 @settings(max_examples=examples(60), deadline=None)
 @given(some_classes(), betas, block_sizes)
-def test_a_class_that_is_met_has_its_dense_sum_and_any_other_0(
+def test_requested_classes_get_their_dense_sum_and_others_get_0(
     given_: tuple[Case, Array, Array], beta: float, sizes: tuple[int, int, int]
 ) -> None:
     case, classes, met = given_
@@ -343,7 +343,7 @@ def test_a_class_that_is_met_has_its_dense_sum_and_any_other_0(
 
 @settings(max_examples=examples(60), deadline=None)
 @given(some_classes())
-def test_rows_of_classes_are_exactly_the_keys_of_those_met(given_: tuple[Case, Array, Array]) -> None:
+def test_rows_of_classes_are_exactly_the_keys_of_requested_classes(given_: tuple[Case, Array, Array]) -> None:
     case, classes, met = given_
     rows = case.keys().rows_of(torch.from_numpy(classes), torch.from_numpy(met)).numpy()
     assert len(rows) == len(classes)
@@ -351,7 +351,7 @@ def test_rows_of_classes_are_exactly_the_keys_of_those_met(given_: tuple[Case, A
     for row, own, asked in zip(rows, classes, met, strict=True):
         filled = row[row >= 0]
         assert sorted(filled.tolist()) == np.flatnonzero(np.isin(case.ids, own[asked])).tolist()
-        assert (row[len(filled) :] == -1).all()  # they come last
+        assert (row[len(filled) :] == -1).all()  # empty slots come last
         longest = max(longest, len(filled))
     assert rows.shape[1] == longest
 
@@ -367,7 +367,7 @@ def test_affinities_to_chosen_keys_match_numpy_and_are_0_in_empty_slots(case: Ca
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_meeting_classes_and_keys_takes_no_tensor_larger_than_a_block_or_what_came_in() -> None:
+def test_class_logits_and_affinities_need_no_tensor_larger_than_their_inputs() -> None:
     case = Case(3, [30, 50, 0, 40], q=60, d=16)
     keys = case.keys()
     classes = torch.arange(4).repeat(60, 1)
@@ -375,12 +375,12 @@ def test_meeting_classes_and_keys_takes_no_tensor_larger_than_a_block_or_what_ca
     with blocks(8, 16, gathered=128), Largest() as largest:
         keys.class_logits(case.features, classes, torch.ones(60, 4, dtype=torch.bool), 3.0)
         keys.affinity(case.features, rows)
-    # each query meets 3 classes that have keys: a copy for each would be 60 * 3 * 16
+    # a copy of the 3 non-empty classes for each query would take 60 * 3 * 16 values
     assert largest.most <= max(60 * 16, 60 * 11, 11 * 16, 8 * 16)
 
 
 @pytest.mark.parametrize("factory", ["Classes", "Classes,Flat"])
-def test_an_index_over_classes_holds_their_means(factory: str) -> None:
+def test_an_index_of_classes_holds_class_means(factory: str) -> None:
     case = Case(4, [3, 0, 5, 1], q=6, d=7)
     index = index_over(case.array, case.ids, 4, factory, "cpu")
     means = np.zeros((4, 7))
@@ -398,7 +398,7 @@ def test_an_index_over_classes_holds_their_means(factory: str) -> None:
 
 
 def excess_of(array: Array, ids: Array, c: int, f: Array, own: Array, beta: float) -> Array:
-    """For the 8 nearest other classes of each query: how far the sum exceeds what the mean affinity says, float64."""
+    """Return by which factor the sum of each query's 8 nearest other classes exceeds the sum at the mean affinity."""
     A = f.astype(np.float64) @ array.astype(np.float64).T
     one_hot = np.eye(c)[ids]
     counts = one_hot.sum(0)
@@ -409,36 +409,36 @@ def excess_of(array: Array, ids: Array, c: int, f: Array, own: Array, beta: floa
 
 
 @pytest.mark.parametrize("beta", [1.0, 5.5, 20.0])
-def test_slack_is_hardly_ever_exceeded_by_new_queries(made: tuple[Any, Array, Array, Array], beta: float) -> None:
-    maker, array, ids, queries = made
+def test_new_queries_rarely_exceed_the_slack(synthetic: tuple[Any, Array, Array, Array], beta: float) -> None:
+    generator, array, ids, queries = synthetic
     slack = Keys(array, ids, 100).slack(beta)
-    excess = excess_of(array, ids, 100, queries[:1000], maker.classes(4096, 2)[:1000], beta)
+    excess = excess_of(array, ids, 100, queries[:1000], generator.classes(4096, 2)[:1000], beta)
     assert 0 < (excess > slack).mean() <= 0.01  # a quantile of a sample
-    assert slack <= 1.5 * np.quantile(excess, 0.999)  # and is not simply large
+    assert slack <= 1.5 * np.quantile(excess, 0.999)  # not an arbitrarily large value
 
 
 @settings(max_examples=examples(60), deadline=None)
 @given(small_cases, st.one_of(betas, st.sampled_from([0.0, 100.0, 1e3, 1e6, 1e30])))
 def test_slack_is_never_negative_or_undefined(case: Case, beta: float) -> None:
-    """A sum of exponentials is at least that of their mean; below 0 not even the first class would be met."""
+    """A sum of exponentials is at least the exponential of the mean. With a negative slack, no class would be met."""
     assert case.keys().slack(beta) >= 0
 
 
-def test_slack_of_classes_of_one_key_is_nothing() -> None:
+def test_slack_is_0_for_classes_of_one_key() -> None:
     case = Case(6, [1] * 9, q=1, d=8)
     assert case.keys().slack(5.5) == pytest.approx(0, abs=1e-5)
-    assert Case(6, [9], q=1, d=8).keys().slack(5.5) == 0  # nor is there any where no other class is
+    assert Case(6, [9], q=1, d=8).keys().slack(5.5) == 0  # no other class
 
 
-def test_slack_grows_with_beta_and_is_nothing_at_0() -> None:
+def test_slack_grows_with_beta_from_0() -> None:
     case = Case(7, [8] * 6, q=1, d=8)
     slacks = [case.keys().slack(beta) for beta in (0.0, 1.0, 5.5, 20.0)]
     assert slacks[0] == pytest.approx(0, abs=1e-6)
     assert all(less < more for less, more in pairwise(slacks))
 
 
-def test_class_ids_may_be_read_only_and_of_another_integer_type() -> None:
-    """As Arrow gives them."""
+def test_class_ids_may_be_a_read_only_int32_array() -> None:
+    """Arrow returns such arrays."""
     case = Case(9, [4, 0, 6], q=5, d=4)
     ids = case.ids.astype(np.int32)
     ids.flags.writeable = False

@@ -1,4 +1,4 @@
-"""A killed build leaves the old index or the new one. Run as a script, this file is the builder."""
+"""A killed build leaves either the old index or the new index. Run as a script, this file is the builder."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ if __name__ == "__main__":
 
 
 class Builder(killing.Server):
-    """Runs ``index build`` in children of one process, and kills them."""
+    """A server that runs ``index build`` in child processes and kills them."""
 
     def begin(self, table: Path, out: Path, **when: Any) -> None:
         self.start({"arguments": ["-q", "index", "build", str(table), "--out", str(out)]}, **when)
@@ -74,7 +74,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def old(builder: Builder, tables: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index of the first table, at its second version, so that a build also has something to collect."""
+    """An index of the first table at version 2, so that a build also has an old version to delete."""
     folder = tmp_path_factory.mktemp("old") / "index"
     assert builder.build(tables[1], folder) == 0
     assert builder.build(tables[0], folder) == 0
@@ -85,7 +85,7 @@ QUERIES = np.eye(D, dtype=np.float32)[:4]
 
 
 def answer(folder: Path) -> tuple[bytes, list[str]]:
-    """All that a reader can tell versions apart by, after a check of every byte."""
+    """Verify every byte, then return everything in which two versions can differ for a reader."""
     cache = verify(folder)
     logits = cache.logits(QUERIES, k=10).numpy().tobytes() + cache.logits(QUERIES).numpy().tobytes()
     return logits, cache.labels["source"].to_pylist()
@@ -93,7 +93,7 @@ def answer(folder: Path) -> tuple[bytes, list[str]]:
 
 @pytest.fixture(scope="module")
 def answers(builder: Builder, tables: tuple[Path, Path], old: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The answers before and after, of builds that nobody killed; and the steps that one takes."""
+    """Answers before and after an uninterrupted build, and the number of its steps."""
     new = tmp_path_factory.mktemp("new") / "index"
     shutil.copytree(old, new)
     assert builder.build(tables[1], new) == 0
@@ -102,14 +102,14 @@ def answers(builder: Builder, tables: tuple[Path, Path], old: Path, tmp_path_fac
 
 
 def check_tidy(folder: Path) -> None:
-    """Nothing is there but what the kept manifests name."""
+    """Check that the folder contains only files that the kept manifests name."""
     manifests = [folder / "manifest.json", *(folder / "manifests").glob("*.json")]
     named = {folder / file["name"] for path in manifests for file in json.loads(path.read_bytes())["files"].values()}
     assert {path for path in folder.rglob("*") if path.is_file()} == {*manifests, *named, folder / "lock"}
 
 
 def check_killed(folder: Path, answers: Any, builder: Builder, table: Path) -> str:
-    """A killed build left one version or the other, and the next build succeeds and tidies up."""
+    """Check that the old or the new version is intact, and that the next build succeeds and removes leftovers."""
     before, after, *_ = answers
     version, found = read_manifest(folder).version, answer(folder)
     assert (version, found) in [(2, before), (3, after)]
@@ -120,11 +120,11 @@ def check_killed(folder: Path, answers: Any, builder: Builder, table: Path) -> s
     return "before" if found == before else "after"
 
 
-def test_killed_at_every_step_the_index_is_the_old_or_the_new(
+def test_a_build_killed_at_any_step_leaves_the_old_or_the_new_index(
     builder: Builder, tables: tuple[Path, Path], old: Path, answers: Any, tmp_path: Path
 ) -> None:
     steps = answers[2]
-    assert steps > 20  # the hooks see the build
+    assert steps > 20  # the steps are counted
     outcomes = []
     for step in sampled(steps):
         folder = tmp_path / str(step)
@@ -132,12 +132,12 @@ def test_killed_at_every_step_the_index_is_the_old_or_the_new(
         assert builder.build(tables[1], folder, step=step) == -signal.SIGKILL
         outcomes.append(check_killed(folder, answers, builder, tables[1]))
         shutil.rmtree(folder)
-    # There is one moment at which the new version takes over, and steps on both sides of it.
+    # The new version takes over at one moment, with steps before and after it.
     assert sorted(outcomes, key=["before", "after"].index) == outcomes
     assert set(outcomes) == {"before", "after"}
 
 
-def test_interrupted_at_any_step_nothing_is_half_written_and_the_status_says_so(
+def test_an_interrupted_build_leaves_no_partial_files_and_exits_with_128_plus_signal(
     builder: Builder, tables: tuple[Path, Path], old: Path, answers: Any, tmp_path: Path
 ) -> None:
     outcomes = []
@@ -151,7 +151,7 @@ def test_interrupted_at_any_step_nothing_is_half_written_and_the_status_says_so(
     assert set(outcomes) == {"before", "after"}
 
 
-def test_killed_first_build_leaves_a_whole_index_or_a_place_to_build_one(
+def test_a_killed_first_build_leaves_a_complete_index_or_none(
     builder: Builder, tables: tuple[Path, Path], answers: Any, tmp_path: Path
 ) -> None:
     assert builder.build(tables[1], tmp_path / "counted" / "index") == 0
@@ -165,13 +165,13 @@ def test_killed_first_build_leaves_a_whole_index_or_a_place_to_build_one(
         assert builder.build(tables[1], folder) == 0
         assert answer(folder) == answers[1]
         check_tidy(folder)
-    assert whole  # the last steps come after the first manifest
+    assert whole  # the last steps follow the first manifest
 
 
-def test_a_real_command_killed_while_it_writes_keys_changes_nothing(
+def test_killing_the_console_script_while_it_writes_keys_changes_nothing(
     builder: Builder, tables: tuple[Path, Path], old: Path, answers: Any, tmp_path: Path
 ) -> None:
-    """The console script itself, whose threads run; with a table that takes long enough to be met."""
+    """Use the console script with all its threads, and a table that takes long to write."""
     folder, table = tmp_path / "index", tmp_path / "large.parquet"
     shutil.copytree(old, folder)
     part = pq.read_table(tables[1])

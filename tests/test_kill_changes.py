@@ -1,6 +1,6 @@
-"""A killed writer leaves the old index or the new one, in a folder or a store, and the next writer finishes.
+"""A killed writer leaves the old version or the new version of an index, and the next writer succeeds.
 
-Run as a script, this file is that writer.
+Run as a script, this file is the writer.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ pytestmark = [killing.needs_fork, pytest.mark.timeout(180)]
 D, CLASSES, KEPT, SEGMENTS = 8, 4, 3, (24, 8, 3)
 QUERIES = unit_rows(4, D, 99)
 LEASE, LIVING = 0.4, 20.0
-"""Seconds after which a holder in a bucket counts as dead, where all but one are, and where they live."""
+"""Seconds after which a lease in a bucket expires: in tests that kill its holder, and in tests that do not."""
 PRUNED_EVERY = 5
-"""So that the next version gives up versions of a table."""
+"""Number of versions after which old versions of a table are deleted. The next change reaches this number."""
 KILLS = 8 if SOAK else 1
-"""Random moments at which a change is killed."""
+"""Number of random moments at which a change is killed."""
 GROWTH = 5 if SOAK else 3
-"""Changes of each of two processes that are at work at once."""
+"""Number of changes that each of two concurrent processes makes."""
 UNFITTED, FITTED = {"alpha": 2.0, "beta": 4.0}, {"metric": "within", "values": "one-hot"}
 
 
 def make_tables(place, segments=SEGMENTS):
-    """Feature tables: of each segment, of what is added, of what is built, and two of text."""
+    """Write feature tables: one for each segment, one to add, one to build from, and two of text weights."""
     sizes = zip(("0", "1", "2", "more", "other"), (*segments, 5, 20), strict=True)
     for number, (name, n) in enumerate(sizes):
         labels = [f"class {i % CLASSES}" for i in range(n)]
@@ -78,7 +78,7 @@ def built(place, tables, name, index=None, how=UNFITTED):
 
 
 def make_index(place, tables, index):
-    """An index of three segments at its fourth version."""
+    """Create an index of three segments at version 4."""
     built(place, tables, "0", index)
     for name in ("1", "2"):
         changes.add(place, table(tables, name), Encoder())
@@ -90,7 +90,7 @@ def rebuild(place):
 
 
 OPERATIONS = {
-    "first": lambda place, tables, _: built(place, tables, "other", how=FITTED),  # whose table is made twice
+    "first": lambda place, tables, _: built(place, tables, "other", how=FITTED),  # creates its table twice
     "build": lambda place, tables, index: built(place, tables, "other", index),
     "add": lambda place, tables, _: changes.add(
         place, table(tables, "more"), Encoder(), text=tables / "new text.parquet"
@@ -108,8 +108,8 @@ OPERATIONS = {
 }  # fmt: skip
 
 
-def around(steps, owner, name):
-    """A step before each call of a method; signs of life of a lease are none, for their number is the clock's."""
+def count_calls(steps, owner, name):
+    """Count a step before each call of a method in the main thread. A thread renews leases at random times."""
     call = getattr(owner, name)
 
     def counted(*arguments, **more):
@@ -133,14 +133,14 @@ def _work(job, steps):
             (os, ("fsync",)),
         ):
             for name in names:
-                around(steps, owner, name)
+                count_calls(steps, owner, name)
         steps.events("fcntl.flock")
     lease.LEASE = job["lease"]
     OPERATIONS[job["name"]](job["place"], Path(job["tables"]), job["index"])
 
 
-def small(patch):
-    """Segments, versions and waits are few and small."""
+def shrink_limits(patch):
+    """Reduce the number of segments and versions, and the waiting times."""
     for owner, name, value in (
         (labelled_keys, "SMALL", 0),
         (history, "KEPT_VERSIONS", KEPT),
@@ -152,33 +152,33 @@ def small(patch):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore", RuntimeWarning)  # of forks, which its engine has not been used before
-    small(pytest.MonkeyPatch())
+    warnings.simplefilter("ignore", RuntimeWarning)  # LanceDB warns of forks, but has not been used before the fork
+    shrink_limits(pytest.MonkeyPatch())
     killing.serve(_work)
     raise SystemExit
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _as_in_the_server():
+def _environment_of_the_server():
     with killing.one_thread(), pytest.MonkeyPatch.context() as patch:
         buckets.use(patch, buckets.endpoint())
         yield
 
 
 @pytest.fixture(autouse=True)
-def _small(impatient, monkeypatch):
-    small(monkeypatch)
+def _limits(impatient, monkeypatch):
+    shrink_limits(monkeypatch)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory, _as_in_the_server, warm_path):
+def server(tmp_path_factory, _environment_of_the_server, warm_path):
     server = killing.Server(__file__, tmp_path_factory.mktemp("server"), warm_path)
     yield server
     server.close()
 
 
 def answer(place):
-    """All that a reader can tell versions apart by, after a check of every byte or row."""
+    """Verify every byte or row, then return everything in which two versions can differ for a reader."""
     model = stores.at(place).verify()
     columns = [name for name in model.labels.column_names if name not in ("added_at", "version")]
     labels = model.labels.select(columns).sort_by("key_id")
@@ -189,9 +189,9 @@ def answer(place):
 
 @dataclass
 class World:
-    """An index before, the tables beside it, and what a reader finds: before, and after what nobody killed.
+    """An index, its tables, and its answers before and after each uninterrupted operation.
 
-    ``kind`` is ``lance``, ``s3``, or the type of the index of a folder.
+    ``kind`` is ``lance``, ``s3``, or the FAISS index type of a folder.
     """
 
     kind: str
@@ -206,53 +206,53 @@ class World:
         return None if self.kind in ("lance", "s3") else self.kind
 
     def place(self, folder, name):
-        """A place with nothing there yet."""
+        """Return the address of a place that does not exist yet."""
         if self.kind == "s3":
             return f"s3://{buckets.fresh_bucket()}/{name}"
         return f"{'lance://' if self.kind == 'lance' else ''}{(folder / name).as_posix()}"
 
-    def copy(self, folder, name, what):
-        """A copy of the index, byte for byte, or nothing where the first version is to be made."""
+    def copy(self, folder, name, operation):
+        """Copy the index byte for byte, except before the first version, and return the address."""
         place = self.place(folder, name)
-        if what != "first" and self.kind == "s3":
+        if operation != "first" and self.kind == "s3":
             source, target = (Objects(Address.parse(p))._bucket for p in (self.old, place))
             for entry in (entry for batch in obstore.list(source) for entry in batch):
                 obstore.put(target, entry["path"], bytes(obstore.get(source, entry["path"]).bytes()))
-        elif what != "first":
+        elif operation != "first":
             shutil.copytree(self.old.removeprefix("lance://"), place.removeprefix("lance://"))
         return place
 
-    def job(self, what, place, counted=True, seconds=LEASE):
-        job = {"name": what, "place": place, "tables": str(self.tables), "index": self.index}
+    def job(self, operation, place, counted=True, seconds=LEASE):
+        job = {"name": operation, "place": place, "tables": str(self.tables), "index": self.index}
         return job | {"counted": counted, "lease": seconds}
 
-    def do(self, what, place):
-        OPERATIONS[what](place, self.tables, self.index)
+    def do(self, operation, place):
+        OPERATIONS[operation](place, self.tables, self.index)
 
-    def expected(self, what):
-        """What a reader finds after a change that nobody killed, and its version."""
-        if what not in self.after:
-            place = self.copy(self.tables, f"expected {what}", what)
-            self.do(what, place)
-            self.after[what] = stores.at(place).manifest().version, answer(place)
-        return self.after[what]
+    def expected(self, operation):
+        """Return the version and the answers after an uninterrupted operation."""
+        if operation not in self.after:
+            place = self.copy(self.tables, f"expected {operation}", operation)
+            self.do(operation, place)
+            self.after[operation] = stores.at(place).manifest().version, answer(place)
+        return self.after[operation]
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory, _as_in_the_server):
+def worlds(tmp_path_factory, _environment_of_the_server):
     found = {}
     for kind in ("Flat", "Classes", "lance", "s3"):
         world = found[kind] = World(kind, tmp_path_factory.mktemp(kind))
         make_tables(world.tables)
         world.old = world.place(world.tables, "old")
         with pytest.MonkeyPatch.context() as patch:
-            small(patch)
+            shrink_limits(patch)
             make_index(world.old, world.tables, world.index)
         world.before = answer(world.old)
     return found
 
 
-def test_what_is_killed_below_has_segments_and_versions(worlds):
+def test_the_indexes_have_several_segments_and_versions(worlds):
     for world in worlds.values():
         at = stores.at(world.old)
         assert at.history()["version"].to_pylist() == [2, 3, 4]
@@ -265,7 +265,7 @@ def test_what_is_killed_below_has_segments_and_versions(worlds):
 
 
 def check_folder(folder, *, tidy):
-    """Nothing is there but what kept manifests name, or is known to the next writer for leftovers."""
+    """Check that the folder contains only files that kept manifests name or that the next writer will remove."""
     manifests = [folder / "manifest.json", *(folder / "manifests").glob("[0-9]*.json")]
     read = [store.Manifest.from_bytes(path.read_bytes(), str(path)) for path in manifests]
     named = {folder / file.name for manifest in read for file in manifest.data_files}
@@ -278,12 +278,12 @@ def check_folder(folder, *, tidy):
 
 
 def check_tidy(place, behind=False):
-    """After the next writer nothing of the killed one is left: no row, no file, no object, no mark."""
+    """Check that the next writer has removed all rows, files, objects and tags of the killed writer."""
     at = stores.at(place)
     if "://" not in place:
         check_folder(Path(place), tidy=True)
         return
-    if behind:  # the table has a version that no manifest names, which the next change gives up
+    if behind:  # the table has a version that no manifest names, which the next change removes
         changes.configure(place, temperature=2.0)
     manifest, options = at.manifest(), storage_options(at.address) or None
     own = lancedb.connect(at.address.uri, storage_options=options).open_table("keys")
@@ -296,48 +296,48 @@ def check_tidy(place, behind=False):
     at.verify()
 
 
-def check_killed(place, world, what):
-    """A killed change left one version or the other whole, and the next writer succeeds and leaves nothing behind."""
-    at, (done, after) = stores.at(place), world.expected(what)
-    if what == "first" and not at.exists():
+def check_killed(place, world, operation):
+    """Check that the old or the new version is intact, and that the next writer succeeds and removes leftovers."""
+    at, (done, after) = stores.at(place), world.expected(operation)
+    if operation == "first" and not at.exists():
         state = "before"
     else:
         if "://" not in place:
             check_folder(Path(place), tidy=False)
         version, found, kept = at.manifest().version, answer(place), at.history()["version"].to_pylist()
         assert kept[-1] == version
-        if what == "gc":
+        if operation == "gc":
             assert (version, found) == (4, world.before)
             state = "before" if kept == [2, 3, 4] else "after"
         else:
             assert (version, found) in [(4, world.before), (done, after)]
             state = "before" if version != done else "after"
-    if state == "before" or what == "gc":
-        world.do(what, place)
+    if state == "before" or operation == "gc":
+        world.do(operation, place)
         assert (at.manifest().version, answer(place)) == (done, after)
     else:
         changes.configure(place, k=7)
         assert (at.manifest().version, answer(place)) == (done + 1, after)
-    check_tidy(place, behind=what in ("rollback", "gc"))
+    check_tidy(place, behind=operation in ("rollback", "gc"))
     return state
 
 
-def states(server, world, what, folder, moments):
-    """What is left by kills at these moments. One index is checked while the next is killed."""
+def states(server, world, operation, folder, moments):
+    """Return whether each kill left the old or the new version. Check one index while killing the next writer."""
     found, last = [], None
-    world.expected(what)
+    world.expected(operation)
     for number, moment in enumerate(moments):
-        place = world.copy(folder, str(number), what)
-        server.start(world.job(what, place, moment.get("step") is not None), **moment)
+        place = world.copy(folder, str(number), operation)
+        server.start(world.job(operation, place, moment.get("step") is not None), **moment)
         try:
             if last is not None:
-                found.append(check_killed(last, world, what))
+                found.append(check_killed(last, world, operation))
         finally:
             status = server.wait()
         assert status in ([-signal.SIGKILL], [0])
         last = place if status != [0] else None
     if last is not None:
-        found.append(check_killed(last, world, what))
+        found.append(check_killed(last, world, operation))
     return found
 
 
@@ -348,18 +348,18 @@ NEEDED = {
 CHANGES = [name for name in OPERATIONS if name not in ("first", "grow")]
 
 
-def steps_of(server, world, what, folder):
-    """The steps of a change that nobody kills."""
-    if what not in world.steps:
-        assert server.run(world.job(what, world.copy(folder, "counted", what))) == 0
-        world.steps[what] = steps = server.steps
+def steps_of(server, world, operation, folder):
+    """Return the steps of an uninterrupted operation."""
+    if operation not in world.steps:
+        assert server.run(world.job(operation, world.copy(folder, "counted", operation))) == 0
+        world.steps[operation] = steps = server.steps
         if world.index is None:
-            assert what not in NEEDED or NEEDED[what] in steps
-            assert what == "gc" or "create" in steps
+            assert operation not in NEEDED or NEEDED[operation] in steps
+            assert operation == "gc" or "create" in steps
         else:
             assert {"fcntl.flock", "os.remove"} <= set(steps)
-            assert what == "gc" or {"fsync", "os.rename", "open to write"} <= set(steps)
-    return world.steps[what]
+            assert operation == "gc" or {"fsync", "os.rename", "open to write"} <= set(steps)
+    return world.steps[operation]
 
 
 FOLDERS = [("Flat", name) for name in CHANGES]
@@ -367,21 +367,21 @@ FOLDERS += [("Classes", name) for name in ("add", "relabel", "compact", "rebuild
 TABLES = [("lance", name) for name in ("first", *CHANGES)]
 
 
-@pytest.mark.parametrize(("kind", "what"), [*few(FOLDERS, 4), *few(TABLES, 2)])
-def test_killed_at_every_step_the_index_is_the_old_or_the_new(server, worlds, kind, what, tmp_path):
-    chosen = sampled(len(steps_of(server, worlds[kind], what, tmp_path)))
-    found = states(server, worlds[kind], what, tmp_path, ({"step": step} for step in chosen))
-    # There is one moment at which the new version takes over, and steps on both sides of it.
+@pytest.mark.parametrize(("kind", "operation"), [*few(FOLDERS, 4), *few(TABLES, 2)])
+def test_a_change_killed_at_any_step_leaves_the_old_or_the_new_version(server, worlds, kind, operation, tmp_path):
+    chosen = sampled(len(steps_of(server, worlds[kind], operation, tmp_path)))
+    found = states(server, worlds[kind], operation, tmp_path, ({"step": step} for step in chosen))
+    # The new version takes over at one moment, with steps before and after it.
     assert found == sorted(found, key=["before", "after"].index)
     assert len(found) == len(chosen)
     assert set(found) == {"before", "after"}
 
 
-@pytest.mark.parametrize("what", few(["add", "first", "gc"], 1))
-def test_killed_at_some_steps_the_bucket_has_the_old_or_the_new(server, worlds, what, tmp_path):
-    n = len(steps_of(server, worlds["s3"], what, tmp_path))
+@pytest.mark.parametrize("operation", few(["add", "first", "gc"], 1))
+def test_a_change_killed_in_a_bucket_leaves_the_old_or_the_new_version(server, worlds, operation, tmp_path):
+    n = len(steps_of(server, worlds["s3"], operation, tmp_path))
     chosen = [0, n // 4, n // 2, n - 1][not SOAK :: 2 - SOAK]
-    found = states(server, worlds["s3"], what, tmp_path, ({"step": step} for step in chosen))
+    found = states(server, worlds["s3"], operation, tmp_path, ({"step": step} for step in chosen))
     assert found == sorted(found, key=["before", "after"].index)
     assert "before" in found
 
@@ -390,28 +390,30 @@ ANY = [("Flat", "add"), ("lance", "rebuild"), ("Classes", "rebuild"), ("lance", 
        ("lance", "add"), ("Classes", "build")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "what"), few(ANY, 2))
-def test_killed_at_any_moment_the_index_is_the_old_or_the_new(server, worlds, kind, what, tmp_path):
-    """Also within a step."""
-    world, moments, seconds = worlds[kind], random.Random(what), []
+@pytest.mark.parametrize(("kind", "operation"), few(ANY, 2))
+def test_a_change_killed_at_a_random_moment_leaves_the_old_or_the_new_version(
+    server, worlds, kind, operation, tmp_path
+):
+    """The moment can also lie within a step."""
+    world, moments, seconds = worlds[kind], random.Random(operation), []
     for number in range(2):
-        assert server.run(world.job(what, world.copy(tmp_path, f"whole {number}", what), counted=False)) == 0
+        assert server.run(world.job(operation, world.copy(tmp_path, f"whole {number}", operation), counted=False)) == 0
         seconds.append(server.seconds)
     killed, latest = 0, min(seconds)
     for attempt in range(8):
         after = ({"after": moments.uniform(0.1, 1) * latest} for _ in range(KILLS - killed))
-        killed += len(states(server, world, what, tmp_path / str(attempt), after))
-        latest *= 0.7  # where the machine was busy when it was timed
+        killed += len(states(server, world, operation, tmp_path / str(attempt), after))
+        latest *= 0.7  # in case the machine was busy during the timing
         if killed >= KILLS:
             return
-    pytest.fail("the moments do not lie within the change")
+    pytest.fail("no kill happened during the change")
 
 
 # --- two at once
 
 
 @pytest.mark.parametrize("name", few(["add", "rebuild", "gc"], 2))
-def test_a_writer_that_waits_goes_on_when_the_one_at_work_is_killed(server, worlds, name, tmp_path, monkeypatch):
+def test_a_waiting_writer_continues_after_the_current_writer_is_killed(server, worlds, name, tmp_path, monkeypatch):
     import fcntl
 
     world, looks, flock = worlds["Flat"], [0], fcntl.flock
@@ -430,7 +432,7 @@ def test_a_writer_that_waits_goes_on_when_the_one_at_work_is_killed(server, worl
         with ThreadPoolExecutor(1) as pool:
             looks[0] = 0
             waiting = pool.submit(changes.configure, place, k=7)
-            while looks[0] < 3:  # it has found the lock taken, and again
+            while looks[0] < 3:  # it has found the lock taken at least twice
                 time.sleep(0.001)
             assert not waiting.done()
             os.kill(stopped, signal.SIGKILL)
@@ -444,7 +446,7 @@ def test_a_writer_that_waits_goes_on_when_the_one_at_work_is_killed(server, worl
 
 
 @pytest.mark.parametrize("kind", ["lance", "s3"])
-def test_two_processes_at_once_lose_nothing(server, worlds, kind, tmp_path):
+def test_two_concurrent_writers_lose_no_changes(server, worlds, kind, tmp_path):
     place = worlds[kind].copy(tmp_path, "grown", "grow")
     server.start(*[worlds[kind].job("grow", place, counted=False, seconds=LIVING) for _ in range(2)])
     assert server.wait() == [0, 0]
@@ -455,8 +457,8 @@ def test_two_processes_at_once_lose_nothing(server, worlds, kind, tmp_path):
     assert sorted(found["source"].to_pylist()[35:]) == sorted([f"1 {i}" for i in range(8)] * 2 * GROWTH)
 
 
-def test_a_killed_writer_holds_a_bucket_for_no_longer_than_its_lease(server, worlds, tmp_path, monkeypatch):
-    """And its rows, which no manifest names, are in no version."""
+def test_a_killed_writer_blocks_a_bucket_only_until_its_lease_expires(server, worlds, tmp_path, monkeypatch):
+    """Its rows, which no manifest names, are not part of any version."""
     world = worlds["s3"]
     place = world.copy(tmp_path, "waited", "add")
     server.start(world.job("add", place), step=steps_of(server, world, "add", tmp_path).index("add") + 1)

@@ -32,8 +32,8 @@ bucket, place = buckets.bucket, buckets.place
 
 needs_signals = pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="SKIPPED: needs SIGSTOP and SIGKILL")
 
-TIMES = 8 if SOAK else 5
-"""That each of two processes writes to a list."""
+APPENDS = 8 if SOAK else 5
+"""Number of times that each of two processes appends to a list."""
 
 WORKER = """
 import os, sys, time
@@ -73,7 +73,7 @@ append(int(sys.argv[3])) if len(sys.argv) > 3 else hold()
 
 
 class Holder:
-    """A process that holds the lease until it is told to end."""
+    """A process that holds the lease until it reads ``end``."""
 
     def __init__(self, place: str, seconds: float) -> None:
         self._process = subprocess.Popen(
@@ -131,10 +131,10 @@ def refused(place: str, wait: float = 0.0, seconds: float | None = None) -> str:
     return message
 
 
-# -------------------------------------------------------------------------------------------------------------- both
+# ---------------------------------------------------------------------------------------------------- disk and bucket
 
 
-def test_it_is_free_again_whatever_ends_it(place: str):
+def test_the_lease_is_released_after_success_and_any_exception(place: str):
     with take(place) as own:
         own()
     errors: list[type[BaseException]] = [ValueError, KeyboardInterrupt, SystemExit]
@@ -145,7 +145,7 @@ def test_it_is_free_again_whatever_ends_it(place: str):
         own()
 
 
-def test_another_one_is_told_who_writes(place: str):
+def test_the_error_names_the_current_holder(place: str):
     with take(place):
         began = time.monotonic()
         message = refused(place, 0.3)
@@ -155,11 +155,11 @@ def test_another_one_is_told_who_writes(place: str):
 
 
 def test_processes_that_append_to_a_list_do_not_interleave(place: str):
-    workers = [subprocess.Popen([sys.executable, "-c", WORKER, place, "20", str(TIMES)]) for _ in range(2)]
+    workers = [subprocess.Popen([sys.executable, "-c", WORKER, place, "20", str(APPENDS)]) for _ in range(2)]
     for worker in workers:
         assert worker.wait(40) == 0
     lines = at(place).get("list").decode().split("\n")[:-1]
-    assert len(lines) == 2 * 2 * TIMES
+    assert len(lines) == 2 * 2 * APPENDS
     for begins, ends in zip(lines[::2], lines[1::2], strict=True):
         assert (begins.split()[1], ends.split()[1]) == ("begins", "ends")
         assert begins.split()[0] == ends.split()[0]
@@ -182,7 +182,7 @@ def test_after_a_kill_the_next_writer_gets_the_lease(place: str):
 
 
 @needs_signals
-def test_on_a_disk_a_stopped_holder_holds_it(tmp_path: Path):
+def test_a_stopped_process_keeps_its_lease_on_a_disk(tmp_path: Path):
     place = f"lance://{tmp_path}/x"
     with holder(place, 0.2) as first:
         first.signal(signal.SIGSTOP)
@@ -194,7 +194,7 @@ def test_on_a_disk_a_stopped_holder_holds_it(tmp_path: Path):
         pass
 
 
-def test_on_a_disk_errors_are_one_line(tmp_path: Path):
+def test_disk_errors_are_one_line(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
     assert "cannot be written" in refused(f"lance://{tmp_path}/file/x")
     (tmp_path / "x" / "lock").mkdir(parents=True)
@@ -205,15 +205,17 @@ def test_on_a_disk_errors_are_one_line(tmp_path: Path):
 
 
 @needs_signals
-def test_a_stopped_holder_finds_that_it_lost_it(bucket: str):
+def test_a_stopped_process_loses_its_lease_in_a_bucket(bucket: str):
     with holder(bucket, 1.0) as first:
         assert first.ask("look") == "still held"
         first.signal(signal.SIGSTOP)
         with take(bucket, 10, 1.0) as own:
             first.signal(signal.SIGCONT)
-            said = first.ask("look")
-            assert said.startswith(f"{bucket}: lost the right to write (it was taken over by process {os.getpid()} on ")
-            time.sleep(0.6)  # it gives no sign of life any more
+            answer = first.ask("look")
+            assert answer.startswith(
+                f"{bucket}: lost the right to write (it was taken over by process {os.getpid()} on "
+            )
+            time.sleep(0.6)  # the first holder no longer renews the lease
             own()
         assert "lost the right to write" in first.ask("look")
         assert first.ask("end") == "left"
@@ -222,7 +224,7 @@ def test_a_stopped_holder_finds_that_it_lost_it(bucket: str):
         assert at(bucket).names() == [lease.NAME]
 
 
-def test_a_living_holder_keeps_it(bucket: str):
+def test_a_running_process_keeps_its_lease(bucket: str):
     with take(bucket, 0.0, 1.2) as own:
         assert "is being written by" in refused(bucket, 1.6, 1.2)
         own()
@@ -232,7 +234,7 @@ def content(**what: object) -> bytes:
     return json.dumps({"owner": "process 1 on mars", "beat": 1, "released": False} | what).encode()
 
 
-def test_it_is_one_object_that_says_whose_it_is(bucket: str):
+def test_the_lease_is_one_object_that_names_its_holder(bucket: str):
     objects = at(bucket)
     objects.put(lease.NAME, content(released=True))
     for _ in range(2):
@@ -245,14 +247,14 @@ def test_it_is_one_object_that_says_whose_it_is(bucket: str):
 
 
 @pytest.mark.parametrize("damaged", [b"\xff", b"[" * 10000, b'{"owner": 5, "released": "yes"}'])
-def test_a_damaged_lease_ends_as_that_of_a_dead_holder(damaged: bytes, bucket: str):
+def test_a_damaged_lease_expires_like_that_of_a_dead_process(damaged: bytes, bucket: str):
     at(bucket).put(lease.NAME, damaged)
     assert "is being written by another process" in refused(bucket, 0.0, 0.3)
     with take(bucket, 5, 0.3):
         pass
 
 
-def test_who_was_slow_and_saw_it_free_does_not_take_it_from_another(bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_slow_writer_does_not_take_a_lease_that_another_holds(bucket: str, monkeypatch: pytest.MonkeyPatch):
     objects = at(bucket)
     objects.put(lease.NAME, content(released=True))
     slow = at(bucket)
@@ -264,7 +266,7 @@ def test_who_was_slow_and_saw_it_free_does_not_take_it_from_another(bucket: str,
         other()
 
 
-def test_what_the_server_kept_but_did_not_acknowledge_is_held(bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_unacknowledged_write_of_the_lease_counts(bucket: str, monkeypatch: pytest.MonkeyPatch):
     objects = at(bucket)
     replace, calls = objects.replace, list[bytes]()
 
@@ -277,13 +279,13 @@ def test_what_the_server_kept_but_did_not_acknowledge_is_held(bucket: str, monke
         own()
         assert "is being written by" in refused(bucket, 0.0, 0.8)
         until = time.monotonic() + 10
-        while len(calls) < 3 and time.monotonic() < until:  # so do its signs of life
+        while len(calls) < 3 and time.monotonic() < until:  # renewals are not acknowledged either
             time.sleep(0.02)
         own()
     assert len(calls) >= 3
 
 
-def test_a_holder_that_is_cut_off_lost_it(bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_disconnected_holder_loses_its_lease_for_good(bucket: str, monkeypatch: pytest.MonkeyPatch):
     objects = at(bucket)
     replace = objects.replace
 
@@ -294,12 +296,12 @@ def test_a_holder_that_is_cut_off_lost_it(bucket: str, monkeypatch: pytest.Monke
         monkeypatch.setattr(objects, "replace", cut)
         time.sleep(0.5)
         monkeypatch.setattr(objects, "replace", replace)
-        for _ in range(2):  # and it stays lost, whatever comes back
+        for _ in range(2):  # it stays lost after the connection returns
             with pytest.raises(StoreError, match=r"could not be renewed: cannot connect.*nothing changed"):
                 own()
 
 
-def test_an_unreachable_service_is_an_error_for_all(bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_unreachable_service_is_an_error_for_holders_and_others(bucket: str, monkeypatch: pytest.MonkeyPatch):
     objects = at(bucket)
 
     def cut(name: str, most: int | None = None) -> tuple[bytes, UpdateVersion]:

@@ -47,7 +47,7 @@ FACTORIES = ["Flat", "Classes", "Classes,HNSW8", "IVF4,Flat"]
 
 @dataclass(frozen=True)
 class State:
-    """What should be in an index: class and vector of each key by its id, and the classes in order with their text."""
+    """Expected contents of an index: class and vector by key id, and the text weights of the classes in order."""
 
     keys: dict[int, tuple[str, Array]]
     text: dict[str, Array]
@@ -55,7 +55,7 @@ class State:
     dtype: str
 
     def fresh(self) -> CacheModel:
-        """A classifier that is built of it at once."""
+        """Return a classifier that is built from these contents at once."""
         labels = [label for label, _ in self.keys.values()]
         vectors = np.stack([vector for _, vector in self.keys.values()])
         return CacheModel.from_features(
@@ -66,7 +66,7 @@ class State:
 
 @dataclass
 class Reader:
-    """One who has a version open, and what it has to go on answering."""
+    """A reader that has a version open, and the logits it should keep returning."""
 
     cache: CacheModel
     state: State
@@ -77,7 +77,7 @@ class Reader:
 
 
 class Living(RuleBasedStateMachine):
-    """One folder, a plain model of it, and a reader that stays."""
+    """An index folder, its expected contents, and a reader of one version."""
 
     factory: str
     dtype: str
@@ -117,8 +117,8 @@ class Living(RuleBasedStateMachine):
         self.reader = Reader(CacheModel.load(self.folder, device="cpu"), self.state)
         self.program = CacheModel.load(self.folder, device="cpu")
 
-    def became(self, state: State) -> None:
-        """A new version."""
+    def commit(self, state: State) -> None:
+        """Record a new version."""
         self.state, self.version = state, self.version + 1
         self.kept[self.version] = state
         self.kept = dict(list(self.kept.items())[-KEPT:])
@@ -156,28 +156,28 @@ class Living(RuleBasedStateMachine):
         self.next_key_id += n
         rows = zip(key_ids, labels, vectors.astype(self.state.dtype), strict=True)
         keys = self.state.keys | {key_id: (label, vector) for key_id, label, vector in rows}
-        self.became(replace(self.state, keys=keys, text=self.state.text | text))
+        self.commit(replace(self.state, keys=keys, text=self.state.text | text))
         if not by_command:
-            self.answers_are_those_of_a_fresh_index(self.program)
+            self.check_answers_match_a_fresh_index(self.program)
 
-    def some(self, data: st.DataObject, most: int) -> list[int]:
-        """Some key ids, the last ones rather than the first: those are in segments of their own."""
+    def draw_key_ids(self, data: st.DataObject, most: int) -> list[int]:
+        """Draw key ids, more often from the end, where each segment holds few keys."""
         ids = list(self.state.keys)
         from_end = data.draw(st.sampled_from([True, True, True, False]))
         return data.draw(st.lists(st.sampled_from(ids[-6:] if from_end else ids), max_size=most, unique=True))
 
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
-        gone = self.some(data, min(5, len(self.state.keys) - LEAST))
+        gone = self.draw_key_ids(data, min(5, len(self.state.keys) - LEAST))
         if gone:
             assert changes.remove(self.folder, key_ids=gone).key_ids == gone
             keys = {key_id: key for key_id, key in self.state.keys.items() if key_id not in gone}
-            self.became(replace(self.state, keys=keys))
+            self.commit(replace(self.state, keys=keys))
 
     @rule(data=st.data())
     def change_in_a_program(self, data: st.DataObject) -> None:
-        """Several changes in memory, and one version."""
-        gone = self.some(data, min(5, len(self.state.keys) - LEAST))
+        """Make several changes in memory and save them as one version."""
+        gone = self.draw_key_ids(data, min(5, len(self.state.keys) - LEAST))
         left = [key_id for key_id in self.state.keys if key_id not in gone]
         moved, label = left[-3:-1], data.draw(st.sampled_from(list(self.state.text)))
         self.program = cache = self.program.reload()
@@ -186,20 +186,20 @@ class Living(RuleBasedStateMachine):
         cache.save(self.folder)
         keys = {key_id: self.state.keys[key_id] for key_id in left}
         keys |= {key_id: (label, self.state.keys[key_id][1]) for key_id in moved}
-        self.became(replace(self.state, keys=keys))
-        self.keys_and_labels_are_exactly_those_that_should_be_there(cache)
-        self.answers_are_those_of_a_fresh_index(cache)
+        self.commit(replace(self.state, keys=keys))
+        self.check_keys_and_labels(cache)
+        self.check_answers_match_a_fresh_index(cache)
 
     @rule(data=st.data())
     def relabel(self, data: st.DataObject) -> None:
-        chosen, label = self.some(data, 4), data.draw(st.sampled_from(list(self.state.text)))
+        chosen, label = self.draw_key_ids(data, 4), data.draw(st.sampled_from(list(self.state.text)))
         if not chosen:
             return
         moved = [key_id for key_id in chosen if self.state.keys[key_id][0] != label]
         assert changes.relabel(self.folder, label, key_ids=chosen).key_ids == moved
         if moved:
             keys = self.state.keys | {key_id: (label, self.state.keys[key_id][1]) for key_id in moved}
-            self.became(replace(self.state, keys=keys))
+            self.commit(replace(self.state, keys=keys))
 
     @rule()
     def compact(self) -> None:
@@ -207,21 +207,21 @@ class Living(RuleBasedStateMachine):
         changes.compact(self.folder)
         assert len(store.read_manifest(self.folder).segments) == 1
         if segments > 1:
-            self.became(self.state)
+            self.commit(self.state)
 
     @rule(factory=st.none() | st.sampled_from(FACTORIES), dtype=st.sampled_from([None, "float16", "float32"]))
     def rebuild(self, factory: str | None, dtype: str | None) -> None:
         changes.rebuild(self.folder, index=factory, dtype=dtype)
         dtype = dtype or self.state.dtype
         keys = {key_id: (label, vector.astype(dtype)) for key_id, (label, vector) in self.state.keys.items()}
-        self.became(State(keys, self.state.text, factory or self.state.factory, dtype))
+        self.commit(State(keys, self.state.text, factory or self.state.factory, dtype))
 
     @rule(data=st.data())
     def rollback(self, data: st.DataObject) -> None:
         wanted = data.draw(st.sampled_from(list(self.kept)))
         changes.rollback(self.folder, wanted)
         if wanted != self.version:
-            self.became(self.kept[wanted])
+            self.commit(self.kept[wanted])
 
     @rule(keep=st.integers(1, KEPT))
     def collect(self, keep: int) -> None:
@@ -237,12 +237,12 @@ class Living(RuleBasedStateMachine):
         self.reader = Reader(found, self.state)
 
     @invariant()
-    def the_folder_is_whole_and_says_and_answers_what_it_should(self) -> None:
+    def the_folder_is_intact_and_answers_correctly(self) -> None:
         cache = verify(self.folder)
-        self.keys_and_labels_are_exactly_those_that_should_be_there(cache)
-        self.answers_are_those_of_a_fresh_index(cache)
+        self.check_keys_and_labels(cache)
+        self.check_answers_match_a_fresh_index(cache)
 
-    def keys_and_labels_are_exactly_those_that_should_be_there(self, cache: CacheModel) -> None:
+    def check_keys_and_labels(self, cache: CacheModel) -> None:
         assert cache.version == self.version
         assert cache.class_names == list(self.state.text)
         assert (cache.index.factory, str(cache.keys.dtype)) == (self.state.factory, self.state.dtype)
@@ -256,7 +256,7 @@ class Living(RuleBasedStateMachine):
         pairs = list(zip(cache.labels["class_id"].to_pylist(), cache.labels["shot"].to_pylist(), strict=True))
         assert len(set(pairs)) == len(pairs)
 
-    def answers_are_those_of_a_fresh_index(self, cache: CacheModel) -> None:
+    def check_answers_match_a_fresh_index(self, cache: CacheModel) -> None:
         fresh = self.state.fresh()
         np.testing.assert_allclose(cache.logits(QUERIES), fresh.logits(QUERIES), atol=1e-4)
         near = [[int(key.source) for key in found.neighbours] for found in fresh.classify(QUERIES, neighbours=K)]
@@ -264,15 +264,15 @@ class Living(RuleBasedStateMachine):
         assert [[key.key_id for key in found.neighbours] for found in predicted] == near
         assert [found.label for found in predicted] == [found.label for found in fresh.classify(QUERIES)]
         winners = [cache.class_names[i] for i in cache.logits(QUERIES, K).argmax(1).tolist()]
-        assert [found.label for found in cache.classify(QUERIES, k=K)] == winners  # also from a shortlist of classes
+        assert [found.label for found in cache.classify(QUERIES, k=K)] == winners  # also with a shortlist of classes
         for tail in (False, True):
             if not cache.index.by_class:
                 np.testing.assert_allclose(cache.logits(QUERIES, K, tail), fresh.logits(QUERIES, K, tail), atol=1e-4)
             else:
-                self.each_class_is_met_whole_or_at_its_mean(cache, tail)
+                self.check_each_class_counts_exactly_or_at_its_mean(cache, tail)
 
-    def each_class_is_met_whole_or_at_its_mean(self, cache: CacheModel, tail: bool) -> None:
-        """Which classes are met follows from a sample of the keys; what comes of it does not."""
+    def check_each_class_counts_exactly_or_at_its_mean(self, cache: CacheModel, tail: bool) -> None:
+        """A sample of the keys determines which classes count exactly, so the test accepts either sum."""
         whole, mean = np.zeros((2, len(QUERIES), len(self.state.text)))
         for i, name in enumerate(self.state.text):
             own = [vector for label, vector in self.state.keys.values() if label == name]
@@ -286,7 +286,7 @@ class Living(RuleBasedStateMachine):
         assert is_whole.any()
 
     @invariant()
-    def versions_go_in_one_line_and_every_file_is_named(self) -> None:
+    def versions_form_one_line_and_name_every_file(self) -> None:
         rows = store.history(self.folder).to_pylist()
         assert [row["version"] for row in rows] == list(self.kept)
         assert [row["keys"] for row in rows] == [len(state.keys) for state in self.kept.values()]
@@ -297,7 +297,7 @@ class Living(RuleBasedStateMachine):
         assert named == {f"data/{path.name}" for path in (self.folder / "data").iterdir()}
 
     @invariant()
-    def the_reader_goes_on_answering(self) -> None:
+    def the_reader_still_answers(self) -> None:
         cache = self.reader.cache
         np.testing.assert_allclose(cache.logits(QUERIES), self.reader.logits, atol=1e-4)
         assert sorted(cache.labels["key_id"].to_pylist()) == sorted(self.reader.state.keys)

@@ -1,4 +1,4 @@
-"""Building from a large table holds FAISS's copy of the keys and a memory-mapped file; a fit adds the points."""
+"""Peak memory of a build from a large table: FAISS's copy of the keys and a mapped file. A fit adds the points."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ pytestmark = pytest.mark.soak
 
 
 def peak(folder: Path, rows: int, dim: int, *options: str, compressed: bool = False) -> float:
-    """Peak resident memory in GiB of a build from a table of so many rows."""
+    """Return the peak resident memory in GiB of a build from a table of ``rows`` rows."""
     folder.mkdir()
     write_tables(folder, Made(1000, dim, 1), rows)
     table = folder / "table.parquet"
-    if compressed:  # what pyarrow and pandas write unless told otherwise: one row group
+    if compressed:  # pyarrow and pandas write one row group by default
         pq.write_table(pq.read_table(table), table)
         assert pq.ParquetFile(table).metadata.num_row_groups == 1
     return launch(*PROGRAM, "-q", "index", "build", table, "--out", folder / "index", *options).peak
 
 
 @pytest.mark.parametrize(("compressed", "fit", "most"), [(False, "none", 3), (True, "none", 3), (False, "auto", 4.5)])
-def test_build_holds_no_further_copy_of_the_features(tmp_path: Path, compressed: bool, fit: str, most: float) -> None:
-    """A fit has the keys in the metric too; the index is over them alone."""
+def test_a_build_holds_few_copies_of_the_features(tmp_path: Path, compressed: bool, fit: str, most: float) -> None:
+    """A fit also holds the keys transformed by the metric, which the index contains instead of the raw keys."""
     base = peak(tmp_path / "small", 1000, DIM, "--fit", fit)
     found = peak(tmp_path / "large", ROWS, DIM, "--fit", fit, compressed=compressed)
     assert CacheModel.load(tmp_path / "large" / "index", device="cpu").n == ROWS
     assert FEATURES < found - base < most * FEATURES
 
 
-def test_peak_memory_is_the_command_s_own(tmp_path: Path) -> None:
-    """Linux counts as a child's peak also what its parent held at the fork; here that is a whole GiB."""
+def test_peak_memory_excludes_the_parent_process(tmp_path: Path) -> None:
+    """Linux includes the parent's memory at the fork, here 1 GiB, in a child's peak."""
     held = bytearray(b"x") * (1 << 30)
     assert 0.05 < peak(tmp_path / "small", 1000, 8) < len(held) / 2**30

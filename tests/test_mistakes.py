@@ -1,4 +1,4 @@
-"""Common mistakes on the command line each give one line that says what to do."""
+"""Each common mistake on the command line prints one line that explains what to do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import shlex
-import subprocess
 import sys
 
 import click
@@ -25,7 +24,7 @@ from retrieval_tip.cli.examples import EXAMPLES
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """An index of features, features to ask about, and photographs."""
+    """A folder with an index of features, features to classify, and photos."""
     from click.testing import CliRunner
 
     place = tmp_path_factory.mktemp("mistakes")
@@ -42,7 +41,7 @@ def world(tmp_path_factory):
 
 
 MISTAKES = {
-    # what is typed: exit status, and the words of the last line that say what to do
+    # command: exit status, and words of the last line that explain what to do
     "clasify {w}/i/x {w}/new.parquet": (2, "Did you mean 'classify'"),
     "build photos": (2, "index build"),
     "train {w}/i/x": (2, "fit or finetune"),
@@ -93,7 +92,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("typed", MISTAKES)
-def test_a_mistake_is_one_line_that_says_what_to_do(run, world, typed):
+def test_a_mistake_prints_one_line_that_explains_what_to_do(run, world, typed):
     status, words = MISTAKES[typed]
     parts = typed.replace("{w}/*.jpg", f"{world}/%.jpg").replace("{w}", str(world)).replace(" ", "\0").replace("*", " ")
     result = run(*parts.replace("%", "*").split("\0"))
@@ -104,7 +103,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(run, world, typed):
     assert words.replace("{w}", str(world)) in line
 
 
-def test_an_error_in_use_points_to_the_help_of_its_own_command(run, world):
+def test_a_usage_error_points_to_the_help_of_its_command(run, world):
     for typed in (
         ["classify", world / "i/x", world / "new.parquet", "--device", "gpu"],
         ["index", "build", world / "train.parquet", "--out", world / "o", "--fit", "none", "--metric", "within"],
@@ -112,22 +111,22 @@ def test_an_error_in_use_points_to_the_help_of_its_own_command(run, world):
         assert " ".join(part for part in typed[:2] if isinstance(part, str)) + " --help" in run(*typed).stderr
 
 
-def test_the_suffix_of_the_output_is_its_format(run, world, tmp_path):
+def test_the_output_suffix_selects_the_format(run, world, tmp_path):
     classify = ("classify", world / "i/x", world / "new.parquet")
-    told = [json.loads(line)["label"] for line in run(*classify, "--format", "jsonl").stdout.splitlines()]
+    labels = [json.loads(line)["label"] for line in run(*classify, "--format", "jsonl").stdout.splitlines()]
     for name in ("a.csv", "a.json", "a.jsonl", "a.txt", "a.parquet"):
         assert run(*classify, "--output", tmp_path / name).exit_code == 0
     text = {name: (tmp_path / f"a.{name}").read_text() for name in ("csv", "json", "jsonl", "txt")}
-    assert [row["label"] for row in csv.DictReader(io.StringIO(text["csv"]))] == told
+    assert [row["label"] for row in csv.DictReader(io.StringIO(text["csv"]))] == labels
     assert text["json"] == text["jsonl"]
-    assert [json.loads(line)["label"] for line in text["json"].splitlines()] == told
-    assert [line.split()[1] for line in text["txt"].splitlines()[1:]] == told
-    assert pq.read_table(tmp_path / "a.parquet")["label"].to_pylist() == told
+    assert [json.loads(line)["label"] for line in text["json"].splitlines()] == labels
+    assert [line.split()[1] for line in text["txt"].splitlines()[1:]] == labels
+    assert pq.read_table(tmp_path / "a.parquet")["label"].to_pylist() == labels
     run(*classify, "--output", tmp_path / "b.csv", "--format", "json")
-    assert json.loads((tmp_path / "b.csv").read_text().splitlines()[0])["label"] == told[0]
+    assert json.loads((tmp_path / "b.csv").read_text().splitlines()[0])["label"] == labels[0]
 
 
-def test_quiet_and_verbose_stand_anywhere(run, world):
+def test_quiet_and_verbose_work_in_any_position(run, world):
     table = world / "one class.parquet"
     write_table(table, unit_rows(2, 8), ["a", "a"])
     loud = run("index", "build", table, "--out", world / "o1", "--fit", "none")
@@ -140,14 +139,14 @@ def test_quiet_and_verbose_stand_anywhere(run, world):
     assert logging.getLogger("retrieval_tip").level == logging.DEBUG
 
 
-def test_indexes_are_listed(run, world):
+def test_index_list_shows_version_keys_and_classes(run, world):
     rows = [json.loads(line) for line in run("index", "list", world / "i", "--format", "json").stdout.splitlines()]
     assert [(row["index"], row["version"], row["keys"], row["classes"]) for row in rows] == [
         (str(world / "i/x"), 1, 6, 2)
     ]
 
 
-def test_the_cache_is_shown_pruned_and_bounded(run, tmp_path, monkeypatch):
+def test_the_cache_command_shows_prunes_and_limits_the_cache(run, tmp_path, monkeypatch):
     from retrieval_tip import EncodingCache
 
     cache = EncodingCache(tmp_path)
@@ -166,14 +165,14 @@ def test_the_cache_is_shown_pruned_and_bounded(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shells_complete(run, shell):
+def test_completion_prints_a_script_for_each_shell(run, shell):
     script = run("completion", shell).stdout
     assert "_RETRIEVAL_TIP_COMPLETE" in script
     assert "retrieval-tip" in script
 
 
-def test_help_has_sections_a_summary_and_two_examples_that_work():
-    """Each example names options and arguments that its command takes."""
+def test_each_command_has_a_short_summary_and_two_valid_examples():
+    """An example is valid if its command accepts the options and arguments."""
     for path in commands():
         name, found = " ".join(path), cli.main
         parents = []
@@ -188,7 +187,7 @@ def test_help_has_sections_a_summary_and_two_examples_that_work():
             assert ctx.args == []
 
 
-def test_help_folds_rare_options(run):
+def test_help_hides_rare_options(run):
     short, long = run("classify", "--help").stdout, run("classify", "--help-all").stdout
     assert "Answers:" in short
     assert "--workers" in short
@@ -203,16 +202,15 @@ def test_wide_characters_align(run, world, tmp_path):
     assert len({wcswidth(line) for line in lines}) == 1
 
 
-def test_colour_is_for_terminals(world):
-    code = (
-        "import os, sys; sys.stderr.isatty = lambda: True; from retrieval_tip.cli import main\n"
-        "os.environ['NO_COLOR'] = '1'; main(standalone_mode=False)\n"
-        "print('and', file=sys.stderr); del os.environ['NO_COLOR']; main(standalone_mode=False)"
-    )
+def test_colour_is_used_only_in_terminals_without_no_color(world, capsys, monkeypatch):
     write_table(world / "one.parquet", unit_rows(2, 8), ["a", "a"])
-    command = ["index", "build", world / "one.parquet", "--out", world / "o2", "--fit", "none"]
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
-    plain, coloured = done.stderr.split("and\n", 1)
-    assert "warning: " in plain
-    assert "\x1b[" not in plain
-    assert "\x1b[33mwarning\x1b[0m: " in coloured
+    command = ["index", "build", str(world / "one.parquet"), "--out", str(world / "o2"), "--fit", "none"]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for variable, warning in (("NO_COLOR", "warning: "), ("OTHER", "\x1b[33mwarning\x1b[0m: ")):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "1")
+            cli.main(command, standalone_mode=False)
+        shown = capsys.readouterr().err
+        assert warning in shown
+        assert ("\x1b[" in shown) == (variable != "NO_COLOR")

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(60)
 bucket, place = buckets.bucket, buckets.place
 
 CLOSED = "http://127.0.0.1:9"
-"""Nothing listens on the port of discard."""
+"""Address without a server: port 9 (discard)."""
 
 
 parsed = Address.parse
@@ -62,7 +62,7 @@ def at(text: str, **patience: float) -> Objects:
         ("gs://my_bucket.de/a/ü b", "gs://my_bucket.de/a/ü b"),
     ],
 )
-def test_an_address_has_one_text(text: str, canonical: str):
+def test_equal_addresses_have_one_canonical_form(text: str, canonical: str):
     address = parsed(text)
     assert str(address) == canonical
     assert parsed(canonical) == address
@@ -70,7 +70,7 @@ def test_an_address_has_one_text(text: str, canonical: str):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "expected"),
     [
         ("s3://", "no bucket"),
         ("s3://bucket", "no path"),
@@ -91,11 +91,11 @@ def test_an_address_has_one_text(text: str, canonical: str):
         ("s3://bucket/x?secret=hunter2", "remove the query"),
     ],
 )
-def test_a_bad_address_is_refused_in_one_line(text: str, says: str):
+def test_a_bad_address_is_refused_in_one_line_without_secrets(text: str, expected: str):
     with pytest.raises(UsageError) as caught:
         Address.parse(text)
     message = str(caught.value)
-    assert says in message
+    assert expected in message
     assert message.isprintable()
     assert "hunter2" not in message
     assert "ter2" not in message
@@ -105,7 +105,7 @@ def test_a_bad_address_is_refused_in_one_line(text: str, says: str):
 @given(st.sampled_from(["s3://", "gs://", "lance://", ""]), st.text() | st.text(":@/?.ab%\n"))
 @example("s3://", "a:b@c/d")
 @example("lance://", "a:b/c@d")
-def test_any_text_is_an_address_or_a_folder_or_refused(scheme: str, text: str):
+def test_any_text_is_an_address_a_folder_or_refused(scheme: str, text: str):
     try:
         address = addresses.parse(scheme + text)
     except UsageError as error:
@@ -135,7 +135,7 @@ def test_written_objects_are_read_back(place: str):
     store.put("a/x", b"one")
     store.put("a/x", b"two")
     store.put("a/b/y", b"")
-    store.put("z", bytes(range(256)) * 8192)  # more than one part of an upload takes
+    store.put("z", bytes(range(256)) * 8192)  # larger than one part of a multipart upload
     assert store.get("a/x") == b"two"
     assert store.get("a/b/y") == b""
     assert store.get("z") == bytes(range(256)) * 8192
@@ -152,12 +152,12 @@ def test_a_missing_object_is_reported(place: str):
         with pytest.raises(FileNotFoundError):
             store.get(name)
     store.put("a/x", b"1")
-    for name in ("a", "a/x/y"):  # neither a folder nor what lies below an object is one
+    for name in ("a", "a/x/y"):  # a folder, and a path below an object
         with pytest.raises(FileNotFoundError):
             store.get(name)
 
 
-def test_removing_minds_nothing_that_is_gone(place: str):
+def test_deleting_missing_objects_is_no_error(place: str):
     store = at(place)
     store.delete(["x", "a/x"])
     store.put("a/x", b"1")
@@ -167,7 +167,7 @@ def test_removing_minds_nothing_that_is_gone(place: str):
     store.delete([])
 
 
-def test_only_the_first_creates(place: str):
+def test_only_the_first_create_succeeds(place: str):
     store = at(place)
     assert store.create("v/1", b"first")
     assert not store.create("v/1", b"second")
@@ -177,7 +177,7 @@ def test_only_the_first_creates(place: str):
     assert store.names("v") == ["v/1"]
 
 
-def test_who_replaces_an_object_says_which_version_that_is(bucket: str):
+def test_an_object_is_replaced_only_if_its_version_matches(bucket: str):
     store = at(bucket)
     first = store.replace("x", b"first", None)
     assert first is not None
@@ -188,11 +188,11 @@ def test_who_replaces_an_object_says_which_version_that_is(bucket: str):
     assert store.replace("x", b"third", first) is None
     assert store.read("x") == (b"second", second)
     store.delete(["x"])
-    assert store.replace("x", b"third", second) is None  # nor does it come back
+    assert store.replace("x", b"third", second) is None  # a deleted object is not recreated
     assert store.names() == []
 
 
-def test_of_processes_that_create_one_name_at_once_one_wins(place: str):
+def test_one_of_two_concurrent_processes_creates_each_object(place: str):
     script = (
         "import sys; from retrieval_tip.lance.address import Address; from retrieval_tip.lance.objects import Objects;"
         "store = Objects(Address.parse(sys.argv[1]));"
@@ -217,21 +217,21 @@ def test_of_processes_that_create_one_name_at_once_one_wins(place: str):
 
 
 @pytest.mark.parametrize("name", ["", "/x", "x/", "a//b", "..", "a/../b", ".x", "a/.b", "a b", "a\n", "a\\b", "a%41"])
-def test_a_name_leads_nowhere_else(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    buckets.use(monkeypatch, CLOSED)  # which is not asked
+def test_bad_object_names_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    buckets.use(monkeypatch, CLOSED)  # no request is sent
     for place in (f"lance://{tmp_path}/x", "s3://bucket/x"):
         store = at(place)
-        for ask in every(store, name):
-            fails(ask, "not a valid object name")
+        for ask in operations(store, name):
+            check_error(ask, "not a valid object name")
         if name:
-            fails(functools.partial(store.names, name), "not a valid object name")
+            check_error(functools.partial(store.names, name), "not a valid object name")
     assert not any(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------------- disk
 
 
-def test_on_a_disk_a_killed_writer_leaves_nothing_that_counts(tmp_path: Path):
+def test_files_of_a_killed_writer_are_not_listed(tmp_path: Path):
     (tmp_path / ".1.abc.tmp").write_bytes(b"half")
     (tmp_path / ".1.abc.tmp#1").write_bytes(b"half")
     (tmp_path / "my photo.jpg").write_bytes(b"x")
@@ -242,14 +242,14 @@ def test_on_a_disk_a_killed_writer_leaves_nothing_that_counts(tmp_path: Path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="SKIPPED: needs named pipes")
-def test_on_a_disk_a_pipe_is_no_object(tmp_path: Path):
+def test_a_pipe_is_not_an_object(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe")
     for most in (None, 10):
         with pytest.raises(FileNotFoundError):
             at(f"lance://{tmp_path}").get("pipe", most)
 
 
-def test_on_a_disk_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_disk_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").write_bytes(b"x")
     for place, name in ((f"{tmp_path}/file/store", "x"), (f"{tmp_path}/file", "x"), (f"{tmp_path}", "file/x")):
         store = at(f"lance://{place}")
@@ -276,7 +276,7 @@ def test_on_a_disk_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_without_obstore_the_error_tells_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_obstore_the_error_explains_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     uninstall("obstore", monkeypatch)
     for text in (f"lance://{tmp_path}/x", "s3://bucket/x", "gs://bucket/x"):
         with pytest.raises(UsageError) as caught:
@@ -285,11 +285,11 @@ def test_without_obstore_the_error_tells_how_to_install_it(tmp_path: Path, monke
         assert "retrieval-tip[distributed]" in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------- what goes wrong elsewhere
+# ------------------------------------------------------------------------------------------------ errors of the service
 
 
-def every(store: Objects, name: str) -> list[Callable[[], object]]:
-    """Each way to ask for an object."""
+def operations(store: Objects, name: str) -> list[Callable[[], object]]:
+    """Return a call of each operation on an object."""
     return [
         lambda: store.get(name),
         lambda: store.put(name, b""),
@@ -299,7 +299,7 @@ def every(store: Objects, name: str) -> list[Callable[[], object]]:
     ]
 
 
-def fails(ask: Callable[[], object], *says: str, within: float = 20.0) -> None:
+def check_error(ask: Callable[[], object], *expected: str, within: float = 20.0) -> None:
     began = time.monotonic()
     with pytest.raises(StoreError) as caught:
         ask()
@@ -307,7 +307,7 @@ def fails(ask: Callable[[], object], *says: str, within: float = 20.0) -> None:
     message = str(caught.value)
     assert message.isprintable()
     assert len(message) < 400
-    for text in says:
+    for text in expected:
         assert text in message
     for text in (buckets.SECRET, buckets.KEY, "Debug source", "<"):
         assert text not in message
@@ -315,37 +315,37 @@ def fails(ask: Callable[[], object], *says: str, within: float = 20.0) -> None:
     assert caught.value.__context__ is None or caught.value.__suppress_context__
 
 
-def test_no_such_bucket(bucket: str):
+def test_a_missing_bucket_is_reported(bucket: str):
     store = at("s3://no-such-bucket/indexes/x")
-    for ask in [*every(store, "a/x"), lambda: store.names("a")]:
-        fails(ask, "s3://no-such-bucket/indexes/x/a", "no such bucket")
+    for ask in [*operations(store, "a/x"), lambda: store.names("a")]:
+        check_error(ask, "s3://no-such-bucket/indexes/x/a", "no such bucket")
 
 
-def test_no_server(monkeypatch: pytest.MonkeyPatch):
+def test_an_unreachable_server_is_reported(monkeypatch: pytest.MonkeyPatch):
     buckets.use(monkeypatch, CLOSED)
     store = at("s3://bucket/x", retries=1)
     for ask in (lambda: store.get("a/x"), lambda: store.create("a/x", b""), lambda: store.names("a")):
-        fails(ask, "s3://bucket/x/a", "cannot connect to 127.0.0.1:9", "AWS_ENDPOINT_URL", within=5)
+        check_error(ask, "s3://bucket/x/a", "cannot connect to 127.0.0.1:9", "AWS_ENDPOINT_URL", within=5)
 
 
-def test_a_server_that_says_nothing(monkeypatch: pytest.MonkeyPatch):
+def test_a_server_that_does_not_answer_is_reported(monkeypatch: pytest.MonkeyPatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         buckets.use(monkeypatch, f"http://127.0.0.1:{port}")
         store = at("s3://bucket/x", answer=0.4, retry=0.4)
-        fails(lambda: store.create("a", b""), f"no answer from 127.0.0.1:{port}", within=4)
-        fails(lambda: store.get("a"), f"no answer from 127.0.0.1:{port}", within=4)
+        check_error(lambda: store.create("a", b""), f"no answer from 127.0.0.1:{port}", within=4)
+        check_error(lambda: store.get("a"), f"no answer from 127.0.0.1:{port}", within=4)
 
 
 @pytest.mark.parametrize("without", [["AWS_ACCESS_KEY_ID"], ["AWS_SECRET_ACCESS_KEY"], ["both"]])
-def test_no_credentials(without: list[str], bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_missing_credentials_are_reported(without: list[str], bucket: str, monkeypatch: pytest.MonkeyPatch):
     for name in without if without != ["both"] else ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]:
         monkeypatch.delenv(name)
-    fails(lambda: at(bucket).get("x"), "no credentials", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    check_error(lambda: at(bucket).get("x"), "no credentials", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "says"),
+    ("status", "code", "expected"),
     [
         (403, "InvalidAccessKeyId", "access denied (InvalidAccessKeyId)"),
         (403, "SignatureDoesNotMatch", "access denied (SignatureDoesNotMatch)"),
@@ -358,19 +358,19 @@ def test_no_credentials(without: list[str], bucket: str, monkeypatch: pytest.Mon
         (404, "NoSuchBucket", "no such bucket"),
     ],
 )
-def test_what_a_service_refuses(status: int, code: str, says: str, monkeypatch: pytest.MonkeyPatch):
+def test_refusals_of_the_service_are_reported(status: int, code: str, expected: str, monkeypatch: pytest.MonkeyPatch):
     echo = f"{buckets.KEY} {buckets.SECRET}"
     body = f"<?xml version='1.0'?>\n<Error><Code>{code}</Code><AWSAccessKeyId>{echo}</AWSAccessKeyId></Error>".encode()
-    with answering(lambda *_: (status, body if code else b"\x1b[2J")) as server:
+    with running_server(lambda *_: (status, body if code else b"\x1b[2J")) as server:
         buckets.use(monkeypatch, server)
         store = at("s3://bucket/x", retries=1)
-        fails(lambda: store.get("a"), "s3://bucket/x/a: ", says, within=5)
-        fails(lambda: store.create("a", b""), "s3://bucket/x/a: ", says, within=5)
-        fails(lambda: store.names("a"), "s3://bucket/x/a: ", says, within=5)
+        check_error(lambda: store.get("a"), "s3://bucket/x/a: ", expected, within=5)
+        check_error(lambda: store.create("a", b""), "s3://bucket/x/a: ", expected, within=5)
+        check_error(lambda: store.names("a"), "s3://bucket/x/a: ", expected, within=5)
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "says"),
+    ("name", "value", "expected"),
     [
         ("AWS_ALLOW_HTTP", "", "AWS_ALLOW_HTTP=true"),
         ("AWS_ENDPOINT_URL", "localhost:9000", "AWS_ENDPOINT_URL is not a server address"),
@@ -378,12 +378,12 @@ def test_what_a_service_refuses(status: int, code: str, says: str, monkeypatch: 
         ("AWS_ENDPOINT_URL_S3", f"http://u:{buckets.SECRET}@h", "AWS_ENDPOINT_URL_S3 is not a server address"),
     ],
 )
-def test_an_unusable_environment_is_an_error(name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch):
+def test_bad_environment_variables_are_reported(name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch):
     buckets.use(monkeypatch, CLOSED)
     monkeypatch.setenv(name, value)
     address = parsed("s3://bucket/x")
-    fails(lambda: Objects(address), "s3://bucket/x: ", says)
-    fails(lambda: storage_options(address), "s3://bucket/x: ", says)
+    check_error(lambda: Objects(address), "s3://bucket/x: ", expected)
+    check_error(lambda: storage_options(address), "s3://bucket/x: ", expected)
 
 
 # -------------------------------------------------------------------------------------------------- LanceDB's settings
@@ -392,11 +392,13 @@ def test_an_unusable_environment_is_an_error(name: str, value: str, says: str, m
 @pytest.mark.parametrize(
     ("variable", "region"), [("AWS_ENDPOINT_URL_S3", True), ("AWS_ENDPOINT_URL", False), ("AWS_ENDPOINT", True)]
 )
-def test_both_clients_ask_the_same_server(variable: str, region: bool, bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_obstore_and_lancedb_use_the_same_server(
+    variable: str, region: bool, bucket: str, monkeypatch: pytest.MonkeyPatch
+):
     lancedb, pa = pytest.importorskip("lancedb"), pytest.importorskip("pyarrow")
     order = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
     monkeypatch.delenv("AWS_ENDPOINT_URL")
-    for later in order[order.index(variable) :]:  # those that come after it name another server
+    for later in order[order.index(variable) :]:  # variables of lower priority name another server
         monkeypatch.setenv(later, CLOSED)
     monkeypatch.setenv(variable, buckets.endpoint())
     if not region:
@@ -418,8 +420,8 @@ Answer = tuple[int, bytes] | tuple[int, bytes, str]
 
 
 @contextmanager
-def answering(answer: Callable[[str, str, dict[str, str], bytes], Answer]) -> Iterator[str]:
-    """A server that answers as the function says: of method, path with query, headers and body."""
+def running_server(answer: Callable[[str, str, dict[str, str], bytes], Answer]) -> Iterator[str]:
+    """Run a server whose answers ``answer(method, path with query, headers, body)`` returns."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -454,7 +456,7 @@ def answering(answer: Callable[[str, str, dict[str, str], bytes], Answer]) -> It
         server.server_close()
 
 
-def test_the_contract_on_gcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_objects_behave_in_the_same_way_on_gcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     kept: dict[str, bytes] = {}
     versions: dict[str, str] = {}
 
@@ -479,7 +481,7 @@ def test_the_contract_on_gcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             return 204, b""
         return 200, kept[name], versions[name]
 
-    with answering(answer) as server:
+    with running_server(answer) as server:
         buckets.use(monkeypatch, CLOSED)
         account = tmp_path / "account.json"
         entries = {"gcs_base_url": server, "disable_oauth": True, "client_email": "", "private_key": ""}
@@ -503,15 +505,15 @@ def test_the_contract_on_gcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             store.get("v/1")
 
 
-def test_gcs_without_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_gcs_credentials_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     buckets.use(monkeypatch, CLOSED)
     for name in ("GCE_METADATA_HOST", "GCE_METADATA_ROOT", "GCE_METADATA_IP"):
         monkeypatch.setenv(name, "127.0.0.1:9")
     monkeypatch.setenv("HOME", str(tmp_path))  # gcloud keeps credentials there
-    fails(
+    check_error(
         lambda: at("gs://bucket/x", retries=1).get("a"),
         "gs://bucket/x/a: no credentials",
         "GOOGLE_APPLICATION_CREDENTIALS",
     )
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
-    fails(lambda: at("gs://bucket/x"), "gs://bucket/x: no credentials", "GOOGLE_APPLICATION_CREDENTIALS")
+    check_error(lambda: at("gs://bucket/x"), "gs://bucket/x: no credentials", "GOOGLE_APPLICATION_CREDENTIALS")

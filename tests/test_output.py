@@ -1,4 +1,4 @@
-"""Printed tables and data, without escape sequences that a terminal would obey."""
+"""Printed tables and data, without escape sequences for a terminal."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from retrieval_tip.cli.output import FORMATS, WIDE, prediction_details, write_ta
 from retrieval_tip.errors import InputError, json_line, one_line
 from retrieval_tip.predictions import rows_of
 
-OBEYED = "\x1b[2J\x07\x9b31m\u202e\u2066\u200f\u2028\r\n\t\x7f"
-"""Escape sequences of both kinds, marks of direction, ends of lines."""
+ESCAPES = "\x1b[2J\x07\x9b31m\u202e\u2066\u200f\u2028\r\n\t\x7f"
+"""Two kinds of escape sequences, direction marks and line endings."""
 HOSTILE = pa.table(
     {
-        f"name{OBEYED}": [f"a{OBEYED}"],
-        "list": [[f"b{OBEYED}"]],
-        "object": [{f"k{OBEYED}": [f"c{OBEYED}"]}],
-        "bytes": [OBEYED.encode()],
+        f"name{ESCAPES}": [f"a{ESCAPES}"],
+        "list": [[f"b{ESCAPES}"]],
+        "object": [{f"k{ESCAPES}": [f"c{ESCAPES}"]}],
+        "bytes": [ESCAPES.encode()],
     }
 )
 
 
 class Terminal(io.TextIOWrapper):
-    """Standard output, as it is on a terminal or not."""
+    """Standard output that is a terminal or not."""
 
-    def __init__(self, is_one: bool) -> None:
+    def __init__(self, is_terminal: bool) -> None:
         super().__init__(io.BytesIO())
-        self.is_one = is_one
+        self.is_terminal = is_terminal
 
     def isatty(self) -> bool:
-        return self.is_one
+        return self.is_terminal
 
     @property
     def text(self) -> str:
@@ -49,8 +49,8 @@ class Terminal(io.TextIOWrapper):
 
 
 @pytest.mark.parametrize("style", ["table", "json", "csv"])
-def test_nothing_that_a_terminal_obeys_reaches_one(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal(is_one=True)
+def test_no_escape_sequence_reaches_a_terminal(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal(is_terminal=True)
     monkeypatch.setattr(sys, "stdout", terminal)
     write_table(HOSTILE, style, None)
     lines = terminal.text.splitlines()
@@ -59,16 +59,16 @@ def test_nothing_that_a_terminal_obeys_reaches_one(style: str, monkeypatch: pyte
     assert "u202e" in terminal.text
 
 
-def test_a_table_in_a_file_is_for_eyes_too(tmp_path: Path) -> None:
+def test_a_table_in_a_file_is_printable(tmp_path: Path) -> None:
     write_table(HOSTILE, "table", tmp_path / "out")
     assert all(line.isprintable() for line in (tmp_path / "out").read_text().splitlines())
 
 
 @pytest.mark.parametrize("to_file", [True, False])
-def test_data_stays_data(tmp_path: Path, to_file: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In files, and where standard output is no terminal; JSON is data everywhere."""
+def test_data_outside_a_terminal_is_unchanged(tmp_path: Path, to_file: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data is written to a file or to standard output."""
     for style in ("json", "csv"):
-        out = Terminal(is_one=False)
+        out = Terminal(is_terminal=False)
         monkeypatch.setattr(sys, "stdout", out)
         write_table(HOSTILE.drop_columns(["bytes"]), style, tmp_path / style if to_file else None)
         text = (tmp_path / style).read_bytes().decode() if to_file else out.text
@@ -76,13 +76,13 @@ def test_data_stays_data(tmp_path: Path, to_file: bool, monkeypatch: pytest.Monk
             assert json.loads(text) == HOSTILE.drop_columns(["bytes"]).to_pylist()[0]
         else:
             heading, row = csv.reader(io.StringIO(text, newline=""))
-            assert (heading[0], row[0]) == (f"name{OBEYED}", f"a{OBEYED}")
-            assert json.loads(row[1]) == [f"b{OBEYED}"]
+            assert (heading[0], row[0]) == (f"name{ESCAPES}", f"a{ESCAPES}")
+            assert json.loads(row[1]) == [f"b{ESCAPES}"]
     write_table(HOSTILE, "parquet", tmp_path / "parquet")
     assert pq.read_table(tmp_path / "parquet").equals(HOSTILE)
 
 
-def test_escapes_change_no_json_and_no_text_that_is_printable() -> None:
+def test_escaping_preserves_json_and_printable_text() -> None:
     every = (
         "".join(chr(code) for code in range(0x11000) if not 0xD800 <= code < 0xE000) + "\U0001f600\U000e0001\U0010ffff"
     )
@@ -113,14 +113,14 @@ def test_escapes_change_no_json_and_no_text_that_is_printable() -> None:
     ],
     ids=lambda values: str(values.type),
 )  # fmt: skip
-def test_rows_of_a_table_are_those_that_arrow_gives(values: pa.Array) -> None:
+def test_rows_of_a_table_match_arrow(values: pa.Array) -> None:
     table = pa.table({"number": range(3), "values": values})
     for part in (table, table.slice(1), table.slice(1, 1), table.slice(3), pa.concat_tables([table, table.slice(2)])):
         assert list(rows_of(part)) == part.to_pylist()
 
 
-def test_parquet_has_dictionaries_of_texts_alone(tmp_path: Path) -> None:
-    """Of figures they cost time and space."""
+def test_parquet_uses_dictionaries_only_for_text(tmp_path: Path) -> None:
+    """For numbers, dictionaries cost time and space."""
     near = [[{"source": f"s{i % 3}", "affinity": i / 7, "gives": [i / 3], "labels": ["a"]}] for i in range(2000)]
     table = pa.table({"input": [f"q{i}" for i in range(2000)], "probability": np.arange(2000) / 11, "neighbours": near})
     write_table(table, "parquet", tmp_path / "out")
@@ -138,7 +138,7 @@ PREDICTED = ("labels", "probabilities", "neighbours", "opposing", "logits")
 
 @pytest.mark.parametrize("name", PREDICTED)
 @pytest.mark.parametrize("value", ["text", 1, None, [1], ["a"], [{"a": 1}], [[None]], {"a": 1}, []], ids=repr)
-def test_columns_mean_nothing_by_their_names(name: str, value: object, tmp_path: Path) -> None:
+def test_column_names_have_no_special_meaning(name: str, value: object, tmp_path: Path) -> None:
     table = pa.table({name: [value], "after": ["x"]})
     for style in FORMATS:
         write_table(table, style, tmp_path / style)
@@ -148,25 +148,16 @@ def test_columns_mean_nothing_by_their_names(name: str, value: object, tmp_path:
     assert row.endswith("  x")
 
 
-def test_predictions_have_details_below_them(tmp_path: Path) -> None:
-    near = {"key_id": 3, "source": f"s{OBEYED}", "label": "cat", "affinity": 0.5, "weight": 0.25, "gives": [-0.5]}
-    row = {"input": "a", "label": "cat", "labels": ["cat", f"d{OBEYED}"], "probabilities": [0.75, 0.25]}
+def test_predictions_are_followed_by_details(tmp_path: Path) -> None:
+    near = {"key_id": 3, "source": f"s{ESCAPES}", "label": "cat", "affinity": 0.5, "weight": 0.25, "gives": [-0.5]}
+    row = {"input": "a", "label": "cat", "labels": ["cat", f"d{ESCAPES}"], "probabilities": [0.75, 0.25]}
     row |= {"logits": [1.0, 2.0], "neighbours": [near], "opposing": near}
     table = pa.Table.from_pylist([row, row | {"neighbours": [], "opposing": None}])
     write_tables([table], table.schema, "table", tmp_path / "out", prediction_details)
     lines = (tmp_path / "out").read_text().splitlines()
     assert lines[0].split() == ["input", "label"]
-    assert [line.split()[0] for line in lines] == [
-        "input",
-        "a",
-        "contribution",
-        "-0.5000",
-        "strongest",
-        "-0.5000",
-        "cat",
-        "a",
-        "cat",
-    ]
+    starts = ["input", "a", "contribution", "-0.5000", "strongest", "-0.5000", "cat", "a", "cat"]
+    assert [line.split()[0] for line in lines] == starts
     assert all(line.isprintable() for line in lines)
 
 
@@ -174,14 +165,14 @@ def test_predictions_have_details_below_them(tmp_path: Path) -> None:
     ("value", "shown"),
     [(1.0, ">0.9999"), (0.99996, ">0.9999"), (0.99994, "0.9999"), (0.5, "0.5000"), (1e-7, "1.0e-07")],
 )
-def test_a_probability_is_never_rounded_to_certainty(value, shown, tmp_path: Path) -> None:
+def test_a_probability_is_never_rounded_to_1(value, shown, tmp_path: Path) -> None:
     row = {"probability": value, "labels": ["cat"], "probabilities": [value], "neighbours": []}
     table = pa.Table.from_pylist([row])
     write_tables([table], table.schema, "table", tmp_path / "out", prediction_details)
     assert (tmp_path / "out").read_text().split() == ["probability", shown, "cat", shown]
 
 
-def test_one_long_cell_does_not_make_every_line_long(tmp_path: Path) -> None:
+def test_one_long_cell_does_not_lengthen_other_lines(tmp_path: Path) -> None:
     long = "x" * (WIDE + 1)
     table = pa.table({"a": [long, *["y"] * 1000], "b": ["z"] * 1001})
     write_table(table, "table", tmp_path / "out")
@@ -189,7 +180,7 @@ def test_one_long_cell_does_not_make_every_line_long(tmp_path: Path) -> None:
     assert lines[:3] == ["a  b", f"{long}  z", "y  z"]
 
 
-def test_a_pipe_that_is_named_as_output_is_written_to_not_replaced(tmp_path: Path) -> None:
+def test_an_output_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True) as reader:
@@ -200,12 +191,12 @@ def test_a_pipe_that_is_named_as_output_is_written_to_not_replaced(tmp_path: Pat
 
 
 @pytest.mark.parametrize("style", FORMATS)
-def test_a_failure_midway_leaves_the_output_that_was_there(tmp_path: Path, style: str) -> None:
+def test_a_failed_write_leaves_the_old_output(tmp_path: Path, style: str) -> None:
     def tables() -> Iterator[pa.Table]:
         yield pa.table({"a": [1, 2]})
         raise InputError("the rest cannot be read")
 
-    (tmp_path / "o").write_text("what was there")
+    (tmp_path / "o").write_text("old output")
     with pytest.raises(InputError):
         write_tables(tables(), pa.schema({"a": pa.int64()}), style, tmp_path / "o")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("o", "what was there")]
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("o", "old output")]

@@ -1,11 +1,9 @@
-"""Diagrams show what plain counting gives, and files are images with content."""
+"""Diagrams show the counts that plain Python computes, and files contain images."""
 
 from __future__ import annotations
 
 import datetime
 import json
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -30,7 +28,7 @@ FILES = ["confusion.png", "per_class.png", "reliability.png", "coverage.png", "a
 
 
 def made_up(truth, predicted, names, confidence=None, affinities=True, **changes):
-    """An evaluation of these answers."""
+    """Return an evaluation with these answers."""
     truth, predicted = np.asarray(truth), np.asarray(predicted)
     right = truth == predicted
     confidence = np.linspace(0.05, 1, len(truth)) if confidence is None else np.asarray(confidence)
@@ -47,7 +45,7 @@ def made_up(truth, predicted, names, confidence=None, affinities=True, **changes
 
 
 def check_png(path, least=3):
-    """A PNG of some size on which more than one thing is drawn."""
+    """Check that a file is a large enough PNG of several colours with white edges."""
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB")).astype(np.int32) @ [1 << 16, 1 << 8, 1]
@@ -58,13 +56,13 @@ def check_png(path, least=3):
     assert all(edge.all() for edge in (white[0], white[-1], white[:, 0], white[:, -1])), "something is cut off"
 
 
-# ------------------------------------------------------------------------------------------------------ what is shown
+# ------------------------------------------------------------------------------------------------------------- contents
 
 
 def test_confusion_counts_every_pair():
     rng = np.random.default_rng(0)
     names = [f"class {i}" for i in range(7)]
-    truth, predicted = rng.integers(0, 6, 300), rng.integers(0, 6, 300)  # the last never occurs
+    truth, predicted = rng.integers(0, 6, 300), rng.integers(0, 6, 300)  # the last class does not occur
     found = plots.confusion(made_up(truth, predicted, names).answers)
     pairs = Counter(zip(truth.tolist(), predicted.tolist(), strict=True))
     assert (found.names, found.of) == (names[:6], 6)
@@ -72,12 +70,12 @@ def test_confusion_counts_every_pair():
     assert found.totals.tolist() == found.counts.sum(axis=1).tolist()
 
 
-def test_of_many_classes_the_most_confused_are_shown():
+def test_only_the_most_confused_of_many_classes_are_shown():
     c = plots.MOST_CLASSES + 50
     names = [f"class {i}" for i in range(c)]
     truth = np.repeat(np.arange(c), 3)
     predicted = truth.copy()
-    confused = np.arange(5, 5 + 3 * 30, 3)  # thirty pairs of neighbours, twice each
+    confused = np.arange(5, 5 + 3 * 30, 3)  # thirty pairs of neighbours, each confused twice
     for i in confused:
         predicted[3 * i : 3 * i + 2] = i + 1
     found = plots.confusion(made_up(truth, predicted, names).answers)
@@ -93,7 +91,7 @@ def test_of_many_classes_the_most_confused_are_shown():
     assert len(plots.confusion(at_most).names) == plots.MOST_CLASSES
 
 
-def test_class_accuracies_are_sorted_and_the_worst_of_many():
+def test_class_accuracies_are_sorted_and_limited_to_the_worst():
     names, values = plots.class_accuracies({"a": 0.5, "b": 1.0, "c": 0.0})
     assert (names, values.tolist()) == (["b", "a", "c"], [1.0, 0.5, 0.0])
     names, values = plots.class_accuracies({str(i): i / 200 for i in range(200)})
@@ -101,7 +99,7 @@ def test_class_accuracies_are_sorted_and_the_worst_of_many():
     assert (np.diff(values) <= 0).all()
 
 
-def test_affinities_are_those_of_every_pair(shared, tmp_path):
+def test_the_affinity_histogram_counts_every_pair(shared, tmp_path):
     cache, val = food(shared, 4)
     pq.write_table(val, tmp_path / "val.parquet")
     source = open_source(tmp_path / "val.parquet")
@@ -122,7 +120,7 @@ def test_affinities_are_those_of_every_pair(shared, tmp_path):
     assert edges[-1] >= affinity.max() - 1e-3
 
 
-def test_keys_off_the_sphere_widen_the_histogram(shared, tmp_path):
+def test_keys_of_larger_norm_widen_the_histogram(shared, tmp_path):
     cache, val = food(shared, 1)
     cache = replace(cache, keys=cache.keys * np.float32(3))
     pq.write_table(val.slice(0, 5), tmp_path / "val.parquet")
@@ -136,10 +134,10 @@ def test_keys_off_the_sphere_widen_the_histogram(shared, tmp_path):
     assert plots.mean_affinity(found, 0 * found.same) is None
 
 
-# -------------------------------------------------------------------------------------------------- how they are drawn
+# -------------------------------------------------------------------------------------------------------------- drawing
 
 
-def test_the_command_writes_pictures_and_prints_the_same(run, shared, tmp_path):
+def test_evaluate_writes_plots_and_prints_the_same(run, shared, tmp_path):
     cache, _ = food(shared)
     cache.save(tmp_path / "i")
     test = shared / "data/clip-food9/test.parquet"
@@ -156,7 +154,7 @@ def test_the_command_writes_pictures_and_prints_the_same(run, shared, tmp_path):
 ODD = ["$a$_^{", "$", "n\new\x1b[31m", "猫 \u200f", "long " * 40, "\\frac", "%", "x", "y", "z"]
 
 
-def test_a_surface_is_drawn_by_k(tmp_path):
+def test_the_search_surface_has_a_panel_for_each_of_the_best_k(tmp_path):
     ks, betas, alphas = [0, 1, 2, 4, 8, 16, 32, 64], np.geomspace(0.1, 100, 9), np.append(0, np.geomspace(1, 1e9, 12))
     rows = [(k, b, a) for k in ks for b in betas for a in alphas]
     accuracy = np.random.default_rng(0).random(len(rows)) * 0.5 + 0.3 + 0.02 * np.array([k == 4 for k, _, _ in rows])
@@ -182,7 +180,7 @@ def test_a_surface_is_drawn_by_k(tmp_path):
 
 
 DEGENERATE = {
-    "odd names": made_up(range(10), range(10), ODD, [0.2] * 10, abstain=0.9, coverage=0.0),
+    "odd names": made_up(range(10), range(10), ODD, [0.2] * 10, affinities=False, abstain=0.9, coverage=0.0),
     "one item": made_up([0], [0], ["only"], [1.0], abstain=1.0, coverage=1.0, selective_top1=1.0),
     "all wrong": made_up([0], [1], ["a", "b"], [0.5], abstain=1.0, coverage=0.0, mean_per_class=0.0),
     "many classes": made_up(
@@ -193,23 +191,18 @@ DEGENERATE = {
 
 @pytest.mark.parametrize("name", few(DEGENERATE, 2))
 def test_degenerate_evaluations_are_drawn(name, tmp_path, recwarn):
-    files = plots.write_plots(DEGENERATE[name], tmp_path / "p")
-    assert [file.name for file in files] == FILES
+    (tmp_path / "coverage.png").write_text("old")
+    (tmp_path / "mine.txt").write_text("mine")
+    files = plots.write_plots(DEGENERATE[name], tmp_path)
+    expected = FILES if DEGENERATE[name].answers.affinities else FILES[:-1]
+    assert [file.name for file in files] == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*expected, "mine.txt"])
     for file in files:
         check_png(file)
     assert not [str(w.message) for w in recwarn]
 
 
-def test_without_affinities_there_is_no_such_picture_and_old_files_are_replaced(tmp_path):
-    (tmp_path / "coverage.png").write_text("old")
-    (tmp_path / "mine.txt").write_text("mine")
-    files = plots.write_plots(made_up([0, 1], [0, 0], ["a", "b"], affinities=False), tmp_path)
-    assert [file.name for file in files] == FILES[:-1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*FILES[:-1], "mine.txt"])
-    check_png(tmp_path / "coverage.png")
-
-
-def test_a_file_in_the_way_and_a_missing_matplotlib_are_said_before_any_work(run, tmp_path, request):
+def test_a_bad_plot_folder_and_a_missing_matplotlib_are_reported_first(run, tmp_path, request):
     (tmp_path / "file").write_text("")
     refused = run("evaluate", tmp_path / "no index", tmp_path / "none", "--plot", tmp_path / "file")
     assert refused.exit_code == 2
@@ -221,9 +214,3 @@ def test_a_file_in_the_way_and_a_missing_matplotlib_are_said_before_any_work(run
     assert refused.exit_code == 2
     assert "pip install" in refused.stderr
     assert not (tmp_path / "p").exists()
-
-
-def test_matplotlib_is_imported_only_to_draw():
-    script = "import sys, retrieval_tip.report.plots; print('matplotlib' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"

@@ -15,7 +15,7 @@ def cache_of(keys: np.ndarray) -> CacheModel:
 
 
 @pytest.mark.parametrize(("n", "d"), [(300, 40), (20, 500), (7, 3), (3, 2)])
-def test_principal_components_are_those_of_the_whole_decomposition(n: int, d: int) -> None:
+def test_principal_components_match_the_full_decomposition(n: int, d: int) -> None:
     rng = np.random.default_rng(0)
     scales = np.geomspace(1, 1e-2, d)
     cache = cache_of(rng.normal(size=(n, d)) * scales)
@@ -35,7 +35,7 @@ def test_principal_components_are_those_of_the_whole_decomposition(n: int, d: in
     np.testing.assert_allclose(found.axes[0] + keys @ found.axes[1:], found.places, atol=1e-5)
 
 
-def test_it_is_the_same_each_time_and_leaves_random_numbers_alone() -> None:
+def test_a_projection_is_reproducible_and_keeps_the_random_state() -> None:
     import torch
 
     cache = cache_of(np.random.default_rng(1).normal(size=(50, 20)))
@@ -57,7 +57,7 @@ def test_a_sample_is_spread_over_the_keys() -> None:
 
 
 @pytest.mark.parametrize("keys", [np.ones((1, 4)), np.ones((5, 4)), np.eye(3)[:, :1], np.eye(2)])
-def test_little_to_show_is_shown(keys: np.ndarray) -> None:
+def test_few_or_equal_keys_can_be_projected(keys: np.ndarray) -> None:
     found = projected(cache_of(keys))
     assert found.places.shape == (len(keys), 2)
     assert np.isfinite(found.places).all()
@@ -65,7 +65,7 @@ def test_little_to_show_is_shown(keys: np.ndarray) -> None:
     assert all(0 <= share <= 1.0001 for share in found.explained)
 
 
-def test_what_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_methods_and_bad_limits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     cache = cache_of(np.eye(3))
     assert methods() == ["pca"]
@@ -75,17 +75,17 @@ def test_what_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         projected(cache, limit=0)
 
 
-def test_neighbours_stay_together_where_axes_cannot_show_them() -> None:
+def test_tsne_keeps_neighbours_together_that_pca_cannot_separate() -> None:
     pytest.importorskip("sklearn")
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(12, 64))
-    keys = np.repeat(centres, 20, axis=0) + 0.5 * rng.normal(size=(240, 64))
+    keys = np.repeat(centres, 10, axis=0) + 0.5 * rng.normal(size=(120, 64))
     cache = CacheModel.from_features(
-        keys.astype(np.float32), np.repeat(np.arange(12), 20), [f"class {i}" for i in range(12)]
+        keys.astype(np.float32), np.repeat(np.arange(12), 10), [f"class {i}" for i in range(12)]
     )
 
     def same(found: Projection) -> float:
-        far = np.linalg.norm(found.places[:, None] - found.places[None], axis=2) + 9 * np.eye(240)
+        far = np.linalg.norm(found.places[:, None] - found.places[None], axis=2) + 9 * np.eye(120)
         return float((found.class_ids[far.argmin(axis=1)] == found.class_ids).mean())
 
     near, far = projected(cache, "tsne"), projected(cache, "pca")

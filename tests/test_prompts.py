@@ -9,14 +9,14 @@ from retrieval_tip.backbones.prompts import clean_class_name, mean_by_class, tex
 from retrieval_tip.errors import InputError, UsageError
 
 
-def test_class_names_are_read_as_words():
+def test_class_names_become_words():
     assert clean_class_name("yin_yang") == "yin yang"
     assert clean_class_name("  a__b\n c ") == "a b c"
     assert clean_class_name("Übergröße") == "Übergröße"
 
 
-def test_text_weights_average_unit_prompts(lit_mini):
-    """Each prompt's feature normalised, averaged over templates, normalised: written out for one class."""
+def test_text_weights_are_unit_means_of_unit_prompts(lit_mini):
+    """Normalise the feature of each prompt, average over templates, and normalise, for one class."""
     names, templates = ["grand_piano", "cat"], ["a photo of a {}.", "itap of a {}.", "{}"]
     weights = text_weights(lit_mini, names, templates, batch_size=2)
     prompts = lit_mini.encode_texts(["a photo of a grand piano.", "itap of a grand piano.", "grand piano"])
@@ -28,12 +28,12 @@ def test_text_weights_average_unit_prompts(lit_mini):
 
 
 @pytest.mark.parametrize("templates", [[], ["no place"], ["{} and {}"], ["a photo of a {}.", "x"]])
-def test_templates_need_one_place_for_the_class(lit_mini, templates):
+def test_templates_need_exactly_one_placeholder(lit_mini, templates):
     with pytest.raises(UsageError, match="template"):
         text_weights(lit_mini, ["cat"], templates)
 
 
-def test_prompts_that_cancel_out_name_their_class():
+def test_prompts_that_cancel_out_are_refused_with_the_class_name():
     features = np.array([[[1, 0], [-1, 0]]], dtype=np.float32)
     with pytest.raises(InputError, match="'cat'"):
         mean_by_class(features, ["cat"])

@@ -1,4 +1,4 @@
-"""Ray: pieces, actors and folders of parts in this process; two nodes against one process (soak)."""
+"""Ray: pieces, actors and folders of parts in this process, and two nodes against one process (soak)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import photographs
-from tables import unit_rows, write_table
+from tables import tiny, unit_rows, write_table
 from tarring import tar
 
 from retrieval_tip.backbones.loading import load_backbone
@@ -37,7 +37,7 @@ from retrieval_tip.errors import InputError, UsageError
 
 @settings(max_examples=examples(20), deadline=None)
 @given(n=st.integers(1, 3000), group=st.integers(1, 3000))
-def test_the_pieces_of_a_table_are_its_rows_once_and_in_order(tmp_path_factory, n, group):
+def test_pieces_of_a_table_contain_each_row_once_and_in_order(tmp_path_factory, n, group):
     rows = unit_rows(n, 4)
     column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), 4)
     path = tmp_path_factory.mktemp("t") / "t.parquet"
@@ -47,7 +47,7 @@ def test_the_pieces_of_a_table_are_its_rows_once_and_in_order(tmp_path_factory, 
     assert np.array_equal(np.concatenate([Encoder().encode(piece).features for piece in found]), rows)
 
 
-def test_each_tar_is_a_piece_among_other_inputs(tmp_path):
+def test_each_tar_is_a_separate_piece(tmp_path):
     for name in "ab":
         tar(tmp_path / f"{name}.tar", [])
     pieces = cut_inputs(["x.jpg", "y.jpg", str(tmp_path / "*.tar"), "-"], ["z.jpg"])
@@ -64,7 +64,7 @@ def test_each_tar_is_a_piece_among_other_inputs(tmp_path):
         ([(16, 2)], "cpu", (8, 2, 0)),
     ],
 )
-def test_actors_share_the_cpus_or_have_a_gpu_each(nodes, device, expected):
+def test_actors_share_the_cpus_or_use_one_gpu_each(nodes, device, expected):
     assert room([{"Alive": True, "Resources": {"CPU": cpus, "GPU": gpus}} for cpus, gpus in nodes], device) == expected
     with pytest.raises(UsageError, match="--num-cpus"):
         room([{"Alive": True, "Resources": {}}, {"Alive": False, "Resources": {"CPU": 4}}], device)
@@ -81,7 +81,7 @@ def test_actors_share_the_cpus_or_have_a_gpu_each(nodes, device, expected):
         (("--out", "x", "--engine", "ray"), "pip install"),
     ],
 )
-def test_a_bad_run_is_refused(run, monkeypatch, tmp_path, arguments, named):
+def test_bad_options_are_refused(run, monkeypatch, tmp_path, arguments, named):
     monkeypatch.chdir(tmp_path)
     if named == "pip install":
         monkeypatch.setitem(sys.modules, "ray", None)
@@ -90,7 +90,7 @@ def test_a_bad_run_is_refused(run, monkeypatch, tmp_path, arguments, named):
     assert named in done.stderr
 
 
-def test_a_folder_holds_the_parts_of_one_run_each_once_and_whole(tmp_path):
+def test_a_folder_contains_each_intact_part_of_a_run_once(tmp_path):
     folder = PartsFolder(f"{tmp_path}/parts/")
     assert not folder.claim("a")
     for part, name, rows in (("000000", "a", 3), ("000000", "b", 3), ("000001", "a", 2), ("000002", "a", 1)):
@@ -112,8 +112,8 @@ def test_a_folder_holds_the_parts_of_one_run_each_once_and_whole(tmp_path):
             other.claim("b")
 
 
-def test_an_actor_makes_the_rows_of_a_piece_and_reports_what_it_could_not_read(tmp_path, shared):
-    work = Work(Encoder(), partial(load_backbone, f"local-dir:{shared / 'models/lit-mini'}"), None)
+def test_an_actor_encodes_a_piece_and_reports_unreadable_photos(tmp_path, shared):
+    work = Work(Encoder(), partial(load_backbone, f"local-dir:{tiny(tmp_path / 'model')}"), None)
     worker = Worker(work, f"{tmp_path}/out", "cpu", Path.cwd())
     paths = [str(path) for path, _ in photographs(shared, "test", 2, 1)]
     (tmp_path / "bad.jpg").write_bytes(b"no image")
@@ -127,8 +127,8 @@ def test_an_actor_makes_the_rows_of_a_piece_and_reports_what_it_could_not_read(t
 
 
 @pytest.fixture(scope="module")
-def head():
-    """The address of two nodes of one CPU each, which find the object store of the tests."""
+def cluster():
+    """The address of a cluster of two nodes with one CPU each, which can reach the object store of the tests."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = f"{Path(sys.executable).with_name('ray')} start --block --num-cpus=1 --object-store-memory=100000000"
@@ -147,14 +147,14 @@ def head():
             process.wait(60)
 
 
-def apart(*words):
-    """A command in a process of its own: Ray keeps how it was connected before, and with which token."""
+def in_own_process(*words):
+    """Run a command in its own process, because Ray remembers the last connection and token."""
     command = [sys.executable, "-m", "retrieval_tip", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def table(place):
-    """The rows of a table, and its columns of figures apart."""
+def rows_and_numbers(place):
+    """Return the rows of a table without its columns of numbers, and these columns."""
     rows = pa.concat_tables([open_parquet(file).read() for file in table_files(place)]).replace_schema_metadata(None)
     figures = [name for name in ("feature", "probability", "logits") if name in rows.column_names]
     return rows.drop(figures), [np.array(rows[name].to_pylist()) for name in figures]
@@ -163,7 +163,7 @@ def table(place):
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["folder", "tars", "bucket"])
-def test_two_nodes_encode_and_classify_as_one_process_does(run, head, shared, tmp_path, kind):
+def test_two_nodes_give_the_same_results_as_one_process(run, cluster, shared, tmp_path, kind):
     for number, (path, label) in enumerate(photographs(shared, "test", 6, 8)):
         place = tmp_path / "photos" / label / f"{number:02}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -191,23 +191,23 @@ def test_two_nodes_encode_and_classify_as_one_process_does(run, head, shared, tm
     threading.Thread(target=watch, daemon=True).start()
     ask = ("classify", tmp_path / "i", source, "--logits", *model[:1], "--format", "parquet", "--output")
     for command in (("encode", source, *model, "--out"), ask):
-        ray = (*command, f"{out}/{command[0]}.parts", "--engine", "ray", "--ray-address", head)
+        ray = (*command, f"{out}/{command[0]}.parts", "--engine", "ray", "--ray-address", cluster)
         here = run(*command, tmp_path / "here.parquet")
         assert (here.exit_code, place.name in here.stderr) == (3, True), here.output
-        done = apart(*ray)
+        done = in_own_process(*ray)
         assert (done.returncode, place.name in done.stderr) == (3, True), done.stderr
-        (one, figures), (other, others) = table(tmp_path / "here.parquet"), table(ray[-5])
+        (one, figures), (other, others) = rows_and_numbers(tmp_path / "here.parquet"), rows_and_numbers(ray[-5])
         assert one.equals(other)
         for a, b in zip(figures, others, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     ended.set()
     raylets = [" ".join(psutil.Process(node).cmdline()) for node in nodes if psutil.pid_exists(node)]
-    assert sum(head.partition(":")[2] in raylet for raylet in raylets) == 2
-    if kind == "folder":  # without one of its parts, the same command makes that one
+    assert sum(cluster.partition(":")[2] in raylet for raylet in raylets) == 2
+    if kind == "folder":  # if a part is missing, the same command computes only this part
         parts = tmp_path / "classify.parts"
         shutil.rmtree(parts / "part=000001")
         (parts / "_complete.json").unlink()
         before = {file: file.stat().st_mtime_ns for file in parts.rglob("*.parquet")}
-        assert apart(*ray).returncode == 3
+        assert in_own_process(*ray).returncode == 3
         assert {file: file.stat().st_mtime_ns for file in before} == before
-        assert table(parts)[0].equals(one)
+        assert rows_and_numbers(parts)[0].equals(one)

@@ -1,4 +1,4 @@
-"""The search for alpha, beta and k: against brute force, without test labels, and through the command line."""
+"""The search for alpha, beta and k: against brute force, without test labels, and on the command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from conftest import examples, needs_real, parts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tables import unit_rows, write_table
+from tables import tiny, unit_rows, write_table
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError
@@ -22,7 +22,7 @@ from retrieval_tip.settings import Built, Settings
 
 
 def clusters(n, c, d, seed, spread=0.6):
-    """Unit rows around one centre a class, and their class ids."""
+    """Return unit rows around one centre per class, and their class ids."""
     generator = np.random.default_rng(seed)
     centres = np.random.default_rng(99).normal(size=(c, d))
     ids = np.arange(n) % c
@@ -34,34 +34,34 @@ C, D = 5, 12
 
 
 def centres_of(n, seed):
-    """The mean direction of each class of clusters."""
+    """Return the mean direction of each class of :func:`clusters`."""
     rows, ids = clusters(n, C, D, seed)
     means = np.stack([rows[ids == i].mean(axis=0) for i in range(C)])
     return (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32)
 
 
-def made(shots=6, text=True, spread=0.6):
+def small_cache(shots=6, text=True, spread=0.6):
     keys, ids = clusters(shots * C, C, D, 1, spread)
     weights = unit_rows(C, D, 5) if text else None
     names = [f"class {i}" for i in range(C)]
     return CacheModel.from_features(keys, ids, names, weights, settings=Settings(logit_scale=10.0), device="cpu")
 
 
-def asked(cache, n=60, seed=2):
+def queries_of(cache, n=60, seed=2):
     features, ids = clusters(n, C, D, seed)
-    return search_hp.unseen(cache, features, ids, "made")
+    return search_hp.unseen(cache, features, ids, "x")
 
 
 def dense(cache, features, beta):
-    """The plain form in float64: text and cache logits."""
+    """Return text and cache logits by definition, in float64."""
     keys = np.asarray(cache.keys, dtype=np.float64)
     one_hot = np.eye(C)[cache.labels["class_id"].to_numpy()]
     f = features.astype(np.float64)
     return 10 * f @ cache.text_weights.numpy().astype(np.float64).T, np.exp(-beta * (1 - f @ keys.T)) @ one_hot
 
 
-def brute(text, alone, y):
-    """Most right answers over every alpha: between and beyond all crossings of any two classes."""
+def best_over_alphas(text, alone, y):
+    """Return the largest number of right answers over all alphas, tried between and beyond all crossings of classes."""
     q = np.arange(len(y))
     gain, lead = alone[q, y][:, None] - alone, text[q, y][:, None] - text
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -72,14 +72,14 @@ def brute(text, alone, y):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_as_good_as_every_crossing_at_every_beta(seed):
-    cache = made()
-    queries = asked(cache, seed=seed)
+def test_the_search_finds_the_best_accuracy_over_all_alphas_and_betas(seed):
+    cache = small_cache()
+    queries = queries_of(cache, seed=seed)
     betas = [0.5, 2.0, 5.5, 12.0]
     choice = search(cache, queries, betas=betas, ks=[None])
-    best = max(brute(*dense(cache, queries.features, beta), queries.ids) for beta in betas)
+    best = max(best_over_alphas(*dense(cache, queries.features, beta), queries.ids) for beta in betas)
     assert round(choice.accuracy * len(queries.ids)) == best
-    # and the model itself, given the choice, is that often right: also at both ends of the interval
+    # the model has this accuracy with the chosen alpha, and at both ends of the interval
     low, high = choice.interval
     for alpha in (choice.alpha, low + 1e-3 * (choice.alpha - low), *([high * 0.999] if np.isfinite(high) else [])):
         cache.settings = cache.settings.override(alpha=alpha, beta=choice.beta)
@@ -103,10 +103,10 @@ def test_a_query_is_right_inside_its_interval_and_wrong_outside(seed, c, coarse)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 20.0])
-def test_retrieval_and_tail_are_searched_as_the_model_answers(gamma):
-    cache, ks = made(shots=8), [2, 8]
+def test_the_search_with_k_predicts_the_answers_of_the_model(gamma):
+    cache, ks = small_cache(shots=8), [2, 8]
     cache.settings = replace(cache.settings, gamma=gamma)
-    queries = asked(cache)
+    queries = queries_of(cache)
     tried = search_hp._Tried.of(cache, queries, [3.0], ks)
     low, high = tried.low, tried.high
     cache.settings = cache.settings.override(beta=3.0)
@@ -118,30 +118,30 @@ def test_retrieval_and_tail_are_searched_as_the_model_answers(gamma):
 
 
 @pytest.mark.parametrize("gamma", [0.0, 20.0])
-def test_leaving_one_out_is_an_index_without_that_shot(gamma):
-    cache = made(shots=4)
+def test_leave_one_out_predicts_the_answers_without_the_shot(gamma):
+    cache = small_cache(shots=4)
     cache.settings = replace(cache.settings, gamma=gamma)
     offsets = cache.retrieval.keys.discriminant.offsets
     queries = leave_one_out(cache)
     tried = search_hp._Tried.of(cache, queries, [4.0], [None, 4])
     low, high = tried.low, tried.high
     for row in (0, 7, 19):
-        without = made(shots=4)
+        without = small_cache(shots=4)
         without.remove([int(cache.labels["key_id"][row].as_py())])
         for j, k in enumerate((None, 4)):
             text, alone = parts_of(without, queries.features[row : row + 1], k)
             scale = torch.ones(C)
-            scale[queries.ids[row]] = 4 / 3  # its own class has three of four keys left
+            scale[queries.ids[row]] = 4 / 3  # three of four keys of its class remain
             without.settings = without.settings.override(beta=4.0)
             text, alone = parts_of(without, queries.features[row : row + 1], k)
             average = torch.from_numpy(queries.features[row : row + 1]) @ without.retrieval.keys.means.T
-            average = average + offsets  # which hardly change without one shot
+            average = average + offsets  # one shot hardly changes the offsets
             for alpha in (0.3, 3.0, 30.0):
                 right = int((text + alpha * (scale * alone + gamma * average)).argmax()) == queries.ids[row]
                 assert (low[0, j, row] < alpha < high[0, j, row]) == right
 
 
-def test_views_and_repeats_of_an_image_are_left_out_together():
+def test_keys_of_the_same_image_are_held_out_together():
     keys, ids = clusters(20, C, D, 3)
     sources = [f"image {i // 2 if i < 10 else i}" for i in range(20)]
     order = np.argsort(np.array([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, *ids[10:]]), kind="stable")
@@ -153,13 +153,13 @@ def test_views_and_repeats_of_an_image_are_left_out_together():
     assert [sources[i] for i in order] == cache.labels["source"].to_pylist()
 
 
-def test_one_image_a_class_cannot_be_left_out():
+def test_leave_one_out_needs_two_images_per_class():
     with pytest.raises(UsageError, match="has one image"):
-        leave_one_out(made(shots=1))
+        leave_one_out(small_cache(shots=1))
 
 
-def test_folds_hide_a_fold_of_each_class():
-    cache = made(shots=6)
+def test_each_fold_hides_an_equal_share_of_each_class():
+    cache = small_cache(shots=6)
     queries = search_hp.folds(cache, 3)
     ids = cache.labels["class_id"].to_numpy()
     for fold in range(3):
@@ -170,7 +170,7 @@ def test_folds_hide_a_fold_of_each_class():
         search_hp.folds(cache, 1)
 
 
-def test_text_alone_and_cache_alone_are_candidates():
+def test_the_search_may_choose_text_alone_or_cache_alone():
     features, ids = clusters(60, C, D, 2, spread=0.2)
     centres = np.stack([features[ids == i].mean(axis=0) for i in range(C)])
     keys, key_ids = clusters(30, C, D, 1, spread=0.2)
@@ -180,7 +180,7 @@ def test_text_alone_and_cache_alone_are_candidates():
         cache = CacheModel.from_features(
             keys, labels, names, weights, settings=Settings(logit_scale=10.0), device="cpu"
         )
-        return search(cache, search_hp.unseen(cache, features, ids, "made"))
+        return search(cache, search_hp.unseen(cache, features, ids, "x"))
 
     right = centres / np.linalg.norm(centres, axis=1, keepdims=True)
     text = chosen(right, (key_ids + 1) % C)  # every key is labelled wrongly
@@ -192,9 +192,9 @@ def test_text_alone_and_cache_alone_are_candidates():
     assert alone.accuracy == 1.0
 
 
-def test_the_published_grid_is_searched_as_published():
-    cache = made()
-    queries = asked(cache)
+def test_the_paper_protocol_searches_the_published_grid():
+    cache = small_cache()
+    queries = queries_of(cache)
     best, found = -1, (0.0, 0.0)
     for i in range(200):
         beta = 0.1 + i * (7 - 0.1) / 200
@@ -211,9 +211,9 @@ def test_the_published_grid_is_searched_as_published():
     assert choice.protocol == "paper"
 
 
-def test_the_surface_is_the_accuracy_there():
-    cache = made()
-    queries = asked(cache)
+def test_the_surface_contains_the_accuracy_of_each_setting():
+    cache = small_cache()
+    queries = queries_of(cache)
     choice = search(cache, queries, betas=[1.0, 6.0], ks=[None, 4])
     for row in choice.surface.slice(0, 60).to_pylist() + choice.surface.slice(100, 60).to_pylist():
         cache.settings = cache.settings.override(alpha=row["alpha"], beta=row["beta"])
@@ -223,18 +223,18 @@ def test_the_surface_is_the_accuracy_there():
     assert choice.low <= choice.accuracy <= choice.high
 
 
-def test_weak_choices_are_said():
-    cache = made()
-    queries = asked(cache)
-    few = search(cache, asked(cache, 6, 0))
+def test_weak_choices_are_reported():
+    cache = small_cache()
+    queries = queries_of(cache)
+    few = search(cache, queries_of(cache, 6, 0))
     assert any("too few to prefer these settings to cache alone (66.7 %" in warning for warning in few.warnings)
     edge = search(cache, queries, betas=[0.001, 0.002], ks=[None])
     assert any("edge" in warning for warning in edge.warnings)
 
 
-def test_nothing_to_choose_on_is_refused():
-    cache = made()
-    queries = asked(cache)
+def test_bad_queries_are_refused():
+    cache = small_cache()
+    queries = queries_of(cache)
     for wrong in (
         Queries(queries.features[:0], queries.ids[:0], queries.hidden[:0], queries.groups, "x"),
         Queries(queries.features[:, :3], queries.ids, queries.hidden, queries.groups, "x"),
@@ -244,12 +244,12 @@ def test_nothing_to_choose_on_is_refused():
             search(cache, wrong)
 
 
-# -- through the command line --
+# -- on the command line --
 
 
 @pytest.fixture
 def split(tmp_path, shared):
-    """A split file whose photographs are four classes of Caltech101."""
+    """A split file of photos of four classes of Caltech101."""
     data = json.loads((shared / "data/caltech101/split_zhou_Caltech101.json").read_text())
     kept = {part: [e for e in data[part] if e[2] in ("panda", "pizza", "camera", "butterfly")] for part in data}
     (tmp_path / "101_ObjectCategories").symlink_to(shared / "data/caltech101/101_ObjectCategories")
@@ -257,8 +257,8 @@ def split(tmp_path, shared):
     return tmp_path / "split.json"
 
 
-def test_test_labels_cannot_reach_the_search(run, split, shared, tmp_path):
-    model = ("--model", f"local-dir:{shared / 'models/lit-mini'}")
+def test_test_labels_cannot_reach_the_search(run, split, tmp_path):
+    model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
     chosen = []
     for poisoned in (False, True):
         if poisoned:
@@ -274,10 +274,10 @@ def test_test_labels_cannot_reach_the_search(run, split, shared, tmp_path):
         assert facts["source"].endswith("split.json (val)")
         chosen.append({name: facts[name] for name in ("alpha", "beta", "k", "accuracy", "n")})
     assert chosen[0] == chosen[1]
-    assert chosen[0]["n"] == 16  # four a class
+    assert chosen[0]["n"] == 16  # four per class
 
 
-def test_the_choice_is_written_as_a_version_with_its_provenance(run, shared, tmp_path):
+def test_the_choice_becomes_a_version_with_its_provenance(run, shared, tmp_path):
     food, out = shared / "data/clip-food9", tmp_path / "i"
     built = run(
         "index", "build", "--fit", "none", food / "train.parquet", "--text", food / "text.parquet", "--shots", 16,
@@ -295,7 +295,7 @@ def test_the_choice_is_written_as_a_version_with_its_provenance(run, shared, tmp
     }
     after = json.loads(run("index", "info", out, "--json").stdout)
     assert (after["version"], after["alpha"], after["beta"]) == (2, facts["alpha"], facts["beta"])
-    assert after["files"] == before["files"]  # no data file was written again
+    assert after["files"] == before["files"]  # no data file was rewritten
     assert after["provenance"]["search"]["chosen_on"] == "its own shots, each held out in turn"
     assert pq.read_table(surface).column_names == ["k", "beta", "alpha", "accuracy"]
     result = json.loads(run("evaluate", out, food / "test.parquet", "--json").stdout)
@@ -305,7 +305,7 @@ def test_the_choice_is_written_as_a_version_with_its_provenance(run, shared, tmp
     assert json.loads(paper.stdout)["protocol"] == "paper"
 
 
-def test_one_source_of_validation_has_to_be_named(run, tmp_path):
+def test_exactly_one_validation_source_is_required(run, tmp_path):
     table = write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["cat", "dog"] * 3)
     assert run("index", "build", "--fit", "none", table, "--out", tmp_path / "i").exit_code == 0
     for options in ((), ("--leave-one-out", "--folds", 2), ("--val", table, "--leave-one-out")):
@@ -315,8 +315,8 @@ def test_one_source_of_validation_has_to_be_named(run, tmp_path):
 
 
 @needs_real
-def test_the_published_validation_draw_goes_on_after_the_training_draw(shared, tmp_path):
-    """Against the published index file."""
+def test_validation_shots_match_the_published_draw(shared, tmp_path):
+    """The validation draw continues after the training draw, as in the published index file."""
     from retrieval_tip.data.sources import Source
 
     split = shared / "data/splits/split_zhou_OxfordPets.json"
@@ -330,22 +330,22 @@ def test_the_published_validation_draw_goes_on_after_the_training_draw(shared, t
     for entry in first:
         (tmp_path / "images" / entry[0]).touch()
     (tmp_path / "pets.json").symlink_to(split)
-    cache = made()
+    cache = small_cache()
     cache.built = Built(f"{tmp_path / 'pets.json'} (train)", shots=16)
     assert search_hp.validation_shots(cache, val, tmp_path / "pets.json") == published
     assert len(search_hp.validation_shots(cache, val, number=2)) == 2 * 37
 
 
-def test_a_cautious_search_keeps_the_untouched_settings_unless_more_than_chance_speaks_against_them():
+def test_a_cautious_search_changes_the_settings_only_on_significant_evidence():
     from retrieval_tip.retrieval.defaults import measure, plain_settings
 
-    cache = made()
+    cache = small_cache()
     cache.text_weights = torch.from_numpy(centres_of(400, 7))
     alpha, beta = plain_settings(None, None, "both", measure(cache.keys, cache.labels["class_id"].to_numpy()))
     cache.settings = cache.settings.override(alpha=alpha, beta=beta)
     kept = 0
     for seed in range(8):
-        queries = asked(cache, 12, seed)
+        queries = queries_of(cache, 12, seed)
         careful, greedy = search(cache, queries, cautious=True), search(cache, queries)
         assert careful.accuracy <= careful.best == greedy.accuracy == greedy.best
         right = cache.logits(queries.features).argmax(1).numpy() == queries.ids
@@ -354,21 +354,21 @@ def test_a_cautious_search_keeps_the_untouched_settings_unless_more_than_chance_
             if careful.best > careful.accuracy:
                 assert any("kept the untouched settings" in warning for warning in careful.warnings)
                 kept += 1
-        else:  # on every query that the two answer differently, or nearly, the choice is the better
+        else:  # the chosen settings are better on almost every query with different answers
             assert careful.accuracy > right.mean()
     assert kept
-    # where text is right and every key is labelled wrongly, the evidence is plain
+    # with right text and wrong labels of all keys, the evidence is significant
     features, ids = clusters(200, C, D, 2, spread=0.2)
     centres = np.stack([features[ids == i].mean(axis=0) for i in range(C)]).astype(np.float32)
     keys, key_ids = clusters(30, C, D, 1, spread=0.2)
     wrong = CacheModel.from_features(
         keys, (key_ids + 1) % C, list("abcde"), centres, settings=Settings(logit_scale=1.0), device="cpu"
     )
-    moved = search(wrong, search_hp.unseen(wrong, features, ids, "made"), cautious=True)
+    moved = search(wrong, search_hp.unseen(wrong, features, ids, "x"), cautious=True)
     assert moved.accuracy == moved.best == 1.0
 
 
-def test_an_index_over_classes_keeps_its_k() -> None:
+def test_an_index_of_classes_keeps_its_k() -> None:
     keys, ids = clusters(60, 6, 16, seed=1)
     text, _ = clusters(6, 6, 16, seed=2)
     cache = CacheModel.from_features(keys, ids, [f"c{i}" for i in range(6)], text, index="Classes")

@@ -1,4 +1,4 @@
-"""Segments: slices, rows, an index with vectors beside it, and every operation on a segmented index."""
+"""Segments: slices, rows, an index with added vectors, and every operation on a segmented index."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def parts_of(draw: st.DrawFn) -> list[Array]:
 
 @settings(max_examples=examples(100), deadline=None)
 @given(parts_of(), st.data())
-def test_whatever_is_taken_is_what_the_concatenated_array_gives(parts: list[Array], data: st.DataObject) -> None:
+def test_indexing_segments_matches_the_concatenated_array(parts: list[Array], data: st.DataObject) -> None:
     found, whole = Segments(parts), np.concatenate(parts)
     n = len(whole)
     assert (len(found), found.shape, found.dtype) == (n, whole.shape, whole.dtype)
@@ -83,7 +83,7 @@ def test_whatever_is_taken_is_what_the_concatenated_array_gives(parts: list[Arra
 
 @settings(max_examples=examples(60), deadline=None)
 @given(parts_of(), st.integers(1, 6))
-def test_runs_cover_every_row_once_in_order_and_within_one_part(parts: list[Array], size: int) -> None:
+def test_runs_cover_each_row_once_in_order_within_one_part(parts: list[Array], size: int) -> None:
     found, whole = joined(parts), np.concatenate(parts)
     slices = list(runs(found, size))
     assert [row for part in slices for row in range(part.start, part.stop)] == list(range(len(whole)))
@@ -92,7 +92,7 @@ def test_runs_cover_every_row_once_in_order_and_within_one_part(parts: list[Arra
         assert any(np.shares_memory(found[part], one) for one in parts)
 
 
-def test_a_slice_within_one_part_is_a_view_and_nothing_is_copied_to_join() -> None:
+def test_slices_within_a_part_are_views_and_joining_copies_nothing() -> None:
     parts = [np.zeros((4, 2), dtype=np.float32), np.ones((3, 2), dtype=np.float32)]
     found = Segments(parts)
     assert found.parts[0] is parts[0]
@@ -115,16 +115,16 @@ def test_a_slice_within_one_part_is_a_view_and_nothing_is_copied_to_join() -> No
         [np.zeros(3, dtype=np.float32)],
     ],
 )
-def test_parts_that_do_not_fit_together_are_refused(parts: list[Array]) -> None:
+def test_parts_of_different_shape_or_dtype_are_refused(parts: list[Array]) -> None:
     with pytest.raises(InputError, match="segments: expected"):
         Segments(parts)
 
 
-# --- the index with vectors beside it
+# --- an index with added vectors
 
 
 def dense(queries: Array, vectors: Array, k: int) -> Array:
-    """The k largest affinities of each query, in falling order."""
+    """Return the k largest affinities of each query, largest first."""
     return -np.sort(-(queries @ vectors.T), axis=1)[:, :k]
 
 
@@ -138,7 +138,7 @@ def dense(queries: Array, vectors: Array, k: int) -> Array:
     factory=st.sampled_from(["Flat", "IVF4,Flat"]),
     ties=st.booleans(),
 )
-def test_vectors_beside_an_index_are_found_as_if_they_were_in_it(
+def test_a_search_finds_added_vectors_like_indexed_ones(
     seed: int, n: int, replaced: int, further: int, more: int, factory: str, ties: bool
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -166,7 +166,7 @@ def test_vectors_beside_an_index_are_found_as_if_they_were_in_it(
         np.testing.assert_allclose(plain.search(queries, n)[0], dense(queries, base, n), atol=1e-5)
 
 
-def test_replaced_rows_however_many_hide_no_other_one() -> None:
+def test_many_replaced_rows_hide_no_other_row() -> None:
     queries = np.eye(1, 4, dtype=np.float32)
     base = np.zeros((50, 4), dtype=np.float32)
     base[:, 0] = np.linspace(1, 0.5, 50)
@@ -174,14 +174,14 @@ def test_replaced_rows_however_many_hide_no_other_one() -> None:
     assert index.search(queries, 3)[1].tolist() == [[20, 21, 22]]
 
 
-def test_slots_that_an_index_cannot_fill_are_empty_also_with_vectors_beside_it() -> None:
+def test_empty_slots_of_an_index_stay_empty_with_added_vectors() -> None:
     base = unit_rows(64, 8)
     index = VectorIndex.build(base, "IVF16,Flat", "cpu")
     index.effort = 1
     late = unit_rows(2, 8, 1)
     affinity, rows = index.plus(np.arange(64, 66), lambda: late).search(unit_rows(4, 8, 2), 66)
     assert (rows < 0).any()
-    assert (np.diff(rows < 0, axis=1) >= 0).all()  # they are last
+    assert (np.diff(rows < 0, axis=1) >= 0).all()  # empty slots come last
     assert (affinity[rows < 0] == np.finfo(np.float32).min).all()
     assert all({64, 65} <= set(row) for row in rows.tolist())
 
@@ -207,7 +207,7 @@ class Case:
         self.met = torch.from_numpy(rng.random((6, 3)) < 0.7)
 
     def keys(self, **options: Any) -> tuple[Keys, Keys]:
-        """Over the segments, and over one array."""
+        """Return the keys in segments, and in one array."""
         one = Keys(self.array[self.order], self.ids[self.order], self.c, **options)
         return Keys(joined(self.parts), self.ids, self.c, **options), one
 
@@ -215,7 +215,7 @@ class Case:
 counts_of = st.integers(1, 5).flatmap(
     lambda c: st.lists(
         st.lists(st.integers(0, 6), min_size=c, max_size=c).filter(any), min_size=2, max_size=4
-    )  # a class may be in some segments only, or in none
+    )  # a class may be missing in some or all segments
 )
 cases = st.builds(Case, st.integers(0, 10**6), counts_of, st.booleans())
 sizes = st.tuples(st.integers(1, 5), st.integers(1, 12), st.integers(1, 60))
@@ -223,7 +223,7 @@ sizes = st.tuples(st.integers(1, 5), st.integers(1, 12), st.integers(1, 60))
 
 @settings(max_examples=examples(80), deadline=None)
 @given(cases, st.floats(0, 12), sizes)
-def test_keys_in_segments_give_what_the_same_keys_regrouped_give(
+def test_keys_in_segments_give_the_same_results_as_one_array(
     case: Case, beta: float, blocks: tuple[int, int, int]
 ) -> None:
     names = ("QUERY_BLOCK", "KEY_BLOCK", "GATHERED")
@@ -262,7 +262,7 @@ def test_half_precision_products_do_not_depend_on_segments(case: Case, beta: flo
     torch.testing.assert_close(found, whole.cache_logits(case.features, beta), rtol=0.02, atol=1e-3)
 
 
-def test_segments_that_are_not_grouped_by_class_are_refused() -> None:
+def test_segments_not_grouped_by_class_are_refused() -> None:
     parts = Segments([unit_rows(2, 4), unit_rows(2, 4, 1)])
     assert Keys(parts, np.array([0, 1, 0, 1]), 2).counts.tolist() == [2, 2]
     for ids in ([1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0]):
@@ -272,9 +272,9 @@ def test_segments_that_are_not_grouped_by_class_are_refused() -> None:
 
 @settings(max_examples=examples(40), deadline=None)
 @given(cases, st.sampled_from(["Classes", "Classes,HNSW8"]), st.integers(0, 2))
-def test_class_means_beside_an_index_are_those_of_all_keys(case: Case, factory: str, new: int) -> None:
+def test_added_keys_update_the_class_means_of_an_index(case: Case, factory: str, new: int) -> None:
     first, late = case.parts[0], case.parts[1:]
-    ids, c = case.ids[: len(first)], case.c + new  # classes that were added since, without a key
+    ids, c = case.ids[: len(first)], case.c + new  # new classes without a key
     index = index_over(first, ids, case.c, factory, "cpu")
     found = beside(index, late, case.ids[len(first) :], np.bincount(ids, minlength=c))
     assert (found.n, found.indexed) == (c, case.c)
@@ -283,11 +283,11 @@ def test_class_means_beside_an_index_are_those_of_all_keys(case: Case, factory: 
     assert np.array_equal(index.vectors(), found.bare().vectors())
 
 
-# --- what is asked of an index
+# --- operations on an index
 
 
 def segmented(n: int = 60, **options: Any) -> CacheModel:
-    """A classifier of four segments."""
+    """Return a classifier with four segments."""
     keys, ids = clusters(n, C, D, 1)
     keys = keys.astype(options.pop("dtype", np.float32))
     options = {"logit_scale": 10.0, "device": "cpu"} | options
@@ -300,7 +300,7 @@ def segmented(n: int = 60, **options: Any) -> CacheModel:
     return cache
 
 
-def test_the_same_in_one_segment_is_the_same_classifier() -> None:
+def test_a_compacted_index_equals_a_fresh_build() -> None:
     cache = segmented()
     whole = cache.whole()
     keys, ids = clusters(60, C, D, 1)
@@ -318,7 +318,7 @@ def test_the_same_in_one_segment_is_the_same_classifier() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("index", ["Flat", "Classes", "IVF4,Flat"])
-def test_answers_are_those_of_the_compacted_index(index: str, dtype: type) -> None:
+def test_answers_match_the_compacted_index(index: str, dtype: type) -> None:
     cache = segmented(index=index, dtype=dtype)
     whole, queries = cache.whole(), clusters(30, C, D, 2)[0]
     np.testing.assert_allclose(cache.logits(queries), whole.logits(queries), atol=1e-4)
@@ -327,7 +327,7 @@ def test_answers_are_those_of_the_compacted_index(index: str, dtype: type) -> No
         assert one.labels == other.labels
         assert [near.key_id for near in one.neighbours] == [near.key_id for near in other.neighbours]
         assert one.probability == pytest.approx(other.probability, abs=1e-4)
-    if index != "Classes":  # which classes are met follows from a sample of the keys
+    if index != "Classes":  # a sample of the keys determines which classes count exactly
         for tail in (False, True):
             np.testing.assert_allclose(cache.logits(queries, 7, tail), whole.logits(queries, 7, tail), atol=1e-4)
 
@@ -335,7 +335,7 @@ def test_answers_are_those_of_the_compacted_index(index: str, dtype: type) -> No
 @pytest.mark.parametrize(
     "ask", [search_hp.leave_one_out, lambda cache: search_hp.unseen(cache, *clusters(50, C, D, 2), "val")]
 )
-def test_the_search_for_settings_chooses_as_on_the_compacted_index(ask: Any) -> None:
+def test_the_search_for_settings_matches_the_compacted_index(ask: Any) -> None:
     cache = segmented()
     whole = cache.whole()
     one, other = (search_hp.search(model, ask(model)) for model in (cache, whole))
@@ -345,7 +345,7 @@ def test_the_search_for_settings_chooses_as_on_the_compacted_index(ask: Any) -> 
     np.testing.assert_allclose(one.surface["accuracy"], other.surface["accuracy"], atol=1.01 / one.n)
 
 
-def test_each_shot_that_is_left_out_meets_none_of_its_own_image() -> None:
+def test_a_held_out_shot_meets_no_key_of_its_image() -> None:
     cache = segmented()
     queries = search_hp.leave_one_out(cache)
     assert sorted(queries.features[:, 0].tolist()) == sorted(np.asarray(cache.keys)[:, 0].tolist())
@@ -353,18 +353,18 @@ def test_each_shot_that_is_left_out_meets_none_of_its_own_image() -> None:
         np.testing.assert_array_equal(cache.keys[queries.groups == own], feature[None])
 
 
-def test_runs_of_a_sweep_are_those_of_the_compacted_index(tmp_path: Path) -> None:
+def test_a_sweep_matches_the_compacted_index(tmp_path: Path) -> None:
     cache, test = segmented(), sweep.Items(*clusters(50, C, D, 2), "test")
     rows = [
         list(sweep.sweep(pool, "digest", test, tmp_path / f"{name}.parquet", shots=[2, 5], seeds=[1]))
         for name, pool in (("parted", cache), ("whole", cache.whole()))
     ]
-    told = ("method", "shots", "seed", "top1", "top5", "beta", "k")
-    assert [[row[name] for name in told] for row in rows[0]] == [[row[name] for name in told] for row in rows[1]]
+    same = ("method", "shots", "seed", "top1", "top5", "beta", "k")
+    assert [[row[name] for name in same] for row in rows[0]] == [[row[name] for name in same] for row in rows[1]]
     np.testing.assert_allclose(*(np.array([row["alpha"] for row in each], float) for each in rows), rtol=1e-4)
 
 
-def test_fine_tuning_is_that_of_the_compacted_index_bit_for_bit(tmp_path: Path) -> None:
+def test_fine_tuning_matches_the_compacted_index_bit_for_bit(tmp_path: Path) -> None:
     cache = segmented()
     keys, ids = clusters(60, C, D, 1)
     shots = open_source(
@@ -385,7 +385,7 @@ def test_fine_tuning_is_that_of_the_compacted_index_bit_for_bit(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("k", [None, 7])
-def test_an_evaluation_is_that_of_the_compacted_index(tmp_path: Path, k: int | None) -> None:
+def test_an_evaluation_matches_the_compacted_index(tmp_path: Path, k: int | None) -> None:
     cache = segmented()
     features, ids = clusters(50, C, D, 2)
     test = open_source(write_table(tmp_path / "test.parquet", features, [NAMES[i] for i in ids]))
@@ -395,13 +395,13 @@ def test_an_evaluation_is_that_of_the_compacted_index(tmp_path: Path, k: int | N
         assert value == (pytest.approx(other[name], abs=1e-5) if isinstance(value, float) else other[name]), name
 
 
-def test_tuning_wants_one_segment_and_says_so() -> None:
+def test_tuning_refuses_several_segments() -> None:
     with pytest.raises(InputError, match="index compact"):
         tune(segmented(), clusters(100, C, D, 2)[0])
 
 
 @pytest.mark.parametrize("index", ["Flat", "Classes", "Classes,HNSW8", "IVF4,Flat"])
-def test_an_index_that_lost_all_that_was_added_is_the_one_before(index: str) -> None:
+def test_removing_all_added_keys_restores_the_index(index: str) -> None:
     cache, queries = segmented(index=index), clusters(30, C, D, 2)[0]
     base = cache.take(np.arange(40))
     with mock.patch.object(labelled_keys, "SMALL", 0):

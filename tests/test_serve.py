@@ -39,7 +39,7 @@ from conftest import SHARED, SOAK  # isort: skip
 
 MIB = 1 << 20
 AT_ONCE = 400 * MIB
-"""What a server may take beyond what it has: the pictures of 50 megapixels that it decodes at once, and bodies."""
+"""Memory that a server may need on top: for images of 50 megapixels that it decodes at once, and for bodies."""
 CHANGES = 4 if SOAK else 2
 
 
@@ -61,7 +61,7 @@ def random_things(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def local(random_things: Path) -> Iterator[tuple[str, int]]:
-    """An application in this process that answers to its own names only, and gives up what is slow soon."""
+    """An application in this process that answers only to local host names, with a short timeout."""
     served = open_all([random_things], "cpu", "float32", "fast")
     with running(create_app(served, Limits(hosts=run_module.LOOPBACK, seconds=2))) as place:
         yield place
@@ -76,7 +76,7 @@ def feature(folder: Path) -> dict[str, object]:
 
 
 ROWS = zlib.compress(bytes(10_000_000), 9)
-"""The rows of a PNG file, all black, as far as they go."""
+"""Compressed black rows of a PNG file, usually fewer than its header claims."""
 
 
 def bad_uploads(photo: bytes) -> dict[str, bytes]:
@@ -90,7 +90,7 @@ def bad_uploads(photo: bytes) -> dict[str, bytes]:
         "30,000 x 30,000": png(30_000, 30_000, ROWS),
         "2,000,000,000 x 1": png(2_000_000_000, 1, ROWS),
         "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nquit\n",
-        "a kind that is not taken": ico.getvalue(),
+        "unsupported format": ico.getvalue(),
         "random": np.random.default_rng(0).bytes(100_000),
     }
 
@@ -98,7 +98,7 @@ def bad_uploads(photo: bytes) -> dict[str, bytes]:
 def test_bad_uploads_are_refused_and_memory_stays_bounded(
     served: tuple[str, psutil.Process], photo: tuple[Path, str]
 ) -> None:
-    """One by one, and many at once."""
+    """Uploads are sent one by one, then many at once."""
     address, process = served
     before, most = process.memory_info().rss, 0
     bodies = bad_uploads(photo[0].read_bytes())
@@ -110,41 +110,41 @@ def test_bad_uploads_are_refused_and_memory_stays_bounded(
             assert name in answer.json()["detail"]
         assert process.memory_info().rss - before < AT_ONCE
         many = [*bodies.values(), png(7000, 7000, ROWS), bytes(30 * MIB)] * 3
-        asked = [pool.submit(client.post, "/v1/classify", files={"images": body}) for body in many]
-        while not all(one.done() for one in asked):
+        posted = [pool.submit(client.post, "/v1/classify", files={"images": body}) for body in many]
+        while not all(one.done() for one in posted):
             most = max(most, process.memory_info().rss)
             time.sleep(0.01)
-    assert {one.result().status_code for one in asked} <= {422, 429, 503}
+    assert {one.result().status_code for one in posted} <= {422, 429, 503}
     assert most - before < 2 * AT_ONCE
     assert httpx.get(f"{address}/healthz").status_code == 200
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["told", "chunked"])
-def test_two_hundred_megabytes_are_refused_before_they_are_read(served: tuple[str, psutil.Process], told: bool) -> None:
+@pytest.mark.parametrize("announced", [True, False], ids=["announced", "chunked"])
+def test_a_body_of_200_mb_is_refused_before_it_is_read(served: tuple[str, psutil.Process], announced: bool) -> None:
     address, process = served
     before, sent = process.memory_info().rss, 0
-    asking = connection(address)
-    asking.putrequest("POST", "/v1/classify")
-    asking.putheader("Content-Type", "multipart/form-data; boundary=x")
-    asking.putheader(*(("Content-Length", str(200 * MIB)) if told else ("Transfer-Encoding", "chunked")))
-    asking.endheaders()
+    client = connection(address)
+    client.putrequest("POST", "/v1/classify")
+    client.putheader("Content-Type", "multipart/form-data; boundary=x")
+    client.putheader(*(("Content-Length", str(200 * MIB)) if announced else ("Transfer-Encoding", "chunked")))
+    client.endheaders()
     head = b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
-    part = head + bytes(MIB - len(head))  # of which the first one begins a file
+    part = head + bytes(MIB - len(head))  # the first part begins a file
     try:
         for _ in range(200):
-            asking.send(part if told else b"%x\r\n%s\r\n" % (MIB, part))
+            client.send(part if announced else b"%x\r\n%s\r\n" % (MIB, part))
             sent += MIB
-    except OSError:  # it does not listen any more
+    except OSError:  # the server has stopped reading
         pass
-    answer = asking.getresponse()
+    answer = client.getresponse()
     assert (answer.status, json.loads(answer.read())["status"]) == (413, 413)
     assert process.memory_info().rss - before < 100 * MIB
-    asking.close()
+    client.close()
     assert httpx.get(f"{address}/healthz").status_code == 200
 
 
-def test_a_server_for_this_machine_answers_to_its_own_names_only(served: tuple[str, psutil.Process]) -> None:
-    """Else a page elsewhere could point a name of its own at this machine (DNS rebinding)."""
+def test_a_local_server_answers_only_to_local_host_names(served: tuple[str, psutil.Process]) -> None:
+    """This prevents DNS rebinding: another website cannot point its own name at this machine."""
     address, _ = served
     port = address.rpartition(":")[2]
     own = ("127.0.0.1", "localhost", "LOCALHOST", "[::1]", f"localhost:{port}", f"[::1]:{port}")
@@ -159,17 +159,17 @@ def test_a_server_for_this_machine_answers_to_its_own_names_only(served: tuple[s
 
 def test_slow_requests_are_dropped(random_things: Path, warm_path: str) -> None:
     with server(random_things, "--timeout", 1, path=warm_path) as (address, _):
-        asking = connection(address)
-        asking.putrequest("POST", "/v1/classify")
-        asking.putheader("Content-Type", "application/json")
-        asking.putheader("Content-Length", "1000")
-        asking.endheaders()
-        asking.send(b'{"features"')
-        answer = asking.getresponse()  # though the rest never comes
+        client = connection(address)
+        client.putrequest("POST", "/v1/classify")
+        client.putheader("Content-Type", "application/json")
+        client.putheader("Content-Length", "1000")
+        client.endheaders()
+        client.send(b'{"features"')
+        answer = client.getresponse()  # although the rest never arrives
         assert (answer.status, answer.getheader("connection")) == (408, "close")
         assert listens(address).rlimit(psutil.RLIMIT_NOFILE)[0] <= run_module.FILES
         assert "1 s" in json.loads(answer.read())["detail"]
-        asking.close()
+        client.close()
         assert httpx.post(f"{address}/v1/classify", json=feature(random_things)).status_code == 200
 
 
@@ -181,7 +181,7 @@ FIELD = b"x: " + bytes(1000).replace(b"\0", b"a") + b"\r\n"
 
 
 @pytest.mark.parametrize(
-    "said",
+    "data",
     {
         "one field": [HEAD, b"x: ", b"a" * (8 << 20)],
         "many fields": [HEAD, *[FIELD] * 8000],
@@ -191,13 +191,13 @@ FIELD = b"x: " + bytes(1000).replace(b"\0", b"a") + b"\r\n"
     }.items(),
     ids=lambda item: item[0],
 )
-def test_heads_have_a_size(local: tuple[str, int], said: tuple[str, list[bytes]]) -> None:
-    assert told(local, *said[1]).startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 408 "))
+def test_oversized_headers_are_refused(local: tuple[str, int], data: tuple[str, list[bytes]]) -> None:
+    assert told(local, *data[1]).startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 408 "))
     assert told(local, HEAD + FIELD * 60 + CLOSE).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize(
-    ("status", "said"),
+    ("status", "data"),
     [
         (400, HEAD + b"Host: localhost\r\n\r\n"),
         (400, HEAD + b"Host: evil.example\r\n\r\n"),
@@ -211,27 +211,27 @@ def test_heads_have_a_size(local: tuple[str, int], said: tuple[str, list[bytes]]
               b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"),
     ],
 )  # fmt: skip
-def test_requests_for_other_hosts_or_of_two_meanings_are_refused(
-    local: tuple[str, int], status: int, said: bytes
+def test_requests_for_other_hosts_and_ambiguous_requests_are_refused(
+    local: tuple[str, int], status: int, data: bytes
 ) -> None:
-    answer = told(local, said)
+    answer = told(local, data)
     assert answer.startswith(b"HTTP/1.1 %d " % status)
     assert answer.count(b"HTTP/1.1 ") == 1
 
 
-def closing(request: bytes) -> bytes:
-    """The request as the last one of its connection."""
+def with_close(request: bytes) -> bytes:
+    """Return the request with a header that closes the connection."""
     return request.replace(b"Host", b"Connection: close\r\nHost", 1)
 
 
-def asked(rows: int, query: str = "") -> bytes:
-    """A request to classify features."""
+def classify_request(rows: int, query: str = "") -> bytes:
+    """Return a request to classify features."""
     body = json.dumps({"features": [[0.125] * 64] * rows}).encode()
     return POST.replace(b"classify", b"classify" + query.encode()) + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
-@pytest.mark.parametrize("host", [b"localhost", b"evil.example"])  # the latter is answered with a problem
-def test_a_body_that_turns_out_malformed_is_no_error_of_the_server(
+@pytest.mark.parametrize("host", [b"localhost", b"evil.example"])  # the latter gets an error response
+def test_a_malformed_chunked_body_causes_no_server_error(
     random_things: Path, local: tuple[str, int], caplog: pytest.LogCaptureFixture, host: bytes
 ) -> None:
     raw = b"GET /healthz HTTP/1.1\r\nHost: %s\r\nTransfer-Encoding: chunked\r\n\r\nnone\r\n\r\n" % host
@@ -242,15 +242,15 @@ def test_a_body_that_turns_out_malformed_is_no_error_of_the_server(
     assert "Exception in ASGI" not in caplog.text
 
 
-def test_an_announced_size_takes_no_memory(random_things: Path) -> None:
-    """What has come of a body does, for a while."""
+def test_only_received_bytes_count_towards_the_memory_limit(random_things: Path) -> None:
+    """An announced size takes no memory. Received bytes do until the timeout."""
     served = open_all([random_things], "cpu", "float32", "fast")
     length = b"Connection: close\r\nContent-Length: %d\r\n\r\n"
     with running(create_app(served, Limits(held=200_000, seconds=2))) as place, ExitStack() as ends:
         waiting = [ends.enter_context(socket.create_connection(place, timeout=30)) for _ in range(12)]
         for one in waiting:
             one.sendall(POST + length % 33554432 + b"{")
-        assert told(place, closing(asked(1))).startswith(b"HTTP/1.1 200")
+        assert told(place, with_close(classify_request(1))).startswith(b"HTTP/1.1 200")
         assert [rest(one).split()[1] for one in waiting] == [b"408"] * 12
         large = ends.enter_context(socket.create_connection(place, timeout=30))
         large.sendall(POST + length % 180_000 + b" " * 179_000)
@@ -260,10 +260,10 @@ def test_an_announced_size_takes_no_memory(random_things: Path) -> None:
         assert told(place, POST + length % 50_000 + b" " * 50_000).split()[1] == b"400"
 
 
-def test_an_answer_that_is_not_taken_is_given_up(random_things: Path) -> None:
-    """Meanwhile it takes room."""
+def test_an_unread_response_is_dropped(random_things: Path) -> None:
+    """Until then, it counts towards the memory limit."""
     served = open_all([random_things], "cpu", "float32", "fast")
-    large = asked(64, "?evidence=true")  # about 5 MB
+    large = classify_request(64, "?evidence=true")  # about 5 MB
     with running(create_app(served, Limits(held=15_000_000, seconds=3))) as place, ExitStack() as ends:
         waiting = [ends.enter_context(socket.socket()) for _ in range(4)]
         for one in waiting:
@@ -273,21 +273,21 @@ def test_an_answer_that_is_not_taken_is_given_up(random_things: Path) -> None:
             one.sendall(large)
         assert {one.recv(12)[-3:] for one in waiting} == {b"200", b"503"}
         limit = time.monotonic() + 30
-        while not told(place, closing(large)).startswith(b"HTTP/1.1 200"):
+        while not told(place, with_close(large)).startswith(b"HTTP/1.1 200"):
             assert time.monotonic() < limit
 
 
-def test_who_leaves_before_the_answer_makes_no_error(random_things: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_that_disconnects_early_causes_no_error(random_things: Path, caplog: pytest.LogCaptureFixture) -> None:
     served = open_all([random_things], "cpu", "float32", "fast")
     with running(create_app(served)) as place:
         for _ in range(20):
-            with socket.create_connection(place, timeout=30) as asking:
-                asking.sendall(asked(200) + (HEAD + b"\r\n") * 2)
+            with socket.create_connection(place, timeout=30) as client:
+                client.sendall(classify_request(200) + (HEAD + b"\r\n") * 2)
         assert told(place, HEAD + CLOSE).startswith(b"HTTP/1.1 200")
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
-def test_a_change_by_the_command_line_is_followed_and_shutdown_finishes_requests(
+def test_the_server_reloads_a_changed_index_and_finishes_requests_on_shutdown(
     things: Path, photo: tuple[Path, str], tmp_path: Path, run: Callable[..., Result], warm_path: str
 ) -> None:
     own = shutil.copytree(things, tmp_path / "own")
@@ -306,12 +306,12 @@ def test_a_change_by_the_command_line_is_followed_and_shutdown_finishes_requests
             assert time.monotonic() < limit
         assert found == (2, "another")
         with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(client.post, "/v1/classify", files=[("images", path.read_bytes())] * 24)
+            posted = pool.submit(client.post, "/v1/classify", files=[("images", path.read_bytes())] * 24)
             with httpx.Client(base_url=address) as other:
-                while "retrieval_tip_in_flight 1.0" in other.get("/metrics").text:  # which is this one
-                    assert not asked.done()
+                while "retrieval_tip_in_flight 1.0" in other.get("/metrics").text:  # only the request for metrics
+                    assert not posted.done()
             process.send_signal(signal.SIGTERM)
-            last = asked.result()
+            last = posted.result()
         assert (last.status_code, len(last.json()["results"])) == (200, 24)
         assert process.wait(30) == 0
         with pytest.raises(httpx.ConnectError):
@@ -319,7 +319,7 @@ def test_a_change_by_the_command_line_is_followed_and_shutdown_finishes_requests
 
 
 def test_clients_see_no_error_while_the_index_changes(random_things: Path, tmp_path: Path, warm_path: str) -> None:
-    """The short form of ``benchmarks/serve.py --soak``."""
+    """A short version of ``benchmarks/serve.py --soak``."""
     from retrieval_tip.index import changes
 
     own = Path(shutil.copytree(random_things, tmp_path / "own"))
@@ -350,7 +350,7 @@ def test_clients_see_no_error_while_the_index_changes(random_things: Path, tmp_p
     assert versions >= {number + 2 for number in range(CHANGES)}
 
 
-def test_an_index_that_cannot_be_served_is_an_error(things: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
+def test_bad_indexes_ports_and_options_are_refused(things: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = run("serve", things, "--port", taken.getsockname()[1])
         assert result.exit_code == 2
@@ -365,7 +365,7 @@ def test_an_index_that_cannot_be_served_is_an_error(things: Path, tmp_path: Path
     assert "no such folder" in missing.stderr
 
 
-def test_on_this_machine_a_token_is_made_and_printed(random_things: Path, warm_path: str) -> None:
+def test_a_local_server_creates_and_prints_a_token(random_things: Path, warm_path: str) -> None:
     key = {"features": feature(random_things)["features"], "labels": ["class 0"]}
     command = [str(shutil.which("retrieval-tip", path=warm_path)), "serve", str(random_things), "--port", "0"]
 
@@ -397,15 +397,17 @@ def test_on_this_machine_a_token_is_made_and_printed(random_things: Path, warm_p
         process.terminate()
 
 
-def test_serving_says_what_it_needs(things: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_without_fastapi_explains_how_to_install_it(
+    things: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "fastapi", None)
     result = run("serve", things)
     assert result.exit_code == 2
     assert "pip install 'retrieval-tip[serve]'" in result.stderr
 
 
-def test_a_version_is_let_go_when_the_next_one_answers(random_things: Path, tmp_path: Path) -> None:
-    """With the files that it maps, and without a search for garbage, which would hold up every answer."""
+def test_an_old_version_is_freed_when_the_next_one_answers(random_things: Path, tmp_path: Path) -> None:
+    """Its mapped files are freed too, without a garbage collection, which would delay every answer."""
     folder = shutil.copytree(random_things, tmp_path / "index")
     served = open_all([folder], "cpu", "float32", "fast")
     with running(create_app(served, Limits(poll=0.1))) as place:
@@ -428,10 +430,10 @@ def test_a_version_is_let_go_when_the_next_one_answers(random_things: Path, tmp_
             gc.enable()
 
 
-def test_a_stopped_server_lets_its_indexes_go(random_things: Path) -> None:
+def test_a_stopped_server_frees_its_indexes(random_things: Path) -> None:
     app = create_app(open_all([random_things], "cpu", "float32", "fast"))
     with running(app) as place:
-        assert told(place, closing(asked(1))).startswith(b"HTTP/1.1 200")
+        assert told(place, with_close(classify_request(1))).startswith(b"HTTP/1.1 200")
     service = weakref.ref(app.state.service)
     del app
     gc.collect()

@@ -1,4 +1,4 @@
-"""The sampler against the published draws and its rule."""
+"""Sampling of shots against its rule and the published draws."""
 
 from __future__ import annotations
 
@@ -47,30 +47,30 @@ def test_published_draws_are_reproduced(shared: Path, shots: int) -> None:
         assert (len(train), len(val)) == (shots * classes, min(shots, 4) * classes)
 
 
-def test_short_classes_are_drawn_with_replacement() -> None:
+def test_small_classes_are_drawn_with_replacement() -> None:
     labels = ["cat"] * 2 + ["dog"] * 5 + ["cat"] + ["owl"]
     generator = random.Random(7)
     expected = generator.choices([0, 1, 7], k=4) + generator.sample([2, 3, 4, 5, 6], 4) + generator.choices([8], k=4)
     assert few_shot(labels, 4, seed=7) == expected
 
 
-def test_a_class_of_exactly_k_is_drawn_without_replacement() -> None:
+def test_a_class_of_exactly_k_items_is_drawn_without_replacement() -> None:
     generator = random.Random(3)
     expected = generator.sample([0, 2, 4], 3) + generator.sample([1, 3, 5], 3)
     assert few_shot("ababab", 3, seed=3) == expected
     assert sorted(expected) == list(range(6))
 
 
-def test_groups_come_in_order_of_first_appearance() -> None:
+def test_classes_are_drawn_in_order_of_first_appearance() -> None:
     drawn = few_shot([3, 1, 3, 2, 1, 2], 2, seed=1)
     assert [set(drawn[i : i + 2]) for i in (0, 2, 4)] == [{0, 2}, {1, 4}, {3, 5}]
 
 
-def test_validation_goes_on_with_the_generator_of_training() -> None:
+def test_validation_continues_with_the_generator_of_training() -> None:
     train, val = ["a"] * 9 + ["b"] * 2, ["a"] * 3 + ["b"] * 8
     generator = random.Random(5)
     drawn = generator.sample(range(9), 6) + generator.choices([9, 10], k=6)
-    # 4 a class at most, and with replacement where even those are not there
+    # at most 4 per class, with replacement if a class has fewer
     held = generator.choices(range(3), k=4) + generator.sample(range(3, 11), 4)
     assert few_shot_split(train, val, 6, seed=5) == (drawn, held)
 
@@ -80,20 +80,20 @@ labels_ = st.lists(st.integers(0, 5), max_size=40)
 
 @settings(max_examples=examples(200), deadline=None)
 @given(labels_, st.integers(1, 8), st.integers(0, 2**32))
-def test_every_class_gets_k_of_its_own(labels: list[int], shots: int, seed: int) -> None:
+def test_k_items_of_each_class_are_drawn(labels: list[int], shots: int, seed: int) -> None:
     drawn = few_shot(labels, shots, seed)
     sizes = Counter(labels)
     assert Counter(labels[i] for i in drawn) == dict.fromkeys(sizes, shots)
     for label, size in sizes.items():
         own = [i for i in drawn if labels[i] == label]
-        assert size < shots or len(set(own)) == shots  # repeats only where there are too few
+        assert size < shots or len(set(own)) == shots  # repeats only in small classes
     assert drawn == few_shot(labels, shots, seed)
-    assert drawn == few_shot([f"name {label}" for label in labels], shots, seed)  # what labels are called is no matter
+    assert drawn == few_shot([f"name {label}" for label in labels], shots, seed)  # names do not matter
 
 
 @settings(max_examples=examples(100), deadline=None)
 @given(labels_, labels_, st.integers(1, 8), st.integers(0, 2**32))
-def test_split_draws_training_first_and_at_most_four_for_validation(
+def test_a_split_draws_training_first_and_at_most_four_validation_items(
     train: list[int], val: list[int], shots: int, seed: int
 ) -> None:
     drawn, held = few_shot_split(train, val, shots, seed)
@@ -101,13 +101,13 @@ def test_split_draws_training_first_and_at_most_four_for_validation(
     assert Counter(val[i] for i in held) == dict.fromkeys(set(val), min(shots, 4))
 
 
-def test_seeds_differ_and_the_default_is_one() -> None:
+def test_seeds_give_different_draws_and_the_default_seed_is_1() -> None:
     labels = [i % 3 for i in range(90)]
     assert few_shot(labels, 4) == few_shot(labels, 4, seed=1)
     assert len({tuple(few_shot(labels, 4, seed)) for seed in range(10)}) == 10
 
 
-def test_global_random_state_is_neither_read_nor_moved() -> None:
+def test_the_global_random_state_is_not_used() -> None:
     labels = [i % 3 for i in range(30)]
     random.seed(123)
     before = random.getstate()
@@ -117,13 +117,13 @@ def test_global_random_state_is_neither_read_nor_moved() -> None:
     assert (few_shot(labels, 4), few_shot_split(labels, labels, 4)) == first
 
 
-def test_nothing_is_drawn_from_nothing() -> None:
+def test_nothing_is_drawn_from_an_empty_list() -> None:
     assert few_shot([], 4) == []
     assert few_shot_split(["a"], [], 1) == ([0], [])
 
 
 @pytest.mark.parametrize("shots", [0, -3])
-def test_shots_have_to_be_positive(shots: int) -> None:
+def test_shots_must_be_positive(shots: int) -> None:
     with pytest.raises(UsageError, match=rf"^shots is {shots}: "):
         few_shot(["a"], shots)
     with pytest.raises(UsageError, match=rf"^shots is {shots}: "):

@@ -1,4 +1,4 @@
-"""Every kind of source yields its items in order, or names the faulty row and file."""
+"""Each kind of source yields its items in order, or an error names the faulty row and file."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def refused(path: Path, *words: str, **options: Any) -> str:
 # -- folders --
 
 
-def test_classes_are_the_folders_in_name_order(tmp_path: Path) -> None:
+def test_class_folders_are_read_in_name_order(tmp_path: Path) -> None:
     touch(tmp_path, "dog/2.png", "dog/1.png", "cat/deep/x.jpg", "cat/a.png", "Bird/b.webp", "cat/notes.txt")
     touch(tmp_path, ".git/x.png", "cat/.thumbs/x.png")
     source = open_source(tmp_path)
@@ -70,7 +70,7 @@ def test_classes_are_the_folders_in_name_order(tmp_path: Path) -> None:
     assert len(source) == 5
 
 
-def test_skipped_files_of_a_folder_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_files_of_a_folder_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     touch(tmp_path, "cat/a.png", "cat/b.cr2", "cat/deep/c.CR2", "cat/d.mp4", "empty/readme.txt", "stray.png")
     source = open_source(tmp_path)
     assert source.class_names == ("cat",)
@@ -79,7 +79,7 @@ def test_skipped_files_of_a_folder_are_named(tmp_path: Path, caplog: pytest.LogC
     assert "2 .cr2, 1 .mp4, 1 .txt" in caplog.text
 
 
-def test_parts_above_the_classes_are_no_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_train_val_and_test_folders_are_splits_not_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     touch(tmp_path, "train/cat/a.png", "train/dog/b.png", "Valid/cat/c.png", "test/dog/d.png")
     source = open_source(tmp_path)
     assert source.class_names == ("cat", "dog")
@@ -97,7 +97,7 @@ def test_a_class_may_be_called_train(tmp_path: Path, folders: tuple[str, ...]) -
     assert set(open_source(tmp_path).class_names) == {folder.partition("/")[0] for folder in folders}
 
 
-def test_the_labels_of_a_hugging_face_folder_are_in_its_table(tmp_path: Path) -> None:
+def test_labels_of_a_hugging_face_folder_are_read_from_its_table(tmp_path: Path) -> None:
     touch(tmp_path, "train/1.png", "train/2.png", "test/3.png", "test/deep/4.png")
     write(tmp_path / "train/metadata.csv", "file_name,label\n1.png,cat\n2.png,dog\n")
     source = open_source(tmp_path / "train")
@@ -109,7 +109,7 @@ def test_the_labels_of_a_hugging_face_folder_are_in_its_table(tmp_path: Path) ->
     assert open_source(tmp_path / "whole").labels == ["cat"]
 
 
-def test_photographs_of_telephones_are_read_by_the_extra_that_is_named(tmp_path: Path) -> None:
+def test_heic_photos_are_read_with_an_extra_that_errors_mention(tmp_path: Path) -> None:
     assert "retrieval-tip[heic]" in kinds(Counter({".heic": 1, ".txt": 2}))
     assert "heic" not in kinds(Counter({".txt": 2}))
     pillow_heif = pytest.importorskip("pillow_heif")
@@ -126,7 +126,7 @@ def test_photographs_of_telephones_are_read_by_the_extra_that_is_named(tmp_path:
     assert abs(picture.getpixel((30, 20))[0] - 200) < 6
 
 
-def test_one_level_too_deep_is_told(tmp_path: Path) -> None:
+def test_a_class_folder_given_as_a_source_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "star fish/a.png", "star fish/b.png")
     refused(tmp_path / "star fish", "2 images directly", str(tmp_path))
 
@@ -139,7 +139,7 @@ def test_one_level_too_deep_is_told(tmp_path: Path) -> None:
         ("tars", "tars"), ("*.png", "pattern"), ("a[1].png", "image"), ("a.zip", "image"),
     ],
 )  # fmt: skip
-def test_kinds_of_paths_are_told_apart(tmp_path: Path, name: str, kind: str) -> None:
+def test_kinds_of_paths_are_distinguished(tmp_path: Path, name: str, kind: str) -> None:
     touch(tmp_path, "folder/a.png", "t.csv", "T.PARQUET", "parts/_run.json", "s.json", "t.tar", "tars/1.tar")
     touch(tmp_path, "a[1].png", "a.zip")
     assert kind_of(tmp_path / name) == kind
@@ -147,13 +147,13 @@ def test_kinds_of_paths_are_told_apart(tmp_path: Path, name: str, kind: str) -> 
     assert kind_of("s3://bucket/a.jpg") == "image"
 
 
-@pytest.mark.parametrize("opened", [open_source, open_items, lambda where: list(open_inputs([where]))])
-def test_web_addresses_are_not_read(opened: Callable[[str], object]) -> None:
+@pytest.mark.parametrize("read", [open_source, open_items, lambda where: list(open_inputs([where]))])
+def test_web_addresses_are_not_read(read: Callable[[str], object]) -> None:
     with pytest.raises(InputError, match=r"https://x\.org/a\.jpg"):
-        opened("https://x.org/a.jpg")
+        read("https://x.org/a.jpg")
 
 
-def test_labels_may_be_spelled_otherwise(caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_match_known_classes_in_other_spellings(caplog: pytest.LogCaptureFixture) -> None:
     labels = ["Grand Piano", "straw-berry", "cat", "CAT", "unknown"]
     source = Source("s", pa.table({"source": labels, "label": labels}), tuple(labels))
     known = source.known_as(["grand_piano", "straw berry", "cat", "A", "a"])
@@ -162,15 +162,15 @@ def test_labels_may_be_spelled_otherwise(caplog: pytest.LogCaptureFixture) -> No
     assert "Grand Piano to grand_piano" in caplog.text
     assert known.known_as(["grand_piano", "straw berry", "cat"]) is known
     either = Source("s", pa.table({"source": ["A "], "label": ["A "]}), ("A ",))
-    assert either.known_as(["A", "a"]) is either  # which of them cannot be told
+    assert either.known_as(["A", "a"]) is either  # ambiguous
 
 
-def test_names_that_differ_in_spelling_only_are_found() -> None:
+def test_names_that_differ_only_in_spelling_are_found() -> None:
     names = ["gpt-3", "owl", "GPT 3", "Gpt_3", "1", "-1", "OWL"]
     assert spelled_alike(names) == {"GPT 3": "gpt-3", "Gpt_3": "gpt-3", "OWL": "owl"}
 
 
-def test_links_that_lead_nowhere_or_in_circles_do_not_stop_a_folder(tmp_path: Path) -> None:
+def test_broken_and_circular_links_in_a_folder_are_skipped(tmp_path: Path) -> None:
     touch(tmp_path, "cat/a.png")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "gone").symlink_to("nowhere")
@@ -187,7 +187,7 @@ def test_a_folder_without_class_folders_is_refused(tmp_path: Path, make: list[st
     refused(tmp_path, "one folder of images per class")
 
 
-def test_names_that_are_not_utf8_are_readable_and_shown(tmp_path: Path) -> None:
+def test_files_with_names_that_are_not_utf8_can_be_read(tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     os.mkdir(folder)  # noqa: PTH102 - bytes
     Path(os.fsdecode(folder + b"/\xff.png")).write_bytes(b"x")
@@ -198,7 +198,7 @@ def test_names_that_are_not_utf8_are_readable_and_shown(tmp_path: Path) -> None:
     assert Path(source.paths[0]).read_bytes() == b"x"
 
 
-def test_two_folders_that_show_alike_are_refused(tmp_path: Path) -> None:
+def test_two_folders_with_the_same_printed_name_are_refused(tmp_path: Path) -> None:
     touch(tmp_path, "caf\\xe9/a.png")
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     os.mkdir(folder)  # noqa: PTH102 - bytes
@@ -217,7 +217,7 @@ def test_any_name_can_be_a_class(tmp_path: Path) -> None:
 # -- CSV and TSV --
 
 
-def test_paths_of_a_table_are_relative_to_it(tmp_path: Path) -> None:
+def test_paths_in_a_table_are_relative_to_its_folder(tmp_path: Path) -> None:
     table = write(tmp_path / "caf\udce9.csv", "path,label\nb/2.png,dog\n/abs/1.png,cat\nc.png,dog\n")
     source = open_source(table)
     assert source.name == f"{tmp_path}/caf\\xe9.csv"  # a name that is not UTF-8
@@ -245,7 +245,7 @@ def test_paths_of_a_table_are_relative_to_it(tmp_path: Path) -> None:
         ("T.CSV", "path,label,note\nx.png,cat,n\n"),
     ],
 )
-def test_the_usual_ways_to_write_a_table_are_the_same(tmp_path: Path, name: str, text: str) -> None:
+def test_delimiters_column_names_and_line_endings_are_detected(tmp_path: Path, name: str, text: str) -> None:
     source = open_source(write(tmp_path / name, text))
     assert relative(source, tmp_path) == ["x.png"]
     assert source.labels == ["cat"]
@@ -253,9 +253,11 @@ def test_the_usual_ways_to_write_a_table_are_the_same(tmp_path: Path, name: str,
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
-def test_a_table_as_a_spreadsheet_saves_it(tmp_path: Path, encoding: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_tables_in_the_encodings_of_spreadsheets_are_read(
+    tmp_path: Path, encoding: str, caplog: pytest.LogCaptureFixture
+) -> None:
     mark = "\ufeff" if encoding.endswith("be") else ""
-    many = 30_000  # more than a block: what is no ASCII comes late
+    many = 30_000  # more than a block, so that non-ASCII characters come late
     text = f"{mark}path;label;note\r\n" + "x.png;cat;the same again and again\r\n" * many + "ä/y.png;Löwe;5 €\r\n"
     source = open_source(write(tmp_path / "t.csv", text.encode(encoding)))
     assert source.labels[many - 1 :] == ["cat", "Löwe"]
@@ -268,7 +270,7 @@ def test_a_table_as_a_spreadsheet_saves_it(tmp_path: Path, encoding: str, caplog
     )
 
 
-def test_lines_of_json_are_rows(tmp_path: Path) -> None:
+def test_json_lines_are_read_as_rows(tmp_path: Path) -> None:
     touch(tmp_path, "train/1.png", "train/2.png")
     lines = ['{"file_name": "1.png", "label": "2020-01-01", "boxes": [1, 2]}', "", '{"label": 7, "file_name": "2.png"}']
     write(tmp_path / "train/metadata.jsonl", "\n".join(lines))
@@ -278,7 +280,7 @@ def test_lines_of_json_are_rows(tmp_path: Path) -> None:
         assert source.items["boxes"].to_pylist() == ["[1, 2]", None]
 
 
-def test_quoted_fields_hold_anything(tmp_path: Path) -> None:
+def test_quoted_fields_may_contain_anything(tmp_path: Path) -> None:
     table = write(
         tmp_path / "t.csv", 'path,label,note\n"a, b.png","the ""best"" cat","two\nlines"\n"new\nline.png",é,\n'
     )
@@ -288,14 +290,14 @@ def test_quoted_fields_hold_anything(tmp_path: Path) -> None:
     assert source.items["note"].to_pylist() == ["two\nlines", None]
 
 
-def test_text_that_looks_like_something_else_stays_text(tmp_path: Path) -> None:
-    """A table reader that guesses types turns these into numbers, dates and nothing."""
+def test_labels_that_look_like_numbers_or_dates_stay_text(tmp_path: Path) -> None:
+    """A reader that guesses types would turn these labels into numbers, dates and nulls."""
     labels = ["007", "1e3", "NA", "null", "nan", "True", "2020-01-01", "-", "0x10", "inf", " cat "]
     table = write(tmp_path / "t.csv", "path,label\n" + "".join(f"{i}.png,{label}\n" for i, label in enumerate(labels)))
     assert open_source(table).labels == labels
 
 
-def test_classes_without_labels_are_those_that_occur(tmp_path: Path) -> None:
+def test_classes_are_the_labels_that_occur(tmp_path: Path) -> None:
     table = write(tmp_path / "t.csv", "path,label\na.png,dog\nb.png,\nc.png,cat\n")
     source = open_items(table)
     assert source.class_names == ("cat", "dog")
@@ -323,7 +325,7 @@ def dictionary(values: list[Any]) -> pa.Array:
         pa.array([7, 8, 7], pa.uint64()),
     ],
 )
-def test_labels_and_ids_of_any_text_or_whole_number_type(tmp_path: Path, column: pa.Array) -> None:
+def test_labels_and_ids_may_have_any_text_or_integer_type(tmp_path: Path, column: pa.Array) -> None:
     for key, more in (("path", {}), ("id", {"feature": features(3)})):
         source = open_source(parquet(tmp_path / "t.parquet", {key: column, "label": column} | more))
         assert source.labels == ["7", "8", "7"]
@@ -342,14 +344,14 @@ def test_labels_and_ids_of_any_text_or_whole_number_type(tmp_path: Path, column:
         pa.array([1, 2], pa.timestamp("s")),
     ],
 )
-def test_other_types_of_label_are_refused(tmp_path: Path, column: pa.Array) -> None:
+def test_labels_and_ids_of_other_types_are_refused(tmp_path: Path, column: pa.Array) -> None:
     refused(parquet(tmp_path / "t.parquet", {"path": ["a", "b"], "label": column}), "'label'", "expected text")
     refused(
         parquet(tmp_path / "u.parquet", {"id": column, "label": ["a", "b"], "feature": features(2)}), "'id'", "expected"
     )
 
 
-def test_a_column_of_nothing_is_a_table_without_labels(tmp_path: Path) -> None:
+def test_a_null_label_column_counts_as_no_labels(tmp_path: Path) -> None:
     table = parquet(tmp_path / "t.parquet", {"id": ["a", "b"], "label": pa.nulls(2), "feature": features(2)})
     source = open_items(table)
     assert len(source) == 2
@@ -358,7 +360,7 @@ def test_a_column_of_nothing_is_a_table_without_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["embedding", "vector"])
-def test_features_by_the_names_that_others_give_them(tmp_path: Path, column: str) -> None:
+def test_feature_columns_of_other_programs_are_recognised(tmp_path: Path, column: str) -> None:
     table = parquet(tmp_path / "t.parquet", {"id": ["a", "b"], "class": ["x", "y"], column: features(2)})
     source = open_source(table)
     assert source.labels == ["x", "y"]
@@ -366,7 +368,7 @@ def test_features_by_the_names_that_others_give_them(tmp_path: Path, column: str
     np.testing.assert_array_equal(np.concatenate(list(read_features(table))), np.eye(4)[:2])
 
 
-def test_a_feature_table_is_told_by_its_column(tmp_path: Path) -> None:
+def test_a_feature_column_makes_a_feature_table(tmp_path: Path) -> None:
     table = parquet(
         tmp_path / "t.parquet",
         {"feature": features(3), "who": [1, 2, 3], "label": ["b", "a", "b"], "id": ["x", "y", "x"], "path": ["p"] * 3}
@@ -412,7 +414,7 @@ def split(path: Path, entries: object, part: str = "train") -> Path:
     return write(path, json.dumps({"train": [], "val": [], "test": []} | {part: entries}))
 
 
-def test_classes_of_a_split_are_in_the_order_of_its_label_numbers(tmp_path: Path) -> None:
+def test_classes_of_a_split_are_ordered_by_label_number(tmp_path: Path) -> None:
     touch(tmp_path, "z.png")
     file = split(tmp_path / "s.json", [["z.png", 5, "ant"], ["y.png", 0, "zebra"], ["x.png", 5, "ant"]])
     source = open_source(file)
@@ -422,7 +424,7 @@ def test_classes_of_a_split_are_in_the_order_of_its_label_numbers(tmp_path: Path
     assert source.name == f"{file} (train)"
 
 
-def test_each_part_of_a_split_can_be_asked_for(tmp_path: Path) -> None:
+def test_each_part_of_a_split_can_be_opened(tmp_path: Path) -> None:
     touch(tmp_path, "a.png")
     file = split(tmp_path / "s.json", [["a.png", 0, "ant"]], "test")
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
@@ -438,20 +440,20 @@ def test_the_image_folder_beside_a_split_is_found(tmp_path: Path) -> None:
     assert relative(open_source(file), tmp_path) == ["images/cat/1.png", "images/cat/2.png"]
 
 
-def test_an_image_folder_that_is_given_is_not_searched_for(tmp_path: Path) -> None:
+def test_a_given_image_folder_is_used_without_a_search(tmp_path: Path) -> None:
     file = split(tmp_path / "s.json", [["cat/1.png", 0, "cat"]])
     assert open_source(file, root="/images").paths == open_items(file, root="/images").paths == ("/images/cat/1.png",)
     refused(file, "cat/1.png", "--root")
 
 
-def test_half_a_surrogate_pair_is_shown_escaped(tmp_path: Path) -> None:
+def test_lone_surrogates_in_names_are_escaped(tmp_path: Path) -> None:
     raw = '{"train": [["x\\ud800.png", 0, "c\\udfff"], ["\\udcff.png", 0, "c\\udfff"]]}'
     source = open_source(write(tmp_path / "s.json", raw), root="/images")
     assert source.class_names == ("c\\udfff",)
     assert source.sources == ["/images/x\\ud800.png", "/images/\\xff.png"]
 
 
-def test_a_split_with_impossible_paths_says_so(tmp_path: Path) -> None:
+def test_a_split_with_impossible_paths_is_refused(tmp_path: Path) -> None:
     for path in ("a\0b.png", "\ud800.png", "x" * 300, "d/" * 3000, ""):
         refused(split(tmp_path / "s.json", [[path, 0, "cat"]]), "s.json")
 
@@ -463,12 +465,12 @@ def test_a_split_with_impossible_paths_says_so(tmp_path: Path) -> None:
         ["a.png", True, "cat"], [1, 0, "cat"], ["a.png", 0, None], {"path": "a.png"}, "a.png",
     ],
 )  # fmt: skip
-def test_an_entry_of_another_shape_is_named(tmp_path: Path, entry: object) -> None:
+def test_a_malformed_split_entry_is_refused(tmp_path: Path, entry: object) -> None:
     touch(tmp_path, "a.png")
     refused(split(tmp_path / "s.json", [["a.png", 0, "cat"], entry]), "entry 1", "[path, label, class name]")
 
 
-# -- whatever else --
+# -- bad files --
 
 
 BAD: dict[str, list[tuple[str | bytes, list[str]]]] = {
@@ -531,7 +533,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, name: str, text: str | bytes, wor
         ("p.csv", "not a file"), ("p.parquet", "not a file"), ("p.json", "not a file"),  # pipes
     ],
 )  # fmt: skip
-def test_a_bad_source_is_told_why(tmp_path: Path, name: str, words: str) -> None:
+def test_a_path_that_is_not_a_source_is_refused_with_the_reason(tmp_path: Path, name: str, words: str) -> None:
     touch(tmp_path, "x.png", "a.zip", "x.txt", "x")
     if name.startswith("p."):
         os.mkfifo(tmp_path / name)
@@ -540,7 +542,7 @@ def test_a_bad_source_is_told_why(tmp_path: Path, name: str, words: str) -> None
         open_items(tmp_path / name)
 
 
-def test_take_picks_items_in_any_order_and_again(tmp_path: Path) -> None:
+def test_take_selects_items_in_any_order_with_repeats(tmp_path: Path) -> None:
     table = write(tmp_path / "t.csv", "path,label,n\na,x,0\nb,y,1\nc,z,2\n")
     source = open_source(table).take([2, 0, 2])
     assert relative(source, tmp_path) == ["c", "a", "c"]
@@ -555,7 +557,7 @@ def test_take_picks_items_in_any_order_and_again(tmp_path: Path) -> None:
     assert len(source.take([])) == 0
 
 
-# -- things to classify --
+# -- inputs to classify --
 
 
 def test_items_need_no_labels(tmp_path: Path) -> None:
@@ -573,14 +575,14 @@ def test_items_need_no_labels(tmp_path: Path) -> None:
     assert open_items(parquet(tmp_path / "u.parquet", {"feature": features(3)})).sources == ["0", "1", "2"]
 
 
-def opened(arguments: Sequence[object], stdin: Sequence[str] = ()) -> list[Source]:
+def open_all(arguments: Sequence[object], stdin: Sequence[str] = ()) -> list[Source]:
     return list(open_inputs([str(argument) for argument in arguments], stdin))
 
 
-def test_inputs_come_in_the_order_given(tmp_path: Path) -> None:
+def test_inputs_are_read_in_the_given_order(tmp_path: Path) -> None:
     touch(tmp_path, "f/2.png", "f/1.png", "f/sub/3.png", "z.png", "a.png")
     table = write(tmp_path / "t.csv", "path\nfrom-table.png\n")
-    first, second, third = opened([tmp_path / "z.png", tmp_path / "f", table, "-", tmp_path / "a.png"], ["in.png\n"])
+    first, second, third = open_all([tmp_path / "z.png", tmp_path / "f", table, "-", tmp_path / "a.png"], ["in.png\n"])
     assert relative(first, tmp_path) == ["z.png", "f/1.png", "f/2.png", "f/sub/3.png"]
     assert relative(second, tmp_path) == ["from-table.png"]
     assert third.paths == ("in.png", str(tmp_path / "a.png"))
@@ -588,34 +590,34 @@ def test_inputs_come_in_the_order_given(tmp_path: Path) -> None:
 
 def test_lines_of_standard_input_are_paths() -> None:
     lines = ["a b.png\n", "\n", "c.png\r\n", " d.png\n", "-\n", "*.png\n", "é.png"]
-    (source,) = opened(["-"], lines)
+    (source,) = open_all(["-"], lines)
     assert source.paths == ("a b.png", "c.png", " d.png", "-", "*.png", "é.png")
-    assert opened(["-"], []) == []
+    assert open_all(["-"], []) == []
 
 
-def test_a_glob_gives_files_in_name_order_and_passes_folders(tmp_path: Path) -> None:
-    """As a shell that expands it would, but for folders, whose images a ** meets anyway."""
+def test_a_glob_matches_files_in_name_order(tmp_path: Path) -> None:
+    """Like a shell, except that folders are skipped: ``**`` matches their images anyway."""
     touch(tmp_path, "b.png", "a.png", "c.txt", "deep/er/d.png")
-    assert relative(opened([f"{tmp_path}/*.png"])[0], tmp_path) == ["a.png", "b.png"]
-    assert relative(opened([f"{tmp_path}/**/*.png"])[0], tmp_path) == ["a.png", "b.png", "deep/er/d.png"]
+    assert relative(open_all([f"{tmp_path}/*.png"])[0], tmp_path) == ["a.png", "b.png"]
+    assert relative(open_all([f"{tmp_path}/**/*.png"])[0], tmp_path) == ["a.png", "b.png", "deep/er/d.png"]
     touch(tmp_path, "a[1].png")
-    assert relative(opened([tmp_path / "a[1].png"])[0], tmp_path) == ["a[1].png"]  # a file of this name is itself
+    assert relative(open_all([tmp_path / "a[1].png"])[0], tmp_path) == ["a[1].png"]  # an existing file, not a pattern
     write(tmp_path / "t.csv", "path\nx.png\n")
-    images, table = opened([f"{tmp_path}/deep/**", f"{tmp_path}/*.csv"])
+    images, table = open_all([f"{tmp_path}/deep/**", f"{tmp_path}/*.csv"])
     assert relative(images, tmp_path) == ["deep/er/d.png"]
     assert relative(table, tmp_path) == ["x.png"]
 
 
 def test_a_glob_or_folder_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no file matches"):
-        opened([f"{tmp_path}/*.png"])
-    for given in (lambda: opened([tmp_path]), lambda: open_items(tmp_path)):
+        open_all([f"{tmp_path}/*.png"])
+    for given in (lambda: open_all([tmp_path]), lambda: open_items(tmp_path)):
         with pytest.raises(InputError, match="no images in this folder"):
             given()
 
 
 @pytest.mark.parametrize("name", ["gone.png", "gone.csv", "x" * 5000, "a\0b.png", "\udcff.png", "\ud800"])
-def test_a_missing_image_is_left_to_the_reader(name: str) -> None:
-    (source,) = opened([name])
+def test_a_missing_image_is_reported_only_when_it_is_read(name: str) -> None:
+    (source,) = open_all([name])
     assert source.paths == (name,)
     assert source.sources == [show(name)]

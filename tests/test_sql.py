@@ -1,4 +1,4 @@
-"""SQL queries and conditions on rows: their meaning, their reach, and limits of time and memory."""
+"""SQL queries and conditions on rows: results, access, and limits of time and memory."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ LABELS = pa.table(
 )
 
 
-# --- questions in SQL
+# --- queries
 
 
-def test_ask_answers_over_every_table_and_class_counts() -> None:
+def test_ask_queries_every_table_and_class_counts() -> None:
     tables = {"labels": LABELS, "curve": pa.table({"epoch": [0, 1], "loss": [2.0, 1.0]})}
     assert ask(tables, "FROM labels ORDER BY class_id, shot").to_pylist() == LABELS.to_pylist()
     assert ask(tables, "FROM labels").column_names == LABELS.column_names
@@ -66,7 +66,7 @@ def test_ask_keeps_columns_of_every_type() -> None:
         "nothing": pa.nulls(2),
         "nested": pa.array([{"a": [1, None]}] * 2),
         "bytes": pa.array([b"\xff"] * 2),
-        "order": pa.array([1, 2]),  # a word of SQL
+        "order": pa.array([1, 2]),  # an SQL keyword
         'quo"ted': pa.array([1, 2]),
         "rowid": pa.array([5, 6]),
     }
@@ -76,7 +76,7 @@ def test_ask_keeps_columns_of_every_type() -> None:
     assert ask({"t": pa.table(further)}, 'SELECT sum("order") AS s FROM t').to_pylist() == [{"s": 3}]
 
 
-def test_ask_names_a_table_that_duckdb_cannot_hold() -> None:
+def test_ask_reports_a_table_that_duckdb_cannot_read() -> None:
     offsets = pa.py_buffer(np.array([0, 1], np.int32).tobytes())
     damaged = pa.table({"a": pa.StringArray.from_buffers(1, offsets, pa.py_buffer(b"\xff"))})
     for table in (damaged, pa.table({})):
@@ -99,14 +99,14 @@ def test_ask_names_a_table_that_duckdb_cannot_hold() -> None:
         "SELECT \ud800", "SELECT " + "(" * 100_000, "SELECT " + "NOT " * 100_000 + "true",
     ],
 )  # fmt: skip
-def test_ask_takes_one_select_only(sql: str) -> None:
+def test_ask_accepts_only_one_select(sql: str) -> None:
     with pytest.raises(UsageError) as error:
         ask({"labels": LABELS}, sql)
     one_line(error, "query: ")
     assert len(str(error.value)) > len("query: ")
 
 
-REACHING = [
+FORBIDDEN = [
     "SELECT * FROM read_csv('secret.csv')", "SELECT * FROM 'secret.csv'", 'SELECT * FROM "secret.csv"',
     "SELECT * FROM sniff_csv('secret.csv')", "SELECT * FROM read_json('secret.json')",
     "SELECT content FROM read_text('*.csv')", "SELECT * FROM read_blob('secret.csv')", "SELECT * FROM glob('*')",
@@ -119,7 +119,7 @@ REACHING = [
     "SET GLOBAL lock_configuration = false", "SELECT * FROM tables", "SELECT * FROM LABELS_OF_THE_TEST",
     'SELECT * FROM "from Arrow"', "SELECT * FROM arrow_scan(1, 2, 3)",
 ]  # fmt: skip
-LABELS_OF_THE_TEST = LABELS  # SQL reaches no variable of Python
+LABELS_OF_THE_TEST = LABELS  # SQL cannot access variables of Python
 
 
 @pytest.fixture
@@ -137,8 +137,8 @@ def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("sql", REACHING)
-def test_sql_reaches_no_file_no_network_and_no_setting(secrets: Path, sql: str) -> None:
+@pytest.mark.parametrize("sql", FORBIDDEN)
+def test_sql_cannot_access_files_the_network_or_settings(secrets: Path, sql: str) -> None:
     before = snapshot(secrets)
     for what, call in (("query: ", lambda: ask({"labels": LABELS}, sql)),
                        ("where: ", lambda: rows_where(LABELS, f"EXISTS ({sql})"))):  # fmt: skip
@@ -149,18 +149,15 @@ def test_sql_reaches_no_file_no_network_and_no_setting(secrets: Path, sql: str) 
     assert snapshot(secrets) == before
 
 
-def test_more_than_the_memory_is_refused_and_not_written(secrets: Path) -> None:
+def test_a_query_beyond_the_memory_limit_fails_and_writes_no_file(
+    secrets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MEMORY", 64 << 20)
     before = snapshot(secrets)
     with pytest.raises(UsageError, match="Out of Memory") as error:
-        ask({}, "SELECT count(*) FROM (SELECT DISTINCT i, i::VARCHAR FROM range(30000000) t(i))")
+        ask({}, "SELECT count(*) FROM (SELECT DISTINCT i, i::VARCHAR FROM range(3000000) t(i))")
     one_line(error)
     assert snapshot(secrets) == before
-
-
-def test_the_module_starts_without_duckdb() -> None:
-    program = "import sys; from retrieval_tip.store import query; print('duckdb' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "False\n")
 
 
 # --- conditions
@@ -186,7 +183,7 @@ def test_the_module_starts_without_duckdb() -> None:
         ("\n shot = -- one\n 2\n", [4]),
     ],
 )
-def test_rows_where_a_condition_holds(condition: str, rows: list[int]) -> None:
+def test_rows_where_returns_the_rows_of_a_condition(condition: str, rows: list[int]) -> None:
     found = rows_where(LABELS, condition)
     assert found.dtype == np.int64
     assert found.tolist() == rows
@@ -203,16 +200,16 @@ def test_rows_where_a_condition_holds(condition: str, rows: list[int]) -> None:
         "label = '\ud800'", "true\x00", "(" * 5000 + "true" + ")" * 5000, "(" * 60_000,
     ],
 )  # fmt: skip
-def test_rows_where_takes_one_boolean_expression_only(condition: str) -> None:
+def test_rows_where_accepts_only_one_boolean_expression(condition: str) -> None:
     with pytest.raises(UsageError) as error:
         print(rows_where(LABELS, condition))
     one_line(error, "where: ")
-    said = "not UTF-8" in str(error.value) or "open parentheses" in str(error.value)
-    assert said or "over the columns key_id, cl" in str(error.value)
+    explained = "not UTF-8" in str(error.value) or "open parentheses" in str(error.value)
+    assert explained or "over the columns key_id, cl" in str(error.value)
 
 
 @pytest.mark.parametrize("names", [["position"], ["POSITION", "position_"], ["rowid", "Position", "position__"]])
-def test_rows_where_whatever_the_columns_are_called(names: list[str]) -> None:
+def test_rows_where_works_with_any_column_names(names: list[str]) -> None:
     table = LABELS
     for name in names:
         table = table.append_column(name, pa.array([4, 3, 2, 1, 0]))
@@ -220,7 +217,7 @@ def test_rows_where_whatever_the_columns_are_called(names: list[str]) -> None:
         assert rows_where(table, f'"{name}" < 2').tolist() == [3, 4]
 
 
-def test_rows_where_of_no_rows() -> None:
+def test_rows_where_returns_nothing_for_an_empty_table() -> None:
     assert rows_where(LABELS.slice(0, 0), "shot = 0").tolist() == []
 
 
@@ -239,7 +236,7 @@ def test_rows_where_is_exact_over_many_rows() -> None:
     text=TEXT,
     number=st.integers(-5, 5),
 )
-def test_rows_where_is_what_python_says(rows: list[tuple[str | None, int | None]], text: str, number: int) -> None:
+def test_rows_where_matches_python(rows: list[tuple[str | None, int | None]], text: str, number: int) -> None:
     table = pa.table(
         {
             "class_id": pa.array([0] * len(rows), pa.int32()),
@@ -255,8 +252,8 @@ def test_rows_where_is_what_python_says(rows: list[tuple[str | None, int | None]
 @given(condition=st.lists(st.sampled_from(["true", "shot", "(", ")", "--", "/*", "*/", ";", "'", '"', ",", "\n", " ",
                                            "SELECT", "UNION", "FROM labels", "WHERE", "=", "1", "OR", "NOT", "$$"]),
                           max_size=8).map(" ".join))  # fmt: skip
-def test_a_condition_is_refused_or_alone(condition: str) -> None:
-    """What is taken means the same between other conditions, so it closed nothing and opened nothing."""
+def test_an_accepted_condition_cannot_change_the_surrounding_query(condition: str) -> None:
+    """The condition gives the same rows inside other conditions, so it closes no parenthesis and opens no comment."""
     try:
         rows = rows_where(LABELS, condition).tolist()
     except UsageError:
@@ -265,39 +262,39 @@ def test_a_condition_is_refused_or_alone(condition: str) -> None:
     assert rows_where(LABELS, f"NOT ({condition}\n) AND false").tolist() == []
 
 
-# --- what it may take
+# --- limits
 
 LONG = "SELECT count(*) FROM range(100000000000) t(i), range(1000000)"
 
 
-def test_an_answer_that_takes_too_long_is_given_up() -> None:
+def test_a_query_beyond_its_timeout_is_cancelled() -> None:
     begun, threads = time.monotonic(), threading.active_count()
     with pytest.raises(UsageError, match="--timeout") as error:
         ask({}, LONG, timeout=0.5)
     one_line(error, "query: ", "0.5 s")
-    assert time.monotonic() - begun < 30  # where the machine is busy; without a limit it takes years
+    assert time.monotonic() - begun < 30  # generous for a busy machine; without a limit, the query takes years
     assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize("long", [LONG, "SELECT i FROM range(100000000000) t(i) WHERE sqrt(i) = 0.5"])
-def test_ctrl_c_ends_a_query(long: str) -> None:
-    program = "import sys; from retrieval_tip.store.query import ask; print(flush=True); ask({}, sys.argv[1])"
+def test_ctrl_c_interrupts_a_query(long: str) -> None:
+    program = "import sys, duckdb; from retrieval_tip.store.query import ask; print(flush=True); ask({}, sys.argv[1])"
     with subprocess.Popen([sys.executable, "-c", program, long], stdout=-1, stderr=-1, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        time.sleep(1)
+        time.sleep(0.4)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-    assert said.strip().endswith("KeyboardInterrupt")
+        _, errors = process.communicate(timeout=60)
+    assert errors.strip().endswith("KeyboardInterrupt")
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e9])
-def test_a_timeout_is_a_number_of_seconds(timeout: float) -> None:
+def test_a_bad_timeout_is_refused(timeout: float) -> None:
     with pytest.raises(UsageError, match="timeout"):
         ask({}, "SELECT 1", timeout=timeout)
 
 
-def test_text_is_bounded() -> None:
+def test_the_length_and_nesting_of_a_query_are_limited() -> None:
     padded = "SELECT 1".ljust(module.MAX_TEXT)
     assert ask({}, padded).num_rows == 1
     for call in (lambda: ask({}, padded + " "), lambda: rows_where(LABELS, "true".ljust(module.MAX_TEXT) + " "),
@@ -306,7 +303,7 @@ def test_text_is_bounded() -> None:
             call()
 
 
-def test_an_answer_is_bounded_by_the_size_of_the_tables() -> None:
+def test_the_size_of_an_answer_is_limited() -> None:
     for many in ("FROM range(30000000)", "SELECT NULL FROM range(1000000000000)"):
         with pytest.raises(UsageError, match="LIMIT"):
             ask({}, many)
@@ -314,12 +311,12 @@ def test_an_answer_is_bounded_by_the_size_of_the_tables() -> None:
     assert ask({"t": wide}, "FROM t").num_rows == len(wide)
 
 
-def test_errors_in_the_middle_of_an_answer_are_the_query_s() -> None:
+def test_an_error_in_a_later_row_is_reported_as_a_query_error() -> None:
     with pytest.raises(UsageError, match=r"^query: Invalid Input Error: mine"):
         ask({}, "SELECT CASE WHEN i > 1900000 THEN error('mine') END FROM range(2000000) t(i)")
 
 
-def test_predictions_are_a_table(tmp_path: Path) -> None:
+def test_a_predictions_file_can_be_queried(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     pq.write_table(pa.table({"input": ["a"], "label": ["b"]}), path)
     assert ask({}, "SELECT count(*) AS n FROM predictions", path).to_pylist() == [{"n": 1}]

@@ -1,4 +1,4 @@
-"""Start-up: imports of each command, checks before answers, and the benchmark."""
+"""Start-up: imports of each command, checks before answers, and loading of models on demand."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from retrieval_tip.errors import BackboneError, StoreError
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.manifest import KINDS
 
-HEAVY = ("numpy", "PIL", "pyarrow", "duckdb", "torch", "faiss", "torchvision", "open_clip", "transformers", "timm")
+HEAVY = ("numpy", "PIL", "pyarrow", "duckdb", "torch", "faiss", "torchvision", "open_clip", "transformers", "timm",
+         "jinja2", "matplotlib")  # fmt: skip
 
 ASK = """
 import json, sys
@@ -47,7 +48,7 @@ print(json.dumps(sorted(sys.modules)), file=sys.stderr)
 
 
 def imported(*calls, **environment):
-    """Which of the heavy packages a fresh process has imported behind these commands, and what they printed."""
+    """Run commands in a fresh process, and return the heavy packages that it imported and its output."""
     script = [sys.executable, "-c", ASK, json.dumps([[str(argument) for argument in call] for call in calls])]
     done = subprocess.run(script, capture_output=True, text=True, env=os.environ | environment, check=False)
     assert done.returncode == 0, done.stderr
@@ -70,12 +71,12 @@ def index(tmp_path):
 @pytest.fixture
 def row(tmp_path):
     column = pa.FixedSizeListArray.from_arrays(pa.array(features(1, seed=2)[0]), 16)
-    pq.write_table(pa.table({"id": ["q"], "feature": column}), tmp_path / "row.parquet")
+    pq.write_table(pa.table({"id": ["q"], "label": ["cat"], "feature": column}), tmp_path / "row.parquet")
     return tmp_path / "row.parquet"
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def photos(tmp_path):
     """Two classes of two images."""
     rng = np.random.default_rng(3)
     for name in ("cat", "dog"):
@@ -87,30 +88,28 @@ def pictures(tmp_path):
 
 
 @pytest.fixture
-def of_pictures(run, pictures, tmp_path):
-    """An index that was built from images by the model folder beside it."""
+def photo_index(run, photos, tmp_path):
+    """An index of images, built with the model folder ``model`` beside it."""
     tiny(tmp_path / "model")
-    built = run(
-        "index", "build", pictures, "--model", f"local-dir:{tmp_path / 'model'}", "--out", tmp_path / "of-pictures"
-    )
+    built = run("index", "build", photos, "--model", f"local-dir:{tmp_path / 'model'}", "--out", tmp_path / "of-photos")
     assert built.exit_code == 0, built.output
-    return tmp_path / "of-pictures"
+    return tmp_path / "of-photos"
 
 
 # imports
 
 
-def test_help_of_every_command_imports_nothing_heavy():
+def test_help_of_each_command_imports_nothing_heavy():
     groups = {command[:depth] for command in commands() for depth in range(len(command))}
     found, shown = imported(*[[*command, "--help"] for command in (*sorted(groups), *commands())], ["--version"])
     assert found == set()
     assert shown.count("Usage:") == len(groups) + len(list(commands()))
 
 
-def test_the_package_imports_nothing_heavy():
+def test_importing_the_package_imports_nothing_heavy():
     script = "import sys, retrieval_tip; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) & set(HEAVY) == set()
+    assert not set(done.stdout.split()) & set(HEAVY)
 
 
 def test_index_info_imports_no_torch(index):
@@ -119,15 +118,16 @@ def test_index_info_imports_no_torch(index):
     assert found == {"numpy", "pyarrow"}
 
 
-def test_classify_of_features_imports_no_model_and_no_database(index, row):
-    found, shown = imported(["classify", index, row])
+def test_answering_features_imports_no_model_no_database_and_no_plots(index, row):
+    found, shown = imported(["classify", index, row], ["evaluate", index, row])
     assert "label" in shown
+    assert "top1" in shown
     assert found == {"numpy", "pyarrow", "torch", "faiss", "PIL"}
 
 
-def test_classify_of_a_cached_image_imports_no_model(run, of_pictures, pictures, encodings):
-    question = ["classify", of_pictures, pictures / "cat" / "0.png", "--format", "json", "--logits"]
-    found, printed = imported(question, [*question, "--no-cache"])  # the image tower is kept
+def test_classifying_a_cached_image_imports_no_model(run, photo_index, photos, encodings):
+    question = ["classify", photo_index, photos / "cat" / "0.png", "--format", "json", "--logits"]
+    found, printed = imported(question, [*question, "--no-cache"])  # the image tower is cached
     assert found == {"numpy", "pyarrow", "torch", "faiss", "PIL"}
     shown, encoded = printed.splitlines()
     assert json.loads(shown)["logits"] == pytest.approx(json.loads(encoded)["logits"], rel=1e-3)
@@ -135,18 +135,18 @@ def test_classify_of_a_cached_image_imports_no_model(run, of_pictures, pictures,
     assert json.loads(shown)["logits"] == pytest.approx(json.loads(encoded)["logits"], rel=1e-3)
 
 
-def test_a_build_of_what_is_cached_imports_no_model(run, of_pictures, pictures, tmp_path):
+def test_building_from_cached_encodings_imports_no_model(run, photo_index, photos, tmp_path):
     model = ["--model", f"local-dir:{tmp_path / 'model'}"]
     (tmp_path / "cats").mkdir()
-    (tmp_path / "cats" / "cat").symlink_to(pictures / "cat")
+    (tmp_path / "cats" / "cat").symlink_to(photos / "cat")
     found, _ = imported(
-        ["index", "build", pictures, *model, "--out", tmp_path / "again"],
+        ["index", "build", photos, *model, "--out", tmp_path / "again"],
         ["index", "build", tmp_path / "cats", *model, "--out", tmp_path / "added"],
-        ["index", "add", tmp_path / "added", pictures, "--skip-known"],
-        ["classify", of_pictures, pictures, "--runtime", "torch"],  # for which no image tower is kept
+        ["index", "add", tmp_path / "added", photos, "--skip-known"],
+        ["classify", photo_index, photos, "--runtime", "torch"],  # no image tower is cached for torch
     )
     assert found == {"numpy", "pyarrow", "torch", "faiss", "PIL"}
-    first, again, added = (CacheModel.load(tmp_path / name) for name in ("of-pictures", "again", "added"))
+    first, again, added = (CacheModel.load(tmp_path / name) for name in ("of-photos", "again", "added"))
     for cache in (again, added):
         np.testing.assert_array_equal(cache.keys, first.keys)
         assert torch.equal(cache.text_weights, first.text_weights)
@@ -158,7 +158,7 @@ def test_a_build_of_what_is_cached_imports_no_model(run, of_pictures, pictures, 
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert weights.stat().st_size == before.st_size
     for name, options in (("changed", []), ("uncached", ["--no-cache", "--runtime", "torch"])):
-        assert run("index", "build", pictures, *model, *options, "--out", tmp_path / name).exit_code == 0
+        assert run("index", "build", photos, *model, *options, "--out", tmp_path / name).exit_code == 0
     changed, uncached = (CacheModel.load(tmp_path / name) for name in ("changed", "uncached"))
     np.testing.assert_allclose(changed.keys, uncached.keys, atol=1e-4)
     assert np.abs(changed.keys - first.keys).max() > 0.1
@@ -166,12 +166,12 @@ def test_a_build_of_what_is_cached_imports_no_model(run, of_pictures, pictures, 
     assert not torch.equal(changed.text_weights, first.text_weights)
 
 
-# nothing is answered unchecked
+# checks before answers
 
 
-def test_a_process_that_loaded_a_model_ends_silently(of_pictures, pictures):
-    """A library that torchvision brings (triton) reports what is not taken down at exit."""
-    command = [sys.executable, "-m", "retrieval_tip", "-q", "classify", of_pictures, next(pictures.rglob("*.png"))]
+def test_a_process_that_loaded_a_model_prints_nothing_at_exit(photo_index, photos):
+    """Triton, which torchvision installs, may print warnings at exit."""
+    command = [sys.executable, "-m", "retrieval_tip", "-q", "classify", photo_index, next(photos.rglob("*.png"))]
     command += ["--no-cache", "--runtime", "torch"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
     assert done.stderr == ""
@@ -191,14 +191,14 @@ def test_a_damaged_file_is_refused_before_any_answer(run, index, row, kind, dama
     assert str(path) in refused.stderr
 
 
-def test_the_verdict_is_waited_for(index, row, run, monkeypatch):
-    """However long the hashing lasts, the answer comes behind it."""
+def test_classify_waits_for_the_check_before_it_answers(index, row, run, monkeypatch):
+    """The answer waits even if the hashing is slow."""
     path = index / store.read_manifest(index).files["keys"].name
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     hashed, problem = threading.Event(), store._problem
 
     def slow(*arguments):
-        hashed.wait(0.5)  # no one sets it
+        hashed.wait(0.5)  # is never set
         return problem(*arguments)
 
     monkeypatch.setattr(store, "_problem", slow)
@@ -206,52 +206,52 @@ def test_the_verdict_is_waited_for(index, row, run, monkeypatch):
     assert (refused.exit_code, refused.stdout) == (1, "")
 
 
-# a model that is loaded when it is needed
+# models that are loaded on demand
 
 
 @pytest.fixture
-def opened(monkeypatch):
-    """The models that open_clip opened."""
+def opened_models(monkeypatch):
+    """Models that open_clip has opened."""
     models, real = [], backbone.open_model
     monkeypatch.setattr(backbone, "open_model", lambda *given: models.append(given) or real(*given))
     return models
 
 
 @pytest.fixture
-def kept(tmp_path, monkeypatch):
-    """A model folder with its identity and d, whose image tower is kept."""
+def known_model(tmp_path, monkeypatch):
+    """A model folder with a cached image tower, its identity and its number of feature values."""
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "cache"))
     model = load_backbone(f"local-dir:{tiny(tmp_path / 'known')}", device="cpu")
     model.encode_images(model.preprocess(picture()).repeat(2, 1, 1, 1))
     return tmp_path / "known", model.identity, model.dim
 
 
-def test_a_known_backbone_is_loaded_when_something_is_encoded(kept, opened):
-    folder, identity, dim = kept
+def test_a_known_backbone_is_loaded_on_the_first_text(known_model, opened_models):
+    folder, identity, dim = known_model
     plain = load_backbone(f"local-dir:{folder}", device="cpu")
-    opened.clear()
-    waiting = load_when_needed(identity, dim, device="cpu")
-    same = (waiting.identity, waiting.dim, waiting.precision, waiting.batch_size)
+    opened_models.clear()
+    lazy = load_when_needed(identity, dim, device="cpu")
+    same = (lazy.identity, lazy.dim, lazy.precision, lazy.batch_size)
     assert same == (plain.identity, plain.dim, plain.precision, plain.batch_size)
-    assert not opened
-    pixels = waiting.preprocess(picture())[None]
-    np.testing.assert_array_equal(waiting.encode_images(pixels), plain.encode_images(pixels))
-    assert not opened
-    np.testing.assert_array_equal(waiting.encode_texts(["a cat"]), plain.encode_texts(["a cat"]))
-    assert waiting.identity == identity
-    assert waiting.logit_scale == plain.logit_scale
-    assert len(opened) == 1
+    assert not opened_models
+    pixels = lazy.preprocess(picture())[None]
+    np.testing.assert_array_equal(lazy.encode_images(pixels), plain.encode_images(pixels))
+    assert not opened_models
+    np.testing.assert_array_equal(lazy.encode_texts(["a cat"]), plain.encode_texts(["a cat"]))
+    assert lazy.identity == identity
+    assert lazy.logit_scale == plain.logit_scale
+    assert len(opened_models) == 1
 
 
-def test_threads_load_it_once(kept, opened):
-    _, identity, dim = kept
-    waiting = load_when_needed(identity, dim, device="cpu")
+def test_several_threads_load_the_model_once(known_model, opened_models):
+    _, identity, dim = known_model
+    lazy = load_when_needed(identity, dim, device="cpu")
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: waiting.encode_texts(["a"]), range(8)))
-    assert len(opened) == 1
+        list(pool.map(lambda _: lazy.encode_texts(["a"]), range(8)))
+    assert len(opened_models) == 1
 
 
-def edited(folder, change):
+def edit_config(folder, change):
     path = folder / "open_clip_config.json"
     config = json.loads(path.read_text())
     change(config)
@@ -262,26 +262,26 @@ CHANGES = {
     "weights": lambda folder: shutil.copy(
         tiny(folder.parent / "other", seed=1) / "open_clip_model.safetensors", folder
     ),
-    "activation": lambda folder: edited(folder, lambda config: config["model_cfg"].update(quick_gelu=True)),
-    "preprocessing": lambda folder: edited(
+    "activation": lambda folder: edit_config(folder, lambda config: config["model_cfg"].update(quick_gelu=True)),
+    "preprocessing": lambda folder: edit_config(
         folder, lambda config: config["preprocess_cfg"].update(mean=[0.5, 0.5, 0.5])
     ),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_another_model_that_comes_into_the_folder_meanwhile_is_refused(kept, change):
-    folder, identity, dim = kept
-    waiting = load_when_needed(identity, dim, device="cpu")
+def test_a_model_folder_that_changed_before_loading_is_refused(known_model, change):
+    folder, identity, dim = known_model
+    lazy = load_when_needed(identity, dim, device="cpu")
     change(folder)
     for _ in range(2):
         with pytest.raises(BackboneError, match=r"made with encoder .* is in use"):
-            waiting.encode_texts(["a cat"])
+            lazy.encode_texts(["a cat"])
 
 
 @pytest.fixture(params=["folder", "file", "hub"])
 def loaded(request, tmp_path, monkeypatch):
-    """The names of a model, a file of it, and the model."""
+    """The arguments that load a model, one of its files, and the model."""
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "cache"))
     names, file = (f"local-dir:{tiny(tmp_path / 'model')}", None), tmp_path / "model" / "open_clip_config.json"
     if request.param == "file":
@@ -298,14 +298,14 @@ def loaded(request, tmp_path, monkeypatch):
     return names, file, load_backbone(*names, device="cpu", lazy=True)
 
 
-def test_a_model_is_known_until_one_of_its_files_changes(loaded, tmp_path):
+def test_a_model_is_remembered_until_one_of_its_files_changes(loaded, tmp_path):
     names, file, model = loaded
-    waiting = load_backbone(*names, device="cpu", lazy=True)
+    lazy = load_backbone(*names, device="cpu", lazy=True)
     for name in ("identity", "dim", "has_text", "logit_scale", "precision", "batch_size", "text_key"):
-        assert getattr(waiting, name) == getattr(model, name)
-    assert waiting._opened is None
-    pixels = torch.zeros(1, 3, *waiting.size)
-    np.testing.assert_array_equal(waiting.encode_images(pixels), model.encode_images(pixels))
+        assert getattr(lazy, name) == getattr(model, name)
+    assert lazy._opened is None
+    pixels = torch.zeros(1, 3, *lazy.size)
+    np.testing.assert_array_equal(lazy.encode_images(pixels), model.encode_images(pixels))
     data, facts = file.read_bytes(), file.stat()
     file.write_bytes(data[:-1] + bytes([data[-1] + 1]))
     os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
@@ -322,7 +322,7 @@ def test_a_model_is_known_until_one_of_its_files_changes(loaded, tmp_path):
         assert known.recall(*names) is None
 
 
-def test_a_model_that_changes_while_it_is_loaded_is_not_remembered(tmp_path):
+def test_a_model_that_changes_during_loading_is_not_remembered(tmp_path):
     files = known.Files(tiny(tmp_path / "model"))
     assert files.digest() == known.Files(tmp_path / "model").digest() is not None
     (tmp_path / "model" / "open_clip_config.json").touch()
@@ -330,12 +330,12 @@ def test_a_model_that_changes_while_it_is_loaded_is_not_remembered(tmp_path):
     assert known.Files(tmp_path / "missing").digest() is None
 
 
-# what loading a model leaves out
+# work that loading a model avoids
 
 
-def test_no_text_is_encoded_and_no_tokenizer_made_for_images(tmp_path, monkeypatch):
+def test_encoding_images_creates_no_tokenizer(tmp_path, monkeypatch):
     real = open_clip.get_tokenizer
-    monkeypatch.setattr(open_clip, "get_tokenizer", lambda *_: pytest.fail("made"))
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda *_: pytest.fail("created"))
     model = load_backbone(f"local-dir:{tiny(tmp_path / 'model')}", device="cpu")
     assert model.encode_images(model.preprocess(picture())[None]).shape == (1, model.dim)
     monkeypatch.setattr(open_clip, "get_tokenizer", real)
@@ -353,7 +353,7 @@ TOWERS = {
 
 
 @pytest.mark.parametrize("config", TOWERS.values(), ids=TOWERS)
-def test_d_is_that_of_the_features(tmp_path, config):
+def test_dim_equals_the_number_of_feature_values(tmp_path, config):
     torch.manual_seed(0)
     from safetensors.torch import save_file
 
@@ -361,8 +361,8 @@ def test_d_is_that_of_the_features(tmp_path, config):
     folder.mkdir()
     config = TINY | {"embed_dim": 16 if "none" in str(config) else 40} | config
     kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
-    made = kind(**{key: value for key, value in config.items() if key != "custom_text"})
-    save_file(made.state_dict(), folder / "open_clip_model.safetensors")
+    created = kind(**{key: value for key, value in config.items() if key != "custom_text"})
+    save_file(created.state_dict(), folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"size": 32}}))
     model = load_backbone(f"local-dir:{folder}", device="cpu")
     assert model.dim == config["embed_dim"]
@@ -370,7 +370,7 @@ def test_d_is_that_of_the_features(tmp_path, config):
     assert model.encode_images(model.preprocess(picture())[None]).shape == (1, model.dim)
 
 
-def test_weights_are_drawn_only_where_no_checkpoint_writes_them():
+def test_only_weights_missing_in_the_checkpoint_are_initialised():
     def create(written):
         model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 3))
         parameters = dict(model.named_parameters())
@@ -380,9 +380,9 @@ def test_weights_are_drawn_only_where_no_checkpoint_writes_them():
         return model, None, None
 
     before = torch.random.get_rng_state()
-    made = backbone._filled_once(lambda: create("all"))[0]
+    created = backbone._filled_once(lambda: create("all"))[0]
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert all((parameter == 1).all() for parameter in made.parameters())
+    assert all((parameter == 1).all() for parameter in created.parameters())
     torch.manual_seed(5)
     expected = create("one")[0].state_dict()
     torch.manual_seed(5)
@@ -390,7 +390,7 @@ def test_weights_are_drawn_only_where_no_checkpoint_writes_them():
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_command_lets_threads_sleep_unless_the_environment_says_otherwise():
+def test_a_command_sets_the_openmp_wait_policy_unless_it_is_set():
     script = "from click.testing import CliRunner; from retrieval_tip.cli import main; import os;"
     script += "CliRunner().invoke(main, ['datasets', 'check', '/nowhere']); print(os.environ['OMP_WAIT_POLICY'])"
     plain = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
@@ -401,7 +401,7 @@ def test_a_command_lets_threads_sleep_unless_the_environment_says_otherwise():
         assert done.stdout.split() == [expected]
 
 
-def test_an_interrupt_while_it_is_imported_is_one_line(tmp_path):
+def test_an_interrupt_during_imports_prints_one_line(tmp_path):
     (tmp_path / "click.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "retrieval_tip", "--help"]
@@ -409,8 +409,8 @@ def test_an_interrupt_while_it_is_imported_is_one_line(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
-def test_nothing_of_a_damaged_index_is_opened(index, monkeypatch):
-    """A file that FAISS must not see: it could crash on it."""
+def test_a_damaged_file_is_never_passed_to_faiss(index, monkeypatch):
+    """FAISS could crash on it."""
     path = index / store.read_manifest(index).files["index"].name
     data = bytearray(path.read_bytes())
     data[4] ^= 255
@@ -420,7 +420,7 @@ def test_nothing_of_a_damaged_index_is_opened(index, monkeypatch):
         CacheModel.load(index)
 
 
-def test_garbage_is_collected_again_behind_the_loading(tmp_path):
+def test_garbage_collection_is_enabled_after_loading(tmp_path):
     load_backbone(f"local-dir:{tiny(tmp_path / 'model')}", device="cpu")
     assert gc.isenabled()
     with pytest.raises(BackboneError):

@@ -1,4 +1,4 @@
-"""The index folder: manifests, versions, lock, damage, full disks and SQL queries."""
+"""The index folder: manifests, versions, lock, damage, failing disks and folder names."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def answer(cache: CacheModel) -> bytes:
     return cache.logits(np.eye(D, dtype=np.float32), k=10).numpy().tobytes()
 
 
-def refusal(call: Callable[[Path], object], folder: Path, what: str) -> StoreError:
+def error_of(call: Callable[[Path], object], folder: Path, what: str) -> StoreError:
     try:
         call(folder)
     except StoreError as error:
         return error
-    pytest.fail(f"not found by {call.__name__}: {what}")
+    pytest.fail(f"{call.__name__} accepted {what}")
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def index(tmp_path: Path) -> Path:
 # --- manifests
 
 
-def test_manifest_comes_back_as_it_was(index: Path) -> None:
+def test_a_manifest_is_read_as_it_was_written(index: Path) -> None:
     manifest = store.read_manifest(index)
     assert Manifest.from_bytes(manifest.to_bytes(), "x") == manifest
     assert sealed(body_of(index)) == (index / "manifest.json").read_bytes() == manifest.to_bytes()
@@ -82,7 +82,7 @@ def test_manifest_comes_back_as_it_was(index: Path) -> None:
     assert manifest.class_names == CLASSES
 
 
-def test_manifest_keeps_names_in_any_script_and_settings_to_the_last_bit(tmp_path: Path) -> None:
+def test_a_manifest_preserves_unicode_names_and_exact_settings(tmp_path: Path) -> None:
     cache = model()
     cache.class_names = ["Käse", "猫", "a\nb", '"\\\u2028\x00']
     cache.labels = label_table(cache.class_names, cache.labels["class_id"].to_numpy())
@@ -96,7 +96,7 @@ def test_manifest_keeps_names_in_any_script_and_settings_to_the_last_bit(tmp_pat
         assert getattr(found, name) == getattr(cache, name)
 
 
-HUGE = 10**400  # fits in no float
+HUGE = 10**400  # too large for a float
 NOT_TEXT: list[Any] = [None, 5, ["x"], {}]
 NOT_POSITIVE: list[Any] = [0, -1, 1.5, "1", None, True, [], HUGE]
 NOT_REAL: list[Any] = [-1, -0.5, float("nan"), float("inf"), float("-inf"), "1", None, True, [], HUGE]
@@ -110,7 +110,7 @@ WRONG: dict[str, list[Any]] = {
     "created_by": NOT_TEXT,
     "n": [*NOT_POSITIVE, N + 1, N - 1],
     "d": [v for v in NOT_POSITIVE if v != HUGE],
-    "next_key_id": [1, N - 1, 2**63 - 1, 10**30],  # else a key id would be given twice
+    "next_key_id": [1, N - 1, 2**63 - 1, 10**30],  # would assign a key id twice, or none
     "dtype": ["float64", "int8", "object", "", *NOT_TEXT],
     "class_names": [
         [],
@@ -150,7 +150,7 @@ WRONG_FILE: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize("field", WRONG)
-def test_manifest_with_a_wrong_value_is_refused(index: Path, field: str) -> None:
+def test_a_manifest_with_a_wrong_value_is_refused(index: Path, field: str) -> None:
     body = body_of(index)
     assert field in body
     for value in WRONG[field]:
@@ -162,7 +162,7 @@ def test_manifest_with_a_wrong_value_is_refused(index: Path, field: str) -> None
 
 
 @pytest.mark.parametrize("field", WRONG_FILE)
-def test_manifest_with_a_wrong_file_is_refused(index: Path, field: str) -> None:
+def test_a_manifest_with_a_wrong_file_entry_is_refused(index: Path, field: str) -> None:
     body = body_of(index)
     keys = body["files"]["keys"]
     for value in WRONG_FILE[field]:
@@ -174,7 +174,7 @@ def test_manifest_with_a_wrong_file_is_refused(index: Path, field: str) -> None:
         one_line(error, index / "manifest.json", "damaged")
 
 
-def test_manifest_without_a_field_is_refused(index: Path) -> None:
+def test_a_manifest_without_a_required_field_is_refused(index: Path) -> None:
     body = body_of(index)
     files = body["files"]
     keys = files["keys"]
@@ -194,7 +194,7 @@ def test_manifest_without_a_field_is_refused(index: Path) -> None:
         one_line(error, "m.json")
 
 
-def test_digests_that_no_table_can_have_are_refused(index: Path) -> None:
+def test_malformed_table_digests_are_refused(index: Path) -> None:
     table = Path(__file__).parent / "indexes/v6/solved/manifests/000001.json"
     body = {key: value for key, value in json.loads(table.read_text()).items() if key != "sha256"}
     name, digest = "keys.lance/_versions/1.manifest", "0" * 64
@@ -211,7 +211,7 @@ def test_digests_that_no_table_can_have_are_refused(index: Path) -> None:
         one_line(error, "m.json")
 
 
-def test_a_setting_that_came_later_has_its_default_where_a_manifest_lacks_it(index: Path) -> None:
+def test_a_newer_setting_missing_in_a_manifest_gets_its_default(index: Path) -> None:
     body = body_of(index)
     for setting in (field for field in fields(Settings) if field.metadata.get("later")):
         older = {key: value for key, value in body.items() if key not in ("sha256", setting.name)}
@@ -219,7 +219,7 @@ def test_a_setting_that_came_later_has_its_default_where_a_manifest_lacks_it(ind
         assert getattr(settings, setting.name) == setting.default
 
 
-def test_manifest_that_does_not_fit_the_arrays_is_refused(index: Path) -> None:
+def test_a_manifest_that_contradicts_the_arrays_is_refused(index: Path) -> None:
     body = body_of(index)
     for change in ({"d": D + 1}, {"d": 10**30}, {"dtype": "float16"}):
         (index / "manifest.json").write_bytes(sealed(body | change))
@@ -228,7 +228,7 @@ def test_manifest_that_does_not_fit_the_arrays_is_refused(index: Path) -> None:
         one_line(error, index)
 
 
-def test_manifest_edited_by_hand_is_refused(index: Path) -> None:
+def test_a_manifest_edited_by_hand_is_refused(index: Path) -> None:
     raw = (index / "manifest.json").read_bytes()
     for old, new in [
         (b'"alpha": 1.0', b'"alpha": 2.0'),
@@ -245,13 +245,13 @@ def test_manifest_edited_by_hand_is_refused(index: Path) -> None:
             CacheModel.load(index)
 
 
-def test_newer_format_is_refused_with_the_version_that_is_needed(index: Path) -> None:
+def test_a_newer_format_is_refused_with_the_required_version(index: Path) -> None:
     body = body_of(index) | {
         "format_version": FORMAT_VERSION + 1,
         "created_by": "retrieval-tip 9.9",
         "alpha": {"new": "meaning"},
     }
-    # However the newer format is sealed: its seal is not this one's to judge.
+    # A newer format may use another checksum, so it is not checked.
     for raw in (sealed(body), json.dumps(body).encode()):
         (index / "manifest.json").write_bytes(raw)
         for opened in (CacheModel.load, verify, store.describe):
@@ -268,7 +268,7 @@ def test_newer_format_is_refused_with_the_version_that_is_needed(index: Path) ->
     assert "\x1b" not in str(error.value)
 
 
-def test_an_entry_that_is_not_known_is_refused_since_answers_may_depend_on_it(index: Path) -> None:
+def test_an_unknown_manifest_entry_is_refused(index: Path) -> None:
     body = body_of(index) | {"metric": "whitened", "created_by": "retrieval-tip 9.9"}
     (index / "manifest.json").write_bytes(sealed(body))
     before = snapshot(index)
@@ -325,7 +325,7 @@ def test_lone_surrogates_are_refused_in_manifests(index: Path) -> None:
     ],
     ids=str,
 )
-def test_what_could_not_be_read_again_is_not_written(index: Path, setting: str, value: Any) -> None:
+def test_settings_that_cannot_be_serialised_are_not_written(index: Path, setting: str, value: Any) -> None:
     before = snapshot(index)
     cache = model(1)
     setattr(cache, setting, value)
@@ -348,7 +348,7 @@ def test_versions_count_up_and_name_their_parents(tmp_path: Path) -> None:
     assert store.describe(folder)["earlier_versions"] == [1, 2, 3, 4]
 
 
-def test_the_version_before_is_kept_whole_and_older_ones_are_collected(
+def test_the_previous_version_is_kept_and_older_versions_are_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("retrieval_tip.store.history.KEPT_VERSIONS", 2)
@@ -363,7 +363,7 @@ def test_the_version_before_is_kept_whole_and_older_ones_are_collected(
     assert {f"data/{path.name}" for path in (folder / "data").iterdir()} == named
     assert sorted(path.name for path in folder.iterdir()) == ["data", "lock", "manifest.json", "manifests"]
     assert answer(CacheModel.load(folder, device="cpu")) == answers[2]
-    # Going back is a rename.
+    # Renaming its manifest makes a version current again.
     (folder / "manifests" / "000002.json").replace(folder / "manifest.json")
     assert answer(verify(folder)) == answers[1]
     model(4).save(folder)
@@ -371,18 +371,18 @@ def test_the_version_before_is_kept_whole_and_older_ones_are_collected(
     verify(folder)
 
 
-def test_files_that_did_not_change_are_shared(tmp_path: Path) -> None:
+def test_versions_share_unchanged_files(tmp_path: Path) -> None:
     folder = tmp_path / "x"
     model(1).save(folder)
     model(2).save(folder)
     earlier, current = store.earlier_manifests(folder)[0], store.read_manifest(folder)
     assert earlier.files["text"] == current.files["text"]
     assert earlier.files["keys"] != current.files["keys"]
-    model(2).save(folder)  # collects version 1, whose text the others share
+    model(2).save(folder)  # deletes version 1, but not the text file that other versions share
     assert verify(folder).version == 3
 
 
-def test_an_index_can_be_saved_over_itself_while_it_is_mapped(index: Path) -> None:
+def test_a_mapped_index_can_be_saved_over_itself(index: Path) -> None:
     before = answer(CacheModel.load(index, device="cpu"))
     for _ in range(3):
         CacheModel.load(index, device="cpu").save(index)
@@ -404,12 +404,12 @@ LEFTOVERS = [
 ]  # fmt: skip
 
 
-def test_leftovers_of_an_interrupted_writer_are_collected_by_the_next_and_nothing_else_is(index: Path) -> None:
+def test_the_next_writer_removes_only_leftovers_of_an_interrupted_writer(index: Path) -> None:
     foreign = ["data/notes.txt", ".notes.tmp", "data/.notes.tmp", "notes.tmp", "data/keys.npy", "README"]
     (index / "manifests").mkdir()
     for name in [*LEFTOVERS, *foreign]:
         (index / name).write_bytes(b"x")
-    shutil.copy(index / "manifest.json", index / "manifests" / "000001.json")  # for a next version that never was
+    shutil.copy(index / "manifest.json", index / "manifests" / "000001.json")  # the next version was never written
     model(1).save(index)
     assert not [name for name in LEFTOVERS if (index / name).exists()]
     assert all((index / name).exists() for name in foreign)
@@ -429,7 +429,7 @@ def test_leftovers_of_an_interrupted_first_writer_do_not_block_the_next(tmp_path
     assert len(list((folder / "data").iterdir())) == 4
 
 
-def test_a_damaged_earlier_manifest_keeps_everything_until_it_is_gone(
+def test_no_file_is_deleted_while_an_earlier_manifest_is_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("retrieval_tip.store.history.KEPT_VERSIONS", 2)
@@ -439,8 +439,8 @@ def test_a_damaged_earlier_manifest_keeps_everything_until_it_is_gone(
     (folder / "manifests" / "000001.json").write_bytes(b"{}")
     files = set((folder / "data").iterdir())
     with write(folder):
-        assert set((folder / "data").iterdir()) == files  # they may be what the damaged one names
-    model(3).save(folder)  # its commit is what lets go of version 1
+        assert set((folder / "data").iterdir()) == files  # the damaged manifest may name them
+    model(3).save(folder)  # its commit deletes version 1
     assert verify(folder).version == 3
     kept = [store.read_manifest(folder), *store.earlier_manifests(folder)]
     assert [manifest.version for manifest in kept] == [3, 2]
@@ -472,7 +472,9 @@ def test_an_unreadable_manifest_is_not_overwritten_by_a_first_version(
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, InputError])
-def test_an_exception_leaves_the_folder_as_it_was(index: Path, tmp_path: Path, kind: type[BaseException]) -> None:
+def test_an_exception_during_a_write_leaves_the_folder_unchanged(
+    index: Path, tmp_path: Path, kind: type[BaseException]
+) -> None:
     def interrupted(folder: Path) -> None:
         with write(folder) as writer:
             staged, array = writer.stage_array("keys", (N, D), "float32")
@@ -502,16 +504,16 @@ def test_a_second_writer_is_refused_with_the_name_of_the_first(index: Path) -> N
         with pytest.raises(StoreError) as error:
             model(1).save(index)
         one_line(error, index, "is being written by process", process.pid, os.uname().nodename)
-        assert len(list((index / "data").glob(".keys-*.tmp"))) == 1  # the first one's work is not collected
+        assert len(list((index / "data").glob(".keys-*.tmp"))) == 1  # the file of the first writer is not deleted
         assert verify(index).version == 1  # readers need no lock
         process.send_signal(signal.SIGKILL)
-    # A dead writer blocks nobody, and what it left goes.
+    # A dead writer blocks no other writer, and its files are deleted.
     model(1).save(index)
     assert not list((index / "data").glob(".*.tmp"))
     assert verify(index).version == 2
 
 
-def test_two_writers_of_one_process_are_kept_apart(index: Path, tmp_path: Path) -> None:
+def test_a_process_cannot_write_an_index_twice_at_once(index: Path, tmp_path: Path) -> None:
     for folder in (index, tmp_path / "new"):
         with write(folder) as writer:
             staged = writer.stage("keys")
@@ -525,7 +527,7 @@ def test_two_writers_of_one_process_are_kept_apart(index: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe\x00", b"a\nb\x1b[31m" * 1000])
-def test_a_lock_with_strange_text_makes_no_strange_error(index: Path, text: bytes) -> None:
+def test_a_lock_with_unprintable_text_gives_a_printable_error(index: Path, text: bytes) -> None:
     with write(index):
         (index / "lock").write_bytes(text)
         with pytest.raises(StoreError) as error:
@@ -535,7 +537,7 @@ def test_a_lock_with_strange_text_makes_no_strange_error(index: Path, text: byte
         assert "\x1b" not in str(error.value)
 
 
-def test_files_get_the_permissions_that_the_user_s_mask_gives(tmp_path: Path) -> None:
+def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:
     for mask in (0o022, 0o027):
         previous = os.umask(mask)
         try:
@@ -549,10 +551,10 @@ def test_files_get_the_permissions_that_the_user_s_mask_gives(tmp_path: Path) ->
                 assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~mask, path
 
 
-# --- folders that will not do
+# --- unsuitable folders
 
 
-def test_a_folder_that_cannot_hold_an_index_is_left_alone(tmp_path: Path) -> None:
+def test_a_place_that_cannot_contain_an_index_is_left_unchanged(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "photo.jpg").write_text("x")
@@ -567,7 +569,7 @@ def test_a_folder_that_cannot_hold_an_index_is_left_alone(tmp_path: Path) -> Non
         assert snapshot(tmp_path) == before
 
 
-def test_a_folder_that_is_no_index_is_named_with_the_way_to_make_one(tmp_path: Path) -> None:
+def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
     (tmp_path / "strange" / "manifest.json").mkdir(parents=True)
@@ -581,7 +583,7 @@ def test_a_folder_that_is_no_index_is_named_with_the_way_to_make_one(tmp_path: P
 
 
 class Faults:
-    """Makes one file system call of a save fail: that with number ``at``."""
+    """Fault injection: file system call number ``at`` of a save fails."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
         self.at, self.count, self.error = -1, 0, error
@@ -604,7 +606,7 @@ NO_DISK = OSError(errno.EIO, "Input/output error")
 
 
 @pytest.mark.parametrize("existing", [True, False])
-def test_a_call_that_fails_leaves_the_old_version_or_the_new(
+def test_a_failed_system_call_leaves_the_old_or_the_new_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
 ) -> None:
     place = tmp_path / "place"
@@ -635,7 +637,7 @@ def test_a_call_that_fails_leaves_the_old_version_or_the_new(
             failures += 1
             assert "\n" not in problem
             assert NO_DISK.strerror in problem
-            # Where tidying up is what fails, some leftover may stay, for the next writer.
+            # If the cleanup fails, files may remain for the next writer.
             for name, data in before.items():
                 assert (place / name).is_dir() if data is None else (place / name).read_bytes() == data
         if store.is_index(place / "index"):
@@ -643,7 +645,7 @@ def test_a_call_that_fails_leaves_the_old_version_or_the_new(
             assert (found == "before") == (problem is not None)
         else:
             assert problem is not None
-        new.save(place / "index")  # and the next writer succeeds and leaves nothing behind
+        new.save(place / "index")  # the next writer succeeds and removes leftovers
         assert answer(verify(place / "index")) == answer(new)
         assert not [path for path in place.rglob("*") if path.name.endswith(".tmp")]
         if not reached:
@@ -652,11 +654,11 @@ def test_a_call_that_fails_leaves_the_old_version_or_the_new(
     assert failures > 5
 
 
-def test_an_array_reserved_by_writing_is_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the system has no posix_fallocate."""
+def test_an_array_allocated_without_fallocate_is_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some systems have no ``posix_fallocate``."""
     model().save(tmp_path / "a")
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
-    monkeypatch.setattr("retrieval_tip.store.writer._ZEROS", bytes(100))  # several blocks, and a rest
+    monkeypatch.setattr("retrieval_tip.store.writer._ZEROS", bytes(100))  # several blocks and a partial one
     model().save(tmp_path / "b")
     assert store.read_manifest(tmp_path / "a").files["keys"] == store.read_manifest(tmp_path / "b").files["keys"]
     verify(tmp_path / "b")
@@ -666,7 +668,7 @@ def test_an_array_reserved_by_writing_is_the_same_file(tmp_path: Path, monkeypat
 
 
 def damages(path: Path, seed: int) -> Iterator[str]:
-    """One damage of a file at a time; it is whole again after."""
+    """Damage a file in one way after the other, yield a description of each, and restore the file."""
     raw = path.read_bytes()
     places = random.Random(seed)
     for at in (0, len(raw) - 1, *(places.randrange(len(raw)) for _ in range(POSITIONS))):
@@ -674,8 +676,8 @@ def damages(path: Path, seed: int) -> Iterator[str]:
         flipped[at] ^= 1 << places.randrange(8)
         path.write_bytes(flipped)
         yield f"{path.name}: byte {at} of {len(raw)}"
-    for what, data in (("last byte lost", raw[:-1]), ("half lost", raw[: len(raw) // 2]), ("empty", b""),
-                       ("a byte more", raw + b"\0"), ("a byte put in front", b" " + raw)):  # fmt: skip
+    for what, data in (("last byte missing", raw[:-1]), ("half missing", raw[: len(raw) // 2]), ("empty", b""),
+                       ("additional last byte", raw + b"\0"), ("additional first byte", b" " + raw)):  # fmt: skip
         path.write_bytes(data)
         yield f"{path.name}: {what}"
     path.unlink()
@@ -687,35 +689,35 @@ def damages(path: Path, seed: int) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("kind", ["manifest", *KINDS])
-def test_damage_of_any_byte_is_found_by_load_and_verify(index: Path, kind: str) -> None:
+def test_load_and_verify_find_damage_of_any_byte(index: Path, kind: str) -> None:
     path = index / ("manifest.json" if kind == "manifest" else store.read_manifest(index).files[kind].name)
     for damage in damages(path, 1):
         for opened in (CacheModel.load, verify):
-            error = refusal(opened, index, damage)
+            error = error_of(opened, index, damage)
             one_line(error, path if "manifest.json: missing" not in damage else index)
     assert verify(index).n == N
 
 
-def test_damage_of_an_earlier_version_is_found_by_verify(index: Path) -> None:
+def test_verify_finds_damage_of_an_earlier_version(index: Path) -> None:
     model(1).save(index)
     earlier, current = store.earlier_manifests(index)[0], store.read_manifest(index)
     own = {file.name for file in earlier.files.values()} - {file.name for file in current.files.values()}
     assert len(own) == 3
     for name in sorted(own):
         for damage in damages(index / name, 2):
-            assert CacheModel.load(index, device="cpu").version == 2  # the current one is whole
-            one_line(refusal(verify, index, damage), index / name)
+            assert CacheModel.load(index, device="cpu").version == 2  # the current version is intact
+            one_line(error_of(verify, index, damage), index / name)
     manifest = index / "manifests" / "000001.json"
     for damage in damages(manifest, 3):
         assert CacheModel.load(index, device="cpu").version == 2
-        if "missing" in damage:
-            verify(index)  # a version that is not kept is no damage: going back to an earlier one leaves such an index
+        if damage.endswith(": missing"):
+            verify(index)  # a missing version is not damage, because a rollback leaves such an index
         else:
-            one_line(refusal(verify, index, damage), manifest)
+            one_line(error_of(verify, index, damage), manifest)
     assert verify(index).version == 2
 
 
-def test_building_again_repairs_damaged_files(index: Path) -> None:
+def test_saving_again_repairs_damaged_files(index: Path) -> None:
     name = store.read_manifest(index).files["text"].name
     (index / name).write_bytes(b"x")
     with pytest.raises(StoreError, match="build the index again"):
@@ -725,13 +727,13 @@ def test_building_again_repairs_damaged_files(index: Path) -> None:
 
 
 def relabelled(index: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    """Put another label store into an index, with all digests right."""
+    """Replace the label store of an index, with valid digests."""
     name, buffer = body_of(index)["files"]["labels"]["name"], io.BytesIO()
     pq.write_table(change(pq.ParquetFile(index / name).read()), buffer)
     resealed(index, name, buffer.getvalue())
 
 
-def replaced(name: str, values: list[Any], kind: pa.DataType | None = None) -> Callable[[pa.Table], pa.Table]:
+def with_column(name: str, values: list[Any], kind: pa.DataType | None = None) -> Callable[[pa.Table], pa.Table]:
     return lambda t: t.set_column(t.column_names.index(name), name, pa.array(values, kind or t.schema.field(name).type))
 
 
@@ -741,20 +743,20 @@ def replaced(name: str, values: list[Any], kind: pa.DataType | None = None) -> C
         lambda table: table.slice(1),
         lambda table: table.drop_columns(["source"]),
         lambda table: table.select(table.column_names[::-1]),
-        replaced("class_id", [0] * (N - 1) + [4]),
-        replaced("class_id", [-1] + [0] * (N - 1)),
-        replaced("class_id", [1, 0] + [2] * (N - 2)),
-        replaced("class_id", [None] + [0] * (N - 1)),
-        replaced("class_id", [0.5] * N, pa.float64()),
-        replaced("class_id", ["0"] * N, pa.string()),
-        replaced("key_id", [None] * N),
-        replaced("key_id", ["x"] * N, pa.string()),
-        replaced("label", [None] * N),
-        replaced("label", [1] * N, pa.int64()),
+        with_column("class_id", [0] * (N - 1) + [4]),
+        with_column("class_id", [-1] + [0] * (N - 1)),
+        with_column("class_id", [1, 0] + [2] * (N - 2)),
+        with_column("class_id", [None] + [0] * (N - 1)),
+        with_column("class_id", [0.5] * N, pa.float64()),
+        with_column("class_id", ["0"] * N, pa.string()),
+        with_column("key_id", [None] * N),
+        with_column("key_id", ["x"] * N, pa.string()),
+        with_column("label", [None] * N),
+        with_column("label", [1] * N, pa.int64()),
     ],
     ids=range(13),
 )
-def test_a_label_store_that_does_not_describe_the_keys_is_refused(
+def test_a_label_store_that_does_not_match_the_keys_is_refused(
     index: Path, change: Callable[[pa.Table], pa.Table]
 ) -> None:
     relabelled(index, change)
@@ -764,16 +766,14 @@ def test_a_label_store_that_does_not_describe_the_keys_is_refused(
         one_line(error, index / "data" / "labels-")
 
 
-# --- questions in SQL
+# --- folder names, digests and background checks
 
 
 @pytest.mark.parametrize(
     "name", ["it's", "a b", 'q"q', "a[1]", "[ab]", "a*", "**", "wh?", "x=1", "ünï", "{a,b}", "a;b", "file:x"]
 )
-def test_query_and_load_work_whatever_the_folder_is_called(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    # What the name would match if it were a pattern: another index.
+def test_query_and_load_work_with_any_folder_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    # Another index, which the name would match as a pattern.
     model(9).save(tmp_path / "a1")
     cache = model(1, N + 4)
     cache.save(tmp_path / name / "sub=2")
@@ -787,7 +787,7 @@ def test_query_and_load_work_whatever_the_folder_is_called(
 
 
 @pytest.mark.parametrize("at_a_time", [1, 7, 1 << 24])
-def test_every_block_of_a_file_counts(
+def test_a_file_digest_covers_every_block(
     index: Path, tmp_path: Path, at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("retrieval_tip.files.HASHED_AT_A_TIME", at_a_time)
@@ -797,7 +797,7 @@ def test_every_block_of_a_file_counts(
     store.Check(index).wait()
 
 
-def test_a_check_that_was_begun_names_the_first_bad_file(index: Path) -> None:
+def test_a_background_check_reports_the_first_bad_file(index: Path) -> None:
     manifest = store.read_manifest(index)
     for kind in ("labels", "keys"):
         path = index / manifest.files[kind].name
@@ -810,8 +810,8 @@ def test_a_check_that_was_begun_names_the_first_bad_file(index: Path) -> None:
         one_line(error, index / manifest.files["keys"].name)
 
 
-def test_a_check_is_of_the_version_that_is_opened(index: Path) -> None:
-    """Another version that is committed meanwhile is not taken for it."""
+def test_a_background_check_fixes_the_version_that_is_opened(index: Path) -> None:
+    """A version that is committed during the check is not opened."""
     check = store.Check(index)
     model(7).save(index)
     opened = CacheModel.load(index, check=check)
@@ -819,12 +819,12 @@ def test_a_check_is_of_the_version_that_is_opened(index: Path) -> None:
     assert CacheModel.load(index).version == check.manifest.version + 1
 
 
-def test_a_check_of_no_index_says_so(tmp_path: Path) -> None:
+def test_a_background_check_of_a_missing_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no such folder"):
         store.Check(tmp_path / "none")
 
 
-def test_what_a_manifest_names_is_found_without_reading_all_of_it(index: Path) -> None:
+def test_file_names_are_extracted_only_from_an_intact_manifest(index: Path) -> None:
     raw = (index / "manifest.json").read_bytes()
     assert named_in(raw) == {file.name for file in store.read_manifest(index).data_files}
     for at in range(len(raw)):
@@ -832,11 +832,11 @@ def test_what_a_manifest_names_is_found_without_reading_all_of_it(index: Path) -
         assert named_in(raw[:at]) is None
 
 
-# --- what a stranger's folder may hold
+# --- hostile folders
 
 
 class Evil:
-    """Pickled, it makes a folder where it is read."""
+    """An object that creates a folder when its pickle is loaded."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = str(mark)
@@ -852,7 +852,7 @@ class Evil:
     lambda file, evil: torch.save(evil, file),
 ], ids=["pickle", "npy", "npz", "torch"])  # fmt: skip
 @pytest.mark.parametrize("kind", ["keys", "text", "labels", "index"])
-def test_a_pickle_is_never_read(
+def test_a_pickle_is_never_loaded(
     index: Path, tmp_path: Path, kind: str, wrap: Callable[[io.BytesIO, Evil], object]
 ) -> None:
     file = io.BytesIO()
@@ -865,7 +865,7 @@ def test_a_pickle_is_never_read(
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "data", "lock"])
-def test_links_out_of_the_folder_are_not_written_through(index: Path, tmp_path: Path, name: str) -> None:
+def test_nothing_is_written_through_links_out_of_the_folder(index: Path, tmp_path: Path, name: str) -> None:
     outside = tmp_path / "outside"
     (index / name).rename(outside) if (index / name).exists() else outside.touch()
     (index / name).symlink_to(outside)

@@ -1,4 +1,4 @@
-"""What to label next: the choice against its definition, and the command on features and photos."""
+"""Suggestions of photos to label: against their definition, and the command on features and photos."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def kernel(a, b):
 
 
 @given(st.integers(1, 40), st.integers(1, 45), st.integers(0, 5), st.booleans(), st.integers(0, 2**32 - 1))
-def test_the_choice_is_the_greedy_one_of_the_definition(m, n, k, with_metric, seed):
+def test_suggestions_match_the_greedy_definition(m, n, k, with_metric, seed):
     draw = np.random.default_rng(seed)
     features, known = draw.normal(size=(m, 6)).astype(np.float32), draw.normal(size=(k, 6)).astype(np.float32)
     features[m // 2 :: 3] = features[0]  # copies
@@ -62,7 +62,7 @@ def ties(cosines):
     return (np.diff(two, axis=1) < 1e-5).sum() if two.shape[1] > 1 else 0
 
 
-def test_a_large_pool_takes_bounded_memory_and_covers_its_uncertain_part(monkeypatch):
+def test_a_large_pool_needs_limited_memory_and_uncertain_photos_come_first(monkeypatch):
     sizes, similarity = [], choice.similarity
     monkeypatch.setattr(choice, "similarity", lambda a, b: sizes.append(len(a) * len(b)) or similarity(a, b))
     monkeypatch.setattr(choice, "CROWD", 64)
@@ -93,7 +93,7 @@ def test_a_large_pool_takes_bounded_memory_and_covers_its_uncertain_part(monkeyp
         ({"n": 0}, "n"),
     ],
 )
-def test_wrong_arrays_are_named(change, named):
+def test_errors_name_the_bad_argument(change, named):
     with pytest.raises((InputError, UsageError), match=f"^{named}\\b"):
         suggest(**{"features": unit_rows(4, 8), "n": 2} | change)
 
@@ -111,7 +111,7 @@ def index(tmp_path):
     return tmp_path / "index", write_table(tmp_path / "pool.parquet", pool), pool
 
 
-def test_an_index_gives_the_metric_the_uncertainty_and_the_labelled_surroundings(index, run, tmp_path):
+def test_an_index_provides_metric_uncertainty_and_labelled_keys(index, run, tmp_path):
     folder, table, pool = index
     cache = CacheModel.load(folder, device="cpu")
     answers = cache.classify(pool)
@@ -130,7 +130,7 @@ def test_an_index_gives_the_metric_the_uncertainty_and_the_labelled_surroundings
     assert Classifier.load(folder, device="cpu").suggest(pool, 6).inputs == [str(row) for row in picks.rows]
 
 
-def test_known_features_are_skipped_and_samples_are_stated(index, run, monkeypatch, tmp_path):
+def test_known_features_are_skipped_and_sampling_is_reported(index, run, monkeypatch, tmp_path):
     folder, table, pool = index
     mixed = write_table(tmp_path / "mixed.parquet", pool[:4], ids=["shot-3", "new-1", "new-2", "shot-0"])
     done = run("suggest", mixed, "--index", folder, "--format", "json")
@@ -144,7 +144,7 @@ def test_known_features_are_skipped_and_samples_are_stated(index, run, monkeypat
     assert "9, drawn at random from 32" in done.stderr
 
 
-def test_class_names_give_a_first_guess(index, run, tmp_path):
+def test_class_names_provide_a_first_label(index, run, tmp_path):
     folder, table, pool = index
     text = write_table(tmp_path / "text.parquet", unit_rows(2, 8, 7), ["cat", "dog"])
     rows = list(csv.DictReader(io.StringIO(run("suggest", table, "-n", 5, "--text", text, "--format", "csv").stdout)))

@@ -1,4 +1,4 @@
-"""Accuracy over shots, seeds and methods: draws, methods, resuming, intervals, and untouched test labels."""
+"""Sweeps over shots, seeds and methods: draws, methods, resuming, intervals, and unused test labels."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rows_of(pool, items, path, **options):
     return list(sweep.sweep(pool, "digest", items, path, **options))
 
 
-def test_shots_are_the_published_draw_from_the_pool(pool):
+def test_shots_are_drawn_from_the_pool_by_the_published_rule(pool):
     drawn = sweep.draw(pool, 3, 7)
     labels = [i % C for i in range(60)]
     assert sorted(drawn.labels["key_id"].to_pylist()) == sorted(few_shot(labels, 3, 7))
@@ -48,7 +48,7 @@ def test_shots_are_the_published_draw_from_the_pool(pool):
         np.testing.assert_array_equal(row, pool.keys[source[key]])
 
 
-def test_each_run_is_a_row_with_what_its_method_means(pool, test_items, tmp_path):
+def test_each_run_is_one_row_with_the_accuracy_of_its_method(pool, test_items, tmp_path):
     rows = rows_of(pool, test_items, tmp_path / "r.parquet")
     assert len(rows) == 2 * 2 * len(sweep.PLAIN)
     assert pq.read_table(tmp_path / "r.parquet").to_pylist() == rows
@@ -63,14 +63,14 @@ def test_each_run_is_a_row_with_what_its_method_means(pool, test_items, tmp_path
         text, alone = terms.text, terms.cache
         logits = alone if row["method"] == "cache-alone" else text + row["alpha"] * alone
         assert row["top1"] == pytest.approx((logits.argmax(1).numpy() == test_items.ids).mean())
-    by = {(row["method"], row["shots"], row["seed"]): row for row in rows}
-    assert by["paper-constants", 4, 1]["beta"] == 5.5
-    assert by["zero-shot", 4, 1]["alpha"] == 0
-    assert by["tip-adapter", 4, 1]["chosen_on"] == "its own shots, each held out in turn"
-    assert by["tip-adapter", 1, 1]["chosen_on"] == "the shots' affinities"  # one image cannot be left out
+    by_run = {(row["method"], row["shots"], row["seed"]): row for row in rows}
+    assert by_run["paper-constants", 4, 1]["beta"] == 5.5
+    assert by_run["zero-shot", 4, 1]["alpha"] == 0
+    assert by_run["tip-adapter", 4, 1]["chosen_on"] == "its own shots, each held out in turn"
+    assert by_run["tip-adapter", 1, 1]["chosen_on"] == "the shots' affinities"  # a single image cannot be held out
 
 
-def test_a_fine_tuned_pool_is_swept_without_the_method_that_refuses_it(pool, test_items, tmp_path):
+def test_a_fine_tuned_pool_is_swept_without_the_closed_form(pool, test_items, tmp_path):
     pool.curve = pa.table({"epoch": [1]})
     rows = rows_of(pool, test_items, tmp_path / "r.parquet", shots=[4], seeds=[1])
     assert [row["method"] for row in rows] == [method for method in sweep.PLAIN if method != "closed-form"]
@@ -78,7 +78,7 @@ def test_a_fine_tuned_pool_is_swept_without_the_method_that_refuses_it(pool, tes
         rows_of(pool, test_items, tmp_path / "r.parquet", shots=[4], seeds=[1], methods=["closed-form"])
 
 
-def test_rivals_and_the_closed_form_are_those_of_the_drawn_shots(pool, test_items, tmp_path):
+def test_baselines_and_closed_form_are_fitted_to_the_drawn_shots(pool, test_items, tmp_path):
     methods = ["closed-form", "class-means", "linear-probe"]
     rows = rows_of(pool, test_items, tmp_path / "r.parquet", methods=methods)
     for row in rows:
@@ -98,16 +98,16 @@ def test_rivals_and_the_closed_form_are_those_of_the_drawn_shots(pool, test_item
     assert chosen["closed-form", 4] == chosen["linear-probe", 4] == "folds of the shots"
 
 
-def test_what_was_fitted_to_all_keys_of_a_pool_is_not_known_to_a_draw_of_them(pool, test_items, tmp_path):
+def test_a_fit_to_the_pool_does_not_affect_drawn_shots(pool, test_items, tmp_path):
     rows = rows_of(pool, test_items, tmp_path / "a.parquet", seeds=[1])
     closed_form.fit(pool, closed_form.Fit(metric="within", values="solved"))
     assert pool.fitted is not None
     fitted = rows_of(pool, test_items, tmp_path / "b.parquet", seeds=[1])
-    told = ("method", "shots", "top1", "top5", "alpha", "beta", "k")
-    assert [[row[name] for name in told] for row in fitted] == [[row[name] for name in told] for row in rows]
+    same = ("method", "shots", "top1", "top5", "alpha", "beta", "k")
+    assert [[row[name] for name in same] for row in fitted] == [[row[name] for name in same] for row in rows]
 
 
-def test_runs_resume_where_they_stopped(pool, test_items, tmp_path, monkeypatch):
+def test_a_sweep_resumes_after_the_last_run(pool, test_items, tmp_path, monkeypatch):
     path = tmp_path / "r.parquet"
     runs = sweep.sweep(pool, "digest", test_items, path, shots=[1, 4], seeds=[1, 2])
     first = [next(runs) for _ in range(7)]
@@ -123,7 +123,7 @@ def test_runs_resume_where_they_stopped(pool, test_items, tmp_path, monkeypatch)
     assert len(answered) == len(rows) - 7
 
 
-def test_validation_is_the_published_draw_and_the_paper_sees_it_whole(pool, test_items, tmp_path):
+def test_only_the_paper_protocol_uses_all_validation_items(pool, test_items, tmp_path):
     val = sweep.Items(*clusters(50, C, D, 3), "val")
     rows = rows_of(pool, test_items, tmp_path / "h.parquet", val=val, methods=["tip-adapter"])
     assert {row["chosen_on"] for row in rows} == {"val, 1 a class", "val, 4 a class"}
@@ -141,7 +141,7 @@ def test_poisoned_test_labels_change_no_setting(pool, test_items, tmp_path):
         assert [row[name] for row in a] == [row[name] for row in b]
 
 
-def test_intervals_are_students():
+def test_intervals_use_students_t_distribution():
     rows = [{"method": "m", "shots": 4, "top1": value} for value in (0.5, 0.6, 0.7)]
     (line,) = sweep.summary(rows)
     assert line["top1"] == pytest.approx(0.6)
@@ -162,7 +162,7 @@ def test_a_bad_sweep_is_refused(pool, test_items, tmp_path):
             rows_of(pool, test_items, tmp_path / name)
 
 
-def test_through_the_command_line(run, tmp_path):
+def test_sweep_works_as_a_command(run, tmp_path):
     keys, ids = clusters(60, C, D, 1)
     train = write_table(tmp_path / "train.parquet", keys, [NAMES[i] for i in ids])
     features, ids = clusters(40, C, D, 2)

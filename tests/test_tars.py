@@ -1,4 +1,4 @@
-"""Tars and object stores as sources: they give what a folder of the same images gives."""
+"""Tars and object stores as sources give the same results as folders of the same images."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from conftest import examples, few
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import photographs
+from tables import tiny
 from tarring import jpeg, tar
 
 from retrieval_tip import CacheModel
+from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data import remote, tars
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import is_there, of_tars, open_inputs, open_items, open_source, read_item
@@ -29,34 +31,34 @@ from retrieval_tip.fit.finetune import shots_of
 
 
 def members(items):
-    """Photographs as members of a tar, each with its label beside it."""
+    """Yield photos as members of a tar, each followed by its label."""
     for number, (path, label) in enumerate(items):
         yield f"{number:03}.jpg", path.read_bytes()
         yield f"{number:03}.cls", label.encode()
 
 
 @pytest.fixture(scope="module")
-def model(shared):
-    return f"local-dir:{shared / 'models' / 'lit-mini'}"
+def model(tmp_path_factory):
+    return f"local-dir:{tiny(tmp_path_factory.mktemp('models') / 'model')}"
 
 
 @pytest.fixture(scope="module")
 def world(shared, tmp_path_factory):
-    """Photographs of three classes: in class folders, in two tars in the same order, and others to ask about."""
+    """Photos of three classes, in class folders and in two tars in the same order, and a tar of query photos."""
     folder = tmp_path_factory.mktemp("world")
-    shots, asked = photographs(shared, "train", 3, 4), photographs(shared, "test", 3, 2)
+    shots, queries = photographs(shared, "train", 3, 4), photographs(shared, "test", 3, 2)
     for number, (path, label) in enumerate(shots):
         (folder / "photos" / label).mkdir(parents=True, exist_ok=True)
         (folder / "photos" / label / f"{number:03}.jpg").write_bytes(path.read_bytes())
     (folder / "shards").mkdir()
     tar(folder / "shards/000.tar", members(shots[:7]))
     tar(folder / "shards/001.tar", members(shots[7:]))
-    tar(folder / "asked.tar.gz", members(asked), "w:gz")
+    tar(folder / "queries.tar.gz", members(queries), "w:gz")
     return folder
 
 
 @pytest.mark.parametrize("place", few(["folder", "range", "pattern"], 2))
-def test_an_index_of_tars_equals_one_of_their_photos(run, world, model, tmp_path, place):
+def test_an_index_of_tars_equals_an_index_of_their_photos(run, world, model, tmp_path, place):
     source = {"folder": "shards", "range": "shards/{000..001}.tar", "pattern": "shards/*.tar"}[place]
     for name, what in (("a", "photos"), ("b", source)):
         done = run("index", "build", world / what, "--out", tmp_path / name, "--model", model, "--fit", "none")
@@ -66,24 +68,24 @@ def test_an_index_of_tars_equals_one_of_their_photos(run, world, model, tmp_path
     np.testing.assert_allclose(a.keys, b.keys, atol=1e-6)
     assert a.labels["digest"].equals(b.labels["digest"])
     assert b.labels["source"][0].as_py() == f"{world}/shards/000.tar/000.jpg"
-    # They answer and are judged alike, on a packed tar, and what was built of tars finds its shots there again.
-    rows = [run("classify", tmp_path / name, world / "asked.tar.gz", "--format", "json") for name in "ab"]
+    # Both indexes answer and evaluate a compressed tar alike, and the index of tars finds its shots there again.
+    rows = [run("classify", tmp_path / name, world / "queries.tar.gz", "--format", "json") for name in "ab"]
     assert rows[0].exit_code == 0, rows[0].output
     assert rows[0].stdout.count("\n") == 6
-    said = [run("evaluate", tmp_path / name, world / "asked.tar.gz", "--json").stdout for name in "ab"]
-    assert said[0] == said[1]
-    assert '"n": 6' in said[0]
+    figures = [run("evaluate", tmp_path / name, world / "queries.tar.gz", "--json").stdout for name in "ab"]
+    assert figures[0] == figures[1]
+    assert '"n": 6' in figures[0]
     shots = shots_of(b)
     assert [read_item(path) for path in shots.paths] == [path.read_bytes() for path in sorted(world.rglob("*.jpg"))]
 
 
-def test_photographs_and_tars_in_a_bucket_are_sources(run, world, model, tmp_path, monkeypatch):
+def test_photos_and_tars_in_a_bucket_are_sources(run, world, model, tmp_path, monkeypatch):
     buckets.use(monkeypatch, buckets.endpoint())
     bucket = f"s3://{buckets.fresh_bucket()}"
     system = remote.system_of(bucket)
     for path in (world / "photos").rglob("*.jpg"):
         system.pipe_file(f"{bucket}/photos/{path.parent.name}/{path.name}", path.read_bytes())
-    for name in ("shards/000.tar", "shards/001.tar", "asked.tar.gz"):
+    for name in ("shards/000.tar", "shards/001.tar", "queries.tar.gz"):
         system.pipe_file(f"{bucket}/{name}", (world / name).read_bytes())
     for name, what in (
         ("here", world / "photos"), ("photos", f"{bucket}/photos"), ("tars", f"{bucket}/shards/{{000..001}}.tar"),
@@ -97,11 +99,11 @@ def test_photographs_and_tars_in_a_bucket_are_sources(run, world, model, tmp_pat
         assert other.class_names == here.class_names
         np.testing.assert_allclose(other.keys, here.keys, atol=1e-6)
     first = next((world / "photos").rglob("*.jpg"))
-    asked = f"{bucket}/photos/{first.parent.name}/{first.name}"
-    done = run("classify", tmp_path / "tars", asked, f"{bucket}/asked.tar.gz", "--format", "json")
+    photo = f"{bucket}/photos/{first.parent.name}/{first.name}"
+    done = run("classify", tmp_path / "tars", photo, f"{bucket}/queries.tar.gz", "--format", "json")
     assert done.exit_code == 0, done.output
     assert done.stdout.count("\n") == 7
-    assert f'"input": "{asked}", "label": "{first.parent.name}"' in done.stdout
+    assert f'"input": "{photo}", "label": "{first.parent.name}"' in done.stdout
     for wrong in (f"{bucket}/nothing", f"{bucket}/none.tar"):
         done = run("index", "build", wrong, "--out", tmp_path / "x", "--model", model)
         assert done.exit_code == 1, done.output
@@ -110,11 +112,11 @@ def test_photographs_and_tars_in_a_bucket_are_sources(run, world, model, tmp_pat
     assert (done.exit_code, "--engine ray" in done.stderr) == (2, True)
 
 
-def test_faults_in_a_tar_are_reported_and_the_rest_is_used(run, shared, model, tmp_path):
+def test_a_build_reports_damaged_members_of_a_tar_and_uses_the_others(run, shared, model, tmp_path):
     shots = list(members(photographs(shared, "train", 2, 2)))
     path = tar(tmp_path / "t.tar", [*shots, ("lonely.jpg", jpeg())])
     whole = path.read_bytes()
-    path.write_bytes(whole[: whole.rindex(b"lonely.jpg") + 512])  # a header, and nothing after it
+    path.write_bytes(whole[: whole.rindex(b"lonely.jpg") + 512])  # ends after a header
     command = ("index", "build", path, "--out", tmp_path / "i", "--model", model, "--fit", "none")
     done = run(*command)
     assert done.exit_code == 3, done.output
@@ -131,7 +133,7 @@ def test_faults_in_a_tar_are_reported_and_the_rest_is_used(run, shared, model, t
     assert not (tmp_path / "j").exists()
 
 
-def test_a_folder_is_one_of_tars_only_where_nothing_else_is_in_it(tmp_path):
+def test_a_folder_is_read_as_tars_only_if_it_contains_nothing_else(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat/1.jpg").write_bytes(jpeg())
     tar(tmp_path / "backup.tar", [("x.jpg", jpeg())])
@@ -145,7 +147,7 @@ def test_a_folder_is_one_of_tars_only_where_nothing_else_is_in_it(tmp_path):
     assert tars.find(str(tmp_path / "flat")) == []
 
 
-def test_a_range_names_each_tar_and_the_one_that_is_missing(tmp_path):
+def test_a_range_of_tars_is_expanded_and_a_missing_tar_is_reported(tmp_path):
     for name in ("a-08", "a-09", "a-10", "b-08"):
         tar(tmp_path / f"{name}.tar", [("x.jpg", jpeg())])
     found = tars.find(str(tmp_path / "a-{08..10}.tar"))
@@ -157,7 +159,7 @@ def test_a_range_names_each_tar_and_the_one_that_is_missing(tmp_path):
     assert tars.find(str(tmp_path / "a-{08..10}")) == []
 
 
-def test_many_tars_are_open_a_few_at_a_time_and_closed(tmp_path):
+def test_only_a_few_of_many_tars_are_open_at_a_time(tmp_path):
     number = 3 * tars.HELD
     for i in range(number):
         tar(tmp_path / f"{i:03}.tar", [("x.jpg", jpeg(i)), ("x.cls", b"a")], "w")
@@ -182,7 +184,7 @@ def test_a_replaced_tar_is_read_again(tmp_path):
     assert not is_there(name)
 
 
-def test_a_tar_that_could_not_be_read_is_tried_again(tmp_path, monkeypatch):
+def test_a_tar_that_could_not_be_read_is_read_again(tmp_path, monkeypatch):
     buckets.use(monkeypatch, buckets.endpoint())
     url = f"s3://{buckets.fresh_bucket()}/t.tar"
     with pytest.raises(InputError, match=r"t\.tar: no images in 1 tar .*no such object"):
@@ -192,7 +194,7 @@ def test_a_tar_that_could_not_be_read_is_tried_again(tmp_path, monkeypatch):
     assert (name, read_item(name), is_there(name)) == (f"{url}/x.jpg", jpeg(1), True)
 
 
-def test_tars_come_among_other_inputs_in_order(tmp_path):
+def test_tars_and_other_inputs_are_read_in_order(tmp_path):
     (tmp_path / "1.jpg").write_bytes(jpeg(1))
     (tmp_path / "3.jpg").write_bytes(jpeg(3))
     path = tar(tmp_path / "t.tar", [("2.jpg", jpeg(2))])
@@ -201,24 +203,25 @@ def test_tars_come_among_other_inputs_in_order(tmp_path):
     assert [read_item(path) for path in paths] == [jpeg(1), jpeg(2), jpeg(3)]
 
 
-def test_a_tar_is_encoded_as_its_files(world, lit_mini, tmp_path):
+def test_a_tar_gives_the_same_features_as_its_files(world, model, tmp_path):
     from retrieval_tip.data.encoder import encode_table
 
+    backbone = load_backbone(model, device="cpu")
     for name, what in (("a", "photos"), ("b", "shards")):
-        encode_table(open_items(world / what), tmp_path / f"{name}.parquet", Encoder(lit_mini))
+        encode_table(open_items(world / what), tmp_path / f"{name}.parquet", Encoder(backbone))
     a, b = (pq.read_table(tmp_path / f"{name}.parquet") for name in "ab")
     assert a["label"].equals(b["label"])
     np.testing.assert_allclose(*(np.array(table["feature"].to_pylist()) for table in (a, b)), atol=1e-6)
 
 
-def opened(path, labelled=False):
-    """The items of a tar with the bytes of each image, and what failed."""
+def read_tar(path, labelled=False):
+    """Return the source of a tar, the bytes of each image, and the failed members."""
     source = of_tars("tar", [str(path)], labelled=labelled)
     return source, {path: read_item(path) for path in source.paths or ()}, list(source.failed)
 
 
 @pytest.mark.parametrize("kind", ["t.tar", "t.tar.gz", "t.tgz"])
-def test_a_tar_gives_images_with_the_labels_beside_them(tmp_path, kind):
+def test_images_in_a_tar_get_labels_from_files_of_the_same_name(tmp_path, kind):
     members = [
         ("a/one.jpg", jpeg(1)), ("a/one.cls", b"cat"),
         ("a/two.json", json.dumps({"label": "dog"}).encode()), ("a/two.JPG", jpeg(2)),
@@ -226,26 +229,26 @@ def test_a_tar_gives_images_with_the_labels_beside_them(tmp_path, kind):
         ("b/three.jpg", jpeg(4)),
     ]  # fmt: skip
     path = tar(tmp_path / kind, members, "w" if kind == "t.tar" else "w:gz")
-    source, data, failed = opened(path)
+    source, data, failed = read_tar(path)
     assert failed == []
     assert source.sources == [f"{path}/{name}" for name in ("a/one.jpg", "a/two.JPG", "a/three.jpg", "b/three.jpg")]
     assert source.items["label"].to_pylist() == ["cat", "dog", "é", None]
     assert list(data.values()) == [jpeg(i) for i in (1, 2, 3, 4)]
 
 
-def test_names_in_a_tar_are_names_only(tmp_path):
+def test_names_and_links_in_a_tar_cannot_access_other_files(tmp_path):
     link = tarfile.TarInfo("link.jpg")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     with tarfile.open(tar(tmp_path / "t.tar", [("../../out.jpg", jpeg()), ("/abs.jpg", jpeg())]), "a") as file:
         file.addfile(link)
     before = sorted(tmp_path.rglob("*"))
-    source, data, failed = opened(tmp_path / "t.tar")
+    source, data, failed = read_tar(tmp_path / "t.tar")
     assert (list(data.values()), failed) == ([jpeg(), jpeg()], [])
     assert source.sources == [f"{tmp_path}/t.tar/../../out.jpg", f"{tmp_path}/t.tar//abs.jpg"]
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_bad_members_of_a_tar_are_named_and_the_rest_is_read(tmp_path):
+def test_bad_members_of_a_tar_are_reported_and_the_others_are_read(tmp_path):
     members = [
         ("good.jpg", jpeg(1)), ("good.cls", b"cat"),
         ("lonely.cls", b"dog"),
@@ -257,12 +260,12 @@ def test_bad_members_of_a_tar_are_named_and_the_rest_is_read(tmp_path):
         ("\udcff.jpg", jpeg(6)),
     ]  # fmt: skip
     path = tar(tmp_path / "t.tar", members)
-    source, data, failed = opened(path)
+    source, data, failed = read_tar(path)
     assert source.sources == [f"{path}/good.jpg", f"{path}/\\xff.jpg"]
     assert list(data.values()) == [jpeg(1), jpeg(6)]
     reasons = {skipped.source.removeprefix(f"{path}/"): skipped.reason for skipped in failed}
     assert set(reasons) == {"lonely", "bytes.jpg", "list.jpg", "deep.jpg", "long.jpg", "good.jpg"}
-    source, _, failed = opened(path, labelled=True)
+    source, _, failed = read_tar(path, labelled=True)
     assert source.sources == [f"{path}/good.jpg"]
     assert f"{path}/\\xff.jpg" in {skipped.source for skipped in failed}
 
@@ -273,21 +276,21 @@ def test_a_damaged_tar_yields_its_intact_members_with_a_warning(tmp_path_factory
     folder = tmp_path_factory.mktemp("tar")
     whole = tar(folder / "w.tar", [(f"{i}.jpg", jpeg(i)) for i in range(3)])
     data = bytearray(whole.read_bytes()[:6144])
-    expected = list(opened(whole)[1].values())
+    expected = list(read_tar(whole)[1].values())
     broken = folder / "t.tar"
     broken.write_bytes(data[:cut])
-    _, found, failed = opened(broken)
+    _, found, failed = read_tar(broken)
     assert list(found.values()) == expected[: len(found)]
     assert len(found) == 3 or failed
     data[flip % len(data)] ^= 0xFF
     broken.write_bytes(data)
-    opened(broken)  # whatever was hit, no exception
+    read_tar(broken)  # no exception
 
 
-def test_a_truncated_gzip_and_no_tar_at_all(tmp_path):
+def test_a_truncated_gzip_and_a_file_that_is_not_a_tar_are_reported(tmp_path):
     path = tar(tmp_path / "t.tar", [(f"{i}.jpg", os.urandom(20_000)) for i in range(5)])
     packed = tmp_path / "p.tar.gz"
     packed.write_bytes(gzip.compress(path.read_bytes())[:50_000])
     (tmp_path / "n.tar").write_bytes(b"not a tar" * 100)
-    some, none = opened(packed), opened(tmp_path / "n.tar")
+    some, none = read_tar(packed), read_tar(tmp_path / "n.tar")
     assert (len(some[0]) in (1, 2), bool(some[2]), len(none[0]), len(none[2])) == (True, True, 0, 1)

@@ -1,4 +1,4 @@
-"""tip.py against the dense method in float64 with one-hot products, and against README's formula."""
+"""tip.py against the dense method in float64 with one-hot products, and against the formula in the README."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ class Case:
         return tip.Totals.of(f, sums, torch.bincount(y, minlength=self.c))
 
     def retrieved(self, k: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k nearest keys of each query: affinities and class ids."""
+        """Return affinities and class ids of the k nearest keys of each query."""
         f, K, y = self.tensors(dtype)
         near, rows = tip.affinity(f, K).topk(min(k, len(y)), dim=1)
         return near, y[rows]
 
 
 def dense(A: Array, y: npt.NDArray[np.int64], c: int, beta: float, keep: npt.NDArray[np.bool_] | None = None) -> Array:
-    """exp(-beta (1 - A)) times the one-hot labels; where ``keep`` is given, over those keys only."""
+    """Return exp(-beta (1 - A)) times the one-hot labels, over all keys or only those in ``keep``."""
     weights = np.exp(-beta * (1 - A))
     if keep is not None:
         weights = weights * keep
@@ -84,7 +84,7 @@ def unit(x: Array) -> Array:
 
 
 def random_case(seed: int, counts: tuple[int, ...], q: int = 7, d: int = 12, off_sphere: bool = False) -> Case:
-    """Classes of ``counts`` keys around a mean each, keys in random order."""
+    """Return classes of ``counts`` keys around one mean per class, with the keys in random order."""
     rng = np.random.default_rng(seed)
     means = unit(rng.standard_normal((len(counts), d)))
     y = rng.permutation(np.repeat(np.arange(len(counts)), counts))
@@ -123,7 +123,7 @@ betas = st.floats(0.1, 50)
 
 @settings(max_examples=examples(150), deadline=None)
 @given(cases(), betas)
-def test_all_keys_give_the_dense_form(case: Case, beta: float) -> None:
+def test_all_keys_give_the_dense_sum(case: Case, beta: float) -> None:
     f, K, y = case.tensors()
     cache = tip.cache_logits(tip.affinity(f, K), y, case.c, beta)
     np.testing.assert_allclose(cache, dense(case.A, case.y, case.c, beta), rtol=1e-11)
@@ -132,7 +132,7 @@ def test_all_keys_give_the_dense_form(case: Case, beta: float) -> None:
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("shots", [3, 16])
-def test_real_features_give_the_dense_form_in_float32(shared: Path, shots: int, beta: float) -> None:
+def test_real_features_give_the_dense_sum_in_float32(shared: Path, shots: int, beta: float) -> None:
     case = food(shared, shots)
     f, K, y = case.tensors(torch.float32)
     expected = dense(case.A, case.y, case.c, beta)
@@ -146,7 +146,7 @@ def test_real_features_give_the_dense_form_in_float32(shared: Path, shots: int, 
 
 @settings(max_examples=examples(150), deadline=None)
 @given(cases(), betas, st.integers(1, 40))
-def test_top_k_is_the_dense_form_over_the_top_k(case: Case, beta: float, k: int) -> None:
+def test_top_k_gives_the_dense_sum_over_the_top_k(case: Case, beta: float, k: int) -> None:
     near, ids = case.retrieved(k)  # k may exceed n
     expected = dense(case.A, case.y, case.c, beta, top_mask(case.A, k))
     np.testing.assert_allclose(tip.cache_logits(near, ids, case.c, beta), expected, rtol=1e-11)
@@ -154,7 +154,7 @@ def test_top_k_is_the_dense_form_over_the_top_k(case: Case, beta: float, k: int)
 
 @settings(max_examples=examples(150), deadline=None)
 @given(cases(), betas, st.integers(1, 40))
-def test_tail_counts_the_keys_not_retrieved_at_their_mean_affinity(case: Case, beta: float, k: int) -> None:
+def test_the_tail_counts_other_keys_at_their_mean_affinity(case: Case, beta: float, k: int) -> None:
     near, ids = case.retrieved(k)
     left = ~top_mask(case.A, k)
     expected = dense(case.A, case.y, case.c, beta, ~left)
@@ -168,7 +168,7 @@ def test_tail_counts_the_keys_not_retrieved_at_their_mean_affinity(case: Case, b
 
 @settings(max_examples=examples(150), deadline=None)
 @given(cases(), betas, st.integers(1, 40))
-def test_plain_is_at_most_tail_is_at_most_all(case: Case, beta: float, k: int) -> None:
+def test_logits_with_a_tail_lie_between_those_of_top_k_and_all_keys(case: Case, beta: float, k: int) -> None:
     """The exponential is convex (Jensen)."""
     near, ids = case.retrieved(k)
     plain = tip.cache_logits(near, ids, case.c, beta).numpy()
@@ -179,7 +179,7 @@ def test_plain_is_at_most_tail_is_at_most_all(case: Case, beta: float, k: int) -
 
 
 @needs_real
-def test_tail_is_nearer_to_all_than_plain_on_real_features(shared: Path) -> None:
+def test_the_tail_reduces_the_error_of_top_k_on_real_features(shared: Path) -> None:
     case = food(shared, 16)
     near, ids = case.retrieved(16)
     exact = dense(case.A, case.y, case.c, 5.5)
@@ -190,7 +190,7 @@ def test_tail_is_nearer_to_all_than_plain_on_real_features(shared: Path) -> None
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_tail_adds_nothing_once_every_key_is_retrieved(dtype: torch.dtype, beta: float) -> None:
+def test_the_tail_adds_nothing_if_every_key_is_retrieved(dtype: torch.dtype, beta: float) -> None:
     case = random_case(3, (1, 9, 3, 30), off_sphere=True)
     near, ids = case.retrieved(len(case.y), dtype)
     with_tail = tip.cache_logits(near, ids, case.c, beta, case.totals(dtype))
@@ -203,7 +203,7 @@ def test_empty_slots_are_ignored(case: Case, beta: float, k: int, slots: int, ta
     near, ids = case.retrieved(k)
     totals = case.totals() if tail else None
     shape = (len(near), slots)
-    padded = torch.cat([near, torch.full(shape, 0.9, dtype=near.dtype)], dim=1)  # an affinity that would count
+    padded = torch.cat([near, torch.full(shape, 0.9, dtype=near.dtype)], dim=1)  # an affinity that would matter
     padded_ids = torch.cat([ids, torch.full(shape, case.c)], dim=1)
     torch.testing.assert_close(
         tip.cache_logits(padded, padded_ids, case.c, beta, totals), tip.cache_logits(near, ids, case.c, beta, totals)
@@ -223,7 +223,7 @@ def test_blocks_of_keys_add_up(case: Case, beta: float, cuts: list[int]) -> None
     torch.testing.assert_close(torch.stack(parts).sum(0), whole, rtol=1e-12, atol=0)
 
 
-def test_rest_is_the_number_and_mean_of_the_keys_left() -> None:
+def test_rest_returns_number_and_mean_affinity_of_other_keys() -> None:
     case = Case(np.eye(2)[:1], np.array([[0.9, 0], [0.5, 0], [0.1, 0], [0.7, 0]]), np.array([0, 0, 0, 1]), np.eye(2))
     number, mean = case.totals().rest(*case.retrieved(2))  # 0.9 of class 0 and 0.7 of class 1
     assert number.tolist() == [[2, 0]]
@@ -231,7 +231,7 @@ def test_rest_is_the_number_and_mean_of_the_keys_left() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_sums_keep_the_dtype_and_leave_out_the_marked(dtype: torch.dtype) -> None:
+def test_class_sums_keep_the_dtype_and_ignore_empty_slots(dtype: torch.dtype) -> None:
     values = torch.tensor([[1, 2, 4], [8, 16, 32]], dtype=dtype)
     one = tip.sum_by_class(values, torch.tensor([1, 3, 1]), 3)
     each = tip.sum_by_class(values, torch.tensor([[1, 3, 1], [0, 0, 2]]), 3)
@@ -241,7 +241,7 @@ def test_sums_keep_the_dtype_and_leave_out_the_marked(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_weight_of_one_key(beta: float) -> None:
+def test_the_weight_of_a_key_is_exponential_in_its_affinity(beta: float) -> None:
     weights = tip.weight(torch.tensor([1.0, 0.5, 1.2], dtype=torch.float64), beta)
     np.testing.assert_allclose(weights, [1, np.exp(-beta / 2), np.exp(beta * 0.2)])
     assert (tip.weight(torch.rand(5), 0) == 1).all()
@@ -252,8 +252,8 @@ def test_weight_of_one_key(beta: float) -> None:
 
 @settings(max_examples=examples(50), deadline=None)
 @given(cases(), st.integers(0, 2))
-def test_the_discriminant_compares_queries_with_the_mean_key_of_each_class(case: Case, empty: int) -> None:
-    """By its definition, in NumPy; classes that have no keys get the mean of the others."""
+def test_the_discriminant_matches_its_definition(case: Case, empty: int) -> None:
+    """The definition is computed in NumPy. Classes without keys get the mean of the others."""
     f, K, y = (part.numpy().astype(np.float64) for part in case.tensors())
     y, c = y.astype(int), case.c + empty
     sums, counts = np.zeros((c, K.shape[1])), np.bincount(y, minlength=c)
@@ -273,7 +273,7 @@ def test_the_discriminant_compares_queries_with_the_mean_key_of_each_class(case:
 @given(
     cases(), st.floats(0, 20), st.floats(0, 20), st.floats(0.5, 200), betas, st.one_of(st.none(), st.floats(1e-3, 10))
 )
-def test_answer_is_what_the_parts_give(
+def test_answer_equals_the_combination_of_its_terms(
     case: Case, alpha: float, gamma: float, scale: float, beta: float, offset: float | None
 ) -> None:
     f, K, y = case.tensors()
@@ -299,7 +299,7 @@ FUNCTIONS = {
 
 
 def evaluated(formula: str, letters: dict[str, Any]) -> dict[str, Any]:
-    """A formula, evaluated line by line as Python: letters side by side are multiplied, by a factor or as matrices."""
+    """Evaluate a formula line by line as Python. Adjacent letters are multiplied, as scalars or as matrices."""
     names = FUNCTIONS | letters
     for line in formula.splitlines():
         left, right = re.split(r" = | <- ", line.split(None, 1)[1].strip())
@@ -313,10 +313,10 @@ def evaluated(formula: str, letters: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("fit", ["auto", "none"])
-def test_readmes_formula_gives_the_logits_of_an_exported_index(
+def test_the_formula_in_the_readme_gives_the_logits_of_an_exported_index(
     tmp_path: Path, fit: str, run: Callable[..., Any]
 ) -> None:
-    """From the files of the index alone: tables that ``index export`` writes, and the arrays of what was fitted."""
+    """The test only reads files: the tables that ``index export`` writes, and the fitted arrays of the index."""
     rng, names, index = np.random.default_rng(6), list("abcde"), tmp_path / "index"
     means = unit(rng.standard_normal((5, 32)))
     shots, test = (unit(means[np.arange(m) % 5] + 0.53 * rng.standard_normal((m, 32))) for m in (80, 40))
@@ -335,7 +335,7 @@ def test_readmes_formula_gives_the_logits_of_an_exported_index(
     letters = {name: manifest[name] for name in ("alpha", "beta", "logit_scale", "temperature")}
     letters |= {"f": test.astype(np.float32), "K": K, "W": W}
     lines = re.search(r"```\n(metric .*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    if fit == "none":  # as README says: no metric, no link, one-hot values
+    if fit == "none":  # as described in the README: no metric, no link, one-hot values
         lines = "\n".join(
             line for line in lines.splitlines() if line.split()[0] not in ("metric", "link", "discriminant")
         )
@@ -349,8 +349,8 @@ def test_readmes_formula_gives_the_logits_of_an_exported_index(
         letters["M"] = np.stack([points[np.array(labels) == name].mean(0) for name in names])
         squares, n = (letters["M"] ** 2).sum(1), 16
         letters["b"] = -(squares - (1 - squares).sum() * n / (80 - 5) / n) / 2
-    made = evaluated(lines, letters)
+    result = evaluated(lines, letters)
     cache = CacheModel.load(index, device="cpu", precision="float32")
-    np.testing.assert_allclose(cache.exact_logits(letters["f"]), made["L"], rtol=1e-6, atol=1e-4)
+    np.testing.assert_allclose(cache.exact_logits(letters["f"]), result["L"], rtol=1e-6, atol=1e-4)
     chances = [prediction.probability for prediction in cache.classify(letters["f"])]
-    np.testing.assert_allclose(chances, made["P"].max(axis=1), rtol=1e-3)
+    np.testing.assert_allclose(chances, result["P"].max(axis=1), rtol=1e-3)

@@ -1,4 +1,4 @@
-"""CLIP and SigLIP in transformers' format, against transformers' features; small, with random weights."""
+"""Small random CLIP and SigLIP models in transformers' format, against the features of transformers."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from retrieval_tip.errors import BackboneError, UsageError
 
 transformers = pytest.importorskip("transformers")
 
-WORDS = ["<pad>", "<end>", "<unknown>", "a", "photo", "of", "cat", "dog", "."]
+VOCABULARY = ["<pad>", "<end>", "<unknown>", "a", "photo", "of", "cat", "dog", "."]
 SIDE, LENGTH = 32, 8
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-TEXT = TOWER | {"vocab_size": len(WORDS), "max_position_embeddings": LENGTH, "eos_token_id": 1, "pad_token_id": 0}
+TEXT = TOWER | {"vocab_size": len(VOCABULARY), "max_position_embeddings": LENGTH, "eos_token_id": 1, "pad_token_id": 0}
 VISION = TOWER | {"image_size": SIDE, "patch_size": 16}
 
 
 def saved(kind, folder):
-    """A model folder as transformers writes it."""
+    """Save a model folder with transformers."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     torch.manual_seed(0)
@@ -36,7 +36,7 @@ def saved(kind, folder):
     else:
         model = transformers.SiglipModel(transformers.SiglipConfig(text_config=TEXT, vision_config=VISION))
         processor = transformers.SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unknown>"))
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unknown>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 1)])
     special = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<unknown>"}
@@ -51,48 +51,48 @@ def folder(request, tmp_path_factory):
     return saved(request.param, tmp_path_factory.mktemp(request.param) / "model")
 
 
-def photograph(seed, size=(60, 44)):
+def photo(seed, size=(60, 44)):
     noise = np.random.default_rng(seed).integers(0, 255, (size[1] // 4, size[0] // 4, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
 
 def features(given):
-    """What ``get_..._features`` gave, in any version."""
+    """Return the features that ``get_image_features`` or ``get_text_features`` of any version returned."""
     return getattr(given, "pooler_output", given).detach().numpy()
 
 
-def test_features_are_those_of_transformers(folder):
+def test_features_match_transformers(folder):
     backbone = load_backbone(f"hf:{folder}", device="cpu")
     model = transformers.AutoModel.from_pretrained(folder).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    pictures = [photograph(seed, size) for seed, size in enumerate([(64, 44), (33, 91), (32, 32)])]
-    pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
-    views = torch.stack([backbone.preprocess(picture) for picture in pictures])
-    np.testing.assert_allclose(views.numpy(), pixels.numpy(), atol=0.05)  # where what is cut off is even
+    photos = [photo(seed, size) for seed, size in enumerate([(64, 44), (33, 91), (32, 32)])]
+    pixels = processor(images=photos, return_tensors="pt")["pixel_values"]
+    views = torch.stack([backbone.preprocess(image) for image in photos])
+    np.testing.assert_allclose(views.numpy(), pixels.numpy(), atol=0.05)  # the crop removes an even number of pixels
     expected = features(model.get_image_features(pixel_values=views))
     np.testing.assert_allclose(backbone.encode_images(views), expected, rtol=1e-4, atol=1e-5)
     sentences = ["a photo of a cat.", "dog"]
     tokens = tokenizer(sentences, padding="max_length", max_length=LENGTH, return_tensors="pt")["input_ids"]
     expected = features(model.get_text_features(input_ids=tokens))
     np.testing.assert_allclose(backbone.encode_texts(sentences), expected, rtol=1e-4, atol=1e-5)
-    assert len(backbone.encode_texts(["cat " * 20])) == 1  # cut to the tower's length
+    assert len(backbone.encode_texts(["cat " * 20])) == 1  # truncated to the tower's length
     assert backbone.dim == expected.shape[1]
     assert backbone.logit_scale == pytest.approx(float(model.logit_scale.detach().exp()))
 
 
-def test_an_index_remembers_it_and_its_towers_can_be_trained(folder, tmp_path, caplog):
+def test_an_index_loads_its_model_again_and_the_towers_can_be_trained(folder, tmp_path, caplog):
     for label in ("cat", "dog"):
         (tmp_path / "photos" / label).mkdir(parents=True)
         for seed in range(3):
-            photograph(seed + 10 * (label == "dog")).save(tmp_path / "photos" / label / f"{seed}.png")
+            photo(seed + 10 * (label == "dog")).save(tmp_path / "photos" / label / f"{seed}.png")
     with caplog.at_level(logging.WARNING):
         Classifier.from_folder(tmp_path / "photos", f"hf:{folder}", out=tmp_path / "i", device="cpu", fit="none")
-    assert "encoded by torch" not in caplog.text  # OpenVINO takes its image tower
+    assert "encoded by torch" not in caplog.text  # OpenVINO runs its image tower
     clf = Classifier.load(tmp_path / "i", device="cpu")
     assert clf.predict(tmp_path / "photos/dog/1.png").neighbours[0].affinity == pytest.approx(1, abs=1e-4)
-    backbone, waiting = (load_backbone(f"hf:{folder}", device="cpu", lazy=True) for _ in range(2))
-    assert (waiting._opened, waiting.identity, waiting.text_key) == (None, backbone.identity, backbone.text_key)
+    backbone, lazy = (load_backbone(f"hf:{folder}", device="cpu", lazy=True) for _ in range(2))
+    assert (lazy._opened, lazy.identity, lazy.text_key) == (None, backbone.identity, backbone.text_key)
     names = {part: list(backbone.tuned([part])) for part in ("visual", "text")}
     assert all(name.startswith(f"{part}.") for part, own in names.items() for name in own)
     assert sum(map(len, names.values())) >= len(list(transformers.AutoModel.from_pretrained(folder).parameters())) - 2
@@ -133,7 +133,7 @@ def test_a_model_without_two_towers_is_refused(tmp_path, folder):
         load_backbone(f"hf:{folder}", "openai", device="cpu")
 
 
-def test_who_names_a_model_as_elsewhere_is_told_how_to():
+def test_errors_explain_how_to_name_a_model():
     with pytest.raises(UsageError, match="give hf:google/siglip-base-patch16-224"):
         load_backbone("google/siglip-base-patch16-224")
     with pytest.raises(UsageError, match="give timm:resnet50"):

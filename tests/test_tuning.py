@@ -1,4 +1,4 @@
-"""Tuning: the best trials, the cheapest that agrees, the trials made, and errors."""
+"""Tuning: the frontier, the cheapest trial that agrees, the trials themselves, and errors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def winners(cache: CacheModel, features: Array, k: int | None) -> Array:
 # ------------------------------------------------------------------------------------------------------- the frontier
 
 
-def test_the_best_are_those_that_no_cheaper_one_equals() -> None:
+def test_the_frontier_marks_trials_that_no_cheaper_trial_equals() -> None:
     given_ = [trial(5, 1.0), trial(1, 0.5), trial(2, 0.5), trial(3, 0.9), trial(4, 0.7), trial(6, 1.0), trial(3, 0.8)]
     assert tuning._frontier(given_) == [
         trial(1, 0.5, True), trial(2, 0.5), trial(3, 0.9, True), trial(3, 0.8), trial(4, 0.7), trial(5, 1.0, True),
@@ -60,7 +60,7 @@ def test_the_best_are_those_that_no_cheaper_one_equals() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0]), st.sampled_from([0.0, 0.25, 0.5, 1.0]))))
-def test_a_trial_is_best_where_none_is_cheaper_and_agrees_as_often(pairs: list[tuple[float, float]]) -> None:
+def test_the_frontier_matches_its_definition(pairs: list[tuple[float, float]]) -> None:
     found = tuning._frontier([trial(*pair) for pair in pairs])
     assert sorted((t.microseconds, t.agreement) for t in found) == sorted(pairs)
     assert [t.microseconds for t in found] == sorted(t.microseconds for t in found)
@@ -78,7 +78,7 @@ def test_a_trial_is_best_where_none_is_cheaper_and_agrees_as_often(pairs: list[t
 
 
 def by_cost(costs: dict[str, float]) -> Any:
-    """In place of the clock: what an index costs, by its type, more for more keys and effort."""
+    """Replace the clock by fixed costs per index type that grow with the number of keys and the effort."""
 
     def timed(cache: CacheModel, f: torch.Tensor, k: int | None) -> tuple[torch.Tensor, float]:
         effort = (cache.index.effort or 0) / 100
@@ -113,10 +113,10 @@ def test_the_cheapest_trial_that_agrees_often_enough_is_chosen(
     assert same == pytest.approx(found.chosen.agreement)
 
 
-def test_every_trial_says_what_its_setting_answers(material: tuple[Array, Array, Array, Array]) -> None:
+def test_each_trial_reports_the_agreement_of_its_setting(material: tuple[Array, Array, Array, Array]) -> None:
     cache, queries = model(material), material[3]
     found = tune(cache, queries, factories=["Classes", "IVF8,Flat"])
-    check_choice(found, 0.999)  # by the real clock
+    check_choice(found, 0.999)  # with the real clock
     over_all = winners(cache, queries, None)
     tried = {(t.index, t.effort, t.k) for t in found.trials}
     assert len(tried) == len(found.trials)
@@ -133,10 +133,10 @@ def test_every_trial_says_what_its_setting_answers(material: tuple[Array, Array,
         other = model(material, index=t.index)
         other.index.effort = t.effort
         assert t.agreement == pytest.approx((winners(other, queries, t.k) == over_all).mean())
-    assert len({t.agreement for t in found.trials}) > 2  # they differ
+    assert len({t.agreement for t in found.trials}) > 2  # agreements differ
 
 
-def test_all_keys_are_chosen_where_nothing_else_agrees(material: tuple[Array, Array, Array, Array]) -> None:
+def test_all_keys_are_chosen_if_no_other_setting_agrees(material: tuple[Array, Array, Array, Array]) -> None:
     cache, queries = model(material), material[3]
     with (
         by_cost({"IVF64,Flat": 1.0}),
@@ -149,7 +149,7 @@ def test_all_keys_are_chosen_where_nothing_else_agrees(material: tuple[Array, Ar
     assert (found.chosen.k, found.index) == (None, cache.index)
 
 
-def test_tuning_leaves_the_classifier_as_it_was(material: tuple[Array, Array, Array, Array]) -> None:
+def test_tuning_does_not_change_the_classifier(material: tuple[Array, Array, Array, Array]) -> None:
     cache, queries = model(material, index="IVF4,Flat"), material[3]
     before = (cache.index, cache.index.effort, cache.settings.k, cache.settings.alpha, cache.settings.beta)
     answers = cache.logits(queries, 64)
@@ -158,7 +158,7 @@ def test_tuning_leaves_the_classifier_as_it_was(material: tuple[Array, Array, Ar
     assert torch.equal(cache.logits(queries, 64), answers)
 
 
-def test_default_trials_of_tuning(material: tuple[Array, Array, Array, Array]) -> None:
+def test_default_index_types_depend_on_the_number_of_keys(material: tuple[Array, Array, Array, Array]) -> None:
     cache = model(material)
     assert tuning._usual(cache) == ["Classes"]
     rows = np.tile(np.arange(cache.n), 4)
@@ -169,8 +169,8 @@ def test_default_trials_of_tuning(material: tuple[Array, Array, Array, Array]) -
     assert [(t.index, t.k, t.agreement) for t in found.trials] == [("Flat", None, 1.0)]
 
 
-def test_few_keys_of_many_classes_leave_something_to_try_or_all(material: tuple[Array, Array, Array, Array]) -> None:
-    """Of three keys in 20 classes one key is less than a class."""
+def test_few_keys_of_many_classes_can_be_tuned(material: tuple[Array, Array, Array, Array]) -> None:
+    """Three keys are in two of 20 classes, so that a non-empty class has 1.5 keys on average."""
     array, _, text, queries = material
     cache = CacheModel.from_features(array[:3], [0, 0, 7], [f"class {i}" for i in range(C)], text, device="cpu")
     found = tune(cache, queries)
@@ -178,7 +178,7 @@ def test_few_keys_of_many_classes_leave_something_to_try_or_all(material: tuple[
     assert all(t.k is None or 1 <= t.k < 3 for t in found.trials)
 
 
-def test_values_are_tuned_too(material: tuple[Array, Array, Array, Array]) -> None:
+def test_an_index_with_trained_values_can_be_tuned(material: tuple[Array, Array, Array, Array]) -> None:
     array, ids, _, queries = material
     rng = np.random.default_rng(0)
     values = (np.eye(C)[ids] + 0.02 * rng.standard_normal((len(array), C))).astype(np.float32)
@@ -187,7 +187,7 @@ def test_values_are_tuned_too(material: tuple[Array, Array, Array, Array]) -> No
     check_choice(found, 0.9)
 
 
-# ---------------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------------------------------- errors
 
 
 def test_too_few_queries_are_refused(material: tuple[Array, Array, Array, Array]) -> None:
@@ -199,7 +199,7 @@ def test_too_few_queries_are_refused(material: tuple[Array, Array, Array, Array]
 
 
 @pytest.mark.parametrize("agreement", [0.0, -0.1, 1.0001, 99.9, float("nan"), float("inf")])
-def test_an_agreement_that_is_no_share_is_refused(
+def test_an_agreement_that_is_not_a_fraction_is_refused(
     agreement: float, material: tuple[Array, Array, Array, Array]
 ) -> None:
     with pytest.raises(UsageError, match=r"^agreement is .*: expected a fraction above 0"):

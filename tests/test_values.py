@@ -1,4 +1,4 @@
-"""Trained values in every kind of index, against slow float64 formulas; files of a fine-tuned index."""
+"""Trained values in each kind of index, against float64 loops, and the files of a fine-tuned index."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def model(**changes: Any) -> CacheModel:
     return cache_of(**arguments)
 
 
-def slow(
+def loop_over_keys(
     affinity: Array, y: Array, values: Array, c: int, beta: float, found: npt.NDArray[np.bool_], *, tail: bool
 ) -> Array:
-    """One query, key by key: those found by their own affinity, with a tail the others by the mean of their class."""
+    """Add up the values of found keys at their affinity, and with a tail, of other keys at their class's mean."""
     cache = np.zeros(c)
     for i in range(len(y)):
         if found[i]:
@@ -76,7 +76,7 @@ def slow(
 
 
 @pytest.mark.parametrize("values", [None, VALUES])
-def test_what_the_keys_give_adds_up_to_the_cache(values):
+def test_contributions_of_keys_add_up_to_the_cache_logits(values):
     cache = model(values=values)
     alone = cache.terms(QUERIES).cache.numpy()
     for q, prediction in enumerate(cache.classify(QUERIES, top=C, neighbours=N)):
@@ -91,19 +91,21 @@ def test_what_the_keys_give_adds_up_to_the_cache(values):
             assert gives.min() < 0
 
 
-def slowly(k: int | None, tail: bool, keys: Array = KEYS, y: Array = Y, values: Array = VALUES) -> Array:
-    """Cache logits of QUERIES, the slow way."""
+def expected_logits(k: int | None, tail: bool, keys: Array = KEYS, y: Array = Y, values: Array = VALUES) -> Array:
+    """Return the cache logits of ``QUERIES`` by a loop over all keys."""
     A = QUERIES.astype(np.float64) @ keys.T.astype(np.float64)
     rank = np.argsort(np.argsort(-A, axis=1), axis=1)
     found = rank < (len(y) if k is None else k)
-    return np.stack([slow(A[q], y, values.astype(np.float64), C, BETA, found[q], tail=tail) for q in range(Q)])
+    return np.stack(
+        [loop_over_keys(A[q], y, values.astype(np.float64), C, BETA, found[q], tail=tail) for q in range(Q)]
+    )
 
 
 # --- the method
 
 
 class Case:
-    """Affinities ``[q, n]``, class ids, random values; what k keys each query has found, with empty slots behind."""
+    """Affinities ``[q, n]``, class ids, random values, and the k nearest keys of each query, then empty slots."""
 
     def __init__(self, seed: int, counts: list[int], q: int, k: int, slots: int) -> None:
         rng = np.random.default_rng(seed)
@@ -114,7 +116,7 @@ class Case:
         order = np.argsort(-self.A, axis=1)[:, :k]
         self.found = np.zeros_like(self.A, dtype=bool)
         np.put_along_axis(self.found, order, True, axis=1)
-        some = rng.integers(self.n, size=(q, slots))  # an empty slot may hold any row and any affinity
+        some = rng.integers(self.n, size=(q, slots))  # an empty slot may contain any row and any affinity
         self.rows = torch.from_numpy(np.concatenate([order, some], axis=1))
         self.near = torch.from_numpy(np.concatenate([np.take_along_axis(self.A, order, 1), rng.random((q, slots))], 1))
         self.ids = torch.from_numpy(np.concatenate([self.y[order], np.full((q, slots), self.c)], axis=1))
@@ -141,21 +143,21 @@ betas = st.floats(0.1, 30)
 
 @settings(max_examples=examples(150), deadline=None)
 @given(cases, betas)
-def test_values_are_given_key_by_key_and_one_hot_ones_are_the_plain_form(case: Case, beta: float) -> None:
+def test_cache_logits_with_values_match_a_loop_over_keys(case: Case, beta: float) -> None:
     y, A, one_hot = torch.from_numpy(case.y), torch.from_numpy(case.A), np.eye(case.c)[case.y]
     every = np.ones_like(case.found)
     for tail in (None, case.totals()):
         for near, ids, found in ((A, y, every), (case.near, case.ids, case.found)):
             some = near is case.near
             rows = zip(case.A, found, strict=True)
-            expected = [slow(a, case.y, case.V, case.c, beta, f, tail=tail is not None) for a, f in rows]
-            made = tip.cache_logits(near, ids, case.c, beta, tail, case.values(case.V, retrieved=some))
-            np.testing.assert_allclose(made, np.stack(expected), rtol=1e-9, atol=1e-9)
-            made = tip.cache_logits(near, ids, case.c, beta, tail, case.values(one_hot, retrieved=some))
-            torch.testing.assert_close(made, tip.cache_logits(near, ids, case.c, beta, tail), rtol=1e-9, atol=1e-11)
+            expected = [loop_over_keys(a, case.y, case.V, case.c, beta, f, tail=tail is not None) for a, f in rows]
+            result = tip.cache_logits(near, ids, case.c, beta, tail, case.values(case.V, retrieved=some))
+            np.testing.assert_allclose(result, np.stack(expected), rtol=1e-9, atol=1e-9)
+            result = tip.cache_logits(near, ids, case.c, beta, tail, case.values(one_hot, retrieved=some))
+            torch.testing.assert_close(result, tip.cache_logits(near, ids, case.c, beta, tail), rtol=1e-9, atol=1e-11)
 
 
-def test_a_marked_column_gives_nothing() -> None:
+def test_a_masked_key_contributes_nothing() -> None:
     case = Case(3, [4, 2], q=3, k=2, slots=0)
     y, A, V = torch.from_numpy(case.y), torch.from_numpy(case.A), torch.from_numpy(case.V)
     marked = y.clone()
@@ -167,14 +169,14 @@ def test_a_marked_column_gives_nothing() -> None:
     )
 
 
-def test_a_tail_needs_the_sums() -> None:
+def test_a_tail_without_value_sums_is_refused() -> None:
     case = Case(1, [3, 2], q=1, k=2, slots=0)
     with pytest.raises(ValueError, match=r"^values: "):
         tip.cache_logits(case.near, case.ids, 2, 1.0, case.totals(), tip.Values(torch.from_numpy(case.V), case.rows))
 
 
 @pytest.mark.parametrize("tail", [False, True])
-def test_no_array_of_queries_by_keys_by_classes_is_made(tail: bool) -> None:
+def test_no_tensor_of_queries_by_keys_by_classes_is_allocated(tail: bool) -> None:
     case = Case(2, [20] * 10, q=30, k=50, slots=5)
     values, totals = case.values(case.V), case.totals()
     with Largest() as largest:
@@ -186,7 +188,7 @@ def test_no_array_of_queries_by_keys_by_classes_is_made(tail: bool) -> None:
 
 
 @pytest.mark.parametrize("index", ["IVF16,Flat", "SQ8"])
-def test_a_model_with_one_hot_values_is_the_plain_one(index: str) -> None:
+def test_one_hot_values_give_the_same_logits_as_no_values(index: str) -> None:
     plain, valued = model(index=index, values=None), model(index=index, values=ONE_HOT)
     assert index == "SQ8" or (plain.index.search(QUERIES, N - 1)[1] < 0).any()  # empty slots
     for k, tail in ((9, True), (N - 1, False)):
@@ -201,7 +203,7 @@ def test_a_model_answers_with_its_values(k: int | None, tail: bool, make: Callab
     cache = model(values=make(VALUES))
     assert cache.values is not None
     assert (cache.values.dtype, tuple(cache.values.shape)) == (torch.float32, (N, C))
-    expected = slowly(k, tail)
+    expected = expected_logits(k, tail)
     np.testing.assert_allclose(cache.terms(QUERIES, k, tail).cache, expected, rtol=1e-4, atol=1e-4)
     text = SCALE * QUERIES.astype(np.float64) @ TEXT.T.astype(np.float64)
     answers = cache.classify(QUERIES, k=k, tail=tail)
@@ -219,11 +221,11 @@ def test_values_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None
         torch.testing.assert_close(model().logits(QUERIES, k), before, rtol=1e-5, atol=1e-4)
 
 
-def test_what_happens_to_the_array_later_is_no_matter() -> None:
+def test_changing_the_array_later_has_no_effect() -> None:
     values = VALUES.copy()
     cache = model(values=values)
     values *= 2
-    np.testing.assert_allclose(cache.terms(QUERIES).cache, slowly(None, False), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(cache.terms(QUERIES).cache, expected_logits(None, False), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -239,15 +241,15 @@ def test_bad_values_are_refused(values: Any) -> None:
         model(values=values)
 
 
-def test_values_of_a_copy_are_checked_and_used() -> None:
+def test_values_of_a_replaced_model_are_checked_and_used() -> None:
     cache = model(values=None)
     cache.logits(QUERIES, 9)
     copy = replace(cache, values=model().values)
-    np.testing.assert_allclose(copy.terms(QUERIES, 9).cache, slowly(9, True), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(copy.terms(QUERIES, 9).cache, expected_logits(9, True), rtol=1e-4, atol=1e-4)
     again = replace(
         copy, settings=copy.settings.override(alpha=0.5), values=2 * copy.values
-    )  # sums are not those of the values before
-    np.testing.assert_allclose(again.terms(QUERIES, 9).cache, 2 * slowly(9, True), rtol=1e-4, atol=1e-4)
+    )  # new values need new sums
+    np.testing.assert_allclose(again.terms(QUERIES, 9).cache, 2 * expected_logits(9, True), rtol=1e-4, atol=1e-4)
     for bad in (torch.ones(N, C + 1), torch.ones(N)):
         with pytest.raises(InputError, match=r"^values: shape"):
             replace(cache, values=bad)
@@ -256,24 +258,26 @@ def test_values_of_a_copy_are_checked_and_used() -> None:
 
 
 @pytest.mark.parametrize("k", [None, 9])
-def test_a_key_that_is_added_gives_to_its_own_class_and_one_removed_nothing(k: int | None) -> None:
+def test_added_keys_get_one_hot_values_and_removed_keys_lose_theirs(k: int | None) -> None:
     half = N // 2
     cache = model(keys=KEYS[:half], labels=Y[:half], values=VALUES[:half])
-    cache.logits(QUERIES, 9)  # fills what is kept between calls
+    cache.logits(QUERIES, 9)  # fills the caches
     ids = cache.add(KEYS[half:], Y[half:])
     mixed = np.concatenate([VALUES[:half], ONE_HOT[half:]])
-    np.testing.assert_allclose(cache.terms(QUERIES, k).cache, slowly(k, True, values=mixed), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        cache.terms(QUERIES, k).cache, expected_logits(k, True, values=mixed), rtol=1e-4, atol=1e-4
+    )
     assert cache.values is not None
     key_ids = cache.labels["key_id"].to_numpy()
     np.testing.assert_array_equal(cache.values, mixed[key_ids])
     gone = [0, 5, *ids[::2]]
     cache.remove(gone)
     kept = np.setdiff1d(np.arange(N), gone)
-    expected = slowly(k, True, KEYS[kept], Y[kept], mixed[kept])
+    expected = expected_logits(k, True, KEYS[kept], Y[kept], mixed[kept])
     np.testing.assert_allclose(cache.terms(QUERIES, k).cache, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_refused_change_leaves_the_values() -> None:
+def test_a_refused_change_does_not_change_the_values() -> None:
     cache = model(index="IVF16,Flat")
     before = cache.values
     for act in (lambda: cache.add(KEYS, [0]), lambda: cache.remove(range(N)), lambda: cache.remove(range(N - 3))):
@@ -283,35 +287,35 @@ def test_a_refused_change_leaves_the_values() -> None:
         assert cache.n == N
 
 
-def test_taken_rows_keep_their_values() -> None:
+def test_selected_rows_keep_their_values() -> None:
     cache = model()
     rows = np.array([40, 3, 3, 17, 60])
     taken = cache.take(rows)
     places = cache.labels["key_id"].to_numpy()[rows]
-    expected = slowly(None, False, KEYS[places], Y[places], VALUES[places])
+    expected = expected_logits(None, False, KEYS[places], Y[places], VALUES[places])
     np.testing.assert_allclose(taken.terms(QUERIES).cache, expected, rtol=1e-4, atol=1e-4)
     assert model(values=None).take(rows).values is None
 
 
-def test_values_that_overflow_are_said() -> None:
+def test_values_that_overflow_are_refused() -> None:
     for sign in (1, -1):
         with pytest.raises(InputError, match="overflow"):
             model(values=np.full((N, C), sign * 3e38), beta=0.0).logits(QUERIES)
 
 
-def test_evaluation_of_the_cache_alone_uses_the_values(tmp_path: Path) -> None:
+def test_the_accuracy_of_the_cache_alone_uses_the_values(tmp_path: Path) -> None:
     labels = [NAMES[i] for i in TRUTH]
     table = pa.table({"id": [str(i) for i in range(Q)], "label": labels, "feature": list(QUERIES)})
     pq.write_table(table, tmp_path / "test.parquet")
     source = open_source(tmp_path / "test.parquet")
     for k in (None, 9):
         found = evaluate(model(), source, Encoder(), k=k)
-        assert found.cache_top1 == (slowly(k, True).argmax(1) == TRUTH).mean()
+        assert found.cache_top1 == (expected_logits(k, True).argmax(1) == TRUTH).mean()
     assert evaluate(model(values=ONE_HOT), source, Encoder()).cache_top1 > found.cache_top1
 
 
 @pytest.mark.gpu
-def test_gpu_answers_with_values_as_the_cpu_does(tmp_path: Path) -> None:
+def test_a_gpu_gives_the_same_answers_with_values(tmp_path: Path) -> None:
     model().save(tmp_path / "x")
     gpu, cpu = (CacheModel.load(tmp_path / "x", device=device) for device in ("cuda", "cpu"))
     for cache in (gpu, cpu):
@@ -331,8 +335,8 @@ def test_gpu_answers_with_values_as_the_cpu_does(tmp_path: Path) -> None:
 # --- the search
 
 
-def two_a_class() -> dict[str, Any]:
-    """Keys of which each class has two images or more, some with two views."""
+def keys_with_two_images_per_class() -> dict[str, Any]:
+    """Return keys of which each class has at least two images, some with two views."""
     enough = np.flatnonzero(~np.isin(Y, [1, 2]))
     sources = [f"image {i // 2 if i < 20 else i}" for i in range(len(enough))]
     y = np.sort(Y[enough], kind="stable")
@@ -348,7 +352,7 @@ KS = [None, 1, 4, 16]
 
 
 def all_caches(cache: CacheModel, queries: Queries, betas: list[float]) -> Array:
-    """``[betas, ks, q, c]``"""
+    """Return cache logits of shape ``[betas, ks, q, c]``."""
     found = np.full((len(betas), len(KS), len(queries.ids), C), np.nan)
     for part, _, _, caches in search_hp._blocks(cache, queries, betas, KS):
         for b, j, cache_logits in caches:
@@ -357,9 +361,9 @@ def all_caches(cache: CacheModel, queries: Queries, betas: list[float]) -> Array
 
 
 @pytest.mark.parametrize("ask", ASK.values(), ids=ASK.keys())
-def test_the_search_gives_values_key_by_key(ask: Callable[[CacheModel], Queries]) -> None:
-    """Each key weighs as often more as its class has keys that this query does not see; one-hot ones are plain."""
-    arguments = two_a_class()
+def test_the_search_with_values_matches_a_loop_over_keys(ask: Callable[[CacheModel], Queries]) -> None:
+    """Visible keys count more, to make up for hidden keys of their class. One-hot values equal no values."""
+    arguments = keys_with_two_images_per_class()
     cache, plain = model(**arguments), model(**arguments | {"values": None})
     assert cache.values is not None
     queries = ask(cache)
@@ -375,11 +379,11 @@ def test_the_search_gives_values_key_by_key(ask: Callable[[CacheModel], Queries]
         own = values[seen] * factor[y[seen]][:, None]
         rank = np.argsort(np.argsort(-A[q, seen]))
         for j, k in enumerate(KS):
-            expected = slow(A[q, seen], y[seen], own, C, 3.0, rank < (k or cache.n), tail=True)
+            expected = loop_over_keys(A[q, seen], y[seen], own, C, 3.0, rank < (k or cache.n), tail=True)
             np.testing.assert_allclose(found[j, q], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_choice_is_what_the_model_then_answers() -> None:
+def test_the_search_reports_the_accuracy_of_the_model() -> None:
     cache = model()
     queries = validation(cache)
     choice = search(cache, queries, ks=[None, 8])
@@ -388,7 +392,7 @@ def test_the_choice_is_what_the_model_then_answers() -> None:
     assert (answers == TRUTH).mean() == pytest.approx(choice.accuracy)
 
 
-def test_a_cautious_search_keeps_what_it_is_told_to() -> None:
+def test_a_cautious_search_keeps_the_given_settings_unless_significantly_worse() -> None:
     cache = model(values=ONE_HOT + 0.2 * VALUES)
     rng = np.random.default_rng(3)
     hard = unit(_means[TRUTH] + 0.6 * rng.standard_normal((Q, D)))
@@ -399,8 +403,8 @@ def test_a_cautious_search_keeps_what_it_is_told_to() -> None:
     cache.settings = cache.settings.override(**dict(zip(("alpha", "beta"), trained, strict=True)))
     assert careful.accuracy == (cache.logits(hard).argmax(1).numpy() == TRUTH).mean()
     assert careful.best > careful.accuracy
-    (said,) = [warning for warning in careful.warnings if "--greedy selects them" in warning]
-    assert said.startswith("kept the settings (")
+    (kept,) = [warning for warning in careful.warnings if "--greedy selects them" in warning]
+    assert kept.startswith("kept the settings (")
     assert trained[1] in careful.surface["beta"].to_pylist()
     untouched = search(cache, queries, cautious=True)
     assert all("kept the untouched settings" in w for w in untouched.warnings if "--greedy" in w)
@@ -408,7 +412,7 @@ def test_a_cautious_search_keeps_what_it_is_told_to() -> None:
         greedy = search(cache, queries, betas=betas, kept=trained)
         assert trained[1] in greedy.surface["beta"].to_pylist()
         assert greedy.accuracy == greedy.best
-    wrong = model(values=-20 * ONE_HOT)  # training gone wrong: the evidence against its settings is plain
+    wrong = model(values=-20 * ONE_HOT)  # bad training: the evidence against its settings is significant
     assert search(wrong, queries, cautious=True, kept=(50.0, 4.0)).alpha < 1
     with pytest.raises(UsageError, match=r"^alpha is -1"):
         search(cache, queries, cautious=True, kept=(-1.0, 2.0))
@@ -419,7 +423,7 @@ def test_a_cautious_search_keeps_what_it_is_told_to() -> None:
 
 @pytest.fixture
 def encoder_file(tmp_path: Path) -> Path:
-    """The weights of a fine-tuned encoder: three tensors."""
+    """A file of fine-tuned encoder weights with three tensors."""
     path = tmp_path / "tuned" / "open_clip_model.safetensors"
     path.parent.mkdir()
     save_file({name: torch.arange(float(4 + i)) for i, name in enumerate("abc")}, path)
@@ -439,8 +443,8 @@ def index(tmp_path: Path, encoder_file: Path) -> Path:
     return tmp_path / "index"
 
 
-def rewritten(folder: Path, kind: str, change: Callable[[Path], object], **entry: Any) -> None:
-    """Change a data file, with all digests right, and its manifest entry."""
+def rewrite_file(folder: Path, kind: str, change: Callable[[Path], object], **entry: Any) -> None:
+    """Change a data file and its manifest entry, with valid digests."""
     body = body_of(folder)
     old = body["files"][kind]
     path = folder / "changed"
@@ -450,11 +454,11 @@ def rewritten(folder: Path, kind: str, change: Callable[[Path], object], **entry
     name = f"data/{kind}-{digest[:16]}{Path(old['name']).suffix}"
     facts = {"name": name, "bytes": path.stat().st_size, "sha256": digest}
     path.rename(folder / name)
-    written(folder, body["files"] | {kind: old | facts | entry})
+    write_manifest(folder, body["files"] | {kind: old | facts | entry})
 
 
-def written(folder: Path, files: Mapping[str, Any]) -> None:
-    """A manifest with these files, and its own digest right."""
+def write_manifest(folder: Path, files: Mapping[str, Any]) -> None:
+    """Write a manifest with these files and a valid digest."""
     (folder / "manifest.json").write_bytes(sealed(body_of(folder) | {"files": files}))
 
 
@@ -462,14 +466,14 @@ def names(folder: Path) -> dict[str, str]:
     return {kind: file.name for kind, file in store.read_manifest(folder).files.items()}
 
 
-def test_a_plain_index_has_no_further_files(tmp_path: Path) -> None:
+def test_an_index_without_fine_tuning_has_no_optional_files(tmp_path: Path) -> None:
     model(values=None).save(tmp_path / "x")
     assert names(tmp_path / "x").keys() == KINDS.keys()
     loaded = CacheModel.load(tmp_path / "x", device="cpu")
     assert (loaded.values, loaded.tuned, loaded.curve) == (None, None, None)
 
 
-def test_a_fine_tuned_index_comes_back_as_it_was(index: Path, encoder_file: Path) -> None:
+def test_a_fine_tuned_index_is_loaded_as_it_was_saved(index: Path, encoder_file: Path) -> None:
     cache, loaded = tuned_model(encoder_file), CacheModel.load(index, device="cpu")
     for k, tail in ((None, True), (9, True), (9, False)):
         assert torch.equal(loaded.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))
@@ -487,7 +491,7 @@ def test_a_fine_tuned_index_comes_back_as_it_was(index: Path, encoder_file: Path
     assert verify(index).n == N
 
 
-def test_values_are_mapped_and_not_copied(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_are_memory_mapped(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mapped = []
     read = contents.read_array
     monkeypatch.setattr(contents, "read_array", lambda *arguments: mapped.append(read(*arguments)) or mapped[-1])
@@ -496,10 +500,10 @@ def test_values_are_mapped_and_not_copied(index: Path, monkeypatch: pytest.Monke
     assert cache.values.data_ptr() in [array.ctypes.data for array in mapped if isinstance(array, np.memmap)]
 
 
-def test_everything_is_carried_into_the_next_version(index: Path, encoder_file: Path, tmp_path: Path) -> None:
+def test_optional_files_are_copied_to_the_next_version(index: Path, encoder_file: Path, tmp_path: Path) -> None:
     raw = encoder_file.read_bytes()
     first = names(index)
-    shutil.rmtree(encoder_file.parent)  # the copy of the index is the one that counts
+    shutil.rmtree(encoder_file.parent)  # the index has its own copy
     cache = CacheModel.load(index, device="cpu")
     cache.settings = cache.settings.override(alpha=9.0)
     cache.save_settings(index)
@@ -520,19 +524,21 @@ def test_everything_is_carried_into_the_next_version(index: Path, encoder_file: 
         assert torch.equal(found.logits(QUERIES, 9), cache.logits(QUERIES, 9))
 
 
-def test_a_version_without_them_lets_go_of_them(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_optional_files_are_deleted_with_the_last_version_that_uses_them(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("retrieval_tip.store.history.KEPT_VERSIONS", 2)
     first = names(index)
     for version in (2, 3):
         model(values=None).save(index)
         assert names(index).keys() == KINDS.keys()
-        assert (index / first["values"]).exists() == (version == 2)  # while the version before is kept
+        assert (index / first["values"]).exists() == (version == 2)  # version 1 is still kept
     verify(index)
 
 
-def test_values_have_a_row_a_key(index: Path) -> None:
+def test_a_manifest_with_more_values_than_keys_is_refused(index: Path) -> None:
     files = body_of(index)["files"]
-    written(index, files | {"values": files["values"] | {"rows": N + 1}})
+    write_manifest(index, files | {"values": files["values"] | {"rows": N + 1}})
     with pytest.raises(StoreError, match=r"manifest\.json: damaged"):
         CacheModel.load(index)
 
@@ -557,10 +563,10 @@ def save_array(array: Array) -> Callable[[Path], None]:
         ("curve", lambda path: None, {"rows": 4}),
     ],
 )
-def test_a_file_that_does_not_fit_the_manifest_is_refused(
+def test_a_file_that_contradicts_the_manifest_is_refused(
     index: Path, kind: str, change: Callable[[Path], object], entry: dict[str, Any]
 ) -> None:
-    rewritten(index, kind, change, **entry)
+    rewrite_file(index, kind, change, **entry)
     for opened in (CacheModel.load, verify):
         with pytest.raises(StoreError) as error:
             opened(index)
@@ -568,8 +574,8 @@ def test_a_file_that_does_not_fit_the_manifest_is_refused(
         assert "\n" not in str(error.value)
 
 
-def test_values_that_are_not_finite_are_found_by_verify(index: Path) -> None:
-    rewritten(index, "values", save_array(np.where(np.arange(C) == 1, np.nan, VALUES).astype(np.float32)))
+def test_verify_finds_values_that_are_not_finite(index: Path) -> None:
+    rewrite_file(index, "values", save_array(np.where(np.arange(C) == 1, np.nan, VALUES).astype(np.float32)))
     with pytest.raises(StoreError, match="values are not finite"):
         verify(index)
 
@@ -591,7 +597,7 @@ def test_a_bad_encoder_or_curve_is_refused_and_changes_nothing(index: Path, tmp_
     assert snapshot(index) == before
 
 
-def test_the_loss_curve_can_be_asked(index: Path, tmp_path: Path) -> None:
+def test_the_loss_curve_can_be_queried(index: Path, tmp_path: Path) -> None:
     best = store.query(index, "SELECT epoch FROM curve ORDER BY loss LIMIT 1")
     assert best.to_pylist() == [{"epoch": 3}]
     tables = [row["name"] for row in store.query(index, "SHOW TABLES").to_pylist()]

@@ -1,4 +1,4 @@
-"""The FAISS index against plain matrix products."""
+"""The FAISS index against matrix products in NumPy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from retrieval_tip.retrieval.vector_index import GPU_MAX_K, VectorIndex
 
 D = 64
 
-# by factory string: the nearest are always found; affinities are the keys' own; how far off affinities are
+# factory string: search is exact, affinities are exact, tolerance of affinities
 TYPES: dict[str, tuple[bool, bool, float]] = {
     "Flat": (True, True, 1e-5),
     "IVF16,Flat": (False, True, 1e-5),
@@ -35,8 +35,8 @@ TYPES: dict[str, tuple[bool, bool, float]] = {
 every_type = pytest.mark.parametrize("factory", TYPES)
 
 
-def made(seed: int, n: int, d: int = D, spread: float = 0.7) -> npt.NDArray[np.float32]:
-    """Vectors around 12 centres, so that clusters exist; lengths from 0.5 to 1.5, as fine-tuned keys have."""
+def clustered_vectors(seed: int, n: int, d: int = D, spread: float = 0.7) -> npt.NDArray[np.float32]:
+    """Return vectors in 12 clusters, with norms from 0.5 to 1.5 like those of fine-tuned keys."""
     centres = np.random.default_rng(99).standard_normal((12, d))
     rng = np.random.default_rng(seed)
     x = centres[rng.integers(12, size=n)] + spread * rng.standard_normal((n, d))
@@ -44,7 +44,7 @@ def made(seed: int, n: int, d: int = D, spread: float = 0.7) -> npt.NDArray[np.f
     return x.astype(np.float32)
 
 
-KEYS, QUERIES = made(1, 640), made(2, 9)
+KEYS, QUERIES = clustered_vectors(1, 640), clustered_vectors(2, 9)
 EXACT = QUERIES.astype(np.float64) @ KEYS.T.astype(np.float64)
 NEAREST = np.argsort(-EXACT, axis=1)
 
@@ -76,7 +76,7 @@ def test_search_returns_near_keys_with_their_affinities(factory: str) -> None:
 
 
 @every_type
-def test_saved_and_loaded_it_answers_the_same(factory: str, tmp_path: Path) -> None:
+def test_a_saved_and_loaded_index_gives_the_same_answers(factory: str, tmp_path: Path) -> None:
     index = built(factory)
     index.save(tmp_path / "index.faiss")
     loaded = VectorIndex.load(tmp_path / "index.faiss", factory, "cpu")
@@ -89,7 +89,7 @@ def test_saved_and_loaded_it_answers_the_same(factory: str, tmp_path: Path) -> N
 
 
 @every_type
-def test_k_above_n_is_cut(factory: str) -> None:
+def test_k_is_limited_to_the_number_of_keys(factory: str) -> None:
     affinity, rows = built(factory).search(QUERIES, 10_000)
     assert affinity.shape == rows.shape == (9, 640)
     assert rows.max() < 640
@@ -99,18 +99,18 @@ def test_k_above_n_is_cut(factory: str) -> None:
         assert (np.sort(rows) == np.arange(640)).all()
 
 
-def test_slots_that_an_approximate_index_cannot_fill_have_row_minus_one() -> None:
+def test_empty_slots_of_an_approximate_index_have_row_minus_one() -> None:
     index = built("IVF16,Flat")  # probes 8 lists of 16
     affinity, rows = index.search(QUERIES, 640)
     empty = rows < 0
     assert empty.any()
-    assert (np.diff(empty.astype(int), axis=1) >= 0).all()  # they come last
+    assert (np.diff(empty.astype(int), axis=1) >= 0).all()  # empty slots come last
     np.testing.assert_allclose(
         affinity[~empty], np.take_along_axis(EXACT, np.maximum(rows, 0), axis=1)[~empty], atol=1e-5
     )
 
 
-def test_no_queries_and_queries_of_other_layouts() -> None:
+def test_queries_may_be_empty_or_in_any_memory_layout() -> None:
     index = built("Flat")
     assert index.search(QUERIES[:0], 3)[1].shape == (0, 3)
     for other in (QUERIES.astype(np.float64), np.asfortranarray(QUERIES), np.repeat(QUERIES, 2, axis=0)[::2]):
@@ -119,7 +119,7 @@ def test_no_queries_and_queries_of_other_layouts() -> None:
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "HNSW32", "SQfp16", "SQ8"])
 def test_keys_are_never_normalised(factory: str) -> None:
-    """A long key answers before a short one of the same direction, by its length."""
+    """A long key has a larger affinity than a short key of the same direction."""
     keys = KEYS.copy()
     keys[5], keys[6] = 2 * keys[5] / np.linalg.norm(keys[5]), 0.5 * keys[5] / np.linalg.norm(keys[5])
     query = keys[5:6] / 2
@@ -131,7 +131,7 @@ def test_keys_are_never_normalised(factory: str) -> None:
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "SQ8"])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_keys_are_taken_as_they_are_in_blocks_also_from_a_file(factory: str, dtype: type, tmp_path: Path) -> None:
+def test_keys_are_added_in_blocks_also_from_a_mapped_file(factory: str, dtype: type, tmp_path: Path) -> None:
     np.save(tmp_path / "keys.npy", KEYS.astype(dtype))
     mapped = np.load(tmp_path / "keys.npy", mmap_mode="r")
     found = VectorIndex.build(mapped, factory, "cpu", block=100).search(QUERIES, 10)
@@ -140,24 +140,24 @@ def test_keys_are_taken_as_they_are_in_blocks_also_from_a_file(factory: str, dty
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_sample_trains_a_clustered_index_and_every_key_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clustered_index_is_trained_on_a_fixed_sample_and_contains_all_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vector_index, "TRAINING_PER_LIST", 20)
-    index = VectorIndex.build(KEYS, "IVF16,Flat", "cpu")  # on 320 of 640
+    index = VectorIndex.build(KEYS, "IVF16,Flat", "cpu")  # trained on 320 of 640 keys
     _, rows = index.search(KEYS, 1)
     assert index.n == 640
     assert set(rows[:, 0].tolist()) <= set(range(640))
     again = VectorIndex.build(KEYS, "IVF16,Flat", "cpu")
-    np.testing.assert_array_equal(index.search(QUERIES, 20)[1], again.search(QUERIES, 20)[1])  # the sample is fixed
+    np.testing.assert_array_equal(index.search(QUERIES, 20)[1], again.search(QUERIES, 20)[1])  # same sample
 
 
 @pytest.mark.parametrize(("lists", "probes"), [(4, 4), (16, 8), (256, 32), (65536, 512), (1_100_000, GPU_MAX_K)])
-def test_enough_lists_are_probed_but_no_more_than_a_gpu_can(lists: int, probes: int) -> None:
+def test_the_number_of_probed_lists_is_limited_by_the_gpu(lists: int, probes: int) -> None:
     index = faiss.index_factory(2, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
     vector_index._set_search_effort(index)
     assert index.nprobe == probes
 
 
-def test_wrapped_indexes_are_searched_with_the_same_effort() -> None:
+def test_wrapped_indexes_get_the_same_search_effort() -> None:
     index = built("PCA32,Flat")
     assert index.n == 640
     wrapped = VectorIndex.build(KEYS, "PCA32,IVF16,Flat", "cpu")
@@ -166,41 +166,41 @@ def test_wrapped_indexes_are_searched_with_the_same_effort() -> None:
     assert faiss.downcast_index(built("HNSW32")._cpu).hnsw.efSearch == 128
 
 
-def test_no_time_goes_into_codes_for_a_search_that_is_never_made() -> None:
+def test_polysemous_training_is_disabled() -> None:
     assert not faiss.downcast_index(built("PQ8")._cpu).do_polysemous_training
 
 
 BAD = [
     "nonsense", "", "flat", "IVF16", "IVF16,nonsense", "IMI2x4,Flat", "LSH", "IDMap,Flat", "Flat\n", "HNSW３２",
-    "L2norm,Flat", "L2Norm,IVF16,Flat", "PCA32,L2norm,Flat",  # which normalise
+    "L2norm,Flat", "L2Norm,IVF16,Flat", "PCA32,L2norm,Flat",  # would normalise
     "PQ7", "PCA128,Flat", "IVF1000,Flat", "IVF641,Flat", "HNSW1025", "OPQ8_65,PQ8", "PQ65x4",
     "IVF0,Flat", "HNSW0", "HNSW1", "IVF16_HNSW1,Flat", "PQ8x0", "PCA0,Flat",
     "Classes,Nope", "ClassesX", "Classes,Classes", "Classes,L2norm,Flat", "Classes,,",
 ]  # fmt: skip
-KILLERS = [
+DANGEROUS = [
     "Flat,Refine(IVF4,Flat)", "Flat,Refine(NSG16)", "Flat,Refine(PQ4x4fs)", "PQ4x4,Refine(PQ4x4,RFlat)",  # an abort
     "PCA7,OPQ60_300,Flat", "IVF2(" * 2000 + "Flat" + "),Flat" * 2000, "Flat" * 10_000, "9" * 100_000,  # memory, stack
-    "NSG2", "NSG16", "NSG128", "PRQ2x100000x4", "LSQ64x6", "RR10000,Flat", "Pad1024,OPQ1024,PQ8",  # hours, or no end
+    "NSG2", "NSG16", "NSG128", "PRQ2x100000x4", "LSQ64x6", "RR10000,Flat", "Pad1024,OPQ1024,PQ8",  # hours or forever
     "RQ2x24", "RQ100000000x4", "IVF1000000000,Flat", "HNSW100000000", "PQ1x24", "PQ4000x99",  # gigabytes
     "PQ8x1", "PQ8x2", "Flat" + ",RFlat" * 2000,  # fail at the first search
-    "SQ8_direct", "IVF4,SQ8_direct", "IVF4,ITQ,SH",  # find anything
+    "SQ8_direct", "IVF4,SQ8_direct", "IVF4,ITQ,SH",  # return random keys
     "x" * 100_000, "{}" * 20_000, "\udcff", "Flat\xa0", "HNSW99999999", "NSG99999999", "IVF99999999,Flat", "LSH5000",
-    "IMI2x16,Flat", "IVF" + "9" * 250, "Pad99999999,Flat", "PQ8x99999",  # crash, or fill the memory
+    "IMI2x16,Flat", "IVF" + "9" * 250, "Pad99999999,Flat", "PQ8x99999",  # crash or use up the memory
 ]  # fmt: skip
-"""What FAISS takes, and then..."""
+"""Index types that FAISS accepts, with the consequence."""
 
 
-@pytest.mark.parametrize("factory", [*BAD, *(pytest.param(factory, id=factory[:30]) for factory in KILLERS)])
-def test_a_bad_type_is_a_usage_error_of_one_line(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if factory in KILLERS:
-        monkeypatch.setattr(faiss, "index_factory", lambda *_: pytest.fail("it was asked for"))
+@pytest.mark.parametrize("factory", [*BAD, *(pytest.param(factory, id=factory[:30]) for factory in DANGEROUS)])
+def test_a_bad_index_type_is_refused_in_one_line(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if factory in DANGEROUS:
+        monkeypatch.setattr(faiss, "index_factory", lambda *_: pytest.fail("passed to FAISS"))
     with pytest.raises(UsageError) as caught:
         VectorIndex.build(KEYS, factory, "cpu")
     message = str(caught.value)
     assert message.startswith(f"index {factory[:80]!r}"[:-1])
     assert "\n" not in message
     assert len(message) < 400
-    assert "/faiss/" not in message  # no place in FAISS's source
+    assert "/faiss/" not in message  # no path in FAISS's source
 
 
 GRAMMAR = ["", "PCA32,", "PCAR16,", "PCAW8,", "RR64,", "OPQ8,", "OPQ8_32,"], [
@@ -209,7 +209,7 @@ GRAMMAR = ["", "PCA32,", "PCAR16,", "PCAW8,", "RR64,", "OPQ8,", "OPQ8_32,"], [
 ], ["", ",RFlat", ",Refine(SQ8)", ",Refine(Flat)"]  # fmt: skip
 
 
-def test_types_of_many_kinds_find_near_keys_and_load_as_they_were(tmp_path: Path) -> None:
+def test_composed_index_types_find_near_keys_and_can_be_saved(tmp_path: Path) -> None:
     kinds = ["".join(parts) for parts in itertools.product(*GRAMMAR)]
     for factory in kinds if SOAK else random.Random(0).sample(kinds, 24):
         index = VectorIndex.build(KEYS, factory, "cpu")
@@ -223,25 +223,25 @@ def test_types_of_many_kinds_find_near_keys_and_load_as_they_were(tmp_path: Path
             np.testing.assert_array_equal(one, other, factory)
 
 
-def test_a_type_that_outgrows_the_memory_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_type_that_needs_too_much_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise MemoryError("std::bad_alloc")
 
-    monkeypatch.setattr(faiss, "index_factory", full)  # as for HNSW99999999, which might bring the machine down
+    monkeypatch.setattr(faiss, "index_factory", full)  # like HNSW99999999, which might crash the machine
     with pytest.raises(UsageError, match=r"^index 'HNSW32': std::bad_alloc$"):
         VectorIndex.build(KEYS, "HNSW32", "cpu")
 
 
 @pytest.mark.parametrize("factory", ["IVF16,Flat", "PQ8", "PCA32,IVF16,Flat"])
-def test_too_few_keys_to_train_on_is_a_usage_error(factory: str) -> None:
+def test_too_few_keys_for_training_are_refused(factory: str) -> None:
     with pytest.raises(UsageError, match=r"^index '.*': .* 5 .* of 64 values\)?$"):
         VectorIndex.build(KEYS[:5], factory, "cpu")
 
 
 @pytest.mark.parametrize("content", [b"", b"not an index", None, "Flat", "IVF16,Flat"])
-def test_a_file_that_is_no_index_is_a_store_error(content: bytes | str | None, tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_index_is_refused(content: bytes | str | None, tmp_path: Path) -> None:
     path = tmp_path / "index.faiss"
-    if isinstance(content, str):  # half of a file
+    if isinstance(content, str):  # the first half of an index
         built(content).save(path)
         content = path.read_bytes()[: path.stat().st_size // 2]
     if content is not None:
@@ -252,16 +252,16 @@ def test_a_file_that_is_no_index_is_a_store_error(content: bytes | str | None, t
     assert "\n" not in str(caught.value)
 
 
-def test_an_unwritable_place_is_a_store_error(tmp_path: Path) -> None:
+def test_saving_into_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="nowhere"):
         built("Flat").save(tmp_path / "nowhere" / "index.faiss")
 
 
 @pytest.mark.gpu
 @every_type
-def test_gpu_answers_as_the_cpu_does(factory: str) -> None:
+def test_a_gpu_index_gives_the_answers_of_the_cpu(factory: str) -> None:
     cpu, gpu = built(factory), VectorIndex(built(factory)._cpu, factory, "auto")
-    if factory in ("Flat", "IVF16,Flat"):  # which of the others have a GPU form is FAISS's affair
+    if factory in ("Flat", "IVF16,Flat"):  # FAISS supports only some types on GPUs
         assert gpu.device == "cuda"
     for k in (1, 10, 100):
         expected, rows = cpu.search(QUERIES, k)
@@ -269,14 +269,14 @@ def test_gpu_answers_as_the_cpu_does(factory: str) -> None:
         filled = (rows >= 0) & (gpu_rows >= 0)
         np.testing.assert_array_equal(rows >= 0, gpu_rows >= 0)
         np.testing.assert_allclose(affinity[filled], expected[filled], atol=2e-3)
-        if TYPES[factory][1]:  # rows may swap where affinities are a rounding apart
+        if TYPES[factory][1]:  # rows with nearly equal affinities may be swapped
             own = np.take_along_axis(EXACT, np.maximum(gpu_rows, 0), axis=1)
             np.testing.assert_allclose(affinity[filled], own[filled], atol=1e-3)
 
 
 @pytest.mark.gpu
-def test_gpu_index_answers_a_large_k_from_the_cpu() -> None:
-    keys = made(3, GPU_MAX_K + 500, d=8)
+def test_a_gpu_index_answers_a_large_k_on_the_cpu() -> None:
+    keys = clustered_vectors(3, GPU_MAX_K + 500, d=8)
     index = VectorIndex.build(keys, "Flat", "cuda")
     assert index.device == "cuda"
     for k in (GPU_MAX_K, GPU_MAX_K + 1, len(keys)):
@@ -288,7 +288,7 @@ def test_gpu_index_answers_a_large_k_from_the_cpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat"])
-def test_gpu_index_is_saved_from_its_cpu_copy(factory: str, tmp_path: Path) -> None:
+def test_a_gpu_index_is_saved_like_a_cpu_index(factory: str, tmp_path: Path) -> None:
     index = VectorIndex(built(factory)._cpu, factory, "cuda")
     assert index.device == "cuda"
     index.save(tmp_path / "gpu.faiss")
@@ -298,7 +298,7 @@ def test_gpu_index_is_saved_from_its_cpu_copy(factory: str, tmp_path: Path) -> N
     np.testing.assert_array_equal(loaded.search(QUERIES, 5)[1], built(factory).search(QUERIES, 5)[1])
 
 
-# --------------------------------------------------------------------------------------------- over classes, and effort
+# -------------------------------------------------------------------------------------- class means, auto and effort
 
 
 @pytest.mark.parametrize(
@@ -316,12 +316,12 @@ def test_gpu_index_is_saved_from_its_cpu_copy(factory: str, tmp_path: Path) -> N
         ("", None),
     ],
 )
-def test_a_factory_over_classes_names_the_index_over_their_means(factory: str, inner: str | None) -> None:
+def test_the_factory_of_class_means_is_extracted(factory: str, inner: str | None) -> None:
     assert vector_index.inner_factory(factory) == inner
 
 
 @pytest.mark.parametrize("factory", ["Classes", "Classes,HNSW8", "Classes,IVF2,Flat"])
-def test_an_index_over_classes_searches_the_vectors_that_it_is_given(factory: str, tmp_path: Path) -> None:
+def test_an_index_of_classes_searches_class_means(factory: str, tmp_path: Path) -> None:
     means = KEYS[:40]
     index = VectorIndex.build(means, factory, "cpu")
     assert (index.by_class, index.exact_search, index.exact_affinity, index.n) == (True, False, True, 40)
@@ -335,8 +335,8 @@ def test_an_index_over_classes_searches_the_vectors_that_it_is_given(factory: st
     np.testing.assert_array_equal(loaded.search(QUERIES, 5)[1], rows)
 
 
-def lists_and_k(n: int, c: int) -> tuple[int, int | None]:
-    """Which of the three kinds auto chooses, 0 to 2, and the keys that are met."""
+def kind_and_k(n: int, c: int) -> tuple[int, int | None]:
+    """Return which of three kinds auto chooses, as 0, 1 or 2, and its k."""
     factory, k = vector_index.auto_factory(n, c)
     kind = 0 if factory == "Flat" else 1 if factory.startswith("Classes") else 2
     return kind, k
@@ -344,10 +344,10 @@ def lists_and_k(n: int, c: int) -> tuple[int, int | None]:
 
 @settings(max_examples=examples(200), deadline=None)
 @given(st.integers(1, 10**5), st.integers(1, 10**8), st.integers(0, 10**7))
-def test_with_more_keys_auto_moves_on_from_all_to_classes_to_lists_and_never_back(c: int, n: int, more: int) -> None:
-    kind, k = lists_and_k(n, c)
-    assert lists_and_k(n + more, c)[0] >= kind
-    assert k is None if kind == 0 else k is not None and 1 <= k < n  # fewer than all, or there is no point
+def test_with_more_keys_auto_moves_from_flat_to_classes_to_lists(c: int, n: int, more: int) -> None:
+    kind, k = kind_and_k(n, c)
+    assert kind_and_k(n + more, c)[0] >= kind
+    assert k is None if kind == 0 else k is not None and 1 <= k < n  # all keys would need no index
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_with_more_keys_auto_moves_on_from_all_to_classes_to_lists_and_never_bac
     [
         (1, 1, ("Flat", None)),
         (2048, 2, ("Flat", None)),
-        (4000, 1000, ("Flat", None)),  # 4 a class
+        (4000, 1000, ("Flat", None)),  # 4 per class
         (4001, 1000, ("Classes", 32)),
         (16000, 1000, ("Classes", 128)),  # 16 shots of ImageNet: 8 classes
         (2049, 2, ("IVF181,Flat", 256)),
@@ -364,17 +364,20 @@ def test_with_more_keys_auto_moves_on_from_all_to_classes_to_lists_and_never_bac
         (32768 * 16, 32768, ("Classes", 128)),
     ],
 )
-def test_auto_chooses_by_the_numbers(n: int, c: int, expected: tuple[str, int | None]) -> None:
+def test_auto_chooses_by_the_number_of_keys_and_classes(n: int, c: int, expected: tuple[str, int | None]) -> None:
     assert vector_index.auto_factory(n, c) == expected
 
 
 @pytest.mark.parametrize(("n", "c"), [(300, 100), (3000, 300), (3000, 3), (2500, 20)])
-def test_what_auto_chooses_can_be_built(n: int, c: int) -> None:
+def test_the_choice_of_auto_can_be_built(n: int, c: int) -> None:
     factory, _ = vector_index.auto_factory(n, c)
-    assert VectorIndex.build(made(4, c if factory.startswith("Classes") else n, d=8), factory, "cpu").factory == factory
+    assert (
+        VectorIndex.build(clustered_vectors(4, c if factory.startswith("Classes") else n, d=8), factory, "cpu").factory
+        == factory
+    )
 
 
-def test_probing_every_list_finds_what_flat_finds_and_probing_one_less() -> None:
+def test_probing_all_lists_is_exact_and_probing_one_list_is_not() -> None:
     index = VectorIndex.build(KEYS, "IVF16,Flat", "cpu")
     assert (index.effort, index.effort_limit) == (8, 16)
     index.effort = 16
@@ -384,7 +387,7 @@ def test_probing_every_list_finds_what_flat_finds_and_probing_one_less() -> None
     _, rows = index.search(QUERIES, 100)
     found = [len(set(a) & set(b)) for a, b in zip(rows.tolist(), NEAREST[:, :100].tolist(), strict=True)]
     assert max(found) < 100
-    index.effort = None  # leaves it as it is
+    index.effort = None  # has no effect
     assert index.effort == 1
 
 
@@ -411,7 +414,7 @@ def test_exhaustive_search_has_no_effort_setting(factory: str) -> None:
     np.testing.assert_array_equal(index.search(QUERIES, 20)[1], before)
 
 
-def test_a_graph_of_more_effort_finds_more() -> None:
+def test_more_effort_increases_the_recall_of_a_graph() -> None:
     keys = np.random.default_rng(5).standard_normal((3000, 32)).astype(np.float32)
     index = VectorIndex.build(keys, "HNSW8", "cpu")
     queries = np.random.default_rng(6).standard_normal((40, 32)).astype(np.float32)
