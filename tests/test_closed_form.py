@@ -288,6 +288,18 @@ def test_wrong_labels_do_not_make_the_answers_uncertain(share):
     assert found.accuracy == pytest.approx(float((logits.argmax(1) == given).double().mean()))
 
 
+def test_the_blend_does_not_depend_on_the_size_of_its_blocks(monkeypatch):
+    draw = np.random.default_rng(0)
+    y = torch.from_numpy(draw.integers(0, 4, 50))
+    cache, text = (torch.from_numpy(draw.normal(size=(50, 4))) + torch.nn.functional.one_hot(y, 4) for _ in "ab")
+    expected = blend(text, cache, None, y)
+    monkeypatch.setattr("retrieval_tip.fit.folds.BLOCK", 12)
+    found = blend(text, cache, None, y)
+    assert (found.a, found.b) == pytest.approx((expected.a, expected.b))
+    np.testing.assert_allclose(found.losses, expected.losses, atol=1e-6)
+    assert found.right.equal(expected.right)
+
+
 def test_a_query_of_weight_2_counts_as_two_queries():
     draw = np.random.default_rng(0)
     y = torch.from_numpy(draw.integers(0, 4, 3000))
@@ -505,6 +517,18 @@ def test_for_photos_as_frequent_as_the_shots_all_shots_have_equal_weight(run, ta
     assert CacheModel.load(index).fitted.class_prior == "shots"
     assert run("fit", index, "--class-prior", "even").exit_code == 0
     assert CacheModel.load(index).fitted.class_prior == "even"
+
+
+@pytest.mark.parametrize("kind", ["sorted", "shuffled", "residuals"])
+def test_values_solve_the_linear_system(kind, monkeypatch):
+    monkeypatch.setattr("retrieval_tip.tip.LEAST_HALF", 2)
+    draw = np.random.default_rng(0)
+    points, ids = draw.normal(size=(30, 8)).astype(np.float32), np.sort(draw.choice([0, 1, 3, 4, 6], 30))
+    targets = np.eye(7, dtype=np.float32)[draw.permutation(ids) if kind == "shuffled" else ids]
+    targets = targets - draw.random((30, 7), np.float32) if kind == "residuals" else targets
+    gram = np.exp(unit(points) @ unit(points).T - 1)
+    found = tip.ridge_values(torch.from_numpy(gram.copy()), torch.from_numpy(targets), 0.1)
+    np.testing.assert_allclose(found, np.linalg.solve(gram + 0.1 * np.eye(30), targets), atol=1e-4)
 
 
 def test_values_of_uneven_shots_are_those_of_a_ridge_weighted_by_class():

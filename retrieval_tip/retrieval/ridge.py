@@ -127,7 +127,7 @@ class Ridge:
 
     def _gram(self, points: Tensor) -> Tensor:
         """Return the lower triangle of the Gram matrix in blocks of rows. The upper triangle is undefined."""
-        gram = points.new_empty(len(points), len(points))
+        gram = points.new_empty(len(points), len(points)).T  # stored by column, so that it is factorised in place
         for start in range(0, len(points), GRAM_BLOCK):
             stop = start + GRAM_BLOCK
             block = gram[start:stop, :stop]
