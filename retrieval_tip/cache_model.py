@@ -96,7 +96,8 @@ class KeyEdits(EditableIndex):
         fitted = self.fitted
         if fitted is None or fitted.ridge is None:
             return None
-        return Ridge(len(self.class_names), self.settings.beta, fitted.ridge, self.device, fitted.class_prior)
+        c, beta, bonus = len(self.class_names), self.settings.beta, fitted.bonus
+        return Ridge(c, beta, fitted.ridge, self.device, fitted.class_prior, bonus)
 
     def _index_over(
         self, keys: KeyArray | Segments, class_ids: npt.NDArray[np.int64], factory: str | None = None

@@ -372,6 +372,10 @@ class Terms:
         cache = self.cache * (1 + slack) if slack else self.cache
         return cache if self.discriminant is None else torch.add(cache, self.discriminant, alpha=settings.gamma)
 
+    def strongest(self, counts: Tensor) -> Tensor:
+        """Return the largest cache logit, of shape ``[q]``, of the classes whose number of keys is above 0."""
+        return self.cache[:, counts > 0].amax(1)
+
     def each(self, part: Callable[[Tensor], Tensor]) -> Terms:
         """Apply a function to every term."""
         return Terms(part(self.text), part(self.cache), None if self.discriminant is None else part(self.discriminant))

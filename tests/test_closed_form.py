@@ -394,20 +394,42 @@ def test_classes_without_shots_keep_the_chance_that_their_names_give(shots, cove
     assert f"{20 - covered} class" in str(choice)
 
 
-def test_values_of_a_class_without_shots_are_the_mean_until_it_gets_some():
+def test_values_of_a_class_without_shots_are_the_mean_and_a_bonus_until_it_gets_some():
     cache = partly(8)
     closed_form.fit(cache, forms=[DEFAULT_FORM])
-    mean = cache.values[:, :8].mean(1)
+    bonus = cache.fitted.bonus
+    assert bonus > 0
+    mean = cache.values[:, :8].mean(1) + bonus / cache.n
     torch.testing.assert_close(cache.values[:, 8:], mean[:, None].expand(-1, 12))
     keys, ids = clusters(4, c=20)
     cache.add(keys[ids == 8], ["class 8"] * 4)
-    solved = ridge.Ridge(20, 1.0, 0.1, "cpu").values(torch.from_numpy(cache.met), cache.class_ids)
+    solved = ridge.Ridge(20, 1.0, 0.1, "cpu", bonus=bonus).values(torch.from_numpy(cache.met), cache.class_ids)
     torch.testing.assert_close(cache.values, solved, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(cache.values[:, 8], cache.values[:, 9])
 
 
+@pytest.mark.parametrize("covered", [8, 16])
+def test_the_bonus_of_classes_without_shots_makes_the_truth_more_likely(covered):
+    cache = partly(covered, noise=2.0)
+    queries, truth = clusters(20, seed=7, c=20)
+    choice = closed_form.fit(cache)
+    assert closed_form.estimate(cache)["both"] == pytest.approx(choice.both)
+
+    def loss():
+        logits = torch.as_tensor(cache.logits(queries)) / cache.settings.temperature
+        return float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(truth)))
+
+    with_bonus = loss()
+    for factor in (0, 2):
+        cache.fitted = replace(cache.fitted, bonus=factor * choice.form.bonus)
+        cache.solve()
+        assert loss() > with_bonus
+    closed_form.fit(whole := model(shots=4))
+    assert whole.fitted.bonus == 0
+
+
 @needs_real
-@pytest.mark.parametrize(("covered", "shots", "least"), [(9, 1, 43.7), (9, 8, 43.7), (24, 1, 44.7), (24, 8, 47.5)])
+@pytest.mark.parametrize(("covered", "shots", "least"), [(9, 1, 43.7), (9, 8, 44.7), (24, 1, 44.7), (24, 8, 51.0)])
 def test_on_dtd_photos_of_some_classes_do_not_crowd_out_the_others(shared, covered, shots, least):
     """Zero-shot gives 44.7 %; a cache that knows nothing of classes without shots gave 15 % and 34 % at 8 shots."""
     (text, names), (keys, labels), (queries, truth) = (
@@ -720,6 +742,16 @@ def test_unlike_is_what_lies_farther_than_the_shots_from_each_other():
     assert near == cache.classify(known, neighbours=0, k="all")
 
 
+def test_classes_without_shots_do_not_make_photos_resemble_a_shot():
+    cache = partly(15, shots=8)
+    queries = unit(np.concatenate([clusters(20, 7, c=20)[0], np.random.default_rng(11).normal(size=(400, D))]))
+    closed_form.fit(cache)
+    found = [one.unlike for one in cache.classify(queries.astype(np.float32), neighbours=0)]
+    strongest = cache.terms(torch.from_numpy(queries).float()).cache[:, :15].amax(1)
+    assert found == (strongest < cache.settings.least_cache).tolist()
+    assert 0.03 < np.mean(found[:400]) < 0.1 < np.mean(found[400:])
+
+
 @pytest.mark.parametrize("values", ["solved", "one-hot"])
 def test_about_one_in_twenty_known_photos_is_unlike_from_four_shots_on(values):
     queries, _ = clusters(100, seed=7, c=30, d=32)
@@ -931,6 +963,7 @@ def test_a_store_fits_classes_without_shots_as_a_folder_does(run, tables):
         assert "1 class has a name but no photos" in run("index", "set", place, "--beta", 3).stderr
     assert models[0].provenance["fit"] == models[1].provenance["fit"]
     assert models[0].settings == models[1].settings
+    assert models[0].fitted.bonus == models[1].fitted.bonus > 0
     assert [json.loads(line)["label"] for line in printed[0].splitlines()] == [
         json.loads(line)["label"] for line in printed[1].splitlines()
     ]

@@ -345,17 +345,20 @@ class Folds:
         return blend(*self.terms(form), self.ids_held, self.weights)
 
     def terms(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Fit a form to the other photos. Return text logits, cache logits and the discriminant of held-out photos.
+        """Fit a form to the other photos. Return text logits, cache logits and a third term of held-out photos.
 
-        If some classes have no shots, there is no discriminant, because it cannot compare them with the other classes.
+        The third term is the discriminant. It cannot compare classes that have shots with classes that have none. If
+        there are such classes, the third term is therefore the effect of a bonus of 1 for them (see
+        :class:`retrieval.ridge.Ridge`), or ``None`` if the bonus cannot be fitted.
         """
-        cache, discriminant = (
+        cache, third = (
             torch.cat(parts)
             for parts in zip(*(self._answers(form, held, fold) for fold, held in enumerate(self.held)), strict=True)
         )
         features = torch.cat([held.features for held in self.held])
         text = None if self.text is None else tip.affinity(features, self.text)
-        return text, cache, discriminant if self.covered == 1 else None
+        fits_bonus = form.values is not None and bool(self.held_of("classes").any())
+        return text, cache, third if self.covered == 1 or fits_bonus else None
 
     @property
     def ids_held(self) -> Tensor:
@@ -383,19 +386,22 @@ class Folds:
         return metric, form.values.fit(points, ids, self.c, form.beta, self.class_prior), points
 
     def _answers(self, form: Form, held: Held, fold: int) -> tuple[Tensor, Tensor]:
-        """Return the cache logits and the discriminant of held-out photos, from an index over the other keys."""
+        """Return the cache logits and the third term of held-out photos, from an index over the other keys."""
         metric, values, points = self._fitted(form, held.rows, fold)
         queries = held.features if metric is None else metric(held.features)
         cache, sums = torch.zeros(len(queries), self.c), torch.zeros(self.c, queries.shape[1], dtype=torch.float64)
+        counts = torch.bincount(self.ids[held.rows], minlength=self.c)
         if values is not None and points is not None:
-            cache = tip.weight(tip.affinity(queries, points), form.beta) @ values
+            weights = tip.weight(tip.affinity(queries, points), form.beta)
+            cache = weights @ values
+            if self.covered < 1:
+                return cache, weights.mean(1, keepdim=True) * (counts == 0)
             tip.add_rows(sums, self.ids[held.rows], points.double())
         for block, rows in _blocks(self.keys, held.rows.numpy()) if values is None else ():  # may be very many
             keys = torch.from_numpy(np.array(block, dtype=np.float32))
             points, ids = keys if metric is None else metric(keys), self.ids[torch.from_numpy(rows)]
             cache += tip.cache_logits(tip.affinity(queries, points), ids, self.c, form.beta)
             tip.add_rows(sums, ids, points.double())
-        counts = torch.bincount(self.ids[held.rows], minlength=self.c)
         return cache, tip.Discriminant.of(sums.float(), counts.float())(queries)
 
 
