@@ -408,6 +408,15 @@ def test_values_of_a_class_without_shots_are_the_mean_and_a_bonus_until_it_gets_
     assert not torch.allclose(cache.values[:, 8], cache.values[:, 9])
 
 
+def test_a_class_without_shots_adds_nothing_to_the_class_it_is_renamed_to():
+    cache = partly(8)
+    closed_form.fit(cache, forms=[DEFAULT_FORM])
+    expected = cache.values[:, :9]
+    cache.rename("class 9", "class 0")
+    cache.rename("class 10", "class 8")
+    torch.testing.assert_close(cache.values[:, :9], expected)
+
+
 @pytest.mark.parametrize("covered", [8, 16])
 def test_the_bonus_of_classes_without_shots_makes_the_truth_more_likely(covered):
     cache = partly(covered, noise=2.0)
