@@ -357,7 +357,7 @@ def scores(answering: Answering, items: sweep.Items, uneven: CacheModel | None) 
     right = ids.cpu().numpy() == items.ids
     found = {"top1": float(right.mean()), "ece": expected_calibration_error(confidence.cpu().numpy(), right)}
     if isinstance(answering, CacheModel) and (least := answering.settings.least_cache) is not None:
-        strongest = answering.terms(torch.from_numpy(items.features)).cache.amax(1)
+        strongest = answering.terms(torch.from_numpy(items.features)).strongest(answering.retrieval.keys.counts)
         found["unlike"] = float((strongest < least).double().mean())
     if uneven is None:
         return found

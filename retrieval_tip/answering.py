@@ -598,7 +598,8 @@ def _columns(
     if terms.keys is not None:
         columns["keys"] = terms.keys.cpu().numpy()
     if index.settings.least_cache is not None:
-        columns["unlike"] = (terms.cache.amax(dim=1) < index.settings.least_cache).cpu().numpy()
+        counts = index.retrieval.keys.counts
+        columns["unlike"] = (terms.strongest(counts) < index.settings.least_cache).cpu().numpy()
     known = [column for column in PREDICTIONS if column in columns]
     return pa.table([columns[column] for column in known], schema=pa.schema([SCHEMA.field(c) for c in known]))
 

@@ -96,7 +96,8 @@ class KeyEdits(EditableIndex):
         fitted = self.fitted
         if fitted is None or fitted.ridge is None:
             return None
-        return Ridge(len(self.class_names), self.settings.beta, fitted.ridge, self.device, fitted.class_prior)
+        c, beta, bonus = len(self.class_names), self.settings.beta, fitted.bonus
+        return Ridge(c, beta, fitted.ridge, self.device, fitted.class_prior, bonus)
 
     def _index_over(
         self, keys: KeyArray | Segments, class_ids: npt.NDArray[np.int64], factory: str | None = None
@@ -192,8 +193,9 @@ class KeyEdits(EditableIndex):
     def _merge(self, class_id: int, into: str, names: list[str]) -> None:
         """Move the keys of a class to the class ``into``, and drop the class."""
         if self.values is not None:  # the columns can be added, because solved values are linear in their targets
-            self.values = self.values.clone()
-            self.values[:, self.class_names.index(into)] += self.values[:, class_id]
+            place, counts, self.values = self.class_names.index(into), self.counts, self.values.clone()
+            with_keys = [own for own in (class_id, place) if counts[own]]
+            self.values[:, place] = self.values[:, with_keys or [place]].sum(1)
         self.relabel(self.find([self.class_names[class_id]])["key_id"].to_pylist(), into)
         kept = np.delete(np.arange(len(self.class_names)), class_id)
         self.class_names, self.text_weights = names, self.text_weights[kept]

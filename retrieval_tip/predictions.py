@@ -112,8 +112,8 @@ class Prediction:
         logits: the logits of all classes, as a float32 array of shape ``[c]``.
         neighbours: the shots that contributed most to the answer, largest contribution first.
         keys: the number of keys used for a certified answer.
-        unlike: whether the query does not resemble any shot: its largest cache logit is below the ``least_cache`` of
-            the index. ``None`` if the index has no such setting.
+        unlike: whether the query does not resemble any shot: its largest cache logit for a class with shots is below
+            the ``least_cache`` of the index. ``None`` if the index has no such setting.
         opposing: the shot with the most negative contribution. If no contribution is negative, it is the shot that
             contributes most to the runner-up. ``None`` if no shot counts against the answer.
         group: the number of the group of similar photos without a match (see :func:`groups.group_unlike`), or ``None``.

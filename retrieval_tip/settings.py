@@ -75,8 +75,8 @@ class Settings:
         log_offset: the offset ``o`` of the link, which must be above 0. If it is given, ``log(1 + max(C, 0) / o)``
             replaces ``C``.
         gamma: the weight of the discriminant ``B`` (see :class:`tip.Discriminant`), which must be 0 or more.
-        least_cache: a threshold for the largest cache logit of a query. Queries below it are ``unlike``. If it is
-            ``None``, queries are not checked.
+        least_cache: a threshold for the largest cache logit of a query among the classes that have keys. Queries below
+            it are ``unlike``. If it is ``None``, queries are not checked.
 
     Raises UsageError if a setting is invalid.
     """
@@ -134,7 +134,8 @@ class Fitted:
     ``shrinkage`` is only set if there is a metric, and ``ridge`` only if the values were solved. ``keys`` is the number
     of keys at the time of the fit. With the ``class_prior`` ``even``, all classes had the same weight in the fit, and
     with ``shots``, all shots had. ``automatic`` is true if a fit to the shots has chosen all settings, and nobody has
-    changed them since. Only then does a large change of the keys fit the index again.
+    changed them since. Only then does a large change of the keys fit the index again. ``bonus`` favours classes without
+    keys (see :class:`retrieval.ridge.Ridge`).
     """
 
     metric: str
@@ -144,8 +145,11 @@ class Fitted:
     keys: int
     class_prior: ClassPrior = "even"
     automatic: bool = False
+    bonus: float = 0.0
 
     def __post_init__(self) -> None:
+        if not _is_finite(self.bonus):
+            raise UsageError(f"fitted: bonus {self.bonus!r} is not a finite number")
         if type(self.automatic) is not bool:
             raise UsageError(f"fitted: automatic is {self.automatic!r}, not true or false")
         check_choice("class_prior", self.class_prior, ClassPrior)

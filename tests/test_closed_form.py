@@ -288,6 +288,18 @@ def test_wrong_labels_do_not_make_the_answers_uncertain(share):
     assert found.accuracy == pytest.approx(float((logits.argmax(1) == given).double().mean()))
 
 
+def test_the_blend_does_not_depend_on_the_size_of_its_blocks(monkeypatch):
+    draw = np.random.default_rng(0)
+    y = torch.from_numpy(draw.integers(0, 4, 50))
+    cache, text = (torch.from_numpy(draw.normal(size=(50, 4))) + torch.nn.functional.one_hot(y, 4) for _ in "ab")
+    expected = blend(text, cache, None, y)
+    monkeypatch.setattr("retrieval_tip.fit.folds.BLOCK", 12)
+    found = blend(text, cache, None, y)
+    assert (found.a, found.b) == pytest.approx((expected.a, expected.b))
+    np.testing.assert_allclose(found.losses, expected.losses, atol=1e-6)
+    assert found.right.equal(expected.right)
+
+
 def test_a_query_of_weight_2_counts_as_two_queries():
     draw = np.random.default_rng(0)
     y = torch.from_numpy(draw.integers(0, 4, 3000))
@@ -382,20 +394,51 @@ def test_classes_without_shots_keep_the_chance_that_their_names_give(shots, cove
     assert f"{20 - covered} class" in str(choice)
 
 
-def test_values_of_a_class_without_shots_are_the_mean_until_it_gets_some():
+def test_values_of_a_class_without_shots_are_the_mean_and_a_bonus_until_it_gets_some():
     cache = partly(8)
     closed_form.fit(cache, forms=[DEFAULT_FORM])
-    mean = cache.values[:, :8].mean(1)
+    bonus = cache.fitted.bonus
+    assert bonus > 0
+    mean = cache.values[:, :8].mean(1) + bonus / cache.n
     torch.testing.assert_close(cache.values[:, 8:], mean[:, None].expand(-1, 12))
     keys, ids = clusters(4, c=20)
     cache.add(keys[ids == 8], ["class 8"] * 4)
-    solved = ridge.Ridge(20, 1.0, 0.1, "cpu").values(torch.from_numpy(cache.met), cache.class_ids)
+    solved = ridge.Ridge(20, 1.0, 0.1, "cpu", bonus=bonus).values(torch.from_numpy(cache.met), cache.class_ids)
     torch.testing.assert_close(cache.values, solved, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(cache.values[:, 8], cache.values[:, 9])
 
 
+def test_a_class_without_shots_adds_nothing_to_the_class_it_is_renamed_to():
+    cache = partly(8)
+    closed_form.fit(cache, forms=[DEFAULT_FORM])
+    expected = cache.values[:, :9]
+    cache.rename("class 9", "class 0")
+    cache.rename("class 10", "class 8")
+    torch.testing.assert_close(cache.values[:, :9], expected)
+
+
+@pytest.mark.parametrize("covered", [8, 16])
+def test_the_bonus_of_classes_without_shots_makes_the_truth_more_likely(covered):
+    cache = partly(covered, noise=2.0)
+    queries, truth = clusters(20, seed=7, c=20)
+    choice = closed_form.fit(cache)
+    assert closed_form.estimate(cache)["both"] == pytest.approx(choice.both)
+
+    def loss():
+        logits = torch.as_tensor(cache.logits(queries)) / cache.settings.temperature
+        return float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(truth)))
+
+    with_bonus = loss()
+    for factor in (0, 2):
+        cache.fitted = replace(cache.fitted, bonus=factor * choice.form.bonus)
+        cache.solve()
+        assert loss() > with_bonus
+    closed_form.fit(whole := model(shots=4))
+    assert whole.fitted.bonus == 0
+
+
 @needs_real
-@pytest.mark.parametrize(("covered", "shots", "least"), [(9, 1, 43.7), (9, 8, 43.7), (24, 1, 44.7), (24, 8, 47.5)])
+@pytest.mark.parametrize(("covered", "shots", "least"), [(9, 1, 43.7), (9, 8, 44.7), (24, 1, 44.7), (24, 8, 51.0)])
 def test_on_dtd_photos_of_some_classes_do_not_crowd_out_the_others(shared, covered, shots, least):
     """Zero-shot gives 44.7 %; a cache that knows nothing of classes without shots gave 15 % and 34 % at 8 shots."""
     (text, names), (keys, labels), (queries, truth) = (
@@ -505,6 +548,18 @@ def test_for_photos_as_frequent_as_the_shots_all_shots_have_equal_weight(run, ta
     assert CacheModel.load(index).fitted.class_prior == "shots"
     assert run("fit", index, "--class-prior", "even").exit_code == 0
     assert CacheModel.load(index).fitted.class_prior == "even"
+
+
+@pytest.mark.parametrize("kind", ["sorted", "shuffled", "residuals"])
+def test_values_solve_the_linear_system(kind, monkeypatch):
+    monkeypatch.setattr("retrieval_tip.tip.LEAST_HALF", 2)
+    draw = np.random.default_rng(0)
+    points, ids = draw.normal(size=(30, 8)).astype(np.float32), np.sort(draw.choice([0, 1, 3, 4, 6], 30))
+    targets = np.eye(7, dtype=np.float32)[draw.permutation(ids) if kind == "shuffled" else ids]
+    targets = targets - draw.random((30, 7), np.float32) if kind == "residuals" else targets
+    gram = np.exp(unit(points) @ unit(points).T - 1)
+    found = tip.ridge_values(torch.from_numpy(gram.copy()), torch.from_numpy(targets), 0.1)
+    np.testing.assert_allclose(found, np.linalg.solve(gram + 0.1 * np.eye(30), targets), atol=1e-4)
 
 
 def test_values_of_uneven_shots_are_those_of_a_ridge_weighted_by_class():
@@ -694,6 +749,16 @@ def test_unlike_is_what_lies_farther_than_the_shots_from_each_other():
         assert one.unlike == (cache.terms(unknown[number : number + 1]).cache.max() < cache.settings.least_cache)
     assert far.withheld("auto").to_pylist() == [one.unlike or one.probability < 0.5 for one in far]
     assert near == cache.classify(known, neighbours=0, k="all")
+
+
+def test_classes_without_shots_do_not_make_photos_resemble_a_shot():
+    cache = partly(15, shots=8)
+    queries = unit(np.concatenate([clusters(20, 7, c=20)[0], np.random.default_rng(11).normal(size=(400, D))]))
+    closed_form.fit(cache)
+    found = [one.unlike for one in cache.classify(queries.astype(np.float32), neighbours=0)]
+    strongest = cache.terms(torch.from_numpy(queries).float()).cache[:, :15].amax(1)
+    assert found == (strongest < cache.settings.least_cache).tolist()
+    assert 0.03 < np.mean(found[:400]) < 0.1 < np.mean(found[400:])
 
 
 @pytest.mark.parametrize("values", ["solved", "one-hot"])
@@ -907,6 +972,7 @@ def test_a_store_fits_classes_without_shots_as_a_folder_does(run, tables):
         assert "1 class has a name but no photos" in run("index", "set", place, "--beta", 3).stderr
     assert models[0].provenance["fit"] == models[1].provenance["fit"]
     assert models[0].settings == models[1].settings
+    assert models[0].fitted.bonus == models[1].fitted.bonus > 0
     assert [json.loads(line)["label"] for line in printed[0].splitlines()] == [
         json.loads(line)["label"] for line in printed[1].splitlines()
     ]

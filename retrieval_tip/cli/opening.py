@@ -95,6 +95,7 @@ def _restricted(cache: AnsweringIndex, where: str, *, fits: bool) -> CacheModel:
     automatic = fits and cache.fitted is not None and cache.fitted.automatic
     if automatic and cache.has_text and rest.counts.count(0) > cache.counts.count(0):
         refit(rest, rest.settings.beta)
+        rest.solve()
     say(f"where: {rest.n} of {cache.n} shots match ({few(parts)})")
     return rest
 

@@ -117,10 +117,7 @@ class Shots(Protocol):
     prior: npt.NDArray[np.float32] | None
     curve: pa.Table | None
     backbone: Identity | None
-
-    @property
-    def fitted(self) -> Fitted | None:
-        """Record of the previous fit."""
+    fitted: Fitted | None
 
     @property
     def keys(self) -> Keys:
@@ -281,7 +278,7 @@ def fit(
         forms = [WITH_PRIOR, *forms]
     if folds.can_judge:
         form, trials = _chosen(cache, forms, folds, images if validation is None else None)
-        settings, judged = _settled(cache.settings, form, folds, cache.class_names)
+        form, settings, judged = _settled(cache.settings, form, folds, cache.class_names)
         where = f"fitted on {judged_on}"
     else:
         (form, settings), trials, judged = _unjudged(cache, forms, folds), [], {}
@@ -304,18 +301,19 @@ def fit(
 def refit(cache: Shots, beta: float) -> FormChoice:
     """Set beta and refit all other fitted settings, without changing the form.
 
-    If there are too few shots, only beta changes. The values are not solved for the new beta, so call
+    If there are too few shots, only beta changes. The values are not solved again, so call
     :meth:`cache_model.KeyEdits.solve` next.
     """
     start, settings, form = time.perf_counter(), replace(cache.settings, beta=beta), Form.of(cache.fitted, beta)
     folds, judged_on = _judged_by(cache, None, images_of(cache.labels), _class_prior(cache))
     judged: Judged = {}
     if folds.can_judge:
-        settings, judged = _settled(settings, form, folds, cache.class_names)
+        form, settings, judged = _settled(settings, form, folds, cache.class_names)
         cache.provenance = cache.provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {judged_on}")
     seconds = time.perf_counter() - start
     choice = FormChoice(form, [], judged_on, folds.n, len(folds.held), seconds, **folds.untested, **judged)
     cache.settings = settings
+    cache.fitted = None if cache.fitted is None else replace(cache.fitted, bonus=form.bonus)
     cache.provenance = cache.provenance | {"fit": choice.provenance()}
     return choice
 
@@ -444,24 +442,28 @@ def _chosen(cache: Shots, forms: Sequence[Form], folds: Folds, images: IntArray 
     return _choose(folds, forms)
 
 
-def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence[str]) -> tuple[Settings, Judged]:
-    """Return the settings that give the held-out photos the highest log-likelihood, and their accuracies."""
-    (text, cache, discriminant), ids, weights = folds.terms(form), folds.ids_held, folds.weights
+def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence[str]) -> tuple[Form, Settings, Judged]:
+    """Return the bonus and the settings that give the held-out photos the highest log-likelihood, and accuracies."""
+    form = form.with_bonus(0.0)
+    (text, cache, third), ids, weights = folds.terms(form), folds.ids_held, folds.weights
     offsets = OFFSETS if form.values is not None and not folds.held_of("classes").any() else (None,)
     offsets = [offset for offset in offsets if offset is not None or not folds.halves] or offsets
-    blended, offset = _linked(text, cache, discriminant, ids, offsets, weights)
+    blended, offset = _linked(text, cache, third, ids, offsets, weights)
+    blended = robust_blend(blended, text, tip.log_cache(cache.clone(), offset), third, ids)
+    if third is not None and folds.covered < 1:
+        form = form.with_bonus(blended.g / blended.b)
+        cache, third, blended = cache + form.bonus * third, None, replace(blended, g=0.0)
     least: float | None = None
     if not folds.halves:
         least = _quantile(tip.log_cache(_strongest(cache, folds, form), offset), UNLIKE, weights)
     cache = tip.log_cache(cache, offset)
-    blended = robust_blend(blended, text, cache, discriminant, ids)
     if not folds.held_of("classes").any() and folds.covered < 1:  # too few classes to hold some out
         blended = replace(blended, a=1.0, b=blended.b / max(blended.a, 1.0) * folds.covered)
     settings = replace(blended.settings(settings.unfitted(), form.beta), least_cache=least, log_offset=offset)
     shown = folds.held_of("shots")
     judged: Judged = {"weakest": _weakest(class_names, blended.right[shown], ids[shown])}
-    photos = tip.Terms(cache, cache, discriminant).photos(settings)
-    return settings, judged | _accuracies(photos, text, blended.right, ids, weights)
+    photos = tip.Terms(cache, cache, third).photos(settings)
+    return form, settings, judged | _accuracies(photos, text, blended.right, ids, weights)
 
 
 def _linked(
@@ -478,18 +480,22 @@ def _linked(
 def _strongest(cache: Tensor, folds: Folds, form: Form) -> Tensor:
     """Return the largest cache logits ``[q]`` that the held-out photos would have if no shot were held out.
 
+    Only classes with shots count.
+
     One-hot values sum over ``n`` keys of a class, so ``C`` is multiplied by ``n / m`` if a fold has ``m`` of them.
     Solved values divide this sum by ``1 + lambda + (n - 1) g``, where ``g`` is the weight between two keys of the
     class. The logit of the own class then becomes ``C (n / m) / (1 + (n / m - 1) C)``, which is the Spearman-Brown
     formula for longer tests.
     """
     every = torch.bincount(folds.ids, minlength=folds.c)
-    fewer = torch.cat([torch.bincount(folds.ids[held.rows], minlength=folds.c)[held.ids] for held in folds.held])
+    counts = [torch.bincount(folds.ids[held.rows], minlength=folds.c).expand(len(held.ids), -1) for held in folds.held]
+    fewer, own = (part.gather(1, folds.ids_held[:, None])[:, 0] for part in (torch.cat(counts), cache))
     ratio = torch.where(fewer > 0, every[folds.ids_held] / fewer, 1)  # a class that is held out whole stays empty
+    most = cache.masked_fill(torch.cat(counts) == 0, -torch.inf).amax(1)
     if form.values is None:
-        return cache.amax(1) * ratio
-    own = cache.gather(1, folds.ids_held[:, None])[:, 0]
-    return torch.maximum(cache.amax(1), own * ratio / (1 + (ratio - 1) * own.mean().clamp(0, 1)))
+        return most * ratio
+    own = own * ratio / (1 + (ratio - 1) * own[fewer > 0].mean().clamp(0, 1))
+    return torch.where(fewer > 0, torch.maximum(most, own), most)
 
 
 def _quantile(values: Tensor, share: float, weights: Tensor | None) -> float:

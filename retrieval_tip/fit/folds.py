@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,8 @@ SMOOTHING = 0.5
 """Number of photos by which the labels are smoothed."""
 STEPS, REACH = 60, 4.0
 """Maximum number of Newton steps, and bound on the logarithms for logits of unit spread."""
+BLOCK = 1 << 16
+"""Number of logits of each term to process at once, so that they stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -121,41 +123,59 @@ class _HeldTerms:
 
     def blend(self, weights: Tensor, start: Blend | None = None) -> Blend:
         """See :func:`blend`. Newton's method starts from equal weights, or from another blend of these terms."""
-        flat, q = self.parts.flatten(1), len(self.ids)
-
-        def at(logs: Tensor) -> tuple[Tensor, Tensor, float]:
-            p, own = torch.tensordot(logs.exp(), self.parts, 1), logs.exp() @ self.own
-            top = p.amax(1, keepdim=True)
-            sums = p.sub_(top).exp_().sum(1, keepdim=True)
-            total = (top + sums.log())[:, 0]
-            return p.div_(sums), total - own, float(weights @ (total - self.sure * own) / q)
-
         logs = torch.zeros(len(self.parts), dtype=torch.float64)
         if start is not None:
             factors = [one for one, given in zip((start.a, start.b, start.g), self.given, strict=True) if given]
             logs = (torch.tensor(factors, dtype=torch.float64) * self.scales).log().clamp(-REACH, REACH)
-        p, losses, loss = at(logs)
+        now = self._at(logs, weights)
         for _ in range(STEPS):
-            factor, products = logs.exp(), p * self.parts
-            means = products.sum(2)
-            gradient = (means - self.sure * self.own) @ weights / q * factor
-            curvature = products.mul_(weights[:, None]).flatten(1) @ flat.T - (weights * means) @ means.T
-            curvature = curvature / q * factor[:, None] * factor + torch.diag(gradient.clamp_min(0) + 1e-9)
-            step, size = torch.linalg.solve(curvature, gradient).clamp(-2, 2), 1.0
+            curvature = now.curvature + torch.diag(now.gradient.clamp_min(0) + 1e-9)
+            step, size = torch.linalg.solve(curvature, now.gradient).clamp(-2, 2), 1.0
             while True:
                 following = (logs - size * step).clamp(-REACH, REACH)
-                new_p, new_losses, new_loss = at(following)
-                if new_loss <= loss or size < 1e-3:
+                new = self._at(following, weights)
+                if new.loss <= now.loss or size < 1e-3:
                     break
                 size /= 2
-            done = loss - new_loss < 1e-7
-            if new_loss <= loss:
-                logs, p, losses, loss = following, new_p, new_losses, new_loss
+            done = now.loss - new.loss < 1e-7
+            if new.loss <= now.loss:
+                logs, now = following, new
             if done:
                 break
         found = iter((logs.exp() / self.scales).tolist())
         a, b, g = (next(found) if given else 0.0 for given in self.given)
-        return Blend(a, b, g, losses, p.argmax(1) == self.ids, weights)
+        return Blend(a, b, g, now.losses, now.right, weights)
+
+    def _at(self, logs: Tensor, weights: Tensor) -> _Loss:
+        """Return the loss if the logarithms of the weights are ``logs``, of shape ``[t]``."""
+        q, t, factor = len(self.ids), len(logs), logs.exp()
+        loss, gradient, curvature = (torch.zeros(shape, dtype=torch.float64) for shape in ((), (t,), (t, t)))
+        losses, right = [], []
+        for rows in slices(q, max(1, BLOCK // self.parts.shape[2])):
+            parts, w, own = self.parts[:, rows], weights[rows], self.own[:, rows]
+            p = torch.tensordot(factor, parts, 1)
+            right.append(p.argmax(1) == self.ids[rows])
+            top = p.amax(1, keepdim=True)
+            sums = p.sub_(top).exp_().sum(1, keepdim=True)
+            total = (top + sums.log())[:, 0]
+            products = p.div_(sums) * parts
+            means = products.sum(2)
+            losses.append(total - factor @ own)
+            loss += w @ (total - self.sure * (factor @ own))
+            gradient += (means - self.sure * own) @ w
+            curvature += products.mul_(w[:, None]).flatten(1) @ parts.flatten(1).T - (w * means) @ means.T
+        curvature *= factor[:, None] * factor / q
+        return _Loss(float(loss / q), gradient * factor / q, curvature, torch.cat(losses), torch.cat(right))
+
+
+class _Loss(NamedTuple):
+    """Mean loss, its gradient ``[t]`` and curvature ``[t, t]`` in the logarithms of the weights. See :class:`Blend`."""
+
+    loss: float
+    gradient: Tensor
+    curvature: Tensor
+    losses: Tensor
+    right: Tensor
 
 
 class Untested(TypedDict):
@@ -325,17 +345,20 @@ class Folds:
         return blend(*self.terms(form), self.ids_held, self.weights)
 
     def terms(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Fit a form to the other photos. Return text logits, cache logits and the discriminant of held-out photos.
+        """Fit a form to the other photos. Return text logits, cache logits and a third term of held-out photos.
 
-        If some classes have no shots, there is no discriminant, because it cannot compare them with the other classes.
+        The third term is the discriminant. It cannot compare classes that have shots with classes that have none. If
+        there are such classes, the third term is therefore the effect of a bonus of 1 for them (see
+        :class:`retrieval.ridge.Ridge`), or ``None`` if the bonus cannot be fitted.
         """
-        cache, discriminant = (
+        cache, third = (
             torch.cat(parts)
             for parts in zip(*(self._answers(form, held, fold) for fold, held in enumerate(self.held)), strict=True)
         )
         features = torch.cat([held.features for held in self.held])
         text = None if self.text is None else tip.affinity(features, self.text)
-        return text, cache, discriminant if self.covered == 1 else None
+        fits_bonus = form.values is not None and bool(self.held_of("classes").any())
+        return text, cache, third if self.covered == 1 or fits_bonus else None
 
     @property
     def ids_held(self) -> Tensor:
@@ -363,19 +386,22 @@ class Folds:
         return metric, form.values.fit(points, ids, self.c, form.beta, self.class_prior), points
 
     def _answers(self, form: Form, held: Held, fold: int) -> tuple[Tensor, Tensor]:
-        """Return the cache logits and the discriminant of held-out photos, from an index over the other keys."""
+        """Return the cache logits and the third term of held-out photos, from an index over the other keys."""
         metric, values, points = self._fitted(form, held.rows, fold)
         queries = held.features if metric is None else metric(held.features)
         cache, sums = torch.zeros(len(queries), self.c), torch.zeros(self.c, queries.shape[1], dtype=torch.float64)
+        counts = torch.bincount(self.ids[held.rows], minlength=self.c)
         if values is not None and points is not None:
-            cache = tip.weight(tip.affinity(queries, points), form.beta) @ values
+            weights = tip.weight(tip.affinity(queries, points), form.beta)
+            cache = weights @ values
+            if self.covered < 1:
+                return cache, weights.mean(1, keepdim=True) * (counts == 0)
             tip.add_rows(sums, self.ids[held.rows], points.double())
         for block, rows in _blocks(self.keys, held.rows.numpy()) if values is None else ():  # may be very many
             keys = torch.from_numpy(np.array(block, dtype=np.float32))
             points, ids = keys if metric is None else metric(keys), self.ids[torch.from_numpy(rows)]
             cache += tip.cache_logits(tip.affinity(queries, points), ids, self.c, form.beta)
             tip.add_rows(sums, ids, points.double())
-        counts = torch.bincount(self.ids[held.rows], minlength=self.c)
         return cache, tip.Discriminant.of(sums.float(), counts.float())(queries)
 
 

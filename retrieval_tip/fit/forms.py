@@ -8,7 +8,7 @@ support adding and removing keys (see :mod:`retrieval.ridge`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -50,9 +50,13 @@ class Within(FittedMetric):
 
 @dataclass(frozen=True)
 class FittedValues(ABC):
-    """Values that are fitted to the shots, with a regularisation strength ``ridge`` above 0."""
+    """Values that are fitted to the shots, with a regularisation strength ``ridge`` above 0.
+
+    ``bonus`` favours classes that have no shots (see :class:`retrieval.ridge.Ridge`).
+    """
 
     ridge: float
+    bonus: float = field(default=0.0, compare=False)
     name: ClassVar[str]
 
     @abstractmethod
@@ -71,7 +75,7 @@ class Solved(FittedValues):
     def fit(  # noqa: D102
         self, points: Tensor, ids: Tensor, c: int, beta: float, class_prior: ClassPrior = "even"
     ) -> Tensor:
-        return Ridge(c, beta, self.ridge, "cpu", class_prior).values(points, ids)
+        return Ridge(c, beta, self.ridge, "cpu", class_prior, self.bonus).values(points, ids)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Form:
         try:
             return cls(
                 None if fitted.shrinkage is None else metrics[fitted.metric](fitted.shrinkage),
-                None if fitted.ridge is None else values[fitted.values](fitted.ridge),
+                None if fitted.ridge is None else values[fitted.values](fitted.ridge, fitted.bonus),
                 beta,
             )
         except KeyError as name:
@@ -102,7 +106,16 @@ class Form:
         """Return the record of a fit of this form to ``keys`` keys."""
         shrinkage = None if self.metric is None else self.metric.shrinkage
         ridge = None if self.values is None else self.values.ridge
-        return Fitted(self.metric_name, self.values_name, shrinkage, ridge, keys, class_prior, automatic)
+        return Fitted(self.metric_name, self.values_name, shrinkage, ridge, keys, class_prior, automatic, self.bonus)
+
+    @property
+    def bonus(self) -> float:
+        """What the values of classes without shots get in addition (see :class:`retrieval.ridge.Ridge`)."""
+        return 0.0 if self.values is None else self.values.bonus
+
+    def with_bonus(self, bonus: float) -> Form:
+        """Return the same form with another bonus, if it has solved values."""
+        return self if self.values is None else replace(self, values=replace(self.values, bonus=bonus))
 
     @property
     def metric_name(self) -> str:

@@ -50,6 +50,7 @@ class Answer(torch.nn.Module):
     text: Tensor
     keys: Tensor
     ids: Tensor
+    counts: Tensor
     values: Tensor
     metric_mean: Tensor | None
     metric_transform: Tensor | None
@@ -67,6 +68,7 @@ class Answer(torch.nn.Module):
         self.register_buffer("text", cache.text_weights.float().cpu())
         self.register_buffer("keys", torch.from_numpy(np.asarray(cache.met[:], dtype=np.float32)))
         self.register_buffer("ids", cache.class_ids.cpu())
+        self.register_buffer("counts", torch.bincount(self.ids, minlength=self.n_classes))
         values = one_hot(self.ids, self.n_classes) if cache.values is None else cache.values  # ONNX cannot sum by class
         self.register_buffer("values", values.float().cpu())
         discriminant = cache.retrieval.keys.discriminant if settings.gamma else None
@@ -97,7 +99,8 @@ class Answer(torch.nn.Module):
         terms = tip.Terms(text, tip.log_cache(cache, settings.log_offset), discriminant)
         logits = terms.logits(settings)
         answers = logits, (logits / settings.temperature).softmax(1)
-        return answers if settings.least_cache is None else (*answers, terms.cache.amax(dim=1) < settings.least_cache)
+        least = settings.least_cache
+        return answers if least is None else (*answers, terms.strongest(self.counts) < least)
 
 
 class Logits(torch.nn.Module):

@@ -103,6 +103,6 @@ def refit(draft: LanceDraft, beta: float) -> FormChoice:
     shots: CacheModel | TableShots = draft.whole or TableShots(draft)
     shots.settings, shots.prior = draft.settings, draft.prior
     choice = closed_form.refit(shots, beta)
-    draft.settings, draft.provenance = shots.settings, shots.provenance
+    draft.settings, draft.provenance, draft.fitted = shots.settings, shots.provenance, shots.fitted
     draft.solve()
     return choice

@@ -43,8 +43,8 @@ class Ridge:
 
     The system is ``(G + lambda diag(1 / omega)) V = Y``. For a key of class ``c``, which has ``n_c`` keys, ``omega_i``
     is ``mean(n) / n_c``, so a class gains nothing from having more shots than others. If ``class_prior`` is ``shots``,
-    ``omega`` is 1. A class that has no keys gets the mean value of the other classes, so that its cache logit is
-    neutral.
+    ``omega`` is 1. A class that has no keys gets the mean value of the other classes plus ``bonus / n``, so that its
+    cache logit is neutral if ``bonus`` is 0.
     """
 
     n_classes: int
@@ -52,6 +52,7 @@ class Ridge:
     ridge: float
     device: str
     class_prior: ClassPrior = "even"
+    bonus: float = 0.0
 
     def values(self, points: Tensor, ids: Tensor) -> Tensor:
         """Solve the values of keys at ``points`` as a float32 tensor of shape ``[n, c]``.
@@ -116,18 +117,18 @@ class Ridge:
         )
 
     def _neutral(self, values: Tensor, ids: Tensor) -> Tensor:
-        """Return the values, after setting each class without a key in ``ids`` to the mean of the other classes."""
+        """Return the values, after setting those of each class without a key in ``ids``."""
         empty = torch.bincount(ids, minlength=self.n_classes) == 0
         if not empty.any() or empty.all():
             return values
-        return torch.where(empty, values[:, ~empty].mean(1, keepdim=True), values)
+        return torch.where(empty, values[:, ~empty].mean(1, keepdim=True) + self.bonus / len(values), values)
 
     def _on_device(self, points: npt.NDArray[np.floating]) -> Tensor:
         return torch.from_numpy(points.astype(np.float32)).to(self.device)
 
     def _gram(self, points: Tensor) -> Tensor:
         """Return the lower triangle of the Gram matrix in blocks of rows. The upper triangle is undefined."""
-        gram = points.new_empty(len(points), len(points))
+        gram = points.new_empty(len(points), len(points)).T  # stored by column, so that it is factorised in place
         for start in range(0, len(points), GRAM_BLOCK):
             stop = start + GRAM_BLOCK
             block = gram[start:stop, :stop]

@@ -123,7 +123,8 @@ export class Photo {
     const least = state.info.least_cache;
     if (least === null || !this.without.size) return this.served?.unlike ?? false;
     const { alpha, beta, k, tail } = state.info;
-    return Math.max(...cacheOf(this.evidence, { alpha, beta, k, tail }, state.model, this.without)) < least;
+    const cache = cacheOf(this.evidence, { alpha, beta, k, tail }, state.model, this.without);
+    return Math.max(...cache.filter((_, c) => this.evidence.counts[c])) < least;
   }
 
   /** Return the shots behind the answer as { supporting, opposing }, where each shot is an object { keyId, label, source,
