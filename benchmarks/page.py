@@ -38,7 +38,7 @@ WEIGH = """async ([number, files]) => {
         const body = new FormData();
         body.append("images", new File([Uint8Array.from(bytes)], name));
         const path = "/v1/classify?evidence=true&logits=true&top=8&neighbours=8&index=";
-        const index = document.getElementById("index-select").value;
+        const index = document.getElementById("index-name").textContent;
         answers.push(await (await real(path + index, { method: "POST", body })).text());
     }
     let asked = 0;
@@ -69,7 +69,8 @@ def measured(page: Page, address: str, index: str, new: list[Path]) -> dict[str,
     def opened(name: str) -> None:
         page.goto("about:blank")
         page.goto(address)
-        page.select_option("#index-select", name)
+        page.click("#index-name")
+        page.locator("#index-list").get_by_role("button", name=name, exact=True).click()
         page.wait_for_selector("#known li")
 
     def answered(number: int) -> None:
@@ -83,9 +84,11 @@ def measured(page: Page, address: str, index: str, new: list[Path]) -> dict[str,
         times.append(clocked(lambda path=path: (page.set_input_files("#files", path),
                                               page.wait_for_selector("#grid .tile[data-label]"))))  # fmt: skip
         page.click("#drawer-close")
+        page.click("#bar-more")
         page.click("#clear")
     found["first answer after a drop"] = statistics.median(times[1:])
     found[f"answers to {min(MANY, len(new))} photos"] = clocked(lambda: answered(MANY))
+    page.click("#bar-more")
     page.click("#clear")
     files = [[path.name, list(path.read_bytes())] for path in new[:20]]
     found[f"recomputing {ANSWERS:,} answers"] = statistics.median(page.evaluate(WEIGH, [ANSWERS, files]))

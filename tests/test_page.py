@@ -176,12 +176,34 @@ def answer(page: Page) -> dict[str, Any]:
     )
 
 
+def choose(page: Page, name: str) -> None:
+    """Open another classifier."""
+    page.click("#index-name")
+    page.locator("#index-list").get_by_role("button", name=name, exact=True).click()
+    expect(page.locator("#index-name")).to_have_text(name)
+
+
 def show_settings(page: Page) -> None:
-    """Open the settings, which are closed at first."""
+    """Open the settings, which are with the calculation of an open photo, or else have their own screen."""
     if page.locator("#drawer").is_visible():
         page.get_by_text("How this was calculated").click()
-    page.locator("#settings-title").click()
+    else:
+        go(page, "settings")
     page.get_by_text("As numbers").click()
+
+
+def go(page: Page, screen: str) -> None:
+    """Open a screen of the classifier's menu."""
+    page.click("#index-name")
+    page.click(f"#to-{screen}")
+    expect(page.locator(f"#{screen}-view")).to_be_visible()
+
+
+def more(page: Page, what: str) -> None:
+    """Use an action in the menu of the toolbar."""
+    if not page.locator("#bar-menu").is_visible():
+        page.click("#bar-more")
+    page.click(f"#{what}")
 
 
 def setting(page: Page, name: str) -> str:
@@ -395,7 +417,7 @@ def test_the_printed_address_lets_one_teach_at_once(opened: Open, served: Served
     page.keyboard.press("Shift+ArrowRight")
     expect(page.locator("#selection-count")).to_have_text("2 selected")
     chip = page.locator("#selection-chips button").nth(1)
-    label = (chip.text_content() or "")[1:]
+    label = (chip.text_content() or "")[2:]
     page.keyboard.press("2")
     expect(page.locator("#notice")).to_contain_text(f"Added 2 example photos to {label}.")
     expect(page.locator("#grid .tile.taught")).to_have_count(2)
@@ -456,7 +478,6 @@ def test_classifying_with_the_keyboard_alone(page: Page) -> None:
     before = answer(page)
     assert before["label"] == "panda"
     page.locator("#drawer summary").first.press("Enter")
-    page.locator("#settings-title").press("Enter")
     page.keyboard.press("Tab")
     expect(focused).to_have_id("alpha-slider")
     page.keyboard.press("ArrowLeft")
@@ -470,7 +491,7 @@ def test_classifying_with_the_keyboard_alone(page: Page) -> None:
     expect(focused).to_have_id("tab-classes")
     expect(page.locator("#classes-view")).to_be_visible()
     expect(page.locator("#tab-classes")).to_have_attribute("aria-selected", "true")
-    for screen in ("check", "map", "history", "teach"):
+    for screen in ("check", "map", "history"):
         page.keyboard.press("ArrowRight")
         expect(page.locator(f"#{screen}-view")).to_be_visible()
         assert page.url.endswith(f"#{screen}")
@@ -494,8 +515,10 @@ def tab_to(page: Page, wanted: Locator) -> None:
 def test_teaching_with_the_keyboard_alone(opened: Open) -> None:
     page = opened(at=f"/#token={TOKEN}").page
     page.on("filechooser", lambda _: None)
-    tab_to(page, page.locator("#tab-classify"))
-    page.keyboard.press("ArrowLeft")
+    tab_to(page, page.locator("#index-name"))
+    page.keyboard.press("Enter")
+    tab_to(page, page.locator("#to-teach"))
+    page.keyboard.press("Enter")
     expect(page.locator("#teach-view")).to_be_visible()
     tab_to(page, page.locator("#teach-new"))
     page.keyboard.press("ArrowDown")
@@ -566,27 +589,27 @@ def test_many_images_at_once(page: Page) -> None:
         "tiles => tiles.map((tile) => +tile.dataset.probability)"
     )
     assert doubts == sorted(doubts)
-    page.check("#group")
+    more(page, "group")
     expect(page.locator("#grid .group").first).to_contain_text("· ")
     page.fill("#filter", "panda")
     expect(page.locator("#grid .tile")).to_have_count(2)
     page.fill("#filter", "")
-    page.uncheck("#group")
+    more(page, "group")
     expect(page.locator("#grid .tile")).to_have_count(20)
     expect(page.locator("#progress")).to_contain_text("20 photos")
     page.wait_for_load_state("networkidle")
     assert page.evaluate("() => window.urls") == 0  # every object URL was given back
     with page.expect_download() as file:
-        page.click("#download-csv")
+        more(page, "download-csv")
     rows = list(csv.DictReader(file.value.path().read_text().splitlines()))
     assert len(rows) == 20
     assert {row["input"] for row in rows} == {image.name for image in images}
     with page.expect_download() as file:
-        page.click("#download-json")
+        more(page, "download-json")
     assert sorted(row["input"] for row in json.loads(file.value.path().read_text())) == sorted(
         row["input"] for row in rows
     )
-    page.click("#clear")
+    more(page, "clear")
     expect(page.locator("#grid .tile")).to_have_count(0)
     expect(page.locator("#start")).to_be_visible()
 
@@ -637,7 +660,7 @@ def test_five_thousand_photographs_stay_smooth(page: Page, capsys: pytest.Captur
     )
     with capsys.disabled():
         print({name: f"{value:.0f} ms" for name, value in seconds.items()})
-    expect(page.locator("#progress")).to_contain_text("5,000 photos")
+    expect(page.locator("#progress")).to_contain_text("5 000 photos")
     assert page.locator("#grid .tile").count() < 200
     assert seconds["begun"] < 2000
     assert seconds["weighing"] < 5000
@@ -680,7 +703,7 @@ def test_from_an_empty_server_to_an_answer(
         assert "15" in run("index", "info", tmp_path / "made" / "my photos").stdout
         page.click("#drawer-close")
 
-        page.click("#tab-teach")
+        go(page, "teach")
         expect(page.locator("#teach-old")).to_be_checked()
         card = page.locator(".class-card").first
         card.get_by_placeholder("class name").fill("starfish")
@@ -715,9 +738,9 @@ def test_folders_are_dropped_and_taught_and_long_work_is_cancelled(
     drop_folders(page, place / "crab")  # in the view of photographs: they are asked about
     classified(page, 16)
     expect(page.locator("#troubles p")).to_contain_text("notes.txt")
-    page.click("#clear")
+    more(page, "clear")
 
-    page.click("#tab-teach")
+    go(page, "teach")
     page.check("#teach-old")
     drop_folders(page, place / "crab", place / "butterfly")
     names = page.locator(".class-card input[type=text]")
@@ -752,7 +775,7 @@ def test_folders_are_dropped_and_taught_and_long_work_is_cancelled(
 def test_folders_are_classes_wherever_they_are_dropped(opened: Open, tmp_path: Path) -> None:
     """On a card too; photographs without a folder go to the card that is marked, and all of it is undone."""
     page = opened(at=f"/#token={TOKEN}").page
-    page.click("#tab-teach")
+    go(page, "teach")
     place = class_folders(tmp_path / "photos", "crab", "panda", "pizza", each=2)
     loose = photographs("train", "starfish", 2)
     cards, names = page.locator(".class-card"), page.locator(".class-card input[type=text]")
@@ -802,7 +825,7 @@ def test_camera(browser: Browser, served: Served) -> None:
         expect(page.locator("#camera-view")).to_be_hidden()
         assert page.evaluate("() => document.getElementById('camera-video').srcObject") is None
         page.click("#drawer-close")
-        page.click("#tab-teach")
+        go(page, "teach")
         card = page.locator(".class-card").first
         card.get_by_placeholder("class name").fill("colour bars")
         card.get_by_role("button", name="Camera").click()
@@ -925,7 +948,7 @@ def test_a_server_that_is_gone_is_one_line_everywhere(browser: Browser, served: 
         show_settings(page)
         page.fill("#beta", "3")  # what is here is weighed anew all the same
         expect(page.locator("#grid .tile[data-how=page]")).to_have_count(2)
-        page.click("#tab-teach")
+        go(page, "teach")
         page.set_input_files("#teach-folder", class_folders(tmp_path / "photos", "crab", "panda", each=2))
         page.click("#teach-go")
         expect(page.locator("#teach-result")).to_contain_text(gone)
@@ -986,7 +1009,7 @@ def test_index_view(opened: Open, served: Served) -> None:
     known = page.request.get(f"{served.address}/v1/indexes/things").json()["classes"]
     page.click("#tab-classes")
     expect(page.locator("#classes-list li")).to_have_count(len(known))
-    page.click("#tab-history")
+    go(page, "settings")
     expect(page.locator("#about")).to_contain_text("lit-mini")
     page.click("#tab-classes")
     expect(page.locator("#index-judged")).to_contain_text("Photos alone")
@@ -1207,8 +1230,8 @@ def test_map_shows_keys_that_are_pointed_at(page: Page, served: Served) -> None:
     lonely = int(np.argmax(found["x"]))
     box = canvas.bounding_box()
     assert box is not None
-    x = 14 + (found["x"][lonely] + 1) / 2 * (box["width"] - 30)
-    y = 14 + (1 - found["y"][lonely]) / 2 * (box["height"] - 30)
+    x = 24 + (found["x"][lonely] + 1) / 2 * (box["width"] - 50)
+    y = 24 + (1 - found["y"][lonely]) / 2 * (box["height"] - 50)
     page.mouse.move(box["x"] + x + 1, box["y"] + y + 1)
     expect(page.locator("#map-shot .hint")).to_have_text(f"photo {found['key_ids'][lonely]}")
     page.mouse.wheel(0, -100)
@@ -1233,8 +1256,8 @@ def test_a_shape_on_the_map_takes_photographs(opened: Open, served: Served) -> N
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (
-            box["x"] + 15 + (x + 1) / 2 * (box["width"] - 30),
-            box["y"] + 15 + (1 - y) / 2 * (box["height"] - 30),
+            box["x"] + 25 + (x + 1) / 2 * (box["width"] - 50),
+            box["y"] + 25 + (1 - y) / 2 * (box["height"] - 50),
         )
 
     page.mouse.move(*at(0.1, 0))
@@ -1363,12 +1386,12 @@ def test_without_a_token_nothing_can_be_changed(page: Page) -> None:
 
 def test_other_index_of_features_alone(page: Page) -> None:
     ask(page, *photographs("test", "panda", 1))
-    page.get_by_role("combobox", name="Classifier").select_option("food <b>1")
+    choose(page, "food <b>1")
     expect(page.locator("#index-facts")).to_contain_text("36 photos, 9 classes")
     expect(page.locator("#drop-hint")).to_contain_text("accepts features")
     expect(page.locator("#choose")).to_be_disabled()
     expect(page.locator("#troubles")).to_contain_text("features, not photos")
-    page.click("#clear")
+    more(page, "clear")
     expect(page.locator("#known li")).to_have_count(9)
     page.click("#tab-classes")
     expect(page.locator("#shots .none").first).to_be_visible()  # no pictures
@@ -1378,8 +1401,8 @@ def test_other_index_of_features_alone(page: Page) -> None:
     page.click("#tab-check")
     expect(page.locator("#audit-state")).not_to_contain_text("Loading")
     page.reload()
-    expect(page.locator("#index-select")).to_have_value("food <b>1")  # it is remembered
-    page.get_by_role("combobox", name="Classifier").select_option("things")
+    expect(page.locator("#index-name")).to_have_text("food <b>1")  # it is remembered
+    choose(page, "things")
     expect(page.locator("#index-facts")).to_contain_text("82 photos")
     page.click("#tab-classes")
     expect(page.locator("#shots-count")).to_have_text("82")
@@ -1411,7 +1434,7 @@ def test_every_screen_fits(opened: Open, tmp_path: Path, width: int, scheme: str
     ask(page, *some, names=[f"{number}{'a-very-long-name' * 10}.jpg" for number in range(5)], number=6)
     if width < 500:
         page.click("#filters")  # they are folded on a phone
-    page.check("#group")
+    more(page, "group")
     page.locator("#grid .tile .tick").first.click()
     fits("grid")
     page.select_option("#filter-state", "unlike")
@@ -1446,7 +1469,7 @@ def test_every_screen_fits(opened: Open, tmp_path: Path, width: int, scheme: str
     expect(page.locator("#map-shot img")).to_be_visible()
     page.locator("#map-title").scroll_into_view_if_needed()
     fits("map")
-    page.click("#tab-teach")
+    go(page, "teach")
     page.set_input_files("#teach-folder", class_folders(tmp_path / "photos", "crab", "panda", each=3))
     expect(page.locator("#teach-go")).to_have_text("Create classifier from 6 photos in 2 classes")
     page.locator(".class-card input[type=text]").last.fill("a-very-long-name" * 8)
@@ -1657,7 +1680,7 @@ def test_photos_are_downloaded_in_folders_by_class(page: Page) -> None:
     ask(page, *images, names=["a/../..jpg", "same.jpg", "same.jpg", "größe.jpg"])
     labels = [tile.get_attribute("data-label") for tile in page.locator("#grid .tile").all()]
     with page.expect_download() as waiting:
-        page.click("#download-zip")
+        more(page, "download-zip")
     packed = zipfile.ZipFile(waiting.value.path())
     assert packed.testzip() is None
     names = packed.namelist()

@@ -1,9 +1,10 @@
 // A listbox of tiles that can be used with a mouse or a keyboard. The document only contains tiles near the window.
 
-const GAP = 16;
-const LEAST = 148; // minimum width of a tile, in px
-const BELOW = 52; // height of the text below the image, in px
-const HEAD = 44;
+const GAP = 8;
+const LEAST = 152; // minimum width of a tile, in px
+const FEWEST = 3; // minimum number of columns, on phones
+const BELOW = 32; // height of the text below the image, in px
+const HEAD = 40;
 const AHEAD = 700; // tiles are drawn up to this many px outside the window
 
 /** A grid of items, which are objects that have an `id`. `tile(item, element)` creates or updates an element,
@@ -35,7 +36,7 @@ export class Grid {
   show(groups) {
     this.groups = groups ?? [];
     this.#width = this.element.clientWidth;
-    this.#columns = Math.max(1, Math.floor((this.#width + GAP) / (LEAST + GAP)));
+    this.#columns = Math.max(FEWEST, Math.floor((this.#width + GAP) / (LEAST + GAP)));
     const wide = (this.#width + GAP) / this.#columns - GAP;
     const high = wide + BELOW;
     let y = 0;
