@@ -191,7 +191,7 @@ async function rename(label) {
   const isTaken = (name) => name !== label && state.labels.includes(name);
   const says = (name) => (isTaken(name) ? ["Merge", `${name} already exists. The two classes will be merged.`] : ["Rename"]);
   const name = await askName(`Rename ${label}`, label, says, "class-names");
-  if (name === null) return;
+  if (!name || name === label) return;
   if (isTaken(name)) await merge(label, name);
   else await changed(`Renamed ${label} to ${name}`, () => state.rename(label, name), $("classes-title"));
 }

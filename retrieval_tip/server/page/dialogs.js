@@ -21,7 +21,7 @@ export function ask(dialog) {
   });
 }
 
-/** Ask for a name, and return it, or null if it stays the same. `says(name)` returns the text of the button and a hint
+/** Ask for a name, and return it, or "" if the dialog is dismissed. `says(name)` returns the text of the button and a hint
  *  while the name is typed. `list` is the id of a list of suggestions. */
 export async function askName(title, name, says, list = "") {
   const input = $("rename-label");
@@ -36,8 +36,7 @@ export async function askName(title, name, says, list = "") {
   input.oninput();
   const answer = ask($("rename-dialog"));
   input.select();
-  const chosen = (await answer) === "ok" ? input.value.trim() : name;
-  return chosen && chosen !== name ? chosen : null;
+  return (await answer) === "ok" ? input.value.trim() : "";
 }
 
 /** Ask for a confirmation. Only what cannot be undone is a `danger`. */

@@ -46,7 +46,7 @@ const says = (text) => (name) => [text, names.includes(name) && name !== state.i
 $("index-rename").addEventListener("click", async () => {
   const { name } = state.info;
   const other = await askName(`Rename “${name}”`, name, says("Rename"));
-  if (other) await change(`Renamed “${name}” to “${other}”.`, () => state.renameIndex(other));
+  if (other && other !== name) await change(`Renamed “${name}” to “${other}”.`, () => state.renameIndex(other));
 });
 $("index-duplicate").addEventListener("click", async () => {
   const { name } = state.info;
