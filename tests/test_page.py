@@ -1523,7 +1523,7 @@ def shown_photo(page: Page) -> str:
 def label_by_key(page: Page, label: str) -> str:
     """Label the photo with the keyboard, as a person would, and return how."""
     name, choices = shown_photo(page), page.locator("#label-choices .name").all_text_contents()
-    if page.locator("#label-right").is_visible() and choices[0] == label:
+    if choices[:1] == [label] and page.locator("#label-choices .primary").count():
         how = "Enter"
     elif label in choices:
         how = str(choices.index(label) + 1)

@@ -104,16 +104,20 @@ function choices() {
   const others = session.classes.filter(({ label }) => !known.has(label)).sort((a, b) => b.photos - a.photos);
   const all = [...guessed, ...others.map(({ label }) => [label, null])].slice(0, CHOICES);
   const buttons = all.map(([label, probability], i) => {
-    const key = i === 0 && probability !== null ? "1, Enter" : String(i + 1);
+    const guess = i === 0 && probability !== null;
     const share = probability === null ? "" : percent(probability);
-    const button = el("button", { type: "button", data: { label } }, el("kbd", {}, String(i + 1)), el("span", { class: "name" }, label), el("span", { class: "hint" }, share));
-    button.setAttribute("aria-keyshortcuts", key);
+    const button = el(
+      "button",
+      { type: "button", class: guess ? "primary" : "", data: { label }, aria: { keyshortcuts: guess ? "1 Enter" : String(i + 1) } },
+      el("kbd", {}, String(i + 1)),
+      el("span", { class: "name" }, label),
+      el("span", { class: "share" }, share),
+      guess ? el("kbd", {}, "Enter") : null,
+    );
     button.addEventListener("click", () => choose(label));
     return el("li", {}, button);
   });
   refill($("label-choices"), buttons);
-  $("label-right").hidden = !guessed.length;
-  $("label-right").textContent = guessed.length ? `Right: ${guessed[0][0]}` : "";
   $("class-names").replaceChildren(...session.classes.map(({ label }) => el("option", { value: label })));
 }
 
@@ -268,7 +272,6 @@ $("label-form").addEventListener("submit", (event) => {
   choose($("label-class").value);
 });
 $("label-class").addEventListener("keydown", (event) => event.key === "Escape" && $("label-stage").focus());
-$("label-right").addEventListener("click", () => choose(current.guesses[0].label));
 $("label-skip").addEventListener("click", skip);
 $("label-none").addEventListener("click", () => choose(NONE));
 $("label-undo").addEventListener("click", undo);
