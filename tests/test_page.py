@@ -687,7 +687,8 @@ def test_from_an_empty_server_to_an_answer(
         assert "15" in run("index", "info", tmp_path / "made" / "my photos").stdout
         page.click("#drawer-close")
 
-        go(page, "teach")
+        page.click("#tab-classes")
+        page.click("#classes-add")
         expect(page.locator("#teach-old")).to_be_checked()
         card = page.locator(".class-card").first
         card.get_by_placeholder("class name").fill("starfish")
@@ -1900,6 +1901,7 @@ def test_the_font_is_the_pages_own_and_no_toolbar_wraps(opened: Open) -> None:
     page.focus("#grid")
     page.keyboard.press("Control+a")
     for bar in ("header", "#bar", "#selection"):
+        expect(page.locator(bar)).to_be_in_viewport(ratio=1)
         tops = page.locator(bar).evaluate(
             """bar => [...bar.children].filter((one) => one.checkVisibility() && !one.matches(".menu"))
                 .map((one) => one.getBoundingClientRect()).map(({ top, height }) => top + height / 2)"""
