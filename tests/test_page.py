@@ -1636,12 +1636,19 @@ def test_labels_wait_for_a_server_that_is_away(browser: Browser, pool: dict[str,
 
 def test_labelling_on_a_phone(browser: Browser, pool: dict[str, str], tmp_path: Path) -> None:
     phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-    with labelling(browser, pool, tmp_path / "things", **phone) as (page, _):
+    with labelling(browser, pool, tmp_path / "things", **phone, reduced_motion="no-preference") as (page, _):
+        page.evaluate(
+            """() => new MutationObserver((all) => {
+                const added = all.flatMap(({ addedNodes }) => [...addedNodes]);
+                window.slid ||= added.some(({ className }) => className === "sliding");
+            }).observe(document.body, { childList: true })"""
+        )
         page.fill("#label-class", "crab")
         page.get_by_role("button", name="Label", exact=True).tap()
         expect(page.locator("#label-progress")).to_contain_text("1 of 90")
         page.locator("#label-choices button").first.tap()
         expect(page.locator("#label-progress")).to_contain_text("2 of 90")
+        page.wait_for_function("() => window.slid && !document.querySelector('.sliding')")  # the photo, to its class
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert violations(page) == []
 

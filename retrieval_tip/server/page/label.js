@@ -111,7 +111,7 @@ function choices() {
       { type: "button", class: guess ? "primary" : "", data: { label }, aria: { keyshortcuts: guess ? "1 Enter" : String(i + 1) } },
       el("kbd", {}, String(i + 1)),
       el("span", { class: "name" }, label),
-      el("span", { class: "share" }, share),
+      el("span", {}, share),
       guess ? el("kbd", {}, "Enter") : null,
     );
     button.addEventListener("click", () => choose(label));
