@@ -3,7 +3,8 @@
 Run ``make setup browser && make demo``, and then ``python benchmarks/page.py demo/things demo/new``. The arguments are
 an index, and a folder of new photos in class folders. After 48 photos are dropped, the times until the first answer and
 until the last answer are measured. Next, the time to recompute 5,000 answers is measured; these are copies of the
-server's answers to the photos in NEW. Finally, the time to open a map of 10,000 synthetic keys with 512 values each
+server's answers to the photos in NEW. Chromium's trace tells how many frames per second are shown while these photos
+are scrolled. Finally, the time to open a map of 10,000 synthetic keys with 512 values each
 (benchmarks/made.py) is measured for the layout by axes, for the layout by neighbours, and when the map is reopened.
 """
 
@@ -28,6 +29,8 @@ from retrieval_tip import CacheModel
 
 KEYS, D, CLASSES = 10_000, 512, 100
 ANSWERS, MANY, ROUNDS = 5000, 48, 5
+SCROLLED, SPEEDS = 4, (1500, 4000, 10_000)
+"""Seconds of scrolling, and speeds in px/s. At 1,500 px/s, a row of photos passes about eight times a second."""
 WAIT = 600_000
 """Maximum time to wait, in milliseconds."""
 
@@ -38,7 +41,7 @@ WEIGH = """async ([number, files]) => {
         const body = new FormData();
         body.append("images", new File([Uint8Array.from(bytes)], name));
         const path = "/v1/classify?evidence=true&logits=true&top=8&neighbours=8&index=";
-        const index = document.getElementById("index-select").value;
+        const index = document.getElementById("index-name").textContent;
         answers.push(await (await real(path + index, { method: "POST", body })).text());
     }
     let asked = 0;
@@ -62,6 +65,33 @@ WEIGH = """async ([number, files]) => {
 }"""
 
 
+def scrolled(page: Page, speed: int) -> tuple[float, float]:
+    """Scroll the page as a mouse does, and return the frames per second in Chromium's trace.
+
+    The first number counts the frames that were shown, and the second the frames that the page itself has updated.
+    """
+    page.evaluate("scrollTo(0, 0)")
+    events: list[dict[str, object]] = []
+    done: list[object] = []
+    session = page.context.new_cdp_session(page)
+    session.on("Tracing.dataCollected", lambda part: events.extend(part["value"]))
+    session.on("Tracing.tracingComplete", lambda end: done.append(end))
+    traced = {"includedCategories": ["disabled-by-default-devtools.timeline.frame"]}
+    session.send("Tracing.start", {"traceConfig": traced, "transferMode": "ReportEvents"})
+    gesture = {"x": 640, "y": 420, "yDistance": -SCROLLED * speed, "speed": speed, "gestureSourceType": "mouse"}
+    session.send("Input.synthesizeScrollGesture", gesture)
+    session.send("Tracing.end")
+    while not done:
+        page.wait_for_timeout(50)
+    session.detach()
+    times = [
+        sorted(float(str(event["ts"])) / 1e6 for event in events if event["name"] == name)
+        for name in ("DrawFrame", "BeginMainThreadFrame")
+    ]
+    shown, updated = ((len(one) - 1) / (times[0][-1] - times[0][0]) for one in times)
+    return shown, updated
+
+
 def measured(page: Page, address: str, index: str, new: list[Path]) -> dict[str, float]:
     """Return the measured waiting times, in seconds."""
     found: dict[str, float] = {}
@@ -69,7 +99,8 @@ def measured(page: Page, address: str, index: str, new: list[Path]) -> dict[str,
     def opened(name: str) -> None:
         page.goto("about:blank")
         page.goto(address)
-        page.select_option("#index-select", name)
+        page.click("#index-name")
+        page.locator("#index-list").get_by_role("button", name=name, exact=True).click()
         page.wait_for_selector("#known li")
 
     def answered(number: int) -> None:
@@ -83,12 +114,18 @@ def measured(page: Page, address: str, index: str, new: list[Path]) -> dict[str,
         times.append(clocked(lambda path=path: (page.set_input_files("#files", path),
                                               page.wait_for_selector("#grid .tile[data-label]"))))  # fmt: skip
         page.click("#drawer-close")
+        page.click("#bar-more")
         page.click("#clear")
     found["first answer after a drop"] = statistics.median(times[1:])
     found[f"answers to {min(MANY, len(new))} photos"] = clocked(lambda: answered(MANY))
+    page.click("#bar-more")
     page.click("#clear")
     files = [[path.name, list(path.read_bytes())] for path in new[:20]]
     found[f"recomputing {ANSWERS:,} answers"] = statistics.median(page.evaluate(WEIGH, [ANSWERS, files]))
+
+    for speed in SPEEDS:
+        shown, updated = scrolled(page, speed)
+        click.echo(f"scrolling {ANSWERS:,} photos at {speed:,} px/s: {shown:.0f} frames/s, {updated:.0f} of the page")
 
     opened("made")
     chosen = page.locator("#map-method")

@@ -53,7 +53,7 @@ def label_page(page: Page, new: Path) -> None:
         page.press("#label-class", "Enter")
         expect(page.locator("#label-photo img")).not_to_have_attribute("alt", name)
         page.wait_for_timeout(300)
-    expect(page.locator("#label-right")).to_be_visible()
+    expect(page.locator("#label-choices .primary")).to_be_visible()
     take(page, "page-label")
 
 
@@ -81,6 +81,9 @@ def pictures(page: Page, new: Path) -> None:
     picture("page-phone")
     page.set_viewport_size({"width": 1280, "height": 840})
     page.click("#drawer-close")
+    page.click("#index-name")
+    picture("page-menu")
+    page.keyboard.press("Escape")
     page.click("#tab-classes")
     page.wait_for_selector("#shots img")
     picture("page-classes")
@@ -90,6 +93,8 @@ def pictures(page: Page, new: Path) -> None:
     picture("page-check")
     page.click("#tab-map")
     expect(page.locator("#map-method")).to_have_value("tsne", timeout=WAIT)
+    expect(page.locator("#map-canvas")).to_have_attribute("data-pictures", re.compile("[1-9]"))
+    page.wait_for_load_state("networkidle")
     page.focus("#map-canvas")
     page.keyboard.press("Home")
     box = page.locator("#map-canvas").bounding_box()
@@ -101,7 +106,8 @@ def pictures(page: Page, new: Path) -> None:
         page.mouse.move(*place, steps=8)
     picture("page-map")
     page.mouse.up()
-    page.click("#tab-teach")
+    page.click("#index-name")
+    page.click("#to-teach")
     page.set_input_files("#teach-folder", new)
     picture("page-teach")
 

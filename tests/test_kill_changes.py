@@ -28,7 +28,7 @@ from tables import unit_rows, write_table
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import StoreError
-from retrieval_tip.index import changes
+from retrieval_tip.index import changes, manage
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.fit import fit_index
@@ -104,6 +104,9 @@ OPERATIONS = {
     "fit to values": lambda place, *_: fit_index(place, values="solved"),
     "rollback": lambda place, *_: changes.rollback(place),
     "gc": lambda place, *_: stores.at(place).collect(),
+    "move": lambda place, *_: manage.rename(place, "moved"),
+    "duplicate": lambda place, *_: manage.duplicate(place, "copy"),
+    "delete": lambda place, *_: manage.delete(place),
     "grow": lambda place, tables, _: [changes.add(place, table(tables, "1"), Encoder()) for _ in range(GROWTH)],
 }  # fmt: skip
 
@@ -345,7 +348,9 @@ NEEDED = {
     "first": "create_table", "build": "create_table", "add": "add", "remove": "delete", "relabel": "add",
     "compact": "optimize", "rebuild": "create_index", "gc": "optimize", "fit": "create_table",
 }  # fmt: skip
-CHANGES = [name for name in OPERATIONS if name not in ("first", "grow")]
+WHOLE = {"move": ({"old"}, {"moved"}), "duplicate": ({"old"}, {"old", "copy"}), "delete": ({"old"}, set())}
+"""Indexes before and after a change of the whole folder."""
+CHANGES = [name for name in OPERATIONS if name not in ("first", "grow", *WHOLE)]
 
 
 def steps_of(server, world, operation, folder):
@@ -375,6 +380,26 @@ def test_a_change_killed_at_any_step_leaves_the_old_or_the_new_version(server, w
     assert found == sorted(found, key=["before", "after"].index)
     assert len(found) == len(chosen)
     assert set(found) == {"before", "after"}
+
+
+@pytest.mark.parametrize("operation", WHOLE)
+def test_a_killed_rename_copy_or_removal_leaves_whole_folders(server, worlds, operation, tmp_path):
+    """Every visible folder can be read, and the next change removes hidden leftovers."""
+    world, found = worlds["Flat"], []
+    assert server.run(world.job(operation, world.copy(tmp_path / "counted", "old", operation))) == 0
+    for step in sampled(len(server.steps)):
+        beside = tmp_path / str(step)
+        place = world.copy(beside, "old", operation)
+        assert server.run(world.job(operation, place), step=step) == -signal.SIGKILL
+        left = {path.name for path in beside.iterdir() if not path.name.startswith(".")}
+        assert left in WHOLE[operation]
+        assert all(answer(beside / name) == world.before for name in left)
+        found.append(WHOLE[operation].index(left))
+        shutil.copytree(world.old, beside / "another")
+        manage.rename(beside / "another", "last")
+        assert {path.name for path in beside.iterdir()} == left | {"last"}
+    assert found == sorted(found)
+    assert 0 in found
 
 
 @pytest.mark.parametrize("operation", few(["add", "first", "gc"], 1))

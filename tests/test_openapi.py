@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(tiny: Path, warm_path: str) -> Iterator[str]:
-    with server(tiny, token=TOKEN, path=warm_path) as (address, _):
+    spare = shutil.copytree(tiny, tiny.with_name("spare"))
+    with server(tiny, spare, token=TOKEN, path=warm_path) as (address, _):
         yield address
 
 
@@ -53,7 +55,8 @@ def test_no_request_leads_to_an_internal_server_error(api: schemathesis.BaseSche
     @settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck), database=None)
     def ask(case: schemathesis.Case, here: bool, authorised: bool) -> None:
         if here and "name" in case.path_parameters:
-            case.path_parameters["name"] = "tiny"
+            taken_away = path == "/v1/indexes/{name}" and method in ("patch", "delete")
+            case.path_parameters["name"] = "spare" if taken_away else "tiny"
         answer = case.call(headers={"Authorization": f"Bearer {TOKEN}"} if authorised else {})
         assert answer.status_code < 500
         case.validate_response(answer, excluded_checks=[positive_data_acceptance])  # a schema cannot require norm 1
@@ -80,7 +83,7 @@ def test_the_schema_describes_every_operation_body_and_result() -> None:
 
 def test_examples_in_the_schema_can_be_sent(address: str) -> None:
     content = SCHEMA["paths"]["/v1/classify"]["post"]["requestBody"]["content"]
-    answer = httpx.post(f"{address}/v1/classify", json=content["application/json"]["example"])
+    answer = httpx.post(f"{address}/v1/classify?index=tiny", json=content["application/json"]["example"])
     assert (answer.status_code, answer.json()["results"][0]["input"]) == (200, "camera-3/0001")
     content = SCHEMA["paths"]["/v1/indexes/{name}/keys"]["post"]["requestBody"]["content"]
     sent = {"json": content["application/json"]["example"], "headers": {"Authorization": f"Bearer {TOKEN}"}}

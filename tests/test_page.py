@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import json
 import os
 import re
@@ -176,12 +177,34 @@ def answer(page: Page) -> dict[str, Any]:
     )
 
 
+def choose(page: Page, name: str) -> None:
+    """Open another classifier."""
+    page.click("#index-name")
+    page.locator("#index-list").get_by_role("button", name=name, exact=True).click()
+    expect(page.locator("#index-name")).to_have_text(name)
+
+
 def show_settings(page: Page) -> None:
-    """Open the settings, which are closed at first."""
+    """Open the settings, which are with the calculation of an open photo, or else have their own screen."""
     if page.locator("#drawer").is_visible():
         page.get_by_text("How this was calculated").click()
-    page.locator("#settings-title").click()
+    else:
+        go(page, "settings")
     page.get_by_text("As numbers").click()
+
+
+def go(page: Page, screen: str) -> None:
+    """Open a screen of the classifier's menu."""
+    page.click("#index-name")
+    page.click(f"#to-{screen}")
+    expect(page.locator(f"#{screen}-view")).to_be_visible()
+
+
+def more(page: Page, what: str) -> None:
+    """Use an action in the menu of the toolbar."""
+    if not page.locator("#bar-menu").is_visible():
+        page.click("#bar-more")
+    page.click(f"#{what}")
 
 
 def setting(page: Page, name: str) -> str:
@@ -395,7 +418,7 @@ def test_the_printed_address_lets_one_teach_at_once(opened: Open, served: Served
     page.keyboard.press("Shift+ArrowRight")
     expect(page.locator("#selection-count")).to_have_text("2 selected")
     chip = page.locator("#selection-chips button").nth(1)
-    label = (chip.text_content() or "")[1:]
+    label = (chip.text_content() or "")[2:]
     page.keyboard.press("2")
     expect(page.locator("#notice")).to_contain_text(f"Added 2 example photos to {label}.")
     expect(page.locator("#grid .tile.taught")).to_have_count(2)
@@ -456,7 +479,6 @@ def test_classifying_with_the_keyboard_alone(page: Page) -> None:
     before = answer(page)
     assert before["label"] == "panda"
     page.locator("#drawer summary").first.press("Enter")
-    page.locator("#settings-title").press("Enter")
     page.keyboard.press("Tab")
     expect(focused).to_have_id("alpha-slider")
     page.keyboard.press("ArrowLeft")
@@ -470,7 +492,7 @@ def test_classifying_with_the_keyboard_alone(page: Page) -> None:
     expect(focused).to_have_id("tab-classes")
     expect(page.locator("#classes-view")).to_be_visible()
     expect(page.locator("#tab-classes")).to_have_attribute("aria-selected", "true")
-    for screen in ("check", "map", "history", "teach"):
+    for screen in ("check", "map", "history"):
         page.keyboard.press("ArrowRight")
         expect(page.locator(f"#{screen}-view")).to_be_visible()
         assert page.url.endswith(f"#{screen}")
@@ -494,8 +516,10 @@ def tab_to(page: Page, wanted: Locator) -> None:
 def test_teaching_with_the_keyboard_alone(opened: Open) -> None:
     page = opened(at=f"/#token={TOKEN}").page
     page.on("filechooser", lambda _: None)
-    tab_to(page, page.locator("#tab-classify"))
-    page.keyboard.press("ArrowLeft")
+    tab_to(page, page.locator("#index-name"))
+    page.keyboard.press("Enter")
+    tab_to(page, page.locator("#to-teach"))
+    page.keyboard.press("Enter")
     expect(page.locator("#teach-view")).to_be_visible()
     tab_to(page, page.locator("#teach-new"))
     page.keyboard.press("ArrowDown")
@@ -566,35 +590,34 @@ def test_many_images_at_once(page: Page) -> None:
         "tiles => tiles.map((tile) => +tile.dataset.probability)"
     )
     assert doubts == sorted(doubts)
-    page.check("#group")
+    more(page, "group")
     expect(page.locator("#grid .group").first).to_contain_text("· ")
     page.fill("#filter", "panda")
     expect(page.locator("#grid .tile")).to_have_count(2)
     page.fill("#filter", "")
-    page.uncheck("#group")
+    more(page, "group")
     expect(page.locator("#grid .tile")).to_have_count(20)
     expect(page.locator("#progress")).to_contain_text("20 photos")
     page.wait_for_load_state("networkidle")
     assert page.evaluate("() => window.urls") == 0  # every object URL was given back
     with page.expect_download() as file:
-        page.click("#download-csv")
+        more(page, "download-csv")
     rows = list(csv.DictReader(file.value.path().read_text().splitlines()))
     assert len(rows) == 20
     assert {row["input"] for row in rows} == {image.name for image in images}
     with page.expect_download() as file:
-        page.click("#download-json")
+        more(page, "download-json")
     assert sorted(row["input"] for row in json.loads(file.value.path().read_text())) == sorted(
         row["input"] for row in rows
     )
-    page.click("#clear")
+    more(page, "clear")
     expect(page.locator("#grid .tile")).to_have_count(0)
     expect(page.locator("#start")).to_be_visible()
 
 
-def test_five_thousand_photographs_stay_smooth(page: Page, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only what is near the window is in the document. The server's answers are those to 20 photographs, in turn."""
-    show_settings(page)
-    seconds = page.evaluate(
+def test_only_what_is_near_the_window_is_in_the_document(page: Page) -> None:
+    """Of 5,000 photographs. The server's answers are those to 20, in turn. benchmarks/page.py measures the frames."""
+    page.evaluate(
         """async bytes => {
             const real = window.fetch;
             const files = bytes.map((one) => new File([Uint8Array.from(one)], "x.jpg", { type: "image/jpeg" }));
@@ -610,42 +633,26 @@ def test_five_thousand_photographs_stay_smooth(page: Page, capsys: pytest.Captur
                 ? new Response(answers[asked++ % answers.length]) : real(path, options);
             const { addFiles } = await import("/page/classify.js");
             const file = (_, i) => new File([files[i % 20]], `${i}.jpg`, { type: "image/jpeg" });
-            const five = Array.from({ length: 5000 }, file);
-            const before = performance.now();
-            addFiles(five);
-            const begun = performance.now() - before;
-            while (document.getElementById("progress").textContent.includes("done"))
-                await new Promise((resolve) => setTimeout(resolve, 50));
-            const taken = performance.now() - before;
-            const weighed = new Promise((resolve) => document.addEventListener("weighed", resolve, { once: true }));
-            const beta = document.getElementById("beta");
-            const start = performance.now();
-            beta.value = 2;
-            beta.dispatchEvent(new Event("input"));
-            await weighed;
-            const weighing = performance.now() - start;
-            const frames = [];
-            for (let y = 0; y < 40; y++) {
-                const from = performance.now();
-                window.scrollTo(0, y * 3000);
-                await new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)));
-                frames.push(performance.now() - from);
-            }
-            return { begun, taken, weighing, frame: frames.sort((a, b) => a - b)[20] };
+            addFiles(Array.from({ length: 5000 }, file));
         }""",
         [list(path.read_bytes()) for label in CLASSES for path in photographs("test", label, 2)],
     )
-    with capsys.disabled():
-        print({name: f"{value:.0f} ms" for name, value in seconds.items()})
-    expect(page.locator("#progress")).to_contain_text("5,000 photos")
-    assert page.locator("#grid .tile").count() < 200
-    assert seconds["begun"] < 2000
-    assert seconds["weighing"] < 5000
-    assert seconds["frame"] < 500
+    expect(page.locator("#progress")).to_have_text(re.compile(r"^5\s000 photos( ·.*)?$"), timeout=4 * PATIENCE)
+    tiles = page.locator("#grid .tile")
+    for _ in range(5):
+        page.mouse.wheel(0, 3000)
+        page.wait_for_timeout(100)
+        assert 0 < tiles.count() < 200
     page.focus("#grid")
     page.keyboard.press("End")
     expect(page.locator("#grid .tile.active")).to_have_attribute("aria-posinset", "5000")
     expect(page.locator("#grid .tile.active")).to_be_in_viewport()
+    more(page, "group")
+    expect(page.locator("#grid .group").first).to_be_attached()
+    page.keyboard.press("Escape")
+    page.evaluate("scrollTo(0, 40_000)")
+    shown = tiles.evaluate_all("all => all.map((one) => +one.getAttribute('aria-posinset'))")
+    assert shown == sorted(shown)  # as a reader of the screen meets them
 
 
 def test_from_an_empty_server_to_an_answer(
@@ -680,7 +687,8 @@ def test_from_an_empty_server_to_an_answer(
         assert "15" in run("index", "info", tmp_path / "made" / "my photos").stdout
         page.click("#drawer-close")
 
-        page.click("#tab-teach")
+        page.click("#tab-classes")
+        page.click("#classes-add")
         expect(page.locator("#teach-old")).to_be_checked()
         card = page.locator(".class-card").first
         card.get_by_placeholder("class name").fill("starfish")
@@ -715,9 +723,9 @@ def test_folders_are_dropped_and_taught_and_long_work_is_cancelled(
     drop_folders(page, place / "crab")  # in the view of photographs: they are asked about
     classified(page, 16)
     expect(page.locator("#troubles p")).to_contain_text("notes.txt")
-    page.click("#clear")
+    more(page, "clear")
 
-    page.click("#tab-teach")
+    go(page, "teach")
     page.check("#teach-old")
     drop_folders(page, place / "crab", place / "butterfly")
     names = page.locator(".class-card input[type=text]")
@@ -752,7 +760,7 @@ def test_folders_are_dropped_and_taught_and_long_work_is_cancelled(
 def test_folders_are_classes_wherever_they_are_dropped(opened: Open, tmp_path: Path) -> None:
     """On a card too; photographs without a folder go to the card that is marked, and all of it is undone."""
     page = opened(at=f"/#token={TOKEN}").page
-    page.click("#tab-teach")
+    go(page, "teach")
     place = class_folders(tmp_path / "photos", "crab", "panda", "pizza", each=2)
     loose = photographs("train", "starfish", 2)
     cards, names = page.locator(".class-card"), page.locator(".class-card input[type=text]")
@@ -802,7 +810,7 @@ def test_camera(browser: Browser, served: Served) -> None:
         expect(page.locator("#camera-view")).to_be_hidden()
         assert page.evaluate("() => document.getElementById('camera-video').srcObject") is None
         page.click("#drawer-close")
-        page.click("#tab-teach")
+        go(page, "teach")
         card = page.locator(".class-card").first
         card.get_by_placeholder("class name").fill("colour bars")
         card.get_by_role("button", name="Camera").click()
@@ -925,7 +933,7 @@ def test_a_server_that_is_gone_is_one_line_everywhere(browser: Browser, served: 
         show_settings(page)
         page.fill("#beta", "3")  # what is here is weighed anew all the same
         expect(page.locator("#grid .tile[data-how=page]")).to_have_count(2)
-        page.click("#tab-teach")
+        go(page, "teach")
         page.set_input_files("#teach-folder", class_folders(tmp_path / "photos", "crab", "panda", each=2))
         page.click("#teach-go")
         expect(page.locator("#teach-result")).to_contain_text(gone)
@@ -986,7 +994,7 @@ def test_index_view(opened: Open, served: Served) -> None:
     known = page.request.get(f"{served.address}/v1/indexes/things").json()["classes"]
     page.click("#tab-classes")
     expect(page.locator("#classes-list li")).to_have_count(len(known))
-    page.click("#tab-history")
+    go(page, "settings")
     expect(page.locator("#about")).to_contain_text("lit-mini")
     page.click("#tab-classes")
     expect(page.locator("#index-judged")).to_contain_text("Photos alone")
@@ -1207,8 +1215,8 @@ def test_map_shows_keys_that_are_pointed_at(page: Page, served: Served) -> None:
     lonely = int(np.argmax(found["x"]))
     box = canvas.bounding_box()
     assert box is not None
-    x = 14 + (found["x"][lonely] + 1) / 2 * (box["width"] - 30)
-    y = 14 + (1 - found["y"][lonely]) / 2 * (box["height"] - 30)
+    x = 24 + (found["x"][lonely] + 1) / 2 * (box["width"] - 50)
+    y = 24 + (1 - found["y"][lonely]) / 2 * (box["height"] - 50)
     page.mouse.move(box["x"] + x + 1, box["y"] + y + 1)
     expect(page.locator("#map-shot .hint")).to_have_text(f"photo {found['key_ids'][lonely]}")
     page.mouse.wheel(0, -100)
@@ -1233,8 +1241,8 @@ def test_a_shape_on_the_map_takes_photographs(opened: Open, served: Served) -> N
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (
-            box["x"] + 15 + (x + 1) / 2 * (box["width"] - 30),
-            box["y"] + 15 + (1 - y) / 2 * (box["height"] - 30),
+            box["x"] + 25 + (x + 1) / 2 * (box["width"] - 50),
+            box["y"] + 25 + (1 - y) / 2 * (box["height"] - 50),
         )
 
     page.mouse.move(*at(0.1, 0))
@@ -1363,12 +1371,12 @@ def test_without_a_token_nothing_can_be_changed(page: Page) -> None:
 
 def test_other_index_of_features_alone(page: Page) -> None:
     ask(page, *photographs("test", "panda", 1))
-    page.get_by_role("combobox", name="Classifier").select_option("food <b>1")
+    choose(page, "food <b>1")
     expect(page.locator("#index-facts")).to_contain_text("36 photos, 9 classes")
     expect(page.locator("#drop-hint")).to_contain_text("accepts features")
     expect(page.locator("#choose")).to_be_disabled()
     expect(page.locator("#troubles")).to_contain_text("features, not photos")
-    page.click("#clear")
+    more(page, "clear")
     expect(page.locator("#known li")).to_have_count(9)
     page.click("#tab-classes")
     expect(page.locator("#shots .none").first).to_be_visible()  # no pictures
@@ -1378,8 +1386,8 @@ def test_other_index_of_features_alone(page: Page) -> None:
     page.click("#tab-check")
     expect(page.locator("#audit-state")).not_to_contain_text("Loading")
     page.reload()
-    expect(page.locator("#index-select")).to_have_value("food <b>1")  # it is remembered
-    page.get_by_role("combobox", name="Classifier").select_option("things")
+    expect(page.locator("#index-name")).to_have_text("food <b>1")  # it is remembered
+    choose(page, "things")
     expect(page.locator("#index-facts")).to_contain_text("82 photos")
     page.click("#tab-classes")
     expect(page.locator("#shots-count")).to_have_text("82")
@@ -1411,7 +1419,7 @@ def test_every_screen_fits(opened: Open, tmp_path: Path, width: int, scheme: str
     ask(page, *some, names=[f"{number}{'a-very-long-name' * 10}.jpg" for number in range(5)], number=6)
     if width < 500:
         page.click("#filters")  # they are folded on a phone
-    page.check("#group")
+    more(page, "group")
     page.locator("#grid .tile .tick").first.click()
     fits("grid")
     page.select_option("#filter-state", "unlike")
@@ -1446,7 +1454,7 @@ def test_every_screen_fits(opened: Open, tmp_path: Path, width: int, scheme: str
     expect(page.locator("#map-shot img")).to_be_visible()
     page.locator("#map-title").scroll_into_view_if_needed()
     fits("map")
-    page.click("#tab-teach")
+    go(page, "teach")
     page.set_input_files("#teach-folder", class_folders(tmp_path / "photos", "crab", "panda", each=3))
     expect(page.locator("#teach-go")).to_have_text("Create classifier from 6 photos in 2 classes")
     page.locator(".class-card input[type=text]").last.fill("a-very-long-name" * 8)
@@ -1516,7 +1524,7 @@ def shown_photo(page: Page) -> str:
 def label_by_key(page: Page, label: str) -> str:
     """Label the photo with the keyboard, as a person would, and return how."""
     name, choices = shown_photo(page), page.locator("#label-choices .name").all_text_contents()
-    if page.locator("#label-right").is_visible() and choices[0] == label:
+    if choices[:1] == [label] and page.locator("#label-choices .primary").count():
         how = "Enter"
     elif label in choices:
         how = str(choices.index(label) + 1)
@@ -1628,12 +1636,19 @@ def test_labels_wait_for_a_server_that_is_away(browser: Browser, pool: dict[str,
 
 def test_labelling_on_a_phone(browser: Browser, pool: dict[str, str], tmp_path: Path) -> None:
     phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-    with labelling(browser, pool, tmp_path / "things", **phone) as (page, _):
+    with labelling(browser, pool, tmp_path / "things", **phone, reduced_motion="no-preference") as (page, _):
+        page.evaluate(
+            """() => new MutationObserver((all) => {
+                const added = all.flatMap(({ addedNodes }) => [...addedNodes]);
+                window.slid ||= added.some(({ className }) => className === "sliding");
+            }).observe(document.body, { childList: true })"""
+        )
         page.fill("#label-class", "crab")
         page.get_by_role("button", name="Label", exact=True).tap()
         expect(page.locator("#label-progress")).to_contain_text("1 of 90")
         page.locator("#label-choices button").first.tap()
         expect(page.locator("#label-progress")).to_contain_text("2 of 90")
+        page.wait_for_function("() => window.slid && !document.querySelector('.sliding')")  # the photo, to its class
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert violations(page) == []
 
@@ -1657,7 +1672,7 @@ def test_photos_are_downloaded_in_folders_by_class(page: Page) -> None:
     ask(page, *images, names=["a/../..jpg", "same.jpg", "same.jpg", "größe.jpg"])
     labels = [tile.get_attribute("data-label") for tile in page.locator("#grid .tile").all()]
     with page.expect_download() as waiting:
-        page.click("#download-zip")
+        more(page, "download-zip")
     packed = zipfile.ZipFile(waiting.value.path())
     assert packed.testzip() is None
     names = packed.namelist()
@@ -1724,3 +1739,202 @@ def test_the_accuracy_leads_to_the_weakest_class(opened: Open, served: Served) -
     expect(page.locator("#classes-view")).to_be_visible()
     page.reload()
     expect(page.locator("#classes-view")).to_be_visible()
+
+
+def test_classifiers_are_renamed_duplicated_and_deleted(browser: Browser, served: Served, tmp_path: Path) -> None:
+    """By the menu of the name, with the mouse and by the keyboard; what others say no to is one line."""
+    folder = shutil.copytree(served.folder, tmp_path / "things")
+    expect.set_options(PATIENCE)
+    with server(folder, "--device", "cpu", token=TOKEN) as (address, _):
+        one = Opened(browser, address, f"/#token={TOKEN}", expected=[f"{REFUSED}409", f"{REFUSED}422"])
+        page, name, notice = one.page, one.page.locator("#index-name"), one.page.locator("#notice")
+        name.click()
+        expect(page.locator("#index-menu")).to_contain_text("11 classes")
+        assert violations(page) == []
+        page.click("#index-rename")
+        page.fill("#rename-label", "<b>animals")
+        page.keyboard.press("Enter")
+        expect(notice).to_contain_text("is not valid")
+        name.click()
+        page.click("#index-rename")
+        assert violations(page) == []
+        page.fill("#rename-label", "animals")
+        page.click("#rename-ok")
+        expect(notice).to_contain_text("Renamed “things” to “animals”.")
+        expect(name).to_have_text("animals")
+        page.reload()
+        expect(name).to_have_text("animals")
+
+        tab_to(page, name)
+        page.keyboard.press("Enter")
+        tab_to(page, page.locator("#index-duplicate"))
+        page.keyboard.press("Enter")
+        expect(page.locator("#rename-label")).to_have_value("animals copy")
+        page.keyboard.press("Enter")
+        expect(notice).to_contain_text("Duplicated “animals” as “animals copy”.")
+        expect(name).to_have_text("animals copy")
+        assert {path.name for path in tmp_path.iterdir()} == {"animals", "animals copy"}
+        name.click()
+        page.click("#index-rename")
+        page.fill("#rename-label", "animals")
+        expect(page.locator("#rename-merge")).to_have_text("“animals” already exists.")
+        page.keyboard.press("Enter")
+        expect(notice).to_contain_text("already exists")
+        choose(page, "animals")
+
+        name.click()
+        page.click("#index-delete")
+        expect(page.locator("#confirm-dialog")).to_contain_text("You cannot undo this.")
+        assert violations(page) == []
+        page.click("#confirm-cancel")
+        expect(name).to_have_text("animals")
+        for left in ("animals copy", "things"):
+            name.press("Enter")
+            page.locator("#index-delete").press("Enter")
+            tab_to(page, page.locator("#confirm-ok"))
+            page.keyboard.press("Enter")
+            if left != "things":
+                expect(name).to_have_text(left)
+        expect(page.locator("#problem")).to_contain_text("no classifier")  # and no encoder to make one with
+        assert list(tmp_path.iterdir()) == []
+        one.close()
+
+
+def test_a_card_is_dragged_onto_another_to_merge_the_classes(opened: Open) -> None:
+    page = opened(at=f"/#token={TOKEN}").page
+    page.click("#tab-classes")
+    card = lambda label: page.locator(f'#classes-list li[data-label="{label}"]')  # noqa: E731
+    expect(card("crab").locator("img")).to_have_js_property("complete", True)
+    card("crab").drag_to(card("crab"))  # onto itself
+    card("crab").drag_to(card("lobster"))
+    expect(page.locator("#notice")).to_contain_text("Merged crab into lobster.")
+    expect(card("lobster")).to_contain_text("16 photos")
+    expect(page.locator("#classes-list .target")).to_have_count(0)
+    page.locator("#notice").get_by_role("button", name="Undo").click()
+    expect(card("crab")).to_contain_text("8 photos")
+
+
+def test_keys_decide_about_labels_that_are_checked(opened: Open) -> None:
+    page = opened(at=f"/#token={TOKEN}").page
+    page.click("#tab-check")
+    page.check("#audit-all")
+    listed = page.locator("#audit li")
+    expect(listed.nth(1)).to_be_visible()
+    number, first = listed.count(), listed.first.get_attribute("data-key-id")
+    page.locator("#audit-title").focus()
+    page.keyboard.press("x")
+    expect(page.locator("#confirm-title")).to_have_text("Remove 1 example photo?")
+    page.keyboard.press("Escape")
+    page.locator("#audit-title").focus()
+    page.keyboard.press("k")
+    expect(listed).to_have_count(number - 1)
+    expect(listed.first).not_to_have_attribute("data-key-id", first or "")
+    page.evaluate("() => localStorage.clear()")
+    page.reload()
+    page.locator("#tab-check").click()
+    expect(listed.first).to_contain_text("Should this be")
+    page.locator("#audit-title").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#notice")).to_contain_text("Moved 1 example photo to pizza.")
+    page.locator("#notice").get_by_role("button", name="Undo").click()
+    expect(page.locator("#notice")).to_contain_text("Undone")
+
+
+def test_a_swipe_confirms_or_corrects_on_a_phone(opened: Open) -> None:
+    """And the buttons are at the bottom of the window."""
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    page = opened(at=f"/#token={TOKEN}", **phone).page
+    ask(page, *photographs("test", "pizza", 1))
+    box = page.locator("#drawer-right").bounding_box()
+    assert box is not None
+    assert box["y"] + box["height"] > 844 - 32
+    session = page.context.new_cdp_session(page)
+
+    def swipe(across: int, down: int = 0) -> None:
+        points = [{"x": 195 + share * across, "y": 300 + share * down} for share in (0, 0.5, 1)]
+        for kind, at in zip(("touchStart", "touchMove", "touchMove"), points, strict=True):
+            session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [at]})
+        session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+    for across, down in ((20, 0), (80, 120)):  # too short, and a scroll
+        swipe(across, down)
+    expect(page.locator("#drawer-right")).to_be_visible()
+    swipe(-120)
+    expect(page.locator("#drawer-label")).to_be_focused()
+    page.locator("#drawer-label").blur()
+    swipe(120)
+    expect(page.locator("#notice")).to_contain_text("Added 1 example photo to pizza.")
+    page.locator("#notice").get_by_role("button", name="Undo").click()
+    expect(page.locator("#notice")).to_contain_text("Undone")
+    page.click("#drawer-close")
+    assert page.locator("#grid").evaluate("grid => Math.round(grid.clientWidth / grid.firstChild.clientWidth)") == 3
+
+
+def test_the_accuracy_counts_up_unless_motion_is_not_wanted(opened: Open) -> None:
+    for motion, steps in (("no-preference", [94, 95, 96]), ("reduce", [])):
+        page = opened(at=f"/#token={TOKEN}", reduced_motion=motion).page
+        version = int(page.locator("#index-facts").get_attribute("data-version") or 0)
+
+        def estimate(before: int, route: Route) -> None:
+            now = route.fetch().json()
+            both = 0.93 if now["version"] == before else 0.97
+            route.fulfill(json=now | {"both": both, "low": both - 0.02, "high": both + 0.02})
+
+        page.route("**/accuracy", functools.partial(estimate, version))
+        page.reload()
+        accuracy = page.locator("#index-accuracy")
+        expect(accuracy).to_have_text("93 % accurate (91–95)")
+        page.evaluate(
+            """() => {
+                const element = document.getElementById("index-accuracy"), seen = (window.seen = []);
+                const see = () => seen.push(parseInt(element.textContent));
+                new MutationObserver(see).observe(element, { childList: true });
+            }"""
+        )
+        ask(page, *photographs("test", "pizza", 1))
+        page.focus("#drawer")
+        page.keyboard.press("Enter")
+        expect(accuracy).to_have_text("97 % accurate (95–99)")
+        assert [number for number in page.evaluate("window.seen") if number not in (93, 97)] == steps
+        page.locator("#notice").get_by_role("button", name="Undo").click()
+        expect(page.locator("#notice")).to_contain_text("Undone")
+        page.unroute_all(behavior="wait")
+
+
+def test_the_font_is_the_pages_own_and_no_toolbar_wraps(opened: Open) -> None:
+    page = opened(at=f"/#token={TOKEN}", viewport={"width": 1280, "height": 840}).page
+    assert page.evaluate("async () => (await document.fonts.ready, document.fonts.check('600 14px Inter'))")
+    ask(page, *photographs("test", "pizza", 3))
+    page.focus("#grid")
+    page.keyboard.press("Control+a")
+    for bar in ("header", "#bar", "#selection"):
+        expect(page.locator(bar)).to_be_in_viewport(ratio=1)
+        tops = page.locator(bar).evaluate(
+            """bar => [...bar.children].filter((one) => one.checkVisibility() && !one.matches(".menu"))
+                .map((one) => one.getBoundingClientRect()).map(({ top, height }) => top + height / 2)"""
+        )
+        assert max(tops) - min(tops) < 12, bar
+    sizes = page.evaluate(
+        "() => [...new Set([...document.querySelectorAll('body *')].map((one) => getComputedStyle(one).fontSize))]"
+    )
+    assert {*sizes} <= {"12px", "14px", "16px", "20px", "28px"}
+
+
+def test_thousands_of_classes_are_listed(opened: Open) -> None:
+    """All of them, though only those near the window are drawn."""
+    page = opened().page
+    whole = page.evaluate("async () => (await fetch('/v1/indexes/things')).json()")
+    whole["classes"] += [{"class_id": 11 + i, "label": f"class {i}", "keys": 4} for i in range(3000)]
+    page.route("**/v1/indexes/things", lambda route: route.fulfill(json=whole | {"n_classes": 3011}))
+    page.reload()
+    page.click("#tab-classes")
+    expect(page.locator("#classes-count")).to_have_text("3 011")
+    cards = page.locator("#classes-list li")
+    expect(cards).to_have_count(3011)
+    last = cards.last
+    assert not last.locator(".name").evaluate("one => one.checkVisibility({ contentVisibilityAuto: true })")
+    last.scroll_into_view_if_needed()
+    expect(last).to_be_in_viewport()
+    page.fill("#classes-filter", "class 2999")
+    expect(cards).to_have_count(1)
+    page.unroute_all(behavior="wait")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -375,6 +376,63 @@ def test_gc_deletes_the_photos_that_no_kept_version_has(
     assert changes.gc(own) == changes.Collected([], 1, sent[0].stat().st_size)
     assert not unused.exists()
     assert all(path.exists() for path in (*used, *foreign, link, elsewhere))
+
+
+def test_indexes_are_renamed_duplicated_and_deleted(own: Path, photo: bytes) -> None:
+    """Photos that were added stay as long as any index next to it has them."""
+    with serving(own, token=TOKEN) as client:
+        key = added(client, photo, "new")["key_ids"][0]
+        (picture,) = (own.parent / "own-shots" / "new").iterdir()
+        stays = client.post("/v1/indexes/own/duplicate", json={"name": "copy"}, headers=AUTHORISED)
+        assert (stays.status_code, stays.json()) == (201, {"index": "copy", "version": 1})
+        moved = client.patch("/v1/indexes/own", json={"name": "tiere 2"}, headers=AUTHORISED)
+        assert (moved.status_code, moved.json()) == (200, {"index": "tiere 2", "version": 2})
+        assert [one["name"] for one in client.get("/v1/indexes").json()["indexes"]] == ["tiere 2", "copy"]
+        assert {path.name for path in own.parent.iterdir()} == {"tiere 2", "copy", "own-shots"}
+        for name in ("tiere 2", "copy"):
+            asked = client.post(f"/v1/classify?index={name}", files={"images": photo}).json()
+            assert asked["results"][0]["neighbours"][0]["source"] == str(picture)
+            assert client.get(f"/v1/indexes/{name}/keys/{key}/image").status_code == 200
+        assert 'retrieval_tip_index_keys{index="own"}' not in client.get("/metrics").text
+
+        back = client.patch("/v1/indexes/tiere 2", json={"name": "own"}, headers=AUTHORISED)
+        assert back.json() == {"index": "own", "version": 2}
+        assert client.delete("/v1/indexes/own", headers=AUTHORISED).json() == {"index": "own", "version": 2}
+        assert picture.exists()  # the copy has it
+        assert client.get("/v1/indexes/own").status_code == 404
+        for name, undo in (("copy", "own"), ("own", None)):
+            if undo:
+                client.patch(f"/v1/indexes/{name}", json={"name": undo}, headers=AUTHORISED)
+            else:
+                assert client.delete(f"/v1/indexes/{name}", headers=AUTHORISED).status_code == 200
+        assert client.get("/v1/indexes").json()["indexes"] == []
+    assert [path.name for path in own.parent.iterdir()] == ["own-shots"]
+    assert not picture.exists()
+
+
+def test_names_of_indexes_are_checked(own: Path, food: Path, tmp_path: Path) -> None:
+    """And neither a link nor an index that is being labelled is taken away."""
+    (tmp_path / "link").symlink_to(food)
+    served = open_all([own, tmp_path / "link"], "cpu", "float32", "full")
+    app = create_app(served, Limits(indexes=2), token=TOKEN)
+    (tmp_path / "taken").mkdir()
+
+    def status(method: str, path: str, name: str | None = None, headers: dict[str, str] | None = None) -> int:
+        sent = AUTHORISED if headers is None else headers
+        return client.request(method, f"/v1/indexes/{path}", json=name and {"name": name}, headers=sent).status_code
+
+    with TestClient(app) as client:
+        for method, path in (("PATCH", "own"), ("POST", "own/duplicate"), ("DELETE", "own")):
+            assert status(method, path, "new", {}) == 401
+        for name, expected in (("taken", 409), ("food", 409), ("../x", 422), (".x", 422), ("a" * 65, 422)):
+            assert status("PATCH", "own", name) == expected
+        assert status("POST", "own/duplicate", "new") == 409  # the limit
+        for method in ("PATCH", "DELETE"):
+            assert status(method, "food", "new") == 422  # a link
+        app.state.labelling = SimpleNamespace(name="own")
+        assert (status("PATCH", "own", "new"), status("DELETE", "own")) == (409, 409)
+        assert [one["name"] for one in client.get("/v1/indexes").json()["indexes"]] == ["own", "food"]
+    assert {path.name for path in tmp_path.iterdir()} == {"own", "link", "taken"}
 
 
 def test_shots_are_relabelled_classes_renamed_and_versions_rolled_back(own: Path) -> None:
@@ -954,7 +1012,7 @@ def test_few_indexes_are_made(own: Path, photo: bytes) -> None:
     with serving(own, limits=Limits(indexes=1), token=TOKEN) as client:
         data = {"name": "new", "label": "a"}
         answer = client.post("/v1/indexes", files={"images": photo}, data=data, headers=AUTHORISED)
-    assert (answer.status_code, str(own.parent) in answer.json()["detail"]) == (409, True)
+    assert (answer.status_code, "limit" in answer.json()["detail"]) == (409, True)
     assert not (own.parent / "new").exists()
 
 

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from retrieval_tip.data import images
 from retrieval_tip.errors import StoreError, show
 from retrieval_tip.files import locked_folder, make_folders, real, remove_leftovers, sha256_of
+from retrieval_tip.index import places
 from retrieval_tip.index.stores import Store
 from retrieval_tip.store import lock
 
@@ -61,8 +62,9 @@ def remove_unused(store: Store) -> tuple[int, int]:
     """Remove the photos in ``DIR-shots`` that no kept version uses. Return their number and the freed bytes.
 
     A version uses a photo if a key has the digest of the photo, or if the source of a key ends with the file name of
-    the photo. Links and files that are not named by their own SHA-256 are kept. If photos are being added, or if a
-    version cannot be read, nothing is removed and a warning is logged.
+    the photo. The indexes next to ``DIR`` count as well, because a renamed or copied index keeps its photos. Links and
+    files that are not named by their own SHA-256 are kept. If photos are being added, or if a version cannot be read,
+    nothing is removed and a warning is logged.
     """
     folder = folder_of(store)
     if folder is None or folder.is_symlink() or not folder.is_dir():
@@ -73,7 +75,8 @@ def remove_unused(store: Store) -> tuple[int, int]:
             return 0, 0
         try:
             photos = _photos(folder)
-            used = _used(store, {match[1] for path in photos if (match := _NAME.fullmatch(path.name))})
+            names = {match[1] for path in photos if (match := _NAME.fullmatch(path.name))}
+            used = set().union(*(_used(one, names) for one in _beside(folder)))
         except (OSError, StoreError) as error:
             log.warning("%s: no photo was removed: %s", show(folder), error)
             return 0, 0
@@ -84,6 +87,12 @@ def _photos(folder: Path) -> list[Path]:
     classes = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
     entries = [entry for place in classes for entry in os.scandir(place) if entry.is_file(follow_symlinks=False)]
     return [Path(entry.path) for entry in entries if _NAME.fullmatch(entry.name)]
+
+
+def _beside(folder: Path) -> list[Store]:
+    """Return the indexes in the parent of ``DIR-shots``, including ``DIR`` itself."""
+    stores = [places.at(path) for path in folder.parent.iterdir() if not path.name.startswith(".")]
+    return [store for store in stores if store.exists()]
 
 
 def _used(store: Store, names: set[str]) -> set[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from retrieval_tip.errors import InputError, StoreError, show
+from retrieval_tip.files import real
 from retrieval_tip.index.addresses import plug_of
 from retrieval_tip.index.stores import Change, Store
 from retrieval_tip.settings import Precision, Verify
@@ -41,6 +42,12 @@ class FolderStore(Store):
 
     def exists(self) -> bool:
         return index_folder.is_index(self.folder)
+
+    def movable(self) -> Path:
+        index_folder.check_there(self.folder)
+        if self.folder.is_symlink():
+            raise InputError(f"{show(self.folder)}: is a link; rename, duplicate or delete the folder it points to")
+        return real(self.folder)
 
     def stamp(self) -> Hashable | None:
         try:

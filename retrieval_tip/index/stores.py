@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import pyarrow as pa
 
-from retrieval_tip.errors import StoreError
+from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.files import real
 from retrieval_tip.settings import Dtype, Precision, Verify
 from retrieval_tip.store import history
@@ -91,6 +91,13 @@ class Store(ABC):
     def name(self) -> str:
         """Last component of the folder or address."""
         return self.resolved.rpartition("/")[2] if self.local is None else Path(self.resolved).name
+
+    def movable(self) -> Path:
+        """Return the real folder of an index that can be renamed, duplicated and deleted as a whole.
+
+        Raises InputError for stores that are not index folders, and for links.
+        """
+        raise InputError(f"{self}: only index folders can be renamed, duplicated or deleted; use index clone")
 
     @abstractmethod
     def exists(self) -> bool:

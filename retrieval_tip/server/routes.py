@@ -14,13 +14,14 @@ from prometheus_client import generate_latest
 from retrieval_tip import __version__
 from retrieval_tip.errors import InputError
 from retrieval_tip.evaluation.projection import Method
+from retrieval_tip.server import indexes as managed
 from retrieval_tip.server import metrics, schemas
 from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.limits import DEADLINE
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.served import Ask, Served, Version
 from retrieval_tip.server.service import Service
-from retrieval_tip.server.uploads import read, read_index
+from retrieval_tip.server.uploads import index_name, read, read_index
 from retrieval_tip.settings import KeysMet
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -69,6 +70,17 @@ async def _index(service: TheService, name: str) -> Served:
 
 
 Named = Annotated[Served, Depends(_index)]
+
+
+async def _not_labelled(request: Request, one: Named) -> Served:
+    """Refuse to take an index away from a labelling session."""
+    labelling: Labelling | None = request.app.state.labelling
+    if labelling is not None and labelling.name == one.name:
+        raise Problem(409, f"index {one.name!r} is being labelled; stop retrieval-tip label first")
+    return one
+
+
+NotLabelled = Annotated[Served, Depends(_not_labelled)]
 
 
 async def _version(one: Named) -> Version:
@@ -187,13 +199,31 @@ async def create(
     """Create an index from labelled images, fit it and serve it."""
     sent = await read_index(request, service.limits)
     await _lift_deadline(request)
-    return await service.create(sent, like)
+    return await managed.create(service, sent, like)
 
 
 @changes.post("/indexes/{name}/fit", dependencies=UNHURRIED)
 async def fit(service: TheService, one: Named) -> schemas.FittedIndex:
     """Fit an index to its shots again, and estimate its accuracy."""
     return await service.fit(one)
+
+
+@changes.patch("/indexes/{name}", dependencies=UNHURRIED, responses=schemas.problems(409))
+async def rename_index(service: TheService, one: NotLabelled, new: schemas.IndexName) -> schemas.NamedIndex:
+    """Rename an index and its folder."""
+    return await managed.rename(service, one, index_name(new.name))
+
+
+@changes.post("/indexes/{name}/duplicate", status_code=201, dependencies=UNHURRIED, responses=schemas.problems(409))
+async def duplicate_index(service: TheService, one: Named, new: schemas.IndexName) -> schemas.NamedIndex:
+    """Copy the current version of an index to a new index next to it."""
+    return await managed.duplicate(service, one, index_name(new.name))
+
+
+@changes.delete("/indexes/{name}", dependencies=UNHURRIED, responses=schemas.problems(409))
+async def delete_index(service: TheService, one: NotLabelled) -> schemas.NamedIndex:
+    """Delete an index, its versions, and the images that were added to it here. This cannot be undone."""
+    return await managed.delete(service, one)
 
 
 @reads.get("/indexes/{name}")

@@ -59,6 +59,12 @@ class Rename(BaseModel, extra="forbid"):
     label: Label
 
 
+class IndexName(BaseModel, extra="forbid"):
+    """The name of an index and its folder."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+
+
 class Rollback(BaseModel, extra="forbid"):
     """A request to restore the version ``to``, provided that the index is still at version ``since``."""
 
@@ -338,11 +344,17 @@ class Accuracy(Shares):
 
 
 @dataclass(frozen=True)
-class ChangedShots:
-    """The new version of the index, and the ids of the keys that were added, removed or relabelled."""
+class NamedIndex:
+    """The name and the version of an index."""
 
     index: str
     version: int
+
+
+@dataclass(frozen=True)
+class ChangedShots(NamedIndex):
+    """The new version of the index, and the ids of the keys that were added, removed or relabelled."""
+
     key_ids: list[int]
 
 
@@ -369,11 +381,9 @@ class Judgement(Shares):
 
 
 @dataclass(frozen=True)
-class FittedIndex:
+class FittedIndex(NamedIndex):
     """An index that has been fitted, and its estimated accuracy."""
 
-    index: str
-    version: int
     judged: Judgement
 
 

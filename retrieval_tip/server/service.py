@@ -24,8 +24,7 @@ import torch
 from retrieval_tip.backbones.base import Backbone, unit
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import FloatArray, pixels_of
-from retrieval_tip.data.sources import spelled_alike
-from retrieval_tip.errors import InputError, json_line, show
+from retrieval_tip.errors import InputError, json_line
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.exemplars import exemplars
 from retrieval_tip.evaluation.projection import Method, Projection, methods, projected
@@ -77,7 +76,7 @@ class Service:
         maker: Maker | None = None,
     ) -> None:
         self.served, self.limits, self.maker = served, limits, maker
-        self._uploads, self._creating = uploads, 0
+        self.uploads, self.creating = uploads, 0
         threads = min(4, os.cpu_count() or 1)
         self._decoding: FairPool[torch.Tensor | InputError] = FairPool(
             "images", threads=threads, room=limits.queue, held=DECODED
@@ -177,12 +176,12 @@ class Service:
         skipped: list[Unread] = []
         names, features = sent.names, list(sent.features) if sent.features is not None else []
         if sent.images is not None:
-            backbone = _backbone_of(version)
+            backbone = backbone_of(version)
 
             async def feature(pixels: torch.Tensor) -> FloatArray | InputError:
                 return _unit((await self._encode(backbone, [pixels]))[0])
 
-            encoded, skipped = await self._decoded(sent.names, sent.images, backbone, feature)
+            encoded, skipped = await self.decoded(sent.names, sent.images, backbone, feature)
             names, features = [names[place] for place in encoded], list(encoded.values())
         results = await self._answer((version, ask), features)
         for name, result in zip(names, results, strict=True):
@@ -195,7 +194,7 @@ class Service:
             results, [caution] if caution else [], skipped,
         )  # fmt: skip
 
-    async def _decoded(
+    async def decoded(
         self,
         names: Sequence[str],
         datas: Sequence[bytes],
@@ -236,57 +235,22 @@ class Service:
         if sent.images is None:
             added = await self.change(shots.add_features, one, one.now.backbone, sent)
         else:
-            backbone = _backbone_of(one.now)
-            good, skipped = await self._decoded(sent.names, sent.images, backbone, _nothing)
+            backbone = backbone_of(one.now)
+            good, skipped = await self.decoded(sent.names, sent.images, backbone, nothing)
             datas = [sent.images[place] for place in good]
-            added = await self.change(shots.add_images, one, backbone, sent.labels[0], datas, self._uploads)
+            added = await self.change(shots.add_images, one, backbone, sent.labels[0], datas, self.uploads)
         await self.follow(one)
         duplicates = describe_duplicates(added.duplicates) if added.duplicates is not None else []
-        warnings = _of_spelling(one.name, added.alike)
+        warnings = of_spelling(one.name, added.alike)
         return schemas.AddedShots(
             one.name, added.version, added.key_ids, added.classes, added.known, duplicates, warnings, skipped
         )
-
-    async def create(self, sent: Sent, like: str | None) -> schemas.MadeIndex:
-        """Create an index from images, fit it and serve it.
-
-        The new index has the backbone of the index ``like``, and is saved next to it. Without ``like``, its backbone
-        and folder come from the ``maker``, or else from the first index with a backbone. Raises Problem 409 if the name
-        is in use or the server is full, and the same errors as :func:`shots.build`.
-        """
-        name = str(sent.index)
-        into: Path | None
-        if self.maker and like is None:
-            backbone, into, backbones = self.maker.backbone, self.maker.into, self.maker.backbones
-        else:
-            model = self.index(like or next((name for name, one in self.served.items() if one.now.backbone), None))
-            backbone, into, backbones = _backbone_of(model.now), model.beside, model.backbones
-        if into is None:
-            raise Problem(422, "the index is in a bucket; to create indexes, restart the server with --into FOLDER")
-        if name in self.served or (into / name).exists():
-            raise Problem(409, f"index {name!r} already exists; choose another name, or add to this index")
-        if len(self.served) + self._creating >= self.limits.indexes:
-            most = f"the server already has {self.limits.indexes} indexes, which is the limit"
-            raise Problem(409, f"{most}; delete some indexes in {show(into)} and restart the server")
-        assert sent.images is not None
-        self._creating += 1
-        try:
-            good, skipped = await self._decoded(sent.names, sent.images, backbone, _nothing)
-            labelled = [(sent.labels[place], sent.images[place]) for place in good]
-            one = await self.change(
-                lambda: Served(shots.build(into / name, backbone, labelled, self._uploads), backbones)
-            )
-        finally:
-            self._creating -= 1
-        self.served[name] = one
-        warnings = _of_spelling(name, spelled_alike(one.now.cache.class_names))
-        return schemas.MadeIndex(name, one.now.manifest.version, _judged(one), warnings, skipped)
 
     async def fit(self, one: Served) -> schemas.FittedIndex:
         """Refit an index to its shots, and open the new version."""
         await self.change(fit_index, one.folder)
         await self.follow(one)
-        return schemas.FittedIndex(one.name, one.now.manifest.version, _judged(one))
+        return schemas.FittedIndex(one.name, one.now.manifest.version, judged(one))
 
     async def remove(self, one: Served, key_ids: Sequence[int]) -> schemas.ChangedShots:
         """Remove shots, and open the new version. Raises Problem 404 if a key does not exist."""
@@ -463,7 +427,7 @@ class Service:
             raise Problem(404, f"key {key_id}: its image cannot be read ({error})") from None
 
 
-async def _nothing(_: torch.Tensor) -> None:
+async def nothing(_: torch.Tensor) -> None:
     """Ignore an image that only had to be decoded."""
 
 
@@ -476,12 +440,14 @@ def _rolled_back(one: Served, to: int, since: int | None) -> changes.Changed:
     return changes.rollback(one.folder, to)
 
 
-def _judged(one: Served) -> schemas.Judgement:
+def judged(one: Served) -> schemas.Judgement:
+    """Return the accuracy that the last fit of an index estimated."""
     fit = one.now.cache.provenance.get("fit", {})
     return schemas.Judgement(fit.get("photos"), fit.get("words"), fit.get("both"), fit.get("summary"))
 
 
-def _backbone_of(version: Version) -> Backbone:
+def backbone_of(version: Version) -> Backbone:
+    """Return the encoder of a version. Raises Problem 422 if this server does not have it."""
     if version.backbone is None:
         raise Problem(422, f"index {version.name!r} only accepts features: this server does not have its encoder")
     return version.backbone
@@ -495,7 +461,7 @@ def _unit(raw: FloatArray) -> FloatArray | InputError:
         return error
 
 
-def _of_spelling(name: str, alike: Mapping[str, str]) -> list[str]:
+def of_spelling(name: str, alike: Mapping[str, str]) -> list[str]:
     """Return a warning for each new class that is spelled almost like another."""
     route = f"POST /v1/indexes/{quote(name, safe='')}/rename"
     return [

@@ -88,11 +88,16 @@ async def read_index(request: Request, limits: Limits) -> Sent:
         raise Problem(
             422, f"label: {len(labels)} labels given for {len(images)} images; send one label for each image, in order"
         )
-    name = _text("name", texts["name"][0]).strip()
+    return Sent(names, images, None, labels, index_name(texts["name"][0]))
+
+
+def index_name(value: object) -> str:
+    """Return a name for an index and its folder. Raises Problem 422 if the name is not valid."""
+    name = _text("name", value).strip()
     if not NAME.fullmatch(name):
         expected = "1 to 64 letters, digits, spaces, dots, hyphens or underscores, starting with a letter"
         raise Problem(422, f"name: {name[:64]!r} is not valid; use {expected}")
-    return Sent(names, images, None, labels, name)
+    return name
 
 
 def _kind(request: Request) -> str:

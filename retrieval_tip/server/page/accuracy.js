@@ -1,10 +1,10 @@
 // The accuracy of a classifier, estimated on its own example photos. There is an estimate from its last fit, and one
 // for the current examples.
 
-import { $ } from "./dom.js";
+import { pause } from "./api.js";
+import { $, percent, whole } from "./dom.js";
 import { state } from "./state.js";
 
-const percent = (share) => `${Math.round(100 * share)} %`;
 const known = (accuracy) => typeof accuracy?.photos === "number";
 
 /** Return a sentence about an accuracy, or "" if the accuracy is unknown. */
@@ -28,15 +28,25 @@ export async function showAccuracy(element) {
   if (info === state.info) element.textContent = judged(known(now) ? now : fit);
 }
 
-/** Show the accuracy of the current version in the header, with its interval. */
+const STEP = 150; // ms for which each number is shown while the accuracy counts up or down
+const calm = matchMedia("(prefers-reduced-motion: reduce)");
+let shown = null; // the index whose accuracy is in the header, and the accuracy
+
+/** Show the accuracy of the current version in the header, with its interval. It counts from the last accuracy. */
 async function showInHeader() {
   const { info } = state;
   const now = await estimated();
   if (info !== state.info) return;
   $("index-accuracy").hidden = !known(now);
   if (!known(now)) return;
-  const whole = (share) => Math.round(100 * share);
-  $("index-accuracy").textContent = `${percent(now.both)} accurate (${whole(now.low)}–${whole(now.high)})`;
+  let from = shown?.name === info.name && !calm.matches ? shown.both : now.both;
+  shown = { name: info.name, both: now.both };
+  while (whole(from) !== whole(now.both) && info === state.info) {
+    $("index-accuracy").textContent = `${percent(from)} accurate`;
+    await pause(STEP);
+    from += Math.sign(now.both - from) / 100;
+  }
+  if (info === state.info) $("index-accuracy").textContent = `${percent(now.both)} accurate (${whole(now.low)}–${whole(now.high)})`;
 }
 for (const event of ["index", "version"]) state.addEventListener(event, showInHeader);
 

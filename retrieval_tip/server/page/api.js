@@ -12,7 +12,8 @@ export const UNREACHED = -1; // status of a problem if the server does not answe
 
 const PATIENCE = 120_000; // ms during which a request to a busy server is repeated
 
-const pause = (ms, signal) =>
+/** Wait for some milliseconds, or until the signal aborts. */
+export const pause = (ms, signal) =>
   new Promise((resolve, reject) => {
     const timer = setTimeout(resolve, ms);
     signal?.addEventListener("abort", () => (clearTimeout(timer), reject(signal.reason)), { once: true });
@@ -147,6 +148,10 @@ export function makeIndex(name, like, pairs, token) {
   return request(`/v1/indexes${query({ like })}`, { method: "POST", body, headers: bearer(token) });
 }
 
+const send = (method, body, token) => ({ ...json(body, bearer(token)), method });
+export const renameIndex = (name, to, token) => request(at(name), send("PATCH", { name: to }, token));
+export const duplicateIndex = (name, to, token) => request(`${at(name)}/duplicate`, send("POST", { name: to }, token));
+export const deleteIndex = (name, token) => request(at(name), { method: "DELETE", headers: bearer(token) });
 export const fit = (name, token) => request(`${at(name)}/fit`, { method: "POST", headers: bearer(token) });
 export const removeShots = (name, keyIds, token) =>
   request(`${at(name)}/keys${query({ key_id: keyIds })}`, { method: "DELETE", headers: bearer(token) });

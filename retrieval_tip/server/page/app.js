@@ -1,29 +1,32 @@
-// The entry point of the page. It handles the views, the classifier menu, and dropped or pasted files.
+// The entry point of the page. It handles the views, opens a classifier, and handles dropped or pasted files.
 
 import * as api from "./api.js";
 import { showScreen } from "./browse.js";
 import { addFiles } from "./classify.js";
-import { $, el, failure, plural } from "./dom.js";
+import { $, failure } from "./dom.js";
+import { placeSettings } from "./drawer.js";
 import { gather } from "./files.js";
 import { showLabelView } from "./label.js";
+import { showMenu } from "./menu.js";
 import "./start.js";
 import { state } from "./state.js";
 import * as teach from "./teach.js";
 
 const CHOSEN = "retrieval-tip index";
-const TITLES = { classify: "Photos", label: "Label", classes: "Classes", check: "Check labels", map: "Map", history: "History", teach: "Teach" };
+const TABS = { classify: "Photos", label: "Label", classes: "Classes", check: "Check labels", map: "Map", history: "History" };
+const TITLES = { ...TABS, teach: "Teach", settings: "Settings" };
 const VIEWS = Object.keys(TITLES);
 
 function route() {
   $("overlay").firstElementChild.textContent =
     location.hash === "#teach" ? "Each folder becomes a class. Single photos are added to the marked class." : "Drop your photos here";
   const view = VIEWS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "classify";
-  for (const name of VIEWS) {
-    const tab = $(`tab-${name}`);
-    tab.setAttribute("aria-selected", String(name === view));
-    tab.tabIndex = name === view ? 0 : -1;
-    $(`${name}-view`).hidden = name !== view;
+  for (const name of VIEWS) $(`${name}-view`).hidden = name !== view;
+  for (const name of Object.keys(TABS)) {
+    $(`tab-${name}`).setAttribute("aria-selected", String(name === view));
+    $(`tab-${name}`).tabIndex = name === (view in TABS ? view : "classify") ? 0 : -1;
   }
+  placeSettings();
   document.title = `${TITLES[view]} · ${state.info?.name ?? "retrieval-tip"}`;
   if (view === "label") showLabelView();
   if (state.info && showScreen(view)) follow();
@@ -31,13 +34,6 @@ function route() {
 
 /** Fetch changes that other users have made. If this fails, they appear with the next answer. */
 const follow = () => state.info && state.refresh().catch(() => {});
-
-function facts() {
-  const { n_keys: n, n_classes: c, version } = state.info;
-  $("index-facts").textContent = `${plural(n, "photo")}, ${plural(c, "class", "classes")}`;
-  $("index-facts").title = `version ${version}`;
-  $("index-facts").dataset.version = version;
-}
 
 async function choose(name) {
   $("problem").hidden = true;
@@ -60,6 +56,9 @@ async function start(prefer = null) {
     state.dispatchEvent(new Event("indexes"));
     $("tab-label").hidden = !labels;
     if (labels && !location.hash) location.hash = "#label";
+    if (!names.length && state.info) return location.reload(); // the last one was deleted
+    showMenu(names, choose);
+    $("to-teach").hidden = !state.mayChange;
     if (!names.length && !makes) throw new api.Problem("This server has no classifier yet and cannot create one.");
     if (!names.length) {
       $("index-facts").textContent = "no classifier yet";
@@ -68,9 +67,6 @@ async function start(prefer = null) {
     }
     const wanted = prefer ?? sessionStorage.getItem(CHOSEN);
     const chosen = names.includes(wanted) ? wanted : names[0];
-    $("index-select").replaceChildren(...names.map((name) => el("option", { value: name }, name)));
-    $("index-select").value = chosen;
-    $("index-select").hidden = $("index-label").hidden = names.length < 2;
     await choose(chosen);
   } catch (error) {
     $("problem").replaceChildren(failure(error, () => start(prefer)));
@@ -116,12 +112,12 @@ addEventListener("paste", (event) => {
 
 document.querySelector("[role=tablist]").addEventListener("keydown", (event) => {
   const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 1, ArrowUp: -1 }[event.key];
-  const at = VIEWS.findIndex((name) => $(`tab-${name}`) === document.activeElement);
   if (event.key === " ") (event.preventDefault(), document.activeElement.click());
+  const shown = Object.keys(TABS).filter((name) => !$(`tab-${name}`).hidden);
+  const at = shown.findIndex((name) => $(`tab-${name}`) === document.activeElement);
   if (!step || at < 0) return;
   event.preventDefault();
-  const shown = VIEWS.filter((name) => !$(`tab-${name}`).hidden);
-  const name = shown[(shown.indexOf(VIEWS[at]) + step + shown.length) % shown.length];
+  const name = shown[(at + step + shown.length) % shown.length];
   location.hash = `#${name}`;
   $(`tab-${name}`).focus();
 });
@@ -131,10 +127,7 @@ document.querySelector(".skip").addEventListener("click", (event) => {
 });
 addEventListener("hashchange", route);
 document.addEventListener("visibilitychange", () => document.hidden || follow());
-$("index-select").addEventListener("change", () => choose($("index-select").value));
-state.addEventListener("index", facts);
 state.addEventListener("made", (event) => (event.detail.done = start(event.detail.name)));
-state.addEventListener("version", facts);
 
 $("help").addEventListener("click", () => $("glossary").showModal());
 

@@ -3,22 +3,20 @@
 import { estimated, gained, showAccuracy } from "./accuracy.js";
 import * as api from "./api.js";
 import { looked, pagePhotos } from "./classify.js";
-import { $, debounced, el, failure, nameOf, picture, plural, refill } from "./dom.js";
+import { askName, confirmed } from "./dialogs.js";
+import { $, count, debounced, el, failure, nameOf, percent, picture, plural, refill } from "./dom.js";
 import { Grid } from "./grid.js";
-import { colour, KeyMap, placeOf } from "./map.js";
+import { KeyMap, placeOf } from "./map.js";
 import { notice } from "./notice.js";
 import { settings } from "./settings.js";
-import { ask, state } from "./state.js";
+import { state } from "./state.js";
 
 const PAGE = 1000; // examples per request
 const MOST = 10_000; // examples to list; the others can be found with the filters
-const CLASSES = 200; // classes to list; the others can be found with the filter
 const SUSPECTS = 1000; // suspicious labels to fetch
-const SUSPECTS_SHOWN = 100;
 const ASKED = 500; // key ids per request
 const MAPPED = 10_000; // maximum number of examples on the map; if there are more, each class is sampled
 const MINUTES = 20 * 60_000; // ms that computing a map may take
-const LEGEND = 30; // maximum number of classes that colours can distinguish
 const RINGS = 500; // maximum number of new photos on the map
 const FEW = 4; // a class that has fewer examples needs more
 
@@ -52,7 +50,7 @@ const loaded = new Map(); // name and version of the index that each part shows
 
 /** Load the parts of a screen that show another index or version. Return false if there is no such screen. */
 export function showScreen(view) {
-  const parts = { classes: [classes, audit, shots], check: [audit], map: [map], history: [past] }[view];
+  const parts = { classes: [classes, audit, shots], check: [audit], map: [map], history: [past], settings: [about] }[view];
   if (!parts) return false;
   if (view === "map") showStar();
   for (const part of parts) {
@@ -72,13 +70,15 @@ const classes = {
   },
 };
 
+const about = { load: showAbout };
+
 function showAbout() {
   const { info } = state;
   fill($("about"), {
     name: info.name,
     version: `${info.version} (${info.change}), ${new Date(info.created_at).toLocaleString()}`,
-    "example photos": info.n_keys.toLocaleString("en"),
-    classes: info.n_classes.toLocaleString("en"),
+    "example photos": count(info.n_keys),
+    classes: count(info.n_classes),
     encoder: info.backbone ?? "none (only features are accepted)",
   });
   fill($("provenance"), {
@@ -105,42 +105,35 @@ function fill(list, facts) {
 }
 
 async function showClasses() {
+  const { info } = state;
   const [{ exemplars }, accuracy] = await Promise.all([state.exemplars().catch(() => ({ exemplars: [] })), estimated()]);
-  const byClass = new Map(exemplars.map((one) => [one.class_id, one.image]));
+  if (info !== state.info) return;
+  const images = new Map(exemplars.map((one) => [one.class_id, one.image]));
   const weakest = new Map((accuracy?.weakest ?? []).map((one) => [one.label, one]));
   const place = new Map([...weakest.keys()].map((label, i) => [label, i]));
+  const doubted = Map.groupBy(listed, ({ label }) => label);
   const wanted = $("classes-filter").value.trim().toLowerCase();
-  const found = state.info.classes
+  const found = info.classes
     .filter(({ label }) => label.toLowerCase().includes(wanted))
     .sort((a, b) => (place.get(a.label) ?? Infinity) - (place.get(b.label) ?? Infinity) || 0); // weakest classes first
-  $("classes-count").textContent =
-    found.length < state.info.n_classes ? `${found.length} of ${state.info.n_classes}` : String(found.length);
-  refill($("classes-list"), found.slice(0, CLASSES).map((one) => classElement(one, byClass, weakest.get(one.label))));
-  $("classes-more").textContent = !found.length
-    ? "No classes match this filter."
-    : found.length > CLASSES
-      ? `There are ${(found.length - CLASSES).toLocaleString("en")} more. Use the filter to find them.`
-      : "";
+  $("classes-count").textContent = found.length < info.n_classes ? `${count(found.length)} of ${count(info.n_classes)}` : count(found.length);
+  $("classes-add").hidden = !info.changes || !info.images;
+  $("classes-hint").hidden = !info.changes;
+  const card = (one) => classCard(one, images.get(one.class_id), weakest.get(one.label), doubted.get(one.label)?.length);
+  refill($("classes-list"), found.map(card));
+  $("classes-more").textContent = found.length ? "" : "No classes match this filter.";
 }
 
-function classElement({ class_id: id, label, keys }, byClass, weak) {
-  const dot = el("i", { class: "dot", aria: { hidden: "true" } });
-  dot.hidden = state.info.n_classes > LEGEND;
-  dot.style.background = colour(id);
-  const doubted = listed.filter((shot) => shot.label === label).length;
+function classCard({ label, keys }, image, weak, doubted) {
   const judged = weak ? `${weak.right} of ${weak.photos} right` : "";
   const needs = [judged, keys < FEW ? "needs more photos" : doubted ? `${doubted} to check` : ""].filter(Boolean).join(", ");
   const button = el(
     "button",
     { type: "button", title: `Example photos of ${label}`, data: { label, keys } },
-    picture(byClass.get(id), 96, ""),
-    el(
-      "span",
-      {},
-      el("span", { class: "name" }, dot, label),
-      el("span", { class: "count" }, plural(keys, "photo")),
-      el("span", { class: "needs" }, needs),
-    ),
+    picture(image, 240, ""),
+    el("span", { class: "name" }, label),
+    el("span", { class: "count" }, plural(keys, "photo")),
+    el("span", { class: "needs" }, needs),
   );
   button.addEventListener("click", () => {
     $("shots-class").value = label;
@@ -148,6 +141,7 @@ function classElement({ class_id: id, label, keys }, byClass, weak) {
     $("shots-title").scrollIntoView();
     $("shots-title").focus({ preventScroll: true });
   });
+  if (!state.info.changes) return el("li", {}, button);
   const other = el("button", { type: "button", class: "quiet", aria: { label: `Rename ${label}` } }, "Rename");
   other.addEventListener("click", () => rename(label));
   const more = weak || keys < FEW ? el("button", { type: "button", class: "quiet", aria: { label: `Add photos of ${label}` } }, "Add photos") : null;
@@ -155,37 +149,52 @@ function classElement({ class_id: id, label, keys }, byClass, weak) {
     location.hash = "#teach";
     state.dispatchEvent(new CustomEvent("wanted", { detail: label }));
   });
-  return el("li", {}, button, state.info.changes ? el("span", { class: "acts" }, more, other) : null);
+  const card = el("li", { draggable: true, data: { label } }, button, el("span", { class: "acts" }, more, other));
+  card.querySelector("img")?.setAttribute("draggable", "false"); // so that the card is dragged
+  return card;
 }
 
-let renamed = null; // the class in the dialog
+let dragged = null; // the class whose card is dragged
+
+/** Return the card under the pointer that the dragged class can be merged into. */
+function targetOf({ target }) {
+  const card = target.closest?.("li");
+  return dragged && card && card.dataset.label !== dragged ? card : null;
+}
+
+function mark(card) {
+  for (const one of $("classes-list").querySelectorAll(".target")) one.classList.remove("target");
+  card?.classList.add("target");
+}
+
+$("classes-list").addEventListener("dragstart", (event) => {
+  dragged = event.target.closest("li").dataset.label;
+  event.dataTransfer.effectAllowed = "move";
+  event.dataTransfer.setData("text/plain", dragged);
+});
+$("classes-list").addEventListener("dragover", (event) => {
+  mark(targetOf(event));
+  if (targetOf(event)) event.preventDefault(); // so that the card can be dropped here
+});
+$("classes-list").addEventListener("drop", (event) => {
+  const card = targetOf(event);
+  if (!card) return;
+  event.preventDefault();
+  merge(dragged, card.dataset.label);
+});
+$("classes-list").addEventListener("dragend", () => (mark(null), (dragged = null)));
+
+const merge = (label, into) => changed(`Merged ${label} into ${into}`, () => state.rename(label, into), $("classes-title"));
 
 /** Ask for a new name. If another class already has this name, the two classes are merged. */
 async function rename(label) {
-  renamed = label;
-  $("rename-title").textContent = `Rename ${label}`;
-  $("rename-label").value = label;
-  sayMerge();
-  const answer = ask($("rename-dialog"));
-  $("rename-label").select();
-  const name = (await answer) === "ok" ? $("rename-label").value.trim() : label;
+  const isTaken = (name) => name !== label && state.labels.includes(name);
+  const says = (name) => (isTaken(name) ? ["Merge", `${name} already exists. The two classes will be merged.`] : ["Rename"]);
+  const name = await askName(`Rename ${label}`, label, says, "class-names");
   if (!name || name === label) return;
-  const both = state.labels.includes(name);
-  await changed(
-    both ? `Merged ${label} into ${name}` : `Renamed ${label} to ${name}`,
-    () => state.rename(label, name),
-    $("classes-title"),
-  );
+  if (isTaken(name)) await merge(label, name);
+  else await changed(`Renamed ${label} to ${name}`, () => state.rename(label, name), $("classes-title"));
 }
-
-function sayMerge() {
-  const name = $("rename-label").value.trim();
-  const both = name !== renamed && state.labels.includes(name);
-  $("rename-merge").textContent = both ? `${name} already exists. The two classes will be merged.` : "";
-  $("rename-ok").textContent = both ? "Merge" : "Rename";
-}
-$("rename-label").addEventListener("input", sayMerge);
-$("rename-cancel").addEventListener("click", () => $("rename-dialog").close(""));
 
 /** Return the elements that describe an example. */
 const described = ({ key_id: id, label, source }) => [
@@ -221,9 +230,8 @@ const move = (ids, label, heading) =>
 
 async function remove(some, heading) {
   const [shot] = some;
-  $("confirm-title").textContent = `Remove ${examples(some.length)}?`;
-  $("confirm-shot").replaceChildren(picture(shot.image, 160, nameOf(shot.source)), el("p", {}, ...described(shot)));
-  if ((await ask($("confirm-dialog"))) !== "ok") return;
+  const shown = [picture(shot.image, 160, nameOf(shot.source)), el("p", {}, ...described(shot))];
+  if (!(await confirmed(`Remove ${examples(some.length)}?`, "You can undo this.", "Remove", { shown }))) return;
   const ids = some.map((one) => one.key_id);
   await changed(`Removed ${examples(ids.length)}`, () => state.remove(ids), heading);
 }
@@ -289,14 +297,14 @@ const shots = new Part(
     return found;
   },
   ({ total, keys }) => {
-    $("shots-count").textContent = total.toLocaleString("en");
+    $("shots-count").textContent = count(total);
     const before = new Map(grid.items.map((shot) => [shot.key_id, shot])); // keeping the same objects keeps the selection
     const all = keys.map((shot) => Object.assign(before.get(shot.key_id) ?? { id: `shot-${shot.key_id}` }, shot));
     const groups = [...Map.groupBy(all, ({ label }) => label)].map(([label, items]) => ({ label, items }));
     grid.show(groups.length > 1 ? groups : [{ label: null, items: all }]);
     grid.chosen();
     if (!total) return "No example photos match this filter.";
-    return keys.length < total ? `These are the first ${keys.length.toLocaleString("en")}. Use the filters to find the others.` : unchangeable();
+    return keys.length < total ? `These are the first ${count(keys.length)}. Use the filters to find the others.` : unchangeable();
   },
 );
 
@@ -348,9 +356,9 @@ function showMap(found) {
   drawn = found;
   const part =
     found.key_ids.length < found.total
-      ? `${found.key_ids.length.toLocaleString("en")} of ${found.total.toLocaleString("en")} photos`
+      ? `${count(found.key_ids.length)} of ${count(found.total)} photos`
       : "";
-  const explained = found.explained?.map((share) => `${Math.round(100 * share)} %`).join(" and ");
+  const explained = found.explained?.map(percent).join(" and ");
   $("map-facts").textContent = [part, explained && `the axes show ${explained} of the variance`]
     .filter(Boolean)
     .join("; ");
@@ -435,8 +443,8 @@ function keep(some) {
 function showSuspects() {
   const known = kept();
   listed = suspects.filter((shot) => !known.has(`${shot.key_id} ${shot.label}`));
-  $("audit-count").textContent = $("tab-check-count").textContent = listed.length.toLocaleString("en");
-  refill($("audit"), listed.slice(0, SUSPECTS_SHOWN).map(suspicious));
+  $("audit-count").textContent = $("tab-check-count").textContent = count(listed.length);
+  refill($("audit"), listed.map(suspicious));
   const movable = listed.filter((shot) => shot.suggested !== null);
   $("audit-bulk").hidden = listed.length < 2 || !state.info.changes;
   $("audit-move-all").textContent = `Accept all ${movable.length}`;
@@ -465,12 +473,13 @@ function suspicious(shot) {
       el("figcaption", {}, el("span", { class: "hint" }, caption), el("span", { class: "name" }, label)),
     );
   const { suggested, duplicate_of: twin } = shot;
-  const act = (text, call) => {
-    const button = el("button", { type: "button", aria: { label: `${text}: photo ${shot.key_id}, ${shot.label}` } }, text);
+  const act = (text, key, call) => {
+    const button = el("button", { type: "button", data: { key }, aria: { label: `${text}: photo ${shot.key_id}, ${shot.label}`, keyshortcuts: key } }, `${text} `, el("kbd", {}, key));
     button.addEventListener("click", call);
     return button;
   };
   const heading = $("audit-title");
+  const { changes } = state.info;
   return el(
     "li",
     { data: { keyId: shot.key_id, margin: shot.margin } },
@@ -485,15 +494,25 @@ function suspicious(shot) {
       el(
         "p",
         { class: "buttons" },
-        ...(state.info.changes && suggested !== null
-          ? [act(`Change to ${suggested}`, () => move([shot.key_id], suggested, heading))]
-          : []),
-        act("Keep", () => keep([shot])),
-        ...(state.info.changes ? [act("Remove", () => remove([shot], heading))] : []),
+        changes && suggested !== null ? act(`Change to ${suggested}`, "Enter", () => move([shot.key_id], suggested, heading)) : null,
+        act("Keep", "K", () => keep([shot])),
+        changes ? act("Remove", "X", () => remove([shot], heading)) : null,
       ),
     ),
   );
 }
+
+/** Keys decide about the example that has the focus, or else about the first one. */
+addEventListener("keydown", (event) => {
+  const { target } = event;
+  if ($("check-view").hidden || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open], :popover-open")) return;
+  if (event.key === "Enter" && target.closest("button, input, a")) return;
+  const one = target.closest("#audit li") ?? $("audit").firstElementChild;
+  const button = [...(one?.querySelectorAll("button") ?? [])].find(({ dataset }) => dataset.key.toLowerCase() === event.key.toLowerCase());
+  if (!button) return;
+  event.preventDefault();
+  button.click();
+});
 
 // --- history ---
 
@@ -508,7 +527,6 @@ const past = new Part(
   "history",
   () => api.history(state.info.name),
   ({ versions }) => {
-    showAbout();
     $("history").replaceChildren(
       ...versions.toReversed().map(({ version, change, created_at: at, keys, classes, current }) => {
         const back = el("button", { type: "button", class: "quiet" }, "Restore");
@@ -535,7 +553,6 @@ $("classes-filter").addEventListener("input", showClasses);
 $("map-method").addEventListener("change", () => ((wished = $("map-method").value), map.load()));
 for (const [id, by] of [["map-closer", 1.5], ["map-farther", 1 / 1.5], ["map-whole", 0]])
   $(id).addEventListener("click", () => keyMap.zoom(by));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => state.info && showClasses());
 
 state.addEventListener("index", () => {
   for (const id of ["classes-filter", "shots-class", "shots-source"]) $(id).value = "";

@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import * as drawer from "./drawer.js";
-import { $, debounced, el, percent, plural, say } from "./dom.js";
+import { $, count, debounced, el, percent, plural, say } from "./dom.js";
 import { Grid } from "./grid.js";
 import { notice } from "./notice.js";
 import { Photo, parameters } from "./photo.js";
@@ -12,6 +12,7 @@ import { showUnknown } from "./unknown.js";
 import { zip } from "./zip.js";
 
 const BLOCK = 8; // features per request; the evidence for each may take a megabyte
+const DOUBTFUL = 0.95; // below this probability, a tile has a bar
 const SLICE = 12; // ms of computing after which the page can handle other events
 
 const photos = [];
@@ -157,7 +158,7 @@ function progress() {
   $("answers").hidden = !photos.length;
   const unlike = photos.filter((photo) => photo.unlike).length;
   $("progress").textContent =
-    (left ? `${(photos.length - left).toLocaleString("en")} of ${plural(photos.length, "photo")} done${remaining(left)}` : plural(photos.length, "photo")) +
+    (left ? `${count(photos.length - left)} of ${plural(photos.length, "photo")} done${remaining(left)}` : plural(photos.length, "photo")) +
     (unlike ? ` · ${unlike} with no match` : "");
   $("exactness").textContent = photos.some((photo) => photo.shown?.how === "estimate") ? "These are estimates. Waiting for the server…" : "";
   const done = wasBusy && !left;
@@ -228,9 +229,10 @@ function tile(photo, element) {
   if (shown) Object.assign(element.dataset, { label: winner.label, probability: winner.probability, how: shown.how });
   said.textContent = photo.taught ?? (photo.unlike ? "No match" : (winner?.label ?? photo.name));
   if (photo.taught) chip.textContent = "added";
-  else if (shown) chip.textContent = photo.unlike ? `closest: ${winner.label}` : percent(winner.probability);
+  else if (shown) chip.textContent = photo.unlike ? "" : percent(winner.probability);
   else chip.textContent = photo.problem ? "no answer" : "classifying…";
-  if (shown) element.style.setProperty("--p", winner.probability);
+  const doubtful = shown && !photo.unlike && !photo.taught && winner.probability < DOUBTFUL;
+  element.style.setProperty("--p", doubtful ? winner.probability : 0);
   return element;
 }
 
@@ -337,7 +339,7 @@ function showChosen() {
   $("selection-right").hidden = !can || !acting().some(acceptable);
   $("selection-chips").replaceChildren(
     ...(can && number ? choices() : []).map((label, i) => {
-      const chip = el("button", { type: "button", class: "chip" }, el("kbd", {}, `${i + 1}`), label);
+      const chip = el("button", { type: "button", class: "chip" }, el("kbd", {}, `${i + 1}`), ` ${label}`);
       chip.addEventListener("click", () => teach(acting(), label));
       return chip;
     }),

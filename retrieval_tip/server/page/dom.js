@@ -39,11 +39,13 @@ export function debounced(milliseconds, call) {
   };
 }
 
-export function percent(p) {
-  if (p > 0 && p < 0.0005) return "<0.1 %";
-  if (p < 1 && p > 0.9995) return ">99.9 %";
-  return `${(100 * p).toFixed(1)} %`;
-}
+export const whole = (share) => Math.round(100 * share);
+
+/** Format a share without decimals. A share that is not certain is never shown as 0 % or 100 %. */
+export const percent = (share) => `${share < 0.01 ? "<1" : share > 0.99 ? ">99" : whole(share)}\u00a0%`;
+
+/** Format a whole number with narrow spaces. */
+export const count = (number) => number.toLocaleString("en").replaceAll(",", "\u202f");
 
 /** Format a number with few digits. */
 export function short(value) {
@@ -54,7 +56,7 @@ export function short(value) {
   return text.replaceAll("-", "−");
 }
 
-export const plural = (number, one, many = `${one}s`) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
+export const plural = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
 
 /** Return the last `parts` parts of a path. */
 export const nameOf = (source, parts = 1) => String(source).split(/[\\/]/).filter(Boolean).slice(-parts).join("/");

@@ -5,7 +5,6 @@ import { $, el, nameOf, percent, picture, short } from "./dom.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 
-const SHOWN = 3; // number of classes
 const DECIDED = 5; // number of supporting examples
 
 let photo = null;
@@ -33,6 +32,7 @@ export function setUp(given) {
     else return;
     event.preventDefault();
   });
+  for (const type of ["touchstart", "touchend"]) $("drawer").addEventListener(type, swipe, { passive: true });
   $("drawer-form").addEventListener("submit", (event) => {
     event.preventDefault();
     if ($("drawer-label").value.trim()) teach([photo], $("drawer-label").value.trim());
@@ -42,6 +42,19 @@ export function setUp(given) {
   $("drawer-wrong").addEventListener("click", correct);
   $("decided-more").addEventListener("click", () => showMore(!$("decided").classList.contains("all")));
   $("drawer-like").addEventListener("click", () => given.like(photo));
+}
+
+const SWIPED = 64; // px that a finger moves to the side to confirm or refuse the answer
+let touched = null; // where the finger was put down
+
+/** On a touch screen, swipe right for Right and left for Wrong. */
+function swipe(event) {
+  const { clientX: x, clientY: y } = event.changedTouches[0];
+  if (event.type === "touchstart") return (touched = event.touches.length === 1 && !event.target.closest("input") ? [x, y] : null);
+  const [across, down] = touched ? [x - touched[0], y - touched[1]] : [0, 0];
+  if (Math.abs(across) < Math.max(SWIPED, 2 * Math.abs(down))) return;
+  const button = $(across > 0 ? "drawer-right" : "drawer-wrong");
+  if (button.checkVisibility()) button.click();
 }
 
 const confirm = () => teach([photo], photo.winner.label);
@@ -65,13 +78,16 @@ function newClass() {
     label && !state.labels.includes(label) ? `This creates the new class ${label}, with this photo as its first example.` : "";
 }
 
+/** Show the settings with the calculation of the open photo, or else on their own screen. */
+export const placeSettings = () => $(photo && location.hash !== "#settings" ? "howto" : "settings-home").append($("settings-fold"));
+
 /** Open a photo. */
 export function open(which) {
   const another = which !== photo;
   photo = which;
   $("drawer").hidden = false;
   document.body.classList.add("drawn");
-  $("howto").append($("settings-fold"));
+  placeSettings();
   if (another) {
     $("drawer-label").value = "";
     newClass();
@@ -97,7 +113,7 @@ export function close() {
   photo = null;
   $("drawer").hidden = true;
   document.body.classList.remove("drawn");
-  $("settings-home").append($("settings-fold"));
+  placeSettings();
 }
 
 /** Show the current state of the open photo. */
@@ -125,7 +141,6 @@ export function show() {
   $("drawer-probability").textContent = photo.unlike ? "" : percent(winner.probability);
   $("drawer-how").textContent = shown.how === "estimate" ? "estimate" : "";
   $("drawer-notes").replaceChildren(...notes());
-  $("drawer-classes").replaceChildren(...shown.rows.slice(0, SHOWN).map(classRow));
   showCorrection();
   showDecided();
   showLogits();
@@ -138,15 +153,9 @@ function notes() {
   if (photo.judgedByOthers) lines.push("This photo is one of the examples, so only the other examples count here.");
   const { before, shown } = photo;
   const same = before?.rows[0].label === shown.rows[0].label;
-  if (before && (!same || Math.abs(before.rows[0].probability - shown.rows[0].probability) >= 0.0005))
+  if (before && (!same || percent(before.rows[0].probability) !== percent(shown.rows[0].probability)))
     lines.push(`Before the last change: ${same ? "" : `${before.rows[0].label} `}${percent(before.rows[0].probability)}.`);
   return lines.map((text) => el("p", {}, text));
-}
-
-function classRow({ label, probability }) {
-  const bar = el("span", { class: "share", aria: { hidden: "true" } });
-  bar.style.setProperty("--p", probability);
-  return el("li", { data: { label } }, el("span", { class: "name" }, label), bar, el("span", {}, percent(probability)));
 }
 
 function showCorrection() {
@@ -159,7 +168,7 @@ function showCorrection() {
   $("drawer-which").textContent = photo.unlike ? "What is it?" : "Which class is right?";
   $("drawer-refused").hidden = can;
   const chips = photo.choices.map((label, i) => {
-    const chip = el("button", { type: "button", class: "chip", title: `Press ${i + 1}` }, el("kbd", {}, `${i + 1}`), label);
+    const chip = el("button", { type: "button", class: "chip", title: `Press ${i + 1}` }, el("kbd", {}, `${i + 1}`), ` ${label}`);
     chip.addEventListener("click", () => teachChoice(i));
     return chip;
   });

@@ -1,9 +1,10 @@
 // A listbox of tiles that can be used with a mouse or a keyboard. The document only contains tiles near the window.
 
-const GAP = 16;
-const LEAST = 148; // minimum width of a tile, in px
-const BELOW = 52; // height of the text below the image, in px
-const HEAD = 44;
+const GAP = 8;
+const LEAST = 152; // minimum width of a tile, in px
+const FEWEST = 3; // minimum number of columns, on phones
+const BELOW = 32; // height of the text below the image, in px
+const HEAD = 40;
 const AHEAD = 700; // tiles are drawn up to this many px outside the window
 
 /** A grid of items, which are objects that have an `id`. `tile(item, element)` creates or updates an element,
@@ -35,7 +36,7 @@ export class Grid {
   show(groups) {
     this.groups = groups ?? [];
     this.#width = this.element.clientWidth;
-    this.#columns = Math.max(1, Math.floor((this.#width + GAP) / (LEAST + GAP)));
+    this.#columns = Math.max(FEWEST, Math.floor((this.#width + GAP) / (LEAST + GAP)));
     const wide = (this.#width + GAP) / this.#columns - GAP;
     const high = wide + BELOW;
     let y = 0;
@@ -45,7 +46,7 @@ export class Grid {
     let row = 0;
     for (const { label, items } of this.groups) {
       if (label !== null) {
-        this.#heads.push({ label: `${label} · ${items.length}`, y });
+        this.#heads.push({ label: `${label} · ${items.length}`, y, at: this.#items.length - 0.5 });
         y += HEAD;
       }
       items.forEach((item, i) => {
@@ -98,17 +99,20 @@ export class Grid {
       this.#mounted.delete(item);
     }
     let before = null;
-    for (const item of [...wanted].sort((a, b) => this.#order(a) - this.#order(b))) {
+    const order = (item) => this.#places.get(item)?.at ?? item.at;
+    for (const item of [...wanted].sort((a, b) => order(a) - order(b))) {
       let element = this.#mounted.get(item);
       const fresh = !element;
       if (fresh) this.#mounted.set(item, (element = this.#made(item)));
-      const place = this.#places.get(item) ?? { x: 0, y: item.y };
-      element.style.transform = `translate(${place.x}px, ${place.y}px)`;
-      if (place.at !== undefined) {
-        if (again && !fresh) this.tile(item, element);
-        element.setAttribute("aria-posinset", place.at + 1);
-        element.setAttribute("aria-setsize", this.#items.length);
-        this.#mark(item, element);
+      if (fresh || again) {
+        const place = this.#places.get(item);
+        element.style.transform = `translate(${place?.x ?? 0}px, ${(place ?? item).y}px)`;
+        if (place) {
+          if (!fresh) this.tile(item, element);
+          element.setAttribute("aria-posinset", place.at + 1);
+          element.setAttribute("aria-setsize", this.#items.length);
+          this.#mark(item, element);
+        }
       }
       const next = before ? before.nextSibling : this.element.firstChild;
       if (next !== element) this.element.insertBefore(element, next);
@@ -116,11 +120,6 @@ export class Grid {
     }
     if (this.active) this.element.setAttribute("aria-activedescendant", this.active.id);
     else this.element.removeAttribute("aria-activedescendant");
-  }
-
-  #order(item) {
-    const place = this.#places.get(item);
-    return place ? place.at : this.#items.findIndex((one) => this.#places.get(one).y >= item.y) - 0.5;
   }
 
   #made(item) {
@@ -187,7 +186,7 @@ export class Grid {
   go(item) {
     if (!item || !this.#places.has(item)) return;
     this.active = item;
-    this.draw(false);
+    this.draw();
     this.#mounted.get(item).scrollIntoView({ block: "nearest" });
   }
 

@@ -2,7 +2,7 @@
 // photo appears at once. The server chooses the photos and saves the labels.
 
 import * as api from "./api.js";
-import { $, el, failure, plural, refill, say } from "./dom.js";
+import { $, count, el, failure, percent, plural, refill, say, whole } from "./dom.js";
 import { notice } from "./notice.js";
 import { state } from "./state.js";
 
@@ -10,6 +10,7 @@ const NONE = "none of these"; // the class of photos that belong to no other cla
 const CHOICES = 9; // one for each digit key
 const AHEAD = 4; // number of upcoming photos to show
 const LARGE = 1024; // size of the photo, in pixels
+const SLIDE = 150; // ms
 const AGAIN = 1000; // ms between two requests for the state, or between two attempts to send labels
 
 let session = null; // GET /v1/label
@@ -21,7 +22,6 @@ const outbox = []; // changes that are not sent yet
 const ahead = new Map(); // images that are loaded before they are shown, by photo
 
 const address = (photo, size) => `${api.labelPhoto(photo)}?size=${size}`;
-const percent = (share) => (share < 0.01 ? "<1 %" : share > 0.99 ? ">99 %" : `${Math.round(100 * share)} %`);
 const file = (name) => name.split(/[\\/]/).pop();
 
 /** Show the view, and follow the state of the server while it is visible. */
@@ -104,16 +104,20 @@ function choices() {
   const others = session.classes.filter(({ label }) => !known.has(label)).sort((a, b) => b.photos - a.photos);
   const all = [...guessed, ...others.map(({ label }) => [label, null])].slice(0, CHOICES);
   const buttons = all.map(([label, probability], i) => {
-    const key = i === 0 && probability !== null ? "1, Enter" : String(i + 1);
+    const guess = i === 0 && probability !== null;
     const share = probability === null ? "" : percent(probability);
-    const button = el("button", { type: "button", data: { label } }, el("kbd", {}, String(i + 1)), el("span", { class: "name" }, label), el("span", { class: "hint" }, share));
-    button.setAttribute("aria-keyshortcuts", key);
+    const button = el(
+      "button",
+      { type: "button", class: guess ? "primary" : "", data: { label }, aria: { keyshortcuts: guess ? "1 Enter" : String(i + 1) } },
+      el("kbd", {}, String(i + 1)),
+      el("span", { class: "name" }, label),
+      el("span", {}, share),
+      guess ? el("kbd", {}, "Enter") : null,
+    );
     button.addEventListener("click", () => choose(label));
     return el("li", {}, button);
   });
   refill($("label-choices"), buttons);
-  $("label-right").hidden = !guessed.length;
-  $("label-right").textContent = guessed.length ? `Right: ${guessed[0][0]}` : "";
   $("class-names").replaceChildren(...session.classes.map(({ label }) => el("option", { value: label })));
 }
 
@@ -148,24 +152,24 @@ function upcoming() {
 
 function progress() {
   const { photos, encoded, unsaved, progress: estimate } = session;
-  const number = session.labelled;
+  const unsent = outbox.flatMap(({ labels = [] }) => labels);
+  const number = session.labelled + unsent.reduce((sum, { label }) => sum + (label === null ? -1 : 1), 0);
   const rest = photos - number;
-  const parts = [`${number.toLocaleString("en")} of ${plural(photos, "photo")} labelled.`];
-  const whole = (share) => Math.round(100 * share);
+  const parts = [`${count(number)} of ${plural(photos, "photo")} labelled.`];
   if (rest && estimate?.accuracy != null) {
     const { accuracy, low, high, gain, more } = estimate;
-    parts.push(`About ${whole(accuracy)} % of the rest are classified correctly (${whole(low)} to ${whole(high)} %).`);
+    parts.push(`About ${percent(accuracy)} of the rest are classified correctly (${whole(low)} to ${whole(high)} %).`);
     if (gain !== null) parts.push(`${more} more labels: about +${whole(gain)} %.`);
   } else if (rest && estimate && estimate.drawn < estimate.needed) {
     parts.push(`It is too early to estimate the accuracy: ${estimate.drawn} of ${estimate.needed} random photos are labelled.`);
   }
-  $("label-progress").textContent = parts.join(" ").trim();
+  $("label-progress").textContent = parts.join(" ");
   $("label-bar").value = photos ? number / photos : 0;
   const waiting = [];
-  if (encoded < photos) waiting.push(`Reading photos: ${encoded.toLocaleString("en")} of ${photos.toLocaleString("en")}.`);
-  const unsent = outbox.reduce((sum, { labels = [] }) => sum + labels.length, 0);
-  waiting.push(unsaved + unsent ? `Saving ${plural(unsaved + unsent, "label")}…` : number ? `All labels are saved in “${session.index}”.` : "");
-  $("label-saved").textContent = waiting.join(" ").trim();
+  if (encoded < photos) waiting.push(`Reading photos: ${count(encoded)} of ${count(photos)}.`);
+  if (unsaved + unsent.length) waiting.push(`Saving ${plural(unsaved + unsent.length, "label")}…`);
+  else if (number) waiting.push(`All labels are saved in “${session.index}”.`);
+  $("label-saved").textContent = waiting.join(" ");
   $("label-undo").disabled = !labelled.length;
   $("label-sort").hidden = !session.version;
   $("label-sort-into").value ||= `${session.index}-sorted`;
@@ -179,10 +183,23 @@ function choose(label) {
   if (!current || !label) return;
   const marked = [...$("label-similar-list").querySelectorAll("[aria-pressed=true]")].map(({ dataset }) => Number(dataset.photo));
   const labels = [current.photo, ...marked].map((photo) => ({ photo, label }));
+  slide(label);
   labelled.push(labels);
   if (!session.classes.some((one) => one.label === label) && label !== NONE) session.classes.push({ label, photos: 0 });
-  session.labelled += labels.length;
   step(new Set(labels.map(({ photo }) => photo)), { labels });
+}
+
+/** Show the photo moving to the button of its class, unless the user prefers reduced motion. */
+function slide(label) {
+  const image = $("label-photo").querySelector("img");
+  const button = [...$("label-choices").querySelectorAll("button")].find(({ dataset }) => dataset.label === label) ?? $("label-class");
+  if (!image || matchMedia("(prefers-reduced-motion: reduce)").matches) return;
+  const [from, to] = [image, button].map((one) => one.getBoundingClientRect());
+  const copy = el("img", { alt: "", src: image.src, class: "sliding" });
+  for (const side of ["left", "top", "width", "height"]) copy.style[side] = `${from[side]}px`;
+  document.body.append(copy);
+  const end = `translate(${to.left - from.left}px, ${to.top - from.top}px) scale(${to.height / from.height})`;
+  copy.animate({ transform: ["none", end], opacity: [1, 0.5] }, SLIDE).finished.then(() => copy.remove());
 }
 
 const skip = () => current && step(new Set([current.photo]), { skip: [current.photo] });
@@ -204,7 +221,6 @@ function undo() {
   const last = labelled.pop();
   if (!last) return;
   outbox.push({ labels: last.map(({ photo }) => ({ photo, label: null })).reverse() }); // the first photo comes to the front
-  session.labelled -= last.length;
   current = null;
   session.queue = [];
   progress();
@@ -222,7 +238,8 @@ async function send() {
       const answer = await state.setLabels(outbox[0]);
       if (answer === null) break; // no token
       outbox.shift();
-      if (!outbox.length) take(answer);
+      if (outbox.length) session.labelled = answer.labelled;
+      else take(answer);
       notice("");
     } catch (error) {
       if (!api.passing(error)) {
@@ -232,7 +249,7 @@ async function send() {
         continue;
       }
       notice(`${error.message} ${plural(outbox.length, "change is", "changes are")} waiting. Trying again…`);
-      await new Promise((resolve) => setTimeout(resolve, AGAIN));
+      await api.pause(AGAIN);
     }
   }
   sending = false;
@@ -255,7 +272,6 @@ $("label-form").addEventListener("submit", (event) => {
   choose($("label-class").value);
 });
 $("label-class").addEventListener("keydown", (event) => event.key === "Escape" && $("label-stage").focus());
-$("label-right").addEventListener("click", () => choose(current.guesses[0].label));
 $("label-skip").addEventListener("click", skip);
 $("label-none").addEventListener("click", () => choose(NONE));
 $("label-undo").addEventListener("click", undo);

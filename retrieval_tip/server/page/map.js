@@ -124,7 +124,7 @@ export class KeyMap {
 
   #placed(mapX, mapY) {
     const { clientWidth: width, clientHeight: height } = this.#canvas;
-    const margin = 14;
+    const margin = SIDE / 2 + 2;
     const x = (mapX - this.#centre[0]) * this.#scale;
     const y = (mapY - this.#centre[1]) * this.#scale;
     return [margin + ((x + 1) / 2) * (width - 2 * margin), margin + ((1 - y) / 2) * (height - 2 * margin)];
@@ -203,7 +203,7 @@ export class KeyMap {
     if (groups.length > NAMED) return;
     const middle = (values) => values.toSorted((a, b) => a - b)[values.length >> 1];
     const written = [];
-    context.font = "600 14px system-ui";
+    context.font = "600 14px Inter, system-ui";
     context.textAlign = "center";
     context.lineWidth = 4;
     context.strokeStyle = getComputedStyle(this.#canvas).backgroundColor;

@@ -4,7 +4,7 @@ import { showAccuracy } from "./accuracy.js";
 import * as api from "./api.js";
 import * as camera from "./camera.js";
 import { addFiles } from "./classify.js";
-import { $, el, picture, plural } from "./dom.js";
+import { $, count, el, picture, plural } from "./dom.js";
 import { state } from "./state.js";
 
 const CLASSES = 60; // number of classes to show
@@ -24,7 +24,7 @@ async function show() {
       ),
     );
     const more = info.classes.length - known.length;
-    $("known-more").textContent = more > 0 ? `and ${more.toLocaleString("en")} more` : "";
+    $("known-more").textContent = more > 0 ? `and ${count(more)} more` : "";
   };
   list([]);
   $("samples").hidden = true;

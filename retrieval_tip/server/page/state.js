@@ -2,6 +2,7 @@
 // when the index has a new version.
 
 import * as api from "./api.js";
+import { ask } from "./dialogs.js";
 import { $, el } from "./dom.js";
 
 const TOKEN = "retrieval-tip token";
@@ -80,13 +81,22 @@ class State extends EventTarget {
   /** Create an index from [label, file] pairs, and open it. */
   async make(name, pairs) {
     const like = this.info?.images ? this.info.name : undefined;
-    const made = await this.#change((token) => api.makeIndex(name, like, pairs, token), false);
-    if (made) {
-      const detail = { name };
+    return this.#opened((token) => api.makeIndex(name, like, pairs, token));
+  }
+
+  renameIndex = (name) => this.#opened((token) => api.renameIndex(this.info.name, name, token));
+  duplicateIndex = (name) => this.#opened((token) => api.duplicateIndex(this.info.name, name, token));
+  deleteIndex = () => this.#opened((token) => api.deleteIndex(this.info.name, token));
+
+  /** Change the list of indexes, and open the changed index, or another one if it was deleted. */
+  async #opened(send) {
+    const changed = await this.#change(send, false);
+    if (changed) {
+      const detail = { name: changed.index };
       this.dispatchEvent(new CustomEvent("made", { detail }));
       await detail.done;
     }
-    return made;
+    return changed;
   }
 
   /** Fit the index to its shots again. */
@@ -136,25 +146,6 @@ async function valuesOf({ name }) {
     if (error.status === 422) return undefined;
     throw error;
   }
-}
-
-const pending = new WeakMap();
-
-/** Open a dialog, and return its return value when it is closed. If it was dismissed, the value is "". */
-export function ask(dialog) {
-  pending.get(dialog)?.(""); // it was dismissed, and opened again before its close event
-  dialog.returnValue = "";
-  dialog.showModal();
-  return new Promise((resolve) => {
-    const closed = () => dialog.open || end(dialog.returnValue);
-    const end = (value) => {
-      dialog.removeEventListener("close", closed);
-      pending.delete(dialog);
-      resolve(value);
-    };
-    pending.set(dialog, end);
-    dialog.addEventListener("close", closed);
-  });
 }
 
 async function askToken(refused) {

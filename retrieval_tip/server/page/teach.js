@@ -108,9 +108,9 @@ export function receive(found, place = null) {
   if (images.some(({ folder }) => folder !== null)) empty.forEach(takeAway);
   show();
   const other = found.length - images.length;
-  const skipped = other ? ` Skipped ${plural(other, "file")} because only JPEG, PNG, WebP and HEIC are supported.` : "";
-  if (!images.length) return notice(skipped.trim());
-  notice(`Added ${plural(images.length, "photo")} to ${plural(given.length, "class", "classes")}.${skipped}`, () => {
+  const skipped = other ? `Skipped ${plural(other, "file")} because only JPEG, PNG, WebP and HEIC are supported.` : "";
+  if (!images.length) return notice(skipped);
+  notice(`Added ${plural(images.length, "photo")} to ${plural(given.length, "class", "classes")}. ${skipped}`, () => {
     for (const [one, files] of given) takeBack(one, files, before.has(one));
     while (classes.length < 2) addClass();
     show();
@@ -289,6 +289,8 @@ $("teach-folder").addEventListener("change", () => (receive(chosen($("teach-fold
 $("teach-name").addEventListener("input", show);
 for (const id of ["teach-new", "teach-old"]) $(id).addEventListener("change", show);
 addEventListener("hashchange", () => location.hash === "#teach" || showCards());
+$("to-teach").addEventListener("click", () => (($("teach-new").checked = true), show(), $("teach-name").select()));
+$("classes-add").addEventListener("click", () => $("teach-old").disabled || (($("teach-old").checked = true), show()));
 state.addEventListener("wanted", ({ detail }) => {
   const known = classes.find(({ name }) => name === detail);
   const one = known ?? classes.find(({ name, files }) => !name && !files.length) ?? addClass();

@@ -1,0 +1,67 @@
+"""Rename, duplicate and delete index folders as a whole. A killed process leaves at most a hidden temporary folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from retrieval_tip.errors import StoreError, show
+from retrieval_tip.files import remove_leftovers, sync, temporary
+from retrieval_tip.index import changes, places
+from retrieval_tip.index.photos import remove_unused
+from retrieval_tip.store.lock import locked
+
+
+def rename(folder: places.Place, name: str) -> Path:
+    """Rename an index folder, and return its new path.
+
+    Raises the errors of :meth:`Store.movable`. Raises StoreError if the name is in use, or if the folder is locked or
+    cannot be renamed.
+    """
+    place = places.at(folder).movable()
+    target = _free(place.with_name(name))
+    with _writing(place), locked(place, place):
+        place.rename(target)
+    return target
+
+
+def duplicate(folder: places.Place, name: str) -> Path:
+    """Copy the current version of an index to a new folder next to it, and return its path.
+
+    Raises the same errors as :func:`rename` and :func:`changes.clone`.
+    """
+    place = places.at(folder).movable()
+    target = _free(place.with_name(name))
+    with _writing(place), temporary(target, folder=True) as copy:
+        changes.clone(place, copy)
+        copy.rename(target)
+    return target
+
+
+def delete(folder: places.Place) -> None:
+    """Delete an index folder, and the photos added over HTTP that no other index next to it uses.
+
+    Raises the same errors as :func:`rename`.
+    """
+    place = places.at(folder).movable()
+    with _writing(place), temporary(place, folder=True) as aside, locked(place, place):
+        place.rename(aside)  # from here on the index is gone, and the rest is removed later if this process is killed
+    remove_unused(places.at(place))
+
+
+def _free(target: Path) -> Path:
+    if target.exists():
+        raise StoreError(f"{show(target)}: already exists; choose another name")
+    return target
+
+
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    """Remove what killed processes left next to an index, and raise StoreError if the disk refuses a change."""
+    try:
+        remove_leftovers(place.parent)
+        yield
+        sync(place.parent)
+    except OSError as error:
+        raise StoreError(f"{show(place)}: cannot be changed: {error.strerror or error}") from error
