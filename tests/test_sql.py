@@ -311,6 +311,19 @@ def test_the_size_of_an_answer_is_limited() -> None:
     assert ask({"t": wide}, "FROM t").num_rows == len(wide)
 
 
+def test_a_query_with_too_large_an_answer_ends_with_its_error() -> None:
+    """Otherwise, DuckDB would go on, and the process would not end."""
+    script = (
+        "import time\n"
+        "from retrieval_tip.store.query import ask\n"
+        "try: ask({}, 'SELECT NULL FROM range(1000000000000)')\n"
+        "except ValueError as error: print(error)\n"
+        "time.sleep(1)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.startswith("query: the answer exceeds 128 MiB")
+
+
 def test_an_error_in_a_later_row_is_reported_as_a_query_error() -> None:
     with pytest.raises(UsageError, match=r"^query: Invalid Input Error: mine"):
         ask({}, "SELECT CASE WHEN i > 1900000 THEN error('mine') END FROM range(2000000) t(i)")

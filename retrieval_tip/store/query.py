@@ -133,6 +133,7 @@ def _run(
         while not answer.done() and time.monotonic() < until:
             database.interrupt()  # repeated, because an interrupt between two statements has no effect
             wait([answer], 0.02)
+        database.interrupt()  # otherwise, a query whose answer is too large would go on
 
 
 def _fetch(
