@@ -191,13 +191,13 @@ def lit_mini(shared: Path) -> Backbone:
 @pytest.fixture(scope="session")
 def things(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An index of real photos, eight for each of ten classes. Change only a copy."""
-    from serving import build, photographs
+    from serving import build, caltech_photos
 
     folder = shared_folder(tmp_path_factory, "things")
     folder.mkdir(exist_ok=True)
     with filelock.FileLock(folder / "lock"):
         if not (folder / "things").is_dir():
-            build(shared, folder / "things", photographs(shared, "train", 10, 8))
+            build(shared, folder / "things", caltech_photos(shared, "train", 10, 8))
     return folder / "things"
 
 

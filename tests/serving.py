@@ -28,7 +28,7 @@ from retrieval_tip.server import run
 START_SECONDS = 120
 
 
-def photographs(shared: Path, part: str, classes: int, each: int) -> list[tuple[Path, str]]:
+def caltech_photos(shared: Path, part: str, classes: int, each: int) -> list[tuple[Path, str]]:
     """Return photos of the first classes of Caltech101, with their labels."""
     data = shared / "data" / "caltech101"
     items = json.loads((data / "split_zhou_Caltech101.json").read_text())[part]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from serving import photographs
+from serving import caltech_photos
 
 from retrieval_tip.data import images
 from retrieval_tip.data.boxes import read_boxes
@@ -44,7 +44,7 @@ def test_a_crop_has_the_pixels_that_a_box_touches(left, top, width, height):
 @pytest.fixture
 def trap(shared, tmp_path):
     """Rotated photos that each show two photos side by side, and the boxes of both."""
-    paths = [path for path, _ in photographs(shared, "test", 4, 1)]
+    paths = [path for path, _ in caltech_photos(shared, "test", 4, 1)]
     halves = [Image.open(path).convert("RGB").resize((256, 256)) for path in paths]
     (tmp_path / "halves").mkdir()
     for number, half in enumerate(halves):

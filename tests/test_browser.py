@@ -17,7 +17,7 @@ from browser import PATIENCE, chromium
 from conftest import ROOT
 from PIL import Image
 from playwright.sync_api import expect
-from serving import photographs
+from serving import caltech_photos
 
 from retrieval_tip import CacheModel
 
@@ -82,7 +82,7 @@ LOGITS = """async ([name, at]) => {
 
 
 def test_a_photo_is_classified_in_the_browser(site, fitted, shared, run, tmp_path):
-    paths = [Path(path) for path, _ in photographs(shared, "test", 10, 1)]
+    paths = [Path(path) for path, _ in caltech_photos(shared, "test", 10, 1)]
     turned, clear = tmp_path / "turned.jpg", tmp_path / "clear.png"
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -41,7 +41,7 @@ from retrieval_tip.labelling.sort import sort_photos
 from retrieval_tip.report.report import write_report
 
 
-def photograph(seed, colour):
+def noisy_photo(seed, colour):
     noise = np.random.default_rng(seed).integers(0, 60, (40, 48, 3))
     noise[..., colour] += 180
     return Image.fromarray(noise.astype(np.uint8))
@@ -49,14 +49,14 @@ def photograph(seed, colour):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model, six photographs of each of three classes, and two others of each."""
+    """A model, six photos of each of three classes, and two others of each."""
     folder = tmp_path_factory.mktemp("classifier")
     tiny(folder / "model")
     for part, seeds in (("photos", range(6)), ("new", range(6, 8))):
         for colour, name in enumerate(("red", "green", "blue")):
             (folder / part / name).mkdir(parents=True)
             for seed in seeds:
-                photograph(10 * seed + colour, colour).save(folder / part / name / f"{seed}.png")
+                noisy_photo(10 * seed + colour, colour).save(folder / part / name / f"{seed}.png")
     return folder
 
 
@@ -85,7 +85,7 @@ def test_it_answers_as_the_parts_that_it_is_made_of(place, kept, clf):
     assert len(clf) == 18
 
 
-def test_a_photograph_is_the_same_however_it_is_held(place, clf):
+def test_a_photo_is_the_same_however_it_is_held(place, clf):
     path = place / "new/red/6.png"
     picture = Image.open(path)
     one = clf.predict(path)
@@ -163,7 +163,7 @@ def test_shots_are_added_to_known_and_to_new_classes(place, clf):
     added = clf.add(place / "new/red/6.png", "RED")  # as it is spelled in the index
     assert (len(added.key_ids), added.classes, added.version) == (1, ["RED"], version + 1)
     assert len(clf) == 19
-    assert clf.add([photograph(1, 0), photograph(2, 1)], ["red", "green"]).key_ids
+    assert clf.add([noisy_photo(1, 0), noisy_photo(2, 1)], ["red", "green"]).key_ids
     yellow = [Image.new("RGB", (40, 40), (250, 250, i)) for i in range(3)]
     clf.add(yellow, "yellow")
     assert clf.classes[-1] == "yellow"
@@ -178,7 +178,7 @@ def test_shots_are_added_to_known_and_to_new_classes(place, clf):
 
 
 class Dataset(torch.utils.data.Dataset):
-    """Two photographs of each class, as torch has them."""
+    """Two photos of each class, as torch has them."""
 
     classes = ("red", "green", "blue")
 
@@ -186,7 +186,7 @@ class Dataset(torch.utils.data.Dataset):
         return 6
 
     def __getitem__(self, i):
-        return photograph(10 * (i // 3) + i % 3, i % 3), i % 3
+        return noisy_photo(10 * (i // 3) + i % 3, i % 3), i % 3
 
 
 def test_photos_in_memory_become_shots(place):
@@ -219,7 +219,7 @@ def test_photos_in_memory_become_shots(place):
     ids = held.add(part).key_ids
     labels = {row["key_id"]: row["label"] for row in held.cache.labels.to_pylist()}
     assert [labels[key] for key in ids] == ["green", "green"]
-    for wrong, words in (([photograph(1, 1)], "label: missing"), (place / "new/red/6.png", "label: missing")):
+    for wrong, words in (([noisy_photo(1, 1)], "label: missing"), (place / "new/red/6.png", "label: missing")):
         with pytest.raises(UsageError, match=words):
             held.add(wrong)
     both = torch.utils.data.ConcatDataset([part, Dataset()])
@@ -229,7 +229,7 @@ def test_photos_in_memory_become_shots(place):
 
 
 class Tensors(Dataset):
-    """The same photographs as tensors, as torchvision's ``ToTensor`` makes them, or scaled further."""
+    """The same photos as tensors, as torchvision's ``ToTensor`` makes them, or scaled further."""
 
     def __init__(self, scale=1.0):
         self.scale = scale
@@ -282,7 +282,7 @@ def datasets(monkeypatch):
     return pytest.importorskip("datasets")
 
 
-def test_datasets_of_hugging_face_are_labelled_photographs(place, clf, datasets, tmp_path):
+def test_datasets_of_hugging_face_are_labelled_photos(place, clf, datasets, tmp_path):
     def dataset(part, how):
         files, names = sorted((place / part).glob("*/*.png")), ["blue", "green", "red"]
         columns = {"id": list(range(len(files))), "label": [names.index(file.parent.name) for file in files]}
@@ -422,8 +422,8 @@ def test_photos_are_sorted_and_two_classifiers_compared(place, kept, clf, tmp_pa
 
 def test_photos_in_memory_are_suggested_although_the_index_has_others_of_the_same_name(place):
     clf = Classifier.from_images(Dataset(), model=f"local-dir:{place / 'model'}", device="cpu")
-    others = [photograph(100 + seed, 0) for seed in range(3)]
-    found = clf.suggest([*others, photograph(0, 0)], 4)
+    others = [noisy_photo(100 + seed, 0) for seed in range(3)]
+    found = clf.suggest([*others, noisy_photo(0, 0)], 4)
     assert (sorted(found.inputs), found.known) == (["photo 0", "photo 1", "photo 2"], 1)
 
 

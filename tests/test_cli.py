@@ -24,7 +24,7 @@ import torch
 from click.types import FloatParamType, IntParamType, Tuple
 from conftest import few
 from PIL import Image
-from serving import photographs
+from serving import caltech_photos
 from tables import picture, tiny, unit_rows, write_table
 
 from retrieval_tip.cache_model import CacheModel
@@ -487,7 +487,7 @@ NAMES = [
 def test_any_name_works_for_images_classes_and_tables(run, shared, tmp_path):
     images = [tmp_path / "photos" / name / f"{name}.jpg" for name in NAMES]
     tables = [tmp_path / f"{name}.parquet" for name in NAMES]
-    for image, (photo, _) in zip(images, photographs(shared, "train", 10, 2), strict=False):
+    for image, (photo, _) in zip(images, caltech_photos(shared, "train", 10, 2), strict=False):
         image.parent.mkdir(parents=True)
         shutil.copy(photo, image)
     model = ("--model", f"local-dir:{shared / 'models' / 'lit-mini'}")

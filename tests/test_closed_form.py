@@ -211,17 +211,17 @@ def test_each_fold_is_judged_by_what_saw_nothing_of_it():
     np.testing.assert_allclose(folds.terms(DEFAULT_FORM)[1], np.concatenate(expected), atol=2e-4)
 
 
-def test_views_of_one_photograph_stay_together():
+def test_views_of_one_photo_stay_together():
     images = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4])
     ids = np.array([0, 0, 0, 0, 1, 1, 1, 1, 2])
     folds, first = folds_module._folds(images, ids, 4)
-    assert folds[8] == -1  # the only photograph of its class takes part without being judged
+    assert folds[8] == -1  # the only photo of its class takes part without being judged
     assert all(folds[i] == folds[i + 1] >= 0 for i in range(0, 8, 2))
     assert {folds[0], folds[2]} == {folds[4], folds[6]} == {0, 1}
     assert first.tolist() == [0, 2, 4, 6, 8]
 
 
-def test_of_many_photographs_those_that_are_judged_are_left_out():
+def test_of_many_photos_those_that_are_judged_are_left_out():
     """With their views; the rest of their fold stays, and so does a fold of which too few would be judged."""
     keys, ids = clusters(40)
     images = np.arange(len(ids)) // 2
@@ -694,7 +694,7 @@ def test_unhelpful_text_gets_little_weight_and_a_message():
     assert both >= (alone.argmax(1).numpy() == truth).mean() - 0.03 > (text.argmax(1).numpy() == truth).mean()
 
 
-def test_one_photograph_a_class_takes_the_documented_settings():
+def test_one_photo_a_class_takes_the_documented_settings():
     cache = model(shots=1)
     choice = closed_form.fit(cache)
     assert (choice.form, choice.n, choice.both) == (ONE_SHOT, 0, None)
@@ -704,7 +704,7 @@ def test_one_photograph_a_class_takes_the_documented_settings():
     assert "not estimated" in str(choice)
 
 
-def test_words_that_are_sure_and_wrong_leave_one_photograph_a_class_to_decide():
+def test_words_that_are_sure_and_wrong_leave_one_photo_a_class_to_decide():
     keys, ids = clusters(1, spread=0.3)
     noise = unit(np.random.default_rng(5).normal(size=(C, D))).astype(np.float32)
     cache = CacheModel.from_features(keys, ids, [str(i) for i in range(C)], noise)
@@ -713,7 +713,7 @@ def test_words_that_are_sure_and_wrong_leave_one_photograph_a_class_to_decide():
     text, alone = parts_of(cache, queries)
     both = (cache.logits(queries).argmax(1).numpy() == truth).mean()
     assert both >= (alone.argmax(1).numpy() == truth).mean() - 0.05 > (text.argmax(1).numpy() == truth).mean()
-    # as sure as photographs can be, at most: the cache counts ONE_SHOT_MOST in the end
+    # as sure as photos can be, at most: the cache counts ONE_SHOT_MOST in the end
     assert cache.settings.alpha / cache.settings.temperature <= closed_form.ONE_SHOT_MOST * 1.0001
 
 

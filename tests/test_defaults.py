@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from conftest import SOAK, needs_real
-from serving import photographs
+from serving import caltech_photos
 from test_search_hp import clusters
 
 from retrieval_tip.errors import UsageError
@@ -68,7 +68,7 @@ def test_settings_that_cannot_be_normalised_are_refused():
 def test_defaults_come_close_to_the_best_settings(run, shared, things, tmp_path):
     """The paper's constants reach 46 % on lit-mini. On CLIP features, defaults are as good as alpha 1.17, beta 5.5."""
     index, judged, least = things, (tmp_path / "val.csv",), 0.8
-    lines = [f"{path},{label}" for path, label in photographs(shared, "val", 10, 4)]
+    lines = [f"{path},{label}" for path, label in caltech_photos(shared, "val", 10, 4)]
     judged[0].write_text("\n".join(["path,label", *lines]))
     if SOAK:  # all classes
         split, index, least = shared / "data/caltech101/split_zhou_Caltech101.json", tmp_path / "c", 0.85

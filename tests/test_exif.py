@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import IFDRational
-from serving import photographs
+from serving import caltech_photos
 
 from retrieval_tip.data.exif import UNKNOWN, Taken, taken
 from retrieval_tip.labelling.bursts import bursts
@@ -121,7 +121,7 @@ def test_bursts_are_chains_of_photos_in_one_folder(photos, gap):
 def traps(shared, tmp_path):
     """Photos in two folders: a burst of three, one photo later, one without a time, and one elsewhere."""
     seconds = {"a/1.jpg": 0, "a/2.jpg": 8, "a/3.jpg": 16, "a/4.jpg": 60, "a/5.jpg": None, "b/1.jpg": 0}
-    for (name, second), (path, _) in zip(seconds.items(), photographs(shared, "test", 6, 1), strict=True):
+    for (name, second), (path, _) in zip(seconds.items(), caltech_photos(shared, "test", 6, 1), strict=True):
         file = tmp_path / name
         file.parent.mkdir(exist_ok=True)
         time = None if second is None else f"{START + timedelta(seconds=second):%Y:%m:%d %H:%M:%S}"

@@ -809,43 +809,41 @@ def test_a_linked_table_is_written_through_its_link(folder: Path, tmp_path: Path
 
 
 @pytest.fixture
-def photographs(tmp_path: Path) -> Source:
+def jpegs(tmp_path: Path) -> Source:
     """One that can be reduced for views of 4 x 4, one that is too small, and one that is no JPEG."""
-    place = tmp_path / "photographs"
+    place = tmp_path / "jpegs"
     place.mkdir()
     for name, size in (("large.jpg", (90, 70)), ("small.jpg", (23, 90)), ("large.png", (90, 70))):
         picture(len(name)).resize(size).save(place / name)
     return of_images([str(place / name) for name in ("large.jpg", "small.jpg", "large.png")])
 
 
-def test_only_large_jpegs_have_another_feature_when_reduced(photographs: Source) -> None:
-    whole = Encoder(Fake(), reduce=False).encode(photographs).features
-    reduced = Encoder(Fake()).encode(photographs).features
+def test_only_large_jpegs_have_another_feature_when_reduced(jpegs: Source) -> None:
+    whole = Encoder(Fake(), reduce=False).encode(jpegs).features
+    reduced = Encoder(Fake()).encode(jpegs).features
     assert [np.array_equal(*pair) for pair in zip(whole, reduced, strict=True)] == [False, True, True]
     assert (whole * reduced).sum(axis=1).min() > 0.98
-    assert photographs.paths is not None
-    for path, feature in zip(photographs.paths, reduced, strict=True):
+    assert jpegs.paths is not None
+    for path, feature in zip(jpegs.paths, reduced, strict=True):
         expected = Fake().expected(images.decode(Path(path).read_bytes(), 12))
         assert np.allclose(feature, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_cache_never_gives_a_reduced_picture_for_a_whole_one(
-    photographs: Source, tmp_path: Path, first: bool
-) -> None:
-    alone = {reduce: Encoder(Fake(), reduce=reduce).encode(photographs).features for reduce in (True, False)}
+def test_a_cache_never_gives_a_reduced_picture_for_a_whole_one(jpegs: Source, tmp_path: Path, first: bool) -> None:
+    alone = {reduce: Encoder(Fake(), reduce=reduce).encode(jpegs).features for reduce in (True, False)}
     for reduce, fresh in ((first, 3), (not first, 1), (first, 0), (not first, 0)):
         backbone = Fake()
         encoder = Encoder(backbone, reduce=reduce)
-        found = with_cache(tmp_path / "c", lambda cache: replace(encoder, cache=cache).encode(photographs))  # noqa: B023
+        found = with_cache(tmp_path / "c", lambda cache: replace(encoder, cache=cache).encode(jpegs))  # noqa: B023
         assert sum(backbone.batches) == fresh
         assert np.array_equal(found.features, alone[reduce])
 
 
-def test_augmented_views_and_pixels_are_those_of_the_whole_picture(photographs: Source) -> None:
+def test_augmented_views_and_pixels_are_those_of_the_whole_picture(jpegs: Source) -> None:
     for names in (["crop/1/0", "crop/1/1"], ["crop/1/0", "centre"]):
-        whole, reduced = (Encoder(Fake(), reduce=reduce).encode_views(photographs, names) for reduce in (False, True))
+        whole, reduced = (Encoder(Fake(), reduce=reduce).encode_views(jpegs, names) for reduce in (False, True))
         same = (whole.features == reduced.features).all(axis=1)
         assert same.tolist() == [True, "centre" not in names, True, True, True, True]
-    pixels = [next(Encoder(Fake(), reduce=reduce).pixels(photographs, "centre", 3))[1] for reduce in (False, True)]
+    pixels = [next(Encoder(Fake(), reduce=reduce).pixels(jpegs, "centre", 3))[1] for reduce in (False, True)]
     assert torch.equal(*pixels)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import cache_of
-from serving import photographs
+from serving import caltech_photos
 from tables import unit, unit_rows, write_table
 
 from retrieval_tip import CacheModel
@@ -31,7 +31,7 @@ def inbox(shared, tmp_path):
     """Photos of three classes, one of them twice, and a damaged file."""
     inbox = tmp_path / "inbox"
     inbox.mkdir()
-    for place, (path, _) in enumerate(photographs(shared, "test", 3, 2)):
+    for place, (path, _) in enumerate(caltech_photos(shared, "test", 3, 2)):
         shutil.copy(path, inbox / f"{place}.jpg")
     shutil.copy(inbox / "0.jpg", inbox / "copy.jpg")
     (inbox / "broken.jpg").write_bytes(b"no image")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import photographs
+from serving import caltech_photos
 from test_closed_form import clusters, text_of
 from test_onnx import NAMES
 
@@ -46,7 +46,7 @@ def classified(run, things, paths, style, *options):
 
 
 def test_classify_writes_every_format(run, things, shared, tmp_path):
-    paths = [path for path, _ in photographs(shared, "test", 3, 1)]
+    paths = [path for path, _ in caltech_photos(shared, "test", 3, 1)]
     names = CacheModel.load(things).class_names
     for style, convert in (("coco", coco), ("fiftyone", fiftyone), ("label-studio", label_studio)):
         for options in ([], ["--abstain", 0.9999], ["--group-by", "burst"]):

@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from serving import photographs, server
+from serving import caltech_photos, server
 
 from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Backbone
@@ -74,7 +74,7 @@ def pool(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     """Paths of photos of four classes, one of which is a near copy of another, with their labels. One is damaged."""
     folder = tmp_path_factory.mktemp("pool")
     found = {}
-    for number, (path, label) in enumerate(photographs(shared, "train", 4, 6)):
+    for number, (path, label) in enumerate(caltech_photos(shared, "train", 4, 6)):
         found[shutil.copy(path, folder / f"{number}.jpg").as_posix()] = label
     copy = folder / "copy.jpg"
     Image.open(folder / "0.jpg").convert("RGB").save(copy, quality=70)
@@ -256,7 +256,7 @@ def test_labels_that_cannot_be_saved_are_saved_later(
 
 def test_a_photo_that_has_gone_is_left_out(shared: Path, place: Path, lit_mini: Backbone, tmp_path: Path) -> None:
     (tmp_path / "pool").mkdir()
-    images = [shutil.copy(path, tmp_path / "pool") for path, _ in photographs(shared, "train", 2, 2)]
+    images = [shutil.copy(path, tmp_path / "pool") for path, _ in caltech_photos(shared, "train", 2, 2)]
     with Client(dict.fromkeys(map(str, images), "x"), place, lit_mini) as client:
         gone, other = client.settled()["queue"][:2]
         Path(gone["name"]).unlink()

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 from PIL import Image
-from serving import photographs
+from serving import caltech_photos
 from test_closed_form import C, clusters, text_of
 
 from retrieval_tip import CacheModel
@@ -70,7 +70,7 @@ def test_from_pixels_by_the_command_line(run, things, shared, tmp_path):
     props = onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
     labels, preprocess = json.loads(props["labels"]), json.loads(props["preprocess"])
     assert (preprocess["size"], preprocess["resize_mode"], preprocess["shorter_side"]) == ([224, 224], "shortest", 224)
-    paths = [path for path, _ in photographs(shared, "test", 10, 2)]
+    paths = [path for path, _ in caltech_photos(shared, "test", 10, 2)]
     pixels = np.stack([prepared(path, 224) for path in paths])
     _, (logits, _) = run_in(file, pixels)
     answers = run("classify", things, *paths, "--logits", "--format", "json", "--no-cache")

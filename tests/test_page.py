@@ -40,7 +40,7 @@ if not SHARED.is_dir():
 SPLIT = json.loads((IMAGES.parent / "split_zhou_Caltech101.json").read_text())
 
 
-def photographs(part: str, label: str, number: int) -> list[Path]:
+def caltech_photos(part: str, label: str, number: int) -> list[Path]:
     return [IMAGES / path for path, _, name in SPLIT[part] if name == label][:number]
 
 
@@ -58,9 +58,9 @@ class Served(NamedTuple):
 def served(tmp_path_factory: pytest.TempPathFactory, encodings: Path) -> Iterator[Served]:
     """A server of an index of ten classes of eight shots, and one that is markup; and of an index of features alone."""
     place = tmp_path_factory.mktemp("page")
-    rows = [(path, label) for label in CLASSES for path in photographs("train", label, 7 if label == "panda" else 8)]
-    rows.append((photographs("test", "pizza", 9)[-1], "panda"))  # a wrong label, to be found
-    for number, path in enumerate(photographs("train", "anchor", 2)):
+    rows = [(path, label) for label in CLASSES for path in caltech_photos("train", label, 7 if label == "panda" else 8)]
+    rows.append((caltech_photos("test", "pizza", 9)[-1], "panda"))  # a wrong label, to be found
+    for number, path in enumerate(caltech_photos("train", "anchor", 2)):
         link = place / f"{number}{HOSTILE}.jpg"
         link.symlink_to(path)
         rows.append((link, HOSTILE))
@@ -140,20 +140,20 @@ def page(opened: Open) -> Page:
 
 
 def classified(page: Page, number: int = 1) -> None:
-    """Once so many photographs are there, and all have their answer."""
+    """Once so many photos are there, and all have their answer."""
     expect(page.locator("#grid .tile")).to_have_count(number)
     expect(page.locator("#grid .tile.busy")).to_have_count(0)
     expect(page.locator("#grid .tile[data-label]")).to_have_count(number)
 
 
 def ask(page: Page, *images: Path, names: list[str] | None = None, number: int | None = None) -> None:
-    """Drop photographs on the page, and wait until it shows this number of answers, by default one a photograph."""
+    """Drop photos on the page, and wait until it shows this number of answers, by default one a photo."""
     drop(page, *images, names=names)
     classified(page, len(images) if number is None else number)
 
 
 def answer(page: Page) -> dict[str, Any]:
-    """What is said of the photograph that is open."""
+    """What is said of the photo that is open."""
     return page.locator("#drawer").evaluate(
         """async drawer => {
             const still = () => new Promise(requestAnimationFrame);
@@ -212,7 +212,7 @@ def setting(page: Page, name: str) -> str:
 
 
 def assert_same(page: Page, run: Callable[..., Any], folder: Path, image: Path, *options: object) -> None:
-    """The page says of the photograph that is open what the command line does of the image with these options."""
+    """The page says of the photo that is open what the command line does of the image with these options."""
     told = run("classify", folder, image, *options, "--top", 8, "--explain", "--logits", "--format", "json")
     assert told.exit_code == 0, told.output
     right = json.loads(told.stdout)
@@ -237,10 +237,10 @@ def screenshot(page: Page, name: str, *, full: bool = False) -> None:
     page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=full)
 
 
-def test_dropped_photograph_and_settings_agree_with_the_command_line(
+def test_dropped_photo_and_settings_agree_with_the_command_line(
     page: Page, served: Served, run: Callable[..., Any]
 ) -> None:
-    [image] = photographs("test", "crayfish", 1)
+    [image] = caltech_photos("test", "crayfish", 1)
     ask(page, image)
     assert answer(page)["label"] == "crayfish"
     assert_same(page, run, served.folder, image)
@@ -301,7 +301,7 @@ def test_method_agrees_with_a_dense_reference(page: Page) -> None:
         n, c = int(random.integers(1, 60)), int(random.integers(1, 12))
         affinities = np.sort(np.round(random.uniform(-0.2, 1, n), int(random.integers(1, 17))))[::-1]  # rounded: ties
         class_ids = random.integers(0, c, n)
-        class_ids[0] = 0  # this class has a key besides the photograph itself
+        class_ids[0] = 0  # this class has a key besides the photo itself
         one_hot = np.eye(c)[class_ids]
         text = random.normal(0, 10, c) * int(random.integers(0, 2))
         k = "all" if random.random() < 0.3 else int(random.integers(1, n + 3))
@@ -335,7 +335,7 @@ def test_method_agrees_with_a_dense_reference(page: Page) -> None:
         rows = None if values is one_hot else values.tolist()
         model = {"values": rows, "offset": offset, "gamma": gamma, "temperature": temperature}
         first = np.eye(c)[0]
-        itself = evidence | {  # the same photograph, of the first class: not to count
+        itself = evidence | {  # the same photo, of the first class: not to count
             "key_ids": [n, *range(n)], "class_ids": [0, *class_ids.tolist()], "affinities": [1.0, *affinities.tolist()],
             "counts": (counts + first).tolist(), "sums": (sums + first).tolist(),
             "discriminant": (average + first * ((sums[0] + 1) / (counts[0] + 1) + offsets[0] - average[0])).tolist(),
@@ -362,7 +362,7 @@ def test_method_agrees_with_a_dense_reference(page: Page) -> None:
 
 def test_wrong_answer_becomes_a_shot_and_back(opened: Open, served: Served, run: Callable[..., Any]) -> None:
     page = opened(expected=[f"{REFUSED}401"]).page
-    crabs = photographs("test", "crab", 10)
+    crabs = caltech_photos("test", "crab", 10)
     told = run("classify", served.folder, *crabs, "--format", "json").stdout.splitlines()
     image = next((Path(row["input"]) for row in map(json.loads, told) if row["label"] != "crab"), None)
     assert image is not None, "all are right"
@@ -411,7 +411,7 @@ def test_the_printed_address_lets_one_teach_at_once(opened: Open, served: Served
     """And several at once, by the keyboard alone; undo is a rollback."""
     page = opened(at=f"/#token={TOKEN.replace(' ', '%20')}").page
     assert "token" not in page.url
-    ask(page, *photographs("test", "lobster", 3))
+    ask(page, *caltech_photos("test", "lobster", 3))
     page.focus("#grid")
     page.keyboard.press("Home")
     page.keyboard.press("Space")
@@ -434,7 +434,7 @@ def test_the_printed_address_lets_one_teach_at_once(opened: Open, served: Served
 
 
 def test_hostile_names_are_text(page: Page) -> None:
-    [anchor] = photographs("train", "anchor", 1)  # one of the two shots of the hostile class: the other one judges it
+    [anchor] = caltech_photos("train", "anchor", 1)  # one of the two shots of the hostile class
     ask(page, anchor, names=[f"{HOSTILE}.jpg"])
     assert HOSTILE in answer(page)["labels"]
     expect(page.locator("#drawer-file")).to_have_text(f"{HOSTILE}.jpg")
@@ -470,7 +470,7 @@ def test_classifying_with_the_keyboard_alone(page: Page) -> None:
     assert focused.evaluate("element => getComputedStyle(element).outlineStyle") == "solid"  # the focus can be seen
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Enter")
-    chooser.value.set_files(photographs("test", "panda", 1))
+    chooser.value.set_files(caltech_photos("test", "panda", 1))
     classified(page)
     expect(page.locator("#live")).to_contain_text("panda")  # said aloud
     page.focus("#grid")
@@ -530,7 +530,7 @@ def test_teaching_with_the_keyboard_alone(opened: Open) -> None:
     tab_to(page, card.get_by_role("button", name="Choose"))
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Enter")
-    chooser.value.set_files(photographs("train", "anchor", 3))
+    chooser.value.set_files(caltech_photos("train", "anchor", 3))
     expect(page.locator("#teach-go")).to_have_text("Add 3 photos in 1 class")
     tab_to(page, page.locator("#teach-go"))
     page.keyboard.press("Enter")
@@ -543,7 +543,7 @@ def test_teaching_with_the_keyboard_alone(opened: Open) -> None:
 
 def test_pasted_image(page: Page) -> None:
     page.click("#tab-classes")
-    [image] = photographs("test", "accordion", 1)
+    [image] = caltech_photos("test", "accordion", 1)
     page.evaluate(
         """bytes => {
             const clipboardData = new DataTransfer();
@@ -579,7 +579,7 @@ def test_many_images_at_once(page: Page) -> None:
 
     page.on("request", count(1))
     page.on("requestfinished", count(-1))
-    images = [path for label in CLASSES for path in photographs("test", label, 2)]
+    images = [path for label in CLASSES for path in caltech_photos("test", label, 2)]
     ask(page, *images)
     assert 1 <= uploads["most"] <= 4
     page.select_option("#sort", "new")
@@ -616,7 +616,7 @@ def test_many_images_at_once(page: Page) -> None:
 
 
 def test_only_what_is_near_the_window_is_in_the_document(page: Page) -> None:
-    """Of 5,000 photographs. The server's answers are those to 20, in turn. benchmarks/page.py measures the frames."""
+    """Of 5,000 photos. The server's answers are those to 20, in turn. benchmarks/page.py measures the frames."""
     page.evaluate(
         """async bytes => {
             const real = window.fetch;
@@ -635,7 +635,7 @@ def test_only_what_is_near_the_window_is_in_the_document(page: Page) -> None:
             const file = (_, i) => new File([files[i % 20]], `${i}.jpg`, { type: "image/jpeg" });
             addFiles(Array.from({ length: 5000 }, file));
         }""",
-        [list(path.read_bytes()) for label in CLASSES for path in photographs("test", label, 2)],
+        [list(path.read_bytes()) for label in CLASSES for path in caltech_photos("test", label, 2)],
     )
     expect(page.locator("#progress")).to_have_text(re.compile(r"^5\s000 photos( ·.*)?$"), timeout=4 * PATIENCE)
     tiles = page.locator("#grid .tile")
@@ -658,10 +658,10 @@ def test_only_what_is_near_the_window_is_in_the_document(page: Page) -> None:
 def test_from_an_empty_server_to_an_answer(
     browser: Browser, tmp_path: Path, run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In five actions, and 20 s from the first click, with three classes of five photographs; then more is taught."""
+    """In five actions, and 20 s from the first click, with three classes of five photos; then more is taught."""
     for label in ("crab", "panda", "pizza"):
         (tmp_path / "photos" / label).mkdir(parents=True)
-        for path in photographs("train", label, 5):
+        for path in caltech_photos("train", label, 5):
             shutil.copy(path, tmp_path / "photos" / label)
     model = SHARED / "models" / "lit-mini"
     options = ("--model", f"local-dir:{model}", "--into", tmp_path / "made", "--device", "cpu")
@@ -677,7 +677,7 @@ def test_from_an_empty_server_to_an_answer(
         expect(page.locator("#teach-result")).to_contain_text("“my photos” is ready.")
         expect(page.locator("#teach-result")).to_contain_text("class names alone")
         page.keyboard.press("Enter")  # 4: the button that asks it has the focus
-        drop(page, *photographs("test", "crab", 1))  # 5
+        drop(page, *caltech_photos("test", "crab", 1))  # 5
         classified(page)
         seconds = time.monotonic() - start
         assert answer(page)["label"] == "crab"
@@ -692,7 +692,7 @@ def test_from_an_empty_server_to_an_answer(
         expect(page.locator("#teach-old")).to_be_checked()
         card = page.locator(".class-card").first
         card.get_by_placeholder("class name").fill("starfish")
-        card.locator("input[type=file]").set_input_files(photographs("train", "starfish", 3))
+        card.locator("input[type=file]").set_input_files(caltech_photos("train", "starfish", 3))
         assert violations(page) == []
         page.locator("#teach-go").press("Enter")
         expect(page.locator("#teach-result")).to_contain_text("is ready")
@@ -705,10 +705,10 @@ def test_from_an_empty_server_to_an_answer(
 
 
 def class_folders(place: Path, *labels: str, each: int) -> Path:
-    """Folders of photographs, a class each."""
+    """Folders of photos, a class each."""
     for label in labels:
         (place / label).mkdir(parents=True)
-        for path in photographs("train", label, each):
+        for path in caltech_photos("train", label, each):
             shutil.copy(path, place / label)
     return place
 
@@ -718,9 +718,9 @@ def test_folders_are_dropped_and_taught_and_long_work_is_cancelled(
 ) -> None:
     page = opened(at=f"/#token={TOKEN}", expected=[f"{REFUSED}4"]).page
     place = class_folders(tmp_path / "photos", "butterfly", "crab", each=16)
-    (place / "crab" / "notes.txt").write_text("no photograph")
+    (place / "crab" / "notes.txt").write_text("not a photo")
     (place / "crab" / ".hidden.jpg").write_text("none either")
-    drop_folders(page, place / "crab")  # in the view of photographs: they are asked about
+    drop_folders(page, place / "crab")  # in the view of photos: they are asked about
     classified(page, 16)
     expect(page.locator("#troubles p")).to_contain_text("notes.txt")
     more(page, "clear")
@@ -758,11 +758,11 @@ def test_folders_are_dropped_and_taught_and_long_work_is_cancelled(
 
 
 def test_folders_are_classes_wherever_they_are_dropped(opened: Open, tmp_path: Path) -> None:
-    """On a card too; photographs without a folder go to the card that is marked, and all of it is undone."""
+    """On a card too; photos without a folder go to the card that is marked, and all of it is undone."""
     page = opened(at=f"/#token={TOKEN}").page
     go(page, "teach")
     place = class_folders(tmp_path / "photos", "crab", "panda", "pizza", each=2)
-    loose = photographs("train", "starfish", 2)
+    loose = caltech_photos("train", "starfish", 2)
     cards, names = page.locator(".class-card"), page.locator(".class-card input[type=text]")
 
     def middle(card: Locator) -> tuple[float, float]:
@@ -795,7 +795,7 @@ def test_folders_are_classes_wherever_they_are_dropped(opened: Open, tmp_path: P
 
 
 def test_camera(browser: Browser, served: Served) -> None:
-    """A photograph is asked about, and others become a class."""
+    """A photo is asked about, and others become a class."""
     with another(browser, *CAMERA) as filming:
         one = Opened(filming, served.address, f"/#token={TOKEN}")
         page = one.page
@@ -839,7 +839,7 @@ def test_files_that_are_no_images_are_one_line(opened: Open, tmp_path: Path) -> 
     wrong = [tmp_path / name for name in ("notes.jpg", "more.jpg", "IMG_1.HEIC")]
     for path in wrong:
         path.write_bytes(b"no image")
-    ask(page, *wrong, *photographs("test", "panda", 1), number=1)
+    ask(page, *wrong, *caltech_photos("test", "panda", 1), number=1)
     lines = page.locator("#troubles p")
     expect(lines).to_have_count(2)
     expect(lines.filter(has_text="Skipped 2 files")).to_contain_text("notes.jpg")
@@ -851,7 +851,7 @@ def test_files_that_are_no_images_are_one_line(opened: Open, tmp_path: Path) -> 
 def test_a_dead_or_busy_server_is_one_line(opened: Open) -> None:
     page = opened(expected=["Failed to load resource"]).page
     page.route("**/v1/classify**", lambda route: route.abort())
-    drop(page, *photographs("test", "panda", 3))
+    drop(page, *caltech_photos("test", "panda", 3))
     expect(page.locator("#troubles p")).to_have_count(1)
     expect(page.locator("#troubles")).to_contain_text("cannot be reached. Is it still running? 3 photos have")
     page.unroute("**/v1/classify**")
@@ -880,7 +880,7 @@ def test_a_slow_server_is_waited_for(page: Page) -> None:
     """What is asked is shown as such, the page stays as quick as it is, and what is given up leaves nothing."""
     held: list[Route] = []
     page.route("**/v1/classify**", lambda route: held.append(route))
-    drop(page, *photographs("test", "panda", 6))
+    drop(page, *caltech_photos("test", "panda", 6))
     expect(page.locator("#progress")).to_contain_text("0 of 6 photos done")
     expect(page.locator("#grid .tile.busy .chip-of").first).to_have_text("classifying…")
     assert violations(page) == []
@@ -904,7 +904,7 @@ def test_a_server_that_is_gone_is_one_line_everywhere(browser: Browser, served: 
     with server(folder, "--device", "cpu", token=TOKEN) as (address, process):
         one = Opened(browser, address, f"/#token={TOKEN}", expected=["Failed to load resource: net::ERR_"])
         page = one.page
-        ask(page, *photographs("test", "panda", 2))
+        ask(page, *caltech_photos("test", "panda", 2))
         page.click("#tab-classes")
         expect(page.locator("#shots .tile").first).to_be_visible()
         page.click("#tab-map")
@@ -953,7 +953,7 @@ def test_what_the_page_cannot_compute_is_asked(opened: Open, served: Served, run
     many = {"type": "about:blank", "title": "Many", "status": 422, "detail": "too many"}
     page.route("**/v1/indexes/*/values", lambda route: route.fulfill(status=422, json=many))
     page.reload()
-    [image] = photographs("test", "lobster", 1)
+    [image] = caltech_photos("test", "lobster", 1)
     ask(page, image)
     assert answer(page)["how"] == "server"
     show_settings(page)
@@ -1228,7 +1228,7 @@ def test_map_shows_keys_that_are_pointed_at(page: Page, served: Served) -> None:
     expect(canvas).to_have_attribute("data-scale", "1")
 
 
-def test_a_shape_on_the_map_takes_photographs(opened: Open, served: Served) -> None:
+def test_a_shape_on_the_map_takes_photos(opened: Open, served: Served) -> None:
     """They are listed, to be moved or removed together; without a mouse, by space and Enter."""
     page = opened(at=f"/#token={TOKEN}").page
     canvas = map_by_axes(page)
@@ -1290,8 +1290,8 @@ def test_a_shape_on_the_map_takes_photographs(opened: Open, served: Served) -> N
     expect(page.locator("#shots-mapped")).to_be_hidden()
 
 
-def test_the_photograph_that_is_open_is_a_star_on_the_map(page: Page, served: Served) -> None:
-    [image] = photographs("test", "panda", 1)
+def test_the_photo_that_is_open_is_a_star_on_the_map(page: Page, served: Served) -> None:
+    [image] = caltech_photos("test", "panda", 1)
     ask(page, image)
     page.click("#tab-map")
     expect(page.locator("#map-method")).to_have_value("tsne")
@@ -1343,7 +1343,7 @@ def test_removing_a_shot_is_asked_first(page: Page, served: Served, run: Callabl
     while page.request.get(f"{served.address}/v1/indexes/things").json()["n_keys"] != 82:
         page.wait_for_timeout(100)  # until the server has followed
     page.click("#tab-classify")
-    drop(page, *photographs("test", "starfish", 1))  # whose answer is of another version than the page knows
+    drop(page, *caltech_photos("test", "starfish", 1))  # whose answer is of another version than the page knows
     classified(page)
     expect(page.locator("#index-facts")).to_contain_text("82 photos")
 
@@ -1356,7 +1356,7 @@ def test_without_a_token_nothing_can_be_changed(page: Page) -> None:
 
     page.route("**/v1/indexes/*", closed)
     page.reload()
-    ask(page, *photographs("test", "panda", 1))
+    ask(page, *caltech_photos("test", "panda", 1))
     expect(page.locator("#drawer-refused")).to_contain_text("read-only")
     expect(page.locator("#drawer-form")).to_be_hidden()
     expect(page.locator("#drawer-chips button")).to_have_count(0)
@@ -1370,7 +1370,7 @@ def test_without_a_token_nothing_can_be_changed(page: Page) -> None:
 
 
 def test_other_index_of_features_alone(page: Page) -> None:
-    ask(page, *photographs("test", "panda", 1))
+    ask(page, *caltech_photos("test", "panda", 1))
     choose(page, "food <b>1")
     expect(page.locator("#index-facts")).to_contain_text("36 photos, 9 classes")
     expect(page.locator("#drop-hint")).to_contain_text("accepts features")
@@ -1415,7 +1415,7 @@ def test_every_screen_fits(opened: Open, tmp_path: Path, width: int, scheme: str
     classified(page)
     expect(page.locator("#drawer-notes")).to_contain_text("one of the examples")
     page.click("#drawer-close")
-    some = [*photographs("test", "crab", 3), *photographs("test", "car_side", 2)]
+    some = [*caltech_photos("test", "crab", 3), *caltech_photos("test", "car_side", 2)]
     ask(page, *some, names=[f"{number}{'a-very-long-name' * 10}.jpg" for number in range(5)], number=6)
     if width < 500:
         page.click("#filters")  # they are folded on a phone
@@ -1492,7 +1492,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("pool")
     found = {}
     for label in LABELS:
-        for number, path in enumerate(photographs("train", label, 14)):
+        for number, path in enumerate(caltech_photos("train", label, 14)):
             name = f"{len(found):03}.jpg"
             shutil.copy(path, folder / name)
             found[name] = label
@@ -1655,7 +1655,7 @@ def test_labelling_on_a_phone(browser: Browser, pool: dict[str, str], tmp_path: 
 
 def test_similar_photos_without_a_match_are_named_together(opened: Open) -> None:
     page = opened(at=f"/#token={TOKEN}").page
-    ask(page, *photographs("train", "yin_yang", 5), *photographs("train", "stop_sign", 4))
+    ask(page, *caltech_photos("train", "yin_yang", 5), *caltech_photos("train", "stop_sign", 4))
     groups = page.locator("#unknown-list > li")
     expect(groups.first).to_be_visible()
     assert violations(page) == []
@@ -1668,7 +1668,7 @@ def test_similar_photos_without_a_match_are_named_together(opened: Open) -> None
 
 
 def test_photos_are_downloaded_in_folders_by_class(page: Page) -> None:
-    images = [*photographs("test", "panda", 2), *photographs("test", "pizza", 2)]
+    images = [*caltech_photos("test", "panda", 2), *caltech_photos("test", "pizza", 2)]
     ask(page, *images, names=["a/../..jpg", "same.jpg", "same.jpg", "größe.jpg"])
     labels = [tile.get_attribute("data-label") for tile in page.locator("#grid .tile").all()]
     with page.expect_download() as waiting:
@@ -1684,7 +1684,7 @@ def test_photos_are_downloaded_in_folders_by_class(page: Page) -> None:
 
 
 def test_photos_are_sorted_by_their_similarity_to_one(page: Page) -> None:
-    ask(page, *photographs("test", "panda", 2), *photographs("test", "pizza", 2))
+    ask(page, *caltech_photos("test", "panda", 2), *caltech_photos("test", "pizza", 2))
     tiles = page.locator("#grid .tile")
     tiles.filter(has_text="pizza").first.click()
     name = page.locator("#drawer-file").text_content()
@@ -1695,7 +1695,7 @@ def test_photos_are_sorted_by_their_similarity_to_one(page: Page) -> None:
 
 def test_answers_are_confirmed_one_by_one_or_together(opened: Open) -> None:
     page = opened(at=f"/#token={TOKEN}").page
-    ask(page, *photographs("test", "pizza", 3))
+    ask(page, *caltech_photos("test", "pizza", 3))
     matched = page.locator("#grid .tile:not(.unlike)")
     matched.first.click()
     label = page.locator("#drawer").get_attribute("data-label")
@@ -1844,7 +1844,7 @@ def test_a_swipe_confirms_or_corrects_on_a_phone(opened: Open) -> None:
     """And the buttons are at the bottom of the window."""
     phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
     page = opened(at=f"/#token={TOKEN}", **phone).page
-    ask(page, *photographs("test", "pizza", 1))
+    ask(page, *caltech_photos("test", "pizza", 1))
     box = page.locator("#drawer-right").bounding_box()
     assert box is not None
     assert box["y"] + box["height"] > 844 - 32
@@ -1891,7 +1891,7 @@ def test_the_accuracy_counts_up_unless_motion_is_not_wanted(opened: Open) -> Non
                 new MutationObserver(see).observe(element, { childList: true });
             }"""
         )
-        ask(page, *photographs("test", "pizza", 1))
+        ask(page, *caltech_photos("test", "pizza", 1))
         page.focus("#drawer")
         page.keyboard.press("Enter")
         expect(accuracy).to_have_text("97 % accurate (95–99)")
@@ -1904,7 +1904,7 @@ def test_the_accuracy_counts_up_unless_motion_is_not_wanted(opened: Open) -> Non
 def test_the_font_is_the_pages_own_and_no_toolbar_wraps(opened: Open) -> None:
     page = opened(at=f"/#token={TOKEN}", viewport={"width": 1280, "height": 840}).page
     assert page.evaluate("async () => (await document.fonts.ready, document.fonts.check('600 14px Inter'))")
-    ask(page, *photographs("test", "pizza", 3))
+    ask(page, *caltech_photos("test", "pizza", 3))
     page.focus("#grid")
     page.keyboard.press("Control+a")
     for bar in ("header", "#bar", "#selection"):

@@ -21,7 +21,7 @@ import pytest
 from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import photographs
+from serving import caltech_photos
 from tables import tiny, unit_rows, write_table
 from tarring import tar
 
@@ -115,7 +115,7 @@ def test_a_folder_contains_each_intact_part_of_a_run_once(tmp_path):
 def test_an_actor_encodes_a_piece_and_reports_unreadable_photos(tmp_path, shared):
     work = Work(Encoder(), partial(load_backbone, f"local-dir:{tiny(tmp_path / 'model')}"), None)
     worker = Worker(work, f"{tmp_path}/out", "cpu", Path.cwd())
-    paths = [str(path) for path, _ in photographs(shared, "test", 2, 1)]
+    paths = [str(path) for path, _ in caltech_photos(shared, "test", 2, 1)]
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     pieces = {"000000": of_images([paths[0], str(tmp_path / "bad.jpg"), paths[1]]), "000001": f"{tmp_path}/no.tar"}
     found = [worker(pa.table({"part": [part], "piece": [pickle.dumps(piece)]})) for part, piece in pieces.items()]
@@ -164,7 +164,7 @@ def rows_and_numbers(place):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["folder", "tars", "bucket"])
 def test_two_nodes_give_the_same_results_as_one_process(run, cluster, shared, tmp_path, kind):
-    for number, (path, label) in enumerate(photographs(shared, "test", 6, 8)):
+    for number, (path, label) in enumerate(caltech_photos(shared, "test", 6, 8)):
         place = tmp_path / "photos" / label / f"{number:02}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)

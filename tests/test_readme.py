@@ -42,13 +42,13 @@ RUN = [page for page in PAGES if blocks(page)]
 
 @pytest.fixture(scope="module")
 def fetched():
-    """The photographs and the encoder of the demo, which stay in the clone."""
+    """The photos and the encoder of the demo, which stay in the clone."""
     work = ROOT / "build/docs"
     work.mkdir(parents=True, exist_ok=True)
     try:
         demo.lay_out(work, "debian", None, demo.Backbone())
     except (SystemExit, subprocess.SubprocessError):
-        pytest.skip("SKIPPED: the demo's photographs cannot be fetched here (apt-get download, pip download)")
+        pytest.skip("SKIPPED: the demo's photos cannot be fetched here (apt-get download, pip download)")
     return work
 
 

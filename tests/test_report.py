@@ -162,9 +162,9 @@ def done(*arguments, status=0):
 
 
 @pytest.fixture(scope="module")
-def photographs(shared, tmp_path_factory):
-    """Shots and test photographs of classes that look alike, and an index of the shots."""
-    place = tmp_path_factory.mktemp("photographs")
+def caltech(shared, tmp_path_factory):
+    """Shots and test photos of classes that look alike, and an index of the shots."""
+    place = tmp_path_factory.mktemp("caltech")
     for name in ALIKE:
         files = sorted((IMAGES / name).iterdir())
         for part, some in (("shots", files[:4]), ("test", files[-9:]), ("val", files[4:7])):
@@ -176,10 +176,10 @@ def photographs(shared, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def written(photographs):
+def written(caltech):
     """A report on them, with what was printed."""
-    out = photographs / "report.html"
-    result = done("-q", "report", photographs / "index", "--test", photographs / "test", "--out", out, "--seeds", 2)
+    out = caltech / "report.html"
+    result = done("-q", "report", caltech / "index", "--test", caltech / "test", "--out", out, "--seeds", 2)
     return out, result
 
 
@@ -242,10 +242,10 @@ def _light(request, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
-def test_the_figures_are_those_of_evaluate(written, photographs):
+def test_the_figures_are_those_of_evaluate(written, caltech):
     out, result = written
     page = read(out)
-    facts = json.loads(done("-q", "evaluate", photographs / "index", photographs / "test", "--json").stdout)
+    facts = json.loads(done("-q", "evaluate", caltech / "index", caltech / "test", "--json").stdout)
     found = figures(page)
     assert 0.5 < facts["top1"] < 1
     assert found["Tip-Adapter"] == (facts["top1"], facts["mean_per_class"])
@@ -271,14 +271,14 @@ def log_softmax(z):
     return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
 
 
-def test_parts_are_judged_as_plain_numpy_would(photographs):
-    cache = CacheModel.load(photographs / "index", device="cpu", precision="float32")
+def test_parts_are_judged_as_plain_numpy_would(caltech):
+    cache = CacheModel.load(caltech / "index", device="cpu", precision="float32")
     rng = np.random.default_rng(0)
     keys = np.asarray(cache.keys, dtype=np.float64)
     rows = keys[rng.integers(0, 24, 90)] + 0.08 * rng.normal(size=(90, cache.d))
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     ids = rng.integers(0, 6, 90)
-    source = open_source(write_table(photographs / "made.parquet", rows, [ALIKE[i] for i in ids]))
+    source = open_source(write_table(caltech / "made.parquet", rows, [ALIKE[i] for i in ids]))
     cache.settings = cache.settings.override(alpha=3.0, temperature=2.5)
     details = judge(cache, Encoder().blocks(source), cache.ids_of(source)).answers.details
     text = cache.settings.logit_scale * rows @ cache.text_weights.numpy().astype(np.float64).T
@@ -346,7 +346,7 @@ def test_the_curve_is_that_of_a_sweep_and_features_get_placeholders(food, tmp_pa
 # ---------------------------------------------------------------------------------------------------- pictures, names
 
 
-def test_pictures_are_thumbnails_of_the_items_and_their_keys(written, photographs):
+def test_pictures_are_thumbnails_of_the_items_and_their_keys(written, caltech):
     page = read(written[0])
     cards = list(page.first("ol", class_="cards").all("li", class_="card"))
     assert 2 < len(cards) <= MISTAKES
@@ -357,7 +357,7 @@ def test_pictures_are_thumbnails_of_the_items_and_their_keys(written, photograph
         data = base64.b64decode(query.attributes["src"].removeprefix("data:image/jpeg;base64,"))
         with (
             Image.open(io.BytesIO(data)) as small,
-            Image.open(photographs / "test" / query.attributes["title"]) as large,
+            Image.open(caltech / "test" / query.attributes["title"]) as large,
         ):
             assert max(small.size) == 180
             assert small.size[0] / small.size[1] == pytest.approx(large.size[0] / large.size[1], rel=0.02)
@@ -367,24 +367,24 @@ def test_pictures_are_thumbnails_of_the_items_and_their_keys(written, photograph
     assert not list(page.all("span", role="img"))
 
 
-def test_a_picture_that_moved_or_changed_is_not_shown(photographs, tmp_path):
-    shutil.copytree(photographs / "shots", tmp_path / "shots")
+def test_a_picture_that_moved_or_changed_is_not_shown(caltech, tmp_path):
+    shutil.copytree(caltech / "shots", tmp_path / "shots")
     done("-q", "index", "build", "--fit", "none", tmp_path / "shots", "--model", MODEL, "--out", tmp_path / "i")
     for name in ALIKE[:3]:
         shutil.rmtree(tmp_path / "shots" / name)
     for name in ALIKE[3:]:
         for file in (tmp_path / "shots" / name).iterdir():
             Image.new("RGB", (40, 40), "red").save(file)
-    page = reported(tmp_path, tmp_path / "i", photographs / "test", "--no-curves")
+    page = reported(tmp_path, tmp_path / "i", caltech / "test", "--no-curves")
     assert {node.attributes["class"].split()[-1] for node in page.all("span", role="img")} == {"key", "small"}
     assert not list(page.all("img", class_="key"))
     assert list(page.all("img", class_="query"))
 
 
-def test_ids_of_an_encoded_table_find_their_pictures(photographs, tmp_path):
+def test_ids_of_an_encoded_table_find_their_pictures(caltech, tmp_path):
     table = tmp_path / "test.parquet"
-    done("-q", "encode", photographs / "test", "--model", MODEL, "--out", table)
-    assert list(reported(tmp_path, photographs / "index", table, "--no-curves").all("img", class_="query"))
+    done("-q", "encode", caltech / "test", "--model", MODEL, "--out", table)
+    assert list(reported(tmp_path, caltech / "index", table, "--no-curves").all("img", class_="query"))
 
 
 @pytest.mark.usefixtures("drawn")
@@ -436,24 +436,24 @@ def test_hostile_names_stay_names(tmp_path):
 
 
 @pytest.mark.usefixtures("drawn")
-def test_a_fine_tuned_index_is_set_beside_what_it_was_made_from(photographs, tmp_path):
+def test_a_fine_tuned_index_is_set_beside_what_it_was_made_from(caltech, tmp_path):
     tuned = tmp_path / "tuned"
-    done("-q", "finetune", photographs / "index", "--out", tuned, "--views-cache", 1, "--epochs", 3, "--keep-last")
-    page = reported(tmp_path, tuned, photographs / "test")
+    done("-q", "finetune", caltech / "index", "--out", tuned, "--views-cache", 1, "--epochs", 3, "--keep-last")
+    page = reported(tmp_path, tuned, caltech / "test")
     found = figures(page)
     before, after = (
-        json.loads(done("-q", "evaluate", folder, photographs / "test", "--json").stdout)
-        for folder in (photographs / "index", tuned)
+        json.loads(done("-q", "evaluate", folder, caltech / "test", "--json").stdout)
+        for folder in (caltech / "index", tuned)
     )
     assert found["Tip-Adapter"] == (before["top1"], before["mean_per_class"])
     assert found["Tip-Adapter-F"] == (after["top1"], after["mean_per_class"])
     assert "before fine-tuning" in section(page, "accuracy").text
     assert "weight_decay" in section(page, "provenance").text
     assert not list(page.all("section", id="shots"))
-    away = shutil.copytree(photographs / "index", tmp_path / "away")
+    away = shutil.copytree(caltech / "index", tmp_path / "away")
     done("-q", "finetune", away, "--out", tuned, "--views-cache", 1, "--epochs", 1, "--keep-last")
     shutil.rmtree(away)
-    arguments = ("report", tuned, "--test", photographs / "test", "--out", tmp_path / "r.html", "--no-curves")
+    arguments = ("report", tuned, "--test", caltech / "test", "--out", tmp_path / "r.html", "--no-curves")
     assert "before fine-tuning" in done(*arguments).stderr
     assert set(figures(read(tmp_path / "r.html"))) == {"Tip-Adapter-F", "class names only", "examples only"}
 
@@ -578,23 +578,23 @@ def test_settings_say_where_they_come_from(tmp_path):
     assert "selected on these test photos" in page.first("header").text
 
 
-def test_test_items_that_are_keys_are_counted(photographs, tmp_path):
-    shutil.copytree(photographs / "test", tmp_path / "test")
-    for file in sorted((photographs / "shots" / ALIKE[0]).iterdir())[:2]:
+def test_test_items_that_are_keys_are_counted(caltech, tmp_path):
+    shutil.copytree(caltech / "test", tmp_path / "test")
+    for file in sorted((caltech / "shots" / ALIKE[0]).iterdir())[:2]:
         shutil.copy(file, tmp_path / "test" / ALIKE[4] / f"x{file.name}")
-    page = reported(tmp_path, photographs / "index", tmp_path / "test", "--no-curves")
+    page = reported(tmp_path, caltech / "index", tmp_path / "test", "--no-curves")
     assert "2 of 56 test photos are also in the index" in page.first("header").text
 
 
 # ------------------------------------------------------------------------------------------------- what can go wrong
 
 
-def test_items_that_could_not_be_read_are_named(photographs, tmp_path):
-    shutil.copytree(photographs / "test", tmp_path / "test")
+def test_items_that_could_not_be_read_are_named(caltech, tmp_path):
+    shutil.copytree(caltech / "test", tmp_path / "test")
     bad = tmp_path / "test" / ALIKE[0] / "<b>ad.jpg"
     bad.write_bytes(b"\xff\xd8\xff nothing")
     arguments = (
-        "report", photographs / "index", "--test", tmp_path / "test", "--out", tmp_path / "r.html", "--no-curves",
+        "report", caltech / "index", "--test", tmp_path / "test", "--out", tmp_path / "r.html", "--no-curves",
     )  # fmt: skip
     result = done(*arguments, status=3)
     assert "1 input could not be read" in result.stderr
@@ -669,10 +669,10 @@ def test_a_manifest_may_say_anything(tmp_path):
         assert "<i>, 1.5, -" in section(page, "provenance").text
 
 
-def test_a_report_has_no_local_path(photographs, tmp_path, monkeypatch):
+def test_a_report_has_no_local_path(caltech, tmp_path, monkeypatch):
     home = tmp_path / "home" / "jane"
-    shutil.copytree(photographs / "test", home / "test")
-    shutil.copytree(photographs / "shots", home / "more")
+    shutil.copytree(caltech / "test", home / "test")
+    shutil.copytree(caltech / "shots", home / "more")
     (home / "test" / ALIKE[0] / "bad.jpg").write_bytes(b"\xff\xd8\xff nothing")
     monkeypatch.setenv("HOME", str(home))
     things = home / "things"

@@ -26,7 +26,7 @@ import psutil
 import pytest
 from click.testing import Result
 from PIL import Image
-from serving import listens, photographs, random_index, rest, running, server, told
+from serving import caltech_photos, listens, random_index, rest, running, server, told
 from tables import png
 
 from retrieval_tip import CacheModel
@@ -51,7 +51,7 @@ def served(things: Path, warm_path: str) -> Iterator[tuple[str, psutil.Process]]
 
 @pytest.fixture(scope="module")
 def photo() -> tuple[Path, str]:
-    return photographs(SHARED, "test", 10, 1)[0]
+    return caltech_photos(SHARED, "test", 10, 1)[0]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ import pytest
 from click.testing import CliRunner, Result
 from fastapi.testclient import TestClient
 from PIL import Image
-from serving import photographs, random_index
+from serving import caltech_photos, random_index
 
 from retrieval_tip import CacheModel
 from retrieval_tip.cli import main
@@ -90,13 +90,13 @@ def serving(*folders: Path, limits: Limits | None = None, token: str | None = No
 
 @pytest.fixture(scope="module")
 def photo() -> bytes:
-    """A photograph that is no shot; its class is ``TRUTH``."""
-    return photographs(SHARED, "test", 10, 1)[0][0].read_bytes()
+    """A photo that is no shot; its class is ``TRUTH``."""
+    return caltech_photos(SHARED, "test", 10, 1)[0][0].read_bytes()
 
 
 @pytest.fixture
 def own(things: Path, tmp_path: Path) -> Path:
-    """A copy of the index of photographs, to be changed."""
+    """A copy of the index of photos, to be changed."""
     return Path(shutil.copytree(things, tmp_path / "own"))
 
 
@@ -116,7 +116,7 @@ def added(client: Client, data: bytes, label: str) -> dict[str, Any]:
 
 
 def test_images_are_classified_as_by_the_command(both: Client, things: Path, run: Callable[..., Result]) -> None:
-    items = photographs(SHARED, "test", 10, 1)
+    items = caltech_photos(SHARED, "test", 10, 1)
     files = [("images", (path.name, path.read_bytes())) for path, _ in items]
     asked = "index=things&beta=3.5&alpha=20&k=40&top=3&neighbours=4&logits=true"
     answer = both.post(f"/v1/classify?{asked}", files=files)
@@ -333,7 +333,7 @@ def test_a_shot_changes_the_answer_and_is_undone(own: Path, photo: bytes) -> Non
         assert client.get("/v1/indexes/own/keys/80/image").status_code == 200
         again = added(client, photo, "squeeze box")
         assert (again["known"], again["key_ids"], again["version"]) == (1, [], 2)
-        shot, label = photographs(SHARED, "train", 10, 8)[0]
+        shot, label = caltech_photos(SHARED, "train", 10, 8)[0]
         assert added(client, shot.read_bytes(), label)["known"] == 1
         kept = (own.parent / "own-shots").rglob("*.jpg")
         assert [(path.parent.name, path.read_bytes()) for path in kept] == [("squeeze box", photo)]
@@ -351,7 +351,7 @@ def test_a_shot_changes_the_answer_and_is_undone(own: Path, photo: bytes) -> Non
 def test_gc_deletes_the_photos_that_no_kept_version_has(
     own: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent = [path for path, _ in photographs(SHARED, "test", 10, 1)[:3]]
+    sent = [path for path, _ in caltech_photos(SHARED, "test", 10, 1)[:3]]
     with serving(own, token=TOKEN) as client:
         for path in sent:
             added(client, path.read_bytes(), "new")
@@ -534,9 +534,9 @@ def test_exemplars_are_nearest_to_the_mean_of_their_class(both: Client, things: 
     assert found["other"] == pytest.approx(affinities[ids[:, None] != ids[None]].mean(), abs=1e-4)
 
 
-def test_an_index_is_made_of_photographs(own: Path, tmp_path: Path, lit_mini: Any) -> None:
-    some = photographs(SHARED, "train", 3, 5)
-    other = photographs(SHARED, "test", 3, 1)
+def test_an_index_is_made_of_photos(own: Path, tmp_path: Path, lit_mini: Any) -> None:
+    some = caltech_photos(SHARED, "train", 3, 5)
+    other = caltech_photos(SHARED, "test", 3, 1)
 
     def sent(name: str, *more: tuple[str, bytes]) -> dict[str, Any]:
         files = [("images", (path.name, path.read_bytes())) for path, _ in some] + [("images", one) for one in more]
@@ -631,7 +631,7 @@ def test_each_format_is_classified_and_added(own: Path, photo: bytes) -> None:
         for number, style in enumerate((*images.uploads(), "MPO")):
             sent = io.BytesIO()
             image.save(sent, style)
-            files = {"images": ("photograph", sent.getvalue())}
+            files = {"images": ("photo", sent.getvalue())}
             answer = client.post("/v1/classify", files=files)
             assert answer.status_code == 200, answer.text
             added = client.post("/v1/indexes/own/keys", files=files, data={"label": style}, headers=AUTHORISED)
@@ -946,9 +946,7 @@ def busy(own: Path) -> Iterator[tuple[Client, Future[Any]]]:
         assert asked.result().status_code == 200
 
 
-def test_a_small_photograph_does_not_wait_for_large_ones_of_others(
-    busy: tuple[Client, Future[Any]], photo: bytes
-) -> None:
+def test_a_small_photo_does_not_wait_for_large_ones_of_others(busy: tuple[Client, Future[Any]], photo: bytes) -> None:
     client, asked = busy
     answer = client.post("/v1/classify", files={"images": photo})
     assert answer.status_code == 200
@@ -1062,7 +1060,7 @@ def test_an_index_whose_backbone_cannot_be_had_takes_features(
 
 
 def test_encoder_and_server_make_the_same_feature(both: Client, lit_mini: object, tmp_path: Path, photo: bytes) -> None:
-    """Also of a photograph that is decoded at a reduced size, and of one that is none of RGB."""
+    """Also of a photo that is decoded at a reduced size, and of one that is none of RGB."""
     with Image.open(io.BytesIO(photo)) as image:
         image.save(tmp_path / "small.png")
         image.resize((2000, 1500)).save(tmp_path / "large.jpg")

@@ -19,7 +19,7 @@ import pytest
 from conftest import examples, few, sampled
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import photographs
+from serving import caltech_photos
 from tables import unit, unit_rows, write_table
 from tarring import tar
 
@@ -368,7 +368,7 @@ def test_one_process_sorts_at_a_time_and_the_folder_must_be_one(index, inbox, tm
 def test_the_command_sorts_real_photos(shared, things, run, tmp_path):
     inbox, out = tmp_path / "inbox", tmp_path / "out"
     inbox.mkdir()
-    for place, (path, _) in enumerate(photographs(shared, "test", 3, 2)):
+    for place, (path, _) in enumerate(caltech_photos(shared, "test", 3, 2)):
         shutil.copy(path, inbox / f"{place}.jpg")
     (inbox / "broken.jpg").write_bytes(b"no image")
     before = {path.name: path.read_bytes() for path in inbox.iterdir()}
@@ -396,7 +396,7 @@ def test_the_command_sorts_real_photos(shared, things, run, tmp_path):
 
 
 def test_photos_that_are_not_files_are_only_copied(shared, things, run, tmp_path):
-    path = photographs(shared, "test", 1, 1)[0][0]
+    path = caltech_photos(shared, "test", 1, 1)[0][0]
     photos = tar(tmp_path / "photos.tar", [("a.jpg", path.read_bytes())])
     cache = CacheModel.load(things, device="cpu")
     table = write_table(tmp_path / "t.parquet", unit(np.asarray(cache.keys[:2])), ids=[str(path), "gone"])

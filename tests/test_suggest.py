@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import photographs
+from serving import caltech_photos
 from tables import unit, unit_rows, write_table
 
 from retrieval_tip import CacheModel, Classifier, tip
@@ -167,9 +167,9 @@ def test_class_names_provide_a_first_label(index, run, tmp_path):
 def test_photos_are_suggested_from_a_folder_or_a_list(shared, things, tmp_path, run):
     inbox, model = tmp_path / "inbox", f"local-dir:{shared / 'models' / 'lit-mini'}"
     inbox.mkdir()
-    for place, (path, label) in enumerate(photographs(shared, "test", 3, 2)):
+    for place, (path, label) in enumerate(caltech_photos(shared, "test", 3, 2)):
         shutil.copy(path, inbox / f"{place}-{label}.jpg")
-    known = photographs(shared, "train", 1, 1)[0][0]
+    known = caltech_photos(shared, "train", 1, 1)[0][0]
     shutil.copy(known, inbox / "copy-of-a-shot.jpg")
     (inbox / "broken.jpg").write_bytes(b"no image")
     new = {str(path) for path in inbox.iterdir() if path.name[0].isdigit()}

@@ -17,7 +17,7 @@ import pytest
 from conftest import examples, few
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import photographs
+from serving import caltech_photos
 from tables import tiny
 from tarring import jpeg, tar
 
@@ -46,7 +46,7 @@ def model(tmp_path_factory):
 def world(shared, tmp_path_factory):
     """Photos of three classes, in class folders and in two tars in the same order, and a tar of query photos."""
     folder = tmp_path_factory.mktemp("world")
-    shots, queries = photographs(shared, "train", 3, 4), photographs(shared, "test", 3, 2)
+    shots, queries = caltech_photos(shared, "train", 3, 4), caltech_photos(shared, "test", 3, 2)
     for number, (path, label) in enumerate(shots):
         (folder / "photos" / label).mkdir(parents=True, exist_ok=True)
         (folder / "photos" / label / f"{number:03}.jpg").write_bytes(path.read_bytes())
@@ -113,7 +113,7 @@ def test_photos_and_tars_in_a_bucket_are_sources(run, world, model, tmp_path, mo
 
 
 def test_a_build_reports_damaged_members_of_a_tar_and_uses_the_others(run, shared, model, tmp_path):
-    shots = list(members(photographs(shared, "train", 2, 2)))
+    shots = list(members(caltech_photos(shared, "train", 2, 2)))
     path = tar(tmp_path / "t.tar", [*shots, ("lonely.jpg", jpeg())])
     whole = path.read_bytes()
     path.write_bytes(whole[: whole.rindex(b"lonely.jpg") + 512])  # ends after a header

@@ -51,7 +51,7 @@ def test_names_of_views() -> None:
 # -- images --
 
 
-def test_views_of_photographs_are_encoded_each_on_its_own(shared: Path, lit_mini: Any) -> None:
+def test_views_of_photos_are_encoded_each_on_its_own(shared: Path, lit_mini: Any) -> None:
     source = open_source(shared / "data/caltech101/split_zhou_Caltech101.json").take([0, 40, 20])
     names = ["centre", *view_names(5, 2)]
     found = Encoder(lit_mini).encode_views(source, names)
