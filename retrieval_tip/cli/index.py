@@ -132,12 +132,14 @@ def build(
     """
     from retrieval_tip.data.datasets import facts
     from retrieval_tip.index.build import build_index
+    from retrieval_tip.index.precision import settle_for_build
 
     items = source_of(source, reading, "train")
     backbone = backbone_of(items, encoding, needed=text is None)
     words = backbone is not None and backbone.has_text and not text
     templates = template or (facts(items.dataset).templates if items.dataset and words else ())
     with encoder_of(ctx, backbone, encoding, views) as encoder:
+        encoder = settle_for_build(encoder, items, shots)
         cache = build_index(
             items, out, encoder, shots=shots, templates=templates, text=text, index=factory, dtype=dtype, fit=fit,
             metric=metric, values=values, class_prior=class_prior, prior=prior, alpha=alpha, beta=beta,
