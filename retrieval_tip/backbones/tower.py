@@ -124,7 +124,7 @@ def calibrated(identity: Identity, photos: Sequence[torch.Tensor]) -> Tower | No
         with quiet(), redirect_stdout(StringIO()):  # which gets its progress bars
             import nncf
 
-            nncf.set_log_level(logging.ERROR)
+            logging.getLogger("nncf").setLevel(logging.ERROR)  # set_log_level would change handlers of others
             attends = any(node.get_type_name() == "Softmax" for node in graph.get_ops())
             quantised = nncf.quantize(
                 graph, nncf.Dataset(photos, lambda view: view[None].float().numpy()), subset_size=len(photos),
