@@ -9,6 +9,7 @@ import subprocess
 from dataclasses import replace
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import warm
@@ -252,3 +253,22 @@ def test_ray_is_refused(run, name, photos, tmp_path):
     done = run("encode", photos, "--model", name, "--out", tmp_path / "out", "--engine", "ray", "--precision", "int8")
     assert done.exit_code != 0
     assert "--engine ray needs" in done.stderr
+
+
+def test_an_exported_graph_has_an_encoder_in_int8_and_says_how_well_it_agrees(run, name, place, photos, tmp_path):
+    index, files = tmp_path / "index", [tmp_path / f"{kind}.onnx" for kind in ("float32", "int8")]
+    assert run("index", "build", photos, "--model", name, "--out", index).exit_code == 0
+    for file in files:
+        done = run("index", "export", index, "--onnx", file, "--precision", file.stem)
+        assert done.exit_code == 0, done.output
+        assert "10 of 10 photos classified as by the package" in done.stdout
+    assert files[1].stat().st_size < 0.8 * files[0].stat().st_size
+    pixels = np.stack([np.moveaxis(np.asarray(Image.open(p).resize((32, 32)), np.float32), 2, 0) for p in
+                       sorted((photos / "red").iterdir())])  # fmt: skip
+    exact, quick = (onnxruntime.InferenceSession(file).run(["probabilities"], {"pixels": pixels})[0] for file in files)
+    assert 0 < np.abs(exact - quick).max() < 0.2
+    for path in list((photos / "red").iterdir())[:10]:
+        path.unlink()
+    done = run("index", "export", index, "--onnx", files[0], "--precision", "int8")
+    assert done.exit_code == 1
+    assert f"30 photos of the index could be read; {FEWEST} are needed" in done.stderr

@@ -16,7 +16,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from retrieval_tip.files import cache_folder, make_folders, sha256_of, temporary
 from retrieval_tip.settings import Precision
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator
     from types import ModuleType
 
     import openvino
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+
+_Graph = TypeVar("_Graph")
+_Sample = TypeVar("_Sample")
 
 LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.99}
 """Smallest accepted cosine to the float32 features from torch, by precision. For photos, the bfloat16 features of
@@ -109,7 +112,7 @@ def kept(identity: Identity, precision: str) -> Tower | None:
         return None
 
 
-def calibrated(identity: Identity, photos: Sequence[torch.Tensor]) -> Tower | None:
+def calibrated(identity: Identity, photos: Collection[torch.Tensor]) -> Tower | None:
     """Quantise the stored tower of a backbone to int8, and store the result.
 
     The ranges of the activations are measured on ``photos``, which are views of shape ``[3, h, w]``. If another process
@@ -120,21 +123,35 @@ def calibrated(identity: Identity, photos: Sequence[torch.Tensor]) -> Tower | No
         if folder is None:
             raise OSError("there is no cache folder")
         graph = runtime().Core().read_model(folder / _GRAPH)
-        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # NNCF reports its use by it
-        with quiet(), redirect_stdout(StringIO()):  # which gets its progress bars
-            import nncf
-
-            logging.getLogger("nncf").setLevel(logging.ERROR)  # set_log_level would change handlers of others
-            attends = any(node.get_type_name() == "Softmax" for node in graph.get_ops())
-            quantised = nncf.quantize(
-                graph, nncf.Dataset(photos, lambda view: view[None].float().numpy()), subset_size=len(photos),
-                model_type=nncf.ModelType.TRANSFORMER if attends else None,
-            )  # fmt: skip
+        attends = any(node.get_type_name() == "Softmax" for node in graph.get_ops())
+        quantised = quantise(graph, photos, lambda view: view[None].float().numpy(), attends)
         _keep(quantised, identity, "int8")
         return kept(identity, "int8") or Tower(quantised, "int8")
     except Exception as error:  # NNCF and OpenVINO raise different errors
         log.warning("%s: images encoded in float32, because NNCF failed (%s)", identity, first_line(error))
         return None
+
+
+def quantise(
+    graph: _Graph, samples: Collection[_Sample], feed: Callable[[_Sample], Any], attends: bool, *ignored: str
+) -> _Graph:
+    """Quantise an OpenVINO or ONNX graph to int8 with NNCF, which prints and reports nothing.
+
+    ``feed`` turns a sample into the inputs of the graph, and ``attends`` says whether the graph has attention. Nodes
+    whose names match the patterns in ``ignored`` stay in float32.
+    """
+    runtime()
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # NNCF reports its use by it
+    with quiet(), redirect_stdout(StringIO()):  # which gets its progress bars
+        import nncf
+
+        logging.getLogger("nncf").setLevel(logging.ERROR)  # set_log_level would change handlers of others
+        found: _Graph = nncf.quantize(
+            graph, nncf.Dataset(samples, feed), subset_size=len(samples),
+            model_type=nncf.ModelType.TRANSFORMER if attends else None,
+            ignored_scope=nncf.IgnoredScope(patterns=list(ignored)) if ignored else None,
+        )  # fmt: skip
+    return found
 
 
 def converted(model: Model, identity: Identity, size: tuple[int, int], precision: str) -> Tower | None:

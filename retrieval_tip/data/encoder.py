@@ -200,7 +200,7 @@ class Encoder:
             photos = [view.half() for _, batch in self.pixels(some, CENTRE, 1) for view in batch]
             if len(photos) >= FEWEST:
                 bar = tqdm(photos, desc="Calibrating int8", disable=None if self.progress else True, leave=False)
-                backbone.calibrate(bar)  # type: ignore[arg-type]  # it has the length of its list
+                backbone.calibrate(bar)
                 return
         log.warning("precision int8: %d photos are needed for calibration, so float32 is used", FEWEST)
         backbone.settle("float32")
