@@ -26,7 +26,7 @@ from retrieval_tip.data.sources import open_items
 from retrieval_tip.errors import UsageError
 from retrieval_tip.index import precision
 from retrieval_tip.index.places import at
-from retrieval_tip.index.precision import Check
+from retrieval_tip.index.precision import PrecisionCheck
 
 CALIBRATE = (
     "import socket, sys, torch\n"
@@ -176,12 +176,12 @@ def test_a_copy_for_training_is_float32(name, place):
 @pytest.mark.parametrize(
     ("check", "accepts"),
     [
-        (Check(400, 0.90, 0.90, 0.03), True),
-        (Check(400, 0.90, 0.886, 0.02), True),  # the standard error is 0.015
-        (Check(400, 0.90, 0.884, 0.02), False),
-        (Check(400, 0.90, 0.95, 0.031), False),
-        (Check(40, 1.0, 1.0, 0.0), True),
-        (Check(40, 1.0, 0.975, 0.025), False),
+        (PrecisionCheck(400, 0.90, 0.90, 0.03), True),
+        (PrecisionCheck(400, 0.90, 0.886, 0.02), True),  # the standard error is 0.015
+        (PrecisionCheck(400, 0.90, 0.884, 0.02), False),
+        (PrecisionCheck(400, 0.90, 0.95, 0.031), False),
+        (PrecisionCheck(40, 1.0, 1.0, 0.0), True),
+        (PrecisionCheck(40, 1.0, 0.975, 0.025), False),
     ],
 )
 def test_a_check_accepts_one_standard_error_and_three_percent(check, accepts):
@@ -196,7 +196,7 @@ def test_fast_is_int8_for_an_index_that_answers_alike(things, place, caplog, mon
     (stored,) = folder.glob("check-*.json")
     photos, exact, quick, different = json.loads(stored.read_bytes())
     assert photos == len(clf)
-    assert Check(photos, exact, quick, different).accepts
+    assert PrecisionCheck(photos, exact, quick, different).accepts
     stored.write_text(json.dumps([photos, exact, quick, 0.5]))  # read the next time
     assert Classifier.load(things, precision="fast").encoder.backbone.precision == tower.fastest()
 
@@ -224,7 +224,7 @@ def test_an_index_says_what_its_keys_are_and_takes_others(run, name, place, phot
     assert added.exit_code == 0, added.output
     assert json.loads(run("index", "info", index, "--json").stdout)["precision"]["keys"] == "float32, int8"
     monkeypatch.setattr(precision, "DIFFERENT", 1.0)
-    monkeypatch.setattr(Check, "accepts", True)
+    monkeypatch.setattr(PrecisionCheck, "accepts", True)
     assert run(*build, "--precision", "fast").exit_code == 0
     facts = json.loads(run("index", "info", index, "--json").stdout)["precision"]
     assert facts["keys"] == "float32"

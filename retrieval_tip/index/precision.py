@@ -1,4 +1,4 @@
-"""Check the precision int8 on the labelled photos of a user before ``fast`` uses it."""
+"""PrecisionCheck the precision int8 on the labelled photos of a user before ``fast`` uses it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DIFFERENT = 0.03
 """Largest accepted share of held-out photos to which int8 gives another answer than float32."""
 
 
-class Check(NamedTuple):
+class PrecisionCheck(NamedTuple):
     """The accuracies of float32 and int8 queries on ``photos`` held-out photos, and the share of other answers."""
 
     photos: int
@@ -125,7 +125,7 @@ def _is_here(path: str) -> bool:
     return not remote.is_remote(path) and is_there(path)
 
 
-def _checked(model: CacheModel, rows: IntArray, photos: Source, exact: Encoder, quick: Encoder) -> Check:
+def _checked(model: CacheModel, rows: IntArray, photos: Source, exact: Encoder, quick: Encoder) -> PrecisionCheck:
     blocks = [encoder.encode(photos) for encoder in (exact, quick)]
     both = np.intersect1d(blocks[0].positions, blocks[1].positions)
     answers = []
@@ -133,7 +133,7 @@ def _checked(model: CacheModel, rows: IntArray, photos: Source, exact: Encoder, 
         held = held_out_probabilities(model, rows[both], block.features[np.isin(block.positions, both)])
         answers.append(held.pred_probs.argmax(1))
     right = [float((answer == held.labels).mean()) for answer in answers]
-    return Check(len(both), right[0], right[1], float((answers[0] != answers[1]).mean()))
+    return PrecisionCheck(len(both), right[0], right[1], float((answers[0] != answers[1]).mean()))
 
 
 def _file(identity: Identity, model: CacheModel) -> Path | None:
@@ -144,14 +144,14 @@ def _file(identity: Identity, model: CacheModel) -> Path | None:
     return None if folder is None else folder / f"check-{name}.json"
 
 
-def _stored(file: Path | None) -> Check | None:
+def _stored(file: Path | None) -> PrecisionCheck | None:
     if file is not None:
         with suppress(OSError, TypeError, ValueError, RetrievalTipError):
-            return Check(*json.loads(read_regular(file, 1 << 10)))
+            return PrecisionCheck(*json.loads(read_regular(file, 1 << 10)))
     return None
 
 
-def _store(file: Path | None, check: Check) -> None:
+def _store(file: Path | None, check: PrecisionCheck) -> None:
     if file is not None:
         with suppress(OSError, RetrievalTipError), replacing(file) as new:
             new.write_text(json.dumps(check))
