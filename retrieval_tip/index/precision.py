@@ -1,4 +1,4 @@
-"""PrecisionCheck the precision int8 on the labelled photos of a user before ``fast`` uses it."""
+"""Check the precision int8 on the labelled photos of a user before ``fast`` uses it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def settle(encoder: Encoder, index: AnsweringIndex, there: Callable[[str], bool]
     rows = rows[spread(len(rows), CHECKED)]
     own = of_images([names[row] for row in rows])
     enough = len(own) >= FEWEST
-    plain = replace(encoder, views=1, strict=False, progress=False, skipped=[], done=Counter())
+    plain = replace(encoder, views=1, strict=False, skipped=[], done=Counter())
     if backbone.precision == "int8":
         if enough:
             plain.prepare(own)
@@ -147,7 +147,8 @@ def _file(identity: Identity, model: CacheModel) -> Path | None:
 def _stored(file: Path | None) -> PrecisionCheck | None:
     if file is not None:
         with suppress(OSError, TypeError, ValueError, RetrievalTipError):
-            return PrecisionCheck(*json.loads(read_regular(file, 1 << 10)))
+            photos, *shares = json.loads(read_regular(file, 1 << 10))
+            return PrecisionCheck(max(1, int(photos)), *map(float, shares))
     return None
 
 
