@@ -27,6 +27,7 @@ from retrieval_tip.errors import UsageError
 from retrieval_tip.index import precision
 from retrieval_tip.index.places import at
 from retrieval_tip.index.precision import PrecisionCheck
+from retrieval_tip.server.served import Backbones
 
 CALIBRATE = (
     "import socket, sys, torch\n"
@@ -223,12 +224,14 @@ def test_an_index_says_what_its_keys_are_and_takes_others(run, name, place, phot
     added = run("index", "add", index, photos, "--precision", "float32")
     assert added.exit_code == 0, added.output
     assert json.loads(run("index", "info", index, "--json").stdout)["precision"]["keys"] == "float32, int8"
-    monkeypatch.setattr(precision, "DIFFERENT", 1.0)
     monkeypatch.setattr(PrecisionCheck, "accepts", True)
     assert run(*build, "--precision", "fast").exit_code == 0
     facts = json.loads(run("index", "info", index, "--json").stdout)["precision"]
     assert facts["keys"] == "float32"
     assert facts["fast"].startswith("int8 (")
+    for asked in ("int8", "fast"):
+        served = Backbones("cpu", asked, None).of(at(index).load(device="cpu"), "things")
+        assert served.precision == "int8"
     monkeypatch.setattr(precision, "KEPT", len(open_items(photos)) - 1)
     assert run(*build, "--precision", "fast").exit_code == 0
     assert json.loads(run("index", "info", index, "--json").stdout)["precision"]["keys"] == "int8"
