@@ -9,6 +9,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -197,7 +198,10 @@ class Encoder:
             if source.paths is None or len(source) < FEWEST:
                 continue
             some = source.take(np.linspace(0, len(source) - 1, min(len(source), CALIBRATED)).round().astype(np.int64))
-            photos = [view.half() for _, batch in self.pixels(some, CENTRE, 1) for view in batch]
+            photos: list[torch.Tensor] = []
+            with suppress(InputError):  # raised again when the photos are encoded
+                for _, batch in self.pixels(some, CENTRE, 1):
+                    photos.extend(batch.half())
             if len(photos) >= FEWEST:
                 bar = tqdm(photos, desc="Calibrating int8", disable=None if self.progress else True, leave=False)
                 backbone.calibrate(bar)
