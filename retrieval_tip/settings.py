@@ -18,7 +18,12 @@ Verify = Literal["full", "fast"]
 """
 Norms = Literal["check", "unit", "keep"]
 """How the norms of features are treated: check that they are 1, scale features to norm 1, or keep any norm."""
-Precision = Literal["auto", "float32", "float16", "bfloat16"]
+Precision = Literal["auto", "float32", "float16", "bfloat16", "int8", "fast"]
+"""Precision of an encoder and of the products with all keys.
+
+``int8`` and ``fast`` only affect encoding images on a CPU, and the products are then those of ``auto``. ``fast`` is
+``int8`` if a check on labelled photos accepts it, or else ``bfloat16`` or ``float32`` (see :mod:`index.precision`).
+"""
 Runtime = Literal["auto", "torch"]
 Dtype = Literal["float32", "float16"]
 """Dtype of the stored keys."""

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -101,7 +102,7 @@ class Backbone(Protocol):
 
     @property
     def precision(self) -> str:
-        """``float32``, or the autocast dtype."""
+        """``float32``, the autocast dtype, ``int8``, or ``fast`` until :meth:`Encoder.prepare` has replaced it."""
 
     @property
     def batch_size(self) -> int:
@@ -198,9 +199,21 @@ class Execution:
     runtime: Runtime = "auto"
 
     def resolved(self) -> Execution:
-        """Replace ``auto`` by an actual device and precision. Raises UsageError if a value is unknown."""
+        """Replace ``auto`` by an actual device and precision.
+
+        Raises UsageError if a value is unknown, or if int8 is not available.
+        """
         device = resolve_device(self.device)
         check_choice("precision", self.precision, Precision)
         check_choice("runtime", self.runtime, Runtime)
         automatic: Precision = "float32" if device == "cpu" else "float16"
-        return replace(self, device=device, precision=automatic if self.precision == "auto" else self.precision)
+        if self.precision == "auto" or (self.precision == "fast" and device != "cpu"):
+            return replace(self, device=device, precision=automatic)
+        if self.precision in ("int8", "fast"):
+            if device != "cpu" or self.runtime == "torch":
+                raise UsageError(f"precision {self.precision}: requires OpenVINO on a CPU; use float16 on a GPU")
+            if find_spec("nncf") is None:
+                raise UsageError(
+                    f"precision {self.precision}: NNCF is not installed; run pip install 'retrieval-tip[fast]'"
+                )
+        return replace(self, device=device)

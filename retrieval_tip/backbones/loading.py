@@ -46,7 +46,7 @@ def load_backbone(
             :func:`catalogue.recommended`.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``float32``, or ``float16`` or ``bfloat16`` for autocast. ``auto`` uses float32 on a CPU and float16
-            on a GPU.
+            on a GPU. ``int8`` and ``fast`` need a CPU and photos (see :data:`settings.Precision`).
         runtime: The runtime that encodes images on a CPU. ``auto`` uses OpenVINO if its features agree with those from
             ``torch`` (see :mod:`tower`).
         tuned: A file written by :func:`write_tuned`. Its tensors replace those of the model.

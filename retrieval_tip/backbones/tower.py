@@ -1,4 +1,4 @@
-"""Compile image towers for CPUs with OpenVINO, and store them on disk.
+"""Compile image towers for CPUs with OpenVINO, quantise them to int8 with NNCF, and store them on disk.
 
 A tower returns the same features as the backbone, up to rounding error. It is two to three times as fast as torch (see
 ``benchmarks/encoding.py``), and requires neither the torch model nor its libraries.
@@ -12,10 +12,11 @@ import logging
 import shutil
 import sys
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -23,9 +24,10 @@ from retrieval_tip.backbones.base import FloatArray, Identity, Preprocess, view_
 from retrieval_tip.backbones.catalogue import quiet
 from retrieval_tip.errors import first_line, show
 from retrieval_tip.files import cache_folder, make_folders, sha256_of, temporary
+from retrieval_tip.settings import Precision
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Collection, Iterator
     from types import ModuleType
 
     import openvino
@@ -44,11 +46,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_Graph = TypeVar("_Graph")
+_Sample = TypeVar("_Sample")
+
 LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.99}
 """Smallest accepted cosine to the float32 features from torch, by precision. For photos, the bfloat16 features of
 lit-mini reach a cosine of 0.997 in both torch and OpenVINO."""
 
-FORM = 1  # version of the stored files
+FORM = 2  # version of the stored files
 
 _GRAPH, _WEIGHTS, _FACTS = "tower.xml", "tower.bin", "digests.json"
 
@@ -56,10 +61,12 @@ _GRAPH, _WEIGHTS, _FACTS = "tower.xml", "tower.bin", "digests.json"
 class Tower:
     """A compiled tower, which maps shape ``[b, 3, h, w]`` to raw features of shape ``[b, d]``, both in float32."""
 
-    def __init__(self, model: openvino.Model, precision: str) -> None:
+    def __init__(self, model: openvino.Model, precision: str, digest: str = "") -> None:
+        """Compile a graph. ``digest`` is that of the stored file."""
         import torch
 
-        hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
+        self.digest = digest
+        hint = "bf16" if precision == "bfloat16" else "f32"
         config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         self._compiled = runtime().Core().compile_model(model, "CPU", config)
         self._requests = threading.local()  # the model's own request would be shared by all threads
@@ -79,20 +86,23 @@ class Tower:
 
 def is_kept(identity: Identity) -> bool:
     """Return whether a backbone can encode images with its stored tower and :func:`view`, without loading its model."""
-    return can_view(identity.preprocess) and (folder := _folder(identity)) is not None and (folder / _FACTS).is_file()
+    folder = folder_of(identity, "float32")
+    return can_view(identity.preprocess) and folder is not None and (folder / _FACTS).is_file()
 
 
 def kept(identity: Identity, precision: str) -> Tower | None:
-    """Load the stored tower of a backbone, or return ``None`` if it is missing or damaged."""
+    """Load the stored tower of a backbone, or return ``None`` if it is missing, damaged or from another backbone."""
     import torch
 
-    folder = _folder(identity)
+    key = _key(identity, precision)
+    folder = _folder(key)
     if folder is None or not (folder / _FACTS).is_file():
         return None
     try:
-        if json.loads((folder / _FACTS).read_bytes()) != _digests(folder):
+        facts = _facts(folder, key)
+        if json.loads((folder / _FACTS).read_bytes()) != facts:
             raise ValueError("its files have changed")
-        tower = Tower(runtime().Core().read_model(folder / _GRAPH), precision)
+        tower = Tower(runtime().Core().read_model(folder / _GRAPH), precision, facts[_WEIGHTS])
         if precision != "float32":  # a tower that was stored in float32 is untested in another precision
             tower(torch.zeros(1, 3, *view_size(identity.preprocess)))
         return tower
@@ -100,6 +110,48 @@ def kept(identity: Identity, precision: str) -> Tower | None:
         log.info("%s: cannot be used (%s); compiling it again", show(folder), first_line(error))
         shutil.rmtree(folder, ignore_errors=True)
         return None
+
+
+def calibrated(identity: Identity, photos: Collection[torch.Tensor]) -> Tower | None:
+    """Quantise the stored tower of a backbone to int8, and store the result.
+
+    The ranges of the activations are measured on ``photos``, which are views of shape ``[3, h, w]``. If another process
+    has stored a result first, that tower is returned. If the quantisation fails, log a warning and return ``None``.
+    """
+    folder = folder_of(identity, "float32")
+    try:
+        if folder is None:
+            raise OSError("there is no cache folder")
+        graph = runtime().Core().read_model(folder / _GRAPH)
+        attends = any(node.get_type_name() == "Softmax" for node in graph.get_ops())
+        quantised = quantise(graph, photos, lambda view: view[None].float().numpy(), attends)
+        _keep(quantised, identity, "int8")
+        return kept(identity, "int8") or Tower(quantised, "int8")
+    except Exception as error:  # NNCF and OpenVINO raise different errors
+        log.warning("%s: images encoded in float32, because NNCF failed (%s)", identity, first_line(error))
+        return None
+
+
+def quantise(
+    graph: _Graph, samples: Collection[_Sample], feed: Callable[[_Sample], Any], attends: bool, *ignored: str
+) -> _Graph:
+    """Quantise an OpenVINO or ONNX graph to int8 with NNCF, which prints and reports nothing.
+
+    ``feed`` turns a sample into the inputs of the graph, and ``attends`` says whether the graph has attention. Nodes
+    whose names match the patterns in ``ignored`` stay in float32.
+    """
+    runtime()
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # NNCF reports its use by it
+    with quiet(), redirect_stdout(StringIO()):  # which gets its progress bars
+        import nncf
+
+        logging.getLogger("nncf").setLevel(logging.ERROR)  # set_log_level would change handlers of others
+        found: _Graph = nncf.quantize(
+            graph, nncf.Dataset(samples, feed), subset_size=len(samples),
+            model_type=nncf.ModelType.TRANSFORMER if attends else None,
+            ignored_scope=nncf.IgnoredScope(patterns=list(ignored)) if ignored else None,
+        )  # fmt: skip
+    return found
 
 
 def converted(model: Model, identity: Identity, size: tuple[int, int], precision: str) -> Tower | None:
@@ -125,8 +177,13 @@ def converted(model: Model, identity: Identity, size: tuple[int, int], precision
     except Exception as error:  # OpenVINO and torch raise different errors
         log.warning("%s: images encoded by torch, which is slower: OpenVINO failed (%s)", identity, first_line(error))
         return None
-    _keep(graph, identity)
+    _keep(graph, identity, "float32")
     return tower
+
+
+def fastest() -> Precision:
+    """Return the fastest precision that needs no calibration on this CPU."""
+    return "bfloat16" if "BF16" in runtime().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"
 
 
 def runtime() -> ModuleType:
@@ -171,29 +228,40 @@ def traceable() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _folder(identity: Identity) -> Path | None:
+def folder_of(identity: Identity, precision: str) -> Path | None:
+    """Return the folder of the stored tower of a backbone, or ``None`` if the user has no home folder."""
+    return _folder(_key(identity, precision))
+
+
+def _key(identity: Identity, precision: str) -> str:
+    """Return everything that a stored tower depends on. One graph serves float32 and bfloat16."""
+    calibrated = f" int8 {version('nncf')}" if precision == "int8" else ""
+    return f"{FORM} {identity.fingerprint} {identity.weights} {version('openvino')}{calibrated}"
+
+
+def _folder(key: str) -> Path | None:
     caches = cache_folder()
-    key = f"{FORM} {identity.fingerprint} {identity.weights} {version('openvino')}"
     return None if caches is None else caches / "towers" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def _keep(graph: openvino.Model, identity: Identity) -> None:
-    folder = _folder(identity)
+def _keep(graph: openvino.Model, identity: Identity, precision: str) -> None:
+    key = _key(identity, precision)
+    folder = _folder(key)
     if folder is None or folder.exists():
         return
     try:
         make_folders(folder.parent)
         with temporary(folder, folder=True) as new:
             runtime().serialize(graph, new / _GRAPH, new / _WEIGHTS)
-            (new / _FACTS).write_text(json.dumps(_digests(new)))
+            (new / _FACTS).write_text(json.dumps(_facts(new, key)))
             new.rename(folder)
     except (OSError, RuntimeError) as error:
         if not folder.exists():  # otherwise another process was faster
             log.info("%s: cannot be stored (%s)", show(folder), first_line(error))
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    return {name: sha256_of(folder / name) for name in (_GRAPH, _WEIGHTS)}
+def _facts(folder: Path, key: str) -> dict[str, str]:
+    return {"key": key} | {name: sha256_of(folder / name) for name in (_GRAPH, _WEIGHTS)}
 
 
 def can_view(preprocess: Preprocess) -> bool:

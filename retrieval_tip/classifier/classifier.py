@@ -20,7 +20,8 @@ from retrieval_tip.data.sources import Source, open_source, read_item
 from retrieval_tip.errors import UsageError
 from retrieval_tip.index import changes, hub, places
 from retrieval_tip.index.build import build_index
-from retrieval_tip.settings import ClassPrior, KeysMet, MetricName, ValuesName
+from retrieval_tip.index.precision import settle_for_build
+from retrieval_tip.settings import ClassPrior, KeysMet, MetricName, Precision, ValuesName
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,7 @@ class Classifier(AnsweringClassifier, MeasuredClassifier, EditableClassifier):
         pretrained: str | None = None,
         out: str | os.PathLike[str] | None = None,
         device: str = "auto",
+        precision: Precision = "auto",
         views: int = 1,
         seed: int = 1,
         shots: int | None = None,
@@ -80,6 +82,8 @@ class Classifier(AnsweringClassifier, MeasuredClassifier, EditableClassifier):
         - ``pretrained``: the tag or the file of the weights, if ``model`` is a name.
         - ``out``: the index folder to write. By default, the index is temporary until you call :meth:`save`.
         - ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        - ``precision``: the precision of the encoder. On a CPU, ``fast`` uses int8 if a check on the photos accepts it
+          (see :mod:`index.precision`).
         - ``views``: 1 to encode the centre view of each photo, or the number of augmented views to average.
         - ``seed``: the random seed for ``shots`` and ``views``.
         - ``shots``: the number of photos to sample per class (see :mod:`data.shots`). By default, all photos are used.
@@ -95,12 +99,13 @@ class Classifier(AnsweringClassifier, MeasuredClassifier, EditableClassifier):
             source = photos if isinstance(photos, Source) else open_source(check_place("photos", photos))
             given = Pictures(source, read_item)
         encoder = Encoder(
-            given_backbone(model, pretrained, device), views=views, seed=seed, cache=EncodingCache.at(None)
+            given_backbone(model, pretrained, device, precision), views=views, seed=seed, cache=EncodingCache.at(None)
         )
+        reading = replace(encoder, read=given.read, strict=given is photos)
         temporary = TemporaryIndex() if out is None else None
         place = temporary.place if temporary is not None else check_place("out", out)
         cache = build_index(
-            given.source, place, replace(encoder, read=given.read, strict=given is photos), shots=shots,
+            given.source, place, settle_for_build(reading, given.source, shots), shots=shots,
             templates=templates, text=text, index=index, dtype=dtype, alpha=alpha, beta=beta, normalize=normalize,
             fit=fit, metric=metric, values=values, class_prior=class_prior, prior=prior, k=k, logit_scale=logit_scale,
             drop_suspicious=drop_suspicious, device=device,
@@ -119,6 +124,7 @@ class Classifier(AnsweringClassifier, MeasuredClassifier, EditableClassifier):
         pretrained: str | None = None,
         out: str | os.PathLike[str] | None = None,
         device: str = "auto",
+        precision: Precision = "auto",
         views: int = 1,
         seed: int = 1,
         shots: int | None = None,
@@ -151,7 +157,8 @@ class Classifier(AnsweringClassifier, MeasuredClassifier, EditableClassifier):
         if isinstance(images, str | os.PathLike) and labels is None:
             raise UsageError(f"{os.fspath(images)}: a path has no labels; call from_folder, or give labels")
         return cls.from_folder(
-            labelled_pictures(images, labels), model, pretrained=pretrained, out=out, device=device, views=views,
+            labelled_pictures(images, labels), model, pretrained=pretrained, out=out, device=device,
+            precision=precision, views=views,
             seed=seed, shots=shots, templates=templates, text=text, index=index, dtype=dtype, alpha=alpha, beta=beta,
             normalize=normalize, fit=fit, metric=metric, values=values, class_prior=class_prior, prior=prior, k=k,
             logit_scale=logit_scale, drop_suspicious=drop_suspicious,
@@ -165,14 +172,15 @@ class Classifier(AnsweringClassifier, MeasuredClassifier, EditableClassifier):
         model: str | Backbone | Loaded | None = None,
         *,
         device: str = "auto",
+        precision: Precision = "auto",
     ) -> Self:
         """Download an index from the Hugging Face hub, and open it.
 
         ``repository`` is the name ``ORG/NAME`` that was passed to :meth:`push_to_hub`. The index is written to
-        ``folder``, which defaults to ``indexes/NAME``. ``model`` and ``device`` are the same as for ``load``.
+        ``folder``, which defaults to ``indexes/NAME``. The other arguments are the same as for ``load``.
         Raises InputError if the download fails.
         """
-        return cls.load(hub.download(repository, folder), model, device=device)
+        return cls.load(hub.download(repository, folder), model, device=device, precision=precision)
 
     def save(self, folder: str | os.PathLike[str]) -> Self:
         """Copy the index to a new folder or LanceDB store, which this classifier uses from now on."""

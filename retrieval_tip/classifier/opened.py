@@ -22,6 +22,8 @@ from retrieval_tip.errors import UsageError
 from retrieval_tip.index import places
 from retrieval_tip.index.addresses import plug_of
 from retrieval_tip.index.places import Place
+from retrieval_tip.index.precision import settle
+from retrieval_tip.settings import Precision
 
 if TYPE_CHECKING:
     Loaded = tuple[Any, Any, Any]
@@ -52,20 +54,25 @@ class OpenIndex:
         model: str | Backbone | Loaded | None = None,
         *,
         device: str = "auto",
+        precision: Precision = "auto",
     ) -> Self:
         """Open an index folder or a LanceDB store (``lance://``, ``s3://`` or ``gs://``), and load its encoder.
 
         If the encoder of the index cannot be loaded by its name, pass it as ``model``, as for ``from_folder``. If the
-        index was built from features of an unnamed encoder, it can only classify features.
+        index was built from features of an unnamed encoder, it can only classify features. ``int8`` and ``fast`` are
+        calibrated on the photos of the index (see :func:`precision.settle`).
 
         Raises:
             StoreError: if the index is missing or damaged.
             BackboneError: if the encoder cannot be loaded, or if ``model`` is not the encoder of the index.
         """
         cache = places.at(check_place("place", place)).load(device=device)
-        backbone = _own_backbone(cache, device) if model is None else given_backbone(model, None, device)
+        own = _own_backbone(cache, device, precision) if model is None else None
+        backbone = given_backbone(model, None, device, precision) if own is None and model is not None else own
         check_backbone(cache.backbone, cache.d, backbone, [])
-        return cls(cache, Encoder(backbone, cache=EncodingCache.at(None)))
+        encoder = Encoder(backbone, cache=EncodingCache.at(None))
+        settle(encoder, cache)
+        return cls(cache, encoder)
 
     @property
     def classes(self) -> list[str]:
@@ -118,10 +125,12 @@ class OpenIndex:
         return own.source, replace(self.encoder, read=own.read, strict=strict)
 
 
-def given_backbone(model: str | Backbone | Loaded | None, pretrained: str | None, device: str) -> Backbone:
+def given_backbone(
+    model: str | Backbone | Loaded | None, pretrained: str | None, device: str, precision: Precision = "auto"
+) -> Backbone:
     """Return the backbone that a user names or passes. Raises UsageError if ``model`` is neither."""
     if model is None or isinstance(model, str):
-        return load_backbone(model, pretrained, device=device, lazy=True)
+        return load_backbone(model, pretrained, device=device, precision=precision, lazy=True)
     if isinstance(model, tuple):
         from retrieval_tip.backbones.open_clip import OpenClipBackbone
 
@@ -141,8 +150,8 @@ def check_place(name: str, given: object) -> Place:
     return given
 
 
-def _own_backbone(cache: AnsweringIndex, device: str) -> Backbone | None:
+def _own_backbone(cache: AnsweringIndex, device: str, precision: Precision = "auto") -> Backbone | None:
     identity = cache.backbone
     if identity is not None and cache.tuned is not None:
-        return load_backbone(identity.model, identity.pretrained, device=device, tuned=cache.tuned)
-    return None if identity is None else load_when_needed(identity, cache.d, device=device)
+        return load_backbone(identity.model, identity.pretrained, device=device, precision=precision, tuned=cache.tuned)
+    return None if identity is None else load_when_needed(identity, cache.d, device=device, precision=precision)

@@ -132,12 +132,14 @@ def build(
     """
     from retrieval_tip.data.datasets import facts
     from retrieval_tip.index.build import build_index
+    from retrieval_tip.index.precision import settle_for_build
 
     items = source_of(source, reading, "train")
     backbone = backbone_of(items, encoding, needed=text is None)
     words = backbone is not None and backbone.has_text and not text
     templates = template or (facts(items.dataset).templates if items.dataset and words else ())
     with encoder_of(ctx, backbone, encoding, views) as encoder:
+        encoder = settle_for_build(encoder, items, shots)
         cache = build_index(
             items, out, encoder, shots=shots, templates=templates, text=text, index=factory, dtype=dtype, fit=fit,
             metric=metric, values=values, class_prior=class_prior, prior=prior, alpha=alpha, beta=beta,
@@ -570,8 +572,11 @@ def clone_command(folder: Place, out: Place, version: int | None) -> None:
 @click.option("--k", type=K(),
               help="With --onnx, give all if the index uses the k nearest keys, because a graph can only use all "
                    "keys.")  # fmt: skip
+@click.option("--precision", type=click.Choice(["float32", "int8"]), default="float32", show_default=True,
+              help="With --onnx, precision of the image encoder. With int8, the file is smaller. It is calibrated on "
+                   "the photos of the index.")  # fmt: skip
 def export_command(
-    folder: Path, out: Path | None, text: Path | None, onnx: Path | None, features: bool, k: KeysMet
+    folder: Path, out: Path | None, text: Path | None, onnx: Path | None, features: bool, k: KeysMet, precision: str
 ) -> None:
     """Export the keys as a feature table, or the index as ONNX.
 
@@ -591,7 +596,8 @@ def export_command(
             backbone = load_backbone(
                 named.model, named.pretrained, device="cpu", precision="float32", runtime="torch", tuned=cache.tuned
             )
-        facts = export_onnx(cache.with_settings(cache.settings.override(k=k)), onnx, backbone)
+        asked = cache.with_settings(cache.settings.override(k=k))
+        facts = export_onnx(asked, onnx, backbone, int8=precision == "int8")
         given = "features" if backbone is None else "pixels"
         size, classes = f"{facts['bytes'] / 1e6:.1f} MB", counted(len(facts["labels"]), "class")
         about(onnx, f"{given} to logits of {classes}, {size}, opset {facts['opset']}")

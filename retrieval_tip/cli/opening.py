@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,6 +108,7 @@ class Origin:
     backbone: Identity | None
     d: int
     tuned: Path | None
+    load: Callable[[], AnsweringIndex]
 
     @classmethod
     def of(cls, folder: Place) -> Origin:
@@ -118,7 +119,7 @@ class Origin:
         store = at(folder)
         manifest = store.manifest()
         backbone = Identity.from_dict(manifest.backbone) if manifest.backbone else None
-        return cls(manifest, backbone, manifest.d, store.tuned(manifest))
+        return cls(manifest, backbone, manifest.d, store.tuned(manifest), store.load)
 
 
 def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tuple[str, str | None]:
@@ -233,7 +234,11 @@ def encoder_for(
     *,
     needed: bool = False,
 ) -> Iterator[Encoder]:
-    """Open an encoder with the backbone of an index (see :func:`backbone_for`)."""
+    """Open an encoder with the backbone of an index (see :func:`backbone_for`), in a precision that suits the index."""
     own = backbone_for(cache, sources, encoding, needed=needed)
     with encoder_of(ctx, own, encoding, views) as encoder:
+        if own is not None and own.precision in ("int8", "fast"):
+            from retrieval_tip.index.precision import settle
+
+            settle(encoder, cache.load() if isinstance(cache, Origin) else cache)
         yield encoder

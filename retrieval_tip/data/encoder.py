@@ -9,6 +9,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -18,8 +19,10 @@ import numpy.typing as npt
 import pyarrow as pa
 from tqdm import tqdm
 
+from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import Backbone, same_backbone, unit, view_size
 from retrieval_tip.backbones.prompts import prompts_of, text_weights
+from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
@@ -51,6 +54,7 @@ _T = TypeVar("_T")
 CENTRE = "centre"
 REDUCED = "centre/reduced"
 TEXT = "text"
+CALIBRATED, FEWEST = 300, 32  # most and fewest photos that int8 is calibrated on
 REDUCED_SIDES = 3  # a reduced JPEG's sides are at least this many times the view's; 2 gave cosines below 0.999
 
 
@@ -96,6 +100,7 @@ class Encoder:
         strict: Whether to raise an error if an image is unreadable, instead of adding it to ``skipped``.
         read: A function that returns the bytes of an image, like :func:`sources.read_item`.
         empty: Whether to accept a source that has no readable items.
+        checked: The result of the check by which ``fast`` was replaced, for the provenance of an index.
 
     ``done`` counts the encoded images (``images``), and the views that were not in the cache (``fresh``).
     """
@@ -111,6 +116,7 @@ class Encoder:
     strict: bool = False
     read: Callable[[str], bytes] = read_item
     empty: bool = False
+    checked: str | None = None
     progress: bool = False
     skipped: list[Skipped] = field(default_factory=list)
     done: Counter[str] = field(default_factory=Counter)
@@ -171,6 +177,38 @@ class Encoder:
         starts = np.concatenate([[0], np.cumsum(counts[counts > 0])])
         return Views(first[counts > 0], features.reshape(-1, features.shape[2]), starts)
 
+    def prepare(self, *sources: Source) -> None:
+        """Calibrate int8 on the first source that has enough readable photos, if this has not been done before.
+
+        If there is no such source, float32 is used instead, and a warning is logged. A precision ``fast`` that has not
+        been checked (see ``index/precision.py``) becomes the fastest precision without a calibration.
+        """
+        backbone = self.backbone
+        if not isinstance(backbone, TorchBackbone):
+            return
+        if backbone.precision == "fast":
+            backbone.settle(tower.fastest())
+            log.warning(
+                "precision fast: fewer than %d labelled photos to check int8 on, so %s is used",
+                FEWEST, backbone.precision,
+            )  # fmt: skip
+        if not backbone.needs_photos:
+            return
+        for source in sources:
+            if source.paths is None or len(source) < FEWEST:
+                continue
+            some = source.take(np.linspace(0, len(source) - 1, min(len(source), CALIBRATED)).round().astype(np.int64))
+            photos: list[torch.Tensor] = []
+            with suppress(InputError):  # raised again when the photos are encoded
+                for _, batch in self.pixels(some, CENTRE, 1):
+                    photos.extend(batch.half())
+            if len(photos) >= FEWEST:
+                bar = tqdm(photos, desc="Calibrating int8", disable=None if self.progress else True, leave=False)
+                backbone.calibrate(bar)
+                return
+        log.warning("precision int8: %d photos are needed for calibration, so float32 is used", FEWEST)
+        backbone.settle("float32")
+
     def text_weights(self, class_names: Sequence[str], templates: Sequence[str]) -> FloatArray:
         """Return the text weights of the classes (see :func:`prompts.text_weights`), from the cache if possible."""
         backbone = self.backbone
@@ -178,7 +216,8 @@ class Encoder:
         files = getattr(backbone, "text_key", None)  # other implementations may lack it
         if self.cache is None or files is None:
             return text_weights(backbone, class_names, templates)
-        scope = f"{_scope(backbone)}/{files}"
+        words = "float32" if backbone.precision in ("int8", "fast") else backbone.precision
+        scope = f"{backbone.identity.fingerprint}/{words}/{files}"
         prompts = {name: json.dumps(prompts_of([name], templates)) for name in class_names}
         keys = {name: (hashlib.sha256(text.encode()).hexdigest(), TEXT) for name, text in prompts.items()}
         cached = {name: self.cache.get(scope, *key) for name, key in keys.items()}
@@ -287,6 +326,7 @@ class Encoder:
 
     def _image_parts(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[_Part]:
         backbone, paths = self.needed_backbone(source), source.paths or ()
+        self.prepare(source)
         last = {path: position for position, path in enumerate(paths)}
         scope = _scope(backbone)
         size, least = self.batch_size or backbone.batch_size, _least(backbone) if self.reduce else None
@@ -372,7 +412,8 @@ def _part(rows: Sequence[tuple[int, FloatArray, str]]) -> _Part:
 
 
 def _scope(backbone: Backbone) -> str:
-    return f"{backbone.identity.fingerprint}/{backbone.precision}"
+    scope = getattr(backbone, "scope", backbone.precision)  # other implementations may lack it
+    return f"{backbone.identity.fingerprint}/{scope}"
 
 
 def _least(backbone: Backbone) -> int:

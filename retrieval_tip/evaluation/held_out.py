@@ -56,20 +56,26 @@ class HeldOut(NamedTuple):
     key_ids: IntArray
 
 
-def held_out_probabilities(index: CacheModel) -> HeldOut:
+def held_out_probabilities(
+    index: CacheModel, rows: IntArray | None = None, queries: npt.NDArray[np.float32] | None = None
+) -> HeldOut:
     """Classify each photo of an index by the photos outside its own part, as in :func:`held_out`.
 
-    Raises UsageError if the index has only one photo.
+    ``rows`` selects photos by a row of each. ``queries`` replaces the keys of these rows as their features.
+
+    Raises UsageError if there is only one photo.
     """
-    rows = photo_rows(index, index.labels["key_id"].to_pylist())
+    rows = photo_rows(index, index.labels["key_id"].to_pylist()) if rows is None else rows
     if len(rows) < 2:
         raise UsageError("held-out probabilities: the index has one photo; add more")
-    places, probabilities = _without_own_part(index, rows, np.arange(index.n))
+    places, probabilities = _without_own_part(index, rows, np.arange(index.n), queries)
     labels = index.class_ids.cpu().numpy()[rows].astype(np.int64)
     return HeldOut(probabilities.numpy()[np.argsort(places)], labels, index.labels["key_id"].to_numpy()[rows])
 
 
-def _without_own_part(index: CacheModel, rows: IntArray, kept: IntArray) -> tuple[IntArray, torch.Tensor]:
+def _without_own_part(
+    index: CacheModel, rows: IntArray, kept: IntArray, queries: npt.NDArray[np.float32] | None = None
+) -> tuple[IntArray, torch.Tensor]:
     """Return the positions in ``rows`` of the photos that can be classified, and their probabilities ``[m, c]``."""
     ids, images, settings = index.class_ids.cpu(), images_of(index.labels), index.settings
     order = np.random.default_rng(0).permutation(len(rows))
@@ -78,7 +84,8 @@ def _without_own_part(index: CacheModel, rows: IntArray, kept: IntArray) -> tupl
         others = kept[~np.isin(images[kept], images[rows[part]])]
         if len(part) and len(others):  # without any other key, the answers are wrong
             own = torch.from_numpy(rows[part])
-            held.append(Held(taken_keys(index.keys, own), ids[own], torch.from_numpy(others)))
+            given = taken_keys(index.keys, own) if queries is None else torch.from_numpy(queries[part])
+            held.append(Held(given, ids[own], torch.from_numpy(others)))
             parts.append(part)
     if not held:
         return np.zeros(0, np.int64), torch.zeros(0, len(index.class_names))

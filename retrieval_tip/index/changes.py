@@ -32,7 +32,7 @@ from retrieval_tip.errors import InputError, StoreError, UsageError, counted, fe
 from retrieval_tip.fit.closed_form import Fit, FormChoice
 from retrieval_tip.index import places
 from retrieval_tip.index.build import build_index, warn_of_spelling
-from retrieval_tip.index.items import ItemColumns, draw_shots, ids_in, provenance_of, read_text_table
+from retrieval_tip.index.items import ItemColumns, draw_shots, ids_in, precision_of, provenance_of, read_text_table
 from retrieval_tip.index.photos import remove_unused
 from retrieval_tip.index.places import Place
 from retrieval_tip.index.stores import Change
@@ -162,11 +162,19 @@ def add(
             views = encoder.views if source.table is None else 1
             key_ids = cache.add(block.features[rows], labels[rows].tolist(), views=views, **vars(columns.take(rows)))
             found = change.duplicates_of(key_ids)  # if anything fails up to here, nothing changes
+            _note_precision(cache, precision_of(source, encoder))
         if len(rows) or classes:
             change.what = _with_classes(f"add {counted(len(rows), 'key')}", classes)
         fitted = _keep_fitted(change)
     alike = warn_of_spelling(folder, cache.class_names, classes)
     return Added(_version(cache), key_ids, classes, int(known.sum()), found, alike, **fitted)
+
+
+def _note_precision(cache: Any, precision: str | None) -> None:
+    """Add the precision of new keys to those in the provenance."""
+    before = cache.provenance.get("precision") or {}
+    known = sorted({*(before.get("keys") or "").split(", "), precision or ""} - {""})
+    cache.provenance = cache.provenance | {"precision": before | {"keys": ", ".join(known) or None}}
 
 
 def merge(folder: Place, other: Place) -> Added:

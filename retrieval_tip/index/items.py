@@ -137,6 +137,7 @@ class Material:
             "shots": self.shots,
             "seed": self.encoder.seed if self.shots is not None or views > 1 else None,
             "views": views,
+            "precision": {"keys": precision_of(self.source, self.encoder), "fast": self.encoder.checked},
             "text": self.words.origin,
             "alpha": provenance_of(asked.alpha, asked.form),
             "beta": provenance_of(asked.beta, asked.form),
@@ -174,6 +175,11 @@ def identity_of(source: Source, encoder: Encoder) -> Identity | None:
     if encoder.backbone is not None:
         return encoder.backbone.identity
     return table_identity(source.table) if source.table is not None else None
+
+
+def precision_of(source: Source, encoder: Encoder) -> str | None:
+    """Return the precision in which the photos of a source were encoded, or ``None`` for a feature table."""
+    return None if source.paths is None or encoder.backbone is None else encoder.backbone.precision
 
 
 def read_text_table(

@@ -110,7 +110,7 @@ class LanceStore(LanceVersions, Store):
         """See :meth:`Store.load`. Products use float32. ``verify="full"`` checks every row, like :meth:`verify`."""
         from retrieval_tip.lance.lance_model import LanceModel, check
 
-        if precision not in ("auto", "float32"):
+        if precision in ("float16", "bfloat16"):
             raise UsageError(f"precision {precision}: a LanceDB store only supports float32; remove the option")
         if verify == "full":
             self.opened(lambda manifest: check(self, manifest, set()), version)

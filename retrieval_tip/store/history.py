@@ -82,6 +82,7 @@ def described(
         {"folder": str(place)}
         | facts
         | {"k": manifest.settings.k or "all", "classes": len(manifest.class_names), "keys_per_class": per_class}
+        | {"precision": manifest.provenance.get("precision")}
         | more
         | {
             "files": {kind: file.name for kind, file in manifest.files.items()},
