@@ -181,6 +181,7 @@ def test_a_models_own_code_is_never_run(scheme, claimant, text_cfg, tmp_path, mo
     assert not (folder / "ran").exists()
 
 
+@pytest.mark.soak
 def test_the_first_build_with_a_text_encoder_of_transformers_prints_no_message_of_that_library(shared, tmp_path):
     """The image encoder is traced once for OpenVINO, and tracing reads every attribute of the model."""
     for number, name in enumerate(("cat", "dog"), 50):

@@ -46,11 +46,33 @@ def name(tmp_path_factory):
     return f"local-dir:{tiny(tmp_path_factory.mktemp('models') / 'model')}"
 
 
+@pytest.fixture(scope="module")
+def towers(name, tmp_path_factory):
+    """The stored towers of the encoder ``name``: only float32, and float32 and int8."""
+    place = tmp_path_factory.mktemp("towers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RETRIEVAL_TIP_CACHE", str(place / "float32"))
+        model = load_backbone(name, device="cpu")
+        model.encode_images(torch.zeros(2, 3, *model.size))
+        shutil.copytree(place / "float32", place / "int8")
+        patch.setenv("RETRIEVAL_TIP_CACHE", str(place / "int8"))
+        int8(name).calibrate(torch.randn(40, 3, *model.size))
+    return place
+
+
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A cache folder of the test's own."""
+def place(towers, tmp_path, monkeypatch):
+    """A cache folder of the test's own, with the tower in float32."""
+    shutil.copytree(towers / "float32", tmp_path / "cache")
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "towers"
+
+
+@pytest.fixture
+def calibrated(towers, tmp_path, monkeypatch):
+    """A cache folder of the test's own, with the towers in float32 and int8."""
+    shutil.copytree(towers / "int8", tmp_path / "cache")
+    monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -89,10 +111,9 @@ def test_calibrated_features_are_near_float32_and_come_back_from_the_cache(name,
 
 
 @pytest.mark.parametrize("damage", ["bytes", "truncated", "foreign", "versions"])
-def test_a_stored_tower_that_is_not_the_calibrated_one_is_made_again(name, place, damage, monkeypatch):
+def test_a_damaged_or_foreign_tower_is_not_used(name, calibrated, damage, monkeypatch):
     first = int8(name)
-    pixels = torch.randn(40, 3, *first.size)
-    first.calibrate(pixels)
+    assert not first.needs_photos
     folder = tower.folder_of(first.identity, "int8")
     if damage == "bytes":
         data = bytearray((folder / "tower.bin").read_bytes())
@@ -105,9 +126,15 @@ def test_a_stored_tower_that_is_not_the_calibrated_one_is_made_again(name, place
         shutil.copytree(tower.folder_of(first.identity, "float32"), folder)
     else:
         monkeypatch.setattr(tower, "version", lambda package: f"newer {package}")
+    assert int8(name).needs_photos
+
+
+def test_a_damaged_tower_is_calibrated_again(name, calibrated):
+    folder = tower.folder_of(int8(name).identity, "int8")
+    (folder / "tower.xml").unlink()
     again = int8(name)
     assert again.needs_photos
-    again.calibrate(pixels)
+    again.calibrate(torch.randn(40, 3, *again.size))
     assert not int8(name).needs_photos
 
 
@@ -141,7 +168,7 @@ def test_torch_cannot_use_int8(name):
         load_backbone(name, device="cpu", precision="int8", runtime="torch")
 
 
-def test_photos_calibrate_what_encodes_them_and_the_cache_keeps_precisions_apart(name, place, photos, tmp_path):
+def test_encoded_photos_calibrate_int8_and_the_cache_separates_precisions(name, place, photos, tmp_path):
     cache, source = EncodingCache(tmp_path / "encodings"), open_items(photos)
     exact, quick = (Encoder(load_backbone(name, device="cpu", precision=p), cache=cache) for p in ("float32", "int8"))
     first, second = exact.encode(source).features, quick.encode(source).features
@@ -189,6 +216,7 @@ def test_a_check_accepts_one_standard_error_and_three_percent(check, accepts):
     assert check.accepts is accepts
 
 
+@pytest.mark.soak
 def test_fast_is_int8_for_an_index_that_answers_alike(things, place, caplog, monkeypatch):
     monkeypatch.setattr(precision, "DIFFERENT", 0.1)  # of 80 photos, some lie between two classes
     clf = Classifier.load(things, precision="fast")
@@ -211,7 +239,7 @@ def test_a_calibration_on_noise_is_refused(things, place, monkeypatch, caplog):
     assert "other answers" in caplog.text
 
 
-def test_an_index_says_what_its_keys_are_and_takes_others(run, name, place, photos, tmp_path, monkeypatch):
+def test_an_index_records_the_precision_of_its_keys_and_accepts_others(run, name, place, photos, tmp_path, monkeypatch):
     index, first = tmp_path / "index", photos / "red" / "0.png"
     build = ("index", "build", photos, "--model", name, "--out", index)
     assert run(*build, "--precision", "int8").exit_code == 0
@@ -237,19 +265,19 @@ def test_an_index_says_what_its_keys_are_and_takes_others(run, name, place, phot
     assert json.loads(run("index", "info", index, "--json").stdout)["precision"]["keys"] == "int8"
 
 
-def test_without_its_photos_an_index_is_answered_in_a_precision_without_calibration(
+def test_without_its_photos_an_index_uses_a_precision_without_calibration(
     run, name, place, photos, tmp_path, monkeypatch
 ):
     index = tmp_path / "index"
     assert run("index", "build", photos, "--model", name, "--out", index).exit_code == 0
     queries = photos.rename(tmp_path / "elsewhere")
-    told = run("classify", index, queries, "--precision", "fast", "--format", "json")
-    assert told.exit_code == 0
-    assert f"precision fast uses {tower.fastest()} (fewer than {FEWEST} photos" in told.stderr
-    told = run("classify", index, queries, "--precision", "int8", "--format", "json")
-    assert told.exit_code == 0
+    answered = run("classify", index, queries, "--precision", "fast", "--format", "json")
+    assert answered.exit_code == 0
+    assert f"precision fast uses {tower.fastest()} (fewer than {FEWEST} photos" in answered.stderr
+    answered = run("classify", index, queries, "--precision", "int8", "--format", "json")
+    assert answered.exit_code == 0
     assert not int8(name).needs_photos  # calibrated on the queries
-    assert len(told.stdout.splitlines()) == 40
+    assert len(answered.stdout.splitlines()) == 40
 
 
 def test_ray_is_refused(run, name, photos, tmp_path):
@@ -258,7 +286,7 @@ def test_ray_is_refused(run, name, photos, tmp_path):
     assert "--engine ray needs" in done.stderr
 
 
-def test_an_exported_graph_has_an_encoder_in_int8_and_says_how_well_it_agrees(run, name, place, photos, tmp_path):
+def test_an_exported_int8_graph_reports_its_agreement(run, name, place, photos, tmp_path):
     index, files = tmp_path / "index", [tmp_path / f"{kind}.onnx" for kind in ("float32", "int8")]
     assert run("index", "build", photos, "--model", name, "--out", index).exit_code == 0
     for file in files:

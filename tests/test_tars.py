@@ -124,7 +124,7 @@ def test_a_build_reports_damaged_members_of_a_tar_and_uses_the_others(run, share
     assert CacheModel.load(tmp_path / "i").n == 4
     done = run(*command, "--strict")
     assert done.exit_code == 1
-    assert "--strict" in done.stderr
+    assert "damaged after" in done.stderr
     unlabelled = tar(tmp_path / "u.tar", [("a.jpg", jpeg())])
     done = run("index", "build", unlabelled, "--out", tmp_path / "j", "--model", model)
     assert done.exit_code == 1

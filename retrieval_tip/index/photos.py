@@ -62,9 +62,9 @@ def remove_unused(store: Store) -> tuple[int, int]:
     """Remove the photos in ``DIR-shots`` that no kept version uses. Return their number and the freed bytes.
 
     A version uses a photo if a key has the digest of the photo, or if the source of a key ends with the file name of
-    the photo. The indexes next to ``DIR`` count as well, because a renamed or copied index keeps its photos. Links and
-    files that are not named by their own SHA-256 are kept. If photos are being added, or if a version cannot be read,
-    nothing is removed and a warning is logged.
+    the photo. Index folders next to ``DIR`` count as well, because a renamed or copied index keeps its photos. Links
+    and files that are not named by their own SHA-256 are kept. If photos are being added, or if a version cannot be
+    read, nothing is removed and a warning is logged.
     """
     folder = folder_of(store)
     if folder is None or folder.is_symlink() or not folder.is_dir():
@@ -76,7 +76,7 @@ def remove_unused(store: Store) -> tuple[int, int]:
         try:
             photos = _photos(folder)
             names = {match[1] for path in photos if (match := _NAME.fullmatch(path.name))}
-            used = set().union(*(_used(one, names) for one in _beside(folder)))
+            used = set().union(*(_used(one, names) for one in (store, *_beside(folder))))
         except (OSError, StoreError) as error:
             log.warning("%s: no photo was removed: %s", show(folder), error)
             return 0, 0
@@ -90,7 +90,7 @@ def _photos(folder: Path) -> list[Path]:
 
 
 def _beside(folder: Path) -> list[Store]:
-    """Return the indexes in the parent of ``DIR-shots``, including ``DIR`` itself."""
+    """Return the index folders in the parent of ``DIR-shots``."""
     stores = [places.at(path) for path in folder.parent.iterdir() if not path.name.startswith(".")]
     return [store for store in stores if store.exists()]
 
