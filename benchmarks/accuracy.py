@@ -187,7 +187,7 @@ class Tables:
 
 
 @dataclass(frozen=True)
-class Photographs:
+class Photos:
     """The photos in a split file, which are encoded once by lit-mini."""
 
     title: str
@@ -214,14 +214,14 @@ class Photographs:
         return sweep.encode(pool, open_source(shared / self.split, split="test"), self.encoder(shared))
 
 
-DATASETS: dict[str, Tables | Photographs] = {
+DATASETS: dict[str, Tables | Photos] = {
     "dtd": Tables("DTD", "clip-vitb32/dtd", "test", "text", (1,), "val"),
     "cars": Tables("Stanford Cars", "clip-vitb32/stanford_cars", "val", "text", SHOTS),
     "caltech": Tables("Caltech101, images only", "clip-vitb32/caltech101", "test", None, SHOTS),
     "caltech-text": Tables("Caltech101, 55 classes with text", "clip-vitb32/caltech101", "test", "text_part", SHOTS),
     "flowers": Tables("Flowers102, images only", "clip-vitb32/oxford_flowers", "test", None, SHOTS),
     "food": Tables("9 classes of Food-101", "clip-food9", "test", "text", (), "train"),
-    "photographs": Photographs("Caltech101 photos, lit-mini", "data/caltech101/split_zhou_Caltech101.json"),
+    "photos": Photos("Caltech101 photos, lit-mini", "data/caltech101/split_zhou_Caltech101.json"),
 }
 ORDER = {name: i for i, name in enumerate(DATASETS)}
 
@@ -325,7 +325,7 @@ def runs(
     """Yield a row for each number of shots, seed and method of a dataset, unless the row is already in ``done``."""
     dataset, drawing, items, prior = DATASETS[name], SHAPES[shape], None, None
     if drawing.method == WITH_PRIOR:
-        if isinstance(dataset, Photographs):
+        if isinstance(dataset, Photos):
             return  # no other dataset has the same encoder
         prior = prior_without(dataset.folder, shared)
     for number in shots:

@@ -40,7 +40,7 @@ SEED = 1
 ANSWER = 3.0
 """Number of seconds to wait for the network."""
 WEIGHTS = "https://huggingface.co/laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K/resolve/main/README.md"
-PHOTOGRAPHS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/setid.mat"
+SPLITS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/setid.mat"
 """Files that are requested to check the network. One is stored with the weights, and one with the photos."""
 
 PACKAGE = "tuxpaint-stamps-default"
@@ -232,7 +232,7 @@ def clear(work: Path, parts: Iterable[str]) -> None:
 
 def network(work: Path) -> Backbone:
     """Use the Flowers102 dataset from torchvision, and the default backbone."""
-    if silent := [url for url in (WEIGHTS, PHOTOGRAPHS) if not answers(url)]:
+    if silent := [url for url in (WEIGHTS, SPLITS) if not answers(url)]:
         raise CannotBeHadError(f"no answer within {ANSWER:g} s from {silent[0].split('/')[2]}")
     click.echo("Photos: ten kinds of flowers from Oxford's Flowers102 (345 MB, once). Encoder: CLIP ViT-B/32.")
     from torchvision.datasets import Flowers102

@@ -170,20 +170,20 @@ def main(
             accuracy(model, pretrained, folder / "split_zhou_Caltech101.json", draws)
         return
     backbones = {p: load_backbone(model, pretrained, device=device, precision=p) for p in precisions}
-    whole, photographs = next(iter(backbones.values())), chosen(folder, number)
+    whole, photos = next(iter(backbones.values())), chosen(folder, number)
     for name, backbone in backbones.items():
         seconds = clocked(lambda backbone=backbone: Encoder(backbone).prepare(of_images(chosen(folder, CALIBRATED))))
         click.echo(f"{name}: prepared in {seconds:.1f} s")
     click.echo(f"{whole.identity} on {device}")
-    held = {path: whole.preprocess(images.decode(images.read(path))) for path in photographs}
-    compare("photos in memory", photographs, {name: alone(each, held) for name, each in backbones.items()}, rounds)
+    held = {path: whole.preprocess(images.decode(images.read(path))) for path in photos}
+    compare("photos in memory", photos, {name: alone(each, held) for name, each in backbones.items()}, rounds)
     sides = {f"plain loop, batches of {batch}": plain(model, pretrained, device, batch) for batch in PLAIN_BATCHES}
     looped = next(iter(sides.values()))
     sides |= {f"ours, {name}": ours(backbone) for name, backbone in backbones.items()}
-    compare("photos", photographs, sides, rounds)
+    compare("photos", photos, sides, rounds)
     if large:
         with tempfile.TemporaryDirectory() as scratch:
-            made = make_large(photographs, large, size, Path(scratch))
+            made = make_large(photos, large, size, Path(scratch))
             sides = {"plain loop": looped, "ours, --no-reduce": ours(whole, reduce=False)}
             sides |= {f"ours, {name}": ours(backbone) for name, backbone in backbones.items()}
             compare(f"photos of {size[0]} x {size[1]}", made, sides, rounds)

@@ -166,20 +166,20 @@ SIZES = ((16_000, 1024, 1000), (1_000_000, 512, 1000))
 @click.option("--epochs", default=20, show_default=True)
 @click.option("--model", default=f"local-dir:{SHARED}/models/lit-mini", show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), default=SHARED / "data/caltech101", show_default=True)
-@click.option("--photographs", default=1024, show_default=True, help="Number of photos to encode. Use 0 for no photos.")
+@click.option("--photos", default=1024, show_default=True, help="Number of photos to encode. Use 0 for no photos.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Markdown page in which the table is inserted.")
 def main(
     device: str, sizes: Sequence[Size], queries: Sequence[int], trained: Size, epochs: int, model: str, folder: Path,
-    photographs: int, rounds: int, out: Path | None,
+    photos: int, rounds: int, out: Path | None,
 ) -> None:  # fmt: skip
     """Measure all sides, and print or write the table."""
     device = resolve_device(device)
     lines: list[Sequence[str]] = [HEAD, ("---",) * len(HEAD)]
     for size in sizes:
         lines += answers(size, queries, rounds, device)
-    if photographs:
-        lines += encodings(model, folder, photographs, rounds, device)
+    if photos:
+        lines += encodings(model, folder, photos, rounds, device)
     lines += training(trained, epochs, rounds, device)
     table = "\n".join([f"{machine()}, median of {rounds}\n", *(f"| {' | '.join(line)} |" for line in lines)])
     click.echo(table)

@@ -24,7 +24,7 @@ from retrieval_tip.labelling.groups import group_unlike
 
 UNKNOWN, KNOWN, EACH, FAMILIAR, SHOTS = 7, 30, 8, 210, 16
 IntArray = npt.NDArray[np.int64]
-DATASETS = {name: POOLS[name] for name in ("photographs", "flowers", "caltech", "dtd", "cars")}
+DATASETS = {name: POOLS[name] for name in ("photos", "flowers", "caltech", "dtd", "cars")}
 DATASETS["food"] = Tables("9 classes of Food-101", "clip-food9", "test", None, (), "train")
 
 

@@ -131,7 +131,7 @@ POOLS = {
     "flowers": Tables("Flowers102 val", f"{CLIP}/oxford_flowers", "test", None, (), "val"),
     "caltech": Tables("Caltech101 val", f"{CLIP}/caltech101", "test", None, (), "val"),
     "cars": Tables("Stanford Cars, 16 shots, test on val", f"{CLIP}/stanford_cars", "val", None, (), "shots_16"),
-    "photographs": DATASETS["photographs"],
+    "photos": DATASETS["photos"],
 }
 
 

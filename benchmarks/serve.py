@@ -263,7 +263,7 @@ class Material:
         build_index(open_source(split), folder, encoder, shots=shots, templates=template, device="cpu")
         paths = open_source(split, split="test").paths or ()
         chosen = [paths[at] for at in np.linspace(0, len(paths) - 1, REQUESTS["images"]).astype(int)]
-        part = b'--image\r\nContent-Disposition: form-data; name="images"; filename="photograph.jpg"\r\n'
+        part = b'--image\r\nContent-Disposition: form-data; name="images"; filename="photo.jpg"\r\n'
         part += b"Content-Type: application/octet-stream\r\n\r\n"
         bodies = [part + Path(path).read_bytes() + b"\r\n--image--\r\n" for path in chosen]
         return cls("images", folder, [_request("multipart/form-data; boundary=image", b, folder.name) for b in bodies])
