@@ -43,6 +43,8 @@ from retrieval_tip.store.labels import digest_codes, images_of
 
 ALL_PAIRS, MET = 1 << 33, 256
 """Maximum number of affinities in an exact audit (90,000 keys), and number of nearest keys beyond this limit."""
+AUDITED = 1 << 15
+"""Maximum number of keys that the page and a report audit."""
 VALUES = 1 << 23
 """Number of affinities in memory at a time. They take 32 MiB in float32."""
 LEAST = torch.finfo(torch.float32).tiny

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval_tip.errors import counted, percent
-from retrieval_tip.evaluation.audit import audit
+from retrieval_tip.evaluation.audit import AUDITED, audit
 from retrieval_tip.evaluation.compare import differ
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.report.judged import JudgedIndex, portable
@@ -20,8 +20,6 @@ SURE = 0.9
 """Minimum probability of a confident prediction."""
 WEAK, NAMED = 0.5, 3
 """Accuracy below which a class always counts as weak, and the maximum number of weak classes to list."""
-AUDITED = 1 << 15
-"""Maximum number of keys that a report audits, as on the page."""
 MISCALIBRATED = 0.05
 """Difference between the mean probability and the accuracy from which a calibration is recommended."""
 

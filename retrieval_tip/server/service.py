@@ -25,7 +25,7 @@ from retrieval_tip.backbones.base import Backbone, unit
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import FloatArray, pixels_of
 from retrieval_tip.errors import InputError, json_line
-from retrieval_tip.evaluation.audit import audit
+from retrieval_tip.evaluation.audit import AUDITED, audit
 from retrieval_tip.evaluation.exemplars import exemplars
 from retrieval_tip.evaluation.projection import Method, Projection, methods, projected
 from retrieval_tip.fit.closed_form import Judged, estimate
@@ -54,8 +54,8 @@ SLOW_AT_ONCE, SLOW_KEPT = 8, 32
 
 Slow results are maps, audits and accuracies.
 """
-AUDITED, MOST_AUDITED = 1000, 1 << 15
-"""Maximum numbers of suspicious shots to keep, and of keys in an index for an audit."""
+SUSPICIOUS = 1000
+"""Maximum number of suspicious shots to keep."""
 
 T = TypeVar("T")
 
@@ -378,14 +378,14 @@ class Service:
 
     async def audit(self, version: Version, limit: int, borderline: bool) -> schemas.Audit:
         """List suspicious shots in order. Raises Problem 422 if there are too many keys, and 202 if this is slow."""
-        if version.cache.n > MOST_AUDITED:
-            many = f"the index has {version.cache.n:,} keys, but at most {MOST_AUDITED:,} can be audited here"
+        if version.cache.n > AUDITED:
+            many = f"the index has {version.cache.n:,} keys, but at most {AUDITED:,} can be audited here"
             raise Problem(422, f"{many}; run retrieval-tip index audit {version.name}")
         cache = version.cache
 
         def call() -> tuple[int, list[Row]]:
             table = audit(cache.in_memory(), borderline=borderline)
-            return len(table), table.slice(0, AUDITED).to_pylist()
+            return len(table), table.slice(0, SUSPICIOUS).to_pylist()
 
         total, suspicious = await self._once(version, ("audit", borderline), call)
         return schemas.Audit(version.manifest.version, total, suspicious[:limit])
