@@ -76,7 +76,7 @@ def remove_unused(store: Store) -> tuple[int, int]:
         try:
             photos = _photos(folder)
             names = {match[1] for path in photos if (match := _NAME.fullmatch(path.name))}
-            used = set().union(*(_used(one, names) for one in (store, *_beside(folder))))
+            used = set().union(*(_used(one, names) for one in _users(store, folder)))
         except (OSError, StoreError) as error:
             log.warning("%s: no photo was removed: %s", show(folder), error)
             return 0, 0
@@ -89,10 +89,10 @@ def _photos(folder: Path) -> list[Path]:
     return [Path(entry.path) for entry in entries if _NAME.fullmatch(entry.name)]
 
 
-def _beside(folder: Path) -> list[Store]:
-    """Return the index folders in the parent of ``DIR-shots``."""
-    stores = [places.at(path) for path in folder.parent.iterdir() if not path.name.startswith(".")]
-    return [store for store in stores if store.exists()]
+def _users(store: Store, folder: Path) -> list[Store]:
+    """Return the indexes that may use the photos: the store itself, if it still exists, and the folders next to it."""
+    beside = [places.at(path) for path in folder.parent.iterdir() if not path.name.startswith(".")]
+    return [one for one in (store, *beside) if one.exists()]
 
 
 def _used(store: Store, names: set[str]) -> set[str]:
