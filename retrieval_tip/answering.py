@@ -21,6 +21,7 @@ from retrieval_tip import tip
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.bounds import check_count
 from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.shots import spread
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, counted, warn_once
 from retrieval_tip.html import markup, table
@@ -643,8 +644,3 @@ def _doubles(values: Tensor) -> npt.NDArray[np.float64]:
 def _largest(logits: Tensor) -> Tensor:
     """Return the largest absolute value, or NaN if any logit is NaN."""
     return torch.stack(logits.aminmax()).abs().amax()
-
-
-def spread(n: int, m: int) -> npt.NDArray[np.int64]:
-    """Return at most ``m`` evenly spaced positions out of ``n``, in ascending order."""
-    return np.unique(np.linspace(0, n - 1, min(n, m)).round().astype(np.int64))

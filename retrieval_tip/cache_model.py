@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from retrieval_tip import tip
-from retrieval_tip.answering import AnsweringIndex, EditableIndex, manifest_of, spread
+from retrieval_tip.answering import AnsweringIndex, EditableIndex, manifest_of
 from retrieval_tip.backbones.base import Identity, resolve_device
+from retrieval_tip.data.shots import spread
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.files import real
 from retrieval_tip.retrieval import inputs

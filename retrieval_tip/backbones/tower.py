@@ -141,7 +141,6 @@ def quantise(
     whose names match the patterns in ``ignored`` stay in float32.
     """
     runtime()
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # NNCF reports its use by it
     with quiet(), redirect_stdout(StringIO()):  # which gets its progress bars
         import nncf
 
@@ -188,7 +187,7 @@ def fastest() -> Precision:
 
 def runtime() -> ModuleType:
     """Import openvino without its telemetry."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # disables telemetry
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # disables telemetry, also that of NNCF
     import openvino
 
     module: ModuleType = openvino

@@ -34,6 +34,7 @@ from retrieval_tip.data.feature_tables import (
     table_of,
     write_table,
 )
+from retrieval_tip.data.shots import spread
 from retrieval_tip.data.sources import Source, read_item
 from retrieval_tip.data.tables import FEATURE, row_groups_of
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
@@ -177,11 +178,11 @@ class Encoder:
         starts = np.concatenate([[0], np.cumsum(counts[counts > 0])])
         return Views(first[counts > 0], features.reshape(-1, features.shape[2]), starts)
 
-    def prepare(self, *sources: Source) -> None:
-        """Calibrate int8 on the first source that has enough readable photos, if this has not been done before.
+    def prepare(self, source: Source) -> None:
+        """Calibrate int8 on the photos of a source, if this has not been done before.
 
-        If there is no such source, float32 is used instead, and a warning is logged. A precision ``fast`` that has not
-        been checked (see ``index/precision.py``) becomes the fastest precision without a calibration.
+        If too few photos can be read, float32 is used instead, and a warning is logged. A precision ``fast`` that has
+        not been checked (see ``index/precision.py``) becomes the fastest precision without a calibration.
         """
         backbone = self.backbone
         if not isinstance(backbone, TorchBackbone):
@@ -194,20 +195,17 @@ class Encoder:
             )  # fmt: skip
         if not backbone.needs_photos:
             return
-        for source in sources:
-            if source.paths is None or len(source) < FEWEST:
-                continue
-            some = source.take(np.linspace(0, len(source) - 1, min(len(source), CALIBRATED)).round().astype(np.int64))
-            photos: list[torch.Tensor] = []
+        photos: list[torch.Tensor] = []
+        if source.paths is not None and len(source) >= FEWEST:
             with suppress(InputError):  # raised again when the photos are encoded
-                for _, batch in self.pixels(some, CENTRE, 1):
+                for _, batch in self.pixels(source.take(spread(len(source), CALIBRATED)), CENTRE, 1):
                     photos.extend(batch.half())
-            if len(photos) >= FEWEST:
-                bar = tqdm(photos, desc="Calibrating int8", disable=None if self.progress else True, leave=False)
-                backbone.calibrate(bar)
-                return
-        log.warning("precision int8: %d photos are needed for calibration, so float32 is used", FEWEST)
-        backbone.settle("float32")
+        if len(photos) >= FEWEST:
+            bar = tqdm(photos, desc="Calibrating int8", disable=None if self.progress else True, leave=False)
+            backbone.calibrate(bar)
+        else:
+            log.warning("precision int8: %d photos are needed for calibration, so float32 is used", FEWEST)
+            backbone.settle("float32")
 
     def text_weights(self, class_names: Sequence[str], templates: Sequence[str]) -> FloatArray:
         """Return the text weights of the classes (see :func:`prompts.text_weights`), from the cache if possible."""

@@ -1,9 +1,12 @@
-"""Draw shots by the published rule that CoOp, Tip-Adapter and their successors use."""
+"""Select items: shots by the published rule of CoOp, Tip-Adapter and their successors, or evenly spaced items."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Hashable, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from retrieval_tip.bounds import check_count, check_memory
 
@@ -42,3 +45,8 @@ def _draw(labels: Sequence[Hashable], shots: int, generator: random.Random) -> l
     for group in groups.values():
         drawn += generator.sample(group, shots) if len(group) >= shots else generator.choices(group, k=shots)
     return drawn
+
+
+def spread(n: int, m: int) -> npt.NDArray[np.int64]:
+    """Return at most ``m`` evenly spaced positions out of ``n``, in ascending order."""
+    return np.unique(np.linspace(0, n - 1, min(n, m)).round().astype(np.int64))

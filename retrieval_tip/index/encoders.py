@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from retrieval_tip.answering import AnsweringIndex, spread
+from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.shots import spread
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, Skipped, UsageError
 from retrieval_tip.evaluation.compare import SIGNIFICANT, Compared, Side, compare, mcnemar

@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from retrieval_tip import tip
-from retrieval_tip.answering import spread
 from retrieval_tip.backbones.base import unit, view_size
 from retrieval_tip.backbones.tower import quantise, runtime, shorter_side
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import CALIBRATED, FEWEST, pixels_of
+from retrieval_tip.data.shots import spread
 from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, UsageError, first_line, show
 from retrieval_tip.files import replacing

@@ -15,13 +15,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from retrieval_tip.answering import AnsweringIndex, spread
+from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data import remote
 from retrieval_tip.data.encoder import FEWEST, Encoder
+from retrieval_tip.data.shots import spread
 from retrieval_tip.data.sources import Source, is_there, of_images
 from retrieval_tip.errors import RetrievalTipError
 from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows

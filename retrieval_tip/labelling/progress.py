@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.compute as pc
 
-from retrieval_tip.answering import spread
 from retrieval_tip.bounds import check_count
 from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.data.shots import spread
 from retrieval_tip.evaluation.held_out import held_out, photo_rows
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.retrieval.inputs import Features

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.answering import spread
+from retrieval_tip.data.shots import spread
 from retrieval_tip.errors import StoreError
 from retrieval_tip.lance.key_table import CLASSES, FLAT, ROW, IntArray, KeyTable
 from retrieval_tip.lance.versions import Classes

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.answering import AnsweringIndex, spread
+from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Identity, resolve_device
 from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.data.shots import spread
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
 from retrieval_tip.lance.key_table import FLAT, POINT, RESTORE, VECTOR, VERSION, IntArray, KeyTable
 from retrieval_tip.lance.lance_keys import LanceKeys, LanceRetrieval

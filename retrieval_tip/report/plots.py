@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from retrieval_tip.data.shots import spread
 from retrieval_tip.errors import UsageError, counted, one_line, percent, show
 from retrieval_tip.evaluation.calibration import accuracy_coverage, reliability
 from retrieval_tip.evaluation.evaluate import Affinities, Answers, Evaluation
@@ -491,7 +492,7 @@ def _heat(axes: Axes, panel: Panel, low: float, high: float) -> QuadMesh:
     row, column = np.unravel_index(int(panel.accuracy.argmax()), panel.accuracy.shape)
     axes.plot(column + 0.5, row + 0.5, "o", markersize=9, markerfacecolor="none", color=ORANGE)
     for values, at in ((panel.alphas, axes.xaxis), (panel.betas, axes.yaxis)):
-        some = np.unique(np.linspace(0, len(values) - 1, min(6, len(values))).round().astype(int))
+        some = spread(len(values), 6)
         at.set_ticks(some + 0.5, [f"{values[i]:{'.3g' if values[i] < 1000 else '.0e'}}" for i in some], fontsize=8)
     axes.set(xlabel="alpha (residual ratio)", ylabel="beta (sharpness)")
     return image

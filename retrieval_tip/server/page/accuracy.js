@@ -2,7 +2,7 @@
 // for the current examples.
 
 import { pause } from "./api.js";
-import { $, percent, whole } from "./dom.js";
+import { $, calm, percent, whole } from "./dom.js";
 import { state } from "./state.js";
 
 const known = (accuracy) => typeof accuracy?.photos === "number";
@@ -29,7 +29,6 @@ export async function showAccuracy(element) {
 }
 
 const STEP = 150; // ms for which each number is shown while the accuracy counts up or down
-const calm = matchMedia("(prefers-reduced-motion: reduce)");
 let shown = null; // the index whose accuracy is in the header, and the accuracy
 
 /** Show the accuracy of the current version in the header, with its interval. It counts from the last accuracy. */

@@ -39,6 +39,9 @@ export function debounced(milliseconds, call) {
   };
 }
 
+/** Whether the user prefers reduced motion, as `calm.matches`. */
+export const calm = matchMedia("(prefers-reduced-motion: reduce)");
+
 export const whole = (share) => Math.round(100 * share);
 
 /** Format a share without decimals. A share that is not certain is never shown as 0 % or 100 %. */

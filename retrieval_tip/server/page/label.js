@@ -2,7 +2,7 @@
 // photo appears at once. The server chooses the photos and saves the labels.
 
 import * as api from "./api.js";
-import { $, count, el, failure, percent, plural, refill, say, whole } from "./dom.js";
+import { $, calm, count, el, failure, percent, plural, refill, say, whole } from "./dom.js";
 import { notice } from "./notice.js";
 import { state } from "./state.js";
 
@@ -193,7 +193,7 @@ function choose(label) {
 function slide(label) {
   const image = $("label-photo").querySelector("img");
   const button = [...$("label-choices").querySelectorAll("button")].find(({ dataset }) => dataset.label === label) ?? $("label-class");
-  if (!image || matchMedia("(prefers-reduced-motion: reduce)").matches) return;
+  if (!image || calm.matches) return;
   const [from, to] = [image, button].map((one) => one.getBoundingClientRect());
   const copy = el("img", { alt: "", src: image.src, class: "sliding" });
   for (const side of ["left", "top", "width", "height"]) copy.style[side] = `${from[side]}px`;
