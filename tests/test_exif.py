@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import IFDRational
@@ -37,7 +37,8 @@ def encoded(times=None, gps=None, style="JPEG", image=None):
 
 def gps_of(latitude, longitude):
     def parts(degrees):
-        return int(degrees), int(degrees % 1 * 60), IFDRational(round(degrees * 3600 % 60 * 10**4), 10**4)
+        minutes, seconds = divmod(round(degrees * 3600 * 10**4), 60 * 10**4)
+        return *divmod(minutes, 60), IFDRational(seconds, 10**4)
 
     return {
         GPS.GPSLatitudeRef: "NS"[latitude < 0],
@@ -47,6 +48,7 @@ def gps_of(latitude, longitude):
     }
 
 
+@example(datetime(2000, 1, 1), 0.0, 1.9, "JPEG")  # 53.99... minutes
 @given(
     st.datetimes(datetime(1900, 1, 1)),
     st.floats(-89.9, 89.9),
