@@ -64,7 +64,9 @@ def site(runtime, fitted, run, tmp_path):
     folder = tmp_path / "site"
     shutil.copytree(ROOT / "docs/browser", folder)
     shutil.copytree(runtime, folder / "ort")
-    assert run("index", "export", fitted, "--onnx", folder / "things.onnx").exit_code == 0
+    for name, precision in (("things", "float32"), ("int8", "int8")):
+        done = run("index", "export", fitted, "--onnx", folder / f"{name}.onnx", "--precision", precision)
+        assert done.exit_code == 0, done.output
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Files, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/"
@@ -72,12 +74,12 @@ def site(runtime, fitted, run, tmp_path):
     server.server_close()
 
 
-LOGITS = """async ([name, at]) => {
+LOGITS = """async ([graph, at]) => {
     const { open, classify } = await import("./classify.js");
-    window.model ??= await open("things.onnx");
+    window[graph] ??= await open(graph);
     const file = await (await fetch(at)).blob();
-    const { logits, probabilities, unlike } = await classify(window.model, file);
-    return { logits: [...logits], probabilities: [...probabilities], unlike, labels: window.model.labels };
+    const { logits, probabilities, unlike } = await classify(window[graph], file);
+    return { logits: [...logits], probabilities: [...probabilities], unlike, labels: window[graph].labels };
 }"""
 
 
@@ -108,7 +110,10 @@ def test_a_photo_is_classified_in_the_browser(site, fitted, shared, run, tmp_pat
         expect(page.get_by_role("status")).to_have_text("Ready: 10 classes.", timeout=PATIENCE)
         page.get_by_label("Choose a photo").set_input_files(paths[0])
         expect(page.locator("li").first).to_contain_text(expected[str(paths[0])]["label"], timeout=PATIENCE)
-        found = [page.evaluate(LOGITS, [path.name, f"{number}{path.suffix}"]) for number, path in enumerate(paths)]
+        names = [f"{number}{path.suffix}" for number, path in enumerate(paths)]
+        found, quick = (
+            [page.evaluate(LOGITS, [f"{graph}.onnx", name]) for name in names] for graph in ("things", "int8")
+        )
         page.get_by_label("Choose a photo").set_input_files(stranger)
         expect(page.get_by_role("status")).to_contain_text("No match", timeout=PATIENCE)
         page.get_by_label("Choose a photo").set_input_files(fitted / "manifest.json")
@@ -120,3 +125,6 @@ def test_a_photo_is_classified_in_the_browser(site, fitted, shared, run, tmp_pat
         assert one["labels"][int(np.argmax(one["logits"]))] == row["label"], path
         assert one["unlike"] == row["unlike"], path
         np.testing.assert_allclose(one["logits"], row["logits"], rtol=1e-4, atol=1e-4 * np.abs(row["logits"]).max())
+    chances = [np.array([one["probabilities"] for one in rows]) for rows in (found, quick)]
+    assert np.abs(chances[0] - chances[1]).max() > 0
+    assert (chances[0].argmax(1) == chances[1].argmax(1)).mean() > 0.9

@@ -211,8 +211,8 @@ def _quantised(graph: Any, answer: Answer, cache: CacheModel, backbone: TorchBac
     views = [view.half() for view in _views(cache, backbone, CALIBRATED)]
     if len(views) < FEWEST:
         raise InputError(f"precision int8: {len(views)} photos of the index could be read; {FEWEST} are needed")
-    attends = any(node.op_type == "Softmax" and node.name.startswith("/tower/") for node in graph.graph.node)
-    return quantise(graph, views, lambda view: {"pixels": _pixels(answer, view.float())}, attends, r"^(?!/tower/).*")
+    types = {node.name: node.op_type for node in graph.graph.node if node.name.startswith("/tower/")}
+    return quantise(graph, views, lambda view: {"pixels": _pixels(answer, view.float())}, types, r"^(?!/tower/).*")
 
 
 def _trace(answer: Answer, cache: CacheModel, backbone: TorchBackbone | None, file: Path) -> None:
