@@ -14,6 +14,7 @@ import pytest
 import torch
 import warm
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tables import tiny
 
 from retrieval_tip.backbones import base, tower
@@ -108,6 +109,33 @@ def test_calibrated_features_are_near_float32_and_come_back_from_the_cache(name,
     np.testing.assert_array_equal(again.encode_images(pixels), quick.encode_images(pixels))
     assert again.scope == quick.scope != exact.scope == "float32"
     np.testing.assert_array_equal(quick.encode_texts(["a cat"]), exact.encode_texts(["a cat"]))
+
+
+def test_large_channels_of_a_transformer_keep_int8_accurate(tmp_path, monkeypatch):
+    """Trained transformers have such channels, and 8 bits for all channels together would be too few."""
+    monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "cache"))
+    file = tiny(tmp_path / "model") / "open_clip_model.safetensors"
+    weights = load_file(file)
+    for name in [name for name in weights if name.startswith("visual.transformer.resblocks")]:
+        if name.endswith(("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias")):
+            weights[name][0] *= 300
+        elif name.endswith(("attn.in_proj_weight", "mlp.c_fc.weight")):
+            weights[name][:, 0] /= 300
+    save_file(weights, file)
+    exact, quick = load_backbone(f"local-dir:{tmp_path}/model", device="cpu"), int8(f"local-dir:{tmp_path}/model")
+    pixels = torch.randn(40, 3, *quick.size)
+    quick.calibrate(pixels)
+    assert quick.precision == "int8"
+    assert cosines(quick.encode_images(pixels), exact.encode_images(pixels)).min() > 0.95
+
+
+def test_a_calibration_far_from_float32_is_not_used(name, place, monkeypatch, caplog):
+    monkeypatch.setitem(tower.LEAST_COSINE, "int8", 1.1)
+    quick = int8(name)
+    quick.calibrate(torch.randn(40, 3, *quick.size))
+    assert quick.precision == "float32"
+    assert "the cosine to the float32 features is 0.9" in caplog.text
+    assert int8(name).needs_photos
 
 
 @pytest.mark.parametrize("damage", ["bytes", "truncated", "foreign", "versions"])

@@ -183,7 +183,7 @@ class TorchBackbone:
         """
         exact = self.at("float32")
         plain = exact._compiled(2)
-        compiled = None if plain is None else tower.calibrated(self.identity, photos)
+        compiled = None if plain is None else tower.calibrated(self.identity, photos, plain)
         self._precision = "float32" if compiled is None else "int8"
         self._tower = self.identity.fingerprint, compiled or plain
 

@@ -15,12 +15,13 @@ import threading
 from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.metadata import version
 from io import StringIO
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from retrieval_tip.backbones.base import FloatArray, Identity, Preprocess, view_size
+from retrieval_tip.backbones.base import FloatArray, Identity, Preprocess, unit, view_size
 from retrieval_tip.backbones.catalogue import quiet
 from retrieval_tip.errors import first_line, show
 from retrieval_tip.files import cache_folder, make_folders, sha256_of, temporary
@@ -49,9 +50,14 @@ log = logging.getLogger(__name__)
 _Graph = TypeVar("_Graph")
 _Sample = TypeVar("_Sample")
 
-LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.99}
-"""Smallest accepted cosine to the float32 features from torch, by precision. For photos, the bfloat16 features of
-lit-mini reach a cosine of 0.997 in both torch and OpenVINO."""
+LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.99, "int8": 0.8}
+"""Smallest accepted cosine to the float32 features, by precision. For photos, the bfloat16 features of lit-mini reach
+a cosine of 0.997 in both torch and OpenVINO, and its int8 features one of 0.97."""
+
+COMPARED = 16  # photos whose int8 features are compared with the float32 features
+
+CONVOLUTIONS, PRODUCTS = ("Convolution", "Conv"), ("MatMul", "Gemm")
+"""Types of the layers of a tower, in OpenVINO and ONNX."""
 
 FORM = 3  # version of the stored files
 
@@ -66,7 +72,8 @@ class Tower:
         import torch
 
         self.digest = digest
-        hint = "bf16" if precision == "bfloat16" else "f32"
+        rest = fastest() if precision == "int8" else precision  # of layers that are not in int8
+        hint = "bf16" if rest == "bfloat16" else "f32"
         config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         self._compiled = runtime().Core().compile_model(model, "CPU", config)
         self._requests = threading.local()  # the model's own request would be shared by all threads
@@ -112,12 +119,15 @@ def kept(identity: Identity, precision: str) -> Tower | None:
         return None
 
 
-def calibrated(identity: Identity, photos: Collection[torch.Tensor]) -> Tower | None:
+def calibrated(identity: Identity, photos: Collection[torch.Tensor], exact: Tower) -> Tower | None:
     """Quantise the stored tower of a backbone to int8, and store the result.
 
     The ranges of the activations are measured on ``photos``, which are views of shape ``[3, h, w]``. If another process
-    has stored a result first, that tower is returned. If the quantisation fails, log a warning and return ``None``.
+    has stored a result first, that tower is returned. If the quantisation fails, or if its features miss
+    :data:`LEAST_COSINE` to those of the tower ``exact``, log a warning and return ``None``.
     """
+    import torch
+
     folder = folder_of(identity, "float32")
     try:
         if folder is None:
@@ -125,8 +135,11 @@ def calibrated(identity: Identity, photos: Collection[torch.Tensor]) -> Tower | 
         graph = runtime().Core().read_model(folder / _GRAPH)
         types = {node.get_friendly_name(): node.get_type_name() for node in graph.get_ordered_ops()}
         quantised = quantise(graph, photos, lambda view: view[None].float().numpy(), types)
+        tower = Tower(quantised, "int8")
+        views = torch.stack(list(islice(photos, COMPARED)))
+        _check_cosine(tower(views), exact(views), "int8")
         _keep(quantised, identity, "int8")
-        return kept(identity, "int8") or Tower(quantised, "int8")
+        return kept(identity, "int8") or tower
     except Exception as error:  # NNCF and OpenVINO raise different errors
         log.warning("%s: images encoded in float32, because NNCF failed (%s)", identity, first_line(error))
         return None
@@ -138,20 +151,21 @@ def quantise(
     """Quantise an OpenVINO or ONNX graph to int8 with NNCF, which prints and reports nothing.
 
     ``feed`` turns a sample into the inputs of the graph. ``types`` holds the types of the nodes of the tower by name,
-    in the order of computation. Its first layer stays in float32: CPUs without VNNI need 7-bit weights there, which
-    cost more accuracy than all other layers. Nodes that match the patterns in ``ignored`` stay in float32, too.
+    in the order of computation. Its first layer is not quantised: for CPUs without VNNI, NNCF uses 7-bit weights
+    there, which cost more accuracy than all other layers. Nodes that match the patterns in ``ignored`` are not
+    quantised, either.
     """
     runtime()
-    attends = "Softmax" in types.values()
-    layers = [name for name, kind in types.items() if kind in ("Convolution", "Conv", "MatMul", "Gemm")]
+    layers = [name for name, kind in types.items() if kind in CONVOLUTIONS + PRODUCTS]
+    convolves = sum(kind in CONVOLUTIONS for kind in types.values()) > len(layers) / 2
     with quiet(), redirect_stdout(StringIO()):  # which gets its progress bars
         import nncf
 
         logging.getLogger("nncf").setLevel(logging.ERROR)  # set_log_level would change handlers of others
         found: _Graph = nncf.quantize(
             graph, nncf.Dataset(samples, feed), subset_size=len(samples),
-            model_type=nncf.ModelType.TRANSFORMER if attends else None,
-            fast_bias_correction=attends,  # the full correction helps convolutions, and takes long for attention
+            model_type=None if convolves else nncf.ModelType.TRANSFORMER,
+            fast_bias_correction=not convolves,  # the full correction helps convolutions only
             ignored_scope=nncf.IgnoredScope(names=layers[:1], patterns=list(ignored)),
         )  # fmt: skip
     return found
@@ -173,15 +187,18 @@ def converted(model: Model, identity: Identity, size: tuple[int, int], precision
         tower = Tower(graph, precision)
         pixels = torch.rand(3, 3, *size, generator=torch.Generator().manual_seed(0)) * 4 - 2
         with torch.no_grad():
-            own = model.encode_image(pixels).double()
-        cosine = float(torch.cosine_similarity(own, torch.from_numpy(tower(pixels)).double()).min())
-        if not cosine >= LEAST_COSINE[precision]:
-            raise ValueError(f"the cosine to the torch features is {cosine:.6f}")
+            _check_cosine(tower(pixels), model.encode_image(pixels).float().numpy(), precision)
     except Exception as error:  # OpenVINO and torch raise different errors
         log.warning("%s: images encoded by torch, which is slower: OpenVINO failed (%s)", identity, first_line(error))
         return None
     _keep(graph, identity, "float32")
     return tower
+
+
+def _check_cosine(features: FloatArray, exact: FloatArray, precision: str) -> None:
+    cosine = float((unit(features) * unit(exact)).sum(axis=1).min())
+    if not cosine >= LEAST_COSINE[precision]:
+        raise ValueError(f"the cosine to the float32 features is {cosine:.6f}")
 
 
 def fastest() -> Precision:
