@@ -296,7 +296,7 @@ def test_strict_stops_at_the_first_one(folder: Path) -> None:
 
 
 def test_no_readable_image_at_all_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"none of 2 items could be read .*no such file"):
+    with pytest.raises(InputError, match=r"none of 2 images could be read .*no such file"):
         all_of(Encoder(Fake()), of_images([str(tmp_path / "a.png"), str(tmp_path / "b.png")]))
 
 

@@ -153,5 +153,6 @@ def test_groups_need_a_fitted_index_and_one_process(folder, run, tmp_path):
     cache_of(unit_rows(4, 16), [0, 0, 1, 1], ["a", "b"], device="cpu").save(tmp_path / "plain")
     done = run("classify", tmp_path / "plain", table, "--group-unlike")
     assert (done.exit_code, "fit" in done.stderr) == (2, True)
-    with pytest.raises(UsageError, match=r"group_unlike: .*fit"):
-        Classifier.load(tmp_path / "plain", device="cpu").predict(table, group_unlike=True)
+    for photos in (table, tmp_path / "none.png"):  # checked before any photo is read
+        with pytest.raises(UsageError, match=r"group_unlike: .*fit"):
+            Classifier.load(tmp_path / "plain", device="cpu").predict(photos, group_unlike=True)

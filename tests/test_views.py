@@ -222,7 +222,7 @@ def test_pixels_leave_out_unreadable_images_and_name_them_once(folder: Path) -> 
     assert [Path(skipped.source).name for skipped in encoder.skipped] == ["04.png", "05.png", "09.png"]
     with pytest.raises(InputError, match=r"04\.png: empty file$"):
         epoch(Encoder(Fake(), strict=True), source, "centre", 2)
-    with pytest.raises(InputError, match="none of 2 items could be read"):
+    with pytest.raises(InputError, match="none of 2 images could be read"):
         epoch(encoder, source.take([4, 5]), "centre", 2)
 
 

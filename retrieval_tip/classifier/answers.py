@@ -21,7 +21,7 @@ from retrieval_tip.data.pictures import Picture, Pictures, is_one, pictures
 from retrieval_tip.data.sources import kind_of, open_inputs, read_item
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.html import markup, table
-from retrieval_tip.labelling.groups import classify_in_groups
+from retrieval_tip.labelling.groups import check_fitted, classify_in_groups
 from retrieval_tip.labelling.groups import group_unlike as grouped
 from retrieval_tip.labelling.photos import Pool, Suggestions, suggest_features, suggest_photos
 from retrieval_tip.labelling.placing import Action
@@ -237,6 +237,7 @@ def _answers(
     group_unlike: bool = False,
 ) -> Predictions:
     if group_unlike:
+        check_fitted(index)
         pool = Pool.of([part.source for part in given], replace(encoder, read=given[0].read))
         index = index.with_settings(index.settings.override(k=k, tail=tail))
         return classify_in_groups(index, pool, top, neighbours, certify=certify)

@@ -288,7 +288,7 @@ class Encoder:
         first = next((skipped for skipped in self.skipped if skipped.source in own), source.name)
         if len(source) == 1:
             return InputError(str(first))
-        return InputError(f"{source.name}: none of {len(source):,} items could be read ({first})")
+        return InputError(f"{source.name}: none of {len(source):,} images could be read ({first})")
 
     def _skip(self, name: str, reason: str) -> None:
         """Add an unusable input to ``skipped`` and log it once. If ``strict`` is set, raise InputError instead."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from retrieval_tip.data.shots import spread
 from retrieval_tip.data.sources import Source, is_there, of_images
 from retrieval_tip.errors import RetrievalTipError
 from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows
-from retrieval_tip.files import read_regular, replacing
+from retrieval_tip.files import read_json, replacing
 from retrieval_tip.index.encoders import trial
 from retrieval_tip.index.items import draw_shots, ids_in
 
@@ -147,8 +147,8 @@ def _file(identity: Identity, model: CacheModel) -> Path | None:
 
 def _stored(file: Path | None) -> PrecisionCheck | None:
     if file is not None:
-        with suppress(OSError, TypeError, ValueError, RetrievalTipError):
-            photos, *shares = json.loads(read_regular(file, 1 << 10))
+        with suppress(TypeError, ValueError):
+            photos, *shares = cast("list[float]", read_json(file, 1 << 10))
             return PrecisionCheck(max(1, int(photos)), *map(float, shares))
     return None
 

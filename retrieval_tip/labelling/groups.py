@@ -128,9 +128,8 @@ def group_unlike(index: AnsweringIndex, features: FloatArray, answers: Predictio
     The groups of photos without a match are numbered from 1, largest first. Other photos, and photos that are similar
     to no other photo without a match, have no group. Raises UsageError if the index is not fitted.
     """
+    check_fitted(index)
     table = answers.to_arrow()
-    if "unlike" not in table.column_names:
-        raise UsageError("group_unlike: the index does not know which images have no match; fit it first")
     unlike = np.flatnonzero(table["unlike"].to_numpy())
     numbers = np.zeros(len(table), dtype=np.int64)
     if len(unlike):
@@ -138,6 +137,12 @@ def group_unlike(index: AnsweringIndex, features: FloatArray, answers: Predictio
             numbers[unlike[rows]] = number
     column = pa.array(numbers, PREDICTIONS["group"], mask=numbers == 0)
     return Predictions(table.append_column("group", column))
+
+
+def check_fitted(index: AnsweringIndex) -> None:
+    """Raise UsageError if an index does not know which photos have no match."""
+    if index.settings.least_cache is None:
+        raise UsageError("group_unlike: the index does not know which images have no match; fit it first")
 
 
 def classify_in_groups(index: AnsweringIndex, pool: Pool, top: int, neighbours: int, *, certify: bool) -> Predictions:

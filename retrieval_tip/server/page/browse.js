@@ -3,7 +3,7 @@
 import { estimated, gained, showAccuracy } from "./accuracy.js";
 import * as api from "./api.js";
 import { looked, pagePhotos } from "./classify.js";
-import { askName, confirmed } from "./dialogs.js";
+import { confirmed } from "./dialogs.js";
 import { $, count, debounced, el, failure, nameOf, percent, picture, plural, refill } from "./dom.js";
 import { Grid } from "./grid.js";
 import { KeyMap, placeOf } from "./map.js";
@@ -120,7 +120,11 @@ async function showClasses() {
   $("classes-add").hidden = !info.changes || !info.images;
   $("classes-hint").hidden = !info.changes;
   const card = (one) => classCard(one, images.get(one.class_id), weakest.get(one.label), doubted.get(one.label)?.length);
+  const naming = $("classes-list").querySelector(".naming");
+  const named = naming?.parentNode.dataset.label;
   refill($("classes-list"), found.map(card));
+  const renamed = naming && [...$("classes-list").children].find(({ dataset }) => dataset.label === named);
+  if (renamed) openName(renamed, naming); // the name is being edited
   $("classes-more").textContent = found.length ? "" : "No classes match this filter.";
 }
 
@@ -143,7 +147,7 @@ function classCard({ label, keys }, image, weak, doubted) {
   });
   if (!state.info.changes) return el("li", {}, button);
   const other = el("button", { type: "button", class: "quiet", aria: { label: `Rename ${label}` } }, "Rename");
-  other.addEventListener("click", () => rename(label));
+  other.addEventListener("click", () => rename(card, label));
   const more = weak || keys < FEW ? el("button", { type: "button", class: "quiet", aria: { label: `Add photos of ${label}` } }, "Add photos") : null;
   more?.addEventListener("click", () => {
     location.hash = "#teach";
@@ -186,14 +190,43 @@ $("classes-list").addEventListener("dragend", () => (mark(null), (dragged = null
 
 const merge = (label, into) => changed(`Merged ${label} into ${into}`, () => state.rename(label, into), $("classes-title"));
 
-/** Ask for a new name. If another class already has this name, the two classes are merged. */
-async function rename(label) {
+/** Edit the name of a class on its card. If another class already has the new name, the two classes are merged. */
+function rename(card, label) {
+  const input = el("input", { value: label, required: true, maxLength: 1024, autocomplete: "off", aria: { label: "New name" } });
+  input.setAttribute("list", "class-names");
+  const [ok, hint] = [el("button", { class: "primary" }), el("span", { class: "hint", role: "status" })];
+  const form = el("form", { class: "naming" }, input, hint, ok);
   const isTaken = (name) => name !== label && state.labels.includes(name);
-  const says = (name) => (isTaken(name) ? ["Merge", `${name} already exists. The two classes will be merged.`] : ["Rename"]);
-  const name = await askName(`Rename ${label}`, label, says, "class-names");
-  if (!name || name === label) return;
-  if (isTaken(name)) await merge(label, name);
-  else await changed(`Renamed ${label} to ${name}`, () => state.rename(label, name), $("classes-title"));
+  const end = () => {
+    const own = form.parentNode;
+    form.remove();
+    own.draggable = true;
+    return own.querySelector(".acts");
+  };
+  input.oninput = () => {
+    const taken = isTaken(input.value.trim());
+    ok.textContent = taken ? "Merge" : "Rename";
+    hint.textContent = taken ? `${input.value.trim()} already exists. The two classes will be merged.` : "";
+  };
+  form.addEventListener("keydown", ({ key }) => key === "Escape" && end().lastChild.focus());
+  form.addEventListener("focusout", ({ relatedTarget: to }) => to && !form.contains(to) && end());
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const name = input.value.trim();
+    end().lastChild.focus();
+    if (isTaken(name)) await merge(label, name);
+    else if (name && name !== label) await changed(`Renamed ${label} to ${name}`, () => state.rename(label, name), $("classes-title"));
+  });
+  $("classes-list").querySelector(".naming")?.remove();
+  openName(card, form);
+  input.oninput();
+  input.select();
+}
+
+function openName(card, form) {
+  card.draggable = false; // otherwise text in the field cannot be selected
+  card.append(form);
+  form.querySelector("input").focus();
 }
 
 /** Return the elements that describe an example. */

@@ -22,12 +22,11 @@ export function ask(dialog) {
 }
 
 /** Ask for a name, and return it, or "" if the dialog is dismissed. `says(name)` returns the text of the button and a hint
- *  while the name is typed. `list` is the id of a list of suggestions. */
-export async function askName(title, name, says, list = "") {
+ *  while the name is typed. */
+export async function askName(title, name, says) {
   const input = $("rename-label");
   $("rename-title").textContent = title;
   input.value = name;
-  input.setAttribute("list", list);
   input.oninput = () => {
     const [button, hint = ""] = says(input.value.trim());
     $("rename-ok").textContent = button;
