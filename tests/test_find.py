@@ -46,19 +46,19 @@ def test_an_example_finds_similar_photos(things, lit_mini, inbox, run):
     example = features[str(inbox / "0.jpg")]
     others = {str(inbox / f"{place}.jpg") for place in range(1, 6)}
     expected = {name: float(feature @ example) for name, feature in features.items() if name in others}
-    done = run("find", things, inbox, inbox / "0.jpg", "--format", "json")
+    done = run("find", inbox, inbox / "0.jpg", "--index", things, "--format", "json")
     assert (done.exit_code, "searched 7 photos" in done.stderr) == (3, True)
     rows = rows_of(done)
     assert [row["rank"] for row in rows] == [1, 2, 3, 4, 5]  # without the copies of the example
     assert [row["input"] for row in rows] == sorted(expected, key=expected.get, reverse=True)
     assert [row["similarity"] for row in rows] == pytest.approx(sorted(expected.values(), reverse=True), abs=1e-3)
-    assert rows_of(run("find", things, inbox, inbox / "0.jpg", "-n", 2, "--format", "json")) == rows[:2]
+    assert rows_of(run("find", inbox, inbox / "0.jpg", "-n", 2, "--index", things, "--format", "json")) == rows[:2]
     assert cache.metric is None
 
 
 def test_a_text_is_encoded_with_the_templates_of_the_index(things, lit_mini, inbox, run):
-    cache = CacheModel.load(things, device="cpu")
-    done = run("find", things, inbox / "1.jpg", inbox / "2.jpg", "a big aeroplane", "--format", "json")
+    cache, photos = CacheModel.load(things, device="cpu"), (inbox / "1.jpg", inbox / "2.jpg")
+    done = run("find", *photos, "a big aeroplane", "--index", things, "--format", "json")
     assert done.exit_code == 0, done.stderr
     weight = Encoder(lit_mini).text_weights(["a big aeroplane"], cache.templates)[0]
     for row in rows_of(done):
@@ -67,8 +67,21 @@ def test_a_text_is_encoded_with_the_templates_of_the_index(things, lit_mini, inb
     assert len(rows_of(done)) == 2
 
 
+def test_without_an_index_the_options_or_the_table_name_the_encoder(lit_mini, inbox, run, tmp_path):
+    model, table = ("--model", lit_mini.identity.model), tmp_path / "inbox.parquet"
+    assert run("encode", inbox, *model, "--out", table).exit_code == 3
+    expected = rows_of(run("find", inbox, "an aeroplane", *model, "--format", "json"))
+    found = rows_of(run("find", table, "an aeroplane", "--format", "json"))
+    assert len(expected) == 7
+    assert [Path(row["input"]).name for row in found] == [Path(row["input"]).name for row in expected]
+    alike = rows_of(run("find", table, inbox / "0.jpg", "--format", "json"))
+    assert [Path(row["input"]).name for row in alike][:1] == ["1.jpg"]
+    pairs = rows_of(run("find", table, "--duplicates", "--format", "json"))
+    assert [Path(row["other"]).name for row in pairs] == ["copy.jpg"]
+
+
 def test_near_identical_photos_are_listed(things, inbox, run):
-    rows = rows_of(run("find", things, inbox, "--duplicates", "--format", "json"))
+    rows = rows_of(run("find", inbox, "--duplicates", "--index", things, "--format", "json"))
     assert [(row["input"], row["other"]) for row in rows] == [(str(inbox / "0.jpg"), str(inbox / "copy.jpg"))]
     assert rows[0]["kind"] == "identical image"
 
@@ -97,7 +110,7 @@ def test_the_best_photos_of_many_blocks_match_the_definition(metric, tmp_path):
     ids = np.arange(40).astype(str)
     tables = [write_table(tmp_path / f"{i}.parquet", features[i::4], ids=ids[i::4].tolist()) for i in range(4)]
     (tmp_path / "x.jpg").write_text("7")
-    found, total = find_photos(index, list(open_inputs(map(str, tables))), Fixed(), str(tmp_path / "x.jpg"), 9)
+    found, total = find_photos(list(open_inputs(map(str, tables))), Fixed(), str(tmp_path / "x.jpg"), 9, index)
     points = features.astype(float)
     if metric:
         points = unit((points - index.metric.mean.numpy()) @ index.metric.transform.numpy())
@@ -131,12 +144,12 @@ def test_invalid_queries_are_refused(tmp_path, run):
     index.save(tmp_path / "index")
     table = write_table(tmp_path / "t.parquet", unit_rows(3, 8))
     for query in ("x.jpg", "missing.PNG"):
-        done = run("find", tmp_path / "index", table, query)
+        done = run("find", table, query, "--index", tmp_path / "index")
         assert (done.exit_code, query in done.stderr) == (1, True)
     for query in (["a cat"], ["a " * 3000], []):
-        assert run("find", tmp_path / "index", table, *query).exit_code == 2
+        assert run("find", table, *query, "--index", tmp_path / "index").exit_code == 2
     source = list(open_inputs([str(table)]))
     with pytest.raises(UsageError, match="n is 0"):
-        find_photos(index, source, Encoder(), "x", 0)
+        find_photos(source, Encoder(), "x", 0)
     with pytest.raises(InputError):
-        find_photos(index, source, Encoder(), "x.jpg")
+        find_photos(source, Encoder(), "x.jpg")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,9 @@ from retrieval_tip.cli.stdin import paths_on_stdin
 from retrieval_tip.errors import UsageError, counted, show
 
 if TYPE_CHECKING:
+    from retrieval_tip.answering import AnsweringIndex
+    from retrieval_tip.data.encoder import Encoder
+    from retrieval_tip.data.sources import Source
     from retrieval_tip.index.places import Place
     from retrieval_tip.labelling.placing import Action
     from retrieval_tip.labelling.sort import Sorted
@@ -55,13 +60,7 @@ def suggest(
         raise UsageError("--text and --index: give only one; an index has its own text")
     sources = list(open_inputs(photos, paths_on_stdin()))
     index = None if folder is None else index_with(folder, AnswerOptions(), encoding)
-    images = [source for source in sources if source.table is None]
-    opened = (
-        encoder_of(ctx, backbone_of((images or sources)[0], encoding), encoding)
-        if index is None
-        else encoder_for(ctx, index, sources, encoding)
-    )
-    with opened as encoder:
+    with _encoder(ctx, index, sources, encoding) as encoder:
         suggestions = suggest_photos(sources, number, encoder, index, text=text)
     table = rounded(suggestions.table) if printing.style == "csv" else suggestions.table
     write_table(table, printing.style, printing.output)
@@ -71,9 +70,9 @@ def suggest(
 
 
 @command("find")
-@options.INDEX_ARGUMENT
 @click.argument("photos", nargs=-1, required=True, metavar="PHOTOS... QUERY")
 @click.option("-n", "number", type=count(), default=20, show_default=True, help="Number of photos or pairs to show.")
+@click.option("--index", "folder", type=INDEX, help="Index whose encoder, metric and prompts are used.")
 @click.option("--duplicates", is_flag=True, help="Find near-identical photos instead. There is no QUERY.")
 @options.FORMAT
 @options.BACKBONE
@@ -81,9 +80,9 @@ def suggest(
 @click.pass_context
 def find_command(
     ctx: click.Context,
-    folder: Place,
     photos: tuple[str, ...],
     number: int,
+    folder: Place | None,
     duplicates: bool,
     printing: OutputOptions,
     encoding: EncodingOptions,
@@ -92,7 +91,7 @@ def find_command(
 
     PHOTOS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input. The
     last argument is QUERY. If it is an image file, similar photos are found. Otherwise, it is a text, and the encoder
-    of the index must have text.
+    must have text.
     """
     from retrieval_tip.cli.output import write_table
     from retrieval_tip.data.sources import open_inputs
@@ -103,20 +102,33 @@ def find_command(
         raise UsageError("find: needs PHOTOS and QUERY; the last argument is QUERY")
     example = None if duplicates else example_of(query)
     sources = list(open_inputs(names, paths_on_stdin()))
-    index = index_with(folder, AnswerOptions(), encoding)
+    index = None if folder is None else index_with(folder, AnswerOptions(), encoding)
     text = not duplicates and example is None
-    with encoder_for(ctx, index, [*sources, *([example] if example else [])], encoding, needed=text) as encoder:
+    with _encoder(ctx, index, sources, encoding, example, text=text) as encoder:
         if duplicates:
             table, found = find_duplicates(sources, encoder, number)
             note = "" if found.compared != "digests" else "; compared only identical photos and features"
             note = f"found {counted(found.total, 'pair')}, showing {len(table):,}{note}"
         else:
-            table, total = find_photos(index, sources, encoder, query, number)
+            table, total = find_photos(sources, encoder, query, number, index)
             note = f"searched {counted(total, 'photo')} for {'the text' if text else 'photos like'} {show(query)}"
     write_table(table, printing.style, printing.output)
     if not ctx.obj:
         say(note)
     finish(ctx, encoder.skipped)
+
+
+def _encoder(
+    ctx: click.Context, index: AnsweringIndex | None, sources: Sequence[Source], encoding: EncodingOptions,
+    example: Source | None = None, *, text: bool = False,
+) -> AbstractContextManager[Encoder]:  # fmt: skip
+    """Open the encoder of an index, or else the one that the options or a feature table name, or the default."""
+    examples = [] if example is None else [example]
+    if index is not None:
+        return encoder_for(ctx, index, [*sources, *examples], encoding, needed=text)
+    images = [source for source in sources if source.table is None]
+    needed = text or example is not None
+    return encoder_of(ctx, backbone_of((images or sources)[0], encoding, needed=needed), encoding)
 
 
 @command("sort")

@@ -24,6 +24,7 @@ from retrieval_tip.index.items import ItemColumns
 from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool
 from retrieval_tip.retrieval.duplicates import PAIRS, Duplicates, duplicates
 from retrieval_tip.retrieval.vector_index import faiss
+from retrieval_tip.tip import Metric
 
 FOUND = pa.schema({"rank": pa.int64(), "input": pa.string(), "similarity": pa.float64()})
 """The columns of search results."""
@@ -42,36 +43,38 @@ def example_of(query: str) -> Source | None:
 
 
 def find_photos(
-    index: AnsweringIndex, sources: Sequence[Source], encoder: Encoder, query: str, n: int = 20
+    sources: Sequence[Source], encoder: Encoder, query: str, n: int = 20, index: AnsweringIndex | None = None
 ) -> tuple[pa.Table, int]:
     """Return the ``n`` photos that are most similar to a query, and the number of photos that were searched.
 
-    If the query is an image file, the similarity is the inner product in the metric of the index, and copies of the
-    image are left out. Otherwise, the query is a text. It is inserted into the prompt templates of the index, and the
-    similarity is the cosine. The table has the columns of ``FOUND``. The memory needed does not depend on the number of
-    photos.
+    If the query is an image file, the similarity is the inner product in the metric of the index, or the cosine without
+    an index, and copies of the image are left out. Otherwise, the query is a text. It is inserted into the prompt
+    templates of the index, if there is one, and the similarity is the cosine. The table has the columns of ``FOUND``.
+    The memory needed does not depend on the number of photos.
 
     Raises UsageError if the query is a text and the encoder has no text, and the errors of
     :meth:`encoder.Encoder.blocks`.
     """
     check_count("n", n)
+    metric = None if index is None or index.metric is None else index.metric.to("cpu")
     example, known = example_of(query), None
     if example is not None:
         block = encoder.encode(example)
         (known,) = block.digests
-        target = _points(index, block.features)[0]
+        target = _points(metric, block.features)[0]
     else:
         backbone = encoder.needed_backbone(sources[0])
         if not backbone.has_text:
             raise UsageError(
                 f"{show(query)}: {backbone.identity.model} has no text encoder; give an image file instead"
             )
-        target = torch.from_numpy(encoder.text_weights([query], index.templates or DEFAULT_TEMPLATES)[0])
+        templates = (index and index.templates) or DEFAULT_TEMPLATES
+        target = torch.from_numpy(encoder.text_weights([query], templates)[0])
     names, best, total = pa.array([], pa.string()), torch.empty(0), 0
     for source in sources:
         for block in encoder.blocks(source):
             columns = ItemColumns.of(source.items.take(pa.array(block.positions)), block.digests)
-            f = normalize(torch.from_numpy(block.features)) if example is None else _points(index, block.features)
+            f = _points(None if example is None else metric, block.features)
             similarity = torch.mv(f, target)
             if known is not None:
                 similarity[[digest == known for digest in columns.digests]] = -torch.inf
@@ -84,9 +87,9 @@ def find_photos(
     return pa.table([pa.array(range(1, len(best) + 1)), names, best.double().numpy()], schema=FOUND), total
 
 
-def _points(index: AnsweringIndex, features: npt.NDArray[np.float32]) -> Tensor:
+def _points(metric: Metric | None, features: npt.NDArray[np.float32]) -> Tensor:
     f = torch.from_numpy(features)
-    return normalize(f) if index.metric is None else index.metric.to("cpu")(f)
+    return normalize(f) if metric is None else metric(f)
 
 
 def find_duplicates(sources: Sequence[Source], encoder: Encoder, n: int = 20) -> tuple[pa.Table, Duplicates]:
