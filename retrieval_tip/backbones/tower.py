@@ -72,8 +72,8 @@ class Tower:
         import torch
 
         self.digest = digest
-        rest = fastest() if precision == "int8" else precision  # of layers that are not in int8
-        hint = "bf16" if rest == "bfloat16" else "f32"
+        rest = fastest() if precision == "int8" and _convolves(_types(model)) else precision
+        hint = "bf16" if rest == "bfloat16" else "f32"  # in int8, the first convolution is slow in float32
         config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         self._compiled = runtime().Core().compile_model(model, "CPU", config)
         self._requests = threading.local()  # the model's own request would be shared by all threads
@@ -133,15 +133,14 @@ def calibrated(identity: Identity, photos: Collection[torch.Tensor], exact: Towe
         if folder is None:
             raise OSError("there is no cache folder")
         graph = runtime().Core().read_model(folder / _GRAPH)
-        types = {node.get_friendly_name(): node.get_type_name() for node in graph.get_ordered_ops()}
-        quantised = quantise(graph, photos, lambda view: view[None].float().numpy(), types)
+        quantised = quantise(graph, photos, lambda view: view[None].float().numpy(), _types(graph))
         tower = Tower(quantised, "int8")
         views = torch.stack(list(islice(photos, COMPARED)))
         _check_cosine(tower(views), exact(views), "int8")
         _keep(quantised, identity, "int8")
         return kept(identity, "int8") or tower
     except Exception as error:  # NNCF and OpenVINO raise different errors
-        log.warning("%s: images encoded in float32, because NNCF failed (%s)", identity, first_line(error))
+        log.warning("%s: images encoded in float32, because int8 failed (%s)", identity, first_line(error))
         return None
 
 
@@ -157,7 +156,7 @@ def quantise(
     """
     runtime()
     layers = [name for name, kind in types.items() if kind in CONVOLUTIONS + PRODUCTS]
-    convolves = sum(kind in CONVOLUTIONS for kind in types.values()) > len(layers) / 2
+    convolves = _convolves(types)
     with quiet(), redirect_stdout(StringIO()):  # which gets its progress bars
         import nncf
 
@@ -169,6 +168,17 @@ def quantise(
             ignored_scope=nncf.IgnoredScope(names=layers[:1], patterns=list(ignored)),
         )  # fmt: skip
     return found
+
+
+def _types(graph: openvino.Model) -> dict[str, str]:
+    """Return the types of the nodes of a graph by name, in the order of computation."""
+    return {node.get_friendly_name(): node.get_type_name() for node in graph.get_ordered_ops()}
+
+
+def _convolves(types: dict[str, str]) -> bool:
+    """Return whether most layers are convolutions."""
+    kinds = [kind for kind in types.values() if kind in CONVOLUTIONS + PRODUCTS]
+    return sum(kind in CONVOLUTIONS for kind in kinds) > len(kinds) / 2
 
 
 def converted(model: Model, identity: Identity, size: tuple[int, int], precision: str) -> Tower | None:
