@@ -59,11 +59,7 @@ EXAMPLES = {
     ],
     "label": ["label new --into indexes/things", "label new --into indexes/animals --classes cat,dog,owl"],
     "suggest": ["suggest inbox -n 20", "suggest inbox -n 20 --index indexes/things --output next.csv"],
-    "find": [
-        'find inbox "a red flower"',
-        "find inbox photos/cat/1.jpg --index indexes/things",
-        "find inbox --duplicates",
-    ],
+    "find": ['find inbox "a red flower"', "find inbox photos/cat/1.jpg --index indexes/things"],
     "sort": ["sort indexes/things inbox --into sorted", "sort --undo --into sorted"],
     "encode": [
         "encode photos --out photos.parquet",
