@@ -1751,6 +1751,13 @@ def test_classifiers_are_renamed_duplicated_and_deleted(browser: Browser, served
     with server(folder, "--device", "cpu", token=TOKEN) as (address, _):
         one = Opened(browser, address, f"/#token={TOKEN}", expected=[f"{REFUSED}409", f"{REFUSED}422"])
         page, name, notice = one.page, one.page.locator("#index-name"), one.page.locator("#notice")
+        page.click("#tab-check")
+        page.check("#audit-all")
+        suspects = page.locator("#audit li")
+        expect(suspects.nth(1)).to_be_visible()
+        number = suspects.count()
+        suspects.last.get_by_role("button", name="Keep").click()
+        expect(suspects).to_have_count(number - 1)
         name.click()
         expect(page.locator("#index-menu")).to_contain_text("11 classes")
         assert violations(page) == []
@@ -1767,6 +1774,9 @@ def test_classifiers_are_renamed_duplicated_and_deleted(browser: Browser, served
         expect(name).to_have_text("animals")
         page.reload()
         expect(name).to_have_text("animals")
+        page.click("#tab-check")
+        page.check("#audit-all")
+        expect(suspects).to_have_count(number - 1)
 
         tab_to(page, name)
         page.keyboard.press("Enter")

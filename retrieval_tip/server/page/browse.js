@@ -462,11 +462,12 @@ const audit = new Part(
 
 let suspects = [];
 let listed = [];
-const KEPT = () => `retrieval-tip kept ${state.info.name}`;
-const kept = () => new Set(JSON.parse(localStorage.getItem(KEPT()) ?? "[]"));
+const KEPT = "retrieval-tip kept"; // for all indexes, so that renamed indexes and copies have the same marks
+const kept = () => new Set(JSON.parse(localStorage.getItem(KEPT) ?? "[]"));
+const labelOf = (shot) => JSON.stringify([shot.source, shot.label]);
 
 function keep(some) {
-  localStorage.setItem(KEPT(), JSON.stringify([...kept(), ...some.map((shot) => `${shot.key_id} ${shot.label}`)]));
+  localStorage.setItem(KEPT, JSON.stringify([...kept(), ...some.map(labelOf)]));
   showSuspects();
   showClasses();
   $("audit-title").focus();
@@ -475,7 +476,7 @@ function keep(some) {
 /** List the suspicious examples that the user has not chosen to keep. */
 function showSuspects() {
   const known = kept();
-  listed = suspects.filter((shot) => !known.has(`${shot.key_id} ${shot.label}`));
+  listed = suspects.filter((shot) => !known.has(labelOf(shot)));
   $("audit-count").textContent = $("tab-check-count").textContent = count(listed.length);
   refill($("audit"), listed.map(suspicious));
   const movable = listed.filter((shot) => shot.suggested !== null);
