@@ -108,15 +108,6 @@ def test_a_dry_run_prints_its_choice_and_changes_nothing(run: Any, place: Path) 
     assert snapshot(place / "index") == before
 
 
-def test_tune_draws_the_frontier(run: Any, place: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from test_plots import check_png
-
-    result = tune(run, place, "--dry-run", "--plot", place / "tuned.png", "--index", "Classes", "--index", "IVF8,Flat")
-    assert result.exit_code == 0, result.stderr
-    check_png(place / "tuned.png", least=10)
-
-
 def test_tune_ignores_labels_of_the_queries(run: Any, place: Path, features: dict[str, Any]) -> None:
     """Labels may be missing or unknown, because answers are compared with those over all keys."""
     some = [None if i % 3 else "no class of the index" for i in range(Q)]
@@ -135,7 +126,6 @@ def test_tune_ignores_labels_of_the_queries(run: Any, place: Path, features: dic
         (("--agreement", "nan"), 2, "agreement"),
         (("--index", "Nope"), 2, "index 'Nope': "),
         (("--val", "few.parquet"), 1, "99 queries"),
-        (("--plot", "nowhere/tuned.png"), 1, "nowhere"),
         (("--format", "json", "--output", "nowhere/out.json"), 1, "nowhere"),
     ],
 )

@@ -16,7 +16,6 @@ import torch
 from conftest import examples, nearest_keys, needs_real, parts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from tables import read_features
 
 from retrieval_tip import CacheModel, tip
@@ -991,18 +990,6 @@ def test_classes_whose_photos_a_condition_leaves_out_keep_their_chance(run, tmp_
     kept, given = json.loads(kept.stdout), json.loads(given.stdout)
     assert kept["top1"] > kept["zero_shot_top1"] - 0.02
     assert (given["alpha"], given["top1"] < kept["top1"] - 0.05) == (300, True)
-
-
-def test_the_choice_can_be_drawn(run, tables):
-    index, plot, text = tables / "index", tables / "choice.png", tables / "text.parquet"
-    assert run("index", "build", tables / "train.parquet", "--text", text, "--out", index).exit_code == 0
-    assert run("fit", index, "--plot", plot).exit_code == 0
-    with Image.open(plot) as image:
-        assert min(image.size) > 300
-    assert run("index", "build", tables / "text.parquet", "--text", text, "--out", tables / "single").exit_code == 0
-    done = run("fit", tables / "single", "--plot", tables / "none.png")
-    assert (done.exit_code, (tables / "none.png").exists()) == (0, False)
-    assert "--plot: " in done.stderr
 
 
 @pytest.mark.parametrize("options", [("--fit", "none"), ("--alpha", "1")])

@@ -391,14 +391,13 @@ def test_ids_of_an_encoded_table_find_their_pictures(caltech, tmp_path):
 def test_a_diagram_takes_any_name(recwarn):
     names = ["font: 1px '", "<!--", "--><style>", "#222222", '"><g id="', "</svg>", "$x^{", "\ud800"]
     evaluation = made_up(np.arange(16) % 8, np.arange(16) // 2, names)
-    for draw in (plots.draw_confusion, plots.draw_per_class, plots.draw_affinity):
+    for draw in (plots.draw_confusion, plots.draw_per_class):
         (drawn,) = Tree(plots.svg(lambda draw=draw: draw(evaluation), "'\"<b>")).open[0].all("svg")
         assert drawn.attributes["aria-label"] == "'\"<b>"
         assert not list(drawn.all("style"))
         assert not list(drawn.all("metadata"))
-        if draw is not plots.draw_affinity:
-            texts = [node.text for node in drawn.all("text")]
-            assert {name if name != "\ud800" else "\\ud800" for name in names} <= set(texts)
+        texts = [node.text for node in drawn.all("text")]
+        assert {name if name != "\ud800" else "\\ud800" for name in names} <= set(texts)
     assert not recwarn.list
 
 

@@ -30,7 +30,6 @@ class MeasuredClassifier(OpenIndex):
         k: KeysMet = None,
         tail: bool | None = None,
         abstain: float | None = None,
-        affinities: bool = False,
     ) -> Evaluation:
         """Classify labelled test photos, and return the accuracy and other metrics.
 
@@ -39,7 +38,7 @@ class MeasuredClassifier(OpenIndex):
         """
         source, encoder = self._labelled(test, "test")
         encoder = replace(encoder, skipped=[])
-        return evaluate(self.cache, source, encoder, k=k, tail=tail, abstain=abstain, affinities=affinities)
+        return evaluate(self.cache, source, encoder, k=k, tail=tail, abstain=abstain)
 
     def compare(self, other: str | os.PathLike[str] | OpenIndex, test: Any) -> Compared:
         """Compare this classifier (A) with another classifier or index (B) on the same photos.

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @options.ANSWER
 @options.ANSWER_OPTION("--abstain", type=SHARE, metavar="P", help="Withhold answers whose probability is below P.")
 @click.option("--plot", type=FOLDER,
-              help="Folder for PNG diagrams of confusions, classes, calibration and affinities.")  # fmt: skip
+              help="Folder for PNG diagrams of confusions, classes and calibration.")  # fmt: skip
 @options.JSON
 @options.BACKBONE
 @options.READING
@@ -71,7 +71,7 @@ def evaluate_command(
     loaded = index_with(folder, answer, encoding)
     test = source_of(source, reading, "test")
     with encoder_for(ctx, loaded, [test], encoding) as encoder:
-        evaluation = evaluate(loaded, test, encoder, abstain=abstain, affinities=plot is not None)
+        evaluation = evaluate(loaded, test, encoder, abstain=abstain)
     if plot:
         files = plots.write_plots(evaluation, plot, f"{show(Path(str(folder)).name)} on {show(Path(str(source)).name)}")
         say(f"{show(plot)}: {', '.join(file.name for file in files)}")

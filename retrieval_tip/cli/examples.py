@@ -83,7 +83,7 @@ EXAMPLES = {
     "fit": ["fit indexes/things", "fit indexes/things --val validation"],
     "search-hp": [
         "search-hp indexes/things --leave-one-out",
-        "search-hp indexes/things --val validation --plot search.png",
+        "search-hp indexes/things --val validation --surface search.parquet",
     ],
     "finetune": [
         "finetune indexes/things --out indexes/things-f",

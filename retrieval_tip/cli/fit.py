@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 @click.option("--val", "source", type=SOURCE,
               help="Labelled validation source, used instead of held-out shots to score the fit.")  # fmt: skip
 @options.LETTERS
-@click.option("--plot", type=FILE, help="PNG or SVG diagram that compares the candidate forms (requires matplotlib).")
 @options.ROOT
 @options.BACKBONE
 @options.ENCODING
@@ -51,7 +50,6 @@ def fit_command(
     values: ValuesName | None,
     class_prior: ClassPrior | None,
     prior: tuple[Place, ...],
-    plot: Path | None,
     root: Path | None,
     encoding: EncodingOptions,
 ) -> None:
@@ -62,11 +60,7 @@ def fit_command(
     .json is used. The result is saved as a new version of the index.
     """
     from retrieval_tip.index.fit import fit_index
-    from retrieval_tip.index.places import at
-    from retrieval_tip.report import plots
 
-    if plot:
-        plots.needs_matplotlib()
     if source is None:
         choice = fit_index(folder, metric=metric, values=values, class_prior=class_prior, prior=prior)
         skipped: list[Skipped] = []
@@ -80,10 +74,6 @@ def fit_command(
         skipped = encoder.skipped
     warn(choice.warnings)
     say_fit(choice.provenance())
-    if plot and choice.trials:
-        plots.write(lambda: plots.draw_choice(choice), plot, show(at(folder).name))
-    elif plot:
-        warn(["--plot: no diagram was written, because no forms were compared"])
     finish(ctx, skipped)
 
 
@@ -109,7 +99,6 @@ _JUDGED = options.several(
               help="Labelled validation source. The val part of a split .json is used.")  # fmt: skip
 @_JUDGED
 @click.option("--surface", type=FILE, help="Parquet file to write, with the accuracy for each k, beta and alpha.")
-@click.option("--plot", type=FILE, help="PNG or SVG heat map of these accuracies (requires matplotlib).")
 @click.option(
     "--greedy",
     is_flag=True,
@@ -131,7 +120,6 @@ def search_command(
     protocol: Protocol,
     scales: tuple[float, float],
     surface: Path | None,
-    plot: Path | None,
     greedy: bool,
     dry_run: bool,
     as_json: bool,
@@ -165,10 +153,6 @@ def search_command(
     warn(choice.warnings)
     if surface:
         search_hp.write_surface(choice, surface)
-    if plot:
-        from retrieval_tip.report.plots import draw_surface
-
-        draw_surface(choice.surface, plot, show(folder.name))
     if not dry_run:
         search_hp.apply(cache, choice, folder)
     _print_choice(choice, choice.k if dry_run else cache.settings.k, cache.version, as_json)
@@ -262,8 +246,6 @@ _TRAINING = options.grouped(
 @click.option("--resume", is_flag=True, help="Continue an interrupted training of encoders from OUT.checkpoint.")
 @click.option("--keep-last", is_flag=True,
               help="Write the trained index even if it is less accurate than the original index.")  # fmt: skip
-@click.option("--plot", type=FILE,
-              help="PNG or SVG diagram of the loss and accuracy in each epoch (requires matplotlib).")  # fmt: skip
 @options.JSON
 @options.MODEL
 @options.READING
@@ -279,7 +261,6 @@ def finetune_command(
     training: TrainingOptions,
     resume: bool,
     keep_last: bool,
-    plot: Path | None,
     as_json: bool,
     reading: ReadingOptions,
     encoding: EncodingOptions,
@@ -292,10 +273,7 @@ def finetune_command(
     training of encoders from its last epoch; the results are identical to those of an uninterrupted training.
     """
     from retrieval_tip.fit.finetune import checkpoint_of, finetune_into, own_shots, shots_of
-    from retrieval_tip.report import plots
 
-    if plot:
-        plots.needs_matplotlib()
     recipe = training.recipe()
     cache = checked(folder, encoding.device)
     shots = shots_of(cache) if source is None else own_shots(cache, source_of(source, reading, "train"))
@@ -310,8 +288,6 @@ def finetune_command(
         if checkpoint_of(out).exists():
             error.add_note("to continue from the last checkpoint, run the command again with --resume")
         raise
-    if plot:
-        plots.write(lambda: plots.draw_training(tuned.curve, tuned.epoch, "Fine-tuning"), plot, show(out.name))
     warn(tuned.choice.warnings if tuned.choice else ())
     if as_json:
         click.echo(json.dumps(tuned.facts()))

@@ -266,7 +266,6 @@ def query(folder: Place, sql: str, predictions: Path | None, timeout: int, print
               help="FAISS factory string to try. Can be repeated.  "
                    "[default: Classes and an inverted file]")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print the results, but do not change the index.")
-@click.option("--plot", type=FILE, help="PNG or SVG diagram of cost and agreement (requires matplotlib).")
 @options.ROOT
 @options.FORMAT
 @options.BACKBONE
@@ -279,7 +278,6 @@ def tune_command(
     agreement: float,
     factories: tuple[str, ...],
     dry_run: bool,
-    plot: Path | None,
     root: Path | None,
     printing: OutputOptions,
     encoding: EncodingOptions,
@@ -295,16 +293,11 @@ def tune_command(
 
     from retrieval_tip.cli.output import write_rows
     from retrieval_tip.index.tune import tune_on
-    from retrieval_tip.report import plots
 
-    if plot:
-        plots.needs_matplotlib()
     cache = checked(folder, encoding.device, encoding.precision)
     val = source_of(source, ReadingOptions(root=root), "val", labelled=False)
     with encoder_for(ctx, cache, [val], encoding) as encoder:
         tuning = tune_on(cache, val, encoder, agreement=agreement, factories=factories)
-    if plot:
-        plots.write(lambda: plots.draw_frontier(tuning), plot, show(folder.name))
     types = {"index": pa.string(), "effort": pa.int64(), "k": pa.string(), "agreement": pa.float64()}
     types |= {"microseconds": pa.float64(), "chosen": pa.bool_()}
     rows = [vars(t) | {"k": str(t.k or "all"), "chosen": t is tuning.chosen} for t in tuning.trials if t.best]

@@ -17,27 +17,12 @@ from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import Skipped, UsageError
 from retrieval_tip.evaluation.calibration import expected_calibration_error
-from retrieval_tip.retrieval.keys import QUERY_BLOCK
 from retrieval_tip.settings import KeysMet, Settings
 
 CONFUSIONS = 10
-AFFINITY_BINS = 2000
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Affinities:
-    """Histogram of the affinities between queries and keys.
-
-    ``edges`` holds the ``m + 1`` edges of the bins. In each bin, ``same`` counts keys of the query's true class, and
-    ``other`` counts all other keys. The outermost bins include affinities beyond the edges.
-    """
-
-    edges: Floats
-    same: Ints
-    other: Ints
 
 
 @dataclass(frozen=True)
@@ -59,15 +44,13 @@ class Details:
 class Answers:
     """The answers in an evaluation, in the order of the items.
 
-    ``truth`` and ``predicted`` are class ids and ``confidence`` is a probability, of shape ``[n]``. ``affinities`` is
-    ``None`` unless it was requested.
+    ``truth`` and ``predicted`` are class ids and ``confidence`` is a probability, of shape ``[n]``.
     """
 
     truth: Ints
     predicted: Ints
     confidence: Floats
     class_names: list[str]
-    affinities: Affinities | None = None
     details: Details | None = None
 
     @property
@@ -122,24 +105,24 @@ class Evaluation:
 
 def evaluate(
     cache: AnsweringIndex, source: Source, encoder: Encoder, *, k: KeysMet = None, tail: bool | None = None,
-    abstain: float | None = None, affinities: bool = False,
+    abstain: float | None = None,
 ) -> Evaluation:  # fmt: skip
     """Classify a labelled source and compare the answers with its labels.
 
     ``k`` and ``tail`` default to the settings of the index. ``abstain`` is the probability below which an answer is
-    withheld. ``affinities`` adds a histogram of the affinities between queries and keys.
+    withheld.
 
     Raises InputError if the source is empty, or if one of its labels is not a class of the index. Raises UsageError if
     ``abstain`` is not between 0 and 1.
     """
     cache = cache.with_settings(cache.settings.override(k=k, tail=tail))
     truth = cache.ids_of(source)
-    return judge(cache, encoder.blocks(source), truth, encoder.skipped, abstain=abstain, affinities=affinities)
+    return judge(cache, encoder.blocks(source), truth, encoder.skipped, abstain=abstain)
 
 
 def judge(
     cache: AnsweringIndex, blocks: Iterable[FeatureBlock], ids: Ints, skipped: Sequence[Skipped] = (), *,
-    abstain: float | None = None, affinities: bool = False,
+    abstain: float | None = None,
 ) -> Evaluation:  # fmt: skip
     """Evaluate ``blocks`` of encoded items against the class ids ``ids`` of their source.
 
@@ -147,15 +130,12 @@ def judge(
     """
     if abstain is not None and not 0 <= abstain <= 1:
         raise UsageError(f"abstain is {abstain}: give a probability, 0 to 1")
-    pairs = _Pairs(cache) if affinities else None
     places, parts = [], []
     for block in blocks:
         places.append(block.positions)
         for part in cache.parts(len(block.positions)):
             features, own = block.features[part], ids[block.positions[part]]
             parts.append(_answer(cache, features, own))
-            if pairs is not None:
-                pairs.add(features, torch.from_numpy(own))
     positions = np.concatenate(places)
     ranked, confidence, log_truth = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
     truth, predicted = ids[positions], ranked[:, 0]
@@ -182,7 +162,6 @@ def judge(
             predicted,
             confidence,
             cache.class_names,
-            None if pairs is None else pairs.counted(),
             Details(positions, log_truth, ranked[:, -2], ranked[:, -1]),
         ),
         abstain=abstain,
@@ -205,33 +184,3 @@ def _answer(cache: AnsweringIndex, features: npt.NDArray[np.float32], truth: Int
     scaled = logits / settings.temperature
     log_truth = scaled.gather(1, torch.from_numpy(truth)[:, None].to(scaled.device))[:, 0] - scaled.logsumexp(dim=1)
     return ranked.cpu(), confidence.cpu(), log_truth.double().cpu()
-
-
-class _Pairs:
-    """A histogram of affinities between queries and keys that is filled block by block."""
-
-    def __init__(self, cache: AnsweringIndex) -> None:
-        self._cache = cache
-        self._reach: float | None = None
-        self._same = torch.zeros(AFFINITY_BINS, dtype=torch.int64)
-        self._other = torch.zeros(AFFINITY_BINS, dtype=torch.int64)
-
-    def add(self, features: npt.NDArray[np.float32], truth: torch.Tensor) -> None:
-        """Count the affinities between every key and queries (shape ``[q, d]``) whose class ids are ``truth``."""
-        cache, device = self._cache, self._cache.device
-        for first in range(0, len(features), QUERY_BLOCK):
-            f = torch.from_numpy(np.ascontiguousarray(features[first : first + QUERY_BLOCK])).float().to(device)
-            f = cache.retrieval.points(f)
-            y = truth[first : first + QUERY_BLOCK].to(device)
-            for keys, ids in cache.key_blocks():
-                affinity = tip.affinity(f, keys)
-                same = y[:, None] == ids[None]
-                if self._reach is None:  # affinities of unit vectors are at most 1, but fine-tuned keys can exceed 1
-                    self._reach = max(1.0, float(affinity.abs().max()))
-                at = ((affinity / self._reach + 1) * (AFFINITY_BINS / 2)).long().clamp_(0, AFFINITY_BINS - 1)
-                self._same += torch.bincount(at[same], minlength=AFFINITY_BINS).cpu()
-                self._other += torch.bincount(at[~same], minlength=AFFINITY_BINS).cpu()
-
-    def counted(self) -> Affinities:
-        reach = self._reach or 1.0
-        return Affinities(np.linspace(-reach, reach, AFFINITY_BINS + 1), self._same.numpy(), self._other.numpy())

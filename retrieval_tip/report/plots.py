@@ -22,25 +22,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from retrieval_tip.data.shots import spread
 from retrieval_tip.errors import UsageError, counted, one_line, percent, show
 from retrieval_tip.evaluation.calibration import accuracy_coverage, reliability
-from retrieval_tip.evaluation.evaluate import Affinities, Answers, Evaluation
+from retrieval_tip.evaluation.evaluate import Answers, Evaluation
 from retrieval_tip.files import make_folders, replacing
 from retrieval_tip.html import markup
 
 if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.axes import Axes
-    from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
 
     from retrieval_tip.evaluation.compare import Compared
     from retrieval_tip.evaluation.sweep import Run, Summary
-    from retrieval_tip.fit.closed_form import FormChoice
-    from retrieval_tip.index.tune import Trial, Tuning
 
 BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
 PAPER = "#fefefe"
@@ -52,11 +47,8 @@ WRITTEN = 20
 """Maximum size of a confusion matrix with numbers in its cells."""
 ENOUGH = 20
 """Bars that stand for fewer answers than this have a lighter colour."""
-AFFINITY_BARS = 80
 LONGEST_NAME, LONGEST_ABOUT = 26, 60
 LOOKS = Path(__file__).with_name("plots.mplstyle")
-PANELS = 6
-"""Maximum number of heat maps for one accuracy surface."""
 MARKS = (0.5, 0.9, 0.99)
 """Thresholds that are marked on the accuracy-coverage curve."""
 
@@ -108,52 +100,6 @@ def class_accuracies(per_class: dict[str, float]) -> tuple[list[str], Floats]:
     return [name for name, _ in ordered], np.array([value for _, value in ordered])
 
 
-def affinity_bars(affinities: Affinities) -> tuple[Floats, Floats, Floats]:
-    """Return the edges of at most ``AFFINITY_BARS`` bins, and the fractions of ``same`` and ``other`` pairs in them."""
-    either = np.flatnonzero(affinities.same + affinities.other)
-    if not either.size:
-        return affinities.edges[[0, -1]], np.zeros(1), np.zeros(1)
-    low, high = int(either[0]), int(either[-1]) + 1
-    width = max(1, -(-(high - low) // AFFINITY_BARS))
-    starts = np.arange(low, high, width)
-    edges = affinities.edges[np.append(starts, starts[-1] + width).clip(max=len(affinities.same))]
-    same, other = (
-        np.add.reduceat(counts, starts) / max(1, int(counts.sum())) for counts in (affinities.same, affinities.other)
-    )
-    return edges, same, other
-
-
-def mean_affinity(affinities: Affinities, counts: Ints) -> float | None:
-    """Return the mean affinity of a histogram, or ``None`` if it is empty."""
-    centres = (affinities.edges[1:] + affinities.edges[:-1]) / 2
-    return float(np.average(centres, weights=counts)) if counts.sum() else None
-
-
-@dataclass(frozen=True)
-class Panel:
-    """The accuracy for each beta and alpha, of shape ``[betas, alphas]``, for a fixed ``k`` (0 means all keys)."""
-
-    k: int
-    alphas: Floats
-    betas: Floats
-    accuracy: Floats
-
-
-def surface_panels(surface: pa.Table) -> list[Panel]:
-    """Split an accuracy surface by k, and keep the ``PANELS`` most accurate panels, in descending order of k."""
-    k, beta, alpha, accuracy = (surface[name].to_numpy() for name in ("k", "beta", "alpha", "accuracy"))
-    panels = []
-    for value in np.unique(k):
-        own = k == value
-        betas, row = np.unique(beta[own], return_inverse=True)
-        alphas, column = np.unique(alpha[own], return_inverse=True)
-        grid = np.zeros((len(betas), len(alphas)))
-        grid[row, column] = accuracy[own]
-        panels.append(Panel(int(value), alphas, betas, grid))
-    best = sorted(panels, key=lambda panel: -float(panel.accuracy.max()))[:PANELS]
-    return sorted(best, key=lambda panel: panel.k or float("inf"), reverse=True)
-
-
 # --------------------------------------------------------------------------------------------------------- drawing
 
 
@@ -175,14 +121,12 @@ def needs_matplotlib(what: str = "--plot") -> None:
 def write_plots(evaluation: Evaluation, folder: Path, about: str = "") -> list[Path]:
     """Write the diagrams of an evaluation into a folder, and return their paths.
 
-    The files are confusion.png, per_class.png, reliability.png, coverage.png and, if affinities were counted,
-    affinity.png. Each diagram shows ``about`` and the date. Raises InputError if the folder cannot be written.
+    The files are confusion.png, per_class.png, reliability.png and coverage.png. Each diagram shows ``about`` and the
+    date. Raises InputError if the folder cannot be written.
     """
     check(folder)
     drawings = {"confusion": draw_confusion, "per_class": draw_per_class, "reliability": draw_reliability,
-                "coverage": draw_coverage, "affinity": draw_affinity}  # fmt: skip
-    if evaluation.answers.affinities is None:
-        del drawings["affinity"]
+                "coverage": draw_coverage}  # fmt: skip
     make_folders(folder)
     for name, draw in drawings.items():
         write(partial(draw, evaluation), folder / f"{name}.png", about)
@@ -297,28 +241,6 @@ def draw_coverage(evaluation: Evaluation) -> Figure:
     return figure
 
 
-def draw_affinity(evaluation: Evaluation) -> Figure:
-    """Plot histograms of the affinities of queries to keys of the same class and of other classes."""
-    affinities = evaluation.answers.affinities
-    assert affinities is not None
-    edges, same, other = affinity_bars(affinities)
-    figure, axes = _figure(6.6, 4.2)
-    kinds = (("other classes", other, affinities.other, ORANGE), ("the same class", same, affinities.same, BLUE))
-    for name, shares, counts, colour in kinds:
-        mean = mean_affinity(affinities, counts)
-        label = f"keys of {name}: {counts.sum():,} pairs" + ("" if mean is None else f", mean {mean:.2f}")
-        axes.stairs(100 * shares, edges, fill=True, alpha=0.45, color=colour)
-        axes.stairs(100 * shares, edges, color=colour, linewidth=1.4, label=label)
-        if mean is not None:
-            axes.axvline(mean, ymax=0.8, color=colour, linestyle="--", linewidth=1.2)
-    axes.set_ylim(0, 125 * max(same.max(), other.max(), 1e-9))  # leaves room for the legend
-    axes.set(xlabel="affinity of photo and example (inner product)")
-    axes.set(ylabel=f"share of pairs, % per bin of {edges[1] - edges[0]:.3f}")
-    axes.legend(loc="upper left")
-    _title(axes, "Affinity to the examples", f"{counted(evaluation.n, 'photo')}; dashed: means")
-    return figure
-
-
 def draw_comparison(comparison: Compared) -> Figure:
     """Plot the accuracies of two sides with 95 % intervals, and by class, to how many photos only one side is right.
 
@@ -357,47 +279,6 @@ def draw_comparison(comparison: Compared) -> Figure:
     return figure
 
 
-def draw_surface(surface: pa.Table, path: Path, about: str = "") -> None:
-    """Write a diagram of the accuracy surface of a search, with a panel for each of the ``PANELS`` best values of k.
-
-    ``surface`` has the columns k (0 stands for all keys), beta, alpha and accuracy. All accuracies in the lowest
-    quarter have the same colour.
-    """
-    write(partial(_draw_panels, surface_panels(surface), 100 * surface["accuracy"].to_numpy()), path, about)
-
-
-def _draw_panels(panels: list[Panel], reached: Floats) -> Figure:
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
-    figure, drawn = _grid(max(3.6 * across + 1.6, 6.6), 3.2 * down + 0.7, down, across)
-    low, high = float(np.quantile(reached, 0.25)), float(reached.max())
-    for axes, panel in zip(drawn, panels, strict=False):
-        image = _heat(axes, panel, low, high)
-        axes.set_title(f"k = {panel.k or 'all'}: best {percent(panel.accuracy.max())}", size=9.5, weight="normal")
-    for axes in drawn[len(panels) :]:
-        axes.set_visible(False)
-    figure.colorbar(image, ax=drawn, fraction=0.03, pad=0.02, extend="min", label="accuracy, %")
-    figure.suptitle("Accuracy by alpha, beta and k (a circle marks the best in each panel)")
-    return figure
-
-
-def draw_frontier(tuning: Tuning) -> Figure:
-    """Plot the disagreement with an exact search against the cost per query. Each point is a setting."""
-    figure, axes = _figure(7, 4.2)
-
-    def points(trials: list[Trial]) -> tuple[list[float], list[float]]:
-        return [trial.microseconds for trial in trials], [100 * (1 - trial.agreement) for trial in trials]
-
-    for factory in dict.fromkeys(trial.index for trial in tuning.trials):
-        axes.scatter(*points([t for t in tuning.trials if t.index == factory]), s=24, label=factory)
-    axes.plot(*points([t for t in tuning.trials if t.best]), color=GREY, linewidth=1.2, zorder=0)
-    axes.scatter(*points([tuning.chosen]), s=120, facecolors="none", edgecolors=BLACK, label="chosen")
-    axes.set(xscale="log", xlabel="microseconds per query", ylabel="answers that differ from an exact search, %")
-    axes.set_yscale("symlog", linthresh=100 / tuning.n)
-    axes.legend()
-    return figure
-
-
 def draw_shots(lines: Sequence[Summary], runs: Sequence[Run], zero_shot: float | None) -> Figure:
     """Plot the accuracy of one method as a function of the number of shots, and that of the class names alone.
 
@@ -418,42 +299,6 @@ def draw_shots(lines: Sequence[Summary], runs: Sequence[Run], zero_shot: float |
     axes.set_xticks(shots, list(map(str, shots)))
     axes.minorticks_off()
     axes.set(xlabel="examples per class", ylabel="test accuracy, %")
-    return figure
-
-
-def draw_choice(choice: FormChoice) -> Figure:
-    """Plot the forms that a fit has tried, one per row, with the lowest cross-entropy at the top."""
-    trials = sorted(choice.trials, key=lambda trial: -trial.loss)
-    figure, drawn = _grid(9.4, 0.9 + 0.34 * len(trials), 1, 2, sharey=True)
-    places, own = np.arange(len(trials)), [trial.form == choice.form for trial in trials]
-    losses, right = [trial.loss for trial in trials], [100 * trial.accuracy for trial in trials]
-    for axes, label, figures in zip(drawn, ("cross-entropy, nats", "top-1, %"), (losses, right), strict=True):
-        axes.hlines(places, min(figures), figures, color=GREY, linewidth=1)
-        axes.scatter(figures, places, color=[ORANGE if chosen else BLUE for chosen in own], zorder=3)
-        axes.set(xlabel=label)
-    drawn[0].set_yticks(places, [str(trial.form) for trial in trials], fontsize=8)
-    figure.suptitle("Forms tried on held-out photos (the selected form is orange)")
-    return figure
-
-
-def draw_training(curve: pa.Table, kept: int, title: str = "") -> Figure:
-    """Plot the loss and the accuracy per epoch from a :data:`finetune.CURVE` table, and mark the epoch ``kept``."""
-    from matplotlib.ticker import MaxNLocator
-
-    figure, drawn = _grid(9.4, 3.8, 1, 2)
-    epochs = curve["epoch"].to_numpy()
-    columns = (("loss", 1, "cross-entropy"), ("accuracy", 100, "top-1, %"))
-    for axes, (name, scale, label) in zip(drawn, columns, strict=True):
-        met, held_out = (scale * curve[f"{part}{name}"].to_numpy() for part in ("", "val_"))
-        axes.plot(epochs, met, color=BLUE, linewidth=1.8, label="training photos")
-        if np.isfinite(held_out).any():
-            axes.plot(epochs, held_out, color=ORANGE, linewidth=1.8, label="validation photos")
-        axes.axvline(kept, color=GREY, linestyle="--", linewidth=1.2, label="epoch kept")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(xlabel="epoch", ylabel=label)
-    drawn[0].legend()
-    if title:
-        figure.suptitle(title)
     return figure
 
 
@@ -483,19 +328,6 @@ def _themed(style: re.Match[str]) -> str:
     for colour, name in THEME.items():
         themed = re.sub(colour, name, themed, flags=re.IGNORECASE)
     return themed
-
-
-def _heat(axes: Axes, panel: Panel, low: float, high: float) -> QuadMesh:
-    """Plot the cells of a panel in colours from ``low`` to ``high`` %, and mark the best cell with a circle."""
-    shown = 100 * panel.accuracy
-    image = axes.pcolormesh(shown, cmap="cividis", vmin=low, vmax=max(high, low + 0.1), rasterized=True)
-    row, column = np.unravel_index(int(panel.accuracy.argmax()), panel.accuracy.shape)
-    axes.plot(column + 0.5, row + 0.5, "o", markersize=9, markerfacecolor="none", color=ORANGE)
-    for values, at in ((panel.alphas, axes.xaxis), (panel.betas, axes.yaxis)):
-        some = spread(len(values), 6)
-        at.set_ticks(some + 0.5, [f"{values[i]:{'.3g' if values[i] < 1000 else '.0e'}}" for i in some], fontsize=8)
-    axes.set(xlabel="alpha (residual ratio)", ylabel="beta (sharpness)")
-    return image
 
 
 @contextmanager
