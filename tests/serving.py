@@ -1,4 +1,4 @@
-"""A server of the real command line in its own process, and a small index of real photos."""
+"""Helpers that start the real server in its own process and build a small index of real photos."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def build(shared: Path, out: Path, items: list[tuple[Path, str]], *options: str)
 def server(
     *arguments: object, token: str | None = None, path: str | None = None, command: str = "serve"
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Run a server on a free port; yield its address and process, then stop it and check its exit.
+    """Run a server on a free port, yield its address and process, then stop it.
 
-    The server runs in a new interpreter, or as the program found on ``path``. The exit of a killed server is not
-    checked.
+    The server runs in a new interpreter, or as the program found on ``path``. Its exit status is checked unless the
+    test has already ended the process.
     """
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"} | ({"RETRIEVAL_TIP_TOKEN": token} if token else {})
     program = [str(shutil.which("retrieval-tip", path=path))] if path else [sys.executable, "-m", "retrieval_tip"]
@@ -110,7 +110,7 @@ def random_index(folder: Path, n: int, d: int, classes: int) -> Path:
 
 @contextmanager
 def running(app: FastAPI) -> Iterator[tuple[str, int]]:
-    """Run an application as ``serve`` does, in a thread of this process, and yield its address."""
+    """Run an application in a thread, as ``serve`` does, and yield its address."""
     with run.listen("127.0.0.1", 0) as listening:
         server = uvicorn.Server(run.configured(app, 20))
         thread = threading.Thread(target=server.run, args=([listening],))
@@ -124,7 +124,7 @@ def running(app: FastAPI) -> Iterator[tuple[str, int]]:
 
 
 def told(place: tuple[str, int], *said: bytes) -> bytes:
-    """Send bytes on a connection, and return everything the server answers until it closes."""
+    """Send bytes over a new connection, and return everything the server sends back."""
     with socket.create_connection(place, timeout=30) as asking:
         try:
             for part in said:
@@ -135,7 +135,7 @@ def told(place: tuple[str, int], *said: bytes) -> bytes:
 
 
 def rest(asking: socket.socket) -> bytes:
-    """Return everything that arrives on a connection until it closes."""
+    """Read from a connection until it closes."""
     answer = b""
     try:
         while part := asking.recv(1 << 16):

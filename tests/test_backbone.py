@@ -28,7 +28,7 @@ from retrieval_tip.backbones.loading import load_backbone, write_tuned
 from retrieval_tip.errors import BackboneError, InputError, UsageError
 
 
-def test_features_are_those_of_plain_open_clip(lit_mini, shared):
+def test_features_match_plain_open_clip(lit_mini, shared):
     name = f"local-dir:{shared / 'models/lit-mini'}"
     path = next((shared / "data/caltech101/101_ObjectCategories/panda").iterdir())
     from retrieval_tip.data import images
@@ -56,7 +56,7 @@ def test_a_local_model_works_from_any_folder(shared, tmp_path, monkeypatch, lit_
     assert again.identity == lit_mini.identity
 
 
-def test_identity_tells_weights_architecture_and_preprocessing(tmp_path):
+def test_the_identity_depends_on_weights_architecture_and_preprocessing(tmp_path):
     one = load_backbone(f"local-dir:{tiny(tmp_path / 'one')}", device="cpu").identity
     same = load_backbone(f"local-dir:{tiny(tmp_path / 'same')}", device="cpu").identity
     other = load_backbone(f"local-dir:{tiny(tmp_path / 'other', seed=1)}", device="cpu").identity
@@ -77,7 +77,7 @@ def test_a_damaged_identity_is_refused(broken):
 
 
 def test_a_checkpoint_of_a_tag_gets_its_preprocessing_and_activation(tmp_path, monkeypatch):
-    """RN50/openai needs QuickGELU: open_clip only warns where it is missing."""
+    """RN50/openai needs QuickGELU, and open_clip only warns if it is missing."""
     wanted = {}
 
     def create(name, pretrained, **arguments):
@@ -100,14 +100,14 @@ def test_a_checkpoint_of_a_tag_gets_its_preprocessing_and_activation(tmp_path, m
         wanted.clear()
 
 
-def test_no_random_weight_is_drawn_that_the_checkpoint_overwrites(shared):
-    """Nor of a text tower by transformers, which draws by functions of its own."""
+def test_loading_draws_no_random_weights(shared):
+    """This includes text towers of transformers, which has its own functions to draw weights."""
     before = torch.get_rng_state()
     load_backbone(f"local-dir:{shared / 'models' / 'lit-mini'}", device="cpu")
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_bare_checkpoint_loads_and_says_what_it_assumes(tmp_path, caplog):
+def test_a_checkpoint_without_a_tag_loads_with_a_warning(tmp_path, caplog):
     torch.manual_seed(0)
     config = open_clip.get_model_config("ViT-S-32-alt")  # a small one
     file = tmp_path / "small.pt"
@@ -136,7 +136,7 @@ def test_a_bare_checkpoint_loads_and_says_what_it_assumes(tmp_path, caplog):
         ("local-dir:/no/such/folder", None, BackboneError, ["/no/such/folder"]),
     ],
 )
-def test_a_model_that_does_not_load_is_named_with_a_remedy(model, pretrained, kind, words):
+def test_a_loading_error_names_the_model_and_a_remedy(model, pretrained, kind, words):
     with pytest.raises(kind) as error:
         load_backbone(model, pretrained, device="cpu")
     assert "\n" not in str(error.value)
@@ -152,7 +152,7 @@ def test_damaged_model_folders_are_named(tmp_path):
     with pytest.raises(BackboneError, match="cannot be loaded"):
         load_backbone(f"local-dir:{folder}", device="cpu")
     (folder / "open_clip_model.safetensors").unlink()
-    with pytest.raises(BackboneError, match="no weights"):  # not random ones in silence
+    with pytest.raises(BackboneError, match="no weights"):  # random weights are not used instead
         load_backbone(f"local-dir:{folder}", device="cpu")
     for text in ("{", "[]", '{"model_cfg": 3}'):
         (folder / "open_clip_config.json").write_text(text)
@@ -169,7 +169,7 @@ def test_damaged_model_folders_are_named(tmp_path):
     ],
 )
 def test_a_models_own_code_is_never_run(scheme, claimant, text_cfg, tmp_path, monkeypatch):
-    """Not after a "y" on standard input, and not where the model's own configuration asks for it."""
+    """Neither a "y" on standard input nor the model's own configuration allows it."""
     folder = with_code(tiny(tmp_path / "model"), claimant)
     text = TINY["text_cfg"] | {"hf_tokenizer_name": "its own"} | text_cfg
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY | {"text_cfg": text}}))
@@ -182,8 +182,8 @@ def test_a_models_own_code_is_never_run(scheme, claimant, text_cfg, tmp_path, mo
 
 
 @pytest.mark.soak
-def test_the_first_build_with_a_text_encoder_of_transformers_prints_no_message_of_that_library(shared, tmp_path):
-    """The image encoder is traced once for OpenVINO, and tracing reads every attribute of the model."""
+def test_the_first_build_prints_no_messages_from_transformers(shared, tmp_path):
+    """OpenVINO traces the image encoder once, which reads every attribute of the model."""
     for number, name in enumerate(("cat", "dog"), 50):
         (tmp_path / "photos" / name).mkdir(parents=True)
         picture((number, number)).save(tmp_path / "photos" / name / "a.png")
@@ -196,7 +196,7 @@ def test_the_first_build_with_a_text_encoder_of_transformers_prints_no_message_o
 
 
 def test_loading_a_model_quietly_keeps_messages_of_other_threads(caplog):
-    """Images are named that cannot be read, while a thread that decodes others opens the model."""
+    """Warnings about unreadable images appear even while another thread loads the model."""
     inside, said = threading.Event(), threading.Event()
 
     def opening():
@@ -224,7 +224,7 @@ def test_devices_and_precisions_are_checked():
         load_backbone("RN50", "openai", device="cpu", precision="int4")
 
 
-def test_autocast_stays_near_float32(tmp_path):
+def test_autocast_features_are_close_to_float32(tmp_path):
     folder = tiny(tmp_path / "model")
     exact = load_backbone(f"local-dir:{folder}", device="cpu")
     half = load_backbone(f"local-dir:{folder}", device="cpu", precision="bfloat16")
@@ -235,8 +235,8 @@ def test_autocast_stays_near_float32(tmp_path):
     assert 0.98 < float((a * b).sum()) < 1 - 1e-9
 
 
-def test_views_are_the_papers(tmp_path):
-    """Area 0.5 to 1, aspect 3/4 to 4/3, inside the picture, flipped half the time, the same for the same seed."""
+def test_views_are_cropped_and_flipped_as_in_the_paper(tmp_path):
+    """Crops have area 0.5 to 1 and aspect 3/4 to 4/3. Half are flipped. The same seed gives the same view."""
     model = load_backbone(f"local-dir:{tiny(tmp_path / 'model')}", device="cpu")
     image = picture((120, 80))
     one, again, other = model.view(image, "a"), model.view(image, "a"), model.view(image, "b")
@@ -252,18 +252,18 @@ def test_views_are_the_papers(tmp_path):
             assert 0 <= top < top + height <= size[1]
             assert 0 <= left < left + width <= size[0]
     half = Image.fromarray(np.repeat(np.arange(120, dtype=np.uint8)[None, :, None], 3, 2).repeat(80, 0))
-    views = torch.stack([model.view(half, str(seed)) for seed in range(200)])  # brighter to the right, but for flips
+    views = torch.stack([model.view(half, str(seed)) for seed in range(200)])  # brighter on the right, unless flipped
     assert 70 < (views[..., 0] > views[..., -1]).all(dim=(1, 2)).sum() < 130
 
 
-def test_unit_names_the_row_without_direction():
+def test_unit_names_the_row_that_cannot_be_normalised():
     np.testing.assert_allclose(unit(np.array([[3.0, 4.0]], dtype=np.float32)), [[0.6, 0.8]], rtol=1e-6)
     for bad in (0.0, np.nan, np.inf):
         with pytest.raises(InputError, match="feature 1"):
             unit(np.array([[1.0, 0.0], [bad, 0.0]], dtype=np.float32))
 
 
-# -- towers that are trained --
+# -- training --
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +278,7 @@ def tiny_model(tiny_folder):
 
 @pytest.fixture(params=["tiny", "custom", "lit-mini"])
 def trainable(request, tmp_path):
-    """OpenAI's layout, the one whose text tower is a module of its own, and real towers of timm and transformers."""
+    """A model in OpenAI's layout, one with a separate text module, and one with towers of timm and transformers."""
     if request.param == "lit-mini":
         folder = request.getfixturevalue("shared") / "models" / "lit-mini"
         return load_backbone(f"local-dir:{folder}", device="cpu", runtime="torch")
@@ -300,7 +300,7 @@ def some_pixels(model, number=2):
 
 
 def a_step(model, parts, rate=1e-2):
-    """One step of gradient ascent on an arbitrary function of the features of ``parts``."""
+    """Take one step of gradient ascent on an arbitrary function of the features of ``parts``."""
     with model.training(parts) as parameters:
         torch.manual_seed(0)
         features = []
@@ -315,7 +315,7 @@ def a_step(model, parts, rate=1e-2):
                     parameter += rate * parameter.grad / (parameter.grad.norm() + 1e-12)
 
 
-def test_the_towers_share_nothing_and_are_everything_but_the_logit_scale(trainable):
+def test_the_towers_are_disjoint_and_contain_everything_except_the_logit_scale(trainable):
     towers = {part: {id(parameter) for parameter in trainable.parameters(part)} for part in PARTS}
     assert all(towers.values())
     assert not towers["visual"] & towers["text"]
@@ -335,7 +335,7 @@ def test_a_logit_bias_belongs_to_no_tower(tmp_path):
     assert not {"logit_bias", "logit_scale"} & set(model.tuned(PARTS))
 
 
-def test_another_part_is_refused(tiny_model):
+def test_an_unknown_part_is_refused(tiny_model):
     for use in (
         lambda: tiny_model.parameters("audio"),
         lambda: tiny_model.tuned(["audio"]),
@@ -345,8 +345,8 @@ def test_another_part_is_refused(tiny_model):
             use()
 
 
-def test_gradients_reach_the_tower_that_is_trained_and_no_other(trainable):
-    trainable.encode_images(some_pixels(trainable))  # what a tower keeps from here must not be in the way of training
+def test_gradients_reach_only_the_trained_tower(trainable):
+    trainable.encode_images(some_pixels(trainable))  # anything cached here must not affect training
     trainable.encode_texts(["a cat"])
     forward = {
         "visual": lambda: trainable.forward_images(some_pixels(trainable)),
@@ -367,14 +367,13 @@ def test_gradients_reach_the_tower_that_is_trained_and_no_other(trainable):
         assert all(parameter.grad is None for parameter in parameters)
 
 
-def test_an_error_while_training_ends_it(tiny_model):
+def test_an_error_during_training_disables_gradients(tiny_model):
     with pytest.raises(ZeroDivisionError), tiny_model.training(PARTS):
         raise ZeroDivisionError
     assert not any(parameter.requires_grad for part in PARTS for parameter in tiny_model.parameters(part))
 
 
-def test_the_gradient_is_that_of_the_features(tiny_model):
-    """Against central differences, in double precision."""
+def test_gradients_match_central_differences(tiny_model):
     tiny_model._model.double()
     pixels = some_pixels(tiny_model, 1).double()
     for part, forward in zip(
@@ -394,7 +393,7 @@ def test_the_gradient_is_that_of_the_features(tiny_model):
             assert (values[0] - values[1]) / 2e-6 == pytest.approx(float(slope), rel=1e-5)
 
 
-def test_forward_gives_the_features_that_encode_gives(trainable):
+def test_forward_and_encode_give_the_same_features(trainable):
     with trainable.training(PARTS):
         for found, encoded in (
             (trainable.forward_images(some_pixels(trainable)), trainable.encode_images(some_pixels(trainable))),
@@ -404,7 +403,7 @@ def test_forward_gives_the_features_that_encode_gives(trainable):
             np.testing.assert_allclose(unit(found.detach().numpy()), unit(encoded), atol=1e-6)
 
 
-def test_a_tower_is_trained_under_autocast(tiny_folder):
+def test_a_tower_can_be_trained_under_autocast(tiny_folder):
     model = load_backbone(f"local-dir:{tiny_folder}", device="cpu", precision="bfloat16")
     with model.training(["visual"]) as parameters:
         features = model.forward_images(some_pixels(model))
@@ -414,7 +413,7 @@ def test_a_tower_is_trained_under_autocast(tiny_folder):
 
 
 @pytest.mark.parametrize("parts", few([["visual"], ["text"], list(PARTS)], 2))
-def test_a_trained_backbone_is_another_one_and_comes_back_from_its_file(trainable, tmp_path, parts):
+def test_a_trained_backbone_has_a_new_identity_and_loads_from_its_file(trainable, tmp_path, parts):
     base = trainable.identity
     pixels, texts = some_pixels(trainable), ["a cat", "a dog"]
     before = trainable.encode_images(pixels), trainable.encode_texts(texts)
@@ -434,15 +433,15 @@ def test_a_trained_backbone_is_another_one_and_comes_back_from_its_file(trainabl
     assert np.array_equal(again.encode_images(pixels), after[0])
     assert np.array_equal(again.encode_texts(texts), after[1])
 
-    trainable.adopt(original)  # a copy, which training did not change
+    trainable.adopt(original)  # a copy that training did not change
     assert trainable.identity == base
     assert np.array_equal(trainable.encode_images(pixels), before[0])
     trainable.adopt(again.tuned(parts))
     assert trainable.identity == tuned
 
 
-def test_the_identity_is_never_of_weights_that_were(tiny_model):
-    """A cache of encodings goes by it, also between two epochs."""
+def test_the_identity_is_always_that_of_the_current_weights(tiny_model):
+    """The encoding cache relies on it, also between two epochs."""
     seen = [tiny_model.identity.fingerprint]
     with tiny_model.training(["visual"]) as parameters:
         with tiny_model.training(["text"]):
@@ -454,16 +453,16 @@ def test_the_identity_is_never_of_weights_that_were(tiny_model):
         with torch.no_grad():
             parameters[0].add_(1)
     seen.append(tiny_model.identity.fingerprint)
-    optimizer = torch.optim.AdamW(tiny_model.parameters("text"))  # and without asking the backbone
+    optimizer = torch.optim.AdamW(tiny_model.parameters("text"))  # outside of training(), the identity follows too
     for parameter in tiny_model.parameters("text"):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     seen.append(tiny_model.identity.fingerprint)
     assert len(set(seen)) == 5
-    assert tiny_model.identity is tiny_model.identity  # not digested again
+    assert tiny_model.identity is tiny_model.identity  # the digest is cached
 
 
-def test_the_same_tensors_are_the_same_file(tiny_model, tmp_path):
+def test_the_same_tensors_give_the_same_file(tiny_model, tmp_path):
     state = tiny_model.tuned(PARTS)
     write_tuned(tmp_path / "a", state)
     write_tuned(tmp_path / "b", dict(reversed(state.items())))
@@ -484,7 +483,7 @@ def wrong_states(state):
     }
 
 
-def test_what_does_not_fit_is_named_and_changes_nothing(tiny_folder, tiny_model, tmp_path):
+def test_wrong_tensors_are_named_and_change_nothing(tiny_folder, tiny_model, tmp_path):
     before = tiny_model.identity
     state = {name: tensor + 1 for name, tensor in tiny_model.tuned(["visual"]).items()}
     for number, (words, wrong) in enumerate(wrong_states(state).items()):
@@ -524,12 +523,12 @@ def test_damaged_files_of_tuned_weights_are_named(tiny_folder, tiny_model, tmp_p
         assert "\n" not in str(error.value)
 
 
-# -- an image encoder alone, and what is loaded already --
+# -- encoders without text, and models in memory --
 
 
 @pytest.fixture(scope="module")
 def image_weights(tmp_path_factory):
-    """Weights of a model of timm, under names that another program gave them, with a classifier at the end."""
+    """A file of timm weights with the tensor names of another program, and the model. The classifier comes last."""
     import timm
 
     torch.manual_seed(0)
@@ -539,7 +538,7 @@ def image_weights(tmp_path_factory):
     return file, model.eval()
 
 
-def test_an_image_encoder_gives_the_features_of_plain_timm(image_weights, tmp_path):
+def test_an_image_encoder_gives_the_same_features_as_plain_timm(image_weights, tmp_path):
     from timm.data import create_transform, resolve_model_data_config
 
     file, model = image_weights
@@ -551,13 +550,13 @@ def test_an_image_encoder_gives_the_features_of_plain_timm(image_weights, tmp_pa
     np.testing.assert_allclose(ours.encode_images(view[None]), plain, rtol=1e-4, atol=1e-5)
     assert (ours.dim, ours.has_text) == (1280, False)
     own = tmp_path / "own.safetensors"
-    save_file(model.state_dict(), own)  # under timm's names the classifier may stand anywhere
+    save_file(model.state_dict(), own)  # with timm's names, the order of the tensors does not matter
     again = load_backbone("timm:tf_efficientnet_lite0", f"in1k={own}", device="cpu")
     assert again.identity.fingerprint == ours.identity.fingerprint
     assert (again.identity.model, again.identity.pretrained) == ("timm:tf_efficientnet_lite0.in1k", str(own))
 
 
-def test_an_image_encoder_knows_no_words(image_weights):
+def test_an_image_encoder_refuses_text(image_weights):
     model = load_backbone("timm:tf_efficientnet_lite0", str(image_weights[0]), device="cpu")
     for words in (lambda: model.encode_texts(["a cat"]), lambda: a_step(model, ["text"])):
         with pytest.raises(UsageError, match=r"timm:tf_efficientnet_lite0.*no text encoder"):
@@ -565,7 +564,7 @@ def test_an_image_encoder_knows_no_words(image_weights):
     assert set(model.tuned(PARTS)) == set(model._model.state_dict())
 
 
-def test_weights_of_another_model_are_refused_by_their_name(image_weights, tmp_path):
+def test_weights_of_another_model_are_refused(image_weights, tmp_path):
     with pytest.raises(BackboneError, match=r"lite0\.pth: not weights of timm:resnet18: tensor 'conv1"):
         load_backbone("timm:resnet18", str(image_weights[0]), device="cpu")
     (tmp_path / "text.pth").write_text("none")
@@ -573,7 +572,7 @@ def test_weights_of_another_model_are_refused_by_their_name(image_weights, tmp_p
         load_backbone("timm:resnet18", str(tmp_path / "text.pth"), device="cpu")
 
 
-def test_a_model_that_is_loaded_already_is_the_same_backbone(tmp_path):
+def test_a_model_in_memory_gives_the_same_backbone(tmp_path):
     from retrieval_tip.backbones.open_clip import OpenClipBackbone
 
     name = f"local-dir:{tiny(tmp_path / 'model')}"
@@ -590,8 +589,8 @@ def test_a_model_that_is_loaded_already_is_the_same_backbone(tmp_path):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_model_that_is_loaded_already_can_say_what_it_is():
-    """Under its architecture and tag it is, for an index, the one that is loaded by these names."""
+def test_a_model_in_memory_can_be_given_its_name_and_tag():
+    """Indexes then treat it as the model that is loaded by this name and tag."""
     from retrieval_tip.backbones.open_clip import OpenClipBackbone
 
     torch.manual_seed(0)

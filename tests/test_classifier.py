@@ -49,7 +49,7 @@ def noisy_photo(seed, colour):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model, six photos of each of three classes, and two others of each."""
+    """A folder with a model, six photos of each of three classes, and two new photos of each."""
     folder = tmp_path_factory.mktemp("classifier")
     tiny(folder / "model")
     for part, seeds in (("photos", range(6)), ("new", range(6, 8))):
@@ -68,12 +68,12 @@ def kept(place):
 
 @pytest.fixture
 def clf(kept, tmp_path):
-    """An index that a test may change."""
+    """A classifier whose index a test can change."""
     shutil.copytree(kept, tmp_path / "index")
     return Classifier.load(tmp_path / "index", device="cpu")
 
 
-def test_it_answers_as_the_parts_that_it_is_made_of(place, kept, clf):
+def test_predict_gives_the_answers_of_its_cache_model_and_encoder(place, kept, clf):
     backbone = load_backbone(f"local-dir:{place / 'model'}", device="cpu")
     source = open_source(place / "new")
     plain = Predictions.joined(clf.cache.classify_source(source, Encoder(backbone)))
@@ -85,7 +85,7 @@ def test_it_answers_as_the_parts_that_it_is_made_of(place, kept, clf):
     assert len(clf) == 18
 
 
-def test_a_photo_is_the_same_however_it_is_held(place, clf):
+def test_a_photo_gets_the_same_answer_in_every_format(place, clf):
     path = place / "new/red/6.png"
     picture = Image.open(path)
     one = clf.predict(path)
@@ -102,7 +102,7 @@ def test_a_photo_is_the_same_however_it_is_held(place, clf):
     assert len(clf.predict(np.stack([np.asarray(picture)] * 3))) == 3
 
 
-def test_features_are_answered_and_raw_ones_refused(clf):
+def test_unit_features_are_classified_and_others_refused(clf):
     keys = np.asarray(clf.cache.keys)
     assert clf.predict(keys[0]).label == clf.cache.labels["label"][0].as_py()
     assert len(clf.predict(keys[:4])) == 4
@@ -125,7 +125,7 @@ def test_unreadable_photos_are_named(place, clf, tmp_path):
             clf.predict([wrong])
 
 
-def test_predictions_are_a_table_for_arrow_readers(place, clf):
+def test_predictions_can_be_read_as_an_arrow_table(place, clf):
     pd = pytest.importorskip("pandas")
     pl = pytest.importorskip("polars")
     answers = clf.predict(place / "new", top=2)
@@ -158,9 +158,9 @@ def test_an_explanation_shows_the_pictures(place, clf):
     assert gone.picture.startswith(b"\x89PNG")
 
 
-def test_shots_are_added_to_known_and_to_new_classes(place, clf):
+def test_shots_are_added_to_known_and_new_classes(place, clf):
     version = clf.cache.version
-    added = clf.add(place / "new/red/6.png", "RED")  # as it is spelled in the index
+    added = clf.add(place / "new/red/6.png", "RED")  # a new class, because names are case-sensitive
     assert (len(added.key_ids), added.classes, added.version) == (1, ["RED"], version + 1)
     assert len(clf) == 19
     assert clf.add([noisy_photo(1, 0), noisy_photo(2, 1)], ["red", "green"]).key_ids
@@ -178,7 +178,7 @@ def test_shots_are_added_to_known_and_to_new_classes(place, clf):
 
 
 class Dataset(torch.utils.data.Dataset):
-    """Two photos of each class, as torch has them."""
+    """A torch dataset with two photos of each class."""
 
     classes = ("red", "green", "blue")
 
@@ -211,7 +211,7 @@ def test_photos_in_memory_become_shots(place):
     grey = ImageFolder(place / "new", lambda picture: picture.convert("L"))
     plain = [picture.convert("L") for picture, _ in new]
     np.testing.assert_allclose(clf.predict_proba(grey), clf.predict_proba(plain), atol=1e-6)
-    assert len(clf.predict(Dataset())) == 6  # which has no end
+    assert len(clf.predict(Dataset())) == 6  # its indexing never raises IndexError
     backwards = torch.utils.data.Subset(Dataset(), range(5, -1, -1))
     held = Classifier.from_images(backwards, model=model, device="cpu")
     assert held.classes == ["red", "green", "blue"]
@@ -229,7 +229,7 @@ def test_photos_in_memory_become_shots(place):
 
 
 class Tensors(Dataset):
-    """The same photos as tensors, as torchvision's ``ToTensor`` makes them, or scaled further."""
+    """The same photos as tensors of torchvision's ``ToTensor``, multiplied by ``scale``."""
 
     def __init__(self, scale=1.0):
         self.scale = scale
@@ -241,7 +241,7 @@ class Tensors(Dataset):
         return self.scale * to_tensor(picture), label
 
 
-def test_tensors_of_rgb_values_are_photos(place, clf):
+def test_tensors_of_rgb_values_are_accepted_as_photos(place, clf):
     expected = clf.predict_proba(Dataset())
     np.testing.assert_allclose(clf.predict_proba(Tensors()), expected, atol=1e-6)
     whole = [(255 * tensor).round().to(torch.uint8) for tensor, _ in map(Tensors().__getitem__, range(6))]
@@ -254,7 +254,7 @@ def test_tensors_of_rgb_values_are_photos(place, clf):
             clf.predict(wrong)
 
 
-def test_what_the_command_takes_is_taken_here_too(place, clf, tmp_path):
+def test_tars_and_globs_are_accepted_as_in_the_commands(place, clf, tmp_path):
     tar = tmp_path / "new.tar"
     with tarfile.open(tar, "w") as archive:
         for file in sorted((place / "new").glob("*/*.png")):
@@ -277,12 +277,12 @@ def test_what_the_command_takes_is_taken_here_too(place, clf, tmp_path):
 
 @pytest.fixture
 def datasets(monkeypatch):
-    """Hugging Face's library. It looks for a hub, which no test may reach."""
+    """Hugging Face's library, offline because tests must not use the network."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return pytest.importorskip("datasets")
 
 
-def test_datasets_of_hugging_face_are_labelled_photos(place, clf, datasets, tmp_path):
+def test_hugging_face_datasets_are_accepted_as_labelled_photos(place, clf, datasets, tmp_path):
     def dataset(part, how):
         files, names = sorted((place / part).glob("*/*.png")), ["blue", "green", "red"]
         columns = {"id": list(range(len(files))), "label": [names.index(file.parent.name) for file in files]}
@@ -308,7 +308,7 @@ def test_datasets_of_hugging_face_are_labelled_photos(place, clf, datasets, tmp_
         assert made.suggest(new).photos == 6
         assert len(made.add(new).key_ids) == 6
     files = dataset("new", str)
-    assert made.predict(files).inputs == folder.inputs  # which explain() can show
+    assert made.predict(files).inputs == folder.inputs  # explain() can show these paths
     loaded = datasets.load_dataset("imagefolder", data_dir=str(place / "new"), split="train", cache_dir=str(tmp_path))
     assert clf.evaluate(loaded).top1 == clf.evaluate(place / "new").top1
     assert clf.predict(loaded).inputs == folder.inputs
@@ -325,8 +325,8 @@ def test_datasets_of_hugging_face_are_labelled_photos(place, clf, datasets, tmp_
             Classifier.from_images(wrong, model=model, device="cpu")
 
 
-def test_every_change_is_a_method_and_the_new_version_is_used(place, tmp_path):
-    """Also for an index that is not saved."""
+def test_after_each_change_the_new_version_is_used(place, tmp_path):
+    """This includes an index that is not saved."""
     clf = Classifier.from_folder(place / "photos", f"local-dir:{place / 'model'}", device="cpu")
     assert "not saved" in repr(clf)
     assert clf.remove(key_ids=[0]).key_ids == [0]
@@ -360,8 +360,8 @@ def test_every_change_is_a_method_and_the_new_version_is_used(place, tmp_path):
             in_a_folder_only()
 
 
-def test_an_index_is_fine_tuned_into_another(place, kept, tmp_path):
-    """The encoder belongs to the new index, and the old one stays as it is."""
+def test_finetune_writes_a_new_index(place, kept, tmp_path):
+    """The new index has its own encoder. The old index does not change."""
     clf, old = Classifier.load(kept, device="cpu"), Classifier.load(kept, device="cpu")
     recipe = Recipe(epochs=1, views=2, precision="float32")
     tuned = clf.finetune(tmp_path / "f", recipe, val=place / "new", keep_last=True)
@@ -386,7 +386,7 @@ def test_an_index_is_fine_tuned_into_another(place, kept, tmp_path):
     assert held.finetune(None, recipe, source=Dataset(), val=Dataset(), val_shots="all").compared.n == 6
 
 
-def test_probabilities_and_similar_shots_are_those_of_the_definition(place, clf):
+def test_probabilities_and_similar_shots_match_the_definition(place, clf):
     cache, photos = clf.cache, open_source(place / "new")
     f = torch.from_numpy(clf.encoder.encode(photos).features)
     expected = (cache.logits(f).double() / cache.settings.temperature).softmax(1)
@@ -420,14 +420,14 @@ def test_photos_are_sorted_and_two_classifiers_compared(place, kept, clf, tmp_pa
     assert clf.compare(kept, place / "new/red").scores is None  # without labels
 
 
-def test_photos_in_memory_are_suggested_although_the_index_has_others_of_the_same_name(place):
+def test_photos_in_memory_are_suggested_even_if_shots_have_the_same_names(place):
     clf = Classifier.from_images(Dataset(), model=f"local-dir:{place / 'model'}", device="cpu")
     others = [noisy_photo(100 + seed, 0) for seed in range(3)]
     found = clf.suggest([*others, noisy_photo(0, 0)], 4)
     assert (sorted(found.inputs), found.known) == (["photo 0", "photo 1", "photo 2"], 1)
 
 
-def test_the_graph_gives_the_answers_of_the_classifier(place, clf, tmp_path):
+def test_an_exported_graph_gives_the_same_probabilities(place, clf, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     facts = clf.export_onnx(tmp_path / "g.onnx", features=True)
     graph = runtime.InferenceSession(tmp_path / "g.onnx")
@@ -516,7 +516,7 @@ def test_misuse_gives_one_clear_error(place, kept, words):
     assert clf.cache.reload() is clf.cache  # nothing changed
 
 
-def test_a_classifier_without_a_folder_or_an_encoder_says_so(place, tmp_path):
+def test_methods_that_need_a_folder_or_an_encoder_say_so(place, tmp_path):
     from tables import unit_rows, write_table
 
     cache = CacheModel.from_features(np.eye(4, dtype=np.float32), ["a", "a", "b", "b"], ["a", "b"])
@@ -540,7 +540,7 @@ def test_a_classifier_without_a_folder_or_an_encoder_says_so(place, tmp_path):
         bare.rename("red", "blue", encode=True)
 
 
-def test_a_misspelt_argument_is_not_ignored(clf):
+def test_a_misspelt_argument_is_refused(clf):
     for method in ("predict", "predict_proba", "similar", "suggest", "add", "fit", "from_folder", "from_images"):
         with pytest.raises(TypeError, match="shotz"):
             getattr(clf, method)(PHOTO, shotz=1)
@@ -551,7 +551,7 @@ def parameters(function):
 
 
 def test_every_option_is_a_named_argument():
-    """With the defaults of the functions that do the work."""
+    """The defaults equal those of the functions that do the work."""
     for name, method in inspect.getmembers(Classifier, inspect.isroutine):
         kinds = [given.kind for given in inspect.signature(method).parameters.values()] if name[0] != "_" else []
         assert inspect.Parameter.VAR_KEYWORD not in kinds, name
@@ -582,13 +582,13 @@ def test_every_option_is_a_named_argument():
             assert name in apart or own[name] == default, (done_by, name)
 
 
-def test_it_is_a_module_from_pixels_to_logits(place, clf):
+def test_as_module_computes_logits_from_pixels(place, clf):
     paths = [place / "new/red/6.png", place / "new/blue/7.png"]
     backbone = clf.encoder.backbone
     mean, std = (torch.tensor(backbone.identity.preprocess[name])[:, None, None] for name in ("mean", "std"))
     pixels = torch.stack([255 * (backbone.preprocess(Image.open(path)) * std + mean) for path in paths])
     module = clf.as_module()
-    features = Encoder(backbone).encode(open_items(place / "new").take([0])).features  # its own tower is as it was
+    features = Encoder(backbone).encode(open_items(place / "new").take([0])).features  # the module must not change them
     logits = module.double()(pixels.double())
     assert Encoder(backbone).encode(open_items(place / "new").take([0])).features == pytest.approx(features)
     for row, path in zip(logits, paths, strict=True):
@@ -602,7 +602,7 @@ def test_it_is_a_module_from_pixels_to_logits(place, clf):
         clf.as_module()
 
 
-def test_an_index_without_a_folder_can_be_kept(place, tmp_path):
+def test_an_index_without_a_folder_can_be_saved(place, tmp_path):
     model, _, preprocess = __import__("open_clip").create_model_and_transforms(f"local-dir:{place / 'model'}")
     tokenizer = __import__("open_clip").get_tokenizer(f"local-dir:{place / 'model'}")
     clf = Classifier.from_folder(place / "photos", (model, preprocess, tokenizer), device="cpu", fit="none")
@@ -616,7 +616,7 @@ def test_an_index_without_a_folder_can_be_kept(place, tmp_path):
         Classifier.load(tmp_path / "saved", f"local-dir:{tiny(tmp_path / 'other', seed=1)}", device="cpu")
 
 
-def test_it_is_judged_and_reported_as_by_the_commands(place, clf, tmp_path, run):
+def test_evaluate_and_report_match_the_commands(place, clf, tmp_path, run):
     found = clf.evaluate(place / "new")
     import json
 
@@ -631,7 +631,7 @@ def test_it_is_judged_and_reported_as_by_the_commands(place, clf, tmp_path, run)
 
 
 class Hub:
-    """A stand-in of the hub: a folder."""
+    """A folder that replaces the Hugging Face hub."""
 
     folder: Path
 
@@ -650,7 +650,7 @@ class Hub:
         return f"https://huggingface.co/{repo_id}"
 
 
-def test_an_index_goes_to_the_hub_and_comes_back(place, clf, tmp_path, monkeypatch):
+def test_an_index_can_be_pushed_to_the_hub_and_loaded_from_it(place, clf, tmp_path, monkeypatch):
     import huggingface_hub
 
     Hub.folder = tmp_path / "hub"
@@ -672,7 +672,7 @@ def test_an_index_goes_to_the_hub_and_comes_back(place, clf, tmp_path, monkeypat
         Classifier.from_hub("me/nothing", tmp_path / "none")
 
 
-def test_a_pipeline_of_scikit_learn_begins_with_paths(place):
+def test_a_scikit_learn_pipeline_can_start_with_paths(place):
     sklearn_pipeline = pytest.importorskip("sklearn.pipeline")
     from retrieval_tip import ImageEncoder, TipAdapterClassifier
 
@@ -686,7 +686,7 @@ def test_a_pipeline_of_scikit_learn_begins_with_paths(place):
     plain = Encoder(backbone).encode(new).features
     np.testing.assert_allclose(features, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-5)
     assert pipeline.score(new.sources, new.labels) > 1 / 3
-    np.testing.assert_array_equal(ImageEncoder(backbone).transform(new.sources), features)  # nothing is fitted
+    np.testing.assert_array_equal(ImageEncoder(backbone).transform(new.sources), features)  # no fit is needed
     with pytest.raises(InputError, match=r"^gone.png: no such file$"):
         ImageEncoder(backbone).transform(["gone.png"])
     search = pytest.importorskip("sklearn.model_selection").GridSearchCV(
@@ -695,8 +695,7 @@ def test_a_pipeline_of_scikit_learn_begins_with_paths(place):
     assert search.fit(train.sources, train.labels).predict(new.sources).shape == (len(new),)
 
 
-def test_an_upright_picture_stays_upright(place, clf):
-    """EXIF turns it, whether it comes as a file or as a picture."""
+def test_exif_rotation_is_applied_to_files_and_pictures(place, clf):
     wide = Image.new("RGB", (60, 30), (255, 0, 0))
     wide.paste((0, 0, 255), (0, 0, 30, 30))
     exif = Image.Exif()
@@ -708,7 +707,7 @@ def test_an_upright_picture_stays_upright(place, clf):
     assert from_picture.probability == pytest.approx(from_file.probability, abs=1e-6)
 
 
-def test_an_index_of_features_answers_for_features(tmp_path):
+def test_an_index_without_an_encoder_classifies_features(tmp_path):
     from tables import unit_rows, write_table
 
     table = write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["a", "b"] * 3)

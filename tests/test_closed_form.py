@@ -40,7 +40,7 @@ def unit(x):
 
 
 def clusters(shots, seed=0, spread=0.6, c=C, d=D):
-    """Unit features ``[c * shots, d]`` around means of their classes, wide in a few directions that say nothing."""
+    """Return unit features ``[c * shots, d]``, which vary most in a few uninformative directions, and class ids."""
     draw = np.random.default_rng(seed)
     means = np.random.default_rng(99).normal(size=(c, d))
     wide = np.ones(d)
@@ -61,7 +61,7 @@ def model(shots=6, text=True, seed=0, **options):
 
 
 def dense(cache, queries, form):
-    """Text, cache logits and points of an index fitted with a form, by the definition, float64."""
+    """Compute text logits, cache logits and points of a fitted index by the definition, in float64."""
     keys = np.asarray(cache.keys, dtype=np.float64)
     ids, c = cache.class_ids.numpy(), len(cache.class_names)
     q = queries.astype(np.float64)
@@ -84,7 +84,7 @@ def dense(cache, queries, form):
 
 
 def class_averages(cache, queries, points):
-    """The mean affinity to the keys of each class, less half the mean affinity of two of its keys, in NumPy."""
+    """Return the mean affinity to the keys of each class, minus half the mean affinity between two of its keys."""
     ids, q = cache.class_ids.numpy(), unit_points(cache, queries).astype(np.float64)
     shared = within = 0.0
     averages = []
@@ -108,7 +108,7 @@ SOME = [
 
 @pytest.mark.parametrize("form", SOME, ids=str)
 @pytest.mark.parametrize("where", ["memory", "disk"])
-def test_logits_are_those_of_the_definition(form, where, tmp_path):
+def test_logits_match_the_definition(form, where, tmp_path):
     cache = model()
     closed_form.fit(cache, forms=[form])
     if where == "disk":
@@ -163,7 +163,7 @@ def test_keys_too_far_from_norm_1_are_refused():
     assert torch.equal(solved.values, before)
 
 
-def test_fitted_with_neither_letter_it_is_the_paper():
+def test_a_fit_without_metric_and_solved_values_is_plain_tip_adapter():
     cache, plain = model(), model()
     closed_form.fit(cache, forms=[Form(None, None, 5.5)])
     assert cache.metric is cache.values is cache.points is None
@@ -174,7 +174,7 @@ def test_fitted_with_neither_letter_it_is_the_paper():
 
 @settings(max_examples=examples(30), deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 6), st.integers(1, 5), st.floats(0.05, 1), st.integers(2, 24))
-def test_the_scatter_is_the_definition(seed, c, shots, shrinkage, d):
+def test_the_scatter_matches_the_definition(seed, c, shots, shrinkage, d):
     draw = np.random.default_rng(seed)
     ids = np.sort(draw.integers(0, c, c * shots))
     keys = unit(draw.normal(size=(len(ids), d))).astype(np.float32)
@@ -196,8 +196,8 @@ def test_the_scatter_is_the_definition(seed, c, shots, shrinkage, d):
         assert float((points.norm(dim=1) - 1).abs().max()) < 1e-4 or np.allclose(keys, found.mean, atol=1e-4)
 
 
-def test_each_fold_is_judged_by_what_saw_nothing_of_it():
-    """The judge's logits of a fold are those of an index that was fitted to the other shots alone."""
+def test_each_fold_is_judged_by_a_fit_without_it():
+    """The logits of a fold equal those of an index that is fitted only to the other shots."""
     cache = model(shots=4)
     keys, ids = np.asarray(cache.keys), cache.class_ids.numpy()
     folds = Folds.of_shots(keys, ids, C, None, np.arange(len(ids)), 4, 10**6)
@@ -214,14 +214,14 @@ def test_views_of_one_photo_stay_together():
     images = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4])
     ids = np.array([0, 0, 0, 0, 1, 1, 1, 1, 2])
     folds, first = folds_module._folds(images, ids, 4)
-    assert folds[8] == -1  # the only photo of its class takes part without being judged
+    assert folds[8] == -1  # the only photo of its class is used but never judged
     assert all(folds[i] == folds[i + 1] >= 0 for i in range(0, 8, 2))
     assert {folds[0], folds[2]} == {folds[4], folds[6]} == {0, 1}
     assert first.tolist() == [0, 2, 4, 6, 8]
 
 
-def test_of_many_photos_those_that_are_judged_are_left_out():
-    """With their views; the rest of their fold stays, and so does a fold of which too few would be judged."""
+def test_only_the_judged_photos_of_a_large_fold_are_held_out():
+    """Their views are held out too. A fold is skipped if too few of its photos would be judged."""
     keys, ids = clusters(40)
     images = np.arange(len(ids)) // 2
     for judged, expected in ((12, [12]), (25, [25]), (27, [25]), (29, [25, 4])):
@@ -236,7 +236,7 @@ def test_of_many_photos_those_that_are_judged_are_left_out():
 
 @settings(max_examples=examples(25), deadline=None)
 @given(st.integers(0, 10**6), st.booleans(), st.booleans(), st.sampled_from([0.1, 3.0, 100.0]))
-def test_the_blend_is_the_most_likely_one(seed, with_text, with_discriminant, scale):
+def test_the_blend_minimises_the_loss(seed, with_text, with_discriminant, scale):
     draw = np.random.default_rng(seed)
     y = torch.from_numpy(draw.integers(0, 4, 40))
     cache = torch.from_numpy(draw.normal(size=(40, 4))).float() + torch.nn.functional.one_hot(y, 4)
@@ -267,7 +267,7 @@ def test_the_blend_is_the_most_likely_one(seed, with_text, with_discriminant, sc
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.2])
 def test_wrong_labels_do_not_make_the_answers_uncertain(share):
-    """The blend is that of the queries whose labels are right."""
+    """The blend is close to a blend of the correctly labelled queries."""
     draw = np.random.default_rng(0)
     c, q = 10, 600
     truth = torch.from_numpy(draw.integers(0, c, q))
@@ -287,7 +287,7 @@ def test_wrong_labels_do_not_make_the_answers_uncertain(share):
     assert found.accuracy == pytest.approx(float((logits.argmax(1) == given).double().mean()))
 
 
-def test_the_blend_does_not_depend_on_the_size_of_its_blocks(monkeypatch):
+def test_the_blend_does_not_depend_on_the_block_size(monkeypatch):
     draw = np.random.default_rng(0)
     y = torch.from_numpy(draw.integers(0, 4, 50))
     cache, text = (torch.from_numpy(draw.normal(size=(50, 4))) + torch.nn.functional.one_hot(y, 4) for _ in "ab")
@@ -311,7 +311,7 @@ def test_a_query_of_weight_2_counts_as_two_queries():
     found = blend(text, cache, third, y, weights)
     expected = blend(text[twice], cache[twice], third[twice], y[twice])
     factors = ((one.a, one.b, one.g) for one in (found, expected))
-    assert next(factors) == pytest.approx(next(factors), rel=5e-3, abs=5e-3)  # labels are smoothed by number
+    assert next(factors) == pytest.approx(next(factors), rel=5e-3, abs=5e-3)  # label smoothing depends on len(y)
     assert found.accuracy == pytest.approx(expected.accuracy)
     assert found.loss == pytest.approx(expected.loss, rel=1e-3)
 
@@ -326,7 +326,7 @@ def partly(covered, c=20, shots=4, noise=1.0, spread=0.6):
     return CacheModel.from_features(keys[some], ids[some], [f"class {i}" for i in range(c)], text_of(c, noise=noise))
 
 
-def test_a_held_out_class_is_judged_by_what_saw_none_of_its_keys():
+def test_a_held_out_class_is_judged_by_a_fit_without_its_keys():
     cache = partly(8)
     keys, ids, text = np.asarray(cache.keys), cache.class_ids.numpy(), cache.text_weights
     images = np.arange(len(ids))
@@ -350,7 +350,7 @@ def test_a_held_out_class_is_judged_by_what_saw_none_of_its_keys():
 
 
 def test_small_folds_are_added_if_the_others_contain_half_of_the_shots():
-    """Each photo is held out once in them, never with another of its class, and they have a fifth of the weight."""
+    """They hold out each photo once, never two of the same class, and have a fifth of the total weight."""
     for shots, c in ((2, 20), (2, 3), (3, 20), (4, 20)):
         keys, ids = clusters(shots, c=c)
         images = np.arange(len(ids))
@@ -381,7 +381,7 @@ def test_whole_classes_are_held_out_only_if_some_have_no_shots():
 
 @pytest.mark.parametrize("shots", [1, 2, 4])
 @pytest.mark.parametrize("covered", [2, 5, 10, 19])
-def test_classes_without_shots_keep_the_chance_that_their_names_give(shots, covered):
+def test_shots_of_some_classes_do_not_reduce_the_accuracy_of_text_alone(shots, covered):
     cache = partly(covered, shots=shots)
     queries, truth = clusters(20, seed=7, c=20)
     choice = closed_form.fit(cache)
@@ -393,7 +393,7 @@ def test_classes_without_shots_keep_the_chance_that_their_names_give(shots, cove
     assert f"{20 - covered} class" in str(choice)
 
 
-def test_values_of_a_class_without_shots_are_the_mean_and_a_bonus_until_it_gets_some():
+def test_a_class_has_mean_values_plus_a_bonus_until_it_gets_shots():
     cache = partly(8)
     closed_form.fit(cache, forms=[DEFAULT_FORM])
     bonus = cache.fitted.bonus
@@ -407,7 +407,7 @@ def test_values_of_a_class_without_shots_are_the_mean_and_a_bonus_until_it_gets_
     assert not torch.allclose(cache.values[:, 8], cache.values[:, 9])
 
 
-def test_a_class_without_shots_adds_nothing_to_the_class_it_is_renamed_to():
+def test_merging_a_class_without_shots_keeps_the_values():
     cache = partly(8)
     closed_form.fit(cache, forms=[DEFAULT_FORM])
     expected = cache.values[:, :9]
@@ -417,7 +417,7 @@ def test_a_class_without_shots_adds_nothing_to_the_class_it_is_renamed_to():
 
 
 @pytest.mark.parametrize("covered", [8, 16])
-def test_the_bonus_of_classes_without_shots_makes_the_truth_more_likely(covered):
+def test_the_bonus_of_classes_without_shots_lowers_the_loss(covered):
     cache = partly(covered, noise=2.0)
     queries, truth = clusters(20, seed=7, c=20)
     choice = closed_form.fit(cache)
@@ -439,7 +439,7 @@ def test_the_bonus_of_classes_without_shots_makes_the_truth_more_likely(covered)
 @needs_real
 @pytest.mark.parametrize(("covered", "shots", "least"), [(9, 1, 43.7), (9, 8, 44.7), (24, 1, 44.7), (24, 8, 51.0)])
 def test_on_dtd_photos_of_some_classes_do_not_crowd_out_the_others(shared, covered, shots, least):
-    """Zero-shot gives 44.7 %; a cache that knows nothing of classes without shots gave 15 % and 34 % at 8 shots."""
+    """Zero-shot accuracy is 44.7 %. A cache that ignored classes without shots reached 15 % and 34 % with 8 shots."""
     (text, names), (keys, labels), (queries, truth) = (
         read_features(shared / f"data/clip-vitb32/dtd/{name}.parquet") for name in ("text", "val", "test")
     )
@@ -452,7 +452,7 @@ def test_on_dtd_photos_of_some_classes_do_not_crowd_out_the_others(shared, cover
     assert 100 * right.mean() >= least
 
 
-# -- the spread of other photos --
+# -- a prior from other photos --
 
 
 def test_a_prior_is_the_scatter_of_other_keys_around_their_class_means():
@@ -471,7 +471,7 @@ def test_a_prior_is_the_scatter_of_other_keys_around_their_class_means():
 
 @pytest.mark.parametrize("shots", [1, 2, 4])
 @pytest.mark.parametrize("text", [True, False])
-def test_the_spread_of_other_photos_helps_few_shots(shots, text):
+def test_a_prior_from_other_photos_improves_few_shot_accuracy(shots, text):
     prior, right = pooled([Sums.of([clusters(40, 77, c=20)], 20, D)]), {}
     for spread in (None, prior):
         for seed in range(12):
@@ -500,7 +500,7 @@ def test_the_known_prior_of_a_backbone_is_used_for_its_features():
     assert not torch.allclose(one.metric.transform, plain.metric.transform, rtol=0.1)
 
 
-def test_a_prior_stays_with_the_index_and_is_that_of_the_same_encoder(run, tables):
+def test_a_prior_is_stored_in_the_index_and_must_have_the_same_dimension(run, tables):
     other, index, store = tables / "other", tables / "index", f"lance://{tables / 'store'}"
     assert run("index", "build", tables / "test.parquet", "--out", other).exit_code == 0
     for place in (index, store):
@@ -526,7 +526,7 @@ def test_a_prior_stays_with_the_index_and_is_that_of_the_same_encoder(run, table
 # -- uneven shots --
 
 
-def test_for_photos_as_frequent_as_the_shots_all_shots_have_equal_weight(run, tables):
+def test_class_prior_shots_gives_all_shots_equal_weight(run, tables):
     keys, ids = clusters(9)
     some = np.concatenate([np.flatnonzero(ids == i)[:n] for i, n in enumerate((1, 2, 4, 8, 9))])
     table(tables / "tail.parquet", keys[some], [f"class {i}" for i in ids[some]])
@@ -561,7 +561,7 @@ def test_values_solve_the_linear_system(kind, monkeypatch):
     np.testing.assert_allclose(found, np.linalg.solve(gram + 0.1 * np.eye(30), targets), atol=1e-4)
 
 
-def test_values_of_uneven_shots_are_those_of_a_ridge_weighted_by_class():
+def test_values_of_uneven_shots_match_a_ridge_weighted_by_class():
     keys, ids = clusters(9)
     some = np.concatenate([np.flatnonzero(ids == i)[:n] for i, n in enumerate((1, 2, 4, 8, 9))])
     points, ids = keys[some].astype(np.float64), ids[some]
@@ -572,7 +572,7 @@ def test_values_of_uneven_shots_are_those_of_a_ridge_weighted_by_class():
     np.testing.assert_allclose(solved, expected, atol=1e-4)
 
 
-def test_classes_count_the_same_in_the_folds_of_uneven_shots():
+def test_folds_of_uneven_shots_give_each_class_equal_weight():
     keys, ids = clusters(16)
     some = np.concatenate([np.flatnonzero(ids == i)[:n] for i, n in enumerate((1, 2, 4, 8, 16))])
     ids = ids[some]
@@ -584,7 +584,7 @@ def test_classes_count_the_same_in_the_folds_of_uneven_shots():
     np.testing.assert_allclose(np.bincount(held, weights)[1:] / weights.sum(), 1 / 4)
 
 
-def test_sums_over_the_shots_of_a_class_are_not_chosen_for_uneven_shots():
+def test_one_hot_values_are_not_chosen_for_uneven_shots():
     keys, ids = clusters(16)
     some = np.concatenate([np.flatnonzero(ids == i)[:n] for i, n in enumerate((3, 4, 5, 8, 16))])
     cache = CacheModel.from_features(keys[some], ids[some], [f"class {i}" for i in range(C)], text_of())
@@ -595,8 +595,8 @@ def test_sums_over_the_shots_of_a_class_are_not_chosen_for_uneven_shots():
 
 
 @needs_real
-def test_a_long_tail_of_flowers_is_answered_for_all_classes(shared):
-    """Of 1 to 16 shots: 79.4 % over the classes with the values of a plain ridge."""
+def test_the_mean_class_accuracy_on_a_long_tail_of_flowers_is_high(shared):
+    """Classes have 1 to 16 shots. With an unweighted ridge, the accuracy was 79.4 %."""
     (keys, labels), (queries, truth) = (
         read_features(shared / f"data/clip-vitb32/oxford_flowers/{name}.parquet") for name in ("shots_16", "test")
     )
@@ -610,8 +610,8 @@ def test_a_long_tail_of_flowers_is_answered_for_all_classes(shared):
     assert 100 * np.mean([right[truth == name].mean() for name in names]) >= 83
 
 
-def test_the_logarithm_is_taken_where_it_is_more_likely():
-    """Of chances that span decades; not where the cache is what the logits are."""
+def test_the_logarithm_is_used_only_if_it_lowers_the_loss():
+    """It is used for probabilities, but not for a cache that already contains logits."""
     draw = np.random.default_rng(0)
     y = torch.from_numpy(draw.integers(0, 6, 500))
     logits = torch.from_numpy(draw.normal(size=(500, 6))) + 2 * torch.nn.functional.one_hot(y, 6)
@@ -622,7 +622,7 @@ def test_the_logarithm_is_taken_where_it_is_more_likely():
     assert closed_form._linked(None, logits.float(), None, y, (None, 0.1, 0.05))[1] is None
 
 
-def test_a_blend_of_what_is_always_right_stays_finite():
+def test_a_blend_of_perfect_logits_stays_finite():
     y = torch.arange(6) % 3
     logits = 10 * torch.nn.functional.one_hot(y, 3).float()
     found = blend(logits, logits, logits, y)
@@ -643,7 +643,7 @@ class Diagonal(FittedMetric):
 
 
 def test_a_new_form_takes_one_class_and_one_entry(tmp_path):
-    """It is fitted, judged by folds, and answers from disk; without its entry, the index still answers."""
+    """The form is fitted, judged and stored. A stored index works even without the entry."""
     cache, form = model(shots=12, text=False), Form(Diagonal(0.1), Solved(0.1), 1.0)
     queries, truth = clusters(40, seed=7)
     before = (cache.logits(queries).argmax(1).numpy() == truth).mean()
@@ -667,7 +667,7 @@ def test_a_new_form_takes_one_class_and_one_entry(tmp_path):
         closed_form.estimate(found)
 
 
-def test_shots_choose_the_metric_where_it_helps():
+def test_the_metric_is_chosen_if_it_helps():
     keys, ids = clusters(12, spread=1.0)
     cache = CacheModel.from_features(keys, ids, [str(i) for i in range(C)])
     queries, truth = clusters(40, seed=7, spread=1.0)
@@ -681,7 +681,7 @@ def test_shots_choose_the_metric_where_it_helps():
     assert [trial.form for trial in choice.trials] == [form for form in FORMS if form.values is not None]
 
 
-def test_unhelpful_text_gets_little_weight_and_a_message():
+def test_unhelpful_text_does_not_reduce_the_accuracy():
     keys, ids = clusters(12)
     noise = unit(np.random.default_rng(8).normal(size=(C, D))).astype(np.float32)
     cache = CacheModel.from_features(keys, ids, [str(i) for i in range(C)], noise)
@@ -693,7 +693,7 @@ def test_unhelpful_text_gets_little_weight_and_a_message():
     assert both >= (alone.argmax(1).numpy() == truth).mean() - 0.03 > (text.argmax(1).numpy() == truth).mean()
 
 
-def test_one_photo_a_class_takes_the_documented_settings():
+def test_one_photo_per_class_uses_the_documented_settings():
     cache = model(shots=1)
     choice = closed_form.fit(cache)
     assert (choice.form, choice.n, choice.both) == (ONE_SHOT, 0, None)
@@ -703,7 +703,7 @@ def test_one_photo_a_class_takes_the_documented_settings():
     assert "not estimated" in str(choice)
 
 
-def test_words_that_are_sure_and_wrong_leave_one_photo_a_class_to_decide():
+def test_one_photo_per_class_outweighs_confident_but_wrong_text():
     keys, ids = clusters(1, spread=0.3)
     noise = unit(np.random.default_rng(5).normal(size=(C, D))).astype(np.float32)
     cache = CacheModel.from_features(keys, ids, [str(i) for i in range(C)], noise)
@@ -712,7 +712,7 @@ def test_words_that_are_sure_and_wrong_leave_one_photo_a_class_to_decide():
     text, alone = parts_of(cache, queries)
     both = (cache.logits(queries).argmax(1).numpy() == truth).mean()
     assert both >= (alone.argmax(1).numpy() == truth).mean() - 0.05 > (text.argmax(1).numpy() == truth).mean()
-    # as sure as photos can be, at most: the cache counts ONE_SHOT_MOST in the end
+    # the weight of the cache is limited too
     assert cache.settings.alpha / cache.settings.temperature <= closed_form.ONE_SHOT_MOST * 1.0001
 
 
@@ -729,7 +729,7 @@ def test_settings_can_be_fixed_and_bad_ones_are_refused():
     assert cache.fitted.values == "one-hot"
 
 
-def test_validation_images_judge_in_place_of_the_shots():
+def test_validation_images_can_replace_the_shots_as_judges():
     cache = model()
     queries, truth = clusters(8, seed=5)
     choice = closed_form.fit(cache, validation=search_hp.unseen(cache, queries, truth, "val"))
@@ -737,7 +737,7 @@ def test_validation_images_judge_in_place_of_the_shots():
     assert choice.both == pytest.approx((cache.logits(queries).argmax(1).numpy() == truth).mean())
 
 
-def test_unlike_is_what_lies_farther_than_the_shots_from_each_other():
+def test_photos_with_weak_cache_logits_are_unlike():
     cache = model(shots=16)
     closed_form.fit(cache)
     known, _ = clusters(40, seed=5)
@@ -750,7 +750,7 @@ def test_unlike_is_what_lies_farther_than_the_shots_from_each_other():
     assert near == cache.classify(known, neighbours=0, k="all")
 
 
-def test_classes_without_shots_do_not_make_photos_resemble_a_shot():
+def test_unlike_ignores_classes_without_shots():
     cache = partly(15, shots=8)
     queries = unit(np.concatenate([clusters(20, 7, c=20)[0], np.random.default_rng(11).normal(size=(400, D))]))
     closed_form.fit(cache)
@@ -761,7 +761,7 @@ def test_classes_without_shots_do_not_make_photos_resemble_a_shot():
 
 
 @pytest.mark.parametrize("values", ["solved", "one-hot"])
-def test_about_one_in_twenty_known_photos_is_unlike_from_four_shots_on(values):
+def test_with_four_or_more_shots_about_one_in_twenty_known_photos_is_unlike(values):
     queries, _ = clusters(100, seed=7, c=30, d=32)
     for shots in (4, 12):
         unlike = []
@@ -773,12 +773,12 @@ def test_about_one_in_twenty_known_photos_is_unlike_from_four_shots_on(values):
         assert 0.03 <= np.mean(unlike) <= 0.08
     cache = model(shots=2)
     closed_form.fit(cache, Fit(values=values))
-    assert cache.settings.least_cache is None  # half of two shots says too little
+    assert cache.settings.least_cache is None  # two shots per class are too few for a threshold
 
 
 @pytest.mark.parametrize("form", SOME, ids=str)
 @pytest.mark.parametrize("text", [True, False])
-def test_an_estimate_is_that_of_a_fit_and_follows_the_labels(form, text):
+def test_an_estimate_matches_the_fit_and_rises_with_corrected_labels(form, text):
     cache = model(shots=8, text=text)
     wrong = cache.labels["key_id"].to_pylist()[::7]
     right = cache.labels["label"].to_pylist()[::7]
@@ -795,8 +795,8 @@ def test_an_estimate_is_that_of_a_fit_and_follows_the_labels(form, text):
 
 
 @pytest.mark.parametrize("form", SOME, ids=str)
-def test_a_fit_and_an_estimate_agree_on_the_photos_alone(form):
-    """With clusters that overlap, so that the link of the cache changes answers."""
+def test_a_fit_and_an_estimate_agree_on_the_accuracy_of_photos_alone(form):
+    """The clusters overlap, so that taking the logarithm of the cache changes answers."""
     for shots, spread in ((8, 1.6), (16, 1.6), (30, 1.0)):
         keys, ids = clusters(shots, spread=spread)
         cache = CacheModel.from_features(keys, ids, [f"class {i}" for i in range(C)], text_of())
@@ -819,10 +819,10 @@ def ridges(cache):
 
 @pytest.mark.parametrize("most", [4096, 0])
 @pytest.mark.parametrize("form", SOME[:2], ids=str)
-def test_shots_that_come_and_go_keep_to_the_form(form, most, tmp_path, monkeypatch):
-    """Added shots are points of the same metric, and their values answer what the others leave of them.
+def test_added_and_removed_shots_follow_the_fitted_form(form, most, tmp_path, monkeypatch):
+    """Added shots get points of the same metric and solved values.
 
-    Of few keys all values are solved anew.
+    Up to ``SOLVED_AGAIN`` keys, each change solves all values again.
     """
     monkeypatch.setattr(ridge, "SOLVED_AGAIN", most)
     cache = model(shots=6)
@@ -862,7 +862,7 @@ def test_shots_that_come_and_go_keep_to_the_form(form, most, tmp_path, monkeypat
         np.testing.assert_allclose(cache.values.numpy(), closed.values.numpy(), atol=1e-4)
 
 
-def test_a_search_on_a_fitted_index_stays_with_what_was_fitted_unless_it_is_surely_better():
+def test_a_cautious_search_keeps_the_fitted_settings_unless_others_are_clearly_better():
     cache = model()
     closed_form.fit(cache)
     before = cache.settings
@@ -876,7 +876,7 @@ def test_a_search_on_a_fitted_index_stays_with_what_was_fitted_unless_it_is_sure
         assert cache.settings.temperature == before.temperature
 
 
-def test_fitting_twice_gives_the_same_bytes_and_the_first_fit_leaves_no_trace(tmp_path):
+def test_fitting_twice_gives_the_same_bytes(tmp_path):
     from retrieval_tip.index.fit import fit_index
 
     cache = model(shots=6)
@@ -890,7 +890,7 @@ def test_fitting_twice_gives_the_same_bytes_and_the_first_fit_leaves_no_trace(tm
     assert again.version == 3
 
 
-def test_a_fine_tuned_index_and_one_with_segments_are_no_shots():
+def test_an_index_with_segments_or_fine_tuning_cannot_be_fitted():
     cache = model()
     cache.add(*(lambda keys, ids: (keys, [cache.class_names[i] for i in ids]))(*clusters(1, seed=3)))
     if cache.segments > 1:
@@ -922,7 +922,7 @@ def tables(tmp_path):
     return tmp_path
 
 
-def test_a_build_fits_and_says_what_it_judged_and_fits_again_after_add(run, tables):
+def test_a_build_prints_its_estimate_and_add_fits_again(run, tables):
     out = tables / "index"
     built = run("index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out)
     assert built.exit_code == 0, built.output
@@ -953,11 +953,11 @@ def test_a_build_fits_and_says_what_it_judged_and_fits_again_after_add(run, tabl
     judged = run("fit", out, "--val", tables / "test.parquet")
     assert "100 photos of" in judged.stderr
     assert run("index", "verify", out).exit_code == 0
-    added = run("index", "add", out, tables / "test.parquet")  # 40 shots became 140, but the fit is that of a choice
+    added = run("index", "add", out, tables / "test.parquet")  # 140 shots instead of 40; add does not repeat --val
     assert (added.exit_code, "fit it again" in added.stderr) == (0, True)
 
 
-def test_a_store_fits_classes_without_shots_as_a_folder_does(run, tables):
+def test_a_store_fits_classes_without_shots_like_a_folder(run, tables):
     keys, ids = clusters(6)
     some = ids < 4
     table(tables / "some.parquet", keys[some], [f"class {i}" for i in ids[some]])
@@ -977,7 +977,7 @@ def test_a_store_fits_classes_without_shots_as_a_folder_does(run, tables):
     ]
 
 
-def test_classes_whose_photos_a_condition_leaves_out_keep_their_chance(run, tmp_path):
+def test_where_does_not_reduce_the_accuracy_of_excluded_classes(run, tmp_path):
     (keys, ids), names = clusters(6, c=20), [f"class {i}" for i in range(20)]
     queries, truth = clusters(20, seed=5, c=20)
     table(tmp_path / "train.parquet", keys, [names[i] for i in ids])
@@ -993,7 +993,7 @@ def test_classes_whose_photos_a_condition_leaves_out_keep_their_chance(run, tmp_
 
 
 @pytest.mark.parametrize("options", [("--fit", "none"), ("--alpha", "1")])
-def test_without_a_fit_it_is_tip_adapter(run, tables, options):
+def test_without_a_fit_an_index_is_plain_tip_adapter(run, tables, options):
     out = tables / "index"
     built = run("index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out, *options)
     assert built.exit_code == 0, built.output
@@ -1015,13 +1015,13 @@ def test_without_a_fit_it_is_tip_adapter(run, tables, options):
         ("--beta", "2", "--drop-suspicious"),
     ],
 )
-def test_what_does_not_go_together_is_refused(run, tables, options):
+def test_conflicting_options_are_refused(run, tables, options):
     result = run("index", "build", tables / "train.parquet", "--out", tables / "o", *options)
     assert (result.exit_code, (tables / "o").exists()) == (2, False)
     assert "fit" in result.stderr
 
 
-def test_a_search_of_beta_or_without_a_shot_refuses_solved_values(run, tables):
+def test_leave_one_out_and_the_paper_protocol_refuse_solved_values(run, tables):
     out = tables / "index"
     run("index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out)
     result = run("search-hp", out, "--leave-one-out")

@@ -1,4 +1,4 @@
-"""Two indexes, or two encoders, on the same photos: the figures against plain NumPy and scipy."""
+"""Comparisons of two indexes or encoders on the same photos, checked against NumPy and SciPy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rows_around(ids, seed, spread=0.35):
 
 
 def side(name, names, each, seed):
-    """An index of the given classes, which may be spelled in another way."""
+    """Return a side with a fitted index of the named classes. Their spelling may differ from ``NAMES``."""
     known = [NAMES.index(own.replace("_", " ").lower()) for own in names]
     cache = CacheModel.from_features(
         rows_around(np.repeat(known, each), seed), [own for own in names for _ in range(each)], names, device="cpu"
@@ -49,7 +49,7 @@ def table(tmp_path):
     return write_table(tmp_path / "test.parquet", rows_around(ids, 7, 0.5), [NAMES[i] for i in ids])
 
 
-def test_the_figures_are_those_of_plain_counting(sides, table):
+def test_the_figures_match_plain_counting(sides, table):
     stats = pytest.importorskip("scipy.stats")
     found = compare(*sides, open_source(table))
     features, labels = read_features(table)
@@ -79,7 +79,7 @@ def test_the_figures_are_those_of_plain_counting(sides, table):
 
 
 @given(st.integers(0, 300), st.integers(0, 300))
-def test_mcnemars_test_is_the_exact_binomial_test(a, b):
+def test_mcnemar_equals_the_exact_binomial_test(a, b):
     stats = pytest.importorskip("scipy.stats")
     assert mcnemar(a, b) == pytest.approx(stats.binomtest(a, a + b).pvalue if a + b else 1, rel=1e-9)
 
@@ -96,7 +96,7 @@ def test_without_labels_only_the_differences_are_listed(sides, table, tmp_path):
     assert str(found) == f"few and many classify 90 photos. They give different answers to {differ} photos."
 
 
-def test_photos_that_cannot_be_compared_are_named(sides, table, tmp_path):
+def test_photos_that_cannot_be_compared_are_reported(sides, table, tmp_path):
     features, labels = read_features(table)
     for own, named in ((["zebra"] * 90, "neither few nor many"), ([*labels[:-1], None], "row 89")):
         with pytest.raises(InputError, match=f"odd.parquet: .*{named}"):
@@ -130,7 +130,7 @@ def test_the_command_prints_the_comparison(sides, table, tmp_path, run):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Folders of coloured noise, one unreadable photo, and two encoders."""
+    """Folders of coloured noise images with one unreadable file, and two encoders."""
     place, draw = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for part, each in (("shots", 4), ("test", 8)):
         for name, colour in (("red", (200, 60, 60)), ("green", (60, 200, 60)), ("blue", (60, 60, 200))):
@@ -160,7 +160,7 @@ def test_two_encoders_are_fitted_to_the_same_photos(photos, tmp_path, run):
     assert "features.parquet" in refused.stderr
 
 
-def test_encoders_on_this_machine_are_tried_on_labelled_photos(photos, tmp_path, run, monkeypatch):
+def test_models_try_compares_the_encoders_on_this_machine(photos, tmp_path, run, monkeypatch):
     place, models = photos
     here = []
     monkeypatch.setattr(catalogue, "cached", lambda: iter(here))
@@ -190,7 +190,7 @@ def test_encoders_on_this_machine_are_tried_on_labelled_photos(photos, tmp_path,
 )
 def test_a_faster_encoder_is_recommended_if_it_is_not_significantly_worse(others, speed, best):
     right = {"first": {i: i < 90 for i in range(100)}, "other": {i: i < others for i in range(3, 103)}}
-    right["other"][200] = True  # could not be read by the first
+    right["other"][200] = True  # the first encoder could not read this photo
     trials = [
         EncoderTrial(name, share / 100, (0, 1), per_second, right[name])
         for name, share, per_second in (("first", 90, 10.0), ("other", others, 10 * speed))

@@ -47,12 +47,12 @@ QUERIES = unit(TEXT[_rng.integers(C, size=40)] + 0.4 * _rng.standard_normal((40,
 
 
 def classifier(**changes: Any) -> TipAdapterClassifier:
-    """Tip-Adapter as published, unless ``alpha`` is changed."""
+    """Return a classifier that is plain Tip-Adapter unless ``alpha`` is changed."""
     return TipAdapterClassifier(**{"text_weights": TEXT, "class_names": NAMES, "alpha": 1.0, "device": "cpu"} | changes)
 
 
 def cache(**changes: Any) -> CacheModel:
-    """The same model by hand, classes in sorted order."""
+    """Return the same model as a ``CacheModel`` with sorted classes."""
     arguments: dict[str, Any] = {
         "keys": X,
         "labels": Y,
@@ -63,7 +63,7 @@ def cache(**changes: Any) -> CacheModel:
     return cache_of(**arguments | changes)
 
 
-# Without normalize, exp(beta (A - 1)) overflows on scikit-learn's data of length 1000, and is refused: a small beta.
+# Without normalize, scikit-learn's rows have norms of about 1000, so a larger beta would overflow exp(beta (A - 1)).
 @parametrize_with_checks(
     few(
         [
@@ -89,9 +89,7 @@ def test_scikit_learns_own_checks(estimator: TipAdapterClassifier, check: Any) -
     text=st.booleans(),
     normalize=st.booleans(),
 )
-def test_logits_are_those_of_the_cache_model(
-    alpha: float, beta: float, text: bool, normalize: bool, **how: Any
-) -> None:
+def test_logits_match_the_cache_model(alpha: float, beta: float, text: bool, normalize: bool, **how: Any) -> None:
     weights = TEXT if text else None
     made = classifier(text_weights=weights, alpha=alpha, beta=beta, logit_scale=30.0, normalize=normalize, **how)
     expected = cache(text_weights=weights if weights is None else weights[SORTING], alpha=alpha, beta=beta)
@@ -105,8 +103,8 @@ def test_logits_are_those_of_the_cache_model(
     np.testing.assert_array_equal(made.predict(QUERIES), SORTED[scores.argmax(axis=1)])
 
 
-def test_the_default_answers_as_an_index_that_is_built_of_the_same_features(tmp_path: Path) -> None:
-    """Classes in the order of the text, which is not sorted; the rows mixed."""
+def test_default_settings_give_the_answers_of_a_built_index(tmp_path: Path) -> None:
+    """The classes of the index are in the order of the text, which is not sorted."""
     for name, labels, features in (("shots", Y, X), ("text", NAMES, TEXT)):
         rows = [f"{name} {i}" for i in range(len(labels))]
         table = table_of(schema_of(D, np.float32, []), rows, labels.tolist(), features, {})
@@ -124,12 +122,12 @@ def test_the_default_answers_as_an_index_that_is_built_of_the_same_features(tmp_
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_the_default_fits_what_says_nothing(rows: int, value: float) -> None:
+def test_constant_features_can_be_fitted(rows: int, value: float) -> None:
     made = TipAdapterClassifier(device="cpu").fit(np.full((rows, 1), value), np.arange(rows))
     assert np.isfinite(made.predict_proba(np.ones((2, 1)))).all()
 
 
-def test_text_weights_stand_in_sorted_order_without_class_names() -> None:
+def test_text_weights_without_class_names_are_in_sorted_order() -> None:
     expected = classifier().fit(X, Y).decision_function(QUERIES)
     for text in (TEXT[SORTING], TEXT[SORTING].tolist(), torch.from_numpy(TEXT[SORTING])):
         made = classifier(text_weights=text, class_names=None).fit(X, Y)
@@ -147,7 +145,7 @@ def test_text_weights_stand_in_sorted_order_without_class_names() -> None:
     ],
     ids=["ints", "floats", "odd strings", "objects", "list"],
 )
-def test_labels_of_any_kind(labels: Any) -> None:
+def test_labels_can_have_any_type(labels: Any) -> None:
     y = [labels[i] for i in IDS]
     made = classifier(class_names=labels).fit(X, y)
     np.testing.assert_array_equal(made.classes_, np.unique(np.asarray(labels)))
@@ -157,7 +155,7 @@ def test_labels_of_any_kind(labels: Any) -> None:
     assert made.score(X, y) > 0.9
 
 
-def test_two_classes_and_one() -> None:
+def test_one_or_two_classes_are_enough() -> None:
     two = np.isin(Y, ["ant", "cat"])
     made = classifier(text_weights=None, class_names=None).fit(X[two], Y[two])
     scores, proba = made.decision_function(QUERIES), made.predict_proba(QUERIES)
@@ -169,7 +167,7 @@ def test_two_classes_and_one() -> None:
     assert one.predict(QUERIES).tolist() == [7] * 40
 
 
-def test_a_class_without_keys_is_decided_by_its_text() -> None:
+def test_a_class_without_keys_is_predicted_from_its_text() -> None:
     seen = Y != "bee"
     made = classifier().fit(X[seen], Y[seen])
     assert made.classes_.tolist() == SORTED.tolist()
@@ -177,7 +175,7 @@ def test_a_class_without_keys_is_decided_by_its_text() -> None:
     assert classifier(text_weights=None).fit(X[seen], Y[seen]).predict(TEXT)[3] != "bee"
 
 
-def test_rows_are_scaled_unless_told_otherwise() -> None:
+def test_rows_are_normalised_by_default() -> None:
     lengths = np.random.default_rng(1).uniform(0.1, 100, (len(X), 1))
     expected = classifier().fit(X, Y).decision_function(QUERIES)
     long = classifier().fit(X * lengths, Y)
@@ -196,7 +194,7 @@ def test_rows_are_scaled_unless_told_otherwise() -> None:
 def test_a_zero_row_stays_zero() -> None:
     keys, queries = X.copy(), QUERIES.copy()
     keys[3], queries[2] = 0, 0
-    queries[5] = 0.5 * np.eye(D)[7]  # one zero makes no zero row
+    queries[5] = 0.5 * np.eye(D)[7]  # zeros in some columns do not make a zero row
     made = classifier().fit(keys, Y)
     scores = made.decision_function(queries)
     np.testing.assert_allclose(scores[2], np.exp(-5.5) * np.unique(Y, return_counts=True)[1], rtol=1e-5)
@@ -207,7 +205,7 @@ def test_a_zero_row_stays_zero() -> None:
 @pytest.mark.parametrize(
     "how", [{}, {"k": 7}, {"k": 7, "tail": False, "index": "IVF2,Flat"}, {"alpha": "auto"}], ids=str
 )
-def test_partial_fit_is_fit_on_all_of_it(how: dict[str, Any]) -> None:
+def test_partial_fits_equal_one_fit_on_all_rows(how: dict[str, Any]) -> None:
     whole = classifier(**how).fit(X, Y)
     parts = classifier(**how)
     for some in np.array_split(np.arange(len(X)), [20, 21, 45]):
@@ -262,7 +260,7 @@ def test_kneighbors_are_sorted_rows_of_the_training_data(index: str) -> None:
             made.kneighbors(QUERIES, wrong)
 
 
-def test_in_a_pipeline() -> None:
+def test_the_classifier_works_in_a_pipeline() -> None:
     pipeline = make_pipeline(StandardScaler(), TipAdapterClassifier(device="cpu", k=16))
     assert cross_val_score(pipeline, X, Y, cv=3).mean() > 0.8
     half = make_pipeline(FunctionTransformer(lambda x: x / 2), classifier()).fit(X, Y)
@@ -275,19 +273,19 @@ def test_in_a_pipeline() -> None:
 
 @pytest.mark.parametrize("index", ["Flat", "IVF2,Flat", "SQ8"])
 @pytest.mark.parametrize("carry", [lambda made: pickle.loads(pickle.dumps(made)), copy.deepcopy])
-def test_a_fitted_estimator_survives_a_pickle(carry: Any, index: str) -> None:
+def test_a_fitted_estimator_can_be_pickled_and_copied(carry: Any, index: str) -> None:
     made = classifier(index=index, k=6, alpha=2.0).partial_fit(X[:30], Y[:30]).partial_fit(X[30:], Y[30:])
     there = carry(made)
     np.testing.assert_array_equal(there.decision_function(QUERIES), made.decision_function(QUERIES))
     for a, b in zip(there.kneighbors(QUERIES, 9), made.kneighbors(QUERIES, 9), strict=True):
         np.testing.assert_array_equal(a, b)
-    there.partial_fit(QUERIES[:1], ["ant"])  # it goes on, and its source is another
+    there.partial_fit(QUERIES[:1], ["ant"])  # training the copy does not change the original
     assert (there.cache_.n, made.cache_.n) == (len(X) + 1, len(X))
     assert there.kneighbors(QUERIES[:1], 1)[1].tolist() == [[len(X)]]
-    made.predict(QUERIES)  # pickling took nothing away
+    made.predict(QUERIES)  # the original still works
 
 
-def test_the_cache_behind_it_can_be_saved(tmp_path: Path) -> None:
+def test_the_cache_model_can_be_saved(tmp_path: Path) -> None:
     made = classifier(alpha=2.0, k=6).fit(X, Y)
     made.cache_.save(tmp_path / "index")
     opened = CacheModel.load(tmp_path / "index", device="cpu")
@@ -316,15 +314,15 @@ def test_the_cache_behind_it_can_be_saved(tmp_path: Path) -> None:
     ],
     ids=lambda value: "" if isinstance(value, type | str) else next(iter(value)),
 )
-def test_bad_parameters_are_an_error(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    made = classifier(**changes)  # the constructor takes anything, as scikit-learn demands
+def test_bad_parameters_are_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    made = classifier(**changes)  # the constructor accepts anything, as scikit-learn requires
     with pytest.raises(error, match=message):
         made.fit(X, Y)
     with pytest.raises(NotFittedError):
         made.predict(X)
 
 
-def test_a_fit_that_fails_leaves_the_fitted_model() -> None:
+def test_a_failed_fit_keeps_the_fitted_model() -> None:
     made = classifier().fit(X, Y)
     before = made.decision_function(QUERIES)
     with pytest.raises(UsageError):
@@ -350,7 +348,7 @@ def test_without_scikit_learn_one_line_says_what_to_install(warm_path: str) -> N
     assert last.endswith("pip install 'retrieval-tip[sklearn]'")
 
 
-def test_kneighbors_that_an_approximate_index_does_not_find() -> None:
+def test_kneighbors_marks_rows_that_an_approximate_index_does_not_find() -> None:
     made = classifier(index="IVF15,Flat").fit(X, Y)
     affinity, rows = made.kneighbors(QUERIES, len(X))
     missing = rows < 0
@@ -360,7 +358,7 @@ def test_kneighbors_that_an_approximate_index_does_not_find() -> None:
     assert (affinity[:, :-1] >= affinity[:, 1:]).all()
 
 
-def test_parameters_count_from_the_next_fit() -> None:
+def test_changed_parameters_take_effect_at_the_next_fit() -> None:
     made = classifier().fit(X, Y)
     before = made.decision_function(QUERIES)
     made.set_params(alpha=9.0, k=1, normalize=False)

@@ -42,7 +42,7 @@ def rows_of(table: Path) -> np.ndarray:
 
 
 def research(folder: Path, n: int = 12, d: int = 5, c: int = 3, dtype: Any = torch.float16, shots: int = 16):
-    """A cache as the research code writes it; its keys [n, d], and the class of each."""
+    """Write a cache as the research code does. Return its keys, of shape ``[n, d]``, and their classes."""
     folder.mkdir(exist_ok=True)
     keys = torch.from_numpy(unit_rows(n, d)).to(dtype)
     ids = torch.from_numpy(np.random.default_rng(3).permutation(np.arange(n) % c))
@@ -52,7 +52,7 @@ def research(folder: Path, n: int = 12, d: int = 5, c: int = 3, dtype: Any = tor
 
 
 def refused(source: Path, named: Path | str, kind: type[Exception] = InputError, classes: Path | None = None) -> None:
-    """One line that names a file, after which there is no table."""
+    """Check that the import fails with one line that names a file, and writes no table."""
     out = source.parent / "refused.parquet"
     with pytest.raises(kind) as caught:
         import_table(source, out, classes)
@@ -66,7 +66,7 @@ def refused(source: Path, named: Path | str, kind: type[Exception] = InputError,
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_research_cache_becomes_rows_with_the_classes_of_its_one_hot_values(tmp_path, dtype, legacy):
+def test_a_research_cache_becomes_rows_with_the_classes_of_its_values(tmp_path, dtype, legacy):
     keys, ids = research(tmp_path / "c", dtype=dtype)
     if legacy:
         for file in (tmp_path / "c").iterdir():
@@ -84,7 +84,7 @@ def test_a_research_cache_becomes_rows_with_the_classes_of_its_one_hot_values(tm
     assert open_source(out).labels == [f"class {i}" for i in ids]
 
 
-def test_the_trained_adapter_is_taken_only_by_name_and_keeps_its_norms(tmp_path):
+def test_a_trained_adapter_must_be_named_and_keeps_its_norms(tmp_path):
     research(tmp_path / "c", n=5, d=5)
     weight = torch.nn.Parameter(torch.from_numpy(unit_rows(5, 5, 8)).half() * 3)
     torch.save(weight, tmp_path / "c/best_F_16shots.pt")
@@ -99,11 +99,11 @@ def test_the_trained_adapter_is_taken_only_by_name_and_keeps_its_norms(tmp_path)
     np.testing.assert_array_equal(rows_of(out), unit_rows(5, 5, 9).astype(np.float16))
 
 
-def test_square_keys_are_told_apart_by_their_norms_or_refused(tmp_path):
+def test_the_orientation_of_square_keys_follows_from_their_norms(tmp_path):
     folder, out = tmp_path / "c", tmp_path / "t.parquet"
     research(folder, n=6, d=6)
     rows = unit_rows(6, 6, 4)
-    for saved in (rows.T, rows):  # a copy of the code that leaves out the transposing
+    for saved in (rows.T, rows):  # some copies of the code do not transpose
         torch.save(torch.from_numpy(saved.copy()), folder / "keys_16shots.pt")
         import_table(folder, out)
         np.testing.assert_array_equal(rows_of(out), rows)
@@ -112,7 +112,7 @@ def test_square_keys_are_told_apart_by_their_norms_or_refused(tmp_path):
         refused(folder, "keys_16shots.pt")
 
 
-def test_an_import_is_one_cache(tmp_path):
+def test_an_import_needs_a_single_cache(tmp_path):
     research(tmp_path / "c")
     research(tmp_path / "c", shots=4)
     refused(tmp_path / "c", "keys_16shots.pt, keys_4shots.pt", UsageError)
@@ -172,14 +172,14 @@ def bomb(file: Path) -> None:
         *(lambda f, shape=shape: torch.save(torch.ones(shape), f) for shape in [(12,), (5, 7), (5, 0), (0, 12)]),
     ],
 )
-def test_a_damaged_or_other_file_is_one_line(tmp_path, which, make: Callable[[Path], object]):
+def test_a_damaged_or_foreign_file_is_refused_in_one_line(tmp_path, which, make: Callable[[Path], object]):
     research(tmp_path / "c")
     make(tmp_path / "c" / f"{which}_16shots.pt")
     refused(tmp_path / "c", tmp_path / "c", RetrievalTipError)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, 1e300])
-def test_keys_that_cannot_be_features_are_refused(tmp_path, value):
+def test_invalid_keys_are_refused(tmp_path, value):
     research(tmp_path / "c")
     torch.save(torch.full((5, 12), value, dtype=torch.float64), tmp_path / "c/keys_16shots.pt")
     with pytest.raises(InputError, match="rows 0, 1, "):
@@ -188,7 +188,7 @@ def test_keys_that_cannot_be_features_are_refused(tmp_path, value):
 
 
 @pytest.mark.parametrize("value", [0.9, 2.0, float("nan"), 0.0, -1.0])
-def test_values_that_were_trained_are_refused(tmp_path, value):
+def test_trained_values_are_refused(tmp_path, value):
     research(tmp_path / "c")
     values = torch.load(tmp_path / "c/values_16shots.pt")
     values[7, int(values[7].argmax())] = value
@@ -197,7 +197,7 @@ def test_values_that_were_trained_are_refused(tmp_path, value):
 
 
 @pytest.mark.parametrize("text", [b"ant\nbee\n", b"ant\n\ncat", b"", b"ant\nant\ncat", b"\xff\xfe", None])
-def test_class_names_that_do_not_fit_are_refused(tmp_path, text):
+def test_invalid_lists_of_class_names_are_refused(tmp_path, text):
     research(tmp_path / "c")
     if text is not None:
         (tmp_path / "n.txt").write_bytes(text)
@@ -215,7 +215,7 @@ def test_odd_names_work(tmp_path, name):
 
 
 @pytest.mark.parametrize("where", ["no/such/folder/t.parquet", "folder", "file/t.parquet", "y" * 300])
-def test_unwritable_places_give_one_line(tmp_path, where):
+def test_an_unwritable_output_is_refused_in_one_line(tmp_path, where):
     research(tmp_path / "c")
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
@@ -251,7 +251,7 @@ def test_a_full_disk_leaves_the_old_table_and_nothing_else(tmp_path, monkeypatch
 @settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4))
 @pytest.mark.parametrize("name", ["keys_16shots.pt", "values_16shots.pt"])
-def test_files_with_changed_bytes_are_whole_tables_or_one_line(tmp_path_factory, name, flips):
+def test_files_with_changed_bytes_give_a_whole_table_or_one_line(tmp_path_factory, name, flips):
     folder = tmp_path_factory.mktemp("flips")
     research(folder)
     raw = bytearray((folder / name).read_bytes())
@@ -271,11 +271,11 @@ def test_files_with_changed_bytes_are_whole_tables_or_one_line(tmp_path_factory,
     assert not list(folder.glob(".*"))
 
 
-# Out of an index
+# Exports
 
 
 def cache_of(n: int = 40, d: int = 8, dtype: str = "float32", **options: Any) -> CacheModel:
-    names = ["owl", "cat", "é dog"]  # in an order of their own
+    names = ["owl", "cat", "é dog"]  # not in alphabetical order
     keys = unit_rows(n, d).astype(dtype)
     labels = [names[i % 3] for i in range(n)]
     cache = CacheModel.from_features(
@@ -301,7 +301,7 @@ def rebuilt(cache: CacheModel, tmp_path: Path, **options: Any) -> CacheModel:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_an_index_built_from_an_export_is_the_same(tmp_path, dtype):
-    cache = cache_of(dtype=dtype, sources=[f"s{i % 5}" for i in range(40)])  # which repeat
+    cache = cache_of(dtype=dtype, sources=[f"s{i % 5}" for i in range(40)])  # with repeated sources
     cache = replace(cache, labels=cache.labels.append_column("camera", pa.array([f"c{i}" for i in range(40)])))
     built = rebuilt(cache, tmp_path, dtype=dtype)
     np.testing.assert_array_equal(built.keys, cache.keys)
@@ -316,7 +316,7 @@ def test_an_index_built_from_an_export_is_the_same(tmp_path, dtype):
     np.testing.assert_allclose(built.logits(queries, 5), cache.logits(queries, 5), atol=2e-5)
 
 
-def test_the_exported_table_says_what_the_index_knows(tmp_path):
+def test_the_exported_table_has_the_columns_of_the_label_store(tmp_path):
     cache = cache_of(dtype="float16")
     cache.remove([3, 7])
     export_table(cache, tmp_path / "t.parquet")
@@ -331,7 +331,7 @@ def test_the_exported_table_says_what_the_index_knows(tmp_path):
     np.testing.assert_array_equal(rows_of(tmp_path / "t.parquet"), cache.keys)
 
 
-def test_fine_tuned_keys_leave_as_they_are_and_build_with_norms_kept(tmp_path, caplog):
+def test_fine_tuned_keys_are_exported_unchanged_and_need_their_norms(tmp_path, caplog):
     cache = cache_of()
     keys = np.asarray(cache.keys) * 3
     tuned = replace(cache, keys=keys, index=cache._index_over(keys, cache.labels["class_id"].to_numpy()))
@@ -344,7 +344,7 @@ def test_fine_tuned_keys_leave_as_they_are_and_build_with_norms_kept(tmp_path, c
     assert "a table cannot hold trained values" in caplog.text
 
 
-def test_keys_without_a_source_are_named_by_their_id(tmp_path):
+def test_keys_without_a_source_get_their_key_id(tmp_path):
     cache = cache_of(4, sources=["a", "", None, "  "])
     export_table(cache, tmp_path / "t.parquet")
     ids = cache.labels["key_id"].to_pylist()
@@ -352,7 +352,7 @@ def test_keys_without_a_source_are_named_by_their_id(tmp_path):
     assert open_source(tmp_path / "t.parquet").sources == expected
 
 
-def test_an_index_without_text_has_none_to_export(tmp_path):
+def test_an_index_without_text_cannot_export_text(tmp_path):
     cache = cache_of()
     bare = replace(cache, text_weights=torch.zeros(3, 8))
     with pytest.raises(UsageError, match="no text weights"):
@@ -367,7 +367,7 @@ def test_an_index_without_text_has_none_to_export(tmp_path):
     np.testing.assert_allclose(weights, cache.text_weights.numpy(), atol=1e-7)
 
 
-def test_an_imported_cache_answers_as_the_research_code(tmp_path):
+def test_an_imported_cache_answers_like_the_research_code(tmp_path):
     research(tmp_path / "c", n=30, d=8, c=3, dtype=torch.float32)
     import_table(tmp_path / "c", tmp_path / "t.parquet")
     cache = build_index(open_source(tmp_path / "t.parquet"), tmp_path / "i", Encoder(), alpha=1.5, beta=4.0)

@@ -1,4 +1,4 @@
-"""Images are read and encoded once; feature tables are read exactly or refused by row."""
+"""Images are read and encoded once. Feature tables are read exactly, and errors name the row."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ IDENTITY = Identity("fake", "tag", "sha256:00", "sha256:01", {"size": 4, "mean":
 
 @dataclass
 class Fake:
-    """A backbone whose feature of a view is its mean colour and its corner, ``d = 6``; it counts what it is asked."""
+    """A backbone whose features are the mean colour and the corner of a view (``d = 6``). It counts its calls."""
 
     identity: Identity = IDENTITY
     precision: str = "float32"
@@ -104,7 +104,7 @@ class Reads(Counter[str]):
 
 
 def all_of(encoder: Encoder, source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and features of every block, one after the other."""
+    """Return the positions and features of all blocks."""
     blocks = list(encoder.blocks(source))
     return np.concatenate([b.positions for b in blocks]), np.concatenate([b.features for b in blocks])
 
@@ -126,7 +126,7 @@ def test_each_image_is_read_and_encoded_once(folder: Path, tmp_path: Path, views
     assert backbone.prepared == sum(backbone.batches) == 12 * views
 
 
-def test_what_does_not_fit_in_memory_is_refused_before_it_is_taken(
+def test_too_large_requests_are_refused_before_memory_is_allocated(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = Fake(identity=replace(IDENTITY, preprocess={"size": (100, 200)}))  # a view has 240 kB
@@ -135,7 +135,7 @@ def test_what_does_not_fit_in_memory_is_refused_before_it_is_taken(
     encoder = Encoder(fake, read=lambda _: pytest.fail("an image was read"))
     for views, batch_size, words in (
         (40, None, "40 views of 12 images"),
-        (4, 64, "4 views of 12 images"),  # the batch too is of the images there are
+        (4, 64, "4 views of 12 images"),  # a batch has at most all images
         (14, 1, "14 views of 3 images"),
     ):
         with pytest.raises(UsageError, match=words):
@@ -159,7 +159,7 @@ def with_cache(folder: Path, use: Callable[[EncodingCache], Any]) -> Any:
         cache.close()
 
 
-def test_features_are_those_of_the_backbone_with_length_one(folder: Path) -> None:
+def test_features_equal_those_of_the_backbone_at_unit_norm(folder: Path) -> None:
     backbone = Fake()
     positions, found = all_of(Encoder(backbone), source_of(folder))
     assert positions.tolist() == list(range(12))
@@ -170,7 +170,7 @@ def test_features_are_those_of_the_backbone_with_length_one(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("views", [1, 2, 5])
-def test_batch_size_and_workers_change_nothing(folder: Path, views: int) -> None:
+def test_batch_size_and_workers_do_not_change_features(folder: Path, views: int) -> None:
     source = source_of(folder)
     expected = all_of(Encoder(Fake(), views=views), source)
     for batch_size, workers in ((1, 1), (5, 3), (12, 2), (64, 8)):
@@ -182,7 +182,7 @@ def test_batch_size_and_workers_change_nothing(folder: Path, views: int) -> None
         assert sum(backbone.batches) == 12 * views
 
 
-def test_blocks_come_in_order_whichever_image_is_slow(folder: Path) -> None:
+def test_blocks_stay_in_order_if_an_image_is_slow(folder: Path) -> None:
     opened = []
 
     def late(path: str) -> bytes:
@@ -197,7 +197,7 @@ def test_blocks_come_in_order_whichever_image_is_slow(folder: Path) -> None:
     assert [block.positions.tolist() for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
-def test_a_second_run_encodes_and_decodes_nothing(folder: Path, tmp_path: Path) -> None:
+def test_a_second_run_only_uses_the_cache(folder: Path, tmp_path: Path) -> None:
     source = source_of(folder)
     first = fill(tmp_path / "c", source)
     backbone = Fake()
@@ -206,7 +206,7 @@ def test_a_second_run_encodes_and_decodes_nothing(folder: Path, tmp_path: Path) 
     assert (backbone.batches, backbone.prepared) == ([], 0)
 
 
-def test_the_cache_goes_by_content_not_by_name(folder: Path, tmp_path: Path) -> None:
+def test_the_cache_identifies_images_by_content(folder: Path, tmp_path: Path) -> None:
     backbone = Fake()
     with_cache(tmp_path / "c", lambda cache: all_of(Encoder(backbone, cache=cache), source_of(folder)))
     (folder / "00.png").rename(folder / "renamed.png")
@@ -255,7 +255,7 @@ def test_other_views_or_another_seed_encode_only_new_views(
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_a_path_that_comes_again_is_read_once(folder: Path, batch_size: int) -> None:
+def test_a_repeated_path_is_read_once(folder: Path, batch_size: int) -> None:
     order, reads, backbone = [3, 0, 3, 11, 5, 3, 0, 7, 11], Reads(), Fake()
     source = source_of(folder).take(order)
     positions, found = all_of(Encoder(backbone, batch_size=batch_size, read=reads), source)
@@ -265,7 +265,7 @@ def test_a_path_that_comes_again_is_read_once(folder: Path, batch_size: int) -> 
         assert np.allclose(feature, Fake().expected(picture(number)), atol=1e-6)
 
 
-def test_equal_contents_are_encoded_once_a_batch(folder: Path) -> None:
+def test_equal_images_are_encoded_once_per_batch(folder: Path) -> None:
     (folder / "copy.png").write_bytes((folder / "00.png").read_bytes())
     backbone = Fake()
     (block,) = Encoder(backbone, batch_size=64).blocks(source_of(folder))
@@ -274,7 +274,7 @@ def test_equal_contents_are_encoded_once_a_batch(folder: Path) -> None:
     assert block.digests[4] == hashlib.sha256((folder / "04.png").read_bytes()).hexdigest()
 
 
-def test_an_unreadable_image_is_named_and_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreadable_image_is_named_and_skipped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "05.png").write_bytes(b"garbage")
     (folder / "07.png").unlink()
     (folder / "gone.png").symlink_to("nowhere")
@@ -289,13 +289,13 @@ def test_an_unreadable_image_is_named_and_left_out(folder: Path, caplog: pytest.
     assert np.allclose(found[5], Fake().expected(picture(6)), atol=1e-6)
 
 
-def test_strict_stops_at_the_first_one(folder: Path) -> None:
+def test_strict_stops_at_the_first_unreadable_image(folder: Path) -> None:
     (folder / "05.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"05\.png: empty file$"):
         all_of(Encoder(Fake(), strict=True, batch_size=2), source_of(folder))
 
 
-def test_no_readable_image_at_all_is_an_error(tmp_path: Path) -> None:
+def test_a_source_without_readable_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none of 2 images could be read .*no such file"):
         all_of(Encoder(Fake()), of_images([str(tmp_path / "a.png"), str(tmp_path / "b.png")]))
 
@@ -313,7 +313,7 @@ def test_an_image_without_a_usable_feature_is_skipped(folder: Path) -> None:
     assert "not finite" in encoder.skipped[0].reason
 
 
-def test_stopping_early_leaves_nothing_running(folder: Path) -> None:
+def test_stopping_early_stops_all_threads(folder: Path) -> None:
     backbone = Fake()
     blocks = Encoder(backbone, batch_size=1, workers=2).blocks(source_of(folder))
     next(blocks)
@@ -378,14 +378,14 @@ def test_flipped_bytes_in_the_cache_never_give_wrong_features(folder: Path, tmp_
     try:
         found = with_cache(tmp_path / "c", lambda cache: all_of(replace(encoder, cache=cache), source))
     except InputError as error:
-        assert "--no-cache" in str(error)  # noqa: PT017 - it may be raised, but needs not
+        assert "--no-cache" in str(error)  # noqa: PT017 - an error is possible, but not required
     else:
         assert np.array_equal(found[1], right)
-    assert encoder.skipped == []  # the images are not to blame
+    assert encoder.skipped == []  # the cache is damaged, not the images
 
 
 @pytest.mark.parametrize("raw", [b"garbage" * 1000, b"SQLite format 3\0" + b"\xff" * 5000])
-def test_a_file_of_something_else_is_put_aside(
+def test_a_cache_file_in_another_format_is_moved_aside(
     folder: Path, tmp_path: Path, raw: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "c").mkdir()
@@ -399,7 +399,7 @@ def test_a_file_of_something_else_is_put_aside(
     assert "moved to" in caplog.text
 
 
-def test_damage_that_is_met_while_writing_is_put_aside(folder: Path, tmp_path: Path) -> None:
+def test_a_cache_found_damaged_while_writing_is_moved_aside(folder: Path, tmp_path: Path) -> None:
     source = source_of(folder)
     right = fill(tmp_path / "c", source)
     file = tmp_path / "c/encodings.sqlite"
@@ -440,7 +440,7 @@ def homeless() -> Path:
     raise RuntimeError("Could not determine home directory.")
 
 
-def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_home_folder_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RETRIEVAL_TIP_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", homeless)
@@ -449,7 +449,7 @@ def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> No
         EncodingCache.default_folder()
 
 
-def test_where_a_cache_cannot_be_written_encoding_goes_on_and_says_so_once(
+def test_a_read_only_cache_is_used_with_one_warning(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = source_of(folder)
@@ -460,12 +460,12 @@ def test_where_a_cache_cannot_be_written_encoding_goes_on_and_says_so_once(
     cache._db.execute("PRAGMA query_only = 1")
     assert np.array_equal(all_of(Encoder(backbone, cache=cache, batch_size=2), source)[1], right)
     cache.close()
-    assert sum(backbone.batches) == 9  # what is kept is used
+    assert sum(backbone.batches) == 9  # cached encodings are used
     assert len(caplog.messages) == 1
     assert str(tmp_path / "c") in caplog.text
 
 
-def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_set_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
     assert EncodingCache.default_folder() == Path("/a")
@@ -492,7 +492,7 @@ def test_a_full_cache_drops_its_least_recently_used_entries(tmp_path: Path) -> N
     with_cache(tmp_path, lambda cache: cache.limit(MEGABYTE))
     for name in "abc":
         with_cache(tmp_path, lambda cache, name=name: keep(cache, name, 60))
-    assert with_cache(tmp_path, lambda cache: kept(cache, "a", 60)) == 60  # which is a use
+    assert with_cache(tmp_path, lambda cache: kept(cache, "a", 60)) == 60  # this counts as a use
     with_cache(tmp_path, lambda cache: keep(cache, "d", 90))
     left = {name: with_cache(tmp_path, lambda cache, name=name: kept(cache, name, 60)) for name in "abcd"}
     assert (left["a"], left["d"]) == (60, 60)
@@ -501,14 +501,14 @@ def test_a_full_cache_drops_its_least_recently_used_entries(tmp_path: Path) -> N
     assert (tmp_path / "encodings.sqlite").stat().st_size <= MEGABYTE
 
 
-def test_a_run_that_is_larger_than_the_cache_ends(tmp_path: Path) -> None:
+def test_a_source_larger_than_the_cache_can_be_encoded(tmp_path: Path) -> None:
     file = tmp_path / "encodings.sqlite"
 
     def run(cache: EncodingCache) -> None:
         cache.limit(MEGABYTE)
         for i in range(40):
             keep(cache, f"{i}/", 40)
-            assert file.stat().st_size <= 1.1 * MEGABYTE  # also while it goes on
+            assert file.stat().st_size <= 1.1 * MEGABYTE  # also during the run
         assert kept(cache, "39/", 40) == 40
 
     with_cache(tmp_path, run)
@@ -525,7 +525,7 @@ def _fills(folder: str, number: int) -> None:
     cache.close()
 
 
-def test_two_processes_share_a_cache_that_is_too_small_for_them(tmp_path: Path) -> None:
+def test_two_processes_share_a_small_cache(tmp_path: Path) -> None:
     with_cache(tmp_path, lambda cache: cache.limit(MEGABYTE))
     workers = [multiprocessing.get_context().Process(target=_fills, args=(str(tmp_path), number)) for number in (0, 1)]
     for worker in workers:
@@ -564,7 +564,7 @@ def test_features_of_every_float_and_list_type_are_read(tmp_path: Path, kind: st
     assert table_dim(path) == 4
 
 
-def test_large_tables_come_in_parts(tmp_path: Path) -> None:
+def test_large_tables_are_read_in_parts(tmp_path: Path) -> None:
     rows = unit_rows(20_000, 4)
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"feature": pa.array(list(rows), pa.list_(pa.float32(), 4))}), path, row_group_size=11_000)
@@ -591,7 +591,7 @@ GOOD = [1.0, 0.0, 0.0, 0.0]
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_a_wrong_row_is_named(tmp_path: Path, rows: list[Any], words: str) -> None:
+def test_an_invalid_row_is_named(tmp_path: Path, rows: list[Any], words: str) -> None:
     path = table_of(tmp_path / "my table.parquet", pa.array(rows, pa.list_(pa.float64())))
     with pytest.raises(InputError) as caught:
         read_all(path)
@@ -639,7 +639,7 @@ def test_an_empty_table_and_one_without_features_are_refused(tmp_path: Path) -> 
         read_all(tmp_path / "n.parquet")
 
 
-def test_norms_can_be_made_or_kept(tmp_path: Path) -> None:
+def test_norms_can_be_scaled_or_kept(tmp_path: Path) -> None:
     rows = unit_rows(6, 4) * np.arange(1, 7, dtype=np.float32)[:, None]
     path = table_of(tmp_path / "t.parquet", list(rows))
     assert np.allclose(read_all(path, "unit"), unit_rows(6, 4), atol=1e-6)
@@ -648,11 +648,11 @@ def test_norms_can_be_made_or_kept(tmp_path: Path) -> None:
     assert read_all(zero, "keep").tolist() == [GOOD, [0.0] * 4]
     with pytest.raises(InputError, match="row 1: the feature is zero"):
         read_all(zero, "unit")
-    half = unit_rows(50, 512).astype(np.float16)  # which has unit norm as far as it can
+    half = unit_rows(50, 512).astype(np.float16)  # of unit norm, up to rounding
     assert np.array_equal(read_all(table_of(tmp_path / "h.parquet", list(half))), half.astype(np.float32))
 
 
-def test_a_column_named_like_a_part_of_the_feature_is_not_taken_for_it(tmp_path: Path) -> None:
+def test_a_column_may_have_the_name_of_a_part_of_the_feature(tmp_path: Path) -> None:
     rows = unit_rows(2, 4)
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"feature.note": ["a", "b"], "feature": list(rows), "feature.more": [1, 2]}), path)
@@ -662,7 +662,7 @@ def test_a_column_named_like_a_part_of_the_feature_is_not_taken_for_it(tmp_path:
 @pytest.mark.parametrize(
     "order", [[0, 1, 2], [19_000, 3, 11], [5, 5, 5], [19_999, 0, 19_999, 7, 0], [12], range(20_000)[::-1]]
 )
-def test_rows_are_picked_in_any_order_and_again(tmp_path: Path, order: Sequence[int]) -> None:
+def test_rows_can_be_taken_in_any_order_and_repeatedly(tmp_path: Path, order: Sequence[int]) -> None:
     rows = unit_rows(20_000, 4)
     source = open_items(table_of(tmp_path / "t.parquet", list(rows))).take(order)
     positions, found = all_of(Encoder(), source)
@@ -676,7 +676,7 @@ def with_identity(path: Path, raw: bytes | None, rows: np.ndarray | None = None)
     return path
 
 
-def test_a_table_knows_its_backbone(tmp_path: Path) -> None:
+def test_a_table_stores_its_backbone(tmp_path: Path) -> None:
     path = with_identity(tmp_path / "t.parquet", json.dumps(IDENTITY.to_dict()).encode())
     assert table_identity(path) == IDENTITY
     assert table_identity(with_identity(tmp_path / "u.parquet", None)) is None
@@ -707,7 +707,7 @@ def test_a_table_of_another_backbone_is_refused(tmp_path: Path) -> None:
 # -- encode --
 
 
-def test_an_encoded_table_holds_the_features(folder: Path, tmp_path: Path) -> None:
+def test_an_encoded_table_contains_the_features(folder: Path, tmp_path: Path) -> None:
     lines = "".join(f"images/{n:02}.png,{'even' if n % 2 == 0 else 'odd'},note {n}\n" for n in range(12))
     (tmp_path / "list.csv").write_text(f"path,label,note\n{lines}")
     out = tmp_path / "caf\udce9.parquet"  # not UTF-8
@@ -725,7 +725,7 @@ def test_an_encoded_table_holds_the_features(folder: Path, tmp_path: Path) -> No
     assert open_source(out).class_names == source.class_names
 
 
-def test_encoding_a_table_again_keeps_it(folder: Path, tmp_path: Path) -> None:
+def test_encoding_a_feature_table_copies_it(folder: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "1.parquet", tmp_path / "2.parquet"
     encode_table(source_of(folder), first, Encoder(Fake()))
     encode_table(open_items(first), second, Encoder())
@@ -733,7 +733,7 @@ def test_encoding_a_table_again_keeps_it(folder: Path, tmp_path: Path) -> None:
     assert one.equals(two, check_metadata=True)
 
 
-def test_unreadable_images_get_no_row(folder: Path, tmp_path: Path) -> None:
+def test_unreadable_images_have_no_row(folder: Path, tmp_path: Path) -> None:
     (folder / "03.png").write_bytes(b"")
     encoder = Encoder(Fake())
     assert encode_table(source_of(folder), tmp_path / "o.parquet", encoder) == 11
@@ -782,7 +782,7 @@ def test_a_failure_leaves_the_folder_as_it_was(folder: Path, tmp_path: Path, exi
         assert {path: path.read_bytes() for path in place.iterdir()} == before
 
 
-def test_an_unwritable_place_is_named(folder: Path, tmp_path: Path) -> None:
+def test_an_unwritable_output_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder.parquet").mkdir()
     os.mkfifo(tmp_path / "pipe.parquet")
@@ -797,7 +797,7 @@ def test_an_unwritable_place_is_named(folder: Path, tmp_path: Path) -> None:
         encode_table(source_of(folder), "", Encoder(Fake()))
 
 
-def test_a_linked_table_is_written_through_its_link(folder: Path, tmp_path: Path) -> None:
+def test_writing_to_a_link_replaces_its_target(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link.parquet").symlink_to("real/o.parquet")
     encode_table(source_of(folder), tmp_path / "link.parquet", Encoder(Fake()))
@@ -810,7 +810,7 @@ def test_a_linked_table_is_written_through_its_link(folder: Path, tmp_path: Path
 
 @pytest.fixture
 def jpegs(tmp_path: Path) -> Source:
-    """One that can be reduced for views of 4 x 4, one that is too small, and one that is no JPEG."""
+    """A JPEG that can be reduced for views of 4 x 4, a JPEG that is too small for this, and a PNG."""
     place = tmp_path / "jpegs"
     place.mkdir()
     for name, size in (("large.jpg", (90, 70)), ("small.jpg", (23, 90)), ("large.png", (90, 70))):
@@ -818,7 +818,7 @@ def jpegs(tmp_path: Path) -> Source:
     return of_images([str(place / name) for name in ("large.jpg", "small.jpg", "large.png")])
 
 
-def test_only_large_jpegs_have_another_feature_when_reduced(jpegs: Source) -> None:
+def test_reduction_only_changes_features_of_large_jpegs(jpegs: Source) -> None:
     whole = Encoder(Fake(), reduce=False).encode(jpegs).features
     reduced = Encoder(Fake()).encode(jpegs).features
     assert [np.array_equal(*pair) for pair in zip(whole, reduced, strict=True)] == [False, True, True]
@@ -830,7 +830,7 @@ def test_only_large_jpegs_have_another_feature_when_reduced(jpegs: Source) -> No
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_cache_never_gives_a_reduced_picture_for_a_whole_one(jpegs: Source, tmp_path: Path, first: bool) -> None:
+def test_the_cache_separates_reduced_and_whole_images(jpegs: Source, tmp_path: Path, first: bool) -> None:
     alone = {reduce: Encoder(Fake(), reduce=reduce).encode(jpegs).features for reduce in (True, False)}
     for reduce, fresh in ((first, 3), (not first, 1), (first, 0), (not first, 0)):
         backbone = Fake()
@@ -840,7 +840,7 @@ def test_a_cache_never_gives_a_reduced_picture_for_a_whole_one(jpegs: Source, tm
         assert np.array_equal(found.features, alone[reduce])
 
 
-def test_augmented_views_and_pixels_are_those_of_the_whole_picture(jpegs: Source) -> None:
+def test_augmented_views_and_pixels_use_the_whole_image(jpegs: Source) -> None:
     for names in (["crop/1/0", "crop/1/1"], ["crop/1/0", "centre"]):
         whole, reduced = (Encoder(Fake(), reduce=reduce).encode_views(jpegs, names) for reduce in (False, True))
         same = (whole.features == reduced.features).all(axis=1)

@@ -289,7 +289,7 @@ def test_derived_arrays_are_recomputed_for_another_dtype(built, name, tmp_path):
 
 @pytest.fixture
 def small_limits(monkeypatch):
-    """Limits below forty keys on the keys that are read at once, or used to choose a form or estimate accuracy."""
+    """Set limits below forty keys for reading keys, choosing a form and estimating accuracy."""
     for module in (closed_form, shots):
         monkeypatch.setattr(module, "MOST_SOLVED", 30)
     monkeypatch.setattr(closed_form, "CHOSEN_ON", 20)
@@ -336,7 +336,7 @@ def test_the_sums_behind_a_metric_follow_the_keys(built, tmp_path):
 
 
 @pytest.mark.usefixtures("small_limits")
-def test_the_index_covers_the_points(tmp_path, monkeypatch):
+def test_the_vector_index_covers_the_points(tmp_path, monkeypatch):
     monkeypatch.setattr(draft, "INDEX_FROM", 500)
     place, source = made(tmp_path, "lance"), table(tmp_path / "many.parquet", 200)
     build_index(open_source(source), place, Encoder(), metric="within", k=16, device="cpu")
@@ -389,7 +389,7 @@ def test_a_damaged_object_is_named(built, kind, damage, tmp_path):
         refused(call, entry.name)
 
 
-def test_points_of_other_keys_are_found(built, tmp_path):
+def test_points_that_do_not_match_their_keys_are_refused(built, tmp_path):
     place = copied(tmp_path, "lance", built["metric", "lance"])
     changes.add(place, open_source(table(tmp_path / "more.parquet", 1, 9, "more")), Encoder())
     model = stores.at(place).verify()
@@ -413,7 +413,7 @@ def test_a_fitted_store_is_served(built, tmp_path):
         assert "solved" in json.dumps(described)
         fitted = client.post("/v1/indexes/own/fit", headers=headers)
         assert (fitted.status_code, fitted.json()["version"]) == (200, 2), fitted.text
-    folder.fitted = replace(folder.fitted, automatic=True)  # its form was given
+    folder.fitted = replace(folder.fitted, automatic=True)  # the form of the folder was given, not chosen
     check_same(folder, stores.at(place).verify())
     for row, one in zip(answer.json()["results"], expected, strict=True):
         assert row["label"] == one.label
@@ -453,7 +453,7 @@ def test_an_index_grown_photo_by_photo_is_as_accurate_as_one_built_at_once(kind,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_settings_follow_classes_that_lose_or_get_their_first_photos(kind, tmp_path):
+def test_settings_change_if_a_class_gets_its_first_photos_or_loses_all(kind, tmp_path):
     keys, ids = clusters(6)
     text, some = write_table(tmp_path / "text.parquet", text_of(), NAMES), ids < 4
     first, rest = (
@@ -478,7 +478,7 @@ def test_settings_follow_classes_that_lose_or_get_their_first_photos(kind, tmp_p
     assert moved.fit.without_shots == 0
     changes.configure(place, alpha=3.0)
     merged = changes.rename(place, NAMES[4], NAMES[0])
-    assert (merged.fit, merged.fit_due) == (None, False)  # no class is without photos, before or after
+    assert (merged.fit, merged.fit_due) == (None, False)  # all classes have photos, before and after
     removed = changes.remove(place, where=f"label = '{NAMES[1]}'")
     assert (removed.fit, removed.fit_due) == (None, True)
     assert stores.at(place).load(device="cpu").settings.alpha == 3.0

@@ -1,4 +1,4 @@
-"""Groups of photos without a match: average linkage against its definition, the threshold, and the command."""
+"""Groups of photos without a match: average linkage, the threshold, and the command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from retrieval_tip.labelling.groups import group, threshold_of
 
 
 def linked(points, threshold):
-    """Return the groups of at least two rows that scikit-learn finds."""
+    """Return scikit-learn's groups of at least two rows."""
     clusters = AgglomerativeClustering(None, metric="precomputed", linkage="average", distance_threshold=1 - threshold)
     ids = clusters.fit_predict(1 - points @ points.T)
     assume(np.abs(clusters.distances_ - (1 - threshold)).min() > 1e-5)
@@ -31,7 +31,7 @@ def linked(points, threshold):
 
 
 @given(st.integers(2, 60), st.floats(-0.3, 0.9), st.booleans(), st.booleans(), st.integers(0, 2**32 - 1))
-def test_groups_are_those_of_average_linkage(m, threshold, with_metric, with_copies, seed):
+def test_groups_match_average_linkage(m, threshold, with_metric, with_copies, seed):
     draw = np.random.default_rng(seed)
     features = draw.normal(size=(m, 6)) + draw.normal(size=(5, 6))[np.arange(m) % 5]
     features = features.astype(np.float32)
@@ -45,14 +45,14 @@ def test_groups_are_those_of_average_linkage(m, threshold, with_metric, with_cop
     assert [(-len(rows), rows[0]) for rows in found] == sorted((-len(rows), rows[0]) for rows in found)
 
 
-def test_more_photos_than_are_compared_join_the_groups_of_a_sample(monkeypatch):
+def test_photos_beyond_the_limit_join_the_groups_of_a_sample(monkeypatch):
     sizes, real = [], groups._linked
     monkeypatch.setattr(groups, "_linked", lambda points, t: sizes.append(len(points)) or real(points, t))
     monkeypatch.setattr(groups, "MOST", 40)
     monkeypatch.setattr(groups, "BLOCK", 7)
     centres = np.eye(8, dtype=np.float32)[:3]
     features = unit(centres[np.arange(120) % 3] + 0.1 * unit_rows(120, 8))
-    features[:5] = -features[:5]  # these are similar to no group
+    features[:5] = -features[:5]  # not similar to any group
     own = [set(rows.tolist()) for rows in group(features, 0.5)]
     alone = set(range(5))
     assert sizes == [40]
@@ -69,7 +69,7 @@ def test_more_photos_than_are_compared_join_the_groups_of_a_sample(monkeypatch):
 
 @pytest.mark.parametrize("counts", [(4, 2, 1), (1, 1, 1), (3, 0, 0)])
 @pytest.mark.parametrize("with_metric", [True, False])
-def test_the_threshold_lies_between_same_and_other_classes(counts, with_metric):
+def test_the_threshold_is_midway_between_same_class_and_other_class_similarity(counts, with_metric):
     ids = np.repeat(range(3), counts)
     keys = unit_rows(len(ids), 5)
     cache = cache_of(keys, ids, ["a", "b", "c"], device="cpu")
@@ -126,7 +126,7 @@ def test_the_command_numbers_the_groups_largest_first(folder, run, tmp_path, mon
     for photos in (table, rows):
         numbers = [answer.group for answer in clf.predict(photos, group_unlike=True)]
         assert numbers == [int(row["group"]) if row["group"] else None for row in written]
-    assert clf.predict(rows[1], group_unlike=True).group is None  # there is no other photo
+    assert clf.predict(rows[1], group_unlike=True).group is None  # a single photo has no group
     plain = run("classify", folder, table, "--top", 2, "--explain", "--certify", "--format", "json").stdout.splitlines()
     grouped = run(
         "classify", folder, table, "--top", 2, "--explain", "--certify", "--group-unlike", "--format", "json"
@@ -137,7 +137,7 @@ def test_the_command_numbers_the_groups_largest_first(folder, run, tmp_path, mon
     assert "Grouped 3 of 6 images" in run("classify", folder, table, "--group-unlike").stderr
 
 
-def test_without_photos_that_have_no_match_there_are_no_groups(folder, run, tmp_path):
+def test_photos_with_a_match_get_no_group(folder, run, tmp_path):
     table = write_table(tmp_path / "new.parquet", unit(np.eye(16)[:3]).astype(np.float32))
     done = run("classify", folder, table, "--group-unlike", "--format", "json")
     assert [json.loads(line)["group"] for line in done.stdout.splitlines()] == [None] * 3

@@ -53,7 +53,9 @@ def test_every_photo_is_shown_once_and_skipped_photos_come_last(m: int, data: st
 
 
 @given(st.integers(0, 30), st.permutations(range(60)))
-def test_suggestions_follow_the_front_and_every_fifth_photo_is_random(labelled: int, picks: list[int]) -> None:
+def test_suggestions_come_after_the_fixed_photos_and_every_fifth_photo_is_random(
+    labelled: int, picks: list[int]
+) -> None:
     queue, taken = Queue(60), set(range(labelled))
     front = queue.show(taken)[:FIXED]
     queue.suggest([(photo, "because") for photo in picks], taken, labelled)
@@ -71,7 +73,7 @@ def test_suggestions_follow_the_front_and_every_fifth_photo_is_random(labelled: 
 
 @pytest.fixture(scope="module")
 def pool(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Paths of photos of four classes, one of which is a near copy of another, with their labels. One is damaged."""
+    """Labels of photos of four classes, by path. One photo is a near copy; the folder also has a damaged file."""
     folder = tmp_path_factory.mktemp("pool")
     found = {}
     for number, (path, label) in enumerate(caltech_photos(shared, "train", 4, 6)):
@@ -83,7 +85,7 @@ def pool(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
 
 
 class Client:
-    """A labelling session over HTTP, which answers with the right labels."""
+    """An HTTP client of a labelling session that knows the right labels."""
 
     def __init__(self, pool: dict[str, str], place: Path, backbone: Backbone, *classes: str) -> None:
         self.pool, backbones = pool, Backbones("cpu", "float32", None, backbone)
@@ -111,7 +113,7 @@ class Client:
         return answer.json()
 
     def label(self, number: int) -> list[dict[str, Any]]:
-        """Label the next photos rightly, and return them."""
+        """Give the next photos their right labels, and return these photos."""
         done = []
         for _ in range(number):
             queue = self.status()["queue"]
@@ -120,7 +122,7 @@ class Client:
         return done
 
     def settled(self) -> dict[str, Any]:
-        """Wait until all is saved, encoded, chosen and measured."""
+        """Wait until the session is idle and every photo is encoded; return its state."""
         for _ in range(600):
             state = self.status()
             if not state["busy"] and state["encoded"] == len(self.pool):
@@ -139,7 +141,7 @@ def opened(place: Path) -> AnsweringIndex:
     return places.at(place).load(device="cpu")
 
 
-def test_labels_become_an_index_that_guesses_and_a_session_can_be_continued(
+def test_labels_build_an_index_that_guesses_and_sessions_can_be_resumed(
     pool: dict[str, str], place: Path, lit_mini: Backbone
 ) -> None:
     with Client(pool, place, lit_mini) as client:
@@ -147,7 +149,7 @@ def test_labels_become_an_index_that_guesses_and_a_session_can_be_continued(
         assert first[0]["picked"] == "random"
         assert first[0]["guesses"] == []
         state = client.settled()
-        assert (state["photos"], state["labelled"], state["unsaved"]) == (25, 1, 0)  # the damaged file is no photo
+        assert (state["photos"], state["labelled"], state["unsaved"]) == (25, 1, 0)  # without the damaged file
         done = first + client.label(9)
         state = client.settled()
         assert state["labelled"] == 10
@@ -176,7 +178,7 @@ def _counts(names: Any) -> dict[str, int]:
     return {name: listed.count(name) for name in listed}
 
 
-def test_near_copies_are_labelled_together(pool: dict[str, str], place: Path, lit_mini: Backbone) -> None:
+def test_near_identical_photos_can_be_labelled_together(pool: dict[str, str], place: Path, lit_mini: Backbone) -> None:
     with Client(pool, place, lit_mini) as client:
         client.settled()
         pairs = {}
@@ -197,13 +199,13 @@ def test_near_copies_are_labelled_together(pool: dict[str, str], place: Path, li
     assert {Path(row["source"]).stem for row in rows if row["label"] == "pair"} >= {"0", "copy"}
 
 
-def test_undo_restores_the_version_and_a_label_can_be_changed(
+def test_undo_restores_the_previous_version_and_labels_can_be_changed(
     pool: dict[str, str], place: Path, lit_mini: Backbone
 ) -> None:
     with Client(pool, place, lit_mini) as client:
         (first,) = client.label(1)
         client.settled()
-        state = client.set({first["photo"]: None})  # the only label: it is kept until there is another
+        state = client.set({first["photo"]: None})  # the index keeps its only label until there is another
         assert state["labelled"] == 0
         assert client.settled()["queue"][0]["photo"] == first["photo"]
         client.set({first["photo"]: "another class"})
@@ -218,7 +220,7 @@ def test_undo_restores_the_version_and_a_label_can_be_changed(
         state = client.set({typo["photo"]: None})
         assert (state["labelled"], state["queue"][0]["photo"]) == (3, typo["photo"])
         assert client.settled()["version"] > before
-        assert "tpyo" not in opened(place).class_names  # the version before it was restored
+        assert "tpyo" not in opened(place).class_names  # the previous version was restored
         client.set({second["photo"]: None})
         client.settled()
         assert sorted(opened(place).labels["source"].to_pylist()) == sorted([first["name"], third["name"]])
@@ -229,7 +231,7 @@ def test_undo_restores_the_version_and_a_label_can_be_changed(
     }  # fmt: skip
 
 
-def test_labels_that_cannot_be_saved_are_saved_later(
+def test_labels_are_saved_later_if_saving_fails(
     pool: dict[str, str], place: Path, lit_mini: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, full = module.save_labels, True
@@ -254,7 +256,7 @@ def test_labels_that_cannot_be_saved_are_saved_later(
     assert opened(place).n == 2
 
 
-def test_a_photo_that_has_gone_is_left_out(shared: Path, place: Path, lit_mini: Backbone, tmp_path: Path) -> None:
+def test_deleted_photos_are_left_out(shared: Path, place: Path, lit_mini: Backbone, tmp_path: Path) -> None:
     (tmp_path / "pool").mkdir()
     images = [shutil.copy(path, tmp_path / "pool") for path, _ in caltech_photos(shared, "train", 2, 2)]
     with Client(dict.fromkeys(map(str, images), "x"), place, lit_mini) as client:
@@ -265,7 +267,7 @@ def test_a_photo_that_has_gone_is_left_out(shared: Path, place: Path, lit_mini: 
         state = client.settled()
         assert (state["photos"], state["labelled"], state["problem"]) == (3, 1, None)
         Path(state["queue"][0]["name"]).unlink()
-        client.set({state["queue"][0]["photo"]: "x"})  # no photo of the batch can be read
+        client.set({state["queue"][0]["photo"]: "x"})  # no photo in the batch can be read
         for _ in range(100):
             if (state := client.status())["problem"]:
                 break
@@ -274,12 +276,12 @@ def test_a_photo_that_has_gone_is_left_out(shared: Path, place: Path, lit_mini: 
         assert (state["photos"], state["labelled"], state["unsaved"]) == (2, 1, 0)
 
 
-def test_photos_are_sorted_by_their_label_or_their_answer(
+def test_photos_are_sorted_by_label_or_answer(
     pool: dict[str, str], place: Path, lit_mini: Backbone, tmp_path: Path
 ) -> None:
     with Client(pool, place, lit_mini) as client:
         sort = {"url": "/v1/label/sort", "json": {"into": str(tmp_path / "sorted")}, "headers": AUTHORISED}
-        assert client.http.post(**sort).status_code == 404  # there are no labels
+        assert client.http.post(**sort).status_code == 404  # no labels yet
         labelled = client.label(7)
         client.set({labelled[0]["photo"]: "a class of its own"})
         client.settled()
@@ -292,7 +294,7 @@ def test_photos_are_sorted_by_their_label_or_their_answer(
     assert len([*(tmp_path / "sorted").glob("*/*.jpg")]) == 25
 
 
-def test_wrong_requests_are_refused(pool: dict[str, str], place: Path, lit_mini: Backbone) -> None:
+def test_invalid_requests_are_refused(pool: dict[str, str], place: Path, lit_mini: Backbone) -> None:
     with Client(pool, place, lit_mini, "owl") as client:
         post = client.http.post
         assert post("/v1/label", json={"labels": []}).status_code == 401
@@ -312,7 +314,7 @@ def test_wrong_requests_are_refused(pool: dict[str, str], place: Path, lit_mini:
     assert not place.exists()
 
 
-def test_a_killed_session_keeps_its_labels_and_a_stopped_one_saves_the_last(
+def test_a_killed_session_keeps_its_labels_and_a_stopped_one_saves_the_last_label(
     pool: dict[str, str], tmp_path: Path, shared: Path, warm_path: str
 ) -> None:
     options: tuple[object, ...] = (Path(next(iter(pool))).parent, "--into", tmp_path / "idx")
@@ -329,7 +331,7 @@ def test_a_killed_session_keeps_its_labels_and_a_stopped_one_saves_the_last(
         process.kill()
         process.wait()
     assert opened(tmp_path / "idx").n == 5
-    with server(*options, path=warm_path, command="label") as (url, _):  # with the encoder of the index
+    with server(*options, path=warm_path, command="label") as (url, _):  # uses the encoder of the index
         assert asked(url)["labelled"] == 5
         one = next(one for one in asked(url)["queue"] if one["name"] in pool)
         asked(url, {"labels": [{"photo": one["photo"], "label": "owl"}]})
@@ -337,7 +339,7 @@ def test_a_killed_session_keeps_its_labels_and_a_stopped_one_saves_the_last(
 
 
 def asked(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the state, or set labels, given the printed address."""
+    """Return the session's state from the printed address, or send labels and return the new state."""
     address, _, token = url.partition("/#token=")
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
     data = None if body is None else json.dumps(body).encode()

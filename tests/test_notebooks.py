@@ -54,7 +54,7 @@ def code_of(name):
     return ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
 
 
-def test_the_notebooks_are_known_and_hold_no_outputs():
+def test_notebooks_are_listed_and_contain_no_outputs():
     assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == set(REACHED)
     for name in REACHED:
         book = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))

@@ -35,7 +35,7 @@ FORMS = [("none", "one-hot"), ("within", "one-hot"), ("none", "solved"), ("withi
 
 
 @pytest.mark.parametrize(("form", "covered"), [*((form, C) for form in FORMS), (("within", "solved"), C - 1)], ids=str)
-def test_logits_of_features_are_the_packages(form, covered, tmp_path):
+def test_logits_of_features_equal_those_of_the_package(form, covered, tmp_path):
     cache = index()
     cache = cache.take(np.flatnonzero(cache.class_ids.numpy() < covered))
     if form is not None:
@@ -61,7 +61,7 @@ def test_logits_of_features_are_the_packages(form, covered, tmp_path):
     assert facts["agreement"]["difference"] < 1e-4
 
 
-def test_from_pixels_by_the_command_line(run, things, shared, tmp_path):
+def test_an_exported_graph_with_an_encoder_classifies_pixels(run, things, shared, tmp_path):
     file = tmp_path / "things.onnx"
     done = run("index", "export", things, "--onnx", file)
     assert done.exit_code == 0, done.output
@@ -89,7 +89,7 @@ def test_an_index_without_its_photos_is_exported_without_a_comparison(run, thing
 
 
 def prepared(path, side):
-    """A picture as anybody prepares it: resized on its shorter side, and cut."""
+    """Prepare a photo like a user of the graph: resize its shorter side, and crop its centre."""
     image = Image.open(path).convert("RGB")
     scale = side / min(image.size)
     image = image.resize([max(side, int(edge * scale)) for edge in image.size], Image.Resampling.BICUBIC)
@@ -97,7 +97,7 @@ def prepared(path, side):
     return np.asarray(image.crop((left, top, left + side, top + side)), dtype=np.float32).transpose(2, 0, 1)
 
 
-def test_an_index_that_retrieves_is_refused_unless_it_is_to_meet_all_keys(tmp_path, run):
+def test_an_index_with_a_k_is_only_exported_with_all_keys(tmp_path, run):
     cache = index()
     cache.settings = cache.settings.override(k=3)
     cache.save(tmp_path / "i")

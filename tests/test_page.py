@@ -1,4 +1,4 @@
-"""The page in a real Chromium, against a server started by the real command line."""
+"""Test the page in Chromium, with a server started from the command line."""
 
 from __future__ import annotations
 
@@ -56,10 +56,13 @@ class Served(NamedTuple):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, encodings: Path) -> Iterator[Served]:
-    """A server of an index of ten classes of eight shots, and one that is markup; and of an index of features alone."""
+    """Serve an index of photos and an index of features.
+
+    The photos are ten classes of eight shots, with one wrong label, and a class whose name is markup.
+    """
     place = tmp_path_factory.mktemp("page")
     rows = [(path, label) for label in CLASSES for path in caltech_photos("train", label, 7 if label == "panda" else 8)]
-    rows.append((caltech_photos("test", "pizza", 9)[-1], "panda"))  # a wrong label, to be found
+    rows.append((caltech_photos("test", "pizza", 9)[-1], "panda"))  # a wrong label that the page should find
     for number, path in enumerate(caltech_photos("train", "anchor", 2)):
         link = place / f"{number}{HOSTILE}.jpg"
         link.symlink_to(path)
@@ -82,7 +85,10 @@ def browser() -> Iterator[Browser]:
 
 
 class Opened:
-    """A page that was opened, and what it should not have done. ``expected`` starts console errors that it may show."""
+    """An open page that records console messages, uncaught errors and requests to other hosts.
+
+    ``expected`` holds the beginnings of allowed messages.
+    """
 
     def __init__(
         self,
@@ -111,7 +117,7 @@ class Opened:
         expect(self.page.locator(ready).first).not_to_be_empty()
 
     def close(self) -> None:
-        """Nothing that the page did was wrong: no message on the console, no request elsewhere."""
+        """Close the page, and check that it recorded nothing unexpected."""
         self.context.close()
         assert [text for text in self.wrong if not text.startswith(tuple(self.expected))] == []
 
@@ -121,7 +127,7 @@ Open = Callable[..., Opened]
 
 @pytest.fixture
 def opened(browser: Browser, served: Served) -> Iterator[Open]:
-    """Opens pages, and closes them."""
+    """Return a function that opens pages. They are closed after the test."""
     expect.set_options(PATIENCE)
     pages = []
 
@@ -140,24 +146,24 @@ def page(opened: Open) -> Page:
 
 
 def classified(page: Page, number: int = 1) -> None:
-    """Once so many photos are there, and all have their answer."""
+    """Wait until the page shows ``number`` photos and has classified all of them."""
     expect(page.locator("#grid .tile")).to_have_count(number)
     expect(page.locator("#grid .tile.busy")).to_have_count(0)
     expect(page.locator("#grid .tile[data-label]")).to_have_count(number)
 
 
 def ask(page: Page, *images: Path, names: list[str] | None = None, number: int | None = None) -> None:
-    """Drop photos on the page, and wait until it shows this number of answers, by default one a photo."""
+    """Drop photos on the page, and wait for ``number`` answers, by default one per photo."""
     drop(page, *images, names=names)
     classified(page, len(images) if number is None else number)
 
 
 def answer(page: Page) -> dict[str, Any]:
-    """What is said of the photo that is open."""
+    """Return the answer that the page shows for the open photo."""
     return page.locator("#drawer").evaluate(
         """async drawer => {
             const still = () => new Promise(requestAnimationFrame);
-            await still(); await still(); // settings that were moved are shown with the next frame
+            await still(); await still(); // changed settings take effect in the next frame
             const value = (cell) => Number(cell.dataset.value);
             const part = (row, name) => value(row.querySelector(`td.${name}-part`));
             const rows = [...drawer.querySelectorAll("#logits tr")];
@@ -178,14 +184,14 @@ def answer(page: Page) -> dict[str, Any]:
 
 
 def choose(page: Page, name: str) -> None:
-    """Open another classifier."""
+    """Switch to another classifier."""
     page.click("#index-name")
     page.locator("#index-list").get_by_role("button", name=name, exact=True).click()
     expect(page.locator("#index-name")).to_have_text(name)
 
 
 def show_settings(page: Page) -> None:
-    """Open the settings, which are with the calculation of an open photo, or else have their own screen."""
+    """Show the settings as numbers, in the open photo's calculation or on their own screen."""
     if page.locator("#drawer").is_visible():
         page.get_by_text("How this was calculated").click()
     else:
@@ -194,14 +200,14 @@ def show_settings(page: Page) -> None:
 
 
 def go(page: Page, screen: str) -> None:
-    """Open a screen of the classifier's menu."""
+    """Open a screen from the classifier's menu."""
     page.click("#index-name")
     page.click(f"#to-{screen}")
     expect(page.locator(f"#{screen}-view")).to_be_visible()
 
 
 def more(page: Page, what: str) -> None:
-    """Use an action in the menu of the toolbar."""
+    """Run an action from the toolbar's menu."""
     if not page.locator("#bar-menu").is_visible():
         page.click("#bar-more")
     page.click(f"#{what}")
@@ -212,14 +218,14 @@ def setting(page: Page, name: str) -> str:
 
 
 def assert_same(page: Page, run: Callable[..., Any], folder: Path, image: Path, *options: object) -> None:
-    """The page says of the photo that is open what the command line does of the image with these options."""
+    """Compare the answer for the open photo with the command line's answer for ``image``."""
     told = run("classify", folder, image, *options, "--top", 8, "--explain", "--logits", "--format", "json")
     assert told.exit_code == 0, told.output
     right = json.loads(told.stdout)
-    right["cache_logit"] += right.get("discriminant_logit", 0)  # the page shows what the photos give in all
+    right["cache_logit"] += right.get("discriminant_logit", 0)  # the page shows the sum
     shown, shots = answer(page), [*right["neighbours"], *([right["opposing"]] if right["opposing"] else [])]
     close = {"rel": 1e-3, "abs": 1e-6}
-    assert shown["how"] == "page"  # computed there, not asked
+    assert shown["how"] == "page"  # computed on the page, not by the server
     assert shown["label"] == right["label"]
     for name in ("probability", "text_logit", "cache_logit"):
         assert shown[name] == pytest.approx(right[name], **close), name
@@ -237,9 +243,7 @@ def screenshot(page: Page, name: str, *, full: bool = False) -> None:
     page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=full)
 
 
-def test_dropped_photo_and_settings_agree_with_the_command_line(
-    page: Page, served: Served, run: Callable[..., Any]
-) -> None:
+def test_answers_and_settings_agree_with_the_command_line(page: Page, served: Served, run: Callable[..., Any]) -> None:
     [image] = caltech_photos("test", "crayfish", 1)
     ask(page, image)
     assert answer(page)["label"] == "crayfish"
@@ -262,7 +266,7 @@ def test_dropped_photo_and_settings_agree_with_the_command_line(
     page.focus("#alpha-slider")
     page.keyboard.press("Home")
     assert setting(page, "alpha") == "0"
-    assert_same(page, run, served.folder, image, "--alpha", 0)  # the text alone
+    assert_same(page, run, served.folder, image, "--alpha", 0)  # only class names count
 
     page.click("#reset")
     page.fill("#k", "5")
@@ -281,7 +285,7 @@ def test_dropped_photo_and_settings_agree_with_the_command_line(
     assert_same(page, run, served.folder, image, "-k", "all")
 
 
-def test_settings_that_are_no_numbers_change_nothing(page: Page) -> None:
+def test_invalid_settings_are_ignored(page: Page) -> None:
     show_settings(page)
     own = setting(page, "beta")
     for wrong in ("-1", ""):
@@ -299,7 +303,7 @@ def test_method_agrees_with_a_dense_reference(page: Page) -> None:
     cases, expected = [], []
     for _ in range(200):
         n, c = int(random.integers(1, 60)), int(random.integers(1, 12))
-        affinities = np.sort(np.round(random.uniform(-0.2, 1, n), int(random.integers(1, 17))))[::-1]  # rounded: ties
+        affinities = np.sort(np.round(random.uniform(-0.2, 1, n), int(random.integers(1, 17))))[::-1]  # with ties
         class_ids = random.integers(0, c, n)
         class_ids[0] = 0  # this class has a key besides the photo itself
         one_hot = np.eye(c)[class_ids]
@@ -335,7 +339,7 @@ def test_method_agrees_with_a_dense_reference(page: Page) -> None:
         rows = None if values is one_hot else values.tolist()
         model = {"values": rows, "offset": offset, "gamma": gamma, "temperature": temperature}
         first = np.eye(c)[0]
-        itself = evidence | {  # the same photo, of the first class: not to count
+        itself = evidence | {  # the photo is itself a shot of the first class; it must not count
             "key_ids": [n, *range(n)], "class_ids": [0, *class_ids.tolist()], "affinities": [1.0, *affinities.tolist()],
             "counts": (counts + first).tolist(), "sums": (sums + first).tolist(),
             "discriminant": (average + first * ((sums[0] + 1) / (counts[0] + 1) + offsets[0] - average[0])).tolist(),
@@ -354,13 +358,15 @@ def test_method_agrees_with_a_dense_reference(page: Page) -> None:
     for rows, (logits, probabilities, text, cache, order) in zip(found, expected, strict=True):
         ids = [row["classId"] for row in rows]
         assert len(ids) == len(order)
-        assert logits[ids] == pytest.approx(logits[order], rel=1e-9, abs=1e-9)  # sums in another order may swap ties
+        assert logits[ids] == pytest.approx(logits[order], rel=1e-9, abs=1e-9)  # rounding errors may swap ties
         assert [row["probability"] for row in rows] == pytest.approx(probabilities[ids], rel=1e-6, abs=1e-12)
         assert [row["text"] for row in rows] == pytest.approx(text[ids])
         assert [row["cache"] for row in rows] == pytest.approx(cache[ids], rel=1e-9, abs=1e-9)
 
 
-def test_wrong_answer_becomes_a_shot_and_back(opened: Open, served: Served, run: Callable[..., Any]) -> None:
+def test_correcting_an_answer_adds_a_shot_and_can_be_undone(
+    opened: Open, served: Served, run: Callable[..., Any]
+) -> None:
     page = opened(expected=[f"{REFUSED}401"]).page
     crabs = caltech_photos("test", "crab", 10)
     told = run("classify", served.folder, *crabs, "--format", "json").stdout.splitlines()
@@ -397,7 +403,7 @@ def test_wrong_answer_becomes_a_shot_and_back(opened: Open, served: Served, run:
     assert answer(page)["probability"] == pytest.approx(before["probability"], rel=1e-3)
     assert "rollback" in run("index", "history", served.folder, "--format", "csv").stdout
 
-    page.fill("#drawer-label", "sea spider")  # a new class, and the token is known by now
+    page.fill("#drawer-label", "sea spider")  # a new class; the page already has the token
     expect(page.locator("#drawer-new")).to_contain_text("the new class sea spider")
     page.keyboard.press("Enter")
     expect(page.locator("#notice")).to_contain_text("to the new class sea spider.")
@@ -407,8 +413,8 @@ def test_wrong_answer_becomes_a_shot_and_back(opened: Open, served: Served, run:
     expect(page.locator("#index-facts")).to_contain_text("11 classes")
 
 
-def test_the_printed_address_lets_one_teach_at_once(opened: Open, served: Served) -> None:
-    """And several at once, by the keyboard alone; undo is a rollback."""
+def test_the_printed_url_allows_changes_without_asking_for_the_token(opened: Open, served: Served) -> None:
+    """Two selected photos are added together with the keyboard, and the change is undone."""
     page = opened(at=f"/#token={TOKEN.replace(' ', '%20')}").page
     assert "token" not in page.url
     ask(page, *caltech_photos("test", "lobster", 3))
@@ -433,8 +439,8 @@ def test_the_printed_address_lets_one_teach_at_once(opened: Open, served: Served
     classified(page, 2)
 
 
-def test_hostile_names_are_text(page: Page) -> None:
-    [anchor] = caltech_photos("train", "anchor", 1)  # one of the two shots of the hostile class
+def test_markup_in_names_is_shown_as_text(page: Page) -> None:
+    [anchor] = caltech_photos("train", "anchor", 1)  # one of the two shots whose class name is markup
     ask(page, anchor, names=[f"{HOSTILE}.jpg"])
     assert HOSTILE in answer(page)["labels"]
     expect(page.locator("#drawer-file")).to_have_text(f"{HOSTILE}.jpg")
@@ -458,21 +464,21 @@ def test_hostile_names_are_text(page: Page) -> None:
     assert page.title() != "1"
 
 
-def test_classifying_with_the_keyboard_alone(page: Page) -> None:
+def test_photos_can_be_classified_with_the_keyboard_alone(page: Page) -> None:
     focused = page.locator(":focus")
-    page.on("filechooser", lambda _: None)  # from now on: the browser is told in its own time
+    page.on("filechooser", lambda _: None)  # register early: the browser is told asynchronously
     page.keyboard.press("Tab")
     expect(focused).to_have_class("skip")
     page.keyboard.press("Enter")
     expect(focused).to_have_id("main")
     page.keyboard.press("Tab")
     expect(focused).to_have_id("choose")
-    assert focused.evaluate("element => getComputedStyle(element).outlineStyle") == "solid"  # the focus can be seen
+    assert focused.evaluate("element => getComputedStyle(element).outlineStyle") == "solid"  # the focus is visible
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Enter")
     chooser.value.set_files(caltech_photos("test", "panda", 1))
     classified(page)
-    expect(page.locator("#live")).to_contain_text("panda")  # said aloud
+    expect(page.locator("#live")).to_contain_text("panda")  # announced by screen readers
     page.focus("#grid")
     page.keyboard.press("Enter")
     expect(focused).to_have_id("drawer")
@@ -505,7 +511,7 @@ def test_classifying_with_the_keyboard_alone(page: Page) -> None:
 
 
 def tab_to(page: Page, wanted: Locator) -> None:
-    """Press Tab until this has the focus."""
+    """Press Tab until ``wanted`` has the focus."""
     for _ in range(60):
         if wanted.evaluate("element => element === document.activeElement"):
             return
@@ -513,7 +519,7 @@ def tab_to(page: Page, wanted: Locator) -> None:
     pytest.fail(f"{wanted} is not reached")
 
 
-def test_teaching_with_the_keyboard_alone(opened: Open) -> None:
+def test_classes_can_be_added_with_the_keyboard_alone(opened: Open) -> None:
     page = opened(at=f"/#token={TOKEN}").page
     page.on("filechooser", lambda _: None)
     tab_to(page, page.locator("#index-name"))
@@ -541,7 +547,7 @@ def test_teaching_with_the_keyboard_alone(opened: Open) -> None:
     expect(page.locator("#index-facts")).to_contain_text("82 photos, 11 classes")
 
 
-def test_pasted_image(page: Page) -> None:
+def test_a_pasted_image_is_classified(page: Page) -> None:
     page.click("#tab-classes")
     [image] = caltech_photos("test", "accordion", 1)
     page.evaluate(
@@ -558,7 +564,7 @@ def test_pasted_image(page: Page) -> None:
     expect(page.locator("#classify-view")).to_be_visible()
 
 
-def test_many_images_at_once(page: Page) -> None:
+def test_many_images_are_classified_sorted_and_downloaded(page: Page) -> None:
     page.evaluate(
         """() => {
             const [make, revoke] = [URL.createObjectURL, URL.revokeObjectURL];
@@ -584,7 +590,7 @@ def test_many_images_at_once(page: Page) -> None:
     assert 1 <= uploads["most"] <= 4
     page.select_option("#sort", "new")
     right = page.locator("#grid .tile").evaluate_all("tiles => tiles.map((tile) => tile.dataset.label)")
-    assert sum(a == b for a, b in zip(right, np.repeat(CLASSES, 2), strict=True)) >= 16  # in the order they came
+    assert sum(a == b for a, b in zip(right, np.repeat(CLASSES, 2), strict=True)) >= 16  # in order of arrival
     page.select_option("#sort", "doubt")
     doubts = page.locator("#grid .tile:not(.unlike)").evaluate_all(
         "tiles => tiles.map((tile) => +tile.dataset.probability)"
@@ -599,7 +605,7 @@ def test_many_images_at_once(page: Page) -> None:
     expect(page.locator("#grid .tile")).to_have_count(20)
     expect(page.locator("#progress")).to_contain_text("20 photos")
     page.wait_for_load_state("networkidle")
-    assert page.evaluate("() => window.urls") == 0  # every object URL was given back
+    assert page.evaluate("() => window.urls") == 0  # every object URL was revoked
     with page.expect_download() as file:
         more(page, "download-csv")
     rows = list(csv.DictReader(file.value.path().read_text().splitlines()))
@@ -615,8 +621,8 @@ def test_many_images_at_once(page: Page) -> None:
     expect(page.locator("#start")).to_be_visible()
 
 
-def test_only_what_is_near_the_window_is_in_the_document(page: Page) -> None:
-    """Of 5,000 photos. The server's answers are those to 20, in turn. benchmarks/page.py measures the frames."""
+def test_only_photos_near_the_viewport_are_in_the_document(page: Page) -> None:
+    """Add 5,000 photos, and repeat the answers for 20 of them. ``benchmarks/page.py`` measures frame times."""
     page.evaluate(
         """async bytes => {
             const real = window.fetch;
@@ -652,13 +658,13 @@ def test_only_what_is_near_the_window_is_in_the_document(page: Page) -> None:
     page.keyboard.press("Escape")
     page.evaluate("scrollTo(0, 40_000)")
     shown = tiles.evaluate_all("all => all.map((one) => +one.getAttribute('aria-posinset'))")
-    assert shown == sorted(shown)  # as a reader of the screen meets them
+    assert shown == sorted(shown)  # screen readers read them in this order
 
 
-def test_from_an_empty_server_to_an_answer(
+def test_an_empty_server_classifies_a_photo_after_five_actions(
     browser: Browser, tmp_path: Path, run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In five actions, and 20 s from the first click, with three classes of five photos; then more is taught."""
+    """The answer arrives within 20 s of the first click. Then a class is added and undone."""
     for label in ("crab", "panda", "pizza"):
         (tmp_path / "photos" / label).mkdir(parents=True)
         for path in caltech_photos("train", label, 5):
@@ -676,7 +682,7 @@ def test_from_an_empty_server_to_an_answer(
         page.click("#teach-go")  # 3
         expect(page.locator("#teach-result")).to_contain_text("“my photos” is ready.")
         expect(page.locator("#teach-result")).to_contain_text("class names alone")
-        page.keyboard.press("Enter")  # 4: the button that asks it has the focus
+        page.keyboard.press("Enter")  # 4: the button for classifying photos has the focus
         drop(page, *caltech_photos("test", "crab", 1))  # 5
         classified(page)
         seconds = time.monotonic() - start
@@ -705,7 +711,7 @@ def test_from_an_empty_server_to_an_answer(
 
 
 def class_folders(place: Path, *labels: str, each: int) -> Path:
-    """Folders of photos, a class each."""
+    """Create a folder of photos for each class."""
     for label in labels:
         (place / label).mkdir(parents=True)
         for path in caltech_photos("train", label, each):
@@ -713,14 +719,14 @@ def class_folders(place: Path, *labels: str, each: int) -> Path:
     return place
 
 
-def test_folders_are_dropped_and_taught_and_long_work_is_cancelled(
+def test_dropped_folders_become_classes_and_adding_can_be_cancelled(
     opened: Open, served: Served, tmp_path: Path
 ) -> None:
     page = opened(at=f"/#token={TOKEN}", expected=[f"{REFUSED}4"]).page
     place = class_folders(tmp_path / "photos", "butterfly", "crab", each=16)
     (place / "crab" / "notes.txt").write_text("not a photo")
     (place / "crab" / ".hidden.jpg").write_text("none either")
-    drop_folders(page, place / "crab")  # in the view of photos: they are asked about
+    drop_folders(page, place / "crab")  # the Classify screen classifies them
     classified(page, 16)
     expect(page.locator("#troubles p")).to_contain_text("notes.txt")
     more(page, "clear")
@@ -757,8 +763,8 @@ def test_folders_are_dropped_and_taught_and_long_work_is_cancelled(
     expect(page.locator("#index-facts")).to_contain_text("82 photos, 11 classes")
 
 
-def test_folders_are_classes_wherever_they_are_dropped(opened: Open, tmp_path: Path) -> None:
-    """On a card too; photos without a folder go to the card that is marked, and all of it is undone."""
+def test_dropped_folders_become_classes_anywhere_on_the_screen(opened: Open, tmp_path: Path) -> None:
+    """This includes drops on a card. Loose photos go to the highlighted card, and one undo reverts all changes."""
     page = opened(at=f"/#token={TOKEN}").page
     go(page, "teach")
     place = class_folders(tmp_path / "photos", "crab", "panda", "pizza", each=2)
@@ -784,7 +790,7 @@ def test_folders_are_classes_wherever_they_are_dropped(opened: Open, tmp_path: P
     drag_files(page, *loose, at=middle(cards.last))
     expect(marked).to_have_count(1)
     expect(cards.last).to_have_class(re.compile("target"))
-    drag_files(page, *loose, at=(600, 20))  # not on a card: the first that has none yet
+    drag_files(page, *loose, at=(600, 20))  # not on a card: the first card without photos is the target
     expect(cards.first).to_have_class(re.compile("target"))
     drag_files(page, place / "crab", at=middle(cards.last))
     expect(marked).to_have_count(0)
@@ -794,8 +800,7 @@ def test_folders_are_classes_wherever_they_are_dropped(opened: Open, tmp_path: P
     assert violations(page) == []
 
 
-def test_camera(browser: Browser, served: Served) -> None:
-    """A photo is asked about, and others become a class."""
+def test_camera_photos_are_classified_or_added_to_a_class(browser: Browser, served: Served) -> None:
     with another(browser, *CAMERA) as filming:
         one = Opened(filming, served.address, f"/#token={TOKEN}")
         page = one.page
@@ -821,20 +826,20 @@ def test_camera(browser: Browser, served: Served) -> None:
         one.close()
 
 
-def test_a_browser_without_a_camera_says_so(page: Page) -> None:
+def test_a_missing_camera_is_reported(page: Page) -> None:
     page.click("#camera")
     expect(page.locator("#camera-said")).to_have_text("No camera was found.")
 
 
 def violations(page: Page) -> list[str]:
-    """What axe finds wrong on the page as it is."""
+    """Return the accessibility violations that axe finds on the page."""
     axe = pytest.importorskip("axe_playwright_python", reason="SKIPPED: no axe; pip install -e '.[dev]'")
     page.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text())
     found = page.evaluate("async () => (await axe.run()).violations")
     return [f"{one['id']}: {node['html']}" for one in found for node in one["nodes"]]
 
 
-def test_files_that_are_no_images_are_one_line(opened: Open, tmp_path: Path) -> None:
+def test_unreadable_files_are_reported_once_per_reason(opened: Open, tmp_path: Path) -> None:
     page = opened(expected=[f"{REFUSED}4"]).page
     wrong = [tmp_path / name for name in ("notes.jpg", "more.jpg", "IMG_1.HEIC")]
     for path in wrong:
@@ -848,7 +853,7 @@ def test_files_that_are_no_images_are_one_line(opened: Open, tmp_path: Path) -> 
     expect(lines).to_have_count(1)
 
 
-def test_a_dead_or_busy_server_is_one_line(opened: Open) -> None:
+def test_an_unreachable_or_busy_server_shows_one_message(opened: Open) -> None:
     page = opened(expected=["Failed to load resource"]).page
     page.route("**/v1/classify**", lambda route: route.abort())
     drop(page, *caltech_photos("test", "panda", 3))
@@ -876,8 +881,8 @@ def test_a_dead_or_busy_server_is_one_line(opened: Open) -> None:
     expect(page.locator("#troubles p")).to_have_count(0)
 
 
-def test_a_slow_server_is_waited_for(page: Page) -> None:
-    """What is asked is shown as such, the page stays as quick as it is, and what is given up leaves nothing."""
+def test_the_page_waits_for_a_slow_server(page: Page) -> None:
+    """Waiting photos are marked, can be opened, and can be removed without an error."""
     held: list[Route] = []
     page.route("**/v1/classify**", lambda route: held.append(route))
     drop(page, *caltech_photos("test", "panda", 6))
@@ -892,13 +897,13 @@ def test_a_slow_server_is_waited_for(page: Page) -> None:
     expect(page.locator("#progress")).to_contain_text("0 of 5 photos done")
     page.unroute("**/v1/classify**")
     for route in held:
-        with contextlib.suppress(Error):  # one was given up, or all went on
+        with contextlib.suppress(Error):  # the page cancelled this request, or it has already continued
             route.continue_()
     classified(page, 5)
     expect(page.locator("#troubles p")).to_have_count(0)
 
 
-def test_a_server_that_is_gone_is_one_line_everywhere(browser: Browser, served: Served, tmp_path: Path) -> None:
+def test_each_screen_reports_a_stopped_server(browser: Browser, served: Served, tmp_path: Path) -> None:
     folder = shutil.copytree(served.folder, tmp_path / "things")
     expect.set_options(PATIENCE)
     with server(folder, "--device", "cpu", token=TOKEN) as (address, process):
@@ -931,7 +936,7 @@ def test_a_server_that_is_gone_is_one_line_everywhere(browser: Browser, served: 
         page.keyboard.press("Enter")
         expect(page.locator("#notice")).to_contain_text(gone)
         show_settings(page)
-        page.fill("#beta", "3")  # what is here is weighed anew all the same
+        page.fill("#beta", "3")  # the page still recalculates its answers
         expect(page.locator("#grid .tile[data-how=page]")).to_have_count(2)
         go(page, "teach")
         page.set_input_files("#teach-folder", class_folders(tmp_path / "photos", "crab", "panda", each=2))
@@ -941,8 +946,8 @@ def test_a_server_that_is_gone_is_one_line_everywhere(browser: Browser, served: 
         one.close()
 
 
-def test_what_the_page_cannot_compute_is_asked(opened: Open, served: Served, run: Callable[..., Any]) -> None:
-    """As with very many values: an estimate at once, then the server's answer."""
+def test_the_server_answers_if_the_page_lacks_values(opened: Open, served: Served, run: Callable[..., Any]) -> None:
+    """The server may refuse to send very many values. The page then shows an estimate until the server answers."""
     page = opened(expected=[f"{REFUSED}422"]).page
 
     def trained(route: Route) -> None:
@@ -972,9 +977,9 @@ def test_what_the_page_cannot_compute_is_asked(opened: Open, served: Served, run
     assert len(asked) == 1
 
 
-def test_index_view(opened: Open, served: Served) -> None:
+def test_classes_and_example_photos_are_listed_and_filtered(opened: Open, served: Served) -> None:
     page = opened().page
-    busy = [202]  # a large audit is computed before it answers
+    busy = [202]  # the status while a large audit is computed
 
     def audit(route: Route) -> None:
         if busy:
@@ -1017,18 +1022,18 @@ def test_index_view(opened: Open, served: Served) -> None:
     screenshot(page, "index-light")
 
 
-def test_wrong_labels_come_first_and_are_mended(opened: Open, served: Served, run: Callable[..., Any]) -> None:
+def test_wrong_labels_are_listed_first_and_corrected(opened: Open, served: Served, run: Callable[..., Any]) -> None:
     page = opened(at=f"/#token={TOKEN}").page
     page.click("#tab-classes")
     worst = page.locator("#audit li")
     page.click("#tab-check")
-    expect(worst).to_have_count(1)  # the one that is clear
+    expect(worst).to_have_count(1)  # the only clear mistake
     expect(worst).to_contain_text("Should this be pizza?")
     key_id = worst.get_attribute("data-key-id")
     page.click("#tab-classes")
     expect(page.locator('#classes-list button[data-label="panda"]')).to_contain_text("1 to check")
     listed = run("index", "audit", served.folder, "--format", "json").stdout.splitlines()
-    assert [json.loads(line)["key_id"] for line in listed] == [int(key_id or "")]  # as by the command line
+    assert [json.loads(line)["key_id"] for line in listed] == [int(key_id or "")]  # the command line lists the same
     page.click("#tab-check")
     page.check("#audit-all")
     expect(worst.nth(1)).to_be_visible()
@@ -1043,7 +1048,7 @@ def test_wrong_labels_come_first_and_are_mended(opened: Open, served: Served, ru
     page.click("#tab-check")
     expect(worst).to_have_count(1)
     page.check("#audit-all")
-    expect(worst).to_have_count(number - 1)  # it is remembered
+    expect(worst).to_have_count(number - 1)  # the page remembers which labels were kept
     page.uncheck("#audit-all")
     version = page.request.get(f"{served.address}/v1/indexes/things").json()["version"]
     worst.get_by_role("button", name="Change to pizza").press("Enter")
@@ -1073,8 +1078,11 @@ def test_wrong_labels_come_first_and_are_mended(opened: Open, served: Served, ru
     expect(page.locator("#shots-count")).to_have_text("8")
 
 
-def test_a_class_is_renamed_or_merged(opened: Open, served: Served) -> None:
-    """By the keyboard too; a name that is there merges, and both are undone."""
+def test_classes_are_renamed_and_merged(opened: Open, served: Served) -> None:
+    """This also works with the keyboard.
+
+    Renaming a class to an existing name merges the two, and both changes can be undone.
+    """
     page = opened(at=f"/#token={TOKEN}").page
     page.click("#tab-classes")
     entry = page.locator("#classes-list li").filter(has_text="crayfish")
@@ -1110,8 +1118,8 @@ def test_a_class_is_renamed_or_merged(opened: Open, served: Served) -> None:
     expect(entry).to_contain_text("8 photos")
 
 
-def test_suspicious_ones_are_mended_together(opened: Open, served: Served) -> None:
-    """Moved as suggested, in one version, which says what it gained; removed; kept: all of them at once, and back."""
+def test_suspicious_labels_are_corrected_removed_or_kept_together(opened: Open, served: Served) -> None:
+    """All corrections form one version, and the message shows their effect on accuracy. Changes can be undone."""
     page = opened(at=f"/#token={TOKEN}", expected=["Failed to load resource: net::ERR_FAILED"]).page
     accuracy = lambda: page.request.get(f"{served.address}/v1/indexes/things/accuracy").json()["both"]  # noqa: E731
     page.click("#tab-classes")
@@ -1144,7 +1152,7 @@ def test_suspicious_ones_are_mended_together(opened: Open, served: Served) -> No
     expect(listed).to_have_count(number)
     page.click("#tab-classes")
     expect(page.locator("#index-judged")).to_contain_text(f"accuracy: {before}")
-    page.route("**/accuracy", lambda route: route.abort())  # then what is known stays, and nothing is said of it
+    page.route("**/accuracy", lambda route: route.abort())  # the old accuracy stays, and the message omits it
     page.click("#tab-check")
     page.click("#audit-remove-all")
     expect(page.locator("#confirm-title")).to_have_text(f"Remove {number} example photos?")
@@ -1163,8 +1171,8 @@ def test_suspicious_ones_are_mended_together(opened: Open, served: Served) -> No
     page.evaluate("() => localStorage.clear()")
 
 
-def test_a_selection_outlasts_a_change_by_somebody_else(opened: Open, served: Served) -> None:
-    """The list is drawn again, with what was selected, and the labels as they are now."""
+def test_a_selection_survives_changes_by_another_user(opened: Open, served: Served) -> None:
+    """The list shows the new labels and keeps the selection."""
     page = opened(at=f"/#token={TOKEN}").page
     page.click("#tab-classes")
     page.fill("#shots-source", ".jpg")
@@ -1185,8 +1193,8 @@ def test_a_selection_outlasts_a_change_by_somebody_else(opened: Open, served: Se
         expect(page.locator("#shots-selected")).to_have_text("82 selected")
 
 
-def map_by_axes(page: Page) -> Locator:
-    """The map of the two axes, which is the same each time."""
+def show_pca_map(page: Page) -> Locator:
+    """Show the PCA map, which is the same each time, and return its canvas."""
     page.click("#tab-map")
     expect(page.locator("#map-method")).to_have_value("tsne")
     page.select_option("#map-method", "pca")
@@ -1194,8 +1202,8 @@ def map_by_axes(page: Page) -> Locator:
     return page.locator("#map-canvas")
 
 
-def test_map_shows_keys_that_are_pointed_at(page: Page, served: Served) -> None:
-    canvas = map_by_axes(page)
+def test_the_map_shows_the_photo_under_the_pointer(page: Page, served: Served) -> None:
+    canvas = show_pca_map(page)
     painted = canvas.evaluate(
         """canvas => {
             const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -1231,10 +1239,10 @@ def test_map_shows_keys_that_are_pointed_at(page: Page, served: Served) -> None:
     expect(canvas).to_have_attribute("data-scale", "1")
 
 
-def test_a_shape_on_the_map_takes_photos(opened: Open, served: Served) -> None:
-    """They are listed, to be moved or removed together; without a mouse, by space and Enter."""
+def test_a_shape_drawn_on_the_map_selects_photos(opened: Open, served: Served) -> None:
+    """The photos are listed and can be moved together. Space and Enter select photos without a mouse."""
     page = opened(at=f"/#token={TOKEN}").page
-    canvas = map_by_axes(page)
+    canvas = show_pca_map(page)
     canvas.scroll_into_view_if_needed()
     found = page.evaluate("async () => (await fetch('/v1/indexes/things/map')).json()")
     inside = {id_ for id_, x, y in zip(found["key_ids"], found["x"], found["y"], strict=True) if x > 0.1 and y > 0}
@@ -1277,8 +1285,8 @@ def test_a_shape_on_the_map_takes_photos(opened: Open, served: Served) -> None:
     expect(page.locator("#shots")).to_be_focused()
     page.click("#shots-all")
     page.click("#tab-map")
-    expect(canvas).to_have_attribute("data-pictures", re.compile("[1-9]"))  # where there is room for them
-    expect(canvas).to_have_attribute("data-names", re.compile(r"^([5-9]|1[01])$"))  # of 11 classes
+    expect(canvas).to_have_attribute("data-pictures", re.compile("[1-9]"))  # thumbnails appear where they fit
+    expect(canvas).to_have_attribute("data-names", re.compile(r"^([5-9]|1[01])$"))  # at least 5 of 11 names fit
     for _ in range(4):
         page.click("#map-closer")
     before = canvas.screenshot()
@@ -1288,12 +1296,12 @@ def test_a_shape_on_the_map_takes_photos(opened: Open, served: Served) -> None:
     page.mouse.move(box["x"] + 300, box["y"] + 60, steps=3)
     page.mouse.up()
     page.keyboard.up("Shift")
-    assert canvas.screenshot() != before  # it was dragged
+    assert canvas.screenshot() != before  # the map has moved
     page.click("#tab-classes")
     expect(page.locator("#shots-mapped")).to_be_hidden()
 
 
-def test_the_photo_that_is_open_is_a_star_on_the_map(page: Page, served: Served) -> None:
+def test_the_map_marks_the_open_photo_with_a_star(page: Page, served: Served) -> None:
     [image] = caltech_photos("test", "panda", 1)
     ask(page, image)
     page.click("#tab-map")
@@ -1324,7 +1332,7 @@ def test_the_photo_that_is_open_is_a_star_on_the_map(page: Page, served: Served)
     assert star() == pytest.approx(axes[0] + evidence["feature"] @ axes[1:], abs=2e-4)
 
 
-def test_removing_a_shot_is_asked_first(page: Page, served: Served, run: Callable[..., Any]) -> None:
+def test_removing_a_shot_requires_confirmation(page: Page, served: Served, run: Callable[..., Any]) -> None:
     page.evaluate("token => sessionStorage.setItem('retrieval-tip token', token)", TOKEN)
     page.click("#tab-classes")
     page.fill("#shots-class", "starfish")
@@ -1344,14 +1352,14 @@ def test_removing_a_shot_is_asked_first(page: Page, served: Served, run: Callabl
     assert "remove 1 key" in history
     assert run("index", "rollback", served.folder).exit_code == 0
     while page.request.get(f"{served.address}/v1/indexes/things").json()["n_keys"] != 82:
-        page.wait_for_timeout(100)  # until the server has followed
+        page.wait_for_timeout(100)  # until the server has loaded the version
     page.click("#tab-classify")
-    drop(page, *caltech_photos("test", "starfish", 1))  # whose answer is of another version than the page knows
+    drop(page, *caltech_photos("test", "starfish", 1))  # the answer is from a newer version than the page's
     classified(page)
     expect(page.locator("#index-facts")).to_contain_text("82 photos")
 
 
-def test_without_a_token_nothing_can_be_changed(page: Page) -> None:
+def test_the_page_offers_no_changes_on_a_read_only_server(page: Page) -> None:
 
     def closed(route: Route) -> None:
         response = route.fetch()
@@ -1369,10 +1377,10 @@ def test_without_a_token_nothing_can_be_changed(page: Page) -> None:
     page.click("#tab-check")
     expect(page.locator("#audit li").first).to_be_visible()
     assert page.locator("#audit").get_by_role("button", name="Change").count() == 0
-    page.unroute_all(behavior="wait")  # so that no request outlasts the page
+    page.unroute_all(behavior="wait")  # no request may outlive the page
 
 
-def test_other_index_of_features_alone(page: Page) -> None:
+def test_an_index_of_features_opens_and_refuses_photos(page: Page) -> None:
     ask(page, *caltech_photos("test", "panda", 1))
     choose(page, "food <b>1")
     expect(page.locator("#index-facts")).to_contain_text("36 photos, 9 classes")
@@ -1382,14 +1390,14 @@ def test_other_index_of_features_alone(page: Page) -> None:
     more(page, "clear")
     expect(page.locator("#known li")).to_have_count(9)
     page.click("#tab-classes")
-    expect(page.locator("#shots .none").first).to_be_visible()  # no pictures
+    expect(page.locator("#shots .none").first).to_be_visible()  # there are no pictures
     expect(page.locator("#shots-count")).to_have_text("36")
     page.click("#tab-map")
     expect(page.locator("#map-method")).to_have_value("tsne")
     page.click("#tab-check")
     expect(page.locator("#audit-state")).not_to_contain_text("Loading")
     page.reload()
-    expect(page.locator("#index-name")).to_have_text("food <b>1")  # it is remembered
+    expect(page.locator("#index-name")).to_have_text("food <b>1")  # the page remembers the classifier
     choose(page, "things")
     expect(page.locator("#index-facts")).to_contain_text("82 photos")
     page.click("#tab-classes")
@@ -1398,8 +1406,8 @@ def test_other_index_of_features_alone(page: Page) -> None:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (2560, "light")])
-def test_every_screen_fits(opened: Open, tmp_path: Path, width: int, scheme: str) -> None:
-    """On a phone and on a wall, without scrolling sideways and without a violation that axe finds, as of contrast."""
+def test_every_screen_fits_and_is_accessible(opened: Open, tmp_path: Path, width: int, scheme: str) -> None:
+    """On a phone and a large monitor, no screen scrolls sideways, and axe finds no violations."""
     size = {"width": width, "height": 844 if width < 500 else 1440}
     page = opened(viewport=size, has_touch=width < 500, color_scheme=scheme).page
 
@@ -1421,7 +1429,7 @@ def test_every_screen_fits(opened: Open, tmp_path: Path, width: int, scheme: str
     some = [*caltech_photos("test", "crab", 3), *caltech_photos("test", "car_side", 2)]
     ask(page, *some, names=[f"{number}{'a-very-long-name' * 10}.jpg" for number in range(5)], number=6)
     if width < 500:
-        page.click("#filters")  # they are folded on a phone
+        page.click("#filters")  # the filters are collapsed on phones
     more(page, "group")
     page.locator("#grid .tile .tick").first.click()
     fits("grid")
@@ -1464,8 +1472,8 @@ def test_every_screen_fits(opened: Open, tmp_path: Path, width: int, scheme: str
     fits("teach")
 
 
-def test_the_interface_is_described(opened: Open, served: Served) -> None:
-    """From files in the wheel, and without a word from elsewhere."""
+def test_the_docs_page_lists_every_operation(opened: Open, served: Served) -> None:
+    """The page loads no files from other hosts."""
     page = opened(at="/docs", ready="#operations section").page
     described = page.request.get(f"{served.address}/openapi.json").json()
     number = sum(len(methods) for methods in described["paths"].values())
@@ -1476,7 +1484,7 @@ def test_the_interface_is_described(opened: Open, served: Served) -> None:
     assert violations(page) == []
 
 
-def test_chromium_is_demanded_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chromium_is_required_only_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", os.devnull)
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception, match="SKIPPED: no Chromium"), chromium():
@@ -1491,7 +1499,7 @@ LABELS = CLASSES[:6]
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Unlabelled photos of six classes: the true label of each file name."""
+    """Return the true labels of unlabelled photos by file name. The empty name stands for their folder."""
     folder = tmp_path_factory.mktemp("pool")
     found = {}
     for label in LABELS:
@@ -1500,7 +1508,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             shutil.copy(path, folder / name)
             found[name] = label
             if number == 0:
-                shutil.copy(path, folder / f"{len(found):03}.jpg")  # a copy, to be labelled together
+                shutil.copy(path, folder / f"{len(found):03}.jpg")  # a copy, to label together with the original
                 found[f"{len(found):03}.jpg"] = label
     found[""] = str(folder)
     return found
@@ -1508,7 +1516,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @contextlib.contextmanager
 def labelling(browser: Browser, pool: dict[str, str], into: Path, **options: Any) -> Iterator[tuple[Page, Any]]:
-    """The Label screen of a session that saves into a folder, and its process."""
+    """Serve a labelling session that saves to ``into``. Yield its page and the server process."""
     model = "--model", f"local-dir:{SHARED / 'models' / 'lit-mini'}", "--device", "cpu"
     expect.set_options(PATIENCE)
     with server(pool[""], "--into", into, *model, command="label") as (url, process):
@@ -1525,7 +1533,7 @@ def shown_photo(page: Page) -> str:
 
 
 def label_by_key(page: Page, label: str) -> str:
-    """Label the photo with the keyboard, as a person would, and return how."""
+    """Label the photo with the keyboard as a person would. Return the key used, or "typed"."""
     name, choices = shown_photo(page), page.locator("#label-choices .name").all_text_contents()
     if choices[:1] == [label] and page.locator("#label-choices .primary").count():
         how = "Enter"
@@ -1549,17 +1557,17 @@ WAITED = """async () => {
 }"""
 
 
-def test_sixty_photos_are_labelled_by_keyboard_and_continued(
+def test_sixty_photos_are_labelled_by_keyboard_in_two_sessions(
     browser: Browser, pool: dict[str, str], tmp_path: Path, run: Callable[..., Any]
 ) -> None:
     folder, hows, waited = tmp_path / "things", [], []
     with labelling(browser, pool, folder) as (page, _):
         assert violations(page) == []
-        expect(page.locator("#label-class")).to_be_focused()  # the only choice, as there are no classes yet
+        expect(page.locator("#label-class")).to_be_focused()  # there are no classes to choose from yet
         for _ in range(40):
             hows.append(label_by_key(page, pool[shown_photo(page)]))
             waited.append(page.evaluate(WAITED))
-            page.wait_for_timeout(200)  # a quick person
+            page.wait_for_timeout(200)  # the pace of a fast person
         expect(page.locator("#label-progress")).to_contain_text("40 of 90 photos labelled.")
         expect(page.locator("#label-saved")).to_have_text("All labels are saved in “things”.")
         expect(page.locator("#index-facts")).to_contain_text("6 classes")
@@ -1587,9 +1595,10 @@ def test_sixty_photos_are_labelled_by_keyboard_and_continued(
     assert all(pool[Path(row["source"]).name] == row["label"] for row in labels)
 
 
-def test_a_photo_is_skipped_undone_and_labelled_with_its_copies(
+def test_photos_can_be_skipped_and_labelled_with_their_copies(
     browser: Browser, pool: dict[str, str], tmp_path: Path
 ) -> None:
+    """Labels can also be undone."""
     with labelling(browser, pool, tmp_path / "things") as (page, _):
         first = shown_photo(page)
         page.click("#label-skip")
@@ -1619,7 +1628,9 @@ def test_a_photo_is_skipped_undone_and_labelled_with_its_copies(
         expect(page.locator("#label-saved")).to_have_text("All labels are saved in “things”.")
 
 
-def test_labels_wait_for_a_server_that_is_away(browser: Browser, pool: dict[str, str], tmp_path: Path) -> None:
+def test_labels_are_kept_until_the_server_can_be_reached(
+    browser: Browser, pool: dict[str, str], tmp_path: Path
+) -> None:
     with labelling(browser, pool, tmp_path / "things", expected=["Failed to load resource"]) as (page, _):
         page.route("**/v1/label", lambda route: route.abort() if route.request.method == "POST" else route.continue_())
         for _ in range(3):
@@ -1637,7 +1648,7 @@ def test_labels_wait_for_a_server_that_is_away(browser: Browser, pool: dict[str,
         expect(page.locator("#label-saved")).to_have_text("All labels are saved in “things”.")
 
 
-def test_labelling_on_a_phone(browser: Browser, pool: dict[str, str], tmp_path: Path) -> None:
+def test_photos_can_be_labelled_on_a_phone(browser: Browser, pool: dict[str, str], tmp_path: Path) -> None:
     phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
     with labelling(browser, pool, tmp_path / "things", **phone, reduced_motion="no-preference") as (page, _):
         page.evaluate(
@@ -1651,7 +1662,7 @@ def test_labelling_on_a_phone(browser: Browser, pool: dict[str, str], tmp_path: 
         expect(page.locator("#label-progress")).to_contain_text("1 of 90")
         page.locator("#label-choices button").first.tap()
         expect(page.locator("#label-progress")).to_contain_text("2 of 90")
-        page.wait_for_function("() => window.slid && !document.querySelector('.sliding')")  # the photo, to its class
+        page.wait_for_function("() => window.slid && !document.querySelector('.sliding')")  # the slide has ended
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert violations(page) == []
 
@@ -1686,7 +1697,7 @@ def test_photos_are_downloaded_in_folders_by_class(page: Page) -> None:
     assert sorted(packed.read(name) for name in names) == sorted(image.read_bytes() for image in images)
 
 
-def test_photos_are_sorted_by_their_similarity_to_one(page: Page) -> None:
+def test_photos_are_sorted_by_similarity_to_the_open_photo(page: Page) -> None:
     ask(page, *caltech_photos("test", "panda", 2), *caltech_photos("test", "pizza", 2))
     tiles = page.locator("#grid .tile")
     tiles.filter(has_text="pizza").first.click()
@@ -1705,7 +1716,7 @@ def test_answers_are_confirmed_one_by_one_or_together(opened: Open) -> None:
     page.focus("#drawer")
     page.keyboard.press("Enter")
     expect(page.locator("#notice")).to_contain_text(f"Added 1 example photo to {label}.")
-    expect(page.locator("#drawer-right")).to_be_hidden()  # it is confirmed
+    expect(page.locator("#drawer-right")).to_be_hidden()  # already confirmed
     expect(page.locator("#grid .tile.taught")).to_have_count(1)
     page.locator("#notice").get_by_role("button", name="Undo").click()
     expect(page.locator("#grid .tile.taught")).to_have_count(0)
@@ -1724,7 +1735,7 @@ def test_answers_are_confirmed_one_by_one_or_together(opened: Open) -> None:
     expect(page.locator("#index-facts")).to_contain_text("82 photos")
 
 
-def test_the_accuracy_leads_to_the_weakest_class(opened: Open, served: Served) -> None:
+def test_the_accuracy_links_to_the_weakest_class(opened: Open, served: Served) -> None:
     page = opened(at=f"/#token={TOKEN}").page
     found = page.request.get(f"{served.address}/v1/indexes/things/accuracy").json()
     shown = f"{100 * found['both']:.0f} % accurate ({100 * found['low']:.0f}–{100 * found['high']:.0f})"
@@ -1745,7 +1756,7 @@ def test_the_accuracy_leads_to_the_weakest_class(opened: Open, served: Served) -
 
 
 def test_classifiers_are_renamed_duplicated_and_deleted(browser: Browser, served: Served, tmp_path: Path) -> None:
-    """By the menu of the name, with the mouse and by the keyboard; what others say no to is one line."""
+    """This works in the classifier's menu, with mouse and keyboard. Refused names are reported in one message."""
     folder = shutil.copytree(served.folder, tmp_path / "things")
     expect.set_options(PATIENCE)
     with server(folder, "--device", "cpu", token=TOKEN) as (address, _):
@@ -1808,17 +1819,17 @@ def test_classifiers_are_renamed_duplicated_and_deleted(browser: Browser, served
             page.keyboard.press("Enter")
             if left != "things":
                 expect(name).to_have_text(left)
-        expect(page.locator("#problem")).to_contain_text("no classifier")  # and no encoder to make one with
+        expect(page.locator("#problem")).to_contain_text("no classifier")  # nor an encoder to create one
         assert list(tmp_path.iterdir()) == []
         one.close()
 
 
-def test_a_card_is_dragged_onto_another_to_merge_the_classes(opened: Open) -> None:
+def test_dragging_a_class_card_onto_another_merges_the_classes(opened: Open) -> None:
     page = opened(at=f"/#token={TOKEN}").page
     page.click("#tab-classes")
     card = lambda label: page.locator(f'#classes-list li[data-label="{label}"]')  # noqa: E731
     expect(card("crab").locator("img")).to_have_js_property("complete", True)
-    card("crab").drag_to(card("crab"))  # onto itself
+    card("crab").drag_to(card("crab"))  # dropped on itself, it does not change
     card("crab").drag_to(card("lobster"))
     expect(page.locator("#notice")).to_contain_text("Merged crab into lobster.")
     expect(card("lobster")).to_contain_text("16 photos")
@@ -1827,7 +1838,7 @@ def test_a_card_is_dragged_onto_another_to_merge_the_classes(opened: Open) -> No
     expect(card("crab")).to_contain_text("8 photos")
 
 
-def test_keys_decide_about_labels_that_are_checked(opened: Open) -> None:
+def test_suspicious_labels_are_reviewed_with_keyboard_shortcuts(opened: Open) -> None:
     page = opened(at=f"/#token={TOKEN}").page
     page.click("#tab-check")
     page.check("#audit-all")
@@ -1853,8 +1864,8 @@ def test_keys_decide_about_labels_that_are_checked(opened: Open) -> None:
     expect(page.locator("#notice")).to_contain_text("Undone")
 
 
-def test_a_swipe_confirms_or_corrects_on_a_phone(opened: Open) -> None:
-    """And the buttons are at the bottom of the window."""
+def test_a_swipe_confirms_or_corrects_an_answer_on_a_phone(opened: Open) -> None:
+    """The buttons are at the bottom of the window."""
     phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
     page = opened(at=f"/#token={TOKEN}", **phone).page
     ask(page, *caltech_photos("test", "pizza", 1))
@@ -1869,7 +1880,7 @@ def test_a_swipe_confirms_or_corrects_on_a_phone(opened: Open) -> None:
             session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [at]})
         session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
 
-    for across, down in ((20, 0), (80, 120)):  # too short, and a scroll
+    for across, down in ((20, 0), (80, 120)):  # a swipe that is too short, and a scroll
         swipe(across, down)
     expect(page.locator("#drawer-right")).to_be_visible()
     swipe(-120)
@@ -1883,7 +1894,7 @@ def test_a_swipe_confirms_or_corrects_on_a_phone(opened: Open) -> None:
     assert page.locator("#grid").evaluate("grid => Math.round(grid.clientWidth / grid.firstChild.clientWidth)") == 3
 
 
-def test_the_accuracy_counts_up_unless_motion_is_not_wanted(opened: Open) -> None:
+def test_the_accuracy_counts_up_unless_motion_is_reduced(opened: Open) -> None:
     for motion, steps in (("no-preference", [94, 95, 96]), ("reduce", [])):
         page = opened(at=f"/#token={TOKEN}", reduced_motion=motion).page
         version = int(page.locator("#index-facts").get_attribute("data-version") or 0)
@@ -1914,7 +1925,7 @@ def test_the_accuracy_counts_up_unless_motion_is_not_wanted(opened: Open) -> Non
         page.unroute_all(behavior="wait")
 
 
-def test_the_font_is_the_pages_own_and_no_toolbar_wraps(opened: Open) -> None:
+def test_the_page_uses_its_own_font_and_no_toolbar_wraps(opened: Open) -> None:
     page = opened(at=f"/#token={TOKEN}", viewport={"width": 1280, "height": 840}).page
     assert page.evaluate("async () => (await document.fonts.ready, document.fonts.check('600 14px Inter'))")
     ask(page, *caltech_photos("test", "pizza", 3))
@@ -1934,7 +1945,7 @@ def test_the_font_is_the_pages_own_and_no_toolbar_wraps(opened: Open) -> None:
 
 
 def test_thousands_of_classes_are_listed(opened: Open) -> None:
-    """All of them, though only those near the window are drawn."""
+    """Every class is in the document, but only cards near the viewport are drawn."""
     page = opened().page
     whole = page.evaluate("async () => (await fetch('/v1/indexes/things')).json()")
     whole["classes"] += [{"class_id": 11 + i, "label": f"class {i}", "keys": 4} for i in range(3000)]

@@ -1,4 +1,4 @@
-"""The accuracy of the unlabelled photos, estimated from random labels: against classifiers without those labels."""
+"""Estimated accuracy on unlabelled photos, checked against classifiers that are fitted without the random labels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CENTRES, TEXT = unit_rows(4, 10, 5), unit(unit_rows(4, 10, 5) + 0.8 * unit_rows(
 
 
 def index_of(n, text, seed=0):
-    """A fitted index of an uneven number of photos of each class, and two photos with the same source."""
+    """Return a fitted index of unequal classes, its features and its class ids. Photos 0 and 1 have the same source."""
     ids = np.random.default_rng(seed).choice(4, n, p=[0.5, 0.25, 0.2, 0.05])
     features = unit(CENTRES[ids] + 1.5 * unit_rows(n, 10, seed + 1))
     sources = [f"photo-{max(i, 1)}" for i in range(n)]
@@ -31,7 +31,7 @@ def index_of(n, text, seed=0):
 
 
 def answers_without(index, features, ids, asked, kept):
-    """Logits of each photo from a new index over the kept photos but itself."""
+    """Return the logits of each photo from a new index of the other kept photos."""
     form, logits = Form.of(index.fitted, index.settings.beta), []
     for photo in asked:
         others = [i for i in kept if i != photo and not {i, photo} <= {0, 1}]
@@ -58,7 +58,7 @@ def test_each_random_photo_is_classified_without_its_label(text):
     logits = answers_without(index, features, ids, random, range(40))
     right = logits.argmax(axis=1) == ids[random]
     assert 0 < right.sum() < 7
-    found = estimate_rest(index, [*random, 0, 999], rest)  # 0 is another key of the same photo as 1; 999 is unknown
+    found = estimate_rest(index, [*random, 0, 999], rest)  # 0 has the same source as 1; 999 is unknown
     assert (found.right, found.n) == (right.sum(), 7)
     correction = 7 / 17 * (right.mean() - highest(logits, temperature).mean())
     assert found.accuracy == pytest.approx(highest(before, temperature).mean() + correction, abs=1e-4)
@@ -68,7 +68,7 @@ def test_each_random_photo_is_classified_without_its_label(text):
     assert gain_of(index, random, found, 20) == pytest.approx(max(0, right.mean() - half.mean()) * np.log2(1.5))
 
 
-def test_parts_of_many_random_photos_are_classified_without_any_label_of_their_part(monkeypatch):
+def test_many_random_photos_are_held_out_in_parts(monkeypatch):
     index, features, _ = index_of(30, True)
     monkeypatch.setattr(held_out, "PARTS", 2)
     seen = []
@@ -84,7 +84,7 @@ def test_parts_of_many_random_photos_are_classified_without_any_label_of_their_p
         assert len(own_ids) + len(rest) in (29, 30)
 
 
-def test_without_random_labels_nothing_is_claimed():
+def test_the_estimate_is_empty_without_random_labels():
     index, features, _ = index_of(30, False)
     none = estimate_rest(index, [99], features)
     assert none == Estimate(0, 0, 0.0, 0.0, 1.0)
@@ -94,5 +94,5 @@ def test_without_random_labels_nothing_is_claimed():
     single = CacheModel.from_features(features[:2], [0, 1], NAMES, device="cpu")
     closed_form.fit(single)
     found = estimate_rest(single, [0, 1], features)
-    assert (found.right, found.n) == (0, 2)  # without its label, each class is unknown
+    assert (found.right, found.n) == (0, 2)  # without its only photo, a class is unknown
     assert gain_of(single, [0, 1], found, 2) is None

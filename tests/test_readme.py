@@ -176,7 +176,7 @@ RECIPES = {  # what each is run with, on the demo's photos and encoder
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "indexes").glob("*.toml")), ids=lambda recipe: recipe.name)
-def test_recipes_build_what_they_say(recipe, fetched, place, warm_path):
+def test_recipes_build_the_described_indexes(recipe, fetched, place, warm_path):
     (place / "build").mkdir()
     (place / "build/demo").symlink_to(fetched)
     typed_and_printed(f"retrieval-tip index build --recipe {recipe} {RECIPES[recipe.name]}", place, warm_path)
@@ -199,13 +199,13 @@ def test_the_readme_is_one_screen_and_a_half():
     assert len((ROOT / "README.md").read_bytes()) <= 7000
 
 
-def test_links_lead_somewhere():
+def test_links_are_valid():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_make_targets_are_those_that_the_pages_name():
+def test_make_targets_match_the_documentation():
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     targets = set(re.findall(r"make ([a-z]+)", shown))
     assert {"setup", "demo", "check", "test", "bench", "help"} <= targets

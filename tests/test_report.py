@@ -40,7 +40,7 @@ pytest.importorskip("matplotlib")
 
 IMAGES = SHARED / "data/caltech101/101_ObjectCategories"
 ALIKE = ["chair", "crayfish", "crocodile", "crocodile_head", "lobster", "windsor_chair"]
-if IMAGES.is_dir() and not (IMAGES / ALIKE[0]).is_dir():  # others stand in for them
+if IMAGES.is_dir() and not (IMAGES / ALIKE[0]).is_dir():  # use other classes instead
     ALIKE = sorted(folder.name for folder in IMAGES.iterdir())[:6]
 MODEL = f"local-dir:{SHARED}/models/lit-mini"
 INLINE = {"a", "b", "code", "data", "span"}
@@ -48,7 +48,7 @@ HOSTILE = ["<script>alert(1)<", "\"><img src=x onerror='a()'>", "a\nb\x1b[31m", 
 
 
 class Node:
-    """An element of a page: its attributes, and what is in it."""
+    """An element of a page, with its attributes and children."""
 
     def __init__(self, name="", attributes=()):
         self.name, self.attributes, self.inside = name, dict(attributes), []
@@ -67,7 +67,7 @@ class Node:
 
     @property
     def text(self):
-        """As it is read: inline elements join what is beside them, others do not."""
+        """The text as a reader sees it. Inline elements are joined to the text around them, and others are not."""
         parts = (
             part if isinstance(part, str) else part.text if part.name in INLINE else f" {part.text} "
             for part in self.inside
@@ -79,7 +79,7 @@ class Node:
 
 
 class Tree(HTMLParser):
-    """A page as nodes; it has to be well-formed."""
+    """A page as nodes. It must be well-formed."""
 
     def __init__(self, source):
         super().__init__(convert_charrefs=True)
@@ -106,7 +106,7 @@ class Tree(HTMLParser):
 
 
 def read(path):
-    """A report taken apart, after looking at what every one of them has to be."""
+    """Check what all reports have in common, and return the report as nodes."""
     source = Path(path).read_text(encoding="utf-8")
     assert "\u202e" not in source
     page = Tree(source).open[0]
@@ -141,7 +141,7 @@ def section(page, name):
 
 
 def figures(page):
-    """Exact accuracy and mean of classes by the way of answering."""
+    """The exact accuracy, and the mean over classes, by method."""
     return {
         row.first("b").text: tuple(float(node.attributes["value"]) for node in row.all("data"))
         for row in section(page, "accuracy").first("tbody").all("tr")
@@ -149,7 +149,7 @@ def figures(page):
 
 
 def advice(page):
-    """The recommendations, in their order."""
+    """The recommendations in order."""
     return [node.text for found in page.all("ol", class_="actions") for node in found.all("li")]
 
 
@@ -177,7 +177,7 @@ def caltech(shared, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def written(caltech):
-    """A report on them, with what was printed."""
+    """A report on the index of ``caltech``, and the output of the command."""
     out = caltech / "report.html"
     result = done("-q", "report", caltech / "index", "--test", caltech / "test", "--out", out, "--seeds", 2)
     return out, result
@@ -185,7 +185,7 @@ def written(caltech):
 
 @pytest.fixture(scope="module")
 def food(shared, tmp_path_factory):
-    """An index of food features, 4 shots, and the test table: no pictures anywhere."""
+    """An index of food features with 4 shots per class, and the test table. There are no pictures."""
     data, out = shared / "data/clip-food9", tmp_path_factory.mktemp("food") / "food"
     options = ("--text", data / "text.parquet", "--shots", 4, "--out", out)
     done("-q", "index", "build", "--fit", "none", data / "train.parquet", *options)
@@ -193,7 +193,7 @@ def food(shared, tmp_path_factory):
 
 
 def made(tmp_path, labels=("cat", "dog", "owl"), text=True, n=24, test_labels=None, noise=0.7, **table):
-    """A small index of made features, and a test table, of which some rows are answered wrongly."""
+    """A small index of synthetic features, and a test table in which some answers are wrong."""
     means, random = unit_rows(len(labels), 16), np.random.default_rng(1)
 
     def rows(ids, seed):
@@ -210,19 +210,19 @@ def made(tmp_path, labels=("cat", "dog", "owl"), text=True, n=24, test_labels=No
 
 
 def reported(place, folder, test, *options):
-    """A report in this folder, taken apart."""
+    """Write a report into a folder, and return it as nodes."""
     done("-q", "report", folder, "--test", test, "--out", place / "r.html", *options)
     return read(place / "r.html")
 
 
 @pytest.fixture
 def drawn():
-    """Diagrams are drawn as SVG; without it they are only made, which takes a second less a report."""
+    """Draw diagrams as SVG. Other tests only create them, which saves a second per report."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _light_probe():
-    """Of a linear probe, only that it is the one of ``evaluate`` is asked here."""
+    """Use a fast linear probe, because these tests only check that the report shows its accuracy."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(baselines, "STEPS", 10)
         yield
@@ -242,7 +242,7 @@ def _light(request, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
-def test_the_figures_are_those_of_evaluate(written, caltech):
+def test_the_figures_equal_those_of_evaluate(written, caltech):
     out, result = written
     page = read(out)
     facts = json.loads(done("-q", "evaluate", caltech / "index", caltech / "test", "--json").stdout)
@@ -271,7 +271,7 @@ def log_softmax(z):
     return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
 
 
-def test_parts_are_judged_as_plain_numpy_would(caltech):
+def test_the_accuracy_of_each_part_matches_plain_numpy(caltech):
     cache = CacheModel.load(caltech / "index", device="cpu", precision="float32")
     rng = np.random.default_rng(0)
     keys = np.asarray(cache.keys, dtype=np.float64)
@@ -313,12 +313,12 @@ def test_the_worst_mistakes_are_explained(tmp_path):
     assert shown[4] == 0
 
 
-def test_ties_go_by_the_order_of_the_source():
+def test_ties_follow_the_order_of_the_source():
     right = np.array([False, False, False, True, False])
     assert worst(np.array([-2.0, -1, -2, 0, -900]), right) == [4, 0, 2, 1]
 
 
-def test_the_curve_is_that_of_a_sweep_and_features_get_placeholders(food, tmp_path):
+def test_the_curve_equals_that_of_a_sweep_and_features_have_placeholders(food, tmp_path):
     folder, test = food
     page = reported(tmp_path, folder, test, "--seeds", 2)
     shots = [f"--shots={n}" for n in (1, 2, 4)]
@@ -346,7 +346,7 @@ def test_the_curve_is_that_of_a_sweep_and_features_get_placeholders(food, tmp_pa
 # ---------------------------------------------------------------------------------------------------- pictures, names
 
 
-def test_pictures_are_thumbnails_of_the_items_and_their_keys(written, caltech):
+def test_pictures_are_thumbnails_of_the_photos_and_their_keys(written, caltech):
     page = read(written[0])
     cards = list(page.first("ol", class_="cards").all("li", class_="card"))
     assert 2 < len(cards) <= MISTAKES
@@ -388,7 +388,7 @@ def test_ids_of_an_encoded_table_find_their_pictures(caltech, tmp_path):
 
 
 @pytest.mark.usefixtures("drawn")
-def test_a_diagram_takes_any_name(recwarn):
+def test_diagrams_accept_any_class_name(recwarn):
     names = ["font: 1px '", "<!--", "--><style>", "#222222", '"><g id="', "</svg>", "$x^{", "\ud800"]
     evaluation = made_up(np.arange(16) % 8, np.arange(16) // 2, names)
     for draw in (plots.draw_confusion, plots.draw_per_class):
@@ -403,7 +403,7 @@ def test_a_diagram_takes_any_name(recwarn):
 
 @pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("date", ["-", "", "9" * 30])
-def test_a_diagram_reads_no_date_of_the_environment(date, monkeypatch, tmp_path):
+def test_diagrams_ignore_a_date_in_the_environment(date, monkeypatch, tmp_path):
     evaluation, drawn = made_up([0, 1], [1, 0], ["cat", "dog"]), []
     for value in (None, date):
         if value is not None:
@@ -411,11 +411,11 @@ def test_a_diagram_reads_no_date_of_the_environment(date, monkeypatch, tmp_path)
         drawn.append(plots.svg(lambda: plots.draw_confusion(evaluation), "x"))
         plots.write(lambda: plots.draw_confusion(evaluation), tmp_path / "x.svg", "x")
     assert drawn[0] == drawn[1]
-    assert "<dc:date>" not in (tmp_path / "x.svg").read_text()  # it stands in the diagram
+    assert "<dc:date>" not in (tmp_path / "x.svg").read_text()  # the diagram itself shows it
 
 
 @pytest.mark.usefixtures("drawn")
-def test_hostile_names_stay_names(tmp_path):
+def test_hostile_names_are_shown_as_text(tmp_path):
     labels = [f"{name}{i}" for i, name in enumerate(HOSTILE)]
     ids = np.random.default_rng(0).integers(0, 5, 60)
     folder, test = made(tmp_path, labels, test_labels=ids, noise=2.5, ids=[f"{HOSTILE[i % 5]}/{i}" for i in range(60)])
@@ -435,7 +435,7 @@ def test_hostile_names_stay_names(tmp_path):
 
 
 @pytest.mark.usefixtures("drawn")
-def test_a_fine_tuned_index_is_set_beside_what_it_was_made_from(caltech, tmp_path):
+def test_a_fine_tuned_index_is_compared_with_its_original(caltech, tmp_path):
     tuned = tmp_path / "tuned"
     done("-q", "finetune", caltech / "index", "--out", tuned, "--views-cache", 1, "--epochs", 3, "--keep-last")
     page = reported(tmp_path, tuned, caltech / "test")
@@ -457,7 +457,7 @@ def test_a_fine_tuned_index_is_set_beside_what_it_was_made_from(caltech, tmp_pat
     assert set(figures(read(tmp_path / "r.html"))) == {"Tip-Adapter-F", "class names only", "examples only"}
 
 
-def test_a_fitted_index_is_set_beside_what_else_its_shots_allow(tmp_path):
+def test_a_fitted_index_is_compared_with_other_methods(tmp_path):
     folder, test = made(tmp_path)
     results = tmp_path / "runs.parquet"
     rivals = ["--method", "class-means", "--method", "linear-probe", "--method", "untouched"]
@@ -472,7 +472,7 @@ def test_a_fitted_index_is_set_beside_what_else_its_shots_allow(tmp_path):
     assert section(page, "shots").first("table").rows()[1][2] == percent(ways["fitted"])
 
 
-def test_the_verdict_comes_first_and_says_what_to_do(tmp_path, monkeypatch):
+def test_the_verdict_comes_first_with_recommendations(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder, test = made(tmp_path, n=60, noise=2.0)
     page = reported(tmp_path, folder, test, "--no-curves")
@@ -488,15 +488,15 @@ def test_the_verdict_comes_first_and_says_what_to_do(tmp_path, monkeypatch):
     assert not [said for said in advice(reported(tmp_path, folder, test, "--no-curves")) if said.startswith("Fit")]
 
 
-def test_the_weakest_class_comes_first_and_as_many_labels_as_an_audit_lists(tmp_path):
+def test_the_report_names_the_weakest_class_and_the_labels_of_an_audit(tmp_path):
     labels = ["cat", "dog", "owl"]
     folder, test = made(tmp_path, labels, test_labels=[0] * 6 + [1] * 20 + [2] * 20, noise=0.3, text=False)
     rows = CacheModel.load(folder, device="cpu").labels.to_pylist()
     cats, owls = ([row["key_id"] for row in rows if row["label"] == name] for name in ("cat", "owl"))
-    moved = [*cats[:3], owls[0]]  # three of four, and one
+    moved = [*cats[:3], owls[0]]  # three of the four cats, and one owl
     done("-q", "index", "relabel", folder, "dog", "--key-ids", ",".join(map(str, moved)))
     twice = write_table(tmp_path / "t.parquet", np.asarray(CacheModel.load(folder, device="cpu").keys)[-1:], ["cat"])
-    done("-q", "index", "add", folder, twice)  # a duplicate of an example of another class
+    done("-q", "index", "add", folder, twice)  # a copy of an example of another class
     said = advice(reported(tmp_path, folder, test, "--no-curves"))
     facts = json.loads(done("-q", "evaluate", folder, test, "--json").stdout)
     wrong, cats = round((1 - facts["top1"]) * 46), round((1 - facts["per_class"]["cat"]) * 6)
@@ -508,7 +508,7 @@ def test_the_weakest_class_comes_first_and_as_many_labels_as_an_audit_lists(tmp_
     assert [one for one in said if one.startswith(f"Check {len(listed)} labels: ")]
 
 
-def test_single_mistakes_are_no_advice(tmp_path):
+def test_single_mistakes_lead_to_no_recommendation(tmp_path):
     folder, test = made(tmp_path, noise=0.1, test_labels=[0, 1, 2] * 10)
     table = pq.read_table(test)
     labels = [{"cat": "dog", "dog": "owl", "owl": "cat"}[label] if i < 3 else label
@@ -521,7 +521,7 @@ def test_single_mistakes_are_no_advice(tmp_path):
     assert len(list(page.all("li", class_="card"))) == 3
 
 
-def test_an_index_without_text_has_no_zero_shot(tmp_path):
+def test_an_index_without_text_shows_no_zero_shot_accuracy(tmp_path):
     folder, test = made(tmp_path, text=False)
     page = reported(tmp_path, folder, test, "--shots", 2)
     assert set(figures(page)) == {"examples only", "class means", "linear probe", "Tip-Adapter"}
@@ -529,7 +529,7 @@ def test_an_index_without_text_has_no_zero_shot(tmp_path):
 
 
 @pytest.mark.usefixtures("drawn")
-def test_a_test_without_mistakes_has_no_list_of_them(tmp_path):
+def test_without_mistakes_no_list_is_shown(tmp_path):
     folder, test = made(tmp_path, noise=0.1)
     page = reported(tmp_path, folder, test, "--no-curves")
     assert {node.attributes["id"] for node in page.all("section")} == {
@@ -539,7 +539,7 @@ def test_a_test_without_mistakes_has_no_list_of_them(tmp_path):
 
 @pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("labels", [("cat", "dog", "owl"), ("cat",)])
-def test_a_test_of_one_class(labels, tmp_path):
+def test_a_test_source_may_have_one_class(labels, tmp_path):
     folder, test = made(tmp_path, labels, test_labels=[0] * 7, noise=2.5)
     page = reported(tmp_path, folder, test)
     assert [row[0] for row in section(page, "classes").first("table").rows()] == ["class", "cat"]
@@ -560,7 +560,7 @@ def test_a_curve_needs_two_shots_and_few_classes(tmp_path, monkeypatch):
     assert [row[0] for row in section(page, "shots").first("table").rows()[1:]] == ["1", "2"]
 
 
-def test_settings_say_where_they_come_from(tmp_path):
+def test_the_report_names_the_source_of_the_settings(tmp_path):
     folder, test = made(tmp_path)
     done("-q", "search-hp", folder, "--leave-one-out", "--greedy")
     page = reported(tmp_path, folder, test, "--no-curves", "--beta", 7, "-k", 4, "--no-tail")
@@ -577,7 +577,7 @@ def test_settings_say_where_they_come_from(tmp_path):
     assert "selected on these test photos" in page.first("header").text
 
 
-def test_test_items_that_are_keys_are_counted(caltech, tmp_path):
+def test_test_photos_that_are_also_keys_are_counted(caltech, tmp_path):
     shutil.copytree(caltech / "test", tmp_path / "test")
     for file in sorted((caltech / "shots" / ALIKE[0]).iterdir())[:2]:
         shutil.copy(file, tmp_path / "test" / ALIKE[4] / f"x{file.name}")
@@ -585,10 +585,10 @@ def test_test_items_that_are_keys_are_counted(caltech, tmp_path):
     assert "2 of 56 test photos are also in the index" in page.first("header").text
 
 
-# ------------------------------------------------------------------------------------------------- what can go wrong
+# ------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_items_that_could_not_be_read_are_named(caltech, tmp_path):
+def test_unreadable_photos_are_listed(caltech, tmp_path):
     shutil.copytree(caltech / "test", tmp_path / "test")
     bad = tmp_path / "test" / ALIKE[0] / "<b>ad.jpg"
     bad.write_bytes(b"\xff\xd8\xff nothing")
@@ -609,7 +609,7 @@ def test_items_that_could_not_be_read_are_named(caltech, tmp_path):
     assert (tmp_path / "r.html").read_bytes() == out
 
 
-def test_after_a_failure_nothing_was_written(tmp_path, monkeypatch):
+def test_a_failure_writes_no_file(tmp_path, monkeypatch):
     folder, test = made(tmp_path)
     out = tmp_path / "r.html"
     unknown = write_table(tmp_path / "u.parquet", unit_rows(2, 16), ["cat", "unicorn"])
@@ -638,7 +638,7 @@ def test_a_missing_matplotlib_is_reported_before_any_work(tmp_path, no_matplotli
     assert "a report needs matplotlib: pip install 'retrieval-tip[plot]'" in refused.stderr
 
 
-def test_from_python(tmp_path):
+def test_reports_are_written_from_python(tmp_path):
     folder, test = made(tmp_path)
     cache, source = CacheModel.load(folder, device="cpu"), open_source(test)
     found = write_report(cache, source, Encoder(), tmp_path / "r.html", seeds=1, shots=[1])
@@ -655,7 +655,7 @@ def test_from_python(tmp_path):
         write_report(cache, source, Encoder(), tmp_path)
 
 
-def test_a_manifest_may_say_anything(tmp_path):
+def test_unexpected_values_in_a_manifest_are_reported(tmp_path):
     folder, test = made(tmp_path)
     cache = CacheModel.load(folder, device="cpu")
     odd = {"alpha": {"<b>": ["<i>", 1.5, None]}, "search": ["x"], "source": "\u202e<u>", "skipped": ["<s>"] * 99}
@@ -668,7 +668,7 @@ def test_a_manifest_may_say_anything(tmp_path):
         assert "<i>, 1.5, -" in section(page, "provenance").text
 
 
-def test_a_report_has_no_local_path(caltech, tmp_path, monkeypatch):
+def test_a_report_contains_no_local_path(caltech, tmp_path, monkeypatch):
     home = tmp_path / "home" / "jane"
     shutil.copytree(caltech / "test", home / "test")
     shutil.copytree(caltech / "shots", home / "more")
@@ -676,7 +676,7 @@ def test_a_report_has_no_local_path(caltech, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(home))
     things = home / "things"
     done("-q", "index", "build", "--fit", "none", home / "more", "--model", MODEL, "--out", things)
-    done("-q", "index", "clone", things, home / "copy")  # whose last change names the folder
+    done("-q", "index", "clone", things, home / "copy")  # its last change names the folder
     out, where = home / "r.html", f"source LIKE '{home}/%' AND label <> '{tmp_path}/x'"
     monkeypatch.setattr("sys.argv", ["", "report", str(home / "copy"), "--where", where, "--out", str(out)])
     arguments = ("--test", home / "test", "--out", out, "--no-curves", "--where", where)
@@ -710,7 +710,7 @@ def test_absolute_paths_are_shortened(text, short, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/usr/bin/chromium").exists(), reason="SKIPPED: no Chromium here")
-def test_a_browser_without_network_shows_it(written):
+def test_a_browser_shows_the_report_without_a_network(written):
     said, asked = [], []
     with chromium() as browser:
         for width, scheme in ((1200, "light"), (360, "dark")):

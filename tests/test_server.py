@@ -1,4 +1,4 @@
-"""Routes of the server, on an index of real photos and one of real CLIP features."""
+"""The server's routes, with an index of real photos and an index of CLIP features."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ Client = TestClient
 
 @pytest.fixture(scope="module", autouse=True)
 def one_encoder() -> Iterator[None]:
-    """Servers of these tests share their encoder: each would load and compile its own."""
+    """Load each encoder once for all tests, because loading and compiling are slow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(served_module, "load_backbone", functools.cache(served_module.load_backbone))
         yield
@@ -64,7 +64,7 @@ def one_encoder() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def food(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index of CLIP features, of which no backbone is here."""
+    """An index of CLIP features without a backbone."""
     return food_index(tmp_path_factory.mktemp("food") / "food", "--fit", "none", "--shots", 16)
 
 
@@ -78,7 +78,7 @@ def food_index(out: Path, *options: object) -> Path:
 
 @pytest.fixture(scope="module")
 def both(things: Path, food: Path) -> Iterator[Client]:
-    """A server of the two that takes no changes."""
+    """A client of a read-only server with both indexes."""
     with serving(things, food) as client:
         yield client
 
@@ -90,24 +90,24 @@ def serving(*folders: Path, limits: Limits | None = None, token: str | None = No
 
 @pytest.fixture(scope="module")
 def photo() -> bytes:
-    """A photo that is no shot; its class is ``TRUTH``."""
+    """A photo of class ``TRUTH`` that is not in the index."""
     return caltech_photos(SHARED, "test", 10, 1)[0][0].read_bytes()
 
 
 @pytest.fixture
 def own(things: Path, tmp_path: Path) -> Path:
-    """A copy of the index of photos, to be changed."""
+    """A copy of the photo index that a test may change."""
     return Path(shutil.copytree(things, tmp_path / "own"))
 
 
 def changed(client: Client, what: str, **body: object) -> tuple[int, dict[str, Any]]:
-    """The status and the body of the answer to a change of the index ``own``."""
+    """Change the index ``own``, and return the status and the body of the answer."""
     answer = client.post(f"/v1/indexes/own/{what}", json=body, headers=AUTHORISED)
     return answer.status_code, answer.json()
 
 
 def added(client: Client, data: bytes, label: str) -> dict[str, Any]:
-    """The answer to an image that becomes a shot."""
+    """Add an image as a shot, and return the body of the answer."""
     answer = client.post(
         "/v1/indexes/own/keys", files={"images": ("photo", data)}, data={"label": label}, headers=AUTHORISED
     )
@@ -115,7 +115,9 @@ def added(client: Client, data: bytes, label: str) -> dict[str, Any]:
     return dict(answer.json())
 
 
-def test_images_are_classified_as_by_the_command(both: Client, things: Path, run: Callable[..., Result]) -> None:
+def test_the_server_gives_the_same_answers_as_the_command(
+    both: Client, things: Path, run: Callable[..., Result]
+) -> None:
     items = caltech_photos(SHARED, "test", 10, 1)
     files = [("images", (path.name, path.read_bytes())) for path, _ in items]
     asked = "index=things&beta=3.5&alpha=20&k=40&top=3&neighbours=4&logits=true"
@@ -142,7 +144,7 @@ def test_images_are_classified_as_by_the_command(both: Client, things: Path, run
 
 @pytest.mark.parametrize("k", ["all", "7", "100"])
 @pytest.mark.parametrize("tail", ["true", "false"])
-def test_evidence_gives_the_logits_by_the_definition(both: Client, k: str, tail: str) -> None:
+def test_logits_can_be_computed_from_the_evidence(both: Client, k: str, tail: str) -> None:
     queries = pq.read_table(SHARED / "data" / "clip-food9" / "test.parquet")["feature"].to_pylist()[:5]
     asked = f"index=food&k={k}&tail={tail}&beta=9&alpha=2&logits=true&evidence=true"
     for result, query in zip(
@@ -197,7 +199,7 @@ def test_keys_come_in_pages_and_can_be_filtered(both: Client, things: Path) -> N
     assert all(key["image"] is None for key in both.get("/v1/indexes/food/keys").json()["keys"])
 
 
-def test_pictures_of_shots_are_small_and_cached(both: Client, things: Path, tmp_path: Path) -> None:
+def test_images_of_shots_are_resized_and_cached(both: Client, things: Path, tmp_path: Path) -> None:
     answer = both.get("/v1/indexes/things/keys/7/image?size=48")
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/jpeg")
     (tmp_path / "small.jpg").write_bytes(answer.content)
@@ -222,7 +224,7 @@ def test_similar_features_are_grouped(food: Path) -> None:
         assert refused.status_code == 422
 
 
-def test_relative_paths_of_pictures_start_from_root(own: Path, tmp_path: Path) -> None:
+def test_relative_image_paths_start_at_the_root(own: Path, tmp_path: Path) -> None:
     cache = CacheModel.load(own, device="cpu")
     first = Path(cache.labels["source"][0].as_py())
     names = [f"{i}/{first.name}" for i in range(cache.n)]
@@ -236,7 +238,7 @@ def test_relative_paths_of_pictures_start_from_root(own: Path, tmp_path: Path) -
         assert client.get(keys[0]["image"]).status_code == 200
 
 
-def test_map_and_audit_are_the_librarys(both: Client, things: Path) -> None:
+def test_map_and_audit_equal_those_of_the_library(both: Client, things: Path) -> None:
     found, cache = both.get("/v1/indexes/things/map").json(), CacheModel.load(things, device="cpu")
     expected = projected(cache)
     np.testing.assert_allclose([found["x"], found["y"]], expected.places.T, atol=1e-4)
@@ -251,8 +253,8 @@ def test_map_and_audit_are_the_librarys(both: Client, things: Path) -> None:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The limits of the maps that were made."""
+def map_limits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Limits of the maps that the server has computed."""
     limits, real = [], service_module.projected
 
     def counted(cache: CacheModel, method: Method, limit: int) -> Projection:
@@ -263,16 +265,18 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return limits
 
 
-def test_a_map_of_more_keys_than_there_are_is_that_of_all(own: Path, made: list[int]) -> None:
+def test_a_map_limit_above_the_number_of_keys_shows_all_keys(own: Path, map_limits: list[int]) -> None:
     with serving(own) as client:
         for limit in (80, 81, 5000, 100_000):
             assert client.get(f"/v1/indexes/own/map?limit={limit}").status_code == 200
-    assert made == [80]
-    with serving(own, limits=Limits(mapped=1280 * 50)) as client:  # features of 1280 values
+    assert map_limits == [80]
+    with serving(own, limits=Limits(mapped=1280 * 50)) as client:  # each feature has 1280 values
         assert len(client.get("/v1/indexes/own/map").json()["x"]) == 50
 
 
-def test_few_maps_and_audits_wait(own: Path, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_waiting_maps_and_audits_is_limited(
+    own: Path, map_limits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     go, real = threading.Event(), service_module.projected
 
     def slow(cache: CacheModel, method: Method, limit: int) -> Projection:
@@ -290,7 +294,7 @@ def test_few_maps_and_audits_wait(own: Path, made: list[int], monkeypatch: pytes
         for limit in (1, 29):
             while client.get(f"/v1/indexes/own/map?limit={limit}").status_code in (202, 503):
                 pass
-    assert sorted(made) == [*range(1, service_module.SLOW_AT_ONCE + 1), 29]
+    assert sorted(map_limits) == [*range(1, service_module.SLOW_AT_ONCE + 1), 29]
 
 
 def test_changes_need_the_token(own: Path, both: Client, photo: bytes) -> None:
@@ -316,7 +320,7 @@ def test_changes_need_the_token(own: Path, both: Client, photo: bytes) -> None:
     assert "--token" in refused.json()["detail"]
 
 
-def test_a_shot_changes_the_answer_and_is_undone(own: Path, photo: bytes) -> None:
+def test_adding_a_shot_changes_the_answer_and_removing_it_undoes_that(own: Path, photo: bytes) -> None:
     with serving(own, token=TOKEN) as client:
 
         def asked() -> dict[str, object]:
@@ -348,7 +352,7 @@ def test_a_shot_changes_the_answer_and_is_undone(own: Path, photo: bytes) -> Non
     assert CacheModel.load(own, device="cpu").n == 80
 
 
-def test_gc_deletes_the_photos_that_no_kept_version_has(
+def test_gc_deletes_photos_that_no_kept_version_uses(
     own: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent = [path for path, _ in caltech_photos(SHARED, "test", 10, 1)[:3]]
@@ -368,10 +372,10 @@ def test_gc_deletes_the_photos_that_no_kept_version_has(
     link.symlink_to(elsewhere)
     (shots / "linked").symlink_to(own.parent)
 
-    assert run("index", "gc", own, "--keep", 2).exit_code == 0  # the last but one still has it
+    assert run("index", "gc", own, "--keep", 2).exit_code == 0  # the previous version still uses it
     assert unused.exists()
     monkeypatch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 0.0)
-    with photos_module.adding(shots):  # as a server does, before it has made a version
+    with photos_module.adding(shots):  # as the server does before it saves a version
         assert changes.gc(own).photos == 0
     assert changes.gc(own) == changes.Collected([], 1, sent[0].stat().st_size)
     assert not unused.exists()
@@ -379,7 +383,7 @@ def test_gc_deletes_the_photos_that_no_kept_version_has(
 
 
 def test_indexes_are_renamed_duplicated_and_deleted(own: Path, photo: bytes) -> None:
-    """Photos that were added stay as long as any index next to it has them."""
+    """Added photos are kept until no index in the folder uses them."""
     with serving(own, token=TOKEN) as client:
         key = added(client, photo, "new")["key_ids"][0]
         (picture,) = (own.parent / "own-shots" / "new").iterdir()
@@ -398,7 +402,7 @@ def test_indexes_are_renamed_duplicated_and_deleted(own: Path, photo: bytes) -> 
         back = client.patch("/v1/indexes/tiere 2", json={"name": "own"}, headers=AUTHORISED)
         assert back.json() == {"index": "own", "version": 2}
         assert client.delete("/v1/indexes/own", headers=AUTHORISED).json() == {"index": "own", "version": 2}
-        assert picture.exists()  # the copy has it
+        assert picture.exists()  # the copy still uses it
         assert client.get("/v1/indexes/own").status_code == 404
         for name, undo in (("copy", "own"), ("own", None)):
             if undo:
@@ -410,8 +414,8 @@ def test_indexes_are_renamed_duplicated_and_deleted(own: Path, photo: bytes) -> 
     assert not picture.exists()
 
 
-def test_names_of_indexes_are_checked(own: Path, food: Path, tmp_path: Path) -> None:
-    """And neither a link nor an index that is being labelled is taken away."""
+def test_index_names_are_checked(own: Path, food: Path, tmp_path: Path) -> None:
+    """A linked index, or one that is being labelled, cannot be renamed or deleted."""
     (tmp_path / "link").symlink_to(food)
     served = open_all([own, tmp_path / "link"], "cpu", "float32", "full")
     app = create_app(served, Limits(indexes=2), token=TOKEN)
@@ -498,7 +502,7 @@ def test_shots_are_relabelled_classes_renamed_and_versions_rolled_back(own: Path
         assert client.get("/v1/indexes/own").json()["version"] == 6
 
 
-def test_the_accuracy_is_that_of_the_labels_now(own: Path) -> None:
+def test_the_accuracy_follows_label_changes(own: Path) -> None:
     names, fitted = CacheModel.load(own, device="cpu").class_names, fit_index(own)
     with serving(own, token=TOKEN) as client:
         before = client.get("/v1/indexes/own/accuracy").json()
@@ -519,7 +523,7 @@ def test_the_accuracy_is_that_of_the_labels_now(own: Path) -> None:
         assert client.get("/v1/indexes/own/accuracy").json() == unknown
 
 
-def test_exemplars_are_nearest_to_the_mean_of_their_class(both: Client, things: Path) -> None:
+def test_exemplars_are_the_shots_nearest_to_their_class_mean(both: Client, things: Path) -> None:
     cache = CacheModel.load(things)
     keys, ids = np.asarray(cache.keys, dtype=np.float64), cache.class_ids.numpy()
     found = both.get("/v1/indexes/things/exemplars").json()
@@ -534,7 +538,7 @@ def test_exemplars_are_nearest_to_the_mean_of_their_class(both: Client, things: 
     assert found["other"] == pytest.approx(affinities[ids[:, None] != ids[None]].mean(), abs=1e-4)
 
 
-def test_an_index_is_made_of_photos(own: Path, tmp_path: Path, lit_mini: Any) -> None:
+def test_uploaded_photos_become_a_new_index(own: Path, tmp_path: Path, lit_mini: Any) -> None:
     some = caltech_photos(SHARED, "train", 3, 5)
     other = caltech_photos(SHARED, "test", 3, 1)
 
@@ -581,7 +585,7 @@ def test_an_index_is_made_of_photos(own: Path, tmp_path: Path, lit_mini: Any) ->
         assert CacheModel.load(tmp_path / "shelf" / "first").n == 15
 
 
-def test_another_spelling_is_a_class_of_its_own_with_a_warning(own: Path) -> None:
+def test_another_spelling_makes_a_new_class_and_a_warning(own: Path) -> None:
     cache = CacheModel.load(own, device="cpu")
     label, other = cache.class_names[0], cache.class_names[0].upper()
     sent = {"features": [cache.keys[0].tolist()], "labels": [other]}
@@ -596,7 +600,7 @@ def test_another_spelling_is_a_class_of_its_own_with_a_warning(own: Path) -> Non
         assert [one["label"] for one in client.get("/v1/indexes/own").json()["classes"]] == cache.class_names
 
 
-def test_features_are_added_under_names_that_are_no_files(own: Path, photo: bytes) -> None:
+def test_added_features_get_sources_that_are_not_files(own: Path, photo: bytes) -> None:
     feature = CacheModel.load(own, device="cpu").keys[0].tolist()
     with serving(own, token=TOKEN) as client:
         sent = {"features": [feature, feature], "labels": [TRUTH, "other thing"], "sources": ["a.jpg", "b"]}
@@ -609,7 +613,7 @@ def test_features_are_added_under_names_that_are_no_files(own: Path, photo: byte
         assert [row["image"] for row in rows] == [None, None]
 
 
-def test_labels_become_safe_folders_or_are_refused(own: Path, photo: bytes) -> None:
+def test_labels_become_safe_folder_names_or_are_refused(own: Path, photo: bytes) -> None:
     safe = ["../../evil", "..", "a/b\\c", ".hidden", "naïve é 💥", "<b>x</b>", "x" * 600]
     with serving(own, token=TOKEN) as client:
         for label in ("", "   ", "two\nlines", "x" * 1025, *safe):
@@ -623,7 +627,7 @@ def test_labels_become_safe_folders_or_are_refused(own: Path, photo: bytes) -> N
     assert sorted(path.name for path in own.parent.iterdir()) == ["own", "own-shots"]
 
 
-def test_each_format_is_classified_and_added(own: Path, photo: bytes) -> None:
+def test_every_upload_format_is_classified_and_added(own: Path, photo: bytes) -> None:
     with (
         serving(own, token=TOKEN) as client,
         Image.open(io.BytesIO(photo)) as image,
@@ -642,7 +646,7 @@ def test_each_format_is_classified_and_added(own: Path, photo: bytes) -> None:
             assert client.get(f"/v1/indexes/own/keys/{80 + number}/image").status_code == 200
 
 
-def test_other_formats_are_named_and_not_kept(own: Path) -> None:
+def test_other_formats_are_refused_and_not_kept(own: Path) -> None:
     with serving(own, token=TOKEN) as client:
         for style in ("ICO", "GIF", "TIFF", "BMP", "PPM"):
             sent = io.BytesIO()
@@ -659,7 +663,7 @@ FULL = OSError(28, "No space left on device", "keys.npy")
 
 @pytest.mark.parametrize("error", [RuntimeError("nobody thought of this"), FULL])
 @pytest.mark.parametrize("what", ["index", "shot"])
-def test_whatever_goes_wrong_no_image_and_no_folder_is_kept(
+def test_no_image_or_folder_is_kept_after_an_error(
     own: Path, monkeypatch: pytest.MonkeyPatch, photo: bytes, error: Exception, what: str
 ) -> None:
     def broken(*_: object, **__: object) -> None:
@@ -677,7 +681,7 @@ def test_whatever_goes_wrong_no_image_and_no_folder_is_kept(
     assert {path.name for path in own.parent.iterdir()} == {"own"}
 
 
-def test_a_picture_that_has_become_a_pipe_is_not_waited_for(own: Path, photo: bytes) -> None:
+def test_an_image_replaced_by_a_pipe_a_link_or_a_folder_is_not_found(own: Path, photo: bytes) -> None:
     with serving(own, token=TOKEN) as client:
         added(client, photo, "new")
         (kept,) = (own.parent / "own-shots" / "new").iterdir()
@@ -688,7 +692,7 @@ def test_a_picture_that_has_become_a_pipe_is_not_waited_for(own: Path, photo: by
             kept.rmdir() if kept.is_dir() else kept.unlink()
 
 
-def test_a_new_version_is_followed_and_a_damaged_one_is_not(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_loads_new_versions_but_not_damaged_ones(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = open_all([own], "cpu", "float32", "full")
     one = served["own"]
     with TestClient(create_app(served)) as client:
@@ -700,7 +704,7 @@ def test_a_new_version_is_followed_and_a_damaged_one_is_not(own: Path, monkeypat
         changes.remove(own, key_ids=[1])
         file = next(file for file in one.now.manifest.data_files if file.name.startswith("data/text"))
         shutil.copy(own / file.name, (own / file.name).parent / "whole")
-        (own / file.name).unlink()  # not in its place: the version that is open maps it
+        (own / file.name).unlink()  # not overwritten: the open version maps this file
         (own / file.name).write_bytes(b"damaged")
         whole = (own / file.name).parent / "whole"
         assert one.follow().cache.n == 79
@@ -708,7 +712,7 @@ def test_a_new_version_is_followed_and_a_damaged_one_is_not(own: Path, monkeypat
         (own / file.name).unlink()
         whole.rename(own / file.name)
         assert not one.changed()
-        monkeypatch.setattr(served_module, "RETRY_SECONDS", 0.0)  # else half a minute later
+        monkeypatch.setattr(served_module, "RETRY_SECONDS", 0.0)  # instead of half a minute
         assert one.changed()
         assert one.follow().cache.n == 78
         monkeypatch.undo()
@@ -725,8 +729,8 @@ def test_a_new_version_is_followed_and_a_damaged_one_is_not(own: Path, monkeypat
         assert client.post("/v1/classify", json={"features": feature}).status_code == 200
 
 
-def test_another_index_may_take_the_folders_place(own: Path, food: Path) -> None:
-    """One of other features, too: a request keeps the version that it met."""
+def test_another_index_can_replace_the_folder(own: Path, food: Path) -> None:
+    """Its features may have another length. A version that is already open keeps its data."""
     served = open_all([own], "cpu", "float32", "full")
     before = served["own"].now
     shutil.rmtree(own)
@@ -742,21 +746,21 @@ def test_another_index_may_take_the_folders_place(own: Path, food: Path) -> None
 
 UNUSABLE = {
     "not JSON": (400, b"{"),
-    "another length": (422, b'{"features": [[1, 2]]}'),
+    "wrong length": (422, b'{"features": [[1, 2]]}'),
     "nested": (422, b'{"features": [[%s]]}' % b",".join([b"[1]"] * 512)),
-    "long vectors": (422, b'{"features": [[%s]]}' % b",".join([b"1"] * 512)),
+    "norm above 1": (422, b'{"features": [[%s]]}' % b",".join([b"1"] * 512)),
     "overflow": (422, b'{"features": [[%s]]}' % b",".join([b"1e300"] * 512)),
     "NaN": (400, b'{"features": [[%s]]}' % b",".join([b"NaN"] * 512)),
-    "deep": (400, b"[" * 60_000),
+    "deeply nested": (400, b"[" * 60_000),
     "millions of lists": (413, b'{"features": [%s]}' % b",".join([b"[]"] * 2_500_000)),
     "millions of fields": (413, b"{%s}" % b",".join(b'"%x":0' % i for i in range(700_000))),
     "millions of numbers": (413, b'{"features": [%s]}' % b",".join([b"0"] * 4_000_000)),
-    "one text": (422, b'{"features": [[%s, "1"]]}' % b",".join([b"0.0441941738"] * 511)),
-    "one row of another length": (422, b'{"features": [[%s], [1]]}' % b",".join([b"0.0441941738"] * 512)),
-    "another field": (422, b'{"features": [], "feature": 1}'),
-    "inputs of another number": (422, b'{"features": [], "inputs": ["a"]}'),
-    "too many": (413, b'{"features": [%s]}' % b",".join([b"[]"] * 1025)),
-    "too large": (413, b" " * (8 << 20) + b"{}"),
+    "one string": (422, b'{"features": [[%s, "1"]]}' % b",".join([b"0.0441941738"] * 511)),
+    "one row of the wrong length": (422, b'{"features": [[%s], [1]]}' % b",".join([b"0.0441941738"] * 512)),
+    "unknown field": (422, b'{"features": [], "feature": 1}'),
+    "wrong number of inputs": (422, b'{"features": [], "inputs": ["a"]}'),
+    "too many rows": (413, b'{"features": [%s]}' % b",".join([b"[]"] * 1025)),
+    "too many bytes": (413, b" " * (8 << 20) + b"{}"),
 }
 
 
@@ -771,14 +775,14 @@ def test_bad_features_are_refused(both: Client, what: str) -> None:
     assert "\n" not in problem["detail"]
 
 
-def test_numbers_of_any_kind_are_features(both: Client) -> None:
+def test_features_may_contain_integers_and_tiny_numbers(both: Client) -> None:
     rows = [[1] + [0] * 511, [0.6, 0.8] + [0] * 510, [1.0, -0.0] + [0] * 510, [0, 1] + [1e-300] * 510]
     answer = both.post("/v1/classify?index=food", json={"features": rows})
     assert (answer.status_code, len(answer.json()["results"])) == (200, 4)
 
 
-def test_a_long_text_among_features_takes_no_memory() -> None:
-    """An array of it would hold it as often as there are values."""
+def test_a_long_string_among_features_takes_little_memory() -> None:
+    """In a NumPy array of strings, every value would take as much memory as the longest."""
     body = b'{"features": [["%s"%s]]}' % (b"a" * 1_000_000, b", 0" * 511)
     tracemalloc.start()
     with pytest.raises(InputError, match="row 0"):
@@ -788,7 +792,7 @@ def test_a_long_text_among_features_takes_no_memory() -> None:
     assert peak < 16 << 20
 
 
-def test_long_json_is_parsed_while_other_requests_are_answered(both: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_json_is_parsed_in_another_thread(both: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = []
     real = uploads_module._json
 
@@ -820,25 +824,23 @@ def random_things(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("neighbours=0&k=all", 10),
     ],
 )
-def test_an_answers_size_is_limited_before_it_is_made(
+def test_the_size_of_an_answer_is_checked_before_it_is_computed(
     random_things: Path, query: str, cells: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = [0.25] * 16
     with serving(random_things, limits=Limits(cells=7 * cells)) as client:
         assert client.post(f"/v1/classify?{query}", json={"features": [row] * 7}).status_code == 200
-        monkeypatch.setattr(CacheModel, "classify", None)  # nothing is computed
+        monkeypatch.setattr(CacheModel, "classify", None)  # calling it would fail
         answer = client.post(f"/v1/classify?{query}", json={"features": [row] * 8})
         assert answer.status_code == 422
         assert f"{7 * cells:,}" in answer.json()["detail"]
         assert "at most 7 at once" in answer.json()["detail"]
     monkeypatch.undo()
-    with serving(random_things, limits=Limits(cells=1)) as client:  # one has its answer, whatever its size
+    with serving(random_things, limits=Limits(cells=1)) as client:  # a single query is always answered
         assert client.post(f"/v1/classify?{query}", json={"features": [row]}).status_code == 200
 
 
-def test_answers_do_not_depend_on_how_many_are_made_at_a_time(
-    random_things: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_do_not_depend_on_the_batch_size(random_things: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.asarray(CacheModel.load(random_things, device="cpu").keys[:40], dtype=np.float64).tolist()
     ask = "/v1/classify?evidence=true&logits=true&neighbours=3"
     with serving(random_things) as client:
@@ -854,7 +856,7 @@ def test_answers_do_not_depend_on_how_many_are_made_at_a_time(
         np.testing.assert_allclose(one["logits"], other["logits"], rtol=1e-4, atol=1e-5)
 
 
-def test_a_fitted_index_is_served_as_it_answers(tmp_path: Path) -> None:
+def test_a_fitted_index_gives_the_same_answers_on_the_server(tmp_path: Path) -> None:
     out = food_index(tmp_path / "food", "--shots", 4)
     queries = pq.read_table(SHARED / "data" / "clip-food9" / "test.parquet")["feature"].to_pylist()[::40]
     cache = CacheModel.load(out, device="cpu")
@@ -874,7 +876,7 @@ def test_a_fitted_index_is_served_as_it_answers(tmp_path: Path) -> None:
             np.testing.assert_allclose(shot["gives"][0], wanted.contribution, rtol=1e-4)
 
 
-def test_values_that_were_solved_are_sent(tmp_path: Path) -> None:
+def test_solved_values_are_sent(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     keys = random.normal(size=(40, 8)) + 3 * np.eye(8)[np.arange(40) % 4]
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
@@ -892,7 +894,7 @@ def test_values_that_were_solved_are_sent(tmp_path: Path) -> None:
         assert "at most 159" in client.get("/v1/indexes/solved/values").json()["detail"]
 
 
-def test_requests_that_make_no_sense_are_refused(both: Client, things: Path, photo: bytes) -> None:
+def test_invalid_requests_are_refused(both: Client, things: Path, photo: bytes) -> None:
     feature = {"features": [[512**-0.5] * 512]}
 
     def status(path: str, **sent: object) -> int:
@@ -902,7 +904,7 @@ def test_requests_that_make_no_sense_are_refused(both: Client, things: Path, pho
 
     assert status("/v1/classify", json=feature) == 422  # which index?
     assert status("/v1/classify?index=none", json=feature) == 404
-    assert status("/v1/classify?index=food", files={"images": photo}) == 422  # features only
+    assert status("/v1/classify?index=food", files={"images": photo}) == 422  # this index only accepts features
     assert status("/v1/classify?index=things", content=photo, headers={"Content-Type": "image/jpeg"}) == 415
     assert status("/v1/classify?index=things", content=b"") == 415
     assert status("/v1/classify?index=things", files={"image": photo}) == 422
@@ -923,7 +925,7 @@ def test_requests_that_make_no_sense_are_refused(both: Client, things: Path, pho
     assert both.get("/v1/indexes/things/keys?limit=0").status_code == 422
 
 
-def test_what_can_be_read_is_answered_and_the_rest_is_named(both: Client, photo: bytes) -> None:
+def test_readable_images_are_classified_and_the_others_are_reported(both: Client, photo: bytes) -> None:
     files = [("images", ("a.txt", b"text")), ("images", ("b.jpg", photo)), ("images", ("c.jpg", b""))]
     answer = both.post("/v1/classify?index=things", files=files)
     body = answer.json()
@@ -934,7 +936,7 @@ def test_what_can_be_read_is_answered_and_the_rest_is_named(both: Client, photo:
 
 @pytest.fixture
 def busy(own: Path) -> Iterator[tuple[Client, Future[Any]]]:
-    """A server of little room, which is busy with one request of many large pictures, and the answer to that."""
+    """A client of a server with a short queue, busy with many large images, and the future answer to that request."""
     picture = io.BytesIO()
     Image.new("RGB", (2200, 2100)).save(picture, "PNG")
     with serving(own, limits=Limits(queue=4), token=TOKEN) as client, ThreadPoolExecutor(1) as pool:
@@ -946,7 +948,9 @@ def busy(own: Path) -> Iterator[tuple[Client, Future[Any]]]:
         assert asked.result().status_code == 200
 
 
-def test_a_small_photo_does_not_wait_for_large_ones_of_others(busy: tuple[Client, Future[Any]], photo: bytes) -> None:
+def test_a_small_photo_does_not_wait_for_large_photos_of_other_requests(
+    busy: tuple[Client, Future[Any]], photo: bytes
+) -> None:
     client, asked = busy
     answer = client.post("/v1/classify", files={"images": photo})
     assert answer.status_code == 200
@@ -963,7 +967,7 @@ def test_images_are_counted_before_they_are_decoded(busy: tuple[Client, Future[A
     assert not asked.done()
 
 
-def test_a_form_that_breaks_off_is_refused(both: Client, photo: bytes) -> None:
+def test_an_incomplete_form_is_refused(both: Client, photo: bytes) -> None:
     head = b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
     form = head + photo + b"\r\n" + head + photo + b"\r\n--x--\r\n"
     kind = {"Content-Type": "multipart/form-data; boundary=x"}
@@ -974,7 +978,7 @@ def test_a_form_that_breaks_off_is_refused(both: Client, photo: bytes) -> None:
     assert (whole.status_code, len(whole.json()["results"])) == (200, 2)
 
 
-def test_pages_of_other_sites_are_refused_without_the_token(own: Path, photo: bytes) -> None:
+def test_requests_from_other_sites_need_the_token(own: Path, photo: bytes) -> None:
     with serving(own, token=TOKEN) as client:
 
         def statuses(site: str, **headers: str) -> tuple[int, ...]:
@@ -987,10 +991,10 @@ def test_pages_of_other_sites_are_refused_without_the_token(own: Path, photo: by
         for site in ("none", "same-origin", "same-site"):
             assert statuses(site) == (200, 200)
         assert statuses("cross-site", **AUTHORISED) == (200, 200)
-        assert client.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200  # who follows a link
+        assert client.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200  # a link to the page
 
 
-def test_a_problem_names_fields_of_the_request(both: Client, own: Path, tmp_path: Path) -> None:
+def test_errors_name_request_fields_instead_of_command_options(both: Client, own: Path, tmp_path: Path) -> None:
     long = {"features": [[1.0] * 512]}
     refused = both.post("/v1/classify?index=food", json=long).json()["detail"]
     assert "norms=unit" in refused
@@ -1006,7 +1010,7 @@ def test_a_problem_names_fields_of_the_request(both: Client, own: Path, tmp_path
         assert (answer.status_code, "--" in answer.json()["detail"]) == (422, False)
 
 
-def test_few_indexes_are_made(own: Path, photo: bytes) -> None:
+def test_the_number_of_indexes_is_limited(own: Path, photo: bytes) -> None:
     with serving(own, limits=Limits(indexes=1), token=TOKEN) as client:
         data = {"name": "new", "label": "a"}
         answer = client.post("/v1/indexes", files={"images": photo}, data=data, headers=AUTHORISED)
@@ -1014,7 +1018,7 @@ def test_few_indexes_are_made(own: Path, photo: bytes) -> None:
     assert not (own.parent / "new").exists()
 
 
-def test_the_page_is_here_and_loads_nothing_from_elsewhere(both: Client) -> None:
+def test_the_page_loads_nothing_from_other_sites(both: Client) -> None:
     page = both.get("/")
     assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert "default-src 'self'" in page.headers["content-security-policy"]
@@ -1034,14 +1038,14 @@ def test_health_and_metrics(both: Client) -> None:
     assert "process_resident_memory_bytes" in text
 
 
-def test_two_indexes_of_one_name_are_refused(own: Path, tmp_path: Path) -> None:
+def test_two_indexes_with_the_same_name_are_refused(own: Path, tmp_path: Path) -> None:
     other = shutil.copytree(own, tmp_path / "elsewhere" / "own")
     with pytest.raises(ValueError, match="own"):
         open_all([own, other], "cpu", "float32", "full")
 
 
-@pytest.mark.parametrize("code", [False, True], ids=["gone", "needs code"])
-def test_an_index_whose_backbone_cannot_be_had_takes_features(
+@pytest.mark.parametrize("code", [False, True], ids=["missing", "needs code"])
+def test_an_index_without_its_backbone_only_accepts_features(
     own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, code: bool
 ) -> None:
     answers = io.StringIO("y\n" * 9)
@@ -1059,8 +1063,10 @@ def test_an_index_whose_backbone_cannot_be_had_takes_features(
     assert not (tmp_path / "model" / "ran").exists()
 
 
-def test_encoder_and_server_make_the_same_feature(both: Client, lit_mini: object, tmp_path: Path, photo: bytes) -> None:
-    """Also of a photo that is decoded at a reduced size, and of one that is none of RGB."""
+def test_the_server_and_the_encoder_compute_the_same_features(
+    both: Client, lit_mini: object, tmp_path: Path, photo: bytes
+) -> None:
+    """The large photo is decoded at a reduced size. Two images are not RGB."""
     with Image.open(io.BytesIO(photo)) as image:
         image.save(tmp_path / "small.png")
         image.resize((2000, 1500)).save(tmp_path / "large.jpg")

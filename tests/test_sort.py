@@ -1,4 +1,4 @@
-"""Photos sorted into folders: no photo is overwritten or lost, even if the process is killed. Also run as a script."""
+"""Sorting photos into folders never overwrites or loses a photo, even if it is killed. Also runs as a script."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SURE = 0.97
 
 
 class Reader(Encoder):
-    """An encoder of text files, whose first character says what they show."""
+    """An encoder for text files. The first character of a file selects its feature."""
 
     def blocks(self, source):
         for start in range(0, len(source), 3):
@@ -73,7 +73,7 @@ def sort(index, inbox, out, **options):
 
 
 def work(job, steps):
-    """Sort or undo in a process that is killed."""
+    """Sort or undo in a process that the test kills."""
     steps.writes()
     steps.events("os.symlink", "os.link", "os.chmod", "os.utime")
     if job["action"] == "undo":
@@ -84,7 +84,7 @@ def work(job, steps):
 
 if __name__ == "__main__":
     with killing.one_thread():
-        INDEX = make_index()  # before the forks, to save time
+        INDEX = make_index()  # once, before forking, to save time
     killing.serve(work)
     raise SystemExit
 
@@ -113,7 +113,7 @@ def make_inbox(inbox):
 
 
 def files(folder, hidden=False):
-    """Return the text of each file below a folder. Links are not followed."""
+    """Return the text of each file below a folder, except links and the manifest."""
     every = (Path(place) / name for place, _, names in os.walk(folder) for name in names)
     return {
         str(path.relative_to(folder)): path.read_text(errors="surrogateescape")
@@ -129,7 +129,7 @@ SORTED = {
 
 
 @pytest.mark.parametrize("action", ["copy", "move", "link"])
-def test_photos_are_sorted_and_the_manifest_undoes_it(index, inbox, tmp_path, action):
+def test_photos_are_sorted_and_undo_restores_them(index, inbox, tmp_path, action):
     out, before = tmp_path / "out", files(inbox)
     planned = sort(index, inbox, out, action=action, dry_run=True)
     assert (out.exists(), files(inbox)) == (False, before)
@@ -152,7 +152,7 @@ def test_photos_are_sorted_and_the_manifest_undoes_it(index, inbox, tmp_path, ac
         undo_sort(out)
 
 
-def test_undo_leaves_photos_that_have_changed(index, inbox, tmp_path):
+def test_undo_leaves_changed_photos_alone(index, inbox, tmp_path):
     out = tmp_path / "out"
     sort(index, inbox, out, action="move")
     sort(index, inbox, out)
@@ -167,7 +167,7 @@ def test_undo_leaves_photos_that_have_changed(index, inbox, tmp_path):
     assert files(inbox)["a/z.jpg"] == "another photo"
 
 
-def test_a_copy_is_kept_if_it_is_the_only_one_left(index, inbox, tmp_path):
+def test_undo_keeps_the_last_copy_of_a_photo(index, inbox, tmp_path):
     out = tmp_path / "out"
     sort(index, inbox, out)
     (inbox / "a" / "z.jpg").unlink()
@@ -176,7 +176,7 @@ def test_a_copy_is_kept_if_it_is_the_only_one_left(index, inbox, tmp_path):
     assert files(out) == {"c/z.jpg": "2", f"{FOLDERS[1]}/y.jpg": "1"}
 
 
-def test_links_to_photos_and_folders_within_each_other_lose_nothing(index, inbox, tmp_path):
+def test_sorting_links_or_into_the_same_folder_loses_nothing(index, inbox, tmp_path):
     (inbox / "link.jpg").symlink_to(inbox / "a" / "z.jpg")
     (tmp_path / "same").symlink_to(inbox)
     sort(index, inbox / "link.jpg", tmp_path / "out", action="move")
@@ -184,7 +184,7 @@ def test_links_to_photos_and_folders_within_each_other_lose_nothing(index, inbox
     assert not (inbox / "link.jpg").is_symlink()
     assert files(inbox) == PHOTOS
     for _ in range(2):
-        sort(index, inbox, tmp_path / "same", action="move")  # into the same folder
+        sort(index, inbox, tmp_path / "same", action="move")  # the output folder is the input folder
         assert Counter(files(inbox).values()) == Counter(PHOTOS.values())
     for name in SORTED:
         assert files(inbox)[name] == SORTED[name]
@@ -245,7 +245,7 @@ def process(tmp_path_factory, warm_path):
 
 @killing.needs_fork
 @pytest.mark.parametrize("action", ["copy", "move", "link", "undo"])
-def test_killed_at_every_step_nothing_is_lost_and_the_next_run_completes_it(process, index, tmp_path, action):
+def test_a_run_killed_at_any_step_loses_nothing_and_the_next_one_completes_it(process, index, tmp_path, action):
     def start(name):
         inbox, out = make_inbox(tmp_path / name / "inbox"), tmp_path / name / "out"
         if action == "undo":
@@ -277,11 +277,11 @@ def test_killed_at_every_step_nothing_is_lost_and_the_next_run_completes_it(proc
         assert (files(inbox), files(out)) == (PHOTOS, {})
 
 
-def test_a_full_disk_leaves_whole_photos_and_the_next_run_continues(index, inbox, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_only_complete_photos_and_the_next_run_continues(index, inbox, tmp_path, monkeypatch):
     real, calls = os.fsync, []
 
     def full(handle):
-        is_file = stat.S_ISREG(os.fstat(handle).st_mode)  # errors of folders are ignored
+        is_file = stat.S_ISREG(os.fstat(handle).st_mode)  # errors when syncing folders are ignored
         calls.extend([handle] * is_file)
         if is_file and len(calls) == stop:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -302,7 +302,7 @@ def test_a_full_disk_leaves_whole_photos_and_the_next_run_continues(index, inbox
         assert files(out, hidden=True) == SORTED
 
 
-def test_moves_to_a_small_disk_lose_nothing(index, inbox, small_disk):
+def test_moving_to_a_full_disk_loses_nothing(index, inbox, small_disk):
     disk = small_disk(256)
     (inbox / "a" / "large.jpg").write_text("0" * 400_000)
     before = files(inbox)
@@ -318,7 +318,7 @@ def test_moves_to_a_small_disk_lose_nothing(index, inbox, small_disk):
 
 
 @given(st.text(min_size=1, max_size=300), st.text(min_size=1, max_size=300))
-def test_names_are_safe_and_stay_different(one, other):
+def test_folder_names_are_safe_and_distinct(one, other):
     for name in (one, other):
         safe = class_folder(name)
         assert 0 < len(safe.encode("utf-8", "surrogatepass")) <= 203
@@ -334,11 +334,11 @@ def test_names_are_safe_and_stay_different(one, other):
     [("..", "%2E%2E"), ("a/b", "a%2Fb"), ("a%2Fb", "a%252Fb"), ("100%", "100%"), ("con", "%63on"), ("NUL.x", "%4EUL.x"),
      ("", "%00"), ("Äpfel 1.5", "Äpfel 1.5"), ("x. ", "x.%20")],
 )  # fmt: skip
-def test_names_that_are_not_safe_are_escaped(name, safe):
+def test_unsafe_names_are_escaped(name, safe):
     assert safe_name(name) == safe
 
 
-def test_a_manifest_is_read_up_to_its_last_complete_row_or_refused(index, inbox, tmp_path):
+def test_a_truncated_manifest_is_read_to_its_last_complete_row_and_a_damaged_one_is_refused(index, inbox, tmp_path):
     out = tmp_path / "out"
     rows, text = sort(index, inbox, out).rows, (out / MANIFEST).read_bytes()
     for cut in range(1, len(text.splitlines()[-1]) + 1, 7):
@@ -354,7 +354,7 @@ def test_a_manifest_is_read_up_to_its_last_complete_row_or_refused(index, inbox,
         assert (out / MANIFEST).read_bytes() == wrong
 
 
-def test_one_process_sorts_at_a_time_and_the_folder_must_be_one(index, inbox, tmp_path):
+def test_a_locked_folder_a_file_and_an_unknown_action_are_refused(index, inbox, tmp_path):
     (tmp_path / "out").mkdir()
     with locked_folder(tmp_path / "out", alone=True, wait=0), pytest.raises(InputError, match="another process"):
         sort(index, inbox, tmp_path / "out")
@@ -395,7 +395,7 @@ def test_the_command_sorts_real_photos(shared, things, run, tmp_path):
         assert run("sort", *wrong, "--into", out).exit_code == 2
 
 
-def test_photos_that_are_not_files_are_only_copied(shared, things, run, tmp_path):
+def test_photos_from_archives_and_tables_can_only_be_copied(shared, things, run, tmp_path):
     path = caltech_photos(shared, "test", 1, 1)[0][0]
     photos = tar(tmp_path / "photos.tar", [("a.jpg", path.read_bytes())])
     cache = CacheModel.load(things, device="cpu")

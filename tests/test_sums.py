@@ -32,7 +32,7 @@ from retrieval_tip.store.sums import Sums
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick():
-    """One form, so that nothing is chosen; one thread, for the products here are tiny and a busy machine has others."""
+    """Fit a single form in one thread, because the products in these tests are tiny."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     forms, FORMS[:] = FORMS[:], [Form(Within(0.8), None, 1.0)]
@@ -46,7 +46,7 @@ NAMES = [f"class {i}" for i in range(C)]
 
 
 def defined(keys: np.ndarray, ids: np.ndarray, c: int) -> Sums:
-    """The definition, with a one-hot matrix."""
+    """Compute the sums by definition, with a one-hot matrix."""
     wide, one_hot = keys.astype(np.float64), np.eye(c)[ids]
     return Sums(one_hot.sum(0).astype(np.int64), one_hot.T @ wide, wide.T @ wide)
 
@@ -83,9 +83,9 @@ def test_sums_match_their_definition_as_keys_come_and_go(n, c, d, seed, dtype, c
     rest = np.setdiff1d(np.arange(n), some)
     less = sums.removed(keys[some], ids[some])
     close(less, defined(keys[rest], ids[rest], c))
-    assert not less.sums[less.counts == 0].any()  # a class without keys has no rounding either
+    assert not less.sums[less.counts == 0].any()  # without rounding errors
     close(less.added(keys[some], ids[some]), sums)
-    close(sums, defined(keys, ids, c))  # a change is another value
+    close(sums, defined(keys, ids, c))  # a change does not modify the original
     other = ids.copy()
     other[some] = c - 1
     close(sums.moved(keys[some], ids[some], other[some]), defined(keys, other, c))
@@ -93,7 +93,7 @@ def test_sums_match_their_definition_as_keys_come_and_go(n, c, d, seed, dtype, c
     close(Sums.of_array(sums.to_array(), c), sums, 0)
 
 
-def test_a_thousand_changes_leave_nothing_behind():
+def test_a_thousand_changes_leave_no_rounding_error():
     keys, ids = drawn(3000, 7, 24, 0)
     rng, there = np.random.default_rng(1), np.zeros(3000, dtype=bool)
     sums = Sums.of([], 7, 24)
@@ -109,7 +109,7 @@ def test_a_thousand_changes_leave_nothing_behind():
     assert sums.removed(keys[gone], ids[gone]).are_of([(keys[few], ids[few])])
 
 
-def test_long_additions_are_counted_a_block_at_a_time(monkeypatch):
+def test_long_additions_are_counted_block_by_block(monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 7)
     keys, ids = drawn(50, 4, 3, 2)
     close(Sums.of([(keys, ids)], 4, 3), defined(keys, ids, 4))
@@ -134,7 +134,7 @@ def test_sums_of_other_keys_do_not_fit(what):
 
 
 def shots(n: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """Unit features around means of their classes, and labels."""
+    """Return unit features around the mean of each class, and labels."""
     rng = np.random.default_rng(seed)
     ids = np.arange(n) % C
     means = np.random.default_rng(0).standard_normal((C, D))
@@ -164,7 +164,7 @@ STEPS = st.lists(
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A fitted index of keys of each dtype, so many that no changes make them too few to keep sums of."""
+    """Fitted indexes by dtype of the keys. They have so many keys that their sums are stored after every change."""
     place = tmp_path_factory.mktemp("built")
     for dtype in ("float32", "float16"):
         fitted(place / dtype, 1400, dtype)
@@ -173,11 +173,11 @@ def built(tmp_path_factory):
 
 @settings(max_examples=examples(20), deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(steps=STEPS, dtype=st.sampled_from(["float32", "float16"]), small=st.sampled_from([0, 4096]))
-def test_those_that_are_kept_are_of_the_keys_after_any_changes(steps, dtype, small, built, tmp_path_factory):
+def test_stored_sums_match_the_keys_after_any_changes(steps, dtype, small, built, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept") / "index"
     shutil.copytree(built / dtype, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(labelled_keys, "SMALL", small)  # with 0, what is added stays a segment of its own
+        patch.setattr(labelled_keys, "SMALL", small)  # with 0, added keys remain in a segment of their own
         for step, seed in steps:
             rng, there = np.random.default_rng(seed), CacheModel.load(folder, device="cpu")
             some = rng.choice(there.labels["key_id"].to_numpy(), rng.integers(1, 60), replace=False).tolist()
@@ -202,8 +202,8 @@ def test_those_that_are_kept_are_of_the_keys_after_any_changes(steps, dtype, sma
             close(found.sums, fresh(found))
 
 
-def test_a_fit_by_those_that_were_kept_is_that_of_the_keys(tmp_path, monkeypatch):
-    """And it reads no key for them but those that are held out; an addition reads what it adds."""
+def test_a_fit_with_stored_sums_equals_a_fit_from_the_keys(tmp_path, monkeypatch):
+    """The fit only reads the keys that are held out, and an addition only reads the keys that it adds."""
     read = []
     monkeypatch.setattr(Sums, "count", _counting(read))
     monkeypatch.setattr(closed_form, "JUDGED", 64)
@@ -238,7 +238,7 @@ def _counting(read: list[int]):
     return count
 
 
-def test_what_outweighed_all_that_is_left_leaves_nothing(tmp_path):
+def test_sums_are_dropped_after_a_huge_key_is_removed(tmp_path):
     cache = fitted(tmp_path / "index")
     key_ids = cache.add(np.full((1, D), 3e5, dtype=np.float32), NAMES[:1])
     cache.remove(key_ids)
@@ -248,7 +248,7 @@ def test_what_outweighed_all_that_is_left_leaves_nothing(tmp_path):
     close(verify(tmp_path / "index").sums, fresh(cache))
 
 
-def test_they_are_kept_where_they_are_small_beside_the_keys(tmp_path):
+def test_sums_are_stored_if_they_are_small_compared_with_the_keys(tmp_path):
     fitted(tmp_path / "few", 80)
     assert "sums" not in read_manifest(tmp_path / "few").files
     assert CacheModel.load(tmp_path / "few", device="cpu").sums is None
@@ -262,7 +262,7 @@ def test_they_are_kept_where_they_are_small_beside_the_keys(tmp_path):
     assert "sums" not in read_manifest(tmp_path / "many").files
 
 
-def test_other_keys_have_none_until_they_are_fitted(tmp_path):
+def test_replaced_keys_have_no_sums_until_they_are_fitted(tmp_path):
     cache = fitted(tmp_path / "index")
     assert cache.sums is not None
     assert replace(cache, keys=np.asarray(cache.keys) * 2, points=None).sums is None  # as after finetune
@@ -275,7 +275,7 @@ def test_other_keys_have_none_until_they_are_fitted(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["counts", "products", "damage"])
-def test_those_of_other_keys_are_noticed(tmp_path, what):
+def test_sums_of_other_keys_are_detected(tmp_path, what):
     folder = tmp_path / "index"
     cache = fitted(folder)
     name = read_manifest(folder).files["sums"].name
@@ -283,7 +283,7 @@ def test_those_of_other_keys_are_noticed(tmp_path, what):
     other[(0, 0) if what == "counts" else (C + 1, 3)] += 1
     if what == "damage":
         np.save(folder / name, other)
-    else:  # as if a program that knows nothing of them had written the manifest
+    else:  # as if a program that does not know the sums had written the manifest
         forge(folder, other)
     with pytest.raises(StoreError, match="sums"):
         verify(folder)
@@ -295,7 +295,7 @@ def test_those_of_other_keys_are_noticed(tmp_path, what):
 
 
 def forge(folder: Path, array: np.ndarray) -> None:
-    """Other sums, and a manifest that names them."""
+    """Store other sums, and name them in the manifest."""
     np.save(folder / "other.npy", array)
     body = body_of(folder)
     digest = sha256_of(folder / "other.npy")

@@ -64,7 +64,7 @@ def model(**changes: Any) -> CacheModel:
 def loop_over_keys(
     affinity: Array, y: Array, values: Array, c: int, beta: float, found: npt.NDArray[np.bool_], *, tail: bool
 ) -> Array:
-    """Add up the values of found keys at their affinity, and with a tail, of other keys at their class's mean."""
+    """Add up the values of found keys, and with a tail, of other keys at the mean affinity of their class."""
     cache = np.zeros(c)
     for i in range(len(y)):
         if found[i]:
@@ -199,7 +199,7 @@ def test_one_hot_values_give_the_same_logits_as_no_values(index: str) -> None:
 
 @pytest.mark.parametrize("make", [torch.from_numpy, lambda v: v.astype(np.float64)])
 @pytest.mark.parametrize(("k", "tail"), [(None, True), (1, True), (9, True), (9, False), (2 * N, False)])
-def test_a_model_answers_with_its_values(k: int | None, tail: bool, make: Callable[[Array], Any]) -> None:
+def test_a_model_uses_its_values(k: int | None, tail: bool, make: Callable[[Array], Any]) -> None:
     cache = model(values=make(VALUES))
     assert cache.values is not None
     assert (cache.values.dtype, tuple(cache.values.shape)) == (torch.float32, (N, C))
@@ -336,7 +336,7 @@ def test_a_gpu_gives_the_same_answers_with_values(tmp_path: Path) -> None:
 
 
 def keys_with_two_images_per_class() -> dict[str, Any]:
-    """Return keys of which each class has at least two images, some with two views."""
+    """Return keys of at least two images per class, some with two views."""
     enough = np.flatnonzero(~np.isin(Y, [1, 2]))
     sources = [f"image {i // 2 if i < 20 else i}" for i in range(len(enough))]
     y = np.sort(Y[enough], kind="stable")

@@ -42,7 +42,7 @@ def by_hand(backbone: Any, path: str, name: str) -> torch.Tensor:
     return backbone.preprocess(decoded) if name == "centre" else backbone.view(decoded, f"{digest}/{name}")
 
 
-def test_names_of_views() -> None:
+def test_views_are_named_by_seed_and_number() -> None:
     assert view_names(3, 1) == ["centre"]
     assert view_names(3, 2) == ["crop/3/0", "crop/3/1"]
     assert view_names(3, 4)[:2] == view_names(3, 2)
@@ -51,7 +51,7 @@ def test_names_of_views() -> None:
 # -- images --
 
 
-def test_views_of_photos_are_encoded_each_on_its_own(shared: Path, lit_mini: Any) -> None:
+def test_each_view_of_a_photo_is_encoded(shared: Path, lit_mini: Any) -> None:
     source = open_source(shared / "data/caltech101/split_zhou_Caltech101.json").take([0, 40, 20])
     names = ["centre", *view_names(5, 2)]
     found = Encoder(lit_mini).encode_views(source, names)
@@ -66,7 +66,7 @@ def test_views_of_photos_are_encoded_each_on_its_own(shared: Path, lit_mini: Any
 
 
 @pytest.mark.parametrize("views", [1, 3])
-def test_the_raw_views_of_a_shot_average_to_its_block(folder: Path, cache: EncodingCache, views: int) -> None:
+def test_raw_views_average_to_the_feature_of_a_shot(folder: Path, cache: EncodingCache, views: int) -> None:
     backbone = Fake()
     source = source_of(folder)
     encoder = Encoder(backbone, views=views, seed=4, cache=cache)
@@ -83,7 +83,7 @@ def test_the_raw_views_of_a_shot_average_to_its_block(folder: Path, cache: Encod
         np.testing.assert_allclose(block.features[shot], unit(raw.mean(axis=0, keepdims=True))[0], atol=1e-6)
 
 
-def test_more_views_encode_only_new_ones(folder: Path, cache: EncodingCache) -> None:
+def test_more_views_only_encode_the_new_views(folder: Path, cache: EncodingCache) -> None:
     backbone = Fake()
     source = source_of(folder)
     encoder = Encoder(backbone, seed=2, cache=cache)
@@ -96,7 +96,7 @@ def test_more_views_encode_only_new_ones(folder: Path, cache: EncodingCache) -> 
     assert np.array_equal(alone.features, many.features)
 
 
-def test_a_path_that_comes_again_is_one_shot(folder: Path) -> None:
+def test_a_repeated_path_is_one_shot(folder: Path) -> None:
     source, reads = source_of(folder).take([3, 0, 3, 11, 0, 5]), Reads()
     found = Encoder(Fake(), batch_size=2, read=reads).encode_views(source, ["centre"])
     assert found.positions.tolist() == [0, 1, 3, 5]
@@ -160,7 +160,7 @@ def test_rows_that_share_an_id_are_the_views_of_a_shot(tmp_path: Path) -> None:
     assert np.array_equal(found.features, rows[[6, 4, 1, 0, 5]])
 
 
-def test_one_row_a_shot_is_the_table_itself(tmp_path: Path) -> None:
+def test_one_row_per_shot_returns_the_table_itself(tmp_path: Path) -> None:
     rows = unit_rows(5, 4)
     found = Encoder().encode_views(table(tmp_path / "t.parquet", list("edcba"), rows), view_names(1, 4))
     assert found.positions.tolist() == [0, 1, 2, 3, 4]
@@ -168,7 +168,7 @@ def test_one_row_a_shot_is_the_table_itself(tmp_path: Path) -> None:
     assert np.array_equal(found.features, rows)
 
 
-def test_tables_raise_as_blocks_do(tmp_path: Path) -> None:
+def test_views_of_tables_raise_the_errors_of_blocks(tmp_path: Path) -> None:
     rows = unit_rows(3, 4)
     rows[1] *= 2
     source = table(tmp_path / "t.parquet", ["a", "a", "b"], rows)
@@ -191,7 +191,7 @@ def epoch(encoder: Encoder, source: Source, name: str, size: int) -> tuple[list[
 
 @pytest.mark.parametrize("size", [1, 4, 64])
 @pytest.mark.parametrize("name", ["centre", "crop/1/7"])
-def test_pixels_come_in_the_sources_order_and_again(folder: Path, size: int, name: str) -> None:
+def test_pixels_follow_the_order_of_the_source_each_time(folder: Path, size: int, name: str) -> None:
     order = [7, 0, 11, 3, 7, 2]
     backbone = Fake()
     encoder = Encoder(backbone, workers=3)
@@ -206,12 +206,12 @@ def test_pixels_come_in_the_sources_order_and_again(folder: Path, size: int, nam
     assert backbone.batches == []
 
 
-def test_pixels_of_another_name_are_another_view(folder: Path) -> None:
+def test_pixels_of_another_name_belong_to_another_view(folder: Path) -> None:
     one, other = (epoch(Encoder(Fake()), source_of(folder), name, 4)[1] for name in ("crop/1/0", "crop/1/1"))
     assert not torch.equal(one, other)
 
 
-def test_pixels_leave_out_unreadable_images_and_name_them_once(folder: Path) -> None:
+def test_pixels_skip_unreadable_images_and_name_them_once(folder: Path) -> None:
     for number in (4, 5, 9):
         (folder / f"{number:02}.png").write_bytes(b"")
     encoder = Encoder(Fake())
@@ -226,7 +226,7 @@ def test_pixels_leave_out_unreadable_images_and_name_them_once(folder: Path) -> 
         epoch(encoder, source.take([4, 5]), "centre", 2)
 
 
-def test_the_next_chunk_is_decoded_while_one_is_used(folder: Path) -> None:
+def test_the_next_chunk_is_decoded_in_advance(folder: Path) -> None:
     opened: list[str] = []
     several = threading.Event()
 
