@@ -15,7 +15,7 @@ from sealing import one_line, snapshot
 
 from retrieval_tip import verify
 from retrieval_tip.errors import RetrievalTipError
-from retrieval_tip.index import changes
+from retrieval_tip.index import changes, manage
 from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.writer import collect
@@ -28,7 +28,7 @@ OPERATIONS: dict[str, Operation] = living.OPERATIONS | {
     "merge": lambda folder, place, _: changes.merge(folder, place / "others"),
     "set": lambda folder, *_: changes.configure(folder, alpha=3.0),
 }
-for _name in ("first", "fit to values", "gc", "grow"):
+for _name in ("first", "fit to values", "gc", "grow", *living.WHOLE):
     del OPERATIONS[_name]
 
 
@@ -104,6 +104,15 @@ def test_a_first_build_on_a_full_disk_leaves_nothing_and_succeeds_with_more_room
     folder = disk / "deep" / "index"
     assert refused_until_it_fits(disk, folder, lambda: living.built(folder, place, "0", "Flat")) > 8
     assert verify(folder).n == SEGMENTS[0]
+
+
+def test_a_copy_on_a_full_disk_leaves_nothing_and_succeeds_with_more_room(
+    small_disk: Callable[[int], Path], place: Path
+) -> None:
+    disk = small_disk(8192)
+    living.make_index(disk / "index", place, "Flat")
+    assert refused_until_it_fits(disk, disk / "copy", lambda: manage.duplicate(disk / "index", "copy")) > 2
+    assert living.answer(disk / "copy") == living.answer(disk / "index")
 
 
 def test_gc_frees_space_on_a_full_disk(small_disk: Callable[[int], Path], place: Path) -> None:

@@ -34,7 +34,10 @@ def duplicate(folder: places.Place, name: str) -> Path:
     place = places.at(folder).movable()
     target = _free(place.with_name(name))
     with _writing(place), temporary(target, folder=True) as copy:
-        changes.clone(place, copy)
+        try:
+            changes.clone(place, copy)
+        except StoreError as error:
+            raise StoreError(str(error).replace(str(copy), show(target))) from error
         copy.rename(target)
     return target
 
