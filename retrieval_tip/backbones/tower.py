@@ -155,7 +155,6 @@ def quantise(
     quantised, either.
     """
     runtime()
-    layers = [name for name, kind in types.items() if kind in CONVOLUTIONS + PRODUCTS]
     convolves = _convolves(types)
     with quiet(), redirect_stdout(StringIO()):  # which gets its progress bars
         import nncf
@@ -165,7 +164,7 @@ def quantise(
             graph, nncf.Dataset(samples, feed), subset_size=len(samples),
             model_type=None if convolves else nncf.ModelType.TRANSFORMER,
             fast_bias_correction=not convolves,  # the full correction helps convolutions only
-            ignored_scope=nncf.IgnoredScope(names=layers[:1], patterns=list(ignored)),
+            ignored_scope=nncf.IgnoredScope(names=list(_layers(types))[:1], patterns=list(ignored)),
         )  # fmt: skip
     return found
 
@@ -175,10 +174,15 @@ def _types(graph: openvino.Model) -> dict[str, str]:
     return {node.get_friendly_name(): node.get_type_name() for node in graph.get_ordered_ops()}
 
 
+def _layers(types: dict[str, str]) -> dict[str, str]:
+    """Return the layers among nodes."""
+    return {name: kind for name, kind in types.items() if kind in CONVOLUTIONS + PRODUCTS}
+
+
 def _convolves(types: dict[str, str]) -> bool:
     """Return whether most layers are convolutions."""
-    kinds = [kind for kind in types.values() if kind in CONVOLUTIONS + PRODUCTS]
-    return sum(kind in CONVOLUTIONS for kind in kinds) > len(kinds) / 2
+    layers = _layers(types)
+    return sum(kind in CONVOLUTIONS for kind in layers.values()) > len(layers) / 2
 
 
 def converted(model: Model, identity: Identity, size: tuple[int, int], precision: str) -> Tower | None:

@@ -116,8 +116,10 @@ class RowOptions:
             raise UsageError(f"--group-by burst: all photos of a burst get one answer; leave out {options[0]}")
         if self.boxes is not None and engine.is_ray:
             raise UsageError("--boxes: --engine ray cannot crop photos; leave one of them out")
-        if self.group_unlike and cache.settings.least_cache is None:
-            raise UsageError("--group-unlike: the index does not know which images have no match; fit it first")
+        if self.group_unlike:
+            from retrieval_tip.labelling.groups import check_fitted
+
+            check_fitted(cache, "--group-unlike")
         if self.group_unlike and engine.is_ray:
             raise UsageError("--group-unlike: compares all images, which --engine ray cannot; leave one of them out")
 

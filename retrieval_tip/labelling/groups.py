@@ -139,10 +139,10 @@ def group_unlike(index: AnsweringIndex, features: FloatArray, answers: Predictio
     return Predictions(table.append_column("group", column))
 
 
-def check_fitted(index: AnsweringIndex) -> None:
-    """Raise UsageError if an index does not know which photos have no match."""
+def check_fitted(index: AnsweringIndex, name: str = "group_unlike") -> None:
+    """Raise UsageError, which begins with ``name``, if an index does not know which photos have no match."""
     if index.settings.least_cache is None:
-        raise UsageError("group_unlike: the index does not know which images have no match; fit it first")
+        raise UsageError(f"{name}: the index does not know which images have no match; fit it first")
 
 
 def classify_in_groups(index: AnsweringIndex, pool: Pool, top: int, neighbours: int, *, certify: bool) -> Predictions:

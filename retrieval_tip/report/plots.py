@@ -355,14 +355,14 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _grid(
-    width: float, height: float, down: int, across: int, *, sharex: bool = False, sharey: bool = False,
+    width: float, height: float, down: int, across: int, *, sharex: bool = False,
     height_ratios: Sequence[float] | None = None,
 ) -> tuple[Figure, list[Axes]]:  # fmt: skip
     """Return a new figure and its axes. This does not use pyplot, which could open windows."""
     from matplotlib.figure import Figure as New
 
     figure = New(figsize=(width, height))
-    made = figure.subplots(down, across, squeeze=False, sharex=sharex, sharey=sharey, height_ratios=height_ratios)
+    made = figure.subplots(down, across, squeeze=False, sharex=sharex, height_ratios=height_ratios)
     return figure, list(made.flat)
 
 

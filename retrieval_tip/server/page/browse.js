@@ -197,27 +197,22 @@ function rename(card, label) {
   const [ok, hint] = [el("button", { class: "primary" }), el("span", { class: "hint", role: "status" })];
   const form = el("form", { class: "naming" }, input, hint, ok);
   const isTaken = (name) => name !== label && state.labels.includes(name);
-  const end = () => {
-    const own = form.parentNode;
-    form.remove();
-    own.draggable = true;
-    return own.querySelector(".acts");
-  };
   input.oninput = () => {
     const taken = isTaken(input.value.trim());
     ok.textContent = taken ? "Merge" : "Rename";
     hint.textContent = taken ? `${input.value.trim()} already exists. The two classes will be merged.` : "";
   };
-  form.addEventListener("keydown", ({ key }) => key === "Escape" && end().lastChild.focus());
-  form.addEventListener("focusout", ({ relatedTarget: to }) => to && !form.contains(to) && end());
+  form.addEventListener("keydown", ({ key }) => key === "Escape" && closeName(form).focus());
+  form.addEventListener("focusout", ({ relatedTarget: to }) => to && !form.contains(to) && closeName(form));
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     const name = input.value.trim();
-    end().lastChild.focus();
+    closeName(form).focus();
     if (isTaken(name)) await merge(label, name);
     else if (name && name !== label) await changed(`Renamed ${label} to ${name}`, () => state.rename(label, name), $("classes-title"));
   });
-  $("classes-list").querySelector(".naming")?.remove();
+  const open = $("classes-list").querySelector(".naming");
+  if (open) closeName(open);
   openName(card, form);
   input.oninput();
   input.select();
@@ -227,6 +222,14 @@ function openName(card, form) {
   card.draggable = false; // otherwise text in the field cannot be selected
   card.append(form);
   form.querySelector("input").focus();
+}
+
+/** Close the form on a card, and return the card's button for renaming. */
+function closeName(form) {
+  const card = form.parentNode;
+  form.remove();
+  card.draggable = true;
+  return card.querySelector(".acts").lastChild;
 }
 
 /** Return the elements that describe an example. */
@@ -464,10 +467,10 @@ let suspects = [];
 let listed = [];
 const KEPT = "retrieval-tip kept"; // for all indexes, so that renamed indexes and copies have the same marks
 const kept = () => new Set(JSON.parse(localStorage.getItem(KEPT) ?? "[]"));
-const labelOf = (shot) => JSON.stringify([shot.source, shot.label]);
+const sourceAndLabel = (shot) => JSON.stringify([shot.source, shot.label]);
 
 function keep(some) {
-  localStorage.setItem(KEPT, JSON.stringify([...kept(), ...some.map(labelOf)]));
+  localStorage.setItem(KEPT, JSON.stringify([...kept(), ...some.map(sourceAndLabel)]));
   showSuspects();
   showClasses();
   $("audit-title").focus();
@@ -476,7 +479,7 @@ function keep(some) {
 /** List the suspicious examples that the user has not chosen to keep. */
 function showSuspects() {
   const known = kept();
-  listed = suspects.filter((shot) => !known.has(labelOf(shot)));
+  listed = suspects.filter((shot) => !known.has(sourceAndLabel(shot)));
   $("audit-count").textContent = $("tab-check-count").textContent = count(listed.length);
   refill($("audit"), listed.map(suspicious));
   const movable = listed.filter((shot) => shot.suggested !== null);
