@@ -148,10 +148,17 @@ class AnsweringIndex(ABC):
         """Return at most ``m`` evenly spaced stored keys, and their ``key_id`` and ``class_id``."""
 
     @abstractmethod
-    def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
+    def find(
+        self,
+        labels: Sequence[str] = (),
+        source: str | None = None,
+        key_ids: Sequence[int] = (),
+        digests: Sequence[str] = (),
+    ) -> pa.Table:
         """Return the rows of the label store that match all of the given filters.
 
-        By default, all classes and key ids match. ``source`` matches any source that contains it, ignoring case.
+        By default, all classes, key ids and digests match. ``source`` matches any source that contains it, ignoring
+        case.
         """
 
     @property
@@ -159,9 +166,11 @@ class AnsweringIndex(ABC):
     def segments(self) -> int:
         """Number of segments that hold the keys."""
 
-    @abstractmethod
     def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
         """Return the digest and the label of every key that has one of the given digests."""
+        asked = list(dict.fromkeys(digest for digest in digests if digest is not None))
+        rows = self.find(digests=asked) if asked else None
+        return set() if rows is None else set(zip(rows["digest"].to_pylist(), rows["label"].to_pylist(), strict=True))
 
     @abstractmethod
     def of_classes(self, class_ids: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]:

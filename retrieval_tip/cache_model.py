@@ -34,7 +34,7 @@ from retrieval_tip.retrieval.vector_index import VectorIndex
 from retrieval_tip.settings import Built, Dtype, Fitted, Precision, Settings, Verify
 from retrieval_tip.store.contents import Contents, Stored
 from retrieval_tip.store.folder import Check, check_earlier, opened, read_manifest, read_version
-from retrieval_tip.store.labels import label_table, labelled_digests, rows_with
+from retrieval_tip.store.labels import label_table, rows_with
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.writer import Writer, write
@@ -479,11 +479,14 @@ class CacheModel(KeyEdits):
         for part in runs(self.keys, KEY_BLOCK):
             yield self.labels.slice(part.start, part.stop - part.start), self.keys[part]
 
-    def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
-        return rows_with(self.labels, labels, source, key_ids)
-
-    def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
-        return labelled_digests(self.labels, digests)
+    def find(
+        self,
+        labels: Sequence[str] = (),
+        source: str | None = None,
+        key_ids: Sequence[int] = (),
+        digests: Sequence[str] = (),
+    ) -> pa.Table:
+        return rows_with(self.labels, labels, source, key_ids, digests)
 
     def statistics(self) -> Statistics | None:
         return measure(self.met, self.class_ids.cpu().numpy())

@@ -21,9 +21,9 @@ from serving import caltech_photos, server
 from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.data.encoder import Encoder
-from retrieval_tip.data.sources import open_inputs
+from retrieval_tip.data.sources import of_images, open_inputs
 from retrieval_tip.errors import StoreError
-from retrieval_tip.index import places
+from retrieval_tip.index import changes, places
 from retrieval_tip.labelling.queue import FIXED, QUEUED, RANDOM_EVERY, Queue, Queued
 from retrieval_tip.server import labelling as module
 from retrieval_tip.server.app import create_app
@@ -90,6 +90,7 @@ class Client:
     def __init__(self, pool: dict[str, str], place: Path, backbone: Backbone, *classes: str) -> None:
         self.pool, backbones = pool, Backbones("cpu", "float32", None, backbone)
         self.sources = list(open_inputs([str(Path(next(iter(pool))).parent)]))
+        self.names = [name for source in self.sources for name in source.sources]
         labelling = Labelling(place, self.sources, Encoder(backbone), classes)
         served = [Served(place, backbones)] if places.at(place).exists() else []
         maker = Maker(place.parent, backbone, backbones)
@@ -106,8 +107,9 @@ class Client:
     def status(self) -> dict[str, Any]:
         return self.http.get("/v1/label").json()
 
-    def set(self, labels: dict[int, str | None], *skip: int) -> dict[str, Any]:
-        body = {"labels": [{"photo": photo, "label": label} for photo, label in labels.items()], "skip": skip}
+    def set(self, labels: dict[int, str | None], *skip: int, **names: str) -> dict[str, Any]:
+        body: dict[str, Any] = {"skip": skip, **names}
+        body["labels"] = [{"photo": photo, "label": label} for photo, label in labels.items()]
         answer = self.http.post("/v1/label", json=body, headers=AUTHORISED)
         assert answer.status_code == 200, answer.text
         return answer.json()
@@ -123,12 +125,17 @@ class Client:
 
     def settled(self) -> dict[str, Any]:
         """Wait until the session is idle and every photo is encoded; return its state."""
-        for _ in range(600):
-            state = self.status()
-            if not state["busy"] and state["encoded"] == len(self.pool):
+        return self.until(lambda state: not state["busy"] and state["encoded"] == len(self.pool))
+
+    def until(self, done: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        for _ in range(1200):
+            if done(state := self.status()):
                 return state
             time.sleep(0.05)
         raise AssertionError(state)
+
+    def number(self, stem: str) -> int:
+        return next(number for number, name in enumerate(self.names) if Path(name).stem == stem)
 
 
 @pytest.fixture
@@ -139,6 +146,18 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def opened(place: Path) -> AnsweringIndex:
     return places.at(place).load(device="cpu")
+
+
+def labels_of(place: Path) -> dict[str, str]:
+    """Return the labels in the index by source. No source may have two keys."""
+    rows = opened(place).labels.to_pylist()
+    assert len({row["source"] for row in rows}) == len({row["digest"] for row in rows}) == len(rows)
+    return {row["source"]: row["label"] for row in rows}
+
+
+def add_photo(place: Path, photo: Path, label: str, backbone: Backbone) -> None:
+    """Add a photo as another process does."""
+    changes.add(place, of_images([str(photo)], "photos", [label], [label]), Encoder(backbone))
 
 
 def test_labels_build_an_index_that_guesses_and_sessions_can_be_resumed(
@@ -199,49 +218,138 @@ def test_near_identical_photos_can_be_labelled_together(pool: dict[str, str], pl
     assert {Path(row["source"]).stem for row in rows if row["label"] == "pair"} >= {"0", "copy"}
 
 
-def test_undo_restores_the_previous_version_and_labels_can_be_changed(
+def test_undo_and_relabel_change_one_version_and_keep_what_others_added(
+    pool: dict[str, str], place: Path, lit_mini: Backbone, tmp_path: Path
+) -> None:
+    with Client(pool, place, lit_mini) as client:
+        first, second, third = client.label(3)
+        client.settled()
+        other = tmp_path / "other.png"
+        Image.new("RGB", (64, 64), "red").save(other)
+        add_photo(place, other, "red", lit_mini)
+        client.until(lambda state: state["version"] == opened(place).version)
+        version = client.settled()["version"]
+        client.set({second["photo"]: "x", third["photo"]: "y"})
+        assert client.settled()["version"] == version + 1
+        typo = client.status()["queue"][0]
+        client.set({typo["photo"]: "tpyo"}, step="typo")
+        client.settled()
+        assert "tpyo" in opened(place).class_names
+        state = client.set({}, undo="typo")
+        assert (state["labelled"], state["steps"], state["queue"][0]["photo"]) == (3, [], typo["photo"])
+        assert client.settled()["version"] == version + 3
+    assert labels_of(place) == {
+        first["name"]: pool[first["name"]], second["name"]: "x", third["name"]: "y", str(other): "red",
+    }  # fmt: skip
+    assert "tpyo" not in opened(place).class_names
+
+
+def test_a_step_is_done_once_and_undo_restores_labels_and_skipped_photos(
+    pool: dict[str, str], place: Path, lit_mini: Backbone
+) -> None:
+    with Client(pool, place, lit_mini) as client:
+        one, other, *_ = client.settled()["queue"]
+        client.set({one["photo"]: "a"}, step="1")
+        client.set({one["photo"]: "b"}, step="2")
+        assert client.set({one["photo"]: "a"}, step="1")["steps"] == ["1", "2"]  # the request was repeated
+        assert client.settled()["queue"][0]["photo"] == other["photo"]
+        state = client.set({}, other["photo"], step="3")
+        assert other["photo"] != state["queue"][0]["photo"]
+        for _ in range(2):  # the request is repeated
+            state = client.set({}, undo="3")
+            assert (state["queue"][0]["photo"], state["steps"]) == (other["photo"], ["1", "2"])
+        client.settled()
+        assert labels_of(place) == {one["name"]: "b"}
+        client.set({}, undo="2")
+        client.settled()
+        assert labels_of(place) == {one["name"]: "a"}
+        assert client.set({}, undo="1")["queue"][0] | {"guesses": []} == one | {"guesses": []}
+
+
+def test_a_first_label_that_was_undone_does_not_count_and_leaves_with_the_next(
     pool: dict[str, str], place: Path, lit_mini: Backbone
 ) -> None:
     with Client(pool, place, lit_mini) as client:
         (first,) = client.label(1)
         client.settled()
-        state = client.set({first["photo"]: None})  # the index keeps its only label until there is another
-        assert state["labelled"] == 0
-        assert client.settled()["queue"][0]["photo"] == first["photo"]
-        client.set({first["photo"]: "another class"})
+        assert client.set({first["photo"]: None})["labelled"] == 0
+        client.settled()
+    with Client(pool, place, lit_mini) as client:
+        state = client.settled()
+        assert (state["labelled"], state["classes"]) == (0, [])
+        assert first["photo"] in {one["photo"] for one in client.settled()["queue"]}
+        other = next(one for one in state["queue"] if one["photo"] != first["photo"] and one["name"] in pool)
+        client.set({other["photo"]: "other"})
+        assert client.settled()["classes"] == [{"label": "other", "photos": 1}]
+        assert labels_of(place) == {other["name"]: "other"}
+        client.set({other["photo"]: None})
+        client.settled()
+        client.set({other["photo"]: "again"})
         assert client.settled()["labelled"] == 1
-        assert opened(place).labels["label"].to_pylist() == ["another class"]
-        second, third = client.label(2)
-        before = client.settled()["version"]
-        typo = client.status()["queue"][0]
-        client.set({typo["photo"]: "tpyo"})
+    assert labels_of(place) == {other["name"]: "again"}
+
+
+def test_a_bad_label_is_named_and_kept_while_the_others_are_saved(
+    pool: dict[str, str], place: Path, lit_mini: Backbone
+) -> None:
+    with Client(pool, place, lit_mini) as client:
         client.settled()
-        assert "tpyo" in opened(place).class_names
-        state = client.set({typo["photo"]: None})
-        assert (state["labelled"], state["queue"][0]["photo"]) == (3, typo["photo"])
-        assert client.settled()["version"] > before
-        assert "tpyo" not in opened(place).class_names  # the previous version was restored
-        client.set({second["photo"]: None})
+        bad = client.number("damaged")
+        good = [client.number(name) for name in ("1", "2", "3", "4")]
+        client.set(dict.fromkeys([good[0], bad, *good[1:]], "x"))
+        state = client.until(lambda state: state["unsaved"] == 1)
+        (refused,) = state["refused"]
+        assert (refused["photo"], Path(refused["name"]).name, refused["label"]) == (bad, "damaged.jpg", "x")
+        assert "image" in refused["reason"]
+        known = {row["source"]: row["key_id"] for row in opened(place).labels.to_pylist()}
+        changes.remove(place, key_ids=[known[client.names[good[0]]]])  # by another process
+        client.set(dict.fromkeys(good, "y"))
+        client.until(lambda state: state["unsaved"] == 1)
+        assert labels_of(place) == dict.fromkeys([client.names[number] for number in good], "y")
+        assert client.set({bad: None})["refused"] == []
+        assert client.settled()["unsaved"] == 0
+
+
+def test_photos_are_recognised_by_their_bytes_from_any_folder(
+    shared: Path, place: Path, lit_mini: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = [path for path, _ in caltech_photos(shared, "train", 2, 2)]
+    for day, own in (("day1", photos[:2]), ("day2", photos[2:])):
+        (tmp_path / day / "new").mkdir(parents=True)
+        for number, path in enumerate(own):
+            shutil.copy(path, tmp_path / day / "new" / f"IMG_{number}.jpg")
+    for day in ("day1", "day2"):
+        monkeypatch.chdir(tmp_path / day)
+        with Client({"new/IMG_0.jpg": day, "new/IMG_1.jpg": day}, place, lit_mini) as client:
+            assert client.settled()["labelled"] == 0
+            client.label(2)
+            client.settled()
+    wanted = {str(tmp_path / day / f"new/IMG_{n}.jpg"): day for day in ("day1", "day2") for n in (0, 1)}
+    assert labels_of(place) == wanted
+    moved = place.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("day1/new", str(tmp_path / "day2" / "new"), "day1/../day2/new"):
+        with Client({f"{folder}/IMG_0.jpg": "", f"{folder}/IMG_1.jpg": ""}, moved, lit_mini) as client:
+            assert client.settled()["labelled"] == 2
+    shutil.copytree(tmp_path / "day1", tmp_path / "copy")
+    with Client({"copy/new/IMG_0.jpg": "", "copy/new/IMG_1.jpg": ""}, moved, lit_mini) as client:
+        assert client.settled()["labelled"] == 2
+        client.set({0: "changed"})
         client.settled()
-        assert sorted(opened(place).labels["source"].to_pylist()) == sorted([first["name"], third["name"]])
-        state = client.set({third["photo"]: "x"}, client.status()["queue"][0]["photo"])
-        client.settled()
-    assert dict(zip(*(opened(place).labels[name].to_pylist() for name in ("source", "label")), strict=True)) == {
-        first["name"]: "another class", third["name"]: "x",
-    }  # fmt: skip
+    assert labels_of(moved) == wanted | {str(tmp_path / "day1/new/IMG_0.jpg"): "changed"}
 
 
 def test_labels_are_saved_later_if_saving_fails(
     pool: dict[str, str], place: Path, lit_mini: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, full = module.save_labels, True
+    real, full = module.build_from_labels, True
 
     def save(*arguments: Any) -> None:
         if full:
             raise StoreError("idx: no space left on device")
         real(*arguments)
 
-    monkeypatch.setattr(module, "save_labels", save)
+    monkeypatch.setattr(module, "build_from_labels", save)
     monkeypatch.setattr(module, "RETRY", 0.05)
     with Client(pool, place, lit_mini) as client:
         client.label(2)
@@ -256,24 +364,24 @@ def test_labels_are_saved_later_if_saving_fails(
     assert opened(place).n == 2
 
 
-def test_deleted_photos_are_left_out(shared: Path, place: Path, lit_mini: Backbone, tmp_path: Path) -> None:
+def test_keys_of_photos_that_are_gone_can_be_relabelled_and_removed(
+    shared: Path, place: Path, lit_mini: Backbone, tmp_path: Path
+) -> None:
     (tmp_path / "pool").mkdir()
-    images = [shutil.copy(path, tmp_path / "pool") for path, _ in caltech_photos(shared, "train", 2, 2)]
-    with Client(dict.fromkeys(map(str, images), "x"), place, lit_mini) as client:
-        gone, other = client.settled()["queue"][:2]
-        Path(gone["name"]).unlink()
-        client.set({gone["photo"]: "x"})
-        client.set({other["photo"]: "x"})
-        state = client.settled()
-        assert (state["photos"], state["labelled"], state["problem"]) == (3, 1, None)
-        Path(state["queue"][0]["name"]).unlink()
-        client.set({state["queue"][0]["photo"]: "x"})  # no photo in the batch can be read
-        for _ in range(100):
-            if (state := client.status())["problem"]:
-                break
-            time.sleep(0.05)
-        assert "no such file" in state["problem"]
-        assert (state["photos"], state["labelled"], state["unsaved"]) == (2, 1, 0)
+    images = [Path(shutil.copy(path, tmp_path / "pool")) for path, _ in caltech_photos(shared, "train", 2, 2)]
+    pool = dict.fromkeys(map(str, images), "x")
+    with Client(pool, place, lit_mini) as client:
+        client.settled()
+        for image in images[:2]:
+            image.unlink()
+        numbers = [client.names.index(str(image)) for image in images]
+        client.set(dict.fromkeys(numbers, "x"), step="all")
+        client.settled()
+        assert labels_of(place) == pool
+        client.set({numbers[0]: "y"})
+        client.set({numbers[1]: None, numbers[2]: None})
+        client.settled()
+    assert labels_of(place) == {str(images[0]): "y", str(images[3]): "x"}
 
 
 def test_photos_are_sorted_by_label_or_answer(

@@ -141,7 +141,7 @@ def test_known_features_are_skipped_and_sampling_is_reported(index, run, monkeyp
     monkeypatch.setattr(photos, "MOST_PHOTOS", 9)
     done = run("suggest", table, mixed, "-n", 50, "--index", folder, "--format", "csv")
     assert len(done.stdout.splitlines()) == 1 + 9
-    assert "9, drawn at random from 32" in done.stderr
+    assert "9, drawn at random from 34" in done.stderr
 
 
 def test_class_names_provide_a_first_label(index, run, tmp_path):

@@ -184,6 +184,7 @@ def label_command(
             ready=ready,
         )  # fmt: skip
         serve(app, listening, Limits.seconds)
+        labelling.check_saved()
 
 
 def _check_installed(name: str) -> None:

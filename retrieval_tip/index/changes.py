@@ -9,7 +9,7 @@ import dataclasses
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -39,6 +39,7 @@ from retrieval_tip.index.stores import Change
 from retrieval_tip.retrieval.defaults import plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates
 from retrieval_tip.settings import Dtype, Normalize, Norms, check_choice
+from retrieval_tip.store.labels import PICKED, WITHDRAWN
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import rows_where
 
@@ -177,6 +178,92 @@ def _note_precision(cache: Any, precision: str | None) -> None:
     cache.provenance = cache.provenance | {"precision": before | {"keys": ", ".join(known) or None}}
 
 
+@dataclass(frozen=True)
+class PhotoLabel:
+    """A photo and its new label. A label of ``None`` removes the photo from the index.
+
+    A photo is recognised by the ``digest`` of its bytes. ``feature``, a float32 array of shape ``[d]``, is only needed
+    if the index does not have the photo yet. ``picked`` tells how the photo was chosen.
+    """
+
+    source: str
+    digest: str
+    label: str | None
+    picked: str
+    feature: npt.NDArray[np.float32] | None = None
+
+
+def label(folder: Place, photos: Iterable[PhotoLabel], encoder: Encoder, unwanted: Collection[str] = ()) -> Changed:
+    """Set the labels of photos in one new version: add new photos, relabel known ones, and remove some.
+
+    If several keys have the digest of a photo, all of them change. If no other key remains, the last key is kept, and
+    its column :data:`PICKED` becomes :data:`WITHDRAWN`. The next label replaces it.
+
+    Args:
+        folder: the index.
+        photos: the photos and their labels. If a digest is repeated, the last label counts.
+        encoder: encodes the names of new classes, if the index has text weights. No image is read.
+        unwanted: the classes to drop if they have no keys afterwards.
+
+    Raises InputError if the index has no key of a photo without a feature, or if a class needs text weights and cannot
+    have them.
+    """
+    store, wanted = places.at(folder), {photo.digest: photo for photo in photos}
+    manifest = store.manifest()
+    check_backbone(_backbone_of(manifest), manifest.d, encoder.backbone, [])
+    names = list(dict.fromkeys(photo.label for photo in wanted.values() if photo.label is not None))
+    weights = _weights_of(names, manifest, encoder, None)
+    with store.change() as change:
+        cache = change.cache
+        rows = cache.find(digests=list(wanted)).to_pylist() if wanted else []
+        withdrawn = {row["key_id"] for row in rows if row.get(PICKED) == WITHDRAWN}
+        there = {row["digest"]: row for row in rows if row["key_id"] not in withdrawn}
+        fresh = [photo for photo in wanted.values() if photo.label is not None and photo.digest not in there]
+        gone = {row["key_id"] for row in rows if wanted[row["digest"]].label is None} | withdrawn
+        moves = {row["key_id"]: wanted[row["digest"]].label for row in rows if row["key_id"] not in gone}
+        if not fresh and len(gone) == cache.n:
+            if gone == withdrawn:
+                return Changed(_version(cache), [])
+            fresh = [_withdrawn(cache, rows)]
+        new = _add_classes(cache, names, weights)
+        added = _add_photos(cache, fresh, encoder) if fresh else []
+        moved = _relabel(change, {key_id: str(name) for key_id, name in moves.items()}, _labels_of(cache, list(moves)))
+        if gone:
+            _remove(cache, sorted(gone))
+        for name in sorted(set(unwanted).intersection(cache.class_names).difference(names)):
+            if not cache.counts[cache.class_names.index(name)]:
+                cache.rename(name, next(other for other in cache.class_names if other != name))  # drops an empty class
+        if added or moved or gone or new:
+            done = Counter(str(photo.label) for photo in wanted.values() if photo.label is not None)
+            removed = len(wanted) - done.total()
+            parts = [f"label {counted(done.total(), 'photo')}: " + few([f"{n} {name}" for name, n in done.items()])]
+            parts = [*(parts if done else []), *([f"remove {counted(removed, 'label')}"] if removed else [])]
+            change.what = "; ".join(parts)
+        fitted = _keep_fitted(change)
+    return Changed(_version(cache), [*added, *moved], **fitted)
+
+
+def _add_photos(cache: EditableIndex, photos: Sequence[PhotoLabel], encoder: Encoder) -> list[int]:
+    features = [photo.feature for photo in photos if photo.feature is not None]
+    if len(features) < len(photos):
+        lost = next(photo.source for photo in photos if photo.feature is None)
+        raise InputError(f"{lost}: cannot be read, and the index does not have it; restore the file")
+    key_ids = cache.add(
+        np.stack(features), [str(photo.label) for photo in photos], [photo.source for photo in photos],
+        views=encoder.views, digests=[photo.digest for photo in photos],
+        extra=pa.table({PICKED: pa.array([photo.picked for photo in photos], pa.string())}),
+    )  # fmt: skip
+    _note_precision(cache, None if encoder.backbone is None else encoder.backbone.precision)
+    return key_ids
+
+
+def _withdrawn(cache: AnsweringIndex, rows: Sequence[Mapping[str, Any]]) -> PhotoLabel:
+    """Return the first of the keys in ``rows``, which are all keys of the index, with its label marked as withdrawn."""
+    keys, ids = cache.some(cache.n)
+    feature = keys[ids["key_id"].to_pylist().index(rows[0]["key_id"])].astype(np.float32)
+    return PhotoLabel(rows[0]["source"], rows[0]["digest"], rows[0]["label"], WITHDRAWN, feature)
+
+
 def merge(folder: Place, other: Place) -> Added:
     """Add the keys of another index that has the same backbone. New classes keep their text weights.
 
@@ -238,10 +325,7 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
     """
     with places.at(folder).change() as change:
         chosen = _chosen(change.cache, where, key_ids)
-        try:
-            change.cache.remove(chosen)
-        except UsageError as error:  # otherwise, an inverted file would have fewer keys than lists
-            raise InputError(f"{error}; rebuild the index first, with index=Flat") from None
+        _remove(change.cache, chosen)
         change.what = f"remove {counted(len(chosen), 'key')}"
         fitted = _keep_fitted(change)
     return Changed(_version(change.cache), chosen, **fitted)
@@ -612,6 +696,13 @@ def _check_class(cache: AnsweringIndex, label: str, prefix: str = "") -> None:
         raise InputError(
             f"{prefix}{label!r} is not a class of this index ({few(cache.class_names)}); add new classes with index add"
         )
+
+
+def _remove(cache: EditableIndex, key_ids: Sequence[int]) -> None:
+    try:
+        cache.remove(key_ids)
+    except UsageError as error:  # otherwise, an inverted file would have fewer keys than lists
+        raise InputError(f"{error}; rebuild the index first, with index=Flat") from None
 
 
 def _relabel(change: Change, wanted: Mapping[int, str], now: Mapping[int, str]) -> list[int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +16,14 @@ from torch.nn.functional import normalize
 
 from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.remote import is_remote
 from retrieval_tip.data.sources import Source, of_images
-from retrieval_tip.index import changes, places
+from retrieval_tip.errors import show
+from retrieval_tip.index import places
 from retrieval_tip.index.build import build_index
 from retrieval_tip.labelling.queue import Picked
+from retrieval_tip.store.labels import PICKED, WITHDRAWN
 
-PICKED = "picked"
-"""Column of the label store that tells how a photo was chosen (see :data:`queue.Picked`)."""
 NONE = "none of these"
 """Class of photos that belong to no other class."""
 GUESSES = 9
@@ -33,50 +36,80 @@ FloatArray = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class LabelledPhoto:
-    """A labelled photo: its key in the index, its label, and how it was chosen, if known."""
+    """A labelled photo: its key in the index, its label, how it was chosen, if known, and the digest of its bytes."""
 
     key_id: int
     label: str
     picked: Picked | None
+    digest: str | None
 
 
 @dataclass(frozen=True)
 class Label:
-    """The label of a photo, and how the photo was chosen."""
+    """The label of a photo, and how the photo was chosen. A label of ``None`` removes the label of the photo."""
 
-    label: str
+    label: str | None
     picked: Picked
 
 
-def known_photos(index: AnsweringIndex, numbers: Mapping[str, int]) -> dict[int, LabelledPhoto]:
-    """Return the labelled photos by number, given the number of each path."""
+def picked_of(text: str | None) -> Picked:
+    """Return how a photo was chosen, given the text in a journal."""
+    return next((picked for picked in get_args(Picked) if picked == text), "suggested")
+
+
+def absolute(path: str) -> str:
+    """Return the absolute path of a photo. Links are kept, and addresses of object stores do not change."""
+    return path if is_remote(path) else os.path.abspath(path)  # noqa: PTH100 - resolve() follows links
+
+
+def known_photos(
+    index: AnsweringIndex, numbers: Mapping[str, int], digests: Mapping[str, Sequence[int]]
+) -> tuple[dict[int, LabelledPhoto], list[LabelledPhoto]]:
+    """Return the labelled photos by number, and the keys whose label was withdrawn.
+
+    A photo that has been read is recognised by its digest, and any other photo by its path until it is read.
+    ``digests`` maps the digests of the photos that have been read to their numbers. ``numbers`` maps the absolute paths
+    of the other photos, as text, to their numbers.
+    """
     labels = index.labels
-    found = pc.is_in(labels["source"], value_set=pa.array(numbers, pa.string()))
-    rows = np.flatnonzero(found.to_numpy())
-    columns = [name for name in ("key_id", "label", "source", PICKED) if name in labels.column_names]
-    known = labels.select(columns).take(pa.array(rows)).to_pylist()
-    return {numbers[one["source"]]: LabelledPhoto(one["key_id"], one["label"], one.get(PICKED)) for one in known}
+    picked = labels[PICKED] if PICKED in labels.column_names else pa.chunked_array([pa.nulls(len(labels), pa.string())])
+    chosen = pc.or_(
+        pc.fill_null(pc.is_in(labels["source"], value_set=pa.array(numbers, pa.string())), False),
+        pc.or_(
+            pc.fill_null(pc.is_in(labels["digest"], value_set=pa.array(digests, pa.string())), False),
+            pc.fill_null(pc.equal(picked, WITHDRAWN), False),
+        ),
+    )
+    rows = labels.select(["key_id", "label", "digest", "source"]).append_column(PICKED, picked).filter(chosen)
+    known: dict[int, LabelledPhoto] = {}
+    withdrawn = []
+    for row in rows.to_pylist():
+        one = LabelledPhoto(row["key_id"], row["label"], row[PICKED], row["digest"])
+        if row[PICKED] == WITHDRAWN:
+            withdrawn.append(one)
+            continue
+        for photo in [*digests.get(row["digest"], ()), *([numbers[row["source"]]] if row["source"] in numbers else [])]:
+            known.setdefault(photo, one)
+    return known, withdrawn
 
 
-def save_labels(
+def build_from_labels(
     place: places.Place, photos: Source, encoder: Encoder, labels: Mapping[int, Label], classes: Sequence[str] = ()
 ) -> None:
-    """Add labelled photos to an index as one new version, or build the index if it does not exist.
+    """Build a new index from labelled photos.
 
-    ``labels`` maps the numbers of ``photos`` to their labels. A new index of an encoder with text also knows the names
-    of ``classes``. Raises the errors of :func:`changes.add` and :func:`build.build_index`.
+    ``labels`` maps the numbers of ``photos`` to their labels. An index of an encoder with text also knows the names of
+    ``classes``. Raises the errors of :func:`build.build_index`.
     """
     assert photos.paths is not None
-    names = [one.label for one in labels.values()]
+    names = [str(one.label) for one in labels.values()]
     has_text = encoder.backbone is not None and encoder.backbone.has_text
     own = dict.fromkeys([*(classes if has_text else ()), *names])
-    source = of_images([photos.paths[photo] for photo in labels], photos.name, names, list(own))
+    paths = [photos.paths[photo] for photo in labels]
+    source = of_images(paths, photos.name, names, list(own))
+    items = source.items.set_column(0, "source", pa.array([show(absolute(path)) for path in paths], pa.string()))
     picked = pa.array([one.picked for one in labels.values()], pa.string())
-    source = replace(source, items=source.items.append_column(PICKED, picked))
-    if places.at(place).exists():
-        changes.add(place, replace(source, class_names=tuple(dict.fromkeys(names))), encoder)
-    else:
-        build_index(source, place, encoder)
+    build_index(replace(source, items=items.append_column(PICKED, picked)), place, encoder)
 
 
 def guesses(index: AnsweringIndex, features: FloatArray) -> list[dict[str, float]]:

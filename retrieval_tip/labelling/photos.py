@@ -17,7 +17,6 @@ from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Identity, same_backbone
 from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data.encoder import Encoder
-from retrieval_tip.data.pictures import UNNAMED
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, counted
 from retrieval_tip.index.items import ItemColumns, identity_of, read_text_table
@@ -55,7 +54,7 @@ class Suggestions:
             more similar to this photo than to any labelled photo and any other suggestion.
         photos: the number of unlabelled photos that were considered.
         known: the number of photos that were skipped, because the index already contains them.
-        sampled_from: the number of unlabelled photos from which ``photos`` were drawn at random, or ``None`` if all
+        sampled_from: the number of photos from which ``photos`` were drawn at random, or ``None`` if all
             were considered.
     """
 
@@ -115,9 +114,10 @@ class Pool:
         return cls(names, np.concatenate(features), digests)
 
     def without(self, index: AnsweringIndex) -> Pool:
-        """Return the photos whose digest is not in the index."""
-        known = {digest for digest, _ in index.known(self.digests)}
-        rows = [row for row, digest in enumerate(self.digests) if digest is None or digest not in known]
+        """Return the photos that are not in the index, which is decided by their digest, or else by their id."""
+        known, own = {digest for digest, _ in index.known(self.digests)}, pa.array(self.names, pa.string())
+        ids = pc.is_in(own, value_set=index.labels["source"].combine_chunks()).to_pylist()
+        rows = [row for row, digest in enumerate(self.digests) if not (digest in known if digest else ids[row])]
         if len(rows) == len(self.names):
             return self
         names, digests = [self.names[row] for row in rows], [self.digests[row] for row in rows]
@@ -162,7 +162,7 @@ def suggest_photos(
 
     Without an index, photos are compared by their features, and no label is guessed unless ``text`` is given. With an
     index, its metric compares the photos, its probabilities give the uncertainty, and its shots count as labelled.
-    Photos that the index contains are skipped, which is decided by their digest, path or id.
+    Photos that the index contains are skipped (see :meth:`Pool.without`).
 
     If there are more than ``MOST_PHOTOS``, a random sample is drawn before encoding.
 
@@ -177,28 +177,19 @@ def suggest_photos(
     """
     check_count("n", n)
     total = sum(map(len, sources))
-    if index is not None:
-        known = index.labels["source"].combine_chunks()
-        known = known.filter(pc.invert(pc.match_substring_regex(known, UNNAMED)))
-        sources = [_kept(one, pc.invert(pc.is_in(one.items["source"], value_set=known)).to_numpy()) for one in sources]
-    left = sum(map(len, sources))
-    if left > MOST_PHOTOS:
-        drawn = np.zeros(left, dtype=bool)
-        drawn[np.random.default_rng(0).choice(left, MOST_PHOTOS, replace=False)] = True
+    if total > MOST_PHOTOS:
+        drawn = np.zeros(total, dtype=bool)
+        drawn[np.random.default_rng(0).choice(total, MOST_PHOTOS, replace=False)] = True
         parts = np.split(drawn, np.cumsum([len(source) for source in sources])[:-1])
-        sources = [_kept(source, part) for source, part in zip(sources, parts, strict=True)]
-    pool = Pool.of(sources, encoder) if left else None
-    fresh = pool if pool is None or index is None else pool.without(index)
-    if pool is None or fresh is None or not fresh.names:
-        raise InputError(f"photos: the index already contains {counted(total, 'photo')}; give other photos")
+        sources = [source.take(np.flatnonzero(part)) for source, part in zip(sources, parts, strict=True)]
+    pool = Pool.of(sources, encoder)
+    fresh = pool if index is None else pool.without(index)
+    if not fresh.names:
+        raise InputError(f"photos: the index already contains {counted(len(pool.names), 'photo')}; give other photos")
     words = None if text is None else ClassWords.read(text, encoder, sources[0], pool.features.shape[1])
     made = suggest_features(fresh, n, index, words)
-    skipped = total - left + len(pool.names) - len(fresh.names)
-    return replace(made, known=skipped, sampled_from=left if left > MOST_PHOTOS else None)
-
-
-def _kept(source: Source, kept: npt.NDArray[np.bool_]) -> Source:
-    return source if kept.all() else source.take(np.flatnonzero(kept))
+    known = len(pool.names) - len(fresh.names)
+    return replace(made, known=known, sampled_from=total if total > MOST_PHOTOS else None)
 
 
 def suggest_features(

@@ -36,7 +36,7 @@ from retrieval_tip.retrieval.logits import Retrieval
 from retrieval_tip.retrieval.segments import KeyArray
 from retrieval_tip.settings import Built, Dtype, Fitted, Settings
 from retrieval_tip.store.contents import metric_of
-from retrieval_tip.store.labels import labelled_digests, rows_with
+from retrieval_tip.store.labels import rows_with
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.sums import LEAST, Along
 from retrieval_tip.store.writer import write
@@ -194,19 +194,21 @@ class LanceModel(AnsweringIndex):
         for batch in self.table.scan_of("class_id", class_ids.tolist(), ["class_id", VECTOR]):
             yield batch["class_id"].to_numpy().astype(np.int64), self.table.matrix(batch[VECTOR])
 
-    def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
+    def find(
+        self,
+        labels: Sequence[str] = (),
+        source: str | None = None,
+        key_ids: Sequence[int] = (),
+        digests: Sequence[str] = (),
+    ) -> pa.Table:
         columns = self.table.label_columns
-        if key_ids:
-            rows = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), columns)
-        elif labels:
-            rows = self.table.of_ids("label", list(dict.fromkeys(labels)), columns)
+        for column, values in (("key_id", key_ids), ("digest", digests), ("label", labels)):
+            if values:
+                rows = self.table.of_ids(column, list(dict.fromkeys(values)), columns)
+                break
         else:
             rows = self.table.read(columns)
-        return rows_with(rows, labels, source) if labels or source else rows
-
-    def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
-        asked = list(dict.fromkeys(digest for digest in digests if digest is not None))
-        return labelled_digests(self.table.of_ids("digest", asked, ["digest", "label"]), asked)
+        return rows_with(rows, labels, source, digests=digests) if labels or source or digests else rows
 
     def statistics(self) -> Statistics | None:
         """See :meth:`AnsweringIndex.statistics`. Small tables use the same sample as a folder."""

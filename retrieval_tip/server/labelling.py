@@ -6,6 +6,7 @@ All state changes in the event loop. Threads compute results from values that do
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import math
 import shlex
@@ -24,9 +25,21 @@ from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.bounds import check_memory
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source, of_images
-from retrieval_tip.errors import InputError, RetrievalTipError, counted
+from retrieval_tip.errors import InputError, RetrievalTipError, StoreError, counted, show
 from retrieval_tip.index import changes, places
-from retrieval_tip.labelling.labels import NONE, Label, LabelledPhoto, alike, guesses, known_photos, save_labels
+from retrieval_tip.index.changes import PhotoLabel
+from retrieval_tip.labelling.journal import Entry, Journal
+from retrieval_tip.labelling.labels import (
+    NONE,
+    Label,
+    LabelledPhoto,
+    absolute,
+    alike,
+    build_from_labels,
+    guesses,
+    known_photos,
+    picked_of,
+)
 from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool, suggest_features
 from retrieval_tip.labelling.progress import estimate_rest, gain_of
 from retrieval_tip.labelling.queue import QUEUED, Picked, Queue, Queued
@@ -35,6 +48,7 @@ from retrieval_tip.server import schemas
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.served import Version
 from retrieval_tip.server.service import Service
+from retrieval_tip.store.labels import WITHDRAWN
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +60,8 @@ CHUNK = 32
 """Number of photos to encode at a time."""
 RETRY = 5.0
 """Seconds after which labels that could not be saved are saved again."""
+STEPS = 100
+"""Maximum number of steps that can be undone."""
 POLL = 1.0
 """Seconds after which versions that others wrote are noticed."""
 
@@ -53,18 +69,18 @@ FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class _Saved:
-    """The labels that were saved last, and the versions before and after."""
+class _Step:
+    """What a step changed: the labels before it, and the photos that were in the queue."""
 
-    labels: Mapping[int, Label]
-    before: int
-    after: int
+    before: Mapping[int, Label]
+    queued: Sequence[Queued]
 
 
 class Labelling:
     """A labelling session, which saves labels in the index at ``place`` while it is ``running``.
 
-    Photos whose path is in the index are labelled already, so a session can be continued at any time.
+    Labels are written to a :class:`journal.Journal` before they are acknowledged. Photos that are in the index are
+    labelled already, so a session can be continued at any time.
     """
 
     def __init__(
@@ -72,8 +88,9 @@ class Labelling:
     ) -> None:
         """Prepare a session. ``classes`` are the names of classes that have no labels yet.
 
-        If there are more than ``MOST_PHOTOS`` photos, a random sample is used. Raises InputError if a source has
-        features instead of photos.
+        If there are more than ``MOST_PHOTOS`` photos, a random sample is used. Labels that earlier sessions could not
+        save are saved by this one. Raises InputError if a source has features instead of photos, and the errors of
+        :class:`journal.Journal`.
         """
         for source in sources:
             if source.paths is None:
@@ -83,19 +100,30 @@ class Labelling:
             log.warning("using %s photos, which were drawn at random from %s", f"{MOST_PHOTOS:,}", f"{len(paths):,}")
             paths = [paths[row] for row in np.random.default_rng(0).permutation(len(paths))[:MOST_PHOTOS]]
         self.place, self.name = place, places.at(place).name
+        self._journal = Journal(places.at(place))
+        paths += self._journal.entries.keys() - {absolute(path) for path in paths}
+        self._unread = {show(absolute(path)): number for number, path in enumerate(paths)}
         self.encoder = replace(encoder, progress=False, done=Counter())
         self.photos = of_images(paths, "photos")
         self._names, self._classes = self.photos.sources, list(classes)
-        self._numbers = {name: number for number, name in enumerate(self._names)}
         self._queue = Queue(len(paths))
         self._features: FloatArray | None = None  # [photos, d]
         self._encoded: set[int] = set()
-        self._unreadable: set[int] = set()
+        self._digests: dict[int, str] = {}  # of the photos that have been read
+        self._same: dict[str, list[int]] = {}  # photos by digest
+        self._in_turn = asyncio.Lock()
+        self._unreadable: dict[int, str] = {}  # reasons by photo
         self._seen: Version | None = None
         self._known: dict[int, LabelledPhoto] = {}
-        self._withdrawn: set[int] = set()
-        self._unsaved: dict[int, Label | None] = {}  # None removes a label
-        self._last: _Saved | None = None
+        self._withdrawn: list[LabelledPhoto] = []
+        self._unsaved = {
+            self._unread[show(path)]: Label(one["label"], picked_of(one["picked"]))
+            for path, one in self._journal.entries.items()
+        }
+        self._refused: dict[int, str] = {}  # reasons by photo, for labels that could not be saved
+        self._again: set[int] = set()  # refused labels to try again
+        self._steps: dict[str, _Step] = {}
+        self._made: set[str] = set()  # classes that this session has created
         self._facts: dict[int, tuple[dict[str, float], list[int]]] = {}
         self._chosen: tuple[Version | None, int] = (None, 0)
         self._measured_at: Version | None = None
@@ -107,14 +135,17 @@ class Labelling:
 
     @asynccontextmanager
     async def running(self, service: Service) -> AsyncIterator[None]:
-        """Encode photos and choose the next ones in the background. On exit, all labels have been saved."""
+        """Encode photos and choose the next ones in the background. On exit, labels are saved if possible."""
         self._service = service
         self._encoding, self._thinking = (ThreadPoolExecutor(1, thread_name_prefix=f"label-{n}") for n in (0, 1))
-        saving, *others = (asyncio.create_task(self._work(step)) for step in (self._save, self._encode, self._think))
+        steps = (self._save, self._encode, self._think)
+        saving, *others = (asyncio.create_task(self._work(step)) for step in steps)
+        self._due.set()
         try:
             yield
         finally:
             self._closing = True
+            self._again |= self._refused.keys()
             self._due.set()
             await saving
             for task in others:
@@ -122,6 +153,16 @@ class Labelling:
             await asyncio.gather(*others, return_exceptions=True)
             for pool in (self._encoding, self._thinking):
                 pool.shutdown(cancel_futures=True)
+            self._journal.close(self._entry(photo, label) for photo, label in self._unsaved.items())
+
+    def check_saved(self) -> None:
+        """Raise StoreError if the session has ended and some labels could not be saved."""
+        if self._unsaved:
+            some = next(iter(self._refused.values()), self._trouble or self._problem or "the session has ended")
+            raise StoreError(
+                f"{show(self._journal.path)}: has {counted(len(self._unsaved), 'label')} that could not be saved "
+                f"({some}); to save them, run retrieval-tip label again"
+            )
 
     def path(self, photo: int) -> str:
         """Return the path of a photo. Raises Problem 404 if there is no such photo."""
@@ -133,49 +174,120 @@ class Labelling:
     def status(self) -> schemas.LabellingStatus:
         """Return the state of the session and the next photos."""
         version, taken = self._version(), self._taken()
-        counts = dict.fromkeys(self._classes, 0)
+        counts = Counter(dict.fromkeys(self._classes, 0))
         if version is not None:
             own = zip(version.cache.class_names, version.cache.counts, strict=True)
-            counts |= {name: number for name, number in own if number or version.cache.has_text}
-        for label in self._unsaved.values():
-            if label is not None:
-                counts[label.label] = counts.get(label.label, 0) + 1
+            counts.update({name: number for name, number in own if number or version.cache.has_text})
+            counts.subtract(one.label for one in self._withdrawn)
+        for photo, label in self._unsaved.items():
+            counts.subtract([self._known[photo].label] if photo in self._known else [])
+            counts.update([] if label.label is None else [label.label])
+        named = version.cache.class_names if version is not None and version.cache.has_text else ()
+        empty = {*self._classes, *named} - {one.label for one in self._withdrawn}  # shown although they have no photo
         shown = []
         for one in self._queue.show(taken):
             probable, others = self._facts.get(one.photo, ({}, []))
             similar = [photo for photo in others if photo not in taken]
             chances = [schemas.Guess(label, chance) for label, chance in probable.items() if label != NONE]
             shown.append(schemas.QueuedPhoto(one.photo, self._names[one.photo], one.picked, one.why, chances, similar))
-        busy = self._choice_due() or version is not self._measured_at or bool(self._unsaved)
+        busy = (
+            self._choice_due() or version is not self._measured_at or bool(self._unsaved.keys() - self._refused.keys())
+        )
+        refused = [
+            schemas.RefusedLabel(photo, self._names[photo], self._unsaved[photo].label, reason)
+            for photo, reason in self._refused.items()
+        ]
         return schemas.LabellingStatus(
             self.name, None if version is None else version.manifest.version,
             photos=len(self._names) - len(self._unreadable), encoded=len(self._encoded), labelled=len(self._labels()),
             unsaved=len(self._unsaved),
-            classes=[schemas.LabelClass(name, number) for name, number in counts.items() if name != NONE],
-            queue=shown, progress=self._progress, busy=busy and self._problem is None,
-            problem=self._problem or self._trouble,
+            classes=[
+                schemas.LabelClass(name, max(0, number)) for name, number in counts.items()
+                if name != NONE and (number > 0 or name in empty)
+            ],
+            queue=shown, steps=list(self._steps), refused=refused, progress=self._progress,
+            busy=busy and self._problem is None, problem=self._problem or self._trouble,
         )  # fmt: skip
 
-    def label(self, change: schemas.SetLabels) -> None:
-        """Set or remove labels, which are saved in the background. Raises Problem 404 if there is no such photo."""
-        for photo in (*(one.photo for one in change.labels), *change.skip):
+    async def label(self, change: schemas.SetLabels) -> None:
+        """Set or remove labels, skip photos, or undo a step. The labels are saved in the index in the background.
+
+        Raises Problem 404 if there is no such photo, and StoreError if the labels cannot be written to the journal. In
+        both cases, nothing changes.
+        """
+        photos = [one.photo for one in change.labels]
+        for photo in (*photos, *change.skip):
             self.path(photo)
+        async with self._in_turn:  # copies of a photo have the same label, so their digests must be known
+            unknown = [photo for photo in photos if photo not in self._digests]
+            self._recognise(await asyncio.to_thread(self._digests_of, unknown) if unknown else {})
+            self._change(change)
+
+    def _digests_of(self, photos: Sequence[int]) -> dict[int, str]:
+        digests = {}
+        for photo in photos:
+            with suppress(InputError):
+                digests[photo] = hashlib.sha256(self.encoder.read(self.path(photo))).hexdigest()
+        return digests
+
+    def _change(self, change: schemas.SetLabels) -> None:
+        if change.step is None or change.step not in self._steps:
+            self._label(change)
+        if (step := self._steps.get(change.undo or "")) is not None:
+            self._set(step.before)
+            del self._steps[change.undo or ""]
+            for one in reversed(step.queued):
+                self._queue.put_first(one)
+
+    def _label(self, change: schemas.SetLabels) -> None:
+        shown = {one.photo: one for one in self._queue.show(self._taken())}
+        before = {one.photo: self._label_of(one.photo, shown) for one in change.labels}
+        changed = {one.photo: one.label for one in change.labels if one.label != before[one.photo].label}
+        self._set({photo: Label(label, before[photo].picked) for photo, label in changed.items()})
         for photo in change.skip:
             self._queue.skip(photo)
-        labels = self._labels()
-        picked = {one.photo: one.picked for one in self._queue.show(self._taken())}
-        for one in change.labels:
-            if one.label is not None:
-                self._unsaved[one.photo] = Label(one.label, picked.get(one.photo, "similar"))
-            elif one.photo in labels:
-                self._unsaved[one.photo] = None
-                self._queue.put_first(Queued(one.photo, labels[one.photo]))
+        for photo, label in changed.items():
+            if label is None:
+                self._queue.put_first(Queued(photo, before[photo].picked))
+        if change.step is not None:
+            gone = [photo for photo, label in before.items() if label.label is None] + change.skip
+            queued = [shown.get(photo, Queued(photo, "similar")) for photo in gone]
+            self._steps[change.step] = _Step({photo: before[photo] for photo in changed}, queued)
+            if len(self._steps) > STEPS:
+                del self._steps[next(iter(self._steps))]
+
+    def _label_of(self, photo: int, shown: Mapping[int, Queued]) -> Label:
+        """Return the label of a photo, and how it was chosen. A photo without a label has the label ``None``."""
+        for copy in self._copies(photo):
+            if copy in self._unsaved:
+                return self._unsaved[copy]
+        if (known := self._known.get(photo)) is not None:
+            return Label(known.label, known.picked or "suggested")
+        return Label(None, shown[photo].picked if photo in shown else "similar")
+
+    def _set(self, labels: Mapping[int, Label]) -> None:
+        """Write labels to the journal, and save them soon. Raises StoreError if the journal cannot be written."""
+        if not labels:
+            return
+        self._journal.add(self._entry(photo, label) for photo, label in labels.items())
+        for photo, label in labels.items():
+            for copy in self._copies(photo):
+                self._unsaved.pop(copy, None)
+                self._refused.pop(copy, None)
+            self._unsaved[photo] = label
         self._due.set()
+
+    def _copies(self, photo: int) -> Sequence[int]:
+        """Return the photos that are known to have the same bytes as a photo, including the photo itself."""
+        return self._same[self._digests[photo]] if photo in self._digests else [photo]
+
+    def _entry(self, photo: int, label: Label) -> Entry:
+        return {"path": absolute(self.path(photo)), **vars(label)}
 
     async def sort(self, into: str) -> schemas.SortedPhotos:
         """Copy all photos into folders by class. Raises Problem 404 without an index, and InputError if this fails."""
         version = self._version()
-        if version is None:
+        if version is None or self._is_empty(version):
             raise Problem(404, "there are no labels yet; label some photos first")
         encoder, folder = replace(self.encoder, skipped=[]), Path(into).expanduser()
         done = await self._service.run(self._encoding, sort_photos, version.cache, [self.photos], encoder, folder)
@@ -189,86 +301,139 @@ class Labelling:
         version = None if served is None else served.now
         if version is not self._seen:
             self._seen = version
-            self._known = {} if version is None else known_photos(version.cache, self._numbers)
-            self._withdrawn &= self._known.keys()
-            self._wake.set()
+            self._look()
+            self._again |= self._refused.keys()  # the new version may accept these labels
+            self._due.set()
         return version
+
+    def _look(self) -> None:
+        """Find out which photos are in the index."""
+        if self._seen is None:
+            self._known, self._withdrawn = {}, []
+            return
+        self._known, self._withdrawn = known_photos(self._seen.cache, self._unread, self._same)
+        self._wake.set()
+
+    def _is_empty(self, version: Version) -> bool:
+        return version.cache.n == len(self._withdrawn)
 
     def _labels(self) -> dict[int, Picked]:
         """Return the labelled photos, and how each was chosen. Unsaved changes are included."""
-        saved = {photo: known.picked or "suggested" for photo, known in self._known.items()}
-        fresh = {photo: label.picked for photo, label in self._unsaved.items() if label is not None}
-        removed = (self._withdrawn | self._unsaved.keys()) - fresh.keys()
-        return {photo: picked for photo, picked in (saved | fresh).items() if photo not in removed}
+        labels: dict[int, Picked] = {photo: known.picked or "suggested" for photo, known in self._known.items()}
+        for photo, label in self._unsaved.items():
+            for copy in self._copies(photo):
+                if label.label is None:
+                    labels.pop(copy, None)
+                else:
+                    labels[copy] = label.picked
+        return labels
 
     def _taken(self) -> set[int]:
         """Return the photos that cannot be shown, because they are labelled or unreadable."""
-        return self._unreadable | self._labels().keys()
+        return self._unreadable.keys() | self._labels().keys()
 
     async def _save(self) -> None:
         """Save labels in batches. If the index cannot be written, try again until the session ends."""
-        while self._unsaved or not self._closing:
-            if not self._unsaved:
+        while self._waiting() or not self._closing:
+            if not self._waiting():
                 await self._changed()
             with suppress(TimeoutError):
                 async with asyncio.timeout(WAIT):
-                    while len(self._unsaved) < BATCH and not self._closing:
+                    while len(self._waiting()) < BATCH and not self._closing:
                         await self._changed()
-            if not (labels := dict(self._unsaved)):
-                continue
             try:
-                await self._write(labels)
+                await self._write(self._waiting())
                 self._trouble = None
-            except RetrievalTipError as error:
+            except Exception as error:  # the labels stay in the journal
                 self._trouble = str(error)
-                if not isinstance(error, InputError):
-                    if self._closing:
-                        log.error("%s not saved: %s", counted(len(labels), "label was", "labels were"), error)
-                        return
-                    await asyncio.sleep(RETRY)
-                    continue
-            skipped = {one.source for one in self.encoder.skipped}
-            self._unreadable |= {photo for photo in labels if self._names[photo] in skipped}
-            for photo, label in labels.items():
-                if self._unsaved.get(photo) is label:
-                    del self._unsaved[photo]
+                if not isinstance(error, RetrievalTipError):
+                    log.exception("labels could not be saved")
+                if self._closing:
+                    return
+                await asyncio.sleep(RETRY)
+
+    def _waiting(self) -> dict[int, Label]:
+        kept = self._refused.keys() - self._again
+        return {photo: label for photo, label in self._unsaved.items() if photo not in kept}
 
     async def _changed(self) -> None:
         """Wait for labels, or for the end of the session."""
         await self._due.wait()
         self._due.clear()
 
-    async def _write(self, labels: Mapping[int, Label | None]) -> None:
-        """Write labels as a new version.
+    async def _write(self, labels: Mapping[int, Label]) -> None:
+        """Save labels as one new version. If the index refuses a label, save the others and keep this one."""
+        self._again -= labels.keys()
+        await self._read([photo for photo in labels if photo not in self._encoded], strict=False)
+        good, nothing = {}, {}  # labels that can be saved, and removals of photos that no index has
+        for photo, label in labels.items():
+            if photo in self._encoded or photo in self._known:
+                good[photo] = label
+            elif label.label is None:
+                nothing[photo] = label
+            else:
+                self._refuse(photo, label, self._unreadable[photo])
+        self._forget(nothing)
+        try:
+            if good:
+                await self._commit(good)
+        except StoreError:
+            raise
+        except RetrievalTipError as error:
+            photos = list(good)
+            if len(photos) == 1:
+                self._refuse(photos[0], good[photos[0]], str(error))
+                return
+            for half in (photos[: len(photos) // 2], photos[len(photos) // 2 :]):
+                await self._write({photo: good[photo] for photo in half})
 
-        To undo some of the last labels, restore the version before them, which does not have the classes that they
-        created. An index needs a key, so its only label is kept until another one replaces it.
-        """
-        version = self._version()
-        before = base = 0 if version is None else version.manifest.version
-        new = {photo: label for photo, label in labels.items() if label is not None}
-        old = {photo: self._known[photo].key_id for photo in labels if photo in self._known}
-        only = version is not None and len(old) == version.cache.n
-        remove = partial(changes.remove, self.place, key_ids=list(old.values()))
-        last, self._last = self._last, None
-        if last is not None and last.after == before and old and old.keys() <= last.labels.keys():
-            base = (await self._service.change(changes.rollback, self.place, last.before)).version
-            new = {photo: label for photo, label in last.labels.items() if photo not in old} | new
-            only = False
-        elif old and not only:
-            base = (await self._service.change(remove)).version
-        if new:
-            await self._service.change(save_labels, self.place, self.photos, self.encoder, new, self._classes)
-        if new and only:
-            await self._service.change(remove)
-        if version is not None:
-            await self._service.follow(self._service.served[self.name])
-        elif new:
+    async def _commit(self, labels: Mapping[int, Label]) -> None:
+        """Save labels of photos that were read, or that the index has, as one new version."""
+        if self._version() is None and places.at(self.place).exists():  # another process has just built it
             await self._service.open(self.place)
-        version = self._version()
-        self._withdrawn = (self._withdrawn | old.keys()) & self._known.keys() - new.keys()
-        if version is not None and new and base and not only:
-            self._last = _Saved(new, base, version.manifest.version)
+        version, known = self._version(), set[str]()
+        if version is not None:
+            known = set(version.cache.class_names)
+            items = {item.digest: item for item in (self._item(*one) for one in labels.items())}
+            withdrawn = (PhotoLabel("", one.digest, None, WITHDRAWN) for one in self._withdrawn if one.digest)
+            items = {item.digest: item for item in withdrawn} | items
+            unwanted = self._made | {one.label for one in self._withdrawn}
+            unwanted -= {*self._classes, *(label.label for label in self._unsaved.values())}
+            await self._service.change(changes.label, self.place, items.values(), self.encoder, unwanted)
+            await self._service.follow(self._service.served[self.name])
+        elif first := {photo: label for photo, label in labels.items() if label.label is not None}:
+            encoder = replace(self.encoder, strict=False)
+            build = partial(build_from_labels, self.place, self.photos, encoder, first, self._classes)
+            await self._service.change(build)
+            await self._service.open(self.place)
+            self._version()
+            lost = first.keys() - self._known.keys()  # they could be read before, so their features are known
+            labels = {photo: label for photo, label in labels.items() if photo not in lost}
+        self._made |= {label.label for label in labels.values() if label.label is not None} - known
+        self._version()
+        self._forget(labels)
+
+    def _item(self, photo: int, label: Label) -> PhotoLabel:
+        path, feature = show(absolute(self.path(photo))), None
+        if photo in self._encoded:
+            assert self._features is not None
+            feature = self._features[photo]
+        digest = self._digests.get(photo) or str(self._known[photo].digest)
+        return PhotoLabel(path, digest, label.label, label.picked, feature)
+
+    def _refuse(self, photo: int, label: Label, reason: str) -> None:
+        """Keep a label that cannot be saved, unless it has changed in the meantime."""
+        if self._unsaved.get(photo) is label:
+            self._refused[photo] = reason
+
+    def _forget(self, labels: Mapping[int, Label]) -> None:
+        """Note that labels are saved, unless they have changed in the meantime."""
+        done = [photo for photo, label in labels.items() if self._unsaved.get(photo) is label]
+        for photo in done:
+            del self._unsaved[photo]
+            self._refused.pop(photo, None)
+        copies = [copy for photo in done for copy in self._copies(photo)]
+        self._journal.saved([absolute(self.path(copy)) for copy in copies], all_saved=not self._unsaved)
 
     async def _work(self, step: Callable[[], Awaitable[None]]) -> None:
         """Run a step of the background work. If it fails, keep the error for the page."""
@@ -282,22 +447,46 @@ class Labelling:
     async def _encode(self) -> None:
         for start in range(0, len(self._queue.order), CHUNK):
             photos = self._queue.order[start : start + CHUNK]
-            read, features = await self._service.run(self._encoding, self._encoded_photos, photos)
-            if read:
-                if self._features is None:
-                    shape = len(self._names), features.shape[1]
-                    check_memory(16 * math.prod(shape), f"{shape[0]:,} photos", "label fewer photos")
-                    self._features = np.zeros(shape, np.float32)
-                self._features[read] = features
-            self._encoded.update(read)
-            self._unreadable.update(set(photos) - set(read))
-            self._wake.set()
+            await self._read([photo for photo in photos if photo not in self._encoded], strict=self.encoder.strict)
 
-    def _encoded_photos(self, photos: Sequence[int]) -> tuple[list[int], FloatArray]:
-        """Return the readable photos and their features."""
-        blocks = list(replace(self.encoder, empty=True).blocks(self.photos.take(photos)))
-        read = [photos[position] for block in blocks for position in block.positions]
-        return read, np.concatenate([block.features for block in blocks]) if blocks else np.empty((0, 0), np.float32)
+    async def _read(self, photos: Sequence[int], *, strict: bool) -> None:
+        """Read and encode photos, and find out which of them are in the index."""
+        if not photos:
+            return
+        read = await self._service.run(self._encoding, self._encode_now, photos, strict)
+        for photo, (_, feature) in read.items():
+            if self._features is None:
+                shape = len(self._names), len(feature)
+                check_memory(16 * math.prod(shape), f"{shape[0]:,} photos", "label fewer photos")
+                self._features = np.zeros(shape, np.float32)
+            self._features[photo] = feature
+            self._encoded.add(photo)
+            self._unreadable.pop(photo, None)
+        self._recognise({photo: digest for photo, (digest, _) in read.items()})
+        reasons = {one.source: one.reason for one in self.encoder.skipped}
+        self._unreadable |= {p: reasons.get(self._names[p], "cannot be read") for p in photos if p not in read}
+        self._wake.set()
+
+    def _recognise(self, digests: Mapping[int, str]) -> None:
+        """Note the digests of photos, and find out whether they are in the index."""
+        for photo, digest in digests.items():
+            if (before := self._digests.get(photo)) != digest:
+                if before is not None:  # the file has changed
+                    self._same[before].remove(photo)
+                self._digests[photo] = digest
+                self._same.setdefault(digest, []).append(photo)
+                self._unread.pop(show(absolute(self.path(photo))), None)
+        if digests:
+            self._look()
+
+    def _encode_now(self, photos: Sequence[int], strict: bool) -> dict[int, tuple[str, FloatArray]]:
+        """Return the digests and the features of the readable photos."""
+        encoder = replace(self.encoder, empty=True, strict=strict)
+        return {
+            photos[position]: (str(digest), feature)
+            for block in encoder.blocks(self.photos.take(photos))
+            for position, digest, feature in zip(block.positions, block.digests, block.features, strict=True)
+        }
 
     async def _think(self) -> None:
         """Choose the next photos, and estimate the accuracy, whenever there is a new version or enough new photos."""
@@ -321,7 +510,7 @@ class Labelling:
         return bool(self._encoded) and (version is not self._seen or grown)
 
     async def _choose(self, version: Version | None) -> None:
-        index, encoded = None if version is None else version.cache, len(self._encoded)
+        index, encoded = None if version is None or self._is_empty(version) else version.cache, len(self._encoded)
         rows = sorted(self._encoded - self._taken())
         if rows:
             picks = await self._service.run(self._thinking, self._suggested, rows, index)
@@ -351,8 +540,7 @@ class Labelling:
 
     async def _measure(self, version: Version) -> None:
         """Estimate the accuracy on the unlabelled photos from the photos that were drawn at random."""
-        known = [self._known[photo] for photo in self._known.keys() - self._withdrawn]
-        drawn = [one.key_id for one in known if one.picked == "random"]
+        drawn = sorted({one.key_id for one in self._known.values() if one.picked == "random"})
         self._progress = schemas.LabelProgress(len(drawn), DRAWN)
         rest = sorted(self._encoded - self._taken())
         if len(drawn) >= DRAWN and rest and version.cache.n <= self._service.limits.estimated:

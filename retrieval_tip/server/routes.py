@@ -392,7 +392,7 @@ async def label_status(labelling: TheLabelling) -> schemas.LabellingStatus:
 @changes.post("/label", dependencies=UNHURRIED)
 async def label(labelling: TheLabelling, change: schemas.SetLabels) -> schemas.LabellingStatus:
     """Set or remove labels, and return the new state. The labels are saved within seconds, as a new version."""
-    labelling.label(change)
+    await labelling.label(change)
     return labelling.status()
 
 

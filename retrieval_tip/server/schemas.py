@@ -79,11 +79,20 @@ class SetLabel(BaseModel, extra="forbid"):
     label: Annotated[Label, AfterValidator(_class_name)] | None = None
 
 
+StepName = Annotated[str, Field(min_length=1, max_length=100)]
+
+
 class SetLabels(BaseModel, extra="forbid"):
-    """Labels to save in one new version, and photos to show again when all others are labelled."""
+    """Labels to save in one new version, and photos to show again when all others are labelled.
+
+    ``step`` is a new name for this change, with which it can be undone. If the session knows the name already, the
+    change is ignored, so that a request can be repeated. ``undo`` is the name of a step to undo.
+    """
 
     labels: Annotated[list[SetLabel], Field(max_length=1000)] = []
     skip: Annotated[list[PhotoNumber], Field(max_length=1000)] = []
+    step: StepName | None = None
+    undo: StepName | None = None
 
 
 class SortInto(BaseModel, extra="forbid"):
@@ -482,6 +491,16 @@ class QueuedPhoto:
 
 
 @dataclass(frozen=True)
+class RefusedLabel:
+    """A label that could not be saved, and the reason. A null label is a label that could not be removed."""
+
+    photo: int
+    name: str
+    label: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class LabelClass:
     """A class and its number of labelled photos."""
 
@@ -512,7 +531,8 @@ class LabellingStatus:
 
     ``version`` is null until the first label is saved. ``photos`` is the number of readable photos. ``encoded``,
     ``labelled`` and ``unsaved`` count the encoded photos, the labelled photos, and the labels that are not saved yet.
-    ``busy`` tells whether the state will change soon. ``problem`` is an error in the background.
+    ``steps`` names the last 100 steps, which can be undone, oldest first. ``refused`` lists the unsaved labels that the
+    index did not accept. ``busy`` tells whether the state will change soon. ``problem`` is an error in the background.
     """
 
     index: str
@@ -523,6 +543,8 @@ class LabellingStatus:
     unsaved: int
     classes: list[LabelClass]
     queue: list[QueuedPhoto]
+    steps: list[str]
+    refused: list[RefusedLabel]
     progress: LabelProgress | None
     busy: bool
     problem: str | None

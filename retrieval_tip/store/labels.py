@@ -42,6 +42,13 @@ VERSIONS_SCHEMA = pa.schema(
 """Columns of the history, which has one row per version. ``bytes`` is the total file size of the version."""
 
 
+PICKED, WITHDRAWN = "picked", "withdrawn"
+"""Optional column that tells how a photo was chosen for labelling, and its value for a label that was taken back.
+
+An index needs a key, so the last key stays and is marked as withdrawn when its label is removed.
+"""
+
+
 def label_table(
     class_names: Sequence[str],
     class_ids: npt.NDArray[np.int64],
@@ -99,9 +106,13 @@ def shots_after(added: pa.Table, ids: npt.NDArray[np.int64], following: npt.NDAr
 
 
 def rows_with(
-    table: pa.Table, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()
+    table: pa.Table,
+    labels: Sequence[str] = (),
+    source: str | None = None,
+    key_ids: Sequence[int] = (),
+    digests: Sequence[str] = (),
 ) -> pa.Table:
-    """Select rows by label, by key id, and by text that occurs in the source, ignoring case.
+    """Select rows by label, by key id, by digest, and by text that occurs in the source, ignoring case.
 
     An empty argument selects all rows.
     """
@@ -110,16 +121,11 @@ def rows_with(
         chosen = pc.and_(chosen, pc.is_in(table["label"], value_set=pa.array(labels, pa.string())))
     if key_ids:
         chosen = pc.and_(chosen, pc.is_in(table["key_id"], value_set=pa.array(key_ids, pa.int64())))
+    if digests:
+        chosen = pc.and_(chosen, pc.is_in(table["digest"], value_set=pa.array(digests, pa.string())))
     if source:
         chosen = pc.and_(chosen, pc.match_substring(table["source"], source, ignore_case=True))
     return table.filter(pc.fill_null(chosen, False))
-
-
-def labelled_digests(table: pa.Table, digests: Sequence[str | None]) -> set[tuple[str, str]]:
-    """Return the digest and label of every row that has one of the given digests."""
-    asked = pa.array(set(digests) - {None}, pa.string())
-    same = table.select(["digest", "label"]).filter(pc.is_in(table["digest"], value_set=asked))
-    return set(zip(same["digest"].to_pylist(), same["label"].to_pylist(), strict=True))
 
 
 def images_of(labels: pa.Table) -> npt.NDArray[np.int64]:

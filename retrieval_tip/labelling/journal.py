@@ -1,0 +1,154 @@
+"""Keep the labels of a session on disk until the index contains them.
+
+A label is written to the journal before it is acknowledged. If the session is killed, or if the index cannot be
+written, the next session saves the labels.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from retrieval_tip.errors import InputError, StoreError, show
+from retrieval_tip.files import cache_folder, make_folders, read_regular, real, replacing, sync
+from retrieval_tip.index.stores import Store
+
+MOST_BYTES = 1 << 28
+"""Maximum size of a journal in bytes."""
+
+Entry = Mapping[str, str | None]
+"""A line of a journal: the ``path`` of a photo, its ``label``, and how it was ``picked``. A null label removes it.
+
+A line that only has a ``path`` says that the last label of the photo is saved.
+"""
+
+
+class Journal:
+    """The journal of one session: JSON lines in ``NAME-unsaved.jsonl`` next to the index.
+
+    While the session runs, it holds a lock on the file. A second session of the same index uses another number.
+    """
+
+    def __init__(self, store: Store) -> None:
+        """Take over the journals of sessions that have ended. ``entries`` are their labels by path.
+
+        Raises InputError if a journal is damaged, and StoreError if it cannot be read.
+        """
+        if store.local is not None:
+            folder, self._name = real(store.local).parent, f"{store.name}-unsaved"
+        else:
+            folder = (cache_folder() or Path(tempfile.gettempdir()) / "retrieval-tip") / "unsaved"
+            self._name = f"{store.name}-{hashlib.sha256(store.resolved.encode()).hexdigest()[:8]}-unsaved"
+        self._folder, self._file = folder, -1
+        self.path = folder / f"{self._name}.jsonl"
+        self.entries: dict[str, Entry] = {}
+        others = []
+        for path in sorted(folder.glob(f"{self._name}*.jsonl")) if folder.is_dir() else []:
+            if (file := _locked(path)) is not None:
+                self.entries |= _read(path, file)
+                others.append((path, file))
+        if others:
+            self.path, self._file = others.pop(0)
+        if others:
+            self.add(self.entries.values())
+        for path, file in others:
+            path.unlink(missing_ok=True)
+            os.close(file)
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        """Append labels and flush them to the disk. Raises StoreError if this fails; the file is then unchanged."""
+        raw = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
+        try:
+            if self._file < 0:
+                self._open()
+            before = os.fstat(self._file).st_size
+            try:
+                if os.write(self._file, raw) < len(raw):
+                    raise OSError(0, "no space left on device")
+                os.fsync(self._file)
+            except OSError:
+                os.ftruncate(self._file, before)
+                raise
+        except OSError as error:
+            raise StoreError(
+                f"{show(self.path)}: cannot be written: {error.strerror}; the label is not saved"
+            ) from None
+
+    def _open(self) -> None:
+        make_folders(self._folder)
+        for number in range(1, 1000):
+            self.path = self._folder / f"{self._name}{'' if number == 1 else f'-{number}'}.jsonl"
+            if (file := _locked(self.path, create=True)) is not None:
+                self._file = file
+                sync(self._folder)
+                return
+        raise OSError(0, "too many sessions label this index")
+
+    def saved(self, paths: Iterable[str], *, all_saved: bool) -> None:
+        """Note that the index contains the labels of these photos."""
+        if self._file >= 0:
+            with suppress(OSError, StoreError):  # on a full disk, the labels are saved again, which changes nothing
+                if all_saved:
+                    os.ftruncate(self._file, 0)
+                else:
+                    self.add({"path": path} for path in paths)
+
+    def close(self, entries: Iterable[Entry]) -> None:
+        """Remove the journal, unless there are ``entries`` that could not be saved."""
+        if self._file < 0:
+            return
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+        with suppress(OSError, InputError):  # otherwise, the journal keeps labels that the index already contains
+            if lines:
+                with replacing(self.path) as new:
+                    new.write_text(lines, "ascii")
+            else:
+                self.path.unlink(missing_ok=True)
+        os.close(self._file)
+        self._file = -1
+
+
+def _locked(path: Path, *, create: bool = False) -> int | None:
+    """Open and lock a journal. Returns ``None`` if another session has locked it or just removed it."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+    try:
+        file = os.open(path, flags, 0o600)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"{show(path)}: cannot be opened: {error.strerror}; remove or rename it") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file), path.stat()):
+            return file
+    except OSError:
+        pass
+    os.close(file)
+    return None
+
+
+def _read(path: Path, file: int) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    try:
+        lines = (raw := read_regular(path, MOST_BYTES)).split(b"\n")
+        os.ftruncate(file, len(raw) - len(lines[-1]))  # a line without an end was never acknowledged
+    except OSError as error:
+        raise StoreError(f"{show(path)}: cannot be read: {error.strerror}; restore its permissions") from None
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            entry = json.loads(line)
+            path_of, label = entry["path"], entry.get("label")
+            if not isinstance(path_of, str) or not isinstance(label, str | None):
+                raise ValueError
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise InputError(f"{show(path)}: line {number} is not a label; remove the line") from None
+        entries.pop(path_of, None)  # the order is that of the last labels
+        if "label" in entry:
+            entries[path_of] = {"path": path_of, "label": label, "picked": str(entry.get("picked"))}
+    return entries
