@@ -53,12 +53,16 @@ def build(shared: Path, out: Path, items: list[tuple[Path, str]], *options: str)
 
 @contextmanager
 def server(
-    *arguments: object, token: str | None = None, path: str | None = None, command: str = "serve"
+    *arguments: object,
+    token: str | None = None,
+    path: str | None = None,
+    command: str = "serve",
+    printed: list[str] | None = None,
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Run a server on a free port, yield its address and process, then stop it.
 
     The server runs in a new interpreter, or as the program found on ``path``. Its exit status is checked unless the
-    test has already ended the process.
+    test has already ended the process. Its standard error is added to ``printed``.
     """
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"} | ({"RETRIEVAL_TIP_TOKEN": token} if token else {})
     program = [str(shutil.which("retrieval-tip", path=path))] if path else [sys.executable, "-m", "retrieval_tip"]
@@ -66,7 +70,7 @@ def server(
         [*program, command, *map(str, arguments), "--port", "0"], stderr=subprocess.PIPE, text=True, env=environment
     )
     lines: queue.Queue[str | None] = queue.Queue()
-    printed: list[str] = []
+    printed = [] if printed is None else printed
 
     def read() -> None:
         assert process.stderr is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import time
 import urllib.request
 from collections.abc import Callable
@@ -422,28 +423,39 @@ def test_invalid_requests_are_refused(pool: dict[str, str], place: Path, lit_min
     assert not place.exists()
 
 
-def test_a_killed_session_keeps_its_labels_and_a_stopped_one_saves_the_last_label(
+def test_a_killed_session_keeps_its_labels_and_a_stopped_one_names_the_file_of_the_others(
     pool: dict[str, str], tmp_path: Path, shared: Path, warm_path: str
 ) -> None:
-    options: tuple[object, ...] = (Path(next(iter(pool))).parent, "--into", tmp_path / "idx")
+    folder, index = tmp_path / "pool", tmp_path / "idx"
+    shutil.copytree(Path(next(iter(pool))).parent, folder)
+    right = {str(folder / Path(name).name): label for name, label in pool.items()}
     model = "--model", f"local-dir:{shared / 'models' / 'lit-mini'}", "--classes", "owl, crab"
-    with server(*options, *model, path=warm_path, command="label") as (url, process):
+    with server(folder, "--into", index, *model, path=warm_path, command="label") as (url, process):
         state = asked(url)
         assert [one["label"] for one in state["classes"]] == ["owl", "crab"]
-        for one in [one for one in state["queue"] if one["name"] in pool][:5]:  # without the damaged file
-            asked(url, {"labels": [{"photo": one["photo"], "label": pool[one["name"]]}]})
+        first = [one for one in state["queue"] if one["name"] in right][:6]  # without the damaged file
+        for one in first:
+            asked(url, {"labels": [{"photo": one["photo"], "label": right[one["name"]]}]})
+        process.kill()  # the last labels are not in the index yet
+        process.wait()
+    printed: list[str] = []
+    with server(folder, "--into", index, *model, path=warm_path, command="label", printed=printed) as (url, process):
+        asked(url, {"labels": [{"photo": sorted(folder.iterdir()).index(folder / "damaged.jpg"), "label": "owl"}]})
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 1
+    assert labels_of(index) == {one["name"]: right[one["name"]] for one in first}
+    journal = tmp_path / "idx-unsaved.jsonl"
+    (entry,) = map(json.loads, journal.read_text().splitlines())
+    assert (entry["path"], entry["label"]) == (str(folder / "damaged.jpg"), "owl")
+    assert f"{journal}: has 1 label that could not be saved (not a readable image" in printed[-1]
+    with server(folder, "--into", index, path=warm_path, command="label") as (url, _):  # uses the encoder of the index
         until = time.monotonic() + 60
-        while asked(url)["unsaved"]:
+        while not (refused := asked(url)["refused"]):
             assert time.monotonic() < until
             time.sleep(0.05)
-        process.kill()
-        process.wait()
-    assert opened(tmp_path / "idx").n == 5
-    with server(*options, path=warm_path, command="label") as (url, _):  # uses the encoder of the index
-        assert asked(url)["labelled"] == 5
-        one = next(one for one in asked(url)["queue"] if one["name"] in pool)
-        asked(url, {"labels": [{"photo": one["photo"], "label": "owl"}]})
-    assert opened(tmp_path / "idx").n == 6
+        asked(url, {"labels": [{"photo": refused[0]["photo"], "label": None}]})
+    assert len(labels_of(index)) == 6
+    assert not journal.exists()
 
 
 def asked(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -23,9 +23,10 @@ MOST_BYTES = 1 << 28
 """Maximum size of a journal in bytes."""
 
 Entry = Mapping[str, str | None]
-"""A line of a journal: the ``path`` of a photo, its ``label``, and how it was ``picked``. A null label removes it.
+"""A line of a journal: the ``path`` and the ``digest`` of a photo, its ``label``, and how it was ``picked``.
 
-A line that only has a ``path`` says that the last label of the photo is saved.
+A null label removes the label of the photo. A line without a label says that the last label of the photo is saved. The
+digest is null if the photo cannot be read.
 """
 
 
@@ -36,7 +37,7 @@ class Journal:
     """
 
     def __init__(self, store: Store) -> None:
-        """Take over the journals of sessions that have ended. ``entries`` are their labels by path.
+        """Take over the journals of sessions that have ended. ``entries`` are their labels by digest or path.
 
         Raises InputError if a journal is damaged, and StoreError if it cannot be read.
         """
@@ -90,14 +91,14 @@ class Journal:
                 return
         raise OSError(0, "too many sessions label this index")
 
-    def saved(self, paths: Iterable[str], *, all_saved: bool) -> None:
-        """Note that the index contains the labels of these photos."""
+    def saved(self, entries: Iterable[Entry], *, all_saved: bool) -> None:
+        """Note that the index contains the labels of ``entries``."""
         if self._file >= 0:
             with suppress(OSError, StoreError):  # on a full disk, the labels are saved again, which changes nothing
                 if all_saved:
                     os.ftruncate(self._file, 0)
                 else:
-                    self.add({"path": path} for path in paths)
+                    self.add({"path": entry["path"], "digest": entry["digest"]} for entry in entries)
 
     def close(self, entries: Iterable[Entry]) -> None:
         """Remove the journal, unless there are ``entries`` that could not be saved."""
@@ -143,12 +144,13 @@ def _read(path: Path, file: int) -> dict[str, Entry]:
     for number, line in enumerate(lines[:-1], 1):
         try:
             entry = json.loads(line)
-            path_of, label = entry["path"], entry.get("label")
-            if not isinstance(path_of, str) or not isinstance(label, str | None):
+            values = {name: entry.get(name) for name in ("path", "digest", "label", "picked")}
+            if not isinstance(values["path"], str) or not all(isinstance(one, str | None) for one in values.values()):
                 raise ValueError
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise InputError(f"{show(path)}: line {number} is not a label; remove the line") from None
-        entries.pop(path_of, None)  # the order is that of the last labels
+        photo = values["digest"] or values["path"]
+        entries.pop(photo, None)  # the order is that of the last labels
         if "label" in entry:
-            entries[path_of] = {"path": path_of, "label": label, "picked": str(entry.get("picked"))}
+            entries[photo] = values
     return entries

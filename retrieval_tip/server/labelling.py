@@ -11,7 +11,7 @@ import logging
 import math
 import shlex
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -89,8 +89,9 @@ class Labelling:
         """Prepare a session. ``classes`` are the names of classes that have no labels yet.
 
         If there are more than ``MOST_PHOTOS`` photos, a random sample is used. Labels that earlier sessions could not
-        save are saved by this one. Raises InputError if a source has features instead of photos, and the errors of
-        :class:`journal.Journal`.
+        save are saved by this one. Their photos have the last numbers, and are not shown.
+
+        Raises InputError if a source has features instead of photos, and the errors of :class:`journal.Journal`.
         """
         for source in sources:
             if source.paths is None:
@@ -101,12 +102,14 @@ class Labelling:
             paths = [paths[row] for row in np.random.default_rng(0).permutation(len(paths))[:MOST_PHOTOS]]
         self.place, self.name = place, places.at(place).name
         self._journal = Journal(places.at(place))
-        paths += self._journal.entries.keys() - {absolute(path) for path in paths}
-        self._unread = {show(absolute(path)): number for number, path in enumerate(paths)}
+        self._pool = len(paths)
+        unsaved = dict(enumerate(self._journal.entries.values(), self._pool))
+        paths += [str(entry["path"]) for entry in unsaved.values()]
+        self._unread = {show(absolute(path)): number for number, path in enumerate(paths[: self._pool])}
         self.encoder = replace(encoder, progress=False, done=Counter())
         self.photos = of_images(paths, "photos")
         self._names, self._classes = self.photos.sources, list(classes)
-        self._queue = Queue(len(paths))
+        self._queue = Queue(self._pool)
         self._features: FloatArray | None = None  # [photos, d]
         self._encoded: set[int] = set()
         self._digests: dict[int, str] = {}  # of the photos that have been read
@@ -116,10 +119,7 @@ class Labelling:
         self._seen: Version | None = None
         self._known: dict[int, LabelledPhoto] = {}
         self._withdrawn: list[LabelledPhoto] = []
-        self._unsaved = {
-            self._unread[show(path)]: Label(one["label"], picked_of(one["picked"]))
-            for path, one in self._journal.entries.items()
-        }
+        self._unsaved = {photo: Label(one["label"], picked_of(one["picked"])) for photo, one in unsaved.items()}
         self._refused: dict[int, str] = {}  # reasons by photo, for labels that could not be saved
         self._again: set[int] = set()  # refused labels to try again
         self._steps: dict[str, _Step] = {}
@@ -132,6 +132,7 @@ class Labelling:
         self._trouble: str | None = None
         self._closing = False
         self._wake, self._due = asyncio.Event(), asyncio.Event()
+        self._recognise({photo: digest for photo, one in unsaved.items() if (digest := one["digest"]) is not None})
 
     @asynccontextmanager
     async def running(self, service: Service) -> AsyncIterator[None]:
@@ -199,7 +200,8 @@ class Labelling:
         ]
         return schemas.LabellingStatus(
             self.name, None if version is None else version.manifest.version,
-            photos=len(self._names) - len(self._unreadable), encoded=len(self._encoded), labelled=len(self._labels()),
+            photos=self._pool - self._shown(self._unreadable), encoded=self._shown(self._encoded),
+            labelled=self._shown(self._labels()),
             unsaved=len(self._unsaved),
             classes=[
                 schemas.LabelClass(name, max(0, number)) for name, number in counts.items()
@@ -208,6 +210,10 @@ class Labelling:
             queue=shown, steps=list(self._steps), refused=refused, progress=self._progress,
             busy=busy and self._problem is None, problem=self._problem or self._trouble,
         )  # fmt: skip
+
+    def _shown(self, photos: Iterable[int]) -> int:
+        """Return the number of photos without those of earlier sessions."""
+        return sum(photo < self._pool for photo in photos)
 
     async def label(self, change: schemas.SetLabels) -> None:
         """Set or remove labels, skip photos, or undo a step. The labels are saved in the index in the background.
@@ -282,7 +288,7 @@ class Labelling:
         return self._same[self._digests[photo]] if photo in self._digests else [photo]
 
     def _entry(self, photo: int, label: Label) -> Entry:
-        return {"path": absolute(self.path(photo)), **vars(label)}
+        return {"path": absolute(self.path(photo)), "digest": self._digests.get(photo), **vars(label)}
 
     async def sort(self, into: str) -> schemas.SortedPhotos:
         """Copy all photos into folders by class. Raises Problem 404 without an index, and InputError if this fails."""
@@ -367,7 +373,7 @@ class Labelling:
         await self._read([photo for photo in labels if photo not in self._encoded], strict=False)
         good, nothing = {}, {}  # labels that can be saved, and removals of photos that no index has
         for photo, label in labels.items():
-            if photo in self._encoded or photo in self._known:
+            if self._readable(photo) in self._encoded or photo in self._known:
                 good[photo] = label
             elif label.label is None:
                 nothing[photo] = label
@@ -403,7 +409,8 @@ class Labelling:
             await self._service.follow(self._service.served[self.name])
         elif first := {photo: label for photo, label in labels.items() if label.label is not None}:
             encoder = replace(self.encoder, strict=False)
-            build = partial(build_from_labels, self.place, self.photos, encoder, first, self._classes)
+            own = {self._readable(photo): label for photo, label in first.items()}
+            build = partial(build_from_labels, self.place, self.photos, encoder, own, self._classes)
             await self._service.change(build)
             await self._service.open(self.place)
             self._version()
@@ -414,12 +421,16 @@ class Labelling:
         self._forget(labels)
 
     def _item(self, photo: int, label: Label) -> PhotoLabel:
-        path, feature = show(absolute(self.path(photo))), None
-        if photo in self._encoded:
+        copy, feature = self._readable(photo), None
+        if copy in self._encoded:
             assert self._features is not None
-            feature = self._features[photo]
+            feature = self._features[copy]
         digest = self._digests.get(photo) or str(self._known[photo].digest)
-        return PhotoLabel(path, digest, label.label, label.picked, feature)
+        return PhotoLabel(show(absolute(self.path(copy))), digest, label.label, label.picked, feature)
+
+    def _readable(self, photo: int) -> int:
+        """Return a photo or, if it could not be read, a copy that could."""
+        return next((copy for copy in self._copies(photo) if copy in self._encoded), photo)
 
     def _refuse(self, photo: int, label: Label, reason: str) -> None:
         """Keep a label that cannot be saved, unless it has changed in the meantime."""
@@ -432,8 +443,7 @@ class Labelling:
         for photo in done:
             del self._unsaved[photo]
             self._refused.pop(photo, None)
-        copies = [copy for photo in done for copy in self._copies(photo)]
-        self._journal.saved([absolute(self.path(copy)) for copy in copies], all_saved=not self._unsaved)
+        self._journal.saved([self._entry(photo, labels[photo]) for photo in done], all_saved=not self._unsaved)
 
     async def _work(self, step: Callable[[], Awaitable[None]]) -> None:
         """Run a step of the background work. If it fails, keep the error for the page."""
@@ -454,6 +464,8 @@ class Labelling:
         if not photos:
             return
         read = await self._service.run(self._encoding, self._encode_now, photos, strict)
+        for photo in [photo for photo in read if photo >= self._pool and read[photo][0] != self._digests.get(photo)]:
+            del read[photo]  # the file now contains another photo
         for photo, (_, feature) in read.items():
             if self._features is None:
                 shape = len(self._names), len(feature)
@@ -464,7 +476,9 @@ class Labelling:
             self._unreadable.pop(photo, None)
         self._recognise({photo: digest for photo, (digest, _) in read.items()})
         reasons = {one.source: one.reason for one in self.encoder.skipped}
-        self._unreadable |= {p: reasons.get(self._names[p], "cannot be read") for p in photos if p not in read}
+        self._unreadable |= {
+            p: reasons.get(self._names[p], "has changed since it was labelled") for p in photos if p not in read
+        }
         self._wake.set()
 
     def _recognise(self, digests: Mapping[int, str]) -> None:
@@ -476,6 +490,7 @@ class Labelling:
                 self._digests[photo] = digest
                 self._same.setdefault(digest, []).append(photo)
                 self._unread.pop(show(absolute(self.path(photo))), None)
+                self._again |= self._refused.keys() & set(self._same[digest])
         if digests:
             self._look()
 

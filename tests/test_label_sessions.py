@@ -1,0 +1,253 @@
+"""Random labelling sessions against a plain dictionary: no acknowledged label is lost or changed.
+
+Sessions label, relabel, skip, undo, and are killed and continued. Other writers add and remove photos, and the disk is
+full at times. Run as a script, this file is the process that is killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import killing
+import numpy as np
+import pytest
+from conftest import SOAK
+from fastapi.testclient import TestClient
+from PIL import Image
+from test_features import Fake
+
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import of_images, open_inputs
+from retrieval_tip.index import changes, places
+from retrieval_tip.server import labelling as module
+from retrieval_tip.server.app import create_app
+from retrieval_tip.server.labelling import Labelling
+from retrieval_tip.server.limits import Limits
+from retrieval_tip.server.served import Backbones, Maker, Served
+from retrieval_tip.store.labels import PICKED, WITHDRAWN
+
+pytestmark = [killing.needs_fork, pytest.mark.timeout(600)]
+
+SESSIONS, ROUNDS, AT_ONCE = (50, 4, 4) if SOAK else (1, 2, 1)
+"""Number of sessions of each kind, of starts of each session, and of sessions at a time."""
+PHOTOS, OTHERS, STEPS = 14, 6, 25
+LABELS = ("ant", "bee", "cat", "dog")
+AUTHORISED = {"Authorization": "Bearer t"}
+
+Labels = dict[str, str]  # by digest
+
+
+class Words(Fake):
+    """A backbone with text, so that new classes need text weights."""
+
+    def encode_texts(self, texts: Any) -> np.ndarray:
+        seeds = (int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") for text in texts)
+        return np.stack([np.random.default_rng(seed).normal(size=self.dim) for seed in seeds]).astype(np.float32)
+
+
+class Wordless(Fake):
+    has_text = False
+
+
+class Session:
+    """A labelling session, driven at random. ``wanted`` are the acknowledged labels, ``maybe`` those of a request.
+
+    A killed session may or may not have done what it was last asked for.
+    """
+
+    def __init__(self, job: killing.Job) -> None:
+        self.job, self.draw = job, random.Random(f"{job['seed']} {job['round']}")
+        self.place, self.folder = job["place"], Path(job["folder"])
+        self.state = self.folder / "state.json"
+        known = json.loads(self.state.read_text()) if self.state.exists() else {}
+        self.wanted: Labels = known.get("wanted", {})
+        self.maybe: Labels = known.get("maybe", self.wanted)
+        self.undo: list[tuple[str, dict[str, str | None]]] = []
+        self.full = self.folder / "disk" / "full"
+
+    def run(self) -> None:
+        self.full.unlink(missing_ok=True)
+        self.backbone = (Words if self.job["seed"] % 2 else Wordless)()
+        photos = self.folder / ("moved" if self.job["round"] % 2 else "photos")
+        if not photos.exists():
+            (self.folder / ("photos" if self.job["round"] % 2 else "moved")).rename(photos)
+        self.paths = [str(path) for path in sorted(photos.iterdir())]
+        self.digests = [digest_of(path) for path in self.paths]
+        labelling = Labelling(self.place, list(open_inputs([str(photos)])), Encoder(self.backbone))
+        backbones = Backbones("cpu", "float32", None, self.backbone)
+        served = [Served(self.place, backbones)] if places.at(self.place).exists() else []
+        maker = Maker(self.folder, self.backbone, backbones)
+        app = create_app(
+            {one.name: one for one in served}, Limits(poll=0.05), token="t", maker=maker, labelling=labelling
+        )
+        with TestClient(app) as self.http:
+            self.until(lambda state: state["encoded"] == len(self.paths) and not state["unsaved"])
+            found = self.found()
+            assert found in (self.wanted, self.maybe), (found, self.wanted, self.maybe)
+            self.keep(found, found)
+            for number in range(STEPS):
+                self.draw.choice((self.label, self.label, self.label, self.back, self.skip, self.others, self.fill))(
+                    f"{self.job['round']} {number}"
+                )
+                time.sleep(self.draw.choice((0, 0, 0.05)))
+            if self.draw.random() < 0.5:
+                self.full.unlink(missing_ok=True)
+        if not self.full.exists():
+            assert self.found() == self.wanted, (self.found(), self.wanted)
+
+    def label(self, step: str) -> None:
+        chosen = self.draw.sample(range(len(self.paths)), self.draw.randint(1, 3))
+        labels = {photo: self.draw.choice((*LABELS, f"new {step}")) for photo in chosen}
+        before = {self.digests[photo]: self.wanted.get(self.digests[photo]) for photo in chosen}
+        new = self.wanted | {self.digests[photo]: label for photo, label in labels.items()}
+        body = [{"photo": photo, "label": label} for photo, label in labels.items()]
+        if self.ask({"labels": body, "step": step}, new):
+            self.undo.append((step, before))
+
+    def skip(self, step: str) -> None:
+        if self.ask({"skip": [self.draw.randrange(len(self.paths))], "step": step}, self.wanted):
+            self.undo.append((step, {}))
+
+    def back(self, _: str) -> None:
+        if not self.undo:
+            return
+        step, before = self.undo.pop()
+        new = {digest: label for digest, label in (self.wanted | before).items() if label is not None}
+        if not self.ask({"undo": step}, new):
+            self.undo.append((step, before))
+
+    def others(self, _: str) -> None:
+        """Add and remove photos as another process does, when the session has saved everything."""
+        if self.full.exists() or not places.at(self.place).exists():
+            return
+        self.until(lambda state: not state["unsaved"])
+        rows = [row for row in self.rows() if row.get(PICKED) != WITHDRAWN]
+        gone = self.draw.sample(rows, 1) if len(rows) > 2 and self.draw.random() < 0.5 else []
+        path = self.folder / "others" / f"{self.draw.randrange(OTHERS)}.png"
+        there = digest_of(path) in {row["digest"] for row in rows}
+        new = {digest: label for digest, label in self.wanted.items() if digest not in {r["digest"] for r in gone}}
+        if gone:
+            self.keep(self.wanted, new)
+            changes.remove(self.place, key_ids=[row["key_id"] for row in gone])
+            self.keep(new, new)
+        if not there:
+            new = self.wanted | {digest_of(path): "other"}
+            self.keep(self.wanted, new)
+            changes.add(self.place, of_images([str(path)], "others", ["other"], ["other"]), Encoder(self.backbone))
+            self.keep(new, new)
+        version = places.at(self.place).manifest().version
+        self.until(lambda state: state["version"] >= version)
+
+    def fill(self, _: str) -> None:
+        """Fill the disk, or make room again."""
+        if not self.job["disk"]:
+            return
+        if self.full.exists():
+            self.full.unlink()
+            return
+        with self.full.open("wb", buffering=0) as file:
+            for size in (1 << 20, 1 << 10):
+                try:
+                    while True:
+                        file.write(b"x" * size)
+                except OSError:
+                    pass
+
+    def ask(self, body: dict[str, Any], new: Labels) -> bool:
+        self.keep(self.wanted, new)
+        answer = self.http.post("/v1/label", json=body, headers=AUTHORISED)
+        assert answer.status_code in ((200, 503) if self.full.exists() else (200,)), answer.text
+        done = answer.status_code == 200
+        self.keep(new if done else self.wanted, new if done else self.wanted)
+        return done
+
+    def keep(self, wanted: Labels, maybe: Labels) -> None:
+        self.wanted, self.maybe = wanted, maybe
+        new = self.state.with_suffix(".tmp")
+        new.write_text(json.dumps({"wanted": wanted, "maybe": maybe}))
+        new.replace(self.state)
+
+    def until(self, done: Callable[[dict[str, Any]], bool]) -> None:
+        for _ in range(4000):
+            if done(state := self.http.get("/v1/label").json()):
+                return
+            time.sleep(0.01)
+        raise AssertionError(state)
+
+    def rows(self) -> list[dict[str, Any]]:
+        there = places.at(self.place)
+        return there.load(device="cpu").labels.to_pylist() if there.exists() else []
+
+    def found(self) -> Labels:
+        rows = [row for row in self.rows() if row.get(PICKED) != WITHDRAWN]
+        labels = {row["digest"]: row["label"] for row in rows}
+        assert len(labels) == len(rows)
+        return labels
+
+
+def digest_of(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _work(job: killing.Job, _: killing.Steps) -> None:
+    module.WAIT, module.RETRY, module.POLL = 0.02, 0.05, 0.05
+    Session(job).run()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", RuntimeWarning)  # LanceDB warns of forks, but has not been used before the fork
+    killing.serve(_work)
+    raise SystemExit
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, warm_path: str) -> Iterator[killing.Server]:
+    server = killing.Server(__file__, tmp_path_factory.mktemp("server"), warm_path)
+    yield server
+    server.close()
+
+
+def make_photos(folder: Path, number: int, first: int = 0) -> None:
+    """Write small photos. The last is a copy of the first."""
+    folder.mkdir()
+    for n in range(number):
+        pixels = np.random.default_rng(first + n).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{n}.png")
+    (folder / "copy.png").write_bytes((folder / "0.png").read_bytes())
+
+
+@pytest.mark.parametrize("disk", [False, True], ids=["killed", "full disk"])
+@pytest.mark.parametrize("kind", ["", "lance://"], ids=["folder", "lance"])
+def test_no_acknowledged_label_is_lost(
+    server: killing.Server, tmp_path: Path, small_disk: Callable[[int], Path], kind: str, disk: bool
+) -> None:
+    draw = random.Random(f"{kind} {disk}")
+    killed = 0
+    number = 1 if disk else AT_ONCE
+    for start in range(0, SESSIONS, number):
+        jobs = []
+        for seed in range(start, min(start + number, SESSIONS)):
+            folder = tmp_path / f"{seed}"
+            folder.mkdir()
+            make_photos(folder / "photos", PHOTOS)
+            make_photos(folder / "others", OTHERS, 1000)
+            (folder / "disk").symlink_to(small_disk(65536)) if disk else (folder / "disk").mkdir()
+            place = f"{kind}{folder / 'disk' / 'idx'}"
+            jobs.append({"seed": seed, "place": place, "folder": str(folder), "disk": disk})
+        for round_ in range(ROUNDS):
+            last = round_ == ROUNDS - 1
+            server.start(
+                *[job | {"round": round_} for job in jobs], after=None if last else draw.uniform(0.2, 3) * len(jobs)
+            )
+            status = server.wait()
+            killed += status.count(-signal.SIGKILL)
+            assert set(status) <= {0, -signal.SIGKILL}, status
+    assert killed or not SOAK
