@@ -69,7 +69,9 @@ def test_the_schema_describes_every_operation_body_and_result() -> None:
     for path, method in OPERATIONS:
         operation = SCHEMA["paths"][path][method]
         assert operation["description"], (path, method)
-        for body in operation.get("requestBody", {}).get("content", {}).values():
+        for kind, body in operation.get("requestBody", {}).get("content", {}).items():
+            if kind == "application/octet-stream":
+                continue
             form = body["schema"].get("$ref", "").rpartition("/")[2]
             assert (SCHEMA["components"]["schemas"][form] if form else body["schema"])["properties"]
     for path in ("/v1/classify", "/v1/indexes/{name}/keys"):

@@ -21,9 +21,12 @@ from browser import CAMERA, PATIENCE, another, chromium, drag_files, drop, drop_
 from click.testing import CliRunner
 from conftest import ROOT, SHARED, SOAK, needs_real
 from playwright.sync_api import Browser, Error, Locator, Page, Route, expect
-from serving import server
+from serving import running, server
 
 from retrieval_tip.cli import main
+from retrieval_tip.server.app import create_app
+from retrieval_tip.server.limits import Limits
+from retrieval_tip.server.served import open_all
 
 pytestmark = [pytest.mark.soak, *([needs_real] if SOAK else [])]
 
@@ -1679,6 +1682,22 @@ def test_similar_photos_without_a_match_are_named_together(opened: Open) -> None
     expect(page.locator("#notice")).to_contain_text(f"Added {number} example photos to the new class signs")
     page.locator("#notice").get_by_role("button", name="Undo").click()
     expect(page.locator("#notice")).to_contain_text("Undone")
+
+
+def test_many_photos_without_a_match_are_grouped_or_the_reason_is_shown(browser: Browser, served: Served) -> None:
+    app = create_app(open_all([served.folder], "cpu", "float32", "full"), Limits(json_bytes=1000), token=TOKEN)
+    photos = [*caltech_photos("train", "yin_yang", 5), *caltech_photos("train", "stop_sign", 4)]
+    expect.set_options(PATIENCE)
+    with running(app) as (host, port):
+        one = Opened(browser, f"http://{host}:{port}", f"/#token={TOKEN}", expected=[REFUSED])
+        one.page.route("**/groups", lambda route: route.fulfill(status=413, json={"detail": "too large"}))
+        ask(one.page, *photos)
+        groups = one.page.locator("#unknown-list > li")
+        expect(groups).to_have_text("Photos without a match could not be grouped: too large Try again")
+        one.page.unroute("**/groups")
+        groups.get_by_role("button", name="Try again").click()
+        expect(groups.first).to_contain_text("similar photos without a match")
+        one.close()
 
 
 def test_photos_are_downloaded_in_folders_by_class(page: Page) -> None:

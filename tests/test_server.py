@@ -222,6 +222,21 @@ def test_similar_features_are_grouped(food: Path) -> None:
         assert len(answer.json()["groups"]) > 1
         refused = client.post("/v1/indexes/food/groups", files={"images": b"x"})
         assert refused.status_code == 422
+    floats = {"Content-Type": "application/octet-stream"}
+    sent = np.array(rows, "<f4")
+    with serving(food, limits=Limits(json_bytes=2000, grouped=len(rows))) as client:
+        assert client.post("/v1/indexes/food/groups", json={"features": rows}).status_code == 413
+        answer = client.post("/v1/indexes/food/groups", content=sent.tobytes(), headers=floats)
+        assert answer.json() == {"version": 1, "groups": [own.tolist() for own in expected]}
+        for content, status, reason in (
+            (b"", 422, "0 bytes"),
+            (sent.tobytes()[:-1], 422, "float32"),
+            ((2 * sent).tobytes(), 422, "norm 2"),
+            (np.full_like(sent, np.nan).tobytes(), 422, "NaN"),
+            (np.vstack([sent, sent]).tobytes(), 413, f"at most {len(rows)} rows"),
+        ):
+            refused = client.post("/v1/indexes/food/groups", content=content, headers=floats)
+            assert (refused.status_code, reason in refused.json()["detail"]) == (status, True), refused.text
 
 
 def test_relative_image_paths_start_at_the_root(own: Path, tmp_path: Path) -> None:

@@ -36,9 +36,9 @@ class Limits:
     """Limits on requests and on the work that they cause.
 
     A form has at most ``bytes`` bytes and ``images`` images of ``pixels`` pixels each. A JSON body has at most
-    ``json_bytes`` bytes and ``rows`` rows of features. The answers to several queries contain at most ``cells`` numbers
-    (see :meth:`served.Version.cells`). A response must start within ``seconds``, and the client must read it within the
-    same time.
+    ``json_bytes`` bytes and ``rows`` rows of features. At most ``grouped`` features are grouped at once. The answers to
+    several queries contain at most ``cells`` numbers (see :meth:`served.Version.cells`). A response must start within
+    ``seconds``, and the client must read it within the same time.
 
     At most ``queue`` images and ``QUEUED_ROWS * queue`` rows can wait at once. Request bodies, and responses larger
     than :data:`PART`, can occupy ``held`` bytes. There are at most ``indexes`` indexes. Only requests for the host
@@ -53,6 +53,7 @@ class Limits:
     json_bytes: int = 8 << 20
     images: int = 64
     rows: int = 1024
+    grouped: int = 4096
     pixels: int = 50_000_000
     seconds: float = 30.0
     cells: int = 1 << 22

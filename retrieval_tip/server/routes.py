@@ -21,7 +21,7 @@ from retrieval_tip.server.limits import DEADLINE
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.served import Ask, Served, Version
 from retrieval_tip.server.service import Service
-from retrieval_tip.server.uploads import index_name, read, read_index
+from retrieval_tip.server.uploads import index_name, read, read_features, read_index
 from retrieval_tip.settings import KeysMet
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -289,10 +289,8 @@ async def map_of(
 @reads.post("/indexes/{name}/groups", openapi_extra=schemas.GROUP, responses=SENT)
 async def groups(request: Request, service: TheService, version: Now, norms: Norms = "check") -> schemas.Groups:
     """Group similar features, for example of images without a match, so that each group can be named at once."""
-    sent = await read(request, service.limits, norms, version.cache.d)
-    if sent.features is None:
-        raise Problem(422, "images: cannot be grouped; send the features that POST /v1/classify returns as evidence")
-    return schemas.Groups(version.manifest.version, await service.find(version.groups, sent.features))
+    features = await read_features(request, service.limits, norms, version.cache.d)
+    return schemas.Groups(version.manifest.version, await service.find(version.groups, features))
 
 
 @reads.get("/indexes/{name}/audit", response_model=schemas.Audit, responses=SLOW)

@@ -112,14 +112,16 @@ _KINDS = "JPEG, PNG or WebP files. HEIC files are accepted if retrieval-tip[heic
 _FILES = _list_of({"type": "string", "format": "binary"}, minItems=1, description=_KINDS)
 
 
-def _body(form: Row, json: Row | None = None, example: Row | None = None) -> Row:
-    """Describe a request body, which can be a form or JSON, or only JSON if ``form`` has no fields."""
+def _body(form: Row, json: Row | None = None, example: Row | None = None, binary: Row | None = None) -> Row:
+    """Describe a request body, which can be a form, JSON or binary. A form without fields is not accepted."""
     schema: Row = {"type": "object", "properties": form, "required": sorted(form)}
     content: Row = {"multipart/form-data": {"schema": schema}} if form else {}
     if json is not None:
         required = sorted(json.keys() & {"features", "labels"})
         schema = {"type": "object", "properties": json, "required": required, "additionalProperties": False}
         content["application/json"] = {"schema": schema, "example": example}
+    if binary is not None:
+        content["application/octet-stream"] = {"schema": binary}
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -128,7 +130,8 @@ CLASSIFY = _body(
     {"features": _FEATURES, "inputs": _TEXTS},
     {"features": [[0.6, 0.8]], "inputs": ["camera-3/0001"]},
 )
-GROUP = _body({}, {"features": _FEATURES}, {"features": [[0.6, 0.8], [0.8, 0.6]]})
+_FLOATS: Row = {"type": "string", "format": "binary", "description": "Features as little-endian float32, row by row."}
+GROUP = _body({}, {"features": _FEATURES}, {"features": [[0.6, 0.8], [0.8, 0.6]]}, _FLOATS)
 ADD = _body(
     {"images": _FILES, "label": {"type": "string", "minLength": 1, "description": "Class of all images."}},
     {"features": _FEATURES, "labels": _TEXTS, "sources": _TEXTS},

@@ -126,8 +126,13 @@ export const classifyFeatures = (features, inputs, parameters, options) =>
     return request(`/v1/classify${query(parameters)}`, { ...options, ...json({ features: features.map((row) => [...row]), inputs }) });
   });
 
-/** Group similar features. */
-export const groups = (name, features) => request(`${at(name)}/groups`, json({ features: features.map((row) => [...row]) }));
+/** Group similar features, which are sent as binary numbers, because there may be thousands. */
+export function groups(name, features) {
+  const [{ length }] = features;
+  const body = new Float32Array(features.length * length);
+  features.forEach((row, i) => body.set(row, i * length));
+  return request(`${at(name)}/groups`, { method: "POST", headers: { "Content-Type": "application/octet-stream" }, body });
+}
 
 /** Add photos as examples of one class. */
 export function addShots(name, label, files, token) {

@@ -1,10 +1,11 @@
 // Groups of similar photos that have no match. Naming a group creates a class.
 
 import * as api from "./api.js";
-import { $, el, plural } from "./dom.js";
+import { $, count, el, failure, plural } from "./dom.js";
 import { state } from "./state.js";
 
-const MOST = 1000; // number of photos to group, so that they fit into one request
+const MOST = 4096; // number of photos that the server groups at once
+const BYTES = 32 << 20; // size of a request
 const GROUPS = 5; // number of groups to show
 const SHOWN = 12; // number of photos to show per group
 
@@ -12,23 +13,26 @@ let asked = ""; // the photos that are grouped, or are being grouped
 
 /** Group the photos that have no match, and show the groups. `teach(photos, label)` is called when a group is named. */
 export async function showUnknown(photos, teach) {
-  const unlike = photos.filter((photo) => photo.unlike && !photo.taught && photo.evidence).slice(0, MOST);
+  const unlike = photos.filter((photo) => photo.unlike && !photo.taught && photo.evidence);
   const now = [state.info?.name, state.info?.version, ...unlike.map(({ id }) => id)].join();
   if (now === asked) return;
   asked = now;
-  const groups = unlike.length > 1 && state.info.changes ? await grouped(unlike) : [];
+  const shown = unlike.length > 1 && state.info.changes ? await grouped(unlike, teach, () => ((asked = ""), showUnknown(photos, teach))) : [];
   if (now !== asked) return;
-  $("unknown").hidden = !groups.length;
-  $("unknown-list").replaceChildren(...groups.slice(0, GROUPS).map((some) => row(some, teach)));
+  $("unknown").hidden = !shown.length;
+  $("unknown-list").replaceChildren(...shown);
 }
 
-async function grouped(unlike) {
+/** Return the groups, or the reason why there are none, as items of a list. */
+async function grouped(unlike, teach, again) {
+  const some = unlike.slice(0, Math.min(MOST, Math.floor(BYTES / (4 * unlike[0].evidence.feature.length))));
+  const others = `The first ${count(some.length)} of ${count(unlike.length)} photos without a match were grouped.`;
   try {
-    const { groups } = await api.groups(state.info.name, unlike.map(({ evidence }) => evidence.feature));
-    return groups.map((places) => places.map((place) => unlike[place]));
-  } catch {
-    asked = ""; // the photos are still in the grid, and the next answer tries again
-    return [];
+    const { groups } = await api.groups(state.info.name, some.map(({ evidence }) => evidence.feature));
+    const rows = groups.slice(0, GROUPS).map((places) => row(places.map((place) => some[place]), teach));
+    return some.length < unlike.length ? [...rows, el("li", { class: "hint" }, others)] : rows;
+  } catch (error) {
+    return [el("li", {}, failure({ message: `Photos without a match could not be grouped: ${error.message}` }, again))];
   }
 }
 
