@@ -1518,11 +1518,13 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def labelling(browser: Browser, pool: dict[str, str], into: Path, **options: Any) -> Iterator[tuple[Page, Any]]:
+def labelling(
+    browser: Browser, pool: dict[str, str], into: Path, *arguments: object, **options: Any
+) -> Iterator[tuple[Page, Any]]:
     """Serve a labelling session that saves to ``into``. Yield its page and the server process."""
     model = "--model", f"local-dir:{SHARED / 'models' / 'lit-mini'}", "--device", "cpu"
     expect.set_options(PATIENCE)
-    with server(pool[""], "--into", into, *model, command="label") as (url, process):
+    with server(pool[""], "--into", into, *model, *arguments, command="label") as (url, process):
         address, _, token = url.partition("/#")
         one = Opened(browser, address, f"/#{token}", ready="#label-progress", **options)
         try:
@@ -1588,6 +1590,10 @@ def test_sixty_photos_are_labelled_by_keyboard_in_two_sessions(
         page.fill("#label-sort-into", str(tmp_path / "sorted"))
         page.get_by_role("button", name="Copy").click()
         expect(page.locator("#label-sorted")).to_contain_text("copied 90 photos")
+        expect(page.locator("#index-accuracy")).to_be_hidden()  # this page has its own estimate
+        page.click("#tab-classes")
+        expect(page.locator("#index-accuracy")).to_contain_text("accurate")
+        page.click("#tab-label")
         assert violations(page) == []
     placed = [*(tmp_path / "sorted").glob("*/*.jpg")]
     assert len(placed) == 90
@@ -1622,6 +1628,7 @@ def test_photos_can_be_skipped_and_labelled_with_their_copies(
             page.wait_for_timeout(300)
         done = int((page.locator("#label-progress").text_content() or "").split()[0])
         number = page.locator("#label-similar-list li").count()
+        expect(page.locator("#label-similar label")).to_have_text(re.compile(r"^\s*A\s+Also label"))
         page.keyboard.press("a")
         expect(page.locator("#label-similar-list [aria-pressed=true]")).to_have_count(number)
         page.locator("#label-choices button").first.click()
@@ -1629,6 +1636,103 @@ def test_photos_can_be_skipped_and_labelled_with_their_copies(
         page.keyboard.press("z")
         expect(page.locator("#label-progress")).to_contain_text(f"{done} of 90")
         expect(page.locator("#label-saved")).to_have_text("All labels are saved in “things”.")
+
+
+@pytest.fixture(scope="module")
+def few(pool: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return some photos of ``pool``, which are read quickly."""
+    folder = tmp_path_factory.mktemp("few")
+    names = sorted(name for name in pool if name)[1::6]
+    for name in names:
+        shutil.copy(Path(pool[""]) / name, folder)
+    return {name: pool[name] for name in names} | {"": str(folder)}
+
+
+def status(page: Page) -> dict[str, Any]:
+    """Return the state of the labelling session."""
+    return dict(page.request.get(f"{page.evaluate('location.origin')}/v1/label").json())
+
+
+def test_letters_of_a_class_name_are_not_shortcuts(browser: Browser, few: dict[str, str], tmp_path: Path) -> None:
+    with labelling(browser, few, tmp_path / "things") as (page, _):
+        expect(page.locator("#label-saved")).to_have_text("")  # all photos are read, as on a second start
+        unlabelled, sent = status(page), []
+
+        def keep(route: Route) -> None:
+            if route.request.method == "POST":
+                sent.append(route.request.post_data_json)
+            route.fulfill(json=unlabelled)
+
+        page.route("**/v1/label", keep)
+        for name in ("newt", "snake", "zebra", "ant"):
+            page.reload()
+            expect(page.locator("#label-photo img")).to_be_visible()
+            page.keyboard.type(name)
+            with page.expect_response(lambda answer: answer.request.method == "POST"):
+                page.keyboard.press("Enter")
+        labels = [one["label"] for change in sent for one in change["labels"]]
+        assert (len(sent), labels) == (4, ["newt", "snake", "zebra", "ant"])
+        page.unroute("**/v1/label")
+        page.reload()
+        page.locator("#label-photo img").click()
+        expect(page.locator("#label-class")).to_be_focused()
+        page.keyboard.press("Escape")
+        for key in ("s", "n"):  # the next photo still has no choices
+            first = shown_photo(page)
+            page.locator("#label-stage").focus()
+            page.keyboard.press(key)
+            expect(page.locator("#label-photo img")).not_to_have_attribute("alt", first)
+            expect(page.locator("#label-class")).to_be_focused()
+        page.keyboard.type("crab")
+        page.keyboard.press("Enter")
+        page.keyboard.press("t")
+        page.keyboard.type("sna")
+        expect(page.locator("#label-choices .primary")).to_be_visible()  # a guess appears while the name is typed
+        page.keyboard.type("ke")
+        page.keyboard.press("Enter")
+        expect(page.locator("#label-progress")).to_contain_text("3 of 15")
+        assert {one["label"]: one["photos"] for one in status(page)["classes"]} == {"crab": 1, "snake": 1}
+
+
+def test_typed_text_means_an_existing_class_or_is_asked_about(
+    browser: Browser, few: dict[str, str], tmp_path: Path
+) -> None:
+    classes = "--classes", "crab,caterpillar,Sea_Horse,Panda,type 1"
+    with labelling(browser, few, tmp_path / "things", *classes) as (page, process):
+
+        def enter(text: str, *keys: str, number: int | None = None) -> None:
+            """Type a text and press keys. Wait until ``number`` photos are labelled."""
+            page.keyboard.press("t")
+            page.fill("#label-class", text)
+            for key in keys:
+                page.keyboard.press(key)
+            if number is not None:
+                expect(page.locator("#label-progress")).to_contain_text(f"{number} of 15")
+
+        for number, text in enumerate(("pan", "panda", "sea horse", "Sea-Ho", "type 2", "NONE OF THESE"), 1):
+            enter(text, "Enter", number=number)
+        enter("cat", "Enter", number=7)
+        expect(page.locator("#label-completed")).to_contain_text("“cat” was completed to caterpillar.")
+        page.get_by_role("button", name="New class “cat”").click()
+        expect(page.locator("#label-completed")).to_be_hidden()
+        enter("ca", "Shift+Enter", number=8)
+        for text in ("crabs", "carb", "Crab"):
+            enter(text, "Enter")
+            expect(page.locator("#alike-dialog")).to_contain_text(f"New class “{text}”, or crab?")
+            page.keyboard.type("nsz1")  # does nothing
+            page.keyboard.press("Escape")
+            expect(page.locator("#label-class")).to_have_value(text)
+            expect(page.locator("#label-class")).to_be_focused()
+        enter("Crab", "Enter", "Enter", number=9)
+        enter("carb", "Enter")
+        assert violations(page) == []
+        page.get_by_role("button", name="New class “carb”").click()
+        expect(page.locator("#label-progress")).to_contain_text("10 of 15")
+        enter("crabs", "Enter", "Shift+Enter", number=11)
+        assert {one["label"]: one["photos"] for one in status(page)["classes"] if one["photos"]} == {
+            "Panda": 2, "Sea_Horse": 2, "type 2": 1, "cat": 1, "ca": 1, "crab": 1, "carb": 1, "crabs": 1,
+        }  # fmt: skip
+        process.kill()  # saving would take longer
 
 
 def test_labels_are_kept_until_the_server_can_be_reached(

@@ -2,7 +2,9 @@
 // photo appears at once. The server chooses the photos and saves the labels.
 
 import * as api from "./api.js";
+import { ask } from "./dialogs.js";
 import { $, calm, count, el, failure, percent, plural, refill, say, whole } from "./dom.js";
+import { meant } from "./names.js";
 import { notice } from "./notice.js";
 import { state } from "./state.js";
 
@@ -16,9 +18,11 @@ const AGAIN = 1000; // ms between two requests for the state, or between two att
 let session = null; // GET /v1/label
 let current = null; // the photo that is shown, an entry of session.queue
 let polling = null;
+let similarShown = []; // the near-identical photos that are shown
 let opening = false; // whether the new index is being opened
 const labelled = []; // [{photo, label}, ...] of each step, for undo
 const outbox = []; // changes that are not sent yet
+let changes = 0; // number of changes so far
 const ahead = new Map(); // images that are loaded before they are shown, by photo
 
 const address = (photo, size) => `${api.labelPhoto(photo)}?size=${size}`;
@@ -27,19 +31,30 @@ const file = (name) => name.split(/[\\/]/).pop();
 /** Show the view, and follow the state of the server while it is visible. */
 export async function showLabelView() {
   try {
-    take(await api.labelling());
+    await fetchState();
   } catch (error) {
     $("label-problem").replaceChildren(failure(error, showLabelView));
     return;
   }
-  if (!labelled.length) $("label-stage").focus({ preventScroll: true });
+  focus();
+}
+
+/** Fetch the state of the session. It is outdated if there are changes that it does not contain. */
+async function fetchState() {
+  const before = changes;
+  const answer = await api.labelling();
+  if (before === changes && !outbox.length) take(answer);
+  else pollLater();
+}
+
+function pollLater() {
+  clearTimeout(polling);
+  polling = setTimeout(poll, AGAIN);
 }
 
 /** Show a new state, but keep the current photo until it is labelled. */
 function take(answer) {
-  const gone = new Set(outbox.flatMap(({ labels = [], skip = [] }) => [...labels.filter(({ label }) => label).map(({ photo }) => photo), ...skip]));
   session = answer;
-  session.queue = session.queue.filter(({ photo }) => !gone.has(photo));
   $("label-problem").replaceChildren(answer.problem ? failure({ message: (answer.unsaved ? `${plural(answer.unsaved, "label is", "labels are")} not saved yet: ` : "") + answer.problem }) : "");
   if (session.version && !state.info && !opening) {
     opening = true;
@@ -48,18 +63,18 @@ function take(answer) {
   const known = state.info?.name === session.index ? state.info.version : session.version;
   if (known < session.version) state.refresh().catch(() => {}); // the next answer tries again
   const same = current && session.queue.find(({ photo }) => photo === current.photo);
-  if (same && !current.guesses.length) current = null; // guesses are added once, and do not change afterwards
-  else if (same) session.queue = [current, ...session.queue.filter((one) => one !== same)];
+  const first = current?.guesses.length ? current : same; // guesses are added once, and do not change afterwards
+  if (same) session.queue = [first, ...session.queue.filter((one) => one !== same)];
   show();
   clearTimeout(polling);
-  if (!$("label-view").hidden && (answer.busy || answer.encoded < answer.photos)) polling = setTimeout(poll, AGAIN);
+  if (!$("label-view").hidden && (answer.busy || answer.encoded < answer.photos)) pollLater();
 }
 
 async function poll() {
   try {
-    take(await api.labelling());
+    await fetchState();
   } catch (error) {
-    if (api.passing(error)) polling = setTimeout(poll, AGAIN);
+    if (api.passing(error)) pollLater();
   }
 }
 
@@ -70,18 +85,24 @@ function show() {
   const [one] = session.queue;
   $("label-stage").hidden = !one;
   $("label-done").hidden = Boolean(one);
-  if (one && (one.photo !== current?.photo || one !== current)) {
+  if (one && one !== current) {
     const moved = one.photo !== current?.photo;
     current = one;
     if (moved) picture(one);
     choices();
-    similar();
+    if (moved || String(one.similar) !== String(similarShown)) similar(); // marked photos stay marked
     $("label-why").textContent = one.picked === "random" ? "This photo was drawn at random, to measure the accuracy." : `Why this one: it ${one.why ?? "may help"}.`;
-    if (!$("label-choices").children.length) $("label-class").focus(); // there is no other choice
+    if (moved) focus();
     if (moved) say(`${file(one.name)}${one.guesses.length ? `, probably ${one.guesses[0].label}` : ""}`);
   }
   if (!one) current = null;
   upcoming();
+}
+
+/** Focus the field if there is a text, or no class to choose, so that no letter of a name is taken for a shortcut. */
+function focus() {
+  const typing = $("label-class").value || !$("label-choices").children.length;
+  $(typing ? "label-class" : "label-stage").focus({ preventScroll: true });
 }
 
 /** Show a photo. If it was loaded ahead, it appears at once. */
@@ -123,7 +144,7 @@ function choices() {
 
 /** Show near-identical photos, which can be labelled together. */
 function similar() {
-  const photos = current.similar;
+  const photos = (similarShown = current.similar);
   $("label-similar").hidden = !photos.length;
   $("label-too").checked = false;
   $("label-too-text").textContent = `Also label ${photos.length === 1 ? "this similar photo" : `these ${photos.length} similar photos`}`;
@@ -182,11 +203,44 @@ function choose(label) {
   label = label.trim();
   if (!current || !label) return;
   const marked = [...$("label-similar-list").querySelectorAll("[aria-pressed=true]")].map(({ dataset }) => Number(dataset.photo));
-  const labels = [current.photo, ...marked].map((photo) => ({ photo, label }));
   slide(label);
+  give([current.photo, ...marked], label);
+}
+
+/** Give photos a label. */
+function give(photos, label) {
+  const labels = photos.map((photo) => ({ photo, label }));
   labelled.push(labels);
   if (!session.classes.some((one) => one.label === label) && label !== NONE) session.classes.push({ label, photos: 0 });
   step(new Set(labels.map(({ photo }) => photo)), { labels });
+}
+
+/** Give the photo the class that a typed text means. If this is not clear, ask. */
+async function enter(text) {
+  if (!current || !text) return;
+  const { photo } = current;
+  const classes = session.classes.map(({ label }) => label);
+  let { label, near } = text.toLowerCase() === NONE ? { label: NONE } : meant(text, classes);
+  if (near) {
+    $("alike-title").textContent = `New class “${text}”, or ${near}?`;
+    $("alike-new").firstElementChild.textContent = `New class “${text}”`;
+    $("alike-near").firstElementChild.textContent = near;
+    label = { new: text, near }[await ask($("alike-dialog"))];
+  }
+  if (!label || photo !== current?.photo) return; // it was dismissed, or somebody else has labelled the photo
+  choose(label);
+  if (near || !classes.includes(label) || label.length <= text.length) return;
+  const button = el("button", { type: "button" }, `New class “${text}”`);
+  button.addEventListener("click", () => instead(text));
+  $("label-completed").replaceChildren(`“${text}” was completed to ${label}.`, " ", button);
+  $("label-completed").hidden = false;
+}
+
+/** Give the photos of the last step another label. */
+function instead(label) {
+  const photos = labelled.pop().map(({ photo }) => photo);
+  put({ labels: photos.map((photo) => ({ photo, label: null })) });
+  give(photos, label);
 }
 
 /** Show the photo moving to the button of its class, unless the user prefers reduced motion. */
@@ -210,24 +264,29 @@ function step(photos, change) {
   session.queue = session.queue.filter(({ photo }) => !photos.has(photo));
   for (const one of session.queue) one.similar = one.similar.filter((photo) => !photos.has(photo));
   $("label-class").value = "";
-  outbox.push(change);
+  $("label-completed").hidden = true;
+  put(change);
   show();
-  $("label-stage").focus({ preventScroll: true });
-  send();
 }
 
 /** Remove the labels of the last step, and show its photo again. */
 function undo() {
   const last = labelled.pop();
   if (!last) return;
-  outbox.push({ labels: last.map(({ photo }) => ({ photo, label: null })).reverse() }); // the first photo comes to the front
+  $("label-completed").hidden = true;
   current = null;
   session.queue = [];
+  put({ labels: last.map(({ photo }) => ({ photo, label: null })).reverse() }); // the first photo comes to the front
   progress();
-  send();
 }
 
 let sending = false;
+
+function put(change) {
+  changes++;
+  outbox.push(change);
+  send();
+}
 
 /** Send all changes in order. While the server cannot be reached, try again. */
 async function send() {
@@ -269,9 +328,20 @@ addEventListener("beforeunload", (event) => outbox.length && event.preventDefaul
 
 $("label-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  choose($("label-class").value);
+  enter($("label-class").value.trim());
 });
-$("label-class").addEventListener("keydown", (event) => event.key === "Escape" && $("label-stage").focus());
+$("label-class").addEventListener("keydown", (event) => {
+  if (event.key === "Escape") $("label-stage").focus();
+  if (event.key !== "Enter" || !event.shiftKey) return;
+  event.preventDefault();
+  choose($("label-class").value); // a new class of exactly this name
+});
+$("alike-dialog").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || !(event.shiftKey || event.repeat)) return;
+  event.preventDefault();
+  if (!event.repeat) $("alike-dialog").close("new");
+});
+$("label-photo").addEventListener("click", focus);
 $("label-skip").addEventListener("click", skip);
 $("label-none").addEventListener("click", () => choose(NONE));
 $("label-undo").addEventListener("click", undo);
