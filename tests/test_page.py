@@ -1654,7 +1654,7 @@ def status(page: Page) -> dict[str, Any]:
 
 
 def test_letters_of_a_class_name_are_not_shortcuts(browser: Browser, few: dict[str, str], tmp_path: Path) -> None:
-    with labelling(browser, few, tmp_path / "things") as (page, _):
+    with labelling(browser, few, tmp_path / "things") as (page, process):
         expect(page.locator("#label-saved")).to_have_text("")  # all photos are read, as on a second start
         unlabelled, sent = status(page), []
 
@@ -1692,6 +1692,8 @@ def test_letters_of_a_class_name_are_not_shortcuts(browser: Browser, few: dict[s
         page.keyboard.press("Enter")
         expect(page.locator("#label-progress")).to_contain_text("3 of 15")
         assert {one["label"]: one["photos"] for one in status(page)["classes"]} == {"crab": 1, "snake": 1}
+        process.kill()  # saving takes longer
+        process.wait()
 
 
 def test_typed_text_means_an_existing_class_or_is_asked_about(
@@ -1732,7 +1734,81 @@ def test_typed_text_means_an_existing_class_or_is_asked_about(
         assert {one["label"]: one["photos"] for one in status(page)["classes"] if one["photos"]} == {
             "Panda": 2, "Sea_Horse": 2, "type 2": 1, "cat": 1, "ca": 1, "crab": 1, "carb": 1, "crabs": 1,
         }  # fmt: skip
-        process.kill()  # saving would take longer
+        process.kill()  # saving takes longer
+        process.wait()
+
+
+def test_steps_are_undone_in_order_and_after_a_reload(browser: Browser, few: dict[str, str], tmp_path: Path) -> None:
+    with labelling(browser, few, tmp_path / "things") as (page, _):
+
+        def shown(*, not_: str | None = None, name: str = "", labelled: int) -> str:
+            photo = expect(page.locator("#label-photo img"))
+            photo.to_have_attribute("alt", name) if name else photo.not_to_have_attribute("alt", not_ or "")
+            expect(page.locator("#label-progress")).to_contain_text(f"{labelled} of 15")
+            return shown_photo(page)
+
+        first = shown_photo(page)
+        page.click("#label-skip")
+        second = shown(not_=first, labelled=0)
+        page.keyboard.type("crab")
+        page.keyboard.press("Enter")
+        third = shown(not_=second, labelled=1)
+        page.keyboard.press("s")
+        shown(not_=third, labelled=1)
+        page.keyboard.press("z")
+        shown(name=third, labelled=1)
+        page.keyboard.press("z")
+        shown(name=second, labelled=0)
+        expect(page.locator("#label-class")).to_be_focused()  # there is no class to choose any more
+        page.click("#label-undo")
+        shown(name=first, labelled=0)
+        expect(page.locator("#label-undo")).to_be_disabled()
+        assert (status(page)["labelled"], status(page)["steps"]) == (0, [])
+        page.fill("#label-class", "crab")
+        page.keyboard.press("Enter")
+        shown(not_=first, labelled=1)
+        page.wait_for_function("async () => (await (await fetch('/v1/label')).json()).labelled === 1")
+        page.reload()
+        shown(not_=first, labelled=1)
+        page.keyboard.press("z")
+        shown(name=first, labelled=0)
+        assert status(page)["queue"][0]["name"].endswith(first)
+
+
+def test_refused_labels_are_named_and_can_be_corrected(browser: Browser, few: dict[str, str], tmp_path: Path) -> None:
+    folder = shutil.copytree(few[""], tmp_path / "photos")
+    (folder / "damaged.jpg").write_bytes(b"no image")
+    with labelling(browser, {"": str(folder)}, tmp_path / "things", expected=[REFUSED]) as (page, _):
+        damaged = sorted(path.name for path in folder.iterdir()).index("damaged.jpg")
+        token = page.evaluate("sessionStorage.getItem('retrieval-tip token')")
+        answer = page.request.post(
+            f"{page.evaluate('location.origin')}/v1/label",
+            data={"labels": [{"photo": damaged, "label": "crab"}]},
+            headers={"Authorization": f"Bearer {token}"},
+        )
+        assert answer.ok, answer.text()
+        page.wait_for_function("async () => (await (await fetch('/v1/label')).json()).refused.length")
+        page.reload()
+        refused = page.locator("#label-refused")
+        expect(refused).to_contain_text("damaged.jpg: The label “crab” could not be saved: ")
+        expect(page.locator("#label-saved")).not_to_contain_text("All labels are saved")
+        assert violations(page) == []
+        refused.get_by_role("button", name="Drop the label").click()
+        expect(refused).to_be_empty()
+        page.wait_for_function("async () => !(await (await fetch('/v1/label')).json()).unsaved")
+        state = status(page)
+        photo, name = state["queue"][2]["photo"], Path(state["queue"][2]["name"]).name
+        state["refused"] = [{"photo": photo, "name": name, "label": "crab", "reason": "full disk"}]
+        page.route("**/v1/label", lambda route: route.fulfill(json=state), times=1)
+        page.reload()
+        expect(refused).to_contain_text(f"{name}: The label “crab” could not be saved: full disk")
+        refused.get_by_role("button", name="Show this photo").click()
+        expect(page.locator("#label-photo img")).to_have_attribute("alt", name)
+        expect(refused).to_be_empty()
+        page.route("**/v1/label", lambda route: route.fulfill(status=422, json={"detail": "not a label"}), times=1)
+        page.fill("#label-class", "crab")
+        page.keyboard.press("Enter")
+        expect(page.locator("#label-problem")).to_contain_text("not a label")
 
 
 def test_labels_are_kept_until_the_server_can_be_reached(
@@ -1742,7 +1818,11 @@ def test_labels_are_kept_until_the_server_can_be_reached(
         page.route("**/v1/label", lambda route: route.abort() if route.request.method == "POST" else route.continue_())
         for _ in range(3):
             label_by_key(page, "cat")
-        expect(page.locator("#notice")).to_contain_text("3 changes are waiting. Trying again…")
+        last = shown_photo(page)
+        label_by_key(page, "cat")
+        page.keyboard.press("z")
+        expect(page.locator("#label-photo img")).to_have_attribute("alt", last)
+        expect(page.locator("#notice")).to_contain_text("5 changes are waiting. Trying again…")
         expect(page.locator("#label-progress")).to_contain_text("3 of 90")
         page.unroute("**/v1/label")
         expect(page.locator("#label-saved")).to_have_text("All labels are saved in “things”.")

@@ -164,6 +164,6 @@ export const relabel = (name, change, token) => request(`${at(name)}/relabel`, j
 export const rename = (name, change, token) => request(`${at(name)}/rename`, json(change, bearer(token)));
 export const rollback = (name, change, token) => request(`${at(name)}/rollback`, json(change, bearer(token)));
 /** Set or remove labels in the labelling session, or skip photos, and return the new state of the session. */
-export const setLabels = (change, token) => request("/v1/label", json(change, bearer(token)));
+export const setLabels = (change, token) => request("/v1/label", { ...json(change, bearer(token)), patience: 0 });
 /** Copy all photos of the labelling session into folders by class. */
 export const sortPhotos = (into, token) => request("/v1/label/sort", json({ into }, bearer(token)));

@@ -12,6 +12,7 @@ const NONE = "none of these"; // the class of photos that belong to no other cla
 const CHOICES = 9; // one for each digit key
 const AHEAD = 4; // number of upcoming photos to show
 const LARGE = 1024; // size of the photo, in pixels
+const REFUSED = 5; // number of refused labels to show
 const SLIDE = 150; // ms
 const AGAIN = 1000; // ms between two requests for the state, or between two attempts to send labels
 
@@ -20,8 +21,10 @@ let current = null; // the photo that is shown, an entry of session.queue
 let polling = null;
 let similarShown = []; // the near-identical photos that are shown
 let opening = false; // whether the new index is being opened
-const labelled = []; // [{photo, label}, ...] of each step, for undo
-const outbox = []; // changes that are not sent yet
+let wanted = null; // the number of the photo to show next
+let rejected = null; // why the server did not accept the last change
+const steps = new Map(); // the queue entry, the photos and the label of each step on this page, by its name
+const outbox = []; // changes that are not sent yet: a step, or the name of a step to undo
 let changes = 0; // number of changes so far
 const ahead = new Map(); // images that are loaded before they are shown, by photo
 
@@ -55,16 +58,20 @@ function pollLater() {
 /** Show a new state, but keep the current photo until it is labelled. */
 function take(answer) {
   session = answer;
-  $("label-problem").replaceChildren(answer.problem ? failure({ message: (answer.unsaved ? `${plural(answer.unsaved, "label is", "labels are")} not saved yet: ` : "") + answer.problem }) : "");
+  const problem = answer.problem && { message: (answer.unsaved ? `${plural(answer.unsaved, "label is", "labels are")} not saved yet: ` : "") + answer.problem };
+  $("label-problem").replaceChildren(...[problem, rejected].filter(Boolean).map((error) => el("p", {}, failure(error))));
+  refused();
   if (session.version && !state.info && !opening) {
     opening = true;
     state.dispatchEvent(new CustomEvent("made", { detail: { name: session.index } })); // opens the new index
   }
   const known = state.info?.name === session.index ? state.info.version : session.version;
   if (known < session.version) state.refresh().catch(() => {}); // the next answer tries again
-  const same = current && session.queue.find(({ photo }) => photo === current.photo);
-  const first = current?.guesses.length ? current : same; // guesses are added once, and do not change afterwards
-  if (same) session.queue = [first, ...session.queue.filter((one) => one !== same)];
+  const entryOf = (number) => session.queue.find(({ photo }) => photo === number);
+  const first = entryOf(wanted) ?? entryOf(current?.photo);
+  if (first) session.queue = session.queue.filter((one) => one !== first);
+  if (first) session.queue.unshift(first.photo === current?.photo && current.guesses.length ? current : first); // guesses do not change afterwards
+  wanted = null;
   show();
   clearTimeout(polling);
   if (!$("label-view").hidden && (answer.busy || answer.encoded < answer.photos)) pollLater();
@@ -89,10 +96,11 @@ function show() {
     const moved = one.photo !== current?.photo;
     current = one;
     if (moved) picture(one);
+    const before = $("label-choices").children.length;
     choices();
     if (moved || String(one.similar) !== String(similarShown)) similar(); // marked photos stay marked
     $("label-why").textContent = one.picked === "random" ? "This photo was drawn at random, to measure the accuracy." : `Why this one: it ${one.why ?? "may help"}.`;
-    if (moved) focus();
+    if (moved || (before && !$("label-choices").children.length)) focus();
     if (moved) say(`${file(one.name)}${one.guesses.length ? `, probably ${one.guesses[0].label}` : ""}`);
   }
   if (!one) current = null;
@@ -171,10 +179,54 @@ function upcoming() {
   $("label-next").replaceChildren(...next.map(({ photo }) => el("li", { data: { photo } }, el("img", { alt: "", src: address(photo, 160) }))));
 }
 
+/** Name the labels that could not be saved, so that the user can correct them. */
+function refused() {
+  const shown = JSON.stringify(session.refused);
+  if ($("label-refused").dataset.shown === shown) return;
+  $("label-refused").dataset.shown = shown;
+  const rows = session.refused.slice(0, REFUSED).map((one) => {
+    const button = (text, next) => {
+      const made = el("button", { type: "button", class: "quiet" }, text);
+      made.addEventListener("click", () => drop(one, next));
+      return made;
+    };
+    const what = one.label === null ? "The label of this photo could not be removed" : `The label “${one.label}” could not be saved`;
+    const buttons = one.label === null ? [] : [button("Show this photo", one.photo), " ", button("Drop the label", null)];
+    return el("p", { title: one.name }, `${file(one.name)}: ${what}: ${one.reason} `, ...buttons);
+  });
+  const more = session.refused.length - rows.length;
+  $("label-refused").replaceChildren(...rows, more > 0 ? el("p", {}, `and ${plural(more, "other label")}`) : "");
+}
+
+/** Remove a label that could not be saved, and show the photo `next`, if there is one. */
+function drop(one, next) {
+  if (next !== null) $("label-class").value = "";
+  wanted = next;
+  session.refused = session.refused.filter((other) => other !== one);
+  step(null, [one.photo], null);
+  refused();
+}
+
+/** Return the names of the steps that can be undone, oldest first. */
+function undoable() {
+  const names = [...session.steps];
+  for (const { step, undo } of outbox) {
+    if (step) names.push(step);
+    else if (names.includes(undo)) names.splice(names.indexOf(undo), 1);
+  }
+  return names;
+}
+
+/** Return the number of labels that a change adds. */
+function added({ labels = [], undo }) {
+  const undone = steps.get(undo);
+  return labels.filter(({ label }) => label !== null).length - (undone?.label ? undone.photos.length : 0);
+}
+
 function progress() {
   const { photos, encoded, unsaved, progress: estimate } = session;
-  const unsent = outbox.flatMap(({ labels = [] }) => labels);
-  const number = session.labelled + unsent.reduce((sum, { label }) => sum + (label === null ? -1 : 1), 0);
+  const unsent = outbox.reduce((sum, { labels = [] }) => sum + labels.length, 0);
+  const number = session.labelled + outbox.reduce((sum, change) => sum + added(change), 0);
   const rest = photos - number;
   const parts = [`${count(number)} of ${plural(photos, "photo")} labelled.`];
   if (rest && estimate?.accuracy != null) {
@@ -188,31 +240,25 @@ function progress() {
   $("label-bar").value = photos ? number / photos : 0;
   const waiting = [];
   if (encoded < photos) waiting.push(`Reading photos: ${count(encoded)} of ${count(photos)}.`);
-  if (unsaved + unsent.length) waiting.push(`Saving ${plural(unsaved + unsent.length, "label")}…`);
-  else if (number) waiting.push(`All labels are saved in “${session.index}”.`);
+  const unfinished = unsaved - session.refused.length + unsent;
+  if (unfinished > 0) waiting.push(`Saving ${plural(unfinished, "label")}…`);
+  else if (number && !unsaved) waiting.push(`All labels are saved in “${session.index}”.`);
   $("label-saved").textContent = waiting.join(" ");
-  $("label-undo").disabled = !labelled.length;
+  $("label-undo").disabled = !undoable().length;
   $("label-sort").hidden = !session.version;
   $("label-sort-into").value ||= `${session.index}-sorted`;
 }
 
 // --- actions ---
 
-/** Give the photo a label, and also the similar photos that are marked. */
+/** Give the photo a label, and also the similar photos that are marked. Return the name of this step. */
 function choose(label) {
   label = label.trim();
-  if (!current || !label) return;
+  if (!current || !label) return null;
   const marked = [...$("label-similar-list").querySelectorAll("[aria-pressed=true]")].map(({ dataset }) => Number(dataset.photo));
   slide(label);
-  give([current.photo, ...marked], label);
-}
-
-/** Give photos a label. */
-function give(photos, label) {
-  const labels = photos.map((photo) => ({ photo, label }));
-  labelled.push(labels);
-  if (!session.classes.some((one) => one.label === label) && label !== NONE) session.classes.push({ label, photos: 0 });
-  step(new Set(labels.map(({ photo }) => photo)), { labels });
+  $("label-class").value = "";
+  return step(current, [current.photo, ...marked], label);
 }
 
 /** Give the photo the class that a typed text means. If this is not clear, ask. */
@@ -228,19 +274,16 @@ async function enter(text) {
     label = { new: text, near }[await ask($("alike-dialog"))];
   }
   if (!label || photo !== current?.photo) return; // it was dismissed, or somebody else has labelled the photo
-  choose(label);
+  const name = choose(label);
   if (near || !classes.includes(label) || label.length <= text.length) return;
   const button = el("button", { type: "button" }, `New class “${text}”`);
-  button.addEventListener("click", () => instead(text));
+  button.addEventListener("click", () => {
+    const { entry, photos } = steps.get(name);
+    put({ undo: name });
+    step(entry, photos, text);
+  });
   $("label-completed").replaceChildren(`“${text}” was completed to ${label}.`, " ", button);
   $("label-completed").hidden = false;
-}
-
-/** Give the photos of the last step another label. */
-function instead(label) {
-  const photos = labelled.pop().map(({ photo }) => photo);
-  put({ labels: photos.map((photo) => ({ photo, label: null })) });
-  give(photos, label);
 }
 
 /** Show the photo moving to the button of its class, unless the user prefers reduced motion. */
@@ -256,39 +299,52 @@ function slide(label) {
   copy.animate({ transform: ["none", end], opacity: [1, 0.5] }, SLIDE).finished.then(() => copy.remove());
 }
 
-const skip = () => current && step(new Set([current.photo]), { skip: [current.photo] });
-
-/** Remove photos from the queue, show the next one, and send the change. */
-function step(photos, change) {
-  performance.mark("retrieval-tip: labelled");
-  session.queue = session.queue.filter(({ photo }) => !photos.has(photo));
-  for (const one of session.queue) one.similar = one.similar.filter((photo) => !photos.has(photo));
+function skip() {
+  if (!current) return;
   $("label-class").value = "";
-  $("label-completed").hidden = true;
-  put(change);
-  show();
+  step(current, [current.photo]);
 }
 
-/** Remove the labels of the last step, and show its photo again. */
+const unique = () => [...crypto.getRandomValues(new Uint32Array(4))].map((part) => part.toString(36)).join("-");
+
+/** Give photos a label, remove their label if it is null, or skip them. Show the next photo, and send the change.
+ *
+ *  Return the name of this step. `entry` is the queue entry that returns if the step is undone. */
+function step(entry, photos, label) {
+  performance.mark("retrieval-tip: labelled");
+  const name = unique();
+  steps.set(name, { entry, photos, label });
+  if (label && label !== NONE && !session.classes.some((one) => one.label === label)) session.classes.push({ label, photos: 0 });
+  session.queue = session.queue.filter(({ photo }) => !photos.includes(photo));
+  for (const one of session.queue) one.similar = one.similar.filter((photo) => !photos.includes(photo));
+  put(label === undefined ? { step: name, skip: photos } : { step: name, labels: photos.map((photo) => ({ photo, label })) });
+  show();
+  return name;
+}
+
+/** Undo the last step, and show its photo again. The server knows the photo if the step was made before a reload. */
 function undo() {
-  const last = labelled.pop();
-  if (!last) return;
-  $("label-completed").hidden = true;
+  const name = undoable().at(-1);
+  if (!name) return;
+  const entry = steps.get(name)?.entry;
   current = null;
-  session.queue = [];
-  put({ labels: last.map(({ photo }) => ({ photo, label: null })).reverse() }); // the first photo comes to the front
-  progress();
+  session.queue = entry ? [entry, ...session.queue.filter(({ photo }) => photo !== entry.photo)] : [];
+  put({ undo: name });
+  if (entry) show();
+  else progress();
 }
 
 let sending = false;
 
 function put(change) {
   changes++;
+  rejected = null;
+  $("label-completed").hidden = true;
   outbox.push(change);
   send();
 }
 
-/** Send all changes in order. While the server cannot be reached, try again. */
+/** Send all changes in order. While the server cannot be reached or cannot store them, try again. */
 async function send() {
   if (sending) return;
   sending = true;
@@ -297,18 +353,18 @@ async function send() {
       const answer = await state.setLabels(outbox[0]);
       if (answer === null) break; // no token
       outbox.shift();
-      if (outbox.length) session.labelled = answer.labelled;
+      if (outbox.length) Object.assign(session, { labelled: answer.labelled, steps: answer.steps });
       else take(answer);
       notice("");
     } catch (error) {
-      if (!api.passing(error)) {
+      if (api.passing(error) || error.status >= 500) {
+        notice(`${error.message} ${plural(outbox.length, "change is", "changes are")} waiting. Trying again…`);
+        await api.pause(AGAIN);
+      } else {
         outbox.shift();
-        $("label-problem").replaceChildren(failure(error));
-        await poll();
-        continue;
+        rejected = error;
+        if (!outbox.length) await poll();
       }
-      notice(`${error.message} ${plural(outbox.length, "change is", "changes are")} waiting. Trying again…`);
-      await api.pause(AGAIN);
     }
   }
   sending = false;
