@@ -47,8 +47,8 @@ lint: setup ## check formatting, lint, types, import directions and docstring re
 size: setup ## count lines, and list large classes and functions and duplicate names (another clone: CLONE=FOLDER)
 	$(BIN)/python docs/size.py $(CLONE)
 
-test: setup ## run the tests
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: setup ## run the tests (some of them: ONLY='tests/test_tip.py -k tail')
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ONLY)
 
 soak: setup ## run every test at full size: all kills, Ray, the browser
 	RETRIEVAL_TIP_SOAK=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25

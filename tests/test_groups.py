@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import cache_of
+from conftest import cache_of, needs_real
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.cluster import AgglomerativeClustering
@@ -86,6 +86,7 @@ def test_the_threshold_is_midway_between_same_class_and_other_class_similarity(c
     assert threshold_of(cache) == pytest.approx(expected, abs=1e-5)
 
 
+@needs_real
 def test_unknown_classes_of_real_photos_become_groups(things):
     whole = CacheModel.load(things, device="cpu")
     ids, keys = whole.class_ids.numpy(), np.asarray(whole.keys)

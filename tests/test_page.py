@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from browser import CAMERA, PATIENCE, another, chromium, drag_files, drop, drop_folders
 from click.testing import CliRunner
-from conftest import ROOT, SHARED, SOAK, needs_real
+from conftest import NO_SHARED, ROOT, SHARED, SOAK, needs_real
 from playwright.sync_api import Browser, Error, Locator, Page, Route, expect
 from serving import running, server
 
@@ -38,7 +38,7 @@ SCREENSHOTS = ROOT / "build" / "screenshots"
 IMAGES = SHARED / "data" / "caltech101" / "101_ObjectCategories"
 
 if not SHARED.is_dir():
-    pytest.skip(f"SKIPPED: no shared data at {SHARED}", allow_module_level=True)
+    pytest.skip(NO_SHARED, allow_module_level=True)
 
 SPLIT = json.loads((IMAGES.parent / "split_zhou_Caltech101.json").read_text())
 

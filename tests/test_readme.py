@@ -14,7 +14,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PROGRAMS, ROOT, SHARED
+from conftest import PROGRAMS, ROOT, SHARED, needs_real
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import demo
@@ -38,6 +38,7 @@ def blocks(page):
 
 
 RUN = [page for page in PAGES if blocks(page)]
+WITH_LIT_MINI = [page for page in RUN if any("../shared" in (options or "") for _, _, options in blocks(page))]
 
 
 @pytest.fixture(scope="module")
@@ -121,13 +122,13 @@ def typed_and_printed(typed, place, path, with_messages=False):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("page", RUN, ids=[page.stem for page in RUN])
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, id=page.stem, marks=[needs_real] * (page in WITH_LIT_MINI)) for page in RUN]
+)
 def test_examples_print_the_documented_output(page, place, things, warm_path, monkeypatch):
     monkeypatch.chdir(place)
     text = page.read_text(encoding="utf-8")
     for language, body, options in blocks(page):
-        if options and not SHARED.exists():
-            pytest.skip(f"SKIPPED: {page.name} needs ../shared for {options}")
         if language == "python":
             if 'load("indexes/things")' in body:
                 lay_out_index(place, things)

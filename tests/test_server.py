@@ -49,7 +49,6 @@ from retrieval_tip.server.served import Ask, Backbones, Maker, open_all
 from conftest import SHARED, with_code  # isort: skip
 
 TOKEN = "open sesame"
-TRUTH = "accordion"
 AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
 Client = TestClient
 
@@ -89,9 +88,15 @@ def serving(*folders: Path, limits: Limits | None = None, token: str | None = No
 
 
 @pytest.fixture(scope="module")
-def photo() -> bytes:
-    """A photo of class ``TRUTH`` that is not in the index."""
-    return caltech_photos(SHARED, "test", 10, 1)[0][0].read_bytes()
+def photo(shared: Path) -> bytes:
+    """A photo of class ``truth`` that is not in the index."""
+    return caltech_photos(shared, "test", 1, 1)[0][0].read_bytes()
+
+
+@pytest.fixture(scope="module")
+def truth(shared: Path) -> str:
+    """The first class of the index."""
+    return caltech_photos(shared, "test", 1, 1)[0][1]
 
 
 @pytest.fixture
@@ -213,8 +218,8 @@ def test_images_of_shots_are_resized_and_cached(both: Client, things: Path, tmp_
 
 
 def test_similar_features_are_grouped(food: Path) -> None:
-    rows = pq.read_table(SHARED / "data" / "clip-food9" / "test.parquet")["feature"].to_pylist()[::9]
     index = CacheModel.load(food)
+    rows = [row for key in np.asarray(index.keys)[::9].tolist() for row in (key, [-value for value in key])]
     expected = group(np.array(rows, np.float32), threshold_of(index), index.metric)
     with serving(food) as client:
         answer = client.post("/v1/indexes/food/groups", json={"features": rows})
@@ -335,14 +340,14 @@ def test_changes_need_the_token(own: Path, both: Client, photo: bytes) -> None:
     assert "--token" in refused.json()["detail"]
 
 
-def test_adding_a_shot_changes_the_answer_and_removing_it_undoes_that(own: Path, photo: bytes) -> None:
+def test_adding_a_shot_changes_the_answer_and_removing_it_undoes_that(own: Path, photo: bytes, truth: str) -> None:
     with serving(own, token=TOKEN) as client:
 
         def asked() -> dict[str, object]:
             return client.post("/v1/classify", files={"images": photo}).json()
 
         before = asked()
-        assert before["results"][0]["label"] == TRUTH
+        assert before["results"][0]["label"] == truth
         body = added(client, photo, "squeeze box")
         assert (body["version"], body["classes"], body["known"], body["key_ids"]) == (2, ["squeeze box"], 0, [80])
         after = asked()
@@ -356,13 +361,13 @@ def test_adding_a_shot_changes_the_answer_and_removing_it_undoes_that(own: Path,
         assert added(client, shot.read_bytes(), label)["known"] == 1
         kept = (own.parent / "own-shots").rglob("*.jpg")
         assert [(path.parent.name, path.read_bytes()) for path in kept] == [("squeeze box", photo)]
-        twice = added(client, photo, TRUTH)
+        twice = added(client, photo, truth)
         assert len(twice["duplicates"]) == 1
         assert "identical image" in twice["duplicates"][0]
         gone = client.delete(f"/v1/indexes/own/keys?key_id=80&key_id={twice['key_ids'][0]}", headers=AUTHORISED)
         assert (gone.status_code, gone.json()["version"]) == (200, 4)
         end = asked()
-        assert (end["version"], end["results"][0]["label"]) == (4, TRUTH)
+        assert (end["version"], end["results"][0]["label"]) == (4, truth)
         assert client.delete("/v1/indexes/own/keys?key_id=80", headers=AUTHORISED).status_code == 404
     assert CacheModel.load(own, device="cpu").n == 80
 
@@ -615,11 +620,11 @@ def test_another_spelling_makes_a_new_class_and_a_warning(own: Path) -> None:
         assert [one["label"] for one in client.get("/v1/indexes/own").json()["classes"]] == cache.class_names
 
 
-def test_added_features_get_sources_that_are_not_files(own: Path, photo: bytes) -> None:
+def test_added_features_get_sources_that_are_not_files(own: Path, truth: str) -> None:
     feature = CacheModel.load(own, device="cpu").keys[0].tolist()
     with serving(own, token=TOKEN) as client:
-        sent = {"features": [feature, feature], "labels": [TRUTH, "other thing"], "sources": ["a.jpg", "b"]}
-        refused = client.post("/v1/indexes/own/keys", json={**sent, "labels": [TRUTH]}, headers=AUTHORISED)
+        sent = {"features": [feature, feature], "labels": [truth, "other thing"], "sources": ["a.jpg", "b"]}
+        refused = client.post("/v1/indexes/own/keys", json={**sent, "labels": [truth]}, headers=AUTHORISED)
         assert refused.status_code == 422
         body = client.post("/v1/indexes/own/keys", json=sent, headers=AUTHORISED).json()
         assert (len(body["key_ids"]), body["classes"], len(body["duplicates"])) == (2, ["other thing"], 2)
@@ -940,12 +945,12 @@ def test_invalid_requests_are_refused(both: Client, things: Path, photo: bytes) 
     assert both.get("/v1/indexes/things/keys?limit=0").status_code == 422
 
 
-def test_readable_images_are_classified_and_the_others_are_reported(both: Client, photo: bytes) -> None:
+def test_readable_images_are_classified_and_the_others_are_reported(both: Client, photo: bytes, truth: str) -> None:
     files = [("images", ("a.txt", b"text")), ("images", ("b.jpg", photo)), ("images", ("c.jpg", b""))]
     answer = both.post("/v1/classify?index=things", files=files)
     body = answer.json()
     assert answer.status_code == 200
-    assert [(one["input"], one["label"]) for one in body["results"]] == [("b.jpg", TRUTH)]
+    assert [(one["input"], one["label"]) for one in body["results"]] == [("b.jpg", truth)]
     assert [one["input"] for one in body["skipped"]] == ["a.txt", "c.jpg"]
 
 
