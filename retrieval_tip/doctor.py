@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from retrieval_tip.errors import install, pip
+
 FAISS_DISTRIBUTIONS = ("faiss-gpu", "faiss-cpu", "faiss-gpu-cuvs", "faiss-gpu-cu11", "faiss-gpu-cu12", "faiss")
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow", "pyarrow", "duckdb", "click", "transformers")
 
@@ -40,9 +42,9 @@ def examine() -> Diagnosis:
         installed = _version(name)
         facts[name] = installed or "not installed"
         if installed is None and name == "transformers":
-            facts[name] += " (only needed for text towers from Hugging Face: pip install 'retrieval-tip[hf]')"
+            facts[name] += f" (only needed for text towers from Hugging Face: {install('hf')})"
         elif installed is None:
-            problems.append(f"{name} is not installed; pip install retrieval-tip")
+            problems.append(f"{name} is not installed; run {pip('install ' + name)}")
     _torch(facts, problems)
     _faiss(facts, problems)
     return Diagnosis(facts, problems)
@@ -73,12 +75,12 @@ def _faiss(facts: dict[str, str], problems: list[str]) -> None:
     if len(installed) > 1:
         problems.append(
             f"{' and '.join(installed)} are both installed and overwrite each other's files; "
-            f"pip uninstall -y {' '.join(installed)} && pip install {right}"
+            f"run {pip('uninstall -y ' + ' '.join(installed))} && {pip('install ' + right)}"
         )
     try:
         faiss = importlib.import_module("faiss")
     except Exception as error:
-        problems.append(f"faiss cannot be imported ({error}); pip install --force-reinstall {right}")
+        problems.append(f"faiss cannot be imported ({error}); run {pip('install --force-reinstall ' + right)}")
         return
     facts["faiss"] = str(faiss.__version__)
     facts["faiss build"] = str(faiss.get_compile_options()).strip()
@@ -88,12 +90,12 @@ def _faiss(facts: dict[str, str], problems: list[str]) -> None:
     if gpus == 0 and facts.get("torch device", "cpu") != "cpu":
         problems.append(
             "torch finds a GPU, but FAISS does not, so searches run on the CPU; "
-            f"pip install --force-reinstall {right}, and check the driver's CUDA version (nvidia-smi)"
+            f"run {pip('install --force-reinstall ' + right)}, and check the driver's CUDA version (nvidia-smi)"
         )
     if gpus and facts.get("torch device") == "cpu":
         problems.append(
             f"FAISS finds a GPU, but torch (built for {facts['torch build']}) does not, so nothing runs on it; "
-            f"{OLD_DRIVER} pip install --force-reinstall torch torchvision --index-url {OLDER_TORCH}"
+            f"{OLD_DRIVER} {pip('install --force-reinstall torch torchvision --index-url ' + OLDER_TORCH)}"
         )
 
 

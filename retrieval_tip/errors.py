@@ -1,13 +1,19 @@
-"""Errors, and helpers that keep each message on one line."""
+"""Errors, and helpers for messages of one line."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import re
+import shlex
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 MAX_LINE = 1980
@@ -92,6 +98,30 @@ def percent(share: float) -> str:
     """Format a share, for example ``92.5 %``. A share is never rounded to 0 or 100 %."""
     shown = f"{100 * share:.1f} %"
     return ">99.9 %" if shown == "100.0 %" and share < 1 else "<0.1 %" if shown == "0.0 %" and share > 0 else shown
+
+
+def pip(arguments: str) -> str:
+    """Return the shell command that runs pip with ``arguments`` in the environment of this process."""
+    python = shlex.quote(sys.executable)
+    if find_spec("pip") is None:  # in environments from uv
+        return f"uv pip {arguments} --python {python}"
+    found = shutil.which("pip")
+    active = found is not None and Path(found).parent == Path(sys.executable).parent
+    return f"pip {arguments}" if active else f"{python} -m pip {arguments}"
+
+
+def install(extra: str) -> str:
+    """Return the shell command that installs the packages of an extra.
+
+    The command works wherever this package was installed from, and never replaces this package or its FAISS.
+    """
+    from importlib.metadata import PackageNotFoundError, requires  # slow
+
+    try:
+        needed = [one for one in requires("retrieval-tip") or [] if re.search(f"extra == ['\"]{extra}['\"]", one)]
+    except PackageNotFoundError:  # a clone on the path
+        return pip("install " + shlex.quote(f"{Path(__file__).parent.parent}[{extra}]"))
+    return pip("install " + shlex.join(one.partition(";")[0].strip() for one in needed))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.pictures import Picture, pictures
-from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.errors import InputError, UsageError, install
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.retrieval.inputs import Features
@@ -32,7 +32,7 @@ try:
     from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 except ImportError as error:
     raise ImportError(
-        f"TipAdapterClassifier needs scikit-learn 1.6 or newer ({error}); pip install 'retrieval-tip[sklearn]'"
+        f"TipAdapterClassifier needs scikit-learn 1.6 or newer ({error}); run {install('sklearn')}"
     ) from None
 
 Array = npt.NDArray[Any]

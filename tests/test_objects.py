@@ -282,7 +282,7 @@ def test_without_obstore_the_error_explains_how_to_install_it(tmp_path: Path, mo
         with pytest.raises(UsageError) as caught:
             at(text)
         assert str(caught.value).startswith(f"{text}: ")
-        assert "retrieval-tip[distributed]" in str(caught.value)
+        assert "'obstore>=" in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------ errors of the service

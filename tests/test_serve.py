@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -35,7 +36,7 @@ from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.served import open_all
 
-from conftest import SHARED, SOAK  # isort: skip
+from conftest import PROGRAMS, SHARED, SOAK  # isort: skip
 
 MIB = 1 << 20
 AT_ONCE = 400 * MIB
@@ -397,13 +398,20 @@ def test_a_local_server_creates_and_prints_a_token(random_things: Path, warm_pat
         process.terminate()
 
 
-def test_serve_without_fastapi_explains_how_to_install_it(
-    things: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("active", [True, False])
+def test_serve_without_fastapi_prints_a_command_that_installs_it(
+    active: bool, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "fastapi", None)
-    result = run("serve", things)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.setenv("PATH", PROGRAMS if active else "/usr/bin:/bin")
+    result = run("serve")
     assert result.exit_code == 2
-    assert "pip install 'retrieval-tip[serve]'" in result.stderr
+    command = result.stderr.strip().rpartition("; run ")[2]
+    assert "'fastapi>=" in command
+    assert command.startswith("pip install ") == active
+    try_out = ["bash", "-c", f"{command} --dry-run --no-index"]  # everything is installed here
+    done = subprocess.run(try_out, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_old_version_is_freed_when_the_next_one_answers(random_things: Path, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_labels_of_a_hugging_face_folder_are_read_from_its_table(tmp_path: Path)
 
 
 def test_heic_photos_are_read_with_an_extra_that_errors_mention(tmp_path: Path) -> None:
-    assert "retrieval-tip[heic]" in kinds(Counter({".heic": 1, ".txt": 2}))
+    assert "pip install 'pillow-heif>=" in kinds(Counter({".heic": 1, ".txt": 2}))
     assert "heic" not in kinds(Counter({".txt": 2}))
     pillow_heif = pytest.importorskip("pillow_heif")
     from PIL import Image

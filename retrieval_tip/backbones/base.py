@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from retrieval_tip.errors import BackboneError, InputError, UsageError, counted, warn_once
+from retrieval_tip.errors import BackboneError, InputError, UsageError, counted, install, warn_once
 from retrieval_tip.settings import Precision, Runtime, check_choice
 
 if TYPE_CHECKING:
@@ -213,7 +213,5 @@ class Execution:
             if device != "cpu" or self.runtime == "torch":
                 raise UsageError(f"precision {self.precision}: requires OpenVINO on a CPU; use float16 on a GPU")
             if find_spec("nncf") is None:
-                raise UsageError(
-                    f"precision {self.precision}: NNCF is not installed; run pip install 'retrieval-tip[fast]'"
-                )
+                raise UsageError(f"precision {self.precision}: NNCF is not installed; run {install('fast')}")
         return replace(self, device=device)

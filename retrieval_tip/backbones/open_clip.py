@@ -26,7 +26,7 @@ from retrieval_tip.backbones.catalogue import (
 )
 from retrieval_tip.backbones.known import Files
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
-from retrieval_tip.errors import BackboneError, UsageError
+from retrieval_tip.errors import BackboneError, UsageError, install
 from retrieval_tip.settings import Precision
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def _load_error(plan: _Plan, error: Exception) -> BackboneError:
     check_code(plan.model, error)
     reason = reason_of(error)
     if "pip install transformers" in str(error):
-        return BackboneError(f"{plan.model}: its text tower requires transformers; pip install 'retrieval-tip[hf]'")
+        return BackboneError(f"{plan.model}: its text tower requires transformers; run {install('hf')}")
     if plan.checkpoint or plan.model.startswith("local-dir:"):
         return BackboneError(f"{plan.wanted}: cannot be loaded as {plan.model}: {reason}")
     option = "--model local-dir:FOLDER" if plan.model.startswith("hf-hub:") else f"--pretrained {plan.pretrained}=FILE"

@@ -22,7 +22,7 @@ from retrieval_tip.backbones.catalogue import (
 )
 from retrieval_tip.backbones.known import Files
 from retrieval_tip.backbones.torch_backbone import Opened, frozen
-from retrieval_tip.errors import BackboneError, UsageError
+from retrieval_tip.errors import BackboneError, UsageError, install
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ def open_model(place: str, device: torch.device) -> Opened:
     try:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
     except ImportError:
-        raise UsageError(f"hf:{place}: it requires transformers; pip install 'retrieval-tip[hf]'") from None
+        raise UsageError(f"hf:{place}: it requires transformers; run {install('hf')}") from None
     from open_clip.transform import image_transform_v2
 
     try:

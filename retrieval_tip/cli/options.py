@@ -186,7 +186,7 @@ PRECISION = BACKBONE_OPTION(
     "--precision", type=choice(Precision), default="auto", show_default=True,
     help="Precision of the encoder and of the products with all keys. With auto, the encoder uses float32 (float16 "
          "autocast on a GPU), and the products use the fastest precision that is measured to be accurate. With int8, "
-         "the encoder is calibrated once on your photos (on a CPU; pip install 'retrieval-tip[fast]'). With fast, int8 "
+         "the encoder is calibrated once on your photos (on a CPU, with the extra fast). With fast, int8 "
          "is only used if a check on your labelled photos accepts it.",
 )  # fmt: skip
 MODEL = several(

@@ -19,7 +19,7 @@ from retrieval_tip.cli.opening import Origin, encoder_for, encoder_of, load
 from retrieval_tip.cli.options import DEVICE, PRECISION, VERIFY, EncodingOptions, several
 from retrieval_tip.cli.parameters import FOLDER, INDEX, Number, count
 from retrieval_tip.cli.stdin import paths_on_stdin
-from retrieval_tip.errors import UsageError, counted, show
+from retrieval_tip.errors import UsageError, counted, install, show
 
 if TYPE_CHECKING:
     from retrieval_tip.index.places import Place
@@ -93,8 +93,7 @@ def serve_command(
     """Serve indexes as a web page and an HTTP API.
 
     If you give no INDEX, you can create the first one in the page. While the server is running, it detects new versions
-    of its indexes. Use Ctrl+C or SIGTERM to stop the server cleanly. To install the required packages, run
-    pip install 'retrieval-tip[serve]'.
+    of its indexes. Use Ctrl+C or SIGTERM to stop the server cleanly. The server needs the extra serve.
     """
     _check_installed("serve")
     from retrieval_tip.backbones.loading import load_backbone
@@ -147,7 +146,7 @@ def label_command(
 
     PHOTOS are images, folders, globs or tables of paths. Use - to read paths from standard input. The page shows the
     photos that help most, with a guess for each. Every label is saved in INDEX, so you can stop with Ctrl+C and
-    continue later. To install the required packages, run pip install 'retrieval-tip[serve]'.
+    continue later. The page needs the extra serve.
     """
     _check_installed("label")
     from retrieval_tip.data.sources import open_inputs
@@ -191,6 +190,4 @@ def _check_installed(name: str) -> None:
     try:
         import fastapi  # noqa: F401
     except ModuleNotFoundError:
-        raise UsageError(
-            f"{name}: FastAPI and uvicorn are not installed; run pip install 'retrieval-tip[serve]'"
-        ) from None
+        raise UsageError(f"{name}: FastAPI and uvicorn are not installed; run {install('serve')}") from None

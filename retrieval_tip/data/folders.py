@@ -9,7 +9,7 @@ from pathlib import Path
 
 from retrieval_tip.data import images
 from retrieval_tip.data.listing import Listing
-from retrieval_tip.errors import InputError, counted, few, show
+from retrieval_tip.errors import InputError, counted, few, install, show
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def read(folder: Path) -> Listing:
 def kinds(others: Counter[str]) -> str:
     """Describe the numbers of files by suffix, starting with the most frequent suffix."""
     text = few([f"{number:,} {suffix or 'without a suffix'}" for suffix, number in others.most_common()])
-    return text + ("; to read HEIC, pip install 'retrieval-tip[heic]'" if HEIC & others.keys() else "")
+    return text + (f"; to read HEIC, run {install('heic')}" if HEIC & others.keys() else "")
 
 
 def _none_found(folder: Path, stray: list[str], others: Counter[str]) -> InputError:

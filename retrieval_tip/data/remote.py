@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeGuard, TypeVar
 
 from retrieval_tip.data.listing import Listing
-from retrieval_tip.errors import InputError, UsageError, first_line, show
+from retrieval_tip.errors import InputError, UsageError, first_line, install, show
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -35,7 +35,7 @@ def filesystem(scheme: str) -> AbstractFileSystem:
     try:
         from obstore.fsspec import FsspecStore
     except ImportError:
-        raise UsageError(f"{scheme}://: support is not installed; pip install 'retrieval-tip[distributed]'") from None
+        raise UsageError(f"{scheme}://: support is not installed; run {install('distributed')}") from None
     local = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")  # a private object store without TLS
     options = {"client_options": {"allow_http": True}} if local else {}
     system: AbstractFileSystem = FsspecStore(scheme, **options)  # type: ignore[call-overload]  # Ray can pickle it

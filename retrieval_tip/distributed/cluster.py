@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from retrieval_tip.errors import UsageError, first_line
+from retrieval_tip.errors import UsageError, first_line, install
 
 ACTORS_A_NODE = 8
 """Maximum number of actors on a node that has no GPU. Each actor uses a share of the CPUs."""
@@ -29,7 +29,7 @@ def connected(address: str | None) -> Iterator[None]:
     try:
         import ray
     except ImportError:
-        raise UsageError("Ray is not installed; run pip install 'retrieval-tip[distributed]'") from None
+        raise UsageError(f"Ray is not installed; run {install('distributed')}") from None
     try:
         if address not in (None, "auto"):
             host, _, port = str(address).rpartition(":")

@@ -30,7 +30,7 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import CALIBRATED, FEWEST, pixels_of
 from retrieval_tip.data.shots import spread
 from retrieval_tip.data.sources import read_item
-from retrieval_tip.errors import InputError, UsageError, first_line, show
+from retrieval_tip.errors import InputError, UsageError, first_line, install, show
 from retrieval_tip.files import replacing
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def export_onnx(
     try:
         import onnx
     except ImportError:
-        raise UsageError("the ONNX export needs the package onnx; run pip install 'retrieval-tip[onnx]'") from None
+        raise UsageError(f"the ONNX export needs the package onnx; run {install('onnx')}") from None
     if cache.settings.k is not None and cache.settings.k < cache.n:
         raise UsageError(
             f"k {cache.settings.k}: an ONNX graph always uses all keys; "
@@ -207,7 +207,7 @@ def _pixels(answer: Answer, view: Tensor) -> npt.NDArray[np.float32]:
 def _quantised(graph: Any, answer: Answer, cache: CacheModel, backbone: TorchBackbone) -> Any:
     """Return an ONNX graph whose encoder is quantised to int8."""
     if find_spec("nncf") is None or find_spec("onnxruntime") is None:
-        raise UsageError("precision int8: run pip install 'retrieval-tip[fast]' onnxruntime")
+        raise UsageError(f"precision int8: run {install('fast')} onnxruntime")
     views = [view.half() for view in _views(cache, backbone, CALIBRATED)]
     if len(views) < FEWEST:
         raise InputError(f"precision int8: {len(views)} photos of the index could be read; {FEWEST} are needed")

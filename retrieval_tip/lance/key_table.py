@@ -25,7 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrieval_tip.data.tables import vectors
-from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, first_line
+from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, first_line, install
 from retrieval_tip.lance.address import Address, storage_options
 from retrieval_tip.retrieval.segments import KeyArray
 from retrieval_tip.settings import Dtype
@@ -69,9 +69,7 @@ def lancedb() -> Any:
     try:
         return importlib.import_module("lancedb")
     except ImportError as error:
-        raise UsageError(
-            f"LanceDB cannot be imported ({first_line(error)}); run pip install 'retrieval-tip[distributed]'"
-        ) from None
+        raise UsageError(f"LanceDB cannot be imported ({first_line(error)}); run {install('distributed')}") from None
 
 
 @cache

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
-from retrieval_tip.errors import StoreError, UsageError, one_line
+from retrieval_tip.errors import StoreError, UsageError, install, one_line
 from retrieval_tip.files import make_folders, sync
 from retrieval_tip.lance.address import PATIENCE, Address, Patience, set_credentials, storage_options
 
@@ -50,7 +50,7 @@ class Objects:
             import obstore  # noqa: F401 - only checks that obstore is installed
         except ImportError:
             raise UsageError(
-                f"{one_line(str(place))}: obstore is not installed; run pip install 'retrieval-tip[distributed]'"
+                f"{one_line(str(place))}: obstore is not installed; run {install('distributed')}"
             ) from None
         self._bucket = None if self._root is not None else self._connected(patience.answer)
 

@@ -1,6 +1,6 @@
 """Plot diagrams as PNG or SVG files, or as SVG elements for a report.
 
-Plotting requires matplotlib (``pip install 'retrieval-tip[plot]'``). The Okabe-Ito palette and the colour map cividis
+Plotting requires matplotlib (the extra ``plot``). The Okabe-Ito palette and the colour map cividis
 are suitable for colour-blind readers.
 """
 
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from retrieval_tip.errors import UsageError, counted, one_line, percent, show
+from retrieval_tip.errors import UsageError, counted, install, one_line, percent, show
 from retrieval_tip.evaluation.calibration import accuracy_coverage, reliability
 from retrieval_tip.evaluation.evaluate import Answers, Evaluation
 from retrieval_tip.files import make_folders, replacing
@@ -115,7 +115,7 @@ def needs_matplotlib(what: str = "--plot") -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UsageError(f"{what} needs matplotlib: pip install 'retrieval-tip[plot]'") from None
+        raise UsageError(f"{what} needs matplotlib; run {install('plot')}") from None
 
 
 def write_plots(evaluation: Evaluation, folder: Path, about: str = "") -> list[Path]:

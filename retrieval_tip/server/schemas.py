@@ -108,7 +108,7 @@ def _list_of(items: Row, **more: object) -> Row:
 _NUMBERS, _INTEGERS = _list_of({"type": "number"}), _list_of({"type": "integer"})
 _FEATURES = _list_of(_NUMBERS, minItems=1, description="Features of norm 1, as one list per input.")
 _TEXTS = _list_of({"type": "string", "minLength": 1})
-_KINDS = "JPEG, PNG or WebP files. HEIC files are accepted if retrieval-tip[heic] is installed on the server."
+_KINDS = "JPEG, PNG or WebP files. HEIC files are accepted if the server has the extra heic."
 _FILES = _list_of({"type": "string", "format": "binary"}, minItems=1, description=_KINDS)
 
 

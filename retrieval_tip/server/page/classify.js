@@ -73,7 +73,7 @@ function fail(photo, error) {
 function reasonOf({ name }, { message }) {
   const reason = message.startsWith(`${name}: `) ? message.slice(name.length + 2) : message;
   if (!/not a readable image/.test(reason)) return reason;
-  if (/\.hei[cf]$/i.test(name)) return "the server cannot open HEIC files; save as JPEG, or install retrieval-tip[heic] on the server";
+  if (/\.hei[cf]$/i.test(name)) return "the server cannot open HEIC files; save as JPEG, or install the extra heic on the server";
   return "the file is damaged, or is not a JPEG, PNG or WebP image";
 }
 
