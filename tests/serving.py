@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -113,10 +114,10 @@ def random_index(folder: Path, n: int, d: int, classes: int) -> Path:
 
 
 @contextmanager
-def running(app: FastAPI) -> Iterator[tuple[str, int]]:
-    """Run an application in a thread, as ``serve`` does, and yield its address."""
+def running(app: FastAPI, **options: Any) -> Iterator[tuple[str, int]]:
+    """Run an application in a thread, as ``serve`` does, and yield its address. See :func:`run.configured`."""
     with run.listen("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(run.configured(app, 20))
+        server = uvicorn.Server(run.configured(app, 20, **options))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:

@@ -1,13 +1,14 @@
-"""Waiting requests are processed together and in order, within limits."""
+"""Waiting requests are processed together and in turn by client, within limits."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import threading
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval_tip.errors import InputError
-from retrieval_tip.server.batching import Batcher, FairPool, Kept
+from retrieval_tip.server.batching import Kept, Lane, Turn, TurnQueue
 from retrieval_tip.server.problems import Problem
 
 
@@ -41,30 +42,29 @@ def in_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], Non
     return run
 
 
-async def wait_until(ready: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if ready():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("not ready within 10 s")
+Busy = tuple[Lane[str, int, str], asyncio.Task[list[str]]]
 
 
 @asynccontextmanager
-async def occupied(gate: Gate, most: int, room: int) -> AsyncIterator[tuple[Batcher, asyncio.Task]]:
-    """Yield a batcher that is busy with a first call until the gate opens."""
-    batcher = Batcher("test", gate, most=lambda _: most, room=room)
-    first = asyncio.create_task(batcher("a", [0]))
-    await wait_until(lambda: not batcher._waiting and batcher._worker is not None)
-    yield batcher, first
-    await batcher.close()
+async def occupied(gate: Gate, most: int) -> AsyncIterator[Busy]:
+    """Yield a lane that is busy with a first request until the gate opens."""
+    lane: Lane[str, int, str] = Lane("test", TurnQueue(100), gate, most=lambda _: most)
+    yield lane, await asked(lane, "a", [0])
+    lane.close()
+
+
+async def asked(lane: Lane[str, int, str], key: str, items: list[int], client: str = "") -> asyncio.Task[list[str]]:
+    """Send a request to a lane, and return the task that waits for its answer."""
+    task = asyncio.create_task(lane(client, key, items))
+    await asyncio.sleep(0)
+    return task
 
 
 @in_a_loop
 async def test_waiting_requests_become_one_batch() -> None:
     gate = Gate()
-    async with occupied(gate, 100, 100) as (batcher, first):
-        others = [asyncio.create_task(batcher("a", [i, -i])) for i in range(1, 11)]
-        await asyncio.sleep(0)
+    async with occupied(gate, 100) as (lane, first):
+        others = [await asked(lane, "a", [i, -i], f"client {i}") for i in range(1, 11)]
         gate.open.set()
         assert await first == ["a0"]
         assert await asyncio.gather(*others) == [[f"a{i}", f"a{-i}"] for i in range(1, 11)]
@@ -76,7 +76,7 @@ async def test_waiting_requests_become_one_batch() -> None:
     most=st.integers(1, 8),
 )
 @settings(max_examples=examples(50), deadline=None)
-def test_each_call_gets_its_own_answer(calls: list[tuple[str, list[int]]], most: int) -> None:
+def test_each_request_gets_its_own_answer(calls: list[tuple[str, list[int]]], most: int) -> None:
     seen: list[tuple[str, int]] = []
 
     def run(key: str, items: list[int]) -> list[str]:
@@ -84,9 +84,11 @@ def test_each_call_gets_its_own_answer(calls: list[tuple[str, list[int]]], most:
         return [f"{key}{item}" for item in items]
 
     async def ask() -> list[list[str]]:
-        batcher = Batcher("test", run, most=lambda _: most, room=10_000)
-        answers = await asyncio.gather(*(batcher(key, items) for key, items in calls))
-        await batcher.close()
+        lane = Lane("test", TurnQueue(100), run, most=lambda _: most)
+        answers = await asyncio.gather(
+            *(lane(f"client {i % 3}", key, items, len(items)) for i, (key, items) in enumerate(calls))
+        )
+        lane.close()
         return answers
 
     assert asyncio.run(ask()) == [[f"{key}{item}" for item in items] for key, items in calls]
@@ -95,74 +97,47 @@ def test_each_call_gets_its_own_answer(calls: list[tuple[str, list[int]]], most:
 
 
 @in_a_loop
-async def test_a_full_queue_refuses_requests_with_a_retry_time() -> None:
-    gate = Gate()
-    async with occupied(gate, 1, 3) as (batcher, first):
-        waiting = [asyncio.create_task(batcher("a", [i])) for i in range(3)]
-        await asyncio.sleep(0)
-        with pytest.raises(Problem, match="3 items") as refused:
-            await batcher("a", [4])
-        assert refused.value.status == 429
-        assert int(refused.value.headers["Retry-After"]) >= 1
-        gate.open.set()
-        await asyncio.gather(first, *waiting)
-        assert await batcher("a", list(range(10))) == [f"a{i}" for i in range(10)]  # beyond the room, but alone
-
-
-@in_a_loop
-async def test_an_error_only_reaches_calls_with_the_same_key() -> None:
+async def test_an_error_only_reaches_requests_with_the_same_key() -> None:
     def run(key: str, items: list[int]) -> list[int]:
         if key == "bad":
             raise InputError("no such thing")
         return items
 
-    batcher = Batcher("test", run, most=lambda _: 10, room=10)
-    calls = [batcher("bad", [1]), batcher("good", [2]), batcher("bad", [3])]
+    lane = Lane("test", TurnQueue(100), run, most=lambda _: 10)
+    calls = [lane("", "bad", [1]), lane("", "good", [2]), lane("", "bad", [3])]
     one, two, three = await asyncio.gather(*calls, return_exceptions=True)
     assert isinstance(one, InputError)
     assert two == [2]
     assert isinstance(three, InputError)
-    await batcher.close()
+    lane.close()
 
 
 @in_a_loop
-async def test_an_invalid_item_only_fails_its_own_call() -> None:
+async def test_an_invalid_item_only_fails_its_own_request() -> None:
     def run(_: str, items: list[int]) -> list[int]:
         if 13 in items:
             raise InputError("no such thing")
         return items
 
-    batcher = Batcher("test", run, most=lambda _: 100, room=100)
-    found = await asyncio.gather(*(batcher("a", [i, i]) for i in range(20)), return_exceptions=True)
+    lane = Lane("test", TurnQueue(100), run, most=lambda _: 100)
+    found = await asyncio.gather(*(lane("", "a", [i, i]) for i in range(20)), return_exceptions=True)
     assert isinstance(found.pop(13), InputError)
     assert found == [[i, i] for i in range(20) if i != 13]
-    await batcher.close()
+    lane.close()
 
 
 @in_a_loop
-async def test_a_cancelled_call_is_not_processed() -> None:
+async def test_a_cancelled_request_is_not_processed() -> None:
     gate = Gate()
-    async with occupied(gate, 10, 10) as (batcher, first):
-        gone, stays = asyncio.create_task(batcher("a", [1])), asyncio.create_task(batcher("a", [2]))
-        await asyncio.sleep(0)
+    async with occupied(gate, 10) as (lane, first):
+        gone, stays = await asked(lane, "a", [1]), await asked(lane, "a", [2])
         gone.cancel()
         await asyncio.sleep(0)
         gate.open.set()
         assert await stays == ["a2"]
         assert await first == ["a0"]
-    assert batcher._items == 0
+        assert not lane._queue.waiting
     assert gate.batches == [("a", [0]), ("a", [2])]
-
-
-@in_a_loop
-async def test_closing_answers_accepted_requests() -> None:
-    gate = Gate()
-    batcher = Batcher("test", gate, most=lambda _: 1, room=10)
-    calls = [asyncio.create_task(batcher("a", [i])) for i in range(3)]
-    await asyncio.sleep(0)
-    gate.open.set()
-    await batcher.close()
-    assert [call.result()[0] for call in calls] == ["a0", "a1", "a2"]
 
 
 class Calls:
@@ -170,89 +145,100 @@ class Calls:
 
     def __init__(self) -> None:
         self.began: list[str] = []
-        self.gates: dict[str, threading.Event] = {}
+        self.gates: defaultdict[str, threading.Event] = defaultdict(threading.Event)
 
-    def named(self, *names: str) -> list[Callable[[], str]]:
-        def call(name: str) -> str:
-            self.began.append(name)
+    def __call__(self, _: str, names: list[str]) -> list[str]:
+        self.began += names
+        for name in names:
             assert self.gates[name].wait(30)
-            return name
+        return names
 
-        self.gates |= {name: threading.Event() for name in names}
-        return [functools.partial(call, name) for name in names]
-
-    def finish(self, *names: str) -> None:
-        for name in names or self.gates:
+    def finish(self, names: str) -> None:
+        for name in names:
             self.gates[name].set()
 
 
-@in_a_loop
-async def test_a_small_call_does_not_wait_for_large_ones() -> None:
-    calls = Calls()
-    pool: FairPool[str] = FairPool("test", threads=2, room=100, held=10)
-    large = calls.named("a0", "a1", "a2")
-    with pool.turns(large, [9, 9, 9]) as first, pool.turns(calls.named("b"), [1]) as second:
-        calls.finish("b")
-        assert await second[0].result == "b"
-        assert set(calls.began) == {"a0", "a1", "b"}
-        calls.finish()
-        assert [await turn.result for turn in first] == ["a0", "a1", "a2"]
-    pool.close()
+def turns(
+    lane: Lane[str, str, str], client: str, names: str, *costs: float
+) -> AbstractContextManager[list[Turn[str, str, str]]]:
+    """TurnQueue turns of one item each, named by one letter."""
+    return lane.turns(client, "", [[name] for name in names], costs)
 
 
 @in_a_loop
-async def test_calls_start_in_the_order_of_their_requests_cumulative_cost() -> None:
+async def test_a_small_turn_does_not_wait_for_large_ones() -> None:
     calls = Calls()
-    pool: FairPool[str] = FairPool("test", threads=1, room=100, held=10)
+    lane = Lane("test", TurnQueue(100), calls, threads=2)
+    with turns(lane, "one", "abc", 9, 9, 9) as large, turns(lane, "two", "d", 1) as small:
+        calls.finish("d")
+        assert await small[0].result == ["d"]
+        assert set(calls.began) == set("abd")
+        calls.finish("abc")
+        assert [await turn.result for turn in large] == [["a"], ["b"], ["c"]]
+    lane.close()
+
+
+@in_a_loop
+async def test_turns_start_in_the_order_of_their_clients_total_cost() -> None:
+    """A second request of a client comes after its first one, however small it is."""
+    calls = Calls()
+    lane = Lane("test", TurnQueue(100), calls)
+    with ExitStack() as stack:
+        own: list[Turn[str, str, str]] = []
+        for client, names, *costs in (
+            ("zero", "z", 1.0),  # starts first, and all other costs are counted from its place
+            ("one", "abc", 1.5, 1.5, 1.5),
+            ("two", "de", 1.0, 1.0),
+            ("three", "f", 1.2),
+            ("two", "g", 0.1),
+        ):
+            own += stack.enter_context(turns(lane, client, names, *costs))
+        calls.finish("abcdefgz")
+        await asyncio.gather(*(turn.result for turn in own))
+    lane.close()
+    assert "".join(calls.began) == "zdfaegbc"
+
+
+@in_a_loop
+async def test_a_client_is_refused_only_if_it_fills_more_than_a_quarter_of_the_queue() -> None:
+    calls, queue = Calls(), TurnQueue(40)
+    lanes = [Lane("test", queue, calls) for _ in range(2)]  # share the queue
     with ExitStack() as stack:
 
-        def line(names: str, *costs: float) -> None:
-            turns.extend(stack.enter_context(pool.turns(calls.named(*names), costs)))
+        def wait(client: str, names: str, *costs: float) -> None:
+            queue.admit(client)
+            stack.enter_context(turns(lanes[len(names) % 2], client, names, *costs))
 
-        turns: list[Any] = []
-        line("xy", 1, 1)  # these start first; until y starts, all other costs count from there
-        line("abc", 1.5, 1.5, 1.5)
-        line("de", 1, 1)
-        line("f", 1.2)
-        calls.finish()
-        await asyncio.gather(*(turn.result for turn in turns))
-    pool.close()
-    assert "".join(calls.began) in ("xydfaebc", "yxdfaebc")
-
-
-@in_a_loop
-async def test_a_request_is_refused_only_if_too_much_work_is_ahead_of_it() -> None:
-    calls = Calls()
-    pool: FairPool[str] = FairPool("test", threads=1, room=10, held=10)
-    with pool.turns(calls.named(*"abcd"), [50, 5, 5, 5]) as first:  # beyond the room, but alone
-        for costs in ([56], [1] * 56):
-            with pytest.raises(Problem) as refused, pool.turns(calls.named(*map(str, range(len(costs)))), costs):
-                pass
-            assert refused.value.status == 429
-            assert int(refused.value.headers["Retry-After"]) >= 1
-        with pool.turns(calls.named("e"), [4]) as second:
-            calls.finish()
-            assert await second[0].result == "e"
-        assert [await turn.result for turn in first] == list("abcd")
-    pool.close()
+        wait("first", "a", 50)  # this turn starts, so it does not wait
+        wait("first", "bcd", 2, 3, 5)
+        wait("first", "ef", 90, 90)  # this is more than a quarter, but it began with less
+        with pytest.raises(Problem) as refused:
+            wait("first", "g", 0.1)
+        assert refused.value.status == 429
+        assert int(refused.value.headers["Retry-After"]) >= 1
+        for number in range(100):
+            wait(f"client {number}", "hi", 20, 20)
+        calls.finish("abcdefghi")
+    queue.admit("first")
+    for lane in lanes:
+        lane.close()
 
 
 @in_a_loop
 async def test_results_are_held_until_released_and_the_rest_is_cancelled() -> None:
     calls = Calls()
-    pool: FairPool[str] = FairPool("test", threads=4, room=100, held=2)
-    with pool.turns(calls.named(*"abcd"), [1] * 4) as turns:
-        calls.finish()
-        assert [await turn.result for turn in turns[:2]] == ["a", "b"]
+    lane = Lane("test", TurnQueue(100), calls, threads=4, held=2)
+    with turns(lane, "", "abcd", 1, 1, 1, 1) as own:
+        calls.finish("abcde")
+        assert [await turn.result for turn in own[:2]] == [["a"], ["b"]]
         await asyncio.sleep(0.05)
-        assert sorted(calls.began) == ["a", "b"]  # the pool holds two results
-        pool.release(turns[0])
-        assert await turns[2].result == "c"
-    assert turns[3].result.cancelled()
-    with pool.turns(calls.named("e"), [1]) as later:
-        calls.finish()
-        assert await later[0].result == "e"
-    pool.close()
+        assert sorted(calls.began) == ["a", "b"]  # the lane holds two results
+        lane.release(own[0])
+        assert await own[2].result == ["c"]
+    assert own[3].result.cancelled()
+    with turns(lane, "", "e", 1) as later:
+        assert await later[0].result == ["e"]
+    lane.close()
     assert "d" not in calls.began
 
 

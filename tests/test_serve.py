@@ -26,6 +26,7 @@ import numpy as np
 import psutil
 import pytest
 from click.testing import Result
+from fastapi import FastAPI, Request
 from PIL import Image
 from serving import caltech_photos, listens, random_index, rest, running, server, told
 from tables import png
@@ -34,7 +35,7 @@ from retrieval_tip import CacheModel
 from retrieval_tip.server import run as run_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
-from retrieval_tip.server.served import open_all
+from retrieval_tip.server.served import Ask, Version, open_all
 
 from conftest import PROGRAMS, SHARED, SOAK  # isort: skip
 
@@ -278,6 +279,58 @@ def test_an_unread_response_is_dropped(random_things: Path) -> None:
             assert time.monotonic() < limit
 
 
+@pytest.mark.parametrize(
+    ("proxies", "client"),
+    [
+        ([], "127.0.0.1"),
+        (["192.0.2.0/24"], "127.0.0.1"),
+        (["127.0.0.1"], "192.0.2.7"),
+        (["127.0.0.0/8", "192.0.2.0/24"], "198.51.100.1"),
+    ],
+)
+def test_only_trusted_proxies_name_the_client(proxies: list[str], client: str) -> None:
+    async def name(request: Request) -> str:
+        return request.client.host if request.client else ""
+
+    app = FastAPI()
+    app.get("/")(name)
+    with running(app, proxies=proxies) as (host, port):
+        answer = httpx.get(f"http://{host}:{port}/", headers={"X-Forwarded-For": "198.51.100.1, 192.0.2.7"})
+    assert answer.json() == client
+
+
+def test_no_single_request_is_refused_while_ten_clients_send_1024_features_each(
+    random_things: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, real = threading.Event(), Version.answer
+
+    def answer(version: Version, ask: Ask, features: np.ndarray) -> list[dict[str, object]]:
+        assert len(features) == 1 or go.wait(30)
+        (first,) = real(version, ask, features[:1])
+        return [dict(first) for _ in features]  # which is quicker
+
+    monkeypatch.setattr(Version, "answer", answer)
+    app = create_app(open_all([random_things], "cpu", "float32", "fast"))
+    with (
+        running(app, proxies=["127.0.0.1"]) as place,
+        httpx.Client(base_url="http://{}:{}".format(*place), timeout=60) as http,
+        ThreadPoolExecutor(10) as pool,
+    ):
+        one, many = (json.dumps({"features": [[0.125] * 64] * rows}).encode() for rows in (1, 1024))
+
+        def asked(client: str, body: bytes) -> int:
+            headers = {"Content-Type": "application/json", "X-Forwarded-For": client}
+            return http.post("/v1/classify?top=1&neighbours=0", content=body, headers=headers).status_code
+
+        large = [pool.submit(asked, f"10.0.0.{number}", many) for number in range(10)]
+        while 'retrieval_tip_waiting{lane="features"} 9216.0' not in http.get("/metrics").text:
+            assert not any(request.done() for request in large)
+            time.sleep(0.05)
+        assert {asked(f"10.0.1.{number}", one) for number in range(100)} == {200}
+        go.set()
+        assert [request.result() for request in large] == [200] * 10
+
+
 def test_a_client_that_disconnects_early_causes_no_error(random_things: Path, caplog: pytest.LogCaptureFixture) -> None:
     served = open_all([random_things], "cpu", "float32", "fast")
     with running(create_app(served)) as place:
@@ -360,6 +413,9 @@ def test_bad_indexes_ports_and_options_are_refused(things: Path, tmp_path: Path,
     assert run("serve", things, "--token", " ", "--port", 0).exit_code == 2
     assert run("serve", things, "--token", "a", "--read-only", "--port", 0).exit_code == 2
     assert run("serve", things, "--into", tmp_path, "--port", 0).exit_code == 2
+    for proxy in ("proxy.example.org", "10.0.0.7/8", "*"):
+        result = run("serve", things, "--trusted-proxy", proxy, "--port", 0)
+        assert (result.exit_code, "10.0.0.0/8" in result.stderr) == (2, True)
     assert run("serve", "--model", "local-dir:no such", "--port", 0).exit_code != 0
     missing = run("serve", tmp_path / "nothing", "--port", 0)
     assert missing.exit_code == 1

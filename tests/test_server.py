@@ -11,7 +11,8 @@ import shutil
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from click.testing import CliRunner, Result
 from fastapi.testclient import TestClient
 from PIL import Image
 from serving import caltech_photos, random_index
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from retrieval_tip import CacheModel
 from retrieval_tip.cli import main
@@ -806,7 +808,7 @@ def test_a_long_string_among_features_takes_little_memory() -> None:
     body = b'{"features": [["%s"%s]]}' % (b"a" * 1_000_000, b", 0" * 511)
     tracemalloc.start()
     with pytest.raises(InputError, match="row 0"):
-        uploads_module._json(body, Limits(), "check", 512, labelled=False)
+        uploads_module._json(body, Limits(), "check", 512, "", labelled=False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16 << 20
@@ -955,36 +957,50 @@ def test_readable_images_are_classified_and_the_others_are_reported(both: Client
 
 
 @pytest.fixture
-def busy(own: Path) -> Iterator[tuple[Client, Future[Any]]]:
-    """A client of a server with a short queue, busy with many large images, and the future answer to that request."""
-    picture = io.BytesIO()
-    Image.new("RGB", (2200, 2100)).save(picture, "PNG")
-    with serving(own, limits=Limits(queue=4), token=TOKEN) as client, ThreadPoolExecutor(1) as pool:
-        files = [("images", picture.getvalue())] * 16
-        asked = pool.submit(client.post, "/v1/classify", files=files)
-        while not re.search(r'waiting{lane="images"} [1-9]', client.get("/metrics").text):
+def busy(own: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextManager[Client]]:
+    """Return a function that yields a client while its large photos wait to be decoded."""
+    go, real = threading.Event(), service_module.pixels_of
+
+    def pixels(data: bytes, *arguments: Any, **options: Any) -> Any:
+        assert images.area(data) < 1_000_000 or go.wait(30)
+        return real(data, *arguments, **options)
+
+    @contextmanager
+    def waiting(number: int, size: tuple[int, int]) -> Iterator[Client]:
+        picture = io.BytesIO()
+        Image.new("RGB", size).save(picture, "PNG")
+        app = create_app(open_all([own], "cpu", "float32", "full"), Limits(queue=40))
+        with TestClient(ProxyHeadersMiddleware(app, "*")) as client, ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(client.post, "/v1/classify", files=[("images", picture.getvalue())] * number)
+            while not re.search(r'waiting{lane="images"} [1-9]', client.get("/metrics").text):
+                assert not asked.done()
+            yield client
             assert not asked.done()
-        yield client, asked
-        assert asked.result().status_code == 200
+            go.set()
+            assert asked.result().status_code == 200
+
+    monkeypatch.setattr(service_module, "pixels_of", pixels)
+    return waiting
 
 
-def test_a_small_photo_does_not_wait_for_large_photos_of_other_requests(
-    busy: tuple[Client, Future[Any]], photo: bytes
+LARGE = (2200, 2300)
+
+
+def test_a_small_photo_does_not_wait_for_large_photos_of_other_clients(
+    busy: Callable[..., AbstractContextManager[Client]], photo: bytes
 ) -> None:
-    client, asked = busy
-    answer = client.post("/v1/classify", files={"images": photo})
-    assert answer.status_code == 200
-    assert not asked.done()
+    with busy(10, LARGE) as client:
+        answer = client.post("/v1/classify", files={"images": photo}, headers={"X-Forwarded-For": "10.0.0.1"})
+        assert answer.status_code == 200
 
 
-@pytest.mark.parametrize("size", [(400, 300), (2200, 2300)], ids=["number", "pixels"])
-def test_images_are_counted_before_they_are_decoded(busy: tuple[Client, Future[Any]], size: tuple[int, int]) -> None:
-    client, asked = busy
-    picture = io.BytesIO()
-    Image.new("RGB", size).save(picture, "PNG")
-    refused = client.post("/v1/classify", files=[("images", picture.getvalue())] * (4 if size[0] < 1000 else 2))
-    assert (refused.status_code, int(refused.headers["retry-after"]) >= 1) == (429, True)
-    assert not asked.done()
+@pytest.mark.parametrize(("number", "size"), [(20, (1000, 1000)), (10, LARGE)], ids=["number", "pixels"])
+def test_a_client_is_refused_while_many_or_large_photos_of_it_wait(
+    busy: Callable[..., AbstractContextManager[Client]], photo: bytes, number: int, size: tuple[int, int]
+) -> None:
+    with busy(number, size) as client:
+        refused = client.post("/v1/classify", files={"images": photo})
+        assert (refused.status_code, int(refused.headers["retry-after"]) >= 1) == (429, True)
 
 
 def test_an_incomplete_form_is_refused(both: Client, photo: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import secrets
 import sys
 import webbrowser
@@ -32,8 +33,8 @@ _LIMITS = several(
     click.option("--max-pixels", type=count(), default=50_000_000, show_default=True,
                  help="Maximum size of an image, in pixels."),
     click.option("--queue", type=count("queue"), default=256, show_default=True,
-                 help="Maximum number of images that can wait. A large image counts several times. Further requests "
-                      "are refused with status 429."),
+                 help="Size of the queue, in images. A client that fills more than a quarter is refused with status "
+                      "429. A large image counts several times, and 16 features count once."),
     click.option("--timeout", type=Number(0.1, 86_400), default=30.0, show_default=True, metavar="SECONDS",
                  help="Time limit for a response."),
 )  # fmt: skip
@@ -60,6 +61,8 @@ _ACCESS = several(
     click.option("--allow-host", "hosts", multiple=True, metavar="NAME",
                   help="Additional host name that requests may use. Can be repeated.  "
                        "[default: only localhost, or any name if --host is another address]"),
+    click.option("--trusted-proxy", "proxies", multiple=True, metavar="ADDRESS",
+                  help="Address or network of a proxy that names its clients in X-Forwarded-For. Can be repeated."),
 )  # fmt: skip
 
 
@@ -82,6 +85,7 @@ def serve_command(
     pretrained: str | None,
     root: Path | None,
     hosts: tuple[str, ...],
+    proxies: tuple[str, ...],
     max_bytes: int,
     max_pixels: int,
     queue: int,
@@ -106,6 +110,13 @@ def serve_command(
         raise UsageError("--token: must consist of printable ASCII characters; give another token or omit the option")
     if token is not None and read_only:
         raise UsageError("--token and --read-only: give only one")
+    for proxy in proxies:
+        try:
+            ipaddress.ip_network(proxy)
+        except ValueError:
+            raise UsageError(
+                f"--trusted-proxy {proxy}: is not an address or network; give one such as 10.0.0.7 or 10.0.0.0/8"
+            ) from None
     limits = Limits(bytes=max_bytes, pixels=max_pixels, queue=queue, seconds=timeout)
     with listen(host, port) as listening:
         here = listening.getsockname()[0].startswith(("127.", "::1"))
@@ -125,7 +136,7 @@ def serve_command(
         opened = f" open {at}/#token={made} to view and change it;" if made else ""
         ready = partial(say, f"Serving {what} at {at};{opened} Ctrl+C stops the server")
         app = create_app(served, limits, token=token or made, uploads=uploads, root=root, maker=maker, ready=ready)
-        serve(app, listening, timeout)
+        serve(app, listening, timeout, proxies)
 
 
 @command("label")

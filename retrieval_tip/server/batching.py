@@ -1,18 +1,17 @@
-"""Classes that share work between requests: a batcher, a fair thread pool, and a cache of slow results."""
+"""Classes that share work between requests: a fair queue with its threads, and a cache of slow results."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
-from typing import Generic, TypeVar
+from itertools import accumulate, islice
+from typing import Any, Generic, TypeVar
 
 from retrieval_tip.server import metrics
 from retrieval_tip.server.problems import Problem
@@ -21,190 +20,164 @@ T = TypeVar("T")
 R = TypeVar("R")
 K = TypeVar("K")
 
-SMOOTHING = 0.2
-"""Weight of the latest batch in the moving average of the seconds per item."""
-
-
-@dataclass
-class _Call(Generic[K, T, R]):
-    key: K
-    items: Sequence[T]
-    answer: asyncio.Future[list[R]]
-
-
-class Batcher(Generic[K, T, R]):
-    """Combine the items of all waiting calls that have the same key, and pass them to ``run(key, items)``.
-
-    ``run`` is called in a separate thread. While one batch is being computed, the next one is collected, so a single
-    call never waits for others to arrive. A batch has at most ``most(key)`` items, unless a single call has more items.
-    Calls are answered in order, except that a call can join the batch of an earlier call with the same key. A call is
-    refused if other items are waiting and the total would exceed ``room``.
-    """
-
-    def __init__(self, name: str, run: Callable[[K, list[T]], list[R]], *, most: Callable[[K], int], room: int) -> None:
-        self._name, self._run, self._most, self._room = name, run, most, room
-        self._waiting: deque[_Call[K, T, R]] = deque()
-        self._items = 0
-        self._seconds = 0.0
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self._worker: asyncio.Task[None] | None = None
-
-    async def __call__(self, key: K, items: Sequence[T]) -> list[R]:
-        """Return the results of ``run`` for these items, in the same order.
-
-        Raises Problem 429 if too many items are waiting.
-        """
-        if self._items and self._items + len(items) > self._room:
-            metrics.REFUSED.labels(self._name).inc()
-            wait = math.ceil(self._items * self._seconds) or 1
-            raise Problem(429, f"{self._items} items are waiting; try again in {wait} s", {"Retry-After": str(wait)})
-        call: _Call[K, T, R] = _Call(key, items, asyncio.get_running_loop().create_future())
-        self._waiting.append(call)
-        self._count(len(items))
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work())
-        return await call.answer
-
-    def _count(self, change: int) -> None:
-        self._items += change
-        metrics.WAITING.labels(self._name).set(self._items)
-
-    async def _work(self) -> None:
-        while self._waiting:
-            if calls := self._next():
-                await self._answer(calls)
-
-    async def _answer(self, calls: list[_Call[K, T, R]]) -> None:
-        """Answer a batch. If it fails, answer its halves separately, so that no call gets another call's error."""
-        items = [item for call in calls for item in call.items]
-        start = time.perf_counter()
-        try:
-            answers = await asyncio.get_running_loop().run_in_executor(self._pool, self._run, calls[0].key, items)
-        except Exception as error:
-            if half := len(calls) // 2:
-                await self._answer(calls[:half])
-                await self._answer(calls[half:])
-            elif not calls[0].answer.done():
-                calls[0].answer.set_exception(error)
-            return
-        seconds = (time.perf_counter() - start) / max(1, len(items))
-        self._seconds += SMOOTHING * (seconds - self._seconds) if self._seconds else seconds
-        metrics.BATCHES.labels(self._name).observe(len(items))
-        at = 0
-        for call in calls:
-            if not call.answer.done():  # it is done if the client has disconnected
-                call.answer.set_result(answers[at : at + len(call.items)])
-            at += len(call.items)
-
-    def _next(self) -> list[_Call[K, T, R]]:
-        """Take the first call that is still needed and all calls of its key that fit."""
-        taken: list[_Call[K, T, R]] = []
-        kept: deque[_Call[K, T, R]] = deque()
-        number = 0
-        while self._waiting:
-            call = self._waiting.popleft()
-            if call.answer.done():
-                self._count(-len(call.items))
-            elif not taken or (call.key == taken[0].key and number + len(call.items) <= self._most(call.key)):
-                taken.append(call)
-                number += len(call.items)
-                self._count(-len(call.items))
-            else:
-                kept.append(call)
-        self._waiting = kept
-        return taken
-
-    async def close(self) -> None:
-        """Answer all waiting calls, and then stop the thread."""
-        if self._worker is not None:
-            await self._worker
-        self._pool.shutdown()
+LARGE = 2.0
+"""Minimum cost of a large turn. A photo of ordinary size costs 1."""
 
 
 @dataclass(eq=False)
-class Turn(Generic[R]):
-    """A call in a :class:`FairPool`. ``result`` is the future for its result."""
+class Turn(Generic[K, T, R]):
+    """Items with one key that wait together in a :class:`Lane`. ``result`` is the future for their results."""
 
+    lane: object
+    client: str
     place: float
     cost: float
-    call: Callable[[], R]
-    result: asyncio.Future[R]
+    key: K
+    items: Sequence[T]
+    result: asyncio.Future[list[R]]
+
+    @property
+    def large(self) -> bool:
+        """Whether the turn may use only the threads that are not reserved for others."""
+        return self.cost >= LARGE
 
 
-LARGE = 2.0
-"""Minimum cost of a large call in a :class:`FairPool`. An ordinary call costs 1."""
+class TurnQueue:
+    """The turns that wait in one or more lanes. Each client can fill a quarter of ``room``, which is a total cost."""
+
+    def __init__(self, room: float) -> None:
+        self.waiting: list[Turn[Any, Any, Any]] = []
+        self._share = room / 4
+
+    def admit(self, client: str) -> None:
+        """Raise Problem 429 if the client already fills more than a quarter of the queue."""
+        if sum(turn.cost for turn in self.waiting if turn.client == client) > self._share:
+            metrics.REFUSED.inc()
+            text = "too many of your images or features are waiting; try again in 2 s"
+            raise Problem(429, text, {"Retry-After": "2"})
 
 
-class FairPool(Generic[R]):
-    """A thread pool that shares its threads fairly, so that small requests do not wait for large ones.
+class Lane(Generic[K, T, R]):
+    """Threads that take turns from a queue, and pass their items to ``run(key, items)``.
 
-    Each call is assigned a place, and the waiting call with the lowest place is started next. The place is the sum of
-    the costs of the request's calls up to this one, plus the place of the last call that was started before the
-    request. At most ``threads`` large calls run at once, and one additional thread is reserved for others. At most
+    Clients are served in turn. The place of a turn is the total cost of the client's turns up to this one, plus the
+    place of the turn that was started last, and the waiting turn with the lowest place is started next. Waiting turns
+    that have the same key join it, as long as there are at most ``most(key)`` items.
+
+    At most ``threads`` batches run at once. While large turns run, one additional thread serves the others. At most
     ``held`` results are being computed or in use.
     """
 
-    def __init__(self, lane: str, *, threads: int, room: int, held: int) -> None:
-        self._lane, self._threads, self._room, self._most_held = lane, threads, room, held
-        self._pool = ThreadPoolExecutor(threads + 1, thread_name_prefix=lane)
-        self._waiting: list[Turn[R]] = []
-        self._running: list[Turn[R]] = []
-        self._held: list[Turn[R]] = []
+    def __init__(
+        self,
+        name: str,
+        queue: TurnQueue,
+        run: Callable[[K, list[T]], list[R]],
+        *,
+        threads: int = 1,
+        most: Callable[[K], int] = lambda _: 1,
+        held: float = math.inf,
+    ) -> None:
+        self._name, self._queue, self._run = name, queue, run
+        self._threads, self._most, self._most_held = threads, most, held
+        self._pool = ThreadPoolExecutor(threads + 1, thread_name_prefix=name)
+        self._running: list[list[Turn[K, T, R]]] = []
+        self._held: set[Turn[K, T, R]] = set()
         self._now = 0.0
 
-    @contextmanager
-    def turns(self, calls: Sequence[Callable[[], R]], costs: Sequence[float]) -> Iterator[list[Turn[R]]]:
-        """Queue the calls of a request. On exit, calls that have not been started are cancelled.
+    async def __call__(self, client: str, key: K, items: Sequence[T], cost: float = 1.0) -> list[R]:
+        """Return the results of ``run`` for these items, in the same order."""
+        with self.turns(client, key, [items], [cost]) as (turn,):
+            return await turn.result
 
-        Raises Problem 429 if they must wait for other requests and their total cost exceeds ``room``.
-        """
-        places = [self._now + cost for cost in accumulate(costs)]
-        before = sum(one.cost for one in self._waiting if one.place <= places[-1])
-        if before and before + sum(costs) > self._room:
-            metrics.REFUSED.labels(self._lane).inc()
-            text = f"{len(self._waiting)} {self._lane} are waiting; try again in 2 s"
-            raise Problem(429, text, {"Retry-After": "2"})
+    @contextmanager
+    def turns(
+        self, client: str, key: K, parts: Sequence[Sequence[T]], costs: Sequence[float]
+    ) -> Iterator[list[Turn[K, T, R]]]:
+        """TurnQueue one turn for each part of a request. On exit, turns that have not been started are cancelled."""
+        waiting = self._queue.waiting
+        last = max((turn.place for turn in waiting if turn.lane is self and turn.client == client), default=0.0)
+        places = [*accumulate(costs, initial=max(last, self._now))][1:]
         loop = asyncio.get_running_loop()
-        own = [Turn(*one, loop.create_future()) for one in zip(places, costs, calls, strict=True)]
-        self._waiting += own
+        own: list[Turn[K, T, R]] = [
+            Turn(self, client, place, cost, key, part, loop.create_future())
+            for place, cost, part in zip(places, costs, parts, strict=True)
+        ]
+        waiting += own
+        waiting.sort(key=lambda turn: turn.place)
         self._begin()
         try:
             yield own
         finally:
-            for one in own:
-                one.result.cancel()
+            for turn in own:
+                turn.result.cancel()
             self.release(*own)
 
-    def release(self, *turns: Turn[R]) -> None:
-        """Cancel calls that are still waiting, and free the space of their results."""
-        self._waiting = [one for one in self._waiting if one not in turns]
-        self._held = [one for one in self._held if one not in turns]
+    def release(self, *turns: Turn[K, T, R]) -> None:
+        """Cancel turns that are still waiting, and free the space of their results."""
+        self._take(turns)
+        self._held.difference_update(turns)
         self._begin()
 
-    def _begin(self) -> None:
-        while len(self._held) < self._most_held and len(self._running) <= self._threads:
-            full = sum(one.cost >= LARGE for one in self._running) == self._threads
-            ready = (one for one in self._waiting if one.cost < LARGE or not full)
-            first = min(ready, key=lambda one: one.place, default=None)
-            if first is None:
-                break
-            self._now = max(self._now, first.place)
-            self._waiting.remove(first)
-            self._running.append(first)
-            self._held.append(first)
-            made = asyncio.get_running_loop().run_in_executor(self._pool, first.call)
-            made.add_done_callback(partial(self._end, first))
-        metrics.WAITING.labels(self._lane).set(len(self._waiting))
+    def _take(self, turns: Sequence[Turn[K, T, R]]) -> None:
+        taken = set(turns)
+        self._queue.waiting[:] = [turn for turn in self._queue.waiting if turn not in taken]
 
-    def _end(self, one: Turn[R], made: asyncio.Future[R]) -> None:
-        self._running.remove(one)
+    def _begin(self) -> None:
+        while len(self._held) < self._most_held and (batch := self._next()):
+            self._take(batch)
+            self._held.update(batch)
+            self._now = max(self._now, batch[0].place)
+            self._start(batch)
+        metrics.WAITING.labels(self._name).set(
+            sum(len(turn.items) for turn in self._queue.waiting if turn.lane is self)
+        )
+
+    def _next(self) -> list[Turn[K, T, R]]:
+        """Return the first turn that can start and the turns that join it, or an empty list."""
+        large = sum(batch[0].large for batch in self._running)
+        batch: list[Turn[K, T, R]] = []
+        if len(self._running) >= self._threads + bool(large):
+            return batch
+        number = most = 0
+        for turn in self._queue.waiting:
+            if turn.lane is not self or (turn.large and large == self._threads):
+                continue
+            if not batch:
+                most = self._most(turn.key)
+            elif (turn.key, turn.large) != (batch[0].key, batch[0].large) or number + len(turn.items) > most:
+                continue
+            batch.append(turn)
+            number += len(turn.items)
+            if number >= most:
+                break
+        return batch
+
+    def _start(self, batch: list[Turn[K, T, R]]) -> None:
+        items = [item for turn in batch for item in turn.items]
+        metrics.BATCHES.labels(self._name).observe(len(items))
+        self._running.append(batch)
+        made = asyncio.get_running_loop().run_in_executor(self._pool, self._run, batch[0].key, items)
+        made.add_done_callback(partial(self._end, batch))
+
+    def _end(self, batch: list[Turn[K, T, R]], made: asyncio.Future[list[R]]) -> None:
+        """Pass on the results. If a batch fails, run its halves separately, so that no turn gets another's error."""
+        self._running.remove(batch)
         error = made.exception()
-        if one.result.done():  # the client has disconnected
-            pass
-        elif error is not None:
-            one.result.set_exception(error)
-        else:
-            one.result.set_result(made.result())
+        if error is not None and len(batch) > 1:
+            half = len(batch) // 2
+            self._start(batch[:half])
+            self._start(batch[half:])
+            return
+        results = iter(made.result() if error is None else ())
+        for turn in batch:
+            own = list(islice(results, len(turn.items)))
+            if turn.result.done():  # the client has disconnected
+                continue
+            if error is None:
+                turn.result.set_result(own)
+            else:
+                turn.result.set_exception(error)
         self._begin()
 
     def close(self) -> None:

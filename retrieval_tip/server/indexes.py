@@ -34,7 +34,7 @@ async def create(service: Service, sent: Sent, like: str | None) -> schemas.Made
         raise Problem(422, "the index is in a bucket; to create indexes, restart the server with --into FOLDER")
     assert sent.images is not None
     with _room(service, name, into):
-        good, skipped = await service.decoded(sent.names, sent.images, backbone, nothing)
+        good, skipped = await service.decoded(sent, sent.images, backbone, nothing)
         labelled = [(sent.labels[place], sent.images[place]) for place in good]
         one = await _opened(service, lambda: shots.build(into / name, backbone, labelled, service.uploads), backbones)
     warnings = of_spelling(name, spelled_alike(one.now.cache.class_names))

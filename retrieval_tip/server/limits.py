@@ -40,9 +40,10 @@ class Limits:
     several queries contain at most ``cells`` numbers (see :meth:`served.Version.cells`). A response must start within
     ``seconds``, and the client must read it within the same time.
 
-    At most ``queue`` images and ``QUEUED_ROWS * queue`` rows can wait at once. Request bodies, and responses larger
-    than :data:`PART`, can occupy ``held`` bytes. There are at most ``indexes`` indexes. Only requests for the host
-    names in ``hosts`` are answered. If ``hosts`` is ``None``, all requests are answered.
+    Each client can fill a quarter of a queue for ``queue`` images. :data:`ROWS_PER_IMAGE` rows count as one image.
+    Request bodies, and responses larger than :data:`PART`, can occupy ``held`` bytes. There are at most ``indexes``
+    indexes. Only requests for the host names in ``hosts`` are answered. If ``hosts`` is ``None``, all requests are
+    answered.
 
     A map contains at most ``mapped`` key values, accuracy is estimated only for at most ``estimated`` keys, and a
     response contains at most ``values`` solved or trained values. A request for a slow result is answered with status
@@ -81,7 +82,8 @@ class Limits:
             )
 
 
-QUEUED_ROWS = 16
+ROWS_PER_IMAGE = 16
+"""Number of rows of features that count as one image in the queue."""
 
 
 class Guard:

@@ -19,7 +19,9 @@ BATCHES = Histogram(
     "retrieval_tip_batch_items", "Items per batch", ["lane"], registry=REGISTRY,
     buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 1024),
 )  # fmt: skip
-REFUSED = Counter("retrieval_tip_refused", "Requests refused because the queue was full", ["lane"], registry=REGISTRY)
+REFUSED = Counter(
+    "retrieval_tip_refused", "Requests refused because the client fills its share of the queue", registry=REGISTRY
+)
 VERSION = Gauge("retrieval_tip_index_version", "Version of a served index", ["index"], registry=REGISTRY)
 KEYS = Gauge("retrieval_tip_index_keys", "Keys of a served index", ["index"], registry=REGISTRY)
 RELOADS = Counter("retrieval_tip_reloads", "New versions found", ["index", "outcome"], registry=REGISTRY)

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import socket
+from collections.abc import Sequence
 
 import uvicorn
 from fastapi import FastAPI
@@ -45,12 +46,16 @@ def address(listening: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def configured(app: FastAPI, seconds: float) -> uvicorn.Config:
-    """Return the uvicorn configuration. At shutdown, requests in progress have ``seconds`` to finish."""
+def configured(app: FastAPI, seconds: float, proxies: Sequence[str] = ()) -> uvicorn.Config:
+    """Return the uvicorn configuration. At shutdown, requests in progress have ``seconds`` to finish.
+
+    ``proxies`` are the addresses and networks of trusted proxies, which forward the addresses of their clients.
+    """
     return uvicorn.Config(
         app, http="h11", h11_max_incomplete_event_size=HEAD_BYTES, limit_concurrency=CONNECTIONS,
         timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=int(seconds) + 1, ws="none", lifespan="on",
-        log_config=None, access_log=False, server_header=False,
+        log_config=None, access_log=False, server_header=False, proxy_headers=bool(proxies),
+        forwarded_allow_ips=list(proxies),
     )  # fmt: skip
 
 
@@ -59,8 +64,8 @@ def _is_no_protocol_error(record: logging.LogRecord) -> bool:
     return record.exc_info is None or record.exc_info[0] is not LocalProtocolError
 
 
-def serve(app: FastAPI, listening: socket.socket, seconds: float) -> None:
-    """Serve requests until SIGINT or SIGTERM is received, and then give open requests ``seconds`` to finish."""
+def serve(app: FastAPI, listening: socket.socket, seconds: float, proxies: Sequence[str] = ()) -> None:
+    """Serve requests until SIGINT or SIGTERM is received. See :func:`configured`."""
     for name in ("uvicorn", "python_multipart"):  # malformed requests are reported to the client, not logged
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("asyncio").addFilter(_is_no_protocol_error)
@@ -68,7 +73,7 @@ def serve(app: FastAPI, listening: socket.socket, seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES if soft == resource.RLIM_INFINITY else min(soft, FILES), hard))
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        uvicorn.Server(configured(app, seconds)).run([listening])  # finally sends the signal again
+        uvicorn.Server(configured(app, seconds, proxies)).run([listening])  # finally sends the signal again
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping, Sequence
@@ -34,8 +35,8 @@ from retrieval_tip.index.fit import fit_index
 from retrieval_tip.index.places import Place
 from retrieval_tip.retrieval.duplicates import describe_duplicates
 from retrieval_tip.server import metrics, schemas, shots
-from retrieval_tip.server.batching import Batcher, FairPool, Kept, Turn
-from retrieval_tip.server.limits import QUEUED_ROWS, Limits
+from retrieval_tip.server.batching import Kept, Lane, Turn, TurnQueue
+from retrieval_tip.server.limits import ROWS_PER_IMAGE, Limits
 from retrieval_tip.server.problems import NAMED, Problem
 from retrieval_tip.server.schemas import Row, Unread
 from retrieval_tip.server.served import NEIGHBOUR_CELLS, Ask, Maker, Served, Version, encoded
@@ -78,17 +79,18 @@ class Service:
         self.served, self.limits, self.maker = served, limits, maker
         self.uploads, self.creating = uploads, 0
         threads = min(4, os.cpu_count() or 1)
-        self._decoding: FairPool[torch.Tensor | InputError] = FairPool(
-            "images", threads=threads, room=limits.queue, held=DECODED
+        self._queue = TurnQueue(limits.queue)
+        self._decoding: Lane[Backbone, bytes, torch.Tensor | InputError] = Lane(
+            "images", self._queue, self._pixels, threads=threads, held=DECODED
         )
-        self._encode: Batcher[Backbone, torch.Tensor, FloatArray] = Batcher(
-            "encode", encoded, most=lambda backbone: backbone.batch_size, room=DECODED
+        self._encode: Lane[Backbone, torch.Tensor, FloatArray] = Lane(
+            "encode", TurnQueue(math.inf), encoded, most=lambda backbone: backbone.batch_size
         )
-        self._answer: Batcher[tuple[Version, Ask], FloatArray, Row] = Batcher(
+        self._answer: Lane[tuple[Version, Ask], FloatArray, Row] = Lane(
             "features",
+            self._queue,
             lambda key, rows: key[0].answer(key[1], np.stack(rows)),
             most=lambda key: min(ROWS_AT_A_TIME, key[0].at_once(key[1])),
-            room=QUEUED_ROWS * limits.queue,
         )
         self.thumbnails = Thumbnails(root, limits.pixels, threads)
         self._weighing, self._finding, self._following, self._changing, self._slow, self._slower = (
@@ -106,9 +108,8 @@ class Service:
         follower.cancel()
         with suppress(asyncio.CancelledError):
             await follower
-        await self._encode.close()
-        await self._answer.close()
-        self._decoding.close()
+        for lane in (self._decoding, self._encode, self._answer):
+            lane.close()
         self.thumbnails.close()
         for pool in (self._weighing, self._finding, self._following, self._changing):
             pool.shutdown()
@@ -163,7 +164,8 @@ class Service:
     async def classify(self, version: Version, ask: Ask, sent: Sent) -> schemas.Classified:
         """Classify uploaded inputs.
 
-        Raises Problem 422 if no input can be read or the answers are too large, and 429 if too many images are waiting.
+        Raises Problem 422 if no input can be read or the answers are too large, and the same errors as
+        :meth:`TurnQueue.admit`.
         """
         cells, rows = version.cells(ask), len(sent.names)
         if rows > 1 and rows * cells > self.limits.cells:
@@ -175,15 +177,17 @@ class Service:
             )
         skipped: list[Unread] = []
         names, features = sent.names, list(sent.features) if sent.features is not None else []
-        if sent.images is not None:
+        if sent.images is None:
+            self._queue.admit(sent.client)
+        else:
             backbone = backbone_of(version)
 
             async def feature(pixels: torch.Tensor) -> FloatArray | InputError:
-                return _unit((await self._encode(backbone, [pixels]))[0])
+                return _unit((await self._encode(sent.client, backbone, [pixels]))[0])
 
-            encoded, skipped = await self.decoded(sent.names, sent.images, backbone, feature)
+            encoded, skipped = await self.decoded(sent, sent.images, backbone, feature)
             names, features = [names[place] for place in encoded], list(encoded.values())
-        results = await self._answer((version, ask), features)
+        results = await self._answer(sent.client, (version, ask), features, len(features) / ROWS_PER_IMAGE)
         for name, result in zip(names, results, strict=True):
             result["input"] = name
         metrics.CLASSIFIED.labels(version.name).inc(len(results))
@@ -196,15 +200,18 @@ class Service:
 
     async def decoded(
         self,
-        names: Sequence[str],
+        sent: Sent,
         datas: Sequence[bytes],
         backbone: Backbone,
         use: Callable[[torch.Tensor], Awaitable[T | InputError]],
     ) -> tuple[dict[int, T], list[Unread]]:
-        """Decode images and pass each to ``use``. Return the results by position, and the unreadable images."""
+        """Decode images and pass each to ``use``. Return the results by position, and the unreadable images.
 
-        async def used(turn: Turn[torch.Tensor | InputError]) -> T | InputError:
-            pixels = await turn.result
+        Raises Problem 422 if no image can be read, and the same errors as :meth:`TurnQueue.admit`.
+        """
+
+        async def used(turn: Turn[Backbone, bytes, torch.Tensor | InputError]) -> T | InputError:
+            pixels = (await turn.result).pop()  # otherwise the turn would keep it in memory
             try:
                 return pixels if isinstance(pixels, InputError) else await use(pixels)
             finally:
@@ -213,21 +220,23 @@ class Service:
         # Read the headers one at a time, so that requests take turns here as well.
         area = partial(images.area, most=self.limits.pixels, only=images.uploads())
         areas = [await self.run(self._weighing, area, data) for data in datas]
-        calls = [partial(self._pixels, data, backbone) for data in datas]
-        with self._decoding.turns(calls, [1 + area / PIXELS for area in areas]) as turns:
+        self._queue.admit(sent.client)
+        costs = [1 + area / PIXELS for area in areas]
+        with self._decoding.turns(sent.client, backbone, [[data] for data in datas], costs) as turns:
             made = await asyncio.gather(*map(used, turns))
-        pairs = zip(names, made, strict=True)
+        pairs = zip(sent.names, made, strict=True)
         skipped = [Unread(name, str(one)) for name, one in pairs if isinstance(one, InputError)]
         if len(skipped) == len(made):
             lines = [f"{one.input}: {one.reason}" for one in skipped]
             raise Problem(422, "; ".join(lines[:NAMED]) + (f"; and {len(lines) - NAMED} more" if lines[NAMED:] else ""))
         return {place: one for place, one in enumerate(made) if not isinstance(one, InputError)}, skipped
 
-    def _pixels(self, data: bytes, backbone: Backbone) -> torch.Tensor | InputError:
+    def _pixels(self, backbone: Backbone, datas: Sequence[bytes]) -> list[torch.Tensor | InputError]:
+        (data,) = datas
         try:
-            return pixels_of(data, backbone, most=self.limits.pixels, only=images.uploads())
+            return [pixels_of(data, backbone, most=self.limits.pixels, only=images.uploads())]
         except InputError as error:
-            return InputError(str(error))  # drops the traceback, which keeps the image in memory
+            return [InputError(str(error))]  # drops the traceback, which keeps the image in memory
 
     async def add(self, one: Served, sent: Sent) -> schemas.AddedShots:
         """Add shots, and open the new version of the index. Raises the same errors as :func:`changes.add`."""
@@ -236,7 +245,7 @@ class Service:
             added = await self.change(shots.add_features, one, one.now.backbone, sent)
         else:
             backbone = backbone_of(one.now)
-            good, skipped = await self.decoded(sent.names, sent.images, backbone, nothing)
+            good, skipped = await self.decoded(sent, sent.images, backbone, nothing)
             datas = [sent.images[place] for place in good]
             added = await self.change(shots.add_images, one, backbone, sent.labels[0], datas, self.uploads)
         await self.follow(one)

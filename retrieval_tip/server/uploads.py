@@ -44,13 +44,15 @@ _PARSING = ThreadPoolExecutor(1, thread_name_prefix="parse")
 class Sent:
     """Uploaded ``images``, or ``features`` of shape ``[q, d]``, and their ``names``.
 
-    The shots either share one label or have one label each. ``index`` is the name of a new index.
+    The shots either share one label or have one label each. ``client`` is the address of the sender, and ``index`` is
+    the name of a new index.
     """
 
     names: list[str]
     images: list[bytes] | None
     features: FloatArray | None
     labels: list[str]
+    client: str
     index: str | None = None
 
 
@@ -65,7 +67,7 @@ async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labell
     kind = _kind(request)
     if kind == JSON:
         body = await _body(request, limits)
-        parse = partial(_json, body, limits, norms, d, labelled=labelled)
+        parse = partial(_json, body, limits, norms, d, _client(request), labelled=labelled)
         return parse() if len(body) <= SHORT else await asyncio.get_running_loop().run_in_executor(_PARSING, parse)
     if kind != FORM:
         raise Problem(415, f"content type {kind!r}: send images as {FORM}, or features as {JSON}")
@@ -73,7 +75,7 @@ async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labell
     labels = [_label(text) for text in texts["label"]]
     if labelled and len(labels) != 1:
         raise Problem(422, f"label: {len(labels)} labels given; send one label for all images")
-    return Sent(names, images, None, labels)
+    return Sent(names, images, None, labels, _client(request))
 
 
 async def read_features(request: Request, limits: Limits, norms: Norms, d: int) -> FloatArray:
@@ -109,7 +111,7 @@ async def read_index(request: Request, limits: Limits) -> Sent:
         raise Problem(
             422, f"label: {len(labels)} labels given for {len(images)} images; send one label for each image, in order"
         )
-    return Sent(names, images, None, labels, index_name(texts["name"][0]))
+    return Sent(names, images, None, labels, _client(request), index_name(texts["name"][0]))
 
 
 def index_name(value: object) -> str:
@@ -119,6 +121,10 @@ def index_name(value: object) -> str:
         expected = "1 to 64 letters, digits, spaces, dots, hyphens or underscores, starting with a letter"
         raise Problem(422, f"name: {name[:64]!r} is not valid; use {expected}")
     return name
+
+
+def _client(request: Request) -> str:
+    return request.client.host if request.client else ""
 
 
 def _kind(request: Request) -> str:
@@ -175,7 +181,7 @@ async def _body(request: Request, limits: Limits) -> bytes:
     return b"".join(parts)
 
 
-def _json(body: bytes, limits: Limits, norms: Norms, d: int, *, labelled: bool) -> Sent:
+def _json(body: bytes, limits: Limits, norms: Norms, d: int, client: str, *, labelled: bool) -> Sent:
     _check_parts(body, limits.rows, d)
     try:
         sent = orjson.loads(body)
@@ -195,7 +201,7 @@ def _json(body: bytes, limits: Limits, norms: Norms, d: int, *, labelled: bool) 
     features = _features(sent["features"], d, norms)
     names = _texts(sent.get(names_field, [f"row {i}" for i in range(rows)]), names_field, rows)
     labels = [_label(label) for label in _texts(sent.get("labels"), "labels", rows)] if labelled else []
-    return Sent(names, None, features, labels)
+    return Sent(names, None, features, labels, client)
 
 
 def _check_parts(body: bytes, rows: int, d: int) -> None:
