@@ -18,7 +18,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -173,6 +173,23 @@ def test_slow_requests_are_dropped(random_things: Path, warm_path: str) -> None:
         assert "1 s" in json.loads(answer.read())["detail"]
         client.close()
         assert httpx.post(f"{address}/v1/classify", json=feature(random_things)).status_code == 200
+
+
+def test_connections_without_a_whole_request_head_are_closed(random_things: Path) -> None:
+    """They are silent, send half a head or single bytes, or are open after an answer."""
+    served = open_all([random_things], "cpu", "float32", "fast")
+    with running(create_app(served), idle=1) as place, ExitStack() as stack:
+        answered, half, bytewise, silent = (
+            stack.enter_context(socket.create_connection(place, timeout=20)) for _ in range(4)
+        )
+        answered.sendall(HEAD + b"\r\n" + HEAD)
+        half.sendall(HEAD)
+        with suppress(OSError):  # until the server has closed the connection
+            for _ in range(200):
+                bytewise.sendall(b"a")
+                time.sleep(0.1)
+        assert [rest(link) for link in (silent, half, bytewise)] == [b""] * 3
+        assert rest(answered).count(b"HTTP/1.1 200 ") == 1
 
 
 HEAD = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import resource
@@ -12,12 +13,13 @@ from collections.abc import Sequence
 import uvicorn
 from fastapi import FastAPI
 from h11 import LocalProtocolError
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from retrieval_tip.errors import UsageError
 
 BACKLOG = 1024
 IDLE_SECONDS = 15
-"""Number of seconds after which an idle connection is closed."""
+"""Number of seconds after which a connection without a request is closed."""
 HEAD_BYTES = 64 << 10
 """Maximum total size of the request line and the headers, in bytes."""
 CONNECTIONS = 512
@@ -46,14 +48,38 @@ def address(listening: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def configured(app: FastAPI, seconds: float, proxies: Sequence[str] = ()) -> uvicorn.Config:
+class Connection(H11Protocol):
+    """A connection that is closed if no whole request head arrives in time.
+
+    uvicorn only starts its timer after a response, and stops it as soon as any byte arrives.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the timer for the first request."""
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def data_received(self, data: bytes) -> None:
+        """Handle data, and stop the timer only if a request is being answered."""
+        timer, self.timeout_keep_alive_task = self.timeout_keep_alive_task, None
+        super().data_received(data)
+        if timer is None:
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            self.timeout_keep_alive_task = timer
+        else:
+            timer.cancel()
+
+
+def configured(app: FastAPI, seconds: float, proxies: Sequence[str] = (), idle: int = IDLE_SECONDS) -> uvicorn.Config:
     """Return the uvicorn configuration. At shutdown, requests in progress have ``seconds`` to finish.
 
-    ``proxies`` are the addresses and networks of trusted proxies, which forward the addresses of their clients.
+    ``proxies`` are the addresses and networks of trusted proxies, which forward the addresses of their clients. A
+    connection is closed if no request arrives within ``idle`` seconds.
     """
     return uvicorn.Config(
-        app, http="h11", h11_max_incomplete_event_size=HEAD_BYTES, limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=int(seconds) + 1, ws="none", lifespan="on",
+        app, http=Connection, h11_max_incomplete_event_size=HEAD_BYTES, limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=idle, timeout_graceful_shutdown=int(seconds) + 1, ws="none", lifespan="on",
         log_config=None, access_log=False, server_header=False, proxy_headers=bool(proxies),
         forwarded_allow_ips=list(proxies),
     )  # fmt: skip
