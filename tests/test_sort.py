@@ -6,6 +6,7 @@ import csv
 import errno
 import hashlib
 import os
+import re
 import shutil
 import signal
 import stat
@@ -174,6 +175,27 @@ def test_undo_keeps_the_last_copy_of_a_photo(index, inbox, tmp_path):
     (inbox / "a" / "y.jpg").write_text("edited")
     assert len(undo_sort(out).skipped) == 2
     assert files(out) == {"c/z.jpg": "2", f"{FOLDERS[1]}/y.jpg": "1"}
+
+
+def test_paths_with_any_characters_can_be_sorted_again_and_undone(index, tmp_path):
+    inbox, out = tmp_path / "inbox", tmp_path / "out"
+    names = ["a\rb.jpg", "\r.jpg", "c\r\rd,.jpg", "e\r\n.jpg", 'f\r".jpg', "g\r,\n", "h.jpg"]
+    photos = {name: f"0 {name!r}" for name in names}
+    inbox.mkdir()
+    for name, text in photos.items():
+        (inbox / name).write_text(text)
+    sort(index, inbox, out, action="move")
+    rows, text = read_manifest(out), (out / MANIFEST).read_bytes()
+    assert {row.input for row in rows} == {str(inbox / name) for name in names if name.endswith("jpg")}
+    assert sort(index, inbox / "g\r,\n", out, action="move").done == 1
+    old = re.sub(
+        rb'^"([^",\n]*)"(?=,)', rb"\1", text, flags=re.MULTILINE
+    )  # an earlier version did not quote these paths
+    assert (b"\n" + bytes(inbox / "a\rb.jpg")) in old
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / MANIFEST).write_bytes(old)
+    assert read_manifest(tmp_path / "old") == rows
+    assert (undo_sort(out).skipped, files(inbox)) == ([], photos)
 
 
 def test_sorting_links_or_into_the_same_folder_loses_nothing(index, inbox, tmp_path):

@@ -14,7 +14,7 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -98,7 +98,7 @@ def read_manifest(folder: Path) -> list[Placed]:
     path = folder / MANIFEST
     try:
         text = read_regular(path, MAX_MANIFEST).decode("utf-8", "surrogateescape")
-        head, *rows = csv.reader(io.StringIO(text, newline=""))
+        head, *rows = _joined(csv.reader(io.StringIO(text, newline="")))
         if rows and not (len(rows[-1]) == len(COLUMNS) and _DIGEST.fullmatch(rows[-1][-1])):
             rows = rows[:-1]
         placed = [Placed(row[0], row[1], float(row[2]), *row[3:]) for row in rows]
@@ -114,10 +114,22 @@ def read_manifest(folder: Path) -> list[Placed]:
     return placed
 
 
+def _joined(rows: Iterable[list[str]]) -> Iterator[list[str]]:
+    """Join rows that a carriage return divides, which earlier versions did not quote."""
+    whole = list[str]()
+    for row in rows:
+        whole = [*whole[:-1], f"{whole[-1]}\r{''.join(row[:1])}", *row[1:]] if whole else row
+        if len(whole) >= len(COLUMNS):
+            yield whole
+            whole = []
+    if whole:
+        yield whole
+
+
 def write_manifest(folder: Path, rows: Iterable[Placed]) -> None:
     """Replace the manifest of a folder."""
     with replacing(folder / MANIFEST) as new, new.open("wb") as file:
-        file.write(_lines([COLUMNS]) + _lines(map(astuple, rows)))
+        file.write(_line(COLUMNS) + b"".join(map(_line, map(astuple, rows))))
         file.flush()
         os.fsync(file.fileno())
     sync(folder)
@@ -126,15 +138,15 @@ def write_manifest(folder: Path, rows: Iterable[Placed]) -> None:
 def add_rows(folder: Path, rows: Iterable[Placed]) -> None:
     """Add rows to the manifest of a folder, and wait until they are on the disk."""
     with (folder / MANIFEST).open("ab") as file:
-        file.write(_lines(map(astuple, rows)))
+        file.write(b"".join(map(_line, map(astuple, rows))))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _lines(rows: Iterable[Sequence[object]]) -> bytes:
+def _line(row: Iterable[object]) -> bytes:
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode("utf-8", "surrogateescape")
+    csv.writer(text).writerow(row)  # Python 3.11 only quotes a carriage return if lines end with one
+    return text.getvalue().removesuffix("\r\n").encode("utf-8", "surrogateescape") + b"\n"
 
 
 def digest_at(path: Path) -> str | None:
