@@ -703,12 +703,18 @@ def test_no_image_or_folder_is_kept_after_an_error(
     assert {path.name for path in own.parent.iterdir()} == {"own"}
 
 
-def test_an_image_replaced_by_a_pipe_a_link_or_a_folder_is_not_found(own: Path, photo: bytes) -> None:
+def test_an_image_replaced_by_another_photo_a_pipe_a_link_or_a_folder_is_not_found(own: Path, photo: bytes) -> None:
     with serving(own, token=TOKEN) as client:
         added(client, photo, "new")
         (kept,) = (own.parent / "own-shots" / "new").iterdir()
+        assert client.get("/v1/indexes/own/keys/80/image").status_code == 200
         kept.unlink()
-        for make in (os.mkfifo, lambda path: path.symlink_to("/proc/self/pagemap"), lambda path: path.mkdir()):
+        for make in (
+            lambda path: Image.new("RGB", (40, 30)).save(path, "JPEG"),
+            os.mkfifo,
+            lambda path: path.symlink_to("/proc/self/pagemap"),
+            lambda path: path.mkdir(),
+        ):
             make(kept)
             assert client.get("/v1/indexes/own/keys/80/image").status_code == 404
             kept.rmdir() if kept.is_dir() else kept.unlink()

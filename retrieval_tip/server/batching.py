@@ -94,7 +94,7 @@ class Lane(Generic[K, T, R]):
     def turns(
         self, client: str, key: K, parts: Sequence[Sequence[T]], costs: Sequence[float]
     ) -> Iterator[list[Turn[K, T, R]]]:
-        """TurnQueue one turn for each part of a request. On exit, turns that have not been started are cancelled."""
+        """Queue one turn for each part of a request. On exit, turns that have not been started are cancelled."""
         waiting = self._queue.waiting
         last = max((turn.place for turn in waiting if turn.lane is self and turn.client == client), default=0.0)
         places = [*accumulate(costs, initial=max(last, self._now))][1:]

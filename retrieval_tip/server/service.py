@@ -431,7 +431,7 @@ class Service:
         if path is None:
             raise Problem(404, f"key {key_id}: its source is not an image on this machine")
         try:
-            return await self.thumbnails.of_file(path, size)
+            return await self.thumbnails.of_file(path, size, keys["digest"][0].as_py())
         except (OSError, InputError) as error:
             raise Problem(404, f"key {key_id}: its image cannot be read ({error})") from None
 

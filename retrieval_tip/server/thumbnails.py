@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from retrieval_tip.data import images
+from retrieval_tip.errors import InputError
 from retrieval_tip.server.batching import Kept
 
 KEPT_BYTES, OVERHEAD = 64 << 20, 1 << 10
@@ -33,11 +35,20 @@ class Thumbnails:
         except (OSError, ValueError):  # the source is not a valid file name
             return None
 
-    async def of_file(self, path: Path, size: int) -> bytes:
-        """Return a thumbnail of a file as JPEG data. Raises OSError or InputError if the image cannot be read."""
+    async def of_file(self, path: Path, size: int, digest: str | None) -> bytes:
+        """Return a thumbnail of a file as JPEG data.
+
+        Raises OSError or InputError if the image cannot be read, or if its bytes have another ``digest``.
+        """
         seen = path.stat()
-        name = (path, seen.st_mtime_ns, seen.st_size)
-        return await self.of(name, lambda: images.read(path), size)
+
+        def read() -> bytes:
+            data = images.read(path)
+            if digest and hashlib.sha256(data).hexdigest() != digest:
+                raise InputError("the file now contains another photo")
+            return data
+
+        return await self.of((path, seen.st_mtime_ns, seen.st_size, digest), read, size)
 
     async def of(self, name: Hashable, read: Callable[[], bytes], size: int) -> bytes:
         """Return a thumbnail of the image that ``read`` returns as JPEG data. It is kept under its ``name``.
