@@ -92,20 +92,94 @@ def test_a_photo_gets_the_same_answer_in_every_format(place, clf):
     assert isinstance(one, Prediction)
     held = [str(path), picture, np.asarray(picture), path.read_bytes(), {"bytes": path.read_bytes(), "path": None}]
     held.append({"bytes": None, "path": str(path)})
-    for given in held:
-        assert clf(given).probability == pytest.approx(one.probability, abs=1e-6), type(given)
-    several = clf.predict(held)
+    pixels = np.array(picture)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    held += [pixels / 255, pixels.astype(np.float32), tensor, tensor.numpy(), tensor / 255, (tensor / 255).numpy()]
+    written = io.BytesIO()
+    picture.save(written, "PNG")  # its position is at the end
+    with path.open("rb") as file:
+        held += [bytearray(path.read_bytes()), written, file]
+        for given in held:
+            assert clf(given).probability == pytest.approx(one.probability, abs=1e-6), type(given)
+        several = clf.predict(held)
     assert isinstance(several, Predictions)
     assert [answer.label for answer in several] == [one.label] * len(held)
     assert several.inputs[:2] == [str(path), "photo 1"]
     assert [a.label for a in clf.predict(pa.array([str(path)] * 2).to_pylist())] == [one.label] * 2
-    assert len(clf.predict(np.stack([np.asarray(picture)] * 3))) == 3
+    with pytest.raises(InputError, match=r"^photo 1: cannot be read \(.*closed file.*\); open"):
+        clf.predict(held[-2:])
+
+
+def test_batches_of_arrays_are_several_photos(place, clf):
+    paths = [place / "new/red/6.png", place / "new/blue/7.png"]
+    expected = clf.predict_proba(paths)
+    photos = np.stack([np.asarray(Image.open(path)) for path in paths])
+    batch = torch.from_numpy(photos).permute(0, 3, 1, 2)
+    for given in (photos, photos / 255, batch, batch.numpy(), batch / 255, list(photos), list(batch / 255)):
+        np.testing.assert_allclose(clf.predict_proba(given), expected, atol=1e-6)
+    night = np.ones_like(photos)
+    dim = clf.predict_proba(night)
+    mixed = np.concatenate([night, photos]).astype(np.float32)  # the first photos only have ones, but not the batch
+    np.testing.assert_allclose(clf.predict_proba(mixed), np.concatenate([dim, expected]), atol=1e-6)
+    grey = photos.mean(axis=3).astype(np.uint8)
+    greys = clf.predict_proba([Image.fromarray(one) for one in grey])
+    for given in (list(grey), grey[..., None], grey[:, None], grey[:, None] / 255):
+        np.testing.assert_allclose(clf.predict_proba(given), greys, atol=1e-6)
+    assert clf.predict_proba(batch[:0]).shape == (0, 3)
+
+
+NOT_PHOTOS = {
+    "photo 0: values from -2.1 to 2.64; give the pixels before normalisation": [
+        np.linspace(-2.1, 2.64, 192).reshape(8, 8, 3), [torch.linspace(-2.1, 2.64, 192).view(3, 8, 8)],
+    ],
+    "photos: values from 0 to 2.5; give the pixels before normalisation, as uint8 or as floats from 0 to 1": [
+        torch.linspace(0, 2.5, 384).view(2, 3, 8, 8), np.linspace(0, 2.5, 384).reshape(2, 8, 8, 3),
+    ],
+    "photo 0: values from 0 to 254.5": [np.linspace(0, 254.5, 192).reshape(8, 8, 3)],
+    "photo 0: contains NaN or infinity": [np.full((3, 8, 8), np.nan), torch.full((3, 8, 8), torch.inf)],
+    "photo 0: int64 pixels; give uint8, or floats from 0 to 1": [np.ones((8, 8, 3), int), torch.ones(3, 8, 8).long()],
+    "photo 0: bool pixels": [np.ones((8, 8), bool)],
+    "photo 0: uint8 of shape (5, 8, 8); expected [h, w, 3] or [3, h, w]": [
+        np.zeros((5, 8, 8), np.uint8), torch.zeros(5, 8, 8, dtype=torch.uint8),
+    ],
+    "photo 0: uint8 of shape (3, 8, 3)": [np.zeros((3, 8, 3), np.uint8)],  # it could be either
+    "photo 0: uint8 of shape (9,)": [np.zeros(9, np.uint8)],
+    "photo 0: uint8 of shape (0, 8, 3)": [np.zeros((0, 8, 3), np.uint8)],
+    "photo 0: float32 of shape (8, 8)": [[np.ones((8, 8), np.float32)]],  # features, if it were not in a list
+    "features: shape (8, 8); expected [q, 16]": [np.ones((8, 8)), torch.ones(8, 8)],
+    "photo 0: cannot be read (read() returned a str); open the file in binary mode": [io.StringIO(), [io.StringIO()]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", NOT_PHOTOS)
+def test_arrays_that_are_not_photos_are_refused_with_the_cause(clf, words):
+    for given in NOT_PHOTOS[words]:
+        with pytest.raises(InputError, match=f"^{re.escape(words)}") as error:
+            clf.predict(given)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("mode", "white"), [("F", 1.0), ("F", 255.0), ("I", 65535)])
+def test_deep_grey_pictures_get_the_same_answer_as_their_files(clf, tmp_path, mode, white):
+    deep = (np.asarray(noisy_photo(1, 1).convert("L")) / 255 * white).astype(np.float32 if mode == "F" else np.int32)
+    picture = Image.fromarray(deep)
+    picture.save(tmp_path / "deep.tif")
+    assert picture.mode == mode
+    assert clf.predict(picture).probabilities == clf.predict(tmp_path / "deep.tif").probabilities
+    assert clf.similar(picture)[0].affinity == pytest.approx(
+        clf.similar(noisy_photo(1, 1).convert("L"))[0].affinity, abs=0.01
+    )
 
 
 def test_unit_features_are_classified_and_others_refused(clf):
     keys = np.asarray(clf.cache.keys)
     assert clf.predict(keys[0]).label == clf.cache.labels["label"][0].as_py()
     assert len(clf.predict(keys[:4])) == 4
+    tensor = torch.from_numpy(keys.copy())
+    assert clf.predict(tensor[0]) == clf.predict(keys[0])
+    np.testing.assert_array_equal(clf.predict_proba(tensor[:4]), clf.predict_proba(keys[:4]))
+    assert clf.similar(tensor[0]) == clf.similar(keys[0])
+    assert clf.suggest(tensor[:4], 2).inputs == clf.suggest(keys[:4], 2).inputs
     for scale in (15, 2, 0.5):
         with pytest.raises(InputError, match=rf"row 0 has norm {scale}.* divide"):
             clf.predict(scale * keys[:2])
@@ -120,7 +194,7 @@ def test_unreadable_photos_are_named(place, clf, tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(InputError, match=r"notes\.txt"):
         clf.predict([place / "new/red/6.png", tmp_path / "notes.txt"])
-    for wrong in (3.5, np.zeros((4, 4, 3)), None):
+    for wrong in (3.5, np.zeros((4, 4, 5)), None):
         with pytest.raises(RetrievalTipError, match="photo 0"):
             clf.predict([wrong])
 
@@ -247,11 +321,11 @@ def test_tensors_of_rgb_values_are_accepted_as_photos(place, clf):
     whole = [(255 * tensor).round().to(torch.uint8) for tensor, _ in map(Tensors().__getitem__, range(6))]
     np.testing.assert_allclose(clf.predict_proba(whole), expected, atol=1e-6)
     assert clf.evaluate(Tensors()) == clf.evaluate(Dataset())
-    grey = torch.rand(1, 9, 7, generator=torch.Generator().manual_seed(0))
-    assert clf.predict([grey])[0] == clf.predict([(255 * grey[0]).round().to(torch.uint8).numpy()])[0]
-    for wrong in (Tensors(2.5), Tensors(-1), [torch.zeros(8, 8, 8)], [torch.full((3, 4, 4), torch.nan)]):
-        with pytest.raises(InputError, match=r"photo 0: .*without a transform that normalises"):
+    for wrong in (Tensors(2.5), Tensors(-1)):
+        with pytest.raises(InputError, match=r"photo 0: values from .* give the pixels before normalisation"):
             clf.predict(wrong)
+    numbered = torch.utils.data.TensorDataset(torch.stack(whole), torch.tensor([0, 1, 2] * 2))
+    assert clf.add(numbered).classes == ["0", "1", "2"]
 
 
 def test_tars_and_globs_are_accepted_as_in_the_commands(place, clf, tmp_path):

@@ -17,7 +17,7 @@ from retrieval_tip.answering import AnsweringIndex, similar_shots
 from retrieval_tip.classifier.opened import OpenIndex
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder
-from retrieval_tip.data.pictures import Picture, Pictures, is_one, pictures
+from retrieval_tip.data.pictures import Picture, Pictures, features_of, is_one, pictures
 from retrieval_tip.data.sources import kind_of, open_inputs, read_item
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.html import markup, table
@@ -79,11 +79,12 @@ class AnsweringClassifier(OpenIndex):
         """Classify photos or features.
 
         Args:
-            what: a photo, which can be a path, a PIL image, a uint8 array of shape ``[h, w, 3]``, encoded bytes, or a
-                row of a Hugging Face dataset. For several photos, pass a list of these, a torch dataset, a Hugging Face
-                dataset or its image column, or any input of ``retrieval-tip classify``, such as a folder or a table.
-                You can also pass features of shape ``[q, d]`` or ``[d]``. Unreadable photos in a folder or table are
-                skipped and listed in ``encoder.skipped``.
+            what: a photo, which can be a path, a PIL image, an array or tensor of shape ``[h, w, 3]`` or ``[3, h, w]``,
+                encoded bytes, an open file, or a row of a Hugging Face dataset. For several photos, pass a list of
+                these, a batch of shape ``[b, h, w, 3]`` or ``[b, 3, h, w]``, a torch dataset, a Hugging Face dataset or
+                its image column, or any input of ``retrieval-tip classify``, such as a folder or a table. Pixels are
+                uint8 or floats from 0 to 1 (see :mod:`pictures`). You can also pass features of shape ``[q, d]`` or
+                ``[d]``. Unreadable photos in a folder or table are skipped and listed in ``encoder.skipped``.
             top: the number of classes to report, most probable first.
             neighbours: the number of shots to report, largest contribution first.
             k: the number of nearest keys to use, or ``"all"``. Defaults to the setting of the index.
@@ -96,8 +97,8 @@ class AnsweringClassifier(OpenIndex):
         InputError if a photo cannot be read, or if the norm of a feature is not 1.
         """
         index, encoder, one = self.cache, self.encoder, is_one(what)
-        if isinstance(what, np.ndarray) and np.issubdtype(what.dtype, np.floating):
-            features, one = np.atleast_2d(what), what.ndim == 1
+        if (features := features_of(what)) is not None:
+            one = what.ndim == 1
             answers = index.classify(features, top, k, tail, neighbours, certify, norms)
             answers = grouped(index, features, answers) if group_unlike else answers
         elif isinstance(what, str | os.PathLike) and kind_of(what) != "image":
@@ -155,15 +156,11 @@ class AnsweringClassifier(OpenIndex):
         self, photo: Picture | Features, n: int = 5, *, norms: Literal["check", "keep"] = "check"
     ) -> list[SimilarShot]:
         """Return the ``n`` shots that are most similar to a photo or a feature (see :func:`similar_shots`)."""
-        if isinstance(photo, np.ndarray) and np.issubdtype(photo.dtype, np.floating):
-            features = np.atleast_2d(photo)
-        elif is_one(photo):
+        if (features := features_of(photo)) is None and is_one(photo):
             given = pictures(photo)
             features = replace(self.encoder, read=given.read, strict=True).encode(given.source).features
             norms = "keep"
-        else:
-            features = np.empty((0, self.cache.d))
-        if len(features) != 1:
+        if features is None or len(features) != 1:
             raise UsageError("photo: expected a single photo or feature; call similar for each of them")
         return similar_shots(self.cache, features, n, norms=norms)[0]
 
@@ -249,10 +246,10 @@ def _answers(
 
 
 def _suggested(index: AnsweringIndex, encoder: Encoder, photos: Any, n: int) -> Suggestions:
-    if isinstance(photos, np.ndarray) and np.issubdtype(photos.dtype, np.floating):
-        check_unit(queries(photos, index.d))
-        names = [str(row) for row in range(len(photos))]
-        return suggest_features(Pool(names, photos.astype(np.float32), [None] * len(photos)), n, index)
+    if (features := features_of(photos)) is not None:
+        check_unit(queries(features, index.d))
+        names = [str(row) for row in range(len(features))]
+        return suggest_features(Pool(names, features.astype(np.float32), [None] * len(features)), n, index)
     if isinstance(photos, str | os.PathLike) and kind_of(photos) != "image":
         return suggest_photos([*open_inputs([os.fspath(photos)])], n, encoder, index)
     given = pictures(photos)

@@ -1,4 +1,15 @@
-"""Accept photos as Python objects, such as paths, PIL images, arrays, bytes and datasets."""
+"""Accept photos as Python objects, such as paths, PIL images, arrays, files, bytes and datasets.
+
+The shape and the dtype of a NumPy array or torch tensor decide what it is:
+
+- Floats of shape ``[d]`` or ``[q, d]`` are features, and never photos.
+- ``[h, w, c]`` or ``[c, h, w]`` is one photo. It has three channels, or one if it is grey. ``[h, w, 4]`` has alpha.
+- ``[b, h, w, c]`` or ``[b, c, h, w]`` is a batch of ``b`` photos.
+- Bytes of shape ``[h, w]`` are one grey photo.
+
+Pixels are bytes, floats from 0 to 1, or whole floats from 0 to 255. Everything else is refused, including a shape that
+fits both ways.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +18,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +26,28 @@ import pyarrow as pa
 from PIL import Image, ImageOps
 
 from retrieval_tip.data.sources import Source, is_web, of_images, read_item, refusal
-from retrieval_tip.errors import InputError, UsageError, counted, few
+from retrieval_tip.errors import InputError, UsageError, counted, few, first_line
 
-Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | Mapping[str, object]
-"""A photo. This can be a path, an encoded image, a PIL image, a uint8 array of shape ``[h, w]`` or ``[h, w, 3]``, a row
-of a Hugging Face dataset, or a mapping with ``bytes`` and ``path``."""
+Array = npt.NDArray[Any]
+
+
+class Tensor(Protocol):
+    """A torch tensor."""
+
+    def detach(self) -> Any:
+        """Return the tensor without its gradient."""
+
+
+class Readable(Protocol):
+    """A binary file."""
+
+    def read(self) -> bytes:
+        """Return the rest of the file."""
+
+
+Picture = str | os.PathLike[str] | bytes | bytearray | Readable | Image.Image | Array | Tensor | Mapping[str, object]
+"""A photo. This can be a path, an encoded image, an open file, a PIL image, an array or tensor (see above), a row of a
+Hugging Face dataset, or a mapping with ``bytes`` and ``path``."""
 
 UNNAMED = "^photo [0-9]+$"
 """Pattern of the names of photos in memory. Two photos with the same name may be different."""
@@ -88,9 +116,35 @@ def _column(features: Mapping[str, object], kind: str, name: str) -> str | None:
 
 def is_one(given: object) -> bool:
     """Return whether an object is a single photo."""
-    if isinstance(given, np.ndarray):
-        return given.ndim == 2 or (given.ndim == 3 and given.shape[2] in (1, 3, 4))
-    return isinstance(given, str | os.PathLike | bytes | Image.Image | Mapping)
+    given = _plain(given)
+    if _is_array(given):
+        return given.ndim in (2, 3)
+    return _is_file(given) or isinstance(given, str | os.PathLike | bytes | bytearray | Image.Image | Mapping)
+
+
+def features_of(given: object) -> npt.NDArray[np.floating[Any]] | None:
+    """Return features as an array of shape ``[q, d]``, or ``None`` if an object is something else, such as a photo."""
+    array = _plain(given)
+    is_features = _is_array(array) and array.dtype.kind == "f" and array.ndim in (1, 2)
+    return np.atleast_2d(array) if is_features else None
+
+
+def _is_array(given: object) -> TypeGuard[Array]:
+    return isinstance(given, np.ndarray) and given.dtype.kind not in "OSU"  # those are lists of paths or pictures
+
+
+def _is_file(given: object) -> bool:
+    return hasattr(given, "read") and not hasattr(given, "__getitem__")  # as a dataset might have
+
+
+def _plain(given: Any) -> Any:
+    """Return a torch tensor as an array, and other objects unchanged."""
+    import torch
+
+    if not isinstance(given, torch.Tensor):
+        return given
+    tensor = given.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
 def pictures(given: Picture | Iterable[Picture]) -> Pictures:
@@ -121,14 +175,17 @@ def pictures(given: Picture | Iterable[Picture]) -> Pictures:
                 raise refusal(paths[-1])
             continue
         name = f"photo {place}"
-        held[name] = data if isinstance(data, bytes) else _encoded(data, name)
+        held[name] = bytes(data) if isinstance(data, bytes | bytearray) else _encoded(data, name)
         paths.append(name)
     return Pictures(of_images(paths), lambda path: held[path] if path in held else read_item(path))
 
 
 def _each(given: Any) -> Iterable[Any]:
     """Return the items of a collection, such as a torch dataset, which may have no end for ``iter``."""
-    if is_one(given):
+    given = _plain(given)
+    if _is_array(given) and given.ndim == 4:
+        return _bytes(given, "photos")
+    if is_one(given) or _is_array(given):
         return [given]
     if (files := _files(given)) is not None:
         return files
@@ -225,6 +282,7 @@ def _apart(given: Any, columns: Columns | None) -> tuple[Any, Iterable[object]]:
 def _name(label: object, names: Sequence[object] | None, place: int) -> str:
     if label is None:
         raise InputError(f"photo {place}: it has no label")
+    label = label.item() if hasattr(label, "item") else label  # of torch or NumPy
     if names is None or not isinstance(label, Integral):
         return str(label)
     number = int(label)
@@ -234,29 +292,62 @@ def _name(label: object, names: Sequence[object] | None, place: int) -> str:
 
 
 def _encoded(picture: object, name: str) -> bytes:
-    way_out = ""
-    if hasattr(picture, "detach"):
-        picture, way_out = _of_tensor(picture), "; give the dataset without a transform that normalises"
+    if _is_file(picture):
+        return _read(picture, name)
+    picture = _plain(picture)
     if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or not is_one(picture):
-            expected = f"expected uint8 of shape [h, w, 3]{way_out}"
-            raise InputError(f"{name}: {picture.dtype} of shape {picture.shape}; {expected}")
-        picture = Image.fromarray(picture.squeeze())
+        picture = Image.fromarray(_bytes(_channels_last(picture, name), name))
     if not isinstance(picture, Image.Image):
         raise InputError(f"{name}: got a {type(picture).__name__}; expected a path, a PIL image, an array or bytes")
     upright = ImageOps.exif_transpose(picture)
-    plain = upright if upright.mode in ("L", "LA", "P", "RGB", "RGBA", "I;16") else upright.convert("RGB")
+    deep = upright.mode in ("I", "F")  # scaled to 8 bits when decoded
+    plain = upright if deep or upright.mode in ("L", "LA", "P", "RGB", "RGBA", "I;16") else upright.convert("RGB")
     buffer = io.BytesIO()
-    plain.save(buffer, "PNG", compress_level=0)
+    plain.save(buffer, "TIFF" if deep else "PNG", compress_level=0)
     return buffer.getvalue()
 
 
-def _of_tensor(tensor: Any) -> npt.NDArray[Any]:
-    """Convert a tensor of shape ``[3, h, w]`` or ``[1, h, w]`` to an array of shape ``[h, w, 3]`` or ``[h, w, 1]``.
+def _read(file: Any, name: str) -> bytes:
+    """Return the whole contents of an open file, from its start if it has one, as Pillow does."""
+    try:
+        if getattr(file, "seekable", bool)():
+            file.seek(0)
+        data = file.read()
+        if not isinstance(data, bytes):
+            raise TypeError(f"read() returned a {type(data).__name__}")
+    except Exception as error:  # any object can have a method ``read``
+        raise InputError(f"{name}: cannot be read ({first_line(error)}); open the file in binary mode") from None
+    return data
 
-    Values from 0 to 1, as torchvision's ``ToTensor`` returns them, are converted to uint8. Others stay as they are.
-    """
-    array: npt.NDArray[Any] = tensor.detach().cpu().numpy()
-    array = np.moveaxis(array, 0, -1) if array.ndim == 3 and array.shape[0] in (1, 3) else array
-    floating = np.issubdtype(array.dtype, np.floating) and bool(((array >= 0) & (array <= 1)).all())
-    return np.round(255 * array).astype(np.uint8) if floating else array
+
+def _channels_last(array: Array, name: str) -> Array:
+    """Return a photo of shape ``[h, w, c]``, or ``[h, w]`` if it is grey. Raises InputError if it has another shape."""
+    shape = array.shape
+    axes = [axis for axis, numbers in ((0, (1, 3)), (2, (1, 3, 4))) if array.ndim == 3 and shape[axis] in numbers]
+    grey = array.ndim == 2 and array.dtype.kind != "f"
+    if not array.size or not (grey or len(axes) == 1):
+        raise InputError(
+            f"{name}: {array.dtype} of shape {shape}; expected [h, w, 3] or [3, h, w], with 1 instead of 3 for grey; "
+            "a batch is [b, h, w, 3] or [b, 3, h, w]"
+        )
+    last = array if grey else np.moveaxis(array, axes[0], 2)
+    return last[..., 0] if last.shape[2:] == (1,) else last
+
+
+def _bytes(array: Array, name: str) -> npt.NDArray[np.uint8]:
+    """Return pixels as bytes. Raises InputError if they are neither bytes nor floats from 0 to 1 or whole to 255."""
+    if array.dtype == np.uint8 or not array.size:
+        return array.astype(np.uint8, copy=False)
+    if array.dtype.kind != "f":
+        raise InputError(f"{name}: {array.dtype} pixels; give uint8, or floats from 0 to 1")
+    low, high = float(array.min()), float(array.max())
+    if not np.isfinite([low, high]).all():
+        raise InputError(f"{name}: contains NaN or infinity")
+    scaled = round(255 * low) >= 0 and round(255 * high) <= 255
+    if not scaled and not (low >= 0 and high <= 255 and (array == np.rint(array)).all()):
+        raise InputError(
+            f"{name}: values from {low:.3g} to {high:.4g}; give the pixels before normalisation, as uint8 or as floats "
+            "from 0 to 1"
+        )
+    pixels: npt.NDArray[np.uint8] = np.rint(255 * array if scaled else array).astype(np.uint8)
+    return pixels
