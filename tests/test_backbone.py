@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import logging
 import os
+import pickle
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -598,3 +601,86 @@ def test_a_model_in_memory_can_be_given_its_name_and_tag():
     given = OpenClipBackbone.of(model, preprocess, open_clip.get_tokenizer("RN50"), name="RN50", pretrained="openai")
     assert (given.identity.model, given.identity.pretrained) == ("RN50", "openai")
     assert given.identity.config == backbone._config_digest(backbone._plan("RN50", "openai"))
+
+
+# -- pickles --
+
+
+def carried(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def test_a_pickled_backbone_opens_its_model_again_on_first_use(image_weights, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(image_weights[0].parent)
+    model = load_backbone("timm:tf_efficientnet_lite0", "lite0.pth", device="cpu", runtime="torch")
+    data = pickle.dumps(model)
+    assert len(data) < 10_000
+    monkeypatch.chdir(tiny_folder.parent)
+    there, pixels = pickle.loads(data), some_pixels(model)
+    assert (there._opened, there.identity, there.dim, there.has_text) == (None, model.identity, 1280, False)
+    np.testing.assert_array_equal(there.encode_images(pixels), model.encode_images(pixels))
+    assert pickle.loads(data)._opened is there._opened  # tasks of joblib share one model
+    dual = load_backbone(f"local-dir:{tiny_folder.name}", device="cpu", runtime="torch")
+    data = pickle.dumps(dual)
+    monkeypatch.chdir(tmp_path)
+    there = pickle.loads(pickle.dumps(pickle.loads(data)))
+    assert (there.logit_scale, there._opened) == (dual.logit_scale, None)
+    np.testing.assert_array_equal(there.encode_texts(["a cat"]), dual.encode_texts(["a cat"]))
+    np.testing.assert_array_equal(there.encode_images(some_pixels(dual)), dual.encode_images(some_pixels(dual)))
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_pickled_backbone_names_a_model_that_is_gone_or_replaced(tmp_path, replaced):
+    data = pickle.dumps(load_backbone(f"local-dir:{tiny(tmp_path / 'model', seed=7)}", device="cpu", runtime="torch"))
+    shutil.rmtree(tmp_path / "model")
+    words = "model: no such model folder"
+    if replaced:
+        tiny(tmp_path / "model", seed=8)
+        words = "made with encoder local-dir:.*model .* but .* is in use"
+    there = pickle.loads(data)
+    for _ in range(2):
+        with pytest.raises(BackboneError, match=words) as error:
+            there.encode_images(torch.zeros(2, 3, 32, 32))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("carry", [carried, copy.deepcopy, copy.copy])
+def test_copies_of_a_trained_backbone_have_its_weights(tiny_folder, carry):
+    model = load_backbone(f"local-dir:{tiny_folder}", device="cpu", runtime="torch")
+    plain = carry(model).encode_texts(["a cat"])
+    for parts in (["visual"], ["text"]):
+        a_step(model, parts)
+        there = carry(carry(model))
+        assert there.identity == model.identity
+        np.testing.assert_array_equal(there.encode_images(some_pixels(model)), model.encode_images(some_pixels(model)))
+    np.testing.assert_array_equal(there.encode_texts(["a cat"]), model.encode_texts(["a cat"]))
+    assert not np.array_equal(there.encode_texts(["a cat"]), plain)
+    state = load_backbone(f"local-dir:{tiny_folder}", device="cpu").tuned(PARTS)
+    there.adopt(state)
+    assert (there.identity == model.identity) == (carry is copy.copy)  # which shares the model
+
+
+def test_a_backbone_pickled_on_a_gpu_runs_on_the_cpu_of_another_machine(tiny_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = load_backbone(f"local-dir:{tiny_folder}", device="cpu")
+    expected = model.encode_texts(["a cat"])
+    model._device, model._precision = torch.device("cuda"), "float16"
+    there = carried(model)
+    assert (there._device.type, there.precision) == ("cpu", "float32")
+    np.testing.assert_array_equal(there.encode_texts(["a cat"]), expected)
+
+
+def test_a_model_in_memory_is_pickled_with_its_weights(tmp_path):
+    from retrieval_tip.backbones.open_clip import OpenClipBackbone
+
+    name = f"local-dir:{tiny(tmp_path / 'model')}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    given = OpenClipBackbone.of(model, preprocess, open_clip.get_tokenizer(name), name="mine")
+    expected = given.encode_texts(["a cat"])
+    shutil.rmtree(tmp_path / "model")
+    for there in (carried(given), copy.deepcopy(given)):
+        view = there.preprocess(picture())
+        torch.testing.assert_close(view, given.preprocess(picture()))
+        np.testing.assert_array_equal(there.encode_images(view[None]), given.encode_images(view[None]))
+        np.testing.assert_array_equal(there.encode_texts(["a cat"]), expected)
+        assert there.identity == given.identity

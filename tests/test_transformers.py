@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 
 import numpy as np
 import pytest
@@ -93,6 +94,10 @@ def test_an_index_loads_its_model_again_and_the_towers_can_be_trained(folder, tm
     assert clf.predict(tmp_path / "photos/dog/1.png").neighbours[0].affinity == pytest.approx(1, abs=1e-4)
     backbone, lazy = (load_backbone(f"hf:{folder}", device="cpu", lazy=True) for _ in range(2))
     assert (lazy._opened, lazy.identity, lazy.text_key) == (None, backbone.identity, backbone.text_key)
+    for one in (backbone, lazy):
+        np.testing.assert_array_equal(
+            pickle.loads(pickle.dumps(one)).encode_texts(["a cat"]), backbone.encode_texts(["a cat"])
+        )
     names = {part: list(backbone.tuned([part])) for part in ("visual", "text")}
     assert all(name.startswith(f"{part}.") for part, own in names.items() for name in own)
     assert sum(map(len, names.values())) >= len(list(transformers.AutoModel.from_pretrained(folder).parameters())) - 2

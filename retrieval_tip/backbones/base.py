@@ -165,6 +165,14 @@ def resolve_device(device: str = "auto") -> str:
     raise UsageError(f"device {device!r}: expected auto, cpu or cuda")
 
 
+def present(device: str) -> str:
+    """Return a device, or ``cpu`` if this machine lacks it."""
+    try:
+        return resolve_device(device)
+    except UsageError:
+        return "cpu"
+
+
 def _unusable() -> str | None:
     """Return why torch cannot use the GPU, ``""`` if there is no GPU, or ``None`` if torch can use it."""
     import torch

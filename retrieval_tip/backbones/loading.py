@@ -105,7 +105,7 @@ def _uncollected() -> Iterator[None]:
 
 @_uncollected()
 def _of(names: tuple[str, str | None], how: Execution, found: Known | None = None) -> TorchBackbone:
-    name, tag = names
+    name, tag = _from_anywhere(*names)
     if name.startswith("timm:"):
         return TorchBackbone(partial(timm.open_model, name.removeprefix("timm:"), tag), how, found)
     if name.startswith("hf:"):
@@ -113,6 +113,17 @@ def _of(names: tuple[str, str | None], how: Execution, found: Known | None = Non
             raise UsageError(f"pretrained {tag!r}: {name} has its own weights; omit --pretrained")
         return TorchBackbone(partial(transformers.open_model, name.removeprefix("hf:")), how, found)
     return open_clip.OpenClipBackbone(partial(open_clip.open_model, name, tag), how, found)
+
+
+def _from_anywhere(model: str, pretrained: str | None) -> tuple[str, str | None]:
+    """Make paths in the names absolute, so that a pickle with these names can be loaded in any folder."""
+    scheme, _, folder = model.partition(":")
+    if scheme in ("local-dir", "hf") and Path(folder).is_dir():
+        model = f"{scheme}:{Path(folder).absolute()}"
+    tag, sign, file = (pretrained or "").rpartition("=")
+    if "." in file and Path(file).is_file():  # tags have no dots
+        pretrained = f"{tag}{sign}{Path(file).absolute()}"
+    return model, pretrained
 
 
 def write_tuned(path: str | os.PathLike[str], state: Mapping[str, torch.Tensor]) -> None:

@@ -222,7 +222,11 @@ class OpenClipBackbone(TorchBackbone):
         plan = _plan(name, pretrained) if has(name) else _Plan(name, pretrained, None, {}, name)
         architecture = f"sha256:{hashlib.sha256(repr(model).encode()).hexdigest()}"
         opened = _opened(plan, frozen(model), preprocess, _config_digest(plan) if has(name) else architecture)
-        return cls(lambda _: replace(opened, tokenizer=lambda: tokenizer), how)
+        return cls(replace(opened, tokenizer=partial(_same, tokenizer)), how)
+
+
+def _same(tokenizer: Tokenizer) -> Tokenizer:
+    return tokenizer
 
 
 def _filled_once(create: Callable[[], _Created]) -> _Created:

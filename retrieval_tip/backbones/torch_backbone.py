@@ -10,13 +10,13 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import numpy as np
 
 from retrieval_tip.backbones import tower
-from retrieval_tip.backbones.base import PARTS, Execution, FloatArray, Identity, same_backbone, view_size
+from retrieval_tip.backbones.base import PARTS, Execution, FloatArray, Identity, present, same_backbone, view_size
 from retrieval_tip.backbones.known import Files, Known
 from retrieval_tip.errors import BackboneError, UsageError
 from retrieval_tip.settings import Precision
@@ -39,6 +39,8 @@ VIEW_SCALE = (0.5, 1.0)
 VIEW_RATIO = (3 / 4, 4 / 3)
 SAMPLED = 64  # number of values per parameter that are compared to detect a change of the weights
 
+_SHARED = ("_opened", "_original", "_digested", "_tower")  # attributes that equal backbones can share
+
 _OPENING = threading.Lock()
 _CONVOLUTIONS = threading.RLock()  # the precision of convolutions is a process-wide setting
 
@@ -47,7 +49,8 @@ _CONVOLUTIONS = threading.RLock()  # the precision of convolutions is a process-
 class Opened:
     """A frozen model, its identity without the digest of the weights, and a factory for its tokenizer, if any.
 
-    ``files`` are the files that the model was loaded from, if they are known.
+    ``files`` are the files that the model was loaded from, if they are known. If the model was not loaded by a name,
+    this object takes the place of the function that opens it.
     """
 
     model: Model
@@ -57,12 +60,23 @@ class Opened:
     tokenizer: Callable[[], Tokenizer] | None
     files: Files | None = None
 
+    def __call__(self, _: torch.device) -> Opened:
+        """Return the model itself, which stays on its device."""
+        return self
+
 
 class TorchBackbone:
     """A :class:`base.Backbone` whose parts, ``visual`` and ``text``, can be trained and stored.
 
     Create one with :func:`loading.load_backbone`. Methods that take a part raise UsageError if its name is unknown.
+
+    A pickle has the names of the model, which is loaded again on first use. It has no weights, unless they were changed
+    after the model was loaded, or if the model was given in memory.
     """
+
+    _last: ClassVar[TorchBackbone | None] = None
+    """The last backbone that was unpickled in this process. The next one shares its model, since joblib unpickles one
+    per task."""
 
     def __init__(self, open_model: Open, how: Execution, known: Known | None = None) -> None:
         """Open the model on its device, or on first use if it is already ``known``."""
@@ -74,6 +88,7 @@ class TorchBackbone:
         self._tower: tuple[str, tower.Tower | None] | None = None  # fingerprint of the weights, and their tower
         self._is_trained = False
         self._opened: Opened | None = None
+        self._original = torch.empty(0)  # sample of the weights when the model was opened
         self._digested: torch.Tensor | None = None  # sample of the weights that were digested
         self._known = known
         dim: int | None
@@ -91,6 +106,7 @@ class TorchBackbone:
         if self._device.type == "cuda":
             # the pixels have the same format; on a CPU, weights are packed anyway
             opened.model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._original = torch.cat(_sampled(opened.model))
         return opened
 
     def _open_model(self) -> Opened:
@@ -103,6 +119,45 @@ class TorchBackbone:
                 same_backbone(self._identity, identity, "index")
                 self._opened, self._digested = opened, torch.cat(_sampled(opened.model))
             return self._opened
+
+    def __copy__(self) -> Self:
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        other = memo[id(self)] = object.__new__(type(self))
+        other.__dict__ |= copy.deepcopy(self.__dict__, memo)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        import torch
+
+        derived = (*_SHARED, "_samples", "_tokenizer", "text_key")
+        state = {name: value for name, value in self.__dict__.items() if name not in derived}
+        state |= dict.fromkeys(_SHARED) | {"_identity": self.identity}
+        opened = self._opened
+        if opened is None or opened is self._open:
+            return state | {"_opened": opened}
+        names, key = (self._identity.model, self._identity.pretrained), self.__dict__.get("text_key")
+        if not torch.cat(self._samples).equal(self._original):
+            state["_open"] = partial(_reopened, self._open, self.tuned(PARTS))
+        return state | {"_known": Known(names, self._identity, self._dim, self.logit_scale, key)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        import torch
+
+        self.__dict__ |= state
+        if self._device.type != present(str(self._device)).partition(":")[0]:
+            self._device, self._precision = torch.device("cpu"), "float32"
+        last, TorchBackbone._last = TorchBackbone._last, self
+        if self._opened is None and last is not None and last._is_as(self):
+            self.__dict__ |= {name: getattr(last, name) for name in _SHARED}
+
+    def _is_as(self, other: TorchBackbone) -> bool:
+        """Return whether two backbones have equal models and encode with them in the same way."""
+        names = ("identity", "_device", "_precision", "_runtime")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     @property
     def _model(self) -> Model:
@@ -370,6 +425,13 @@ class TorchBackbone:
             return name.startswith("text.")
         # in OpenAI's CLIP, the text modules are attributes of the model itself
         return not name.startswith(("visual.", "logit_scale", "logit_bias"))
+
+
+def _reopened(open_model: Open, state: Mapping[str, torch.Tensor], device: torch.device) -> Opened:
+    """Open a model, and replace its tensors by those of :meth:`TorchBackbone.tuned`."""
+    opened = open_model(device)
+    opened.model.load_state_dict(dict(state), strict=False)
+    return opened
 
 
 def _without_gradient(forward: Callable[[_T], torch.Tensor], given: _T) -> FloatArray:

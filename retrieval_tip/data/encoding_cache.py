@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -81,6 +82,11 @@ class EncodingCache:
         if folder is None:
             raise UsageError("encoding cache: there is no home folder to store it; give --cache FOLDER or --no-cache")
         return folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the folder. The default folder is that of the process that loads the pickle."""
+        folder = self.path.parent
+        return type(self).at, (None if folder == cache_folder() else folder,)
 
     def _unusable(self, error: Exception) -> InputError:
         return InputError(
