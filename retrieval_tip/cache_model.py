@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from retrieval_tip import tip
 from retrieval_tip.answering import AnsweringIndex, EditableIndex, manifest_of
-from retrieval_tip.backbones.base import Identity, resolve_device
+from retrieval_tip.backbones.base import Identity, present, resolve_device
 from retrieval_tip.data.shots import spread
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.files import real
@@ -382,6 +382,33 @@ class CacheModel(KeyEdits):
 
     __repr__ = AnsweringIndex.__repr__  # replaces the one that dataclass generates
 
+    def __copy__(self) -> Self:
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the arrays without the folder, and without the sums, which the next fit computes again."""
+        state = {own.name: getattr(self, own.name) for own in fields(self)}
+        index = None if self.exact_search else self.index.to_array()  # an exact index is quick to build
+        return state | {
+            "keys": _in_memory(self.keys), "points": None if self.points is None else _in_memory(self.points),
+            "text_weights": self.text_weights.cpu(), "values": None if self.values is None else self.values.cpu(),
+            "metric": None if self.metric is None else self.metric.to("cpu"), "index": (self.index.factory, index),
+            "prior": None if self.prior is None else np.array(self.prior), "folder": None, "version": None,
+        }  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        (factory, stored), prior, device = state.pop("index"), state.pop("prior"), present(state.pop("device"))
+        state |= {name: _writable(state[name]) for name in ("keys", "points") if state[name] is not None}
+        first = segments_of(state["keys"] if state["points"] is None else state["points"])[0]
+        if stored is None:
+            index = VectorIndex.build(first, factory, device)
+        else:
+            index = VectorIndex.of_array(stored, factory, device, first.dtype == np.float16)
+        self.__init__(**state, index=index, device=device)  # type: ignore[misc]
+        self.prior = prior
+
     @property
     def retrieval(self) -> IndexRetrieval:
         return IndexRetrieval(
@@ -642,6 +669,16 @@ class CacheModel(KeyEdits):
         contents = _contents(self).write(writer, self._stored)
         self.tuned = contents.weights
         self._stored = Stored.of(_commit(self, writer, change), contents)
+
+
+def _in_memory(array: KeyArray | Segments) -> KeyArray | Segments:
+    """Return arrays that are not memory-mapped."""
+    return joined([np.array(part) if isinstance(part, np.memmap) else part for part in segments_of(array)])
+
+
+def _writable(array: KeyArray | Segments) -> KeyArray | Segments:
+    """Return arrays that torch accepts. In a process of joblib, they are mapped from a file that is read-only."""
+    return joined([np.require(part, requirements="W") for part in segments_of(array)])
 
 
 def _opened(cls: type[T], place: Path, manifest: Manifest, device: str, precision: Precision) -> T:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import Any, Literal, Self, cast
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.backbones.base import Backbone, resolve_device, unit
+from retrieval_tip.backbones.base import Backbone, unit
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
@@ -22,7 +21,6 @@ from retrieval_tip.errors import InputError, UsageError, install
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.retrieval.inputs import Features
-from retrieval_tip.retrieval.keys import index_over
 from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName
 
 try:
@@ -77,8 +75,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         cache_: the underlying :class:`CacheModel`. Its key ids are the row numbers of ``X``. Use ``cache_.save`` to
             write an index.
 
-    You can pickle a fitted estimator. The FAISS index is rebuilt when you load it, so an approximate index may retrieve
-    slightly different keys. As with any pickle, only load files that you trust.
+    You can pickle a fitted estimator. As with any pickle, only load files that you trust.
     """
 
     classes_: Array
@@ -213,24 +210,6 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         key_ids = np.where(rows < 0, -1, self.cache_.labels["key_id"].to_numpy()[rows])
         return np.take_along_axis(affinity, order, axis=1), np.take_along_axis(key_ids, order, axis=1)
 
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = dict(super().__getstate__())
-        cache = state.get("cache_")
-        if cache is not None:
-            parts = {field.name: getattr(cache, field.name) for field in fields(cache)}
-            state["cache_"] = parts | {"index": cache.index.factory, "text_weights": cache.text_weights.cpu()}
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        parts = state.get("cache_")
-        if parts is not None:
-            device = resolve_device(state["device"])
-            ids = parts["labels"]["class_id"].to_numpy().astype(np.int64)
-            keys = parts["keys"] if parts["points"] is None else parts["points"]
-            index = index_over(keys, ids, len(parts["class_names"]), parts["index"], device)
-            state = state | {"cache_": CacheModel(**parts | {"index": index, "device": device})}
-        super().__setstate__(state)
-
     def _first(self, X: npt.ArrayLike, y: npt.ArrayLike, labels: npt.ArrayLike | None) -> Self:
         """Fit the first rows. ``labels`` defaults to the labels in ``y``."""
         normalize = bool(self.normalize)
@@ -339,6 +318,9 @@ class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sc
         self.model = model
         self.pretrained = pretrained
         self.device = device
+
+    def __sklearn_clone__(self) -> Self:
+        return type(self)(self.model, self.pretrained, self.device)  # the same backbone, since a copy may be large
 
     def fit(self, X: object, y: object = None) -> Self:
         """Load the backbone. If you do not call this method, the first call of :meth:`transform` does."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +29,7 @@ from retrieval_tip.backbones.base import Identity
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
+from retrieval_tip.fit import closed_form
 from retrieval_tip.predictions import Prediction, Predictions
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.settings import Settings
@@ -592,6 +595,37 @@ def test_a_loaded_index_gives_the_same_answers_bit_for_bit(index: str, dtype: ty
     assert loaded.keys.dtype == dtype
     assert loaded.labels.equals(cache.labels)
     assert retrieval_tip.verify(tmp_path / "x").n == N
+
+
+@pytest.mark.parametrize("carry", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize("index", ["Flat", "IVF16,Flat", "HNSW32", "SQ8", "Classes"])
+def test_a_pickled_index_gives_the_same_answers_without_its_folder(index: str, carry: Any, tmp_path: Path) -> None:
+    cache = model(index=index, k=None if index == "Flat" else 9, keys=KEYS.astype(np.float16))
+    if index == "Flat":
+        closed_form.fit(cache, closed_form.Fit("within", "solved"))
+    cache.index.effort = 3
+    cache.save(tmp_path / "index")
+    cache = CacheModel.load(tmp_path / "index", device="cpu")
+    cache.add(unit(KEYS[:5] + 0.1), Y[:5])  # the second segment
+    there = carry(cache)
+    shutil.rmtree(tmp_path / "index")
+    assert (there.folder, there.version, there.index.effort) == (None, None, cache.index.effort)
+    np.testing.assert_array_equal(there.logits(QUERIES), cache.logits(QUERIES))
+    assert there.classify(QUERIES) == cache.classify(QUERIES)
+    added = there.add(QUERIES[:2], [0, 1])
+    assert (added, there.n, cache.n) == ([N + 5, N + 6], N + 7, N + 5)
+    there.save(tmp_path / "again")
+    opened = CacheModel.load(tmp_path / "again", device="cpu")
+    np.testing.assert_array_equal(opened.logits(QUERIES), there.logits(QUERIES))
+
+
+def test_a_pickle_from_a_gpu_is_loaded_on_the_cpu_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cache = model()
+    cache.device = "cuda:1"
+    there = pickle.loads(pickle.dumps(cache))
+    assert there.device == "cpu"
+    np.testing.assert_array_equal(there.logits(QUERIES), model().logits(QUERIES))
 
 
 def test_every_setting_survives_saving(tmp_path: Path) -> None:

@@ -207,6 +207,16 @@ class VectorIndex:
         except OSError as error:
             raise StoreError(f"{path}: cannot be written: {error.strerror or error}") from None
 
+    def to_array(self) -> npt.NDArray[np.uint8]:
+        """Return the contents of the file that :meth:`save` would write."""
+        array: npt.NDArray[np.uint8] = faiss().serialize_index(self._cpu)
+        return array
+
+    @classmethod
+    def of_array(cls, array: npt.NDArray[np.uint8], factory: str, device: str, half: bool) -> VectorIndex:
+        """Return the index whose contents are given, as returned by :meth:`to_array`."""
+        return cls(faiss().deserialize_index(array), factory, device, half)
+
     @property
     def n(self) -> int:
         """Number of vectors, including those added by :meth:`plus`."""

@@ -155,7 +155,7 @@ def _sums(folder: Path, manifest: Manifest, labels: pa.Table) -> Sums:
 def metric_of(array: npt.NDArray[np.floating]) -> tip.Metric:
     """Convert a float32 array of shape ``[1 + d, d]`` to a metric. Row 0 is the mean, the rest is the transform."""
     whole = torch.from_numpy(np.array(array))
-    return tip.Metric(whole[0], whole[1:])
+    return tip.Metric(whole[0].clone(), whole[1:])  # a pickle of a view would have the whole array
 
 
 @dataclass(frozen=True)
