@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import inspect
 import io
+import json
+import pickle
 import re
 import shutil
+import subprocess
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import warm
 from PIL import Image
 from tables import tiny
 
@@ -39,6 +45,7 @@ from retrieval_tip.index import changes
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.labelling.sort import sort_photos
 from retrieval_tip.report.report import write_report
+from retrieval_tip.retrieval.segments import segments_of
 
 
 def noisy_photo(seed, colour):
@@ -454,6 +461,12 @@ def test_finetune_writes_a_new_index(place, kept, tmp_path):
     again.rollback()
     assert again.encoder.backbone.identity == again.cache.backbone == clf.cache.backbone
     assert again.predict(photo).probability == pytest.approx(clf.predict(photo).probability, abs=1e-5)
+    data, expected = pickle.dumps(again), again.predict(photo)
+    shutil.rmtree(tmp_path / "saved")
+    copied = pickle.loads(data)
+    assert copied.predict(photo) == expected
+    copied.save(tmp_path / "copied")
+    assert Classifier.load(tmp_path / "copied", device="cpu").predict(photo).probabilities == expected.probabilities
     held = Classifier.from_images(Dataset(), model=f"local-dir:{place / 'model'}", device="cpu")
     with pytest.raises(InputError, match="photo 0: no such file"):
         held.finetune(None, recipe)
@@ -510,6 +523,91 @@ def test_an_exported_graph_gives_the_same_probabilities(place, clf, tmp_path):
     np.testing.assert_allclose(graph.run(["probabilities"], {"features": f})[0], clf.predict_proba(f), atol=1e-4)
     clf.export_onnx(tmp_path / "pixels.onnx")
     assert [one.name for one in runtime.InferenceSession(tmp_path / "pixels.onnx").get_inputs()] == ["pixels"]
+
+
+def test_score_and_classes_are_those_of_scikit_learn(place, clf):
+    from sklearn.metrics import accuracy_score
+
+    new = open_source(place / "new")
+    clf.relabel("red", where="label = 'blue'")
+    answers = [answer.label for answer in clf.predict(new.paths)]
+    assert 0 < clf.score(new.paths, new.labels) == accuracy_score(new.labels, answers) < 1
+    assert clf.score(place / "new", np.array(new.labels)) == clf.score(new.paths, new.labels)
+    assert clf.score(Image.open(new.paths[0]), [answers[0]]) == 1
+    assert clf.score(clf.encoder.encode(new).features, answers) == 1
+    assert isinstance(clf.classes_, np.ndarray)
+    np.testing.assert_array_equal(clf.classes_[clf.predict_proba(new.paths).argmax(1)], answers)
+    with pytest.raises(InputError, match=r"^y: got 5 labels for 6 photos; give one per photo"):
+        clf.score(new.paths, answers[1:])
+    with pytest.raises(InputError, match=r"^y: 0 is not a class of this index; it has blue, green, red$"):
+        clf.score(new.paths, np.arange(6) % 3)
+
+
+def test_a_pickled_classifier_works_in_another_process_without_its_folder(place, tmp_path, warm_path):
+    joblib, sklearn = pytest.importorskip("joblib"), pytest.importorskip("sklearn.pipeline")
+    from retrieval_tip import ImageEncoder, TipAdapterClassifier
+
+    clf = Classifier.from_folder(place / "photos", f"local-dir:{place / 'model'}", device="cpu", views=2)
+    folder, photo, photos = clf.cache.folder, str(place / "new/red/6.png"), open_source(place / "photos")
+    pipeline = sklearn.make_pipeline(ImageEncoder(clf.encoder.backbone), TipAdapterClassifier(alpha=1.0, device="cpu"))
+    pipeline.fit(photos.paths, photos.labels)
+    expected, data = [clf.predict_proba(photo), pipeline.predict_proba([photo])], pickle.dumps(clf)
+    joblib.dump(clf, tmp_path / "clf.joblib")
+    del clf
+    gc.collect()
+    assert not folder.exists()
+    assert str(folder.parent).encode() not in data
+    (tmp_path / "both.pickle").write_bytes(pickle.dumps((pickle.loads(data), pipeline)))
+    script = (
+        "import joblib, pathlib, pickle, warnings; warnings.simplefilter('error')\n"
+        "clf, pipeline = pickle.loads(pathlib.Path('both.pickle').read_bytes())\n"
+        "mapped = joblib.load('clf.joblib', mmap_mode='r')  # as the arguments of a process of joblib\n"
+        f"print([one.predict_proba([{photo!r}]).tolist() for one in (clf, mapped, pipeline)])\n"
+        f"print(clf); print(clf.add({photo!r}, 'red').version, clf.cache.labels['views'].to_pylist()[-1])\n"
+        "clf.save('new')"
+    )
+    done = subprocess.run([warm.python(warm_path), "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == ""
+    chances, shown, added = done.stdout.splitlines()
+    np.testing.assert_allclose(json.loads(chances), [expected[0], *expected], atol=1e-6)
+    assert (shown.endswith(f"{place / 'model'}, not saved)"), added) == (True, "2 2")
+    assert len(Classifier.load(tmp_path / "new", device="cpu")) == 19
+
+
+@pytest.mark.parametrize("carry", [copy.deepcopy, lambda clf: pickle.loads(pickle.dumps(clf))])
+def test_a_copy_of_a_classifier_is_independent_of_its_index(place, clf, tmp_path, carry):
+    clf.fit(metric="within", values="solved")
+    clf.add(place / "new/red/6.png", "red")  # a second segment
+    expected, history = clf.predict(place / "new"), len(clf.history())
+    other = carry(clf)
+    other.remove(key_ids=[0])
+    assert (len(clf), len(other), len(clf.history())) == (19, 18, history)
+    assert copy.copy(clf).cache is clf.cache
+    stored = Classifier.load(clf.cache.folder, device="cpu").save(f"lance://{tmp_path}/store.lance")
+    copies = [carry(clf), carry(stored)]
+    shutil.rmtree(clf.cache.folder)
+    for one in copies:
+        assert [answer.label for answer in one.predict(place / "new")] == [answer.label for answer in expected]
+        assert {type(part) for part in segments_of(one.cache.keys)} == {np.ndarray}  # and not memory-mapped
+        assert "not saved" in repr(one)
+        assert len(one.remove(key_ids=[1]).key_ids) == 1
+
+
+@pytest.mark.soak  # starting processes takes ten seconds
+def test_classifiers_and_encoders_work_in_processes_of_joblib(place, clf):
+    joblib, sklearn = pytest.importorskip("joblib"), pytest.importorskip("sklearn.pipeline")
+    from sklearn.model_selection import cross_val_score
+
+    from retrieval_tip import ImageEncoder, TipAdapterClassifier
+
+    new, photos = open_source(place / "new").paths, open_source(place / "photos")
+    backbone = load_backbone(f"local-dir:{place / 'model'}", device="cpu")
+    pipeline = sklearn.make_pipeline(ImageEncoder(backbone), TipAdapterClassifier(alpha=1.0, device="cpu"))
+    with joblib.Parallel(2, max_nbytes=100) as parallel:  # the arrays arrive memory-mapped
+        found = parallel(joblib.delayed(clf.predict)(path) for path in new)
+    assert found == [clf.predict(path) for path in new]
+    alone, both = (cross_val_score(pipeline, photos.paths, photos.labels, cv=2, n_jobs=n) for n in (None, 2))
+    np.testing.assert_array_equal(both, alone)
 
 
 def test_answers_are_shown_in_one_line(place, clf):
@@ -590,16 +688,13 @@ def test_misuse_gives_one_clear_error(place, kept, words):
     assert clf.cache.reload() is clf.cache  # nothing changed
 
 
-def test_methods_that_need_a_folder_or_an_encoder_say_so(place, tmp_path):
+def test_methods_that_need_an_encoder_say_so(place, tmp_path):
     from tables import unit_rows, write_table
 
     cache = CacheModel.from_features(np.eye(4, dtype=np.float32), ["a", "a", "b", "b"], ["a", "b"])
     loose = Classifier(cache, Encoder())
     assert loose.predict_proba(np.eye(4, dtype=np.float32)).shape == (4, 2)
-    for call in (lambda: loose.add(PHOTO, "a"), lambda: loose.remove(key_ids=[0]), loose.history, loose.rollback,
-                 loose.fit, loose.finetune, lambda: loose.merge("x"), lambda: loose.push("a/b")):  # fmt: skip
-        with pytest.raises(UsageError, match="index: has no folder yet; write one with"):
-            call()
+    assert (len(loose.remove(key_ids=[0]).key_ids), len(loose), len(loose.history())) == (1, 3, 2)
     build_index(open_source(write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["red", "green", "blue"] * 2)),
                 tmp_path / "i", Encoder(), device="cpu", fit="none")  # fmt: skip
     bare, new = Classifier.load(tmp_path / "i", device="cpu"), place / "new"
@@ -761,6 +856,7 @@ def test_a_scikit_learn_pipeline_can_start_with_paths(place):
     np.testing.assert_allclose(features, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-5)
     assert pipeline.score(new.sources, new.labels) > 1 / 3
     np.testing.assert_array_equal(ImageEncoder(backbone).transform(new.sources), features)  # no fit is needed
+    assert pytest.importorskip("sklearn").clone(ImageEncoder(backbone)).model is backbone
     with pytest.raises(InputError, match=r"^gone.png: no such file$"):
         ImageEncoder(backbone).transform(["gone.png"])
     search = pytest.importorskip("sklearn.model_selection").GridSearchCV(

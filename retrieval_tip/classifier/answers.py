@@ -19,7 +19,7 @@ from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.pictures import Picture, Pictures, features_of, is_one, pictures
 from retrieval_tip.data.sources import kind_of, open_inputs, read_item
-from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
+from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, counted, few
 from retrieval_tip.html import markup, table
 from retrieval_tip.labelling.groups import check_fitted, classify_in_groups
 from retrieval_tip.labelling.groups import group_unlike as grouped
@@ -130,6 +130,25 @@ class AnsweringClassifier(OpenIndex):
         logits = torch.tensor(np.array([row["logits"] for row in rows]), dtype=torch.float32)
         chances = tip.probabilities(logits.view(-1, len(self.classes)), self.cache.settings.temperature)
         return np.asarray(chances)
+
+    def score(self, what: Picture | Iterable[Picture] | Features, y: Iterable[object]) -> float:
+        """Return the share of photos or features whose class is right, as scikit-learn's classifiers do.
+
+        ``what`` can be the same as for :meth:`predict`, and ``y`` lists the class of each of them. Unlike
+        ``evaluate``, this counts a shot like any other photo. Raises InputError if ``y`` has another length or has
+        no class of the index.
+        """
+        answers: Any = self.predict(what, neighbours=0)
+        one = isinstance(answers, Prediction)
+        found = [answers.label] if one else answers.to_arrow()["label"].to_pylist()
+        right = [str(label) for label in y]
+        if len(found) != len(right):
+            raise InputError(
+                f"y: got {counted(len(right), 'label')} for {counted(len(found), 'photo')}; give one per photo"
+            )
+        if right and not set(right) & set(self.classes):
+            raise InputError(f"y: {right[0]} is not a class of this index; it has {few(self.classes)}")
+        return float(np.mean(np.array(found) == np.array(right)))
 
     def explain(
         self,

@@ -56,9 +56,7 @@ class EditableClassifier(OpenIndex):
             several = isinstance(what, str | os.PathLike) and Path(what).is_dir()
             given = pictures([str(path) for path in images.find(Path(what))] if several else what).labelled(label)
             source, encoder = given.source, replace(self.encoder, read=given.read, strict=True)
-        if self.cache.manifest is not None:
-            built = self.cache.manifest.built
-            encoder = replace(encoder, views=built.views, seed=built.seed)
+        encoder = replace(encoder, views=self.cache.built.views, seed=self.cache.built.seed)
         added = changes.add(self._place(), source, encoder, text=text, shots=shots, skip_known=skip_known)
         self._use(self.cache.reload())
         return added

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
@@ -9,6 +10,9 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
 
 from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Backbone
@@ -79,6 +83,11 @@ class OpenIndex:
         """The class names, in the order of the logits."""
         return list(self.cache.class_names)
 
+    @property
+    def classes_(self) -> npt.NDArray[np.str_]:
+        """The class names as an array, as in scikit-learn."""
+        return np.array(self.cache.class_names)
+
     def __len__(self) -> int:
         """Number of keys."""
         return self.cache.n
@@ -91,12 +100,33 @@ class OpenIndex:
     def _repr_html_(self) -> str:
         return self.cache._repr_html_()
 
+    def __copy__(self) -> Self:
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the whole index, so that a pickle needs neither its folder nor its store."""
+        cache = copy.copy(self.cache.in_memory())
+        weights, cache.tuned = None if cache.tuned is None else cache.tuned.read_bytes(), None
+        return {"cache": cache, "encoder": self.encoder, "weights": weights}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.cache, self.encoder = state["cache"], state["encoder"]
+        if state["weights"] is not None:
+            self._temporary = TemporaryIndex()
+            self.cache.tuned = self._temporary.place.with_name("weights.safetensors")
+            self.cache.tuned.write_bytes(state["weights"])
+
     def _saved_at(self) -> str | None:
         return None if self._temporary is not None else self.cache.place
 
     def _place(self) -> str:
+        """Return the place of the index. If it has none, write it to a temporary folder."""
         if self.cache.place is None:
-            raise UsageError("index: has no folder yet; write one with cache.save(FOLDER)")
+            self._temporary = self._temporary or TemporaryIndex()
+            self.cache.save(self._temporary.place)
+        assert self.cache.place is not None
         return self.cache.place
 
     def _folder(self) -> Path:
