@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 from contextlib import suppress
 from pathlib import Path
 
+import buckets
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from serving import caltech_photos
+from tables import tiny
 from test_closed_form import clusters, text_of
 from test_onnx import NAMES
 
 from retrieval_tip import CacheModel
+from retrieval_tip.data import remote
 from retrieval_tip.data.exchange import Answered, coco, fiftyone, label_studio
 from retrieval_tip.data.sources import open_items, open_source
 from retrieval_tip.errors import InputError, UsageError
@@ -62,11 +67,11 @@ def test_classify_writes_every_format(run, things, shared, tmp_path):
 
 def test_written_coco_is_read_back(answers, tmp_path):
     file = written(tmp_path, coco(answers, STRANGE))
-    source = open_source(file)
+    source = open_source(file, root="s3://bucket")
     assert list(source.paths) == [answer.path for answer in answers[:4]]
     assert source.labels == [answer.label for answer in answers[:4]]
     assert source.class_names == ("a/b", "cat", "dög")
-    assert open_items(file).items["label"].to_pylist() == [answer.label for answer in answers]
+    assert open_items(file, root="s3://bucket").items["label"].to_pylist() == [answer.label for answer in answers]
 
 
 def test_pycocotools_reads_coco(answers, tmp_path):
@@ -112,7 +117,7 @@ def exported(tasks):
 
 
 def test_labels_come_back_from_label_studio(answers, tmp_path, caplog):
-    source = open_source(written(tmp_path, exported(label_studio(answers))))
+    source = open_source(written(tmp_path, exported(label_studio(answers))), root="s3://bucket/")
     assert list(source.paths) == [answer.path for answer in answers[:4]]
     assert source.labels == [answer.label for answer in answers[:4]]
     assert "left out 1 photo without a label" in caplog.text
@@ -146,6 +151,24 @@ def test_photos_with_several_annotations(tmp_path):
     ]
 
 
+def test_photos_in_a_bucket_are_only_read_below_a_given_root(run, tmp_path, monkeypatch):
+    """Somebody else's label file must not make the program send the user's credentials anywhere."""
+    buckets.use(monkeypatch, buckets.endpoint())
+    bucket, photo = f"s3://{buckets.fresh_bucket()}", io.BytesIO()
+    Image.new("RGB", (8, 8)).save(photo, "PNG")
+    remote.system_of(bucket).pipe_file(f"{bucket}/a.png", photo.getvalue())
+    model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}", "--out", tmp_path / "table.parquet")
+    coco = {"images": [IMAGE | {"file_name": f"{bucket}/a.png"}], "categories": [CATEGORY], "annotations": [NOTE]}
+    for document in (coco, [{"data": {"image": f"{bucket}/a.png"}, "annotations": [choice("cat")]}]):
+        labels = written(tmp_path, document)
+        for root in ((), ("--root", tmp_path), ("--root", f"{bucket}-2")):
+            refused = run("encode", labels, *model, *root)
+            assert refused.exit_code == 1
+            assert f"{bucket}/a.png: lies outside the root; to read it there, give --root {bucket}" in refused.stderr
+        done = run("encode", labels, *model, "--root", bucket)
+        assert done.exit_code == 0, done.stderr
+
+
 IMAGE, CATEGORY = {"id": 1, "file_name": "a.jpg"}, {"id": 1, "name": "cat"}
 NOTE = {"image_id": 1, "category_id": 1}
 WRONG = [
@@ -160,6 +183,7 @@ WRONG = [
     ({"images": [IMAGE | {"id": 0.5}], "categories": [], "annotations": []}, "image 0 has no file_name"),
     ({"images": [IMAGE], "categories": [{"id": 1, "name": " "}], "annotations": []}, "category 0 has no id"),
     ({"images": [IMAGE], "categories": [{"id": None, "name": "x"}], "annotations": []}, "category 0 has no id"),
+    ({"images": [], "categories": [CATEGORY, {"id": 1, "name": "dog"}], "annotations": []}, "category 1 has the id 1"),
     ({"images": [IMAGE], "categories": [CATEGORY], "annotations": [NOTE | {"category_id": 2}]}, "annotation 0 names"),
     ({"images": [IMAGE], "categories": [CATEGORY], "annotations": [NOTE | {"image_id": [1]}]}, "annotation 0 names"),
     ({"images": [IMAGE], "categories": [CATEGORY | {"name": "x" * 5000}], "annotations": [NOTE]}, "longer"),

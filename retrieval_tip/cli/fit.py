@@ -50,7 +50,7 @@ def fit_command(
     values: ValuesName | None,
     class_prior: ClassPrior | None,
     prior: tuple[Place, ...],
-    root: Path | None,
+    root: Path | str | None,
     encoding: EncodingOptions,
 ) -> None:
     """Fit an index to its shots again, in closed form.
@@ -123,7 +123,7 @@ def search_command(
     greedy: bool,
     dry_run: bool,
     as_json: bool,
-    root: Path | None,
+    root: Path | str | None,
     encoding: EncodingOptions,
 ) -> None:
     """Search for the best alpha, beta and k, as in Tip-Adapter.
@@ -306,7 +306,7 @@ def finetune_command(
 @options.ENCODING
 @click.pass_context
 def calibrate_command(
-    ctx: click.Context, folder: Path, source: Path | str, root: Path | None, encoding: EncodingOptions
+    ctx: click.Context, folder: Path, source: Path | str, root: Path | str | None, encoding: EncodingOptions
 ) -> None:
     """Fit the temperature of the probabilities.
 

@@ -278,7 +278,7 @@ def tune_command(
     agreement: float,
     factories: tuple[str, ...],
     dry_run: bool,
-    root: Path | None,
+    root: Path | str | None,
     printing: OutputOptions,
     encoding: EncodingOptions,
 ) -> None:

@@ -48,7 +48,7 @@ def source_of(path: Path | str, reading: ReadingOptions, split: str, *, labelled
     return open_dataset(reading.dataset, Path(path), part)
 
 
-def validation(cache: CacheModel, path: Path | str, root: Path | None, number: KeysMet) -> Source:
+def validation(cache: CacheModel, path: Path | str, root: Path | str | None, number: KeysMet) -> Source:
     """Open ``number`` validation images per class, all images, or by default the published number."""
     from retrieval_tip.fit.search_hp import validation_shots
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from retrieval_tip.cli.group import Function, under
-from retrieval_tip.cli.parameters import FOLDER, INDEX, NUMBER, OUTPUT, POSITIVE, SEED, VIEWS_COUNT, K, count
+from retrieval_tip.cli.parameters import FOLDER, INDEX, NUMBER, OUTPUT, POSITIVE, SEED, SOURCE, VIEWS_COUNT, K, count
 from retrieval_tip.errors import UsageError, show
 from retrieval_tip.settings import (
     ClassPrior,
@@ -77,7 +77,7 @@ class ReadingOptions:
 
     dataset: str | None = None
     split: str | None = None
-    root: Path | None = None
+    root: Path | str | None = None
 
     def without_split(self) -> ReadingOptions:
         """Return the options for a second source, which does not use the ``split`` of the first."""
@@ -175,8 +175,8 @@ ENGINE_OPTION = under("Distributed with Ray", folded=True)
 VERIFY = ANSWER_OPTION("--verify", type=choice(Verify),
                        help="How to check the index before use. With full, every byte is checked. With fast, only the "
                             "size of large files is checked.  [default: full; fast at an address]")  # fmt: skip
-ROOT = READING_OPTION("--root", type=FOLDER,
-                      help="Folder against which relative paths in a table or .json are resolved.")  # fmt: skip
+ROOT = READING_OPTION("--root", type=SOURCE,
+                      help="Folder or bucket for the relative paths in a table or .json.")  # fmt: skip
 NORMS = READING_OPTION("--norms", type=choice(Norms), default="check", show_default=True,
                        help="How to treat the norms of feature rows. With check, they must be 1. With unit, they are "
                             "scaled to 1. With keep, any norm is accepted.")  # fmt: skip

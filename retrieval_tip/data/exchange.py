@@ -78,7 +78,8 @@ def read(file: Path, data: object, root: str | os.PathLike[str] | None) -> Listi
 
     Paths are relative to ``root``, which defaults to the folder of the file, or to ``/`` for files that Label Studio
     serves. Photos with several different labels are listed in ``failed``. Unlabelled photos have the label ``None``.
-    Raises InputError if an entry is invalid.
+    Photos on an object store must lie below ``root``, because reading them uses the credentials of the user. Raises
+    InputError if an entry is invalid.
     """
     if isinstance(data, dict) and isinstance(data.get("images"), list):
         labelled = _of_coco(file, data)
@@ -89,6 +90,11 @@ def read(file: Path, data: object, root: str | os.PathLike[str] | None) -> Listi
     listing = Listing()
     for name, labels in labelled:
         path = _path(name, file, root)
+        if remote.is_remote(path) and not path.startswith(f"{os.fspath(root or '').rstrip('/')}/"):
+            bucket = "/".join(path.split("/")[:3])
+            raise InputError(
+                f"{show(file)}: {show(path)}: lies outside the root; to read it there, give --root {show(bucket)}"
+            )
         if len(labels) > 1:
             listing.failed.append(Skipped(show(path), f"has several labels ({few(sorted(map(repr, labels)))})"))
         else:
@@ -103,7 +109,8 @@ def _of_coco(file: Path, data: dict[str, list[object]]) -> list[tuple[str, set[s
     for row, category in enumerate(_list(data, "categories", where)):
         match category:
             case {"id": int() | str() as number, "name": str() as name} if name.strip():
-                names[number] = show(name)
+                if names.setdefault(number, show(name)) != show(name):
+                    raise InputError(f"{where}: category {row} has the id {number!r} of category {names[number]!r}")
             case _:
                 raise InputError(f"{where}: category {row} has no id or no name")
     images: dict[int | str, tuple[str, set[str]]] = {}
@@ -166,7 +173,9 @@ def _path(name: str, file: Path, root: str | os.PathLike[str] | None) -> str:
     if remote.is_remote(name):
         return name
     if name.startswith(LOCAL):
-        return os.path.join(root or "/", unquote(name.removeprefix(LOCAL)).lstrip("/"))
+        return os.path.join(
+            "/" if root is None or remote.is_remote(root) else root, unquote(name.removeprefix(LOCAL)).lstrip("/")
+        )
     if name.startswith("/data/upload/"):  # relative to the media folder of Label Studio
         return os.path.join(root or file.parent, unquote(name.removeprefix("/data/")))
     return os.path.join(root or file.parent, name)
