@@ -182,7 +182,7 @@ class KeyEdits(EditableIndex):
     def rename(self, old: str, new: str) -> None:
         class_id, names = inputs.renamed(self.class_names, old, new)
         if len(names) < len(self.class_names):
-            self._merge(class_id, new, names)
+            self._merge(class_id, new)
             return
         self.class_names = names
         own = pc.equal(self.labels["class_id"], class_id)
@@ -191,19 +191,30 @@ class KeyEdits(EditableIndex):
         self._stored = None if self._stored is None else replace(self._stored, named=False)
         self._follow()
 
-    def _merge(self, class_id: int, into: str, names: list[str]) -> None:
+    def _merge(self, class_id: int, into: str) -> None:
         """Move the keys of a class to the class ``into``, and drop the class."""
         if self.values is not None:  # the columns can be added, because solved values are linear in their targets
             place, counts, self.values = self.class_names.index(into), self.counts, self.values.clone()
             with_keys = [own for own in (class_id, place) if counts[own]]
             self.values[:, place] = self.values[:, with_keys or [place]].sum(1)
         self.relabel(self.find([self.class_names[class_id]])["key_id"].to_pylist(), into)
-        kept = np.delete(np.arange(len(self.class_names)), class_id)
-        self.class_names, self.text_weights = names, self.text_weights[kept]
+        self._drop(np.array([class_id]))
+
+    def drop_unanswerable(self) -> None:
+        """Drop the classes that have neither keys nor text, because no query resembles them."""
+        if not self.has_text:
+            self._drop(np.flatnonzero(np.equal(self.counts, 0)))
+
+    def _drop(self, class_ids: npt.NDArray[np.int64]) -> None:
+        """Drop classes that have no keys."""
+        if not len(class_ids):
+            return
+        kept = np.delete(np.arange(len(self.class_names)), class_ids)
+        self.class_names, self.text_weights = [self.class_names[i] for i in kept], self.text_weights[kept]
         self.values = None if self.values is None else self.values[:, kept]
-        self.sums = None if self.sums is None else self.sums.without(class_id)
-        ids = self.labels["class_id"].to_numpy()
-        moved = pa.array(ids - (ids > class_id), self.labels.schema.field("class_id").type)
+        self.sums = None if self.sums is None else self.sums.without(class_ids)
+        ids = np.searchsorted(kept, self.labels["class_id"].to_numpy())
+        moved = pa.array(ids, self.labels.schema.field("class_id").type)
         self.labels = self.labels.set_column(self.labels.column_names.index("class_id"), "class_id", moved)
         self._stored = None if self._stored is None else replace(self._stored, named=False)
         first = segments_of(self.met)[0]

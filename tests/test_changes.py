@@ -702,6 +702,18 @@ def test_where_answers_like_an_index_of_the_matching_keys(
         refused(run("classify", segmented, asked, "--where", where), 2, "where:")
 
 
+def test_where_only_answers_with_matching_classes_if_there_is_no_text(run: Any, tmp_path: Path) -> None:
+    names = [str(i) for i in range(36)]
+    table = write_table(tmp_path / "t.parquet", unit_rows(36, 8), [str(i // 6) for i in range(36)], ids=names)
+    assert run("index", "build", table, "--out", tmp_path / "i").exit_code == 0
+    where = ("--where", "label IN ('0', '4')")
+    done = run("classify", tmp_path / "i", table, "--top", 6, "--logits", "--format", "json", *where)
+    for row in rows_of(done.stdout):
+        assert set(row["labels"]) == {"0", "4"}
+        assert sum(row["probabilities"]) == pytest.approx(1)
+        assert len(row["logits"]) == 2
+
+
 # --- fast checks
 
 

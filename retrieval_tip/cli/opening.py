@@ -96,6 +96,7 @@ def _restricted(cache: AnsweringIndex, where: str, *, fits: bool) -> CacheModel:
     if automatic and cache.has_text and rest.counts.count(0) > cache.counts.count(0):
         refit(rest, rest.settings.beta)
         rest.solve()
+    rest.drop_unanswerable()
     say(f"where: {rest.n} of {cache.n} shots match ({few(parts)})")
     return rest
 

@@ -223,7 +223,11 @@ class Worker:
         if places.at(asked.folder).manifest().to_bytes() != asked.manifest:
             raise StoreError(f"{asked.folder}: changed since this run began; start it again")
         index.settings = asked.settings
-        return index if asked.where is None else index.take(rows_where(index.labels, asked.where))
+        if asked.where is None:
+            return index
+        rest = index.take(rows_where(index.labels, asked.where))
+        rest.drop_unanswerable()
+        return rest
 
 
 class PartsFolder:

@@ -104,9 +104,9 @@ class Sums:
         more = c - len(self.counts)
         return Sums(np.pad(self.counts, (0, more)), np.pad(self.sums, ((0, more), (0, 0))), self.second)
 
-    def without(self, class_id: int) -> Sums:
-        """Return the sums after removing an empty class."""
-        return Sums(np.delete(self.counts, class_id), np.delete(self.sums, class_id, axis=0), self.second)
+    def without(self, class_ids: IntArray | int) -> Sums:
+        """Return the sums after removing empty classes."""
+        return Sums(np.delete(self.counts, class_ids), np.delete(self.sums, class_ids, axis=0), self.second)
 
     def are_of(self, blocks: Blocks) -> bool:
         """Check with :class:`Along` that these are the sums of the keys in ``blocks``."""
