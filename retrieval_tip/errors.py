@@ -79,7 +79,9 @@ def few(names: Sequence[str], total: int | None = None) -> str:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error message, or the type of the error if the message is empty."""
-    return one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
+    line = one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
+    unsafe = re.search("weights.only", line, re.IGNORECASE)  # torch and timm advise to run the code in the file
+    return "it is damaged, or contains code, which is never run; use another copy" if unsafe else line
 
 
 @cache

@@ -15,8 +15,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from retrieval_tip.errors import InputError, one_line, show
 
@@ -49,7 +49,7 @@ class NotAFileError(InputError):
         self.kind = kind
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """Open a regular file for reading without ever blocking. Links are followed.
 
     Other kinds of files are not opened, because opening a pipe unblocks its writer, and opening a tape rewinds it.
@@ -254,10 +254,10 @@ def _remove(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 digest of a file as a hexadecimal string."""
-    digest, size = hashlib.sha256(), path.stat().st_size
-    block = bytearray(min(max(size, 1), HASHED_AT_A_TIME))
-    with path.open("rb", buffering=0) as file:
+    """Return the SHA-256 digest of a file as a hexadecimal string. See :func:`open_regular` for NotAFileError."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        block = bytearray(min(max(os.fstat(file.fileno()).st_size, 1), HASHED_AT_A_TIME))
         while read := file.readinto(block):
             digest.update(memoryview(block)[:read])
     return digest.hexdigest()

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -161,6 +162,20 @@ def test_damaged_model_folders_are_named(tmp_path):
         (folder / "open_clip_config.json").write_text(text)
         with pytest.raises(BackboneError, match=r"open_clip_config\.json"):
             load_backbone(f"local-dir:{folder}", device="cpu")
+
+
+@pytest.mark.parametrize("data", [b"garbage", pickle.dumps(Path("x"), 2)], ids=["garbage", "code"])
+def test_damaged_weights_and_code_are_refused_without_advice_to_run_them(data, tmp_path):
+    folder, file = tiny(tmp_path / "model"), tmp_path / "weights.bin"
+    (folder / "open_clip_model.safetensors").unlink()
+    for place, *model in (
+        (folder / "open_clip_pytorch_model.bin", f"local-dir:{folder}"),
+        (file, "timm:test_vit", file),
+    ):
+        place.write_bytes(data)
+        with pytest.raises(BackboneError, match="damaged, or contains code, which is never run") as error:
+            load_backbone(*map(str, model), device="cpu")
+        assert "weights_only" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_a_command_with_a_stored_tower_imports_no_model_library(run, compiled, t
     assert imported == "[]"
 
 
-@pytest.mark.parametrize("damage", ["bytes", "digests", "missing"])
+@pytest.mark.parametrize("damage", ["bytes", "digests", "missing", "endless"])
 def test_a_damaged_tower_is_not_used(compiled, damage):
     place, identity, *_ = compiled
     assert tower.kept(identity, "float32") is not None
@@ -184,6 +184,9 @@ def test_a_damaged_tower_is_not_used(compiled, damage):
         (stored / "tower.bin").write_bytes(data)
     elif damage == "digests":
         (stored / "digests.json").write_text("[" * 100_000)
+    elif damage == "endless":
+        (stored / "tower.bin").unlink()
+        (stored / "tower.bin").symlink_to("/dev/zero")
     else:
         (stored / "tower.xml").unlink()
     assert tower.kept(identity, "float32") is None
