@@ -128,6 +128,14 @@ def test_photos_are_matched_by_the_end_of_their_path(tmp_path):
         boxes.cut([of_images(["/c/2.jpg"])])
 
 
+def test_boxes_without_an_area_are_left_out(tmp_path):
+    flat, thin, whole = ([0.5, 0.5, 0, 0.2], [0.5, 0.5, 0.2, -0.001], [0, 0, 1, 1])
+    photos = {"0.jpg": [flat, thin], "1.jpg": [flat, whole]}
+    entries = [{"file": name, "detections": list(map(found, edges))} for name, edges in photos.items()]
+    boxes = read_boxes(write(tmp_path, images=entries))
+    assert [[box for _, box in boxes.photos[name]] for name in photos] == [[], [(0, 0, 1, 1)]]
+
+
 ONE = {"file": "a.jpg", "detections": [found([0, 0, 1, 1])]}
 WRONG = [
     ("", "not JSON"),

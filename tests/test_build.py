@@ -147,6 +147,10 @@ def test_suspicious_sources_get_a_warning(tmp_path, caplog):
     bare = write_table(tmp_path / "bare.parquet", rows[:3], ["cat", "cat", "dog"])
     build_index(open_source(bare), tmp_path / "2", Encoder(), fit="none", device="cpu")
     assert "only one photo of dog" in caplog.text
+    views = write_table(tmp_path / "views.parquet", rows, ["cat"] * 3 + ["dog"] * 3, ids=["a", "a", "a", "b", "b", "c"])
+    build_index(open_source(views), tmp_path / "4", Encoder(), device="cpu")
+    assert "6 rows have 3 ids (a, b); rows with the same id count as one photo" in caplog.text
+    assert caplog.text.count("only one photo of cat") == 1
     words = write_table(tmp_path / "words.parquet", rows[:2], ["cat", "dog"])
     shots = write_table(tmp_path / "shots.parquet", rows, ["cat", "dog"] * 3)
     build_index(open_source(words), tmp_path / "3", Encoder(), text=shots, fit="none", device="cpu")

@@ -648,6 +648,9 @@ def test_norms_can_be_scaled_or_kept(tmp_path: Path) -> None:
     assert read_all(zero, "keep").tolist() == [GOOD, [0.0] * 4]
     with pytest.raises(InputError, match="row 1: the feature is zero"):
         read_all(zero, "unit")
+    huge = table_of(tmp_path / "huge.parquet", list(1e30 * rows))
+    check_backbone(None, 4, None, [open_items(huge)])
+    assert np.allclose(read_all(huge, "unit"), unit_rows(6, 4), atol=1e-6)
     half = unit_rows(50, 512).astype(np.float16)  # of unit norm, up to rounding
     assert np.array_equal(read_all(table_of(tmp_path / "h.parquet", list(half))), half.astype(np.float32))
 

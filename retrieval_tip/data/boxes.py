@@ -90,8 +90,9 @@ def _ends(path: str) -> Iterator[str]:
 def read_boxes(file: Path) -> Detections:
     """Read a file in MegaDetector's batch format.
 
-    Boxes below the ``typical_detection_threshold`` of the detector are left out, or below :data:`CONFIDENCE` if the
-    file does not contain it. Raises InputError if the file cannot be read or has another format.
+    Boxes without an area are left out. So are boxes below the ``typical_detection_threshold`` of the detector, or
+    below :data:`CONFIDENCE` if the file does not contain it. Raises InputError if the file cannot be read or has
+    another format.
     """
     match data := read_json(file, LARGEST):
         case {"images": list() as entries}:
@@ -111,7 +112,8 @@ def read_boxes(file: Path) -> Detections:
         match entry:
             case {"file": str() as name, "detections": list() as found}:
                 boxes = [_box(one, names, f"{show(file)}: image {row}") for one in found]
-                value: list[tuple[str, Box]] | str = [(kind, box) for kind, sure, box in boxes if sure >= least]
+                sure = [(kind, box) for kind, confidence, box in boxes if confidence >= least]
+                value: list[tuple[str, Box]] | str = [(kind, box) for kind, box in sure if min(box[2:]) > 0]
             case {"file": str() as name, "failure": str() as why}:
                 value = show(f"the detector failed: {why}")
             case _:

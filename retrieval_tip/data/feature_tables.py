@@ -75,7 +75,7 @@ def table_identity(path: Path | str) -> Identity | None:
 
 def table_dim(path: Path | str) -> int:
     """Return the length ``d`` of the features in a table."""
-    for batch in read_features(path, "keep"):
+    for _, batch in read_rows(path, None, 0, 1):
         return int(batch.shape[1])
     raise InputError(f"{show(path)}: has no rows")
 
@@ -89,8 +89,11 @@ def read_features(path: Path | str, norms: Norms = "check") -> Iterator[FloatArr
         yield features
 
 
-def read_rows(path: Path | str, norms: Norms, first: int, last: int | None) -> Iterator[tuple[int, FloatArray]]:
-    """Yield the features of each block that overlaps rows ``first`` to ``last``, and the number of its first row."""
+def read_rows(path: Path | str, norms: Norms | None, first: int, last: int | None) -> Iterator[tuple[int, FloatArray]]:
+    """Yield the features of each block that overlaps rows ``first`` to ``last``, and the number of its first row.
+
+    If ``norms`` is ``None``, the rows are not checked.
+    """
     start, dim = 0, None
     for part in table_files(path):
         file, begins, name = open_parquet(part), start, show(part)
@@ -104,7 +107,7 @@ def read_rows(path: Path | str, norms: Norms, first: int, last: int | None) -> I
                 if at + batch.num_rows > first - begins and batch.num_rows:
                     features = _matrix(batch.column(feature), at, dim, name)
                     dim = features.shape[1]
-                    yield begins + at, check_norms(features, at, norms, name)
+                    yield begins + at, features if norms is None else check_norms(features, at, norms, name)
                 at += batch.num_rows
                 if last is not None and begins + at >= last:
                     break

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 import torch
 
 from retrieval_tip.answering import AnsweringIndex
@@ -22,7 +23,7 @@ from retrieval_tip.bounds import check_memory
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.sources import Source, open_source, spelled_alike
-from retrieval_tip.errors import SHOWN, UsageError, few
+from retrieval_tip.errors import SHOWN, UsageError, counted, few
 from retrieval_tip.evaluation.audit import ALL_PAIRS, suspicious
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.index import places
@@ -179,7 +180,14 @@ def _without_suspicious(material: Material) -> Material:
 
 
 def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.PathLike[str] | None) -> None:
-    counts = Counter(source.labels)
+    counts = Counter(source.items.group_by(["label", "source"]).aggregate([])["label"].to_pylist())
+    times = pc.value_counts(source.items["source"])
+    repeated = times.filter(pc.greater(times.field("counts"), 1)).field("values")
+    if source.table is not None and len(repeated):
+        log.warning(
+            "%s: %s rows have %s (%s); rows with the same id count as one photo", source.name, f"{len(source):,}",
+            counted(len(times), "id"), few(repeated.slice(0, SHOWN).to_pylist(), len(repeated)),
+        )  # fmt: skip
     if len(counts) == 1:
         log.warning("%s: there is only one class, %s, so every answer will be that class", source.name, class_names[0])
     single = [name for name, number in counts.items() if number == 1]
