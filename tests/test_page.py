@@ -1900,6 +1900,31 @@ def test_photos_are_downloaded_in_folders_by_class(page: Page) -> None:
     assert sorted(packed.read(name) for name in names) == sorted(image.read_bytes() for image in images)
 
 
+def test_the_zip_has_the_folders_of_sort(browser: Browser, run: Callable[..., Any], tmp_path: Path) -> None:
+    classes, names = {"pizza": "a/b", "panda": "a:b", "crab": "No match"}, ["con.jpg", "a?.jpg", "100%41 .jpg"]
+    rows = [(path, label) for name, label in classes.items() for path in caltech_photos("train", name, 8)]
+    with (tmp_path / "shots.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "label"), *rows])
+    build(tmp_path / "shots.csv", "--model", f"local-dir:{SHARED / 'models' / 'lit-mini'}", "--out", tmp_path / "index")
+    (tmp_path / "inbox").mkdir()
+    images = [tmp_path / "inbox" / name for name in [*names, *(f"{number}.jpg" for number in range(4))]]
+    sources = [*(caltech_photos("test", name, 1)[0] for name in classes), *caltech_photos("train", "stop_sign", 4)]
+    for source, image in zip(sources, images, strict=True):
+        shutil.copy(source, image)
+    done = run("sort", tmp_path / "index", tmp_path / "inbox", "--into", tmp_path / "sorted")
+    assert done.exit_code == 0, done.output
+    expected = {str(path.relative_to(tmp_path / "sorted")) for path in (tmp_path / "sorted").glob("*/*")}
+    assert {name.partition("/")[0] for name in expected} >= {"a%2Fb", "a%3Ab", "%4Eo match", "no match"}
+    with server(tmp_path / "index", "--device", "cpu") as (address, _):
+        expect.set_options(PATIENCE)
+        opened = Opened(browser, address)
+        ask(opened.page, *images)
+        with opened.page.expect_download() as waiting:
+            more(opened.page, "download-zip")
+        assert {*zipfile.ZipFile(waiting.value.path()).namelist()} == expected
+        opened.close()
+
+
 def test_photos_are_sorted_by_similarity_to_the_open_photo(page: Page) -> None:
     ask(page, *caltech_photos("test", "panda", 2), *caltech_photos("test", "pizza", 2))
     tiles = page.locator("#grid .tile")

@@ -9,7 +9,7 @@ import { Photo, parameters } from "./photo.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 import { showUnknown } from "./unknown.js";
-import { zip } from "./zip.js";
+import { classFolder, safe, zip } from "./zip.js";
 
 const BLOCK = 8; // features per request; the evidence for each may take a megabyte
 const DOUBTFUL = 0.95; // below this probability, a tile has a bar
@@ -462,8 +462,11 @@ $("download-json").addEventListener("click", () =>
 );
 
 const SURE = 0.5; // below this probability, an answer is more likely wrong than right
-const folderOf = (photo) => photo.taught ?? (photo.unlike ? "no match" : photo.winner.probability < SURE ? "not sure" : photo.winner.label);
-const safe = (name) => name.replace(/[\x00-\x1f\x7f/\\:*?"<>|]/g, "_").replace(/^\.+$/, "_");
+function folderOf({ taught, unlike, winner }) {
+  if (taught === null && unlike) return "no match";
+  if (taught === null && winner.probability < SURE) return "not sure";
+  return classFolder(taught ?? winner.label);
+}
 
 /** Return the path of each photo in the folder of its class. If a path is taken, a number is added. */
 function sortedPaths(some) {
@@ -471,7 +474,7 @@ function sortedPaths(some) {
   return some.map((photo) => {
     const [, stem, suffix] = /^(.*?)(\.[^.]*)?$/s.exec(safe(photo.name));
     for (let number = 1; ; number++) {
-      const path = `${safe(folderOf(photo))}/${stem}${number > 1 ? `-${number}` : ""}${suffix ?? ""}`;
+      const path = `${folderOf(photo)}/${stem}${number > 1 ? `-${number}` : ""}${suffix ?? ""}`;
       if (taken.has(path.toLowerCase())) continue;
       taken.add(path.toLowerCase());
       return [path, photo.file];

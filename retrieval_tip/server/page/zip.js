@@ -11,6 +11,20 @@ const TABLE = Uint32Array.from({ length: 256 }, (_, n) => {
   return n;
 });
 
+const UNSAFE = /[\x00-\x1f\x7f/\\:*?"<>|]|%(?=[0-9A-Fa-f]{2})|^[. ]|[. ]$/g;
+const RESERVED = /^(con|prn|aux|nul|com\d|lpt\d)(\..*)?$/is; // on Windows
+const escaped = (character) => `%${character.charCodeAt(0).toString(16).toUpperCase().padStart(2, "0")}`;
+const escapedFirst = (name) => escaped(name) + name.slice(1);
+
+/** Return a name that every file system accepts, as `retrieval-tip sort` does. Different names stay different. */
+export function safe(name) {
+  const text = name.replace(UNSAFE, escaped) || "%00";
+  return RESERVED.test(text) ? escapedFirst(text) : text;
+}
+
+/** Return the name of the folder of a class, which differs from the folders of photos without an answer. */
+export const classFolder = (label) => (/^(no match|not sure)$/i.test(label) ? escapedFirst(label) : safe(label));
+
 /** Return the CRC-32 of a file. */
 async function checksum(file) {
   let crc = ~0;
