@@ -176,12 +176,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def temporary(place: Path, *, folder: bool = False) -> Iterator[Path]:
+def temporary(place: Path, *, folder: bool = False, clean: bool = True) -> Iterator[Path]:
     """Yield a new file or folder ``.NAME.HEX.tmp`` next to ``place``, and remove it at the end unless it was renamed.
 
-    Leftovers of the same name from killed processes are removed first. Raises OSError if the file cannot be created.
+    Leftovers of the same name from killed processes are removed first if ``clean`` is true, which lists the folder.
+    Raises OSError if the file cannot be created.
     """
-    remove_leftovers(place.parent, place.name)
+    if clean:
+        remove_leftovers(place.parent, place.name)
     new, lock = place, None
     for _ in range(LOCK_TRIES):
         new = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")

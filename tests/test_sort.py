@@ -5,21 +5,25 @@ from __future__ import annotations
 import csv
 import errno
 import hashlib
+import io
 import os
 import re
 import shutil
 import signal
 import stat
+import subprocess
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import killing
 import numpy as np
 import pytest
-from conftest import examples, few, sampled
+from conftest import AS_ROOT, examples, few, sampled
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from serving import caltech_photos
 from tables import unit, unit_rows, write_table
 from tarring import tar
@@ -32,7 +36,7 @@ from retrieval_tip.files import locked_folder
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.forms import FORMS
 from retrieval_tip.labelling import placing
-from retrieval_tip.labelling.placing import MANIFEST, read_manifest, safe_name
+from retrieval_tip.labelling.placing import MANIFEST, Placed, read_manifest, safe_name, write_manifest
 from retrieval_tip.labelling.sort import class_folder, sort_photos, undo_sort
 
 CLASSES = ["../up", "no match", "c"]
@@ -147,7 +151,7 @@ def test_photos_are_sorted_and_undo_restores_them(index, inbox, tmp_path, action
         assert hashlib.sha256((out / row.output).read_bytes()).hexdigest() == row.digest
     again = sort(index, inbox, out, action=action)
     assert (again.done, len(read_manifest(out))) == (0, 7)
-    assert undo_sort(out, dry_run=True).done == 7
+    assert undo_sort(out, dry_run=True).done == 6  # the seventh was there before
     assert (undo_sort(out).skipped, files(inbox), list(out.iterdir())) == ([], before, [])
     with pytest.raises(InputError, match=MANIFEST):
         undo_sort(out)
@@ -175,6 +179,16 @@ def test_undo_keeps_the_last_copy_of_a_photo(index, inbox, tmp_path):
     (inbox / "a" / "y.jpg").write_text("edited")
     assert len(undo_sort(out).skipped) == 2
     assert files(out) == {"c/z.jpg": "2", f"{FOLDERS[1]}/y.jpg": "1"}
+
+
+def test_undo_counts_only_the_photos_that_it_restores(index, inbox, tmp_path):
+    out = tmp_path / "out"
+    sort(index, inbox, out)
+    sort(index, inbox, out, action="move")
+    (out / "c" / "z.jpg").rename(inbox / "a" / "z.jpg")
+    planned, result = undo_sort(out, dry_run=True), undo_sort(out)
+    assert (planned.done, result.done, str(result)) == (5, 5, "undid the sorting of 5 photos (1 no match, 1 not sure)")
+    assert files(inbox) == PHOTOS
 
 
 def test_paths_with_any_characters_can_be_sorted_again_and_undone(index, tmp_path):
@@ -212,6 +226,19 @@ def test_sorting_links_or_into_the_same_folder_loses_nothing(index, inbox, tmp_p
         assert files(inbox)[name] == SORTED[name]
     undo_sort(tmp_path / "same")
     assert files(inbox) == PHOTOS
+
+
+@pytest.mark.parametrize("disk", ["the same disk", "another disk"])
+def test_a_class_folder_can_be_a_link(index, inbox, tmp_path, request, disk):
+    other = tmp_path / "other" if disk == "the same disk" else request.getfixturevalue("small_disk")(256)
+    out = tmp_path / "out"
+    (other / "photos").mkdir(parents=True)
+    out.mkdir()
+    (out / "c").symlink_to(other / "photos")
+    assert sort(index, inbox, out, action="move").skipped == []
+    assert files(other, hidden=True) == {"photos/z.jpg": "2"}
+    assert (undo_sort(out).skipped, files(inbox), [*out.iterdir()]) == ([], PHOTOS, [out / "c"])
+    assert [*other.iterdir()] == [other / "photos"]
 
 
 OPERATIONS = st.lists(
@@ -259,7 +286,8 @@ class Killed(killing.Server):
 
 
 @pytest.fixture(scope="module")
-def process(tmp_path_factory, warm_path):
+def process(tmp_path_factory, warm_path, encodings):
+    (encodings / "sorted").mkdir(exist_ok=True)  # so that every run takes the same steps
     process = Killed(__file__, tmp_path_factory.mktemp("process"), warm_path)
     yield process
     process.close()
@@ -297,6 +325,25 @@ def test_a_run_killed_at_any_step_loses_nothing_and_the_next_one_completes_it(pr
         if action != "undo":
             undo_sort(out)
         assert (files(inbox), files(out)) == (PHOTOS, {})
+
+
+@killing.needs_fork
+@pytest.mark.parametrize("action", ["copy", "undo"])
+def test_the_next_run_removes_the_hidden_copy_of_a_killed_one(process, index, inbox, tmp_path, request, action):
+    out = tmp_path / "out" if action == "copy" else request.getfixturevalue("small_disk")(256) / "out"
+
+    def start(step):
+        if action == "undo":  # restoring photos from another disk copies them
+            sort(index, inbox, out, action="move")
+        return process.sort(action, inbox, out, step=step)
+
+    assert start(None) == 0
+    last = max(step for step, name in enumerate(process.steps) if name == "os.rename")
+    shutil.rmtree(out)
+    assert start(last) == -signal.SIGKILL
+    assert len([*tmp_path.rglob(".photo.*.tmp")]) == 1
+    undo_sort(out)
+    assert [*tmp_path.rglob(".photo.*.tmp")] == []
 
 
 def test_a_full_disk_leaves_only_complete_photos_and_the_next_run_continues(index, inbox, tmp_path, monkeypatch):
@@ -415,6 +462,89 @@ def test_the_command_sorts_real_photos(shared, things, run, tmp_path):
     }
     for wrong in (["--undo", things], ["--undo", "--move"], [things], []):
         assert run("sort", *wrong, "--into", out).exit_code == 2
+
+
+@contextmanager
+def read_only(folder):
+    """Refuse changes of a folder, also by root."""
+    if not AS_ROOT:
+        folder.chmod(0o555)
+    elif subprocess.run(["chattr", "+i", folder], capture_output=True).returncode:
+        pytest.skip("SKIPPED: chattr cannot protect a folder from root here")
+    try:
+        yield
+    finally:
+        folder.chmod(0o755) if not AS_ROOT else subprocess.run(["chattr", "-i", folder], check=True)
+
+
+def test_photos_that_cannot_be_moved_or_restored_are_skipped(shared, things, run, tmp_path):
+    inbox, out = tmp_path / "inbox", tmp_path / "out"
+    for place, (path, _) in enumerate(caltech_photos(shared, "test", 3, 1)):
+        (inbox / str(place)).mkdir(parents=True)
+        shutil.copy(path, inbox / str(place) / "x.jpg")
+    shutil.copytree(inbox / "0", inbox / "same")
+    photos = {path: path.read_bytes() for path in inbox.glob("*/*")}
+    with read_only(inbox / "0"):
+        for moved in ("moved 2 photos", "moved 0 photos"):
+            done = run("sort", things, inbox, "--into", out, "--move")
+            assert (done.exit_code, moved in done.stdout) == (3, True), done.output
+            assert f"{inbox / '0' / 'x.jpg'}: cannot be moved: " in done.stderr
+            assert f"{inbox / 'same' / 'x.jpg'}: has the same name" in done.stderr
+            assert "2 photos could not be sorted" in done.stderr
+        assert sorted(inbox.glob("*/*")) == [inbox / "0" / "x.jpg", inbox / "same" / "x.jpg"]
+    with read_only(inbox / "1"):
+        done = run("sort", "--undo", "--into", out)
+        assert (done.exit_code, "of 1 photo" in done.stdout) == (3, True), done.output
+        assert f"cannot be restored: {inbox / '1' / 'x.jpg'}: " in done.stderr
+    assert run("sort", "--undo", "--into", out).exit_code == 0
+    assert ({path: path.read_bytes() for path in inbox.glob("*/*")}, [*out.iterdir()]) == (photos, [])
+
+
+def test_photos_on_a_read_only_disk_are_skipped_and_not_copied(index, tmp_path, small_disk):
+    disk, out = small_disk(256), tmp_path / "out"
+    make_inbox(disk)
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    result = sort(index, disk, out, action="move")
+    assert (result.done, len(result.skipped), files(disk), files(out, hidden=True)) == (0, 7, PHOTOS, {})
+
+
+def test_undo_refuses_what_the_user_did_not_sort(run, tmp_path):
+    out, home = tmp_path / "out", tmp_path / "home"
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "jpeg")
+    (out / "bird").mkdir(parents=True)
+    rows = []
+    for place, (name, data) in enumerate({
+        "photos/x.jpg": picture.getvalue(), "run/evil.desktop": picture.getvalue(), "photos/text.jpg": b"text"
+    }.items()):  # fmt: skip
+        (out / "bird" / f"{place}.jpg").write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()
+        rows.append(Placed(str(home / name), "bird", 1.0, f"bird/{place}.jpg", "move", digest))
+    write_manifest(out, rows)
+    for options in ([], ["--dry-run"]):
+        done = run("sort", "--undo", "--into", out, *options)
+        assert (done.exit_code, home.exists(), len([*out.rglob("*.jpg")])) == (1, False, 3)
+        assert f"{home / 'photos'}, {home / 'run'}" in done.stderr
+        assert "--anywhere" in done.stderr
+    done = run("sort", "--undo", "--into", out, "--anywhere")
+    assert (done.exit_code, done.stderr.count("is not an image")) == (3, 2)
+    assert [path.read_bytes() for path in home.rglob("*.*")] == [picture.getvalue()]
+    assert run("sort", "indexes/x", "new", "--into", out, "--anywhere").exit_code == 2
+
+    write_manifest(out, [replace(rows[0], action="burn")])
+    done = run("sort", "--undo", "--into", out)
+    assert (done.exit_code, MANIFEST in done.stderr) == (1, True)
+
+
+def test_undo_refuses_a_class_folder_that_was_replaced_by_a_link(index, inbox, tmp_path, run):
+    out, other = tmp_path / "out", tmp_path / "other"
+    sort(index, inbox, out)
+    (out / "c").rename(other)
+    (out / "c").symlink_to(other)
+    done = run("sort", "--undo", "--into", out)
+    assert (done.exit_code, str(other) in done.stderr, files(other)) == (1, True, {"z.jpg": "2"})
+    assert run("sort", "--undo", "--into", out, "--anywhere").exit_code == 0
+    assert (files(other), [*out.iterdir()]) == ({}, [out / "c"])
 
 
 def test_photos_from_archives_and_tables_can_only_be_copied(shared, things, run, tmp_path):

@@ -141,6 +141,7 @@ def _encoder(
               help="Probability below which a photo goes to the folder not sure.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print the rows of the manifest, and change nothing.")
 @click.option("--undo", is_flag=True, help="Delete the copies and links, and move photos back.")
+@click.option("--anywhere", is_flag=True, help="With --undo, also move images to folders that you have not sorted.")
 @options.BACKBONE
 @options.ENCODING
 @click.pass_context
@@ -153,6 +154,7 @@ def sort_command(
     least: float,
     dry_run: bool,
     undo: bool,
+    anywhere: bool,
     encoding: EncodingOptions,
 ) -> None:
     """Sort photos into folders by their class.
@@ -167,11 +169,13 @@ def sort_command(
 
     if undo:
         if folder is not None or action is not None:
-            raise UsageError("--undo: takes only --into FOLDER and --dry-run; leave out the rest")
-        result = undo_sort(into, dry_run=dry_run)
+            raise UsageError("--undo: takes only --into FOLDER, --anywhere and --dry-run; leave out the rest")
+        result = undo_sort(into, anywhere=anywhere, dry_run=dry_run)
     else:
         if folder is None or not photos:
             raise UsageError("sort: needs INDEX and PHOTOS, unless you give --undo")
+        if anywhere:
+            raise UsageError("--anywhere: only applies to --undo; leave it out")
         sources = list(open_inputs(photos, paths_on_stdin()))
         index = index_with(folder, AnswerOptions(), encoding)
         with encoder_for(ctx, index, sources, encoding) as encoder:
@@ -182,10 +186,9 @@ def sort_command(
         _print_rows(result)
     else:
         about(into, str(result))
-    if undo and result.skipped:
-        say(f"{counted(len(result.skipped), 'photo')} could not be restored")
+    if result.skipped:
+        say(f"{counted(len(result.skipped), 'photo')} could not be {'restored' if undo else 'sorted'}")
         ctx.exit(SOME_SKIPPED)
-    finish(ctx, result.skipped)
 
 
 def _print_rows(result: Sorted) -> None:

@@ -3,6 +3,9 @@
 A row of the manifest is on the disk before the photo is placed. Then an empty file reserves the name of the photo, the
 bytes are written to a temporary file and flushed, and the temporary file replaces the empty one. After a kill, the
 manifest therefore lists all photos that were placed, and an empty file marks an unfinished photo.
+
+Anybody can write a manifest. The folders outside a sorted folder that undoing it may change are therefore recorded in
+the cache folder of the user.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import csv
 import errno
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -18,11 +22,22 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, show
-from retrieval_tip.files import make_folders, read_regular, replacing, sha256_of, sync, temporary
+from retrieval_tip.files import (
+    cache_folder,
+    make_folders,
+    read_json,
+    read_regular,
+    real,
+    remove_leftovers,
+    replacing,
+    sha256_of,
+    sync,
+    temporary,
+)
 
 Action = Literal["copy", "link", "move"]
 
@@ -32,11 +47,14 @@ MAX_MANIFEST = 1 << 30
 LONGEST = 200
 """Maximum length of a name in bytes, which leaves room for a number."""
 EMPTY = hashlib.sha256().hexdigest()
+SCRATCH = "photo"
+"""Name of the temporary files."""
 
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]|%(?=[0-9A-Fa-f]{2})|^[. ]|[. ]$')
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE | re.DOTALL)  # on Windows
 _OUTPUT = re.compile(r"(?!\.\.?/)[^/\0]+/(?!\.\.?$)[^/\0]+")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_ACTIONS = {*get_args(Action), "kept"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +121,7 @@ def read_manifest(folder: Path) -> list[Placed]:
             rows = rows[:-1]
         placed = [Placed(row[0], row[1], float(row[2]), *row[3:]) for row in rows]
         valid = (_OUTPUT.fullmatch(row.output) and _DIGEST.fullmatch(row.digest) for row in placed)
-        if head != COLUMNS or not all(valid):
+        if head != COLUMNS or not all(valid) or not {row.action for row in placed} <= _ACTIONS:
             raise ValueError
     except FileNotFoundError:
         return []
@@ -149,6 +167,53 @@ def _line(row: Iterable[object]) -> bytes:
     return text.getvalue().removesuffix("\r\n").encode("utf-8", "surrogateescape") + b"\n"
 
 
+def touched(folder: Path, rows: Iterable[Placed]) -> set[str]:
+    """Return the real paths of the folders outside ``folder`` that undoing these rows may change.
+
+    These are the folders that photos were moved from, and the targets of class folders that are links.
+    """
+    rows = [row for row in rows if row.action != "kept"]
+    parts = {folder / row.output.partition("/")[0] for row in rows}
+    origins = {Path(row.input).parent for row in rows if row.action == "move"}
+    return {str(real(path)) for path in origins | {part for part in parts if part.is_symlink()}}
+
+
+def sorted_folders(folder: Path) -> set[str]:
+    """Return the folders that :func:`record` has recorded for a folder."""
+    with suppress(InputError):
+        if (path := _recorded(folder)) and isinstance(found := read_json(path, MAX_MANIFEST), list):
+            return set(map(str, found))
+    return set()
+
+
+def record(folder: Path, folders: set[str]) -> None:
+    """Add folders to the record of a folder. If this fails, ``undo`` asks for permission to change them."""
+    known, path = sorted_folders(folder), _recorded(folder)
+    if path is not None and not folders <= known:
+        with suppress(OSError, InputError):
+            make_folders(path.parent)
+            with replacing(path) as new:
+                new.write_text(json.dumps(sorted(known | folders)))
+
+
+def forget(folder: Path) -> None:
+    """Delete the record of a folder."""
+    if path := _recorded(folder):
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _recorded(folder: Path) -> Path | None:
+    caches, name = cache_folder(), hashlib.sha256(os.fsencode(real(folder))).hexdigest()
+    return None if caches is None else caches / "sorted" / f"{name}.json"
+
+
+def remove_scratch(folders: Iterable[Path]) -> None:
+    """Remove the temporary files of killed processes in these folders."""
+    for folder in set(folders):
+        remove_leftovers(folder, SCRATCH)
+
+
 def digest_at(path: Path) -> str | None:
     """Return the digest of a file, ``""`` for anything else, or ``None`` if nothing is there."""
     if not os.path.lexists(path):
@@ -167,7 +232,7 @@ def place(row: Placed, folder: Path) -> bool:
     """Copy, link or move a photo to its output, and return whether it was not there already.
 
     Raises InputError if the photo cannot be read or has changed, or if another file has taken its place. Raises OSError
-    if the output cannot be written.
+    if the output cannot be written, or if the photo cannot be moved. Such a photo is not copied, either.
     """
     target = folder / row.output
     if not target.parent.exists():
@@ -184,16 +249,20 @@ def place(row: Placed, folder: Path) -> bool:
         there = EMPTY
     if target.is_symlink() or there not in (EMPTY, row.digest):
         raise InputError("another file was created at its output; run the command again")
-    moved = there == EMPTY and fill(row.input, target, row.digest, folder, move=row.action == "move")
-    deleted = row.action == "move" and not moved and delete_original(row.input, target, row.digest)
+    moved = there == EMPTY and fill(row.input, target, row.digest, move=row.action == "move")
+    try:
+        deleted = row.action == "move" and not moved and delete_original(row.input, target, row.digest)
+    except OSError:
+        if there == EMPTY:
+            delete_original(str(target), Path(row.input), row.digest)
+        raise
     return there == EMPTY or deleted
 
 
-def fill(item: str, target: Path, digest: str, scratch: Path, *, move: bool) -> bool:
+def fill(item: str, target: Path, digest: str, *, move: bool) -> bool:
     """Replace an empty file by a copy of a photo, and return whether the photo was moved instead.
 
-    Files are only moved within one file system, where moving is atomic. ``scratch`` is the folder for the temporary
-    file.
+    Files are only moved within one file system, where moving is atomic.
     """
     try:
         if move and not Path(item).is_symlink() and digest_at(Path(item)) == digest:
@@ -207,7 +276,7 @@ def fill(item: str, target: Path, digest: str, scratch: Path, *, move: bool) -> 
         data = read_item(item)
         if hashlib.sha256(data).hexdigest() != digest:
             raise InputError("has changed since it was classified; run the command again")
-        with temporary(scratch / "photo") as new:
+        with temporary(target.with_name(SCRATCH), clean=False) as new:  # on the disk of the target
             with new.open("wb") as file:
                 file.write(data)
                 file.flush()

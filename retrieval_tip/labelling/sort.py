@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -15,10 +16,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from retrieval_tip.answering import AnsweringIndex
-from retrieval_tip.data import remote, tars
+from retrieval_tip.data import images, remote, tars
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source, read_item
-from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
+from retrieval_tip.errors import InputError, Skipped, UsageError, counted, few, show
 from retrieval_tip.files import locked_folder, make_folders, real
 from retrieval_tip.index.items import ItemColumns
 from retrieval_tip.labelling.placing import (
@@ -32,11 +33,16 @@ from retrieval_tip.labelling.placing import (
     digest_of,
     escaped_first,
     fill,
+    forget,
     is_link_to,
     numbered,
     place,
     read_manifest,
+    record,
+    remove_scratch,
     safe_name,
+    sorted_folders,
+    touched,
     write_manifest,
 )
 from retrieval_tip.predictions import MORE_LIKELY_WRONG
@@ -118,11 +124,13 @@ def sort_photos(
         before = read_manifest(root)
         if not dry_run:
             write_manifest(root, before)  # without an incomplete last row
+            remove_scratch([root, *((root / row.output).parent for row in before)])
         plan = _Outputs(root, action, min_probability, {row.input: row for row in before})
         listed = set(before)
         for photos in _classified(index, sources, encoder):
             rows = [plan.row(photo) for photo in photos]
             if not dry_run:
+                record(root, touched(root, rows))
                 new = [row for row in dict.fromkeys(rows) if row not in listed]
                 add_rows(root, new)
                 listed.update(new)
@@ -242,76 +250,114 @@ def _placed(rows: Iterable[Placed], folder: Path, action: Action, result: Sorted
         try:
             if row.action == action:  # otherwise, the photo is already there
                 result.done += place(row, folder)
+            elif not os.path.lexists(folder / row.output):
+                raise InputError("has the same name and the same bytes as a photo that was skipped")
             yield row
-        except InputError as error:
-            _skip(result.skipped, row.input, str(error))
+        except (InputError, OSError) as error:
+            _skip(result.skipped, row.input, _reason(error, f"cannot be {_VERBS[action]}", row.input))
 
 
-def undo_sort(folder: str | os.PathLike[str], *, dry_run: bool = False) -> Sorted:
+def _reason(error: InputError | OSError, what: str, path: str) -> str:
+    """Return why one photo is skipped. Raise the error again if the disk is full, which concerns all photos."""
+    if isinstance(error, InputError):
+        return str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    where = "" if error.filename in (None, path) else f"{show(str(error.filename))}: "
+    return f"{what}: {where}{error.strerror or error}"
+
+
+def undo_sort(folder: str | os.PathLike[str], *, anywhere: bool = False, dry_run: bool = False) -> Sorted:
     """Undo all calls of :func:`sort_photos` for a folder, latest first, and return the rows that were undone.
 
     Moved photos return to their old place. Copies are deleted if the original still has the same bytes, and links are
-    deleted. A photo that has changed since is ``skipped``, and stays in the manifest.
+    deleted. A photo that has changed since, or that cannot be moved, is ``skipped`` and stays in the manifest.
 
-    Raises InputError if the folder has no manifest, or if a file cannot be written.
+    Outside ``folder``, only the folders that the same user has sorted are changed, because somebody else may have
+    written the manifest. With ``anywhere``, images also return to other folders.
+
+    Raises InputError if the folder has no manifest, if other folders would be changed, or if the disk is full.
     """
     root = Path(folder)
     if not (root / MANIFEST).exists():
         raise InputError(f"{show(root)}: has no {MANIFEST}; give the folder that sort has written")
-    result, left = Sorted("undid the sorting of"), list[Placed]()
+    result, left, undone = Sorted("undid the sorting of"), list[Placed](), dict[str, Placed]()
     with _locked(root, dry_run):
-        for row in reversed(read_manifest(root)):
-            reason = _undone(row, root / row.output, dry_run)
-            if reason is None:
-                result.rows.append(row)
-                result.done += 1
-            else:
+        rows = read_manifest(root)
+        strange = touched(root, rows) - sorted_folders(root)
+        if strange and not anywhere:
+            raise InputError(
+                f"{show(root)}: nothing records that you sorted photos from or into"
+                f" {few([*map(show, sorted(strange))])}; check {MANIFEST}, then add --anywhere"
+            )
+        parts = {(root / row.output).parent for row in rows}
+        if not dry_run:
+            remove_scratch([root, *parts, *(Path(row.input).parent for row in rows if row.action == "move")])
+        for row in reversed(rows):
+            target = root / row.output
+            try:
+                if _undone(row, target, strange, dry_run):
+                    undone.setdefault(row.output, row)  # in a dry run, several rows may name the same photo
+            except (InputError, OSError) as error:
                 left.append(row)
-                _skip(result.skipped, root / row.output, reason)
+                _skip(result.skipped, target, _reason(error, "cannot be restored", str(target)))
+        result.rows, result.done = [*undone.values()], len(undone)
         if dry_run:
             return result
+        for part in parts:
+            with suppress(OSError):  # it is a link, or contains other files
+                part.rmdir()
         if left:
             write_manifest(root, reversed(left))
         else:
             (root / MANIFEST).unlink()
-        for part in {row.output.partition("/")[0] for row in result.rows}:
-            if (root / part).is_dir() and not any((root / part).iterdir()):
-                (root / part).rmdir()
+            forget(root)
     return result
 
 
-def _undone(row: Placed, target: Path, dry_run: bool) -> str | None:
-    """Undo a row, and return ``None``, or the reason why this is impossible. If nothing is there, nothing is done."""
-    original = Path(row.input)
+def _undone(row: Placed, target: Path, strange: set[str], dry_run: bool) -> bool:
+    """Undo a row, and return whether this restores a photo. Raises InputError if it is impossible.
+
+    Only images are moved to ``strange`` folders.
+    """
     if row.action == "kept":
-        return None
+        return False
     if row.action == "link":
-        if target.is_symlink() and not is_link_to(target, row.input):
-            return "is another link"
-        removable = target.is_symlink()
+        linked = target.is_symlink()
+        if linked and not is_link_to(target, row.input):
+            raise InputError("is another link")
+        if linked and not dry_run:
+            target.unlink()
+        return linked
+    original, there = Path(row.input), digest_at(target)
+    if target.is_symlink() or there not in (None, EMPTY, row.digest):
+        raise InputError("has changed")
+    if there == row.digest:
+        same = original.exists() and target.samefile(original)
+        removable = digest_of(row.input) == row.digest and not same
+        if not removable and (row.action == "copy" or digest_at(original) not in (None, EMPTY)):
+            raise InputError(f"is now the only copy, because {show(original)} is gone or has changed")
+        if not removable and str(real(original.parent)) in strange and not _is_image(target, original):
+            raise InputError(f"is not an image; move it to {show(original)} yourself if you want it there")
+    elif row.action == "move" and digest_of(row.input) != row.digest:
+        raise InputError(f"is missing, and so is {show(original)}")
     else:
-        there = digest_at(target)
-        if target.is_symlink() or there not in (None, EMPTY, row.digest):
-            return "has changed"
         removable = there == EMPTY
-        if there == row.digest:
-            same = original.exists() and target.samefile(original)
-            removable = digest_of(row.input) == row.digest and not same
-        elif row.action == "move" and digest_of(row.input) != row.digest:
-            return f"is missing, and so is {show(original)}"
-        if there == row.digest and not removable:
-            if row.action == "copy" or digest_at(original) not in (None, EMPTY):
-                return f"is now the only copy, because {show(original)} is gone or has changed"
-            if not dry_run:
-                _move_back(target, original, row.digest)
-            return None
-    if removable and not dry_run:
+    if dry_run:
+        return there == row.digest
+    if removable:
         target.unlink()
-    return None
+    elif there == row.digest:
+        _move_back(target, original, row.digest)
+    return there == row.digest
+
+
+def _is_image(path: Path, name: Path) -> bool:
+    return name.suffix.lower() in images.extensions() and images.area(read_item(str(path))) > 0
 
 
 def _move_back(target: Path, original: Path, digest: str) -> None:
     make_folders(original.parent)
     original.touch()
-    if not fill(str(target), original, digest, original.parent, move=True):
+    if not fill(str(target), original, digest, move=True):
         delete_original(str(target), original, digest)
