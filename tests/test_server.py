@@ -884,9 +884,9 @@ def test_answers_do_not_depend_on_the_batch_size(random_things: Path, monkeypatc
         np.testing.assert_allclose(one["logits"], other["logits"], rtol=1e-4, atol=1e-5)
 
 
-def test_a_fitted_index_gives_the_same_answers_on_the_server(tmp_path: Path) -> None:
+def test_a_fitted_index_gives_the_same_answers_on_the_server(shared: Path, tmp_path: Path) -> None:
     out = food_index(tmp_path / "food", "--shots", 4)
-    queries = pq.read_table(SHARED / "data" / "clip-food9" / "test.parquet")["feature"].to_pylist()[::40]
+    queries = pq.read_table(shared / "data" / "clip-food9" / "test.parquet")["feature"].to_pylist()[::40]
     cache = CacheModel.load(out, device="cpu")
     with serving(out) as client:
         described = client.get("/v1/indexes/food").json()
