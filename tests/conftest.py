@@ -131,11 +131,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print how many tests were skipped because ``../shared`` is missing."""
     skipped = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])]
-    missing = sum(reason.endswith((NO_SHARED, NO_REAL)) for reason in skipped)
-    if missing:
+    if number := sum(reason.endswith((NO_SHARED, NO_REAL)) for reason in skipped):
+        missing = errors.counted(number, "test", "was", "were")
         used = "its stand-in was used" if SHARED.is_dir() else "its stand-in cannot be downloaded here"
         terminalreporter.section("incomplete run", yellow=True)
-        terminalreporter.line(f"There is no ../shared, and {used}: {missing} tests were skipped.", yellow=True)
+        terminalreporter.line(f"There is no ../shared, and {used}, so {missing} skipped.", yellow=True)
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

@@ -6,19 +6,23 @@ import csv
 import io
 import json
 import logging
+import re
 import shlex
 import sys
+from importlib.metadata import PackageNotFoundError
+from unittest.mock import Mock
 
 import click
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from PIL import Image
 from tables import unit_rows, write_table
 from test_cli import commands
 from wcwidth import wcswidth
 
-from retrieval_tip import cli
+from retrieval_tip import cli, errors
 from retrieval_tip.cli.examples import EXAMPLES
 
 
@@ -214,3 +218,10 @@ def test_colour_is_used_only_in_terminals_without_no_color(world, capsys, monkey
         shown = capsys.readouterr().err
         assert warning in shown
         assert ("\x1b[" in shown) == (variable != "NO_COLOR")
+
+
+def test_install_commands_suit_uv_and_clones_on_the_path(monkeypatch):
+    monkeypatch.setattr(errors, "find_spec", lambda _: None)  # environments from uv have no pip
+    assert re.fullmatch(rf"uv pip install 'matplotlib>=[0-9.]+' --python {sys.executable}", errors.install("plot"))
+    monkeypatch.setattr("importlib.metadata.requires", Mock(side_effect=PackageNotFoundError))
+    assert f"install {shlex.quote(f'{ROOT}[plot]')} " in errors.install("plot")
