@@ -20,6 +20,7 @@ import pytest
 from browser import CAMERA, PATIENCE, another, chromium, drag_files, drop, drop_folders
 from click.testing import CliRunner
 from conftest import NO_SHARED, ROOT, SHARED, SOAK, needs_real
+from PIL import Image
 from playwright.sync_api import Browser, Error, Locator, Page, Route, expect
 from serving import running, server
 
@@ -1511,7 +1512,8 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             shutil.copy(path, folder / name)
             found[name] = label
             if number == 0:
-                shutil.copy(path, folder / f"{len(found):03}.jpg")  # a copy, to label together with the original
+                with Image.open(path) as image:  # a near-identical photo, to label together with the original
+                    image.save(folder / f"{len(found):03}.jpg", quality=70)
                 found[f"{len(found):03}.jpg"] = label
     found[""] = str(folder)
     return found
@@ -1578,13 +1580,15 @@ def test_sixty_photos_are_labelled_by_keyboard_in_two_sessions(
         expect(page.locator("#index-facts")).to_contain_text("6 classes")
         assert violations(page) == []
     assert sum(waited) <= 1000, waited  # ms
-    assert {"Enter", "typed"} <= set(hows)
-    assert hows.count("Enter") > 12
+    assert "typed" in hows
     with labelling(browser, pool, folder) as (page, _):
         expect(page.locator("#label-progress")).to_contain_text("40 of 90 photos labelled.")
+        expect(page.locator("#label-choices .primary")).to_be_visible()
+        hows = []
         for _ in range(20):
-            label_by_key(page, pool[shown_photo(page)])
+            hows.append(label_by_key(page, pool[shown_photo(page)]))
             page.wait_for_timeout(200)
+        assert hows.count("Enter") > 8
         expect(page.locator("#label-saved")).to_have_text("All labels are saved in “things”.")
         page.click("#label-sort summary")
         page.fill("#label-sort-into", str(tmp_path / "sorted"))

@@ -25,7 +25,7 @@ let wanted = null; // the number of the photo to show next
 let rejected = null; // why the server did not accept the last change
 const steps = new Map(); // the queue entry, the photos and the label of each step on this page, by its name
 const outbox = []; // changes that are not sent yet: a step, or the name of a step to undo
-let changes = 0; // number of changes so far
+let answered = 0; // number of changes that the server has answered
 const ahead = new Map(); // images that are loaded before they are shown, by photo
 
 const address = (photo, size) => `${api.labelPhoto(photo)}?size=${size}`;
@@ -42,11 +42,11 @@ export async function showLabelView() {
   focus();
 }
 
-/** Fetch the state of the session. It is outdated if there are changes that it does not contain. */
+/** Fetch the state of the session. It is outdated if the server has answered a change in the meantime. */
 async function fetchState() {
-  const before = changes;
+  const before = answered;
   const answer = await api.labelling();
-  if (before === changes && !outbox.length) take(answer);
+  if (before === answered) take(answer);
   else pollLater();
 }
 
@@ -55,9 +55,10 @@ function pollLater() {
   polling = setTimeout(poll, AGAIN);
 }
 
-/** Show a new state, but keep the current photo until it is labelled. */
+/** Show a new state with the changes that are not sent yet, but keep the current photo until it is labelled. */
 function take(answer) {
   session = answer;
+  outbox.forEach(apply);
   const problem = answer.problem && { message: (answer.unsaved ? `${plural(answer.unsaved, "label is", "labels are")} not saved yet: ` : "") + answer.problem };
   $("label-problem").replaceChildren(...[problem, rejected].filter(Boolean).map((error) => el("p", {}, failure(error))));
   refused();
@@ -69,12 +70,16 @@ function take(answer) {
   if (known < session.version) state.refresh().catch(() => {}); // the next answer tries again
   const entryOf = (number) => session.queue.find(({ photo }) => photo === number);
   const first = entryOf(wanted) ?? entryOf(current?.photo);
-  if (first) session.queue = session.queue.filter((one) => one !== first);
-  if (first) session.queue.unshift(first.photo === current?.photo && current.guesses.length ? current : first); // guesses do not change afterwards
-  wanted = null;
-  show();
+  if (first) putFirst(first.photo === current?.photo && current.guesses.length ? current : first); // guesses do not change afterwards
+  if (first?.photo === wanted || !outbox.length) wanted = null;
+  if (outbox.some(({ undo }) => undo && !steps.has(undo))) progress(); // the server knows which photo to show
+  else show();
   clearTimeout(polling);
   if (!$("label-view").hidden && (answer.busy || answer.encoded < answer.photos)) pollLater();
+}
+
+function putFirst(entry) {
+  session.queue = [entry, ...session.queue.filter(({ photo }) => photo !== entry.photo)];
 }
 
 async function poll() {
@@ -211,7 +216,7 @@ function drop(one, next) {
 function undoable() {
   const names = [...session.steps];
   for (const { step, undo } of outbox) {
-    if (step) names.push(step);
+    if (step && !names.includes(step)) names.push(step);
     else if (names.includes(undo)) names.splice(names.indexOf(undo), 1);
   }
   return names;
@@ -314,34 +319,39 @@ function step(entry, photos, label) {
   performance.mark("retrieval-tip: labelled");
   const name = unique();
   steps.set(name, { entry, photos, label });
-  if (label && label !== NONE && !session.classes.some((one) => one.label === label)) session.classes.push({ label, photos: 0 });
-  session.queue = session.queue.filter(({ photo }) => !photos.includes(photo));
-  for (const one of session.queue) one.similar = one.similar.filter((photo) => !photos.includes(photo));
   put(label === undefined ? { step: name, skip: photos } : { step: name, labels: photos.map((photo) => ({ photo, label })) });
   show();
   return name;
 }
 
-/** Undo the last step, and show its photo again. The server knows the photo if the step was made before a reload. */
+/** Undo the last step, and show its photo again. If the step was made before a reload, only the server knows the photo. */
 function undo() {
   const name = undoable().at(-1);
   if (!name) return;
-  const entry = steps.get(name)?.entry;
   current = null;
-  session.queue = entry ? [entry, ...session.queue.filter(({ photo }) => photo !== entry.photo)] : [];
   put({ undo: name });
-  if (entry) show();
+  if (steps.has(name)) show();
   else progress();
 }
 
 let sending = false;
 
 function put(change) {
-  changes++;
   rejected = null;
   $("label-completed").hidden = true;
   outbox.push(change);
+  apply(change);
   send();
+}
+
+/** Make a change in the queue and in the list of classes. */
+function apply({ step, undo }) {
+  const { entry, photos, label } = steps.get(step ?? undo) ?? {};
+  if (undo && entry) putFirst(entry);
+  if (undo) return;
+  session.queue = session.queue.filter(({ photo }) => !photos.includes(photo));
+  for (const one of session.queue) one.similar = one.similar.filter((photo) => !photos.includes(photo));
+  if (label && label !== NONE && !session.classes.some((one) => one.label === label)) session.classes.push({ label, photos: 0 });
 }
 
 /** Send all changes in order. While the server cannot be reached or cannot store them, try again. */
@@ -349,23 +359,23 @@ async function send() {
   if (sending) return;
   sending = true;
   while (outbox.length) {
+    let answer;
     try {
-      const answer = await state.setLabels(outbox[0]);
+      answer = await state.setLabels(outbox[0]);
       if (answer === null) break; // no token
-      outbox.shift();
-      if (outbox.length) Object.assign(session, { labelled: answer.labelled, steps: answer.steps });
-      else take(answer);
       notice("");
     } catch (error) {
       if (api.passing(error) || error.status >= 500) {
         notice(`${error.message} ${plural(outbox.length, "change is", "changes are")} waiting. Trying again…`);
         await api.pause(AGAIN);
-      } else {
-        outbox.shift();
-        rejected = error;
-        if (!outbox.length) await poll();
+        continue;
       }
+      rejected = error;
     }
+    outbox.shift();
+    answered++;
+    if (answer) take(answer);
+    else await poll();
   }
   sending = false;
 }
