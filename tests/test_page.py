@@ -2010,6 +2010,11 @@ def test_classifiers_are_renamed_duplicated_and_deleted(browser: Browser, served
         expect(notice).to_contain_text("is not valid")
         name.click()
         page.click("#index-rename")
+        page.fill("#rename-label", "things-shots")
+        page.keyboard.press("Enter")
+        expect(notice).to_contain_text("ends with -shots")
+        name.click()
+        page.click("#index-rename")
         assert violations(page) == []
         page.fill("#rename-label", "animals")
         page.click("#rename-ok")

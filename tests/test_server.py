@@ -450,8 +450,10 @@ def test_index_names_are_checked(own: Path, food: Path, tmp_path: Path) -> None:
     with TestClient(app) as client:
         for method, path in (("PATCH", "own"), ("POST", "own/duplicate"), ("DELETE", "own")):
             assert status(method, path, "new", {}) == 401
-        for name, expected in (("taken", 409), ("food", 409), ("../x", 422), (".x", 422), ("a" * 65, 422)):
-            assert status("PATCH", "own", name) == expected
+        names = {"taken": 409, "food": 409, "../x": 422, ".x": 422, "a" * 65: 422, "own-shots": 422, "Food-SHOTS": 422}
+        for name, expected in names.items():
+            assert (name, status("PATCH", "own", name)) == (name, expected)
+            assert (name, status("POST", "own/duplicate", name)) == (name, expected)
         assert status("POST", "own/duplicate", "new") == 409  # the limit
         for method in ("PATCH", "DELETE"):
             assert status(method, "food", "new") == 422  # a link
@@ -459,6 +461,23 @@ def test_index_names_are_checked(own: Path, food: Path, tmp_path: Path) -> None:
         assert (status("PATCH", "own", "new"), status("DELETE", "own")) == (409, 409)
         assert [one["name"] for one in client.get("/v1/indexes").json()["indexes"]] == ["own", "food"]
     assert {path.name for path in tmp_path.iterdir()} == {"own", "link", "taken"}
+
+
+def test_an_index_that_holds_photos_of_another_is_neither_renamed_nor_deleted(own: Path, photo: bytes) -> None:
+    """Photos that are added to ``own`` are stored in ``own-shots``, which may be an index that was built earlier."""
+    other = Path(shutil.copytree(own, own.with_name("own-shots")))
+    with serving(own, other, token=TOKEN) as client:
+        key = added(client, photo, "new")["key_ids"][0]
+        for method in ("PATCH", "DELETE"):
+            refused = client.request(method, "/v1/indexes/own-shots", json={"name": "new"}, headers=AUTHORISED)
+            assert (refused.status_code, "photos of another index" in refused.json()["detail"]) == (422, True)
+        copied = client.post("/v1/indexes/own-shots/duplicate", json={"name": "copy"}, headers=AUTHORISED)
+        assert copied.status_code == 201
+        assert client.get(f"/v1/indexes/own/keys/{key}/image").status_code == 200
+        assert client.delete(f"/v1/indexes/own/keys?key_id={key}", headers=AUTHORISED).status_code == 200
+        changes.gc(own, keep=1)
+        assert client.delete("/v1/indexes/own-shots", headers=AUTHORISED).status_code == 200
+    assert {path.name for path in own.parent.iterdir()} == {"own", "copy"}
 
 
 def test_shots_are_relabelled_classes_renamed_and_versions_rolled_back(own: Path) -> None:
@@ -591,7 +610,8 @@ def test_uploaded_photos_become_a_new_index(own: Path, tmp_path: Path, lit_mini:
         fitted = client.post("/v1/indexes/my things/fit", headers=AUTHORISED).json()
         assert (fitted["version"], fitted["judged"]["summary"][:9]) == (3, "Estimated")
         assert client.post("/v1/indexes", **sent("my things"), headers=AUTHORISED).status_code == 409
-        assert client.post("/v1/indexes", **sent("own-shots/.."), headers=AUTHORISED).status_code == 422
+        for name in ("own-shots/..", "own-shots"):
+            assert client.post("/v1/indexes", **sent(name), headers=AUTHORISED).status_code == 422
         wrong = sent("other")
         wrong["data"]["label"] = wrong["data"]["label"][1:]
         assert "for 15 images" in client.post("/v1/indexes", **wrong, headers=AUTHORISED).json()["detail"]

@@ -6,20 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from retrieval_tip.errors import StoreError, show
+from retrieval_tip.errors import InputError, StoreError, show
 from retrieval_tip.files import remove_leftovers, sync, temporary
 from retrieval_tip.index import changes, places
-from retrieval_tip.index.photos import remove_unused
+from retrieval_tip.index.photos import holds_photos, remove_unused
 from retrieval_tip.store.lock import locked
 
 
 def rename(folder: places.Place, name: str) -> Path:
     """Rename an index folder, and return its new path.
 
-    Raises the errors of :meth:`Store.movable`. Raises StoreError if the name is in use, or if the folder is locked or
-    cannot be renamed.
+    Raises the errors of :meth:`Store.movable`. Raises InputError if the folder also holds photos of another index.
+    Raises StoreError if the name is in use, or if the folder is locked or cannot be renamed.
     """
-    place = places.at(folder).movable()
+    place = _own(folder)
     target = _free(place.with_name(name))
     with _writing(place), locked(place, place):
         place.rename(target)
@@ -47,10 +47,17 @@ def delete(folder: places.Place) -> None:
 
     Raises the same errors as :func:`rename`.
     """
-    place = places.at(folder).movable()
+    place = _own(folder)
     with _writing(place), temporary(place, folder=True) as aside, locked(place, place):
         place.rename(aside)  # from here on the index is gone, and the rest is removed later if this process is killed
     remove_unused(places.at(place))
+
+
+def _own(folder: places.Place) -> Path:
+    place = places.at(folder).movable()
+    if holds_photos(place):
+        raise InputError(f"{show(place)}: also contains photos of another index; duplicate it under another name")
+    return place
 
 
 def _free(target: Path) -> Path:

@@ -27,6 +27,9 @@ from retrieval_tip.store import lock
 
 log = logging.getLogger(__name__)
 
+SUFFIX = "-shots"
+"""Ending of the name of a folder of photos, which no index should have."""
+
 HEX = 16
 """Number of hexadecimal digits of the SHA-256 in the file name of a photo."""
 
@@ -36,7 +39,17 @@ _IN_SOURCE = rf"(?:^|[/\\])(?P<digits>[0-9a-f]{{{HEX}}})\.\w{{1,8}}$"
 
 def folder_of(store: Store) -> Path | None:
     """Return the folder ``DIR-shots`` of an index, or ``None`` if the index is in a bucket."""
-    return None if store.local is None else real(store.local).with_name(f"{store.name}-shots")
+    return None if store.local is None else real(store.local).with_name(store.name + SUFFIX)
+
+
+def is_reserved(name: str) -> bool:
+    """Return whether a folder of this name may hold the photos of an index, also if the case is ignored."""
+    return name.casefold().endswith(SUFFIX)
+
+
+def holds_photos(folder: Path) -> bool:
+    """Return whether a folder holds photos that were added to an index, even if it is an index itself."""
+    return is_reserved(folder.name) and bool(_photos(folder))
 
 
 def class_folder(folder: Path, label: str) -> Path:

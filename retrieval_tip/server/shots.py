@@ -57,7 +57,7 @@ def add_features(one: Served, backbone: Backbone | None, sent: Sent) -> changes.
 
 def build(folder: Path, backbone: Backbone, labelled: Sequence[tuple[str, bytes]], uploads: Path | None) -> Path:
     """Save labelled images, and build an index from them."""
-    shots = uploads or folder.with_name(f"{folder.name}-shots")
+    shots = uploads or folder.with_name(folder.name + photos.SUFFIX)
     with _removed_on_error(shots, shots) as fresh:
         build_index(_source(folder.name, shots, labelled, fresh), folder, Encoder(backbone))
     return folder

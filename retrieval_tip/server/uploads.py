@@ -19,6 +19,7 @@ from starlette.types import Message
 from retrieval_tip.data.encoder import FloatArray
 from retrieval_tip.data.feature_tables import check_norms
 from retrieval_tip.errors import InputError
+from retrieval_tip.index import photos
 from retrieval_tip.retrieval.inputs import matrix
 from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.problems import Problem
@@ -120,6 +121,8 @@ def index_name(value: object) -> str:
     if not NAME.fullmatch(name):
         expected = "1 to 64 letters, digits, spaces, dots, hyphens or underscores, starting with a letter"
         raise Problem(422, f"name: {name[:64]!r} is not valid; use {expected}")
+    if photos.is_reserved(name):  # deleting this index would delete the photos of another
+        raise Problem(422, f"name: {name!r} ends with {photos.SUFFIX}, like a folder of photos; choose another name")
     return name
 
 
