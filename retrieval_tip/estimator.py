@@ -331,7 +331,7 @@ class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sc
         return self
 
     def transform(self, X: Picture | Iterable[Picture]) -> FloatArray:
-        """Return the features of image paths, PIL images or arrays, as a float32 array of shape ``[n, d]``.
+        """Return the features of photos, such as paths, PIL images or arrays, as a float32 array of shape ``[n, d]``.
 
         Raises InputError if an image cannot be read.
         """

@@ -166,11 +166,11 @@ def resolve_device(device: str = "auto") -> str:
 
 
 def present(device: str) -> str:
-    """Return a device, or ``cpu`` if this machine lacks it."""
+    """Return a device, or the one that ``auto`` selects if this machine lacks it."""
     try:
         return resolve_device(device)
     except UsageError:
-        return "cpu"
+        return resolve_device()
 
 
 def _unusable() -> str | None:

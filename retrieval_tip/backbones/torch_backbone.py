@@ -71,7 +71,7 @@ class TorchBackbone:
     Create one with :func:`loading.load_backbone`. Methods that take a part raise UsageError if its name is unknown.
 
     A pickle has the names of the model, which is loaded again on first use. It has no weights, unless they were changed
-    after the model was loaded, or if the model was given in memory.
+    after the model was loaded, or the model was given in memory.
     """
 
     _last: ClassVar[TorchBackbone | None] = None
@@ -148,8 +148,8 @@ class TorchBackbone:
         import torch
 
         self.__dict__ |= state
-        if self._device.type != present(str(self._device)).partition(":")[0]:
-            self._device, self._precision = torch.device("cpu"), "float32"
+        was, self._device = self._device, torch.device(present(str(self._device)))
+        self._precision = self._precision if was.type == self._device.type else "float32"
         last, TorchBackbone._last = TorchBackbone._last, self
         if self._opened is None and last is not None and last._is_as(self):
             self.__dict__ |= {name: getattr(last, name) for name in _SHARED}
@@ -428,7 +428,7 @@ class TorchBackbone:
 
 
 def _reopened(open_model: Open, state: Mapping[str, torch.Tensor], device: torch.device) -> Opened:
-    """Open a model, and replace its tensors by those of :meth:`TorchBackbone.tuned`."""
+    """Open a model, and replace its tensors by the ones that :meth:`TorchBackbone.tuned` returned."""
     opened = open_model(device)
     opened.model.load_state_dict(dict(state), strict=False)
     return opened

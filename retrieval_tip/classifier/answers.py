@@ -27,10 +27,9 @@ from retrieval_tip.labelling.photos import Pool, Suggestions, suggest_features, 
 from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.sort import Sorted, sort_photos
 from retrieval_tip.predictions import MORE_LIKELY_WRONG, Prediction, Predictions, SimilarShot
-from retrieval_tip.retrieval.inputs import check_unit, queries
+from retrieval_tip.retrieval.inputs import Features, check_unit, queries
 from retrieval_tip.settings import KeysMet
 
-Features = npt.NDArray[np.floating[Any]]
 THUMBNAIL = 128
 """Length of the longer side of an image in a notebook, in pixels."""
 
@@ -134,9 +133,8 @@ class AnsweringClassifier(OpenIndex):
     def score(self, what: Picture | Iterable[Picture] | Features, y: Iterable[object]) -> float:
         """Return the share of photos or features whose class is right, as scikit-learn's classifiers do.
 
-        ``what`` can be the same as for :meth:`predict`, and ``y`` lists the class of each of them. Unlike
-        ``evaluate``, this counts a shot like any other photo. Raises InputError if ``y`` has another length or has
-        no class of the index.
+        ``what`` can be the same as for :meth:`predict`, and ``y`` lists the right classes. Unlike ``evaluate``, this
+        counts shots like any other photo. Raises InputError if ``y`` has another length or no class of the index.
         """
         answers: Any = self.predict(what, neighbours=0)
         one = isinstance(answers, Prediction)

@@ -84,7 +84,7 @@ class EncodingCache:
         return folder
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the folder. The default folder is that of the process that loads the pickle."""
+        """Pickle the path of the folder. In place of the default folder, each process opens its own."""
         folder = self.path.parent
         return type(self).at, (None if folder == cache_folder() else folder,)
 

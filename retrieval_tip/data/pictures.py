@@ -5,10 +5,10 @@ The shape and the dtype of a NumPy array or torch tensor decide what it is:
 - Floats of shape ``[d]`` or ``[q, d]`` are features, and never photos.
 - ``[h, w, c]`` or ``[c, h, w]`` is one photo. It has three channels, or one if it is grey. ``[h, w, 4]`` has alpha.
 - ``[b, h, w, c]`` or ``[b, c, h, w]`` is a batch of ``b`` photos.
-- Bytes of shape ``[h, w]`` are one grey photo.
+- ``[h, w]`` of type uint8 is one grey photo.
 
-Pixels are bytes, floats from 0 to 1, or whole floats from 0 to 255. Everything else is refused, including a shape that
-fits both ways.
+Pixels are uint8, floats from 0 to 1, or whole floats from 0 to 255. Everything else is refused, including a shape that
+fits two ways.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -28,24 +28,16 @@ from PIL import Image, ImageOps
 from retrieval_tip.data.sources import Source, is_web, of_images, read_item, refusal
 from retrieval_tip.errors import InputError, UsageError, counted, few, first_line
 
+if TYPE_CHECKING:
+    import torch
+    from _typeshed import SupportsRead
+
 Array = npt.NDArray[Any]
 
-
-class Tensor(Protocol):
-    """A torch tensor."""
-
-    def detach(self) -> Any:
-        """Return the tensor without its gradient."""
-
-
-class Readable(Protocol):
-    """A binary file."""
-
-    def read(self) -> bytes:
-        """Return the rest of the file."""
-
-
-Picture = str | os.PathLike[str] | bytes | bytearray | Readable | Image.Image | Array | Tensor | Mapping[str, object]
+Picture: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | SupportsRead[bytes] | Image.Image | Array | torch.Tensor | "
+    "Mapping[str, object]"
+)
 """A photo. This can be a path, an encoded image, an open file, a PIL image, an array or tensor (see above), a row of a
 Hugging Face dataset, or a mapping with ``bytes`` and ``path``."""
 
@@ -184,7 +176,7 @@ def _each(given: Any) -> Iterable[Any]:
     """Return the items of a collection, such as a torch dataset, which may have no end for ``iter``."""
     given = _plain(given)
     if _is_array(given) and given.ndim == 4:
-        return _bytes(given, "photos")
+        return _uint8(given, "photos")
     if is_one(given) or _is_array(given):
         return [given]
     if (files := _files(given)) is not None:
@@ -296,7 +288,7 @@ def _encoded(picture: object, name: str) -> bytes:
         return _read(picture, name)
     picture = _plain(picture)
     if isinstance(picture, np.ndarray):
-        picture = Image.fromarray(_bytes(_channels_last(picture, name), name))
+        picture = Image.fromarray(_uint8(_channels_last(picture, name), name))
     if not isinstance(picture, Image.Image):
         raise InputError(f"{name}: got a {type(picture).__name__}; expected a path, a PIL image, an array or bytes")
     upright = ImageOps.exif_transpose(picture)
@@ -334,8 +326,8 @@ def _channels_last(array: Array, name: str) -> Array:
     return last[..., 0] if last.shape[2:] == (1,) else last
 
 
-def _bytes(array: Array, name: str) -> npt.NDArray[np.uint8]:
-    """Return pixels as bytes. Raises InputError if they are neither bytes nor floats from 0 to 1 or whole to 255."""
+def _uint8(array: Array, name: str) -> npt.NDArray[np.uint8]:
+    """Return pixels as uint8. Raises InputError if they are not uint8, floats from 0 to 1, or whole floats to 255."""
     if array.dtype == np.uint8 or not array.size:
         return array.astype(np.uint8, copy=False)
     if array.dtype.kind != "f":
