@@ -885,6 +885,26 @@ def test_an_unreachable_or_busy_server_shows_one_message(opened: Open) -> None:
     expect(page.locator("#troubles p")).to_have_count(0)
 
 
+def test_a_private_server_asks_for_the_token_first(browser: Browser, served: Served) -> None:
+    """The address that it prints does so for the person."""
+    expect.set_options(PATIENCE)
+    [image] = caltech_photos("test", "lobster", 1)
+    with server(served.folder, "--private", "--device", "cpu", token=TOKEN) as (address, _):
+        for at in ("", f"/#token={TOKEN}"):
+            expected = [] if at else [f"{REFUSED}401"]
+            one = Opened(browser, address, at, ready="#token-title", expected=expected)
+            if not at:
+                one.page.fill("#token", "wrong")
+                one.page.keyboard.press("Enter")
+                expect(one.page.locator("#token-refused")).to_be_visible()
+                one.page.fill("#token", TOKEN)
+                one.page.keyboard.press("Enter")
+            expect(one.page.locator("#known img").first).to_be_visible()
+            one.page.wait_for_function("[...document.querySelectorAll('#known img')].some((one) => one.naturalWidth)")
+            ask(one.page, image)
+            one.close()
+
+
 def test_the_page_waits_for_a_slow_server(page: Page) -> None:
     """Waiting photos are marked, can be opened, and can be removed without an error."""
     held: list[Route] = []

@@ -469,6 +469,13 @@ def test_a_local_server_creates_and_prints_a_token(random_things: Path, warm_pat
         assert "token" not in line
         assert not httpx.get(f"{address}/v1/indexes").json()["indexes"][0]["changes"]
         process.terminate()
+    line, process = started("--read-only", "--private")
+    with process:
+        address, token = re.search(r"(http://127\.0\.0\.1:\d+)/#token=([\w-]{20,}) to view it;", line).groups()  # type: ignore[union-attr]
+        right = {"Authorization": f"Bearer {token}"}
+        assert httpx.get(f"{address}/v1/indexes").status_code == 401
+        assert not httpx.get(f"{address}/v1/indexes", headers=right).json()["indexes"][0]["changes"]
+        process.terminate()
 
 
 @pytest.mark.parametrize("active", [True, False])

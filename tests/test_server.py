@@ -1056,6 +1056,37 @@ def test_requests_from_other_sites_need_the_token(own: Path, photo: bytes) -> No
         assert client.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200  # a link to the page
 
 
+def test_a_private_server_answers_only_with_the_token(own: Path, photo: bytes) -> None:
+    """The page itself and the health check stay open. GET requests, as of images, may send a cookie instead."""
+    app = create_app(open_all([own], "cpu", "float32", "full"), token=TOKEN, private=TOKEN)
+    picture = "/v1/indexes/own/keys/7/image"
+    with TestClient(app) as client:
+        for path, methods in client.get("/openapi.json").json()["paths"].items():
+            for method in methods if path != "/healthz" else ():
+                for headers in ({}, {"Authorization": "Bearer wrong"}):
+                    refused = client.request(method, path.replace("{name}", "own"), headers=headers)
+                    assert (path, method, refused.status_code) == (path, method, 401)
+        for path in ("/", "/docs", "/page/app.js", "/healthz"):
+            assert client.get(path).status_code == 200
+        assert client.get("/metrics", headers=AUTHORISED).status_code == 200
+        assert not client.cookies
+        listed = client.get("/v1/indexes", headers=AUTHORISED)
+        assert listed.json()["indexes"][0]["name"] == "own"
+        cookie = listed.headers["set-cookie"]
+        assert {"HttpOnly", "Path=/v1", "SameSite=strict"} <= set(cookie.split("; "))
+        assert TOKEN not in cookie
+        assert client.get(picture).status_code == 200
+        assert client.post("/v1/classify", files={"images": photo}).status_code == 401
+        assert client.delete("/v1/indexes/own/keys?key_id=1").status_code == 401
+        asked = client.post("/v1/classify", files={"images": photo}, headers=AUTHORISED)
+        assert asked.json()["results"][0]["label"] == TRUTH
+        assert client.delete("/v1/indexes/own/keys?key_id=1", headers=AUTHORISED).status_code == 200
+        client.cookies.clear()
+        assert client.get(picture, headers={"Cookie": f"{cookie.partition(';')[0]}0"}).status_code == 401
+    with TestClient(app, base_url="https://testserver") as client:
+        assert "; Secure" in client.get("/v1/indexes", headers=AUTHORISED).headers["set-cookie"]
+
+
 def test_errors_name_request_fields_instead_of_command_options(both: Client, own: Path, tmp_path: Path) -> None:
     long = {"features": [[1.0] * 512]}
     refused = both.post("/v1/classify?index=food", json=long).json()["detail"]

@@ -42,13 +42,15 @@ _LIMITS = several(
 
 _ACCESS = several(
     click.option("--host", default="127.0.0.1", show_default=True,
-                  help="Address to listen on. Anyone who can reach this address can view the indexes."),
+                  help="Address to listen on. Without --private, anyone who can reach it can view the indexes."),
     click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True,
                  help="Port to listen on. Use 0 to select a free port."),
     click.option("--token", envvar="RETRIEVAL_TIP_TOKEN", show_envvar=True,
                   help="Secret token required to change indexes.  [default: on localhost, a new token, which is part "
                        "of the printed URL; on other addresses, no token, and changes are refused]"),
     click.option("--read-only", is_flag=True, help="Refuse all changes."),
+    click.option("--private", is_flag=True,
+                  help="Require the token for all requests. If you give no token, a new one is printed."),
     click.option("--uploads", type=FOLDER,
                   help="Folder in which added images are stored.  [default: INDEX-shots, next to each INDEX]"),
     click.option("--into", type=FOLDER,
@@ -79,6 +81,7 @@ def serve_command(
     port: int,
     token: str | None,
     read_only: bool,
+    private: bool,
     uploads: Path | None,
     into: Path | None,
     model: str | None,
@@ -108,8 +111,8 @@ def serve_command(
 
     if token is not None and (not token.strip() or not token.isascii() or not token.isprintable()):
         raise UsageError("--token: must consist of printable ASCII characters; give another token or omit the option")
-    if token is not None and read_only:
-        raise UsageError("--token and --read-only: give only one")
+    if token is not None and read_only and not private:
+        raise UsageError("--token and --read-only: give only one, or add --private")
     for proxy in proxies:
         try:
             ipaddress.ip_network(proxy)
@@ -120,7 +123,8 @@ def serve_command(
     limits = Limits(bytes=max_bytes, pixels=max_pixels, queue=queue, seconds=timeout)
     with listen(host, port) as listening:
         here = listening.getsockname()[0].startswith(("127.", "::1"))
-        made = secrets.token_urlsafe(16) if here and token is None and not read_only else None
+        made = secrets.token_urlsafe(16) if token is None and (private or (here and not read_only)) else None
+        key = token or made
         if hosts or here:
             limits = dataclasses.replace(limits, hosts=LOOPBACK | {name.lower() for name in hosts})
         served = open_all(folders, device, precision, verify)
@@ -133,9 +137,12 @@ def serve_command(
         named = (f"{name} ({counted(one.now.cache.n, 'shot')})" for name, one in served.items())
         what = ", ".join(named) or "no index yet"
         at = address(listening)
-        opened = f" open {at}/#token={made} to view and change it;" if made else ""
+        opened = f" open {at}/#token={made} to view{'' if read_only else ' and change'} it;" if made else ""
         ready = partial(say, f"Serving {what} at {at};{opened} Ctrl+C stops the server")
-        app = create_app(served, limits, token=token or made, uploads=uploads, root=root, maker=maker, ready=ready)
+        app = create_app(
+            served, limits, token=None if read_only else key, private=key if private else None, uploads=uploads,
+            root=root, maker=maker, ready=ready,
+        )  # fmt: skip
         serve(app, listening, timeout, proxies)
 
 

@@ -26,6 +26,7 @@ def create_app(
     limits: Limits | None = None,
     *,
     token: str | None = None,
+    private: str | None = None,
     uploads: Path | None = None,
     root: Path | None = None,
     maker: Maker | None = None,
@@ -34,9 +35,9 @@ def create_app(
 ) -> FastAPI:
     """Return the application that serves a dictionary of indexes, as returned by :func:`served.open_all`.
 
-    Requests that send the ``token`` can change indexes. See :class:`service.Service` for ``uploads``, ``root`` and
-    ``maker``. If there is a ``labelling`` session, photos can be labelled in the page. ``ready`` is called when the
-    application can answer requests.
+    Requests that send the ``token`` can change indexes. If there is a token ``private``, requests for data must send
+    it. See :class:`service.Service` for ``uploads``, ``root`` and ``maker``. If there is a ``labelling`` session,
+    photos can be labelled in the page. ``ready`` is called when the application can answer requests.
     """
     limits = limits or Limits()
     service = Service(served, limits, uploads, root, maker)
@@ -52,7 +53,8 @@ def create_app(
         description="Few-shot image classification by retrieval. Errors are returned as application/problem+json "
                     "(RFC 9457).",
     )  # fmt: skip
-    app.state.service, app.state.token, app.state.labelling = service, token, labelling
+    app.state.service, app.state.labelling = service, labelling
+    app.state.token, app.state.private = token, private
     app.add_middleware(Guard, limits=limits)
     for kind in HANDLED:
         app.add_exception_handler(kind, handle)

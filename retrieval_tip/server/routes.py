@@ -1,4 +1,4 @@
-"""HTTP routes. The routers ``about`` and ``reads`` are open to everyone; ``changes`` requires the server's token."""
+"""HTTP routes. The router ``changes`` requires the server's token, as does ``reads`` if the server is private."""
 
 from __future__ import annotations
 
@@ -97,17 +97,45 @@ async def _accepts_changes(request: Request) -> bool:
 AcceptsChanges = Annotated[bool, Depends(_accepts_changes)]
 
 
-def _has_token(request: Request) -> bool:
-    token = request.app.state.token
+def _sends(request: Request, token: str | None) -> bool:
     headers = request.headers.getlist("authorization")
     scheme, _, sent = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
     right = token is not None and hmac.compare_digest(sent.strip(" ").encode("latin-1"), token.strip(" ").encode())
-    return bool(right and scheme.lower() == "bearer")
+    return right and scheme.lower() == "bearer"
+
+
+def _cookie(token: str) -> tuple[str, str]:
+    """Return the name and value of the cookie of a private server.
+
+    Servers on other ports of this machine get the cookie as well. Each has its own name, and does not reveal the token.
+    """
+    mark = hmac.new(token.encode(), b"cookie", "sha256").hexdigest()
+    return f"retrieval-tip-{mark[:8]}", mark[8:]
+
+
+def _has_cookie(request: Request, token: str) -> bool:
+    name, value = _cookie(token)
+    return hmac.compare_digest(request.cookies.get(name, "").encode(), value.encode())
+
+
+def _refusal(request: Request) -> Problem:
+    command = "serve" if request.app.state.labelling is None else "label"
+    text = f"the token is missing or wrong; send Authorization: Bearer TOKEN, with the token that {command} printed"
+    return Problem(401, text, {"WWW-Authenticate": "Bearer"})
+
+
+async def _may_read(request: Request) -> None:
+    """Refuse requests to a private server that do not have its token. Images in the page only send the cookie."""
+    token = request.app.state.private
+    if token is None or _sends(request, token) or (request.method == "GET" and _has_cookie(request, token)):
+        return
+    raise _refusal(request)
 
 
 async def _from_here(request: Request) -> None:
     """Refuse requests that come from pages of other sites and do not have the token."""
-    if "cross-site" in request.headers.getlist("sec-fetch-site") and not _has_token(request):
+    state = request.app.state
+    if "cross-site" in request.headers.getlist("sec-fetch-site") and not _sends(request, state.token or state.private):
         raise Problem(403, "request from another site; send the server's token (Authorization: Bearer TOKEN)")
 
 
@@ -115,9 +143,8 @@ async def _allowed(request: Request, authorization: Token = None) -> None:
     """Refuse requests that do not have the token."""
     if request.app.state.token is None:
         raise Problem(403, "this server is read-only; restart it with --token TOKEN and send that token")
-    if not _has_token(request):
-        text = "the token is missing or wrong; send Authorization: Bearer TOKEN, with the token that serve printed"
-        raise Problem(401, text, {"WWW-Authenticate": "Bearer"})
+    if not _sends(request, request.app.state.token):
+        raise _refusal(request)
 
 
 async def _lift_deadline(request: Request) -> None:
@@ -126,7 +153,11 @@ async def _lift_deadline(request: Request) -> None:
 
 
 about = APIRouter()
-reads = APIRouter(prefix="/v1", dependencies=[Depends(_from_here)], responses=schemas.problems(403, 404, 422, 503))
+reads = APIRouter(
+    prefix="/v1",
+    dependencies=[Depends(_from_here), Depends(_may_read)],
+    responses=schemas.problems(401, 403, 404, 422, 503),
+)
 changes = APIRouter(prefix="/v1", dependencies=[Depends(_allowed)], responses=schemas.problems(401, 403, 404, 422, 503))
 UNHURRIED = [Depends(_lift_deadline)]
 
@@ -174,15 +205,25 @@ async def health(service: TheService) -> schemas.Health:
     return schemas.Health("ok", __version__, len(service.served))
 
 
-@about.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@about.get(
+    "/metrics",
+    response_class=Response,
+    dependencies=[Depends(_may_read)],
+    responses={200: {"content": {"text/plain": {}}}, **schemas.problems(401)},
+)
 async def prometheus() -> Response:
     """Return metrics in the Prometheus text format."""
     return Response(generate_latest(metrics.REGISTRY), media_type=TEXT)
 
 
 @reads.get("/indexes")
-async def indexes(request: Request, service: TheService, changes: AcceptsChanges) -> schemas.Indexes:
-    """List the served indexes."""
+async def indexes(
+    request: Request, response: Response, service: TheService, changes: AcceptsChanges
+) -> schemas.Indexes:
+    """List the served indexes. A private server also sets a cookie that the page needs for images."""
+    if token := request.app.state.private:
+        secure = request.url.scheme == "https"
+        response.set_cookie(*_cookie(token), path="/v1", secure=secure, httponly=True, samesite="strict")
     described = [one.now.describe(changes=changes) for one in service.served.values()]
     makes = changes and (service.maker is not None or any(one.images for one in described))
     return schemas.Indexes(described, makes, request.app.state.labelling is not None)

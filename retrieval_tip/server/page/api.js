@@ -7,6 +7,8 @@ export class Problem extends Error {
   }
 }
 
+export const TOKEN = "retrieval-tip token"; // name of the token in the storage of this tab
+
 const COMPUTING = 202; // status while the result is being computed
 export const UNREACHED = -1; // status of a problem if the server does not answer
 
@@ -32,13 +34,16 @@ async function problemOf(response) {
   );
 }
 
-/** Fetch JSON. After status 202, 429 or 503, call `waiting(problem)`, wait for the time in Retry-After, and try again. */
+/** Fetch JSON, with the token if it is known. After status 202, 429 or 503, call `waiting(problem)`, wait for the time
+ *  in Retry-After, and try again. */
 async function request(path, { waiting, signal, patience = PATIENCE, ...options } = {}) {
+  const token = sessionStorage.getItem(TOKEN);
+  const headers = { ...(token && bearer(token)), ...options.headers };
   const until = Date.now() + patience;
   for (;;) {
     let response;
     try {
-      response = await fetch(path, { ...options, signal });
+      response = await fetch(path, { ...options, headers, signal });
     } catch (error) {
       if (error.name === "AbortError") throw error;
       throw new Problem("The server cannot be reached. Is it still running?", UNREACHED);

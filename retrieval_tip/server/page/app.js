@@ -9,7 +9,7 @@ import { gather } from "./files.js";
 import { showLabelView } from "./label.js";
 import { showMenu } from "./menu.js";
 import "./start.js";
-import { state } from "./state.js";
+import { askToken, state } from "./state.js";
 import * as teach from "./teach.js";
 
 const CHOSEN = "retrieval-tip index";
@@ -69,6 +69,7 @@ async function start(prefer = null) {
     const chosen = names.includes(wanted) ? wanted : names[0];
     await choose(chosen);
   } catch (error) {
+    if (error.status === 401 && (await askToken())) return start(prefer);
     $("problem").replaceChildren(failure(error, () => start(prefer)));
     $("problem").hidden = false;
   }

@@ -5,14 +5,13 @@ import * as api from "./api.js";
 import { ask } from "./dialogs.js";
 import { $, el } from "./dom.js";
 
-const TOKEN = "retrieval-tip token";
 const BATCH = 16; // number of photos per request
 
-// `retrieval-tip serve` prints an address that ends with #token=... Keep the token for this tab, and remove it from the
+// The printed address ends with #token=... Keep the token for this tab, and remove it from the
 // address bar.
 const given = new URLSearchParams(location.hash.slice(1)).get("token");
 if (given) {
-  sessionStorage.setItem(TOKEN, given);
+  sessionStorage.setItem(api.TOKEN, given);
   history.replaceState(null, "", location.pathname);
 }
 
@@ -118,19 +117,15 @@ class State extends EventTarget {
 
   /** Send a change with the token. If the token is unknown, ask the user for it, and return null if there is none. */
   async #change(send, refresh = true) {
-    let refused = "";
-    for (;;) {
-      const token = sessionStorage.getItem(TOKEN) ?? (await askToken(refused));
-      if (token === null) return null;
+    for (let wrong = false; ; wrong = true) {
+      const known = !wrong && sessionStorage.getItem(api.TOKEN);
+      if (!known && !(await askToken())) return null;
       try {
-        const changed = await send(token);
-        sessionStorage.setItem(TOKEN, token);
+        const changed = await send(sessionStorage.getItem(api.TOKEN));
         if (refresh) await this.refresh();
         return changed;
       } catch (error) {
         if (error.status !== 401) throw error;
-        sessionStorage.removeItem(TOKEN);
-        refused = "This is not the server’s token. Copy the token from the end of the address that “retrieval-tip serve” printed, after #token=.";
       }
     }
   }
@@ -148,11 +143,14 @@ async function valuesOf({ name }) {
   }
 }
 
-async function askToken(refused) {
+/** Ask for the token, and keep it for this tab. A token that is already known was refused. Return whether one is given. */
+export async function askToken() {
   $("token").value = "";
-  $("token-refused").textContent = refused;
-  $("token-refused").hidden = !refused;
-  return (await ask($("token-dialog"))) === "ok" ? $("token").value : null;
+  $("token-refused").hidden = !sessionStorage.getItem(api.TOKEN);
+  sessionStorage.removeItem(api.TOKEN);
+  if ((await ask($("token-dialog"))) !== "ok") return false;
+  sessionStorage.setItem(api.TOKEN, $("token").value);
+  return true;
 }
 
 $("token-cancel").addEventListener("click", () => $("token-dialog").close(""));
