@@ -885,6 +885,38 @@ def test_an_unreachable_or_busy_server_shows_one_message(opened: Open) -> None:
     expect(page.locator("#troubles p")).to_have_count(0)
 
 
+def test_every_request_is_repeated_while_the_server_refuses_it_as_busy(opened: Open) -> None:
+    """The first refusal has no Retry-After, as that of a proxy."""
+    page = opened(at=f"/#token={TOKEN}", expected=[f"{REFUSED}429"]).page
+    refused: list[str] = []
+
+    def busy(route: Route) -> None:
+        what = f"{route.request.method} {route.request.url.partition('/v1/')[2].partition('?')[0]}"
+        if what in refused or what.endswith("/image"):
+            route.continue_()
+            return
+        detail = {"type": "about:blank", "title": "Busy", "status": 429, "detail": "busy"}
+        route.fulfill(status=429, headers={"Retry-After": "0"} if refused else {}, json=detail)
+        refused.append(what)
+
+    page.route("**/v1/**", busy)
+    page.reload()
+    expect(page.locator("#index-facts")).not_to_be_empty()
+    ask(page, *caltech_photos("train", "yin_yang", 5), *caltech_photos("train", "stop_sign", 4))
+    groups = page.locator("#unknown-list > li")
+    expect(groups.first).to_be_visible()
+    groups.first.get_by_label("Class name").fill("signs")
+    groups.first.get_by_role("button", name="Name this class").click()
+    expect(page.locator("#notice")).to_contain_text("to the new class signs")
+    page.locator("#notice").get_by_role("button", name="Undo").click()
+    expect(page.locator("#notice")).to_contain_text("Undone")
+    for screen, shown in (("classes", "#shots .tile"), ("check", "#audit li"), ("history", "#history li")):
+        page.click(f"#tab-{screen}")
+        expect(page.locator(shown).first).to_be_visible()
+    whole = {"indexes", "accuracy", "audit", "classify", "exemplars", "groups", "history", "keys", "rollback"}
+    assert {what.rpartition("/")[2].rpartition(" ")[2] for what in refused} >= whole
+
+
 def test_a_private_server_asks_for_the_token_first(browser: Browser, served: Served) -> None:
     """The address that it prints does so for the person."""
     expect.set_options(PATIENCE)

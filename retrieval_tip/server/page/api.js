@@ -35,7 +35,7 @@ async function problemOf(response) {
 }
 
 /** Fetch JSON, with the token if it is known. After status 202, 429 or 503, call `waiting(problem)`, wait for the time
- *  in Retry-After, and try again. */
+ *  in Retry-After, or for two seconds, and try again. */
 async function request(path, { waiting, signal, patience = PATIENCE, ...options } = {}) {
   const token = sessionStorage.getItem(TOKEN);
   const headers = { ...(token && bearer(token)), ...options.headers };
@@ -50,8 +50,9 @@ async function request(path, { waiting, signal, patience = PATIENCE, ...options 
     }
     if (response.ok && response.status !== COMPUTING) return response.json();
     const problem = await problemOf(response);
-    const seconds = Number(response.headers.get("Retry-After") ?? NaN);
-    if (![COMPUTING, 429, 503].includes(response.status) || !(seconds >= 0) || Date.now() + 1000 * seconds > until) throw problem;
+    const told = Number(response.headers.get("Retry-After") ?? NaN); // a proxy may send a date, or nothing
+    const seconds = told >= 0 ? told : 2;
+    if (!passing(problem) || Date.now() + 1000 * seconds > until) throw problem;
     waiting?.(problem);
     await pause(Math.max(200, 1000 * seconds), signal);
   }
