@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from retrieval_tip.backbones.base import Identity
 from retrieval_tip.bounds import check_count
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.shots import spread
-from retrieval_tip.data.sources import Source
+from retrieval_tip.data.sources import Source, spelled_alike
 from retrieval_tip.errors import InputError, counted, warn_once
 from retrieval_tip.html import markup, table
 from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Evidence, Predictions, SimilarShot, lists
@@ -148,17 +148,10 @@ class AnsweringIndex(ABC):
         """Return at most ``m`` evenly spaced stored keys, and their ``key_id`` and ``class_id``."""
 
     @abstractmethod
-    def find(
-        self,
-        labels: Sequence[str] = (),
-        source: str | None = None,
-        key_ids: Sequence[int] = (),
-        digests: Sequence[str] = (),
-    ) -> pa.Table:
+    def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
         """Return the rows of the label store that match all of the given filters.
 
-        By default, all classes, key ids and digests match. ``source`` matches any source that contains it, ignoring
-        case.
+        By default, all classes and key ids match. ``source`` matches any source that contains it, ignoring case.
         """
 
     @property
@@ -166,11 +159,18 @@ class AnsweringIndex(ABC):
     def segments(self) -> int:
         """Number of segments that hold the keys."""
 
+    @abstractmethod
+    def having(self, column: Literal["digest", "source"], values: Iterable[str | None]) -> pa.Table:
+        """Return the rows of the label store that have one of the given digests or sources."""
+
     def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
         """Return the digest and the label of every key that has one of the given digests."""
-        asked = list(dict.fromkeys(digest for digest in digests if digest is not None))
-        rows = self.find(digests=asked) if asked else None
-        return set() if rows is None else set(zip(rows["digest"].to_pylist(), rows["label"].to_pylist(), strict=True))
+        same = self.having("digest", digests)
+        return set(zip(same["digest"].to_pylist(), same["label"].to_pylist(), strict=True))
+
+    @abstractmethod
+    def keys_of(self, key_ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Return the stored keys with the given ids, of shape ``[m, d]``. All ids must exist."""
 
     @abstractmethod
     def of_classes(self, class_ids: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]:
@@ -448,22 +448,39 @@ class AnsweringIndex(ABC):
         """Split ``q`` queries into slices of at most :data:`PREDICTED` queries and :data:`LOGITS` logits each."""
         return slices(q, max(1, min(PREDICTED, LOGITS // len(self.class_names))))
 
+    def truth_of(self, source: Source) -> tuple[npt.NDArray[np.int64], list[str]]:
+        """Return the class id of each item in a labelled source, and the class names.
+
+        The names of classes that the index lacks follow the ``c`` names of the index, so their ids are at least ``c``.
+        Names that differ only in case, ``_``, ``-`` or spaces are the same class. Raises InputError if the source has
+        no items.
+        """
+        labels = source.known_as(self.class_names).labels
+        if not labels:
+            raise InputError(f"{source.name}: has no items")
+        others = sorted(set(labels) - set(self.class_names))
+        alike = spelled_alike(others)
+        names = [*self.class_names, *(name for name in others if name not in alike)]
+        position = {name: i for i, name in enumerate(names)}
+        position |= {name: position[first] for name, first in alike.items()}
+        return np.array([position[label] for label in labels], dtype=np.int64), names
+
     def ids_of(self, source: Source) -> npt.NDArray[np.int64]:
         """Return the class id of each item in a labelled source.
 
         Raises InputError if the source has no items, or if a label is not a class of the index.
         """
-        position = {name: i for i, name in enumerate(self.class_names)}
-        labels = source.known_as(self.class_names).labels
-        if not labels:
-            raise InputError(f"{source.name}: has no items")
-        unknown = sorted(set(labels) - position.keys())
-        if unknown:
-            raise InputError(
-                f"{source.name}: {counted(len(unknown), 'unknown label')}: {', '.join(unknown[:5])}; "
-                f"the classes are {', '.join(self.class_names[:5])}{' ...' if len(self.class_names) > 5 else ''}"
-            )
-        return np.array([position[label] for label in labels], dtype=np.int64)
+        ids, names = self.truth_of(source)
+        if unknown := names[len(self.class_names) :]:
+            raise self.unknown_labels(source, unknown)
+        return ids
+
+    def unknown_labels(self, source: Source, names: Sequence[str]) -> InputError:
+        """Return the error for labels of a source that are not classes of the index."""
+        return InputError(
+            f"{source.name}: {counted(len(names), 'unknown label')}: {', '.join(names[:5])}; "
+            f"the classes are {', '.join(self.class_names[:5])}{' ...' if len(self.class_names) > 5 else ''}"
+        )
 
     def key_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield blocks of transformed keys and their class ids, as tensors on the device."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -517,14 +517,17 @@ class CacheModel(KeyEdits):
         for part in runs(self.keys, KEY_BLOCK):
             yield self.labels.slice(part.start, part.stop - part.start), self.keys[part]
 
-    def find(
-        self,
-        labels: Sequence[str] = (),
-        source: str | None = None,
-        key_ids: Sequence[int] = (),
-        digests: Sequence[str] = (),
-    ) -> pa.Table:
-        return rows_with(self.labels, labels, source, key_ids, digests)
+    def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
+        return rows_with(self.labels, labels, source, key_ids)
+
+    def having(self, column: Literal["digest", "source"], values: Iterable[str | None]) -> pa.Table:
+        wanted = pa.array(set(values) - {None}, pa.string())
+        return self.labels.filter(pc.is_in(self.labels[column], value_set=wanted))
+
+    def keys_of(self, key_ids: npt.NDArray[np.int64]) -> KeyArray:
+        own = self.labels["key_id"].to_numpy()
+        order = np.argsort(own)
+        return np.asarray(self.keys[order[np.searchsorted(own, key_ids, sorter=order)]])
 
     def statistics(self) -> Statistics | None:
         return measure(self.met, self.class_ids.cpu().numpy())

@@ -703,6 +703,50 @@ def test_one_photo_per_class_uses_the_documented_settings():
     assert "not estimated" in str(choice)
 
 
+def uneven(path, counts, seed=0):
+    """Write a feature table in which class ``i`` has ``counts[i]`` photos."""
+    names = [f"class {i}" for i in range(len(counts))]
+    keys, ids = clusters(max(counts), seed, 0.3, len(counts))
+    kept = np.concatenate([np.flatnonzero(ids == i)[:count] for i, count in enumerate(counts)])
+    return table(path, keys[kept], [names[i] for i in ids[kept]])
+
+
+def test_an_estimate_that_rests_on_a_single_class_is_withheld(run, tmp_path):
+    shots = uneven(tmp_path / "shots.parquet", [20] + [1] * 11)
+    built = run("index", "build", shots, "--out", tmp_path / "index")
+    said = "Accuracy not estimated: only 1 of 12 classes could be tested (11 have one photo)"
+    assert said in built.stderr
+    assert "Estimated" not in built.stderr
+    assert said in run("fit", tmp_path / "index").stderr
+    info = run("index", "info", tmp_path / "index").stdout
+    assert said in info
+    assert "Estimated" not in info
+    cache = CacheModel.load(tmp_path / "index", device="cpu")
+    assert closed_form.estimate(cache) == dict.fromkeys(("photos", "words", "both"))
+    # The form and the settings do not rest on that class, either: no photo of the other classes is unlike.
+    assert (cache.provenance["fit"]["form"], cache.settings.least_cache) == (str(ONE_SHOT), None)
+
+
+def test_the_number_of_tested_classes_comes_first(run, tmp_path):
+    shots = uneven(tmp_path / "shots.parquet", [6, 5] + [1] * 10)
+    built = run("index", "build", shots, "--out", tmp_path / "index")
+    said = "Only 2 of 12 classes could be tested (10 have one photo). Estimated accuracy: "
+    assert said in built.stderr
+    assert said in run("index", "info", tmp_path / "index").stdout
+    fit = CacheModel.load(tmp_path / "index").provenance["fit"]
+    assert (fit["tested"], fit["classes"]) == (2, 12)
+    assert closed_form.estimate(CacheModel.load(tmp_path / "index"))["tested"] == 2
+
+
+@pytest.mark.parametrize(
+    ("counts", "reason"),
+    [([1] * 4, "each class has one photo"), ([9], "only one class has photos"), ([2, 2], "fewer than 8 photos")],
+)
+def test_a_missing_estimate_has_its_reason(run, tmp_path, counts, reason):
+    built = run("index", "build", uneven(tmp_path / "shots.parquet", counts), "--out", tmp_path / "index")
+    assert f"Accuracy not estimated: {reason}" in built.stderr
+
+
 def test_one_photo_per_class_outweighs_confident_but_wrong_text():
     keys, ids = clusters(1, spread=0.3)
     noise = unit(np.random.default_rng(5).normal(size=(C, D))).astype(np.float32)
@@ -787,7 +831,9 @@ def test_an_estimate_matches_the_fit_and_rises_with_corrected_labels(form, text)
     before = closed_form.estimate(cache)
     assert before.pop("interval") == pytest.approx(choice.interval)
     assert before.pop("weakest") == list(choice.weakest)
-    assert before == pytest.approx({name: getattr(choice, name) for name in ("photos", "words", "both", "names_hurt")})
+    assert before == pytest.approx(
+        {name: getattr(choice, name) for name in ("photos", "words", "both", "names_hurt", "tested", "classes")}
+    )
     settings = cache.settings
     cache.relabel(wrong, right)
     assert closed_form.estimate(cache)["both"] > before["both"] + 0.05

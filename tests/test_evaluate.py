@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,22 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import Result
 from conftest import cache_of
-from tables import unit
+from tables import read_features, unit, write_table
 
 from retrieval_tip import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError
+from retrieval_tip.evaluation import held_out
 from retrieval_tip.evaluation.evaluate import CONFUSIONS, Evaluation, evaluate
+from retrieval_tip.fit import closed_form
+from retrieval_tip.fit.forms import Form
+from retrieval_tip.index.places import at
 
 Array = npt.NDArray[Any]
+Run = Callable[..., Result]
 C, D, SHOTS, Q = 8, 16, 4, 300
 NAMES = [f"class {i}" for i in range(C)]
 
@@ -48,6 +55,10 @@ def labelled(folder: Path, labels: list[str], features: Array) -> Source:
         pa.table({"id": [f"q{i}" for i in range(len(labels))], "label": labels, "feature": list(features)}), path
     )
     return open_source(path)
+
+
+def labelled_table(path: Path, ids: Sequence[int] | Array, features: Array, name: str = "photo") -> Path:
+    return write_table(path, features, [NAMES[i] for i in ids], [f"{name} {i}" for i in range(len(ids))])
 
 
 @pytest.fixture
@@ -119,10 +130,10 @@ def test_an_evaluation_converts_to_json(source: Source) -> None:
     assert everything.to_dict()["k"] == "all"
 
 
-def test_unknown_labels_are_refused_by_name(tmp_path: Path) -> None:
-    labels = [NAMES[0]] * 3 + [f"odd {i}" for i in range(7)]
+def test_a_source_without_any_known_class_is_refused_by_name(tmp_path: Path) -> None:
+    labels = [f"odd {i}" for i in range(7)]
     with pytest.raises(InputError) as caught:
-        evaluate(model(), labelled(tmp_path, labels, QUERIES[:10]), Encoder())
+        evaluate(model(), labelled(tmp_path, labels, QUERIES[:7]), Encoder())
     message = str(caught.value)
     assert "features.parquet: 7 unknown labels: odd 0, odd 1, odd 2, odd 3, odd 4; " in message
     assert message.endswith("class 0, class 1, class 2, class 3, class 4 ...")
@@ -136,3 +147,167 @@ def test_a_source_without_items_is_refused(source: Source) -> None:
 def test_features_of_another_length_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected"):
         evaluate(model(), labelled(tmp_path, [NAMES[0]] * 3, unit(np.ones((3, D + 1)))), Encoder())
+
+
+# ------------------------------------------------------------------------------------------------ classes it lacks
+
+
+@pytest.fixture
+def mixed(tmp_path: Path, run: Run) -> tuple[Path, Path]:
+    """A fitted index of five classes and a name without shots, and photos of all eight classes."""
+    shots, text = labelled_table(tmp_path / "shots.parquet", Y[:20], KEYS[:20]), tmp_path / "text.parquet"
+    write_table(text, TEXT[:6], NAMES[:6])
+    assert run("-q", "index", "build", shots, "--text", text, "--out", tmp_path / "index").exit_code == 0
+    rng = np.random.default_rng(7)
+    truth = rng.integers(0, C, 160)
+    return tmp_path / "index", labelled_table(
+        tmp_path / "mixed.parquet", truth, unit(_means[truth] + 0.4 * rng.standard_normal((160, D)))
+    )
+
+
+def test_unknown_classes_are_right_if_they_match_no_class(mixed: tuple[Path, Path], run: Run) -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    index, test = mixed
+    done = run("evaluate", index, test, "--json", "--abstain", 0.5)
+    found = json.loads(done.stdout)
+    answers = [json.loads(line) for line in run("classify", index, test, "--format", "json").stdout.splitlines()]
+    truth = np.array(pq.read_table(test)["label"].to_pylist())
+    label, unlike = (np.array([answer[name] for answer in answers]) for name in ("label", "unlike"))
+    confidence = np.array([answer["probability"] for answer in answers])
+    known = np.isin(truth, NAMES[:6])
+    right = np.where(known, label == truth, unlike)
+    assert 0 < unlike[~known].mean() < 1
+    assert found["top1"] == pytest.approx(right.mean())
+    assert found["known_top1"] == pytest.approx(right[known].mean())
+    assert found["known_no_match"] == pytest.approx(unlike[known].mean())
+    assert found["unknown_no_match"] == pytest.approx(unlike[~known].mean())
+    assert found["unknown"] == {name: int((truth == name).sum()) for name in NAMES[6:]}
+    assert found["per_class"] == pytest.approx({name: right[truth == name].mean() for name in NAMES[:6]})
+    assert found["mean_per_class"] == pytest.approx(np.mean(list(found["per_class"].values())))
+    assert (found["n"], found["held_out"]) == (160, 0)
+    sure = confidence >= 0.5
+    assert (found["coverage"], found["selective_top1"]) == pytest.approx((sure.mean(), right[sure].mean()))
+    cache = CacheModel.load(index, device="cpu")
+    features, _ = read_features(test)
+    terms = cache.terms(features)
+    strength = terms.cache[:, np.array(cache.counts) > 0].amax(1).numpy()
+    assert found["auroc"] == pytest.approx(metrics.roc_auc_score(known, strength))
+    own = evaluate(cache, open_source(test).take(np.flatnonzero(known)), Encoder())
+    for name in ("zero_shot_top1", "cache_top1", "ece", "mean_per_class"):
+        assert found[name] == pytest.approx(getattr(own, name))  # of the known classes alone
+    assert (own.top1, own.known_top1, own.unknown_no_match, own.auroc) == (found["known_top1"],) * 2 + (None, None)
+    shown = run("evaluate", index, test).stdout
+    assert f"unknown           {NAMES[6]} {found['unknown'][NAMES[6]]}, {NAMES[7]} " in shown
+    assert "auroc" not in run("evaluate", index, labelled_table(test, [1], KEYS[4:5])).stdout
+
+
+def test_without_a_threshold_every_unknown_photo_is_wrong(mixed: tuple[Path, Path], run: Run) -> None:
+    shots = mixed[0].parent / "shots.parquet"
+    assert run("-q", "index", "build", shots, "--fit", "none", "--out", mixed[0].parent / "plain").exit_code == 0
+    found = json.loads(run("evaluate", mixed[0].parent / "plain", mixed[1], "--json").stdout)
+    assert (found["known_no_match"], found["unknown_no_match"], found["auroc"]) == (None, None, None)
+    assert found["top1"] == pytest.approx(found["known_top1"] * (160 - sum(found["unknown"].values())) / 160)
+
+
+# --------------------------------------------------------------------------------------------------- its own shots
+
+
+def shots_of(n: int) -> tuple[Array, Array, list[str]]:
+    """Return features, class ids and digests of shots of four unequal classes. Shots 0 and 1 are copies."""
+    ids = np.random.default_rng(1).choice(4, n, p=[0.5, 0.25, 0.2, 0.05])
+    features = unit(_means[ids] + 0.4 * np.random.default_rng(2).standard_normal((n, D)))
+    return features, ids, [f"digest {max(i, 1)}" for i in range(n)]
+
+
+@pytest.mark.parametrize("store", ["folder", "lance"])
+@pytest.mark.parametrize("kind", ["with text", "without text", "nearest keys"])
+def test_shots_are_classified_as_by_an_index_without_them(tmp_path: Path, run: Run, kind: str, store: str) -> None:
+    features, ids, digests = shots_of(40)
+    table = write_table(tmp_path / "shots.parquet", features, [NAMES[i] for i in ids], digest=digests)
+    text = write_table(tmp_path / "text.parquet", TEXT[:4], NAMES[:4])
+    place = tmp_path / "index" if store == "folder" else f"lance://{tmp_path}/index"
+    options, k = (
+        {"with text": ["--text", text], "nearest keys": ["--fit", "none"]}.get(kind, []),
+        kind == "nearest keys",
+    )
+    assert run("-q", "index", "build", table, "--out", place, *options).exit_code == 0
+    asked = [1, 7, 12, 20, 28, 33, 38]
+    test = write_table(
+        tmp_path / "test.parquet",
+        np.concatenate([features[asked], QUERIES[:5]]),
+        [*(NAMES[i] for i in ids[asked]), *(NAMES[i % 4] for i in TRUTH[:5])],
+        digest=[*(digests[i] for i in asked), *("new",) * 5],
+    )
+    index = at(place).load(device="cpu")
+    index = index.with_settings(index.settings.override(**({"k": 3, "tail": False} if k else {})))
+    found, expected = evaluate(index, open_source(test), Encoder()), []
+    for photo in asked:
+        others = [i for i in range(40) if digests[i] != digests[photo]]
+        own = CacheModel.from_features(
+            features[others], ids[others], NAMES[:4], TEXT[:4] if index.has_text else None, device="cpu"
+        )
+        if index.fitted is not None:
+            closed_form.fit(own, forms=[Form.of(index.fitted, index.settings.beta)])
+        own.settings = index.settings
+        expected.append(own.classify(features[[photo]])[0])
+    expected += list(index.classify(QUERIES[:5]))
+    assert [NAMES[i] for i in found.answers.predicted] == [one.label for one in expected]
+    np.testing.assert_allclose(found.answers.confidence, [one.probability for one in expected], atol=1e-4)
+    if index.fitted is not None:
+        assert found.answers.unlike is not None
+        assert found.answers.unlike.tolist() == [one.unlike for one in expected]
+    done = run("evaluate", place, test, "--json", *(["-k", 3, "--no-tail"] if k else []))
+    assert "test.parquet: 7 of 12 photos are shots of this index; each was classified without itself" in done.stderr
+    facts = json.loads(done.stdout)
+    assert (facts["held_out"], facts["top1"]) == (7, pytest.approx(found.top1))
+
+
+def test_all_shots_get_the_accuracy_of_new_photos(tmp_path: Path, run: Run) -> None:
+    ids = np.arange(240) % 6
+    features = unit(_means[ids] + 0.35 * np.random.default_rng(3).standard_normal((240, D)))
+    shots, new = (labelled_table(tmp_path / f"{name}.parquet", ids[part], features[part], name)
+                  for name, part in (("shots", slice(0, 120)), ("new", slice(120, 240))))  # fmt: skip
+    assert run("-q", "index", "build", shots, "--out", tmp_path / "index").exit_code == 0
+    own, other = (json.loads(run("evaluate", tmp_path / "index", one, "--json").stdout) for one in (shots, new))
+    assert (own["held_out"], other["held_out"]) == (120, 0)
+    assert abs(own["top1"] - other["top1"]) < 0.1
+
+
+def test_rows_without_a_digest_are_shots_if_id_and_feature_are_equal(tmp_path: Path, run: Run) -> None:
+    shots = labelled_table(tmp_path / "shots.parquet", Y, KEYS)
+    assert run("-q", "index", "build", shots, "--fit", "none", "--out", tmp_path / "index").exit_code == 0
+    other = labelled_table(tmp_path / "other.parquet", Y, -KEYS)  # numbered in the same way
+    for table, expected in ((shots, len(Y)), (other, 0)):
+        assert json.loads(run("evaluate", tmp_path / "index", table, "--json").stdout)["held_out"] == expected
+
+
+def test_trained_values_of_the_other_keys_are_kept(tmp_path: Path) -> None:
+    values = np.eye(C, dtype=np.float32)[Y] + 0.1 * np.random.default_rng(4).standard_normal((len(Y), C))
+    cache = model(values=values.astype(np.float32))
+    test = labelled(tmp_path, [NAMES[i] for i in Y[:2]], KEYS[:2])
+    test = replace(test, items=test.items.set_column(0, "source", pa.array(["key 0", "key 1"])))
+    answers = evaluate(cache, test, Encoder()).answers
+    for row in (0, 1):
+        others = np.delete(np.arange(len(Y)), row)
+        own = cache_of(KEYS[others], Y[others], NAMES, text_weights=TEXT, alpha=2.0, beta=3.0, logit_scale=10.0,
+                       values=values[others].astype(np.float32), device="cpu")  # fmt: skip
+        assert answers.confidence[row] == pytest.approx(own.classify(KEYS[[row]])[0].probability, abs=1e-5)
+
+
+def test_shots_of_an_index_that_is_too_large_to_copy_are_left_out(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(held_out, "MOST_COPIED", 1)
+    cache = model(sources=[f"q{i}" for i in range(len(Y))])
+    cache.keys[:3] = QUERIES[:3]
+    found = evaluate(cache, source, Encoder())
+    assert (found.n, found.held_out) == (Q - 3, 0)
+    assert "left out 3 photos that are shots of this index, which is too large to hide them" in caplog.text
+    with pytest.raises(InputError, match="photos: all are shots"):
+        evaluate(cache, source.take([0, 1, 2]), Encoder())
+
+
+def test_the_only_photo_of_an_index_is_refused(tmp_path: Path) -> None:
+    cache = CacheModel.from_features(KEYS[:1], [0], NAMES, TEXT, sources=["q0"], device="cpu")
+    with pytest.raises(InputError, match="the only photo of the index"):
+        evaluate(cache, labelled(tmp_path, NAMES[:1], KEYS[:1]), Encoder())

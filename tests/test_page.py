@@ -2183,6 +2183,16 @@ def test_a_swipe_confirms_or_corrects_an_answer_on_a_phone(opened: Open) -> None
     assert page.locator("#grid").evaluate("grid => Math.round(grid.clientWidth / grid.firstChild.clientWidth)") == 3
 
 
+def test_an_accuracy_of_some_of_the_classes_says_so_first(opened: Open) -> None:
+    page = opened(at=f"/#token={TOKEN}").page
+    page.route("**/accuracy", lambda route: route.fulfill(json=route.fetch().json() | {"tested": 3, "classes": 10}))
+    page.reload()
+    page.click("#tab-classes")
+    said = re.compile(r"^Only 3 of 10 classes could be tested\. Estimated accuracy: ")
+    expect(page.locator("#index-judged")).to_have_text(said)
+    page.unroute_all(behavior="wait")
+
+
 def test_the_accuracy_counts_up_unless_motion_is_reduced(opened: Open) -> None:
     for motion, steps in (("no-preference", [94, 95, 96]), ("reduce", [])):
         page = opened(at=f"/#token={TOKEN}", reduced_motion=motion).page

@@ -31,6 +31,7 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError, one_line, percent
 from retrieval_tip.evaluation import baselines
 from retrieval_tip.evaluation.evaluate import judge
+from retrieval_tip.evaluation.held_out import Asked
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.report import plots, report
 from retrieval_tip.report.judged import portable
@@ -281,7 +282,8 @@ def test_the_accuracy_of_each_part_matches_plain_numpy(caltech):
     ids = rng.integers(0, 6, 90)
     source = open_source(write_table(caltech / "made.parquet", rows, [ALIKE[i] for i in ids]))
     cache.settings = cache.settings.override(alpha=3.0, temperature=2.5)
-    details = judge(cache, Encoder().blocks(source), cache.ids_of(source)).answers.details
+    asked = (Asked(cache, block) for block in Encoder().blocks(source))
+    details = judge(cache, asked, *cache.truth_of(source)).answers.details
     text = cache.settings.logit_scale * rows @ cache.text_weights.numpy().astype(np.float64).T
     alone = 3.0 * np.exp(-cache.settings.beta * (1 - rows @ keys.T)) @ np.eye(6)[cache.class_ids.numpy()]
     whole = log_softmax((text + alone) / 2.5)
@@ -551,7 +553,8 @@ def test_a_test_source_may_have_one_class(labels, tmp_path):
 def test_a_curve_needs_two_shots_and_few_classes(tmp_path, monkeypatch):
     table = write_table(tmp_path / "one.parquet", unit_rows(3, 8), ["a", "a", "b"])
     done("-q", "index", "build", "--fit", "none", table, "--out", tmp_path / "one")
-    assert not list(reported(tmp_path, tmp_path / "one", table).all("section", id="shots"))
+    test = write_table(tmp_path / "test.parquet", unit_rows(3, 8, 1), ["a", "a", "b"])
+    assert not list(reported(tmp_path, tmp_path / "one", test).all("section", id="shots"))
     folder, test = made(tmp_path)
     monkeypatch.setattr(report, "CURVE_KEYS", 2)
     assert not list(reported(tmp_path, folder, test).all("section", id="shots"))
@@ -578,12 +581,20 @@ def test_the_report_names_the_source_of_the_settings(tmp_path):
     assert "selected on these test photos" in page.first("header").text
 
 
-def test_test_photos_that_are_also_keys_are_counted(caltech, tmp_path):
+def test_shots_and_photos_of_unknown_classes_are_counted_and_left_out(caltech, tmp_path):
     shutil.copytree(caltech / "test", tmp_path / "test")
     for file in sorted((caltech / "shots" / ALIKE[0]).iterdir())[:2]:
         shutil.copy(file, tmp_path / "test" / ALIKE[4] / f"x{file.name}")
-    page = reported(tmp_path, caltech / "index", tmp_path / "test", "--no-curves")
-    assert "2 of 56 test photos are also in the index" in page.first("header").text
+    (tmp_path / "test" / ALIKE[5]).rename(tmp_path / "test" / "unicorn")
+    done("fit", shutil.copytree(caltech / "index", tmp_path / "index"))
+    page = reported(tmp_path, tmp_path / "index", tmp_path / "test", "--no-curves")
+    said = page.first("header").text
+    assert "2 test photos are shots of the index and were left out." in said
+    assert "9 test photos belong to 1 class that the index lacks (unicorn) and were left out." in said
+    assert "match no class" in said
+    assert "45 test photos were classified correctly" in said
+    refused = done("report", caltech / "index", "--test", caltech / "shots", "--out", tmp_path / "no.html", status=1)
+    assert "photos: all are shots of this index; use other photos" in refused.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -613,7 +624,7 @@ def test_unreadable_photos_are_listed(caltech, tmp_path):
 def test_a_failure_writes_no_file(tmp_path, monkeypatch):
     folder, test = made(tmp_path)
     out = tmp_path / "r.html"
-    unknown = write_table(tmp_path / "u.parquet", unit_rows(2, 16), ["cat", "unicorn"])
+    unknown = write_table(tmp_path / "u.parquet", unit_rows(2, 16), ["unicorn", "yeti"])
     kept = write_table(tmp_path / "kept.html", unit_rows(1, 3))
     before = sorted(tmp_path.iterdir())
     for arguments, status, said in (

@@ -553,6 +553,7 @@ def test_the_accuracy_follows_label_changes(own: Path) -> None:
         assert {name: before[name] for name in expected} == pytest.approx(expected)
         weakest = [(one["label"], one["right"], one["photos"]) for one in before["weakest"]]
         assert (before["version"], weakest) == (2, [tuple(one) for one in fitted.weakest])
+        assert (before["tested"], before["classes"]) == (10, 10)
         wrong = {"key_ids": list(range(0, 80, 4)), "label": names[0]}
         client.post("/v1/indexes/own/relabel", json=wrong, headers=AUTHORISED)
         after = client.get("/v1/indexes/own/accuracy").json()
@@ -560,7 +561,10 @@ def test_the_accuracy_follows_label_changes(own: Path) -> None:
         client.post("/v1/indexes/own/rollback", json={"to": 2}, headers=AUTHORISED)
         assert client.get("/v1/indexes/own/accuracy").json() == before | {"version": 4}
     with serving(own, limits=Limits(estimated=79)) as client:
-        unknown = dict.fromkeys(("photos", "words", "both", "low", "high")) | {"version": 4, "weakest": []}
+        unknown = dict.fromkeys(("photos", "words", "both", "low", "high", "tested", "classes")) | {
+            "version": 4,
+            "weakest": [],
+        }
         assert client.get("/v1/indexes/own/accuracy").json() == unknown
 
 
@@ -1056,7 +1060,7 @@ def test_requests_from_other_sites_need_the_token(own: Path, photo: bytes) -> No
         assert client.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200  # a link to the page
 
 
-def test_a_private_server_answers_only_with_the_token(own: Path, photo: bytes) -> None:
+def test_a_private_server_answers_only_with_the_token(own: Path, photo: bytes, truth: str) -> None:
     """The page itself and the health check stay open. GET requests, as of images, may send a cookie instead."""
     app = create_app(open_all([own], "cpu", "float32", "full"), token=TOKEN, private=TOKEN)
     picture = "/v1/indexes/own/keys/7/image"
@@ -1079,7 +1083,7 @@ def test_a_private_server_answers_only_with_the_token(own: Path, photo: bytes) -
         assert client.post("/v1/classify", files={"images": photo}).status_code == 401
         assert client.delete("/v1/indexes/own/keys?key_id=1").status_code == 401
         asked = client.post("/v1/classify", files={"images": photo}, headers=AUTHORISED)
-        assert asked.json()["results"][0]["label"] == TRUTH
+        assert asked.json()["results"][0]["label"] == truth
         assert client.delete("/v1/indexes/own/keys?key_id=1", headers=AUTHORISED).status_code == 200
         client.cookies.clear()
         assert client.get(picture, headers={"Cookie": f"{cookie.partition(';')[0]}0"}).status_code == 401

@@ -24,7 +24,7 @@ from retrieval_tip.cli.opening import (
 )
 from retrieval_tip.cli.options import AnswerOptions, EncodingOptions, ReadingOptions
 from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, SEEDS, SHARE, SHOTS, SOURCE
-from retrieval_tip.errors import UsageError, counted, json_line, percent, show
+from retrieval_tip.errors import UsageError, counted, few, json_line, percent, show
 
 if TYPE_CHECKING:
     from retrieval_tip.evaluation.evaluate import Evaluation
@@ -62,6 +62,10 @@ def evaluate_command(
     alone. The figure ece is the expected calibration error of the probabilities in 15 bins. With --abstain, coverage is
     the share of images that are answered, and selective_top1 is the accuracy on these images. If SOURCE is a split
     .json, its test part is used.
+
+    A photo of a class that the index lacks is right in top1 if it matches no class. known_top1 is the accuracy on the
+    other photos, and known_no_match and unknown_no_match are the shares without a match. A photo that is a shot of the
+    index is classified without itself.
     """
     from retrieval_tip.evaluation.evaluate import evaluate
     from retrieval_tip.report import plots
@@ -85,6 +89,12 @@ def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
         click.echo(json_line(result))
         return
     del result["per_class"], result["confusions"]
+    result["unknown"] = few([f"{name} {number}" for name, number in evaluation.unknown.items()])
+    if not evaluation.unknown:
+        for name in ("unknown", "known_top1", "known_no_match", "unknown_no_match", "auroc"):
+            del result[name]
+    if not evaluation.held_out:
+        del result["held_out"]
     worst = sorted(evaluation.per_class.items(), key=lambda pair: pair[1])[:5]
     result["worst classes"] = ", ".join(f"{name} {shown(value)}" for name, value in worst)
     result["confusions"] = ", ".join(f"{a} as {b} ({times})" for a, b, times in evaluation.confusions) or "none"
@@ -117,8 +127,9 @@ def compare_command(
     """Compare two indexes, or two encoders, on the same photos.
 
     Give two INDEXES, or --fitted-to and two encoders (--model twice). Prints both accuracies with 95 % confidence
-    intervals, McNemar's exact test, and the photos with different answers. A class that an index does not have
-    counts as wrong. If SOURCE has no labels, only the different answers are listed.
+    intervals, McNemar's exact test, and the photos with different answers. If an index does not have the class of a
+    photo, only "no match" is right. A photo that is a shot of an index is classified without itself. If SOURCE has no
+    labels, only the different answers are listed.
     """
     from retrieval_tip.cli.output import table_lines
     from retrieval_tip.evaluation.compare import Side, compare
@@ -258,8 +269,8 @@ def report_command(
     """Write an accuracy report as a single HTML file.
 
     You can open the file offline in any browser, and send it to others. It names the weakest classes, recommends what
-    to do next, and shows the worst mistakes. Its figures are the same as those of the command evaluate. This command
-    requires matplotlib.
+    to do next, and shows the worst mistakes. Photos that are shots of the index, and photos of classes that it lacks,
+    are left out. The other figures are the same as those of the command evaluate. This command requires matplotlib.
     """
     from retrieval_tip.report.judged import portable
     from retrieval_tip.report.report import check, write_report

@@ -65,7 +65,20 @@ class FeatureBlock:
 
     positions: IntArray  # [b], ascending positions in the source
     features: FloatArray  # [b, d] float32
-    digests: list[str | None]  # digests of the image bytes; None for rows of a feature table
+    digests: list[str | None]  # digests of the image bytes; for a feature table, its column ``digest``, or None
+
+    def take(self, places: IntArray) -> FeatureBlock:
+        """Return some of the items."""
+        return FeatureBlock(self.positions[places], self.features[places], [self.digests[i] for i in places])
+
+    @classmethod
+    def joined(cls, blocks: Sequence[FeatureBlock]) -> FeatureBlock:
+        """Concatenate blocks of the same source."""
+        return cls(
+            np.concatenate([block.positions for block in blocks]),
+            np.concatenate([block.features for block in blocks]),
+            [digest for block in blocks for digest in block.digests],
+        )
 
 
 @dataclass(frozen=True)
@@ -146,12 +159,7 @@ class Encoder:
         """Return the features of a source as one block (see :meth:`blocks`)."""
         if not len(source):
             raise InputError(f"{source.name}: has no items; give at least one")
-        blocks = list(self.blocks(source))
-        return FeatureBlock(
-            np.concatenate([block.positions for block in blocks]),
-            np.concatenate([block.features for block in blocks]),
-            [digest for block in blocks for digest in block.digests],
-        )
+        return FeatureBlock.joined(list(self.blocks(source)))
 
     def encode_views(self, source: Source, names: Sequence[str]) -> Views:
         """Return the features of each view of each shot, in order of first appearance.
@@ -309,18 +317,19 @@ class Encoder:
         ordered = source.rows[order]
         in_order = bool((order[1:] > order[:-1]).all())
         held: list[tuple[IntArray, FloatArray]] = []
+        column = source.items["digest"] if _has_digests(source) else pa.nulls(len(source))
         rows = (int(ordered[0]), int(ordered[-1]) + 1) if len(ordered) else (0, 0)
         for start, batch in read_rows(source.table, self.norms, *rows):
             low, high = np.searchsorted(ordered, (start, start + len(batch)))
             part = order[low:high], batch[ordered[low:high] - start, None]
             if in_order:
-                yield *part, [None] * (high - low)
+                yield *part, column.take(pa.array(part[0])).to_pylist()
             else:
                 held.append(part)
         if held:
             positions, features = (np.concatenate(column) for column in zip(*held, strict=True))
             back = np.argsort(positions)
-            yield positions[back], features[back], [None] * len(positions)
+            yield positions[back], features[back], column.to_pylist()
 
     def _image_parts(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[_Part]:
         backbone, paths = self.needed_backbone(source), source.paths or ()
@@ -488,6 +497,10 @@ def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
     return first.astype(np.int64), shots
 
 
+def _has_digests(source: Source) -> bool:
+    return pa.field("digest", pa.string()) in list(source.items.schema)
+
+
 def encode_table(source: Source, out: str | os.PathLike[str], encoder: Encoder) -> int:
     """Write the features of a source as a feature table, and return the number of rows.
 
@@ -506,7 +519,6 @@ def encoded(source: Source, encoder: Encoder) -> tuple[pa.Schema, Iterator[pa.Ta
         dim, identity = backbone.dim, backbone.identity
     own = source.items.schema
     kept = [field for field in own if field.name not in ("source", "label", FEATURE, "digest", "id")]
-    with_digest = source.table is not None and pa.field("digest", pa.string()) in list(own)
     further = [pa.field("digest", pa.string()), *(pa.field(field.name, field.type) for field in kept)]
     schema = schema_of(dim, np.float32, further, identity)
 
@@ -515,7 +527,7 @@ def encoded(source: Source, encoder: Encoder) -> tuple[pa.Schema, Iterator[pa.Ta
             items = source.items.take(pa.array(block.positions))
             labels = items["label"] if "label" in own.names else pa.nulls(len(items), pa.string())
             columns = {name: items[name] for name in schema.names[4:]}
-            columns["digest"] = items["digest"] if with_digest else pa.array(block.digests, pa.string())
+            columns["digest"] = pa.array(block.digests, pa.string())
             yield table_of(schema, items["source"], labels, block.features, columns)
 
     return schema, tables()

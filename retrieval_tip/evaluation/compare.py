@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,9 @@ import torch
 from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source, spelled_alike
-from retrieval_tip.errors import InputError, Skipped, counted, few
+from retrieval_tip.errors import InputError, Skipped, counted, few, percent
+from retrieval_tip.evaluation.evaluate import HELD_OUT, Answers, Recognition, answered
+from retrieval_tip.evaluation.held_out import without_themselves
 from retrieval_tip.fit.closed_form import wilson
 
 SIGNIFICANT = 0.05
@@ -33,13 +36,12 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Recognition):
     """The answers of one side to ``n`` photos.
 
     - ``right``: the number of right answers
     - ``alone``: the number of photos to which only this side gives the right answer
-    - ``lacking``: the classes of the photos that the index does not have
-    - ``lost``: the number of photos of these classes, which all count as wrong
+    - ``lacking``: the classes of the photos that the index does not have. Only "no match" is right for their photos.
     """
 
     name: str
@@ -47,7 +49,6 @@ class Score:
     right: int
     alone: int
     lacking: list[str]
-    lost: int
 
     @property
     def accuracy(self) -> float:
@@ -58,6 +59,23 @@ class Score:
     def interval(self) -> tuple[float, float]:
         """The 95 % confidence interval of the accuracy."""
         return wilson(self.accuracy, self.n)
+
+    def notes(self) -> Iterator[str]:
+        """Yield sentences about classes that the index lacks, and about photos that are its shots."""
+        if self.lacking:
+            lost = sum(self.unknown.values())
+            classes = f"{counted(len(self.lacking), 'class')} of the photos ({few(self.lacking)})"
+            wrong = f"{counted(lost, 'photo')} count as wrong"
+            if self.unknown_no_match:
+                wrong = f'{self.unknown_no_match * lost:.0f} of {counted(lost, "photo")} got "no match", which is right'
+            yield f"{self.name} does not have {classes}; {wrong}."
+            if self.known_top1 is not None:
+                text = f"On the other photos, {self.name} is right on {percent(self.known_top1)}"
+                if self.known_no_match is not None:
+                    text += f', and {percent(self.known_no_match)} got "no match"'
+                yield f"{text}."
+        if self.held_out:
+            yield f"{self.held_out:,} of {counted(self.n, 'photo')} are shots of {self.name}; {HELD_OUT}."
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,7 @@ class Compared:
         for side, score in zip("ab", self.scores or (), strict=False):
             facts |= {f"top1_{side}": score.accuracy, f"interval_95_{side}": list(score.interval)}
             facts |= {f"only_{side}_right": score.alone, f"lacking_{side}": score.lacking}
+            facts |= {f"{field_.name}_{side}": getattr(score, field_.name) for field_ in fields(Recognition)}
         return facts | {"p_value": self.p_value, "differences": self.differences.to_pylist()}
 
     def __str__(self) -> str:
@@ -107,54 +126,56 @@ class Compared:
             text += f". {max(self.scores, key=lambda score: score.alone).name} is significantly better {tested}."
         else:
             text += f". The difference is not significant {tested}."
-        for score in (score for score in self.scores if score.lacking):
-            classes = f"{counted(len(score.lacking), 'class')} of the photos ({few(score.lacking)})"
-            text += f" {score.name} does not have {classes}; {counted(score.lost, 'photo')} count as wrong."
-        return text
+        return " ".join([text, *a.notes(), *b.notes()])
 
 
 def compare(a: Side, b: Side, source: Source) -> Compared:
     """Classify a source with two indexes, and compare their answers with each other and with the labels.
 
-    The classes are those of the source. An index that lacks a class is wrong on all photos of the class. Class names
-    that differ only in case, ``_``, ``-`` or spaces are the same class. If no photo has a label, the answers are only
-    compared with each other.
+    Class names that differ only in case, ``_``, ``-`` or spaces are the same class. If an index lacks the class of a
+    photo, only "no match" is right. Photos that are shots of an index are classified by it without themselves (see
+    :func:`held_out.without_themselves`). If no photo has a label, the answers are only compared with each other.
 
     Raises InputError if the source is empty or only partly labelled, if no photo could be read, or if neither index has
     any class of the source.
     """
     if not len(source):
         raise InputError(f"{source.name}: has no items")
-    known = "label" in source.items.column_names and source.items["label"].null_count < len(source)
-    labels = np.array(source.labels if known else [None] * len(source), dtype=object)
-    own = set(labels) if known else set()
-    alike = spelled_alike([*sorted(own), *a.index.class_names, *b.index.class_names])
-    spelled = {name: first for name, first in alike.items() if name not in own}
-    classes = [{spelled.get(name, name) for name in side.index.class_names} for side in (a, b)]
-    if known and not own & (classes[0] | classes[1]):
+    labelled = "label" in source.items.column_names and source.items["label"].null_count < len(source)
+    nothing = np.full(len(source), -1)
+    truths = [side.index.truth_of(source) if labelled else (nothing, side.index.class_names) for side in (a, b)]
+    if all(ids.min() >= len(side.index.class_names) for side, (ids, _) in zip((a, b), truths, strict=True)):
         raise InputError(f"{source.name}: neither {a.name} nor {b.name} has a class of these photos; compare others")
-    given = [_answers(side, source, spelled) for side in (a, b)]
-    rows = np.flatnonzero((given[0] != None) & (given[1] != None))  # noqa: E711 - compares element by element
+    first, second = (_answers(side, source, *truth) for side, truth in zip((a, b), truths, strict=True))
+    rows, *places = np.intersect1d(first.positions, second.positions, assume_unique=True, return_indices=True)
     if not len(rows):
         raise InputError(f"{source.name}: no photo could be read by both sides")
-    truth, first, second = labels[rows], given[0][rows], given[1][rows]
-    right = first == truth, second == truth
-    differ = np.flatnonzero(first != second)
-    winner = np.where(right[0], "A", np.where(right[1], "B", "neither"))[differ] if known else [None] * len(differ)
-    inputs = source.items["source"].take(pa.array(rows[differ]))
-    columns = [truth[differ], first[differ], second[differ], winner]
-    table = pa.table([inputs, *(pa.array(column, pa.string()) for column in columns)], schema=DIFFERENCES)
+    first, second = first.take(places[0]), second.take(places[1])
+    labels = source.labels if labelled else []
+    alike = spelled_alike([*sorted(set(labels)), *a.index.class_names, *b.index.class_names])
+    named = [[alike.get(name, name) for name in one.named()] for one in (first, second)]
+    differ = np.flatnonzero((np.array(named[0]) != np.array(named[1])) | (first.right != second.right))
+    winner = np.where(first.right, "A", np.where(second.right, "B", "neither"))
+    columns = {
+        "input": source.items["source"].take(pa.array(rows[differ])),
+        "label": [alike.get(labels[row], labels[row]) for row in rows[differ]] if labelled else [None] * len(differ),
+        "answer_a": [named[0][place] for place in differ],
+        "answer_b": [named[1][place] for place in differ],
+        "right": winner[differ] if labelled else [None] * len(differ),
+    }
     skipped = list(dict.fromkeys([*a.encoder.skipped, *b.encoder.skipped]))
-    scores = None
-    if known:
-        lacking = [sorted(own - names) for names in classes]
-        lost = [int(np.isin(truth.astype(str), names).sum()) for names in lacking]
-        alone = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
-        scores = (
-            Score(a.name, len(rows), int(right[0].sum()), alone[0], lacking[0], lost[0]),
-            Score(b.name, len(rows), int(right[1].sum()), alone[1], lacking[1], lost[1]),
-        )
-    return Compared((a.name, b.name), len(rows), scores, table, skipped)
+    scores = (_score(a, first, second), _score(b, second, first)) if labelled else None
+    return Compared((a.name, b.name), len(rows), scores, pa.table(columns, schema=DIFFERENCES), skipped)
+
+
+def _answers(side: Side, source: Source, truth: npt.NDArray[np.int64], class_names: list[str]) -> Answers:
+    asked = without_themselves(side.index, source, side.encoder.blocks(source))
+    return answered(side.index, asked, truth, class_names)[0]
+
+
+def _score(side: Side, own: Answers, other: Answers) -> Score:
+    alone, lacking = int((own.right & ~other.right).sum()), own.class_names[len(side.index.class_names) :]
+    return Score(side.name, len(own.truth), int(own.right.sum()), alone, lacking, **vars(own.recognition()))
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -170,15 +191,6 @@ def mcnemar(only_a: int, only_b: int) -> float:
 def differ(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> bool:
     """Return whether two masks of right answers to the same photos differ significantly (:func:`mcnemar`)."""
     return mcnemar(int((one & ~other).sum()), int((other & ~one).sum())) < SIGNIFICANT
-
-
-def _answers(side: Side, source: Source, spelled: dict[str, str]) -> npt.NDArray[np.object_]:
-    """Return the answer to each photo, or ``None`` if it could not be read."""
-    answers = np.full(len(source), None, dtype=object)
-    for block in side.encoder.blocks(source):
-        table = side.index.classify(block.features, neighbours=0, norms="keep").to_arrow()
-        answers[block.positions] = [spelled.get(name, name) for name in table["label"].to_pylist()]
-    return answers
 
 
 def _shown(p: float) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,16 +15,22 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.answering import AnsweringIndex
-from retrieval_tip.data.encoder import Encoder, FeatureBlock
+from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import Skipped, UsageError
+from retrieval_tip.errors import InputError, Skipped, UsageError, counted
 from retrieval_tip.evaluation.calibration import expected_calibration_error
+from retrieval_tip.evaluation.held_out import Asked, without_themselves
 from retrieval_tip.settings import KeysMet, Settings
 
+log = logging.getLogger(__name__)
+
 CONFUSIONS = 10
+HELD_OUT = "each was classified without itself"
+NO_MATCH = "no match"
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -42,9 +50,13 @@ class Details:
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers in an evaluation, in the order of the items.
+    """The answers in an evaluation, in the order of the items. Arrays have shape ``[n]`` unless noted.
 
-    ``truth`` and ``predicted`` are class ids and ``confidence`` is a probability, of shape ``[n]``.
+    ``truth`` and ``predicted`` are class ids and ``confidence`` is a probability. ``class_names`` starts with the
+    classes of the index, whose number is ``known``. If an item belongs to another class, its ``truth`` is at least
+    ``known``. ``strength`` is the largest cache logit of a class with keys, and ``unlike`` is true if it is below the
+    threshold of the index. Both are ``None`` if the index has no threshold. ``held_out`` is true for shots of the
+    index, which were classified without themselves.
     """
 
     truth: Ints
@@ -52,27 +64,95 @@ class Answers:
     confidence: Floats
     class_names: list[str]
     details: Details | None = None
+    known: int | None = None
+    strength: Floats | None = None
+    unlike: Bools | None = None
+    held_out: Bools | None = None
 
     @property
-    def right(self) -> npt.NDArray[np.bool_]:
-        """Whether each answer is right, as an array of shape ``[n]``."""
-        right: npt.NDArray[np.bool_] = self.truth == self.predicted
-        return right
+    def of_known(self) -> Bools:
+        """Whether each item belongs to a class of the index."""
+        return np.asarray(self.truth < (len(self.class_names) if self.known is None else self.known))
+
+    @property
+    def right(self) -> Bools:
+        """Whether each answer is right. For an item of an unknown class, only ``unlike`` is right."""
+        right: Bools = self.truth == self.predicted
+        return right if self.unlike is None else right | (self.unlike & ~self.of_known)
+
+    @property
+    def positions(self) -> Ints:
+        """The positions of the items in the source."""
+        assert self.details is not None
+        return self.details.positions
+
+    def take(self, places: Ints) -> Answers:
+        """Return some of the answers."""
+        assert self.details is not None
+        arrays: dict[str, Any] = {name: x[places] for name, x in vars(self).items() if isinstance(x, np.ndarray)}
+        return replace(self, details=Details(*(x[places] for x in vars(self.details).values())), **arrays)
+
+    def named(self) -> list[str]:
+        """Return the name of each answer, or :data:`NO_MATCH` if this is right."""
+        none = self.right & ~self.of_known
+        return [NO_MATCH if new else self.class_names[i] for i, new in zip(self.predicted, none, strict=True)]
+
+    def recognition(self) -> Recognition:
+        """Return how well items of known and unknown classes are told apart."""
+        known, unlike, strength = self.of_known, self.unlike, self.strength
+        counts = Counter(self.class_names[i] for i in self.truth[~known].tolist())
+        auroc = None if strength is None else area_under_roc(strength[known], strength[~known])
+        return Recognition(
+            held_out=0 if self.held_out is None else int(self.held_out.sum()),
+            unknown=dict(sorted(counts.items())),
+            known_top1=_mean(self.right[known]),
+            known_no_match=None if unlike is None else _mean(unlike[known]),
+            unknown_no_match=None if unlike is None else _mean(unlike[~known]),
+            auroc=auroc,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recognition:
+    """How an index treats items of classes that it lacks, and items that are its own shots.
+
+    Shares are ``None`` if there are no such items.
+
+    - ``held_out``: the number of items that are shots of the index, each of which was classified without itself
+    - ``unknown``: the number of items of each class that the index lacks
+    - ``known_top1``: the accuracy on items of the other classes
+    - ``known_no_match``, ``unknown_no_match``: the share of items of known and of unknown classes that are ``unlike``
+    - ``auroc``: the area under the ROC curve of the score behind ``unlike``, which is the probability that an item of
+      a known class has a higher score than one of an unknown class
+
+    The last three are also ``None`` if the index has no threshold for ``unlike``.
+    """
+
+    held_out: int = 0
+    unknown: dict[str, int] = field(default_factory=dict)
+    known_top1: float | None = None
+    known_no_match: float | None = None
+    unknown_no_match: float | None = None
+    auroc: float | None = None
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Recognition):
     """The accuracy of an index on the ``n`` readable items of a source. All accuracies are fractions.
 
-    - ``top1``, ``top5``: the accuracies of the blended logits
+    - ``top1``, ``top5``: the accuracies of the blended logits. An item of a class that the index lacks counts as right
+      if it is ``unlike``.
     - ``zero_shot_top1``: the accuracy of the text logits, or ``None`` if the index has no text weights
     - ``cache_top1``: the accuracy of the cache logits
-    - ``per_class``: the top-1 accuracy of each class that occurs in the source
+    - ``per_class``: the top-1 accuracy of each class of the index that occurs in the source
     - ``mean_per_class``: the mean of ``per_class``
     - ``ece``: the expected calibration error of ``softmax(blended logits / temperature)`` in 15 bins
     - ``confusions``: the most frequent errors, as tuples (label, predicted, count)
     - ``coverage``: the fraction of answers whose probability is at least ``abstain``, if ``abstain`` is given
     - ``selective_top1``: the accuracy of these answers, or ``None`` if there are none
+
+    ``zero_shot_top1``, ``cache_top1``, ``per_class``, ``mean_per_class`` and ``ece`` refer to the items of known
+    classes, the others to all items.
     """
 
     top1: float
@@ -94,8 +174,9 @@ class Evaluation:
     def to_dict(self) -> dict[str, object]:
         """Return the figures that ``evaluate --json`` prints. ``k`` is ``"all"`` if every key is used."""
         left_out = {"answers"} | ({"abstain", "coverage", "selective_top1"} if self.abstain is None else set())
+        last = {field_.name for field_ in fields(Recognition)}
         facts: dict[str, object] = {}
-        for field_ in fields(self):
+        for field_ in sorted(fields(self), key=lambda field_: field_.name in last):
             if field_.name == "settings":
                 facts |= self.settings.shown()
             elif field_.name not in left_out:
@@ -109,78 +190,133 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """Classify a labelled source and compare the answers with its labels.
 
+    Items that are shots of the index are classified without themselves (see :func:`held_out.without_themselves`).
     ``k`` and ``tail`` default to the settings of the index. ``abstain`` is the probability below which an answer is
     withheld.
 
-    Raises InputError if the source is empty, or if one of its labels is not a class of the index. Raises UsageError if
-    ``abstain`` is not between 0 and 1.
-    """
-    cache = cache.with_settings(cache.settings.override(k=k, tail=tail))
-    truth = cache.ids_of(source)
-    return judge(cache, encoder.blocks(source), truth, encoder.skipped, abstain=abstain)
-
-
-def judge(
-    cache: AnsweringIndex, blocks: Iterable[FeatureBlock], ids: Ints, skipped: Sequence[Skipped] = (), *,
-    abstain: float | None = None,
-) -> Evaluation:  # fmt: skip
-    """Evaluate ``blocks`` of encoded items against the class ids ``ids`` of their source.
-
-    ``skipped`` is read after the last block. See :func:`evaluate` for the other arguments.
+    Raises InputError if the source is empty, or if no readable item belongs to a class of the index. Raises UsageError
+    if ``abstain`` is not between 0 and 1.
     """
     if abstain is not None and not 0 <= abstain <= 1:
         raise UsageError(f"abstain is {abstain}: give a probability, 0 to 1")
-    places, parts = [], []
-    for block in blocks:
-        places.append(block.positions)
-        for part in cache.parts(len(block.positions)):
-            features, own = block.features[part], ids[block.positions[part]]
-            parts.append(_answer(cache, features, own))
-    positions = np.concatenate(places)
-    ranked, confidence, log_truth = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
-    truth, predicted = ids[positions], ranked[:, 0]
+    cache = cache.with_settings(cache.settings.override(k=k, tail=tail))
+    truth, names = some_known(cache, source)
+    asked = without_themselves(cache, source, encoder.blocks(source))
+    found = judge(cache, asked, truth, names, encoder.skipped, abstain=abstain)
+    if found.held_out:
+        shots = f"{found.held_out:,} of {counted(found.n, 'photo')}"
+        log.warning("%s: %s are shots of this index; %s", source.name, shots, HELD_OUT)
+    return found
+
+
+def some_known(cache: AnsweringIndex, source: Source) -> tuple[Ints, list[str]]:
+    """See :meth:`AnsweringIndex.truth_of`. Raises InputError if the index has no class of the source."""
+    truth, names = cache.truth_of(source)
+    if not (truth < len(cache.class_names)).any():
+        raise cache.unknown_labels(source, names[len(cache.class_names) :])
+    return truth, names
+
+
+def judge(
+    cache: AnsweringIndex, asked: Iterable[Asked], truth: Ints, class_names: list[str],
+    skipped: Sequence[Skipped] = (), *, abstain: float | None = None,
+) -> Evaluation:  # fmt: skip
+    """Evaluate encoded items against the class ids ``truth`` of their source (see :meth:`AnsweringIndex.truth_of`).
+
+    ``skipped`` is read after the last item. See :func:`evaluate` for the other arguments and the errors.
+    """
+    answers, ranked = answered(cache, asked, truth, class_names)
+    known, right, truth = answers.of_known, answers.right, answers.truth
+    if not known.any():
+        raise InputError("photos: none of a class of the index could be read; add such photos")
     hits = ranked == truth[:, None]
-    right = hits[:, 0]
-    per_class = {cache.class_names[i]: float(right[truth == i].mean()) for i in np.unique(truth)}
-    wrong = Counter(zip(truth[~right].tolist(), predicted[~right].tolist(), strict=True))
-    confusions = [(cache.class_names[a], cache.class_names[b], n) for (a, b), n in wrong.most_common(CONFUSIONS)]
-    answered = None if abstain is None else confidence >= abstain
+    per_class = {class_names[i]: float(right[truth == i].mean()) for i in np.unique(truth[known])}
+    wrong = Counter(zip(truth[~right].tolist(), answers.predicted[~right].tolist(), strict=True))
+    confusions = [(class_names[a], class_names[b], n) for (a, b), n in wrong.most_common(CONFUSIONS)]
+    confident = None if abstain is None else answers.confidence >= abstain
     return Evaluation(
         top1=float(right.mean()),
-        top5=float(hits[:, :-2].any(axis=1).mean()),
-        zero_shot_top1=float(hits[:, -2].mean()) if cache.has_text else None,
-        cache_top1=float(hits[:, -1].mean()),
+        top5=float((right | hits[:, :-2].any(axis=1)).mean()),
+        zero_shot_top1=float(hits[known, -2].mean()) if cache.has_text else None,
+        cache_top1=float(hits[known, -1].mean()),
         mean_per_class=float(np.mean(list(per_class.values()))),
-        ece=expected_calibration_error(confidence, right),
+        ece=expected_calibration_error(answers.confidence[known], right[known]),
         n=len(truth),
         skipped=len(skipped),
         settings=cache.settings,
         per_class=per_class,
         confusions=confusions,
-        answers=Answers(
-            truth,
-            predicted,
-            confidence,
-            cache.class_names,
-            Details(positions, log_truth, ranked[:, -2], ranked[:, -1]),
-        ),
+        answers=answers,
         abstain=abstain,
-        coverage=None if answered is None else float(answered.mean()),
-        selective_top1=None if answered is None or not answered.any() else float(right[answered].mean()),
+        coverage=None if confident is None else float(confident.mean()),
+        selective_top1=None if confident is None else _mean(right[confident]),
+        **vars(answers.recognition()),
     )
 
 
-def _answer(cache: AnsweringIndex, features: npt.NDArray[np.float32], truth: Ints) -> tuple[Tensor, Tensor, Tensor]:
-    """Classify ``q`` features whose classes are ``truth``, and return ``ranked``, ``confidence`` and ``log_truth``.
+def answered(
+    cache: AnsweringIndex, asked: Iterable[Asked], truth: Ints, class_names: list[str]
+) -> tuple[Answers, Ints]:
+    """Classify items, and return the answers in the order of the source, and the best classes ``[n, m + 2]``.
 
-    ``ranked`` has shape ``[q, m + 2]``. It holds the class ids of the ``m`` largest blended logits (at most 5), the
-    largest text logit and the largest cache logit. ``log_truth`` is as in :class:`Details`.
+    The best classes are those of the ``m`` largest blended logits (at most 5), of the largest text logit and of the
+    largest cache logit. ``truth`` has the class id of each item of the source, or -1 if it has no label.
     """
-    terms, settings = cache.terms(features), cache.settings
+    places, held, parts = [], [], []
+    for one in asked:
+        for part in one.index.parts(len(one.block.positions)):
+            places.append(one.block.positions[part])
+            held.append(np.full(len(places[-1]), one.held_out))
+            parts.append(_answer(one.index, one.block.features[part], truth[places[-1]]))
+    if not parts:
+        raise InputError("photos: all are shots of this index; use other photos")
+    order = np.argsort(np.concatenate(places))
+    ranked, confidence, log_truth, strength = (torch.cat(part).numpy()[order] for part in zip(*parts, strict=True))
+    positions, least = np.concatenate(places)[order], cache.settings.least_cache
+    answers = Answers(
+        truth[positions],
+        ranked[:, 0],
+        confidence,
+        class_names,
+        Details(positions, log_truth, ranked[:, -2], ranked[:, -1]),
+        known=len(cache.class_names),
+        strength=None if least is None else strength,
+        unlike=None if least is None else strength < least,
+        held_out=np.concatenate(held)[order],
+    )
+    return answers, ranked
+
+
+def _answer(
+    cache: AnsweringIndex, features: npt.NDArray[np.float32], truth: Ints
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Classify ``q`` features. Return their best classes (see :func:`answered`) and values of shape ``[q]``.
+
+    These are ``confidence``, ``log_truth`` and ``strength`` (see :class:`Details` and :class:`Answers`).
+    """
+    terms, settings, c = cache.terms(features), cache.settings, len(cache.class_names)
     text, alone, logits = terms.text, terms.photos(settings), terms.logits(settings)
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    best = logits.topk(min(5, c), dim=1).indices
     ranked = torch.cat([best, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1)
     confidence = tip.probabilities(logits, settings.temperature).gather(1, best[:, :1])[:, 0].double()
-    scaled = logits / settings.temperature
-    log_truth = scaled.gather(1, torch.from_numpy(truth)[:, None].to(scaled.device))[:, 0] - scaled.logsumexp(dim=1)
-    return ranked.cpu(), confidence.cpu(), log_truth.double().cpu()
+    ids, scaled = torch.from_numpy(truth).to(logits.device), logits / settings.temperature
+    log_truth = scaled.gather(1, ids.clamp(0, c - 1)[:, None])[:, 0] - scaled.logsumexp(dim=1)
+    log_truth = log_truth.double().masked_fill((ids < 0) | (ids >= c), -torch.inf)
+    strength = terms.strongest(cache.retrieval.keys.counts).double()
+    return ranked.cpu(), confidence.cpu(), log_truth.cpu(), strength.cpu()
+
+
+def area_under_roc(high: npt.NDArray[np.floating], low: npt.NDArray[np.floating]) -> float | None:
+    """Return the probability that one of the ``high`` scores exceeds one of the ``low`` scores.
+
+    Equal scores count as half. Returns ``None`` if one of the arrays is empty.
+    """
+    if not len(high) or not len(low):
+        return None
+    ordered = np.sort(low)
+    below = np.searchsorted(ordered, high, "left") + np.searchsorted(ordered, high, "right")
+    return float(below.mean() / (2 * len(low)))
+
+
+def _mean(flags: Bools) -> float | None:
+    return float(flags.mean()) if len(flags) else None

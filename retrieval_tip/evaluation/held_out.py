@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 from retrieval_tip import tip
+from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.errors import UsageError
+from retrieval_tip.data.encoder import FeatureBlock
+from retrieval_tip.data.sources import Source
+from retrieval_tip.errors import InputError, UsageError, counted
 from retrieval_tip.fit.closed_form import prior_for
-from retrieval_tip.fit.folds import Folds, Held, taken_keys
+from retrieval_tip.fit.folds import Folds
 from retrieval_tip.fit.forms import Form
+from retrieval_tip.retrieval.keys import index_over, points_of
 from retrieval_tip.store.labels import images_of
+
+log = logging.getLogger(__name__)
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
-PARTS = 8
-"""Number of parts of the photos. Each part is held out once, so the fit is repeated this many times."""
+PARTS, MANY_KEYS = 8, 4096
+"""Number of parts of the photos, and number of keys above which it is halved. The fit is repeated for each part."""
+SAME = 0.9999
+"""Minimum cosine of two equal features, which may have been rounded to float16 or bfloat16."""
+MOST_COPIED = 1 << 29
+"""Maximum size in bytes of the keys of an index from which photos are held out, because each part copies them."""
 
 
 def photo_rows(index: CacheModel, key_ids: Sequence[int]) -> IntArray:
@@ -77,27 +90,120 @@ def _without_own_part(
     index: CacheModel, rows: IntArray, kept: IntArray, queries: npt.NDArray[np.float32] | None = None
 ) -> tuple[IntArray, torch.Tensor]:
     """Return the positions in ``rows`` of the photos that can be classified, and their probabilities ``[m, c]``."""
-    ids, images, settings = index.class_ids.cpu(), images_of(index.labels), index.settings
-    order = np.random.default_rng(0).permutation(len(rows))
-    parts, held = [], []
-    for part in np.array_split(order, min(PARTS, len(rows)) or 1):
+    places, probabilities = [np.zeros(0, np.int64)], [torch.zeros(0, len(index.class_names))]
+    for part, others in without_parts(index, rows, kept):
+        logits = others.logits(index.keys[rows[part]] if queries is None else queries[part]).cpu()
+        if not index.has_text:  # a class without keys would be unknown
+            logits[:, np.array(others.counts) == 0] = -torch.inf
+        places.append(part)
+        probabilities.append(tip.probabilities(logits, index.settings.temperature))
+    return np.concatenate(places), torch.cat(probabilities)
+
+
+def without_parts(
+    index: CacheModel, rows: IntArray, kept: IntArray | None = None
+) -> Iterator[tuple[IntArray, CacheModel]]:
+    """Split photos into at most :data:`PARTS` parts, and yield each part with an index that lacks its photos.
+
+    ``rows`` has one row of each photo. A part is given as positions in ``rows``. It has few photos of the same class.
+    The index has the ``kept`` keys, by default all, except all keys of the photos of the part. Its metric and values
+    are refitted to these keys, unless they were trained. Its settings are those of ``index``. It compares a query with
+    every key, unless ``index`` is of the type ``Classes``. A part is left out if no key remains.
+    """
+    ids, images, fitted, c = index.class_ids.cpu(), images_of(index.labels), index.fitted, len(index.class_names)
+    kept = np.arange(index.n) if kept is None else kept
+    order = np.lexsort((np.random.default_rng(0).permutation(len(rows)), ids.numpy()[rows]))
+    factory = index.index_type if index.index.by_class else "Flat"
+    folds = Folds(
+        index.keys, ids, c, None, [], index.sums, "even" if fitted is None else fitted.class_prior,
+        prior=prior_for(index),
+    )  # fmt: skip
+    parts = PARTS if index.n <= MANY_KEYS else PARTS // 2
+    for number in range(min(parts, len(rows))):
+        part = order[number::parts]
         others = kept[~np.isin(images[kept], images[rows[part]])]
-        if len(part) and len(others):  # without any other key, the answers are wrong
-            own = torch.from_numpy(rows[part])
-            given = taken_keys(index.keys, own) if queries is None else torch.from_numpy(queries[part])
-            held.append(Held(given, ids[own], torch.from_numpy(others)))
-            parts.append(part)
-    if not held:
-        return np.zeros(0, np.int64), torch.zeros(0, len(index.class_names))
-    text = index.text_weights.cpu() * settings.logit_scale if index.has_text else None
-    prior, c = prior_for(index), len(index.class_names)
-    class_prior = "even" if index.fitted is None else index.fitted.class_prior
-    folds = Folds(index.keys, ids, c, text, held, index.sums, class_prior, prior=prior)
-    words, cache, discriminant = folds.terms(Form.of(index.fitted, settings.beta))
-    linked = tip.log_cache(cache, settings.log_offset)
-    terms = tip.Terms(torch.zeros_like(linked) if words is None else words, linked, discriminant)
-    logits = terms.logits(settings)
-    if words is None:  # a class without keys would be unknown
-        known = torch.stack([torch.bincount(ids[part.rows], minlength=c) > 0 for part in held])
-        logits[~known.repeat_interleave(torch.tensor([len(part.ids) for part in held]), dim=0)] = -torch.inf
-    return np.concatenate(parts), tip.probabilities(logits, settings.temperature)
+        if not len(others):
+            continue
+        others = others[np.argsort(ids.numpy()[others], kind="stable")]
+        metric, values = index.metric, None if index.values is None else index.values[torch.from_numpy(others)]
+        if fitted is not None:
+            form = Form.of(fitted, index.settings.beta)
+            metric, values = folds.fitted(form, torch.from_numpy(others), number)
+        keys = np.asarray(index.keys[others])
+        points = points_of(metric, keys, "cpu")
+        met = keys if points is None else points
+        yield part, replace(
+            index, keys=keys, labels=index.labels.take(pa.array(others)), metric=metric, values=values, points=points,
+            index=index_over(met, ids.numpy()[others], c, factory, index.device), version=None, folder=None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Encoded items of a source, and the index that is to classify them.
+
+    ``held_out`` is true if the items are shots of the tested index, so that ``index`` lacks them.
+    """
+
+    index: AnsweringIndex
+    block: FeatureBlock
+    held_out: bool = False
+
+
+def without_themselves(index: AnsweringIndex, source: Source, blocks: Iterable[FeatureBlock]) -> Iterator[Asked]:
+    """Yield the items of a source, with an index to classify each of them that does not contain the item.
+
+    Items that are not shots of ``index`` are yielded at once, with ``index``. The others follow, in the parts of
+    :func:`without_parts`. An item is a shot if a key has the same digest. A row of a feature table that has no digest
+    is a shot if a key has the same id and the same feature, because many tables number their rows.
+
+    If the keys take more than :data:`MOST_COPIED` bytes, items that are shots are left out, and a warning is logged.
+    Raises InputError if the only photo of the index is an item.
+    """
+    shots: list[FeatureBlock] = []
+    found: list[IntArray] = []
+    for block in blocks:
+        key_ids = key_ids_of(index, source, block)
+        if (new := np.flatnonzero(key_ids < 0)).size:
+            yield Asked(index, block.take(new))
+        if (own := np.flatnonzero(key_ids >= 0)).size:
+            shots.append(block.take(own))
+            found.append(key_ids[own])
+    if not shots:
+        return
+    block, key_ids = FeatureBlock.joined(shots), np.concatenate(found)
+    if 4 * index.n * index.d > MOST_COPIED:
+        log.warning(
+            "%s: left out %s that are shots of this index, which is too large to hide them",
+            source.name, counted(len(key_ids), "photo"),
+        )  # fmt: skip
+        return
+    model = index.in_memory()
+    photos = images_of(model.labels)
+    if photos.min() == photos.max():
+        raise InputError(f"{source.name}: has the only photo of the index; add other photos to the index")
+    known = model.labels["key_id"].to_numpy()
+    order = np.argsort(known)
+    rows = order[np.searchsorted(known, key_ids, sorter=order)]
+    _, first, photo = np.unique(photos[rows], return_index=True, return_inverse=True)
+    for part, others in without_parts(model, rows[first]):
+        yield Asked(others, block.take(np.flatnonzero(np.isin(photo, part))), held_out=True)
+
+
+def key_ids_of(index: AnsweringIndex, source: Source, block: FeatureBlock) -> IntArray:
+    """Return the id of a key of each item that is a shot (see :func:`without_themselves`), and -1 for other items."""
+    shots = index.having("digest", filter(None, block.digests))
+    known = dict(zip(shots["digest"].to_pylist(), shots["key_id"].to_pylist(), strict=True))
+    found = np.array([known.get(digest, -1) if digest else -1 for digest in block.digests], dtype=np.int64)
+    places: dict[str, list[int]] = {}
+    for place in [place for place, digest in enumerate(block.digests) if not digest]:
+        places.setdefault(source.items["source"][int(block.positions[place])].as_py(), []).append(place)
+    if not places:
+        return found
+    shots = index.having("source", places)
+    keys = index.keys_of(shots["key_id"].to_numpy()).astype(np.float32)
+    for key_id, name, key in zip(shots["key_id"].to_pylist(), shots["source"].to_pylist(), keys, strict=True):
+        own = np.array(places[name])
+        lengths = np.linalg.norm(block.features[own], axis=1) * np.linalg.norm(key)
+        found[own[block.features[own] @ key >= SAME * lengths]] = key_id
+    return found

@@ -30,7 +30,17 @@ from retrieval_tip import tip
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError, counted
-from retrieval_tip.fit.folds import Blend, Folds, Held, IntArray, blend, ranks_within, robust_blend, taken_keys
+from retrieval_tip.fit.folds import (
+    LEAST_JUDGED,
+    Blend,
+    Folds,
+    Held,
+    IntArray,
+    blend,
+    ranks_within,
+    robust_blend,
+    taken_keys,
+)
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, ONE_SHOT_WITH_PRIOR, WITH_PRIOR, Form
 from retrieval_tip.fit.scatter import FloatArray, known_prior
 from retrieval_tip.fit.search_hp import Queries
@@ -104,6 +114,13 @@ class Judged(TypedDict, total=False):
     weakest: Sequence[tuple[str, int, int]]
 
 
+class Estimate(Judged, total=False):
+    """Accuracies of an index on its own shots, and the number of ``tested`` classes out of all that have shots."""
+
+    tested: int
+    classes: int
+
+
 class Shots(Protocol):
     """Anything that can be fitted: a :class:`CacheModel`, or an index that reads its keys in place."""
 
@@ -167,6 +184,7 @@ class FormChoice:
     - ``longest`` is the largest norm of a key.
     - ``without_shots`` is the number of classes that have text but no shots.
     - ``single`` is the number of classes that have a single photo, which cannot be held out.
+    - ``tested`` is the number of classes of the held-out photos, out of all ``classes`` that have photos.
     - ``halves`` is true if folds are classified with only about half of the shots.
     """
 
@@ -185,23 +203,27 @@ class FormChoice:
     longest: float | None = None
     without_shots: int = 0
     single: int = 0
+    tested: int = 0
+    classes: int = 0
     halves: bool = False
 
     def __str__(self) -> str:
         without = f"{counted(self.without_shots, 'class', 'has', 'have')} a name but no photos"
+        some = f"only {self.tested:,} of {counted(self.classes, 'class')} could be tested"
+        some += f" ({self.single:,} {'has' if self.single == 1 else 'have'} one photo)" if self.single else ""
         if self.photos is None or self.both is None or self.interval is None:
-            reason = "no photo can be held out with one photo per class, or with a single class"
+            reason = f"fewer than {LEAST_JUDGED} photos can be held out" if self.tested > 1 else some
+            reason = "each class has one photo" if self.single == self.classes else reason
+            reason = "only one class has photos" if self.classes == 1 else reason
             return f"Accuracy not estimated: {reason}" + (f"; {without}" if self.without_shots else "")
         low, high = self.interval
         parts = [f"95 % interval {100 * low:.0f} to {100 * high:.0f} %", self.judged_on]
         parts += ["measured with one photo per class"] if self.halves else []
-        parts += (
-            [f"{counted(self.single, 'class', 'has', 'have')} one photo and could not be tested"] if self.single else []
-        )
         parts += [without] if self.without_shots else []
         if self.words is not None:
             parts += [f"photos alone {100 * self.photos:.1f} %, class names alone {100 * self.words:.1f} %"]
-        return f"Estimated accuracy: {100 * self.both:.1f} % ({'; '.join(parts)})"
+        start = f"{some.capitalize()}. " if self.tested < self.classes else ""
+        return f"{start}Estimated accuracy: {100 * self.both:.1f} % ({'; '.join(parts)})"
 
     @property
     def warnings(self) -> Iterator[str]:
@@ -226,6 +248,8 @@ class FormChoice:
             "judged_on": self.judged_on,
             "queries": self.n,
             "folds": self.folds,
+            "tested": self.tested,
+            "classes": self.classes,
             **{name: None if part is None else round(part, 6) for name, part in parts.items()},
             "interval_95": None if self.interval is None else [round(end, 6) for end in self.interval],
             "weakest": [list(one) for one in self.weakest],
@@ -242,9 +266,9 @@ def fit(
     The form is selected by cross-validation on the shots (all views of a photo are in the same fold), or on
     ``validation`` images. The first form is kept unless another form is at least as accurate and lowers the
     cross-entropy by more than two standard errors of the difference. This prevents overfitting when there are few
-    shots. Classes that have a single photo are used to fit but not to evaluate. If every class has a single photo,
-    nothing can be evaluated, so predetermined settings are used. :func:`folds.blend` determines the weights of the
-    terms and the temperature.
+    shots. Classes that have a single photo are used to fit but not to evaluate. If fewer than two classes have several
+    photos, nothing can be evaluated, so predetermined settings are used. :func:`folds.blend` determines the weights of
+    the terms and the temperature.
 
     Args:
         cache: the index, which must have a single segment. Its current metric and values are ignored.
@@ -318,14 +342,15 @@ def refit(cache: Shots, beta: float) -> FormChoice:
     return choice
 
 
-def estimate(cache: CacheModel) -> Judged:
+def estimate(cache: CacheModel) -> Estimate:
     """Estimate the accuracy of an index on folds of its own shots. The index does not change.
 
     The metric and the values are refitted for each fold, but alpha, beta and the temperature are not.
 
     Returns the accuracies of the cache (``photos``), the text (``words``) and the blend (``both``). ``words`` is
-    ``None`` if there is no text. All are ``None`` if the keys were fine-tuned, or if too few shots can be held out.
-    Otherwise, the 95 % confidence interval of ``both`` and the ``weakest`` classes are also returned.
+    ``None`` if there is no text. All are ``None`` if the keys were fine-tuned, or if too few shots can be held out, or
+    shots of a single class. Otherwise, the 95 % confidence interval of ``both``, the ``weakest`` classes, and the
+    numbers of ``tested`` classes and of all ``classes`` with shots are also returned.
     """
     settings, (folds, _) = cache.settings, _judged_by(cache, None, images_of(cache.labels), _class_prior(cache))
     if cache.curve is not None or not folds.can_judge:
@@ -336,7 +361,8 @@ def estimate(cache: CacheModel) -> Judged:
     ids = folds.ids_held
     right = terms.logits(settings).argmax(1) == ids
     found = _accuracies(terms.photos(settings), text, right, ids, folds.weights)
-    return {**found, "weakest": _weakest(cache.class_names, right, ids)}
+    tested, classes = folds.untested["tested"], folds.untested["classes"]
+    return {**found, "weakest": _weakest(cache.class_names, right, ids), "tested": tested, "classes": classes}
 
 
 def prior_for(cache: Shots) -> FloatArray | None:

@@ -183,6 +183,8 @@ class Untested(TypedDict):
 
     without_shots: int
     single: int
+    tested: int
+    classes: int
     halves: bool
 
 
@@ -205,7 +207,7 @@ class Folds:
     """Keys and their class ``ids``, scaled ``text`` weights of shape ``[c, d]``, and held-out queries.
 
     If ``weighted`` is false or ``class_prior`` is ``shots``, all queries have equal weight. ``prior`` is the scatter of
-    other photos.
+    other photos. ``single`` classes have one photo, which is never held out.
     """
 
     keys: Keys
@@ -217,6 +219,7 @@ class Folds:
     class_prior: ClassPrior = "even"
     weighted: bool = True
     prior: FloatArray | None = None
+    single: int = 0
     _scatters: dict[int | None, Scatter | FewScatter] = field(default_factory=dict)
 
     @classmethod
@@ -229,8 +232,8 @@ class Folds:
         All views of a held-out image are held out.
         """
         folds, first = _folds(images, ids, number)
-        held = list(_held(keys, ids, folds[first], first, images, judged))
-        return cls(keys, torch.from_numpy(ids), c, text, held, sums, class_prior, prior=prior)
+        held, single = list(_held(keys, ids, folds[first], first, images, judged)), np.bincount(ids[first]) == 1
+        return cls(keys, torch.from_numpy(ids), c, text, held, sums, class_prior, prior=prior, single=int(single.sum()))
 
     def with_small(self, images: IntArray, judged: int) -> Folds:
         """Also hold out few photos at a time, if the other folds contain half of the shots.
@@ -267,11 +270,6 @@ class Folds:
         return replace(self, held=held)
 
     @property
-    def without_shots(self) -> int:
-        """Number of classes that have no shots."""
-        return self.c - len(self.ids.unique())
-
-    @property
     def covered(self) -> float:
         """Fraction of the classes that have shots or queries, or 1 if there is no text."""
         ids = torch.cat([self.ids, *(held.ids for held in self.held)])
@@ -280,8 +278,14 @@ class Folds:
     @property
     def untested(self) -> Untested:
         """What the estimate of the accuracy does not cover."""
-        single = np.setdiff1d(self.ids.numpy(), self.ids_held.numpy() if self.held else self.ids.numpy())
-        return {"without_shots": self.without_shots, "single": len(single), "halves": self.halves}
+        classes = len(self.ids.unique())
+        return {
+            "without_shots": self.c - classes,
+            "single": self.single,
+            "tested": self.tested,
+            "classes": classes,
+            "halves": self.halves,
+        }
 
     @property
     def halves(self) -> bool:
@@ -318,8 +322,14 @@ class Folds:
 
     @property
     def can_judge(self) -> bool:
-        """Whether there are enough held-out photos to evaluate a form."""
-        return self.n >= LEAST_JUDGED and self.c > 1
+        """Whether enough photos, of at least two classes, are held out to evaluate a form."""
+        return self.n >= LEAST_JUDGED and self.tested > 1
+
+    @property
+    def tested(self) -> int:
+        """Number of classes of the held-out photos, excluding small folds and held-out classes."""
+        ids = [held.ids for held in self.held if held.of == "shots"]
+        return len(torch.cat(ids).unique()) if ids else 0
 
     def scatter(self, rows: Tensor) -> Scatter | FewScatter:
         """Return the scatter of some of the keys."""

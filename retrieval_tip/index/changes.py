@@ -215,7 +215,7 @@ def label(folder: Place, photos: Iterable[PhotoLabel], encoder: Encoder, unwante
     weights = _weights_of(names, manifest, encoder, None)
     with store.change() as change:
         cache = change.cache
-        rows = cache.find(digests=list(wanted)).to_pylist() if wanted else []
+        rows = cache.having("digest", wanted).to_pylist()
         withdrawn = {row["key_id"] for row in rows if row.get(PICKED) == WITHDRAWN}
         there = {row["digest"]: row for row in rows if row["key_id"] not in withdrawn}
         fresh = [photo for photo in wanted.values() if photo.label is not None and photo.digest not in there]
@@ -224,7 +224,7 @@ def label(folder: Place, photos: Iterable[PhotoLabel], encoder: Encoder, unwante
         if not fresh and len(gone) == cache.n:
             if gone == withdrawn:
                 return Changed(_version(cache), [])
-            fresh = [_withdrawn(cache, rows)]
+            fresh = [_withdrawn(cache, rows[0])]
         new = _add_classes(cache, names, weights)
         added = _add_photos(cache, fresh, encoder) if fresh else []
         moved = _relabel(change, {key_id: str(name) for key_id, name in moves.items()}, _labels_of(cache, list(moves)))
@@ -257,11 +257,10 @@ def _add_photos(cache: EditableIndex, photos: Sequence[PhotoLabel], encoder: Enc
     return key_ids
 
 
-def _withdrawn(cache: AnsweringIndex, rows: Sequence[Mapping[str, Any]]) -> PhotoLabel:
-    """Return the first of the keys in ``rows``, which are all keys of the index, with its label marked as withdrawn."""
-    keys, ids = cache.some(cache.n)
-    feature = keys[ids["key_id"].to_pylist().index(rows[0]["key_id"])].astype(np.float32)
-    return PhotoLabel(rows[0]["source"], rows[0]["digest"], rows[0]["label"], WITHDRAWN, feature)
+def _withdrawn(cache: AnsweringIndex, row: Mapping[str, Any]) -> PhotoLabel:
+    """Return the key of a row, with its label marked as withdrawn."""
+    feature = cache.keys_of(np.array([row["key_id"]]))[0].astype(np.float32)
+    return PhotoLabel(row["source"], row["digest"], row["label"], WITHDRAWN, feature)
 
 
 def merge(folder: Place, other: Place) -> Added:

@@ -8,11 +8,11 @@ are held in memory. Its answers are the same as those of an index in a folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -194,21 +194,19 @@ class LanceModel(AnsweringIndex):
         for batch in self.table.scan_of("class_id", class_ids.tolist(), ["class_id", VECTOR]):
             yield batch["class_id"].to_numpy().astype(np.int64), self.table.matrix(batch[VECTOR])
 
-    def find(
-        self,
-        labels: Sequence[str] = (),
-        source: str | None = None,
-        key_ids: Sequence[int] = (),
-        digests: Sequence[str] = (),
-    ) -> pa.Table:
+    def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
         columns = self.table.label_columns
-        for column, values in (("key_id", key_ids), ("digest", digests), ("label", labels)):
-            if values:
-                rows = self.table.of_ids(column, list(dict.fromkeys(values)), columns)
-                break
+        if key_ids:
+            rows = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), columns)
+        elif labels:
+            rows = self.table.of_ids("label", list(dict.fromkeys(labels)), columns)
         else:
             rows = self.table.read(columns)
-        return rows_with(rows, labels, source, digests=digests) if labels or source or digests else rows
+        return rows_with(rows, labels, source) if labels or source else rows
+
+    def having(self, column: Literal["digest", "source"], values: Iterable[str | None]) -> pa.Table:
+        wanted = list(dict.fromkeys(value for value in values if value is not None))
+        return self.table.of_ids(column, wanted, self.table.label_columns)
 
     def statistics(self) -> Statistics | None:
         """See :meth:`AnsweringIndex.statistics`. Small tables use the same sample as a folder."""
@@ -242,7 +240,6 @@ class LanceModel(AnsweringIndex):
             )
 
     def keys_of(self, key_ids: IntArray) -> KeyArray:
-        """Return the keys with the given ids, of shape ``[m, d]``. All ids must exist."""
         some = self.table.of_ids("key_id", key_ids.tolist(), ["key_id", VECTOR])
         found = some["key_id"].to_numpy()
         order = np.argsort(found)

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import show
-from retrieval_tip.evaluation.evaluate import Answers, Details, Evaluation
+from retrieval_tip.evaluation.evaluate import Answers, Details, Evaluation, judge
+from retrieval_tip.evaluation.held_out import Asked
 from retrieval_tip.fit.closed_form import wilson
 
 
@@ -46,8 +46,9 @@ class ClassScore(NamedTuple):
 class JudgedIndex:
     """A test source with the answers of an index, and the arguments of :func:`report.write_report`.
 
-    ``ids`` contains the class ids of all ``m`` items. ``blocks`` and ``evaluation`` only cover the ``n`` readable
-    items.
+    ``ids`` contains the class ids of all ``m`` items. ``blocks`` and ``evaluation`` only cover the ``n`` readable items
+    of known classes that are not shots of the index, and ``whole`` also covers unknown classes. ``shots`` items were
+    left out because they are shots.
     """
 
     cache: CacheModel
@@ -59,29 +60,32 @@ class JudgedIndex:
     folder: Path | None
     where: str | None
     command: str | None
+    whole: Evaluation
+    shots: int
+
+    def by(self, index: CacheModel) -> Evaluation:
+        """Evaluate another index of the same classes on the same items."""
+        return judge(index, (Asked(index, block) for block in self.blocks), self.ids, self.answers.class_names)
 
     @property
     def answers(self) -> Answers:
-        """The answers for the ``n`` readable items."""
+        """The answers for the ``n`` items."""
         return self.evaluation.answers
 
     @property
     def details(self) -> Details:
-        """The details of the answers for the ``n`` readable items."""
+        """The details of the answers for the ``n`` items."""
         assert self.answers.details is not None
         return self.answers.details
 
     @cached_property
     def features(self) -> npt.NDArray[np.float32]:
-        """The features of the readable items, as an array of shape ``[n, d]``."""
+        """The features of the items, as an array of shape ``[n, d]``."""
         return np.concatenate([block.features for block in self.blocks])
 
     @cached_property
     def digests(self) -> list[str | None]:
-        """The content digests of the ``n`` readable items. A feature table may store them in the column ``digest``."""
-        if self.test.table is not None and pa.field("digest", pa.string()) in list(self.test.items.schema):
-            kept: list[str | None] = self.test.items["digest"].take(pa.array(self.details.positions)).to_pylist()
-            return kept
+        """The content digests of the ``n`` items."""
         return [digest for block in self.blocks for digest in block.digests]
 
     @cached_property

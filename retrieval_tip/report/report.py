@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from tqdm import tqdm
 
 from retrieval_tip.bounds import check_count
@@ -25,9 +23,10 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, counted, one_line, percent, show
+from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, counted, few, one_line, percent, show
 from retrieval_tip.evaluation import sweep
-from retrieval_tip.evaluation.evaluate import Evaluation, judge
+from retrieval_tip.evaluation.evaluate import Evaluation, judge, some_known
+from retrieval_tip.evaluation.held_out import Asked, key_ids_of
 from retrieval_tip.files import replacing
 from retrieval_tip.fit import closed_form
 from retrieval_tip.html import markup, render
@@ -68,7 +67,8 @@ def write_report(
 
     Args:
         cache: The index. Its ``settings`` are used for the answers.
-        test: Labelled images or features. See :func:`evaluate.evaluate`.
+        test: Labelled images or features. Photos that are shots of the index, and photos of classes that it lacks, are
+            counted and left out.
         encoder: The encoder that computes the features. ``encoder.skipped`` lists the unreadable items.
         out: The file. An existing file is replaced once the report is complete.
         shots: The numbers of shots per class to draw for the curve. Defaults to 1, 2, 4 and so on, up to the size of
@@ -82,7 +82,8 @@ def write_report(
 
     Raises:
         UsageError: if matplotlib is not installed, or if ``shots`` exceeds the size of the smallest class.
-        InputError: in the same cases as :func:`evaluate.evaluate`, or if ``out`` cannot be written.
+        InputError: in the same cases as :func:`evaluate.evaluate`, if every test photo is a shot, or if ``out`` cannot
+            be written.
     """
     path = Path(out)
     check(path)
@@ -94,10 +95,15 @@ def write_report(
     if shots is None:
         classes = np.count_nonzero(cache.counts)
         shots = [number for number in SHOTS if number <= least > 1 and number * classes <= CURVE_KEYS]
-    ids, blocks = cache.ids_of(test), list(encoder.blocks(test))
-    evaluation = judge(cache, blocks, ids, list(encoder.skipped))
+    ids, names = some_known(cache, test)
+    every = list(encoder.blocks(test))
+    new = [block.take(np.flatnonzero(key_ids_of(cache, test, block) < 0)) for block in every]
+    whole = judge(cache, (Asked(cache, block) for block in new), ids, names, encoder.skipped)
+    blocks = [block.take(np.flatnonzero(ids[block.positions] < len(cache.class_names))) for block in new]
+    evaluation = judge(cache, (Asked(cache, block) for block in blocks), ids, names, encoder.skipped)
     place = Path(folder) if folder is not None else cache.folder
-    judged = JudgedIndex(cache, test, encoder, blocks, ids, evaluation, place, where, command)
+    left_out = sum(len(block.positions) for block in every) - whole.n
+    judged = JudgedIndex(cache, test, encoder, blocks, ids, evaluation, place, where, command, whole, left_out)
     page = _page(judged, _curve(judged, shots, seeds) if curves else None).encode()
     with replacing(path) as temporary:
         temporary.write_bytes(page)
@@ -122,7 +128,6 @@ class Curve(NamedTuple):
 
 def _page(judged: JudgedIndex, curve: Curve | None) -> str:
     cache, evaluation, ways, pairs = judged.cache, judged.evaluation, _ways(judged), confusions(judged)
-    digests = pa.array([digest for digest in judged.digests if digest is not None], pa.string())
     index = f'"{show(judged.folder.name)}"' if judged.folder is not None else "an index"
     drawn = {
         "matrix": (plots.draw_confusion, "Confusion matrix, as shares of the true class"),
@@ -133,9 +138,8 @@ def _page(judged: JudgedIndex, curve: Curve | None) -> str:
         "report/page.html.j2", title=f'Accuracy of {index} on "{Path(judged.test.name).name}"', judged=judged,
         cache=cache, evaluation=evaluation, ways=ways, sentences=list(sentences(judged, ways)),
         actions=list(actions(judged, ways)), pairs=pairs, mistakes=mistakes(judged), curve=curve,
-        shared=pc.sum(pc.is_in(digests, value_set=cache.labels["digest"])).as_py() or 0,
         plots={name: plots.svg(partial(draw, evaluation), label) for name, (draw, label) in drawn.items()},
-        provenance=provenance(judged), counted=counted, percent=percent, portable=portable, nobreak=_nobreak,
+        provenance=provenance(judged), counted=counted, few=few, percent=percent, portable=portable, nobreak=_nobreak,
         thumbnail=remembered(partial(thumbnail, judged.encoder.read)),
     )  # fmt: skip
 
@@ -158,10 +162,10 @@ def _ways(judged: JudgedIndex) -> list[Way]:
             predicted = rival(shots).logits(judged.features).argmax(1).cpu().numpy()
             ways.append(Way(name.replace("-", " "), "same examples, without class names", truth, predicted))
         if shots.fitted is not None:
-            plain = judge(closed_form.unfitted(shots), judged.blocks, judged.ids)
+            plain = judged.by(closed_form.unfitted(shots))
             ways.append(Way("Tip-Adapter", "same examples, not fitted", truth, plain.answers.predicted))
     if shots is not None and judged.is_tuned:
-        before = judge(shots, judged.blocks, judged.ids)
+        before = judged.by(shots)
         ways.append(Way(_name(shots), "before fine-tuning", truth, before.answers.predicted))
     name = "Tip-Adapter-F" if judged.is_tuned else _name(cache)
     return [*ways, Way(name, "this index", truth, judged.answers.predicted)]

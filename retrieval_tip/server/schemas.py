@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, Field, PlainValidator, WithJsonSchema
 
-from retrieval_tip.fit.closed_form import Judged
+from retrieval_tip.fit.closed_form import Estimate
 from retrieval_tip.labelling.queue import Picked
 from retrieval_tip.predictions import SCHEMA, Evidence
 from retrieval_tip.server.problems import MEDIA
@@ -340,19 +340,25 @@ class WeakClass:
 
 @dataclass(frozen=True)
 class Accuracy(Shares):
-    """The estimated accuracy of a version of an index, with a 95 % confidence interval and the weakest classes."""
+    """The estimated accuracy of a version of an index, with a 95 % confidence interval and the weakest classes.
+
+    It was measured on ``tested`` of all ``classes`` with photos.
+    """
 
     version: int
     low: float | None
     high: float | None
+    tested: int | None
+    classes: int | None
     weakest: list[WeakClass]
 
     @classmethod
-    def of(cls, judged: Judged, version: int) -> Accuracy:
+    def of(cls, judged: Estimate, version: int) -> Accuracy:
         """Return the result of :func:`closed_form.estimate` for a version."""
         low, high = judged.get("interval", (None, None))
         weakest = [WeakClass(*one) for one in judged.get("weakest", ())]
-        return cls(judged["photos"], judged["words"], judged["both"], version, low, high, weakest)
+        seen = judged.get("tested"), judged.get("classes")
+        return cls(judged["photos"], judged["words"], judged["both"], version, low, high, *seen, weakest)
 
 
 @dataclass(frozen=True)

@@ -106,13 +106,9 @@ def shots_after(added: pa.Table, ids: npt.NDArray[np.int64], following: npt.NDAr
 
 
 def rows_with(
-    table: pa.Table,
-    labels: Sequence[str] = (),
-    source: str | None = None,
-    key_ids: Sequence[int] = (),
-    digests: Sequence[str] = (),
+    table: pa.Table, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()
 ) -> pa.Table:
-    """Select rows by label, by key id, by digest, and by text that occurs in the source, ignoring case.
+    """Select rows by label, by key id, and by text that occurs in the source, ignoring case.
 
     An empty argument selects all rows.
     """
@@ -121,8 +117,6 @@ def rows_with(
         chosen = pc.and_(chosen, pc.is_in(table["label"], value_set=pa.array(labels, pa.string())))
     if key_ids:
         chosen = pc.and_(chosen, pc.is_in(table["key_id"], value_set=pa.array(key_ids, pa.int64())))
-    if digests:
-        chosen = pc.and_(chosen, pc.is_in(table["digest"], value_set=pa.array(digests, pa.string())))
     if source:
         chosen = pc.and_(chosen, pc.match_substring(table["source"], source, ignore_case=True))
     return table.filter(pc.fill_null(chosen, False))

@@ -10,9 +10,10 @@ const known = (accuracy) => typeof accuracy?.photos === "number";
 /** Return a sentence about an accuracy, or "" if the accuracy is unknown. */
 export function judged(accuracy) {
   if (!known(accuracy)) return "";
-  const { photos, words, both } = accuracy;
+  const { photos, words, both, tested, classes } = accuracy;
+  const some = tested < classes ? `Only ${tested} of ${classes} classes could be tested. ` : "";
   const parts = words === null ? "" : ` Photos alone: ${percent(photos)}; class names alone: ${percent(words)}.`;
-  return `Estimated accuracy: ${percent(both ?? photos)} (measured by hiding each of its examples in turn).${parts}`;
+  return `${some}Estimated accuracy: ${percent(both ?? photos)} (measured by hiding each of its examples in turn).${parts}`;
 }
 
 /** Return the accuracy of the current version, or null if the server cannot estimate it. */
