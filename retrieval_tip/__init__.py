@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from retrieval_tip.evaluation.compare import Side as Side
     from retrieval_tip.evaluation.compare import compare as compare
     from retrieval_tip.evaluation.evaluate import Evaluation as Evaluation
+    from retrieval_tip.evaluation.evaluate import Recognition as Recognition
     from retrieval_tip.fit.closed_form import FormChoice as FormChoice
     from retrieval_tip.fit.finetune import Tuned as Tuned
     from retrieval_tip.fit.trainer import Recipe as Recipe
@@ -68,6 +69,7 @@ _HOMES = {
     "Prediction": "predictions",
     "Predictions": "predictions",
     "Recipe": "fit.trainer",
+    "Recognition": "evaluation.evaluate",
     "Renamed": "index.changes",
     "RetrievalTipError": "errors",
     "Settings": "settings",

@@ -142,8 +142,8 @@ def compare(a: Side, b: Side, source: Source) -> Compared:
     if not len(source):
         raise InputError(f"{source.name}: has no items")
     labelled = "label" in source.items.column_names and source.items["label"].null_count < len(source)
-    nothing = np.full(len(source), -1)
-    truths = [side.index.truth_of(source) if labelled else (nothing, side.index.class_names) for side in (a, b)]
+    truths = [_truth(a, source, labelled=labelled)]
+    truths += truths if a.index.class_names == b.index.class_names else [_truth(b, source, labelled=labelled)]
     if all(ids.min() >= len(side.index.class_names) for side, (ids, _) in zip((a, b), truths, strict=True)):
         raise InputError(f"{source.name}: neither {a.name} nor {b.name} has a class of these photos; compare others")
     first, second = (_answers(side, source, *truth) for side, truth in zip((a, b), truths, strict=True))
@@ -166,6 +166,10 @@ def compare(a: Side, b: Side, source: Source) -> Compared:
     skipped = list(dict.fromkeys([*a.encoder.skipped, *b.encoder.skipped]))
     scores = (_score(a, first, second), _score(b, second, first)) if labelled else None
     return Compared((a.name, b.name), len(rows), scores, pa.table(columns, schema=DIFFERENCES), skipped)
+
+
+def _truth(side: Side, source: Source, *, labelled: bool) -> tuple[npt.NDArray[np.int64], list[str]]:
+    return side.index.truth_of(source) if labelled else (np.full(len(source), -1), side.index.class_names)
 
 
 def _answers(side: Side, source: Source, truth: npt.NDArray[np.int64], class_names: list[str]) -> Answers:

@@ -152,7 +152,7 @@ class Evaluation(Recognition):
     - ``selective_top1``: the accuracy of these answers, or ``None`` if there are none
 
     ``zero_shot_top1``, ``cache_top1``, ``per_class``, ``mean_per_class`` and ``ece`` refer to the items of known
-    classes, the others to all items.
+    classes, the others to all items. See :class:`Recognition` for the other fields.
     """
 
     top1: float
@@ -302,7 +302,9 @@ def _answer(
     ids, scaled = torch.from_numpy(truth).to(logits.device), logits / settings.temperature
     log_truth = scaled.gather(1, ids.clamp(0, c - 1)[:, None])[:, 0] - scaled.logsumexp(dim=1)
     log_truth = log_truth.double().masked_fill((ids < 0) | (ids >= c), -torch.inf)
-    strength = terms.strongest(cache.retrieval.keys.counts).double()
+    strength = torch.zeros_like(confidence)
+    if settings.least_cache is not None:
+        strength = terms.strongest(cache.retrieval.keys.counts).double()
     return ranked.cpu(), confidence.cpu(), log_truth.cpu(), strength.cpu()
 
 

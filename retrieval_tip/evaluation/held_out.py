@@ -196,8 +196,9 @@ def key_ids_of(index: AnsweringIndex, source: Source, block: FeatureBlock) -> In
     known = dict(zip(shots["digest"].to_pylist(), shots["key_id"].to_pylist(), strict=True))
     found = np.array([known.get(digest, -1) if digest else -1 for digest in block.digests], dtype=np.int64)
     places: dict[str, list[int]] = {}
-    for place in [place for place, digest in enumerate(block.digests) if not digest]:
-        places.setdefault(source.items["source"][int(block.positions[place])].as_py(), []).append(place)
+    for place, name in enumerate(source.items["source"].take(pa.array(block.positions)).to_pylist()):
+        if not block.digests[place]:
+            places.setdefault(name, []).append(place)
     if not places:
         return found
     shots = index.having("source", places)

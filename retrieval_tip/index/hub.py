@@ -71,7 +71,8 @@ def card(index: AnsweringIndex, name: str, figures: Mapping[str, object] | None 
     judged = ""
     if figures is not None:
         rows = "".join(f"| {figure} | {value:.4g} |\n" for figure, value in figures.items() if isinstance(value, float))
-        judged = f"\n## Evaluated on {figures['n']} other photos\n\n| figure | |\n|---|---|\n{rows}"
+        which = "photos (shots without themselves)" if figures.get("held_out") else "other photos"
+        judged = f"\n## Evaluated on {figures['n']} {which}\n\n| figure | |\n|---|---|\n{rows}"
     names = index.class_names
     few = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
     return CARD.format(name=name, n=index.n, c=len(names), few=few, backbone=index.backbone, figures=judged)

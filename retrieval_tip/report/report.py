@@ -100,7 +100,9 @@ def write_report(
     new = [block.take(np.flatnonzero(key_ids_of(cache, test, block) < 0)) for block in every]
     whole = judge(cache, (Asked(cache, block) for block in new), ids, names, encoder.skipped)
     blocks = [block.take(np.flatnonzero(ids[block.positions] < len(cache.class_names))) for block in new]
-    evaluation = judge(cache, (Asked(cache, block) for block in blocks), ids, names, encoder.skipped)
+    evaluation = whole
+    if whole.unknown:
+        evaluation = judge(cache, (Asked(cache, block) for block in blocks), ids, names, encoder.skipped)
     place = Path(folder) if folder is not None else cache.folder
     left_out = sum(len(block.positions) for block in every) - whole.n
     judged = JudgedIndex(cache, test, encoder, blocks, ids, evaluation, place, where, command, whole, left_out)
