@@ -296,7 +296,8 @@ class Labelling:
         if version is None or self._is_empty(version):
             raise Problem(404, "there are no labels yet; label some photos first")
         encoder, folder = replace(self.encoder, skipped=[]), Path(into).expanduser()
-        done = await self._service.run(self._encoding, sort_photos, version.cache, [self.photos], encoder, folder)
+        photos = self.photos.take(range(self._pool))
+        done = await self._service.run(self._encoding, sort_photos, version.cache, [photos], encoder, folder)
         undo = shlex.join(["retrieval-tip", "sort", "--undo", "--into", str(folder.absolute())])
         skipped = [schemas.Unread(one.source, one.reason) for one in done.skipped]
         return schemas.SortedPhotos(str(done), undo, skipped)
