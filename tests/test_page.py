@@ -1891,6 +1891,20 @@ def test_labels_are_kept_until_the_server_can_be_reached(
         expect(page.locator("#label-saved")).to_have_text("All labels are saved in “things”.")
 
 
+def test_a_labelling_page_without_the_token_asks_for_it_first(
+    browser: Browser, pool: dict[str, str], tmp_path: Path
+) -> None:
+    with labelling(browser, pool, tmp_path / "things") as (page, _):
+        token = page.evaluate("sessionStorage.getItem('retrieval-tip token')")
+        address = page.url.partition("/#")[0]
+        one = Opened(browser, address, ready="#token-title", expected=[f"{REFUSED}401"])
+        expect(one.page.locator("#token-dialog")).to_contain_text("retrieval-tip serve or label printed")
+        one.page.fill("#token", token)
+        one.page.keyboard.press("Enter")
+        one.page.wait_for_function("document.querySelector('#label-photo img')?.naturalWidth")
+        one.close()
+
+
 def test_photos_can_be_labelled_on_a_phone(browser: Browser, pool: dict[str, str], tmp_path: Path) -> None:
     phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
     with labelling(browser, pool, tmp_path / "things", **phone, reduced_motion="no-preference") as (page, _):

@@ -197,8 +197,8 @@ def label_command(
                 webbrowser.open(url)
 
         app = create_app(
-            {one.name: one for one in served}, Limits(hosts=LOOPBACK), token=token, maker=maker, labelling=labelling,
-            ready=ready,
+            {one.name: one for one in served}, Limits(hosts=LOOPBACK), token=token, private=token, maker=maker,
+            labelling=labelling, ready=ready,
         )  # fmt: skip
         serve(app, listening, Limits.seconds)
         labelling.check_saved()
