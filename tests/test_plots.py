@@ -62,6 +62,15 @@ def test_confusion_counts_every_pair():
     assert found.totals.tolist() == found.counts.sum(axis=1).tolist()
 
 
+def test_unknown_photos_without_a_match_are_no_confusion():
+    truth, predicted = np.array([0, 1, 2, 2, 2]), np.array([0, 0, 1, 1, 0])
+    unlike = np.array([False, True, True, False, False])
+    answers = Answers(truth, predicted, np.ones(5), ["a", "b", "new"], known=2, unlike=unlike)
+    assert answers.right.tolist() == [True, False, True, False, False]
+    found = plots.confusion(answers)
+    assert (found.counts.tolist(), found.totals.tolist()) == ([[1, 0, 0], [1, 0, 0], [1, 1, 0]], [1, 1, 3])
+
+
 def test_only_the_most_confused_of_many_classes_are_shown():
     c = plots.MOST_CLASSES + 50
     names = [f"class {i}" for i in range(c)]

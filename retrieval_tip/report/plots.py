@@ -64,7 +64,7 @@ class Confusion:
     """A confusion matrix, in which ``counts[i, j]`` items of class ``names[i]`` were classified as ``names[j]``.
 
     ``totals[i]`` is the number of items of class ``i``. ``of`` is the number of classes that occur. If there are many,
-    ``counts`` only contains the classes with the most errors.
+    ``counts`` only contains the classes with the most errors. It omits items of unknown classes that got "no match".
     """
 
     names: list[str]
@@ -84,7 +84,7 @@ def confusion(answers: Answers) -> Confusion:
         wrong = ~answers.right
         errors = np.bincount(truth[wrong], minlength=c) + np.bincount(predicted[wrong], minlength=c)
         chosen = np.sort(np.argsort(-errors, kind="stable")[:FEWER_CLASSES])
-    both = np.isin(truth, chosen) & np.isin(predicted, chosen)
+    both = np.isin(truth, chosen) & np.isin(predicted, chosen) & (answers.of_known | ~answers.right)
     counts = np.zeros((len(chosen), len(chosen)), dtype=np.int64)
     np.add.at(counts, tuple(np.searchsorted(chosen, ids[both]) for ids in (truth, predicted)), 1)
     return Confusion([answers.class_names[i] for i in chosen], counts, totals[chosen], len(occurring))
@@ -190,7 +190,8 @@ def draw_per_class(evaluation: Evaluation) -> Figure:
 def draw_reliability(evaluation: Evaluation) -> Figure:
     """Plot the accuracy per confidence bin, and below it the number of answers per bin."""
     answers = evaluation.answers
-    bins = [b for b in reliability(answers.confidence, answers.right) if b.count]
+    known = answers.of_known
+    bins = [b for b in reliability(answers.confidence[known], answers.right[known]) if b.count]
     figure, (axes, below) = _grid(5.4, 6.2, 2, 1, sharex=True, height_ratios=[3.2, 1])
     centres = np.array([(b.low + b.high) / 2 for b in bins])
     width = bins[0].high - bins[0].low
@@ -210,7 +211,7 @@ def draw_reliability(evaluation: Evaluation) -> Figure:
     below.yaxis.set_major_formatter("{x:,.0f}")
     below.yaxis.set_minor_formatter("")
     facts = f"expected calibration error {evaluation.ece:.3f}; temperature {evaluation.settings.temperature:.4g}"
-    _title(axes, "Reliability", f"{facts}; {counted(evaluation.n, 'photo')}")
+    _title(axes, "Reliability", f"{facts}; {counted(int(known.sum()), 'photo')}")
     return figure
 
 
