@@ -22,8 +22,8 @@ from retrieval_tip.backbones.base import Identity
 from retrieval_tip.bounds import check_count
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.shots import spread
-from retrieval_tip.data.sources import Source, spelled_alike
-from retrieval_tip.errors import InputError, counted, warn_once
+from retrieval_tip.data.sources import Source
+from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.html import markup, table
 from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Evidence, Predictions, SimilarShot, lists
 from retrieval_tip.retrieval import inputs
@@ -448,39 +448,12 @@ class AnsweringIndex(ABC):
         """Split ``q`` queries into slices of at most :data:`PREDICTED` queries and :data:`LOGITS` logits each."""
         return slices(q, max(1, min(PREDICTED, LOGITS // len(self.class_names))))
 
-    def truth_of(self, source: Source) -> tuple[npt.NDArray[np.int64], list[str]]:
-        """Return the class id of each item in a labelled source, and the class names.
-
-        The names of classes that the index lacks follow the ``c`` names of the index, so their ids are at least ``c``.
-        Names that differ only in case, ``_``, ``-`` or spaces are the same class. Raises InputError if the source has
-        no items.
-        """
-        labels = source.known_as(self.class_names).labels
-        if not labels:
-            raise InputError(f"{source.name}: has no items")
-        others = sorted(set(labels) - set(self.class_names))
-        alike = spelled_alike(others)
-        names = [*self.class_names, *(name for name in others if name not in alike)]
-        position = {name: i for i, name in enumerate(names)}
-        position |= {name: position[first] for name, first in alike.items()}
-        return np.array([position[label] for label in labels], dtype=np.int64), names
-
     def ids_of(self, source: Source) -> npt.NDArray[np.int64]:
-        """Return the class id of each item in a labelled source.
-
-        Raises InputError if the source has no items, or if a label is not a class of the index.
-        """
-        ids, names = self.truth_of(source)
+        """Return the class id of each item in a labelled source. Raises InputError if a label is not a class."""
+        ids, names = source.truth(self.class_names)
         if unknown := names[len(self.class_names) :]:
-            raise self.unknown_labels(source, unknown)
+            raise source.unknown(unknown, self.class_names)
         return ids
-
-    def unknown_labels(self, source: Source, names: Sequence[str]) -> InputError:
-        """Return the error for labels of a source that are not classes of the index."""
-        return InputError(
-            f"{source.name}: {counted(len(names), 'unknown label')}: {', '.join(names[:5])}; "
-            f"the classes are {', '.join(self.class_names[:5])}{' ...' if len(self.class_names) > 5 else ''}"
-        )
 
     def key_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield blocks of transformed keys and their class ids, as tensors on the device."""

@@ -31,7 +31,7 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError, one_line, percent
 from retrieval_tip.evaluation import baselines
 from retrieval_tip.evaluation.evaluate import judge
-from retrieval_tip.evaluation.held_out import Asked
+from retrieval_tip.evaluation.held_out import QueryBlock
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.report import plots, report
 from retrieval_tip.report.judged import portable
@@ -282,8 +282,8 @@ def test_the_accuracy_of_each_part_matches_plain_numpy(caltech):
     ids = rng.integers(0, 6, 90)
     source = open_source(write_table(caltech / "made.parquet", rows, [ALIKE[i] for i in ids]))
     cache.settings = cache.settings.override(alpha=3.0, temperature=2.5)
-    asked = (Asked(cache, block) for block in Encoder().blocks(source))
-    details = judge(cache, asked, *cache.truth_of(source)).answers.details
+    asked = (QueryBlock(cache, block) for block in Encoder().blocks(source))
+    details = judge(cache, asked, *source.truth(cache.class_names)).answers.details
     text = cache.settings.logit_scale * rows @ cache.text_weights.numpy().astype(np.float64).T
     alone = 3.0 * np.exp(-cache.settings.beta * (1 - rows @ keys.T)) @ np.eye(6)[cache.class_ids.numpy()]
     whole = log_softmax((text + alone) / 2.5)

@@ -238,7 +238,7 @@ def test_similar_features_are_grouped(food: Path) -> None:
         for content, status, reason in (
             (b"", 422, "0 bytes"),
             (sent.tobytes()[:-1], 422, "float32"),
-            ((2 * sent).tobytes(), 422, "norm 2"),
+            ((2 * sent).tobytes(), 422, "instead of 1"),
             (np.full_like(sent, np.nan).tobytes(), 422, "NaN"),
             (np.vstack([sent, sent]).tobytes(), 413, f"at most {len(rows)} rows"),
         ):

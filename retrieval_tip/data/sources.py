@@ -95,6 +95,31 @@ class Source:
         items = self.items.set_column(self.items.column_names.index("label"), "label", labels)
         return replace(self, items=items, class_names=tuple(dict.fromkeys(taken.get(n, n) for n in self.class_names)))
 
+    def truth(self, class_names: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
+        """Return the class id of each item, and the class names.
+
+        The names of classes that are not among the ``c`` given names follow these, so their ids are at least ``c``.
+        Names that differ only in case, ``_``, ``-`` or spaces are the same class. Raises InputError if there are no
+        items, or if an item has no label.
+        """
+        source = self.known_as(class_names)
+        labels = source.labels
+        if not labels:
+            raise InputError(f"{source.name}: has no items")
+        others = sorted(set(labels) - set(class_names))
+        alike = spelled_alike(others)
+        names = [*class_names, *(name for name in others if name not in alike)]
+        position = {name: i for i, name in enumerate(names)}
+        position |= {name: position[first] for name, first in alike.items()}
+        return np.array([position[label] for label in labels], dtype=np.int64), names
+
+    def unknown(self, labels: Sequence[str], class_names: Sequence[str]) -> InputError:
+        """Return the error for labels that are not among the class names of an index."""
+        return InputError(
+            f"{self.name}: {counted(len(labels), 'unknown label')}: {', '.join(labels[:5])}; "
+            f"the classes are {', '.join(class_names[:5])}{' ...' if len(class_names) > 5 else ''}"
+        )
+
     def take(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> Source:
         """Return the items at ``positions``, in this order. The class names do not change."""
         index = np.asarray(positions, dtype=np.int64)

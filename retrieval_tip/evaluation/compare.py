@@ -169,7 +169,7 @@ def compare(a: Side, b: Side, source: Source) -> Compared:
 
 
 def _truth(side: Side, source: Source, *, labelled: bool) -> tuple[npt.NDArray[np.int64], list[str]]:
-    return side.index.truth_of(source) if labelled else (np.full(len(source), -1), side.index.class_names)
+    return source.truth(side.index.class_names) if labelled else (np.full(len(source), -1), side.index.class_names)
 
 
 def _answers(side: Side, source: Source, truth: npt.NDArray[np.int64], class_names: list[str]) -> Answers:

@@ -19,7 +19,7 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted
 from retrieval_tip.evaluation.calibration import expected_calibration_error
-from retrieval_tip.evaluation.held_out import Asked, without_themselves
+from retrieval_tip.evaluation.held_out import QueryBlock, without_themselves
 from retrieval_tip.settings import KeysMet, Settings
 
 log = logging.getLogger(__name__)
@@ -210,18 +210,18 @@ def evaluate(
 
 
 def some_known(cache: AnsweringIndex, source: Source) -> tuple[Ints, list[str]]:
-    """See :meth:`AnsweringIndex.truth_of`. Raises InputError if the index has no class of the source."""
-    truth, names = cache.truth_of(source)
+    """See :meth:`sources.Source.truth`. Raises InputError if the index has no class of the source."""
+    truth, names = source.truth(cache.class_names)
     if not (truth < len(cache.class_names)).any():
-        raise cache.unknown_labels(source, names[len(cache.class_names) :])
+        raise source.unknown(names[len(cache.class_names) :], cache.class_names)
     return truth, names
 
 
 def judge(
-    cache: AnsweringIndex, asked: Iterable[Asked], truth: Ints, class_names: list[str],
+    cache: AnsweringIndex, asked: Iterable[QueryBlock], truth: Ints, class_names: list[str],
     skipped: Sequence[Skipped] = (), *, abstain: float | None = None,
 ) -> Evaluation:  # fmt: skip
-    """Evaluate encoded items against the class ids ``truth`` of their source (see :meth:`AnsweringIndex.truth_of`).
+    """Evaluate encoded items against the class ids ``truth`` of their source (see :meth:`sources.Source.truth`).
 
     ``skipped`` is read after the last item. See :func:`evaluate` for the other arguments and the errors.
     """
@@ -255,7 +255,7 @@ def judge(
 
 
 def answered(
-    cache: AnsweringIndex, asked: Iterable[Asked], truth: Ints, class_names: list[str]
+    cache: AnsweringIndex, asked: Iterable[QueryBlock], truth: Ints, class_names: list[str]
 ) -> tuple[Answers, Ints]:
     """Classify items, and return the answers in the order of the source, and the best classes ``[n, m + 2]``.
 

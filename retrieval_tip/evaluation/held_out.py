@@ -139,7 +139,7 @@ def without_parts(
 
 
 @dataclass(frozen=True)
-class Asked:
+class QueryBlock:
     """Encoded items of a source, and the index that is to classify them.
 
     ``held_out`` is true if the items are shots of the tested index, so that ``index`` lacks them.
@@ -150,7 +150,7 @@ class Asked:
     held_out: bool = False
 
 
-def without_themselves(index: AnsweringIndex, source: Source, blocks: Iterable[FeatureBlock]) -> Iterator[Asked]:
+def without_themselves(index: AnsweringIndex, source: Source, blocks: Iterable[FeatureBlock]) -> Iterator[QueryBlock]:
     """Yield the items of a source, with an index to classify each of them that does not contain the item.
 
     Items that are not shots of ``index`` are yielded at once, with ``index``. The others follow, in the parts of
@@ -165,7 +165,7 @@ def without_themselves(index: AnsweringIndex, source: Source, blocks: Iterable[F
     for block in blocks:
         key_ids = key_ids_of(index, source, block)
         if (new := np.flatnonzero(key_ids < 0)).size:
-            yield Asked(index, block.take(new))
+            yield QueryBlock(index, block.take(new))
         if (own := np.flatnonzero(key_ids >= 0)).size:
             shots.append(block.take(own))
             found.append(key_ids[own])
@@ -187,7 +187,7 @@ def without_themselves(index: AnsweringIndex, source: Source, blocks: Iterable[F
     rows = order[np.searchsorted(known, key_ids, sorter=order)]
     _, first, photo = np.unique(photos[rows], return_index=True, return_inverse=True)
     for part, others in without_parts(model, rows[first]):
-        yield Asked(others, block.take(np.flatnonzero(np.isin(photo, part))), held_out=True)
+        yield QueryBlock(others, block.take(np.flatnonzero(np.isin(photo, part))), held_out=True)
 
 
 def key_ids_of(index: AnsweringIndex, source: Source, block: FeatureBlock) -> IntArray:

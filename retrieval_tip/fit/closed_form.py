@@ -114,7 +114,7 @@ class Judged(TypedDict, total=False):
     weakest: Sequence[tuple[str, int, int]]
 
 
-class Estimate(Judged, total=False):
+class ShotEstimate(Judged, total=False):
     """Accuracies of an index on its own shots, and the number of ``tested`` classes out of all that have shots."""
 
     tested: int
@@ -342,7 +342,7 @@ def refit(cache: Shots, beta: float) -> FormChoice:
     return choice
 
 
-def estimate(cache: CacheModel) -> Estimate:
+def estimate(cache: CacheModel) -> ShotEstimate:
     """Estimate the accuracy of an index on folds of its own shots. The index does not change.
 
     The metric and the values are refitted for each fold, but alpha, beta and the temperature are not.

@@ -18,7 +18,7 @@ from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import show
 from retrieval_tip.evaluation.evaluate import Answers, Details, Evaluation, judge
-from retrieval_tip.evaluation.held_out import Asked
+from retrieval_tip.evaluation.held_out import QueryBlock
 from retrieval_tip.fit.closed_form import wilson
 
 
@@ -65,7 +65,7 @@ class JudgedIndex:
 
     def by(self, index: CacheModel) -> Evaluation:
         """Evaluate another index of the same classes on the same items."""
-        return judge(index, (Asked(index, block) for block in self.blocks), self.ids, self.answers.class_names)
+        return judge(index, (QueryBlock(index, block) for block in self.blocks), self.ids, self.answers.class_names)
 
     @property
     def answers(self) -> Answers:

@@ -26,7 +26,7 @@ from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, counted, few, one_line, percent, show
 from retrieval_tip.evaluation import sweep
 from retrieval_tip.evaluation.evaluate import Evaluation, judge, some_known
-from retrieval_tip.evaluation.held_out import Asked, key_ids_of
+from retrieval_tip.evaluation.held_out import QueryBlock, key_ids_of
 from retrieval_tip.files import replacing
 from retrieval_tip.fit import closed_form
 from retrieval_tip.html import markup, render
@@ -98,11 +98,11 @@ def write_report(
     ids, names = some_known(cache, test)
     every = list(encoder.blocks(test))
     new = [block.take(np.flatnonzero(key_ids_of(cache, test, block) < 0)) for block in every]
-    whole = judge(cache, (Asked(cache, block) for block in new), ids, names, encoder.skipped)
+    whole = judge(cache, (QueryBlock(cache, block) for block in new), ids, names, encoder.skipped)
     blocks = [block.take(np.flatnonzero(ids[block.positions] < len(cache.class_names))) for block in new]
     evaluation = whole
     if whole.unknown:
-        evaluation = judge(cache, (Asked(cache, block) for block in blocks), ids, names, encoder.skipped)
+        evaluation = judge(cache, (QueryBlock(cache, block) for block in blocks), ids, names, encoder.skipped)
     place = Path(folder) if folder is not None else cache.folder
     left_out = sum(len(block.positions) for block in every) - whole.n
     judged = JudgedIndex(cache, test, encoder, blocks, ids, evaluation, place, where, command, whole, left_out)

@@ -6,12 +6,10 @@ All state changes in the event loop. Threads compute results from values that do
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-import math
 import shlex
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -22,9 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval_tip.answering import AnsweringIndex
-from retrieval_tip.bounds import check_memory
 from retrieval_tip.data.encoder import Encoder
-from retrieval_tip.data.sources import Source, of_images
+from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, RetrievalTipError, StoreError, counted, show
 from retrieval_tip.index import changes, places
 from retrieval_tip.index.changes import PhotoLabel
@@ -33,7 +30,6 @@ from retrieval_tip.labelling.labels import (
     NONE,
     Label,
     LabelledPhoto,
-    absolute,
     alike,
     build_from_labels,
     guesses,
@@ -43,6 +39,7 @@ from retrieval_tip.labelling.labels import (
 from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool, suggest_features
 from retrieval_tip.labelling.progress import estimate_rest, gain_of
 from retrieval_tip.labelling.queue import QUEUED, Picked, Queue, Queued
+from retrieval_tip.labelling.session_photos import SessionPhotos
 from retrieval_tip.labelling.sort import sort_photos
 from retrieval_tip.server import schemas
 from retrieval_tip.server.problems import Problem
@@ -102,20 +99,12 @@ class Labelling:
             paths = [paths[row] for row in np.random.default_rng(0).permutation(len(paths))[:MOST_PHOTOS]]
         self.place, self.name = place, places.at(place).name
         self._journal = Journal(places.at(place))
-        self._pool = len(paths)
-        unsaved = dict(enumerate(self._journal.entries.values(), self._pool))
-        paths += [str(entry["path"]) for entry in unsaved.values()]
-        self._unread = {show(absolute(path)): number for number, path in enumerate(paths[: self._pool])}
-        self.encoder = replace(encoder, progress=False, done=Counter())
-        self.photos = of_images(paths, "photos")
-        self._names, self._classes = self.photos.sources, list(classes)
-        self._queue = Queue(self._pool)
-        self._features: FloatArray | None = None  # [photos, d]
-        self._encoded: set[int] = set()
-        self._digests: dict[int, str] = {}  # of the photos that have been read
-        self._same: dict[str, list[int]] = {}  # photos by digest
+        unsaved = dict(enumerate(self._journal.entries.values(), len(paths)))
+        self.photos = SessionPhotos(paths, [str(entry["path"]) for entry in unsaved.values()], encoder)
+        self.photos.recognise({photo: digest for photo, one in unsaved.items() if (digest := one["digest"])})
+        self._classes = list(classes)
+        self._queue = Queue(len(paths))
         self._in_turn = asyncio.Lock()
-        self._unreadable: dict[int, str] = {}  # reasons by photo
         self._seen: Version | None = None
         self._known: dict[int, LabelledPhoto] = {}
         self._withdrawn: list[LabelledPhoto] = []
@@ -132,7 +121,6 @@ class Labelling:
         self._trouble: str | None = None
         self._closing = False
         self._wake, self._due = asyncio.Event(), asyncio.Event()
-        self._recognise({photo: digest for photo, one in unsaved.items() if (digest := one["digest"]) is not None})
 
     @asynccontextmanager
     async def running(self, service: Service) -> AsyncIterator[None]:
@@ -166,54 +154,38 @@ class Labelling:
             )
 
     def path(self, photo: int) -> str:
-        """Return the path of a photo. Raises Problem 404 if there is no such photo."""
-        if not 0 <= photo < len(self._names):
-            raise Problem(404, f"photo {photo}: not found; there are {len(self._names):,} photos")
-        assert self.photos.paths is not None
-        return self.photos.paths[photo]
+        """Return the absolute path of a photo. Raises Problem 404 if there is no such photo."""
+        if not 0 <= photo < len(self.photos.names):
+            raise Problem(404, f"photo {photo}: not found; there are {len(self.photos):,} photos")
+        return self.photos.path(photo)
 
     def status(self) -> schemas.LabellingStatus:
         """Return the state of the session and the next photos."""
         version, taken = self._version(), self._taken()
-        counts = Counter(dict.fromkeys(self._classes, 0))
-        if version is not None:
-            own = zip(version.cache.class_names, version.cache.counts, strict=True)
-            counts.update({name: number for name, number in own if number or version.cache.has_text})
-            counts.subtract(one.label for one in self._withdrawn)
-        for photo, label in self._unsaved.items():
-            counts.subtract([self._known[photo].label] if photo in self._known else [])
-            counts.update([] if label.label is None else [label.label])
-        named = version.cache.class_names if version is not None and version.cache.has_text else ()
-        empty = {*self._classes, *named} - {one.label for one in self._withdrawn}  # shown although they have no photo
         shown = []
         for one in self._queue.show(taken):
             probable, others = self._facts.get(one.photo, ({}, []))
             similar = [photo for photo in others if photo not in taken]
             chances = [schemas.Guess(label, chance) for label, chance in probable.items() if label != NONE]
-            shown.append(schemas.QueuedPhoto(one.photo, self._names[one.photo], one.picked, one.why, chances, similar))
+            shown.append(
+                schemas.QueuedPhoto(one.photo, self.photos.names[one.photo], one.picked, one.why, chances, similar)
+            )
         busy = (
             self._choice_due() or version is not self._measured_at or bool(self._unsaved.keys() - self._refused.keys())
         )
         refused = [
-            schemas.RefusedLabel(photo, self._names[photo], self._unsaved[photo].label, reason)
+            schemas.RefusedLabel(photo, self.photos.names[photo], self._unsaved[photo].label, reason)
             for photo, reason in self._refused.items()
         ]
         return schemas.LabellingStatus(
             self.name, None if version is None else version.manifest.version,
-            photos=self._pool - self._shown(self._unreadable), encoded=self._shown(self._encoded),
-            labelled=self._shown(self._labels()),
+            photos=len(self.photos) - self.photos.number(self.photos.unreadable),
+            encoded=self.photos.number(self.photos.encoded), labelled=self.photos.number(self._labels()),
             unsaved=len(self._unsaved),
-            classes=[
-                schemas.LabelClass(name, max(0, number)) for name, number in counts.items()
-                if name != NONE and (number > 0 or name in empty)
-            ],
+            classes=_class_counts(version, self._classes, self._withdrawn, self._unsaved, self._known),
             queue=shown, steps=list(self._steps), refused=refused, progress=self._progress,
             busy=busy and self._problem is None, problem=self._problem or self._trouble,
         )  # fmt: skip
-
-    def _shown(self, photos: Iterable[int]) -> int:
-        """Return the number of photos without those of earlier sessions."""
-        return sum(photo < self._pool for photo in photos)
 
     async def label(self, change: schemas.SetLabels) -> None:
         """Set or remove labels, skip photos, or undo a step. The labels are saved in the index in the background.
@@ -225,16 +197,11 @@ class Labelling:
         for photo in (*photos, *change.skip):
             self.path(photo)
         async with self._in_turn:  # copies of a photo have the same label, so their digests must be known
-            unknown = [photo for photo in photos if photo not in self._digests]
-            self._recognise(await asyncio.to_thread(self._digests_of, unknown) if unknown else {})
+            unknown = [photo for photo in photos if photo not in self.photos.digests]
+            if unknown:
+                self.photos.recognise(await asyncio.to_thread(self.photos.hashed, unknown))
+                self._look()
             self._change(change)
-
-    def _digests_of(self, photos: Sequence[int]) -> dict[int, str]:
-        digests = {}
-        for photo in photos:
-            with suppress(InputError):
-                digests[photo] = hashlib.sha256(self.encoder.read(self.path(photo))).hexdigest()
-        return digests
 
     def _change(self, change: schemas.SetLabels) -> None:
         if change.step is None or change.step not in self._steps:
@@ -264,7 +231,7 @@ class Labelling:
 
     def _label_of(self, photo: int, shown: Mapping[int, Queued]) -> Label:
         """Return the label of a photo, and how it was chosen. A photo without a label has the label ``None``."""
-        for copy in self._copies(photo):
+        for copy in self.photos.copies(photo):
             if copy in self._unsaved:
                 return self._unsaved[copy]
         if (known := self._known.get(photo)) is not None:
@@ -277,26 +244,22 @@ class Labelling:
             return
         self._journal.add(self._entry(photo, label) for photo, label in labels.items())
         for photo, label in labels.items():
-            for copy in self._copies(photo):
+            for copy in self.photos.copies(photo):
                 self._unsaved.pop(copy, None)
                 self._refused.pop(copy, None)
             self._unsaved[photo] = label
         self._due.set()
 
-    def _copies(self, photo: int) -> Sequence[int]:
-        """Return the photos that are known to have the same bytes as a photo, including the photo itself."""
-        return self._same[self._digests[photo]] if photo in self._digests else [photo]
-
     def _entry(self, photo: int, label: Label) -> Entry:
-        return {"path": absolute(self.path(photo)), "digest": self._digests.get(photo), **vars(label)}
+        return {"path": self.photos.path(photo), "digest": self.photos.digests.get(photo), **vars(label)}
 
     async def sort(self, into: str) -> schemas.SortedPhotos:
         """Copy all photos into folders by class. Raises Problem 404 without an index, and InputError if this fails."""
         version = self._version()
         if version is None or self._is_empty(version):
             raise Problem(404, "there are no labels yet; label some photos first")
-        encoder, folder = replace(self.encoder, skipped=[]), Path(into).expanduser()
-        photos = self.photos.take(range(self._pool))
+        encoder, folder = replace(self.photos.encoder, skipped=[]), Path(into).expanduser()
+        photos = self.photos.source.take(range(len(self.photos)))
         done = await self._service.run(self._encoding, sort_photos, version.cache, [photos], encoder, folder)
         undo = shlex.join(["retrieval-tip", "sort", "--undo", "--into", str(folder.absolute())])
         skipped = [schemas.Unread(one.source, one.reason) for one in done.skipped]
@@ -315,10 +278,13 @@ class Labelling:
 
     def _look(self) -> None:
         """Find out which photos are in the index."""
+        if again := {photo for photo in self._refused if self.photos.readable(photo) in self.photos.encoded}:
+            self._again |= again
+            self._due.set()
         if self._seen is None:
             self._known, self._withdrawn = {}, []
             return
-        self._known, self._withdrawn = known_photos(self._seen.cache, self._unread, self._same)
+        self._known, self._withdrawn = known_photos(self._seen.cache, self.photos.unread, self.photos.same)
         self._wake.set()
 
     def _is_empty(self, version: Version) -> bool:
@@ -328,7 +294,7 @@ class Labelling:
         """Return the labelled photos, and how each was chosen. Unsaved changes are included."""
         labels: dict[int, Picked] = {photo: known.picked or "suggested" for photo, known in self._known.items()}
         for photo, label in self._unsaved.items():
-            for copy in self._copies(photo):
+            for copy in self.photos.copies(photo):
                 if label.label is None:
                     labels.pop(copy, None)
                 else:
@@ -337,7 +303,7 @@ class Labelling:
 
     def _taken(self) -> set[int]:
         """Return the photos that cannot be shown, because they are labelled or unreadable."""
-        return self._unreadable.keys() | self._labels().keys()
+        return self.photos.unreadable.keys() | self._labels().keys()
 
     async def _save(self) -> None:
         """Save labels in batches. If the index cannot be written, try again until the session ends."""
@@ -371,15 +337,15 @@ class Labelling:
     async def _write(self, labels: Mapping[int, Label]) -> None:
         """Save labels as one new version. If the index refuses a label, save the others and keep this one."""
         self._again -= labels.keys()
-        await self._read([photo for photo in labels if photo not in self._encoded], strict=False)
+        await self._read([photo for photo in labels if photo not in self.photos.encoded], strict=False)
         good, nothing = {}, {}  # labels that can be saved, and removals of photos that no index has
         for photo, label in labels.items():
-            if self._readable(photo) in self._encoded or photo in self._known:
+            if self.photos.readable(photo) in self.photos.encoded or photo in self._known:
                 good[photo] = label
             elif label.label is None:
                 nothing[photo] = label
             else:
-                self._refuse(photo, label, self._unreadable[photo])
+                self._refuse(photo, label, self.photos.unreadable[photo])
         self._forget(nothing)
         try:
             if good:
@@ -406,12 +372,12 @@ class Labelling:
             items = {item.digest: item for item in withdrawn} | items
             unwanted = self._made | {one.label for one in self._withdrawn}
             unwanted -= {*self._classes, *(label.label for label in self._unsaved.values())}
-            await self._service.change(changes.label, self.place, items.values(), self.encoder, unwanted)
+            await self._service.change(changes.label, self.place, items.values(), self.photos.encoder, unwanted)
             await self._service.follow(self._service.served[self.name])
         elif first := {photo: label for photo, label in labels.items() if label.label is not None}:
-            encoder = replace(self.encoder, strict=False)
-            own = {self._readable(photo): label for photo, label in first.items()}
-            build = partial(build_from_labels, self.place, self.photos, encoder, own, self._classes)
+            encoder = replace(self.photos.encoder, strict=False)
+            own = {self.photos.readable(photo): label for photo, label in first.items()}
+            build = partial(build_from_labels, self.place, self.photos.source, encoder, own, self._classes)
             await self._service.change(build)
             await self._service.open(self.place)
             self._version()
@@ -422,16 +388,9 @@ class Labelling:
         self._forget(labels)
 
     def _item(self, photo: int, label: Label) -> PhotoLabel:
-        copy, feature = self._readable(photo), None
-        if copy in self._encoded:
-            assert self._features is not None
-            feature = self._features[copy]
-        digest = self._digests.get(photo) or str(self._known[photo].digest)
-        return PhotoLabel(show(absolute(self.path(copy))), digest, label.label, label.picked, feature)
-
-    def _readable(self, photo: int) -> int:
-        """Return a photo or, if it could not be read, a copy that could."""
-        return next((copy for copy in self._copies(photo) if copy in self._encoded), photo)
+        copy, digest = self.photos.readable(photo), self.photos.digests.get(photo)
+        path, digest = show(self.photos.path(copy)), digest or str(self._known[photo].digest)
+        return PhotoLabel(path, digest, label.label, label.picked, self.photos.feature(copy))
 
     def _refuse(self, photo: int, label: Label, reason: str) -> None:
         """Keep a label that cannot be saved, unless it has changed in the meantime."""
@@ -458,51 +417,16 @@ class Labelling:
     async def _encode(self) -> None:
         for start in range(0, len(self._queue.order), CHUNK):
             photos = self._queue.order[start : start + CHUNK]
-            await self._read([photo for photo in photos if photo not in self._encoded], strict=self.encoder.strict)
+            await self._read(
+                [photo for photo in photos if photo not in self.photos.encoded], strict=self.photos.encoder.strict
+            )
 
     async def _read(self, photos: Sequence[int], *, strict: bool) -> None:
         """Read and encode photos, and find out which of them are in the index."""
-        if not photos:
-            return
-        read = await self._service.run(self._encoding, self._encode_now, photos, strict)
-        for photo in [photo for photo in read if photo >= self._pool and read[photo][0] != self._digests.get(photo)]:
-            del read[photo]  # the file now contains another photo
-        for photo, (_, feature) in read.items():
-            if self._features is None:
-                shape = len(self._names), len(feature)
-                check_memory(16 * math.prod(shape), f"{shape[0]:,} photos", "label fewer photos")
-                self._features = np.zeros(shape, np.float32)
-            self._features[photo] = feature
-            self._encoded.add(photo)
-            self._unreadable.pop(photo, None)
-        self._recognise({photo: digest for photo, (digest, _) in read.items()})
-        reasons = {one.source: one.reason for one in self.encoder.skipped}
-        self._unreadable |= {
-            p: reasons.get(self._names[p], "has changed since it was labelled") for p in photos if p not in read
-        }
-        self._wake.set()
-
-    def _recognise(self, digests: Mapping[int, str]) -> None:
-        """Note the digests of photos, and find out whether they are in the index."""
-        for photo, digest in digests.items():
-            if (before := self._digests.get(photo)) != digest:
-                if before is not None:  # the file has changed
-                    self._same[before].remove(photo)
-                self._digests[photo] = digest
-                self._same.setdefault(digest, []).append(photo)
-                self._unread.pop(show(absolute(self.path(photo))), None)
-                self._again |= self._refused.keys() & set(self._same[digest])
-        if digests:
+        if photos:
+            self.photos.note(photos, await self._service.run(self._encoding, self.photos.read, photos, strict))
             self._look()
-
-    def _encode_now(self, photos: Sequence[int], strict: bool) -> dict[int, tuple[str, FloatArray]]:
-        """Return the digests and the features of the readable photos."""
-        encoder = replace(self.encoder, empty=True, strict=strict)
-        return {
-            photos[position]: (str(digest), feature)
-            for block in encoder.blocks(self.photos.take(photos))
-            for position, digest, feature in zip(block.positions, block.digests, block.features, strict=True)
-        }
+            self._wake.set()
 
     async def _think(self) -> None:
         """Choose the next photos, and estimate the accuracy, whenever there is a new version or enough new photos."""
@@ -521,53 +445,74 @@ class Labelling:
     def _choice_due(self) -> bool:
         """Return whether there is a new version, twice as many photos as at the last choice, or all photos."""
         version, encoded = self._chosen
-        total = len(self._names) - len(self._unreadable)
-        grown = len(self._encoded) >= 2 * encoded or len(self._encoded) == total > encoded
-        return bool(self._encoded) and (version is not self._seen or grown)
+        total = len(self.photos.names) - len(self.photos.unreadable)
+        grown = len(self.photos.encoded) >= 2 * encoded or len(self.photos.encoded) == total > encoded
+        return bool(self.photos.encoded) and (version is not self._seen or grown)
 
     async def _choose(self, version: Version | None) -> None:
-        index, encoded = None if version is None or self._is_empty(version) else version.cache, len(self._encoded)
-        rows = sorted(self._encoded - self._taken())
+        index, encoded = None if version is None or self._is_empty(version) else version.cache, len(self.photos.encoded)
+        rows = sorted(self.photos.encoded - self._taken())
         if rows:
-            picks = await self._service.run(self._thinking, self._suggested, rows, index)
+            picks = await self._service.run(self._thinking, _suggested, self.photos, rows, index)
             queued = sum(picked != "similar" for picked in self._labels().values())
             self._queue.suggest(picks, self._taken(), queued)
-            shown = [one.photo for one in self._queue.show(self._taken()) if one.photo in self._encoded]
-            self._facts = await self._service.run(self._thinking, self._facts_of, shown, rows, index)
+            shown = [one.photo for one in self._queue.show(self._taken()) if one.photo in self.photos.encoded]
+            self._facts = await self._service.run(self._thinking, _facts_of, self.photos, shown, rows, index)
         self._chosen = version, encoded
-
-    def _suggested(self, rows: Sequence[int], index: AnsweringIndex | None) -> list[tuple[int, str]]:
-        assert self._features is not None
-        pool = Pool([str(row) for row in rows], self._features[rows], [None] * len(rows))
-        table = suggest_features(pool, QUEUED, index).table
-        return [(int(row["input"]), row["why"]) for row in table.select(["input", "why"]).to_pylist()]
-
-    def _facts_of(
-        self, shown: Sequence[int], rows: Sequence[int], index: AnsweringIndex | None
-    ) -> dict[int, tuple[dict[str, float], list[int]]]:
-        """Return the guesses for each photo that is shown, and the photos among ``rows`` that resemble it."""
-        assert self._features is not None
-        places = {photo: place for place, photo in enumerate(rows)}
-        shown = [photo for photo in shown if photo in places]
-        near = alike(self._features[rows], [places[photo] for photo in shown])
-        probable = [{}] * len(shown) if index is None else guesses(index, self._features[shown])
-        similar = ([rows[place] for place in own] for own in near)
-        return dict(zip(shown, zip(probable, similar, strict=True), strict=True))
 
     async def _measure(self, version: Version) -> None:
         """Estimate the accuracy on the unlabelled photos from the photos that were drawn at random."""
         drawn = sorted({one.key_id for one in self._known.values() if one.picked == "random"})
         self._progress = schemas.LabelProgress(len(drawn), DRAWN)
-        rest = sorted(self._encoded - self._taken())
+        rest = sorted(self.photos.encoded - self._taken())
         if len(drawn) >= DRAWN and rest and version.cache.n <= self._service.limits.estimated:
-            self._progress = await self._service.run(self._thinking, self._measured_on, rest, version.cache, drawn)
+            features = self.photos.rows(rest)
+            self._progress = await self._service.run(self._thinking, _measured_on, features, version.cache, drawn)
         self._measured_at = version
 
-    def _measured_on(self, rest: Sequence[int], index: AnsweringIndex, drawn: Sequence[int]) -> schemas.LabelProgress:
-        assert self._features is not None
-        cache = index.in_memory()
-        found = estimate_rest(cache, drawn, self._features[rest])
-        more = min(MORE, len(rest))
-        gain = gain_of(cache, drawn, found, more)
-        gain = None if gain is None else min(gain, 1 - found.accuracy)
-        return schemas.LabelProgress(len(drawn), DRAWN, found.accuracy, found.low, found.high, more, gain)
+
+def _suggested(photos: SessionPhotos, rows: Sequence[int], index: AnsweringIndex | None) -> list[tuple[int, str]]:
+    pool = Pool([str(row) for row in rows], photos.rows(rows), [None] * len(rows))
+    table = suggest_features(pool, QUEUED, index).table
+    return [(int(row["input"]), row["why"]) for row in table.select(["input", "why"]).to_pylist()]
+
+
+def _facts_of(
+    photos: SessionPhotos, shown: Sequence[int], rows: Sequence[int], index: AnsweringIndex | None
+) -> dict[int, tuple[dict[str, float], list[int]]]:
+    """Return the guesses for each photo that is shown, and the photos among ``rows`` that resemble it."""
+    places = {photo: place for place, photo in enumerate(rows)}
+    shown = [photo for photo in shown if photo in places]
+    near = alike(photos.rows(rows), [places[photo] for photo in shown])
+    probable = [{}] * len(shown) if index is None else guesses(index, photos.rows(shown))
+    similar = ([rows[place] for place in own] for own in near)
+    return dict(zip(shown, zip(probable, similar, strict=True), strict=True))
+
+
+def _measured_on(rest: FloatArray, index: AnsweringIndex, drawn: Sequence[int]) -> schemas.LabelProgress:
+    """Estimate the accuracy on photos with the features ``rest`` from the labels of random photos."""
+    cache = index.in_memory()
+    found = estimate_rest(cache, drawn, rest)
+    more = min(MORE, len(rest))
+    gain = gain_of(cache, drawn, found, more)
+    gain = None if gain is None else min(gain, 1 - found.accuracy)
+    return schemas.LabelProgress(len(drawn), DRAWN, found.accuracy, found.low, found.high, more, gain)
+
+
+def _class_counts(
+    version: Version | None,
+    classes: Sequence[str],
+    withdrawn: Sequence[LabelledPhoto],
+    unsaved: Mapping[int, Label],
+    known: Mapping[int, LabelledPhoto],
+) -> list[schemas.LabelClass]:
+    """Return the classes to choose from, with their numbers of photos. Unsaved changes are included."""
+    names = [] if version is None else version.cache.class_names
+    shown = {*classes, *(names if version is not None and version.cache.has_text else ())}
+    shown -= {NONE, *(one.label for one in withdrawn)}
+    counts = Counter(dict.fromkeys([*classes, *names], 0))
+    counts.update({} if version is None else dict(zip(names, version.cache.counts, strict=True)))
+    counts.subtract(one.label for one in withdrawn)
+    counts.subtract(known[photo].label for photo in unsaved if photo in known)
+    counts.update(label.label for label in unsaved.values() if label.label is not None)
+    return [schemas.LabelClass(name, n) for name, n in counts.items() if name != NONE and (n > 0 or name in shown)]

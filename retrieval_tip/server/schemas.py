@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, Field, PlainValidator, WithJsonSchema
 
-from retrieval_tip.fit.closed_form import Estimate
+from retrieval_tip.fit.closed_form import ShotEstimate
 from retrieval_tip.labelling.queue import Picked
 from retrieval_tip.predictions import SCHEMA, Evidence
 from retrieval_tip.server.problems import MEDIA
@@ -353,7 +353,7 @@ class Accuracy(Shares):
     weakest: list[WeakClass]
 
     @classmethod
-    def of(cls, judged: Estimate, version: int) -> Accuracy:
+    def of(cls, judged: ShotEstimate, version: int) -> Accuracy:
         """Return the result of :func:`closed_form.estimate` for a version."""
         low, high = judged.get("interval", (None, None))
         weakest = [WeakClass(*one) for one in judged.get("weakest", ())]

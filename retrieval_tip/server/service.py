@@ -29,7 +29,7 @@ from retrieval_tip.errors import InputError, json_line
 from retrieval_tip.evaluation.audit import AUDITED, audit
 from retrieval_tip.evaluation.exemplars import exemplars
 from retrieval_tip.evaluation.projection import Method, Projection, methods, projected
-from retrieval_tip.fit.closed_form import Estimate, estimate
+from retrieval_tip.fit.closed_form import ShotEstimate, estimate
 from retrieval_tip.index import changes
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.index.places import Place
@@ -405,7 +405,7 @@ class Service:
         If the index has more than ``limits.estimated`` keys, the accuracy is ``None``.
         """
         cache = version.cache
-        known: Estimate = {"photos": None, "words": None, "both": None}
+        known: ShotEstimate = {"photos": None, "words": None, "both": None}
         if cache.n <= self.limits.estimated:
             known = await self._once(version, "accuracy", lambda: estimate(cache.in_memory()))
         return schemas.Accuracy.of(known, version.manifest.version)
