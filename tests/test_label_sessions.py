@@ -34,7 +34,7 @@ from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.served import Backbones, Maker, Served
 from retrieval_tip.store.labels import PICKED, WITHDRAWN
 
-pytestmark = [killing.needs_fork, pytest.mark.timeout(600)]
+pytestmark = [killing.needs_fork, pytest.mark.timeout(3600 if SOAK else 300)]
 
 SESSIONS, ROUNDS, AT_ONCE = (50, 4, 4) if SOAK else (1, 2, 1)
 """Number of sessions of each kind, of starts of each session, and of sessions at a time."""
