@@ -106,8 +106,8 @@ class Session:
     def label(self, step: str) -> None:
         chosen = self.draw.sample(range(len(self.paths)), self.draw.randint(1, 3))
         labels = {photo: self.draw.choice((*LABELS, f"new {step}")) for photo in chosen}
-        before = {self.digests[photo]: self.wanted.get(self.digests[photo]) for photo in chosen}
         new = self.wanted | {self.digests[photo]: label for photo, label in labels.items()}
+        before = {digest: self.wanted.get(digest) for digest in new if new[digest] != self.wanted.get(digest)}
         body = [{"photo": photo, "label": label} for photo, label in labels.items()]
         if self.ask({"labels": body, "step": step}, new):
             self.undo.append((step, before))

@@ -214,8 +214,9 @@ class Labelling:
 
     def _label(self, change: schemas.SetLabels) -> None:
         shown = {one.photo: one for one in self._queue.show(self._taken())}
-        before = {one.photo: self._label_of(one.photo, shown) for one in change.labels}
-        changed = {one.photo: one.label for one in change.labels if one.label != before[one.photo].label}
+        wanted = {self.photos.copies(one.photo)[0]: one for one in change.labels}.values()  # the last copy counts
+        before = {one.photo: self._label_of(one.photo, shown) for one in wanted}
+        changed = {one.photo: one.label for one in wanted if one.label != before[one.photo].label}
         self._set({photo: Label(label, before[photo].picked) for photo, label in changed.items()})
         for photo in change.skip:
             self._queue.skip(photo)
