@@ -35,7 +35,7 @@ browser: ## install Debian's Chromium for the tests of the page (needs root)
 demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY)) ## build an index of photos, classify, evaluate (your own: PHOTOS=FOLDER MODEL=NAME PRETRAINED=TAG)
 	$(BIN)/python benchmarks/demo.py $(if $(MODEL),--model '$(MODEL)') $(if $(PRETRAINED),--pretrained '$(PRETRAINED)') $(if $(PHOTOS),--photos '$(PHOTOS)')
 
-lint: setup ## check formatting, lint, types, import directions and docstring references
+lint: setup ## check formatting, lint, types, import directions, docstring references and budgets
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -43,8 +43,9 @@ lint: setup ## check formatting, lint, types, import directions and docstring re
 	$(BIN)/python docs/reference.py --check
 	$(BIN)/python docs/crossrefs.py
 	$(BIN)/python docs/prose.py
+	$(BIN)/python docs/size.py --check
 
-size: setup ## count lines, and list large classes and functions and duplicate names (another clone: CLONE=FOLDER)
+size: setup ## compare lines with the budgets, and list large classes and functions and duplicate names (another clone: CLONE=FOLDER)
 	$(BIN)/python docs/size.py $(CLONE)
 
 test: setup ## run the tests (some of them: ONLY='tests/test_tip.py -k tail')

@@ -1,10 +1,12 @@
-"""Print the size of the project, and the figures for which CONTRIBUTING.md sets limits."""
+"""Print the size of the project beside the budgets of pyproject.toml, and the figures that CONTRIBUTING.md limits."""
 
 from __future__ import annotations
 
 import argparse
 import ast
 import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,21 +39,53 @@ def words(paths: list[Path], pattern: str | re.Pattern[str]) -> int:
     return sum(len(re.findall(pattern, path.read_text(encoding="utf-8"))) for path in paths)
 
 
+def sizes(root: Path) -> dict[str, int]:
+    """Return what pyproject.toml sets budgets for: lines of Python, lines of the page, and words of the docs.
+
+    The wings of the package are its folders. ``top`` stands for the files outside of them.
+    """
+    package = root / "retrieval_tip"
+    wings = sorted(folder for folder in package.iterdir() if (folder / "__init__.py").exists())
+    page = [path for path in (package / "server" / "page").rglob("*") if path.suffix in (".js", ".css", ".html")]
+    return {
+        "top": lines(list(package.glob("*.py"))),
+        **{wing.name: lines(sources(wing)) for wing in wings},
+        "package": lines(sources(package)),
+        "page": lines(page),
+        "tests": lines(sources(root / "tests")),
+        "benchmarks": lines(sources(root / "benchmarks")),
+        "words of docs": words([root / "README.md", *sorted((root / "docs").glob("*.md"))], r"\S+"),
+    }
+
+
+def over(root: Path) -> list[str]:
+    """Print each size beside its budget, and return a line for each that is above its budget or has none."""
+    budgets = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    budgets = budgets.get("tool", {}).get("retrieval-tip", {}).get("budget", {})
+    faults = []
+    for name, size in sizes(root).items():
+        print(f"{name:46} {size:7,} of {budgets.get(name, 0):7,}")
+        if size > budgets.get(name, 0):
+            faults.append(f"{name}: {size:,}, but its budget in pyproject.toml is {budgets.get(name, 0):,}")
+    return faults
+
+
 def main() -> None:
-    """Print the figures for a clone of the repository."""
+    """Print the figures for a clone of the repository. With ``--check``, exit with 1 if something is above budget."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("clone", nargs="?", type=Path, default=Path(__file__).resolve().parent.parent)
-    root = parser.parse_args().clone
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    root = arguments.clone
+    faults = over(root)
+    if arguments.check:
+        sys.exit("\n".join(faults) or None)
     package, tests = sources(root / "retrieval_tip"), sources(root / "tests")
     outside = [path for path in package if "lance" not in path.parts]
-    benchmarks = [path for path in sorted((root / "benchmarks").iterdir()) if path.suffix in (".py", ".toml")]
     ray = [path for path in package if "distributed" in path.parts or path.stem == "on_ray"]
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     names = [name.rpartition(".")[2] for _, name in spans(package, ast.ClassDef)]
     figures: dict[str, object] = {
-        "package, lines": lines(package),
-        "tests, lines": lines(tests),
-        "benchmarks, lines": lines(benchmarks),
         "Ray, lines": lines(ray),
         "files at the top of the package": len(list((root / "retrieval_tip").glob("*.py"))),
         "modules outside lance/ that name it": sum(1 for p in outside if words([p], r"(?i)lance")),
