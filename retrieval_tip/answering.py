@@ -6,9 +6,10 @@ import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from torch.nn import functional
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.bounds import check_count
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.shots import spread
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, warn_once
@@ -28,11 +29,11 @@ from retrieval_tip.html import markup, table
 from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Evidence, Predictions, SimilarShot, lists
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.defaults import Statistics
-from retrieval_tip.retrieval.evidence import Nearest
+from retrieval_tip.retrieval.evidence import Contributors, Nearest
 from retrieval_tip.retrieval.inputs import Features, Labels
 from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, first_two, slices
 from retrieval_tip.retrieval.vector_index import GPU_MAX_K
-from retrieval_tip.settings import Built, Dtype, Fitted, KeysMet, Norms, Settings
+from retrieval_tip.settings import Ask, AskOptions, Built, Dtype, Fitted, KeysMet, Norms, Settings
 from retrieval_tip.store import history
 from retrieval_tip.store.manifest import DataFile, Manifest, Segment, Table, TableDigests
 
@@ -352,66 +353,48 @@ class AnsweringIndex(ABC):
         """
         return self.terms(features, k, tail).logits(self.settings)
 
-    def classify(
-        self,
-        features: Features,
-        top: int = 1,
-        k: KeysMet = None,
-        tail: bool | None = None,
-        neighbours: int = 5,
-        certify: bool = False,
-        norms: Norms = "check",
-    ) -> Predictions:
+    def answers(self, blocks: Iterable[FeatureBlock], ask: Ask = Ask()) -> Iterator[AnswerBlock]:
+        """Classify blocks of features, and yield their answers in order. Everything that classifies uses this loop.
+
+        Large blocks are split, so that the answers do not take much memory. The norms of the features are not checked.
+        Raises the same errors as :meth:`logits`.
+        """
+        index = self.with_settings(ask.settings(self.settings))
+        retrieval, shown = index.retrieval, min(ask.neighbours, index.settings.k or ask.neighbours)
+        for block in blocks:
+            f = index._queries(block.features)
+            for part in slices(len(f), max(1, min(PREDICTED, LOGITS // len(index.class_names)))):
+                if ask.certify:
+                    terms = index.certified(f[part])
+                else:
+                    terms = retrieval.terms(f[part], neighbours=shown)
+                    index._check(terms)
+                yield AnswerBlock(index, replace(ask, neighbours=shown), block.take(part), f[part], terms)
+
+    def classify(self, features: Features, norms: Norms = "check", **asked: Unpack[AskOptions]) -> Predictions:
         """Classify features, and return labels, probabilities and the shots that contributed most to each answer.
 
         Args:
             features: the features, which should have unit norm, as an array or tensor of shape ``[q, d]``.
-            top: the number of classes to report, most probable first.
-            k: the number of nearest keys to use, as in :meth:`logits`.
-            tail: whether to estimate the contribution of the other keys, as in :meth:`logits`.
-            neighbours: the number of shots to report (see :class:`retrieval.evidence.Contributors`). If ``k`` is a
-                number, only retrieved keys are reported.
-            certify: whether to retrieve enough keys to prove each label (see :meth:`certified`).
             norms: ``"check"`` to check that all features have norm 1, or ``"keep"`` to accept any norm.
+            asked: see :class:`settings.Ask`.
 
-        Raises InputError if the norm of a feature is not 1.
+        Raises InputError if the norm of a feature is not 1, and the errors of :meth:`logits`.
         """
-        check_count("top", top)
-        check_count("neighbours", neighbours, 0)
-        retrieval, f = self._retrieval(k, tail), self._queries(features)
+        f = inputs.queries(features, self.d)
         if norms == "check":
             inputs.check_unit(f)
-        shown = min(neighbours, retrieval.settings.k or neighbours)
-        columns = []
-        for part in self.parts(len(f)) if len(f) else [slice(0)]:
-            if certify:
-                terms = self.certified(f[part], retrieval.settings.k or "all", retrieval.settings.tail)
-            else:
-                terms = retrieval.terms(f[part], neighbours=shown)
-                self._check(terms)
-            columns.append(_columns(self, f[part], terms, retrieval, top, shown))
-        return Predictions(pa.concat_tables(columns)).named(pa.array(np.arange(len(f))).cast(pa.string()))
+        blocks = self.answers([FeatureBlock.of(f.cpu().numpy())], Ask(**asked))
+        return Predictions.joined(block.predictions() for block in blocks)
 
-    def classify_source(
-        self,
-        source: Source,
-        encoder: Encoder,
-        top: int = 1,
-        k: KeysMet = None,
-        tail: bool | None = None,
-        neighbours: int = 5,
-        certify: bool = False,
-    ) -> Iterator[Predictions]:
+    def classify_source(self, source: Source, encoder: Encoder, ask: Ask = Ask()) -> Iterator[Predictions]:
         """Classify images or a feature table while reading them, and yield the predictions in order.
 
-        To classify images, pass an ``encoder``. Unreadable items are skipped and listed in ``encoder.skipped``. The
-        other arguments are the same as for :meth:`classify`.
+        To classify images, pass an ``encoder``. Unreadable items are skipped and listed in ``encoder.skipped``.
         """
         column = source.items["source"]
-        for block in encoder.blocks(source):
-            for part in self.parts(len(block.positions)):
-                answers = self.classify(block.features[part], top, k, tail, neighbours, certify, "keep")
-                yield answers.named(column.take(pa.array(block.positions[part])))
+        for answers in self.answers(encoder.blocks(source), ask):
+            yield answers.predictions().named(column.take(pa.array(answers.block.positions)))
 
     def evidence(self, features: Features, complete: int = 1 << 14, nearest: int = 2048) -> list[Evidence]:
         """Return the evidence for each query.
@@ -443,10 +426,6 @@ class AnsweringIndex(ABC):
         )
         rows, ids = torch.from_numpy(self.every_row()).to(order.device), torch.cat([ids for _, ids in blocks])
         return Nearest(affinity, rows[order], ids[order])
-
-    def parts(self, q: int) -> Iterator[slice]:
-        """Split ``q`` queries into slices of at most :data:`PREDICTED` queries and :data:`LOGITS` logits each."""
-        return slices(q, max(1, min(PREDICTED, LOGITS // len(self.class_names))))
 
     def ids_of(self, source: Source) -> npt.NDArray[np.int64]:
         """Return the class id of each item in a labelled source. Raises InputError if a label is not a class."""
@@ -569,71 +548,96 @@ def manifest_of(
     )  # fmt: skip
 
 
-def _columns(
-    index: AnsweringIndex, f: Tensor, terms: AnswerTerms, retrieval: Retrieval, top: int, neighbours: int
-) -> pa.Table:
-    logits, shots = terms.logits(index.settings), terms.shots
-    ranked = logits.topk(min(top, logits.shape[1]), dim=1).indices  # the temperature does not change the ranking
-    chances = _doubles(tip.probabilities(logits, index.settings.temperature).gather(1, ranked))
-    winner = ranked[:, :1]
-    if shots is None and neighbours > 0:
-        shots = retrieval.contributors(retrieval.points(f), *first_two(logits), neighbours)
-    m, names = ranked.shape[1], pa.array(index.class_names, pa.string())
-    labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
-    columns = {
-        "input": pa.nulls(len(f), pa.string()),
-        "label": labels if m == 1 else names.take(pa.array(ranked[:, 0].cpu().numpy())),
-        "probability": chances[:, 0],
-        "labels": lists(labels, m),
-        "probabilities": lists(chances, m),
-        "text_logit": _doubles(terms.text.gather(1, winner))[:, 0],
-        "cache_logit": index.settings.alpha * _doubles(terms.cache.gather(1, winner))[:, 0],
-        "neighbours": _neighbours(index, None if shots is None else shots.supporting, ranked),
-        "opposing": _opposing(index, None if shots is None else shots.opposing, ranked),
-        "logits": lists(logits.cpu().numpy(), logits.shape[1]),
-    }
-    if terms.discriminant is not None:
-        factor = index.settings.alpha * index.settings.gamma
-        columns["discriminant_logit"] = factor * _doubles(terms.discriminant.gather(1, winner))[:, 0]
-    if terms.keys is not None:
-        columns["keys"] = terms.keys.cpu().numpy()
-    if index.settings.least_cache is not None:
-        counts = index.retrieval.keys.counts
-        columns["unlike"] = (terms.strongest(counts) < index.settings.least_cache).cpu().numpy()
-    known = [column for column in PREDICTIONS if column in columns]
-    return pa.table([columns[column] for column in known], schema=pa.schema([SCHEMA.field(c) for c in known]))
+@dataclass(frozen=True, eq=False)
+class AnswerBlock:
+    """The answers to a block of queries.
 
+    Attributes:
+        index: the index, with the settings of the question.
+        ask: the question.
+        block: the queries.
+        features: the features of the queries, of shape ``[q, d]``, as a float32 tensor on the device.
+        terms: the terms of the logits.
+    """
 
-def _neighbours(index: AnsweringIndex, near: Nearest | None, classes: Tensor) -> pa.ListArray:
-    kind = PREDICTIONS["neighbours"]
-    if near is None:
-        ends = np.zeros(len(classes) + 1, np.int32)
-        return pa.ListArray.from_arrays(pa.array(ends), pa.array([], kind.value_type))
-    there = near.rows >= 0
-    ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).cpu().numpy()]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(ends), _described(index, near, classes))
+    index: AnsweringIndex
+    ask: Ask
+    block: FeatureBlock
+    features: Tensor
+    terms: AnswerTerms
 
+    @cached_property
+    def logits(self) -> Tensor:
+        """The logits of all classes, of shape ``[q, c]``."""
+        return self.terms.logits(self.index.settings)
 
-def _opposing(index: AnsweringIndex, near: Nearest | None, classes: Tensor) -> pa.StructArray:
-    if near is None:
-        return pa.nulls(len(classes), PREDICTIONS["opposing"])
-    there = (near.rows[:, 0] >= 0).cpu().numpy()
-    return _described(index, near, classes).take(pa.array(there.cumsum() - 1, mask=~there))
+    def predictions(self) -> Predictions:
+        """Return one prediction per query. The queries are named by their positions."""
+        index, settings, terms, logits = self.index, self.index.settings, self.terms, self.logits
+        ranked = logits.topk(min(self.ask.top, logits.shape[1]), dim=1).indices  # at any temperature
+        chances = _doubles(tip.probabilities(logits, settings.temperature).gather(1, ranked))
+        winner, m, names = ranked[:, :1], ranked.shape[1], pa.array(index.class_names, pa.string())
+        labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
+        shots = self._shots()
+        columns = {
+            "input": pa.array(self.block.positions).cast(pa.string()),
+            "label": labels if m == 1 else names.take(pa.array(ranked[:, 0].cpu().numpy())),
+            "probability": chances[:, 0],
+            "labels": lists(labels, m),
+            "probabilities": lists(chances, m),
+            "text_logit": _doubles(terms.text.gather(1, winner))[:, 0],
+            "cache_logit": settings.alpha * _doubles(terms.cache.gather(1, winner))[:, 0],
+            "neighbours": self._neighbours(None if shots is None else shots.supporting, ranked),
+            "opposing": self._opposing(None if shots is None else shots.opposing, ranked),
+        }
+        if self.ask.logits:
+            columns["logits"] = lists(logits.cpu().numpy(), logits.shape[1])
+        if terms.discriminant is not None:
+            factor = settings.alpha * settings.gamma
+            columns["discriminant_logit"] = factor * _doubles(terms.discriminant.gather(1, winner))[:, 0]
+        if terms.keys is not None:
+            columns["keys"] = terms.keys.cpu().numpy()
+        if settings.least_cache is not None:
+            strongest = terms.strongest(index.retrieval.keys.counts)
+            columns["unlike"] = (strongest < settings.least_cache).cpu().numpy()
+        known = [column for column in PREDICTIONS if column in columns]
+        schema = pa.schema([SCHEMA.field(column) for column in known])
+        return Predictions(pa.table([columns[column] for column in known], schema=schema))
 
+    def _shots(self) -> Contributors | None:
+        if self.terms.shots is not None or not self.ask.neighbours:
+            return self.terms.shots
+        retrieval = self.index.retrieval
+        return retrieval.contributors(retrieval.points(self.features), *first_two(self.logits), self.ask.neighbours)
 
-def _described(index: AnsweringIndex, near: Nearest, classes: Tensor) -> pa.StructArray:
-    there = near.rows >= 0
-    weight = tip.weight(near.affinity, index.settings.beta)
-    if index.values is None:
-        values = (near.class_ids[:, :, None] == classes[:, None]).float()
-    else:
-        values = index.values[near.rows.clamp_min(0)[:, :, None], classes[:, None]]
-    used, places = np.unique(near.rows[there].cpu().numpy(), return_inverse=True)
-    described = index.described(used, ["key_id", "source", "label"]).take(pa.array(places))
-    named = [column.combine_chunks() for column in described.columns]
-    figures = [pa.array(_doubles(figure[there])) for figure in (near.affinity, weight)]
-    gives = lists(_doubles((weight[:, :, None] * values)[there]), classes.shape[1])
-    return pa.StructArray.from_arrays([*named, *figures, gives], fields=list(PREDICTIONS["opposing"]))
+    def _neighbours(self, near: Nearest | None, classes: Tensor) -> pa.ListArray:
+        kind = PREDICTIONS["neighbours"]
+        if near is None:
+            ends = np.zeros(len(classes) + 1, np.int32)
+            return pa.ListArray.from_arrays(pa.array(ends), pa.array([], kind.value_type))
+        there = near.rows >= 0
+        ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).cpu().numpy()]).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(ends), self._described(near, classes))
+
+    def _opposing(self, near: Nearest | None, classes: Tensor) -> pa.StructArray:
+        if near is None:
+            return pa.nulls(len(classes), PREDICTIONS["opposing"])
+        there = (near.rows[:, 0] >= 0).cpu().numpy()
+        return self._described(near, classes).take(pa.array(there.cumsum() - 1, mask=~there))
+
+    def _described(self, near: Nearest, classes: Tensor) -> pa.StructArray:
+        index, there = self.index, near.rows >= 0
+        weight = tip.weight(near.affinity, index.settings.beta)
+        if index.values is None:
+            values = (near.class_ids[:, :, None] == classes[:, None]).float()
+        else:
+            values = index.values[near.rows.clamp_min(0)[:, :, None], classes[:, None]]
+        used, places = np.unique(near.rows[there].cpu().numpy(), return_inverse=True)
+        described = index.described(used, ["key_id", "source", "label"]).take(pa.array(places))
+        named = [column.combine_chunks() for column in described.columns]
+        figures = [pa.array(_doubles(figure[there])) for figure in (near.affinity, weight)]
+        gives = lists(_doubles((weight[:, :, None] * values)[there]), classes.shape[1])
+        return pa.StructArray.from_arrays([*named, *figures, gives], fields=list(PREDICTIONS["opposing"]))
 
 
 def _doubles(values: Tensor) -> npt.NDArray[np.float64]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypedDict, get_args
 
+from retrieval_tip.bounds import check_count
 from retrieval_tip.errors import UsageError
 
 KeysMet = int | Literal["all"] | None
@@ -130,6 +133,109 @@ class Settings:
         """Return the settings that a user can adjust, by name. If all keys are used, ``k`` is ``all``."""
         names = (field.name for field in fields(self) if field.name not in ("logit_scale", *FITTED))
         return {name: getattr(self, name) for name in names} | {"k": self.k or "all"}
+
+
+class AskOptions(TypedDict, total=False):
+    """The fields of :class:`Ask` as keyword arguments."""
+
+    k: KeysMet
+    tail: bool | None
+    alpha: float | None
+    beta: float | None
+    top: int
+    neighbours: int
+    certify: bool
+    logits: bool
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What to find out about queries. It is passed unchanged from every caller to :meth:`AnsweringIndex.answers`.
+
+    Args:
+        k: the number of nearest keys to use, or ``"all"``. ``None`` uses the setting of the index, here and below.
+        tail: whether to estimate the contribution of the other keys.
+        alpha: the weight of the cache relative to the text.
+        beta: the sharpness.
+        top: the number of classes to report, most probable first.
+        neighbours: the number of shots to report, largest contribution first (see
+            :class:`retrieval.evidence.Contributors`). If ``k`` is a number, only retrieved keys are reported.
+        certify: whether to retrieve enough keys to prove each label (see :meth:`AnsweringIndex.certified`).
+        logits: whether to report the logits of all classes.
+
+    Raises UsageError if ``top`` is below 1 or ``neighbours`` below 0.
+    """
+
+    k: KeysMet = None
+    tail: bool | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    top: int = 1
+    neighbours: int = 5
+    certify: bool = False
+    logits: bool = True
+
+    def __post_init__(self) -> None:
+        check_count("top", self.top)
+        check_count("neighbours", self.neighbours, 0)
+
+    def settings(self, own: Settings) -> Settings:
+        """Return the settings of an index, as changed by this question."""
+        return own.override(alpha=self.alpha, beta=self.beta, k=self.k, tail=self.tail)
+
+
+class BuildOptions(TypedDict, total=False):
+    """The options of a build. Python functions take them as keyword arguments, and ``index build`` as options.
+
+    Attributes:
+        shots: The number of shots to draw per class, by CoOp's sampling rule (see :mod:`data.shots`). By default, all
+            photos are used.
+        templates: Prompt templates for the text weights, in which {} stands for the class name. They require an
+            encoder with text.
+        text: A feature table of text features labelled by class, with one or more prompts per class, which is used
+            instead of templates. The index uses the classes of this table, in the same order.
+        index: A FAISS factory string, Classes or auto (see :func:`keys.auto_for`). Classes searches all keys of the
+            likeliest classes, and auto selects an index by the number of keys. At an address, give Flat, Classes,
+            IvfFlat, IvfSq, HnswSq or auto. Defaults to Flat, and to auto at an address.
+        dtype: The data type of the stored keys. Defaults to float32.
+        alpha: The weight of the cache relative to the text. By default, it is fitted to the shots.
+        beta: The sharpness of the affinity. By default, it is fitted to the shots.
+        normalize: The units of alpha and beta (see :func:`defaults.plain_settings`). With none, the units of the paper
+            are used, and the defaults are alpha 1 and beta 5.5. Defaults to both, or to none if alpha or beta is given.
+        fit: With auto, the metric, values, alpha, beta and temperature are fitted to the shots (see
+            :func:`closed_form.fit`). With none, the index is plain Tip-Adapter. Defaults to auto, or to none if alpha,
+            beta or normalize is given.
+        metric: The similarity metric. With within, directions in which photos of the same class differ count less. By
+            default, it is selected on the shots.
+        values: The weights of the keys for each class. With solved, they are computed by ridge regression. By default,
+            they are selected on the shots.
+        class_prior: The frequencies of the classes among the photos to classify: even, or as in the shots. Defaults to
+            even.
+        prior: Other indexes of the same encoder. Their photos show how much photos of one class differ, which helps if
+            there are few shots.
+        k: The number of nearest keys to use per query, or all. By default, all keys are used, or the number that is
+            selected with the index type auto.
+        logit_scale: The factor by which text logits are multiplied. Defaults to the logit scale of the encoder, or
+            to 100.
+        drop_suspicious: Leave out shots whose labels look wrong (see :func:`audit.suspicious`). This needs more memory.
+    """
+
+    shots: int | None
+    templates: Sequence[str] | None
+    text: str | os.PathLike[str] | None
+    index: str | None
+    dtype: Dtype
+    alpha: float | None
+    beta: float | None
+    normalize: Normalize | None
+    fit: FitName | None
+    metric: MetricName | None
+    values: ValuesName | None
+    class_prior: ClassPrior | None
+    prior: Sequence[str | os.PathLike[str]]
+    k: KeysMet
+    logit_scale: float | None
+    drop_suspicious: bool
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.predictions import Prediction, Predictions
 from retrieval_tip.retrieval import inputs
-from retrieval_tip.settings import Settings
+from retrieval_tip.settings import Ask, Settings
 
 Array = npt.NDArray[Any]
 Q, D, C = 70, 32, 12
@@ -671,7 +671,7 @@ def test_classify_source_names_each_answer(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ids, "feature": list(QUERIES)}), tmp_path / "queries.parquet")
     (source,) = open_inputs([str(tmp_path / "queries.parquet")])
     cache = model()
-    found = Predictions.joined(cache.classify_source(source, Encoder(), top=2, k=16, neighbours=3))
+    found = Predictions.joined(cache.classify_source(source, Encoder(), Ask(top=2, k=16, neighbours=3)))
     assert found.inputs == ids
     assert found == cache.classify(QUERIES, top=2, k=16, neighbours=3)
 

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+import typing
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,9 +34,11 @@ from retrieval_tip import (
     build_index,
     load_backbone,
     open_source,
+    settings,
 )
 from retrieval_tip.answering import AnsweringIndex, similar_shots
 from retrieval_tip.backbones.open_clip import OpenClipBackbone
+from retrieval_tip.classifier.classifier import ClassifierOptions
 from retrieval_tip.data.sources import open_items
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
 from retrieval_tip.evaluation import evaluate as evaluation
@@ -713,28 +716,36 @@ def test_a_misspelt_argument_is_refused(clf):
             getattr(clf, method)(PHOTO, shotz=1)
 
 
+OPTIONS = {f"Unpack[{kind.__name__}]": kind for kind in (settings.AskOptions, settings.BuildOptions, ClassifierOptions)}
+
+
 def parameters(function):
-    return {name: given.default for name, given in inspect.signature(function).parameters.items()}
+    """Return the parameters with their defaults. Those of a TypedDict have none."""
+    own = {name: given.default for name, given in inspect.signature(function).parameters.items()}
+    for name, given in inspect.signature(function).parameters.items():
+        if given.kind is inspect.Parameter.VAR_KEYWORD:
+            kind = OPTIONS[given.annotation]  # all keyword arguments are listed, and mypy checks them
+            del own[name]
+            own |= dict.fromkeys(typing.get_type_hints(kind), inspect.Parameter.empty)
+    return own
 
 
 def test_every_option_is_a_named_argument():
     """The defaults equal those of the functions that do the work."""
     for name, method in inspect.getmembers(Classifier, inspect.isroutine):
-        kinds = [given.kind for given in inspect.signature(method).parameters.values()] if name[0] != "_" else []
-        assert inspect.Parameter.VAR_KEYWORD not in kinds, name
+        assert name[0] == "_" or parameters(method) is not None
     for own, done_by, apart in (
         (parameters(Classifier.from_folder), build_index, {"source", "out", "encoder"}),
-        (parameters(Classifier.from_images), Classifier.from_folder, {"photos"}),
         (parameters(Classifier.from_hub), Classifier.load, {"place"}),
         (parameters(Classifier.predict), AnsweringIndex.classify, {"self", "features"}),
-        (parameters(Classifier.explain), Classifier.predict, {"top", "norms", "group_unlike"}),
+        (parameters(Classifier.explain), Classifier.predict, {"norms", "group_unlike"}),
         (parameters(Classifier.add), changes.add, {"folder", "source", "encoder", "manifest"}),
         (parameters(Classifier.remove), changes.remove, {"folder"}),
         (parameters(Classifier.relabel), changes.relabel, {"folder"}),
         (parameters(Classifier.rollback), changes.rollback, {"folder"}),
         (parameters(Classifier.fit), fit_index, {"folder", "validation", "encoder"}),
         (parameters(Classifier.finetune), finetune_into, {"out", "cache", "shots", "encoder", "parent"}),
-        (parameters(Classifier.predict_proba), Classifier.predict, {"top", "neighbours", "certify", "group_unlike"}),
+        (parameters(Classifier.predict_proba), Classifier.predict, {"group_unlike"}),
         (parameters(Classifier.similar), similar_shots, {"index", "features"}),
         (parameters(Classifier.sort), sort_photos, {"index", "sources", "encoder"}),
         (parameters(Classifier.audit), audit, {"cache"}),
@@ -747,6 +758,7 @@ def test_every_option_is_a_named_argument():
     ):
         for name, default in parameters(done_by).items():
             assert name in apart or own[name] == default, (done_by, name)
+    assert parameters(Classifier.from_folder).keys() - parameters(Classifier.from_images).keys() == {"photos"}
 
 
 def test_as_module_computes_logits_from_pixels(place, clf):

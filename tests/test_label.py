@@ -185,7 +185,7 @@ def test_labels_build_an_index_that_guesses_and_sessions_can_be_resumed(
         assert state["labelled"] == 10
         shown = state["queue"][0]
         feature = Encoder(lit_mini).encode(next(open_inputs([shown["name"]]))).features
-        answer = index.classify(feature, 9, norms="keep")[0]
+        answer = index.classify(feature, "keep", top=9)[0]
         assert [one["label"] for one in shown["guesses"]] == answer.labels
         assert [one["probability"] for one in shown["guesses"]] == pytest.approx(answer.probabilities, abs=1e-4)
         client.label(15)

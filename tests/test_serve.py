@@ -35,7 +35,7 @@ from retrieval_tip import CacheModel
 from retrieval_tip.server import run as run_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
-from retrieval_tip.server.served import Ask, Version, open_all
+from retrieval_tip.server.served import PageAsk, Version, open_all
 
 from conftest import PROGRAMS, SHARED, SOAK  # isort: skip
 
@@ -321,7 +321,7 @@ def test_no_single_request_is_refused_while_ten_clients_send_1024_features_each(
 ) -> None:
     go, real = threading.Event(), Version.answer
 
-    def answer(version: Version, ask: Ask, features: np.ndarray) -> list[dict[str, object]]:
+    def answer(version: Version, ask: PageAsk, features: np.ndarray) -> list[dict[str, object]]:
         assert len(features) == 1 or go.wait(30)
         (first,) = real(version, ask, features[:1])
         return [dict(first) for _ in features]  # which is quicker

@@ -46,7 +46,7 @@ from retrieval_tip.server import shots as shots_module
 from retrieval_tip.server import uploads as uploads_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
-from retrieval_tip.server.served import Ask, Backbones, Maker, open_all
+from retrieval_tip.server.served import Backbones, Maker, PageAsk, open_all
 
 from conftest import SHARED, with_code  # isort: skip
 
@@ -900,8 +900,8 @@ def test_answers_do_not_depend_on_the_batch_size(random_things: Path, monkeypatc
         monkeypatch.setattr(served_module, "VALUES", 50_000)
         found = client.post(ask, json={"features": rows}).json()["results"]
     version = open_all([random_things], "cpu", "float32", "full")["random"].now
-    assert version.at_once(Ask(evidence=True, logits=True, neighbours=3)) == 7
-    assert version.at_once(Ask(k=1500, neighbours=0)) == 33
+    assert version.at_once(PageAsk(evidence=True, logits=True, neighbours=3)) == 7
+    assert version.at_once(PageAsk(k=1500, neighbours=0)) == 33
     for one, other in zip(found, expected, strict=True):
         assert one["label"] == other["label"]
         assert one["evidence"]["key_ids"][:3] == other["evidence"]["key_ids"][:3]

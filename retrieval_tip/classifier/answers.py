@@ -6,7 +6,8 @@ import base64
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from itertools import chain
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,7 @@ from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.sort import Sorted, sort_photos
 from retrieval_tip.predictions import MORE_LIKELY_WRONG, Prediction, Predictions, SimilarShot
 from retrieval_tip.retrieval.inputs import Features, check_unit, queries
-from retrieval_tip.settings import KeysMet
+from retrieval_tip.settings import Ask, AskOptions
 
 THUMBNAIL = 128
 """Length of the longer side of an image in a notebook, in pixels."""
@@ -41,39 +42,27 @@ class AnsweringClassifier(OpenIndex):
     def predict(  # type: ignore[overload-overlap] # a path is also an iterable of letters
         self,
         what: Picture,
-        top: int = 1,
         *,
-        neighbours: int = 5,
-        k: KeysMet = None,
-        tail: bool | None = None,
-        certify: bool = False,
         group_unlike: bool = False,
         norms: Literal["check", "keep"] = "check",
+        **asked: Unpack[AskOptions],
     ) -> Prediction: ...
     @overload
     def predict(
         self,
         what: Iterable[Picture] | Features,
-        top: int = 1,
         *,
-        neighbours: int = 5,
-        k: KeysMet = None,
-        tail: bool | None = None,
-        certify: bool = False,
         group_unlike: bool = False,
         norms: Literal["check", "keep"] = "check",
+        **asked: Unpack[AskOptions],
     ) -> Predictions: ...
     def predict(
         self,
         what: Any,
-        top: int = 1,
         *,
-        neighbours: int = 5,
-        k: KeysMet = None,
-        tail: bool | None = None,
-        certify: bool = False,
         group_unlike: bool = False,
         norms: Literal["check", "keep"] = "check",
+        **asked: Unpack[AskOptions],
     ) -> Prediction | Predictions:
         """Classify photos or features.
 
@@ -84,13 +73,10 @@ class AnsweringClassifier(OpenIndex):
                 its image column, or any input of ``retrieval-tip classify``, such as a folder or a table. Pixels are
                 uint8 or floats from 0 to 1 (see :mod:`pictures`). You can also pass features of shape ``[q, d]`` or
                 ``[d]``. Unreadable photos in a folder or table are skipped and listed in ``encoder.skipped``.
-            top: the number of classes to report, most probable first.
-            neighbours: the number of shots to report, largest contribution first.
-            k: the number of nearest keys to use, or ``"all"``. Defaults to the setting of the index.
-            tail: whether to estimate the contribution of the other keys. Defaults to the setting of the index.
-            certify: whether to use enough keys to prove the answer.
             group_unlike: whether to group similar photos without a match (see :func:`groups.group_unlike`).
             norms: ``"check"`` to check that all features have norm 1, or ``"keep"`` to accept any norm.
+            asked: ``top``, ``neighbours``, ``k``, ``tail``, ``alpha``, ``beta``, ``certify`` and ``logits`` (see
+                :class:`settings.Ask`).
 
         Returns a :class:`Prediction` for a single photo or feature, and :class:`Predictions` otherwise. Raises
         InputError if a photo cannot be read, or if the norm of a feature is not 1.
@@ -98,15 +84,15 @@ class AnsweringClassifier(OpenIndex):
         index, encoder, one = self.cache, self.encoder, is_one(what)
         if (features := features_of(what)) is not None:
             one = what.ndim == 1
-            answers = index.classify(features, top, k, tail, neighbours, certify, norms)
+            answers = index.classify(features, norms, **asked)
             answers = grouped(index, features, answers) if group_unlike else answers
         elif isinstance(what, str | os.PathLike) and kind_of(what) != "image":
             given, one = [Pictures(source, read_item) for source in open_inputs([os.fspath(what)])], False
             encoder = replace(encoder, norms=norms)
-            answers = _answers(index, given, encoder, top, k, tail, neighbours, certify, group_unlike)
+            answers = _answers(index, given, encoder, Ask(**asked), group_unlike)
         else:
             given, encoder = [pictures(what)], replace(encoder, strict=True)
-            answers = _answers(index, given, encoder, top, k, tail, neighbours, certify, group_unlike)
+            answers = _answers(index, given, encoder, Ask(**asked), group_unlike)
         return answers[0] if one else answers
 
     __call__ = predict
@@ -115,16 +101,16 @@ class AnsweringClassifier(OpenIndex):
         self,
         what: Picture | Iterable[Picture] | Features,
         *,
-        k: KeysMet = None,
-        tail: bool | None = None,
         norms: Literal["check", "keep"] = "check",
+        **asked: Unpack[AskOptions],
     ) -> npt.NDArray[np.float32]:
         """Return the probabilities of all classes, of shape ``[q, c]``, in the order of ``classes``.
 
         The arguments are the same as for :meth:`predict`. A single photo gives one row. Unreadable photos in a folder
         or table have no row.
         """
-        answers: Any = self.predict(what, neighbours=0, k=k, tail=tail, norms=norms)
+        asked |= {"neighbours": 0, "logits": True}
+        answers: Any = self.predict(what, norms=norms, **asked)
         rows = [{"logits": answers.logits}] if isinstance(answers, Prediction) else answers.rows(["label", "logits"])
         logits = torch.tensor(np.array([row["logits"] for row in rows]), dtype=torch.float32)
         chances = tip.probabilities(logits.view(-1, len(self.classes)), self.cache.settings.temperature)
@@ -148,24 +134,16 @@ class AnsweringClassifier(OpenIndex):
             raise InputError(f"y: {right[0]} is not a class of this index; it has {few(self.classes)}")
         return float(np.mean(np.array(found) == np.array(right)))
 
-    def explain(
-        self,
-        what: Picture,
-        top: int = 3,
-        *,
-        neighbours: int = 5,
-        k: KeysMet = None,
-        tail: bool | None = None,
-        certify: bool = False,
-    ) -> Explanation:
+    def explain(self, what: Picture, **asked: Unpack[AskOptions]) -> Explanation:
         """Classify a photo, and show it in a notebook next to the shots that contributed most to the answer.
 
-        The arguments are the same as for :meth:`predict`.
+        The arguments are the same as for :meth:`predict`. By default, ``top`` is 3.
         """
         if not is_one(what):
             raise UsageError("what: expected a single photo; call explain for each of them")
+        asked.setdefault("top", 3)
         given, encoder = pictures(what), replace(self.encoder, strict=True)
-        prediction = _answers(self.cache, [given], encoder, top, k, tail, neighbours, certify)[0]
+        prediction = _answers(self.cache, [given], encoder, Ask(**asked))[0]
         own = given.read(given.source.paths[0]) if given.source.paths else b""
         return Explanation(prediction, own, [_file(neighbour.source) for neighbour in prediction.neighbours])
 
@@ -240,26 +218,15 @@ class Explanation:
 
 
 def _answers(
-    index: AnsweringIndex,
-    given: Sequence[Pictures],
-    encoder: Encoder,
-    top: int,
-    k: KeysMet,
-    tail: bool | None,
-    neighbours: int,
-    certify: bool,
-    group_unlike: bool = False,
+    index: AnsweringIndex, given: Sequence[Pictures], encoder: Encoder, ask: Ask, group_unlike: bool = False
 ) -> Predictions:
     if group_unlike:
         check_fitted(index)
-        pool = Pool.of([part.source for part in given], replace(encoder, read=given[0].read))
-        index = index.with_settings(index.settings.override(k=k, tail=tail))
-        return classify_in_groups(index, pool, top, neighbours, certify=certify)
-    answers: list[Predictions] = []
-    for part in given:
-        reader = replace(encoder, read=part.read)
-        answers += index.classify_source(part.source, reader, top, k, tail, neighbours, certify)
-    return Predictions.joined(answers)
+        return classify_in_groups(
+            index, Pool.of([part.source for part in given], replace(encoder, read=given[0].read)), ask
+        )
+    parts = (index.classify_source(part.source, replace(encoder, read=part.read), ask) for part in given)
+    return Predictions.joined(chain.from_iterable(parts))
 
 
 def _suggested(index: AnsweringIndex, encoder: Encoder, photos: Any, n: int) -> Suggestions:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Self, Unpack, cast
 
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.classifier.answers import AnsweringClassifier
@@ -21,13 +21,24 @@ from retrieval_tip.errors import UsageError
 from retrieval_tip.index import changes, hub, places
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.precision import settle_for_build
-from retrieval_tip.settings import ClassPrior, KeysMet, MetricName, Precision, ValuesName
+from retrieval_tip.settings import BuildOptions, KeysMet, Precision
 
 if TYPE_CHECKING:
     import torch
 
     from retrieval_tip.backbones.torch_backbone import TorchBackbone
     from retrieval_tip.classifier.opened import Loaded
+
+
+class ClassifierOptions(BuildOptions, total=False):
+    """The keyword arguments of :meth:`Classifier.from_folder`."""
+
+    pretrained: str | None
+    out: str | os.PathLike[str] | None
+    device: str
+    precision: Precision
+    views: int
+    seed: int
 
 
 class Classifier(AnsweringClassifier, MeasuredClassifier, EditableClassifier):
@@ -56,42 +67,25 @@ class Classifier(AnsweringClassifier, MeasuredClassifier, EditableClassifier):
         precision: Precision = "auto",
         views: int = 1,
         seed: int = 1,
-        shots: int | None = None,
-        templates: Sequence[str] | None = None,
-        text: str | os.PathLike[str] | None = None,
-        index: str | None = None,
-        dtype: Literal["float32", "float16"] = "float32",
-        alpha: float | None = None,
-        beta: float | None = None,
-        normalize: Literal["both", "shots", "affinity", "none"] | None = None,
-        fit: Literal["auto", "none"] | None = None,
-        metric: MetricName | None = None,
-        values: ValuesName | None = None,
-        class_prior: ClassPrior | None = None,
-        prior: Sequence[str | os.PathLike[str]] = (),
-        k: KeysMet = None,
-        logit_scale: float | None = None,
-        drop_suspicious: bool = False,
+        **options: Unpack[BuildOptions],
     ) -> Self:
         """Build a classifier from a folder that has one folder of photos per class, or from another labelled source.
 
-        - ``photos``: an open source, or the path of a folder, a table, a tar file or a split file (see
-          :func:`sources.open_source`).
-        - ``model``: the encoder, which can be a name (see :func:`loading.load_backbone`), a backbone, or the model,
-          preprocessing and tokenizer that open_clip returns.
-        - ``pretrained``: the tag or the file of the weights, if ``model`` is a name.
-        - ``out``: the index folder to write. By default, the index is temporary until you call :meth:`save`.
-        - ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        - ``precision``: the precision of the encoder. On a CPU, ``fast`` uses int8 if a check on the photos accepts it
-          (see :mod:`index.precision`).
-        - ``views``: 1 to encode the centre view of each photo, or the number of augmented views to average.
-        - ``seed``: the random seed for ``shots`` and ``views``.
-        - ``shots``: the number of photos to sample per class (see :mod:`data.shots`). By default, all photos are used.
-        - ``templates``: the prompt templates, where ``{}`` is replaced with the class name. You can also pass a feature
-          table of prompts as ``text``.
-        - ``fit``: ``auto`` to fit the method to the photos, or ``none`` for Tip-Adapter with ``alpha`` and ``beta``.
+        Args:
+            photos: an open source, or the path of a folder, a table, a tar file or a split file (see
+                :func:`sources.open_source`).
+            model: the encoder, which can be a name (see :func:`loading.load_backbone`), a backbone, or the model,
+                preprocessing and tokenizer that open_clip returns.
+            pretrained: the tag or the file of the weights, if ``model`` is a name.
+            out: the index folder to write. By default, the index is temporary until you call :meth:`save`.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            precision: the precision of the encoder. On a CPU, ``fast`` uses int8 if a check on the photos accepts it
+                (see :mod:`index.precision`).
+            views: 1 to encode the centre view of each photo, or the number of augmented views to average.
+            seed: the random seed for ``shots`` and ``views``.
+            options: see :class:`settings.BuildOptions`.
 
-        For the other arguments and the errors, see :func:`build.build_index`.
+        See :func:`build.build_index` for the errors.
         """
         if isinstance(photos, Pictures):
             given = photos
@@ -104,13 +98,8 @@ class Classifier(AnsweringClassifier, MeasuredClassifier, EditableClassifier):
         reading = replace(encoder, read=given.read, strict=given is photos)
         temporary = TemporaryIndex() if out is None else None
         place = temporary.place if temporary is not None else check_place("out", out)
-        cache = build_index(
-            given.source, place, settle_for_build(reading, given.source, shots), shots=shots,
-            templates=templates, text=text, index=index, dtype=dtype, alpha=alpha, beta=beta, normalize=normalize,
-            fit=fit, metric=metric, values=values, class_prior=class_prior, prior=prior, k=k, logit_scale=logit_scale,
-            drop_suspicious=drop_suspicious, device=device,
-        )  # fmt: skip
-        made = cls(cache, replace(encoder, views=1))
+        reading = settle_for_build(reading, given.source, options.get("shots"))
+        made = cls(build_index(given.source, place, reading, device=device, **options), replace(encoder, views=1))
         made._temporary = temporary
         return made
 
@@ -120,29 +109,7 @@ class Classifier(AnsweringClassifier, MeasuredClassifier, EditableClassifier):
         images: Any,
         labels: Iterable[Any] | None = None,
         model: str | Backbone | Loaded | None = None,
-        *,
-        pretrained: str | None = None,
-        out: str | os.PathLike[str] | None = None,
-        device: str = "auto",
-        precision: Precision = "auto",
-        views: int = 1,
-        seed: int = 1,
-        shots: int | None = None,
-        templates: Sequence[str] | None = None,
-        text: str | os.PathLike[str] | None = None,
-        index: str | None = None,
-        dtype: Literal["float32", "float16"] = "float32",
-        alpha: float | None = None,
-        beta: float | None = None,
-        normalize: Literal["both", "shots", "affinity", "none"] | None = None,
-        fit: Literal["auto", "none"] | None = None,
-        metric: MetricName | None = None,
-        values: ValuesName | None = None,
-        class_prior: ClassPrior | None = None,
-        prior: Sequence[str | os.PathLike[str]] = (),
-        k: KeysMet = None,
-        logit_scale: float | None = None,
-        drop_suspicious: bool = False,
+        **options: Unpack[ClassifierOptions],
     ) -> Self:
         """Build a classifier from labelled photos in memory or in a dataset.
 
@@ -156,13 +123,7 @@ class Classifier(AnsweringClassifier, MeasuredClassifier, EditableClassifier):
         """
         if isinstance(images, str | os.PathLike) and labels is None:
             raise UsageError(f"{os.fspath(images)}: a path has no labels; call from_folder, or give labels")
-        return cls.from_folder(
-            labelled_pictures(images, labels), model, pretrained=pretrained, out=out, device=device,
-            precision=precision, views=views,
-            seed=seed, shots=shots, templates=templates, text=text, index=index, dtype=dtype, alpha=alpha, beta=beta,
-            normalize=normalize, fit=fit, metric=metric, values=values, class_prior=class_prior, prior=prior, k=k,
-            logit_scale=logit_scale, drop_suspicious=drop_suspicious,
-        )  # fmt: skip
+        return cls.from_folder(labelled_pictures(images, labels), model, **options)
 
     @classmethod
     def from_hub(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import pyarrow as pa
 
@@ -14,7 +14,7 @@ from retrieval_tip.data.sources import open_items
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.compare import Compared, Side, compare
 from retrieval_tip.evaluation.evaluate import Evaluation, evaluate
-from retrieval_tip.settings import KeysMet
+from retrieval_tip.settings import AskOptions, KeysMet
 
 if TYPE_CHECKING:
     from retrieval_tip.report.report import WrittenReport
@@ -23,14 +23,7 @@ if TYPE_CHECKING:
 class MeasuredClassifier(OpenIndex):
     """An open index whose answers and labels you can check."""
 
-    def evaluate(
-        self,
-        test: Any,
-        *,
-        k: KeysMet = None,
-        tail: bool | None = None,
-        abstain: float | None = None,
-    ) -> Evaluation:
+    def evaluate(self, test: Any, *, abstain: float | None = None, **asked: Unpack[AskOptions]) -> Evaluation:
         """Classify labelled test photos, and return the accuracy and other metrics.
 
         ``test`` is a labelled source, or a dataset as for ``from_images``. If a source has a test split, only this
@@ -38,7 +31,7 @@ class MeasuredClassifier(OpenIndex):
         """
         source, encoder = self._labelled(test, "test")
         encoder = replace(encoder, skipped=[])
-        return evaluate(self.cache, source, encoder, k=k, tail=tail, abstain=abstain)
+        return evaluate(self.cache, source, encoder, abstain=abstain, **asked)
 
     def compare(self, other: str | os.PathLike[str] | OpenIndex, test: Any) -> Compared:
         """Compare this classifier (A) with another classifier or index (B) on the same photos.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -19,9 +19,9 @@ from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import about, finish, say, warn
 from retrieval_tip.cli.opening import UNNAMED, backbone_of, encoder_for, encoder_of, index_with, name_of, source_of
 from retrieval_tip.cli.options import (
-    AnswerOptions,
     EncodingOptions,
     EngineOptions,
+    OpeningOptions,
     OutputOptions,
     ReadingOptions,
     ViewOptions,
@@ -29,6 +29,7 @@ from retrieval_tip.cli.options import (
 from retrieval_tip.cli.parameters import BURST_SECONDS, FILE, OUTPUT, SOURCE, Abstaining, Bursts, count
 from retrieval_tip.cli.stdin import paths_on_stdin
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
+from retrieval_tip.settings import Ask
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -95,27 +96,29 @@ DOCUMENTS = ("coco", "fiftyone", "label-studio")
 
 @dataclass(frozen=True)
 class RowOptions:
-    """Columns of a result row, the rule for withholding its label, and the seconds between the photos of a burst."""
+    """A question, the columns of its answers, and the rule for withholding a label.
 
-    top: int
+    ``group_by`` is the number of seconds between the photos of a burst.
+    """
+
+    ask: Ask
     explain: bool
-    neighbours: int
-    with_logits: bool
-    certify: bool
     abstain: Abstain
     group_unlike: bool
     exif: bool
     group_by: float | None
     boxes: Path | None
 
-    def check_groups(self, cache: AnsweringIndex, engine: EngineOptions) -> None:
-        """Raise UsageError if photos cannot be grouped."""
-        of_one = {"--explain": self.explain, "--logits": self.with_logits, "--certify": self.certify,
+    def check(self, cache: AnsweringIndex, engine: EngineOptions, style: str | None) -> None:
+        """Raise UsageError if options exclude each other, or if the index cannot group photos."""
+        of_one = {"--explain": self.explain, "--logits": self.ask.logits, "--certify": self.ask.certify,
                   "--group-unlike": self.group_unlike, "--engine ray": engine.is_ray}  # fmt: skip
         if self.group_by is not None and (options := [name for name, given in of_one.items() if given]):
             raise UsageError(f"--group-by burst: all photos of a burst get one answer; leave out {options[0]}")
         if self.boxes is not None and engine.is_ray:
             raise UsageError("--boxes: --engine ray cannot crop photos; leave one of them out")
+        if self.boxes is not None and style in DOCUMENTS:
+            raise UsageError(f"--format {style}: lists whole photos; leave out --boxes")
         if self.group_unlike:
             from retrieval_tip.labelling.groups import check_fitted
 
@@ -137,27 +140,85 @@ class RowOptions:
         columns += ["group"] if self.group_unlike else []
         columns += ["burst"] if self.group_by is not None else []
         columns += list(EXIF) if self.exif else []
-        columns += ["labels", "probabilities"] if self.top > 1 else []
-        columns += ["logits"] if self.with_logits else []
+        columns += ["labels", "probabilities"] if self.ask.top > 1 else []
+        columns += ["logits"] if self.ask.logits else []
         if self.explain:
             columns += ["text_logit", "cache_logit", *(["discriminant_logit"] if cache.settings.gamma else [])]
             columns += ["neighbours", "opposing"]
-        columns += ["keys"] if self.certify else []
+        columns += ["keys"] if self.ask.certify else []
         return pa.schema([(column, types[column]) for column in columns])
 
+    def tables(
+        self, cache: AnsweringIndex, sources: Sequence[Source], encoder: Encoder, cut: Cut | None = None
+    ) -> Iterator[pa.Table]:
+        """Classify the sources, and yield tables of the :meth:`schema`. The empty photos of ``cut`` come last."""
+        import pyarrow as pa
 
-_ROWS = options.grouped(
-    "rows", RowOptions,
+        from retrieval_tip.data.boxes import EMPTY, Cut
+        from retrieval_tip.data.exif import EXIF, Noting
+
+        cut, schema = cut or Cut(), self.schema(cache)
+        noting = Noting(encoder.read, cut.boxes)
+        if self.exif or self.group_by is not None or self.boxes is not None:
+            encoder = replace(encoder, read=noting)
+        columns = [name for name in schema.names if name not in (*EXIF, "detected")]
+        for table in self._answers(cache, sources, encoder, noting, columns):
+            names = table["input"].to_pylist()
+            more = noting.columns(names) | {
+                "detected": pa.array([cut.detected.get(name) for name in names], pa.string())
+            }
+            yield pa.table([more.get(name) or table[name] for name in schema.names], schema=schema)
+        if cut.empty:
+            names = list(map(show, cut.empty))
+            for path in cut.empty if self.exif else ():
+                with suppress(InputError):
+                    noting(path)
+            known = noting.columns(names) | {"input": pa.array(names), "detected": pa.array([EMPTY] * len(names))}
+            yield pa.table([known.get(field.name, pa.nulls(len(names), field.type)) for field in schema], schema=schema)
+
+    def _answers(
+        self, cache: AnsweringIndex, sources: Sequence[Source], encoder: Encoder, noting: Noting, columns: Sequence[str]
+    ) -> Iterator[pa.Table]:
+        from retrieval_tip.labelling.bursts import classify_in_bursts
+        from retrieval_tip.labelling.groups import MOST, classify_in_groups
+        from retrieval_tip.labelling.photos import Pool
+        from retrieval_tip.predictions import ROWS
+
+        ask = replace(self.ask, neighbours=self.ask.neighbours if self.explain else 0)
+        if not any(map(len, sources)) or not (self.group_unlike or self.group_by is not None):
+            for source in sources:
+                for answers in cache.classify_source(source, encoder, ask):
+                    yield answers.written(columns, self.abstain)
+            return
+        if self.group_unlike:
+            answers = classify_in_groups(cache, Pool.of(sources, encoder), ask)
+            table = answers.written(columns, self.abstain)
+            if (unlike := table["unlike"].to_pylist().count(True)) > MOST:
+                drawn = f"Grouped {MOST:,} of {unlike:,} images without a match, drawn at random"
+                say(f"{drawn}; the others joined these groups")
+        else:
+            assert self.group_by is not None
+            answers, bursts = classify_in_bursts(cache, sources, encoder, noting, self.group_by, ask)
+            table = answers.written([name for name in columns if name != "burst"], self.abstain)
+            table = table.append_column("burst", bursts)
+        yield from (table.slice(start, ROWS) for start in range(0, len(table), ROWS))
+
+
+_ASK = options.grouped(
+    "ask", Ask, options.ASKING,
     options.ANSWER_OPTION("--top", type=count(), default=1, show_default=True, help="Number of classes to report."),
-    options.ANSWER_OPTION("--explain", is_flag=True,
-                 help="Show the shots that contributed most to an answer, and its text and cache logits."),
     options.ANSWER_OPTION("--neighbours", type=count(), default=5, show_default=True,
                  help="Number of shots that --explain shows."),
-    options.ANSWER_OPTION("--logits", "with_logits", is_flag=True,
+    options.ANSWER_OPTION("--logits", is_flag=True,
                  help="Show the logits of all classes, in the class order of the index."),
     options.ANSWER_OPTION("--certify", is_flag=True,
                  help="If k keys do not decide an answer, use more keys, or all keys if necessary. The number of keys "
                       "used is reported."),
+)  # fmt: skip
+_ROWS = options.grouped(
+    "rows", RowOptions,
+    options.ANSWER_OPTION("--explain", is_flag=True,
+                 help="Show the shots that contributed most to an answer, and its text and cache logits."),
     options.ANSWER_OPTION("--abstain", type=Abstaining(),
                  help="Withhold the label if its probability is below P. With auto, the label is withheld if the "
                       "probability is below 0.5 or the image has no match."),
@@ -175,10 +236,38 @@ _ROWS = options.grouped(
 )  # fmt: skip
 
 
+@dataclass
+class _Counts:
+    """Counts of the answers: in all, without a match, and by the number of keys of certified answers."""
+
+    total: int = 0
+    unlike: int = 0
+    keys: Counter[int] = field(default_factory=Counter)
+
+    def count(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """Count the rows of tables while passing them on."""
+        for table in tables:
+            self.total += len(table)
+            if "unlike" in table.column_names:
+                self.unlike += table["unlike"].to_pylist().count(True)
+            if "keys" in table.column_names:
+                self.keys.update(table["keys"].to_pylist())
+            yield table
+
+    def say_keys(self, cache: AnsweringIndex) -> None:
+        """Print how many keys the certified answers used."""
+        how = "proved equal to" if cache.exact_search else "in agreement with"
+        used = (
+            f"{number} with {'all' if keys == cache.n else keys} keys" for keys, number in sorted(self.keys.items())
+        )
+        say(f"Answers {how} those over all keys: {', '.join(used)}")
+
+
 @command()
 @options.INDEX_ARGUMENT
 @click.argument("inputs", nargs=-1, required=True)
-@options.ANSWER
+@_ASK
+@options.OPENING
 @_ROWS
 @options.ENGINE
 @options.printed_as(*DOCUMENTS)
@@ -189,7 +278,7 @@ def classify(
     ctx: click.Context,
     folder: Place,
     inputs: tuple[str, ...],
-    answer: AnswerOptions,
+    opening: OpeningOptions,
     rows: RowOptions,
     engine: EngineOptions,
     printing: OutputOptions,
@@ -202,51 +291,37 @@ def classify(
     answer has a probability but no label: the label is null, or - in a table. With --engine ray, --output is a folder
     of Parquet parts. The formats coco, fiftyone and label-studio are JSON files for other programs.
     """
-    import pyarrow.compute as pc
-
     from retrieval_tip.cli.output import prediction_details, rounded, write_document, write_tables
     from retrieval_tip.data.boxes import Cut, read_boxes
     from retrieval_tip.data.exchange import FORMATS, Answered
     from retrieval_tip.data.sources import open_inputs
 
-    loaded = index_with(folder, answer, encoding)
-    rows.check_groups(loaded, engine)
-    if rows.boxes is not None and printing.style in DOCUMENTS:
-        raise UsageError(f"--format {printing.style}: lists whole photos; leave out --boxes")
-    schema = rows.schema(loaded)
-    columns = schema.names
+    loaded = index_with(folder, encoding, opening, rows.ask)
+    rows.check(loaded, engine, None if engine.is_ray else printing.style)
     if engine.is_ray:
-        _classify_on_ray(ctx, folder, inputs, loaded, answer, rows, schema, engine, printing, encoding)
+        _classify_on_ray(ctx, folder, inputs, loaded, opening, rows, engine, printing, encoding)
         return
-    sources, cut = list(open_inputs(inputs, paths_on_stdin())), Cut()
+    sources, cut, counts = list(open_inputs(inputs, paths_on_stdin())), Cut(), _Counts()
     if rows.boxes is not None:
         cut = read_boxes(rows.boxes).cut(sources)
         sources = cut.sources
-    settled: Counter[int] = Counter()
-    total, unmatched = 0, 0
     with encoder_for(ctx, loaded, sources, encoding) as encoder:
-
-        def answers() -> Iterator[pa.Table]:
-            nonlocal total, unmatched
-            for table in _answers(rows, schema, loaded, sources, encoder, cut):
-                settled.update(table["keys"].to_pylist() if rows.certify else ())
-                total += len(table)
-                unmatched += pc.sum(table["unlike"]).as_py() or 0 if "unlike" in columns else 0
-                yield rounded(table) if printing.style == "csv" else table
-
-        known = {"input": chain.from_iterable(source.sources for source in sources), "label": loaded.class_names}
+        tables = counts.count(rows.tables(loaded, sources, encoder, cut))
         if printing.style in DOCUMENTS:
-            columns_of = (table.select(["input", "label", "probability"]).to_pylist() for table in answers())
+            columns_of = (table.select(["input", "label", "probability"]).to_pylist() for table in tables)
             rows_of = (Answered(*row.values()) for row in chain.from_iterable(columns_of))
             write_document(FORMATS[printing.style](rows_of, loaded.class_names), printing.output)
         else:
-            write_tables(answers(), schema, printing.style, printing.output, prediction_details, known)
+            tables = map(rounded, tables) if printing.style == "csv" else tables
+            known = {"input": chain.from_iterable(source.sources for source in sources), "label": loaded.class_names}
+            write_tables(tables, rows.schema(loaded), printing.style, printing.output, prediction_details, known)
     if printing.output is not None and not ctx.obj:
-        no_match = f", {unmatched:,} with no match" if "unlike" in columns else ""
+        no_match = f", {counts.unlike:,} with no match" if loaded.settings.least_cache is not None else ""
         empty = f", {len(cut.empty):,} empty" if rows.boxes is not None else ""
-        say(f"{show(printing.output)}: classified {counted(total - len(cut.empty), 'input')}{no_match}{empty}")
-    if rows.certify:
-        _say_settled(loaded, settled)
+        answered = counted(counts.total - len(cut.empty), "input")
+        say(f"{show(printing.output)}: classified {answered}{no_match}{empty}")
+    if rows.ask.certify:
+        counts.say_keys(loaded)
     finish(ctx, encoder.skipped)
 
 
@@ -255,9 +330,8 @@ def _classify_on_ray(
     folder: Place,
     inputs: tuple[str, ...],
     loaded: AnsweringIndex,
-    answer: AnswerOptions,
+    opening: OpeningOptions,
     rows: RowOptions,
-    schema: pa.Schema,
     engine: EngineOptions,
     printing: OutputOptions,
     encoding: EncodingOptions,
@@ -270,111 +344,16 @@ def _classify_on_ray(
         raise UsageError("--engine ray: can only write Parquet parts; give --format parquet and --output FOLDER")
     pieces = cut_inputs(inputs, paths_on_stdin())
     precision = encoding.precision if encoding.precision != "auto" else "float32"  # auto differs between machines
-    manifest, ask = at(folder).manifest().to_bytes(), partial(_answers_of_one, rows, schema)
-    question = Question(str(folder), manifest, precision, loaded.settings, answer.where, schema, ask)
+    manifest, schema = at(folder).manifest().to_bytes(), rows.schema(loaded)
+    question = Question(str(folder), manifest, precision, loaded.settings, opening.where, schema, rows.tables)
     what, skipped = _on_ray(ctx, pieces, printing.output, engine, encoding, index=loaded, question=question)
     say(f"{show(printing.output)}: {what}")
-    if rows.certify:
-        keys = (open_parquet(file).read(["keys"])["keys"].to_pylist() for file in table_files(printing.output))
-        _say_settled(loaded, Counter(chain.from_iterable(keys)))
+    if rows.ask.certify:
+        counts = _Counts()
+        for _ in counts.count(open_parquet(file).read(["keys"]) for file in table_files(printing.output)):
+            pass
+        counts.say_keys(loaded)
     finish(ctx, skipped)
-
-
-def _answers(
-    rows: RowOptions,
-    schema: pa.Schema,
-    index: AnsweringIndex,
-    sources: Sequence[Source],
-    encoder: Encoder,
-    cut: Cut | None = None,
-) -> Iterator[pa.Table]:
-    """Classify the sources, and yield tables with the columns of ``schema``. The empty photos of ``cut`` come last."""
-    import pyarrow as pa
-
-    from retrieval_tip.data.boxes import EMPTY, Cut
-    from retrieval_tip.data.exif import EXIF, Noting
-
-    cut = cut or Cut()
-    noting = Noting(encoder.read, cut.boxes)
-    if rows.exif or rows.group_by is not None or rows.boxes is not None:
-        encoder = replace(encoder, read=noting)
-    columns = [name for name in schema.names if name not in (*EXIF, "detected")]
-    some = any(map(len, sources))  # else all photos are empty
-    if rows.group_unlike and some:
-        tables = _grouped(rows, columns, index, sources, encoder)
-    elif rows.group_by is not None and some:
-        tables = _in_bursts(rows, columns, index, sources, encoder, noting)
-    else:
-        tables = chain.from_iterable(_rows(rows, columns, index, source, encoder) for source in sources)
-    for table in tables:
-        names = table["input"].to_pylist()
-        more = noting.columns(names) | {"detected": pa.array([cut.detected.get(name) for name in names], pa.string())}
-        yield pa.table([more.get(name) or table[name] for name in schema.names], schema=schema)
-    if cut.empty:
-        names = list(map(show, cut.empty))
-        for path in cut.empty if rows.exif else ():
-            with suppress(InputError):
-                noting(path)
-        known = noting.columns(names) | {"input": pa.array(names), "detected": pa.array([EMPTY] * len(names))}
-        yield pa.table([known.get(field.name, pa.nulls(len(names), field.type)) for field in schema], schema=schema)
-
-
-def _answers_of_one(
-    rows: RowOptions, schema: pa.Schema, index: AnsweringIndex, source: Source, encoder: Encoder
-) -> Iterator[pa.Table]:
-    return _answers(rows, schema, index, [source], encoder)
-
-
-def _rows(
-    rows: RowOptions, columns: Sequence[str], index: AnsweringIndex, source: Source, encoder: Encoder
-) -> Iterator[pa.Table]:
-    answers = index.classify_source(
-        source, encoder, rows.top, neighbours=rows.neighbours if rows.explain else 0, certify=rows.certify
-    )
-    return (block.written(columns, rows.abstain) for block in answers)
-
-
-def _in_bursts(
-    rows: RowOptions,
-    columns: Sequence[str],
-    index: AnsweringIndex,
-    sources: Sequence[Source],
-    encoder: Encoder,
-    noting: Noting,
-) -> Iterator[pa.Table]:
-    from retrieval_tip.labelling.bursts import classify_in_bursts
-
-    assert rows.group_by is not None
-    answers, bursts = classify_in_bursts(index, sources, encoder, noting, rows.group_by, rows.top)
-    table = answers.written([name for name in columns if name != "burst"], rows.abstain)
-    return _in_parts(table.append_column("burst", bursts))
-
-
-def _grouped(
-    rows: RowOptions, columns: Sequence[str], index: AnsweringIndex, sources: Sequence[Source], encoder: Encoder
-) -> Iterator[pa.Table]:
-    from retrieval_tip.labelling.groups import MOST, classify_in_groups
-    from retrieval_tip.labelling.photos import Pool
-
-    pool = Pool.of(sources, encoder)
-    neighbours = rows.neighbours if rows.explain else 0
-    answers = classify_in_groups(index, pool, rows.top, neighbours, certify=rows.certify)
-    table = answers.written(columns, rows.abstain)
-    if (unlike := table["unlike"].to_pylist().count(True)) > MOST:
-        say(f"Grouped {MOST:,} of {unlike:,} images without a match, drawn at random; the others joined these groups")
-    return _in_parts(table)
-
-
-def _in_parts(table: pa.Table) -> Iterator[pa.Table]:
-    from retrieval_tip.predictions import ROWS
-
-    return (table.slice(start, ROWS) for start in range(0, len(table), ROWS))
-
-
-def _say_settled(cache: AnsweringIndex, settled: dict[int, int]) -> None:
-    how = "proved equal to" if cache.exact_search else "in agreement with"
-    used = (f"{number} with {'all' if keys == cache.n else keys} keys" for keys, number in sorted(settled.items()))
-    say(f"Answers {how} those over all keys: {', '.join(used)}")
 
 
 def _on_ray(

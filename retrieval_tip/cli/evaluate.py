@@ -22,7 +22,7 @@ from retrieval_tip.cli.opening import (
     named_models,
     source_of,
 )
-from retrieval_tip.cli.options import AnswerOptions, EncodingOptions, ReadingOptions
+from retrieval_tip.cli.options import EncodingOptions, OpeningOptions, ReadingOptions
 from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, SEEDS, SHARE, SHOTS, SOURCE
 from retrieval_tip.errors import UsageError, counted, few, json_line, percent, show
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from retrieval_tip.evaluation.evaluate import Evaluation
     from retrieval_tip.evaluation.sweep import Method
     from retrieval_tip.index.places import Place
-    from retrieval_tip.settings import Protocol
+    from retrieval_tip.settings import Ask, Protocol
 
 
 @command("evaluate")
@@ -49,7 +49,8 @@ def evaluate_command(
     ctx: click.Context,
     folder: Place,
     source: Path | str,
-    answer: AnswerOptions,
+    ask: Ask,
+    opening: OpeningOptions,
     abstain: float | None,
     plot: Path | None,
     as_json: bool,
@@ -72,7 +73,7 @@ def evaluate_command(
 
     if plot:
         plots.check(plot)
-    loaded = index_with(folder, answer, encoding)
+    loaded = index_with(folder, encoding, opening, ask)
     test = source_of(source, reading, "test")
     with encoder_for(ctx, loaded, [test], encoding) as encoder:
         evaluation = evaluate(loaded, test, encoder, abstain=abstain)
@@ -143,7 +144,7 @@ def compare_command(
         plots.needs_matplotlib()
     items = source_of(source, reading, "test", labelled=False)
     if shots is None:
-        a, b = (index_with(folder, AnswerOptions(), encoding) for folder in indexes)
+        a, b = (index_with(folder, encoding) for folder in indexes)
         name_a, name_b = (show(str(folder)) for folder in indexes)
         with encoder_for(ctx, a, [items], encoding) as first, encoder_for(ctx, b, [items], encoding) as second:
             comparison = compare(Side(name_a, a, first), Side(name_b, b, second), items)
@@ -262,7 +263,8 @@ def report_command(
     shots: tuple[int, ...],
     seeds: int,
     no_curves: bool,
-    answer: AnswerOptions,
+    ask: Ask,
+    opening: OpeningOptions,
     reading: ReadingOptions,
     encoding: EncodingOptions,
 ) -> None:
@@ -278,12 +280,12 @@ def report_command(
     if shots and no_curves:
         raise UsageError("--shots and --no-curves: give only one")
     check(out)
-    cache = index_with(folder, answer, encoding).in_memory()
+    cache = index_with(folder, encoding, opening, ask).in_memory()
     test = source_of(source, reading, "test")
     with encoder_for(ctx, cache, [test], encoding) as encoder:
         written = write_report(
             cache, test, encoder, out, shots=shots or None, seeds=seeds, curves=not no_curves, folder=folder,
-            where=answer.where, command=shlex.join(["retrieval-tip", *map(portable, sys.argv[1:])]),
+            where=opening.where, command=shlex.join(["retrieval-tip", *map(portable, sys.argv[1:])]),
         )  # fmt: skip
     right = percent(written.evaluation.top1)
     about(out, f"{written.bytes / 1e6:.1f} MB, {right} of {counted(written.evaluation.n, 'photo')} correct")

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @options.INDEX_ARGUMENT
 @click.option("--val", "source", type=SOURCE,
               help="Labelled validation source, used instead of held-out shots to score the fit.")  # fmt: skip
-@options.LETTERS
+@options.building("metric", "values", "class_prior", "prior")
 @options.ROOT
 @options.BACKBONE
 @options.ENCODING

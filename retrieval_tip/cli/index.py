@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
@@ -21,7 +21,6 @@ from retrieval_tip.cli.parameters import (
     NUMBER,
     POSITIVE,
     SEED,
-    SHOTS,
     SOURCE,
     VIEWS_COUNT,
     K,
@@ -31,7 +30,13 @@ from retrieval_tip.cli.parameters import (
 from retrieval_tip.cli.recipe import recipe
 from retrieval_tip.errors import UsageError, counted, few, json_line, show
 from retrieval_tip.index.addresses import FORMS, KIND
-from retrieval_tip.settings import ClassPrior, Dtype, FitName, KeysMet, MetricName, Normalize, Norms, ValuesName
+from retrieval_tip.settings import (
+    BuildOptions,
+    Dtype,
+    KeysMet,
+    Normalize,
+    Norms,
+)
 
 if TYPE_CHECKING:
     from retrieval_tip.answering import AnsweringIndex
@@ -41,41 +46,6 @@ if TYPE_CHECKING:
 OUT = click.option("--out", "--store", type=INDEX, required=True,
                    help=f"Index folder, or {KIND} ({FORMS}). If the index already exists, it gets a new "
                         "version.")  # fmt: skip
-_KEYS = options.several(
-    click.option("--dtype", type=options.choice(Dtype), default="float32", show_default=True,
-                 help="Data type of the stored keys."),
-    click.option("--alpha", type=NUMBER,
-                 help="Weight of the cache relative to the text.  [default: fitted to the shots]"),
-    click.option("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: fitted to the shots]"),
-)  # fmt: skip
-_TEMPLATES = click.option("--template", "template", multiple=True,
-                          help="Prompt template, with {} in place of the class name. Can be repeated for an "
-                               "ensemble.")  # fmt: skip
-_SHOTS = click.option("--shots", type=SHOTS,
-                      help="Number of shots to draw per class, by CoOp's sampling rule.  [default: all]")  # fmt: skip
-_INDEXING = options.several(
-    click.option("--index", "factory",
-                  help="FAISS factory string, Classes or auto. Classes searches all keys of the likeliest classes; "
-                       "auto selects an index by the number of keys. At an address, give Flat, Classes, IvfFlat, "
-                       "IvfSq, HnswSq or auto.  [default: Flat; auto at an address]"),
-    click.option("--fit", type=options.choice(FitName),
-                  help="With auto, the metric, values, alpha, beta and temperature are fitted to the shots. With none, "
-                       "the index is plain Tip-Adapter.  "
-                       "[default: auto; none if --alpha, --beta or --normalize is given]"),
-    options.LETTERS,
-    _KEYS,
-    click.option("--normalize", type=options.choice(Normalize),
-                  help="Units of alpha and beta. With none, the units of the paper are used, and the defaults are "
-                      "alpha 1 and beta 5.5.  "
-                       "[default: both; none if --alpha or --beta is given]"),
-    click.option("-k", "k", type=K(),
-                  help="Number of nearest keys to use per query.  [default: all; selected automatically with "
-                       "--index auto]"),
-    click.option("--logit-scale", type=POSITIVE,
-                  help="Factor by which text logits are multiplied.  [default: the encoder's logit scale, or 100]"),
-    click.option("--drop-suspicious", is_flag=True,
-                 help="Leave out shots whose labels look wrong. To list such shots instead, use index audit."),
-)  # fmt: skip
 
 
 @click.group("index", cls=Group)
@@ -89,38 +59,20 @@ def index() -> None:
 @click.option("--recipe", type=FILE, is_eager=True, expose_value=False, callback=recipe,
               help="TOML file that sets any of these options. Options on the command line override it.")  # fmt: skip
 @options.BACKBONE
-@click.option("--text", type=FILE,
-              help="Feature table of text features labelled by class, which are used instead of prompts.")  # fmt: skip
-@_TEMPLATES
-@_SHOTS
+@options.building()
 @options.VIEWS
-@_INDEXING
 @options.READING
 @options.ENCODING
 @click.pass_context
 def build(
     ctx: click.Context,
+    /,
     source: Path | str,
     out: Place,
-    text: Path | None,
-    template: tuple[str, ...],
-    shots: int | None,
     views: ViewOptions,
-    factory: str | None,
-    dtype: Dtype,
-    fit: FitName | None,
-    metric: MetricName | None,
-    values: ValuesName | None,
-    class_prior: ClassPrior | None,
-    prior: tuple[Place, ...],
-    alpha: float | None,
-    beta: float | None,
-    normalize: Normalize | None,
-    k: KeysMet,
-    logit_scale: float | None,
-    drop_suspicious: bool,
     reading: ReadingOptions,
     encoding: EncodingOptions,
+    **build: Unpack[BuildOptions],
 ) -> None:
     """Build an index from labelled images or features.
 
@@ -135,20 +87,16 @@ def build(
     from retrieval_tip.index.precision import settle_for_build
 
     items = source_of(source, reading, "train")
-    backbone = backbone_of(items, encoding, needed=text is None)
-    words = backbone is not None and backbone.has_text and not text
-    templates = template or (facts(items.dataset).templates if items.dataset and words else ())
+    backbone = backbone_of(items, encoding, needed=build["text"] is None)
+    if items.dataset and backbone is not None and backbone.has_text and not (build["text"] or build["templates"]):
+        build["templates"] = facts(items.dataset).templates
     with encoder_of(ctx, backbone, encoding, views) as encoder:
-        encoder = settle_for_build(encoder, items, shots)
-        cache = build_index(
-            items, out, encoder, shots=shots, templates=templates, text=text, index=factory, dtype=dtype, fit=fit,
-            metric=metric, values=values, class_prior=class_prior, prior=prior, alpha=alpha, beta=beta,
-            normalize=normalize, k=k, logit_scale=logit_scale, drop_suspicious=drop_suspicious, device=encoding.device,
-        )  # fmt: skip
+        encoder = settle_for_build(encoder, items, build["shots"])
+        cache = build_index(items, out, encoder, device=encoding.device, **build)
     version = cache.version or 1
     _say_version(out, version, _held(cache))
     if not ctx.obj:
-        if drop_suspicious:
+        if build["drop_suspicious"]:
             dropped = cache.provenance["dropped"]
             named = f": {few(dropped['sources'], dropped['shots'])}" if dropped["shots"] else ""
             say(f"Left out {dropped['shots']:,} of {counted(dropped['of'], 'shot')} with suspicious labels{named}")
@@ -327,7 +275,7 @@ _WHICH = options.several(
 @click.argument("source", type=SOURCE)
 @click.option("--text", type=FILE,
               help="Feature table of text features for new classes, which are used instead of prompts.")  # fmt: skip
-@_SHOTS
+@options.building("shots")
 @click.option("--views", type=VIEWS_COUNT,
               help="Number of views to average per key.  [default: the same as in the index]")  # fmt: skip
 @click.option("--seed", type=SEED,
@@ -447,7 +395,7 @@ def rename_command(folder: Place, old: str, new: str, encode: bool, backbone: Ba
 @click.option("--temperature", type=POSITIVE, help="Temperature T of the probabilities, softmax(logits / T).")
 @click.option("--normalize", type=options.choice(Normalize),
               help="Units of alpha and beta, measured on the current shots. index build uses both.")  # fmt: skip
-@_TEMPLATES
+@options.building("templates")
 @options.grouped("backbone", BackboneOptions, options.BACKBONE, options.DEVICE)
 def set_command(
     folder: Place,
@@ -457,7 +405,7 @@ def set_command(
     tail: bool | None,
     temperature: float | None,
     normalize: Normalize | None,
-    template: tuple[str, ...],
+    templates: tuple[str, ...],
     backbone: BackboneOptions,
 ) -> None:
     """Change the settings of an index.
@@ -467,10 +415,10 @@ def set_command(
     """
     from retrieval_tip.index import changes
 
-    loaded = backbone_for(Origin.of(folder), [], backbone, needed=True) if template else None
+    loaded = backbone_for(Origin.of(folder), [], backbone, needed=True) if templates else None
     changed = changes.configure(
         folder, alpha=alpha, beta=beta, k=k, tail=tail, temperature=temperature, normalize=normalize,
-        templates=template, backbone=loaded,
+        templates=templates, backbone=loaded,
     )  # fmt: skip
     if changed.summary is not None:
         say(changed.summary)
@@ -615,7 +563,7 @@ def export_command(
 @click.option("--text", type=FILE, help="Feature table of text features, labelled by class.")
 @options.NORMS
 @click.option("--index", "factory", help="Index type; see index build for details.")
-@_KEYS
+@options.building("dtype", "alpha", "beta")
 def import_command(
     source: Path,
     out: Place,

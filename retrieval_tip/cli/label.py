@@ -13,7 +13,7 @@ from retrieval_tip.cli import options
 from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import SOME_SKIPPED, about, finish, say
 from retrieval_tip.cli.opening import backbone_of, encoder_for, encoder_of, index_with
-from retrieval_tip.cli.options import AnswerOptions, EncodingOptions, OutputOptions
+from retrieval_tip.cli.options import EncodingOptions, OutputOptions
 from retrieval_tip.cli.parameters import FOLDER, INDEX, SHARE, SOURCE, count
 from retrieval_tip.cli.stdin import paths_on_stdin
 from retrieval_tip.errors import UsageError, counted, show
@@ -59,7 +59,7 @@ def suggest(
     if folder is not None and text is not None:
         raise UsageError("--text and --index: give only one; an index has its own text")
     sources = list(open_inputs(photos, paths_on_stdin()))
-    index = None if folder is None else index_with(folder, AnswerOptions(), encoding)
+    index = None if folder is None else index_with(folder, encoding)
     with _encoder(ctx, index, sources, encoding) as encoder:
         suggestions = suggest_photos(sources, number, encoder, index, text=text)
     table = rounded(suggestions.table) if printing.style == "csv" else suggestions.table
@@ -102,7 +102,7 @@ def find_command(
         raise UsageError("find: needs PHOTOS and QUERY; the last argument is QUERY")
     example = None if duplicates else example_of(query)
     sources = list(open_inputs(names, paths_on_stdin()))
-    index = None if folder is None else index_with(folder, AnswerOptions(), encoding)
+    index = None if folder is None else index_with(folder, encoding)
     text = not duplicates and example is None
     with _encoder(ctx, index, sources, encoding, example, text=text) as encoder:
         if duplicates:
@@ -177,7 +177,7 @@ def sort_command(
         if anywhere:
             raise UsageError("--anywhere: only applies to --undo; leave it out")
         sources = list(open_inputs(photos, paths_on_stdin()))
-        index = index_with(folder, AnswerOptions(), encoding)
+        index = index_with(folder, encoding)
         with encoder_for(ctx, index, sources, encoding) as encoder:
             result = sort_photos(
                 index, sources, encoder, into, action=action or "copy", min_probability=least, dry_run=dry_run

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import click
 
 from retrieval_tip.cli.messages import say
-from retrieval_tip.cli.options import AnswerOptions, BackboneOptions, EncodingOptions, ReadingOptions, ViewOptions
+from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions, ReadingOptions, ViewOptions
 from retrieval_tip.errors import UsageError, counted, few
-from retrieval_tip.settings import Precision
+from retrieval_tip.settings import Ask, Precision
 
 if TYPE_CHECKING:
     from retrieval_tip.answering import AnsweringIndex
@@ -66,15 +66,17 @@ def checked(folder: Path, device: str, precision: Precision = "float32") -> Cach
     return CacheModel.load(folder, device=device, precision=precision, check=check)
 
 
-def index_with(folder: Place, answer: AnswerOptions, backbone: BackboneOptions) -> AnsweringIndex:
+def index_with(
+    folder: Place, backbone: BackboneOptions, opening: OpeningOptions = OpeningOptions(), ask: Ask = Ask()
+) -> AnsweringIndex:
     """Load an index with the settings and keys selected on the command line."""
     from retrieval_tip.index.places import at
 
-    cache = at(folder).load(device=backbone.device, precision=backbone.precision, verify=answer.verify)
-    cache = cache.with_settings(cache.settings.override(alpha=answer.alpha, beta=answer.beta))
-    if answer.where is not None:
-        cache = _restricted(cache, answer.where, fits=answer.alpha is None and answer.beta is None)
-    cache.settings = cache.settings.override(k=answer.k, tail=answer.tail)
+    cache = at(folder).load(device=backbone.device, precision=backbone.precision, verify=opening.verify)
+    cache = cache.with_settings(cache.settings.override(alpha=ask.alpha, beta=ask.beta))
+    if opening.where is not None:
+        cache = _restricted(cache, opening.where, fits=ask.alpha is None and ask.beta is None)
+    cache.settings = ask.settings(cache.settings)
     return cache
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,12 +14,29 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from retrieval_tip.cli.group import Function, under
-from retrieval_tip.cli.parameters import FOLDER, INDEX, NUMBER, OUTPUT, POSITIVE, SEED, SOURCE, VIEWS_COUNT, K, count
+from retrieval_tip.cli.parameters import (
+    FILE,
+    FOLDER,
+    INDEX,
+    NUMBER,
+    OUTPUT,
+    POSITIVE,
+    SEED,
+    SHOTS,
+    SOURCE,
+    VIEWS_COUNT,
+    K,
+    count,
+)
 from retrieval_tip.errors import UsageError, show
 from retrieval_tip.settings import (
+    Ask,
+    BuildOptions,
     ClassPrior,
-    KeysMet,
+    Dtype,
+    FitName,
     MetricName,
+    Normalize,
     Norms,
     Precision,
     Protocol,
@@ -115,13 +134,9 @@ class EncodingOptions(BackboneOptions):
 
 
 @dataclass(frozen=True)
-class AnswerOptions:
-    """Settings that override those of the index, a condition on the keys, and the level of verification."""
+class OpeningOptions:
+    """A condition on the keys of an index, and how to check its files."""
 
-    k: KeysMet = None
-    tail: bool | None = None
-    alpha: float | None = None
-    beta: float | None = None
     where: str | None = None
     verify: Verify | None = None
 
@@ -254,23 +269,41 @@ INDEX_ARGUMENT = click.argument("folder", type=INDEX, metavar="INDEX")
 """Argument of a command that works on an index in any store."""
 FOLDER_ARGUMENT = click.argument("folder", type=FOLDER, metavar="INDEX")
 """Argument of a command that requires an index in a folder."""
-LETTERS = several(
-    click.option("--metric", type=choice(MetricName),
-                 help="Similarity metric. With within, directions in which photos of the same class differ count "
-                      "less.  [default: selected on the shots]"),
-    click.option("--values", type=choice(ValuesName),
-                 help="Weights of the keys for each class. With solved, they are computed by ridge regression.  "
-                      "[default: selected on the shots]"),
-    click.option("--class-prior", type=choice(ClassPrior),
-                 help="Frequencies of the classes among the photos to classify: even, or as in the shots.  "
-                      "[default: even]"),
-    click.option("--prior", type=INDEX, multiple=True,
-                 help="Another index of the same encoder. Its photos show how much photos of one class differ, which "
-                      "helps if there are few shots. Can be repeated."),
-)  # fmt: skip
-ANSWER = grouped(
-    "answer",
-    AnswerOptions,
+_BUILD: dict[str, dict[str, Any]] = {
+    "shots": {"type": SHOTS},
+    "templates": {"multiple": True},
+    "text": {"type": FILE},
+    "index": {},
+    "dtype": {"type": choice(Dtype), "default": "float32"},
+    "alpha": {"type": NUMBER},
+    "beta": {"type": NUMBER},
+    "normalize": {"type": choice(Normalize)},
+    "fit": {"type": choice(FitName)},
+    "metric": {"type": choice(MetricName)},
+    "values": {"type": choice(ValuesName)},
+    "class_prior": {"type": choice(ClassPrior)},
+    "prior": {"type": INDEX, "multiple": True},
+    "k": {"type": K()},
+    "logit_scale": {"type": POSITIVE},
+    "drop_suspicious": {"is_flag": True},
+}
+
+
+def building(*names: str) -> Decorator:
+    """Return some options of :class:`settings.BuildOptions`, or by default all. Its documentation is their help."""
+    _, *parts = re.split(r"^    (\w+): ", inspect.cleandoc(BuildOptions.__doc__ or ""), flags=re.MULTILINE)
+    told = dict(zip(parts[::2], parts[1::2], strict=True))
+    shown = []
+    for name in names or _BUILD:
+        help_ = re.sub(r" \(see :\w+:`[^`]*`\)", "", " ".join(told[name].split()))
+        help_ = re.sub(r"^(The|A) (\w)", lambda article: article[2].upper(), help_)
+        option = {"k": "-k", "templates": "--template"}.get(name, f"--{name.replace('_', '-')}")
+        repeated = " Can be repeated." if _BUILD[name].get("multiple") else ""
+        shown.append(click.option(option, name, help=help_ + repeated, **_BUILD[name]))
+    return several(*shown)
+
+
+ASKING = several(
     ANSWER_OPTION("-k", "k", type=K(),
                   help="Number of nearest keys to use per query.  [default: the setting of the index]"),
     ANSWER_OPTION("--tail/--no-tail", default=None,
@@ -280,10 +313,15 @@ ANSWER = grouped(
                   help="Weight of the cache relative to the text.  [default: the setting of the index]"),
     ANSWER_OPTION("--beta", type=NUMBER,
                   help="Sharpness of the affinity.  [default: the setting of the index]"),
+)  # fmt: skip
+"""The options of :class:`settings.Ask` that change the settings of an index."""
+OPENING = grouped(
+    "opening", OpeningOptions,
     ANSWER_OPTION("--where", metavar="SQL",
                   help="SQL condition on the label store. Only keys that match it are used."),
     VERIFY,
 )  # fmt: skip
+ANSWER = several(grouped("ask", Ask, ASKING), OPENING)
 ENGINE = grouped(
     "engine", EngineOptions,
     ENGINE_OPTION("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, is_eager=True,

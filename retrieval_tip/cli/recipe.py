@@ -19,7 +19,8 @@ RECIPE_BYTES = 1 << 20
 def recipe(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
     """Check the types of the values in a TOML file, and use the values as defaults for options."""
     if path is not None:
-        known = {parameter.name: parameter for parameter in ctx.command.params if parameter.expose_value}
+        options = (parameter for parameter in ctx.command.params if parameter.expose_value)
+        known = {option.opts[0].lstrip("-").replace("-", "_"): option for option in options}
         values = _toml(path)
         for name, value in values.items():
             if name not in known:
@@ -30,7 +31,7 @@ def recipe(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | 
             if several != isinstance(value, list) or not all(_fits(part, expected) for part in parts):
                 what = f"an array of {expected}" if several else expected
                 raise click.BadParameter(f"{path}: {name}: expected {what}", ctx)
-        ctx.default_map = values
+        ctx.default_map = {str(known[name].name): value for name, value in values.items()}
     return path
 
 

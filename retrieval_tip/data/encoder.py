@@ -67,9 +67,15 @@ class FeatureBlock:
     features: FloatArray  # [b, d] float32
     digests: list[str | None]  # digests of the image bytes; for a feature table, its column ``digest``, or None
 
-    def take(self, places: IntArray) -> FeatureBlock:
+    @classmethod
+    def of(cls, features: FloatArray) -> FeatureBlock:
+        """Return features of unknown origin as a block. Their positions are the row numbers."""
+        return cls(np.arange(len(features)), features, [None] * len(features))
+
+    def take(self, places: IntArray | slice) -> FeatureBlock:
         """Return some of the items."""
-        return FeatureBlock(self.positions[places], self.features[places], [self.digests[i] for i in places])
+        digests = self.digests[places] if isinstance(places, slice) else [self.digests[i] for i in places]
+        return FeatureBlock(self.positions[places], self.features[places], digests)
 
     @classmethod
     def joined(cls, blocks: Sequence[FeatureBlock]) -> FeatureBlock:

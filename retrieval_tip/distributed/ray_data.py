@@ -69,7 +69,7 @@ class Question:
     settings: Settings
     where: str | None
     schema: pa.Schema
-    rows: Callable[[AnsweringIndex, Source, Encoder], Iterator[pa.Table]]
+    rows: Callable[[AnsweringIndex, Sequence[Source], Encoder], Iterator[pa.Table]]
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class Worker:
         if question := self._work.question:
             index = self._index
             check_backbone(index.backbone, index.d, encoder.backbone, [source])
-            schema, tables = question.schema, question.rows(index, source, encoder)
+            schema, tables = question.schema, question.rows(index, [source], encoder)
         else:
             schema, tables = encoded(source, encoder)
         rows = pa.concat_tables([schema.empty_table(), *tables]).combine_chunks()

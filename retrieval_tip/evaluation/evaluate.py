@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.answering import AnsweringIndex
+from retrieval_tip.answering import AnswerBlock, AnsweringIndex
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted
 from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.evaluation.held_out import QueryBlock, without_themselves
-from retrieval_tip.settings import KeysMet, Settings
+from retrieval_tip.settings import Ask, AskOptions, Settings
 
 log = logging.getLogger(__name__)
 
@@ -185,24 +185,28 @@ class Evaluation(Recognition):
 
 
 def evaluate(
-    cache: AnsweringIndex, source: Source, encoder: Encoder, *, k: KeysMet = None, tail: bool | None = None,
+    cache: AnsweringIndex,
+    source: Source,
+    encoder: Encoder,
+    *,
     abstain: float | None = None,
-) -> Evaluation:  # fmt: skip
+    **asked: Unpack[AskOptions],
+) -> Evaluation:
     """Classify a labelled source and compare the answers with its labels.
 
     Items that are shots of the index are classified without themselves (see :func:`held_out.without_themselves`).
-    ``k`` and ``tail`` default to the settings of the index. ``abstain`` is the probability below which an answer is
-    withheld.
+    ``abstain`` is the probability below which an answer is withheld. ``asked`` may change ``k``, ``tail``, ``alpha``
+    and ``beta`` (see :class:`settings.Ask`).
 
     Raises InputError if the source is empty, or if no readable item belongs to a class of the index. Raises UsageError
     if ``abstain`` is not between 0 and 1.
     """
     if abstain is not None and not 0 <= abstain <= 1:
         raise UsageError(f"abstain is {abstain}: give a probability, 0 to 1")
-    cache = cache.with_settings(cache.settings.override(k=k, tail=tail))
+    cache = cache.with_settings(Ask(**asked).settings(cache.settings))
     truth, names = some_known(cache, source)
-    asked = without_themselves(cache, source, encoder.blocks(source))
-    found = judge(cache, asked, truth, names, encoder.skipped, abstain=abstain)
+    blocks = without_themselves(cache, source, encoder.blocks(source))
+    found = judge(cache, blocks, truth, names, encoder.skipped, abstain=abstain)
     if found.held_out:
         shots = f"{found.held_out:,} of {counted(found.n, 'photo')}"
         log.warning("%s: %s are shots of this index; %s", source.name, shots, HELD_OUT)
@@ -264,10 +268,10 @@ def answered(
     """
     places, held, parts = [], [], []
     for one in asked:
-        for part in one.index.parts(len(one.block.positions)):
-            places.append(one.block.positions[part])
+        for answer in one.index.answers([one.block], Ask(neighbours=0)):
+            places.append(answer.block.positions)
             held.append(np.full(len(places[-1]), one.held_out))
-            parts.append(_answer(one.index, one.block.features[part], truth[places[-1]]))
+            parts.append(_best(answer, truth[places[-1]]))
     if not parts:
         raise InputError("photos: all are shots of this index; use other photos")
     order = np.argsort(np.concatenate(places))
@@ -287,15 +291,13 @@ def answered(
     return answers, ranked
 
 
-def _answer(
-    cache: AnsweringIndex, features: npt.NDArray[np.float32], truth: Ints
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Classify ``q`` features. Return their best classes (see :func:`answered`) and values of shape ``[q]``.
+def _best(answer: AnswerBlock, truth: Ints) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the best classes of ``q`` queries (see :func:`answered`) and values of shape ``[q]``.
 
     These are ``confidence``, ``log_truth`` and ``strength`` (see :class:`Details` and :class:`Answers`).
     """
-    terms, settings, c = cache.terms(features), cache.settings, len(cache.class_names)
-    text, alone, logits = terms.text, terms.photos(settings), terms.logits(settings)
+    terms, logits, settings = answer.terms, answer.logits, answer.index.settings
+    text, alone, c = terms.text, terms.photos(settings), logits.shape[1]
     best = logits.topk(min(5, c), dim=1).indices
     ranked = torch.cat([best, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1)
     confidence = tip.probabilities(logits, settings.temperature).gather(1, best[:, :1])[:, 0].double()
@@ -304,7 +306,7 @@ def _answer(
     log_truth = log_truth.double().masked_fill((ids < 0) | (ids >= c), -torch.inf)
     strength = torch.zeros_like(confidence)
     if settings.least_cache is not None:
-        strength = terms.strongest(cache.retrieval.keys.counts).double()
+        strength = terms.strongest(answer.index.retrieval.keys.counts).double()
     return ranked.cpu(), confidence.cpu(), log_truth.cpu(), strength.cpu()
 
 

@@ -10,6 +10,7 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -32,17 +33,7 @@ from retrieval_tip.index.items import Asked, Material, Words, draw_shots, identi
 from retrieval_tip.index.places import Place
 from retrieval_tip.retrieval.keys import index_over
 from retrieval_tip.retrieval.vector_index import BY_CLASS
-from retrieval_tip.settings import (
-    ClassPrior,
-    Dtype,
-    FitName,
-    KeysMet,
-    MetricName,
-    Normalize,
-    Settings,
-    ValuesName,
-    check_choice,
-)
+from retrieval_tip.settings import BuildOptions
 
 log = logging.getLogger(__name__)
 
@@ -51,27 +42,7 @@ LISTED = 100
 
 
 def build_index(
-    source: Source,
-    out: Place,
-    encoder: Encoder,
-    *,
-    shots: int | None = None,
-    templates: Sequence[str] | None = None,
-    text: str | os.PathLike[str] | None = None,
-    index: str | None = None,
-    dtype: Dtype = "float32",
-    alpha: float | None = None,
-    beta: float | None = None,
-    normalize: Normalize | None = None,
-    fit: FitName | None = None,
-    metric: MetricName | None = None,
-    values: ValuesName | None = None,
-    class_prior: ClassPrior | None = None,
-    prior: Sequence[Place] = (),
-    k: KeysMet = None,
-    logit_scale: float | None = None,
-    drop_suspicious: bool = False,
-    device: str = "auto",
+    source: Source, out: Place, encoder: Encoder, *, device: str = "auto", **options: Unpack[BuildOptions]
 ) -> AnsweringIndex:
     """Build an index from a labelled source. If ``out`` already contains an index, the result becomes its next version.
 
@@ -81,70 +52,31 @@ def build_index(
         source: the labelled images or features (see :func:`sources.open_source`).
         out: the index folder, or the address of another store (see :mod:`index.addresses`).
         encoder: sets the backbone, views, seed and cache. ``encoder.skipped`` lists the images that cannot be read.
-        shots: the number of shots per class, drawn like in CoOp with the encoder's seed. ``None`` uses every item.
-        templates: prompts for the text weights, in which ``{}`` stands for the class name. They require a backbone.
-        text: a feature table to use instead of templates, with one or more prompts per class. The index uses the
-            classes of this table, in the same order.
-        index: a FAISS factory string, ``Classes`` or ``auto`` (see :func:`keys.auto_for`). Defaults to ``Flat``. Other
-            stores have their own index types and default to ``auto``.
-        dtype: the dtype of the stored keys.
-        alpha: the residual ratio.
-        beta: the sharpness.
-        normalize: the units of alpha and beta (see :func:`defaults.plain_settings`). Defaults to ``both`` or, if you
-            give alpha or beta, to the units of the paper. A missing alpha is then 1.0, and a missing beta 5.5.
-        fit: ``auto`` fits the index with :func:`closed_form.fit`, and ``none`` uses plain Tip-Adapter. Defaults to
-            ``none`` if alpha, beta or normalize is given, and to ``auto`` otherwise.
-        metric: ``none`` or ``within``. If ``None``, the fit selects the metric.
-        values: ``one-hot`` or ``solved``. If ``None``, the fit selects the values.
-        class_prior: ``even`` or ``shots`` (see :func:`fit.fit_index`).
-        prior: other indexes of the same encoder (see :func:`fit.fit_index`).
-        k: the number of keys per query, or ``all``. Defaults to all keys, or the number that ``index="auto"`` selects.
-        logit_scale: the scale of the text logits. Defaults to the scale of the backbone, or to 100.
-        drop_suspicious: whether to fit the index without the shots of :func:`audit.suspicious`. Needs more memory.
         device: the device of the returned classifier. With ``index="auto"``, the index type depends on the device.
+        options: see :class:`settings.BuildOptions`.
 
     Raises InputError, UsageError or BackboneError if the input is invalid. Raises StoreError if ``out`` is not writable
     or if another process is writing to it. If an error occurs, ``out`` stays unchanged.
     """
-    check_choice("dtype", dtype, Dtype)
-    scale = logit_scale if logit_scale is not None or encoder.backbone is None else encoder.backbone.logit_scale
-    form = normalize or ("both" if alpha is None and beta is None else "none")
-    check_choice("normalize", form, Normalize)
-    settings = Settings().override(alpha=alpha, beta=beta, logit_scale=scale, k=k)
-    fits = _fits(fit, (metric, values, class_prior, *prior, drop_suspicious or None), (alpha, beta, normalize))
-    fitted = Fit(metric, values, class_prior or "even", prior_of(prior, identity_of(source, encoder))) if fits else None
-    words = _text(source, encoder, templates, text)
-    source, ids = _shots(source.known_as(words.class_names), words.class_names, text, shots, encoder.seed)
-    asked, on = Asked(settings, alpha, beta, form, keeps_k=k is not None), resolve_device(device)
-    material = Material(source, encoder, ids, words, asked, shots, index, dtype, fitted, on)
-    made = places.at(out).create(_without_suspicious(material) if drop_suspicious else material)
+    asked = Asked(**options)
+    words = _text(source, encoder, asked)
+    source, ids = _shots(source.known_as(words.class_names), words.class_names, asked, encoder.seed)
+    backbone = identity_of(source, encoder)
+    fit = Fit(asked.metric, asked.values, asked.class_prior or "even", prior_of(asked.prior, backbone))
+    material = Material(source, encoder, ids, words, asked, fit if asked.fits else None, resolve_device(device))
+    made = places.at(out).create(_without_suspicious(material) if asked.drop_suspicious else material)
     warn_of_spelling(out, words.class_names, words.class_names)
     return made
 
 
-def _shots(
-    source: Source, class_names: Sequence[str], text: str | os.PathLike[str] | None, shots: int | None, seed: int
-) -> tuple[Source, npt.NDArray[np.int64]]:
+def _shots(source: Source, class_names: Sequence[str], asked: Asked, seed: int) -> tuple[Source, npt.NDArray[np.int64]]:
     """Return the items of a source that become keys, and their class ids."""
     ids = ids_in(source, class_names)
-    _warn_of_layout(source, class_names, text)
-    if shots is None:
+    _warn_of_layout(source, class_names, asked.text)
+    if asked.shots is None:
         return source, ids
-    drawn = draw_shots(ids, class_names, shots, seed)
+    drawn = draw_shots(ids, class_names, asked.shots, seed)
     return source.take(drawn), ids[drawn]
-
-
-def _fits(fit: FitName | None, letters: Sequence[object], settings: Sequence[float | str | None]) -> bool:
-    if fit is not None:
-        check_choice("fit", fit, FitName)
-    given, wanted = any(setting is not None for setting in settings), any(letter is not None for letter in letters)
-    if given and (fit == "auto" or wanted):
-        raise UsageError("fit: sets alpha and beta itself; remove alpha, beta and normalize, or give fit none")
-    if fit == "none" and wanted:
-        raise UsageError(
-            "fit none: uses neither metric, values, a prior nor drop_suspicious; remove them, or give fit auto"
-        )
-    return not given and fit != "none"
 
 
 def _without_suspicious(material: Material) -> Material:
@@ -166,7 +98,7 @@ def _without_suspicious(material: Material) -> Material:
     features = np.concatenate([block.features for block in blocks])
     digests = [digest for block in blocks for digest in block.digests]
     order = np.argsort(ids[positions], kind="stable")  # as in a folder
-    keys, own = features[order].astype(material.dtype), positions[order]
+    keys, own = features[order].astype(material.asked.dtype), positions[order]
     labels = material.labels(own, [digests[row] for row in order])
     cache = CacheModel(
         keys=keys, labels=labels, class_names=list(material.words.class_names),
@@ -201,21 +133,20 @@ def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.P
             )
 
 
-def _text(
-    source: Source, encoder: Encoder, templates: Sequence[str] | None, text: str | os.PathLike[str] | None
-) -> Words:
-    if text is not None:
+def _text(source: Source, encoder: Encoder, asked: Asked) -> Words:
+    templates, backbone = asked.templates, encoder.backbone
+    if asked.text is not None:
         if templates:
             raise UsageError("text and templates: give only one; a text table already contains features of prompts")
-        class_names, weights = read_text_table(text, encoder.norms, identity_of(source, encoder))
-        return Words(class_names, weights, [], str(text))
-    if encoder.backbone is not None and (templates or encoder.backbone.has_text):
+        class_names, weights = read_text_table(asked.text, encoder.norms, identity_of(source, encoder))
+        return Words(class_names, weights, [], str(asked.text))
+    if backbone is not None and (templates or backbone.has_text):
         prompts = list(check_templates(templates or DEFAULT_TEMPLATES))
         weights = encoder.text_weights(source.class_names, prompts)
         return Words(source.class_names, weights, prompts, "templates")
     if templates:
         raise UsageError("templates: text weights from templates need a backbone; give --model")
-    if encoder.backbone is None:
+    if backbone is None:
         log.warning("no text weights (neither --text nor --model is given): answers depend on the shots only")
     return Words(source.class_names, None, [], None)
 

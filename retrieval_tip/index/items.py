@@ -13,16 +13,28 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrieval_tip.backbones.base import Identity, same_backbone
+from retrieval_tip.backbones.base import Backbone, Identity, same_backbone
 from retrieval_tip.backbones.prompts import mean_by_class
 from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.feature_tables import read_features, table_identity
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import Source, open_source
-from retrieval_tip.errors import InputError, counted, few
+from retrieval_tip.errors import InputError, UsageError, counted, few
 from retrieval_tip.retrieval.defaults import Statistics, plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates
-from retrieval_tip.settings import Built, Dtype, Normalize, Norms, Settings
+from retrieval_tip.settings import (
+    Built,
+    ClassPrior,
+    Dtype,
+    FitName,
+    KeysMet,
+    MetricName,
+    Normalize,
+    Norms,
+    Settings,
+    ValuesName,
+    check_choice,
+)
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
 
 if TYPE_CHECKING:
@@ -62,29 +74,69 @@ class Words(NamedTuple):
     origin: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The requested settings. ``alpha`` and ``beta`` are in the units of ``form``. ``None`` stands for the default."""
+    """The options of a build with their defaults (see :class:`settings.BuildOptions`).
 
-    settings: Settings
-    alpha: float | None
-    beta: float | None
-    form: Normalize
-    keeps_k: bool
+    Raises UsageError if an option is invalid, or if options exclude each other.
+    """
 
-    def plain(self, statistics: Statistics | None, met: int | None) -> Settings:
-        """Convert alpha and beta to plain units, and return the settings. ``met`` is used as k if no k was given."""
-        alpha, beta = plain_settings(self.alpha, self.beta, self.form, statistics)
-        return self.settings.override(alpha=alpha, beta=beta, k=None if self.keeps_k else met)
+    shots: int | None = None
+    templates: Sequence[str] | None = None
+    text: str | os.PathLike[str] | None = None
+    index: str | None = None
+    dtype: Dtype = "float32"
+    alpha: float | None = None
+    beta: float | None = None
+    normalize: Normalize | None = None
+    fit: FitName | None = None
+    metric: MetricName | None = None
+    values: ValuesName | None = None
+    class_prior: ClassPrior | None = None
+    prior: Sequence[str | os.PathLike[str]] = ()
+    k: KeysMet = None
+    logit_scale: float | None = None
+    drop_suspicious: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, Dtype)
+        check_choice("normalize", self.units, Normalize)
+        if self.fit is not None:
+            check_choice("fit", self.fit, FitName)
+        given = any(setting is not None for setting in (self.alpha, self.beta, self.normalize))
+        wanted = any(letter is not None for letter in (self.metric, self.values, self.class_prior))
+        wanted = wanted or bool(self.prior) or self.drop_suspicious
+        if given and (self.fit == "auto" or wanted):
+            raise UsageError("fit: sets alpha and beta itself; remove alpha, beta and normalize, or give fit none")
+        if self.fit == "none" and wanted:
+            raise UsageError(
+                "fit none: uses neither metric, values, a prior nor drop_suspicious; remove them, or give fit auto"
+            )
+        self.settings(None)
+
+    @property
+    def units(self) -> Normalize:
+        """The units of alpha and beta."""
+        return self.normalize or ("both" if self.alpha is None and self.beta is None else "none")
+
+    @property
+    def fits(self) -> bool:
+        """Whether the index is fitted to its shots."""
+        given = any(setting is not None for setting in (self.alpha, self.beta, self.normalize))
+        return not given and self.fit != "none"
+
+    def settings(self, backbone: Backbone | None) -> Settings:
+        """Return the settings before a fit. Without one of its own, the logit scale is that of the backbone."""
+        scale = self.logit_scale if self.logit_scale is not None or backbone is None else backbone.logit_scale
+        return Settings().override(alpha=self.alpha, beta=self.beta, logit_scale=scale, k=self.k)
 
 
 @dataclass(frozen=True)
 class Material:
     """The inputs of a build, which are the same for every kind of store.
 
-    ``ids`` has one class id per item of the source. ``index`` is the requested index type, and ``dtype`` is the dtype
-    of the stored keys. ``fit`` is ``None`` for plain Tip-Adapter. If suspicious shots are left out, ``left`` holds the
-    features of the other shots, and ``dropped`` is the record for the provenance.
+    ``ids`` has one class id per item of the source. ``fit`` is ``None`` for plain Tip-Adapter. If suspicious shots are
+    left out, ``left`` holds the features of the other shots, and ``dropped`` is the record for the provenance.
     """
 
     source: Source
@@ -92,19 +144,23 @@ class Material:
     ids: npt.NDArray[np.int64]
     words: Words
     asked: Asked
-    shots: int | None
-    index: str | None
-    dtype: Dtype
     fit: Fit | None
     device: str
     left: FeatureBlock | None = None
     dropped: dict[str, object] | None = None
 
+    def settings(self, statistics: Statistics | None, met: int | None) -> Settings:
+        """Convert alpha and beta to plain units, and return the settings. ``met`` is used as k if no k was given."""
+        asked, own = self.asked, self.asked.settings(self.encoder.backbone)
+        alpha, beta = plain_settings(asked.alpha, asked.beta, asked.units, statistics)
+        return own.override(alpha=alpha, beta=beta, k=met if asked.k is None else None)
+
     @property
     def built(self) -> Built:
         """The build parameters that are stored in the manifest."""
-        drawn = self.shots is not None or self.encoder.views > 1
-        return Built(self.source.name, self.shots, self.encoder.seed if drawn else 1, self.encoder.views)
+        shots = self.asked.shots
+        drawn = shots is not None or self.encoder.views > 1
+        return Built(self.source.name, shots, self.encoder.seed if drawn else 1, self.encoder.views)
 
     @property
     def views(self) -> int:
@@ -119,8 +175,8 @@ class Material:
     def blocks(self) -> Iterator[FeatureBlock]:
         """Yield the items in blocks of features. Raises InputError if a feature overflows the dtype."""
         for block in self.encoder.blocks(self.source) if self.left is None else (self.left,):
-            if np.abs(block.features).max() > np.finfo(self.dtype).max:
-                raise InputError(f"{self.source.name}: feature values overflow {self.dtype}; use --dtype float32")
+            if np.abs(block.features).max() > np.finfo(self.asked.dtype).max:
+                raise InputError(f"{self.source.name}: feature values overflow {self.asked.dtype}; use --dtype float32")
             yield block
 
     def labels(self, rows: npt.NDArray[np.int64], digests: Sequence[str | None]) -> pa.Table:
@@ -134,13 +190,13 @@ class Material:
         return {
             "source": self.source.name,
             "dataset": self.source.dataset,
-            "shots": self.shots,
-            "seed": self.encoder.seed if self.shots is not None or views > 1 else None,
+            "shots": asked.shots,
+            "seed": self.encoder.seed if asked.shots is not None or views > 1 else None,
             "views": views,
             "precision": {"keys": precision_of(self.source, self.encoder), "fast": self.encoder.checked},
             "text": self.words.origin,
-            "alpha": provenance_of(asked.alpha, asked.form),
-            "beta": provenance_of(asked.beta, asked.form),
+            "alpha": provenance_of(asked.alpha, asked.units),
+            "beta": provenance_of(asked.beta, asked.units),
             "affinity_other_classes": None if statistics is None else [statistics.mean, statistics.std],
             "skipped": [str(skipped) for skipped in self.encoder.skipped],
         } | ({} if self.dropped is None else {"dropped": self.dropped})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.exif import UNKNOWN, Noting
 from retrieval_tip.data.sources import Source
 from retrieval_tip.predictions import PREDICTIONS, Predictions, lists
+from retrieval_tip.settings import Ask
 
 
 def bursts(names: Sequence[str], times: Sequence[datetime | None], gap: float) -> npt.NDArray[np.int64]:
@@ -38,7 +40,7 @@ def bursts(names: Sequence[str], times: Sequence[datetime | None], gap: float) -
 
 
 def classify_in_bursts(
-    index: AnsweringIndex, sources: Sequence[Source], encoder: Encoder, noting: Noting, gap: float, top: int = 1
+    index: AnsweringIndex, sources: Sequence[Source], encoder: Encoder, noting: Noting, gap: float, ask: Ask = Ask()
 ) -> tuple[Predictions, pa.Array]:
     """Classify photos, and give all photos of a burst the mean of their probabilities.
 
@@ -52,7 +54,7 @@ def classify_in_bursts(
     unlike: list[bool] = []
     blocks: list[torch.Tensor] = []
     for source in sources:
-        for answers in index.classify_source(source, encoder, neighbours=0):
+        for answers in index.classify_source(source, encoder, replace(ask, top=1, neighbours=0, logits=True)):
             table = answers.written(["input", "logits", "unlike"])
             logits = torch.tensor(table["logits"].combine_chunks().flatten().to_numpy()).reshape(-1, c)
             blocks.append(tip.probabilities(logits, index.settings.temperature))
@@ -63,7 +65,7 @@ def classify_in_bursts(
     sums = torch.zeros(int(numbers.max()), c, dtype=torch.float64)
     for block, own in zip(blocks, rows.split([len(block) for block in blocks]), strict=True):
         sums.index_add_(0, own, block.double())
-    chances, ranked = (sums / torch.bincount(rows)[:, None]).topk(min(top, c), dim=1)
+    chances, ranked = (sums / torch.bincount(rows)[:, None]).topk(min(ask.top, c), dim=1)
     classes = pa.array(index.class_names, pa.string())
     columns = {
         "label": classes.take(pa.array(ranked[:, 0].numpy())),

@@ -24,6 +24,7 @@ from retrieval_tip.predictions import PREDICTIONS, Predictions
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.logits import slices
+from retrieval_tip.settings import Ask
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -145,7 +146,7 @@ def check_fitted(index: AnsweringIndex, name: str = "group_unlike") -> None:
         raise UsageError(f"{name}: the index does not know which images have no match; fit it first")
 
 
-def classify_in_groups(index: AnsweringIndex, pool: Pool, top: int, neighbours: int, *, certify: bool) -> Predictions:
+def classify_in_groups(index: AnsweringIndex, pool: Pool, ask: Ask) -> Predictions:
     """Classify photos as :meth:`answering.AnsweringIndex.classify` does, and group the photos without a match."""
-    answers = index.classify(pool.features, top, neighbours=neighbours, certify=certify, norms="keep")
+    answers = index.classify(pool.features, "keep", **vars(ask))
     return group_unlike(index, pool.features, answers.named(pa.array(pool.names, pa.string())))

@@ -114,7 +114,7 @@ def build_from_labels(
 
 def guesses(index: AnsweringIndex, features: FloatArray) -> list[dict[str, float]]:
     """Return the most probable classes of each photo with their probabilities, most probable first."""
-    answers = index.classify(features, GUESSES, neighbours=0, norms="keep")
+    answers = index.classify(features, "keep", top=GUESSES, neighbours=0, logits=False)
     return [dict(zip(one.labels, one.probabilities, strict=True)) for one in answers]
 
 

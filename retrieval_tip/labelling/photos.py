@@ -198,7 +198,7 @@ def suggest_features(
     """Choose ``n`` photos of a pool (see :func:`suggest_photos`). Photos that the index contains are not skipped."""
     names = pa.array(pool.names, pa.string())
     if index is not None:
-        answers = index.classify(pool.features, neighbours=0, norms="keep")
+        answers = index.classify(pool.features, "keep", neighbours=0, logits=False)
         guesses = answers.written(["label", "probability", "unlike"])
         class_ids = pc.index_in(guesses["label"], value_set=pa.array(index.class_names)).to_numpy()
         chances, counts = guesses["probability"].to_numpy(), np.array(index.counts)

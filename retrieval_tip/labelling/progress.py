@@ -72,7 +72,9 @@ def estimate_rest(index: CacheModel, random_ids: Sequence[int], rest: Features) 
     n, accuracy = len(rows), float(right.mean())
     if len(rest):
         correction = accuracy - float(chances.mean())
-        answers = index.classify(rest[spread(len(rest), MOST_REST)], neighbours=0, norms="keep").to_arrow()
+        answers = index.classify(
+            rest[spread(len(rest), MOST_REST)], neighbours=0, norms="keep", logits=False
+        ).to_arrow()
         accuracy = pc.mean(answers["probability"]).as_py() + n / (n + DOUBT) * correction
     accuracy = min(max(accuracy, 0.0), 1.0)
     return Estimate(int(right.sum()), n, accuracy, *wilson(accuracy, n))

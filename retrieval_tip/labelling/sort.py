@@ -46,7 +46,7 @@ from retrieval_tip.labelling.placing import (
     write_manifest,
 )
 from retrieval_tip.predictions import MORE_LIKELY_WRONG
-from retrieval_tip.settings import check_choice
+from retrieval_tip.settings import Ask, check_choice
 
 log = logging.getLogger(__name__)
 
@@ -164,12 +164,12 @@ def _locked(folder: Path, dry_run: bool) -> Iterator[None]:
 
 def _classified(index: AnsweringIndex, sources: Sequence[Source], encoder: Encoder) -> Iterator[list[_Photo]]:
     for source in sources:
-        for block in encoder.blocks(source):
+        for answers in index.answers(encoder.blocks(source), Ask(neighbours=0, logits=False)):
+            block = answers.block
             columns = ItemColumns.of(source.items.take(pa.array(block.positions)), block.digests)
             paths = source.paths
             names = columns.sources.to_pylist() if paths is None else [paths[i] for i in block.positions]
-            answers = index.classify(block.features, neighbours=0, norms="keep")
-            table = answers.written(["label", "probability", "unlike"])
+            table = answers.predictions().written(["label", "probability", "unlike"])
             photos, own_labels = [], dict(index.known(columns.digests))
             for name, digest, answer in zip(names, columns.digests, table.to_pylist(), strict=True):
                 if digest in own_labels:

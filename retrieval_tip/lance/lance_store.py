@@ -51,16 +51,16 @@ class LanceStore(LanceVersions, Store):
         from retrieval_tip.lance.lance_model import LanceModel
         from retrieval_tip.retrieval.duplicates import duplicates
 
-        index = material.index or "auto"
+        index = material.asked.index or "auto"
         index_kind(index)
         with self.write() as writer:
             names, weights, templates, _ = material.words
             rows = labelled_blocks(material)
             draft = LanceDraft.create(
-                writer, rows, names, weights, material.dtype, index if material.fit is None else FLAT
+                writer, rows, names, weights, material.asked.dtype, index if material.fit is None else FLAT
             )
             statistics = draft.statistics()
-            draft.settings = material.asked.plain(statistics, index_kind(index, draft.n, len(names))[1])
+            draft.settings = material.settings(statistics, index_kind(index, draft.n, len(names))[1])
             draft.templates, draft.backbone = templates, material.backbone
             draft.provenance = material.described(statistics)
             draft.built = replace(material.built, auto_index=draft.built.auto_index)

@@ -19,7 +19,7 @@ from retrieval_tip.server import metrics, schemas
 from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.limits import DEADLINE
 from retrieval_tip.server.problems import Problem
-from retrieval_tip.server.served import Ask, Served, Version
+from retrieval_tip.server.served import PageAsk, Served, Version
 from retrieval_tip.server.service import Service
 from retrieval_tip.server.uploads import index_name, read, read_features, read_index
 from retrieval_tip.settings import KeysMet
@@ -196,7 +196,8 @@ async def classify(
     version = service.index(index).now
     sent = await read(request, service.limits, norms, version.cache.d)
     met: KeysMet = int(k) if k not in (None, "all") else "all" if k else None
-    return _json(await service.classify(version, Ask(alpha, beta, met, tail, top, neighbours, logits, evidence), sent))
+    ask = PageAsk(met, tail, alpha, beta, top, neighbours, logits=logits, evidence=evidence)
+    return _json(await service.classify(version, ask, sent))
 
 
 @about.get("/healthz")

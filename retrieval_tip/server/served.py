@@ -18,7 +18,7 @@ import torch
 
 from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.backbones.loading import load_backbone
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.files import real
@@ -28,7 +28,7 @@ from retrieval_tip.labelling.groups import group, threshold_of
 from retrieval_tip.retrieval.logits import LOGITS, slices
 from retrieval_tip.server import metrics, schemas
 from retrieval_tip.server.schemas import Row
-from retrieval_tip.settings import KeysMet, Precision, Settings, Verify
+from retrieval_tip.settings import Ask, Precision, Verify
 from retrieval_tip.store.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -52,16 +52,9 @@ VALUES = 1 << 22
 
 
 @dataclass(frozen=True)
-class Ask:
-    """Options of a classification request. ``None`` means that the setting of the index is used."""
+class PageAsk(Ask):
+    """A question that may also ask for the evidence of the answers, for the sliders of the page."""
 
-    alpha: float | None = None
-    beta: float | None = None
-    k: KeysMet = None
-    tail: bool | None = None
-    top: int = 5
-    neighbours: int = 5
-    logits: bool = False
     evidence: bool = False
 
 
@@ -74,11 +67,7 @@ class Version:
     manifest: Manifest
     backbone: Backbone | None
 
-    def settings(self, ask: Ask) -> Settings:
-        """Return the settings to use for a request."""
-        return self.cache.settings.override(alpha=ask.alpha, beta=ask.beta, k=ask.k, tail=ask.tail)
-
-    def cells(self, ask: Ask) -> int:
+    def cells(self, ask: PageAsk) -> int:
         """Return the count of numbers in one answer. If the request sets ``k``, add the number of keys to retrieve."""
         cache, c = self.cache, len(self.cache.class_names)
         near = cache.n if cache.n <= COMPLETE else NEAREST
@@ -87,28 +76,25 @@ class Version:
         met = 0 if ask.k is None or ask.k == "all" else min(ask.k, cache.n)
         return 2 * min(ask.top, c) + neighbours + (c if ask.logits else 0) + evidence + met
 
-    def at_once(self, ask: Ask) -> int:
+    def at_once(self, ask: PageAsk) -> int:
         """Return the number of queries that can be answered at once within the memory limits."""
-        met = min(self.settings(ask).k or 0, self.cache.n)
+        met = min(ask.settings(self.cache.settings).k or 0, self.cache.n)
         return max(1, min(VALUES // max(self.cells(ask), met), LOGITS // len(self.cache.class_names)))
 
-    def answer(self, ask: Ask, features: FloatArray) -> list[Row]:
+    def answer(self, ask: PageAsk, features: FloatArray) -> list[Row]:
         """Return one result per query, given the queries as an array of shape ``[q, d]``.
 
         Raises the same errors as :meth:`AnsweringIndex.classify`.
         """
-        cache = self.cache.with_settings(self.settings(ask))
-        hidden = {"keys"} if ask.logits else {"keys", "logits"}
         results: list[Row] = []
-        for part in slices(len(features), self.at_once(ask)):
-            predictions = cache.classify(
-                features[part], ask.top, neighbours=ask.neighbours, norms="keep"
-            )  # read() has already checked the norms
-            answers = list(predictions.rows([c for c in predictions.to_arrow().column_names if c not in hidden]))
+        every = FeatureBlock.of(features)
+        for answers in self.cache.answers(map(every.take, slices(len(features), self.at_once(ask))), ask):
+            predictions = answers.predictions()
+            rows = list(predictions.rows(predictions.to_arrow().column_names))
             if ask.evidence:
-                for answer, own in zip(answers, cache.evidence(features[part], COMPLETE, NEAREST), strict=True):
-                    answer["evidence"] = own
-            results += answers
+                for row, own in zip(rows, answers.index.evidence(answers.features, COMPLETE, NEAREST), strict=True):
+                    row["evidence"] = own
+            results += rows
         return results
 
     def groups(self, features: FloatArray) -> list[list[int]]:
@@ -202,7 +188,7 @@ class Served:
         manifest = cache.manifest
         assert manifest is not None
         version = Version(self.name, cache, manifest, self.backbones.of(cache, self.name))
-        version.answer(Ask(), cache.some(1)[0].astype(np.float32))  # warms up the index
+        version.answer(PageAsk(), cache.some(1)[0].astype(np.float32))  # warms up the index
         metrics.VERSION.labels(self.name).set(manifest.version)
         metrics.KEYS.labels(self.name).set(cache.n)
         return version

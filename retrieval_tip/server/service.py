@@ -39,7 +39,7 @@ from retrieval_tip.server.batching import Kept, Lane, Turn, TurnQueue
 from retrieval_tip.server.limits import ROWS_PER_IMAGE, Limits
 from retrieval_tip.server.problems import NAMED, Problem
 from retrieval_tip.server.schemas import Row, Unread
-from retrieval_tip.server.served import NEIGHBOUR_CELLS, Ask, Maker, Served, Version, encoded
+from retrieval_tip.server.served import NEIGHBOUR_CELLS, Maker, PageAsk, Served, Version, encoded
 from retrieval_tip.server.thumbnails import Thumbnails
 from retrieval_tip.server.uploads import Sent
 
@@ -86,7 +86,7 @@ class Service:
         self._encode: Lane[Backbone, torch.Tensor, FloatArray] = Lane(
             "encode", TurnQueue(math.inf), encoded, most=lambda backbone: backbone.batch_size
         )
-        self._answer: Lane[tuple[Version, Ask], FloatArray, Row] = Lane(
+        self._answer: Lane[tuple[Version, PageAsk], FloatArray, Row] = Lane(
             "features",
             self._queue,
             lambda key, rows: key[0].answer(key[1], np.stack(rows)),
@@ -161,7 +161,7 @@ class Service:
             raise Problem(404, f"index {name!r} not found; the served indexes are {', '.join(self.served) or 'none'}")
         return self.served[name]
 
-    async def classify(self, version: Version, ask: Ask, sent: Sent) -> schemas.Classified:
+    async def classify(self, version: Version, ask: PageAsk, sent: Sent) -> schemas.Classified:
         """Classify uploaded inputs.
 
         Raises Problem 422 if no input can be read or the answers are too large, and the same errors as
@@ -191,7 +191,7 @@ class Service:
         for name, result in zip(names, results, strict=True):
             result["input"] = name
         metrics.CLASSIFIED.labels(version.name).inc(len(results))
-        used = version.settings(ask)
+        used = ask.settings(version.cache.settings)
         caution = version.cache.caution(used)
         return schemas.Classified(
             used.alpha, used.beta, used.k or "all", used.tail, used.temperature, version.name, version.manifest.version,
