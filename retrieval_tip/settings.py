@@ -221,7 +221,7 @@ class BuildOptions(TypedDict, total=False):
     """
 
     shots: int | None
-    templates: Sequence[str] | None
+    templates: Sequence[str]
     text: str | os.PathLike[str] | None
     index: str | None
     dtype: Dtype

@@ -711,9 +711,11 @@ def test_methods_that_need_an_encoder_say_so(place, tmp_path):
 
 
 def test_a_misspelt_argument_is_refused(clf):
-    for method in ("predict", "predict_proba", "similar", "suggest", "add", "fit", "from_folder", "from_images"):
+    for method in ("predict", "predict_proba", "similar", "suggest", "add", "fit", "from_folder"):
         with pytest.raises(TypeError, match="shotz"):
             getattr(clf, method)(PHOTO, shotz=1)
+    with pytest.raises(TypeError, match="shotz"):
+        clf.from_images([PHOTO], ["red"], shotz=1)
 
 
 OPTIONS = {f"Unpack[{kind.__name__}]": kind for kind in (settings.AskOptions, settings.BuildOptions, ClassifierOptions)}

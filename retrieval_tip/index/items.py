@@ -82,7 +82,7 @@ class Asked:
     """
 
     shots: int | None = None
-    templates: Sequence[str] | None = None
+    templates: Sequence[str] = ()
     text: str | os.PathLike[str] | None = None
     index: str | None = None
     dtype: Dtype = "float32"
