@@ -35,7 +35,6 @@ from retrieval_tip.settings import (
     Dtype,
     KeysMet,
     Normalize,
-    Norms,
 )
 
 if TYPE_CHECKING:
@@ -553,40 +552,6 @@ def export_command(
         about(out, f"{export_table(cache, out)} rows")
     if text is not None:
         about(text, f"{export_text(cache, text)} rows")
-
-
-@index.command("import")
-@click.argument("source", type=FOLDER)
-@OUT
-@click.option("--classes", type=FILE,
-              help="Text file with the class names in order, one per line.  [default: class 0 ...]")  # fmt: skip
-@click.option("--text", type=FILE, help="Feature table of text features, labelled by class.")
-@options.NORMS
-@click.option("--index", "factory", help="Index type; see index build for details.")
-@options.building("dtype", "alpha", "beta")
-def import_command(
-    source: Path,
-    out: Place,
-    classes: Path | None,
-    text: Path | None,
-    norms: Norms,
-    factory: str | None,
-    dtype: Dtype,
-    alpha: float | None,
-    beta: float | None,
-) -> None:
-    """Build an index from a cache saved by the Tip-Adapter code.
-
-    SOURCE is a file such as keys_16shots.pt, with values_16shots.pt in the same folder, or the folder that contains
-    both files. If your keys come from another program, see docs/features.md for how to write a feature table in ten
-    lines of Python.
-    """
-    from retrieval_tip.index.changes import import_index
-
-    cache = import_index(
-        source, out, classes=classes, text=text, norms=norms, index=factory, dtype=dtype, alpha=alpha, beta=beta
-    )
-    _say_version(out, cache.version or 1, _held(cache))
 
 
 @index.command("audit")
