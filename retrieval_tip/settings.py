@@ -44,11 +44,6 @@ TrainingPrecision = Literal["auto", "float32", "bfloat16"]
 TrainingSettings = Literal["tried", "own"]
 ClassPrior = Literal["even", "shots"]
 """The frequencies of the classes among future photos: all equal, or as in the shots."""
-Protocol = Literal["honest", "paper"]
-"""The data that settings are selected on.
-
-``honest`` uses the shots or a random sample of validation images. ``paper`` uses the whole validation source.
-"""
 
 
 def check_choice(name: str, value: object, alias: object) -> None:

@@ -207,16 +207,3 @@ def test_single_shots_are_not_held_out_and_a_message_says_so(run, place):
     printed = json.loads(result.stdout)
     assert (printed["kept"], printed["before"], printed["after"], printed["n"]) == ("trained", None, None, None)
     assert "--val" in result.stderr
-
-
-def test_a_sweep_fine_tunes_its_samples(run, place):
-    result = run("sweep", place / "index", place / "test.parquet", "--shots", 4, "--seeds", 2, "--val",
-                 place / "val.parquet", "--method", "untouched", "--method", "tip-adapter-f", "--results",
-                 place / "runs.parquet")  # fmt: skip
-    assert result.exit_code == 0, result.stderr
-    rows = pq.read_table(place / "runs.parquet").to_pylist()
-    trained = {row["method"]: row["parameters_trained"] for row in rows}
-    assert trained == {"untouched": 0, "tip-adapter-f": 4 * C * D}
-    assert all(
-        row["chosen_on"].startswith(str(place / "val.parquet")) for row in rows if row["method"] == "tip-adapter-f"
-    )

@@ -1067,10 +1067,9 @@ def test_conflicting_options_are_refused(run, tables, options):
     assert "fit" in result.stderr
 
 
-def test_leave_one_out_and_the_paper_protocol_refuse_solved_values(run, tables):
+def test_leave_one_out_refuses_solved_values(run, tables):
     out = tables / "index"
     run("index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out)
     result = run("search-hp", out, "--leave-one-out")
     assert result.exit_code == 2
     assert "retrieval-tip fit" in result.stderr
-    assert run("search-hp", out, "--val", tables / "train.parquet", "--protocol", "paper").exit_code == 2

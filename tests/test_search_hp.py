@@ -17,7 +17,7 @@ from tables import tiny, unit_rows, write_table
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import search_hp
-from retrieval_tip.fit.search_hp import Queries, leave_one_out, right_between, search, search_paper
+from retrieval_tip.fit.search_hp import Queries, leave_one_out, right_between, search
 from retrieval_tip.settings import Built, Settings
 
 
@@ -192,25 +192,6 @@ def test_the_search_may_choose_text_alone_or_cache_alone():
     assert alone.accuracy == 1.0
 
 
-def test_the_paper_protocol_searches_the_published_grid():
-    cache = small_cache()
-    queries = queries_of(cache)
-    best, found = -1, (0.0, 0.0)
-    for i in range(200):
-        beta = 0.1 + i * (7 - 0.1) / 200
-        text, alone = dense(cache, queries.features, beta)
-        for j in range(20):
-            alpha = 0.1 + j * (3 - 0.1) / 20
-            right = int(((text + alpha * alone).argmax(1) == queries.ids).sum())
-            if right > best:
-                best, found = right, (beta, alpha)
-    choice = search_paper(cache, queries)
-    assert (choice.beta, choice.alpha) == pytest.approx(found)
-    assert round(choice.accuracy * len(queries.ids)) == best
-    assert choice.surface.num_rows == 4000
-    assert choice.protocol == "paper"
-
-
 def test_the_surface_contains_the_accuracy_of_each_setting():
     cache = small_cache()
     queries = queries_of(cache)
@@ -301,8 +282,6 @@ def test_the_choice_becomes_a_version_with_its_provenance(run, shared, tmp_path)
     result = json.loads(run("evaluate", out, food / "test.parquet", "--json").stdout)
     assert result["alpha"] == facts["alpha"]
     assert run("search-hp", out, "--folds", 4, "--dry-run").exit_code == 0
-    paper = run("search-hp", out, "--leave-one-out", "--protocol", "paper", "--scales", 10, 10, "--dry-run", "--json")
-    assert json.loads(paper.stdout)["protocol"] == "paper"
 
 
 def test_exactly_one_validation_source_is_required(run, tmp_path):

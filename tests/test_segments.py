@@ -21,7 +21,6 @@ from retrieval_tip import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError
-from retrieval_tip.evaluation import sweep
 from retrieval_tip.evaluation.evaluate import evaluate
 from retrieval_tip.fit import search_hp
 from retrieval_tip.fit.finetune import Recipe, finetune
@@ -351,17 +350,6 @@ def test_a_held_out_shot_meets_no_key_of_its_image() -> None:
     assert sorted(queries.features[:, 0].tolist()) == sorted(np.asarray(cache.keys)[:, 0].tolist())
     for feature, own in zip(queries.features, queries.hidden.tolist(), strict=True):
         np.testing.assert_array_equal(cache.keys[queries.groups == own], feature[None])
-
-
-def test_a_sweep_matches_the_compacted_index(tmp_path: Path) -> None:
-    cache, test = segmented(), sweep.Items(*clusters(50, C, D, 2), "test")
-    rows = [
-        list(sweep.sweep(pool, "digest", test, tmp_path / f"{name}.parquet", shots=[2, 5], seeds=[1]))
-        for name, pool in (("parted", cache), ("whole", cache.whole()))
-    ]
-    same = ("method", "shots", "seed", "top1", "top5", "beta", "k")
-    assert [[row[name] for name in same] for row in rows[0]] == [[row[name] for name in same] for row in rows[1]]
-    np.testing.assert_allclose(*(np.array([row["alpha"] for row in each], float) for each in rows), rtol=1e-4)
 
 
 def test_fine_tuning_matches_the_compacted_index_bit_for_bit(tmp_path: Path) -> None:

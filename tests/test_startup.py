@@ -392,7 +392,7 @@ def test_only_weights_missing_in_the_checkpoint_are_initialised():
 
 def test_a_command_sets_the_openmp_wait_policy_unless_it_is_set():
     script = "from click.testing import CliRunner; from retrieval_tip.cli import main; import os;"
-    script += "CliRunner().invoke(main, ['datasets', 'check', '/nowhere']); print(os.environ['OMP_WAIT_POLICY'])"
+    script += "CliRunner().invoke(main, ['index', 'list', '/nowhere']); print(os.environ['OMP_WAIT_POLICY'])"
     plain = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     for environment, expected in ((plain, "PASSIVE"), (plain | {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Commands about this machine: ``datasets``, ``models``, ``cache``, ``completion`` and ``doctor``."""
+"""Commands about this machine: ``models``, ``cache``, ``completion`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -11,61 +11,16 @@ from typing import TYPE_CHECKING
 import click
 
 from retrieval_tip.cli import options
-from retrieval_tip.cli.group import Group, command
+from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import FAILED, finish, print_facts, say
 from retrieval_tip.cli.opening import encoder_of, load, named_models, source_of
-from retrieval_tip.cli.options import FORMAT, JSON, EncodingOptions, OutputOptions, ReadingOptions
+from retrieval_tip.cli.options import JSON, EncodingOptions, OutputOptions, ReadingOptions
 from retrieval_tip.cli.parameters import FOLDER, SOURCE, Size
-from retrieval_tip.errors import UsageError, counted, json_line, one_line, show
+from retrieval_tip.errors import UsageError, counted, json_line, show
 
 if TYPE_CHECKING:
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.sources import Source
-
-
-@click.group(cls=Group, name="datasets")
-def datasets_group() -> None:
-    """List and check the datasets that --dataset supports."""
-
-
-@datasets_group.command("list")
-@FORMAT
-def datasets_list(printing: OutputOptions) -> None:
-    """List the datasets that --dataset supports.
-
-    For each dataset, prints its folder, the number of its classes and its prompt templates.
-    """
-    import pyarrow as pa
-
-    from retrieval_tip.cli.output import write_rows
-    from retrieval_tip.data.datasets import facts, names
-
-    types = {"name": pa.string(), "folder": pa.string(), "classes": pa.int64(), "templates": pa.list_(pa.string())}
-    write_rows([vars(facts(name)) for name in names()], types, printing.style, printing.output, between=" | ")
-
-
-@datasets_group.command("check")
-@click.argument("root", type=FOLDER)
-@click.argument("names", nargs=-1)
-@click.pass_context
-def datasets_check(ctx: click.Context, root: Path, names: tuple[str, ...]) -> None:
-    """Check that datasets are complete.
-
-    ROOT is the folder that holds the datasets, in the same layout as for CoOp. NAMES are the datasets to check; by
-    default, all of them are checked. The exit status is 0 if every dataset in NAMES is complete. If you give no NAMES,
-    it is 0 if at least one dataset is complete.
-    """
-    from retrieval_tip.data import datasets
-
-    rows = [datasets.facts(name) for name in names or datasets.names()]
-    width = max(len(row.name) for row in rows)
-    good = 0
-    for row in rows:
-        problems = datasets.check(row.name, root)
-        good += not problems
-        state = f"missing: {'; '.join(problems)}" if problems else "ok"
-        click.echo(one_line(f"{row.name:<{width}}  {state}"))
-    ctx.exit(0 if good == len(rows) or (good and not names) else FAILED)
 
 
 @command("models")

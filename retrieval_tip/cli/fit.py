@@ -25,7 +25,6 @@ if TYPE_CHECKING:
         ClassPrior,
         KeysMet,
         MetricName,
-        Protocol,
         TrainedPart,
         TrainingPrecision,
         TrainingSettings,
@@ -88,8 +87,6 @@ _JUDGED = options.several(
     click.option("--val-shots", type=K("shots"),
                   help="Number of validation images to use per class, or all.  "
                        "[default: min(shots, 4), as in the published code]"),
-    options.PROTOCOL,
-    options.SCALES,
 )  # fmt: skip
 
 
@@ -117,8 +114,6 @@ def search_command(
     leave_one_out: bool,
     folds: int | None,
     val_shots: KeysMet,
-    protocol: Protocol,
-    scales: tuple[float, float],
     surface: Path | None,
     greedy: bool,
     dry_run: bool,
@@ -138,18 +133,14 @@ def search_command(
         raise UsageError("search-hp: give exactly one of --val SOURCE, --leave-one-out and --folds N")
     cache = checked(folder, encoding.device)
     skipped: list[Skipped] = []
-    paper = protocol == "paper"
     if source is None:
         queries = search_hp.leave_one_out(cache) if folds is None else search_hp.folds(cache, folds)
     else:
-        val = validation(cache, source, root, "all" if paper else val_shots)
+        val = validation(cache, source, root, val_shots)
         with encoder_for(ctx, cache, [val], encoding) as encoder:
             queries = search_hp.on_validation(cache, val, encoder)
         skipped = encoder.skipped
-    if paper:
-        choice = search_hp.search_paper(cache, queries, scales)
-    else:
-        choice = search_hp.search(cache, queries, cautious=not greedy)
+    choice = search_hp.search(cache, queries, cautious=not greedy)
     warn(choice.warnings)
     if surface:
         search_hp.write_surface(choice, surface)

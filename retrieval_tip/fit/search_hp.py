@@ -32,7 +32,7 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.files import replacing
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.logits import slices
-from retrieval_tip.settings import Protocol, Settings
+from retrieval_tip.settings import Settings
 from retrieval_tip.store.labels import images_of
 
 BETAS = np.geomspace(0.1, 100, 31)
@@ -44,9 +44,6 @@ GPU_AFFINITIES = 1 << 27
 QUERY_BLOCK = 1024
 FLAT = 0.01
 """Largest difference from the best accuracy that counts as equal."""
-PAPER_STEPS = (200, 20)
-PAPER_SCALES = (7.0, 3.0)
-"""Number of steps in the published grid for beta and alpha, and their largest values for ImageNet."""
 
 FloatArray = npt.NDArray[np.float64]
 Part = Literal["both", "text", "cache"]
@@ -96,7 +93,6 @@ class HyperparameterChoice:
     flat: float
     n: int
     source: str
-    protocol: Protocol
     warnings: tuple[str, ...]
     surface: pa.Table
 
@@ -110,7 +106,6 @@ class HyperparameterChoice:
         return {
             "chosen_on": self.source,
             "queries": self.n,
-            "protocol": self.protocol,
             "accuracy": round(self.accuracy, 6),
             "best": round(self.best, 6),
             "interval_95": [round(self.low, 6), round(self.high, 6)],
@@ -272,33 +267,7 @@ def search(
         f"kept the {'untouched ' if kept is None else ''}settings ({100 * accuracy:.1f} %): with {len(best)} queries, "
         f"the best settings found ({100 * most:.1f} %) may be better by chance; --greedy selects them"
     ]  # fmt: skip
-    return tried.choice(b, j, alpha, interval, most, "honest", tried.surface(tried.steps()), warnings)
-
-
-def search_paper(
-    cache: CacheModel, queries: Queries, scales: tuple[float, float] = PAPER_SCALES
-) -> HyperparameterChoice:
-    """Search the published grid of beta ``0.1 + i (scale - 0.1) / 200`` and alpha ``0.1 + i (scale - 0.1) / 20``.
-
-    The first of several equally good settings is selected. ``scales`` holds the largest beta and alpha, which are 7 and
-    3 for ImageNet. The published figures used the whole validation split, or the test set in the case of ImageNet.
-    Raises UsageError if the values of the index were solved.
-    """
-    if cache.fitted is not None and cache.fitted.solved:
-        raise UsageError(
-            "protocol paper: it searches beta, but the values of this index were solved for one beta; build the index "
-            "with --fit none, as in the paper"
-        )
-    cache.settings.override(alpha=scales[1], beta=scales[0])  # validates
-    grids = zip(scales, PAPER_STEPS, strict=True)
-    betas, alphas = ([0.1 + i * (scale - 0.1) / steps for i in range(steps)] for scale, steps in grids)
-    tried = _Tried.of(cache, queries, betas, [None])
-    surface = tried.surface(np.asarray(alphas))
-    accuracy = surface["accuracy"].to_numpy()
-    b, a = divmod(int(accuracy.argmax()), len(alphas))
-    alpha, best = alphas[a], float(accuracy.max())
-    edge = [] if 0 < a < len(alphas) - 1 else [f"alpha {alpha:.3g} is at the edge of the grid"]
-    return tried.choice(b, 0, alpha, (alpha, alpha), best, "paper", surface, edge)
+    return tried.choice(b, j, alpha, interval, most, warnings)
 
 
 @dataclass(frozen=True)
@@ -331,10 +300,9 @@ class _Tried:
         return hits
 
     def choice(
-        self, b: int, j: int, alpha: float, interval: tuple[float, float], best: float, protocol: Protocol,
-        surface: pa.Table, warnings: Sequence[str],
-    ) -> HyperparameterChoice:  # fmt: skip
-        hits = self.hits(b, j, alpha)
+        self, b: int, j: int, alpha: float, interval: tuple[float, float], best: float, warnings: Sequence[str]
+    ) -> HyperparameterChoice:
+        hits, surface = self.hits(b, j, alpha), self.surface()
         lower, upper = _bootstrap(hits.astype(np.float64))
         rivals = {"text alone": self.hits(b, j, 0.0), "cache alone": self.high[b, j] == np.inf}
         accuracy = float(hits.mean())
@@ -353,21 +321,18 @@ class _Tried:
             flat=float((surface["accuracy"].to_numpy() >= accuracy - FLAT).mean()),
             n=len(hits),
             source=self.queries.name,
-            protocol=protocol,
             warnings=(*_warnings(hits, rivals, b, self.betas), *warnings),
             surface=surface,
         )
 
-    def steps(self) -> FloatArray:
-        """Return 0 and logarithmic steps over the range of alpha in which the accuracy changes."""
+    def surface(self) -> pa.Table:
+        """Return the accuracy at alpha 0 and in logarithmic steps over the range in which it changes."""
         low, high = self.low, self.high
         ends = np.concatenate([low[(low > 0) & (low < np.inf)], high[(high > 0) & (high < np.inf)], [1.0]])
         first, last = np.quantile(ends, (0.01, 0.99))
-        return np.append(0.0, np.geomspace(first / 2, last * 2, SURFACE_ALPHAS - 1))
-
-    def surface(self, alphas: FloatArray) -> pa.Table:
-        betas, ks, q = self.low.shape
-        right = np.stack([[_count(self.low[b, j], self.high[b, j], alphas) for b in range(betas)] for j in range(ks)])
+        alphas = np.append(0.0, np.geomspace(first / 2, last * 2, SURFACE_ALPHAS - 1))
+        betas, ks, q = low.shape
+        right = np.stack([[_count(low[b, j], high[b, j], alphas) for b in range(betas)] for j in range(ks)])
         return pa.table(
             {
                 "k": np.repeat([k or 0 for k in self.ks], betas * len(alphas)),
