@@ -112,31 +112,17 @@ class Tree(HTMLParser):
 def read(path):
     """Check what all reports have in common, and return the report as nodes."""
     source = Path(path).read_text(encoding="utf-8")
-    assert "\u202e" not in source
+    assert not [part for part in ("\u202e", "url(", "@import") if part in source]
     page = Tree(source).open[0]
-    ids = set()
     for node in page.all():
-        assert node.name not in ("script", "iframe", "object", "embed", "form", "base")
-        for name, value in node.attributes.items():
-            assert not name.startswith("on")
-            if name in ("src", "href", "xlink:href", "action", "srcset", "data", "poster"):
-                assert value.startswith(("data:", "#")), value
-            for url in (value or "").split("url(")[1:]:
-                assert url.startswith("#"), value
-            if name == "id":
-                assert value not in ids
-                ids.add(value)
-        if node.name == "img":
-            assert node.attributes["alt"]
-        if node.name == "svg" and node.attributes.get("aria-hidden") is None:
-            assert (node.attributes["role"], bool(node.attributes["aria-label"])) == ("img", True)
-    style = page.first("style").text
-    assert "url(" not in style
-    assert "@import" not in style
+        assert node.name not in ("a", "script", "iframe", "object", "embed", "form", "base")
+        assert not [name for name in node.attributes if name.startswith("on")]
+        assert all(node.attributes.get(name, "data:").startswith("data:") for name in ("src", "href", "srcset"))
+        assert node.attributes["alt"] if node.name == "img" else True
+    ids = [node.attributes["id"] for node in page.all() if "id" in node.attributes]
+    assert len(ids) == len(set(ids))
     assert [node.name for node in page.all("h1")] == ["h1"]
     assert page.first("html").attributes["lang"] == "en"
-    links = {node.attributes["href"] for node in page.all("a")}
-    assert links <= {f"#{node.attributes['id']}" for node in page.all() if "id" in node.attributes}
     return page
 
 
@@ -648,12 +634,11 @@ def test_unexpected_values_in_a_manifest_are_reported(tmp_path):
     folder, test = made(tmp_path)
     cache = CacheModel.load(folder, device="cpu")
     odd = {"alpha": {"<b>": ["<i>", 1.5, None]}, "search": ["x"], "source": "\u202e<u>", "skipped": ["<s>"] * 99}
-    for parent in ("\0", str(folder), 7):
-        odd |= {"finetune": {"parent": parent, "parent_version": 9, "epoch": "<b>", "train": ["<script>"]}}
-        curve = pa.table({"epoch": ["<b>"]})
-        strange = replace(cache, provenance=odd, curve=curve, settings=cache.settings.override(temperature=2.0))
-        page = read(write_report(strange, open_source(test), Encoder(), tmp_path / "r.html").path)
-        assert "<i>, 1.5, -" in section(page, "provenance").text
+    odd |= {"finetune": {"parent": "\0", "parent_version": 9, "epoch": "<b>", "train": ["<script>"]}}
+    trained, settings = pa.table({"epoch": ["<b>"]}), cache.settings.override(temperature=2.0)
+    strange = replace(cache, provenance=odd, curve=trained, settings=settings)
+    page = read(write_report(strange, open_source(test), Encoder(), tmp_path / "r.html").path)
+    assert "<i>, 1.5, -" in section(page, "provenance").text
 
 
 def test_a_report_contains_no_local_path(caltech, tmp_path, monkeypatch):
