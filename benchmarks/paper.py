@@ -39,7 +39,7 @@ from retrieval_tip.data.encoder import view_names
 from retrieval_tip.data.shots import few_shot_split
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import RetrievalTipError
-from retrieval_tip.evaluation.compare import differ
+from retrieval_tip.evaluation.compare import SIGNIFICANT, mcnemar
 from retrieval_tip.fit import search_hp
 from retrieval_tip.fit.finetune import finetune, own_shots
 from retrieval_tip.fit.trainer import VIEWS, Recipe
@@ -286,10 +286,10 @@ def size_of(part: str, index: CacheModel, encoder: Encoder) -> int:
 
 def compared(one: Score, other: Score) -> str:
     """Return whether the accuracy on the same items went up or down, or may have changed by chance (95 %)."""
-    change = int(one.right.sum()) - int(other.right.sum())
-    if not differ(one.right, other.right):
-        return "within chance" if change else ""
-    return "up" if change > 0 else "down"
+    more, fewer = int((one.right & ~other.right).sum()), int((other.right & ~one.right).sum())
+    if mcnemar(more, fewer) >= SIGNIFICANT:
+        return "within chance" if more != fewer else ""
+    return "up" if more > fewer else "down"
 
 
 def direction(before: str, after: str) -> str:
