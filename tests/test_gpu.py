@@ -1,14 +1,12 @@
 """Code on a GPU (marked ``gpu``), and decisions about GPUs that need none. Searches are in test_gpu_index.py."""
 
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import conftest
 import numpy as np
 import pytest
 import torch
@@ -237,12 +235,7 @@ def test_weights_with_channels_last_are_the_same_backbone(lit_mini) -> None:
 
 @pytest.fixture
 def cache() -> CacheModel:
-    rng = np.random.default_rng(0)
-    rows = rng.standard_normal((40, 8)).astype(np.float32)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    names = [f"class {i}" for i in range(4)]
-    settings = Settings(alpha=1.0, beta=5.5)
-    return CacheModel.from_features(rows, np.repeat(np.arange(4), 10), names, device="cpu", settings=settings)
+    return CacheModel.from_features(*labelled(40, 8, 4), device="cpu", settings=Settings(alpha=1.0, beta=5.5))
 
 
 def test_trained_arrays_are_copied_to_the_cpu(cache) -> None:
@@ -277,31 +270,21 @@ def test_half_precision_copies_are_made_on_a_gpu_only_if_they_fit(monkeypatch) -
         keys.products(2.0)
 
 
-# --- the tests themselves
-
-
-def test_only_gpu_tests_see_a_gpu(monkeypatch) -> None:
-    for expression, hidden in (("", True), ("not gpu", True), ("gpu", False)):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-        conftest.pytest_configure(SimpleNamespace(getoption=lambda _, given=expression: given))  # type: ignore[arg-type]
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if hidden else "0")
-    # torch must be imported before FAISS
-    lines = (Path(__file__).parent / "conftest.py").read_text().splitlines()
-    imports = [line for line in lines if line.startswith(("import", "from")) and "__future__" not in line]
-    first = next(i for i, line in enumerate(imports) if line.startswith("import torch"))
-    assert not any("retrieval_tip" in line or "faiss" in line for line in imports[:first])
-
-
 # --- on a GPU
+
+
+def labelled(n: int, d: int, c: int) -> tuple[torch.Tensor, np.ndarray, list[str]]:
+    """Return unit keys ``[n, d]``, their class ids and the class names."""
+    rng = np.random.default_rng(0)
+    rows = functional.normalize(torch.from_numpy(rng.standard_normal((n, d)).astype(np.float32)), dim=1)
+    return rows, np.sort(rng.integers(0, c, n)), [f"class {i}" for i in range(c)]
 
 
 @pytest.mark.gpu
 def test_answers_on_a_gpu_repeat_bit_for_bit() -> None:
-    rng = np.random.default_rng(0)
-    keys = functional.normalize(torch.from_numpy(rng.standard_normal((9000, 64)).astype(np.float32)), dim=1)
-    ids, names = np.sort(rng.integers(0, 40, 9000)), [f"class {i}" for i in range(40)]
+    keys, *classes = labelled(9000, 64, 40)
     for index in ("Flat", "Classes", "IVF16,Flat"):
-        cache = CacheModel.from_features(keys, ids, names, index=index, device="cuda")
+        cache = CacheModel.from_features(keys, *classes, index=index, device="cuda")
         f = keys[::7].cuda()
         for k, tail in (("all", True), (64, True), (64, False)):
             first = cache.logits(f, k, tail)
@@ -311,19 +294,15 @@ def test_answers_on_a_gpu_repeat_bit_for_bit() -> None:
 @pytest.mark.gpu
 def test_certified_winners_on_a_gpu_match_all_keys() -> None:
     """A certificate may need more keys than FAISS finds on a GPU."""
-    rng = np.random.default_rng(0)
-    rows = functional.normalize(torch.from_numpy(rng.standard_normal((9000, 32)).astype(np.float32)), dim=1)
-    ids, names = np.sort(rng.integers(0, 20, 9000)), [f"class {i}" for i in range(20)]
-    on_cpu, on_gpu = (CacheModel.from_features(rows, ids, names, device=device) for device in ("cpu", "cuda"))
+    rows, *classes = labelled(9000, 32, 20)
+    on_cpu, on_gpu = (CacheModel.from_features(rows, *classes, device=device) for device in ("cpu", "cuda"))
     expected = on_cpu.logits(rows[:60], "all").argmax(1)
     assert torch.equal(on_gpu.certified(rows[:60].cuda(), k=2).cache.argmax(1).cpu(), expected)
 
 
 @pytest.mark.gpu
 def test_search_hp_holds_few_affinities_on_a_gpu() -> None:
-    rng = np.random.default_rng(0)
-    rows = functional.normalize(torch.from_numpy(rng.standard_normal((400_000, 16)).astype(np.float32)), dim=1)
-    ids, names = np.sort(rng.integers(0, 20, len(rows))), [f"class {i}" for i in range(20)]
+    rows, ids, names = labelled(400_000, 16, 20)
     cache, some = CacheModel.from_features(rows, ids, names, device="cuda"), slice(0, 2000)
     queries = search_hp.Queries(rows[some].numpy(), ids[some], np.full(2000, -2), np.full(len(rows), -1), "made")
     torch.cuda.reset_peak_memory_stats()
@@ -341,10 +320,8 @@ def test_a_gpu_encodes_in_large_batches(shared: Path) -> None:
 
 @pytest.mark.gpu
 def test_threads_can_search_several_indexes_on_a_gpu_at_once() -> None:
-    rng = np.random.default_rng(0)
-    rows = functional.normalize(torch.from_numpy(rng.standard_normal((4000, 32)).astype(np.float32)), dim=1)
-    ids, names = np.sort(rng.integers(0, 20, 4000)), [f"class {i}" for i in range(20)]
-    caches = [CacheModel.from_features(rows, ids, names, index=index, device="cuda") for index in ["IVF16,Flat"] * 4]
+    rows, *classes = labelled(4000, 32, 20)
+    caches = [CacheModel.from_features(rows, *classes, index="IVF16,Flat", device="cuda") for _ in range(4)]
     expected = [cache.logits(rows[:50], 64) for cache in caches]
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(caches[i % 4].logits, rows[:50], 64) for i in range(200)]

@@ -438,7 +438,7 @@ def test_correcting_an_answer_adds_a_shot_and_can_be_undone(
     expect(page.locator("#index-facts")).to_contain_text("11 classes")
 
 
-def test_the_printed_url_allows_changes_without_asking_for_the_token(page: Page, served: Served) -> None:
+def test_the_printed_url_allows_changes_without_asking_for_the_token(opened: Open, served: Served) -> None:
     """Two selected photos are added together with the keyboard, and the change is undone."""
     page = opened(at=f"/#token={TOKEN.replace(' ', '%20')}").page
     assert "token" not in page.url
@@ -888,7 +888,7 @@ def test_an_unreachable_or_busy_server_shows_one_message(opened: Open) -> None:
     expect(page.locator("#troubles p")).to_have_count(0)
 
 
-def test_every_request_is_repeated_while_the_server_refuses_it_as_busy(page: Page) -> None:
+def test_every_request_is_repeated_while_the_server_refuses_it_as_busy(opened: Open) -> None:
     """The first refusal has no Retry-After, as that of a proxy."""
     page = opened(at=f"/#token={TOKEN}", expected=[f"{REFUSED}429"]).page
     refused: list[str] = []
@@ -1117,7 +1117,7 @@ def test_wrong_labels_are_listed_first_and_corrected(opened: Open, served: Serve
     expect(page.locator("#shots-count")).to_have_text("8")
 
 
-def test_classes_are_renamed_and_merged(opened: Open, served: Served) -> None:
+def test_classes_are_renamed_and_merged(page: Page, served: Served) -> None:
     """This also works with the keyboard.
 
     Renaming a class to an existing name merges the two, and both changes can be undone.
@@ -1156,7 +1156,7 @@ def test_classes_are_renamed_and_merged(opened: Open, served: Served) -> None:
     expect(entry).to_contain_text("8 photos")
 
 
-def test_suspicious_labels_are_corrected_removed_or_kept_together(page: Page, served: Served) -> None:
+def test_suspicious_labels_are_corrected_removed_or_kept_together(opened: Open, served: Served) -> None:
     """All corrections form one version, and the message shows their effect on accuracy. Changes can be undone."""
     page = opened(at=f"/#token={TOKEN}", expected=["Failed to load resource: net::ERR_FAILED"]).page
     accuracy = lambda: page.request.get(f"{served.address}/v1/indexes/things/accuracy").json()["both"]  # noqa: E731
@@ -1205,7 +1205,7 @@ def test_suspicious_labels_are_corrected_removed_or_kept_together(page: Page, se
     page.evaluate("() => localStorage.clear()")
 
 
-def test_a_selection_survives_changes_by_another_user(opened: Open, served: Served) -> None:
+def test_a_selection_survives_changes_by_another_user(page: Page, served: Served) -> None:
     """The list shows the new labels and keeps the selection."""
     page.click("#tab-classes")
     page.fill("#shots-source", ".jpg")
@@ -2193,7 +2193,7 @@ def test_the_page_uses_its_own_font_and_no_toolbar_wraps(opened: Open) -> None:
     assert {*sizes} <= {"12px", "14px", "16px", "20px", "28px"}
 
 
-def test_thousands_of_classes_are_listed(opened: Open) -> None:
+def test_thousands_of_classes_are_listed(page: Page) -> None:
     """Every class is in the document, but only cards near the viewport are drawn."""
     whole = page.evaluate("async () => (await fetch('/v1/indexes/things')).json()")
     whole["classes"] += [{"class_id": 11 + i, "label": f"class {i}", "keys": 4} for i in range(3000)]
