@@ -41,7 +41,12 @@ def measure_curve(judged: JudgedIndex, numbers: Sequence[int], seeds: int) -> Cu
         draws = range(1, 2 if set(pool.counts) <= {0, number} else seeds + 1)  # otherwise all draws are the same
         runs[number] = [_accuracy(judged, draw(pool, number, seed)) for seed in draws]
     rows = [
-        (number, len(runs[number]), percent(np.mean(runs[number])), " to ".join(map(percent, (min(own), max(own)))))
+        (
+            number,
+            len(runs[number]),
+            percent(float(np.mean(runs[number]))),
+            " to ".join(map(percent, (min(own), max(own)))),
+        )
         for number, own in runs.items()
     ]
     label = "; ".join(f"{shots}: {mean}" for shots, _, mean, _ in rows)
