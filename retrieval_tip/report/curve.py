@@ -40,15 +40,10 @@ def measure_curve(judged: JudgedIndex, numbers: Sequence[int], seeds: int) -> Cu
     for number in tqdm(numbers, unit="draw", disable=None if judged.encoder.progress else True, leave=False):
         draws = range(1, 2 if set(pool.counts) <= {0, number} else seeds + 1)  # otherwise all draws are the same
         runs[number] = [_accuracy(judged, draw(pool, number, seed)) for seed in draws]
-    rows = [
-        (
-            number,
-            len(runs[number]),
-            percent(float(np.mean(runs[number]))),
-            " to ".join(map(percent, (min(own), max(own)))),
-        )
-        for number, own in runs.items()
-    ]
+    rows = []
+    for number, own in runs.items():
+        ends = f"{percent(min(own))} to {percent(max(own))}"
+        rows.append((number, len(own), percent(float(np.mean(own))), ends))
     label = "; ".join(f"{shots}: {mean}" for shots, _, mean, _ in rows)
     figure = partial(plots.draw_shots, runs, list(map(half_width, runs.values())), judged.evaluation.zero_shot_top1)
     return Curve(plots.svg(figure, f"Accuracy by number of examples per class. {label}"), rows)
