@@ -37,11 +37,10 @@ MetricName = Literal["none", "within"]
 ValuesName = Literal["one-hot", "solved"]
 METRICS, VALUES = get_args(MetricName), get_args(ValuesName)
 """The metrics and values that a fit can select (see :mod:`tip`)."""
-TrainedPart = Literal["keys", "values", "visual", "text"]
+TrainedPart = Literal["keys", "values"]
 TRAINED: tuple[TrainedPart, ...] = get_args(TrainedPart)
-"""The parts that can be trained: the keys (as in Tip-Adapter-F), the values, and the two encoders."""
-TrainingPrecision = Literal["auto", "float32", "bfloat16"]
-TrainingSettings = Literal["tried", "own"]
+"""The parts that can be trained: the keys (as in Tip-Adapter-F), and the values."""
+TrainingPrecision = Literal["float32", "bfloat16"]
 ClassPrior = Literal["even", "shots"]
 """The frequencies of the classes among future photos: all equal, or as in the shots."""
 

@@ -239,13 +239,13 @@ def cache() -> CacheModel:
 
 
 def test_trained_arrays_are_copied_to_the_cpu(cache) -> None:
-    trainer = Trainer(cache, Recipe(train=("keys", "values"), precision="float32"), None)
+    trainer = Trainer(cache, Recipe(train=("keys", "values"), precision="float32"))
     trainer._trained["keys"] = trainer.keys.to("meta")  # a device other than the CPU, without data
     with pytest.raises(NotImplementedError, match="meta"):
         trainer.trained()
-    trainer = Trainer(cache, Recipe(train=("keys", "values"), precision="float32"), None)
+    trainer = Trainer(cache, Recipe(train=("keys", "values"), precision="float32"))
     copies = trainer.trained()
-    trainer.keys.zero_()
+    trainer.keys.data.zero_()
     assert {name: copy.device.type for name, copy in copies.items()} == {"keys": "cpu", "values": "cpu"}
     assert torch.equal(copies["keys"], torch.from_numpy(np.asarray(cache.keys)))
 

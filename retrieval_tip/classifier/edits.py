@@ -146,7 +146,6 @@ class EditableClassifier(OpenIndex):
         source: Any = None,
         val: Any = None,
         val_shots: KeysMet = None,
-        resume: bool = False,
         keep_last: bool = False,
     ) -> Tuned:
         """Fine-tune the index, and use the more accurate of both indexes from now on.
@@ -156,7 +155,7 @@ class EditableClassifier(OpenIndex):
 
         - ``source``: the photos of the shots, if they are not where they were. They can be the same as for
           ``evaluate``.
-        - ``val``: validation photos as for ``evaluate``. Training the image encoder requires the path of a source.
+        - ``val``: validation photos as for ``evaluate``
         - ``val_shots``: the number of validation photos per class, or ``all``. Defaults to ``min(shots, 4)``.
 
         For the other arguments and the errors, see :func:`finetune.finetune_into`.
@@ -176,9 +175,9 @@ class EditableClassifier(OpenIndex):
         temporary = TemporaryIndex() if out is None else None
         place = temporary.place if temporary is not None else check_place("out", out)
         tuned = finetune_into(
-            place, cache, shots, encoder, recipe, val=unseen, parent=self._place(), resume=resume, keep_last=keep_last
+            place, cache, shots, encoder, recipe, val=unseen, parent=self._place(), keep_last=keep_last
         )
-        self._use(places.at(place).load(device=self.cache.device), tuned.backbone if tuned.encoders else None)
+        self._use(places.at(place).load(device=self.cache.device))
         if Path(place) != cache.folder:
             self._temporary = temporary
         return tuned

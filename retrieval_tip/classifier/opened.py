@@ -136,10 +136,10 @@ class OpenIndex:
             raise UsageError(f"{place}: this needs an index in a folder; copy it with save(FOLDER)")
         return Path(place)
 
-    def _use(self, cache: AnsweringIndex, backbone: Backbone | None = None) -> None:
-        """Use another version of the index, and by default the encoder that belongs to it."""
+    def _use(self, cache: AnsweringIndex) -> None:
+        """Use another version of the index, and the encoder that belongs to it."""
         if cache.backbone != self.cache.backbone:
-            self.encoder = replace(self.encoder, backbone=backbone or _own_backbone(cache, cache.device))
+            self.encoder = replace(self.encoder, backbone=_own_backbone(cache, cache.device))
         self.cache = cache
 
     def _labelled(self, given: Any, part: str, *, strict: bool = False) -> tuple[Source, Encoder]:
