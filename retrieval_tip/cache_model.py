@@ -340,7 +340,6 @@ class CacheModel(KeyEdits):
         points: the transformed keys ``phi(K)``, in the same dtype and segments as ``keys``. If you do not pass them,
             they are computed.
         fitted: a description of how the metric and the values were fitted (see :mod:`fit.closed_form`), or ``None``.
-        tuned: the safetensors file of the fine-tuned encoder.
         curve: the loss curve of the training, which has one row per epoch.
         precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
         class_ids: the class ids as an int64 tensor of shape ``[n]`` on the device, derived from ``labels``.
@@ -366,7 +365,6 @@ class CacheModel(KeyEdits):
     device: str = "cpu"
     version: int | None = None
     values: Tensor | None = None
-    tuned: Path | None = None
     curve: pa.Table | None = None
     precision: Precision = "float32"
     folder: Path | None = None
@@ -652,8 +650,7 @@ class CacheModel(KeyEdits):
         Unchanged files are shared with the previous version. ``change`` describes the new version in the history.
 
         Raises:
-            StoreError: if the folder cannot be written, if it has changed since it was loaded, or if ``tuned`` is not a
-                safetensors file.
+            StoreError: if the folder cannot be written, or if it has changed since it was loaded.
             InputError: if the contents cannot be stored.
         """
         with write(Path(folder)) as writer:
@@ -676,12 +673,9 @@ class CacheModel(KeyEdits):
             self._stored = Stored(check, None if self._stored is None else self._stored.contents)
 
     def commit(self, writer: Writer, change: str) -> None:
-        """Write the files that have changed, and make this index the current version.
-
-        The file ``tuned`` is copied into the folder. Afterwards, the attribute refers to the copy.
-        """
-        contents = _contents(self).write(writer, self._stored)
-        self.tuned = contents.weights
+        """Write the files that have changed, and make this index the current version."""
+        contents = _contents(self)
+        contents.write(writer, self._stored)
         self._stored = Stored.of(_commit(self, writer, change), contents)
 
 
@@ -706,7 +700,7 @@ def _opened(cls: type[T], place: Path, manifest: Manifest, device: str, precisio
         text_weights=torch.from_numpy(contents.text), index=index, settings=manifest.settings,
         templates=manifest.templates, provenance=manifest.provenance, device=device, version=manifest.version,
         backbone=Identity.from_dict(manifest.backbone) if manifest.backbone else None,
-        values=None if contents.values is None else torch.from_numpy(contents.values), tuned=contents.weights,
+        values=None if contents.values is None else torch.from_numpy(contents.values),
         curve=contents.curve, precision=precision, folder=place, next_key_id=manifest.next_key_id,
         metric=contents.metric, points=contents.points, fitted=manifest.fitted, built=manifest.built,
     )  # fmt: skip
@@ -722,7 +716,6 @@ def _contents(cache: CacheModel) -> Contents:
         text=cache.text_weights,
         values=cache.values,
         curve=cache.curve,
-        weights=cache.tuned,
         index=cache.index,
         metric=cache.metric,
         points=None if cache.points is None else segments_of(cache.points)[0],

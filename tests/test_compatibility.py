@@ -31,7 +31,7 @@ from retrieval_tip.store.folder import history, query, read_manifest
 from retrieval_tip.store.manifest import FORMAT_VERSION, TABLE_FORMAT, Manifest
 
 INDEXES = Path(__file__).parent / "indexes"
-NAMES = [(version, name) for version in ("v1", "v2") for name in ("plain", "tuned", "classes")] + [("v2", "graph")]
+NAMES = [(version, name) for version in ("v1", "v2") for name in ("plain", "classes")] + [("v2", "graph")]
 NAMES += [("v4", "solved"), ("v4", "metric"), ("v5", "drawn"), ("v5", "fitted"), ("v6", "sums"), ("v7", "discriminant")]
 
 
@@ -105,17 +105,21 @@ def test_an_older_store_keeps_its_fit(name: str, tmp_path: Path) -> None:
     check_answers(at(place).verify(), "v4", name)
 
 
+def test_an_index_with_trained_encoder_weights_is_refused(run: Callable[..., Result]) -> None:
+    folder = INDEXES / "v7" / "trained-encoder"
+    refused = run("classify", folder, "photo.jpg")
+    assert refused.exit_code == 1
+    expected = "the index has trained encoder weights, which are no longer read; build the index again"
+    assert refused.stderr == f"Error: {folder}/manifest.json: {expected}\n"
+
+
 def test_format_1_keeps_its_labels_and_settings() -> None:
-    plain, tuned = (CacheModel.load(INDEXES / "v1" / name, device="cpu") for name in ("plain", "tuned"))
+    plain = CacheModel.load(INDEXES / "v1" / "plain", device="cpu")
     assert (plain.version, plain.settings.alpha, plain.settings.beta, plain.settings.k) == (2, 2.0, 4.0, 4)
     assert plain.provenance == {"alpha": "given", "beta": "given"}
     assert plain.labels["camera"].to_pylist() == ["a", "b", "a", "b", "a", "b"]
     asked = query(INDEXES / "v1" / "plain", "SELECT key_id FROM labels")
     assert asked["key_id"].to_pylist() == [1, 3, 2, 5, 0, 4]
-    assert tuned.values is not None
-    assert tuned.tuned is not None
-    assert tuned.curve is not None
-    assert tuned.curve["loss"].to_pylist() == [1.0, 0.5]
 
 
 def test_format_2_keeps_its_segments_and_versions() -> None:

@@ -18,7 +18,6 @@ import torch
 from conftest import cache_of, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from sealing import body_of, sealed, snapshot
 from tables import unit
 from test_keys import Largest
@@ -421,25 +420,12 @@ def test_a_cautious_search_keeps_the_given_settings_unless_significantly_worse()
 # --- on disk
 
 
-@pytest.fixture
-def encoder_file(tmp_path: Path) -> Path:
-    """A file of fine-tuned encoder weights with three tensors."""
-    path = tmp_path / "tuned" / "open_clip_model.safetensors"
-    path.parent.mkdir()
-    save_file({name: torch.arange(float(4 + i)) for i, name in enumerate("abc")}, path)
-    return path
-
-
 CURVE = pa.table({"epoch": [1, 2, 3], "loss": [0.9, 0.5, 0.4]})
 
 
-def tuned_model(encoder_file: Path, **changes: Any) -> CacheModel:
-    return replace(model(**changes), tuned=encoder_file, curve=CURVE)
-
-
 @pytest.fixture
-def index(tmp_path: Path, encoder_file: Path) -> Path:
-    tuned_model(encoder_file).save(tmp_path / "index")
+def index(tmp_path: Path) -> Path:
+    replace(model(), curve=CURVE).save(tmp_path / "index")
     return tmp_path / "index"
 
 
@@ -470,19 +456,17 @@ def test_an_index_without_fine_tuning_has_no_optional_files(tmp_path: Path) -> N
     model(values=None).save(tmp_path / "x")
     assert names(tmp_path / "x").keys() == KINDS.keys()
     loaded = CacheModel.load(tmp_path / "x", device="cpu")
-    assert (loaded.values, loaded.tuned, loaded.curve) == (None, None, None)
+    assert (loaded.values, loaded.curve) == (None, None)
 
 
-def test_a_fine_tuned_index_is_loaded_as_it_was_saved(index: Path, encoder_file: Path) -> None:
-    cache, loaded = tuned_model(encoder_file), CacheModel.load(index, device="cpu")
+def test_a_fine_tuned_index_is_loaded_as_it_was_saved(index: Path) -> None:
+    cache, loaded = model(), CacheModel.load(index, device="cpu")
     for k, tail in ((None, True), (9, True), (9, False)):
         assert torch.equal(loaded.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))
     assert loaded.curve.equals(CURVE)
-    assert loaded.tuned == index / names(index)["weights"]
-    assert loaded.tuned.read_bytes() == encoder_file.read_bytes()
     manifest = store.read_manifest(index)
     assert {kind: file.rows for kind, file in manifest.files.items()} == {
-        "keys": N, "index": N, "labels": N, "text": C, "values": N, "weights": 3, "curve": 3,
+        "keys": N, "index": N, "labels": N, "text": C, "values": N, "curve": 3,
     }  # fmt: skip
     assert Manifest.from_bytes(manifest.to_bytes(), "x") == manifest
     described = store.describe(index)
@@ -500,10 +484,8 @@ def test_values_are_memory_mapped(index: Path, monkeypatch: pytest.MonkeyPatch) 
     assert cache.values.data_ptr() in [array.ctypes.data for array in mapped if isinstance(array, np.memmap)]
 
 
-def test_optional_files_are_copied_to_the_next_version(index: Path, encoder_file: Path, tmp_path: Path) -> None:
-    raw = encoder_file.read_bytes()
+def test_optional_files_are_copied_to_the_next_version(index: Path, tmp_path: Path) -> None:
     first = names(index)
-    shutil.rmtree(encoder_file.parent)  # the index has its own copy
     cache = CacheModel.load(index, device="cpu")
     cache.settings = cache.settings.override(alpha=9.0)
     cache.save_settings(index)
@@ -514,13 +496,10 @@ def test_optional_files_are_copied_to_the_next_version(index: Path, encoder_file
     assert {kind for kind in first if first[kind] != second[kind]} == {"keys", "index", "labels", "values"}
     cache.save(tmp_path / "elsewhere")
     shutil.rmtree(index)
-    assert cache.tuned == tmp_path / "elsewhere" / second["weights"]
     for folder in (tmp_path / "elsewhere", tmp_path / "again"):
         cache.save(folder)
         found = verify(folder)
         assert found.curve.equals(CURVE)
-        assert found.tuned is not None
-        assert found.tuned.read_bytes() == raw
         assert torch.equal(found.logits(QUERIES, 9), cache.logits(QUERIES, 9))
 
 
@@ -557,8 +536,6 @@ def save_array(array: Array) -> Callable[[Path], None]:
         ("values", save_array(VALUES[:-1]), {}),
         ("values", save_array(VALUES[:, :-1]), {}),
         ("values", save_array(VALUES.astype(np.float16)), {}),
-        ("weights", lambda path: path.write_bytes(b"x"), {}),
-        ("weights", lambda path: None, {"rows": 4}),
         ("curve", lambda path: path.write_bytes(b"x"), {}),
         ("curve", lambda path: None, {"rows": 4}),
     ],
@@ -580,17 +557,8 @@ def test_verify_finds_values_that_are_not_finite(index: Path) -> None:
         verify(index)
 
 
-def test_a_bad_encoder_or_curve_is_refused_and_changes_nothing(index: Path, tmp_path: Path) -> None:
+def test_a_bad_curve_is_refused_and_changes_nothing(index: Path) -> None:
     before = snapshot(index)
-    (tmp_path / "garbage.safetensors").write_bytes(b"garbage")
-    save_file({}, tmp_path / "empty.safetensors")
-    for name in ("garbage.safetensors", "missing.safetensors", "."):
-        with pytest.raises(StoreError, match="cannot be read as safetensors") as error:
-            replace(model(), tuned=tmp_path / name).save(index)
-        assert str(error.value).startswith(str(tmp_path / name))
-        assert snapshot(index) == before
-    with pytest.raises(InputError, match=r"files\.weights\.rows"):
-        replace(model(), tuned=tmp_path / "empty.safetensors").save(index)
     odd = pa.table({"loss": pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array([1])])})
     with pytest.raises(InputError, match=r"^curve: cannot store a column"):
         replace(model(), curve=odd).save(index)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import tempfile
@@ -107,16 +106,7 @@ class OpenIndex:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the whole index, so that a pickle needs neither its folder nor its store."""
-        cache = copy.copy(self.cache.in_memory())
-        weights, cache.tuned = None if cache.tuned is None else cache.tuned.read_bytes(), None
-        return {"cache": cache, "encoder": self.encoder, "weights": weights}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.cache, self.encoder = state["cache"], state["encoder"]
-        if state["weights"] is not None:
-            self._temporary = TemporaryIndex()
-            self.cache.tuned = self._temporary.place.with_name("weights.safetensors")
-            self.cache.tuned.write_bytes(state["weights"])
+        return {"cache": self.cache.in_memory(), "encoder": self.encoder}
 
     def _saved_at(self) -> str | None:
         return None if self._temporary is not None else self.cache.place
@@ -182,6 +172,4 @@ def check_place(name: str, given: object) -> Place:
 
 def _own_backbone(cache: AnsweringIndex, device: str, precision: Precision = "auto") -> Backbone | None:
     identity = cache.backbone
-    if identity is not None and cache.tuned is not None:
-        return load_backbone(identity.model, identity.pretrained, device=device, precision=precision, tuned=cache.tuned)
     return None if identity is None else load_when_needed(identity, cache.d, device=device, precision=precision)

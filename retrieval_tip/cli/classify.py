@@ -374,12 +374,12 @@ def _on_ray(
 
     if encoding.precision in ("int8", "fast"):  # each actor would calibrate on photos of its own
         raise UsageError(f"--precision {encoding.precision}: --engine ray needs float32, float16 or bfloat16")
-    identity, tuned = (None, None) if index is None else (index.backbone, index.tuned)
+    identity = None if index is None else index.backbone
     backbone = None
     if encoding.model or any(isinstance(piece, str) or piece.table is None for piece in pieces):
         if index is not None and identity is None and not encoding.model:
             raise UsageError(UNNAMED)
-        load = partial(load_backbone, *name_of(encoding, identity), tuned=tuned)
+        load = partial(load_backbone, *name_of(encoding, identity))
         backbone = partial(load, precision=encoding.precision, runtime=encoding.runtime)
     cache = None if encoding.no_cache else str(encoding.cache or EncodingCache.default_folder())
     work = Work(encoding.encoder(views), backbone, cache, question)

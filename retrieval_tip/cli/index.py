@@ -533,9 +533,7 @@ def export_command(
 
         named, backbone = cache.backbone, None
         if not features and named is not None:
-            backbone = load_backbone(
-                named.model, named.pretrained, device="cpu", precision="float32", runtime="torch", tuned=cache.tuned
-            )
+            backbone = load_backbone(named.model, named.pretrained, device="cpu", precision="float32", runtime="torch")
         asked = cache.with_settings(cache.settings.override(k=k))
         facts = export_onnx(asked, onnx, backbone, int8=precision == "int8")
         given = "features" if backbone is None else "pixels"

@@ -110,7 +110,6 @@ class Origin:
     manifest: Manifest
     backbone: Identity | None
     d: int
-    tuned: Path | None
     load: Callable[[], AnsweringIndex]
 
     @classmethod
@@ -122,7 +121,7 @@ class Origin:
         store = at(folder)
         manifest = store.manifest()
         backbone = Identity.from_dict(manifest.backbone) if manifest.backbone else None
-        return cls(manifest, backbone, manifest.d, store.tuned(manifest), store.load)
+        return cls(manifest, backbone, manifest.d, store.load)
 
 
 def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tuple[str, str | None]:
@@ -134,7 +133,7 @@ def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tupl
     return identity.model or DEFAULT, backbone.pretrained or identity.pretrained
 
 
-def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Path | None = None) -> Backbone:
+def load(backbone: BackboneOptions, identity: Identity | None = None) -> Backbone:
     """Load the backbone named by :func:`name_of`."""
     from retrieval_tip.backbones.loading import load_backbone
 
@@ -143,8 +142,7 @@ def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Pat
     if sys.stderr.isatty() and not (ctx is not None and ctx.obj):  # loading takes seconds
         say(f"Loading {model} ...")
     return load_backbone(
-        model, pretrained, device=backbone.device, precision=backbone.precision, runtime=backbone.runtime, tuned=tuned,
-        lazy=True,
+        model, pretrained, device=backbone.device, precision=backbone.precision, runtime=backbone.runtime, lazy=True
     )  # fmt: skip
 
 
@@ -177,12 +175,12 @@ def backbone_for(
     if needed or any(source.table is None for source in sources):
         if identity is None and not backbone.model:
             raise UsageError(UNNAMED)
-        if identity and not (needed or cache.tuned or backbone.model or backbone.pretrained):
+        if identity and not (needed or backbone.model or backbone.pretrained):
             loaded = load_when_needed(
                 identity, cache.d, device=backbone.device, precision=backbone.precision, runtime=backbone.runtime
             )
         else:
-            loaded = load(backbone, identity, cache.tuned)
+            loaded = load(backbone, identity)
     check_backbone(cache.backbone, cache.d, loaded, list(sources))
     return loaded
 

@@ -107,10 +107,6 @@ class FolderStore(Store):
 
         return folders.fit(self.folder, asked, queries)
 
-    def tuned(self, manifest: Manifest) -> Path | None:
-        file = manifest.files.get("weights")
-        return None if file is None else index_folder.find_weights(self.folder, file)
-
     def has_text(self, manifest: Manifest) -> bool:
         return index_folder.has_text(self.folder, manifest)
 

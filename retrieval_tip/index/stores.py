@@ -154,10 +154,6 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def tuned(self, manifest: Manifest) -> Path | None:
-        """Return the path of a version's fine-tuned encoder weights, or ``None`` if it has no such encoder."""
-
-    @abstractmethod
     def has_text(self, manifest: Manifest) -> bool:
         """Return whether a version has any text weight that is not zero."""
 

@@ -74,11 +74,11 @@ class LanceStore(LanceVersions, Store):
         return LanceModel.load(self, device=material.device, version=draft.version)
 
     def copy_from(self, model: AnsweringIndex, what: str) -> int:
-        """See :meth:`Store.copy_from`. Raises InputError if the index has trained values or a trained encoder."""
+        """See :meth:`Store.copy_from`. Raises InputError if the index has trained values."""
         from retrieval_tip.lance.draft import LanceDraft, values_by_id
 
-        if (model.values is not None and model.fitted is None) or model.tuned is not None:
-            raise InputError(f"{self}: a LanceDB store cannot hold trained values or a trained encoder; use a folder")
+        if model.values is not None and model.fitted is None:
+            raise InputError(f"{self}: a LanceDB store cannot hold trained values; use a folder")
         assert model.next_key_id is not None
         with self.write() as writer:
             draft = LanceDraft.create(
@@ -139,9 +139,6 @@ class LanceStore(LanceVersions, Store):
                 raise StoreError(f"{self}: another process has changed it in the meantime; try again")
             change.what = "fit"
             return shots.fit(change.cache, asked, judged_by)
-
-    def tuned(self, manifest: Manifest) -> None:
-        return None
 
     def has_text(self, manifest: Manifest) -> bool:
         return bool(self.classes(manifest).text.any())

@@ -133,17 +133,17 @@ class Backbones:
 
     def __init__(self, device: str, precision: Precision, verify: Verify | None, *known: Backbone) -> None:
         self.device, self.precision, self.verify = device, precision, verify
-        self._open: weakref.WeakValueDictionary[tuple[str, Path | None, str], Any] = weakref.WeakValueDictionary()
+        self._open: weakref.WeakValueDictionary[tuple[str, str], Any] = weakref.WeakValueDictionary()
         for backbone in known:
-            self._open[backbone.identity.fingerprint, None, ""] = backbone
+            self._open[backbone.identity.fingerprint, ""] = backbone
 
     def of(self, cache: AnsweringIndex, name: str) -> Backbone | None:
         """Return an index's backbone, or ``None`` if the index names none or loading fails. Failures are logged."""
         identity = cache.backbone
         if identity is None:
             return None
-        shared = (identity.fingerprint, cache.tuned, "")
-        key = (*shared[:2], name) if self.precision == "fast" else shared  # which is checked for each index
+        shared = (identity.fingerprint, "")
+        key = (identity.fingerprint, name) if self.precision == "fast" else shared  # which is checked for each index
         backbone: Backbone | None = self._open.get(key) or self._open.get(shared)
         if backbone is None:
             try:
@@ -155,9 +155,7 @@ class Backbones:
         return backbone
 
     def _loaded(self, identity: Identity, cache: AnsweringIndex) -> Backbone:
-        backbone = load_backbone(
-            identity.model, identity.pretrained, device=self.device, precision=self.precision, tuned=cache.tuned
-        )
+        backbone = load_backbone(identity.model, identity.pretrained, device=self.device, precision=self.precision)
         check_backbone(identity, cache.d, backbone, [])
         settle(Encoder(backbone), cache)
         backbone.encode_images(torch.zeros(1, 3, *backbone.size))  # warms up the backbone

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +15,7 @@ import torch
 from retrieval_tip import tip
 from retrieval_tip.errors import StoreError
 from retrieval_tip.files import real
-from retrieval_tip.store.folder import Check, find_weights, read_array, read_curve, read_labels
+from retrieval_tip.store.folder import Check, read_array, read_curve, read_labels
 from retrieval_tip.store.manifest import DataFile, Manifest, Segment
 from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.writer import Writer
@@ -44,9 +44,8 @@ class Contents:
     ``segments`` are float32 or float16 arrays of keys, of shape ``[n_i, d]``. The ``index`` covers the first segment.
     ``labels`` has one row per key. ``text`` has shape ``[c, d]`` and ``values`` has shape ``[n, c]``; both are float32.
     A fitted index also has a ``metric``, the ``points`` of the first segment under that metric, and the ``sums`` of all
-    keys. ``prior`` is the scatter of other photos, of shape ``[d, d]``. A fine-tuned index also has the loss ``curve``
-    and the path of its encoder ``weights``. :meth:`read` does not set ``index``, because the caller opens the index
-    with FAISS.
+    keys. ``prior`` is the scatter of other photos, of shape ``[d, d]``. A fine-tuned index also has the loss
+    ``curve``. :meth:`read` does not set ``index``, because the caller opens the index with FAISS.
     """
 
     segments: Sequence[npt.NDArray[np.floating]]
@@ -54,7 +53,6 @@ class Contents:
     text: npt.NDArray[np.floating] | torch.Tensor
     values: npt.NDArray[np.floating] | torch.Tensor | None = None
     curve: pa.Table | None = None
-    weights: Path | None = None
     index: SavedIndex | None = None
     metric: tip.Metric | None = None
     points: npt.NDArray[np.floating] | None = None
@@ -84,14 +82,13 @@ class Contents:
             text=read_array(folder, files["text"], (c, manifest.d)),
             values=read_array(folder, files["values"], (manifest.n, c), (np.float32,)) if "values" in files else None,
             curve=read_curve(folder, files["curve"]) if "curve" in files else None,
-            weights=find_weights(folder, files["weights"]) if "weights" in files else None,
         )
 
-    def write(self, writer: Writer, stored: Stored | None) -> Contents:
+    def write(self, writer: Writer, stored: Stored | None) -> None:
         """Seal the files that are not shared with the parent version of the writer.
 
-        ``stored`` is the version from which these contents were read. Return the contents with the new path of
-        ``weights``. Raises StoreError if a file is damaged or cannot be written.
+        ``stored`` is the version from which these contents were read. Raises StoreError if a file is damaged or cannot
+        be written.
         """
         shared = stored if stored is not None and stored.is_before(writer) else None
         if stored is not None:
@@ -113,7 +110,6 @@ class Contents:
                 writer.seal_table(kind, held)
             else:
                 writer.seal_array(kind, array_of(held))
-        return self if self.weights is None else replace(self, weights=writer.seal_weights(self.weights))
 
     def _write_keys(self, writer: Writer, shared: Stored | None) -> None:
         at = 0
@@ -213,5 +209,5 @@ class Stored:
             segments = [segment for part in contents.segments if (segment := self.segment_of(part)) is not None]
             known = {segment.keys for segment in segments} | {part.labels for part in segments if self.named}
             same = [kind for kind in HELD if getattr(contents, kind) is getattr(self.contents, kind, None)]
-            known |= {files[kind] for kind in ("index", "weights", *same) if kind in files}
+            known |= {files[kind] for kind in ("index", *same) if kind in files}
         Check(self.check.folder, self.manifest, known=known).wait()

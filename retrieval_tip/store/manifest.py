@@ -28,7 +28,7 @@ format 5 ``built``, format 6 ``sums``, which must be updated whenever the keys c
 """
 
 KINDS = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy"}
-OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parquet", "text_index": ".faiss",
+OPTIONAL_KINDS = {"values": ".npy", "curve": ".parquet", "text_index": ".faiss",
                   "metric": ".npy", "points": ".npy", "sums": ".npy", "prior": ".npy"}  # fmt: skip
 """Files that only fitted or fine-tuned indexes have.
 
@@ -37,7 +37,7 @@ OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parque
   ``points``, which is ``phi(K)`` of the first segment. If the index has many keys, it also has ``sums``, a float64
   array of shape ``[c + d, 1 + d]`` over all keys (see :class:`sums.Sums`). If it was fitted with the scatter of other
   photos, that is the ``prior``, a float32 array of shape ``[d, d]``.
-- A fine-tuned index has ``weights``, the tensors of the encoder, and ``curve``, the training loss.
+- A fine-tuned index has ``curve``, the training loss.
 - ``text_index`` is ignored. Up to version 0.1, indexes with more than 32,768 classes had this file.
 """
 TABLE_KINDS = {"classes": ".parquet"}
@@ -62,8 +62,8 @@ _TABLE_FILE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)+")
 class DataFile:
     """An immutable file of an index, described by its path in the folder, number of rows, size and SHA-256.
 
-    ``rows`` is usually the number of keys. It is the number of classes for text weights, the number of tensors for
-    encoder weights, the number of epochs for a curve, ``1 + d`` for a metric and ``c + d`` for sums.
+    ``rows`` is usually the number of keys. It is the number of classes for text weights, the number of epochs for a
+    curve, ``1 + d`` for a metric and ``c + d`` for sums.
     """
 
     name: str
@@ -170,7 +170,7 @@ class Manifest:
     def from_bytes(
         cls, raw: bytes, name: str, remedy: str = "restore it, or delete the folder and build the index again"
     ) -> Manifest:
-        """Invert :meth:`to_bytes`. Raises StoreError if the manifest is damaged."""
+        """Invert :meth:`to_bytes`. Raises StoreError if the manifest is damaged, or if its encoder was trained."""
         damaged = f"{name}: damaged"
         try:
             body = json.loads(raw.decode("utf-8"))
@@ -194,6 +194,10 @@ class Manifest:
             raise StoreError(f"{damaged} (its checksum does not match); {remedy}")
         if unknown := body.keys() - _ENTRIES:  # an unknown entry may change every answer
             raise StoreError(f"{name}: has unknown entries ({ascii(sorted(unknown))[:100]}); install {writer}")
+        if isinstance(body.get("files"), dict) and "weights" in body["files"]:
+            raise StoreError(
+                f"{name}: the index has trained encoder weights, which are no longer read; build the index again"
+            )
         try:
             if type(version) is not int or version < 1:
                 raise ValueError("format_version")
