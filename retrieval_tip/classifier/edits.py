@@ -18,7 +18,8 @@ from retrieval_tip.data.sources import Source, kind_of
 from retrieval_tip.errors import UsageError
 from retrieval_tip.evaluation.calibration import Calibration, apply, calibrate
 from retrieval_tip.fit.closed_form import FormChoice
-from retrieval_tip.fit.search_hp import Queries, on_validation, validation_shots
+from retrieval_tip.fit.folds import Queries
+from retrieval_tip.fit.search_hp import on_validation, validation_shots
 from retrieval_tip.index import changes, places
 from retrieval_tip.index.changes import Added, Changed, Renamed
 from retrieval_tip.index.fit import fit_index

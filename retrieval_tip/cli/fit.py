@@ -94,7 +94,7 @@ _JUDGED = options.several(
 @click.option("--val", "source", type=SOURCE,
               help="Labelled validation source. The val part of a split .json is used.")  # fmt: skip
 @_JUDGED
-@click.option("--surface", type=FILE, help="Parquet file to write, with the accuracy for each k, beta and alpha.")
+@click.option("--surface", type=FILE, help="Parquet file to write, with the accuracy for each beta and alpha.")
 @click.option(
     "--greedy",
     is_flag=True,
@@ -120,20 +120,21 @@ def search_command(
     root: Path | str | None,
     encoding: EncodingOptions,
 ) -> None:
-    """Search for the best alpha, beta and k, as in Tip-Adapter.
+    """Search for the best alpha and beta, as in Tip-Adapter.
 
     The settings are selected on validation images (--val) or on the shots (--leave-one-out or --folds), and never on
-    test images. If --val is a split .json, its val part is used. The search is exact in alpha. The result is saved as a
-    new version of the index.
+    test images. If --val is a split .json, its val part is used. The search uses all keys, and it is exact in alpha.
+    The result is saved as a new version of the index. Use index tune to select k.
     """
     from retrieval_tip.fit import search_hp
+    from retrieval_tip.fit.folds import Queries
 
     if sum((source is not None, leave_one_out, folds is not None)) != 1:
         raise UsageError("search-hp: give exactly one of --val SOURCE, --leave-one-out and --folds N")
     cache = checked(folder, encoding.device)
     skipped: list[Skipped] = []
     if source is None:
-        queries = search_hp.leave_one_out(cache) if folds is None else search_hp.folds(cache, folds)
+        queries = Queries.leave_one_out(cache) if folds is None else Queries.in_folds(cache, folds)
     else:
         val = validation(cache, source, root, val_shots)
         with encoder_for(ctx, cache, [val], encoding) as encoder:
@@ -145,14 +146,14 @@ def search_command(
         search_hp.write_surface(choice, surface)
     if not dry_run:
         search_hp.apply(cache, choice, folder)
-    _print_choice(choice, choice.k if dry_run else cache.settings.k, cache.version, as_json)
+    _print_choice(choice, cache.version, as_json)
     finish(ctx, skipped)
 
 
-def _print_choice(choice: HyperparameterChoice, k: int | None, version: int | None, as_json: bool) -> None:
+def _print_choice(choice: HyperparameterChoice, version: int | None, as_json: bool) -> None:
     """Print the selected settings. In JSON, an unbounded interval ends with null."""
     facts = {name: value for name, value in vars(choice).items() if name not in ("surface", "warnings")}
-    facts |= {"k": k or "all", "version": version}
+    facts["version"] = version
     if as_json:
         facts["interval"] = [None if value == float("inf") else value for value in choice.interval]
         click.echo(json.dumps(facts | {"warnings": choice.warnings}))

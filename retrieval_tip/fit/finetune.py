@@ -30,7 +30,7 @@ from retrieval_tip.data.sources import Source, is_there, open_source
 from retrieval_tip.errors import InputError, show
 from retrieval_tip.files import make_folders
 from retrieval_tip.fit import closed_form, search_hp
-from retrieval_tip.fit.folds import Folds
+from retrieval_tip.fit.folds import Folds, Queries
 from retrieval_tip.fit.forms import like
 from retrieval_tip.fit.trainer import Recipe, Trainer, cosine
 from retrieval_tip.retrieval.keys import index_over
@@ -115,7 +115,7 @@ class Tuned:
 
 def finetune_into(
     out: str | os.PathLike[str], cache: CacheModel, shots: Source, encoder: Encoder, recipe: Recipe | None = None, *,
-    val: Source | search_hp.Queries | None = None, parent: str = "", keep_last: bool = False,
+    val: Source | Queries | None = None, parent: str = "", keep_last: bool = False,
 ) -> Tuned:  # fmt: skip
     """Fine-tune an index, and write the result into the folder ``out`` if it is more accurate.
 
@@ -150,7 +150,7 @@ def finetune_into(
 
 def finetune(
     cache: CacheModel, shots: Source, encoder: Encoder, recipe: Recipe | None = None, *,
-    val: Source | search_hp.Queries | None = None, parent: str = "",
+    val: Source | Queries | None = None, parent: str = "",
     on_epoch: Callable[[Mapping[str, float]], None] | None = None,
 ) -> Tuned:  # fmt: skip
     """Train an index by minimising the cross-entropy of ``logit_scale f W^T + alpha C`` (paper, equation 6).
@@ -274,11 +274,11 @@ class _Material:
     shots: Source
     ids: npt.NDArray[np.int64]
     views: Views | None
-    queries: search_hp.Queries | None
+    queries: Queries | None
 
     @classmethod
     def of(
-        cls, cache: CacheModel, shots: Source, encoder: Encoder, recipe: Recipe, val: Source | search_hp.Queries | None
+        cls, cache: CacheModel, shots: Source, encoder: Encoder, recipe: Recipe, val: Source | Queries | None
     ) -> _Material:
         encoder, views = replace(encoder, views=1), None
         if shots.paths is not None:  # use each image once; rows of a feature table are views

@@ -1,10 +1,13 @@
-"""Hold out some of the shots, fit a form to the others, and blend the terms of its logits."""
+"""Hold out some of the shots, fit a form to the others, and blend the terms of its logits.
+
+:class:`Folds` fits a form again without each fold. :class:`Queries` hides keys from queries, but keeps the fit.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, Self, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +15,17 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.bounds import check_count
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.fit.scatter import FewScatter, FloatArray, Scatter
-from retrieval_tip.retrieval.keys import KEY_BLOCK
+from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.ridge import class_weights
 from retrieval_tip.retrieval.segments import Keys, KeysInPlace
 from retrieval_tip.settings import ClassPrior, Settings
+from retrieval_tip.store.labels import images_of
 from retrieval_tip.store.sums import Sums
 
 IntArray = npt.NDArray[np.int64]
@@ -39,6 +46,8 @@ STEPS, REACH = 60, 4.0
 """Maximum number of Newton steps, and bound on the logarithms for logits of unit spread."""
 BLOCK = 1 << 16
 """Number of logits of each term to process at once, so that they stay in the processor's cache."""
+VALUES = 1 << 23
+"""Number of affinities of :class:`Queries` in memory at a time. They take 32 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -413,6 +422,125 @@ class Folds:
             cache += tip.cache_logits(tip.affinity(queries, points), ids, self.c, form.beta)
             tip.add_rows(sums, ids, points.double())
         return cache, tip.Discriminant.of(sums.float(), counts.float())(queries)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Labelled queries, with ``features`` of shape ``[q, d]`` and class ``ids`` of shape ``[q]``.
+
+    ``groups`` is an array of shape ``[n]`` with the group of each key. Query i does not see the keys whose group equals
+    ``hidden[i]``. If ``hidden`` is ``None``, all queries see all keys.
+    """
+
+    features: npt.NDArray[np.floating]
+    ids: IntArray
+    name: str
+    hidden: IntArray | None = None
+    groups: IntArray | None = None
+
+    @classmethod
+    def leave_one_out(cls, cache: CacheModel) -> Self:
+        """Return the shots as queries that do not see the keys of their own image (see :func:`labels.images_of`).
+
+        Raises UsageError if a class has a single image, or if the values of the index were solved.
+        """
+        if cache.fitted is not None and cache.fitted.solved:
+            raise UsageError(
+                "leave-one-out: the values of this index were solved from all its shots; run retrieval-tip fit, which "
+                "solves them again without each fold, or give --val SOURCE"
+            )
+        groups, ids = images_of(cache.labels), cache.class_ids.cpu().numpy()
+        _, first = np.unique(groups, return_index=True)  # one query per image
+        single = np.flatnonzero(np.bincount(ids[first], minlength=len(cache.class_names)) == 1)
+        if single.size:
+            raise UsageError(
+                f"leave-one-out: class {cache.class_names[single[0]]!r} has one image; give every class at least 2, or "
+                "give --val SOURCE"
+            )
+        features = np.asarray(cache.keys[first], dtype=np.float32)
+        return cls(features, ids[first], "its own shots, each held out in turn", groups[first], groups)
+
+    @classmethod
+    def in_folds(cls, cache: CacheModel, number: int) -> Self:
+        """Return the shots as queries that do not see the keys of their own fold. Each class has ``number`` folds."""
+        check_count("folds", number, 2)
+        loo, generator = cls.leave_one_out(cache), np.random.default_rng(1)
+        assert loo.hidden is not None
+        fold_of = np.zeros(int(loo.hidden.max()) + 1, dtype=np.int64)
+        for class_id in np.unique(loo.ids):
+            images = generator.permutation(loo.hidden[loo.ids == class_id])
+            fold_of[images] = (int(generator.integers(number)) + np.arange(len(images))) % number
+        name = f"its own shots in {number} folds"
+        return replace(loo, name=name, hidden=fold_of[loo.hidden], groups=fold_of[loo.groups])
+
+    def blocks(self, cache: CacheModel, k: int | None = None) -> Iterator[tuple[slice, Visible]]:
+        """Yield the queries in blocks, with the keys that they see: all, or those among the ``k`` nearest."""
+        c, every = len(cache.class_names), cache.class_ids.cpu().numpy()
+        most = max(c, cache.n if k is None else min(k, cache.n))
+        for part in slices(len(self.ids), max(1, min(QUERY_BLOCK, VALUES // most))):
+            features = torch.from_numpy(np.asarray(self.features[part], dtype=np.float32)).to(cache.device)
+            points, counts = cache.retrieval.points(features), cache.retrieval.keys.counts.expand(len(features), -1)
+            if k is None:
+                rows = torch.arange(cache.n, device=cache.device)
+                affinity = torch.cat([tip.affinity(keys, points) for keys, _ in cache.key_blocks()]).T
+                unseen = affinity.new_zeros(1, 1, dtype=torch.bool)
+            else:
+                near = cache.retrieval.nearest(points, k)
+                affinity, rows, unseen = near.affinity, near.rows, near.rows < 0
+            if self.hidden is not None and self.groups is not None:
+                hidden, place = np.unique(self.hidden[part], return_inverse=True)
+                at = np.searchsorted(hidden, self.groups).clip(max=len(hidden) - 1)
+                own = hidden[at] == self.groups
+                gone = np.bincount(at[own] * c + every[own], minlength=len(hidden) * c).reshape(-1, c)[place]
+                counts = counts - torch.from_numpy(gone).to(counts)
+                groups = torch.from_numpy(self.groups).to(cache.device)[rows]
+                unseen = unseen | (groups == torch.from_numpy(self.hidden[part]).to(cache.device)[:, None])
+            yield part, Visible(cache, features, points, affinity, rows, unseen, counts)
+
+
+@dataclass(frozen=True)
+class Visible:
+    """The ``affinity`` ``[q, m]`` of queries to the keys at some ``rows``, which of them are ``unseen``, and counts.
+
+    ``rows`` has the shape ``[m]``, or ``[q, m]`` if each query has its own keys, where -1 stands for no key. ``counts``
+    ``[q, c]`` are the numbers of visible keys of each class, whether they are among the rows or not.
+    """
+
+    cache: CacheModel
+    features: Tensor
+    points: Tensor
+    affinity: Tensor
+    rows: Tensor
+    unseen: Tensor
+    counts: Tensor
+
+    @property
+    def ids(self) -> Tensor:
+        """The class ids of the keys, or ``c`` where there is no key."""
+        ids = self.cache.class_ids[self.rows.clamp_min(0)]
+        return ids.masked_fill(self.rows < 0, len(self.cache.class_names))
+
+    def terms(self, betas: Sequence[float]) -> Iterator[tip.Terms]:
+        """Yield the terms of the logits over all visible keys, for each beta.
+
+        If a query sees ``m`` of the ``n`` keys of a class, their weights are multiplied by ``n / m``, so that settings
+        for these terms suit the whole index. The discriminant has the offsets of all keys.
+        """
+        retrieval, ids, c = self.cache.retrieval, self.ids, len(self.cache.class_names)
+        settings, values, own = retrieval.settings, retrieval.values, retrieval.keys.discriminant
+        text = tip.text_logits(self.features, retrieval.text_weights, settings.logit_scale)
+        factor = torch.where(self.counts > 0, retrieval.keys.counts / self.counts.clamp_min(1), 0)
+        discriminant = None
+        if settings.gamma:
+            means = tip.sum_by_class(self.affinity.masked_fill(self.unseen, 0), ids, c) / self.counts.clamp_min(1)
+            discriminant = torch.where(self.counts > 0, means + own.offsets, own(self.points))
+        for beta in betas:
+            weights = tip.weight(self.affinity, beta).masked_fill_(self.unseen, 0)
+            if values is None:
+                cache = tip.sum_by_class(weights, ids, c) * factor
+            else:
+                cache = tip.Values(values).weighted(weights.mul_(factor[:, ids]))
+            yield tip.Terms(text, tip.log_cache(cache, settings.log_offset), discriminant)
 
 
 def ranks_within(ids: IntArray, draw: np.random.Generator) -> IntArray:

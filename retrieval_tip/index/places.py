@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need i
     from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.cache_model import CacheModel
     from retrieval_tip.fit.closed_form import Fit, FormChoice
-    from retrieval_tip.fit.search_hp import Queries
+    from retrieval_tip.fit.folds import Queries
     from retrieval_tip.index.items import Material
 
 Place = str | os.PathLike[str]

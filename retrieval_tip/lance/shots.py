@@ -14,7 +14,7 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import StoreError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit, FormChoice
-from retrieval_tip.fit.search_hp import Queries
+from retrieval_tip.fit.folds import Queries
 from retrieval_tip.lance.draft import LanceDraft
 from retrieval_tip.lance.key_table import CLASSES, VECTOR, IntArray, KeyTable
 from retrieval_tip.retrieval.ridge import MOST_SOLVED
