@@ -14,6 +14,7 @@ from retrieval_tip import CacheModel, Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.finetune import finetune, own_shots
+from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.scatter import FloatArray
 from retrieval_tip.fit.trainer import Recipe
 
@@ -53,10 +54,10 @@ class Shots:
     scales: tuple[float, float] | None = None
 
     @property
-    def queries(self) -> search_hp.Queries | None:
+    def queries(self) -> Queries | None:
         """The validation items as queries."""
         val = self.val
-        return None if val is None else search_hp.unseen(self.cache, val.features, val.ids, val.name)
+        return None if val is None else Queries(val.features, val.ids, val.name)
 
 
 Answering = CacheModel | baselines.Linear
@@ -78,7 +79,7 @@ def searched(shots: Shots) -> Answering:
     if queries is None:
         if min(filter(None, cache.counts)) < 2:  # a single shot cannot be held out
             return cache
-        queries = search_hp.leave_one_out(cache)
+        queries = Queries.leave_one_out(cache)
     return cache.with_settings(search_hp.search(cache, queries, cautious=True).settings(cache.settings))
 
 

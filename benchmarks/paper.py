@@ -6,11 +6,6 @@ interval (Student's t), with one centre view per shot. Use --protocol to determi
 honest, they are selected on the published validation draw of min(shots, 4) images per class, or by leave-one-out if
 there is no validation part. With paper, the published grid is searched on the whole validation part. If a run is
 interrupted, it resumes from --work.
-
-With --table 1, the parts of Table 1 are fine-tuned on Caltech101 instead. In every row, training uses the same alpha
-and beta until the last epoch, and the test part is then classified with them. The test part is also classified with
-alpha, beta and k that are selected on the validation part. No setting is selected on the test part. Encoders are
-trained for fewer epochs than in the paper; the number of epochs is printed.
 """
 
 from __future__ import annotations
@@ -18,10 +13,9 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +26,9 @@ from common import SHARED, machine
 from methods import Items, Method, Shots, cache_alone, closed, fine_tuned, paper, searched, zero_shot
 
 from retrieval_tip import Encoder, EncodingCache, build_index, load_backbone, open_source
-from retrieval_tip.backbones.base import PARTS
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data import datasets
-from retrieval_tip.data.encoder import view_names
 from retrieval_tip.data.shots import few_shot_split
-from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import RetrievalTipError
-from retrieval_tip.evaluation.compare import SIGNIFICANT, mcnemar
-from retrieval_tip.fit import search_hp
-from retrieval_tip.fit.finetune import finetune, own_shots
-from retrieval_tip.fit.trainer import VIEWS, Recipe
 from retrieval_tip.report.curve import draw, half_width
 from retrieval_tip.store.folder import read_manifest
 
@@ -70,14 +56,6 @@ SCALES = {
     "DTD": (13.0, 13.0), "EuroSAT": (12.0, 10.0), "UCF101": (7.0, 3.0),
 }  # fmt: skip
 """Largest beta and alpha of the published grid."""
-
-TABLE_1 = "Caltech101"
-TRAINED = ("", "keys", "values", "keys+values", "visual", "text", "visual+text")
-SETTINGS = (50.0, 1.0)
-"""Alpha and beta for every row of Table 1, from a coarse grid on the validation part (see lit-mini's MODEL.md)."""
-EPOCHS = {"visual": 2, "visual+text": 2, "text": 5}
-"""Numbers of epochs that differ from the paper's 20 epochs, because an encoder takes minutes per epoch on two cores."""
-TEMPLATE = "a photo of a {}."
 
 
 def published() -> list[dict[str, str]]:
@@ -179,126 +157,6 @@ def print_published(table: str, title: str, why: str, facts: list[dict[str, str]
             click.echo(f"  published {row['accuracy']:>10}  {', '.join(filter(None, parts))}")
 
 
-def finetuning(root: Path, work: Path, model: str, pretrained: str | None, facts: list[dict[str, str]]) -> None:
-    """Print Table 1, with measured and published figures for each combination of trained parts."""
-    folder = place(TABLE_1, root)
-    train, val, test = (datasets.open_dataset(TABLE_1, folder, part) for part in ("train", "val", "test"))
-    backbone = load_backbone(model, pretrained, device="cpu")
-    encoder = Encoder(backbone, cache=EncodingCache(work / "encodings"), progress=True)
-    alpha, beta = SETTINGS
-    out = work / f"{TABLE_1}-table-1-{backbone.identity.fingerprint}"
-    start = time.perf_counter()
-    index = build_index(train, out, encoder, shots=16, templates=[TEMPLATE], alpha=alpha, beta=beta, device="cpu")
-    shots = own_shots(index, train)
-    encoder.encode_views(shots, view_names(1, VIEWS))
-    encoding = time.perf_counter() - start
-    click.echo(
-        f"\nTable 1, fine-tuned parts. Published: ImageNet, RN50, 20 epochs, RTX 3090. Here: {TABLE_1}, "
-        f"{len(index.class_names)} classes, {index.n} shots, {len(test)} test images, {backbone.identity};\n"
-        f"alpha {alpha:g}, beta {beta:g}, all keys; {VIEWS} cached views per shot (visual: new ones); seconds of "
-        f"training\n(plus {encoding:.0f} s for encoding); loss of the last epoch; tuned: with settings chosen on "
-        f"{len(val)} validation images afterwards"
-    )
-    click.echo(
-        f"{'trained':<13}{'epochs':>7}{'parameters':>12}{'seconds':>9}{'loss':>7}{'val':>6}{'test':>6}"
-        f"{'':>6} {'here':<13}{'tuned':>6}{'alpha':>7}{'beta':>6}{'k':>5}{'published':>11}{'time':>12}  there"
-    )
-    by = {row["trained"]: row for row in facts if row["table"] == "1"}
-    none: Score | None = None
-    for trained in TRAINED:
-        found, row = finetuned(index, shots, val, test, encoder, trained), by[trained]
-        none = none or found.test
-        change = found.test.percent - none.percent
-        here = "collapsed" if found.collapsed else compared(found.test, none)
-        there = direction(by[""]["accuracy"], row["accuracy"])
-        click.echo(
-            f"{trained or 'none':<13}{found.epochs:>7}{found.parameters:>12,}{found.seconds:>9.1f}{found.loss:>7.3f}"
-            f"{100 * found.val:>6.1f}{found.test.percent:>6.1f}{change:>+6.1f} {here:<13}"
-            f"{found.tuned.percent:>6.1f}{found.tuned.alpha:>7.1f}{found.tuned.beta:>6.2f}{found.tuned.k or 'all':>5}"
-            f"{row['accuracy']:>11}{row['train_time']:>12}  {there}"
-        )
-
-
-@dataclass(frozen=True)
-class Score:
-    """Settings of an index. ``right`` tells for each test item whether the index classifies it correctly."""
-
-    right: np.ndarray
-    alpha: float
-    beta: float
-    k: int | None
-
-    @classmethod
-    def of(cls, cache: CacheModel, items: Items) -> Score:
-        found = cache.logits(items.features, cache.settings.k).argmax(dim=1).cpu().numpy()
-        return cls(found == items.ids, cache.settings.alpha, cache.settings.beta, cache.settings.k)
-
-    @property
-    def percent(self) -> float:
-        return 100 * float(self.right.mean())
-
-
-@dataclass(frozen=True)
-class Finetuned:
-    """One row of Table 1.
-
-    ``val`` and ``test`` use the training settings, and ``tuned`` uses settings that are selected after training.
-    """
-
-    epochs: int
-    parameters: int
-    seconds: float
-    loss: float
-    collapsed: bool
-    val: float
-    test: Score
-    tuned: Score
-
-
-def finetuned(index: CacheModel, shots: Source, val: Source, test: Source, encoder: Encoder, trained: str) -> Finetuned:
-    """Train one combination of parts until the last epoch."""
-    cache, parts, epochs = index, tuple(filter(None, trained.split("+"))), 0
-    seconds, loss, collapsed = 0.0, math.nan, False
-    if parts:
-        epochs = EPOCHS.get(trained, 20)
-        recipe = Recipe(parts, epochs=epochs, views=None if "visual" in parts else VIEWS, settings="own")
-        tuned = finetune(index, shots, encoder, recipe)
-        cache, collapsed, last = tuned.cache, tuned.collapsed is not None, tuned.curve.to_pylist()[-1]
-        seconds, loss = last["seconds"], last["loss"]
-        if "visual" in parts:
-            encoder = Encoder(tuned.backbone, progress=True)
-    queries = search_hp.on_validation(cache, val, encoder)
-    right = cache.logits(queries.features).argmax(dim=1).cpu().numpy() == queries.ids
-    answers = Items.of(cache, test, encoder)
-    as_trained = Score.of(cache, answers)
-    choice = search_hp.search(cache, queries, cautious=True, kept=SETTINGS)
-    chosen = replace(cache, settings=cache.settings.override(alpha=choice.alpha, beta=choice.beta, k=choice.k))
-    parameters = sum(size_of(part, index, encoder) for part in parts)
-    return Finetuned(epochs, parameters, seconds, loss, collapsed, right.mean(), as_trained, Score.of(chosen, answers))
-
-
-def size_of(part: str, index: CacheModel, encoder: Encoder) -> int:
-    """Return the number of parameters of a part."""
-    if part in PARTS:
-        return sum(parameter.numel() for parameter in encoder.backbone.parameters(part))
-    return int(index.keys.size) if part == "keys" else index.n * len(index.class_names)
-
-
-def compared(one: Score, other: Score) -> str:
-    """Return whether the accuracy on the same items went up or down, or may have changed by chance (95 %)."""
-    more, fewer = int((one.right & ~other.right).sum()), int((other.right & ~one.right).sum())
-    if mcnemar(more, fewer) >= SIGNIFICANT:
-        return "within chance" if more != fewer else ""
-    return "up" if more > fewer else "down"
-
-
-def direction(before: str, after: str) -> str:
-    """Return whether a published accuracy went up or down."""
-    if after == "collapsed":
-        return after
-    return "up" if float(after) > float(before) else "down" if float(after) < float(before) else ""
-
-
 @click.command(help=__doc__)
 @click.option("--root", type=click.Path(path_type=Path), default=SHARED / "data", show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("indexes/paper"), show_default=True)
@@ -311,17 +169,10 @@ def direction(before: str, after: str) -> str:
 @click.option("--shots", type=int, multiple=True, default=SHOTS, show_default=True)
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, default=list(METHODS))
 @click.option("--protocol", type=click.Choice(["honest", "paper"]), default="honest", show_default=True)
-@click.option(
-    "--table", type=click.Choice(["1"]), help="Only run this table of the paper, whose fine-tuning takes minutes."
-)
 def main(root: Path, work: Path, model: str, pretrained: str | None, chosen: tuple[str, ...], **given: Any) -> None:
     """Run all rows that can be measured, and list the others."""
     facts = published()
     click.echo(machine("open_clip_torch"))
-    if given["table"]:
-        work.mkdir(parents=True, exist_ok=True)
-        finetuning(root, work, model, pretrained, facts)
-        return
     click.echo(f"protocol {given['protocol']}, seeds 1 to {given['seeds']}")
     options = {name: given[name] for name in ("protocol", "shots")} | {"seeds": range(1, given["seeds"] + 1)}
     options["methods"] = given["methods"]
@@ -340,7 +191,7 @@ def main(root: Path, work: Path, model: str, pretrained: str | None, chosen: tup
     if food.is_dir() and not chosen and given["protocol"] == "honest":
         measured["clip-food9"] = table_rows(food, work, options)
         print_rows("clip-food9", "the features of its tables", measured["clip-food9"], [])
-    print_published("1", "Table 1, fine-tuned parts (16 shots, ImageNet)", "run it with --table 1", facts)
+    print_published("1", "Table 1, fine-tuned parts (16 shots, ImageNet)", "run table1.py", facts)
     print_published("2", "Table 2, ImageNet", "not run; needs ImageNet and ViT-L/14", facts)
     if missing:
         click.echo("\nNot run:")

@@ -17,7 +17,8 @@ from retrieval_tip import CacheModel, doctor
 from retrieval_tip.backbones.base import resolve_device, runs_on
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.backbones.torch_backbone import weights_digest
-from retrieval_tip.fit import finetune, search_hp
+from retrieval_tip.fit import finetune, folds, search_hp
+from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.trainer import Recipe, Trainer
 from retrieval_tip.retrieval import keys as keys_module
 from retrieval_tip.retrieval.keys import Keys
@@ -304,11 +305,11 @@ def test_certified_winners_on_a_gpu_match_all_keys() -> None:
 def test_search_hp_holds_few_affinities_on_a_gpu() -> None:
     rows, ids, names = labelled(400_000, 16, 20)
     cache, some = CacheModel.from_features(rows, ids, names, device="cuda"), slice(0, 2000)
-    queries = search_hp.Queries(rows[some].numpy(), ids[some], np.full(2000, -2), np.full(len(rows), -1), "made")
+    queries = Queries(rows[some].numpy(), ids[some], "made")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    search_hp.search(cache, queries, betas=[1.0], ks=[None])
-    assert torch.cuda.max_memory_allocated() - before < 8 * 4 * search_hp.GPU_AFFINITIES + (1 << 28)
+    search_hp.search(cache, queries, betas=[1.0])
+    assert torch.cuda.max_memory_allocated() - before < 8 * 4 * folds.VALUES + (1 << 28)
 
 
 @pytest.mark.gpu

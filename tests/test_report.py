@@ -34,7 +34,8 @@ from retrieval_tip.errors import InputError, UsageError, one_line, percent
 from retrieval_tip.evaluation.evaluate import judge
 from retrieval_tip.evaluation.held_out import QueryBlock
 from retrieval_tip.fit.closed_form import wilson
-from retrieval_tip.fit.search_hp import leave_one_out, search
+from retrieval_tip.fit.folds import Queries
+from retrieval_tip.fit.search_hp import search
 from retrieval_tip.report import curve, plots, report
 from retrieval_tip.report.judged import portable
 from retrieval_tip.report.mistakes import MISTAKES, worst
@@ -315,7 +316,7 @@ def test_the_curve_is_measured_on_drawn_shots(food, tmp_path):
                 few_shot(pool.class_ids.tolist(), int(number), seed)
             )
             if number != "1":
-                choice = search(drawn, leave_one_out(drawn), cautious=True)
+                choice = search(drawn, Queries.leave_one_out(drawn), cautious=True)
                 drawn.settings = choice.settings(drawn.settings)
             own.append((drawn.logits(features).argmax(1).numpy() == truth).mean())
         assert (mean, ends) == (percent(np.mean(own)), f"{percent(min(own))} to {percent(max(own))}")

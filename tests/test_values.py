@@ -28,7 +28,8 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.evaluation.evaluate import evaluate
 from retrieval_tip.fit import search_hp
-from retrieval_tip.fit.search_hp import Queries, folds, leave_one_out, search, unseen
+from retrieval_tip.fit.folds import Queries
+from retrieval_tip.fit.search_hp import search
 from retrieval_tip.store import contents
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.folder import Manifest
@@ -327,7 +328,7 @@ def test_a_gpu_gives_the_same_answers_with_values(tmp_path: Path) -> None:
     torch.testing.assert_close(*taken, rtol=0, atol=2e-3)
     gpu.save(tmp_path / "y")
     assert torch.equal(CacheModel.load(tmp_path / "y", device="cpu").values, cpu.values)
-    choice = [search(cache, unseen(cache, QUERIES, TRUTH, "x"), ks=[None, 4]).accuracy for cache in (gpu, cpu)]
+    choice = [search(cache, Queries(QUERIES, TRUTH, "x")).accuracy for cache in (gpu, cpu)]
     assert choice[0] == pytest.approx(choice[1], abs=1.5 / Q)
 
 
@@ -343,19 +344,22 @@ def keys_with_two_images_per_class() -> dict[str, Any]:
 
 
 def validation(cache: CacheModel) -> Queries:
-    return unseen(cache, QUERIES, TRUTH, "x")
+    return Queries(QUERIES, TRUTH, "x")
 
 
-ASK = {"validation": validation, "leave-one-out": leave_one_out, "folds": lambda cache: folds(cache, 3)}
-KS = [None, 1, 4, 16]
+ASK = {
+    "validation": validation,
+    "leave-one-out": Queries.leave_one_out,
+    "folds": lambda cache: Queries.in_folds(cache, 3),
+}
 
 
 def all_caches(cache: CacheModel, queries: Queries, betas: list[float]) -> Array:
-    """Return cache logits of shape ``[betas, ks, q, c]``."""
-    found = np.full((len(betas), len(KS), len(queries.ids), C), np.nan)
-    for part, _, _, caches in search_hp._blocks(cache, queries, betas, KS):
-        for b, j, cache_logits in caches:
-            found[b, j, part] = cache_logits
+    """Return cache logits of shape ``[betas, q, c]``."""
+    found = np.full((len(betas), len(queries.ids), C), np.nan)
+    for part, visible in queries.blocks(cache):
+        for b, terms in enumerate(visible.terms(betas)):
+            found[b, part] = terms.cache
     return found
 
 
@@ -373,21 +377,21 @@ def test_the_search_with_values_matches_a_loop_over_keys(ask: Callable[[CacheMod
     A = queries.features.astype(np.float64) @ cache.keys.T.astype(np.float64)
     found = all_caches(cache, queries, [3.0])[0]
     for q in range(len(queries.ids)):
-        seen = np.flatnonzero(queries.groups != queries.hidden[q])
+        seen = np.arange(cache.n)
+        if queries.groups is not None and queries.hidden is not None:
+            seen = np.flatnonzero(queries.groups != queries.hidden[q])
         factor = np.bincount(y, minlength=C) / np.maximum(np.bincount(y[seen], minlength=C), 1)
         own = values[seen] * factor[y[seen]][:, None]
-        rank = np.argsort(np.argsort(-A[q, seen]))
-        for j, k in enumerate(KS):
-            expected = loop_over_keys(A[q, seen], y[seen], own, C, 3.0, rank < (k or cache.n), tail=True)
-            np.testing.assert_allclose(found[j, q], expected, rtol=1e-3, atol=1e-4)
+        expected = loop_over_keys(A[q, seen], y[seen], own, C, 3.0, np.full(len(seen), True), tail=True)
+        np.testing.assert_allclose(found[q], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_search_reports_the_accuracy_of_the_model() -> None:
     cache = model()
     queries = validation(cache)
-    choice = search(cache, queries, ks=[None, 8])
+    choice = search(cache, queries)
     search_hp.apply(cache, choice)
-    answers = cache.logits(QUERIES, cache.settings.k).argmax(1).numpy()
+    answers = cache.logits(QUERIES).argmax(1).numpy()
     assert (answers == TRUTH).mean() == pytest.approx(choice.accuracy)
 
 
@@ -395,10 +399,10 @@ def test_a_cautious_search_keeps_the_given_settings_unless_significantly_worse()
     cache = model(values=ONE_HOT + 0.2 * VALUES)
     rng = np.random.default_rng(3)
     hard = unit(_means[TRUTH] + 0.6 * rng.standard_normal((Q, D)))
-    queries = unseen(cache, hard, TRUTH, "x")
+    queries = Queries(hard, TRUTH, "x")
     trained = (0.02, 4.321)
     careful = search(cache, queries, cautious=True, kept=trained)
-    assert (careful.alpha, careful.beta, careful.k) == (*trained, None)
+    assert (careful.alpha, careful.beta) == trained
     cache.settings = cache.settings.override(**dict(zip(("alpha", "beta"), trained, strict=True)))
     assert careful.accuracy == (cache.logits(hard).argmax(1).numpy() == TRUTH).mean()
     assert careful.best > careful.accuracy

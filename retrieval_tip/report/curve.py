@@ -14,6 +14,7 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.errors import percent
 from retrieval_tip.fit import closed_form, search_hp
+from retrieval_tip.fit.folds import Queries
 from retrieval_tip.report import plots
 from retrieval_tip.report.judged import JudgedIndex
 from retrieval_tip.retrieval.defaults import untouched_settings
@@ -72,7 +73,7 @@ def _accuracy(judged: JudgedIndex, drawn: CacheModel) -> float:
     if judged.cache.fitted is not None:
         closed_form.fit(drawn)
     elif max(drawn.counts) > 1:
-        choice = search_hp.search(drawn, search_hp.leave_one_out(drawn), cautious=True)
+        choice = search_hp.search(drawn, Queries.leave_one_out(drawn), cautious=True)
         drawn = drawn.with_settings(choice.settings(drawn.settings))
     answers = drawn.logits(judged.features).argmax(dim=1).cpu().numpy()
     return float((answers == judged.answers.truth).mean())
