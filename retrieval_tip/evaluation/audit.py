@@ -18,7 +18,7 @@ only if it is a duplicate, in which case its scores are null.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -210,14 +210,7 @@ def gain(cache: CacheModel) -> Gain | None:
     )  # fmt: skip
     if not without.can_judge:
         return None
-    held = []
-    for one in without.held:
-        others = kept[one.rows.numpy()]
-        hidden = np.setdiff1d(images[kept], images[others])  # copies of held-out photos are held out as well
-        rows = np.concatenate([others, np.flatnonzero(out & ~np.isin(images, hidden))])
-        held.append(replace(one, rows=torch.from_numpy(rows)))
-    form = Form.of(cache.fitted, cache.settings.beta)
-    whole = Folds(keys, ids, c, without.text, held, class_prior=without.class_prior, prior=prior)
+    form, whole = Form.of(cache.fitted, cache.settings.beta), without.among(keys, ids, images, kept)
     after, before = (folds.judge(form).right for folds in (without, whole))
     change = after.double() - before.double()
     if float(change.sum()) <= 2 * float(change.abs().sum()) ** 0.5:

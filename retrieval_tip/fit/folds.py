@@ -43,7 +43,7 @@ WRONG, REPEATS, CONVERGED = 0.2, 12, 1e-3
 SMOOTHING = 0.5
 """Number of photos by which the labels are smoothed."""
 STEPS, REACH = 60, 4.0
-"""Maximum number of Newton steps, and bound on the logarithms for logits of unit spread."""
+"""Maximum number of Newton steps, and default bound on the logarithms for logits of unit spread."""
 BLOCK = 1 << 16
 """Number of logits of each term to process at once, so that they stay in the processor's cache."""
 VALUES = 1 << 23
@@ -82,18 +82,20 @@ class Blend:
 
 
 def blend(
-    text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor, weights: Tensor | None = None
-) -> Blend:
+    text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor, weights: Tensor | None = None, *,
+    smoothing: float = SMOOTHING, reach: float = REACH,
+) -> Blend:  # fmt: skip
     """Fit the weights of terms of shape ``[q, c]`` to queries that have the class ``ids``.
 
     Newton's method minimises the cross-entropy of ``softmax(a text + b cache + g discriminant)``, which is convex in
     the weights. Its steps change their logarithms, so the weights stay positive. ``weights`` are query weights of mean
     1. As in Platt scaling (1999), the target of the correct class is ``(q + s) / (q + 2 s)`` with ``s`` =
-    :data:`SMOOTHING`, and the other classes share the rest. This keeps the factors finite even if all answers are
-    right.
+    ``smoothing``, and the other classes share the rest. This keeps the factors finite even if all answers are right.
+    ``reach`` bounds the logarithms of the weights, for terms of unit spread.
     """
     ones = torch.ones(len(ids), dtype=torch.float64)
-    return _HeldTerms(text, cache, discriminant, ids).blend(ones if weights is None else weights)
+    terms = _HeldTerms(text, cache, discriminant, ids, smoothing, reach)
+    return terms.blend(ones if weights is None else weights)
 
 
 def robust_blend(found: Blend, text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor) -> Blend:
@@ -118,14 +120,17 @@ def robust_blend(found: Blend, text: Tensor | None, cache: Tensor, discriminant:
 class _HeldTerms:
     """The terms of held-out queries as float64 ``parts`` ``[t, q, c]``, with mean 0 and unit spread."""
 
-    def __init__(self, text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor) -> None:
+    def __init__(
+        self, text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor,
+        smoothing: float = SMOOTHING, reach: float = REACH,
+    ) -> None:  # fmt: skip
         self.given = [part is not None for part in (text, cache, discriminant)]
         parts = torch.stack([part.double() for part in (text, cache, discriminant) if part is not None])
         parts -= parts.mean(2, keepdim=True)
         self.scales = parts.flatten(1).std(1).clamp_min(1e-12)
         self.parts, self.ids = parts.div_(self.scales[:, None, None]), ids
         self.own = parts.gather(2, ids.expand(len(parts), -1)[:, :, None])[:, :, 0]
-        rest = SMOOTHING / (len(ids) + 2 * SMOOTHING)
+        rest, self.reach = smoothing / (len(ids) + 2 * smoothing), reach
         # Each part sums to 0 over the classes, so only the amount by which the target of the correct class exceeds the
         # other targets matters.
         self.sure = 1 - rest - rest / max(cache.shape[1] - 1, 1)
@@ -135,13 +140,13 @@ class _HeldTerms:
         logs = torch.zeros(len(self.parts), dtype=torch.float64)
         if start is not None:
             factors = [one for one, given in zip((start.a, start.b, start.g), self.given, strict=True) if given]
-            logs = (torch.tensor(factors, dtype=torch.float64) * self.scales).log().clamp(-REACH, REACH)
+            logs = (torch.tensor(factors, dtype=torch.float64) * self.scales).log().clamp(-self.reach, self.reach)
         now = self._at(logs, weights)
         for _ in range(STEPS):
             curvature = now.curvature + torch.diag(now.gradient.clamp_min(0) + 1e-9)
             step, size = torch.linalg.solve(curvature, now.gradient).clamp(-2, 2), 1.0
             while True:
-                following = (logs - size * step).clamp(-REACH, REACH)
+                following = (logs - size * step).clamp(-self.reach, self.reach)
                 new = self._at(following, weights)
                 if new.loss <= now.loss or size < 1e-3:
                     break
@@ -277,6 +282,19 @@ class Folds:
         whole = _held(self.keys, ids, fold_of[ids[first]], first, fold_of[ids], judged)
         held = [*self.held, *(replace(one, of="classes") for one in whole)]
         return replace(self, held=held)
+
+    def among(self, keys: Keys, ids: Tensor, images: IntArray, rows: IntArray) -> Folds:
+        """Hold out the same photos of an index with more keys, in which the present keys have these ``rows``.
+
+        Copies of a held-out photo among the other keys are held out as well.
+        """
+        held, others = [], np.setdiff1d(np.arange(len(ids)), rows)
+        for one in self.held:
+            visible = rows[one.rows.numpy()]
+            hidden = np.setdiff1d(images[rows], images[visible])
+            more = np.concatenate([visible, others[~np.isin(images[others], hidden)]])
+            held.append(replace(one, rows=torch.from_numpy(more)))
+        return replace(self, keys=keys, ids=ids, held=held, sums=None, _scatters={})
 
     @property
     def covered(self) -> float:
@@ -564,6 +582,23 @@ def _held(keys: Keys, ids: IntArray, folds: IntArray, first: IntArray, groups: I
         rows = torch.from_numpy(np.flatnonzero(~np.isin(groups, groups[asked])))
         yield Held(taken_keys(keys, torch.from_numpy(asked)), torch.from_numpy(ids[asked]), rows)
         judged, begun = judged - len(asked), True
+
+
+def parts_without(
+    images: IntArray, ids: IntArray, rows: IntArray, kept: IntArray, number: int
+) -> Iterator[tuple[IntArray, IntArray]]:
+    """Split photos into at most ``number`` parts, and yield each part with the keys of the other photos.
+
+    ``rows`` has one key of each photo, and a part is given as positions in ``rows``. It has few photos of the same
+    class. The other keys are those of the ``kept`` keys that show none of its photos, grouped by class. A part is left
+    out if no key remains.
+    """
+    order = np.lexsort((np.random.default_rng(0).permutation(len(rows)), ids[rows]))
+    for first in range(min(number, len(rows))):
+        part = order[first::number]
+        others = kept[~np.isin(images[kept], images[rows[part]])]
+        if len(others):
+            yield part, others[np.argsort(ids[others], kind="stable")]
 
 
 def _blocks(keys: Keys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:
