@@ -75,7 +75,7 @@ def audit(cache: CacheModel, *, k: KeysMet = None, borderline: bool = False) -> 
     _, beta = untouched_settings(cache.keys, class_ids)
     digests = torch.from_numpy(digest_codes(cache.labels)).to(cache.device)
     norms = torch.cat([keys.norm(dim=1) for keys, _ in cache.key_blocks()]).clamp_min(LEAST)
-    shots = Queries(cache.met, class_ids, "its own shots", images, images)
+    shots = Queries(np.asarray(cache.met), class_ids, "its own shots", images, images)
     for part, visible in shots.blocks(cache, _keys_met(cache.n, k)):
         own = cache.class_ids[part]
         found = _neighbours(visible, own, norms[part], digests[part], norms, digests)

@@ -82,8 +82,10 @@ class Trainer:
         self.values = None if cache.values is None else cache.values.clone()
         if self.values is None and "values" in recipe.train:
             self.values = functional.one_hot(cache.class_ids, len(cache.class_names)).float()
-        matrices = {"keys": self.keys, "values": self.values}
-        self._trained = {part: matrices[part].requires_grad_() for part in recipe.train}
+        matrices = (("keys", self.keys), ("values", self.values))
+        self._trained = {
+            part: matrix.requires_grad_() for part, matrix in matrices if matrix is not None and part in recipe.train
+        }
         self._block = BLOCK if cache.device == "cpu" else GPU_BLOCK
         self._optimizer = torch.optim.AdamW(
             self._trained.values(), eps=recipe.eps, weight_decay=recipe.weight_decay, fused=True
