@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-PARTS = ("visual", "text")
 
 FloatArray = npt.NDArray[np.float32]
 Preprocess = Mapping[str, Any]  # JSON preprocessing settings, named as in open_clip or timm

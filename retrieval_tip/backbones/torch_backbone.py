@@ -1,4 +1,4 @@
-"""Backbones implemented as torch modules, which can encode images and text and can be trained."""
+"""Backbones implemented as torch modules, which can encode images and text."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 import numpy as np
 
 from retrieval_tip.backbones import tower
-from retrieval_tip.backbones.base import PARTS, Execution, FloatArray, Identity, present, same_backbone, view_size
+from retrieval_tip.backbones.base import Execution, FloatArray, Identity, present, same_backbone, view_size
 from retrieval_tip.backbones.known import Files, Known
-from retrieval_tip.errors import BackboneError, UsageError
+from retrieval_tip.errors import UsageError
 from retrieval_tip.settings import Precision
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-BFLOAT16_FROM = (8, 0)  # first GPU compute capability with bfloat16 arithmetic
 VIEW_SCALE = (0.5, 1.0)
 VIEW_RATIO = (3 / 4, 4 / 3)
 SAMPLED = 64  # number of values per parameter that are compared to detect a change of the weights
@@ -66,9 +65,7 @@ class Opened:
 
 
 class TorchBackbone:
-    """A :class:`base.Backbone` whose parts, ``visual`` and ``text``, can be trained and stored.
-
-    Create one with :func:`loading.load_backbone`. Methods that take a part raise UsageError if its name is unknown.
+    """A :class:`base.Backbone` that runs in torch or OpenVINO. Create one with :func:`loading.load_backbone`.
 
     A pickle has the names of the model, which is loaded again on first use. It has no weights, unless they were changed
     after the model was loaded, or the model was given in memory.
@@ -86,7 +83,6 @@ class TorchBackbone:
         self._precision: Precision = how.precision
         self._runtime = how.runtime
         self._tower: tuple[str, tower.Tower | None] | None = None  # fingerprint of the weights, and their tower
-        self._is_trained = False
         self._opened: Opened | None = None
         self._original = torch.empty(0)  # sample of the weights when the model was opened
         self._digested: torch.Tensor | None = None  # sample of the weights that were digested
@@ -128,6 +124,7 @@ class TorchBackbone:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = memo[id(self)] = object.__new__(type(self))
         other.__dict__ |= copy.deepcopy(self.__dict__, memo)
+        other.__dict__.pop("_samples", None)  # copies of views are no views of the copied model
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -141,7 +138,8 @@ class TorchBackbone:
             return state | {"_opened": opened}
         names, key = (self._identity.model, self._identity.pretrained), self.__dict__.get("text_key")
         if not torch.cat(self._samples).equal(self._original):
-            state["_open"] = partial(_reopened, self._open, self.tuned(PARTS))
+            tensors = {name: tensor.cpu().clone() for name, tensor in self._model.state_dict().items()}
+            state["_open"] = partial(_reopened, self._open, tensors)
         return state | {"_known": Known(names, self._identity, self._dim, self.logit_scale, key)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -229,7 +227,7 @@ class TorchBackbone:
     @property
     def needs_photos(self) -> bool:
         """Whether int8 must be calibrated before it can be used."""
-        return self._precision == "int8" and not self._is_trained and self._compiled(2) is None
+        return self._precision == "int8" and self._compiled(2) is None
 
     def calibrate(self, photos: Collection[torch.Tensor]) -> None:
         """Calibrate int8 on views of shape ``[3, h, w]``, and store the result. If that fails, use float32.
@@ -299,7 +297,7 @@ class TorchBackbone:
         compiled = self._compiled(len(pixels))
         if compiled is not None:
             return compiled(pixels)
-        if self._precision in ("int8", "fast") and not self._is_trained:
+        if self._precision in ("int8", "fast"):
             log.warning("precision %s: no photos to calibrate and check it on, so float32 is used", self._precision)
             self.settle("float32")
             return self.encode_images(pixels)
@@ -312,7 +310,7 @@ class TorchBackbone:
 
     def _compiled(self, number: int) -> tower.Tower | None:
         """Return the OpenVINO image tower, or ``None`` if torch should encode ``number`` images."""
-        if not self._may_compile or self._is_trained or self._precision == "fast":
+        if not self._may_compile or self._precision == "fast":
             return None
         identity = self.identity
         if self._tower is None or self._tower[0] != identity.fingerprint:
@@ -330,7 +328,7 @@ class TorchBackbone:
         return _without_gradient(self.forward_texts, texts)
 
     def forward_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the raw features of views with gradients.
+        """Return the raw features of views.
 
         The views have shape ``[b, 3, h, w]``. The features are float32 and have shape ``[b, d]``.
         """
@@ -343,7 +341,7 @@ class TorchBackbone:
         return self._forward(self._model.encode_image, channels_last)
 
     def forward_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return the raw features of ``t`` sentences with gradients, in float32 and of shape ``[t, d]``."""
+        """Return the raw features of ``t`` sentences, in float32 and of shape ``[t, d]``."""
         tokens = self._tokenizer(list(texts)).to(self._device)
         return self._forward(self._model.encode_text, tokens)
 
@@ -356,97 +354,24 @@ class TorchBackbone:
         with torch.autocast(self._device.type, dtype=getattr(torch, self._precision)):
             return tower(given).float()
 
-    def copy_to_train(self) -> Self:
-        """Return a copy for training.
-
-        In float16, gradients below 6e-8 would underflow. The copy therefore uses bfloat16 instead, or float32 on an old
-        GPU. Instead of int8, it uses float32.
-        """
-        import torch
-
-        copied = copy.deepcopy(self)
-        if copied._precision in ("int8", "fast"):
-            copied.settle("float32")
-        elif copied._precision == "float16":
-            on_gpu = self._device.type == "cuda"
-            old = on_gpu and torch.cuda.get_device_capability(self._device) < BFLOAT16_FROM
-            copied._precision = "float32" if old else "bfloat16"
-        return copied
-
-    def parameters(self, part: str) -> list[torch.nn.Parameter]:
-        """Return the parameters of one part in model order, without the logit scale and the logit bias."""
-        return [parameter for name, parameter in self._model.named_parameters() if self._is_of(part, name)]
-
-    @contextmanager
-    def training(self, parts: Sequence[str]) -> Iterator[list[torch.nn.Parameter]]:
-        """Enable gradients for the parameters of ``parts``, yield these parameters, and disable gradients on exit."""
-        parameters = [parameter for part in parts for parameter in self.parameters(part)]
-        if "text" in parts and not self.has_text:
-            raise UsageError(f"train text: {self._identity.model} has no text encoder")
-        self._is_trained = self._is_trained or "visual" in parts  # compiling after each step would take too long
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        try:
-            with _whole_convolutions(self._device):  # for the backward pass of the caller
-                yield parameters
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-                parameter.grad = None
-
-    def tuned(self, parts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return contiguous CPU copies of the tensors of ``parts`` by name."""
-        import torch
-
-        whole = {name: tensor for part in parts for name, tensor in self._tensors(part).items()}
-        return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in whole.items()}
-
-    def adopt(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Replace whole parts by tensors from :meth:`tuned`.
-
-        Raises BackboneError, and changes nothing, if a tensor does not fit.
-        """
-        towers = [self._tensors(part) for part in PARTS]
-        _check_fit(state, towers, self._identity.model)
-        self._model.load_state_dict(dict(state), strict=False)
-        self._digested = None
-
-    def _tensors(self, part: str) -> dict[str, torch.Tensor]:
-        return {name: tensor for name, tensor in self._model.state_dict().items() if self._is_of(part, name)}
-
-    def _is_of(self, part: str, name: str) -> bool:
-        if part not in PARTS:
-            raise UsageError(f"part {part!r}: expected one of {', '.join(PARTS)}")
-        if part == "visual":
-            return name.startswith("visual.")
-        if not self.has_text:
-            return False
-        if hasattr(self._model, "text"):
-            return name.startswith("text.")
-        # in OpenAI's CLIP, the text modules are attributes of the model itself
-        return not name.startswith(("visual.", "logit_scale", "logit_bias"))
-
 
 def _reopened(open_model: Open, state: Mapping[str, torch.Tensor], device: torch.device) -> Opened:
-    """Open a model, and replace its tensors by the ones that :meth:`TorchBackbone.tuned` returned."""
+    """Open a model, and replace its tensors."""
     opened = open_model(device)
-    opened.model.load_state_dict(dict(state), strict=False)
+    opened.model.load_state_dict(dict(state))
     return opened
 
 
 def _without_gradient(forward: Callable[[_T], torch.Tensor], given: _T) -> FloatArray:
     import torch
 
-    with torch.no_grad():  # with inference_mode, tensors that a tower caches could not be used in training
+    with torch.no_grad():
         array: FloatArray = forward(given).float().cpu().numpy()
     return array
 
 
 def frozen(model: Model) -> Model:
-    """Set a model to evaluation mode, and disable its gradients.
-
-    Evaluation mode is also used in training, because a feature must not depend on the other images in the batch.
-    """
+    """Set a model to evaluation mode, and disable its gradients."""
     model.eval().requires_grad_(False)
     return model
 
@@ -471,21 +396,6 @@ def _whole_convolutions(device: torch.device) -> Iterator[None]:
             setattr(place, name, before)
 
 
-def _check_fit(state: Mapping[str, torch.Tensor], towers: Sequence[Mapping[str, torch.Tensor]], model: str) -> None:
-    """Raise BackboneError if ``state`` does not consist of one or more whole towers."""
-    own = {name: tensor for tower in towers for name, tensor in tower.items()}
-    for name, tensor in state.items():
-        if name not in own:
-            raise BackboneError(f"tensor {name!r} is in neither tower of {model}; tuned from another model?")
-        stated, wanted = (f"{t.dtype} {list(t.shape)}".removeprefix("torch.") for t in (tensor, own[name]))
-        if stated != wanted:
-            raise BackboneError(f"tensor {name!r} is {stated}, but {wanted} in {model}; tuned from another model?")
-    missing = [name for tower in towers if not state.keys().isdisjoint(tower) for name in tower if name not in state]
-    if missing or not state:
-        what = f"tensor {missing[0]!r} is missing" if missing else "contains no tensors"
-        raise BackboneError(f"{what}; expected a whole tower of {model}")
-
-
 def _crop(width: int, height: int, generator: random.Random) -> tuple[int, int, int, int]:
     """Return the top, left, height and width of a random crop, or of the largest centre crop if ten attempts fail."""
     for _ in range(10):
@@ -500,7 +410,7 @@ def _crop(width: int, height: int, generator: random.Random) -> tuple[int, int, 
 
 
 def _sampled(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Return views of up to ``SAMPLED`` values of each parameter, which is enough to detect a training step."""
+    """Return views of up to ``SAMPLED`` values of each parameter, which is enough to detect changed weights."""
     parameters = [parameter.detach() for parameter in model.parameters()]
     return [p.as_strided((min(SAMPLED, p.numel()),), (max(1, p.numel() // SAMPLED),)) for p in parameters]
 
