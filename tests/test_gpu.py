@@ -15,7 +15,7 @@ from retrieval_tip import CacheModel, doctor
 from retrieval_tip.backbones.base import resolve_device, runs_on
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.backbones.torch_backbone import weights_digest
-from retrieval_tip.fit import finetune, folds, search_hp
+from retrieval_tip.fit import folds, search_hp
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.trainer import Recipe, Trainer
 from retrieval_tip.retrieval import keys as keys_module
@@ -136,23 +136,6 @@ def test_a_gpu_holds_one_block_of_affinities_at_a_time() -> None:
 
 
 # --- determinism
-
-
-def test_training_on_a_gpu_is_deterministic_and_restores_the_settings() -> None:
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    cuda = torch.backends.cuda
-    for warn_only in (True, False):
-        torch.use_deterministic_algorithms(True, warn_only=warn_only)
-        try:
-            with finetune._repeatable("cuda"):
-                assert torch.are_deterministic_algorithms_enabled()
-                assert cuda.math_sdp_enabled()
-                others = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.cudnn_sdp_enabled)
-                assert not any(enabled() for enabled in others)
-            assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
-            assert cuda.flash_sdp_enabled()
-        finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def test_the_sample_of_very_many_keys_includes_the_last_key() -> None:
