@@ -343,9 +343,8 @@ def _classify_on_ray(
     if printing.style != "parquet" or printing.output is None:
         raise UsageError("--engine ray: can only write Parquet parts; give --format parquet and --output FOLDER")
     pieces = cut_inputs(inputs, paths_on_stdin())
-    precision = encoding.precision if encoding.precision != "auto" else "float32"  # auto differs between machines
     manifest, schema = at(folder).manifest().to_bytes(), rows.schema(loaded)
-    question = Question(str(folder), manifest, precision, loaded.settings, opening.where, schema, rows.tables)
+    question = Question(str(folder), manifest, encoding.precision, loaded.settings, opening.where, schema, rows.tables)
     what, skipped = _on_ray(ctx, pieces, printing.output, engine, encoding, index=loaded, question=question)
     say(f"{show(printing.output)}: {what}")
     if rows.ask.certify:

@@ -56,7 +56,7 @@ def validation(cache: CacheModel, path: Path | str, root: Path | str | None, num
     return val if number == "all" else val.take(validation_shots(cache, val, path, number))
 
 
-def checked(folder: Path, device: str, precision: Precision = "float32") -> CacheModel:
+def checked(folder: Path, device: str, precision: Precision = "auto") -> CacheModel:
     """Load an index, and hash its files while torch is being imported."""
     from retrieval_tip.store.folder import Check
 
