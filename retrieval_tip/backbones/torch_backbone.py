@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import logging
 import random
+import shlex
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     Tokenizer = Callable[[list[str]], torch.Tensor]
     Open = Callable[[torch.device], "Opened"]
-
-log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -98,6 +96,8 @@ class TorchBackbone:
             self._opened = self._open_here()
             self._identity, dim = self._opened.identity, self._opened.dim
         self._dim = dim or int(self.encode_texts(["a"]).shape[1])
+        if how.precision == "int8":
+            self._compiled(1)
 
     def _open_here(self) -> Opened:
         import torch
@@ -226,31 +226,15 @@ class TorchBackbone:
         compiled = self._compiled(2) if self._precision == "int8" else None
         return self._precision if compiled is None else f"int8-{compiled.digest[:16]}"
 
-    @property
-    def needs_photos(self) -> bool:
-        """Whether int8 must be calibrated before it can be used."""
-        return self._precision == "int8" and not self._is_trained and self._compiled(2) is None
+    def store_int8(self, photos: Collection[torch.Tensor]) -> float:
+        """Store the image tower in int8, calibrated on views of shape ``[3, h, w]``. See :func:`tower.store_int8`.
 
-    def calibrate(self, photos: Collection[torch.Tensor]) -> None:
-        """Calibrate int8 on views of shape ``[3, h, w]``, and store the result. If that fails, use float32.
-
-        Only the ranges of activations are measured, so that the photos need no labels.
+        Raises UsageError if this backbone is not float32 on a CPU, or if OpenVINO cannot run it.
         """
-        exact = self.at("float32")
-        plain = exact._compiled(2)
-        compiled = None if plain is None else tower.calibrated(self.identity, photos, plain)
-        self._precision = "float32" if compiled is None else "int8"
-        self._tower = self.identity.fingerprint, compiled or plain
-
-    def at(self, precision: Precision) -> Self:
-        """Return this backbone in another precision. It shares the model."""
-        other = copy.copy(self)
-        other.settle(precision)
-        return other
-
-    def settle(self, precision: Precision, like: Self | None = None) -> None:
-        """Encode in another precision from now on, with the tower of a backbone that already does, if it is given."""
-        self._precision, self._tower = precision, None if like is None else like._tower
+        exact = self._compiled(2) if self._precision == "float32" else None
+        if exact is None:
+            raise UsageError(f"int8: requires {self._identity.model} in float32 with OpenVINO on a CPU")
+        return tower.store_int8(self._model, self.identity, photos, exact)
 
     @property
     def batch_size(self) -> int:
@@ -299,10 +283,6 @@ class TorchBackbone:
         compiled = self._compiled(len(pixels))
         if compiled is not None:
             return compiled(pixels)
-        if self._precision in ("int8", "fast") and not self._is_trained:
-            log.warning("precision %s: no photos to calibrate and check it on, so float32 is used", self._precision)
-            self.settle("float32")
-            return self.encode_images(pixels)
         return _without_gradient(self.forward_images, pixels)
 
     @property
@@ -311,15 +291,18 @@ class TorchBackbone:
         return on_cpu and self._runtime != "torch"
 
     def _compiled(self, number: int) -> tower.Tower | None:
-        """Return the OpenVINO image tower, or ``None`` if torch should encode ``number`` images."""
-        if not self._may_compile or self._is_trained or self._precision == "fast":
+        """Return the OpenVINO image tower, or ``None`` if torch should encode ``number`` images.
+
+        Raises BackboneError if the precision is int8, but no int8 tower is stored.
+        """
+        if not self._may_compile or self._is_trained:
             return None
         identity = self.identity
         if self._tower is None or self._tower[0] != identity.fingerprint:
             compiled = tower.kept(identity, self._precision)
             if compiled is None:
                 if self._precision == "int8":
-                    return None
+                    raise BackboneError(f"precision int8: not stored for this encoder; run {_command(identity)}")
                 if number < 2:  # for one image, conversion takes longer than it saves
                     return None
                 compiled = tower.converted(self._model, identity, self.size, self._precision)
@@ -350,7 +333,7 @@ class TorchBackbone:
     def _forward(self, tower: Callable[[torch.Tensor], torch.Tensor], given: torch.Tensor) -> torch.Tensor:
         import torch
 
-        if self._precision in ("float32", "int8", "fast"):
+        if self._precision in ("float32", "int8"):
             with _whole_convolutions(self._device):
                 return tower(given)
         with torch.autocast(self._device.type, dtype=getattr(torch, self._precision)):
@@ -365,8 +348,8 @@ class TorchBackbone:
         import torch
 
         copied = copy.deepcopy(self)
-        if copied._precision in ("int8", "fast"):
-            copied.settle("float32")
+        if copied._precision == "int8":
+            copied._precision, copied._tower = "float32", None
         elif copied._precision == "float16":
             on_gpu = self._device.type == "cuda"
             old = on_gpu and torch.cuda.get_device_capability(self._device) < BFLOAT16_FROM
@@ -432,6 +415,12 @@ def _reopened(open_model: Open, state: Mapping[str, torch.Tensor], device: torch
     opened = open_model(device)
     opened.model.load_state_dict(dict(state), strict=False)
     return opened
+
+
+def _command(identity: Identity) -> str:
+    """Return the command that stores the encoder in int8."""
+    weights = () if identity.pretrained is None else ("--pretrained", identity.pretrained)
+    return "retrieval-tip models --int8 PHOTOS " + shlex.join(("--model", identity.model, *weights))
 
 
 def _without_gradient(forward: Callable[[_T], torch.Tensor], given: _T) -> FloatArray:

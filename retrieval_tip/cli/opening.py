@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,7 +111,6 @@ class Origin:
     backbone: Identity | None
     d: int
     tuned: Path | None
-    load: Callable[[], AnsweringIndex]
 
     @classmethod
     def of(cls, folder: Place) -> Origin:
@@ -122,7 +121,7 @@ class Origin:
         store = at(folder)
         manifest = store.manifest()
         backbone = Identity.from_dict(manifest.backbone) if manifest.backbone else None
-        return cls(manifest, backbone, manifest.d, store.tuned(manifest), store.load)
+        return cls(manifest, backbone, manifest.d, store.tuned(manifest))
 
 
 def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tuple[str, str | None]:
@@ -227,7 +226,6 @@ def encoder_of(
             cache.close()
 
 
-@contextmanager
 def encoder_for(
     ctx: click.Context,
     cache: AnsweringIndex | Origin,
@@ -236,12 +234,6 @@ def encoder_for(
     views: ViewOptions | None = None,
     *,
     needed: bool = False,
-) -> Iterator[Encoder]:
-    """Open an encoder with the backbone of an index (see :func:`backbone_for`), in a precision that suits the index."""
-    own = backbone_for(cache, sources, encoding, needed=needed)
-    with encoder_of(ctx, own, encoding, views) as encoder:
-        if own is not None and own.precision in ("int8", "fast"):
-            from retrieval_tip.index.precision import settle
-
-            settle(encoder, cache.load() if isinstance(cache, Origin) else cache)
-        yield encoder
+) -> AbstractContextManager[Encoder]:
+    """Open an encoder with the backbone of an index (see :func:`backbone_for`)."""
+    return encoder_of(ctx, backbone_for(cache, sources, encoding, needed=needed), encoding, views)

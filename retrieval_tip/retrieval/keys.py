@@ -335,7 +335,7 @@ class Keys(KeyStream):
             raise InputError("labels: keys are not grouped by class; build the index again")
         check_choice("precision", precision, Precision)
         self.array = array
-        self.products = torch.float32 if precision in ("auto", "int8", "fast") else getattr(torch, precision)
+        self.products = torch.float32 if precision in ("auto", "int8") else getattr(torch, precision)
         counts = np.array([np.bincount(class_ids[a:b], minlength=n_classes) for a, b in itertools.pairwise(bounds)])
         self.starts = bounds[:-1, None] + np.pad(np.cumsum(counts, axis=1), ((0, 0), (1, 0)))
         self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # Arrow's is read-only
