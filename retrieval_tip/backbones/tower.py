@@ -168,7 +168,8 @@ def to_onnx(
             warnings.simplefilter("ignore")
             logger.disabled = True
             torch.onnx.export(
-                module, (torch.zeros(2, *shape),), file, input_names=[given], output_names=list(outputs),
+                module, (torch.zeros(2, *shape),), file,  # type: ignore[arg-type]  # accepted with dynamo=False
+                input_names=[given], output_names=list(outputs),
                 dynamic_axes={name: {0: "batch"} for name in (given, *outputs)}, opset_version=OPSET, dynamo=False,
             )  # fmt: skip
     finally:

@@ -165,11 +165,11 @@ def export_onnx(
     if size > LARGEST:
         raise UsageError(f"{show(Path(out))}: keys, values and encoder take {size / 1e9:.1f} GB; the limit is 2 GB")
     outputs = ["logits", "probabilities", *([] if cache.settings.least_cache is None else ["unlike"])]
-    given = ((cache.d,), FEATURES) if backbone is None else ((3, *backbone.size), PIXELS)
+    shape, name = ((cache.d,), FEATURES) if backbone is None else ((3, *backbone.size), PIXELS)
     facts = _metadata(cache, backbone)
     with replacing(Path(out)) as temporary:
         try:
-            graph = to_onnx(module, *given, outputs) if int8 is None else _behind_tower(module, int8, outputs)
+            graph = to_onnx(module, shape, name, outputs) if int8 is None else _behind_tower(module, int8, outputs)
         except Exception as error:  # torch raises many types of errors
             raise InputError(
                 f"{cache.backbone or 'features'}: cannot be written as ONNX: {first_line(error)}"
