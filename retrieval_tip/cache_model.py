@@ -467,8 +467,7 @@ class CacheModel(KeyEdits):
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             sources: the path or id of each key, which is shown with predictions.
             values: the trained values, of shape ``[n, c]``. Defaults to one-hot labels.
-            precision: the dtype that is used to multiply queries with all keys: ``float32``, ``bfloat16``, ``float16``
-                or ``auto`` (see :meth:`load`).
+            precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
 
         Raises:
             InputError: if shapes do not match, if values are not finite, or if a label is not a class.
@@ -595,9 +594,7 @@ class CacheModel(KeyEdits):
         Args:
             folder: the index folder.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-            precision: the dtype that is used to multiply queries with all keys. ``auto`` selects the fastest dtype that
-                is accurate enough on this machine. ``float32`` gives the same answers on every machine, up to rounding
-                error.
+            precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
             verify: ``full`` to compare every file with its digest, or ``fast`` to compare only the size of large files.
             check: a check that has already been started. If it is given, the version under check is opened.
             version: the version number to open. Defaults to the current version.

@@ -21,11 +21,10 @@ Verify = Literal["full", "fast"]
 """
 Norms = Literal["check", "unit", "keep"]
 """How the norms of features are treated: check that they are 1, scale features to norm 1, or keep any norm."""
-Precision = Literal["auto", "float32", "float16", "bfloat16", "int8", "fast"]
+Precision = Literal["auto", "float32", "float16", "bfloat16", "int8"]
 """Precision of an encoder and of the products with all keys.
 
-``int8`` and ``fast`` only affect encoding images on a CPU, and the products are then those of ``auto``. ``fast`` is
-``int8`` if a check on labelled photos accepts it, or else ``bfloat16`` or ``float32`` (see :mod:`index.precision`).
+``auto`` is float32, except that an encoder on a GPU uses float16. ``int8`` only affects encoding images on a CPU.
 """
 Runtime = Literal["auto", "torch"]
 Dtype = Literal["float32", "float16"]

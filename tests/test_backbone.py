@@ -298,21 +298,18 @@ def some_pixels(model, number=2):
     return torch.stack([model.view(picture(), str(seed)) for seed in range(number)])
 
 
-def change(model, part, rate=1e-2):
-    """Change the weights of one tower."""
-    torch.manual_seed(0)
-    for name, parameter in model._model.named_parameters():
-        if name.startswith("visual.") == (part == "visual") and not name.startswith("logit"):
-            parameter.data.add_(rate * torch.randn(parameter.shape))
+def changed(model):
+    """Change the weights of both towers, as a training step of a user would."""
+    with torch.no_grad():
+        for name in ("visual.proj", "text_projection"):
+            model._model.get_parameter(name).mul_(1.5)
+    return model
 
 
 def test_the_identity_is_always_that_of_the_current_weights(tiny_model):
     """The encoding cache relies on it."""
-    seen = [tiny_model.identity.fingerprint]
-    for part in ("visual", "visual", "text"):
-        change(tiny_model, part)
-        seen.append(tiny_model.identity.fingerprint)
-    assert len(set(seen)) == 4
+    seen = {tiny_model.identity.fingerprint, *(changed(tiny_model).identity.fingerprint for _ in range(2))}
+    assert len(seen) == 3
     assert tiny_model.identity is tiny_model.identity  # the digest is cached
 
 
@@ -432,19 +429,17 @@ def test_a_pickled_backbone_names_a_model_that_is_gone_or_replaced(tmp_path, rep
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("carry", [carried, copy.deepcopy, copy.copy])
+@pytest.mark.parametrize("carry", [carried, copy.deepcopy])
 def test_copies_of_a_changed_backbone_have_its_weights(tiny_folder, carry):
     model = load_backbone(f"local-dir:{tiny_folder}", device="cpu", runtime="torch")
     plain = carry(model).encode_texts(["a cat"])
-    for part in ("visual", "text"):
-        change(model, part)
-        there = carry(carry(model))
-        assert there.identity == model.identity
-        np.testing.assert_array_equal(there.encode_images(some_pixels(model)), model.encode_images(some_pixels(model)))
+    there = carry(carry(changed(model)))
+    assert there.identity == model.identity
+    np.testing.assert_array_equal(there.encode_images(some_pixels(model)), model.encode_images(some_pixels(model)))
     np.testing.assert_array_equal(there.encode_texts(["a cat"]), model.encode_texts(["a cat"]))
     assert not np.array_equal(there.encode_texts(["a cat"]), plain)
-    change(there, "visual")
-    assert (there.identity == model.identity) == (carry is copy.copy)  # which shares the model
+    changed(there)
+    assert there.identity != model.identity
 
 
 def test_a_backbone_pickled_on_a_gpu_runs_on_the_cpu_of_another_machine(tiny_folder, monkeypatch):

@@ -110,7 +110,7 @@ def test_gpu_answers_over_all_keys_match_the_cpu(precision: str, stored: type) -
         for size in (1, 16, 17, 3000):
             found = over.cache_logits(f[:size], 7.5)
             assert torch.equal(over.cache_logits(f[:size], 7.5), found)  # the same sums in the same order
-            exact = precision == "float32"
+            exact = precision != "float16"
             torch.testing.assert_close(found.cpu(), on_cpu[:size], rtol=1e-4 if exact else 5e-3, atol=1e-4)
         assert (found.cpu().argmax(1) == on_cpu.argmax(1)).double().mean() >= 0.9995
 
@@ -202,17 +202,6 @@ def test_auto_uses_all_keys_on_a_gpu_if_they_fit(monkeypatch) -> None:
         assert keys_module.auto_for((n, 512), np.dtype("float32"), c, "cpu") == auto_factory(n, c)
     assert keys_module.auto_for((20_000_000, 512), np.dtype("float32"), 1000, "cuda") == auto_factory(20_000_000, 1000)
     assert keys_module.auto_for((20_000_000, 512), np.dtype("float16"), 1000, "cuda") == ("Flat", None)
-
-
-def test_half_precision_copies_are_made_on_a_gpu_only_if_they_fit(monkeypatch) -> None:
-    keys = Keys(np.ones((5000, 1024), np.float32), np.zeros(5000, dtype=np.int64), 1, precision="auto")
-    keys.device = "cuda"
-    monkeypatch.setattr(keys_module, "room_on", lambda _: 4 * 5000 * 1024 - 2)
-    assert keys.products(1.0) == torch.float32
-    monkeypatch.setattr(keys_module, "room_on", lambda _: 4 * 5000 * 1024)
-    monkeypatch.setattr(keys, "_times", lambda: pytest.fail("measured"))
-    with pytest.raises(pytest.fail.Exception, match="measured"):
-        keys.products(2.0)
 
 
 # --- on a GPU

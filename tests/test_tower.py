@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from tables import picture, tiny
-from test_backbone import some_pixels
+from test_backbone import changed, some_pixels
 
 from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import Identity, unit
@@ -221,8 +221,7 @@ def test_other_weights_have_their_own_tower(compiled):
     place, identity, pixels, before = compiled
     model, plain = both(identity.model)
     for backbone in (model, plain):
-        for parameter in backbone.image_encoder.parameters():
-            parameter.data.mul_(1.5)
+        changed(backbone)
     after = model.encode_images(pixels)
     assert not np.allclose(before, after)
     assert len(list((place / "cache" / "towers").iterdir())) == 2

@@ -44,7 +44,7 @@ def load_backbone(
             :func:`catalogue.recommended`.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``float32``, or ``float16`` or ``bfloat16`` for autocast. ``auto`` uses float32 on a CPU and float16
-            on a GPU. ``int8`` and ``fast`` need a CPU and photos (see :data:`settings.Precision`).
+            on a GPU. ``int8`` uses the tower that :meth:`Encoder.store_int8` has stored on this machine.
         runtime: The runtime that encodes images on a CPU. ``auto`` uses OpenVINO if its features agree with those from
             ``torch`` (see :mod:`tower`).
         lazy: Whether to load the model when it is first used, if it was already loaded with ``lazy`` and its files have
@@ -54,6 +54,7 @@ def load_backbone(
         UsageError: if the architecture, the tag, the device, the precision or the runtime is unknown.
         BackboneError: if the weights are missing, damaged or do not fit, or cannot be downloaded.
         BackboneError: if the model requires custom Python code, which is never executed.
+        BackboneError: if the precision is int8, but no int8 tower of this encoder is stored.
     """
     with ThreadPoolExecutor(1) as pool:  # hashes the files of the model while torch is being imported
         recalled = pool.submit(known.recall, model, pretrained) if lazy else None
@@ -77,7 +78,7 @@ def load_when_needed(
     :func:`load_backbone` with ``lazy``, which raises the same errors, and its identity may differ.
     """
     how, names = Execution(device, precision, runtime).resolved(), (identity.model, identity.pretrained)
-    if how.runtime == "auto" and how.device == "cpu" and tower.is_kept(identity):
+    if how.runtime == "auto" and how.device == "cpu" and tower.is_kept(identity, how.precision):
         return _of(names, how, Known(names, identity, dim))
     return load_backbone(*names, device=device, precision=precision, runtime=runtime, lazy=True)
 

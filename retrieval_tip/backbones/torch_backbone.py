@@ -1,24 +1,24 @@
-"""Backbones implemented as torch modules, which can encode images and text."""
+"""Backbones implemented as torch modules, which encode images and text."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import logging
 import random
+import shlex
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import Execution, FloatArray, Identity, present, same_backbone, view_size
 from retrieval_tip.backbones.known import Files, Known
-from retrieval_tip.errors import UsageError
+from retrieval_tip.errors import BackboneError, UsageError
 from retrieval_tip.settings import Precision
 
 if TYPE_CHECKING:
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     Tokenizer = Callable[[list[str]], torch.Tensor]
     Open = Callable[[torch.device], "Opened"]
 
-log = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
-
 VIEW_SCALE = (0.5, 1.0)
 VIEW_RATIO = (3 / 4, 4 / 3)
 SAMPLED = 64  # number of values per parameter that are compared to detect a change of the weights
@@ -41,7 +37,7 @@ SAMPLED = 64  # number of values per parameter that are compared to detect a cha
 _SHARED = ("_opened", "_original", "_digested", "_tower")  # attributes that equal backbones can share
 
 _OPENING = threading.Lock()
-_CONVOLUTIONS = threading.RLock()  # the precision of convolutions is a process-wide setting
+_CONVOLUTIONS = threading.Lock()  # the precision of convolutions is a process-wide setting
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class Opened:
 
 
 class TorchBackbone:
-    """A :class:`base.Backbone` that runs in torch or OpenVINO. Create one with :func:`loading.load_backbone`.
+    """A :class:`base.Backbone`. Create one with :func:`loading.load_backbone`.
 
     A pickle has the names of the model, which is loaded again on first use. It has no weights, unless they were changed
     after the model was loaded, or the model was given in memory.
@@ -94,6 +90,8 @@ class TorchBackbone:
             self._opened = self._open_here()
             self._identity, dim = self._opened.identity, self._opened.dim
         self._dim = dim or int(self.encode_texts(["a"]).shape[1])
+        if how.precision == "int8":
+            self._compiled(1)
 
     def _open_here(self) -> Opened:
         import torch
@@ -116,15 +114,9 @@ class TorchBackbone:
                 self._opened, self._digested = opened, torch.cat(_sampled(opened.model))
             return self._opened
 
-    def __copy__(self) -> Self:
-        other = object.__new__(type(self))
-        other.__dict__ |= self.__dict__
-        return other
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = memo[id(self)] = object.__new__(type(self))
         other.__dict__ |= copy.deepcopy(self.__dict__, memo)
-        other.__dict__.pop("_samples", None)  # copies of views are no views of the copied model
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -136,10 +128,9 @@ class TorchBackbone:
         opened = self._opened
         if opened is None or opened is self._open:
             return state | {"_opened": opened}
-        names, key = (self._identity.model, self._identity.pretrained), self.__dict__.get("text_key")
         if not torch.cat(self._samples).equal(self._original):
-            tensors = {name: tensor.cpu().clone() for name, tensor in self._model.state_dict().items()}
-            state["_open"] = partial(_reopened, self._open, tensors)
+            return state | {"_opened": opened, "_open": opened}
+        names, key = (self._identity.model, self._identity.pretrained), self.__dict__.get("text_key")
         return state | {"_known": Known(names, self._identity, self._dim, self.logit_scale, key)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -224,31 +215,15 @@ class TorchBackbone:
         compiled = self._compiled(2) if self._precision == "int8" else None
         return self._precision if compiled is None else f"int8-{compiled.digest[:16]}"
 
-    @property
-    def needs_photos(self) -> bool:
-        """Whether int8 must be calibrated before it can be used."""
-        return self._precision == "int8" and self._compiled(2) is None
+    def store_int8(self, photos: Collection[torch.Tensor]) -> float:
+        """Store the image tower in int8, calibrated on views of shape ``[3, h, w]``. See :func:`tower.store_int8`.
 
-    def calibrate(self, photos: Collection[torch.Tensor]) -> None:
-        """Calibrate int8 on views of shape ``[3, h, w]``, and store the result. If that fails, use float32.
-
-        Only the ranges of activations are measured, so that the photos need no labels.
+        Raises UsageError if this backbone is not float32 on a CPU, or if OpenVINO cannot run it.
         """
-        exact = self.at("float32")
-        plain = exact._compiled(2)
-        compiled = None if plain is None else tower.calibrated(self.identity, photos, plain)
-        self._precision = "float32" if compiled is None else "int8"
-        self._tower = self.identity.fingerprint, compiled or plain
-
-    def at(self, precision: Precision) -> Self:
-        """Return this backbone in another precision. It shares the model."""
-        other = copy.copy(self)
-        other.settle(precision)
-        return other
-
-    def settle(self, precision: Precision, like: Self | None = None) -> None:
-        """Encode in another precision from now on, with the tower of a backbone that already does, if it is given."""
-        self._precision, self._tower = precision, None if like is None else like._tower
+        exact = self._compiled(2) if self._precision == "float32" else None
+        if exact is None:
+            raise UsageError(f"int8: requires {self._identity.model} in float32 with OpenVINO on a CPU")
+        return tower.store_int8(self._model, self.identity, photos, exact)
 
     @property
     def batch_size(self) -> int:
@@ -297,41 +272,6 @@ class TorchBackbone:
         compiled = self._compiled(len(pixels))
         if compiled is not None:
             return compiled(pixels)
-        if self._precision in ("int8", "fast"):
-            log.warning("precision %s: no photos to calibrate and check it on, so float32 is used", self._precision)
-            self.settle("float32")
-            return self.encode_images(pixels)
-        return _without_gradient(self.forward_images, pixels)
-
-    @property
-    def _may_compile(self) -> bool:
-        on_cpu = self._device.type == "cpu" and self._precision != "float16"
-        return on_cpu and self._runtime != "torch"
-
-    def _compiled(self, number: int) -> tower.Tower | None:
-        """Return the OpenVINO image tower, or ``None`` if torch should encode ``number`` images."""
-        if not self._may_compile or self._precision == "fast":
-            return None
-        identity = self.identity
-        if self._tower is None or self._tower[0] != identity.fingerprint:
-            compiled = tower.kept(identity, self._precision)
-            if compiled is None:
-                if self._precision == "int8":
-                    return None
-                if number < 2:  # for one image, conversion takes longer than it saves
-                    return None
-                compiled = tower.converted(self._model, identity, self.size, self._precision)
-            self._tower = identity.fingerprint, compiled
-        return self._tower[1]
-
-    def encode_texts(self, texts: Sequence[str]) -> FloatArray:
-        return _without_gradient(self.forward_texts, texts)
-
-    def forward_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the raw features of views.
-
-        The views have shape ``[b, 3, h, w]``. The features are float32 and have shape ``[b, d]``.
-        """
         import torch
 
         if self._device.type == "cuda" and pixels.device.type == "cpu":
@@ -340,34 +280,52 @@ class TorchBackbone:
         channels_last = given.to(memory_format=torch.channels_last)  # faster for convolutions
         return self._forward(self._model.encode_image, channels_last)
 
-    def forward_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return the raw features of ``t`` sentences, in float32 and of shape ``[t, d]``."""
+    @property
+    def _may_compile(self) -> bool:
+        on_cpu = self._device.type == "cpu" and self._precision != "float16"
+        return on_cpu and self._runtime != "torch"
+
+    def _compiled(self, number: int) -> tower.Tower | None:
+        """Return the OpenVINO image tower, or ``None`` if torch should encode ``number`` images.
+
+        Raises BackboneError if the precision is int8, but no int8 tower is stored.
+        """
+        if not self._may_compile:
+            return None
+        identity = self.identity
+        if self._tower is None or self._tower[0] != identity.fingerprint:
+            compiled = tower.kept(identity, self._precision)
+            if compiled is None:
+                if self._precision == "int8":
+                    raise BackboneError(f"precision int8: not stored for this encoder; run {_command(identity)}")
+                if number < 2:  # for one image, conversion takes longer than it saves
+                    return None
+                compiled = tower.converted(self._model, identity, self.size, self._precision)
+            self._tower = identity.fingerprint, compiled
+        return self._tower[1]
+
+    def encode_texts(self, texts: Sequence[str]) -> FloatArray:
         tokens = self._tokenizer(list(texts)).to(self._device)
         return self._forward(self._model.encode_text, tokens)
 
-    def _forward(self, tower: Callable[[torch.Tensor], torch.Tensor], given: torch.Tensor) -> torch.Tensor:
+    def _forward(self, tower: Callable[[torch.Tensor], torch.Tensor], given: torch.Tensor) -> FloatArray:
         import torch
 
-        if self._precision in ("float32", "int8", "fast"):
-            with _whole_convolutions(self._device):
-                return tower(given)
-        with torch.autocast(self._device.type, dtype=getattr(torch, self._precision)):
-            return tower(given).float()
+        with torch.no_grad():
+            if self._precision in ("float32", "int8"):
+                with _whole_convolutions(self._device):
+                    features = tower(given)
+            else:
+                with torch.autocast(self._device.type, dtype=getattr(torch, self._precision)):
+                    features = tower(given)
+        array: FloatArray = features.float().cpu().numpy()
+        return array
 
 
-def _reopened(open_model: Open, state: Mapping[str, torch.Tensor], device: torch.device) -> Opened:
-    """Open a model, and replace its tensors."""
-    opened = open_model(device)
-    opened.model.load_state_dict(dict(state))
-    return opened
-
-
-def _without_gradient(forward: Callable[[_T], torch.Tensor], given: _T) -> FloatArray:
-    import torch
-
-    with torch.no_grad():
-        array: FloatArray = forward(given).float().cpu().numpy()
-    return array
+def _command(identity: Identity) -> str:
+    """Return the command that stores the encoder in int8."""
+    weights = () if identity.pretrained is None else ("--pretrained", identity.pretrained)
+    return "retrieval-tip models --int8 PHOTOS " + shlex.join(("--model", identity.model, *weights))
 
 
 def frozen(model: Model) -> Model:
@@ -410,7 +368,7 @@ def _crop(width: int, height: int, generator: random.Random) -> tuple[int, int, 
 
 
 def _sampled(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Return views of up to ``SAMPLED`` values of each parameter, which is enough to detect changed weights."""
+    """Return views of up to ``SAMPLED`` values of each parameter, which is enough to detect a training step."""
     parameters = [parameter.detach() for parameter in model.parameters()]
     return [p.as_strided((min(SAMPLED, p.numel()),), (max(1, p.numel() // SAMPLED),)) for p in parameters]
 

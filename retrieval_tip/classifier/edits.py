@@ -133,7 +133,7 @@ class EditableClassifier(OpenIndex):
         ``val`` can be the same as for ``evaluate``. Do not use shots or test photos.
         """
         source, encoder = self._labelled(val, "val")
-        cache = CacheModel.load(self._folder(), device=self.cache.device, precision="float32")
+        cache = CacheModel.load(self._folder(), device=self.cache.device)
         settings, result = calibrate(cache, source, encoder)
         apply(cache, settings, result, source.name, self._folder())
         self._use(self.cache.reload())
@@ -166,7 +166,7 @@ class EditableClassifier(OpenIndex):
 
         if not isinstance(recipe, Recipe | None):
             raise UsageError(f"recipe: got an object of type {type(recipe).__name__}; give a Recipe")
-        cache = CacheModel.load(self._folder(), device=self.cache.device, precision="float32")
+        cache = CacheModel.load(self._folder(), device=self.cache.device)
         encoder, unseen = self.encoder, None if val is None else self._validation(cache, val, val_shots)
         if source is None:
             shots = shots_of(cache)

@@ -25,7 +25,6 @@ from retrieval_tip.errors import UsageError
 from retrieval_tip.index import places
 from retrieval_tip.index.addresses import plug_of
 from retrieval_tip.index.places import Place
-from retrieval_tip.index.precision import settle
 from retrieval_tip.settings import Precision
 
 if TYPE_CHECKING:
@@ -62,8 +61,7 @@ class OpenIndex:
         """Open an index folder or a LanceDB store (``lance://``, ``s3://`` or ``gs://``), and load its encoder.
 
         If the encoder of the index cannot be loaded by its name, pass it as ``model``, as for ``from_folder``. If the
-        index was built from features of an unnamed encoder, it can only classify features. ``int8`` and ``fast`` are
-        calibrated on the photos of the index (see :func:`precision.settle`).
+        index was built from features of an unnamed encoder, it can only classify features.
 
         Raises:
             StoreError: if the index is missing or damaged.
@@ -73,9 +71,7 @@ class OpenIndex:
         own = _own_backbone(cache, device, precision) if model is None else None
         backbone = given_backbone(model, None, device, precision) if own is None and model is not None else own
         check_backbone(cache.backbone, cache.d, backbone, [])
-        encoder = Encoder(backbone, cache=EncodingCache.at(None))
-        settle(encoder, cache)
-        return cls(cache, encoder)
+        return cls(cache, Encoder(backbone, cache=EncodingCache.at(None)))
 
     @property
     def classes(self) -> list[str]:

@@ -35,6 +35,7 @@ from retrieval_tip.settings import (
     Dtype,
     KeysMet,
     Normalize,
+    Precision,
 )
 
 if TYPE_CHECKING:
@@ -83,14 +84,12 @@ def build(
     """
     from retrieval_tip.data.datasets import facts
     from retrieval_tip.index.build import build_index
-    from retrieval_tip.index.precision import settle_for_build
 
     items = source_of(source, reading, "train")
     backbone = backbone_of(items, encoding, needed=build["text"] is None)
     if items.dataset and backbone is not None and backbone.has_text and not (build["text"] or build["templates"]):
         build["templates"] = facts(items.dataset).templates
     with encoder_of(ctx, backbone, encoding, views) as encoder:
-        encoder = settle_for_build(encoder, items, build["shots"])
         cache = build_index(items, out, encoder, device=encoding.device, **build)
     version = cache.version or 1
     _say_version(out, version, _held(cache))
@@ -513,10 +512,16 @@ def clone_command(folder: Place, out: Place, version: int | None) -> None:
               help="With --onnx, give all if the index uses the k nearest keys, because a graph can only use all "
                    "keys.")  # fmt: skip
 @click.option("--precision", type=click.Choice(["float32", "int8"]), default="float32", show_default=True,
-              help="With --onnx, precision of the image encoder. With int8, the file is smaller. It is calibrated on "
-                   "the photos of the index.")  # fmt: skip
+              help="With --onnx, precision of the image encoder. With int8, the file is smaller. It then contains the "
+                   "encoder that models --int8 stored.")  # fmt: skip
 def export_command(
-    folder: Path, out: Path | None, text: Path | None, onnx: Path | None, features: bool, k: KeysMet, precision: str
+    folder: Path,
+    out: Path | None,
+    text: Path | None,
+    onnx: Path | None,
+    features: bool,
+    k: KeysMet,
+    precision: Precision,
 ) -> None:
     """Export the keys as a feature table, or the index as ONNX.
 
@@ -533,9 +538,9 @@ def export_command(
 
         named, backbone = cache.backbone, None
         if not features and named is not None:
-            backbone = load_backbone(named.model, named.pretrained, device="cpu", precision="float32", runtime="torch")
+            backbone = load_backbone(named.model, named.pretrained, device="cpu", precision=precision, lazy=True)
         asked = cache.with_settings(cache.settings.override(k=k))
-        facts = export_onnx(asked, onnx, backbone, int8=precision == "int8")
+        facts = export_onnx(asked, onnx, backbone)
         given = "features" if backbone is None else "pixels"
         size, classes = f"{facts['bytes'] / 1e6:.1f} MB", counted(len(facts["labels"]), "class")
         about(onnx, f"{given} to logits of {classes}, {size}, opset {facts['opset']}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,7 +56,7 @@ def validation(cache: CacheModel, path: Path | str, root: Path | str | None, num
     return val if number == "all" else val.take(validation_shots(cache, val, path, number))
 
 
-def checked(folder: Path, device: str, precision: Precision = "float32") -> CacheModel:
+def checked(folder: Path, device: str, precision: Precision = "auto") -> CacheModel:
     """Load an index, and hash its files while torch is being imported."""
     from retrieval_tip.store.folder import Check
 
@@ -110,7 +110,6 @@ class Origin:
     manifest: Manifest
     backbone: Identity | None
     d: int
-    load: Callable[[], AnsweringIndex]
 
     @classmethod
     def of(cls, folder: Place) -> Origin:
@@ -121,7 +120,7 @@ class Origin:
         store = at(folder)
         manifest = store.manifest()
         backbone = Identity.from_dict(manifest.backbone) if manifest.backbone else None
-        return cls(manifest, backbone, manifest.d, store.load)
+        return cls(manifest, backbone, manifest.d)
 
 
 def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tuple[str, str | None]:
@@ -225,7 +224,6 @@ def encoder_of(
             cache.close()
 
 
-@contextmanager
 def encoder_for(
     ctx: click.Context,
     cache: AnsweringIndex | Origin,
@@ -234,12 +232,6 @@ def encoder_for(
     views: ViewOptions | None = None,
     *,
     needed: bool = False,
-) -> Iterator[Encoder]:
-    """Open an encoder with the backbone of an index (see :func:`backbone_for`), in a precision that suits the index."""
-    own = backbone_for(cache, sources, encoding, needed=needed)
-    with encoder_of(ctx, own, encoding, views) as encoder:
-        if own is not None and own.precision in ("int8", "fast"):
-            from retrieval_tip.index.precision import settle
-
-            settle(encoder, cache.load() if isinstance(cache, Origin) else cache)
-        yield encoder
+) -> AbstractContextManager[Encoder]:
+    """Open an encoder with the backbone of an index (see :func:`backbone_for`)."""
+    return encoder_of(ctx, backbone_for(cache, sources, encoding, needed=needed), encoding, views)

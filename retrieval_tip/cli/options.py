@@ -198,10 +198,9 @@ DEVICE = BACKBONE_OPTION("--device", default="auto", show_default=True,
                          help="Device to use: auto, cpu, cuda or cuda:N.")  # fmt: skip
 PRECISION = BACKBONE_OPTION(
     "--precision", type=choice(Precision), default="auto", show_default=True,
-    help="Precision of the encoder and of the products with all keys. With auto, the encoder uses float32 (float16 "
-         "autocast on a GPU), and the products use the fastest precision that is measured to be accurate. With int8, "
-         "the encoder is calibrated once on your photos (on a CPU, with the extra fast). With fast, int8 "
-         "is only used if a check on your labelled photos accepts it.",
+    help="Precision of the encoder and of the products with all keys. With auto, both use float32, and an encoder on "
+         "a GPU uses float16 autocast. With int8, the encoder is the one that models --int8 stored, and the products "
+         "use float32.",
 )  # fmt: skip
 MODEL = several(
     BACKBONE_OPTION(

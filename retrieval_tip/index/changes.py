@@ -271,7 +271,7 @@ def merge(folder: Place, other: Place) -> Added:
     target, source = places.at(folder), places.at(other)
     if target.resolved == source.resolved:
         raise UsageError(f"{other}: an index cannot be merged with itself; give another one")
-    theirs = source.load(device="cpu", precision="float32").in_memory()
+    theirs = source.load(device="cpu").in_memory()
     if theirs.values is not None and theirs.fitted is None:
         raise InputError(f"{other}: has trained values, which cannot be merged; merge the version from before training")
     ours = _backbone_of(target.manifest())

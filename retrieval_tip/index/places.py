@@ -97,7 +97,7 @@ class FolderStore(Store):
         index_folder.check_there(self.folder)  # do not create a folder if there is no index
         with write(self.folder) as writer:
             check = index_folder.Check(self.folder, writer.parent, "fast")  # copied files are hashed anyway
-            change = FolderChange(CacheModel.load(self.folder, device="cpu", precision="float32", check=check))
+            change = FolderChange(CacheModel.load(self.folder, device="cpu", check=check))
             yield change
             if change.what:
                 change.cache.commit(writer, change.what)
