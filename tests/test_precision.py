@@ -254,10 +254,6 @@ def test_too_few_photos_are_refused(run, name, place, photos, caplog):
     assert run("models", "--model", name).exit_code == 2
 
 
-def test_a_copy_for_training_is_float32(name, calibrated):
-    assert int8(name).copy_to_train().precision == "float32"
-
-
 def test_an_exported_graph_contains_the_stored_encoder(run, name, calibrated, photos, tmp_path):
     index, files = tmp_path / "index", [tmp_path / f"{kind}.onnx" for kind in ("float32", "int8")]
     assert run("index", "build", photos, "--model", name, "--out", index).exit_code == 0
