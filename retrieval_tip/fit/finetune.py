@@ -229,7 +229,7 @@ def finetune(
 
 def _untrained(cache: CacheModel, recipe: Recipe) -> CacheModel:
     """Return Tip-Adapter over the same keys, with the recipe's alpha and beta."""
-    plain = closed_form.unfitted(cache.whole())
+    plain = closed_form.unfitted(cache)
     return plain.with_settings(plain.settings.override(alpha=recipe.alpha, beta=recipe.beta))
 
 
@@ -270,7 +270,7 @@ def _compared(
     A quarter of each class is held out at a time, until :data:`HELD_OUT` shots have been evaluated. If an encoder is
     trained, only one quarter is held out. Both return values are ``None`` if no class has two photos.
     """
-    whole = cache.whole()
+    whole = cache
     images, c = images_of(whole.labels), len(whole.class_names)
     folds = Folds.of_shots(whole.keys, whole.class_ids.cpu().numpy(), c, None, images, FOLDS, HELD_OUT)
     sources = np.array(whole.labels["source"].to_pylist(), dtype=object)

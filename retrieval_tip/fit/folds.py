@@ -14,10 +14,10 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.fit.scatter import FewScatter, FloatArray, Scatter
+from retrieval_tip.retrieval.arrays import Keys, KeysInPlace
 from retrieval_tip.retrieval.keys import KEY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.ridge import class_weights
-from retrieval_tip.retrieval.segments import Keys, KeysInPlace
 from retrieval_tip.settings import ClassPrior, Settings
 from retrieval_tip.store.sums import Sums
 

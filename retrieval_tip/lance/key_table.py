@@ -27,7 +27,7 @@ import pyarrow as pa
 from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, first_line, install
 from retrieval_tip.lance.address import Address, storage_options
-from retrieval_tip.retrieval.segments import KeyArray
+from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.settings import Dtype
 from retrieval_tip.store.labels import LABEL_SCHEMA
 
@@ -130,6 +130,11 @@ def _store_errors(address: Address, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # also catches LanceDB panics, which have their own type
         raise StoreError(f"{address}: {what} failed ({first_line(error)[:300]})") from None
+
+
+def changed_meanwhile(address: Address) -> StoreError:
+    """Return the error for a store that another process has changed since this process has read it."""
+    return StoreError(f"{address}: changed meanwhile; run again")
 
 
 class KeyTable:
@@ -331,29 +336,41 @@ class KeyTable:
             hits: pa.Table = query.to_arrow()
         return hits
 
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """Write one version of the table, and raise StoreError if another process has written one in the meantime.
+
+        LanceDB would silently apply the change to the rows of the other process.
+        """
+        before = self.version
+        with _store_errors(self.address, what):
+            yield
+        if self.version != before + 1:
+            raise changed_meanwhile(self.address)
+
     def append(self, rows: pa.Table) -> None:
         """Add rows to the table. Columns that are missing in the table are added first."""
         there = self.schema
         new = [rows.schema.field(name) for name in rows.column_names if name not in there.names]
         if new:
-            with _store_errors(self.address, "adding columns"):
+            with self._writing("adding columns"):
                 self.table.add_columns(pa.schema(new))
             there = self.schema
         lacking = [name for name in there.names if name not in rows.column_names]
         for name in lacking:
             rows = rows.append_column(name, pa.nulls(len(rows), there.field(name).type))
-        with _store_errors(self.address, "adding rows"):
+        with self._writing("adding rows"):
             self.table.add(rows.select(there.names).cast(there))
 
     def delete(self, key_ids: Sequence[int]) -> None:
         """Delete the rows of the given keys."""
         for start in range(0, len(key_ids), ASKED_AT_ONCE):
-            with _store_errors(self.address, "removing rows"):
+            with self._writing("removing rows"):
                 self.table.delete(f"key_id IN ({', '.join(map(str, key_ids[start : start + ASKED_AT_ONCE]))})")
 
     def change(self, where: str, sql: dict[str, str]) -> None:
         """Set columns of the rows that match a condition. ``sql`` maps columns to expressions."""
-        with _store_errors(self.address, "changing rows"):
+        with self._writing("changing rows"):
             self.table.update(where=where, values_sql=sql)
 
     def restore(self, version: int) -> None:
@@ -397,13 +414,6 @@ class KeyTable:
         with _store_errors(self.address, "reading its index"):
             stats = [self.table.index_stats(entry.name) for entry in self.table.list_indices()]
         return max((int(own.num_unindexed_rows) for own in stats if own is not None), default=0)
-
-    @property
-    def fragments(self) -> int:
-        """Number of fragments in the table."""
-        with _store_errors(self.address, "reading its statistics"):
-            stats = self.table.stats()
-        return int(stats["fragment_stats"]["num_fragments"])
 
     def optimize(self) -> None:
         """Merge small fragments, and add all rows to the index. No version is deleted."""

@@ -17,8 +17,8 @@ from retrieval_tip.fit.closed_form import Fit, FormChoice
 from retrieval_tip.fit.search_hp import Queries
 from retrieval_tip.lance.draft import LanceDraft
 from retrieval_tip.lance.key_table import CLASSES, VECTOR, IntArray, KeyTable
+from retrieval_tip.retrieval.arrays import KeyArray, KeysInPlace
 from retrieval_tip.retrieval.ridge import MOST_SOLVED
-from retrieval_tip.retrieval.segments import KeyArray, KeysInPlace
 from retrieval_tip.settings import Fitted
 
 LABELS = ("key_id", "class_id", "digest", "source")

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from retrieval_tip.errors import InputError, one_line
+from retrieval_tip.retrieval.arrays import KeyArray, Keys, KeysInPlace
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK, own_affinity
 from retrieval_tip.retrieval.logits import slices
-from retrieval_tip.retrieval.segments import KeyArray, Keys, KeysInPlace, Segments
 from retrieval_tip.retrieval.vector_index import faiss
 from retrieval_tip.store.labels import digest_codes
 
@@ -184,7 +184,7 @@ def _pairs_of_equal(codes: IntArray, class_ids: IntArray, new: Bools, most: int)
     return a, b, int(count.sum())
 
 
-def _codes_of_equal(keys: KeyArray | Segments) -> IntArray:
+def _codes_of_equal(keys: KeyArray) -> IntArray:
     """Return a code for each key, which only identical keys share. Unique keys have the code -1."""
     n, width = int(keys.shape[0]), math.gcd(8, int(keys.shape[1]) * keys.dtype.itemsize)
     words = (np.ascontiguousarray(keys[part]).view(f"u{width}") for part in slices(n, KEY_BLOCK))
