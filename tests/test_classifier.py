@@ -22,6 +22,7 @@ import pytest
 import torch
 import warm
 from PIL import Image
+from retrieval_tip.retrieval.segments import segments_of
 from tables import tiny
 
 from retrieval_tip import (
@@ -48,7 +49,6 @@ from retrieval_tip.index import changes
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.labelling.sort import sort_photos
 from retrieval_tip.report.report import write_report
-from retrieval_tip.retrieval.segments import segments_of
 
 
 def noisy_photo(seed, colour):

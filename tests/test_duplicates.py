@@ -8,13 +8,13 @@ import pytest
 from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from retrieval_tip.retrieval.segments import Segments
 from tables import unit_rows
 
 from retrieval_tip.cache_model import CacheModel, label_table
 from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval import duplicates as module
 from retrieval_tip.retrieval.duplicates import NEAR, Duplicate, Duplicates, describe_duplicates, duplicates
-from retrieval_tip.retrieval.segments import Segments
 from retrieval_tip.store.labels import images_of
 
 KINDS = ["identical image", "identical feature", "near-identical"]

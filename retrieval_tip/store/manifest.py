@@ -169,7 +169,7 @@ class Manifest:
             raise StoreError(f"{name}: not the manifest of a retrieval-tip index")
         version = body.get("format_version")
         writer = ascii(body.get("created_by", "a newer version"))[:100].strip("'")
-        if isinstance(version, int) and version < OLDEST_VERSION:
+        if type(version) is int and 0 < version < OLDEST_VERSION:
             raise StoreError(f"{name.removesuffix('/manifest.json')}: built by an earlier version; {outdated}")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise StoreError(
@@ -184,28 +184,28 @@ class Manifest:
         if unknown := body.keys() - _ENTRIES:  # an unknown entry may change every answer
             raise StoreError(f"{name}: has unknown entries ({ascii(sorted(unknown))[:100]}); install {writer}")
         try:
-            if type(version) is not int:
-                raise ValueError("format_version")
+            _need(_whole(version, OLDEST_VERSION), "format_version")
             return cls.parse(body)
-        except (KeyError, TypeError, ValueError, OverflowError, BackboneError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, BackboneError) as error:
             raise StoreError(f"{damaged} ({error!r}); {remedy}") from None
 
     @classmethod
     def parse(cls, stated: Mapping[str, Any]) -> Manifest:
         """Convert parsed JSON to a manifest.
 
-        Raises KeyError, TypeError, ValueError or OverflowError if an entry is missing or invalid.
+        Raises AttributeError, KeyError, TypeError, ValueError or OverflowError if an entry is missing or invalid.
         """
-        body = {field.name: stated[field.name] for field in fields(cls) if field.name in stated}
+        body = {name: stated[name] for name in _FIELDS - {"settings", "later", "digests"}}
         settings = Settings(**{field.name: stated[field.name] for field in fields(Settings)})
-        if stated["format_version"] == OLDEST_VERSION:
-            body["digests"] = (stated.get("digests") or {"files": {}})["files"]
+        _need(isinstance(stated["tail"], bool), "tail")
+        older = stated["format_version"] == OLDEST_VERSION
+        digests = (stated.get("digests") or {"files": {}})["files"] if older else stated["digests"]
         files = {kind: DataFile(**entry) for kind, entry in body["files"].items()}
-        _need(all(isinstance(entry, dict) for entry in body.get("later", [])), "later")
-        later = [Segment(**{kind: DataFile(**file) for kind, file in entry.items()}) for entry in body.get("later", [])]
+        segments = ({kind: DataFile(**file) for kind, file in part.items()} for part in stated.get("later", []))
         records = {"table": Table, "fitted": Fitted, "built": Built}
         body |= {name: None if body[name] is None else kind(**body[name]) for name, kind in records.items()}
-        manifest = cls(**body | {"settings": settings, "files": files, "later": later})
+        body |= {"settings": settings, "files": files, "digests": digests}
+        manifest = cls(**body, later=[Segment(**segment) for segment in segments])
         manifest._check()
         manifest._check_files()
         return manifest
@@ -228,7 +228,8 @@ class Manifest:
             "built": isinstance(self.built, Built),
             "table.name": table is None or re.fullmatch(r"\w{1,64}", table.name) is not None,
             "table": table is None or (_whole(table.version, 1) and _whole(table.rows, 1) and table.rows == self.n),
-            "digests": all(
+            "digests": isinstance(self.digests, dict)
+            and all(
                 _TABLE_FILE.fullmatch(name) is not None and _SHA256.fullmatch(digest) is not None
                 for name, digest in self.digests.items()
             ),
@@ -280,9 +281,8 @@ def _whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-_ENTRIES = {"format", "format_version", "sha256"} | {
-    field.name for kind in (Manifest, Settings) for field in fields(kind) if field.name != "settings"
-}
+_FIELDS = {field.name for field in fields(Manifest)}
+_ENTRIES = {"format", "format_version", "sha256", *_FIELDS, *(field.name for field in fields(Settings))} - {"settings"}
 
 
 def named_in(raw: bytes) -> set[str] | None:
