@@ -14,6 +14,7 @@ from __future__ import annotations
 import datetime
 import importlib
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -61,6 +62,9 @@ ASKED_AT_ONCE = 4096
 """Maximum number of key ids in one condition."""
 LARGEST = (1 << 63) - 1
 """Maximum value of an int64 column."""
+
+_CONFLICT = re.compile("concurrent transaction|commit conflict", re.IGNORECASE)
+"""What LanceDB says if another process has changed the same rows."""
 
 
 def lancedb() -> Any:
@@ -123,12 +127,14 @@ def _grouped(held: Sequence[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 @contextmanager
 def _store_errors(address: Address, what: str) -> Iterator[None]:
-    """Convert LanceDB errors to a StoreError with a one-line message."""
+    """Convert LanceDB errors to a StoreError with a one-line message, also if another process has written meanwhile."""
     try:
         yield
     except RetrievalTipError:
         raise
     except Exception as error:  # also catches LanceDB panics, which have their own type
+        if _CONFLICT.search(str(error)):
+            raise changed_meanwhile(address) from None
         raise StoreError(f"{address}: {what} failed ({first_line(error)[:300]})") from None
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.index.stores import Change, Store
+from retrieval_tip.index.stores import Change, Store, VersionWriter
 from retrieval_tip.lance.key_table import changed_meanwhile
 from retrieval_tip.lance.versions import LanceVersions
 from retrieval_tip.settings import Dtype, Precision, Verify
@@ -140,6 +140,12 @@ class LanceStore(LanceVersions, Store):
                 raise changed_meanwhile(self.address)
             change.what = "fit"
             return shots.fit(change.cache, asked, judged_by)
+
+    def restore(self, writer: VersionWriter, old: Manifest, new: Manifest) -> None:
+        writer.commit(new)
+        if not self.keeps(old):  # another process has deleted it meanwhile, and maybe also its rows
+            self.withdraw(new)
+            raise changed_meanwhile(self.address)
 
     def tuned(self, manifest: Manifest) -> None:
         return None

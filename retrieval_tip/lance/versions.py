@@ -30,7 +30,7 @@ import datetime
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +166,7 @@ class TableWriter:
         self._flush()
         name = _name(manifest.version)
         # The object may exist even if the server's answer was lost. Its content shows which writer created it.
-        if not objects.create(name, raw) and objects.get(name, len(raw)) != raw:
+        if not objects.create(name, raw) and objects.get(name, MANIFEST_BYTES) != raw:
             raise changed_meanwhile(address)
 
     def digests(self, table: Table) -> dict[str, str]:
@@ -362,6 +362,10 @@ class LanceVersions:
         """Return whether a version still exists. Writers delete the manifest of a version first."""
         return manifest.version in self.versions()
 
+    def withdraw(self, manifest: Manifest) -> None:
+        """Delete the manifest of a version that cannot be read."""
+        self.objects.delete([_name(manifest.version)])
+
     def _too_fast(self) -> StoreError:
         return StoreError(f"{self}: keeps changing while it is opened; try again")
 
@@ -411,15 +415,16 @@ class LanceVersions:
     def _forget(self, keep: int, prune: bool = True) -> tuple[list[int], int]:
         there = self.versions()
         gone, kept = there[:-keep], [self._read(version) for version in there[-keep:]]
+        self.objects.delete([_name(version) for version in gone])
+        # In a bucket, another writer may have restored a version before its manifest was deleted.
+        kept += [self._read(version) for version in self.versions() if version > there[-1]]
         named = {file.name for manifest in kept for file in manifest.data_files}
         age = UNFINISHED if self.address.local is None else datetime.timedelta()
         strays = {name: size for name, size in self.objects.sizes("data", age).items() if name not in named}
-        self.objects.delete([_name(version) for version in gone])
         self.objects.delete(strays)
-        tables: Sequence[Table] = [manifest.table for manifest in kept if manifest.table is not None]
+        tables = [manifest.table for manifest in kept if manifest.table is not None]
         if prune:
-            table = KeyTable.latest(self.address, tables[-1].name)
-            table.prune(sorted({entry.version for entry in tables}))
+            KeyTable.latest(self.address, tables[-1].name).prune(sorted({entry.version for entry in tables}))
         return gone, sum(strays.values())
 
     def forget_old(self, prune: bool) -> None:
