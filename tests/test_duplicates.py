@@ -8,7 +8,6 @@ import pytest
 from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from retrieval_tip.retrieval.segments import Segments
 from tables import unit_rows
 
 from retrieval_tip.cache_model import CacheModel, label_table
@@ -121,14 +120,13 @@ def test_duplicates_do_not_depend_on_blocks(monkeypatch):
     assert whole[1].total > whole[0].total > 0
 
 
-def test_segments_and_memory_maps_give_the_same_duplicates(tmp_path):
+def test_memory_maps_give_the_same_duplicates(tmp_path):
     keys, ids, digests = keys_with_duplicates(4)
     np.save(tmp_path / "keys.npy", keys)
     mapped = np.load(tmp_path / "keys.npy", mmap_mode="r")
     for budget in (0, 10**6):
         plain = duplicates(keys, labels_of(ids, digests), budget=budget)
-        for other in (mapped, Segments([keys[:5], keys[5:6], keys[6:]])):
-            assert duplicates(other, labels_of(ids, digests), budget=budget) == plain
+        assert duplicates(mapped, labels_of(ids, digests), budget=budget) == plain
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 4, 7, 16])
