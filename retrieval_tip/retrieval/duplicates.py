@@ -35,8 +35,11 @@ PAIRS = 1 << 28
 MOST = 1000
 """Default maximum number of pairs to return."""
 
-BLOCK = 128
-"""Number of keys per block when all pairs are compared. If 16,000 keys are all alike, a block takes 300 MiB."""
+BLOCK, MOST_ROWS = 1 << 21, 4096
+"""Maximum number of pairs and of keys per block when all pairs are compared.
+
+If all keys are alike, a block takes 300 MiB.
+"""
 
 NEIGHBOURS = 32
 """Number of nearest keys to retrieve for each fresh key."""
@@ -206,7 +209,7 @@ def _near(keys: Keys, asked: IntArray, new: Bools, least: float, remain: Remain)
     """Compare ``asked`` rows with all rows, and yield blocks of pairs whose cosine is above ``least``."""
     order = np.concatenate([asked, np.flatnonzero(~new)])
     index = faiss().IndexFlatIP(int(keys.shape[1]))
-    for part in slices(len(order), BLOCK):
+    for part in slices(len(order), max(1, min(MOST_ROWS, BLOCK // max(1, len(asked))))):
         block = _unit(keys, order[part]).numpy()
         index.add(block[: max(0, len(asked) - part.start)])
         limits, cosine, places = index.range_search(block, least)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +24,8 @@ from retrieval_tip.store.writer import Writer
 
 HELD = ("keys", "labels", "index", "text", "values", "curve", "metric", "points", "sums", "prior")
 """Kinds of data that have one file each. The file is rewritten only if the data changes."""
+SEALED_AT_ONCE = 4
+"""Number of files that are written and hashed at the same time."""
 
 
 class SavedIndex(Protocol):
@@ -89,25 +93,27 @@ class Contents:
         ``stored`` is the version from which these contents were read. Return the contents with the new path of
         ``weights``. Raises StoreError if a file is damaged or cannot be written.
         """
-        same: Collection[str] = ()
-        if stored is not None:
-            same = stored.same(self) if stored.is_before(writer) else ()
-            stored.check_copied(same)
-        for kind in HELD:
-            held = getattr(self, kind)
-            if kind in same:
-                writer.keep(kind)
-            elif kind in writer.files or held is None:
-                continue
-            elif isinstance(held, pa.Table):
-                writer.seal_table(kind, held)
-            elif kind == "index":
-                staged = writer.stage(kind)
-                held.save(staged)
-                writer.seal(kind, staged, held.trained)
-            else:
-                writer.seal_array(kind, array_of(held))
+        same = stored.same(self) if stored is not None and stored.is_before(writer) else set()
+        for kind in same - {"weights"}:
+            writer.keep(kind)
+        new = [kind for kind in HELD if kind not in writer.files and getattr(self, kind) is not None]
+        check = None if stored is None else stored.check_of_copied(same)
+        with ThreadPoolExecutor(SEALED_AT_ONCE, thread_name_prefix="seal") as pool:
+            list(pool.map(functools.partial(self._seal, writer), new))
+        if check is not None:
+            check.wait()
         return self if self.weights is None else replace(self, weights=writer.seal_weights(self.weights))
+
+    def _seal(self, writer: Writer, kind: str) -> None:
+        held = getattr(self, kind)
+        if isinstance(held, pa.Table):
+            writer.seal_table(kind, held)
+        elif kind == "index":
+            staged = writer.stage(kind)
+            held.save(staged)
+            writer.seal(kind, staged, held.trained)
+        else:
+            writer.seal_array(kind, array_of(held))
 
 
 def array_of(held: npt.NDArray[np.floating] | torch.Tensor | tip.Metric | Sums) -> npt.NDArray[np.floating]:
@@ -171,15 +177,14 @@ class Stored:
             kinds -= {"keys", "labels", "points", "index"}
         return kinds | ({"weights"} & files.keys())
 
-    def check_copied(self, same: Collection[str]) -> None:
-        """Verify files before they are copied, so that damaged data does not get a valid digest.
+    def check_of_copied(self, same: Collection[str]) -> Check | None:
+        """Start to verify the files that are copied, so that damaged data does not get a valid digest.
 
-        The files of the kinds in ``same`` are not copied, so they are not verified. Raises StoreError naming the file
-        that is damaged.
+        The files of the kinds in ``same`` are not copied, so they are not verified. Returns ``None`` if all files have
+        been verified.
         """
-        if self.check.verify == "fast":
-            known = {self.manifest.files[kind] for kind in same}
-            Check(self.check.folder, self.manifest, known=known).wait()
+        known = {self.manifest.files[kind] for kind in same}
+        return Check(self.check.folder, self.manifest, known=known) if self.check.verify == "fast" else None
 
 
 def _keys(folder: Path, manifest: Manifest) -> tuple[npt.NDArray[np.floating], pa.Table]:

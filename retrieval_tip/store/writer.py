@@ -6,6 +6,8 @@ stays current, and the next writer removes the leftover files.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
 import os
 import re
@@ -78,11 +80,14 @@ class Writer:
                     file.write(_ZEROS[: size - at])
         return path, np.lib.format.open_memmap(path, mode="r+")
 
-    def seal(self, kind: str, staged: Path, rows: int) -> Path:
-        """Flush a staged file to disk, rename it by its digest, and return the new path."""
+    def seal(self, kind: str, staged: Path, rows: int, digest: str | None = None) -> Path:
+        """Flush a staged file to disk, rename it by its digest, and return the new path.
+
+        If you do not pass the SHA-256 as ``digest``, the file is read again.
+        """
         with staged.open("rb+") as file:
             os.fsync(file.fileno())
-        digest = sha256_of(staged)
+        digest = digest or sha256_of(staged)
         entry = DataFile(f"data/{kind}-{digest[:16]}{SUFFIXES[kind]}", rows, staged.stat().st_size, digest)
         self._files[kind], path = entry, self.folder / entry.name
         staged.replace(path)
@@ -91,11 +96,14 @@ class Writer:
 
     def seal_array(self, kind: str, array: npt.NDArray[np.floating]) -> None:
         """Write a two-dimensional array as the data file of this kind."""
-        staged = self.stage(kind)
+        staged, header, data = self.stage(kind), io.BytesIO(), np.ascontiguousarray(array).data
+        _write_header(header, array.shape, array.dtype)
         with staged.open("wb") as file:  # a memory-mapped file would count towards this process's memory
-            _write_header(file, array.shape, array.dtype)
-            file.write(np.ascontiguousarray(array).data)
-        self.seal(kind, staged, len(array))
+            file.write(header.getvalue())
+            file.write(data)
+        digest = hashlib.sha256(header.getvalue())
+        digest.update(data)
+        self.seal(kind, staged, len(array), digest.hexdigest())
 
     def seal_table(self, kind: str, table: pa.Table) -> None:
         """Write a table as the data file of this kind. Raises InputError if Parquet cannot store a column."""
