@@ -141,10 +141,7 @@ def metric_of(array: npt.NDArray[np.floating]) -> tip.Metric:
 
 @dataclass(frozen=True)
 class Stored:
-    """A version of an index folder, together with the contents of its files in memory.
-
-    ``contents`` is ``None`` if the contents are not known.
-    """
+    """A version of an index folder, and the contents of its files in memory, or ``None`` if they are not known."""
 
     check: Check
     contents: Contents | None
@@ -171,7 +168,8 @@ class Stored:
         files = self.manifest.files
         kinds = {kind for kind in HELD if kind in files and getattr(contents, kind) is not None}
         kinds = {kind for kind in kinds if getattr(contents, kind) is getattr(self.contents, kind, None)}
-        if contents.index is not None and contents.index.path != self.check.folder / files["index"].name:
+        index = contents.index
+        if "index" in kinds and index is not None and index.path != self.check.folder / files["index"].name:
             kinds.discard("index")
         if self.manifest.later:
             kinds -= {"keys", "labels", "points", "index"}
