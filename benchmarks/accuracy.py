@@ -14,7 +14,6 @@ With ``wrong-10``, 10 % of the labels are wrong. With ``prior``, the scatter of 
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import statistics
@@ -31,20 +30,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from baselines import class_means, discriminant, linear_probe
 from common import SHARED, machine
+from methods import Answering, Items, Method, Shots, closed, fine_tuned, paper, searched, zero_shot
 from prior import TABLES, sums_of
 
 from retrieval_tip import CacheModel, Encoder, EncodingCache, build_index, load_backbone, open_source, tip
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.data.sources import Source
 from retrieval_tip.data.tables import vectors
-from retrieval_tip.evaluation import baselines, sweep
 from retrieval_tip.evaluation.calibration import expected_calibration_error
-from retrieval_tip.fit import closed_form, search_hp
-from retrieval_tip.fit.finetune import finetune, own_shots
+from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.scatter import FloatArray, pooled
-from retrieval_tip.fit.trainer import Recipe
 from retrieval_tip.index import changes
+from retrieval_tip.report.curve import draw as draw_shots
 
 SHOTS = (1, 2, 4, 8, 16)
 TEMPLATE = "a photo of a {}."
@@ -52,48 +51,6 @@ STARTED, LARGE = 4, 500
 """Number of shots per class from which an index grows, and number of shots of the large class."""
 SHOWN = 0.2
 """Smallest gap to list, in points."""
-
-
-@dataclass(frozen=True)
-class Shots:
-    """Tip-Adapter with default settings over the shots of a run, and their source, which fine-tuning needs.
-
-    ``prior`` is the scatter of other datasets, of shape ``[d, d]``.
-    """
-
-    cache: CacheModel
-    source: Source
-    encoder: Encoder
-    seed: int
-    prior: FloatArray | None
-
-
-Answering = CacheModel | baselines.Linear
-Method = Callable[[Shots], Answering]
-
-
-def zero_shot(shots: Shots) -> Answering:
-    return shots.cache.with_settings(shots.cache.settings.override(alpha=0.0))
-
-
-def paper(shots: Shots) -> Answering:
-    return shots.cache.with_settings(shots.cache.settings.override(alpha=1.0, beta=5.5))
-
-
-def searched(shots: Shots) -> Answering:
-    choice = search_hp.search(shots.cache, search_hp.leave_one_out(shots.cache), cautious=True)
-    return shots.cache.with_settings(choice.settings(shots.cache.settings))
-
-
-def fine_tuned(shots: Shots) -> Answering:
-    own = own_shots(shots.cache, shots.source)
-    return finetune(shots.cache, own, shots.encoder, Recipe(seed=shots.seed)).cache
-
-
-def closed(shots: Shots, asked: closed_form.Fit | None = None) -> Answering:
-    cache = copy.copy(shots.cache)
-    closed_form.fit(cache, asked)
-    return cache
 
 
 def grown(shots: Shots) -> Answering:
@@ -127,9 +84,9 @@ METHODS: dict[str, Method] = {
     PAPER: paper,
     SEARCHED: searched,
     FINE_TUNED: fine_tuned,
-    PROBE: lambda shots: baselines.linear_probe(shots.cache),
-    "nearest class mean": lambda shots: baselines.class_means(shots.cache),
-    GDA: lambda shots: baselines.discriminant(shots.cache),
+    PROBE: lambda shots: linear_probe(shots.cache),
+    "nearest class mean": lambda shots: class_means(shots.cache),
+    GDA: lambda shots: discriminant(shots.cache),
     "ProKeR's form": lambda shots: closed(shots, closed_form.Fit(metric="none", values="solved")),
     DEFAULT: closed,
     GROWN: grown,
@@ -181,9 +138,9 @@ class Tables:
         cache = CacheModel.from_features(features, labels, classes, weights, sources=ids, device="cpu")
         return cache, open_source(self.file(shared, name))
 
-    def items(self, pool: CacheModel, shared: Path) -> sweep.Items:
+    def items(self, pool: CacheModel, shared: Path) -> Items:
         features, labels, _ = self.read(shared, self.test, pool.class_names)
-        return sweep.Items(features, np.array([pool.class_names.index(label) for label in labels]), self.test)
+        return Items(features, np.array([pool.class_names.index(label) for label in labels]), self.test)
 
 
 @dataclass(frozen=True)
@@ -210,8 +167,8 @@ class Photos:
     def pool_of(self, number: int, shared: Path) -> tuple[CacheModel, Source]:
         return self.pool(shared), open_source(shared / self.split, split="train")
 
-    def items(self, pool: CacheModel, shared: Path) -> sweep.Items:
-        return sweep.encode(pool, open_source(shared / self.split, split="test"), self.encoder(shared))
+    def items(self, pool: CacheModel, shared: Path) -> Items:
+        return Items.of(pool, open_source(shared / self.split, split="test"), self.encoder(shared))
 
 
 DATASETS: dict[str, Tables | Photos] = {
@@ -244,7 +201,7 @@ class Shape:
 
 def with_some_classes(pool: CacheModel, number: int, seed: int, covered: float) -> CacheModel:
     """Return an index in which only a share of the classes has shots. The other classes only have text."""
-    cache, c = sweep.draw(pool, number, seed), len(pool.class_names)
+    cache, c = draw_shots(pool, number, seed), len(pool.class_names)
     chosen = np.random.default_rng(seed).permutation(c)[: max(2, round(covered * c))]
     return cache.take(np.flatnonzero(np.isin(cache.class_ids.numpy(), chosen)))
 
@@ -253,7 +210,7 @@ def with_long_tail(pool: CacheModel, most: int, seed: int) -> CacheModel:
     """Return an index whose classes have 1 to ``most`` shots, evenly spread on a logarithmic scale."""
     draw, c = np.random.default_rng(seed), len(pool.class_names)
     numbers = np.round(most ** (draw.permutation(c) / (c - 1))).astype(int)
-    return _numbers_of(sweep.draw(pool, most, seed), numbers, draw)
+    return _numbers_of(draw_shots(pool, most, seed), numbers, draw)
 
 
 def with_one_large(pool: CacheModel, number: int, seed: int) -> CacheModel:
@@ -271,7 +228,7 @@ def _numbers_of(cache: CacheModel, numbers: np.ndarray, draw: np.random.Generato
 
 def with_wrong_labels(pool: CacheModel, number: int, seed: int, wrong: float) -> CacheModel:
     """Return an index in which a share of the shots has the label of another class."""
-    cache, c, draw = sweep.draw(pool, number, seed), len(pool.class_names), np.random.default_rng(seed)
+    cache, c, draw = draw_shots(pool, number, seed), len(pool.class_names), np.random.default_rng(seed)
     ids = cache.class_ids.numpy().copy()
     rows = draw.permutation(cache.n)[: round(wrong * cache.n)]
     ids[rows] = (ids[rows] + draw.integers(1, c, len(rows))) % c
@@ -279,7 +236,7 @@ def with_wrong_labels(pool: CacheModel, number: int, seed: int, wrong: float) ->
 
 
 def with_class_search(pool: CacheModel, number: int, seed: int) -> CacheModel:
-    cache = sweep.draw(pool, number, seed)
+    cache = draw_shots(pool, number, seed)
     return _again(cache, cache.class_ids.numpy(), "Classes")
 
 
@@ -292,20 +249,20 @@ def _again(cache: CacheModel, ids: np.ndarray, index: str = "Flat") -> CacheMode
 
 
 def with_k(pool: CacheModel, number: int, seed: int, k: int) -> CacheModel:
-    cache = sweep.draw(pool, number, seed)
+    cache = draw_shots(pool, number, seed)
     return cache.with_settings(cache.settings.override(k=k))
 
 
 SHAPES: dict[str, Shape] = {
-    "even": Shape(sweep.draw, random=False),
+    "even": Shape(draw_shots, random=False),
     **{f"covered-{part}": Shape(functools.partial(with_some_classes, covered=part / 100)) for part in (20, 50, 90)},
     "tail": Shape(with_long_tail, uneven=True),
     "one-of-500": Shape(with_one_large, uneven=True, pool=LARGE),
     "k-64": Shape(functools.partial(with_k, k=64), random=False),
     "classes": Shape(with_class_search, random=False),
-    "growth": Shape(sweep.draw, random=False, method=GROWN),
+    "growth": Shape(draw_shots, random=False, method=GROWN),
     **{f"wrong-{part}": Shape(functools.partial(with_wrong_labels, wrong=part / 100)) for part in (5, 10, 20)},
-    "prior": Shape(sweep.draw, random=False, method=WITH_PRIOR),
+    "prior": Shape(draw_shots, random=False, method=WITH_PRIOR),
 }
 
 
@@ -346,7 +303,7 @@ def runs(
                 yield dict(zip(RUN, run, strict=True)) | found | {"seconds": seconds}
 
 
-def scores(answering: Answering, items: sweep.Items, uneven: CacheModel | None) -> dict[str, float]:
+def scores(answering: Answering, items: Items, uneven: CacheModel | None) -> dict[str, float]:
     """Return the accuracy, the expected calibration error, and the share of items that match no class.
 
     If ``uneven`` is given, classes have different numbers of shots. In this case, the accuracy is the mean over all

@@ -4,16 +4,15 @@ The plain loop opens all files in one thread, applies the transform from open_cl
 64 under no_grad, with the default number of torch threads. A second plain loop uses small batches, which shows the
 effect of the batch size. Our side uses Encoder without a cache. All sides are measured in turn, and the ratios compare
 their medians. The printed cosine is the smallest cosine between our feature and the first side's feature of the same
-photo. The first table only encodes pixels in memory. int8 is calibrated on up to 300 photos of the folder, and ``fast``
-is checked on 16 shots per class of its split file. The last table shows the peak memory of ``retrieval-tip encode`` in
-new processes. The first run converts the encoder and, for int8, calibrates it.
+photo. The first table only encodes pixels in memory. int8 is calibrated on up to 300 photos of the folder. The last
+table shows the peak memory of ``retrieval-tip encode`` in new processes. The first run converts the encoder, or, for
+int8, is the run of ``models --int8`` that stores it.
 
 Large photos are synthetic. They are enlarged real photos, and mosaics of real photos at full size, which have finer
 detail than any camera can record. They show the gain and the error of decoding JPEGs at a reduced size.
 
 With ``--accuracy``, indexes of 4 and 16 shots per class are built from Caltech101, with keys and queries in several
-precisions. The shots are drawn from the train and val photos. The last column is the precision that ``fast`` uses,
-which it selects on the shots.
+precisions. The shots are drawn from the train and val photos, on which int8 is calibrated.
 """
 
 from __future__ import annotations
@@ -38,9 +37,8 @@ from retrieval_tip import Encoder, EncodingCache, build_index, load_backbone, op
 from retrieval_tip.backbones.base import Backbone, resolve_device, unit
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import CALIBRATED
-from retrieval_tip.data.sources import of_images
+from retrieval_tip.data.sources import Source, of_images
 from retrieval_tip.evaluation.evaluate import evaluate
-from retrieval_tip.index.precision import settle_for_build
 from retrieval_tip.settings import Precision
 
 PLAIN_BATCHES = 64, 4
@@ -130,11 +128,11 @@ def alone(backbone: Backbone, held: dict[str, torch.Tensor]) -> Encode:
     return encode
 
 
-def prepare(backbone: Backbone, folder: Path) -> None:
-    """Calibrate int8 on photos of a folder, and check ``fast`` on the shots of its split file."""
-    if backbone.precision == "fast":
-        settle_for_build(Encoder(backbone), open_source(folder / SPLIT, split="train"), 16)
-    Encoder(backbone).prepare(of_images(chosen(folder, CALIBRATED)))
+def store_int8(model: str, pretrained: str | None, photos: Source) -> None:
+    """Calibrate an encoder in int8 on photos, and print how long that takes."""
+    encoder, found = Encoder(load_backbone(model, pretrained, device="cpu")), list[float]()
+    seconds = clocked(lambda: found.append(encoder.store_int8(photos)))
+    click.echo(f"int8: stored in {seconds:.1f} s, lowest cosine {found[0]:.4f}")
 
 
 def memory(options: Sequence[object], precisions: Sequence[Precision], paths: Sequence[str]) -> None:
@@ -147,8 +145,11 @@ def memory(options: Sequence[object], precisions: Sequence[Precision], paths: Se
             (photos / f"{number}{Path(path).suffix}").symlink_to(path)
         for name in precisions:
             os.environ["RETRIEVAL_TIP_CACHE"] = f"{scratch}/{name}"
-            encode = (*PROGRAM, "-q", "encode", photos, "--out", f"{scratch}/features.parquet", "--no-cache")
-            first, later = (launch(*encode, *options, "--precision", name).peak for _ in range(2))
+            encode = (*PROGRAM, "-q", "encode", photos, "--out", f"{scratch}/features.parquet", "--no-cache", *options)
+            store = (*PROGRAM, "-q", "models", "--int8", photos, *options)
+            first, later = (launch(*run).peak for run in (
+                store if name == "int8" else (*encode, "--precision", name), (*encode, "--precision", name)
+            ))  # fmt: skip
             rows.append({"precision": name, "first run": first, "later run": later})
     show(f"Peak memory in GiB, {len(paths)} photos", rows)
 
@@ -158,6 +159,7 @@ def accuracy(model: str, pretrained: str | None, split: Path, draws: int) -> Non
     train, val, test = (open_source(split, split=part) for part in ("train", "val", "test"))
     items = pa.concat_tables([train.items, val.items])
     train = replace(train, items=items, paths=(*(train.paths or ()), *(val.paths or ())))
+    store_int8(model, pretrained, train)
     cache, rows = EncodingCache.at(None), []
     encoders = {p: Encoder(load_backbone(model, pretrained, precision=p), cache=cache) for p in PRECISIONS}
     for shots, seed in ((shots, 1 + draw) for shots in (4, 16) for draw in range(draws)):
@@ -168,8 +170,7 @@ def accuracy(model: str, pretrained: str | None, split: Path, draws: int) -> Non
                 for queries in dict.fromkeys((keys, *(("int8",) if keys == "float32" else ()))):
                     right = evaluate(index, test, encoders[queries]).top1
                     row[f"{keys} keys, {queries}"] = 100 * right
-        judged = Encoder(load_backbone(model, pretrained, precision="fast"), cache=cache, seed=seed)
-        rows.append(row | {"fast": settle_for_build(judged, train, shots).checked})
+        rows.append(row)
     show(f"Accuracy in %, {len(test)} test photos", rows)
 
 
@@ -183,7 +184,7 @@ def accuracy(model: str, pretrained: str | None, split: Path, draws: int) -> Non
 @click.option("--large", default=32, show_default=True, help="Number of large synthetic photos. Use 0 for no photos.")
 @click.option("--size", type=(int, int), default=(4000, 3000), show_default=True, help="Size of the large photos.")
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--precision", "precisions", multiple=True, default=(*PRECISIONS, "fast"), show_default=True)
+@click.option("--precision", "precisions", multiple=True, default=PRECISIONS, show_default=True)
 @click.option("--accuracy", "draws", type=int, help="Number of draws to measure the accuracy on, instead of the speed.")
 def main(
     model: str, pretrained: str | None, device: str, folder: Path, number: int, large: int, size: tuple[int, int],
@@ -193,15 +194,14 @@ def main(
     device = resolve_device(device)
     click.echo(machine("open_clip_torch", "openvino", "nncf", "pillow"))
     if draws is not None:
-        with tempfile.TemporaryDirectory() as own:  # no calibration on test photos, and no earlier check
+        with tempfile.TemporaryDirectory() as own:  # no earlier calibration, which may be on test photos
             os.environ["RETRIEVAL_TIP_CACHE"] = own
             accuracy(model, pretrained, folder / SPLIT, draws)
         return
+    if "int8" in precisions:
+        store_int8(model, pretrained, of_images(chosen(folder, CALIBRATED)))
     backbones = {p: load_backbone(model, pretrained, device=device, precision=p) for p in precisions}
     whole, photos = next(iter(backbones.values())), chosen(folder, number)
-    for name, backbone in backbones.items():
-        seconds = clocked(lambda backbone=backbone: prepare(backbone, folder))
-        click.echo(f"{name}: {backbone.precision}, prepared in {seconds:.1f} s")
     click.echo(f"{whole.identity} on {device}")
     held = {path: whole.preprocess(images.decode(images.read(path))) for path in photos}
     compare("photos in memory", photos, {name: alone(each, held) for name, each in backbones.items()}, rounds)
@@ -216,7 +216,7 @@ def main(
             sides |= {f"ours, {name}": ours(backbone) for name, backbone in backbones.items()}
             compare(f"photos of {size[0]} x {size[1]}", made, sides, rounds)
     options = ["--model", model, "--device", device, *(["--pretrained", pretrained] if pretrained else [])]
-    memory(options, [name for name in precisions if name != "fast"], chosen(folder, CALIBRATED))
+    memory(options, precisions, chosen(folder, CALIBRATED))
 
 
 if __name__ == "__main__":

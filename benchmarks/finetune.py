@@ -27,7 +27,7 @@ from torch.nn import functional
 from retrieval_tip import CacheModel, Encoder, open_source
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit.finetune import finetune
-from retrieval_tip.fit.trainer import Recipe, Trainer, faster_precision
+from retrieval_tip.fit.trainer import Recipe, Trainer
 from retrieval_tip.settings import Settings
 
 ALPHA, BETA, SCALE = 1.0, 5.5, 100.0
@@ -119,7 +119,7 @@ def products(cache: CacheModel, batch: int, dtype: torch.dtype = torch.float32) 
 
 def ours(cache: CacheModel, precision: str) -> Step:
     """Return the step of this package."""
-    trainer = Trainer(cache, Recipe(lr=RATE, eps=EPS, precision=precision), None)
+    trainer = Trainer(cache, Recipe(lr=RATE, eps=EPS, precision=precision))
     return lambda f, ids: trainer.step(f, ids, RATE)
 
 
@@ -168,7 +168,7 @@ def print_runs(material: Material, batch: int, epochs: int) -> None:
         shots = material.shots(Path(folder))
 
         def train(precision: str) -> None:
-            recipe = Recipe(epochs=epochs, batch=batch, lr=RATE, eps=EPS, precision=precision, settings="own")
+            recipe = Recipe(epochs=epochs, batch=batch, lr=RATE, eps=EPS, precision=precision)
             tuned = finetune(cache, shots, Encoder(), recipe)
             lines.append(
                 {"run": f"fine-tuned, {precision}", "top-1, %": material.right(tuned.cache.logits(material.queries))}
@@ -198,7 +198,6 @@ def main(
     material = Material.make(classes, shots, dim, views, queries)
     click.echo(f"{material.cache.n} keys x {dim}, {classes} classes, batch {batch}")
     print_steps(material, batch, rounds)
-    click.echo(f"--precision auto takes {faster_precision(material.cache, batch)}")
     if epochs:
         print_runs(material, batch, epochs)
 

@@ -142,7 +142,7 @@ def training(size: Size, epochs: int, rounds: int, device: str) -> Iterator[Sequ
     with tempfile.TemporaryDirectory() as folder:
         source = material.shots(Path(folder))
         for precision in ("float32", "bfloat16"):
-            recipe = Recipe(epochs=epochs, batch=batch, precision=precision, settings="own")
+            recipe = Recipe(epochs=epochs, batch=batch, precision=precision)
             seconds = clocked(lambda recipe=recipe: finetune(cache, source, Encoder(), recipe))
             yield f"{epochs} epochs", precision, f"{1e3 * seconds:.0f}", "", "", ""
 

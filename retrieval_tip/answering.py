@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import numpy as np
@@ -71,7 +70,6 @@ class AnsweringIndex(ABC):
         metric: the fitted metric (see :mod:`tip`), or ``None``.
         values: the solved or trained values (see :mod:`tip`), or ``None`` if values are one-hot.
         fitted: a description of how the metric and the values were fitted.
-        tuned: the weights file of the encoder, if the encoder was fine-tuned.
         place: the folder or LanceDB store (``lance://...``) that the index was loaded from.
         version: the version number of the loaded index.
     """
@@ -88,7 +86,6 @@ class AnsweringIndex(ABC):
     version: int | None
     next_key_id: int | None
     values: Tensor | None
-    tuned: Path | None
     metric: tip.Metric | None = None
     fitted: Fitted | None = None
 

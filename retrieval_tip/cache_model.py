@@ -317,7 +317,6 @@ class CacheModel(KeyEdits):
         points: the transformed keys ``phi(K)``, in the same dtype as ``keys``. If you do not pass them, they are
             computed.
         fitted: a description of how the metric and the values were fitted (see :mod:`fit.closed_form`), or ``None``.
-        tuned: the safetensors file of the fine-tuned encoder.
         curve: the loss curve of the training, which has one row per epoch.
         precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
         class_ids: the class ids as an int64 tensor of shape ``[n]`` on the device, derived from ``labels``.
@@ -343,7 +342,6 @@ class CacheModel(KeyEdits):
     device: str = "cpu"
     version: int | None = None
     values: Tensor | None = None
-    tuned: Path | None = None
     curve: pa.Table | None = None
     precision: Precision = "float32"
     folder: Path | None = None
@@ -446,8 +444,7 @@ class CacheModel(KeyEdits):
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             sources: the path or id of each key, which is shown with predictions.
             values: the trained values, of shape ``[n, c]``. Defaults to one-hot labels.
-            precision: the dtype that is used to multiply queries with all keys: ``float32``, ``bfloat16``, ``float16``
-                or ``auto`` (see :meth:`load`).
+            precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
 
         Raises:
             InputError: if shapes do not match, if values are not finite, or if a label is not a class.
@@ -570,9 +567,7 @@ class CacheModel(KeyEdits):
         Args:
             folder: the index folder.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-            precision: the dtype that is used to multiply queries with all keys. ``auto`` selects the fastest dtype that
-                is accurate enough on this machine. ``float32`` gives the same answers on every machine, up to rounding
-                error.
+            precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
             verify: ``full`` to compare every file with its digest, or ``fast`` to compare only the size of large files.
             check: a check that has already been started. If it is given, the version under check is opened.
             version: the version number to open. Defaults to the current version.
@@ -625,8 +620,7 @@ class CacheModel(KeyEdits):
         Unchanged files are shared with the previous version. ``change`` describes the new version in the history.
 
         Raises:
-            StoreError: if the folder cannot be written, if it has changed since it was loaded, or if ``tuned`` is not a
-                safetensors file.
+            StoreError: if the folder cannot be written, or if it has changed since it was loaded.
             InputError: if the contents cannot be stored.
         """
         with write(Path(folder)) as writer:
@@ -652,12 +646,9 @@ class CacheModel(KeyEdits):
             self._stored = Stored(check, None if self._stored is None else self._stored.contents)
 
     def commit(self, writer: Writer, change: str) -> None:
-        """Write the files that have changed, and make this index the current version.
-
-        The file ``tuned`` is copied into the folder. Afterwards, the attribute refers to the copy.
-        """
-        contents = _contents(self).write(writer, self._stored)
-        self.tuned = contents.weights
+        """Write the files that have changed, and make this index the current version."""
+        contents = _contents(self)
+        contents.write(writer, self._stored)
         self._stored = Stored.of(_commit(self, writer, change), contents)
 
 
@@ -675,14 +666,14 @@ def _opened(cls: type[T], place: Path, manifest: Manifest, device: str, precisio
     contents = Contents.read(place, manifest)
     points = points_of(contents.metric, contents.keys, device) if contents.points is None else contents.points
     met = contents.keys if points is None else points
-    flat = manifest.index == FLAT_FACTORY
+    index = _read_index(place, manifest, contents, met, device)
     cache = cls(
         keys=contents.keys, labels=contents.labels, class_names=manifest.class_names,
         text_weights=torch.from_numpy(contents.text), settings=manifest.settings,
-        index=VectorIndex.build(met, FLAT_FACTORY, device) if flat else _read_index(place, manifest, met, device),
+        index=index,
         templates=manifest.templates, provenance=manifest.provenance, device=device, version=manifest.version,
         backbone=Identity.from_dict(manifest.backbone) if manifest.backbone else None,
-        values=None if contents.values is None else torch.from_numpy(contents.values), tuned=contents.weights,
+        values=None if contents.values is None else torch.from_numpy(contents.values),
         curve=contents.curve, precision=precision, folder=place, next_key_id=manifest.next_key_id,
         metric=contents.metric, points=points, fitted=manifest.fitted, built=manifest.built,
     )  # fmt: skip
@@ -690,18 +681,20 @@ def _opened(cls: type[T], place: Path, manifest: Manifest, device: str, precisio
     return cache
 
 
-def _read_index(place: Path, manifest: Manifest, met: KeyArray, device: str) -> VectorIndex:
-    file = manifest.files["index"]
+def _read_index(place: Path, manifest: Manifest, contents: Contents, met: KeyArray, device: str) -> VectorIndex:
+    if manifest.index == FLAT_FACTORY:
+        return VectorIndex.build(met, FLAT_FACTORY, device)
+    file, c = manifest.files["index"], len(manifest.class_names)
     path, half = place / file.name, manifest.dtype == "float16"
     index = VectorIndex.load(path, manifest.index, device, half, file.rows)
-    if index.by_class:
-        matches = index.n <= len(manifest.class_names)
-    else:
-        matches = index.n == manifest.files["keys"].rows
-        index = index.refilled(met) if manifest.later else index
+    matches = index.n <= c if index.by_class else index.n == manifest.files["keys"].rows
     if index.d != manifest.d or not matches:
         raise StoreError(f"{path}: does not match the manifest; build the index again")
-    return index
+    if not manifest.later:
+        return index
+    if index.by_class:
+        return index_over(met, contents.labels["class_id"].to_numpy().astype(np.int64), c, manifest.index, device)
+    return index.refilled(met)
 
 
 def _contents(cache: CacheModel) -> Contents:
@@ -712,7 +705,6 @@ def _contents(cache: CacheModel) -> Contents:
         text=cache.text_weights,
         values=cache.values,
         curve=cache.curve,
-        weights=cache.tuned,
         index=None if cache.exact_search else cache.index,
         metric=cache.metric,
         points=cache.points,

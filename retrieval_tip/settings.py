@@ -21,11 +21,10 @@ Verify = Literal["full", "fast"]
 """
 Norms = Literal["check", "unit", "keep"]
 """How the norms of features are treated: check that they are 1, scale features to norm 1, or keep any norm."""
-Precision = Literal["auto", "float32", "float16", "bfloat16", "int8", "fast"]
+Precision = Literal["auto", "float32", "float16", "bfloat16", "int8"]
 """Precision of an encoder and of the products with all keys.
 
-``int8`` and ``fast`` only affect encoding images on a CPU, and the products are then those of ``auto``. ``fast`` is
-``int8`` if a check on labelled photos accepts it, or else ``bfloat16`` or ``float32`` (see :mod:`index.precision`).
+``auto`` is float32, except that an encoder on a GPU uses float16. ``int8`` only affects encoding images on a CPU.
 """
 Runtime = Literal["auto", "torch"]
 Dtype = Literal["float32", "float16"]
@@ -37,18 +36,12 @@ MetricName = Literal["none", "within"]
 ValuesName = Literal["one-hot", "solved"]
 METRICS, VALUES = get_args(MetricName), get_args(ValuesName)
 """The metrics and values that a fit can select (see :mod:`tip`)."""
-TrainedPart = Literal["keys", "values", "visual", "text"]
+TrainedPart = Literal["keys", "values"]
 TRAINED: tuple[TrainedPart, ...] = get_args(TrainedPart)
-"""The parts that can be trained: the keys (as in Tip-Adapter-F), the values, and the two encoders."""
-TrainingPrecision = Literal["auto", "float32", "bfloat16"]
-TrainingSettings = Literal["tried", "own"]
+"""The parts that can be trained: the keys (as in Tip-Adapter-F), and the values."""
+TrainingPrecision = Literal["float32", "bfloat16"]
 ClassPrior = Literal["even", "shots"]
 """The frequencies of the classes among future photos: all equal, or as in the shots."""
-Protocol = Literal["honest", "paper"]
-"""The data that settings are selected on.
-
-``honest`` uses the shots or a random sample of validation images. ``paper`` uses the whole validation source.
-"""
 
 
 def check_choice(name: str, value: object, alias: object) -> None:

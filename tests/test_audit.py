@@ -19,7 +19,7 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import UsageError
 from retrieval_tip.evaluation import audit as audits
 from retrieval_tip.evaluation.audit import CLEAR, audit, gain, suspicious
-from retrieval_tip.fit import closed_form
+from retrieval_tip.fit import closed_form, folds
 from retrieval_tip.index import build, places
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.duplicates import NEAR
@@ -148,7 +148,7 @@ def test_an_audit_of_the_nearest_keys_matches_the_dense_reference(seed, k):
 def test_an_audit_does_not_depend_on_blocks(monkeypatch):
     cache = random_index(5, n=50)
     whole, near = audit(cache, borderline=True), audit(cache, k=9, borderline=True)
-    monkeypatch.setattr(audits, "VALUES", 50 * 7)
+    monkeypatch.setattr(folds, "VALUES", 50 * 7)
     for table, split in ((whole, audit(cache, borderline=True)), (near, audit(cache, k=9, borderline=True))):
         assert len(table) > 5
         for name in table.column_names:

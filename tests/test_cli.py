@@ -370,8 +370,8 @@ def test_answers_appear_before_all_images_are_read(style, run, tmp_path, warm_pa
 @pytest.mark.parametrize(
     ("arguments", "unbuffered"),
     few([(command.split(), unbuffered) for unbuffered in ("", "1") for command in (
-        "--version", "--help", "index --help", "datasets check .", "index build --help", "datasets list --format json",
-        "datasets list --format csv", "datasets list --format table", "datasets list --format parquet")], 3),
+        "--version", "--help", "index --help", "index list .", "index build --help", "models --format json",
+        "models --format csv", "models --format table", "models --format parquet")], 3),
     ids=str,
 )  # fmt: skip
 def test_a_full_standard_output_gives_one_line(arguments, unbuffered):
@@ -385,9 +385,7 @@ def test_a_full_standard_output_gives_one_line(arguments, unbuffered):
     assert b"No space left" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "arguments", few([["--version"], ["--help"], ["datasets", "check", "."], ["datasets", "list"]], 2)
-)
+@pytest.mark.parametrize("arguments", few([["--version"], ["--help"], ["index", "list", "."], ["models"]], 2))
 def test_a_closed_pipe_causes_no_error(arguments):
     reader, writer = os.pipe()
     os.close(reader)
@@ -400,7 +398,7 @@ def test_a_closed_pipe_causes_no_error(arguments):
 
 @pytest.mark.parametrize(
     ("arguments", "what"),
-    [("--version >&-", "standard output"), ("datasets list <&- >&-", "standard output"), ("classify . - <&-", ".")],
+    [("--version >&-", "standard output"), ("models <&- >&-", "standard output"), ("classify . - <&-", ".")],
 )
 def test_a_closed_standard_stream_that_is_needed_is_an_error(arguments, what):
     command = f"{shlex.quote(sys.executable)} -m retrieval_tip {arguments}"

@@ -1,4 +1,4 @@
-"""The command finetune: output, messages, errors and resuming."""
+"""The command finetune: output, messages and errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tables import unit_rows, write_table
 from test_search_hp import C, D, clusters
 
 from retrieval_tip import CacheModel, Encoder, Recipe, open_source, verify
-from retrieval_tip.fit.finetune import checkpoint_of, finetune_into
+from retrieval_tip.fit.finetune import finetune_into
 from retrieval_tip.fit.search_hp import validation_shots
 
 NAMES = [f"class {i}" for i in range(C)]
@@ -63,7 +63,6 @@ def test_finetune_writes_a_new_index_with_its_provenance(run, place):
     assert record["parent"] == str(place / "index")
     assert (record["parent_version"], record["epochs"], record["seed"], record["train"]) == (1, 3, 1, ["keys"])
     assert (printed["alpha"], printed["beta"], printed["version"]) == (cache.settings.alpha, cache.settings.beta, 1)
-    assert not (place / "tuned.checkpoint").exists()
     curve = run("index", "query", place / "tuned", "SELECT epoch FROM curve ORDER BY epoch", "--format", "json")
     assert [json.loads(line)["epoch"] for line in curve.stdout.splitlines()] == [0, 1, 2, 3]
     evaluated = run("evaluate", place / "tuned", place / "test.parquet", "--json")
@@ -81,7 +80,6 @@ def test_python_gives_the_result_of_the_command(run, place):
     one, other = (CacheModel.load(place / name, device="cpu") for name in ("tuned", "again"))
     assert np.array_equal(one.keys, other.keys)
     assert one.settings == other.settings
-    assert not checkpoint_of(place / "again").exists()
 
 
 def test_finetune_trains_on_the_source_of_the_index_by_default(run, place):
@@ -108,8 +106,7 @@ def test_given_alpha_and_beta_are_used_and_saved(run, place):
     ("more", "code", "message"),
     [
         (["--views", "fresh", "--views-cache", "4"], 2, "--views fresh and --views-cache"),
-        (["--train", "visual"], 2, "train visual: there is no encoder"),
-        (["--resume"], 2, "resume: only for encoders"),
+        (["--train", "visual"], 2, "--train"),
         (["--lr", "nan"], 2, "--lr"),
         (["--alpha", "-1"], 2, "--alpha"),
         (["--epochs", "2000000"], 2, "--epochs"),
@@ -124,7 +121,6 @@ def test_wrong_usage_is_one_line_and_writes_nothing(run, place, more, code, mess
     assert message in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("Error: ")
     assert not (place / "tuned").exists()
-    assert not (place / "tuned.checkpoint").exists()
 
 
 def fitted_index(run, place):
@@ -207,16 +203,3 @@ def test_single_shots_are_not_held_out_and_a_message_says_so(run, place):
     printed = json.loads(result.stdout)
     assert (printed["kept"], printed["before"], printed["after"], printed["n"]) == ("trained", None, None, None)
     assert "--val" in result.stderr
-
-
-def test_a_sweep_fine_tunes_its_samples(run, place):
-    result = run("sweep", place / "index", place / "test.parquet", "--shots", 4, "--seeds", 2, "--val",
-                 place / "val.parquet", "--method", "untouched", "--method", "tip-adapter-f", "--results",
-                 place / "runs.parquet")  # fmt: skip
-    assert result.exit_code == 0, result.stderr
-    rows = pq.read_table(place / "runs.parquet").to_pylist()
-    trained = {row["method"]: row["parameters_trained"] for row in rows}
-    assert trained == {"untouched": 0, "tip-adapter-f": 4 * C * D}
-    assert all(
-        row["chosen_on"].startswith(str(place / "val.parquet")) for row in rows if row["method"] == "tip-adapter-f"
-    )

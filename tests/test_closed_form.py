@@ -24,7 +24,7 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit import folds as folds_module
 from retrieval_tip.fit.closed_form import Fit
-from retrieval_tip.fit.folds import Folds, blend, robust_blend
+from retrieval_tip.fit.folds import Folds, Queries, blend, robust_blend
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, FittedMetric, Form, Scatter, Solved, Within
 from retrieval_tip.fit.scatter import known_prior, pooled
 from retrieval_tip.index import places as stores
@@ -776,7 +776,7 @@ def test_settings_can_be_fixed_and_bad_ones_are_refused():
 def test_validation_images_can_replace_the_shots_as_judges():
     cache = model()
     queries, truth = clusters(8, seed=5)
-    choice = closed_form.fit(cache, validation=search_hp.unseen(cache, queries, truth, "val"))
+    choice = closed_form.fit(cache, validation=Queries(queries, truth, "val"))
     assert choice.judged_on == "40 photos of val"
     assert choice.both == pytest.approx((cache.logits(queries).argmax(1).numpy() == truth).mean())
 
@@ -913,7 +913,7 @@ def test_a_cautious_search_keeps_the_fitted_settings_unless_others_are_clearly_b
     closed_form.fit(cache)
     before = cache.settings
     queries, truth = clusters(8, seed=5)
-    choice = search_hp.search(cache, search_hp.unseen(cache, queries, truth, "val"), cautious=True)
+    choice = search_hp.search(cache, Queries(queries, truth, "val"), cautious=True)
     assert choice.beta == before.beta
     search_hp.apply(cache, choice)
     assert cache.settings.beta == before.beta
@@ -1062,10 +1062,9 @@ def test_conflicting_options_are_refused(run, tables, options):
     assert "fit" in result.stderr
 
 
-def test_leave_one_out_and_the_paper_protocol_refuse_solved_values(run, tables):
+def test_leave_one_out_refuses_solved_values(run, tables):
     out = tables / "index"
     run("index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out)
     result = run("search-hp", out, "--leave-one-out")
     assert result.exit_code == 2
     assert "retrieval-tip fit" in result.stderr
-    assert run("search-hp", out, "--val", tables / "train.parquet", "--protocol", "paper").exit_code == 2

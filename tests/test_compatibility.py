@@ -70,7 +70,8 @@ def test_the_indexes_have_everything_that_format_7_could_write() -> None:
     assert sorted(path.name for path in INDEXES.iterdir()) == ["v7"]
     manifests = {name: manifest_of(INDEXES / "v7" / name) for name in [*FOLDERS, *STORES]}
     assert {body["format_version"] for body in manifests.values()} == {7}
-    assert sorted(path.name for path in (INDEXES / "v7").iterdir() if path.is_dir()) == sorted(manifests)
+    there = {path.name for path in (INDEXES / "v7").iterdir() if path.is_dir()}
+    assert there == {*manifests, "trained-encoder"}
     assert {name for name, body in manifests.items() if body["later"]} == set(SEGMENTED)
     assert all("index" in manifests[name]["files"] for name in FOLDERS)
     assert {"points", "sums"} <= manifests["metric"]["files"].keys()
@@ -108,6 +109,14 @@ def test_the_keys_of_an_index_of_format_7_can_be_changed(name: str, tmp_path: Pa
     now = at(place).verify()
     assert now.n == len(key_ids)
     assert {largest, dog} <= set(now.find(["cat"])["key_id"].to_pylist())
+
+
+def test_an_index_with_trained_encoder_weights_is_refused(run: Callable[..., Result]) -> None:
+    folder = INDEXES / "v7" / "trained-encoder"
+    refused = run("classify", folder, "photo.jpg")
+    assert refused.exit_code == 1
+    expected = "the index has trained encoder weights, which are no longer read; build the index again"
+    assert refused.stderr == f"Error: {folder}/manifest.json: {expected}\n"
 
 
 @pytest.mark.parametrize("name", SEGMENTED)

@@ -1,4 +1,4 @@
-"""Fine-tuning: the loop compared with plain torch, the kept epoch, errors, and every trainable part."""
+"""Fine-tuning: the loop compared with plain torch, the kept epoch, errors, and views of images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import cache_of, examples, few, needs_real
+from conftest import cache_of, examples, needs_real
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,15 +27,15 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import finetune
-from retrieval_tip.fit.finetune import CURVE, FLATTER, _Material, _Run, own_shots
-from retrieval_tip.fit.trainer import ENCODER_RATE, Recipe, Trainer
+from retrieval_tip.fit.finetune import CURVE, _Material, _Run, own_shots
+from retrieval_tip.fit.trainer import Recipe
 from retrieval_tip.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = [f"class {i}" for i in range(C)]
 SHOTS = 37  # classes of 8 and 7 shots
-OWN = Recipe(settings="own", batch=16, epochs=4, precision="float32")
+OWN = Recipe(batch=16, epochs=4)
 
 
 def index(**changes: Any) -> CacheModel:
@@ -314,7 +314,8 @@ def train_with_curve(run: _Run, curve: list[tuple[float, float]]) -> None:
     made = iter(curve)
 
     def step(queries: Any, ids: Any, lr: float) -> tuple[float, int]:
-        run.trainer.keys += 1
+        with torch.no_grad():
+            run.trainer.keys += 1
         return 1.0, len(ids)
 
     run.trainer.step = step  # type: ignore[method-assign]
@@ -360,76 +361,6 @@ def test_validation_labels_choose_the_epoch_but_train_nothing(shots: Source, val
     assert right.epoch == 4
     assert misled.epoch < 4
     assert np.array_equal(right.cache.keys, without.cache.keys)
-
-
-# --- settings
-
-
-def test_flatter_settings_are_used_if_the_index_settings_saturate(
-    shots: Source, val: Source, caplog: pytest.LogCaptureFixture
-) -> None:
-    sharp = index(beta=300.0)
-    own, tried, again = (
-        finetune.finetune(sharp, shots, Encoder(), Recipe(batch=16, epochs=8, settings=how), val=val)
-        for how in ("own", "tried", "tried")
-    )
-    assert (facts(own)["alpha"], facts(own)["beta"]) == (1.0, 300.0)
-    keys, ids = sharp.keys, sharp.class_ids.numpy()
-    between = (keys @ keys.T)[ids[:, None] != ids[None, :]]
-    assert facts(tried)["beta"] == pytest.approx(FLATTER / between.std(), rel=1e-4)
-    assert np.array_equal(tried.cache.keys, again.cache.keys)
-    assert facts(tried)["alpha"] == facts(again)["alpha"]
-    assert tried.curve["val_accuracy"].to_pylist()[-1] > own.curve["val_accuracy"].to_pylist()[-1]
-    assert tried.epoch > own.epoch == 0
-    assert "no epoch improved" in caplog.text  # with the settings of the index
-    assert np.array_equal(own.cache.keys, keys)
-
-
-def test_the_best_of_the_tried_settings_is_used(material: _Material, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = []
-    train = _Run.train
-
-    def watched(run: _Run, *arguments: Any) -> None:
-        train(run, *arguments)
-        rows = [(row["val_accuracy"], -row["val_loss"]) for row in run.curve]
-        tried.append((max(rows), (run.cache.settings.alpha, run.cache.settings.beta), run.recipe.epochs))
-
-    monkeypatch.setattr(_Run, "train", watched)
-    cache = index()
-    chosen = finetune._settings(cache, material, replace(OWN, settings="tried", epochs=8))
-    assert tried[0][1] == (1.0, 5.5)
-    assert [epochs for *_, epochs in tried] == [2] * 4
-    alphas = [alpha for _, (alpha, _), _ in tried[1:]]
-    assert [alpha / alphas[0] for alpha in alphas] == [1, 4, 16]
-    assert chosen == max(tried)[1]
-    terms = replace(cache, settings=cache.settings.override(beta=tried[1][1][1])).terms(material.queries.features)
-    text, terms = terms.text, terms.cache
-    ids = torch.from_numpy(material.queries.ids)
-
-    def loss(alpha: float) -> float:
-        return float(functional.cross_entropy(text + alpha * terms, ids))
-
-    assert all(loss(alphas[0]) <= loss(alphas[0] * times) for times in (0.5, 0.8, 1.25, 2))
-
-
-@pytest.mark.parametrize(("how", "with_val"), [("own", True), ("tried", False)])
-def test_no_settings_are_tried_if_given_or_without_validation(
-    shots: Source, val: Source, how: str, with_val: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(finetune, "_fitting_alpha", lambda *_: pytest.fail("tried"))
-    tuned = finetune.finetune(
-        index(beta=9.0), shots, Encoder(), replace(OWN, settings=how), val=val if with_val else None
-    )
-    assert (facts(tuned)["alpha"], facts(tuned)["beta"]) == (1.0, 9.0)
-
-
-def test_overflowing_settings_are_not_used(shots: Source, val: Source) -> None:
-    """For keys far from the unit sphere, a sharp exponential is infinite, but a flatter one is not."""
-    cache = index(beta=300.0)
-    cache = replace(cache, keys=cache.keys * 3)
-    tuned = finetune.finetune(cache, shots, Encoder(), Recipe(batch=16, epochs=4), val=val)
-    assert facts(tuned)["beta"] < 5
-    assert tuned.collapsed is None
 
 
 # --- collapse
@@ -525,9 +456,8 @@ def test_shots_and_validation_images_must_match_the_index(shots: Source, tmp_pat
         *(({"seed": value}, "seed") for value in (-1, 2.5)),
         *(({name: value}, f"{name} is") for name in ("lr", "eps") for value in (0.0, math.nan, math.inf)),
         *(({"weight_decay": value}, "weight_decay is") for value in (-0.1, math.nan)),
-        ({"settings": "best"}, "settings 'best'"),
         ({"precision": "float8"}, "precision 'float8'"),
-        ({"train": ("visual",)}, "views"),
+        ({"train": ("visual",)}, "train visual"),
     ],
 )
 def test_invalid_recipes_are_refused_in_one_line(changes: dict[str, Any], named: str) -> None:
@@ -535,22 +465,10 @@ def test_invalid_recipes_are_refused_in_one_line(changes: dict[str, Any], named:
         Recipe(**changes)
     assert "\n" not in str(error.value)
     Recipe(weight_decay=0.0, epochs=1, batch=1, views=1, seed=0)
-    Recipe(train=("keys", "values", "visual", "text"), views=None)
+    Recipe(train=("keys", "values"), views=None)
 
 
-def test_training_encoders_needs_an_encoder_templates_and_pixels(shots: Source, tmp_path: Path, model: Any) -> None:
-    encoder = Encoder(model)
-    with pytest.raises(UsageError, match=r"^train visual: there is no encoder"):
-        finetune.finetune(index(), shots, Encoder(), replace(OWN, train=("visual",), views=None))
-    with pytest.raises(UsageError, match=r"^train text: there is no encoder"):
-        finetune.finetune(index(), shots, Encoder(), replace(OWN, train=("text",)))
-    with pytest.raises(UsageError, match=r"^train text: the index has no templates"):
-        finetune.finetune(index(), shots, encoder, replace(OWN, train=("text",)))
-    with pytest.raises(UsageError, match=r"shots\.parquet: a feature table has no pixels"):
-        finetune.finetune(index(), shots, encoder, replace(OWN, train=("visual",), views=None))
-
-
-# --- encoders
+# --- views of images
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 200)}
 
@@ -597,75 +515,17 @@ def of_images(folder: Path, model: Any) -> CacheModel:
     return cache
 
 
-def state_of(backbone: Any) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = backbone.tuned(["visual", "text"])
-    return state
-
-
-def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], part: str) -> bool:
-    own = [name for name in before if name.startswith("visual.") == (part == "visual")]
-    return any(not torch.equal(before[name], after[name]) for name in own)
-
-
-@pytest.mark.parametrize(
-    "train",
-    few([("visual",), ("text",), ("visual", "text"), ("keys", "visual"), ("keys", "values", "visual", "text")], 2),
-)
-def test_trained_encoders_are_saved_and_loaded_again(
-    train: tuple[str, ...], model: Any, model_folder: Path, pictures: Path, image_index: CacheModel, tmp_path: Path
-) -> None:
-    source, val = open_source(pictures / "train"), open_source(pictures / "val")
-    before, identity = state_of(model), model.identity
-    recipe = Recipe(train=train, views=None, batch=5, epochs=5, lr=0.5)
-    keys = np.array(image_index.keys)
-    tuned = finetune.finetune(image_index, source, Encoder(model, views=3), recipe, val=val, parent="p")
-    assert model.identity == identity
-    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(model).items())
-    assert np.array_equal(image_index.keys, keys)
-    assert tuned.epoch > 0
-    assert losses(tuned)[-1] < losses(tuned)[0]
-    after = state_of(tuned.backbone)
-    for part in ("visual", "text"):
-        assert moved(before, after, part) == (part in train)
-    assert np.array_equal(tuned.cache.keys, keys) == ("keys" not in train)
-    assert torch.equal(tuned.cache.text_weights, image_index.text_weights) == ("text" not in train)
-    assert (tuned.cache.values is not None) == ("values" in train)
-    assert set(tuned.encoders) == {name for name in after if ("visual" if "visual." in name else "text") in train}
-
-    tuned.save(tmp_path / "tuned")
-    found = verify(tmp_path / "tuned")
-    again = load_backbone(f"local-dir:{model_folder}", device="cpu", tuned=found.tuned)
-    assert again.identity == found.backbone == tuned.backbone.identity != identity
-    if "text" in train:
-        expected = text_weights(again, found.class_names, found.templates)
-        np.testing.assert_allclose(found.text_weights, expected, atol=1e-5)
-    encoded = Encoder(again).encode(val).features
-    trained = tuned.cache.logits(
-        Encoder(tuned.backbone).encode(val).features
-    )  # computed by torch, the other logits by our tower
-    np.testing.assert_allclose(found.logits(encoded), trained, rtol=1e-3, atol=1e-3 * float(trained.abs().max()))
-    right = (found.logits(encoded).argmax(1).numpy() == found.ids_of(val)).mean()
-    assert tuned.choice is not None
-    assert right == pytest.approx(tuned.choice.accuracy)
-    trained = replace(found, settings=found.settings.override(alpha=facts(tuned)["alpha"], beta=facts(tuned)["beta"]))
-    loss = functional.cross_entropy(trained.logits(encoded), torch.from_numpy(found.ids_of(val)))
-    assert tuned.curve.to_pylist()[tuned.epoch]["val_loss"] == pytest.approx(float(loss), rel=1e-4)
-
-
-@pytest.mark.parametrize("train", [("keys",), ("keys", "visual", "text")])
 def test_holding_out_shots_does_not_change_the_training(
-    train: tuple[str, ...], model: Any, pictures: Path, image_index: CacheModel, tmp_path: Path
+    model: Any, pictures: Path, image_index: CacheModel, tmp_path: Path
 ) -> None:
     source, encoder = open_source(pictures / "train"), Encoder(model)
-    recipe = Recipe(train=train, views=2 if train == ("keys",) else None, batch=5, epochs=2, lr=0.5)
+    recipe = Recipe(views=2, batch=5, epochs=2, lr=0.5)
     plain = finetune.finetune(image_index, source, encoder, recipe)
     tuned = finetune.finetune_into(tmp_path / "tuned", image_index, source, encoder, recipe, keep_last=True)
     assert np.array_equal(tuned.cache.keys, plain.cache.keys)
-    assert all(torch.equal(tensor, plain.encoders[name]) for name, tensor in tuned.encoders.items())
-    assert tuned.encoders.keys() == plain.encoders.keys()
     compared = tuned.compared
     assert compared is not None
-    assert compared.n == (len(source) if train == ("keys",) else len(source) // 4)  # a quarter if encoders are trained
+    assert compared.n == len(source)
     assert 0 <= compared.before <= 1
     assert 0 <= compared.after <= 1
 
@@ -703,80 +563,6 @@ def test_training_uses_the_requested_views_of_images(
     assert different == 40 if views is None else 5 * (views - 1) < different <= 5 * views
 
 
-def test_training_all_parts_matches_one_plain_backward_pass(
-    model_folder: Path, pictures: Path, image_index: CacheModel
-) -> None:
-    """One step changes every part as one torch graph does, although encoders take inputs in chunks."""
-    theirs, ours = (load_backbone(f"local-dir:{model_folder}", device="cpu") for _ in range(2))
-    recipe = Recipe(train=("keys", "values", "visual", "text"), views=None, precision="float32")
-    positions, pixels = next(iter(Encoder(ours).pixels(open_source(pictures / "train"), "fresh/1/0", 12)))
-    ids = image_index.class_ids[torch.from_numpy(positions)]
-    trainer = Trainer(image_index, recipe, ours)
-    trainer._visual, trainer._text = replace(trainer._visual, size=5), replace(trainer._text, size=2)
-    value, _ = trainer.step(pixels, ids, 0.01)
-
-    prompts = [t.replace("{}", name) for name in image_index.class_names for t in image_index.templates]
-    keys = torch.nn.Parameter(torch.from_numpy(np.array(image_index.keys)))
-    values = torch.nn.Parameter(functional.one_hot(image_index.class_ids).float())
-    options: dict[str, Any] = {"eps": 1e-4, "weight_decay": 0.01}
-    with theirs.training(["visual", "text"]) as parameters:
-        f = functional.normalize(theirs.forward_images(pixels), dim=1)
-        texts = functional.normalize(theirs.forward_texts(prompts), dim=1).reshape(3, 2, -1).mean(1)
-        text = functional.normalize(texts, dim=1)
-        cache = torch.exp(image_index.settings.beta * (f @ keys.T - 1)) @ values
-        loss = functional.cross_entropy(
-            image_index.settings.logit_scale * f @ text.T + image_index.settings.alpha * cache, ids
-        )
-        loss.backward()
-        torch.optim.AdamW([keys, values], lr=0.01, **options).step()
-        torch.optim.AdamW(parameters, lr=0.01 * ENCODER_RATE, **options).step()
-    assert value == pytest.approx(loss.item(), rel=1e-5)
-    torch.testing.assert_close(trainer.keys, keys.data, rtol=0, atol=1e-5)
-    torch.testing.assert_close(trainer.values, values.data, rtol=0, atol=1e-5)
-    start = state_of(load_backbone(f"local-dir:{model_folder}", device="cpu"))
-    for name, tensor in state_of(theirs).items():
-        found = state_of(ours)[name]
-        torch.testing.assert_close(found, tensor, rtol=0, atol=1e-6)
-        assert float((found - tensor).norm()) <= 0.02 * float((tensor - start[name]).norm()) + 1e-7
-
-
-def test_tuning_one_tower_keeps_the_other_tuned(
-    model_folder: Path, pictures: Path, image_index: CacheModel, model: Any, tmp_path: Path
-) -> None:
-    source = open_source(pictures / "train")
-    recipe = Recipe(train=("text",), views=None, batch=5, epochs=1, lr=0.5)
-    finetune.finetune(image_index, source, Encoder(model), recipe).save(tmp_path / "text")
-    first = CacheModel.load(tmp_path / "text", device="cpu")
-    base = load_backbone(f"local-dir:{model_folder}", device="cpu", tuned=first.tuned)
-    both = finetune.finetune(first, source, Encoder(base), replace(recipe, train=("visual",)))
-    both.save(tmp_path / "both")
-    found = CacheModel.load(tmp_path / "both", device="cpu")
-    again = load_backbone(f"local-dir:{model_folder}", device="cpu", tuned=found.tuned)
-    assert again.identity == found.backbone
-    expected = text_weights(again, found.class_names, found.templates)
-    np.testing.assert_allclose(found.text_weights, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(("train", "with_val", "batch"), [(("visual",), False, 5), (("text",), True, 100)])
-def test_a_collapsed_encoder_is_restored(
-    train: tuple[str, ...], with_val: bool, batch: int, model: Any, pictures: Path, image_index: CacheModel,
-    tmp_path: Path, caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    val = open_source(pictures / "val") if with_val else None
-    recipe = Recipe(train=train, views=None, batch=batch, epochs=1, lr=1e40)
-    tuned = finetune.finetune(image_index, open_source(pictures / "train"), Encoder(model), recipe, val=val)
-    assert tuned.collapsed is not None
-    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [
-        f"training collapsed: {tuned.collapsed}; kept epoch 0"
-    ]
-    before = state_of(model)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(tuned.backbone).items())
-    tuned.save(tmp_path / "tuned")
-    found = verify(tmp_path / "tuned")
-    assert found.backbone == model.identity
-    assert torch.equal(found.text_weights, image_index.text_weights)
-
-
 # --- real features
 
 
@@ -794,7 +580,7 @@ def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared: Path, tmp_
         cache = CacheModel.from_features(
             features, own.labels, words.labels, text, settings=own_settings, sources=own.sources, device="cpu"
         )
-        tuned = finetune.finetune(cache, own_shots(cache, own), Encoder(), Recipe(settings="own", seed=seed)).cache
+        tuned = finetune.finetune(cache, own_shots(cache, own), Encoder(), Recipe(seed=seed)).cache
         queries, ids = Encoder().encode(test).features, cache.ids_of(test)
         for found, results in ((cache, before), (tuned, after)):
             results.append(float((found.logits(queries).argmax(1).numpy() == ids).mean()))
@@ -819,18 +605,3 @@ def test_training_on_a_gpu_matches_the_cpu(shots: Source, val: Source, changes: 
     assert np.linalg.norm(gpu.cache.keys - cpu.cache.keys) < bound * np.linalg.norm(moved_by)
     np.testing.assert_allclose(losses(gpu), losses(cpu), rtol=2e-2 if "precision" in changes else 1e-3)
     assert abs(accuracy(gpu.cache) - accuracy(cpu.cache)) <= 0.01
-
-
-@pytest.mark.gpu
-def test_training_encoders_on_a_gpu_matches_the_cpu(model_folder: Path, pictures: Path) -> None:
-    source = open_source(pictures / "train")
-    recipe = Recipe(train=("keys", "visual", "text"), views=None, batch=5, epochs=3, lr=0.1)
-    curves = []
-    for device in ("cpu", "cuda"):
-        backbone = load_backbone(f"local-dir:{model_folder}", device=device, precision="float32")
-        cache = of_images(pictures / "train", backbone)
-        parts = (torch.from_numpy(cache.keys), cache.class_ids.cpu().numpy(), cache.class_names, cache.text_weights)
-        cache = CacheModel.from_features(*parts, settings=Settings(beta=2.0), device=device)
-        cache.templates = ["a {} thing.", "{}"]
-        curves.append(losses(finetune.finetune(cache, source, Encoder(backbone), recipe)))
-    np.testing.assert_allclose(*curves, rtol=1e-2)

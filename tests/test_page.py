@@ -41,6 +41,7 @@ IMAGES = SHARED / "data" / "caltech101" / "101_ObjectCategories"
 if not SHARED.is_dir():
     pytest.skip(NO_SHARED, allow_module_level=True)
 
+expect.set_options(PATIENCE)
 SPLIT = json.loads((IMAGES.parent / "split_zhou_Caltech101.json").read_text())
 
 
@@ -126,13 +127,21 @@ class Opened:
         assert [text for text in self.wrong if not text.startswith(tuple(self.expected))] == []
 
 
+@contextlib.contextmanager
+def serving(browser: Browser, *arguments: object, **options: Any) -> Iterator[tuple[Page, Any]]:
+    """Serve with these arguments. Yield a page that may change indexes, and the server process."""
+    with server(*arguments, "--device", "cpu", token=TOKEN) as (address, process):
+        one = Opened(browser, address, f"/#token={TOKEN}", **options)
+        yield one.page, process
+        one.close()
+
+
 Open = Callable[..., Opened]
 
 
 @pytest.fixture
 def opened(browser: Browser, served: Served) -> Iterator[Open]:
     """Return a function that opens pages. They are closed after the test."""
-    expect.set_options(PATIENCE)
     pages = []
 
     def start(**options: Any) -> Opened:
@@ -146,7 +155,8 @@ def opened(browser: Browser, served: Served) -> Iterator[Open]:
 
 @pytest.fixture
 def page(opened: Open) -> Page:
-    return opened().page
+    """Return a page that may change indexes."""
+    return opened(at=f"/#token={TOKEN}").page
 
 
 def classified(page: Page, number: int = 1) -> None:
@@ -185,6 +195,24 @@ def answer(page: Page) -> dict[str, Any]:
             };
         }"""
     )
+
+
+def submit(page: Page, field: str, text: str) -> None:
+    """Fill in a field, and press Enter."""
+    page.fill(field, text)
+    page.keyboard.press("Enter")
+
+
+def undo(page: Page) -> None:
+    """Undo a change from its notice."""
+    page.locator("#notice").get_by_role("button", name="Undo").click()
+    expect(page.locator("#notice")).to_contain_text("Undone")
+
+
+def refuse(route: Route, status: int, detail: str, **headers: str) -> None:
+    """Answer a request with a problem."""
+    problem = {"type": "about:blank", "title": "Refused", "status": status, "detail": detail}
+    route.fulfill(status=status, headers=headers, json=problem)
 
 
 def choose(page: Page, name: str) -> None:
@@ -257,8 +285,7 @@ def test_answers_and_settings_agree_with_the_command_line(page: Page, served: Se
     show_settings(page)
     page.fill("#beta", "5.5")
     assert_same(page, run, served.folder, image, "--beta", 5.5)
-    page.focus("#beta-slider")
-    page.keyboard.press("PageUp")
+    page.press("#beta-slider", "PageUp")
     assert float(setting(page, "beta")) > 5.5
     expect(page.locator("#beta")).not_to_have_value("5.5")
     assert_same(page, run, served.folder, image, "--beta", setting(page, "beta"))
@@ -267,8 +294,7 @@ def test_answers_and_settings_agree_with_the_command_line(page: Page, served: Se
     assert_same(page, run, served.folder, image)
     page.fill("#alpha", "1234.5")
     assert_same(page, run, served.folder, image, "--alpha", 1234.5)
-    page.focus("#alpha-slider")
-    page.keyboard.press("Home")
+    page.press("#alpha-slider", "Home")
     assert setting(page, "alpha") == "0"
     assert_same(page, run, served.folder, image, "--alpha", 0)  # only class names count
 
@@ -279,8 +305,7 @@ def test_answers_and_settings_agree_with_the_command_line(page: Page, served: Se
     assert_same(page, run, served.folder, image, "-k", 5, "--no-tail")
     page.fill("#k", "2")
     expect(page.locator("#decided li")).to_have_count(2)
-    page.focus("#k-slider")
-    page.keyboard.press("ArrowRight")
+    page.press("#k-slider", "ArrowRight")
     assert setting(page, "k") == "3"
     assert_same(page, run, served.folder, image, "-k", 3, "--no-tail")
     page.keyboard.press("End")
@@ -382,13 +407,10 @@ def test_correcting_an_answer_adds_a_shot_and_can_be_undone(
     version = page.request.get(f"{served.address}/v1/indexes/things").json()["version"]
 
     page.click("#drawer-wrong")
-    page.fill("#drawer-label", "crab")
-    page.keyboard.press("Enter")
-    page.fill("#token", "not the token €")
-    page.keyboard.press("Enter")
+    submit(page, "#drawer-label", "crab")
+    submit(page, "#token", "not the token €")
     expect(page.locator("#token-refused")).to_contain_text("not the server’s token")
-    page.fill("#token", TOKEN)
-    page.keyboard.press("Enter")
+    submit(page, "#token", TOKEN)
     expect(page.locator("#notice")).to_contain_text("Added 1 example photo to crab.")
     expect(page.locator("#grid .tile.taught .said")).to_have_text("crab")
     expect(page.locator("#drawer-notes")).to_contain_text("an example of crab")
@@ -400,8 +422,7 @@ def test_correcting_an_answer_adds_a_shot_and_can_be_undone(
     assert own not in [key["key_id"] for key in answer(page)["neighbours"]]
     screenshot(page, "taught")
 
-    page.locator("#notice").get_by_role("button", name="Undo").click()
-    expect(page.locator("#notice")).to_contain_text("Undone")
+    undo(page)
     expect(page.locator("#drawer-title")).to_have_text(before["label"])
     classified(page)
     assert answer(page)["probability"] == pytest.approx(before["probability"], rel=1e-3)
@@ -412,7 +433,7 @@ def test_correcting_an_answer_adds_a_shot_and_can_be_undone(
     page.keyboard.press("Enter")
     expect(page.locator("#notice")).to_contain_text("to the new class sea spider.")
     expect(page.locator("#grid .tile.taught .said")).to_have_text("sea spider")
-    page.locator("#notice").get_by_role("button", name="Undo").click()
+    undo(page)
     expect(page.locator("#drawer-title")).to_have_text(before["label"])
     expect(page.locator("#index-facts")).to_contain_text("11 classes")
 
@@ -422,8 +443,7 @@ def test_the_printed_url_allows_changes_without_asking_for_the_token(opened: Ope
     page = opened(at=f"/#token={TOKEN.replace(' ', '%20')}").page
     assert "token" not in page.url
     ask(page, *caltech_photos("test", "lobster", 3))
-    page.focus("#grid")
-    page.keyboard.press("Home")
+    page.press("#grid", "Home")
     page.keyboard.press("Space")
     page.keyboard.press("Shift+ArrowRight")
     expect(page.locator("#selection-count")).to_have_text("2 selected")
@@ -483,8 +503,7 @@ def test_photos_can_be_classified_with_the_keyboard_alone(page: Page) -> None:
     chooser.value.set_files(caltech_photos("test", "panda", 1))
     classified(page)
     expect(page.locator("#live")).to_contain_text("panda")  # announced by screen readers
-    page.focus("#grid")
-    page.keyboard.press("Enter")
+    page.press("#grid", "Enter")
     expect(focused).to_have_id("drawer")
     before = answer(page)
     assert before["label"] == "panda"
@@ -493,12 +512,10 @@ def test_photos_can_be_classified_with_the_keyboard_alone(page: Page) -> None:
     expect(focused).to_have_id("alpha-slider")
     page.keyboard.press("ArrowLeft")
     assert answer(page)["cache_logit"] < before["cache_logit"]
-    page.focus("#drawer")
-    page.keyboard.press("Escape")
+    page.press("#drawer", "Escape")
     expect(page.locator("#drawer")).to_be_hidden()
     expect(focused).to_have_id("grid")
-    page.focus("#tab-classify")
-    page.keyboard.press("ArrowRight")
+    page.press("#tab-classify", "ArrowRight")
     expect(focused).to_have_id("tab-classes")
     expect(page.locator("#classes-view")).to_be_visible()
     expect(page.locator("#tab-classes")).to_have_attribute("aria-selected", "true")
@@ -508,8 +525,7 @@ def test_photos_can_be_classified_with_the_keyboard_alone(page: Page) -> None:
         assert page.url.endswith(f"#{screen}")
     page.keyboard.press("ArrowRight")
     expect(page.locator("#classify-view")).to_be_visible()
-    page.focus("#grid")
-    page.keyboard.press("Delete")
+    page.press("#grid", "Delete")
     expect(page.locator("#grid .tile")).to_have_count(0)
     expect(focused).to_have_id("choose")
 
@@ -653,8 +669,7 @@ def test_only_photos_near_the_viewport_are_in_the_document(page: Page) -> None:
         page.mouse.wheel(0, 3000)
         page.wait_for_timeout(100)
         assert 0 < tiles.count() < 200
-    page.focus("#grid")
-    page.keyboard.press("End")
+    page.press("#grid", "End")
     expect(page.locator("#grid .tile.active")).to_have_attribute("aria-posinset", "5000")
     expect(page.locator("#grid .tile.active")).to_be_in_viewport()
     more(page, "group")
@@ -674,11 +689,7 @@ def test_an_empty_server_classifies_a_photo_after_five_actions(
         for path in caltech_photos("train", label, 5):
             shutil.copy(path, tmp_path / "photos" / label)
     model = SHARED / "models" / "lit-mini"
-    options = ("--model", f"local-dir:{model}", "--into", tmp_path / "made", "--device", "cpu")
-    expect.set_options(PATIENCE)
-    with server(*options, token=TOKEN) as (address, _):
-        one = Opened(browser, address, f"/#token={TOKEN}")  # 1
-        page = one.page
+    with serving(browser, "--model", f"local-dir:{model}", "--into", tmp_path / "made") as (page, _):  # 1
         expect(page.locator("#teach-missing")).to_contain_text("at least two classes")
         start = time.monotonic()
         page.set_input_files("#teach-folder", tmp_path / "photos")  # 2
@@ -711,7 +722,6 @@ def test_an_empty_server_classifies_a_photo_after_five_actions(
         expect(page.locator("#teach-result")).to_contain_text("Undone")
         expect(page.locator("#index-facts")).to_have_text("15 photos, 3 classes")
         screenshot(page, "teach")
-        one.close()
 
 
 def class_folders(place: Path, *labels: str, each: int) -> Path:
@@ -767,9 +777,8 @@ def test_dropped_folders_become_classes_and_adding_can_be_cancelled(
     expect(page.locator("#index-facts")).to_contain_text("82 photos, 11 classes")
 
 
-def test_dropped_folders_become_classes_anywhere_on_the_screen(opened: Open, tmp_path: Path) -> None:
+def test_dropped_folders_become_classes_anywhere_on_the_screen(page: Page, tmp_path: Path) -> None:
     """This includes drops on a card. Loose photos go to the highlighted card, and one undo reverts all changes."""
-    page = opened(at=f"/#token={TOKEN}").page
     go(page, "teach")
     place = class_folders(tmp_path / "photos", "crab", "panda", "pizza", each=2)
     loose = caltech_photos("train", "starfish", 2)
@@ -785,7 +794,7 @@ def test_dropped_folders_become_classes_anywhere_on_the_screen(opened: Open, tmp
     expect(page.locator("#notice")).to_contain_text("Added 8 photos to 4 classes.")
     expect(page.locator("#teach-go")).to_have_text("Create classifier from 8 photos in 4 classes")
     assert sorted(name.input_value() for name in names.all()) == ["crab", "panda", "pizza", "starfish"]
-    page.locator("#notice").get_by_role("button", name="Undo").click()
+    undo(page)
     expect(cards).to_have_count(2)
     assert sorted(name.input_value() for name in names.all()) == ["", "starfish"]
     expect(page.locator(".class-card img")).to_have_count(0)
@@ -868,13 +877,7 @@ def test_an_unreachable_or_busy_server_shows_one_message(opened: Open) -> None:
 
     def full(route: Route) -> None:
         if busy:
-            detail = {
-                "type": "about:blank",
-                "title": "Busy",
-                "status": busy.pop(),
-                "detail": "9 images are waiting; try again in 1 s",
-            }
-            route.fulfill(status=429, headers={"Retry-After": "1"}, json=detail)
+            refuse(route, busy.pop(), "9 images are waiting; try again in 1 s", **{"Retry-After": "1"})
         else:
             route.continue_()
 
@@ -895,8 +898,7 @@ def test_every_request_is_repeated_while_the_server_refuses_it_as_busy(opened: O
         if what in refused or what.endswith("/image"):
             route.continue_()
             return
-        detail = {"type": "about:blank", "title": "Busy", "status": 429, "detail": "busy"}
-        route.fulfill(status=429, headers={"Retry-After": "0"} if refused else {}, json=detail)
+        refuse(route, 429, "busy", **({"Retry-After": "0"} if refused else {}))
         refused.append(what)
 
     page.route("**/v1/**", busy)
@@ -908,8 +910,7 @@ def test_every_request_is_repeated_while_the_server_refuses_it_as_busy(opened: O
     groups.first.get_by_label("Class name").fill("signs")
     groups.first.get_by_role("button", name="Name this class").click()
     expect(page.locator("#notice")).to_contain_text("to the new class signs")
-    page.locator("#notice").get_by_role("button", name="Undo").click()
-    expect(page.locator("#notice")).to_contain_text("Undone")
+    undo(page)
     for screen, shown in (("classes", "#shots .tile"), ("check", "#audit li"), ("history", "#history li")):
         page.click(f"#tab-{screen}")
         expect(page.locator(shown).first).to_be_visible()
@@ -919,18 +920,15 @@ def test_every_request_is_repeated_while_the_server_refuses_it_as_busy(opened: O
 
 def test_a_private_server_asks_for_the_token_first(browser: Browser, served: Served) -> None:
     """The address that it prints does so for the person."""
-    expect.set_options(PATIENCE)
     [image] = caltech_photos("test", "lobster", 1)
     with server(served.folder, "--private", "--device", "cpu", token=TOKEN) as (address, _):
         for at in ("", f"/#token={TOKEN}"):
             expected = [] if at else [f"{REFUSED}401"]
             one = Opened(browser, address, at, ready="#token-title", expected=expected)
             if not at:
-                one.page.fill("#token", "wrong")
-                one.page.keyboard.press("Enter")
+                submit(one.page, "#token", "wrong")
                 expect(one.page.locator("#token-refused")).to_be_visible()
-                one.page.fill("#token", TOKEN)
-                one.page.keyboard.press("Enter")
+                submit(one.page, "#token", TOKEN)
             expect(one.page.locator("#known img").first).to_be_visible()
             one.page.wait_for_function("[...document.querySelectorAll('#known img')].some((one) => one.naturalWidth)")
             ask(one.page, image)
@@ -961,15 +959,11 @@ def test_the_page_waits_for_a_slow_server(page: Page) -> None:
 
 def test_each_screen_reports_a_stopped_server(browser: Browser, served: Served, tmp_path: Path) -> None:
     folder = shutil.copytree(served.folder, tmp_path / "things")
-    expect.set_options(PATIENCE)
-    with server(folder, "--device", "cpu", token=TOKEN) as (address, process):
-        one = Opened(browser, address, f"/#token={TOKEN}", expected=["Failed to load resource: net::ERR_"])
-        page = one.page
+    with serving(browser, folder, expected=["Failed to load resource: net::ERR_"]) as (page, process):
         ask(page, *caltech_photos("test", "panda", 2))
         page.click("#tab-classes")
         expect(page.locator("#shots .tile").first).to_be_visible()
-        page.click("#tab-map")
-        expect(page.locator("#map-method")).to_have_value("tsne")
+        open_map(page)
         process.terminate()
         process.wait(30)
         gone = "The server cannot be reached. Is it still running?"
@@ -988,8 +982,7 @@ def test_each_screen_reports_a_stopped_server(browser: Browser, served: Served, 
         assert violations(page) == []
         page.click("#tab-classify")
         page.locator("#grid .tile .tick").first.click()
-        page.fill("#selection-label", "crab")
-        page.keyboard.press("Enter")
+        submit(page, "#selection-label", "crab")
         expect(page.locator("#notice")).to_contain_text(gone)
         show_settings(page)
         page.fill("#beta", "3")  # the page still recalculates its answers
@@ -999,7 +992,6 @@ def test_each_screen_reports_a_stopped_server(browser: Browser, served: Served, 
         page.click("#teach-go")
         expect(page.locator("#teach-result")).to_contain_text(gone)
         expect(page.locator("#teach-go")).to_be_enabled()
-        one.close()
 
 
 def test_the_server_answers_if_the_page_lacks_values(opened: Open, served: Served, run: Callable[..., Any]) -> None:
@@ -1011,8 +1003,7 @@ def test_the_server_answers_if_the_page_lacks_values(opened: Open, served: Serve
         route.fulfill(response=response, json=response.json() | {"values": "trained"})
 
     page.route("**/v1/indexes/*", trained)
-    many = {"type": "about:blank", "title": "Many", "status": 422, "detail": "too many"}
-    page.route("**/v1/indexes/*/values", lambda route: route.fulfill(status=422, json=many))
+    page.route("**/v1/indexes/*/values", lambda route: refuse(route, 422, "too many"))
     page.reload()
     [image] = caltech_photos("test", "lobster", 1)
     ask(page, image)
@@ -1039,13 +1030,7 @@ def test_classes_and_example_photos_are_listed_and_filtered(opened: Open, served
 
     def audit(route: Route) -> None:
         if busy:
-            detail = {
-                "type": "about:blank",
-                "title": "Busy",
-                "status": busy.pop(),
-                "detail": "still being computed; try again in 1 s",
-            }
-            route.fulfill(status=202, headers={"Retry-After": "1"}, json=detail)
+            refuse(route, busy.pop(), "still being computed; try again in 1 s", **{"Retry-After": "1"})
         else:
             route.continue_()
 
@@ -1123,23 +1108,20 @@ def test_wrong_labels_are_listed_first_and_corrected(opened: Open, served: Serve
     page.click("#tab-classes")
     page.fill("#shots-class", "lobster")
     expect(page.locator("#shots .tile")).to_have_count(8)
-    page.focus("#shots")
-    page.keyboard.press("Control+a")
+    page.press("#shots", "Control+a")
     expect(page.locator("#shots-selected")).to_have_text("8 selected")
-    page.fill("#shots-label", "crayfish")
-    page.keyboard.press("Enter")
+    submit(page, "#shots-label", "crayfish")
     expect(page.locator("#notice")).to_contain_text("Moved 8 example photos to crayfish.")
     expect(page.locator("#shots-count")).to_have_text("0")
-    page.locator("#notice").get_by_role("button", name="Undo").click()
+    undo(page)
     expect(page.locator("#shots-count")).to_have_text("8")
 
 
-def test_classes_are_renamed_and_merged(opened: Open, served: Served) -> None:
+def test_classes_are_renamed_and_merged(page: Page, served: Served) -> None:
     """This also works with the keyboard.
 
     Renaming a class to an existing name merges the two, and both changes can be undone.
     """
-    page = opened(at=f"/#token={TOKEN}").page
     page.click("#tab-classes")
     entry = page.locator("#classes-list li").filter(has_text="crayfish")
     entry.hover()
@@ -1160,7 +1142,7 @@ def test_classes_are_renamed_and_merged(opened: Open, served: Served) -> None:
     expect(page.locator("#history li").first).to_contain_text("rename crayfish to <i>yabby")
     page.click("#tab-classes")
     expect(page.locator("#classes-list li").filter(has_text="<i>yabby")).to_contain_text("8 photos")
-    page.locator("#notice").get_by_role("button", name="Undo").click()
+    undo(page)
     expect(entry).to_contain_text("8 photos")
 
     entry.get_by_role("button", name="Rename").press("Enter")
@@ -1170,7 +1152,7 @@ def test_classes_are_renamed_and_merged(opened: Open, served: Served) -> None:
     page.keyboard.press("Enter")
     expect(page.locator("#notice")).to_contain_text("Merged crayfish into lobster.")
     expect(page.locator("#classes-list li").filter(has_text="lobster")).to_contain_text("16 photos")
-    page.locator("#notice").get_by_role("button", name="Undo").click()
+    undo(page)
     expect(entry).to_contain_text("8 photos")
 
 
@@ -1181,11 +1163,7 @@ def test_suspicious_labels_are_corrected_removed_or_kept_together(opened: Open, 
     page.click("#tab-classes")
     before = f"{int(100 * accuracy() + 0.5)} %"
     expect(page.locator("#index-judged")).to_contain_text(f"accuracy: {before}")
-    page.click("#tab-check")
-    page.check("#audit-all")
-    listed = page.locator("#audit li")
-    expect(listed.nth(1)).to_be_visible()
-    number = listed.count()
+    listed, number = open_audit(page)
     wanted = listed.evaluate_all(
         "all => all.map((one) => [one.dataset.keyId, one.querySelector('strong.name')?.textContent])"
     )
@@ -1203,7 +1181,7 @@ def test_suspicious_labels_are_corrected_removed_or_kept_together(opened: Open, 
     query = "&".join(f"key_id={key_id}" for key_id in movable)
     keys = page.request.get(f"{served.address}/v1/indexes/things/keys?{query}&limit=1000").json()["keys"]
     assert {row["key_id"]: row["label"] for row in keys} == movable
-    page.locator("#notice").get_by_role("button", name="Undo").click()
+    undo(page)
     page.click("#tab-check")
     expect(listed).to_have_count(number)
     page.click("#tab-classes")
@@ -1218,7 +1196,7 @@ def test_suspicious_labels_are_corrected_removed_or_kept_together(opened: Open, 
     expect(page.locator("#notice")).not_to_contain_text("accuracy")
     page.click("#tab-classes")
     expect(page.locator("#index-judged")).to_contain_text("accuracy")
-    page.locator("#notice").get_by_role("button", name="Undo").click()
+    undo(page)
     expect(page.locator("#index-facts")).to_contain_text("82 photos")
     page.click("#tab-check")
     expect(listed).to_have_count(number)
@@ -1227,14 +1205,12 @@ def test_suspicious_labels_are_corrected_removed_or_kept_together(opened: Open, 
     page.evaluate("() => localStorage.clear()")
 
 
-def test_a_selection_survives_changes_by_another_user(opened: Open, served: Served) -> None:
+def test_a_selection_survives_changes_by_another_user(page: Page, served: Served) -> None:
     """The list shows the new labels and keeps the selection."""
-    page = opened(at=f"/#token={TOKEN}").page
     page.click("#tab-classes")
     page.fill("#shots-source", ".jpg")
     expect(page.locator("#shots-count")).to_have_text("82")
-    page.focus("#shots")
-    page.keyboard.press("Control+a")
+    page.press("#shots", "Control+a")
     expect(page.locator("#shots-selected")).to_have_text("82 selected")
     first = page.locator("#shots .tile .said").first
     before = first.text_content() or ""
@@ -1249,10 +1225,23 @@ def test_a_selection_survives_changes_by_another_user(opened: Open, served: Serv
         expect(page.locator("#shots-selected")).to_have_text("82 selected")
 
 
-def show_pca_map(page: Page) -> Locator:
-    """Show the PCA map, which is the same each time, and return its canvas."""
+def open_audit(page: Page) -> tuple[Locator, int]:
+    """Show all suspicious labels. Return their entries and the number of entries."""
+    page.click("#tab-check")
+    page.check("#audit-all")
+    listed = page.locator("#audit li")
+    expect(listed.nth(1)).to_be_visible()
+    return listed, listed.count()
+
+
+def open_map(page: Page) -> None:
     page.click("#tab-map")
     expect(page.locator("#map-method")).to_have_value("tsne")
+
+
+def show_pca_map(page: Page) -> Locator:
+    """Show the PCA map, which is the same each time, and return its canvas."""
+    open_map(page)
     page.select_option("#map-method", "pca")
     expect(page.locator("#map-facts")).to_contain_text("variance")
     return page.locator("#map-canvas")
@@ -1269,8 +1258,7 @@ def test_the_map_shows_the_photo_under_the_pointer(page: Page, served: Served) -
         }"""
     )
     assert painted >= len(CLASSES)
-    canvas.focus()
-    page.keyboard.press("Home")
+    canvas.press("Home")
     expect(page.locator("#map-shot .name")).not_to_be_empty()
     first = page.locator("#map-shot").text_content()
     for arrow in ("ArrowRight", "ArrowLeft", "ArrowUp", "ArrowDown"):
@@ -1288,16 +1276,14 @@ def test_the_map_shows_the_photo_under_the_pointer(page: Page, served: Served) -
     expect(page.locator("#map-shot .hint")).to_have_text(f"photo {found['key_ids'][lonely]}")
     page.mouse.wheel(0, -100)
     expect(canvas).to_have_attribute("data-scale", "1.25")
-    canvas.focus()
-    page.keyboard.press("+")
+    canvas.press("+")
     expect(canvas).to_have_attribute("data-scale", "1.875")
     page.click("#map-whole")
     expect(canvas).to_have_attribute("data-scale", "1")
 
 
-def test_a_shape_drawn_on_the_map_selects_photos(opened: Open, served: Served) -> None:
+def test_a_shape_drawn_on_the_map_selects_photos(page: Page, served: Served) -> None:
     """The photos are listed and can be moved together. Space and Enter select photos without a mouse."""
-    page = opened(at=f"/#token={TOKEN}").page
     canvas = show_pca_map(page)
     canvas.scroll_into_view_if_needed()
     found = page.evaluate("async () => (await fetch('/v1/indexes/things/map')).json()")
@@ -1323,18 +1309,15 @@ def test_a_shape_drawn_on_the_map_selects_photos(opened: Open, served: Served) -
     expect(page.locator("#shots-selected")).to_have_text(f"{len(inside)} selected")
     ids = page.locator("#shots .tile").evaluate_all("tiles => tiles.map((tile) => +tile.dataset.keyId)")
     assert set(ids) <= inside
-    page.fill("#shots-label", "starfish")
-    page.keyboard.press("Enter")
+    submit(page, "#shots-label", "starfish")
     expect(page.locator("#notice")).to_contain_text("to starfish.")
     expect(page.locator("#shots .tile .said").first).to_have_text("starfish")
-    page.locator("#notice").get_by_role("button", name="Undo").click()
-    expect(page.locator("#notice")).to_contain_text("Undone")
+    undo(page)
     page.click("#shots-all")
     expect(page.locator("#shots-count")).to_have_text("82")
 
     page.click("#tab-map")
-    canvas.focus()
-    page.keyboard.press("Home")
+    canvas.press("Home")
     for key in ("Space", "ArrowRight", "Space", "Enter"):
         page.keyboard.press(key)
     expect(page.locator("#shots-mapped strong")).to_have_text(re.compile(r"^([2-9]|1\d) photos from the map$"))
@@ -1360,8 +1343,7 @@ def test_a_shape_drawn_on_the_map_selects_photos(opened: Open, served: Served) -
 def test_the_map_marks_the_open_photo_with_a_star(page: Page, served: Served) -> None:
     [image] = caltech_photos("test", "panda", 1)
     ask(page, image)
-    page.click("#tab-map")
-    expect(page.locator("#map-method")).to_have_value("tsne")
+    open_map(page)
     expect(page.locator("#map-star")).to_contain_text(f"{image.name} is not on this map")
     answer = page.request.post(
         f"{served.address}/v1/classify?index=things&evidence=true",
@@ -1389,7 +1371,6 @@ def test_the_map_marks_the_open_photo_with_a_star(page: Page, served: Served) ->
 
 
 def test_removing_a_shot_requires_confirmation(page: Page, served: Served, run: Callable[..., Any]) -> None:
-    page.evaluate("token => sessionStorage.setItem('retrieval-tip token', token)", TOKEN)
     page.click("#tab-classes")
     page.fill("#shots-class", "starfish")
     expect(page.locator("#shots-count")).to_have_text("8")
@@ -1398,8 +1379,7 @@ def test_removing_a_shot_requires_confirmation(page: Page, served: Served, run: 
     button.click()
     page.click("#confirm-cancel")
     expect(button).to_be_focused()
-    page.focus("#shots")
-    page.keyboard.press("Delete")
+    page.press("#shots", "Delete")
     page.click("#confirm-ok")
     expect(page.locator("#shots-count")).to_have_text("7")
     expect(page.locator("#shots-title")).to_be_focused()
@@ -1448,8 +1428,7 @@ def test_an_index_of_features_opens_and_refuses_photos(page: Page) -> None:
     page.click("#tab-classes")
     expect(page.locator("#shots .none").first).to_be_visible()  # there are no pictures
     expect(page.locator("#shots-count")).to_have_text("36")
-    page.click("#tab-map")
-    expect(page.locator("#map-method")).to_have_value("tsne")
+    open_map(page)
     page.click("#tab-check")
     expect(page.locator("#audit-state")).not_to_contain_text("Loading")
     page.reload()
@@ -1498,16 +1477,14 @@ def test_every_screen_fits_and_is_accessible(opened: Open, tmp_path: Path, width
     expect(page.locator("#decided li img").first).to_be_visible()
     show_settings(page)
     fits("drawer")
-    page.fill("#drawer-label", "crab")
-    page.keyboard.press("Enter")
+    submit(page, "#drawer-label", "crab")
     expect(page.locator("#token")).to_be_visible()
     fits("token")
     page.click("#token-cancel")
     page.click("#drawer-close")
     page.click("#tab-check")
     expect(page.locator("#audit li").first).to_be_visible()
-    page.click("#tab-map")
-    expect(page.locator("#map-method")).to_have_value("tsne")
+    open_map(page)
     page.click("#tab-classes")
     page.locator("#shots .tile").first.click()
     fits("index")
@@ -1516,8 +1493,7 @@ def test_every_screen_fits_and_is_accessible(opened: Open, tmp_path: Path, width
     page.keyboard.press("Escape")
     page.click("#tab-map")
     expect(page.locator("#map-canvas")).to_be_visible()
-    page.locator("#map-canvas").focus()
-    page.keyboard.press("Home")
+    page.locator("#map-canvas").press("Home")
     expect(page.locator("#map-shot img")).to_be_visible()
     page.locator("#map-title").scroll_into_view_if_needed()
     fits("map")
@@ -1577,7 +1553,6 @@ def labelling(
 ) -> Iterator[tuple[Page, Any]]:
     """Serve a labelling session that saves to ``into``. Yield its page and the server process."""
     model = "--model", f"local-dir:{SHARED / 'models' / 'lit-mini'}", "--device", "cpu"
-    expect.set_options(PATIENCE)
     with server(pool[""], "--into", into, *model, *arguments, command="label") as (url, process):
         address, _, token = url.partition("/#")
         one = Opened(browser, address, f"/#{token}", ready="#label-progress", **options)
@@ -1669,8 +1644,7 @@ def test_photos_can_be_skipped_and_labelled_with_their_copies(
         page.click("#label-skip")
         expect(page.locator("#label-photo img")).not_to_have_attribute("alt", first)
         second = shown_photo(page)
-        page.fill("#label-class", "something")
-        page.keyboard.press("Enter")
+        submit(page, "#label-class", "something")
         expect(page.locator("#label-progress")).to_contain_text("1 of 90")
         page.keyboard.press("z")
         expect(page.locator("#label-photo img")).to_have_attribute("alt", second)
@@ -1735,8 +1709,7 @@ def test_letters_of_a_class_name_are_not_shortcuts(browser: Browser, few: dict[s
         page.keyboard.press("Escape")
         for key in ("s", "n"):  # the next photo still has no choices
             first = shown_photo(page)
-            page.locator("#label-stage").focus()
-            page.keyboard.press(key)
+            page.locator("#label-stage").press(key)
             expect(page.locator("#label-photo img")).not_to_have_attribute("alt", first)
             expect(page.locator("#label-class")).to_be_focused()
         page.keyboard.type("crab")
@@ -1820,8 +1793,7 @@ def test_steps_are_undone_in_order_and_after_a_reload(browser: Browser, few: dic
         shown(name=first, labelled=0)
         expect(page.locator("#label-undo")).to_be_disabled()
         assert (status(page)["labelled"], status(page)["steps"]) == (0, [])
-        page.fill("#label-class", "crab")
-        page.keyboard.press("Enter")
+        submit(page, "#label-class", "crab")
         shown(not_=first, labelled=1)
         page.wait_for_function("async () => (await (await fetch('/v1/label')).json()).labelled === 1")
         page.reload()
@@ -1862,8 +1834,7 @@ def test_refused_labels_are_named_and_can_be_corrected(browser: Browser, few: di
         expect(page.locator("#label-photo img")).to_have_attribute("alt", name)
         expect(refused).to_be_empty()
         page.route("**/v1/label", lambda route: route.fulfill(status=422, json={"detail": "not a label"}), times=1)
-        page.fill("#label-class", "crab")
-        page.keyboard.press("Enter")
+        submit(page, "#label-class", "crab")
         expect(page.locator("#label-problem")).to_contain_text("not a label")
 
 
@@ -1899,8 +1870,7 @@ def test_a_labelling_page_without_the_token_asks_for_it_first(
         address = page.url.partition("/#")[0]
         one = Opened(browser, address, ready="#token-title", expected=[f"{REFUSED}401"])
         expect(one.page.locator("#token-dialog")).to_contain_text("retrieval-tip serve or label printed")
-        one.page.fill("#token", token)
-        one.page.keyboard.press("Enter")
+        submit(one.page, "#token", token)
         one.page.wait_for_function("document.querySelector('#label-photo img')?.naturalWidth")
         one.close()
 
@@ -1924,8 +1894,7 @@ def test_photos_can_be_labelled_on_a_phone(browser: Browser, pool: dict[str, str
         assert violations(page) == []
 
 
-def test_similar_photos_without_a_match_are_named_together(opened: Open) -> None:
-    page = opened(at=f"/#token={TOKEN}").page
+def test_similar_photos_without_a_match_are_named_together(page: Page) -> None:
     ask(page, *caltech_photos("train", "yin_yang", 5), *caltech_photos("train", "stop_sign", 4))
     groups = page.locator("#unknown-list > li")
     expect(groups.first).to_be_visible()
@@ -1934,14 +1903,12 @@ def test_similar_photos_without_a_match_are_named_together(opened: Open) -> None
     groups.first.get_by_label("Class name").fill("signs")
     groups.first.get_by_role("button", name="Name this class").click()
     expect(page.locator("#notice")).to_contain_text(f"Added {number} example photos to the new class signs")
-    page.locator("#notice").get_by_role("button", name="Undo").click()
-    expect(page.locator("#notice")).to_contain_text("Undone")
+    undo(page)
 
 
 def test_many_photos_without_a_match_are_grouped_or_the_reason_is_shown(browser: Browser, served: Served) -> None:
     app = create_app(open_all([served.folder], "cpu", "float32", "full"), Limits(json_bytes=1000), token=TOKEN)
     photos = [*caltech_photos("train", "yin_yang", 5), *caltech_photos("train", "stop_sign", 4)]
-    expect.set_options(PATIENCE)
     with running(app) as (host, port):
         one = Opened(browser, f"http://{host}:{port}", f"/#token={TOKEN}", expected=[REFUSED])
         one.page.route("**/groups", lambda route: route.fulfill(status=413, json={"detail": "too large"}))
@@ -1985,14 +1952,11 @@ def test_the_zip_has_the_folders_of_sort(browser: Browser, run: Callable[..., An
     assert done.exit_code == 0, done.output
     expected = {str(path.relative_to(tmp_path / "sorted")) for path in (tmp_path / "sorted").glob("*/*")}
     assert {name.partition("/")[0] for name in expected} >= {"a%2Fb", "a%3Ab", "%4Eo match", "no match"}
-    with server(tmp_path / "index", "--device", "cpu") as (address, _):
-        expect.set_options(PATIENCE)
-        opened = Opened(browser, address)
-        ask(opened.page, *images)
-        with opened.page.expect_download() as waiting:
-            more(opened.page, "download-zip")
+    with serving(browser, tmp_path / "index") as (page, _):
+        ask(page, *images)
+        with page.expect_download() as waiting:
+            more(page, "download-zip")
         assert {*zipfile.ZipFile(waiting.value.path()).namelist()} == expected
-        opened.close()
 
 
 def test_photos_are_sorted_by_similarity_to_the_open_photo(page: Page) -> None:
@@ -2005,36 +1969,31 @@ def test_photos_are_sorted_by_similarity_to_the_open_photo(page: Page) -> None:
     expect(tiles.nth(1)).to_contain_text("pizza")
 
 
-def test_answers_are_confirmed_one_by_one_or_together(opened: Open) -> None:
-    page = opened(at=f"/#token={TOKEN}").page
+def test_answers_are_confirmed_one_by_one_or_together(page: Page) -> None:
     ask(page, *caltech_photos("test", "pizza", 3))
     matched = page.locator("#grid .tile:not(.unlike)")
     matched.first.click()
     label = page.locator("#drawer").get_attribute("data-label")
-    page.focus("#drawer")
-    page.keyboard.press("Enter")
+    page.press("#drawer", "Enter")
     expect(page.locator("#notice")).to_contain_text(f"Added 1 example photo to {label}.")
     expect(page.locator("#drawer-right")).to_be_hidden()  # already confirmed
     expect(page.locator("#grid .tile.taught")).to_have_count(1)
-    page.locator("#notice").get_by_role("button", name="Undo").click()
+    undo(page)
     expect(page.locator("#grid .tile.taught")).to_have_count(0)
     classified(page, 3)
-    page.focus("#drawer")
-    page.keyboard.press("w")
+    page.press("#drawer", "w")
     expect(page.locator("#drawer-label")).to_be_focused()
     page.keyboard.press("Escape")
     number = matched.count()
-    page.focus("#grid")
-    page.keyboard.press("Control+a")
+    page.press("#grid", "Control+a")
     page.keyboard.press("a")
     expect(page.locator("#notice")).to_contain_text(f"Added {number} example photo")
     expect(page.locator("#grid .tile.taught")).to_have_count(number)
-    page.locator("#notice").get_by_role("button", name="Undo").click()
+    undo(page)
     expect(page.locator("#index-facts")).to_contain_text("82 photos")
 
 
-def test_the_accuracy_links_to_the_weakest_class(opened: Open, served: Served) -> None:
-    page = opened(at=f"/#token={TOKEN}").page
+def test_the_accuracy_links_to_the_weakest_class(page: Page, served: Served) -> None:
     found = page.request.get(f"{served.address}/v1/indexes/things/accuracy").json()
     shown = f"{100 * found['both']:.0f} % accurate ({100 * found['low']:.0f}–{100 * found['high']:.0f})"
     expect(page.locator("#index-accuracy")).to_have_text(shown)
@@ -2056,28 +2015,20 @@ def test_the_accuracy_links_to_the_weakest_class(opened: Open, served: Served) -
 def test_classifiers_are_renamed_duplicated_and_deleted(browser: Browser, served: Served, tmp_path: Path) -> None:
     """This works in the classifier's menu, with mouse and keyboard. Refused names are reported in one message."""
     folder = shutil.copytree(served.folder, tmp_path / "things")
-    expect.set_options(PATIENCE)
-    with server(folder, "--device", "cpu", token=TOKEN) as (address, _):
-        one = Opened(browser, address, f"/#token={TOKEN}", expected=[f"{REFUSED}409", f"{REFUSED}422"])
-        page, name, notice = one.page, one.page.locator("#index-name"), one.page.locator("#notice")
-        page.click("#tab-check")
-        page.check("#audit-all")
-        suspects = page.locator("#audit li")
-        expect(suspects.nth(1)).to_be_visible()
-        number = suspects.count()
+    with serving(browser, folder, expected=[f"{REFUSED}409", f"{REFUSED}422"]) as (page, _):
+        name, notice = page.locator("#index-name"), page.locator("#notice")
+        suspects, number = open_audit(page)
         suspects.last.get_by_role("button", name="Keep").click()
         expect(suspects).to_have_count(number - 1)
         name.click()
         expect(page.locator("#index-menu")).to_contain_text("11 classes")
         assert violations(page) == []
         page.click("#index-rename")
-        page.fill("#rename-label", "<b>animals")
-        page.keyboard.press("Enter")
+        submit(page, "#rename-label", "<b>animals")
         expect(notice).to_contain_text("is not valid")
         name.click()
         page.click("#index-rename")
-        page.fill("#rename-label", "things-shots")
-        page.keyboard.press("Enter")
+        submit(page, "#rename-label", "things-shots")
         expect(notice).to_contain_text("ends with -shots")
         name.click()
         page.click("#index-rename")
@@ -2124,11 +2075,9 @@ def test_classifiers_are_renamed_duplicated_and_deleted(browser: Browser, served
                 expect(name).to_have_text(left)
         expect(page.locator("#problem")).to_contain_text("no classifier")  # nor an encoder to create one
         assert list(tmp_path.iterdir()) == []
-        one.close()
 
 
-def test_dragging_a_class_card_onto_another_merges_the_classes(opened: Open) -> None:
-    page = opened(at=f"/#token={TOKEN}").page
+def test_dragging_a_class_card_onto_another_merges_the_classes(page: Page) -> None:
     page.click("#tab-classes")
     card = lambda label: page.locator(f'#classes-list li[data-label="{label}"]')  # noqa: E731
     expect(card("crab").locator("img")).to_have_js_property("complete", True)
@@ -2137,34 +2086,26 @@ def test_dragging_a_class_card_onto_another_merges_the_classes(opened: Open) -> 
     expect(page.locator("#notice")).to_contain_text("Merged crab into lobster.")
     expect(card("lobster")).to_contain_text("16 photos")
     expect(page.locator("#classes-list .target")).to_have_count(0)
-    page.locator("#notice").get_by_role("button", name="Undo").click()
+    undo(page)
     expect(card("crab")).to_contain_text("8 photos")
 
 
-def test_suspicious_labels_are_reviewed_with_keyboard_shortcuts(opened: Open) -> None:
-    page = opened(at=f"/#token={TOKEN}").page
-    page.click("#tab-check")
-    page.check("#audit-all")
-    listed = page.locator("#audit li")
-    expect(listed.nth(1)).to_be_visible()
-    number, first = listed.count(), listed.first.get_attribute("data-key-id")
-    page.locator("#audit-title").focus()
-    page.keyboard.press("x")
+def test_suspicious_labels_are_reviewed_with_keyboard_shortcuts(page: Page) -> None:
+    listed, number = open_audit(page)
+    first = listed.first.get_attribute("data-key-id")
+    page.locator("#audit-title").press("x")
     expect(page.locator("#confirm-title")).to_have_text("Remove 1 example photo?")
     page.keyboard.press("Escape")
-    page.locator("#audit-title").focus()
-    page.keyboard.press("k")
+    page.locator("#audit-title").press("k")
     expect(listed).to_have_count(number - 1)
     expect(listed.first).not_to_have_attribute("data-key-id", first or "")
     page.evaluate("() => localStorage.clear()")
     page.reload()
     page.locator("#tab-check").click()
     expect(listed.first).to_contain_text("Should this be")
-    page.locator("#audit-title").focus()
-    page.keyboard.press("Enter")
+    page.locator("#audit-title").press("Enter")
     expect(page.locator("#notice")).to_contain_text("Moved 1 example photo to pizza.")
-    page.locator("#notice").get_by_role("button", name="Undo").click()
-    expect(page.locator("#notice")).to_contain_text("Undone")
+    undo(page)
 
 
 def test_a_swipe_confirms_or_corrects_an_answer_on_a_phone(opened: Open) -> None:
@@ -2191,14 +2132,12 @@ def test_a_swipe_confirms_or_corrects_an_answer_on_a_phone(opened: Open) -> None
     page.locator("#drawer-label").blur()
     swipe(120)
     expect(page.locator("#notice")).to_contain_text("Added 1 example photo to pizza.")
-    page.locator("#notice").get_by_role("button", name="Undo").click()
-    expect(page.locator("#notice")).to_contain_text("Undone")
+    undo(page)
     page.click("#drawer-close")
     assert page.locator("#grid").evaluate("grid => Math.round(grid.clientWidth / grid.firstChild.clientWidth)") == 3
 
 
-def test_an_accuracy_of_some_of_the_classes_says_so_first(opened: Open) -> None:
-    page = opened(at=f"/#token={TOKEN}").page
+def test_an_accuracy_of_some_of_the_classes_says_so_first(page: Page) -> None:
     page.route("**/accuracy", lambda route: route.fulfill(json=route.fetch().json() | {"tested": 3, "classes": 10}))
     page.reload()
     page.click("#tab-classes")
@@ -2229,12 +2168,10 @@ def test_the_accuracy_counts_up_unless_motion_is_reduced(opened: Open) -> None:
             }"""
         )
         ask(page, *caltech_photos("test", "pizza", 1))
-        page.focus("#drawer")
-        page.keyboard.press("Enter")
+        page.press("#drawer", "Enter")
         expect(accuracy).to_have_text("97 % accurate (95–99)")
         assert [number for number in page.evaluate("window.seen") if number not in (93, 97)] == steps
-        page.locator("#notice").get_by_role("button", name="Undo").click()
-        expect(page.locator("#notice")).to_contain_text("Undone")
+        undo(page)
         page.unroute_all(behavior="wait")
 
 
@@ -2242,8 +2179,7 @@ def test_the_page_uses_its_own_font_and_no_toolbar_wraps(opened: Open) -> None:
     page = opened(at=f"/#token={TOKEN}", viewport={"width": 1280, "height": 840}).page
     assert page.evaluate("async () => (await document.fonts.ready, document.fonts.check('600 14px Inter'))")
     ask(page, *caltech_photos("test", "pizza", 3))
-    page.focus("#grid")
-    page.keyboard.press("Control+a")
+    page.press("#grid", "Control+a")
     for bar in ("header", "#bar", "#selection"):
         expect(page.locator(bar)).to_be_in_viewport(ratio=1)
         tops = page.locator(bar).evaluate(
@@ -2257,9 +2193,8 @@ def test_the_page_uses_its_own_font_and_no_toolbar_wraps(opened: Open) -> None:
     assert {*sizes} <= {"12px", "14px", "16px", "20px", "28px"}
 
 
-def test_thousands_of_classes_are_listed(opened: Open) -> None:
+def test_thousands_of_classes_are_listed(page: Page) -> None:
     """Every class is in the document, but only cards near the viewport are drawn."""
-    page = opened().page
     whole = page.evaluate("async () => (await fetch('/v1/indexes/things')).json()")
     whole["classes"] += [{"class_id": 11 + i, "label": f"class {i}", "keys": 4} for i in range(3000)]
     page.route("**/v1/indexes/things", lambda route: route.fulfill(json=whole | {"n_classes": 3011}))

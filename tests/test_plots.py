@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def made_up(truth, predicted, names, confidence=None, **changes):
         "mean_per_class": 0.5, "ece": 0.1, "n": len(truth), "skipped": 0, "settings": Settings(),
         "confusions": [],
         "per_class": {names[i]: float(right[truth == i].mean()) for i in np.unique(truth)},
-        "answers": Answers(truth, predicted, confidence, names),
+        "answers": Answers(truth, predicted, confidence, np.arange(len(truth)), np.log(confidence), names),
     }  # fmt: skip
     return Evaluation(**(facts | changes))
 
@@ -65,7 +66,8 @@ def test_confusion_counts_every_pair():
 def test_unknown_photos_without_a_match_are_no_confusion():
     truth, predicted = np.array([0, 1, 2, 2, 2]), np.array([0, 0, 1, 1, 0])
     unlike = np.array([False, True, True, False, False])
-    answers = Answers(truth, predicted, np.ones(5), ["a", "b", "new"], known=2, unlike=unlike)
+    answers = made_up(truth, predicted, ["a", "b", "new"]).answers
+    answers = replace(answers, known=2, unlike=unlike)
     assert answers.right.tolist() == [True, False, True, False, False]
     found = plots.confusion(answers)
     assert (found.counts.tolist(), found.totals.tolist()) == ([[1, 0, 0], [1, 0, 0], [1, 1, 0]], [1, 1, 3])

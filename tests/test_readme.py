@@ -166,7 +166,7 @@ def test_enough_pages_are_run():
         "tuning",
         "tutorial",
     }
-    assert expected | {"deploy", "reproduce", "wrong-labels"} <= {page.stem for page in RUN}
+    assert expected | {"deploy", "exchange", "wrong-labels"} <= {page.stem for page in RUN}
 
 
 RECIPES = {  # what each is run with, on the demo's photos and encoder

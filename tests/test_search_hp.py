@@ -1,4 +1,4 @@
-"""The search for alpha, beta and k: against brute force, without test labels, and on the command line."""
+"""The search for alpha and beta: against brute force, without test labels, and on the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from tables import tiny, unit_rows, write_table
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import search_hp
-from retrieval_tip.fit.search_hp import Queries, leave_one_out, right_between, search, search_paper
+from retrieval_tip.fit.folds import Queries
+from retrieval_tip.fit.search_hp import right_between, search
 from retrieval_tip.settings import Built, Settings
 
 
@@ -49,7 +50,7 @@ def small_cache(shots=6, text=True, spread=0.6):
 
 def queries_of(cache, n=60, seed=2):
     features, ids = clusters(n, C, D, seed)
-    return search_hp.unseen(cache, features, ids, "x")
+    return Queries(features, ids, "x")
 
 
 def dense(cache, features, beta):
@@ -76,14 +77,14 @@ def test_the_search_finds_the_best_accuracy_over_all_alphas_and_betas(seed):
     cache = small_cache()
     queries = queries_of(cache, seed=seed)
     betas = [0.5, 2.0, 5.5, 12.0]
-    choice = search(cache, queries, betas=betas, ks=[None])
+    choice = search(cache, queries, betas=betas)
     best = max(best_over_alphas(*dense(cache, queries.features, beta), queries.ids) for beta in betas)
     assert round(choice.accuracy * len(queries.ids)) == best
     # the model has this accuracy with the chosen alpha, and at both ends of the interval
     low, high = choice.interval
     for alpha in (choice.alpha, low + 1e-3 * (choice.alpha - low), *([high * 0.999] if np.isfinite(high) else [])):
         cache.settings = cache.settings.override(alpha=alpha, beta=choice.beta)
-        right = (cache.logits(queries.features, choice.k).argmax(1).numpy() == queries.ids).sum()
+        right = (cache.logits(queries.features).argmax(1).numpy() == queries.ids).sum()
         assert right == best
 
 
@@ -103,18 +104,16 @@ def test_a_query_is_right_inside_its_interval_and_wrong_outside(seed, c, coarse)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 20.0])
-def test_the_search_with_k_predicts_the_answers_of_the_model(gamma):
-    cache, ks = small_cache(shots=8), [2, 8]
+def test_the_search_predicts_the_answers_of_the_model(gamma):
+    cache = small_cache(shots=8)
     cache.settings = replace(cache.settings, gamma=gamma)
     queries = queries_of(cache)
-    tried = search_hp._Tried.of(cache, queries, [3.0], ks)
-    low, high = tried.low, tried.high
+    tried = search_hp._Tried.of(cache, queries, [3.0])
     cache.settings = cache.settings.override(beta=3.0)
-    for j, k in enumerate(ks):
-        for alpha in (0.5, 4.0, 40.0):
-            cache.settings = cache.settings.override(alpha=alpha)
-            right = cache.logits(queries.features, k).argmax(1).numpy() == queries.ids
-            assert (((low[0, j] < alpha) & (alpha < high[0, j])) == right).all()
+    for alpha in (0.5, 4.0, 40.0):
+        cache.settings = cache.settings.override(alpha=alpha)
+        right = cache.logits(queries.features).argmax(1).numpy() == queries.ids
+        assert (tried.hits(0, alpha) == right).all()
 
 
 @pytest.mark.parametrize("gamma", [0.0, 20.0])
@@ -122,23 +121,20 @@ def test_leave_one_out_predicts_the_answers_without_the_shot(gamma):
     cache = small_cache(shots=4)
     cache.settings = replace(cache.settings, gamma=gamma)
     offsets = cache.retrieval.keys.discriminant.offsets
-    queries = leave_one_out(cache)
-    tried = search_hp._Tried.of(cache, queries, [4.0], [None, 4])
-    low, high = tried.low, tried.high
+    queries = Queries.leave_one_out(cache)
+    tried = search_hp._Tried.of(cache, queries, [4.0])
     for row in (0, 7, 19):
         without = small_cache(shots=4)
         without.remove([int(cache.labels["key_id"][row].as_py())])
-        for j, k in enumerate((None, 4)):
-            text, alone = parts_of(without, queries.features[row : row + 1], k)
-            scale = torch.ones(C)
-            scale[queries.ids[row]] = 4 / 3  # three of four keys of its class remain
-            without.settings = without.settings.override(beta=4.0)
-            text, alone = parts_of(without, queries.features[row : row + 1], k)
-            average = torch.from_numpy(queries.features[row : row + 1]) @ without.retrieval.keys.means.T
-            average = average + offsets  # one shot hardly changes the offsets
-            for alpha in (0.3, 3.0, 30.0):
-                right = int((text + alpha * (scale * alone + gamma * average)).argmax()) == queries.ids[row]
-                assert (low[0, j, row] < alpha < high[0, j, row]) == right
+        scale = torch.ones(C)
+        scale[queries.ids[row]] = 4 / 3  # three of four keys of its class remain
+        without.settings = without.settings.override(beta=4.0)
+        text, alone = parts_of(without, queries.features[row : row + 1])
+        average = torch.from_numpy(queries.features[row : row + 1]) @ without.retrieval.keys.means.T
+        average = average + offsets  # one shot hardly changes the offsets
+        for alpha in (0.3, 3.0, 30.0):
+            right = int((text + alpha * (scale * alone + gamma * average)).argmax()) == queries.ids[row]
+            assert tried.hits(0, alpha)[row] == right
 
 
 def test_keys_of_the_same_image_are_held_out_together():
@@ -147,7 +143,7 @@ def test_keys_of_the_same_image_are_held_out_together():
     order = np.argsort(np.array([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, *ids[10:]]), kind="stable")
     labels = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, *ids[10:]])
     cache = CacheModel.from_features(keys, labels, list("abcde"), sources=sources, device="cpu")
-    queries = leave_one_out(cache)
+    queries = Queries.leave_one_out(cache)
     assert len(queries.ids) == 15  # five images have two keys each
     assert np.bincount(queries.groups).max() == 2
     assert [sources[i] for i in order] == cache.labels["source"].to_pylist()
@@ -155,19 +151,19 @@ def test_keys_of_the_same_image_are_held_out_together():
 
 def test_leave_one_out_needs_two_images_per_class():
     with pytest.raises(UsageError, match="has one image"):
-        leave_one_out(small_cache(shots=1))
+        Queries.leave_one_out(small_cache(shots=1))
 
 
 def test_each_fold_hides_an_equal_share_of_each_class():
     cache = small_cache(shots=6)
-    queries = search_hp.folds(cache, 3)
+    queries = Queries.in_folds(cache, 3)
     ids = cache.labels["class_id"].to_numpy()
     for fold in range(3):
         assert (np.bincount(ids[queries.groups == fold], minlength=C) == 2).all()
     np.testing.assert_array_equal(queries.hidden, queries.groups)
     assert search(cache, queries).n == 30
     with pytest.raises(UsageError, match="folds"):
-        search_hp.folds(cache, 1)
+        Queries.in_folds(cache, 1)
 
 
 def test_the_search_may_choose_text_alone_or_cache_alone():
@@ -180,7 +176,7 @@ def test_the_search_may_choose_text_alone_or_cache_alone():
         cache = CacheModel.from_features(
             keys, labels, names, weights, settings=Settings(logit_scale=10.0), device="cpu"
         )
-        return search(cache, search_hp.unseen(cache, features, ids, "x"))
+        return search(cache, Queries(features, ids, "x"))
 
     right = centres / np.linalg.norm(centres, axis=1, keepdims=True)
     text = chosen(right, (key_ids + 1) % C)  # every key is labelled wrongly
@@ -192,32 +188,13 @@ def test_the_search_may_choose_text_alone_or_cache_alone():
     assert alone.accuracy == 1.0
 
 
-def test_the_paper_protocol_searches_the_published_grid():
-    cache = small_cache()
-    queries = queries_of(cache)
-    best, found = -1, (0.0, 0.0)
-    for i in range(200):
-        beta = 0.1 + i * (7 - 0.1) / 200
-        text, alone = dense(cache, queries.features, beta)
-        for j in range(20):
-            alpha = 0.1 + j * (3 - 0.1) / 20
-            right = int(((text + alpha * alone).argmax(1) == queries.ids).sum())
-            if right > best:
-                best, found = right, (beta, alpha)
-    choice = search_paper(cache, queries)
-    assert (choice.beta, choice.alpha) == pytest.approx(found)
-    assert round(choice.accuracy * len(queries.ids)) == best
-    assert choice.surface.num_rows == 4000
-    assert choice.protocol == "paper"
-
-
 def test_the_surface_contains_the_accuracy_of_each_setting():
     cache = small_cache()
     queries = queries_of(cache)
-    choice = search(cache, queries, betas=[1.0, 6.0], ks=[None, 4])
-    for row in choice.surface.slice(0, 60).to_pylist() + choice.surface.slice(100, 60).to_pylist():
+    choice = search(cache, queries, betas=[1.0, 6.0])
+    for row in choice.surface.to_pylist():
         cache.settings = cache.settings.override(alpha=row["alpha"], beta=row["beta"])
-        answers = cache.logits(queries.features, row["k"] or "all").argmax(1).numpy()
+        answers = cache.logits(queries.features).argmax(1).numpy()
         assert row["accuracy"] == pytest.approx((answers == queries.ids).mean())
     assert 0 <= choice.flat <= 1
     assert choice.low <= choice.accuracy <= choice.high
@@ -228,7 +205,7 @@ def test_weak_choices_are_reported():
     queries = queries_of(cache)
     few = search(cache, queries_of(cache, 6, 0))
     assert any("too few to prefer these settings to cache alone (66.7 %" in warning for warning in few.warnings)
-    edge = search(cache, queries, betas=[0.001, 0.002], ks=[None])
+    edge = search(cache, queries, betas=[0.001, 0.002])
     assert any("edge" in warning for warning in edge.warnings)
 
 
@@ -236,9 +213,9 @@ def test_bad_queries_are_refused():
     cache = small_cache()
     queries = queries_of(cache)
     for wrong in (
-        Queries(queries.features[:0], queries.ids[:0], queries.hidden[:0], queries.groups, "x"),
-        Queries(queries.features[:, :3], queries.ids, queries.hidden, queries.groups, "x"),
-        Queries(queries.features, queries.ids + C, queries.hidden, queries.groups, "x"),
+        Queries(queries.features[:0], queries.ids[:0], "x"),
+        Queries(queries.features[:, :3], queries.ids, "x"),
+        Queries(queries.features, queries.ids + C, "x"),
     ):
         with pytest.raises(InputError, match="x:"):
             search(cache, wrong)
@@ -272,7 +249,7 @@ def test_test_labels_cannot_reach_the_search(run, split, tmp_path):
         assert done.exit_code == 0, done.output
         facts = json.loads(done.stdout)
         assert facts["source"].endswith("split.json (val)")
-        chosen.append({name: facts[name] for name in ("alpha", "beta", "k", "accuracy", "n")})
+        chosen.append({name: facts[name] for name in ("alpha", "beta", "accuracy", "n")})
     assert chosen[0] == chosen[1]
     assert chosen[0]["n"] == 16  # four per class
 
@@ -290,19 +267,15 @@ def test_the_choice_becomes_a_version_with_its_provenance(run, shared, tmp_path)
     surface = tmp_path / "s.parquet"
     done = run("search-hp", out, "--leave-one-out", "--surface", surface, "--json")
     facts = json.loads(done.stdout)
-    assert {name: facts[name] for name in ("alpha", "beta", "k")} == {
-        name: dry[name] for name in ("alpha", "beta", "k")
-    }
+    assert {name: facts[name] for name in ("alpha", "beta")} == {name: dry[name] for name in ("alpha", "beta")}
     after = json.loads(run("index", "info", out, "--json").stdout)
     assert (after["version"], after["alpha"], after["beta"]) == (2, facts["alpha"], facts["beta"])
     assert after["files"] == before["files"]  # no data file was rewritten
     assert after["provenance"]["search"]["chosen_on"] == "its own shots, each held out in turn"
-    assert pq.read_table(surface).column_names == ["k", "beta", "alpha", "accuracy"]
+    assert pq.read_table(surface).column_names == ["beta", "alpha", "accuracy"]
     result = json.loads(run("evaluate", out, food / "test.parquet", "--json").stdout)
     assert result["alpha"] == facts["alpha"]
     assert run("search-hp", out, "--folds", 4, "--dry-run").exit_code == 0
-    paper = run("search-hp", out, "--leave-one-out", "--protocol", "paper", "--scales", 10, 10, "--dry-run", "--json")
-    assert json.loads(paper.stdout)["protocol"] == "paper"
 
 
 def test_exactly_one_validation_source_is_required(run, tmp_path):
@@ -349,7 +322,7 @@ def test_a_cautious_search_changes_the_settings_only_on_significant_evidence():
         careful, greedy = search(cache, queries, cautious=True), search(cache, queries)
         assert careful.accuracy <= careful.best == greedy.accuracy == greedy.best
         right = cache.logits(queries.features).argmax(1).numpy() == queries.ids
-        if (careful.alpha, careful.beta, careful.k) == (alpha, beta, None):
+        if (careful.alpha, careful.beta) == (alpha, beta):
             assert careful.accuracy == right.mean()
             if careful.best > careful.accuracy:
                 assert any("kept the untouched settings" in warning for warning in careful.warnings)
@@ -364,16 +337,17 @@ def test_a_cautious_search_changes_the_settings_only_on_significant_evidence():
     wrong = CacheModel.from_features(
         keys, (key_ids + 1) % C, list("abcde"), centres, settings=Settings(logit_scale=1.0), device="cpu"
     )
-    moved = search(wrong, search_hp.unseen(wrong, features, ids, "x"), cautious=True)
+    moved = search(wrong, Queries(features, ids, "x"), cautious=True)
     assert moved.accuracy == moved.best == 1.0
 
 
-def test_an_index_of_classes_keeps_its_k() -> None:
+@pytest.mark.parametrize("kind", ["Classes", "Flat"])
+def test_an_index_keeps_its_k(kind: str) -> None:
     keys, ids = clusters(60, 6, 16, seed=1)
     text, _ = clusters(6, 6, 16, seed=2)
-    cache = CacheModel.from_features(keys, ids, [f"c{i}" for i in range(6)], text, index="Classes")
+    cache = CacheModel.from_features(keys, ids, [f"c{i}" for i in range(6)], text, index=kind)
     cache.settings = cache.settings.override(k=20)
-    choice = search_hp.search(cache, search_hp.leave_one_out(cache))
+    choice = search_hp.search(cache, Queries.leave_one_out(cache))
     search_hp.apply(cache, choice)
-    assert (choice.k, cache.settings.k) == (None, 20)
+    assert cache.settings.k == 20
     assert cache.settings.alpha == choice.alpha

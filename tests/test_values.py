@@ -18,7 +18,6 @@ import torch
 from conftest import cache_of, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from sealing import body_of, sealed, snapshot
 from tables import unit
 from test_keys import Largest
@@ -29,7 +28,8 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.evaluation.evaluate import evaluate
 from retrieval_tip.fit import search_hp
-from retrieval_tip.fit.search_hp import Queries, folds, leave_one_out, search, unseen
+from retrieval_tip.fit.folds import Queries
+from retrieval_tip.fit.search_hp import search
 from retrieval_tip.store import contents
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.folder import Manifest
@@ -328,7 +328,7 @@ def test_a_gpu_gives_the_same_answers_with_values(tmp_path: Path) -> None:
     torch.testing.assert_close(*taken, rtol=0, atol=2e-3)
     gpu.save(tmp_path / "y")
     assert torch.equal(CacheModel.load(tmp_path / "y", device="cpu").values, cpu.values)
-    choice = [search(cache, unseen(cache, QUERIES, TRUTH, "x"), ks=[None, 4]).accuracy for cache in (gpu, cpu)]
+    choice = [search(cache, Queries(QUERIES, TRUTH, "x")).accuracy for cache in (gpu, cpu)]
     assert choice[0] == pytest.approx(choice[1], abs=1.5 / Q)
 
 
@@ -344,19 +344,22 @@ def keys_with_two_images_per_class() -> dict[str, Any]:
 
 
 def validation(cache: CacheModel) -> Queries:
-    return unseen(cache, QUERIES, TRUTH, "x")
+    return Queries(QUERIES, TRUTH, "x")
 
 
-ASK = {"validation": validation, "leave-one-out": leave_one_out, "folds": lambda cache: folds(cache, 3)}
-KS = [None, 1, 4, 16]
+ASK = {
+    "validation": validation,
+    "leave-one-out": Queries.leave_one_out,
+    "folds": lambda cache: Queries.in_folds(cache, 3),
+}
 
 
 def all_caches(cache: CacheModel, queries: Queries, betas: list[float]) -> Array:
-    """Return cache logits of shape ``[betas, ks, q, c]``."""
-    found = np.full((len(betas), len(KS), len(queries.ids), C), np.nan)
-    for part, _, _, caches in search_hp._blocks(cache, queries, betas, KS):
-        for b, j, cache_logits in caches:
-            found[b, j, part] = cache_logits
+    """Return cache logits of shape ``[betas, q, c]``."""
+    found = np.full((len(betas), len(queries.ids), C), np.nan)
+    for part, visible in queries.blocks(cache):
+        for b, terms in enumerate(visible.terms(betas)):
+            found[b, part] = terms.cache
     return found
 
 
@@ -374,21 +377,21 @@ def test_the_search_with_values_matches_a_loop_over_keys(ask: Callable[[CacheMod
     A = queries.features.astype(np.float64) @ cache.keys.T.astype(np.float64)
     found = all_caches(cache, queries, [3.0])[0]
     for q in range(len(queries.ids)):
-        seen = np.flatnonzero(queries.groups != queries.hidden[q])
+        seen = np.arange(cache.n)
+        if queries.groups is not None and queries.hidden is not None:
+            seen = np.flatnonzero(queries.groups != queries.hidden[q])
         factor = np.bincount(y, minlength=C) / np.maximum(np.bincount(y[seen], minlength=C), 1)
         own = values[seen] * factor[y[seen]][:, None]
-        rank = np.argsort(np.argsort(-A[q, seen]))
-        for j, k in enumerate(KS):
-            expected = loop_over_keys(A[q, seen], y[seen], own, C, 3.0, rank < (k or cache.n), tail=True)
-            np.testing.assert_allclose(found[j, q], expected, rtol=1e-3, atol=1e-4)
+        expected = loop_over_keys(A[q, seen], y[seen], own, C, 3.0, np.full(len(seen), True), tail=True)
+        np.testing.assert_allclose(found[q], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_search_reports_the_accuracy_of_the_model() -> None:
     cache = model()
     queries = validation(cache)
-    choice = search(cache, queries, ks=[None, 8])
+    choice = search(cache, queries)
     search_hp.apply(cache, choice)
-    answers = cache.logits(QUERIES, cache.settings.k).argmax(1).numpy()
+    answers = cache.logits(QUERIES).argmax(1).numpy()
     assert (answers == TRUTH).mean() == pytest.approx(choice.accuracy)
 
 
@@ -396,10 +399,10 @@ def test_a_cautious_search_keeps_the_given_settings_unless_significantly_worse()
     cache = model(values=ONE_HOT + 0.2 * VALUES)
     rng = np.random.default_rng(3)
     hard = unit(_means[TRUTH] + 0.6 * rng.standard_normal((Q, D)))
-    queries = unseen(cache, hard, TRUTH, "x")
+    queries = Queries(hard, TRUTH, "x")
     trained = (0.02, 4.321)
     careful = search(cache, queries, cautious=True, kept=trained)
-    assert (careful.alpha, careful.beta, careful.k) == (*trained, None)
+    assert (careful.alpha, careful.beta) == trained
     cache.settings = cache.settings.override(**dict(zip(("alpha", "beta"), trained, strict=True)))
     assert careful.accuracy == (cache.logits(hard).argmax(1).numpy() == TRUTH).mean()
     assert careful.best > careful.accuracy
@@ -421,25 +424,12 @@ def test_a_cautious_search_keeps_the_given_settings_unless_significantly_worse()
 # --- on disk
 
 
-@pytest.fixture
-def encoder_file(tmp_path: Path) -> Path:
-    """A file of fine-tuned encoder weights with three tensors."""
-    path = tmp_path / "tuned" / "open_clip_model.safetensors"
-    path.parent.mkdir()
-    save_file({name: torch.arange(float(4 + i)) for i, name in enumerate("abc")}, path)
-    return path
-
-
 CURVE = pa.table({"epoch": [1, 2, 3], "loss": [0.9, 0.5, 0.4]})
 
 
-def tuned_model(encoder_file: Path, **changes: Any) -> CacheModel:
-    return replace(model(**changes), tuned=encoder_file, curve=CURVE)
-
-
 @pytest.fixture
-def index(tmp_path: Path, encoder_file: Path) -> Path:
-    tuned_model(encoder_file).save(tmp_path / "index")
+def index(tmp_path: Path) -> Path:
+    replace(model(), curve=CURVE).save(tmp_path / "index")
     return tmp_path / "index"
 
 
@@ -470,19 +460,17 @@ def test_an_index_without_fine_tuning_has_no_optional_files(tmp_path: Path) -> N
     model(values=None).save(tmp_path / "x")
     assert names(tmp_path / "x").keys() == KINDS.keys()
     loaded = CacheModel.load(tmp_path / "x", device="cpu")
-    assert (loaded.values, loaded.tuned, loaded.curve) == (None, None, None)
+    assert (loaded.values, loaded.curve) == (None, None)
 
 
-def test_a_fine_tuned_index_is_loaded_as_it_was_saved(index: Path, encoder_file: Path) -> None:
-    cache, loaded = tuned_model(encoder_file), CacheModel.load(index, device="cpu")
+def test_a_fine_tuned_index_is_loaded_as_it_was_saved(index: Path) -> None:
+    cache, loaded = model(), CacheModel.load(index, device="cpu")
     for k, tail in ((None, True), (9, True), (9, False)):
         assert torch.equal(loaded.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))
     assert loaded.curve.equals(CURVE)
-    assert loaded.tuned == index / names(index)["weights"]
-    assert loaded.tuned.read_bytes() == encoder_file.read_bytes()
     manifest = store.read_manifest(index)
     assert {kind: file.rows for kind, file in manifest.files.items()} == {
-        "keys": N, "index": N, "labels": N, "text": C, "values": N, "weights": 3, "curve": 3,
+        "keys": N, "index": N, "labels": N, "text": C, "values": N, "curve": 3,
     }  # fmt: skip
     assert Manifest.from_bytes(manifest.to_bytes(), "x") == manifest
     described = store.describe(index)
@@ -500,10 +488,8 @@ def test_values_are_memory_mapped(index: Path, monkeypatch: pytest.MonkeyPatch) 
     assert cache.values.data_ptr() in [array.ctypes.data for array in mapped if isinstance(array, np.memmap)]
 
 
-def test_optional_files_are_copied_to_the_next_version(index: Path, encoder_file: Path, tmp_path: Path) -> None:
-    raw = encoder_file.read_bytes()
+def test_optional_files_are_copied_to_the_next_version(index: Path, tmp_path: Path) -> None:
     first = names(index)
-    shutil.rmtree(encoder_file.parent)  # the index has its own copy
     cache = CacheModel.load(index, device="cpu")
     cache.settings = cache.settings.override(alpha=9.0)
     cache.save_settings(index)
@@ -514,13 +500,10 @@ def test_optional_files_are_copied_to_the_next_version(index: Path, encoder_file
     assert {kind for kind in first if first[kind] != second[kind]} == {"keys", "index", "labels", "values"}
     cache.save(tmp_path / "elsewhere")
     shutil.rmtree(index)
-    assert cache.tuned == tmp_path / "elsewhere" / second["weights"]
     for folder in (tmp_path / "elsewhere", tmp_path / "again"):
         cache.save(folder)
         found = verify(folder)
         assert found.curve.equals(CURVE)
-        assert found.tuned is not None
-        assert found.tuned.read_bytes() == raw
         assert torch.equal(found.logits(QUERIES, 9), cache.logits(QUERIES, 9))
 
 
@@ -557,8 +540,6 @@ def save_array(array: Array) -> Callable[[Path], None]:
         ("values", save_array(VALUES[:-1]), {}),
         ("values", save_array(VALUES[:, :-1]), {}),
         ("values", save_array(VALUES.astype(np.float16)), {}),
-        ("weights", lambda path: path.write_bytes(b"x"), {}),
-        ("weights", lambda path: None, {"rows": 4}),
         ("curve", lambda path: path.write_bytes(b"x"), {}),
         ("curve", lambda path: None, {"rows": 4}),
     ],
@@ -580,17 +561,8 @@ def test_verify_finds_values_that_are_not_finite(index: Path) -> None:
         verify(index)
 
 
-def test_a_bad_encoder_or_curve_is_refused_and_changes_nothing(index: Path, tmp_path: Path) -> None:
+def test_a_bad_curve_is_refused_and_changes_nothing(index: Path) -> None:
     before = snapshot(index)
-    (tmp_path / "garbage.safetensors").write_bytes(b"garbage")
-    save_file({}, tmp_path / "empty.safetensors")
-    for name in ("garbage.safetensors", "missing.safetensors", "."):
-        with pytest.raises(StoreError, match="cannot be read as safetensors") as error:
-            replace(model(), tuned=tmp_path / name).save(index)
-        assert str(error.value).startswith(str(tmp_path / name))
-        assert snapshot(index) == before
-    with pytest.raises(InputError, match=r"files\.weights\.rows"):
-        replace(model(), tuned=tmp_path / "empty.safetensors").save(index)
     odd = pa.table({"loss": pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array([1])])})
     with pytest.raises(InputError, match=r"^curve: cannot store a column"):
         replace(model(), curve=odd).save(index)

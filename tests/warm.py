@@ -28,9 +28,9 @@ import filelock
 
 FOR_FEATURES = (
     "torch", "faiss", "duckdb", "pandas", "pyarrow.dataset", "pyarrow.parquet", "safetensors.torch",
-    *(f"retrieval_tip.{name}" for name in ("cli", "cli.output", "doctor", "data.imports")),
+    *(f"retrieval_tip.{name}" for name in ("cli", "cli.output", "doctor")),
     *(f"retrieval_tip.fit.{name}" for name in ("finetune", "search_hp")),
-    *(f"retrieval_tip.evaluation.{name}" for name in ("audit", "baselines", "evaluate", "sweep")),
+    *(f"retrieval_tip.evaluation.{name}" for name in ("audit", "evaluate")),
     *(f"retrieval_tip.index.{name}" for name in ("build", "changes", "tune")),
     *(f"retrieval_tip.report.{name}" for name in ("plots", "report")),
 )  # fmt: skip

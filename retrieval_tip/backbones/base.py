@@ -8,21 +8,18 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from retrieval_tip.errors import BackboneError, InputError, UsageError, counted, install, warn_once
+from retrieval_tip.errors import BackboneError, InputError, UsageError, counted, warn_once
 from retrieval_tip.settings import Precision, Runtime, check_choice
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-
-PARTS = ("visual", "text")
 
 FloatArray = npt.NDArray[np.float32]
 Preprocess = Mapping[str, Any]  # JSON preprocessing settings, named as in open_clip or timm
@@ -102,7 +99,7 @@ class Backbone(Protocol):
 
     @property
     def precision(self) -> str:
-        """``float32``, the autocast dtype, ``int8``, or ``fast`` until :meth:`Encoder.prepare` has replaced it."""
+        """``float32``, the autocast dtype, or ``int8``."""
 
     @property
     def batch_size(self) -> int:
@@ -209,17 +206,12 @@ class Execution:
     def resolved(self) -> Execution:
         """Replace ``auto`` by an actual device and precision.
 
-        Raises UsageError if a value is unknown, or if int8 is not available.
+        Raises UsageError if a value is unknown, or if the device or the runtime cannot use int8.
         """
         device = resolve_device(self.device)
         check_choice("precision", self.precision, Precision)
         check_choice("runtime", self.runtime, Runtime)
         automatic: Precision = "float32" if device == "cpu" else "float16"
-        if self.precision == "auto" or (self.precision == "fast" and device != "cpu"):
-            return replace(self, device=device, precision=automatic)
-        if self.precision in ("int8", "fast"):
-            if device != "cpu" or self.runtime == "torch":
-                raise UsageError(f"precision {self.precision}: requires OpenVINO on a CPU; use float16 on a GPU")
-            if find_spec("nncf") is None:
-                raise UsageError(f"precision {self.precision}: NNCF is not installed; run {install('fast')}")
-        return replace(self, device=device)
+        if self.precision == "int8" and (device != "cpu" or self.runtime == "torch"):
+            raise UsageError("precision int8: requires OpenVINO on a CPU; use float16 on a GPU")
+        return replace(self, device=device, precision=automatic if self.precision == "auto" else self.precision)

@@ -1,10 +1,9 @@
-"""Load backbones by name, and read and write tuned weights."""
+"""Load backbones by name."""
 
 from __future__ import annotations
 
 import gc
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -16,11 +15,11 @@ from retrieval_tip.backbones.base import Execution, Identity
 from retrieval_tip.backbones.catalogue import named
 from retrieval_tip.backbones.known import Known
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
-from retrieval_tip.errors import BackboneError, UsageError, first_line
+from retrieval_tip.errors import UsageError
 from retrieval_tip.settings import Precision, Runtime
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 def load_backbone(
@@ -30,7 +29,6 @@ def load_backbone(
     device: str = "auto",
     precision: Precision = "auto",
     runtime: Runtime = "auto",
-    tuned: str | os.PathLike[str] | None = None,
     lazy: bool = False,
 ) -> TorchBackbone:
     """Load a backbone by its name, in evaluation mode.
@@ -46,31 +44,25 @@ def load_backbone(
             :func:`catalogue.recommended`.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``float32``, or ``float16`` or ``bfloat16`` for autocast. ``auto`` uses float32 on a CPU and float16
-            on a GPU. ``int8`` and ``fast`` need a CPU and photos (see :data:`settings.Precision`).
+            on a GPU. ``int8`` uses the tower that :meth:`Encoder.store_int8` has stored on this machine.
         runtime: The runtime that encodes images on a CPU. ``auto`` uses OpenVINO if its features agree with those from
             ``torch`` (see :mod:`tower`).
-        tuned: A file written by :func:`write_tuned`. Its tensors replace those of the model.
         lazy: Whether to load the model when it is first used, if it was already loaded with ``lazy`` and its files have
-            not changed since (see :mod:`known`). This has no effect if you give ``tuned``.
+            not changed since (see :mod:`known`).
 
     Raises:
         UsageError: if the architecture, the tag, the device, the precision or the runtime is unknown.
-        BackboneError: if the weights or ``tuned`` are missing, damaged or do not fit, or cannot be downloaded.
+        BackboneError: if the weights are missing, damaged or do not fit, or cannot be downloaded.
         BackboneError: if the model requires custom Python code, which is never executed.
+        BackboneError: if the precision is int8, but no int8 tower of this encoder is stored.
     """
     with ThreadPoolExecutor(1) as pool:  # hashes the files of the model while torch is being imported
-        recalled = pool.submit(known.recall, model, pretrained) if lazy and tuned is None else None
+        recalled = pool.submit(known.recall, model, pretrained) if lazy else None
         how = Execution(device, precision, runtime).resolved()
     if recalled is not None and (found := recalled.result()) is not None:
         return _of(found.names, how, found)
-    state = None if tuned is None else _read_tuned(Path(tuned))
     backbone = _of(names := named(model, pretrained), how)
-    if state is not None:
-        try:
-            backbone.adopt(state)
-        except BackboneError as error:
-            raise BackboneError(f"{tuned}: {error}") from None
-    elif lazy and backbone.files is not None:
+    if lazy and backbone.files is not None:
         facts = backbone.identity, backbone.dim, backbone.logit_scale, backbone.text_key
         known.remember(model, pretrained, Known(names, *facts), backbone.files)
     return backbone
@@ -86,7 +78,7 @@ def load_when_needed(
     :func:`load_backbone` with ``lazy``, which raises the same errors, and its identity may differ.
     """
     how, names = Execution(device, precision, runtime).resolved(), (identity.model, identity.pretrained)
-    if how.runtime == "auto" and how.device == "cpu" and tower.is_kept(identity):
+    if how.runtime == "auto" and how.device == "cpu" and tower.is_kept(identity, how.precision):
         return _of(names, how, Known(names, identity, dim))
     return load_backbone(*names, device=device, precision=precision, runtime=runtime, lazy=True)
 
@@ -124,32 +116,3 @@ def _from_anywhere(model: str, pretrained: str | None) -> tuple[str, str | None]
     if "." in file and Path(file).is_file():  # tags have no dots
         pretrained = f"{tag}{sign}{Path(file).absolute()}"
     return model, pretrained
-
-
-def write_tuned(path: str | os.PathLike[str], state: Mapping[str, torch.Tensor]) -> None:
-    """Write the tensors from :meth:`TorchBackbone.tuned` as a safetensors file.
-
-    The same tensors always produce an identical file. Raises BackboneError if the file cannot be written.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
-    except (OSError, SafetensorError) as error:
-        raise BackboneError(f"{path}: cannot be written: {first_line(error)}") from None
-
-
-def _read_tuned(file: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load
-
-    try:
-        if not file.is_file():  # reading a pipe would block
-            raise FileNotFoundError("no such file")
-        state: dict[str, torch.Tensor] = load(file.read_bytes())  # load_file does not accept names that are not UTF-8
-    except Exception as error:  # safetensors raises KeyError, its own errors or those of torch
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise BackboneError(
-            f"{file}: cannot be read as tuned weights: {reason}; restore it or fine-tune again"
-        ) from None
-    return state

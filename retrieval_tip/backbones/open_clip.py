@@ -173,7 +173,7 @@ def _opened(plan: _Plan, model: Model, preprocess: Callable[[Image.Image], torch
         config=config,
         preprocess={key: list(value) if isinstance(value, tuple) else value for key, value in settings},
     )
-    return Opened(model, preprocess, identity, _text_dim(model), lambda: _tokenizer(plan))
+    return Opened(model, preprocess, identity, _text_dim(model), partial(_tokenizer, plan))
 
 
 def _tokenizer(plan: _Plan) -> Tokenizer:

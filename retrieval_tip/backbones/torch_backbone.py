@@ -1,22 +1,22 @@
-"""Backbones implemented as torch modules, which can encode images and text and can be trained."""
+"""Backbones implemented as torch modules, which encode images and text."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import logging
 import random
+import shlex
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from retrieval_tip.backbones import tower
-from retrieval_tip.backbones.base import PARTS, Execution, FloatArray, Identity, present, same_backbone, view_size
+from retrieval_tip.backbones.base import Execution, FloatArray, Identity, present, same_backbone, view_size
 from retrieval_tip.backbones.known import Files, Known
 from retrieval_tip.errors import BackboneError, UsageError
 from retrieval_tip.settings import Precision
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
     Tokenizer = Callable[[list[str]], torch.Tensor]
     Open = Callable[[torch.device], "Opened"]
 
-log = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
-
-BFLOAT16_FROM = (8, 0)  # first GPU compute capability with bfloat16 arithmetic
 VIEW_SCALE = (0.5, 1.0)
 VIEW_RATIO = (3 / 4, 4 / 3)
 SAMPLED = 64  # number of values per parameter that are compared to detect a change of the weights
@@ -42,7 +37,7 @@ SAMPLED = 64  # number of values per parameter that are compared to detect a cha
 _SHARED = ("_opened", "_original", "_digested", "_tower")  # attributes that equal backbones can share
 
 _OPENING = threading.Lock()
-_CONVOLUTIONS = threading.RLock()  # the precision of convolutions is a process-wide setting
+_CONVOLUTIONS = threading.Lock()  # the precision of convolutions is a process-wide setting
 
 
 @dataclass(frozen=True)
@@ -66,9 +61,7 @@ class Opened:
 
 
 class TorchBackbone:
-    """A :class:`base.Backbone` whose parts, ``visual`` and ``text``, can be trained and stored.
-
-    Create one with :func:`loading.load_backbone`. Methods that take a part raise UsageError if its name is unknown.
+    """A :class:`base.Backbone`. Create one with :func:`loading.load_backbone`.
 
     A pickle has the names of the model, which is loaded again on first use. It has no weights, unless they were changed
     after the model was loaded, or the model was given in memory.
@@ -86,7 +79,6 @@ class TorchBackbone:
         self._precision: Precision = how.precision
         self._runtime = how.runtime
         self._tower: tuple[str, tower.Tower | None] | None = None  # fingerprint of the weights, and their tower
-        self._is_trained = False
         self._opened: Opened | None = None
         self._original = torch.empty(0)  # sample of the weights when the model was opened
         self._digested: torch.Tensor | None = None  # sample of the weights that were digested
@@ -98,6 +90,8 @@ class TorchBackbone:
             self._opened = self._open_here()
             self._identity, dim = self._opened.identity, self._opened.dim
         self._dim = dim or int(self.encode_texts(["a"]).shape[1])
+        if how.precision == "int8":
+            self._compiled(1)
 
     def _open_here(self) -> Opened:
         import torch
@@ -120,11 +114,6 @@ class TorchBackbone:
                 self._opened, self._digested = opened, torch.cat(_sampled(opened.model))
             return self._opened
 
-    def __copy__(self) -> Self:
-        other = object.__new__(type(self))
-        other.__dict__ |= self.__dict__
-        return other
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = memo[id(self)] = object.__new__(type(self))
         other.__dict__ |= copy.deepcopy(self.__dict__, memo)
@@ -139,9 +128,9 @@ class TorchBackbone:
         opened = self._opened
         if opened is None or opened is self._open:
             return state | {"_opened": opened}
-        names, key = (self._identity.model, self._identity.pretrained), self.__dict__.get("text_key")
         if not torch.cat(self._samples).equal(self._original):
-            state["_open"] = partial(_reopened, self._open, self.tuned(PARTS))
+            return state | {"_opened": opened, "_open": opened}
+        names, key = (self._identity.model, self._identity.pretrained), self.__dict__.get("text_key")
         return state | {"_known": Known(names, self._identity, self._dim, self.logit_scale, key)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -226,31 +215,15 @@ class TorchBackbone:
         compiled = self._compiled(2) if self._precision == "int8" else None
         return self._precision if compiled is None else f"int8-{compiled.digest[:16]}"
 
-    @property
-    def needs_photos(self) -> bool:
-        """Whether int8 must be calibrated before it can be used."""
-        return self._precision == "int8" and not self._is_trained and self._compiled(2) is None
+    def store_int8(self, photos: Collection[torch.Tensor]) -> float:
+        """Store the image tower in int8, calibrated on views of shape ``[3, h, w]``. See :func:`tower.store_int8`.
 
-    def calibrate(self, photos: Collection[torch.Tensor]) -> None:
-        """Calibrate int8 on views of shape ``[3, h, w]``, and store the result. If that fails, use float32.
-
-        Only the ranges of activations are measured, so that the photos need no labels.
+        Raises UsageError if this backbone is not float32 on a CPU, or if OpenVINO cannot run it.
         """
-        exact = self.at("float32")
-        plain = exact._compiled(2)
-        compiled = None if plain is None else tower.calibrated(self.identity, photos, plain)
-        self._precision = "float32" if compiled is None else "int8"
-        self._tower = self.identity.fingerprint, compiled or plain
-
-    def at(self, precision: Precision) -> Self:
-        """Return this backbone in another precision. It shares the model."""
-        other = copy.copy(self)
-        other.settle(precision)
-        return other
-
-    def settle(self, precision: Precision, like: Self | None = None) -> None:
-        """Encode in another precision from now on, with the tower of a backbone that already does, if it is given."""
-        self._precision, self._tower = precision, None if like is None else like._tower
+        exact = self._compiled(2) if self._precision == "float32" else None
+        if exact is None:
+            raise UsageError(f"int8: requires {self._identity.model} in float32 with OpenVINO on a CPU")
+        return tower.store_int8(self._model, self.identity, photos, exact)
 
     @property
     def batch_size(self) -> int:
@@ -299,41 +272,6 @@ class TorchBackbone:
         compiled = self._compiled(len(pixels))
         if compiled is not None:
             return compiled(pixels)
-        if self._precision in ("int8", "fast") and not self._is_trained:
-            log.warning("precision %s: no photos to calibrate and check it on, so float32 is used", self._precision)
-            self.settle("float32")
-            return self.encode_images(pixels)
-        return _without_gradient(self.forward_images, pixels)
-
-    @property
-    def _may_compile(self) -> bool:
-        on_cpu = self._device.type == "cpu" and self._precision != "float16"
-        return on_cpu and self._runtime != "torch"
-
-    def _compiled(self, number: int) -> tower.Tower | None:
-        """Return the OpenVINO image tower, or ``None`` if torch should encode ``number`` images."""
-        if not self._may_compile or self._is_trained or self._precision == "fast":
-            return None
-        identity = self.identity
-        if self._tower is None or self._tower[0] != identity.fingerprint:
-            compiled = tower.kept(identity, self._precision)
-            if compiled is None:
-                if self._precision == "int8":
-                    return None
-                if number < 2:  # for one image, conversion takes longer than it saves
-                    return None
-                compiled = tower.converted(self._model, identity, self.size, self._precision)
-            self._tower = identity.fingerprint, compiled
-        return self._tower[1]
-
-    def encode_texts(self, texts: Sequence[str]) -> FloatArray:
-        return _without_gradient(self.forward_texts, texts)
-
-    def forward_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the raw features of views with gradients.
-
-        The views have shape ``[b, 3, h, w]``. The features are float32 and have shape ``[b, d]``.
-        """
         import torch
 
         if self._device.type == "cuda" and pixels.device.type == "cpu":
@@ -342,111 +280,56 @@ class TorchBackbone:
         channels_last = given.to(memory_format=torch.channels_last)  # faster for convolutions
         return self._forward(self._model.encode_image, channels_last)
 
-    def forward_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return the raw features of ``t`` sentences with gradients, in float32 and of shape ``[t, d]``."""
+    @property
+    def _may_compile(self) -> bool:
+        on_cpu = self._device.type == "cpu" and self._precision != "float16"
+        return on_cpu and self._runtime != "torch"
+
+    def _compiled(self, number: int) -> tower.Tower | None:
+        """Return the OpenVINO image tower, or ``None`` if torch should encode ``number`` images.
+
+        Raises BackboneError if the precision is int8, but no int8 tower is stored.
+        """
+        if not self._may_compile:
+            return None
+        identity = self.identity
+        if self._tower is None or self._tower[0] != identity.fingerprint:
+            compiled = tower.kept(identity, self._precision)
+            if compiled is None:
+                if self._precision == "int8":
+                    raise BackboneError(f"precision int8: not stored for this encoder; run {_command(identity)}")
+                if number < 2:  # for one image, conversion takes longer than it saves
+                    return None
+                compiled = tower.converted(self._model, identity, self.size, self._precision)
+            self._tower = identity.fingerprint, compiled
+        return self._tower[1]
+
+    def encode_texts(self, texts: Sequence[str]) -> FloatArray:
         tokens = self._tokenizer(list(texts)).to(self._device)
         return self._forward(self._model.encode_text, tokens)
 
-    def _forward(self, tower: Callable[[torch.Tensor], torch.Tensor], given: torch.Tensor) -> torch.Tensor:
+    def _forward(self, tower: Callable[[torch.Tensor], torch.Tensor], given: torch.Tensor) -> FloatArray:
         import torch
 
-        if self._precision in ("float32", "int8", "fast"):
-            with _whole_convolutions(self._device):
-                return tower(given)
-        with torch.autocast(self._device.type, dtype=getattr(torch, self._precision)):
-            return tower(given).float()
-
-    def copy_to_train(self) -> Self:
-        """Return a copy for training.
-
-        In float16, gradients below 6e-8 would underflow. The copy therefore uses bfloat16 instead, or float32 on an old
-        GPU. Instead of int8, it uses float32.
-        """
-        import torch
-
-        copied = copy.deepcopy(self)
-        if copied._precision in ("int8", "fast"):
-            copied.settle("float32")
-        elif copied._precision == "float16":
-            on_gpu = self._device.type == "cuda"
-            old = on_gpu and torch.cuda.get_device_capability(self._device) < BFLOAT16_FROM
-            copied._precision = "float32" if old else "bfloat16"
-        return copied
-
-    def parameters(self, part: str) -> list[torch.nn.Parameter]:
-        """Return the parameters of one part in model order, without the logit scale and the logit bias."""
-        return [parameter for name, parameter in self._model.named_parameters() if self._is_of(part, name)]
-
-    @contextmanager
-    def training(self, parts: Sequence[str]) -> Iterator[list[torch.nn.Parameter]]:
-        """Enable gradients for the parameters of ``parts``, yield these parameters, and disable gradients on exit."""
-        parameters = [parameter for part in parts for parameter in self.parameters(part)]
-        if "text" in parts and not self.has_text:
-            raise UsageError(f"train text: {self._identity.model} has no text encoder")
-        self._is_trained = self._is_trained or "visual" in parts  # compiling after each step would take too long
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        try:
-            with _whole_convolutions(self._device):  # for the backward pass of the caller
-                yield parameters
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-                parameter.grad = None
-
-    def tuned(self, parts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return contiguous CPU copies of the tensors of ``parts`` by name."""
-        import torch
-
-        whole = {name: tensor for part in parts for name, tensor in self._tensors(part).items()}
-        return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in whole.items()}
-
-    def adopt(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Replace whole parts by tensors from :meth:`tuned`.
-
-        Raises BackboneError, and changes nothing, if a tensor does not fit.
-        """
-        towers = [self._tensors(part) for part in PARTS]
-        _check_fit(state, towers, self._identity.model)
-        self._model.load_state_dict(dict(state), strict=False)
-        self._digested = None
-
-    def _tensors(self, part: str) -> dict[str, torch.Tensor]:
-        return {name: tensor for name, tensor in self._model.state_dict().items() if self._is_of(part, name)}
-
-    def _is_of(self, part: str, name: str) -> bool:
-        if part not in PARTS:
-            raise UsageError(f"part {part!r}: expected one of {', '.join(PARTS)}")
-        if part == "visual":
-            return name.startswith("visual.")
-        if not self.has_text:
-            return False
-        if hasattr(self._model, "text"):
-            return name.startswith("text.")
-        # in OpenAI's CLIP, the text modules are attributes of the model itself
-        return not name.startswith(("visual.", "logit_scale", "logit_bias"))
+        with torch.no_grad():
+            if self._precision in ("float32", "int8"):
+                with _whole_convolutions(self._device):
+                    features = tower(given)
+            else:
+                with torch.autocast(self._device.type, dtype=getattr(torch, self._precision)):
+                    features = tower(given)
+        array: FloatArray = features.float().cpu().numpy()
+        return array
 
 
-def _reopened(open_model: Open, state: Mapping[str, torch.Tensor], device: torch.device) -> Opened:
-    """Open a model, and replace its tensors by the ones that :meth:`TorchBackbone.tuned` returned."""
-    opened = open_model(device)
-    opened.model.load_state_dict(dict(state), strict=False)
-    return opened
-
-
-def _without_gradient(forward: Callable[[_T], torch.Tensor], given: _T) -> FloatArray:
-    import torch
-
-    with torch.no_grad():  # with inference_mode, tensors that a tower caches could not be used in training
-        array: FloatArray = forward(given).float().cpu().numpy()
-    return array
+def _command(identity: Identity) -> str:
+    """Return the command that stores the encoder in int8."""
+    weights = () if identity.pretrained is None else ("--pretrained", identity.pretrained)
+    return "retrieval-tip models --int8 PHOTOS " + shlex.join(("--model", identity.model, *weights))
 
 
 def frozen(model: Model) -> Model:
-    """Set a model to evaluation mode, and disable its gradients.
-
-    Evaluation mode is also used in training, because a feature must not depend on the other images in the batch.
-    """
+    """Set a model to evaluation mode, and disable its gradients."""
     model.eval().requires_grad_(False)
     return model
 
@@ -469,21 +352,6 @@ def _whole_convolutions(device: torch.device) -> Iterator[None]:
             yield
         finally:
             setattr(place, name, before)
-
-
-def _check_fit(state: Mapping[str, torch.Tensor], towers: Sequence[Mapping[str, torch.Tensor]], model: str) -> None:
-    """Raise BackboneError if ``state`` does not consist of one or more whole towers."""
-    own = {name: tensor for tower in towers for name, tensor in tower.items()}
-    for name, tensor in state.items():
-        if name not in own:
-            raise BackboneError(f"tensor {name!r} is in neither tower of {model}; tuned from another model?")
-        stated, wanted = (f"{t.dtype} {list(t.shape)}".removeprefix("torch.") for t in (tensor, own[name]))
-        if stated != wanted:
-            raise BackboneError(f"tensor {name!r} is {stated}, but {wanted} in {model}; tuned from another model?")
-    missing = [name for tower in towers if not state.keys().isdisjoint(tower) for name in tower if name not in state]
-    if missing or not state:
-        what = f"tensor {missing[0]!r} is missing" if missing else "contains no tensors"
-        raise BackboneError(f"{what}; expected a whole tower of {model}")
 
 
 def _crop(width: int, height: int, generator: random.Random) -> tuple[int, int, int, int]:

@@ -9,28 +9,30 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import sys
 import threading
 from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.metadata import version
-from io import StringIO
+from importlib.util import find_spec
+from io import BytesIO, StringIO
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from retrieval_tip.backbones.base import FloatArray, Identity, Preprocess, unit, view_size
 from retrieval_tip.backbones.catalogue import quiet
-from retrieval_tip.errors import first_line, show
+from retrieval_tip.errors import BackboneError, UsageError, first_line, install, show
 from retrieval_tip.files import cache_folder, make_folders, sha256_of, temporary
-from retrieval_tip.settings import Precision
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Collection, Iterator, Sequence
     from types import ModuleType
 
+    import onnx
     import openvino
     import torch
     from PIL import Image
@@ -47,9 +49,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_Graph = TypeVar("_Graph")
-_Sample = TypeVar("_Sample")
-
 LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.99, "int8": 0.8}
 """Smallest accepted cosine to the float32 features, by precision. For photos, the bfloat16 features of lit-mini reach
 a cosine of 0.997 in both torch and OpenVINO, and its int8 features one of 0.96."""
@@ -61,7 +60,11 @@ CONVOLUTIONS, PRODUCTS = ("Convolution", "Conv"), ("MatMul", "Gemm")
 
 FORM = 3  # version of the stored files
 
-_GRAPH, _WEIGHTS, _FACTS = "tower.xml", "tower.bin", "digests.json"
+OPSET = 18  # version of the ONNX operators in graphs
+PIXELS, FEATURES = "pixels", "features"
+"""Names of the input and the output of a tower in ONNX."""
+
+_GRAPH, _WEIGHTS, _ONNX, _FACTS = "tower.xml", "tower.bin", "tower.onnx", "digests.json"
 
 
 class Tower:
@@ -72,8 +75,8 @@ class Tower:
         import torch
 
         self.digest = digest
-        rest = fastest() if precision == "int8" and _convolves(_types(model)) else precision
-        hint = "bf16" if rest == "bfloat16" else "f32"  # in int8, the first convolution is slow in float32
+        half = precision == "bfloat16" or (precision == "int8" and _convolves(_types(model)) and _has_bfloat16())
+        hint = "bf16" if half else "f32"  # in int8, the first convolution is slow in float32
         config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         self._compiled = runtime().Core().compile_model(model, "CPU", config)
         self._requests = threading.local()  # the model's own request would be shared by all threads
@@ -91,9 +94,9 @@ class Tower:
         return self  # immutable
 
 
-def is_kept(identity: Identity) -> bool:
+def is_kept(identity: Identity, precision: str) -> bool:
     """Return whether a backbone can encode images with its stored tower and :func:`view`, without loading its model."""
-    folder = folder_of(identity, "float32")
+    folder = folder_of(identity, precision)
     return can_view(identity.preprocess) and folder is not None and (folder / _FACTS).is_file()
 
 
@@ -114,59 +117,86 @@ def kept(identity: Identity, precision: str) -> Tower | None:
             tower(torch.zeros(1, 3, *view_size(identity.preprocess)))
         return tower
     except Exception as error:  # OpenVINO raises RuntimeError; reading raises OSError and ValueError
-        log.info("%s: cannot be used (%s); compiling it again", show(folder), first_line(error))
-        shutil.rmtree(folder, ignore_errors=True)
+        log.info("%s: cannot be used (%s)", show(folder), first_line(error))
         return None
 
 
-def calibrated(identity: Identity, photos: Collection[torch.Tensor], exact: Tower) -> Tower | None:
-    """Quantise the stored tower of a backbone to int8, and store the result.
+def store_int8(model: Model, identity: Identity, photos: Collection[torch.Tensor], exact: Tower) -> float:
+    """Quantise the image tower of a model to int8, and store it in place of an earlier one, also as ONNX.
 
-    The ranges of the activations are measured on ``photos``, which are views of shape ``[3, h, w]``. If another process
-    has stored a result first, that tower is returned. If the quantisation fails, or if its features miss
-    :data:`LEAST_COSINE` to those of the tower ``exact``, log a warning and return ``None``.
+    The ranges of the activations are measured on ``photos``, which are views of shape ``[3, h, w]``. Return the lowest
+    cosine between the features of some of them and those of the tower ``exact``.
+
+    Raises:
+        UsageError: if NNCF is not installed.
+        BackboneError: if this cosine is below :data:`LEAST_COSINE`, or if the tower cannot be quantised or stored.
     """
     import torch
 
-    folder = folder_of(identity, "float32")
+    if any(find_spec(name) is None for name in ("nncf", "onnx", "onnxruntime")):
+        raise UsageError(f"int8: NNCF is not installed; run {install('int8')}")
     try:
-        if folder is None:
-            raise OSError("there is no cache folder")
-        graph = runtime().Core().read_model(folder / _GRAPH)
-        quantised = quantise(graph, photos, lambda view: view[None].float().numpy(), _types(graph))
-        tower = Tower(quantised, "int8")
+        quantised = _quantised(to_onnx(image_encoder(model), (3, *view_size(identity.preprocess))), photos)
+        graph = runtime().Core().read_model(quantised)
         views = torch.stack(list(islice(photos, COMPARED)))
-        _check_cosine(tower(views), exact(views), "int8")
-        _keep(quantised, identity, "int8")
-        return kept(identity, "int8") or tower
-    except Exception as error:  # NNCF and OpenVINO raise different errors
-        log.warning("%s: images encoded in float32, because int8 failed (%s)", identity, first_line(error))
-        return None
+        cosine = _check_cosine(Tower(graph, "int8")(views), exact(views), "int8")
+        _keep(graph, identity, "int8", quantised)
+    except Exception as error:  # NNCF, ONNX and OpenVINO raise different errors
+        raise BackboneError(f"{identity}: cannot be used in int8: {first_line(error)}") from None
+    return cosine
 
 
-def quantise(
-    graph: _Graph, samples: Collection[_Sample], feed: Callable[[_Sample], Any], types: dict[str, str], *ignored: str
-) -> _Graph:
-    """Quantise an OpenVINO or ONNX graph to int8 with NNCF, which prints and reports nothing.
+def stored_onnx(identity: Identity) -> bytes:
+    """Return the ONNX graph of the int8 tower of a backbone, which must be stored."""
+    folder = folder_of(identity, "int8")
+    assert folder is not None
+    return (folder / _ONNX).read_bytes()
 
-    ``feed`` turns a sample into the inputs of the graph. ``types`` holds the types of the nodes of the tower by name,
-    in the order of computation. Its first layer is not quantised: for CPUs without VNNI, NNCF uses 7-bit weights
-    there, which cost more accuracy than all other layers. Nodes that match the patterns in ``ignored`` are not
-    quantised, either.
+
+def to_onnx(
+    module: torch.nn.Module, shape: Sequence[int], given: str = PIXELS, outputs: Sequence[str] = (FEATURES,)
+) -> onnx.ModelProto:
+    """Convert a module to ONNX, for batches of any size. ``shape`` is the shape of an element of a batch."""
+    import warnings
+
+    import onnx
+    import torch
+
+    file, logger = BytesIO(), logging.getLogger("torch.onnx")
+    try:
+        with torch.no_grad(), traceable(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logger.disabled = True
+            torch.onnx.export(
+                module, (torch.zeros(2, *shape),), file,  # type: ignore[arg-type]  # accepted with dynamo=False
+                input_names=[given], output_names=list(outputs),
+                dynamic_axes={name: {0: "batch"} for name in (given, *outputs)}, opset_version=OPSET, dynamo=False,
+            )  # fmt: skip
+    finally:
+        logger.disabled = False
+    return onnx.load_model_from_string(file.getvalue())
+
+
+def _quantised(graph: onnx.ModelProto, photos: Collection[torch.Tensor]) -> bytes:
+    """Quantise an ONNX graph to int8 with NNCF, which prints and reports nothing.
+
+    The first layer is not quantised: for CPUs without VNNI, NNCF uses 7-bit weights there, which cost more accuracy
+    than all other layers.
     """
-    runtime()
+    runtime()  # disables telemetry
+    types = {node.name: node.op_type for node in graph.graph.node}
     convolves = _convolves(types)
     with quiet(), redirect_stdout(StringIO()):  # which gets its progress bars
         import nncf
 
         logging.getLogger("nncf").setLevel(logging.ERROR)  # set_log_level would change handlers of others
-        found: _Graph = nncf.quantize(
-            graph, nncf.Dataset(samples, feed), subset_size=len(samples),
+        found = nncf.quantize(
+            graph, nncf.Dataset(photos, lambda view: {PIXELS: view[None].float().numpy()}), subset_size=len(photos),
             model_type=None if convolves else nncf.ModelType.TRANSFORMER,
             fast_bias_correction=not convolves,  # the full correction helps convolutions only
-            ignored_scope=nncf.IgnoredScope(names=list(_layers(types))[:1], patterns=list(ignored)),
+            ignored_scope=nncf.IgnoredScope(names=list(_layers(types))[:1]),
         )  # fmt: skip
-    return found
+    return bytes(found.SerializeToString())
 
 
 def _types(graph: openvino.Model) -> dict[str, str]:
@@ -205,24 +235,30 @@ def converted(model: Model, identity: Identity, size: tuple[int, int], precision
     except Exception as error:  # OpenVINO and torch raise different errors
         log.warning("%s: images encoded by torch, which is slower: OpenVINO failed (%s)", identity, first_line(error))
         return None
-    _keep(graph, identity, "float32")
+    try:
+        _keep(graph, identity, "float32")
+    except (OSError, RuntimeError) as error:
+        log.info("%s: its tower cannot be stored (%s)", identity, first_line(error))
     return tower
 
 
-def _check_cosine(features: FloatArray, exact: FloatArray, precision: str) -> None:
+def _check_cosine(features: FloatArray, exact: FloatArray, precision: str) -> float:
+    """Return the lowest cosine to the float32 features. Raises ValueError if it is below :data:`LEAST_COSINE`."""
     cosine = float((unit(features) * unit(exact)).sum(axis=1).min())
     if not cosine >= LEAST_COSINE[precision]:
-        raise ValueError(f"the cosine to the float32 features is {cosine:.6f}")
+        raise ValueError(f"the cosine to the float32 features is {cosine:.6f}, below {LEAST_COSINE[precision]}")
+    return cosine
 
 
-def fastest() -> Precision:
-    """Return the fastest precision that needs no calibration on this CPU."""
-    return "bfloat16" if "BF16" in runtime().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"
+def _has_bfloat16() -> bool:
+    """Return whether this CPU has bfloat16 instructions."""
+    return "BF16" in runtime().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def runtime() -> ModuleType:
-    """Import openvino without its telemetry."""
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # disables telemetry, also that of NNCF
+    """Import openvino without its telemetry, that of NNCF, and that of ONNX Runtime."""
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import openvino
 
     module: ModuleType = openvino
@@ -269,8 +305,8 @@ def folder_of(identity: Identity, precision: str) -> Path | None:
 
 def _key(identity: Identity, precision: str) -> str:
     """Return everything that a stored tower depends on. One graph serves float32 and bfloat16."""
-    calibrated = f" int8 {version('nncf')}" if precision == "int8" else ""
-    return f"{FORM} {identity.fingerprint} {identity.weights} {version('openvino')}{calibrated}"
+    own = " int8" if precision == "int8" else ""
+    return f"{FORM} {identity.fingerprint} {identity.weights} {version('openvino')}{own}"
 
 
 def _folder(key: str) -> Path | None:
@@ -278,24 +314,26 @@ def _folder(key: str) -> Path | None:
     return None if caches is None else caches / "towers" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def _keep(graph: openvino.Model, identity: Identity, precision: str) -> None:
+def _keep(graph: openvino.Model, identity: Identity, precision: str, as_onnx: bytes | None = None) -> None:
+    """Store a tower in place of an earlier one. Raises OSError or RuntimeError if this fails."""
     key = _key(identity, precision)
     folder = _folder(key)
-    if folder is None or folder.exists():
-        return
-    try:
-        make_folders(folder.parent)
-        with temporary(folder, folder=True) as new:
-            runtime().serialize(graph, new / _GRAPH, new / _WEIGHTS)
-            (new / _FACTS).write_text(json.dumps(_facts(new, key)))
+    if folder is None:
+        raise OSError("there is no cache folder")
+    make_folders(folder.parent)
+    with temporary(folder, folder=True) as new:
+        runtime().serialize(graph, new / _GRAPH, new / _WEIGHTS)
+        if as_onnx is not None:
+            (new / _ONNX).write_bytes(as_onnx)
+        (new / _FACTS).write_text(json.dumps(_facts(new, key)))
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileExistsError):  # another process was faster
             new.rename(folder)
-    except (OSError, RuntimeError) as error:
-        if not folder.exists():  # otherwise another process was faster
-            log.info("%s: cannot be stored (%s)", show(folder), first_line(error))
 
 
 def _facts(folder: Path, key: str) -> dict[str, str]:
-    return {"key": key} | {name: sha256_of(folder / name) for name in (_GRAPH, _WEIGHTS)}
+    files = (folder / name for name in (_GRAPH, _WEIGHTS, _ONNX))
+    return {"key": key} | {file.name: sha256_of(file) for file in files if file.exists()}
 
 
 def can_view(preprocess: Preprocess) -> bool:

@@ -21,7 +21,6 @@ from retrieval_tip.errors import UsageError
 from retrieval_tip.index import changes, hub, places
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.items import Asked
-from retrieval_tip.index.precision import settle_for_build
 from retrieval_tip.settings import BuildOptions, KeysMet, Precision
 
 if TYPE_CHECKING:
@@ -80,8 +79,7 @@ class Classifier(AnsweringClassifier, MeasuredClassifier, EditableClassifier):
             pretrained: the tag or the file of the weights, if ``model`` is a name.
             out: the index folder to write. By default, the index is temporary until you call :meth:`save`.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-            precision: the precision of the encoder. On a CPU, ``fast`` uses int8 if a check on the photos accepts it
-                (see :mod:`index.precision`).
+            precision: the precision of the encoder (see :func:`loading.load_backbone`).
             views: 1 to encode the centre view of each photo, or the number of augmented views to average.
             seed: the random seed for ``shots`` and ``views``.
             options: see :class:`settings.BuildOptions`.
@@ -100,7 +98,6 @@ class Classifier(AnsweringClassifier, MeasuredClassifier, EditableClassifier):
         reading = replace(encoder, read=given.read, strict=given is photos)
         temporary = TemporaryIndex() if out is None else None
         place = temporary.place if temporary is not None else check_place("out", out)
-        reading = settle_for_build(reading, given.source, options.get("shots"))
         made = cls(build_index(given.source, place, reading, device=device, **options), replace(encoder, views=1))
         made._temporary = temporary
         return made
@@ -161,11 +158,11 @@ class Classifier(AnsweringClassifier, MeasuredClassifier, EditableClassifier):
 
         Raises UsageError if ``k`` is not ``all``, or if there are too many keys for memory.
         """
-        from retrieval_tip.index.onnx_graph import Answer, Logits
+        from retrieval_tip.index.onnx_graph import Logits, answering
 
         if (self.cache.settings.k or self.cache.n) < self.cache.n:
             raise UsageError(f"as_module: k is {self.cache.settings.k}, but a module uses all keys; set k to all")
-        answer = Answer(self.cache.in_memory(), cast("TorchBackbone | None", self.encoder.backbone))
+        answer = answering(self.cache.in_memory(), cast("TorchBackbone | None", self.encoder.backbone))
         return Logits(copy.deepcopy(answer)).eval()
 
     def export_onnx(self, out: str | os.PathLike[str], *, features: bool = False, k: KeysMet = None) -> dict[str, Any]:

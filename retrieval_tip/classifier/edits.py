@@ -18,7 +18,8 @@ from retrieval_tip.data.sources import Source, kind_of
 from retrieval_tip.errors import UsageError
 from retrieval_tip.evaluation.calibration import Calibration, apply, calibrate
 from retrieval_tip.fit.closed_form import FormChoice
-from retrieval_tip.fit.search_hp import Queries, on_validation, validation_shots
+from retrieval_tip.fit.folds import Queries
+from retrieval_tip.fit.search_hp import on_validation, validation_shots
 from retrieval_tip.index import changes, places
 from retrieval_tip.index.changes import Added, Changed, Renamed
 from retrieval_tip.index.fit import fit_index
@@ -132,7 +133,7 @@ class EditableClassifier(OpenIndex):
         ``val`` can be the same as for ``evaluate``. Do not use shots or test photos.
         """
         source, encoder = self._labelled(val, "val")
-        cache = CacheModel.load(self._folder(), device=self.cache.device, precision="float32")
+        cache = CacheModel.load(self._folder(), device=self.cache.device)
         settings, result = calibrate(cache, source, encoder)
         apply(cache, settings, result, source.name, self._folder())
         self._use(self.cache.reload())
@@ -146,7 +147,6 @@ class EditableClassifier(OpenIndex):
         source: Any = None,
         val: Any = None,
         val_shots: KeysMet = None,
-        resume: bool = False,
         keep_last: bool = False,
     ) -> Tuned:
         """Fine-tune the index, and use the more accurate of both indexes from now on.
@@ -156,7 +156,7 @@ class EditableClassifier(OpenIndex):
 
         - ``source``: the photos of the shots, if they are not where they were. They can be the same as for
           ``evaluate``.
-        - ``val``: validation photos as for ``evaluate``. Training the image encoder requires the path of a source.
+        - ``val``: validation photos as for ``evaluate``
         - ``val_shots``: the number of validation photos per class, or ``all``. Defaults to ``min(shots, 4)``.
 
         For the other arguments and the errors, see :func:`finetune.finetune_into`.
@@ -166,7 +166,7 @@ class EditableClassifier(OpenIndex):
 
         if not isinstance(recipe, Recipe | None):
             raise UsageError(f"recipe: got an object of type {type(recipe).__name__}; give a Recipe")
-        cache = CacheModel.load(self._folder(), device=self.cache.device, precision="float32")
+        cache = CacheModel.load(self._folder(), device=self.cache.device)
         encoder, unseen = self.encoder, None if val is None else self._validation(cache, val, val_shots)
         if source is None:
             shots = shots_of(cache)
@@ -176,9 +176,9 @@ class EditableClassifier(OpenIndex):
         temporary = TemporaryIndex() if out is None else None
         place = temporary.place if temporary is not None else check_place("out", out)
         tuned = finetune_into(
-            place, cache, shots, encoder, recipe, val=unseen, parent=self._place(), resume=resume, keep_last=keep_last
+            place, cache, shots, encoder, recipe, val=unseen, parent=self._place(), keep_last=keep_last
         )
-        self._use(places.at(place).load(device=self.cache.device), tuned.backbone if tuned.encoders else None)
+        self._use(places.at(place).load(device=self.cache.device))
         if Path(place) != cache.folder:
             self._temporary = temporary
         return tuned

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import tempfile
@@ -26,7 +25,6 @@ from retrieval_tip.errors import UsageError
 from retrieval_tip.index import places
 from retrieval_tip.index.addresses import plug_of
 from retrieval_tip.index.places import Place
-from retrieval_tip.index.precision import settle
 from retrieval_tip.settings import Precision
 
 if TYPE_CHECKING:
@@ -63,8 +61,7 @@ class OpenIndex:
         """Open an index folder or a LanceDB store (``lance://``, ``s3://`` or ``gs://``), and load its encoder.
 
         If the encoder of the index cannot be loaded by its name, pass it as ``model``, as for ``from_folder``. If the
-        index was built from features of an unnamed encoder, it can only classify features. ``int8`` and ``fast`` are
-        calibrated on the photos of the index (see :func:`precision.settle`).
+        index was built from features of an unnamed encoder, it can only classify features.
 
         Raises:
             StoreError: if the index is missing or damaged.
@@ -74,9 +71,7 @@ class OpenIndex:
         own = _own_backbone(cache, device, precision) if model is None else None
         backbone = given_backbone(model, None, device, precision) if own is None and model is not None else own
         check_backbone(cache.backbone, cache.d, backbone, [])
-        encoder = Encoder(backbone, cache=EncodingCache.at(None))
-        settle(encoder, cache)
-        return cls(cache, encoder)
+        return cls(cache, Encoder(backbone, cache=EncodingCache.at(None)))
 
     @property
     def classes(self) -> list[str]:
@@ -107,16 +102,7 @@ class OpenIndex:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the whole index, so that a pickle needs neither its folder nor its store."""
-        cache = copy.copy(self.cache.in_memory())
-        weights, cache.tuned = None if cache.tuned is None else cache.tuned.read_bytes(), None
-        return {"cache": cache, "encoder": self.encoder, "weights": weights}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.cache, self.encoder = state["cache"], state["encoder"]
-        if state["weights"] is not None:
-            self._temporary = TemporaryIndex()
-            self.cache.tuned = self._temporary.place.with_name("weights.safetensors")
-            self.cache.tuned.write_bytes(state["weights"])
+        return {"cache": self.cache.in_memory(), "encoder": self.encoder}
 
     def _saved_at(self) -> str | None:
         return None if self._temporary is not None else self.cache.place
@@ -136,10 +122,10 @@ class OpenIndex:
             raise UsageError(f"{place}: this needs an index in a folder; copy it with save(FOLDER)")
         return Path(place)
 
-    def _use(self, cache: AnsweringIndex, backbone: Backbone | None = None) -> None:
-        """Use another version of the index, and by default the encoder that belongs to it."""
+    def _use(self, cache: AnsweringIndex) -> None:
+        """Use another version of the index, and the encoder that belongs to it."""
         if cache.backbone != self.cache.backbone:
-            self.encoder = replace(self.encoder, backbone=backbone or _own_backbone(cache, cache.device))
+            self.encoder = replace(self.encoder, backbone=_own_backbone(cache, cache.device))
         self.cache = cache
 
     def _labelled(self, given: Any, part: str, *, strict: bool = False) -> tuple[Source, Encoder]:
@@ -182,6 +168,4 @@ def check_place(name: str, given: object) -> Place:
 
 def _own_backbone(cache: AnsweringIndex, device: str, precision: Precision = "auto") -> Backbone | None:
     identity = cache.backbone
-    if identity is not None and cache.tuned is not None:
-        return load_backbone(identity.model, identity.pretrained, device=device, precision=precision, tuned=cache.tuned)
     return None if identity is None else load_when_needed(identity, cache.d, device=device, precision=precision)

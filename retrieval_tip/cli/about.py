@@ -1,9 +1,10 @@
-"""Commands about this machine: ``datasets``, ``models``, ``cache``, ``completion`` and ``doctor``."""
+"""Commands about this machine: ``models``, ``cache``, ``completion`` and ``doctor``."""
 
 from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,67 +12,24 @@ from typing import TYPE_CHECKING
 import click
 
 from retrieval_tip.cli import options
-from retrieval_tip.cli.group import Group, command
+from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import FAILED, finish, print_facts, say
 from retrieval_tip.cli.opening import encoder_of, load, named_models, source_of
-from retrieval_tip.cli.options import FORMAT, JSON, EncodingOptions, OutputOptions, ReadingOptions
+from retrieval_tip.cli.options import JSON, EncodingOptions, OutputOptions, ReadingOptions
 from retrieval_tip.cli.parameters import FOLDER, SOURCE, Size
-from retrieval_tip.errors import UsageError, counted, json_line, one_line, show
+from retrieval_tip.errors import UsageError, counted, json_line, show
 
 if TYPE_CHECKING:
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.sources import Source
 
 
-@click.group(cls=Group, name="datasets")
-def datasets_group() -> None:
-    """List and check the datasets that --dataset supports."""
-
-
-@datasets_group.command("list")
-@FORMAT
-def datasets_list(printing: OutputOptions) -> None:
-    """List the datasets that --dataset supports.
-
-    For each dataset, prints its folder, the number of its classes and its prompt templates.
-    """
-    import pyarrow as pa
-
-    from retrieval_tip.cli.output import write_rows
-    from retrieval_tip.data.datasets import facts, names
-
-    types = {"name": pa.string(), "folder": pa.string(), "classes": pa.int64(), "templates": pa.list_(pa.string())}
-    write_rows([vars(facts(name)) for name in names()], types, printing.style, printing.output, between=" | ")
-
-
-@datasets_group.command("check")
-@click.argument("root", type=FOLDER)
-@click.argument("names", nargs=-1)
-@click.pass_context
-def datasets_check(ctx: click.Context, root: Path, names: tuple[str, ...]) -> None:
-    """Check that datasets are complete.
-
-    ROOT is the folder that holds the datasets, in the same layout as for CoOp. NAMES are the datasets to check; by
-    default, all of them are checked. The exit status is 0 if every dataset in NAMES is complete. If you give no NAMES,
-    it is 0 if at least one dataset is complete.
-    """
-    from retrieval_tip.data import datasets
-
-    rows = [datasets.facts(name) for name in names or datasets.names()]
-    width = max(len(row.name) for row in rows)
-    good = 0
-    for row in rows:
-        problems = datasets.check(row.name, root)
-        good += not problems
-        state = f"missing: {'; '.join(problems)}" if problems else "ok"
-        click.echo(one_line(f"{row.name:<{width}}  {state}"))
-    ctx.exit(0 if good == len(rows) or (good and not names) else FAILED)
-
-
 @command("models")
 @click.argument("word", default="")
 @click.option("--try", "photos", type=SOURCE,
               help="Labelled photos on which the encoders on this machine are compared.")  # fmt: skip
+@click.option("--int8", "calibration", type=SOURCE,
+              help="Photos on which each --model is calibrated in int8. They need no labels.")  # fmt: skip
 @options.FORMAT
 @options.MODELS
 @options.READING
@@ -81,13 +39,14 @@ def models_command(
     ctx: click.Context,
     word: str,
     photos: Path | str | None,
+    calibration: Path | str | None,
     printing: OutputOptions,
     models: tuple[str, ...],
     weights: tuple[str, ...],
     reading: ReadingOptions,
     encoding: EncodingOptions,
 ) -> None:
-    """List available encoders, or compare them on your photos.
+    """List available encoders, compare them on your photos, or store one in int8.
 
     WORD is any part of a name, for example dinov2, ViT-B/32 or siglip. If you omit it, only a few recommended encoders
     are listed. The column words shows whether the encoder has a text tower; an encoder that has none can only compare
@@ -97,6 +56,10 @@ def models_command(
     With --try, the encoders on this machine and each --model are fitted to labelled photos. The accuracy is estimated
     by cross-validation; low and high are the ends of its 95 % confidence interval. The most accurate encoder is
     recommended, unless a much faster one is not significantly less accurate.
+
+    With --int8, each --model is calibrated in int8 on up to 300 of your photos and stored in the cache, where
+    --precision int8 finds it (on a CPU; requires the extra int8). It is refused if its features are far from those in
+    float32.
     """
     import pyarrow as pa
 
@@ -106,8 +69,11 @@ def models_command(
     if photos is not None:
         _try_encoders(ctx, word, source_of(photos, reading, "train"), printing, encoding, models, weights)
         return
+    if calibration is not None:
+        _store_int8(ctx, source_of(calibration, reading, "train", labelled=False), encoding, models, weights)
+        return
     if models or weights:
-        raise UsageError("--model: can only be compared; give labelled photos with --try")
+        raise UsageError("--model: give labelled photos to compare encoders (--try), or photos to store them (--int8)")
     types = {"model": pa.string(), "size": pa.string(), "words": pa.bool_(), "cached": pa.bool_()}
     types |= {"pretrained": pa.list_(pa.string())}
     rows = [vars(one) | {"size": None if one.bytes is None else megabytes(one.bytes)} for one in search(word)]
@@ -147,6 +113,21 @@ def _try_encoders(
     write_rows(rows, types, printing.style, printing.output)
     say(f"only one encoder is on this machine; {more}" if len(rows) == 1 else str(tried))
     finish(ctx, tried.skipped)
+
+
+def _store_int8(
+    ctx: click.Context, photos: Source, encoding: EncodingOptions, models: tuple[str, ...], weights: tuple[str, ...]
+) -> None:
+    if not models:
+        raise UsageError("--int8: name the encoder with --model")
+    skipped = []
+    for name, own in named_models(encoding, models, weights):
+        own = replace(own, device="cpu", precision="float32", runtime="auto")
+        with encoder_of(ctx, load(own), own) as encoder:
+            lowest = encoder.store_int8(photos)
+        say(f"{name}: stored in int8 (lowest cosine to the features in float32: {lowest:.3f})")
+        skipped += encoder.skipped
+    finish(ctx, skipped)
 
 
 @command("cache")

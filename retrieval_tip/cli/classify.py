@@ -81,10 +81,6 @@ def encode(
         return
     items = source_of(source, reading, "train", labelled=False)
     with encoder_of(ctx, backbone_of(items, encoding), encoding, views) as encoder:
-        if encoding.precision == "fast":
-            from retrieval_tip.index.precision import settle_for_build
-
-            encoder = settle_for_build(encoder, items)
         rows = encode_table(items, out, encoder)
     about(out, f"{rows} rows")
     finish(ctx, encoder.skipped)
@@ -343,9 +339,8 @@ def _classify_on_ray(
     if printing.style != "parquet" or printing.output is None:
         raise UsageError("--engine ray: can only write Parquet parts; give --format parquet and --output FOLDER")
     pieces = cut_inputs(inputs, paths_on_stdin())
-    precision = encoding.precision if encoding.precision != "auto" else "float32"  # auto differs between machines
     manifest, schema = at(folder).manifest().to_bytes(), rows.schema(loaded)
-    question = Question(str(folder), manifest, precision, loaded.settings, opening.where, schema, rows.tables)
+    question = Question(str(folder), manifest, encoding.precision, loaded.settings, opening.where, schema, rows.tables)
     what, skipped = _on_ray(ctx, pieces, printing.output, engine, encoding, index=loaded, question=question)
     say(f"{show(printing.output)}: {what}")
     if rows.ask.certify:
@@ -372,14 +367,12 @@ def _on_ray(
     from retrieval_tip.data.encoding_cache import EncodingCache
     from retrieval_tip.distributed.ray_data import Work, write_parts
 
-    if encoding.precision in ("int8", "fast"):  # each actor would calibrate on photos of its own
-        raise UsageError(f"--precision {encoding.precision}: --engine ray needs float32, float16 or bfloat16")
-    identity, tuned = (None, None) if index is None else (index.backbone, index.tuned)
+    identity = None if index is None else index.backbone
     backbone = None
     if encoding.model or any(isinstance(piece, str) or piece.table is None for piece in pieces):
         if index is not None and identity is None and not encoding.model:
             raise UsageError(UNNAMED)
-        load = partial(load_backbone, *name_of(encoding, identity), tuned=tuned)
+        load = partial(load_backbone, *name_of(encoding, identity))
         backbone = partial(load, precision=encoding.precision, runtime=encoding.runtime)
     cache = None if encoding.no_cache else str(encoding.cache or EncodingCache.default_folder())
     work = Work(encoding.encoder(views), backbone, cache, question)

@@ -1,8 +1,7 @@
-"""Commands that test indexes on labelled images: ``evaluate``, ``compare``, ``sweep`` and ``report``."""
+"""Commands that test indexes on labelled images: ``evaluate``, ``compare`` and ``report``."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ from retrieval_tip.cli import options
 from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import about, finish, print_facts, say, shown
 from retrieval_tip.cli.opening import (
-    checked,
     encoder_for,
     encoder_of,
     index_with,
@@ -28,9 +26,8 @@ from retrieval_tip.errors import UsageError, counted, few, json_line, percent, s
 
 if TYPE_CHECKING:
     from retrieval_tip.evaluation.evaluate import Evaluation
-    from retrieval_tip.evaluation.sweep import Method
     from retrieval_tip.index.places import Place
-    from retrieval_tip.settings import Ask, Protocol
+    from retrieval_tip.settings import Ask
 
 
 @command("evaluate")
@@ -107,7 +104,6 @@ def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
 @click.argument("source", type=SOURCE)
 @click.option("--fitted-to", "shots", type=SOURCE,
               help="Labelled photos to fit both encoders to, to compare encoders.")  # fmt: skip
-@click.option("--plot", type=FILE, help="PNG or SVG diagram of the comparison (requires matplotlib).")
 @options.JSON
 @options.MODELS
 @options.READING
@@ -118,7 +114,6 @@ def compare_command(
     indexes: tuple[Place, ...],
     source: Path | str,
     shots: Path | str | None,
-    plot: Path | None,
     as_json: bool,
     models: tuple[str, ...],
     weights: tuple[str, ...],
@@ -135,13 +130,10 @@ def compare_command(
     from retrieval_tip.cli.output import table_lines
     from retrieval_tip.evaluation.compare import Side, compare
     from retrieval_tip.index.encoders import compare_encoders
-    from retrieval_tip.report import plots
 
     asked = named_models(encoding, models, weights)
     if (len(indexes), len(asked), shots is None) not in ((2, 0, True), (0, 2, False)):
         raise UsageError("compare: give two indexes, or --fitted-to SHOTS and --model twice")
-    if plot:
-        plots.needs_matplotlib()
     items = source_of(source, reading, "test", labelled=False)
     if shots is None:
         a, b = (index_with(folder, encoding) for folder in indexes)
@@ -153,8 +145,6 @@ def compare_command(
         (name_a, own_a), (name_b, own_b) = asked
         with encoder_of(ctx, load(own_a), own_a) as first, encoder_of(ctx, load(own_b), own_b) as second:
             comparison = compare_encoders((name_a, first), (name_b, second), fitted_to, items, encoding.device)
-    if plot:
-        plots.write(lambda: plots.draw_comparison(comparison), plot, show(str(source)))
     if as_json:
         click.echo(json_line(comparison.to_dict()))
     else:
@@ -163,80 +153,6 @@ def compare_command(
         for line in table_lines(rows, comparison.differences.column_names) if rows else ():
             click.echo(line)
     finish(ctx, comparison.skipped)
-
-
-@command("sweep")
-@options.FOLDER_ARGUMENT
-@click.argument("source", type=SOURCE)
-@click.option("--shots", type=SHOTS, multiple=True, required=True,
-              help="Number of shots to draw per class. Can be repeated.")  # fmt: skip
-@click.option(
-    "--results",
-    type=FILE,
-    required=True,
-    help="Parquet file with one row per run. Runs that it already contains are not repeated.",
-)
-@click.option("--seeds", type=SEEDS, default=3, show_default=True,
-              help="Number of random draws, which use the seeds 1 to N.")  # fmt: skip
-@click.option("--method", "methods", multiple=True, metavar="NAME",
-              help="Method to measure. Can be repeated.  "
-                   "[default: every method except linear-probe and tip-adapter-f]")  # fmt: skip
-@click.option("--val", type=SOURCE,
-              help="Labelled source on which settings are selected.  "
-                   "[default: leave-one-out on the shots]")  # fmt: skip
-@options.PROTOCOL
-@options.SCALES
-@options.OUTPUT_OPTION("--json", "as_json", is_flag=True, help="Print one JSON object per run.")
-@options.BACKBONE
-@options.READING
-@options.ENCODING
-@click.pass_context
-def sweep_command(
-    ctx: click.Context,
-    folder: Path,
-    source: Path | str,
-    shots: tuple[int, ...],
-    results: Path,
-    seeds: int,
-    methods: tuple[Method, ...],
-    val: Path | str | None,
-    protocol: Protocol,
-    scales: tuple[float, float],
-    as_json: bool,
-    reading: ReadingOptions,
-    encoding: EncodingOptions,
-) -> None:
-    """Measure accuracy by number of shots, seed and method.
-
-    The index is used as a pool of labelled keys. Each run draws its shots from the pool by CoOp's sampling rule,
-    selects its settings without access to the test source, and adds a row to --results. If SOURCE is a split .json,
-    its test part is used.
-    """
-    from retrieval_tip.cli.output import table_lines
-    from retrieval_tip.evaluation import sweep
-    from retrieval_tip.fit.finetune import shots_of
-    from retrieval_tip.store.folder import read_manifest
-
-    pool = checked(folder, encoding.device)
-    sources = [source_of(source, reading, "test")]
-    if val is not None:
-        sources.append(source_of(val, reading.without_split(), "val"))
-    images = [shots_of(pool)] if "tip-adapter-f" in methods else []
-    rows = []
-    with encoder_for(ctx, pool, [*sources, *images], encoding) as encoder:
-        test, *rest = [sweep.encode(pool, items, encoder) for items in sources]
-        for row in sweep.sweep(
-            pool, read_manifest(folder).keys_digest, test, results, shots=shots, seeds=range(1, seeds + 1),
-            methods=methods or None, val=rest[0] if rest else None, protocol=protocol, scales=scales,
-            views=(images[0], encoder) if images else None,
-        ):  # fmt: skip
-            rows.append(row)
-            if as_json:
-                click.echo(json.dumps(row))
-    if not as_json:
-        for line in table_lines(sweep.summary(rows), ["method", "shots", "seeds", "top1", "half"]):
-            click.echo(line)
-    finish(ctx, encoder.skipped)
 
 
 @command("report")

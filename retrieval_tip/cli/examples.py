@@ -48,10 +48,6 @@ EXAMPLES = {
         "index export indexes/things --out keys.parquet",
         "index export indexes/things --out keys.parquet --text text.parquet",
     ],
-    "index import": [
-        "index import caches/caltech --classes classes.txt --out indexes/caltech",
-        "index import caches/keys_16shots.pt --out indexes/shots",
-    ],
     "index audit": [
         "index audit indexes/things --output suspects.csv",
         "index audit indexes/things --apply suspects.csv",
@@ -70,12 +66,8 @@ EXAMPLES = {
     ],
     "evaluate": ["evaluate indexes/things new", "evaluate indexes/things new --plot diagrams --json"],
     "compare": [
-        "compare indexes/things indexes/others new --plot compared.png",
+        "compare indexes/things indexes/others new",
         "compare new --fitted-to photos --model clip --model dinov2",
-    ],
-    "sweep": [
-        "sweep indexes/things new --shots 1 --shots 4 --results runs.parquet",
-        "sweep indexes/things new --shots 16 --seeds 5 --method closed-form --results runs.parquet",
     ],
     "report": ["report indexes/things --test new", "report indexes/things --test new --out things.html --no-curves"],
     "serve": ["serve indexes/things", "serve indexes/things indexes/others --port 0 --token secret"],
@@ -90,8 +82,6 @@ EXAMPLES = {
     ],
     "calibrate": ["calibrate indexes/things --val validation", "calibrate indexes/things --val val.parquet"],
     "models": ["models siglip", "models --try photos --model clip --model dinov2"],
-    "datasets list": ["datasets list", "datasets list --format json"],
-    "datasets check": ["datasets check /data", "datasets check /data caltech101 dtd"],
     "doctor": ["doctor", "doctor --json"],
     "cache": ["cache --max-size 2GB", "cache --prune"],
     "completion": ["completion bash", "completion fish > ~/.config/fish/completions/retrieval-tip.fish"],

@@ -25,10 +25,8 @@ if TYPE_CHECKING:
         ClassPrior,
         KeysMet,
         MetricName,
-        Protocol,
         TrainedPart,
         TrainingPrecision,
-        TrainingSettings,
         ValuesName,
     )
 
@@ -88,8 +86,6 @@ _JUDGED = options.several(
     click.option("--val-shots", type=K("shots"),
                   help="Number of validation images to use per class, or all.  "
                        "[default: min(shots, 4), as in the published code]"),
-    options.PROTOCOL,
-    options.SCALES,
 )  # fmt: skip
 
 
@@ -98,7 +94,7 @@ _JUDGED = options.several(
 @click.option("--val", "source", type=SOURCE,
               help="Labelled validation source. The val part of a split .json is used.")  # fmt: skip
 @_JUDGED
-@click.option("--surface", type=FILE, help="Parquet file to write, with the accuracy for each k, beta and alpha.")
+@click.option("--surface", type=FILE, help="Parquet file to write, with the accuracy for each beta and alpha.")
 @click.option(
     "--greedy",
     is_flag=True,
@@ -117,8 +113,6 @@ def search_command(
     leave_one_out: bool,
     folds: int | None,
     val_shots: KeysMet,
-    protocol: Protocol,
-    scales: tuple[float, float],
     surface: Path | None,
     greedy: bool,
     dry_run: bool,
@@ -126,43 +120,40 @@ def search_command(
     root: Path | str | None,
     encoding: EncodingOptions,
 ) -> None:
-    """Search for the best alpha, beta and k, as in Tip-Adapter.
+    """Search for the best alpha and beta, as in Tip-Adapter.
 
     The settings are selected on validation images (--val) or on the shots (--leave-one-out or --folds), and never on
-    test images. If --val is a split .json, its val part is used. The search is exact in alpha. The result is saved as a
-    new version of the index.
+    test images. If --val is a split .json, its val part is used. The search uses all keys, and it is exact in alpha.
+    The result is saved as a new version of the index. Use index tune to select k.
     """
     from retrieval_tip.fit import search_hp
+    from retrieval_tip.fit.folds import Queries
 
     if sum((source is not None, leave_one_out, folds is not None)) != 1:
         raise UsageError("search-hp: give exactly one of --val SOURCE, --leave-one-out and --folds N")
     cache = checked(folder, encoding.device)
     skipped: list[Skipped] = []
-    paper = protocol == "paper"
     if source is None:
-        queries = search_hp.leave_one_out(cache) if folds is None else search_hp.folds(cache, folds)
+        queries = Queries.leave_one_out(cache) if folds is None else Queries.in_folds(cache, folds)
     else:
-        val = validation(cache, source, root, "all" if paper else val_shots)
+        val = validation(cache, source, root, val_shots)
         with encoder_for(ctx, cache, [val], encoding) as encoder:
             queries = search_hp.on_validation(cache, val, encoder)
         skipped = encoder.skipped
-    if paper:
-        choice = search_hp.search_paper(cache, queries, scales)
-    else:
-        choice = search_hp.search(cache, queries, cautious=not greedy)
+    choice = search_hp.search(cache, queries, cautious=not greedy)
     warn(choice.warnings)
     if surface:
         search_hp.write_surface(choice, surface)
     if not dry_run:
         search_hp.apply(cache, choice, folder)
-    _print_choice(choice, choice.k if dry_run else cache.settings.k, cache.version, as_json)
+    _print_choice(choice, cache.version, as_json)
     finish(ctx, skipped)
 
 
-def _print_choice(choice: HyperparameterChoice, k: int | None, version: int | None, as_json: bool) -> None:
+def _print_choice(choice: HyperparameterChoice, version: int | None, as_json: bool) -> None:
     """Print the selected settings. In JSON, an unbounded interval ends with null."""
     facts = {name: value for name, value in vars(choice).items() if name not in ("surface", "warnings")}
-    facts |= {"k": k or "all", "version": version}
+    facts["version"] = version
     if as_json:
         facts["interval"] = [None if value == float("inf") else value for value in choice.interval]
         click.echo(json.dumps(facts | {"warnings": choice.warnings}))
@@ -183,7 +174,6 @@ class TrainingOptions:
     views_cache: int | None
     views: str | None
     products: TrainingPrecision
-    settings: TrainingSettings
     alpha: float | None
     beta: float | None
     seed: int
@@ -194,12 +184,10 @@ class TrainingOptions:
 
         if self.views and self.views_cache:
             raise UsageError("--views fresh and --views-cache: give only one")
-        encoders = {"visual", "text"} & set(self.train)
-        fresh = self.views or (encoders and not self.views_cache)
         return Recipe(
-            train=tuple(dict.fromkeys(self.train)), views=None if fresh else self.views_cache or VIEWS,
-            settings=self.settings, alpha=self.alpha, beta=self.beta, epochs=self.epochs, batch=self.batch, lr=self.lr,
-            eps=self.eps, weight_decay=self.weight_decay, precision=self.products, seed=self.seed,
+            train=tuple(dict.fromkeys(self.train)), views=None if self.views else self.views_cache or VIEWS,
+            alpha=self.alpha, beta=self.beta, epochs=self.epochs, batch=self.batch, lr=self.lr, eps=self.eps,
+            weight_decay=self.weight_decay, precision=self.products, seed=self.seed,
         )  # fmt: skip
 
 
@@ -209,23 +197,18 @@ _TRAINING = options.grouped(
                  help="Number of passes over the shots."),
     click.option("--batch", type=count("batch"), default=256, show_default=True, help="Number of queries per step."),
     click.option("--lr", type=POSITIVE, default=1e-3, show_default=True,
-                 help="Initial learning rate, which decays along a cosine. Encoders are trained with a thousandth of "
-                      "it."),
+                 help="Initial learning rate, which decays along a cosine."),
     click.option("--eps", type=POSITIVE, default=1e-4, show_default=True, help="AdamW epsilon."),
     click.option("--weight-decay", type=NUMBER, default=0.01, show_default=True, help="AdamW weight decay."),
     click.option("--views-cache", type=VIEWS_COUNT, metavar="M",
                  help="Number of augmented views of each shot that are encoded once and drawn from in each epoch.  "
-                      "[default: 16; fresh views if an encoder is trained]"),
+                      "[default: 16]"),
     click.option("--views", type=click.Choice(["fresh"]),
                  help="With fresh, a new view of each shot is encoded in every epoch."),
-    click.option("--precision", "products", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
-                 show_default=True,
-                 help="Data type of the matrix products. With auto, bfloat16 is used if it is measured to be faster."),
-    click.option("--settings", type=click.Choice(["tried", "own"]), default="tried", show_default=True,
-                 help="Alpha and beta used for training. With tried and --val, several settings are tried and the best "
-                      "ones are used. With own, the settings of the index are used."),
-    click.option("--alpha", type=NUMBER, help="Alpha used for training. Implies --settings own."),
-    click.option("--beta", type=NUMBER, help="Beta used for training. Implies --settings own."),
+    click.option("--precision", "products", type=click.Choice(["float32", "bfloat16"]), default="float32",
+                 show_default=True, help="Data type of the matrix products."),
+    click.option("--alpha", type=NUMBER, help="Alpha used for training.  [default: that of the unfitted index]"),
+    click.option("--beta", type=NUMBER, help="Beta used for training.  [default: that of the unfitted index]"),
     click.option("--seed", type=SEED, default=1, show_default=True, help="Seed for drawing batches and views."),
 )  # fmt: skip
 
@@ -233,7 +216,7 @@ _TRAINING = options.grouped(
 @command("finetune")
 @options.FOLDER_ARGUMENT
 @click.option("--out", type=FOLDER, required=True, help="Folder to which the trained index is written.")
-@click.option("--train", multiple=True, type=click.Choice(["keys", "values", "visual", "text"]), default=["keys"],
+@click.option("--train", multiple=True, type=click.Choice(["keys", "values"]), default=["keys"],
               show_default=True, help="Part of the index to train. Can be repeated.")  # fmt: skip
 @click.option("--source", type=SOURCE,
               help="Images of the shots, or a feature table of their views, with one id per shot.  "
@@ -243,7 +226,6 @@ _TRAINING = options.grouped(
 @click.option("--val-shots", type=K("shots"),
               help="Number of validation images to use per class, or all.  [default: min(shots, 4)]")  # fmt: skip
 @_TRAINING
-@click.option("--resume", is_flag=True, help="Continue an interrupted training of encoders from OUT.checkpoint.")
 @click.option("--keep-last", is_flag=True,
               help="Write the trained index even if it is less accurate than the original index.")  # fmt: skip
 @options.JSON
@@ -259,7 +241,6 @@ def finetune_command(
     val: Path | str | None,
     val_shots: KeysMet,
     training: TrainingOptions,
-    resume: bool,
     keep_last: bool,
     as_json: bool,
     reading: ReadingOptions,
@@ -269,25 +250,17 @@ def finetune_command(
 
     Trains the keys, or the parts given by --train, with AdamW on augmented views of the shots. The accuracy before and
     after training is measured on held-out shots or on --val, and the better index is written to --out. If you give
-    --val, it is also used to select the epoch, and then alpha, beta and k. Use --resume to continue an interrupted
-    training of encoders from its last epoch; the results are identical to those of an uninterrupted training.
+    --val, it is also used to select the epoch, and then alpha and beta.
     """
-    from retrieval_tip.fit.finetune import checkpoint_of, finetune_into, own_shots, shots_of
+    from retrieval_tip.fit.finetune import finetune_into, own_shots, shots_of
 
     recipe = training.recipe()
     cache = checked(folder, encoding.device)
     shots = shots_of(cache) if source is None else own_shots(cache, source_of(source, reading, "train"))
     unseen = None if val is None else validation(cache, val, reading.root, val_shots)
     sources = [shots] if unseen is None else [shots, unseen]
-    try:
-        with encoder_for(ctx, cache, sources, encoding) as encoder:
-            tuned = finetune_into(
-                out, cache, shots, encoder, recipe, val=unseen, parent=show(folder), resume=resume, keep_last=keep_last
-            )
-    except KeyboardInterrupt as error:
-        if checkpoint_of(out).exists():
-            error.add_note("to continue from the last checkpoint, run the command again with --resume")
-        raise
+    with encoder_for(ctx, cache, sources, encoding) as encoder:
+        tuned = finetune_into(out, cache, shots, encoder, recipe, val=unseen, parent=show(folder), keep_last=keep_last)
     warn(tuned.choice.warnings if tuned.choice else ())
     if as_json:
         click.echo(json.dumps(tuned.facts()))

@@ -35,7 +35,7 @@ from retrieval_tip.settings import (
     Dtype,
     KeysMet,
     Normalize,
-    Norms,
+    Precision,
 )
 
 if TYPE_CHECKING:
@@ -84,14 +84,12 @@ def build(
     """
     from retrieval_tip.data.datasets import facts
     from retrieval_tip.index.build import build_index
-    from retrieval_tip.index.precision import settle_for_build
 
     items = source_of(source, reading, "train")
     backbone = backbone_of(items, encoding, needed=build["text"] is None)
     if items.dataset and backbone is not None and backbone.has_text and not (build["text"] or build["templates"]):
         build["templates"] = facts(items.dataset).templates
     with encoder_of(ctx, backbone, encoding, views) as encoder:
-        encoder = settle_for_build(encoder, items, build["shots"])
         cache = build_index(items, out, encoder, device=encoding.device, **build)
     version = cache.version or 1
     _say_version(out, version, _held(cache))
@@ -501,10 +499,16 @@ def clone_command(folder: Place, out: Place, version: int | None) -> None:
               help="With --onnx, give all if the index uses the k nearest keys, because a graph can only use all "
                    "keys.")  # fmt: skip
 @click.option("--precision", type=click.Choice(["float32", "int8"]), default="float32", show_default=True,
-              help="With --onnx, precision of the image encoder. With int8, the file is smaller. It is calibrated on "
-                   "the photos of the index.")  # fmt: skip
+              help="With --onnx, precision of the image encoder. With int8, the file is smaller. It then contains the "
+                   "encoder that models --int8 stored.")  # fmt: skip
 def export_command(
-    folder: Path, out: Path | None, text: Path | None, onnx: Path | None, features: bool, k: KeysMet, precision: str
+    folder: Path,
+    out: Path | None,
+    text: Path | None,
+    onnx: Path | None,
+    features: bool,
+    k: KeysMet,
+    precision: Precision,
 ) -> None:
     """Export the keys as a feature table, or the index as ONNX.
 
@@ -521,11 +525,9 @@ def export_command(
 
         named, backbone = cache.backbone, None
         if not features and named is not None:
-            backbone = load_backbone(
-                named.model, named.pretrained, device="cpu", precision="float32", runtime="torch", tuned=cache.tuned
-            )
+            backbone = load_backbone(named.model, named.pretrained, device="cpu", precision=precision, lazy=True)
         asked = cache.with_settings(cache.settings.override(k=k))
-        facts = export_onnx(asked, onnx, backbone, int8=precision == "int8")
+        facts = export_onnx(asked, onnx, backbone)
         given = "features" if backbone is None else "pixels"
         size, classes = f"{facts['bytes'] / 1e6:.1f} MB", counted(len(facts["labels"]), "class")
         about(onnx, f"{given} to logits of {classes}, {size}, opset {facts['opset']}")
@@ -540,40 +542,6 @@ def export_command(
         about(out, f"{export_table(cache, out)} rows")
     if text is not None:
         about(text, f"{export_text(cache, text)} rows")
-
-
-@index.command("import")
-@click.argument("source", type=FOLDER)
-@OUT
-@click.option("--classes", type=FILE,
-              help="Text file with the class names in order, one per line.  [default: class 0 ...]")  # fmt: skip
-@click.option("--text", type=FILE, help="Feature table of text features, labelled by class.")
-@options.NORMS
-@click.option("--index", "factory", help="Index type; see index build for details.")
-@options.building("dtype", "alpha", "beta")
-def import_command(
-    source: Path,
-    out: Place,
-    classes: Path | None,
-    text: Path | None,
-    norms: Norms,
-    factory: str | None,
-    dtype: Dtype,
-    alpha: float | None,
-    beta: float | None,
-) -> None:
-    """Build an index from a cache saved by the Tip-Adapter code.
-
-    SOURCE is a file such as keys_16shots.pt, with values_16shots.pt in the same folder, or the folder that contains
-    both files. If your keys come from another program, see docs/features.md for how to write a feature table in ten
-    lines of Python.
-    """
-    from retrieval_tip.index.changes import import_index
-
-    cache = import_index(
-        source, out, classes=classes, text=text, norms=norms, index=factory, dtype=dtype, alpha=alpha, beta=beta
-    )
-    _say_version(out, cache.version or 1, _held(cache))
 
 
 @index.command("audit")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,7 +56,7 @@ def validation(cache: CacheModel, path: Path | str, root: Path | str | None, num
     return val if number == "all" else val.take(validation_shots(cache, val, path, number))
 
 
-def checked(folder: Path, device: str, precision: Precision = "float32") -> CacheModel:
+def checked(folder: Path, device: str, precision: Precision = "auto") -> CacheModel:
     """Load an index, and hash its files while torch is being imported."""
     from retrieval_tip.store.folder import Check
 
@@ -110,8 +110,6 @@ class Origin:
     manifest: Manifest
     backbone: Identity | None
     d: int
-    tuned: Path | None
-    load: Callable[[], AnsweringIndex]
 
     @classmethod
     def of(cls, folder: Place) -> Origin:
@@ -122,7 +120,7 @@ class Origin:
         store = at(folder)
         manifest = store.manifest()
         backbone = Identity.from_dict(manifest.backbone) if manifest.backbone else None
-        return cls(manifest, backbone, manifest.d, store.tuned(manifest), store.load)
+        return cls(manifest, backbone, manifest.d)
 
 
 def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tuple[str, str | None]:
@@ -134,7 +132,7 @@ def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tupl
     return identity.model or DEFAULT, backbone.pretrained or identity.pretrained
 
 
-def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Path | None = None) -> Backbone:
+def load(backbone: BackboneOptions, identity: Identity | None = None) -> Backbone:
     """Load the backbone named by :func:`name_of`."""
     from retrieval_tip.backbones.loading import load_backbone
 
@@ -143,8 +141,7 @@ def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Pat
     if sys.stderr.isatty() and not (ctx is not None and ctx.obj):  # loading takes seconds
         say(f"Loading {model} ...")
     return load_backbone(
-        model, pretrained, device=backbone.device, precision=backbone.precision, runtime=backbone.runtime, tuned=tuned,
-        lazy=True,
+        model, pretrained, device=backbone.device, precision=backbone.precision, runtime=backbone.runtime, lazy=True
     )  # fmt: skip
 
 
@@ -177,12 +174,12 @@ def backbone_for(
     if needed or any(source.table is None for source in sources):
         if identity is None and not backbone.model:
             raise UsageError(UNNAMED)
-        if identity and not (needed or cache.tuned or backbone.model or backbone.pretrained):
+        if identity and not (needed or backbone.model or backbone.pretrained):
             loaded = load_when_needed(
                 identity, cache.d, device=backbone.device, precision=backbone.precision, runtime=backbone.runtime
             )
         else:
-            loaded = load(backbone, identity, cache.tuned)
+            loaded = load(backbone, identity)
     check_backbone(cache.backbone, cache.d, loaded, list(sources))
     return loaded
 
@@ -227,7 +224,6 @@ def encoder_of(
             cache.close()
 
 
-@contextmanager
 def encoder_for(
     ctx: click.Context,
     cache: AnsweringIndex | Origin,
@@ -236,12 +232,6 @@ def encoder_for(
     views: ViewOptions | None = None,
     *,
     needed: bool = False,
-) -> Iterator[Encoder]:
-    """Open an encoder with the backbone of an index (see :func:`backbone_for`), in a precision that suits the index."""
-    own = backbone_for(cache, sources, encoding, needed=needed)
-    with encoder_of(ctx, own, encoding, views) as encoder:
-        if own is not None and own.precision in ("int8", "fast"):
-            from retrieval_tip.index.precision import settle
-
-            settle(encoder, cache.load() if isinstance(cache, Origin) else cache)
-        yield encoder
+) -> AbstractContextManager[Encoder]:
+    """Open an encoder with the backbone of an index (see :func:`backbone_for`)."""
+    return encoder_of(ctx, backbone_for(cache, sources, encoding, needed=needed), encoding, views)

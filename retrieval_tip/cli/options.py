@@ -39,7 +39,6 @@ from retrieval_tip.settings import (
     Normalize,
     Norms,
     Precision,
-    Protocol,
     Runtime,
     ValuesName,
     Verify,
@@ -199,10 +198,9 @@ DEVICE = BACKBONE_OPTION("--device", default="auto", show_default=True,
                          help="Device to use: auto, cpu, cuda or cuda:N.")  # fmt: skip
 PRECISION = BACKBONE_OPTION(
     "--precision", type=choice(Precision), default="auto", show_default=True,
-    help="Precision of the encoder and of the products with all keys. With auto, the encoder uses float32 (float16 "
-         "autocast on a GPU), and the products use the fastest precision that is measured to be accurate. With int8, "
-         "the encoder is calibrated once on your photos (on a CPU, with the extra fast). With fast, int8 "
-         "is only used if a check on your labelled photos accepts it.",
+    help="Precision of the encoder and of the products with all keys. With auto, both use float32, and an encoder on "
+         "a GPU uses float16 autocast. With int8, the encoder is the one that models --int8 stored, and the products "
+         "use float32.",
 )  # fmt: skip
 MODEL = several(
     BACKBONE_OPTION(
@@ -236,8 +234,8 @@ BACKBONE = several(
 READING = grouped(
     "reading", ReadingOptions,
     READING_OPTION("--dataset", metavar="NAME",
-                   help="Name of a supported dataset (see datasets list). SOURCE is then the folder that contains "
-                        "the folder of the dataset."),
+                   help="Name of a common dataset in CoOp's layout, such as Caltech101. SOURCE is then the folder that "
+                        "contains the folder of the dataset."),
     READING_OPTION("--split", help="Part of a split .json or dataset to use: train, val or test."),
     ROOT,
 )  # fmt: skip
@@ -333,11 +331,6 @@ ENGINE = grouped(
     ENGINE_OPTION("--ray-address", metavar="HOST:PORT",
                   help="Address of the head of a Ray cluster, or auto.  [default: start Ray on this machine]"),
 )  # fmt: skip
-PROTOCOL = click.option("--protocol", type=choice(Protocol), default="honest", show_default=True,
-                        help="How settings are selected. With paper, the published grid is searched on the whole "
-                             "validation source.")  # fmt: skip
-SCALES = click.option("--scales", type=(POSITIVE, POSITIVE), metavar="X X", default=(7.0, 3.0), show_default=True,
-                       help="Largest beta and largest alpha of the published grid.")  # fmt: skip
 
 
 def printed_as(*more: str) -> Decorator:

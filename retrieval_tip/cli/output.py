@@ -126,14 +126,12 @@ def write_table(table: pa.Table, style: str, path: Path | None) -> None:
         raise UsageError(f"a value cannot be written as {style} ({reason}); cast its column to VARCHAR") from None
 
 
-def write_rows(
-    rows: Iterable[Row], types: Mapping[str, pa.DataType], style: str, path: Path | None, *, between: str = ", "
-) -> None:
-    """Write rows whose columns have these types. In the format ``table``, lists are joined with ``between``."""
+def write_rows(rows: Iterable[Row], types: Mapping[str, pa.DataType], style: str, path: Path | None) -> None:
+    """Write rows whose columns have these types. In the format ``table``, lists are joined with commas."""
     if style == "table":
         lists = [column for column, kind in types.items() if pa.types.is_list(kind)]
         types = {**types, **dict.fromkeys(lists, pa.string())}
-        rows = [{**row, **{column: between.join(row[column]) for column in lists}} for row in rows]
+        rows = [{**row, **{column: ", ".join(row[column]) for column in lists}} for row in rows]
     write_table(pa.Table.from_pylist(list(rows), pa.schema(list(types.items()))), style, path)
 
 

@@ -20,9 +20,9 @@ from typing import Any
 import click
 
 from retrieval_tip import __version__
-from retrieval_tip.cli.about import cache_command, completion_command, datasets_group, doctor, models_command
+from retrieval_tip.cli.about import cache_command, completion_command, doctor, models_command
 from retrieval_tip.cli.classify import classify, encode
-from retrieval_tip.cli.evaluate import compare_command, evaluate_command, report_command, sweep_command
+from retrieval_tip.cli.evaluate import compare_command, evaluate_command, report_command
 from retrieval_tip.cli.fit import calibrate_command, finetune_command, fit_command, search_command
 from retrieval_tip.cli.group import Group, in_one_line
 from retrieval_tip.cli.index import index
@@ -152,10 +152,8 @@ class _Handler(logging.Handler):
             self.handleError(record)
 
 
-main.section(
-    "Classify and evaluate", classify, evaluate_command, compare_command, sweep_command, report_command, serve_command
-)
+main.section("Classify and evaluate", classify, evaluate_command, compare_command, report_command, serve_command)
 main.section("Label photos", label_command, suggest, find_command, sort_command)
-main.section("Indexes and features", index, encode, models_command, datasets_group)
+main.section("Indexes and features", index, encode, models_command)
 main.section("Fit and train", fit_command, search_command, finetune_command, calibrate_command)
 main.section("Setup", cache_command, completion_command, doctor)

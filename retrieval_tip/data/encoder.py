@@ -9,7 +9,6 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -19,7 +18,6 @@ import numpy.typing as npt
 import pyarrow as pa
 from tqdm import tqdm
 
-from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import Backbone, same_backbone, unit, view_size
 from retrieval_tip.backbones.prompts import prompts_of, text_weights
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
@@ -120,7 +118,6 @@ class Encoder:
         strict: Whether to raise an error if an image is unreadable, instead of adding it to ``skipped``.
         read: A function that returns the bytes of an image, like :func:`sources.read_item`.
         empty: Whether to accept a source that has no readable items.
-        checked: The result of the check by which ``fast`` was replaced, for the provenance of an index.
 
     ``done`` counts the encoded images (``images``), and the views that were not in the cache (``fresh``).
     """
@@ -136,7 +133,6 @@ class Encoder:
     strict: bool = False
     read: Callable[[str], bytes] = read_item
     empty: bool = False
-    checked: str | None = None
     progress: bool = False
     skipped: list[Skipped] = field(default_factory=list)
     done: Counter[str] = field(default_factory=Counter)
@@ -192,34 +188,31 @@ class Encoder:
         starts = np.concatenate([[0], np.cumsum(counts[counts > 0])])
         return Views(first[counts > 0], features.reshape(-1, features.shape[2]), starts)
 
-    def prepare(self, source: Source) -> None:
-        """Calibrate int8 on the photos of a source, if this has not been done before.
+    def store_int8(self, source: Source) -> float:
+        """Calibrate the backbone in int8 on photos, and store the result, which ``precision="int8"`` then loads.
 
-        If too few photos can be read, float32 is used instead, and a warning is logged. A precision ``fast`` that has
-        not been checked (see ``index/precision.py``) becomes the fastest precision without a calibration.
+        Load the backbone in float32 on a CPU. At most :data:`CALIBRATED` photos are used. They need no labels. An
+        earlier result is replaced.
+
+        Returns:
+            The lowest cosine between the features of some photos in int8 and in float32.
+
+        Raises:
+            InputError: if fewer than :data:`FEWEST` photos can be read.
+            UsageError: if NNCF is not installed, or if the backbone is not float32 on a CPU.
+            BackboneError: if the lowest cosine is below 0.8, or if the backbone cannot be quantised or stored.
         """
-        backbone = self.backbone
-        if not isinstance(backbone, TorchBackbone):
-            return
-        if backbone.precision == "fast":
-            backbone.settle(tower.fastest())
-            log.warning(
-                "precision fast: fewer than %d labelled photos to check int8 on, so %s is used",
-                FEWEST, backbone.precision,
-            )  # fmt: skip
-        if not backbone.needs_photos:
-            return
+        backbone = self.needed_backbone(source)
         photos: list[torch.Tensor] = []
-        if source.paths is not None and len(source) >= FEWEST:
-            with suppress(InputError):  # raised again when the photos are encoded
-                for _, batch in self.pixels(source.take(spread(len(source), CALIBRATED)), CENTRE, 1):
-                    photos.extend(batch.half())
-        if len(photos) >= FEWEST:
-            bar = tqdm(photos, desc="Calibrating int8", disable=None if self.progress else True, leave=False)
-            backbone.calibrate(bar)
-        else:
-            log.warning("precision int8: %d photos are needed for calibration, so float32 is used", FEWEST)
-            backbone.settle("float32")
+        if not isinstance(backbone, TorchBackbone):
+            raise UsageError("int8: requires a backbone from load_backbone")
+        for _, batch in self.pixels(source.take(spread(len(source), CALIBRATED)), CENTRE, 1):
+            photos.extend(batch.half())
+        if len(photos) < FEWEST:
+            raise InputError(f"{source.name}: {counted(len(photos), 'photo')} could be read; int8 needs {FEWEST}")
+        return backbone.store_int8(
+            tqdm(photos, desc="Calibrating int8", disable=None if self.progress else True, leave=False)
+        )
 
     def text_weights(self, class_names: Sequence[str], templates: Sequence[str]) -> FloatArray:
         """Return the text weights of the classes (see :func:`prompts.text_weights`), from the cache if possible."""
@@ -228,7 +221,7 @@ class Encoder:
         files = getattr(backbone, "text_key", None)  # other implementations may lack it
         if self.cache is None or files is None:
             return text_weights(backbone, class_names, templates)
-        words = "float32" if backbone.precision in ("int8", "fast") else backbone.precision
+        words = "float32" if backbone.precision == "int8" else backbone.precision
         scope = f"{backbone.identity.fingerprint}/{words}/{files}"
         prompts = {name: json.dumps(prompts_of([name], templates)) for name in class_names}
         keys = {name: (hashlib.sha256(text.encode()).hexdigest(), TEXT) for name, text in prompts.items()}
@@ -254,7 +247,7 @@ class Encoder:
         import torch
 
         if source.paths is None:
-            raise UsageError(f"{source.name}: a feature table has no pixels; give the images to train an encoder")
+            raise UsageError(f"{source.name}: a feature table has no pixels; give the images")
         check_count("size", size)
         backbone = self.needed_backbone(source)
         _check_pixels(backbone, len(source), 1, size, 2)
@@ -339,7 +332,6 @@ class Encoder:
 
     def _image_parts(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[_Part]:
         backbone, paths = self.needed_backbone(source), source.paths or ()
-        self.prepare(source)
         last = {path: position for position, path in enumerate(paths)}
         scope = _scope(backbone)
         size, least = self.batch_size or backbone.batch_size, _least(backbone) if self.reduce else None

@@ -18,7 +18,7 @@ only if it is a duplicate, in which case its scores are null.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,12 +32,10 @@ from retrieval_tip import tip
 from retrieval_tip.bounds import check_count
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.fit.closed_form import FOLDS, prior_for, unfitted
-from retrieval_tip.fit.folds import Folds
+from retrieval_tip.fit.folds import Folds, Queries, Visible
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.duplicates import NEAR
-from retrieval_tip.retrieval.keys import QUERY_BLOCK
-from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.settings import KeysMet
 from retrieval_tip.store.labels import digest_codes, images_of
 
@@ -45,8 +43,6 @@ ALL_PAIRS, MET = 1 << 33, 256
 """Maximum number of affinities in an exact audit (90,000 keys), and number of nearest keys beyond this limit."""
 AUDITED = 1 << 15
 """Maximum number of keys that the page and a report audit."""
-VALUES = 1 << 23
-"""Number of affinities in memory at a time. They take 32 MiB in float32."""
 LEAST = torch.finfo(torch.float32).tiny
 """Smallest score in a margin, relative to the weight of the nearest key. It limits margins to 88."""
 CLEAR = 1.0
@@ -74,57 +70,59 @@ def audit(cache: CacheModel, *, k: KeysMet = None, borderline: bool = False) -> 
     - ``nearest_key_id``, ``nearest_source``, ``nearest_label``, ``nearest_affinity``: the nearest visible key
     - ``duplicate_of``: the closest retrieved key of another class that is a duplicate (see :data:`duplicates.NEAR`)
     """
-    cache = unfitted(cache)
-    n, c, device, met = cache.n, len(cache.class_names), cache.device, _keys_met(cache.n, k)
-    images, digests = images_of(cache.labels), digest_codes(cache.labels)
-    members = np.split(np.argsort(images, kind="stable"), np.cumsum(np.bincount(images))[:-1])  # rows of each image
-    class_ids, counts = cache.class_ids.cpu().numpy(), np.array(cache.counts, dtype=np.float32)
+    cache, parts = unfitted(cache), []
+    images, class_ids = images_of(cache.labels), cache.class_ids.cpu().numpy()
     _, beta = untouched_settings(cache.keys, class_ids)
-    image, digest = (torch.from_numpy(x).to(device) for x in (images, digests))
+    digests = torch.from_numpy(digest_codes(cache.labels)).to(cache.device)
     norms = torch.cat([keys.norm(dim=1) for keys, _ in cache.key_blocks()]).clamp_min(LEAST)
-    parts = []
-    for part in slices(n, max(1, min(QUERY_BLOCK, VALUES // max(c, min(met or n, n))))):
-        f = torch.from_numpy(np.asarray(cache.met[part], dtype=np.float32)).to(device)
+    shots = Queries(np.asarray(cache.met), class_ids, "its own shots", images, images)
+    for part, visible in shots.blocks(cache, _keys_met(cache.n, k)):
         own = cache.class_ids[part]
-        affinity, rows = _met(cache, f, met)
-        empty, rows = rows < 0, rows.clamp_min(0)
-        ids = cache.class_ids[rows].masked_fill(empty, c)
-        cosine = affinity / norms[part, None] / norms[rows]
-        cosine.masked_fill_((digest[part, None] == digest[rows]) & (digest[part, None] >= 0), torch.inf)
-        closest, twin = cosine.masked_fill_((ids == own[:, None]) | empty, -torch.inf).max(dim=1)
-        unseen = (image[part, None] == image[rows]) | empty
-        nearest, near = affinity.masked_fill(unseen, -torch.inf).max(dim=1)
-        shift = nearest.clamp_min(torch.finfo(torch.float32).min)[:, None]  # the nearest key has weight 1 at any beta
-        weights = tip.weight(affinity.sub_(shift - 1), beta, out=affinity).masked_fill_(unseen, 0)
-        hidden = [np.bincount(class_ids[members[i]], minlength=c) for i in images[part]]
-        left = torch.from_numpy(counts - np.array(hidden, dtype=np.float32)).to(device)
-        scores = torch.where(left > 0, tip.sum_by_class(weights, ids, c) / left.clamp_min(1), -1)
-        mine = scores.gather(1, own[:, None])
-        best, suggested = scores.max(dim=1)
-        margin = best.clamp_min(LEAST).log() - mine[:, 0].clamp_min(LEAST).log()
-        stays = (mine[:, 0] >= best) if borderline else (margin <= CLEAR)
-        suggested, best, margin = (
-            own.where(stays, suggested),
-            mine[:, 0].where(stays, best),
-            margin.masked_fill(stays, 0),
-        )
-        judged = mine[:, 0] >= 0
-        suspicious = ((suggested != own) & judged) | (closest >= NEAR)
-        scale = tip.weight(shift[:, 0], beta)
-        columns = {
-            "row": torch.arange(part.start, part.stop, device=device),
-            "judged": judged,
-            "suggested": suggested,
-            "own_score": mine[:, 0] * scale,
-            "suggested_score": best * scale,
-            "margin": margin,
-            "rank": (scores > mine).sum(dim=1) + 1,
-            "near": rows.expand(len(f), -1).gather(1, near[:, None])[:, 0].where(nearest > -torch.inf, -1),
-            "nearest_affinity": nearest,
-            "twin": rows.expand(len(f), -1).gather(1, twin[:, None])[:, 0].where(closest >= NEAR, -1),
-        }
-        parts.append({name: column[suspicious].cpu().numpy() for name, column in columns.items()})
+        found = _neighbours(visible, own, norms[part], digests[part], norms, digests)
+        found |= _scores(visible, own, found["nearest_affinity"], beta, borderline=borderline)
+        found["row"] = torch.arange(part.start, part.stop, device=cache.device)
+        suspicious = ((found["suggested"] != own) & found["judged"]) | (found["twin"] >= 0)
+        parts.append({name: column[suspicious].cpu().numpy() for name, column in found.items()})
     return _table(cache, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+
+def _neighbours(
+    visible: Visible, own: Tensor, own_norms: Tensor, own_digests: Tensor, norms: Tensor, digests: Tensor
+) -> dict[str, Tensor]:
+    """Return the nearest visible key of each shot, and its closest duplicate in another class, or row -1."""
+    affinity, ids, rows = visible.affinity, visible.ids, visible.rows.clamp_min(0)
+    cosine = affinity / own_norms[:, None] / norms[rows]
+    cosine.masked_fill_((own_digests[:, None] == digests[rows]) & (own_digests[:, None] >= 0), torch.inf)
+    closest, twin = cosine.masked_fill_((ids == own[:, None]) | (visible.rows < 0), -torch.inf).max(dim=1)
+    nearest, near = affinity.masked_fill(visible.unseen, -torch.inf).max(dim=1)
+    near, twin = (rows.expand(len(own), -1).gather(1, place[:, None])[:, 0] for place in (near, twin))
+    return {
+        "near": near.where(nearest > -torch.inf, -1),
+        "nearest_affinity": nearest,
+        "twin": twin.where(closest >= NEAR, -1),
+    }
+
+
+def _scores(visible: Visible, own: Tensor, nearest: Tensor, beta: float, *, borderline: bool) -> dict[str, Tensor]:
+    """Return how well each shot fits its ``own`` class and the best class, which becomes the suggested label."""
+    ids, c = visible.ids, visible.counts.shape[1]
+    shift = nearest.clamp_min(torch.finfo(torch.float32).min)  # the nearest key has weight 1 at any beta
+    weights = visible.affinity - (shift[:, None] - 1)
+    weights = tip.weight(weights, beta, out=weights).masked_fill_(visible.unseen, 0)
+    sums = tip.sum_by_class(weights, ids, c)
+    scores = torch.where(visible.counts > 0, sums / visible.counts.clamp_min(1), -1)
+    mine, scale = scores.gather(1, own[:, None])[:, 0], tip.weight(shift, beta)
+    best, suggested = scores.max(dim=1)
+    margin = best.clamp_min(LEAST).log() - mine.clamp_min(LEAST).log()
+    stays = (mine >= best) if borderline else (margin <= CLEAR)
+    return {
+        "judged": mine >= 0,
+        "suggested": own.where(stays, suggested),
+        "own_score": mine * scale,
+        "suggested_score": mine.where(stays, best) * scale,
+        "margin": margin.masked_fill(stays, 0),
+        "rank": (scores > mine[:, None]).sum(dim=1) + 1,
+    }
 
 
 def _keys_met(n: int, k: KeysMet) -> int | None:
@@ -134,22 +132,6 @@ def _keys_met(n: int, k: KeysMet) -> int | None:
         return None
     check_count("k", k)
     return k
-
-
-def _met(cache: CacheModel, features: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
-    """Return the affinities to the ``k`` nearest keys and the rows of these keys. Both have shape ``[q, k]``.
-
-    If ``k`` is ``None``, return the affinities to all keys (shape ``[q, n]``) and all rows (shape ``[n]``).
-    """
-    if k is not None:
-        near = cache.retrieval.nearest(features, k)
-        return near.affinity, near.rows
-    out = features.new_empty(cache.n, len(features))
-    at = 0
-    for keys, _ in cache.key_blocks():
-        tip.affinity(keys, features, out=out[at : at + len(keys)])
-        at += len(keys)
-    return out.T, torch.arange(cache.n, device=cache.device)
 
 
 def _table(cache: CacheModel, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
@@ -228,14 +210,7 @@ def gain(cache: CacheModel) -> Gain | None:
     )  # fmt: skip
     if not without.can_judge:
         return None
-    held = []
-    for one in without.held:
-        others = kept[one.rows.numpy()]
-        hidden = np.setdiff1d(images[kept], images[others])  # copies of held-out photos are held out as well
-        rows = np.concatenate([others, np.flatnonzero(out & ~np.isin(images, hidden))])
-        held.append(replace(one, rows=torch.from_numpy(rows)))
-    form = Form.of(cache.fitted, cache.settings.beta)
-    whole = Folds(keys, ids, c, without.text, held, class_prior=without.class_prior, prior=prior)
+    form, whole = Form.of(cache.fitted, cache.settings.beta), without.among(keys, ids, images, kept)
     after, before = (folds.judge(form).right for folds in (without, whole))
     change = after.double() - before.double()
     if float(change.sum()) <= 2 * float(change.abs().sum()) ** 0.5:

@@ -21,6 +21,7 @@ from retrieval_tip import tip
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
+from retrieval_tip.fit.folds import blend
 from retrieval_tip.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,9 @@ LOWEST, HIGHEST = 1e-4, 1e4
 """Bounds of a fitted temperature, as multiples of the largest spread within a row of logits."""
 ITSELF = 1e-4
 """Squared distance to a key below which a validation item counts as a shot."""
+REACH = 16.0
+"""Bound on the logarithm of ``1 / T`` for logits of unit spread, beyond the bounds of a temperature."""
 _BLOCK = 1 << 21
-_STEPS, _TOLERANCE = 200, 1e-12
 
 Floats = npt.NDArray[np.float64]
 
@@ -111,32 +113,23 @@ def accuracy_coverage(confidence: npt.ArrayLike, right: npt.ArrayLike) -> Covera
 def fit_temperature(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor) -> float:
     """Return the temperature T > 0 that maximises the likelihood of ``softmax(logits / T)`` (Guo et al., section 4.2).
 
-    The convex ``NLL(u) = mean over i of [log sum_c exp(u z_ic) - u z_i,label]`` is minimised over ``u = 1 / T`` in
-    float64. If the logits are scaled, T is scaled by the same factor. The temperature does not change the predictions.
+    The convex ``NLL(u) = mean over i of [log sum_c exp(u z_ic) - u z_i,label]`` is minimised over ``u = 1 / T`` by
+    :func:`folds.blend`. If the logits are scaled, T is scaled by the same factor. The temperature does not change the
+    predictions.
 
     The best T tends to 0 if every answer is right, and to infinity if the logits are no better than chance. T is
     therefore bounded (see :func:`temperature_bounds`). If all logits are equal, T is 1.
 
     ``logits`` are finite and have shape ``[n, c]``. ``labels`` are class ids of shape ``[n]``.
     """
-    z, y = torch.as_tensor(logits), torch.as_tensor(labels, dtype=torch.int64)
-    low, high = (1 / t for t in reversed(temperature_bounds(z)))
-    if low == high:
-        return 1.0
-    if _slope(z, y, high)[0] <= 0:
-        return 1 / high
-    if _slope(z, y, low)[0] >= 0:
-        return 1 / low
-    u = float(np.sqrt(low * high))
-    for _ in range(_STEPS):
-        slope, curvature = _slope(z, y, u)
-        low, high = (u, high) if slope < 0 else (low, u)
-        step = u - slope / curvature if curvature > 0 else low
-        following = step if low < step < high else float(np.sqrt(low * high))
-        if slope == 0 or abs(following - u) <= _TOLERANCE * u:
-            return 1 / following if slope else 1 / u
-        u = following
-    return 1 / u
+    z, y = torch.as_tensor(logits).double(), torch.as_tensor(labels, dtype=torch.int64)
+    low, high = temperature_bounds(z)
+    own = z.gather(1, y[:, None])[:, 0]
+    if low == high or bool((own == z.amax(dim=1)).all()):
+        return low
+    if float((own - z.mean(dim=1)).mean()) <= 0:
+        return high
+    return min(max(1 / blend(None, z, None, y, smoothing=0, reach=REACH).b, low), high)
 
 
 def temperature_bounds(logits: npt.ArrayLike | Tensor) -> tuple[float, float]:
@@ -156,17 +149,6 @@ def negative_log_likelihood(
         scaled = rows / temperature
         total += float((scaled.logsumexp(dim=1) - scaled.gather(1, label).squeeze(1)).sum())
     return total / len(z)
-
-
-def _slope(z: Tensor, y: Tensor, u: float) -> tuple[float, float]:
-    """Return the first two derivatives of the NLL with respect to u: ``mean(E_p[z] - z_y)`` and ``mean(Var_p[z])``."""
-    first = second = 0.0
-    for rows, label in _blocks(z, y):
-        p = (u * rows).softmax(dim=1)
-        mean = (p * rows).sum(dim=1, keepdim=True)
-        first += float((mean - rows.gather(1, label)).sum())
-        second += float((p * (rows - mean) ** 2).sum())
-    return first / len(z), second / len(z)
 
 
 def _blocks(z: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

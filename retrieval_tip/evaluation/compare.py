@@ -192,10 +192,5 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * float(logs.exp().sum()))
 
 
-def differ(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> bool:
-    """Return whether two masks of right answers to the same photos differ significantly (:func:`mcnemar`)."""
-    return mcnemar(int((one & ~other).sum()), int((other & ~one).sum())) < SIGNIFICANT
-
-
 def _shown(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"

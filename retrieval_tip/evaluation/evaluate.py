@@ -34,25 +34,12 @@ Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Details:
-    """Details of each item, as arrays of shape ``[n]``.
-
-    ``positions`` are the item positions in the source. ``log_truth`` is the natural logarithm of the probability of the
-    true class, which can be used to rank items whose probabilities round to 0. ``text`` and ``cache`` hold the class
-    ids with the largest text logit and cache logit.
-    """
-
-    positions: Ints
-    log_truth: Floats
-    text: Ints
-    cache: Ints
-
-
-@dataclass(frozen=True)
 class Answers:
     """The answers in an evaluation, in the order of the items. Arrays have shape ``[n]`` unless noted.
 
-    ``truth`` and ``predicted`` are class ids and ``confidence`` is a probability. ``class_names`` starts with the
+    ``truth`` and ``predicted`` are class ids and ``confidence`` is a probability. ``positions`` are the item positions
+    in the source. ``log_truth`` is the natural logarithm of the probability of the true class, which can be used to
+    rank items whose probabilities round to 0. ``class_names`` starts with the
     classes of the index, whose number is ``known``. If an item belongs to another class, its ``truth`` is at least
     ``known``. ``strength`` is the largest cache logit of a class with keys, and ``unlike`` is true if it is below the
     threshold of the index. Both are ``None`` if the index has no threshold. ``held_out`` is true for shots of the
@@ -62,8 +49,9 @@ class Answers:
     truth: Ints
     predicted: Ints
     confidence: Floats
+    positions: Ints
+    log_truth: Floats
     class_names: list[str]
-    details: Details | None = None
     known: int | None = None
     strength: Floats | None = None
     unlike: Bools | None = None
@@ -80,17 +68,10 @@ class Answers:
         right: Bools = self.truth == self.predicted
         return right if self.unlike is None else right | (self.unlike & ~self.of_known)
 
-    @property
-    def positions(self) -> Ints:
-        """The positions of the items in the source."""
-        assert self.details is not None
-        return self.details.positions
-
     def take(self, places: Ints) -> Answers:
         """Return some of the answers."""
-        assert self.details is not None
         arrays: dict[str, Any] = {name: x[places] for name, x in vars(self).items() if isinstance(x, np.ndarray)}
-        return replace(self, details=Details(*(x[places] for x in vars(self.details).values())), **arrays)
+        return replace(self, **arrays)
 
     def named(self) -> list[str]:
         """Return the name of each answer, or :data:`NO_MATCH` if this is right."""
@@ -281,8 +262,9 @@ def answered(
         truth[positions],
         ranked[:, 0],
         confidence,
+        positions,
+        log_truth,
         class_names,
-        Details(positions, log_truth, ranked[:, -2], ranked[:, -1]),
         known=len(cache.class_names),
         strength=None if least is None else strength,
         unlike=None if least is None else strength < least,
@@ -294,7 +276,7 @@ def answered(
 def _best(answer: AnswerBlock, truth: Ints) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the best classes of ``q`` queries (see :func:`answered`) and values of shape ``[q]``.
 
-    These are ``confidence``, ``log_truth`` and ``strength`` (see :class:`Details` and :class:`Answers`).
+    These are ``confidence``, ``log_truth`` and ``strength`` (see :class:`Answers`).
     """
     terms, logits, settings = answer.terms, answer.logits, answer.index.settings
     text, alone, c = terms.text, terms.photos(settings), logits.shape[1]

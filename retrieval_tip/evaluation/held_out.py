@@ -19,7 +19,7 @@ from retrieval_tip.data.encoder import FeatureBlock
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted
 from retrieval_tip.fit.closed_form import prior_for
-from retrieval_tip.fit.folds import Folds
+from retrieval_tip.fit.folds import Folds, parts_without
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.retrieval.keys import index_over, points_of
 from retrieval_tip.store.labels import images_of
@@ -105,26 +105,19 @@ def without_parts(
 ) -> Iterator[tuple[IntArray, CacheModel]]:
     """Split photos into at most :data:`PARTS` parts, and yield each part with an index that lacks its photos.
 
-    ``rows`` has one row of each photo. A part is given as positions in ``rows``. It has few photos of the same class.
-    The index has the ``kept`` keys, by default all, except all keys of the photos of the part. Its metric and values
-    are refitted to these keys, unless they were trained. Its settings are those of ``index``. It compares a query with
-    every key, unless ``index`` is of the type ``Classes``. A part is left out if no key remains.
+    See :func:`folds.parts_without`. The ``kept`` keys are all by default. The metric and the values of the index are
+    refitted to its keys, unless they were trained. Its settings are those of ``index``. It compares a query with every
+    key, unless ``index`` is of the type ``Classes``.
     """
     ids, images, fitted, c = index.class_ids.cpu(), images_of(index.labels), index.fitted, len(index.class_names)
     kept = np.arange(index.n) if kept is None else kept
-    order = np.lexsort((np.random.default_rng(0).permutation(len(rows)), ids.numpy()[rows]))
     factory = index.index_type if index.index.by_class else "Flat"
     folds = Folds(
         index.keys, ids, c, None, [], index.sums, "even" if fitted is None else fitted.class_prior,
         prior=prior_for(index),
     )  # fmt: skip
     parts = PARTS if index.n <= MANY_KEYS else PARTS // 2
-    for number in range(min(parts, len(rows))):
-        part = order[number::parts]
-        others = kept[~np.isin(images[kept], images[rows[part]])]
-        if not len(others):
-            continue
-        others = others[np.argsort(ids.numpy()[others], kind="stable")]
+    for number, (part, others) in enumerate(parts_without(images, ids.numpy(), rows, kept, parts)):
         metric, values = index.metric, None if index.values is None else index.values[torch.from_numpy(others)]
         if fitted is not None:
             form = Form.of(fitted, index.settings.beta)

@@ -36,6 +36,7 @@ from retrieval_tip.fit.folds import (
     Folds,
     Held,
     IntArray,
+    Queries,
     blend,
     ranks_within,
     robust_blend,
@@ -43,7 +44,6 @@ from retrieval_tip.fit.folds import (
 )
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, ONE_SHOT_WITH_PRIOR, WITH_PRIOR, Form
 from retrieval_tip.fit.scatter import FloatArray, known_prior
-from retrieval_tip.fit.search_hp import Queries
 from retrieval_tip.retrieval.arrays import Keys
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.ridge import MOST_SOLVED

@@ -1,10 +1,13 @@
-"""Hold out some of the shots, fit a form to the others, and blend the terms of its logits."""
+"""Hold out some of the shots, fit a form to the others, and blend the terms of its logits.
+
+:class:`Folds` fits a form again without each fold. :class:`Queries` hides keys from queries, but keeps the fit.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, Self, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +15,17 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.bounds import check_count
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.fit.scatter import FewScatter, FloatArray, Scatter
 from retrieval_tip.retrieval.arrays import Keys, KeysInPlace
-from retrieval_tip.retrieval.keys import KEY_BLOCK
+from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.ridge import class_weights
 from retrieval_tip.settings import ClassPrior, Settings
+from retrieval_tip.store.labels import images_of
 from retrieval_tip.store.sums import Sums
 
 IntArray = npt.NDArray[np.int64]
@@ -36,9 +43,11 @@ WRONG, REPEATS, CONVERGED = 0.2, 12, 1e-3
 SMOOTHING = 0.5
 """Number of photos by which the labels are smoothed."""
 STEPS, REACH = 60, 4.0
-"""Maximum number of Newton steps, and bound on the logarithms for logits of unit spread."""
+"""Maximum number of Newton steps, and default bound on the logarithms for logits of unit spread."""
 BLOCK = 1 << 16
 """Number of logits of each term to process at once, so that they stay in the processor's cache."""
+VALUES = 1 << 23
+"""Number of affinities of :class:`Queries` in memory at a time. They take 32 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +82,20 @@ class Blend:
 
 
 def blend(
-    text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor, weights: Tensor | None = None
-) -> Blend:
+    text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor, weights: Tensor | None = None, *,
+    smoothing: float = SMOOTHING, reach: float = REACH,
+) -> Blend:  # fmt: skip
     """Fit the weights of terms of shape ``[q, c]`` to queries that have the class ``ids``.
 
     Newton's method minimises the cross-entropy of ``softmax(a text + b cache + g discriminant)``, which is convex in
     the weights. Its steps change their logarithms, so the weights stay positive. ``weights`` are query weights of mean
     1. As in Platt scaling (1999), the target of the correct class is ``(q + s) / (q + 2 s)`` with ``s`` =
-    :data:`SMOOTHING`, and the other classes share the rest. This keeps the factors finite even if all answers are
-    right.
+    ``smoothing``, and the other classes share the rest. This keeps the factors finite even if all answers are right.
+    ``reach`` bounds the logarithms of the weights, for terms of unit spread.
     """
     ones = torch.ones(len(ids), dtype=torch.float64)
-    return _HeldTerms(text, cache, discriminant, ids).blend(ones if weights is None else weights)
+    terms = _HeldTerms(text, cache, discriminant, ids, smoothing, reach)
+    return terms.blend(ones if weights is None else weights)
 
 
 def robust_blend(found: Blend, text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor) -> Blend:
@@ -109,14 +120,17 @@ def robust_blend(found: Blend, text: Tensor | None, cache: Tensor, discriminant:
 class _HeldTerms:
     """The terms of held-out queries as float64 ``parts`` ``[t, q, c]``, with mean 0 and unit spread."""
 
-    def __init__(self, text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor) -> None:
+    def __init__(
+        self, text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor,
+        smoothing: float = SMOOTHING, reach: float = REACH,
+    ) -> None:  # fmt: skip
         self.given = [part is not None for part in (text, cache, discriminant)]
         parts = torch.stack([part.double() for part in (text, cache, discriminant) if part is not None])
         parts -= parts.mean(2, keepdim=True)
         self.scales = parts.flatten(1).std(1).clamp_min(1e-12)
         self.parts, self.ids = parts.div_(self.scales[:, None, None]), ids
         self.own = parts.gather(2, ids.expand(len(parts), -1)[:, :, None])[:, :, 0]
-        rest = SMOOTHING / (len(ids) + 2 * SMOOTHING)
+        rest, self.reach = smoothing / (len(ids) + 2 * smoothing), reach
         # Each part sums to 0 over the classes, so only the amount by which the target of the correct class exceeds the
         # other targets matters.
         self.sure = 1 - rest - rest / max(cache.shape[1] - 1, 1)
@@ -126,13 +140,13 @@ class _HeldTerms:
         logs = torch.zeros(len(self.parts), dtype=torch.float64)
         if start is not None:
             factors = [one for one, given in zip((start.a, start.b, start.g), self.given, strict=True) if given]
-            logs = (torch.tensor(factors, dtype=torch.float64) * self.scales).log().clamp(-REACH, REACH)
+            logs = (torch.tensor(factors, dtype=torch.float64) * self.scales).log().clamp(-self.reach, self.reach)
         now = self._at(logs, weights)
         for _ in range(STEPS):
             curvature = now.curvature + torch.diag(now.gradient.clamp_min(0) + 1e-9)
             step, size = torch.linalg.solve(curvature, now.gradient).clamp(-2, 2), 1.0
             while True:
-                following = (logs - size * step).clamp(-REACH, REACH)
+                following = (logs - size * step).clamp(-self.reach, self.reach)
                 new = self._at(following, weights)
                 if new.loss <= now.loss or size < 1e-3:
                     break
@@ -268,6 +282,19 @@ class Folds:
         whole = _held(self.keys, ids, fold_of[ids[first]], first, fold_of[ids], judged)
         held = [*self.held, *(replace(one, of="classes") for one in whole)]
         return replace(self, held=held)
+
+    def among(self, keys: Keys, ids: Tensor, images: IntArray, rows: IntArray) -> Folds:
+        """Hold out the same photos of an index with more keys, in which the present keys have these ``rows``.
+
+        Copies of a held-out photo among the other keys are held out as well.
+        """
+        held, others = [], np.setdiff1d(np.arange(len(ids)), rows)
+        for one in self.held:
+            visible = rows[one.rows.numpy()]
+            hidden = np.setdiff1d(images[rows], images[visible])
+            more = np.concatenate([visible, others[~np.isin(images[others], hidden)]])
+            held.append(replace(one, rows=torch.from_numpy(more)))
+        return replace(self, keys=keys, ids=ids, held=held, sums=None, _scatters={})
 
     @property
     def covered(self) -> float:
@@ -415,6 +442,125 @@ class Folds:
         return cache, tip.Discriminant.of(sums.float(), counts.float())(queries)
 
 
+@dataclass(frozen=True)
+class Queries:
+    """Labelled queries, with ``features`` of shape ``[q, d]`` and class ``ids`` of shape ``[q]``.
+
+    ``groups`` is an array of shape ``[n]`` with the group of each key. Query i does not see the keys whose group equals
+    ``hidden[i]``. If ``hidden`` is ``None``, all queries see all keys.
+    """
+
+    features: npt.NDArray[np.floating]
+    ids: IntArray
+    name: str
+    hidden: IntArray | None = None
+    groups: IntArray | None = None
+
+    @classmethod
+    def leave_one_out(cls, cache: CacheModel) -> Self:
+        """Return the shots as queries that do not see the keys of their own image (see :func:`labels.images_of`).
+
+        Raises UsageError if a class has a single image, or if the values of the index were solved.
+        """
+        if cache.fitted is not None and cache.fitted.solved:
+            raise UsageError(
+                "leave-one-out: the values of this index were solved from all its shots; run retrieval-tip fit, which "
+                "solves them again without each fold, or give --val SOURCE"
+            )
+        groups, ids = images_of(cache.labels), cache.class_ids.cpu().numpy()
+        _, first = np.unique(groups, return_index=True)  # one query per image
+        single = np.flatnonzero(np.bincount(ids[first], minlength=len(cache.class_names)) == 1)
+        if single.size:
+            raise UsageError(
+                f"leave-one-out: class {cache.class_names[single[0]]!r} has one image; give every class at least 2, or "
+                "give --val SOURCE"
+            )
+        features = np.asarray(cache.keys[first], dtype=np.float32)
+        return cls(features, ids[first], "its own shots, each held out in turn", groups[first], groups)
+
+    @classmethod
+    def in_folds(cls, cache: CacheModel, number: int) -> Self:
+        """Return the shots as queries that do not see the keys of their own fold. Each class has ``number`` folds."""
+        check_count("folds", number, 2)
+        loo, generator = cls.leave_one_out(cache), np.random.default_rng(1)
+        assert loo.hidden is not None
+        fold_of = np.zeros(int(loo.hidden.max()) + 1, dtype=np.int64)
+        for class_id in np.unique(loo.ids):
+            images = generator.permutation(loo.hidden[loo.ids == class_id])
+            fold_of[images] = (int(generator.integers(number)) + np.arange(len(images))) % number
+        name = f"its own shots in {number} folds"
+        return replace(loo, name=name, hidden=fold_of[loo.hidden], groups=fold_of[loo.groups])
+
+    def blocks(self, cache: CacheModel, k: int | None = None) -> Iterator[tuple[slice, Visible]]:
+        """Yield the queries in blocks, with the keys that they see: all, or those among the ``k`` nearest."""
+        c, every = len(cache.class_names), cache.class_ids.cpu().numpy()
+        most = max(c, cache.n if k is None else min(k, cache.n))
+        for part in slices(len(self.ids), max(1, min(QUERY_BLOCK, VALUES // most))):
+            features = torch.from_numpy(np.asarray(self.features[part], dtype=np.float32)).to(cache.device)
+            points, counts = cache.retrieval.points(features), cache.retrieval.keys.counts.expand(len(features), -1)
+            if k is None:
+                rows = torch.arange(cache.n, device=cache.device)
+                affinity = torch.cat([tip.affinity(keys, points) for keys, _ in cache.key_blocks()]).T
+                unseen = affinity.new_zeros(1, 1, dtype=torch.bool)
+            else:
+                near = cache.retrieval.nearest(points, k)
+                affinity, rows, unseen = near.affinity, near.rows, near.rows < 0
+            if self.hidden is not None and self.groups is not None:
+                hidden, place = np.unique(self.hidden[part], return_inverse=True)
+                at = np.searchsorted(hidden, self.groups).clip(max=len(hidden) - 1)
+                own = hidden[at] == self.groups
+                gone = np.bincount(at[own] * c + every[own], minlength=len(hidden) * c).reshape(-1, c)[place]
+                counts = counts - torch.from_numpy(gone).to(counts)
+                groups = torch.from_numpy(self.groups).to(cache.device)[rows]
+                unseen = unseen | (groups == torch.from_numpy(self.hidden[part]).to(cache.device)[:, None])
+            yield part, Visible(cache, features, points, affinity, rows, unseen, counts)
+
+
+@dataclass(frozen=True)
+class Visible:
+    """The ``affinity`` ``[q, m]`` of queries to the keys at some ``rows``, which of them are ``unseen``, and counts.
+
+    ``rows`` has the shape ``[m]``, or ``[q, m]`` if each query has its own keys, where -1 stands for no key. ``counts``
+    ``[q, c]`` are the numbers of visible keys of each class, whether they are among the rows or not.
+    """
+
+    cache: CacheModel
+    features: Tensor
+    points: Tensor
+    affinity: Tensor
+    rows: Tensor
+    unseen: Tensor
+    counts: Tensor
+
+    @property
+    def ids(self) -> Tensor:
+        """The class ids of the keys, or ``c`` where there is no key."""
+        ids = self.cache.class_ids[self.rows.clamp_min(0)]
+        return ids.masked_fill(self.rows < 0, len(self.cache.class_names))
+
+    def terms(self, betas: Sequence[float]) -> Iterator[tip.Terms]:
+        """Yield the terms of the logits over all visible keys, for each beta.
+
+        If a query sees ``m`` of the ``n`` keys of a class, their weights are multiplied by ``n / m``, so that settings
+        for these terms suit the whole index. The discriminant has the offsets of all keys.
+        """
+        retrieval, ids, c = self.cache.retrieval, self.ids, len(self.cache.class_names)
+        settings, values, own = retrieval.settings, retrieval.values, retrieval.keys.discriminant
+        text = tip.text_logits(self.features, retrieval.text_weights, settings.logit_scale)
+        factor = torch.where(self.counts > 0, retrieval.keys.counts / self.counts.clamp_min(1), 0)
+        discriminant = None
+        if settings.gamma:
+            means = tip.sum_by_class(self.affinity.masked_fill(self.unseen, 0), ids, c) / self.counts.clamp_min(1)
+            discriminant = torch.where(self.counts > 0, means + own.offsets, own(self.points))
+        for beta in betas:
+            weights = tip.weight(self.affinity, beta).masked_fill_(self.unseen, 0)
+            if values is None:
+                cache = tip.sum_by_class(weights, ids, c) * factor
+            else:
+                cache = tip.Values(values).weighted(weights.mul_(factor[:, ids]))
+            yield tip.Terms(text, tip.log_cache(cache, settings.log_offset), discriminant)
+
+
 def ranks_within(ids: IntArray, draw: np.random.Generator) -> IntArray:
     """Return the rank of each item within its class, in random order."""
     order = draw.permutation(len(ids))
@@ -436,6 +582,23 @@ def _held(keys: Keys, ids: IntArray, folds: IntArray, first: IntArray, groups: I
         rows = torch.from_numpy(np.flatnonzero(~np.isin(groups, groups[asked])))
         yield Held(taken_keys(keys, torch.from_numpy(asked)), torch.from_numpy(ids[asked]), rows)
         judged, begun = judged - len(asked), True
+
+
+def parts_without(
+    images: IntArray, ids: IntArray, rows: IntArray, kept: IntArray, number: int
+) -> Iterator[tuple[IntArray, IntArray]]:
+    """Split photos into at most ``number`` parts, and yield each part with the keys of the other photos.
+
+    ``rows`` has one key of each photo, and a part is given as positions in ``rows``. It has few photos of the same
+    class. The other keys are those of the ``kept`` keys that show none of its photos, grouped by class. A part is left
+    out if no key remains.
+    """
+    order = np.lexsort((np.random.default_rng(0).permutation(len(rows)), ids[rows]))
+    for first in range(min(number, len(rows))):
+        part = order[first::number]
+        others = kept[~np.isin(images[kept], images[rows[part]])]
+        if len(others):
+            yield part, others[np.argsort(ids[others], kind="stable")]
 
 
 def _blocks(keys: Keys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:

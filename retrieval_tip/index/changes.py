@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,20 +24,19 @@ from retrieval_tip.backbones.prompts import check_templates, text_weights
 from retrieval_tip.bounds import check_count
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.feature_tables import check_backbone
-from retrieval_tip.data.imports import import_table
-from retrieval_tip.data.sources import Source, open_source, spelled_alike
+from retrieval_tip.data.sources import Source, spelled_alike
 from retrieval_tip.data.tables import read_columns, reading, texts
 from retrieval_tip.errors import InputError, StoreError, UsageError, counted, few, show
 from retrieval_tip.fit.closed_form import Fit, FormChoice
 from retrieval_tip.index import places
-from retrieval_tip.index.build import build_index, warn_of_spelling
+from retrieval_tip.index.build import warn_of_spelling
 from retrieval_tip.index.items import ItemColumns, draw_shots, ids_in, precision_of, provenance_of, read_text_table
 from retrieval_tip.index.photos import remove_unused
 from retrieval_tip.index.places import Place
 from retrieval_tip.index.stores import Change
 from retrieval_tip.retrieval.defaults import plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates
-from retrieval_tip.settings import Dtype, Normalize, Norms, check_choice
+from retrieval_tip.settings import Dtype, Normalize, check_choice
 from retrieval_tip.store.labels import PICKED, WITHDRAWN
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import rows_where
@@ -272,7 +270,7 @@ def merge(folder: Place, other: Place) -> Added:
     target, source = places.at(folder), places.at(other)
     if target.resolved == source.resolved:
         raise UsageError(f"{other}: an index cannot be merged with itself; give another one")
-    theirs = source.load(device="cpu", precision="float32").in_memory()
+    theirs = source.load(device="cpu").in_memory()
     if theirs.values is not None and theirs.fitted is None:
         raise InputError(f"{other}: has trained values, which cannot be merged; merge the version from before training")
     ours = _backbone_of(target.manifest())
@@ -542,36 +540,6 @@ def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
     cache = source.load(device="cpu", version=manifest.version, verify="fast")
     what = f"clone version {cache.version} of {show(str(source))}"
     return Changed(target.copy_from(cache, what), [])
-
-
-def import_index(
-    source: Folder,
-    out: Place,
-    *,
-    classes: Folder | None = None,
-    text: Folder | None = None,
-    norms: Norms = "check",
-    index: str | None = None,
-    dtype: Dtype = "float32",
-    alpha: float | None = None,
-    beta: float | None = None,
-) -> AnsweringIndex:
-    """Build an index from a cache that was written by the original Tip-Adapter code.
-
-    See :func:`imports.import_table` for ``source`` and ``classes``, :class:`encoder.Encoder` for ``norms``, and
-    :func:`build.build_index` for the other arguments. The classes are in the order of ``text`` or, if it is not given,
-    in alphabetical order.
-    """
-    with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
-        table = Path(folder) / "keys.parquet"
-        import_table(Path(source), table, None if classes is None else Path(classes))
-        try:
-            return build_index(
-                dataclasses.replace(open_source(table), name=show(source)), out, Encoder(norms=norms), text=text,
-                index=index, dtype=dtype, alpha=alpha, beta=beta, device="cpu",
-            )  # fmt: skip
-        except InputError as error:
-            raise InputError(str(error).replace(show(table), show(source))) from None
 
 
 def _backbone_of(manifest: Manifest) -> Identity | None:

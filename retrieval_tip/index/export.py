@@ -24,18 +24,16 @@ def export_table(cache: CacheModel, out: Path) -> int:
 
     The table has the columns ``id``, ``label``, ``feature``, ``key_id``, ``shot``, ``views``, ``digest`` and
     ``added_at``, and the extra columns of the label store. ``id`` is the source of the key, and ``feature`` contains
-    ``d`` values in the dtype of the keys. A table cannot store trained values or a fine-tuned encoder, so a warning is
-    logged if the index has them.
+    ``d`` values in the dtype of the keys. A table cannot store trained values, so a warning is logged if the index has
+    them.
 
     Raises InputError if ``out`` cannot be written. In this case, no file is left behind.
     """
     _refuse_inside(cache, out)
-    trained = cache.values if cache.fitted is None else None  # solved values can be refitted
-    for part, what in ((trained, "trained values"), (cache.tuned, "the fine-tuned encoder")):
-        if part is not None:
-            log.warning(
-                "%s: a table cannot hold %s, so an index built from it will give other answers", show(out), what
-            )
+    if cache.values is not None and cache.fitted is None:  # solved values can be refitted
+        log.warning(
+            "%s: a table cannot hold trained values, so an index built from it will give other answers", show(out)
+        )
     table = cache.labels
     own = {"class_id", "label", "source", "id", FEATURE}
     further = [table.schema.field(name).remove_metadata() for name in table.column_names if name not in own]

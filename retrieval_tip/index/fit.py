@@ -64,7 +64,7 @@ def prior_of(indexes: Place | Sequence[Place], backbone: Identity | None) -> Flo
     """
     found = []
     for place in [indexes] if isinstance(indexes, str | os.PathLike) else indexes:
-        other = places.at(place).load(device="cpu", precision="float32")
+        other = places.at(place).load(device="cpu")
         if backbone is not None and other.backbone is not None:
             same_backbone(other.backbone, backbone, f"prior {place}")
         blocks = ((keys, labels["class_id"].to_numpy().astype(np.int64)) for labels, keys in other.stored_blocks())

@@ -15,7 +15,7 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit, FormChoice
-from retrieval_tip.fit.search_hp import Queries
+from retrieval_tip.fit.folds import Queries
 from retrieval_tip.index.items import Material, warn, warn_of
 from retrieval_tip.index.stores import Change
 from retrieval_tip.retrieval.arrays import KeyArray

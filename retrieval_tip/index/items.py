@@ -193,7 +193,7 @@ class Material:
             "shots": asked.shots,
             "seed": self.encoder.seed if asked.shots is not None or views > 1 else None,
             "views": views,
-            "precision": {"keys": precision_of(self.source, self.encoder), "fast": self.encoder.checked},
+            "precision": {"keys": precision_of(self.source, self.encoder)},
             "text": self.words.origin,
             "alpha": provenance_of(asked.alpha, asked.units),
             "beta": provenance_of(asked.beta, asked.units),

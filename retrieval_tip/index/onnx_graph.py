@@ -6,14 +6,11 @@ You can run the graph with any ONNX runtime, without this package.
 from __future__ import annotations
 
 import json
-import logging
 import os
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,30 +21,50 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from retrieval_tip import tip
-from retrieval_tip.backbones.base import unit, view_size
-from retrieval_tip.backbones.tower import quantise, runtime, shorter_side
+from retrieval_tip.backbones.base import Preprocess, unit, view_size
+from retrieval_tip.backbones.tower import FEATURES, OPSET, PIXELS, runtime, shorter_side, stored_onnx, to_onnx
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.data.encoder import CALIBRATED, FEWEST, pixels_of
+from retrieval_tip.data.encoder import pixels_of
 from retrieval_tip.data.shots import spread
 from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, UsageError, first_line, install, show
 from retrieval_tip.files import replacing
 
 if TYPE_CHECKING:
+    import onnx
+
     from retrieval_tip.backbones.torch_backbone import TorchBackbone
 
-OPSET = 18
 LARGEST = (1 << 31) - (1 << 20)
 """Maximum size in bytes of a graph including its weights, slightly below the protobuf limit of 2 GiB."""
 COMPARED = 10
 """Maximum number of photos on which a graph is compared with the package."""
 
 
-class Answer(torch.nn.Module):
-    """A torch module that computes the answers of an index. See :func:`export_onnx` for its input and outputs."""
+class Pixels(torch.nn.Module):
+    """A torch module that turns RGB values from 0 to 255 into the input of an image tower."""
 
     mean: Tensor
     std: Tensor
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        super().__init__()
+        for name in ("mean", "std"):
+            self.register_buffer(name, 255 * torch.tensor(preprocess[name]).float()[:, None, None])
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return views."""
+        return (pixels - self.mean) / self.std
+
+    def of(self, view: Tensor) -> npt.NDArray[np.float32]:
+        """Return the RGB values of a view, as a batch of one."""
+        pixels: npt.NDArray[np.float32] = (view[None] * self.std + self.mean).numpy()
+        return pixels
+
+
+class Answer(torch.nn.Module):
+    """A torch module that computes the answers of an index from features, which are normalised if they are ``raw``."""
+
     text: Tensor
     keys: Tensor
     ids: Tensor
@@ -58,14 +75,10 @@ class Answer(torch.nn.Module):
     class_means: Tensor | None
     class_offsets: Tensor | None
 
-    def __init__(self, cache: CacheModel, backbone: TorchBackbone | None) -> None:
+    def __init__(self, cache: CacheModel, raw: bool) -> None:
         super().__init__()
         settings, metric = cache.settings, cache.metric
-        self.settings, self.n_classes = settings, len(cache.class_names)
-        self.tower = None if backbone is None else backbone.image_encoder
-        preprocess = {"mean": [0.0], "std": [1.0]} if backbone is None else backbone.identity.preprocess
-        for name in ("mean", "std"):
-            self.register_buffer(name, 255 * torch.tensor(preprocess[name]).float()[:, None, None])
+        self.settings, self.n_classes, self.raw = settings, len(cache.class_names), raw
         self.register_buffer("text", cache.text_weights.float().cpu())
         self.register_buffer("keys", torch.from_numpy(np.asarray(cache.met[:], dtype=np.float32)))
         self.register_buffer("ids", cache.class_ids.cpu())
@@ -78,16 +91,9 @@ class Answer(torch.nn.Module):
         self.register_buffer("metric_mean", None if metric is None else metric.mean.cpu())
         self.register_buffer("metric_transform", None if metric is None else metric.transform.cpu())
 
-    @property
-    def outputs(self) -> list[str]:
-        """The names of the outputs."""
-        return ["logits", "probabilities", *([] if self.settings.least_cache is None else ["unlike"])]
-
     def forward(self, given: Tensor) -> tuple[Tensor, ...]:
         """Return the logits and probabilities of shape ``[b, c]``, and ``unlike`` of shape ``[b]`` if it is known."""
-        settings, features = self.settings, given
-        if self.tower is not None:
-            features = normalize(self.tower((given - self.mean) / self.std))
+        settings, features = self.settings, normalize(given) if self.raw else given
         points = features
         if self.metric_mean is not None and self.metric_transform is not None:
             points = tip.Metric(self.metric_mean, self.metric_transform)(features)
@@ -104,10 +110,18 @@ class Answer(torch.nn.Module):
         return answers if least is None else (*answers, terms.strongest(self.counts) < least)
 
 
-class Logits(torch.nn.Module):
-    """A torch module that returns only the logits of an :class:`Answer`, of shape ``[b, c]``."""
+def answering(cache: CacheModel, backbone: TorchBackbone | None) -> torch.nn.Module:
+    """Return a module that computes the answers of an index from pixels, or from features without a ``backbone``."""
+    answer = Answer(cache, raw=backbone is not None)
+    if backbone is None:
+        return answer
+    return torch.nn.Sequential(Pixels(backbone.identity.preprocess), backbone.image_encoder, answer)
 
-    def __init__(self, answer: Answer) -> None:
+
+class Logits(torch.nn.Module):
+    """A torch module that returns only the logits of an :func:`answering` module, of shape ``[b, c]``."""
+
+    def __init__(self, answer: torch.nn.Module) -> None:
         super().__init__()
         self.answer = answer
 
@@ -118,7 +132,7 @@ class Logits(torch.nn.Module):
 
 
 def export_onnx(
-    cache: CacheModel, out: str | os.PathLike[str], backbone: TorchBackbone | None = None, *, int8: bool = False
+    cache: CacheModel, out: str | os.PathLike[str], backbone: TorchBackbone | None = None
 ) -> dict[str, Any]:
     """Write an index to an ONNX file, with the labels and the image preprocessing as metadata.
 
@@ -128,13 +142,13 @@ def export_onnx(
     shape ``[b, d]`` with rows of unit norm. The outputs are ``logits`` and ``probabilities``, both of shape ``[b, c]``,
     in the order of ``labels``. If the index is fitted, ``unlike`` is a bool array of shape ``[b]``.
 
-    With ``int8``, the encoder in the graph is quantised, which makes it several times smaller and often faster. It is
-    calibrated on photos of the index, and everything else stays in float32.
+    If the ``backbone`` is in int8, the graph contains its stored tower, which is several times smaller and often
+    faster. Everything else stays in float32.
 
     Returns the metadata, the size of the file in ``bytes``, and the ``agreement`` with the package on ten examples (see
     :func:`_agreement`). Raises UsageError if the package onnx is not installed, if the index only uses ``k`` keys per
     query (a graph cannot retrieve keys), or if the graph would exceed 2 GiB. Raises InputError if the file cannot be
-    written, if torch cannot convert the encoder to ONNX, or if there are too few photos to calibrate int8.
+    written, or if torch cannot convert the encoder to ONNX.
     """
     try:
         import onnx
@@ -145,27 +159,32 @@ def export_onnx(
             f"k {cache.settings.k}: an ONNX graph always uses all keys; "
             "give --k all, or build the index again with --index Flat"
         )
-    answer = Answer(cache, backbone).eval()
-    size = sum(part.numel() * part.element_size() for part in answer.state_dict().values())
+    int8 = None if backbone is None or backbone.precision != "int8" else backbone
+    module = (answering(cache, backbone) if int8 is None else Answer(cache, raw=True)).eval()
+    size = sum(tensor.nbytes for tensor in module.state_dict().values())
     if size > LARGEST:
         raise UsageError(f"{show(Path(out))}: keys, values and encoder take {size / 1e9:.1f} GB; the limit is 2 GB")
+    outputs = ["logits", "probabilities", *([] if cache.settings.least_cache is None else ["unlike"])]
+    shape, name = ((cache.d,), FEATURES) if backbone is None else ((3, *backbone.size), PIXELS)
     facts = _metadata(cache, backbone)
     with replacing(Path(out)) as temporary:
-        _trace(answer, cache, backbone, temporary)
-        graph = onnx.load_model(temporary)
-        if int8 and backbone is not None:
-            graph = _quantised(graph, answer, cache, backbone)
+        try:
+            graph = to_onnx(module, shape, name, outputs) if int8 is None else _behind_tower(module, int8, outputs)
+        except Exception as error:  # torch raises many types of errors
+            raise InputError(
+                f"{cache.backbone or 'features'}: cannot be written as ONNX: {first_line(error)}"
+            ) from None
         props = {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()}
         onnx.helper.set_model_props(graph, props)
         graph.producer_name, graph.producer_version = "retrieval-tip", version("retrieval-tip")
         onnx.save_model(graph, temporary)
         facts["bytes"] = temporary.stat().st_size
-        facts["agreement"] = _agreement(answer, cache, backbone, temporary)
+        facts["agreement"] = _agreement(cache, backbone, outputs, temporary)
     return facts
 
 
 def _agreement(
-    answer: Answer, cache: CacheModel, backbone: TorchBackbone | None, file: Path
+    cache: CacheModel, backbone: TorchBackbone | None, outputs: Sequence[str], file: Path
 ) -> dict[str, float] | None:
     """Run the graph on at most ``COMPARED`` photos of the index (or keys, without a ``backbone``) in OpenVINO.
 
@@ -174,8 +193,9 @@ def _agreement(
     """
     examples = [(key[None], key[None]) for key in cache.some(COMPARED)[0].astype(np.float32)]
     if backbone is not None:
-        views = list(_views(cache, backbone, COMPARED))
-        examples = [(_pixels(answer, view), unit(backbone.encode_images(view[None]))) for view in views]
+        pixels = Pixels(backbone.identity.preprocess)
+        views = _views(cache, backbone, COMPARED)
+        examples = [(pixels.of(view), unit(backbone.encode_images(view[None]))) for view in views]
     if not examples:
         return None
     core = runtime().Core()
@@ -183,7 +203,7 @@ def _agreement(
     equal, difference = 0, 0.0
     for given, features in examples:
         results = graph(given)
-        found = {name: results[name][0] for name in answer.outputs}
+        found = {name: results[name][0] for name in outputs}
         own = cache.classify(features, neighbours=0, norms="keep").to_arrow().to_pylist()[0]
         label = cache.class_names[int(found["logits"].argmax())]
         equal += (label, found.get("unlike")) == (own["label"], own.get("unlike"))
@@ -199,40 +219,22 @@ def _views(cache: CacheModel, backbone: TorchBackbone, most: int) -> Iterator[Te
             yield pixels_of(read_item(path), backbone)
 
 
-def _pixels(answer: Answer, view: Tensor) -> npt.NDArray[np.float32]:
-    pixels: npt.NDArray[np.float32] = (view[None] * answer.std + answer.mean).numpy()
-    return pixels
+def _behind_tower(answer: torch.nn.Module, backbone: TorchBackbone, outputs: Sequence[str]) -> onnx.ModelProto:
+    """Return a graph from pixels to answers that contains the stored int8 tower of a backbone."""
+    import onnx
+    from onnx.compose import add_prefix, merge_models
 
-
-def _quantised(graph: Any, answer: Answer, cache: CacheModel, backbone: TorchBackbone) -> Any:
-    """Return an ONNX graph whose encoder is quantised to int8."""
-    if find_spec("nncf") is None or find_spec("onnxruntime") is None:
-        raise UsageError(f"precision int8: run {install('fast')} onnxruntime")
-    views = [view.half() for view in _views(cache, backbone, CALIBRATED)]
-    if len(views) < FEWEST:
-        raise InputError(f"precision int8: {len(views)} photos of the index could be read; {FEWEST} are needed")
-    types = {node.name: node.op_type for node in graph.graph.node if node.name.startswith("/tower/")}
-    return quantise(graph, views, lambda view: {"pixels": _pixels(answer, view.float())}, types, r"^(?!/tower/).*")
-
-
-def _trace(answer: Answer, cache: CacheModel, backbone: TorchBackbone | None, file: Path) -> None:
-    from retrieval_tip.backbones.tower import traceable
-
-    name, shape = ("features", (2, cache.d)) if backbone is None else ("pixels", (2, 3, *backbone.size))
-    axes = {of: {0: "batch"} for of in (name, *answer.outputs)}
-    logger = logging.getLogger("torch.onnx")
-    try:
-        with torch.no_grad(), traceable(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logger.disabled = True
-            torch.onnx.export(
-                answer, (torch.zeros(shape),), file, input_names=[name], output_names=answer.outputs,
-                dynamic_axes=axes, opset_version=OPSET, dynamo=False,
-            )  # fmt: skip
-    except Exception as error:  # torch raises many types of errors
-        raise InputError(f"{cache.backbone or 'features'}: cannot be written as ONNX: {first_line(error)}") from None
-    finally:
-        logger.disabled = False
+    pixels = to_onnx(Pixels(backbone.identity.preprocess), (3, *backbone.size), PIXELS, ["view"])
+    parts = [
+        add_prefix(pixels, "pixels/", rename_inputs=False),
+        add_prefix(onnx.load_model_from_string(stored_onnx(backbone.identity)), "tower/"),
+        to_onnx(answer, (backbone.dim,), "raw", outputs),
+    ]
+    graph = parts[0]
+    for part in parts[1:]:
+        part.ir_version = graph.ir_version
+        graph = merge_models(graph, part, [(graph.graph.output[0].name, part.graph.input[0].name)])
+    return graph
 
 
 def _metadata(cache: CacheModel, backbone: TorchBackbone | None) -> dict[str, Any]:

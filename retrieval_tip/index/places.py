@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need i
     from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.cache_model import CacheModel
     from retrieval_tip.fit.closed_form import Fit, FormChoice
-    from retrieval_tip.fit.search_hp import Queries
+    from retrieval_tip.fit.folds import Queries
     from retrieval_tip.index.items import Material
 
 Place = str | os.PathLike[str]
@@ -97,7 +97,7 @@ class FolderStore(Store):
         index_folder.check_there(self.folder)  # do not create a folder if there is no index
         with write(self.folder) as writer:
             check = index_folder.Check(self.folder, writer.parent, "fast")  # copied files are hashed anyway
-            change = FolderChange(CacheModel.load(self.folder, device="cpu", precision="float32", check=check))
+            change = FolderChange(CacheModel.load(self.folder, device="cpu", check=check))
             yield change
             if change.what:
                 change.cache.commit(writer, change.what)
@@ -106,10 +106,6 @@ class FolderStore(Store):
         from retrieval_tip.index import folders
 
         return folders.fit(self.folder, asked, queries)
-
-    def tuned(self, manifest: Manifest) -> Path | None:
-        file = manifest.files.get("weights")
-        return None if file is None else index_folder.find_weights(self.folder, file)
 
     def has_text(self, manifest: Manifest) -> bool:
         return index_folder.has_text(self.folder, manifest)

@@ -20,7 +20,7 @@ from retrieval_tip.store.query import TIMEOUT
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
     from retrieval_tip.answering import AnsweringIndex, EditableIndex
     from retrieval_tip.fit.closed_form import Fit, FormChoice
-    from retrieval_tip.fit.search_hp import Queries
+    from retrieval_tip.fit.folds import Queries
     from retrieval_tip.index.items import Material
     from retrieval_tip.retrieval.duplicates import Duplicates
 
@@ -152,10 +152,6 @@ class Store(ABC):
 
         ``queries`` returns validation queries for the opened index.
         """
-
-    @abstractmethod
-    def tuned(self, manifest: Manifest) -> Path | None:
-        """Return the path of a version's fine-tuned encoder weights, or ``None`` if it has no such encoder."""
 
     @abstractmethod
     def has_text(self, manifest: Manifest) -> bool:

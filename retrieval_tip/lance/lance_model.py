@@ -79,7 +79,6 @@ class LanceModel(AnsweringIndex):
     prior: npt.NDArray[np.float32] | None = None
     whole: CacheModel | None = None
     values: Tensor | None = field(default=None, init=False)
-    tuned: None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.metric = None if self.metric is None else self.metric.to(self.device)

@@ -21,7 +21,7 @@ from retrieval_tip.store.manifest import Manifest
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
     from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.fit.closed_form import Fit, FormChoice
-    from retrieval_tip.fit.search_hp import Queries
+    from retrieval_tip.fit.folds import Queries
     from retrieval_tip.index.items import Material
     from retrieval_tip.lance.draft import LanceDraft
     from retrieval_tip.lance.lance_model import LanceModel
@@ -75,11 +75,11 @@ class LanceStore(LanceVersions, Store):
         return LanceModel.load(self, device=material.device, version=draft.version)
 
     def copy_from(self, model: AnsweringIndex, what: str) -> int:
-        """See :meth:`Store.copy_from`. Raises InputError if the index has trained values or a trained encoder."""
+        """See :meth:`Store.copy_from`. Raises InputError if the index has trained values."""
         from retrieval_tip.lance.draft import LanceDraft, values_by_id
 
-        if (model.values is not None and model.fitted is None) or model.tuned is not None:
-            raise InputError(f"{self}: a LanceDB store cannot hold trained values or a trained encoder; use a folder")
+        if model.values is not None and model.fitted is None:
+            raise InputError(f"{self}: a LanceDB store cannot hold trained values; use a folder")
         assert model.next_key_id is not None
         with self.write() as writer:
             draft = LanceDraft.create(
@@ -146,9 +146,6 @@ class LanceStore(LanceVersions, Store):
         if not self.keeps(old):  # another process has deleted it meanwhile, and maybe also its rows
             self.withdraw(new)
             raise changed_meanwhile(self.address)
-
-    def tuned(self, manifest: Manifest) -> None:
-        return None
 
     def has_text(self, manifest: Manifest) -> bool:
         return bool(self.classes(manifest).text.any())

@@ -17,8 +17,7 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import show
-from retrieval_tip.evaluation.evaluate import Answers, Details, Evaluation, judge
-from retrieval_tip.evaluation.held_out import QueryBlock
+from retrieval_tip.evaluation.evaluate import Answers, Evaluation
 from retrieval_tip.fit.closed_form import wilson
 
 
@@ -46,7 +45,7 @@ class ClassScore(NamedTuple):
 class JudgedIndex:
     """A test source with the answers of an index, and the arguments of :func:`report.write_report`.
 
-    ``ids`` contains the class ids of all ``m`` items. ``blocks`` and ``evaluation`` only cover the ``n`` readable items
+    ``blocks`` and ``evaluation`` only cover the ``n`` readable items
     of known classes that are not shots of the index, and ``whole`` also covers unknown classes. ``shots`` items were
     left out because they are shots.
     """
@@ -55,7 +54,6 @@ class JudgedIndex:
     test: Source
     encoder: Encoder
     blocks: list[FeatureBlock]
-    ids: npt.NDArray[np.int64]
     evaluation: Evaluation
     folder: Path | None
     where: str | None
@@ -63,20 +61,10 @@ class JudgedIndex:
     whole: Evaluation
     shots: int
 
-    def by(self, index: CacheModel) -> Evaluation:
-        """Evaluate another index of the same classes on the same items."""
-        return judge(index, (QueryBlock(index, block) for block in self.blocks), self.ids, self.answers.class_names)
-
     @property
     def answers(self) -> Answers:
         """The answers for the ``n`` items."""
         return self.evaluation.answers
-
-    @property
-    def details(self) -> Details:
-        """The details of the answers for the ``n`` items."""
-        assert self.answers.details is not None
-        return self.answers.details
 
     @cached_property
     def features(self) -> npt.NDArray[np.float32]:

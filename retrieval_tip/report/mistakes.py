@@ -69,15 +69,15 @@ def worst(log_truth: npt.NDArray[np.float64], right: npt.NDArray[np.bool_]) -> l
 def mistakes(judged: JudgedIndex) -> list[Mistake]:
     """Explain the worst mistakes (see :func:`worst`)."""
     answers, names, explained = judged.answers, judged.cache.class_names, []
-    places = worst(judged.details.log_truth, answers.right)
+    places = worst(judged.answers.log_truth, answers.right)
     predictions = judged.cache.classify(judged.features[places], "keep", top=3, neighbours=NEIGHBOURS)
     for place, prediction in zip(places, predictions, strict=True):
         truth, answer = names[answers.truth[place]], names[answers.predicted[place]]
-        own = {truth: math.exp(judged.details.log_truth[place]), answer: float(answers.confidence[place])}
+        own = {truth: math.exp(judged.answers.log_truth[place]), answer: float(answers.confidence[place])}
         likely = dict(zip(prediction.labels, prediction.probabilities, strict=True)) | own
         against = [prediction.opposing] if prediction.opposing else []
         keys = _with_pictures(judged, [*prediction.neighbours, *against])
-        item = judged.test.sources[int(judged.details.positions[place])]
+        item = judged.test.sources[int(judged.answers.positions[place])]
         ranked = dict(sorted(likely.items(), key=lambda pair: -pair[1]))
         explained.append(Mistake(item, truth, answer, ranked, _of_item(judged, place), keys))
     return explained
@@ -103,7 +103,7 @@ def confusions(judged: JudgedIndex) -> list[Pair]:
 
 
 def _of_item(judged: JudgedIndex, place: int) -> Picture:
-    test, position = judged.test, int(judged.details.positions[place])
+    test, position = judged.test, int(judged.answers.positions[place])
     path = test.paths[position] if test.paths is not None else test.sources[position]
     label = judged.cache.class_names[int(judged.answers.truth[place])]
     return Picture(path, judged.digests[place], f"test photo of {label}")

@@ -6,14 +6,13 @@ are suitable for colour-blind readers.
 
 from __future__ import annotations
 
+import base64
 import datetime
 import io
 import logging
 import os
-import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -34,13 +33,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from retrieval_tip.evaluation.compare import Compared
-    from retrieval_tip.evaluation.sweep import Run, Summary
 
 BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
-PAPER = "#fefefe"
-THEME = {BLACK: "currentColor", PAPER: "var(--paper)", BLUE: "var(--blue)", ORANGE: "var(--orange)"}
-"""CSS variables for colours on a page that has a light and a dark theme."""
 MOST_CLASSES, FEWER_CLASSES = 100, 40
 """Number of classes above which a plot is shortened, and number of worst classes that are then shown."""
 WRITTEN = 20
@@ -134,15 +128,13 @@ def write_plots(evaluation: Evaluation, folder: Path, about: str = "") -> list[P
 
 
 def write(draw: Callable[[], Figure], path: Path, about: str) -> None:
-    """Write a diagram as SVG if ``path`` ends in .svg, and as PNG otherwise."""
+    """Write a diagram in the format of the suffix of ``path``."""
     needs_matplotlib()
-    form = "svg" if path.suffix.lower() == ".svg" else "png"
     with _style(), replacing(path) as temporary:
         figure = draw()
         said = ", ".join(filter(None, (about[-LONGEST_ABOUT:], datetime.date.today().isoformat())))
         figure.supxlabel(_plain(said), x=0.98, ha="right", fontsize=6.5, color=GREY)
-        maker = {"Creator": "retrieval-tip", "Date": None} if form == "svg" else {"Software": "retrieval-tip"}
-        figure.savefig(temporary, format=form, metadata=maker)
+        figure.savefig(temporary, format=path.suffix[1:])
 
 
 def draw_confusion(evaluation: Evaluation) -> Figure:
@@ -242,55 +234,17 @@ def draw_coverage(evaluation: Evaluation) -> Figure:
     return figure
 
 
-def draw_comparison(comparison: Compared) -> Figure:
-    """Plot the accuracies of two sides with 95 % intervals, and by class, to how many photos only one side is right.
+def draw_shots(runs: Mapping[int, list[float]], halves: Sequence[float | None], zero_shot: float | None) -> Figure:
+    """Plot the accuracy of draws as a function of the number of shots, and that of the class names alone.
 
-    Without labels, plot the most frequent pairs of different answers.
-    """
-    a, b = map(_name, comparison.names)
-    facts = f"{counted(comparison.n, 'photo')}, {len(comparison.differences):,} with different answers"
-    if comparison.scores is None or comparison.p_value is None:
-        answers = zip(*(comparison.differences[name].to_pylist() for name in ("answer_a", "answer_b")), strict=True)
-        pairs = Counter(answers).most_common(FEWER_CLASSES)[::-1]
-        figure, axes = _figure(7, max(2.8, 0.2 * len(pairs) + 1.5))
-        axes.barh(range(len(pairs)), [times for _, times in pairs], color=BLUE)
-        axes.set_yticks(range(len(pairs)), [f"{_name(one)} / {_name(two)}" for (one, two), _ in pairs], fontsize=8)
-        axes.set(xlabel="photos")
-        _title(axes, f"Different answers of {a} / {b}", facts)
-        return figure
-    rows = zip(comparison.differences["label"].to_pylist(), comparison.differences["right"].to_pylist(), strict=True)
-    alone = Counter(row for row in rows if row[1] != "neither")
-    classes = sorted({name for name, _ in alone}, key=lambda name: (alone[name, "A"] + alone[name, "B"], name))
-    classes = classes[-FEWER_CLASSES:]
-    m = len(classes)
-    figure, (axes, below) = _grid(7, 3.4 + 0.2 * m, 2, 1, height_ratios=[1.2, 0.6 + 0.2 * m])
-    for place, (score, colour) in enumerate(zip(comparison.scores, (BLUE, ORANGE), strict=True)):
-        ends = [[100 * (score.accuracy - score.interval[0])], [100 * (score.interval[1] - score.accuracy)]]
-        axes.errorbar([100 * score.accuracy], [1 - place], xerr=ends, fmt="o", color=colour, capsize=4, linewidth=1.8)
-    axes.set(ylim=(-0.6, 1.6), xlabel="top-1 accuracy, % (bars: 95 % intervals)")
-    axes.set_yticks([1, 0], [a, b])
-    _title(axes, "Comparison", f"{facts}; McNemar's test: p = {comparison.p_value:.2g}")
-    for side, sign, colour in (("A", -1, BLUE), ("B", 1, ORANGE)):
-        below.barh(range(m), [sign * alone[name, side] for name in classes], color=colour)
-    below.axvline(0, color=BLACK, linewidth=0.8)
-    below.set_ylim(-0.7, max(m, 1) - 0.3)
-    below.set_yticks(range(m), list(map(_name, classes)), fontsize=8)
-    below.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
-    below.set(xlabel=f"photos on which only {a} (left) or only {b} (right) is right")
-    return figure
-
-
-def draw_shots(lines: Sequence[Summary], runs: Sequence[Run], zero_shot: float | None) -> Figure:
-    """Plot the accuracy of one method as a function of the number of shots, and that of the class names alone.
-
-    Bars show 95 % confidence intervals over seeds, and dots show individual draws.
+    Bars show 95 % confidence intervals, which are ``halves`` wide on either side, and dots show individual draws.
     """
     figure, axes = _figure(6.8, 4.2)
-    shots, means = [line["shots"] for line in lines], [100 * line["top1"] for line in lines]
-    halves, seen = [100 * (line["half"] or 0.0) for line in lines], [100 * run["top1"] for run in runs]
-    ends = [*seen, *np.subtract(means, halves), *np.add(means, halves)]
-    axes.errorbar(shots, means, yerr=halves, color=BLUE, linewidth=1.8, capsize=3, label="examples and class names")
-    axes.plot([run["shots"] for run in runs], seen, "o", color=BLUE, alpha=0.45, markersize=4)
+    shots, means = list(runs), [100 * np.mean(own) for own in runs.values()]
+    bars, seen = [100 * (half or 0.0) for half in halves], [100 * top1 for own in runs.values() for top1 in own]
+    ends = [*seen, *np.subtract(means, bars), *np.add(means, bars)]
+    axes.errorbar(shots, means, yerr=bars, color=BLUE, linewidth=1.8, capsize=3, label="examples and class names")
+    axes.plot(np.repeat(shots, list(map(len, runs.values()))), seen, "o", color=BLUE, alpha=0.45, markersize=4)
     if zero_shot is not None:
         axes.axhline(100 * zero_shot, color=GREY, linestyle="--", linewidth=1.8, label="class names only")
         axes.legend(fontsize=9)
@@ -304,31 +258,14 @@ def draw_shots(lines: Sequence[Summary], runs: Sequence[Run], zero_shot: float |
 
 
 def svg(draw: Callable[[], Figure], label: str) -> Markup:
-    """Return a diagram as a self-contained ``<svg>`` element that has an accessible ``label``.
-
-    The page must define the CSS variables ``--paper``, ``--blue``, ``--orange`` and ``--sans`` (the font).
-    """
-    buffer = io.StringIO()
-    themed = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), BLACK)
-    themed |= dict.fromkeys(("axes.facecolor", "figure.facecolor"), PAPER)
-    with _style(themed | {"svg.hashsalt": label}):
+    """Return a diagram as an ``<img>`` element with an SVG image and an accessible ``label``."""
+    buffer = io.BytesIO()
+    with _style({"svg.hashsalt": label}):
         figure = draw()
-        width, height = (72 * side for side in figure.get_size_inches())
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    drawn = buffer.getvalue().partition("<svg")[2].partition(">")[2]
-    drawn = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", drawn, flags=re.DOTALL)
-    drawn = re.sub(r'<g id="[^"]*"', "<g", drawn)  # the ids are repeated in every diagram and never used
-    drawn = re.sub(r'style="[^"<>]*"', _themed, drawn)
-    start = markup('<svg viewBox="0 0 {:g} {:g}" width="{:g}" role="img" aria-label="{}">')  # 96 pixels per inch
-    return start.format(width, height, width * 4 / 3, one_line(label)) + markup(drawn.strip())
-
-
-def _themed(style: re.Match[str]) -> str:
-    themed = re.sub(r"font:( \w+)? ([\d.]+)px [^;\"]*", r"font:\1 \2px var(--sans)", style[0])  # before matplotlib 3.10
-    themed = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", themed)
-    for colour, name in THEME.items():
-        themed = re.sub(colour, name, themed, flags=re.IGNORECASE)
-    return themed
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    start = markup('<img src="data:image/svg+xml;base64,{}" width="{:g}" alt="{}">')
+    width = 96 * figure.get_figwidth()  # pixels per inch
+    return start.format(base64.b64encode(buffer.getvalue()).decode(), width, one_line(label))
 
 
 @contextmanager

@@ -57,8 +57,8 @@ def _settings(judged: JudgedIndex, manifest: Manifest | None) -> Iterator[tuple[
     for name, origin in known.items():
         value = getattr(judged.evaluation.settings, name)
         own = getattr(manifest.settings, name) if manifest is not None else value
-        given = described(origin) if own == value else f"set for this report; the index has {_setting(own)}"
-        yield name, f"{_setting(value)} ({given})"
+        given = described(origin) if own == value else f"set for this report; the index has {described(own, 'all')}"
+        yield name, f"{described(value, 'all')} ({given})"
 
 
 def _index(judged: JudgedIndex, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
@@ -83,15 +83,11 @@ def _index(judged: JudgedIndex, manifest: Manifest | None) -> Iterator[tuple[str
             yield called, described(cache.provenance[name])
 
 
-def described(value: object) -> str:
-    """Return a manifest value as text."""
+def described(value: object, none: str = "-") -> str:
+    """Return a manifest value as text. ``none`` stands for ``None``."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {described(part)}" for name, part in value.items())
     if isinstance(value, list):
         more = f" ... ({len(value)} in all)" if len(value) > LISTED else ""
         return ", ".join(map(described, value[:LISTED])) + more
-    return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else portable(str(value))
-
-
-def _setting(value: object) -> str:
-    return "all" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return none if value is None else f"{value:.4g}" if isinstance(value, float) else portable(str(value))

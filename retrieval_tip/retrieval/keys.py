@@ -8,7 +8,6 @@ formula.
 from __future__ import annotations
 
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
@@ -43,14 +42,8 @@ SPREAD_QUANTILE = 0.999
 MOST_SLACK = 1e9
 """Upper limit for the slack. At this value, every class can win."""
 
-HALF_FROM = 1 << 22
-"""Minimum number of values in all keys for which ``auto`` tries half precision."""
-HALF_FROM_QUERIES = 64
-"""Minimum number of queries for which ``auto`` tries half precision. For fewer, converting the keys takes too long."""
-HALF_GAIN = 1.3
-"""Minimum speed-up for which ``auto`` uses half precision."""
-HALF_ERROR = 2e-3
-"""Maximum relative root mean square error of the cache logits that ``auto`` accepts."""
+HALVED = 1 << 31
+"""Maximum size in bytes of memory-mapped keys that are kept in half precision."""
 
 _COPYING = threading.Lock()
 
@@ -119,6 +112,9 @@ class KeyStream(ABC):
     means.
     """
 
+    products = torch.float32
+    """Dtype in which queries are multiplied with all keys."""
+
     def __init__(
         self, shape: tuple[int, int], counts: Tensor, device: str = "cpu", means: Callable[[], FloatArray] | None = None
     ) -> None:
@@ -134,14 +130,6 @@ class KeyStream(ABC):
         Each block is grouped by class and has at most :data:`KEY_BLOCK` keys, or :data:`GPU_BLOCKS` times as many on a
         GPU. Blocks may share memory, so do not keep them.
         """
-
-    def products(self, beta: float, q: int = HALF_FROM_QUERIES) -> torch.dtype:
-        """Return the dtype that is used to multiply ``q`` queries with all keys, which is float32 by default."""
-        return torch.float32
-
-    def _halved(self, products: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield blocks of centred keys in half precision."""
-        yield from (((keys - self._centre).to(products), ids) for keys, ids in self.blocks())
 
     @cached_property
     def mean_count(self) -> float:
@@ -253,14 +241,10 @@ class KeyStream(ABC):
     ) -> Tensor:
         """Compute cache logits over all keys, ``C[:, c] = sum over i of class c of exp(-beta (1 - A[:, i]))``.
 
-        ``features`` must be float32 and on the device. ``products`` is the dtype of the products, which defaults to
-        :meth:`products`. In half precision, the affinity is computed as ``A = f m + f (K - m)``, where ``m`` is the
-        mean of the keys. Only the second term, which is about a quarter of the affinity, is rounded. The result has the
-        shape ``[q, c]``.
+        ``features`` must be float32 and on the device. ``products`` replaces the dtype :attr:`products`. With
+        ``values``, it is always float32. The result has the shape ``[q, c]``.
         """
-        if values is not None:
-            products = torch.float32
-        products = products or self.products(beta, len(features))
+        products = torch.float32 if values is not None else products or self.products
         out = features.new_empty(len(features), self.n_classes)
         size = QUERY_BLOCK * self._times()
         memory = features.new_empty(self._block_size() * min(size, len(features)))
@@ -288,29 +272,17 @@ class KeyStream(ABC):
 
     def _affinities(self, features: Tensor, products: torch.dtype, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the affinities of each block of keys, and the class ids of the keys."""
-        q = len(features)
-        if products == torch.float32:
-            for keys, ids in self.blocks():
-                affinity = memory[: len(keys) * q].view(len(keys), q)
-                yield tip.affinity(keys.to(features.dtype), features, out=affinity), ids
-            return
-        halved, common = features.to(products), features @ self._centre
-        product = torch.empty(self._block_size(), q, dtype=products, device=self.device)
-        for keys, ids in self._halved(products):
-            tip.affinity(keys, halved, out=product[: len(keys)])
-            yield torch.add(product[: len(keys)], common, out=memory[: len(keys) * q].view(len(keys), q)), ids
-
-    @cached_property
-    def _centre(self) -> Tensor:
-        centre: Tensor = self.sums.sum(0) / self.n
-        return centre
+        for keys, ids in self.blocks():
+            affinity = memory[: len(keys) * len(features)].view(len(keys), len(features))
+            yield tip.affinity(keys.to(features.dtype), features, out=affinity), ids
 
 
 class Keys(KeyStream):
     """Keys that are in memory or memory-mapped, in float32 or float16, and grouped by class.
 
-    ``precision`` is the dtype that :meth:`cache_logits` uses to multiply queries with all keys: ``float32``,
-    ``bfloat16``, ``float16`` or ``auto`` (see :meth:`products`).
+    ``precision`` is that of the products of queries and all keys: ``float32``, ``bfloat16`` or ``float16``. ``auto``
+    and ``int8`` use float32. In half precision, the affinity is computed as ``A = f m + f (K - m)``, where ``m`` is the
+    mean of the keys. Only the second term, which is about a quarter of the affinity, is rounded.
 
     Raises:
         InputError: if the class ids are not in ascending order.
@@ -329,7 +301,8 @@ class Keys(KeyStream):
         if len(class_ids) != len(array) or (class_ids[1:] < class_ids[:-1]).any():
             raise InputError("labels: keys are not grouped by class; build the index again")
         check_choice("precision", precision, Precision)
-        self.array, self.precision = array, "auto" if precision in ("int8", "fast") else precision
+        self.array = array
+        self.products = torch.float32 if precision in ("auto", "int8") else getattr(torch, precision)
         counts = np.bincount(class_ids, minlength=n_classes)
         self.starts = np.concatenate([[0], np.cumsum(counts)])
         self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # Arrow's is read-only
@@ -337,11 +310,9 @@ class Keys(KeyStream):
         super().__init__((int(array.shape[0]), int(array.shape[1])), total, device, means)
         size = self._block_size()
         self._runs = [slice(start, min(start + size, self.n)) for start in range(0, self.n, size)]
-        self._products: dict[float, torch.dtype] = {}
         self._on_device: Tensor | None = None
         self._fits: bool | None = None
         self._starts = torch.from_numpy(self.starts).to(device)
-        self._kept_halved: Tensor | None = None
         self._value_sums: tuple[Tensor, Tensor] | None = None
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -384,65 +355,34 @@ class Keys(KeyStream):
             self._value_sums = values, self.by_class(blocks, self.n_classes)
         return self._value_sums[1]
 
-    def _halved(self, products: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield blocks of centred keys in half precision, which are cached unless the keys on disk exceed 2 GiB."""
-        if isinstance(self.array, np.memmap) and self.array.nbytes > 1 << 31:
-            yield from super()._halved(products)
+    def _affinities(self, features: Tensor, products: torch.dtype, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        if products == torch.float32:
+            yield from super()._affinities(features, products, memory)
             return
-        halved = self._kept_halved
-        if halved is None or halved.dtype != products:
-            halved = self._kept_halved = None  # free the memory first
-            halved, start = torch.empty(self.array.shape, dtype=products, device=self.device), 0
-            for keys, _ in self.blocks():
-                halved[start : start + len(keys)] = keys - self._centre
-                start += len(keys)
-            self._kept_halved = halved
-        for part in self._runs:
-            yield halved[part], self.class_ids[part]
+        q, rounded, common = len(features), features.to(products), features @ self._centre
+        product = torch.empty(self._block_size(), q, dtype=products, device=self.device)
+        for keys, ids in self._halved():
+            tip.affinity(keys, rounded, out=product[: len(keys)])
+            yield torch.add(product[: len(keys)], common, out=memory[: len(keys) * q].view(len(keys), q)), ids
 
-    def products(self, beta: float, q: int = HALF_FROM_QUERIES) -> torch.dtype:
-        """Return the dtype that is used to multiply ``q`` queries with all keys.
+    def _halved(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield blocks of centred keys in half precision, which are kept unless the keys on disk exceed 2 GiB."""
+        if isinstance(self.array, np.memmap) and self.array.nbytes > HALVED:
+            yield from (((keys - self._centre).to(self.products), ids) for keys, ids in self.blocks())
+        else:
+            yield from ((self._kept_halved[part], self.class_ids[part]) for part in self._runs)
 
-        If ``precision`` is ``auto``, half precision is measured once on a block of these keys. It is used if it is at
-        least :data:`HALF_GAIN` times as fast as float32, and if the relative root mean square error of the cache logits
-        is at most :data:`HALF_ERROR`.
-        """
-        if self.precision != "auto":
-            dtype: torch.dtype = getattr(torch, self.precision)
-            return dtype
-        if q < HALF_FROM_QUERIES:
-            return torch.float32
-        if beta not in self._products:
-            self._products[beta] = self._fastest(beta)
-        return self._products[beta]
+    @cached_property
+    def _kept_halved(self) -> Tensor:
+        halved, start = torch.empty(self.array.shape, dtype=self.products, device=self.device), 0
+        for keys, _ in self.blocks():
+            halved[start : start + len(keys)] = keys - self._centre
+            start += len(keys)
+        return halved
 
-    def _fastest(self, beta: float) -> torch.dtype:
-        if self.n * self.d < HALF_FROM:
-            return torch.float32
-        if self.device != "cpu" and 2 * self.n * self.d > room_on(self.device) // 2:  # size in half precision
-            return torch.float32
-        rows = np.linspace(0, self.n - 1, min(self.n, QUERY_BLOCK * self._times()), dtype=np.int64)
-        features = torch.from_numpy(self.array[rows]).to(self.device).float()
-        few = self.array[: 2 * KEY_BLOCK * self._times()]
-        some = Keys(few, self.class_ids[: len(few)].cpu().numpy(), self.n_classes, self.device)
-        some.__dict__["_centre"] = self._centre
-        present = some.counts > 0
-        seconds: dict[torch.dtype, list[float]] = {}
-        logits: dict[torch.dtype, Tensor] = {}
-        for _ in range(4):
-            for dtype in (torch.float32, torch.bfloat16 if self.device == "cpu" else torch.float16):
-                start = time.perf_counter()
-                logits[dtype] = some.cache_logits(features, beta, products=dtype)[:, present]
-                if self.device != "cpu":
-                    torch.cuda.synchronize()
-                seconds.setdefault(dtype, []).append(time.perf_counter() - start)
-        exact = logits[torch.float32]
-        best, least = torch.float32, min(seconds[torch.float32][1:]) / HALF_GAIN
-        for dtype, taken in seconds.items():
-            error = float(((logits[dtype] / exact - 1) ** 2).mean().sqrt())
-            if error <= HALF_ERROR and min(taken[1:]) <= least:
-                best, least = dtype, min(taken[1:])
-        return best
+    @cached_property
+    def _centre(self) -> Tensor:
+        return self.sums.sum(0) / self.n
 
     def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor]]:
         """See :meth:`KeyStream.of_classes`."""

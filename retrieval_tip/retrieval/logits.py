@@ -105,16 +105,8 @@ class Retrieval(ABC):
         return self.keys.discriminant(points) if self.settings.gamma else None
 
     def _cache_over_all(self, points: Tensor, others: tip.Terms) -> Tensor:
-        """Compute the cache logits over all keys, using float32 where half precision could change the answer."""
-        beta = self.settings.beta
-        products = self.keys.products(beta, len(points))
-        cache = self.keys.cache_logits(points, beta, products=products)
-        if products != torch.float32 and len(points):
-            terms, error = AnswerTerms(others.text, cache, others.discriminant), min(1.0, CLOSE * beta)
-            parts = self._parts(len(points))
-            close = torch.cat([uncertain(terms.queries(part), self.settings, error) for part in parts])
-            cache[close] = self.keys.cache_logits(points[close], beta, products=torch.float32)
-        return cache
+        """Compute the cache logits over all keys. ``others`` are the other terms."""
+        return self.keys.cache_logits(points, self.settings.beta)
 
     def _parts(self, q: int) -> Iterator[slice]:
         """Split ``q`` queries into blocks whose logits fit in the CPU cache."""
@@ -248,9 +240,15 @@ class IndexRetrieval(Retrieval):
         return replace(self, text_weights=self.text_weights.double(), values=values, metric=metric)
 
     def _cache_over_all(self, points: Tensor, others: tip.Terms) -> Tensor:
-        if self.values is None:
-            return super()._cache_over_all(points, others)
-        return self.keys.cache_logits(points, self.settings.beta, self.values)
+        """Compute the cache logits over all keys, using float32 where half precision could change the answer."""
+        beta = self.settings.beta
+        cache = self.keys.cache_logits(points, beta, self.values)
+        if self.values is None and self.keys.products != torch.float32 and len(points):
+            terms, error = AnswerTerms(others.text, cache, others.discriminant), min(1.0, CLOSE * beta)
+            parts = self._parts(len(points))
+            close = torch.cat([uncertain(terms.queries(part), self.settings, error) for part in parts])
+            cache[close] = self.keys.cache_logits(points[close], beta, products=torch.float32)
+        return cache
 
     @property
     def by_class(self) -> bool:

@@ -18,12 +18,11 @@ import torch
 
 from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.backbones.loading import load_backbone
-from retrieval_tip.data.encoder import Encoder, FeatureBlock
+from retrieval_tip.data.encoder import FeatureBlock
 from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.files import real
 from retrieval_tip.index import places
-from retrieval_tip.index.precision import settle
 from retrieval_tip.labelling.groups import group, threshold_of
 from retrieval_tip.retrieval.logits import LOGITS, slices
 from retrieval_tip.server import metrics, schemas
@@ -133,33 +132,28 @@ class Backbones:
 
     def __init__(self, device: str, precision: Precision, verify: Verify | None, *known: Backbone) -> None:
         self.device, self.precision, self.verify = device, precision, verify
-        self._open: weakref.WeakValueDictionary[tuple[str, Path | None, str], Any] = weakref.WeakValueDictionary()
+        self._open: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
         for backbone in known:
-            self._open[backbone.identity.fingerprint, None, ""] = backbone
+            self._open[backbone.identity.fingerprint] = backbone
 
     def of(self, cache: AnsweringIndex, name: str) -> Backbone | None:
         """Return an index's backbone, or ``None`` if the index names none or loading fails. Failures are logged."""
         identity = cache.backbone
         if identity is None:
             return None
-        shared = (identity.fingerprint, cache.tuned, "")
-        key = (*shared[:2], name) if self.precision == "fast" else shared  # which is checked for each index
-        backbone: Backbone | None = self._open.get(key) or self._open.get(shared)
+        backbone: Backbone | None = self._open.get(identity.fingerprint)
         if backbone is None:
             try:
                 backbone = self._loaded(identity, cache)
             except (BackboneError, UsageError) as error:
                 log.warning("%s: cannot load the encoder, so only features are accepted: %s", name, error)
                 return None
-            self._open[key] = backbone
+            self._open[identity.fingerprint] = backbone
         return backbone
 
     def _loaded(self, identity: Identity, cache: AnsweringIndex) -> Backbone:
-        backbone = load_backbone(
-            identity.model, identity.pretrained, device=self.device, precision=self.precision, tuned=cache.tuned
-        )
+        backbone = load_backbone(identity.model, identity.pretrained, device=self.device, precision=self.precision)
         check_backbone(identity, cache.d, backbone, [])
-        settle(Encoder(backbone), cache)
         backbone.encode_images(torch.zeros(1, 3, *backbone.size))  # warms up the backbone
         return backbone
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +17,7 @@ import torch
 from retrieval_tip import tip
 from retrieval_tip.errors import StoreError
 from retrieval_tip.files import real
-from retrieval_tip.store.folder import Check, find_weights, read_array, read_curve, read_labels
+from retrieval_tip.store.folder import Check, read_array, read_curve, read_labels
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.writer import Writer
@@ -45,8 +45,8 @@ class Contents:
     ``keys`` is a float32 or float16 array of shape ``[n, d]``, and ``labels`` has one row per key. ``text`` has shape
     ``[c, d]`` and ``values`` has shape ``[n, c]``; both are float32. A fitted index also has a ``metric``, the
     ``points`` of the keys under that metric, and the ``sums`` of the keys. ``prior`` is the scatter of other photos, of
-    shape ``[d, d]``. A fine-tuned index also has the loss ``curve`` and the path of its encoder ``weights``. ``index``
-    is ``None`` for the type ``Flat``. :meth:`read` does not set it, because the caller opens the index with FAISS.
+    shape ``[d, d]``. A fine-tuned index also has the loss ``curve``. ``index`` is ``None`` for the type ``Flat``.
+    :meth:`read` does not set it, because the caller opens the index with FAISS.
     """
 
     keys: npt.NDArray[np.floating]
@@ -54,7 +54,6 @@ class Contents:
     text: npt.NDArray[np.floating] | torch.Tensor
     values: npt.NDArray[np.floating] | torch.Tensor | None = None
     curve: pa.Table | None = None
-    weights: Path | None = None
     index: SavedIndex | None = None
     metric: tip.Metric | None = None
     points: npt.NDArray[np.floating] | None = None
@@ -84,17 +83,16 @@ class Contents:
             text=read_array(folder, files["text"], (c, manifest.d)),
             values=read_array(folder, files["values"], (manifest.n, c), (np.float32,)) if "values" in files else None,
             curve=read_curve(folder, files["curve"]) if "curve" in files else None,
-            weights=find_weights(folder, files["weights"]) if "weights" in files else None,
         )
 
-    def write(self, writer: Writer, stored: Stored | None) -> Contents:
+    def write(self, writer: Writer, stored: Stored | None) -> None:
         """Seal the files that are not shared with the parent version of the writer.
 
-        ``stored`` is the version from which these contents were read. Return the contents with the new path of
-        ``weights``. Raises StoreError if a file is damaged or cannot be written.
+        ``stored`` is the version from which these contents were read. Raises StoreError if a file is damaged or cannot
+        be written.
         """
         same = stored.same(self) if stored is not None and stored.is_before(writer) else set()
-        for kind in same - {"weights"}:
+        for kind in same:
             writer.keep(kind)
         new = [kind for kind in HELD if kind not in writer.files and getattr(self, kind) is not None]
         check = None if stored is None else stored.check_of_copied(same)
@@ -102,7 +100,6 @@ class Contents:
             list(pool.map(functools.partial(self._seal, writer), new))
         if check is not None:
             check.wait()
-        return self if self.weights is None else replace(self, weights=writer.seal_weights(self.weights))
 
     def _seal(self, writer: Writer, kind: str) -> None:
         held = getattr(self, kind)
@@ -173,7 +170,7 @@ class Stored:
             kinds.discard("index")
         if self.manifest.later:
             kinds -= {"keys", "labels", "points", "index"}
-        return kinds | ({"weights"} & files.keys())
+        return kinds
 
     def check_of_copied(self, same: Collection[str]) -> Check | None:
         """Start to verify the files that are copied, so that damaged data does not get a valid digest.

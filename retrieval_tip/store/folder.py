@@ -5,7 +5,7 @@ Readers see either the old version or the new version, never a mixture of the tw
 manifest.json             the current version, which is replaced with a single rename
 manifests/000003.json     an earlier version, which is kept until it is deleted
 data/keys-<digest>.npy    data/labels-<digest>.parquet    data/text-<digest>.npy    data/index-<digest>.faiss
-data/values-<digest>.npy  data/weights-<digest>.safetensors  data/curve-<digest>.parquet       in a fine-tuned index
+data/values-<digest>.npy  data/curve-<digest>.parquet                                  in a fine-tuned index
 data/metric-<digest>.npy  data/points-<digest>.npy  data/sums-<digest>.npy                     in a fitted index
 lock                      locked by the process that is writing
 """
@@ -26,7 +26,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from safetensors import SafetensorError, safe_open
 
 from retrieval_tip.errors import StoreError, first_line
 from retrieval_tip.files import sha256_of
@@ -250,24 +249,6 @@ def read_curve(folder: Path, file: DataFile) -> pa.Table:
     if len(table) != file.rows:
         raise StoreError(f"{folder / file.name}: has {len(table)} rows instead of {file.rows}")
     return table
-
-
-def find_weights(folder: Path, file: DataFile) -> Path:
-    """Return the path of a fine-tuned encoder's weights. Raises StoreError if they do not match the manifest."""
-    path = folder / file.name
-    number = count_tensors(path)
-    if number != file.rows:
-        raise StoreError(f"{path}: has {number} tensors instead of {file.rows}")
-    return path
-
-
-def count_tensors(path: Path) -> int:
-    """Return the number of tensors in a safetensors file. Raises StoreError if it is not a safetensors file."""
-    try:
-        with safe_open(path, framework="np") as file:
-            return len(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise StoreError(f"{path}: cannot be read as safetensors ({first_line(error)})") from None
 
 
 def _read_table(path: Path) -> pa.Table:

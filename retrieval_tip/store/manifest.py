@@ -26,7 +26,7 @@ They are still read, but no longer written.
 """
 
 SUFFIXES = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy", "values": ".npy",
-            "weights": ".safetensors", "curve": ".parquet", "metric": ".npy", "points": ".npy", "sums": ".npy",
+            "curve": ".parquet", "metric": ".npy", "points": ".npy", "sums": ".npy",
             "prior": ".npy", "classes": ".parquet", "second": ".npy"}  # fmt: skip
 """Kinds of data files. :meth:`Manifest.expected` says which of them a version has.
 
@@ -37,7 +37,7 @@ SUFFIXES = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".n
   ``points``, which is ``phi(K)``. If the index has many keys, it also has ``sums``, a float64 array of shape
   ``[c + d, 1 + d]`` over all keys (see :class:`sums.Sums`). If it was fitted with the scatter of other photos, that is
   the ``prior``, a float32 array of shape ``[d, d]``.
-- A fine-tuned index has ``weights``, the tensors of the encoder, and ``curve``, the training loss.
+- A fine-tuned index has ``curve``, the training loss.
 - ``classes`` contains the label, the text weight, the number of keys and the key sum of each class of a table.
   ``second`` is the sum of the outer products of its keys, of shape ``[d, d]``.
 """
@@ -57,8 +57,7 @@ _TABLE_FILE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)+")
 class DataFile:
     """An immutable file of an index, described by its path in the folder, number of rows, size and SHA-256.
 
-    ``rows`` is the number of rows of an array or a table. It is the number of vectors that an index was trained on, and
-    the number of tensors in encoder weights.
+    ``rows`` is the number of rows of an array or a table, or the number of vectors that an index was trained on.
     """
 
     name: str
@@ -157,7 +156,10 @@ class Manifest:
         remedy: str = "restore it, or delete the folder and build the index again",
         outdated: str = "build it again",
     ) -> Manifest:
-        """Invert :meth:`to_bytes`. Raises StoreError if the manifest is damaged or has an old format."""
+        """Invert :meth:`to_bytes`.
+
+        Raises StoreError if the manifest is damaged, has an old format, or names a trained encoder.
+        """
         damaged = f"{name}: damaged"
         try:
             body = json.loads(raw.decode("utf-8"))
@@ -183,6 +185,10 @@ class Manifest:
             raise StoreError(f"{damaged} (its checksum does not match); {remedy}")
         if unknown := body.keys() - _ENTRIES:  # an unknown entry may change every answer
             raise StoreError(f"{name}: has unknown entries ({ascii(sorted(unknown))[:100]}); install {writer}")
+        if isinstance(body.get("files"), dict) and "weights" in body["files"]:
+            raise StoreError(
+                f"{name}: the index has trained encoder weights, which are no longer read; build the index again"
+            )
         try:
             _need(_whole(version, OLDEST_VERSION), "format_version")
             return cls.parse(body)
@@ -251,7 +257,7 @@ class Manifest:
             }  # fmt: skip
         return {
             "keys": (n, True), "labels": (n, True), "text": (c, True), "index": (None, self.index != FLAT or None),
-            "values": (n, False if self.later else None), "weights": (None, None), "curve": (None, None),
+            "values": (n, False if self.later else None), "curve": (None, None),
             "metric": (1 + d, moved), "points": (n, moved and None), "sums": (c + d, None), "prior": (d, None),
         }  # fmt: skip
 

@@ -11,7 +11,6 @@ import io
 import math
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +28,6 @@ from retrieval_tip.store import history, lock
 from retrieval_tip.store.folder import (
     check_name,
     check_there,
-    count_tensors,
     earlier_paths,
     is_index,
     lies_in,
@@ -114,21 +112,6 @@ class Writer:
         except pa.ArrowException as error:
             raise InputError(f"{kind}: cannot store a column ({first_line(error)})") from None
         self.seal(kind, staged, len(table))
-
-    def seal_weights(self, path: Path) -> Path:
-        """Copy a safetensors file to the ``weights`` of this version, and return the new path.
-
-        If ``path`` is the file of the parent version, it is shared instead of copied. Raises StoreError if the file is
-        not a safetensors file.
-        """
-        shared = self.parent.files.get("weights") if self.parent else None
-        if shared is not None and path.resolve() == (self.folder / shared.name).resolve():
-            self.keep("weights")
-            return path
-        number = count_tensors(path)
-        staged = self.stage("weights")
-        shutil.copyfile(path, staged)
-        return self.seal("weights", staged, number)
 
     def keep(self, kind: str) -> None:
         """Share the data file of this kind with the parent version."""

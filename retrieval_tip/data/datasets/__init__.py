@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from retrieval_tip.data.datasets.facts import Dataset, facts, names
-from retrieval_tip.data.datasets.layouts import READERS, lacking, look_into
+from retrieval_tip.data.datasets.layouts import READERS, lacking
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError
 
-__all__ = ["Dataset", "check", "facts", "names", "open_dataset"]
+__all__ = ["Dataset", "facts", "names", "open_dataset"]
 
 
 def open_dataset(name: str, root: str | os.PathLike[str], split: str) -> Source:
@@ -35,23 +35,6 @@ def open_dataset(name: str, root: str | os.PathLike[str], split: str) -> Source:
     if missing:
         raise InputError(missing[0] + (f" ({len(missing) - 1} more missing)" if len(missing) > 1 else ""))
     return replace(READERS[dataset.layout](dataset, folder, split), dataset=dataset.name)
-
-
-def check(name: str, root: str | os.PathLike[str]) -> list[str]:
-    """Return the problems of a dataset below ``root``, one per line. Raises UsageError if the name is unknown."""
-    dataset = facts(name)
-    folder = _folder(dataset, Path(root))
-    problems = lacking(dataset, folder, tuple(dataset.images))
-    if problems:
-        return problems
-    for split in dataset.images:
-        try:
-            problems += look_into(dataset, folder, split)
-        except InputError as error:
-            problems.append(str(error))
-        except OSError as error:  # no permission to enter a folder
-            problems.append(f"{error.filename or folder}: {error.strerror or error}")
-    return list(dict.fromkeys(problems))
 
 
 def _folder(dataset: Dataset, root: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The folder, the prompts and the published settings of each dataset."""
+"""The folder and the prompts of each dataset."""
 
 from __future__ import annotations
 
@@ -33,9 +33,6 @@ class Dataset:
     listing: str  # file that names the classes (split file, variants.txt or classnames.txt)
     classes: int  # number of classes
     templates: tuple[str, ...]  # prompt templates, whose features are averaged
-    scale: tuple[float, float]  # published search scales of beta and alpha
-    alpha: float  # published initial alpha
-    beta: float = 1.0  # published initial beta
     aliases: tuple[str, ...] = ()  # other accepted names
 
 
@@ -47,40 +44,40 @@ def _all(folder: str) -> dict[str, str]:
 DATASETS = (
     # ImageNet results are usually reported on images/val, so it is the test part and there is no validation part.
     Dataset("ImageNet", "imagenet", "class folders", {"train": "images/train", "test": "images/val"},
-            "classnames.txt", 1000, IMAGENET, (7, 3), 1.17, aliases=("imagenet-1k", "ilsvrc2012")),
+            "classnames.txt", 1000, IMAGENET, aliases=("imagenet-1k", "ilsvrc2012")),
     Dataset("Caltech101", "caltech-101", "split file", _all("101_ObjectCategories"),
-            "split_zhou_Caltech101.json", 100, PHOTO, (12, 5), 3, aliases=("caltech",)),
+            "split_zhou_Caltech101.json", 100, PHOTO, aliases=("caltech",)),
     Dataset("OxfordPets", "oxford_pets", "split file", _all("images"),
-            "split_zhou_OxfordPets.json", 37, ("a photo of a {}, a type of pet.",), (7, 3), 1.17, aliases=("pets",)),
+            "split_zhou_OxfordPets.json", 37, ("a photo of a {}, a type of pet.",), aliases=("pets",)),
     Dataset("StanfordCars", "stanford_cars", "split file", _all(""),
-            "split_zhou_StanfordCars.json", 196, PHOTO, (20, 10), 3, aliases=("cars",)),
+            "split_zhou_StanfordCars.json", 196, PHOTO, aliases=("cars",)),
     Dataset("Flowers102", "oxford_flowers", "split file", _all("jpg"),
-            "split_zhou_OxfordFlowers.json", 102, ("a photo of a {}, a type of flower.",), (50, 50), 10,
+            "split_zhou_OxfordFlowers.json", 102, ("a photo of a {}, a type of flower.",),
             aliases=("flowers", "oxford-flowers-102")),
     Dataset("Food101", "food-101", "split file", _all("images"),
-            "split_zhou_Food101.json", 101, ("a photo of {}, a type of food.",), (10, 10), 1.17, aliases=("food",)),
+            "split_zhou_Food101.json", 101, ("a photo of {}, a type of food.",), aliases=("food",)),
     Dataset("FGVCAircraft", "fgvc_aircraft", "variant lists", _all("images"),
-            "variants.txt", 100, ("a photo of a {}, a type of aircraft.",), (30, 30), 5,
+            "variants.txt", 100, ("a photo of a {}, a type of aircraft.",),
             aliases=("fgvc", "aircraft")),
     Dataset("SUN397", "sun397", "split file", _all("SUN397"),
-            "split_zhou_SUN397.json", 397, PHOTO, (12, 10), 1.17, aliases=("sun",)),
+            "split_zhou_SUN397.json", 397, PHOTO, aliases=("sun",)),
     Dataset("DTD", "dtd", "split file", _all("images"),
-            "split_zhou_DescribableTextures.json", 47, ("{} texture.",), (13, 13), 2,
+            "split_zhou_DescribableTextures.json", 47, ("{} texture.",),
             aliases=("describable-textures",)),
     Dataset("EuroSAT", "eurosat", "split file", _all("2750"),
-            "split_zhou_EuroSAT.json", 10, ("a centered satellite photo of {}.",), (12, 10), 2),
+            "split_zhou_EuroSAT.json", 10, ("a centered satellite photo of {}.",)),
     Dataset("UCF101", "ucf101", "split file", _all("UCF-101-midframes"),
-            "split_zhou_UCF101.json", 101, ("a photo of a person doing {}.",), (7, 3), 3, aliases=("ucf",)),
-    # These are test sets for an ImageNet index, with the prompts and settings of ImageNet.
+            "split_zhou_UCF101.json", 101, ("a photo of a person doing {}.",), aliases=("ucf",)),
+    # These are test sets for an ImageNet index, with the prompts of ImageNet.
     Dataset("ImageNet-V2", "imagenetv2", "numbered class folders",
             {"test": "imagenetv2-matched-frequency-format-val"},
-            "classnames.txt", 1000, IMAGENET, (7, 3), 1.17),
+            "classnames.txt", 1000, IMAGENET),
     Dataset("ImageNet-Sketch", "imagenet-sketch", "class folders", {"test": "images"},
-            "classnames.txt", 1000, IMAGENET, (7, 3), 1.17),
+            "classnames.txt", 1000, IMAGENET),
     Dataset("ImageNet-A", "imagenet-adversarial", "class folders", {"test": "imagenet-a"},
-            "classnames.txt", 200, IMAGENET, (7, 3), 1.17),
+            "classnames.txt", 200, IMAGENET),
     Dataset("ImageNet-R", "imagenet-rendition", "class folders", {"test": "imagenet-r"},
-            "classnames.txt", 200, IMAGENET, (7, 3), 1.17),
+            "classnames.txt", 200, IMAGENET),
 )
 # fmt: on
 

@@ -19,7 +19,6 @@ from retrieval_tip.files import read_regular
 log = logging.getLogger(__name__)
 
 MAX_LISTING = 1 << 26  # largest size of a list of classes or images, in bytes
-SAMPLE = 16  # number of images or class folders in each part that are checked
 
 
 def split_file(dataset: Dataset, folder: Path, split: str) -> Source:
@@ -128,29 +127,6 @@ def lacking(dataset: Dataset, folder: Path, splits: tuple[str, ...]) -> list[str
     return missing + [
         f"{show(part)}: no such folder; expected {images_look}" for part in parts if not os.path.isdir(part)
     ]
-
-
-def look_into(dataset: Dataset, folder: Path, split: str) -> list[str]:
-    """Check the classes of a part and a sample of its images, and return the problems.
-
-    Raises InputError if a listing file is damaged.
-    """
-    if in_folders := dataset.layout in ("class folders", "numbered class folders"):
-        places = list(named_folders(dataset, folder, split).values())
-        where, number = show(folder / dataset.images[split]), len(places)
-    else:
-        source = READERS[dataset.layout](dataset, folder, split)
-        where, number, places = source.name, len(source.class_names), [Path(path) for path in source.paths or ()]
-    sample = places[:: max(1, len(places) // SAMPLE)]
-    gone = [path for path in sample if not (any(images.find(path)) if in_folders else os.path.isfile(path))]
-    problems = []
-    if number != dataset.classes:
-        look = f"; expected {EXPECTED[dataset.layout][1]}" if in_folders else ""
-        problems.append(f"{where}: {number} classes; {dataset.name} has {dataset.classes}{look}")
-    if gone:
-        what = "class folders without images" if in_folders else "images missing"
-        problems.append(f"{where}: {len(gone)} of {len(sample)} sampled {what}, first {show(gone[0])}")
-    return problems
 
 
 EXPECTED: Mapping[Layout, tuple[str, str]] = {

@@ -1,8 +1,7 @@
-"""Simple linear classifiers that are trained on the shots of an index and serve as baselines.
+"""Linear classifiers that are trained on the shots of an index and serve as baselines.
 
-In the formulas, ``K`` is the matrix of keys (shape ``[n, d]``), and ``mu_c`` is the mean of the ``n_c`` keys of class
-c. The hyperparameters of a baseline are selected on the same folds of the shots as those of the closed-form fit
-(:mod:`fit.closed_form`).
+In the formulas, ``K`` is the matrix of keys (shape ``[n, d]``), and ``mu_c`` is the mean of the keys of class c. The
+hyperparameters are selected on the same folds of the shots as those of the closed-form fit.
 """
 
 from __future__ import annotations

@@ -1,0 +1,112 @@
+"""Few-shot methods that the benchmarks fit to the same shots."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import baselines
+import numpy as np
+import torch
+
+from retrieval_tip import CacheModel, Encoder
+from retrieval_tip.data.sources import Source
+from retrieval_tip.fit import closed_form, search_hp
+from retrieval_tip.fit.finetune import finetune, own_shots
+from retrieval_tip.fit.folds import Queries
+from retrieval_tip.fit.scatter import FloatArray
+from retrieval_tip.fit.trainer import Recipe
+
+STEPS = (200, 20)
+"""Numbers of steps of the published grid for beta and alpha."""
+
+
+@dataclass(frozen=True)
+class Items:
+    """Labelled features of shape ``[m, d]``, their class ids of shape ``[m]``, and the name of their split."""
+
+    features: np.ndarray
+    ids: np.ndarray
+    name: str
+
+    @classmethod
+    def of(cls, pool: CacheModel, source: Source, encoder: Encoder) -> Items:
+        """Encode a labelled source, using the class ids of the pool."""
+        ids, encoded = pool.ids_of(source), encoder.encode(source)
+        return cls(encoded.features, ids[encoded.positions], source.name)
+
+
+@dataclass(frozen=True)
+class Shots:
+    """Tip-Adapter with default settings over the shots of a run, and their source, which fine-tuning needs.
+
+    ``prior`` is the scatter of other datasets, of shape ``[d, d]``. Settings are selected on ``val``, or on the shots.
+    With ``scales``, they are selected on ``val`` from the published grid, whose largest beta and alpha are ``scales``.
+    """
+
+    cache: CacheModel
+    source: Source
+    encoder: Encoder
+    seed: int
+    prior: FloatArray | None = None
+    val: Items | None = None
+    scales: tuple[float, float] | None = None
+
+    @property
+    def queries(self) -> Queries | None:
+        """The validation items as queries."""
+        val = self.val
+        return None if val is None else Queries(val.features, val.ids, val.name)
+
+
+Answering = CacheModel | baselines.Linear
+Method = Callable[[Shots], Answering]
+
+
+def zero_shot(shots: Shots) -> Answering:
+    return shots.cache.with_settings(shots.cache.settings.override(alpha=0.0))
+
+
+def paper(shots: Shots) -> Answering:
+    return shots.cache.with_settings(shots.cache.settings.override(alpha=1.0, beta=5.5))
+
+
+def searched(shots: Shots) -> Answering:
+    cache, queries = shots.cache, shots.queries
+    if shots.val is not None and shots.scales is not None:
+        return search_grid(cache, shots.val, shots.scales)
+    if queries is None:
+        if min(filter(None, cache.counts)) < 2:  # a single shot cannot be held out
+            return cache
+        queries = Queries.leave_one_out(cache)
+    return cache.with_settings(search_hp.search(cache, queries, cautious=True).settings(cache.settings))
+
+
+def search_grid(cache: CacheModel, val: Items, scales: tuple[float, float]) -> CacheModel:
+    """Search the published grid of beta and alpha. The first of several equally good settings is selected."""
+    betas, alphas = ([0.1 + i * (s - 0.1) / n for i in range(n)] for s, n in zip(scales, STEPS, strict=True))
+    best, chosen, y = -1, cache.settings, torch.from_numpy(val.ids)
+    for beta in betas:
+        terms = cache.with_settings(cache.settings.override(beta=beta)).terms(val.features, "all")
+        for alpha in alphas:
+            right = int(((terms.text + alpha * terms.cache).argmax(dim=1).cpu() == y).sum())
+            if right > best:
+                best, chosen = right, cache.settings.override(alpha=alpha, beta=beta)
+    return cache.with_settings(chosen)
+
+
+def cache_alone(shots: Shots) -> Answering:
+    text = torch.zeros_like(shots.cache.text_weights)
+    return searched(replace(shots, cache=replace(shots.cache, text_weights=text)))
+
+
+def fine_tuned(shots: Shots) -> Answering:
+    own = own_shots(shots.cache, shots.source)
+    return finetune(shots.cache, own, shots.encoder, Recipe(seed=shots.seed), val=shots.queries).cache
+
+
+def closed(shots: Shots, asked: closed_form.Fit | None = None) -> Answering:
+    cache = copy.copy(shots.cache)
+    closed_form.fit(cache, asked)
+    return cache
