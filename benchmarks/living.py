@@ -3,6 +3,7 @@
 \b
     python benchmarks/living.py                     # add 1000 keys to 1,000,000 x 512 of 1000 classes, index Classes
     python benchmarks/living.py --index IVF4000,Flat
+    python benchmarks/living.py --keys 100000 --added 100 --index Flat --metric
 
 Each addition opens the index, searches for duplicates in other classes, and commits a new version to disk. No images
 are encoded, because the features are read from a table for both the build and the additions, which run in one process.
@@ -33,10 +34,11 @@ from retrieval_tip.index import changes
 @click.option("--dim", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--classes", type=click.IntRange(min=1), default=1000, show_default=True)
 @click.option("--index", default="auto", show_default=True)
+@click.option("--metric", is_flag=True, help="Fit a metric, with one-hot values.")
 @click.option("--times", type=click.IntRange(min=1), default=5, show_default=True, help="Number of additions.")
 @click.option("--folder", type=click.Path(path_type=Path, exists=True), default=tempfile.gettempdir,
               help="Folder for temporary files.")  # fmt: skip
-def main(keys: int, added: int, dim: int, classes: int, index: str, times: int, folder: Path) -> None:
+def main(keys: int, added: int, dim: int, classes: int, index: str, metric: bool, times: int, folder: Path) -> None:
     """Measure the build and the changes, and print the results."""
     if shutil.disk_usage(folder).free < 16 * keys * dim:  # the table, the keys, an index that holds them, a new version
         raise click.ClickException(f"{folder}: needs {16 * keys * dim / GIB:.1f} GiB of free space")
@@ -47,7 +49,8 @@ def main(keys: int, added: int, dim: int, classes: int, index: str, times: int, 
         target, late = place / "index", place / "late.parquet"
         write_tables(place, made, keys)
         source, text = open_source(place / "table.parquet"), place / "text.parquet"
-        built = {"text": text, "index": index, "fit": "none", "device": "cpu"}
+        fit = {"metric": "within", "values": "one-hot"} if metric else {"fit": "none"}
+        built = {"text": text, "index": index, "device": "cpu"} | fit
         found["build"] = clocked(lambda: build_index(source, target, Encoder(), **built))
         factory = CacheModel.load(target, device="cpu", verify="fast").index.factory
         taken = []

@@ -34,7 +34,7 @@ from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, first
 from retrieval_tip.retrieval.vector_index import GPU_MAX_K
 from retrieval_tip.settings import Ask, AskOptions, Built, Dtype, Fitted, KeysMet, Norms, Settings
 from retrieval_tip.store import history
-from retrieval_tip.store.manifest import DataFile, Manifest, Segment, Table, TableDigests
+from retrieval_tip.store.manifest import DataFile, Manifest, Table
 
 if TYPE_CHECKING:
     from retrieval_tip.cache_model import CacheModel
@@ -151,11 +151,6 @@ class AnsweringIndex(ABC):
 
         By default, all classes and key ids match. ``source`` matches any source that contains it, ignoring case.
         """
-
-    @property
-    @abstractmethod
-    def segments(self) -> int:
-        """Number of segments that hold the keys."""
 
     @abstractmethod
     def having(self, column: Literal["digest", "source"], values: Iterable[str | None]) -> pa.Table:
@@ -495,10 +490,6 @@ class EditableIndex(AnsweringIndex):
         valid name.
         """
 
-    @abstractmethod
-    def compact(self) -> None:
-        """Merge all segments into one, and rebuild the index without changing its type."""
-
 
 def similar_shots(
     index: AnsweringIndex, features: Features, n: int = 5, *, norms: Norms = "check"
@@ -530,18 +521,18 @@ def manifest_of(
     change: str,
     files: dict[str, DataFile],
     *,
-    later: Sequence[Segment] = (),
     table: Table | None = None,
-    digests: TableDigests | None = None,
+    digests: dict[str, str] | None = None,
 ) -> Manifest:
     """Create the manifest of version ``number``. ``change`` describes how it differs from ``parent``."""
+    assert index.next_key_id is not None
     return Manifest(
         version=number, parent=None if parent is None else parent.version, **history.stamp(),
         n=index.n, d=index.d, dtype=index.dtype, class_names=index.class_names, templates=index.templates,
         settings=index.settings, index=index.index_type,
         backbone=index.backbone.to_dict() if index.backbone else None, provenance=index.provenance, files=files,
-        later=list(later), next_key_id=index.next_key_id, change=change, table=table, fitted=index.fitted,
-        built=index.built, digests=digests,
+        next_key_id=index.next_key_id, change=change, table=table, fitted=index.fitted, built=index.built,
+        digests=digests or {},
     )  # fmt: skip
 
 

@@ -23,14 +23,14 @@ from retrieval_tip.data.shots import spread
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.files import real
 from retrieval_tip.retrieval import inputs
+from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.retrieval.defaults import Statistics, measure
 from retrieval_tip.retrieval.inputs import Features, Labels
-from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, auto_for, beside, index_over, points_of
+from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, auto_for, index_over, points_of
 from retrieval_tip.retrieval.labelled_keys import LabelledKeys
 from retrieval_tip.retrieval.logits import IndexRetrieval, slices
 from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
-from retrieval_tip.retrieval.segments import KeyArray, Segments, joined, runs, segments_of
-from retrieval_tip.retrieval.vector_index import VectorIndex
+from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
 from retrieval_tip.settings import Built, Dtype, Fitted, Precision, Settings, Verify
 from retrieval_tip.store.contents import Contents, Stored
 from retrieval_tip.store.folder import Check, check_earlier, opened, read_manifest, read_version
@@ -51,8 +51,8 @@ class KeyEdits(EditableIndex):
     See :class:`CacheModel` for the attributes.
     """
 
-    keys: KeyArray | Segments
-    points: KeyArray | Segments | None
+    keys: KeyArray
+    points: KeyArray | None
     class_ids: Tensor
     index: VectorIndex
     sums: Sums | None
@@ -73,19 +73,9 @@ class KeyEdits(EditableIndex):
         return "float16" if self.keys.dtype == np.float16 else "float32"
 
     @property
-    def met(self) -> KeyArray | Segments:
+    def met(self) -> KeyArray:
         """The transformed keys if there is a metric, or the keys themselves."""
         return self.keys if self.points is None else self.points
-
-    def _with_points(self) -> KeyArray | Segments:
-        known = [] if self.points is None else list(segments_of(self.points))
-        late = [points_of(self.metric, part, self.device) for part in segments_of(self.keys)[len(known) :]]
-        return joined([*known, *(part for part in late if part is not None)])
-
-    @property
-    def segments(self) -> int:
-        """Number of segments that hold the keys. The FAISS index covers the first segment."""
-        return len(segments_of(self.keys))
 
     @property
     def _labelled(self) -> LabelledKeys:
@@ -100,9 +90,7 @@ class KeyEdits(EditableIndex):
         c, beta, bonus = len(self.class_names), self.settings.beta, fitted.bonus
         return Ridge(c, beta, fitted.ridge, self.device, fitted.class_prior, bonus)
 
-    def _index_over(
-        self, keys: KeyArray | Segments, class_ids: npt.NDArray[np.int64], factory: str | None = None
-    ) -> VectorIndex:
+    def _index_over(self, keys: KeyArray, class_ids: npt.NDArray[np.int64], factory: str | None = None) -> VectorIndex:
         """Build a FAISS index over other keys, with the current type and search effort by default."""
         wanted = self.index.factory if factory is None else factory
         index = index_over(keys, class_ids, len(self.class_names), wanted, self.device)
@@ -130,10 +118,7 @@ class KeyEdits(EditableIndex):
         digests: Sequence[str | None] | None = None,
         extra: pa.Table | None = None,
     ) -> list[int]:
-        """Add keys (see :meth:`answering.EditableIndex.add`). The cost depends only on the number of added keys.
-
-        The new keys become a segment that is not part of the FAISS index. Once these segments hold as many keys as the
-        index, the index is rebuilt.
+        """Add keys (see :meth:`answering.EditableIndex.add`).
 
         If the values were solved, they are solved again. In a large index, only the values of the new keys are solved
         (see :class:`ridge.Ridge`). If the values were trained, the new keys get one-hot rows.
@@ -188,7 +173,6 @@ class KeyEdits(EditableIndex):
         own = pc.equal(self.labels["class_id"], class_id)
         column = pc.if_else(own, new, self.labels["label"])
         self.labels = self.labels.set_column(self.labels.column_names.index("label"), "label", column)
-        self._stored = None if self._stored is None else replace(self._stored, named=False)
         self._follow()
 
     def _merge(self, class_id: int, into: str) -> None:
@@ -216,10 +200,8 @@ class KeyEdits(EditableIndex):
         ids = np.searchsorted(kept, self.labels["class_id"].to_numpy())
         moved = pa.array(ids, self.labels.schema.field("class_id").type)
         self.labels = self.labels.set_column(self.labels.column_names.index("class_id"), "class_id", moved)
-        self._stored = None if self._stored is None else replace(self._stored, named=False)
-        first = segments_of(self.met)[0]
         if self.index.by_class:
-            self.index = self._index_over(first, self._labelled.class_ids[: len(first)])
+            self.index = self._index_over(self.met, self._labelled.class_ids)
         self._follow()
 
     def solve(self) -> None:
@@ -237,14 +219,13 @@ class KeyEdits(EditableIndex):
         points = np.asarray(self.met, dtype=np.float32)
         self.values = self._ridge.values(torch.from_numpy(points).to(self.device), self.class_ids)
 
-    def compact(self, factory: str | None = None, dtype: Dtype | None = None, *, again: bool = False) -> None:
-        """Merge all segments into one, and rebuild the FAISS index.
+    def rebuild(self, factory: str | None = None, dtype: Dtype | None = None) -> None:
+        """Sort the keys, and recompute the points, the solved values and the FAISS index.
 
         Args:
             factory: the new type of the index. If it is ``auto``, :func:`keys.auto_for` selects the type and ``k``.
                 Defaults to the current type.
             dtype: the new type of the keys, float32 or float16. Defaults to the current type.
-            again: whether to recompute the points and the solved values. This is always done if ``dtype`` changes.
 
         Raises:
             UsageError: if the factory is invalid.
@@ -255,18 +236,16 @@ class KeyEdits(EditableIndex):
             factory, k = auto_for(self.keys.shape, dtype or self.dtype, len(self.class_names), self.device)
             settings = replace(settings, k=k)
         ordered = self._labelled.take(self._labelled.order())
-        again = again or (dtype is not None and ordered.keys.dtype != dtype)
-        if again:
-            with np.errstate(over="ignore"):  # overflow becomes infinity, which raises an error below
-                keys = np.asarray(ordered.keys).astype(dtype or self.dtype)
-            if not np.isfinite(keys).all():
-                raise InputError(f"keys: values too large for {keys.dtype}; use float32")
-            ordered = replace(ordered, keys=keys, points=points_of(self.metric, keys, self.device))
+        with np.errstate(over="ignore"):  # overflow becomes infinity, which raises an error below
+            keys = ordered.keys.astype(dtype or self.dtype)
+        if not np.isfinite(keys).all():
+            raise InputError(f"keys: values too large for {keys.dtype}; use float32")
+        ordered = replace(ordered, keys=keys, points=points_of(self.metric, keys, self.device))
         index = self._index_over(ordered.met, ordered.class_ids, factory)
         self._take(ordered)
-        self.index, self.settings, self.sums = index, settings, None if again else self.sums
+        self.index, self.settings, self.sums = index, settings, None
         self._follow()
-        if again and self.n <= MOST_SOLVED:
+        if self.n <= MOST_SOLVED:
             self.solve()
 
     def set_fitted(
@@ -274,13 +253,11 @@ class KeyEdits(EditableIndex):
     ) -> None:
         """Set the metric and the values, and rebuild the FAISS index over the transformed keys.
 
-        ``factory`` defaults to the current type. All keys must be in one segment. Raises UsageError if the factory is
-        invalid.
+        ``factory`` defaults to the current type. Raises UsageError if the factory is invalid.
         """
         moved = self.metric is not None or metric is not None
         self.metric, self.values, self.fitted = metric, values, fitted
-        self.points = None
-        self.points = None if metric is None else self._with_points()
+        self.points = points_of(metric, self.keys, self.device)
         if moved or factory not in (None, self.index.factory):
             self.index = self._index_over(self.met, self.class_ids.cpu().numpy(), factory)
         self._follow()
@@ -290,13 +267,15 @@ class KeyEdits(EditableIndex):
         self.values, self.points = labelled.values, labelled.points
 
     def _hold(self, labelled: LabelledKeys, sums: Sums | None) -> None:
-        """Replace the keys and their sums, and rebuild the index if the first segment has changed."""
+        """Replace the keys and their sums, and fill the FAISS index with the new keys.
+
+        The index is only trained again once the number of keys has doubled.
+        """
         labelled = labelled if self._ridge is None else self._ridge.solved(labelled)
-        first, *late = segments_of(labelled.met)
-        if first is not segments_of(self.met)[0]:
-            self.index = self._index_over(first, labelled.class_ids[: len(first)])
-        elif not late:
-            self.index = self.index.bare()
+        if self.index.by_class or len(labelled.keys) >= 2 * self.index.trained:
+            self.index = self._index_over(labelled.met, labelled.class_ids)
+        else:
+            self.index = self.index.refilled(labelled.met)
         self._take(labelled)
         self.sums = sums
         self._follow()
@@ -306,12 +285,11 @@ class KeyEdits(EditableIndex):
 
     def _follow(self) -> None:
         class_ids = self.labels["class_id"].to_numpy().astype(np.int64)
-        c, (base, *late) = len(self.class_names), segments_of(self.met)
-        if not self.index.by_class and self.index.indexed != len(base):
-            raise InputError(f"index: has {self.index.indexed} vectors for {len(base)} keys of the first segment")
-        if late or (self.index.by_class and self.index.indexed < c):
-            counts = np.bincount(class_ids[: len(base)], minlength=c)
-            self.index = beside(self.index, late, class_ids[len(base) :], counts)
+        c = len(self.class_names)
+        if self.index.by_class and self.index.n < c:
+            self.index = self._index_over(self.met, class_ids)
+        if self.index.n != (c if self.index.by_class else self.n):
+            raise InputError(f"index: has {self.index.n} vectors for {self.n} keys of {c} classes")
         means = self.index.vectors if self.index.by_class and self.index.exact_affinity else None
         self._keys = Keys(self.met, class_ids, c, self.device, self.precision, means)
         self.class_ids = self._keys.class_ids
@@ -327,18 +305,17 @@ class CacheModel(KeyEdits):
     ``dataclasses.replace``. Do not modify the arrays in place.
 
     Attributes:
-        keys: the keys as a float32 or float16 array of shape ``[n, d]``, grouped by class. They can also be split into
-            several segments. In that case, the FAISS index only covers the first segment.
+        keys: the keys as a float32 or float16 array of shape ``[n, d]``, grouped by class.
         labels: the label store, which has one row per key.
         class_names: the names of the ``c`` classes, in order.
         text_weights: the text weights as a float32 tensor of shape ``[c, d]``. If the index has no text, they are zero.
-        index: the FAISS index over the first segment.
+        index: the FAISS index over the keys or, if there is a metric, over the points.
         settings: the defaults for every call.
         values: the solved or trained values as a float32 tensor of shape ``[n, c]`` on the device (see
             :class:`tip.Values`), or ``None`` if values are one-hot.
         metric: the fitted metric, or ``None``.
-        points: the transformed keys ``phi(K)``, in the same dtype and segments as ``keys``. If you do not pass them,
-            they are computed.
+        points: the transformed keys ``phi(K)``, in the same dtype as ``keys``. If you do not pass them, they are
+            computed.
         fitted: a description of how the metric and the values were fitted (see :mod:`fit.closed_form`), or ``None``.
         curve: the loss curve of the training, which has one row per epoch.
         precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
@@ -353,7 +330,7 @@ class CacheModel(KeyEdits):
     Raises InputError if the values have the wrong shape, or if the curve has no rows.
     """
 
-    keys: KeyArray | Segments
+    keys: KeyArray
     labels: pa.Table
     class_names: list[str]
     text_weights: Tensor
@@ -370,7 +347,7 @@ class CacheModel(KeyEdits):
     folder: Path | None = None
     next_key_id: int | None = None
     metric: tip.Metric | None = None
-    points: KeyArray | Segments | None = None
+    points: KeyArray | None = None
     fitted: Fitted | None = None
     built: Built = field(default_factory=Built)
 
@@ -381,7 +358,7 @@ class CacheModel(KeyEdits):
         self.text_weights = self.text_weights.to(self.device)
         if self.metric is not None:
             self.metric = self.metric.to(self.device)
-            self.points = self._with_points()
+            self.points = points_of(self.metric, self.keys, self.device) if self.points is None else self.points
         self._follow()
         if self.values is not None:
             inputs.check_shape("values", self.values.shape, (self.n, len(self.class_names)), "one row per key")
@@ -410,11 +387,11 @@ class CacheModel(KeyEdits):
     def __setstate__(self, state: dict[str, Any]) -> None:
         (factory, stored), prior, device = state.pop("index"), state.pop("prior"), present(state.pop("device"))
         state |= {name: _writable(state[name]) for name in ("keys", "points") if state[name] is not None}
-        first = segments_of(state["keys"] if state["points"] is None else state["points"])[0]
+        met = state["keys"] if state["points"] is None else state["points"]
         if stored is None:
-            index = VectorIndex.build(first, factory, device)
+            index = VectorIndex.build(met, factory, device)
         else:
-            index = VectorIndex.of_array(stored, factory, device, first.dtype == np.float16)
+            index = VectorIndex.of_array(stored, factory, device, met.dtype == np.float16)
         self.__init__(**state, index=index, device=device)  # type: ignore[misc]
         self.prior = prior
 
@@ -511,8 +488,8 @@ class CacheModel(KeyEdits):
             yield every[rows[part]], np.asarray(self.keys[rows[part]])
 
     def stored_blocks(self) -> Iterator[tuple[pa.Table, KeyArray]]:
-        for part in runs(self.keys, KEY_BLOCK):
-            yield self.labels.slice(part.start, part.stop - part.start), self.keys[part]
+        for part in slices(self.n, KEY_BLOCK):
+            yield self.labels.slice(part.start, KEY_BLOCK), self.keys[part]
 
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
         return rows_with(self.labels, labels, source, key_ids)
@@ -546,10 +523,6 @@ class CacheModel(KeyEdits):
         retrieval = self.retrieval
         near = retrieval.nearest(retrieval.points(features), k)
         return near.affinity, near.rows.cpu().numpy()
-
-    def whole(self) -> Self:
-        """Return an equal index that holds all keys in one segment."""
-        return self if self.segments == 1 else self.take(self._labelled.order())
 
     def take(self, rows: npt.NDArray[np.int64]) -> Self:
         """Return an index that consists of the keys at the given rows. Rows may repeat.
@@ -664,8 +637,11 @@ class CacheModel(KeyEdits):
         """
         with write(Path(folder)) as writer:
             _check_current(self, writer)
-            writer.keep_all()
             self.fitted = None if self.fitted is None else replace(self.fitted, automatic=False)
+            if writer.parent is not None and writer.parent.later:
+                self.commit(writer, change)
+                return
+            writer.keep_all()
             check = _commit(self, writer, change)
             self._stored = Stored(check, None if self._stored is None else self._stored.contents)
 
@@ -676,46 +652,62 @@ class CacheModel(KeyEdits):
         self._stored = Stored.of(_commit(self, writer, change), contents)
 
 
-def _in_memory(array: KeyArray | Segments) -> KeyArray | Segments:
-    """Return arrays that are not memory-mapped."""
-    return joined([np.array(part) if isinstance(part, np.memmap) else part for part in segments_of(array)])
+def _in_memory(array: KeyArray) -> KeyArray:
+    """Return an array that is not memory-mapped."""
+    return np.array(array) if isinstance(array, np.memmap) else array
 
 
-def _writable(array: KeyArray | Segments) -> KeyArray | Segments:
-    """Return arrays that torch accepts. In a process of joblib, they are mapped from a file that is read-only."""
-    return joined([np.require(part, requirements="W") for part in segments_of(array)])
+def _writable(array: KeyArray) -> KeyArray:
+    """Return an array that torch accepts. In a process of joblib, it is mapped from a file that is read-only."""
+    return np.require(array, requirements="W")
 
 
 def _opened(cls: type[T], place: Path, manifest: Manifest, device: str, precision: Precision) -> T:
-    contents, files, c = Contents.read(place, manifest), manifest.files, len(manifest.class_names)
-    path, half = place / files["index"].name, manifest.dtype == "float16"
-    index = VectorIndex.load(path, manifest.index, device, half)
-    if index.d != manifest.d or not (index.indexed <= c if index.by_class else index.indexed == files["keys"].rows):
-        raise StoreError(f"{path}: does not match the manifest; build the index again")
+    contents = Contents.read(place, manifest)
+    points = points_of(contents.metric, contents.keys, device) if contents.points is None else contents.points
+    met = contents.keys if points is None else points
+    index = _read_index(place, manifest, contents, met, device)
     cache = cls(
-        keys=joined(contents.segments), labels=contents.labels, class_names=manifest.class_names,
-        text_weights=torch.from_numpy(contents.text), index=index, settings=manifest.settings,
+        keys=contents.keys, labels=contents.labels, class_names=manifest.class_names,
+        text_weights=torch.from_numpy(contents.text), settings=manifest.settings,
+        index=index,
         templates=manifest.templates, provenance=manifest.provenance, device=device, version=manifest.version,
         backbone=Identity.from_dict(manifest.backbone) if manifest.backbone else None,
         values=None if contents.values is None else torch.from_numpy(contents.values),
         curve=contents.curve, precision=precision, folder=place, next_key_id=manifest.next_key_id,
-        metric=contents.metric, points=contents.points, fitted=manifest.fitted, built=manifest.built,
+        metric=contents.metric, points=points, fitted=manifest.fitted, built=manifest.built,
     )  # fmt: skip
     cache.sums, cache.prior = contents.sums, contents.prior
     return cache
 
 
+def _read_index(place: Path, manifest: Manifest, contents: Contents, met: KeyArray, device: str) -> VectorIndex:
+    if manifest.index == FLAT_FACTORY:
+        return VectorIndex.build(met, FLAT_FACTORY, device)
+    file, c = manifest.files["index"], len(manifest.class_names)
+    path, half = place / file.name, manifest.dtype == "float16"
+    index = VectorIndex.load(path, manifest.index, device, half, file.rows)
+    matches = index.n <= c if index.by_class else index.n == manifest.files["keys"].rows
+    if index.d != manifest.d or not matches:
+        raise StoreError(f"{path}: does not match the manifest; build the index again")
+    if not manifest.later:
+        return index
+    if index.by_class:
+        return index_over(met, contents.labels["class_id"].to_numpy().astype(np.int64), c, manifest.index, device)
+    return index.refilled(met)
+
+
 def _contents(cache: CacheModel) -> Contents:
     sums = cache.sums
     return Contents(
-        segments=segments_of(cache.keys),
+        keys=cache.keys,
         labels=cache.labels,
         text=cache.text_weights,
         values=cache.values,
         curve=cache.curve,
-        index=cache.index,
+        index=None if cache.exact_search else cache.index,
         metric=cache.metric,
-        points=None if cache.points is None else segments_of(cache.points)[0],
+        points=cache.points,
         sums=sums if sums is not None and sums.nbytes * SUMS_FROM <= cache.keys.nbytes else None,
         prior=cache.prior,
     )
@@ -733,7 +725,7 @@ def _commit(cache: CacheModel, writer: Writer, change: str) -> Check:
     """Write the manifest of this version, and return a check that is already complete."""
     cache.check_answers()
     number = writer.parent.version + 1 if writer.parent else 1
-    manifest = manifest_of(cache, number, writer.parent, change, writer.files, later=writer.later)
+    manifest = manifest_of(cache, number, writer.parent, change, writer.files)
     writer.commit(manifest)
     cache.version, cache.folder = manifest.version, writer.folder
     return Check(writer.folder, manifest, known=manifest.data_files)
@@ -751,7 +743,7 @@ def verify(folder: str | os.PathLike[str]) -> CacheModel:
         raise StoreError(f"{place}: text weights are not finite; build the index again")
     if cache.values is not None and not torch.isfinite(cache.values).all():
         raise StoreError(f"{place}: values are not finite; fit again, or roll back to the previous version")
-    blocks = ((cache.keys[part], cache.class_ids.numpy()[part]) for part in runs(cache.keys, KEY_BLOCK))
+    blocks = ((cache.keys[part], cache.class_ids.numpy()[part]) for part in slices(cache.n, KEY_BLOCK))
     if cache.sums is not None and not cache.sums.are_of(blocks):
         raise StoreError(f"{place}: sums do not match the keys; run index rebuild, then fit")
     vectors = cache.met
@@ -761,8 +753,9 @@ def verify(folder: str | os.PathLike[str]) -> CacheModel:
     queries = np.ascontiguousarray(vectors[sample], dtype=np.float32)
     if not np.isfinite(queries).all():
         raise StoreError(f"{place}: keys are not finite; build the index again")
-    affinity, rows = cache.index.search(queries, 1)
-    if cache.index.exact_affinity:
+    if not cache.exact_search:
+        affinity, rows = cache.index.search(queries, 1)
+    if not cache.exact_search and cache.index.exact_affinity:
         own = np.einsum("qd,qd->q", queries, vectors[np.maximum(rows[:, 0], 0)], dtype=np.float64)
         if not np.allclose(affinity[:, 0], own, rtol=1e-3, atol=1e-3):
             raise StoreError(f"{place}: the FAISS index does not match the keys; build the index again")

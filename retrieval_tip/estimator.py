@@ -151,7 +151,6 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             cache.set_fitted(None, None, None)  # the next fit solves the values again
         cache.add(_rows(rows, self._normalize), _ids(labels, self._names))
         if self._letters is not None:
-            cache.compact()
             closed_form.fit(cache, Fit(*self._letters))
         self.cache_ = cache
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, TypedDict, get_args
 
 from retrieval_tip.bounds import check_count
@@ -51,8 +51,6 @@ def check_choice(name: str, value: object, alias: object) -> None:
         raise UsageError(f"{name} {value!r}: expected one of {', '.join(words)}")
 
 
-ADDED_AFTER_FORMAT_1 = {"later": True}
-"""Metadata of a setting that was added after format 1. When an older manifest is read, the default is used."""
 FITTED = ("gamma", "least_cache", "log_offset")
 """Settings that only a fit can set. If an index has not been fitted, they have their defaults."""
 
@@ -88,9 +86,9 @@ class Settings:
     k: int | None = None
     tail: bool = True
     temperature: float = 1.0
-    least_cache: float | None = field(default=None, metadata=ADDED_AFTER_FORMAT_1)
-    log_offset: float | None = field(default=None, metadata=ADDED_AFTER_FORMAT_1)
-    gamma: float = field(default=0.0, metadata=ADDED_AFTER_FORMAT_1)
+    least_cache: float | None = None
+    log_offset: float | None = None
+    gamma: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma", "logit_scale", "temperature"):

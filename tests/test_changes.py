@@ -35,7 +35,6 @@ from retrieval_tip.errors import BackboneError, StoreError, UsageError
 from retrieval_tip.files import sha256_of
 from retrieval_tip.index import changes, folders
 from retrieval_tip.index.build import build_index
-from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.manifest import Manifest
@@ -98,13 +97,11 @@ def index(tmp_path: Path, table: Path, text: Path) -> Path:
 
 
 @pytest.fixture
-def segmented(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same index with two more keys in a second segment."""
-    monkeypatch.setattr(labelled_keys, "SMALL", 0)
+def grown(index: Path, tmp_path: Path) -> Path:
+    """The same index with two more keys."""
     changes.add(
         index, open_source(write_table(tmp_path / "late.parquet", unit_rows(2, D, 3), ["dog", "cat"])), Encoder()
     )
-    assert len(store.read_manifest(index).segments) == 2
     return index
 
 
@@ -205,7 +202,6 @@ def test_add_skips_known_images_if_asked(run: Any, pictures: Path, tmp_path: Pat
 def test_add_skips_known_features_if_asked(
     run: Any, tmp_path: Path, kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(labelled_keys, "SMALL", 0)
     rows = unit_rows(8, D, 5)
     rows[0, 0] = 0.0
     first = write_table(tmp_path / "first.parquet", rows[:4], ["cat", "dog"] * 2, digest=["", None, "", None])
@@ -304,15 +300,14 @@ def test_add_warns_about_another_spelling_of_a_class(run: Any, index: Path, tmp_
     assert changes.merge(index, tmp_path / "other").alike == {"The_Owl": "the owl"}
 
 
-def test_add_does_not_rewrite_files_of_the_base(segmented: Path, tmp_path: Path) -> None:
-    first, base = store.earlier_manifests(segmented)[0], data_files(segmented)
+def test_add_does_not_rewrite_unchanged_files(index: Path, tmp_path: Path) -> None:
+    first, base = store.read_manifest(index).files, data_files(index)
     more = write_table(tmp_path / "more.parquet", unit_rows(1, D, 4), ["cat"])
-    changes.add(segmented, open_source(more), Encoder())
-    manifest, now = store.read_manifest(segmented), data_files(segmented)
-    assert manifest.files == first.files
+    changes.add(index, open_source(more), Encoder())
+    files, now = store.read_manifest(index).files, data_files(index)
+    assert {kind for kind in files if files[kind] != first[kind]} == {"keys", "labels"}
     assert {name: now[name] for name in base} == base
-    assert len(manifest.segments) == 3
-    assert len(now) == len(base) + 2  # keys and labels
+    assert len(now) == len(base) + 2
 
 
 def test_damage_is_not_copied_under_a_valid_digest(tmp_path: Path) -> None:
@@ -322,7 +317,7 @@ def test_damage_is_not_copied_under_a_valid_digest(tmp_path: Path) -> None:
     file = tmp_path / "i" / store.read_manifest(tmp_path / "i").files["keys"].name
     assert file.stat().st_size > store.FAST_BYTES
     flip(file)
-    with pytest.raises(StoreError, match=file.name):  # small segments are joined with new keys
+    with pytest.raises(StoreError, match=file.name):
         changes.add(tmp_path / "i", more, Encoder())
     assert version(tmp_path / "i") == 1
     flip(file)
@@ -389,7 +384,6 @@ def test_a_change_without_effect_makes_no_version(run: Any, index: Path) -> None
     for command, message in (
         (("relabel", index, "cat", "--where", "label = 'cat'"), "relabelled 0 shots as cat"),
         (("relabel", index, "cat", "--key-ids", 0, "--key-ids", 2), "relabelled 0 shots as cat"),
-        (("compact", index), "one segment"),
     ):
         done = run("index", *command)
         assert (done.exit_code, done.stdout) == (0, f"{index}: version 1, {message}\n")
@@ -418,26 +412,36 @@ def lists(tmp_path: Path) -> Path:
     return tmp_path / "lists"
 
 
-def test_fewer_keys_than_lists_are_refused_with_a_solution(run: Any, lists: Path) -> None:
-    before = snapshot(lists)
-    refused(run("index", "remove", lists, "--where", "key_id > 9"), 1, "'IVF16,Flat'", "rebuild", "index=Flat")
-    assert snapshot(lists) == before
-    assert run("index", "rebuild", lists, "--index", "Flat").exit_code == 0
+def test_an_index_can_have_fewer_keys_than_lists(run: Any, lists: Path) -> None:
     assert run("index", "remove", lists, "--where", "key_id > 9").exit_code == 0
     assert verify(lists).n == 10
+    refused(run("index", "rebuild", lists), 2, "'IVF16,Flat'")
+    assert run("index", "rebuild", lists, "--index", "Flat").exit_code == 0
 
 
-def test_changes_in_a_late_segment_leave_the_base_unchanged(segmented: Path) -> None:
-    files, base = store.read_manifest(segmented).files, data_files(segmented)
-    changes.relabel(segmented, "cat", key_ids=[6])
-    changes.remove(segmented, key_ids=[7])
-    assert store.read_manifest(segmented).files == files
-    now = data_files(segmented)
-    assert {name: now[name] for name in base} == base
-    assert labels_of(segmented)[6] == "cat"
-    changes.remove(segmented, key_ids=[6])
-    assert opened(segmented).segments == 1
-    assert store.read_manifest(segmented).files == files  # without late keys, the base is left
+@pytest.mark.parametrize("index", ["IVF4,Flat", "HNSW8", "SQ8", "Classes", "Flat"])
+@pytest.mark.parametrize("opened_again", [True, False])
+def test_an_index_of_any_type_finds_added_and_moved_keys(tmp_path: Path, index: str, opened_again: bool) -> None:
+    def again(cache: CacheModel) -> CacheModel:
+        cache.save(tmp_path / "i")
+        return verify(tmp_path / "i") if opened_again else cache
+
+    keys, labels = unit_rows(40, D), ["a", "b"] * 20
+    cache = again(CacheModel.from_features(keys, labels, ["a", "b"], device="cpu", index=index))
+    trained = cache.index.trained
+    key_ids = cache.add(unit_rows(3, D, 9), ["a", "b", "a"])
+    cache.relabel([0, 3], ["b", "a"])
+    cache.remove([5])
+    cache = again(cache)
+    every = cache.keys_of(np.array(sorted(cache.labels["key_id"].to_pylist())))
+    _, rows = cache.nearest(torch.from_numpy(every), 1)
+    assert cache.labels["key_id"].to_numpy()[rows[:, 0]].tolist() == sorted(cache.labels["key_id"].to_pylist())
+    assert cache.labels["label"].to_numpy()[rows[[0, 3], 0]].tolist() == ["b", "a"]
+    assert set(key_ids) <= set(cache.labels["key_id"].to_pylist())
+    if index == "IVF4,Flat":
+        assert cache.index.trained == trained
+        cache.add(unit_rows(40, D, 10), labels)  # twice as many keys
+        assert again(cache).index.trained == 82
 
 
 # --- rename
@@ -524,28 +528,24 @@ def test_new_templates_give_new_text_weights(run: Any, pictures: Path, lit_mini:
     assert store.history(pictures)["change"].to_pylist()[-1] == "set alpha 2, 2 templates"
 
 
-# --- compact, rebuild
+# --- rebuild
 
 
-def test_a_compacted_index_equals_a_new_build_bit_for_bit(
-    run: Any, segmented: Path, table: Path, text: Path, tmp_path: Path
+def test_a_changed_index_equals_a_new_build_bit_for_bit(
+    run: Any, grown: Path, table: Path, text: Path, tmp_path: Path
 ) -> None:
     rows = [pq.read_table(path).select(["id", "label", "feature"]) for path in (table, tmp_path / "late.parquet")]
     pq.write_table(pa.concat_tables(rows), tmp_path / "all.parquet")
     source = open_source(tmp_path / "all.parquet")
     built = build_index(source, tmp_path / "fresh", Encoder(), text=text, alpha=1.0, beta=4.0, device="cpu")
-    answers = opened(segmented).logits(QUERIES)
-    done = run("index", "compact", segmented)
-    assert done.stdout == f"{segmented}: version 3, one segment\n"
-    cache = verify(segmented)
-    np.testing.assert_array_equal(cache.keys, built.keys)
-    assert torch.equal(cache.logits(QUERIES), built.logits(QUERIES))
-    np.testing.assert_allclose(cache.logits(QUERIES), answers, atol=1e-4)
-    one, other = store.read_manifest(segmented).files, store.read_manifest(tmp_path / "fresh").files
-    assert [one[kind].sha256 for kind in ("keys", "index", "text")] == [
-        other[kind].sha256 for kind in ("keys", "index", "text")
-    ]
-    assert labels_of(segmented) == labels_of(tmp_path / "fresh")
+    for _ in range(2):
+        cache = verify(grown)
+        np.testing.assert_array_equal(cache.keys, built.keys)
+        assert torch.equal(cache.logits(QUERIES), built.logits(QUERIES))
+        one, other = store.read_manifest(grown).files, store.read_manifest(tmp_path / "fresh").files
+        assert [one[kind].sha256 for kind in ("keys", "text")] == [other[kind].sha256 for kind in ("keys", "text")]
+        assert labels_of(grown) == labels_of(tmp_path / "fresh")
+        assert run("index", "rebuild", grown).exit_code == 0
 
 
 def test_a_failed_rebuild_changes_nothing(run: Any, index: Path) -> None:
@@ -674,7 +674,7 @@ def test_an_invalid_audit_table_changes_nothing(run: Any, flipped: Path, tmp_pat
 
 
 def test_where_answers_like_an_index_of_the_matching_keys(
-    run: Any, segmented: Path, table: Path, text: Path, tmp_path: Path
+    run: Any, grown: Path, table: Path, text: Path, tmp_path: Path
 ) -> None:
     rows = pq.read_table(table)
     pq.write_table(
@@ -684,22 +684,22 @@ def test_where_answers_like_an_index_of_the_matching_keys(
     asked = write_table(tmp_path / "q.parquet", QUERIES, ["cat", "dog", "cat", "dog", "cat", "dog", "cat"])
     options = ("--logits", "--format", "json")
     where = ("--where", "camera <> 'a'")  # NULL, the camera of late keys, does not match
-    done = run("classify", segmented, asked, *options, *where)
+    done = run("classify", grown, asked, *options, *where)
     assert done.exit_code == 0
     assert done.stderr == "where: 4 of 8 shots match (cat 2/4, dog 2/4)\n"
     some, few = rows_of(done.stdout), rows_of(run("classify", tmp_path / "few", asked, *options).stdout)
     assert [row["label"] for row in some] == [row["label"] for row in few]
     np.testing.assert_allclose([row["logits"] for row in some], [row["logits"] for row in few], atol=1e-4)
-    done = run("evaluate", segmented, asked, "--json", *where)
+    done = run("evaluate", grown, asked, "--json", *where)
     assert done.stderr == "where: 4 of 8 shots match (cat 2/4, dog 2/4)\n"
     one, other = json.loads(done.stdout), json.loads(run("evaluate", tmp_path / "few", asked, "--json").stdout)
     assert {name: one[name] for name in ("top1", "cache_top1", "n")} == {
         name: other[name] for name in ("top1", "cache_top1", "n")
     }
-    dogs = run("evaluate", segmented, asked, "--json", "--where", "label = 'dog'")
+    dogs = run("evaluate", grown, asked, "--json", "--where", "label = 'dog'")
     assert json.loads(dogs.stdout)["cache_top1"] == pytest.approx(3 / 7)  # the cache alone cannot answer cat
     for where in ("label = 'owl'", "true; DROP TABLE labels"):
-        refused(run("classify", segmented, asked, "--where", where), 2, "where:")
+        refused(run("classify", grown, asked, "--where", where), 2, "where:")
 
 
 def test_where_only_answers_with_matching_classes_if_there_is_no_text(run: Any, tmp_path: Path) -> None:
@@ -745,22 +745,22 @@ def test_a_fast_check_hashes_small_files_and_compares_sizes_of_large_ones(run: A
 # --- open indexes
 
 
-def test_reload_only_reads_changed_files_and_keeps_the_old_reader_valid(segmented: Path) -> None:
-    reader = opened(segmented)
-    old = set(data_files(segmented))
+def test_reload_only_reads_changed_files_and_keeps_the_old_reader_valid(grown: Path) -> None:
+    reader = opened(grown)
+    old = set(data_files(grown))
     answers = reader.logits(QUERIES)
     near = [key.key_id for key in reader.classify(QUERIES[:1])[0].neighbours]
     assert reader.reload() is reader
-    changes.remove(segmented, key_ids=[0, 7])
-    collect(segmented)
+    changes.remove(grown, key_ids=[0, 7])
+    collect(grown)
     assert torch.equal(reader.logits(QUERIES), answers)
     assert [key.key_id for key in reader.classify(QUERIES[:1])[0].neighbours] == near
     with counted(sha256_of) as hashed:
         now = reader.reload()
     assert now is not reader
-    assert hashed["sha256_of"] == len(set(data_files(segmented)) - old)
+    assert hashed["sha256_of"] == len(set(data_files(grown)) - old)
     assert (now.version, now.n, reader.version, reader.n) == (3, 6, 2, 8)
-    assert torch.equal(now.logits(QUERIES), opened(segmented).logits(QUERIES))
+    assert torch.equal(now.logits(QUERIES), opened(grown).logits(QUERIES))
     assert now.reload() is now
     assert torch.equal(reader.logits(QUERIES), answers)
     with pytest.raises(UsageError, match="reload:"):

@@ -936,13 +936,8 @@ def test_fitting_twice_gives_the_same_bytes(tmp_path):
     assert again.version == 3
 
 
-def test_an_index_with_segments_or_fine_tuning_cannot_be_fitted():
+def test_a_fine_tuned_index_cannot_be_fitted():
     cache = model()
-    cache.add(*(lambda keys, ids: (keys, [cache.class_names[i] for i in ids]))(*clusters(1, seed=3)))
-    if cache.segments > 1:
-        with pytest.raises(InputError, match="compact it first"):
-            closed_form.fit(cache)
-    cache.compact()
     cache.curve = pa.table({"epoch": [1]})
     with pytest.raises(InputError, match="fine-tuned"):
         closed_form.fit(cache)

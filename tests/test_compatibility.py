@@ -1,9 +1,8 @@
-"""Indexes of older formats load for ever. Format N wrote ``indexes/vN``, which never changes.
+"""Every format from 7 on can be read. Format N wrote ``indexes/vN``, which never changes.
 
 ``expected.json`` beside them holds queries ``features`` and the answers of each index at that time: logits over all
-keys and over the 4 nearest. ``v3/plain`` is ``v2/plain`` in a LanceDB store, and ``v6/solved`` and ``v6/metric`` are
-the indexes of format 4 in LanceDB stores. Format 4 added fitted metrics and values, format 5 the settings of the build,
-format 6 the sums of the keys, and format 7 the discriminant, the class prior and the prior scatter.
+keys and over the 4 nearest, and the labels. Format 7 had segments of keys (``plain``, ``classes``, ``lists``, ``graph``
+and ``metric`` have two), FAISS files for the type ``Flat``, and digests of the rows of a LanceDB table.
 """
 
 from __future__ import annotations
@@ -20,89 +19,96 @@ import pytest
 from click.testing import Result
 from conftest import needs_shared
 from PIL import Image
+from sealing import sealed
 
 from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.cache_model import CacheModel, verify
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes
 from retrieval_tip.index.places import at
-from retrieval_tip.settings import Built, Fitted
-from retrieval_tip.store.folder import history, query, read_manifest
-from retrieval_tip.store.manifest import FORMAT_VERSION, TABLE_FORMAT, Manifest
+from retrieval_tip.store.folder import history, read_manifest
+from retrieval_tip.store.manifest import Manifest
 
 INDEXES = Path(__file__).parent / "indexes"
-NAMES = [(version, name) for version in ("v1", "v2") for name in ("plain", "classes")] + [("v2", "graph")]
-NAMES += [("v4", "solved"), ("v4", "metric"), ("v5", "drawn"), ("v5", "fitted"), ("v6", "sums"), ("v7", "discriminant")]
+FOLDERS = ["plain", "classes", "lists", "graph", "metric", "discriminant", "tuned"]
+SEGMENTED = ["plain", "classes", "lists", "graph", "metric"]
+STORES = ["lance-plain", "lance-metric", "lance-solved"]
 
 
-def expected(version: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((INDEXES / version / "expected.json").read_text())
+def expected() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((INDEXES / "v7" / "expected.json").read_text())
     return found
 
 
-def check_answers(cache: AnsweringIndex, version: str, name: str) -> None:
-    known = expected(version)
+def check_answers(index: AnsweringIndex, name: str) -> None:
+    known = expected()
     features, answers = np.array(known["features"], dtype=np.float32), known["answers"][name]
-    np.testing.assert_allclose(cache.logits(features, k="all"), answers["all"], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(cache.logits(features, k=4), answers["k4"], rtol=1e-5, atol=1e-5)
-    assert [found.label for found in cache.classify(features)] == answers["labels"]
+    np.testing.assert_allclose(index.logits(features, k="all"), answers["all"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(index.logits(features, k=4), answers["k4"], rtol=1e-5, atol=1e-5)
+    assert [found.label for found in index.classify(features)] == answers["labels"]
+    assert index.class_names == answers["names"]
+    assert sorted(index.labels["key_id"].to_pylist()) == sorted(answers["key_ids"])
 
 
-def test_every_format_has_test_indexes() -> None:
-    assert sorted(path.name for path in INDEXES.iterdir()) == [f"v{i}" for i in range(1, FORMAT_VERSION + 1)]
-    for version, name in NAMES:
-        body = json.loads((INDEXES / version / name / "manifest.json").read_text())
-        assert f"v{body['format_version']}" == version
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """Return the manifest of the current version as JSON, without the checks of the program."""
+    path = folder / "manifest.json"
+    path = path if path.exists() else sorted((folder / "manifests").iterdir())[-1]
+    body: dict[str, Any] = json.loads(path.read_text())
+    return body
 
 
-@pytest.mark.parametrize(("version", "name"), NAMES)
-def test_an_older_index_gives_its_old_answers_and_can_be_changed(version: str, name: str, tmp_path: Path) -> None:
-    folder = tmp_path / name
-    shutil.copytree(INDEXES / version / name, folder)
-    old = read_manifest(folder)
-    check_answers(verify(folder), version, name)
-    changes.configure(folder, temperature=2.0)
-    new = verify(folder)
-    check_answers(new, version, name)
-    written = json.loads((folder / "manifest.json").read_text())["format_version"]
-    assert written == FORMAT_VERSION
-    kept = folder / "manifests" / f"{old.version:06d}.json"
-    assert kept.read_bytes() == (INDEXES / version / name / "manifest.json").read_bytes()
-    assert history(folder)["change"].to_pylist()[-1] == "set temperature 2"
-    largest = max(new.labels["key_id"].to_pylist())
-    assert new.add(np.eye(8, dtype=np.float32)[:1], ["cat"])[0] > largest
-    new.save(folder)
-    assert verify(folder).n == old.n + 1
-    changes.rollback(folder, old.version)
-    check_answers(verify(folder), version, name)
+def copied(name: str, to: Path) -> str:
+    """Copy an index of format 7, and return its address."""
+    shutil.copytree(INDEXES / "v7" / name, to / name)
+    return f"lance://{to / name}" if name in STORES else str(to / name)
 
 
-def test_an_older_store_gives_its_old_answers_and_can_be_changed(tmp_path: Path) -> None:
-    shutil.copytree(INDEXES / "v3" / "plain", tmp_path / "plain")
-    store = at(f"lance://{tmp_path / 'plain'}")
-    old = store.manifest()
-    assert json.loads((tmp_path / "plain/manifests/000001.json").read_text())["format_version"] == TABLE_FORMAT
-    check_answers(store.verify(), "v2", "plain")
-    changes.configure(f"lance://{tmp_path / 'plain'}", temperature=2.0)
-    check_answers(store.verify(), "v2", "plain")
-    new = store.manifest()
-    assert (new.version, new.settings.temperature) == (old.version + 1, 2.0)
-    assert (old.digests, new.digests.rows) == (None, None)  # would require reading all rows
-    changes.rebuild(f"lance://{tmp_path / 'plain'}")
-    assert store.verify().manifest.digests.rows is not None
+def test_the_indexes_have_everything_that_format_7_could_write() -> None:
+    assert sorted(path.name for path in INDEXES.iterdir()) == ["v7"]
+    manifests = {name: manifest_of(INDEXES / "v7" / name) for name in [*FOLDERS, *STORES]}
+    assert {body["format_version"] for body in manifests.values()} == {7}
+    there = {path.name for path in (INDEXES / "v7").iterdir() if path.is_dir()}
+    assert there == {*manifests, "trained-encoder"}
+    assert {name for name, body in manifests.items() if body["later"]} == set(SEGMENTED)
+    assert all("index" in manifests[name]["files"] for name in FOLDERS)
+    assert {"points", "sums"} <= manifests["metric"]["files"].keys()
+    assert {"points", "prior", "values"} <= manifests["discriminant"]["files"].keys()
+    assert all(len(manifests[name]["digests"]["rows"]) == 64 for name in STORES)
 
 
-@pytest.mark.parametrize("name", ["solved", "metric"])
-def test_an_older_store_keeps_its_fit(name: str, tmp_path: Path) -> None:
-    shutil.copytree(INDEXES / "v6" / name, tmp_path / name)
-    place, folder = f"lance://{tmp_path / name}", CacheModel.load(INDEXES / "v4" / name, device="cpu")
-    assert json.loads((tmp_path / name / "manifests/000001.json").read_text())["format_version"] == 6
-    store = at(place).verify()
-    assert store.fitted == folder.fitted
-    check_answers(store, "v4", name)
-    changes.relabel(place, "cat", key_ids=store.labels["key_id"].to_pylist()[-1:])
-    changes.rollback(place, 1)
-    check_answers(at(place).verify(), "v4", name)
+@pytest.mark.parametrize("name", [*FOLDERS, *STORES])
+def test_an_index_of_format_7_gives_its_old_answers_and_is_rewritten_by_a_change(name: str, tmp_path: Path) -> None:
+    place, folder = copied(name, tmp_path), tmp_path / name
+    before, old = at(place).manifest(), manifest_of(folder)
+    check_answers(at(place).verify(), name)
+    assert manifest_of(folder) == old
+    changes.configure(place, temperature=2.0)
+    check_answers(at(place).verify(), name)
+    written, now = manifest_of(folder), at(place).manifest()
+    assert (written["format_version"], now.version, now.settings.temperature) == (8, before.version + 1, 2.0)
+    assert "later" not in written
+    assert ("index" in now.files) == (now.index != "Flat" and name in FOLDERS)
+    assert at(place).history()["change"].to_pylist()[-1] == "set temperature 2"
+    changes.rollback(place, before.version)
+    check_answers(at(place).verify(), name)
+
+
+@pytest.mark.parametrize("name", [*FOLDERS, *STORES])
+def test_the_keys_of_an_index_of_format_7_can_be_changed(name: str, tmp_path: Path) -> None:
+    place, key_ids = copied(name, tmp_path), expected()["answers"][name]["key_ids"]
+    model = at(place).load(device="cpu")
+    dog, largest = model.find(["dog"])["key_id"].to_pylist()[0], at(place).manifest().next_key_id
+    feature = model.keys_of(np.array([dog]))[0].astype(np.float32)
+    photo = changes.PhotoLabel("new.jpg", "ab" * 32, "cat", "asked", feature)
+    assert changes.label(place, [photo], Encoder()).key_ids == [largest]
+    changes.relabel(place, "cat", key_ids=[dog])
+    changes.remove(place, key_ids=model.find(["owl"])["key_id"].to_pylist()[:1])
+    now = at(place).verify()
+    assert now.n == len(key_ids)
+    assert {largest, dog} <= set(now.find(["cat"])["key_id"].to_pylist())
 
 
 def test_an_index_with_trained_encoder_weights_is_refused(run: Callable[..., Result]) -> None:
@@ -113,85 +119,54 @@ def test_an_index_with_trained_encoder_weights_is_refused(run: Callable[..., Res
     assert refused.stderr == f"Error: {folder}/manifest.json: {expected}\n"
 
 
-def test_format_1_keeps_its_labels_and_settings() -> None:
-    plain = CacheModel.load(INDEXES / "v1" / "plain", device="cpu")
-    assert (plain.version, plain.settings.alpha, plain.settings.beta, plain.settings.k) == (2, 2.0, 4.0, 4)
-    assert plain.provenance == {"alpha": "given", "beta": "given"}
-    assert plain.labels["camera"].to_pylist() == ["a", "b", "a", "b", "a", "b"]
-    asked = query(INDEXES / "v1" / "plain", "SELECT key_id FROM labels")
-    assert asked["key_id"].to_pylist() == [1, 3, 2, 5, 0, 4]
+@pytest.mark.parametrize("name", SEGMENTED)
+def test_settings_alone_also_rewrite_the_segments(name: str, tmp_path: Path) -> None:
+    place = copied(name, tmp_path)
+    cache = CacheModel.load(place, device="cpu")
+    cache.settings = cache.settings.override(temperature=3.0)
+    cache.save_settings(place)
+    assert not read_manifest(Path(place)).later
+    check_answers(verify(place), name)
 
 
-def test_format_2_keeps_its_segments_and_versions() -> None:
-    plain = CacheModel.load(INDEXES / "v2" / "plain", device="cpu")
-    assert (plain.version, plain.settings.alpha, plain.settings.k, plain.segments, plain.next_key_id) == (
-        5,
-        2.0,
-        4,
-        2,
-        9,
-    )
-    assert plain.class_names == ["cat", "dog", "fish", "owl"]
-    assert plain.labels["key_id"].to_pylist() == [1, 3, 2, 5, 0, 4, 7, 6]
-    assert plain.labels["camera"].to_pylist() == ["a", "b", "a", "b", "a", "b", "a", "b"]
-    assert plain.labels["digest"].to_pylist()[-2:] == ["cd" * 32, "ab" * 32]
-    assert history(INDEXES / "v2" / "plain")["change"].to_pylist() == [
+def test_the_versions_of_format_7_are_kept(tmp_path: Path) -> None:
+    place = copied("plain", tmp_path)
+    assert history(Path(place))["change"].to_pylist() == [
         "build",
+        "add 2 keys",
         "add 2 keys and 1 class",
-        "add 1 key",
         "remove 1 key",
         "set alpha 2, k 4",
     ]
-    assert CacheModel.load(INDEXES / "v2" / "plain", device="cpu", version=3).n == 9
+    changes.configure(place, temperature=2.0)
+    old = CacheModel.load(place, device="cpu", version=3)
+    assert (old.n, old.labels["camera"].to_pylist()[:2]) == (22, ["a", "b"])
+    assert changes.gc(place).versions == [1, 2, 3, 4, 5]
+    named = {file.name for file in read_manifest(Path(place)).data_files}
+    assert {f"data/{path.name}" for path in (Path(place) / "data").iterdir()} == named
 
 
-def test_format_4_keeps_its_fit() -> None:
-    solved, metric = (CacheModel.load(INDEXES / "v4" / name, device="cpu") for name in ("solved", "metric"))
-    assert solved.fitted == Fitted("within", "solved", 0.8, 0.1, 12)
-    assert metric.fitted == Fitted("within", "one-hot", 0.5, None, 12)
-    assert (metric.n, metric.segments, metric.version) == (14, 2, 2)
-    assert solved.metric is not None
-    assert solved.values is not None
-    assert metric.values is None
-    assert metric.settings.least_cache is not None
+def test_an_index_of_an_earlier_format_is_refused_in_one_line(tmp_path: Path, run: Callable[..., Result]) -> None:
+    place = Path(copied("plain", tmp_path))
+    (place / "manifest.json").write_bytes(sealed(manifest_of(place) | {"format_version": 6}))
+    failed = run("index", "info", place)
+    assert failed.exit_code == 1
+    assert failed.stderr == f"Error: {place}: built by an earlier version; build it again\n"
 
 
-@pytest.mark.parametrize("name", ["drawn", "fitted"])
-def test_format_5_keeps_the_settings_of_its_build(name: str) -> None:
-    cache = CacheModel.load(INDEXES / "v5" / name, device="cpu")
-    assert cache.built == Built("shots.parquet", shots=5, seed=7)
-    assert (cache.n, cache.version) == (18, 2)
+def test_an_earlier_version_of_an_earlier_format_can_be_deleted(tmp_path: Path) -> None:
+    place = Path(copied("plain", tmp_path))
+    first = place / "manifests/000001.json"
+    first.write_bytes(sealed(json.loads(first.read_text()) | {"format_version": 6}))
+    with pytest.raises(StoreError, match="built by an earlier version; delete earlier versions with index gc"):
+        history(place)
+    changes.gc(place)
+    assert len(history(place)) == 1
 
 
-def test_format_6_keeps_the_sums_of_its_keys() -> None:
-    cache = CacheModel.load(INDEXES / "v6" / "sums", device="cpu")
-    keys = np.asarray(cache.keys, dtype=np.float64)
-    assert cache.sums is not None
-    assert (cache.n, cache.sums.counts.tolist()) == (242, [81, 81, 80])
-    np.testing.assert_allclose(cache.sums.second, keys.T @ keys, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("recorded", "built"),
-    [
-        ({"source": "a.csv", "shots": 4, "seed": 7, "views": 3}, Built("a.csv", 4, 7, 3)),
-        (
-            {"source": "a.csv", "shots": None, "seed": None, "views": 1, "index": "auto"},
-            Built("a.csv", auto_index=True),
-        ),
-        ({"source": 5, "shots": "x", "seed": -1, "views": True, "index": "given"}, Built()),
-        ({}, Built()),
-    ],
-)
-def test_before_format_5_the_provenance_tells_how_an_index_was_built(recorded: dict[str, Any], built: Built) -> None:
-    body = json.loads((INDEXES / "v2" / "plain" / "manifest.json").read_text())
-    manifest = Manifest.parse(body | {"provenance": recorded})
-    assert (manifest.built, manifest.provenance) == (built, recorded)
-
-
-@pytest.mark.parametrize(("version", "name"), NAMES)
-def test_an_older_manifest_survives_a_round_trip(version: str, name: str) -> None:
-    manifest = read_manifest(INDEXES / version / name)
+@pytest.mark.parametrize("name", FOLDERS)
+def test_an_older_manifest_survives_a_round_trip(name: str) -> None:
+    manifest = read_manifest(INDEXES / "v7" / name)
     assert Manifest.from_bytes(manifest.to_bytes(), "m") == manifest
 
 

@@ -35,7 +35,7 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
-from retrieval_tip.retrieval import labelled_keys, vector_index
+from retrieval_tip.retrieval import vector_index
 from retrieval_tip.store import folder as store
 from retrieval_tip.store import lock
 from retrieval_tip.store.writer import collect, write
@@ -44,7 +44,6 @@ D, CLASSES = 8, 4
 NAMES = [f"class {i}" for i in range(CLASSES)]
 WRITERS, READERS = 4, 4
 SECONDS = float(os.environ.get("RETRIEVAL_TIP_SECONDS", "8" if SOAK else "2"))
-SMALL = 8
 QUERIES = unit_rows(4, D, 99)
 
 pytestmark = [killing.needs_fork, pytest.mark.usefixtures("one_thread")]
@@ -85,8 +84,6 @@ def _write(job: killing.Job) -> dict[str, Any]:
                 made = changes.remove(folder, where=f"source IN ({', '.join(map(repr, gone))})")
             assert sorted(made.key_ids) == sorted(own.pop(source) for source in gone)
             removed += gone
-        elif what < 0.93:
-            made = changes.compact(folder)
         elif number == 0:
             collect(folder, keep=2)
         else:
@@ -166,7 +163,7 @@ def _work(job: killing.Job, steps: killing.Steps) -> None:
 
 
 if __name__ == "__main__":
-    labelled_keys.SMALL, lock.LOCK_WAIT = SMALL, 120.0
+    lock.LOCK_WAIT = 120.0
     killing.serve(_work)
     raise SystemExit
 
@@ -376,7 +373,6 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index: Path, tm
             lambda: changes.remove(folder, key_ids=[1]),
             lambda: changes.relabel(folder, NAMES[0], key_ids=[0, 1, 2]),
             lambda: changes.configure(folder, k=7),
-            lambda: changes.compact(folder),
             lambda: changes.rebuild(folder),
             lambda: changes.rollback(folder),
             lambda: changes.merge(folder, index),

@@ -14,7 +14,6 @@ from retrieval_tip.cache_model import CacheModel, label_table
 from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval import duplicates as module
 from retrieval_tip.retrieval.duplicates import NEAR, Duplicate, Duplicates, describe_duplicates, duplicates
-from retrieval_tip.retrieval.segments import Segments
 from retrieval_tip.store.labels import images_of
 
 KINDS = ["identical image", "identical feature", "near-identical"]
@@ -121,14 +120,13 @@ def test_duplicates_do_not_depend_on_blocks(monkeypatch):
     assert whole[1].total > whole[0].total > 0
 
 
-def test_segments_and_memory_maps_give_the_same_duplicates(tmp_path):
+def test_memory_maps_give_the_same_duplicates(tmp_path):
     keys, ids, digests = keys_with_duplicates(4)
     np.save(tmp_path / "keys.npy", keys)
     mapped = np.load(tmp_path / "keys.npy", mmap_mode="r")
     for budget in (0, 10**6):
         plain = duplicates(keys, labels_of(ids, digests), budget=budget)
-        for other in (mapped, Segments([keys[:5], keys[5:6], keys[6:]])):
-            assert duplicates(other, labels_of(ids, digests), budget=budget) == plain
+        assert duplicates(mapped, labels_of(ids, digests), budget=budget) == plain
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 4, 7, 16])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,11 @@ from sealing import one_line, snapshot
 from retrieval_tip import verify
 from retrieval_tip.errors import RetrievalTipError
 from retrieval_tip.index import changes, manage
-from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.writer import collect
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-SEGMENTS = (300, 90, 40)
+ADDED = (300, 90, 40)
 
 Operation = Callable[[Path, Path, str], object]
 OPERATIONS: dict[str, Operation] = living.OPERATIONS | {
@@ -32,18 +31,11 @@ for _name in ("first", "fit to values", "gc", "grow", *living.WHOLE):
     del OPERATIONS[_name]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _segments() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(labelled_keys, "SMALL", 0)
-        yield
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tables and another index, on a disk with enough room."""
     place = tmp_path_factory.mktemp("room")
-    living.make_tables(place, SEGMENTS)
+    living.make_tables(place, ADDED)
     living.built(place / "others", place, "1", "Flat")
     return place
 
@@ -103,7 +95,7 @@ def test_a_first_build_on_a_full_disk_leaves_nothing_and_succeeds_with_more_room
     disk = small_disk(8192)
     folder = disk / "deep" / "index"
     assert refused_until_it_fits(disk, folder, lambda: living.built(folder, place, "0", "Flat")) > 8
-    assert verify(folder).n == SEGMENTS[0]
+    assert verify(folder).n == ADDED[0]
 
 
 def test_a_copy_on_a_full_disk_leaves_nothing_and_succeeds_with_more_room(

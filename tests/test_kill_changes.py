@@ -5,11 +5,11 @@ Run as a script, this file is the writer.
 
 from __future__ import annotations
 
+import datetime
 import os
 import random
 import shutil
 import signal
-import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -32,21 +32,18 @@ from retrieval_tip.index import changes, manage
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.fit import fit_index
-from retrieval_tip.lance import lease, versions
+from retrieval_tip.lance import versions
 from retrieval_tip.lance.address import Address, storage_options
 from retrieval_tip.lance.key_table import KeyTable
 from retrieval_tip.lance.objects import Objects
-from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.store import folder as store
 from retrieval_tip.store import history, lock
 from retrieval_tip.store.writer import FILE_NAME, TEMPORARY
 
 pytestmark = [killing.needs_fork, pytest.mark.timeout(180)]
 
-D, CLASSES, KEPT, SEGMENTS = 8, 4, 3, (24, 8, 3)
+D, CLASSES, KEPT, ADDED = 8, 4, 3, (24, 8, 3)
 QUERIES = unit_rows(4, D, 99)
-LEASE, LIVING = 0.4, 20.0
-"""Seconds after which a lease in a bucket expires: in tests that kill its holder, and in tests that do not."""
 PRUNED_EVERY = 5
 """Number of versions after which old versions of a table are deleted. The next change reaches this number."""
 KILLS = 8 if SOAK else 1
@@ -56,9 +53,9 @@ GROWTH = 5 if SOAK else 3
 UNFITTED, FITTED = {"alpha": 2.0, "beta": 4.0}, {"metric": "within", "values": "one-hot"}
 
 
-def make_tables(place, segments=SEGMENTS):
-    """Write feature tables: one for each segment, one to add, one to build from, and two of text weights."""
-    sizes = zip(("0", "1", "2", "more", "other"), (*segments, 5, 20), strict=True)
+def make_tables(place, added=ADDED):
+    """Write feature tables: three for the index, one to add, one to build from, and two of text weights."""
+    sizes = zip(("0", "1", "2", "more", "other"), (*added, 5, 20), strict=True)
     for number, (name, n) in enumerate(sizes):
         labels = [f"class {i % CLASSES}" for i in range(n)]
         labels[-1] = "class new" if name == "more" else labels[-1]
@@ -78,7 +75,7 @@ def built(place, tables, name, index=None, how=UNFITTED):
 
 
 def make_index(place, tables, index):
-    """Create an index of three segments at version 4."""
+    """Create an index from three tables at version 4."""
     built(place, tables, "0", index)
     for name in ("1", "2"):
         changes.add(place, table(tables, name), Encoder())
@@ -87,6 +84,18 @@ def make_index(place, tables, index):
 
 def rebuild(place):
     return changes.rebuild(place, **({"index": "IvfFlat"} if "://" in str(place) else {"dtype": "float16"}))
+
+
+def grow(place, tables):
+    """Add keys several times. In a bucket, repeat an addition if another process was faster."""
+    left = GROWTH
+    while left:
+        try:
+            changes.add(place, table(tables, "1"), Encoder())
+            left -= 1
+        except StoreError as error:
+            if "changed meanwhile; run again" not in str(error):
+                raise
 
 
 OPERATIONS = {
@@ -98,7 +107,6 @@ OPERATIONS = {
     "remove": lambda place, *_: changes.remove(place, where="source IN ('0 3', '1 2', '2 1')"),
     "remove late": lambda place, *_: changes.remove(place, where="source LIKE '2 %'"),
     "relabel": lambda place, *_: changes.relabel(place, "class 0", where="source IN ('1 1', '1 2')"),
-    "compact": lambda place, *_: changes.compact(place),
     "rebuild": lambda place, *_: rebuild(place),
     "fit": lambda place, *_: fit_index(place, **FITTED),
     "fit to values": lambda place, *_: fit_index(place, values="solved"),
@@ -107,17 +115,16 @@ OPERATIONS = {
     "move": lambda place, *_: manage.rename(place, "moved"),
     "duplicate": lambda place, *_: manage.duplicate(place, "copy"),
     "delete": lambda place, *_: manage.delete(place),
-    "grow": lambda place, tables, _: [changes.add(place, table(tables, "1"), Encoder()) for _ in range(GROWTH)],
+    "grow": lambda place, tables, _: grow(place, tables),
 }  # fmt: skip
 
 
 def count_calls(steps, owner, name):
-    """Count a step before each call of a method in the main thread. A thread renews leases at random times."""
+    """Count a step before each call of a method."""
     call = getattr(owner, name)
 
     def counted(*arguments, **more):
-        if threading.current_thread() is threading.main_thread():
-            steps.step(name)
+        steps.step(name)
         return call(*arguments, **more)
 
     setattr(owner, name, counted)
@@ -138,17 +145,15 @@ def _work(job, steps):
             for name in names:
                 count_calls(steps, owner, name)
         steps.events("fcntl.flock")
-    lease.LEASE = job["lease"]
     OPERATIONS[job["name"]](job["place"], Path(job["tables"]), job["index"])
 
 
 def shrink_limits(patch):
-    """Reduce the number of segments and versions, and the waiting times."""
+    """Reduce the number of versions and the waiting times."""
     for owner, name, value in (
-        (labelled_keys, "SMALL", 0),
         (history, "KEPT_VERSIONS", KEPT),
         (versions, "PRUNED_EVERY", PRUNED_EVERY),
-        (lease, "LEASE", LEASE),
+        (versions, "UNFINISHED", datetime.timedelta()),
         (lock, "LOCK_WAIT", 60.0),
     ):
         patch.setattr(owner, name, value)
@@ -225,9 +230,9 @@ class World:
             shutil.copytree(self.old.removeprefix("lance://"), place.removeprefix("lance://"))
         return place
 
-    def job(self, operation, place, counted=True, seconds=LEASE):
-        job = {"name": operation, "place": place, "tables": str(self.tables), "index": self.index}
-        return job | {"counted": counted, "lease": seconds}
+    def job(self, operation, place, counted=True):
+        tables = str(self.tables)
+        return {"name": operation, "place": place, "tables": tables, "index": self.index, "counted": counted}
 
     def do(self, operation, place):
         OPERATIONS[operation](place, self.tables, self.index)
@@ -255,11 +260,10 @@ def worlds(tmp_path_factory, _environment_of_the_server):
     return found
 
 
-def test_the_indexes_have_several_segments_and_versions(worlds):
+def test_the_indexes_have_several_versions(worlds):
     for world in worlds.values():
         at = stores.at(world.old)
         assert at.history()["version"].to_pylist() == [2, 3, 4]
-        assert at.load(device="cpu").segments >= len(SEGMENTS)
     for name in ("build", "add", "remove", "relabel", "rebuild", "fit"):
         assert worlds["Flat"].expected(name)[1] != worlds["Flat"].before
 
@@ -346,7 +350,7 @@ def states(server, world, operation, folder, moments):
 
 NEEDED = {
     "first": "create_table", "build": "create_table", "add": "add", "remove": "delete", "relabel": "add",
-    "compact": "optimize", "rebuild": "create_index", "gc": "optimize", "fit": "create_table",
+    "rebuild": "create_index", "gc": "optimize", "fit": "create_table",
 }  # fmt: skip
 WHOLE = {"move": ({"old"}, {"moved"}), "duplicate": ({"old"}, {"old", "copy"}), "delete": ({"old"}, set())}
 """Indexes before and after a change of the whole folder."""
@@ -368,7 +372,7 @@ def steps_of(server, world, operation, folder):
 
 
 FOLDERS = [("Flat", name) for name in CHANGES]
-FOLDERS += [("Classes", name) for name in ("add", "relabel", "compact", "rebuild")]
+FOLDERS += [("Classes", name) for name in ("add", "relabel", "rebuild")]
 TABLES = [("lance", name) for name in ("first", *CHANGES)]
 
 
@@ -473,7 +477,7 @@ def test_a_waiting_writer_continues_after_the_current_writer_is_killed(server, w
 @pytest.mark.parametrize("kind", ["lance", "s3"])
 def test_two_concurrent_writers_lose_no_changes(server, worlds, kind, tmp_path):
     place = worlds[kind].copy(tmp_path, "grown", "grow")
-    server.start(*[worlds[kind].job("grow", place, counted=False, seconds=LIVING) for _ in range(2)])
+    server.start(*[worlds[kind].job("grow", place, counted=False) for _ in range(2)])
     assert server.wait() == [0, 0]
     model, grown = stores.at(place).verify(), 35 + 2 * GROWTH * 8
     assert (model.version, model.n, model.next_key_id) == (4 + 2 * GROWTH, grown, grown)
@@ -482,17 +486,13 @@ def test_two_concurrent_writers_lose_no_changes(server, worlds, kind, tmp_path):
     assert sorted(found["source"].to_pylist()[35:]) == sorted([f"1 {i}" for i in range(8)] * 2 * GROWTH)
 
 
-def test_a_killed_writer_blocks_a_bucket_only_until_its_lease_expires(server, worlds, tmp_path, monkeypatch):
+def test_a_killed_writer_does_not_block_a_bucket(server, worlds, tmp_path):
     """Its rows, which no manifest names, are not part of any version."""
     world = worlds["s3"]
     place = world.copy(tmp_path, "waited", "add")
     server.start(world.job("add", place), step=steps_of(server, world, "add", tmp_path).index("add") + 1)
     assert server.wait() == [-signal.SIGKILL]
     assert KeyTable.latest(stores.at(place).address, "keys").rows > 35
-    monkeypatch.setattr(lock, "LOCK_WAIT", 0.0)
-    with pytest.raises(StoreError, match="is being written"):
-        changes.configure(place, k=2)
-    monkeypatch.setattr(lock, "LOCK_WAIT", 10 * LEASE)
     assert changes.remove(place, key_ids=[0]).version == 5
     assert stores.at(place).verify().n == 34
     check_tidy(place)

@@ -30,7 +30,6 @@ from retrieval_tip import CacheModel, verify
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.index import changes
-from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.writer import collect
@@ -81,14 +80,12 @@ class Living(RuleBasedStateMachine):
 
     factory: str
     dtype: str
-    small: int
 
     def __init__(self) -> None:
         super().__init__()
         self.place = Path(tempfile.mkdtemp(prefix="retrieval-tip-living-"))
         self.folder = self.place / "index"
         self.patches = [
-            mock.patch.object(labelled_keys, "SMALL", self.small),
             mock.patch("retrieval_tip.store.history.KEPT_VERSIONS", KEPT),
         ]
         for patch in self.patches:
@@ -161,7 +158,7 @@ class Living(RuleBasedStateMachine):
             self.check_answers_match_a_fresh_index(self.program)
 
     def draw_key_ids(self, data: st.DataObject, most: int) -> list[int]:
-        """Draw key ids, more often from the end, where each segment holds few keys."""
+        """Draw key ids, more often from the end."""
         ids = list(self.state.keys)
         from_end = data.draw(st.sampled_from([True, True, True, False]))
         return data.draw(st.lists(st.sampled_from(ids[-6:] if from_end else ids), max_size=most, unique=True))
@@ -200,14 +197,6 @@ class Living(RuleBasedStateMachine):
         if moved:
             keys = self.state.keys | {key_id: (label, self.state.keys[key_id][1]) for key_id in moved}
             self.commit(replace(self.state, keys=keys))
-
-    @rule()
-    def compact(self) -> None:
-        segments = len(store.read_manifest(self.folder).segments)
-        changes.compact(self.folder)
-        assert len(store.read_manifest(self.folder).segments) == 1
-        if segments > 1:
-            self.commit(self.state)
 
     @rule(factory=st.none() | st.sampled_from(FACTORIES), dtype=st.sampled_from([None, "float16", "float32"]))
     def rebuild(self, factory: str | None, dtype: str | None) -> None:
@@ -304,20 +293,20 @@ class Living(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(
-    ("factory", "dtype", "small"),
+    ("factory", "dtype"),
     few(
         [
-            ("Flat", "float16", 2),
-            ("Flat", "float32", 0),
-            ("Classes", "float32", 0),
-            ("IVF4,Flat", "float32", 0),
-            ("Classes,HNSW8", "float16", 0),
+            ("Flat", "float16"),
+            ("Flat", "float32"),
+            ("Classes", "float32"),
+            ("IVF4,Flat", "float32"),
+            ("Classes,HNSW8", "float16"),
         ],
         3,
     ),
 )
-def test_a_changed_index_answers_like_a_fresh_build(factory: str, dtype: str, small: int) -> None:
-    kind = type("LivingIndex", (Living,), {"factory": factory, "dtype": dtype, "small": small})
+def test_a_changed_index_answers_like_a_fresh_build(factory: str, dtype: str) -> None:
+    kind = type("LivingIndex", (Living,), {"factory": factory, "dtype": dtype})
     quick = settings(
         max_examples=6 if SOAK else 2, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck)
     )

@@ -177,21 +177,6 @@ def test_only_the_first_create_succeeds(place: str):
     assert store.names("v") == ["v/1"]
 
 
-def test_an_object_is_replaced_only_if_its_version_matches(bucket: str):
-    store = at(bucket)
-    first = store.replace("x", b"first", None)
-    assert first is not None
-    assert store.replace("x", b"second", None) is None
-    assert store.read("x") == (b"first", first)
-    second = store.replace("x", b"second", first)
-    assert second not in (None, first)
-    assert store.replace("x", b"third", first) is None
-    assert store.read("x") == (b"second", second)
-    store.delete(["x"])
-    assert store.replace("x", b"third", second) is None  # a deleted object is not recreated
-    assert store.names() == []
-
-
 def test_one_of_two_concurrent_processes_creates_each_object(place: str):
     script = (
         "import sys; from retrieval_tip.lance.address import Address; from retrieval_tip.lance.objects import Objects;"
@@ -295,7 +280,6 @@ def operations(store: Objects, name: str) -> list[Callable[[], object]]:
         lambda: store.put(name, b""),
         lambda: store.create(name, b""),
         lambda: store.delete([name]),
-        lambda: store.replace(name, b"", {"e_tag": "x", "version": "1"}),
     ]
 
 
@@ -493,12 +477,6 @@ def test_objects_behave_in_the_same_way_on_gcs(tmp_path: Path, monkeypatch: pyte
         store.put("v/2", b"22")
         assert store.get("v/1") == b"1"
         assert store.names("v") == ["v/1", "v/2"]
-        first = store.replace("lease", b"a", None)
-        second = store.replace("lease", b"b", first)
-        assert None not in (first, second)
-        assert store.replace("lease", b"c", first) is store.replace("lease", b"c", None) is None
-        assert store.read("lease") == (b"b", second)
-        store.delete(["lease"])
         store.delete(["gone", "v/1", "gone-too", "v/2"])
         assert kept == {}
         with pytest.raises(FileNotFoundError):

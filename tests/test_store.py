@@ -15,7 +15,6 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,10 @@ from sealing import body_of, one_line, resealed, sealed, snapshot
 from retrieval_tip import CacheModel, verify
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.errors import InputError, RetrievalTipError, StoreError
-from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.folder import Manifest
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
-from retrieval_tip.store.manifest import FORMAT_VERSION, KINDS, OPTIONAL_KINDS, TableDigests, named_in
+from retrieval_tip.store.manifest import FORMAT_VERSION, SUFFIXES, named_in
 from retrieval_tip.store.writer import write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,12 +42,12 @@ N, D = 40, 8
 POSITIONS = 24
 
 
-def model(seed: int = 0, n: int = N, d: int = D) -> CacheModel:
+def model(seed: int = 0, n: int = N, d: int = D, index: str = "Flat") -> CacheModel:
     rng = np.random.default_rng(seed)
     keys = rng.standard_normal((n, d), dtype=np.float32)
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     text = np.eye(len(CLASSES), d, dtype=np.float32)  # the same for every seed: versions share its file
-    return CacheModel.from_features(keys, np.arange(n) % len(CLASSES), CLASSES, text, device="cpu")
+    return CacheModel.from_features(keys, np.arange(n) % len(CLASSES), CLASSES, text, device="cpu", index=index)
 
 
 def answer(cache: CacheModel) -> bytes:
@@ -182,12 +180,11 @@ def test_a_manifest_without_a_required_field_is_refused(index: Path) -> None:
     def without(entries: dict[str, Any]) -> list[dict[str, Any]]:
         return [{k: v for k, v in entries.items() if k != left_out} for left_out in entries]
 
-    later = {field.name for field in fields(Settings) if field.metadata.get("later")}
-    wrong = without({key: value for key, value in body.items() if key not in {"sha256", *later}})
+    wrong = without({key: value for key, value in body.items() if key != "sha256"})
     wrong += [body | {"files": part} for part in without(files)]
     wrong += [body | {"files": files | {"keys": part}} for part in without(keys)]
     wrong += [body | {"files": files | {"extra": keys}}, body | {"files": files | {"keys": keys | {"extra": 1}}}]
-    assert len(wrong) == 27 + 4 + 4 + 2
+    assert len(wrong) == 30 + 3 + 4 + 2
     for manifest in wrong:
         with pytest.raises(StoreError) as error:
             Manifest.from_bytes(sealed(manifest), "m.json")
@@ -195,15 +192,16 @@ def test_a_manifest_without_a_required_field_is_refused(index: Path) -> None:
 
 
 def test_malformed_table_digests_are_refused(index: Path) -> None:
-    table = Path(__file__).parent / "indexes/v6/solved/manifests/000001.json"
-    body = {key: value for key, value in json.loads(table.read_text()).items() if key != "sha256"}
+    table = Path(__file__).parent / "indexes/v7/lance-solved/manifests/000001.json"
+    older = {key: value for key, value in json.loads(table.read_text()).items() if key != "sha256"}
     name, digest = "keys.lance/_versions/1.manifest", "0" * 64
-    right = {"rows": digest, "files": {name: digest}}
-    assert Manifest.from_bytes(sealed(body | {"digests": right}), "m.json").digests == TableDigests(**right)
-    wrong: list[Any] = [[], "x", {}, {"rows": digest}, {"rows": digest, "files": {}, "more": 1}]
-    wrong += [right | {"rows": rows} for rows in (5, "", "Z" * 64, [])]
-    wrong += [right | {"files": files} for files in ([], None, {name: 5}, {name: "x"})]
-    wrong += [right | {"files": {path: digest}} for path in ("x", "../x/y", "/etc/passwd", "a/.b", "a//b", "a/b\n", "")]
+    right = {name: digest}
+    body = older | {"format_version": FORMAT_VERSION, "digests": right}
+    assert Manifest.from_bytes(sealed(body), "m.json").digests == right
+    rows = {"rows": digest, "files": right}
+    assert Manifest.from_bytes(sealed(older | {"digests": rows}), "m.json").digests == right
+    wrong: list[Any] = [[], "x", None, 5, {name: 5}, {name: "x"}, {name: "Z" * 64}, rows]
+    wrong += [{path: digest} for path in ("x", "../x/y", "/etc/passwd", "a/.b", "a//b", "a/b\n", "")]
     folder = {key: value for key, value in body_of(index).items() if key != "sha256"}
     for manifest in [*(body | {"digests": digests} for digests in wrong), folder | {"digests": right}]:
         with pytest.raises(StoreError) as error:
@@ -211,12 +209,20 @@ def test_malformed_table_digests_are_refused(index: Path) -> None:
         one_line(error, "m.json")
 
 
-def test_a_newer_setting_missing_in_a_manifest_gets_its_default(index: Path) -> None:
-    body = body_of(index)
-    for setting in (field for field in fields(Settings) if field.metadata.get("later")):
-        older = {key: value for key, value in body.items() if key not in ("sha256", setting.name)}
-        settings = Manifest.from_bytes(sealed(older), "m.json").settings
-        assert getattr(settings, setting.name) == setting.default
+def test_malformed_segments_are_refused() -> None:
+    body = body_of(Path(__file__).parent / "indexes/v7/plain")
+    assert len(Manifest.from_bytes(sealed(body), "m.json").later) == 1
+    [part] = body["later"]
+    keys, labels = part["keys"], part["labels"]
+    wrong: list[Any] = [None, 5, "x", [], [None], [{"keys": keys}], [part | {"text": keys}], [part, part]]
+    wrong += [[{"keys": keys | {"rows": 1}, "labels": labels}], [{"keys": keys, "labels": keys}]]
+    for later in wrong:
+        with pytest.raises(StoreError) as error:
+            Manifest.from_bytes(sealed(body | {"later": later}), "m.json")
+        one_line(error, "m.json")
+    trained = body["files"] | {"values": body["files"]["keys"] | {"name": f"data/values-{keys['sha256'][:16]}.npy"}}
+    with pytest.raises(StoreError, match=r"files\.values"):
+        Manifest.from_bytes(sealed(body | {"files": trained}), "m.json")
 
 
 def test_a_manifest_that_contradicts_the_arrays_is_refused(index: Path) -> None:
@@ -397,10 +403,10 @@ def test_a_mapped_index_can_be_saved_over_itself(index: Path) -> None:
 
 LEFTOVERS = [
     "data/.keys-0123456789abcdef0123456789abcdef.npy.tmp",
-    "data/.labels-0123456789abcdef0123456789abcdef.parquet.tmp", "data/keys-0123456789abcdef.npy",
-    "data/index-0123456789abcdef.faiss", "manifests/.000001.json.0123456789abcdef0123456789abcdef.tmp",
+    "data/.labels-0123456789abcdef0123456789abcdef.parquet.tmp",
+    "manifests/.000001.json.0123456789abcdef0123456789abcdef.tmp",
     ".manifest.json.0123456789abcdef0123456789abcdef.tmp",
-    *(f"data/{kind}-0123456789abcdef{suffix}" for kind, suffix in OPTIONAL_KINDS.items()),
+    *(f"data/{kind}-0123456789abcdef{suffix}" for kind, suffix in SUFFIXES.items()),
 ]  # fmt: skip
 
 
@@ -426,7 +432,7 @@ def test_leftovers_of_an_interrupted_first_writer_do_not_block_the_next(tmp_path
     model().save(folder)
     assert verify(folder).version == 1
     assert sorted(path.name for path in folder.iterdir()) == ["data", "lock", "manifest.json"]
-    assert len(list((folder / "data").iterdir())) == 4
+    assert len(list((folder / "data").iterdir())) == 3
 
 
 def test_no_file_is_deleted_while_an_earlier_manifest_is_damaged(
@@ -688,8 +694,9 @@ def damages(path: Path, seed: int) -> Iterator[str]:
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("kind", ["manifest", *KINDS])
+@pytest.mark.parametrize("kind", ["manifest", "keys", "labels", "text", "index"])
 def test_load_and_verify_find_damage_of_any_byte(index: Path, kind: str) -> None:
+    model(index="HNSW8").save(index)
     path = index / ("manifest.json" if kind == "manifest" else store.read_manifest(index).files[kind].name)
     for damage in damages(path, 1):
         for opened in (CacheModel.load, verify):
@@ -702,7 +709,7 @@ def test_verify_finds_damage_of_an_earlier_version(index: Path) -> None:
     model(1).save(index)
     earlier, current = store.earlier_manifests(index)[0], store.read_manifest(index)
     own = {file.name for file in earlier.files.values()} - {file.name for file in current.files.values()}
-    assert len(own) == 3
+    assert len(own) == 2
     for name in sorted(own):
         for damage in damages(index / name, 2):
             assert CacheModel.load(index, device="cpu").version == 2  # the current version is intact
@@ -857,6 +864,7 @@ def test_a_pickle_is_never_loaded(
 ) -> None:
     file = io.BytesIO()
     wrap(file, Evil(tmp_path / "mark"))
+    model(index="HNSW8").save(index)
     path = resealed(index, store.read_manifest(index).files[kind].name, file.getvalue())
     with pytest.raises(StoreError) as error:
         CacheModel.load(index, device="cpu")

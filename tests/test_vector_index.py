@@ -131,10 +131,14 @@ def test_keys_are_never_normalised(factory: str) -> None:
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "SQ8"])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_keys_are_added_in_blocks_also_from_a_mapped_file(factory: str, dtype: type, tmp_path: Path) -> None:
+def test_keys_are_added_in_blocks_also_from_a_mapped_file(
+    factory: str, dtype: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     np.save(tmp_path / "keys.npy", KEYS.astype(dtype))
     mapped = np.load(tmp_path / "keys.npy", mmap_mode="r")
-    found = VectorIndex.build(mapped, factory, "cpu", block=100).search(QUERIES, 10)
+    monkeypatch.setattr(vector_index, "ADDED", 100)
+    found = VectorIndex.build(mapped, factory, "cpu").search(QUERIES, 10)
+    monkeypatch.undo()
     expected = VectorIndex.build(mapped.astype(np.float32), factory, "cpu").search(QUERIES, 10)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)

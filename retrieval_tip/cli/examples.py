@@ -33,7 +33,6 @@ EXAMPLES = {
         "index rename indexes/things cat 'tabby cat' --encode",
     ],
     "index set": ["index set indexes/things --alpha 2 --beta 5.5", "index set indexes/things -k 64"],
-    "index compact": ["index compact indexes/things", f"index compact {EXAMPLE}"],
     "index rebuild": [
         "index rebuild indexes/things --dtype float16",
         "index rebuild indexes/things --index HNSW32",

@@ -298,8 +298,7 @@ def add_command(
     """Add labelled images or features to an index.
 
     SOURCE can be anything that index build accepts. New classes are appended to the index, and their text weights come
-    from the templates of the index or from --text. The cost depends only on the number of shots that you add. You can
-    merge all additions later with index compact.
+    from the templates of the index or from --text.
     """
     from retrieval_tip.index import changes
 
@@ -421,18 +420,6 @@ def set_command(
     if changed.summary is not None:
         say(changed.summary)
     _say_version(folder, changed.version, "settings changed")
-
-
-@index.command("compact")
-@options.INDEX_ARGUMENT
-def compact_command(folder: Place) -> None:
-    """Merge all segments of an index into one.
-
-    Each addition to an index is stored as a separate segment.
-    """
-    from retrieval_tip.index import changes
-
-    _say_version(folder, changes.compact(folder).version, "one segment")
 
 
 @index.command("rebuild")

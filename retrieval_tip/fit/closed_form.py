@@ -44,9 +44,9 @@ from retrieval_tip.fit.folds import (
 )
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, ONE_SHOT_WITH_PRIOR, WITH_PRIOR, Form
 from retrieval_tip.fit.scatter import FloatArray, known_prior
+from retrieval_tip.retrieval.arrays import Keys
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.ridge import MOST_SOLVED
-from retrieval_tip.retrieval.segments import Keys
 from retrieval_tip.retrieval.vector_index import inner_factory
 from retrieval_tip.settings import ClassPrior, Fitted, MetricName, Settings, ValuesName, check_choice
 from retrieval_tip.store.labels import images_of
@@ -143,10 +143,6 @@ class Shots(Protocol):
     @property
     def n(self) -> int:
         """Number of keys."""
-
-    @property
-    def segments(self) -> int:
-        """Number of segments."""
 
     @property
     def index_type(self) -> str:
@@ -271,7 +267,7 @@ def fit(
     the terms and the temperature.
 
     Args:
-        cache: the index, which must have a single segment. Its current metric and values are ignored.
+        cache: the index. Its current metric and values are ignored.
         asked: what to fit. By default, everything is selected on the shots.
         validation: the queries to evaluate on instead of the shots.
         factory: the type of the index over the fitted keys. Defaults to the current type.
@@ -279,7 +275,7 @@ def fit(
 
     Raises:
         UsageError: if the metric or the values are unknown, or if this index cannot have solved values.
-        InputError: if the index is fine-tuned or has several segments, or if its keys are too long or too short.
+        InputError: if the index is fine-tuned, or if its keys are too long or too short.
     """
     asked = asked or Fit()
     start = time.perf_counter()
@@ -288,8 +284,6 @@ def fit(
     forms = _forms(cache, forms, asked.metric, asked.values, longest, by_class=by_class)
     if cache.curve is not None:
         raise InputError("fit: the keys of this index were fine-tuned; fit the index before fine-tuning")
-    if cache.segments > 1:
-        raise InputError("fit: the index has several segments; compact it first")
     images = images_of(cache.labels)
     if asked.prior is not None:
         if len(asked.prior) != cache.keys.shape[1]:

@@ -184,7 +184,7 @@ def _trained(
     on_epoch: Callable[[Mapping[str, float]], None] | None = None,
 ) -> Tuned:  # fmt: skip
     """Train Tip-Adapter over the keys of an index, with the recipe's alpha and beta."""
-    plain = closed_form.unfitted(cache.whole())
+    plain = closed_form.unfitted(cache)
     plain = plain.with_settings(plain.settings.override(alpha=recipe.alpha, beta=recipe.beta))
     if plain.device == "cpu":
         queries = min(recipe.batch, len(material.shots))
@@ -207,7 +207,7 @@ def _compared(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[C
     A quarter of each class is held out at a time, until :data:`HELD_OUT` shots have been evaluated. Both return values
     are ``None`` if no class has two photos.
     """
-    whole = cache.whole()
+    whole = cache
     images, c = images_of(whole.labels), len(whole.class_names)
     folds = Folds.of_shots(whole.keys, whole.class_ids.cpu().numpy(), c, None, images, FOLDS, HELD_OUT)
     sources = np.array(whole.labels["source"].to_pylist(), dtype=object)

@@ -20,10 +20,10 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.fit.scatter import FewScatter, FloatArray, Scatter
+from retrieval_tip.retrieval.arrays import Keys, KeysInPlace
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.ridge import class_weights
-from retrieval_tip.retrieval.segments import Keys, KeysInPlace
 from retrieval_tip.settings import ClassPrior, Settings
 from retrieval_tip.store.labels import images_of
 from retrieval_tip.store.sums import Sums

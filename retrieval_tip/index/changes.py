@@ -122,8 +122,7 @@ def add(
 
     Labels are compared exactly. A label with a different spelling creates a new class and causes a warning. If the
     index has text weights, the text weights of new classes are read from ``text`` or computed from the templates of the
-    index with the encoder's backbone. The cost only depends on the number of new items (see
-    :meth:`cache_model.KeyEdits.add`).
+    index with the encoder's backbone.
 
     Args:
         folder: the index.
@@ -227,7 +226,7 @@ def label(folder: Place, photos: Iterable[PhotoLabel], encoder: Encoder, unwante
         added = _add_photos(cache, fresh, encoder) if fresh else []
         moved = _relabel(change, {key_id: str(name) for key_id, name in moves.items()}, _labels_of(cache, list(moves)))
         if gone:
-            _remove(cache, sorted(gone))
+            cache.remove(sorted(gone))
         for name in sorted(set(unwanted).intersection(cache.class_names).difference(names)):
             if not cache.counts[cache.class_names.index(name)]:
                 cache.rename(name, next(other for other in cache.class_names if other != name))  # drops an empty class
@@ -322,7 +321,7 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
     """
     with places.at(folder).change() as change:
         chosen = _chosen(change.cache, where, key_ids)
-        _remove(change.cache, chosen)
+        change.cache.remove(chosen)
         change.what = f"remove {counted(len(chosen), 'key')}"
         fitted = _keep_fitted(change)
     return Changed(_version(change.cache), chosen, **fitted)
@@ -485,19 +484,6 @@ def configure(
         if prompts:
             change.what += (", " if given else "") + counted(len(prompts), "template")
     return Configured(_version(cache), [], summary)
-
-
-def compact(folder: Place) -> Changed:
-    """Merge all keys into one segment, which keeps the index type of the first segment.
-
-    The answers are the same as those of an index built from scratch. A single segment stays unchanged.
-    """
-    with places.at(folder).change() as change:
-        segments = change.cache.segments
-        if segments > 1:
-            change.cache.compact()
-            change.what = f"compact {counted(segments, 'segment')}"
-    return Changed(_version(change.cache), [])
 
 
 def rebuild(folder: Place, *, index: str | None = None, dtype: Dtype | None = None) -> Changed:
@@ -663,13 +649,6 @@ def _check_class(cache: AnsweringIndex, label: str, prefix: str = "") -> None:
         raise InputError(
             f"{prefix}{label!r} is not a class of this index ({few(cache.class_names)}); add new classes with index add"
         )
-
-
-def _remove(cache: EditableIndex, key_ids: Sequence[int]) -> None:
-    try:
-        cache.remove(key_ids)
-    except UsageError as error:  # otherwise, an inverted file would have fewer keys than lists
-        raise InputError(f"{error}; rebuild the index first, with index=Flat") from None
 
 
 def _relabel(change: Change, wanted: Mapping[int, str], now: Mapping[int, str]) -> list[int]:

@@ -18,10 +18,10 @@ from retrieval_tip.fit.closed_form import Fit, FormChoice
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.index.items import Material, warn, warn_of
 from retrieval_tip.index.stores import Change
+from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.retrieval.defaults import measure
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over
-from retrieval_tip.retrieval.segments import KeyArray
 from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import Dtype
 from retrieval_tip.store.writer import Writer, write
@@ -38,7 +38,7 @@ class FolderChange(Change):
     cache: CacheModel
 
     def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
-        self.cache.compact(index, dtype, again=True)
+        self.cache.rebuild(index, dtype)
 
     def refit(self, beta: float) -> FormChoice:
         choice = closed_form.refit(self.cache, beta)
@@ -46,8 +46,6 @@ class FolderChange(Change):
         return choice
 
     def fit(self, asked: Fit) -> FormChoice:
-        if self.cache.segments > 1:
-            self.cache.compact()
         return closed_form.fit(self.cache, asked)
 
     def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
@@ -95,8 +93,6 @@ def fit(folder: Path, asked: Fit, queries: Callable[[AnsweringIndex], Queries] |
     """Fit the current version of a folder, and write the next version. See :meth:`Store.fit` for details."""
     cache = CacheModel.load(folder, device="cpu")
     judged_by = None if queries is None else queries(cache)
-    if cache.segments > 1:
-        cache.compact()
     choice = closed_form.fit(cache, asked, validation=judged_by)
     cache.save(folder, "fit")
     return choice

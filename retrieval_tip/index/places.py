@@ -118,9 +118,6 @@ class FolderStore(Store):
     def check(self, manifest: Manifest) -> None:
         index_folder.Check(self.folder, manifest).wait()
 
-    def next_key_id(self, manifest: Manifest) -> int:
-        return index_folder.next_key_id(self.folder, manifest)
-
     def read_labels(self, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
         return index_folder.read_labels(self.folder, manifest).select(list(columns))
 

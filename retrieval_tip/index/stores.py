@@ -170,10 +170,6 @@ class Store(ABC):
         """Raise StoreError if a version is damaged and therefore cannot be restored."""
 
     @abstractmethod
-    def next_key_id(self, manifest: Manifest) -> int:
-        """Return the first key id that neither this version nor an earlier version has used."""
-
-    @abstractmethod
     def read_labels(self, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
         """Return the given columns of a version's label store."""
 
@@ -205,6 +201,10 @@ class Store(ABC):
                 return current.version
             old = self.manifest(wanted)
             self.check(old)
-            following = max(self.next_key_id(manifest) for manifest in (old, current))
-            writer.commit(history.renewed(old, current, following, history.stamp()))
+            following = max(old.next_key_id, current.next_key_id)
+            self.restore(writer, old, history.renewed(old, current, following, history.stamp()))
             return current.version + 1
+
+    def restore(self, writer: VersionWriter, old: Manifest, new: Manifest) -> None:
+        """Commit the version ``new``, which has the same files as the version ``old``."""
+        writer.commit(new)

@@ -75,9 +75,7 @@ class Tuning:
 def tune_on(
     cache: CacheModel, source: Source, encoder: Encoder, *, agreement: float = 0.999, factories: Sequence[str] = ()
 ) -> Tuning:
-    """Call :func:`tune` with the images or features of a source. Segments of the index are merged first."""
-    if cache.segments > 1:
-        cache.compact()
+    """Call :func:`tune` with the images or features of a source."""
     features = encoder.encode(source).features
     return replace(tune(cache, features, agreement=agreement, factories=factories), source=source.name)
 
@@ -98,8 +96,6 @@ def tune(
         raise UsageError(f"agreement is {agreement}: expected a fraction above 0 and at most 1")
     if len(features) < LEAST_QUERIES:
         raise InputError(f"{len(features)} queries are too few to tune on; give at least {LEAST_QUERIES}")
-    if cache.segments > 1:
-        raise InputError("the index has several segments; merge them first (index compact)")
     f = torch.from_numpy(np.ascontiguousarray(features)).to(cache.device)
     winners, cost = _timed(cache, f, None)
     trials = {Trial(cache.index.factory, cache.index.effort, None, 1.0, cost): cache.index}

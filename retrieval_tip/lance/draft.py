@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,33 +25,30 @@ from retrieval_tip.lance.key_table import (
     FLAT,
     KINDS,
     POINT,
-    RESTORE,
     UNINDEXED,
     VECTOR,
     VERSION,
     IntArray,
     KeyTable,
+    changed_meanwhile,
     grouped,
     literal,
     rows_of,
     schema_of,
 )
 from retrieval_tip.lance.lance_model import LanceModel, check
-from retrieval_tip.lance.row_digest import with_rows
 from retrieval_tip.lance.versions import Classes, TableWriter
 from retrieval_tip.retrieval import inputs
+from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.inputs import Features, Labels
 from retrieval_tip.retrieval.keys import points_of
-from retrieval_tip.retrieval.segments import KeyArray
 from retrieval_tip.retrieval.vector_index import auto_factory, inner_factory
 from retrieval_tip.settings import Dtype, Fitted
 from retrieval_tip.store.contents import array_of
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after, shots_of
 from retrieval_tip.store.manifest import Table
 from retrieval_tip.store.sums import Sums
-
-Column = npt.NDArray[np.integer[Any]] | list[str]
 
 MOST_ASKED, NEIGHBOURS = 512, 4
 """Maximum number of new keys to compare with their neighbours, and the number of neighbours per key."""
@@ -65,22 +62,18 @@ MOST_HELD = 1 << 30
 class LanceDraft(LanceModel, EditableIndex):
     """A :class:`LanceModel` that you can edit. :meth:`commit` makes it the current version.
 
-    Use :meth:`changing` or :meth:`create` to get a draft. ``digest`` is the digest of the rows (see :mod:`row_digest`),
-    or ``None`` if the table was written by an old release that did not compute it.
+    Use :meth:`changing` or :meth:`create` to get a draft.
     """
 
     writer: TableWriter
-    digest: int | None = None
 
     @classmethod
     def changing(cls, writer: TableWriter) -> LanceDraft:
         """Open the current version for editing. Raises StoreError if it is missing or damaged."""
         if writer.parent is None or writer.table is None:
             writer.store.manifest()  # raises an error that tells the user what to do
-            raise StoreError(f"{writer.store}: another process is building the index; try again")
-        known = writer.parent.digests
-        digest = None if known is None or known.rows is None else int(known.rows, 16)
-        return cls._of(writer.store, writer.parent, writer.table, "cpu", writer=writer, digest=digest)
+            raise changed_meanwhile(writer.store.address)
+        return cls._of(writer.store, writer.parent, writer.table, "cpu", writer=writer)
 
     @classmethod
     def create(
@@ -109,7 +102,7 @@ class LanceDraft(LanceModel, EditableIndex):
         index_kind(index)
         ahead = iter(blocks)
         labels, keys = next(ahead)
-        d, c, following, digest = keys.shape[1], len(class_names), 0, 0
+        d, c, following = keys.shape[1], len(class_names), 0
         text = np.zeros((c, d), dtype=np.float32) if text_weights is None else text_weights
         inputs.check_shape("text_weights", text.shape, (c, d), "one per class, from the backbone of the keys")
         sums, point_sums = Sums.of([], c, d), None if metric is None else np.zeros((c, d))
@@ -119,7 +112,7 @@ class LanceDraft(LanceModel, EditableIndex):
         schema = schema_of(d, dtype, extra, points=metric is not None)
 
         def rows() -> Iterator[pa.RecordBatch]:
-            nonlocal following, digest
+            nonlocal following
             for part, own in itertools.chain([(labels, keys)], ahead):
                 ids = part["class_id"].to_numpy().astype(np.int64)
                 with np.errstate(over="ignore"):  # an overflow is rejected below
@@ -133,14 +126,13 @@ class LanceDraft(LanceModel, EditableIndex):
                     np.add.at(point_sums, ids, points.astype(np.float64))
                 following = max(following, int(pc.max(part["key_id"]).as_py()) + 1)
                 made = rows_of(part, own, writer.number, points).select(schema.names).cast(schema)
-                digest = with_rows(digest, made)
                 yield from made.to_batches()
 
         table, sums = writer.create(grouped(rows()), schema), known or sums
         model = cls(
             store=writer.store, table=table,
             classes=Classes(list(class_names), text, sums.counts, sums.sums, point_sums), second=sums.second,
-            metric=metric, dtype=dtype, next_key_id=following, writer=writer, digest=digest,
+            metric=metric, dtype=dtype, next_key_id=following, writer=writer,
         )  # fmt: skip
         model._index(index)
         return model
@@ -224,12 +216,11 @@ class LanceDraft(LanceModel, EditableIndex):
         return None if self.second is None else Sums(self.classes.counts, self.classes.sums, self.second)
 
     def _move(self, rows: pa.Table, sign: int) -> None:
-        """Add rows, or delete them if ``sign`` is -1, and update the digest and the sums."""
+        """Add rows, or delete them if ``sign`` is -1, and update the sums."""
         if sign > 0:
             self.table.append(rows)
         else:
             self.table.delete(rows["key_id"].to_pylist())
-        self._digest(rows, sign)
         ids, keys = rows["class_id"].to_numpy().astype(np.int64), self.table.matrix(rows[VECTOR])
         known = self.sums or Sums(self.classes.counts, self.classes.sums, np.zeros((self.d, self.d)))
         now, points = known.added(keys, ids) if sign > 0 else known.removed(keys, ids), self.classes.points
@@ -240,9 +231,6 @@ class LanceDraft(LanceModel, EditableIndex):
         self.second = None if self.second is None else now.second
         self.classes = replace(self.classes, counts=now.counts, sums=now.sums, points=points)
         self._follow()
-
-    def _digest(self, rows: pa.Table | pa.RecordBatch, sign: int = 1) -> None:
-        self.digest = None if self.digest is None else with_rows(self.digest, rows, sign)
 
     def remove(self, key_ids: Sequence[int]) -> None:
         rows = self._of_ids(key_ids)
@@ -273,21 +261,13 @@ class LanceDraft(LanceModel, EditableIndex):
             self._settled_whole().relabel(moved["key_id"].to_pylist(), names)
         shots = self._next_shots(np.unique(ids))[ids] + shots_of(ids)
         self._move(moved, -1)
-        self._move(self._changed(moved, class_id=ids.astype(np.int32), label=names, shot=shots), 1)
+        changed = {"class_id": ids.astype(np.int32), "label": names, "shot": shots}
+        for name, column in {**changed, VERSION: np.full(len(moved), self.writer.number)}.items():
+            moved = moved.set_column(moved.column_names.index(name), name, pa.array(column))
+        self._move(moved, 1)
 
-    def _changed(self, rows: pa.Table | pa.RecordBatch, **columns: Column) -> pa.Table | pa.RecordBatch:
-        for name, column in {**columns, VERSION: np.full(len(rows), self.writer.number)}.items():
-            rows = rows.set_column(rows.schema.get_field_index(name), name, pa.array(column))
-        return rows
-
-    def _update(self, where: str, name: str, values: Callable[[pa.RecordBatch], Column], sql: str) -> None:
-        """Set a column of the rows that match ``where``.
-
-        ``values`` computes the new column for the digest, and ``sql`` computes the same column in the table.
-        """
-        for rows in () if self.digest is None else self.table.scan(self.table.schema.names, where):
-            self._digest(rows, -1)
-            self._digest(self._changed(rows, **{name: values(rows)}))
+    def _update(self, where: str, name: str, sql: str) -> None:
+        """Set a column of the rows that match ``where`` to an SQL expression."""
         self.table.change(where, {name: sql, VERSION: str(self.writer.number)})
 
     def rename(self, old: str, new: str) -> None:
@@ -296,7 +276,7 @@ class LanceDraft(LanceModel, EditableIndex):
             self._merge(class_id, new, names)
             return
         if self.classes.counts[class_id]:
-            self._update(f"class_id = {class_id}", "label", lambda rows: [new] * len(rows), literal(new))
+            self._update(f"class_id = {class_id}", "label", literal(new))
         self.classes = replace(self.classes, names=names)
         if self.whole is not None:
             self.whole.rename(old, new)
@@ -309,8 +289,7 @@ class LanceDraft(LanceModel, EditableIndex):
         if self.whole is not None:
             self.whole.rename(old, into)
         if self.classes.counts[class_id + 1 :].any():
-            later = f"class_id > {class_id}"
-            self._update(later, "class_id", lambda rows: rows["class_id"].to_numpy() - 1, "class_id - 1")
+            self._update(f"class_id > {class_id}", "class_id", "class_id - 1")
         classes = self.classes
         self.classes = Classes(
             names,
@@ -319,10 +298,6 @@ class LanceDraft(LanceModel, EditableIndex):
             np.delete(classes.sums, class_id, axis=0),
             None if classes.points is None else np.delete(classes.points, class_id, axis=0),
         )
-        self._follow()
-
-    def compact(self) -> None:
-        self.table.optimize()
         self._follow()
 
     def solve(self) -> None:
@@ -337,7 +312,7 @@ class LanceDraft(LanceModel, EditableIndex):
         the keys as ``known``, they are not recomputed. Raises UsageError if the store does not support the index type.
         Raises InputError if a key overflows the dtype. Raises StoreError if rows are damaged.
         """
-        if dtype not in (None, self.dtype) and self.manifest is not None:
+        if self.manifest is not None:  # damaged rows must not get valid sums and digests
             check(self.store, self.manifest, set())
         before = KeyTable.at(self.store.address, self.table.name, self.table.version)  # pinned during the replacement
         rewritten = self.create(
@@ -345,16 +320,13 @@ class LanceDraft(LanceModel, EditableIndex):
             self.classes.text, dtype or self.dtype, factory or self._asked, stored=True,
             metric=self.metric if self.whole is None else None, known=known,
         )  # fmt: skip
-        # Damaged rows must not get a valid digest.
-        if rewritten.dtype == self.dtype and self.digest not in (None, rewritten.digest):
-            raise StoreError(f"{self.store}: rows are damaged; {RESTORE}")
-        for name in ("table", "classes", "second", "dtype", "digest"):
+        for name in ("table", "classes", "second", "dtype"):
             setattr(self, name, getattr(rewritten, name))
         self.index_type, self.built = rewritten.index_type, replace(self.built, auto_index=rewritten.built.auto_index)
         if factory is not None:
             self.settings = self.settings.override(k=index_kind(factory, self.n, len(self.class_names))[1])
         if self.whole is not None:
-            self._settled_whole().compact(dtype=dtype, again=True)
+            self._settled_whole().rebuild(dtype=dtype)
         self._follow()
 
     def set_fitted(
@@ -427,12 +399,12 @@ class LanceDraft(LanceModel, EditableIndex):
         files = {"classes": writer.put("classes", self.classes.to_bytes(), len(self.class_names))}
         files |= {kind: writer.put_array(kind, array) for kind, array in _arrays(self)}
         table = Table(self.table.name, self.table.version, self.n)
-        digests = writer.digests(table, self.digest)
+        digests = writer.digests(table)
         self.manifest = manifest_of(self, writer.number, writer.parent, change, files, table=table, digests=digests)
         writer.commit(self.manifest)
         self.version = self.manifest.version
         with suppress(StoreError):  # the new version is committed, and a later commit deletes the rest
-            self.store.forget_old(writer.still_held, prunes)
+            self.store.forget_old(prunes)
 
 
 def _arrays(draft: LanceDraft) -> Iterator[tuple[str, KeyArray]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import datetime
 import importlib
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,7 +28,7 @@ import pyarrow as pa
 from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, first_line, install
 from retrieval_tip.lance.address import Address, storage_options
-from retrieval_tip.retrieval.segments import KeyArray
+from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.settings import Dtype
 from retrieval_tip.store.labels import LABEL_SCHEMA
 
@@ -61,6 +62,9 @@ ASKED_AT_ONCE = 4096
 """Maximum number of key ids in one condition."""
 LARGEST = (1 << 63) - 1
 """Maximum value of an int64 column."""
+
+_CONFLICT = re.compile("concurrent transaction|commit conflict", re.IGNORECASE)
+"""What LanceDB says if another process has changed the same rows."""
 
 
 def lancedb() -> Any:
@@ -123,13 +127,20 @@ def _grouped(held: Sequence[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 @contextmanager
 def _store_errors(address: Address, what: str) -> Iterator[None]:
-    """Convert LanceDB errors to a StoreError with a one-line message."""
+    """Convert LanceDB errors to a StoreError with a one-line message, also if another process has written meanwhile."""
     try:
         yield
     except RetrievalTipError:
         raise
     except Exception as error:  # also catches LanceDB panics, which have their own type
+        if _CONFLICT.search(str(error)):
+            raise changed_meanwhile(address) from None
         raise StoreError(f"{address}: {what} failed ({first_line(error)[:300]})") from None
+
+
+def changed_meanwhile(address: Address) -> StoreError:
+    """Return the error for a store that another process has changed since this process has read it."""
+    return StoreError(f"{address}: changed meanwhile; run again")
 
 
 class KeyTable:
@@ -331,29 +342,41 @@ class KeyTable:
             hits: pa.Table = query.to_arrow()
         return hits
 
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """Write one version of the table, and raise StoreError if another process has written one in the meantime.
+
+        LanceDB would silently apply the change to the rows of the other process.
+        """
+        before = self.version
+        with _store_errors(self.address, what):
+            yield
+        if self.version != before + 1:
+            raise changed_meanwhile(self.address)
+
     def append(self, rows: pa.Table) -> None:
         """Add rows to the table. Columns that are missing in the table are added first."""
         there = self.schema
         new = [rows.schema.field(name) for name in rows.column_names if name not in there.names]
         if new:
-            with _store_errors(self.address, "adding columns"):
+            with self._writing("adding columns"):
                 self.table.add_columns(pa.schema(new))
             there = self.schema
         lacking = [name for name in there.names if name not in rows.column_names]
         for name in lacking:
             rows = rows.append_column(name, pa.nulls(len(rows), there.field(name).type))
-        with _store_errors(self.address, "adding rows"):
+        with self._writing("adding rows"):
             self.table.add(rows.select(there.names).cast(there))
 
     def delete(self, key_ids: Sequence[int]) -> None:
         """Delete the rows of the given keys."""
         for start in range(0, len(key_ids), ASKED_AT_ONCE):
-            with _store_errors(self.address, "removing rows"):
+            with self._writing("removing rows"):
                 self.table.delete(f"key_id IN ({', '.join(map(str, key_ids[start : start + ASKED_AT_ONCE]))})")
 
     def change(self, where: str, sql: dict[str, str]) -> None:
         """Set columns of the rows that match a condition. ``sql`` maps columns to expressions."""
-        with _store_errors(self.address, "changing rows"):
+        with self._writing("changing rows"):
             self.table.update(where=where, values_sql=sql)
 
     def restore(self, version: int) -> None:
@@ -397,13 +420,6 @@ class KeyTable:
         with _store_errors(self.address, "reading its index"):
             stats = [self.table.index_stats(entry.name) for entry in self.table.list_indices()]
         return max((int(own.num_unindexed_rows) for own in stats if own is not None), default=0)
-
-    @property
-    def fragments(self) -> int:
-        """Number of fragments in the table."""
-        with _store_errors(self.address, "reading its statistics"):
-            stats = self.table.stats()
-        return int(stats["fragment_stats"]["num_fragments"])
 
     def optimize(self) -> None:
         """Merge small fragments, and add all rows to the index. No version is deleted."""

@@ -19,10 +19,10 @@ from retrieval_tip.data.shots import spread
 from retrieval_tip.errors import StoreError
 from retrieval_tip.lance.key_table import CLASSES, FLAT, ROW, IntArray, KeyTable
 from retrieval_tip.lance.versions import Classes
+from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_KEYS, SPREAD_QUERIES, KeyStream
 from retrieval_tip.retrieval.logits import Retrieval
-from retrieval_tip.retrieval.segments import KeyArray
 from retrieval_tip.retrieval.vector_index import Product
 
 HELD_BYTES = 1 << 29

@@ -25,15 +25,14 @@ from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Identity, resolve_device
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.shots import spread
-from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
+from retrieval_tip.errors import StoreError, UsageError
 from retrieval_tip.lance.key_table import FLAT, POINT, RESTORE, VECTOR, VERSION, IntArray, KeyTable
 from retrieval_tip.lance.lance_keys import LanceKeys, LanceRetrieval
-from retrieval_tip.lance.row_digest import hexadecimal, with_rows
 from retrieval_tip.lance.versions import Classes, LanceVersions
+from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.retrieval.defaults import SAMPLE, Statistics, measure
 from retrieval_tip.retrieval.keys import index_over, points_of
 from retrieval_tip.retrieval.logits import Retrieval
-from retrieval_tip.retrieval.segments import KeyArray
 from retrieval_tip.settings import Built, Dtype, Fitted, Settings
 from retrieval_tip.store.contents import metric_of
 from retrieval_tip.store.labels import rows_with
@@ -107,7 +106,7 @@ class LanceModel(AnsweringIndex):
         metric, values = place.array(manifest, "metric"), place.array(manifest, "values")
         model = cls(
             store=place, table=table, classes=place.classes(manifest), dtype=manifest.dtype,
-            next_key_id=manifest.next_key_id or 1, index_type=manifest.index, settings=manifest.settings,
+            next_key_id=manifest.next_key_id, index_type=manifest.index, settings=manifest.settings,
             templates=manifest.templates, backbone=Identity.from_dict(manifest.backbone) if manifest.backbone else None,
             provenance=manifest.provenance, built=manifest.built, device=device, manifest=manifest,
             version=manifest.version, metric=None if metric is None else metric_of(metric), fitted=manifest.fitted,
@@ -280,11 +279,6 @@ class LanceModel(AnsweringIndex):
             built=self.built,
         )  # fmt: skip
 
-    @property
-    def segments(self) -> int:
-        """Number of fragments of the table, plus one if some rows are not in the index."""
-        return self.table.fragments + (self.table.unindexed() > 0)
-
 
 def verify(place: LanceVersions) -> LanceModel:
     """Check every row of the current version and the files of all versions, and return the opened current version.
@@ -321,13 +315,7 @@ def check(place: LanceVersions, manifest: Manifest, seen: set[tuple[str, str]]) 
 def _check_rows(model: LanceModel) -> None:
     place, classes, c = model.store, model.classes, len(model.class_names)
     of_keys, of_points = Along(c, model.d, LEAST), Along(c, model.d, LEAST)
-    known = None if model.manifest is None or model.manifest.digests is None else model.manifest.digests.rows
-    digest = 0
     for batch in model.table.scan(model.table.schema.names):
-        try:
-            digest = digest if known is None else with_rows(digest, batch)
-        except (InputError, ValueError) as error:
-            raise StoreError(f"{place}: {first_line(error)}; {RESTORE}") from None
         ids, keys = model.table.class_ids(batch["class_id"], c), model.table.matrix(batch[VECTOR])
         of_keys.count(keys, ids)
         if model.table.has_points:
@@ -335,8 +323,6 @@ def _check_rows(model: LanceModel) -> None:
             if expected is None or not np.allclose(points, expected, atol=MOVED[model.dtype]):
                 raise StoreError(f"{place}: points do not match their keys; run index rebuild")
             of_points.count(points, ids)
-    if known is not None and hexadecimal(digest) != known:
-        raise StoreError(f"{place}: rows are damaged (their digest differs from the manifest's); {RESTORE}")
     fit = of_keys.has(classes.counts, classes.sums)
     if not fit or (classes.points is not None and not of_points.has(classes.counts, classes.points)):
         raise StoreError(f"{place}: keys do not match the sums of their classes; {RESTORE}")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from retrieval_tip.errors import InputError, StoreError, UsageError
-from retrieval_tip.index.stores import Change, Store
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.index.stores import Change, Store, VersionWriter
+from retrieval_tip.lance.key_table import changed_meanwhile
 from retrieval_tip.lance.versions import LanceVersions
 from retrieval_tip.settings import Dtype, Precision, Verify
 from retrieval_tip.store.manifest import Manifest
@@ -136,15 +137,18 @@ class LanceStore(LanceVersions, Store):
             judged_by, version = queries(model), model.version
         with self.change() as change:
             if version not in (None, change.cache.version):
-                raise StoreError(f"{self}: another process has changed it in the meantime; try again")
+                raise changed_meanwhile(self.address)
             change.what = "fit"
             return shots.fit(change.cache, asked, judged_by)
 
+    def restore(self, writer: VersionWriter, old: Manifest, new: Manifest) -> None:
+        writer.commit(new)
+        if not self.keeps(old):  # another process has deleted it meanwhile, and maybe also its rows
+            self.withdraw(new)
+            raise changed_meanwhile(self.address)
+
     def has_text(self, manifest: Manifest) -> bool:
         return bool(self.classes(manifest).text.any())
-
-    def next_key_id(self, manifest: Manifest) -> int:
-        return manifest.next_key_id or 0
 
     def read_labels(self, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
         return self.table(manifest).read(columns)

@@ -1,8 +1,7 @@
 """Read and write objects on a local disk, in an S3 bucket or in a GCS bucket with obstore.
 
-Processes that share a store rely on three guarantees. An object is always read and written as a whole. If several
-processes *create* the same object, exactly one process succeeds. In a bucket, a process can only *replace* an object if
-it knows the current version.
+Processes that share a store rely on two guarantees. An object is always read and written as a whole. If several
+processes *create* the same object, exactly one process succeeds.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ import re
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from retrieval_tip.errors import StoreError, UsageError, install, one_line
@@ -24,7 +23,6 @@ from retrieval_tip.files import make_folders, sync
 from retrieval_tip.lance.address import PATIENCE, Address, Patience, set_credentials, storage_options
 
 if TYPE_CHECKING:
-    from obstore import ObjectMeta, PutMode, PutResult, UpdateVersion
     from obstore.store import ClientConfig, GCSStore, LocalStore, RetryConfig, S3Config, S3Store
 
     Client = GCSStore | LocalStore | S3Store
@@ -59,20 +57,16 @@ class Objects:
 
         Raises FileNotFoundError if the object is missing, and StoreError if it has more than ``most`` bytes.
         """
-        return self.read(name, most)[0]
-
-    def read(self, name: str, most: int | None = None) -> tuple[bytes, UpdateVersion]:
-        """Read an object and its version, which you can pass to :meth:`replace`. Raises the errors of :meth:`get`."""
         import obstore
 
-        def read(client: Client) -> tuple[bytes, UpdateVersion]:
+        def read(client: Client) -> bytes:
             if self._root is not None and not (self._root / name).is_file():  # reading from a pipe would block
                 raise FileNotFoundError(name)
             result = obstore.get(client, name)
             if most is not None and result.meta["size"] > most:
                 shown, size = one_line(f"{self.address}/{name}"), result.meta["size"]
                 raise StoreError(f"{shown}: has {size:,} bytes, but at most {most:,} are expected; is it another file?")
-            return bytes(result.bytes()), _version(result.meta)
+            return bytes(result.bytes())
 
         return self._asked("read", self._checked(name), read)
 
@@ -86,26 +80,22 @@ class Objects:
         If several processes create the same object, at most one process gets ``True``. A server may store an object and
         then fail to acknowledge it. After ``False`` or a StoreError, check whether the object contains your data.
         """
-        return self._put(name, data, "create") is not None
-
-    def replace(self, name: str, data: bytes, version: UpdateVersion | None) -> UpdateVersion | None:
-        """Replace an object in a bucket if it still has the given version, and return its new version.
-
-        If ``version`` is ``None``, the object must not exist yet. Return ``None`` if the object has another version.
-        """
-        return self._put(name, data, "create" if version is None else version)
+        return self._put(name, data, "create")
 
     def names(self, folder: str = "") -> list[str]:
         """Return the sorted names of the objects in a folder, excluding subfolders."""
         return list(self.sizes(folder))
 
-    def sizes(self, folder: str = "") -> dict[str, int]:
-        """Return a mapping from the names of the objects in a folder to their sizes in bytes. See :meth:`names`."""
+    def sizes(self, folder: str = "", age: timedelta = timedelta()) -> dict[str, int]:
+        """Return a mapping from the names of the objects in a folder to their sizes in bytes. See :meth:`names`.
+
+        Objects that were written less than ``age`` ago, by the clock of this machine, are left out.
+        """
         import obstore
 
         def listed(client: Client) -> dict[str, int]:
-            objects = obstore.list_with_delimiter(client, folder or None)["objects"]
-            return {entry["path"]: entry["size"] for entry in objects}
+            objects, last = obstore.list_with_delimiter(client, folder or None)["objects"], datetime.now(UTC) - age
+            return {entry["path"]: entry["size"] for entry in objects if not age or entry["last_modified"] <= last}
 
         before = f"{self._checked(folder)}/" if folder else ""
         try:
@@ -124,32 +114,34 @@ class Objects:
             with suppress(FileNotFoundError):
                 self._asked("removed", part[0], functools.partial(obstore.delete, paths=part))
 
-    def _put(self, name: str, data: bytes, mode: PutMode) -> UpdateVersion | None:
-        """Write an object. Return ``None`` if the condition of ``mode`` is not met."""
+    def _put(self, name: str, data: bytes, mode: Literal["create", "overwrite"]) -> bool:
+        """Write an object. Return ``False`` if it should be created but already exists."""
         import obstore
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-        def put(client: Client) -> UpdateVersion | None:
+        def put(client: Client) -> bool:
             try:
                 if self._root is not None:
-                    return self._flushed(client, self._root, name, data, mode == "create")
-                client = client if len(data) <= PATIENT_BYTES else self._connected(PATIENT_SECONDS)
-                return _version(obstore.put(client, name, data, mode=mode))
+                    self._flushed(client, self._root, name, data, mode == "create")
+                else:
+                    client = client if len(data) <= PATIENT_BYTES else self._connected(PATIENT_SECONDS)
+                    obstore.put(client, name, data, mode=mode)
             except (AlreadyExistsError, PreconditionError) as error:
                 if _is_bucket_missing(str(error)):
                     raise
-                return None
+                return False
+            return True
 
         return self._asked("written", self._checked(name), put)
 
-    def _flushed(self, client: Client, root: Path, name: str, data: bytes, create: bool) -> UpdateVersion:
+    def _flushed(self, client: Client, root: Path, name: str, data: bytes, create: bool) -> None:
         """Write a file on disk. The data is flushed before the file gets its name, and the folders afterwards."""
         import obstore
 
         path = root / name
         staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp").relative_to(root).as_posix()
         try:
-            version = _version(obstore.put(client, staged, data))
+            obstore.put(client, staged, data)
             flush(root / staged)
             if create:
                 obstore.copy(client, staged, name, overwrite=False)  # a hard link, which fails if the name exists
@@ -159,7 +151,6 @@ class Objects:
             (root / staged).unlink(missing_ok=True)
         for folder in (path.parent, root, root.parent):
             sync(folder)
-        return version
 
     def _checked(self, name: str) -> str:
         """Return ``name`` if it is valid. A name from an untrusted file must not lead out of the store."""
@@ -269,16 +260,6 @@ def flush(file: Path) -> None:
     """Flush a file to disk. Raises OSError if this fails."""
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())
-
-
-def _version(answer: ObjectMeta | PutResult) -> UpdateVersion:
-    """Return the version in an answer, excluding ``None`` values, which obstore rejects."""
-    version: UpdateVersion = {}
-    if answer["e_tag"] is not None:
-        version["e_tag"] = answer["e_tag"]
-    if answer["version"] is not None:
-        version["version"] = answer["version"]
-    return version
 
 
 def _errno(error: Exception) -> int | None:

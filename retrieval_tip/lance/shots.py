@@ -17,8 +17,8 @@ from retrieval_tip.fit.closed_form import Fit, FormChoice
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.lance.draft import LanceDraft
 from retrieval_tip.lance.key_table import CLASSES, VECTOR, IntArray, KeyTable
+from retrieval_tip.retrieval.arrays import KeyArray, KeysInPlace
 from retrieval_tip.retrieval.ridge import MOST_SOLVED
-from retrieval_tip.retrieval.segments import KeyArray, KeysInPlace
 from retrieval_tip.settings import Fitted
 
 LABELS = ("key_id", "class_id", "digest", "source")
@@ -55,7 +55,6 @@ class TableShots:
     """An adapter that passes a draft to :func:`closed_form.fit`. Only the labels are held in memory."""
 
     curve: pa.Table | None = None
-    segments = 1
 
     def __init__(self, draft: LanceDraft) -> None:
         self.draft, table = draft, draft.table

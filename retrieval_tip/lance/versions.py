@@ -9,8 +9,7 @@ data/second-<digest>.npy       the sum of the keys' outer products, which is use
 data/metric-<digest>.npy       the metric of a fitted index
 data/values-<digest>.npy       the solved values of a fitted index, sorted by key id
 keys.lance/                    the table of keys and labels; each manifest refers to a version of the table
-lock                           locked by the process that is writing. In a bucket, the object ``lease`` is used instead
-                               (see :mod:`lance.lease`)
+lock                           locked by the process that is writing, unless the store is in a bucket
 
 LanceDB's own versions are not safe for commits. ``create_table(mode="overwrite")`` silently drops rows that are added
 at the same time. With ``mode="create"`` on a local disk, both writers succeeded in 5 of 20 races.
@@ -18,15 +17,21 @@ at the same time. With ``mode="create"`` on a local disk, both writers succeeded
 A killed writer may leave table versions to which no manifest refers. The next writer starts from the table version in
 the current manifest, so that no row is added twice. On a local disk, all new files of the table are flushed before the
 manifest is created, because LanceDB does not flush them.
+
+In a bucket, several processes can write at the same time. The first one that creates its manifest wins, and the others
+have to run again. Each change of a table starts from the table version that the writer knows, so a manifest never
+refers to rows of another writer. Objects to which no manifest refers may belong to a version that is being written, so
+they are only deleted after :data:`UNFINISHED`.
 """
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,15 +44,14 @@ import pyarrow.parquet as pq
 from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import StoreError, UsageError
 from retrieval_tip.files import sha256_of, sync
-from retrieval_tip.lance import lease
 from retrieval_tip.lance.address import Address
-from retrieval_tip.lance.key_table import RESTORE, VALUES, KeyTable
+from retrieval_tip.lance.key_table import RESTORE, VALUES, KeyTable, changed_meanwhile
 from retrieval_tip.lance.objects import Objects, flush
-from retrieval_tip.lance.row_digest import hexadecimal
-from retrieval_tip.retrieval.segments import KeyArray
+from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.store import history
 from retrieval_tip.store.folder import MANIFEST_BYTES, VERSIONS_TRIED
-from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Table, TableDigests
+from retrieval_tip.store.lock import locked
+from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Table
 from retrieval_tip.store.query import TIMEOUT, ask
 
 T = TypeVar("T")
@@ -57,6 +61,8 @@ DIGESTED = ("data", "_deletions", "_indices")
 """Folders of a local table whose files have digests. LanceDB never reuses a file name in these folders."""
 PRUNED_EVERY = 16
 """Number of versions after which the table is pruned. Pruning also merges all small fragments."""
+UNFINISHED = datetime.timedelta(hours=1)
+"""Age after which an object in a bucket to which no manifest refers is considered left over by a killed writer."""
 OBJECT_BYTES = 1 << 34
 """Maximum size of an object in bytes. A million classes with 1024 values each take less."""
 
@@ -103,8 +109,8 @@ class Classes:
 class TableWriter:
     """The exclusive writer of the next version. Use :meth:`LanceVersions.write` to get one."""
 
-    def __init__(self, store: LanceVersions, still_held: Callable[[], None], parent: Manifest | None) -> None:
-        self.store, self.parent, self.still_held = store, parent, still_held
+    def __init__(self, store: LanceVersions, parent: Manifest | None) -> None:
+        self.store, self.parent = store, parent
         self._files = store.table_files()
         self._creations = 0
         self.table: KeyTable | None = None
@@ -156,27 +162,16 @@ class TableWriter:
         raw = history.sealed(manifest, address)
         assert manifest.table is not None
         if KeyTable.at(address, manifest.table.name, manifest.table.version).rows != manifest.n:
-            raise StoreError(f"{address}: another process has written to it in the meantime; try again")
+            raise changed_meanwhile(address)
         self._flush()
-        self.still_held()
         name = _name(manifest.version)
         # The object may exist even if the server's answer was lost. Its content shows which writer created it.
-        if not objects.create(name, raw) and objects.get(name, len(raw)) != raw:
-            raise StoreError(f"{address}: another process wrote version {manifest.version}; try again")
-        try:
-            self.still_held()
-        except StoreError as lost:  # the new holder may have deleted files of this version
-            try:
-                self.store.check_objects(manifest)
-                self.store.table(manifest)
-            except StoreError:
-                objects.delete([name])
-                raise lost from None
+        if not objects.create(name, raw) and objects.get(name, MANIFEST_BYTES) != raw:
+            raise changed_meanwhile(address)
 
-    def digests(self, table: Table, rows: int | None) -> TableDigests:
-        """Return the digests of a table version. ``rows`` is the digest of its rows, if it is known."""
-        engine = _engine_name(table)
-        before = {} if self.parent is None or self.parent.digests is None else self.parent.digests.files
+    def digests(self, table: Table) -> dict[str, str]:
+        """Return the names of a table version's files and their SHA-256."""
+        engine, before = _engine_name(table), {} if self.parent is None else self.parent.digests
         files = {}
         with suppress(FileNotFoundError):  # another version of LanceDB may use a different name
             files[engine] = hashlib.sha256(self.store.objects.get(engine)).hexdigest()
@@ -188,7 +183,7 @@ class TableWriter:
                         files[name] = sha256_of(path)
                 elif name in before:
                     files[name] = before[name]
-        return TableDigests(None if rows is None else hexadecimal(rows), files)
+        return files
 
     @contextmanager
     def _on_disk(self, what: str) -> Iterator[None]:
@@ -304,8 +299,8 @@ class LanceVersions:
         """
         assert manifest.table is not None
         name = _engine_name(manifest.table)
-        if manifest.digests is not None and name in manifest.digests.files:
-            self._checked(name, manifest.digests.files[name])
+        if name in manifest.digests:
+            self._checked(name, manifest.digests[name])
 
     def check_files(self, manifest: Manifest, seen: set[tuple[str, str]]) -> None:
         """Check the files of a local table against their digests, except files that were already ``seen``.
@@ -313,7 +308,7 @@ class LanceVersions:
         Missing files are skipped, because LanceDB reports a missing file when it needs the file. Raises StoreError if a
         file is damaged.
         """
-        files = {} if self.address.local is None or manifest.digests is None else manifest.digests.files
+        files = {} if self.address.local is None else manifest.digests
         for name, digest in files.items() - seen:
             try:
                 if sha256_of(self.root / name) != digest:
@@ -329,26 +324,25 @@ class LanceVersions:
 
     @contextmanager
     def write(self, wait: float | None = None) -> Iterator[TableWriter]:
-        """Lock the store, and yield a writer of the next version.
+        """Yield a writer of the next version. A store on a local disk is locked in the meantime.
 
-        Waits up to ``wait`` seconds for other writers; ``wait`` defaults to :data:`lock.LOCK_WAIT`. If an exception is
+        Waits up to ``wait`` seconds for the lock; ``wait`` defaults to :data:`lock.LOCK_WAIT`. If an exception is
         raised or the process is killed, the current version stays in place. Raises StoreError if the store stays locked
         or is not writable.
         """
-        self._refuse_others()
-        with lease.held(self.objects, wait) as still_held:
-            for unfinished in self.root.glob("*/.*.tmp*") if self.address.local is not None else ():
+        with nullcontext() if self.address.local is None else self._locked(self.address.local, wait):
+            yield TableWriter(self, self.manifest() if self.exists() else None)
+
+    @contextmanager
+    def _locked(self, place: Path, wait: float | None) -> Iterator[None]:
+        own = {"manifests", "data", "lock", f"{TABLE}.lance"}
+        if place.exists() and not (place.is_dir() and {entry.name for entry in place.iterdir()} <= own):
+            raise StoreError(f"{self}: holds other files; give an empty or new folder")
+        with locked(place, self.address, wait):
+            for unfinished in place.glob("*/.*.tmp*"):
                 with suppress(OSError):  # removes temporary files of a killed writer
                     unfinished.unlink()
-            yield TableWriter(self, still_held, self.manifest() if self.exists() else None)
-
-    def _refuse_others(self) -> None:
-        place = self.address.local
-        if place is None or not place.exists():
-            return
-        own = {"manifests", "data", "lock", f"{TABLE}.lance"}
-        if not place.is_dir() or not {entry.name for entry in place.iterdir()} <= own:
-            raise StoreError(f"{self}: holds other files; give an empty or new folder")
+            yield
 
     def opened(self, read: Callable[[Manifest], T], version: int | None = None) -> T:
         """Call ``read`` with the manifest of the current version or an earlier version, and return the result.
@@ -367,6 +361,10 @@ class LanceVersions:
     def keeps(self, manifest: Manifest) -> bool:
         """Return whether a version still exists. Writers delete the manifest of a version first."""
         return manifest.version in self.versions()
+
+    def withdraw(self, manifest: Manifest) -> None:
+        """Delete the manifest of a version that cannot be read."""
+        self.objects.delete([_name(manifest.version)])
 
     def _too_fast(self) -> StoreError:
         return StoreError(f"{self}: keeps changing while it is opened; try again")
@@ -411,29 +409,28 @@ class LanceVersions:
         if keep < 1:
             raise UsageError(f"keep is {keep}: give at least 1, because the current version is always kept")
         self.manifest()
-        with self.write() as writer:
-            return self._forget(writer.still_held, keep)
+        with self.write():
+            return self._forget(keep)
 
-    def _forget(self, still_held: Callable[[], None], keep: int, prune: bool = True) -> tuple[list[int], int]:
+    def _forget(self, keep: int, prune: bool = True) -> tuple[list[int], int]:
         there = self.versions()
         gone, kept = there[:-keep], [self._read(version) for version in there[-keep:]]
-        named = {file.name for manifest in kept for file in manifest.data_files}
-        strays = {name: size for name, size in self.objects.sizes("data").items() if name not in named}
-        still_held()  # otherwise another writer may use files that seem unused here
         self.objects.delete([_name(version) for version in gone])
-        still_held()
+        # In a bucket, another writer may have restored a version before its manifest was deleted.
+        kept += [self._read(version) for version in self.versions() if version > there[-1]]
+        named = {file.name for manifest in kept for file in manifest.data_files}
+        age = UNFINISHED if self.address.local is None else datetime.timedelta()
+        strays = {name: size for name, size in self.objects.sizes("data", age).items() if name not in named}
         self.objects.delete(strays)
-        tables: Sequence[Table] = [manifest.table for manifest in kept if manifest.table is not None]
+        tables = [manifest.table for manifest in kept if manifest.table is not None]
         if prune:
-            table = KeyTable.latest(self.address, tables[-1].name)
-            still_held()
-            table.prune(sorted({entry.version for entry in tables}))
+            KeyTable.latest(self.address, tables[-1].name).prune(sorted({entry.version for entry in tables}))
         return gone, sum(strays.values())
 
-    def forget_old(self, still_held: Callable[[], None], prune: bool) -> None:
+    def forget_old(self, prune: bool) -> None:
         """Delete all but the last :data:`history.KEPT_VERSIONS` versions, and ``prune`` the table if requested."""
         if prune or len(self.versions()) > history.KEPT_VERSIONS:
-            self._forget(still_held, history.KEPT_VERSIONS, prune=prune)
+            self._forget(history.KEPT_VERSIONS, prune=prune)
 
 
 def _name(version: int) -> str:

@@ -71,7 +71,7 @@ def _index(judged: JudgedIndex, manifest: Manifest | None) -> Iterator[tuple[str
     yield "examples", f"{cache.n:,} of {counted(len(cache.class_names), 'class')}"
     if judged.where is not None:
         yield "restricted to", portable(judged.where)
-    yield "vectors", f"{cache.d:,} values, {cache.keys.dtype}, {counted(cache.segments, 'segment')}"
+    yield "vectors", f"{cache.d:,} values, {cache.keys.dtype}"
     yield "FAISS index", f"{cache.index.factory} on {cache.device}"
     yield "prompts", " | ".join(cache.templates) or "-"
     if cache.backbone is not None:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval_tip.errors import UsageError
-from retrieval_tip.retrieval.segments import Keys
+from retrieval_tip.retrieval.arrays import Keys
 from retrieval_tip.settings import Normalize, check_choice
 
 UNTOUCHED = {"both": (0.7, 1.0), "shots": (20.0, 5.5), "affinity": (0.035, 1.0), "none": (1.0, 5.5)}

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from retrieval_tip.errors import InputError, one_line
+from retrieval_tip.retrieval.arrays import KeyArray, Keys, KeysInPlace
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK, own_affinity
 from retrieval_tip.retrieval.logits import slices
-from retrieval_tip.retrieval.segments import KeyArray, Keys, KeysInPlace, Segments
 from retrieval_tip.retrieval.vector_index import faiss
 from retrieval_tip.store.labels import digest_codes
 
@@ -35,8 +35,11 @@ PAIRS = 1 << 28
 MOST = 1000
 """Default maximum number of pairs to return."""
 
-BLOCK = 128
-"""Number of keys per block when all pairs are compared. If 16,000 keys are all alike, a block takes 300 MiB."""
+BLOCK, MOST_ROWS = 1 << 21, 4096
+"""Maximum number of pairs and of keys per block when all pairs are compared.
+
+If all keys are alike, a block takes 300 MiB.
+"""
 
 NEIGHBOURS = 32
 """Number of nearest keys to retrieve for each fresh key."""
@@ -184,7 +187,7 @@ def _pairs_of_equal(codes: IntArray, class_ids: IntArray, new: Bools, most: int)
     return a, b, int(count.sum())
 
 
-def _codes_of_equal(keys: KeyArray | Segments) -> IntArray:
+def _codes_of_equal(keys: KeyArray) -> IntArray:
     """Return a code for each key, which only identical keys share. Unique keys have the code -1."""
     n, width = int(keys.shape[0]), math.gcd(8, int(keys.shape[1]) * keys.dtype.itemsize)
     words = (np.ascontiguousarray(keys[part]).view(f"u{width}") for part in slices(n, KEY_BLOCK))
@@ -206,7 +209,7 @@ def _near(keys: Keys, asked: IntArray, new: Bools, least: float, remain: Remain)
     """Compare ``asked`` rows with all rows, and yield blocks of pairs whose cosine is above ``least``."""
     order = np.concatenate([asked, np.flatnonzero(~new)])
     index = faiss().IndexFlatIP(int(keys.shape[1]))
-    for part in slices(len(order), BLOCK):
+    for part in slices(len(order), max(1, min(MOST_ROWS, BLOCK // max(1, len(asked))))):
         block = _unit(keys, order[part]).numpy()
         index.add(block[: max(0, len(asked) - part.start)])
         limits, cosine, places = index.range_search(block, least)

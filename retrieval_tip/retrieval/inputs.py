@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retrieval_tip.data.feature_tables import NORM_TOLERANCE
 from retrieval_tip.errors import InputError, few
-from retrieval_tip.retrieval.segments import KeyArray
+from retrieval_tip.retrieval.arrays import KeyArray
 
 LONGEST_NAME = 1024
 """Maximum length of a new class name in characters."""

@@ -7,10 +7,9 @@ formula.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.errors import InputError, warn_once
-from retrieval_tip.retrieval.segments import KeyArray, Segments, runs, segments_of
+from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.retrieval.vector_index import Product, VectorIndex, auto_factory, inner_factory
 from retrieval_tip.settings import Precision, check_choice
 
@@ -68,9 +67,7 @@ def auto_for(shape: tuple[int, int], dtype: npt.DTypeLike, n_classes: int, devic
     return auto_factory(shape[0], n_classes)
 
 
-def index_over(
-    keys: KeyArray | Segments, class_ids: IntArray, n_classes: int, factory: str, device: str = "auto"
-) -> VectorIndex:
+def index_over(keys: KeyArray, class_ids: IntArray, n_classes: int, factory: str, device: str = "auto") -> VectorIndex:
     """Build a FAISS index over keys that are grouped by class. If the factory is ``Classes``, index the class means.
 
     Class means are searched with four times the usual effort, because if the search misses a class, all its keys are
@@ -82,34 +79,6 @@ def index_over(
     if index.effort is not None and index.effort_limit is not None:
         index.effort = min(4 * index.effort, index.effort_limit)
     return index
-
-
-def beside(index: VectorIndex, late: Sequence[KeyArray], class_ids: IntArray, counts: IntArray) -> VectorIndex:
-    """Extend the index over the first segment by the ``late`` segments.
-
-    The late keys become additional rows. If the index is over class means, the late keys change the means instead.
-    ``class_ids`` are the class ids of the late keys. ``counts`` is the number of keys per class in the first segment.
-    """
-    bare = index.bare()
-    if not index.by_class:
-        return bare.plus(
-            np.arange(bare.n, bare.n + len(class_ids)),
-            lambda: np.concatenate([part.astype(np.float32, copy=False) for part in late]),
-        )
-    changed = np.union1d(class_ids, np.arange(bare.n, len(counts))).astype(np.int64)
-
-    def means() -> FloatArray:
-        sums = np.zeros((len(counts), index.d))
-        sums[: bare.n] = bare.vectors() * counts[: bare.n, None]
-        start = 0
-        for part in late:
-            np.add.at(sums, class_ids[start : start + len(part)], part)
-            start += len(part)
-        now = counts + np.bincount(class_ids, minlength=len(counts))
-        changed_means: FloatArray = (sums / np.maximum(now, 1)[:, None])[changed].astype(np.float32)
-        return changed_means
-
-    return bare.plus(changed, means)
 
 
 def own_affinity(features: Tensor, rows: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
@@ -309,39 +278,38 @@ class KeyStream(ABC):
 
 
 class Keys(KeyStream):
-    """Keys that are in memory or memory-mapped, in float32 or float16. Each segment is grouped by class.
+    """Keys that are in memory or memory-mapped, in float32 or float16, and grouped by class.
 
     ``precision`` is that of the products of queries and all keys: ``float32``, ``bfloat16`` or ``float16``. ``auto``
     and ``int8`` use float32. In half precision, the affinity is computed as ``A = f m + f (K - m)``, where ``m`` is the
     mean of the keys. Only the second term, which is about a quarter of the affinity, is rounded.
 
     Raises:
-        InputError: if the class ids of a segment are not in ascending order.
+        InputError: if the class ids are not in ascending order.
         UsageError: if the precision is unknown.
     """
 
     def __init__(
         self,
-        array: KeyArray | Segments,
+        array: KeyArray,
         class_ids: IntArray,
         n_classes: int,
         device: str = "cpu",
         precision: Precision = "float32",
         means: Callable[[], FloatArray] | None = None,
     ) -> None:
-        bounds = np.cumsum([0, *(len(part) for part in segments_of(array))])
-        descends = np.flatnonzero(class_ids[1:] < class_ids[:-1]) + 1
-        if len(class_ids) != len(array) or not np.isin(descends, bounds).all():
+        if len(class_ids) != len(array) or (class_ids[1:] < class_ids[:-1]).any():
             raise InputError("labels: keys are not grouped by class; build the index again")
         check_choice("precision", precision, Precision)
         self.array = array
         self.products = torch.float32 if precision in ("auto", "int8") else getattr(torch, precision)
-        counts = np.array([np.bincount(class_ids[a:b], minlength=n_classes) for a, b in itertools.pairwise(bounds)])
-        self.starts = bounds[:-1, None] + np.pad(np.cumsum(counts, axis=1), ((0, 0), (1, 0)))
+        counts = np.bincount(class_ids, minlength=n_classes)
+        self.starts = np.concatenate([[0], np.cumsum(counts)])
         self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # Arrow's is read-only
-        total = torch.from_numpy(counts.sum(axis=0).astype(np.float32)).to(device)
+        total = torch.from_numpy(counts.astype(np.float32)).to(device)
         super().__init__((int(array.shape[0]), int(array.shape[1])), total, device, means)
-        self._runs = list(runs(array, self._block_size()))
+        size = self._block_size()
+        self._runs = [slice(start, min(start + size, self.n)) for start in range(0, self.n, size)]
         self._on_device: Tensor | None = None
         self._fits: bool | None = None
         self._starts = torch.from_numpy(self.starts).to(device)
@@ -399,7 +367,7 @@ class Keys(KeyStream):
 
     def _halved(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield blocks of centred keys in half precision, which are kept unless the keys on disk exceed 2 GiB."""
-        if isinstance(segments_of(self.array)[0], np.memmap) and self.array.nbytes > HALVED:
+        if isinstance(self.array, np.memmap) and self.array.nbytes > HALVED:
             yield from (((keys - self._centre).to(self.products), ids) for keys, ids in self.blocks())
         else:
             yield from ((self._kept_halved[part], self.class_ids[part]) for part in self._runs)
@@ -419,22 +387,21 @@ class Keys(KeyStream):
     def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor]]:
         """See :meth:`KeyStream.of_classes`."""
         for place, class_id in enumerate(class_ids.tolist()):
-            for first, last in self.starts[:, class_id : class_id + 2].tolist():
-                if first < last:
-                    yield place, self._rows(slice(first, last))
+            first, last = self.starts[class_id : class_id + 2].tolist()
+            if first < last:
+                yield place, self._rows(slice(first, last))
 
     def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
         """See :meth:`KeyStream.numbered_of_classes`."""
         for place, class_id in enumerate(class_ids.tolist()):
-            for first, last in self.starts[:, class_id : class_id + 2].tolist():
-                for start in range(first, last, self._block_size()):
-                    part = slice(start, min(start + self._block_size(), last))
-                    yield place, self._rows(part).float(), torch.arange(part.start, part.stop, device=self.device)
+            first, last = self.starts[class_id : class_id + 2].tolist()
+            for start in range(first, last, self._block_size()):
+                part = slice(start, min(start + self._block_size(), last))
+                yield place, self._rows(part).float(), torch.arange(part.start, part.stop, device=self.device)
 
     def rows_of(self, classes: Tensor, met: Tensor) -> Tensor:
         """Return the rows of the keys in ``classes`` where ``met`` is true. Each query is padded with -1."""
-        firsts, lasts = (self._starts[:, ids].permute(1, 2, 0).flatten(1) for ids in (classes, classes + 1))
-        met = met.repeat_interleave(len(self.starts), dim=1)  # each segment has a run of rows for the class
+        firsts, lasts = self._starts[classes], self._starts[classes + 1]
         lengths = torch.where(met, lasts - firsts, 0)
         ends = lengths.cumsum(1)
         query = torch.arange(len(classes), device=self.device).repeat_interleave(ends[:, -1])
@@ -463,9 +430,6 @@ class Keys(KeyStream):
         return self._gathered(rows).float(), self.class_ids[rows]
 
     def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
-        every = np.diff(self.starts, axis=1)
-        most = every.argmax(axis=0), np.arange(self.n_classes)  # each class is sampled from its largest segment
-        starts, counts = (torch.from_numpy(x[most]).to(self.device) for x in (self.starts[:, :-1], every))
-        steps = torch.arange(SPREAD_KEYS, device=self.device)
+        starts, counts, steps = self._starts[:-1], self._starts.diff(), torch.arange(SPREAD_KEYS, device=self.device)
         rows = (starts[classes, None] + counts[classes, None] * steps // SPREAD_KEYS).clamp_max(self.n - 1)
         return self.affinity(features, rows.reshape(len(features), -1)).view(rows.shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import re
 import struct
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.errors import StoreError, UsageError, warn_once
-from retrieval_tip.retrieval.segments import KeyArray, Segments
+from retrieval_tip.retrieval.arrays import KeyArray
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -47,6 +46,12 @@ BY_CLASS = "Classes"
 
 MOST_LINKS = 1024
 """Maximum number of links per key of a graph index."""
+
+ADDED = 65536
+"""Number of vectors that are added to a FAISS index at a time."""
+
+FLAT_FACTORY = "Flat"
+"""Factory of an exact index, which has no file. It is built in memory from the keys when it is first searched."""
 
 FLAT = ("IndexFlat", "IndexFlatIP")
 UNCOMPRESSED = (*FLAT, "IndexIVFFlat", "IndexHNSWFlat", "IndexNSGFlat")
@@ -106,26 +111,41 @@ def faiss() -> Any:  # FAISS has no types
 class VectorIndex:
     """A maximum inner product search over vectors. The vectors are not normalised, and the id of row i is i.
 
-    The vectors are the keys. If the factory is ``Classes``, they are the class means, and ``by_class`` is true.
-    ``path`` is the file that the index was read from, or ``None`` if the index has changed since then.
+    The vectors are the keys. If the factory is ``Classes``, they are the class means, and ``by_class`` is true. An
+    index of the type ``Flat`` only holds the array of keys until it is searched for the first time. ``trained`` is the
+    number of vectors that the index was built from. ``path`` is the file that the index was read from, or ``None`` if
+    the index has changed since then.
     """
 
     def __init__(
-        self, index: FaissIndex, factory: str, device: str = "auto", half: bool = False, path: Path | None = None
+        self,
+        index: FaissIndex | KeyArray,
+        factory: str,
+        device: str = "auto",
+        half: bool = False,
+        path: Path | None = None,
+        trained: int | None = None,
     ) -> None:
-        self._cpu, self.path = index, path
-        self._late: FaissIndex | None = None
-        self._late_rows: IntArray = np.empty(0, dtype=np.int64)
-        self._late_vectors: Callable[[], FloatArray] = lambda: np.empty((0, self.d), dtype=np.float32)
-        self.factory = factory
+        self._keys = index if isinstance(index, np.ndarray) else None
+        self._built: FaissIndex | None = None if isinstance(index, np.ndarray) else index
+        self.n, self.d = index.shape if isinstance(index, np.ndarray) else (int(index.ntotal), int(index.d))
+        self.trained = self.n if trained is None else trained
+        self.factory, self.path = factory, path
         self.by_class = inner_factory(factory) is not None
-        self._gpu = GpuCopy(index, device, half)
+        self._device, self._half = device, half
+        self._gpu = GpuCopy(lambda: self._cpu, device, half)
         self._lock = threading.Lock()
 
+    @property
+    def _cpu(self) -> FaissIndex:
+        with self._lock:
+            if self._built is None:
+                assert self._keys is not None
+                self._built = _filled(faiss().IndexFlatIP(self.d), self._keys)
+            return self._built
+
     @classmethod
-    def build(
-        cls, keys: KeyArray | Segments, factory: str = "Flat", device: str = "auto", block: int = 65536
-    ) -> VectorIndex:
+    def build(cls, keys: KeyArray, factory: str = "Flat", device: str = "auto") -> VectorIndex:
         """Build an index over keys, and train it if its type requires training.
 
         Raises UsageError if the factory is unknown, is not safe or normalises the keys, or if there are too few keys to
@@ -135,6 +155,8 @@ class VectorIndex:
         inner = inner_factory(factory) or factory
         if problem := _factory_problem(inner, n, d):
             raise UsageError(f"index {factory if len(factory) <= 80 else factory[:80] + '...'!r}: {problem}")
+        if factory == FLAT_FACTORY:
+            return cls(keys, factory, device, keys.dtype == np.float16)
         with _usage_errors(factory):
             index = faiss().index_factory(d, inner, faiss().METRIC_INNER_PRODUCT)
         _set_search_effort(index)
@@ -147,41 +169,20 @@ class VectorIndex:
             with _usage_errors(factory, f" (while it was trained on {len(sample)} keys of {d} values)"):
                 index.train(training)
         with _usage_errors(factory):
-            for start in range(0, n, block):
-                index.add(np.ascontiguousarray(keys[start : start + block], dtype=np.float32))
-        return cls(index, factory, device, keys.dtype == np.float16)
+            return cls(_filled(index, keys), factory, device, keys.dtype == np.float16)
 
-    def plus(self, rows: IntArray, vectors: Callable[[], FloatArray]) -> VectorIndex:
-        """Return a copy of this index that has other vectors at the given ``rows``. The index is not trained again.
-
-        The new vectors replace existing rows, or are appended after the last row. ``rows`` must be ascending and must
-        not leave a gap. ``vectors`` is called on the first search. Every query is compared with all new vectors. The
-        new vectors are not saved to the index file.
-        """
-        longer = copy.copy(self)
-        longer._late, longer._late_rows, longer._late_vectors = None, rows, vectors
-        return longer
-
-    def bare(self) -> VectorIndex:
-        """Return a copy of this index that excludes the vectors added by :meth:`plus`."""
-        return self.plus(np.empty(0, dtype=np.int64), lambda: np.empty((0, self.d), dtype=np.float32))
-
-    def _beside(self) -> FaissIndex:
-        """Return a flat index over the vectors added by :meth:`plus`."""
-        with self._lock:
-            if self._late is None:
-                late = faiss().IndexFlatIP(self.d)
-                late.add(np.ascontiguousarray(self._late_vectors(), dtype=np.float32))
-                self._late = late
-            return self._late
-
-    @property
-    def indexed(self) -> int:
-        """Number of vectors in the FAISS index, excluding the vectors added by :meth:`plus`."""
-        return int(self._cpu.ntotal)
+    def refilled(self, keys: KeyArray) -> VectorIndex:
+        """Return an index of the same type over other keys. The index is not trained again."""
+        if self.exact_search:
+            return VectorIndex.build(keys, self.factory, self._device)
+        index = faiss().deserialize_index(self.to_array())  # a copy that is not memory-mapped
+        index.reset()
+        return VectorIndex(_filled(index, keys), self.factory, self._device, self._half, trained=self.trained)
 
     @classmethod
-    def load(cls, path: Path, factory: str, device: str = "auto", half: bool = False) -> VectorIndex:
+    def load(
+        cls, path: Path, factory: str, device: str = "auto", half: bool = False, trained: int | None = None
+    ) -> VectorIndex:
         """Read an index file, and memory-map it if its type supports this.
 
         If ``half`` is true, the copy on the GPU is in half precision. Raises StoreError if the file cannot be read.
@@ -195,7 +196,7 @@ class VectorIndex:
                 index = faiss().read_index(str(path))
         except RuntimeError as error:
             raise StoreError(f"{path}: FAISS cannot read it ({_reason(error)}); rebuild the index") from None
-        return cls(index, factory, device, half, path)
+        return cls(index, factory, device, half, path, trained)
 
     def save(self, path: Path) -> None:
         """Write the CPU version of the index to ``path``. Raises StoreError if the file cannot be written."""
@@ -218,16 +219,6 @@ class VectorIndex:
         return cls(faiss().deserialize_index(array), factory, device, half)
 
     @property
-    def n(self) -> int:
-        """Number of vectors, including those added by :meth:`plus`."""
-        return max(self.indexed, int(self._late_rows[-1]) + 1 if len(self._late_rows) else 0)
-
-    @property
-    def d(self) -> int:
-        """Length of a vector."""
-        return int(self._cpu.d)
-
-    @property
     def device(self) -> str:
         """The device on which searches run, ``cpu`` or ``cuda``."""
         return "cpu" if self._gpu.get() is None else "cuda"
@@ -235,12 +226,12 @@ class VectorIndex:
     @property
     def exact_search(self) -> bool:
         """Whether a search is guaranteed to find the nearest keys. This is only the case for ``Flat``."""
-        return not self.by_class and _is_one_of(FLAT, self._cpu)
+        return self.factory == FLAT_FACTORY
 
     @property
     def exact_affinity(self) -> bool:
         """Whether a search returns exact affinities. This is the case if the vectors are not compressed."""
-        return _is_one_of(UNCOMPRESSED, self._cpu)
+        return self.exact_search or _is_one_of(UNCOMPRESSED, self._cpu)
 
     @property
     def effort(self) -> int | None:
@@ -248,6 +239,8 @@ class VectorIndex:
 
         A search with a higher effort finds more of the nearest vectors, but takes longer.
         """
+        if self.exact_search:
+            return None
         return next((int(getattr(*place)) for place in _effort_of(self._cpu)), None)
 
     @effort.setter
@@ -273,18 +266,14 @@ class VectorIndex:
     @property
     def effort_limit(self) -> int | None:
         """The largest useful :attr:`effort`, or ``None`` if the index has no such setting."""
-        lists = _lists(self._cpu)
-        return lists or (self.n if self.effort is not None else None)
+        return None if self.effort is None else _lists(self._cpu) or self.n
 
     def vectors(self) -> FloatArray:
         """Return all vectors in float32. They are approximate unless :attr:`exact_affinity` is true."""
         for part in _inner(self._cpu):
             if hasattr(part, "make_direct_map"):
                 part.make_direct_map()
-        vectors = np.empty((self.n, self.d), dtype=np.float32)
-        vectors[: self.indexed] = self._cpu.reconstruct_n(0, self.indexed)
-        if len(self._late_rows):
-            vectors[self._late_rows] = self._beside().reconstruct_n(0, len(self._late_rows))
+        vectors: FloatArray = self._cpu.reconstruct_n(0, self.n)
         return vectors
 
     def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
@@ -294,39 +283,15 @@ class VectorIndex:
         """
         k = int(min(k, self.n))
         features = np.ascontiguousarray(features, dtype=np.float32)
-        if len(self._late_rows):
-            return self._search_both(features, k)
-        return self._search_indexed(features, k)
-
-    def _search_both(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
-        """Search the FAISS index and the added vectors, and merge the results."""
-        replaced = int(np.searchsorted(self._late_rows, self.indexed))
-        asked = min(k + min(replaced, k), self.indexed)
-        while True:
-            affinity, rows = self._search_indexed(features, asked)
-            gone = np.isin(rows, self._late_rows[:replaced]) if replaced else rows < 0
-            lacking = (gone.sum(axis=1) > asked - k).any() and asked < min(k + replaced, self.indexed)
-            if not lacking:
-                break
-            asked = min(4 * asked, k + replaced, self.indexed)
-        affinity, rows = np.where(gone, -np.inf, affinity), np.where(gone, -1, rows)
-        late, places = self._beside().search(features, min(k, len(self._late_rows)))
-        affinity, rows = np.hstack([affinity, late]), np.hstack([rows, self._late_rows[places]])
-        affinity[rows < 0] = -np.inf
-        order = np.argsort(-affinity, axis=1, kind="stable")[:, :k]
-        affinity, rows = np.take_along_axis(affinity, order, 1), np.take_along_axis(rows, order, 1)
-        return np.where(rows < 0, np.finfo(np.float32).min, affinity), rows
+        with self._errors_named():
+            affinity, rows = self._gpu.search(features, k) or self._cpu.search(features, k)
+        if rows.size and not -1 <= rows.min() <= rows.max() < self.n:
+            raise StoreError(f"{self._name}: damaged (a search returned invalid rows); rebuild the index")
+        return affinity, rows
 
     @property
     def _name(self) -> str:
         return str(self.path) if self.path else f"index {self.factory!r}"
-
-    def _search_indexed(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
-        with self._errors_named():
-            affinity, rows = self._gpu.search(features, k) or self._cpu.search(features, k)
-        if rows.size and not -1 <= rows.min() <= rows.max() < self.indexed:
-            raise StoreError(f"{self._name}: damaged (a search returned invalid rows); rebuild the index")
-        return affinity, rows
 
     @contextmanager
     def _errors_named(self) -> Iterator[None]:
@@ -344,7 +309,7 @@ class VectorIndex:
         """Run :meth:`search` on a tensor, and return tensors on the same device."""
         k = int(min(k, self.n))
         with self._errors_named():
-            found = None if len(self._late_rows) else self._gpu.search_tensor(features, k)
+            found = self._gpu.search_tensor(features, k)
         if found is None:
             affinity, rows = self.search(features.cpu().numpy(), k)
             found = torch.from_numpy(affinity).to(features.device), torch.from_numpy(rows).to(features.device)
@@ -359,8 +324,8 @@ class GpuCopy:
     GPUs. If the search has to run on the CPU, a warning is logged once.
     """
 
-    def __init__(self, index: FaissIndex, device: str, half: bool) -> None:
-        self._index, self._half = index, half
+    def __init__(self, index: Callable[[], FaissIndex], device: str, half: bool) -> None:
+        self._index_on_cpu, self._half = index, half
         self._wanted, self._number = device != "cpu" and torch.cuda.is_available(), device.partition(":")[2]
         self._tried, self._held = False, None
 
@@ -417,26 +382,26 @@ class GpuCopy:
 
     def _copy(self) -> FaissIndex:
         """Create the copy. Raises RuntimeError if this is not possible."""
-        number = int(self._number or torch.cuda.current_device())
-        size, room = _bytes_on_gpu(self._index, self._half), int(torch.cuda.mem_get_info(number)[0]) // 2
-        if _is_one_of(FLAT, self._index) and size <= room:
-            return Product.of(self._index, f"cuda:{number}", self._half)
+        number, index = int(self._number or torch.cuda.current_device()), self._index_on_cpu()
+        size, room = _bytes_on_gpu(index, self._half), int(torch.cuda.mem_get_info(number)[0]) // 2
+        if _is_one_of(FLAT, index) and size <= room:
+            return Product.of(index, f"cuda:{number}", self._half)
         gpus = int(faiss().get_num_gpus())
         if not gpus:
             raise RuntimeError("FAISS finds no GPU, but torch does (see retrieval-tip doctor)")
         if size <= room:
-            return self._clone(lambda options: faiss().index_cpu_to_gpu(resources(), number, self._index, options))
+            return self._clone(index, lambda options: faiss().index_cpu_to_gpu(resources(), number, index, options))
         if gpus > 1 and not self._number:
-            return self._clone(lambda options: faiss().index_cpu_to_all_gpus(self._index, options), shard=True)
+            return self._clone(index, lambda options: faiss().index_cpu_to_all_gpus(index, options), shard=True)
         raise RuntimeError(f"it takes {size:,} bytes, but half of the free GPU memory is {room:,} bytes")
 
-    def _clone(self, clone: Callable[[object], FaissIndex], shard: bool = False) -> FaissIndex:
+    def _clone(self, index: FaissIndex, clone: Callable[[object], FaissIndex], shard: bool = False) -> FaissIndex:
         """Clone the index with FAISS."""
         options = faiss().GpuMultipleClonerOptions()
-        options.useFloat16 = self._half and not _is_one_of(UNCOMPRESSED, self._index)  # float16 also rounds the queries
+        options.useFloat16 = self._half and not _is_one_of(UNCOMPRESSED, index)  # float16 also rounds the queries
         options.use_cuvs = "CUVS" in faiss().get_compile_options().upper()
         options.shard = shard
-        cut = [(part, lists) for part in _inner(self._index) if (lists := getattr(part, "nprobe", 0)) > GPU_MAX_K]
+        cut = [(part, lists) for part in _inner(index) if (lists := getattr(part, "nprobe", 0)) > GPU_MAX_K]
         try:
             for part, _ in cut:
                 warn_once(f"FAISS probes at most {GPU_MAX_K:,} lists on a GPU; the CPU would probe {part.nprobe:,}")
@@ -496,6 +461,13 @@ def resources() -> object:
     made.setTempMemory(512 << 20)
     made.setPinnedMemory(32 << 20)
     return made
+
+
+def _filled(index: FaissIndex, keys: KeyArray) -> FaissIndex:
+    """Add keys to a trained FAISS index, and return it."""
+    for start in range(0, len(keys), ADDED):
+        index.add(np.ascontiguousarray(keys[start : start + ADDED], dtype=np.float32))
+    return index
 
 
 def _is_one_of(kinds: tuple[str, ...], index: FaissIndex) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,22 +18,21 @@ from retrieval_tip import tip
 from retrieval_tip.errors import StoreError
 from retrieval_tip.files import real
 from retrieval_tip.store.folder import Check, read_array, read_curve, read_labels
-from retrieval_tip.store.manifest import DataFile, Manifest, Segment
+from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.writer import Writer
 
-HELD = ("text", "values", "curve", "metric", "points", "sums", "prior")
+HELD = ("keys", "labels", "index", "text", "values", "curve", "metric", "points", "sums", "prior")
 """Kinds of data that have one file each. The file is rewritten only if the data changes."""
+SEALED_AT_ONCE = 4
+"""Number of files that are written and hashed at the same time."""
 
 
 class SavedIndex(Protocol):
-    """A FAISS index over ``indexed`` vectors, and the ``path`` of its file."""
+    """A FAISS index that was ``trained`` on a number of vectors, and the ``path`` of its file."""
 
     path: Path | None
-
-    @property
-    def indexed(self) -> int:
-        """Number of vectors."""
+    trained: int
 
     def save(self, path: Path) -> None:
         """Write the index to ``path``."""
@@ -41,14 +42,14 @@ class SavedIndex(Protocol):
 class Contents:
     """The contents of a version's data files, as arrays or tensors.
 
-    ``segments`` are float32 or float16 arrays of keys, of shape ``[n_i, d]``. The ``index`` covers the first segment.
-    ``labels`` has one row per key. ``text`` has shape ``[c, d]`` and ``values`` has shape ``[n, c]``; both are float32.
-    A fitted index also has a ``metric``, the ``points`` of the first segment under that metric, and the ``sums`` of all
-    keys. ``prior`` is the scatter of other photos, of shape ``[d, d]``. A fine-tuned index also has the loss
-    ``curve``. :meth:`read` does not set ``index``, because the caller opens the index with FAISS.
+    ``keys`` is a float32 or float16 array of shape ``[n, d]``, and ``labels`` has one row per key. ``text`` has shape
+    ``[c, d]`` and ``values`` has shape ``[n, c]``; both are float32. A fitted index also has a ``metric``, the
+    ``points`` of the keys under that metric, and the ``sums`` of the keys. ``prior`` is the scatter of other photos, of
+    shape ``[d, d]``. A fine-tuned index also has the loss ``curve``. ``index`` is ``None`` for the type ``Flat``.
+    :meth:`read` does not set it, because the caller opens the index with FAISS.
     """
 
-    segments: Sequence[npt.NDArray[np.floating]]
+    keys: npt.NDArray[np.floating]
     labels: pa.Table
     text: npt.NDArray[np.floating] | torch.Tensor
     values: npt.NDArray[np.floating] | torch.Tensor | None = None
@@ -66,16 +67,16 @@ class Contents:
         Raises StoreError naming the file that cannot be read or does not match the manifest.
         """
         files, c, square = manifest.files, len(manifest.class_names), (manifest.d, manifest.d)
-        segments = [read_array(folder, part.keys, (part.keys.rows, manifest.d)) for part in manifest.segments]
-        if {part.dtype for part in segments} != {np.dtype(manifest.dtype)}:
-            raise StoreError(f"{folder}: some keys are not {manifest.dtype}; build the index again")
-        labels, metric = read_labels(folder, manifest), None
+        keys, labels = _keys(folder, manifest)
+        metric, points = None, None
         if "metric" in files:
             metric = metric_of(read_array(folder, files["metric"], (manifest.d + 1, manifest.d), (np.float32,)))
+        if "points" in files and not manifest.later:
+            points = read_array(folder, files["points"], (manifest.n, manifest.d))
         return cls(
-            segments=segments,
+            keys=keys,
             metric=metric,
-            points=read_array(folder, files["points"], segments[0].shape) if "points" in files else None,
+            points=points,
             sums=_sums(folder, manifest, labels) if "sums" in files else None,
             prior=read_array(folder, files["prior"], square, (np.float32,)) if "prior" in files else None,
             labels=labels,
@@ -90,45 +91,26 @@ class Contents:
         ``stored`` is the version from which these contents were read. Raises StoreError if a file is damaged or cannot
         be written.
         """
-        shared = stored if stored is not None and stored.is_before(writer) else None
-        if stored is not None:
-            stored.check_copied(self, shared=shared is not None)
-        self._write_keys(writer, shared)
-        if self.index is not None and shared is not None and shared.has_index(self.index):
-            writer.keep("index")
-        elif self.index is not None:
-            staged = writer.stage("index")
-            self.index.save(staged)
-            writer.seal("index", staged, len(self.segments[0]))
-        for kind in HELD:
-            held = getattr(self, kind)
-            if held is None:
-                continue
-            if shared is not None and getattr(shared.contents, kind, None) is held:
-                writer.keep(kind)
-            elif kind == "curve":
-                writer.seal_table(kind, held)
-            else:
-                writer.seal_array(kind, array_of(held))
+        same = stored.same(self) if stored is not None and stored.is_before(writer) else set()
+        for kind in same:
+            writer.keep(kind)
+        new = [kind for kind in HELD if kind not in writer.files and getattr(self, kind) is not None]
+        check = None if stored is None else stored.check_of_copied(same)
+        with ThreadPoolExecutor(SEALED_AT_ONCE, thread_name_prefix="seal") as pool:
+            list(pool.map(functools.partial(self._seal, writer), new))
+        if check is not None:
+            check.wait()
 
-    def _write_keys(self, writer: Writer, shared: Stored | None) -> None:
-        at = 0
-        for number, part in enumerate(self.segments):
-            segment, labels = None if shared is None else shared.segment_of(part), self.labels.slice(at, len(part))
-            at += len(part)
-            if number == 0:
-                if segment is not None and shared is not None and segment == shared.manifest.segments[0]:
-                    writer.keep("keys")
-                    if shared.named:
-                        writer.keep("labels")
-                        continue
-                if "keys" not in writer.files:
-                    writer.seal_array("keys", part)
-                writer.seal_table("labels", labels)
-            elif segment is not None and shared is not None:
-                writer.keep_later(segment, None if shared.named else labels)
-            else:
-                writer.seal_later(part, labels)
+    def _seal(self, writer: Writer, kind: str) -> None:
+        held = getattr(self, kind)
+        if isinstance(held, pa.Table):
+            writer.seal_table(kind, held)
+        elif kind == "index":
+            staged = writer.stage(kind)
+            held.save(staged)
+            writer.seal(kind, staged, held.trained)
+        else:
+            writer.seal_array(kind, array_of(held))
 
 
 def array_of(held: npt.NDArray[np.floating] | torch.Tensor | tip.Metric | Sums) -> npt.NDArray[np.floating]:
@@ -156,15 +138,10 @@ def metric_of(array: npt.NDArray[np.floating]) -> tip.Metric:
 
 @dataclass(frozen=True)
 class Stored:
-    """A version of an index folder, together with the contents of its files in memory.
-
-    ``contents`` is ``None`` if the contents are not known. ``named`` is true if the stored labels still use the current
-    class names.
-    """
+    """A version of an index folder, and the contents of its files in memory, or ``None`` if they are not known."""
 
     check: Check
     contents: Contents | None
-    named: bool = True
 
     @classmethod
     def of(cls, check: Check, contents: Contents) -> Stored:
@@ -183,31 +160,35 @@ class Stored:
         same = real(self.check.folder) == real(writer.folder)
         return same and writer.parent is not None and writer.parent.version == self.manifest.version
 
-    def segment_of(self, array: npt.NDArray[np.floating]) -> Segment | None:
-        """Return the segment whose keys are ``array``, or ``None`` if this version has no such segment."""
-        if self.contents is None:
-            return None
-        pairs = zip(self.contents.segments, self.manifest.segments, strict=True)
-        return next((segment for stored, segment in pairs if stored is array), None)
+    def same(self, contents: Contents) -> set[str]:
+        """Return the kinds of ``contents`` that this version already has a file of."""
+        files = self.manifest.files
+        kinds = {kind for kind in HELD if kind in files and getattr(contents, kind) is not None}
+        kinds = {kind for kind in kinds if getattr(contents, kind) is getattr(self.contents, kind, None)}
+        index = contents.index
+        if "index" in kinds and index is not None and index.path != self.check.folder / files["index"].name:
+            kinds.discard("index")
+        if self.manifest.later:
+            kinds -= {"keys", "labels", "points", "index"}
+        return kinds
 
-    def has_index(self, index: SavedIndex) -> bool:
-        """Return whether a file of this version already contains ``index``."""
-        file = self.manifest.files.get("index")
-        return file is not None and index.path == self.check.folder / file.name
+    def check_of_copied(self, same: Collection[str]) -> Check | None:
+        """Start to verify the files that are copied, so that damaged data does not get a valid digest.
 
-    def check_copied(self, contents: Contents, *, shared: bool) -> None:
-        """Verify files before they are copied, so that damaged data does not get a valid digest.
-
-        If ``shared`` is true, unchanged files are not copied, so they are not verified. Raises StoreError naming the
-        file that is damaged.
+        The files of the kinds in ``same`` are not copied, so they are not verified. Returns ``None`` if all files have
+        been verified.
         """
-        if self.check.verify == "full":
-            return
-        known: set[DataFile] = set()
-        if shared:
-            files = self.manifest.files
-            segments = [segment for part in contents.segments if (segment := self.segment_of(part)) is not None]
-            known = {segment.keys for segment in segments} | {part.labels for part in segments if self.named}
-            same = [kind for kind in HELD if getattr(contents, kind) is getattr(self.contents, kind, None)]
-            known |= {files[kind] for kind in ("index", *same) if kind in files}
-        Check(self.check.folder, self.manifest, known=known).wait()
+        known = {self.manifest.files[kind] for kind in same}
+        return Check(self.check.folder, self.manifest, known=known) if self.check.verify == "fast" else None
+
+
+def _keys(folder: Path, manifest: Manifest) -> tuple[npt.NDArray[np.floating], pa.Table]:
+    """Read the keys and the labels. Format 7 may have several segments, which are sorted by class again."""
+    labels = read_labels(folder, manifest)
+    keys = [read_array(folder, part.keys, (part.keys.rows, manifest.d)) for part in manifest.segments]
+    if {part.dtype for part in keys} != {np.dtype(manifest.dtype)}:
+        raise StoreError(f"{folder}: some keys are not {manifest.dtype}; build the index again")
+    if len(keys) == 1:
+        return keys[0], labels
+    order = np.argsort(labels["class_id"].to_numpy(), kind="stable")
+    return np.concatenate(keys)[order], labels.take(pa.array(order))

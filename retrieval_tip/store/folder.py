@@ -4,8 +4,7 @@ Readers see either the old version or the new version, never a mixture of the tw
 
 manifest.json             the current version, which is replaced with a single rename
 manifests/000003.json     an earlier version, which is kept until it is deleted
-data/keys-<digest>.npy    data/index-<digest>.faiss    data/labels-<digest>.parquet    data/text-<digest>.npy
-data/keys-<digest>.npy    data/labels-<digest>.parquet                                          for each added segment
+data/keys-<digest>.npy    data/labels-<digest>.parquet    data/text-<digest>.npy    data/index-<digest>.faiss
 data/values-<digest>.npy  data/curve-<digest>.parquet                                  in a fine-tuned index
 data/metric-<digest>.npy  data/points-<digest>.npy  data/sums-<digest>.npy                     in a fitted index
 lock                      locked by the process that is writing
@@ -209,7 +208,7 @@ def has_text(folder: Path, manifest: Manifest) -> bool:
 
 
 def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
-    """Read the label stores of all segments as one table. If a segment lacks a column, its values are null.
+    """Read the label store. Format 7 may have several segments. If one of them lacks a column, its values are null.
 
     Raises StoreError if the labels do not match the manifest.
     """
@@ -219,7 +218,7 @@ def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
     except pa.ArrowException as error:
         raise StoreError(f"{folder}: label columns of its segments differ ({first_line(error)})") from None
     ranges = [pc.min_max(part["key_id"]).as_py() for part in tables]
-    if manifest.next_key_id is not None and ranges[-1]["max"] >= manifest.next_key_id:
+    if ranges[-1]["max"] >= manifest.next_key_id:
         raise StoreError(
             f"{folder / 'manifest.json'}: its next_key_id is already in use; restore it, or build the index again"
         )
@@ -272,12 +271,7 @@ def describe(folder: Path) -> dict[str, Any]:
     earlier = _before(folder, manifest)
     own = {file.name: file.bytes for file in manifest.data_files}
     held = {file.name: file.bytes for old in earlier for file in old.data_files}
-    more = {
-        "segments": len(manifest.segments),
-        "not_indexed": manifest.n - manifest.files["keys"].rows,
-        "bytes": sum(own.values()),
-    }
-    return described(folder, manifest, earlier, counts, **more) | {
+    return described(folder, manifest, earlier, counts, bytes=sum(own.values())) | {
         "bytes_of_earlier": sum(size for name, size in held.items() if name not in own)
     }
 
@@ -307,13 +301,6 @@ def query(folder: Path, sql: str, predictions: Path | None = None, timeout: floa
 
     tables, _ = opened(folder, read)
     return ask(tables, sql, predictions, timeout)
-
-
-def next_key_id(folder: Path, manifest: Manifest) -> int:
-    """Return the first key id that ``manifest`` has not used. Raises StoreError if its labels cannot be read."""
-    if manifest.next_key_id is not None:
-        return manifest.next_key_id
-    return int(pc.max(read_labels(folder, manifest)["key_id"]).as_py()) + 1
 
 
 def earlier_manifests(folder: Path) -> list[Manifest]:
@@ -355,7 +342,8 @@ def earlier_paths(folder: Path) -> list[Path]:
 
 def _read_earlier(folder: Path, path: Path) -> Manifest | None:
     try:
-        return Manifest.from_bytes(manifest_bytes(folder, path), str(path), "delete earlier versions with index gc")
+        remedy = "delete earlier versions with index gc"
+        return Manifest.from_bytes(manifest_bytes(folder, path), str(path), remedy, remedy)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -10,45 +10,40 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from retrieval_tip.backbones.base import Identity
-from retrieval_tip.errors import BackboneError, StoreError, UsageError
+from retrieval_tip.errors import BackboneError, StoreError
 from retrieval_tip.settings import Built, Dtype, Fitted, Settings
 
 FORMAT = "retrieval-tip index"
-TABLE_FORMAT, FITTED_FORMAT, BUILT_FORMAT, FORMAT_VERSION = 3, 4, 5, 7
-"""Versions of the manifest format. All of these versions can be read, and new manifests use the last version.
+OLDEST_VERSION, FORMAT_VERSION = 7, 8
+"""Versions of the manifest format that can be read. New manifests use the last version.
 
-Format 1 has a single segment, no ``change`` and no ``next_key_id``. Format 3 added ``table``, format 4 ``fitted``,
-format 5 ``built``, format 6 ``sums``, which must be updated whenever the keys change, and format 7 ``gamma``,
-``class_prior``, ``automatic`` and ``prior``.
+Format 7 had ``later`` segments of keys, an ``index`` file for the type ``Flat``, and digests of the rows of a table.
+They are still read, but no longer written.
 """
 
-KINDS = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy"}
-OPTIONAL_KINDS = {"values": ".npy", "curve": ".parquet", "text_index": ".faiss",
-                  "metric": ".npy", "points": ".npy", "sums": ".npy", "prior": ".npy"}  # fmt: skip
-"""Files that only fitted or fine-tuned indexes have.
+SUFFIXES = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy", "values": ".npy",
+            "curve": ".parquet", "metric": ".npy", "points": ".npy", "sums": ".npy",
+            "prior": ".npy", "classes": ".parquet", "second": ".npy"}  # fmt: skip
+"""Kinds of data files. :meth:`Manifest.expected` says which of them a version has.
 
+- ``text`` are the text weights, of shape ``[c, d]``. ``index`` is a FAISS index over the keys, the points or the class
+  means.
 - ``values`` is a float32 array of solved or trained values, of shape ``[n, c]``.
 - A fitted index has ``metric``, a float32 array of shape ``[1 + d, d]`` with the mean and the transform, and
-  ``points``, which is ``phi(K)`` of the first segment. If the index has many keys, it also has ``sums``, a float64
-  array of shape ``[c + d, 1 + d]`` over all keys (see :class:`sums.Sums`). If it was fitted with the scatter of other
-  photos, that is the ``prior``, a float32 array of shape ``[d, d]``.
+  ``points``, which is ``phi(K)``. If the index has many keys, it also has ``sums``, a float64 array of shape
+  ``[c + d, 1 + d]`` over all keys (see :class:`sums.Sums`). If it was fitted with the scatter of other photos, that is
+  the ``prior``, a float32 array of shape ``[d, d]``.
 - A fine-tuned index has ``curve``, the training loss.
-- ``text_index`` is ignored. Up to version 0.1, indexes with more than 32,768 classes had this file.
+- ``classes`` contains the label, the text weight, the number of keys and the key sum of each class of a table.
+  ``second`` is the sum of the outer products of its keys, of shape ``[d, d]``.
 """
-TABLE_KINDS = {"classes": ".parquet"}
-"""File next to a table that contains the label, the text weight, the number of keys and the key sum of each class."""
-OPTIONAL_TABLE_KINDS = {"second": ".npy", "metric": ".npy", "values": ".npy", "prior": ".npy"}
-"""Optional files next to a table.
 
-``second`` is the sum of the keys' outer products, of shape ``[d, d]``. A fitted index can also have a ``metric``, a
-``prior`` and solved ``values``.
-"""
-SUFFIXES = KINDS | OPTIONAL_KINDS | TABLE_KINDS | OPTIONAL_TABLE_KINDS
+FLAT = "Flat"
+"""Type of an exact index, which needs no file."""
 
 MAX_DEPTH, MAX_KEY_ID = 64, 2**62
 """Maximum nesting depth of a provenance, and maximum value of ``next_key_id``."""
@@ -62,8 +57,7 @@ _TABLE_FILE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)+")
 class DataFile:
     """An immutable file of an index, described by its path in the folder, number of rows, size and SHA-256.
 
-    ``rows`` is usually the number of keys. It is the number of classes for text weights, the number of epochs for a
-    curve, ``1 + d`` for a metric and ``c + d`` for sums.
+    ``rows`` is the number of rows of an array or a table, or the number of vectors that an index was trained on.
     """
 
     name: str
@@ -74,7 +68,7 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Segment:
-    """A group of keys, sorted by class, and a table of their labels."""
+    """A group of keys of format 7, sorted by class, and a table of their labels."""
 
     keys: DataFile
     labels: DataFile
@@ -90,28 +84,16 @@ class Table:
 
 
 @dataclass(frozen=True)
-class TableDigests:
-    """Digests of a table version, each as 64 hexadecimal digits.
-
-    ``rows`` is the digest of all rows (see :mod:`row_digest`), or ``None`` for an older table. ``files`` maps the names
-    of the table's files to their SHA-256. It includes LanceDB's manifest and, on a local disk, its data files.
-    """
-
-    rows: str | None
-    files: dict[str, str]
-
-
-@dataclass(frozen=True)
 class Manifest:
     """The description of a version of an index, which contains everything except the arrays.
 
-    ``files`` maps each kind to a data file. The ``keys`` and ``labels`` in it form the first segment, which the
-    ``index`` covers. ``later`` lists the segments that were added afterwards. ``change`` briefly describes how this
-    version was created. ``next_key_id`` is the first unused key id; it is ``None`` in format 1. ``provenance`` is for
-    information only.
+    ``files`` maps each kind to a data file. ``later`` lists the segments that format 7 added to its keys and labels.
+    ``change`` briefly describes how this version was created. ``next_key_id`` is the first unused key id.
+    ``provenance`` is for information only.
 
-    If the keys and labels are in a ``table``, there are no segments, and ``files`` contains ``classes`` and other data
-    that is not in the table. ``digests`` are the digests of that table, if it has any.
+    If the keys and labels are in a ``table``, ``files`` contains ``classes`` and other data that is not in the table.
+    ``digests`` maps the names of the table's files to their SHA-256. It includes LanceDB's manifest and, on a local
+    disk, its data files.
     """
 
     version: int
@@ -127,14 +109,14 @@ class Manifest:
     index: str
     backbone: dict[str, Any] | None
     provenance: dict[str, Any]
-    files: dict[str, DataFile] = field(default_factory=dict)
-    later: list[Segment] = field(default_factory=list)
-    next_key_id: int | None = None
-    change: str = ""
+    files: dict[str, DataFile]
+    next_key_id: int
+    change: str
     table: Table | None = None
     fitted: Fitted | None = None
     built: Built = field(default_factory=Built)
-    digests: TableDigests | None = None
+    digests: dict[str, str] = field(default_factory=dict)
+    later: list[Segment] = field(default_factory=list)
 
     @property
     def segments(self) -> list[Segment]:
@@ -162,15 +144,22 @@ class Manifest:
         body: dict[str, object] = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
         del body["settings"]
         body |= asdict(self.settings)
-        if self.digests is None:  # omitted so that older programs can read the folder
-            del body["digests"]
+        if not self.later:
+            del body["later"]
         return _seal(body)
 
     @classmethod
     def from_bytes(
-        cls, raw: bytes, name: str, remedy: str = "restore it, or delete the folder and build the index again"
+        cls,
+        raw: bytes,
+        name: str,
+        remedy: str = "restore it, or delete the folder and build the index again",
+        outdated: str = "build it again",
     ) -> Manifest:
-        """Invert :meth:`to_bytes`. Raises StoreError if the manifest is damaged, or if its encoder was trained."""
+        """Invert :meth:`to_bytes`.
+
+        Raises StoreError if the manifest is damaged, has an old format, or names a trained encoder.
+        """
         damaged = f"{name}: damaged"
         try:
             body = json.loads(raw.decode("utf-8"))
@@ -182,6 +171,8 @@ class Manifest:
             raise StoreError(f"{name}: not the manifest of a retrieval-tip index")
         version = body.get("format_version")
         writer = ascii(body.get("created_by", "a newer version"))[:100].strip("'")
+        if type(version) is int and 0 < version < OLDEST_VERSION:
+            raise StoreError(f"{name.removesuffix('/manifest.json')}: built by an earlier version; {outdated}")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise StoreError(
                 f"{name}: index format {version}, but this program reads up to {FORMAT_VERSION}; install {writer}"
@@ -199,97 +190,92 @@ class Manifest:
                 f"{name}: the index has trained encoder weights, which are no longer read; build the index again"
             )
         try:
-            if type(version) is not int or version < 1:
-                raise ValueError("format_version")
+            _need(_whole(version, OLDEST_VERSION), "format_version")
             return cls.parse(body)
-        except (KeyError, TypeError, ValueError, OverflowError, BackboneError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, BackboneError) as error:
             raise StoreError(f"{damaged} ({error!r}); {remedy}") from None
 
     @classmethod
     def parse(cls, stated: Mapping[str, Any]) -> Manifest:
         """Convert parsed JSON to a manifest.
 
-        Raises KeyError, TypeError, ValueError or OverflowError if an entry is missing or invalid.
+        Raises AttributeError, KeyError, TypeError, ValueError or OverflowError if an entry is missing or invalid.
         """
-        version, stated = stated["format_version"], {"digests": None} | dict(stated)
-        if version == 1:
-            stated |= {"later": [], "next_key_id": None, "change": ""}
-        if version < TABLE_FORMAT:
-            stated |= {"table": None}
-        if version < FITTED_FORMAT:
-            stated |= {"fitted": None}
-        if version < BUILT_FORMAT:
-            stated |= {"built": _built(stated["provenance"])}
-        body = {field.name: stated[field.name] for field in fields(cls) if field.name != "settings"}
-        needed = [field.name for field in fields(Settings) if field.name in stated or not field.metadata.get("later")]
-        settings = Settings(**{name: stated[name] for name in needed})
-        _need(_whole(body["version"], 1), "version")
-        _need(body["parent"] is None or (_whole(body["parent"], 1) and body["parent"] < body["version"]), "parent")
-        _need(all(isinstance(body[key], str) for key in ("created_at", "created_by", "dtype", "index")), "text")
-        _need(_whole(body["n"], 1) and _whole(body["d"], 1), "n or d")
-        _need(body["dtype"] in ("float32", "float16"), "dtype")
-        for key in ("class_names", "templates"):
-            _need(isinstance(body[key], list) and all(isinstance(text, str) for text in body[key]), key)
-        _need(len(set(body["class_names"])) == len(body["class_names"]) > 0, "class_names")
+        body = {name: stated[name] for name in _FIELDS - {"settings", "later", "digests"}}
+        settings = Settings(**{field.name: stated[field.name] for field in fields(Settings)})
         _need(isinstance(stated["tail"], bool), "tail")
-        if body["backbone"] is not None:
-            Identity.from_dict(body["backbone"])
-        _need(isinstance(body["provenance"], dict) and isinstance(body["files"], dict), "provenance or files")
-        _need(_shallow(body["provenance"], MAX_DEPTH), "provenance")
-        _need(isinstance(body["change"], str) and isinstance(body["later"], list), "change or later")
-        following = body["next_key_id"]
-        _need(following is None or (_whole(following, 1) and following <= MAX_KEY_ID), "next_key_id")
+        older = stated["format_version"] == OLDEST_VERSION
+        digests = (stated.get("digests") or {"files": {}})["files"] if older else stated["digests"]
         files = {kind: DataFile(**entry) for kind, entry in body["files"].items()}
-        _need(all(isinstance(entry, dict) for entry in body["later"]), "later")
-        later = [Segment(**{kind: DataFile(**file) for kind, file in entry.items()}) for entry in body["later"]]
-        body |= {"files": files, "later": later, "built": Built(**body["built"])}
-        body["table"] = None if body["table"] is None else Table(**body["table"])
-        body["fitted"] = None if body["fitted"] is None else Fitted(**body["fitted"])
-        body["digests"] = None if body["digests"] is None else TableDigests(**body["digests"])
-        manifest = cls(settings=settings, **body)
+        segments = ({kind: DataFile(**file) for kind, file in part.items()} for part in stated.get("later", []))
+        records = {"table": Table, "fitted": Fitted, "built": Built}
+        body |= {name: None if body[name] is None else kind(**body[name]) for name, kind in records.items()}
+        body |= {"settings": settings, "files": files, "digests": digests}
+        manifest = cls(**body, later=[Segment(**segment) for segment in segments])
+        manifest._check()
         manifest._check_files()
         return manifest
 
-    def _check_files(self) -> None:
-        files, later, table, c = self.files, self.later, self.table, len(self.class_names)
-        metric, moved = files.get("metric"), self.fitted is not None and self.fitted.metric != "none"
-        if table is not None:
-            kinds = TABLE_KINDS | OPTIONAL_TABLE_KINDS
-            _need(TABLE_KINDS.keys() <= files.keys() <= kinds.keys() and not later, "files")
-            _need(isinstance(table.name, str) and re.fullmatch(r"\w{1,64}", table.name) is not None, "table.name")
-            _need(_whole(table.version, 1) and table.rows == self.n and _whole(table.rows, 1), "table")
-            _need(files["classes"].rows == c, "files.classes.rows")
+    def _check(self) -> None:
+        texts = (self.created_at, self.created_by, self.dtype, self.index, self.change)
+        lists, table = (self.class_names, self.templates), self.table
+        if self.backbone is not None:
+            Identity.from_dict(self.backbone)
+        for name, valid in {
+            "version": _whole(self.version, 1),
+            "parent": self.parent is None or (_whole(self.parent, 1) and self.parent < self.version),
+            "text": all(isinstance(text, str) for text in texts),
+            "n or d": _whole(self.n, 1) and _whole(self.d, 1),
+            "dtype": self.dtype in ("float32", "float16"),
+            "names": all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists),
+            "class_names": len(set(self.class_names)) == len(self.class_names) > 0,
+            "provenance": isinstance(self.provenance, dict) and _shallow(self.provenance, MAX_DEPTH),
+            "next_key_id": _whole(self.next_key_id, 1) and self.next_key_id <= MAX_KEY_ID,
+            "built": isinstance(self.built, Built),
+            "table.name": table is None or re.fullmatch(r"\w{1,64}", table.name) is not None,
+            "table": table is None or (_whole(table.version, 1) and _whole(table.rows, 1) and table.rows == self.n),
+            "digests": isinstance(self.digests, dict)
+            and all(
+                _TABLE_FILE.fullmatch(name) is not None and _SHA256.fullmatch(digest) is not None
+                for name, digest in self.digests.items()
+            ),
+        }.items():
+            _need(valid, name)
+
+    def expected(self) -> dict[str, tuple[int | None, bool | None]]:
+        """Return, for each kind of file, its number of rows and whether it must exist.
+
+        A file whose number of rows is ``None`` may have any. A file is optional if the second entry is ``None``.
+        """
+        c, d, n = len(self.class_names), self.d, self.n - sum(part.keys.rows for part in self.later)
+        moved = self.fitted is not None and self.fitted.metric != "none"
+        if self.table is not None:
             solved = self.fitted is not None and self.fitted.solved
-            _need(("values" in files) == solved and ("values" not in files or files["values"].rows == self.n), "values")
-            _need("second" not in files or files["second"].rows == self.d, "files.second.rows")
-            if self.digests is not None:
-                of_files, of_rows = self.digests.files, self.digests.rows
-                _need(isinstance(of_files, dict), "digests.files")
-                _need(all(_TABLE_FILE.fullmatch(name) is not None for name in of_files), "digests.files")
-                known = [*of_files.values(), *(() if of_rows is None else (of_rows,))]
-                _need(all(_SHA256.fullmatch(digest) is not None for digest in known), "digests")
-        else:
-            _need(KINDS.keys() <= files.keys() <= KINDS.keys() | OPTIONAL_KINDS.keys(), "files")
-            _need(self.digests is None, "digests")
-        _need(not later or "values" not in files, "later")  # trained values are stored in a single array
-        of_later = [(kind, file) for part in later for kind, file in vars(part).items()]
-        for kind, file in [*files.items(), *of_later]:
+            return {
+                "classes": (c, True), "second": (d, None), "metric": (1 + d, moved), "values": (n, solved),
+                "prior": (d, None),
+            }  # fmt: skip
+        return {
+            "keys": (n, True), "labels": (n, True), "text": (c, True), "index": (None, self.index != FLAT or None),
+            "values": (n, False if self.later else None), "curve": (None, None),
+            "metric": (1 + d, moved), "points": (n, moved and None), "sums": (c + d, None), "prior": (d, None),
+        }  # fmt: skip
+
+    def _check_files(self) -> None:
+        expected = self.expected()
+        _need(self.files.keys() <= expected.keys(), "files")
+        for kind, (rows, needed) in expected.items():
+            _need(needed is None or (kind in self.files) == needed, f"files.{kind}")
+            _need(rows is None or kind not in self.files or self.files[kind].rows == rows, f"files.{kind}.rows")
+        _need(self.table is None or not self.later, "later")
+        _need(self.table is not None or not self.digests, "digests")
+        _need(all(part.keys.rows == part.labels.rows for part in self.later), "later.rows")
+        of_later = [(kind, file) for part in self.later for kind, file in vars(part).items()]
+        for kind, file in [*self.files.items(), *of_later]:
             _need(_SHA256.fullmatch(file.sha256) is not None, f"files.{kind}.sha256")
             _need(file.name == f"data/{kind}-{file.sha256[:16]}{SUFFIXES[kind]}", f"files.{kind}.name")
             _need(_whole(file.bytes, 1), f"files.{kind}.bytes")
             _need(_whole(file.rows, 1), f"files.{kind}.rows")
-        _need("prior" not in files or files["prior"].rows == self.d, "files.prior.rows")
-        _need((metric is not None) == moved and (metric is None or metric.rows == self.d + 1), "files.metric")
-        if table is not None:
-            return
-        first, points = files["keys"].rows, files.get("points")
-        of_keys = [files[kind].rows for kind in ("index", "labels", "values", "points") if kind in files]
-        _need(all(rows == first for rows in of_keys), "files.rows")
-        _need(files["text"].rows == c, "files.text.rows")
-        _need((points is not None) == moved, "points")
-        _need("sums" not in files or files["sums"].rows == c + self.d, "files.sums.rows")
-        _need(all(part.keys.rows == part.labels.rows for part in later), "later.rows")
-        _need(first + sum(part.keys.rows for part in later) == self.n, "n")
 
 
 def _need(condition: bool, what: str) -> None:
@@ -301,9 +287,8 @@ def _whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-_ENTRIES = {"format", "format_version", "sha256"} | {
-    field.name for kind in (Manifest, Settings) for field in fields(kind) if field.name != "settings"
-}
+_FIELDS = {field.name for field in fields(Manifest)}
+_ENTRIES = {"format", "format_version", "sha256", *_FIELDS, *(field.name for field in fields(Settings))} - {"settings"}
 
 
 def named_in(raw: bytes) -> set[str] | None:
@@ -316,17 +301,6 @@ def named_in(raw: bytes) -> set[str] | None:
     if hashlib.sha256(body + b"\n}").hexdigest().encode() + b'"\n}' != digest:
         return None
     return {name.decode() for name in _NAMED.findall(raw)}
-
-
-def _built(provenance: object) -> dict[str, object]:
-    """Derive ``built`` from the provenance of a format before 5."""
-    stated = provenance if isinstance(provenance, dict) else {}
-    said: dict[str, object] = {"auto_index": stated.get("index") == "auto"}
-    for name in ("source", "shots", "seed", "views"):
-        if (value := stated.get(name)) is not None:
-            with suppress(UsageError):
-                said[name] = getattr(Built(**{name: value}), name)
-    return said
 
 
 def _shallow(value: object, depth: int) -> bool:

@@ -6,13 +6,14 @@ stays current, and the next writer removes the leftover files.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
 import os
 import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,7 +35,7 @@ from retrieval_tip.store.folder import (
     manifest_name,
     read_manifest,
 )
-from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Segment, named_in
+from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, named_in
 
 _ZEROS = bytes(1 << 20)
 _ANY_KIND, _ANY_SUFFIX = "|".join(SUFFIXES), "|".join(sorted({suffix[1:] for suffix in SUFFIXES.values()}))
@@ -50,7 +51,6 @@ class Writer:
         self.current = parent
         self._staged: list[Path] = []
         self._files: dict[str, DataFile] = {}
-        self._later: list[Segment] = []
 
     def stage(self, kind: str) -> Path:
         """Return a temporary path for a data file of this kind. Write the file there before you call :meth:`seal`."""
@@ -78,53 +78,40 @@ class Writer:
                     file.write(_ZEROS[: size - at])
         return path, np.lib.format.open_memmap(path, mode="r+")
 
-    def seal(self, kind: str, staged: Path, rows: int) -> Path:
-        """Flush a staged file to disk, rename it by its digest, and return the new path."""
-        self._files[kind] = entry = self._seal(kind, staged, rows)
-        return self.folder / entry.name
+    def seal(self, kind: str, staged: Path, rows: int, digest: str | None = None) -> Path:
+        """Flush a staged file to disk, rename it by its digest, and return the new path.
 
-    def _seal(self, kind: str, staged: Path, rows: int) -> DataFile:
+        If you do not pass the SHA-256 as ``digest``, the file is read again.
+        """
         with staged.open("rb+") as file:
             os.fsync(file.fileno())
-        digest = sha256_of(staged)
+        digest = digest or sha256_of(staged)
         entry = DataFile(f"data/{kind}-{digest[:16]}{SUFFIXES[kind]}", rows, staged.stat().st_size, digest)
-        staged.replace(self.folder / entry.name)
+        self._files[kind], path = entry, self.folder / entry.name
+        staged.replace(path)
         self._staged.remove(staged)
-        return entry
+        return path
 
     def seal_array(self, kind: str, array: npt.NDArray[np.floating]) -> None:
         """Write a two-dimensional array as the data file of this kind."""
-        self._files[kind] = self._array(kind, array)
-
-    def _array(self, kind: str, array: npt.NDArray[np.floating]) -> DataFile:
-        staged = self.stage(kind)
+        staged, header, data = self.stage(kind), io.BytesIO(), np.ascontiguousarray(array).data
+        _write_header(header, array.shape, array.dtype)
         with staged.open("wb") as file:  # a memory-mapped file would count towards this process's memory
-            _write_header(file, array.shape, array.dtype)
-            file.write(np.ascontiguousarray(array).data)
-        return self._seal(kind, staged, len(array))
+            file.write(header.getvalue())
+            file.write(data)
+        digest = hashlib.sha256(header.getvalue())
+        digest.update(data)
+        self.seal(kind, staged, len(array), digest.hexdigest())
 
     def seal_table(self, kind: str, table: pa.Table) -> None:
         """Write a table as the data file of this kind. Raises InputError if Parquet cannot store a column."""
-        self._files[kind] = self._table(kind, table)
-
-    def _table(self, kind: str, table: pa.Table) -> DataFile:
         staged = self.stage(kind)
         try:
             with staged.open("wb") as file:
                 pq.write_table(table, file)
         except pa.ArrowException as error:
             raise InputError(f"{kind}: cannot store a column ({first_line(error)})") from None
-        return self._seal(kind, staged, len(table))
-
-    def seal_later(self, keys: npt.NDArray[np.floating], labels: pa.Table) -> None:
-        """Write another segment, whose keys have shape ``[m, d]`` and are grouped by class, with its labels."""
-        self._later.append(Segment(self._array("keys", keys), self._table("labels", labels)))
-
-    def keep_later(self, segment: Segment, labels: pa.Table | None = None) -> None:
-        """Share the keys of a later segment with the parent version, and write its ``labels`` if they are given."""
-        if labels is not None:
-            segment = replace(segment, labels=self._table("labels", labels))
-        self._later.append(segment)
+        self.seal(kind, staged, len(table))
 
     def keep(self, kind: str) -> None:
         """Share the data file of this kind with the parent version."""
@@ -135,7 +122,6 @@ class Writer:
         """Share every data file with the parent version."""
         assert self.parent is not None
         self._files |= self.parent.files
-        self._later = list(self.parent.later)
 
     def discard(self, staged: Path) -> None:
         """Delete a staged file."""
@@ -162,11 +148,6 @@ class Writer:
         with suppress(OSError, StoreError):
             _forget(self.folder, history.KEPT_VERSIONS)
         self.current = manifest
-
-    @property
-    def later(self) -> list[Segment]:
-        """Later segments that have been sealed or kept so far."""
-        return list(self._later)
 
     @property
     def files(self) -> dict[str, DataFile]:
