@@ -396,7 +396,7 @@ class AnsweringIndex(ABC):
         """
         f, retrieval = self._queries(features), self.retrieval
         keys, points = retrieval.keys, retrieval.points(f)
-        near = self._every(points) if self.n <= complete else retrieval.nearest(points, nearest)
+        near = self._every(points) if self.n <= complete else retrieval.keys.nearest(points, nearest)
         used, where = np.unique(near.rows.clamp_min(0).cpu().numpy(), return_inverse=True)
         key_ids = self.described(used, ["key_id"])["key_id"].to_numpy()[where].reshape(near.rows.shape)
         text = tip.text_logits(f, self.text_weights, self.settings.logit_scale).cpu().numpy()
@@ -504,7 +504,7 @@ def similar_shots(
     f = inputs.queries(features, index.d).to(index.device)
     if norms == "check":
         inputs.check_unit(f)
-    near = index.retrieval.nearest(index.retrieval.points(f), min(n, index.n))
+    near = index.retrieval.keys.nearest(index.retrieval.points(f), min(n, index.n))
     rows, affinities = near.rows.cpu().numpy(), near.affinity.double().cpu().numpy()
     used, places = np.unique(rows.clip(min=0), return_inverse=True)
     described = index.described(used, ["key_id", "source", "label"]).to_pylist()

@@ -28,7 +28,7 @@ from retrieval_tip.retrieval.defaults import Statistics, measure
 from retrieval_tip.retrieval.inputs import Features, Labels
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, auto_for, index_over, points_of
 from retrieval_tip.retrieval.labelled_keys import LabelledKeys
-from retrieval_tip.retrieval.logits import IndexRetrieval, slices
+from retrieval_tip.retrieval.logits import Retrieval, slices
 from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
 from retrieval_tip.settings import Built, Dtype, Fitted, Precision, Settings, Verify
@@ -288,10 +288,7 @@ class KeyEdits(EditableIndex):
         c = len(self.class_names)
         if self.index.by_class and self.index.n < c:
             self.index = self._index_over(self.met, class_ids)
-        if self.index.n != (c if self.index.by_class else self.n):
-            raise InputError(f"index: has {self.index.n} vectors for {self.n} keys of {c} classes")
-        means = self.index.vectors if self.index.by_class and self.index.exact_affinity else None
-        self._keys = Keys(self.met, class_ids, c, self.device, self.precision, means)
+        self._keys = Keys(self.met, class_ids, c, self.device, self.precision, self.index)
         self.class_ids = self._keys.class_ids
         if self.next_key_id is None:
             self.next_key_id = int(pc.max(self.labels["key_id"]).as_py()) + 1
@@ -396,10 +393,9 @@ class CacheModel(KeyEdits):
         self.prior = prior
 
     @property
-    def retrieval(self) -> IndexRetrieval:
-        return IndexRetrieval(
+    def retrieval(self) -> Retrieval:
+        return Retrieval(
             keys=self._keys,
-            index=self.index,
             text_weights=self.text_weights,
             values=self.values,
             settings=self.settings,
@@ -521,7 +517,7 @@ class CacheModel(KeyEdits):
         The affinities are exact even if the index is compressed. Empty slots have row -1.
         """
         retrieval = self.retrieval
-        near = retrieval.nearest(retrieval.points(features), k)
+        near = retrieval.keys.nearest(retrieval.points(features), k)
         return near.affinity, near.rows.cpu().numpy()
 
     def take(self, rows: npt.NDArray[np.int64]) -> Self:

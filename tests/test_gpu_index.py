@@ -331,10 +331,10 @@ def test_keys_on_a_gpu_are_searched_without_an_index() -> None:
     ids = np.sort(RNG.integers(0, 9, 300))
     for factory in ("Flat", "Classes"):
         cache = CacheModel.from_features(KEYS, ids, [f"class {i}" for i in range(9)], index=factory, device="cpu")
-        expected = cache.retrieval.nearest(torch.from_numpy(QUERIES), 7)
+        expected = cache.retrieval.keys.nearest(torch.from_numpy(QUERIES), 7)
         cache._keys._on_device = torch.from_numpy(KEYS)
         with mock.patch.object(VectorIndex, "search_tensor", side_effect=AssertionError("searched an index")):
-            near = cache.retrieval.nearest(torch.from_numpy(QUERIES), 7)
+            near = cache.retrieval.keys.nearest(torch.from_numpy(QUERIES), 7)
         dense = QUERIES.astype(np.float64) @ KEYS.T.astype(np.float64)
         np.testing.assert_allclose(near.affinity, -np.sort(-dense, axis=1)[:, :7], rtol=0, atol=1e-5)
         assert torch.equal(near.class_ids, torch.from_numpy(ids)[near.rows])

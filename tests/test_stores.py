@@ -1254,7 +1254,7 @@ def test_many_keys_get_a_vector_index_that_later_changes_update(tmp_path, monkey
     winners = by_index.argmax(dim=1)
     assert (winners == by_all.argmax(dim=1)).float().mean() >= 0.99
     assert np.mean([model.class_names[i] == truth for i, truth in zip(winners, truths, strict=True)]) > 0.9
-    found = model.retrieval.nearest(torch.from_numpy(queries), 10)
+    found = model.retrieval.keys.nearest(torch.from_numpy(queries), 10)
     exact = np.sort(queries @ rows.T, axis=1)[:, ::-1][:, :10]
     near = found.affinity.numpy()
     assert (np.diff(near, axis=1) <= 0).all()
@@ -1320,7 +1320,7 @@ def test_affinities_are_inner_products_with_the_stored_keys(tmp_path, kind, n, d
         own = stored[[near.key_id for near in one.neighbours]].astype(np.float32) @ queries[q]
         np.testing.assert_allclose([near.affinity for near in one.neighbours], own, atol=1e-6)
         assert len({near.key_id for near in one.neighbours}) == 10
-    found = model.retrieval.nearest(torch.from_numpy(queries), 10).affinity.numpy()
+    found = model.retrieval.keys.nearest(torch.from_numpy(queries), 10).affinity.numpy()
     exact = np.sort(queries @ stored.astype(np.float32).T, axis=1)[:, ::-1][:, :10]
     assert np.isclose(found, exact, atol=1e-5).mean() > 0.9
     changes.add(place, source(tmp_path / "u.parquet", -rows[:40], labels[:40]), Encoder())

@@ -364,6 +364,7 @@ class LanceDraft(LanceModel, EditableIndex):
         self.settings = self.settings.override(k=self.settings.k or met)
         self.table.build_index(self.index_type)
         self.built = replace(self.built, auto_index=asked == "auto")
+        self._follow()
 
     def _keep_up(self, prunes: bool) -> None:
         """Update the index if needed, because unindexed rows slow down every search."""
@@ -379,7 +380,7 @@ class LanceDraft(LanceModel, EditableIndex):
         asked = np.asarray(key_ids[:MOST_ASKED])
         retrieval = self.retrieval
         points = retrieval.points(torch.from_numpy(self.keys_of(asked).astype(np.float32)))
-        near = retrieval.nearest(points, NEIGHBOURS)
+        near = retrieval.keys.nearest(points, NEIGHBOURS)
         rows = np.unique(near.rows[near.rows >= 0].numpy())
         digests = self.find(key_ids=key_ids)["digest"].drop_null().unique().to_pylist()
         same = self.table.of_ids("digest", digests, ["key_id"])["key_id"].to_numpy()

@@ -6,7 +6,6 @@ A query can read all keys in blocks, the keys of a few classes, or the nearest k
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -22,7 +21,6 @@ from retrieval_tip.lance.versions import Classes
 from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_KEYS, SPREAD_QUERIES, KeyStream
-from retrieval_tip.retrieval.logits import Retrieval
 from retrieval_tip.retrieval.vector_index import Product
 
 HELD_BYTES = 1 << 29
@@ -34,13 +32,14 @@ SPREAD_BYTES, SPREAD_LEAST = 1 << 28, 8
 
 
 class LanceKeys(KeyStream):
-    """The keys of a table, or their points, with statistics of its ``classes``."""
+    """The keys of a table, or their points, with statistics of its ``classes``. ``kind`` is the type of its index."""
 
-    def __init__(self, table: KeyTable, classes: Classes, device: str) -> None:
+    def __init__(self, table: KeyTable, classes: Classes, kind: str, device: str) -> None:
         counts = torch.from_numpy(classes.counts.astype(np.float32)).to(device)
         super().__init__((int(classes.counts.sum()), classes.text.shape[1]), counts, device)
         self.table, self._sums = table, classes.sums if classes.points is None else classes.points
-        self._counts = classes.counts
+        self._counts, self._kind = classes.counts, kind
+        self.by_class, self.exact_search = kind == CLASSES, kind == FLAT
 
     @cached_property
     def sums(self) -> Tensor:
@@ -152,40 +151,22 @@ class LanceKeys(KeyStream):
             affinity[query, slot] = tip.affinity(features[query], keys[len(keys) * steps // SPREAD_KEYS])
         return affinity
 
-    def nearest(self, features: Tensor, k: int) -> Nearest:
-        """Return the ``k`` nearest keys of each query by comparing it with all keys."""
-        none = torch.empty(len(features), 0, dtype=torch.int64, device=self.device)
-        best: tuple[Tensor, ...] = (features.new_empty(len(features), 0), none, none)
+    def nearest(self, points: Tensor, k: int) -> Nearest:
+        """See :meth:`keys.KeyStream.nearest`. Without an index, a query is compared with all keys."""
+        k = min(k, self.n)
+        if self.by_class:
+            return self.nearest_by_class(points, k)
+        if not self.exact_search:
+            hits = self.table.search(points.cpu().numpy(), k, self._kind)
+            affinity, rows, ids = (torch.from_numpy(part).to(points.device) for part in hits)
+            return Nearest(affinity, rows, ids.masked_fill_(rows < 0, self.n_classes))
+        none = torch.empty(len(points), 0, dtype=torch.int64, device=self.device)
+        best = Nearest(points.new_empty(len(points), 0), none, none)
         for keys, ids, rows in self.numbered_blocks():
-            affinity, place = tip.affinity(features, keys).topk(min(k, len(keys)), dim=1)
-            every = [torch.cat(pair, dim=1) for pair in zip(best, (affinity, rows[place], ids[place]), strict=True)]
-            kept = every[0].topk(min(k, every[0].shape[1]), dim=1).indices
-            best = tuple(part.gather(1, kept) for part in every)
-        return Nearest(*best)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanceRetrieval(Retrieval):
-    """Retrieval from a LanceDB table that uses its index or compares each query with all keys."""
-
-    keys: LanceKeys
-    kind: str
-
-    @property
-    def by_class(self) -> bool:
-        """Whether queries retrieve whole classes."""
-        return self.kind == CLASSES
+            affinity, place = tip.affinity(points, keys).topk(min(k, len(keys)), dim=1)
+            every = Nearest.joined([best, Nearest(affinity, rows[place], ids[place])], dim=1)
+            best = every.at(every.affinity.topk(min(k, every.affinity.shape[1]), dim=1).indices)
+        return best
 
     def _nearest_means(self, points: Tensor, number: int) -> Tensor:
-        return Product(self.keys.means).search(points, number)[1]
-
-    def nearest(self, points: Tensor, k: int) -> Nearest:
-        """Return the ``k`` nearest keys. Affinities use the stored keys, even if the index is compressed."""
-        k = min(k, self.keys.n)
-        if self.kind == FLAT:
-            return self.keys.nearest(points, k)
-        if self.by_class:
-            return self.nearest_of_classes(points, self._near_classes(points, k), k)
-        hits = self.keys.table.search(points.cpu().numpy(), k, self.kind)
-        affinity, rows, ids = (torch.from_numpy(part).to(points.device) for part in hits)
-        return Nearest(affinity, rows, ids.masked_fill_(rows < 0, self.keys.n_classes))
+        return Product(self.means).search(points, number)[1]

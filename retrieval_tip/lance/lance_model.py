@@ -27,7 +27,7 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.shots import spread
 from retrieval_tip.errors import StoreError, UsageError
 from retrieval_tip.lance.key_table import FLAT, POINT, RESTORE, VECTOR, VERSION, IntArray, KeyTable
-from retrieval_tip.lance.lance_keys import LanceKeys, LanceRetrieval
+from retrieval_tip.lance.lance_keys import LanceKeys
 from retrieval_tip.lance.versions import Classes, LanceVersions
 from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.retrieval.defaults import SAMPLE, Statistics, measure
@@ -89,7 +89,7 @@ class LanceModel(AnsweringIndex):
         self.class_names = self.classes.names
         self.values = None if self.whole is None else self.whole.values
         self.text_weights = torch.from_numpy(self.classes.text).to(self.device)
-        self._keys = LanceKeys(self.table, self.classes, self.device)
+        self._keys = LanceKeys(self.table, self.classes, self.index_type, self.device)
 
     @classmethod
     def load(cls, place: LanceVersions, *, device: str = "auto", version: int | None = None) -> Self:
@@ -157,13 +157,7 @@ class LanceModel(AnsweringIndex):
     def retrieval(self) -> Retrieval:
         if self.whole is not None:
             return replace(self.whole.retrieval, settings=self.settings)
-        return LanceRetrieval(
-            keys=self._keys,
-            kind=self.index_type,
-            text_weights=self.text_weights,
-            settings=self.settings,
-            metric=self.metric,
-        )
+        return Retrieval(keys=self._keys, text_weights=self.text_weights, settings=self.settings, metric=self.metric)
 
     @cached_property
     def labels(self) -> pa.Table:

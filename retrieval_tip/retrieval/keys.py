@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.retrieval.arrays import KeyArray
+from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.vector_index import Product, VectorIndex, auto_factory, inner_factory
 from retrieval_tip.settings import Precision, check_choice
 
@@ -109,8 +111,11 @@ class KeyStream(ABC):
     """Base class for keys in any store, which are read in blocks.
 
     ``counts`` is the number of keys per class, as a float32 tensor. ``means`` is a function that returns the class
-    means.
+    means. If ``by_class`` is true, a search visits all keys of some classes.
     """
+
+    by_class = False
+    exact_search = True
 
     products = torch.float32
     """Dtype in which queries are multiplied with all keys."""
@@ -141,7 +146,7 @@ class KeyStream(ABC):
         """Sum of the keys in each class, of shape ``[c, d]``. It is needed to compute the tail."""
         if self._known_means is not None:
             return self.means * self.counts[:, None]
-        return self.by_class(self.blocks(), self.d)
+        return self.class_sums(self.blocks(), self.d)
 
     @cached_property
     def means(self) -> Tensor:
@@ -155,7 +160,7 @@ class KeyStream(ABC):
         """The discriminant of the class means."""
         return tip.Discriminant.of(self.sums, self.counts)
 
-    def by_class(self, blocks: Iterable[tuple[Tensor, Tensor]], columns: int) -> Tensor:
+    def class_sums(self, blocks: Iterable[tuple[Tensor, Tensor]], columns: int) -> Tensor:
         """Sum blocks of rows per class in float64, and return the sums as float32."""
         sums = torch.zeros(self.n_classes, columns, dtype=torch.float64, device=self.device)
         for rows, ids in blocks:
@@ -181,6 +186,59 @@ class KeyStream(ABC):
     @abstractmethod
     def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield the same blocks as :meth:`of_classes` in float32, and also the row numbers of the keys."""
+
+    @abstractmethod
+    def nearest(self, points: Tensor, k: int) -> Nearest:
+        """Find the ``k`` nearest keys of each query. Affinities are exact, even if the index is compressed."""
+
+    @abstractmethod
+    def _nearest_means(self, points: Tensor, number: int) -> Tensor:
+        """Return the ``number`` classes whose means are nearest to each query. The id -1 stands for no class."""
+
+    def nearest_by_class(self, points: Tensor, k: int) -> Nearest:
+        """Find the ``k`` nearest keys of each query among the classes with the nearest means.
+
+        These classes hold about ``4 k`` keys.
+        """
+        k = min(k, self.n)
+        number = min(self.n_classes, max(8, round(4 * k / self.mean_count)))
+        near = self._nearest_means(points, number)
+        while number < self.n_classes and (self.counts[near.clamp_min(0)].where(near >= 0, 0).sum(1) < k).any():
+            number = min(self.n_classes, 4 * number)
+            near = self._nearest_means(points, number)
+        return self.nearest_of_classes(points, near, k)
+
+    def nearest_of_classes(self, points: Tensor, classes: Tensor, k: int) -> Nearest:
+        """Find the ``k`` nearest keys of each query within its own ``classes``, where -1 stands for no class."""
+        best = Nearest(
+            points.new_full((len(points), k), -torch.inf),
+            torch.full((len(points), k), -1, device=self.device),
+            torch.full((len(points), k), self.n_classes, device=self.device),
+        )
+        ids, order = classes.reshape(-1).sort()
+        asked, counts = ids.unique_consecutive(return_counts=True)
+        queries = (order // max(1, classes.shape[1])).split(counts.tolist())
+        if len(asked) and asked[0] < 0:
+            asked, queries = asked[1:], queries[1:]
+        for place, keys, rows in self.numbered_of_classes(asked.cpu().numpy()):
+            for query in queries[place].split(QUERY_BLOCK):
+                affinity, near = tip.affinity(points[query], keys).topk(min(k, len(keys)), dim=1)
+                found = Nearest(affinity, rows[near], asked[place].expand(near.shape))
+                both = Nearest.joined([best.queries(query), found], dim=1)
+                best.put(query, both.at(both.affinity.topk(k, dim=1).indices))
+        return replace(best, affinity=best.affinity.masked_fill(best.rows < 0, 0))
+
+    def value_sums(self, values: Tensor) -> Tensor:
+        """Return the per-class sums of the values, of shape ``[c, c]``. They are needed to compute the tail."""
+        raise NotImplementedError
+
+    def described(self, affinity: Tensor, rows: Tensor) -> Nearest:
+        """Look up the class ids of keys by row. Empty slots get the class id ``c`` and affinity 0."""
+        raise NotImplementedError
+
+    def every_of_classes(self, points: Tensor, classes: Tensor) -> Nearest:
+        """Return all keys of each query's own ``classes``, of shape ``[q, p]``, in the order of the classes."""
+        raise NotImplementedError
 
     def class_logits(self, features: Tensor, classes: Tensor, met: Tensor, beta: float) -> Tensor:
         """Compute the exact cache logits of each query for its own ``classes``, all of shape ``[q, p]``.
@@ -296,12 +354,16 @@ class Keys(KeyStream):
         n_classes: int,
         device: str = "cpu",
         precision: Precision = "float32",
-        means: Callable[[], FloatArray] | None = None,
+        index: VectorIndex | None = None,
     ) -> None:
         if len(class_ids) != len(array) or (class_ids[1:] < class_ids[:-1]).any():
             raise InputError("labels: keys are not grouped by class; build the index again")
         check_choice("precision", precision, Precision)
-        self.array = array
+        self.array, self.index = array, index or VectorIndex.build(array, device=device)
+        self.by_class, self.exact_search = self.index.by_class, self.index.exact_search
+        means = self.index.vectors if self.by_class and self.index.exact_affinity else None
+        if self.index.n != (n_classes if self.by_class else len(array)):
+            raise InputError(f"index: has {self.index.n} vectors for {len(array)} keys of {n_classes} classes")
         self.products = torch.float32 if precision in ("auto", "int8") else getattr(torch, precision)
         counts = np.bincount(class_ids, minlength=n_classes)
         self.starts = np.concatenate([[0], np.cumsum(counts)])
@@ -342,17 +404,30 @@ class Keys(KeyStream):
         resident = self.resident
         return torch.from_numpy(self.array[part]).to(self.device) if resident is None else resident[part]
 
-    def nearest(self, features: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-        """Find the ``k`` nearest keys by an exact search on the GPU. Return ``None`` if the keys are not on a GPU."""
-        resident = self.resident
-        return None if resident is None else Product(resident).search(features, min(k, self.n))
+    def nearest(self, points: Tensor, k: int) -> Nearest:
+        """See :meth:`KeyStream.nearest`. On a GPU, all keys are compared, unless the index is approximate."""
+        if (self.exact_search or self.by_class) and (resident := self.resident) is not None:
+            return self.described(*Product(resident).search(points, min(k, self.n)))
+        if self.by_class:
+            return self.nearest_by_class(points, k)
+        affinity, rows = self.index.search_tensor(points, k)
+        return self.described(affinity if self.index.exact_affinity else self.affinity(points, rows), rows)
+
+    def _nearest_means(self, points: Tensor, number: int) -> Tensor:
+        return self.index.search_tensor(points, number)[1]
+
+    def described(self, affinity: Tensor, rows: Tensor) -> Nearest:
+        """See :meth:`KeyStream.described`."""
+        empty = rows < 0
+        ids = self.class_ids[rows.clamp_min(0)].masked_fill_(empty, self.n_classes)
+        return Nearest(affinity.masked_fill(empty, 0), rows, ids)
 
     def value_sums(self, values: Tensor) -> Tensor:
-        """Return the per-class sums of the values, of shape ``[c, c]``. They are needed to compute the tail."""
+        """See :meth:`KeyStream.value_sums`."""
         if self._value_sums is None or self._value_sums[0] is not values:
             parts = [slice(start, start + KEY_BLOCK) for start in range(0, self.n, KEY_BLOCK)]
             blocks = ((values[part], self.class_ids[part]) for part in parts)
-            self._value_sums = values, self.by_class(blocks, self.n_classes)
+            self._value_sums = values, self.class_sums(blocks, self.n_classes)
         return self._value_sums[1]
 
     def _affinities(self, features: Tensor, products: torch.dtype, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -399,10 +474,9 @@ class Keys(KeyStream):
                 part = slice(start, min(start + self._block_size(), last))
                 yield place, self._rows(part).float(), torch.arange(part.start, part.stop, device=self.device)
 
-    def rows_of(self, classes: Tensor, met: Tensor) -> Tensor:
-        """Return the rows of the keys in ``classes`` where ``met`` is true. Each query is padded with -1."""
-        firsts, lasts = self._starts[classes], self._starts[classes + 1]
-        lengths = torch.where(met, lasts - firsts, 0)
+    def every_of_classes(self, points: Tensor, classes: Tensor) -> Nearest:
+        """See :meth:`KeyStream.every_of_classes`."""
+        firsts, lengths = self._starts[classes], self._starts[classes + 1] - self._starts[classes]
         ends = lengths.cumsum(1)
         query = torch.arange(len(classes), device=self.device).repeat_interleave(ends[:, -1])
         flat = lengths.reshape(-1)
@@ -411,7 +485,7 @@ class Keys(KeyStream):
         longest = int(ends.max()) if len(ends) else 0
         rows = torch.full((len(classes), longest), -1, device=self.device)
         rows[query, before + within] = firsts.reshape(-1).repeat_interleave(flat) + within
-        return rows
+        return self.described(self.affinity(points, rows), rows)
 
     def affinity(self, features: Tensor, rows: Tensor) -> Tensor:
         """Return the affinities between each query and the keys at its own ``rows``. The affinity of row -1 is 0."""

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from retrieval_tip import tip
 from retrieval_tip.retrieval.certify import certificate, promising, settled, uncertain
 from retrieval_tip.retrieval.evidence import Contributors, Largest, Nearest
-from retrieval_tip.retrieval.keys import QUERY_BLOCK, Keys, KeyStream
-from retrieval_tip.retrieval.vector_index import VectorIndex
+from retrieval_tip.retrieval.keys import QUERY_BLOCK, KeyStream
 from retrieval_tip.settings import Settings
 
 LOGITS = 1 << 25
@@ -58,11 +55,12 @@ class AnswerTerms(tip.Terms):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retrieval(ABC):
-    """Base class that combines keys, a search over the keys, and the settings of the method.
+class Retrieval:
+    """Keys of any kind, and the settings of the method.
 
     Features must be float32 and on the device of the keys. If there is a ``metric``, the keys are ``phi(K)`` and the
-    points are ``phi(f)``. Otherwise the points are the features. Overflow is checked by
+    points are ``phi(f)``. Otherwise the points are the features. If ``values`` are given, they replace the one-hot
+    values. They are solved or trained, have the shape ``[n, c]``, and need keys in an array. Overflow is checked by
     :class:`answering.AnsweringIndex`.
     """
 
@@ -70,19 +68,17 @@ class Retrieval(ABC):
     text_weights: Tensor
     settings: Settings
     metric: tip.Metric | None = None
+    values: Tensor | None = None
 
     def points(self, features: Tensor) -> Tensor:
         """Map queries to the space of the keys. If there is no metric, the queries are returned unchanged."""
         return features if self.metric is None else self.metric(features)
 
-    @property
-    @abstractmethod
-    def by_class(self) -> bool:
-        """Whether each query visits all keys of some classes."""
-
-    @abstractmethod
-    def nearest(self, points: Tensor, k: int) -> Nearest:
-        """Find the ``k`` nearest keys of each query."""
+    def double(self) -> Retrieval:
+        """Return a copy that computes logits in float64. The keys keep their dtype."""
+        values = None if self.values is None else self.values.double()
+        metric = None if self.metric is None else self.metric.double()
+        return replace(self, text_weights=self.text_weights.double(), values=values, metric=metric)
 
     def terms(self, features: Tensor, *, certify: bool = False, neighbours: int = 0) -> AnswerTerms:
         """Compute the terms of the logits.
@@ -105,8 +101,15 @@ class Retrieval(ABC):
         return self.keys.discriminant(points) if self.settings.gamma else None
 
     def _cache_over_all(self, points: Tensor, others: tip.Terms) -> Tensor:
-        """Compute the cache logits over all keys. ``others`` are the other terms."""
-        return self.keys.cache_logits(points, self.settings.beta)
+        """Compute the cache logits over all keys, using float32 where half precision could change the answer."""
+        beta = self.settings.beta
+        cache = self.keys.cache_logits(points, beta, self.values)
+        if self.values is None and self.keys.products != torch.float32 and len(points):
+            terms, error = AnswerTerms(others.text, cache, others.discriminant), min(1.0, CLOSE * beta)
+            parts = self._parts(len(points))
+            close = torch.cat([uncertain(terms.queries(part), self.settings, error) for part in parts])
+            cache[close] = self.keys.cache_logits(points[close], beta, products=torch.float32)
+        return cache
 
     def _parts(self, q: int) -> Iterator[slice]:
         """Split ``q`` queries into blocks whose logits fit in the CPU cache."""
@@ -116,7 +119,7 @@ class Retrieval(ABC):
         settings, text = self.settings, features.new_empty(len(features), self.keys.n_classes)
         done = torch.ones(len(text), dtype=torch.bool, device=text.device)
         terms = AnswerTerms(text, torch.empty_like(text), self.discriminant(points), done)
-        if self.by_class:
+        if self.keys.by_class:
             self._terms_over_classes(features, points, k, terms, done if certify else None)
             tip.log_cache(terms.cache, settings.log_offset)
             return terms
@@ -124,7 +127,7 @@ class Retrieval(ABC):
         for part in slices(len(features), max(QUERY_BLOCK, LOGITS // max(k, self.keys.n_classes))):
             own = terms.queries(part)
             tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=own.text)
-            near = self.nearest(points[part], k)
+            near = self.keys.nearest(points[part], k)
             totals = tip.Totals.of(points[part], self.keys.sums, self.keys.counts) if settings.tail or certify else None
             own.cache.copy_(self._logits_over(near, totals if settings.tail else None))
             if certify and totals is not None:
@@ -137,44 +140,50 @@ class Retrieval(ABC):
 
     def _contributions(self, near: Nearest, classes: Tensor) -> Tensor:
         """Return each key's contribution to one class per query. A class id of -1 stands for no class."""
-        return tip.weight(near.affinity, self.settings.beta) * (near.class_ids == classes[:, None])
+        if self.values is None:
+            own = near.class_ids == classes[:, None]
+        else:
+            own = self.values[near.rows.clamp_min(0), classes.clamp_min(0)[:, None]].where(classes[:, None] >= 0, 0)
+        return tip.weight(near.affinity, self.settings.beta) * own
 
     def contributors(self, points: Tensor, winner: Tensor, rival: Tensor, number: int) -> Contributors:
         """Find ``number`` shots that contributed most to each answer, if all keys or whole classes were used.
 
         ``winner`` and ``rival`` are the class ids of the answer and the runner-up. If there is no runner-up, its id is
-        -1. If values are one-hot, the shots are the nearest keys of these classes.
+        -1. If values are one-hot, the shots are the nearest keys of these classes. Otherwise, they can belong to any
+        class.
         """
-        number, c = min(number, self.keys.n), self.keys.n_classes
-        own, opposing = (self.nearest_of_classes(points, ids[:, None], m) for ids, m in ((winner, number), (rival, 1)))
+        number, c, keys = min(number, self.keys.n), self.keys.n_classes, self.keys
+        if self.values is not None:
+            supporting, opposing = self._extremes(self.values, points, winner, number)
+            none = self._contributions(opposing, winner)[:, 0] >= 0
+            if none.any():
+                most, _ = self._extremes(self.values, points[none], rival[none].clamp_min(0), 1)
+                opposing.put(none, most.without(self._contributions(most, rival[none]) <= 0, c))
+            return Contributors(supporting, opposing)
+        own, opposing = (keys.nearest_of_classes(points, ids[:, None], m) for ids, m in ((winner, number), (rival, 1)))
         few = own.rows[:, -1] < 0
         if few.any():
-            others = self.nearest(points[few], number)
+            others = keys.nearest(points[few], number)
             others = others.without(others.class_ids == winner[few, None], c)
             filled = Nearest.joined([own.queries(few), others], dim=1)
             own.put(few, filled.ordered(torch.zeros_like(filled.affinity)).first(number))
         return Contributors(own, opposing)
 
-    def nearest_of_classes(self, points: Tensor, classes: Tensor, k: int) -> Nearest:
-        """Find the ``k`` nearest keys of each query within its own ``classes``, where -1 stands for no class."""
-        shape, device = (len(points), k), points.device
-        best = Nearest(
-            torch.full(shape, -torch.inf, device=device),
-            torch.full(shape, -1, device=device),
-            torch.full(shape, self.keys.n_classes, device=device),
-        )
-        ids, order = classes.reshape(-1).sort()
-        asked, counts = ids.unique_consecutive(return_counts=True)
-        queries = (order // max(1, classes.shape[1])).split(counts.tolist())
-        if len(asked) and asked[0] < 0:
-            asked, queries = asked[1:], queries[1:]
-        for place, keys, rows in self.keys.numbered_of_classes(asked.cpu().numpy()):
-            for query in queries[place].split(QUERY_BLOCK):
-                affinity, near = tip.affinity(points[query], keys).topk(min(k, len(keys)), dim=1)
-                found = Nearest(affinity, rows[near], asked[place].expand(near.shape))
-                both = Nearest.joined([best.queries(query), found], dim=1)
-                best.put(query, both.at(both.affinity.topk(k, dim=1).indices))
-        return replace(best, affinity=best.affinity.masked_fill(best.rows < 0, 0))
+    def _extremes(self, values: Tensor, points: Tensor, classes: Tensor, number: int) -> tuple[Nearest, Nearest]:
+        """Return, for one class per query, the keys that contribute most and the key that contributes least."""
+        asked, own = classes.unique(return_inverse=True)
+        most, least = (Largest.none(len(points), m, self.keys.device) for m in (number, 1))
+        start = 0
+        for keys, _ in self.keys.blocks():
+            given = values[start : start + len(keys), asked].T.contiguous()  # one row per class
+            for part in slices(len(points), QUERY_BLOCK):
+                affinity = tip.affinity(points[part], keys)
+                shares = tip.weight(affinity, self.settings.beta).mul_(given[own[part]])
+                most.add(part, shares, affinity, start)
+                least.add(part, shares.neg_(), affinity, start)
+            start += len(keys)
+        return self.keys.described(most.affinity, most.rows), self.keys.described(least.affinity, least.rows)
 
     def _terms_over_classes(
         self, features: Tensor, points: Tensor, k: int, terms: AnswerTerms, done: Tensor | None
@@ -196,146 +205,27 @@ class Retrieval(ABC):
 
     def _over_classes(self, points: Tensor, cache: Tensor, classes: Tensor, met: Tensor) -> None:
         """Replace the logits of ``classes`` in ``cache`` with exact logits where ``met`` is true."""
-        exact = self.keys.class_logits(points, classes, met, self.settings.beta)
-        if self.settings.tail:
+        keys, settings = self.keys, self.settings
+        if self.values is not None:
+            for part in slices(len(points), QUERY_BLOCK):
+                near = keys.every_of_classes(points[part], classes[part])  # other values have no bounds
+                totals = tip.Totals.of(points[part], keys.sums, keys.counts) if settings.tail else None
+                cache[part] = self._logits_over(near, totals)
+            return
+        exact = keys.class_logits(points, classes, met, settings.beta)
+        if settings.tail:
             exact = torch.where(met, exact, cache.gather(1, classes))
         else:
             cache.zero_()
         cache.scatter_(1, classes, exact)
 
-    def _near_classes(self, points: Tensor, k: int) -> Tensor:
-        """Return the classes with the nearest means, which hold about ``4 k`` keys. The id -1 stands for no class."""
-        keys = self.keys
-        number = min(keys.n_classes, max(8, round(4 * k / keys.mean_count)))
-        near = self._nearest_means(points, number)
-        while number < keys.n_classes and (keys.counts[near.clamp_min(0)].where(near >= 0, 0).sum(1) < k).any():
-            number = min(keys.n_classes, 4 * number)
-            near = self._nearest_means(points, number)
-        return near
-
-    @abstractmethod
-    def _nearest_means(self, points: Tensor, number: int) -> Tensor:
-        """Return the ``number`` classes whose means are nearest to each query."""
-
     def _logits_over(self, near: Nearest, tail: tip.Totals | None) -> Tensor:
         """Compute the cache logits from the retrieved keys of each query."""
-        return tip.cache_logits(near.affinity, near.class_ids, self.keys.n_classes, self.settings.beta, tail)
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexRetrieval(Retrieval):
-    """Retrieval from keys in memory (or memory-mapped keys), using a FAISS index over the keys or the class means.
-
-    If ``values`` are given, they replace the one-hot values. They are solved or trained, and have the shape ``[n, c]``.
-    """
-
-    keys: Keys
-    index: VectorIndex
-    values: Tensor | None = None
-
-    def double(self) -> IndexRetrieval:
-        """Return a copy that computes logits in float64. The keys keep their dtype."""
-        values = None if self.values is None else self.values.double()
-        metric = None if self.metric is None else self.metric.double()
-        return replace(self, text_weights=self.text_weights.double(), values=values, metric=metric)
-
-    def _cache_over_all(self, points: Tensor, others: tip.Terms) -> Tensor:
-        """Compute the cache logits over all keys, using float32 where half precision could change the answer."""
-        beta = self.settings.beta
-        cache = self.keys.cache_logits(points, beta, self.values)
-        if self.values is None and self.keys.products != torch.float32 and len(points):
-            terms, error = AnswerTerms(others.text, cache, others.discriminant), min(1.0, CLOSE * beta)
-            parts = self._parts(len(points))
-            close = torch.cat([uncertain(terms.queries(part), self.settings, error) for part in parts])
-            cache[close] = self.keys.cache_logits(points[close], beta, products=torch.float32)
-        return cache
-
-    @property
-    def by_class(self) -> bool:
-        """Whether each query visits all keys of some classes."""
-        return self.index.by_class
-
-    def _over_classes(self, points: Tensor, cache: Tensor, classes: Tensor, met: Tensor) -> None:
-        keys, settings = self.keys, self.settings
-        if self.values is None:
-            super()._over_classes(points, cache, classes, met)
-            return
-        for part in slices(len(points), QUERY_BLOCK):
-            rows = keys.rows_of(classes[part], torch.ones_like(met[part]))  # other values have no bounds
-            totals = tip.Totals.of(points[part], keys.sums, keys.counts) if settings.tail else None
-            cache[part] = self._logits_over(self._described(keys.affinity(points[part], rows), rows), totals)
-
-    def _described(self, affinity: Tensor, rows: Tensor) -> Nearest:
-        """Look up the class ids of keys by row. Empty slots get the class id ``c`` and affinity 0."""
-        empty = rows < 0
-        ids = self.keys.class_ids[rows.clamp_min(0)].masked_fill_(empty, self.keys.n_classes)
-        return Nearest(affinity.masked_fill(empty, 0), rows, ids)
-
-    def _logits_over(self, near: Nearest, tail: tip.Totals | None) -> Tensor:
-        if self.values is None:
-            return super()._logits_over(near, tail)
-        value_sums = self.keys.value_sums(self.values) if tail else None
-        values = tip.Values(self.values, near.rows.clamp_min(0), value_sums)
+        values = None
+        if self.values is not None:
+            value_sums = self.keys.value_sums(self.values) if tail else None
+            values = tip.Values(self.values, near.rows.clamp_min(0), value_sums)
         return tip.cache_logits(near.affinity, near.class_ids, self.keys.n_classes, self.settings.beta, tail, values)
-
-    def _contributions(self, near: Nearest, classes: Tensor) -> Tensor:
-        if self.values is None:
-            return super()._contributions(near, classes)
-        own = self.values[near.rows.clamp_min(0), classes.clamp_min(0)[:, None]]
-        return tip.weight(near.affinity, self.settings.beta) * own.where(classes[:, None] >= 0, 0)
-
-    def contributors(self, points: Tensor, winner: Tensor, rival: Tensor, number: int) -> Contributors:
-        """Find the shots that contributed most to each answer. If values were fitted, they can belong to any class."""
-        if self.values is None:
-            return super().contributors(points, winner, rival, number)
-        supporting, opposing = self._extremes(points, winner, min(number, self.keys.n))
-        none = self._contributions(opposing, winner)[:, 0] >= 0
-        if none.any():
-            most, _ = self._extremes(points[none], rival[none].clamp_min(0), 1)
-            nothing = self._contributions(most, rival[none]) <= 0
-            opposing.put(none, most.without(nothing, self.keys.n_classes))
-        return Contributors(supporting, opposing)
-
-    def _extremes(self, points: Tensor, classes: Tensor, number: int) -> tuple[Nearest, Nearest]:
-        """Return, for one class per query, the keys that contribute most and the key that contributes least."""
-        assert self.values is not None
-        asked, own = classes.unique(return_inverse=True)
-        most, least = (Largest.none(len(points), m, self.keys.device) for m in (number, 1))
-        start = 0
-        for keys, _ in self.keys.blocks():
-            values = self.values[start : start + len(keys), asked].T.contiguous()  # one row per class
-            for part in slices(len(points), QUERY_BLOCK):
-                affinity = tip.affinity(points[part], keys)
-                given = tip.weight(affinity, self.settings.beta).mul_(values[own[part]])
-                most.add(part, given, affinity, start)
-                least.add(part, given.neg_(), affinity, start)
-            start += len(keys)
-        return self._described(most.affinity, most.rows), self._described(least.affinity, least.rows)
-
-    def nearest(self, points: Tensor, k: int) -> Nearest:
-        """Find the ``k`` nearest keys of each query. Affinities are exact, even if the index is compressed."""
-        if (self.index.exact_search or self.index.by_class) and (found := self.keys.nearest(points, k)) is not None:
-            return self._described(*found)
-        if self.index.by_class:
-            return self._nearest_of_classes(points, k)
-        affinity, rows = self.index.search_tensor(points, k)
-        return self._described(affinity if self.index.exact_affinity else self.keys.affinity(points, rows), rows)
-
-    def _nearest_of_classes(self, points: Tensor, k: int) -> Nearest:
-        k = min(k, self.keys.n)
-        near = self._near_classes(points, k)
-        step = max(1, (1 << 22) // max(1, round(near.shape[1] * self.keys.mean_count)))
-        parts: list[Nearest] = []
-        for f, own in zip(points.split(step), near.split(step), strict=True):
-            rows = self.keys.rows_of(own.clamp_min(0), own >= 0)
-            affinity = self.keys.affinity(f, rows).masked_fill_(rows < 0, -torch.inf)
-            nearest, place = affinity.topk(min(k, rows.shape[1]), dim=1)
-            fill = (0, k - nearest.shape[1])
-            parts.append(self._described(pad(nearest, fill), pad(rows.gather(1, place), fill, value=-1)))
-        return Nearest.joined(parts)
-
-    def _nearest_means(self, points: Tensor, number: int) -> Tensor:
-        return self.index.search_tensor(points, number)[1]
 
 
 def first_two(logits: Tensor) -> tuple[Tensor, Tensor]:
