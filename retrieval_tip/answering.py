@@ -7,7 +7,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import numpy as np
@@ -247,6 +246,8 @@ class AnsweringIndex(ABC):
         return inputs.queries(features, self.d).to(self.device)
 
     def _retrieval(self, k: KeysMet, tail: bool | None) -> Retrieval:
+        if k is None and tail is None:
+            return self.retrieval
         return replace(self.retrieval, settings=self.settings.override(k=k, tail=tail))
 
     def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> AnswerTerms:
@@ -255,7 +256,7 @@ class AnsweringIndex(ABC):
         They are not multiplied by alpha and gamma. The arguments are the same as for :meth:`logits`.
         """
         terms = self._retrieval(k, tail).terms(self._queries(features))
-        self._check(terms)
+        self._blended(terms)
         return terms
 
     def check_answers(self) -> None:
@@ -270,7 +271,7 @@ class AnsweringIndex(ABC):
         cache = tip.cache_logits(affinity, ids, len(self.class_names), settings.beta, values=values)
         tip.log_cache(cache, settings.log_offset)
         text = tip.text_logits(queries, self.text_weights, settings.logit_scale)
-        self._check(tip.Terms(text, cache, retrieval.discriminant(points)))
+        self._blended(tip.Terms(text, cache, retrieval.discriminant(points) if settings.gamma else None))
 
     def check_lengths(self, keys: npt.NDArray[Any]) -> None:
         """Raise InputError if the weight of one of these keys could overflow for a query of unit norm.
@@ -284,18 +285,18 @@ class AnsweringIndex(ABC):
                 "scale the keys to norm 1 (norms unit)"
             )
 
-    def _check(self, terms: tip.Terms) -> None:
-        if not len(terms.text):
-            return
-        settings, largest = self.settings, terms.each(_largest)
-        if not torch.isfinite(largest.cache):
-            raise InputError(
-                f"beta {settings.beta:g}: exp(beta (affinity - 1)) overflows for these keys; use a smaller beta"
-            )
-        if not torch.isfinite(largest.logits(settings)):
+    def _blended(self, terms: tip.Terms) -> Tensor:
+        """Return the logits. Raises InputError if they overflow."""
+        settings, logits = self.settings, terms.logits(self.settings)
+        if not torch.isfinite(logits).all():
+            if not torch.isfinite(terms.cache).all():
+                raise InputError(
+                    f"beta {settings.beta:g}: exp(beta (affinity - 1)) overflows for these keys; use a smaller beta"
+                )
             raise InputError(
                 f"alpha {settings.alpha:g}, logit_scale {settings.logit_scale:g}: logits overflow; use smaller values"
             )
+        return logits
 
     def certified(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> AnswerTerms:
         """Return terms that give the same winners as a search over all keys, while retrieving as few keys as possible.
@@ -324,7 +325,7 @@ class AnsweringIndex(ABC):
             keys[left.cpu()] = self.n if met is None else met
             left, met = left[:0] if terms.settled is None else left[~terms.settled], met and met * GROWTH
         answers = replace(found, settled=None, keys=keys)
-        self._check(answers)
+        self._blended(answers)
         return answers
 
     def logits(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Tensor:
@@ -343,7 +344,7 @@ class AnsweringIndex(ABC):
             InputError: if the features are not finite or do not have the shape ``[q, d]``, or if the logits overflow.
             UsageError: if ``k`` is less than 1.
         """
-        return self.terms(features, k, tail).logits(self.settings)
+        return self._blended(self._retrieval(k, tail).terms(self._queries(features)))
 
     def answers(self, blocks: Iterable[FeatureBlock], ask: Ask = Ask()) -> Iterator[AnswerBlock]:
         """Classify blocks of features, and yield their answers in order. Everything that classifies uses this loop.
@@ -353,15 +354,13 @@ class AnsweringIndex(ABC):
         """
         index = self.with_settings(ask.settings(self.settings))
         retrieval, shown = index.retrieval, min(ask.neighbours, index.settings.k or ask.neighbours)
+        ask = replace(ask, neighbours=shown)
         for block in blocks:
             f = index._queries(block.features)
             for part in slices(len(f), max(1, min(PREDICTED, LOGITS // len(index.class_names)))):
-                if ask.certify:
-                    terms = index.certified(f[part])
-                else:
-                    terms = retrieval.terms(f[part], neighbours=shown)
-                    index._check(terms)
-                yield AnswerBlock(index, replace(ask, neighbours=shown), block.take(part), f[part], terms)
+                own = f[part]
+                terms = index.certified(own) if ask.certify else retrieval.terms(own, neighbours=shown)
+                yield AnswerBlock(index, ask, block.take(part), own, terms, index._blended(terms))
 
     def classify(self, features: Features, norms: Norms = "check", **asked: Unpack[AskOptions]) -> Predictions:
         """Classify features, and return labels, probabilities and the shots that contributed most to each answer.
@@ -546,6 +545,7 @@ class AnswerBlock:
         block: the queries.
         features: the features of the queries, of shape ``[q, d]``, as a float32 tensor on the device.
         terms: the terms of the logits.
+        logits: the logits of all classes, of shape ``[q, c]``.
     """
 
     index: AnsweringIndex
@@ -553,11 +553,7 @@ class AnswerBlock:
     block: FeatureBlock
     features: Tensor
     terms: AnswerTerms
-
-    @cached_property
-    def logits(self) -> Tensor:
-        """The logits of all classes, of shape ``[q, c]``."""
-        return self.terms.logits(self.index.settings)
+    logits: Tensor
 
     def predictions(self) -> Predictions:
         """Return one prediction per query. The queries are named by their positions."""
@@ -630,8 +626,3 @@ class AnswerBlock:
 
 def _doubles(values: Tensor) -> npt.NDArray[np.float64]:
     return np.asarray(values.double().cpu())
-
-
-def _largest(logits: Tensor) -> Tensor:
-    """Return the largest absolute value, or NaN if any logit is NaN."""
-    return torch.stack(logits.aminmax()).abs().amax()

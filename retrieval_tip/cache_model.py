@@ -508,8 +508,7 @@ class CacheModel(KeyEdits):
         The contributions of such values partly cancel, so in float32 the rounding error depends on the batch.
         """
         terms = self.retrieval.double().terms(self._queries(features).double())
-        self._check(terms)
-        return terms.logits(self.settings)
+        return self._blended(terms)
 
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
         """Return the affinities and rows of the ``k`` nearest keys of each query, both of shape ``[q, k]``.

@@ -149,16 +149,12 @@ def at_mean(number: Tensor, mean: Tensor, beta: float, out: Tensor | None = None
     return weight(mean, beta, out=out).mul_(number)
 
 
-def sum_by_class(values: Tensor, class_ids: Tensor, n_classes: int, out: Tensor | None = None) -> Tensor:
+def sum_by_class(values: Tensor, class_ids: Tensor, n_classes: int) -> Tensor:
     """Sum values of shape ``[q, k]`` over the keys of each class, and return the sums, of shape ``[q, c]``.
 
     ``class_ids`` has the shape ``[k]`` if all queries use the same keys, and ``[q, k]`` otherwise. Slots with the class
-    id ``c`` are empty and are ignored. If ``out`` is given, the sums are added to it, all queries must use the same
-    keys, and no slot may be empty.
+    id ``c`` are empty and are ignored.
     """
-    if out is not None:
-        add_rows(out.T, class_ids, values.T)
-        return out
     q = values.shape[0]
     if class_ids.ndim == 1:  # with one row per key, each addition reads contiguous memory
         return add_rows(values.new_zeros(n_classes + 1, q), class_ids, values.T)[:n_classes].T
@@ -262,9 +258,10 @@ def cache_logits(
     """
     if out is not None:
         weights = weight(affinity, beta, out=affinity)
-        return (
-            sum_by_class(weights, class_ids, n_classes, out) if values is None else out.addmm_(weights, values.matrix)
-        )
+        if values is not None:
+            return out.addmm_(weights, values.matrix)
+        add_rows(out.T, class_ids, weights.T)
+        return out
     weights = weight(affinity, beta)
     if values is not None:
         return _valued(weights, affinity, class_ids, n_classes, beta, tail, values)
@@ -365,7 +362,8 @@ class Terms:
 
         If ``slack`` is given, return an upper bound, assuming that the cache logits may be larger by this fraction.
         """
-        return blend(self.text, self.photos(settings, slack), settings.alpha)
+        photos = self.cache if self.discriminant is None and not slack else self.photos(settings, slack)
+        return blend(self.text, photos, settings.alpha)
 
     def photos(self, settings: Settings, slack: float = 0.0) -> Tensor:
         """Return what the shots contribute, ``cache + gamma * discriminant``. See :meth:`logits` for ``slack``."""

@@ -272,13 +272,13 @@ def test_requested_classes_get_their_dense_sum_and_others_get_0(
 @settings(max_examples=examples(60), deadline=None)
 @given(some_classes())
 def test_rows_of_classes_are_exactly_the_keys_of_requested_classes(given_: tuple[Case, Array, Array]) -> None:
-    case, classes, met = given_
-    rows = case.keys().rows_of(torch.from_numpy(classes), torch.from_numpy(met)).numpy()
+    case, classes, _ = given_
+    rows = case.keys().every_of_classes(case.features, torch.from_numpy(classes)).rows.numpy()
     assert len(rows) == len(classes)
     longest = 0
-    for row, own, asked in zip(rows, classes, met, strict=True):
+    for row, own in zip(rows, classes, strict=True):
         filled = row[row >= 0]
-        assert sorted(filled.tolist()) == np.flatnonzero(np.isin(case.ids, own[asked])).tolist()
+        assert sorted(filled.tolist()) == np.flatnonzero(np.isin(case.ids, own)).tolist()
         assert (row[len(filled) :] == -1).all()  # empty slots come last
         longest = max(longest, len(filled))
     assert rows.shape[1] == longest

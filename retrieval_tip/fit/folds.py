@@ -503,7 +503,7 @@ class Queries:
                 affinity = torch.cat([tip.affinity(keys, points) for keys, _ in cache.key_blocks()]).T
                 unseen = affinity.new_zeros(1, 1, dtype=torch.bool)
             else:
-                near = cache.retrieval.nearest(points, k)
+                near = cache.retrieval.keys.nearest(points, k)
                 affinity, rows, unseen = near.affinity, near.rows, near.rows < 0
             if self.hidden is not None and self.groups is not None:
                 hidden, place = np.unique(self.hidden[part], return_inverse=True)

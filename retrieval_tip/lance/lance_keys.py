@@ -59,8 +59,8 @@ class LanceKeys(KeyStream):
             if (ids[1:] < ids[:-1]).any():
                 order = np.argsort(ids, kind="stable")
                 keys, ids, rows = keys[order], ids[order], rows[order]
-            for start in range(0, len(ids), self._block_size()):
-                part = slice(start, start + self._block_size())
+            for start in range(0, len(ids), self.block):
+                part = slice(start, start + self.block)
                 block = (np.array(keys[part], dtype=np.float32), ids[part].copy(), rows[part].copy())
                 yield tuple(torch.from_numpy(array).to(self.device) for array in block)  # type: ignore[misc]
             n_read += len(ids)

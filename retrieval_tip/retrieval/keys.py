@@ -127,6 +127,8 @@ class KeyStream(ABC):
         self.counts, self.n_classes, self.device = counts, len(counts), device
         self._known_means = means
         self._slack: dict[float, float] = {}
+        times = 1 if device == "cpu" else GPU_BLOCKS
+        self.queries, self.block = QUERY_BLOCK * times, min(self.n, KEY_BLOCK * times)
 
     @abstractmethod
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -302,37 +304,28 @@ class KeyStream(ABC):
         ``features`` must be float32 and on the device. ``products`` replaces the dtype :attr:`products`. With
         ``values``, it is always float32. The result has the shape ``[q, c]``.
         """
-        products = torch.float32 if values is not None else products or self.products
-        out = features.new_empty(len(features), self.n_classes)
-        size = QUERY_BLOCK * self._times()
-        memory = features.new_empty(self._block_size() * min(size, len(features)))
-        for start in range(0, len(features), size):
-            part = slice(start, start + size)
-            out[part] = self._sum_all(features[part], beta, values, products, memory).T
-        return out
-
-    def _block_size(self) -> int:
-        return min(self.n, KEY_BLOCK * self._times())
-
-    def _times(self) -> int:
-        return 1 if self.device == "cpu" else GPU_BLOCKS
-
-    def _sum_all(
-        self, features: Tensor, beta: float, values: Tensor | None, products: torch.dtype, memory: Tensor
-    ) -> Tensor:
-        """Compute the transposed cache logits, so that the sums read contiguous memory."""
-        cache, start = features.new_zeros(self.n_classes, len(features)), 0
-        for affinity, ids in self._affinities(features, products, memory):
-            own = None if values is None else tip.Values(values[start : start + len(ids)])
-            tip.cache_logits(affinity.T, ids, self.n_classes, beta, values=own, out=cache.T)
-            start += len(ids)
+        half = values is None and (products or self.products) != torch.float32
+        cache = features.new_empty(len(features), self.n_classes)
+        memory = features.new_empty(self.block * min(self.queries, len(features)))
+        for start in range(0, len(features), self.queries):
+            own = features[start : start + self.queries]
+            sums, row = features.new_zeros(self.n_classes, len(own)), 0  # transposed, to read contiguous memory
+            for affinity, ids in self._halved(own, memory) if half else self._affinities(own, memory):
+                values_of = None if values is None else tip.Values(values[row : row + len(ids)])
+                tip.cache_logits(affinity.T, ids, self.n_classes, beta, values=values_of, out=sums.T)
+                row += len(ids)
+            cache[start : start + self.queries] = sums.T
         return cache
 
-    def _affinities(self, features: Tensor, products: torch.dtype, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the affinities of each block of keys, and the class ids of the keys."""
+    def _affinities(self, features: Tensor, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the affinities of each block of keys, ``[b, q]``, and the class ids of the keys."""
         for keys, ids in self.blocks():
             affinity = memory[: len(keys) * len(features)].view(len(keys), len(features))
             yield tip.affinity(keys.to(features.dtype), features, out=affinity), ids
+
+    def _halved(self, features: Tensor, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the same, from products in half precision."""
+        raise NotImplementedError
 
 
 class Keys(KeyStream):
@@ -370,8 +363,7 @@ class Keys(KeyStream):
         self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # Arrow's is read-only
         total = torch.from_numpy(counts.astype(np.float32)).to(device)
         super().__init__((int(array.shape[0]), int(array.shape[1])), total, device, means)
-        size = self._block_size()
-        self._runs = [slice(start, min(start + size, self.n)) for start in range(0, self.n, size)]
+        self._runs = [slice(start, min(start + self.block, self.n)) for start in range(0, self.n, self.block)]
         self._on_device: Tensor | None = None
         self._fits: bool | None = None
         self._starts = torch.from_numpy(self.starts).to(device)
@@ -379,7 +371,7 @@ class Keys(KeyStream):
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """See :meth:`KeyStream.blocks`."""
-        converted = torch.empty(self._block_size(), self.d, device=self.device)
+        converted = torch.empty(self.block, self.d, device=self.device)
         for part in self._runs:
             rows = self._rows(part)
             if rows.dtype != torch.float32:
@@ -401,8 +393,9 @@ class Keys(KeyStream):
         return self._on_device
 
     def _rows(self, part: slice) -> Tensor:
-        resident = self.resident
-        return torch.from_numpy(self.array[part]).to(self.device) if resident is None else resident[part]
+        if self.device == "cpu":
+            return torch.from_numpy(self.array[part])
+        return torch.from_numpy(self.array[part]).to(self.device) if self.resident is None else self.resident[part]
 
     def nearest(self, points: Tensor, k: int) -> Nearest:
         """See :meth:`KeyStream.nearest`. On a GPU, all keys are compared, unless the index is approximate."""
@@ -430,22 +423,16 @@ class Keys(KeyStream):
             self._value_sums = values, self.class_sums(blocks, self.n_classes)
         return self._value_sums[1]
 
-    def _affinities(self, features: Tensor, products: torch.dtype, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        if products == torch.float32:
-            yield from super()._affinities(features, products, memory)
-            return
-        q, rounded, common = len(features), features.to(products), features @ self._centre
-        product = torch.empty(self._block_size(), q, dtype=products, device=self.device)
-        for keys, ids in self._halved():
+    def _halved(self, features: Tensor, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        q, rounded, common = len(features), features.to(self.products), features @ self._centre
+        product = torch.empty(self.block, q, dtype=self.products, device=self.device)
+        if isinstance(self.array, np.memmap) and self.array.nbytes > HALVED:
+            blocks = (((keys - self._centre).to(self.products), ids) for keys, ids in self.blocks())
+        else:
+            blocks = ((self._kept_halved[part], self.class_ids[part]) for part in self._runs)
+        for keys, ids in blocks:
             tip.affinity(keys, rounded, out=product[: len(keys)])
             yield torch.add(product[: len(keys)], common, out=memory[: len(keys) * q].view(len(keys), q)), ids
-
-    def _halved(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield blocks of centred keys in half precision, which are kept unless the keys on disk exceed 2 GiB."""
-        if isinstance(self.array, np.memmap) and self.array.nbytes > HALVED:
-            yield from (((keys - self._centre).to(self.products), ids) for keys, ids in self.blocks())
-        else:
-            yield from ((self._kept_halved[part], self.class_ids[part]) for part in self._runs)
 
     @cached_property
     def _kept_halved(self) -> Tensor:
@@ -470,8 +457,8 @@ class Keys(KeyStream):
         """See :meth:`KeyStream.numbered_of_classes`."""
         for place, class_id in enumerate(class_ids.tolist()):
             first, last = self.starts[class_id : class_id + 2].tolist()
-            for start in range(first, last, self._block_size()):
-                part = slice(start, min(start + self._block_size(), last))
+            for start in range(first, last, self.block):
+                part = slice(start, min(start + self.block, last))
                 yield place, self._rows(part).float(), torch.arange(part.start, part.stop, device=self.device)
 
     def every_of_classes(self, points: Tensor, classes: Tensor) -> Nearest:

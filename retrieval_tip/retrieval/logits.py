@@ -92,24 +92,24 @@ class Retrieval:
         if settings.k is not None and settings.k < self.keys.n:
             return self._terms_over_few(features, points, settings.k, certify, neighbours)
         text = tip.text_logits(features, self.text_weights, settings.logit_scale)
-        others = tip.Terms(text, text, self.discriminant(points))
-        cache = self._cache_over_all(points, others)
-        return AnswerTerms(text, tip.log_cache(cache, settings.log_offset), others.discriminant)
+        cache = self.keys.cache_logits(points, settings.beta, self.values)
+        terms = AnswerTerms(text, cache, self.keys.discriminant(points) if settings.gamma else None)
+        if self.values is None and self.keys.products != torch.float32 and len(points):
+            self._refine(points, terms)
+        if settings.log_offset is not None:
+            tip.log_cache(cache, settings.log_offset)
+        return terms
 
     def discriminant(self, points: Tensor) -> Tensor | None:
         """Compute the discriminant, of shape ``[q, c]``, or return ``None`` if gamma is 0."""
         return self.keys.discriminant(points) if self.settings.gamma else None
 
-    def _cache_over_all(self, points: Tensor, others: tip.Terms) -> Tensor:
-        """Compute the cache logits over all keys, using float32 where half precision could change the answer."""
-        beta = self.settings.beta
-        cache = self.keys.cache_logits(points, beta, self.values)
-        if self.values is None and self.keys.products != torch.float32 and len(points):
-            terms, error = AnswerTerms(others.text, cache, others.discriminant), min(1.0, CLOSE * beta)
-            parts = self._parts(len(points))
-            close = torch.cat([uncertain(terms.queries(part), self.settings, error) for part in parts])
-            cache[close] = self.keys.cache_logits(points[close], beta, products=torch.float32)
-        return cache
+    def _refine(self, points: Tensor, terms: AnswerTerms) -> None:
+        """Replace cache logits in float32 where half precision could change the answer."""
+        beta, parts = self.settings.beta, self._parts(len(points))
+        error = min(1.0, CLOSE * beta)
+        close = torch.cat([uncertain(terms.queries(part), self.settings, error) for part in parts])
+        terms.cache[close] = self.keys.cache_logits(points[close], beta, products=torch.float32)
 
     def _parts(self, q: int) -> Iterator[slice]:
         """Split ``q`` queries into blocks whose logits fit in the CPU cache."""
