@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -294,6 +294,21 @@ class KeyEdits(EditableIndex):
             self.next_key_id = int(pc.max(self.labels["key_id"]).as_py()) + 1
 
 
+class Origin(Protocol):
+    """The version of another kind of store that an index in memory was read from."""
+
+    @property
+    def place(self) -> str:
+        """The address of the store."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the version."""
+
+    def reload(self, index: AnsweringIndex) -> AnsweringIndex:
+        """See :meth:`answering.AnsweringIndex.reload`."""
+
+
 @dataclass
 class CacheModel(KeyEdits):
     """The cache of Tip-Adapter as an index that you can search and edit. The keys are in memory or memory-mapped.
@@ -350,6 +365,7 @@ class CacheModel(KeyEdits):
 
     def __post_init__(self) -> None:
         self._stored: Stored | None = None
+        self.origin: Origin | None = None
         self.sums: Sums | None = None
         self.prior: npt.NDArray[np.float32] | None = None
         self.text_weights = self.text_weights.to(self.device)
@@ -538,11 +554,14 @@ class CacheModel(KeyEdits):
 
     @property
     def place(self) -> str | None:
+        if self.origin is not None:
+            return self.origin.place
         return None if self.folder is None else str(self.folder)
 
     @property
     def manifest(self) -> Manifest | None:
-        return None if self._stored is None else self._stored.manifest
+        stored = self.origin or self._stored
+        return None if stored is None else stored.manifest
 
     @classmethod
     def load(
@@ -596,11 +615,13 @@ class CacheModel(KeyEdits):
             return self
         return type(self).load(self._stored.check.folder, device=device, precision=precision, check=self._stored.check)
 
-    def reload(self) -> Self:
+    def reload(self) -> AnsweringIndex:
         """Return the current version of the folder, or the index itself if it is up to date.
 
         Unsaved changes to the settings are lost. Raises UsageError if the index has no folder.
         """
+        if self.origin is not None:
+            return self.origin.reload(self)
         if self.folder is None or self._stored is None:
             raise UsageError("reload: the index has no folder; save it first")
         manifest, before = read_manifest(self.folder), self._stored

@@ -45,8 +45,8 @@ class FolderChange(Change):
         self.cache.solve()
         return choice
 
-    def fit(self, asked: Fit) -> FormChoice:
-        return closed_form.fit(self.cache, asked)
+    def fit(self, asked: Fit, validation: Queries | None = None) -> FormChoice:
+        return closed_form.fit(self.cache, asked, validation=validation)
 
     def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
         cache = self.cache

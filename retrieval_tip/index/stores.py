@@ -59,7 +59,7 @@ class Change(ABC):
         """Refit a fitted index for a new beta with :func:`closed_form.refit`, including its solved values."""
 
     @abstractmethod
-    def fit(self, asked: Fit) -> FormChoice:
+    def fit(self, asked: Fit, validation: Queries | None = None) -> FormChoice:
         """Fit the index with :func:`closed_form.fit`."""
 
     @abstractmethod

@@ -50,6 +50,8 @@ from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after, s
 from retrieval_tip.store.manifest import Table
 from retrieval_tip.store.sums import Sums
 
+ASSIGNED = ("key_id", "class_id", "label", "shot")
+"""The columns of a key that an edit can change, after its id."""
 MOST_ASKED, NEIGHBOURS = 512, 4
 """Maximum number of new keys to compare with their neighbours, and the number of neighbours per key."""
 INDEX_FROM = 50_000
@@ -62,10 +64,12 @@ MOST_HELD = 1 << 30
 class LanceDraft(LanceModel, EditableIndex):
     """A :class:`LanceModel` that you can edit. :meth:`commit` makes it the current version.
 
-    Use :meth:`changing` or :meth:`create` to get a draft.
+    Use :meth:`changing` or :meth:`create` to get a draft. If the values were solved, ``solved`` is the index in memory
+    that they belong to.
     """
 
     writer: TableWriter
+    solved: CacheModel | None = None
 
     @classmethod
     def changing(cls, writer: TableWriter) -> LanceDraft:
@@ -73,7 +77,7 @@ class LanceDraft(LanceModel, EditableIndex):
         if writer.parent is None or writer.table is None:
             writer.store.manifest()  # raises an error that tells the user what to do
             raise changed_meanwhile(writer.store.address)
-        return cls._of(writer.store, writer.parent, writer.table, "cpu", writer=writer)
+        return cls.of(writer.store, writer.parent, writer.table, "cpu", writer=writer)
 
     @classmethod
     def create(
@@ -147,14 +151,10 @@ class LanceDraft(LanceModel, EditableIndex):
             np.pad(old.sums, more),
             None if old.points is None else np.pad(old.points, more),
         )
-        if self.whole is not None:
-            self.whole.add_classes(names, weights if self.has_text else None)
         self._follow()
 
     def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
         self.classes, self.templates = replace(self.classes, text=weights), list(templates)
-        if self.whole is not None:
-            self.whole.set_text(weights, templates)
         self._follow()
 
     def add(
@@ -167,7 +167,7 @@ class LanceDraft(LanceModel, EditableIndex):
         digests: Sequence[str | None] | None = None,
         extra: pa.Table | None = None,
     ) -> list[int]:
-        """See :meth:`answering.EditableIndex.add`. Raises InputError if there are solved values and too many keys."""
+        """See :meth:`answering.EditableIndex.add`."""
         array, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
         key_ids = np.arange(self.next_key_id, self.next_key_id + len(array))
         added = label_table(self.class_names, ids, sources, key_ids=key_ids, views=views, digests=digests, extra=extra)
@@ -181,19 +181,10 @@ class LanceDraft(LanceModel, EditableIndex):
         order, array = np.argsort(ids, kind="stable"), array.astype(self.dtype)
         points = points_of(self.metric, array, self.device)
         self.check_lengths(array if points is None else points)
-        if self.whole is not None:
-            self.check_held(self.n + len(array))
-            self._settled_whole().add(array, ids, sources, views=views, digests=digests, extra=extra)
         ordered = points[order] if points is not None and self.table.has_points else None
         self._move(rows_of(added.take(pa.array(order)), array[order], self.writer.number, ordered), 1)
         self.next_key_id += len(array)
         return key_ids.tolist()
-
-    def _settled_whole(self) -> CacheModel:
-        """Return the keys in memory for editing, with values solved for the current settings."""
-        assert self.whole is not None
-        self.whole.settings = self.settings
-        return self.whole
 
     def check_held(self, n: int) -> None:
         """Raise InputError if ``n`` keys with solved values do not fit in memory."""
@@ -210,10 +201,31 @@ class LanceDraft(LanceModel, EditableIndex):
         np.maximum.at(following, shots["class_id"].to_numpy(), shots["shot"].to_numpy() + 1)
         return following
 
-    @property
-    def sums(self) -> Sums | None:
-        """The sums for fitting a metric, or ``None`` if they are not known."""
-        return None if self.second is None else Sums(self.classes.counts, self.classes.sums, self.second)
+    def follow(self, cache: CacheModel) -> None:
+        """Take over an edited index in memory, whose keys are those of this draft, apart from added and removed ones.
+
+        Raises InputError if it has solved values and does not fit in memory, or if the table cannot store a column.
+        """
+        if cache.values is not None:
+            self.check_held(cache.n)
+        check_columns(list(cache.labels.schema)[len(LABEL_SCHEMA) :])
+        old, new = self.table.read(ASSIGNED).sort_by("key_id"), cache.labels.select(ASSIGNED)
+        places = np.clip(np.searchsorted(old["key_id"].to_numpy(), new["key_id"].to_numpy()), 0, len(old) - 1)
+        before = old.take(pa.array(places))
+        changed = ~np.logical_and.reduce([np.equal(before[name].to_numpy(), new[name].to_numpy()) for name in ASSIGNED])
+        gone = ~np.isin(old["key_id"].to_numpy(), new["key_id"].to_numpy()[~changed])
+        self.table.delete(old["key_id"].to_numpy()[gone].tolist())
+        if changed.any():
+            rows = pa.array(np.flatnonzero(changed))
+            self.table.append(rows_of(cache.labels.take(rows), np.asarray(cache.keys[changed]), self.writer.number))
+        blocks = ((keys, labels["class_id"].to_numpy().astype(np.int64)) for labels, keys in cache.stored_blocks())
+        sums = Sums.of(blocks, len(cache.class_names), cache.d) if cache.sums is None else cache.sums
+        text = cache.text_weights.cpu().numpy()
+        self.classes, self.second = Classes(list(cache.class_names), text, sums.counts, sums.sums), sums.second
+        for name in ("settings", "templates", "provenance", "built", "prior", "next_key_id"):
+            setattr(self, name, getattr(cache, name))
+        self._follow()
+        self.set_fitted(cache.metric, cache.fitted, solved=cache)
 
     def _move(self, rows: pa.Table, sign: int) -> None:
         """Add rows, or delete them if ``sign`` is -1, and update the sums."""
@@ -237,8 +249,6 @@ class LanceDraft(LanceModel, EditableIndex):
         if len(rows) == self.n:
             raise InputError("remove: an index needs at least one key; delete the store instead")
         if len(rows):
-            if self.whole is not None:
-                self._settled_whole().remove(key_ids)
             self._move(rows, -1)
 
     def _of_ids(self, key_ids: Sequence[int]) -> pa.Table:
@@ -257,8 +267,6 @@ class LanceDraft(LanceModel, EditableIndex):
         if not len(moved):
             return
         names = [self.class_names[class_id] for class_id in ids]
-        if self.whole is not None:
-            self._settled_whole().relabel(moved["key_id"].to_pylist(), names)
         shots = self._next_shots(np.unique(ids))[ids] + shots_of(ids)
         self._move(moved, -1)
         changed = {"class_id": ids.astype(np.int32), "label": names, "shot": shots}
@@ -278,16 +286,12 @@ class LanceDraft(LanceModel, EditableIndex):
         if self.classes.counts[class_id]:
             self._update(f"class_id = {class_id}", "label", literal(new))
         self.classes = replace(self.classes, names=names)
-        if self.whole is not None:
-            self.whole.rename(old, new)
         self._follow()
 
     def _merge(self, class_id: int, into: str, names: list[str]) -> None:
         """Move the keys of a class to the class ``into``, and delete the class. ``names`` are the others."""
         old = self.class_names[class_id]
         self.relabel(self.find([old])["key_id"].to_pylist(), into)
-        if self.whole is not None:
-            self.whole.rename(old, into)
         if self.classes.counts[class_id + 1 :].any():
             self._update(f"class_id > {class_id}", "class_id", "class_id - 1")
         classes = self.classes
@@ -299,11 +303,6 @@ class LanceDraft(LanceModel, EditableIndex):
             None if classes.points is None else np.delete(classes.points, class_id, axis=0),
         )
         self._follow()
-
-    def solve(self) -> None:
-        if self.whole is not None:
-            self._settled_whole().solve()
-            self._follow()
 
     def rewrite(self, factory: str | None = None, dtype: Dtype | None = None, known: Sums | None = None) -> None:
         """Rewrite every row and the index, so that the files of this version do not contain removed rows.
@@ -318,15 +317,13 @@ class LanceDraft(LanceModel, EditableIndex):
         rewritten = self.create(
             self.writer, replace(self, table=before).blocks_of(before.label_columns), self.class_names,
             self.classes.text, dtype or self.dtype, factory or self._asked, stored=True,
-            metric=self.metric if self.whole is None else None, known=known,
+            metric=self.metric if self.solved is None else None, known=known,
         )  # fmt: skip
         for name in ("table", "classes", "second", "dtype"):
             setattr(self, name, getattr(rewritten, name))
         self.index_type, self.built = rewritten.index_type, replace(self.built, auto_index=rewritten.built.auto_index)
         if factory is not None:
             self.settings = self.settings.override(k=index_kind(factory, self.n, len(self.class_names))[1])
-        if self.whole is not None:
-            self._settled_whole().rebuild(dtype=dtype)
         self._follow()
 
     def set_fitted(
@@ -334,19 +331,19 @@ class LanceDraft(LanceModel, EditableIndex):
         metric: tip.Metric | None,
         fitted: Fitted | None,
         factory: str | None = None,
-        whole: CacheModel | None = None,
+        solved: CacheModel | None = None,
     ) -> None:
         """Set a fitted metric and the record of its fit.
 
-        If there are solved values, ``whole`` is the result of :meth:`keys_in_memory` with these values. Otherwise, the
-        table is rewritten with the points of the keys. ``factory`` defaults to the current index type. Raises
-        InputError if the keys with solved values do not fit in memory.
+        ``solved`` is the index in memory, if it was fitted there. Unless it has solved values, the table is rewritten
+        with the points of the keys. ``factory`` defaults to the current index type. Raises InputError if the keys with
+        solved values do not fit in memory.
         """
-        self.metric, self.fitted, self.whole = metric, fitted, None
-        if whole is not None and whole.values is not None:
+        self.metric, self.fitted = metric, fitted
+        self.solved = None if solved is None or solved.values is None else solved
+        if self.solved is not None:
             self.check_held(self.n)
-            self.whole = whole
-        if metric is not None and self.whole is None:
+        if metric is not None and self.solved is None:
             self.rewrite(factory, known=self.sums)
         elif self.table.has_points or factory is not None:
             if self.table.has_points:
@@ -395,7 +392,7 @@ class LanceDraft(LanceModel, EditableIndex):
         Raises the errors of :meth:`AnsweringIndex.check_answers` and :meth:`versions.TableWriter.commit`.
         """
         writer, prunes = self.writer, self.writer.prunes
-        self.check_answers()
+        (self.solved or self).check_answers()
         self._keep_up(prunes)
         files = {"classes": writer.put("classes", self.classes.to_bytes(), len(self.class_names))}
         files |= {kind: writer.put_array(kind, array) for kind, array in _arrays(self)}
@@ -416,8 +413,10 @@ def _arrays(draft: LanceDraft) -> Iterator[tuple[str, KeyArray]]:
         yield "prior", draft.prior
     if draft.metric is not None:
         yield "metric", array_of(draft.metric)
-    if draft.whole is not None:
-        yield "values", values_by_id(draft.whole)
+    if draft.solved is not None:
+        assert draft.solved.values is not None
+        order = np.argsort(draft.solved.labels["key_id"].to_numpy())
+        yield "values", draft.solved.values.cpu().numpy()[order]
 
 
 def labelled_blocks(material: Material) -> Iterator[tuple[pa.Table, npt.NDArray[np.float32]]]:
@@ -445,14 +444,6 @@ def index_kind(factory: str, n: int = 0, c: int = 1) -> tuple[str, int | None]:
     if factory not in (FLAT, CLASSES, *KINDS):
         raise UsageError(f"index {factory!r}: give auto, {FLAT}, {CLASSES} or {', '.join(KINDS)} for a LanceDB store")
     return factory, None
-
-
-def values_by_id(cache: CacheModel) -> npt.NDArray[np.float32]:
-    """Return the values of a classifier, of shape ``[n, c]``, sorted by key id."""
-    assert cache.values is not None
-    order = np.argsort(cache.labels["key_id"].to_numpy())
-    values: npt.NDArray[np.float32] = cache.values.cpu().numpy()[order]
-    return values
 
 
 def check_columns(columns: Iterable[pa.Field]) -> None:

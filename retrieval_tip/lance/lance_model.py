@@ -2,7 +2,7 @@
 
 The tail is computed from per-class statistics, and search results already include the keys and class ids. If a query
 uses all keys, they are read block by block. Only an index with few keys can have solved values, because all of its keys
-are held in memory. Its answers are the same as those of an index in a folder.
+are then read into memory. The answers are the same as those of an index in a folder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.answering import AnsweringIndex
@@ -26,7 +25,7 @@ from retrieval_tip.backbones.base import Identity, resolve_device
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.shots import spread
 from retrieval_tip.errors import StoreError, UsageError
-from retrieval_tip.lance.key_table import FLAT, POINT, RESTORE, VECTOR, VERSION, IntArray, KeyTable
+from retrieval_tip.lance.key_table import CLASSES, FLAT, POINT, RESTORE, VECTOR, VERSION, IntArray, KeyTable
 from retrieval_tip.lance.lance_keys import LanceKeys
 from retrieval_tip.lance.versions import Classes, LanceVersions
 from retrieval_tip.retrieval.arrays import KeyArray
@@ -37,7 +36,7 @@ from retrieval_tip.settings import Built, Dtype, Fitted, Settings
 from retrieval_tip.store.contents import metric_of
 from retrieval_tip.store.labels import rows_with
 from retrieval_tip.store.manifest import Manifest
-from retrieval_tip.store.sums import LEAST, Along
+from retrieval_tip.store.sums import LEAST, Along, Sums
 from retrieval_tip.store.writer import write
 
 MOST_TAKEN = 1 << 29
@@ -52,11 +51,10 @@ IN_ORDER = [("class_id", "ascending"), ("key_id", "ascending")]
 
 @dataclass(repr=False, kw_only=True)
 class LanceModel(AnsweringIndex):
-    """A version of an index in LanceDB, opened read-only. Use :meth:`load` to open a version.
+    """A version of an index in LanceDB, opened read-only. Use :func:`load` to open a version.
 
     ``second`` is the sum of the keys' outer products, a float64 array of shape ``[d, d]``, or ``None`` if it is not
-    known. ``prior`` is the scatter of other photos, if the index was fitted with one. If the values were solved,
-    ``whole`` contains all keys in memory.
+    known. ``prior`` is the scatter of other photos, if the index was fitted with one.
     """
 
     store: LanceVersions
@@ -77,8 +75,7 @@ class LanceModel(AnsweringIndex):
     fitted: Fitted | None = None
     second: npt.NDArray[np.float64] | None = None
     prior: npt.NDArray[np.float32] | None = None
-    whole: CacheModel | None = None
-    values: Tensor | None = field(default=None, init=False)
+    values: None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.metric = None if self.metric is None else self.metric.to(self.device)
@@ -87,24 +84,14 @@ class LanceModel(AnsweringIndex):
     def _follow(self) -> None:
         self.__dict__.pop("labels", None)
         self.class_names = self.classes.names
-        self.values = None if self.whole is None else self.whole.values
         self.text_weights = torch.from_numpy(self.classes.text).to(self.device)
         self._keys = LanceKeys(self.table, self.classes, self.index_type, self.device)
 
     @classmethod
-    def load(cls, place: LanceVersions, *, device: str = "auto", version: int | None = None) -> Self:
-        """Open the current version of a store, or an earlier version.
-
-        This verifies the small files and the size of the table. Raises StoreError naming the part that is missing or
-        damaged.
-        """
-        device = resolve_device(device)
-        return place.opened(lambda manifest: cls._of(place, manifest, place.table(manifest), device), version)
-
-    @classmethod
-    def _of(cls, place: LanceVersions, manifest: Manifest, table: KeyTable, device: str, **more: Any) -> Self:
-        metric, values = place.array(manifest, "metric"), place.array(manifest, "values")
-        model = cls(
+    def of(cls, place: LanceVersions, manifest: Manifest, table: KeyTable, device: str, **more: Any) -> Self:
+        """Open a version without its values. ``table`` is the version of its table."""
+        metric = place.array(manifest, "metric")
+        return cls(
             store=place, table=table, classes=place.classes(manifest), dtype=manifest.dtype,
             next_key_id=manifest.next_key_id, index_type=manifest.index, settings=manifest.settings,
             templates=manifest.templates, backbone=Identity.from_dict(manifest.backbone) if manifest.backbone else None,
@@ -112,22 +99,15 @@ class LanceModel(AnsweringIndex):
             version=manifest.version, metric=None if metric is None else metric_of(metric), fitted=manifest.fitted,
             second=place.array(manifest, "second"), prior=place.array(manifest, "prior"), **more,
         )  # fmt: skip
-        if values is not None:
-            model.hold(values)
-        return model
-
-    def hold(self, values: npt.NDArray[np.float32]) -> None:
-        """Load all keys into memory. ``values`` are their solved values, of shape ``[n, c]``, sorted by key id."""
-        whole = self.keys_in_memory()
-        places = np.argsort(np.argsort(whole.labels["key_id"].to_numpy()))
-        self.whole = replace(whole, values=torch.from_numpy(values[places]))
-        self._follow()
 
     def in_memory(self) -> CacheModel:
-        if self.whole is not None:
-            return self.whole.with_settings(self.settings)
         self._check_taken(self.n)
         return self.keys_in_memory()
+
+    @property
+    def sums(self) -> Sums | None:
+        """The sums for fitting a metric, or ``None`` if they are not known."""
+        return None if self.second is None else Sums(self.classes.counts, self.classes.sums, self.second)
 
     def keys_in_memory(self) -> CacheModel:
         """Return an exact classifier with all keys in memory, in the same order as in a folder, but without values."""
@@ -151,12 +131,10 @@ class LanceModel(AnsweringIndex):
 
     @property
     def exact_search(self) -> bool:
-        return self.index_type == FLAT or self.whole is not None
+        return self.index_type == FLAT
 
     @property
     def retrieval(self) -> Retrieval:
-        if self.whole is not None:
-            return replace(self.whole.retrieval, settings=self.settings)
         return Retrieval(keys=self._keys, text_weights=self.text_weights, settings=self.settings, metric=self.metric)
 
     @cached_property
@@ -164,21 +142,17 @@ class LanceModel(AnsweringIndex):
         """The label store as a table in memory, which takes about 150 bytes per key."""
         return self.table.read(self.table.label_columns)
 
-    def reload(self) -> Self:
-        return self if self.store.manifest() == self.manifest else self.load(self.store, device=self.device)
+    def reload(self) -> AnsweringIndex:
+        return self if self.store.manifest() == self.manifest else load(self.store, self.device)
 
     def described(self, rows: IntArray, columns: Sequence[str]) -> pa.Table:
-        return self.table.take(rows, columns) if self.whole is None else self.whole.described(rows, columns)
+        return self.table.take(rows, columns)
 
     def every_row(self) -> IntArray:
-        if self.whole is not None:
-            return self.whole.every_row()
         rows: IntArray = torch.cat([rows for _, _, rows in self._keys.numbered_blocks()]).cpu().numpy()
         return rows
 
     def some(self, m: int) -> tuple[KeyArray, pa.Table]:
-        if self.whole is not None:
-            return self.whole.some(m)
         some = self.table.offsets(spread(self.n, m), ["key_id", "class_id", VECTOR])
         return self.table.matrix(some[VECTOR]), some.select(["key_id", "class_id"])
 
@@ -202,8 +176,6 @@ class LanceModel(AnsweringIndex):
 
     def statistics(self) -> Statistics | None:
         """See :meth:`AnsweringIndex.statistics`. Small tables use the same sample as a folder."""
-        if self.whole is not None:
-            return self.whole.statistics()
         chosen = np.arange(self.n)
         if self.n > SAMPLE:
             chosen = np.random.default_rng(0).choice(self.n, SAMPLE, replace=False)
@@ -216,10 +188,6 @@ class LanceModel(AnsweringIndex):
         return None if sampled is None else replace(sampled, shots=self.n / int((self.classes.counts > 0).sum()))
 
     def take(self, rows: IntArray) -> CacheModel:
-        if self.whole is not None:
-            key_ids = self.labels["key_id"].take(pa.array(rows)).to_numpy()
-            chosen = np.flatnonzero(np.isin(self.whole.labels["key_id"].to_numpy(), key_ids))
-            return self.whole.with_settings(self.settings).take(chosen)
         self._check_taken(len(rows))
         labels = self.labels.take(pa.array(rows)).drop_columns([VERSION]).sort_by(IN_ORDER)
         return self._in_memory(self.keys_of(labels["key_id"].to_numpy()), labels)
@@ -248,9 +216,6 @@ class LanceModel(AnsweringIndex):
 
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
         """See :meth:`AnsweringIndex.save`. The index in the folder has the type ``Flat``."""
-        if self.whole is not None:
-            self.whole.with_settings(self.settings).save(folder, change)
-            return
         labels = self.labels.drop_columns([VERSION]).sort_by(IN_ORDER)
         places = np.argsort(labels["key_id"].to_numpy())
         key_ids = labels["key_id"].to_numpy()[places]
@@ -274,16 +239,61 @@ class LanceModel(AnsweringIndex):
         )  # fmt: skip
 
 
-def verify(place: LanceVersions) -> LanceModel:
+@dataclass(frozen=True)
+class LanceOrigin:
+    """The version of a store that an index in memory was read from."""
+
+    store: LanceVersions
+    manifest: Manifest
+
+    @property
+    def place(self) -> str:
+        """The address of the store."""
+        return str(self.store)
+
+    def reload(self, index: AnsweringIndex) -> AnsweringIndex:
+        """See :meth:`AnsweringIndex.reload`."""
+        return index if self.store.manifest() == self.manifest else load(self.store, index.device)
+
+
+def load(place: LanceVersions, device: str = "auto", version: int | None = None) -> AnsweringIndex:
+    """Open the current version of a store, or an earlier version.
+
+    If the values were solved, all keys are read into memory. This verifies the small files and the size of the table.
+    Raises StoreError naming the part that is missing or damaged.
+    """
+    device = resolve_device(device)
+    return place.opened(lambda manifest: _opened(place, manifest, device), version)
+
+
+def _opened(place: LanceVersions, manifest: Manifest, device: str) -> AnsweringIndex:
+    model = LanceModel.of(place, manifest, place.table(manifest), device)
+    values = place.array(manifest, "values")
+    return model if values is None else solved(model, values)
+
+
+def solved(model: LanceModel, values: npt.NDArray[np.float32]) -> CacheModel:
+    """Read all keys of a version into memory. ``values`` are their solved values, of shape ``[n, c]``, by key id."""
+    assert model.manifest is not None
+    cache = model.keys_in_memory()
+    places = np.argsort(np.argsort(cache.labels["key_id"].to_numpy()))
+    factory = CLASSES if model.index_type == CLASSES else FLAT
+    index = index_over(cache.met, cache.class_ids.cpu().numpy(), len(cache.class_names), factory, model.device)
+    cache = replace(cache, values=torch.from_numpy(values[places]), index=index, version=model.version)
+    cache.sums, cache.prior, cache.origin = model.sums, model.prior, LanceOrigin(model.store, model.manifest)
+    return cache
+
+
+def verify(place: LanceVersions) -> AnsweringIndex:
     """Check every row of the current version and the files of all versions, and return the opened current version.
 
     In a bucket, only the objects of earlier versions are checked, not their rows. Raises StoreError naming the part
     that is damaged or inconsistent.
     """
     seen: set[tuple[str, str]] = set()
-    model = place.opened(lambda manifest: check(place, manifest, seen))
-    assert model.manifest is not None
-    for old in place.earlier(model.manifest):
+    index = place.opened(lambda manifest: check(place, manifest, seen))
+    assert index.manifest is not None
+    for old in place.earlier(index.manifest):
         try:
             place.check_objects(old)
             place.check_files(old, seen)
@@ -291,19 +301,18 @@ def verify(place: LanceVersions) -> LanceModel:
         except StoreError:
             if place.keeps(old):
                 raise
-    return model
+    return index
 
 
-def check(place: LanceVersions, manifest: Manifest, seen: set[tuple[str, str]]) -> LanceModel:
+def check(place: LanceVersions, manifest: Manifest, seen: set[tuple[str, str]]) -> AnsweringIndex:
     """Check every row and object of a version, check that they are consistent, and return the opened version.
 
     Files in ``seen`` are skipped, and all other files are added to ``seen``. Raises StoreError naming the part that is
     damaged or inconsistent.
     """
     place.check_files(manifest, seen)
-    model = LanceModel._of(place, manifest, place.table(manifest), "cpu")
-    _check_rows(model)
-    return model
+    _check_rows(LanceModel.of(place, manifest, place.table(manifest), "cpu"))
+    return _opened(place, manifest, "cpu")
 
 
 def _check_rows(model: LanceModel) -> None:

@@ -15,7 +15,7 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index.stores import Change, Store, VersionWriter
 from retrieval_tip.lance.key_table import changed_meanwhile
 from retrieval_tip.lance.versions import LanceVersions
-from retrieval_tip.settings import Dtype, Precision, Verify
+from retrieval_tip.settings import Precision, Verify
 from retrieval_tip.store.manifest import Manifest
 
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
@@ -23,9 +23,6 @@ if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need i
     from retrieval_tip.fit.closed_form import Fit, FormChoice
     from retrieval_tip.fit.folds import Queries
     from retrieval_tip.index.items import Material
-    from retrieval_tip.lance.draft import LanceDraft
-    from retrieval_tip.lance.lance_model import LanceModel
-    from retrieval_tip.retrieval.duplicates import Duplicates
 
 FEW_KEYS = 8192
 """Maximum number of keys in a new store for which all keys are compared to find images in two classes."""
@@ -43,13 +40,13 @@ class LanceStore(LanceVersions, Store):
     def stamp(self) -> Hashable:
         return time.monotonic_ns()
 
-    def create(self, material: Material) -> LanceModel:
+    def create(self, material: Material) -> AnsweringIndex:
         """Stream the keys into a table. If the index is fitted, the table may be rewritten with the points."""
         from retrieval_tip.index.items import warn, warn_of
         from retrieval_tip.lance import shots
         from retrieval_tip.lance.draft import LanceDraft, index_kind, labelled_blocks
         from retrieval_tip.lance.key_table import FLAT
-        from retrieval_tip.lance.lance_model import LanceModel
+        from retrieval_tip.lance.lance_model import load
         from retrieval_tip.retrieval.duplicates import duplicates
 
         index = material.asked.index or "auto"
@@ -72,11 +69,11 @@ class LanceStore(LanceVersions, Store):
             if material.fit is not None:
                 warn(shots.fit(draft, material.fit, factory=index).warnings)
             draft.commit("build")
-        return LanceModel.load(self, device=material.device, version=draft.version)
+        return load(self, material.device, draft.version)
 
     def copy_from(self, model: AnsweringIndex, what: str) -> int:
         """See :meth:`Store.copy_from`. Raises InputError if the index has trained values."""
-        from retrieval_tip.lance.draft import LanceDraft, values_by_id
+        from retrieval_tip.lance.draft import LanceDraft
 
         if model.values is not None and model.fitted is None:
             raise InputError(f"{self}: a LanceDB store cannot hold trained values; use a folder")
@@ -94,7 +91,7 @@ class LanceStore(LanceVersions, Store):
             draft.provenance, draft.metric, draft.fitted = model.provenance, model.metric, model.fitted
             if model.values is not None:
                 draft.check_held(draft.n)
-                draft.hold(values_by_id(model.in_memory()))
+                draft.solved = model.in_memory()
             draft.built = replace(model.built, auto_index=draft.built.auto_index)
             draft.next_key_id = model.next_key_id
             draft.commit(what)
@@ -107,30 +104,32 @@ class LanceStore(LanceVersions, Store):
         precision: Precision = "auto",
         verify: Verify | None = None,
         version: int | None = None,
-    ) -> LanceModel:
+    ) -> AnsweringIndex:
         """See :meth:`Store.load`. Products use float32. ``verify="full"`` checks every row, like :meth:`verify`."""
-        from retrieval_tip.lance.lance_model import LanceModel, check
+        from retrieval_tip.lance.lance_model import check, load
 
         if precision in ("float16", "bfloat16"):
             raise UsageError(f"precision {precision}: a LanceDB store only supports float32; remove the option")
         if verify == "full":
             self.opened(lambda manifest: check(self, manifest, set()), version)
-        return LanceModel.load(self, device=device, version=version)
+        return load(self, device, version)
 
     @contextmanager
-    def change(self) -> Iterator[LanceChange]:
+    def change(self) -> Iterator[Change]:
         from retrieval_tip.lance.draft import LanceDraft
+        from retrieval_tip.lance.lance_change import LanceChange, SolvedChange
 
         self.manifest()  # do not create a store if there is no index
         with self.write() as writer:
-            change = LanceChange(LanceDraft.changing(writer))
+            draft = LanceDraft.changing(writer)
+            assert writer.parent is not None
+            values = self.array(writer.parent, "values")
+            change = LanceChange(draft) if values is None else SolvedChange(draft, values)
             yield change
             if change.what:
-                change.cache.commit(change.what)
+                change.commit()
 
     def fit(self, asked: Fit, queries: Callable[[AnsweringIndex], Queries] | None) -> FormChoice:
-        from retrieval_tip.lance import shots
-
         judged_by, version = None, None
         if queries is not None:
             model = self.load(device="cpu")
@@ -139,7 +138,7 @@ class LanceStore(LanceVersions, Store):
             if version not in (None, change.cache.version):
                 raise changed_meanwhile(self.address)
             change.what = "fit"
-            return shots.fit(change.cache, asked, judged_by)
+            return change.fit(asked, judged_by)
 
     def restore(self, writer: VersionWriter, old: Manifest, new: Manifest) -> None:
         writer.commit(new)
@@ -153,7 +152,7 @@ class LanceStore(LanceVersions, Store):
     def read_labels(self, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
         return self.table(manifest).read(columns)
 
-    def verify(self) -> LanceModel:
+    def verify(self) -> AnsweringIndex:
         from retrieval_tip.lance.lance_model import verify
 
         return verify(self)
@@ -162,25 +161,3 @@ class LanceStore(LanceVersions, Store):
         from retrieval_tip.lance.lance_model import check
 
         check(self, manifest, set())
-
-
-class LanceChange(Change):
-    """A change of a :class:`LanceDraft` that becomes the next version of its store."""
-
-    cache: LanceDraft
-
-    def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
-        self.cache.rewrite(index, dtype)
-
-    def refit(self, beta: float) -> FormChoice:
-        from retrieval_tip.lance import shots
-
-        return shots.refit(self.cache, beta)
-
-    def fit(self, asked: Fit) -> FormChoice:
-        from retrieval_tip.lance import shots
-
-        return shots.fit(self.cache, asked)
-
-    def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
-        return self.cache.duplicates_of(key_ids)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import StoreError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit, FormChoice
@@ -88,20 +87,18 @@ def fit(draft: LanceDraft, asked: Fit, validation: Queries | None = None, factor
         choice = closed_form.fit(shots, asked, validation=validation, factory=factory)
         draft.settings, draft.provenance, draft.prior = shots.settings, shots.provenance, shots.prior
         return choice
-    whole = draft.keys_in_memory() if draft.whole is None else draft.whole
-    whole.settings, whole.sums, whole.prior = draft.settings, draft.sums, draft.prior
+    cache = draft.keys_in_memory()
+    cache.sums, cache.prior = draft.sums, draft.prior
     by_class = CLASSES if (factory or draft.index_type) == CLASSES else None  # this type does not support solved values
-    choice = closed_form.fit(whole, asked, validation=validation, factory=by_class)
-    draft.settings, draft.provenance, draft.prior = whole.settings, whole.provenance, whole.prior
-    draft.set_fitted(whole.metric, whole.fitted, factory, whole)
+    choice = closed_form.fit(cache, asked, validation=validation, factory=by_class)
+    draft.settings, draft.provenance, draft.prior = cache.settings, cache.provenance, cache.prior
+    draft.set_fitted(cache.metric, cache.fitted, factory, cache)
     return choice
 
 
 def refit(draft: LanceDraft, beta: float) -> FormChoice:
-    """See :meth:`Change.refit`. Raises InputError if :meth:`cache_model.KeyEdits.solve` fails."""
-    shots: CacheModel | TableShots = draft.whole or TableShots(draft)
-    shots.settings, shots.prior = draft.settings, draft.prior
+    """See :meth:`Change.refit`."""
+    shots = TableShots(draft)
     choice = closed_form.refit(shots, beta)
     draft.settings, draft.provenance, draft.fitted = shots.settings, shots.provenance, shots.fitted
-    draft.solve()
     return choice
