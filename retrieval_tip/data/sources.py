@@ -365,6 +365,8 @@ def _open_table(where: str, _: Sequence[str], wanted: _Wanted) -> Source:
 def _read_table(file: Path | str, root: str | os.PathLike[str] | None, *, labelled: bool) -> Source:
     name = show(file)
     items, has_features = items_of(file)
+    if not len(items):
+        raise InputError(f"{name}: has no rows")
     key = "id" if has_features else "path"
     items = renamed(items, *(["label"] if has_features else ["path", "label"]))
     missing = [column for column in (key, "label")[: 1 + labelled] if column not in items.column_names]
