@@ -90,9 +90,10 @@ def is_parts(folder: str | os.PathLike[str]) -> bool:
 
 def _holds(folder: str, name: str) -> bool:
     place = os.path.join(folder, name)
-    if remote.is_remote(folder):
-        return bool(remote.attempt(folder, lambda: remote.system_of(folder).exists(place)))
-    return os.path.isfile(place)
+    if not remote.is_remote(folder):
+        return os.path.isfile(place)
+    with remote.reaching(folder):
+        return bool(remote.system_of(folder).exists(place))
 
 
 def table_files(table: Path | str) -> list[Path | str]:
@@ -114,8 +115,7 @@ def part_files(folder: str) -> list[Path | str]:
     """List the files in a folder of parts, in order."""
     if not remote.is_remote(folder):
         return sorted(Path(folder).glob("part=*/*.parquet"))
-    names = remote.attempt(folder, lambda: remote.system_of(folder).find(folder))
-    return [f"{folder.partition('://')[0]}://{name}" for name in sorted(names) if name.endswith(".parquet")]
+    return [url for url in remote.find(folder) if url.endswith(".parquet")]
 
 
 def items_of(file: Path | str, most: int = MAX_ROWS) -> tuple[pa.Table, bool]:
