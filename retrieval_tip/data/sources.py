@@ -168,7 +168,16 @@ def is_there(path: str) -> bool:
 
 def kind_of(path: str | os.PathLike[str]) -> Kind:
     """Return the kind of a path, pattern or URL. Raises InputError if an object store cannot be reached."""
-    return _recognise(os.fspath(path))[0]
+    where = os.fspath(path)
+    if not (remote.is_remote(where) and Path(where).suffix.lower() in images.extensions()):
+        for kind, (is_kind, _) in _READERS.items():
+            if is_kind(where):
+                return kind
+        if is_web(where):
+            return "web address"
+        if glob.has_magic(where) and not os.path.exists(where):
+            return "pattern"
+    return "image"
 
 
 def open_source(
@@ -216,12 +225,12 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
         if argument == "-":
             paths += [line for line in (line.rstrip("\r\n\0") for line in stdin) if line]
             continue
-        kind, places = _recognise(argument)
+        kind = kind_of(argument)
         if kind in ("table", "tars", "bucket"):
             if paths:
                 yield of_images(paths)
                 paths = []
-            yield _READERS[kind].open(argument, places, _Wanted())
+            yield _READERS[kind][1](argument, _Wanted())
         elif kind == "folder":
             paths += _images_in(Path(argument))
         elif kind == "pattern":
@@ -245,33 +254,11 @@ class _Wanted(NamedTuple):
     labelled: bool = False
 
 
-class _Reader(NamedTuple):
-    """Functions for one kind of source.
-
-    ``find`` returns the files that a path stands for, or nothing if it is of another kind.
-    """
-
-    find: Callable[[str], Sequence[str]]
-    open: Callable[[str, Sequence[str], _Wanted], Source]
-
-
-def _recognise(where: str) -> tuple[Kind, Sequence[str]]:
-    if not (remote.is_remote(where) and Path(where).suffix.lower() in images.extensions()):
-        for kind, reader in _READERS.items():
-            if places := reader.find(where):
-                return kind, places
-        if is_web(where):
-            return "web address", ()
-        if glob.has_magic(where) and not os.path.exists(where):
-            return "pattern", ()
-    return "image", ()
-
-
 def _open(where: str, wanted: _Wanted) -> Source:
-    kind, places = _recognise(where)
+    kind = kind_of(where)
     if kind not in _READERS:
         raise refusal(where)
-    return _READERS[kind].open(where, places, wanted)
+    return _READERS[kind][1](where, wanted)
 
 
 def refusal(where: str) -> InputError:
@@ -292,7 +279,7 @@ def refusal(where: str) -> InputError:
     return InputError(f"{show(where)}: {why}")
 
 
-def _open_folder(where: str, _: Sequence[str], wanted: _Wanted) -> Source:
+def _open_folder(where: str, wanted: _Wanted) -> Source:
     folder = Path(where)
     if not wanted.labelled and not any(next(images.find(Path(i.path)), None) for i in folders.subfolders(folder)):
         return of_images(_images_in(folder), show(folder))
@@ -309,7 +296,7 @@ def _images_in(folder: Path) -> list[str]:
     return paths
 
 
-def _open_json(where: str, _: Sequence[str], wanted: _Wanted) -> Source:
+def _open_json(where: str, wanted: _Wanted) -> Source:
     file, split = Path(where), wanted.split or "train"
     data = read_json(file, MAX_SPLIT)
     if (listing := exchange.read(file, data, wanted.root)) is not None:
@@ -326,7 +313,8 @@ def _open_json(where: str, _: Sequence[str], wanted: _Wanted) -> Source:
     return source
 
 
-def _open_tars(where: str, places: Sequence[str], wanted: _Wanted) -> Source:
+def _open_tars(where: str, wanted: _Wanted) -> Source:
+    places = tars.find(where)
     source = of_tars(show(where), places, labelled=wanted.labelled)
     if not len(source):
         why = f" ({source.failed[0]})" if source.failed else ""
@@ -358,7 +346,7 @@ def of_images(
     return Source(name, pa.table(items), tuple(class_names), tuple(paths))
 
 
-def _open_table(where: str, _: Sequence[str], wanted: _Wanted) -> Source:
+def _open_table(where: str, wanted: _Wanted) -> Source:
     return _read_table(where if remote.is_remote(where) else Path(where), wanted.root, labelled=wanted.labelled)
 
 
@@ -389,18 +377,15 @@ def _read_table(file: Path | str, root: str | os.PathLike[str] | None, *, labell
     return Source(name, items, names, tuple(paths))
 
 
-def _if(is_kind: Callable[[str], bool]) -> Callable[[str], Sequence[str]]:
-    return lambda where: [where] if is_kind(where) else ()
+def _open_bucket(where: str, wanted: _Wanted) -> Source:
+    return _listed(show(where), remote.listing(where, labelled=wanted.labelled))
 
 
-_READERS: Mapping[Kind, _Reader] = {
-    "table": _Reader(_if(tables.is_table), _open_table),
-    "tars": _Reader(tars.find, _open_tars),
-    "bucket": _Reader(
-        _if(remote.is_remote),
-        lambda where, _, wanted: _listed(show(where), remote.listing(where, labelled=wanted.labelled)),
-    ),
-    "folder": _Reader(_if(os.path.isdir), _open_folder),
-    "split file": _Reader(_if(lambda where: where.lower().endswith(".json") and os.path.isfile(where)), _open_json),
+_READERS: Mapping[Kind, tuple[Callable[[str], object], Callable[[str, _Wanted], Source]]] = {
+    "table": (tables.is_table, _open_table),
+    "tars": (tars.find, _open_tars),
+    "bucket": (remote.is_remote, _open_bucket),
+    "folder": (os.path.isdir, _open_folder),
+    "split file": (lambda where: where.lower().endswith(".json") and os.path.isfile(where), _open_json),
 }
-"""Readers by kind. A path is opened by the first reader that recognises it."""
+"""For each kind, a function that recognises a path and one that reads it. The first that recognises a path reads it."""
