@@ -9,7 +9,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -45,7 +45,6 @@ log = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
-_Part = tuple[IntArray, FloatArray, list[str | None]]  # positions [b], features [b, v, d], digests
 _Merge = Callable[[FloatArray], FloatArray]  # takes the raw views of an image [v, d]
 _Merged = dict[str, tuple[FloatArray, str] | None]  # merged features and digest by path; None if unreadable
 _T = TypeVar("_T")
@@ -62,7 +61,7 @@ class FeatureBlock:
     """Features of a block of items from a source."""
 
     positions: IntArray  # [b], ascending positions in the source
-    features: FloatArray  # [b, d] float32
+    features: FloatArray  # [b, d] float32; [b, v, d] if a view has its own features
     digests: list[str | None]  # digests of the image bytes; for a feature table, its column ``digest``, or None
 
     @classmethod
@@ -154,8 +153,8 @@ class Encoder:
             UsageError: if a batch does not fit in memory.
             BackboneError: if a feature table was made with another backbone.
         """
-        for positions, features, digests in self._parts(source, view_names(self.seed, self.views), _mean_view):
-            yield FeatureBlock(positions, features[:, 0], digests)
+        for block in self._blocks(source, view_names(self.seed, self.views), _mean_view):
+            yield replace(block, features=block.features[:, 0])
 
     def encode(self, source: Source) -> FeatureBlock:
         """Return the features of a source as one block (see :meth:`blocks`)."""
@@ -181,9 +180,9 @@ class Encoder:
             values = 2 * len(first) * len(names) * self.needed_backbone(source).dim  # the parts and their concatenation
             check_memory(4 * values, f"{len(names)} views of {len(first)} images", "use fewer views")
             source, shots = source.take(first), np.arange(len(first))
-        parts = list(self._parts(source, names, _each_view))
-        shots = shots[np.concatenate([positions for positions, _, _ in parts])]
-        features = np.concatenate([features for _, features, _ in parts])[np.argsort(shots, kind="stable")]
+        block = FeatureBlock.joined(list(self._blocks(source, names, _each_view)))
+        shots = shots[block.positions]
+        features = block.features[np.argsort(shots, kind="stable")]
         counts = np.bincount(shots, minlength=len(first)) * features.shape[1]
         starts = np.concatenate([[0], np.cumsum(counts[counts > 0])])
         return Views(first[counts > 0], features.reshape(-1, features.shape[2]), starts)
@@ -273,20 +272,20 @@ class Encoder:
             raise UsageError(f"{source.name}: photos need an encoder; name it with --model, or in Python with model")
         return self.backbone
 
-    def _parts(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[_Part]:
-        """Yield items with their merged features (shape ``[v, d]``). A row of a feature table is a view."""
+    def _blocks(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[FeatureBlock]:
+        """Yield items with their merged features (shape ``[b, v, d]``). A row of a feature table is a view."""
         done = 0
         for skipped in source.failed:
             self._skip(skipped.source, skipped.reason)
-        parts = self._table_parts(source) if source.paths is None else self._image_parts(source, names, merge)
+        blocks = self._of_table(source) if source.paths is None else self._of_images(source, names, merge)
         what = "Encoding" if source.paths is not None else "Reading"
         hidden = None if self.progress else True
         with tqdm(total=len(source), unit="image", desc=what, disable=hidden, leave=False) as bar:
-            for part in parts:
-                if len(part[0]):
-                    done += len(part[0])
-                    bar.update(int(part[0][-1]) + 1 - bar.n)
-                    yield part
+            for block in blocks:
+                if len(block.positions):
+                    done += len(block.positions)
+                    bar.update(int(block.positions[-1]) + 1 - bar.n)
+                    yield block
         if not done and len(source) and not self.empty:
             raise self._none_read(source)
 
@@ -306,7 +305,7 @@ class Encoder:
             log.warning("skipped %s", skipped)
             self.skipped.append(skipped)
 
-    def _table_parts(self, source: Source) -> Iterator[_Part]:
+    def _of_table(self, source: Source) -> Iterator[FeatureBlock]:
         assert source.table is not None
         assert source.rows is not None
         identity = table_identity(source.table)
@@ -315,22 +314,21 @@ class Encoder:
         order = np.argsort(source.rows, kind="stable")
         ordered = source.rows[order]
         in_order = bool((order[1:] > order[:-1]).all())
-        held: list[tuple[IntArray, FloatArray]] = []
+        held: list[FeatureBlock] = []
         column = source.items["digest"] if _has_digests(source) else pa.nulls(len(source))
         rows = (int(ordered[0]), int(ordered[-1]) + 1) if len(ordered) else (0, 0)
         for start, batch in read_rows(source.table, self.norms, *rows):
             low, high = np.searchsorted(ordered, (start, start + len(batch)))
-            part = order[low:high], batch[ordered[low:high] - start, None]
+            places = order[low:high]
+            digests = column.take(pa.array(places)).to_pylist()
+            held.append(FeatureBlock(places, batch[ordered[low:high] - start, None], digests))
             if in_order:
-                yield *part, column.take(pa.array(part[0])).to_pylist()
-            else:
-                held.append(part)
+                yield held.pop()
         if held:
-            positions, features = (np.concatenate(column) for column in zip(*held, strict=True))
-            back = np.argsort(positions)
-            yield positions[back], features[back], column.to_pylist()
+            block = FeatureBlock.joined(held)
+            yield block.take(np.argsort(block.positions))
 
-    def _image_parts(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[_Part]:
+    def _of_images(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[FeatureBlock]:
         backbone, paths = self.needed_backbone(source), source.paths or ()
         last = {path: position for position, path in enumerate(paths)}
         scope = _scope(backbone)
@@ -350,14 +348,14 @@ class Encoder:
         for position, path in enumerate(paths):
             while path not in merged:
                 if rows:
-                    yield _part(rows)
+                    yield _block(rows)
                     rows = []
                 merged |= next(encoded)
             result = merged.pop(path) if last[path] == position else merged[path]
             if result is not None:
                 rows.append((position, *result))
         if rows:
-            yield _part(rows)
+            yield _block(rows)
 
     def _ahead(self, chunks: Sequence[Sequence[str]], load: Callable[[str], _T], depth: int) -> Iterator[list[_T]]:
         """Yield the loaded images of each chunk, while threads load the next ``depth`` chunks."""
@@ -411,9 +409,9 @@ class _Loaded:
     problem: str | None = None
 
 
-def _part(rows: Sequence[tuple[int, FloatArray, str]]) -> _Part:
+def _block(rows: Sequence[tuple[int, FloatArray, str]]) -> FeatureBlock:
     positions, features, digests = zip(*rows, strict=True)
-    return np.array(positions), np.stack(features), list(digests)
+    return FeatureBlock(np.array(positions), np.stack(features), list(digests))
 
 
 def _scope(backbone: Backbone) -> str:
