@@ -315,7 +315,8 @@ class Encoder:
         ordered = source.rows[order]
         in_order = bool((order[1:] > order[:-1]).all())
         held: list[FeatureBlock] = []
-        column = source.items["digest"] if _has_digests(source) else pa.nulls(len(source))
+        has_digests = pa.field("digest", pa.string()) in list(source.items.schema)
+        column = source.items["digest"] if has_digests else pa.nulls(len(source))
         rows = (int(ordered[0]), int(ordered[-1]) + 1) if len(ordered) else (0, 0)
         for start, batch in read_rows(source.table, self.norms, *rows):
             low, high = np.searchsorted(ordered, (start, start + len(batch)))
@@ -331,7 +332,8 @@ class Encoder:
     def _of_images(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[FeatureBlock]:
         backbone, paths = self.needed_backbone(source), source.paths or ()
         last = {path: position for position, path in enumerate(paths)}
-        scope = _scope(backbone)
+        scope = getattr(backbone, "scope", backbone.precision)  # other implementations may lack it
+        scope = f"{backbone.identity.fingerprint}/{scope}"
         size, least = self.batch_size or backbone.batch_size, _least(backbone) if self.reduce else None
         _check_pixels(backbone, len(last), len(names), size, 3)
 
@@ -414,11 +416,6 @@ def _block(rows: Sequence[tuple[int, FloatArray, str]]) -> FeatureBlock:
     return FeatureBlock(np.array(positions), np.stack(features), list(digests))
 
 
-def _scope(backbone: Backbone) -> str:
-    scope = getattr(backbone, "scope", backbone.precision)  # other implementations may lack it
-    return f"{backbone.identity.fingerprint}/{scope}"
-
-
 def _least(backbone: Backbone) -> int:
     """Return the smallest allowed side of a reduced image, in pixels."""
     return REDUCED_SIDES * max(view_size(backbone.identity.preprocess))
@@ -491,10 +488,6 @@ def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
     shots = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
     _, first = np.unique(shots, return_index=True)
     return first.astype(np.int64), shots
-
-
-def _has_digests(source: Source) -> bool:
-    return pa.field("digest", pa.string()) in list(source.items.schema)
 
 
 def encode_table(source: Source, out: str | os.PathLike[str], encoder: Encoder) -> int:
