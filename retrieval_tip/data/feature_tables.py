@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrieval_tip.backbones.base import Backbone, FloatArray, Identity, same_backbone
-from retrieval_tip.data.sources import Source
+from retrieval_tip.data.source import Source, row_list
 from retrieval_tip.data.tables import (
     FEATURE,
     MAX_ROWS,
@@ -23,7 +23,6 @@ from retrieval_tip.data.tables import (
     open_parquet,
     reading,
     row_groups,
-    row_list,
     table_files,
     vectors,
 )

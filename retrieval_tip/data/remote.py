@@ -13,11 +13,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeGuard
 
-from retrieval_tip.data.listing import Listing
 from retrieval_tip.errors import InputError, UsageError, first_line, install, show
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
+
+    from retrieval_tip.data.source import Source
 
 SCHEMES = ("s3://", "gs://", "az://")
 
@@ -98,12 +99,13 @@ def read(path: str) -> bytes | None:
     return data
 
 
-def listing(folder: str, *, labelled: bool) -> Listing:
-    """List the images below a folder, labelled by their class folders.
+def listing(folder: str, *, labelled: bool) -> Source:
+    """Open the images below a folder, labelled by their class folders.
 
     Raises InputError if there are no images, or if ``labelled`` is set and an image has no label.
     """
     from retrieval_tip.data import images
+    from retrieval_tip.data.source import of_images
 
     scheme, _, name = folder.partition("://")
     base = f"{scheme}://{name.strip('/')}/"
@@ -114,4 +116,4 @@ def listing(folder: str, *, labelled: bool) -> Listing:
     labels = [path.removeprefix(base).rpartition("/")[0].partition("/")[0] or None for path in paths]
     if labelled and None in labels:
         raise InputError(f"{show(paths[labels.index(None)])}: not in a class folder of {show(folder)}")
-    return Listing(paths, labels)
+    return of_images(paths, show(folder), labels)

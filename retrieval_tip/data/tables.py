@@ -18,6 +18,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from retrieval_tip.data import remote
+from retrieval_tip.data.source import row_list
 from retrieval_tip.errors import SHOWN, InputError, few, first_line, one_line, show, warn_once
 from retrieval_tip.files import check_regular, open_regular, read_regular
 
@@ -326,8 +327,3 @@ def check_texts(items: pa.Table, name: str) -> None:
 def few_names(columns: Sequence[str]) -> str:
     """Format the first column names for a message."""
     return few([one_line(column)[:MAX_SHOWN] for column in columns[:SHOWN]], len(columns))
-
-
-def row_list(rows: npt.NDArray[np.int64]) -> str:
-    """Format row numbers for a message, for example ``rows 3, 7``. Rows are counted from 0."""
-    return f"row{'s' if len(rows) > 1 else ''} {few([str(int(row)) for row in rows[:SHOWN]], len(rows))}"

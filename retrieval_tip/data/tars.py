@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from retrieval_tip.data import images, remote
-from retrieval_tip.data.listing import Listing
+from retrieval_tip.data.source import Source, of_images
 from retrieval_tip.errors import InputError, Skipped, UsageError, first_line, show
 from retrieval_tip.files import open_regular
 
@@ -141,27 +141,26 @@ def read(path: str) -> bytes | None:
     return None if (tar := tar_of(path)) is None else opened(tar).read(path)
 
 
-def listing(places: Sequence[str], *, labelled: bool) -> Listing:
-    """List the images in tars, in order.
+def of_tars(name: str, places: Sequence[str], *, labelled: bool) -> Source:
+    """Open the images in tars, in order.
 
     Unreadable images are added to ``failed``. If ``labelled`` is set, unlabelled images are added as well.
     """
-    found = Listing()
+    labels: dict[str, str | None] = {}
+    failed: list[Skipped] = []
     for place in places:
         try:
             tar = opened(place)
         except InputError as error:
-            found.failed.append(Skipped(show(place), str(error)))
+            failed.append(Skipped(show(place), str(error)))
             continue
-        found.failed += tar.failed
-        for path, label in tar.labels.items():
-            if labelled and label is None:
-                kinds = ", ".join(f".{kind}" for kind in LABELS)
-                found.failed.append(Skipped(show(path), f"no label; add one of {kinds}"))
-            else:
-                found.paths.append(path)
-                found.labels.append(label)
-    return found
+        failed += tar.failed
+        labels |= tar.labels
+    if labelled:
+        kinds = ", ".join(f".{kind}" for kind in LABELS)
+        failed += [Skipped(show(path), f"no label; add one of {kinds}") for path, label in labels.items() if not label]
+        labels = {path: label for path, label in labels.items() if label}
+    return of_images(list(labels), name, list(labels.values()), failed=failed)
 
 
 def find(where: str) -> list[str]:
