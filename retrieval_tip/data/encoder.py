@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -198,15 +199,25 @@ class Encoder:
 
         Raises:
             InputError: if fewer than :data:`FEWEST` photos can be read.
-            UsageError: if NNCF is not installed, or if the backbone is not float32 on a CPU.
+            UsageError: if NNCF is not installed, if the backbone is not float32 on a CPU, or if the source is a table.
             BackboneError: if the lowest cosine is below 0.8, or if the backbone cannot be quantised or stored.
         """
         backbone = self.needed_backbone(source)
         photos: list[torch.Tensor] = []
         if not isinstance(backbone, TorchBackbone):
             raise UsageError("int8: requires a backbone from load_backbone")
-        for _, batch in self.pixels(source.take(spread(len(source), CALIBRATED)), CENTRE, 1):
-            photos.extend(batch.half())
+        paths = source.take(spread(len(source), CALIBRATED)).paths
+        if paths is None:
+            raise UsageError(f"{source.name}: a feature table has no pixels; give the images")
+
+        def load(path: str) -> _Loaded:
+            return _load(path, backbone, [CENTRE], lambda *_: None, None, self.read)
+
+        for item in chain.from_iterable(self._ahead(_chunks(paths, 1), load, depth=self.workers)):
+            if item.problem is None:
+                photos.append(item.pixels[CENTRE].half())
+            else:
+                self._skip(item.path, item.problem)
         if len(photos) < FEWEST:
             raise InputError(f"{source.name}: {counted(len(photos), 'photo')} could be read; int8 needs {FEWEST}")
         return backbone.store_int8(
@@ -231,40 +242,6 @@ class Encoder:
             self.cache.put(scope, {keys[name]: weight for name, weight in fresh.items()})
             weights |= fresh
         return np.stack([weights[name] for name in class_names])
-
-    def pixels(self, source: Source, name: str, size: int) -> Iterator[tuple[IntArray, torch.Tensor]]:
-        """Yield the view ``name`` of each item in a source, in batches of at most ``size`` items.
-
-        A batch holds the positions of its ``b`` items, and their pixels in float32, of shape ``[b, 3, h, w]``.
-        Unreadable items are skipped, so a batch may have fewer than ``size`` items.
-
-        Raises:
-            InputError: if no item is readable, or if ``strict`` is set and an image is unreadable.
-            UsageError: if the source is a feature table.
-            UsageError: if there is no backbone, or if ``size`` is below 1.
-        """
-        import torch
-
-        if source.paths is None:
-            raise UsageError(f"{source.name}: a feature table has no pixels; give the images")
-        check_count("size", size)
-        backbone = self.needed_backbone(source)
-        _check_pixels(backbone, len(source), 1, size, 2)
-        start, done = 0, 0
-
-        def load(path: str) -> _Loaded:
-            return _load(path, backbone, [name], lambda *_: None, None, self.read)
-
-        for chunk in self._ahead(_chunks(source.paths, size), load, depth=1):
-            for item in chunk:
-                if item.problem is not None:
-                    self._skip(item.path, item.problem)
-            readable = [place for place, item in enumerate(chunk, start) if item.problem is None]
-            if readable:
-                yield np.array(readable), torch.stack([chunk[place - start].pixels[name] for place in readable])
-            start, done = start + len(chunk), done + len(readable)
-        if not done and start:
-            raise self._none_read(source)
 
     def needed_backbone(self, source: Source) -> Backbone:
         """Return the backbone. Raises UsageError if there is none."""
@@ -335,7 +312,7 @@ class Encoder:
         scope = getattr(backbone, "scope", backbone.precision)  # other implementations may lack it
         scope = f"{backbone.identity.fingerprint}/{scope}"
         size, least = self.batch_size or backbone.batch_size, _least(backbone) if self.reduce else None
-        _check_pixels(backbone, len(last), len(names), size, 3)
+        _check_pixels(backbone, len(last), len(names), size)
 
         def kept(digest: str, view: str) -> FloatArray | None:
             return None if self.cache is None else self.cache.get(scope, digest, view)
@@ -421,11 +398,11 @@ def _least(backbone: Backbone) -> int:
     return REDUCED_SIDES * max(view_size(backbone.identity.preprocess))
 
 
-def _check_pixels(backbone: Backbone, number: int, views: int, size: int, chunks: int) -> None:
-    """Raise UsageError if the pixels of ``chunks * size`` images and one batch do not fit in memory."""
+def _check_pixels(backbone: Backbone, number: int, views: int, size: int) -> None:
+    """Raise UsageError if the pixels of three chunks of ``size`` images and one batch do not fit in memory."""
     height, width = view_size(backbone.identity.preprocess)
-    held = views * min(number, chunks * size) + min(views * number, size)
-    what = f"{counted(views, 'view')} of {counted(min(number, chunks * size), 'image')} at a time"
+    held = views * min(number, 3 * size) + min(views * number, size)
+    what = f"{counted(views, 'view')} of {counted(min(number, 3 * size), 'image')} at a time"
     check_memory(12 * height * width * held, what, "use fewer views or a smaller batch")
 
 
