@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -209,14 +210,10 @@ class Encoder:
         paths = source.take(spread(len(source), CALIBRATED)).paths
         if paths is None:
             raise UsageError(f"{source.name}: a feature table has no pixels; give the images")
-
-        def load(path: str) -> _Loaded:
-            return _load(path, backbone, [CENTRE], lambda *_: None, None, self.read)
-
+        load = partial(replace(self, cache=None)._load, backbone, "", [CENTRE])
         for item in chain.from_iterable(self._ahead(_chunks(paths, 1), load, depth=self.workers)):
-            if item.problem is None:
-                photos.append(item.pixels[CENTRE].half())
-            else:
+            photos += [view.half() for view in item.pixels.values()]
+            if item.problem is not None:
                 self._skip(item.path, item.problem)
         if len(photos) < FEWEST:
             raise InputError(f"{source.name}: {counted(len(photos), 'photo')} could be read; int8 needs {FEWEST}")
@@ -311,16 +308,9 @@ class Encoder:
         last = {path: position for position, path in enumerate(paths)}
         scope = getattr(backbone, "scope", backbone.precision)  # other implementations may lack it
         scope = f"{backbone.identity.fingerprint}/{scope}"
-        size, least = self.batch_size or backbone.batch_size, _least(backbone) if self.reduce else None
+        size = self.batch_size or backbone.batch_size
         _check_pixels(backbone, len(last), len(names), size)
-
-        def kept(digest: str, view: str) -> FloatArray | None:
-            return None if self.cache is None else self.cache.get(scope, digest, view)
-
-        def load(path: str) -> _Loaded:
-            return _load(path, backbone, names, kept, least, self.read)
-
-        chunks = self._ahead(_chunks(list(last), size), load, depth=2)
+        chunks = self._ahead(_chunks(list(last), size), partial(self._load, backbone, scope, names), depth=2)
         encoded = (self._encode_chunk(chunk, backbone, scope, size, merge) for chunk in chunks)
         merged: _Merged = {}
         rows: list[tuple[int, FloatArray, str]] = []
@@ -349,6 +339,32 @@ class Encoder:
                     yield [future.result() for future in waiting.popleft()]
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
+
+    def _load(self, backbone: Backbone, scope: str, names: Sequence[str], path: str) -> _Loaded:
+        """Read an image once. Return its digest, the features of cached views, and the pixels of the other views.
+
+        The centre view of a large JPEG is computed from the reduced image, and is called ``REDUCED``.
+        """
+        cache, least = self.cache, _least(backbone)
+        try:
+            data = self.read(path)
+            digest = hashlib.sha256(data).hexdigest()
+            if self.reduce and CENTRE in names and images.reducible(data, least):
+                names = [REDUCED if view == CENTRE else view for view in names]
+            features = {view: None if cache is None else cache.get(scope, digest, view) for view in names}
+            pixels: dict[str, torch.Tensor] = {}
+            missing = [view for view, feature in features.items() if feature is None]
+            if REDUCED in missing:
+                missing.remove(REDUCED)
+                pixels[REDUCED] = backbone.preprocess(images.decode(data, least))
+            if missing:
+                picture = images.decode(data)
+                for view in missing:
+                    own = backbone.preprocess(picture) if view == CENTRE else backbone.view(picture, f"{digest}/{view}")
+                    pixels[view] = own
+        except InputError as error:
+            return _Loaded(path, problem=str(error))
+        return _Loaded(path, digest, features, pixels)
 
     def _encode_chunk(
         self, chunk: Sequence[_Loaded], backbone: Backbone, scope: str, size: int, merge: _Merge
@@ -404,40 +420,6 @@ def _check_pixels(backbone: Backbone, number: int, views: int, size: int) -> Non
     held = views * min(number, 3 * size) + min(views * number, size)
     what = f"{counted(views, 'view')} of {counted(min(number, 3 * size), 'image')} at a time"
     check_memory(12 * height * width * held, what, "use fewer views or a smaller batch")
-
-
-def _load(
-    path: str,
-    backbone: Backbone,
-    names: Sequence[str],
-    kept: Callable[[str, str], FloatArray | None],
-    least: int | None,
-    read: Callable[[str], bytes],
-) -> _Loaded:
-    """Read an image once. Return its digest, the features of the ``kept`` views, and the pixels of the other views.
-
-    If ``least`` is given, the centre view of a large JPEG is computed from the reduced image, and is called
-    ``REDUCED``.
-    """
-    try:
-        data = read(path)
-        digest = hashlib.sha256(data).hexdigest()
-        if least is not None and CENTRE in names and images.reducible(data, least):
-            names = [REDUCED if view == CENTRE else view for view in names]
-        features = {view: kept(digest, view) for view in names}
-        pixels: dict[str, torch.Tensor] = {}
-        missing = [view for view, feature in features.items() if feature is None]
-        if REDUCED in missing:
-            missing.remove(REDUCED)
-            pixels[REDUCED] = backbone.preprocess(images.decode(data, least))
-        if missing:
-            picture = images.decode(data)
-            for view in missing:
-                centre = view == CENTRE
-                pixels[view] = backbone.preprocess(picture) if centre else backbone.view(picture, f"{digest}/{view}")
-    except InputError as error:
-        return _Loaded(path, problem=str(error))
-    return _Loaded(path, digest, features, pixels)
 
 
 def pixels_of(

@@ -171,7 +171,7 @@ def find(where: str) -> list[str]:
 
     Raises InputError if a tar in a range is missing, and UsageError if a range is too long.
     """
-    if not where.lower().endswith(TARS):
+    if not where.lower().endswith(TARS) or os.path.isdir(where):
         return _in_folder(where)
     if remote.is_remote(where):
         if not glob.has_magic(where):
@@ -179,8 +179,6 @@ def find(where: str) -> list[str]:
         return [name for name in _in_folder(where.rpartition("/")[0]) if fnmatch.fnmatchcase(name, where)]
     if os.path.isfile(where):
         return [where]
-    if os.path.exists(where):
-        return _in_folder(where)
     if _RANGE.search(where):
         tars = list(_named(where))
         if missing := next((tar for tar in tars if not os.path.isfile(tar)), None):
