@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,12 +60,9 @@ class Source:
 
     def known_as(self, class_names: Sequence[str]) -> Source:
         """Rename labels that match exactly one of ``class_names`` except for case, ``_``, ``-`` and spaces."""
-        plain: dict[str, list[str]] = {}
-        for name in class_names:
-            plain.setdefault(_plain(name), []).append(name)
-        known = set(class_names)
-        alike = {name: plain.get(_plain(name), []) for name in self.class_names if name not in known}
-        taken = {name: names[0] for name, names in alike.items() if len(names) == 1}
+        known, times = set(class_names), Counter(map(_plain, class_names))
+        alone = {_plain(name): name for name in class_names if times[_plain(name)] == 1}
+        taken = {name: alone[_plain(name)] for name in self.class_names if name not in known and _plain(name) in alone}
         if not taken:
             return self
         log.warning("%s: labels renamed: %s", self.name, few([f"{a} to {b}" for a, b in taken.items()]))

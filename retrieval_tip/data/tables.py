@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -60,18 +61,11 @@ def vectors(rows: npt.NDArray[np.generic]) -> pa.FixedSizeListArray:
 
 def parquet_writer(target: str | IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
     """Open a Parquet writer that uses dictionaries only for text, because numbers rarely repeat."""
-    return pq.ParquetWriter(target, schema, use_dictionary=[path for field in schema for path in _text_paths(field)])
-
-
-def _text_paths(field: pa.Field, within: str = "") -> Iterator[str]:
-    kind, path = field.type, within + field.name
-    if pa.types.is_struct(kind):
-        for inner in kind:
-            yield from _text_paths(inner, f"{path}.")
-    elif pa.types.is_list(kind):
-        yield from _text_paths(pa.field("element", kind.value_type), f"{path}.list.")
-    elif pa.types.is_string(kind):
-        yield path
+    empty = io.BytesIO()
+    pq.write_metadata(schema, empty)  # names the columns inside lists and structs
+    columns = pq.ParquetFile(empty).schema
+    text = [one.path for one in map(columns.column, range(len(columns))) if one.logical_type.type == "STRING"]
+    return pq.ParquetWriter(target, schema, use_dictionary=text)
 
 
 def is_table(where: str) -> bool:
