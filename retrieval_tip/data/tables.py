@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from retrieval_tip.data import remote
 from retrieval_tip.data.source import row_list
-from retrieval_tip.errors import SHOWN, InputError, few, first_line, one_line, show, warn_once
+from retrieval_tip.errors import InputError, first_line, one_line, show, warn_once
 from retrieval_tip.files import check_regular, open_regular, read_regular
 
 FEATURE = "feature"
@@ -39,7 +39,7 @@ MAX_ROWS = 2**31 - 1  # largest number of rows; even a tiny file can declare any
 MAX_JSON = 1 << 28  # largest JSON Lines file, in bytes; it is read into memory as a whole
 GROUP_ROWS = 1024
 """Smallest number of rows in a Parquet row group."""
-MAX_SHOWN = 64  # largest number of characters of a column name in a message
+MAX_SHOWN = 64  # largest number of column names in a message, and of characters in each name
 
 
 def row_groups_of(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -320,4 +320,5 @@ def check_texts(items: pa.Table, name: str) -> None:
 
 def few_names(columns: Sequence[str]) -> str:
     """Format the first column names for a message."""
-    return few([one_line(column)[:MAX_SHOWN] for column in columns[:SHOWN]], len(columns))
+    shown = ", ".join(one_line(column)[:MAX_SHOWN] for column in columns[:MAX_SHOWN])
+    return shown + (f" and {len(columns) - MAX_SHOWN} more" if len(columns) > MAX_SHOWN else "")
