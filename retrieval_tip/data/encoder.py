@@ -309,7 +309,10 @@ class Encoder:
         scope = getattr(backbone, "scope", backbone.precision)  # other implementations may lack it
         scope = f"{backbone.identity.fingerprint}/{scope}"
         size = self.batch_size or backbone.batch_size
-        _check_pixels(backbone, len(last), len(names), size)
+        (height, width), at_once = view_size(backbone.identity.preprocess), min(len(last), 3 * size)
+        pixels = height * width * (len(names) * at_once + min(len(names) * len(last), size))  # loaded, and in a batch
+        what = f"{counted(len(names), 'view')} of {counted(at_once, 'image')} at a time"
+        check_memory(12 * pixels, what, "use fewer views or a smaller batch")
         chunks = self._ahead(_chunks(list(last), size), partial(self._load, backbone, scope, names), depth=2)
         encoded = (self._encode_chunk(chunk, backbone, scope, size, merge) for chunk in chunks)
         merged: _Merged = {}
@@ -412,14 +415,6 @@ def _block(rows: Sequence[tuple[int, FloatArray, str]]) -> FeatureBlock:
 def _least(backbone: Backbone) -> int:
     """Return the smallest allowed side of a reduced image, in pixels."""
     return REDUCED_SIDES * max(view_size(backbone.identity.preprocess))
-
-
-def _check_pixels(backbone: Backbone, number: int, views: int, size: int) -> None:
-    """Raise UsageError if the pixels of three chunks of ``size`` images and one batch do not fit in memory."""
-    height, width = view_size(backbone.identity.preprocess)
-    held = views * min(number, 3 * size) + min(views * number, size)
-    what = f"{counted(views, 'view')} of {counted(min(number, 3 * size), 'image')} at a time"
-    check_memory(12 * height * width * held, what, "use fewer views or a smaller batch")
 
 
 def pixels_of(
