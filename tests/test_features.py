@@ -140,12 +140,6 @@ def test_too_large_requests_are_refused_before_memory_is_allocated(
     ):
         with pytest.raises(UsageError, match=words):
             next(replace(encoder, views=views, batch_size=batch_size).blocks(source))
-    with pytest.raises(UsageError, match="1 view of 12 images"):
-        next(
-            replace(encoder, backbone=Fake(identity=replace(IDENTITY, preprocess={"size": 300}))).pixels(
-                source, "a", 12
-            )
-        )
     with pytest.raises(UsageError, match="1000 views of 12 images"):
         replace(encoder, backbone=replace(fake, dim=1000)).encode_views(source, view_names(1, 1000))
     assert not fake.prepared
@@ -834,10 +828,8 @@ def test_the_cache_separates_reduced_and_whole_images(jpegs: Source, tmp_path: P
         assert np.array_equal(found.features, alone[reduce])
 
 
-def test_augmented_views_and_pixels_use_the_whole_image(jpegs: Source) -> None:
+def test_augmented_views_use_the_whole_image(jpegs: Source) -> None:
     for names in (["crop/1/0", "crop/1/1"], ["crop/1/0", "centre"]):
         whole, reduced = (Encoder(Fake(), reduce=reduce).encode_views(jpegs, names) for reduce in (False, True))
         same = (whole.features == reduced.features).all(axis=1)
         assert same.tolist() == [True, "centre" not in names, True, True, True, True]
-    pixels = [next(Encoder(Fake(), reduce=reduce).pixels(jpegs, "centre", 3))[1] for reduce in (False, True)]
-    assert torch.equal(*pixels)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -250,6 +251,12 @@ def test_too_few_photos_are_refused(run, name, place, photos, caplog):
     few = open_items(photos).take(range(FEWEST - 1))
     with pytest.raises(InputError, match=f"{FEWEST - 1} photos could be read; int8 needs {FEWEST}"):
         Encoder(load_backbone(name, device="cpu")).store_int8(few)
+    encoder = Encoder(load_backbone(name, device="cpu"), read=lambda _: b"")
+    with pytest.raises(InputError, match=" 0 photos could be read"):
+        encoder.store_int8(few)
+    assert len(encoder.skipped) == FEWEST - 1
+    with pytest.raises(UsageError, match="a feature table has no pixels"):
+        encoder.store_int8(replace(few, paths=None))
     assert run("models", "--int8", photos).exit_code == 2  # which encoder?
     assert run("models", "--model", name).exit_code == 2
 

@@ -24,7 +24,7 @@ from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder, view_names
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.feature_tables import TABLE_ROWS
-from retrieval_tip.data.sources import Source, of_images, open_items, open_source
+from retrieval_tip.data.sources import Source, open_items, open_source
 from retrieval_tip.errors import BackboneError, InputError, UsageError
 
 
@@ -180,74 +180,18 @@ def test_views_of_tables_raise_the_errors_of_blocks(tmp_path: Path) -> None:
         Encoder(Fake()).encode_views(open_items(other), [])
 
 
-# -- pixels --
-
-
-def epoch(encoder: Encoder, source: Source, name: str, size: int) -> tuple[list[int], torch.Tensor]:
-    chunks = list(encoder.pixels(source, name, size))
-    assert all(len(positions) == len(pixels) <= size for positions, pixels in chunks)
-    return [int(p) for positions, _ in chunks for p in positions], torch.cat([pixels for _, pixels in chunks])
-
-
-@pytest.mark.parametrize("size", [1, 4, 64])
-@pytest.mark.parametrize("name", ["centre", "crop/1/7"])
-def test_pixels_follow_the_order_of_the_source_each_time(folder: Path, size: int, name: str) -> None:
-    order = [7, 0, 11, 3, 7, 2]
-    backbone = Fake()
-    encoder = Encoder(backbone, workers=3)
-    source = source_of(folder).take(order)
-    positions, pixels = epoch(encoder, source, name, size)
-    assert positions == list(range(6))
-    assert source.paths is not None
-    assert torch.equal(pixels, torch.stack([by_hand(backbone, path, name) for path in source.paths]))
-    assert torch.equal(epoch(encoder, source, name, size)[1], pixels)
-    back = epoch(encoder, source.take([5, 4, 3, 2, 1, 0]), name, size)[1]
-    assert torch.equal(back.flip(0), pixels)
-    assert backbone.batches == []
-
-
-def test_pixels_of_another_name_belong_to_another_view(folder: Path) -> None:
-    one, other = (epoch(Encoder(Fake()), source_of(folder), name, 4)[1] for name in ("crop/1/0", "crop/1/1"))
-    assert not torch.equal(one, other)
-
-
-def test_pixels_skip_unreadable_images_and_name_them_once(folder: Path) -> None:
-    for number in (4, 5, 9):
-        (folder / f"{number:02}.png").write_bytes(b"")
-    encoder = Encoder(Fake())
-    source = source_of(folder)
-    for turn in range(3):
-        assert epoch(encoder, source, f"crop/{turn}/0", 2)[0] == [0, 1, 2, 3, 6, 7, 8, 10, 11]
-    encoder.encode_views(source, ["centre"])
-    assert [Path(skipped.source).name for skipped in encoder.skipped] == ["04.png", "05.png", "09.png"]
-    with pytest.raises(InputError, match=r"04\.png: empty file$"):
-        epoch(Encoder(Fake(), strict=True), source, "centre", 2)
-    with pytest.raises(InputError, match="none of 2 images could be read"):
-        epoch(encoder, source.take([4, 5]), "centre", 2)
-
-
-def test_the_next_chunk_is_decoded_in_advance(folder: Path) -> None:
+def test_the_next_chunks_are_decoded_in_advance(folder: Path) -> None:
     opened: list[str] = []
     several = threading.Event()
 
     def watched(path: str) -> bytes:
         opened.append(path)
-        if len(opened) == 8:
+        if len(opened) == 6:
             several.set()
         return images.read(path)
 
-    chunks = Encoder(Fake(), workers=2, read=watched).pixels(source_of(folder), "centre", 4)
-    next(chunks)
+    blocks = Encoder(Fake(), workers=2, batch_size=2, read=watched).blocks(source_of(folder))
+    next(blocks)
     assert several.wait(30)
-    chunks.close()  # type: ignore[attr-defined]
-    assert len(opened) == 8
-
-
-def test_pixels_need_images_a_backbone_and_a_size(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"t\.parquet: a feature table has no pixels"):
-        next(Encoder(Fake()).pixels(table(tmp_path / "t.parquet", ["a"], unit_rows(1, 4)), "centre", 4))
-    with pytest.raises(UsageError, match="--model"):
-        next(Encoder().pixels(source_of(folder), "centre", 4))
-    with pytest.raises(UsageError, match="size is 0"):
-        next(Encoder(Fake()).pixels(source_of(folder), "centre", 0))
-    assert list(Encoder(Fake()).pixels(of_images([]), "centre", 4)) == []
+    blocks.close()  # type: ignore[attr-defined]
+    assert len(opened) == 6

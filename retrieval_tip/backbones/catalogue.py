@@ -169,8 +169,8 @@ def _tags(model: str) -> list[str]:
 
 def _described(name: str, *, sized: bool = True) -> Named:
     tags = [name.removeprefix("timm:").partition(".")[2]] if name.startswith("timm:") else _tags(name)
-    words, here = not name.startswith("timm:"), is_cached(_repository(name, None))
-    return Named(name, tags, _bytes(name) if sized else None, words, here)
+    words = not name.startswith("timm:")
+    return Named(name, tags, _bytes(name) if sized else None, words, has_weights(_repository(name, None)))
 
 
 def _bytes(name: str) -> int | None:
@@ -178,10 +178,11 @@ def _bytes(name: str) -> int | None:
     import open_clip
     import timm
     import torch
+    from huggingface_hub import try_to_load_from_cache
 
     described = {} if name.startswith("timm:") else open_clip.get_model_config(name)["text_cfg"]
     elsewhere = described.get("hf_model_name")
-    if elsewhere and not is_cached(elsewhere, ["config.json"]):
+    if elsewhere and not isinstance(try_to_load_from_cache(elsewhere, "config.json"), str):
         return None
     try:
         with quiet(), torch.device("meta"):
@@ -199,12 +200,20 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.
 """Names of weight files, in the order of open_clip and timm."""
 
 
-def is_cached(repository: str | None, files: Sequence[str] = WEIGHTS) -> bool:
-    """Return whether one of these files from a repository is cached on this machine."""
-    from huggingface_hub import try_to_load_from_cache
+def has_weights(repository: str) -> bool:
+    """Return whether the weights of a repository are on this machine."""
+    return any(_weights_in(_hub_folder(repository)))
 
-    found = [try_to_load_from_cache(repository, file) for file in files] if repository else []
-    return any(isinstance(path, str) for path in found)
+
+def _weights_in(folder: Path) -> Iterator[Path]:
+    files = folder.glob("snapshots/*/*")
+    return (file for file in files if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+
+
+def _hub_folder(repository: str) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
 
 
 def reason_of(error: Exception) -> str:
@@ -267,7 +276,7 @@ def ask_hub(repository: str) -> None:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    if next(_weights_of(repository), None) is not None:
+    if has_weights(repository):
         return
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         raise ConnectionError("HF_HUB_OFFLINE is set")
@@ -283,21 +292,6 @@ def ask_hub(repository: str) -> None:
     sizes = {file.rfilename: file.size for file in found}
     if size := next((sizes[file] for file in WEIGHTS if sizes.get(file)), None):
         log.info("downloading %s from huggingface.co/%s (only once)", megabytes(size), repository)
-
-
-def _weights_of(repository: str) -> Iterator[Path]:
-    return _weights_in(_hub_folder(repository))
-
-
-def _weights_in(folder: Path) -> Iterator[Path]:
-    files = folder.glob("snapshots/*/*")
-    return (file for file in files if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
-
-
-def _hub_folder(repository: str) -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
 
 
 def downloaded(repository: str) -> list[Path]:
@@ -327,20 +321,15 @@ def cached() -> Iterator[tuple[str, str | None]]:
     import open_clip
     import timm
 
-    found = {folder.name for folder in _hub_folder("any").parent.glob("models--*") if next(_weights_in(folder), None)}
-    for name in dict.fromkeys(SHORT.values()):
-        repository = _repository(name, None)
-        if _described(name, sized=False).cached:
-            found.discard(_hub_folder(repository).name)
-            yield name, None
-    for name, tag in open_clip.list_pretrained():
+    found = {folder.name for folder in _hub_folder("any").parent.glob("models--*") if any(_weights_in(folder))}
+    names: list[tuple[str, str | None]] = [(name, None) for name in SHORT.values()]
+    names += open_clip.list_pretrained()
+    names += [(f"timm:{name}", None) for name in timm.list_pretrained()]
+    for name, tag in names:
         folder = _hub_folder(_repository(name, tag)).name
         if folder in found:  # several architectures can share one repository
             found.remove(folder)
             yield name, tag
-    for own in timm.list_pretrained():
-        if _hub_folder(_repository(f"timm:{own}", None)).name in found:
-            yield f"timm:{own}", None
     if file := next((file for file in DEMO if file.is_file()), None):
         yield "timm:tf_efficientnet_lite0", str(file)
 

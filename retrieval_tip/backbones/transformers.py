@@ -16,7 +16,7 @@ from retrieval_tip.backbones.catalogue import (
     check_code,
     download_error,
     downloaded,
-    is_cached,
+    has_weights,
     quiet,
     reason_of,
 )
@@ -52,7 +52,7 @@ def open_model(place: str, device: torch.device) -> Opened:
     from open_clip.transform import image_transform_v2
 
     try:
-        if not (here := Path(place).is_dir() or is_cached(place)):
+        if not (here := Path(place).is_dir() or has_weights(place)):
             ask_hub(place)
     except ConnectionError as error:
         way_out = f"--model hf:FOLDER (a copy of huggingface.co/{place})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from retrieval_tip.data.images import Box
@@ -55,7 +55,7 @@ class Detections:
                     made.boxes[names[-1]], made.detected[show(names[-1])] = (path, box), category
                 if not found:
                     made.empty.append(path)
-            made.sources.append(replace(of_images(names, source.name), failed=tuple(failed)))
+            made.sources.append(of_images(names, source.name, failed=failed))
         if not owners:
             example = repr(next(iter(self.photos), "photo.jpg"))
             raise InputError(f"{show(self.file)}: no photo has an entry; its path must end with one, such as {example}")

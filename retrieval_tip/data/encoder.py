@@ -9,7 +9,9 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -45,7 +47,6 @@ log = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
-_Part = tuple[IntArray, FloatArray, list[str | None]]  # positions [b], features [b, v, d], digests
 _Merge = Callable[[FloatArray], FloatArray]  # takes the raw views of an image [v, d]
 _Merged = dict[str, tuple[FloatArray, str] | None]  # merged features and digest by path; None if unreadable
 _T = TypeVar("_T")
@@ -62,7 +63,7 @@ class FeatureBlock:
     """Features of a block of items from a source."""
 
     positions: IntArray  # [b], ascending positions in the source
-    features: FloatArray  # [b, d] float32
+    features: FloatArray  # [b, d] float32; [b, v, d] if a view has its own features
     digests: list[str | None]  # digests of the image bytes; for a feature table, its column ``digest``, or None
 
     @classmethod
@@ -154,8 +155,8 @@ class Encoder:
             UsageError: if a batch does not fit in memory.
             BackboneError: if a feature table was made with another backbone.
         """
-        for positions, features, digests in self._parts(source, view_names(self.seed, self.views), _mean_view):
-            yield FeatureBlock(positions, features[:, 0], digests)
+        for block in self._blocks(source, view_names(self.seed, self.views), _mean_view):
+            yield replace(block, features=block.features[:, 0])
 
     def encode(self, source: Source) -> FeatureBlock:
         """Return the features of a source as one block (see :meth:`blocks`)."""
@@ -181,9 +182,9 @@ class Encoder:
             values = 2 * len(first) * len(names) * self.needed_backbone(source).dim  # the parts and their concatenation
             check_memory(4 * values, f"{len(names)} views of {len(first)} images", "use fewer views")
             source, shots = source.take(first), np.arange(len(first))
-        parts = list(self._parts(source, names, _each_view))
-        shots = shots[np.concatenate([positions for positions, _, _ in parts])]
-        features = np.concatenate([features for _, features, _ in parts])[np.argsort(shots, kind="stable")]
+        block = FeatureBlock.joined(list(self._blocks(source, names, _each_view)))
+        shots = shots[block.positions]
+        features = block.features[np.argsort(shots, kind="stable")]
         counts = np.bincount(shots, minlength=len(first)) * features.shape[1]
         starts = np.concatenate([[0], np.cumsum(counts[counts > 0])])
         return Views(first[counts > 0], features.reshape(-1, features.shape[2]), starts)
@@ -199,15 +200,21 @@ class Encoder:
 
         Raises:
             InputError: if fewer than :data:`FEWEST` photos can be read.
-            UsageError: if NNCF is not installed, or if the backbone is not float32 on a CPU.
+            UsageError: if NNCF is not installed, if the backbone is not float32 on a CPU, or if the source is a table.
             BackboneError: if the lowest cosine is below 0.8, or if the backbone cannot be quantised or stored.
         """
         backbone = self.needed_backbone(source)
         photos: list[torch.Tensor] = []
         if not isinstance(backbone, TorchBackbone):
             raise UsageError("int8: requires a backbone from load_backbone")
-        for _, batch in self.pixels(source.take(spread(len(source), CALIBRATED)), CENTRE, 1):
-            photos.extend(batch.half())
+        paths = source.take(spread(len(source), CALIBRATED)).paths
+        if paths is None:
+            raise UsageError(f"{source.name}: a feature table has no pixels; give the images")
+        load = partial(replace(self, cache=None)._load, backbone, "", [CENTRE])
+        for item in chain.from_iterable(self._ahead(_chunks(paths, 1), load, depth=self.workers)):
+            photos += [view.half() for view in item.pixels.values()]
+            if item.problem is not None:
+                self._skip(item.path, item.problem)
         if len(photos) < FEWEST:
             raise InputError(f"{source.name}: {counted(len(photos), 'photo')} could be read; int8 needs {FEWEST}")
         return backbone.store_int8(
@@ -233,60 +240,26 @@ class Encoder:
             weights |= fresh
         return np.stack([weights[name] for name in class_names])
 
-    def pixels(self, source: Source, name: str, size: int) -> Iterator[tuple[IntArray, torch.Tensor]]:
-        """Yield the view ``name`` of each item in a source, in batches of at most ``size`` items.
-
-        A batch holds the positions of its ``b`` items, and their pixels in float32, of shape ``[b, 3, h, w]``.
-        Unreadable items are skipped, so a batch may have fewer than ``size`` items.
-
-        Raises:
-            InputError: if no item is readable, or if ``strict`` is set and an image is unreadable.
-            UsageError: if the source is a feature table.
-            UsageError: if there is no backbone, or if ``size`` is below 1.
-        """
-        import torch
-
-        if source.paths is None:
-            raise UsageError(f"{source.name}: a feature table has no pixels; give the images")
-        check_count("size", size)
-        backbone = self.needed_backbone(source)
-        _check_pixels(backbone, len(source), 1, size, 2)
-        start, done = 0, 0
-
-        def load(path: str) -> _Loaded:
-            return _load(path, backbone, [name], lambda *_: None, None, self.read)
-
-        for chunk in self._ahead(_chunks(source.paths, size), load, depth=1):
-            for item in chunk:
-                if item.problem is not None:
-                    self._skip(item.path, item.problem)
-            readable = [place for place, item in enumerate(chunk, start) if item.problem is None]
-            if readable:
-                yield np.array(readable), torch.stack([chunk[place - start].pixels[name] for place in readable])
-            start, done = start + len(chunk), done + len(readable)
-        if not done and start:
-            raise self._none_read(source)
-
     def needed_backbone(self, source: Source) -> Backbone:
         """Return the backbone. Raises UsageError if there is none."""
         if self.backbone is None:
             raise UsageError(f"{source.name}: photos need an encoder; name it with --model, or in Python with model")
         return self.backbone
 
-    def _parts(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[_Part]:
-        """Yield items with their merged features (shape ``[v, d]``). A row of a feature table is a view."""
+    def _blocks(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[FeatureBlock]:
+        """Yield items with their merged features (shape ``[b, v, d]``). A row of a feature table is a view."""
         done = 0
         for skipped in source.failed:
             self._skip(skipped.source, skipped.reason)
-        parts = self._table_parts(source) if source.paths is None else self._image_parts(source, names, merge)
+        blocks = self._of_table(source) if source.paths is None else self._of_images(source, names, merge)
         what = "Encoding" if source.paths is not None else "Reading"
         hidden = None if self.progress else True
         with tqdm(total=len(source), unit="image", desc=what, disable=hidden, leave=False) as bar:
-            for part in parts:
-                if len(part[0]):
-                    done += len(part[0])
-                    bar.update(int(part[0][-1]) + 1 - bar.n)
-                    yield part
+            for block in blocks:
+                if len(block.positions):
+                    done += len(block.positions)
+                    bar.update(int(block.positions[-1]) + 1 - bar.n)
+                    yield block
         if not done and len(source) and not self.empty:
             raise self._none_read(source)
 
@@ -306,7 +279,7 @@ class Encoder:
             log.warning("skipped %s", skipped)
             self.skipped.append(skipped)
 
-    def _table_parts(self, source: Source) -> Iterator[_Part]:
+    def _of_table(self, source: Source) -> Iterator[FeatureBlock]:
         assert source.table is not None
         assert source.rows is not None
         identity = table_identity(source.table)
@@ -315,49 +288,46 @@ class Encoder:
         order = np.argsort(source.rows, kind="stable")
         ordered = source.rows[order]
         in_order = bool((order[1:] > order[:-1]).all())
-        held: list[tuple[IntArray, FloatArray]] = []
-        column = source.items["digest"] if _has_digests(source) else pa.nulls(len(source))
+        held: list[FeatureBlock] = []
+        has_digests = pa.field("digest", pa.string()) in list(source.items.schema)
+        column = source.items["digest"] if has_digests else pa.nulls(len(source))
         rows = (int(ordered[0]), int(ordered[-1]) + 1) if len(ordered) else (0, 0)
         for start, batch in read_rows(source.table, self.norms, *rows):
             low, high = np.searchsorted(ordered, (start, start + len(batch)))
-            part = order[low:high], batch[ordered[low:high] - start, None]
+            places = order[low:high]
+            digests = column.take(pa.array(places)).to_pylist()
+            held.append(FeatureBlock(places, batch[ordered[low:high] - start, None], digests))
             if in_order:
-                yield *part, column.take(pa.array(part[0])).to_pylist()
-            else:
-                held.append(part)
+                yield held.pop()
         if held:
-            positions, features = (np.concatenate(column) for column in zip(*held, strict=True))
-            back = np.argsort(positions)
-            yield positions[back], features[back], column.to_pylist()
+            block = FeatureBlock.joined(held)
+            yield block.take(np.argsort(block.positions))
 
-    def _image_parts(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[_Part]:
+    def _of_images(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[FeatureBlock]:
         backbone, paths = self.needed_backbone(source), source.paths or ()
         last = {path: position for position, path in enumerate(paths)}
-        scope = _scope(backbone)
-        size, least = self.batch_size or backbone.batch_size, _least(backbone) if self.reduce else None
-        _check_pixels(backbone, len(last), len(names), size, 3)
-
-        def kept(digest: str, view: str) -> FloatArray | None:
-            return None if self.cache is None else self.cache.get(scope, digest, view)
-
-        def load(path: str) -> _Loaded:
-            return _load(path, backbone, names, kept, least, self.read)
-
-        chunks = self._ahead(_chunks(list(last), size), load, depth=2)
+        scope = getattr(backbone, "scope", backbone.precision)  # other implementations may lack it
+        scope = f"{backbone.identity.fingerprint}/{scope}"
+        size = self.batch_size or backbone.batch_size
+        (height, width), at_once = view_size(backbone.identity.preprocess), min(len(last), 3 * size)
+        pixels = height * width * (len(names) * at_once + min(len(names) * len(last), size))  # loaded, and in a batch
+        what = f"{counted(len(names), 'view')} of {counted(at_once, 'image')} at a time"
+        check_memory(12 * pixels, what, "use fewer views or a smaller batch")
+        chunks = self._ahead(_chunks(list(last), size), partial(self._load, backbone, scope, names), depth=2)
         encoded = (self._encode_chunk(chunk, backbone, scope, size, merge) for chunk in chunks)
         merged: _Merged = {}
         rows: list[tuple[int, FloatArray, str]] = []
         for position, path in enumerate(paths):
             while path not in merged:
                 if rows:
-                    yield _part(rows)
+                    yield _block(rows)
                     rows = []
                 merged |= next(encoded)
             result = merged.pop(path) if last[path] == position else merged[path]
             if result is not None:
                 rows.append((position, *result))
         if rows:
-            yield _part(rows)
+            yield _block(rows)
 
     def _ahead(self, chunks: Sequence[Sequence[str]], load: Callable[[str], _T], depth: int) -> Iterator[list[_T]]:
         """Yield the loaded images of each chunk, while threads load the next ``depth`` chunks."""
@@ -372,6 +342,32 @@ class Encoder:
                     yield [future.result() for future in waiting.popleft()]
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
+
+    def _load(self, backbone: Backbone, scope: str, names: Sequence[str], path: str) -> _Loaded:
+        """Read an image once. Return its digest, the features of cached views, and the pixels of the other views.
+
+        The centre view of a large JPEG is computed from the reduced image, and is called ``REDUCED``.
+        """
+        cache, least = self.cache, _least(backbone)
+        try:
+            data = self.read(path)
+            digest = hashlib.sha256(data).hexdigest()
+            if self.reduce and CENTRE in names and images.reducible(data, least):
+                names = [REDUCED if view == CENTRE else view for view in names]
+            features = {view: None if cache is None else cache.get(scope, digest, view) for view in names}
+            pixels: dict[str, torch.Tensor] = {}
+            missing = [view for view, feature in features.items() if feature is None]
+            if REDUCED in missing:
+                missing.remove(REDUCED)
+                pixels[REDUCED] = backbone.preprocess(images.decode(data, least))
+            if missing:
+                picture = images.decode(data)
+                for view in missing:
+                    own = backbone.preprocess(picture) if view == CENTRE else backbone.view(picture, f"{digest}/{view}")
+                    pixels[view] = own
+        except InputError as error:
+            return _Loaded(path, problem=str(error))
+        return _Loaded(path, digest, features, pixels)
 
     def _encode_chunk(
         self, chunk: Sequence[_Loaded], backbone: Backbone, scope: str, size: int, merge: _Merge
@@ -411,61 +407,14 @@ class _Loaded:
     problem: str | None = None
 
 
-def _part(rows: Sequence[tuple[int, FloatArray, str]]) -> _Part:
+def _block(rows: Sequence[tuple[int, FloatArray, str]]) -> FeatureBlock:
     positions, features, digests = zip(*rows, strict=True)
-    return np.array(positions), np.stack(features), list(digests)
-
-
-def _scope(backbone: Backbone) -> str:
-    scope = getattr(backbone, "scope", backbone.precision)  # other implementations may lack it
-    return f"{backbone.identity.fingerprint}/{scope}"
+    return FeatureBlock(np.array(positions), np.stack(features), list(digests))
 
 
 def _least(backbone: Backbone) -> int:
     """Return the smallest allowed side of a reduced image, in pixels."""
     return REDUCED_SIDES * max(view_size(backbone.identity.preprocess))
-
-
-def _check_pixels(backbone: Backbone, number: int, views: int, size: int, chunks: int) -> None:
-    """Raise UsageError if the pixels of ``chunks * size`` images and one batch do not fit in memory."""
-    height, width = view_size(backbone.identity.preprocess)
-    held = views * min(number, chunks * size) + min(views * number, size)
-    what = f"{counted(views, 'view')} of {counted(min(number, chunks * size), 'image')} at a time"
-    check_memory(12 * height * width * held, what, "use fewer views or a smaller batch")
-
-
-def _load(
-    path: str,
-    backbone: Backbone,
-    names: Sequence[str],
-    kept: Callable[[str, str], FloatArray | None],
-    least: int | None,
-    read: Callable[[str], bytes],
-) -> _Loaded:
-    """Read an image once. Return its digest, the features of the ``kept`` views, and the pixels of the other views.
-
-    If ``least`` is given, the centre view of a large JPEG is computed from the reduced image, and is called
-    ``REDUCED``.
-    """
-    try:
-        data = read(path)
-        digest = hashlib.sha256(data).hexdigest()
-        if least is not None and CENTRE in names and images.reducible(data, least):
-            names = [REDUCED if view == CENTRE else view for view in names]
-        features = {view: kept(digest, view) for view in names}
-        pixels: dict[str, torch.Tensor] = {}
-        missing = [view for view, feature in features.items() if feature is None]
-        if REDUCED in missing:
-            missing.remove(REDUCED)
-            pixels[REDUCED] = backbone.preprocess(images.decode(data, least))
-        if missing:
-            picture = images.decode(data)
-            for view in missing:
-                centre = view == CENTRE
-                pixels[view] = backbone.preprocess(picture) if centre else backbone.view(picture, f"{digest}/{view}")
-    except InputError as error:
-        return _Loaded(path, problem=str(error))
-    return _Loaded(path, digest, features, pixels)
 
 
 def pixels_of(
@@ -493,10 +442,6 @@ def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
     shots = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
     _, first = np.unique(shots, return_index=True)
     return first.astype(np.int64), shots
-
-
-def _has_digests(source: Source) -> bool:
-    return pa.field("digest", pa.string()) in list(source.items.schema)
 
 
 def encode_table(source: Source, out: str | os.PathLike[str], encoder: Encoder) -> int:

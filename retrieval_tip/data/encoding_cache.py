@@ -7,8 +7,7 @@ import os
 import sqlite3
 import threading
 import zlib
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,7 @@ class EncodingCache:
     def _open(self) -> sqlite3.Connection:
         if self.path.exists() and not self.path.is_file():  # SQLite would block on a pipe
             raise self._unusable(ValueError("not a file"))
-        db = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level=None)
+        db = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level="IMMEDIATE")
         try:
             db.execute("PRAGMA auto_vacuum = 2")  # incremental; only affects new files
             db.executescript(_SCHEMA)
@@ -154,14 +153,8 @@ class EncodingCache:
                 log.warning("%s; continuing without storing new encodings", error)
 
     def _write(self, statement: str, rows: list[tuple[str, str, str, bytes, int]] | list[tuple[int]]) -> None:
-        with self._writing():
-            self._db.executemany(statement, rows)
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
         with self._db:  # commits or rolls back
-            self._db.execute("BEGIN IMMEDIATE")
-            yield
+            self._db.executemany(statement, rows)
 
     def _note_uses(self) -> None:
         used = [(row,) for row in self._used]
@@ -194,8 +187,8 @@ class EncodingCache:
             return
         while beyond := max(0, (self._number("page_count") - self._number("freelist_count")) * page - int(LEFT * most)):
             number = min(REMOVED, 1 + beyond // ROW_BYTES)
-            with self._writing():
-                rows = self._db.execute("SELECT id FROM uses ORDER BY used, id LIMIT ?", (number,)).fetchall()
+            rows = self._db.execute("SELECT id FROM uses ORDER BY used, id LIMIT ?", (number,)).fetchall()
+            with self._db:
                 self._db.executemany("DELETE FROM encodings WHERE rowid = ?", rows)
                 self._db.executemany("DELETE FROM uses WHERE id = ?", rows)
             if not rows:
@@ -213,7 +206,7 @@ class EncodingCache:
         """Remove all encodings, free their disk space, and return their number."""
         number = len(self)
         with self._lock:
-            with self._writing():
+            with self._db:
                 self._db.execute("DELETE FROM encodings")
                 self._db.execute("DELETE FROM uses")
             self._db.execute("VACUUM")

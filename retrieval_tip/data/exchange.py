@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 from retrieval_tip.data import remote
-from retrieval_tip.data.listing import Listing
-from retrieval_tip.errors import InputError, Skipped, few, show
+from retrieval_tip.data.source import Source, of_images
+from retrieval_tip.errors import InputError, Skipped, counted, few, show
+
+log = logging.getLogger(__name__)
 
 LOCAL = "/data/local-files/?d="
 """How Label Studio addresses files below its document root."""
@@ -73,22 +76,23 @@ FORMATS: Mapping[str, Callable[[Iterable[Answered], Sequence[str]], object]] = {
 """Functions that convert the answers of an index, by the name of their format."""
 
 
-def read(file: Path, data: object, root: str | os.PathLike[str] | None) -> Listing | None:
+def read(file: Path, data: object, root: str | os.PathLike[str] | None, *, labelled: bool) -> Source | None:
     """Read the labels in a COCO file or in Label Studio's JSON export, or return ``None`` if ``data`` is neither.
 
     Paths are relative to ``root``, which defaults to the folder of the file, or to ``/`` for files that Label Studio
-    serves. Photos with several different labels are listed in ``failed``. Unlabelled photos have the label ``None``.
-    Photos on an object store must lie below ``root``, because reading them uses the credentials of the user. Raises
-    InputError if an entry is invalid.
+    serves. Photos with several different labels are added to ``failed``. If ``labelled`` is set, photos without a label
+    are left out. Photos on an object store must lie below ``root``, because reading them uses the credentials of the
+    user. Raises InputError if an entry is invalid, or if no photo is left.
     """
     if isinstance(data, dict) and isinstance(data.get("images"), list):
-        labelled = _of_coco(file, data)
+        photos = _of_coco(file, data)
     elif isinstance(data, list) and any(isinstance(task, dict) and "data" in task for task in data):
-        labelled = _of_label_studio(file, data)
+        photos = _of_label_studio(file, data)
     else:
         return None
-    listing = Listing()
-    for name, labels in labelled:
+    found: list[tuple[str, str | None]] = []
+    failed: list[Skipped] = []
+    for name, labels in photos:
         path = _path(name, file, root)
         if remote.is_remote(path) and not path.startswith(f"{os.fspath(root or '').rstrip('/')}/"):
             bucket = "/".join(path.split("/")[:3])
@@ -96,11 +100,14 @@ def read(file: Path, data: object, root: str | os.PathLike[str] | None) -> Listi
                 f"{show(file)}: {show(path)}: lies outside the root; to read it there, give --root {show(bucket)}"
             )
         if len(labels) > 1:
-            listing.failed.append(Skipped(show(path), f"has several labels ({few(sorted(map(repr, labels)))})"))
-        else:
-            listing.paths.append(path)
-            listing.labels.append(next(iter(labels), None))
-    return listing
+            failed.append(Skipped(show(path), f"has several labels ({few(sorted(map(repr, labels)))})"))
+        elif labels or not labelled:
+            found.append((path, next(iter(labels), None)))
+    if unlabelled := len(photos) - len(found) - len(failed):
+        log.warning("%s: left out %s without a label", show(file), counted(unlabelled, "photo"))
+    if not found:
+        raise InputError(f"{show(file)}: has no photo with one label")
+    return of_images([path for path, _ in found], show(file), [label for _, label in found], failed=failed)
 
 
 def _of_coco(file: Path, data: dict[str, list[object]]) -> list[tuple[str, set[str]]]:

@@ -13,16 +13,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrieval_tip.backbones.base import Backbone, FloatArray, Identity, same_backbone
-from retrieval_tip.data.sources import Source
+from retrieval_tip.data.source import Source, row_list
 from retrieval_tip.data.tables import (
     FEATURE,
+    MAX_ROWS,
     feature_column,
     few_names,
     is_vector,
     open_parquet,
     reading,
     row_groups,
-    row_list,
     table_files,
     vectors,
 )
@@ -75,7 +75,7 @@ def table_identity(path: Path | str) -> Identity | None:
 
 def table_dim(path: Path | str) -> int:
     """Return the length ``d`` of the features in a table."""
-    for _, batch in read_rows(path, None, 0, 1):
+    for _, batch in read_rows(path, None, last=1):
         return int(batch.shape[1])
     raise InputError(f"{show(path)}: has no rows")
 
@@ -85,11 +85,13 @@ def read_features(path: Path | str, norms: Norms = "check") -> Iterator[FloatArr
 
     Raises InputError if a row cannot be used.
     """
-    for _, features in read_rows(path, norms, 0, None):
+    for _, features in read_rows(path, norms):
         yield features
 
 
-def read_rows(path: Path | str, norms: Norms | None, first: int, last: int | None) -> Iterator[tuple[int, FloatArray]]:
+def read_rows(
+    path: Path | str, norms: Norms | None, first: int = 0, last: int = MAX_ROWS
+) -> Iterator[tuple[int, FloatArray]]:
     """Yield the features of each block that overlaps rows ``first`` to ``last``, and the number of its first row.
 
     If ``norms`` is ``None``, the rows are not checked.
@@ -98,19 +100,19 @@ def read_rows(path: Path | str, norms: Norms | None, first: int, last: int | Non
     for part in table_files(path):
         file, begins, name = open_parquet(part), start, show(part)
         start += file.metadata.num_rows
-        if start <= first or (last is not None and begins >= last):
+        groups, at = row_groups(file, first - begins, last - begins)
+        if not groups:
             continue
         feature = _column(file, name)
-        groups, at = row_groups(file, max(0, first - begins), None if last is None else last - begins)
         with reading(name):
             for batch in file.iter_batches(TABLE_ROWS, row_groups=groups, columns=[feature]):
-                if at + batch.num_rows > first - begins and batch.num_rows:
+                if begins + at >= last:
+                    break
+                if batch.num_rows and begins + at + batch.num_rows > first:
                     features = _matrix(batch.column(feature), at, dim, name)
                     dim = features.shape[1]
                     yield begins + at, features if norms is None else check_norms(features, at, norms, name)
                 at += batch.num_rows
-                if last is not None and begins + at >= last:
-                    break
 
 
 def _column(file: pq.ParquetFile, name: str) -> str:

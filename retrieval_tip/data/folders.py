@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from retrieval_tip.data import images
-from retrieval_tip.data.listing import Listing
+from retrieval_tip.data.source import Source, of_images
 from retrieval_tip.errors import InputError, counted, few, install, show
 
 log = logging.getLogger(__name__)
@@ -51,10 +51,12 @@ def part_of(folder: Path, part: str | None) -> Path:
     return used
 
 
-def read(folder: Path) -> Listing:
-    """List the photos in class folders, and warn about other files. Raises InputError if there are no photos."""
-    found, classes = Listing(), []
+def read(folder: Path) -> Source:
+    """Open the photos in class folders, and warn about other files. Raises InputError if there are no photos."""
     others: Counter[str] = Counter()
+    paths: list[str] = []
+    labels: list[str] = []
+    classes: list[str] = []
     empty: list[str] = []
     for entry in subfolders(folder):
         inside = [str(path) for path in images.find(Path(entry.path), others)]
@@ -65,9 +67,8 @@ def read(folder: Path) -> Listing:
         if name in classes:
             raise InputError(f"{show(folder)}: two class folders are called {name}; rename the one that is not UTF-8")
         classes.append(name)
-        found.paths += inside
-        found.labels += [name] * len(inside)
-    found.classes = classes
+        paths += inside
+        labels += [name] * len(inside)
     stray = [entry.name for entry in images.entries(folder) if os.path.isfile(entry.path)]
     if not classes:
         raise _none_found(folder, stray, others)
@@ -77,7 +78,7 @@ def read(folder: Path) -> Listing:
         log.warning("%s: ignored %s outside the class folders", show(folder), counted(len(stray), "file"))
     if others:
         log.warning("%s: ignored files that are not images: %s", show(folder), kinds(others))
-    return found
+    return of_images(paths, show(folder), labels, classes)
 
 
 def kinds(others: Counter[str]) -> str:

@@ -12,13 +12,13 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.files import FOLDER, NotAFileError, open_regular
@@ -43,6 +43,8 @@ PART_PIXELS = 1 << 18  # number of pixels that are converted to RGB at a time
 
 Box = tuple[float, float, float, float]
 """The left edge, the top edge, the width and the height of a part, as fractions of the upright image."""
+
+ORIENTATION = ExifTags.Base.Orientation
 
 _large = threading.Lock()
 
@@ -219,29 +221,12 @@ def decode(
         held = width * height if "progressive" in image.info else image.width * image.height
         with _large if held > LARGE_PIXELS else nullcontext():
             image.load()
-            picture, turn = _rgb(_middle(image)), _turn(image)
-    return picture if turn is None else picture.transpose(turn)
-
-
-_TURNS = {  # EXIF orientation: transposition that makes the image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Return the transposition that makes an image upright, or ``None``."""
-    try:
-        if len(image.info.get("exif") or b"") > MAX_EXIF:
-            return None
-        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a damaged EXIF block does not make the image unreadable
-        return None
+            picture = _rgb(_middle(image))
+        with suppress(Exception):  # a damaged EXIF block does not make the image unreadable
+            if len(image.info.get("exif") or b"") <= MAX_EXIF:
+                picture.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
+                ImageOps.exif_transpose(picture, in_place=True)
+    return picture
 
 
 def _middle(image: Image.Image) -> Image.Image:

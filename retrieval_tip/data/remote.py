@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeGuard
 
-from retrieval_tip.data.listing import Listing
 from retrieval_tip.errors import InputError, UsageError, first_line, install, show
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-SCHEMES = ("s3://", "gs://", "az://")
+    from retrieval_tip.data.source import Source
 
-_T = TypeVar("_T")
+SCHEMES = ("s3://", "gs://", "az://")
 
 
 def is_remote(path: str | os.PathLike[str]) -> TypeGuard[str]:
@@ -47,36 +46,40 @@ def system_of(url: str) -> AbstractFileSystem:
     return filesystem(url.partition("://")[0])
 
 
+@contextmanager
+def reaching(url: str = "") -> Iterator[None]:
+    """Convert errors from the object store to InputError. The message names ``url`` if it is given."""
+    name = f"{url}: " if url else ""
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{name}no such object") from None
+    except (UsageError, InputError):
+        raise
+    except Exception as error:  # the errors of obstore and fsspec have no common base class
+        raise InputError(f"{name}cannot be read: {first_line(error)}") from None
+
+
 def opened(url: str) -> BinaryIO:
     """Open a URL as a seekable binary file. Raises InputError if it cannot be read."""
-    system = system_of(url)
-    attempt(url, lambda: system.info(url))  # obstore would report a missing object later, outside any handler
-    file: BinaryIO = attempt(url, lambda: system.open(url, "rb"))
+    with reaching(url):
+        system_of(url).info(url)  # obstore would report a missing object later, outside any handler
+        file: BinaryIO = system_of(url).open(url, "rb")
     return file
 
 
 def children(folder: str) -> list[str]:
     """List the URLs in a folder, sorted by name, or none if it is missing. Raises InputError if it cannot be read."""
-    place, system = folder.rstrip("/"), system_of(folder)
-
-    def names() -> list[str]:
-        with suppress(FileNotFoundError):
-            return list(system.ls(place, detail=False))
-        return []
-
-    return sorted(f"{place}/{name.rpartition('/')[2]}" for name in attempt(folder, names))
+    with reaching(folder), suppress(FileNotFoundError):
+        names = system_of(folder).ls(folder, detail=False)
+        return sorted(f"{folder.rstrip('/')}/{name.rpartition('/')[2]}" for name in names)
+    return []
 
 
-def attempt(url: str, call: Callable[[], _T]) -> _T:
-    """Return the result of a call. Errors from the object store are raised as InputError."""
-    try:
-        return call()
-    except FileNotFoundError:
-        raise InputError(f"{url}: no such object") from None
-    except (UsageError, InputError):
-        raise
-    except Exception as error:  # the errors of obstore and fsspec have no common base class
-        raise InputError(f"{url}: cannot be read: {first_line(error)}") from None
+def find(folder: str) -> list[str]:
+    """List the URLs of all objects below a folder, sorted by name. Raises InputError if it cannot be read."""
+    with reaching(folder):
+        return [f"{folder.partition('://')[0]}://{name}" for name in sorted(system_of(folder).find(folder))]
 
 
 def read(path: str) -> bytes | None:
@@ -88,35 +91,29 @@ def read(path: str) -> bytes | None:
 
     if not is_remote(path):
         return None
-    system = system_of(path)
-
-    def fetch() -> bytes:
-        images.check_size(system.size(path))
-        return bytes(system.cat_file(path))
-
-    try:
-        data = attempt(path, fetch)
-    except InputError as error:
-        raise InputError(str(error).removeprefix(f"{path}: ")) from None
+    with reaching():
+        images.check_size(system_of(path).size(path))
+        data = bytes(system_of(path).cat_file(path))
     if not data:
         raise InputError("empty file")
     return data
 
 
-def listing(folder: str, *, labelled: bool) -> Listing:
-    """List the images below a folder, labelled by their class folders.
+def listing(folder: str, *, labelled: bool) -> Source:
+    """Open the images below a folder, labelled by their class folders.
 
     Raises InputError if there are no images, or if ``labelled`` is set and an image has no label.
     """
     from retrieval_tip.data import images
+    from retrieval_tip.data.source import of_images
 
-    system, scheme = system_of(folder), folder.partition("://")[0]
-    base = f"{scheme}://{folder.partition('://')[2].strip('/')}/"
-    urls = [f"{scheme}://{name}" for name in sorted(attempt(folder, lambda: system.find(folder)))]
-    paths = [path for path in urls if Path(path).suffix.lower() in images.extensions() and path.startswith(base)]
+    scheme, _, name = folder.partition("://")
+    base = f"{scheme}://{name.strip('/')}/"
+    known = images.extensions()
+    paths = [path for path in find(folder) if Path(path).suffix.lower() in known and path.startswith(base)]
     if not paths:
         raise InputError(f"{show(folder)}: no images, tars or Parquet file found")
     labels = [path.removeprefix(base).rpartition("/")[0].partition("/")[0] or None for path in paths]
     if labelled and None in labels:
         raise InputError(f"{show(paths[labels.index(None)])}: not in a class folder of {show(folder)}")
-    return Listing(paths, labels)
+    return of_images(paths, show(folder), labels)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import glob
-import logging
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrieval_tip.data import exchange, folders, images, remote, split_files, tables, tars
-from retrieval_tip.data.listing import Listing
+from retrieval_tip.data.source import Source as Source
+from retrieval_tip.data.source import of_images as of_images
+from retrieval_tip.data.source import spelled_alike as spelled_alike
 from retrieval_tip.data.tables import (
     FEATURE,
     NAMES,
@@ -27,118 +25,15 @@ from retrieval_tip.data.tables import (
     few_names,
     items_of,
     renamed,
-    row_list,
     texts,
 )
-from retrieval_tip.errors import InputError, Skipped, counted, few, show
+from retrieval_tip.data.tars import of_tars as of_tars
+from retrieval_tip.errors import InputError, counted, show
 from retrieval_tip.files import read_json
-
-log = logging.getLogger(__name__)
 
 Kind = Literal["image", "table", "tars", "bucket", "folder", "split file", "pattern", "web address"]
 """Kinds of paths. ``image`` is any other path, even a missing one."""
 MAX_SPLIT = 1 << 27  # largest JSON file of labels, in bytes; about the size of the split file of ImageNet
-
-
-@dataclass(frozen=True)
-class Source:
-    """Items to encode or classify, in order.
-
-    ``items`` is a table with the column ``source`` (a printable path or id), the column ``label`` if the labels are
-    known, and all other columns if the source is a table. Each item is either the image ``paths[i]``, or row
-    ``rows[i]`` of the feature table ``table``, which is a file or a folder of parts. ``class_names`` lists the labels
-    in order. ``dataset`` is the name of a known dataset. ``failed`` lists the members of tars that could not be read.
-    """
-
-    name: str
-    items: pa.Table
-    class_names: tuple[str, ...] = ()
-    paths: tuple[str, ...] | None = None
-    table: Path | str | None = None
-    rows: npt.NDArray[np.int64] | None = None
-    dataset: str | None = None
-    failed: tuple[Skipped, ...] = ()
-
-    def __len__(self) -> int:
-        return int(self.items.num_rows)
-
-    @property
-    def labels(self) -> list[str]:
-        """The label of each item. Raises InputError if an item has no label."""
-        if "label" not in self.items.column_names:
-            raise InputError(f"{self.name}: it has no labels; give class folders or a table with a column 'label'")
-        column = self.items["label"]
-        if column.null_count:
-            rows = np.flatnonzero(column.is_null().to_numpy())
-            raise InputError(f"{self.name}: {row_list(rows)} without a label; label every item")
-        labels: list[str] = column.to_pylist()
-        return labels
-
-    @property
-    def sources(self) -> list[str]:
-        """The path or id of each item."""
-        names: list[str] = self.items["source"].to_pylist()
-        return names
-
-    def known_as(self, class_names: Sequence[str]) -> Source:
-        """Rename labels that match exactly one of ``class_names`` except for case, ``_``, ``-`` and spaces."""
-        plain: dict[str, list[str]] = {}
-        for name in class_names:
-            plain.setdefault(_plain(name), []).append(name)
-        known = set(class_names)
-        alike = {name: plain.get(_plain(name), []) for name in self.class_names if name not in known}
-        taken = {name: names[0] for name, names in alike.items() if len(names) == 1}
-        if not taken:
-            return self
-        log.warning("%s: labels renamed: %s", self.name, few([f"{a} to {b}" for a, b in taken.items()]))
-        labels = pa.array([taken.get(label, label) for label in self.items["label"].to_pylist()], pa.string())
-        items = self.items.set_column(self.items.column_names.index("label"), "label", labels)
-        return replace(self, items=items, class_names=tuple(dict.fromkeys(taken.get(n, n) for n in self.class_names)))
-
-    def truth(self, class_names: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
-        """Return the class id of each item, and the class names.
-
-        The names of classes that are not among the ``c`` given names follow these, so their ids are at least ``c``.
-        Names that differ only in case, ``_``, ``-`` or spaces are the same class. Raises InputError if there are no
-        items, or if an item has no label.
-        """
-        source = self.known_as(class_names)
-        labels = source.labels
-        if not labels:
-            raise InputError(f"{source.name}: has no items")
-        others = sorted(set(labels) - set(class_names))
-        alike = spelled_alike(others)
-        names = [*class_names, *(name for name in others if name not in alike)]
-        position = {name: i for i, name in enumerate(names)}
-        position |= {name: position[first] for name, first in alike.items()}
-        return np.array([position[label] for label in labels], dtype=np.int64), names
-
-    def unknown(self, labels: Sequence[str], class_names: Sequence[str]) -> InputError:
-        """Return the error for labels that are not among the class names of an index."""
-        return InputError(
-            f"{self.name}: {counted(len(labels), 'unknown label')}: {', '.join(labels[:5])}; "
-            f"the classes are {', '.join(class_names[:5])}{' ...' if len(class_names) > 5 else ''}"
-        )
-
-    def take(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> Source:
-        """Return the items at ``positions``, in this order. The class names do not change."""
-        index = np.asarray(positions, dtype=np.int64)
-        return replace(
-            self,
-            items=self.items.take(pa.array(index)),
-            paths=None if self.paths is None else tuple(self.paths[i] for i in index),
-            rows=None if self.rows is None else self.rows[index],
-        )
-
-
-def _plain(label: str) -> str:
-    return re.sub(r"(?!^-\d)[\s_-]+", " ", label).strip().casefold()  # keeps -1 different from 1
-
-
-def spelled_alike(names: Iterable[str]) -> dict[str, str]:
-    """Map each name to an earlier name that differs only in case, ``_``, ``-`` or spaces, if there is one."""
-    first: dict[str, str] = {}
-    return {name: known for name in names if (known := first.setdefault(_plain(name), name)) != name}
 
 
 def read_item(path: str) -> bytes:
@@ -168,7 +63,16 @@ def is_there(path: str) -> bool:
 
 def kind_of(path: str | os.PathLike[str]) -> Kind:
     """Return the kind of a path, pattern or URL. Raises InputError if an object store cannot be reached."""
-    return _recognise(os.fspath(path))[0]
+    where = os.fspath(path)
+    if not (remote.is_remote(where) and Path(where).suffix.lower() in images.extensions()):
+        for kind, (is_kind, _) in _READERS.items():
+            if is_kind(where):
+                return kind
+        if is_web(where):
+            return "web address"
+        if glob.has_magic(where) and not os.path.exists(where):
+            return "pattern"
+    return "image"
 
 
 def open_source(
@@ -216,12 +120,12 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
         if argument == "-":
             paths += [line for line in (line.rstrip("\r\n\0") for line in stdin) if line]
             continue
-        kind, places = _recognise(argument)
+        kind = kind_of(argument)
         if kind in ("table", "tars", "bucket"):
             if paths:
                 yield of_images(paths)
                 paths = []
-            yield _READERS[kind].open(argument, places, _Wanted())
+            yield _READERS[kind][1](argument, _Wanted())
         elif kind == "folder":
             paths += _images_in(Path(argument))
         elif kind == "pattern":
@@ -245,33 +149,11 @@ class _Wanted(NamedTuple):
     labelled: bool = False
 
 
-class _Reader(NamedTuple):
-    """Functions for one kind of source.
-
-    ``find`` returns the files that a path stands for, or nothing if it is of another kind.
-    """
-
-    find: Callable[[str], Sequence[str]]
-    open: Callable[[str, Sequence[str], _Wanted], Source]
-
-
-def _recognise(where: str) -> tuple[Kind, Sequence[str]]:
-    if not (remote.is_remote(where) and Path(where).suffix.lower() in images.extensions()):
-        for kind, reader in _READERS.items():
-            if places := reader.find(where):
-                return kind, places
-        if is_web(where):
-            return "web address", ()
-        if glob.has_magic(where) and not os.path.exists(where):
-            return "pattern", ()
-    return "image", ()
-
-
 def _open(where: str, wanted: _Wanted) -> Source:
-    kind, places = _recognise(where)
+    kind = kind_of(where)
     if kind not in _READERS:
         raise refusal(where)
-    return _READERS[kind].open(where, places, wanted)
+    return _READERS[kind][1](where, wanted)
 
 
 def refusal(where: str) -> InputError:
@@ -292,14 +174,14 @@ def refusal(where: str) -> InputError:
     return InputError(f"{show(where)}: {why}")
 
 
-def _open_folder(where: str, _: Sequence[str], wanted: _Wanted) -> Source:
+def _open_folder(where: str, wanted: _Wanted) -> Source:
     folder = Path(where)
     if not wanted.labelled and not any(next(images.find(Path(i.path)), None) for i in folders.subfolders(folder)):
         return of_images(_images_in(folder), show(folder))
     folder = folders.part_of(folder, wanted.split)
     if (table := folders.table_in(folder)) is not None:
         return _read_table(table, None, labelled=True)
-    return _listed(show(folder), folders.read(folder))
+    return folders.read(folder)
 
 
 def _images_in(folder: Path) -> list[str]:
@@ -309,24 +191,18 @@ def _images_in(folder: Path) -> list[str]:
     return paths
 
 
-def _open_json(where: str, _: Sequence[str], wanted: _Wanted) -> Source:
-    file, split = Path(where), wanted.split or "train"
+def _open_json(where: str, wanted: _Wanted) -> Source:
+    file = Path(where)
     data = read_json(file, MAX_SPLIT)
-    if (listing := exchange.read(file, data, wanted.root)) is not None:
-        known = listing.labelled() if wanted.labelled else listing
-        if len(known.paths) < len(listing.paths):
-            unlabelled = counted(len(listing.paths) - len(known.paths), "photo")
-            log.warning("%s: left out %s without a label", show(where), unlabelled)
-        source = _listed(show(where), known)
-        if not len(source):
-            raise InputError(f"{source.name}: has no photo with one label")
-    else:
-        source = _listed(f"{show(where)} ({split})", split_files.read(file, data, split, wanted.root))
+    source = exchange.read(file, data, wanted.root, labelled=wanted.labelled)
+    if source is None:
+        source = split_files.read(file, data, wanted.split or "train", wanted.root)
     check_texts(source.items, source.name)
     return source
 
 
-def _open_tars(where: str, places: Sequence[str], wanted: _Wanted) -> Source:
+def _open_tars(where: str, wanted: _Wanted) -> Source:
+    places = tars.find(where)
     source = of_tars(show(where), places, labelled=wanted.labelled)
     if not len(source):
         why = f" ({source.failed[0]})" if source.failed else ""
@@ -334,37 +210,15 @@ def _open_tars(where: str, places: Sequence[str], wanted: _Wanted) -> Source:
     return source
 
 
-def of_tars(name: str, places: Sequence[str], *, labelled: bool) -> Source:
-    """Open the images in webdataset tars. With ``labelled``, unlabelled images are added to ``failed``."""
-    return _listed(name, tars.listing(places, labelled=labelled))
-
-
-def _listed(name: str, listing: Listing) -> Source:
-    known = listing.class_names
-    source = of_images(listing.paths, name, listing.labels if known else None, known)
-    return replace(source, failed=tuple(listing.failed))
-
-
-def of_images(
-    paths: Sequence[str],
-    name: str = "images",
-    labels: Sequence[str | None] | None = None,
-    class_names: Sequence[str] = (),
-) -> Source:
-    """Create a source from images and, if known, their labels."""
-    items = {"source": pa.array([show(path) for path in paths], pa.string())}
-    if labels is not None:
-        items["label"] = pa.array(labels, pa.string())
-    return Source(name, pa.table(items), tuple(class_names), tuple(paths))
-
-
-def _open_table(where: str, _: Sequence[str], wanted: _Wanted) -> Source:
+def _open_table(where: str, wanted: _Wanted) -> Source:
     return _read_table(where if remote.is_remote(where) else Path(where), wanted.root, labelled=wanted.labelled)
 
 
 def _read_table(file: Path | str, root: str | os.PathLike[str] | None, *, labelled: bool) -> Source:
     name = show(file)
     items, has_features = items_of(file)
+    if not len(items):
+        raise InputError(f"{name}: has no rows")
     key = "id" if has_features else "path"
     items = renamed(items, *(["label"] if has_features else ["path", "label"]))
     missing = [column for column in (key, "label")[: 1 + labelled] if column not in items.column_names]
@@ -387,18 +241,11 @@ def _read_table(file: Path | str, root: str | os.PathLike[str] | None, *, labell
     return Source(name, items, names, tuple(paths))
 
 
-def _if(is_kind: Callable[[str], bool]) -> Callable[[str], Sequence[str]]:
-    return lambda where: [where] if is_kind(where) else ()
-
-
-_READERS: Mapping[Kind, _Reader] = {
-    "table": _Reader(_if(tables.is_table), _open_table),
-    "tars": _Reader(tars.find, _open_tars),
-    "bucket": _Reader(
-        _if(remote.is_remote),
-        lambda where, _, wanted: _listed(show(where), remote.listing(where, labelled=wanted.labelled)),
-    ),
-    "folder": _Reader(_if(os.path.isdir), _open_folder),
-    "split file": _Reader(_if(lambda where: where.lower().endswith(".json") and os.path.isfile(where)), _open_json),
+_READERS: Mapping[Kind, tuple[Callable[[str], object], Callable[[str, _Wanted], Source]]] = {
+    "table": (tables.is_table, _open_table),
+    "tars": (tars.find, _open_tars),
+    "bucket": (remote.is_remote, lambda where, wanted: remote.listing(where, labelled=wanted.labelled)),
+    "folder": (os.path.isdir, _open_folder),
+    "split file": (lambda where: where.lower().endswith(".json") and os.path.isfile(where), _open_json),
 }
-"""Readers by kind. A path is opened by the first reader that recognises it."""
+"""For each kind, a function that recognises a path and one that reads it. The first that recognises a path reads it."""

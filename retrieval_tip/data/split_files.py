@@ -10,11 +10,11 @@ from collections import Counter
 from pathlib import Path
 
 from retrieval_tip.data import folders
-from retrieval_tip.data.listing import Listing
+from retrieval_tip.data.source import Source, of_images
 from retrieval_tip.errors import InputError, few, show
 
 
-def read(file: Path, data: object, split: str, root: str | os.PathLike[str] | None) -> Listing:
+def read(file: Path, data: object, split: str, root: str | os.PathLike[str] | None) -> Source:
     """Read one part of a split file with this JSON ``data``. The classes are sorted by label number.
 
     Paths are relative to ``root``, which defaults to the folder of the split file or the folder inside it that contains
@@ -39,7 +39,8 @@ def read(file: Path, data: object, split: str, root: str | os.PathLike[str] | No
     if twice := [class_name for class_name, times in Counter(classes).items() if times > 1]:
         raise InputError(f"{name}: several labels have the class name {twice[0]!r}")
     folder = root or _image_root(file, [path for path, _ in entries])
-    return Listing([os.path.join(folder, path) for path, _ in entries], [label for _, label in entries], classes)
+    paths = [os.path.join(folder, path) for path, _ in entries]
+    return of_images(paths, name, [label for _, label in entries], classes)
 
 
 def _part(file: Path, data: object, split: str) -> list[object]:

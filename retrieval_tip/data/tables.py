@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -18,6 +19,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from retrieval_tip.data import remote
+from retrieval_tip.data.source import row_list
 from retrieval_tip.errors import InputError, first_line, one_line, show, warn_once
 from retrieval_tip.files import check_regular, open_regular, read_regular
 
@@ -59,18 +61,11 @@ def vectors(rows: npt.NDArray[np.generic]) -> pa.FixedSizeListArray:
 
 def parquet_writer(target: str | IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
     """Open a Parquet writer that uses dictionaries only for text, because numbers rarely repeat."""
-    return pq.ParquetWriter(target, schema, use_dictionary=[path for field in schema for path in _text_paths(field)])
-
-
-def _text_paths(field: pa.Field, within: str = "") -> Iterator[str]:
-    kind, path = field.type, within + field.name
-    if pa.types.is_struct(kind):
-        for inner in kind:
-            yield from _text_paths(inner, f"{path}.")
-    elif pa.types.is_list(kind):
-        yield from _text_paths(pa.field("element", kind.value_type), f"{path}.list.")
-    elif pa.types.is_string(kind):
-        yield path
+    empty = io.BytesIO()
+    pq.write_metadata(schema, empty)  # names the columns inside lists and structs
+    columns = pq.ParquetFile(empty).schema
+    text = [one.path for one in map(columns.column, range(len(columns))) if one.logical_type.type == "STRING"]
+    return pq.ParquetWriter(target, schema, use_dictionary=text)
 
 
 def is_table(where: str) -> bool:
@@ -90,9 +85,10 @@ def is_parts(folder: str | os.PathLike[str]) -> bool:
 
 def _holds(folder: str, name: str) -> bool:
     place = os.path.join(folder, name)
-    if remote.is_remote(folder):
-        return bool(remote.attempt(folder, lambda: remote.system_of(folder).exists(place)))
-    return os.path.isfile(place)
+    if not remote.is_remote(folder):
+        return os.path.isfile(place)
+    with remote.reaching(folder):
+        return bool(remote.system_of(folder).exists(place))
 
 
 def table_files(table: Path | str) -> list[Path | str]:
@@ -114,37 +110,54 @@ def part_files(folder: str) -> list[Path | str]:
     """List the files in a folder of parts, in order."""
     if not remote.is_remote(folder):
         return sorted(Path(folder).glob("part=*/*.parquet"))
-    names = remote.attempt(folder, lambda: remote.system_of(folder).find(folder))
-    return [f"{folder.partition('://')[0]}://{name}" for name in sorted(names) if name.endswith(".parquet")]
+    return [url for url in remote.find(folder) if url.endswith(".parquet")]
 
 
-def items_of(file: Path | str) -> tuple[pa.Table, bool]:
-    """Return all columns of a table except features, and whether it has any. Ids default to row numbers."""
-    name = show(file)
-    if str(file).lower().endswith((".csv", ".tsv", ".jsonl")) and not os.path.isdir(file):
-        items = (_read_json_lines if str(file).lower().endswith(".jsonl") else _read_csv)(Path(file))
-        number, has_features = len(items), False
-    else:
-        tables, number, has_features = [], 0, False
-        for part in table_files(file):
-            parquet = open_parquet(part)
-            columns = parquet.schema_arrow.names
-            _once(columns, name)
-            feature = feature_column(parquet.schema_arrow)
-            number, has_features = number + parquet.metadata.num_rows, feature is not None
-            if number > MAX_ROWS:
-                raise InputError(f"{name}: {number:,} rows; the limit is {MAX_ROWS:,}")
-            kept = [column for column in columns if column != feature]
-            with reading(show(part)):
-                tables.append(_sound(parquet.read(columns=kept)))
-        with reading(name):
-            items = pa.concat_tables(tables)
-    if number == 0:
-        raise InputError(f"{name}: has no rows")
+def items_of(file: Path | str, most: int = MAX_ROWS) -> tuple[pa.Table, bool]:
+    """Return all columns of a table except features, and whether it has any. Ids default to row numbers.
+
+    Raises InputError if the table cannot be read, or if it has more than ``most`` rows.
+    """
+    name, number, has_features = show(file), 0, False
+    if (read := _text_reader(file)) is not None:
+        items = read(Path(file))
+        _check(items.column_names, len(items), most, name)
+        return items, False
+    tables: list[pa.Table] = []
+    for part in table_files(file):
+        parquet = open_parquet(part)
+        columns, feature = parquet.schema_arrow.names, feature_column(parquet.schema_arrow)
+        number, has_features = number + parquet.metadata.num_rows, feature is not None
+        _check(columns, number, most, name)
+        with reading(show(part)):
+            kept = parquet.read(columns=[column for column in columns if column != feature])
+            tables.append(_sound(kept, show(part)))
+    with reading(name):
+        items = pa.concat_tables(tables)
     if has_features and "id" not in items.column_names:
-        ids = pa.array([str(row) for row in range(number)])
+        ids = pa.array([str(row) for row in range(number)], pa.string())
         items = items.append_column("id", ids) if items.num_columns else pa.table({"id": ids})
     return items, has_features
+
+
+def _text_reader(file: Path | str) -> Callable[[Path], pa.Table] | None:
+    """Return the reader for a text table by the suffix of its name, or by its content if the suffix is unknown."""
+    suffix = os.path.splitext(file)[1].lower()
+    if remote.is_remote(file) or suffix == ".parquet" or os.path.isdir(file):
+        return None
+    if suffix in SUFFIXES:
+        return _read_json_lines if suffix == ".jsonl" else _read_csv
+    with reading(show(file)), open_regular(file) as raw:
+        head = raw.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
+    return None if head.startswith(b"PAR1") else _read_json_lines if head.startswith(b"{") else _read_csv
+
+
+def read_columns(file: Path, columns: Sequence[str], most: int) -> pa.Table:
+    """Read columns of a table with at most ``most`` rows. Raises InputError if a column is missing."""
+    items, _ = items_of(file, most)
+    if missing := [column for column in columns if column not in items.column_names]:
+        raise InputError(f"{show(file)}: no column {missing[0]!r} among {few_names(items.column_names)}")
+    return items.select(columns)
 
 
 def feature_column(schema: pa.Schema) -> str | None:
@@ -166,44 +179,37 @@ def renamed(items: pa.Table, *wanted: str) -> pa.Table:
     for column in wanted:
         there = [name for name in NAMES[column] if name in items.column_names]
         if there and there[0] != column:
-            items = items.rename_columns([column if name == there[0] else name for name in items.column_names])
+            items = items.rename_columns({there[0]: column})
     return items
 
 
-def row_groups(parquet: pq.ParquetFile, first: int, last: int | None) -> tuple[list[int], int]:
+def row_groups(parquet: pq.ParquetFile, first: int, last: int) -> tuple[list[int], int]:
     """Return the row groups that contain rows ``first`` to ``last``, and the number of the first row in them."""
-    groups: list[int] = []
-    start, begins = 0, 0
-    for group in range(parquet.num_row_groups):
-        rows = parquet.metadata.row_group(group).num_rows
-        if start + rows > first and (last is None or start < last):
-            begins = begins if groups else start
-            groups.append(group)
-        start += rows
-    return groups, begins
+    sizes = np.array([parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)], np.int64)
+    starts = sizes.cumsum() - sizes
+    groups = np.flatnonzero((starts + sizes > first) & (starts < last))
+    return groups.tolist(), int(starts[groups[0]]) if groups.size else 0
 
 
-def _sound(items: pa.Table) -> pa.Table:
+def _sound(items: pa.Table, name: str) -> pa.Table:
     """Check that text is valid UTF-8, and convert view columns to plain ones, which support ``take``."""
     kinds = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
-    for place, field in enumerate(items.schema):
-        try:
-            items.column(place).validate(full=True)
-        except pa.ArrowException as error:
-            raise pa.ArrowInvalid(f"column {field.name!r}: {error}") from None
-        if field.type in kinds:
-            items = items.set_column(place, field.name, items.column(place).cast(kinds[field.type]))
+    for field in items.schema:
+        with reading(f"{name}: column {field.name!r}"):
+            items[field.name].validate(full=True)
+    items = items.cast(pa.schema([field.with_type(kinds.get(field.type, field.type)) for field in items.schema]))
     items.slice(0, 1).take(pa.array([0] if len(items) else [], pa.int64()))  # fails for views inside lists
     return items
 
 
 def open_parquet(file: Path | str) -> pq.ParquetFile:
     """Open a Parquet file. A local file is memory-mapped. Raises InputError if it cannot be read."""
-    url = file if isinstance(file, str) and remote.is_remote(file) else None
     with reading(show(file)):
-        if url is None:
+        if remote.is_remote(file):
+            raw = pa.PythonFile(remote.opened(file), "r")
+        else:
             check_regular(file)
-        raw = pa.memory_map(os.fsencode(file)) if url is None else pa.PythonFile(remote.opened(url), "r")
+            raw = pa.memory_map(os.fsencode(file))
         parquet = pq.ParquetFile(raw)
         "".join(parquet.schema_arrow.names)  # fails if a name is not UTF-8
         return parquet
@@ -218,53 +224,26 @@ def reading(name: str) -> Iterator[None]:
         raise InputError(f"{name}: cannot be read: {first_line(error)}") from None
 
 
-def read_columns(file: Path, columns: Sequence[str], most: int) -> pa.Table:
-    """Read columns of a Parquet, JSON Lines or CSV file.
-
-    Raises InputError if a column is missing, or if the file has more than ``most`` rows.
-    """
-    name = show(file)
-    with reading(name), open_regular(file) as raw:
-        head = raw.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
-    if head.startswith(b"PAR1"):
-        parquet = open_parquet(file)
-        names, number = parquet.schema_arrow.names, parquet.metadata.num_rows
-    else:
-        table = _read_json_lines(file, columns) if head.startswith(b"{") else _read_csv(file)
-        names, number = table.column_names, len(table)
-    _once(names, name)
-    if missing := [column for column in columns if column not in names]:
-        raise InputError(f"{name}: no column {missing[0]!r} among {few_names(names)}")
-    if number > most:
-        raise InputError(f"{name}: {number:,} rows; expected at most {most:,}")
-    if not head.startswith(b"PAR1"):
-        return table.select(columns)
-    with reading(name):
-        return _sound(parquet.read(columns=list(columns)))
-
-
 def _read_csv(file: Path) -> pa.Table:
     with reading(show(file)):
         check_regular(file)
-        encoding, name = _encoding(file), os.fsencode(file)  # the name may not be UTF-8
+        encoding = _encoding(file)
         with file.open(encoding=encoding, errors="replace") as text:
             line = text.readline(1 << 16)
         delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t|", key=line.count)
         read = pyarrow.csv.ReadOptions(encoding=encoding)
         parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-        with pyarrow.csv.open_csv(pa.OSFile(name), read, parse) as reader:
-            columns = reader.schema.names
-        _once(columns, show(file))
-        types = dict.fromkeys(columns, pa.string())
-        convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
-        return pyarrow.csv.read_csv(pa.OSFile(name), read, parse, convert)
+        convert = pyarrow.csv.ConvertOptions(
+            default_column_type=pa.string(), strings_can_be_null=True, null_values=[""]
+        )
+        return pyarrow.csv.read_csv(pa.OSFile(os.fsencode(file)), read, parse, convert)  # the name may not be UTF-8
 
 
-def _read_json_lines(file: Path, wanted: Sequence[str] | None = None) -> pa.Table:
-    """Read the ``wanted`` columns (or all columns) of a JSON Lines file as text. Other values are converted to JSON."""
+def _read_json_lines(file: Path) -> pa.Table:
+    """Read a JSON Lines file as text. Other values are converted to JSON."""
     try:
         rows = [json.loads(line) for line in read_regular(file, MAX_JSON).splitlines() if line.strip()]
-        columns = dict.fromkeys(name for row in rows for name in row if wanted is None or name in wanted)
+        columns = dict.fromkeys(name for row in rows for name in row)
         return pa.table({name: pa.array([_text(row.get(name)) for row in rows], pa.string()) for name in columns})
     except InputError:
         raise
@@ -301,9 +280,11 @@ def _encoding(file: Path) -> str:
     return "utf8"
 
 
-def _once(columns: Sequence[str], name: str) -> None:
+def _check(columns: Sequence[str], number: int, most: int, name: str) -> None:
     if len(set(columns)) < len(columns):
         raise InputError(f"{name}: duplicate column name among {few_names(columns)}")
+    if number > most:
+        raise InputError(f"{name}: {number:,} rows; expected at most {most:,}")
 
 
 def texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool) -> pa.ChunkedArray:
@@ -319,8 +300,6 @@ def texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool) -> pa.
         raise InputError(f"{name}: column {what!r} has type {column.type}; expected text")
     with reading(name):
         values = column.cast(kind).cast(pa.string())
-    with reading(f"{name}: column {what!r}"):
-        values.validate(full=True)
     values = pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), None, values)
     if needed and values.null_count:
         rows = row_list(np.flatnonzero(values.is_null().to_numpy()))
@@ -343,10 +322,3 @@ def few_names(columns: Sequence[str]) -> str:
     """Format the first column names for a message."""
     shown = ", ".join(one_line(column)[:MAX_SHOWN] for column in columns[:MAX_SHOWN])
     return shown + (f" and {len(columns) - MAX_SHOWN} more" if len(columns) > MAX_SHOWN else "")
-
-
-def row_list(rows: npt.NDArray[np.int64]) -> str:
-    """Format row numbers for a message, for example ``rows 3, 7``. Rows are counted from 0."""
-    shown = ", ".join(str(int(row)) for row in rows[:5])
-    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
-    return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from retrieval_tip.data import images, remote
-from retrieval_tip.data.listing import Listing
+from retrieval_tip.data.source import Source, of_images
 from retrieval_tip.errors import InputError, Skipped, UsageError, first_line, show
 from retrieval_tip.files import open_regular
 
@@ -141,27 +141,26 @@ def read(path: str) -> bytes | None:
     return None if (tar := tar_of(path)) is None else opened(tar).read(path)
 
 
-def listing(places: Sequence[str], *, labelled: bool) -> Listing:
-    """List the images in tars, in order.
+def of_tars(name: str, places: Sequence[str], *, labelled: bool) -> Source:
+    """Open the images in tars, in order.
 
     Unreadable images are added to ``failed``. If ``labelled`` is set, unlabelled images are added as well.
     """
-    found = Listing()
+    labels: dict[str, str | None] = {}
+    failed: list[Skipped] = []
     for place in places:
         try:
             tar = opened(place)
         except InputError as error:
-            found.failed.append(Skipped(show(place), str(error)))
+            failed.append(Skipped(show(place), str(error)))
             continue
-        found.failed += tar.failed
-        for path, label in tar.labels.items():
-            if labelled and label is None:
-                kinds = ", ".join(f".{kind}" for kind in LABELS)
-                found.failed.append(Skipped(show(path), f"no label; add one of {kinds}"))
-            else:
-                found.paths.append(path)
-                found.labels.append(label)
-    return found
+        failed += tar.failed
+        labels |= tar.labels
+    if labelled:
+        kinds = ", ".join(f".{kind}" for kind in LABELS)
+        failed += [Skipped(show(path), f"no label; add one of {kinds}") for path, label in labels.items() if not label]
+        labels = {path: label for path, label in labels.items() if label}
+    return of_images(list(labels), name, list(labels.values()), failed=failed)
 
 
 def find(where: str) -> list[str]:
@@ -172,7 +171,7 @@ def find(where: str) -> list[str]:
 
     Raises InputError if a tar in a range is missing, and UsageError if a range is too long.
     """
-    if not where.lower().endswith(TARS):
+    if not where.lower().endswith(TARS) or os.path.isdir(where):
         return _in_folder(where)
     if remote.is_remote(where):
         if not glob.has_magic(where):
@@ -180,8 +179,6 @@ def find(where: str) -> list[str]:
         return [name for name in _in_folder(where.rpartition("/")[0]) if fnmatch.fnmatchcase(name, where)]
     if os.path.isfile(where):
         return [where]
-    if os.path.exists(where):
-        return _in_folder(where)
     if _RANGE.search(where):
         tars = list(_named(where))
         if missing := next((tar for tar in tars if not os.path.isfile(tar)), None):

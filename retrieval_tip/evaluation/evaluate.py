@@ -195,7 +195,7 @@ def evaluate(
 
 
 def some_known(cache: AnsweringIndex, source: Source) -> tuple[Ints, list[str]]:
-    """See :meth:`sources.Source.truth`. Raises InputError if the index has no class of the source."""
+    """See :meth:`source.Source.truth`. Raises InputError if the index has no class of the source."""
     truth, names = source.truth(cache.class_names)
     if not (truth < len(cache.class_names)).any():
         raise source.unknown(names[len(cache.class_names) :], cache.class_names)
@@ -206,7 +206,7 @@ def judge(
     cache: AnsweringIndex, asked: Iterable[QueryBlock], truth: Ints, class_names: list[str],
     skipped: Sequence[Skipped] = (), *, abstain: float | None = None,
 ) -> Evaluation:  # fmt: skip
-    """Evaluate encoded items against the class ids ``truth`` of their source (see :meth:`sources.Source.truth`).
+    """Evaluate encoded items against the class ids ``truth`` of their source (see :meth:`source.Source.truth`).
 
     ``skipped`` is read after the last item. See :func:`evaluate` for the other arguments and the errors.
     """

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from retrieval_tip.data.datasets.facts import Dataset, facts, names
-from retrieval_tip.data.datasets.layouts import READERS, lacking
+from retrieval_tip.data.datasets.layouts import LAYOUTS, check
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.errors import UsageError
 
 __all__ = ["Dataset", "facts", "names", "open_dataset"]
 
@@ -31,10 +31,8 @@ def open_dataset(name: str, root: str | os.PathLike[str], split: str) -> Source:
         reason = " (its images/val is the test part)" if (dataset.name, split) == ("ImageNet", "val") else ""
         raise UsageError(f"{dataset.name}: no part {split!r}{reason}; choose --split from {', '.join(dataset.images)}")
     folder = _folder(dataset, Path(root))
-    missing = lacking(dataset, folder, (split,))
-    if missing:
-        raise InputError(missing[0] + (f" ({len(missing) - 1} more missing)" if len(missing) > 1 else ""))
-    return replace(READERS[dataset.layout](dataset, folder, split), dataset=dataset.name)
+    check(dataset, folder, split)
+    return replace(LAYOUTS[dataset.layout].read(dataset, folder, split), dataset=dataset.name)
 
 
 def _folder(dataset: Dataset, root: Path) -> Path:

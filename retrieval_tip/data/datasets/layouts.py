@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from retrieval_tip.data import images
 from retrieval_tip.data.datasets.facts import Dataset, Layout
@@ -34,14 +35,9 @@ def variant_lists(dataset: Dataset, folder: Path, split: str) -> Source:
     class_names = [line for _, line in _lines(folder / dataset.listing)]
     if twice := [name for name, times in Counter(class_names).items() if times > 1]:
         raise InputError(f"{show(folder / dataset.listing)}: duplicate class name {twice[0]!r}")
-    known = set(class_names)
-    listing = folder / f"images_variant_{split}.txt"
+    listing, known = _variants(folder, split), set(class_names)
     paths, labels = [], []
-    for number, line in _lines(listing):
-        image, *rest = line.split(maxsplit=1)
-        if not rest:
-            raise InputError(f"{show(listing)}: line {number}: expected an image number and a variant")
-        label = rest[0]
+    for number, image, label in _pairs(listing, "an image number and a variant"):
         if label not in known:
             raise InputError(f"{show(listing)}: line {number}: variant {label!r} is not in {dataset.listing}")
         paths.append(os.path.join(folder, dataset.images[split], f"{image}.jpg"))
@@ -49,24 +45,16 @@ def variant_lists(dataset: Dataset, folder: Path, split: str) -> Source:
     return of_images(paths, show(listing), labels, class_names)
 
 
+def _variants(folder: Path, split: str) -> Path:
+    return folder / f"images_variant_{split}.txt"
+
+
 def class_folders(dataset: Dataset, folder: Path, split: str) -> Source:
-    """Open the class folders of a part in the order of ``classnames.txt``. Raises InputError if there are no images."""
-    root, folders = folder / dataset.images[split], named_folders(dataset, folder, split)
-    if len(folders) < dataset.classes:
-        log.warning("%s: has %d of the %d class folders of %s", show(root), len(folders), dataset.classes, dataset.name)
-    inside = {class_name: [str(image) for image in images.find(path)] for class_name, path in folders.items()}
-    for class_name in [class_name for class_name, own in inside.items() if not own]:
-        log.warning("%s: no images in this class folder", show(folders[class_name]))
-    labels = [class_name for class_name, own in inside.items() for _ in own]
-    if not labels:
-        raise InputError(f"{show(root)}: no images; expected {EXPECTED[dataset.layout][1]}")
-    return of_images([path for own in inside.values() for path in own], show(root), labels, list(folders))
+    """Open the class folders of a part in the order of ``classnames.txt``.
 
-
-def named_folders(dataset: Dataset, folder: Path, split: str) -> dict[str, Path]:
-    """Map class names to folders in the order of ``classnames.txt``. Raises InputError if a folder is not listed."""
-    listing, root = folder / dataset.listing, folder / dataset.images[split]
-    by_folder = class_names_by_folder(listing)
+    Raises InputError if there are no images, or if a folder is not listed.
+    """
+    root, by_folder = folder / dataset.images[split], class_names_by_folder(folder / dataset.listing)
     if dataset.layout == "numbered class folders":
         by_folder = {str(number): class_name for number, class_name in enumerate(by_folder.values())}
     there = {entry.name for entry in subfolders(root)}
@@ -76,7 +64,18 @@ def named_folders(dataset: Dataset, folder: Path, split: str) -> dict[str, Path]
             f"{show(root)}: {dataset.listing} has no class name for {which}; expected one folder of images per "
             f"class: {few(list(by_folder))}"
         )
-    return {class_name: root / name for name, class_name in by_folder.items() if name in there}
+    if len(there) < dataset.classes:
+        log.warning("%s: has %d of the %d class folders of %s", show(root), len(there), dataset.classes, dataset.name)
+    names = {name: class_name for name, class_name in by_folder.items() if name in there}
+    paths, labels = [], []
+    for name, class_name in names.items():
+        if not (inside := [str(image) for image in images.find(root / name)]):
+            log.warning("%s: no images in this class folder", show(root / name))
+        paths += inside
+        labels += [class_name] * len(inside)
+    if not labels:
+        raise InputError(f"{show(root)}: no images; expected {LAYOUTS[dataset.layout].images}")
+    return of_images(paths, show(root), labels, list(names.values()))
 
 
 def class_names_by_folder(listing: Path) -> dict[str, str]:
@@ -87,13 +86,9 @@ def class_names_by_folder(listing: Path) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     taken: set[str] = set()
-    for number, line in _lines(listing):
-        name, *rest = line.split(maxsplit=1)
-        if not rest:
-            raise InputError(f"{show(listing)}: line {number}: expected a folder and its class name")
+    for number, name, class_name in _pairs(listing, "a folder and its class name"):
         if name in names:
             raise InputError(f"{show(listing)}: line {number}: duplicate folder {name}")
-        class_name = rest[0]
         while class_name in taken:
             class_name += "_"
         taken.add(class_name)
@@ -101,50 +96,53 @@ def class_names_by_folder(listing: Path) -> dict[str, str]:
     return names
 
 
-READERS: Mapping[Layout, Callable[[Dataset, Path, str], Source]] = {
-    "split file": split_file,
-    "variant lists": variant_lists,
-    "class folders": class_folders,
-    "numbered class folders": class_folders,
-}
+class _Layout(NamedTuple):
+    """A reader, and the expected content of the listing file and of the image folder."""
+
+    read: Callable[[Dataset, Path, str], Source]
+    listing: str
+    images: str
 
 
-def lacking(dataset: Dataset, folder: Path, splits: tuple[str, ...]) -> list[str]:
-    """Return a message for each missing folder or listing file of these parts, with its expected content."""
-    listing, images_look = EXPECTED[dataset.layout]
-    files = {folder / dataset.listing: listing}
-    if dataset.layout == "variant lists":
-        line = "one line per image, with its number and its variant"
-        files |= {folder / f"images_variant_{split}.txt": line for split in splits}
-    if not os.path.isdir(folder):
-        inside = [f"{part}/" if part else "its images" for part in dict.fromkeys(dataset.images.values())]
-        inside += [file.name for file in files]
-        return [f"{show(folder)}: no such folder; expected a folder with {', '.join(inside)}"]
-    missing = [
-        f"{show(file)}: no such file; expected {look}" for file, look in files.items() if not os.path.isfile(file)
-    ]
-    parts = dict.fromkeys(folder / dataset.images[split] for split in splits)
-    return missing + [
-        f"{show(part)}: no such folder; expected {images_look}" for part in parts if not os.path.isdir(part)
-    ]
-
-
-EXPECTED: Mapping[Layout, tuple[str, str]] = {
-    "split file": (
+_WNIDS = "one line per class, with its folder in ImageNet (n01440764) and its name"
+LAYOUTS: Mapping[Layout, _Layout] = {
+    "split file": _Layout(
+        split_file,
         "CoOp's split file, with train, val and test as lists of [path, label, class name]",
         "the images named in the split file",
     ),
-    "variant lists": ("one class name per line", "images named like 0034309.jpg"),
-    "class folders": (
-        "one line per class, with its folder (n01440764) and its name",
-        "one folder of images per class (n01440764)",
-    ),
-    "numbered class folders": (
-        "one line per class, with its folder in ImageNet (n01440764) and its name",
-        "one folder of images per class (0 to 999)",
-    ),
+    "variant lists": _Layout(variant_lists, "one class name per line", "images named like 0034309.jpg"),
+    "class folders": _Layout(class_folders, _WNIDS, "one folder of images per class (n01440764)"),
+    "numbered class folders": _Layout(class_folders, _WNIDS, "one folder of images per class (0 to 999)"),
 }
-"""The listing file and the images that each layout expects."""
+
+
+def check(dataset: Dataset, folder: Path, split: str) -> None:
+    """Raise InputError if the folder, a listing file or the images of a part are missing."""
+    layout, images_folder = LAYOUTS[dataset.layout], folder / dataset.images[split]
+    files = {folder / dataset.listing: layout.listing}
+    if dataset.layout == "variant lists":
+        files[_variants(folder, split)] = "one line per image, with its number and its variant"
+    if not os.path.isdir(folder):
+        inside = [f"{part}/" if part else "its images" for part in dict.fromkeys(dataset.images.values())]
+        inside += [file.name for file in files]
+        raise InputError(f"{show(folder)}: no such folder; expected a folder with {', '.join(inside)}")
+    missing = [
+        f"{show(file)}: no such file; expected {look}" for file, look in files.items() if not os.path.isfile(file)
+    ]
+    if not os.path.isdir(images_folder):
+        missing.append(f"{show(images_folder)}: no such folder; expected {layout.images}")
+    if missing:
+        raise InputError(missing[0] + (f" ({len(missing) - 1} more missing)" if len(missing) > 1 else ""))
+
+
+def _pairs(file: Path, what: str) -> Iterator[tuple[int, str, str]]:
+    """Yield the number, the first word and the rest of each line. Raises InputError if a line has a single word."""
+    for number, line in _lines(file):
+        word, *rest = line.split(maxsplit=1)
+        if not rest:
+            raise InputError(f"{show(file)}: line {number}: expected {what}")
+        yield number, word, rest[0]
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:

@@ -1,0 +1,141 @@
+"""The items of a source, as all readers return them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from retrieval_tip.errors import SHOWN, InputError, Skipped, counted, few, show
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Items to encode or classify, in order.
+
+    ``items`` is a table with the column ``source`` (a printable path or id), the column ``label`` if the labels are
+    known, and all other columns if the source is a table. Each item is either the image ``paths[i]``, or row
+    ``rows[i]`` of the feature table ``table``, which is a file or a folder of parts. ``class_names`` lists the labels
+    in order. ``dataset`` is the name of a known dataset. ``failed`` lists the inputs that could not be read.
+    """
+
+    name: str
+    items: pa.Table
+    class_names: tuple[str, ...] = ()
+    paths: tuple[str, ...] | None = None
+    table: Path | str | None = None
+    rows: npt.NDArray[np.int64] | None = None
+    dataset: str | None = None
+    failed: tuple[Skipped, ...] = ()
+
+    def __len__(self) -> int:
+        return int(self.items.num_rows)
+
+    @property
+    def labels(self) -> list[str]:
+        """The label of each item. Raises InputError if an item has no label."""
+        if "label" not in self.items.column_names:
+            raise InputError(f"{self.name}: it has no labels; give class folders or a table with a column 'label'")
+        column = self.items["label"]
+        if column.null_count:
+            rows = np.flatnonzero(column.is_null().to_numpy())
+            raise InputError(f"{self.name}: {row_list(rows)} without a label; label every item")
+        labels: list[str] = column.to_pylist()
+        return labels
+
+    @property
+    def sources(self) -> list[str]:
+        """The path or id of each item."""
+        names: list[str] = self.items["source"].to_pylist()
+        return names
+
+    def known_as(self, class_names: Sequence[str]) -> Source:
+        """Rename labels that match exactly one of ``class_names`` except for case, ``_``, ``-`` and spaces."""
+        known, times = set(class_names), Counter(map(_plain, class_names))
+        alone = {_plain(name): name for name in class_names if times[_plain(name)] == 1}
+        taken = {name: alone[_plain(name)] for name in self.class_names if name not in known and _plain(name) in alone}
+        if not taken:
+            return self
+        log.warning("%s: labels renamed: %s", self.name, few([f"{a} to {b}" for a, b in taken.items()]))
+        labels = pa.array([taken.get(label, label) for label in self.items["label"].to_pylist()], pa.string())
+        items = self.items.set_column(self.items.column_names.index("label"), "label", labels)
+        return replace(self, items=items, class_names=tuple(dict.fromkeys(taken.get(n, n) for n in self.class_names)))
+
+    def truth(self, class_names: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
+        """Return the class id of each item, and the class names.
+
+        The names of classes that are not among the ``c`` given names follow these, so their ids are at least ``c``.
+        Names that differ only in case, ``_``, ``-`` or spaces are the same class. Raises InputError if there are no
+        items, or if an item has no label.
+        """
+        source = self.known_as(class_names)
+        labels = source.labels
+        if not labels:
+            raise InputError(f"{source.name}: has no items")
+        others = sorted(set(labels) - set(class_names))
+        alike = spelled_alike(others)
+        names = [*class_names, *(name for name in others if name not in alike)]
+        position = {name: i for i, name in enumerate(names)}
+        position |= {name: position[first] for name, first in alike.items()}
+        return np.array([position[label] for label in labels], dtype=np.int64), names
+
+    def unknown(self, labels: Sequence[str], class_names: Sequence[str]) -> InputError:
+        """Return the error for labels that are not among the class names of an index."""
+        return InputError(
+            f"{self.name}: {counted(len(labels), 'unknown label')}: {', '.join(labels[:5])}; "
+            f"the classes are {', '.join(class_names[:5])}{' ...' if len(class_names) > 5 else ''}"
+        )
+
+    def take(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> Source:
+        """Return the items at ``positions``, in this order. The class names do not change."""
+        index = np.asarray(positions, dtype=np.int64)
+        return replace(
+            self,
+            items=self.items.take(pa.array(index)),
+            paths=None if self.paths is None else tuple(self.paths[i] for i in index),
+            rows=None if self.rows is None else self.rows[index],
+        )
+
+
+def _plain(label: str) -> str:
+    return re.sub(r"(?!^-\d)[\s_-]+", " ", label).strip().casefold()  # keeps -1 different from 1
+
+
+def spelled_alike(names: Iterable[str]) -> dict[str, str]:
+    """Map each name to an earlier name that differs only in case, ``_``, ``-`` or spaces, if there is one."""
+    first: dict[str, str] = {}
+    return {name: known for name in names if (known := first.setdefault(_plain(name), name)) != name}
+
+
+def of_images(
+    paths: Sequence[str],
+    name: str = "images",
+    labels: Sequence[str | None] | None = None,
+    class_names: Sequence[str] | None = None,
+    failed: Sequence[Skipped] = (),
+) -> Source:
+    """Create a source from images and, if known, their labels.
+
+    ``class_names`` gives the order of the labels, which are otherwise sorted. If no image has a label, the source has
+    no labels.
+    """
+    items = {"source": pa.array([show(path) for path in paths], pa.string())}
+    if class_names is None:
+        class_names = sorted({label for label in labels or () if label is not None})
+    if labels is not None and (class_names or not labels):
+        items["label"] = pa.array(labels, pa.string())
+    return Source(name, pa.table(items), tuple(class_names), tuple(paths), failed=tuple(failed))
+
+
+def row_list(rows: npt.NDArray[np.int64]) -> str:
+    """Format row numbers for a message, for example ``rows 3, 7``. Rows are counted from 0."""
+    return f"row{'s' if len(rows) > 1 else ''} {few([str(int(row)) for row in rows[:SHOWN]], len(rows))}"
