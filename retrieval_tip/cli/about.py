@@ -46,7 +46,7 @@ def models_command(
     reading: ReadingOptions,
     encoding: EncodingOptions,
 ) -> None:
-    """List available encoders, compare them on your photos, or store one in int8.
+    """List encoders, compare them on photos, or store one in int8.
 
     WORD is any part of a name, for example dinov2, ViT-B/32 or siglip. If you omit it, only a few recommended encoders
     are listed. The column words shows whether the encoder has a text tower; an encoder that has none can only compare
