@@ -175,24 +175,26 @@ class RowOptions:
     def _answers(
         self, cache: AnsweringIndex, sources: Sequence[Source], encoder: Encoder, noting: Noting, columns: Sequence[str]
     ) -> Iterator[pa.Table]:
-        from retrieval_tip.labelling.bursts import classify_in_bursts
-        from retrieval_tip.labelling.groups import MOST, classify_in_groups
-        from retrieval_tip.labelling.photos import Pool
-        from retrieval_tip.predictions import ROWS
-
         ask = replace(self.ask, neighbours=self.ask.neighbours if self.explain else 0)
         if not any(map(len, sources)) or not (self.group_unlike or self.group_by is not None):
             for source in sources:
                 for answers in cache.classify_source(source, encoder, ask):
                     yield answers.written(columns, self.abstain)
             return
+        from retrieval_tip.predictions import ROWS
+
         if self.group_unlike:
+            from retrieval_tip.labelling.groups import MOST, classify_in_groups
+            from retrieval_tip.labelling.photos import Pool
+
             answers = classify_in_groups(cache, Pool.of(sources, encoder), ask)
             table = answers.written(columns, self.abstain)
             if (unlike := table["unlike"].to_pylist().count(True)) > MOST:
                 drawn = f"Grouped {MOST:,} of {unlike:,} images without a match, drawn at random"
                 say(f"{drawn}; the others joined these groups")
         else:
+            from retrieval_tip.labelling.bursts import classify_in_bursts
+
             assert self.group_by is not None
             answers, bursts = classify_in_bursts(cache, sources, encoder, noting, self.group_by, ask)
             table = answers.written([name for name in columns if name != "burst"], self.abstain)
