@@ -18,7 +18,6 @@ from retrieval_tip.errors import InputError, one_line
 from retrieval_tip.retrieval.arrays import KeyArray, Keys, KeysInPlace
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK, own_affinity
 from retrieval_tip.retrieval.logits import slices
-from retrieval_tip.retrieval.vector_index import faiss
 from retrieval_tip.store.labels import digest_codes
 
 NEAR = 0.98
@@ -44,6 +43,8 @@ If all keys are alike, a block takes 300 MiB.
 NEIGHBOURS = 32
 """Number of nearest keys to retrieve for each fresh key."""
 
+TINY = 1e-12
+"""Smallest norm by which a key is divided."""
 KINDS = ("identical image", "identical feature", "near-identical")
 
 IntArray = npt.NDArray[np.int64]
@@ -206,17 +207,17 @@ def _unit(keys: Keys, rows: IntArray) -> Tensor:
 
 
 def _near(keys: Keys, asked: IntArray, new: Bools, least: float, remain: Remain) -> Iterator[Near]:
-    """Compare ``asked`` rows with all rows, and yield blocks of pairs whose cosine is above ``least``."""
-    order = np.concatenate([asked, np.flatnonzero(~new)])
-    index = faiss().IndexFlatIP(int(keys.shape[1]))
-    for part in slices(len(order), max(1, min(MOST_ROWS, BLOCK // max(1, len(asked))))):
-        block = _unit(keys, order[part]).numpy()
-        index.add(block[: max(0, len(asked) - part.start)])
-        limits, cosine, places = index.range_search(block, least)
-        own = np.repeat(np.arange(part.start, part.stop), np.diff(limits.astype(np.int64)))
-        x, y = order[places], order[own]
-        kept = (places < own) & remain(x, y)
-        yield x[kept], y[kept], cosine[kept]
+    """Compare ``asked`` rows with all rows, and yield blocks of pairs whose cosine is at least ``least``."""
+    fresh, n = _unit(keys, asked).T, int(keys.shape[0])
+    number = np.where(new, np.cumsum(new) - 1, len(asked))  # the place of each row in ``asked``
+    for part in slices(n, max(1, min(MOST_ROWS, BLOCK // max(1, len(asked))))):
+        some = keys[part] if isinstance(keys, np.ndarray) else keys[np.arange(part.start, part.stop)]
+        block = torch.from_numpy(np.require(some, np.float32, ["W"]))
+        cosine = (block @ fresh).div_(block.norm(dim=1, keepdim=True).clamp_min_(TINY))
+        own, places = (cosine >= least).nonzero(as_tuple=True)
+        near, x, y = cosine[own, places].numpy(), places.numpy(), own.numpy() + part.start
+        kept = (x < number[y]) & remain(asked[x], y)  # so that two asked rows are one pair
+        yield asked[x[kept]], y[kept], near[kept]
 
 
 def _nearest(keys: Keys, asked: IntArray, search: Search, least: float, remain: Remain) -> Near:
