@@ -7,6 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import numpy as np
@@ -24,7 +25,7 @@ from retrieval_tip.data.shots import spread
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.html import markup, table
-from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Evidence, Predictions, SimilarShot, lists
+from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Predictions, SimilarShot, lists
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.defaults import Statistics
 from retrieval_tip.retrieval.evidence import Contributors, Nearest
@@ -139,6 +140,10 @@ class AnsweringIndex(ABC):
     @abstractmethod
     def every_row(self) -> npt.NDArray[np.int64]:
         """Return the row numbers of all keys in the order of :meth:`key_blocks`."""
+
+    @abstractmethod
+    def rows_of(self, key_ids: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the row numbers and the class ids of keys. Unknown ids are ignored."""
 
     @abstractmethod
     def some(self, m: int) -> tuple[npt.NDArray[Any], pa.Table]:
@@ -309,10 +314,13 @@ class AnsweringIndex(ABC):
         account for those. If values are solved or trained, they can be negative, so every query needs all keys. The
         arguments are the same as for :meth:`logits`.
         """
-        f, retrieval = self._queries(features), self._retrieval(k, tail)
-        found, keys = None, torch.full((len(f),), self.n)
+        return self._certified(self._queries(features), self._retrieval(k, tail))
+
+    def _certified(self, f: Tensor, retrieval: Retrieval) -> AnswerTerms:
+        n, found = retrieval.keys.n, None
+        keys = torch.full((len(f),), n)
         left, met = torch.arange(len(f), device=self.device), retrieval.settings.k
-        most = self.n // ALL_FROM if self.device == "cpu" else min(self.n // ALL_FROM, GPU_MAX_K)
+        most = n // ALL_FROM if self.device == "cpu" else min(n // ALL_FROM, GPU_MAX_K)
         while found is None or len(left):
             if met is not None and (met > most or self.values is not None):
                 met = None
@@ -322,7 +330,7 @@ class AnsweringIndex(ABC):
                 found = terms
             else:
                 found.cache[left] = terms.cache
-            keys[left.cpu()] = self.n if met is None else met
+            keys[left.cpu()] = n if met is None else met
             left, met = left[:0] if terms.settled is None else left[~terms.settled], met and met * GROWTH
         answers = replace(found, settled=None, keys=keys)
         self._blended(answers)
@@ -353,14 +361,21 @@ class AnsweringIndex(ABC):
         Raises the same errors as :meth:`logits`.
         """
         index = self.with_settings(ask.settings(self.settings))
-        retrieval, shown = index.retrieval, min(ask.neighbours, index.settings.k or ask.neighbours)
+        retrieval = index._without(ask.without) if ask.without else index.retrieval
+        shown = min(ask.neighbours, index.settings.k or ask.neighbours)
         ask = replace(ask, neighbours=shown)
         for block in blocks:
             f = index._queries(block.features)
             for part in slices(len(f), max(1, min(PREDICTED, LOGITS // len(index.class_names)))):
                 own = f[part]
-                terms = index.certified(own) if ask.certify else retrieval.terms(own, neighbours=shown)
-                yield AnswerBlock(index, ask, block.take(part), own, terms, index._blended(terms))
+                terms = index._certified(own, retrieval) if ask.certify else retrieval.terms(own, neighbours=shown)
+                yield AnswerBlock(index, retrieval, ask, block.take(part), own, terms, index._blended(terms))
+
+    def _without(self, key_ids: Sequence[int]) -> Retrieval:
+        rows, class_ids = (torch.from_numpy(found).to(self.device) for found in self.rows_of(key_ids))
+        if len(rows) == self.n:
+            raise InputError("without: these are all keys; leave at least one key for the answer")
+        return self.retrieval.without(rows, class_ids) if len(rows) else self.retrieval
 
     def classify(self, features: Features, norms: Norms = "check", **asked: Unpack[AskOptions]) -> Predictions:
         """Classify features, and return labels, probabilities and the shots that contributed most to each answer.
@@ -386,37 +401,6 @@ class AnsweringIndex(ABC):
         column = source.items["source"]
         for answers in self.answers(encoder.blocks(source), ask):
             yield answers.predictions().named(column.take(pa.array(answers.block.positions)))
-
-    def evidence(self, features: Features, complete: int = 1 << 14, nearest: int = 2048) -> list[Evidence]:
-        """Return the evidence for each query.
-
-        If the index has at most ``complete`` keys, the evidence includes every key. Otherwise, it only includes the
-        nearest keys of the query, up to the number given by ``nearest``.
-        """
-        f, retrieval = self._queries(features), self.retrieval
-        keys, points = retrieval.keys, retrieval.points(f)
-        near = self._every(points) if self.n <= complete else retrieval.keys.nearest(points, nearest)
-        used, where = np.unique(near.rows.clamp_min(0).cpu().numpy(), return_inverse=True)
-        key_ids = self.described(used, ["key_id"])["key_id"].to_numpy()[where].reshape(near.rows.shape)
-        text = tip.text_logits(f, self.text_weights, self.settings.logit_scale).cpu().numpy()
-        sums = tip.Totals.of(points, keys.sums, keys.counts).affinities.cpu().numpy()
-        discriminant = retrieval.discriminant(points)
-        averages = np.zeros_like(text) if discriminant is None else discriminant.cpu().numpy()
-        counts, class_ids = keys.counts.long().cpu().numpy(), near.class_ids.cpu().numpy()
-        affinity, there = near.affinity.cpu().numpy(), (near.rows >= 0).cpu().numpy()
-        queries = zip(f.cpu().numpy(), text, key_ids, class_ids, affinity, sums, averages, there, strict=True)
-        return [
-            Evidence(feature, own_text, ids[met], classes[met], own[met], counts, own_sums, average, self.n <= complete)
-            for feature, own_text, ids, classes, own, own_sums, average, met in queries
-        ]
-
-    def _every(self, points: Tensor) -> Nearest:
-        blocks = [(tip.affinity(points, keys), ids.clone()) for keys, ids in self.key_blocks()]
-        affinity, order = torch.cat([block_affinity for block_affinity, _ in blocks], dim=1).sort(
-            dim=1, descending=True, stable=True
-        )
-        rows, ids = torch.from_numpy(self.every_row()).to(order.device), torch.cat([ids for _, ids in blocks])
-        return Nearest(affinity, rows[order], ids[order])
 
     def ids_of(self, source: Source) -> npt.NDArray[np.int64]:
         """Return the class id of each item in a labelled source. Raises InputError if a label is not a class."""
@@ -541,6 +525,7 @@ class AnswerBlock:
 
     Attributes:
         index: the index, with the settings of the question.
+        retrieval: the retrieval that gave the answers.
         ask: the question.
         block: the queries.
         features: the features of the queries, of shape ``[q, d]``, as a float32 tensor on the device.
@@ -549,16 +534,22 @@ class AnswerBlock:
     """
 
     index: AnsweringIndex
+    retrieval: Retrieval
     ask: Ask
     block: FeatureBlock
     features: Tensor
     terms: AnswerTerms
     logits: Tensor
 
+    @cached_property
+    def ranked(self) -> Tensor:
+        """The class ids of the most probable classes, of shape ``[q, m]``, most probable first."""
+        return self.logits.topk(min(self.ask.top, self.logits.shape[1]), dim=1).indices
+
     def predictions(self) -> Predictions:
         """Return one prediction per query. The queries are named by their positions."""
         index, settings, terms, logits = self.index, self.index.settings, self.terms, self.logits
-        ranked = logits.topk(min(self.ask.top, logits.shape[1]), dim=1).indices  # at any temperature
+        ranked = self.ranked  # at any temperature
         chances = _doubles(tip.probabilities(logits, settings.temperature).gather(1, ranked))
         winner, m, names = ranked[:, :1], ranked.shape[1], pa.array(index.class_names, pa.string())
         labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
@@ -582,7 +573,7 @@ class AnswerBlock:
         if terms.keys is not None:
             columns["keys"] = terms.keys.cpu().numpy()
         if settings.least_cache is not None:
-            strongest = terms.strongest(index.retrieval.keys.counts)
+            strongest = terms.strongest(self.retrieval.keys.counts)
             columns["unlike"] = (strongest < settings.least_cache).cpu().numpy()
         known = [column for column in PREDICTIONS if column in columns]
         schema = pa.schema([SCHEMA.field(column) for column in known])
@@ -591,7 +582,7 @@ class AnswerBlock:
     def _shots(self) -> Contributors | None:
         if self.terms.shots is not None or not self.ask.neighbours:
             return self.terms.shots
-        retrieval = self.index.retrieval
+        retrieval = self.retrieval
         return retrieval.contributors(retrieval.points(self.features), *first_two(self.logits), self.ask.neighbours)
 
     def _neighbours(self, near: Nearest | None, classes: Tensor) -> pa.ListArray:

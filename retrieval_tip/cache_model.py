@@ -489,6 +489,10 @@ class CacheModel(KeyEdits):
     def every_row(self) -> npt.NDArray[np.int64]:
         return np.arange(self.n)
 
+    def rows_of(self, key_ids: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        rows = np.flatnonzero(np.isin(self.labels["key_id"].to_numpy(), key_ids))
+        return rows, self._labelled.class_ids[rows]
+
     def some(self, m: int) -> tuple[KeyArray, pa.Table]:
         rows = spread(self.n, m)
         return np.asarray(self.keys[rows]), self.described(rows, ["key_id", "class_id"])

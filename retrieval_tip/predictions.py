@@ -267,33 +267,6 @@ class Predictions:
         return table(columns, rows, counted(len(self), "prediction") + cut, numbers=(0, 2, 3, 4, 5))
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """The data that is needed to recompute an answer with a different alpha, beta, gamma or k.
-
-    Attributes:
-        feature: the feature of the query, of shape ``[d]``.
-        text: the text logits, of shape ``[c]``.
-        key_ids: the key ids of the ``m`` nearest keys, nearest first.
-        class_ids: the class ids of these keys.
-        affinities: the affinities of these keys.
-        counts: the number of keys in each class.
-        sums: the sum of the affinities to all keys of each class.
-        discriminant: the discriminant, of shape ``[c]``. It is 0 if gamma is 0.
-        complete: whether the nearest keys are all keys of the index.
-    """
-
-    feature: npt.NDArray[np.float32]
-    text: npt.NDArray[np.float32]
-    key_ids: npt.NDArray[np.int64]
-    class_ids: npt.NDArray[np.int64]
-    affinities: npt.NDArray[np.float32]
-    counts: npt.NDArray[np.int64]
-    sums: npt.NDArray[np.float32]
-    discriminant: npt.NDArray[np.float32]
-    complete: bool
-
-
 def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
     """Yield the rows of a table as dictionaries. This is faster than ``to_pylist``."""
     for batch in table.to_batches(ROWS):

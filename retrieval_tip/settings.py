@@ -137,6 +137,7 @@ class AskOptions(TypedDict, total=False):
     neighbours: int
     certify: bool
     logits: bool
+    without: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ class Ask:
             :class:`retrieval.evidence.Contributors`). If ``k`` is a number, only retrieved keys are reported.
         certify: whether to retrieve enough keys to prove each label (see :meth:`AnsweringIndex.certified`).
         logits: whether to report the logits of all classes.
+        without: the ids of keys to leave out, as if the index did not have them. Solved values are not solved again.
+            An index of the type Classes then uses all of the other keys. Unknown ids are ignored.
 
     Raises UsageError if ``top`` is below 1 or ``neighbours`` below 0.
     """
@@ -165,6 +168,7 @@ class Ask:
     neighbours: int = 5
     certify: bool = False
     logits: bool = True
+    without: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_count("top", self.top)

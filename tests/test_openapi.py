@@ -76,11 +76,20 @@ def test_the_schema_describes_every_operation_body_and_result() -> None:
             assert (SCHEMA["components"]["schemas"][form] if form else body["schema"])["properties"]
     for path in ("/v1/classify", "/v1/indexes/{name}/keys"):
         content = SCHEMA["paths"][path]["post"]["requestBody"]["content"]
-        assert set(content) == {"multipart/form-data", "application/json"}
+        binary = {"application/octet-stream"} if path == "/v1/classify" else set()
+        assert set(content) == {"multipart/form-data", "application/json"} | binary
         assert content["application/json"]["example"]["features"]
     found = SCHEMA["paths"]["/v1/classify"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
     result = SCHEMA["components"]["schemas"][found["$ref"].rpartition("/")[2]]["properties"]["results"]["items"]
-    assert result["properties"].keys() >= {"input", "label", "probability", "neighbours", "opposing", "evidence"}
+    assert result["properties"].keys() >= {
+        "input",
+        "label",
+        "probability",
+        "neighbours",
+        "opposing",
+        "feature",
+        "similar",
+    }
 
 
 def test_examples_in_the_schema_can_be_sent(address: str) -> None:

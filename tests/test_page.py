@@ -24,10 +24,13 @@ from PIL import Image
 from playwright.sync_api import Browser, Error, Locator, Page, Route, expect
 from serving import running, server
 
+from retrieval_tip import CacheModel
 from retrieval_tip.cli import main
+from retrieval_tip.data.encoder import FeatureBlock
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.served import open_all
+from retrieval_tip.settings import Ask
 
 pytestmark = [pytest.mark.soak, *([needs_real] if SOAK else [])]
 
@@ -177,12 +180,12 @@ def answer(page: Page) -> dict[str, Any]:
     return page.locator("#drawer").evaluate(
         """async drawer => {
             const still = () => new Promise(requestAnimationFrame);
-            await still(); await still(); // changed settings take effect in the next frame
+            while (drawer.ariaBusy === "true") await still(); // the server answers for changed settings
             const value = (cell) => Number(cell.dataset.value);
             const part = (row, name) => value(row.querySelector(`td.${name}-part`));
             const rows = [...drawer.querySelectorAll("#logits tr")];
             return {
-                label: drawer.dataset.label, how: drawer.dataset.how,
+                label: drawer.dataset.label,
                 probability: Number(drawer.dataset.probability),
                 text_logit: Number(drawer.dataset.textLogit), cache_logit: Number(drawer.dataset.cacheLogit),
                 labels: rows.map((row) => row.dataset.label),
@@ -257,7 +260,6 @@ def assert_same(page: Page, run: Callable[..., Any], folder: Path, image: Path, 
     right["cache_logit"] += right.get("discriminant_logit", 0)  # the page shows the sum
     shown, shots = answer(page), [*right["neighbours"], *([right["opposing"]] if right["opposing"] else [])]
     close = {"rel": 1e-3, "abs": 1e-6}
-    assert shown["how"] == "page"  # computed on the page, not by the server
     assert shown["label"] == right["label"]
     for name in ("probability", "text_logit", "cache_logit"):
         assert shown[name] == pytest.approx(right[name], **close), name
@@ -325,72 +327,6 @@ def test_invalid_settings_are_ignored(page: Page) -> None:
     expect(page.locator("#beta")).not_to_have_value("")
     page.fill("#k", "1.5")
     assert setting(page, "k") == "all"
-
-
-def test_method_agrees_with_a_dense_reference(page: Page) -> None:
-    random = np.random.default_rng(0)
-    cases, expected = [], []
-    for _ in range(200):
-        n, c = int(random.integers(1, 60)), int(random.integers(1, 12))
-        affinities = np.sort(np.round(random.uniform(-0.2, 1, n), int(random.integers(1, 17))))[::-1]  # with ties
-        class_ids = random.integers(0, c, n)
-        class_ids[0] = 0  # this class has a key besides the photo itself
-        one_hot = np.eye(c)[class_ids]
-        text = random.normal(0, 10, c) * int(random.integers(0, 2))
-        k = "all" if random.random() < 0.3 else int(random.integers(1, n + 3))
-        alpha = float(random.choice([0, 1, 10 ** random.uniform(-2, 5)]))
-        beta, tail = float(random.choice([0, 5.5, 40])), bool(random.random() < 0.5)
-        settings = {"alpha": alpha, "beta": beta, "k": k, "tail": tail}
-        temperature = float(random.choice([1, 0.3]))
-        counted = n if k == "all" else min(k, n)
-        values = random.normal(size=(n, c)) if random.random() < 0.5 else one_hot
-        offset = 0.01 if values is not one_hot and random.random() < 0.5 else None
-        cache = np.exp(-beta * (1 - affinities[:counted])) @ values[:counted]
-        left = one_hot[counted:].sum(0)
-        if tail and k != "all":
-            mean = (affinities[counted:] @ one_hot[counted:]) / np.maximum(left, 1)
-            cache += np.exp(-beta * (1 - mean))[class_ids[counted:]] @ values[counted:]
-        if offset:
-            cache = np.log1p(np.maximum(cache, 0) / offset)
-        gamma, offsets = float(random.choice([0, 10])), random.normal(size=c)
-        sums, counts = affinities @ one_hot, one_hot.sum(0)
-        average = np.where(counts > 0, sums / np.maximum(counts, 1), 0) + offsets
-        cache = alpha * (cache + gamma * average)
-        logits = text + cache
-        powers = np.exp((logits - logits.max()) / temperature)
-        order = np.argsort(-logits, kind="stable")
-        expected += 2 * [(logits, powers / powers.sum(), text, cache, order[:3])]
-        evidence = {
-            "feature": [], "text": text.tolist(),
-            "key_ids": list(range(n)), "class_ids": class_ids.tolist(), "affinities": affinities.tolist(),
-            "counts": counts.tolist(), "sums": sums.tolist(), "discriminant": average.tolist(), "complete": True,
-        }  # fmt: skip
-        rows = None if values is one_hot else values.tolist()
-        model = {"values": rows, "offset": offset, "gamma": gamma, "temperature": temperature}
-        first = np.eye(c)[0]
-        itself = evidence | {  # the photo is itself a shot of the first class; it must not count
-            "key_ids": [n, *range(n)], "class_ids": [0, *class_ids.tolist()], "affinities": [1.0, *affinities.tolist()],
-            "counts": (counts + first).tolist(), "sums": (sums + first).tolist(),
-            "discriminant": (average + first * ((sums[0] + 1) / (counts[0] + 1) + offsets[0] - average[0])).tolist(),
-        }  # fmt: skip
-        cases += [[evidence, settings, model], [itself, settings, model | {"values": rows and [*rows, [9.0] * c]}, [n]]]
-    found = page.evaluate(
-        """async cases => {
-            const { classify, evidenceOf } = await import("/page/method.js");
-            return cases.map(([evidence, settings, { values, ...model }, without = []]) => {
-                const rows = values && new Map(values.map((row, i) => [i, row]));
-                return classify(evidenceOf(evidence), settings, { ...model, values: rows }, 3, new Set(without));
-            });
-        }""",
-        cases,
-    )
-    for rows, (logits, probabilities, text, cache, order) in zip(found, expected, strict=True):
-        ids = [row["classId"] for row in rows]
-        assert len(ids) == len(order)
-        assert logits[ids] == pytest.approx(logits[order], rel=1e-9, abs=1e-9)  # rounding errors may swap ties
-        assert [row["probability"] for row in rows] == pytest.approx(probabilities[ids], rel=1e-6, abs=1e-12)
-        assert [row["text"] for row in rows] == pytest.approx(text[ids])
-        assert [row["cache"] for row in rows] == pytest.approx(cache[ids], rel=1e-9, abs=1e-9)
 
 
 def test_correcting_an_answer_adds_a_shot_and_can_be_undone(
@@ -651,7 +587,7 @@ def test_only_photos_near_the_viewport_are_in_the_document(page: Page) -> None:
             for (const file of files) {
                 const body = new FormData();
                 body.append("images", file);
-                const path = "/v1/classify?index=things&evidence=true&logits=true&top=8&neighbours=8";
+                const path = "/v1/classify?index=things&features=true&top=8";
                 answers.push(await (await real(path, { method: "POST", body })).text());
             }
             let asked = 0;
@@ -985,8 +921,9 @@ def test_each_screen_reports_a_stopped_server(browser: Browser, served: Served, 
         submit(page, "#selection-label", "crab")
         expect(page.locator("#notice")).to_contain_text(gone)
         show_settings(page)
-        page.fill("#beta", "3")  # the page still recalculates its answers
-        expect(page.locator("#grid .tile[data-how=page]")).to_have_count(2)
+        page.fill("#beta", "3")
+        expect(page.locator("#troubles")).to_contain_text(gone)
+        expect(page.locator("#grid .tile[data-label]")).to_have_count(2)  # the answers remain
         go(page, "teach")
         page.set_input_files("#teach-folder", class_folders(tmp_path / "photos", "crab", "panda", each=2))
         page.click("#teach-go")
@@ -994,34 +931,66 @@ def test_each_screen_reports_a_stopped_server(browser: Browser, served: Served, 
         expect(page.locator("#teach-go")).to_be_enabled()
 
 
-def test_the_server_answers_if_the_page_lacks_values(opened: Open, served: Served, run: Callable[..., Any]) -> None:
-    """The server may refuse to send very many values. The page then shows an estimate until the server answers."""
-    page = opened(expected=[f"{REFUSED}422"]).page
-
-    def trained(route: Route) -> None:
-        response = route.fetch()
-        route.fulfill(response=response, json=response.json() | {"values": "trained"})
-
-    page.route("**/v1/indexes/*", trained)
-    page.route("**/v1/indexes/*/values", lambda route: refuse(route, 422, "too many"))
-    page.reload()
+def test_an_older_reply_never_replaces_a_newer_one(page: Page, served: Served, run: Callable[..., Any]) -> None:
     [image] = caltech_photos("test", "lobster", 1)
     ask(page, image)
-    assert answer(page)["how"] == "server"
+    answer(page)
+    held: list[Route] = []
+    page.route("**/v1/classify**beta=7**", lambda route: held.append(route))
     show_settings(page)
-    asked = []
+    with page.expect_request("**/v1/classify**beta=7**"):
+        page.fill("#beta", "7")
+    page.fill("#beta", "9")
+    assert_same(page, run, served.folder, image, "--beta", 9)
+    for route in held:
+        with contextlib.suppress(Error):  # the page may have given up the request
+            route.fulfill(json={"version": 1, "results": [{}]})
+    page.wait_for_timeout(200)
+    assert_same(page, run, served.folder, image, "--beta", 9)
+
+
+def test_a_moving_slider_sends_few_requests(page: Page, served: Served, run: Callable[..., Any]) -> None:
+    [image] = caltech_photos("test", "lobster", 1)
+    ask(page, image)
+    answer(page)
+    asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url) if "classify" in request.url else None)
-    page.route("**/v1/classify**", lambda route: (page.wait_for_timeout(50), route.continue_()))
-    page.fill("#beta", "7")
-    expect(page.locator(".how")).to_have_text("estimate")
-    expect(page.locator("#drawer")).to_have_attribute("data-how", "server")
-    expect(page.locator(".how")).to_have_text("")
-    told = json.loads(run("classify", served.folder, image, "--beta", 7, "--explain", "--format", "json").stdout)
-    told["cache_logit"] += told.get("discriminant_logit", 0)
+    show_settings(page)
+    for moves, wait, requests in ((50, 0, 1), (5, 200, 5)):
+        page.evaluate(
+            """async ([moves, wait]) => {
+                const slider = document.getElementById("beta-slider");
+                for (let i = 0; i < moves; i++) {
+                    slider.value = Number(slider.value) + 1;
+                    slider.dispatchEvent(new Event("input"));
+                    if (wait) await new Promise((resolve) => setTimeout(resolve, wait));
+                }
+            }""",
+            [moves, wait],
+        )
+        assert_same(page, run, served.folder, image, "--beta", setting(page, "beta"))
+        assert len(asked) == requests
+        asked.clear()
+
+
+def test_an_example_is_classified_by_the_other_examples(page: Page, served: Served) -> None:
+    with page.expect_request("**/v1/classify**without=*") as asked:
+        page.locator("#samples-list button").first.click()
     shown = answer(page)
-    for name in ("probability", "text_logit", "cache_logit"):
-        assert shown[name] == pytest.approx(told[name], rel=1e-3)
-    assert len(asked) == 1
+    expect(page.locator("#drawer-notes")).to_contain_text("only the other examples count")
+    itself = int(re.findall(r"without=(\d+)", asked.value.url)[0])
+    cache = CacheModel.load(served.folder, device="cpu")
+    feature = np.frombuffer(asked.value.post_data_buffer or b"", "<f4")[None]
+    for beta in (cache.settings.beta, 9.0):
+        if beta == 9.0:
+            show_settings(page)
+            page.fill("#beta", "9")
+            shown = answer(page)
+        question = Ask(beta=beta, top=8, without=(itself,))
+        [right] = next(iter(cache.answers([FeatureBlock.of(feature)], question))).predictions()
+        assert shown["labels"] == right.labels
+        assert shown["probabilities"] == pytest.approx(right.probabilities, rel=1e-3, abs=1e-6)
+        assert itself not in [shot["key_id"] for shot in shown["neighbours"]]
 
 
 def test_classes_and_example_photos_are_listed_and_filtered(opened: Open, served: Served) -> None:
@@ -1346,10 +1315,10 @@ def test_the_map_marks_the_open_photo_with_a_star(page: Page, served: Served) ->
     open_map(page)
     expect(page.locator("#map-star")).to_contain_text(f"{image.name} is not on this map")
     answer = page.request.post(
-        f"{served.address}/v1/classify?index=things&evidence=true",
+        f"{served.address}/v1/classify?index=things&features=true",
         multipart={"images": {"name": "x.jpg", "mimeType": "image/jpeg", "buffer": image.read_bytes()}},
     ).json()
-    evidence = answer["results"][0]["evidence"]
+    found = answer["results"][0]
 
     def star() -> list[float]:
         return [float(value) for value in (page.locator("#map-canvas").get_attribute("data-star") or "").split(",")]
@@ -1360,14 +1329,14 @@ def test_the_map_marks_the_open_photo_with_a_star(page: Page, served: Served) ->
         return found
 
     tsne = mapped("tsne")
-    rows = [tsne["key_ids"].index(key_id) for key_id in evidence["key_ids"][:8]]
-    weights = np.exp(answer["beta"] * np.array(evidence["affinities"][:8]))
+    rows = [tsne["key_ids"].index(one["key_id"]) for one in found["similar"][:8]]
+    weights = np.exp(answer["beta"] * np.array([one["affinity"] for one in found["similar"][:8]]))
     places = np.stack([tsne["x"], tsne["y"]], axis=1)[rows]
     assert star() == pytest.approx(weights @ places / weights.sum(), abs=2e-4)
     page.select_option("#map-method", "pca")
     expect(page.locator("#map-star")).to_contain_text(f"{image.name} is at the star")
     axes = np.array(mapped("pca")["axes"])
-    assert star() == pytest.approx(axes[0] + evidence["feature"] @ axes[1:], abs=2e-4)
+    assert star() == pytest.approx(axes[0] + found["feature"] @ axes[1:], abs=2e-4)
 
 
 def test_removing_a_shot_requires_confirmation(page: Page, served: Served, run: Callable[..., Any]) -> None:

@@ -35,7 +35,8 @@ from retrieval_tip import CacheModel
 from retrieval_tip.server import run as run_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
-from retrieval_tip.server.served import PageAsk, Version, open_all
+from retrieval_tip.server.served import Version, open_all
+from retrieval_tip.settings import Ask
 
 from conftest import PROGRAMS, SHARED, SOAK  # isort: skip
 
@@ -282,7 +283,7 @@ def test_only_received_bytes_count_towards_the_memory_limit(random_things: Path)
 def test_an_unread_response_is_dropped(random_things: Path) -> None:
     """Until then, it counts towards the memory limit."""
     served = open_all([random_things], "cpu", "float32", "fast")
-    large = classify_request(64, "?evidence=true")  # about 5 MB
+    large = classify_request(64, "?neighbours=500")  # about 5 MB
     with running(create_app(served, Limits(held=15_000_000, seconds=3))) as place, ExitStack() as ends:
         waiting = [ends.enter_context(socket.socket()) for _ in range(4)]
         for one in waiting:
@@ -321,7 +322,7 @@ def test_no_single_request_is_refused_while_ten_clients_send_1024_features_each(
 ) -> None:
     go, real = threading.Event(), Version.answer
 
-    def answer(version: Version, ask: PageAsk, features: np.ndarray) -> list[dict[str, object]]:
+    def answer(version: Version, ask: Ask, features: np.ndarray) -> list[dict[str, object]]:
         assert len(features) == 1 or go.wait(30)
         (first,) = real(version, ask, features[:1])
         return [dict(first) for _ in features]  # which is quicker

@@ -30,12 +30,11 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from retrieval_tip import CacheModel
 from retrieval_tip.cli import main
 from retrieval_tip.data import images
-from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.projection import Method, Projection, projected
-from retrieval_tip.fit import closed_form
 from retrieval_tip.index import changes
 from retrieval_tip.index import photos as photos_module
 from retrieval_tip.index.fit import fit_index
@@ -46,7 +45,8 @@ from retrieval_tip.server import shots as shots_module
 from retrieval_tip.server import uploads as uploads_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
-from retrieval_tip.server.served import Backbones, Maker, PageAsk, open_all
+from retrieval_tip.server.served import Backbones, Maker, open_all
+from retrieval_tip.settings import Ask
 
 from conftest import SHARED, with_code  # isort: skip
 
@@ -149,27 +149,42 @@ def test_the_server_gives_the_same_answers_as_the_command(
     assert sum(own["label"] == name for own, (_, name) in zip(found["results"], items, strict=True)) > 5
 
 
-@pytest.mark.parametrize("k", ["all", "7", "100"])
-@pytest.mark.parametrize("tail", ["true", "false"])
-def test_logits_can_be_computed_from_the_evidence(both: Client, k: str, tail: str) -> None:
+def test_features_come_with_the_most_similar_shots_and_can_be_sent_again(
+    both: Client, food: Path, photo: bytes
+) -> None:
+    asked = "index=things&features=true&top=3"
+    [first] = both.post(f"/v1/classify?{asked}", files={"images": photo}).json()["results"]
+    body = np.array(first["feature"], "<f4").tobytes()
+    sent = {"content": body, "headers": {"Content-Type": "application/octet-stream"}}
+    [again] = both.post(f"/v1/classify?{asked}", **sent).json()["results"]
+    assert (again.pop("input"), first.pop("input")) == ("row 0", "upload")
+    assert again == first
     queries = pq.read_table(SHARED / "data" / "clip-food9" / "test.parquet")["feature"].to_pylist()[:5]
-    asked = f"index=food&k={k}&tail={tail}&beta=9&alpha=2&logits=true&evidence=true"
-    for result, query in zip(
-        both.post(f"/v1/classify?{asked}", json={"features": queries}).json()["results"], queries, strict=True
-    ):
-        own = {name: np.array(value, dtype=np.float64) for name, value in result["evidence"].items()}
-        assert own["complete"]
-        np.testing.assert_allclose(own["feature"], query, atol=1e-6)
-        assert (np.diff(own["affinities"]) <= 0).all()
-        met = len(own["affinities"]) if k == "all" else min(int(k), len(own["affinities"]))
-        ids, near = own["class_ids"][:met].astype(int), own["affinities"][:met]
-        cache = np.bincount(ids, np.exp(-9 * (1 - near)), len(own["text"]))
-        left = own["counts"] - np.bincount(ids, minlength=len(own["text"]))
-        mean = (own["sums"] - np.bincount(ids, near, len(own["text"]))) / np.maximum(left, 1)
-        if tail == "true":
-            cache += left * np.exp(-9 * (1 - mean))
-        np.testing.assert_allclose(own["text"] + 2 * cache, result["logits"], rtol=1e-3, atol=1e-3)
-        assert len(set(own["key_ids"])) == 144
+    cache = CacheModel.load(food, device="cpu")
+    found = both.post("/v1/classify?index=food&features=true&logits=true", json={"features": queries}).json()["results"]
+    for result, query in zip(found, queries, strict=True):
+        np.testing.assert_allclose(result["feature"], query, atol=1e-6)
+        affinities = np.asarray(cache.keys, dtype=np.float64) @ query
+        near = np.argsort(-affinities)[: served_module.SIMILAR]
+        assert [one["key_id"] for one in result["similar"]] == cache.labels["key_id"].take(near).to_pylist()
+        np.testing.assert_allclose([one["affinity"] for one in result["similar"]], affinities[near], atol=1e-5)
+        ids = [cache.class_names.index(label) for label in result["labels"]]
+        parts = np.add(result["text_logits"], result["shot_logits"])
+        np.testing.assert_allclose(parts, np.array(result["logits"])[ids], rtol=1e-5)
+        assert result["text_logits"][0] == pytest.approx(result["text_logit"])
+
+
+def test_shots_can_be_left_out(both: Client, things: Path) -> None:
+    cache = CacheModel.load(things, device="cpu")
+    query = np.asarray(cache.keys[:1], dtype=np.float64).tolist()
+    out = cache.labels["key_id"].to_pylist()[:3]
+    asked = "&".join(f"without={key_id}" for key_id in out)
+    [found] = both.post(f"/v1/classify?index=things&logits=true&{asked}", json={"features": query}).json()["results"]
+    (expected,) = next(iter(cache.answers([FeatureBlock.of(np.array(query))], Ask(without=tuple(out))))).predictions()
+    np.testing.assert_allclose(found["logits"], expected.logits, rtol=1e-4, atol=1e-4)
+    assert not {shot["key_id"] for shot in found["neighbours"]} & {*out}
+    every = "&".join(f"without={key_id}" for key_id in cache.labels["key_id"].to_pylist())
+    assert both.post(f"/v1/classify?index=things&{every}", json={"features": query}).status_code == 422
 
 
 def test_indexes_are_described(both: Client, things: Path, food: Path) -> None:
@@ -868,12 +883,12 @@ def random_things(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("query", "cells"),
     [
-        ("evidence=true", 10 + 80 + 16 + 150 + 6000),
-        ("logits=true", 10 + 80 + 50),
-        ("top=1000", 100 + 80),
-        ("neighbours=1000", 10 + 16_000),
-        ("neighbours=0&k=1500", 10 + 1500),
-        ("neighbours=0&k=all", 10),
+        ("features=true", 20 + 80 + 16 + 200),
+        ("logits=true", 20 + 80 + 50),
+        ("top=1000", 200 + 80),
+        ("neighbours=1000", 20 + 16_000),
+        ("neighbours=0&k=1500", 20 + 1500),
+        ("neighbours=0&k=all", 20),
     ],
 )
 def test_the_size_of_an_answer_is_checked_before_it_is_computed(
@@ -894,17 +909,17 @@ def test_the_size_of_an_answer_is_checked_before_it_is_computed(
 
 def test_answers_do_not_depend_on_the_batch_size(random_things: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.asarray(CacheModel.load(random_things, device="cpu").keys[:40], dtype=np.float64).tolist()
-    ask = "/v1/classify?evidence=true&logits=true&neighbours=3"
+    ask = "/v1/classify?features=true&logits=true&neighbours=1000"
     with serving(random_things) as client:
         expected = client.post(ask, json={"features": rows}).json()["results"]
         monkeypatch.setattr(served_module, "VALUES", 50_000)
         found = client.post(ask, json={"features": rows}).json()["results"]
     version = open_all([random_things], "cpu", "float32", "full")["random"].now
-    assert version.at_once(PageAsk(evidence=True, logits=True, neighbours=3)) == 7
-    assert version.at_once(PageAsk(k=1500, neighbours=0)) == 33
+    assert version.at_once(Ask(top=5, neighbours=1000)) == 3
+    assert version.at_once(Ask(k=1500, neighbours=0)) == 32
     for one, other in zip(found, expected, strict=True):
         assert one["label"] == other["label"]
-        assert one["evidence"]["key_ids"][:3] == other["evidence"]["key_ids"][:3]
+        assert [shot["key_id"] for shot in one["similar"][:3]] == [shot["key_id"] for shot in other["similar"][:3]]
         np.testing.assert_allclose(one["logits"], other["logits"], rtol=1e-4, atol=1e-5)
 
 
@@ -914,7 +929,7 @@ def test_a_fitted_index_gives_the_same_answers_on_the_server(shared: Path, tmp_p
     cache = CacheModel.load(out, device="cpu")
     with serving(out) as client:
         described = client.get("/v1/indexes/food").json()
-        found = client.post("/v1/classify?logits=true&evidence=true&neighbours=2", json={"features": queries}).json()
+        found = client.post("/v1/classify?logits=true&neighbours=2", json={"features": queries}).json()
     assert cache.fitted is not None
     assert (described["metric"], described["values"]) == (cache.fitted.metric, cache.fitted.values)
     assert described["least_cache"] == pytest.approx(cache.settings.least_cache)
@@ -926,24 +941,6 @@ def test_a_fitted_index_gives_the_same_answers_on_the_server(shared: Path, tmp_p
         ):
             assert (shot["key_id"], shot["label"]) == (wanted.key_id, wanted.label)
             np.testing.assert_allclose(shot["gives"][0], wanted.contribution, rtol=1e-4)
-
-
-def test_solved_values_are_sent(tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    keys = random.normal(size=(40, 8)) + 3 * np.eye(8)[np.arange(40) % 4]
-    keys /= np.linalg.norm(keys, axis=1, keepdims=True)
-    cache = CacheModel.from_features(keys.astype(np.float32), np.arange(40) % 4, list("abcd"))
-    cache.save(tmp_path / "plain")
-    closed_form.fit(cache, closed_form.Fit(values="solved"))
-    cache.save(tmp_path / "solved")
-    with serving(tmp_path / "plain", tmp_path / "solved") as client:
-        assert client.get("/v1/indexes/plain/values").status_code == 422
-        sent = client.get("/v1/indexes/solved/values").json()
-        assert cache.values is not None
-        assert sent["key_ids"] == cache.labels["key_id"].to_pylist()
-        assert np.array(sent["values"]) == pytest.approx(cache.values.numpy())
-    with serving(tmp_path / "solved", limits=Limits(values=159)) as client:
-        assert "at most 159" in client.get("/v1/indexes/solved/values").json()["detail"]
 
 
 def test_invalid_requests_are_refused(both: Client, things: Path, photo: bytes) -> None:
@@ -1122,7 +1119,7 @@ def test_the_page_loads_nothing_from_other_sites(both: Client) -> None:
     assert page.headers["x-content-type-options"] == "nosniff"
     assert "http://" not in page.text.replace("http://www.w3.org", "")
     assert "https://" not in page.text
-    assert both.get("/page/method.js").headers["content-type"].startswith("text/javascript")
+    assert both.get("/page/photo.js").headers["content-type"].startswith("text/javascript")
     assert both.get("/page/../app.py").status_code == 404
     assert both.get("/page/%2e%2e/app.py").status_code == 404
 
@@ -1173,5 +1170,5 @@ def test_the_server_and_the_encoder_compute_the_same_features(
     (tmp_path / "all.csv").write_text("path,label\n" + "".join(f"{path},x\n" for path in paths))
     expected = Encoder(lit_mini).encode(open_source(tmp_path / "all.csv")).features
     files = [("images", path.read_bytes()) for path in paths]
-    found = both.post("/v1/classify?index=things&evidence=true", files=files).json()["results"]
-    np.testing.assert_allclose([one["evidence"]["feature"] for one in found], expected, atol=2e-6)
+    found = both.post("/v1/classify?index=things&features=true", files=files).json()["results"]
+    np.testing.assert_allclose([one["feature"] for one in found], expected, atol=2e-6)

@@ -1439,7 +1439,7 @@ def test_the_server_answers_from_a_store_and_reloads_changes(local_pets, monkeyp
 
         def ask():
             sent = {"features": QUERIES.tolist()}
-            answer = client.post("/v1/classify", json=sent, params={"top": 3, "neighbours": 3, "evidence": True})
+            answer = client.post("/v1/classify", json=sent, params={"top": 3, "neighbours": 3, "features": True})
             assert answer.status_code == 200, answer.text
             return answer.json()
 

@@ -288,7 +288,7 @@ def _best(answer: AnswerBlock, truth: Ints) -> tuple[Tensor, Tensor, Tensor, Ten
     log_truth = log_truth.double().masked_fill((ids < 0) | (ids >= c), -torch.inf)
     strength = torch.zeros_like(confidence)
     if settings.least_cache is not None:
-        strength = terms.strongest(answer.index.retrieval.keys.counts).double()
+        strength = terms.strongest(answer.retrieval.keys.counts).double()
     return ranked.cpu(), confidence.cpu(), log_truth.cpu(), strength.cpu()
 
 

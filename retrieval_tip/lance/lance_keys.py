@@ -68,7 +68,7 @@ class LanceKeys(KeyStream):
             raise StoreError(f"{self.table.address}: has {n_read} rows instead of {self.n}; use another version")
 
     def numbered_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield the same blocks as :meth:`blocks`, with the row numbers of their keys in the table."""
+        """See :meth:`keys.KeyStream.numbered_blocks`."""
         return iter(self._held) if self.n * self.d * 4 <= HELD_BYTES else self._read()
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:

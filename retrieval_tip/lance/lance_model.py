@@ -25,7 +25,7 @@ from retrieval_tip.backbones.base import Identity, resolve_device
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.shots import spread
 from retrieval_tip.errors import StoreError, UsageError
-from retrieval_tip.lance.key_table import CLASSES, FLAT, POINT, RESTORE, VECTOR, VERSION, IntArray, KeyTable
+from retrieval_tip.lance.key_table import CLASSES, FLAT, POINT, RESTORE, ROW, VECTOR, VERSION, IntArray, KeyTable
 from retrieval_tip.lance.lance_keys import LanceKeys
 from retrieval_tip.lance.versions import Classes, LanceVersions
 from retrieval_tip.retrieval.arrays import KeyArray
@@ -151,6 +151,12 @@ class LanceModel(AnsweringIndex):
     def every_row(self) -> IntArray:
         rows: IntArray = torch.cat([rows for _, _, rows in self._keys.numbered_blocks()]).cpu().numpy()
         return rows
+
+    def rows_of(self, key_ids: Sequence[int]) -> tuple[IntArray, IntArray]:
+        found = list(self.table.scan_of("key_id", key_ids, ["class_id"], with_rows=True))
+        none = np.empty(0, dtype=np.int64)
+        rows, ids = (np.concatenate([none, *(batch[name].to_numpy() for batch in found)]) for name in (ROW, "class_id"))
+        return rows.astype(np.int64), ids.astype(np.int64)
 
     def some(self, m: int) -> tuple[KeyArray, pa.Table]:
         some = self.table.offsets(spread(self.n, m), ["key_id", "class_id", VECTOR])

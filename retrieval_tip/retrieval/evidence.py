@@ -84,14 +84,14 @@ class Largest:
         given = torch.full((q, number), -torch.inf, device=device)
         return cls(given, torch.zeros_like(given), torch.full((q, number), -1, device=device))
 
-    def add(self, part: slice, given: Tensor, affinity: Tensor, first: int) -> None:
-        """Merge a block of keys for the queries in ``part``. ``first`` is the row number of the first key."""
+    def add(self, part: slice, given: Tensor, affinity: Tensor, rows: Tensor) -> None:
+        """Merge a block of keys for the queries in ``part``. ``rows`` are their row numbers."""
         number = self.given.shape[1]
         if number == 1:  # max is several times as fast as topk
             largest, place = given.max(dim=1, keepdim=True)
         else:
             largest, place = given.topk(min(number, given.shape[1]), dim=1)
-        block = largest, affinity.gather(1, place), place + first
+        block = largest, affinity.gather(1, place), rows[place]
         columns = self.given[part], self.affinity[part], self.rows[part]
         both = [torch.cat(pair, dim=1) for pair in zip(columns, block, strict=True)]
         kept = both[0].topk(number, dim=1).indices

@@ -138,6 +138,13 @@ class KeyStream(ABC):
         GPU. Blocks may share memory, so do not keep them.
         """
 
+    def numbered_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the same blocks as :meth:`blocks`, and also the row numbers of the keys."""
+        start = 0
+        for keys, ids in self.blocks():
+            yield keys, ids, torch.arange(start, start + len(ids), device=self.device)
+            start += len(ids)
+
     @cached_property
     def mean_count(self) -> float:
         """Mean number of keys per class. Empty classes are not counted."""
@@ -494,3 +501,80 @@ class Keys(KeyStream):
         starts, counts, steps = self._starts[:-1], self._starts.diff(), torch.arange(SPREAD_KEYS, device=self.device)
         rows = (starts[classes, None] + counts[classes, None] * steps // SPREAD_KEYS).clamp_max(self.n - 1)
         return self.affinity(features, rows.reshape(len(features), -1)).view(rows.shape)
+
+
+class KeysWithout(KeyStream):
+    """The keys of another stream, except those at ``rows``, whose classes are ``class_ids``. Row numbers stay the same.
+
+    A search compares keys one by one, since the bounds on whole classes hold for all of their keys.
+    """
+
+    def __init__(self, every: KeyStream, rows: Tensor, class_ids: Tensor) -> None:
+        self.every, self.rows, self._class_ids = every, rows, class_ids
+        self.exact_search = every.exact_search
+        counts = every.counts - torch.bincount(class_ids, minlength=every.n_classes)
+        super().__init__((every.n - len(rows), every.d), counts, every.device)
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """Sum of the keys in each class, of shape ``[c, d]``."""
+        sums, changed = self.every.sums.clone(), self._class_ids.unique()
+        for place, keys, rows in self.every.numbered_of_classes(changed.cpu().numpy()):
+            sums[changed[place]] -= keys[torch.isin(rows, self.rows)].sum(0)
+        return sums
+
+    def numbered_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """See :meth:`KeyStream.numbered_blocks`."""
+        for block in self.every.numbered_blocks():
+            gone = torch.isin(block[2], self.rows)
+            yield tuple(column[~gone] for column in block) if gone.any() else block  # type: ignore[misc]
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """See :meth:`KeyStream.blocks`."""
+        return ((keys, ids) for keys, ids, _ in self.numbered_blocks())
+
+    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor]]:
+        """See :meth:`KeyStream.of_classes`."""
+        return ((place, keys) for place, keys, _ in self.numbered_of_classes(class_ids))
+
+    def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """See :meth:`KeyStream.numbered_of_classes`."""
+        for place, keys, rows in self.every.numbered_of_classes(class_ids):
+            left = ~torch.isin(rows, self.rows)
+            yield place, keys[left], rows[left]
+
+    def nearest(self, points: Tensor, k: int) -> Nearest:
+        """See :meth:`KeyStream.nearest`."""
+        found = self.every.nearest(points, k + len(self.rows))
+        found = found.without(torch.isin(found.rows, self.rows), self.n_classes)
+        return found.ordered(found.affinity).first(min(k, self.n))
+
+    def _nearest_means(self, points: Tensor, number: int) -> Tensor:
+        return self.every._nearest_means(points, number)
+
+    def described(self, affinity: Tensor, rows: Tensor) -> Nearest:
+        """See :meth:`KeyStream.described`."""
+        return self.every.described(affinity, rows)
+
+    def value_sums(self, values: Tensor) -> Tensor:
+        """See :meth:`KeyStream.value_sums`."""
+        return self.every.value_sums(values).index_add(0, self._class_ids, values[self.rows], alpha=-1)
+
+    def cache_logits(
+        self, features: Tensor, beta: float, values: Tensor | None = None, products: torch.dtype | None = None
+    ) -> Tensor:
+        """See :meth:`KeyStream.cache_logits`."""
+        if values is None:
+            return super().cache_logits(features, beta)
+        cache = features.new_zeros(len(features), self.n_classes)
+        for keys, _, rows in self.numbered_blocks():
+            own = values[rows]
+            for sums, part in zip(cache.split(self.queries), features.split(self.queries), strict=True):
+                sums += tip.weight(tip.affinity(part, keys), beta) @ own
+        return cache
+
+    def _sample(self) -> tuple[Tensor, Tensor]:
+        return self.every._sample()
+
+    def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
+        return self.every._spread(features, classes)

@@ -11,7 +11,7 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.retrieval.certify import certificate, promising, settled, uncertain
 from retrieval_tip.retrieval.evidence import Contributors, Largest, Nearest
-from retrieval_tip.retrieval.keys import QUERY_BLOCK, KeyStream
+from retrieval_tip.retrieval.keys import QUERY_BLOCK, KeyStream, KeysWithout
 from retrieval_tip.settings import Settings
 
 LOGITS = 1 << 25
@@ -79,6 +79,14 @@ class Retrieval:
         values = None if self.values is None else self.values.double()
         metric = None if self.metric is None else self.metric.double()
         return replace(self, text_weights=self.text_weights.double(), values=values, metric=metric)
+
+    def without(self, rows: Tensor, class_ids: Tensor) -> Retrieval:
+        """Leave out the keys at ``rows``, whose classes are ``class_ids``.
+
+        If the index searches for whole classes, all of the other keys are used.
+        """
+        settings = self.settings.override(k="all") if self.keys.by_class else self.settings
+        return replace(self, keys=KeysWithout(self.keys, rows, class_ids), settings=settings)
 
     def terms(self, features: Tensor, *, certify: bool = False, neighbours: int = 0) -> AnswerTerms:
         """Compute the terms of the logits.
@@ -174,15 +182,13 @@ class Retrieval:
         """Return, for one class per query, the keys that contribute most and the key that contributes least."""
         asked, own = classes.unique(return_inverse=True)
         most, least = (Largest.none(len(points), m, self.keys.device) for m in (number, 1))
-        start = 0
-        for keys, _ in self.keys.blocks():
-            given = values[start : start + len(keys), asked].T.contiguous()  # one row per class
+        for keys, _, rows in self.keys.numbered_blocks():
+            given = values[rows[:, None], asked].T.contiguous()  # one row per class
             for part in slices(len(points), QUERY_BLOCK):
                 affinity = tip.affinity(points[part], keys)
                 shares = tip.weight(affinity, self.settings.beta).mul_(given[own[part]])
-                most.add(part, shares, affinity, start)
-                least.add(part, shares.neg_(), affinity, start)
-            start += len(keys)
+                most.add(part, shares, affinity, rows)
+                least.add(part, shares.neg_(), affinity, rows)
         return self.keys.described(most.affinity, most.rows), self.keys.described(least.affinity, least.rows)
 
     def _terms_over_classes(

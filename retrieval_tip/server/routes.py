@@ -16,13 +16,13 @@ from retrieval_tip.errors import InputError
 from retrieval_tip.evaluation.projection import Method
 from retrieval_tip.server import indexes as managed
 from retrieval_tip.server import metrics, schemas
-from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.limits import DEADLINE
+from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.problems import Problem
-from retrieval_tip.server.served import PageAsk, Served, Version
+from retrieval_tip.server.served import Served, Version
 from retrieval_tip.server.service import Service
 from retrieval_tip.server.uploads import index_name, read, read_features, read_index
-from retrieval_tip.settings import KeysMet
+from retrieval_tip.settings import Ask, KeysMet
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 MOST = 1_000_000_000
@@ -167,6 +167,10 @@ UNHURRIED = [Depends(_lift_deadline)]
 async def classify(
     request: Request,
     service: TheService,
+    without: Annotated[
+        list[schemas.KeyId],
+        Query(default_factory=list, max_length=1000, description="Leave out this key. Can be repeated."),
+    ],
     index: Annotated[
         str | None, Query(description="Name of the index. It is required if several indexes are served.")
     ] = None,
@@ -184,8 +188,8 @@ async def classify(
         Query(ge=0, le=1000, description="Number of shots to return, starting with the strongest support."),
     ] = 5,
     logits: Annotated[bool, Query(description="Whether to return the logits of all classes.")] = False,
-    evidence: Annotated[
-        bool, Query(description="Whether to return the values from which the answer is computed.")
+    features: Annotated[
+        bool, Query(description="Whether to return the feature of each input, and the most similar shots.")
     ] = False,
     norms: Norms = "check",
 ) -> Response:
@@ -196,8 +200,8 @@ async def classify(
     version = service.index(index).now
     sent = await read(request, service.limits, norms, version.cache.d)
     met: KeysMet = int(k) if k not in (None, "all") else "all" if k else None
-    ask = PageAsk(met, tail, alpha, beta, top, neighbours, logits=logits, evidence=evidence)
-    return _json(await service.classify(version, ask, sent))
+    ask = Ask(met, tail, alpha, beta, top, neighbours, logits=logits, without=tuple(without))
+    return _json(await service.classify(version, ask, sent, features=features))
 
 
 @about.get("/healthz")
@@ -406,15 +410,6 @@ async def history(service: TheService, one: Named) -> Response:
 async def rollback(service: TheService, one: Named, change: schemas.Rollback) -> schemas.ChangedShots:
     """Restore an earlier version, as a new version. The current version is kept."""
     return await service.rollback(one, change.to, change.since)
-
-
-@reads.get("/indexes/{name}/values", response_model=schemas.KeyValues)
-async def values(service: TheService, version: Now) -> Response:
-    """Return the value of each key for each class, provided that values were solved or trained.
-
-    The response is an error if there are too many values.
-    """
-    return _json(service.values(version))
 
 
 @reads.get("/indexes/{name}/exemplars", responses=SLOW)

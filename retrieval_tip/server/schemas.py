@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, Field, PlainValidator, WithJsonS
 
 from retrieval_tip.fit.closed_form import ShotEstimate
 from retrieval_tip.labelling.queue import Picked
-from retrieval_tip.predictions import SCHEMA, Evidence
+from retrieval_tip.predictions import SCHEMA
 from retrieval_tip.server.problems import MEDIA
 from retrieval_tip.store.labels import LABEL_SCHEMA, VERSIONS_SCHEMA
 
@@ -125,12 +125,13 @@ def _body(form: Row, json: Row | None = None, example: Row | None = None, binary
     return {"requestBody": {"required": True, "content": content}}
 
 
+_FLOATS: Row = {"type": "string", "format": "binary", "description": "Features as little-endian float32, row by row."}
 CLASSIFY = _body(
     {"images": _FILES},
     {"features": _FEATURES, "inputs": _TEXTS},
     {"features": [[0.6, 0.8]], "inputs": ["camera-3/0001"]},
+    _FLOATS,
 )
-_FLOATS: Row = {"type": "string", "format": "binary", "description": "Features as little-endian float32, row by row."}
 GROUP = _body({}, {"features": _FEATURES}, {"features": [[0.6, 0.8], [0.8, 0.6]]}, _FLOATS)
 ADD = _body(
     {"images": _FILES, "label": {"type": "string", "minLength": 1, "description": "Class of all images."}},
@@ -184,15 +185,19 @@ def _row(columns: Iterable[pa.Field], **more: Row) -> WithJsonSchema:
 
 HISTORY = ("version", "parent", "created_at", "change", "keys", "classes", "current")
 """Columns of :data:`VERSIONS_SCHEMA` that responses contain."""
-_EVIDENCE = {field.name: {} if field.name == "complete" else _NUMBERS for field in fields(Evidence)}
-
 Key = Annotated[Row, _row(LABEL_SCHEMA, image={"type": ["string", "null"], "description": "Address of the thumbnail."})]
 PastVersion = Annotated[Row, _row(VERSIONS_SCHEMA.field(name) for name in HISTORY)]
 Result = Annotated[
     Row,
     _row(
         (column for column in SCHEMA if column.name != "keys"),
-        evidence={"type": "object", "properties": _EVIDENCE, "description": str(Evidence.__doc__)},
+        text_logits=_NUMBERS | {"description": "What the text adds to the logit of each label."},
+        shot_logits=_NUMBERS | {"description": "What the shots add to the logit of each label."},
+        feature=_NUMBERS | {"description": "The feature, if features is true."},
+        similar=_list_of(
+            {"type": "object", "properties": {"key_id": {"type": "integer"}, "affinity": {"type": "number"}}},
+            description="The most similar shots, most similar first, if features is true.",
+        ),
     ),
 ]
 
@@ -419,15 +424,6 @@ class History:
 
     version: int
     versions: list[PastVersion]
-
-
-@dataclass(frozen=True)
-class KeyValues:
-    """The solved or trained value of each key for each class. The browser can compute answers from them."""
-
-    version: int
-    key_ids: Ints
-    values: list[Floats]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from retrieval_tip.answering import similar_shots
 from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data.encoder import FeatureBlock
@@ -40,21 +41,14 @@ FloatArray = npt.NDArray[np.float32]
 RETRY_SECONDS = 30.0
 """Number of seconds after which a version that failed to open is tried again."""
 
-COMPLETE, NEAREST = 1 << 14, 2048
-"""Evidence contains all keys if an index has at most ``COMPLETE`` keys, and the ``NEAREST`` nearest keys otherwise."""
+SIMILAR = 100
+"""Number of the most similar shots that an answer with features contains."""
 
 NEIGHBOUR_CELLS = 16
 """Cost of a neighbour in an answer. A neighbour takes as much memory as 16 numbers."""
 
 VALUES = 1 << 22
 """Maximum count of numbers, or of retrieved keys, in answers that are computed at once."""
-
-
-@dataclass(frozen=True)
-class PageAsk(Ask):
-    """A question that may also ask for the evidence of the answers, for the sliders of the page."""
-
-    evidence: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,21 +60,19 @@ class Version:
     manifest: Manifest
     backbone: Backbone | None
 
-    def cells(self, ask: PageAsk) -> int:
+    def cells(self, ask: Ask) -> int:
         """Return the count of numbers in one answer. If the request sets ``k``, add the number of keys to retrieve."""
         cache, c = self.cache, len(self.cache.class_names)
-        near = cache.n if cache.n <= COMPLETE else NEAREST
-        evidence = cache.d + 3 * c + 3 * near if ask.evidence else 0
         neighbours = NEIGHBOUR_CELLS * min(ask.neighbours, cache.n)
         met = 0 if ask.k is None or ask.k == "all" else min(ask.k, cache.n)
-        return 2 * min(ask.top, c) + neighbours + (c if ask.logits else 0) + evidence + met
+        return 4 * min(ask.top, c) + neighbours + (c if ask.logits else 0) + met
 
-    def at_once(self, ask: PageAsk) -> int:
+    def at_once(self, ask: Ask) -> int:
         """Return the number of queries that can be answered at once within the memory limits."""
         met = min(ask.settings(self.cache.settings).k or 0, self.cache.n)
         return max(1, min(VALUES // max(self.cells(ask), met), LOGITS // len(self.cache.class_names)))
 
-    def answer(self, ask: PageAsk, features: FloatArray) -> list[Row]:
+    def answer(self, ask: Ask, features: FloatArray) -> list[Row]:
         """Return one result per query, given the queries as an array of shape ``[q, d]``.
 
         Raises the same errors as :meth:`AnsweringIndex.classify`.
@@ -89,12 +81,19 @@ class Version:
         every = FeatureBlock.of(features)
         for answers in self.cache.answers(map(every.take, slices(len(features), self.at_once(ask))), ask):
             predictions = answers.predictions()
-            rows = list(predictions.rows(predictions.to_arrow().column_names))
-            if ask.evidence:
-                for row, own in zip(rows, answers.index.evidence(answers.features, COMPLETE, NEAREST), strict=True):
-                    row["evidence"] = own
-            results += rows
+            own, terms = answers.index.settings, answers.terms
+            parts = terms.text, own.alpha * terms.photos(own).double()
+            texts, shots = (part.gather(1, answers.ranked).tolist() for part in parts)
+            rows = predictions.rows(predictions.to_arrow().column_names)
+            for row, text, shot in zip(rows, texts, shots, strict=True):
+                results.append(row | {"text_logits": text, "shot_logits": shot})
         return results
+
+    def located(self, features: FloatArray) -> list[Row]:
+        """Return each feature with the shots that are most similar to it, most similar first."""
+        near = similar_shots(self.cache, features, SIMILAR, norms="keep")
+        similar = ([{"key_id": shot.key_id, "affinity": shot.affinity} for shot in own] for own in near)
+        return [{"feature": feature, "similar": own} for feature, own in zip(features, similar, strict=True)]
 
     def groups(self, features: FloatArray) -> list[list[int]]:
         """Return the rows of each group of similar features (see :func:`groups.group`)."""
@@ -182,7 +181,7 @@ class Served:
         manifest = cache.manifest
         assert manifest is not None
         version = Version(self.name, cache, manifest, self.backbones.of(cache, self.name))
-        version.answer(PageAsk(), cache.some(1)[0].astype(np.float32))  # warms up the index
+        version.answer(Ask(), cache.some(1)[0].astype(np.float32))  # warms up the index
         metrics.VERSION.labels(self.name).set(manifest.version)
         metrics.KEYS.labels(self.name).set(cache.n)
         return version

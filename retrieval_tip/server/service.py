@@ -39,9 +39,10 @@ from retrieval_tip.server.batching import Kept, Lane, Turn, TurnQueue
 from retrieval_tip.server.limits import ROWS_PER_IMAGE, Limits
 from retrieval_tip.server.problems import NAMED, Problem
 from retrieval_tip.server.schemas import Row, Unread
-from retrieval_tip.server.served import NEIGHBOUR_CELLS, Maker, PageAsk, Served, Version, encoded
+from retrieval_tip.server.served import NEIGHBOUR_CELLS, SIMILAR, Maker, Served, Version, encoded
 from retrieval_tip.server.thumbnails import Thumbnails
 from retrieval_tip.server.uploads import Sent
+from retrieval_tip.settings import Ask
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class Service:
         self._encode: Lane[Backbone, torch.Tensor, FloatArray] = Lane(
             "encode", TurnQueue(math.inf), encoded, most=lambda backbone: backbone.batch_size
         )
-        self._answer: Lane[tuple[Version, PageAsk], FloatArray, Row] = Lane(
+        self._answer: Lane[tuple[Version, Ask], FloatArray, Row] = Lane(
             "features",
             self._queue,
             lambda key, rows: key[0].answer(key[1], np.stack(rows)),
@@ -161,22 +162,23 @@ class Service:
             raise Problem(404, f"index {name!r} not found; the served indexes are {', '.join(self.served) or 'none'}")
         return self.served[name]
 
-    async def classify(self, version: Version, ask: PageAsk, sent: Sent) -> schemas.Classified:
-        """Classify uploaded inputs.
+    async def classify(self, version: Version, ask: Ask, sent: Sent, *, features: bool) -> schemas.Classified:
+        """Classify uploaded inputs. If ``features`` is true, return their features and the most similar shots as well.
 
         Raises Problem 422 if no input can be read or the answers are too large, and the same errors as
         :meth:`TurnQueue.admit`.
         """
-        cells, rows = version.cells(ask), len(sent.names)
+        cells = version.cells(ask) + (version.cache.d + 2 * min(SIMILAR, version.cache.n) if features else 0)
+        rows = len(sent.names)
         if rows > 1 and rows * cells > self.limits.cells:
             raise Problem(
                 422,
                 f"{rows} inputs: the answers would contain {rows * cells:,} numbers (a neighbour counts as "
                 f"{NEIGHBOUR_CELLS}), but only {self.limits.cells:,} are allowed; send at most "
-                f"{max(1, self.limits.cells // cells)} at once, or reduce evidence, logits, neighbours, top or k",
+                f"{max(1, self.limits.cells // cells)} at once, or reduce features, logits, neighbours, top or k",
             )
         skipped: list[Unread] = []
-        names, features = sent.names, list(sent.features) if sent.features is not None else []
+        names, queries = sent.names, list(sent.features) if sent.features is not None else []
         if sent.images is None:
             self._queue.admit(sent.client)
         else:
@@ -186,10 +188,11 @@ class Service:
                 return _unit((await self._encode(sent.client, backbone, [pixels]))[0])
 
             encoded, skipped = await self.decoded(sent, sent.images, backbone, feature)
-            names, features = [names[place] for place in encoded], list(encoded.values())
-        results = await self._answer(sent.client, (version, ask), features, len(features) / ROWS_PER_IMAGE)
-        for name, result in zip(names, results, strict=True):
-            result["input"] = name
+            names, queries = [names[place] for place in encoded], list(encoded.values())
+        results = await self._answer(sent.client, (version, ask), queries, len(queries) / ROWS_PER_IMAGE)
+        located = await self.find(version.located, np.stack(queries)) if features else [{}] * len(queries)
+        for name, result, more in zip(names, results, located, strict=True):
+            result |= {"input": name} | more
         metrics.CLASSIFIED.labels(version.name).inc(len(results))
         used = ask.settings(version.cache.settings)
         caution = version.cache.caution(used)
@@ -321,17 +324,6 @@ class Service:
         changed = await self.change(call)
         await self.follow(one)
         return schemas.ChangedShots(one.name, changed.version, changed.key_ids)
-
-    def values(self, version: Version) -> schemas.KeyValues:
-        """Return the value of each key for each class. Raises Problem 422 if values are one-hot or too many."""
-        values = getattr(version.cache, "values", None)
-        if values is None:
-            raise Problem(422, "values: are one-hot and not stored; the value of each key is 1 for its own class")
-        if values.numel() > self.limits.values:
-            many = f"values: there are {values.numel():,}, but at most {self.limits.values:,} can be returned"
-            raise Problem(422, f"{many}; classify with logits=true instead")
-        key_ids = version.cache.described(version.cache.every_row(), ["key_id"])["key_id"].to_numpy()
-        return schemas.KeyValues(version.manifest.version, key_ids, list(values.float().cpu().numpy()))
 
     async def exemplars(self, version: Version) -> schemas.Exemplars:
         """Return a typical key of each class, and mean affinities. Raises Problem 202 if this takes too long."""

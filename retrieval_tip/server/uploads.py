@@ -1,4 +1,4 @@
-"""Functions that read request bodies, which contain images as multipart form data or features as JSON."""
+"""Functions that read request bodies: images as multipart form data, and features as JSON or as float32 numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -70,6 +70,9 @@ async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labell
         body = await _body(request, limits)
         parse = partial(_json, body, limits, norms, d, _client(request), labelled=labelled)
         return parse() if len(body) <= SHORT else await asyncio.get_running_loop().run_in_executor(_PARSING, parse)
+    if kind == FLOATS and not labelled:
+        features = _floats(await request.body(), limits, norms, d)
+        return Sent(_row_names(len(features)), None, features, [], _client(request))
     if kind != FORM:
         raise Problem(415, f"content type {kind!r}: send images as {FORM}, or features as {JSON}")
     names, images, texts = await _form(request, limits, ["label"] if labelled else [])
@@ -80,24 +83,13 @@ async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labell
 
 
 async def read_features(request: Request, limits: Limits, norms: Norms, d: int) -> FloatArray:
-    """Read features of shape ``[q, d]``, sent as float32 numbers or as JSON. Raises the same errors as :func:`read`.
-
-    The numbers need a third of the bytes of JSON, so a request can contain more features.
-    """
-    if _kind(request) != FLOATS:
-        sent = await read(request, limits, norms, d)
-        if sent.features is None:
-            raise Problem(
-                422, "images: are not accepted here; send the features that POST /v1/classify returns as evidence"
-            )
-        return sent.features
-    body = await request.body()
-    rows, rest = divmod(len(body), 4 * d)
-    if rest or not rows:
-        raise Problem(422, f"features: {len(body):,} bytes given; send {d} float32 numbers for each feature")
-    if rows > limits.grouped:
-        raise Problem(413, f"features: {rows:,} rows given; send at most {limits.grouped:,} rows at once")
-    return check_norms(matrix(np.frombuffer(body, "<f4").reshape(rows, d).copy(), "features"), 0, norms, "features")
+    """Read features to group, of shape ``[q, d]``. Raises the same errors as :func:`read`."""
+    sent = await read(request, replace(limits, rows=limits.grouped), norms, d)
+    if sent.features is None:
+        raise Problem(
+            422, "images: are not accepted here; send the features that POST /v1/classify?features=true returns"
+        )
+    return sent.features
 
 
 async def read_index(request: Request, limits: Limits) -> Sent:
@@ -184,6 +176,19 @@ async def _body(request: Request, limits: Limits) -> bytes:
     return b"".join(parts)
 
 
+def _floats(body: bytes, limits: Limits, norms: Norms, d: int) -> FloatArray:
+    rows, rest = divmod(len(body), 4 * d)
+    if rest or not rows:
+        raise Problem(422, f"features: {len(body):,} bytes given; send {d} float32 numbers for each feature")
+    if rows > limits.rows:
+        raise Problem(413, f"features: {rows:,} rows given; send at most {limits.rows:,} rows at once")
+    return check_norms(matrix(np.frombuffer(body, "<f4").reshape(rows, d).copy(), "features"), 0, norms, "features")
+
+
+def _row_names(rows: int) -> list[str]:
+    return [f"row {row}" for row in range(rows)]
+
+
 def _json(body: bytes, limits: Limits, norms: Norms, d: int, client: str, *, labelled: bool) -> Sent:
     _check_parts(body, limits.rows, d)
     try:
@@ -202,7 +207,7 @@ def _json(body: bytes, limits: Limits, norms: Norms, d: int, client: str, *, lab
     if not 1 <= rows <= limits.rows:
         raise Problem(413 if rows else 422, f"features: {rows} rows given; send 1 to {limits.rows} rows at once")
     features = _features(sent["features"], d, norms)
-    names = _texts(sent.get(names_field, [f"row {i}" for i in range(rows)]), names_field, rows)
+    names = _texts(sent.get(names_field, _row_names(rows)), names_field, rows)
     labels = [_label(label) for label in _texts(sent.get("labels"), "labels", rows)] if labelled else []
     return Sent(names, None, features, labels, client)
 

@@ -109,7 +109,6 @@ export const map = (name, method, limit, options) => request(`${at(name)}/map${q
 export const audit = (name, parameters, options) => request(`${at(name)}/audit${query(parameters)}`, options);
 export const accuracy = (name) => request(`${at(name)}/accuracy`);
 export const exemplars = (name) => request(`${at(name)}/exemplars`);
-export const values = (name) => request(`${at(name)}/values`);
 export const history = (name) => request(`${at(name)}/history`);
 export const labelling = () => request("/v1/label");
 export const labelPhoto = (photo) => `/v1/label/photos/${photo}/image`;
@@ -125,20 +124,23 @@ export function classifyFile(file, parameters, options) {
   });
 }
 
-/** Classify images again, using the features in earlier answers. */
-export const classifyFeatures = (features, inputs, parameters, options) =>
-  asking(() => {
-    options.signal?.throwIfAborted();
-    return request(`/v1/classify${query(parameters)}`, { ...options, ...json({ features: features.map((row) => [...row]), inputs }) });
-  });
-
-/** Group similar features, which are sent as binary numbers, because there may be thousands. */
-export function groups(name, features) {
+/** Return a request with features as binary numbers, because there may be thousands. */
+function floats(features) {
   const [{ length }] = features;
   const body = new Float32Array(features.length * length);
   features.forEach((row, i) => body.set(row, i * length));
-  return request(`${at(name)}/groups`, { method: "POST", headers: { "Content-Type": "application/octet-stream" }, body });
+  return { method: "POST", headers: { "Content-Type": "application/octet-stream" }, body };
 }
+
+/** Classify images again, using the features in earlier answers. */
+export const classifyFeatures = (features, parameters, options) =>
+  asking(() => {
+    options.signal?.throwIfAborted();
+    return request(`/v1/classify${query(parameters)}`, { ...options, ...floats(features) });
+  });
+
+/** Group similar features. */
+export const groups = (name, features) => request(`${at(name)}/groups`, floats(features));
 
 /** Add photos as examples of one class. */
 export function addShots(name, label, files, token) {

@@ -411,7 +411,7 @@ let wished = ""; // the method that the user selected
 /** Show the open photo as a star on the map, and the other photos of the page as rings. */
 function showStar() {
   const photo = looked();
-  const at = (one) => (drawn && one?.current ? placeOf(drawn, one.evidence, settings.beta, one.without) : null);
+  const at = (one) => (drawn && one?.current ? placeOf(drawn, one, settings.beta) : null);
   const place = at(photo);
   keyMap.star(place, pagePhotos().slice(0, RINGS).filter((one) => one !== photo).map(at).filter(Boolean));
   const how = drawn?.axes ? "is at the star." : "is not on this map. The star marks the examples that it resembles most.";

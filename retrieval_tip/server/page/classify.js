@@ -11,14 +11,14 @@ import { state } from "./state.js";
 import { showUnknown } from "./unknown.js";
 import { classFolder, safe, zip } from "./zip.js";
 
-const BLOCK = 8; // features per request; the evidence for each may take a megabyte
+const BLOCK = 64; // features per request
+const STILL = 60; // ms between requests while a slider moves
 const DOUBTFUL = 0.95; // below this probability, a tile has a bar
-const SLICE = 12; // ms of computing after which the page can handle other events
 
 const photos = [];
 const refused = new Map(); // names of skipped files by reason
 let leaving = new AbortController(); // aborts requests to an index that is no longer open
-let moving = new AbortController(); // aborts requests for settings that have changed
+let moving = new AbortController(); // aborts requests for other settings or for another version
 
 /** Return the open photo, or else the active photo, or else the first photo, or null if there are no photos. */
 export const looked = () => drawer.openPhoto() ?? grid.active ?? photos[0] ?? null;
@@ -47,11 +47,16 @@ const grid = new Grid($("grid"), {
 // --- requests ---
 
 async function ask(photo) {
+  const { name } = settings;
+  const { signal } = leaving;
   photo.busy = true;
   photo.problem = null;
   changed(photo);
   try {
-    if (!(await photo.ask(leaving.signal, trouble))) askAgain([photo]);
+    const answer = await photo.ask(signal, trouble);
+    if (answer.version !== state.info.version) await state.refresh();
+    signal.throwIfAborted();
+    if (!photo.take(answer, answer.results[0], name, []) || name !== settings.name) askAgain([photo]);
   } catch (error) {
     if (error.name !== "AbortError") fail(photo, error);
   }
@@ -61,7 +66,7 @@ async function ask(photo) {
 function fail(photo, error) {
   photo.busy = false;
   photo.problem = error;
-  if (api.passing(error) || photo.evidence) return;
+  if (api.passing(error) || photo.feature) return;
   const reason = reasonOf(photo, error);
   refused.set(reason, [...(refused.get(reason) ?? []), photo.name]);
   remove([photo]); // because it will never get an answer
@@ -77,34 +82,35 @@ function reasonOf({ name }, { message }) {
   return "the file is damaged, or is not a JPEG, PNG or WebP image";
 }
 
-/** Classify photos again by their features. Set `evidence` if new evidence is needed because the index has changed. */
-async function askAgain(asked, { evidence = true, signal = leaving.signal } = {}) {
-  const { name } = settings;
-  if (evidence) for (const photo of asked) photo.busy = true;
+/** Classify photos again by their features. If a photo is one of the examples, it is classified without itself. */
+async function askAgain(asked) {
   const first = new Set(grid.items.slice(0, 60));
   const ordered = [...asked].sort((a, b) => first.has(b) - first.has(a)); // these are probably visible
+  for (const photo of asked) photo.busy ||= !photo.current;
   const blocks = [];
-  for (let i = 0; i < ordered.length; i += BLOCK) blocks.push(ordered.slice(i, i + BLOCK));
-  await Promise.all(
-    blocks.map(async (block) => {
-      try {
-        const answer = await api.classifyFeatures(
-          block.map((photo) => photo.evidence.feature),
-          block.map((photo) => photo.name),
-          { index: state.info.name, ...parameters(), evidence },
-          { signal, waiting: trouble },
-        );
-        for (const [i, photo] of block.entries()) {
-          if (photos.includes(photo) && !(await photo.take(answer, answer.results[i], name))) askAgain([photo]);
-          changed(photo);
-        }
-      } catch (error) {
-        if (error.name === "AbortError") return;
-        for (const photo of block) fail(photo, error);
-        progress();
-      }
-    }),
-  );
+  for (const some of Map.groupBy(ordered, ({ current, without }) => current && without.join()).values())
+    for (let i = 0; i < some.length; i += BLOCK) blocks.push(some.slice(i, i + BLOCK));
+  await Promise.all(blocks.map(askBlock));
+}
+
+/** Classify photos again that leave out the same examples. */
+async function askBlock(block) {
+  const { name } = settings;
+  const [{ current, without: itself }] = block;
+  const without = current ? itself : [];
+  const signal = AbortSignal.any([moving.signal, leaving.signal]);
+  try {
+    const asked = { ...parameters(), without, features: !current };
+    const answer = await api.classifyFeatures(block.map(({ feature }) => feature), asked, { signal, waiting: trouble });
+    if (answer.version !== state.info.version) await state.refresh();
+    signal.throwIfAborted(); // a newer request has been sent, and its answer may have arrived
+    const again = block.filter((photo, i) => !photo.take(answer, answer.results[i], name, without));
+    askAgain(again.filter(({ gone }) => !gone.signal.aborted));
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    for (const photo of block) fail(photo, error);
+  }
+  block.forEach(changed);
 }
 
 /** Add files at the top of the page. They wait until an index is open. If files are images of shots, `keyIds` contains
@@ -160,7 +166,6 @@ function progress() {
   $("progress").textContent =
     (left ? `${count(photos.length - left)} of ${plural(photos.length, "photo")} done${remaining(left)}` : plural(photos.length, "photo")) +
     (unlike ? ` · ${unlike} with no match` : "");
-  $("exactness").textContent = photos.some((photo) => photo.shown?.how === "estimate") ? "These are estimates. Waiting for the server…" : "";
   const done = wasBusy && !left;
   wasBusy = left > 0;
   if (done) {
@@ -189,7 +194,7 @@ function showProblems() {
   const failed = photos.filter((photo) => photo.problem && api.passing(photo.problem));
   if (failed.length) {
     const again = el("button", { type: "button", id: "again" }, "Try again");
-    again.addEventListener("click", () => failed.forEach((photo) => (photo.evidence ? askAgain([photo]) : ask(photo))));
+    again.addEventListener("click", () => (askAgain(failed.filter(({ feature }) => feature)), failed.filter(({ feature }) => !feature).forEach(ask)));
     const without = failed.filter((photo) => !photo.shown).length;
     lines.push([`${failed[0].problem.message}${without ? ` ${plural(without, "photo has", "photos have")} not been classified yet.` : ""}`, again]);
   } else if (lasting && busy()) lines.push([lasting]);
@@ -226,7 +231,7 @@ function tile(photo, element) {
   element.classList.toggle("taught", photo.taught !== null);
   element.title = photo.name;
   Object.assign(element.dataset, { input: photo.name, busy: photo.busy });
-  if (shown) Object.assign(element.dataset, { label: winner.label, probability: winner.probability, how: shown.how });
+  if (shown) Object.assign(element.dataset, { label: winner.label, probability: winner.probability });
   said.textContent = photo.taught ?? (photo.unlike ? "No match" : (winner?.label ?? photo.name));
   if (photo.taught) chip.textContent = "added";
   else if (shown) chip.textContent = photo.unlike ? "" : percent(winner.probability);
@@ -252,7 +257,7 @@ const SORTS = {
   like: (a, b) => likeness(b) - likeness(a),
 };
 let example = null; // the other photos are compared to this photo
-const likeness = (photo) => (example?.evidence && photo.evidence ? photo.evidence.feature.reduce((sum, x, i) => sum + x * example.evidence.feature[i], 0) : -1);
+const likeness = (photo) => (example?.feature && photo.feature ? photo.feature.reduce((sum, x, i) => sum + x * example.feature[i], 0) : -1);
 
 /** Sort the photos by their similarity to this photo. */
 function moreLike(photo) {
@@ -497,37 +502,16 @@ $("download-zip").addEventListener("click", async () => {
 
 // --- changes of settings, index and version ---
 
-let weighing = 0;
-
-/** Compute all answers for the current settings without blocking the page, starting with the visible photos. */
-function weighAll() {
-  const turn = ++weighing;
-  const ordered = [...grid.items.slice(0, 100), ...photos];
-  let at = 0;
-  const some = () => {
-    if (turn !== weighing) return;
-    const start = performance.now();
-    while (at < ordered.length && performance.now() - start < SLICE) ordered[at++].weigh();
-    grid.draw();
-    if (at < ordered.length) return requestAnimationFrame(some);
-    progress();
-    document.dispatchEvent(new CustomEvent("weighed"));
-  };
-  some();
-}
-
-settings.addEventListener("change", () => {
+/** Ask again for all photos that the server has seen, and give up older requests. */
+function askAll() {
   moving.abort();
   moving = new AbortController();
-  cancelAnimationFrame(frame);
-  frame = requestAnimationFrame(weighAll);
-  askWhenStill();
-});
+  askAgain(photos.filter(({ feature }) => feature));
+}
 
-/** Request answers that the page cannot compute from the server, as soon as the settings have stopped changing. */
-const askWhenStill = debounced(200, () => {
-  const asked = photos.filter((photo) => photo.current && photo.shown?.how === "estimate");
-  if (asked.length) askAgain(asked, { evidence: false, signal: AbortSignal.any([moving.signal, leaving.signal]) });
+let due = 0;
+settings.addEventListener("change", () => {
+  due ||= setTimeout(() => ((due = 0), askAll()), STILL);
 });
 
 state.addEventListener("index", () => {
@@ -542,9 +526,8 @@ state.addEventListener("index", () => {
 });
 
 state.addEventListener("version", () => {
-  const seen = photos.filter((photo) => photo.evidence);
-  for (const photo of seen) photo.before = photo.shown;
-  askAgain(seen);
+  for (const photo of photos) photo.before = photo.shown;
+  askAll();
   progress();
 });
 

@@ -5,8 +5,6 @@ import { $, el, nameOf, percent, picture, short } from "./dom.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 
-const DECIDED = 5; // number of supporting examples
-
 let photo = null;
 let teach = null; // function of (photos, label)
 let wrong = null; // the photo whose answer is wrong
@@ -121,7 +119,7 @@ export function show() {
   if (!photo) return;
   const drawer = $("drawer");
   const { shown, winner } = photo;
-  drawer.setAttribute("aria-busy", String(photo.busy));
+  drawer.setAttribute("aria-busy", String(photo.busy || shown?.name !== settings.name));
   $("drawer-file").textContent = photo.name;
   $("drawer-state").textContent = photo.problem?.message ?? (photo.busy ? "Classifying…" : "");
   $("drawer-answer").hidden = !shown;
@@ -135,11 +133,9 @@ export function show() {
     probability: winner.probability,
     textLogit: winner.text,
     cacheLogit: winner.cache,
-    how: shown.how,
   });
   $("drawer-title").textContent = photo.unlike ? "No match" : winner.label;
   $("drawer-probability").textContent = photo.unlike ? "" : percent(winner.probability);
-  $("drawer-how").textContent = shown.how === "estimate" ? "estimate" : "";
   $("drawer-notes").replaceChildren(...notes());
   showCorrection();
   showDecided();
@@ -176,7 +172,7 @@ function showCorrection() {
 }
 
 function showDecided() {
-  const { supporting, opposing } = photo.contributors(DECIDED);
+  const { supporting, opposing } = photo.shown;
   const most = Math.max(1e-300, ...[...supporting, ...(opposing ? [opposing] : [])].map(strength));
   $("decided").replaceChildren(...supporting.map((key) => decidedRow(key, most)));
   $("opposed").replaceChildren(...(opposing ? [decidedRow(opposing, most)] : []));
@@ -206,9 +202,10 @@ function decidedRow(key, most) {
 }
 
 function showLogits() {
-  const sum = `Σ exp(−β (1 − similarity))${state.model.values === null ? "" : " V"}`;
-  const cache = state.model.offset ? `α log(1 + ${sum} / ${short(state.model.offset)})` : `α ${sum}`;
-  $("formula").textContent = state.model.gamma ? `${cache} + α γ B` : cache;
+  const { values, log_offset: offset, gamma } = state.info;
+  const sum = `Σ exp(−β (1 − similarity))${values === "one-hot" ? "" : " V"}`;
+  const cache = offset ? `α log(1 + ${sum} / ${short(offset)})` : `α ${sum}`;
+  $("formula").textContent = gamma ? `${cache} + α γ B` : cache;
   $("logits").replaceChildren(
     ...photo.shown.rows.map(({ label, probability, text, cache }) =>
       el(
@@ -223,4 +220,4 @@ function showLogits() {
   );
 }
 
-settings.addEventListener("change", () => requestAnimationFrame(show));
+settings.addEventListener("change", show);

@@ -24,20 +24,19 @@ export function within([x, y], polygon) {
 }
 
 /** Return the place of a photo on a map, or null. If the map has axes, it is the projection onto these axes. Otherwise,
- *  it is the mean of the nearest keys, weighted by exp(-beta (1 - affinity)). `without` contains the key ids of the
- *  photo itself. */
-export function placeOf({ axes, key_ids: ids, x, y }, { feature, keyIds, affinities }, beta, without) {
+ *  it is the mean of the most similar keys, weighted by exp(-beta (1 - affinity)). */
+export function placeOf({ axes, key_ids: ids, x, y }, { feature, similar, without }, beta) {
   if (axes) {
     const [offset, ...rows] = axes;
     const place = offset.map((value, axis) => rows.reduce((sum, row, j) => sum + feature[j] * row[axis], value));
     return place.map((value) => Math.min(1, Math.max(-1, value)));
   }
   const at = new Map(ids.map((id, i) => [id, i]));
-  const near = [...affinities.keys()].filter((i) => at.has(keyIds[i]) && !without.has(keyIds[i])).slice(0, NEAREST);
+  const near = similar.filter(({ key_id: id }) => at.has(id) && !without.includes(id)).slice(0, NEAREST);
   if (!near.length) return null;
-  const weights = near.map((i) => Math.exp(beta * (affinities[i] - affinities[near[0]])));
+  const weights = near.map(({ affinity }) => Math.exp(beta * (affinity - near[0].affinity)));
   const whole = weights.reduce((sum, weight) => sum + weight, 0);
-  return [x, y].map((places) => near.reduce((sum, i, j) => sum + (weights[j] * places[at.get(keyIds[i])]) / whole, 0));
+  return [x, y].map((places) => near.reduce((sum, { key_id: id }, j) => sum + (weights[j] * places[at.get(id)]) / whole, 0));
 }
 
 export class KeyMap {

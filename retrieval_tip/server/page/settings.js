@@ -62,6 +62,11 @@ class Settings extends EventTarget {
     return [this.alpha, this.beta, this.k, this.k === "all" || this.tail].join(" ");
   }
 
+  /** Whether the user has changed a setting of the index. */
+  get changed() {
+    return Object.entries(this.#own).some(([name, value]) => this[name] !== value);
+  }
+
   reset() {
     this.#set(this.#own);
   }
@@ -69,17 +74,13 @@ class Settings extends EventTarget {
   /** Switch to another index or version. If the user has not changed any setting, use those of the index. */
   #follow(another) {
     const { alpha, beta, k, tail, n_keys: n } = state.info;
-    const untouched = another || this.#same();
+    const untouched = another || !this.changed;
     this.#own = { alpha, beta, k, tail };
     this.#stops = { alpha: stopsAround(alpha, RANGES.alpha), beta: stopsAround(beta, RANGES.beta), k: stopsUpTo(n) };
     for (const [name, stops] of Object.entries(this.#stops)) $(`${name}-slider`).max = stops.length - 1;
     $("k").max = n;
     if (untouched) Object.assign(this, this.#own);
     this.#showAll();
-  }
-
-  #same() {
-    return Object.entries(this.#own).every(([name, value]) => this[name] === value);
   }
 
   #typed(name) {
@@ -105,9 +106,9 @@ class Settings extends EventTarget {
     for (const name of ["alpha", "beta", "k"]) this.#show(name, name === typing);
     $("tail").checked = this.tail;
     $("tail").disabled = this.k === "all";
-    $("reset").disabled = this.#same();
+    $("reset").disabled = !this.changed;
     const k = this.k === "all" ? "-k all" : `-k ${this.k} ${this.tail ? "--tail" : "--no-tail"}`;
-    $("settings-title").textContent = this.#same() ? "Settings" : "Settings (changed)";
+    $("settings-title").textContent = this.changed ? "Settings (changed)" : "Settings";
     $("command").textContent = `--alpha ${this.alpha} --beta ${this.beta} ${k}`;
   }
 

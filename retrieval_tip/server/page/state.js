@@ -18,13 +18,12 @@ if (given) {
 class State extends EventTarget {
   info = null; // GET /v1/indexes/{name}
   labels = []; // by class id
-  model = null; // see method.js
   mayChange = false; // whether the server accepts changes
   #exemplars = null;
   #accuracy = null;
 
   async open(name) {
-    await this.#take(await api.index(name));
+    this.#take(await api.index(name));
     this.dispatchEvent(new Event("index"));
   }
 
@@ -33,14 +32,12 @@ class State extends EventTarget {
     const { name, version } = this.info;
     const info = await api.index(name);
     if (this.info.name !== name || info.version === this.info.version || info.version === version) return;
-    await this.#take(info);
+    this.#take(info);
     this.dispatchEvent(new Event("version"));
   }
 
-  async #take(info) {
-    const values = info.values === "one-hot" ? null : await valuesOf(info);
+  #take(info) {
     this.info = info;
-    this.model = { values, offset: info.log_offset, gamma: info.gamma, temperature: info.temperature, exact: info.exact_search };
     this.labels = [];
     this.#exemplars = this.#accuracy = null;
     for (const { class_id: id, label } of info.classes) this.labels[id] = label;
@@ -128,18 +125,6 @@ class State extends EventTarget {
         if (error.status !== 401) throw error;
       }
     }
-  }
-}
-
-/** Return the value of each key for each class. If there are too many values to send, return undefined, and let the
- *  server compute the answers. */
-async function valuesOf({ name }) {
-  try {
-    const { key_ids: ids, values } = await api.values(name);
-    return new Map(ids.map((id, i) => [id, Float64Array.from(values[i])]));
-  } catch (error) {
-    if (error.status === 422) return undefined;
-    throw error;
   }
 }
 

@@ -13,7 +13,7 @@ let asked = ""; // the photos that are grouped, or are being grouped
 
 /** Group the photos that have no match, and show the groups. `teach(photos, label)` is called when a group is named. */
 export async function showUnknown(photos, teach) {
-  const unlike = photos.filter((photo) => photo.unlike && !photo.taught && photo.evidence);
+  const unlike = photos.filter((photo) => photo.unlike && !photo.taught);
   const now = [state.info?.name, state.info?.version, ...unlike.map(({ id }) => id)].join();
   if (now === asked) return;
   asked = now;
@@ -25,10 +25,10 @@ export async function showUnknown(photos, teach) {
 
 /** Return the groups, or the reason why there are none, as items of a list. */
 async function grouped(unlike, teach, again) {
-  const some = unlike.slice(0, Math.min(MOST, Math.floor(BYTES / (4 * unlike[0].evidence.feature.length))));
+  const some = unlike.slice(0, Math.min(MOST, Math.floor(BYTES / (4 * unlike[0].feature.length))));
   const others = `The first ${count(some.length)} of ${count(unlike.length)} photos without a match were grouped.`;
   try {
-    const { groups } = await api.groups(state.info.name, some.map(({ evidence }) => evidence.feature));
+    const { groups } = await api.groups(state.info.name, some.map(({ feature }) => feature));
     const rows = groups.slice(0, GROUPS).map((places) => row(places.map((place) => some[place]), teach));
     return some.length < unlike.length ? [...rows, el("li", { class: "hint" }, others)] : rows;
   } catch (error) {

@@ -1,0 +1,156 @@
+"""Answers without some of the keys, compared with the definition in dense float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from conftest import cache_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tables import unit
+
+from retrieval_tip import CacheModel, tip
+from retrieval_tip.data.encoder import FeatureBlock
+from retrieval_tip.errors import InputError
+from retrieval_tip.index import places
+from retrieval_tip.settings import Ask, Fitted
+
+Array = npt.NDArray[Any]
+N, D, C, Q = 90, 12, 6, 9
+ALPHA, BETA, OFFSET = 1.7, 6.0, 0.05
+RANDOM = np.random.default_rng(0)
+MEANS = unit(RANDOM.normal(size=(C, D)))
+IDS = np.sort(RANDOM.permutation(np.repeat(np.arange(C), [1, 30, 3, 20, 0, 36])))
+KEYS = unit(MEANS[IDS] + 0.3 * RANDOM.normal(size=(N, D)))
+VALUES = RANDOM.normal(size=(N, C)).astype(np.float32)
+TEXT = unit(MEANS + 0.2 * RANDOM.normal(size=(C, D)))
+QUERIES = np.concatenate([KEYS[:3], unit(MEANS[RANDOM.integers(C, size=Q - 3)] + 0.3 * RANDOM.normal(size=(Q - 3, D)))])
+NAMES = [f"class {i}" for i in range(C)]
+METRIC = tip.Metric(torch.full((D,), 0.05), torch.from_numpy(np.eye(D, dtype=np.float32) + 0.1))
+HIDDEN = (0, 1, 5, 31, 32, 33, 60, 89)
+"""The only key of class 0, all keys of class 2, and some keys of the other classes."""
+
+
+def index_of(kind: str = "Flat", *, solved: bool = False, metric: bool = False, gamma: float = 0.0) -> CacheModel:
+    made = cache_of(
+        KEYS, IDS, NAMES, TEXT, alpha=ALPHA, beta=BETA, gamma=gamma, log_offset=OFFSET if solved else None, index="Flat"
+    )
+    fitted = Fitted("none", "solved", None, 0.1, N) if solved else None
+    made.set_fitted(METRIC if metric else None, torch.from_numpy(VALUES) if solved else None, fitted, kind)
+    return made
+
+
+def dense(index: CacheModel, without: tuple[int, ...], k: int | None, tail: bool) -> tuple[Array, Array]:
+    """Return the logits, and the contributions of the keys that are used to each class, by the definition."""
+    own = index.settings
+    phi = (lambda x: x) if index.metric is None else lambda x: index.metric(torch.from_numpy(x)).numpy()
+    K, f = phi(KEYS).astype(np.float64), phi(QUERIES.astype(np.float32)).astype(np.float64)
+    seen = ~np.isin(np.arange(N), without)
+    V = (np.eye(C)[IDS] if index.values is None else VALUES.astype(np.float64)) * seen[:, None]
+    A = f @ K.T
+    ranks = np.argsort(np.argsort(-np.where(seen, A, -np.inf), axis=1), axis=1)
+    met = seen & (ranks < (k or N))
+    weights = np.exp(-own.beta * (1 - A)) * met
+    if tail and k:
+        for c in range(C):
+            left = ~met & seen & (c == IDS)
+            mean = (A * left).sum(1) / left.sum(1).clip(1)
+            weights += left * np.exp(-own.beta * (1 - mean))[:, None]
+    cache = weights @ V
+    if own.log_offset:
+        cache = np.log1p(np.maximum(cache, 0) / own.log_offset)
+    if own.gamma:
+        means = [K[seen & (c == IDS)].mean(0) if (seen & (c == IDS)).any() else None for c in range(C)]
+        shown = [mean for mean in means if mean is not None]
+        within = sum((1 - mean @ mean) * (seen & (c == IDS)).sum() for c, mean in enumerate(means) if mean is not None)
+        variance = max(0, within / max(1, seen.sum() - len(shown)))
+        offsets = [
+            None if mean is None else -(mean @ mean - variance / (seen & (c == IDS)).sum()) / 2
+            for c, mean in enumerate(means)
+        ]
+        offset = np.mean([one for one in offsets if one is not None])
+        M = np.stack([np.mean(shown, axis=0) if mean is None else mean for mean in means])
+        cache = cache + own.gamma * (f @ M.T + [offset if one is None else one for one in offsets])
+    logits = own.logit_scale * QUERIES.astype(np.float64) @ TEXT.astype(np.float64).T + own.alpha * cache
+    return logits, np.where(met[:, :, None], np.exp(-own.beta * (1 - A))[:, :, None] * V, np.nan)
+
+
+def answered(index: Any, ask: Ask) -> list[Any]:
+    return [one for block in index.answers([FeatureBlock.of(QUERIES)], ask) for one in block.predictions()]
+
+
+@pytest.mark.parametrize("kind", ["Flat", "HNSW32", "Classes"])
+@pytest.mark.parametrize("solved", [False, True], ids=["one-hot", "solved"])
+@pytest.mark.parametrize(("gamma", "metric"), [(0.0, False), (3.0, True)], ids=["plain", "metric"])
+@pytest.mark.parametrize("k", [None, 7, 88])
+def test_hidden_keys_count_nowhere(kind: str, solved: bool, gamma: float, k: int | None, metric: bool) -> None:
+    index = index_of(kind, solved=solved, metric=metric, gamma=gamma)
+    used = None if kind == "Classes" else k  # an index over classes then uses all keys
+    for tail in (False, True):
+        expected, given_ = dense(index, HIDDEN, used, tail)
+        found = answered(index, Ask(k=k, tail=tail, without=HIDDEN, neighbours=4, top=2))
+        np.testing.assert_allclose([one.logits for one in found], expected, rtol=1e-4, atol=1e-3)
+        for row, one in enumerate(found):
+            best, second = (NAMES.index(label) for label in one.labels)
+            shots = [shot.key_id for shot in one.neighbours]
+            assert not {*shots, one.opposing and one.opposing.key_id} & {*HIDDEN}
+            strongest = np.sort(-given_[row, :, best])[: len(shots)]
+            assert len(shots) == min(4, np.isfinite(given_[row, :, best]).sum())
+            np.testing.assert_allclose(given_[row, shots, best], -strongest, rtol=1e-3, atol=1e-6)
+            lowest, rival = np.nanmin(given_[row, :, best]), np.nanmax(given_[row, :, second])
+            if lowest < 0 or rival > 1e-6:
+                assert one.opposing is not None
+                at = one.opposing.key_id
+                against = given_[row, at, best] if lowest < 0 else given_[row, at, second]
+                assert against == pytest.approx(lowest if lowest < 0 else rival, rel=1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sets(st.integers(0, N - 1), max_size=N - 1), st.floats(0, 60), st.booleans())
+def test_any_keys_may_be_hidden_at_any_beta(hidden: set[int], beta: float, solved: bool) -> None:
+    index = index_of(solved=solved, gamma=2.0).with_settings(replace(index_of().settings, beta=beta, gamma=2.0))
+    expected, _ = dense(index, tuple(hidden), None, tail=True)
+    found = answered(index, Ask(without=tuple(hidden)))
+    np.testing.assert_allclose([one.logits for one in found], expected, rtol=1e-4, atol=2e-3)
+
+
+def test_hidden_keys_do_not_make_a_query_similar() -> None:
+    index = index_of()
+    index.settings = replace(index.settings, beta=200, least_cache=0.5)
+    (alone,) = np.flatnonzero(IDS == 0)
+    found = answered(index, Ask(without=(int(alone),)))
+    assert answered(index, Ask())[0].unlike is False
+    assert found[0].unlike is True
+
+
+def test_certified_answers_hold_without_hidden_keys() -> None:
+    index = index_of()
+    expected, _ = dense(index, HIDDEN, None, tail=True)
+    found = answered(index, Ask(k=2, certify=True, without=HIDDEN))
+    assert [NAMES.index(one.label) for one in found] == expected.argmax(1).tolist()
+    assert all(one.keys <= N - len(HIDDEN) for one in found)
+
+
+def test_unknown_keys_are_ignored_but_one_key_has_to_stay() -> None:
+    index = index_of()
+    assert answered(index, Ask(without=(N, 10**12))) == answered(index, Ask())
+    with pytest.raises(InputError, match="leave at least one key"):
+        answered(index, Ask(without=tuple(range(N))))
+
+
+@pytest.mark.parametrize("solved", [False, True], ids=["one-hot", "solved"])
+def test_an_index_in_lancedb_hides_the_same_keys(tmp_path: Path, solved: bool) -> None:
+    place = places.at(f"lance://{tmp_path / 'index'}")
+    place.copy_from(index_of(solved=solved, gamma=1.0), "test")
+    index = place.load(device="cpu")
+    for k in (None, 7):
+        expected, _ = dense(index_of(solved=solved, gamma=1.0), HIDDEN, k, True)
+        found = answered(index, Ask(k=k, without=HIDDEN, neighbours=4))
+        np.testing.assert_allclose([one.logits for one in found], expected, rtol=1e-4, atol=1e-3)
+        assert not {shot.key_id for one in found for shot in one.neighbours} & {*HIDDEN}
