@@ -842,6 +842,21 @@ def test_bad_features_are_refused(both: Client, what: str) -> None:
     assert "\n" not in problem["detail"]
 
 
+@pytest.mark.parametrize("announced", [True, False], ids=["announced", "chunked"])
+@pytest.mark.parametrize(("path", "limit"), [("relabel", 1000), ("rename", 1000), ("keys", 5000), ("groups", 5000)])
+def test_each_route_limits_its_body(own: Path, path: str, limit: int, announced: bool) -> None:
+    headers = AUTHORISED | {"Content-Type": "application/octet-stream" if path == "groups" else "application/json"}
+    with serving(own, token=TOKEN, limits=Limits(bytes=5000, json_bytes=1000)) as client:
+        for size, large in ((900, False), (limit + 1, True)):
+            body = b" " * size
+            content = body if announced else iter([body[:500], body[500:]])
+            answer = client.post(f"/v1/indexes/own/{path}", content=content, headers=headers)
+            assert (answer.status_code == 413) == large
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert answer.json()["status"] == answer.status_code
+        assert "send" in answer.json()["detail"]
+
+
 def test_features_may_contain_integers_and_tiny_numbers(both: Client) -> None:
     rows = [[1] + [0] * 511, [0.6, 0.8] + [0] * 510, [1.0, -0.0] + [0] * 510, [0, 1] + [1e-300] * 510]
     answer = both.post("/v1/classify?index=food", json={"features": rows})

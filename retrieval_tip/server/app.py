@@ -11,9 +11,10 @@ from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 
 from retrieval_tip import __version__
-from retrieval_tip.server import routes
+from retrieval_tip.server import metrics, routes
+from retrieval_tip.server.guard import Guard
 from retrieval_tip.server.labelling import Labelling
-from retrieval_tip.server.limits import Guard, Limits
+from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.problems import HANDLED, Problem, answer, handle
 from retrieval_tip.server.served import Maker, Served
 from retrieval_tip.server.service import Service
@@ -56,11 +57,12 @@ def create_app(
     app.state.service, app.state.labelling = service, labelling
     app.state.token, app.state.private = token, private
     app.add_middleware(Guard, limits=limits)
+    app.add_middleware(metrics.Recorder)
     for kind in HANDLED:
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(Exception, _unexpected)
     for router in (routes.reads, routes.about, routes.changes):
-        app.include_router(router)
+        app.include_router(router, max_body_size=limits.bytes)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     app.get("/", include_in_schema=False)(_page)
     app.get("/docs", include_in_schema=False)(_docs)

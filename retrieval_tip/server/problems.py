@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from python_multipart.exceptions import FormParserError
 from starlette.exceptions import HTTPException
+from starlette.middleware.body_limit import MAX_BODY_SIZE_SCOPE_KEY
 
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, one_line
 
@@ -37,6 +38,11 @@ def answer(problem: Problem) -> Response:
     return Response(orjson.dumps(body), status, problem.headers, MEDIA)
 
 
+def too_large(limit: int) -> Problem:
+    """Return the problem of a body that is larger than ``limit`` bytes."""
+    return Problem(413, f"the request has more than {limit:,} bytes, which is the limit; send less data at once")
+
+
 def _problem(error: Exception) -> Problem:
     if isinstance(error, Problem):
         return error
@@ -56,8 +62,10 @@ def _line(error: Mapping[str, object]) -> str:
     return f"{where}: {error['msg']}" if where else str(error["msg"])
 
 
-async def handle(_: Request, error: Exception) -> Response:
+async def handle(request: Request, error: Exception) -> Response:
     """Handle an exception of one of the types in :data:`HANDLED` by returning a problem response."""
+    if isinstance(error, HTTPException) and error.status_code == 413:
+        error = too_large(request.scope[MAX_BODY_SIZE_SCOPE_KEY])
     return answer(_problem(error))
 
 

@@ -16,7 +16,7 @@ from retrieval_tip.errors import InputError
 from retrieval_tip.evaluation.projection import Method
 from retrieval_tip.server import indexes as managed
 from retrieval_tip.server import metrics, schemas
-from retrieval_tip.server.limits import DEADLINE
+from retrieval_tip.server.guard import DEADLINE
 from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.served import Served, Version
