@@ -137,7 +137,7 @@ class AskOptions(TypedDict, total=False):
     neighbours: int
     certify: bool
     logits: bool
-    without: tuple[int, ...]
+    without: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,12 @@ class Ask:
     neighbours: int = 5
     certify: bool = False
     logits: bool = True
-    without: tuple[int, ...] = ()
+    without: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         check_count("top", self.top)
         check_count("neighbours", self.neighbours, 0)
+        object.__setattr__(self, "without", tuple(self.without))
 
     def settings(self, own: Settings) -> Settings:
         """Return the settings of an index, as changed by this question."""

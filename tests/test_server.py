@@ -39,6 +39,7 @@ from retrieval_tip.index import changes
 from retrieval_tip.index import photos as photos_module
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.labelling.groups import group, threshold_of
+from retrieval_tip.server import routes as routes_module
 from retrieval_tip.server import served as served_module
 from retrieval_tip.server import service as service_module
 from retrieval_tip.server import shots as shots_module
@@ -292,13 +293,13 @@ def test_map_and_audit_equal_those_of_the_library(both: Client, things: Path) ->
 @pytest.fixture
 def map_limits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Limits of the maps that the server has computed."""
-    limits, real = [], service_module.projected
+    limits, real = [], routes_module.projected
 
     def counted(cache: CacheModel, method: Method, limit: int) -> Projection:
         limits.append(limit)
         return real(cache, method, limit)
 
-    monkeypatch.setattr(service_module, "projected", counted)
+    monkeypatch.setattr(routes_module, "projected", counted)
     return limits
 
 
@@ -314,13 +315,13 @@ def test_a_map_limit_above_the_number_of_keys_shows_all_keys(own: Path, map_limi
 def test_the_number_of_waiting_maps_and_audits_is_limited(
     own: Path, map_limits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go, real = threading.Event(), service_module.projected
+    go, real = threading.Event(), routes_module.projected
 
     def slow(cache: CacheModel, method: Method, limit: int) -> Projection:
         assert go.wait(30)
         return real(cache, method, limit)
 
-    monkeypatch.setattr(service_module, "projected", slow)
+    monkeypatch.setattr(routes_module, "projected", slow)
     with serving(own, limits=Limits(patience=0.05)) as client:
         for limit in range(1, 30):
             answer = client.get(f"/v1/indexes/own/map?limit={limit}")

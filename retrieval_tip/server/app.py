@@ -11,7 +11,7 @@ from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 
 from retrieval_tip import __version__
-from retrieval_tip.server import metrics, routes
+from retrieval_tip.server import edits, metrics, routes
 from retrieval_tip.server.guard import Guard
 from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.limits import Limits
@@ -61,8 +61,10 @@ def create_app(
     for kind in HANDLED:
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(Exception, _unexpected)
-    for router in (routes.reads, routes.about, routes.changes):
+    for router in (routes.uploads, edits.uploads):
         app.include_router(router, max_body_size=limits.bytes)
+    for router in (routes.reads, routes.about, edits.changes):
+        app.include_router(router, max_body_size=limits.json_bytes)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     app.get("/", include_in_schema=False)(_page)
     app.get("/docs", include_in_schema=False)(_docs)

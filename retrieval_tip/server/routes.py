@@ -1,39 +1,46 @@
-"""HTTP routes. The router ``changes`` requires the server's token, as does ``reads`` if the server is private."""
+"""HTTP routes that change nothing. Those of ``reads`` and ``uploads`` require the token of a private server."""
 
 from __future__ import annotations
 
 import hashlib
-import hmac
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 import orjson
+import pyarrow as pa
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import Response
 from prometheus_client import generate_latest
 
 from retrieval_tip import __version__
 from retrieval_tip.errors import InputError
-from retrieval_tip.evaluation.projection import Method
-from retrieval_tip.server import indexes as managed
+from retrieval_tip.evaluation.audit import AUDITED
+from retrieval_tip.evaluation.audit import audit as audited
+from retrieval_tip.evaluation.exemplars import exemplars as typical_keys
+from retrieval_tip.evaluation.projection import Method, Projection, methods, projected
+from retrieval_tip.fit.closed_form import ShotEstimate, estimate
 from retrieval_tip.server import metrics, schemas
-from retrieval_tip.server.guard import DEADLINE
-from retrieval_tip.server.labelling import Labelling
+from retrieval_tip.server.access import READS, AcceptsChanges, Named, Now, TheLabelling, TheService, cookie, may_read
 from retrieval_tip.server.problems import Problem
-from retrieval_tip.server.served import Served, Version
+from retrieval_tip.server.schemas import Row
+from retrieval_tip.server.served import Version
 from retrieval_tip.server.service import Service
-from retrieval_tip.server.uploads import index_name, read, read_features, read_index
+from retrieval_tip.server.uploads import read, read_features
 from retrieval_tip.settings import Ask, KeysMet
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 MOST = 1_000_000_000
 """Maximum offset of a page of keys."""
+SUSPICIOUS = 1000
+"""Maximum number of suspicious shots to keep."""
 PICTURE: dict[int | str, dict[str, object]] = {200: {"content": {"image/jpeg": {}}}}
 SLOW = schemas.problems(202)
 """Response of routes whose result is still being computed."""
 SENT = schemas.problems(400, 408, 413, 415, 429)
 """Problem responses of routes that accept images or features."""
+REFUSED = schemas.problems(401, 403, 404, 413, 422, 503)
 
-Token = Annotated[str | None, Header(description='"Bearer TOKEN", where TOKEN is the server\'s token.')]
 Positive = Annotated[
     float | None, Query(ge=0, allow_inf_nan=False, description="Overrides the index's setting for this request.")
 ]
@@ -44,126 +51,15 @@ Norms = Annotated[
         "With keep, any norm is accepted."
     ),
 ]
-
-
-async def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
-
-
-TheService = Annotated[Service, Depends(_service)]
-
-
-async def _labelling(request: Request) -> Labelling:
-    labelling: Labelling | None = request.app.state.labelling
-    if labelling is None:
-        raise Problem(404, "there are no photos to label; start the server with retrieval-tip label PHOTOS")
-    return labelling
-
-
-TheLabelling = Annotated[Labelling, Depends(_labelling)]
 Size = Annotated[int, Query(ge=16, le=1024, description="Length of the longer side, in pixels.")]
 
-
-async def _index(service: TheService, name: str) -> Served:
-    return service.index(name)
-
-
-Named = Annotated[Served, Depends(_index)]
-
-
-async def _not_labelled(request: Request, one: Named) -> Served:
-    """Refuse to take an index away from a labelling session."""
-    labelling: Labelling | None = request.app.state.labelling
-    if labelling is not None and labelling.name == one.name:
-        raise Problem(409, f"index {one.name!r} is being labelled; stop retrieval-tip label first")
-    return one
-
-
-NotLabelled = Annotated[Served, Depends(_not_labelled)]
-
-
-async def _version(one: Named) -> Version:
-    return one.now
-
-
-Now = Annotated[Version, Depends(_version)]
-
-
-async def _accepts_changes(request: Request) -> bool:
-    return request.app.state.token is not None
-
-
-AcceptsChanges = Annotated[bool, Depends(_accepts_changes)]
-
-
-def _sends(request: Request, token: str | None) -> bool:
-    headers = request.headers.getlist("authorization")
-    scheme, _, sent = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
-    right = token is not None and hmac.compare_digest(sent.strip(" ").encode("latin-1"), token.strip(" ").encode())
-    return right and scheme.lower() == "bearer"
-
-
-def _cookie(token: str) -> tuple[str, str]:
-    """Return the name and value of the cookie of a private server.
-
-    Servers on other ports of this machine get the cookie as well. Each has its own name, and does not reveal the token.
-    """
-    mark = hmac.new(token.encode(), b"cookie", "sha256").hexdigest()
-    return f"retrieval-tip-{mark[:8]}", mark[8:]
-
-
-def _has_cookie(request: Request, token: str) -> bool:
-    name, value = _cookie(token)
-    return hmac.compare_digest(request.cookies.get(name, "").encode(), value.encode())
-
-
-def _refusal(request: Request) -> Problem:
-    command = "serve" if request.app.state.labelling is None else "label"
-    text = f"the token is missing or wrong; send Authorization: Bearer TOKEN, with the token that {command} printed"
-    return Problem(401, text, {"WWW-Authenticate": "Bearer"})
-
-
-async def _may_read(request: Request) -> None:
-    """Refuse requests to a private server that do not have its token. Images in the page only send the cookie."""
-    token = request.app.state.private
-    if token is None or _sends(request, token) or (request.method == "GET" and _has_cookie(request, token)):
-        return
-    raise _refusal(request)
-
-
-async def _from_here(request: Request) -> None:
-    """Refuse requests that come from pages of other sites and do not have the token."""
-    state = request.app.state
-    if "cross-site" in request.headers.getlist("sec-fetch-site") and not _sends(request, state.token or state.private):
-        raise Problem(403, "request from another site; send the server's token (Authorization: Bearer TOKEN)")
-
-
-async def _allowed(request: Request, authorization: Token = None) -> None:
-    """Refuse requests that do not have the token."""
-    if request.app.state.token is None:
-        raise Problem(403, "this server is read-only; restart it with --token TOKEN and send that token")
-    if not _sends(request, request.app.state.token):
-        raise _refusal(request)
-
-
-async def _lift_deadline(request: Request) -> None:
-    """Remove the time limit of a request, so that a change is not interrupted halfway."""
-    request.scope[DEADLINE].reschedule(None)
-
-
 about = APIRouter()
-reads = APIRouter(
-    prefix="/v1",
-    dependencies=[Depends(_from_here), Depends(_may_read)],
-    responses=schemas.problems(401, 403, 404, 422, 503),
-)
-changes = APIRouter(prefix="/v1", dependencies=[Depends(_allowed)], responses=schemas.problems(401, 403, 404, 422, 503))
-UNHURRIED = [Depends(_lift_deadline)]
+uploads = APIRouter(prefix="/v1", dependencies=READS, responses=REFUSED | SENT)
+reads = APIRouter(prefix="/v1", dependencies=READS, responses=REFUSED)
 
 
 # Routes are matched in order, so the most frequent one comes first.
-@reads.post("/classify", response_model=schemas.Classified, openapi_extra=schemas.CLASSIFY, responses=SENT)
+@uploads.post("/classify", response_model=schemas.Classified, openapi_extra=schemas.CLASSIFY)
 async def classify(
     request: Request,
     service: TheService,
@@ -201,7 +97,14 @@ async def classify(
     sent = await read(request, service.limits, norms, version.cache.d)
     met: KeysMet = int(k) if k not in (None, "all") else "all" if k else None
     ask = Ask(met, tail, alpha, beta, top, neighbours, logits=logits, without=tuple(without))
-    return _json(await service.classify(version, ask, sent, features=features))
+    return json_of(await service.classify(version, ask, sent, features=features))
+
+
+@uploads.post("/indexes/{name}/groups", openapi_extra=schemas.GROUP)
+async def groups(request: Request, service: TheService, version: Now, norms: Norms = "check") -> schemas.Groups:
+    """Group similar features, for example of images without a match, so that each group can be named at once."""
+    features = await read_features(request, service.limits, norms, version.cache.d)
+    return schemas.Groups(version.manifest.version, await service.find(version.groups, features))
 
 
 @about.get("/healthz")
@@ -213,7 +116,7 @@ async def health(service: TheService) -> schemas.Health:
 @about.get(
     "/metrics",
     response_class=Response,
-    dependencies=[Depends(_may_read)],
+    dependencies=[Depends(may_read)],
     responses={200: {"content": {"text/plain": {}}}, **schemas.problems(401)},
 )
 async def prometheus() -> Response:
@@ -228,48 +131,10 @@ async def indexes(
     """List the served indexes. A private server also sets a cookie that the page needs for images."""
     if token := request.app.state.private:
         secure = request.url.scheme == "https"
-        response.set_cookie(*_cookie(token), path="/v1", secure=secure, httponly=True, samesite="strict")
+        response.set_cookie(*cookie(token), path="/v1", secure=secure, httponly=True, samesite="strict")
     described = [one.now.describe(changes=changes) for one in service.served.values()]
     makes = changes and (service.maker is not None or any(one.images for one in described))
     return schemas.Indexes(described, makes, request.app.state.labelling is not None)
-
-
-@changes.post("/indexes", status_code=201, openapi_extra=schemas.MAKE, responses=SENT | schemas.problems(409))
-async def create(
-    request: Request,
-    service: TheService,
-    like: Annotated[
-        str | None, Query(description="Name of an index whose encoder and parent folder are used for the new index.")
-    ] = None,
-) -> schemas.MadeIndex:
-    """Create an index from labelled images, fit it and serve it."""
-    sent = await read_index(request, service.limits)
-    await _lift_deadline(request)
-    return await managed.create(service, sent, like)
-
-
-@changes.post("/indexes/{name}/fit", dependencies=UNHURRIED)
-async def fit(service: TheService, one: Named) -> schemas.FittedIndex:
-    """Fit an index to its shots again, and estimate its accuracy."""
-    return await service.fit(one)
-
-
-@changes.patch("/indexes/{name}", dependencies=UNHURRIED, responses=schemas.problems(409))
-async def rename_index(service: TheService, one: NotLabelled, new: schemas.IndexName) -> schemas.NamedIndex:
-    """Rename an index and its folder."""
-    return await managed.rename(service, one, index_name(new.name))
-
-
-@changes.post("/indexes/{name}/duplicate", status_code=201, dependencies=UNHURRIED, responses=schemas.problems(409))
-async def duplicate_index(service: TheService, one: Named, new: schemas.IndexName) -> schemas.NamedIndex:
-    """Copy the current version of an index to a new index next to it."""
-    return await managed.duplicate(service, one, index_name(new.name))
-
-
-@changes.delete("/indexes/{name}", dependencies=UNHURRIED, responses=schemas.problems(409))
-async def delete_index(service: TheService, one: NotLabelled) -> schemas.NamedIndex:
-    """Delete an index, its versions, and the images that were added to it here. This cannot be undone."""
-    return await managed.delete(service, one)
 
 
 @reads.get("/indexes/{name}")
@@ -295,8 +160,21 @@ async def keys(
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
 ) -> Response:
     """List one page of the keys, with their labels and sources."""
-    total, rows = await service.keys(version, label, source, key_id, slice(offset, offset + limit))
-    return _json(schemas.KeyPage(version.manifest.version, total, offset, limit, rows))
+
+    def call() -> schemas.KeyPage:
+        found = version.cache.find(label, source, key_id)
+        page = list(_pictured(service, version, found.slice(offset, limit)))
+        return schemas.KeyPage(version.manifest.version, len(found), offset, limit, page)
+
+    return json_of(await service.find(call))
+
+
+def _pictured(service: Service, version: Version, keys: pa.Table) -> Iterator[dict[str, Any]]:
+    """Yield keys with the addresses of their images."""
+    address = f"/v1/indexes/{quote(version.name, safe='')}/keys"
+    for row in keys.to_pylist():
+        has_image = service.thumbnails.path(row["source"]) is not None
+        yield row | {"image": f"{address}/{row['key_id']}/image" if has_image else None}
 
 
 @reads.get("/indexes/{name}/keys/{key_id}/image", response_class=Response, responses=PICTURE)
@@ -308,7 +186,16 @@ async def image(
     if_none_match: Annotated[str | None, Header(include_in_schema=False)] = None,
 ) -> Response:
     """Return a thumbnail of a shot as a JPEG image."""
-    data = await service.thumbnail(version, key_id, size)
+    found = await service.find(version.cache.find, (), None, [key_id])
+    if not len(found):
+        raise Problem(404, f"index {version.name!r} has no key {key_id}")
+    path = service.thumbnails.path(found["source"][0].as_py())
+    if path is None:
+        raise Problem(404, f"key {key_id}: its source is not an image on this machine")
+    try:
+        data = await service.thumbnails.of_file(path, size, found["digest"][0].as_py())
+    except (OSError, InputError) as error:
+        raise Problem(404, f"key {key_id}: its image cannot be read ({error})") from None
     tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
     headers = {"etag": tag, "cache-control": "private, max-age=60"}
     if if_none_match == tag:
@@ -329,112 +216,86 @@ async def map_of(
     ] = 5000,
 ) -> Response:
     """Project the keys to two dimensions."""
-    return _json(await service.map(version, method, limit))
+    if method not in methods():
+        raise Problem(422, f"method {method!r} is not installed; choose one of {', '.join(methods())}")
+    cache = version.cache
+    limit = min(limit, cache.n, max(1, service.limits.mapped // cache.d))
 
+    def call() -> Projection:
+        if method != "pca" and service.served[version.name].now is not version:  # while waiting
+            raise Problem(202, "the index has changed; try again in 1 s", {"Retry-After": "1"})
+        return projected(cache, method, limit)
 
-@reads.post("/indexes/{name}/groups", openapi_extra=schemas.GROUP, responses=SENT)
-async def groups(request: Request, service: TheService, version: Now, norms: Norms = "check") -> schemas.Groups:
-    """Group similar features, for example of images without a match, so that each group can be named at once."""
-    features = await read_features(request, service.limits, norms, version.cache.d)
-    return schemas.Groups(version.manifest.version, await service.find(version.groups, features))
+    found = await service.once(version, ("map", method, limit), call, slowest=method != "pca")
+    x, y = found.places.T.copy()
+    return json_of(
+        schemas.Map(
+            version.manifest.version, method, list(methods()), cache.n, found.key_ids, found.class_ids, x, y,
+            found.explained, None if found.axes is None else list(found.axes),
+        )
+    )  # fmt: skip
 
 
 @reads.get("/indexes/{name}/audit", response_model=schemas.Audit, responses=SLOW)
 async def audit(
     service: TheService,
     version: Now,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    limit: Annotated[int, Query(ge=1, le=SUSPICIOUS)] = 100,
     borderline: Annotated[bool, Query(description="Whether to include borderline cases.")] = False,
 ) -> Response:
     """List shots that look mislabelled, starting with the most suspicious ones."""
-    return _json(await service.audit(version, limit, borderline))
+    cache = version.cache
+    if cache.n > AUDITED:
+        many = f"the index has {cache.n:,} keys, but at most {AUDITED:,} can be audited here"
+        raise Problem(422, f"{many}; run retrieval-tip index audit {version.name}")
+
+    def call() -> tuple[int, list[Row]]:
+        table = audited(cache.in_memory(), borderline=borderline)
+        return len(table), table.slice(0, SUSPICIOUS).to_pylist()
+
+    total, suspicious = await service.once(version, ("audit", borderline), call)
+    return json_of(schemas.Audit(version.manifest.version, total, suspicious[:limit]))
 
 
 @reads.get("/indexes/{name}/accuracy", responses=SLOW)
 async def accuracy(service: TheService, version: Now) -> schemas.Accuracy:
     """Estimate the accuracy by cross-validation on the shots.
 
-    Each fold of the shots is classified with the shots of the other folds.
+    Each fold of the shots is classified with the shots of the other folds. If the index is too large, the result is
+    null.
     """
-    return await service.accuracy(version)
-
-
-@changes.post("/indexes/{name}/keys", status_code=201, openapi_extra=schemas.ADD, responses=SENT)
-async def add(request: Request, service: TheService, one: Named, norms: Norms = "check") -> schemas.AddedShots:
-    """Add labelled images or features as shots, in a new version of the index.
-
-    If a label is new, a new class is added for it.
-    """
-    sent = await read(request, service.limits, norms, one.now.cache.d, labelled=True)
-    await _lift_deadline(request)
-    return await service.add(one, sent)
-
-
-@changes.delete("/indexes/{name}/keys", dependencies=UNHURRIED)
-async def remove(
-    service: TheService, one: Named, key_id: Annotated[list[schemas.KeyId], Query(min_length=1, max_length=1000)]
-) -> schemas.ChangedShots:
-    """Remove shots, in a new version of the index."""
-    return await service.remove(one, key_id)
-
-
-@changes.post("/indexes/{name}/relabel", dependencies=UNHURRIED)
-async def relabel(service: TheService, one: Named, change: schemas.Relabel) -> schemas.ChangedShots:
-    """Move shots or a whole class to other classes, in one new version of the index."""
-    chosen = sum(field is not None for field in (change.key_ids, change.of, change.moves))
-    if chosen != 1 or (change.label is None) != (change.moves is not None):
-        raise Problem(422, "relabel: give either label and key_ids, or label and of, or only moves")
-    if change.of is not None:
-        return await service.merge(one, change.of, str(change.label))
-    moves = [(move.key_ids, move.label) for move in change.moves or ()]
-    return await service.relabel(one, moves or [(change.key_ids or [], str(change.label))])
-
-
-@changes.post("/indexes/{name}/rename", dependencies=UNHURRIED)
-async def rename(service: TheService, one: Named, change: schemas.Rename) -> schemas.ChangedShots:
-    """Rename a class, in a new version of the index.
-
-    If a class with the new name already exists, the two classes are merged. Otherwise, the new name is encoded if the
-    server has the text encoder.
-    """
-    return await service.rename(one, change.of, change.label)
+    known: ShotEstimate = {"photos": None, "words": None, "both": None}
+    if version.cache.n <= service.limits.estimated:
+        known = await service.once(version, "accuracy", lambda: estimate(version.cache.in_memory()))
+    return schemas.Accuracy.of(known, version.manifest.version)
 
 
 @reads.get("/indexes/{name}/history", response_model=schemas.History)
 async def history(service: TheService, one: Named) -> Response:
     """List all versions that are kept, starting with the oldest."""
-    return _json(schemas.History(one.now.manifest.version, await service.history(one)))
-
-
-@changes.post("/indexes/{name}/rollback", dependencies=UNHURRIED, responses=schemas.problems(409))
-async def rollback(service: TheService, one: Named, change: schemas.Rollback) -> schemas.ChangedShots:
-    """Restore an earlier version, as a new version. The current version is kept."""
-    return await service.rollback(one, change.to, change.since)
+    versions = (await service.find(one.place.history)).select(schemas.HISTORY)
+    return json_of(schemas.History(one.now.manifest.version, versions.to_pylist()))
 
 
 @reads.get("/indexes/{name}/exemplars", responses=SLOW)
 async def exemplars(service: TheService, version: Now) -> schemas.Exemplars:
     """Return a typical shot of each class, and the mean similarity of shots."""
-    return await service.exemplars(version)
+
+    def call() -> schemas.Exemplars:
+        found = typical_keys(version.cache)
+        keys = version.cache.find(key_ids=found.key_ids).select(["class_id", "key_id", "source"])
+        shown = [
+            schemas.Exemplar(row["class_id"], row["key_id"], row["image"]) for row in _pictured(service, version, keys)
+        ]
+        return schemas.Exemplars(version.manifest.version, shown, found.own, found.other)
+
+    return await service.once(version, "exemplars", call)
 
 
 @reads.get("/label")
 async def label_status(labelling: TheLabelling) -> schemas.LabellingStatus:
     """Return the next photos to label, and the progress."""
     return labelling.status()
-
-
-@changes.post("/label", dependencies=UNHURRIED)
-async def label(labelling: TheLabelling, change: schemas.SetLabels) -> schemas.LabellingStatus:
-    """Set or remove labels, and return the new state. The labels are saved within seconds, as a new version."""
-    await labelling.label(change)
-    return labelling.status()
-
-
-@changes.post("/label/sort", dependencies=UNHURRIED)
-async def label_sort(labelling: TheLabelling, change: schemas.SortInto) -> schemas.SortedPhotos:
-    """Copy all photos of the labelling session into folders by class, as `retrieval-tip sort` does."""
-    return await labelling.sort(change.into)
 
 
 @reads.get("/label/photos/{photo}/image", response_class=Response, responses=PICTURE)
@@ -450,5 +311,6 @@ async def label_image(
     return Response(data, headers={"cache-control": "private, max-age=3600"}, media_type="image/jpeg")
 
 
-def _json(answer: object) -> Response:
+def json_of(answer: object) -> Response:
+    """Return an answer as JSON. This is much faster than FastAPI's own conversion."""
     return Response(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")

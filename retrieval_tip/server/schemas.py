@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -309,7 +309,7 @@ class Map:
     class_ids: Ints
     x: Floats
     y: Floats
-    explained: list[float] | None
+    explained: Sequence[float] | None
     axes: list[Floats] | None
 
 

@@ -10,31 +10,22 @@ import logging
 import math
 import os
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from retrieval_tip.backbones.base import Backbone, unit
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import FloatArray, pixels_of
-from retrieval_tip.errors import InputError, json_line
-from retrieval_tip.evaluation.audit import AUDITED, audit
-from retrieval_tip.evaluation.exemplars import exemplars
-from retrieval_tip.evaluation.projection import Method, Projection, methods, projected
-from retrieval_tip.fit.closed_form import ShotEstimate, estimate
-from retrieval_tip.index import changes
-from retrieval_tip.index.fit import fit_index
+from retrieval_tip.errors import InputError
 from retrieval_tip.index.places import Place
-from retrieval_tip.retrieval.duplicates import describe_duplicates
-from retrieval_tip.server import metrics, schemas, shots
+from retrieval_tip.server import metrics, schemas
 from retrieval_tip.server.batching import Kept, Lane, Turn, TurnQueue
 from retrieval_tip.server.limits import ROWS_PER_IMAGE, Limits
 from retrieval_tip.server.problems import NAMED, Problem
@@ -56,9 +47,6 @@ SLOW_AT_ONCE, SLOW_KEPT = 8, 32
 
 Slow results are maps, audits and accuracies.
 """
-SUSPICIOUS = 1000
-"""Maximum number of suspicious shots to keep."""
-
 T = TypeVar("T")
 
 
@@ -241,210 +229,22 @@ class Service:
         except InputError as error:
             return [InputError(str(error))]  # drops the traceback, which keeps the image in memory
 
-    async def add(self, one: Served, sent: Sent) -> schemas.AddedShots:
-        """Add shots, and open the new version of the index. Raises the same errors as :func:`changes.add`."""
-        skipped: list[Unread] = []
-        if sent.images is None:
-            added = await self.change(shots.add_features, one, one.now.backbone, sent)
-        else:
-            backbone = backbone_of(one.now)
-            good, skipped = await self.decoded(sent, sent.images, backbone, nothing)
-            datas = [sent.images[place] for place in good]
-            added = await self.change(shots.add_images, one, backbone, sent.labels[0], datas, self.uploads)
-        await self.follow(one)
-        duplicates = describe_duplicates(added.duplicates) if added.duplicates is not None else []
-        warnings = of_spelling(one.name, added.alike)
-        return schemas.AddedShots(
-            one.name, added.version, added.key_ids, added.classes, added.known, duplicates, warnings, skipped
-        )
+    async def once(self, version: Version, what: Hashable, call: Callable[[], T], *, slowest: bool = False) -> T:
+        """Return the result of ``call``, run once per version. Raises Problem 202 after ``limits.patience``.
 
-    async def fit(self, one: Served) -> schemas.FittedIndex:
-        """Refit an index to its shots, and open the new version."""
-        await self.change(fit_index, one.folder)
-        await self.follow(one)
-        return schemas.FittedIndex(one.name, one.now.manifest.version, judged(one))
-
-    async def remove(self, one: Served, key_ids: Sequence[int]) -> schemas.ChangedShots:
-        """Remove shots, and open the new version. Raises Problem 404 if a key does not exist."""
-        await self._found(one, (), key_ids)
-        return await self._changed(one, lambda: changes.remove(one.folder, key_ids=key_ids))
-
-    async def relabel(self, one: Served, moves: Sequence[tuple[Sequence[int], str]]) -> schemas.ChangedShots:
-        """Relabel shots in one new version. Each of the ``moves`` consists of key ids and their new label.
-
-        Raises Problem 422 if there are no shots or a shot has two labels, and the same errors as :meth:`remove`.
+        The ``slowest`` calls have their own thread, so that they do not delay others.
         """
-        labels: dict[int, str] = {}
-        for key_ids, label in moves:
-            for key_id in key_ids:
-                if labels.setdefault(key_id, label) != label:
-                    raise Problem(422, f"key_ids: key {key_id} has two labels; give only one label")
-        if not labels:
-            raise Problem(422, "key_ids: the list is empty; give at least one key id")
-        await self._found(one, (), list(labels))
-        return await self._changed(one, lambda: changes.relabel(one.folder, labels))
-
-    async def merge(self, one: Served, of: str, label: str) -> schemas.ChangedShots:
-        """Relabel a whole class (see :meth:`relabel`)."""
-        found = await self._found(one, (of,), ())
-        if not found:
-            raise Problem(422, f"of: class {of!r} has no shots")
-        return await self._changed(one, lambda: changes.relabel(one.folder, label, key_ids=found))
-
-    async def _found(self, one: Served, labels: Sequence[str], key_ids: Sequence[int]) -> list[int]:
-        """Return the ids of the matching keys. Raises Problem 404 if a key does not exist."""
-        keys = await self.find(one.now.cache.find, labels, None, key_ids)
-        found: list[int] = keys["key_id"].to_pylist()
-        if missing := set(key_ids) - set(found):
-            raise Problem(404, f"index {one.name!r} has no key {min(missing)}")
-        return found
-
-    async def rename(self, one: Served, of: str, label: str) -> schemas.ChangedShots:
-        """Rename a class, or merge it into the class that already has the new name.
-
-        A new name is encoded if the server has the text encoder. Raises Problem 404 if the class ``of`` does not exist.
-        """
-        cache, backbone = one.now.cache, one.now.backbone
-        if of not in cache.class_names:
-            raise Problem(404, f"index {one.name!r} has no class {of!r}")
-        if backbone is None or not backbone.has_text or not cache.templates or label in cache.class_names:
-            backbone = None
-        return await self._changed(one, lambda: changes.rename(one.folder, of, label, backbone))
-
-    async def rollback(self, one: Served, to: int, since: int | None) -> schemas.ChangedShots:
-        """Restore a version. Raises Problem 404 if it is missing, and 409 if the current one is not ``since``."""
-        return await self._changed(one, lambda: _rolled_back(one, to, since))
-
-    async def history(self, one: Served) -> list[Row]:
-        """Return all versions that are kept, starting with the oldest."""
-        versions = await self.find(one.place.history)
-        return list(versions.select(schemas.HISTORY).to_pylist())
-
-    async def _changed(self, one: Served, call: Callable[[], changes.Changed]) -> schemas.ChangedShots:
-        changed = await self.change(call)
-        await self.follow(one)
-        return schemas.ChangedShots(one.name, changed.version, changed.key_ids)
-
-    async def exemplars(self, version: Version) -> schemas.Exemplars:
-        """Return a typical key of each class, and mean affinities. Raises Problem 202 if this takes too long."""
-
-        def call() -> schemas.Exemplars:
-            found = exemplars(version.cache)
-            keys = version.cache.find(key_ids=found.key_ids).select(["key_id", "class_id", "source"])
-            shown = [
-                schemas.Exemplar(row["class_id"], row["key_id"], row["image"]) for row in self._pictured(version, keys)
-            ]
-            return schemas.Exemplars(version.manifest.version, shown, found.own, found.other)
-
-        return await self._once(version, "exemplars", call)
-
-    async def keys(
-        self, version: Version, labels: Sequence[str], source: str | None, key_ids: Sequence[int], page: slice
-    ) -> tuple[int, list[Row]]:
-        """Return the total number of keys that :meth:`AnsweringIndex.find` finds, and one page of them."""
-
-        def call() -> tuple[int, list[Row]]:
-            keys = version.cache.find(labels, source, key_ids)
-            return len(keys), self._pictured(version, keys.slice(page.start, page.stop - page.start))
-
-        return await self.find(call)
-
-    def _pictured(self, version: Version, keys: pa.Table) -> list[dict[str, Any]]:
-        address = f"/v1/indexes/{quote(version.name, safe='')}/keys"
-        return [
-            row | {"image": f"{address}/{row['key_id']}/image" if self.thumbnails.path(row["source"]) else None}
-            for row in keys.to_pylist()
-        ]
-
-    async def map(self, version: Version, method: Method, limit: int) -> schemas.Map:
-        """Project keys to two dimensions. Raises Problem 422 if the method is missing, and 202 if this is slow."""
-        if method not in methods():
-            raise Problem(422, f"method {method!r} is not installed; choose one of {', '.join(methods())}")
-        cache = version.cache
-        limit = min(limit, cache.n, max(1, self.limits.mapped // cache.d))
-
-        def call() -> Projection:
-            if method != "pca" and self.served[version.name].now is not version:  # while waiting
-                raise Problem(202, "the index has changed; try again in 1 s", {"Retry-After": "1"})
-            return projected(cache, method, limit)
-
-        kept = self._made if method == "pca" else self._mapped  # a separate thread, so that t-SNE does not delay audits
-        found = await self._once(version, ("map", method, limit), call, kept)
-        x, y = found.places.T.copy()
-        explained, axes = (None if one is None else list(one) for one in (found.explained, found.axes))
-        return schemas.Map(
-            version.manifest.version, method, list(methods()), cache.n, found.key_ids, found.class_ids, x, y,
-            explained, axes,
-        )  # fmt: skip
-
-    async def audit(self, version: Version, limit: int, borderline: bool) -> schemas.Audit:
-        """List suspicious shots in order. Raises Problem 422 if there are too many keys, and 202 if this is slow."""
-        if version.cache.n > AUDITED:
-            many = f"the index has {version.cache.n:,} keys, but at most {AUDITED:,} can be audited here"
-            raise Problem(422, f"{many}; run retrieval-tip index audit {version.name}")
-        cache = version.cache
-
-        def call() -> tuple[int, list[Row]]:
-            table = audit(cache.in_memory(), borderline=borderline)
-            return len(table), table.slice(0, SUSPICIOUS).to_pylist()
-
-        total, suspicious = await self._once(version, ("audit", borderline), call)
-        return schemas.Audit(version.manifest.version, total, suspicious[:limit])
-
-    async def accuracy(self, version: Version) -> schemas.Accuracy:
-        """Estimate the accuracy with :func:`closed_form.estimate`. Raises Problem 202 if this takes too long.
-
-        If the index has more than ``limits.estimated`` keys, the accuracy is ``None``.
-        """
-        cache = version.cache
-        known: ShotEstimate = {"photos": None, "words": None, "both": None}
-        if cache.n <= self.limits.estimated:
-            known = await self._once(version, "accuracy", lambda: estimate(cache.in_memory()))
-        return schemas.Accuracy.of(known, version.manifest.version)
-
-    async def _once(
-        self, version: Version, what: Hashable, call: Callable[[], T], kept: Kept[Hashable, Any] | None = None
-    ) -> T:
-        """Return the result of ``call``, run once per version. Raises Problem 202 after ``limits.patience``."""
         try:
             async with asyncio.timeout(self.limits.patience):
                 key = (weakref.ref(version), what)  # does not keep the version alive
-                answer: T = await (kept or self._made)(key, call)
+                answer: T = await (self._mapped if slowest else self._made)(key, call)
                 return answer
         except TimeoutError:
             raise Problem(202, "the result is still being computed; try again in 5 s", {"Retry-After": "5"}) from None
 
-    async def thumbnail(self, version: Version, key_id: int, size: int) -> bytes:
-        """Return a thumbnail of a shot as JPEG data. Raises Problem 404 if the shot has no readable image."""
-        keys = await self.find(version.cache.find, (), None, [key_id])
-        if not len(keys):
-            raise Problem(404, f"index {version.name!r} has no key {key_id}")
-        path = self.thumbnails.path(keys["source"][0].as_py())
-        if path is None:
-            raise Problem(404, f"key {key_id}: its source is not an image on this machine")
-        try:
-            return await self.thumbnails.of_file(path, size, keys["digest"][0].as_py())
-        except (OSError, InputError) as error:
-            raise Problem(404, f"key {key_id}: its image cannot be read ({error})") from None
-
 
 async def nothing(_: torch.Tensor) -> None:
     """Ignore an image that only had to be decoded."""
-
-
-def _rolled_back(one: Served, to: int, since: int | None) -> changes.Changed:
-    kept = [row["version"] for row in one.place.history().to_pylist()]
-    if since is not None and kept[-1] != since:
-        raise Problem(409, f"the index has changed: it is at version {kept[-1]}, not {since}; reload it and try again")
-    if to not in kept:
-        raise Problem(404, f"index {one.name!r} has no version {to}; its versions are {', '.join(map(str, kept))}")
-    return changes.rollback(one.folder, to)
-
-
-def judged(one: Served) -> schemas.Judgement:
-    """Return the accuracy that the last fit of an index estimated."""
-    fit = one.now.cache.provenance.get("fit", {})
-    return schemas.Judgement(fit.get("photos"), fit.get("words"), fit.get("both"), fit.get("summary"))
 
 
 def backbone_of(version: Version) -> Backbone:
@@ -460,12 +260,3 @@ def _unit(raw: FloatArray) -> FloatArray | InputError:
         return row
     except InputError as error:
         return error
-
-
-def of_spelling(name: str, alike: Mapping[str, str]) -> list[str]:
-    """Return a warning for each new class that is spelled almost like another."""
-    route = f"POST /v1/indexes/{quote(name, safe='')}/rename"
-    return [
-        f"{new!r} is spelled almost like {known!r}; to merge them: {route} {json_line({'of': new, 'label': known})}"
-        for new, known in alike.items()
-    ]

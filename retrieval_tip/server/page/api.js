@@ -38,7 +38,8 @@ async function problemOf(response) {
  *  in Retry-After, or for two seconds, and try again. */
 async function request(path, { waiting, signal, patience = PATIENCE, ...options } = {}) {
   const token = sessionStorage.getItem(TOKEN);
-  const headers = { ...(token && bearer(token)), ...options.headers };
+  // headers cannot contain characters that are not printable ASCII, and no token does
+  const headers = { ...(token && { Authorization: `Bearer ${token.replace(/[^\x20-\x7e]/g, "?")}` }), ...options.headers };
   const until = Date.now() + patience;
   for (;;) {
     let response;
@@ -93,14 +94,7 @@ const query = (parameters) => {
   }
   return `?${given}`;
 };
-const json = (body, headers = {}) => ({
-  method: "POST",
-  headers: { "Content-Type": "application/json", ...headers },
-  body: JSON.stringify(body),
-});
-const bearer = (token) => ({ Authorization: `Bearer ${encoded(token)}` });
-/** Replace characters that are not printable ASCII by "?". Headers cannot contain them, and no token does. */
-const encoded = (token) => token.replace(/[^\x20-\x7e]/g, "?");
+const json = (body, method = "POST") => ({ method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
 
 export const indexes = () => request("/v1/indexes");
 export const index = (name) => request(at(name));
@@ -143,35 +137,33 @@ export const classifyFeatures = (features, parameters, options) =>
 export const groups = (name, features) => request(`${at(name)}/groups`, floats(features));
 
 /** Add photos as examples of one class. */
-export function addShots(name, label, files, token) {
+export function addShots(name, label, files) {
   const body = new FormData();
   body.append("label", label);
   for (const file of files) body.append("images", file, file.name);
-  return request(`${at(name)}/keys`, { method: "POST", body, headers: bearer(token) });
+  return request(`${at(name)}/keys`, { method: "POST", body });
 }
 
 /** Create an index from [label, file] pairs, and fit it. */
-export function makeIndex(name, like, pairs, token) {
+export function makeIndex(name, like, pairs) {
   const body = new FormData();
   body.append("name", name);
   for (const [label, file] of pairs) {
     body.append("label", label);
     body.append("images", file, file.name);
   }
-  return request(`/v1/indexes${query({ like })}`, { method: "POST", body, headers: bearer(token) });
+  return request(`/v1/indexes${query({ like })}`, { method: "POST", body });
 }
 
-const send = (method, body, token) => ({ ...json(body, bearer(token)), method });
-export const renameIndex = (name, to, token) => request(at(name), send("PATCH", { name: to }, token));
-export const duplicateIndex = (name, to, token) => request(`${at(name)}/duplicate`, send("POST", { name: to }, token));
-export const deleteIndex = (name, token) => request(at(name), { method: "DELETE", headers: bearer(token) });
-export const fit = (name, token) => request(`${at(name)}/fit`, { method: "POST", headers: bearer(token) });
-export const removeShots = (name, keyIds, token) =>
-  request(`${at(name)}/keys${query({ key_id: keyIds })}`, { method: "DELETE", headers: bearer(token) });
-export const relabel = (name, change, token) => request(`${at(name)}/relabel`, json(change, bearer(token)));
-export const rename = (name, change, token) => request(`${at(name)}/rename`, json(change, bearer(token)));
-export const rollback = (name, change, token) => request(`${at(name)}/rollback`, json(change, bearer(token)));
+export const renameIndex = (name, to) => request(at(name), json({ name: to }, "PATCH"));
+export const duplicateIndex = (name, to) => request(`${at(name)}/duplicate`, json({ name: to }));
+export const deleteIndex = (name) => request(at(name), { method: "DELETE" });
+export const fit = (name) => request(`${at(name)}/fit`, { method: "POST" });
+export const removeShots = (name, keyIds) => request(`${at(name)}/keys${query({ key_id: keyIds })}`, { method: "DELETE" });
+export const relabel = (name, change) => request(`${at(name)}/relabel`, json(change));
+export const rename = (name, change) => request(`${at(name)}/rename`, json(change));
+export const rollback = (name, change) => request(`${at(name)}/rollback`, json(change));
 /** Set or remove labels in the labelling session, or skip photos, and return the new state of the session. */
-export const setLabels = (change, token) => request("/v1/label", { ...json(change, bearer(token)), patience: 0 });
+export const setLabels = (change) => request("/v1/label", { ...json(change), patience: 0 });
 /** Copy all photos of the labelling session into folders by class. */
-export const sortPhotos = (into, token) => request("/v1/label/sort", json({ into }, bearer(token)));
+export const sortPhotos = (into) => request("/v1/label/sort", json({ into }));

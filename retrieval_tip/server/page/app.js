@@ -36,19 +36,18 @@ function route() {
 const follow = () => state.info && state.refresh().catch(() => {});
 
 async function choose(name) {
-  $("problem").hidden = true;
+  $("problem").replaceChildren();
   try {
     await state.open(name);
     sessionStorage.setItem(CHOSEN, name);
     route();
   } catch (error) {
     $("problem").replaceChildren(failure(error, () => choose(name)));
-    $("problem").hidden = false;
   }
 }
 
 async function start(prefer = null) {
-  $("problem").hidden = true;
+  $("problem").replaceChildren();
   try {
     const { indexes: served, makes, labels } = await api.indexes();
     const names = served.map(({ name }) => name);
@@ -71,7 +70,6 @@ async function start(prefer = null) {
   } catch (error) {
     if (error.status === 401 && (await askToken())) return start(prefer);
     $("problem").replaceChildren(failure(error, () => start(prefer)));
-    $("problem").hidden = false;
   }
 }
 

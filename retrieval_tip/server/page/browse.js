@@ -63,13 +63,7 @@ export function showScreen(view) {
 
 const current = () => `${state.info.name} ${state.info.version}`;
 
-const classes = {
-  load() {
-    showAccuracy($("index-judged"));
-    showClasses();
-  },
-};
-
+const classes = { load: () => (showAccuracy($("index-judged")), showClasses()) };
 const about = { load: showAbout };
 
 function showAbout() {
@@ -141,18 +135,18 @@ function classCard({ label, keys }, image, weak, doubted) {
   );
   button.addEventListener("click", () => {
     $("shots-class").value = label;
-    filterShots();
+    shots.load();
     $("shots-title").scrollIntoView();
     $("shots-title").focus({ preventScroll: true });
   });
   if (!state.info.changes) return el("li", {}, button);
-  const other = el("button", { type: "button", class: "quiet", aria: { label: `Rename ${label}` } }, "Rename");
-  other.addEventListener("click", () => rename(card, label));
-  const more = weak || keys < FEW ? el("button", { type: "button", class: "quiet", aria: { label: `Add photos of ${label}` } }, "Add photos") : null;
-  more?.addEventListener("click", () => {
+  const act = (text, said, onclick) => el("button", { type: "button", class: "quiet", aria: { label: said }, onclick }, text);
+  const other = act("Rename", `Rename ${label}`, () => rename(card, label));
+  const wanted = () => {
     location.hash = "#teach";
     state.dispatchEvent(new CustomEvent("wanted", { detail: label }));
-  });
+  };
+  const more = weak || keys < FEW ? act("Add photos", `Add photos of ${label}`, wanted) : null;
   const card = el("li", { draggable: true, data: { label } }, button, el("span", { class: "acts" }, more, other));
   card.querySelector("img")?.setAttribute("draggable", "false"); // so that the card is dragged
   return card;
@@ -243,7 +237,7 @@ const described = ({ key_id: id, label, source }) => [
 async function changed(what, change, heading) {
   const before = state.info.version;
   const accuracy = estimated();
-  $("problem").hidden = true;
+  $("problem").replaceChildren();
   try {
     const done = await change();
     if (!done) return;
@@ -256,7 +250,6 @@ async function changed(what, change, heading) {
     gained(accuracy).then((gain) => gain && more(`${what}.${gain}`));
   } catch (error) {
     $("problem").replaceChildren(failure(error));
-    $("problem").hidden = false;
   }
 }
 
@@ -363,8 +356,6 @@ async function listOnly(ids) {
 }
 $("shots-all").addEventListener("click", () => listOnly(null));
 
-const filterShots = () => shots.load();
-
 const map = new Part(
   "map",
   async (options) => {
@@ -384,20 +375,13 @@ const map = new Part(
 function showMap(found) {
   $("map-methods").hidden = found.methods.length < 2;
   if ($("map-method").children.length !== found.methods.length) {
-    $("map-method").replaceChildren(
-      ...found.methods.map((method) => el("option", { value: method }, METHODS[method] ?? method)),
-    );
+    $("map-method").replaceChildren(...found.methods.map((method) => el("option", { value: method }, METHODS[method])));
   }
   $("map-method").value = found.method;
   drawn = found;
-  const part =
-    found.key_ids.length < found.total
-      ? `${count(found.key_ids.length)} of ${count(found.total)} photos`
-      : "";
+  const part = found.key_ids.length < found.total ? `${count(found.key_ids.length)} of ${count(found.total)} photos` : "";
   const explained = found.explained?.map(percent).join(" and ");
-  $("map-facts").textContent = [part, explained && `the axes show ${explained} of the variance`]
-    .filter(Boolean)
-    .join("; ");
+  $("map-facts").textContent = [part, explained && `the axes show ${explained} of the variance`].filter(Boolean).join("; ");
   $("map").hidden = !found.key_ids.length;
   $("map-shot").replaceChildren();
   keyMap.show(found);
@@ -502,18 +486,14 @@ $("audit-keep-all").addEventListener("click", () => keep(listed));
 $("audit-remove-all").addEventListener("click", () => remove(listed, $("audit-title")));
 
 function suspicious(shot) {
-  const figure = (url, source, label, caption) =>
-    el(
-      "figure",
-      {},
-      picture(url, 240, nameOf(source)),
-      el("figcaption", {}, el("span", { class: "hint" }, caption), el("span", { class: "name" }, label)),
-    );
+  const figure = (url, source, label, caption) => {
+    const texts = el("figcaption", {}, el("span", { class: "hint" }, caption), el("span", { class: "name" }, label));
+    return el("figure", {}, picture(url, 240, nameOf(source)), texts);
+  };
   const { suggested, duplicate_of: twin } = shot;
-  const act = (text, key, call) => {
-    const button = el("button", { type: "button", data: { key }, aria: { label: `${text}: photo ${shot.key_id}, ${shot.label}`, keyshortcuts: key } }, `${text} `, el("kbd", {}, key));
-    button.addEventListener("click", call);
-    return button;
+  const act = (text, key, onclick) => {
+    const aria = { label: `${text}: photo ${shot.key_id}, ${shot.label}`, keyshortcuts: key };
+    return el("button", { type: "button", data: { key }, aria, onclick }, `${text} `, el("kbd", {}, key));
   };
   const heading = $("audit-title");
   const { changes } = state.info;
@@ -566,9 +546,9 @@ const past = new Part(
   ({ versions }) => {
     $("history").replaceChildren(
       ...versions.toReversed().map(({ version, change, created_at: at, keys, classes, current }) => {
-        const back = el("button", { type: "button", class: "quiet" }, "Restore");
         const call = () => state.rollback(version, state.info.version);
-        back.addEventListener("click", () => changed(`Restored version ${version}`, call, $("history-title")));
+        const onclick = () => changed(`Restored version ${version}`, call, $("history-title"));
+        const back = el("button", { type: "button", class: "quiet", onclick }, "Restore");
         return el(
           "li",
           {},
@@ -583,7 +563,7 @@ const past = new Part(
   },
 );
 
-const typed = debounced(250, filterShots);
+const typed = debounced(250, () => shots.load());
 $("shots-class").addEventListener("input", typed);
 $("shots-source").addEventListener("input", typed);
 $("classes-filter").addEventListener("input", showClasses);

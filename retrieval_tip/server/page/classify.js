@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import * as drawer from "./drawer.js";
-import { $, count, debounced, el, percent, plural, say } from "./dom.js";
+import { $, count, debounced, el, noPreview, percent, plural, preview, say } from "./dom.js";
 import { Grid } from "./grid.js";
 import { notice } from "./notice.js";
 import { Photo, parameters } from "./photo.js";
@@ -193,15 +193,18 @@ function showProblems() {
   const lines = [];
   const failed = photos.filter((photo) => photo.problem && api.passing(photo.problem));
   if (failed.length) {
-    const again = el("button", { type: "button", id: "again" }, "Try again");
-    again.addEventListener("click", () => (askAgain(failed.filter(({ feature }) => feature)), failed.filter(({ feature }) => !feature).forEach(ask)));
+    const retry = () => {
+      askAgain(failed.filter(({ feature }) => feature));
+      failed.filter(({ feature }) => !feature).forEach(ask);
+    };
+    const again = el("button", { type: "button", id: "again", onclick: retry }, "Try again");
     const without = failed.filter((photo) => !photo.shown).length;
     lines.push([`${failed[0].problem.message}${without ? ` ${plural(without, "photo has", "photos have")} not been classified yet.` : ""}`, again]);
   } else if (lasting && busy()) lines.push([lasting]);
   if (!busy()) lasting = "";
   for (const [reason, names] of refused) {
-    const close = el("button", { type: "button", class: "quiet", aria: { label: "Dismiss" } }, "×");
-    close.addEventListener("click", () => (refused.delete(reason), showProblems()));
+    const onclick = () => (refused.delete(reason), showProblems());
+    const close = el("button", { type: "button", class: "quiet", aria: { label: "Dismiss" }, onclick }, "×");
     const some = names.slice(0, 4).join(", ") + (names.length > 4 ? ` and ${names.length - 4} more` : "");
     lines.push([`Skipped ${plural(names.length, "file")} (${reason}): ${some}`, close]);
   }
@@ -215,13 +218,8 @@ function showProblems() {
 
 function tile(photo, element) {
   if (!element) {
-    const url = URL.createObjectURL(photo.file);
-    const image = el("img", { alt: "", decoding: "async", src: url });
-    const done = () => URL.revokeObjectURL(url); // the element keeps the image
-    image.addEventListener("load", done, { once: true });
-    image.addEventListener("error", () => (done(), image.replaceWith(el("span", { class: "none" }, "no preview"))), { once: true });
     const tick = el("span", { class: "tick", aria: { hidden: "true" } }, "✓");
-    element = el("div", {}, el("span", { class: "frame" }, image, tick), el("span", { class: "said" }), el("span", { class: "chip-of" }));
+    element = el("div", {}, el("span", { class: "frame" }, preview(photo.file, "", noPreview()), tick), el("span", { class: "said" }), el("span", { class: "chip-of" }));
   }
   const said = element.children[1];
   const chip = element.children[2];
@@ -343,11 +341,9 @@ function showChosen() {
   $("selection-form").hidden = !can;
   $("selection-right").hidden = !can || !acting().some(acceptable);
   $("selection-chips").replaceChildren(
-    ...(can && number ? choices() : []).map((label, i) => {
-      const chip = el("button", { type: "button", class: "chip" }, el("kbd", {}, `${i + 1}`), ` ${label}`);
-      chip.addEventListener("click", () => teach(acting(), label));
-      return chip;
-    }),
+    ...(can && number ? choices() : []).map((label, i) =>
+      el("button", { type: "button", class: "chip", onclick: () => teach(acting(), label) }, el("kbd", {}, `${i + 1}`), ` ${label}`),
+    ),
   );
 }
 

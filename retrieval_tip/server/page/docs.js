@@ -57,5 +57,4 @@ try {
   );
 } catch {
   $("problem").textContent = "The server cannot be reached. Is it still running?";
-  $("problem").hidden = false;
 }

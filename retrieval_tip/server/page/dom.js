@@ -68,20 +68,21 @@ export const nameOf = (source, parts = 1) => String(source).split(/[\\/]/).filte
 export function picture(url, size, label) {
   const none = () => el("span", { class: "picture none", title: "The server has no image of this example." }, "no image");
   if (!url) return none();
-  const image = el("img", {
-    class: "picture",
-    loading: "lazy",
-    decoding: "async",
-    alt: label,
-    src: `${url}?size=${size}`,
-  });
-  image.addEventListener("error", () => image.replaceWith(none()), { once: true });
-  return image;
+  const onerror = ({ target }) => target.replaceWith(none());
+  return el("img", { class: "picture", loading: "lazy", decoding: "async", alt: label, src: `${url}?size=${size}`, onerror });
 }
+
+/** Return an image of a file of the user. If it cannot be shown, it is replaced by `none`, or else removed. */
+export function preview(file, alt, ...none) {
+  const src = URL.createObjectURL(file);
+  const done = () => URL.revokeObjectURL(src); // the element keeps the image
+  return el("img", { alt, src, decoding: "async", onload: done, onerror: ({ target }) => (done(), target.replaceWith(...none)) });
+}
+
+export const noPreview = () => el("span", { class: "none" }, "no preview");
 
 /** Return an error message. If `again` is given, add a button that tries again. */
 export function failure(error, again) {
-  const button = again && el("button", { type: "button" }, "Try again");
-  button?.addEventListener("click", again);
+  const button = again && el("button", { type: "button", onclick: again }, "Try again");
   return el("span", { class: "failure" }, el("span", { role: "alert" }, error.message), " ", button);
 }

@@ -1,7 +1,7 @@
 // The open photo, with its answer, the examples for and against this answer, and the calculation.
 
 import * as api from "./api.js";
-import { $, el, nameOf, percent, picture, short } from "./dom.js";
+import { $, el, nameOf, noPreview, percent, picture, preview, short } from "./dom.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 
@@ -15,11 +15,8 @@ export const openPhoto = () => photo;
 export function setUp(given) {
   teach = given.teach;
   $("drawer-close").addEventListener("click", () => given.close());
-  for (const [id, by] of [
-    ["drawer-previous", -1],
-    ["drawer-next", 1],
-  ])
-    $(id).addEventListener("click", () => given.step(by));
+  $("drawer-previous").addEventListener("click", () => given.step(-1));
+  $("drawer-next").addEventListener("click", () => given.step(1));
   $("drawer").addEventListener("keydown", (event) => {
     if (event.key === "Escape") given.close();
     else if (event.target.closest("input, select, summary") || event.ctrlKey || event.metaKey || event.altKey) return;
@@ -89,15 +86,10 @@ export function open(which) {
   if (another) {
     $("drawer-label").value = "";
     newClass();
-    const url = URL.createObjectURL(photo.file);
-    const image = el("img", { alt: `Your photo ${photo.name}`, src: url });
-    const none = () => image.replaceWith(el("span", { class: "none" }, "no preview"));
-    image.addEventListener("load", () => URL.revokeObjectURL(url), { once: true });
-    image.addEventListener("error", () => (URL.revokeObjectURL(url), none()), { once: true });
-    $("drawer-picture").replaceChildren(image);
+    $("drawer-picture").replaceChildren(preview(photo.file, `Your photo ${photo.name}`, noPreview()));
     $("drawer").scrollTop = 0;
+    showMore(false);
   }
-  if (another) showMore(false);
   show();
 }
 
@@ -164,9 +156,8 @@ function showCorrection() {
   $("drawer-which").textContent = photo.unlike ? "What is it?" : "Which class is right?";
   $("drawer-refused").hidden = can;
   const chips = photo.choices.map((label, i) => {
-    const chip = el("button", { type: "button", class: "chip", title: `Press ${i + 1}` }, el("kbd", {}, `${i + 1}`), ` ${label}`);
-    chip.addEventListener("click", () => teachChoice(i));
-    return chip;
+    const properties = { type: "button", class: "chip", title: `Press ${i + 1}`, onclick: () => teachChoice(i) };
+    return el("button", properties, el("kbd", {}, `${i + 1}`), ` ${label}`);
   });
   $("drawer-chips").replaceChildren(...(can ? chips : []));
 }

@@ -140,15 +140,15 @@ function choices() {
   const buttons = all.map(([label, probability], i) => {
     const guess = i === 0 && probability !== null;
     const share = probability === null ? "" : percent(probability);
+    const keys = { keyshortcuts: guess ? "1 Enter" : String(i + 1) };
     const button = el(
       "button",
-      { type: "button", class: guess ? "primary" : "", data: { label }, aria: { keyshortcuts: guess ? "1 Enter" : String(i + 1) } },
+      { type: "button", class: guess ? "primary" : "", data: { label }, aria: keys, onclick: () => choose(label) },
       el("kbd", {}, String(i + 1)),
       el("span", { class: "name" }, label),
       el("span", {}, share),
       guess ? el("kbd", {}, "Enter") : null,
     );
-    button.addEventListener("click", () => choose(label));
     return el("li", {}, button);
   });
   refill($("label-choices"), buttons);
@@ -190,11 +190,7 @@ function refused() {
   if ($("label-refused").dataset.shown === shown) return;
   $("label-refused").dataset.shown = shown;
   const rows = session.refused.slice(0, REFUSED).map((one) => {
-    const button = (text, next) => {
-      const made = el("button", { type: "button", class: "quiet" }, text);
-      made.addEventListener("click", () => drop(one, next));
-      return made;
-    };
+    const button = (text, next) => el("button", { type: "button", class: "quiet", onclick: () => drop(one, next) }, text);
     const what = one.label === null ? "The label of this photo could not be removed" : `The label “${one.label}” could not be saved`;
     const buttons = one.label === null ? [] : [button("Show this photo", one.photo), " ", button("Drop the label", null)];
     return el("p", { title: one.name }, `${file(one.name)}: ${what}: ${one.reason} `, ...buttons);
@@ -281,12 +277,12 @@ async function enter(text) {
   if (!label || photo !== current?.photo) return; // it was dismissed, or somebody else has labelled the photo
   const name = choose(label);
   if (near || !classes.includes(label) || label.length <= text.length) return;
-  const button = el("button", { type: "button" }, `New class “${text}”`);
-  button.addEventListener("click", () => {
+  const onclick = () => {
     const { entry, photos } = steps.get(name);
     put({ undo: name });
     step(entry, photos, text);
-  });
+  };
+  const button = el("button", { type: "button", onclick }, `New class “${text}”`);
   $("label-completed").replaceChildren(`“${text}” was completed to ${label}.`, " ", button);
   $("label-completed").hidden = false;
 }

@@ -11,11 +11,7 @@ let names = []; // of all classifiers
 export function showMenu(all, choose) {
   names = all;
   $("index-list").replaceChildren(
-    ...names.map((name) => {
-      const button = el("button", { type: "button" }, name);
-      button.addEventListener("click", () => choose(name));
-      return el("li", {}, button);
-    }),
+    ...names.map((name) => el("li", {}, el("button", { type: "button", onclick: () => choose(name) }, name))),
   );
   showOpen();
 }

@@ -17,8 +17,7 @@ export function notice(text, undo) {
       notice(error.message);
     }
   });
-  const close = el("button", { type: "button", class: "quiet", aria: { label: "Dismiss" } }, "×");
-  close.addEventListener("click", () => notice(""));
+  const close = el("button", { type: "button", class: "quiet", aria: { label: "Dismiss" }, onclick: () => notice("") }, "×");
   $("notice").hidden = !text;
   $("notice").replaceChildren(line, ...(button ? [" ", button] : []), " ", close);
   return (other) => (line.textContent = other);

@@ -47,7 +47,7 @@ class Settings extends EventTarget {
       $(`${name}-slider`).addEventListener("input", () => this.#slid(name));
     }
     $("tail").addEventListener("change", () => this.#set({ tail: $("tail").checked }));
-    $("reset").addEventListener("click", () => this.reset());
+    $("reset").addEventListener("click", () => this.#set(this.#own));
     $("settings").addEventListener("submit", (event) => event.preventDefault());
     state.addEventListener("index", () => this.#follow(true));
     state.addEventListener("version", () => this.#follow(false));
@@ -65,10 +65,6 @@ class Settings extends EventTarget {
   /** Whether the user has changed a setting of the index. */
   get changed() {
     return Object.entries(this.#own).some(([name, value]) => this[name] !== value);
-  }
-
-  reset() {
-    this.#set(this.#own);
   }
 
   /** Switch to another index or version. If the user has not changed any setting, use those of the index. */

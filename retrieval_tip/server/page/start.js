@@ -46,12 +46,11 @@ function samples(shown) {
   $("samples-list").replaceChildren(
     ...shown.map(({ key_id: id, class_id: classId, image }) => {
       const label = `Try a photo of ${state.labels[classId]}`;
-      const button = el("button", { type: "button", aria: { label } }, picture(image, 240, ""));
-      button.addEventListener("click", async () => {
+      const onclick = async () => {
         const response = await fetch(`${api.pictureOf(state.info.name, id)}?size=1024`);
         if (response.ok) addFiles([new File([await response.blob()], `${state.labels[classId]} ${id}.jpg`, { type: "image/jpeg" })], [id]);
-      });
-      return el("li", {}, button);
+      };
+      return el("li", {}, el("button", { type: "button", aria: { label }, onclick }, picture(image, 240, "")));
     }),
   );
 }

@@ -45,16 +45,10 @@ class State extends EventTarget {
   }
 
   /** Return a typical shot of each class, and mean affinities. They are fetched once per version. */
-  exemplars() {
-    this.#exemplars ??= api.exemplars(this.info.name);
-    return this.#exemplars;
-  }
+  exemplars = () => (this.#exemplars ??= api.exemplars(this.info.name));
 
   /** Return the estimated accuracy. It is fetched once per version. */
-  accuracy() {
-    this.#accuracy ??= api.accuracy(this.info.name);
-    return this.#accuracy;
-  }
+  accuracy = () => (this.#accuracy ??= api.accuracy(this.info.name));
 
   /** Add photos as examples of a class, in batches. Return the merged answers of the server, or null if there is no
    *  token. */
@@ -63,7 +57,7 @@ class State extends EventTarget {
     const all = { ...lists, known: 0, since: this.info.version };
     for (let at = 0; at < files.length; at += BATCH) {
       const part = files.slice(at, at + BATCH);
-      const added = await this.#change((token) => api.addShots(this.info.name, label, part, token), false);
+      const added = await this.#change(() => api.addShots(this.info.name, label, part), false);
       if (!added) return null;
       for (const name of Object.keys(lists)) all[name].push(...added[name]);
       all.known += added.known;
@@ -77,12 +71,12 @@ class State extends EventTarget {
   /** Create an index from [label, file] pairs, and open it. */
   async make(name, pairs) {
     const like = this.info?.images ? this.info.name : undefined;
-    return this.#opened((token) => api.makeIndex(name, like, pairs, token));
+    return this.#opened(() => api.makeIndex(name, like, pairs));
   }
 
-  renameIndex = (name) => this.#opened((token) => api.renameIndex(this.info.name, name, token));
-  duplicateIndex = (name) => this.#opened((token) => api.duplicateIndex(this.info.name, name, token));
-  deleteIndex = () => this.#opened((token) => api.deleteIndex(this.info.name, token));
+  renameIndex = (name) => this.#opened(() => api.renameIndex(this.info.name, name));
+  duplicateIndex = (name) => this.#opened(() => api.duplicateIndex(this.info.name, name));
+  deleteIndex = () => this.#opened(() => api.deleteIndex(this.info.name));
 
   /** Change the list of indexes, and open the changed index, or another one if it was deleted. */
   async #opened(send) {
@@ -96,21 +90,21 @@ class State extends EventTarget {
   }
 
   /** Fit the index to its shots again. */
-  fit = () => this.#change((token) => api.fit(this.info.name, token));
-  remove = (keyIds) => this.#change((token) => api.removeShots(this.info.name, keyIds, token));
-  relabel = (keyIds, label) => this.#change((token) => api.relabel(this.info.name, { key_ids: keyIds, label }, token));
+  fit = () => this.#change(() => api.fit(this.info.name));
+  remove = (keyIds) => this.#change(() => api.removeShots(this.info.name, keyIds));
+  relabel = (keyIds, label) => this.#change(() => api.relabel(this.info.name, { key_ids: keyIds, label }));
   /** Relabel several groups of shots, given as [{ key_ids, label }], in one new version. */
-  relabelAll = (moves) => this.#change((token) => api.relabel(this.info.name, { moves }, token));
+  relabelAll = (moves) => this.#change(() => api.relabel(this.info.name, { moves }));
   /** Rename a class. If another class already has the new name, the two classes are merged. */
-  rename = (of, label) => this.#change((token) => api.rename(this.info.name, { of, label }, token));
+  rename = (of, label) => this.#change(() => api.rename(this.info.name, { of, label }));
   /** Restore version `to`, provided that the index is still at version `since`. */
-  rollback = (to, since) => this.#change((token) => api.rollback(this.info.name, { to, since }, token));
+  rollback = (to, since) => this.#change(() => api.rollback(this.info.name, { to, since }));
 
   /** Label photos in the labelling session, and return its new state. */
-  setLabels = (change) => this.#change((token) => api.setLabels(change, token), false);
+  setLabels = (change) => this.#change(() => api.setLabels(change), false);
 
   /** Copy the photos of the labelling session into folders by class. */
-  sortPhotos = (into) => this.#change((token) => api.sortPhotos(into, token), false);
+  sortPhotos = (into) => this.#change(() => api.sortPhotos(into), false);
 
   /** Send a change with the token. If the token is unknown, ask the user for it, and return null if there is none. */
   async #change(send, refresh = true) {
@@ -118,7 +112,7 @@ class State extends EventTarget {
       const known = !wrong && sessionStorage.getItem(api.TOKEN);
       if (!known && !(await askToken())) return null;
       try {
-        const changed = await send(sessionStorage.getItem(api.TOKEN));
+        const changed = await send();
         if (refresh) await this.refresh();
         return changed;
       } catch (error) {

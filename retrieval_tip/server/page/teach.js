@@ -3,7 +3,7 @@
 import { judged } from "./accuracy.js";
 import * as api from "./api.js";
 import * as camera from "./camera.js";
-import { $, el, failure, plural } from "./dom.js";
+import { $, el, failure, plural, preview } from "./dom.js";
 import { chosen } from "./files.js";
 import { notice } from "./notice.js";
 import { state } from "./state.js";
@@ -25,19 +25,16 @@ function addClass(name = "", files = []) {
   input.addEventListener("input", () => ((one.name = input.value.trim()), show()));
   const pick = el("input", { type: "file", accept: "image/jpeg,image/png,image/webp,.heic,.heif", multiple: true, hidden: true, aria: { label: "Photos" } });
   pick.addEventListener("change", () => (give(one, [...pick.files]), (pick.value = "")));
-  const choose = el("button", { type: "button" }, "Choose");
-  choose.addEventListener("click", () => pick.click());
-  const shoot = el("button", { type: "button", hidden: !camera.hasCamera }, "Camera");
-  shoot.addEventListener("click", () =>
-    camera.open((file) => give(one, [file]), one.name || "this class").catch((error) => notice(error.message)),
-  );
-  const away = el("button", { type: "button", class: "quiet", aria: { label: "Remove this class" } }, "×");
-  away.addEventListener("click", () => {
+  const choose = el("button", { type: "button", onclick: () => pick.click() }, "Choose");
+  const shot = () => camera.open((file) => give(one, [file]), one.name || "this class").catch((error) => notice(error.message));
+  const shoot = el("button", { type: "button", hidden: !camera.hasCamera, onclick: shot }, "Camera");
+  const removed = () => {
     takeAway(one);
     if (!classes.length) addClass();
     show();
     $("teach-more").focus();
-  });
+  };
+  const away = el("button", { type: "button", class: "quiet", aria: { label: "Remove this class" }, onclick: removed }, "×");
   one.pictures = el("div", { class: "pictures" });
   one.count = el("span", { class: "hint" });
   one.input = input;
@@ -69,12 +66,7 @@ function give(one, files) {
 function draw(one, files) {
   const room = SHOWN - one.pictures.children.length;
   for (const file of files.slice(0, Math.max(0, room))) {
-    const url = URL.createObjectURL(file);
-    const image = el("img", { alt: "", src: url });
-    const done = () => URL.revokeObjectURL(url);
-    image.addEventListener("load", done, { once: true });
-    image.addEventListener("error", () => (done(), image.remove()), { once: true });
-    one.pictures.append(image);
+    one.pictures.append(preview(file, ""));
   }
 }
 
@@ -228,17 +220,16 @@ async function go() {
 /** Return a button that restores version `since`, or null if there is no such version. */
 function undoTo(since) {
   if (since === null) return null;
-  const undo = el("button", { type: "button" }, "Undo");
-  undo.addEventListener("click", async () => {
-    undo.disabled = true;
+  const onclick = async ({ target }) => {
+    target.disabled = true;
     try {
       if (await state.rollback(since, state.info.version)) $("teach-result").replaceChildren("Undone.");
       $("teach-view").classList.remove("done");
     } catch (error) {
       $("teach-result").replaceChildren(failure(error));
     }
-  });
-  return undo;
+  };
+  return el("button", { type: "button", onclick }, "Undo");
 }
 
 /** Show the cards again, in place of the result. */
@@ -250,10 +241,8 @@ function showCards() {
 function finished(result, skipped, since, seconds) {
   const names = skipped.slice(0, 3).map(({ input }) => input).join(", ") + (skipped.length > 3 ? ` and ${skipped.length - 3} more` : "");
   const out = skipped.length ? ` Skipped ${plural(skipped.length, "file")}: ${names}.` : "";
-  const ask = el("button", { type: "button", class: "primary", id: "teach-ask" }, "Try it on a photo");
-  ask.addEventListener("click", () => (location.hash = "#classify"));
-  const again = el("button", { type: "button" }, "Add more photos");
-  again.addEventListener("click", () => (showCards(), $("teach-more").focus()));
+  const ask = el("button", { type: "button", class: "primary", id: "teach-ask", onclick: () => (location.hash = "#classify") }, "Try it on a photo");
+  const again = el("button", { type: "button", onclick: () => (showCards(), $("teach-more").focus()) }, "Add more photos");
   $("teach-view").classList.add("done"); // the result takes the place of the cards
   $("teach-result").hidden = false;
   $("teach-result").replaceChildren(

@@ -1,7 +1,7 @@
 // Groups of similar photos that have no match. Naming a group creates a class.
 
 import * as api from "./api.js";
-import { $, count, el, failure, plural } from "./dom.js";
+import { $, count, el, failure, noPreview, plural, preview } from "./dom.js";
 import { state } from "./state.js";
 
 const MOST = 4096; // number of photos that the server groups at once
@@ -39,16 +39,11 @@ async function grouped(unlike, teach, again) {
 function row(photos, teach) {
   const label = el("input", { autocomplete: "off", maxLength: 1024, placeholder: "class name", aria: { label: "Class name" } });
   label.setAttribute("list", "class-names");
-  const form = el("form", { class: "teach" }, label, el("button", { type: "submit" }, "Name this class"));
-  form.addEventListener("submit", (event) => {
+  const onsubmit = (event) => {
     event.preventDefault();
     if (label.value.trim()) teach(photos, label.value.trim());
-  });
-  const pictures = photos.slice(0, SHOWN).map(({ file, name }) => {
-    const url = URL.createObjectURL(file);
-    const image = el("img", { alt: name, src: url });
-    for (const event of ["load", "error"]) image.addEventListener(event, () => URL.revokeObjectURL(url), { once: true });
-    return el("li", {}, image);
-  });
+  };
+  const form = el("form", { class: "teach", onsubmit }, label, el("button", { type: "submit" }, "Name this class"));
+  const pictures = photos.slice(0, SHOWN).map(({ file, name }) => el("li", {}, preview(file, name, noPreview())));
   return el("li", {}, el("strong", {}, `${plural(photos.length, "similar photo")} without a match`), el("ul", { class: "strip" }, ...pictures), form);
 }

@@ -1,0 +1,126 @@
+"""What requests may do, and the objects that routes depend on."""
+
+from __future__ import annotations
+
+import hmac
+from typing import Annotated
+
+from fastapi import Depends, Header, Request
+
+from retrieval_tip.server.guard import DEADLINE
+from retrieval_tip.server.labelling import Labelling
+from retrieval_tip.server.problems import Problem
+from retrieval_tip.server.served import Served, Version
+from retrieval_tip.server.service import Service
+
+Token = Annotated[str | None, Header(description='"Bearer TOKEN", where TOKEN is the server\'s token.')]
+
+
+async def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+TheService = Annotated[Service, Depends(_service)]
+
+
+async def _labelling(request: Request) -> Labelling:
+    labelling: Labelling | None = request.app.state.labelling
+    if labelling is None:
+        raise Problem(404, "there are no photos to label; start the server with retrieval-tip label PHOTOS")
+    return labelling
+
+
+TheLabelling = Annotated[Labelling, Depends(_labelling)]
+
+
+async def _index(service: TheService, name: str) -> Served:
+    return service.index(name)
+
+
+Named = Annotated[Served, Depends(_index)]
+
+
+async def _not_labelled(request: Request, one: Named) -> Served:
+    """Refuse to take an index away from a labelling session."""
+    labelling: Labelling | None = request.app.state.labelling
+    if labelling is not None and labelling.name == one.name:
+        raise Problem(409, f"index {one.name!r} is being labelled; stop retrieval-tip label first")
+    return one
+
+
+NotLabelled = Annotated[Served, Depends(_not_labelled)]
+
+
+async def _version(one: Named) -> Version:
+    return one.now
+
+
+Now = Annotated[Version, Depends(_version)]
+
+
+async def _accepts_changes(request: Request) -> bool:
+    return request.app.state.token is not None
+
+
+AcceptsChanges = Annotated[bool, Depends(_accepts_changes)]
+
+
+def _sends(request: Request, token: str | None) -> bool:
+    headers = request.headers.getlist("authorization")
+    scheme, _, sent = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
+    right = token is not None and hmac.compare_digest(sent.strip(" ").encode("latin-1"), token.strip(" ").encode())
+    return right and scheme.lower() == "bearer"
+
+
+def cookie(token: str) -> tuple[str, str]:
+    """Return the name and value of the cookie of a private server.
+
+    Servers on other ports of this machine get the cookie as well. Each has its own name, and does not reveal the token.
+    """
+    mark = hmac.new(token.encode(), b"cookie", "sha256").hexdigest()
+    return f"retrieval-tip-{mark[:8]}", mark[8:]
+
+
+def _has_cookie(request: Request, token: str) -> bool:
+    name, value = cookie(token)
+    return hmac.compare_digest(request.cookies.get(name, "").encode(), value.encode())
+
+
+def _refusal(request: Request) -> Problem:
+    command = "serve" if request.app.state.labelling is None else "label"
+    text = f"the token is missing or wrong; send Authorization: Bearer TOKEN, with the token that {command} printed"
+    return Problem(401, text, {"WWW-Authenticate": "Bearer"})
+
+
+async def may_read(request: Request) -> None:
+    """Refuse requests to a private server that do not have its token. Images in the page only send the cookie."""
+    token = request.app.state.private
+    if token is None or _sends(request, token) or (request.method == "GET" and _has_cookie(request, token)):
+        return
+    raise _refusal(request)
+
+
+async def _from_here(request: Request) -> None:
+    """Refuse requests that come from pages of other sites and do not have the token."""
+    state = request.app.state
+    if "cross-site" in request.headers.getlist("sec-fetch-site") and not _sends(request, state.token or state.private):
+        raise Problem(403, "request from another site; send the server's token (Authorization: Bearer TOKEN)")
+
+
+async def _allowed(request: Request, authorization: Token = None) -> None:
+    """Refuse requests that do not have the token."""
+    if request.app.state.token is None:
+        raise Problem(403, "this server is read-only; restart it with --token TOKEN and send that token")
+    if not _sends(request, request.app.state.token):
+        raise _refusal(request)
+
+
+async def lift_deadline(request: Request) -> None:
+    """Remove the time limit of a request, so that a change is not interrupted halfway."""
+    request.scope[DEADLINE].reschedule(None)
+
+
+READS = [Depends(_from_here), Depends(may_read)]
+CHANGES = [Depends(_allowed)]
+UNHURRIED = [Depends(lift_deadline)]

@@ -1,0 +1,276 @@
+"""HTTP routes that change indexes. They require the server's token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import quote
+
+from fastapi import APIRouter, Query, Request
+
+from retrieval_tip.data.sources import spelled_alike
+from retrieval_tip.errors import json_line, show
+from retrieval_tip.index import changes as index_changes
+from retrieval_tip.index import manage
+from retrieval_tip.index.fit import fit_index
+from retrieval_tip.retrieval.duplicates import describe_duplicates
+from retrieval_tip.server import metrics, schemas, shots
+from retrieval_tip.server.access import CHANGES, UNHURRIED, Named, NotLabelled, TheLabelling, TheService, lift_deadline
+from retrieval_tip.server.problems import Problem
+from retrieval_tip.server.routes import REFUSED, SENT, Norms
+from retrieval_tip.server.served import Backbones, Served
+from retrieval_tip.server.service import Service, backbone_of, nothing
+from retrieval_tip.server.uploads import index_name, read, read_index
+
+uploads = APIRouter(prefix="/v1", dependencies=CHANGES, responses=REFUSED | SENT)
+changes = APIRouter(prefix="/v1", dependencies=[*CHANGES, *UNHURRIED], responses=REFUSED)
+USED = schemas.problems(409)
+"""Response of routes that refuse a change because a name or a version is not as expected."""
+
+
+# --- shots
+
+
+@uploads.post("/indexes/{name}/keys", status_code=201, openapi_extra=schemas.ADD)
+async def add(request: Request, service: TheService, one: Named, norms: Norms = "check") -> schemas.AddedShots:
+    """Add labelled images or features as shots, in a new version of the index.
+
+    If a label is new, a new class is added for it.
+    """
+    sent = await read(request, service.limits, norms, one.now.cache.d, labelled=True)
+    await lift_deadline(request)
+    skipped: list[schemas.Unread] = []
+    if sent.images is None:
+        added = await service.change(shots.add_features, one, one.now.backbone, sent)
+    else:
+        backbone = backbone_of(one.now)
+        good, skipped = await service.decoded(sent, sent.images, backbone, nothing)
+        datas = [sent.images[place] for place in good]
+        added = await service.change(shots.add_images, one, backbone, sent.labels[0], datas, service.uploads)
+    await service.follow(one)
+    duplicates = describe_duplicates(added.duplicates) if added.duplicates is not None else []
+    return schemas.AddedShots(
+        one.name, added.version, added.key_ids, added.classes, added.known, duplicates,
+        _of_spelling(one.name, added.alike), skipped,
+    )  # fmt: skip
+
+
+@changes.delete("/indexes/{name}/keys")
+async def remove(
+    service: TheService, one: Named, key_id: Annotated[list[schemas.KeyId], Query(min_length=1, max_length=1000)]
+) -> schemas.ChangedShots:
+    """Remove shots, in a new version of the index."""
+    await _check_known(service, one, key_id)
+    return await _changed(service, one, lambda: index_changes.remove(one.folder, key_ids=key_id))
+
+
+@changes.post("/indexes/{name}/relabel")
+async def relabel(service: TheService, one: Named, change: schemas.Relabel) -> schemas.ChangedShots:
+    """Move shots or a whole class to other classes, in one new version of the index."""
+    chosen = sum(field is not None for field in (change.key_ids, change.of, change.moves))
+    if chosen != 1 or (change.label is None) != (change.moves is not None):
+        raise Problem(422, "relabel: give either label and key_ids, or label and of, or only moves")
+    if change.of is not None:
+        keys = await service.find(one.now.cache.find, (change.of,))
+        if not len(keys):
+            raise Problem(422, f"of: class {change.of!r} has no shots")
+        moves = [(keys["key_id"].to_pylist(), str(change.label))]
+    else:
+        moves = [(move.key_ids, move.label) for move in change.moves or ()]
+        moves = moves or [(change.key_ids or [], str(change.label))]
+    labels: dict[int, str] = {}
+    for key_ids, label in moves:
+        for key_id in key_ids:
+            if labels.setdefault(key_id, label) != label:
+                raise Problem(422, f"key_ids: key {key_id} has two labels; give only one label")
+    if not labels:
+        raise Problem(422, "key_ids: the list is empty; give at least one key id")
+    if change.of is None:
+        await _check_known(service, one, list(labels))
+    return await _changed(service, one, lambda: index_changes.relabel(one.folder, labels))
+
+
+@changes.post("/indexes/{name}/rename")
+async def rename(service: TheService, one: Named, change: schemas.Rename) -> schemas.ChangedShots:
+    """Rename a class, in a new version of the index.
+
+    If a class with the new name already exists, the two classes are merged. Otherwise, the new name is encoded if the
+    server has the text encoder.
+    """
+    cache, backbone = one.now.cache, one.now.backbone
+    if change.of not in cache.class_names:
+        raise Problem(404, f"index {one.name!r} has no class {change.of!r}")
+    if backbone is None or not backbone.has_text or not cache.templates or change.label in cache.class_names:
+        backbone = None
+    call = lambda: index_changes.rename(one.folder, change.of, change.label, backbone)  # noqa: E731
+    return await _changed(service, one, call)
+
+
+@changes.post("/indexes/{name}/rollback", responses=USED)
+async def rollback(service: TheService, one: Named, change: schemas.Rollback) -> schemas.ChangedShots:
+    """Restore an earlier version, as a new version. The current version is kept."""
+
+    def call() -> index_changes.Changed:
+        kept = [row["version"] for row in one.place.history().to_pylist()]
+        if change.since is not None and kept[-1] != change.since:
+            now = f"it is at version {kept[-1]}, not {change.since}"
+            raise Problem(409, f"the index has changed: {now}; reload it and try again")
+        if change.to not in kept:
+            versions = ", ".join(map(str, kept))
+            raise Problem(404, f"index {one.name!r} has no version {change.to}; its versions are {versions}")
+        return index_changes.rollback(one.folder, change.to)
+
+    return await _changed(service, one, call)
+
+
+async def _check_known(service: Service, one: Served, key_ids: Sequence[int]) -> None:
+    keys = await service.find(one.now.cache.find, (), None, key_ids)
+    if missing := set(key_ids) - set(keys["key_id"].to_pylist()):
+        raise Problem(404, f"index {one.name!r} has no key {min(missing)}")
+
+
+async def _changed(service: Service, one: Served, call: Callable[[], index_changes.Changed]) -> schemas.ChangedShots:
+    """Make a change, and open the new version."""
+    changed = await service.change(call)
+    await service.follow(one)
+    return schemas.ChangedShots(one.name, changed.version, changed.key_ids)
+
+
+# --- indexes
+
+
+@uploads.post("/indexes", status_code=201, openapi_extra=schemas.MAKE, responses=USED)
+async def create(
+    request: Request,
+    service: TheService,
+    like: Annotated[
+        str | None, Query(description="Name of an index whose encoder and parent folder are used for the new index.")
+    ] = None,
+) -> schemas.MadeIndex:
+    """Create an index from labelled images, fit it and serve it.
+
+    By default, it gets the encoder and the folder that the server was started with, or else those of the first index.
+    """
+    sent, maker = await read_index(request, service.limits), service.maker
+    await lift_deadline(request)
+    name = str(sent.index)
+    into: Path | None
+    if maker and like is None:
+        backbone, into, backbones = maker.backbone, maker.into, maker.backbones
+    else:
+        model = service.index(like or next((name for name, one in service.served.items() if one.now.backbone), None))
+        backbone, into, backbones = backbone_of(model.now), model.beside, model.backbones
+    if into is None:
+        raise Problem(422, "the index is in a bucket; to create indexes, restart the server with --into FOLDER")
+    assert sent.images is not None
+    with _room(service, name, into):
+        good, skipped = await service.decoded(sent, sent.images, backbone, nothing)
+        labelled = [(sent.labels[place], sent.images[place]) for place in good]
+        one = await _opened(service, lambda: shots.build(into / name, backbone, labelled, service.uploads), backbones)
+    warnings = _of_spelling(name, spelled_alike(one.now.cache.class_names))
+    return schemas.MadeIndex(name, one.now.manifest.version, _judged(one), warnings, skipped)
+
+
+@changes.post("/indexes/{name}/fit")
+async def fit(service: TheService, one: Named) -> schemas.FittedIndex:
+    """Fit an index to its shots again, and estimate its accuracy."""
+    await service.change(fit_index, one.folder)
+    await service.follow(one)
+    return schemas.FittedIndex(one.name, one.now.manifest.version, _judged(one))
+
+
+@changes.patch("/indexes/{name}", responses=USED)
+async def rename_index(service: TheService, one: NotLabelled, new: schemas.IndexName) -> schemas.NamedIndex:
+    """Rename an index and its folder."""
+    name = index_name(new.name)
+    _check_free(service, name, one.beside)
+    made = await _opened(service, lambda: manage.rename(one.folder, name), one.backbones, one)
+    return schemas.NamedIndex(name, made.now.manifest.version)
+
+
+@changes.post("/indexes/{name}/duplicate", status_code=201, responses=USED)
+async def duplicate_index(service: TheService, one: Named, new: schemas.IndexName) -> schemas.NamedIndex:
+    """Copy the current version of an index to a new index next to it."""
+    name = index_name(new.name)
+    with _room(service, name, one.beside):
+        made = await _opened(service, lambda: manage.duplicate(one.folder, name), one.backbones)
+    return schemas.NamedIndex(name, made.now.manifest.version)
+
+
+@changes.delete("/indexes/{name}", responses=USED)
+async def delete_index(service: TheService, one: NotLabelled) -> schemas.NamedIndex:
+    """Delete an index, its versions, and the images that were added to it here. This cannot be undone."""
+    await service.change(manage.delete, one.folder)
+    _replace(service, one)
+    return schemas.NamedIndex(one.name, one.now.manifest.version)
+
+
+async def _opened(
+    service: Service, make: Callable[[], Path], backbones: Backbones, instead: Served | None = None
+) -> Served:
+    """Make an index folder, and serve it in place of another index or after all others."""
+    made = await service.change(lambda: Served(make(), backbones))
+    _replace(service, instead, made)
+    return made
+
+
+def _replace(service: Service, old: Served | None, *new: Served) -> None:
+    served = [one for each in service.served.values() for one in (new if each is old else (each,))]
+    served += () if old else new
+    service.served.clear()
+    service.served.update((one.name, one) for one in served)
+    if old is not None:
+        for gauge in (metrics.VERSION, metrics.KEYS):
+            gauge.remove(old.name)
+
+
+@contextmanager
+def _room(service: Service, name: str, into: Path | None) -> Iterator[None]:
+    """Reserve a place for a new index inside the context. Raises Problem 409 if the name is in use or none is left."""
+    _check_free(service, name, into)
+    if len(service.served) + service.creating >= service.limits.indexes:
+        raise Problem(409, f"the server already has {service.limits.indexes} indexes, which is the limit; delete some")
+    service.creating += 1
+    try:
+        yield
+    finally:
+        service.creating -= 1
+
+
+def _check_free(service: Service, name: str, into: Path | None) -> None:
+    if name in service.served or (into is not None and (into / name).exists()):
+        where = f" in {show(into)}" if into else ""
+        raise Problem(409, f"index {name!r} already exists{where}; choose another name")
+
+
+def _judged(one: Served) -> schemas.Judgement:
+    """Return the accuracy that the last fit of an index estimated."""
+    fitted = one.now.cache.provenance.get("fit", {})
+    return schemas.Judgement(fitted.get("photos"), fitted.get("words"), fitted.get("both"), fitted.get("summary"))
+
+
+def _of_spelling(name: str, alike: Mapping[str, str]) -> list[str]:
+    """Return a warning for each new class that is spelled almost like another."""
+    route = f"POST /v1/indexes/{quote(name, safe='')}/rename"
+    return [
+        f"{new!r} is spelled almost like {known!r}; to merge them: {route} {json_line({'of': new, 'label': known})}"
+        for new, known in alike.items()
+    ]
+
+
+# --- labelling
+
+
+@changes.post("/label")
+async def label(labelling: TheLabelling, change: schemas.SetLabels) -> schemas.LabellingStatus:
+    """Set or remove labels, and return the new state. The labels are saved within seconds, as a new version."""
+    await labelling.label(change)
+    return labelling.status()
+
+
+@changes.post("/label/sort")
+async def label_sort(labelling: TheLabelling, change: schemas.SortInto) -> schemas.SortedPhotos:
+    """Copy all photos of the labelling session into folders by class, as `retrieval-tip sort` does."""
+    return await labelling.sort(change.into)
