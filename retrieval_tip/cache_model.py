@@ -294,7 +294,7 @@ class KeyEdits(EditableIndex):
             self.next_key_id = int(pc.max(self.labels["key_id"]).as_py()) + 1
 
 
-class Origin(Protocol):
+class SourceVersion(Protocol):
     """The version of another kind of store that an index in memory was read from."""
 
     @property
@@ -365,7 +365,7 @@ class CacheModel(KeyEdits):
 
     def __post_init__(self) -> None:
         self._stored: Stored | None = None
-        self.origin: Origin | None = None
+        self.origin: SourceVersion | None = None
         self.sums: Sums | None = None
         self.prior: npt.NDArray[np.float32] | None = None
         self.text_weights = self.text_weights.to(self.device)
