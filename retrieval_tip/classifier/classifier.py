@@ -20,7 +20,7 @@ from retrieval_tip.data.sources import Source, open_source, read_item
 from retrieval_tip.errors import UsageError
 from retrieval_tip.index import changes, hub, places
 from retrieval_tip.index.build import build_index
-from retrieval_tip.index.items import Asked
+from retrieval_tip.index.items import Plan
 from retrieval_tip.settings import BuildOptions, KeysMet, Precision
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Classifier(AnsweringClassifier, MeasuredClassifier, EditableClassifier):
 
         See :func:`build.build_index` for the errors.
         """
-        Asked(**options)  # raises an error before anything is loaded
+        Plan(**options)  # raises an error before anything is loaded
         if isinstance(photos, Pictures):
             given = photos
         else:

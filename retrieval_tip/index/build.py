@@ -29,7 +29,7 @@ from retrieval_tip.evaluation.audit import ALL_PAIRS, suspicious
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.index import places
 from retrieval_tip.index.fit import prior_of
-from retrieval_tip.index.items import Asked, Material, Words, draw_shots, identity_of, ids_in, read_text_table
+from retrieval_tip.index.items import Material, Plan, Words, draw_shots, identity_of, ids_in, read_text_table
 from retrieval_tip.index.places import Place
 from retrieval_tip.retrieval.keys import index_over
 from retrieval_tip.retrieval.vector_index import BY_CLASS
@@ -58,24 +58,24 @@ def build_index(
     Raises InputError, UsageError or BackboneError if the input is invalid. Raises StoreError if ``out`` is not writable
     or if another process is writing to it. If an error occurs, ``out`` stays unchanged.
     """
-    asked = Asked(**options)
-    words = _text(source, encoder, asked)
-    source, ids = _shots(source.known_as(words.class_names), words.class_names, asked, encoder.seed)
+    plan = Plan(**options)
+    words = _text(source, encoder, plan)
+    source, ids = _shots(source.known_as(words.class_names), words.class_names, plan, encoder.seed)
     backbone = identity_of(source, encoder)
-    fit = Fit(asked.metric, asked.values, asked.class_prior or "even", prior_of(asked.prior, backbone))
-    material = Material(source, encoder, ids, words, asked, fit if asked.fits else None, resolve_device(device))
-    made = places.at(out).create(_without_suspicious(material) if asked.drop_suspicious else material)
+    fit = Fit(plan.metric, plan.values, plan.class_prior or "even", prior_of(plan.prior, backbone))
+    material = Material(source, encoder, ids, words, plan, fit if plan.fits else None, resolve_device(device))
+    made = places.at(out).create(_without_suspicious(material) if plan.drop_suspicious else material)
     warn_of_spelling(out, words.class_names, words.class_names)
     return made
 
 
-def _shots(source: Source, class_names: Sequence[str], asked: Asked, seed: int) -> tuple[Source, npt.NDArray[np.int64]]:
+def _shots(source: Source, class_names: Sequence[str], plan: Plan, seed: int) -> tuple[Source, npt.NDArray[np.int64]]:
     """Return the items of a source that become keys, and their class ids."""
     ids = ids_in(source, class_names)
-    _warn_of_layout(source, class_names, asked.text)
-    if asked.shots is None:
+    _warn_of_layout(source, class_names, plan.text)
+    if plan.shots is None:
         return source, ids
-    drawn = draw_shots(ids, class_names, asked.shots, seed)
+    drawn = draw_shots(ids, class_names, plan.shots, seed)
     return source.take(drawn), ids[drawn]
 
 
@@ -98,7 +98,7 @@ def _without_suspicious(material: Material) -> Material:
     features = np.concatenate([block.features for block in blocks])
     digests = [digest for block in blocks for digest in block.digests]
     order = np.argsort(ids[positions], kind="stable")  # as in a folder
-    keys, own = features[order].astype(material.asked.dtype), positions[order]
+    keys, own = features[order].astype(material.plan.dtype), positions[order]
     labels = material.labels(own, [digests[row] for row in order])
     cache = CacheModel(
         keys=keys, labels=labels, class_names=list(material.words.class_names),
@@ -133,13 +133,13 @@ def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.P
             )
 
 
-def _text(source: Source, encoder: Encoder, asked: Asked) -> Words:
-    templates, backbone = asked.templates, encoder.backbone
-    if asked.text is not None:
+def _text(source: Source, encoder: Encoder, plan: Plan) -> Words:
+    templates, backbone = plan.templates, encoder.backbone
+    if plan.text is not None:
         if templates:
             raise UsageError("text and templates: give only one; a text table already contains features of prompts")
-        class_names, weights = read_text_table(asked.text, encoder.norms, identity_of(source, encoder))
-        return Words(class_names, weights, [], str(asked.text))
+        class_names, weights = read_text_table(plan.text, encoder.norms, identity_of(source, encoder))
+        return Words(class_names, weights, [], str(plan.text))
     if backbone is not None and (templates or backbone.has_text):
         prompts = list(check_templates(templates or DEFAULT_TEMPLATES))
         weights = encoder.text_weights(source.class_names, prompts)

@@ -60,7 +60,7 @@ class FolderChange(Change):
 def create(folder: Path, made: Material) -> CacheModel:
     """Build the next version of a folder. The keys are sorted by class."""
     names, weights, templates, _ = made.words
-    asked = made.asked.index or "Flat"
+    asked = made.plan.index or "Flat"
     order = np.argsort(made.ids, kind="stable")  # group the keys by class, so that row r of the index is item order[r]
     with write(folder) as writer:
         keys, kept, digests = _write_keys(writer, made, order)
@@ -72,7 +72,7 @@ def create(folder: Path, made: Material) -> CacheModel:
             )
         made.warn_of_bare(np.bincount(ids, minlength=c))
         statistics = measure(keys, ids)
-        factory, met = (asked, None) if asked != "auto" else auto_for((len(keys), d), made.asked.dtype, c, made.device)
+        factory, met = (asked, None) if asked != "auto" else auto_for((len(keys), d), made.plan.dtype, c, made.device)
         labels = made.labels(order, digests)
         warn_of(duplicates(keys, labels))
         cache = CacheModel(
@@ -107,7 +107,7 @@ def _write_keys(
     blocks = made.blocks()
     first = next(blocks)
     shape = (len(order), first.features.shape[1])
-    staged, array = writer.stage_array("keys", shape, made.asked.dtype)
+    staged, array = writer.stage_array("keys", shape, made.plan.dtype)
     present = np.zeros(len(order), dtype=bool)
     digests: list[str | None] = [None] * len(order)
     for block in itertools.chain([first], blocks):
@@ -118,7 +118,7 @@ def _write_keys(
             digests[row] = digest
     kept = np.flatnonzero(present)
     if len(kept) < len(order):  # close the gaps that unreadable images left
-        whole, old = writer.stage_array("keys", (len(kept), shape[1]), made.asked.dtype)
+        whole, old = writer.stage_array("keys", (len(kept), shape[1]), made.plan.dtype)
         for start in range(0, len(kept), KEY_BLOCK):
             old[start : start + KEY_BLOCK] = array[kept[start : start + KEY_BLOCK]]
         writer.discard(staged)

@@ -75,7 +75,7 @@ class Words(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Plan:
     """The options of a build with their defaults (see :class:`settings.BuildOptions`).
 
     Raises UsageError if an option is invalid, or if options exclude each other.
@@ -143,7 +143,7 @@ class Material:
     encoder: Encoder
     ids: npt.NDArray[np.int64]
     words: Words
-    asked: Asked
+    plan: Plan
     fit: Fit | None
     device: str
     left: FeatureBlock | None = None
@@ -151,14 +151,14 @@ class Material:
 
     def settings(self, statistics: Statistics | None, met: int | None) -> Settings:
         """Convert alpha and beta to plain units, and return the settings. ``met`` is used as k if no k was given."""
-        asked, own = self.asked, self.asked.settings(self.encoder.backbone)
-        alpha, beta = plain_settings(asked.alpha, asked.beta, asked.units, statistics)
-        return own.override(alpha=alpha, beta=beta, k=met if asked.k is None else None)
+        plan, own = self.plan, self.plan.settings(self.encoder.backbone)
+        alpha, beta = plain_settings(plan.alpha, plan.beta, plan.units, statistics)
+        return own.override(alpha=alpha, beta=beta, k=met if plan.k is None else None)
 
     @property
     def built(self) -> Built:
         """The build parameters that are stored in the manifest."""
-        shots = self.asked.shots
+        shots = self.plan.shots
         drawn = shots is not None or self.encoder.views > 1
         return Built(self.source.name, shots, self.encoder.seed if drawn else 1, self.encoder.views)
 
@@ -175,8 +175,8 @@ class Material:
     def blocks(self) -> Iterator[FeatureBlock]:
         """Yield the items in blocks of features. Raises InputError if a feature overflows the dtype."""
         for block in self.encoder.blocks(self.source) if self.left is None else (self.left,):
-            if np.abs(block.features).max() > np.finfo(self.asked.dtype).max:
-                raise InputError(f"{self.source.name}: feature values overflow {self.asked.dtype}; use --dtype float32")
+            if np.abs(block.features).max() > np.finfo(self.plan.dtype).max:
+                raise InputError(f"{self.source.name}: feature values overflow {self.plan.dtype}; use --dtype float32")
             yield block
 
     def labels(self, rows: npt.NDArray[np.int64], digests: Sequence[str | None]) -> pa.Table:
@@ -186,17 +186,17 @@ class Material:
 
     def described(self, statistics: Statistics | None) -> dict[str, object]:
         """Return the provenance. Call this only after all items have been read."""
-        views, asked = self.encoder.views, self.asked
+        views, plan = self.encoder.views, self.plan
         return {
             "source": self.source.name,
             "dataset": self.source.dataset,
-            "shots": asked.shots,
-            "seed": self.encoder.seed if asked.shots is not None or views > 1 else None,
+            "shots": plan.shots,
+            "seed": self.encoder.seed if plan.shots is not None or views > 1 else None,
             "views": views,
             "precision": {"keys": precision_of(self.source, self.encoder)},
             "text": self.words.origin,
-            "alpha": provenance_of(asked.alpha, asked.units),
-            "beta": provenance_of(asked.beta, asked.units),
+            "alpha": provenance_of(plan.alpha, plan.units),
+            "beta": provenance_of(plan.beta, plan.units),
             "affinity_other_classes": None if statistics is None else [statistics.mean, statistics.std],
             "skipped": [str(skipped) for skipped in self.encoder.skipped],
         } | ({} if self.dropped is None else {"dropped": self.dropped})

@@ -49,13 +49,13 @@ class LanceStore(LanceVersions, Store):
         from retrieval_tip.lance.lance_model import load
         from retrieval_tip.retrieval.duplicates import duplicates
 
-        index = material.asked.index or "auto"
+        index = material.plan.index or "auto"
         index_kind(index)
         with self.write() as writer:
             names, weights, templates, _ = material.words
             rows = labelled_blocks(material)
             draft = LanceDraft.create(
-                writer, rows, names, weights, material.asked.dtype, index if material.fit is None else FLAT
+                writer, rows, names, weights, material.plan.dtype, index if material.fit is None else FLAT
             )
             statistics = draft.statistics()
             draft.settings = material.settings(statistics, index_kind(index, draft.n, len(names))[1])
