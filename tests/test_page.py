@@ -866,7 +866,9 @@ def test_a_private_server_asks_for_the_token_first(browser: Browser, served: Ser
                 expect(one.page.locator("#token-refused")).to_be_visible()
                 submit(one.page, "#token", TOKEN)
             expect(one.page.locator("#known img").first).to_be_visible()
-            one.page.wait_for_function("[...document.querySelectorAll('#known img')].some((one) => one.naturalWidth)")
+            one.page.wait_for_function(
+                "() => [...document.querySelectorAll('#known img')].some((one) => one.naturalWidth)"
+            )
             ask(one.page, image)
             one.close()
 
@@ -1840,7 +1842,7 @@ def test_a_labelling_page_without_the_token_asks_for_it_first(
         one = Opened(browser, address, ready="#token-title", expected=[f"{REFUSED}401"])
         expect(one.page.locator("#token-dialog")).to_contain_text("retrieval-tip serve or label printed")
         submit(one.page, "#token", token)
-        one.page.wait_for_function("document.querySelector('#label-photo img')?.naturalWidth")
+        one.page.wait_for_function("() => document.querySelector('#label-photo img')?.naturalWidth")
         one.close()
 
 
