@@ -115,7 +115,7 @@ def test_an_index_with_trained_encoder_weights_is_refused(run: Callable[..., Res
     folder = INDEXES / "v7" / "trained-encoder"
     refused = run("classify", folder, "photo.jpg")
     assert refused.exit_code == 1
-    expected = "the index has trained encoder weights, which are no longer read; build the index again"
+    expected = "has trained encoder weights, which are no longer read; build it again"
     assert refused.stderr == f"Error: {folder}/manifest.json: {expected}\n"
 
 
@@ -154,11 +154,14 @@ def test_an_index_of_an_earlier_format_is_refused_in_one_line(tmp_path: Path, ru
     assert failed.stderr == f"Error: {place}: built by an earlier version; build it again\n"
 
 
-def test_an_earlier_version_of_an_earlier_format_can_be_deleted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("old", ["format", "encoder"])
+def test_an_earlier_version_that_is_no_longer_read_can_be_deleted(old: str, tmp_path: Path) -> None:
     place = Path(copied("plain", tmp_path))
     first = place / "manifests/000001.json"
-    first.write_bytes(sealed(json.loads(first.read_text()) | {"format_version": 6}))
-    with pytest.raises(StoreError, match="built by an earlier version; delete earlier versions with index gc"):
+    body = json.loads(first.read_text())
+    files = body["files"] | {"weights": body["files"]["keys"]}
+    first.write_bytes(sealed(body | ({"format_version": 6} if old == "format" else {"files": files})))
+    with pytest.raises(StoreError, match="; delete earlier versions with index gc"):
         history(place)
     changes.gc(place)
     assert len(history(place)) == 1

@@ -186,9 +186,7 @@ class Manifest:
         if unknown := body.keys() - _ENTRIES:  # an unknown entry may change every answer
             raise StoreError(f"{name}: has unknown entries ({ascii(sorted(unknown))[:100]}); install {writer}")
         if isinstance(body.get("files"), dict) and "weights" in body["files"]:
-            raise StoreError(
-                f"{name}: the index has trained encoder weights, which are no longer read; build the index again"
-            )
+            raise StoreError(f"{name}: has trained encoder weights, which are no longer read; {outdated}")
         try:
             _need(_whole(version, OLDEST_VERSION), "format_version")
             return cls.parse(body)
