@@ -94,7 +94,7 @@ def test_a_first_build_on_a_full_disk_leaves_nothing_and_succeeds_with_more_room
 ) -> None:
     disk = small_disk(8192)
     folder = disk / "deep" / "index"
-    assert refused_until_it_fits(disk, folder, lambda: living.built(folder, place, "0", "Flat")) > 8
+    assert refused_until_it_fits(disk, folder, lambda: living.built(folder, place, "0", "Flat")) > 7
     assert verify(folder).n == ADDED[0]
 
 
