@@ -276,7 +276,7 @@ class AnsweringIndex(ABC):
         cache = tip.cache_logits(affinity, ids, len(self.class_names), settings.beta, values=values)
         tip.log_cache(cache, settings.log_offset)
         text = tip.text_logits(queries, self.text_weights, settings.logit_scale)
-        self._blended(tip.Terms(text, cache, retrieval.discriminant(points) if settings.gamma else None))
+        self._blended(tip.Terms(text, cache, retrieval.discriminant(points)))
 
     def check_lengths(self, keys: npt.NDArray[Any]) -> None:
         """Raise InputError if the weight of one of these keys could overflow for a query of unit norm.

@@ -855,16 +855,21 @@ def test_a_version_that_is_restored_while_it_is_deleted_stays_whole(bucket_pets,
     bucket_pets.check()
 
 
-def test_a_version_that_is_deleted_while_it_is_restored_is_withdrawn(bucket_pets, monkeypatch):
-    bucket_pets.add(unit_rows(2, D, 20), ["cat", "cat"])
+def collect_before_create(store, monkeypatch):
+    """Have another process delete unused files right before the next object is created."""
     real = Objects.create
 
     def slow(self, name, data):
         monkeypatch.setattr(Objects, "create", real)
-        bucket_pets.store.collect()
+        store.collect()
         return real(self, name, data)
 
     monkeypatch.setattr(Objects, "create", slow)
+
+
+def test_a_version_that_is_deleted_while_it_is_restored_is_withdrawn(bucket_pets, monkeypatch):
+    bucket_pets.add(unit_rows(2, D, 20), ["cat", "cat"])
+    collect_before_create(bucket_pets.store, monkeypatch)
     refused(lambda: changes.rollback(bucket_pets.place), "changed meanwhile; run again")
     assert bucket_pets.store.history()["version"].to_pylist() == [2]
     bucket_pets.check()
@@ -873,14 +878,7 @@ def test_a_version_that_is_deleted_while_it_is_restored_is_withdrawn(bucket_pets
 def test_objects_of_a_version_that_is_being_written_are_not_deleted(bucket_pets, monkeypatch):
     """The writer pauses right before it creates the manifest. Another process deletes unused files."""
     monkeypatch.setattr(versions, "UNFINISHED", datetime.timedelta(minutes=1))
-    real = Objects.create
-
-    def slow(self, name, data):
-        monkeypatch.setattr(Objects, "create", real)
-        bucket_pets.store.collect()
-        return real(self, name, data)
-
-    monkeypatch.setattr(Objects, "create", slow)
+    collect_before_create(bucket_pets.store, monkeypatch)
     bucket_pets.add(unit_rows(2, D, 20), ["cat", "cat"])
     bucket_pets.check()
 

@@ -75,8 +75,7 @@ class AnsweringClassifier(OpenIndex):
                 ``[d]``. Unreadable photos in a folder or table are skipped and listed in ``encoder.skipped``.
             group_unlike: whether to group similar photos without a match (see :func:`groups.group_unlike`).
             norms: ``"check"`` to check that all features have norm 1, or ``"keep"`` to accept any norm.
-            asked: ``top``, ``neighbours``, ``k``, ``tail``, ``alpha``, ``beta``, ``certify`` and ``logits`` (see
-                :class:`settings.Ask`).
+            asked: the fields of :class:`settings.Ask`.
 
         Returns a :class:`Prediction` for a single photo or feature, and :class:`Predictions` otherwise. Raises
         InputError if a photo cannot be read, or if the norm of a feature is not 1.

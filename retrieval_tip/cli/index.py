@@ -30,13 +30,7 @@ from retrieval_tip.cli.parameters import (
 from retrieval_tip.cli.recipe import recipe
 from retrieval_tip.errors import UsageError, counted, few, json_line, show
 from retrieval_tip.index.addresses import FORMS, KIND
-from retrieval_tip.settings import (
-    BuildOptions,
-    Dtype,
-    KeysMet,
-    Normalize,
-    Precision,
-)
+from retrieval_tip.settings import BuildOptions, Dtype, KeysMet, Normalize, Precision
 
 if TYPE_CHECKING:
     from retrieval_tip.answering import AnsweringIndex

@@ -39,11 +39,11 @@ class Answers:
 
     ``truth`` and ``predicted`` are class ids and ``confidence`` is a probability. ``positions`` are the item positions
     in the source. ``log_truth`` is the natural logarithm of the probability of the true class, which can be used to
-    rank items whose probabilities round to 0. ``class_names`` starts with the
-    classes of the index, whose number is ``known``. If an item belongs to another class, its ``truth`` is at least
-    ``known``. ``strength`` is the largest cache logit of a class with keys, and ``unlike`` is true if it is below the
-    threshold of the index. Both are ``None`` if the index has no threshold. ``held_out`` is true for shots of the
-    index, which were classified without themselves.
+    rank items whose probabilities round to 0. ``class_names`` starts with the classes of the index, whose number is
+    ``known``. If an item belongs to another class, its ``truth`` is at least ``known``. ``strength`` is the largest
+    cache logit of a class with keys, and ``unlike`` is true if it is below the threshold of the index. Both are
+    ``None`` if the index has no threshold. ``held_out`` is true for shots of the index, which were classified without
+    themselves.
     """
 
     truth: Ints

@@ -207,18 +207,17 @@ def _compared(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[C
     A quarter of each class is held out at a time, until :data:`HELD_OUT` shots have been evaluated. Both return values
     are ``None`` if no class has two photos.
     """
-    whole = cache
-    images, c = images_of(whole.labels), len(whole.class_names)
-    folds = Folds.of_shots(whole.keys, whole.class_ids.cpu().numpy(), c, None, images, FOLDS, HELD_OUT)
-    sources = np.array(whole.labels["source"].to_pylist(), dtype=object)
+    images, c = images_of(cache.labels), len(cache.class_names)
+    folds = Folds.of_shots(cache.keys, cache.class_ids.cpu().numpy(), c, None, images, FOLDS, HELD_OUT)
+    sources = np.array(cache.labels["source"].to_pylist(), dtype=object)
     right, n, seconds, tuned = [0, 0], 0, 0.0, None
     for held in folds.held:
-        rest, own = whole.take(held.rows.numpy()), material.without(set(np.delete(sources, held.rows.numpy())))
+        rest, own = cache.take(held.rows.numpy()), material.without(set(np.delete(sources, held.rows.numpy())))
         if not len(own.shots):
             continue
         tuned = _trained(rest, own, recipe)
-        if whole.fitted is not None and whole.curve is None:
-            closed_form.fit(rest, forms=like(whole.fitted))
+        if cache.fitted is not None and cache.curve is None:
+            closed_form.fit(rest, forms=like(cache.fitted))
         for i, model in enumerate((rest, tuned.cache)):
             right[i] += _right(model, held.features.numpy(), held.ids.numpy())
         n, seconds = n + len(held.ids), seconds + tuned.curve["seconds"][-1].as_py()

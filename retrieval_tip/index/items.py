@@ -103,10 +103,9 @@ class Plan:
         check_choice("normalize", self.units, Normalize)
         if self.fit is not None:
             check_choice("fit", self.fit, FitName)
-        given = any(setting is not None for setting in (self.alpha, self.beta, self.normalize))
         wanted = any(letter is not None for letter in (self.metric, self.values, self.class_prior))
         wanted = wanted or bool(self.prior) or self.drop_suspicious
-        if given and (self.fit == "auto" or wanted):
+        if self._given and (self.fit == "auto" or wanted):
             raise UsageError("fit: sets alpha and beta itself; remove alpha, beta and normalize, or give fit none")
         if self.fit == "none" and wanted:
             raise UsageError(
@@ -122,8 +121,11 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the index is fitted to its shots."""
-        given = any(setting is not None for setting in (self.alpha, self.beta, self.normalize))
-        return not given and self.fit != "none"
+        return not self._given and self.fit != "none"
+
+    @property
+    def _given(self) -> bool:
+        return any(setting is not None for setting in (self.alpha, self.beta, self.normalize))
 
     def settings(self, backbone: Backbone | None) -> Settings:
         """Return the settings before a fit. Without one of its own, the logit scale is that of the backbone."""

@@ -101,7 +101,7 @@ class Retrieval:
             return self._terms_over_few(features, points, settings.k, certify, neighbours)
         text = tip.text_logits(features, self.text_weights, settings.logit_scale)
         cache = self.keys.cache_logits(points, settings.beta, self.values)
-        terms = AnswerTerms(text, cache, self.keys.discriminant(points) if settings.gamma else None)
+        terms = AnswerTerms(text, cache, self.discriminant(points))
         if self.values is None and self.keys.products != torch.float32 and len(points):
             self._refine(points, terms)
         if settings.log_offset is not None:
