@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.fit.closed_form import FOLDS
 from retrieval_tip.fit.folds import Folds, blend
 from retrieval_tip.fit.forms import Within
+from retrieval_tip.model import CacheModel
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.ridge import class_weights
 from retrieval_tip.store.labels import images_of

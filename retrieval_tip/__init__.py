@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from retrieval_tip.backbones.base import Backbone as Backbone
     from retrieval_tip.backbones.base import Identity as Identity
     from retrieval_tip.backbones.loading import load_backbone as load_backbone
-    from retrieval_tip.cache_model import CacheModel as CacheModel
-    from retrieval_tip.cache_model import verify as verify
     from retrieval_tip.classifier.answers import Explanation as Explanation
     from retrieval_tip.classifier.classifier import Classifier as Classifier
     from retrieval_tip.data.encoder import Encoder as Encoder
@@ -42,6 +40,9 @@ if TYPE_CHECKING:
     from retrieval_tip.labelling.sort import Sorted as Sorted
     from retrieval_tip.labelling.sort import sort_photos as sort_photos
     from retrieval_tip.labelling.sort import undo_sort as undo_sort
+    from retrieval_tip.model import CacheModel as CacheModel
+    from retrieval_tip.model import Index as Index
+    from retrieval_tip.model import verify as verify
     from retrieval_tip.predictions import Neighbour as Neighbour
     from retrieval_tip.predictions import Prediction as Prediction
     from retrieval_tip.predictions import Predictions as Predictions
@@ -53,7 +54,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Added": "index.changes",
     "Backbone": "backbones.base",
-    "CacheModel": "cache_model",
+    "CacheModel": "model",
     "Calibration": "evaluation.calibration",
     "Changed": "index.changes",
     "Classifier": "classifier.classifier",
@@ -65,6 +66,7 @@ _HOMES = {
     "FormChoice": "fit.closed_form",
     "Identity": "backbones.base",
     "ImageEncoder": "estimator",
+    "Index": "model",
     "Neighbour": "predictions",
     "Prediction": "predictions",
     "Predictions": "predictions",
@@ -88,7 +90,7 @@ _HOMES = {
     "sort_photos": "labelling.sort",
     "suggest_photos": "labelling.photos",
     "undo_sort": "labelling.sort",
-    "verify": "cache_model",
+    "verify": "model",
 }
 
 __all__ = sorted(_HOMES)

@@ -1,4 +1,4 @@
-"""Tip-Adapter as a scikit-learn classifier over features. It is a thin layer over :class:`CacheModel`."""
+"""Tip-Adapter as a scikit-learn classifier over features. It is a thin layer over :class:`Index`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import Backbone, unit
 from retrieval_tip.backbones.loading import load_backbone
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.pictures import Picture, pictures
 from retrieval_tip.errors import InputError, UsageError, install
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit
+from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName
 
@@ -41,7 +41,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     """Tip-Adapter classifier over features.
 
     You can use it in pipelines, parameter searches and calibration. The rows of ``X`` that are passed to :meth:`fit`
-    become the keys of a :class:`CacheModel`. Queries are classified by ``logits = logit_scale * f W^T + alpha * C``
+    become the keys of a :class:`Index`. Queries are classified by ``logits = logit_scale * f W^T + alpha * C``
     (see :mod:`retrieval_tip.tip`, and equations 4 to 6 of the paper). If you change a parameter later, the change takes
     effect at the next fit.
 
@@ -72,7 +72,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         classes_: the sorted labels, in their original dtype.
         n_features_in_: the length ``d`` of a feature.
         feature_names_in_: the column names of ``X``, if it has any.
-        cache_: the underlying :class:`CacheModel`. Its key ids are the row numbers of ``X``. Use ``cache_.save`` to
+        cache_: the underlying :class:`Index`. Its key ids are the row numbers of ``X``. Use ``cache_.save`` to
             write an index.
 
     You can pickle a fitted estimator. As with any pickle, only load files that you trust.
@@ -80,7 +80,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
 
     classes_: Array
     n_features_in_: int
-    cache_: CacheModel
+    cache_: Index
     _letters: tuple[MetricName | None, ValuesName | None, ClassPrior] | None
 
     def __init__(
@@ -234,7 +234,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
                     f"text_weights: there are {len(text)} rows for {len(classes)} classes; "
                     "list all classes in class_names"
                 )
-        cache = CacheModel.from_features(
+        cache = Index.from_features(
             _rows(rows, normalize), _ids(own, names), [str(label) or repr(label) for label in names.tolist()], text,
             settings=settings, index=self.index, device=self.device,
         )  # fmt: skip

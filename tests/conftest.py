@@ -29,9 +29,9 @@ from click.testing import CliRunner, Result
 from hypothesis import settings
 
 from retrieval_tip import CacheModel, errors
-from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.cli import main
+from retrieval_tip.model import Index
 from retrieval_tip.settings import Settings
 
 MEMORY, ROOM = Path("/dev/shm"), 4 << 30
@@ -259,18 +259,18 @@ def run() -> Callable[..., Result]:
     return invoke
 
 
-def nearest_keys(model: AnsweringIndex, queries: Any, k: int = 1) -> list[list[dict[str, Any]]]:
+def nearest_keys(model: Index, queries: Any, k: int = 1) -> list[list[dict[str, Any]]]:
     """Return key_id, source, label and affinity of the ``k`` nearest keys of each query, nearest first."""
     retrieval = model.retrieval
     near = retrieval.keys.nearest(retrieval.points(torch.from_numpy(np.asarray(queries))), k)
     used, places = np.unique(near.rows.reshape(-1).numpy(), return_inverse=True)
-    described = model.described(used, ["key_id", "source", "label"]).take(places).to_pylist()
+    described = model.rows.described(used, ["key_id", "source", "label"]).take(places).to_pylist()
     rows = [row | {"affinity": a} for row, a in zip(described, near.affinity.reshape(-1).tolist(), strict=True)]
     return [rows[start : start + k] for start in range(0, len(rows), k)]
 
 
-def parts_of(model: AnsweringIndex, *asked: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the text and cache logits of :meth:`AnsweringIndex.terms`."""
+def parts_of(model: Index, *asked: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the text and cache logits of :meth:`Index.terms`."""
     terms = model.terms(*asked)
     return terms.text, terms.cache
 

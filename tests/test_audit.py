@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import read_features, unit, unit_rows, write_table
 
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import UsageError
 from retrieval_tip.evaluation import audit as audits
 from retrieval_tip.evaluation.audit import CLEAR, audit, gain, suspicious
 from retrieval_tip.fit import closed_form, folds
 from retrieval_tip.index import build, places
+from retrieval_tip.model import CacheModel
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.duplicates import NEAR
 from retrieval_tip.server.app import create_app
@@ -125,7 +126,8 @@ def random_index(seed, n=30, c=4, d=8, dtype=np.float32, digests=None, beta=5.5,
     )
     if digests is not None:
         column = pa.array([digests[i] for i in cache.labels["key_id"].to_pylist()], pa.string())
-        cache.labels = cache.labels.set_column(cache.labels.column_names.index("digest"), "digest", column)
+        labels = cache.labels.set_column(cache.labels.column_names.index("digest"), "digest", column)
+        cache.rows = replace(cache.rows, labels=labels)
     return cache
 
 

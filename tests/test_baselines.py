@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from tables import read_features, unit_rows
 from test_search_hp import C, D, clusters
 
-from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.model import CacheModel
 from retrieval_tip.settings import Settings
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -12,7 +12,6 @@ import pytest
 import torch
 from tables import unit_rows, write_table
 
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.shots import few_shot
@@ -20,6 +19,7 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.items import read_text_table
+from retrieval_tip.model import CacheModel
 from retrieval_tip.settings import Settings
 
 NAMES = ["ant", "bee", "cat"]

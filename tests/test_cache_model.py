@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from tables import unit
 
 import retrieval_tip
-from retrieval_tip import CacheModel, answering
+from retrieval_tip import CacheModel
+from retrieval_tip import model as index_model
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_inputs
@@ -213,7 +214,7 @@ def test_predictions_do_not_depend_on_batches_or_blocks(
 def test_classify_does_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = model()
     whole = cache.classify(QUERIES, top=3, k=16)
-    monkeypatch.setattr(answering, "PREDICTED", 3)  # more queries are classified three at a time
+    monkeypatch.setattr(index_model, "PREDICTED", 3)  # more queries are classified three at a time
     assert [p.labels for p in cache.classify(QUERIES, top=3, k=16)] == [p.labels for p in whole]
     single = [cache.classify(QUERIES[i : i + 1], top=3, k=16)[0] for i in range(Q)]
     assert [p.labels for p in single] == [p.labels for p in whole]
@@ -350,7 +351,8 @@ def test_neighbours_are_the_shots_with_the_largest_contributions(
 ) -> None:
     """Contributions are ``w V`` by definition, over all keys or over the ``k`` nearest."""
     cache = model(index=index)
-    cache = cache if values is None else replace(cache, values=torch.from_numpy(values[cache.labels["key_id"]]))
+    if values is not None:
+        cache = replace(cache, rows=replace(cache.rows, values=torch.from_numpy(values[cache.labels["key_id"]])))
     V = np.eye(C)[Y] if values is None else values.astype(np.float64)
     A = QUERIES.astype(np.float64) @ KEYS.astype(np.float64).T
     for row, answer in enumerate(cache.classify(QUERIES, top=2, k=k, neighbours=10)):
@@ -630,7 +632,7 @@ def test_every_setting_survives_saving(tmp_path: Path) -> None:
     identity = Identity("RN50", "openai", "w" * 64, "c" * 64, {"size": 224})
     made = model(text_weights=None)
     cache = CacheModel(
-        keys=made.keys, labels=made.labels, class_names=NAMES, text_weights=torch.from_numpy(TEXT), index=made.index,
+        rows=made.rows, class_names=NAMES, text_weights=torch.from_numpy(TEXT), index=made.index,
         settings=Settings(alpha=0.25, beta=7.5, logit_scale=42.5, k=9, tail=False, temperature=2.5),
         templates=["a {}."],
         backbone=identity,
@@ -642,9 +644,7 @@ def test_every_setting_survives_saving(tmp_path: Path) -> None:
         assert getattr(loaded, name) == getattr(cache, name), name
     assert torch.equal(loaded.text_weights, cache.text_weights)
     assert loaded.index.factory == "Flat"
-    assert (
-        repr(loaded) == "CacheModel(320 keys of 32, 12 classes, index='Flat', alpha=0.25, beta=7.5, k=9, device='cpu')"
-    )
+    assert repr(loaded) == "Index(320 keys of 32, 12 classes, index='Flat', alpha=0.25, beta=7.5, k=9, device='cpu')"
 
 
 def test_a_loaded_index_can_change_and_be_saved_as_a_new_version(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_certified_uses_all_keys_for_a_large_k_and_for_values(material: tuple[Ar
             found = cache.certified(queries[:20], k)
             assert found.keys.tolist() == [cache.n] * 20
             assert torch.equal(found.cache, cache.terms(queries[:20]).cache)
-        valued = replace(cache, values=torch.from_numpy(np.eye(C, dtype=np.float32)[ids]))
+        valued = replace(cache, rows=replace(cache.rows, values=torch.from_numpy(np.eye(C, dtype=np.float32)[ids])))
         assert valued.certified(queries[:20], 4).keys.tolist() == [cache.n] * 20
         assert [p.keys for p in valued.classify(queries[:3], k=4, certify=True)] == [cache.n] * 3
 
@@ -443,7 +443,8 @@ def test_changed_keys_give_the_answers_of_a_new_build(
         cache.remove([*range(16, 32), 100])  # one class loses all its keys
     else:
         keys = unit(array + 0.05 * np.random.default_rng(3).standard_normal(array.shape))
-        cache = replace(cache, keys=keys, index=fresh(replace(cache, keys=keys)).index)
+        rows = replace(cache.rows, keys=keys)
+        cache = replace(cache, rows=rows, index=fresh(replace(cache, rows=rows)).index)
     check_same(cache, fresh(cache), queries[:50])
     text_, exact = exact_parts(cache, queries[:50])
     np.testing.assert_allclose(cache.logits(queries[:50]), text_ + exact, atol=1e-3)

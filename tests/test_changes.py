@@ -33,8 +33,9 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import BackboneError, StoreError, UsageError
 from retrieval_tip.files import sha256_of
-from retrieval_tip.index import changes, folders
+from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
+from retrieval_tip.retrieval import rows
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.manifest import Manifest
@@ -397,7 +398,7 @@ def test_an_error_in_the_search_for_duplicates_changes_nothing(
     def fails(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(folders, "duplicates", fails)
+    monkeypatch.setattr(rows, "duplicates", fails)
     before, other = snapshot(index), shutil.copytree(index, index.with_name("other"))
     refused(run("index", "add", index, table), 1, "memory")
     refused(run("index", "merge", index, other), 1, "memory")
@@ -433,7 +434,7 @@ def test_an_index_of_any_type_finds_added_and_moved_keys(tmp_path: Path, index: 
     cache.relabel([0, 3], ["b", "a"])
     cache.remove([5])
     cache = again(cache)
-    every = cache.keys_of(np.array(sorted(cache.labels["key_id"].to_pylist())))
+    every = cache.rows.of(cache.labels["key_id"].to_pylist()).keys
     _, rows = cache.nearest(torch.from_numpy(every), 1)
     assert cache.labels["key_id"].to_numpy()[rows[:, 0]].tolist() == sorted(cache.labels["key_id"].to_pylist())
     assert cache.labels["label"].to_numpy()[rows[[0, 3], 0]].tolist() == ["b", "a"]

@@ -36,7 +36,6 @@ from retrieval_tip import (
     open_source,
     settings,
 )
-from retrieval_tip.answering import AnsweringIndex, similar_shots
 from retrieval_tip.backbones.open_clip import OpenClipBackbone
 from retrieval_tip.classifier.classifier import ClassifierOptions
 from retrieval_tip.data.sources import open_items
@@ -47,6 +46,7 @@ from retrieval_tip.fit.finetune import finetune_into
 from retrieval_tip.index import changes
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.labelling.sort import sort_photos
+from retrieval_tip.model import Index
 from retrieval_tip.report.report import write_report
 
 
@@ -730,7 +730,7 @@ def test_every_option_is_a_named_argument():
     for own, done_by, apart in (
         (parameters(Classifier.from_folder), build_index, {"source", "out", "encoder"}),
         (parameters(Classifier.from_hub), Classifier.load, {"place"}),
-        (parameters(Classifier.predict), AnsweringIndex.classify, {"self", "features"}),
+        (parameters(Classifier.predict), Index.classify, {"self", "features"}),
         (parameters(Classifier.explain), Classifier.predict, {"norms", "group_unlike"}),
         (parameters(Classifier.add), changes.add, {"folder", "source", "encoder", "manifest"}),
         (parameters(Classifier.remove), changes.remove, {"folder"}),
@@ -739,7 +739,7 @@ def test_every_option_is_a_named_argument():
         (parameters(Classifier.fit), fit_index, {"folder", "validation", "encoder"}),
         (parameters(Classifier.finetune), finetune_into, {"out", "cache", "shots", "encoder", "parent"}),
         (parameters(Classifier.predict_proba), Classifier.predict, {"group_unlike"}),
-        (parameters(Classifier.similar), similar_shots, {"index", "features"}),
+        (parameters(Classifier.similar), Index.similar, {"self", "features"}),
         (parameters(Classifier.sort), sort_photos, {"index", "sources", "encoder"}),
         (parameters(Classifier.audit), audit, {"cache"}),
         (parameters(Classifier.evaluate), evaluation.evaluate, {"cache", "source", "encoder"}),

@@ -27,11 +27,11 @@ from PIL import Image
 from serving import caltech_photos
 from tables import picture, tiny, unit_rows, write_table
 
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.cli import program as cli
 from retrieval_tip.cli import stdin
 from retrieval_tip.cli.parameters import K
 from retrieval_tip.errors import InputError
+from retrieval_tip.model import CacheModel
 from retrieval_tip.settings import BuildOptions
 
 

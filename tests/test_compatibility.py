@@ -21,13 +21,12 @@ from conftest import needs_shared
 from PIL import Image
 from sealing import sealed
 
-from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Backbone
-from retrieval_tip.cache_model import CacheModel, verify
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes
 from retrieval_tip.index.places import at
+from retrieval_tip.model import CacheModel, Index, verify
 from retrieval_tip.store.folder import history, read_manifest
 from retrieval_tip.store.manifest import Manifest
 
@@ -42,7 +41,7 @@ def expected() -> dict[str, Any]:
     return found
 
 
-def check_answers(index: AnsweringIndex, name: str) -> None:
+def check_answers(index: Index, name: str) -> None:
     known = expected()
     features, answers = np.array(known["features"], dtype=np.float32), known["answers"][name]
     np.testing.assert_allclose(index.logits(features, k="all"), answers["all"], rtol=1e-5, atol=1e-5)
@@ -101,7 +100,7 @@ def test_the_keys_of_an_index_of_format_7_can_be_changed(name: str, tmp_path: Pa
     place, key_ids = copied(name, tmp_path), expected()["answers"][name]["key_ids"]
     model = at(place).load(device="cpu")
     dog, largest = model.find(["dog"])["key_id"].to_pylist()[0], at(place).manifest().next_key_id
-    feature = model.keys_of(np.array([dog]))[0].astype(np.float32)
+    feature = model.rows.of([dog]).keys[0].astype(np.float32)
     photo = changes.PhotoLabel("new.jpg", "ab" * 32, "cat", "asked", feature)
     assert changes.label(place, [photo], Encoder()).key_ids == [largest]
     changes.relabel(place, "cat", key_ids=[dog])

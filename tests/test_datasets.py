@@ -15,11 +15,11 @@ from PIL import Image
 from tables import tiny, unit_rows, write_table
 
 from retrieval_tip.backbones.prompts import clean_class_name
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.datasets import facts, names, open_dataset
 from retrieval_tip.data.datasets.facts import DATASETS
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.model import CacheModel
 
 IMAGENET = [
     "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.", "a {} in a video game.",

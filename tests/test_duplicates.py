@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import unit_rows
 
-from retrieval_tip.cache_model import CacheModel, label_table
 from retrieval_tip.errors import InputError
+from retrieval_tip.model import CacheModel, label_table
 from retrieval_tip.retrieval import duplicates as module
 from retrieval_tip.retrieval.duplicates import NEAR, Duplicate, Duplicates, describe_duplicates, duplicates
 from retrieval_tip.store.labels import images_of

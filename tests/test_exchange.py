@@ -16,7 +16,6 @@ from conftest import ROOT
 from tables import unit_rows
 
 from retrieval_tip.backbones.base import Identity
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.feature_tables import table_identity
 from retrieval_tip.data.sources import open_source
@@ -24,6 +23,7 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.export import export_table, export_text
 from retrieval_tip.index.items import read_text_table
+from retrieval_tip.model import CacheModel
 from retrieval_tip.settings import Settings
 
 IDENTITY = Identity("fake", "tag", "sha256:00", "sha256:01", {"size": 4})
@@ -62,7 +62,8 @@ def rebuilt(cache: CacheModel, tmp_path: Path, **options: Any) -> CacheModel:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_an_index_built_from_an_export_is_the_same(tmp_path, dtype):
     cache = cache_of(dtype=dtype, sources=[f"s{i % 5}" for i in range(40)])  # with repeated sources
-    cache = replace(cache, labels=cache.labels.append_column("camera", pa.array([f"c{i}" for i in range(40)])))
+    labels = cache.labels.append_column("camera", pa.array([f"c{i}" for i in range(40)]))
+    cache = replace(cache, rows=replace(cache.rows, labels=labels))
     built = rebuilt(cache, tmp_path, dtype=dtype)
     np.testing.assert_array_equal(built.keys, cache.keys)
     assert built.keys.dtype == cache.keys.dtype
@@ -94,13 +95,14 @@ def test_the_exported_table_has_the_columns_of_the_label_store(tmp_path):
 def test_fine_tuned_keys_are_exported_unchanged_and_need_their_norms(tmp_path, caplog):
     cache = cache_of()
     keys = np.asarray(cache.keys) * 3
-    tuned = replace(cache, keys=keys, index=cache._index_over(keys, cache.labels["class_id"].to_numpy()))
+    tuned = replace(cache, rows=replace(cache.rows, keys=keys), index=None)
     built = rebuilt(tuned, tmp_path, norms="keep")
     np.testing.assert_array_equal(built.keys, keys)
     queries = unit_rows(9, 8, 4)
     np.testing.assert_allclose(built.logits(queries), tuned.logits(queries), rtol=1e-5)
     assert not caplog.records
-    export_table(replace(tuned, values=torch.ones(40, 3)), tmp_path / "keys.parquet")
+    trained = replace(tuned, rows=replace(tuned.rows, values=torch.ones(40, 3)))
+    export_table(trained, tmp_path / "keys.parquet")
     assert "a table cannot hold trained values" in caplog.text
 
 

@@ -19,6 +19,7 @@ from tables import write_table
 from test_closed_form import clusters, text_of
 from test_stores import STEPS, _bucket_and_one_thread, copied, done, everything, labels_of, made, put, refused, step  # noqa: F401
 
+from retrieval_tip import model as index_model
 from retrieval_tip.cli import main
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_source
@@ -28,7 +29,11 @@ from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.fit import fit_index
-from retrieval_tip.lance import draft, lance_keys, lance_model, shots
+from retrieval_tip.lance import keys as lance_keys
+from retrieval_tip.lance import lance_store
+from retrieval_tip.lance import rows as lance_rows
+from retrieval_tip.retrieval import ridge
+from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.served import open_all
 
@@ -169,8 +174,8 @@ def test_classes_are_added_with_their_text_and_renamed(name, built, tmp_path):
     assert other.class_names == [NAMES[0], "renamed", *NAMES[2:], "new"]
     check_same(one, other)
     with stores.at(places[1]).change() as change:
-        change.cache.rename("renamed", "again")
-        same_names = [near.label for one in change.cache.classify(QUERIES, neighbours=40) for near in one.neighbours]
+        change.index.rename("renamed", "again")
+        same_names = [near.label for one in change.index.classify(QUERIES, neighbours=40) for near in one.neighbours]
         assert "again" in same_names
         assert "renamed" not in same_names
 
@@ -215,9 +220,9 @@ def has_points(place):
 
 def check_derived(model, dtype):
     """Check that points belong to the keys, and that solved values solve their system."""
-    if model.metric is not None and not isinstance(model, lance_model.LanceModel):
+    if model.metric is not None and isinstance(model.rows, ArrayRows):
         points = model.metric(torch.from_numpy(np.asarray(model.keys, dtype=np.float32))).numpy().astype(dtype)
-        np.testing.assert_allclose(np.asarray(model.points), points, rtol=0, atol=4 * np.finfo(dtype).eps)
+        np.testing.assert_allclose(np.asarray(model.rows.points), points, rtol=0, atol=4 * np.finfo(dtype).eps)
     if model.values is not None:
         points = np.asarray(model.met, dtype=np.float64)
         gram = np.exp(-model.settings.beta * (1 - points @ points.T)) + model.fitted.ridge * np.eye(model.n)
@@ -294,11 +299,11 @@ def test_derived_arrays_are_recomputed_for_another_dtype(built, name, tmp_path):
 @pytest.fixture
 def small_limits(monkeypatch):
     """Set limits below forty keys for reading keys, choosing a form and estimating accuracy."""
-    for module in (closed_form, shots):
+    for module in (closed_form, ridge):
         monkeypatch.setattr(module, "MOST_SOLVED", 30)
     monkeypatch.setattr(closed_form, "CHOSEN_ON", 20)
     monkeypatch.setattr(closed_form, "JUDGED", 25)
-    monkeypatch.setattr(draft, "SUMS_FROM", 0)
+    monkeypatch.setattr(index_model, "SUMS_FROM", 0)
 
 
 @pytest.mark.usefixtures("small_limits")
@@ -329,9 +334,9 @@ def test_the_sums_behind_a_metric_follow_the_keys(built, tmp_path):
     changes.relabel(place, NAMES[2], key_ids=[1, 20, 41])
     changes.remove(place, key_ids=[3, 7, 42])
     model = stores.at(place).verify()
-    keys = model.keys_in_memory().keys.astype(np.float64)
+    keys = model.rows.in_memory().keys.astype(np.float64)
     assert len(keys) == 47
-    np.testing.assert_allclose(model.second, keys.T @ keys, atol=1e-9)
+    np.testing.assert_allclose(model.rows.second, keys.T @ keys, atol=1e-9)
     fit_index(place, metric="within")
     fresh = copied(tmp_path, "lance", place, "fresh")
     changes.rebuild(fresh)
@@ -341,17 +346,17 @@ def test_the_sums_behind_a_metric_follow_the_keys(built, tmp_path):
 
 @pytest.mark.usefixtures("small_limits")
 def test_the_vector_index_covers_the_points(tmp_path, monkeypatch):
-    monkeypatch.setattr(draft, "INDEX_FROM", 500)
+    monkeypatch.setattr(lance_rows, "INDEX_FROM", 500)
     place, source = made(tmp_path, "lance"), table(tmp_path / "many.parquet", 200)
     build_index(open_source(source), place, Encoder(), metric="within", k=16, device="cpu")
     model = stores.at(place).verify()
-    assert (model.index_type, model.fitted.metric, model.table.met) == ("IvfFlat", "within", "_point")
-    own = lancedb.connect(model.store.address.uri).open_table("keys")
+    assert (model.index_type, model.fitted.metric, model.rows.table.met) == ("IvfFlat", "within", "_point")
+    own = lancedb.connect(model.rows.table.address.uri).open_table("keys")
     assert [list(entry.columns) for entry in own.list_indices()] == [["_point"]]
     assert (
         len([name for name in everything(place) if name.startswith("keys.lance/data/")]) == 1
     )  # no data of an earlier version
-    points = model.metric(torch.from_numpy(model.keys_in_memory().keys)).numpy()
+    points = model.metric(torch.from_numpy(model.rows.in_memory().keys)).numpy()
     wanted = model.metric(torch.from_numpy(QUERIES)).numpy() @ points.T
     near = model.retrieval.keys.nearest(model.retrieval.points(torch.from_numpy(QUERIES)), 10).affinity.numpy()
     assert np.isclose(near, -np.sort(-wanted, axis=1)[:, :10], atol=1e-5).mean() > 0.9
@@ -366,14 +371,14 @@ def test_the_vector_index_covers_the_points(tmp_path, monkeypatch):
 def test_solved_values_of_too_many_keys_are_refused(run, built, tmp_path, monkeypatch):
     place = copied(tmp_path, "lance", built["solved", "lance"])
     before = everything(place)
-    monkeypatch.setattr(draft, "MOST_HELD", 40 * (16 + 5) * 4)
+    monkeypatch.setattr(lance_store, "MOST_HELD", 40 * (16 + 5) * 4)
     more = open_source(table(tmp_path / "more.parquet", 1, 9, "more"))
     wanted = f"retrieval-tip fit {place} --values one-hot"
     refused(lambda: changes.add(place, more, Encoder()), "45 keys", wanted, error=InputError)
     assert everything(place) == before
     done(run("fit", place, "--values", "one-hot"))
     assert len(changes.add(place, more, Encoder()).key_ids) == 5
-    monkeypatch.setattr(draft, "MOST_HELD", 30)
+    monkeypatch.setattr(lance_store, "MOST_HELD", 30)
     out = made(tmp_path, "lance", "copy")
     refused(lambda: changes.clone(built["solved", "folder"], out), "one-hot", error=InputError)
     assert not stores.at(out).exists()
@@ -399,7 +404,7 @@ def test_points_that_do_not_match_their_keys_are_refused(built, tmp_path):
     model = stores.at(place).verify()
     wrong = model.metric
     model.metric = type(wrong)(wrong.mean, wrong.transform.flip(0))
-    refused(lambda: lance_model._check_rows(model), "points", "rebuild")
+    refused(lambda: model.rows.check(model.metric), "points", "rebuild")
 
 
 # --- served

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from serving import caltech_photos, server
 
-from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import of_images, open_inputs
 from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes, places
 from retrieval_tip.labelling.queue import FIXED, QUEUED, RANDOM_EVERY, Queue, Queued
+from retrieval_tip.model import Index
 from retrieval_tip.server import labelling as module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.labelling import Labelling
@@ -145,7 +145,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "idx"
 
 
-def opened(place: Path) -> AnsweringIndex:
+def opened(place: Path) -> Index:
     return places.at(place).load(device="cpu")
 
 

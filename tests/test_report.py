@@ -25,7 +25,6 @@ from tables import unit_rows, write_table
 from test_html import VOID
 from test_plots import made_up
 
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.cli import main
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.shots import few_shot
@@ -36,6 +35,7 @@ from retrieval_tip.evaluation.held_out import QueryBlock
 from retrieval_tip.fit.closed_form import wilson
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.search_hp import search
+from retrieval_tip.model import CacheModel
 from retrieval_tip.report import curve, plots, report
 from retrieval_tip.report.judged import portable
 from retrieval_tip.report.mistakes import MISTAKES, worst

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import tiny, unit_rows, write_table
 
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import search_hp
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.search_hp import right_between, search
+from retrieval_tip.model import CacheModel
 from retrieval_tip.settings import Built, Settings
 
 

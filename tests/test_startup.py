@@ -23,7 +23,8 @@ from PIL import Image
 from tables import TINY, picture, tiny
 from test_cli import commands
 
-from retrieval_tip import CacheModel, cache_model
+from retrieval_tip import CacheModel
+from retrieval_tip import model as index_model
 from retrieval_tip.backbones import known
 from retrieval_tip.backbones import open_clip as backbone
 from retrieval_tip.backbones.loading import load_backbone, load_when_needed
@@ -416,7 +417,7 @@ def test_a_damaged_file_is_never_passed_to_faiss(index, monkeypatch):
     data = bytearray(path.read_bytes())
     data[4] ^= 255
     path.write_bytes(data)
-    monkeypatch.setattr(cache_model.VectorIndex, "load", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr(index_model.VectorIndex, "load", lambda *_: pytest.fail("opened"))
     with pytest.raises(StoreError, match="SHA-256"):
         CacheModel.load(index)
 

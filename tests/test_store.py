@@ -15,6 +15,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_a_manifest_is_read_as_it_was_written(index: Path) -> None:
 def test_a_manifest_preserves_unicode_names_and_exact_settings(tmp_path: Path) -> None:
     cache = model()
     cache.class_names = ["Käse", "猫", "a\nb", '"\\\u2028\x00']
-    cache.labels = label_table(cache.class_names, cache.labels["class_id"].to_numpy())
+    cache.rows = replace(cache.rows, labels=label_table(cache.class_names, cache.labels["class_id"].to_numpy()))
     cache.settings = cache.settings.override(alpha=0.1 + 0.2, beta=1e-300, k=7, tail=False)
     cache.templates = ["a photo of {}."]
     cache.backbone = Identity.from_dict(BACKBONE)

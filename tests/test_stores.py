@@ -39,7 +39,9 @@ from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
-from retrieval_tip.lance import draft, key_table, lance_keys, lance_store, versions
+from retrieval_tip.lance import key_table, lance_store, versions
+from retrieval_tip.lance import keys as lance_keys
+from retrieval_tip.lance import rows as lance_rows
 from retrieval_tip.lance.address import Address
 from retrieval_tip.lance.objects import Objects
 from retrieval_tip.server.app import create_app
@@ -359,7 +361,7 @@ def test_half_precision_keys_stay_in_half_precision(kind, base, tmp_path):
     own = Truth(truth.names, truth.text, {i: key.astype(np.float16) for i, key in truth.keys.items()}, truth.labels)
     model = check(place, own)
     assert (model.dtype, stores.at(place).manifest().dtype) == ("float16", "float16")
-    assert {key.dtype.name for key in [model.some(5)[0]]} == {"float16"}
+    assert {key.dtype.name for key in [model.rows.some(5)[0]]} == {"float16"}
     changes.add(place, source(tmp_path / "more.parquet", QUERIES[:2], ["cat", "cat"]), Encoder())
     assert stores.at(place).verify().n == N + 2
 
@@ -516,8 +518,8 @@ def test_settings_can_be_changed(pets):
     changes.configure(pets.place, k="all", normalize="both")
     model = pets.open()
     assert model.settings.k is None
-    same = stores.FolderStore(Path(clone_of(pets, "folder"))).load(device="cpu").statistics()
-    np.testing.assert_allclose(model.statistics().mean, same.mean, atol=1e-5)
+    same = stores.FolderStore(Path(clone_of(pets, "folder"))).load(device="cpu").rows.statistics()
+    np.testing.assert_allclose(model.rows.statistics().mean, same.mean, atol=1e-5)
     pets.refused(lambda: changes.configure(pets.place, templates=["a {}"]), "backbone", error=UsageError)
     pets.refused(lambda: changes.configure(pets.place), "nothing to set", error=UsageError)
     for wrong in ({"alpha": -1.0}, {"beta": float("nan")}, {"k": 0}, {"temperature": 0.0}):
@@ -547,7 +549,6 @@ def test_a_rebuild_preserves_the_answers(pets):
 
 def test_default_settings_in_lancedb_equal_those_of_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("retrieval_tip.retrieval.defaults.SAMPLE", 20)
-    monkeypatch.setattr("retrieval_tip.lance.lance_model.SAMPLE", 20)
     labels = ["cat" if i % 3 else "dog" for i in range(100)]
     table = source(tmp_path / "table.parquet", unit_rows(100, D, 40), labels, [str(i) for i in range(100)])
     places = (str(tmp_path / "folder"), f"lance://{tmp_path / 'table'}")
@@ -593,7 +594,7 @@ def test_a_rebuild_preserves_rows_and_their_versions(lance_pets):
     model = lance_pets.store.verify()
     ids, keys, _ = lance_pets.truth.arrays()
     assert model.dtype == "float16"
-    np.testing.assert_array_equal(model.keys_of(ids), keys.astype(np.float16))
+    np.testing.assert_array_equal(model.rows.of(ids).keys, keys.astype(np.float16))
     changes.rebuild(lance_pets.place)
     assert lance_pets.open().dtype == "float16"
 
@@ -801,7 +802,7 @@ EDITS = {
     "remove": lambda draft: draft.remove([7]),
     "relabel": lambda draft: draft.relabel([7], BARE),
     "rename": lambda draft: draft.rename(HOSTILE, "lynx"),
-    "rebuild": lambda draft: draft.rewrite(),
+    "rebuild": lambda index: index.set_rows(index.rows.rewritten(index.metric)),
 }
 
 
@@ -814,11 +815,11 @@ def test_the_second_of_two_writers_in_a_bucket_changes_nothing(bucket_pets, edit
         with bucket_pets.store.change() as change:
             change.what = "second"
             if not first:
-                EDITS[edit](change.cache)
+                EDITS[edit](change.index)
             with bucket_pets.store.change() as won:
                 won.what = "first"
-                EDITS[other](won.cache)
-            EDITS[edit](change.cache) if first else EDITS["add"](change.cache)
+                EDITS[other](won.index)
+            EDITS[edit](change.index) if first else EDITS["add"](change.index)
 
     with pytest.raises(StoreError) as error:
         both()
@@ -993,7 +994,7 @@ def test_damaged_and_missing_files_are_reported_by_name(lance_pets, part, damage
     at, name = stores.at(moved), max(names)
     whole, at_byte = everything(moved)[name], 100
     if part == "keys.lance/data":  # in a bucket, only the keys are checked
-        at_byte = whole.index(np.asarray(lance_pets.open().some(1)[0][0], np.float32).tobytes()) + 2
+        at_byte = whole.index(np.asarray(lance_pets.open().rows.some(1)[0][0], np.float32).tobytes()) + 2
     flip = whole[:at_byte] + bytes([whole[at_byte] ^ 64]) + whole[at_byte + 1 :]
     put(moved, name, {"cut": whole[: len(whole) // 2], "flipped": flip, "missing": None}[damage])
     if (part, damage) == ("manifests", "missing"):  # the version was never written
@@ -1235,8 +1236,8 @@ def clustered(n, seed, classes=20, d=32):
 @pytest.mark.parametrize(("kind", "classes"), [("IvfFlat", 12), ("Classes", 20)])
 def test_many_keys_get_a_vector_index_that_later_changes_update(tmp_path, monkeypatch, kind, classes):
     drawn = partial(clustered, classes=classes)
-    monkeypatch.setattr(draft, "INDEX_FROM", 3000)
-    monkeypatch.setattr(draft, "UNINDEXED", 500)
+    monkeypatch.setattr(lance_rows, "INDEX_FROM", 3000)
+    monkeypatch.setattr(lance_rows, "UNINDEXED", 500)
     place, last = made(tmp_path, "lance"), f"c{classes - 1}"
     rows, labels = drawn(2900, 1)
     build_index(source(tmp_path / "t.parquet", rows, labels), place, Encoder(), fit="none", device="cpu")
@@ -1247,7 +1248,7 @@ def test_many_keys_get_a_vector_index_that_later_changes_update(tmp_path, monkey
     model = at.verify()
     assert (model.index_type, model.exact_search, model.n) == (kind, False, 3100)
     assert at.manifest().built.auto_index
-    assert model.settings.k == draft.index_kind("auto", 3100, classes)[1]  # as in a fresh build
+    assert model.settings.k == lance_rows.index_kind("auto", 3100, classes)[1]  # as in a fresh build
     rows, labels = np.concatenate([rows, more]), labels + more_labels
     queries, truths = drawn(200, 3)
     by_all, by_index = model.logits(queries, "all"), model.logits(queries, 64)
@@ -1312,7 +1313,7 @@ def test_affinities_are_inner_products_with_the_stored_keys(tmp_path, kind, n, d
     build_index(table, place, Encoder(), index=kind, dtype=dtype, fit="none", device="cpu")
     model = stores.at(place).verify()
     assert (model.index_type, model.exact_search, model.manifest.built.auto_index) == (kind, False, False)
-    stored = model.keys_of(np.arange(n))
+    stored = model.rows.of(range(n)).keys
     assert stored.dtype == dtype
     assert np.array_equal(stored, rows.astype(dtype))
     queries, _ = clustered(60, 3)

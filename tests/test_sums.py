@@ -17,13 +17,14 @@ from sealing import body_of, sealed
 from test_closed_form import unit
 
 from retrieval_tip import CacheModel
-from retrieval_tip.cache_model import verify
 from retrieval_tip.errors import StoreError
 from retrieval_tip.files import sha256_of
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.forms import FORMS, Form, Within
 from retrieval_tip.index import changes
 from retrieval_tip.index.fit import fit_index
+from retrieval_tip.model import verify
+from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.store import sums as module
 from retrieval_tip.store.folder import read_manifest
 from retrieval_tip.store.sums import Sums
@@ -257,7 +258,7 @@ def test_sums_are_stored_if_they_are_small_compared_with_the_keys(tmp_path):
 def test_replaced_keys_have_no_sums_until_they_are_fitted(tmp_path):
     cache = fitted(tmp_path / "index")
     assert cache.sums is not None
-    assert replace(cache, keys=np.asarray(cache.keys) * 2, points=None).sums is None  # as after finetune
+    assert replace(cache, rows=ArrayRows(np.asarray(cache.keys) * 2, cache.labels)).sums is None  # as after finetune
     assert cache.take(np.arange(300)).sums is None
     changes.rebuild(tmp_path / "index", dtype="float16")
     assert "sums" not in read_manifest(tmp_path / "index").files

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tables import write_table
 
 from retrieval_tip import tip
-from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.model import CacheModel
 from retrieval_tip.settings import Settings
 
 Array = npt.NDArray[np.float64]

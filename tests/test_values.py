@@ -243,15 +243,15 @@ def test_bad_values_are_refused(values: Any) -> None:
 def test_values_of_a_replaced_model_are_checked_and_used() -> None:
     cache = model(values=None)
     cache.logits(QUERIES, 9)
-    copy = replace(cache, values=model().values)
+    copy = replace(cache, rows=replace(cache.rows, values=model().values))
     np.testing.assert_allclose(copy.terms(QUERIES, 9).cache, expected_logits(9, True), rtol=1e-4, atol=1e-4)
     again = replace(
-        copy, settings=copy.settings.override(alpha=0.5), values=2 * copy.values
+        copy, settings=copy.settings.override(alpha=0.5), rows=replace(copy.rows, values=2 * copy.values)
     )  # new values need new sums
     np.testing.assert_allclose(again.terms(QUERIES, 9).cache, 2 * expected_logits(9, True), rtol=1e-4, atol=1e-4)
     for bad in (torch.ones(N, C + 1), torch.ones(N)):
         with pytest.raises(InputError, match=r"^values: shape"):
-            replace(cache, values=bad)
+            replace(cache, rows=replace(cache.rows, values=bad))
     with pytest.raises(InputError, match=r"^curve: has no rows"):
         replace(cache, curve=pa.table({"epoch": pa.array([], pa.int64())}))
 

@@ -14,7 +14,6 @@ import numpy.typing as npt
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.answering import AnsweringIndex, similar_shots
 from retrieval_tip.classifier.opened import OpenIndex
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder
@@ -27,6 +26,7 @@ from retrieval_tip.labelling.groups import group_unlike as grouped
 from retrieval_tip.labelling.photos import Pool, Suggestions, suggest_features, suggest_photos
 from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.sort import Sorted, sort_photos
+from retrieval_tip.model import Index
 from retrieval_tip.predictions import MORE_LIKELY_WRONG, Prediction, Predictions, SimilarShot
 from retrieval_tip.retrieval.inputs import Features, check_unit, queries
 from retrieval_tip.settings import Ask, AskOptions
@@ -149,14 +149,14 @@ class AnsweringClassifier(OpenIndex):
     def similar(
         self, photo: Picture | Features, n: int = 5, *, norms: Literal["check", "keep"] = "check"
     ) -> list[SimilarShot]:
-        """Return the ``n`` shots that are most similar to a photo or a feature (see :func:`similar_shots`)."""
+        """Return the ``n`` shots that are most similar to a photo or a feature (see :meth:`Index.similar`)."""
         if (features := features_of(photo)) is None and is_one(photo):
             given = pictures(photo)
             features = replace(self.encoder, read=given.read, strict=True).encode(given.source).features
             norms = "keep"
         if features is None or len(features) != 1:
             raise UsageError("photo: expected a single photo or feature; call similar for each of them")
-        return similar_shots(self.cache, features, n, norms=norms)[0]
+        return self.cache.similar(features, n, norms=norms)[0]
 
     def suggest(self, photos: Iterable[Picture] | Features | str | os.PathLike[str], n: int = 20) -> Suggestions:
         """Choose ``n`` unlabelled photos or features to label next, most useful first.
@@ -217,7 +217,7 @@ class Explanation:
 
 
 def _answers(
-    index: AnsweringIndex, given: Sequence[Pictures], encoder: Encoder, ask: Ask, group_unlike: bool = False
+    index: Index, given: Sequence[Pictures], encoder: Encoder, ask: Ask, group_unlike: bool = False
 ) -> Predictions:
     if group_unlike:
         check_fitted(index)
@@ -228,7 +228,7 @@ def _answers(
     return Predictions.joined(chain.from_iterable(parts))
 
 
-def _suggested(index: AnsweringIndex, encoder: Encoder, photos: Any, n: int) -> Suggestions:
+def _suggested(index: Index, encoder: Encoder, photos: Any, n: int) -> Suggestions:
     if (features := features_of(photos)) is not None:
         check_unit(queries(features, index.d))
         names = [str(row) for row in range(len(features))]

@@ -45,7 +45,7 @@ class Classifier(AnsweringClassifier, MeasuredClassifier, EditableClassifier):
     """Few-shot image classifier.
 
     Attributes:
-        cache: the index (see :class:`CacheModel`). Use it for operations that have no method in this class.
+        cache: the index (see :class:`Index`). Use it for operations that have no method in this class.
         encoder: the encoder that computes the features of new photos, with the same preprocessing as for the index.
 
     Examples:

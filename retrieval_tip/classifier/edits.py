@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.classifier.opened import OpenIndex, TemporaryIndex, check_place
 from retrieval_tip.data import images
 from retrieval_tip.data.pictures import pictures
@@ -23,6 +22,7 @@ from retrieval_tip.fit.search_hp import on_validation, validation_shots
 from retrieval_tip.index import changes, places
 from retrieval_tip.index.changes import Added, Changed, Renamed
 from retrieval_tip.index.fit import fit_index
+from retrieval_tip.model import Index
 from retrieval_tip.settings import ClassPrior, KeysMet, MetricName, ValuesName
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class EditableClassifier(OpenIndex):
         ``val`` can be the same as for ``evaluate``. Do not use shots or test photos.
         """
         source, encoder = self._labelled(val, "val")
-        cache = CacheModel.load(self._folder(), device=self.cache.device)
+        cache = Index.load(self._folder(), device=self.cache.device)
         settings, result = calibrate(cache, source, encoder)
         apply(cache, settings, result, source.name, self._folder())
         self._use(self.cache.reload())
@@ -166,7 +166,7 @@ class EditableClassifier(OpenIndex):
 
         if not isinstance(recipe, Recipe | None):
             raise UsageError(f"recipe: got an object of type {type(recipe).__name__}; give a Recipe")
-        cache = CacheModel.load(self._folder(), device=self.cache.device)
+        cache = Index.load(self._folder(), device=self.cache.device)
         encoder, unseen = self.encoder, None if val is None else self._validation(cache, val, val_shots)
         if source is None:
             shots = shots_of(cache)
@@ -183,7 +183,7 @@ class EditableClassifier(OpenIndex):
             self._temporary = temporary
         return tuned
 
-    def _validation(self, cache: CacheModel, val: Any, number: KeysMet) -> Source | Queries:
+    def _validation(self, cache: Index, val: Any, number: KeysMet) -> Source | Queries:
         """Return validation photos, or their features if the photos are in memory."""
         source, encoder = self._labelled(val, "val")
         if number != "all":

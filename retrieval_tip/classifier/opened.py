@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.backbones.loading import load_backbone, load_when_needed
 from retrieval_tip.data.encoder import Encoder
@@ -25,6 +24,7 @@ from retrieval_tip.errors import UsageError
 from retrieval_tip.index import places
 from retrieval_tip.index.addresses import plug_of
 from retrieval_tip.index.places import Place
+from retrieval_tip.model import Index
 from retrieval_tip.settings import Precision
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class OpenIndex:
 
     _temporary: TemporaryIndex | None = None
 
-    def __init__(self, cache: AnsweringIndex, encoder: Encoder) -> None:
+    def __init__(self, cache: Index, encoder: Encoder) -> None:
         self.cache, self.encoder = cache, encoder
 
     @classmethod
@@ -122,7 +122,7 @@ class OpenIndex:
             raise UsageError(f"{place}: this needs an index in a folder; copy it with save(FOLDER)")
         return Path(place)
 
-    def _use(self, cache: AnsweringIndex) -> None:
+    def _use(self, cache: Index) -> None:
         """Use another version of the index, and the encoder that belongs to it."""
         if cache.backbone != self.cache.backbone:
             self.encoder = replace(self.encoder, backbone=_own_backbone(cache, cache.device))
@@ -166,6 +166,6 @@ def check_place(name: str, given: object) -> Place:
     return given
 
 
-def _own_backbone(cache: AnsweringIndex, device: str, precision: Precision = "auto") -> Backbone | None:
+def _own_backbone(cache: Index, device: str, precision: Precision = "auto") -> Backbone | None:
     identity = cache.backbone
     return None if identity is None else load_when_needed(identity, cache.d, device=device, precision=precision)

@@ -34,13 +34,13 @@ from retrieval_tip.settings import Ask
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.data.boxes import Cut
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.exif import Noting
     from retrieval_tip.data.sources import Source
     from retrieval_tip.distributed.ray_data import Piece, Question
     from retrieval_tip.index.places import Place
+    from retrieval_tip.model import Index
     from retrieval_tip.predictions import Abstain
 
 
@@ -105,7 +105,7 @@ class RowOptions:
     group_by: float | None
     boxes: Path | None
 
-    def check(self, cache: AnsweringIndex, engine: EngineOptions, style: str | None) -> None:
+    def check(self, cache: Index, engine: EngineOptions, style: str | None) -> None:
         """Raise UsageError if options exclude each other, or if the index cannot group photos."""
         of_one = {"--explain": self.explain, "--logits": self.ask.logits, "--certify": self.ask.certify,
                   "--group-unlike": self.group_unlike, "--engine ray": engine.is_ray}  # fmt: skip
@@ -122,7 +122,7 @@ class RowOptions:
         if self.group_unlike and engine.is_ray:
             raise UsageError("--group-unlike: compares all images, which --engine ray cannot; leave one of them out")
 
-    def schema(self, cache: AnsweringIndex) -> pa.Schema:
+    def schema(self, cache: Index) -> pa.Schema:
         """Return the columns and their types."""
         import pyarrow as pa
 
@@ -145,7 +145,7 @@ class RowOptions:
         return pa.schema([(column, types[column]) for column in columns])
 
     def tables(
-        self, cache: AnsweringIndex, sources: Sequence[Source], encoder: Encoder, cut: Cut | None = None
+        self, cache: Index, sources: Sequence[Source], encoder: Encoder, cut: Cut | None = None
     ) -> Iterator[pa.Table]:
         """Classify the sources, and yield tables of the :meth:`schema`. The empty photos of ``cut`` come last."""
         import pyarrow as pa
@@ -173,7 +173,7 @@ class RowOptions:
             yield pa.table([known.get(field.name, pa.nulls(len(names), field.type)) for field in schema], schema=schema)
 
     def _answers(
-        self, cache: AnsweringIndex, sources: Sequence[Source], encoder: Encoder, noting: Noting, columns: Sequence[str]
+        self, cache: Index, sources: Sequence[Source], encoder: Encoder, noting: Noting, columns: Sequence[str]
     ) -> Iterator[pa.Table]:
         ask = replace(self.ask, neighbours=self.ask.neighbours if self.explain else 0)
         if not any(map(len, sources)) or not (self.group_unlike or self.group_by is not None):
@@ -252,7 +252,7 @@ class _Counts:
                 self.keys.update(table["keys"].to_pylist())
             yield table
 
-    def say_keys(self, cache: AnsweringIndex) -> None:
+    def say_keys(self, cache: Index) -> None:
         """Print how many keys the certified answers used."""
         how = "proved equal to" if cache.exact_search else "in agreement with"
         used = (
@@ -327,7 +327,7 @@ def _classify_on_ray(
     ctx: click.Context,
     folder: Place,
     inputs: tuple[str, ...],
-    loaded: AnsweringIndex,
+    loaded: Index,
     opening: OpeningOptions,
     rows: RowOptions,
     engine: EngineOptions,
@@ -361,7 +361,7 @@ def _on_ray(
     encoding: EncodingOptions,
     *,
     views: ViewOptions | None = None,
-    index: AnsweringIndex | None = None,
+    index: Index | None = None,
     question: Question | None = None,
 ) -> tuple[str, list[Skipped]]:
     """Encode the pieces on Ray, or classify them if ``index`` is given. Return a summary and the skipped inputs."""

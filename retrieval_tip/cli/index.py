@@ -33,9 +33,9 @@ from retrieval_tip.index.addresses import FORMS, KIND
 from retrieval_tip.settings import BuildOptions, Dtype, KeysMet, Normalize, Precision
 
 if TYPE_CHECKING:
-    from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.index.changes import Added, Changed
     from retrieval_tip.index.places import Place
+    from retrieval_tip.model import Index
 
 OUT = click.option("--out", "--store", type=INDEX, required=True,
                    help=f"Index folder, or {KIND} ({FORMS}). If the index already exists, it gets a new "
@@ -104,7 +104,7 @@ LEAST_RIGHT = 0.9
 """If the estimated accuracy of a class is lower than this, a build suggests adding photos to the class."""
 
 
-def _next_step(out: Place, cache: AnsweringIndex) -> str:
+def _next_step(out: Place, cache: Index) -> str:
     from retrieval_tip.evaluation.audit import CHEAP, gain
 
     add, audit = (command_line("index", command, out) for command in ("add", "audit"))
@@ -244,7 +244,7 @@ def tune_command(
     write_rows(rows, types, printing.style, printing.output)
     if not dry_run:
         tuning.apply(cache, folder)
-        say(f"{folder}: version {cache.version}, {cache.index.factory}, k {cache.settings.k or 'all'}")
+        say(f"{folder}: version {cache.version}, {cache.index_type}, k {cache.settings.k or 'all'}")
     finish(ctx, encoder.skipped)
 
 
@@ -581,7 +581,7 @@ def _say_version(folder: Place, version: int, what: str) -> None:
     about(folder, f"version {version}, {what}")
 
 
-def _held(cache: AnsweringIndex) -> str:
+def _held(cache: Index) -> str:
     return f"{counted(cache.n, 'shot')}, {counted(len(cache.class_names), 'class')}"
 
 

@@ -19,12 +19,12 @@ from retrieval_tip.cli.stdin import paths_on_stdin
 from retrieval_tip.errors import UsageError, counted, show
 
 if TYPE_CHECKING:
-    from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.sources import Source
     from retrieval_tip.index.places import Place
     from retrieval_tip.labelling.placing import Action
     from retrieval_tip.labelling.sort import Sorted
+    from retrieval_tip.model import Index
 
 
 @command()
@@ -119,7 +119,7 @@ def find_command(
 
 
 def _encoder(
-    ctx: click.Context, index: AnsweringIndex | None, sources: Sequence[Source], encoding: EncodingOptions,
+    ctx: click.Context, index: Index | None, sources: Sequence[Source], encoding: EncodingOptions,
     example: Source | None = None, *, text: bool = False,
 ) -> AbstractContextManager[Encoder]:  # fmt: skip
     """Open the encoder of an index, or else the one that the options or a feature table name, or the default."""

@@ -18,12 +18,11 @@ from retrieval_tip.errors import UsageError, counted, few
 from retrieval_tip.settings import Ask, Precision
 
 if TYPE_CHECKING:
-    from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.backbones.base import Backbone, Identity
-    from retrieval_tip.cache_model import CacheModel
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.sources import Source
     from retrieval_tip.index.places import Place
+    from retrieval_tip.model import Index
     from retrieval_tip.settings import KeysMet
     from retrieval_tip.store.manifest import Manifest
 
@@ -48,7 +47,7 @@ def source_of(path: Path | str, reading: ReadingOptions, split: str, *, labelled
     return open_dataset(reading.dataset, Path(path), part)
 
 
-def validation(cache: CacheModel, path: Path | str, root: Path | str | None, number: KeysMet) -> Source:
+def validation(cache: Index, path: Path | str, root: Path | str | None, number: KeysMet) -> Source:
     """Open ``number`` validation images per class, all images, or by default the published number."""
     from retrieval_tip.fit.search_hp import validation_shots
 
@@ -56,19 +55,19 @@ def validation(cache: CacheModel, path: Path | str, root: Path | str | None, num
     return val if number == "all" else val.take(validation_shots(cache, val, path, number))
 
 
-def checked(folder: Path, device: str, precision: Precision = "auto") -> CacheModel:
+def checked(folder: Path, device: str, precision: Precision = "auto") -> Index:
     """Load an index, and hash its files while torch is being imported."""
     from retrieval_tip.store.folder import Check
 
     check = Check(folder)
-    from retrieval_tip.cache_model import CacheModel
+    from retrieval_tip.model import Index
 
-    return CacheModel.load(folder, device=device, precision=precision, check=check)
+    return Index.load(folder, device=device, precision=precision, check=check)
 
 
 def index_with(
     folder: Place, backbone: BackboneOptions, opening: OpeningOptions = OpeningOptions(), ask: Ask = Ask()
-) -> AnsweringIndex:
+) -> Index:
     """Load an index with the settings and keys selected on the command line."""
     from retrieval_tip.index.places import at
 
@@ -80,7 +79,7 @@ def index_with(
     return cache
 
 
-def _restricted(cache: AnsweringIndex, where: str, *, fits: bool) -> CacheModel:
+def _restricted(cache: Index, where: str, *, fits: bool) -> Index:
     """Return the index with the keys that match a condition, and print the classes that lost keys.
 
     If a class has lost all its keys, its chance depends on alpha, which is then fitted again if ``fits`` is true.
@@ -159,7 +158,7 @@ def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = Fal
 
 
 def backbone_for(
-    cache: AnsweringIndex | Origin, sources: Sequence[Source], backbone: BackboneOptions, *, needed: bool
+    cache: Index | Origin, sources: Sequence[Source], backbone: BackboneOptions, *, needed: bool
 ) -> Backbone | None:
     """Return the backbone of an index if it is ``needed`` or there are images to encode.
 
@@ -226,7 +225,7 @@ def encoder_of(
 
 def encoder_for(
     ctx: click.Context,
-    cache: AnsweringIndex | Origin,
+    cache: Index | Origin,
     sources: Sequence[Source],
     encoding: EncodingOptions,
     views: ViewOptions | None = None,

@@ -32,7 +32,6 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.data import remote, tars
 from retrieval_tip.data.encoder import Encoder, encoded
@@ -43,6 +42,7 @@ from retrieval_tip.data.tables import COMPLETE, RUN, open_parquet, part_files
 from retrieval_tip.distributed.cluster import connected, room
 from retrieval_tip.errors import InputError, RetrievalTipError, Skipped, StoreError, UsageError, first_line, show
 from retrieval_tip.index import places
+from retrieval_tip.model import Index
 from retrieval_tip.settings import Precision, Settings
 from retrieval_tip.store.query import rows_where
 
@@ -69,7 +69,7 @@ class Question:
     settings: Settings
     where: str | None
     schema: pa.Schema
-    rows: Callable[[AnsweringIndex, Sequence[Source], Encoder], Iterator[pa.Table]]
+    rows: Callable[[Index, Sequence[Source], Encoder], Iterator[pa.Table]]
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Worker:
         return replace(work.encoder, backbone=work.backbone(device=self._device), cache=cache, empty=True)
 
     @cached_property
-    def _index(self) -> AnsweringIndex:
+    def _index(self) -> Index:
         asked = self._work.question
         assert asked is not None
         index = places.at(asked.folder).load(device=self._device, precision=asked.precision, verify="fast")

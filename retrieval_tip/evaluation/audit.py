@@ -30,10 +30,10 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.bounds import check_count
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.fit.closed_form import FOLDS, prior_for, unfitted
 from retrieval_tip.fit.folds import Folds, Queries, Visible
 from retrieval_tip.fit.forms import Form
+from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.duplicates import NEAR
 from retrieval_tip.settings import KeysMet
@@ -51,7 +51,7 @@ CHEAP = 2048
 """Maximum number of keys for which :func:`gain` takes at most about a second."""
 
 
-def audit(cache: CacheModel, *, k: KeysMet = None, borderline: bool = False) -> pa.Table:
+def audit(cache: Index, *, k: KeysMet = None, borderline: bool = False) -> pa.Table:
     """List shots that look mislabelled, and duplicates of shots in another class.
 
     A shot looks mislabelled if another class fits clearly better (:data:`CLEAR`). If ``borderline`` is set, shots that
@@ -134,7 +134,7 @@ def _keys_met(n: int, k: KeysMet) -> int | None:
     return k
 
 
-def _table(cache: CacheModel, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
+def _table(cache: Index, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
     """Return the table of suspicious shots, sorted by descending margin. Row -1 means that there is no such key."""
     key_ids, names = cache.labels["key_id"].to_numpy(), pa.array(cache.class_names, pa.string())
     judged = shots["judged"]
@@ -168,7 +168,7 @@ def _table(cache: CacheModel, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
     )
 
 
-def suspicious(cache: CacheModel) -> pa.Table:
+def suspicious(cache: Index) -> pa.Table:
     """Return the rows of :func:`audit` whose shots an index can leave out, because their labels look wrong.
 
     If more than half of the shots of a class look mislabelled, or if only one would be left, it is not clear which of
@@ -190,7 +190,7 @@ class Gain:
     after: float
 
 
-def gain(cache: CacheModel) -> Gain | None:
+def gain(cache: Index) -> Gain | None:
     """Estimate how much a fitted index gains if it is built without the :func:`suspicious` shots.
 
     The other shots are held out in turn. Each is classified with and without the suspicious shots among the keys, and

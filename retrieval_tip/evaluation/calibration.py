@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit.folds import blend
+from retrieval_tip.model import Index
 from retrieval_tip.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ class Calibration:
     at_bound: bool
 
 
-def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> tuple[Settings, Calibration]:
+def calibrate(cache: Index, source: Source, encoder: Encoder) -> tuple[Settings, Calibration]:
     """Fit the temperature of an index on a labelled validation source (see :func:`fit_temperature`).
 
     Returns the index settings with the new temperature, and a description of the fit. Fit the temperature again after
@@ -226,7 +226,7 @@ def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> tuple[Sett
     )
 
 
-def apply(cache: CacheModel, settings: Settings, calibration: Calibration, source: str, folder: Path) -> None:
+def apply(cache: Index, settings: Settings, calibration: Calibration, source: str, folder: Path) -> None:
     """Save the result of :func:`calibrate` as a new version of the index. Raises StoreError if it cannot be saved."""
     cache.settings = settings
     cache.provenance = cache.provenance | {"temperature": f"fitted on {source}, n={calibration.n}"}

@@ -11,13 +11,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source, spelled_alike
 from retrieval_tip.errors import InputError, Skipped, counted, few, percent
 from retrieval_tip.evaluation.evaluate import HELD_OUT, Answers, Recognition, answered
 from retrieval_tip.evaluation.held_out import without_themselves
 from retrieval_tip.fit.closed_form import wilson
+from retrieval_tip.model import Index
 
 SIGNIFICANT = 0.05
 """Probability below which a difference is called significant."""
@@ -31,7 +31,7 @@ class Side:
     """An index to compare, its name, and the encoder of its queries."""
 
     name: str
-    index: AnsweringIndex
+    index: Index
     encoder: Encoder
 
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.answering import AnswerBlock, AnsweringIndex
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted
 from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.evaluation.held_out import QueryBlock, without_themselves
+from retrieval_tip.model import Index
+from retrieval_tip.retrieval.answers import AnswerBlock
 from retrieval_tip.settings import Ask, AskOptions, Settings
 
 log = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ class Evaluation(Recognition):
 
 
 def evaluate(
-    cache: AnsweringIndex,
+    cache: Index,
     source: Source,
     encoder: Encoder,
     *,
@@ -194,7 +195,7 @@ def evaluate(
     return found
 
 
-def some_known(cache: AnsweringIndex, source: Source) -> tuple[Ints, list[str]]:
+def some_known(cache: Index, source: Source) -> tuple[Ints, list[str]]:
     """See :meth:`source.Source.truth`. Raises InputError if the index has no class of the source."""
     truth, names = source.truth(cache.class_names)
     if not (truth < len(cache.class_names)).any():
@@ -203,7 +204,7 @@ def some_known(cache: AnsweringIndex, source: Source) -> tuple[Ints, list[str]]:
 
 
 def judge(
-    cache: AnsweringIndex, asked: Iterable[QueryBlock], truth: Ints, class_names: list[str],
+    cache: Index, asked: Iterable[QueryBlock], truth: Ints, class_names: list[str],
     skipped: Sequence[Skipped] = (), *, abstain: float | None = None,
 ) -> Evaluation:  # fmt: skip
     """Evaluate encoded items against the class ids ``truth`` of their source (see :meth:`source.Source.truth`).
@@ -239,9 +240,7 @@ def judge(
     )
 
 
-def answered(
-    cache: AnsweringIndex, asked: Iterable[QueryBlock], truth: Ints, class_names: list[str]
-) -> tuple[Answers, Ints]:
+def answered(cache: Index, asked: Iterable[QueryBlock], truth: Ints, class_names: list[str]) -> tuple[Answers, Ints]:
     """Classify items, and return the answers in the order of the source, and the best classes ``[n, m + 2]``.
 
     The best classes are those of the ``m`` largest blended logits (at most 5), of the largest text logit and of the
@@ -278,7 +277,7 @@ def _best(answer: AnswerBlock, truth: Ints) -> tuple[Tensor, Tensor, Tensor, Ten
 
     These are ``confidence``, ``log_truth`` and ``strength`` (see :class:`Answers`).
     """
-    terms, logits, settings = answer.terms, answer.logits, answer.index.settings
+    terms, logits, settings = answer.terms, answer.logits, answer.settings
     text, alone, c = terms.text, terms.photos(settings), logits.shape[1]
     best = logits.topk(min(5, c), dim=1).indices
     ranked = torch.cat([best, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1)

@@ -13,15 +13,15 @@ import pyarrow as pa
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.answering import AnsweringIndex
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import FeatureBlock
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted
 from retrieval_tip.fit.closed_form import prior_for
 from retrieval_tip.fit.folds import Folds, parts_without
 from retrieval_tip.fit.forms import Form
+from retrieval_tip.model import Index
 from retrieval_tip.retrieval.keys import index_over, points_of
+from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.store.labels import images_of
 
 log = logging.getLogger(__name__)
@@ -37,14 +37,14 @@ MOST_COPIED = 1 << 29
 """Maximum size in bytes of the keys of an index from which photos are held out, because each part copies them."""
 
 
-def photo_rows(index: CacheModel, key_ids: Sequence[int]) -> IntArray:
+def photo_rows(index: Index, key_ids: Sequence[int]) -> IntArray:
     """Return the first row of each photo that has one of these key ids. Unknown ids are ignored."""
     rows = np.flatnonzero(np.isin(index.labels["key_id"].to_numpy(), np.asarray(key_ids, dtype=np.int64)))
     _, first = np.unique(images_of(index.labels)[rows], return_index=True)
     return rows[np.sort(first)]
 
 
-def held_out(index: CacheModel, rows: IntArray, kept: IntArray) -> tuple[npt.NDArray[np.bool_], FloatArray]:
+def held_out(index: Index, rows: IntArray, kept: IntArray) -> tuple[npt.NDArray[np.bool_], FloatArray]:
     """Classify the photo of each row by the ``kept`` keys, except all keys of the photos in its own part.
 
     The metric and the values are refitted to the other keys, while alpha, beta and the temperature stay. The index does
@@ -70,7 +70,7 @@ class HeldOut(NamedTuple):
 
 
 def held_out_probabilities(
-    index: CacheModel, rows: IntArray | None = None, queries: npt.NDArray[np.float32] | None = None
+    index: Index, rows: IntArray | None = None, queries: npt.NDArray[np.float32] | None = None
 ) -> HeldOut:
     """Classify each photo of an index by the photos outside its own part, as in :func:`held_out`.
 
@@ -87,7 +87,7 @@ def held_out_probabilities(
 
 
 def _without_own_part(
-    index: CacheModel, rows: IntArray, kept: IntArray, queries: npt.NDArray[np.float32] | None = None
+    index: Index, rows: IntArray, kept: IntArray, queries: npt.NDArray[np.float32] | None = None
 ) -> tuple[IntArray, torch.Tensor]:
     """Return the positions in ``rows`` of the photos that can be classified, and their probabilities ``[m, c]``."""
     places, probabilities = [np.zeros(0, np.int64)], [torch.zeros(0, len(index.class_names))]
@@ -100,9 +100,7 @@ def _without_own_part(
     return np.concatenate(places), torch.cat(probabilities)
 
 
-def without_parts(
-    index: CacheModel, rows: IntArray, kept: IntArray | None = None
-) -> Iterator[tuple[IntArray, CacheModel]]:
+def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) -> Iterator[tuple[IntArray, Index]]:
     """Split photos into at most :data:`PARTS` parts, and yield each part with an index that lacks its photos.
 
     See :func:`folds.parts_without`. The ``kept`` keys are all by default. The metric and the values of the index are
@@ -111,7 +109,7 @@ def without_parts(
     """
     ids, images, fitted, c = index.class_ids.cpu(), images_of(index.labels), index.fitted, len(index.class_names)
     kept = np.arange(index.n) if kept is None else kept
-    factory = index.index_type if index.index.by_class else "Flat"
+    factory = index.index_type if index.retrieval.keys.by_class else "Flat"
     folds = Folds(
         index.keys, ids, c, None, [], index.sums, "even" if fitted is None else fitted.class_prior,
         prior=prior_for(index),
@@ -123,12 +121,9 @@ def without_parts(
             form = Form.of(fitted, index.settings.beta)
             metric, values = folds.fitted(form, torch.from_numpy(others), number)
         keys = np.asarray(index.keys[others])
-        points = points_of(metric, keys, "cpu")
-        met = keys if points is None else points
-        yield part, replace(
-            index, keys=keys, labels=index.labels.take(pa.array(others)), metric=metric, values=values, points=points,
-            index=index_over(met, ids.numpy()[others], c, factory, index.device), version=None, folder=None,
-        )  # fmt: skip
+        left = ArrayRows(keys, index.labels.take(pa.array(others)), values, points_of(metric, keys, "cpu"))
+        search = index_over(left.met, left.class_ids, c, factory, index.device)
+        yield part, replace(index, rows=left, metric=metric, index=search)
 
 
 @dataclass(frozen=True)
@@ -138,12 +133,12 @@ class QueryBlock:
     ``held_out`` is true if the items are shots of the tested index, so that ``index`` lacks them.
     """
 
-    index: AnsweringIndex
+    index: Index
     block: FeatureBlock
     held_out: bool = False
 
 
-def without_themselves(index: AnsweringIndex, source: Source, blocks: Iterable[FeatureBlock]) -> Iterator[QueryBlock]:
+def without_themselves(index: Index, source: Source, blocks: Iterable[FeatureBlock]) -> Iterator[QueryBlock]:
     """Yield the items of a source, with an index to classify each of them that does not contain the item.
 
     Items that are not shots of ``index`` are yielded at once, with ``index``. The others follow, in the parts of
@@ -183,7 +178,7 @@ def without_themselves(index: AnsweringIndex, source: Source, blocks: Iterable[F
         yield QueryBlock(others, block.take(np.flatnonzero(np.isin(photo, part))), held_out=True)
 
 
-def key_ids_of(index: AnsweringIndex, source: Source, block: FeatureBlock) -> IntArray:
+def key_ids_of(index: Index, source: Source, block: FeatureBlock) -> IntArray:
     """Return the id of a key of each item that is a shot (see :func:`without_themselves`), and -1 for other items."""
     shots = index.having("digest", filter(None, block.digests))
     known = dict(zip(shots["digest"].to_pylist(), shots["key_id"].to_pylist(), strict=True))
@@ -194,9 +189,9 @@ def key_ids_of(index: AnsweringIndex, source: Source, block: FeatureBlock) -> In
             places.setdefault(name, []).append(place)
     if not places:
         return found
-    shots = index.having("source", places)
-    keys = index.keys_of(shots["key_id"].to_numpy()).astype(np.float32)
-    for key_id, name, key in zip(shots["key_id"].to_pylist(), shots["source"].to_pylist(), keys, strict=True):
+    rows = index.rows.of(index.having("source", places)["key_id"].to_pylist())
+    sources, keys = rows.labels["source"].to_pylist(), rows.keys.astype(np.float32)
+    for key_id, name, key in zip(rows.key_ids.tolist(), sources, keys, strict=True):
         own = np.array(places[name])
         lengths = np.linalg.norm(block.features[own], axis=1) * np.linalg.norm(key)
         found[own[block.features[own] @ key >= SAME * lengths]] = key_id

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.bounds import check_count
 from retrieval_tip.errors import UsageError
+from retrieval_tip.model import Index
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -47,7 +47,7 @@ def methods() -> list[Method]:
     return ["pca", "tsne"] if importlib.util.find_spec("sklearn") else ["pca"]
 
 
-def projected(cache: AnsweringIndex, method: Method = "pca", limit: int = 5000) -> Projection:
+def projected(cache: Index, method: Method = "pca", limit: int = 5000) -> Projection:
     """Project the keys of an index to two dimensions.
 
     If the index has more than ``limit`` keys, ``limit`` keys are drawn evenly from the classes. The method ``pca``
@@ -60,7 +60,7 @@ def projected(cache: AnsweringIndex, method: Method = "pca", limit: int = 5000) 
     if method not in methods():
         raise UsageError(f"method {method!r}: give one of {', '.join(methods())} (tsne requires scikit-learn)")
     check_count("limit", limit)
-    features, labels = cache.some(limit)
+    features, labels = cache.rows.some(limit)
     keys = features.astype(np.float32)
     if method == "pca" or len(keys) < FEWEST:
         places, explained, axes = _principal(keys)

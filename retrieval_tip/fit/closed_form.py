@@ -18,17 +18,13 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.backbones.base import Identity
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError, counted
 from retrieval_tip.fit.folds import (
     LEAST_JUDGED,
@@ -44,13 +40,12 @@ from retrieval_tip.fit.folds import (
 )
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, ONE_SHOT_WITH_PRIOR, WITH_PRIOR, Form
 from retrieval_tip.fit.scatter import FloatArray, known_prior
-from retrieval_tip.retrieval.arrays import Keys
+from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.ridge import MOST_SOLVED
 from retrieval_tip.retrieval.vector_index import inner_factory
-from retrieval_tip.settings import ClassPrior, Fitted, MetricName, Settings, ValuesName, check_choice
+from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName, check_choice
 from retrieval_tip.store.labels import images_of
-from retrieval_tip.store.sums import Sums
 
 FOLDS, MOST_FOLDS = 4, 8
 """Number of folds to select a form, and to evaluate the selected form if there are few keys."""
@@ -119,43 +114,6 @@ class ShotEstimate(Judged, total=False):
 
     tested: int
     classes: int
-
-
-class Shots(Protocol):
-    """Anything that can be fitted: a :class:`CacheModel`, or an index that reads its keys in place."""
-
-    labels: pa.Table
-    class_ids: Tensor
-    class_names: list[str]
-    text_weights: Tensor
-    settings: Settings
-    provenance: dict[str, Any]
-    sums: Sums | None
-    prior: npt.NDArray[np.float32] | None
-    curve: pa.Table | None
-    backbone: Identity | None
-    fitted: Fitted | None
-
-    @property
-    def keys(self) -> Keys:
-        """The keys as an array of shape ``[n, d]``, grouped by class."""
-
-    @property
-    def n(self) -> int:
-        """Number of keys."""
-
-    @property
-    def index_type(self) -> str:
-        """The FAISS factory string of the index."""
-
-    @property
-    def has_text(self) -> bool:
-        """Whether the index has text weights."""
-
-    def set_fitted(
-        self, metric: tip.Metric | None, values: Tensor | None, fitted: Fitted | None, factory: str | None = None
-    ) -> None:
-        """See :meth:`cache_model.KeyEdits.set_fitted`."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +212,7 @@ class FormChoice:
 
 
 def fit(
-    cache: Shots, asked: Fit | None = None, *, validation: Queries | None = None, factory: str | None = None,
+    index: Index, asked: Fit | None = None, *, validation: Queries | None = None, factory: str | None = None,
     forms: Sequence[Form] = FORMS,
 ) -> FormChoice:  # fmt: skip
     """Fit the metric, the values and the settings of an index to its own shots.
@@ -267,7 +225,7 @@ def fit(
     the terms and the temperature.
 
     Args:
-        cache: the index. Its current metric and values are ignored.
+        index: the index. Its current metric and values are ignored.
         asked: what to fit. By default, everything is selected on the shots.
         validation: the queries to evaluate on instead of the shots.
         factory: the type of the index over the fitted keys. Defaults to the current type.
@@ -279,64 +237,64 @@ def fit(
     """
     asked = asked or Fit()
     start = time.perf_counter()
-    longest = _longest(cache)
-    by_class = inner_factory(factory or cache.index_type) is not None
-    forms = _forms(cache, forms, asked.metric, asked.values, longest, by_class=by_class)
-    if cache.curve is not None:
+    longest = _longest(index)
+    by_class = inner_factory(factory or index.index_type) is not None
+    forms = _forms(index, forms, asked.metric, asked.values, longest, by_class=by_class)
+    if index.curve is not None:
         raise InputError("fit: the keys of this index were fine-tuned; fit the index before fine-tuning")
-    images = images_of(cache.labels)
+    images = _images(index)
     if asked.prior is not None:
-        if len(asked.prior) != cache.keys.shape[1]:
+        if len(asked.prior) != index.keys.shape[1]:
             raise InputError(
-                f"prior: features have {len(asked.prior)} values instead of {cache.keys.shape[1]}; use one encoder"
+                f"prior: features have {len(asked.prior)} values instead of {index.keys.shape[1]}; use one encoder"
             )
-        cache.prior = asked.prior.astype(np.float32)
-    folds, judged_on = _judged_by(cache, validation, images, asked.class_prior)
+        index.prior = asked.prior.astype(np.float32)
+    folds, judged_on = _judged_by(index, validation, images, asked.class_prior)
     if folds.prior is not None and forms[0] == DEFAULT_FORM:
         forms = [WITH_PRIOR, *forms]
     if folds.can_judge:
-        form, trials = _chosen(cache, forms, folds, images if validation is None else None)
-        form, settings, judged = _settled(cache.settings, form, folds, cache.class_names)
+        form, trials = _chosen(index, forms, folds, images if validation is None else None)
+        form, settings, judged = _settled(index.settings, form, folds, index.class_names)
         where = f"fitted on {judged_on}"
     else:
-        (form, settings), trials, judged = _unjudged(cache, forms, folds), [], {}
+        (form, settings), trials, judged = _unjudged(index, forms, folds), [], {}
         where = "default for shots that cannot be held out"
     fitted_metric, fitted_values = folds.fitted(form, torch.arange(len(folds.ids)))
     fitted = (form if fitted_metric is not None else replace(form, metric=None)).fitted(
-        cache.n, asked.class_prior, automatic=validation is None and asked.metric is None and asked.values is None
+        index.n, asked.class_prior, automatic=validation is None and asked.metric is None and asked.values is None
     )
     n, seconds = folds.n if folds.can_judge else 0, time.perf_counter() - start
     choice = FormChoice(
         form, trials, judged_on, n, len(folds.held), seconds, longest=longest, **folds.untested, **judged
     )
     provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
-    cache.set_fitted(fitted_metric, fitted_values, fitted, factory)
-    cache.sums = folds.sums
-    cache.settings, cache.provenance = settings, cache.provenance | provenance
+    index.set_fitted(fitted_metric, fitted_values, fitted, factory)
+    index.sums = folds.sums
+    index.settings, index.provenance = settings, index.provenance | provenance
     return choice
 
 
-def refit(cache: Shots, beta: float) -> FormChoice:
+def refit(index: Index, beta: float) -> FormChoice:
     """Set beta and refit all other fitted settings, without changing the form.
 
     If there are too few shots, only beta changes. The values are not solved again, so call
-    :meth:`cache_model.KeyEdits.solve` next.
+    :meth:`model.Index.solve` next.
     """
-    start, settings, form = time.perf_counter(), replace(cache.settings, beta=beta), Form.of(cache.fitted, beta)
-    folds, judged_on = _judged_by(cache, None, images_of(cache.labels), _class_prior(cache))
+    start, settings, form = time.perf_counter(), replace(index.settings, beta=beta), Form.of(index.fitted, beta)
+    folds, judged_on = _judged_by(index, None, _images(index), _class_prior(index))
     judged: Judged = {}
     if folds.can_judge:
-        form, settings, judged = _settled(settings, form, folds, cache.class_names)
-        cache.provenance = cache.provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {judged_on}")
+        form, settings, judged = _settled(settings, form, folds, index.class_names)
+        index.provenance = index.provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {judged_on}")
     seconds = time.perf_counter() - start
     choice = FormChoice(form, [], judged_on, folds.n, len(folds.held), seconds, **folds.untested, **judged)
-    cache.settings = settings
-    cache.fitted = None if cache.fitted is None else replace(cache.fitted, bonus=form.bonus)
-    cache.provenance = cache.provenance | {"fit": choice.provenance()}
+    index.settings = settings
+    index.fitted = None if index.fitted is None else replace(index.fitted, bonus=form.bonus)
+    index.provenance = index.provenance | {"fit": choice.provenance()}
     return choice
 
 
-def estimate(cache: CacheModel) -> ShotEstimate:
+def estimate(index: Index) -> ShotEstimate:
     """Estimate the accuracy of an index on folds of its own shots. The index does not change.
 
     The metric and the values are refitted for each fold, but alpha, beta and the temperature are not.
@@ -346,26 +304,33 @@ def estimate(cache: CacheModel) -> ShotEstimate:
     shots of a single class. Otherwise, the 95 % confidence interval of ``both``, the ``weakest`` classes, and the
     numbers of ``tested`` classes and of all ``classes`` with shots are also returned.
     """
-    settings, (folds, _) = cache.settings, _judged_by(cache, None, images_of(cache.labels), _class_prior(cache))
-    if cache.curve is not None or not folds.can_judge:
+    settings, (folds, _) = (
+        index.settings,
+        _judged_by(index, None, _images(index), _class_prior(index)),
+    )
+    if index.curve is not None or not folds.can_judge:
         return {"photos": None, "words": None, "both": None}
-    text, photos, discriminant = folds.terms(Form.of(cache.fitted, settings.beta))
+    text, photos, discriminant = folds.terms(Form.of(index.fitted, settings.beta))
     linked = tip.log_cache(photos, settings.log_offset)
     terms = tip.Terms(torch.zeros_like(photos) if text is None else text, linked, discriminant)
     ids = folds.ids_held
     right = terms.logits(settings).argmax(1) == ids
     found = _accuracies(terms.photos(settings), text, right, ids, folds.weights)
     tested, classes = folds.untested["tested"], folds.untested["classes"]
-    return {**found, "weakest": _weakest(cache.class_names, right, ids), "tested": tested, "classes": classes}
+    return {**found, "weakest": _weakest(index.class_names, right, ids), "tested": tested, "classes": classes}
 
 
-def prior_for(cache: Shots) -> FloatArray | None:
+def prior_for(index: Index) -> FloatArray | None:
     """Return the prior that was given to a fit of the index, or else the known prior of its backbone."""
-    return known_prior(cache.backbone, cache.keys.shape[1]) if cache.prior is None else cache.prior.astype(np.float64)
+    return known_prior(index.backbone, index.keys.shape[1]) if index.prior is None else index.prior.astype(np.float64)
 
 
-def _class_prior(cache: Shots) -> ClassPrior:
-    return "even" if cache.fitted is None else cache.fitted.class_prior
+def _images(index: Index) -> IntArray:
+    return images_of(index.rows.columns("digest", "source"))
+
+
+def _class_prior(index: Index) -> ClassPrior:
+    return "even" if index.fitted is None else index.fitted.class_prior
 
 
 def _accuracies(photos: Tensor, words: Tensor | None, right: Tensor, ids: Tensor, weights: Tensor | None) -> Judged:
@@ -387,23 +352,23 @@ def wilson(share: float, n: float) -> tuple[float, float]:
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
-def unfitted(cache: CacheModel) -> CacheModel:
+def unfitted(index: Index) -> Index:
     """Return a new index over the same keys that has no metric, one-hot values, and untouched alpha and beta."""
-    if cache.fitted is None:
-        return cache
-    other = copy.copy(cache)
+    if index.fitted is None:
+        return index
+    other = copy.copy(index)
     other.set_fitted(None, None, None)
     alpha, beta = untouched_settings(other.keys, other.class_ids.cpu().numpy())
     other.settings = replace(other.settings.unfitted(), alpha=alpha, beta=beta, temperature=1.0)
-    kept = {name: part for name, part in cache.provenance.items() if name not in ("fit", "temperature")}
+    kept = {name: part for name, part in index.provenance.items() if name not in ("fit", "temperature")}
     other.provenance = kept | {"alpha": "default, normalize both", "beta": "default, normalize both"}
     return other
 
 
-def _longest(cache: Shots) -> float:
+def _longest(index: Index) -> float:
     """Return the largest norm in a sample of the keys. Raises InputError if it is too small for float32."""
-    rows = torch.linspace(0, cache.n - 1, min(cache.n, JUDGED), dtype=torch.float64).long()
-    longest = float(torch.linalg.vector_norm(taken_keys(cache.keys, rows).double(), dim=1).max())
+    rows = torch.linspace(0, index.n - 1, min(index.n, JUDGED), dtype=torch.float64).long()
+    longest = float(torch.linalg.vector_norm(taken_keys(index.keys, rows).double(), dim=1).max())
     if 0 < longest < LEAST_NORM:
         raise InputError(
             f"keys: norms of at most {longest:.4g} are too small for float32; scale them to norm 1 (norms unit)"
@@ -412,18 +377,18 @@ def _longest(cache: Shots) -> float:
 
 
 def _forms(
-    cache: Shots, forms: Sequence[Form], metric: MetricName | None, values: ValuesName | None, longest: float, *,
+    index: Index, forms: Sequence[Form], metric: MetricName | None, values: ValuesName | None, longest: float, *,
     by_class: bool,
 ) -> list[Form]:  # fmt: skip
     """Return the possible forms. Raises InputError if the keys are too long for every form."""
     for name, given, known in (("metric", metric, MetricName), ("values", values, ValuesName)):
         if given is not None:
             check_choice(name, given, known)
-    if cache.settings.k is not None or by_class or cache.n > MOST_SOLVED:
+    if index.settings.k is not None or by_class or index.n > MOST_SOLVED:
         if values == "solved":
             raise UsageError(
-                f"values solved: need a search over all keys, at most {MOST_SOLVED:,}, but the index has {cache.n:,} "
-                f"and k {cache.settings.k or 'all'}; give values one-hot"
+                f"values solved: need a search over all keys, at most {MOST_SOLVED:,}, but the index has {index.n:,} "
+                f"and k {index.settings.k or 'all'}; give values one-hot"
             )
         values = "one-hot"
     forms = [form for form in forms if metric in (None, form.metric_name) and values in (None, form.values_name)]
@@ -437,23 +402,23 @@ def _forms(
 
 
 def _judged_by(
-    cache: Shots, validation: Queries | None, images: IntArray, class_prior: ClassPrior
+    index: Index, validation: Queries | None, images: IntArray, class_prior: ClassPrior
 ) -> tuple[Folds, str]:
-    prior = prior_for(cache)
-    ids, c = cache.class_ids.cpu(), len(cache.class_names)
-    text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
+    prior = prior_for(index)
+    ids, c = index.class_ids.cpu(), len(index.class_names)
+    text = index.text_weights.cpu() * index.settings.logit_scale if index.has_text else None
     if validation is not None:
-        held = Held(torch.from_numpy(validation.features), torch.from_numpy(validation.ids), torch.arange(cache.n))
-        folds = Folds(cache.keys, ids, c, text, [held], cache.sums, class_prior, weighted=False, prior=prior)
+        held = Held(torch.from_numpy(validation.features), torch.from_numpy(validation.ids), torch.arange(index.n))
+        folds = Folds(index.keys, ids, c, text, [held], index.sums, class_prior, weighted=False, prior=prior)
         folds = folds.with_classes(images, JUDGED)
         return folds, f"{len(held.ids):,} photos of {validation.name}"
-    number, judged = MOST_FOLDS if cache.n <= JUDGED else FOLDS, int(min(JUDGED, max(256, AFFINITIES / cache.n)))
-    folds = Folds.of_shots(cache.keys, ids.numpy(), c, text, images, number, judged, cache.sums, class_prior, prior)
+    number, judged = MOST_FOLDS if index.n <= JUDGED else FOLDS, int(min(JUDGED, max(256, AFFINITIES / index.n)))
+    folds = Folds.of_shots(index.keys, ids.numpy(), c, text, images, number, judged, index.sums, class_prior, prior)
     folds = folds.with_small(images, judged).with_classes(images, judged)
     return folds, f"{folds.n:,} photos, each held out in turn"
 
 
-def _chosen(cache: Shots, forms: Sequence[Form], folds: Folds, images: IntArray | None) -> tuple[Form, list[FormTrial]]:
+def _chosen(index: Index, forms: Sequence[Form], folds: Folds, images: IntArray | None) -> tuple[Form, list[FormTrial]]:
     """Return the selected form and the forms that were tried, if there are enough shots to select one."""
     if len(forms) == 1 or (images is not None and len(np.unique(images)) < LEAST_SHOTS * len(folds.ids.unique())):
         return forms[0], []
@@ -533,7 +498,7 @@ def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tup
     return [(class_names[c], int(correct[c]), int(held[c])) for c in missed[:WEAKEST]]
 
 
-def _unjudged(cache: Shots, forms: Sequence[Form], folds: Folds) -> tuple[Form, Settings]:
+def _unjudged(index: Index, forms: Sequence[Form], folds: Folds) -> tuple[Form, Settings]:
     """Return the form and the settings for shots that cannot be held out.
 
     The text weights do not depend on the shots, so their temperature T can still be fitted to the shots. If the text is
@@ -543,26 +508,26 @@ def _unjudged(cache: Shots, forms: Sequence[Form], folds: Folds) -> tuple[Form, 
     """
     covered = folds.covered
     if all(form.values is None for form in forms):
-        alpha, beta = untouched_settings(cache.keys, cache.class_ids.cpu().numpy())
+        alpha, beta = untouched_settings(index.keys, index.class_ids.cpu().numpy())
         alpha *= covered
-        return Form(None, None, beta), replace(cache.settings.unfitted(), alpha=alpha, beta=beta, temperature=1.0)
+        return Form(None, None, beta), replace(index.settings.unfitted(), alpha=alpha, beta=beta, temperature=1.0)
     form = replace(ONE_SHOT, metric=None if any(form.metric is None for form in forms) else DEFAULT_FORM.metric)
     if folds.prior is not None and any(form.metric is not None for form in forms):
         form = ONE_SHOT_WITH_PRIOR
     temperature = 1.0
-    if cache.has_text and len(cache.class_names) > 1:
-        rows = torch.arange(min(cache.n, JUDGED))
-        keys = torch.nn.functional.normalize(taken_keys(cache.keys, rows))
-        text = tip.text_logits(keys, cache.text_weights.cpu(), cache.settings.logit_scale)
+    if index.has_text and len(index.class_names) > 1:
+        rows = torch.arange(min(index.n, JUDGED))
+        keys = torch.nn.functional.normalize(taken_keys(index.keys, rows))
+        text = tip.text_logits(keys, index.text_weights.cpu(), index.settings.logit_scale)
         trusted = len(rows) / (len(rows) + ONE_SHOT_DOUBT)
-        temperature = blend(None, text, None, cache.class_ids.cpu()[rows]).b ** -trusted
-    photos = ONE_SHOT_ALPHA * max(1.0, temperature) ** 2 if cache.has_text else ONE_SHOT_ALONE
+        temperature = blend(None, text, None, index.class_ids.cpu()[rows]).b ** -trusted
+    photos = ONE_SHOT_ALPHA * max(1.0, temperature) ** 2 if index.has_text else ONE_SHOT_ALONE
     alpha = photos * temperature * covered
-    temperature *= max(1.0, photos / ONE_SHOT_MOST) if cache.has_text else 1.0
+    temperature *= max(1.0, photos / ONE_SHOT_MOST) if index.has_text else 1.0
     gamma = 0.0
     if form is ONE_SHOT_WITH_PRIOR:
         alpha, gamma = PRIOR_ALPHA * alpha, PRIOR_GAMMA if covered == 1 else 0.0
-    settings = replace(cache.settings.unfitted(), alpha=alpha, beta=form.beta, gamma=gamma, temperature=temperature)
+    settings = replace(index.settings.unfitted(), alpha=alpha, beta=form.beta, gamma=gamma, temperature=temperature)
     return form, settings
 
 

@@ -24,7 +24,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from retrieval_tip.bounds import check_memory
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, Views, view_names
 from retrieval_tip.data.sources import Source, is_there, open_source
 from retrieval_tip.errors import InputError, show
@@ -33,7 +32,9 @@ from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.folds import Folds, Queries
 from retrieval_tip.fit.forms import like
 from retrieval_tip.fit.trainer import Recipe, Trainer, cosine
+from retrieval_tip.model import Index
 from retrieval_tip.retrieval.keys import index_over
+from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.store.folder import check_name
 from retrieval_tip.store.labels import images_of
 
@@ -86,7 +87,7 @@ class Tuned:
     - ``as_it_was``: whether ``cache`` is a copy of the given index, because training did not help
     """
 
-    cache: CacheModel
+    cache: Index
     epoch: int
     curve: pa.Table
     collapsed: str | None
@@ -114,7 +115,7 @@ class Tuned:
 
 
 def finetune_into(
-    out: str | os.PathLike[str], cache: CacheModel, shots: Source, encoder: Encoder, recipe: Recipe | None = None, *,
+    out: str | os.PathLike[str], index: Index, shots: Source, encoder: Encoder, recipe: Recipe | None = None, *,
     val: Source | Queries | None = None, parent: str = "", keep_last: bool = False,
 ) -> Tuned:  # fmt: skip
     """Fine-tune an index, and write the result into the folder ``out`` if it is more accurate.
@@ -126,14 +127,14 @@ def finetune_into(
     make_folders(Path(out).parent)
     recipe = recipe or Recipe()
     log.warning("the closed-form fit is usually more accurate than fine-tuning; held-out photos decide which is kept")
-    material = _Material.of(cache, shots, encoder, recipe, val)
+    material = _Material.of(index, shots, encoder, recipe, val)
     queries, tuned, compared = material.queries, None, None
     if queries is None:
-        compared, tuned = _compared(cache, material, recipe)
+        compared, tuned = _compared(index, material, recipe)
     if tuned is None or compared is None or compared.helps or keep_last:
-        tuned = _trained(cache, material, recipe, parent)
+        tuned = _trained(index, material, recipe, parent)
     if queries is not None and tuned.choice is not None:
-        before = _right(cache, queries.features, queries.ids) / len(queries.ids)
+        before = _right(index, queries.features, queries.ids) / len(queries.ids)
         compared = Comparison(before, tuned.choice.accuracy, len(queries.ids), queries.name)
     if tuned.collapsed is not None:
         _warn(tuned)
@@ -143,20 +144,20 @@ def finetune_into(
         tuned.record["held_out"] = asdict(compared)
     else:
         log.warning("%s; training does not help, so %s is a copy of the index", compared, show(out))
-        tuned = replace(tuned, cache=copy.copy(cache), choice=None, as_it_was=True)
+        tuned = replace(tuned, cache=copy.copy(index), choice=None, as_it_was=True)
     tuned.save(out)
     return replace(tuned, compared=compared)
 
 
 def finetune(
-    cache: CacheModel, shots: Source, encoder: Encoder, recipe: Recipe | None = None, *,
+    index: Index, shots: Source, encoder: Encoder, recipe: Recipe | None = None, *,
     val: Source | Queries | None = None, parent: str = "",
     on_epoch: Callable[[Mapping[str, float]], None] | None = None,
 ) -> Tuned:  # fmt: skip
     """Train an index by minimising the cross-entropy of ``logit_scale f W^T + alpha C`` (paper, equation 6).
 
     Args:
-        cache: The index, which is not changed. As in the paper, training starts from plain Tip-Adapter with the keys of
+        index: The index, which is not changed. As in the paper, training starts from plain Tip-Adapter with the keys of
             the index. Any closed-form fit is ignored.
         shots: The index's own shots (:func:`own_shots`), as images or as a feature table of views. Rows with the same
             id are views of one shot.
@@ -174,17 +175,17 @@ def finetune(
         InputError: if the shots or the validation images do not fit the index.
     """
     recipe = recipe or Recipe()
-    tuned = _trained(cache, _Material.of(cache, shots, encoder, recipe, val), recipe, parent, on_epoch)
+    tuned = _trained(index, _Material.of(index, shots, encoder, recipe, val), recipe, parent, on_epoch)
     _warn(tuned)
     return tuned
 
 
 def _trained(
-    cache: CacheModel, material: _Material, recipe: Recipe, parent: str = "",
+    index: Index, material: _Material, recipe: Recipe, parent: str = "",
     on_epoch: Callable[[Mapping[str, float]], None] | None = None,
 ) -> Tuned:  # fmt: skip
     """Train Tip-Adapter over the keys of an index, with the recipe's alpha and beta."""
-    plain = closed_form.unfitted(cache)
+    plain = closed_form.unfitted(index)
     plain = plain.with_settings(plain.settings.override(alpha=recipe.alpha, beta=recipe.beta))
     if plain.device == "cpu":
         queries = min(recipe.batch, len(material.shots))
@@ -201,23 +202,23 @@ def _warn(tuned: Tuned) -> None:
         log.warning("no epoch improved the accuracy on the validation photos; the keys stay untrained")
 
 
-def _compared(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[Comparison | None, Tuned | None]:
+def _compared(index: Index, material: _Material, recipe: Recipe) -> tuple[Comparison | None, Tuned | None]:
     """Compare an index before and after training on held-out shots, and return the last trained index as well.
 
     A quarter of each class is held out at a time, until :data:`HELD_OUT` shots have been evaluated. Both return values
     are ``None`` if no class has two photos.
     """
-    images, c = images_of(cache.labels), len(cache.class_names)
-    folds = Folds.of_shots(cache.keys, cache.class_ids.cpu().numpy(), c, None, images, FOLDS, HELD_OUT)
-    sources = np.array(cache.labels["source"].to_pylist(), dtype=object)
+    images, c = images_of(index.labels), len(index.class_names)
+    folds = Folds.of_shots(index.keys, index.class_ids.cpu().numpy(), c, None, images, FOLDS, HELD_OUT)
+    sources = np.array(index.labels["source"].to_pylist(), dtype=object)
     right, n, seconds, tuned = [0, 0], 0, 0.0, None
     for held in folds.held:
-        rest, own = cache.take(held.rows.numpy()), material.without(set(np.delete(sources, held.rows.numpy())))
+        rest, own = index.take(held.rows.numpy()), material.without(set(np.delete(sources, held.rows.numpy())))
         if not len(own.shots):
             continue
         tuned = _trained(rest, own, recipe)
-        if cache.fitted is not None and cache.curve is None:
-            closed_form.fit(rest, forms=like(cache.fitted))
+        if index.fitted is not None and index.curve is None:
+            closed_form.fit(rest, forms=like(index.fitted))
         for i, model in enumerate((rest, tuned.cache)):
             right[i] += _right(model, held.features.numpy(), held.ids.numpy())
         n, seconds = n + len(held.ids), seconds + tuned.curve["seconds"][-1].as_py()
@@ -227,32 +228,32 @@ def _compared(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[C
     return Comparison(right[0] / n, right[1] / n, n, "its own shots, held out"), tuned
 
 
-def _right(cache: CacheModel, features: npt.NDArray[np.float32], ids: npt.NDArray[np.int64]) -> int:
-    return int((cache.logits(features).argmax(1).cpu().numpy() == ids).sum())
+def _right(index: Index, features: npt.NDArray[np.float32], ids: npt.NDArray[np.int64]) -> int:
+    return int((index.logits(features).argmax(1).cpu().numpy() == ids).sum())
 
 
-def shots_of(cache: CacheModel) -> Source:
+def shots_of(index: Index) -> Source:
     """Return the shots of an index from their original source, as image paths or as rows of the feature table.
 
     Raises InputError if a shot is missing.
     """
-    table = cache.labels.select(["source", "label"])
+    table = index.labels.select(["source", "label"])
     paths = table["source"].to_pylist()
     missing = next((path for path in paths if not is_there(path)), None)
     if missing is None:
-        return Source("the shots of the index", table, tuple(cache.class_names), tuple(paths))
-    origin = cache.built.source
+        return Source("the shots of the index", table, tuple(index.class_names), tuple(paths))
+    origin = index.built.source
     if origin is not None and origin.endswith(".parquet") and Path(origin).is_file():
-        return own_shots(cache, open_source(origin))
+        return own_shots(index, open_source(origin))
     raise InputError(f"{missing}: no such file, though it is a shot of the index; give --source with the shots")
 
 
-def own_shots(cache: CacheModel, source: Source) -> Source:
+def own_shots(index: Index, source: Source) -> Source:
     """Return the items of a source that are shots of the index. They are matched by path or id.
 
     Raises InputError if no item matches.
     """
-    own = set(cache.labels["source"].to_pylist())
+    own = set(index.labels["source"].to_pylist())
     positions = [position for position, name in enumerate(source.sources) if name in own]
     if not positions:
         raise InputError(
@@ -277,20 +278,20 @@ class _Material:
 
     @classmethod
     def of(
-        cls, cache: CacheModel, shots: Source, encoder: Encoder, recipe: Recipe, val: Source | Queries | None
+        cls, index: Index, shots: Source, encoder: Encoder, recipe: Recipe, val: Source | Queries | None
     ) -> _Material:
         encoder, views = replace(encoder, views=1), None
         if shots.paths is not None:  # use each image once; rows of a feature table are views
             shots = shots.take(np.sort(np.unique(shots.paths, return_index=True)[1]))
         if recipe.views or shots.paths is None:
             views = encoder.encode_views(shots, view_names(recipe.seed, recipe.views) if recipe.views else [])
-            _check_length(cache, shots.name, views.features.shape[1])
+            _check_length(index, shots.name, views.features.shape[1])
         elif encoder.backbone is not None:
-            _check_length(cache, shots.name, encoder.backbone.dim)
-        queries = search_hp.on_validation(cache, val, encoder) if isinstance(val, Source) else val
+            _check_length(index, shots.name, encoder.backbone.dim)
+        queries = search_hp.on_validation(index, val, encoder) if isinstance(val, Source) else val
         if queries is not None:
-            _check_length(cache, queries.name, queries.features.shape[1])
-        return cls(encoder, shots, cache.ids_of(shots), views, queries)
+            _check_length(index, queries.name, queries.features.shape[1])
+        return cls(encoder, shots, index.ids_of(shots), views, queries)
 
     def without(self, names: set[str]) -> _Material:
         """Return the material without the shots whose source is in ``names``."""
@@ -322,12 +323,12 @@ class _Run:
     """A training run."""
 
     def __init__(
-        self, cache: CacheModel, material: _Material, recipe: Recipe,
+        self, index: Index, material: _Material, recipe: Recipe,
         on_epoch: Callable[[Mapping[str, float]], None] | None = None,
     ) -> None:  # fmt: skip
-        self.cache, self.material, self.recipe = cache, material, recipe
+        self.cache, self.material, self.recipe = index, material, recipe
         self.on_epoch = on_epoch or (lambda _: None)
-        self.trainer = Trainer(cache, recipe)
+        self.trainer = Trainer(index, recipe)
         self.epoch, self.began = 0, time.monotonic()
         self.curve: list[dict[str, float]] = []
         self.untrained = self.trainer.trained()
@@ -402,19 +403,17 @@ class _Run:
 
     def result(self, parent: str) -> Tuned:
         self.trainer.restore(self.kept)
-        keys = self.trainer.keys.detach().cpu().numpy().astype(self.cache.keys.dtype)
+        keys = self.trainer.keys.detach().cpu().numpy().astype(self.cache.dtype)
         c, ids = len(self.cache.class_names), self.cache.class_ids.cpu().numpy()
         kept = {name: value for name, value in self.cache.provenance.items() if name != "temperature"}
         record, curve = self._facts(parent), pa.Table.from_pylist(self.curve, schema=CURVE)
         cache = replace(
             self.cache,
-            keys=keys,
-            values=self.trainer.values,
-            index=index_over(keys, ids, c, self.cache.index.factory, self.cache.device),
+            rows=ArrayRows(keys, self.cache.labels, self.trainer.values),
+            index=index_over(keys, ids, c, self.cache.index_type, self.cache.device),
             settings=replace(self.cache.settings, temperature=1.0),
             provenance=kept | {"alpha": "finetune", "beta": "finetune", "finetune": record},
             curve=curve,
-            version=None,
         )
         choice = None
         if self.material.queries is not None:
@@ -432,6 +431,6 @@ class _Run:
         return {"parent": parent, "parent_version": self.cache.version} | recipe | settings | run | sources
 
 
-def _check_length(cache: CacheModel, name: str, d: int) -> None:
-    if d != cache.d:
-        raise InputError(f"{name}: features have {d} values; the index needs {cache.d}")
+def _check_length(index: Index, name: str, d: int) -> None:
+    if d != index.d:
+        raise InputError(f"{name}: features have {d} values; the index needs {index.d}")

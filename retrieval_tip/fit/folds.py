@@ -16,10 +16,10 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.bounds import check_count
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.fit.scatter import FewScatter, FloatArray, Scatter
+from retrieval_tip.model import Index
 from retrieval_tip.retrieval.arrays import Keys, KeysInPlace
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK
 from retrieval_tip.retrieval.logits import slices
@@ -457,32 +457,32 @@ class Queries:
     groups: IntArray | None = None
 
     @classmethod
-    def leave_one_out(cls, cache: CacheModel) -> Self:
+    def leave_one_out(cls, index: Index) -> Self:
         """Return the shots as queries that do not see the keys of their own image (see :func:`labels.images_of`).
 
         Raises UsageError if a class has a single image, or if the values of the index were solved.
         """
-        if cache.fitted is not None and cache.fitted.solved:
+        if index.fitted is not None and index.fitted.solved:
             raise UsageError(
                 "leave-one-out: the values of this index were solved from all its shots; run retrieval-tip fit, which "
                 "solves them again without each fold, or give --val SOURCE"
             )
-        groups, ids = images_of(cache.labels), cache.class_ids.cpu().numpy()
+        groups, ids = images_of(index.labels), index.class_ids.cpu().numpy()
         _, first = np.unique(groups, return_index=True)  # one query per image
-        single = np.flatnonzero(np.bincount(ids[first], minlength=len(cache.class_names)) == 1)
+        single = np.flatnonzero(np.bincount(ids[first], minlength=len(index.class_names)) == 1)
         if single.size:
             raise UsageError(
-                f"leave-one-out: class {cache.class_names[single[0]]!r} has one image; give every class at least 2, or "
+                f"leave-one-out: class {index.class_names[single[0]]!r} has one image; give every class at least 2, or "
                 "give --val SOURCE"
             )
-        features = np.asarray(cache.keys[first], dtype=np.float32)
+        features = np.asarray(index.keys[first], dtype=np.float32)
         return cls(features, ids[first], "its own shots, each held out in turn", groups[first], groups)
 
     @classmethod
-    def in_folds(cls, cache: CacheModel, number: int) -> Self:
+    def in_folds(cls, index: Index, number: int) -> Self:
         """Return the shots as queries that do not see the keys of their own fold. Each class has ``number`` folds."""
         check_count("folds", number, 2)
-        loo, generator = cls.leave_one_out(cache), np.random.default_rng(1)
+        loo, generator = cls.leave_one_out(index), np.random.default_rng(1)
         assert loo.hidden is not None
         fold_of = np.zeros(int(loo.hidden.max()) + 1, dtype=np.int64)
         for class_id in np.unique(loo.ids):
@@ -491,19 +491,19 @@ class Queries:
         name = f"its own shots in {number} folds"
         return replace(loo, name=name, hidden=fold_of[loo.hidden], groups=fold_of[loo.groups])
 
-    def blocks(self, cache: CacheModel, k: int | None = None) -> Iterator[tuple[slice, Visible]]:
+    def blocks(self, index: Index, k: int | None = None) -> Iterator[tuple[slice, Visible]]:
         """Yield the queries in blocks, with the keys that they see: all, or those among the ``k`` nearest."""
-        c, every = len(cache.class_names), cache.class_ids.cpu().numpy()
-        most = max(c, cache.n if k is None else min(k, cache.n))
+        c, every = len(index.class_names), index.class_ids.cpu().numpy()
+        most = max(c, index.n if k is None else min(k, index.n))
         for part in slices(len(self.ids), max(1, min(QUERY_BLOCK, VALUES // most))):
-            features = torch.from_numpy(np.asarray(self.features[part], dtype=np.float32)).to(cache.device)
-            points, counts = cache.retrieval.points(features), cache.retrieval.keys.counts.expand(len(features), -1)
+            features = torch.from_numpy(np.asarray(self.features[part], dtype=np.float32)).to(index.device)
+            points, counts = index.retrieval.points(features), index.retrieval.keys.counts.expand(len(features), -1)
             if k is None:
-                rows = torch.arange(cache.n, device=cache.device)
-                affinity = torch.cat([tip.affinity(keys, points) for keys, _ in cache.key_blocks()]).T
+                rows = torch.arange(index.n, device=index.device)
+                affinity = torch.cat([tip.affinity(keys, points) for keys, _ in index.key_blocks()]).T
                 unseen = affinity.new_zeros(1, 1, dtype=torch.bool)
             else:
-                near = cache.retrieval.keys.nearest(points, k)
+                near = index.retrieval.keys.nearest(points, k)
                 affinity, rows, unseen = near.affinity, near.rows, near.rows < 0
             if self.hidden is not None and self.groups is not None:
                 hidden, place = np.unique(self.hidden[part], return_inverse=True)
@@ -511,9 +511,9 @@ class Queries:
                 own = hidden[at] == self.groups
                 gone = np.bincount(at[own] * c + every[own], minlength=len(hidden) * c).reshape(-1, c)[place]
                 counts = counts - torch.from_numpy(gone).to(counts)
-                groups = torch.from_numpy(self.groups).to(cache.device)[rows]
-                unseen = unseen | (groups == torch.from_numpy(self.hidden[part]).to(cache.device)[:, None])
-            yield part, Visible(cache, features, points, affinity, rows, unseen, counts)
+                groups = torch.from_numpy(self.groups).to(index.device)[rows]
+                unseen = unseen | (groups == torch.from_numpy(self.hidden[part]).to(index.device)[:, None])
+            yield part, Visible(index, features, points, affinity, rows, unseen, counts)
 
 
 @dataclass(frozen=True)
@@ -524,7 +524,7 @@ class Visible:
     ``[q, c]`` are the numbers of visible keys of each class, whether they are among the rows or not.
     """
 
-    cache: CacheModel
+    cache: Index
     features: Tensor
     points: Tensor
     affinity: Tensor

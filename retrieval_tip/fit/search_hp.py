@@ -21,8 +21,6 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from retrieval_tip.answering import AnsweringIndex
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.shots import VAL_SHOTS, few_shot, few_shot_split
 from retrieval_tip.data.sources import Source, open_source
@@ -30,6 +28,7 @@ from retrieval_tip.errors import InputError
 from retrieval_tip.files import replacing
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.scatter import FloatArray
+from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.settings import Settings
 
@@ -94,42 +93,42 @@ class HyperparameterChoice:
         }
 
 
-def on_validation(cache: AnsweringIndex, source: Source, encoder: Encoder) -> Queries:
+def on_validation(index: Index, source: Source, encoder: Encoder) -> Queries:
     """Encode a labelled source as queries that see all keys.
 
     Raises InputError if a label is not a class of the index.
     """
-    ids = cache.ids_of(source)
+    ids = index.ids_of(source)
     encoded = encoder.encode(source)
     return Queries(encoded.features, ids[encoded.positions], source.name)
 
 
 def validation_shots(
-    cache: CacheModel, validation: Source, path: str | os.PathLike[str] | None = None, number: int | None = None
+    index: Index, validation: Source, path: str | os.PathLike[str] | None = None, number: int | None = None
 ) -> list[int]:
     """Sample ``number`` validation shots per class, and return their positions.
 
     ``number`` defaults to ``min(shots, 4)``, or to 4 if the index does not record a number of shots. If ``path`` is the
     split file that the index's own shots were sampled from, the published validation sample is returned.
     """
-    drawn, seed = cache.built.shots, cache.built.seed
+    drawn, seed = index.built.shots, index.built.seed
     if number is None and drawn is not None and path is not None and Path(path).suffix.lower() == ".json":
         train = open_source(path, split="train")
-        if train.name == cache.built.source:
+        if train.name == index.built.source:
             return few_shot_split(train.labels, validation.labels, drawn, seed)[1]
     return few_shot(validation.labels, number or min(drawn or VAL_SHOTS, VAL_SHOTS), seed)
 
 
-def apply(cache: CacheModel, choice: HyperparameterChoice, folder: str | os.PathLike[str] | None = None) -> None:
+def apply(index: Index, choice: HyperparameterChoice, folder: str | os.PathLike[str] | None = None) -> None:
     """Apply the selected settings to the index, and record their provenance.
 
     If ``folder`` is given, the settings are saved as a new version of the index.
     """
-    cache.settings = choice.settings(cache.settings)
-    kept = {name: value for name, value in cache.provenance.items() if name != "temperature"}
-    cache.provenance = kept | {"alpha": "search-hp", "beta": "search-hp", "search": choice.provenance()}
+    index.settings = choice.settings(index.settings)
+    kept = {name: value for name, value in index.provenance.items() if name != "temperature"}
+    index.provenance = kept | {"alpha": "search-hp", "beta": "search-hp", "search": choice.provenance()}
     if folder is not None:
-        cache.save_settings(folder, "search-hp")
+        index.save_settings(folder, "search-hp")
 
 
 def write_surface(choice: HyperparameterChoice, path: str | os.PathLike[str]) -> None:
@@ -139,7 +138,7 @@ def write_surface(choice: HyperparameterChoice, path: str | os.PathLike[str]) ->
 
 
 def search(
-    cache: CacheModel, queries: Queries, *, betas: Sequence[float] | None = None, cautious: bool = False,
+    index: Index, queries: Queries, *, betas: Sequence[float] | None = None, cautious: bool = False,
     kept: tuple[float, float] | None = None,
 ) -> HyperparameterChoice:  # fmt: skip
     """Select the alpha and beta that give the highest accuracy on the queries, which use all keys.
@@ -148,7 +147,7 @@ def search(
     for the whole index (see :meth:`folds.Visible.terms`).
 
     Args:
-        cache: The index. Its own alpha, beta and k are ignored.
+        index: The index. Its own alpha, beta and k are ignored.
         queries: The queries, from :func:`on_validation`, or shots of the index without themselves.
         betas: The values of beta to try. Defaults to :data:`BETAS`, plus the untouched beta or the beta in ``kept``.
         cautious: Whether to keep the untouched settings (:mod:`defaults`) unless the best settings are significantly
@@ -161,15 +160,15 @@ def search(
         InputError: if there are no queries, if their class ids are unknown, or if their shape is not ``[q, d]``.
         UsageError: if ``kept`` is invalid.
     """
-    if kept is None and cache.fitted is not None:
-        kept = cache.settings.alpha, cache.settings.beta
-        if betas is None and cache.fitted.solved:  # solved values are only valid for one beta
-            betas = [cache.settings.beta]
+    if kept is None and index.fitted is not None:
+        kept = index.settings.alpha, index.settings.beta
+        if betas is None and index.fitted.solved:  # solved values are only valid for one beta
+            betas = [index.settings.beta]
     if kept is not None:
-        cache.settings.override(alpha=kept[0], beta=kept[1])  # validates
-    stay = untouched_settings(cache.met, cache.class_ids.cpu().numpy()) if kept is None else kept
+        index.settings.override(alpha=kept[0], beta=kept[1])  # validates
+    stay = untouched_settings(index.met, index.class_ids.cpu().numpy()) if kept is None else kept
     always = {stay[1]} if betas is None or cautious or kept is not None else set()
-    tried = _Tried.of(cache, queries, sorted({*(BETAS if betas is None else betas), *always}))
+    tried = _Tried.of(index, queries, sorted({*(BETAS if betas is None else betas), *always}))
     solved = [_best_alpha(low, high) for low, high in zip(tried.low, tried.high, strict=True)]
     *_, b = max((right, _width(interval), -abs(b - len(solved) // 2), b) for b, (right, interval) in enumerate(solved))
     interval = solved[b][1]
@@ -198,19 +197,19 @@ class _Tried:
     high: FloatArray
 
     @classmethod
-    def of(cls, cache: CacheModel, queries: Queries, betas: Sequence[float]) -> _Tried:
-        q, c = len(queries.ids), len(cache.class_names)
+    def of(cls, index: Index, queries: Queries, betas: Sequence[float]) -> _Tried:
+        q, c = len(queries.ids), len(index.class_names)
         if not q:
             raise InputError(f"{queries.name}: there are no queries to select settings on")
-        if queries.features.shape != (q, cache.d):
-            raise InputError(f"{queries.name}: features {queries.features.shape}; expected [{q}, {cache.d}]")
+        if queries.features.shape != (q, index.d):
+            raise InputError(f"{queries.name}: features {queries.features.shape}; expected [{q}, {index.d}]")
         if queries.ids.min() < 0 or queries.ids.max() >= c:
             raise InputError(f"{queries.name}: class ids outside 0 .. {c - 1}")
         low, high = np.empty((2, len(betas), q))
-        for part, visible in queries.blocks(cache):
-            y = torch.from_numpy(queries.ids[part]).to(cache.device)
+        for part, visible in queries.blocks(index):
+            y = torch.from_numpy(queries.ids[part]).to(index.device)
             for b, terms in enumerate(visible.terms(betas)):
-                low[b, part], high[b, part] = right_between(terms.text, terms.photos(cache.settings), y)
+                low[b, part], high[b, part] = right_between(terms.text, terms.photos(index.settings), y)
         return cls(queries, betas, low, high)
 
     def hits(self, b: int, alpha: float) -> npt.NDArray[np.bool_]:

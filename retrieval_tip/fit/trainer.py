@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from retrieval_tip import tip
 from retrieval_tip.bounds import check_count
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import UsageError
+from retrieval_tip.model import Index
 from retrieval_tip.settings import TRAINED, TrainedPart, TrainingPrecision, check_choice
 
 VIEWS = 16
@@ -76,17 +76,17 @@ class Trainer:
     ``None`` if they are one-hot.
     """
 
-    def __init__(self, cache: CacheModel, recipe: Recipe) -> None:
-        self.cache, self.products = cache, getattr(torch, recipe.precision)
-        self.keys = torch.from_numpy(np.array(cache.keys, dtype=np.float32)).to(cache.device)
-        self.values = None if cache.values is None else cache.values.clone()
+    def __init__(self, index: Index, recipe: Recipe) -> None:
+        self.cache, self.products = index, getattr(torch, recipe.precision)
+        self.keys = torch.from_numpy(np.array(index.keys, dtype=np.float32)).to(index.device)
+        self.values = None if index.values is None else index.values.clone()
         if self.values is None and "values" in recipe.train:
-            self.values = functional.one_hot(cache.class_ids, len(cache.class_names)).float()
+            self.values = functional.one_hot(index.class_ids, len(index.class_names)).float()
         matrices = (("keys", self.keys), ("values", self.values))
         self._trained = {
             part: matrix.requires_grad_() for part, matrix in matrices if matrix is not None and part in recipe.train
         }
-        self._block = BLOCK if cache.device == "cpu" else GPU_BLOCK
+        self._block = BLOCK if index.device == "cpu" else GPU_BLOCK
         self._optimizer = torch.optim.AdamW(
             self._trained.values(), eps=recipe.eps, weight_decay=recipe.weight_decay, fused=True
         )

@@ -17,11 +17,9 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
 
-from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import resolve_device
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates
 from retrieval_tip.bounds import check_memory
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.sources import Source, open_source, spelled_alike
 from retrieval_tip.errors import SHOWN, UsageError, counted, few
@@ -31,7 +29,9 @@ from retrieval_tip.index import places
 from retrieval_tip.index.fit import prior_of
 from retrieval_tip.index.items import Material, Plan, Words, draw_shots, identity_of, ids_in, read_text_table
 from retrieval_tip.index.places import Place
+from retrieval_tip.model import Index
 from retrieval_tip.retrieval.keys import index_over
+from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import BuildOptions
 
@@ -43,7 +43,7 @@ LISTED = 100
 
 def build_index(
     source: Source, out: Place, encoder: Encoder, *, device: str = "auto", **options: Unpack[BuildOptions]
-) -> AnsweringIndex:
+) -> Index:
     """Build an index from a labelled source. If ``out`` already contains an index, the result becomes its next version.
 
     Features are streamed from the encoder into the store, so a feature table can be larger than memory.
@@ -100,11 +100,9 @@ def _without_suspicious(material: Material) -> Material:
     order = np.argsort(ids[positions], kind="stable")  # as in a folder
     keys, own = features[order].astype(material.plan.dtype), positions[order]
     labels = material.labels(own, [digests[row] for row in order])
-    cache = CacheModel(
-        keys=keys, labels=labels, class_names=list(material.words.class_names),
-        text_weights=torch.zeros(c, keys.shape[1]), index=index_over(keys, ids[own], c, BY_CLASS, device="cpu"),
-    )  # fmt: skip
-    shots = suspicious(cache)
+    index = index_over(keys, ids[own], c, BY_CLASS, device="cpu")
+    text = torch.zeros(c, keys.shape[1])
+    shots = suspicious(Index(ArrayRows(keys, labels), list(material.words.class_names), text, index))
     left = np.flatnonzero(~np.isin(positions, shots["key_id"].to_numpy()))
     block = FeatureBlock(positions[left], features[left], [digests[row] for row in left])
     sources = shots["source"].slice(0, LISTED).to_pylist()

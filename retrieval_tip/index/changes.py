@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrieval_tip.answering import AnsweringIndex, EditableIndex
 from retrieval_tip.backbones.base import Backbone, Identity, same_backbone
 from retrieval_tip.backbones.prompts import check_templates, text_weights
 from retrieval_tip.bounds import check_count
@@ -34,6 +33,7 @@ from retrieval_tip.index.items import ItemColumns, draw_shots, ids_in, precision
 from retrieval_tip.index.photos import remove_unused
 from retrieval_tip.index.places import Place
 from retrieval_tip.index.stores import Change
+from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates
 from retrieval_tip.settings import Dtype, Normalize, check_choice
@@ -151,28 +151,28 @@ def add(
     items = source.items.take(pa.array(block.positions))
     columns = ItemColumns.of(items, block.digests)
     with store.change() as change:
-        cache = change.cache
+        index = change.index
         labels = np.array(items["label"].to_pylist(), dtype=object)
-        known = _known(cache, labels, columns.digests, block.features, None if skip_known else COMPARED)
+        known = _known(index, labels, columns.digests, block.features, None if skip_known else COMPARED)
         rows = np.flatnonzero(~known) if skip_known else np.arange(len(labels))
-        classes, key_ids, found = _add_classes(cache, source.class_names, weights), [], None
+        classes, key_ids, found = _add_classes(index, source.class_names, weights), [], None
         if len(rows):
             views = encoder.views if source.table is None else 1
-            key_ids = cache.add(block.features[rows], labels[rows].tolist(), views=views, **vars(columns.take(rows)))
-            found = change.duplicates_of(key_ids)  # if anything fails up to here, nothing changes
-            _note_precision(cache, precision_of(source, encoder))
+            key_ids = index.add(block.features[rows], labels[rows].tolist(), views=views, **vars(columns.take(rows)))
+            found = index.rows.duplicates_of(key_ids, index.retrieval)  # if anything fails up to here, nothing changes
+            _note_precision(index, precision_of(source, encoder))
         if len(rows) or classes:
             change.what = _with_classes(f"add {counted(len(rows), 'key')}", classes)
         fitted = _keep_fitted(change)
-    alike = warn_of_spelling(folder, cache.class_names, classes)
-    return Added(_version(cache), key_ids, classes, int(known.sum()), found, alike, **fitted)
+    alike = warn_of_spelling(folder, index.class_names, classes)
+    return Added(_version(index), key_ids, classes, int(known.sum()), found, alike, **fitted)
 
 
-def _note_precision(cache: Any, precision: str | None) -> None:
+def _note_precision(index: Any, precision: str | None) -> None:
     """Add the precision of new keys to those in the provenance."""
-    before = cache.provenance.get("precision") or {}
+    before = index.provenance.get("precision") or {}
     known = sorted({*(before.get("keys") or "").split(", "), precision or ""} - {""})
-    cache.provenance = cache.provenance | {"precision": before | {"keys": ", ".join(known) or None}}
+    index.provenance = index.provenance | {"precision": before | {"keys": ", ".join(known) or None}}
 
 
 @dataclass(frozen=True)
@@ -211,25 +211,25 @@ def label(folder: Place, photos: Iterable[PhotoLabel], encoder: Encoder, unwante
     names = list(dict.fromkeys(photo.label for photo in wanted.values() if photo.label is not None))
     weights = _weights_of(names, manifest, encoder, None)
     with store.change() as change:
-        cache = change.cache
-        rows = cache.having("digest", wanted).to_pylist()
+        index = change.index
+        rows = index.having("digest", wanted).to_pylist()
         withdrawn = {row["key_id"] for row in rows if row.get(PICKED) == WITHDRAWN}
         there = {row["digest"]: row for row in rows if row["key_id"] not in withdrawn}
         fresh = [photo for photo in wanted.values() if photo.label is not None and photo.digest not in there]
         gone = {row["key_id"] for row in rows if wanted[row["digest"]].label is None} | withdrawn
         moves = {row["key_id"]: wanted[row["digest"]].label for row in rows if row["key_id"] not in gone}
-        if not fresh and len(gone) == cache.n:
+        if not fresh and len(gone) == index.n:
             if gone == withdrawn:
-                return Changed(_version(cache), [])
-            fresh = [_withdrawn(cache, rows[0])]
-        new = _add_classes(cache, names, weights)
-        added = _add_photos(cache, fresh, encoder) if fresh else []
-        moved = _relabel(change, {key_id: str(name) for key_id, name in moves.items()}, _labels_of(cache, list(moves)))
+                return Changed(_version(index), [])
+            fresh = [_withdrawn(index, rows[0])]
+        new = _add_classes(index, names, weights)
+        added = _add_photos(index, fresh, encoder) if fresh else []
+        moved = _relabel(change, {key_id: str(name) for key_id, name in moves.items()}, _labels_of(index, list(moves)))
         if gone:
-            cache.remove(sorted(gone))
-        for name in sorted(set(unwanted).intersection(cache.class_names).difference(names)):
-            if not cache.counts[cache.class_names.index(name)]:
-                cache.rename(name, next(other for other in cache.class_names if other != name))  # drops an empty class
+            index.remove(sorted(gone))
+        for name in sorted(set(unwanted).intersection(index.class_names).difference(names)):
+            if not index.counts[index.class_names.index(name)]:
+                index.rename(name, next(other for other in index.class_names if other != name))  # drops an empty class
         if added or moved or gone or new:
             done = Counter(str(photo.label) for photo in wanted.values() if photo.label is not None)
             removed = len(wanted) - done.total()
@@ -237,26 +237,26 @@ def label(folder: Place, photos: Iterable[PhotoLabel], encoder: Encoder, unwante
             parts = [*(parts if done else []), *([f"remove {counted(removed, 'label')}"] if removed else [])]
             change.what = "; ".join(parts)
         fitted = _keep_fitted(change)
-    return Changed(_version(cache), [*added, *moved], **fitted)
+    return Changed(_version(index), [*added, *moved], **fitted)
 
 
-def _add_photos(cache: EditableIndex, photos: Sequence[PhotoLabel], encoder: Encoder) -> list[int]:
+def _add_photos(index: Index, photos: Sequence[PhotoLabel], encoder: Encoder) -> list[int]:
     features = [photo.feature for photo in photos if photo.feature is not None]
     if len(features) < len(photos):
         lost = next(photo.source for photo in photos if photo.feature is None)
         raise InputError(f"{lost}: cannot be read, and the index does not have it; restore the file")
-    key_ids = cache.add(
+    key_ids = index.add(
         np.stack(features), [str(photo.label) for photo in photos], [photo.source for photo in photos],
         views=encoder.views, digests=[photo.digest for photo in photos],
         extra=pa.table({PICKED: pa.array([photo.picked for photo in photos], pa.string())}),
     )  # fmt: skip
-    _note_precision(cache, None if encoder.backbone is None else encoder.backbone.precision)
+    _note_precision(index, None if encoder.backbone is None else encoder.backbone.precision)
     return key_ids
 
 
-def _withdrawn(cache: AnsweringIndex, row: Mapping[str, Any]) -> PhotoLabel:
+def _withdrawn(index: Index, row: Mapping[str, Any]) -> PhotoLabel:
     """Return the key of a row, with its label marked as withdrawn."""
-    feature = cache.keys_of(np.array([row["key_id"]]))[0].astype(np.float32)
+    feature = index.rows.of([row["key_id"]]).keys[0].astype(np.float32)
     return PhotoLabel(row["source"], row["digest"], row["label"], WITHDRAWN, feature)
 
 
@@ -279,15 +279,15 @@ def merge(folder: Place, other: Place) -> Added:
     weights = dict(zip(theirs.class_names, theirs.text_weights.numpy(), strict=True)) if theirs.has_text else {}
     columns = ItemColumns.of(theirs.labels, theirs.labels["digest"].to_pylist())
     with target.change() as change:
-        cache = change.cache
-        classes = _add_classes(cache, theirs.class_names, weights)
+        index = change.index
+        classes = _add_classes(index, theirs.class_names, weights)
         labels, views = theirs.labels["label"].to_pylist(), theirs.labels["views"].to_numpy()
-        key_ids = cache.add(np.asarray(theirs.keys), labels, views=views, **vars(columns))
-        found = change.duplicates_of(key_ids)  # if anything fails up to here, nothing changes
+        key_ids = index.add(np.asarray(theirs.keys), labels, views=views, **vars(columns))
+        found = index.rows.duplicates_of(key_ids, index.retrieval)  # if anything fails up to here, nothing changes
         change.what = _with_classes(f"merge {show(str(source))}: {counted(len(key_ids), 'key')}", classes)
         fitted = _keep_fitted(change)
-    alike = warn_of_spelling(folder, cache.class_names, classes)
-    return Added(_version(cache), key_ids, classes, 0, found, alike, **fitted)
+    alike = warn_of_spelling(folder, index.class_names, classes)
+    return Added(_version(index), key_ids, classes, 0, found, alike, **fitted)
 
 
 class _Fitted(TypedDict, total=False):
@@ -297,17 +297,17 @@ class _Fitted(TypedDict, total=False):
 
 def _keep_fitted(change: Change) -> _Fitted:
     """Fit an index again if the change has outdated its fit (see :class:`Changed`)."""
-    cache = change.cache
-    if cache.fitted is None or not change.what:
+    index = change.index
+    if index.fitted is None or not change.what:
         return {}
-    automatic = cache.n <= REFITTED and cache.fitted.automatic
-    grown = cache.n >= (GROWN if automatic else DUE) * cache.fitted.keys
-    bare_before = [name for name in change.bare_before if name in cache.class_names]
-    if not grown and (not cache.has_text or change.bare() == bare_before):
+    automatic = index.n <= REFITTED and index.fitted.automatic
+    grown = index.n >= (GROWN if automatic else DUE) * index.fitted.keys
+    bare_before = [name for name in change.bare_before if name in index.class_names]
+    if not grown and (not index.has_text or change.bare() == bare_before):
         return {}
     if not automatic:
         return {"fit_due": True}
-    fit = change.fit(Fit(class_prior=cache.fitted.class_prior)) if grown else change.refit(cache.settings.beta)
+    fit = change.fit(Fit(class_prior=index.fitted.class_prior)) if grown else change.refit(index.settings.beta)
     return {"fit": fit}
 
 
@@ -317,14 +317,14 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
     Classes are kept even if they become empty. The data of the keys is deleted from the folder together with the last
     version that contains them (see :func:`writer.collect`). Other stores only mark rows as removed, so call
     :func:`rebuild` first if the data must be deleted there. Raises UsageError unless exactly one valid argument is
-    given. Raises InputError if no key matches or if a key cannot be removed (see :meth:`cache_model.KeyEdits.remove`).
+    given. Raises InputError if no key matches or if a key cannot be removed (see :meth:`model.Index.remove`).
     """
     with places.at(folder).change() as change:
-        chosen = _chosen(change.cache, where, key_ids)
-        change.cache.remove(chosen)
+        chosen = _chosen(change.index, where, key_ids)
+        change.index.remove(chosen)
         change.what = f"remove {counted(len(chosen), 'key')}"
         fitted = _keep_fitted(change)
-    return Changed(_version(change.cache), chosen, **fitted)
+    return Changed(_version(change.index), chosen, **fitted)
 
 
 def relabel(
@@ -339,18 +339,18 @@ def relabel(
     if not isinstance(label, str | Mapping):
         raise UsageError(f"label: got {label!r}; give the name of a class, or a mapping from key ids to names")
     with places.at(folder).change() as change:
-        cache = change.cache
+        index = change.index
         if not isinstance(label, str) and (where is not None or key_ids is not None):
             raise UsageError("label: a mapping already names its keys; remove where and key_ids")
         for name in [label] if isinstance(label, str) else dict.fromkeys(label.values()):
-            _check_class(cache, name)
+            _check_class(index, name)
         if isinstance(label, str):
-            wanted = dict.fromkeys(_chosen(cache, where, key_ids), label)
+            wanted = dict.fromkeys(_chosen(index, where, key_ids), label)
         else:
-            wanted = {key_id: label[key_id] for key_id in _chosen(cache, None, list(label))}
-        moved = _relabel(change, wanted, _labels_of(cache, list(wanted)))
+            wanted = {key_id: label[key_id] for key_id in _chosen(index, None, list(label))}
+        moved = _relabel(change, wanted, _labels_of(index, list(wanted)))
         fitted = _keep_fitted(change)
-    return Changed(_version(change.cache), moved, **fitted)
+    return Changed(_version(change.index), moved, **fitted)
 
 
 def apply_audit(folder: Place, file: Folder) -> Changed:
@@ -374,16 +374,16 @@ def apply_audit(folder: Place, file: Folder) -> Changed:
         raise InputError(f"{name}: key {Counter(ids).most_common(1)[0][0]} is repeated; keep one row")
     wanted = {key_id: new for key_id, new in zip(ids, suggested, strict=True) if new not in (None, old[key_id])}
     with place.change() as change:
-        now = _labels_of(change.cache, list(wanted))
+        now = _labels_of(change.index, list(wanted))
         for key_id in wanted:
             if now.get(key_id) != old[key_id]:
                 found = f"is labelled {now[key_id]!r}, not {old[key_id]!r}" if key_id in now else "is not in this index"
                 raise InputError(f"{name}: key {key_id} {found}; run index audit again")
         for label in dict.fromkeys(wanted.values()):
-            _check_class(change.cache, label, f"{name}: ")
+            _check_class(change.index, label, f"{name}: ")
         moved = _relabel(change, wanted, now)
         fitted = _keep_fitted(change)
-    return Changed(_version(change.cache), moved, **fitted)
+    return Changed(_version(change.index), moved, **fitted)
 
 
 def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) -> Renamed:
@@ -403,20 +403,20 @@ def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) 
             raise UsageError(f"{folder}: its text weights did not come from templates; rename without a backbone")
         weights = text_weights(backbone, [new], manifest.templates)[0]
     with places.at(folder).change() as change:
-        cache = change.cache
-        if old == new and new in cache.class_names:
-            return Renamed(_version(cache), [], merged=False)
-        key_ids = cache.find([old])["key_id"].to_pylist() if old in cache.class_names else []
-        merged = new in cache.class_names
-        cache.rename(old, new)
+        index = change.index
+        if old == new and new in index.class_names:
+            return Renamed(_version(index), [], merged=False)
+        key_ids = index.find([old])["key_id"].to_pylist() if old in index.class_names else []
+        merged = new in index.class_names
+        index.rename(old, new)
         if weights is not None:
-            text = cache.text_weights.cpu().numpy().copy()
-            text[cache.class_names.index(new)] = weights
-            cache.set_text(text, cache.templates)
+            text = index.text_weights.cpu().numpy().copy()
+            text[index.class_names.index(new)] = weights
+            index.set_text(text, index.templates)
         change.what = f"merge {old} into {new}" if merged else f"rename {old} to {new}"
         change.what += ", with a new text weight" if weights is not None else ""
         fitted = _keep_fitted(change) if merged else {}
-    return Renamed(_version(cache), sorted(key_ids), merged, **fitted)
+    return Renamed(_version(index), sorted(key_ids), merged, **fitted)
 
 
 def configure(
@@ -460,30 +460,30 @@ def configure(
         names = manifest.class_names
         weights = dict(zip(names, text_weights(backbone, names, prompts), strict=True))
     with store.change() as change:
-        cache, summary = change.cache, None
+        index, summary = change.index, None
         given: dict[str, Any]
         own_alpha, own_beta = alpha, beta
         if normalize is not None:
-            own_alpha, own_beta = plain_settings(alpha, beta, normalize, cache.statistics())
-        if cache.fitted is not None and own_beta is not None and own_beta != cache.settings.beta:
+            own_alpha, own_beta = plain_settings(alpha, beta, normalize, index.rows.statistics())
+        if index.fitted is not None and own_beta is not None and own_beta != index.settings.beta:
             summary = str(change.refit(own_beta))
         given = {"alpha": own_alpha, "beta": own_beta, "k": k, "tail": tail, "temperature": temperature}
         given = {name: value for name, value in given.items() if value is not None}
-        cache.settings = cache.settings.override(**given)
-        if cache.fitted is not None and not given.keys() <= {"k", "tail"}:
-            cache.fitted = dataclasses.replace(cache.fitted, automatic=False)
+        index.settings = index.settings.override(**given)
+        if index.fitted is not None and not given.keys() <= {"k", "tail"}:
+            index.fitted = dataclasses.replace(index.fitted, automatic=False)
         if prompts:
-            if weights.keys() != set(cache.class_names):
+            if weights.keys() != set(index.class_names):
                 raise StoreError(f"{folder}: its classes have changed in the meantime; try again")
-            cache.set_text(np.stack([weights[name] for name in cache.class_names]), prompts)
+            index.set_text(np.stack([weights[name] for name in index.class_names]), prompts)
         marks = dict.fromkeys(given, "given") | ({"text": "templates"} if prompts else {})
         if normalize is not None:
             marks |= {"alpha": provenance_of(alpha, normalize), "beta": provenance_of(beta, normalize)}
-        cache.provenance = cache.provenance | marks
+        index.provenance = index.provenance | marks
         change.what = "set " + ", ".join(_shown(name, value) for name, value in given.items())
         if prompts:
             change.what += (", " if given else "") + counted(len(prompts), "template")
-    return Configured(_version(cache), [], summary)
+    return Configured(_version(index), [], summary)
 
 
 def rebuild(folder: Place, *, index: str | None = None, dtype: Dtype | None = None) -> Changed:
@@ -496,8 +496,8 @@ def rebuild(folder: Place, *, index: str | None = None, dtype: Dtype | None = No
         check_choice("dtype", dtype, Dtype)
     with places.at(folder).change() as change:
         change.rebuild(index, dtype)
-        change.what = f"rebuild as {change.cache.index_type} of {change.cache.dtype}"
-    return Changed(_version(change.cache), [])
+        change.what = f"rebuild as {change.index.index_type} of {change.index.dtype}"
+    return Changed(_version(change.index), [])
 
 
 def rollback(folder: Place, version: int | None = None) -> Changed:
@@ -537,9 +537,9 @@ def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
         raise StoreError(f"{out}: is inside the index; give a folder outside it")
     manifest = source.manifest(version)
     source.check(manifest)  # otherwise damaged data would get valid digests
-    cache = source.load(device="cpu", version=manifest.version, verify="fast")
-    what = f"clone version {cache.version} of {show(str(source))}"
-    return Changed(target.copy_from(cache, what), [])
+    index = source.load(device="cpu", version=manifest.version, verify="fast")
+    what = f"clone version {index.version} of {show(str(source))}"
+    return Changed(target.copy_from(index, what), [])
 
 
 def _backbone_of(manifest: Manifest) -> Identity | None:
@@ -563,10 +563,10 @@ def _weights_of(
     return dict(zip(new, encoder.text_weights(new, manifest.templates), strict=True))
 
 
-def _add_classes(cache: EditableIndex, names: Sequence[str], weights: dict[str, npt.NDArray[np.float32]]) -> list[str]:
-    new = _new_classes(names, cache.class_names, weights, cache.has_text)
+def _add_classes(index: Index, names: Sequence[str], weights: dict[str, npt.NDArray[np.float32]]) -> list[str]:
+    new = _new_classes(names, index.class_names, weights, index.has_text)
     if new:
-        cache.add_classes(new, np.stack([weights[name] for name in new]) if cache.has_text else None)
+        index.add_classes(new, np.stack([weights[name] for name in new]) if index.has_text else None)
     return new
 
 
@@ -587,7 +587,7 @@ def _new_classes(
 
 
 def _known(
-    cache: AnsweringIndex,
+    index: Index,
     labels: npt.NDArray[np.object_],
     digests: Sequence[str | None],
     features: npt.NDArray[np.float32],
@@ -597,29 +597,29 @@ def _known(
 
     An image that has no digest is compared by its row in ``features``, unless the classes have more than ``most`` keys.
     """
-    by_digest = cache.known([digest or None for digest in digests])
+    by_digest = index.known([digest or None for digest in digests])
     known = np.array([pair in by_digest for pair in zip(digests, labels.tolist(), strict=True)], dtype=bool)
-    position = {name: i for i, name in enumerate(cache.class_names)}
+    position = {name: i for i, name in enumerate(index.class_names)}
     ids = np.array([position.get(label, -1) for label in labels.tolist()])
     bare = np.flatnonzero([not digest for digest in digests] & (ids >= 0))
     classes = np.unique(ids[bare])
-    if not len(bare) or (most is not None and sum(np.array(cache.counts)[classes].tolist()) > most):
+    if not len(bare) or (most is not None and sum(np.array(index.counts)[classes].tolist()) > most):
         return known
     with np.errstate(over="ignore"):  # an overflow is rejected when the keys are added
-        rows = features[bare].astype(cache.dtype) + np.zeros((), cache.dtype)  # converts -0 to 0
+        rows = features[bare].astype(index.dtype) + np.zeros((), index.dtype)  # converts -0 to 0
     wanted = {(class_id, row.tobytes()): False for class_id, row in zip(ids[bare].tolist(), rows, strict=True)}
     first = np.unique(rows[:, 0])
-    for class_ids, keys in cache.of_classes(classes):
+    for class_ids, keys in index.rows.of_classes(classes):
         near = np.searchsorted(first, keys[:, 0]).clip(max=len(first) - 1)
         alike = np.flatnonzero(first[near] == keys[:, 0])  # only a few keys remain to be compared one by one
-        for class_id, key in zip(class_ids[alike].tolist(), keys[alike] + np.zeros((), cache.dtype), strict=True):
+        for class_id, key in zip(class_ids[alike].tolist(), keys[alike] + np.zeros((), index.dtype), strict=True):
             if (class_id, key.tobytes()) in wanted:
                 wanted[class_id, key.tobytes()] = True
     known[bare] = list(map(wanted.__getitem__, zip(ids[bare].tolist(), (row.tobytes() for row in rows), strict=True)))
     return known
 
 
-def _chosen(cache: AnsweringIndex, where: str | None, key_ids: Sequence[int] | None) -> list[int]:
+def _chosen(index: Index, where: str | None, key_ids: Sequence[int] | None) -> list[int]:
     if (where is None) == (key_ids is None):
         raise UsageError("where, key_ids: give exactly one of them")
     if not isinstance(where, str | None):
@@ -628,33 +628,33 @@ def _chosen(cache: AnsweringIndex, where: str | None, key_ids: Sequence[int] | N
         if not isinstance(key_ids, Iterable) or not all(isinstance(key_id, Integral) for key_id in key_ids):
             raise UsageError(f"key ids: got {key_ids!r}; give a list of whole numbers")
         chosen = list(dict.fromkeys(key_ids or []))
-        if missing := sorted(set(chosen).difference(_labels_of(cache, chosen))):
+        if missing := sorted(set(chosen).difference(_labels_of(index, chosen))):
             raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
     else:
-        chosen = cache.labels["key_id"].to_numpy()[rows_where(cache.labels, where)].tolist()
+        chosen = index.labels["key_id"].to_numpy()[rows_where(index.labels, where)].tolist()
     if not chosen:
         what = "key ids: none given" if where is None else f"where: no key matches {where}"
         raise InputError(f"{what}; nothing changed")
     return chosen
 
 
-def _labels_of(cache: AnsweringIndex, key_ids: Sequence[int]) -> dict[int, str]:
+def _labels_of(index: Index, key_ids: Sequence[int]) -> dict[int, str]:
     possible = [key_id for key_id in key_ids if -(2**63) <= key_id < 2**63]
-    rows = cache.find(key_ids=possible) if possible else cache.labels.slice(0, 0)
+    rows = index.find(key_ids=possible) if possible else index.labels.slice(0, 0)
     return dict(zip(rows["key_id"].to_pylist(), rows["label"].to_pylist(), strict=True))
 
 
-def _check_class(cache: AnsweringIndex, label: str, prefix: str = "") -> None:
-    if label not in cache.class_names:
+def _check_class(index: Index, label: str, prefix: str = "") -> None:
+    if label not in index.class_names:
         raise InputError(
-            f"{prefix}{label!r} is not a class of this index ({few(cache.class_names)}); add new classes with index add"
+            f"{prefix}{label!r} is not a class of this index ({few(index.class_names)}); add new classes with index add"
         )
 
 
 def _relabel(change: Change, wanted: Mapping[int, str], now: Mapping[int, str]) -> list[int]:
     moved = {key_id: label for key_id, label in wanted.items() if label != now[key_id]}
     if moved:
-        change.cache.relabel(list(moved), list(moved.values()))
+        change.index.relabel(list(moved), list(moved.values()))
         classes = list(dict.fromkeys(moved.values()))
         what = f"as {classes[0]}" if len(classes) == 1 else f"to {counted(len(classes), 'class')}"
         change.what = f"relabel {counted(len(moved), 'key')} {what}"
@@ -669,6 +669,6 @@ def _shown(name: str, value: object) -> str:
     return f"{name} {value:g}" if isinstance(value, float) else f"{name} {'all' if value is None else value}"
 
 
-def _version(cache: AnsweringIndex) -> int:
-    assert cache.version is not None
-    return cache.version
+def _version(index: Index) -> int:
+    assert index.version is not None
+    return index.version

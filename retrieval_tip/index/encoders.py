@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.shots import spread
 from retrieval_tip.data.sources import Source
@@ -20,6 +19,7 @@ from retrieval_tip.errors import InputError, Skipped, UsageError
 from retrieval_tip.evaluation.compare import SIGNIFICANT, Compared, Side, compare, mcnemar
 from retrieval_tip.evaluation.held_out import held_out, photo_rows
 from retrieval_tip.index.build import build_index
+from retrieval_tip.model import Index
 
 TIMED = 64
 """Number of photos that are encoded to measure the speed."""
@@ -64,7 +64,7 @@ class EncoderTrials:
 
 
 @contextmanager
-def trial(shots: Source, encoder: Encoder, device: str = "auto") -> Iterator[AnsweringIndex]:
+def trial(shots: Source, encoder: Encoder, device: str = "auto") -> Iterator[Index]:
     """Build an index that is fitted to labelled photos, as :func:`build.build_index` does, and remove it afterwards.
 
     Raises UsageError if ``shots`` is a feature table, because its features belong to a single encoder.

@@ -10,16 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.feature_tables import TABLE_ROWS, schema_of, table_of, write_table
 from retrieval_tip.data.tables import FEATURE
 from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.files import real
+from retrieval_tip.model import Index
 
 log = logging.getLogger(__name__)
 
 
-def export_table(cache: CacheModel, out: Path) -> int:
+def export_table(index: Index, out: Path) -> int:
     """Write the keys of an index to a feature table, in index order, and return the number of rows.
 
     The table has the columns ``id``, ``label``, ``feature``, ``key_id``, ``shot``, ``views``, ``digest`` and
@@ -29,18 +29,18 @@ def export_table(cache: CacheModel, out: Path) -> int:
 
     Raises InputError if ``out`` cannot be written. In this case, no file is left behind.
     """
-    _refuse_inside(cache, out)
-    if cache.values is not None and cache.fitted is None:  # solved values can be refitted
+    _refuse_inside(index, out)
+    if index.values is not None and index.fitted is None:  # solved values can be refitted
         log.warning(
             "%s: a table cannot hold trained values, so an index built from it will give other answers", show(out)
         )
-    table = cache.labels
+    table, keys = index.labels, index.rows.in_memory().keys
     own = {"class_id", "label", "source", "id", FEATURE}
     further = [table.schema.field(name).remove_metadata() for name in table.column_names if name not in own]
-    schema = schema_of(cache.d, cache.keys.dtype, further, cache.backbone)
+    schema = schema_of(index.d, index.dtype, further, index.backbone)
 
     def blocks() -> Iterator[pa.Table]:
-        for start in range(0, cache.n, TABLE_ROWS):
+        for start in range(0, index.n, TABLE_ROWS):
             rows = table.slice(start, TABLE_ROWS)
             blank = pc.equal(pc.utf8_trim_whitespace(rows["source"]), "").fill_null(True)
             number = pc.binary_join_element_wise("key", rows["key_id"].cast(pa.string()), " ")
@@ -48,32 +48,32 @@ def export_table(cache: CacheModel, out: Path) -> int:
                 schema,
                 pc.if_else(blank, number, rows["source"]),
                 rows["label"],
-                np.asarray(cache.keys[start : start + TABLE_ROWS]),
+                keys[start : start + TABLE_ROWS],
                 {field.name: rows[field.name] for field in further},
             )
 
     return write_table(out, schema, blocks())
 
 
-def export_text(cache: CacheModel, out: Path) -> int:
+def export_text(index: Index, out: Path) -> int:
     """Write the text weights of an index to a feature table with one row per class, and return the number of classes.
 
     You can pass the table to ``--text`` when you build another index. Raises UsageError if the index has no text
     weights. Raises InputError if a class has no text weight or if ``out`` cannot be written.
     """
-    _refuse_inside(cache, out)
-    if not cache.has_text:
+    _refuse_inside(index, out)
+    if not index.has_text:
         raise UsageError("text: this index has no text weights; export its keys instead")
-    weights = cache.text_weights.cpu().numpy()
+    weights = index.text_weights.cpu().numpy()
     bare = np.flatnonzero(~weights.any(axis=1))
     if bare.size:
-        raise InputError(f"text: class {cache.class_names[bare[0]]!r} has no text weight; build the index with one")
-    names, schema = pa.array(cache.class_names, pa.string()), schema_of(cache.d, weights.dtype, [], cache.backbone)
+        raise InputError(f"text: class {index.class_names[bare[0]]!r} has no text weight; build the index with one")
+    names, schema = pa.array(index.class_names, pa.string()), schema_of(index.d, weights.dtype, [], index.backbone)
     starts = range(0, len(names), TABLE_ROWS)
     parts = ((names.slice(at, TABLE_ROWS), weights[at : at + TABLE_ROWS]) for at in starts)
     return write_table(out, schema, (table_of(schema, name, name, part, {}) for name, part in parts))
 
 
-def _refuse_inside(cache: CacheModel, out: Path) -> None:
-    if cache.folder is not None and real(out).is_relative_to(real(cache.folder)):
+def _refuse_inside(index: Index, out: Path) -> None:
+    if index.folder is not None and real(out).is_relative_to(real(index.folder)):
         raise UsageError(f"{show(out)}: is inside the index; give a path outside it")

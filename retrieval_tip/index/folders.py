@@ -1,63 +1,31 @@
-"""Build, edit and fit an index that is stored in a folder."""
+"""Build and fit an index that is stored in a folder."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrieval_tip.answering import AnsweringIndex
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Fit, FormChoice
 from retrieval_tip.fit.folds import Queries
 from retrieval_tip.index.items import Material, warn, warn_of
-from retrieval_tip.index.stores import Change
+from retrieval_tip.model import Index
 from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.retrieval.defaults import measure
-from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
+from retrieval_tip.retrieval.duplicates import duplicates
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over
+from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.retrieval.vector_index import BY_CLASS
-from retrieval_tip.settings import Dtype
 from retrieval_tip.store.writer import Writer, write
 
-PAIRS = 1 << 26
-"""Maximum number of affinities to compute when new keys are checked for duplicates."""
-EFFORT = 16
-"""Number of lists to probe for nearly identical keys."""
 
-
-class FolderChange(Change):
-    """A change of a :class:`CacheModel` that becomes the next version of its folder."""
-
-    cache: CacheModel
-
-    def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
-        self.cache.rebuild(index, dtype)
-
-    def refit(self, beta: float) -> FormChoice:
-        choice = closed_form.refit(self.cache, beta)
-        self.cache.solve()
-        return choice
-
-    def fit(self, asked: Fit, validation: Queries | None = None) -> FormChoice:
-        return closed_form.fit(self.cache, asked, validation=validation)
-
-    def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
-        cache = self.cache
-        fresh = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))
-        # An exact or class-wise index would compare each new key with too many keys.
-        cheap = not (cache.metric or cache.index.by_class or cache.index.exact_search)
-        with cache.index.limited(EFFORT):
-            return duplicates(cache.keys, cache.labels, fresh, budget=PAIRS, search=cache.nearest if cheap else None)
-
-
-def create(folder: Path, made: Material) -> CacheModel:
+def create(folder: Path, made: Material) -> Index:
     """Build the next version of a folder. The keys are sorted by class."""
     names, weights, templates, _ = made.words
     asked = made.plan.index or "Flat"
@@ -75,26 +43,26 @@ def create(folder: Path, made: Material) -> CacheModel:
         factory, met = (asked, None) if asked != "auto" else auto_for((len(keys), d), made.plan.dtype, c, made.device)
         labels = made.labels(order, digests)
         warn_of(duplicates(keys, labels))
-        cache = CacheModel(
-            keys=keys, labels=labels, class_names=list(names),
-            text_weights=torch.zeros(c, d) if weights is None else torch.from_numpy(weights),
-            index=index_over(keys, ids, c, factory if made.fit is None else BY_CLASS, device="cpu"),
+        index = Index(
+            ArrayRows(keys, labels), list(names),
+            torch.zeros(c, d) if weights is None else torch.from_numpy(weights),
+            index_over(keys, ids, c, factory if made.fit is None else BY_CLASS, device="cpu"),
             settings=made.settings(statistics, met), templates=templates, backbone=made.backbone,
             provenance=made.described(statistics), built=made.built,
         )  # fmt: skip
         if made.fit is not None:
-            fitted = closed_form.fit(cache, made.fit, factory=factory)
+            fitted = closed_form.fit(index, made.fit, factory=factory)
             warn(fitted.warnings)
-        cache.commit(writer, "build")
-    return cache.on(made.device, "auto")
+        index.commit(writer, "build")
+    return index.on(made.device, "auto")
 
 
-def fit(folder: Path, asked: Fit, queries: Callable[[AnsweringIndex], Queries] | None) -> FormChoice:
+def fit(folder: Path, asked: Fit, queries: Callable[[Index], Queries] | None) -> FormChoice:
     """Fit the current version of a folder, and write the next version. See :meth:`Store.fit` for details."""
-    cache = CacheModel.load(folder, device="cpu")
-    judged_by = None if queries is None else queries(cache)
-    choice = closed_form.fit(cache, asked, validation=judged_by)
-    cache.save(folder, "fit")
+    index = Index.load(folder, device="cpu")
+    judged_by = None if queries is None else queries(index)
+    choice = closed_form.fit(index, asked, validation=judged_by)
+    index.save(folder, "fit")
     return choice
 
 

@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.errors import InputError
 from retrieval_tip.index import changes
+from retrieval_tip.model import Index
 
 CARD = """---
 library_name: retrieval-tip
@@ -66,7 +66,7 @@ def upload(place: str, repository: str, card: str, private: bool = False, token:
     return str(done)
 
 
-def card(index: AnsweringIndex, name: str, figures: Mapping[str, object] | None = None) -> str:
+def card(index: Index, name: str, figures: Mapping[str, object] | None = None) -> str:
     """Return the model card of an index in Markdown. If figures are given, the card includes an evaluation."""
     judged = ""
     if figures is not None:

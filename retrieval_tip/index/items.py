@@ -35,7 +35,7 @@ from retrieval_tip.settings import (
     ValuesName,
     check_choice,
 )
-from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
+from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
 
 if TYPE_CHECKING:
     from retrieval_tip.fit.closed_form import Fit
@@ -180,6 +180,14 @@ class Material:
             if np.abs(block.features).max() > np.finfo(self.plan.dtype).max:
                 raise InputError(f"{self.source.name}: feature values overflow {self.plan.dtype}; use --dtype float32")
             yield block
+
+    def labelled_blocks(self) -> Iterator[tuple[pa.Table, npt.NDArray[np.float32]]]:
+        """Yield the labels and the keys in blocks. Shot numbers continue from block to block."""
+        following = np.zeros(len(self.words.class_names), dtype=np.int32)
+        for block in self.blocks():
+            ids, labels = self.ids[block.positions], self.labels(block.positions, block.digests)
+            yield shots_after(labels, ids, following), block.features
+            following += np.bincount(ids, minlength=len(following)).astype(np.int32)
 
     def labels(self, rows: npt.NDArray[np.int64], digests: Sequence[str | None]) -> pa.Table:
         """Return the label store of the items at ``rows``, in that order."""

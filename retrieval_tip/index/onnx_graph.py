@@ -23,12 +23,12 @@ from torch.nn.functional import normalize, one_hot
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import Preprocess, unit, view_size
 from retrieval_tip.backbones.tower import FEATURES, OPSET, PIXELS, runtime, shorter_side, stored_onnx, to_onnx
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import pixels_of
 from retrieval_tip.data.shots import spread
 from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, UsageError, first_line, install, show
 from retrieval_tip.files import replacing
+from retrieval_tip.model import Index
 
 if TYPE_CHECKING:
     import onnx
@@ -75,17 +75,17 @@ class Answer(torch.nn.Module):
     class_means: Tensor | None
     class_offsets: Tensor | None
 
-    def __init__(self, cache: CacheModel, raw: bool) -> None:
+    def __init__(self, index: Index, raw: bool) -> None:
         super().__init__()
-        settings, metric = cache.settings, cache.metric
-        self.settings, self.n_classes, self.raw = settings, len(cache.class_names), raw
-        self.register_buffer("text", cache.text_weights.float().cpu())
-        self.register_buffer("keys", torch.from_numpy(np.asarray(cache.met[:], dtype=np.float32)))
-        self.register_buffer("ids", cache.class_ids.cpu())
+        settings, metric = index.settings, index.metric
+        self.settings, self.n_classes, self.raw = settings, len(index.class_names), raw
+        self.register_buffer("text", index.text_weights.float().cpu())
+        self.register_buffer("keys", torch.from_numpy(np.asarray(index.rows.in_memory().met, dtype=np.float32)))
+        self.register_buffer("ids", index.class_ids.cpu())
         self.register_buffer("counts", torch.bincount(self.ids, minlength=self.n_classes))
-        values = one_hot(self.ids, self.n_classes) if cache.values is None else cache.values  # ONNX cannot sum by class
+        values = one_hot(self.ids, self.n_classes) if index.values is None else index.values  # ONNX cannot sum by class
         self.register_buffer("values", values.float().cpu())
-        discriminant = cache.retrieval.keys.discriminant if settings.gamma else None
+        discriminant = index.retrieval.keys.discriminant if settings.gamma else None
         self.register_buffer("class_means", None if discriminant is None else discriminant.means.cpu())
         self.register_buffer("class_offsets", None if discriminant is None else discriminant.offsets.cpu())
         self.register_buffer("metric_mean", None if metric is None else metric.mean.cpu())
@@ -110,9 +110,9 @@ class Answer(torch.nn.Module):
         return answers if least is None else (*answers, terms.strongest(self.counts) < least)
 
 
-def answering(cache: CacheModel, backbone: TorchBackbone | None) -> torch.nn.Module:
+def answering(index: Index, backbone: TorchBackbone | None) -> torch.nn.Module:
     """Return a module that computes the answers of an index from pixels, or from features without a ``backbone``."""
-    answer = Answer(cache, raw=backbone is not None)
+    answer = Answer(index, raw=backbone is not None)
     if backbone is None:
         return answer
     return torch.nn.Sequential(Pixels(backbone.identity.preprocess), backbone.image_encoder, answer)
@@ -131,9 +131,7 @@ class Logits(torch.nn.Module):
         return logits
 
 
-def export_onnx(
-    cache: CacheModel, out: str | os.PathLike[str], backbone: TorchBackbone | None = None
-) -> dict[str, Any]:
+def export_onnx(index: Index, out: str | os.PathLike[str], backbone: TorchBackbone | None = None) -> dict[str, Any]:
     """Write an index to an ONNX file, with the labels and the image preprocessing as metadata.
 
     If you give a ``backbone``, the input is ``pixels``, a float32 array of shape ``[b, 3, h, w]`` with RGB values from
@@ -154,47 +152,47 @@ def export_onnx(
         import onnx
     except ImportError:
         raise UsageError(f"the ONNX export needs the package onnx; run {install('onnx')}") from None
-    if cache.settings.k is not None and cache.settings.k < cache.n:
+    if index.settings.k is not None and index.settings.k < index.n:
         raise UsageError(
-            f"k {cache.settings.k}: an ONNX graph always uses all keys; "
+            f"k {index.settings.k}: an ONNX graph always uses all keys; "
             "give --k all, or build the index again with --index Flat"
         )
     int8 = None if backbone is None or backbone.precision != "int8" else backbone
-    module = (answering(cache, backbone) if int8 is None else Answer(cache, raw=True)).eval()
+    module = (answering(index, backbone) if int8 is None else Answer(index, raw=True)).eval()
     size = sum(tensor.nbytes for tensor in module.state_dict().values())
     if size > LARGEST:
         raise UsageError(f"{show(Path(out))}: keys, values and encoder take {size / 1e9:.1f} GB; the limit is 2 GB")
-    outputs = ["logits", "probabilities", *([] if cache.settings.least_cache is None else ["unlike"])]
-    shape, name = ((cache.d,), FEATURES) if backbone is None else ((3, *backbone.size), PIXELS)
-    facts = _metadata(cache, backbone)
+    outputs = ["logits", "probabilities", *([] if index.settings.least_cache is None else ["unlike"])]
+    shape, name = ((index.d,), FEATURES) if backbone is None else ((3, *backbone.size), PIXELS)
+    facts = _metadata(index, backbone)
     with replacing(Path(out)) as temporary:
         try:
             graph = to_onnx(module, shape, name, outputs) if int8 is None else _behind_tower(module, int8, outputs)
         except Exception as error:  # torch raises many types of errors
             raise InputError(
-                f"{cache.backbone or 'features'}: cannot be written as ONNX: {first_line(error)}"
+                f"{index.backbone or 'features'}: cannot be written as ONNX: {first_line(error)}"
             ) from None
         props = {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()}
         onnx.helper.set_model_props(graph, props)
         graph.producer_name, graph.producer_version = "retrieval-tip", version("retrieval-tip")
         onnx.save_model(graph, temporary)
         facts["bytes"] = temporary.stat().st_size
-        facts["agreement"] = _agreement(cache, backbone, outputs, temporary)
+        facts["agreement"] = _agreement(index, backbone, outputs, temporary)
     return facts
 
 
 def _agreement(
-    cache: CacheModel, backbone: TorchBackbone | None, outputs: Sequence[str], file: Path
+    index: Index, backbone: TorchBackbone | None, outputs: Sequence[str], file: Path
 ) -> dict[str, float] | None:
     """Run the graph on at most ``COMPARED`` photos of the index (or keys, without a ``backbone``) in OpenVINO.
 
     Returns the number of examples (``n``), the number with the package's label and ``unlike`` (``equal``), and the
     largest difference of a probability (``difference``). Returns ``None`` if the photos cannot be read.
     """
-    examples = [(key[None], key[None]) for key in cache.some(COMPARED)[0].astype(np.float32)]
+    examples = [(key[None], key[None]) for key in index.rows.some(COMPARED)[0].astype(np.float32)]
     if backbone is not None:
         pixels = Pixels(backbone.identity.preprocess)
-        views = _views(cache, backbone, COMPARED)
+        views = _views(index, backbone, COMPARED)
         examples = [(pixels.of(view), unit(backbone.encode_images(view[None]))) for view in views]
     if not examples:
         return None
@@ -204,17 +202,17 @@ def _agreement(
     for given, features in examples:
         results = graph(given)
         found = {name: results[name][0] for name in outputs}
-        own = cache.classify(features, neighbours=0, norms="keep").to_arrow().to_pylist()[0]
-        label = cache.class_names[int(found["logits"].argmax())]
+        own = index.classify(features, neighbours=0, norms="keep").to_arrow().to_pylist()[0]
+        label = index.class_names[int(found["logits"].argmax())]
         equal += (label, found.get("unlike")) == (own["label"], own.get("unlike"))
-        chances = tip.probabilities(torch.tensor([own["logits"]]), cache.settings.temperature)[0].numpy()
+        chances = tip.probabilities(torch.tensor([own["logits"]]), index.settings.temperature)[0].numpy()
         difference = max(difference, float(np.abs(found["probabilities"] - chances).max()))
     return {"n": len(examples), "equal": equal, "difference": difference}
 
 
-def _views(cache: CacheModel, backbone: TorchBackbone, most: int) -> Iterator[Tensor]:
+def _views(index: Index, backbone: TorchBackbone, most: int) -> Iterator[Tensor]:
     """Yield views of at most ``most`` evenly spaced photos of the index, and skip photos that cannot be read."""
-    for path in dict.fromkeys(cache.described(spread(cache.n, most), ["source"])["source"].to_pylist()):
+    for path in dict.fromkeys(index.rows.described(spread(index.n, most), ["source"])["source"].to_pylist()):
         with suppress(InputError):
             yield pixels_of(read_item(path), backbone)
 
@@ -237,9 +235,9 @@ def _behind_tower(answer: torch.nn.Module, backbone: TorchBackbone, outputs: Seq
     return graph
 
 
-def _metadata(cache: CacheModel, backbone: TorchBackbone | None) -> dict[str, Any]:
-    facts = {"labels": cache.class_names, "settings": asdict(cache.settings), "opset": OPSET}
-    facts |= {"index": cache.place, "version": cache.version}
+def _metadata(index: Index, backbone: TorchBackbone | None) -> dict[str, Any]:
+    facts = {"labels": index.class_names, "settings": asdict(index.settings), "opset": OPSET}
+    facts |= {"index": index.place, "version": index.version}
     if backbone is not None:
         preprocess = dict(backbone.identity.preprocess)
         preprocess = {name: value for name, value in preprocess.items() if name not in ("mean", "std")} | {

@@ -21,11 +21,10 @@ from retrieval_tip.store.query import TIMEOUT
 from retrieval_tip.store.writer import Writer, collect, write
 
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
-    from retrieval_tip.answering import AnsweringIndex
-    from retrieval_tip.cache_model import CacheModel
     from retrieval_tip.fit.closed_form import Fit, FormChoice
     from retrieval_tip.fit.folds import Queries
     from retrieval_tip.index.items import Material
+    from retrieval_tip.model import Index
 
 Place = str | os.PathLike[str]
 """A folder, or the address of another kind of store (see :mod:`index.addresses`)."""
@@ -61,13 +60,13 @@ class FolderStore(Store):
             return index_folder.read_manifest(self.folder)
         return index_folder.read_version(self.folder, version)
 
-    def create(self, material: Material) -> CacheModel:
+    def create(self, material: Material) -> Index:
         from retrieval_tip.index import folders
 
         return folders.create(self.folder, material)
 
-    def copy_from(self, model: AnsweringIndex, what: str) -> int:
-        model.save(self.folder, what)
+    def copy_from(self, index: Index, what: str) -> int:
+        index.save(self.folder, what)
         return self.manifest().version
 
     def load(
@@ -77,32 +76,29 @@ class FolderStore(Store):
         precision: Precision = "auto",
         verify: Verify | None = None,
         version: int | None = None,
-    ) -> CacheModel:
+    ) -> Index:
         verify = verify or "full"
         check = None if version is not None else index_folder.Check(self.folder, verify=verify)
-        from retrieval_tip.cache_model import CacheModel  # the files are hashed in the background during this import
+        from retrieval_tip.model import Index  # the files are hashed in the background during this import
 
-        return CacheModel.load(
-            self.folder, device=device, precision=precision, verify=verify, check=check, version=version
-        )
+        return Index.load(self.folder, device=device, precision=precision, verify=verify, check=check, version=version)
 
     def write(self, wait: float | None = None) -> AbstractContextManager[Writer]:
         return write(self.folder, wait)
 
     @contextmanager
     def change(self) -> Iterator[Change]:
-        from retrieval_tip.cache_model import CacheModel
-        from retrieval_tip.index.folders import FolderChange
+        from retrieval_tip.model import Index
 
         index_folder.check_there(self.folder)  # do not create a folder if there is no index
         with write(self.folder) as writer:
             check = index_folder.Check(self.folder, writer.parent, "fast")  # copied files are hashed anyway
-            change = FolderChange(CacheModel.load(self.folder, device="cpu", check=check))
+            change = Change(Index.load(self.folder, device="cpu", check=check))
             yield change
             if change.what:
-                change.cache.commit(writer, change.what)
+                change.index.commit(writer, change.what)
 
-    def fit(self, asked: Fit, queries: Callable[[AnsweringIndex], Queries] | None) -> FormChoice:
+    def fit(self, asked: Fit, queries: Callable[[Index], Queries] | None) -> FormChoice:
         from retrieval_tip.index import folders
 
         return folders.fit(self.folder, asked, queries)
@@ -110,8 +106,8 @@ class FolderStore(Store):
     def has_text(self, manifest: Manifest) -> bool:
         return index_folder.has_text(self.folder, manifest)
 
-    def verify(self) -> CacheModel:
-        from retrieval_tip.cache_model import verify
+    def verify(self) -> Index:
+        from retrieval_tip.model import verify
 
         return verify(self.folder)
 

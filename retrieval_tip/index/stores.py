@@ -18,11 +18,10 @@ from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import TIMEOUT
 
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
-    from retrieval_tip.answering import AnsweringIndex, EditableIndex
     from retrieval_tip.fit.closed_form import Fit, FormChoice
     from retrieval_tip.fit.folds import Queries
     from retrieval_tip.index.items import Material
-    from retrieval_tip.retrieval.duplicates import Duplicates
+    from retrieval_tip.model import Index
 
 
 class VersionWriter(Protocol):
@@ -34,37 +33,39 @@ class VersionWriter(Protocol):
         """Make the new version the current version."""
 
 
-class Change(ABC):
-    """A change of an index. Edit ``cache``, and set ``what`` to a description for the history.
+class Change:
+    """A change of an index. Edit ``index``, and set ``what`` to a description for the history.
 
     If ``what`` is empty, no version is written. ``bare_before`` lists the classes that had no keys before the change.
     """
 
     what = ""
 
-    def __init__(self, cache: EditableIndex) -> None:
-        self.cache = cache
+    def __init__(self, index: Index) -> None:
+        self.index = index
         self.bare_before = self.bare()
 
     def bare(self) -> list[str]:
         """Return the classes that have no keys now."""
-        return [name for name, number in zip(self.cache.class_names, self.cache.counts, strict=True) if not number]
+        return [name for name, number in zip(self.index.class_names, self.index.counts, strict=True) if not number]
 
-    @abstractmethod
     def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
         """Rebuild the index from its keys. ``None`` keeps the current index type or dtype."""
+        self.index.rebuild(index, dtype)
 
-    @abstractmethod
     def refit(self, beta: float) -> FormChoice:
         """Refit a fitted index for a new beta with :func:`closed_form.refit`, including its solved values."""
+        from retrieval_tip.fit import closed_form
 
-    @abstractmethod
+        choice = closed_form.refit(self.index, beta)
+        self.index.solve()
+        return choice
+
     def fit(self, asked: Fit, validation: Queries | None = None) -> FormChoice:
         """Fit the index with :func:`closed_form.fit`."""
+        from retrieval_tip.fit import closed_form
 
-    @abstractmethod
-    def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
-        """Return the keys among ``key_ids`` whose image is also in another class."""
+        return closed_form.fit(self.index, asked, validation=validation)
 
 
 class Store(ABC):
@@ -115,11 +116,11 @@ class Store(ABC):
         """Return the manifest of the current version, or of an earlier version."""
 
     @abstractmethod
-    def create(self, material: Material) -> AnsweringIndex:
+    def create(self, material: Material) -> Index:
         """Build the first or the next version, and return the opened index."""
 
     @abstractmethod
-    def copy_from(self, model: AnsweringIndex, what: str) -> int:
+    def copy_from(self, index: Index, what: str) -> int:
         """Write an opened index as the next version, and return the version number.
 
         ``what`` describes the change in the history. Raises InputError if the store does not support a part of the
@@ -134,7 +135,7 @@ class Store(ABC):
         precision: Precision = "auto",
         verify: Verify | None = None,
         version: int | None = None,
-    ) -> AnsweringIndex:
+    ) -> Index:
         """Open the current version, or an earlier version.
 
         ``precision`` is the precision of the matrix products with all keys. With ``verify="full"``, every byte is
@@ -147,7 +148,7 @@ class Store(ABC):
         """Open the current version for exclusive editing, and write the next version when the context ends."""
 
     @abstractmethod
-    def fit(self, asked: Fit, queries: Callable[[AnsweringIndex], Queries] | None) -> FormChoice:
+    def fit(self, asked: Fit, queries: Callable[[Index], Queries] | None) -> FormChoice:
         """Fit the current version with :func:`closed_form.fit`, and write the next version.
 
         ``queries`` returns validation queries for the opened index.
@@ -162,7 +163,7 @@ class Store(ABC):
         """Lock the store and return a writer of the next version. Waits up to ``wait`` seconds for other writers."""
 
     @abstractmethod
-    def verify(self) -> AnsweringIndex:
+    def verify(self) -> Index:
         """Check every byte or row of the current version, check that its parts are consistent, and return it."""
 
     @abstractmethod

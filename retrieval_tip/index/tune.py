@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.model import Index
 from retrieval_tip.retrieval.keys import index_over
-from retrieval_tip.retrieval.vector_index import BY_CLASS, VectorIndex, inner_factory, lists_for
+from retrieval_tip.retrieval.vector_index import BY_CLASS, VectorIndex, lists_for
 
 CLASSES = (1, 2, 4, 8, 16)
 """Numbers of whole classes per query to try for an index over classes."""
@@ -60,28 +60,28 @@ class Tuning:
     n: int
     source: str = ""
 
-    def apply(self, cache: CacheModel, folder: str | os.PathLike[str] | None = None) -> None:
-        """Apply the selected index type, effort and k to the ``cache`` that was tuned, and record their provenance.
+    def apply(self, index: Index, folder: str | os.PathLike[str] | None = None) -> None:
+        """Apply the selected index type, effort and k to the ``index`` that was tuned, and record their provenance.
 
-        If you give a ``folder``, a new version is written there with :meth:`CacheModel.save`.
+        If you give a ``folder``, a new version is written there with :meth:`Index.save`.
         """
         where = f"tuned on {self.source}, n={self.n}, agreement {self.chosen.agreement:.4g}"
-        cache.index, cache.settings = self.index, cache.settings.override(k=self.chosen.k or "all", tail=True)
-        cache.provenance = cache.provenance | {"index": where, "k": where}
+        index.index, index.settings = self.index, index.settings.override(k=self.chosen.k or "all", tail=True)
+        index.provenance = index.provenance | {"index": where, "k": where}
         if folder is not None:
-            cache.save(folder, "tune")
+            index.save(folder, "tune")
 
 
 def tune_on(
-    cache: CacheModel, source: Source, encoder: Encoder, *, agreement: float = 0.999, factories: Sequence[str] = ()
+    index: Index, source: Source, encoder: Encoder, *, agreement: float = 0.999, factories: Sequence[str] = ()
 ) -> Tuning:
     """Call :func:`tune` with the images or features of a source."""
     features = encoder.encode(source).features
-    return replace(tune(cache, features, agreement=agreement, factories=factories), source=source.name)
+    return replace(tune(index, features, agreement=agreement, factories=factories), source=source.name)
 
 
 def tune(
-    cache: CacheModel, features: npt.NDArray[np.float32], *, agreement: float = 0.999, factories: Sequence[str] = ()
+    index: Index, features: npt.NDArray[np.float32], *, agreement: float = 0.999, factories: Sequence[str] = ()
 ) -> Tuning:
     """Find the cheapest index whose predictions agree with those of a search over all keys.
 
@@ -96,53 +96,53 @@ def tune(
         raise UsageError(f"agreement is {agreement}: expected a fraction above 0 and at most 1")
     if len(features) < LEAST_QUERIES:
         raise InputError(f"{len(features)} queries are too few to tune on; give at least {LEAST_QUERIES}")
-    f = torch.from_numpy(np.ascontiguousarray(features)).to(cache.device)
-    winners, cost = _timed(cache, f, None)
-    trials = {Trial(cache.index.factory, cache.index.effort, None, 1.0, cost): cache.index}
-    for factory in factories or _usual(cache):
-        ids = cache.class_ids.cpu().numpy()
-        index = index_over(cache.met, ids, len(cache.class_names), factory, cache.device)
-        other = replace(cache, index=index, version=None)
-        for effort, k in _settings(other):
-            index.effort = effort
+    f, search = torch.from_numpy(np.ascontiguousarray(features)).to(index.device), index.index
+    assert search is not None
+    winners, cost = _timed(index, f, None)
+    trials, rows = {Trial(search.factory, search.effort, None, 1.0, cost): search}, index.rows.in_memory()
+    for factory in factories or _usual(index):
+        search = index_over(rows.met, rows.class_ids, len(index.class_names), factory, index.device)
+        other = replace(index, index=search)
+        for effort, k in _settings(other, search):
+            search.effort = effort
             own_winners, taken = _timed(other, f, k)
             same = float((own_winners == winners).double().mean())
-            trials[Trial(factory, effort, k, same, taken)] = index
+            trials[Trial(factory, effort, k, same, taken)] = search
     ordered = _frontier(list(trials))
     chosen = next(trial for trial in ordered if trial.agreement >= agreement)
-    index = trials[replace(chosen, best=False)]
-    index.effort = chosen.effort
-    return Tuning(ordered, chosen, index, len(features))
+    search = trials[replace(chosen, best=False)]
+    search.effort = chosen.effort
+    return Tuning(ordered, chosen, search, len(features))
 
 
-def _usual(cache: CacheModel) -> list[str]:
-    return [*([BY_CLASS] if len(cache.class_names) > 1 else []), *([lists_for(cache.n)] if cache.n >= 1024 else [])]
+def _usual(index: Index) -> list[str]:
+    return [*([BY_CLASS] if len(index.class_names) > 1 else []), *([lists_for(index.n)] if index.n >= 1024 else [])]
 
 
-def _settings(cache: CacheModel) -> Iterator[tuple[int | None, int]]:
-    if inner_factory(cache.index.factory) is not None:
-        shots = cache.n / len(cache.class_names)
+def _settings(index: Index, search: VectorIndex) -> Iterator[tuple[int | None, int]]:
+    if search.by_class:
+        shots = index.n / len(index.class_names)
         ks = sorted({max(1, round(number * shots)) for number in CLASSES})
-        yield from ((cache.index.effort, k) for k in ks if k < cache.n)
+        yield from ((search.effort, k) for k in ks if k < index.n)
         return
-    most = cache.index.effort_limit
+    most = search.effort_limit
     efforts = [None] if most is None else [effort for effort in EFFORTS if effort <= most]
-    yield from ((effort, k) for effort in efforts for k in KEYS if k < cache.n)
+    yield from ((effort, k) for effort in efforts for k in KEYS if k < index.n)
 
 
-def _timed(cache: CacheModel, f: torch.Tensor, k: int | None) -> tuple[torch.Tensor, float]:
+def _timed(index: Index, f: torch.Tensor, k: int | None) -> tuple[torch.Tensor, float]:
     """Return the predicted class of each query, and the number of microseconds per query."""
-    winners = _winners(cache, f, k)  # warm up first
+    winners = _winners(index, f, k)  # warm up first
     seconds = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        _winners(cache, f, k)
+        _winners(index, f, k)
         seconds.append(time.perf_counter() - start)
     return winners, statistics.median(seconds) / len(f) * 1e6
 
 
-def _winners(cache: CacheModel, f: torch.Tensor, k: int | None) -> torch.Tensor:
-    return cache.logits(f, k or "all", tail=True).argmax(dim=1).cpu()
+def _winners(index: Index, f: torch.Tensor, k: int | None) -> torch.Tensor:
+    return index.logits(f, k or "all", tail=True).argmax(dim=1).cpu()
 
 
 def _frontier(trials: list[Trial]) -> list[Trial]:

@@ -14,11 +14,11 @@ import pyarrow as pa
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.bounds import check_memory
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.exif import UNKNOWN, Noting
 from retrieval_tip.data.sources import Source
+from retrieval_tip.model import Index
 from retrieval_tip.predictions import PREDICTIONS, Predictions, lists
 from retrieval_tip.settings import Ask
 
@@ -40,7 +40,7 @@ def bursts(names: Sequence[str], times: Sequence[datetime | None], gap: float) -
 
 
 def classify_in_bursts(
-    index: AnsweringIndex, sources: Sequence[Source], encoder: Encoder, noting: Noting, gap: float, ask: Ask = Ask()
+    index: Index, sources: Sequence[Source], encoder: Encoder, noting: Noting, gap: float, ask: Ask = Ask()
 ) -> tuple[Predictions, pa.Array]:
     """Classify photos, and give all photos of a burst the mean of their probabilities.
 

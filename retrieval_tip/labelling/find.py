@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES
 from retrieval_tip.bounds import check_count
 from retrieval_tip.data import images
@@ -22,6 +21,7 @@ from retrieval_tip.data.sources import Source, of_images
 from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.index.items import ItemColumns
 from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool
+from retrieval_tip.model import Index
 from retrieval_tip.retrieval.duplicates import PAIRS, Duplicates, duplicates
 from retrieval_tip.retrieval.vector_index import faiss
 from retrieval_tip.tip import Metric
@@ -43,7 +43,7 @@ def example_of(query: str) -> Source | None:
 
 
 def find_photos(
-    sources: Sequence[Source], encoder: Encoder, query: str, n: int = 20, index: AnsweringIndex | None = None
+    sources: Sequence[Source], encoder: Encoder, query: str, n: int = 20, index: Index | None = None
 ) -> tuple[pa.Table, int]:
     """Return the ``n`` photos that are most similar to a query, and the number of photos that were searched.
 

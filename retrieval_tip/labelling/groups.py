@@ -16,10 +16,10 @@ import torch
 from torch.nn.functional import normalize
 
 from retrieval_tip import tip
-from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.bounds import check_memory
 from retrieval_tip.errors import UsageError
 from retrieval_tip.labelling.photos import MOST_KEYS, Pool
+from retrieval_tip.model import Index
 from retrieval_tip.predictions import PREDICTIONS, Predictions
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features
@@ -103,14 +103,14 @@ def _linked(points: FloatArray, threshold: float) -> Iterator[Sequence[int]]:
             chain = [*(chain or [last]), best]
 
 
-def threshold_of(index: AnsweringIndex) -> float:
+def threshold_of(index: Index) -> float:
     """Return the mean of two similarities: between shots of the same class, and between shots of different classes.
 
     The former is the mean over all classes that have two shots, or 1 if there are none. The latter is the mean over all
     pairs, or 0 if it is negative or there is one class. The metric subtracts the mean of the known classes, which makes
     these classes dissimilar to each other, but not to new classes. If there are very many shots, a sample is used.
     """
-    keys, described = index.some(MOST_KEYS)
+    keys, described = index.rows.some(MOST_KEYS)
     points = torch.from_numpy(_points(keys, index.metric)).double()
     ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64))
     c = len(index.class_names)
@@ -123,7 +123,7 @@ def threshold_of(index: AnsweringIndex) -> float:
     return (same + max(other, 0.0)) / 2
 
 
-def group_unlike(index: AnsweringIndex, features: FloatArray, answers: Predictions) -> Predictions:
+def group_unlike(index: Index, features: FloatArray, answers: Predictions) -> Predictions:
     """Add the column ``group`` to the answers for features of shape ``[q, d]``.
 
     The groups of photos without a match are numbered from 1, largest first. Other photos, and photos that are similar
@@ -140,13 +140,13 @@ def group_unlike(index: AnsweringIndex, features: FloatArray, answers: Predictio
     return Predictions(table.append_column("group", column))
 
 
-def check_fitted(index: AnsweringIndex, name: str = "group_unlike") -> None:
+def check_fitted(index: Index, name: str = "group_unlike") -> None:
     """Raise UsageError, which begins with ``name``, if an index does not know which photos have no match."""
     if index.settings.least_cache is None:
         raise UsageError(f"{name}: the index does not know which images have no match; fit it first")
 
 
-def classify_in_groups(index: AnsweringIndex, pool: Pool, ask: Ask) -> Predictions:
-    """Classify photos as :meth:`answering.AnsweringIndex.classify` does, and group the photos without a match."""
+def classify_in_groups(index: Index, pool: Pool, ask: Ask) -> Predictions:
+    """Classify photos as :meth:`Index.classify` does, and group the photos without a match."""
     answers = index.classify(pool.features, "keep", **vars(ask))
     return group_unlike(index, pool.features, answers.named(pa.array(pool.names, pa.string())))

@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 import torch
 from torch.nn.functional import normalize
 
-from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.remote import is_remote
 from retrieval_tip.data.sources import Source, of_images
@@ -22,6 +21,7 @@ from retrieval_tip.errors import show
 from retrieval_tip.index import places
 from retrieval_tip.index.build import build_index
 from retrieval_tip.labelling.queue import Picked
+from retrieval_tip.model import Index
 from retrieval_tip.store.labels import PICKED, WITHDRAWN
 
 NONE = "none of these"
@@ -63,7 +63,7 @@ def absolute(path: str) -> str:
 
 
 def known_photos(
-    index: AnsweringIndex, numbers: Mapping[str, int], digests: Mapping[str, Sequence[int]]
+    index: Index, numbers: Mapping[str, int], digests: Mapping[str, Sequence[int]]
 ) -> tuple[dict[int, LabelledPhoto], list[LabelledPhoto]]:
     """Return the labelled photos by number, and the keys whose label was withdrawn.
 
@@ -112,7 +112,7 @@ def build_from_labels(
     build_index(replace(source, items=items.append_column(PICKED, picked)), place, encoder)
 
 
-def guesses(index: AnsweringIndex, features: FloatArray) -> list[dict[str, float]]:
+def guesses(index: Index, features: FloatArray) -> list[dict[str, float]]:
     """Return the most probable classes of each photo with their probabilities, most probable first."""
     answers = index.classify(features, "keep", top=GUESSES, neighbours=0, logits=False)
     return [dict(zip(one.labels, one.probabilities, strict=True)) for one in answers]

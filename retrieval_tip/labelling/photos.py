@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Identity, same_backbone
 from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data.encoder import Encoder
@@ -21,6 +20,7 @@ from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, counted
 from retrieval_tip.index.items import ItemColumns, identity_of, read_text_table
 from retrieval_tip.labelling.suggest import TRUST, suggest, uncertainty_of
+from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import check_shape
 from retrieval_tip.retrieval.logits import LOGITS, slices
 from retrieval_tip.settings import Settings
@@ -113,7 +113,7 @@ class Pool:
                 features.append(block.features)
         return cls(names, np.concatenate(features), digests)
 
-    def without(self, index: AnsweringIndex) -> Pool:
+    def without(self, index: Index) -> Pool:
         """Return the photos that are not in the index, which is decided by their digest, or else by their id."""
         known, own = {digest for digest, _ in index.known(self.digests)}, pa.array(self.names, pa.string())
         ids = pc.is_in(own, value_set=index.labels["source"].combine_chunks()).to_pylist()
@@ -154,7 +154,7 @@ def suggest_photos(
     sources: Sequence[Source],
     n: int,
     encoder: Encoder,
-    index: AnsweringIndex | None = None,
+    index: Index | None = None,
     *,
     text: str | os.PathLike[str] | None = None,
 ) -> Suggestions:
@@ -192,9 +192,7 @@ def suggest_photos(
     return replace(made, known=known, sampled_from=total if total > MOST_PHOTOS else None)
 
 
-def suggest_features(
-    pool: Pool, n: int, index: AnsweringIndex | None = None, words: ClassWords | None = None
-) -> Suggestions:
+def suggest_features(pool: Pool, n: int, index: Index | None = None, words: ClassWords | None = None) -> Suggestions:
     """Choose ``n`` photos of a pool (see :func:`suggest_photos`). Photos that the index contains are not skipped."""
     names = pa.array(pool.names, pa.string())
     if index is not None:
@@ -204,7 +202,7 @@ def suggest_features(
         chances, counts = guesses["probability"].to_numpy(), np.array(index.counts)
         picks = suggest(
             pool.features, n, uncertainty=uncertainty_of(chances, class_ids, counts),
-            labelled=index.some(MOST_KEYS)[0], metric=None if index.metric is None else index.metric.to("cpu"),
+            labelled=index.rows.some(MOST_KEYS)[0], metric=None if index.metric is None else index.metric.to("cpu"),
         )  # fmt: skip
         guesses = guesses.append_column("examples", pa.array(counts[class_ids]))
     else:

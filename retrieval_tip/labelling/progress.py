@@ -23,10 +23,10 @@ import numpy as np
 import pyarrow.compute as pc
 
 from retrieval_tip.bounds import check_count
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.shots import spread
 from retrieval_tip.evaluation.held_out import held_out, photo_rows
 from retrieval_tip.fit.closed_form import wilson
+from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import Features
 
 DOUBT = 10
@@ -50,7 +50,7 @@ class Estimate:
     high: float
 
 
-def estimate_rest(index: CacheModel, random_ids: Sequence[int], rest: Features) -> Estimate:
+def estimate_rest(index: Index, random_ids: Sequence[int], rest: Features) -> Estimate:
     """Estimate the accuracy of a fitted index on photos that are still unlabelled.
 
     The random photos are held out in parts (see :func:`held_out.held_out`). For 500 keys of 512 values, this takes
@@ -80,7 +80,7 @@ def estimate_rest(index: CacheModel, random_ids: Sequence[int], rest: Features) 
     return Estimate(int(right.sum()), n, accuracy, *wilson(accuracy, n))
 
 
-def gain_of(index: CacheModel, random_ids: Sequence[int], found: Estimate, more: int) -> float | None:
+def gain_of(index: Index, random_ids: Sequence[int], found: Estimate, more: int) -> float | None:
     """Estimate by how much the accuracy on unlabelled photos increases with ``more`` labels, as a fraction.
 
     ``found`` is the estimate for the same random photos, which are classified again with the first half of the ``n``

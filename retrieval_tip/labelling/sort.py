@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.data import images, remote, tars
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source, read_item
@@ -45,6 +44,7 @@ from retrieval_tip.labelling.placing import (
     touched,
     write_manifest,
 )
+from retrieval_tip.model import Index
 from retrieval_tip.predictions import MORE_LIKELY_WRONG
 from retrieval_tip.settings import Ask, check_choice
 
@@ -86,7 +86,7 @@ class _Photo:
 
 
 def sort_photos(
-    index: AnsweringIndex,
+    index: Index,
     sources: Sequence[Source],
     encoder: Encoder,
     folder: str | os.PathLike[str],
@@ -162,7 +162,7 @@ def _locked(folder: Path, dry_run: bool) -> Iterator[None]:
         raise InputError(f"{where}: {error.strerror or error}; run the command again to continue") from None
 
 
-def _classified(index: AnsweringIndex, sources: Sequence[Source], encoder: Encoder) -> Iterator[list[_Photo]]:
+def _classified(index: Index, sources: Sequence[Source], encoder: Encoder) -> Iterator[list[_Photo]]:
     for source in sources:
         for answers in index.answers(encoder.blocks(source), Ask(neighbours=0, logits=False)):
             block = answers.block

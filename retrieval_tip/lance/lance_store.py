@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.index.stores import Change, Store, VersionWriter
-from retrieval_tip.lance.key_table import changed_meanwhile
-from retrieval_tip.lance.versions import LanceVersions
-from retrieval_tip.settings import Precision, Verify
-from retrieval_tip.store.manifest import Manifest
+from retrieval_tip.lance.key_table import CLASSES, FLAT, changed_meanwhile
+from retrieval_tip.lance.versions import Classes, LanceVersions, TableWriter
+from retrieval_tip.settings import Dtype, Precision, Verify
+from retrieval_tip.store.manifest import Manifest, Table
 
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
-    from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.fit.closed_form import Fit, FormChoice
     from retrieval_tip.fit.folds import Queries
     from retrieval_tip.index.items import Material
+    from retrieval_tip.lance.rows import TableRows
+    from retrieval_tip.model import Index
 
 FEW_KEYS = 8192
 """Maximum number of keys in a new store for which all keys are compared to find images in two classes."""
+MOST_HELD = 1 << 30
+"""Maximum size in bytes of the keys and solved values that are held in memory."""
 
 
 class LanceStore(LanceVersions, Store):
@@ -40,61 +46,54 @@ class LanceStore(LanceVersions, Store):
     def stamp(self) -> Hashable:
         return time.monotonic_ns()
 
-    def create(self, material: Material) -> AnsweringIndex:
+    def create(self, material: Material) -> Index:
         """Stream the keys into a table. If the index is fitted, the table may be rewritten with the points."""
         from retrieval_tip.index.items import warn, warn_of
-        from retrieval_tip.lance import shots
-        from retrieval_tip.lance.draft import LanceDraft, index_kind, labelled_blocks
-        from retrieval_tip.lance.key_table import FLAT
-        from retrieval_tip.lance.lance_model import load
+        from retrieval_tip.lance.rows import TableRows, index_kind
+        from retrieval_tip.model import Index
+        from retrieval_tip.retrieval import inputs
         from retrieval_tip.retrieval.duplicates import duplicates
 
-        index = material.plan.index or "auto"
-        index_kind(index)
+        asked = material.plan.index or "auto"
+        index_kind(asked)
         with self.write() as writer:
             names, weights, templates, _ = material.words
-            rows = labelled_blocks(material)
-            draft = LanceDraft.create(
-                writer, rows, names, weights, material.plan.dtype, index if material.fit is None else FLAT
-            )
-            statistics = draft.statistics()
-            draft.settings = material.settings(statistics, index_kind(index, draft.n, len(names))[1])
-            draft.templates, draft.backbone = templates, material.backbone
-            draft.provenance = material.described(statistics)
-            draft.built = replace(material.built, auto_index=draft.built.auto_index)
-            material.warn_of_bare(draft.classes.counts)
-            if draft.n <= FEW_KEYS:
-                kept = draft.keys_in_memory()
-                warn_of(duplicates(kept.keys, kept.labels))
+            kind = asked if material.fit is None else FLAT
+            rows = TableRows.create(writer, material.labelled_blocks(), len(names), material.plan.dtype, kind)
+            statistics = rows.statistics()
+            if weights is not None:
+                wanted = len(names), rows.d
+                inputs.check_shape(
+                    "text_weights", weights.shape, wanted, "one per class, from the backbone of the keys"
+                )
+            index = Index(
+                rows, list(names), inputs.text_weights(weights, len(names), rows.d), templates=templates,
+                settings=material.settings(statistics, index_kind(asked, rows.n, len(names))[1]),
+                backbone=material.backbone, provenance=material.described(statistics), built=material.built,
+            )  # fmt: skip
+            material.warn_of_bare(rows.counts)
+            if rows.n <= FEW_KEYS:
+                few = rows.in_memory()
+                warn_of(duplicates(few.keys, few.labels))
+            change = TableChange(self, writer, index, rows)
             if material.fit is not None:
-                warn(shots.fit(draft, material.fit, factory=index).warnings)
-            draft.commit("build")
-        return load(self, material.device, draft.version)
+                warn(change.fit(material.fit, factory=asked).warnings)
+            change.what = "build"
+            change.commit()
+        return self.load(device=material.device, version=index.version)
 
-    def copy_from(self, model: AnsweringIndex, what: str) -> int:
+    def copy_from(self, index: Index, what: str) -> int:
         """See :meth:`Store.copy_from`. Raises InputError if the index has trained values."""
-        from retrieval_tip.lance.draft import LanceDraft
+        from retrieval_tip.lance.rows import TableRows
 
-        if model.values is not None and model.fitted is None:
+        if index.values is not None and index.fitted is None:
             raise InputError(f"{self}: a LanceDB store cannot hold trained values; use a folder")
-        assert model.next_key_id is not None
+        self.check_held(index)
         with self.write() as writer:
-            draft = LanceDraft.create(
-                writer,
-                model.stored_blocks(),
-                model.class_names,
-                model.text_weights.cpu().numpy(),
-                model.dtype,
-                metric=model.metric if model.values is None else None,  # the table then contains the points
-            )
-            draft.settings, draft.templates, draft.backbone = model.settings, model.templates, model.backbone
-            draft.provenance, draft.metric, draft.fitted = model.provenance, model.metric, model.fitted
-            if model.values is not None:
-                draft.check_held(draft.n)
-                draft.solved = model.in_memory()
-            draft.built = replace(model.built, auto_index=draft.built.auto_index)
-            draft.next_key_id = model.next_key_id
-            draft.commit(what)
+            metric = index.metric if index.values is None else None  # the table then contains the points
+            c, blocks = len(index.class_names), index.rows.blocks()
+            rows = TableRows.create(writer, blocks, c, index.dtype, metric=metric)
+            self.commit(writer, copy.copy(index), rows, what)
         return writer.number
 
     def load(
@@ -104,38 +103,98 @@ class LanceStore(LanceVersions, Store):
         precision: Precision = "auto",
         verify: Verify | None = None,
         version: int | None = None,
-    ) -> AnsweringIndex:
-        """See :meth:`Store.load`. Products use float32. ``verify="full"`` checks every row, like :meth:`verify`."""
-        from retrieval_tip.lance.lance_model import check, load
+    ) -> Index:
+        """See :meth:`Store.load`. Products use float32. ``verify="full"`` checks every row, like :meth:`verify`.
+
+        If the values were solved, all keys are read into memory. Otherwise, they are read block by block.
+        """
+        from retrieval_tip.backbones.base import resolve_device
+        from retrieval_tip.lance.rows import check
 
         if precision in ("float16", "bfloat16"):
             raise UsageError(f"precision {precision}: a LanceDB store only supports float32; remove the option")
         if verify == "full":
             self.opened(lambda manifest: check(self, manifest, set()), version)
-        return load(self, device, version)
+        device = resolve_device(device)
+        return self.opened(lambda manifest: self._index(manifest, device), version)
+
+    def _index(self, manifest: Manifest, device: str, writer: TableWriter | None = None) -> Index:
+        import torch
+
+        from retrieval_tip.lance.rows import TableRows
+        from retrieval_tip.model import Index, described_by
+        from retrieval_tip.store.contents import metric_of
+
+        rows, metric = TableRows.opened(manifest, self, writer), self.array(manifest, "metric")
+        index = Index(
+            rows, text_weights=torch.from_numpy(self.classes(manifest).text),
+            metric=None if metric is None else metric_of(metric), **described_by(manifest, device),
+        )  # fmt: skip
+        values = self.array(manifest, "values")
+        if values is not None:  # a query uses all keys
+            arrays = rows.arrays()
+            places = np.argsort(np.argsort(arrays.key_ids))
+            kind = CLASSES if rows.kind == CLASSES else FLAT
+            index = index.over(replace(arrays, values=torch.from_numpy(values[places])), kind)
+        index.prior, index.stored = self.array(manifest, "prior"), LanceVersion(self, manifest)
+        return index
 
     @contextmanager
     def change(self) -> Iterator[Change]:
-        from retrieval_tip.lance.draft import LanceDraft
-        from retrieval_tip.lance.lance_change import LanceChange, SolvedChange
+        from retrieval_tip.lance.rows import TableRows
 
         self.manifest()  # do not create a store if there is no index
         with self.write() as writer:
-            draft = LanceDraft.changing(writer)
-            assert writer.parent is not None
-            values = self.array(writer.parent, "values")
-            change = LanceChange(draft) if values is None else SolvedChange(draft, values)
+            if writer.parent is None or writer.table is None:
+                self.manifest()  # raises an error that tells the user what to do
+                raise changed_meanwhile(self.address)
+            index = self._index(writer.parent, "cpu", writer)
+            change = TableChange(self, writer, index, TableRows.opened(writer.parent, self, writer))
             yield change
             if change.what:
                 change.commit()
 
-    def fit(self, asked: Fit, queries: Callable[[AnsweringIndex], Queries] | None) -> FormChoice:
+    def commit(self, writer: TableWriter, index: Index, rows: TableRows, what: str) -> None:
+        """Make ``index``, whose table has the given ``rows``, the current version.
+
+        ``what`` is a short description for the history. Raises the errors of :meth:`Index.check_answers` and
+        :meth:`versions.TableWriter.commit`.
+        """
+        index.check_answers()
+        prunes, kind = writer.prunes, rows.kind
+        rows = rows.kept_up(prunes)
+        if rows.kind != kind:
+            index.settings = index.settings.override(k=index.settings.k or rows.few)
+        index.built = replace(index.built, auto_index=rows.automatic)
+        text = index.text_weights.cpu().numpy()
+        classes = Classes(index.class_names, text, rows.counts, rows.totals, rows.points)
+        files = {"classes": writer.put("classes", classes.to_bytes(), len(index.class_names))}
+        files |= {kind: writer.put_array(kind, array) for kind, array in _arrays(index, rows)}
+        table = Table(rows.table.name, rows.table.version, rows.n)
+        digests = writer.digests(table)
+        stored = copy.copy(index)
+        stored.set_rows(rows)
+        manifest = stored.manifest_of(writer.number, writer.parent, what, files, table=table, digests=digests)
+        writer.commit(manifest)
+        index.stored = LanceVersion(self, manifest)
+        with suppress(StoreError):  # the new version is committed, and a later commit deletes the rest
+            self.forget_old(prunes)
+
+    def check_held(self, index: Index) -> None:
+        """Raise InputError if an index has solved values and does not fit in memory."""
+        if index.values is not None and index.n * (index.d + len(index.class_names)) * 4 > MOST_HELD:
+            raise InputError(
+                f"{self}: {index.n:,} keys with solved values of {len(index.class_names):,} classes are too many for a "
+                f"LanceDB store; fit one-hot values first (retrieval-tip fit {self} --values one-hot)"
+            )
+
+    def fit(self, asked: Fit, queries: Callable[[Index], Queries] | None) -> FormChoice:
         judged_by, version = None, None
         if queries is not None:
-            model = self.load(device="cpu")
-            judged_by, version = queries(model), model.version
+            index = self.load(device="cpu")
+            judged_by, version = queries(index), index.version
         with self.change() as change:
-            if version not in (None, change.cache.version):
+            if version not in (None, change.index.version):
                 raise changed_meanwhile(self.address)
             change.what = "fit"
             return change.fit(asked, judged_by)
@@ -152,12 +211,120 @@ class LanceStore(LanceVersions, Store):
     def read_labels(self, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
         return self.table(manifest).read(columns)
 
-    def verify(self) -> AnsweringIndex:
-        from retrieval_tip.lance.lance_model import verify
+    def verify(self) -> Index:
+        """See :meth:`Store.verify`. In a bucket, only the objects of earlier versions are checked, not their rows."""
+        from retrieval_tip.lance.rows import check
 
-        return verify(self)
+        seen: set[tuple[str, str]] = set()
+
+        def checked(manifest: Manifest) -> Index:
+            check(self, manifest, seen)
+            return self._index(manifest, "cpu")
+
+        index = self.opened(checked)
+        assert index.manifest is not None
+        for old in self.earlier(index.manifest):
+            try:
+                self.check_objects(old)
+                self.check_files(old, seen)
+                self.table(old)
+            except StoreError:
+                if self.keeps(old):
+                    raise
+        return index
 
     def check(self, manifest: Manifest) -> None:
-        from retrieval_tip.lance.lance_model import check
+        from retrieval_tip.lance.rows import check
 
         check(self, manifest, set())
+
+
+@dataclass(frozen=True)
+class LanceVersion:
+    """A version of a store from which an index was opened."""
+
+    store: LanceStore
+    manifest: Manifest
+
+    @property
+    def place(self) -> str:
+        """The address of the store."""
+        return str(self.store)
+
+    def reload(self, index: Index) -> Index:
+        """See :meth:`Index.reload`."""
+        return index if self.store.manifest() == self.manifest else self.store.load(device=index.device)
+
+
+class TableChange(Change):
+    """A change of an index whose rows are in a table.
+
+    The keys are in memory if the values are solved. The table then follows the edits at the end.
+    """
+
+    def __init__(self, store: LanceStore, writer: TableWriter, index: Index, rows: TableRows) -> None:
+        super().__init__(index)
+        self.store, self.writer, self._rows = store, writer, rows
+        self._factory: str | None = None
+
+    @property
+    def _table(self) -> TableRows:
+        """The rows of the table. They lack the edits of an index in memory."""
+        from retrieval_tip.lance.rows import TableRows
+
+        return self.index.rows if isinstance(self.index.rows, TableRows) else self._rows
+
+    def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
+        """See :meth:`Change.rebuild`. Every row is rewritten, except removed ones."""
+        own, solved = self.index, self.index.values is not None
+        rows = self._rows = self._table.rewritten(None if solved else own.metric, index, dtype)
+        if solved:
+            own.rebuild(CLASSES if rows.kind == CLASSES else FLAT, dtype)
+        else:
+            own.set_rows(rows)
+        if index is not None:
+            own.settings = own.settings.override(k=rows.few)
+
+    def fit(self, asked: Fit, validation: Queries | None = None, factory: str | None = None) -> FormChoice:
+        """See :meth:`Change.fit`.
+
+        All keys are loaded into memory if there are few enough for solved values. Otherwise, they are read in a few
+        passes. ``factory`` is the new type of the index.
+        """
+        from retrieval_tip.fit import closed_form
+        from retrieval_tip.retrieval.ridge import MOST_SOLVED
+
+        rows = self._rows = self._table
+        if rows.n > MOST_SOLVED:
+            return closed_form.fit(self.index, asked, validation=validation, factory=factory)
+        self._factory = factory
+        if self.index.rows is rows:
+            self.index.set_rows(rows.arrays())
+        by_class = CLASSES if (factory or rows.kind) == CLASSES else None  # this type does not support solved values
+        return closed_form.fit(self.index, asked, validation=validation, factory=by_class)
+
+    def commit(self) -> None:
+        """Write the next version."""
+        from retrieval_tip.retrieval.rows import ArrayRows
+
+        index, table = self.index, self._table
+        if isinstance(index.rows, ArrayRows):
+            self.store.check_held(index)
+            table = table.following(index.rows, len(index.class_names))
+            table = table.fitted(index.metric, index.values, self._factory, "cpu")
+        self.store.commit(self.writer, index, table, self.what)
+
+
+def _arrays(index: Index, rows: TableRows) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    from retrieval_tip.model import SUMS_FROM
+    from retrieval_tip.store.contents import array_of
+
+    size = rows.n * rows.d * np.dtype(rows.dtype).itemsize
+    if rows.second is not None and rows.second.nbytes * SUMS_FROM <= size:
+        yield "second", rows.second
+    if index.prior is not None:
+        yield "prior", index.prior
+    if index.metric is not None:
+        yield "metric", array_of(index.metric)
+    if index.values is not None:
+        yield "values", index.values.cpu().numpy()[np.argsort(index.labels["key_id"].to_numpy())]

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.errors import percent
 from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.folds import Queries
+from retrieval_tip.model import Index
 from retrieval_tip.report import plots
 from retrieval_tip.report.judged import JudgedIndex
 from retrieval_tip.retrieval.defaults import untouched_settings
@@ -50,7 +50,7 @@ def measure_curve(judged: JudgedIndex, numbers: Sequence[int], seeds: int) -> Cu
     return Curve(plots.svg(figure, f"Accuracy by number of examples per class. {label}"), rows)
 
 
-def draw(pool: CacheModel, shots: int, seed: int) -> CacheModel:
+def draw(pool: Index, shots: int, seed: int) -> Index:
     """Return an index of ``shots`` keys per class, drawn from an unfitted ``pool`` by the published rule."""
     order = np.argsort(pool.labels["key_id"].to_numpy(), kind="stable")
     labels = pool.class_ids.cpu().numpy()[order].tolist()
@@ -68,7 +68,7 @@ def half_width(values: Sequence[float]) -> float | None:
     return quantile * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
-def _accuracy(judged: JudgedIndex, drawn: CacheModel) -> float:
+def _accuracy(judged: JudgedIndex, drawn: Index) -> float:
     """Fit drawn shots as the whole index was fitted, and return the accuracy. A single shot cannot be held out."""
     if judged.cache.fitted is not None:
         closed_form.fit(drawn)

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import show
 from retrieval_tip.evaluation.evaluate import Answers, Evaluation
 from retrieval_tip.fit.closed_form import wilson
+from retrieval_tip.model import Index
 
 
 class ClassScore(NamedTuple):
@@ -50,7 +50,7 @@ class JudgedIndex:
     left out because they are shots.
     """
 
-    cache: CacheModel
+    cache: Index
     test: Source
     encoder: Encoder
     blocks: list[FeatureBlock]

@@ -71,8 +71,8 @@ def _index(judged: JudgedIndex, manifest: Manifest | None) -> Iterator[tuple[str
     yield "examples", f"{cache.n:,} of {counted(len(cache.class_names), 'class')}"
     if judged.where is not None:
         yield "restricted to", portable(judged.where)
-    yield "vectors", f"{cache.d:,} values, {cache.keys.dtype}"
-    yield "FAISS index", f"{cache.index.factory} on {cache.device}"
+    yield "vectors", f"{cache.d:,} values, {cache.dtype}"
+    yield "FAISS index", f"{cache.index_type} on {cache.device}"
     yield "prompts", " | ".join(cache.templates) or "-"
     if cache.backbone is not None:
         yield "encoder", portable(str(cache.backbone))

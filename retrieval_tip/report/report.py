@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from retrieval_tip.bounds import check_count
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted, few, one_line, percent, show
@@ -25,6 +24,7 @@ from retrieval_tip.evaluation.evaluate import Evaluation, judge, some_known
 from retrieval_tip.evaluation.held_out import QueryBlock, key_ids_of
 from retrieval_tip.files import replacing
 from retrieval_tip.html import markup, render
+from retrieval_tip.model import Index
 from retrieval_tip.report import plots
 from retrieval_tip.report.curve import Curve, measure_curve
 from retrieval_tip.report.judged import JudgedIndex, portable
@@ -53,7 +53,7 @@ class WrittenReport:
 
 
 def write_report(
-    cache: CacheModel, test: Source, encoder: Encoder, out: str | os.PathLike[str], *,
+    cache: Index, test: Source, encoder: Encoder, out: str | os.PathLike[str], *,
     shots: Sequence[int] | None = None, seeds: int = SEEDS, curves: bool = True,
     folder: str | os.PathLike[str] | None = None, where: str | None = None, command: str | None = None,
 ) -> WrittenReport:  # fmt: skip

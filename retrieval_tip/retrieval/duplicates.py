@@ -115,7 +115,7 @@ def duplicates(
         fresh: the rows of newly added keys. At least one key of each pair must be among them. Defaults to all keys.
         least: the lowest cosine at which two keys count as near-identical.
         budget: the maximum number of pairs to compare, ``len(fresh) * n``.
-        search: a function like ``CacheModel.nearest``. It takes a float32 CPU tensor of features and the number ``k``,
+        search: a function like ``Index.nearest``. It takes a float32 CPU tensor of features and the number ``k``,
             and returns the affinities and rows of the ``k`` nearest keys. Empty slots have row -1. The fresh keys must
             be included in the search.
         most: the maximum number of pairs to return.

@@ -114,6 +114,7 @@ class KeyStream(ABC):
     means. If ``by_class`` is true, a search visits all keys of some classes.
     """
 
+    index_type = "Flat"
     by_class = False
     exact_search = True
 
@@ -360,6 +361,7 @@ class Keys(KeyStream):
             raise InputError("labels: keys are not grouped by class; build the index again")
         check_choice("precision", precision, Precision)
         self.array, self.index = array, index or VectorIndex.build(array, device=device)
+        self.index_type = self.index.factory
         self.by_class, self.exact_search = self.index.by_class, self.index.exact_search
         means = self.index.vectors if self.by_class and self.index.exact_affinity else None
         if self.index.n != (n_classes if self.by_class else len(array)):

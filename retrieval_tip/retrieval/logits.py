@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval.certify import certificate, promising, settled, uncertain
 from retrieval_tip.retrieval.evidence import Contributors, Largest, Nearest
 from retrieval_tip.retrieval.keys import QUERY_BLOCK, KeyStream, KeysWithout
+from retrieval_tip.retrieval.vector_index import GPU_MAX_K
 from retrieval_tip.settings import Settings
 
 LOGITS = 1 << 25
@@ -19,6 +23,13 @@ LOGITS = 1 << 25
 
 LEAST_CLASSES = 2
 """Minimum number of classes that a query visits. With a single class, the logit of the runner-up would not be exact."""
+
+GROWTH, ALL_FROM = 4, 8
+"""Limits of the retries of :meth:`Retrieval.certified`.
+
+Each retry uses 4 times as many keys. If that is more than an eighth of the index (or ``GPU_MAX_K`` on a GPU), it uses
+all keys, because comparing a query with every key is then faster than a search.
+"""
 
 CLOSE = 1e-3
 """Bound on the relative error of cache logits in half precision, per unit of beta.
@@ -60,8 +71,7 @@ class Retrieval:
 
     Features must be float32 and on the device of the keys. If there is a ``metric``, the keys are ``phi(K)`` and the
     points are ``phi(f)``. Otherwise the points are the features. If ``values`` are given, they replace the one-hot
-    values. They are solved or trained, have the shape ``[n, c]``, and need keys in an array. Overflow is checked by
-    :class:`answering.AnsweringIndex`.
+    values. They are solved or trained, have the shape ``[n, c]``, and need keys in an array.
     """
 
     keys: KeyStream
@@ -87,6 +97,41 @@ class Retrieval:
         """
         settings = self.settings.override(k="all") if self.keys.by_class else self.settings
         return replace(self, keys=KeysWithout(self.keys, rows, class_ids), settings=settings)
+
+    def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        """Return the affinities and rows of the ``k`` nearest keys of each query, both of shape ``[q, k]``.
+
+        The affinities are exact even if the index is compressed. Empty slots have row -1.
+        """
+        near = self.keys.nearest(self.points(features), k)
+        return near.affinity, near.rows.cpu().numpy()
+
+    def certified(self, features: Tensor) -> AnswerTerms:
+        """Return terms that give the same winners as a search over all keys, while retrieving as few keys as possible.
+
+        Each query starts with ``k`` keys. If another key could still change the winner, the query is repeated with four
+        times as many keys, and finally with all keys. See :func:`certify.certificate` for details, or
+        :func:`certify.settled` for an index over classes.
+
+        If the search is exact, the winners are proven. An approximate search may miss keys, and the proof does not
+        account for those. If values are solved or trained, they can be negative, so every query needs all keys.
+        """
+        n, device, found = self.keys.n, self.keys.device, None
+        keys = torch.full((len(features),), n)
+        left, number = torch.arange(len(features), device=device), self.settings.k
+        most = n // ALL_FROM if device == "cpu" else min(n // ALL_FROM, GPU_MAX_K)
+        while found is None or len(left):
+            if number is not None and (number > most or self.values is not None):
+                number = None
+            asked = replace(self, settings=self.settings.override(k=number or "all"))
+            terms = asked.terms(features[left], certify=True)
+            if found is None:  # the first terms are those of all queries
+                found = terms
+            else:
+                found.cache[left] = terms.cache
+            keys[left.cpu()] = n if number is None else number
+            left, number = left[:0] if terms.settled is None else left[~terms.settled], number and number * GROWTH
+        return replace(found, settled=None, keys=keys)
 
     def terms(self, features: Tensor, *, certify: bool = False, neighbours: int = 0) -> AnswerTerms:
         """Compute the terms of the logits.
@@ -238,3 +283,17 @@ def first_two(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the winning class and the runner-up of each query. If there is only one class, the runner-up is -1."""
     classes = logits.topk(min(2, logits.shape[1]), dim=1).indices
     return classes[:, 0], classes[:, 1] if classes.shape[1] > 1 else torch.full_like(classes[:, 0], -1)
+
+
+def finite_logits(terms: tip.Terms, settings: Settings) -> Tensor:
+    """Return the logits. Raises InputError if they overflow."""
+    logits = terms.logits(settings)
+    if not torch.isfinite(logits).all():
+        if not torch.isfinite(terms.cache).all():
+            raise InputError(
+                f"beta {settings.beta:g}: exp(beta (affinity - 1)) overflows for these keys; use a smaller beta"
+            )
+        raise InputError(
+            f"alpha {settings.alpha:g}, logit_scale {settings.logit_scale:g}: logits overflow; use smaller values"
+        )
+    return logits

@@ -14,7 +14,7 @@ from torch.nn.functional import one_hot
 from retrieval_tip import tip
 from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys
-from retrieval_tip.retrieval.labelled_keys import LabelledKeys
+from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.settings import ClassPrior
 
 IntArray = npt.NDArray[np.int64]
@@ -62,7 +62,7 @@ class Ridge:
         values = self._solve(points, self._gram(points), self._wanted(ids), self._ridges(ids, ids))
         return self._neutral(values, ids)
 
-    def solved(self, labelled: LabelledKeys) -> LabelledKeys:
+    def solved(self, labelled: ArrayRows) -> ArrayRows:
         """Solve all values again. Above :data:`SOLVED_AGAIN` keys, solve only those of classes that have no keys."""
         ids = torch.from_numpy(labelled.class_ids).to(self.device)
         if len(labelled.keys) > SOLVED_AGAIN:
@@ -90,7 +90,7 @@ class Ridge:
             parts.append(self._solve(block, self._gram(block), left, ridges[start : start + KEY_BLOCK]))
         return torch.cat(parts)
 
-    def relabelled(self, keys: Keys, labelled: LabelledKeys, rows: IntArray, class_ids: IntArray) -> LabelledKeys:
+    def relabelled(self, keys: Keys, labelled: ArrayRows, rows: IntArray, class_ids: IntArray) -> ArrayRows:
         """Solve the values of the keys at ``rows`` for their new ``class_ids``, and keep the other values."""
         assert labelled.values is not None
         if len(labelled.keys) <= SOLVED_AGAIN:

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, RetrievalTipError, StoreError, counted, show
@@ -41,6 +40,7 @@ from retrieval_tip.labelling.progress import estimate_rest, gain_of
 from retrieval_tip.labelling.queue import QUEUED, Picked, Queue, Queued
 from retrieval_tip.labelling.session_photos import SessionPhotos
 from retrieval_tip.labelling.sort import sort_photos
+from retrieval_tip.model import Index
 from retrieval_tip.server import schemas
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.served import Version
@@ -472,14 +472,14 @@ class Labelling:
         self._measured_at = version
 
 
-def _suggested(photos: SessionPhotos, rows: Sequence[int], index: AnsweringIndex | None) -> list[tuple[int, str]]:
+def _suggested(photos: SessionPhotos, rows: Sequence[int], index: Index | None) -> list[tuple[int, str]]:
     pool = Pool([str(row) for row in rows], photos.rows(rows), [None] * len(rows))
     table = suggest_features(pool, QUEUED, index).table
     return [(int(row["input"]), row["why"]) for row in table.select(["input", "why"]).to_pylist()]
 
 
 def _facts_of(
-    photos: SessionPhotos, shown: Sequence[int], rows: Sequence[int], index: AnsweringIndex | None
+    photos: SessionPhotos, shown: Sequence[int], rows: Sequence[int], index: Index | None
 ) -> dict[int, tuple[dict[str, float], list[int]]]:
     """Return the guesses for each photo that is shown, and the photos among ``rows`` that resemble it."""
     places = {photo: place for place, photo in enumerate(rows)}
@@ -490,7 +490,7 @@ def _facts_of(
     return dict(zip(shown, zip(probable, similar, strict=True), strict=True))
 
 
-def _measured_on(rest: FloatArray, index: AnsweringIndex, drawn: Sequence[int]) -> schemas.LabelProgress:
+def _measured_on(rest: FloatArray, index: Index, drawn: Sequence[int]) -> schemas.LabelProgress:
     """Estimate the accuracy on photos with the features ``rest`` from the labels of random photos."""
     cache = index.in_memory()
     found = estimate_rest(cache, drawn, rest)

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrieval_tip.answering import similar_shots
 from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data.encoder import FeatureBlock
@@ -32,7 +31,7 @@ from retrieval_tip.settings import Ask, Precision, Verify
 from retrieval_tip.store.manifest import Manifest
 
 if TYPE_CHECKING:
-    from retrieval_tip.answering import AnsweringIndex
+    from retrieval_tip.model import Index
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class Version:
     """An open version of an index. A request uses the same version throughout."""
 
     name: str
-    cache: AnsweringIndex
+    cache: Index
     manifest: Manifest
     backbone: Backbone | None
 
@@ -75,13 +74,13 @@ class Version:
     def answer(self, ask: Ask, features: FloatArray) -> list[Row]:
         """Return one result per query, given the queries as an array of shape ``[q, d]``.
 
-        Raises the same errors as :meth:`AnsweringIndex.classify`.
+        Raises the same errors as :meth:`Index.classify`.
         """
         results: list[Row] = []
         every = FeatureBlock.of(features)
         for answers in self.cache.answers(map(every.take, slices(len(features), self.at_once(ask))), ask):
             predictions = answers.predictions()
-            own, terms = answers.index.settings, answers.terms
+            own, terms = answers.settings, answers.terms
             parts = terms.text, own.alpha * terms.photos(own).double()
             texts, shots = (part.gather(1, answers.ranked).tolist() for part in parts)
             rows = predictions.rows(predictions.to_arrow().column_names)
@@ -91,7 +90,7 @@ class Version:
 
     def located(self, features: FloatArray) -> list[Row]:
         """Return each feature with the shots that are most similar to it, most similar first."""
-        near = similar_shots(self.cache, features, SIMILAR, norms="keep")
+        near = self.cache.similar(features, SIMILAR, norms="keep")
         similar = ([{"key_id": shot.key_id, "affinity": shot.affinity} for shot in own] for own in near)
         return [{"feature": feature, "similar": own} for feature, own in zip(features, similar, strict=True)]
 
@@ -135,7 +134,7 @@ class Backbones:
         for backbone in known:
             self._open[backbone.identity.fingerprint] = backbone
 
-    def of(self, cache: AnsweringIndex, name: str) -> Backbone | None:
+    def of(self, cache: Index, name: str) -> Backbone | None:
         """Return an index's backbone, or ``None`` if the index names none or loading fails. Failures are logged."""
         identity = cache.backbone
         if identity is None:
@@ -150,7 +149,7 @@ class Backbones:
             self._open[identity.fingerprint] = backbone
         return backbone
 
-    def _loaded(self, identity: Identity, cache: AnsweringIndex) -> Backbone:
+    def _loaded(self, identity: Identity, cache: Index) -> Backbone:
         backbone = load_backbone(identity.model, identity.pretrained, device=self.device, precision=self.precision)
         check_backbone(identity, cache.d, backbone, [])
         backbone.encode_images(torch.zeros(1, 3, *backbone.size))  # warms up the backbone
@@ -177,11 +176,11 @@ class Served:
         """The parent of the index folder, or ``None`` if the index is in a bucket."""
         return None if self.place.local is None else real(self.place.local).parent
 
-    def _opened(self, cache: AnsweringIndex) -> Version:
+    def _opened(self, cache: Index) -> Version:
         manifest = cache.manifest
         assert manifest is not None
         version = Version(self.name, cache, manifest, self.backbones.of(cache, self.name))
-        version.answer(Ask(), cache.some(1)[0].astype(np.float32))  # warms up the index
+        version.answer(Ask(), cache.rows.some(1)[0].astype(np.float32))  # warms up the index
         metrics.VERSION.labels(self.name).set(manifest.version)
         metrics.KEYS.labels(self.name).set(cache.n)
         return version

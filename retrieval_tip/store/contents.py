@@ -155,6 +155,11 @@ class Stored:
         """The manifest of this version."""
         return self.check.manifest
 
+    @property
+    def place(self) -> str:
+        """The index folder."""
+        return str(self.check.folder)
+
     def is_before(self, writer: Writer) -> bool:
         """Return whether this version is the parent of the version being written."""
         same = real(self.check.folder) == real(writer.folder)

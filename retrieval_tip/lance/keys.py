@@ -17,7 +17,6 @@ from retrieval_tip import tip
 from retrieval_tip.data.shots import spread
 from retrieval_tip.errors import StoreError
 from retrieval_tip.lance.key_table import CLASSES, FLAT, ROW, IntArray, KeyTable
-from retrieval_tip.lance.versions import Classes
 from retrieval_tip.retrieval.arrays import KeyArray
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_KEYS, SPREAD_QUERIES, KeyStream
@@ -32,13 +31,17 @@ SPREAD_BYTES, SPREAD_LEAST = 1 << 28, 8
 
 
 class LanceKeys(KeyStream):
-    """The keys of a table, or their points, with statistics of its ``classes``. ``kind`` is the type of its index."""
+    """The keys of a table or their points, with their ``counts`` and ``sums`` per class.
 
-    def __init__(self, table: KeyTable, classes: Classes, kind: str, device: str) -> None:
-        counts = torch.from_numpy(classes.counts.astype(np.float32)).to(device)
-        super().__init__((int(classes.counts.sum()), classes.text.shape[1]), counts, device)
-        self.table, self._sums = table, classes.sums if classes.points is None else classes.points
-        self._counts, self._kind = classes.counts, kind
+    ``kind`` is the type of the table's index.
+    """
+
+    def __init__(
+        self, table: KeyTable, counts: IntArray, sums: npt.NDArray[np.float64], kind: str, device: str
+    ) -> None:
+        total = torch.from_numpy(counts.astype(np.float32)).to(device)
+        super().__init__((int(counts.sum()), sums.shape[1]), total, device)
+        self.table, self._sums, self._counts, self.index_type = table, sums, counts, kind
         self.by_class, self.exact_search = kind == CLASSES, kind == FLAT
 
     @cached_property
@@ -157,7 +160,7 @@ class LanceKeys(KeyStream):
         if self.by_class:
             return self.nearest_by_class(points, k)
         if not self.exact_search:
-            hits = self.table.search(points.cpu().numpy(), k, self._kind)
+            hits = self.table.search(points.cpu().numpy(), k, self.index_type)
             affinity, rows, ids = (torch.from_numpy(part).to(points.device) for part in hits)
             return Nearest(affinity, rows, ids.masked_fill_(rows < 0, self.n_classes))
         none = torch.empty(len(points), 0, dtype=torch.int64, device=self.device)

@@ -1,0 +1,319 @@
+"""Edits of an index. They keep labels, points, values, sums and the FAISS index consistent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from retrieval_tip import tip
+from retrieval_tip.answering import Answering
+from retrieval_tip.data.shots import spread
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.retrieval import inputs
+from retrieval_tip.retrieval.inputs import Features, Labels
+from retrieval_tip.retrieval.keys import Keys, auto_for, index_over, points_of
+from retrieval_tip.retrieval.logits import finite_logits
+from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
+from retrieval_tip.retrieval.rows import ArrayRows, Rows
+from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
+from retrieval_tip.settings import Dtype, Fitted
+from retrieval_tip.store.labels import label_table
+
+ASKED = 16
+"""Number of keys that are used as queries to check the logits before a version is written."""
+
+MOST_EXPONENT = 80.0
+"""Maximum exponent in the weight of a key. In float32, the exponential overflows just above 88."""
+
+
+class Editing(Answering):
+    """The edits of an index. If an edit raises an error, the index does not change."""
+
+    def check_answers(self) -> None:
+        """Classify a few keys as if they were queries, and raise InputError if their logits overflow."""
+        settings, (keys, described) = self.settings, self.rows.some(ASKED)
+        own = torch.from_numpy(keys.astype(np.float32)).to(self.device)
+        ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64)).to(self.device)
+        values = None if self.values is None else tip.Values(self.values[torch.from_numpy(spread(self.n, ASKED))])
+        queries, retrieval = functional.normalize(own), self.retrieval
+        points = retrieval.points(queries)
+        affinity = tip.affinity(points, retrieval.points(own))
+        cache = tip.cache_logits(affinity, ids, len(self.class_names), settings.beta, values=values)
+        tip.log_cache(cache, settings.log_offset)
+        text = tip.text_logits(queries, self.text_weights, settings.logit_scale)
+        finite_logits(tip.Terms(text, cache, retrieval.discriminant(points)), settings)
+
+    def _check_lengths(self, keys: npt.NDArray[Any]) -> None:
+        """Raise InputError if the weight of one of these keys or points could overflow for a query of unit norm."""
+        longest = float(np.sqrt(np.einsum("ij,ij->i", keys, keys, dtype=np.float64).max()))
+        if self.settings.beta * (longest - 1) > MOST_EXPONENT:
+            raise InputError(
+                f"beta {self.settings.beta:g}: exp(beta (affinity - 1)) overflows for a key of norm {longest:.4g}; "
+                "scale the keys to norm 1 (norms unit)"
+            )
+
+    @property
+    def _ridge(self) -> Ridge | None:
+        """The solver of the values, or ``None`` if they were not solved."""
+        fitted = self.fitted
+        if fitted is None or fitted.ridge is None:
+            return None
+        c, beta, bonus = len(self.class_names), self.settings.beta, fitted.bonus
+        return Ridge(c, beta, fitted.ridge, self.device, fitted.class_prior, bonus)
+
+    def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
+        """Append classes that have no keys yet.
+
+        If the index has text weights, pass ``text_weights`` of shape ``[m, d]`` for the new classes. Raises InputError
+        if a class already exists, or if the weights are missing or have the wrong shape.
+        """
+        names, weights = inputs.new_classes(names, self.class_names, text_weights, self.d, self.has_text)
+        self.class_names = [*self.class_names, *names]
+        self.text_weights = torch.cat([self.text_weights, weights.to(self.text_weights)])
+        self.rows = self.rows.widened(len(self.class_names))
+        self._follow()
+
+    def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
+        """Replace the text weights of all classes, and the templates that the weights were made from."""
+        self.templates, self.text_weights = list(templates), torch.from_numpy(weights).to(self.device)
+
+    def add(
+        self,
+        keys: Features,
+        labels: Labels,
+        sources: Sequence[str] | pa.ChunkedArray | None = None,
+        *,
+        views: int | npt.NDArray[np.integer] = 1,
+        digests: Sequence[str | None] | None = None,
+        extra: pa.Table | None = None,
+    ) -> list[int]:
+        """Add keys to existing classes, and return their key ids.
+
+        If the values were solved, they are solved again. In a large index, only the values of the new keys are solved
+        (see :class:`ridge.Ridge`). If the values were trained, the new keys get one-hot rows.
+
+        ``keys`` has the shape ``[m, d]``. ``views``, the SHA-256 ``digests`` of the images and the columns of ``extra``
+        are written to the label store. Raises InputError if the keys have the wrong shape or a label is unknown.
+        """
+        matrix, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
+        assert self.next_key_id is not None
+        key_ids = np.arange(self.next_key_id, self.next_key_id + len(matrix))
+        added = label_table(self.class_names, ids, sources, key_ids=key_ids, views=views, digests=digests, extra=extra)
+        matrix = np.asarray(matrix).astype(self.dtype)
+        new = ArrayRows(matrix, added, points=points_of(self.metric, matrix, self.device))
+        self._check_lengths(new.met)
+        self._hold(self.rows.added(replace(new, values=self._values_of(new)), len(self.class_names)))
+        self.next_key_id += len(matrix)
+        return key_ids.tolist()
+
+    def _values_of(self, new: ArrayRows) -> Tensor | None:
+        if self.values is None:
+            return None
+        if self._ridge is None:
+            return functional.one_hot(torch.from_numpy(new.class_ids), len(self.class_names)).to(self.values)
+        assert isinstance(self._keys, Keys)
+        return self._ridge.added(self._keys, self.values, new.met, new.class_ids)
+
+    def remove(self, key_ids: Sequence[int]) -> None:
+        """Remove keys by id. Classes that become empty are kept.
+
+        Raises InputError if an id is unknown, or if no key would remain.
+        """
+        gone = self.rows.of(key_ids)
+        if gone.n == self.n:
+            raise InputError("remove: an index needs at least one key; delete the index instead")
+        if gone.n:
+            self._hold(self.rows.without(gone))
+
+    def relabel(self, key_ids: Sequence[int], labels: str | Sequence[str]) -> None:
+        """Move keys to other classes, given one label for all keys or one label per key.
+
+        The keys become the last shots of their new class. Raises InputError if an id or a label is unknown, or if an id
+        is repeated.
+        """
+        wanted = inputs.new_ids(key_ids, labels, self.class_names)
+        part = self.rows.of(list(wanted))
+        class_ids = np.array([wanted[key_id] for key_id in part.key_ids.tolist()], dtype=np.int64)
+        changed = np.flatnonzero(part.class_ids != class_ids)
+        part, class_ids, rows = part.take(changed), class_ids[changed], self.rows
+        if not part.n:
+            return
+        if self._ridge is not None:
+            assert isinstance(rows, ArrayRows)
+            assert isinstance(self._keys, Keys)
+            rows = self._ridge.relabelled(self._keys, rows, rows.rows_of(part.key_ids), class_ids)
+        self._hold(rows.moved(part, class_ids, self.class_names))
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename a class. The class keeps its keys and its text weight.
+
+        If ``new`` already exists, the keys are merged into ``new``, which keeps its own text weight. The ids of all
+        classes after ``old`` then decrease by one. Raises InputError if ``old`` does not exist, or if ``new`` is not a
+        valid name.
+        """
+        class_id, names = inputs.renamed(self.class_names, old, new)
+        if len(names) < len(self.class_names):
+            self._merge(class_id, new)
+            return
+        self.class_names, self.rows = names, self.rows.renamed(class_id, new)
+        self._follow()
+
+    def _merge(self, class_id: int, into: str) -> None:
+        """Move the keys of a class to the class ``into``, and drop the class."""
+        if isinstance(self.rows, ArrayRows) and self.values is not None:
+            # The columns can be added, because solved values are linear in their targets.
+            place, counts, values = self.class_names.index(into), self.counts, self.values.clone()
+            with_keys = [own for own in (class_id, place) if counts[own]]
+            values[:, place] = values[:, with_keys or [place]].sum(1)
+            self.rows = replace(self.rows, values=values)
+        self.relabel(self.find([self.class_names[class_id]])["key_id"].to_pylist(), into)
+        self._drop(np.array([class_id]))
+
+    def drop_unanswerable(self) -> None:
+        """Drop the classes that have neither keys nor text, because no query resembles them."""
+        if not self.has_text:
+            self._drop(np.flatnonzero(np.equal(self.counts, 0)))
+
+    def _drop(self, class_ids: npt.NDArray[np.int64]) -> None:
+        """Drop classes that have no keys."""
+        if not len(class_ids):
+            return
+        left = np.delete(np.arange(len(self.class_names)), class_ids)
+        self.rows = self.rows.narrowed(class_ids, len(self.class_names))
+        self.class_names, self.text_weights = [self.class_names[i] for i in left], self.text_weights[left]
+        if isinstance(self.rows, ArrayRows) and self.index is not None and self.index.by_class:
+            self.index = self._index_over(self.rows)
+        self._follow()
+
+    def solve(self) -> None:
+        """Recompute solved values for the current keys and beta. Does nothing if the values were not solved.
+
+        If there are more than :data:`MOST_SOLVED` keys, raises InputError and leaves the index unchanged.
+        """
+        if self._ridge is None or not isinstance(self.rows, ArrayRows):
+            return
+        if self.n > MOST_SOLVED:
+            raise InputError(
+                f"values: cannot be solved for {self.n:,} keys, because the limit is {MOST_SOLVED:,}; "
+                "fit the index instead (retrieval-tip fit)"
+            )
+        points = np.asarray(self.rows.met, dtype=np.float32)
+        values = self._ridge.values(torch.from_numpy(points).to(self.device), self.class_ids)
+        self.rows = replace(self.rows, values=values)
+
+    def rebuild(self, factory: str | None = None, dtype: Dtype | None = None) -> None:
+        """Sort the keys, and recompute the points, the solved values and the FAISS index. The keys must be in memory.
+
+        Args:
+            factory: the new type of the index. If it is ``auto``, :func:`keys.auto_for` selects the type and ``k``.
+                Defaults to the current type.
+            dtype: the new type of the keys, float32 or float16. Defaults to the current type.
+
+        Raises:
+            UsageError: if the factory is invalid.
+            InputError: if the keys are too large for the dtype.
+        """
+        rows, settings = self.rows.in_memory(), self.settings
+        if factory == "auto":
+            factory, k = auto_for(rows.keys.shape, dtype or self.dtype, len(self.class_names), self.device)
+            settings = replace(settings, k=k)
+        ordered = rows.take(rows.order())
+        with np.errstate(over="ignore"):  # overflow becomes infinity, which raises an error below
+            keys = ordered.keys.astype(dtype or self.dtype)
+        if not np.isfinite(keys).all():
+            raise InputError(f"keys: values too large for {keys.dtype}; use float32")
+        ordered = replace(ordered, keys=keys, points=points_of(self.metric, keys, self.device))
+        self.index = self._index_over(ordered, factory)
+        self.rows, self.settings = ordered, settings
+        self._follow()
+        if self.n <= MOST_SOLVED:
+            self.solve()
+
+    def set_fitted(
+        self, metric: tip.Metric | None, values: Tensor | None, fitted: Fitted | None, factory: str | None = None
+    ) -> None:
+        """Set the metric and the values, and rebuild the FAISS index over the transformed keys.
+
+        ``factory`` defaults to the current type. Raises UsageError if the factory is invalid.
+        """
+        changed = self.metric is not None or metric is not None
+        self.metric, self.fitted = metric, fitted
+        self.rows = self.rows.fitted(metric, values, factory, self.device)
+        if isinstance(self.rows, ArrayRows) and (changed or factory not in (None, self.index_type)):
+            self.index = self._index_over(self.rows, factory)
+        self._follow()
+
+    def _hold(self, rows: Rows) -> None:
+        """Replace the rows, solve the values again, and fill the FAISS index with the new keys.
+
+        The index is only trained again once the number of keys has doubled.
+        """
+        if isinstance(rows, ArrayRows) and self.index is not None:
+            rows = rows if self._ridge is None else self._ridge.solved(rows)
+            if self.index.by_class or rows.n >= 2 * self.index.trained:
+                self.index = self._index_over(rows)
+            else:
+                self.index = self.index.refilled(rows.met)
+        self.rows = rows
+        self._follow()
+
+    def _follow(self) -> None:
+        c = len(self.class_names)
+        if isinstance(self.rows, ArrayRows) and self.index is not None and self.index.by_class and self.index.n < c:
+            self.index = self._index_over(self.rows)
+        super()._follow()
+
+    def _index_over(self, rows: ArrayRows, factory: str | None = None) -> VectorIndex:
+        """Build a FAISS index over other keys, with the current type and search effort by default."""
+        before, wanted = self.index, factory
+        if wanted is None:
+            wanted = FLAT_FACTORY if before is None else before.factory
+        index = index_over(rows.met, rows.class_ids, len(self.class_names), wanted, self.device)
+        if before is not None and wanted == before.factory:
+            index.effort = before.effort
+        return index
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Self:
+        """Return an index in memory that consists of the keys at the given rows of the labels. Rows may repeat.
+
+        If there are too few keys for the type of the index, the new index is ``Flat``. Raises UsageError if there are
+        too many keys.
+        """
+        class_ids = self.rows.class_ids[rows]
+        part = self._on_device(self.rows.take(np.asarray(rows)[np.argsort(class_ids, kind="stable")]))
+        part = part if self._ridge is None else self._ridge.solved(part)
+        try:
+            index = self._index_over(part)
+        except UsageError:
+            index = self._index_over(part, FLAT_FACTORY)
+        return replace(self, rows=part, index=index)
+
+    def in_memory(self, factory: str = FLAT_FACTORY) -> Self:
+        """Return this index with all keys in memory. Raises UsageError if there are too many.
+
+        ``factory`` is the type of its index if the keys are in a table now.
+        """
+        return self if isinstance(self.rows, ArrayRows) else self.over(self.rows.in_memory(), factory)
+
+    def set_rows(self, rows: Rows) -> None:
+        """Replace the rows by rows with the same keys, in memory or in a table."""
+        if isinstance(rows, ArrayRows):
+            rows = self._on_device(rows)
+            self.index = VectorIndex.build(rows.met, FLAT_FACTORY, self.device)
+        else:
+            self.index = None
+        self.rows = rows
+        self._follow()
+
+    def over(self, rows: ArrayRows, factory: str = FLAT_FACTORY) -> Self:
+        """Return an index with the same classes and settings over other rows."""
+        rows = self._on_device(rows)
+        return replace(self, rows=rows, index=self._index_over(rows, factory))

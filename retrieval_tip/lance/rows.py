@@ -1,0 +1,518 @@
+"""The keys of an index and their labels as rows of a LanceDB table, which may not fit in memory.
+
+The tail is computed from per-class statistics, and search results already include the keys and class ids. If a query
+uses all keys, they are read block by block. The answers are the same as those of an index in a folder.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from retrieval_tip import tip
+from retrieval_tip.data.shots import spread
+from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.lance.key_table import (
+    CLASSES,
+    FLAT,
+    KINDS,
+    POINT,
+    RESTORE,
+    ROW,
+    UNINDEXED,
+    VECTOR,
+    VERSION,
+    IntArray,
+    KeyTable,
+    grouped,
+    literal,
+    rows_of,
+    schema_of,
+)
+from retrieval_tip.lance.keys import LanceKeys
+from retrieval_tip.lance.versions import LanceVersions, TableWriter
+from retrieval_tip.retrieval.arrays import KeyArray, KeysInPlace
+from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
+from retrieval_tip.retrieval.keys import points_of
+from retrieval_tip.retrieval.logits import Retrieval
+from retrieval_tip.retrieval.rows import FRESH_PAIRS, ArrayRows, Rows
+from retrieval_tip.retrieval.vector_index import VectorIndex, auto_factory, inner_factory
+from retrieval_tip.settings import Dtype, Precision
+from retrieval_tip.store.contents import metric_of
+from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of
+from retrieval_tip.store.manifest import Manifest
+from retrieval_tip.store.sums import LEAST, Along, Sums
+from retrieval_tip.store.writer import Writer
+
+MOST_TAKEN = 1 << 29
+"""Maximum size in bytes of the keys that are copied from a table into memory."""
+MOVED = {"float32": 1e-4, "float16": 4e-3}
+"""Tolerance for the difference between a stored and a computed point, by dtype."""
+MOST_ASKED, NEIGHBOURS = 512, 4
+"""Maximum number of new keys to compare with their neighbours, and the number of neighbours per key."""
+INDEX_FROM = 50_000
+"""Minimum number of keys for which an index is faster than a comparison with every key."""
+ASSIGNED = ("key_id", "class_id", "label", "shot")
+"""The columns of a key that an edit can change, after its id."""
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class OrderedKeys(KeysInPlace):
+    """A column of keys or points in the same order as in a folder, sorted by class and then by key id.
+
+    ``offsets`` are their positions in the table.
+    """
+
+    def __init__(self, table: KeyTable, column: str, d: int, offsets: IntArray) -> None:
+        self.table, self.column, self.shape = table, column, (len(offsets), d)
+        self._offsets, self._places = offsets, np.argsort(offsets)
+
+    def __getitem__(self, places: IntArray) -> KeyArray:
+        """See :meth:`KeysInPlace.__getitem__`."""
+        offsets, where = np.unique(self._offsets[places], return_inverse=True)
+        keys: KeyArray = self.table.matrix(self.table.offsets(offsets, [self.column])[self.column])[where]
+        return keys
+
+    def blocks(self, places: IntArray) -> Iterator[tuple[KeyArray, IntArray]]:
+        """See :meth:`KeysInPlace.blocks`. The table is read once."""
+        wanted, start = np.zeros(len(self), dtype=bool), 0
+        wanted[self._offsets[places]] = True
+        for batch in self.table.scan([self.column]):
+            own = np.flatnonzero(wanted[start : start + len(batch)])
+            if len(own):
+                yield self.table.matrix(batch[self.column])[own], self._places[start + own]
+            start += len(batch)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TableRows(Rows):
+    """The rows of a table, with statistics of their classes. Edits write to the table, so keep only their result.
+
+    Attributes:
+        table: the version of the table.
+        counts: the number of keys per class, in int64.
+        totals: the per-class sums of the keys, a float64 array of shape ``[c, d]``.
+        points: the per-class sums of the points, if the table contains points.
+        second: the sum of the keys' outer products, of shape ``[d, d]``, or ``None`` if it is not known.
+        kind: the type of the table's index.
+        automatic: whether the type was chosen automatically.
+        writer: the writer of the next version, or ``None`` if the rows are only read.
+    """
+
+    table: KeyTable
+    counts: IntArray
+    totals: FloatArray
+    points: FloatArray | None = None
+    second: FloatArray | None = None
+    kind: str = FLAT
+    automatic: bool = False
+    writer: TableWriter | None = None
+
+    @classmethod
+    def opened(cls, manifest: Manifest, store: LanceVersions, writer: TableWriter | None = None) -> TableRows:
+        """Open the rows of a version, which a ``writer`` may edit."""
+        classes = store.classes(manifest)
+        table = writer.table if writer is not None else None
+        return cls(
+            table=table or store.table(manifest), counts=classes.counts, totals=classes.sums, points=classes.points,
+            second=store.array(manifest, "second"), kind=manifest.index, automatic=manifest.built.auto_index,
+            writer=writer,
+        )  # fmt: skip
+
+    @classmethod
+    def create(
+        cls, writer: TableWriter, blocks: Iterable[tuple[pa.Table, KeyArray]], n_classes: int,
+        dtype: Dtype = "float32", index: str = "auto", *, stored: bool = False, metric: tip.Metric | None = None,
+        known: Sums | None = None,
+    ) -> TableRows:  # fmt: skip
+        """Stream blocks of labels and keys into a table, and build its index.
+
+        Each block is a label table (see :func:`labels.label_table`) and an array of keys of shape ``[b, d]``. Set
+        ``stored`` if the labels come from another table and already contain the version that added each row. If you
+        give a ``metric``, the table also contains the points of the keys. If you give the sums of the keys as
+        ``known``, they are not recomputed.
+
+        Raises UsageError if the store does not support the index type. Raises InputError if the table cannot store a
+        column.
+        """
+        index_kind(index)
+        ahead = iter(blocks)
+        labels, keys = next(ahead)
+        d = keys.shape[1]
+        sums, point_sums = Sums.of([], n_classes, d), None if metric is None else np.zeros((n_classes, d))
+        further = labels.drop_columns([VERSION]) if stored else labels
+        extra = [further.schema.field(name) for name in further.column_names[len(LABEL_SCHEMA) :]]
+        check_columns(extra)
+        schema = schema_of(d, dtype, extra, points=metric is not None)
+
+        def rows() -> Iterator[pa.RecordBatch]:
+            for part, own in itertools.chain([(labels, keys)], ahead):
+                ids = part["class_id"].to_numpy().astype(np.int64)
+                with np.errstate(over="ignore"):  # an overflow is rejected below
+                    own = own.astype(dtype)
+                if not np.isfinite(own).all():
+                    raise InputError(f"keys: some values are too large for {dtype}; use float32")
+                points = points_of(metric, own, "cpu")
+                if known is None:
+                    sums.count(own, ids)
+                if points is not None and point_sums is not None:
+                    np.add.at(point_sums, ids, points.astype(np.float64))
+                made = rows_of(part, own, writer.number, points).select(schema.names).cast(schema)
+                yield from made.to_batches()
+
+        table, sums = writer.create(grouped(rows()), schema), known or sums
+        made = cls(
+            table=table, counts=sums.counts, totals=sums.sums, points=point_sums, second=sums.second, writer=writer
+        )
+        return made.indexed(index)
+
+    @property
+    def n(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def d(self) -> int:
+        return int(self.totals.shape[1])
+
+    @cached_property
+    def dtype(self) -> Dtype:
+        return "float16" if self.table.vector_type[1] == pa.float16() else "float32"
+
+    @cached_property
+    def _order(self) -> tuple[IntArray, IntArray]:
+        """The positions of the rows in the table, in the order of a folder, and their class ids."""
+        ids = self.table.read(["key_id", "class_id"])
+        class_ids = self.table.class_ids(ids["class_id"], len(self.counts))
+        order = np.lexsort((ids["key_id"].to_numpy(), class_ids))
+        if len(order) != self.n:
+            raise StoreError(f"{self.table.address}: has {len(order)} rows instead of {self.n}; use another version")
+        return order, class_ids[order]
+
+    @cached_property
+    def keys(self) -> OrderedKeys:  # type: ignore[override]
+        return OrderedKeys(self.table, VECTOR, self.d, self._order[0])
+
+    @property
+    def met(self) -> OrderedKeys:
+        return OrderedKeys(self.table, self.table.met, self.d, self._order[0])
+
+    @cached_property
+    def labels(self) -> pa.Table:
+        """The label store as a table in memory, which takes about 150 bytes per key."""
+        return self.columns(*self.table.label_columns)
+
+    @property
+    def class_ids(self) -> IntArray:
+        return self._order[1]
+
+    @property
+    def sums(self) -> Sums | None:  # type: ignore[override]  # derived
+        return None if self.second is None else Sums(self.counts, self.totals, self.second)
+
+    def with_sums(self, sums: Sums | None) -> TableRows:
+        return replace(self, second=None if sums is None else sums.second)
+
+    def stream(self, n_classes: int, device: str, precision: Precision, index: VectorIndex | None) -> LanceKeys:
+        sums = self.totals if self.points is None else self.points
+        return LanceKeys(self.table, self.counts, sums, self.kind, device)
+
+    def columns(self, *names: str) -> pa.Table:
+        return self.table.read(names).take(pa.array(self._order[0]))
+
+    def described(self, rows: IntArray, columns: Sequence[str]) -> pa.Table:
+        return self.table.take(rows, columns)
+
+    def numbered(self, key_ids: Sequence[int]) -> tuple[IntArray, IntArray]:
+        found = list(self.table.scan_of("key_id", key_ids, ["class_id"], with_rows=True))
+        none = np.empty(0, dtype=np.int64)
+        rows, ids = (np.concatenate([none, *(batch[name].to_numpy() for batch in found)]) for name in (ROW, "class_id"))
+        return rows.astype(np.int64), ids.astype(np.int64)
+
+    def some(self, m: int) -> tuple[KeyArray, pa.Table]:
+        some = self.table.offsets(spread(self.n, m), ["key_id", "class_id", VECTOR])
+        return self.table.matrix(some[VECTOR]), some.select(["key_id", "class_id"])
+
+    def where(self, column: str, values: Sequence[int | str]) -> pa.Table:
+        return self.table.of_ids(column, values, self.table.label_columns)
+
+    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[IntArray, KeyArray]]:
+        for batch in self.table.scan_of("class_id", class_ids.tolist(), ["class_id", VECTOR]):
+            yield batch["class_id"].to_numpy().astype(np.int64), self.table.matrix(batch[VECTOR])
+
+    def blocks(self) -> Iterator[tuple[pa.Table, KeyArray]]:
+        return self._blocks([name for name in self.table.label_columns if name != VERSION])
+
+    def _blocks(self, columns: Sequence[str]) -> Iterator[tuple[pa.Table, KeyArray]]:
+        """Yield the given columns and the keys of all rows in blocks, in table order."""
+        for batch in self.table.scan([*columns, VECTOR]):
+            yield pa.Table.from_batches([batch]).drop_columns([VECTOR]), self.table.matrix(batch[VECTOR])
+
+    def of(self, key_ids: Sequence[int]) -> ArrayRows:
+        rows = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), self.table.schema.names).sort_by("key_id")
+        missing = sorted(set(key_ids) - set(rows["key_id"].to_pylist()))
+        if missing:
+            raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
+        points = self.table.matrix(rows[POINT]) if self.table.has_points else None
+        return ArrayRows(self.table.matrix(rows[VECTOR]), rows.select(self.table.label_columns), points=points)
+
+    def take(self, rows: IntArray) -> ArrayRows:
+        self._check_taken(len(rows))
+        return ArrayRows(self.keys[rows], self.labels.take(pa.array(rows)).drop_columns([VERSION]))
+
+    def in_memory(self) -> ArrayRows:
+        self._check_taken(self.n)
+        return self.arrays()
+
+    def arrays(self) -> ArrayRows:
+        """Return the rows with all keys in memory, however large."""
+        labels, keys = zip(*self.blocks(), strict=True)
+        order = self._order[0]
+        return ArrayRows(np.concatenate(keys)[order], pa.concat_tables(labels).take(pa.array(order)), sums=self.sums)
+
+    def _check_taken(self, n: int) -> None:
+        if n * self.d * 4 > MOST_TAKEN:
+            place = self.table.address
+            raise UsageError(
+                f"{place}: {n:,} keys are too many to load into memory; choose fewer (--where), or copy the "
+                f"index into a folder: retrieval-tip index clone {place} DIR"
+            )
+
+    def written(self, writer: Writer) -> ArrayRows:
+        places, start = np.argsort(self._order[0]), 0
+        staged, array = writer.stage_array("keys", (self.n, self.d), self.dtype)
+        for _, keys in self.blocks():
+            array[places[start : start + len(keys)]] = keys
+            start += len(keys)
+        array.flush()  # type: ignore[attr-defined]  # a memmap
+        del array
+        keys = np.load(writer.seal("keys", staged, self.n), mmap_mode="c")
+        return ArrayRows(keys, self.labels.drop_columns([VERSION]))
+
+    def duplicates_of(self, key_ids: Sequence[int], retrieval: Retrieval) -> Duplicates:
+        """See :meth:`Rows.duplicates_of`. Only neighbours of the keys and keys with the same digests are read."""
+        asked = self.of(key_ids[:MOST_ASKED])
+        near = retrieval.keys.nearest(retrieval.points(torch.from_numpy(asked.keys.astype(np.float32))), NEIGHBOURS)
+        rows = np.unique(near.rows[near.rows >= 0].numpy())
+        digests = self.where("key_id", key_ids)["digest"].drop_null().unique().to_pylist()
+        same = self.table.of_ids("digest", digests, ["key_id"])["key_id"].to_numpy()
+        some = np.unique(np.concatenate([self.described(rows, ["key_id"])["key_id"].to_numpy(), same, key_ids]))
+        compared = self.of(some.tolist())
+        fresh = np.flatnonzero(np.isin(compared.key_ids, asked.key_ids))
+        pairs = duplicates(compared.keys, compared.labels, fresh, budget=FRESH_PAIRS)
+        return pairs if asked.n == len(key_ids) else replace(pairs, compared="digests")
+
+    def added(self, new: ArrayRows, n_classes: int) -> TableRows:
+        check_columns(list(new.labels.schema)[len(LABEL_SCHEMA) :])
+        there, ids = self.table.schema, new.class_ids
+        known = dict(zip(there.names, there.types, strict=True))
+        for name, kind in zip(new.labels.schema.names, new.labels.schema.types, strict=True):
+            if known.get(name, kind) != kind:
+                raise InputError(f"labels: column {name!r} is {kind}, but {known[name]} in the index; convert it")
+        labels = shots_after(new.labels, ids, self._next_shots(ids))
+        self._append(replace(new, labels=labels).take(np.argsort(ids, kind="stable")))
+        return self._counted(new, 1)
+
+    def _append(self, rows: ArrayRows) -> None:
+        points = rows.points if self.table.has_points else None
+        self.table.append(rows_of(rows.labels, rows.keys, self._writer.number, points))
+
+    @property
+    def _writer(self) -> TableWriter:
+        assert self.writer is not None
+        return self.writer
+
+    def _next_shots(self, class_ids: IntArray) -> npt.NDArray[np.int32]:
+        """Return the next shot number of each class, or 0 for classes that are not in ``class_ids``."""
+        following = np.zeros(len(self.counts), dtype=np.int32)
+        shots = self.table.of_ids("class_id", np.unique(class_ids).tolist(), ["class_id", "shot"])
+        np.maximum.at(following, shots["class_id"].to_numpy(), shots["shot"].to_numpy() + 1)
+        return following
+
+    def _counted(self, part: ArrayRows, sign: int) -> TableRows:
+        """Add rows to the statistics, or subtract them if ``sign`` is -1."""
+        ids, known = part.class_ids, self.sums or Sums(self.counts, self.totals, np.zeros((self.d, self.d)))
+        now, points = known.added(part.keys, ids, sign), self.points
+        if points is not None and part.points is not None:
+            points = points.copy()
+            np.add.at(points, ids, sign * part.points.astype(np.float64))
+            points[now.counts == 0] = 0
+        second = None if self.second is None else now.second
+        return replace(self, counts=now.counts, totals=now.sums, points=points, second=second)
+
+    def without(self, gone: ArrayRows) -> TableRows:
+        self.table.delete(gone.key_ids.tolist())
+        return self._counted(gone, -1)
+
+    def moved(self, part: ArrayRows, class_ids: IntArray, class_names: Sequence[str]) -> TableRows:
+        columns = {
+            "class_id": class_ids.astype(np.int32),
+            "label": [class_names[class_id] for class_id in class_ids],
+            "shot": self._next_shots(class_ids)[class_ids] + shots_of(class_ids),
+            VERSION: np.full(part.n, self._writer.number),
+        }
+        labels = part.labels
+        for name, column in columns.items():
+            labels = labels.set_column(labels.column_names.index(name), name, pa.array(column))
+        after = replace(part, labels=labels)
+        self.table.delete(part.key_ids.tolist())
+        self._append(after)
+        return self._counted(part, -1)._counted(after, 1)
+
+    def renamed(self, class_id: int, name: str) -> TableRows:
+        if self.counts[class_id]:
+            self._update(f"class_id = {class_id}", "label", literal(name))
+        return replace(self)
+
+    def _update(self, where: str, name: str, sql: str) -> None:
+        """Set a column of the rows that match ``where`` to an SQL expression."""
+        self.table.change(where, {name: sql, VERSION: str(self._writer.number)})
+
+    def widened(self, n_classes: int) -> TableRows:
+        more = ((0, n_classes - len(self.counts)), (0, 0))
+        points = None if self.points is None else np.pad(self.points, more)
+        return replace(self, counts=np.pad(self.counts, more[0]), totals=np.pad(self.totals, more), points=points)
+
+    def narrowed(self, class_ids: IntArray, n_classes: int) -> TableRows:
+        for class_id in sorted(class_ids.tolist(), reverse=True):
+            if self.counts[class_id + 1 :].any():
+                self._update(f"class_id > {class_id}", "class_id", "class_id - 1")
+        points = None if self.points is None else np.delete(self.points, class_ids, axis=0)
+        totals = np.delete(self.totals, class_ids, axis=0)
+        return replace(self, counts=np.delete(self.counts, class_ids), totals=totals, points=points)
+
+    def fitted(self, metric: tip.Metric | None, values: Tensor | None, factory: str | None, device: str) -> TableRows:
+        """See :meth:`Rows.fitted`. With one-hot values, the table is rewritten with the points of the keys."""
+        if metric is not None and values is None:
+            return self.rewritten(metric, factory, known=self.sums)
+        rows, moved = self, self.table.has_points
+        if moved:
+            self.table.drop_points()
+            rows = replace(self, points=None)
+        return rows.indexed(factory or self.asked) if moved or factory is not None else rows
+
+    def following(self, rows: ArrayRows, n_classes: int) -> TableRows:
+        """Write edited rows in memory, whose keys are those of the table, apart from added and removed ones."""
+        check_columns(list(rows.labels.schema)[len(LABEL_SCHEMA) :])
+        old, new = self.table.read(ASSIGNED).sort_by("key_id"), rows.columns(*ASSIGNED)
+        places = np.clip(np.searchsorted(old["key_id"].to_numpy(), rows.key_ids), 0, len(old) - 1)
+        before = old.take(pa.array(places))
+        changed = ~np.logical_and.reduce([np.equal(before[name].to_numpy(), new[name].to_numpy()) for name in ASSIGNED])
+        gone = ~np.isin(old["key_id"].to_numpy(), rows.key_ids[~changed])
+        self.table.delete(old["key_id"].to_numpy()[gone].tolist())
+        if changed.any():
+            own = rows.take(np.flatnonzero(changed))
+            self.table.append(rows_of(own.labels, own.keys, self._writer.number))
+        blocks = ((keys, labels["class_id"].to_numpy().astype(np.int64)) for labels, keys in rows.blocks())
+        sums = rows.sums or Sums.of(blocks, n_classes, self.d)
+        return replace(self, counts=sums.counts, totals=sums.sums, second=sums.second, points=None)
+
+    def rewritten(
+        self, metric: tip.Metric | None, factory: str | None = None, dtype: Dtype | None = None,
+        known: Sums | None = None,
+    ) -> TableRows:  # fmt: skip
+        """Rewrite every row and the index, so that the files of this version do not contain removed rows.
+
+        You can change the index type with ``factory`` and the dtype of the keys with ``dtype``. With a ``metric``, the
+        table also contains the points. If you give the sums of the keys as ``known``, they are not recomputed. Raises
+        UsageError if the store does not support the index type. Raises InputError if a key overflows the dtype. Raises
+        StoreError if rows are damaged.
+        """
+        writer, table = self._writer, self.table
+        if writer.parent is not None:  # damaged rows must not get valid sums and digests
+            check(writer.store, writer.parent, set())
+        before = replace(self, table=KeyTable.at(table.address, table.name, table.version))  # pinned meanwhile
+        return self.create(
+            writer, before._blocks(before.table.label_columns), len(self.counts), dtype or self.dtype,
+            factory or self.asked, stored=True, metric=metric, known=known,
+        )  # fmt: skip
+
+    @property
+    def asked(self) -> str:
+        """The type of the index as it was asked for."""
+        return "auto" if self.automatic else self.kind
+
+    def indexed(self, asked: str) -> TableRows:
+        """Build the index of the table."""
+        kind, _ = index_kind(asked, self.n, len(self.counts))
+        self.table.build_index(kind)
+        return replace(self, kind=kind, automatic=asked == "auto")
+
+    def kept_up(self, prunes: bool) -> TableRows:
+        """Update the index if needed, because unindexed rows slow down every search."""
+        if prunes:  # otherwise pruning would merge fragments in a separate version
+            self.table.optimize()
+        if self.kind == FLAT and self.automatic and self.n >= INDEX_FROM:
+            return self.indexed("auto")
+        if self.kind != FLAT and self.table.unindexed() >= UNINDEXED:
+            self.table.optimize()
+        return self
+
+    @property
+    def few(self) -> int | None:
+        """The number of keys per query that goes with an automatic index."""
+        return index_kind(self.asked, self.n, len(self.counts))[1]
+
+    def check(self, metric: tip.Metric | None) -> None:
+        """Raise StoreError if a row is damaged or does not match the statistics or the metric."""
+        place, c = self.table.address, len(self.counts)
+        of_keys, of_points = Along(c, self.d, LEAST), Along(c, self.d, LEAST)
+        for batch in self.table.scan(self.table.schema.names):
+            ids, keys = self.table.class_ids(batch["class_id"], c), self.table.matrix(batch[VECTOR])
+            of_keys.count(keys, ids)
+            if self.table.has_points:
+                points, expected = self.table.matrix(batch[POINT]), points_of(metric, keys, "cpu")
+                if expected is None or not np.allclose(points, expected, atol=MOVED[self.dtype]):
+                    raise StoreError(f"{place}: points do not match their keys; run index rebuild")
+                of_points.count(points, ids)
+        fit = of_keys.has(self.counts, self.totals)
+        if not fit or (self.points is not None and not of_points.has(self.counts, self.points)):
+            raise StoreError(f"{place}: keys do not match the sums of their classes; {RESTORE}")
+        if self.second is not None and not of_keys.has_second(self.second):
+            raise StoreError(f"{place}: keys do not match the sum of their products; fit the index again")
+
+
+def check(store: LanceVersions, manifest: Manifest, seen: set[tuple[str, str]]) -> None:
+    """Check every row and object of a version, and check that they are consistent.
+
+    Files in ``seen`` are skipped, and all other files are added to ``seen``. Raises StoreError naming the part that is
+    damaged or inconsistent.
+    """
+    store.check_files(manifest, seen)
+    metric = store.array(manifest, "metric")
+    TableRows.opened(manifest, store).check(None if metric is None else metric_of(metric))
+
+
+def index_kind(factory: str, n: int = 0, c: int = 1) -> tuple[str, int | None]:
+    """Return the index type for a requested ``factory``, and the number of keys per query to use with it.
+
+    You can request ``auto``, ``Flat``, ``Classes`` or one of :data:`key_table.KINDS`. For ``n`` keys of ``c`` classes,
+    ``auto`` selects ``Classes`` if a folder would use it (see :func:`vector_index.auto_factory`). Raises UsageError for
+    any other type.
+    """
+    if factory == "auto":
+        if n < INDEX_FROM:
+            return FLAT, None
+        chosen, k = auto_factory(n, c)
+        return (CLASSES, k) if inner_factory(chosen) is not None else ("IvfFlat", None)
+    if factory not in (FLAT, CLASSES, *KINDS):
+        raise UsageError(f"index {factory!r}: give auto, {FLAT}, {CLASSES} or {', '.join(KINDS)} for a LanceDB store")
+    return factory, None
+
+
+def check_columns(columns: Iterable[pa.Field]) -> None:
+    """Raise InputError if the name of an extra column is reserved or is not allowed."""
+    for column in columns:
+        if column.name in (VERSION, VECTOR, "") or column.name.startswith("_") or set(".`") & set(column.name):
+            raise InputError(
+                f"column {column.name!r}: a LanceDB store reserves {VERSION}, {VECTOR} and names that begin with _, "
+                "and does not allow dots or backticks; rename or remove it"
+            )

@@ -1,0 +1,454 @@
+"""An index: labelled keys, and what was fitted to them. You can classify with it, edit it, and save it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+
+from retrieval_tip.backbones.base import Identity, present, resolve_device
+from retrieval_tip.editing import Editing
+from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.files import real
+from retrieval_tip.html import markup, table
+from retrieval_tip.retrieval import inputs
+from retrieval_tip.retrieval.arrays import KeyArray
+from retrieval_tip.retrieval.inputs import Features, Labels
+from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, auto_for, index_over, points_of
+from retrieval_tip.retrieval.logits import slices
+from retrieval_tip.retrieval.rows import ArrayRows
+from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
+from retrieval_tip.settings import Precision, Settings, Verify
+from retrieval_tip.store import history
+from retrieval_tip.store.contents import Contents, Stored
+from retrieval_tip.store.folder import Check, check_earlier, opened, read_manifest, read_version
+from retrieval_tip.store.labels import label_table
+from retrieval_tip.store.manifest import DataFile, Manifest, Table
+from retrieval_tip.store.writer import Writer, write
+
+SHOWN_CLASSES = 8
+"""Number of classes shown in a notebook."""
+
+SUMS_FROM = 8
+"""The sums are only saved if they are at most an eighth of the size of the keys. Otherwise, a fit recomputes them."""
+
+
+class TableVersion(Protocol):
+    """The version of a store with a table that an index was opened from."""
+
+    @property
+    def place(self) -> str:
+        """The address of the store."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the version."""
+
+    def reload(self, index: Index) -> Index:
+        """See :meth:`Index.reload`."""
+
+
+@dataclass(repr=False)
+class Index(Editing):
+    """The cache of Tip-Adapter as an index that you can search and edit.
+
+    Create an index with :meth:`from_features` or :meth:`load`. To change the contents, use the methods, or call
+    ``dataclasses.replace``. Do not modify the arrays in place. If an edit raises an error, the index does not change.
+
+    Attributes:
+        rows: the keys and their labels, grouped by class. They are in memory or in a table.
+        class_names: the names of the ``c`` classes, in order.
+        text_weights: the text weights as a float32 tensor of shape ``[c, d]``. If the index has no text, they are zero.
+        index: the FAISS index over the keys or, if there is a metric, over the points. The default is ``Flat``. It is
+            ``None`` if the keys are in a table, which has its own index.
+        settings: the defaults for every call.
+        curve: the loss curve of the training, which has one row per epoch.
+        precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
+        next_key_id: the smallest key id that has never been used.
+        metric: the fitted metric (see :mod:`tip`), or ``None``.
+        fitted: a description of how the metric and the values were fitted (see :mod:`fit.closed_form`), or ``None``.
+        built: the options that the index was built with.
+        prior: the scatter of other photos, of shape ``[d, d]``, if the index was fitted with one.
+        stored: the version of a folder or of another store that the index was loaded from or saved as.
+
+    Raises InputError if the values have the wrong shape, or if the curve has no rows.
+    """
+
+    stored: Stored | TableVersion | None = field(default=None, init=False)
+
+    def __copy__(self) -> Self:
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the arrays without the folder, and without the sums, which the next fit computes again."""
+        rows, index = self.rows.in_memory(), None
+        if self.index is not None and not self.index.exact_search:  # an exact index is quick to build
+            index = self.index.factory, self.index.to_array()
+        values = None if rows.values is None else rows.values.cpu()
+        rows = replace(rows, keys=_not_mapped(rows.keys), points=_not_mapped(rows.points), values=values, sums=None)
+        return {own.name: getattr(self, own.name) for own in fields(self) if own.init} | {
+            "rows": rows, "text_weights": self.text_weights.cpu(), "index": index, "prior": _not_mapped(self.prior),
+            "metric": None if self.metric is None else self.metric.to("cpu"),
+        }  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        stored, prior, device = state.pop("index"), state.pop("prior"), present(state.pop("device"))
+        rows = state.pop("rows")
+        rows = replace(rows, keys=_writable(rows.keys), points=None if rows.points is None else _writable(rows.points))
+        index = None
+        if stored is not None:
+            index = VectorIndex.of_array(stored[1], stored[0], device, rows.met.dtype == np.float16)
+        self.__init__(rows=rows, index=index, device=device, **state)  # type: ignore[misc]
+        self.prior = prior
+
+    @classmethod
+    def from_features(
+        cls,
+        keys: Features,
+        labels: Labels,
+        class_names: Sequence[str],
+        text_weights: Features | None = None,
+        *,
+        settings: Settings | None = None,
+        index: str = "Flat",
+        device: str = "auto",
+        sources: Sequence[str] | None = None,
+        values: Features | None = None,
+        precision: Precision = "float32",
+    ) -> Self:
+        """Create an index from precomputed features.
+
+        Args:
+            keys: the features of the shots, as a floating-point array of shape ``[n, d]``. They are not normalised, so
+                make sure that they are unit vectors.
+            labels: the class of each key, given by its name or by its position in ``class_names``.
+            class_names: the names of the ``c`` classes, in order. A class may have no keys.
+            text_weights: the text weights, as unit vectors of shape ``[c, d]``. If ``None``, only the cache is used.
+            settings: the defaults for every call. By default, these are the settings of the paper.
+            index: the FAISS factory string, for example ``Flat``, ``IVF256,Flat``, ``HNSW32`` or ``SQfp16``. You can
+                also pass ``Classes`` for an index over class means, or ``auto`` to let :func:`keys.auto_for` select the
+                type and ``k``.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            sources: the path or id of each key, which is shown with predictions.
+            values: the trained values, of shape ``[n, c]``. Defaults to one-hot labels.
+            precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
+
+        Raises:
+            InputError: if shapes do not match, if values are not finite, or if a label is not a class.
+            UsageError: if alpha, beta, the device, the index or the precision is invalid.
+        """
+        matrix, names = inputs.matrix(keys, "keys"), inputs.names(class_names)
+        ids, device = inputs.ids_of(labels, names, len(matrix)), resolve_device(device)
+        if sources is not None and len(sources) != len(ids):
+            raise InputError(f"sources: there are {len(sources)} sources for {len(ids)} keys; pass one source per key")
+        order = np.argsort(ids, kind="stable")
+        table = label_table(names, ids[order], None if sources is None else [sources[i] for i in order], key_ids=order)
+        ordered = np.ascontiguousarray(matrix[order])
+        settings = Settings() if settings is None else settings
+        factory = index
+        if index == "auto":
+            factory, k = auto_for(matrix.shape, matrix.dtype, len(names), device)
+            settings = replace(settings, k=k)
+        trained = None if values is None else inputs.values_of(values, len(ids), len(names))[order]
+        return cls(
+            ArrayRows(ordered, table, trained),
+            names,
+            inputs.text_weights(text_weights, len(names), matrix.shape[1]),
+            index_over(ordered, ids[order], len(names), factory, device),
+            settings=settings,
+            device=device,
+            precision=precision,
+        )
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The manifest of the version that this index was loaded from or saved as."""
+        return None if self.stored is None else self.stored.manifest
+
+    @property
+    def version(self) -> int | None:
+        """The number of this version."""
+        return None if self.stored is None else self.stored.manifest.version
+
+    @property
+    def place(self) -> str | None:
+        """The folder or the store that this index was loaded from or saved to."""
+        return None if self.stored is None else self.stored.place
+
+    @property
+    def folder(self) -> Path | None:
+        """The index folder that this index was loaded from or saved to."""
+        return self.stored.check.folder if isinstance(self.stored, Stored) else None
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.n} keys of {self.d}, {len(self.class_names)} classes, "
+            f"index={self.index_type!r}, alpha={self.settings.alpha:g}, beta={self.settings.beta:g}, "
+            f"k={self.settings.k or 'all'}, device={self.device!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        shown = zip(self.class_names[:SHOWN_CLASSES], self.counts, strict=False)
+        few = ", ".join(f"{name} {number}" for name, number in shown)
+        more = f" and {len(self.class_names) - SHOWN_CLASSES:,} more" if len(self.class_names) > SHOWN_CLASSES else ""
+        own = self.settings
+        settings = f"alpha {own.alpha:.4g}, beta {own.beta:.4g}, k {own.k or 'all'}, "
+        settings += f"{'with' if own.tail else 'without'} tail, temperature {own.temperature:.4g}"
+        rows: list[tuple[str, object]] = [
+            ("keys", f"{self.n:,} of {self.d:,} values, {self.dtype}"),
+            ("classes and their keys", f"{len(self.class_names):,}: {few}{more}"),
+            ("settings", settings),
+            ("text", f"logit scale {own.logit_scale:.4g}" if self.has_text else "none: only the cache is used"),
+            ("index", f"{self.index_type} on {self.device}"),
+            ("backbone", self.backbone or "unnamed"),
+            ("folder", f"{self.place}, version {self.version}" if self.place else "not from a folder"),
+        ]
+        return table((), rows, markup(f"<b>{type(self).__name__}</b>"))
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        precision: Precision = "auto",
+        verify: Verify = "full",
+        check: Check | None = None,
+        version: int | None = None,
+    ) -> Self:
+        """Open the current version of an index folder, or an earlier version.
+
+        Keys and values are memory-mapped.
+
+        Args:
+            folder: the index folder.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            precision: the dtype that is used to multiply queries with all keys (see :class:`keys.Keys`).
+            verify: ``full`` to compare every file with its digest, or ``fast`` to compare only the size of large files.
+            check: a check that has already been started. If it is given, the version under check is opened.
+            version: the version number to open. Defaults to the current version.
+
+        Raises StoreError if a file is missing or damaged, has a newer format, or does not match the manifest.
+        """
+        place, device = Path(folder), resolve_device(device)
+        if version is None:
+            index, check = opened(
+                place, lambda manifest: cls._opened(place, manifest, device, precision), verify=verify, check=check
+            )
+        else:
+            check = Check(place, read_version(place, version), verify)
+            check.wait()
+            index = cls._opened(place, check.manifest, device, precision)
+        index.stored = Stored.of(check, index._contents())
+        return index
+
+    @classmethod
+    def _opened(cls, place: Path, manifest: Manifest, device: str, precision: Precision) -> Self:
+        contents = Contents.read(place, manifest)
+        values = None if contents.values is None else torch.from_numpy(contents.values)
+        points = points_of(contents.metric, contents.keys, device) if contents.points is None else contents.points
+        rows = ArrayRows(contents.keys, contents.labels, values, points, contents.sums)
+        index = cls(
+            rows, text_weights=torch.from_numpy(contents.text), index=_read_index(place, manifest, rows, device),
+            curve=contents.curve, precision=precision, metric=contents.metric, **described_by(manifest, device),
+        )  # fmt: skip
+        index.prior = contents.prior
+        return index
+
+    def on(self, device: str, precision: Precision) -> Self:
+        """Return this version of an index folder on another device and in another precision."""
+        assert isinstance(self.stored, Stored)
+        if device == self.device:
+            self.precision = precision
+            self._follow()
+            return self
+        check = self.stored.check
+        return type(self).load(check.folder, device=device, precision=precision, check=check)
+
+    def reload(self) -> Index:
+        """Return the current version of the index, or the index itself if it is up to date.
+
+        Unsaved changes to the settings are lost. Raises UsageError if the index has no folder.
+        """
+        if self.stored is None:
+            raise UsageError("reload: the index has no folder; save it first")
+        if not isinstance(self.stored, Stored):
+            return self.stored.reload(self)
+        before = self.stored.check
+        manifest = read_manifest(before.folder)
+        if manifest == before.manifest:
+            return self
+        check = Check(before.folder, manifest, before.verify, set(before.manifest.data_files))
+        return type(self).load(before.folder, device=self.device, precision=self.precision, check=check)
+
+    def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
+        """Write the next version of an index folder, or the first version of a new folder (see :func:`writer.write`).
+
+        Unchanged files are shared with the previous version. ``change`` describes the new version in the history. If
+        the keys are in a table, the index in the folder has the type ``Flat``.
+
+        Raises:
+            StoreError: if the folder cannot be written, or if it has changed since it was loaded.
+            InputError: if the contents cannot be stored.
+        """
+        with write(Path(folder)) as writer:
+            own = self.folder is not None and real(self.folder) == real(writer.folder)
+            if writer.parent is not None and own:
+                self._check_current(writer)
+            index = self if isinstance(self.rows, ArrayRows) else self.over(self.rows.written(writer))
+            index.commit(writer, change)
+
+    def save_settings(self, folder: str | os.PathLike[str], change: str = "change settings") -> None:
+        """Write only the settings and the provenance, as a new version that shares all data files.
+
+        Later changes of the keys keep these settings (see :class:`settings.Fitted`). Raises StoreError if the folder
+        has changed since it was loaded.
+        """
+        with write(Path(folder)) as writer:
+            self._check_current(writer)
+            assert isinstance(self.stored, Stored)
+            self.fitted = None if self.fitted is None else replace(self.fitted, automatic=False)
+            if writer.parent is not None and writer.parent.later:
+                self.commit(writer, change)
+                return
+            writer.keep_all()
+            self.stored = Stored(self._committed(writer, change), self.stored.contents)
+
+    def commit(self, writer: Writer, change: str) -> None:
+        """Write the files that have changed, and make this index the current version."""
+        contents = self._contents()
+        contents.write(writer, self.stored if isinstance(self.stored, Stored) else None)
+        self.stored = Stored.of(self._committed(writer, change), contents)
+
+    def _committed(self, writer: Writer, change: str) -> Check:
+        """Write the manifest of this version, and return a check that is already complete."""
+        self.check_answers()
+        number = writer.parent.version + 1 if writer.parent else 1
+        manifest = self.manifest_of(number, writer.parent, change, writer.files)
+        writer.commit(manifest)
+        return Check(writer.folder, manifest, known=manifest.data_files)
+
+    def _check_current(self, writer: Writer) -> None:
+        current = writer.parent.version if writer.parent else None
+        if current is None or current != self.version:
+            raise StoreError(
+                f"{writer.folder}: changed from version {self.version} to {current} since it was opened; try again"
+            )
+
+    def _contents(self) -> Contents:
+        rows = self.rows.in_memory()
+        sums = rows.sums
+        return Contents(
+            keys=rows.keys,
+            labels=rows.labels,
+            text=self.text_weights,
+            values=rows.values,
+            curve=self.curve,
+            index=None if self.exact_search else self.index,
+            metric=self.metric,
+            points=rows.points,
+            sums=sums if sums is not None and sums.nbytes * SUMS_FROM <= rows.keys.nbytes else None,
+            prior=self.prior,
+        )
+
+    def manifest_of(
+        self,
+        number: int,
+        parent: Manifest | None,
+        change: str,
+        files: dict[str, DataFile],
+        *,
+        table: Table | None = None,
+        digests: dict[str, str] | None = None,
+    ) -> Manifest:
+        """Create the manifest of version ``number``. ``change`` describes how it differs from ``parent``."""
+        assert self.next_key_id is not None
+        return Manifest(
+            version=number, parent=None if parent is None else parent.version, **history.stamp(),
+            n=self.n, d=self.d, dtype=self.dtype, class_names=self.class_names, templates=self.templates,
+            settings=self.settings, index=self.index_type,
+            backbone=self.backbone.to_dict() if self.backbone else None, provenance=self.provenance, files=files,
+            next_key_id=self.next_key_id, change=change, table=table, fitted=self.fitted, built=self.built,
+            digests=digests or {},
+        )  # fmt: skip
+
+
+CacheModel = Index
+"""The earlier name of :class:`Index`."""
+
+
+def described_by(manifest: Manifest, device: str) -> dict[str, Any]:
+    """Return the arguments of :class:`Index` that a manifest states."""
+    return {
+        "class_names": manifest.class_names, "settings": manifest.settings, "templates": manifest.templates,
+        "backbone": Identity.from_dict(manifest.backbone) if manifest.backbone else None, "device": device,
+        "provenance": manifest.provenance, "next_key_id": manifest.next_key_id, "fitted": manifest.fitted,
+        "built": manifest.built,
+    }  # fmt: skip
+
+
+def _not_mapped(array: Any) -> Any:
+    """Return an array that is not memory-mapped."""
+    return np.array(array) if isinstance(array, np.memmap) else array
+
+
+def _writable(array: KeyArray) -> KeyArray:
+    """Return an array that torch accepts. In a process of joblib, it is mapped from a file that is read-only."""
+    return np.require(array, requirements="W")
+
+
+def _read_index(place: Path, manifest: Manifest, rows: ArrayRows, device: str) -> VectorIndex:
+    if manifest.index == FLAT_FACTORY:
+        return VectorIndex.build(rows.met, FLAT_FACTORY, device)
+    file, c = manifest.files["index"], len(manifest.class_names)
+    path, half = place / file.name, manifest.dtype == "float16"
+    index = VectorIndex.load(path, manifest.index, device, half, file.rows)
+    matches = index.n <= c if index.by_class else index.n == manifest.files["keys"].rows
+    if index.d != manifest.d or not matches:
+        raise StoreError(f"{path}: does not match the manifest; build the index again")
+    if not manifest.later:
+        return index
+    if index.by_class:
+        return index_over(rows.met, rows.class_ids, c, manifest.index, device)
+    return index.refilled(rows.met)
+
+
+def verify(folder: str | os.PathLike[str]) -> Index:
+    """Verify every byte in all versions of an index folder, and check that the files are consistent.
+
+    Returns the opened index. Raises StoreError if a file is damaged or does not match the others.
+    """
+    place = Path(folder)
+    index = Index.load(place, device="cpu")
+    rows, vectors = index.rows.in_memory(), index.index
+    assert vectors is not None
+    check_earlier(place)
+    if not torch.isfinite(index.text_weights).all():
+        raise StoreError(f"{place}: text weights are not finite; build the index again")
+    if rows.values is not None and not torch.isfinite(rows.values).all():
+        raise StoreError(f"{place}: values are not finite; fit again, or roll back to the previous version")
+    class_ids = rows.class_ids
+    blocks = ((rows.keys[part], class_ids[part]) for part in slices(rows.n, KEY_BLOCK))
+    if rows.sums is not None and not rows.sums.are_of(blocks):
+        raise StoreError(f"{place}: sums do not match the keys; run index rebuild, then fit")
+    own = rows.met
+    if vectors.by_class:  # the means are recomputed, because those in the index may be damaged
+        own = Keys(rows.met, class_ids, len(index.class_names)).means.numpy()
+    sample = np.unique(np.linspace(0, len(own) - 1, min(len(own), 256)).astype(int))
+    queries = np.ascontiguousarray(own[sample], dtype=np.float32)
+    if not np.isfinite(queries).all():
+        raise StoreError(f"{place}: keys are not finite; build the index again")
+    if not vectors.exact_search:
+        affinity, found = vectors.search(queries, 1)
+    if not vectors.exact_search and vectors.exact_affinity:
+        expected = np.einsum("qd,qd->q", queries, own[np.maximum(found[:, 0], 0)], dtype=np.float64)
+        if not np.allclose(affinity[:, 0], expected, rtol=1e-3, atol=1e-3):
+            raise StoreError(f"{place}: the FAISS index does not match the keys; build the index again")
+    return index

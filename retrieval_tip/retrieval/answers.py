@@ -1,0 +1,127 @@
+"""Turn the logits of a block of queries into predictions with their evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from torch import Tensor
+
+from retrieval_tip import tip
+from retrieval_tip.data.encoder import FeatureBlock
+from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Predictions, lists
+from retrieval_tip.retrieval.evidence import Contributors, Nearest
+from retrieval_tip.retrieval.logits import AnswerTerms, Retrieval, first_two
+from retrieval_tip.retrieval.rows import Rows
+from retrieval_tip.settings import Ask, Settings
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerBlock:
+    """The answers to a block of queries.
+
+    Attributes:
+        rows: the labelled keys of the index.
+        class_names: the names of the classes.
+        retrieval: the retrieval that gave the answers, with the settings of the question.
+        ask: the question.
+        block: the queries.
+        features: the features of the queries, of shape ``[q, d]``, as a float32 tensor on the device.
+        terms: the terms of the logits.
+        logits: the logits of all classes, of shape ``[q, c]``.
+    """
+
+    rows: Rows
+    class_names: Sequence[str]
+    retrieval: Retrieval
+    ask: Ask
+    block: FeatureBlock
+    features: Tensor
+    terms: AnswerTerms
+    logits: Tensor
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the question."""
+        return self.retrieval.settings
+
+    @cached_property
+    def ranked(self) -> Tensor:
+        """The class ids of the most probable classes, of shape ``[q, m]``, most probable first."""
+        return self.logits.topk(min(self.ask.top, self.logits.shape[1]), dim=1).indices
+
+    def predictions(self) -> Predictions:
+        """Return one prediction per query. The queries are named by their positions."""
+        settings, terms, logits = self.settings, self.terms, self.logits
+        ranked = self.ranked  # at any temperature
+        chances = _doubles(tip.probabilities(logits, settings.temperature).gather(1, ranked))
+        winner, m, names = ranked[:, :1], ranked.shape[1], pa.array(self.class_names, pa.string())
+        labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
+        shots = self._shots()
+        columns = {
+            "input": pa.array(self.block.positions).cast(pa.string()),
+            "label": labels if m == 1 else names.take(pa.array(ranked[:, 0].cpu().numpy())),
+            "probability": chances[:, 0],
+            "labels": lists(labels, m),
+            "probabilities": lists(chances, m),
+            "text_logit": _doubles(terms.text.gather(1, winner))[:, 0],
+            "cache_logit": settings.alpha * _doubles(terms.cache.gather(1, winner))[:, 0],
+            "neighbours": self._neighbours(None if shots is None else shots.supporting, ranked),
+            "opposing": self._opposing(None if shots is None else shots.opposing, ranked),
+        }
+        if self.ask.logits:
+            columns["logits"] = lists(logits.cpu().numpy(), logits.shape[1])
+        if terms.discriminant is not None:
+            factor = settings.alpha * settings.gamma
+            columns["discriminant_logit"] = factor * _doubles(terms.discriminant.gather(1, winner))[:, 0]
+        if terms.keys is not None:
+            columns["keys"] = terms.keys.cpu().numpy()
+        if settings.least_cache is not None:
+            strongest = terms.strongest(self.retrieval.keys.counts)
+            columns["unlike"] = (strongest < settings.least_cache).cpu().numpy()
+        known = [column for column in PREDICTIONS if column in columns]
+        schema = pa.schema([SCHEMA.field(column) for column in known])
+        return Predictions(pa.table([columns[column] for column in known], schema=schema))
+
+    def _shots(self) -> Contributors | None:
+        if self.terms.shots is not None or not self.ask.neighbours:
+            return self.terms.shots
+        retrieval = self.retrieval
+        return retrieval.contributors(retrieval.points(self.features), *first_two(self.logits), self.ask.neighbours)
+
+    def _neighbours(self, near: Nearest | None, classes: Tensor) -> pa.ListArray:
+        kind = PREDICTIONS["neighbours"]
+        if near is None:
+            ends = np.zeros(len(classes) + 1, np.int32)
+            return pa.ListArray.from_arrays(pa.array(ends), pa.array([], kind.value_type))
+        there = near.rows >= 0
+        ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).cpu().numpy()]).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(ends), self._described(near, classes))
+
+    def _opposing(self, near: Nearest | None, classes: Tensor) -> pa.StructArray:
+        if near is None:
+            return pa.nulls(len(classes), PREDICTIONS["opposing"])
+        there = (near.rows[:, 0] >= 0).cpu().numpy()
+        return self._described(near, classes).take(pa.array(there.cumsum() - 1, mask=~there))
+
+    def _described(self, near: Nearest, classes: Tensor) -> pa.StructArray:
+        there, every = near.rows >= 0, self.retrieval.values
+        weight = tip.weight(near.affinity, self.settings.beta)
+        if every is None:
+            values = (near.class_ids[:, :, None] == classes[:, None]).float()
+        else:
+            values = every[near.rows.clamp_min(0)[:, :, None], classes[:, None]]
+        used, places = np.unique(near.rows[there].cpu().numpy(), return_inverse=True)
+        described = self.rows.described(used, ["key_id", "source", "label"]).take(pa.array(places))
+        named = [column.combine_chunks() for column in described.columns]
+        figures = [pa.array(_doubles(figure[there])) for figure in (near.affinity, weight)]
+        gives = lists(_doubles((weight[:, :, None] * values)[there]), classes.shape[1])
+        return pa.StructArray.from_arrays([*named, *figures, gives], fields=list(PREDICTIONS["opposing"]))
+
+
+def _doubles(values: Tensor) -> npt.NDArray[np.float64]:
+    return np.asarray(values.double().cpu())
