@@ -185,9 +185,8 @@ def answer(page: Page) -> dict[str, Any]:
             const part = (row, name) => value(row.querySelector(`td.${name}-part`));
             const rows = [...drawer.querySelectorAll("#logits tr")];
             return {
-                label: drawer.dataset.label,
-                probability: Number(drawer.dataset.probability),
-                text_logit: Number(drawer.dataset.textLogit), cache_logit: Number(drawer.dataset.cacheLogit),
+                label: rows[0].dataset.label, probability: value(rows[0].querySelector(".p")),
+                text_logit: part(rows[0], "text"), cache_logit: part(rows[0], "cache"),
                 labels: rows.map((row) => row.dataset.label),
                 probabilities: rows.map((row) => value(row.querySelector(".p"))),
                 logits: rows.map((row) => part(row, "text") + part(row, "cache")),
@@ -1944,7 +1943,7 @@ def test_answers_are_confirmed_one_by_one_or_together(page: Page) -> None:
     ask(page, *caltech_photos("test", "pizza", 3))
     matched = page.locator("#grid .tile:not(.unlike)")
     matched.first.click()
-    label = page.locator("#drawer").get_attribute("data-label")
+    label = answer(page)["label"]
     page.press("#drawer", "Enter")
     expect(page.locator("#notice")).to_contain_text(f"Added 1 example photo to {label}.")
     expect(page.locator("#drawer-right")).to_be_hidden()  # already confirmed
