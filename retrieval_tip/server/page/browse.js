@@ -4,7 +4,7 @@ import { estimated, gained } from "./accuracy.js";
 import * as api from "./api.js";
 import { looked, pagePhotos } from "./classify.js";
 import { confirmed } from "./dialogs.js";
-import { $, button, classField, count, debounced, el, failure, isFor, named, nameOf, percent, picture, plural, refill } from "./dom.js";
+import { $, attempt, button, classField, count, debounced, el, failure, isFor, named, nameOf, percent, picture, plural, refill } from "./dom.js";
 import { Grid } from "./grid.js";
 import { KeyMap, placeOf } from "./map.js";
 import { undoable } from "./notice.js";
@@ -36,20 +36,18 @@ class Part {
     if (this.#version !== current()) this.load();
   }
 
-  async load() {
+  load() {
     this.#version = current();
     this.#asked.abort(); // so that a late response does not replace a newer one
     this.#asked = new AbortController();
     const { signal } = this.#asked;
     const waiting = (problem) => (this.state.textContent = api.retrying(problem));
-    this.state.textContent = "Loading…";
-    try {
+    return attempt(this.state, async () => {
+      this.state.textContent = "Loading…";
       const found = await this.fetchPart({ signal, waiting });
       signal.throwIfAborted();
       this.state.textContent = this.show(found) ?? "";
-    } catch (error) {
-      if (error.name !== "AbortError") this.state.replaceChildren(failure(error, () => this.load()));
-    }
+    });
   }
 }
 

@@ -113,13 +113,13 @@ export function preview(file, alt, ...none) {
 
 export const noPreview = () => el("span", { class: "none" }, "no preview");
 
-/** Do some work. If it fails, show the reason in an element, and offer to try again. */
+/** Do some work. If it fails without being aborted, show the reason in an element, and offer to try again. */
 export async function attempt(place, work) {
   place.replaceChildren();
   try {
     await work();
   } catch (error) {
-    place.replaceChildren(failure(error, () => attempt(place, work)));
+    if (error.name !== "AbortError") place.replaceChildren(failure(error, () => attempt(place, work)));
   }
 }
 
