@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = [
@@ -81,3 +82,89 @@ def drag_files(
     for kind in kinds:
         session.send("Input.dispatchDragEvent", {"type": kind, "x": at[0], "y": at[1], "data": data})
     session.detach()
+
+
+class Opened:
+    """An open page that records console messages, uncaught errors and requests to other hosts.
+
+    ``expected`` holds the beginnings of allowed messages.
+    """
+
+    def __init__(
+        self,
+        browser: Browser,
+        address: str,
+        at: str = "",
+        ready: str = "#index-facts",
+        expected: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        options = {"viewport": {"width": 1200, "height": 900}, "reduced_motion": "reduce"} | options
+        self.context = browser.new_context(**options)
+        self.page = self.context.new_page()
+        self.expected = [*expected]
+        self.wrong: list[str] = []
+        self.page.set_default_timeout(PATIENCE)
+        self.page.on("console", lambda message: self.wrong.append(message.text))
+        self.page.on("pageerror", lambda error: self.wrong.append(f"uncaught: {error}"))
+        self.page.on(
+            "request",
+            lambda request: (
+                request.url.startswith((address, "blob:")) or self.wrong.append(f"request to {request.url}")
+            ),
+        )
+        self.page.goto(f"{address}{at}")
+        expect(self.page.locator(ready).first).not_to_be_empty()
+
+    def close(self) -> None:
+        """Close the page, and check that it recorded nothing unexpected."""
+        self.context.close()
+        assert [text for text in self.wrong if not text.startswith(tuple(self.expected))] == []
+
+
+def violations(page: Page) -> list[str]:
+    """Return the accessibility violations that axe finds on the page."""
+    axe = pytest.importorskip("axe_playwright_python", reason="SKIPPED: no axe; pip install -e '.[dev]'")
+    page.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text())
+    found = page.evaluate("async () => (await axe.run()).violations")
+    return [f"{one['id']}: {node['html']}" for one in found for node in one["nodes"]]
+
+
+def refuse(route: Route, status: int, detail: str, **headers: str) -> None:
+    """Answer a request with a problem."""
+    problem = {"type": "about:blank", "title": "Refused", "status": status, "detail": detail}
+    route.fulfill(status=status, headers=headers, json=problem)
+
+
+def hold(page: Page, pattern: str) -> list[Route]:
+    """Return the list of the requests that the page sends from now on. They wait until they are continued."""
+    held: list[Route] = []
+    page.route(pattern, lambda route: held.append(route))
+    return held
+
+
+def wait_for(page: Page, held: Sequence[Route], number: int) -> Route:
+    """Wait for the given number of held requests, and return the last one."""
+    while len(held) < number:
+        page.wait_for_timeout(50)
+    return held[number - 1]
+
+
+def tab_to(page: Page, wanted: Locator) -> None:
+    """Press Tab until ``wanted`` has the focus."""
+    for _ in range(60):
+        if wanted.evaluate("element => element === document.activeElement"):
+            return
+        page.keyboard.press("Tab")
+    pytest.fail(f"{wanted} is not reached")
+
+
+def get(page: Page, path: str) -> Any:
+    """Return an answer of the server."""
+    return page.request.get(f"{page.evaluate('location.origin')}{path}").json()
+
+
+def submit(page: Page, field: str, text: str) -> None:
+    """Fill in a field, and press Enter."""
+    page.fill(field, text)
+    page.keyboard.press("Enter")

@@ -5,6 +5,10 @@ import { pause } from "./api.js";
 import { $, calm, percent, whole } from "./dom.js";
 import { state } from "./state.js";
 
+const STEP = 150; // ms for which each number is shown while the accuracy counts up or down
+let told = ""; // the index whose accuracy the screens tell
+let shown = null; // the index whose accuracy is in the header, and the accuracy
+
 const known = (accuracy) => typeof accuracy?.photos === "number";
 
 /** Return a sentence about an accuracy, or "" if the accuracy is unknown. */
@@ -19,24 +23,17 @@ export function judged(accuracy) {
 /** Return the accuracy of the current version, or null if the server cannot estimate it. */
 export const estimated = () => state.accuracy().catch(() => null);
 
-/** Show the accuracy in an element. The last known accuracy is shown until the server returns a newer one. */
-export async function showAccuracy(element) {
+/** Show the accuracy on two screens, and in the header, with its interval. The last known accuracy is shown until the
+ *  server returns a newer one. In the header, the number counts from there. */
+async function show() {
   const { info } = state;
   const { fit } = info.provenance;
-  if (element.dataset.index !== info.name) element.textContent = judged(fit);
-  element.dataset.index = info.name;
-  const now = await estimated();
-  if (info === state.info) element.textContent = judged(known(now) ? now : fit);
-}
-
-const STEP = 150; // ms for which each number is shown while the accuracy counts up or down
-let shown = null; // the index whose accuracy is in the header, and the accuracy
-
-/** Show the accuracy of the current version in the header, with its interval. It counts from the last accuracy. */
-async function showInHeader() {
-  const { info } = state;
+  const tell = (accuracy) => ["judged", "index-judged"].forEach((id) => ($(id).textContent = judged(accuracy)));
+  if (told !== info.name) tell(fit);
+  told = info.name;
   const now = await estimated();
   if (info !== state.info) return;
+  tell(known(now) ? now : fit);
   $("index-accuracy").hidden = !known(now);
   if (!known(now)) return;
   let from = shown?.name === info.name && !calm.matches ? shown.both : now.both;
@@ -48,7 +45,7 @@ async function showInHeader() {
   }
   if (info === state.info) $("index-accuracy").textContent = `${percent(now.both)} accurate (${whole(now.low)}–${whole(now.high)})`;
 }
-for (const event of ["index", "version"]) state.addEventListener(event, showInHeader);
+for (const event of ["index", "version"]) state.addEventListener(event, show);
 
 /** Return a sentence about the effect of a change on the accuracy, or "" if one of the two accuracies is unknown. */
 export async function gained(before) {

@@ -36,7 +36,7 @@ async function problemOf(response) {
 
 /** Fetch JSON, with the token if it is known. After status 202, 429 or 503, call `waiting(problem)`, wait for the time
  *  in Retry-After, or for two seconds, and try again. */
-async function request(path, { waiting, signal, patience = PATIENCE, ...options } = {}) {
+export async function request(path, { waiting, signal, patience = PATIENCE, ...options } = {}) {
   const token = sessionStorage.getItem(TOKEN);
   // headers cannot contain characters that are not printable ASCII, and no token does
   const headers = { ...(token && { Authorization: `Bearer ${token.replace(/[^\x20-\x7e]/g, "?")}` }), ...options.headers };
@@ -85,85 +85,51 @@ export function retrying({ message }) {
 }
 
 const asking = limited(4);
-const at = (name) => `/v1/indexes/${encodeURIComponent(name)}`;
-const query = (parameters) => {
+
+/** Return the path of an index, or of something in it. */
+export const at = (name, what = "") => `/v1/indexes/${encodeURIComponent(name)}${what}`;
+
+export function query(parameters) {
   const given = new URLSearchParams();
   for (const [name, value] of Object.entries(parameters)) {
-    for (const one of Array.isArray(value) ? value : [value])
-      if (one !== undefined && one !== "") given.append(name, one);
+    for (const one of [value].flat()) if (one !== undefined && one !== "") given.append(name, one);
   }
   return `?${given}`;
-};
-const json = (body, method = "POST") => ({ method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+}
 
-export const indexes = () => request("/v1/indexes");
-export const index = (name) => request(at(name));
-export const keys = (name, parameters, options) => request(`${at(name)}/keys${query(parameters)}`, options);
-export const map = (name, method, limit, options) => request(`${at(name)}/map${query({ method, limit })}`, options);
-export const audit = (name, parameters, options) => request(`${at(name)}/audit${query(parameters)}`, options);
-export const accuracy = (name) => request(`${at(name)}/accuracy`);
-export const exemplars = (name) => request(`${at(name)}/exemplars`);
-export const history = (name) => request(`${at(name)}/history`);
-export const labelling = () => request("/v1/label");
-export const labelPhoto = (photo) => `/v1/label/photos/${photo}/image`;
-export const pictureOf = (name, keyId) => `${at(name)}/keys/${keyId}/image`;
+export const json = (body, method = "POST") => ({ method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
 
-/** Classify an image file. */
-export function classifyFile(file, parameters, options) {
-  return asking(() => {
-    options.signal?.throwIfAborted();
-    const body = new FormData();
-    body.append("images", file, file.name);
-    return request(`/v1/classify${query(parameters)}`, { ...options, method: "POST", body });
-  });
+/** Return a request with a form, given as [name, text or file] pairs. */
+export function form(pairs) {
+  const body = new FormData();
+  for (const pair of pairs) body.append(...pair);
+  return { method: "POST", body };
 }
 
 /** Return a request with features as binary numbers, because there may be thousands. */
-function floats(features) {
+export function floats(features) {
   const [{ length }] = features;
   const body = new Float32Array(features.length * length);
   features.forEach((row, i) => body.set(row, i * length));
   return { method: "POST", headers: { "Content-Type": "application/octet-stream" }, body };
 }
 
-/** Classify images again, using the features in earlier answers. */
-export const classifyFeatures = (features, parameters, options) =>
+export const indexes = () => request("/v1/indexes");
+export const index = (name) => request(at(name));
+export const keys = (name, parameters, options) => request(at(name, `/keys${query(parameters)}`), options);
+export const map = (name, method, limit, options) => request(at(name, `/map${query({ method, limit })}`), options);
+export const audit = (name, parameters, options) => request(at(name, `/audit${query(parameters)}`), options);
+export const accuracy = (name) => request(at(name, "/accuracy"));
+export const exemplars = (name) => request(at(name, "/exemplars"));
+export const history = (name) => request(at(name, "/history"));
+export const groups = (name, features) => request(at(name, "/groups"), floats(features));
+export const labelling = () => request("/v1/label");
+export const labelPhoto = (photo) => `/v1/label/photos/${photo}/image`;
+export const pictureOf = (name, keyId) => at(name, `/keys/${keyId}/image`);
+
+/** Classify an image in a form, or the features of earlier answers. */
+export const classify = (sent, parameters, options) =>
   asking(() => {
-    options.signal?.throwIfAborted();
-    return request(`/v1/classify${query(parameters)}`, { ...options, ...floats(features) });
+    options.signal.throwIfAborted();
+    return request(`/v1/classify${query(parameters)}`, { ...options, ...sent });
   });
-
-/** Group similar features. */
-export const groups = (name, features) => request(`${at(name)}/groups`, floats(features));
-
-/** Add photos as examples of one class. */
-export function addShots(name, label, files) {
-  const body = new FormData();
-  body.append("label", label);
-  for (const file of files) body.append("images", file, file.name);
-  return request(`${at(name)}/keys`, { method: "POST", body });
-}
-
-/** Create an index from [label, file] pairs, and fit it. */
-export function makeIndex(name, like, pairs) {
-  const body = new FormData();
-  body.append("name", name);
-  for (const [label, file] of pairs) {
-    body.append("label", label);
-    body.append("images", file, file.name);
-  }
-  return request(`/v1/indexes${query({ like })}`, { method: "POST", body });
-}
-
-export const renameIndex = (name, to) => request(at(name), json({ name: to }, "PATCH"));
-export const duplicateIndex = (name, to) => request(`${at(name)}/duplicate`, json({ name: to }));
-export const deleteIndex = (name) => request(at(name), { method: "DELETE" });
-export const fit = (name) => request(`${at(name)}/fit`, { method: "POST" });
-export const removeShots = (name, keyIds) => request(`${at(name)}/keys${query({ key_id: keyIds })}`, { method: "DELETE" });
-export const relabel = (name, change) => request(`${at(name)}/relabel`, json(change));
-export const rename = (name, change) => request(`${at(name)}/rename`, json(change));
-export const rollback = (name, change) => request(`${at(name)}/rollback`, json(change));
-/** Set or remove labels in the labelling session, or skip photos, and return the new state of the session. */
-export const setLabels = (change) => request("/v1/label", { ...json(change), patience: 0 });
-/** Copy all photos of the labelling session into folders by class. */
-export const sortPhotos = (into) => request("/v1/label/sort", json({ into }));

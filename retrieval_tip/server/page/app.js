@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { showScreen } from "./browse.js";
 import { addFiles } from "./classify.js";
-import { $, failure } from "./dom.js";
+import { $, attempt } from "./dom.js";
 import { placeSettings } from "./drawer.js";
 import { gather } from "./files.js";
 import { showLabelView } from "./label.js";
@@ -13,18 +13,20 @@ import { askToken, state } from "./state.js";
 import * as teach from "./teach.js";
 
 const CHOSEN = "retrieval-tip index";
-const TABS = { classify: "Photos", label: "Label", classes: "Classes", check: "Check labels", map: "Map", history: "History" };
-const TITLES = { ...TABS, teach: "Teach", settings: "Settings" };
-const VIEWS = Object.keys(TITLES);
+const TITLES = {
+  classify: "Photos", label: "Label", classes: "Classes", check: "Check labels", map: "Map", history: "History", teach: "Teach", settings: "Settings",
+};
+const tabs = [...document.querySelectorAll("[role=tab]")];
 
 function route() {
   $("overlay").firstElementChild.textContent =
     location.hash === "#teach" ? "Each folder becomes a class. Single photos are added to the marked class." : "Drop your photos here";
-  const view = VIEWS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "classify";
-  for (const name of VIEWS) $(`${name}-view`).hidden = name !== view;
-  for (const name of Object.keys(TABS)) {
-    $(`tab-${name}`).setAttribute("aria-selected", String(name === view));
-    $(`tab-${name}`).tabIndex = name === (view in TABS ? view : "classify") ? 0 : -1;
+  const view = location.hash.slice(1) in TITLES ? location.hash.slice(1) : "classify";
+  for (const name of Object.keys(TITLES)) $(`${name}-view`).hidden = name !== view;
+  const selected = tabs.find(({ hash }) => hash === `#${view}`);
+  for (const tab of tabs) {
+    tab.ariaSelected = String(tab === selected);
+    tab.tabIndex = tab === (selected ?? tabs[0]) ? 0 : -1;
   }
   placeSettings();
   document.title = `${TITLES[view]} · ${state.info?.name ?? "retrieval-tip"}`;
@@ -35,21 +37,26 @@ function route() {
 /** Fetch changes that other users have made. If this fails, they appear with the next answer. */
 const follow = () => state.info && state.refresh().catch(() => {});
 
-async function choose(name) {
-  $("problem").replaceChildren();
-  try {
+const choose = (name) =>
+  attempt($("problem"), async () => {
     await state.open(name);
     sessionStorage.setItem(CHOSEN, name);
     route();
+  });
+
+/** Return the list of classifiers. A private server asks for the token first. */
+async function listed() {
+  try {
+    return await api.indexes();
   } catch (error) {
-    $("problem").replaceChildren(failure(error, () => choose(name)));
+    if (error.status !== 401 || !(await askToken())) throw error;
+    return listed();
   }
 }
 
-async function start(prefer = null) {
-  $("problem").replaceChildren();
-  try {
-    const { indexes: served, makes, labels } = await api.indexes();
+const start = (prefer = null) =>
+  attempt($("problem"), async () => {
+    const { indexes: served, makes, labels } = await listed();
     const names = served.map(({ name }) => name);
     state.mayChange = makes || served.some(({ changes }) => changes);
     state.dispatchEvent(new Event("indexes"));
@@ -59,19 +66,13 @@ async function start(prefer = null) {
     showMenu(names, choose);
     $("to-teach").hidden = !state.mayChange;
     if (!names.length && !makes) throw new api.Problem("This server has no classifier yet and cannot create one.");
-    if (!names.length) {
-      $("index-facts").textContent = "no classifier yet";
-      if (!labels) location.hash = "#teach";
-      return;
+    if (names.length) {
+      const wanted = prefer ?? sessionStorage.getItem(CHOSEN);
+      return choose(names.includes(wanted) ? wanted : names[0]);
     }
-    const wanted = prefer ?? sessionStorage.getItem(CHOSEN);
-    const chosen = names.includes(wanted) ? wanted : names[0];
-    await choose(chosen);
-  } catch (error) {
-    if (error.status === 401 && (await askToken())) return start(prefer);
-    $("problem").replaceChildren(failure(error, () => start(prefer)));
-  }
-}
+    $("index-facts").textContent = "no classifier yet";
+    if (!labels) location.hash = "#teach";
+  });
 
 /** Handle files and folders that were pasted, or dropped on an element. They are examples on the Teach screen, and
  *  are classified on other screens. */
@@ -83,22 +84,20 @@ async function receive(transfer, place) {
   addFiles(found.map(({ file }) => file));
 }
 
-const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
 let depth = 0; // dragenter and dragleave fire for every element that the pointer crosses
 const dropping = (by) => {
   depth = by ? Math.max(0, depth + by) : 0;
   document.body.classList.toggle("dropping", depth > 0);
   if (!depth) teach.aim(null);
 };
-addEventListener("dragenter", (event) => carriesFiles(event) && dropping(1));
-addEventListener("dragleave", (event) => carriesFiles(event) && dropping(-1));
-addEventListener("dragover", (event) => {
-  if (!carriesFiles(event)) return;
+const onFiles = (type, handle) => addEventListener(type, (event) => event.dataTransfer?.types.includes("Files") && handle(event));
+onFiles("dragenter", () => dropping(1));
+onFiles("dragleave", () => dropping(-1));
+onFiles("dragover", (event) => {
   event.preventDefault();
   if (location.hash === "#teach") teach.aim(event);
 });
-addEventListener("drop", (event) => {
-  if (!carriesFiles(event)) return;
+onFiles("drop", (event) => {
   event.preventDefault();
   dropping(0);
   receive(event.dataTransfer, event.target);
@@ -112,13 +111,13 @@ addEventListener("paste", (event) => {
 document.querySelector("[role=tablist]").addEventListener("keydown", (event) => {
   const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 1, ArrowUp: -1 }[event.key];
   if (event.key === " ") (event.preventDefault(), document.activeElement.click());
-  const shown = Object.keys(TABS).filter((name) => !$(`tab-${name}`).hidden);
-  const at = shown.findIndex((name) => $(`tab-${name}`) === document.activeElement);
+  const shown = tabs.filter(({ hidden }) => !hidden);
+  const at = shown.indexOf(document.activeElement);
   if (!step || at < 0) return;
   event.preventDefault();
-  const name = shown[(at + step + shown.length) % shown.length];
-  location.hash = `#${name}`;
-  $(`tab-${name}`).focus();
+  const next = shown.at((at + step) % shown.length);
+  location.hash = next.hash;
+  next.focus();
 });
 document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault(); // #main is not a view
@@ -126,9 +125,8 @@ document.querySelector(".skip").addEventListener("click", (event) => {
 });
 addEventListener("hashchange", route);
 document.addEventListener("visibilitychange", () => document.hidden || follow());
-state.addEventListener("made", (event) => (event.detail.done = start(event.detail.name)));
-
 $("help").addEventListener("click", () => $("glossary").showModal());
 
+state.reopen = start;
 route();
 start();

@@ -2,9 +2,9 @@
 
 import * as api from "./api.js";
 import * as drawer from "./drawer.js";
-import { $, count, debounced, el, noPreview, percent, plural, preview, say } from "./dom.js";
+import { $, button, chips, count, cross, debounced, el, isBare, named, noPreview, percent, plural, preview, say } from "./dom.js";
 import { Grid } from "./grid.js";
-import { notice } from "./notice.js";
+import { notice, reported, undoable } from "./notice.js";
 import { Photo, parameters } from "./photo.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
@@ -23,10 +23,10 @@ let moving = new AbortController(); // aborts requests for other settings or for
 /** Return the open photo, or else the active photo, or else the first photo, or null if there are no photos. */
 export const looked = () => drawer.openPhoto() ?? grid.active ?? photos[0] ?? null;
 
-/** Return all photos on the page. */
 export const pagePhotos = () => photos;
 
 const grid = new Grid($("grid"), {
+  image: ({ file }) => preview(file, "", noPreview()),
   tile,
   opened(photo) {
     open(photo);
@@ -34,12 +34,11 @@ const grid = new Grid($("grid"), {
   },
   chosen: showChosen,
   pressed(event) {
-    if (event.key === "Delete") return putAway(acting()), true;
-    if (event.key === "Escape" && drawer.openPhoto()) return close(), true;
-    if (event.key === "a" && !event.ctrlKey && !event.metaKey) return acceptAll(acting()), true;
-    if (!["1", "2", "3"].includes(event.key) || event.ctrlKey || event.metaKey) return false;
-    const label = choices()[Number(event.key) - 1];
-    if (label && state.info.changes) teach(acting(), label);
+    if (event.key === "Delete") putAway(acting());
+    else if (event.key === "Escape" && drawer.openPhoto()) close();
+    else if (event.key === "a" && isBare(event)) acceptAll(acting());
+    else if (/^[123]$/.test(event.key) && isBare(event)) teachChoice(Number(event.key) - 1);
+    else return false;
     return true;
   },
 });
@@ -48,19 +47,29 @@ const grid = new Grid($("grid"), {
 
 async function ask(photo) {
   const { name } = settings;
-  const { signal } = leaving;
   photo.busy = true;
   photo.problem = null;
-  changed(photo);
+  showSoon();
+  const signal = AbortSignal.any([photo.gone.signal, leaving.signal]);
+  await classify([photo], api.form([["images", photo.file]]), { features: true }, signal);
+  if (photo.shown?.name === name && name !== settings.name) askAgain([photo]);
+}
+
+/** Classify photos, and show their answers. Photos whose answers do not hold are classified again. */
+async function classify(some, sent, asked, signal) {
+  const { name } = settings;
   try {
-    const answer = await photo.ask(signal, trouble);
+    const answer = await api.classify(sent, { ...parameters(), ...asked }, { signal, waiting: trouble });
+    if (!answer.results.length) throw new api.Problem(answer.skipped[0].reason, 422);
     if (answer.version !== state.info.version) await state.refresh();
-    signal.throwIfAborted();
-    if (!photo.take(answer, answer.results[0], name, []) || name !== settings.name) askAgain([photo]);
+    signal.throwIfAborted(); // a newer request has been sent, and its answer may have arrived
+    const again = some.filter((photo, i) => !photo.take(answer, answer.results[i], name, asked.without ?? []));
+    askAgain(again.filter(({ gone }) => !gone.signal.aborted));
   } catch (error) {
-    if (error.name !== "AbortError") fail(photo, error);
+    if (error.name === "AbortError") return;
+    for (const photo of some) fail(photo, error);
   }
-  changed(photo);
+  showSoon();
 }
 
 function fail(photo, error) {
@@ -94,23 +103,11 @@ async function askAgain(asked) {
 }
 
 /** Classify photos again that leave out the same examples. */
-async function askBlock(block) {
-  const { name } = settings;
-  const [{ current, without: itself }] = block;
-  const without = current ? itself : [];
+function askBlock(block) {
+  const [{ current, without }] = block;
   const signal = AbortSignal.any([moving.signal, leaving.signal]);
-  try {
-    const asked = { ...parameters(), without, features: !current };
-    const answer = await api.classifyFeatures(block.map(({ feature }) => feature), asked, { signal, waiting: trouble });
-    if (answer.version !== state.info.version) await state.refresh();
-    signal.throwIfAborted(); // a newer request has been sent, and its answer may have arrived
-    const again = block.filter((photo, i) => !photo.take(answer, answer.results[i], name, without));
-    askAgain(again.filter(({ gone }) => !gone.signal.aborted));
-  } catch (error) {
-    if (error.name === "AbortError") return;
-    for (const photo of block) fail(photo, error);
-  }
-  block.forEach(changed);
+  const asked = { without: current ? without : [], features: !current };
+  return classify(block, api.floats(block.map(({ feature }) => feature)), asked, signal);
 }
 
 /** Add files at the top of the page. They wait until an index is open. If files are images of shots, `keyIds` contains
@@ -131,15 +128,13 @@ function begin(photo) {
 
 // --- display ---
 
-const redraw = new Set();
 let frame = 0;
 
-function changed(photo) {
-  redraw.add(photo);
+/** Show changed photos. Many answers may arrive in one frame. */
+function showSoon() {
   cancelAnimationFrame(frame);
   frame = requestAnimationFrame(() => {
-    for (const one of redraw) grid.redraw(one);
-    redraw.clear();
+    grid.draw();
     progress();
   });
 }
@@ -159,7 +154,6 @@ function remaining(left) {
 
 function progress() {
   const left = busy();
-  $("classify-view").classList.toggle("some", photos.length > 0);
   $("start").hidden = photos.length > 0;
   $("answers").hidden = !photos.length;
   const unlike = photos.filter((photo) => photo.unlike).length;
@@ -197,46 +191,37 @@ function showProblems() {
       askAgain(failed.filter(({ feature }) => feature));
       failed.filter(({ feature }) => !feature).forEach(ask);
     };
-    const again = el("button", { type: "button", id: "again", onclick: retry }, "Try again");
     const without = failed.filter((photo) => !photo.shown).length;
-    lines.push([`${failed[0].problem.message}${without ? ` ${plural(without, "photo has", "photos have")} not been classified yet.` : ""}`, again]);
+    const waiting = without ? ` ${plural(without, "photo has", "photos have")} not been classified yet.` : "";
+    lines.push([`${failed[0].problem.message}${waiting}`, button("Try again", retry, { id: "again" })]);
   } else if (lasting && busy()) lines.push([lasting]);
   if (!busy()) lasting = "";
   for (const [reason, names] of refused) {
-    const onclick = () => (refused.delete(reason), showProblems());
-    const close = el("button", { type: "button", class: "quiet", aria: { label: "Dismiss" }, onclick }, "×");
     const some = names.slice(0, 4).join(", ") + (names.length > 4 ? ` and ${names.length - 4} more` : "");
-    lines.push([`Skipped ${plural(names.length, "file")} (${reason}): ${some}`, close]);
+    const dismiss = cross("Dismiss", () => (refused.delete(reason), showProblems()));
+    lines.push([`Skipped ${plural(names.length, "file")} (${reason}): ${some}`, dismiss]);
   }
   const other = photos.find((photo) => photo.problem && !api.passing(photo.problem));
   if (other) lines.push([other.problem.message]);
   const shown = lines.map(([text]) => text).join("\n");
   if ($("troubles").dataset.shown === shown) return;
   $("troubles").dataset.shown = shown;
-  $("troubles").replaceChildren(...lines.map((parts) => el("p", {}, el("span", {}, parts[0]), ...parts.slice(1))));
+  $("troubles").replaceChildren(...lines.map(([text, ...more]) => el("p", {}, el("span", {}, text), ...more)));
 }
 
-function tile(photo, element) {
-  if (!element) {
-    const tick = el("span", { class: "tick", aria: { hidden: "true" } }, "✓");
-    element = el("div", {}, el("span", { class: "frame" }, preview(photo.file, "", noPreview()), tick), el("span", { class: "said" }), el("span", { class: "chip-of" }));
-  }
-  const said = element.children[1];
-  const chip = element.children[2];
-  const { shown, winner } = photo;
-  element.classList.toggle("busy", photo.busy);
-  element.classList.toggle("unlike", photo.unlike && !photo.taught);
-  element.classList.toggle("taught", photo.taught !== null);
+function tile(photo, element, text, note) {
+  const { shown, winner, taught } = photo;
+  const unlike = photo.unlike && taught === null;
+  for (const [name, is] of Object.entries({ busy: photo.busy, unlike, taught: taught !== null })) element.classList.toggle(name, is);
   element.title = photo.name;
   Object.assign(element.dataset, { input: photo.name, busy: photo.busy });
   if (shown) Object.assign(element.dataset, { label: winner.label, probability: winner.probability });
-  said.textContent = photo.taught ?? (photo.unlike ? "No match" : (winner?.label ?? photo.name));
-  if (photo.taught) chip.textContent = "added";
-  else if (shown) chip.textContent = photo.unlike ? "" : percent(winner.probability);
-  else chip.textContent = photo.problem ? "no answer" : "classifying…";
-  const doubtful = shown && !photo.unlike && !photo.taught && winner.probability < DOUBTFUL;
+  text.textContent = taught ?? (unlike ? "No match" : (winner?.label ?? photo.name));
+  if (taught) note.textContent = "added";
+  else if (shown) note.textContent = unlike ? "" : percent(winner.probability);
+  else note.textContent = photo.problem ? "no answer" : "classifying…";
+  const doubtful = shown && !unlike && !taught && winner.probability < DOUBTFUL;
   element.style.setProperty("--p", doubtful ? winner.probability : 0);
-  return element;
 }
 
 // --- sorting, grouping, filtering ---
@@ -284,7 +269,6 @@ function arrange() {
   }
   grid.show(groups);
   $("nothing").hidden = found.length > 0 || !photos.length;
-  showChosen();
   progress();
 }
 
@@ -304,12 +288,11 @@ function open(photo) {
 
 function close() {
   drawer.close();
-  grid.show(grid.groups);
   $("grid").focus();
 }
 
 drawer.setUp({
-  teach: (which, label) => teach(which, label),
+  teach,
   like: moreLike,
   close,
   step(by) {
@@ -335,22 +318,21 @@ function choices() {
 
 function showChosen() {
   const number = grid.selected.size;
+  const can = state.info?.changes ?? false;
   $("selection").hidden = !number;
   $("selection-count").textContent = `${number} selected`;
-  const can = state.info?.changes ?? false;
   $("selection-form").hidden = !can;
   $("selection-right").hidden = !can || !acting().some(acceptable);
-  $("selection-chips").replaceChildren(
-    ...(can && number ? choices() : []).map((label, i) =>
-      el("button", { type: "button", class: "chip", onclick: () => teach(acting(), label) }, el("kbd", {}, `${i + 1}`), ` ${label}`),
-    ),
-  );
+  $("selection-chips").replaceChildren(...chips(can && number ? choices() : [], (label) => teach(acting(), label)));
 }
 
-$("selection-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  const label = $("selection-label").value.trim();
-  if (label) teach(acting(), label);
+function teachChoice(i) {
+  const label = choices()[i];
+  if (label && state.info.changes) teach(acting(), label);
+}
+
+named($("selection-form"), (label) => {
+  teach(acting(), label);
   $("selection-label").value = "";
 });
 $("selection-right").addEventListener("click", () => acceptAll(acting()));
@@ -370,43 +352,34 @@ async function acceptAll(which) {
   if (some.length) offerUndo(`Added ${plural(some.length, "example photo")} to the classes of their answers.`, some, since);
 }
 
-/** Show a notice that can restore a version. */
-function offerUndo(text, which, since) {
-  const now = state.info.version;
-  notice(text, async () => {
-    const undone = await state.rollback(since, now);
-    if (!undone) return false;
-    for (const photo of which) photo.taught = null;
-    arrange();
-    return "Undone.";
-  });
+/** Show a notice that offers to restore the version without these examples. */
+const offerUndo = (text, which, since) => undoable(text, since, state.info.version, () => unmark(which));
+
+/** Show that photos are no examples. */
+function unmark(which) {
+  for (const photo of which) photo.taught = null;
+  arrange();
 }
 
 /** Add photos as examples of a class, and offer to undo this. Return whether they were added. */
 async function teach(which, label) {
-  if (!which.length) return;
+  if (!which.length) return false;
   notice("Adding…");
-  try {
-    const report = (done) => which.length > 16 && notice(`Adding ${done} of ${which.length}…`);
-    for (const photo of which) photo.taught = label;
-    const added = await state.add(label, which.map((photo) => photo.file), report);
-    if (!added) {
-      for (const photo of which) photo.taught = null;
-      return notice("");
-    }
-    grid.select([]);
-    arrange();
-    if (!added.key_ids.length) return notice(`Nothing was added, because ${label} already has ${added.known === 1 ? "this example" : "these examples"}.`);
-    const to = added.classes.length ? `the new class ${label}` : label;
-    const alike = added.warnings.map((line) => ` ${line.split("; to merge")[0]}.`).join("");
-    const twins = added.duplicates.length ? ` Please check: ${added.duplicates.join("; ")}` : "";
-    offerUndo(`Added ${plural(added.key_ids.length, "example photo")} to ${to}.${alike}${twins}`, which, added.since);
-    return true;
-  } catch (error) {
-    for (const photo of which) photo.taught = null;
-    arrange();
-    notice(error.message);
+  const report = (done) => which.length > 16 && notice(`Adding ${done} of ${which.length}…`);
+  for (const photo of which) photo.taught = label;
+  const added = await reported(() => state.add(label, which.map((photo) => photo.file), report));
+  if (added === null) notice(""); // there is no token
+  if (!added) {
+    unmark(which);
+    return false;
   }
+  grid.select([]);
+  arrange();
+  if (!added.key_ids.length) return notice(`Nothing was added, because ${label} already has ${added.known === 1 ? "this example" : "these examples"}.`);
+  const to = added.classes.length ? `the new class ${label}` : label;
+  const alike = added.warnings.map((line) => ` ${line.split("; to merge")[0]}.`).join("");
+  const twins = added.duplicates.length ? ` Please check: ${added.duplicates.join("; ")}` : "";
+  return offerUndo(`Added ${plural(added.key_ids.length, "example photo")} to ${to}.${alike}${twins}`, which, added.since);
 }
 
 function remove(which) {
@@ -486,13 +459,11 @@ function sortedPaths(some) {
 $("download-zip").addEventListener("click", async () => {
   const some = grid.items.filter(({ shown }) => shown);
   $("download-zip").disabled = true;
-  try {
+  await reported(async () => {
     const sorted = await zip(sortedPaths(some), (done) => notice(`Packing ${done} of ${some.length}…`));
     download(`${state.info.name}.zip`, "application/zip", sorted);
     notice(`Packed ${plural(some.length, "photo")} into folders by class.`);
-  } catch (error) {
-    notice(error.message);
-  }
+  });
   $("download-zip").disabled = false;
 });
 

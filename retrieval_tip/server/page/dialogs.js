@@ -1,51 +1,38 @@
-// Dialogs that ask for a name or for a confirmation.
+// Dialogs that ask for a name or for a confirmation. They are removed from the page when they are closed.
 
-import { $ } from "./dom.js";
+import { $, button, el } from "./dom.js";
 
-const pending = new WeakMap();
-
-/** Open a dialog, and return its return value when it is closed. If it was dismissed, the value is "". */
-export function ask(dialog) {
-  pending.get(dialog)?.(""); // it was dismissed, and opened again before its close event
-  dialog.returnValue = "";
+/** Open a dialog, and return the value of the button that closes it. If it is dismissed, the value is "". */
+export function ask(name, title, content, buttons) {
+  const heading = el("h2", { id: `${name}-title` }, title);
+  const form = el("form", { method: "dialog" }, heading, ...content, el("p", { class: "dialog-buttons" }, ...buttons));
+  const dialog = el("dialog", { id: `${name}-dialog`, aria: { labelledby: heading.id } }, form);
+  $(dialog.id)?.close(""); // asking again dismisses the same question
+  document.body.append(dialog);
   dialog.showModal();
   return new Promise((resolve) => {
-    const closed = () => dialog.open || end(dialog.returnValue);
-    const end = (value) => {
-      dialog.removeEventListener("close", closed);
-      pending.delete(dialog);
-      resolve(value);
-    };
-    pending.set(dialog, end);
-    dialog.addEventListener("close", closed);
+    dialog.onclose = () => (dialog.remove(), resolve(dialog.returnValue));
   });
 }
 
-/** Ask for a name, and return it, or "" if the dialog is dismissed. `says(name)` returns the text of the button and a hint
- *  while the name is typed. */
-export async function askName(title, name, says) {
-  const input = $("rename-label");
-  $("rename-title").textContent = title;
-  input.value = name;
-  input.oninput = () => {
-    const [button, hint = ""] = says(input.value.trim());
-    $("rename-ok").textContent = button;
-    $("rename-merge").textContent = hint;
-  };
-  input.oninput();
-  const answer = ask($("rename-dialog"));
-  input.select();
-  return (await answer) === "ok" ? input.value.trim() : "";
+/** Open a dialog that can be cancelled. Return whether it is not. */
+export async function agreed(name, title, content, text, kind = "primary") {
+  const cancel = button("Cancel", ({ target }) => target.closest("dialog").close(""), { id: `${name}-cancel` });
+  const ok = el("button", { value: "ok", class: kind, id: `${name}-ok` }, text);
+  return (await ask(name, title, content, [cancel, ok])) === "ok";
+}
+
+/** Ask for a name, and return it, or "" if the dialog is dismissed. `hint(name)` returns a hint while the name is typed. */
+export async function askName(title, name, text, hint) {
+  const field = el("input", { id: "rename-label", autocomplete: "off", maxLength: 1024, required: true, value: name });
+  const hinted = el("p", { class: "hint", id: "rename-merge", role: "status" });
+  field.oninput = () => (hinted.textContent = hint(field.value.trim()));
+  field.oninput();
+  const answer = agreed("rename", title, [el("label", {}, "New name ", field), hinted], text);
+  field.select();
+  return (await answer) && field.value.trim();
 }
 
 /** Ask for a confirmation. Only what cannot be undone is a `danger`. */
-export async function confirmed(title, text, button, { shown = [], danger = false } = {}) {
-  $("confirm-title").textContent = title;
-  $("confirm-text").textContent = text;
-  $("confirm-shot").replaceChildren(...shown);
-  $("confirm-ok").textContent = button;
-  $("confirm-ok").className = danger ? "danger" : "primary";
-  return (await ask($("confirm-dialog"))) === "ok";
-}
-
-$("rename-cancel").addEventListener("click", () => $("rename-dialog").close(""));
+export const confirmed = (title, text, action, { shown = [], kind } = {}) =>
+  agreed("confirm", title, [el("div", { id: "confirm-shot" }, ...shown), el("p", {}, text)], action, kind);

@@ -14,6 +14,38 @@ export function el(tag, { data = {}, aria = {}, class: names, role, ...propertie
   return element;
 }
 
+/** Return a button. Its content is a text, or a list of texts and elements. */
+export const button = (content, onclick, properties = {}) => el("button", { type: "button", onclick, ...properties }, ...[content].flat());
+
+/** Return the small button that closes something. `label` says what for screen readers. */
+export const cross = (label, onclick, properties = {}) => button("×", onclick, { class: "quiet", aria: { label }, ...properties });
+
+/** Return a field for the name of a class, which suggests the known classes. */
+export function classField(properties) {
+  const field = el("input", { autocomplete: "off", ...properties });
+  field.setAttribute("list", "class-names");
+  return field;
+}
+
+/** Call `call(name)` when a name is entered in the field of a form. Return the form. */
+export function named(form, call) {
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    const name = form.querySelector("input").value.trim();
+    if (name) call(name);
+  });
+  return form;
+}
+
+/** Return a button for each of a few classes, which can be chosen by its number. */
+export const chips = (labels, choose) => labels.map((label, i) => button([el("kbd", {}, `${i + 1}`), ` ${label}`], () => choose(label), { class: "chip" }));
+
+/** Whether a key is pressed without a key that gives it another meaning. */
+export const isBare = (event) => !event.ctrlKey && !event.metaKey && !event.altKey;
+
+/** Whether a key is meant for a view, and not for a dialog or a menu. */
+export const isFor = (view, event) => !$(view).hidden && isBare(event) && !document.querySelector("dialog[open], :popover-open");
+
 /** Replace the children of a list. The focus stays on the button that has the same name. */
 export function refill(list, children) {
   const named = (button) => button.ariaLabel ?? button.title;
@@ -81,8 +113,17 @@ export function preview(file, alt, ...none) {
 
 export const noPreview = () => el("span", { class: "none" }, "no preview");
 
+/** Do some work. If it fails without being aborted, show the reason in an element, and offer to try again. */
+export async function attempt(place, work) {
+  place.replaceChildren();
+  try {
+    await work();
+  } catch (error) {
+    if (error.name !== "AbortError") place.replaceChildren(failure(error, () => attempt(place, work)));
+  }
+}
+
 /** Return an error message. If `again` is given, add a button that tries again. */
 export function failure(error, again) {
-  const button = again && el("button", { type: "button", onclick: again }, "Try again");
-  return el("span", { class: "failure" }, el("span", { role: "alert" }, error.message), " ", button);
+  return el("span", { class: "failure" }, el("span", { role: "alert" }, error.message), " ", again && button("Try again", again));
 }

@@ -1,43 +1,43 @@
 // The open photo, with its answer, the examples for and against this answer, and the calculation.
 
 import * as api from "./api.js";
-import { $, el, nameOf, noPreview, percent, picture, preview, short } from "./dom.js";
+import { $, chips, el, isBare, named, nameOf, noPreview, percent, picture, preview, short } from "./dom.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 
 let photo = null;
-let teach = null; // function of (photos, label)
+let on = null; // functions of the page, which setUp describes
 let wrong = null; // the photo whose answer is wrong
 
-/** Return the open photo, or null. */
 export const openPhoto = () => photo;
 
-export function setUp(given) {
-  teach = given.teach;
-  $("drawer-close").addEventListener("click", () => given.close());
-  $("drawer-previous").addEventListener("click", () => given.step(-1));
-  $("drawer-next").addEventListener("click", () => given.step(1));
-  $("drawer").addEventListener("keydown", (event) => {
-    if (event.key === "Escape") given.close();
-    else if (event.target.closest("input, select, summary") || event.ctrlKey || event.metaKey || event.altKey) return;
-    else if (event.key === "ArrowLeft" || event.key === "ArrowRight") given.step(event.key === "ArrowLeft" ? -1 : 1);
-    else if (["1", "2", "3"].includes(event.key)) teachChoice(Number(event.key) - 1);
-    else if (event.key === "w") correct();
-    else if (event.key === "Enter" && !event.target.closest("button") && !$("drawer-right").hidden) confirm();
-    else return;
-    event.preventDefault();
-  });
-  for (const type of ["touchstart", "touchend"]) $("drawer").addEventListener(type, swipe, { passive: true });
-  $("drawer-form").addEventListener("submit", (event) => {
-    event.preventDefault();
-    if ($("drawer-label").value.trim()) teach([photo], $("drawer-label").value.trim());
-  });
-  $("drawer-label").addEventListener("input", newClass);
-  $("drawer-right").addEventListener("click", confirm);
-  $("drawer-wrong").addEventListener("click", correct);
-  $("decided-more").addEventListener("click", () => showMore(!$("decided").classList.contains("all")));
-  $("drawer-like").addEventListener("click", () => given.like(photo));
-}
+/** `given.teach(photos, label)` adds photos as examples, `given.like(photo)` sorts the photos, `given.close()` closes the
+ *  drawer, and `given.step(by)` opens another photo. */
+export const setUp = (given) => (on = given);
+
+const clicks = {
+  "drawer-close": () => on.close(),
+  "drawer-previous": () => on.step(-1),
+  "drawer-next": () => on.step(1),
+  "drawer-right": confirm,
+  "drawer-wrong": correct,
+  "drawer-like": () => on.like(photo),
+  "decided-more": () => showMore(!$("decided").classList.contains("all")),
+};
+for (const [id, onclick] of Object.entries(clicks)) $(id).addEventListener("click", onclick);
+$("drawer").addEventListener("keydown", (event) => {
+  if (event.key === "Escape") on.close();
+  else if (event.target.closest("input, select, summary") || !isBare(event)) return;
+  else if (event.key === "ArrowLeft" || event.key === "ArrowRight") on.step(event.key === "ArrowLeft" ? -1 : 1);
+  else if (/^[123]$/.test(event.key)) teachChoice(photo?.choices[Number(event.key) - 1]);
+  else if (event.key === "w") correct();
+  else if (event.key === "Enter" && !event.target.closest("button") && !$("drawer-right").hidden) confirm();
+  else return;
+  event.preventDefault();
+});
+for (const type of ["touchstart", "touchend"]) $("drawer").addEventListener(type, swipe, { passive: true });
+named($("drawer-form"), (label) => on.teach([photo], label));
+$("drawer-label").addEventListener("input", newClass);
 
 const SWIPED = 64; // px that a finger moves to the side to confirm or refuse the answer
 let touched = null; // where the finger was put down
@@ -52,9 +52,10 @@ function swipe(event) {
   if (button.checkVisibility()) button.click();
 }
 
-const confirm = () => teach([photo], photo.winner.label);
+function confirm() {
+  on.teach([photo], photo.winner.label);
+}
 
-/** Ask for the right class. */
 function correct() {
   if (!photo?.shown || !state.info.changes) return;
   wrong = photo;
@@ -62,9 +63,8 @@ function correct() {
   $("drawer-label").focus();
 }
 
-function teachChoice(i) {
-  const label = photo?.choices[i];
-  if (label && state.info.changes) teach([photo], label);
+function teachChoice(label) {
+  if (label && state.info.changes) on.teach([photo], label);
 }
 
 function newClass() {
@@ -76,7 +76,6 @@ function newClass() {
 /** Show the settings with the calculation of the open photo, or else on their own screen. */
 export const placeSettings = () => $(photo && location.hash !== "#settings" ? "howto" : "settings-home").append($("settings-fold"));
 
-/** Open a photo. */
 export function open(which) {
   const another = which !== photo;
   photo = which;
@@ -120,12 +119,6 @@ export function show() {
     $("drawer-probability").textContent = "";
     return;
   }
-  Object.assign(drawer.dataset, {
-    label: winner.label,
-    probability: winner.probability,
-    textLogit: winner.text,
-    cacheLogit: winner.cache,
-  });
   $("drawer-title").textContent = photo.unlike ? "No match" : winner.label;
   $("drawer-probability").textContent = photo.unlike ? "" : percent(winner.probability);
   $("drawer-notes").replaceChildren(...notes());
@@ -155,11 +148,9 @@ function showCorrection() {
   $("drawer-correction").hidden = !can || (wrong !== photo && !photo.unlike);
   $("drawer-which").textContent = photo.unlike ? "What is it?" : "Which class is right?";
   $("drawer-refused").hidden = can;
-  const chips = photo.choices.map((label, i) => {
-    const properties = { type: "button", class: "chip", title: `Press ${i + 1}`, onclick: () => teachChoice(i) };
-    return el("button", properties, el("kbd", {}, `${i + 1}`), ` ${label}`);
-  });
-  $("drawer-chips").replaceChildren(...(can ? chips : []));
+  const shown = chips(can ? photo.choices : [], teachChoice);
+  shown.forEach((chip, i) => (chip.title = `Press ${i + 1}`));
+  $("drawer-chips").replaceChildren(...shown);
 }
 
 function showDecided() {
@@ -173,18 +164,18 @@ function showDecided() {
 }
 
 /** Return how much an example changed the answer, which is its contribution to the winner, or else to the runner-up. */
-const strength = ({ contribution, weight }) => Math.abs(contribution) || weight;
+const strength = ({ gives: [contribution], weight }) => Math.abs(contribution) || weight;
 
 function decidedRow(key, most) {
-  const { affinity, contribution } = key;
+  const { key_id: keyId, affinity, gives: [contribution] } = key;
   const moved = el("i", { class: contribution > 0 ? "for" : "against", aria: { hidden: "true" } });
   moved.style.setProperty("--p", strength(key) / most);
   const { label } = photo.winner;
   const how = contribution < 0 ? `against ${label}` : `supports ${contribution > 0 ? label : key.label}`;
   return el(
     "li",
-    { data: { keyId: key.keyId, affinity }, title: `${key.source}, similarity ${affinity.toFixed(2)}` },
-    picture(api.pictureOf(state.info.name, key.keyId), 240, nameOf(key.source)),
+    { data: { keyId }, title: `${key.source}, similarity ${affinity.toFixed(2)}` },
+    picture(api.pictureOf(state.info.name, keyId), 240, nameOf(key.source)),
     el("span", { class: "name" }, key.label),
     el("span", { class: "gives", data: { value: contribution } }, moved, ` ${contribution > 0 ? "+" : ""}${short(contribution)}`, el("span", { class: "unseen" }, how)),
     el("span", { class: "unseen affinity", data: { value: affinity } }, `similarity ${affinity.toFixed(2)}`),

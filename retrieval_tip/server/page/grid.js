@@ -1,5 +1,7 @@
 // A listbox of tiles that can be used with a mouse or a keyboard. The document only contains tiles near the window.
 
+import { el } from "./dom.js";
+
 const GAP = 8;
 const LEAST = 152; // minimum width of a tile, in px
 const FEWEST = 3; // minimum number of columns, on phones
@@ -7,69 +9,58 @@ const BELOW = 32; // height of the text below the image, in px
 const HEAD = 40;
 const AHEAD = 700; // tiles are drawn up to this many px outside the window
 
-/** A grid of items, which are objects that have an `id`. `tile(item, element)` creates or updates an element,
+/** A grid of items, which are objects that have an `id`. `image(item)` returns the image of a tile, and
+ *  `tile(item, element, text, note)` shows an item on its tile, which has a text and a note below the image.
  *  `opened(item)` handles Enter and clicks, `chosen()` handles a changed selection, and `pressed(event)` handles all
  *  other keys. */
 export class Grid {
   selected = new Set();
   active = null;
-  #items = []; // in the order in which they are shown
-  #places = new Map(); // { x, y, row, at } by item
-  #heads = [];
-  #mounted = new Map(); // elements by item or head
-  #columns = 1;
+  items = []; // in the order in which they are shown
+  #places = new Map(); // { x, y, row, column, at } by item, and { x, y } by heading, from top to bottom
+  #mounted = new Map(); // elements by item or heading
   #width = 0;
   #anchor = null;
   #frame = 0;
 
-  constructor(element, { tile, opened, chosen, pressed }) {
-    Object.assign(this, { element, tile, opened, chosen, pressed });
+  constructor(element, { image, tile, opened, chosen, pressed }) {
+    Object.assign(this, { element, image, tile, opened, chosen, pressed });
     addEventListener("scroll", () => this.#soon(), { passive: true, capture: true });
     // A grid on a hidden screen has no width, so its tiles keep their places.
     new ResizeObserver(() => element.clientWidth && element.clientWidth !== this.#width && this.show(this.groups)).observe(element);
     element.addEventListener("click", (event) => this.#click(event));
     element.addEventListener("keydown", (event) => this.#key(event));
-    element.addEventListener("focus", () => this.active ?? this.go(this.#items[0]));
+    element.addEventListener("focus", () => this.active ?? this.go(this.items[0]));
   }
 
   /** Show groups, given as [{ label, items }]. A group whose label is null has no heading. */
   show(groups) {
     this.groups = groups ?? [];
     this.#width = this.element.clientWidth;
-    this.#columns = Math.max(FEWEST, Math.floor((this.#width + GAP) / (LEAST + GAP)));
-    const wide = (this.#width + GAP) / this.#columns - GAP;
-    const high = wide + BELOW;
-    let y = 0;
-    this.#items = [];
-    this.#heads = [];
+    const columns = Math.max(FEWEST, Math.floor((this.#width + GAP) / (LEAST + GAP)));
+    const wide = (this.#width + GAP) / columns - GAP;
+    const high = wide + BELOW + GAP;
+    let [y, row, at] = [0, 0, 0];
     this.#places.clear();
-    let row = 0;
     for (const { label, items } of this.groups) {
       if (label !== null) {
-        this.#heads.push({ label: `${label} · ${items.length}`, y, at: this.#items.length - 0.5 });
+        this.#places.set({ label: `${label} · ${items.length}` }, { x: 0, y });
         y += HEAD;
       }
       items.forEach((item, i) => {
-        const column = i % this.#columns;
-        if (i && !column) {
-          y += high + GAP;
-          row++;
-        }
-        this.#places.set(item, { x: column * (wide + GAP), y, row, column, at: this.#items.length });
-        this.#items.push(item);
+        const [down, column] = [Math.floor(i / columns), i % columns];
+        this.#places.set(item, { x: column * (wide + GAP), y: y + down * high, row: row + down, column, at: at++ });
       });
-      if (items.length) y += high + GAP;
-      row++;
+      row += Math.ceil(items.length / columns);
+      y += Math.ceil(items.length / columns) * high;
     }
+    this.items = this.groups.flatMap(({ items }) => items);
     this.element.style.height = `${Math.max(0, y - GAP)}px`;
     this.element.style.setProperty("--tile", `${wide}px`);
     if (this.active && !this.#places.has(this.active)) this.active = null;
     for (const item of this.selected) if (!this.#places.has(item)) this.selected.delete(item);
     this.draw();
-  }
-
-  get items() {
-    return this.#items;
+    this.chosen();
   }
 
   #soon() {
@@ -82,71 +73,44 @@ export class Grid {
     const top = -this.element.getBoundingClientRect().top - AHEAD;
     const bottom = top + innerHeight + 2 * AHEAD;
     const wanted = new Set();
-    for (const head of this.#heads) if (head.y > top && head.y < bottom) wanted.add(head);
-    let low = 0;
-    let high = this.#items.length;
-    while (low < high) {
-      const middle = (low + high) >> 1;
-      if (this.#places.get(this.#items[middle]).y < top) low = middle + 1;
-      else high = middle;
-    }
-    for (let i = low; i < this.#items.length && this.#places.get(this.#items[i]).y < bottom; i++)
-      wanted.add(this.#items[i]);
-    if (this.active) wanted.add(this.active); // aria-activedescendant needs it
+    for (const [item, { y }] of this.#places)
+      if ((y > top && y < bottom) || item === this.active) wanted.add(item); // aria-activedescendant needs the active item
     for (const [item, element] of this.#mounted) {
       if (wanted.has(item)) continue;
       element.remove();
       this.#mounted.delete(item);
     }
-    let before = null;
-    const order = (item) => this.#places.get(item)?.at ?? item.at;
-    for (const item of [...wanted].sort((a, b) => order(a) - order(b))) {
-      let element = this.#mounted.get(item);
-      const fresh = !element;
-      if (fresh) this.#mounted.set(item, (element = this.#made(item)));
-      if (fresh || again) {
-        const place = this.#places.get(item);
-        element.style.transform = `translate(${place?.x ?? 0}px, ${(place ?? item).y}px)`;
-        if (place) {
-          if (!fresh) this.tile(item, element);
-          element.setAttribute("aria-posinset", place.at + 1);
-          element.setAttribute("aria-setsize", this.#items.length);
-          this.#mark(item, element);
-        }
-      }
-      const next = before ? before.nextSibling : this.element.firstChild;
-      if (next !== element) this.element.insertBefore(element, next);
-      before = element;
-    }
+    [...wanted].forEach((item, i) => {
+      const fresh = !this.#mounted.has(item);
+      if (fresh) this.#mounted.set(item, this.#made(item));
+      const [element, there] = [this.#mounted.get(item), this.element.children[i] ?? null];
+      if (fresh || again) this.#update(item, element);
+      if (element !== there) this.element.insertBefore(element, there);
+    });
     if (this.active) this.element.setAttribute("aria-activedescendant", this.active.id);
     else this.element.removeAttribute("aria-activedescendant");
   }
 
   #made(item) {
-    if (!this.#places.has(item)) {
-      const head = document.createElement("div");
-      head.className = "group";
-      head.setAttribute("aria-hidden", "true"); // each tile contains its class
-      head.textContent = item.label;
-      return head;
-    }
-    const element = this.tile(item, null);
-    element.id = item.id;
-    element.classList.add("tile");
-    element.setAttribute("role", "option");
-    element.item = item;
-    return element;
+    if (!item.id) return el("div", { class: "group", aria: { hidden: "true" } }, item.label); // each tile contains its class
+    const image = el("span", { class: "frame" }, this.image(item), el("span", { class: "tick", aria: { hidden: "true" } }, "✓"));
+    const [text, note] = [el("span", { class: "said" }), el("span", { class: "chip-of" })];
+    return el("div", { id: item.id, class: "tile", role: "option", item }, image, text, note);
+  }
+
+  #update(item, element) {
+    const place = this.#places.get(item);
+    element.style.transform = `translate(${place.x}px, ${place.y}px)`;
+    if (!item.id) return;
+    this.tile(item, element, ...[...element.children].slice(1));
+    element.setAttribute("aria-posinset", place.at + 1);
+    element.setAttribute("aria-setsize", this.items.length);
+    this.#mark(item, element);
   }
 
   #mark(item, element) {
     element.setAttribute("aria-selected", String(this.selected.has(item)));
     element.classList.toggle("active", item === this.active);
-  }
-
-  /** Update a tile if it has been drawn. */
-  redraw(item) {
-    const element = this.#mounted.get(item);
-    if (element) this.tile(item, element);
   }
 
   select(items) {
@@ -155,7 +119,7 @@ export class Grid {
   }
 
   #changed() {
-    for (const [item, element] of this.#mounted) if (this.#places.has(item)) this.#mark(item, element);
+    for (const [item, element] of this.#mounted) if (item.id) this.#mark(item, element);
     this.chosen();
   }
 
@@ -169,7 +133,7 @@ export class Grid {
   #stretch(item) {
     const from = this.#places.get(this.#anchor ?? this.active ?? item)?.at ?? 0;
     const to = this.#places.get(item).at;
-    for (const one of this.#items.slice(Math.min(from, to), Math.max(from, to) + 1)) this.selected.add(one);
+    for (const one of this.items.slice(Math.min(from, to), Math.max(from, to) + 1)) this.selected.add(one);
     this.#changed();
   }
 
@@ -202,28 +166,22 @@ export class Grid {
       this.go(to);
     } else if (event.key === " " && this.active) this.#toggle(this.active);
     else if (event.key === "Enter" && this.active) this.opened(this.active);
-    else if (event.key === "a" && (event.ctrlKey || event.metaKey)) this.select(this.#items);
+    else if (event.key === "a" && (event.ctrlKey || event.metaKey)) this.select(this.items);
     else if (event.key === "Escape" && this.selected.size) this.select([]);
     else if (!this.pressed(event)) return;
     event.preventDefault();
   }
 
   #target(key, at) {
-    if (key === "Home") return this.#items[0];
-    if (key === "End") return this.#items.at(-1);
-    if (key === "ArrowRight") return this.#items[at + 1];
-    if (key === "ArrowLeft") return this.#items[at - 1];
+    if (key === "Home") return this.items[0];
+    if (key === "End") return this.items.at(-1);
+    if (key === "ArrowRight") return this.items[at + 1];
+    if (key === "ArrowLeft") return this.items[at - 1];
     const by = { ArrowDown: 1, ArrowUp: -1, PageDown: 4, PageUp: -4 }[key];
-    if (!by || at < 0) return by ? this.#items[0] : undefined;
-    const { row, column } = this.#places.get(this.#items[at]);
-    let best;
-    for (let i = at; i >= 0 && i < this.#items.length; i += Math.sign(by)) {
-      const place = this.#places.get(this.#items[i]);
-      const steps = Math.abs(place.row - row);
-      if (steps > Math.abs(by)) break;
-      if (steps && (!best || steps > best.steps || Math.abs(place.column - column) < best.far))
-        best = { item: this.#items[i], steps, far: Math.abs(place.column - column) };
-    }
-    return best?.item;
+    if (!by || at < 0) return by ? this.items[0] : undefined;
+    const { row, column } = this.#places.get(this.items[at]);
+    const wanted = Math.min(Math.max(0, row + by), this.#places.get(this.items.at(-1)).row);
+    const isThere = (place) => place.row === wanted && place.column <= column;
+    return wanted === row ? undefined : this.items.findLast((item) => isThere(this.#places.get(item)));
   }
 }

@@ -3,7 +3,7 @@
 
 import * as api from "./api.js";
 import { ask } from "./dialogs.js";
-import { $, calm, count, el, failure, percent, plural, refill, say, whole } from "./dom.js";
+import { $, attempt, button, calm, count, el, failure, isFor, named, nameOf, percent, plural, refill, say, whole } from "./dom.js";
 import { meant } from "./names.js";
 import { notice } from "./notice.js";
 import { state } from "./state.js";
@@ -19,7 +19,6 @@ const AGAIN = 1000; // ms between two requests for the state, or between two att
 let session = null; // GET /v1/label
 let current = null; // the photo that is shown, an entry of session.queue
 let polling = null;
-let similarShown = []; // the near-identical photos that are shown
 let opening = false; // whether the new index is being opened
 let wanted = null; // the number of the photo to show next
 let rejected = null; // why the server did not accept the last change
@@ -29,18 +28,13 @@ let answered = 0; // number of changes that the server has answered
 const ahead = new Map(); // images that are loaded before they are shown, by photo
 
 const address = (photo, size) => `${api.labelPhoto(photo)}?size=${size}`;
-const file = (name) => name.split(/[\\/]/).pop();
 
 /** Show the view, and follow the state of the server while it is visible. */
-export async function showLabelView() {
-  try {
+export const showLabelView = () =>
+  attempt($("label-problem"), async () => {
     await fetchState();
-  } catch (error) {
-    $("label-problem").replaceChildren(failure(error, showLabelView));
-    return;
-  }
-  focus();
-}
+    focus();
+  });
 
 /** Fetch the state of the session. It is outdated if the server has answered a change in the meantime. */
 async function fetchState() {
@@ -64,7 +58,7 @@ function take(answer) {
   refused();
   if (session.version && !state.info && !opening) {
     opening = true;
-    state.dispatchEvent(new CustomEvent("made", { detail: { name: session.index } })); // opens the new index
+    state.reopen(session.index);
   }
   const known = state.info?.name === session.index ? state.info.version : session.version;
   if (known < session.version) state.refresh().catch(() => {}); // the next answer tries again
@@ -103,10 +97,11 @@ function show() {
     if (moved) picture(one);
     const before = $("label-choices").children.length;
     choices();
-    if (moved || String(one.similar) !== String(similarShown)) similar(); // marked photos stay marked
+    if (moved) $("label-similar-list").replaceChildren();
+    similar();
     $("label-why").textContent = one.picked === "random" ? "This photo was drawn at random, to measure the accuracy." : `Why this one: it ${one.why ?? "may help"}.`;
     if (moved || (before && !$("label-choices").children.length)) focus();
-    if (moved) say(`${file(one.name)}${one.guesses.length ? `, probably ${one.guesses[0].label}` : ""}`);
+    if (moved) say(`${nameOf(one.name)}${one.guesses.length ? `, probably ${one.guesses[0].label}` : ""}`);
   }
   if (!one) current = null;
   upcoming();
@@ -121,8 +116,8 @@ function focus() {
 /** Show a photo. If it was loaded ahead, it appears at once. */
 function picture({ photo, name }) {
   const image = loaded(photo);
-  image.alt = file(name);
-  $("label-photo").replaceChildren(image, el("figcaption", { class: "file" }, file(name)));
+  image.alt = nameOf(name);
+  $("label-photo").replaceChildren(image, el("figcaption", { class: "file" }, nameOf(name)));
   for (const known of ahead.keys()) if (!session.queue.some((one) => one.photo === known)) ahead.delete(known);
 }
 
@@ -141,47 +136,41 @@ function choices() {
     const guess = i === 0 && probability !== null;
     const share = probability === null ? "" : percent(probability);
     const keys = { keyshortcuts: guess ? "1 Enter" : String(i + 1) };
-    const button = el(
-      "button",
-      { type: "button", class: guess ? "primary" : "", data: { label }, aria: keys, onclick: () => choose(label) },
-      el("kbd", {}, String(i + 1)),
-      el("span", { class: "name" }, label),
-      el("span", {}, share),
-      guess ? el("kbd", {}, "Enter") : null,
-    );
-    return el("li", {}, button);
+    const parts = [el("kbd", {}, String(i + 1)), el("span", { class: "name" }, label), el("span", {}, share), guess ? el("kbd", {}, "Enter") : null];
+    return el("li", {}, button(parts, () => choose(label), { class: guess ? "primary" : "", data: { label }, aria: keys }));
   });
   refill($("label-choices"), buttons);
   $("class-names").replaceChildren(...session.classes.map(({ label }) => el("option", { value: label })));
 }
 
-/** Show near-identical photos, which can be labelled together. */
-function similar() {
-  const photos = (similarShown = current.similar);
-  $("label-similar").hidden = !photos.length;
-  $("label-too").checked = false;
-  $("label-too-text").textContent = `Also label ${photos.length === 1 ? "this similar photo" : `these ${photos.length} similar photos`}`;
-  $("label-similar-list").replaceChildren(
-    ...photos.map((photo) => {
-      const button = el("button", { type: "button", data: { photo }, aria: { pressed: "false", label: "Label this photo too" } }, el("img", { alt: "", src: address(photo, 160) }));
-      button.addEventListener("click", () => press(button, button.getAttribute("aria-pressed") === "false"));
-      return el("li", {}, button);
-    }),
-  );
+/** Show photos in a list, unless it shows them already. `content(image)` returns what the list contains for each. */
+function strip(list, photos, content) {
+  const shown = [...list.children].map(({ dataset }) => Number(dataset.photo));
+  if (String(shown) === String(photos)) return;
+  const images = photos.map((photo) => [photo, el("img", { alt: "", src: address(photo, 160) })]);
+  list.replaceChildren(...images.map(([photo, image]) => el("li", { data: { photo } }, content(image))));
 }
 
-function press(button, pressed) {
-  button.setAttribute("aria-pressed", String(pressed));
-  const all = [...$("label-similar-list").querySelectorAll("button")];
-  $("label-too").checked = all.every((one) => one.getAttribute("aria-pressed") === "true");
+/** Show near-identical photos, which can be labelled together. Marked photos stay marked. */
+function similar() {
+  const photos = current.similar;
+  const press = ({ currentTarget: one }) => {
+    one.ariaPressed = String(!isPressed(one));
+    $("label-too").checked = similarButtons().every(isPressed);
+  };
+  $("label-similar").hidden = !photos.length;
+  $("label-too-text").textContent = `Also label ${photos.length === 1 ? "this similar photo" : `these ${photos.length} similar photos`}`;
+  strip($("label-similar-list"), photos, (image) => button([image], press, { aria: { pressed: "false", label: "Label this photo too" } }));
+  $("label-too").checked = photos.length > 0 && similarButtons().every(isPressed);
 }
+
+const similarButtons = () => [...$("label-similar-list").querySelectorAll("button")];
+const isPressed = ({ ariaPressed }) => ariaPressed === "true";
 
 function upcoming() {
-  const next = session.queue.slice(1, 1 + AHEAD);
-  for (const { photo } of next.slice(0, 2)) loaded(photo);
-  const shown = [...$("label-next").children].map(({ dataset }) => Number(dataset.photo));
-  if (String(shown) === String(next.map(({ photo }) => photo))) return;
-  $("label-next").replaceChildren(...next.map(({ photo }) => el("li", { data: { photo } }, el("img", { alt: "", src: address(photo, 160) }))));
+  const next = session.queue.slice(1, 1 + AHEAD).map(({ photo }) => photo);
+  next.slice(0, 2).forEach(loaded);
+  strip($("label-next"), next, (image) => image);
 }
 
 /** Name the labels that could not be saved, so that the user can correct them. */
@@ -190,10 +179,10 @@ function refused() {
   if ($("label-refused").dataset.shown === shown) return;
   $("label-refused").dataset.shown = shown;
   const rows = session.refused.slice(0, REFUSED).map((one) => {
-    const button = (text, next) => el("button", { type: "button", class: "quiet", onclick: () => drop(one, next) }, text);
+    const dropping = (text, next) => button(text, () => drop(one, next), { class: "quiet" });
     const what = one.label === null ? "The label of this photo could not be removed" : `The label “${one.label}” could not be saved`;
-    const buttons = one.label === null ? [] : [button("Show this photo", one.photo), " ", button("Drop the label", null)];
-    return el("p", { title: one.name }, `${file(one.name)}: ${what}: ${one.reason} `, ...buttons);
+    const buttons = one.label === null ? [] : [dropping("Show this photo", one.photo), " ", dropping("Drop the label", null)];
+    return el("p", { title: one.name }, `${nameOf(one.name)}: ${what}: ${one.reason} `, ...buttons);
   });
   const more = session.refused.length - rows.length;
   $("label-refused").replaceChildren(...rows, more > 0 ? el("p", {}, `and ${plural(more, "other label")}`) : "");
@@ -256,24 +245,35 @@ function progress() {
 function choose(label) {
   label = label.trim();
   if (!current || !label) return null;
-  const marked = [...$("label-similar-list").querySelectorAll("[aria-pressed=true]")].map(({ dataset }) => Number(dataset.photo));
+  const marked = similarButtons().filter(isPressed).map((one) => Number(one.parentNode.dataset.photo));
   slide(label);
   $("label-class").value = "";
   return step(current, [current.photo, ...marked], label);
 }
 
+/** Ask whether a text is a new class or means a class that it resembles. If this is dismissed, return undefined. */
+async function either(text, near) {
+  const onkeydown = (event) => {
+    if (event.key !== "Enter" || !(event.shiftKey || event.repeat)) return;
+    event.preventDefault();
+    if (!event.repeat) event.target.closest("dialog").close("new");
+  };
+  const choice = (value, name, keys, properties) => {
+    const content = [el("span", {}, name), " ", el("kbd", {}, keys)];
+    return el("button", { value, onkeydown, aria: { keyshortcuts: keys }, ...properties }, ...content);
+  };
+  const other = choice("new", `New class “${text}”`, "Shift+Enter", {});
+  const known = choice("near", near, "Enter", { class: "primary", autofocus: true });
+  return { new: text, near }[await ask("alike", `New class “${text}”, or ${near}?`, [], [other, known])];
+}
+
 /** Give the photo the class that a typed text means. If this is not clear, ask. */
 async function enter(text) {
-  if (!current || !text) return;
+  if (!current) return;
   const { photo } = current;
   const classes = session.classes.map(({ label }) => label);
   let { label, near } = text.toLowerCase() === NONE ? { label: NONE } : meant(text, classes);
-  if (near) {
-    $("alike-title").textContent = `New class “${text}”, or ${near}?`;
-    $("alike-new").firstElementChild.textContent = `New class “${text}”`;
-    $("alike-near").firstElementChild.textContent = near;
-    label = { new: text, near }[await ask($("alike-dialog"))];
-  }
+  if (near) label = await either(text, near);
   if (!label || photo !== current?.photo) return; // it was dismissed, or somebody else has labelled the photo
   const name = choose(label);
   if (near || !classes.includes(label) || label.length <= text.length) return;
@@ -282,17 +282,16 @@ async function enter(text) {
     put({ undo: name });
     step(entry, photos, text);
   };
-  const button = el("button", { type: "button", onclick }, `New class “${text}”`);
-  $("label-completed").replaceChildren(`“${text}” was completed to ${label}.`, " ", button);
+  $("label-completed").replaceChildren(`“${text}” was completed to ${label}.`, " ", button(`New class “${text}”`, onclick));
   $("label-completed").hidden = false;
 }
 
 /** Show the photo moving to the button of its class, unless the user prefers reduced motion. */
 function slide(label) {
   const image = $("label-photo").querySelector("img");
-  const button = [...$("label-choices").querySelectorAll("button")].find(({ dataset }) => dataset.label === label) ?? $("label-class");
+  const target = [...$("label-choices").querySelectorAll("button")].find(({ dataset }) => dataset.label === label) ?? $("label-class");
   if (!image || calm.matches) return;
-  const [from, to] = [image, button].map((one) => one.getBoundingClientRect());
+  const [from, to] = [image, target].map((one) => one.getBoundingClientRect());
   const copy = el("img", { alt: "", src: image.src, class: "sliding" });
   for (const side of ["left", "top", "width", "height"]) copy.style[side] = `${from[side]}px`;
   document.body.append(copy);
@@ -312,7 +311,6 @@ const unique = () => [...crypto.getRandomValues(new Uint32Array(4))].map((part) 
  *
  *  Return the name of this step. `entry` is the queue entry that returns if the step is undone. */
 function step(entry, photos, label) {
-  performance.mark("retrieval-tip: labelled");
   const name = unique();
   steps.set(name, { entry, photos, label });
   put(label === undefined ? { step: name, skip: photos } : { step: name, labels: photos.map((photo) => ({ photo, label })) });
@@ -379,48 +377,36 @@ async function send() {
 $("label-sort-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   $("label-sorted").textContent = "Copying…";
-  try {
-    const sorted = await state.sortPhotos($("label-sort-into").value.trim());
-    $("label-sorted").textContent = sorted ? `${sorted.summary}. To undo this, run: ${sorted.undo}` : "";
-  } catch (error) {
-    $("label-sorted").textContent = error.message;
-  }
+  const sorting = state.sortPhotos($("label-sort-into").value.trim());
+  const said = (sorted) => (sorted ? `${sorted.summary}. To undo this, run: ${sorted.undo}` : "");
+  $("label-sorted").textContent = await sorting.then(said, ({ message }) => message);
 });
 addEventListener("beforeunload", (event) => outbox.length && event.preventDefault());
 
-$("label-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  enter($("label-class").value.trim());
-});
+named($("label-form"), enter);
 $("label-class").addEventListener("keydown", (event) => {
   if (event.key === "Escape") $("label-stage").focus();
   if (event.key !== "Enter" || !event.shiftKey) return;
   event.preventDefault();
   choose($("label-class").value); // a new class of exactly this name
 });
-$("alike-dialog").addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || !(event.shiftKey || event.repeat)) return;
-  event.preventDefault();
-  if (!event.repeat) $("alike-dialog").close("new");
-});
 $("label-photo").addEventListener("click", focus);
 $("label-skip").addEventListener("click", skip);
 $("label-none").addEventListener("click", () => choose(NONE));
 $("label-undo").addEventListener("click", undo);
 $("label-too").addEventListener("change", () => {
-  for (const button of $("label-similar-list").querySelectorAll("button")) button.setAttribute("aria-pressed", String($("label-too").checked));
+  for (const one of similarButtons()) one.ariaPressed = String($("label-too").checked);
 });
 addEventListener("keydown", (event) => {
-  if ($("label-view").hidden || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
-  if (event.target.matches("input:not([type=checkbox]), select, textarea")) return;
-  const button = event.target.closest("button, a, summary");
+  if (!isFor("label-view", event) || event.target.matches("input:not([type=checkbox]), select, textarea")) return;
   const key = event.key.toLowerCase();
-  const actions = { s: skip, n: () => choose(NONE), z: undo, a: () => $("label-too").click(), t: () => $("label-class").focus(), "/": () => $("label-class").focus() };
+  const type = () => $("label-class").focus();
+  const actions = { s: skip, n: () => choose(NONE), z: undo, a: () => $("label-too").click(), t: type, "/": type };
   if (/^[1-9]$/.test(key)) {
     const choice = $("label-choices").querySelectorAll("button")[Number(key) - 1];
     if (!choice) return;
     choose(choice.dataset.label);
-  } else if (key === "enter" && !button && current?.guesses.length) choose(current.guesses[0].label);
+  } else if (key === "enter" && !event.target.closest("button, a, summary") && current?.guesses.length) choose(current.guesses[0].label);
   else if (key in actions) actions[key]();
   else return;
   event.preventDefault();

@@ -11,17 +11,9 @@ const ARROWS = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, -1], Arrow
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
 /** Return the colour of a class. Consecutive ids get very different hues. */
-export const colour = (classId) => `oklch(${dark.matches ? 0.76 : 0.58} 0.15 ${(classId * 137.508 + 20) % 360})`;
+const colour = (classId) => `oklch(${dark.matches ? 0.76 : 0.58} 0.15 ${(classId * 137.508 + 20) % 360})`;
 
-/** Return whether a point is inside a polygon, using ray casting. */
-export function within([x, y], polygon) {
-  let inside = false;
-  for (let i = 0, j = polygon.length - 1; i < polygon.length; j = i++) {
-    const [[xi, yi], [xj, yj]] = [polygon[i], polygon[j]];
-    if (yi > y !== yj > y && x < ((xj - xi) * (y - yi)) / (yj - yi) + xi) inside = !inside;
-  }
-  return inside;
-}
+const flat = new OffscreenCanvas(1, 1).getContext("2d"); // tells which points are inside a path
 
 /** Return the place of a photo on a map, or null. If the map has axes, it is the projection onto these axes. Otherwise,
  *  it is the mean of the most similar keys, weighted by exp(-beta (1 - affinity)). */
@@ -39,6 +31,16 @@ export function placeOf({ axes, key_ids: ids, x, y }, { feature, similar, withou
   return [x, y].map((places) => near.reduce((sum, { key_id: id }, j) => sum + (weights[j] * places[at.get(id)]) / whole, 0));
 }
 
+function starAt([x, y]) {
+  const path = new Path2D();
+  for (let i = 0; i < 10; i++) {
+    const [r, turn] = [i % 2 ? 5 : 12, (i * Math.PI) / 5 - Math.PI / 2];
+    path.lineTo(x + r * Math.cos(turn), y + r * Math.sin(turn));
+  }
+  path.closePath();
+  return path;
+}
+
 export class KeyMap {
   #canvas;
   #on;
@@ -49,7 +51,7 @@ export class KeyMap {
   #rings = []; // places of other new photos
   #scale = 1;
   #centre = [0, 0]; // centre of the view, in map coordinates
-  #drag = null; // { path, at, centre } while a button is pressed
+  #drag = null; // { path, far, at, centre } while a button is pressed; `path` is null while the map is moved
   #images = new Map(); // image or null by key id
   #asking = 0;
   #frame = 0;
@@ -92,7 +94,7 @@ export class KeyMap {
   /** Zoom by a factor around a place, which defaults to the selected key. A factor of 0 fits the map to the canvas. */
   zoom(by, about = null) {
     if (!this.#map) return;
-    const [x, y] = about ?? (this.#chosen < 0 ? this.#centre : [this.#map.x[this.#chosen], this.#map.y[this.#chosen]]);
+    const [x, y] = about ?? (this.#chosen < 0 ? this.#centre : this.#at(this.#chosen));
     const scale = by ? Math.min(64, Math.max(1, this.#scale * by)) : 1;
     const keep = about ? this.#scale / scale : 0; // the place stays under the pointer
     this.#scale = scale;
@@ -108,24 +110,28 @@ export class KeyMap {
   }
 
   #wheel(event) {
-    if (!this.#map) return;
     const by = event.deltaY < 0 ? 1.25 : 0.8;
-    if (by < 1 && this.#scale === 1) return; // so that the page can scroll
+    if (!this.#map || (by < 1 && this.#scale === 1)) return; // so that the page can scroll
     event.preventDefault();
-    const { clientWidth: width, clientHeight: height } = this.#canvas;
+    const [width, height] = this.#size;
     const [x, y] = [(2 * event.offsetX) / width - 1, 1 - (2 * event.offsetY) / height];
     this.zoom(by, [this.#centre[0] + x / this.#scale, this.#centre[1] + y / this.#scale]);
   }
 
-  #place(i) {
-    return this.#placed(this.#map.x[i], this.#map.y[i]);
+  get #size() {
+    return [this.#canvas.clientWidth, this.#canvas.clientHeight];
   }
 
-  #placed(mapX, mapY) {
-    const { clientWidth: width, clientHeight: height } = this.#canvas;
+  /** The place of a key on the map. */
+  #at = (i) => [this.#map.x[i], this.#map.y[i]];
+
+  /** The place of a key on the canvas. */
+  #place = (i) => this.#placed(this.#at(i));
+
+  #placed(at) {
+    const [width, height] = this.#size;
     const margin = SIDE / 2 + 2;
-    const x = (mapX - this.#centre[0]) * this.#scale;
-    const y = (mapY - this.#centre[1]) * this.#scale;
+    const [x, y] = at.map((value, axis) => (value - this.#centre[axis]) * this.#scale);
     return [margin + ((x + 1) / 2) * (width - 2 * margin), margin + ((1 - y) / 2) * (height - 2 * margin)];
   }
 
@@ -135,7 +141,7 @@ export class KeyMap {
   }
 
   #draw() {
-    const { clientWidth: width, clientHeight: height } = this.#canvas;
+    const [width, height] = this.#size;
     if (!this.#map || !width) return;
     const ratio = devicePixelRatio;
     this.#canvas.width = width * ratio;
@@ -144,26 +150,26 @@ export class KeyMap {
     context.scale(ratio, ratio);
     const ids = this.#map.class_ids;
     const radius = ids.length > 2000 ? 2.5 : ids.length > 400 ? 3.5 : 5;
-    const ink = getComputedStyle(this.#canvas).color;
+    const { color: ink, backgroundColor: paper } = getComputedStyle(this.#canvas);
     const dots = (some, r) => {
-      const byClass = Map.groupBy(some, (i) => ids[i]); // drawing one path per class is fast
-      for (const [classId, own] of byClass) {
-        context.beginPath();
-        for (const i of own) {
-          const [x, y] = this.#place(i);
-          context.moveTo(x + r, y);
-          context.arc(x, y, r, 0, 2 * Math.PI);
+      for (const [classId, own] of Map.groupBy(some, (i) => ids[i])) {
+        const path = new Path2D(); // drawing one path per class is fast
+        for (const [x, y] of own.map(this.#place)) {
+          path.moveTo(x + r, y);
+          path.arc(x, y, r, 0, 2 * Math.PI);
         }
         context.fillStyle = colour(classId);
-        context.fill();
+        context.fill(path);
       }
     };
+    const line = (path, style, lineWidth) => {
+      Object.assign(context, { strokeStyle: style, lineWidth });
+      context.stroke(path);
+    };
     const ring = ([x, y], r) => {
-      context.strokeStyle = ink;
-      context.lineWidth = 2;
-      context.beginPath();
-      context.arc(x, y, r, 0, 2 * Math.PI);
-      context.stroke();
+      const path = new Path2D();
+      path.arc(x, y, r, 0, 2 * Math.PI);
+      line(path, ink, 2);
     };
     const seen = [...ids.keys()].filter((i) => {
       const [x, y] = this.#place(i);
@@ -173,43 +179,38 @@ export class KeyMap {
     dots(seen, radius);
     context.globalAlpha = 1;
     this.#pictures(context, seen);
-    this.#names(context, seen, ink);
+    this.#names(context, seen, ink, paper);
     for (const i of this.#taken) ring(this.#place(i), radius + 2);
-    for (const at of this.#rings) ring(this.#placed(...at), 7);
-    this.#canvas.dataset.rings = this.#rings.length;
-    if (this.#star) this.#starAt(context, ink);
+    for (const at of this.#rings) ring(this.#placed(at), 7);
+    context.fillStyle = ink;
+    if (this.#star) {
+      const star = starAt(this.#placed(this.#star));
+      context.fill(star);
+      line(star, paper, 2);
+    }
     if (this.#chosen >= 0) {
       dots([this.#chosen], radius + 1);
       ring(this.#place(this.#chosen), radius + 4);
     }
     if (this.#drag?.path) {
-      context.beginPath();
-      for (const [x, y] of this.#drag.path) context.lineTo(x, y);
-      context.closePath();
-      context.globalAlpha = 0.12;
-      context.fillStyle = ink;
-      context.fill();
+      const shape = new Path2D(this.#drag.path);
+      shape.closePath();
+      Object.assign(context, { globalAlpha: 0.12, fillStyle: ink });
+      context.fill(shape);
       context.globalAlpha = 1;
-      context.lineWidth = 1.5;
-      context.strokeStyle = ink;
-      context.stroke();
+      line(shape, ink, 1.5);
     }
   }
 
   /** Write the name of each class in its middle, largest class first, where there is room. */
-  #names(context, seen, ink) {
+  #names(context, seen, ink, paper) {
     const groups = [...Map.groupBy(seen, (i) => this.#map.class_ids[i])];
     if (groups.length > NAMED) return;
     const middle = (values) => values.toSorted((a, b) => a - b)[values.length >> 1];
     const written = [];
-    context.font = "600 14px Inter, system-ui";
-    context.textAlign = "center";
-    context.lineWidth = 4;
-    context.strokeStyle = getComputedStyle(this.#canvas).backgroundColor;
-    context.fillStyle = ink;
+    Object.assign(context, { font: "600 14px Inter, system-ui", textAlign: "center", lineWidth: 4, strokeStyle: paper, fillStyle: ink });
     for (const [classId, own] of groups.sort((a, b) => b[1].length - a[1].length)) {
-      const places = own.map((i) => this.#place(i));
-      const [x, y] = [0, 1].map((axis) => middle(places.map((place) => place[axis])));
+      const [x, y] = [0, 1].map((axis) => middle(own.map((i) => this.#place(i)[axis])));
       const name = this.#on.name(classId);
       const half = context.measureText(name).width / 2 + 4;
       if (written.some(([ax, ay, ahalf]) => Math.abs(ax - x) < ahalf + half && Math.abs(ay - y) < 20)) continue;
@@ -218,21 +219,6 @@ export class KeyMap {
       context.fillText(name, x, y);
     }
     this.#canvas.dataset.names = written.length;
-  }
-
-  #starAt(context, ink) {
-    const [x, y] = this.#placed(...this.#star);
-    context.beginPath();
-    for (let i = 0; i < 10; i++) {
-      const [r, turn] = [i % 2 ? 5 : 12, (i * Math.PI) / 5 - Math.PI / 2];
-      context.lineTo(x + r * Math.cos(turn), y + r * Math.sin(turn));
-    }
-    context.closePath();
-    context.fillStyle = ink;
-    context.fill();
-    context.lineWidth = 2;
-    context.strokeStyle = getComputedStyle(this.#canvas).backgroundColor;
-    context.stroke();
   }
 
   /** Draw images where there is room for them, and request missing images. */
@@ -277,9 +263,8 @@ export class KeyMap {
   #choose(i) {
     if (!this.#map?.key_ids.length || i === this.#chosen) return;
     this.#chosen = i;
-    const [x, y] = this.#place(i);
-    const { clientWidth: width, clientHeight: height } = this.#canvas;
-    if (x < 0 || y < 0 || x > width || y > height) this.#look([this.#map.x[i], this.#map.y[i]]);
+    const [[x, y], [width, height]] = [this.#place(i), this.#size];
+    if (x < 0 || y < 0 || x > width || y > height) this.#look(this.#at(i));
     this.#soon();
     this.#on.chosen(this.#map.key_ids[i]);
   }
@@ -289,27 +274,30 @@ export class KeyMap {
     if (event.button || event.pointerType === "touch") return; // a finger scrolls the page
     this.#canvas.setPointerCapture(event.pointerId);
     const at = [event.offsetX, event.offsetY];
-    this.#drag = { path: event.shiftKey ? null : [at], at, centre: this.#centre };
+    const path = event.shiftKey ? null : new Path2D();
+    path?.moveTo(...at);
+    this.#drag = { path, far: false, at, centre: this.#centre };
   }
 
   #move(event) {
     if (!this.#drag) return this.#point(event);
     const { path, at, centre } = this.#drag;
+    const by = [event.offsetX - at[0], event.offsetY - at[1]];
     if (path) {
-      path.push([event.offsetX, event.offsetY]);
+      path.lineTo(event.offsetX, event.offsetY);
+      this.#drag.far ||= Math.hypot(...by) > DRAWN;
       return this.#soon();
     }
-    const { clientWidth: width, clientHeight: height } = this.#canvas;
-    const by = [(event.offsetX - at[0]) / width, (at[1] - event.offsetY) / height];
-    this.#look(centre.map((value, axis) => value - (2 * by[axis]) / this.#scale));
+    const [width, height] = this.#size;
+    this.#look([centre[0] - (2 * by[0]) / width / this.#scale, centre[1] + (2 * by[1]) / height / this.#scale]);
   }
 
   #up() {
-    const path = this.#drag?.path;
+    const { path, far } = this.#drag ?? {};
     this.#drag = null;
     this.#soon();
-    if (!path || !path.some(([x, y]) => Math.hypot(x - path[0][0], y - path[0][1]) > DRAWN)) return;
-    const inside = [...this.#map.key_ids.keys()].filter((i) => within(this.#place(i), path));
+    if (!path || !far) return;
+    const inside = [...this.#map.key_ids.keys()].filter((i) => flat.isPointInPath(path, ...this.#place(i), "evenodd"));
     this.#taken = new Set(inside);
     if (inside.length) this.#take();
   }
@@ -318,43 +306,45 @@ export class KeyMap {
     this.#on.taken([...this.#taken].map((i) => this.#map.key_ids[i]));
   }
 
-  #point(event) {
-    if (!this.#map) return;
+  /** Select the key with the least `cost(x, y)`, if this is less than `least`. */
+  #nearest(cost, least) {
     let best = -1;
-    let least = NEAR;
-    for (let i = 0; i < this.#map.key_ids.length; i++) {
-      const [x, y] = this.#place(i);
-      const distance = Math.hypot(x - event.offsetX, y - event.offsetY);
-      if (distance < least) [best, least] = [i, distance];
+    for (const i of this.#map.key_ids.keys()) {
+      const found = cost(...this.#place(i));
+      if (found < least) [best, least] = [i, found];
     }
     if (best >= 0) this.#choose(best);
   }
 
-  /** Move to the nearest key in the direction of the arrow. The sideways distance counts twice. */
+  #point(event) {
+    if (this.#map) this.#nearest((x, y) => Math.hypot(x - event.offsetX, y - event.offsetY), NEAR);
+  }
+
   #key(event) {
-    const direction = ARROWS[event.key];
     const closer = { "+": 1.5, "=": 1.5, "-": 1 / 1.5, 0: 0 }[event.key];
     if (closer !== undefined && !event.ctrlKey && !event.metaKey) return this.zoom(closer);
+    const direction = ARROWS[event.key];
     if (!this.#map?.key_ids.length || !(direction || ["Home", " ", "Enter"].includes(event.key))) return;
     event.preventDefault();
-    if (event.key === " " && this.#chosen >= 0) {
-      if (!this.#taken.delete(this.#chosen)) this.#taken.add(this.#chosen);
-      return this.#soon();
-    }
-    if (event.key === "Enter" && this.#chosen >= 0) {
+    if (this.#chosen < 0 || event.key === "Home") this.#choose(0);
+    else if (direction) this.#step(...direction);
+    else if (event.key === "Enter") {
       if (!this.#taken.size) this.#taken.add(this.#chosen);
-      return this.#take();
+      this.#take();
+    } else {
+      if (!this.#taken.delete(this.#chosen)) this.#taken.add(this.#chosen);
+      this.#soon();
     }
-    if (!direction || this.#chosen < 0) return this.#choose(0);
+  }
+
+  /** Move to the nearest key in a direction. The sideways distance counts twice. */
+  #step(right, down) {
     const [x, y] = this.#place(this.#chosen);
-    let best = -1;
-    let least = Infinity;
-    for (let i = 0; i < this.#map.key_ids.length; i++) {
-      const [px, py] = this.#place(i);
-      const along = (px - x) * direction[0] + (py - y) * direction[1];
-      const aside = Math.abs((px - x) * direction[1]) + Math.abs((py - y) * direction[0]);
-      if (along > 0 && along + 2 * aside < least) [best, least] = [i, along + 2 * aside];
-    }
-    if (best >= 0) this.#choose(best);
+    const cost = (px, py) => {
+      const along = (px - x) * right + (py - y) * down;
+      const aside = Math.abs((px - x) * down) + Math.abs((py - y) * right);
+      return along > 0 ? along + 2 * aside : Infinity;
+    };
+    this.#nearest(cost, Infinity);
   }
 }

@@ -1,24 +1,32 @@
 // A line at the bottom of the page that describes the last change and can offer to undo it.
 
-import { $, el } from "./dom.js";
+import { $, button, cross, el } from "./dom.js";
+import { state } from "./state.js";
 
 /** Show a notice, and return a function that changes its text. `undo` returns the text of the next notice, or false if
  *  nothing was undone. */
 export function notice(text, undo) {
   const line = el("span", {}, text);
-  const button = undo && el("button", { type: "button" }, "Undo");
-  button?.addEventListener("click", async () => {
-    button.disabled = true;
-    try {
-      const undone = await undo();
-      if (undone) notice(undone);
-      else button.disabled = false;
-    } catch (error) {
-      notice(error.message);
-    }
-  });
-  const close = el("button", { type: "button", class: "quiet", aria: { label: "Dismiss" }, onclick: () => notice("") }, "×");
+  const undoing = async ({ target }) => {
+    target.disabled = true;
+    const undone = await reported(undo);
+    if (undone) notice(undone);
+    else target.disabled = false;
+  };
   $("notice").hidden = !text;
-  $("notice").replaceChildren(line, ...(button ? [" ", button] : []), " ", close);
+  $("notice").replaceChildren(line, ...(undo ? [" ", button("Undo", undoing)] : []), " ", cross("Dismiss", () => notice("")));
   return (other) => (line.textContent = other);
 }
+
+/** Make a change, and return its result. If it fails, a notice shows the reason. */
+export async function reported(change) {
+  try {
+    return await change();
+  } catch (error) {
+    notice(error.message);
+  }
+}
+
+/** Show a notice that offers to restore version `to` while the index is at version `since`. Then `undone` is called. */
+export const undoable = (text, to, since, undone = () => {}) =>
+  notice(text, async () => (await state.rollback(to, since)) && (undone(), "Undone."));

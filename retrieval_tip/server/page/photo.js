@@ -1,6 +1,5 @@
 // A photo on the page, with its file, its feature, and the answer of the server.
 
-import * as api from "./api.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 
@@ -25,12 +24,9 @@ export class Photo {
   constructor(file, keyId = null) {
     this.id = `photo-${++Photo.#count}`;
     this.file = file;
+    this.name = file.name;
     this.keyId = keyId;
     this.gone = new AbortController();
-  }
-
-  get name() {
-    return this.file.name;
   }
 
   get winner() {
@@ -52,14 +48,6 @@ export class Photo {
     Object.assign(this, { feature: null, similar: [], without: [], shown: null, before: null, problem: null, taught: null });
   }
 
-  /** Send the photo to the server. Throws api.Problem, or AbortError if the photo was removed. */
-  async ask(left, waiting) {
-    const signal = AbortSignal.any([this.gone.signal, left]);
-    const answer = await api.classifyFile(this.file, { ...parameters(), features: true }, { signal, waiting });
-    if (!answer.results.length) throw new api.Problem(answer.skipped[0].reason, 422);
-    return answer;
-  }
-
   /** Store an answer for the settings with this name, which was given without some keys. Return false if the answer does
    *  not hold, because the index has changed, or because the photo is one of the examples. */
   take({ version }, result, name, without) {
@@ -71,7 +59,7 @@ export class Photo {
     }
     if (version !== state.info.version || String(this.without) !== String(without)) return false;
     const unlike = settings.changed && this.shown ? this.shown.unlike : (result.unlike ?? false); // the sliders do not change it
-    this.shown = { name, unlike, ...answerOf(result) };
+    this.shown = { name, unlike, rows: rowsOf(result), supporting: result.neighbours, opposing: result.opposing };
     this.busy = false;
     this.problem = null;
     return true;
@@ -97,12 +85,6 @@ export class Photo {
 /** Return the parameters of a classification request. */
 export const parameters = () => ({ index: state.info.name, ...settings.values, top: TOP, neighbours: NEIGHBOURS });
 
-/** Convert a shot in the server's answer. */
-function shotOf({ key_id: keyId, label, source, affinity, weight, gives }) {
-  return { keyId, label, source, affinity, weight, contribution: gives[0] };
-}
-
-function answerOf({ labels, probabilities, text_logits: texts, shot_logits: shots, neighbours, opposing }) {
-  const rows = labels.map((label, i) => ({ label, probability: probabilities[i], text: texts[i], cache: shots[i] }));
-  return { rows, supporting: neighbours.map(shotOf), opposing: opposing && shotOf(opposing) };
-}
+/** Return the classes of an answer with their logits. */
+const rowsOf = ({ labels, probabilities, text_logits: texts, shot_logits: shots }) =>
+  labels.map((label, i) => ({ label, probability: probabilities[i], text: texts[i], cache: shots[i] }));

@@ -9,11 +9,8 @@ const STEPS = 60; // number of steps per decade
 /** Return the stops of a slider. They are 0 and a logarithmic scale that includes the setting of the index. */
 function stopsAround(own, decades) {
   const middle = own > 0 ? own : 1;
-  const stops = [0];
-  for (let i = -decades * STEPS; i <= decades * STEPS; i++) {
-    stops.push(i === 0 ? middle : Number((middle * 10 ** (i / STEPS)).toPrecision(4)));
-  }
-  return stops;
+  const stop = (i) => (i === 0 ? middle : Number((middle * 10 ** (i / STEPS)).toPrecision(4)));
+  return [0, ...Array.from({ length: 2 * decades * STEPS + 1 }, (_, i) => stop(i - decades * STEPS))];
 }
 
 /** Return the stops of k. They are all small numbers, then numbers in steps of 3 %, and finally all keys. */
@@ -25,19 +22,14 @@ function stopsUpTo(n) {
 
 /** Return the index of the stop whose ratio to a value is closest to 1. */
 function nearest(stops, value) {
-  let best = 0;
-  const far = (stop) => Math.abs(Math.log(stop || 1e-300) - Math.log(value || 1e-300));
-  stops.forEach((stop, i) => (best = far(stop) < far(stops[best]) ? i : best));
-  return best;
+  const apart = stops.map((stop) => Math.abs(Math.log(stop || 1e-300) - Math.log(value || 1e-300)));
+  return apart.indexOf(Math.min(...apart));
 }
 
 class Settings extends EventTarget {
-  alpha = 0;
-  beta = 0;
-  k = "all";
-  tail = true;
-  #own = {};
-  #stops = {};
+  values = {}; // alpha, beta, k and tail
+  #own = {}; // the values of the index
+  #stops = {}; // of each slider
 
   constructor() {
     super();
@@ -53,18 +45,15 @@ class Settings extends EventTarget {
     state.addEventListener("version", () => this.#follow(false));
   }
 
-  get values() {
-    return { alpha: this.alpha, beta: this.beta, k: this.k, tail: this.tail };
-  }
-
   /** A string that identifies the settings. */
   get name() {
-    return [this.alpha, this.beta, this.k, this.k === "all" || this.tail].join(" ");
+    const { alpha, beta, k, tail } = this.values;
+    return [alpha, beta, k, k === "all" || tail].join(" ");
   }
 
   /** Whether the user has changed a setting of the index. */
   get changed() {
-    return Object.entries(this.#own).some(([name, value]) => this[name] !== value);
+    return Object.entries(this.#own).some(([name, value]) => this.values[name] !== value);
   }
 
   /** Switch to another index or version. If the user has not changed any setting, use those of the index. */
@@ -75,7 +64,7 @@ class Settings extends EventTarget {
     this.#stops = { alpha: stopsAround(alpha, RANGES.alpha), beta: stopsAround(beta, RANGES.beta), k: stopsUpTo(n) };
     for (const [name, stops] of Object.entries(this.#stops)) $(`${name}-slider`).max = stops.length - 1;
     $("k").max = n;
-    if (untouched) Object.assign(this, this.#own);
+    if (untouched) this.values = this.#own;
     this.#showAll();
   }
 
@@ -93,36 +82,34 @@ class Settings extends EventTarget {
   }
 
   #set(values, typing) {
-    Object.assign(this, values);
+    this.values = { ...this.values, ...values };
     this.#showAll(typing);
     this.dispatchEvent(new Event("change"));
   }
 
   #showAll(typing) {
+    const { alpha, beta, k, tail } = this.values;
     for (const name of ["alpha", "beta", "k"]) this.#show(name, name === typing);
-    $("tail").checked = this.tail;
-    $("tail").disabled = this.k === "all";
+    $("tail").checked = tail;
+    $("tail").disabled = k === "all";
     $("reset").disabled = !this.changed;
-    const k = this.k === "all" ? "-k all" : `-k ${this.k} ${this.tail ? "--tail" : "--no-tail"}`;
     $("settings-title").textContent = this.changed ? "Settings (changed)" : "Settings";
-    $("command").textContent = `--alpha ${this.alpha} --beta ${this.beta} ${k}`;
+    $("command").textContent = `--alpha ${alpha} --beta ${beta} -k ${k === "all" ? "all" : `${k} ${tail ? "--tail" : "--no-tail"}`}`;
   }
 
   /** Show a setting on its slider and in its input. The input is not changed while the user is typing. */
   #show(name, typing = false) {
-    const value = this[name];
-    const stops = this.#stops[name];
+    const value = this.values[name];
+    const last = this.#stops[name].length - 1;
     const slider = $(`${name}-slider`);
     if (!typing) {
       $(name).value = value === "all" ? "" : Number(value.toPrecision(6)); // the command shows all digits
       $(name).removeAttribute("aria-invalid");
     }
     $(name).dataset.value = value;
-    const at = value === "all" ? stops.length - 1 : nearest(stops, value);
-    if (Number(slider.value) !== at) slider.value = at;
-    const spoken = name === "k" ? (value === "all" ? "all examples" : plural(value, "example")) : String(value);
-    slider.setAttribute("aria-valuetext", spoken);
-    slider.style.setProperty("--filled", `${(100 * at) / Math.max(1, stops.length - 1)}%`);
+    slider.value = value === "all" ? last : nearest(this.#stops[name], value);
+    slider.ariaValueText = name === "k" ? (value === "all" ? "all examples" : plural(value, "example")) : String(value);
+    slider.style.setProperty("--filled", `${(100 * slider.value) / Math.max(1, last)}%`);
   }
 }
 

@@ -1,10 +1,9 @@
 // The first screen, which shows the classes of the classifier, its accuracy, and some example photos to try.
 
-import { showAccuracy } from "./accuracy.js";
 import * as api from "./api.js";
 import * as camera from "./camera.js";
 import { addFiles } from "./classify.js";
-import { $, count, el, picture, plural } from "./dom.js";
+import { $, button, count, el, picture, plural } from "./dom.js";
 import { state } from "./state.js";
 
 const CLASSES = 60; // number of classes to show
@@ -14,17 +13,14 @@ async function show() {
   const { info } = state;
   const examples = plural(info.n_keys, "example photo");
   $("knows").textContent = `“${info.name}” recognises ${plural(info.n_classes, "class", "classes")}, learned from ${examples}`;
-  if (!$("start").hidden) showAccuracy($("judged"));
-  const known = info.classes.slice(0, CLASSES);
+  const more = info.classes.length - CLASSES;
+  $("known-more").textContent = more > 0 ? `and ${count(more)} more` : "";
   const list = (shown) => {
-    const byClass = new Map(shown.map((one) => [one.class_id, one]));
-    $("known").replaceChildren(
-      ...known.map(({ class_id: id, label, keys }) =>
-        el("li", {}, picture(byClass.get(id)?.image, 160, ""), el("span", { class: "name" }, label), el("span", { class: "hint" }, plural(keys, "photo"))),
-      ),
+    const images = new Map(shown.map(({ class_id: id, image }) => [id, image]));
+    const items = info.classes.slice(0, CLASSES).map(({ class_id: id, label, keys }) =>
+      el("li", {}, picture(images.get(id), 160, ""), el("span", { class: "name" }, label), el("span", { class: "hint" }, plural(keys, "photo"))),
     );
-    const more = info.classes.length - known.length;
-    $("known-more").textContent = more > 0 ? `and ${count(more)} more` : "";
+    $("known").replaceChildren(...items);
   };
   list([]);
   $("samples").hidden = true;
@@ -50,7 +46,7 @@ function samples(shown) {
         const response = await fetch(`${api.pictureOf(state.info.name, id)}?size=1024`);
         if (response.ok) addFiles([new File([await response.blob()], `${state.labels[classId]} ${id}.jpg`, { type: "image/jpeg" })], [id]);
       };
-      return el("li", {}, el("button", { type: "button", aria: { label }, onclick }, picture(image, 240, "")));
+      return el("li", {}, button([picture(image, 240, "")], onclick, { aria: { label } }));
     }),
   );
 }
@@ -61,6 +57,5 @@ $("camera").addEventListener("click", async () => {
   await camera.open((file) => addFiles([file])).catch((error) => ($("camera-said").textContent = error.message));
 });
 
-new MutationObserver(() => state.info && !$("start").hidden && showAccuracy($("judged"))).observe($("start"), { attributeFilter: ["hidden"] });
 state.addEventListener("index", show);
 state.addEventListener("version", show);

@@ -2,7 +2,7 @@
 // when the index has a new version.
 
 import * as api from "./api.js";
-import { ask } from "./dialogs.js";
+import { agreed } from "./dialogs.js";
 import { $, el } from "./dom.js";
 
 const BATCH = 16; // number of photos per request
@@ -19,6 +19,7 @@ class State extends EventTarget {
   info = null; // GET /v1/indexes/{name}
   labels = []; // by class id
   mayChange = false; // whether the server accepts changes
+  reopen = null; // lists the indexes again, and opens the one that has a name
   #exemplars = null;
   #accuracy = null;
 
@@ -56,8 +57,8 @@ class State extends EventTarget {
     const lists = { key_ids: [], classes: [], duplicates: [], warnings: [], skipped: [] };
     const all = { ...lists, known: 0, since: this.info.version };
     for (let at = 0; at < files.length; at += BATCH) {
-      const part = files.slice(at, at + BATCH);
-      const added = await this.#change(() => api.addShots(this.info.name, label, part), false);
+      const part = files.slice(at, at + BATCH).map((file) => ["images", file]);
+      const added = await this.#change(this.#at("/keys"), api.form([["label", label], ...part]), false);
       if (!added) return null;
       for (const name of Object.keys(lists)) all[name].push(...added[name]);
       all.known += added.known;
@@ -68,51 +69,49 @@ class State extends EventTarget {
     return all;
   }
 
-  /** Create an index from [label, file] pairs, and open it. */
-  async make(name, pairs) {
+  /** Create an index from [label, file] pairs, fit it, and open it. */
+  make(name, pairs) {
     const like = this.info?.images ? this.info.name : undefined;
-    return this.#opened(() => api.makeIndex(name, like, pairs));
+    const photos = pairs.flatMap(([label, file]) => [["label", label], ["images", file]]);
+    return this.#opened(`/v1/indexes${api.query({ like })}`, api.form([["name", name], ...photos]));
   }
 
-  renameIndex = (name) => this.#opened(() => api.renameIndex(this.info.name, name));
-  duplicateIndex = (name) => this.#opened(() => api.duplicateIndex(this.info.name, name));
-  deleteIndex = () => this.#opened(() => api.deleteIndex(this.info.name));
+  renameIndex = (name) => this.#opened(this.#at(), api.json({ name }, "PATCH"));
+  duplicateIndex = (name) => this.#opened(this.#at("/duplicate"), api.json({ name }));
+  deleteIndex = () => this.#opened(this.#at(), { method: "DELETE" });
 
   /** Change the list of indexes, and open the changed index, or another one if it was deleted. */
-  async #opened(send) {
-    const changed = await this.#change(send, false);
-    if (changed) {
-      const detail = { name: changed.index };
-      this.dispatchEvent(new CustomEvent("made", { detail }));
-      await detail.done;
-    }
+  async #opened(path, options) {
+    const changed = await this.#change(path, options, false);
+    if (changed) await this.reopen(changed.index);
     return changed;
   }
 
   /** Fit the index to its shots again. */
-  fit = () => this.#change(() => api.fit(this.info.name));
-  remove = (keyIds) => this.#change(() => api.removeShots(this.info.name, keyIds));
-  relabel = (keyIds, label) => this.#change(() => api.relabel(this.info.name, { key_ids: keyIds, label }));
-  /** Relabel several groups of shots, given as [{ key_ids, label }], in one new version. */
-  relabelAll = (moves) => this.#change(() => api.relabel(this.info.name, { moves }));
+  fit = () => this.#change(this.#at("/fit"), { method: "POST" });
+  remove = (keyIds) => this.#change(this.#at(`/keys${api.query({ key_id: keyIds })}`), { method: "DELETE" });
+  /** Relabel groups of shots, given as [{ key_ids, label }], in one new version. */
+  relabel = (moves) => this.#change(this.#at("/relabel"), api.json({ moves }));
   /** Rename a class. If another class already has the new name, the two classes are merged. */
-  rename = (of, label) => this.#change(() => api.rename(this.info.name, { of, label }));
+  rename = (of, label) => this.#change(this.#at("/rename"), api.json({ of, label }));
   /** Restore version `to`, provided that the index is still at version `since`. */
-  rollback = (to, since) => this.#change(() => api.rollback(this.info.name, { to, since }));
+  rollback = (to, since) => this.#change(this.#at("/rollback"), api.json({ to, since }));
 
-  /** Label photos in the labelling session, and return its new state. */
-  setLabels = (change) => this.#change(() => api.setLabels(change), false);
+  /** Set or remove labels in the labelling session, or skip photos, and return the new state of the session. */
+  setLabels = (change) => this.#change("/v1/label", { ...api.json(change), patience: 0 }, false);
 
-  /** Copy the photos of the labelling session into folders by class. */
-  sortPhotos = (into) => this.#change(() => api.sortPhotos(into), false);
+  /** Copy all photos of the labelling session into folders by class. */
+  sortPhotos = (into) => this.#change("/v1/label/sort", api.json({ into }), false);
+
+  #at = (what) => api.at(this.info.name, what);
 
   /** Send a change with the token. If the token is unknown, ask the user for it, and return null if there is none. */
-  async #change(send, refresh = true) {
+  async #change(path, options, refresh = true) {
     for (let wrong = false; ; wrong = true) {
       const known = !wrong && sessionStorage.getItem(api.TOKEN);
       if (!known && !(await askToken())) return null;
       try {
-        const changed = await send();
+        const changed = await api.request(path, options);
         if (refresh) await this.refresh();
         return changed;
       } catch (error) {
@@ -124,14 +123,20 @@ class State extends EventTarget {
 
 /** Ask for the token, and keep it for this tab. A token that is already known was refused. Return whether one is given. */
 export async function askToken() {
-  $("token").value = "";
-  $("token-refused").hidden = !sessionStorage.getItem(api.TOKEN);
+  const field = el("input", { id: "token", type: "password", autocomplete: "off", required: true });
+  const code = (text) => el("code", {}, text);
+  const where = ["You need the server’s token. You can find it after ", code("#token="), " in the address that ", code("retrieval-tip serve"), " or ", code("label")];
+  const refused = ["This is not the server’s token. Copy the end of the printed address, after ", code("#token="), "."];
+  const known = sessionStorage.getItem(api.TOKEN);
   sessionStorage.removeItem(api.TOKEN);
-  if ((await ask($("token-dialog"))) !== "ok") return false;
-  sessionStorage.setItem(api.TOKEN, $("token").value);
+  const content = [
+    el("p", {}, ...where, " printed. The token is remembered until you close this tab."),
+    known && el("p", { class: "refused", id: "token-refused", role: "alert" }, ...refused),
+    el("label", {}, "Token ", field),
+  ];
+  if (!(await agreed("token", "Token", content, "Continue"))) return false;
+  sessionStorage.setItem(api.TOKEN, field.value);
   return true;
 }
-
-$("token-cancel").addEventListener("click", () => $("token-dialog").close(""));
 
 export const state = new State();

@@ -1,85 +1,102 @@
 // The Teach view, which creates a classifier from photos in named classes, or adds them to the open classifier.
 
 import { judged } from "./accuracy.js";
-import * as api from "./api.js";
 import * as camera from "./camera.js";
-import { $, el, failure, plural, preview } from "./dom.js";
+import { $, button, classField, cross, el, failure, plural, preview } from "./dom.js";
 import { chosen } from "./files.js";
-import { notice } from "./notice.js";
+import { notice, reported } from "./notice.js";
 import { state } from "./state.js";
 
 const FIRST = 48; // number of photos in the request that creates an index
 const SHOWN = 12; // number of thumbnails per class
 const IMAGE = /\.(jpe?g|png|webp|hei[cf])$/i;
 
-const classes = []; // { name, files, element }
+const cards = []; // of the classes
 let running = null; // aborts the upload
 
-const photos = () => classes.reduce((sum, one) => sum + one.files.length, 0);
-const isNew = () => $("teach-new").checked;
+/** The card of a class, with its name and its photos. */
+class Card {
+  files = [];
+  #input = classField({ type: "text", placeholder: "class name", aria: { label: "Class name" }, oninput: show });
+  #pictures = el("div", { class: "pictures" });
+  #count = el("span", { class: "hint" });
 
-function addClass(name = "", files = []) {
-  const one = { name, files: [] };
-  const input = el("input", { type: "text", value: name, placeholder: "class name", autocomplete: "off", aria: { label: "Class name" } });
-  input.setAttribute("list", "class-names");
-  input.addEventListener("input", () => ((one.name = input.value.trim()), show()));
-  const pick = el("input", { type: "file", accept: "image/jpeg,image/png,image/webp,.heic,.heif", multiple: true, hidden: true, aria: { label: "Photos" } });
-  pick.addEventListener("change", () => (give(one, [...pick.files]), (pick.value = "")));
-  const choose = el("button", { type: "button", onclick: () => pick.click() }, "Choose");
-  const shot = () => camera.open((file) => give(one, [file]), one.name || "this class").catch((error) => notice(error.message));
-  const shoot = el("button", { type: "button", hidden: !camera.hasCamera, onclick: shot }, "Camera");
-  const removed = () => {
-    takeAway(one);
-    if (!classes.length) addClass();
+  constructor(name = "") {
+    this.name = name;
+    const { accept } = $("files");
+    const taken = ({ target }) => (this.give([...target.files]), (target.value = ""));
+    const pick = el("input", { type: "file", accept, multiple: true, hidden: true, aria: { label: "Photos" }, onchange: taken });
+    const shot = () => reported(() => camera.open((file) => this.give([file]), this.name || "this class"));
+    const remove = () => {
+      this.remove();
+      if (!cards.length) new Card();
+      show();
+      $("teach-more").focus();
+    };
+    this.element = el(
+      "li",
+      { class: "class-card" },
+      el("p", { class: "buttons" }, this.#input, cross("Remove this class", remove)),
+      this.#pictures,
+      el("p", { class: "buttons" }, this.#count, button("Choose", () => pick.click()), button("Camera", shot, { hidden: !camera.hasCamera }), pick),
+    );
+    cards.push(this);
+    $("teach-classes").append(this.element);
+  }
+
+  get name() {
+    return this.#input.value.trim();
+  }
+
+  set name(name) {
+    this.#input.value = name;
+  }
+
+  get empty() {
+    return !this.files.length;
+  }
+
+  focus() {
+    this.#input.focus();
+  }
+
+  /** Add files, and show them if there is room for them. */
+  give(files) {
+    this.files.push(...files);
+    const room = Math.max(0, SHOWN - this.#pictures.children.length);
+    this.#pictures.append(...files.slice(0, room).map((file) => preview(file, "")));
     show();
-    $("teach-more").focus();
-  };
-  const away = el("button", { type: "button", class: "quiet", aria: { label: "Remove this class" }, onclick: removed }, "×");
-  one.pictures = el("div", { class: "pictures" });
-  one.count = el("span", { class: "hint" });
-  one.input = input;
-  one.element = el(
-    "li",
-    { class: "class-card" },
-    el("p", { class: "buttons" }, input, away),
-    one.pictures,
-    el("p", { class: "buttons" }, one.count, choose, shoot, pick),
-  );
-  classes.push(one);
-  $("teach-classes").append(one.element);
-  give(one, files);
-  return one;
-}
+  }
 
-function takeAway(one) {
-  classes.splice(classes.indexOf(one), 1);
-  one.element.remove();
-}
+  takeBack(files) {
+    const left = this.files.splice(0).filter((file) => !files.has(file));
+    this.#pictures.replaceChildren();
+    this.give(left);
+  }
 
-function give(one, files) {
-  one.files.push(...files);
-  draw(one, files);
-  show();
-}
+  remove() {
+    cards.splice(cards.indexOf(this), 1);
+    this.element.remove();
+  }
 
-/** Show files on the card of a class if there is room for them. */
-function draw(one, files) {
-  const room = SHOWN - one.pictures.children.length;
-  for (const file of files.slice(0, Math.max(0, room))) {
-    one.pictures.append(preview(file, ""));
+  show() {
+    this.#count.textContent = this.empty ? "Drop photos here" : plural(this.files.length, "photo");
   }
 }
 
-/** Return the class for single photos that are dropped on an element. If the element is not part of a card, this is the
- *  first empty class. */
-const targetAt = (place) =>
-  classes.find(({ element }) => element.contains(place)) ?? classes.find(({ files }) => !files.length);
+const photos = () => cards.reduce((sum, { files }) => sum + files.length, 0);
+const full = () => cards.filter(({ empty }) => !empty);
+const isNew = () => $("teach-new").checked;
 
-/** While single photos are dragged, mark the class that they would be added to. Pass null to remove the mark. */
+/** Return the card for single photos that are dropped on an element. If the element is not part of a card, this is the
+ *  first empty one. */
+const targetAt = (place) => cards.find(({ element }) => element.contains(place)) ?? cards.find(({ empty }) => empty);
+
+/** While single photos are dragged, mark the card that they would be added to. Pass null to remove the mark. */
 export function aim(event) {
   const loose = event && [...event.dataTransfer.items].some(({ type }) => type); // a folder has no type
   const target = loose ? targetAt(event.target) : null;
-  for (const one of classes) one.element.classList.toggle("target", one === target);
+  for (const card of cards) card.element.classList.toggle("target", card === target);
 }
 
 /** Add files that were selected, or dropped on an element. Each folder becomes a class, regardless of where it is
@@ -87,71 +104,56 @@ export function aim(event) {
 export function receive(found, place = null) {
   showCards();
   const images = found.filter(({ file }) => IMAGE.test(file.name) || IMAGE.test(file.type.replace("/", ".")));
-  const before = new Set(classes);
-  const given = [];
+  const before = new Set(cards);
+  const given = new Set(images.map(({ file }) => file));
+  const changed = new Set();
   for (const [folder, some] of Map.groupBy(images, (one) => one.folder)) {
-    const files = some.map(({ file }) => file);
-    const known = folder === null ? targetAt(place) : classes.find(({ name }) => name === folder);
-    const one = known ?? addClass(folder ?? "");
-    give(one, files);
-    given.push([one, new Set(files)]);
+    const known = folder === null ? targetAt(place) : cards.find(({ name }) => name === folder);
+    const card = known ?? new Card(folder ?? "");
+    card.give(some.map(({ file }) => file));
+    changed.add(card);
   }
-  const empty = classes.filter(({ name, files }) => !name && !files.length);
-  if (images.some(({ folder }) => folder !== null)) empty.forEach(takeAway);
+  if (images.some(({ folder }) => folder !== null)) for (const card of cards.filter(({ name, empty }) => !name && empty)) card.remove();
   show();
   const other = found.length - images.length;
   const skipped = other ? `Skipped ${plural(other, "file")} because only JPEG, PNG, WebP and HEIC are supported.` : "";
   if (!images.length) return notice(skipped);
-  notice(`Added ${plural(images.length, "photo")} to ${plural(given.length, "class", "classes")}. ${skipped}`, () => {
-    for (const [one, files] of given) takeBack(one, files, before.has(one));
-    while (classes.length < 2) addClass();
+  notice(`Added ${plural(images.length, "photo")} to ${plural(changed.size, "class", "classes")}. ${skipped}`, () => {
+    for (const card of cards.filter((one) => changed.has(one))) {
+      card.takeBack(given);
+      if (card.empty && !before.has(card)) card.remove();
+    }
+    while (cards.length < 2) new Card();
     show();
     return "Undone.";
   });
 }
 
-/** Remove files from a class. If the class is then empty, also remove the class, unless `stays` is true. */
-function takeBack(one, files, stays) {
-  if (!classes.includes(one)) return;
-  one.files = one.files.filter((file) => !files.has(file));
-  if (!stays && !one.files.length) return takeAway(one);
-  one.pictures.replaceChildren();
-  draw(one, one.files);
-}
-
 function show() {
-  for (const one of classes) one.count.textContent = one.files.length ? plural(one.files.length, "photo") : "Drop photos here";
-  const full = classes.filter((one) => one.files.length);
-  const unnamed = full.find((one) => !one.name);
-  const twice = full.length !== new Set(full.map((one) => one.name)).size;
-  const few = isNew() ? 2 : 1;
-  const name = $("teach-name").value.trim();
+  for (const card of cards) card.show();
+  const names = full().map(({ name }) => name);
   $("teach-name-label").hidden = !isNew();
   let missing = "";
   if (!state.mayChange) missing = "This server is read-only. Restart it with --token.";
-  else if (full.length < few) missing = isNew() ? "Add photos to at least two classes. Five photos per class are a good start." : "Add photos to a class.";
-  else if (unnamed) missing = "Each class needs a name.";
-  else if (twice) missing = "Two classes have the same name.";
-  else if (isNew() && !name) missing = "The classifier needs a name.";
+  else if (names.length < (isNew() ? 2 : 1)) missing = isNew() ? "Add photos to at least two classes. Five photos per class are a good start." : "Add photos to a class.";
+  else if (names.includes("")) missing = "Each class needs a name.";
+  else if (names.length !== new Set(names).size) missing = "Two classes have the same name.";
+  else if (isNew() && !$("teach-name").value.trim()) missing = "The classifier needs a name.";
   $("teach-missing").textContent = missing;
   $("teach-go").disabled = Boolean(missing) || running !== null;
-  const of = full.length ? ` ${plural(photos(), "photo")} in ${plural(full.length, "class", "classes")}` : "";
+  const of = names.length ? ` ${plural(photos(), "photo")} in ${plural(names.length, "class", "classes")}` : "";
   $("teach-go").textContent = isNew() ? `Create classifier${of && ` from${of}`}` : `Add${of || " photos"}`;
 }
 
-/** Return the files for the first request, which include some of every class, and the remaining files by class. */
+/** Return the photos for the first request as [label, file] pairs, which include some of every class, and the remaining
+ *  photos by class. */
 function begun() {
-  const first = [];
-  const left = new Map();
-  const full = classes.filter((one) => one.files.length);
-  for (let i = 0; full.some((one) => one.files.length > i); i++)
-    for (const one of full) {
-      const file = one.files[i];
-      if (!file) continue;
-      if (first.length < FIRST || i === 0) first.push([one.name, file]);
-      else left.set(one.name, [...(left.get(one.name) ?? []), file]);
-    }
-  return [first, left];
+  const most = Math.max(...full().map(({ files }) => files.length));
+  const pairs = [];
+  for (let i = 0; i < most; i++) for (const { name, files } of full()) if (i < files.length) pairs.push([name, files[i]]);
+  const first = Math.max(FIRST, full().length);
+  const left = Map.groupBy(pairs.slice(first), ([name]) => name);
+  return [pairs.slice(0, first), new Map([...left].map(([name, own]) => [name, own.map(([, file]) => file)]))];
 }
 
 async function go() {
@@ -160,6 +162,8 @@ async function go() {
   const { signal } = running;
   const total = photos();
   const started = performance.now();
+  const since = isNew() ? null : state.info.version;
+  const skipped = [];
   let sent = 0;
   const report = (text) => {
     signal.throwIfAborted();
@@ -169,11 +173,9 @@ async function go() {
   $("teach-working").hidden = false;
   $("teach-result").hidden = true;
   show();
-  const skipped = [];
-  let since = null;
   try {
     report(`Uploading ${plural(total, "photo")}…`);
-    let rest;
+    let rest = new Map(full().map(({ name, files }) => [name, files]));
     let result;
     if (isNew()) {
       const [first, left] = begun();
@@ -182,9 +184,6 @@ async function go() {
       if (!result) return;
       skipped.push(...result.skipped);
       sent = first.length;
-    } else {
-      since = state.info.version;
-      rest = new Map(classes.filter((one) => one.files.length).map((one) => [one.name, one.files]));
     }
     for (const [label, files] of rest) {
       report(`Uploading ${label}…`);
@@ -195,7 +194,6 @@ async function go() {
       });
       if (!added) return;
       skipped.push(...added.skipped);
-      sent = before + files.length;
     }
     if (rest.size) {
       report("Training…");
@@ -229,7 +227,7 @@ function undoTo(since) {
       $("teach-result").replaceChildren(failure(error));
     }
   };
-  return el("button", { type: "button", onclick }, "Undo");
+  return button("Undo", onclick);
 }
 
 /** Show the cards again, in place of the result. */
@@ -241,8 +239,8 @@ function showCards() {
 function finished(result, skipped, since, seconds) {
   const names = skipped.slice(0, 3).map(({ input }) => input).join(", ") + (skipped.length > 3 ? ` and ${skipped.length - 3} more` : "");
   const out = skipped.length ? ` Skipped ${plural(skipped.length, "file")}: ${names}.` : "";
-  const ask = el("button", { type: "button", class: "primary", id: "teach-ask", onclick: () => (location.hash = "#classify") }, "Try it on a photo");
-  const again = el("button", { type: "button", onclick: () => (showCards(), $("teach-more").focus()) }, "Add more photos");
+  const ask = button("Try it on a photo", () => (location.hash = "#classify"), { class: "primary", id: "teach-ask" });
+  const again = button("Add more photos", () => (showCards(), $("teach-more").focus()));
   $("teach-view").classList.add("done"); // the result takes the place of the cards
   $("teach-result").hidden = false;
   $("teach-result").replaceChildren(
@@ -250,9 +248,9 @@ function finished(result, skipped, since, seconds) {
     el("p", {}, `${judged(result.judged) || "To estimate its accuracy, add a second photo to each class."}${out}`),
     el("p", { class: "buttons" }, ask, again, undoTo(since)),
   );
-  for (const one of classes.splice(0)) one.element.remove();
-  addClass();
-  addClass();
+  for (const card of [...cards]) card.remove();
+  new Card();
+  new Card();
   $("teach-old").checked = true; // so that further photos are added to the same classifier
   follow();
   ask.focus();
@@ -267,7 +265,7 @@ function follow() {
   show();
 }
 
-$("teach-more").addEventListener("click", () => addClass().input.focus());
+$("teach-more").addEventListener("click", () => (new Card().focus(), show()));
 $("teach-go").addEventListener("click", go);
 $("teach-cancel").addEventListener("click", () => {
   running?.abort(new DOMException("cancelled", "AbortError"));
@@ -281,15 +279,15 @@ addEventListener("hashchange", () => location.hash === "#teach" || showCards());
 $("to-teach").addEventListener("click", () => (($("teach-new").checked = true), show(), $("teach-name").select()));
 $("classes-add").addEventListener("click", () => $("teach-old").disabled || (($("teach-old").checked = true), show()));
 state.addEventListener("wanted", ({ detail }) => {
-  const known = classes.find(({ name }) => name === detail);
-  const one = known ?? classes.find(({ name, files }) => !name && !files.length) ?? addClass();
-  one.name = one.input.value = detail;
+  const named = cards.find(({ name }) => name === detail);
+  const card = named ?? cards.find(({ name, empty }) => !name && empty) ?? new Card();
+  card.name = detail;
   if (!$("teach-old").disabled) $("teach-old").checked = true;
   show();
-  one.input.focus();
+  card.focus();
 });
 state.addEventListener("index", follow);
 state.addEventListener("indexes", follow);
-addClass();
-addClass();
+new Card();
+new Card();
 follow();

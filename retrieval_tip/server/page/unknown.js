@@ -1,7 +1,7 @@
 // Groups of similar photos that have no match. Naming a group creates a class.
 
 import * as api from "./api.js";
-import { $, count, el, failure, noPreview, plural, preview } from "./dom.js";
+import { $, classField, count, el, failure, named, noPreview, plural, preview } from "./dom.js";
 import { state } from "./state.js";
 
 const MOST = 4096; // number of photos that the server groups at once
@@ -37,13 +37,8 @@ async function grouped(unlike, teach, again) {
 }
 
 function row(photos, teach) {
-  const label = el("input", { autocomplete: "off", maxLength: 1024, placeholder: "class name", aria: { label: "Class name" } });
-  label.setAttribute("list", "class-names");
-  const onsubmit = (event) => {
-    event.preventDefault();
-    if (label.value.trim()) teach(photos, label.value.trim());
-  };
-  const form = el("form", { class: "teach", onsubmit }, label, el("button", { type: "submit" }, "Name this class"));
+  const field = classField({ maxLength: 1024, placeholder: "class name", aria: { label: "Class name" } });
+  const form = named(el("form", { class: "teach" }, field, el("button", {}, "Name this class")), (label) => teach(photos, label));
   const pictures = photos.slice(0, SHOWN).map(({ file, name }) => el("li", {}, preview(file, name, noPreview())));
   return el("li", {}, el("strong", {}, `${plural(photos.length, "similar photo")} without a match`), el("ul", { class: "strip" }, ...pictures), form);
 }
