@@ -20,7 +20,7 @@ from retrieval_tip.answering import similar_shots
 from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data.encoder import FeatureBlock
-from retrieval_tip.data.feature_tables import check_backbone
+from retrieval_tip.data.tables import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.files import real
 from retrieval_tip.index import places
