@@ -16,7 +16,7 @@ from PIL import Image
 from serving import caltech_photos
 
 from retrieval_tip.data import images
-from retrieval_tip.data.boxes import read_boxes
+from retrieval_tip.data.boxes import cut_boxes
 from retrieval_tip.data.sources import of_images
 from retrieval_tip.errors import InputError, UsageError
 
@@ -118,22 +118,22 @@ def test_boxes_belong_to_the_burst_of_their_photo(run, things, trap):
 
 def test_photos_are_matched_by_the_end_of_their_path(tmp_path):
     entries = [{"file": file, "detections": [found([0, 0, 1, 1])] * n} for n, file in enumerate(["./b/1.jpg", "1.jpg"])]
-    boxes = read_boxes(write(tmp_path, images=entries))
-    cut = boxes.cut([of_images(["/a/b/1.jpg", "s3://x/c/1.jpg", "/a/b/1.jpg"])])
+    file = write(tmp_path, images=entries)
+    cut = cut_boxes(file, [of_images(["/a/b/1.jpg", "s3://x/c/1.jpg", "/a/b/1.jpg"])])
     assert (cut.empty, cut.sources[0].paths) == (["/a/b/1.jpg", "/a/b/1.jpg"], ("s3://x/c/1.jpg#1",))
     assert cut.detected == {"s3://x/c/1.jpg#1": "1"}
     with pytest.raises(InputError, match=r"c/1.jpg and /d/1.jpg both match its file '1.jpg'"):
-        boxes.cut([of_images(["/c/1.jpg", "/d/1.jpg"])])
+        cut_boxes(file, [of_images(["/c/1.jpg", "/d/1.jpg"])])
     with pytest.raises(InputError, match="no photo has an entry"):
-        boxes.cut([of_images(["/c/2.jpg"])])
+        cut_boxes(file, [of_images(["/c/2.jpg"])])
 
 
 def test_boxes_without_an_area_are_left_out(tmp_path):
     flat, thin, whole = ([0.5, 0.5, 0, 0.2], [0.5, 0.5, 0.2, -0.001], [0, 0, 1, 1])
     photos = {"0.jpg": [flat, thin], "1.jpg": [flat, whole]}
     entries = [{"file": name, "detections": list(map(found, edges))} for name, edges in photos.items()]
-    boxes = read_boxes(write(tmp_path, images=entries))
-    assert [[box for _, box in boxes.photos[name]] for name in photos] == [[], [(0, 0, 1, 1)]]
+    cut = cut_boxes(write(tmp_path, images=entries), [of_images(list(photos))])
+    assert (cut.empty, cut.boxes) == (["0.jpg"], {"1.jpg#1": ("1.jpg", (0, 0, 1, 1))})
 
 
 ONE = {"file": "a.jpg", "detections": [found([0, 0, 1, 1])]}
@@ -161,14 +161,15 @@ WRONG = [
 def test_malformed_box_files_are_refused(text, message, tmp_path):
     (tmp_path / "boxes.json").write_text(text)
     with pytest.raises(InputError, match=re.escape(message)):
-        read_boxes(tmp_path / "boxes.json")
+        cut_boxes(tmp_path / "boxes.json", [of_images(["a.jpg"])])
 
 
 @pytest.mark.parametrize("info", [None, [], {}, math.nan, "0.9", 7], ids=str)
 def test_a_file_without_a_valid_threshold_uses_the_default(info, tmp_path):
     about = {"detector_metadata": {"typical_detection_threshold": info}}
     entry = ONE | {"detections": [found([0, 0, 1, 1], conf, "\ud800") for conf in (0.19, 0.2, 1)]}
-    cut = read_boxes(write(tmp_path, images=[entry], info=about, detection_categories=[1])).cut([of_images(["a.jpg"])])
+    file = write(tmp_path, images=[entry], info=about, detection_categories=[1])
+    cut = cut_boxes(file, [of_images(["a.jpg"])])
     assert list(cut.detected) == ["a.jpg#1", "a.jpg#2"]
     assert all(name.encode() for name in cut.detected.values())
 
@@ -176,7 +177,7 @@ def test_a_file_without_a_valid_threshold_uses_the_default(info, tmp_path):
 def test_boxes_are_refused_for_features_and_ray(run, things, tmp_path):
     file = write(tmp_path, images=[ONE])
     with pytest.raises(UsageError, match="features cannot be cropped"):
-        read_boxes(file).cut([replace(of_images(["a.jpg"]), paths=None)])
+        cut_boxes(file, [replace(of_images(["a.jpg"]), paths=None)])
     done = run("classify", things, "a.jpg", "--boxes", file, "--engine", "ray")
     assert (done.exit_code, "cannot crop" in done.stderr) == (2, True)
 

@@ -27,8 +27,8 @@ from tables import unit
 
 from retrieval_tip import CacheModel, TipAdapterClassifier
 from retrieval_tip.data.encoder import Encoder
-from retrieval_tip.data.feature_tables import schema_of, table_of, write_table
 from retrieval_tip.data.sources import open_source
+from retrieval_tip.data.tables import schema_of, table_of, write_table
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index.build import build_index
 

@@ -17,8 +17,8 @@ from tables import unit_rows
 
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.data.encoder import Encoder
-from retrieval_tip.data.feature_tables import table_identity
 from retrieval_tip.data.sources import open_source
+from retrieval_tip.data.tables import table_identity
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.export import export_table, export_text

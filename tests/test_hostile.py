@@ -41,8 +41,8 @@ from retrieval_tip import CacheModel
 from retrieval_tip.cli import main
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder
-from retrieval_tip.data.feature_tables import read_features
 from retrieval_tip.data.sources import open_items, open_source
+from retrieval_tip.data.tables import read_features
 from retrieval_tip.errors import MAX_LINE, RetrievalTipError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index

@@ -19,7 +19,8 @@ from PIL import Image, ImageCms, features
 from tables import png, png_chunk, touch
 
 from retrieval_tip.data import images
-from retrieval_tip.data.images import decode, find, read, thumbnail
+from retrieval_tip.data.images import decode, find, thumbnail
+from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, UsageError
 
 RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
@@ -292,15 +293,15 @@ NOT_FILES: dict[str, Callable[[Path], object]] = {
 def test_read_reports_why_a_path_is_not_a_file(tmp_path: Path, what: str) -> None:
     NOT_FILES[what](tmp_path / "x.png")
     with pytest.raises(InputError, match=what):
-        read(tmp_path / "x.png")
+        read_item(str(tmp_path / "x.png"))
     (tmp_path / "y.png").write_bytes(b"anything")
-    assert read(str(tmp_path / "y.png")) == b"anything"
+    assert read_item(str(tmp_path / "y.png")) == b"anything"
 
 
 @pytest.mark.parametrize("path", ["a\0b.png", "x" * 5000 + ".png", "/".join(["d"] * 3000), "\ud800.png", ""])
 def test_read_refuses_impossible_paths(path: str) -> None:
     with pytest.raises(InputError) as caught:
-        read(path)
+        read_item(str(path))
     assert str(caught.value)
 
 
@@ -310,7 +311,7 @@ def test_read_refuses_a_huge_file_without_reading_it(tmp_path: Path) -> None:
         file.truncate(images.MAX_BYTES + 1)  # sparse
     tracemalloc.start()
     with pytest.raises(InputError, match="bytes"):
-        read(path)
+        read_item(str(path))
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
 

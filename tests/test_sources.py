@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 from tables import touch
 
-from retrieval_tip.data.feature_tables import read_features
 from retrieval_tip.data.folders import kinds
 from retrieval_tip.data.sources import (
     Source,
@@ -25,6 +24,7 @@ from retrieval_tip.data.sources import (
     open_source,
     spelled_alike,
 )
+from retrieval_tip.data.tables import read_features
 from retrieval_tip.errors import InputError, show
 
 

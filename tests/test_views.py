@@ -23,8 +23,8 @@ from retrieval_tip.backbones.base import unit
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder, view_names
 from retrieval_tip.data.encoding_cache import EncodingCache
-from retrieval_tip.data.feature_tables import TABLE_ROWS
 from retrieval_tip.data.sources import Source, open_items, open_source
+from retrieval_tip.data.tables import TABLE_ROWS
 from retrieval_tip.errors import BackboneError, InputError, UsageError
 
 
@@ -120,12 +120,6 @@ def test_an_unreadable_image_has_no_views(folder: Path) -> None:
         Encoder(Fake(), strict=True).encode_views(source, ["centre"])
     with pytest.raises(InputError, match=r"^[^(]*05\.png"):
         encoder.encode_views(source.take([1]), ["centre"])
-
-
-@pytest.mark.parametrize("names", [[], ["centre", "centre"]])
-def test_bad_views_are_refused(folder: Path, names: list[str]) -> None:
-    with pytest.raises(UsageError, match="views"):
-        Encoder(Fake()).encode_views(source_of(folder), names)
 
 
 def test_views_need_a_backbone_and_items(folder: Path) -> None:

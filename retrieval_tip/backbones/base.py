@@ -109,22 +109,13 @@ class Backbone(Protocol):
         """Return the centre view of an RGB image, as a float32 tensor of shape ``[3, h, w]``."""
 
     def view(self, image: Image.Image, seed: str) -> torch.Tensor:
-        """Return an augmented view of an image, as a float32 tensor of shape ``[3, h, w]``.
-
-        The view depends only on the image and the seed.
-        """
+        """Return an augmented view, ``[3, h, w]`` in float32. It depends only on the image and the seed."""
 
     def encode_images(self, pixels: torch.Tensor) -> FloatArray:
-        """Return the raw features of a batch of views, as an array of shape ``[b, d]``.
-
-        The views have shape ``[b, 3, h, w]``. The features are not normalised.
-        """
+        """Return the raw features ``[b, d]`` of views ``[b, 3, h, w]``, which are not normalised."""
 
     def encode_texts(self, texts: Sequence[str]) -> FloatArray:
-        """Return the raw features of ``t`` sentences, as an array of shape ``[t, d]``.
-
-        Raises UsageError if the backbone has no text encoder.
-        """
+        """Return the raw features ``[t, d]`` of ``t`` sentences. Raises UsageError without a text encoder."""
 
 
 def unit(features: FloatArray, what: str = "feature") -> FloatArray:
@@ -204,10 +195,7 @@ class Execution:
     runtime: Runtime = "auto"
 
     def resolved(self) -> Execution:
-        """Replace ``auto`` by an actual device and precision.
-
-        Raises UsageError if a value is unknown, or if the device or the runtime cannot use int8.
-        """
+        """Replace ``auto`` by an actual device and precision. Raises UsageError if a value cannot be used."""
         device = resolve_device(self.device)
         check_choice("precision", self.precision, Precision)
         check_choice("runtime", self.runtime, Runtime)

@@ -141,10 +141,7 @@ class Named:
 
 
 def search(word: str = "") -> list[Named]:
-    """List the backbones whose name or tags contain a word. Without a word, list the recommended backbones.
-
-    Raises UsageError if no backbone matches.
-    """
+    """List the backbones whose name or tags contain a word. Without a word, list the recommended backbones."""
     import timm
 
     if not word:
@@ -202,12 +199,8 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.
 
 def has_weights(repository: str) -> bool:
     """Return whether the weights of a repository are on this machine."""
-    return any(_weights_in(_hub_folder(repository)))
-
-
-def _weights_in(folder: Path) -> Iterator[Path]:
-    files = folder.glob("snapshots/*/*")
-    return (file for file in files if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+    files = _hub_folder(repository).glob("snapshots/*/*")
+    return any(file.suffix in (".safetensors", ".bin", ".pt", ".pth") for file in files)
 
 
 def _hub_folder(repository: str) -> Path:
@@ -306,8 +299,10 @@ def download_error(model: str, error: Exception, way_out: str) -> BackboneError:
         return BackboneError(f"Could not load {model}: {reason_of(error)}. Pass {way_out}.")
     size = _bytes(model) if has(model) or model.startswith("timm:") else None
     sized = f" ({megabytes(size)})" if size else ""
-    here = _offline()
-    offline = f"{here} (on this machine)" if here else "--model timm:NAME --pretrained FILE"
+    offline = "--model timm:NAME --pretrained FILE"
+    if here := next(cached(), None):
+        weights = f" --pretrained {shlex.quote(here[1])}" if here[1] else ""
+        offline = f"--model {here[0]}{weights} (on this machine)"
     return BackboneError(
         f"Could not download {model}{sized}: {reason_of(error)}. Offline? Pass {way_out}, or {offline}."
     )
@@ -321,14 +316,14 @@ def cached() -> Iterator[tuple[str, str | None]]:
     import open_clip
     import timm
 
-    found = {folder.name for folder in _hub_folder("any").parent.glob("models--*") if any(_weights_in(folder))}
+    found = {folder.name for folder in _hub_folder("any").parent.glob("models--*")}
     names: list[tuple[str, str | None]] = [(name, None) for name in SHORT.values()]
     names += open_clip.list_pretrained()
     names += [(f"timm:{name}", None) for name in timm.list_pretrained()]
     for name, tag in names:
-        folder = _hub_folder(_repository(name, tag)).name
-        if folder in found:  # several architectures can share one repository
-            found.remove(folder)
+        repository = _repository(name, tag)
+        if (folder := _hub_folder(repository).name) in found and has_weights(repository):
+            found.remove(folder)  # several architectures can share one repository
             yield name, tag
     if file := next((file for file in DEMO if file.is_file()), None):
         yield "timm:tf_efficientnet_lite0", str(file)
@@ -344,14 +339,6 @@ def _repository(name: str, tag: str | None) -> str:
         return str(config.hf_hub_id or "") if config is not None else ""
     found = open_clip.get_pretrained_cfg(name, tag or _tags(name)[0]).get("hf_hub", "")
     return str(found).rpartition("/")[0]
-
-
-def _offline() -> str | None:
-    """Return options that select an encoder with weights on this machine, or ``None`` if there is no such encoder."""
-    if (found := next(cached(), None)) is None:
-        return None
-    name, weights = found
-    return f"--model {name}" + (f" --pretrained {shlex.quote(weights)}" if weights else "")
 
 
 def megabytes(size: int) -> str:

@@ -25,10 +25,7 @@ RECORD_BYTES = 1 << 20  # largest record that is read
 
 @dataclass(frozen=True)
 class Known:
-    """A model that has not been loaded.
-
-    ``names`` are the canonical names of the model and its weights, and ``digest`` is that of its files.
-    """
+    """A model that has not been loaded: the canonical ``names`` and the ``digest`` of its files."""
 
     names: tuple[str, str | None]
     identity: Identity

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from retrieval_tip.backbones import known, open_clip, timm, tower, transformers
 from retrieval_tip.backbones.base import Execution, Identity
@@ -17,9 +16,6 @@ from retrieval_tip.backbones.known import Known
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.errors import UsageError
 from retrieval_tip.settings import Precision, Runtime
-
-if TYPE_CHECKING:
-    pass
 
 
 def load_backbone(

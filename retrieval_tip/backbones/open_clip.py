@@ -12,18 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from retrieval_tip.backbones import catalogue
 from retrieval_tip.backbones.base import Execution, Identity
-from retrieval_tip.backbones.catalogue import (
-    ask_hub,
-    check_code,
-    download_error,
-    downloaded,
-    has,
-    quiet,
-    reason_of,
-    recommended,
-    unknown,
-)
 from retrieval_tip.backbones.known import Files
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
 from retrieval_tip.errors import BackboneError, UsageError, install
@@ -70,10 +60,10 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
         return _Plan(f"local-dir:{folder.resolve()}", None, None, arguments, str(folder))
     if model.startswith("hf-hub:"):
         return _Plan(model, None, None, {}, f"huggingface.co/{model[7:]}", model[7:])
-    if not has(model):
-        raise unknown(model)
+    if not catalogue.has(model):
+        raise catalogue.unknown(model)
     tags = open_clip.list_pretrained_tags_by_model(model)
-    pretrained = pretrained or recommended(model)
+    pretrained = pretrained or catalogue.recommended(model)
     if pretrained is None:
         raise UsageError(f"model {model!r}: there are no published weights; give --pretrained FILE")
     tag, _, file = pretrained.rpartition("=")
@@ -126,29 +116,26 @@ def _tag_arguments(facts: Config) -> Config:
 
 
 def open_model(model: str, pretrained: str | None, device: torch.device) -> Opened:
-    """Open a model by its names.
-
-    Raises BackboneError if the weights are missing or damaged, or cannot be downloaded.
-    """
+    """Open a model by its names. Raises BackboneError if its weights cannot be read or downloaded."""
     import open_clip
 
     plan = _plan(model, pretrained)
     name, weights = plan.model, plan.checkpoint or plan.pretrained
     try:
         if plan.repository is not None:
-            ask_hub(plan.repository)
-        with quiet():
+            catalogue.ask_hub(plan.repository)
+        with catalogue.quiet():
             files = _files(plan)
             create = partial(open_clip.create_model_and_transforms, name, weights, device=device, **plan.arguments)
             made, _, preprocess = _filled_once(create)
-            config = _config_digest(plan)
+            config, dim = _config_digest(plan), open_clip.get_model_config(name)["embed_dim"]
     except Exception as error:  # open_clip, the hub, torch and safetensors raise different errors
         raise _load_error(plan, error) from error
     if name.startswith("local-dir:"):
         endings = {file.suffix for file in Path(name.removeprefix("local-dir:")).iterdir()}
         if not endings & {".safetensors", ".bin", ".pth"}:
             raise BackboneError(f"{plan.wanted}: no weights in this folder; add *.safetensors, *.bin or *.pth")
-    return replace(_opened(plan, frozen(made), preprocess, config), files=files)
+    return replace(_opened(plan, frozen(made), preprocess, config), dim=dim, files=files)
 
 
 def _files(plan: _Plan) -> Files | None:
@@ -158,9 +145,9 @@ def _files(plan: _Plan) -> Files | None:
     text = (open_clip.get_model_config(plan.model) or {}).get("text_cfg", {}) | plan.arguments.get("text_cfg", {})
     folder = plan.model.removeprefix("local-dir:") if plan.model.startswith("local-dir:") else None
     place = plan.checkpoint or folder
-    own = downloaded(plan.repository) if plan.repository else [Path(place)] if place else []
+    own = catalogue.downloaded(plan.repository) if plan.repository else [Path(place)] if place else []
     names = [name for name in (text.get("hf_model_name"), folder or text.get("hf_tokenizer_name")) if name]
-    others = itertools.chain(*([name] if Path(name).is_dir() else downloaded(name) for name in names))
+    others = itertools.chain(*([name] if Path(name).is_dir() else catalogue.downloaded(name) for name in names))
     return Files(*own, *others) if own else None
 
 
@@ -173,14 +160,14 @@ def _opened(plan: _Plan, model: Model, preprocess: Callable[[Image.Image], torch
         config=config,
         preprocess={key: list(value) if isinstance(value, tuple) else value for key, value in settings},
     )
-    return Opened(model, preprocess, identity, _text_dim(model), partial(_tokenizer, plan))
+    return Opened(model, preprocess, identity, None, partial(_tokenizer, plan))
 
 
 def _tokenizer(plan: _Plan) -> Tokenizer:
     import open_clip
 
     try:
-        with quiet():
+        with catalogue.quiet():
             text = (open_clip.get_model_config(plan.model) or {}).get("text_cfg", {})
             # This overrides tokenizer_kwargs in a configuration. The tokenizers of open_clip do not accept it.
             refused = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
@@ -219,9 +206,9 @@ class OpenClipBackbone(TorchBackbone):
         """
         device = str(next(model.parameters()).device)
         how = Execution(device, precision).resolved()
-        plan = _plan(name, pretrained) if has(name) else _Plan(name, pretrained, None, {}, name)
+        plan = _plan(name, pretrained) if catalogue.has(name) else _Plan(name, pretrained, None, {}, name)
         architecture = f"sha256:{hashlib.sha256(repr(model).encode()).hexdigest()}"
-        opened = _opened(plan, frozen(model), preprocess, _config_digest(plan) if has(name) else architecture)
+        opened = _opened(plan, frozen(model), preprocess, _config_digest(plan) if catalogue.has(name) else architecture)
         return cls(replace(opened, tokenizer=partial(_same, tokenizer)), how)
 
 
@@ -255,19 +242,6 @@ def _filled_once(create: Callable[[], _Created]) -> _Created:
     return made if all(id(parameter) in written for parameter in made[0].parameters()) else create()
 
 
-def _text_dim(model: Model) -> int | None:
-    """Return the length of text features, or ``None`` if the tower has no last projection."""
-    import torch
-
-    tower = getattr(model, "text", model)
-    projection = getattr(tower, "text_projection", getattr(tower, "proj", None))  # open_clip or Hugging Face
-    if isinstance(projection, torch.nn.Sequential):
-        projection = projection[-1]
-    if isinstance(projection, torch.nn.Linear):
-        return projection.out_features
-    return int(projection.shape[1]) if isinstance(projection, torch.Tensor) else None
-
-
 def _config_digest(plan: _Plan) -> str:
     """Return a digest of the architecture, which does not depend on file names or hub names."""
     import open_clip
@@ -284,11 +258,11 @@ def _config_digest(plan: _Plan) -> str:
 
 
 def _load_error(plan: _Plan, error: Exception) -> BackboneError:
-    check_code(plan.model, error)
-    reason = reason_of(error)
+    catalogue.check_code(plan.model, error)
+    reason = catalogue.reason_of(error)
     if "pip install transformers" in str(error):
         return BackboneError(f"{plan.model}: its text tower requires transformers; run {install('hf')}")
     if plan.checkpoint or plan.model.startswith("local-dir:"):
         return BackboneError(f"{plan.wanted}: cannot be loaded as {plan.model}: {reason}")
     option = "--model local-dir:FOLDER" if plan.model.startswith("hf-hub:") else f"--pretrained {plan.pretrained}=FILE"
-    return download_error(plan.model, error, f"{option} (a copy of {plan.wanted})")
+    return catalogue.download_error(plan.model, error, f"{option} (a copy of {plan.wanted})")

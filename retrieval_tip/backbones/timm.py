@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 
 def open_model(name: str, pretrained: str | None, device: torch.device) -> Opened:
-    """Open an image model and remove its classifier. The centre view follows the configuration of the model.
-
-    Raises BackboneError if the weights are missing or damaged, or cannot be downloaded.
-    """
+    """Open an image model without its classifier. Raises BackboneError if weights cannot be read or downloaded."""
     import timm
     from timm.data.config import resolve_model_data_config
     from timm.data.transforms_factory import create_transform

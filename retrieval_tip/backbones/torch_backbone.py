@@ -140,13 +140,9 @@ class TorchBackbone:
         was, self._device = self._device, torch.device(present(str(self._device)))
         self._precision = self._precision if was.type == self._device.type else "float32"
         last, TorchBackbone._last = TorchBackbone._last, self
-        if self._opened is None and last is not None and last._is_as(self):
+        same = ("identity", "_device", "_precision", "_runtime")  # equal models that encode in the same way
+        if self._opened is None and last is not None and all(getattr(last, n) == getattr(self, n) for n in same):
             self.__dict__ |= {name: getattr(last, name) for name in _SHARED}
-
-    def _is_as(self, other: TorchBackbone) -> bool:
-        """Return whether two backbones have equal models and encode with them in the same way."""
-        names = ("identity", "_device", "_precision", "_runtime")
-        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     @property
     def _model(self) -> Model:
@@ -216,10 +212,7 @@ class TorchBackbone:
         return self._precision if compiled is None else f"int8-{compiled.digest[:16]}"
 
     def store_int8(self, photos: Collection[torch.Tensor]) -> float:
-        """Store the image tower in int8, calibrated on views of shape ``[3, h, w]``. See :func:`tower.store_int8`.
-
-        Raises UsageError if this backbone is not float32 on a CPU, or if OpenVINO cannot run it.
-        """
+        """Store the image tower in int8, calibrated on views of shape ``[3, h, w]``. See :func:`tower.store_int8`."""
         exact = self._compiled(2) if self._precision == "float32" else None
         if exact is None:
             raise UsageError(f"int8: requires {self._identity.model} in float32 with OpenVINO on a CPU")
@@ -227,10 +220,7 @@ class TorchBackbone:
 
     @property
     def batch_size(self) -> int:
-        """The default batch size, which is 256 on a GPU, 16 with OpenVINO, and 4 with torch on a CPU.
-
-        On a CPU, larger batches are slower (see benchmarks/encoding.py).
-        """
+        """256 on a GPU, 16 with OpenVINO, 4 with torch on a CPU, where more is slower (benchmarks/encoding.py)."""
         if self._device.type != "cpu":
             return 256
         return 16 if self._may_compile else 4
@@ -252,10 +242,7 @@ class TorchBackbone:
         return self._open_model().preprocess(image)
 
     def view(self, image: Image.Image, seed: str) -> torch.Tensor:
-        """Return an augmented view as in the paper.
-
-        This is a random resized crop (area 0.5 to 1, bicubic), which is flipped half the time.
-        """
+        """Return a random resized crop as in the paper (area 0.5 to 1, bicubic), flipped half the time."""
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as vision
 
@@ -286,10 +273,7 @@ class TorchBackbone:
         return on_cpu and self._runtime != "torch"
 
     def _compiled(self, number: int) -> tower.Tower | None:
-        """Return the OpenVINO image tower, or ``None`` if torch should encode ``number`` images.
-
-        Raises BackboneError if the precision is int8, but no int8 tower is stored.
-        """
+        """Return the OpenVINO image tower, or ``None`` if torch should encode ``number`` images."""
         if not self._may_compile:
             return None
         identity = self.identity

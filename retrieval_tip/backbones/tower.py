@@ -75,10 +75,13 @@ class Tower:
         import torch
 
         self.digest = digest
-        half = precision == "bfloat16" or (precision == "int8" and _convolves(_types(model)) and _has_bfloat16())
+        core = runtime().Core()
+        types = {node.get_friendly_name(): node.get_type_name() for node in model.get_ordered_ops()}
+        in_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        half = precision == "bfloat16" or (precision == "int8" and _convolves(types) and in_bfloat16)
         hint = "bf16" if half else "f32"  # in int8, the first convolution is slow in float32
         config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        self._compiled = runtime().Core().compile_model(model, "CPU", config)
+        self._compiled = core.compile_model(model, "CPU", config)
         self._requests = threading.local()  # the model's own request would be shared by all threads
 
     def __call__(self, pixels: torch.Tensor) -> FloatArray:
@@ -104,12 +107,11 @@ def kept(identity: Identity, precision: str) -> Tower | None:
     """Load the stored tower of a backbone, or return ``None`` if it is missing, damaged or from another backbone."""
     import torch
 
-    key = _key(identity, precision)
-    folder = _folder(key)
+    folder = folder_of(identity, precision)
     if folder is None or not (folder / _FACTS).is_file():
         return None
     try:
-        facts = _facts(folder, key)
+        facts = _facts(folder, _key(identity, precision))
         if json.loads((folder / _FACTS).read_bytes()) != facts:
             raise ValueError("its files have changed")
         tower = Tower(runtime().Core().read_model(folder / _GRAPH), precision, facts[_WEIGHTS])
@@ -125,11 +127,8 @@ def store_int8(model: Model, identity: Identity, photos: Collection[torch.Tensor
     """Quantise the image tower of a model to int8, and store it in place of an earlier one, also as ONNX.
 
     The ranges of the activations are measured on ``photos``, which are views of shape ``[3, h, w]``. Return the lowest
-    cosine between the features of some of them and those of the tower ``exact``.
-
-    Raises:
-        UsageError: if NNCF is not installed.
-        BackboneError: if this cosine is below :data:`LEAST_COSINE`, or if the tower cannot be quantised or stored.
+    cosine between the features of some of them and those of the tower ``exact``. Raises BackboneError if it is below
+    :data:`LEAST_COSINE`, or if the tower cannot be quantised or stored, and UsageError if NNCF is not installed.
     """
     import torch
 
@@ -157,15 +156,12 @@ def to_onnx(
     module: torch.nn.Module, shape: Sequence[int], given: str = PIXELS, outputs: Sequence[str] = (FEATURES,)
 ) -> onnx.ModelProto:
     """Convert a module to ONNX, for batches of any size. ``shape`` is the shape of an element of a batch."""
-    import warnings
-
     import onnx
     import torch
 
     file, logger = BytesIO(), logging.getLogger("torch.onnx")
     try:
-        with torch.no_grad(), traceable(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), traceable():
             logger.disabled = True
             torch.onnx.export(
                 module, (torch.zeros(2, *shape),), file,  # type: ignore[arg-type]  # accepted with dynamo=False
@@ -199,11 +195,6 @@ def _quantised(graph: onnx.ModelProto, photos: Collection[torch.Tensor]) -> byte
     return bytes(found.SerializeToString())
 
 
-def _types(graph: openvino.Model) -> dict[str, str]:
-    """Return the types of the nodes of a graph by name, in the order of computation."""
-    return {node.get_friendly_name(): node.get_type_name() for node in graph.get_ordered_ops()}
-
-
 def _layers(types: dict[str, str]) -> dict[str, str]:
     """Return the layers among nodes."""
     return {name: kind for name, kind in types.items() if kind in CONVOLUTIONS + PRODUCTS}
@@ -216,10 +207,7 @@ def _convolves(types: dict[str, str]) -> bool:
 
 
 def converted(model: Model, identity: Identity, size: tuple[int, int], precision: str) -> Tower | None:
-    """Convert the image tower of a model, and store it.
-
-    If the conversion fails or the features miss :data:`LEAST_COSINE`, log a warning and return ``None``.
-    """
+    """Convert and store the image tower of a model. Return ``None``, with a warning, if its features differ."""
     import torch
 
     try:
@@ -248,11 +236,6 @@ def _check_cosine(features: FloatArray, exact: FloatArray, precision: str) -> fl
     if not cosine >= LEAST_COSINE[precision]:
         raise ValueError(f"the cosine to the float32 features is {cosine:.6f}, below {LEAST_COSINE[precision]}")
     return cosine
-
-
-def _has_bfloat16() -> bool:
-    """Return whether this CPU has bfloat16 instructions."""
-    return "BF16" in runtime().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def runtime() -> ModuleType:
@@ -300,7 +283,8 @@ def traceable() -> Iterator[None]:
 
 def folder_of(identity: Identity, precision: str) -> Path | None:
     """Return the folder of the stored tower of a backbone, or ``None`` if the user has no home folder."""
-    return _folder(_key(identity, precision))
+    caches, key = cache_folder(), _key(identity, precision)
+    return None if caches is None else caches / "towers" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def _key(identity: Identity, precision: str) -> str:
@@ -309,15 +293,9 @@ def _key(identity: Identity, precision: str) -> str:
     return f"{FORM} {identity.fingerprint} {identity.weights} {version('openvino')}{own}"
 
 
-def _folder(key: str) -> Path | None:
-    caches = cache_folder()
-    return None if caches is None else caches / "towers" / hashlib.sha256(key.encode()).hexdigest()[:16]
-
-
 def _keep(graph: openvino.Model, identity: Identity, precision: str, as_onnx: bytes | None = None) -> None:
     """Store a tower in place of an earlier one. Raises OSError or RuntimeError if this fails."""
-    key = _key(identity, precision)
-    folder = _folder(key)
+    folder = folder_of(identity, precision)
     if folder is None:
         raise OSError("there is no cache folder")
     make_folders(folder.parent)
@@ -325,7 +303,7 @@ def _keep(graph: openvino.Model, identity: Identity, precision: str, as_onnx: by
         runtime().serialize(graph, new / _GRAPH, new / _WEIGHTS)
         if as_onnx is not None:
             (new / _ONNX).write_bytes(as_onnx)
-        (new / _FACTS).write_text(json.dumps(_facts(new, key)))
+        (new / _FACTS).write_text(json.dumps(_facts(new, _key(identity, precision))))
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(FileExistsError):  # another process was faster
             new.rename(folder)
@@ -344,10 +322,7 @@ def can_view(preprocess: Preprocess) -> bool:
 
 
 def view(image: Image.Image, preprocess: Preprocess) -> torch.Tensor:
-    """Return the centre view of an image, as a float32 tensor of shape ``[3, h, w]``.
-
-    The view is bit-identical to that of open_clip or timm.
-    """
+    """Return the centre view, ``[3, h, w]`` in float32, bit-identical to that of open_clip or timm."""
     import torch
     from PIL.Image import Resampling
 

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from retrieval_tip.backbones import catalogue
 from retrieval_tip.backbones.base import Identity, Preprocess
-from retrieval_tip.backbones.catalogue import (
-    ask_hub,
-    check_code,
-    download_error,
-    downloaded,
-    has_weights,
-    quiet,
-    reason_of,
-)
 from retrieval_tip.backbones.known import Files
 from retrieval_tip.backbones.torch_backbone import Opened, frozen
 from retrieval_tip.errors import BackboneError, UsageError, install
@@ -52,23 +45,23 @@ def open_model(place: str, device: torch.device) -> Opened:
     from open_clip.transform import image_transform_v2
 
     try:
-        if not (here := Path(place).is_dir() or has_weights(place)):
-            ask_hub(place)
+        if not (here := Path(place).is_dir() or catalogue.has_weights(place)):
+            catalogue.ask_hub(place)
     except ConnectionError as error:
         way_out = f"--model hf:FOLDER (a copy of huggingface.co/{place})"
-        raise download_error(f"hf:{place}", error, way_out) from error
+        raise catalogue.download_error(f"hf:{place}", error, way_out) from error
 
-    files = Files(*([place] if Path(place).is_dir() else downloaded(place)))
+    files = Files(*([place] if Path(place).is_dir() else catalogue.downloaded(place)))
 
     def read(kind: Any, **options: Any) -> Any:
         try:
-            with quiet(), _no_bars() if here else nullcontext():
+            with catalogue.quiet(), _no_bars() if here else nullcontext():
                 return kind.from_pretrained(place, trust_remote_code=False, **options)
         except Exception as error:  # transformers, the hub, torch and safetensors raise different errors
-            check_code(f"hf:{place}", error)
+            catalogue.check_code(f"hf:{place}", error)
             raise BackboneError(
-                f"hf:{place}: cannot be read as a CLIP or SigLIP model: {reason_of(error)}; give --model hf:FOLDER "
-                "with the files of the repository"
+                f"hf:{place}: cannot be read as a CLIP or SigLIP model: {catalogue.reason_of(error)}; give --model "
+                "hf:FOLDER with the files of the repository"
             ) from error
 
     config = read(AutoConfig)
@@ -81,14 +74,18 @@ def open_model(place: str, device: torch.device) -> Opened:
     model, found = read(AutoModel, output_loading_info=True)
     if found["missing_keys"]:  # transformers would initialise them at random
         raise BackboneError(f"hf:{place}: {min(found['missing_keys'])} is missing in its weights")
-    length = config.text_config.max_position_embeddings
+
+    def tokenizer() -> Tokenizer:
+        padded = partial(
+            read(AutoTokenizer), padding="max_length", max_length=config.text_config.max_position_embeddings,
+            truncation=True, return_tensors="pt",
+        )  # fmt: skip
+        return lambda sentences: padded(sentences)["input_ids"]  # no mask: CLIP is causal, SigLIP learned with padding
+
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
     identity = Identity(f"hf:{place}", None, "", _digest(config), plain)
     dual = frozen(_dual(model.float())).to(device)
-    return Opened(
-        dual, image_transform_v2(settings, False), identity, None,
-        lambda: _tokenizer(read(AutoTokenizer), length), files,
-    )  # fmt: skip
+    return Opened(dual, image_transform_v2(settings, False), identity, None, tokenizer, files)
 
 
 @contextmanager
@@ -145,15 +142,6 @@ def _settings(processor: Preprocess, place: str) -> PreprocessCfg:
         size=(side["height"], side["width"]), mean=tuple(processor["image_mean"]), std=tuple(processor["image_std"]),
         interpolation=interpolation, resize_mode="shortest" if cropped else "squash",
     )  # fmt: skip
-
-
-def _tokenizer(tokenizer: Callable[..., Any], length: int) -> Tokenizer:
-    def tokens(sentences: list[str]) -> torch.Tensor:
-        padded = tokenizer(sentences, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        ids: torch.Tensor = padded["input_ids"]  # no mask: CLIP is causal, SigLIP was trained with padding
-        return ids
-
-    return tokens
 
 
 def _digest(config: Any) -> str:

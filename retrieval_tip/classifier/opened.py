@@ -17,9 +17,9 @@ from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.backbones.loading import load_backbone, load_when_needed
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.encoding_cache import EncodingCache
-from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.data.pictures import labelled_pictures
 from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.data.tables import check_backbone
 from retrieval_tip.errors import UsageError
 from retrieval_tip.index import places
 from retrieval_tip.index.addresses import plug_of

@@ -290,7 +290,7 @@ def classify(
     of Parquet parts. The formats coco, fiftyone and label-studio are JSON files for other programs.
     """
     from retrieval_tip.cli.output import prediction_details, rounded, write_document, write_tables
-    from retrieval_tip.data.boxes import Cut, read_boxes
+    from retrieval_tip.data.boxes import Cut, cut_boxes
     from retrieval_tip.data.exchange import FORMATS, Answered
     from retrieval_tip.data.sources import open_inputs
 
@@ -301,7 +301,7 @@ def classify(
         return
     sources, cut, counts = list(open_inputs(inputs, paths_on_stdin())), Cut(), _Counts()
     if rows.boxes is not None:
-        cut = read_boxes(rows.boxes).cut(sources)
+        cut = cut_boxes(rows.boxes, sources)
         sources = cut.sources
     with encoder_for(ctx, loaded, sources, encoding) as encoder:
         tables = counts.count(rows.tables(loaded, sources, encoder, cut))

@@ -149,7 +149,7 @@ def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = Fal
 
     If no model is given, the backbone that is named in a feature table is loaded only if text weights are ``needed``.
     """
-    from retrieval_tip.data.feature_tables import table_identity
+    from retrieval_tip.data.tables import table_identity
 
     if source.table is None or backbone.model:
         return load(backbone)
@@ -166,7 +166,7 @@ def backbone_for(
     it differs from the backbone that the index was built with.
     """
     from retrieval_tip.backbones.loading import load_when_needed
-    from retrieval_tip.data.feature_tables import check_backbone
+    from retrieval_tip.data.tables import check_backbone
 
     identity = cache.backbone
     loaded: Backbone | None = None

@@ -22,49 +22,6 @@ SLACK = 0.01
 
 
 @dataclass(frozen=True)
-class Detections:
-    """The boxes and their categories in each photo of a file, or the reason why the detector failed."""
-
-    file: Path
-    photos: dict[str, list[tuple[str, Box]] | str]
-
-    def cut(self, sources: Sequence[Source]) -> Cut:
-        """Replace each photo by its boxes.
-
-        The name of the first box of ``photo.jpg`` is ``photo.jpg#1``. The ``file`` of an entry is the end of the path
-        of its photo. Photos without an entry are added to ``failed``. Raises UsageError if a source contains features.
-        Raises InputError if no photo has an entry, if the detector failed on all, or if two photos have the same entry.
-        """
-        made = Cut()
-        owners: dict[str, str] = {}
-        for source in sources:
-            if source.paths is None:
-                raise UsageError(f"{source.name}: --boxes: features cannot be cropped; give photos")
-            failed, names = list(source.failed), []
-            for path in source.paths:
-                entry = next((end for end in _ends(path) if end in self.photos), None)
-                if entry is not None and owners.setdefault(entry, path) != path:
-                    both = f"{show(owners[entry])} and {show(path)}"
-                    raise InputError(f"{show(self.file)}: {both} both match its file {entry!r}; classify one folder")
-                found = "no entry in the file of boxes" if entry is None else self.photos[entry]
-                if isinstance(found, str):
-                    failed.append(Skipped(show(path), found))
-                    continue
-                for number, (category, box) in enumerate(found, 1):
-                    names.append(f"{path}#{number}")
-                    made.boxes[names[-1]], made.detected[show(names[-1])] = (path, box), category
-                if not found:
-                    made.empty.append(path)
-            made.sources.append(of_images(names, source.name, failed=failed))
-        if not owners:
-            example = repr(next(iter(self.photos), "photo.jpg"))
-            raise InputError(f"{show(self.file)}: no photo has an entry; its path must end with one, such as {example}")
-        if not made.boxes and not made.empty:
-            raise InputError(str(next(one for source in made.sources for one in source.failed)))
-        return made
-
-
-@dataclass(frozen=True)
 class Cut:
     """Photos that were cut into boxes.
 
@@ -81,19 +38,53 @@ class Cut:
     empty: list[str] = field(default_factory=list)
 
 
+def cut_boxes(file: Path, sources: Sequence[Source]) -> Cut:
+    """Replace each photo by its boxes from a file in MegaDetector's batch format.
+
+    Boxes without an area are left out. So are boxes below the ``typical_detection_threshold`` of the detector, or
+    below :data:`CONFIDENCE` if the file does not contain it. The name of the first box of ``photo.jpg`` is
+    ``photo.jpg#1``. The ``file`` of an entry is the end of the path of its photo. Photos without an entry are added to
+    ``failed``. Raises UsageError if a source contains features. Raises InputError if the file cannot be read, if no
+    photo has an entry, if the detector failed on all, or if two photos have the same entry.
+    """
+    entries = _read(file)
+    made = Cut()
+    owners: dict[str, str] = {}
+    for source in sources:
+        if source.paths is None:
+            raise UsageError(f"{source.name}: --boxes: features cannot be cropped; give photos")
+        failed, names = list(source.failed), []
+        for path in source.paths:
+            entry = next((end for end in _ends(path) if end in entries), None)
+            if entry is not None and owners.setdefault(entry, path) != path:
+                both = f"{show(owners[entry])} and {show(path)}"
+                raise InputError(f"{show(file)}: {both} both match its file {entry!r}; classify one folder")
+            found = "no entry in the file of boxes" if entry is None else entries[entry]
+            if isinstance(found, str):
+                failed.append(Skipped(show(path), found))
+                continue
+            for number, (category, box) in enumerate(found, 1):
+                names.append(f"{path}#{number}")
+                made.boxes[names[-1]], made.detected[show(names[-1])] = (path, box), category
+            if not found:
+                made.empty.append(path)
+        made.sources.append(of_images(names, source.name, failed=failed))
+    if not owners:
+        example = repr(next(iter(entries), "photo.jpg"))
+        raise InputError(f"{show(file)}: no photo has an entry; its path must end with one, such as {example}")
+    if not made.boxes and not made.empty:
+        raise InputError(str(next(one for source in made.sources for one in source.failed)))
+    return made
+
+
 def _ends(path: str) -> Iterator[str]:
     """Yield the ends of a path, longest first, without a leading slash."""
     parts = (path if "://" in path else os.path.abspath(path)).replace("\\", "/").strip("/").split("/")
     return ("/".join(parts[start:]) for start in range(len(parts)))
 
 
-def read_boxes(file: Path) -> Detections:
-    """Read a file in MegaDetector's batch format.
-
-    Boxes without an area are left out. So are boxes below the ``typical_detection_threshold`` of the detector, or
-    below :data:`CONFIDENCE` if the file does not contain it. Raises InputError if the file cannot be read or has
-    another format.
-    """
+def _read(file: Path) -> dict[str, list[tuple[str, Box]] | str]:
+    """Return the boxes and their categories in each photo of a file, or the reason why the detector failed."""
     match data := read_json(file, LARGEST):
         case {"images": list() as entries}:
             pass
@@ -121,7 +112,7 @@ def read_boxes(file: Path) -> Detections:
         key = name.replace("\\", "/").removeprefix("./").strip("/")
         if photos.setdefault(key, value) is not value:
             raise InputError(f"{show(file)}: image {row}: the file {key!r} occurs twice")
-    return Detections(file, photos)
+    return photos
 
 
 def _box(found: object, names: dict[str, object], where: str) -> tuple[str, float, Box]:

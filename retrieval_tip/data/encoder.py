@@ -24,19 +24,10 @@ from retrieval_tip.backbones.base import Backbone, same_backbone, unit, view_siz
 from retrieval_tip.backbones.prompts import prompts_of, text_weights
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.bounds import check_count, check_memory
-from retrieval_tip.data import images
+from retrieval_tip.data import images, tables
 from retrieval_tip.data.encoding_cache import EncodingCache
-from retrieval_tip.data.feature_tables import (
-    read_rows,
-    schema_of,
-    table_dim,
-    table_identity,
-    table_of,
-    write_table,
-)
 from retrieval_tip.data.shots import spread
 from retrieval_tip.data.sources import Source, read_item
-from retrieval_tip.data.tables import FEATURE, row_groups_of
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
 from retrieval_tip.settings import Norms, check_choice
 
@@ -47,8 +38,7 @@ log = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
-_Merge = Callable[[FloatArray], FloatArray]  # takes the raw views of an image [v, d]
-_Merged = dict[str, tuple[FloatArray, str] | None]  # merged features and digest by path; None if unreadable
+_Encoded = dict[str, tuple[FloatArray, str] | None]  # features [v, d] and digest by path; None if unreadable
 _T = TypeVar("_T")
 
 CENTRE = "centre"
@@ -155,7 +145,7 @@ class Encoder:
             UsageError: if a batch does not fit in memory.
             BackboneError: if a feature table was made with another backbone.
         """
-        for block in self._blocks(source, view_names(self.seed, self.views), _mean_view):
+        for block in self._blocks(source, view_names(self.seed, self.views), mean=True):
             yield replace(block, features=block.features[:, 0])
 
     def encode(self, source: Source) -> FeatureBlock:
@@ -170,19 +160,17 @@ class Encoder:
         Each distinct readable path is a shot. Its views are ``names`` (see :func:`view_names`), and their features have
         unit norm. In a feature table, rows with the same ``id`` are views of one shot, and ``names`` is ignored.
 
-        Raises the same errors as :meth:`blocks`. Also raises UsageError if ``names`` is empty or contains duplicates,
-        or if the features do not fit in memory, and InputError if the source is empty.
+        Raises the same errors as :meth:`blocks`, UsageError if the features do not fit in memory, and InputError if the
+        source is empty.
         """
         if not len(source):
             raise InputError(f"{source.name}: empty; expected at least one item")
         first, shots = grouped(source.sources if source.paths is None else source.paths)
         if source.paths is not None:
-            if not names or len(set(names)) < len(names):
-                raise UsageError(f"views {', '.join(names) or 'none'}: expected at least one, without duplicates")
             values = 2 * len(first) * len(names) * self.needed_backbone(source).dim  # the parts and their concatenation
             check_memory(4 * values, f"{len(names)} views of {len(first)} images", "use fewer views")
             source, shots = source.take(first), np.arange(len(first))
-        block = FeatureBlock.joined(list(self._blocks(source, names, _each_view)))
+        block = FeatureBlock.joined(list(self._blocks(source, names, mean=False)))
         shots = shots[block.positions]
         features = block.features[np.argsort(shots, kind="stable")]
         counts = np.bincount(shots, minlength=len(first)) * features.shape[1]
@@ -190,18 +178,14 @@ class Encoder:
         return Views(first[counts > 0], features.reshape(-1, features.shape[2]), starts)
 
     def store_int8(self, source: Source) -> float:
-        """Calibrate the backbone in int8 on photos, and store the result, which ``precision="int8"`` then loads.
+        """Calibrate the backbone in int8 on at most :data:`CALIBRATED` photos, which need no labels, and store it.
 
-        Load the backbone in float32 on a CPU. At most :data:`CALIBRATED` photos are used. They need no labels. An
-        earlier result is replaced.
+        ``precision="int8"`` then loads the result. The backbone must be loaded in float32 on a CPU. Return the lowest
+        cosine between the features of some photos in int8 and in float32.
 
-        Returns:
-            The lowest cosine between the features of some photos in int8 and in float32.
-
-        Raises:
-            InputError: if fewer than :data:`FEWEST` photos can be read.
-            UsageError: if NNCF is not installed, if the backbone is not float32 on a CPU, or if the source is a table.
-            BackboneError: if the lowest cosine is below 0.8, or if the backbone cannot be quantised or stored.
+        Raises InputError if fewer than :data:`FEWEST` photos can be read. Raises UsageError if NNCF is not installed,
+        if the backbone is not float32 on a CPU, or if the source is a table. Raises BackboneError if the lowest cosine
+        is below 0.8, or if the backbone cannot be quantised or stored.
         """
         backbone = self.needed_backbone(source)
         photos: list[torch.Tensor] = []
@@ -232,8 +216,7 @@ class Encoder:
         scope = f"{backbone.identity.fingerprint}/{words}/{files}"
         prompts = {name: json.dumps(prompts_of([name], templates)) for name in class_names}
         keys = {name: (hashlib.sha256(text.encode()).hexdigest(), TEXT) for name, text in prompts.items()}
-        cached = {name: self.cache.get(scope, *key) for name, key in keys.items()}
-        weights = {name: weight for name, weight in cached.items() if weight is not None}
+        weights = {name: cached for name, key in keys.items() if (cached := self.cache.get(scope, *key)) is not None}
         if missing := [name for name in keys if name not in weights]:
             fresh = dict(zip(missing, text_weights(backbone, missing, templates), strict=True))
             self.cache.put(scope, {keys[name]: weight for name, weight in fresh.items()})
@@ -246,12 +229,12 @@ class Encoder:
             raise UsageError(f"{source.name}: photos need an encoder; name it with --model, or in Python with model")
         return self.backbone
 
-    def _blocks(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[FeatureBlock]:
-        """Yield items with their merged features (shape ``[b, v, d]``). A row of a feature table is a view."""
+    def _blocks(self, source: Source, names: Sequence[str], *, mean: bool) -> Iterator[FeatureBlock]:
+        """Yield features of shape ``[b, v, d]``: of each view, of the ``mean`` view, or of a row of a table."""
         done = 0
         for skipped in source.failed:
             self._skip(skipped.source, skipped.reason)
-        blocks = self._of_table(source) if source.paths is None else self._of_images(source, names, merge)
+        blocks = self._of_table(source) if source.paths is None else self._of_images(source, names, mean=mean)
         what = "Encoding" if source.paths is not None else "Reading"
         hidden = None if self.progress else True
         with tqdm(total=len(source), unit="image", desc=what, disable=hidden, leave=False) as bar:
@@ -261,14 +244,10 @@ class Encoder:
                     bar.update(int(block.positions[-1]) + 1 - bar.n)
                     yield block
         if not done and len(source) and not self.empty:
-            raise self._none_read(source)
-
-    def _none_read(self, source: Source) -> InputError:
-        own = set(source.sources)
-        first = next((skipped for skipped in self.skipped if skipped.source in own), source.name)
-        if len(source) == 1:
-            return InputError(str(first))
-        return InputError(f"{source.name}: none of {len(source):,} images could be read ({first})")
+            own = set(source.sources)
+            first = next((skipped for skipped in self.skipped if skipped.source in own), source.name)
+            none = f"{source.name}: none of {len(source):,} images could be read ({first})"
+            raise InputError(str(first) if len(source) == 1 else none)
 
     def _skip(self, name: str, reason: str) -> None:
         """Add an unusable input to ``skipped`` and log it once. If ``strict`` is set, raise InputError instead."""
@@ -282,7 +261,7 @@ class Encoder:
     def _of_table(self, source: Source) -> Iterator[FeatureBlock]:
         assert source.table is not None
         assert source.rows is not None
-        identity = table_identity(source.table)
+        identity = tables.table_identity(source.table)
         if identity is not None and self.backbone is not None:
             same_backbone(identity, self.backbone.identity, show(source.table))
         order = np.argsort(source.rows, kind="stable")
@@ -292,7 +271,7 @@ class Encoder:
         has_digests = pa.field("digest", pa.string()) in list(source.items.schema)
         column = source.items["digest"] if has_digests else pa.nulls(len(source))
         rows = (int(ordered[0]), int(ordered[-1]) + 1) if len(ordered) else (0, 0)
-        for start, batch in read_rows(source.table, self.norms, *rows):
+        for start, batch in tables.read_rows(source.table, self.norms, *rows):
             low, high = np.searchsorted(ordered, (start, start + len(batch)))
             places = order[low:high]
             digests = column.take(pa.array(places)).to_pylist()
@@ -303,7 +282,7 @@ class Encoder:
             block = FeatureBlock.joined(held)
             yield block.take(np.argsort(block.positions))
 
-    def _of_images(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[FeatureBlock]:
+    def _of_images(self, source: Source, names: Sequence[str], *, mean: bool) -> Iterator[FeatureBlock]:
         backbone, paths = self.needed_backbone(source), source.paths or ()
         last = {path: position for position, path in enumerate(paths)}
         scope = getattr(backbone, "scope", backbone.precision)  # other implementations may lack it
@@ -313,21 +292,19 @@ class Encoder:
         pixels = height * width * (len(names) * at_once + min(len(names) * len(last), size))  # loaded, and in a batch
         what = f"{counted(len(names), 'view')} of {counted(at_once, 'image')} at a time"
         check_memory(12 * pixels, what, "use fewer views or a smaller batch")
-        chunks = self._ahead(_chunks(list(last), size), partial(self._load, backbone, scope, names), depth=2)
-        encoded = (self._encode_chunk(chunk, backbone, scope, size, merge) for chunk in chunks)
-        merged: _Merged = {}
-        rows: list[tuple[int, FloatArray, str]] = []
-        for position, path in enumerate(paths):
-            while path not in merged:
-                if rows:
-                    yield _block(rows)
-                    rows = []
-                merged |= next(encoded)
-            result = merged.pop(path) if last[path] == position else merged[path]
-            if result is not None:
-                rows.append((position, *result))
-        if rows:
-            yield _block(rows)
+        encoded: _Encoded = {}
+        start = 0
+        for chunk in self._ahead(_chunks(list(last), size), partial(self._load, backbone, scope, names), depth=2):
+            encoded |= self._encode_chunk(chunk, backbone, scope, size, mean=mean)
+            rows: list[tuple[int, FloatArray, str]] = []
+            while start < len(paths) and paths[start] in encoded:
+                path = paths[start]
+                result = encoded.pop(path) if last[path] == start else encoded[path]
+                rows += [] if result is None else [(start, *result)]
+                start += 1
+            if rows:
+                positions, features, digests = zip(*rows, strict=True)
+                yield FeatureBlock(np.array(positions), np.stack(features), list(digests))
 
     def _ahead(self, chunks: Sequence[Sequence[str]], load: Callable[[str], _T], depth: int) -> Iterator[list[_T]]:
         """Yield the loaded images of each chunk, while threads load the next ``depth`` chunks."""
@@ -355,23 +332,24 @@ class Encoder:
             if self.reduce and CENTRE in names and images.reducible(data, least):
                 names = [REDUCED if view == CENTRE else view for view in names]
             features = {view: None if cache is None else cache.get(scope, digest, view) for view in names}
-            pixels: dict[str, torch.Tensor] = {}
             missing = [view for view, feature in features.items() if feature is None]
-            if REDUCED in missing:
-                missing.remove(REDUCED)
-                pixels[REDUCED] = backbone.preprocess(images.decode(data, least))
-            if missing:
-                picture = images.decode(data)
-                for view in missing:
-                    own = backbone.preprocess(picture) if view == CENTRE else backbone.view(picture, f"{digest}/{view}")
-                    pixels[view] = own
+            picture = images.decode(data) if set(missing) - {REDUCED} else None
+            pixels: dict[str, torch.Tensor] = {}
+            for view in missing:
+                if picture is None or view == REDUCED:
+                    pixels[view] = backbone.preprocess(images.decode(data, least))
+                else:
+                    centre = view == CENTRE
+                    pixels[view] = (
+                        backbone.preprocess(picture) if centre else backbone.view(picture, f"{digest}/{view}")
+                    )
         except InputError as error:
             return _Loaded(path, problem=str(error))
         return _Loaded(path, digest, features, pixels)
 
     def _encode_chunk(
-        self, chunk: Sequence[_Loaded], backbone: Backbone, scope: str, size: int, merge: _Merge
-    ) -> _Merged:
+        self, chunk: Sequence[_Loaded], backbone: Backbone, scope: str, size: int, *, mean: bool
+    ) -> _Encoded:
         import torch
 
         todo = {(item.digest, view): pixels for item in chunk for view, pixels in item.pixels.items()}
@@ -382,13 +360,14 @@ class Encoder:
         if self.cache is not None and fresh:
             self.cache.put(scope, fresh)
         self.done.update(images=len(chunk), fresh=len(fresh))
-        results: _Merged = {}
+        results: _Encoded = {}
         for item in chunk:
             results[item.path], problem = None, item.problem
             if problem is None:
-                raw = [fresh[item.digest, view] if f is None else f for view, f in item.features.items()]
+                raw = np.stack([fresh[item.digest, view] if f is None else f for view, f in item.features.items()])
                 try:
-                    results[item.path] = (merge(np.stack(raw)), item.digest)
+                    views = unit(raw.mean(axis=0, keepdims=True)) if mean else unit(raw, "feature of view")
+                    results[item.path] = views, item.digest
                 except InputError as error:
                     problem = str(error)
             if problem is not None:
@@ -407,11 +386,6 @@ class _Loaded:
     problem: str | None = None
 
 
-def _block(rows: Sequence[tuple[int, FloatArray, str]]) -> FeatureBlock:
-    positions, features, digests = zip(*rows, strict=True)
-    return FeatureBlock(np.array(positions), np.stack(features), list(digests))
-
-
 def _least(backbone: Backbone) -> int:
     """Return the smallest allowed side of a reduced image, in pixels."""
     return REDUCED_SIDES * max(view_size(backbone.identity.preprocess))
@@ -422,14 +396,6 @@ def pixels_of(
 ) -> torch.Tensor:
     """Return the centre view of an image as a float32 tensor of shape ``[3, h, w]``. See :func:`images.decode`."""
     return backbone.preprocess(images.decode(data, _least(backbone), most=most, only=only))
-
-
-def _mean_view(raw: FloatArray) -> FloatArray:
-    return unit(raw.mean(axis=0, keepdims=True))
-
-
-def _each_view(raw: FloatArray) -> FloatArray:
-    return unit(raw, "feature of view")
 
 
 def _chunks(things: Sequence[_T], size: int) -> list[Sequence[_T]]:
@@ -445,32 +411,29 @@ def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
 
 
 def encode_table(source: Source, out: str | os.PathLike[str], encoder: Encoder) -> int:
-    """Write the features of a source as a feature table, and return the number of rows.
-
-    The file does not appear at ``out`` until it is complete.
-    """
-    schema, tables = encoded(source, encoder)
-    return write_table(Path(out), schema, row_groups_of(tables))
+    """Write the features of a source as a feature table, which appears when complete. Return the number of rows."""
+    schema, rows = encoded(source, encoder)
+    return tables.write_table(Path(out), schema, tables.row_groups_of(rows))
 
 
 def encoded(source: Source, encoder: Encoder) -> tuple[pa.Schema, Iterator[pa.Table]]:
     """Return the schema and the rows of the feature table for a source. The rows are encoded lazily."""
     if source.table is not None:
-        dim, identity = table_dim(source.table), table_identity(source.table)
+        dim, identity = tables.table_dim(source.table), tables.table_identity(source.table)
     else:
         backbone = encoder.needed_backbone(source)
         dim, identity = backbone.dim, backbone.identity
     own = source.items.schema
-    kept = [field for field in own if field.name not in ("source", "label", FEATURE, "digest", "id")]
+    kept = [field for field in own if field.name not in ("source", "label", tables.FEATURE, "digest", "id")]
     further = [pa.field("digest", pa.string()), *(pa.field(field.name, field.type) for field in kept)]
-    schema = schema_of(dim, np.float32, further, identity)
+    schema = tables.schema_of(dim, np.float32, further, identity)
 
-    def tables() -> Iterator[pa.Table]:
+    def rows() -> Iterator[pa.Table]:
         for block in encoder.blocks(source):
             items = source.items.take(pa.array(block.positions))
             labels = items["label"] if "label" in own.names else pa.nulls(len(items), pa.string())
             columns = {name: items[name] for name in schema.names[4:]}
             columns["digest"] = pa.array(block.digests, pa.string())
-            yield table_of(schema, items["source"], labels, block.features, columns)
+            yield tables.table_of(schema, items["source"], labels, block.features, columns)
 
-    return schema, tables()
+    return schema, rows()

@@ -169,11 +169,7 @@ class EncodingCache:
         return _most(self._db)
 
     def limit(self, most: int) -> None:
-        """Set the size limit in bytes for this run and later runs.
-
-        The limit is rounded down to whole megabytes, but it is at least one megabyte. Raises InputError if the file
-        cannot be written.
-        """
+        """Set the size limit for this run and later runs, rounded down to megabytes, but not below one."""
         with self._lock:
             try:
                 self._db.execute(f"PRAGMA user_version = {max(1, most // _UNIT)}")

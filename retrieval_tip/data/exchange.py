@@ -1,15 +1,16 @@
-"""Exchange labels and predictions with Label Studio, FiftyOne, and programs that use COCO's format."""
+"""Exchange labels and predictions with CoOp, Label Studio, FiftyOne, and programs that use COCO's format."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
-from retrieval_tip.data import remote
+from retrieval_tip.data import folders, remote
 from retrieval_tip.data.source import Source, of_images
 from retrieval_tip.errors import InputError, Skipped, counted, few, show
 
@@ -76,8 +77,8 @@ FORMATS: Mapping[str, Callable[[Iterable[Answered], Sequence[str]], object]] = {
 """Functions that convert the answers of an index, by the name of their format."""
 
 
-def read(file: Path, data: object, root: str | os.PathLike[str] | None, *, labelled: bool) -> Source | None:
-    """Read the labels in a COCO file or in Label Studio's JSON export, or return ``None`` if ``data`` is neither.
+def read(file: Path, data: object, split: str, root: str | os.PathLike[str] | None, *, labelled: bool) -> Source:
+    """Read the labels in a COCO file, in Label Studio's JSON export, or in the part ``split`` of a CoOp split file.
 
     Paths are relative to ``root``, which defaults to the folder of the file, or to ``/`` for files that Label Studio
     serves. Photos with several different labels are added to ``failed``. If ``labelled`` is set, photos without a label
@@ -89,7 +90,7 @@ def read(file: Path, data: object, root: str | os.PathLike[str] | None, *, label
     elif isinstance(data, list) and any(isinstance(task, dict) and "data" in task for task in data):
         photos = _of_label_studio(file, data)
     else:
-        return None
+        return _of_split_file(file, data, split, root)
     found: list[tuple[str, str | None]] = []
     failed: list[Skipped] = []
     for name, labels in photos:
@@ -186,6 +187,55 @@ def _path(name: str, file: Path, root: str | os.PathLike[str] | None) -> str:
     if name.startswith("/data/upload/"):  # relative to the media folder of Label Studio
         return os.path.join(root or file.parent, unquote(name.removeprefix("/data/")))
     return os.path.join(root or file.parent, name)
+
+
+def _of_split_file(file: Path, data: object, split: str, root: str | os.PathLike[str] | None) -> Source:
+    """Read a part of a CoOp split file: ``train``, ``val`` or ``test``, each a list of ``[path, label, class name]``.
+
+    The classes are sorted by label number. Paths are relative to ``root``, which defaults to the folder of the file or
+    the folder inside it that contains the images.
+    """
+    name = f"{show(file)} ({split})"
+    entries: list[tuple[str, str]] = []
+    names: dict[int, str] = {}
+    for row, entry in enumerate(_part(file, data, split)):
+        match entry:
+            case [str() as path, int() as label, str() as class_name] if type(label) is int and class_name.strip():
+                entries.append((path, show(class_name)))
+            case _:
+                raise InputError(f"{name}: entry {row} is not [path, label, class name]")
+        if names.setdefault(label, class_name) != class_name:
+            raise InputError(
+                f"{name}: entry {row} gives label {label} the name {class_name!r}; an earlier one {names[label]!r}"
+            )
+    if not entries:
+        raise InputError(f"{name}: empty")
+    classes = [show(names[label]) for label in sorted(names)]
+    if twice := [class_name for class_name, times in Counter(classes).items() if times > 1]:
+        raise InputError(f"{name}: several labels have the class name {twice[0]!r}")
+    folder = root or _image_root(file, [path for path, _ in entries])
+    paths = [os.path.join(folder, path) for path, _ in entries]
+    return of_images(paths, name, [label for _, label in entries], classes)
+
+
+def _part(file: Path, data: object, split: str) -> list[object]:
+    if not isinstance(data, dict) or split not in data:
+        has = few(list(map(repr, data))) if isinstance(data, dict) else "none"
+        raise InputError(f"{show(file)}: no part {split!r}; expected train, val and test, found {has}")
+    return data[split] if isinstance(data[split], list) else [None]
+
+
+def _image_root(file: Path, paths: list[str]) -> Path:
+    """Return the folder (of the split file, or inside it) that contains the most images of a sample."""
+    sample = paths[:: max(1, len(paths) // 16)]
+
+    def held(folder: Path) -> int:
+        return sum(os.path.isfile(folder / path) for path in sample)
+
+    best = max([file.parent, *(Path(entry.path) for entry in folders.subfolders(file.parent))], key=held)
+    if not held(best):
+        raise InputError(f"{show(file)}: cannot find its images (such as {show(sample[0])[:200]}); give --root FOLDER")
+    return best
 
 
 def _absolute(path: str) -> str:

@@ -52,13 +52,9 @@ def taken(data: bytes) -> Taken:
     latitude = _degrees(gps.get(ExifTags.GPS.GPSLatitude), gps.get(ExifTags.GPS.GPSLatitudeRef), "NS", 90)
     longitude = _degrees(gps.get(ExifTags.GPS.GPSLongitude), gps.get(ExifTags.GPS.GPSLongitudeRef), "EW", 180)
     place = (None, None) if latitude is None or longitude is None else (latitude, longitude)
-    return Taken(_time(at), *place)
-
-
-def _time(text: object) -> datetime | None:
     with suppress(ValueError):
-        return datetime.strptime(str(text).strip("\0 "), "%Y:%m:%d %H:%M:%S")
-    return None
+        return Taken(datetime.strptime(str(at).strip("\0 "), "%Y:%m:%d %H:%M:%S"), *place)
+    return Taken(None, *place)
 
 
 def _degrees(parts: object, side: object, sides: str, most: int) -> float | None:

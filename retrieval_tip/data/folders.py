@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 from retrieval_tip.data import images
@@ -54,23 +55,14 @@ def part_of(folder: Path, part: str | None) -> Path:
 def read(folder: Path) -> Source:
     """Open the photos in class folders, and warn about other files. Raises InputError if there are no photos."""
     others: Counter[str] = Counter()
-    paths: list[str] = []
-    labels: list[str] = []
-    classes: list[str] = []
-    empty: list[str] = []
+    photos: dict[str, list[str]] = {}
     for entry in subfolders(folder):
-        inside = [str(path) for path in images.find(Path(entry.path), others)]
-        name = show(entry.name)
-        if not inside:
-            empty.append(name)
-            continue
-        if name in classes:
+        if (name := show(entry.name)) in photos:
             raise InputError(f"{show(folder)}: two class folders are called {name}; rename the one that is not UTF-8")
-        classes.append(name)
-        paths += inside
-        labels += [name] * len(inside)
+        photos[name] = [str(path) for path in images.find(Path(entry.path), others)]
+    empty = [name for name, paths in photos.items() if not paths]
     stray = [entry.name for entry in images.entries(folder) if os.path.isfile(entry.path)]
-    if not classes:
+    if len(empty) == len(photos):
         raise _none_found(folder, stray, others)
     if empty:
         log.warning("%s: ignored folders without images: %s", show(folder), few(empty))
@@ -78,7 +70,8 @@ def read(folder: Path) -> Source:
         log.warning("%s: ignored %s outside the class folders", show(folder), counted(len(stray), "file"))
     if others:
         log.warning("%s: ignored files that are not images: %s", show(folder), kinds(others))
-    return of_images(paths, show(folder), labels, classes)
+    labels = [name for name, paths in photos.items() for _ in paths]
+    return of_images(list(chain.from_iterable(photos.values())), show(folder), labels, tuple(dict.fromkeys(labels)))
 
 
 def kinds(others: Counter[str]) -> str:

@@ -11,9 +11,9 @@ import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -73,10 +73,7 @@ def extensions() -> frozenset[str]:
 
 
 def extension(data: bytes) -> str:
-    """Return the usual file extension of an encoded image, such as ``.jpg``.
-
-    Raises InputError if the image cannot be opened.
-    """
+    """Return the usual file extension of an encoded image, such as ``.jpg``, or raise InputError."""
     with opened(data) as image:
         kind = image.format or ""
         return {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(kind, f".{kind.lower()}")
@@ -118,15 +115,12 @@ def check_size(size: int) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> bytes:
-    """Return the bytes of an image file.
-
-    Raises InputError if the file is missing, empty or too large, or if it is not a regular file.
-    """
+    """Return the bytes of an image file. Raises InputError if it cannot be read, or is too large."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size  # 0 for files in /proc, which may be endless
             check_size(size)
-            data = file.read(size)
+            return file.read(size)
     except NotAFileError as error:
         raise InputError("a folder, not an image" if error.kind == FOLDER else f"{error.kind}, not a file") from None
     except FileNotFoundError:
@@ -135,9 +129,6 @@ def read(path: str | os.PathLike[str]) -> bytes:
         if isinstance(error, InputError):
             raise
         raise InputError(getattr(error, "strerror", None) or str(error)) from error
-    if not data:
-        raise InputError("empty file")
-    return data
 
 
 class _Bounded(io.BytesIO):
@@ -221,7 +212,10 @@ def decode(
         held = width * height if "progressive" in image.info else image.width * image.height
         with _large if held > LARGE_PIXELS else nullcontext():
             image.load()
-            picture = _rgb(_middle(image))
+            width, height = (min(side, MAX_ASPECT * min(image.size)) for side in image.size)
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            whole = image.size == (width, height)
+            picture = _rgb(image if whole else image.crop((left, top, left + width, top + height)))
         with suppress(Exception):  # a damaged EXIF block does not make the image unreadable
             if len(image.info.get("exif") or b"") <= MAX_EXIF:
                 picture.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
@@ -229,22 +223,15 @@ def decode(
     return picture
 
 
-def _middle(image: Image.Image) -> Image.Image:
-    longest = MAX_ASPECT * min(image.size)
-    width, height = min(image.width, longest), min(image.height, longest)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image if image.size == (width, height) else image.crop((left, top, left + width, top + height))
-
-
 def _rgb(image: Image.Image) -> Image.Image:
     """Convert an image to RGB with at most ``WHOLE_PIXELS`` pixels, part by part to save memory."""
     factor = max(1, math.ceil(math.sqrt(image.width * image.height / WHOLE_PIXELS)))
     if image.mode == "RGB" and "transparency" not in image.info and factor == 1:
         return image
-    convert = _conversion(image)
+    white = _white(image) if image.mode in ("I", "F") or image.mode.startswith("I;16") else None
     picture = Image.new("RGB", (math.ceil(image.width / factor), math.ceil(image.height / factor)))
     for left, top, part in _parts(image, factor):
-        rgb = convert(part)
+        rgb = _converted(part, white)
         picture.paste(rgb.reduce(factor) if factor > 1 else rgb, (left // factor, top // factor))
     return picture
 
@@ -259,22 +246,14 @@ def _parts(image: Image.Image, factor: int = 1) -> Iterator[tuple[int, int, Imag
             yield left, top, image.crop((left, top, right, bottom))
 
 
-def _conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return partial(_from_grey, scale=255.0 / _white(image))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        return _on_white
-    return lambda part: part.convert("RGB")
-
-
-def _from_grey(image: Image.Image, scale: float) -> Image.Image:
-    return Image.fromarray((_values(image) * scale).clip(0, 255).round().astype(np.uint8)).convert("RGB")
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    rgba = image.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, rgba).convert("RGB")
+def _converted(part: Image.Image, white: float | None) -> Image.Image:
+    """Convert a part to RGB. ``white`` is the value of white in a deep grey image."""
+    if white is not None:
+        return Image.fromarray((_values(part) * (255.0 / white)).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    if part.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in part.info:
+        rgba = part.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+    return part.convert("RGB")
 
 
 def _values(image: Image.Image) -> npt.NDArray[np.float64]:

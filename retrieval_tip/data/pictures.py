@@ -53,11 +53,7 @@ class Pictures:
     read: Callable[[str], bytes]
 
     def labelled(self, label: str | Sequence[str]) -> Pictures:
-        """Label the photos, either with one label for all photos or with one label per photo.
-
-        Raises UsageError if ``label`` is neither text nor a list of texts, and InputError if there are too few or too
-        many labels.
-        """
+        """Label the photos, either with one label for all photos or with one label per photo."""
         given = label if isinstance(label, Iterable) else [label]
         labels: list[str] = [given] * len(self.source) if isinstance(given, str) else list(given)
         if wrong := [one for one in labels if not isinstance(one, str)]:
@@ -80,10 +76,7 @@ class Columns:
 
     @classmethod
     def of(cls, given: Any) -> Columns | None:
-        """Find the columns of a dataset by their type, or return ``None`` if ``given`` is not a dataset.
-
-        Raises UsageError if ``given`` is a dict of splits.
-        """
+        """Find the columns of a dataset by their type, or return ``None`` if ``given`` is not a dataset."""
         if isinstance(given, Mapping) and (parts := [name for name, part in given.items() if _is_hugging_face(part)]):
             raise UsageError(f"dataset: it has several splits; choose one, for example dataset[{parts[0]!r}]")
         if not _is_hugging_face(given):
@@ -146,10 +139,10 @@ def pictures(given: Picture | Iterable[Picture]) -> Pictures:
     labels of pairs ``(photo, label)``, such as the items of a torch dataset, are ignored.
 
     Raises InputError if an object is not a photo. Raises UsageError if ``given`` is neither a photo nor a collection,
-    and in the same cases as :meth:`Columns.of`.
+    or a dict of splits.
     """
     columns = Columns.of(given)
-    if columns is not None and _is_hugging_face(given) and hasattr(given, "__len__"):
+    if columns is not None and hasattr(given, "__len__"):
         return _stored(given, columns.image)
     held: dict[str, bytes] = {}
     paths: list[str] = []

@@ -10,15 +10,12 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeGuard
 
-from retrieval_tip.errors import InputError, UsageError, first_line, install, show
+from retrieval_tip.errors import InputError, UsageError, first_line, install
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
-
-    from retrieval_tip.data.source import Source
 
 SCHEMES = ("s3://", "gs://", "az://")
 
@@ -80,40 +77,3 @@ def find(folder: str) -> list[str]:
     """List the URLs of all objects below a folder, sorted by name. Raises InputError if it cannot be read."""
     with reaching(folder):
         return [f"{folder.partition('://')[0]}://{name}" for name in sorted(system_of(folder).find(folder))]
-
-
-def read(path: str) -> bytes | None:
-    """Return the bytes of a remote image, or ``None`` if the path is not remote.
-
-    Raises InputError if the image cannot be read.
-    """
-    from retrieval_tip.data import images  # imported here because every --help imports this module
-
-    if not is_remote(path):
-        return None
-    with reaching():
-        images.check_size(system_of(path).size(path))
-        data = bytes(system_of(path).cat_file(path))
-    if not data:
-        raise InputError("empty file")
-    return data
-
-
-def listing(folder: str, *, labelled: bool) -> Source:
-    """Open the images below a folder, labelled by their class folders.
-
-    Raises InputError if there are no images, or if ``labelled`` is set and an image has no label.
-    """
-    from retrieval_tip.data import images
-    from retrieval_tip.data.source import of_images
-
-    scheme, _, name = folder.partition("://")
-    base = f"{scheme}://{name.strip('/')}/"
-    known = images.extensions()
-    paths = [path for path in find(folder) if Path(path).suffix.lower() in known and path.startswith(base)]
-    if not paths:
-        raise InputError(f"{show(folder)}: no images, tars or Parquet file found")
-    labels = [path.removeprefix(base).rpartition("/")[0].partition("/")[0] or None for path in paths]
-    if labelled and None in labels:
-        raise InputError(f"{show(paths[labels.index(None)])}: not in a class folder of {show(folder)}")
-    return of_images(paths, show(folder), labels)

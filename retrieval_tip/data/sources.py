@@ -13,20 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrieval_tip.data import exchange, folders, images, remote, split_files, tables, tars
+from retrieval_tip.data import exchange, folders, images, remote, tables, tars
 from retrieval_tip.data.source import Source as Source
 from retrieval_tip.data.source import of_images as of_images
 from retrieval_tip.data.source import spelled_alike as spelled_alike
-from retrieval_tip.data.tables import (
-    FEATURE,
-    NAMES,
-    SUFFIXES,
-    check_texts,
-    few_names,
-    items_of,
-    renamed,
-    texts,
-)
+from retrieval_tip.data.tables import FEATURE, NAMES, SUFFIXES, check_texts, few_names, items_of, renamed, texts
 from retrieval_tip.data.tars import of_tars as of_tars
 from retrieval_tip.errors import InputError, counted, show
 from retrieval_tip.files import read_json
@@ -37,14 +28,18 @@ MAX_SPLIT = 1 << 27  # largest JSON file of labels, in bytes; about the size of 
 
 
 def read_item(path: str) -> bytes:
-    """Return the bytes of a file, of an object on an object store, or of a member of a tar.
-
-    Raises InputError if they cannot be read. The message does not contain the path.
-    """
-    for read in (tars.read, remote.read):
-        if (data := read(path)) is not None:
-            return data
-    return images.read(path)
+    """Return the bytes of a file, an object, or a member of a tar, or raise InputError without its path."""
+    if (tar := tars.tar_of(path)) is not None:
+        data = tars.opened(tar).read(path)
+    elif remote.is_remote(path):
+        with remote.reaching():
+            images.check_size(remote.system_of(path).size(path))
+            data = bytes(remote.system_of(path).cat_file(path))
+    else:
+        data = images.read(path)
+    if not data:
+        raise InputError("empty file")
+    return data
 
 
 def is_web(where: str) -> bool:
@@ -180,7 +175,7 @@ def _open_folder(where: str, wanted: _Wanted) -> Source:
         return of_images(_images_in(folder), show(folder))
     folder = folders.part_of(folder, wanted.split)
     if (table := folders.table_in(folder)) is not None:
-        return _read_table(table, None, labelled=True)
+        return _open_table(os.fspath(table), _Wanted(labelled=True))
     return folders.read(folder)
 
 
@@ -191,12 +186,24 @@ def _images_in(folder: Path) -> list[str]:
     return paths
 
 
+def _open_bucket(where: str, wanted: _Wanted) -> Source:
+    """Open the images below a folder on an object store, labelled by their class folders."""
+    scheme, _, name = where.partition("://")
+    base = f"{scheme}://{name.strip('/')}/"
+    known = images.extensions()
+    paths = [url for url in remote.find(where) if Path(url).suffix.lower() in known and url.startswith(base)]
+    if not paths:
+        raise InputError(f"{show(where)}: no images, tars or Parquet file found")
+    labels = [path.removeprefix(base).rpartition("/")[0].partition("/")[0] or None for path in paths]
+    if wanted.labelled and None in labels:
+        raise InputError(f"{show(paths[labels.index(None)])}: not in a class folder of {show(where)}")
+    return of_images(paths, show(where), labels)
+
+
 def _open_json(where: str, wanted: _Wanted) -> Source:
     file = Path(where)
     data = read_json(file, MAX_SPLIT)
-    source = exchange.read(file, data, wanted.root, labelled=wanted.labelled)
-    if source is None:
-        source = split_files.read(file, data, wanted.split or "train", wanted.root)
+    source = exchange.read(file, data, wanted.split or "train", wanted.root, labelled=wanted.labelled)
     check_texts(source.items, source.name)
     return source
 
@@ -211,10 +218,7 @@ def _open_tars(where: str, wanted: _Wanted) -> Source:
 
 
 def _open_table(where: str, wanted: _Wanted) -> Source:
-    return _read_table(where if remote.is_remote(where) else Path(where), wanted.root, labelled=wanted.labelled)
-
-
-def _read_table(file: Path | str, root: str | os.PathLike[str] | None, *, labelled: bool) -> Source:
+    file, labelled = where if remote.is_remote(where) else Path(where), wanted.labelled
     name = show(file)
     items, has_features = items_of(file)
     if not len(items):
@@ -235,7 +239,7 @@ def _read_table(file: Path | str, root: str | os.PathLike[str] | None, *, labell
     names = tuple(sorted(pc.unique(items["label"]).drop_null().to_pylist())) if "label" in front else ()
     if has_features:
         return Source(name, items, names, table=file, rows=np.arange(len(items), dtype=np.int64))
-    folder = root or (file.rpartition("/")[0] if isinstance(file, str) else file.parent)
+    folder = wanted.root or (file.rpartition("/")[0] if isinstance(file, str) else file.parent)
     paths = [path if remote.is_remote(path) else os.path.join(folder, path) for path in items["source"].to_pylist()]
     items = items.set_column(0, "source", pa.array([show(path) for path in paths], pa.string()))
     return Source(name, items, names, tuple(paths))
@@ -244,7 +248,7 @@ def _read_table(file: Path | str, root: str | os.PathLike[str] | None, *, labell
 _READERS: Mapping[Kind, tuple[Callable[[str], object], Callable[[str, _Wanted], Source]]] = {
     "table": (tables.is_table, _open_table),
     "tars": (tars.find, _open_tars),
-    "bucket": (remote.is_remote, lambda where, wanted: remote.listing(where, labelled=wanted.labelled)),
+    "bucket": (remote.is_remote, _open_bucket),
     "folder": (os.path.isdir, _open_folder),
     "split file": (lambda where: where.lower().endswith(".json") and os.path.isfile(where), _open_json),
 }

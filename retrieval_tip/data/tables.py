@@ -1,12 +1,17 @@
-"""Read tables in Parquet, CSV and JSON Lines files, and in folders of Parquet parts."""
+"""Read and write tables: CSV, TSV and JSON Lines files, Parquet files, and folders of Parquet parts.
+
+A feature table is a Parquet table with a column of features. Its metadata can name the backbone that made them.
+"""
 
 from __future__ import annotations
 
 import codecs
 import io
 import json
+import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -18,10 +23,12 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from retrieval_tip.backbones.base import Backbone, FloatArray, Identity, same_backbone
 from retrieval_tip.data import remote
-from retrieval_tip.data.source import row_list
-from retrieval_tip.errors import InputError, first_line, one_line, show, warn_once
-from retrieval_tip.files import check_regular, open_regular, read_regular
+from retrieval_tip.data.source import Source, row_list
+from retrieval_tip.errors import BackboneError, InputError, first_line, one_line, show, warn_once
+from retrieval_tip.files import check_regular, open_regular, read_regular, replacing
+from retrieval_tip.settings import Norms
 
 FEATURE = "feature"
 NAMES = {
@@ -33,54 +40,26 @@ NAMES = {
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 RUN, COMPLETE = "_run.json", "_complete.json"
 """Files in a folder of parts: its description, and a marker that is written when all parts are complete."""
+IDENTITY_KEY = b"retrieval_tip.backbone"
+NORM_TOLERANCE = 0.01
+MOST_KEPT = 1e9
+"""Largest norm that ``norms="keep"`` accepts. The squared product of two features then fits float32."""
 MAX_TEXT = 4096
 """Longest label or id, in characters. A longer one suggests a misread table."""
 MAX_ROWS = 2**31 - 1  # largest number of rows; even a tiny file can declare any number
 MAX_JSON = 1 << 28  # largest JSON Lines file, in bytes; it is read into memory as a whole
 GROUP_ROWS = 1024
 """Smallest number of rows in a Parquet row group."""
+TABLE_ROWS = 8192
+"""Largest number of features that are read at a time."""
 MAX_SHOWN = 64  # largest number of column names in a message, and of characters in each name
 
 
-def row_groups_of(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Join tables until they have :data:`GROUP_ROWS` rows, because small row groups enlarge the footer."""
-    waiting: list[pa.Table] = []
-    for table in tables:
-        waiting.append(table)
-        if sum(map(len, waiting)) >= GROUP_ROWS:
-            yield pa.concat_tables(waiting).combine_chunks()
-            waiting.clear()
-    if waiting:
-        yield pa.concat_tables(waiting).combine_chunks()
-
-
-def vectors(rows: npt.NDArray[np.generic]) -> pa.FixedSizeListArray:
-    """Convert an array of shape ``[m, d]`` to a column of fixed-size lists."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).reshape(-1)), rows.shape[1])
-
-
-def parquet_writer(target: str | IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
-    """Open a Parquet writer that uses dictionaries only for text, because numbers rarely repeat."""
-    empty = io.BytesIO()
-    pq.write_metadata(schema, empty)  # names the columns inside lists and structs
-    columns = pq.ParquetFile(empty).schema
-    text = [one.path for one in map(columns.column, range(len(columns))) if one.logical_type.type == "STRING"]
-    return pq.ParquetWriter(target, schema, use_dictionary=text)
-
-
 def is_table(where: str) -> bool:
-    """Return whether a path or URL is a table.
-
-    A table is a file with one of ``SUFFIXES`` or a folder of parts. A remote file must be a Parquet file.
-    """
+    """Return whether a path or URL is a table: a folder of parts, or a file with a suffix (if remote, ``.parquet``)."""
     if remote.is_remote(where):
-        return where.lower().endswith(".parquet") or is_parts(where)
-    return (where.lower().endswith(SUFFIXES) and os.path.isfile(where)) or is_parts(where)
-
-
-def is_parts(folder: str | os.PathLike[str]) -> bool:
-    """Return whether a local or remote folder contains the parts of a table, even if some parts are missing."""
-    return _holds(os.fspath(folder), RUN)
+        return where.lower().endswith(".parquet") or _holds(where, RUN)
+    return (where.lower().endswith(SUFFIXES) and os.path.isfile(where)) or _holds(where, RUN)
 
 
 def _holds(folder: str, name: str) -> bool:
@@ -92,14 +71,11 @@ def _holds(folder: str, name: str) -> bool:
 
 
 def table_files(table: Path | str) -> list[Path | str]:
-    """List the Parquet files of a table, which are its parts or the table itself.
-
-    Raises InputError if parts are missing.
-    """
+    """List the Parquet files of a table, which are its parts or itself. Raises InputError if any is missing."""
     where = os.fspath(table)
     if where.endswith(".parquet") if remote.is_remote(table) else not os.path.isdir(table):
         return [table]
-    if not is_parts(where):
+    if not _holds(where, RUN):
         raise InputError(f"{show(where)}: not a feature table; a folder of parts contains {RUN}")
     if not _holds(where, COMPLETE):
         raise InputError(f"{show(where)}: some parts are missing; run the command that writes it again")
@@ -114,24 +90,20 @@ def part_files(folder: str) -> list[Path | str]:
 
 
 def items_of(file: Path | str, most: int = MAX_ROWS) -> tuple[pa.Table, bool]:
-    """Return all columns of a table except features, and whether it has any. Ids default to row numbers.
-
-    Raises InputError if the table cannot be read, or if it has more than ``most`` rows.
-    """
+    """Return all columns of a table except features, and whether it has any. Ids default to row numbers."""
     name, number, has_features = show(file), 0, False
     if (read := _text_reader(file)) is not None:
         items = read(Path(file))
         _check(items.column_names, len(items), most, name)
         return items, False
     tables: list[pa.Table] = []
-    for part in table_files(file):
-        parquet = open_parquet(part)
+    for parquet, start, part in _parquets(file):
         columns, feature = parquet.schema_arrow.names, feature_column(parquet.schema_arrow)
-        number, has_features = number + parquet.metadata.num_rows, feature is not None
+        number, has_features = start + parquet.metadata.num_rows, feature is not None
         _check(columns, number, most, name)
-        with reading(show(part)):
+        with reading(part):
             kept = parquet.read(columns=[column for column in columns if column != feature])
-            tables.append(_sound(kept, show(part)))
+            tables.append(_sound(kept, part))
     with reading(name):
         items = pa.concat_tables(tables)
     if has_features and "id" not in items.column_names:
@@ -183,14 +155,6 @@ def renamed(items: pa.Table, *wanted: str) -> pa.Table:
     return items
 
 
-def row_groups(parquet: pq.ParquetFile, first: int, last: int) -> tuple[list[int], int]:
-    """Return the row groups that contain rows ``first`` to ``last``, and the number of the first row in them."""
-    sizes = np.array([parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)], np.int64)
-    starts = sizes.cumsum() - sizes
-    groups = np.flatnonzero((starts + sizes > first) & (starts < last))
-    return groups.tolist(), int(starts[groups[0]]) if groups.size else 0
-
-
 def _sound(items: pa.Table, name: str) -> pa.Table:
     """Check that text is valid UTF-8, and convert view columns to plain ones, which support ``take``."""
     kinds = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
@@ -213,6 +177,15 @@ def open_parquet(file: Path | str) -> pq.ParquetFile:
         parquet = pq.ParquetFile(raw)
         "".join(parquet.schema_arrow.names)  # fails if a name is not UTF-8
         return parquet
+
+
+def _parquets(table: Path | str) -> Iterator[tuple[pq.ParquetFile, int, str]]:
+    """Open the Parquet files of a table. Yield each with the number of its first row, and its name."""
+    start = 0
+    for part in table_files(table):
+        file = open_parquet(part)
+        yield file, start, show(part)
+        start += file.metadata.num_rows
 
 
 @contextmanager
@@ -260,24 +233,17 @@ def _text(value: object) -> str | None:
 def _encoding(file: Path) -> str:
     """Guess the encoding of a CSV file: UTF-8, UTF-16 with a byte-order mark, or Windows-1252, which Excel writes.
 
-    If all bytes before the first invalid byte are ASCII, Windows-1252 is assumed. Otherwise, the file is treated as
-    damaged UTF-8.
+    Windows-1252 is assumed if the first character that is not ASCII is not UTF-8 either.
     """
-    decoder, plain = codecs.getincrementaldecoder("utf-8")(), True
     with open_regular(file) as raw:
-        if raw.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            return "utf-16"
-        raw.seek(0)
-        try:
-            while block := raw.read(1 << 20):
-                decoder.decode(block)
-                plain = plain and block.isascii()
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            if plain and bytes(error.object[: error.start]).isascii():
-                warn_once(f"{show(file)}: not UTF-8; reading it as Windows-1252 (if that is wrong, save it as UTF-8)")
-                return "cp1252"
-    return "utf8"
+        data = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-16"
+    first = re.search(rb"[\x80-\xff].{0,3}", data, re.DOTALL)
+    if first is None or not "\udc80" <= first[0].decode(errors="surrogateescape")[0] <= "\udcff":
+        return "utf8"
+    warn_once(f"{show(file)}: not UTF-8; reading it as Windows-1252 (if that is wrong, save it as UTF-8)")
+    return "cp1252"
 
 
 def _check(columns: Sequence[str], number: int, most: int, name: str) -> None:
@@ -288,10 +254,7 @@ def _check(columns: Sequence[str], number: int, most: int, name: str) -> None:
 
 
 def texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool) -> pa.ChunkedArray:
-    """Read ids, paths or labels as text. Blank values count as missing, and integers are converted to text.
-
-    Raises InputError if the column has another type, or if ``needed`` is set and a value is missing.
-    """
+    """Read ids, paths or labels as text. Blank values count as missing, and integers are converted to text."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -322,3 +285,193 @@ def few_names(columns: Sequence[str]) -> str:
     """Format the first column names for a message."""
     shown = ", ".join(one_line(column)[:MAX_SHOWN] for column in columns[:MAX_SHOWN])
     return shown + (f" and {len(columns) - MAX_SHOWN} more" if len(columns) > MAX_SHOWN else "")
+
+
+def check_backbone(identity: Identity | None, d: int, backbone: Backbone | None, sources: Sequence[Source]) -> None:
+    """Check that ``backbone`` and ``sources`` fit an index whose features have ``d`` values and come from ``identity``.
+
+    Raises BackboneError if the backbones differ, or if the decoder of the index is no longer supported. Raises
+    InputError if the features have different lengths.
+    """
+    if backbone is not None and identity is not None:
+        if "decoder" in identity.preprocess:
+            raise BackboneError(
+                f"index: its photos were decoded by {identity.preprocess['decoder']!r}, which retrieval-tip no "
+                "longer supports; build the index again, or classify a feature table"
+            )
+        same_backbone(identity, backbone.identity, "index")
+    if backbone is not None and backbone.dim != d:
+        raise BackboneError(f"encoder {backbone.identity}: its features have {backbone.dim} values; the index has {d}")
+    for source in sources:
+        if source.table is not None:
+            own = table_identity(source.table)
+            if identity is not None and own is not None:
+                same_backbone(own, identity, source.name)
+            if (dim := table_dim(source.table)) != d:
+                raise InputError(f"{source.name}: its features have {dim} values; the index has {d}")
+
+
+def table_identity(path: Path | str) -> Identity | None:
+    """Return the backbone that is named in the metadata of a feature table, if any."""
+    files = table_files(path)
+    raw = (open_parquet(files[0]).schema_arrow.metadata or {}).get(IDENTITY_KEY) if files else None
+    if raw is None:
+        return None
+    try:
+        return Identity.from_dict(json.loads(raw))
+    except (ValueError, RecursionError, BackboneError) as error:
+        raise InputError(f"{show(path)}: its metadata cannot be read ({error})") from None
+
+
+def table_dim(path: Path | str) -> int:
+    """Return the length ``d`` of the features in a table."""
+    for _, batch in read_rows(path, None, last=1):
+        return int(batch.shape[1])
+    raise InputError(f"{show(path)}: has no rows")
+
+
+def read_features(path: Path | str, norms: Norms = "check") -> Iterator[FloatArray]:
+    """Yield the features of a table as float32 arrays of shape ``[b, d]``. Raises InputError for an unusable row."""
+    for _, features in read_rows(path, norms):
+        yield features
+
+
+def read_rows(
+    path: Path | str, norms: Norms | None, first: int = 0, last: int = MAX_ROWS
+) -> Iterator[tuple[int, FloatArray]]:
+    """Yield the first row and the features of each block in rows ``first`` to ``last``, with ``norms`` checked."""
+    dim = None
+    for file, begins, name in _parquets(path):
+        groups, at = _row_groups(file, first - begins, last - begins)
+        if not groups:
+            continue
+        feature = _column(file, name)
+        with reading(name):
+            for batch in file.iter_batches(TABLE_ROWS, row_groups=groups, columns=[feature]):
+                if begins + at >= last:
+                    break
+                if batch.num_rows and begins + at + batch.num_rows > first:
+                    features = _matrix(batch.column(feature), at, dim, name)
+                    dim = features.shape[1]
+                    yield begins + at, features if norms is None else check_norms(features, at, norms, name)
+                at += batch.num_rows
+
+
+def _row_groups(parquet: pq.ParquetFile, first: int, last: int) -> tuple[list[int], int]:
+    """Return the row groups that contain rows ``first`` to ``last``, and the number of the first row in them."""
+    sizes = np.array([parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)], np.int64)
+    starts = sizes.cumsum() - sizes
+    groups = np.flatnonzero((starts + sizes > first) & (starts < last))
+    return groups.tolist(), int(starts[groups[0]]) if groups.size else 0
+
+
+def _column(file: pq.ParquetFile, name: str) -> str:
+    column = feature_column(file.schema_arrow)
+    if column is None:
+        raise InputError(f"{name}: no column {FEATURE!r}; its columns are {few_names(file.schema_arrow.names)}")
+    if len(file.schema_arrow.get_all_field_indices(column)) > 1:
+        raise InputError(f"{name}: duplicate column {column!r}")
+    kind = file.schema_arrow.field(column).type
+    if not is_vector(kind):
+        raise InputError(f"{name}: column {column!r} has type {kind}; expected lists of float32 or float16")
+    return column
+
+
+def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatArray:
+    if column.null_count:
+        rows = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))
+        raise InputError(f"{name}: {row_list(rows + start)} without a feature")
+    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+    dim = int(lengths[0]) if dim is None else dim
+    if dim == 0:
+        raise InputError(f"{name}: row {start} has no values")
+    if (wrong := np.flatnonzero(lengths != dim)).size:
+        row = int(wrong[0])
+        raise InputError(f"{name}: row {row + start} has {int(lengths[row])} values; earlier rows have {dim}")
+    values = column.flatten()
+    if values.null_count:
+        rows = np.unique(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False)) // dim)
+        raise InputError(f"{name}: {row_list(rows + start)} with a missing value in the feature")
+    with np.errstate(over="ignore"):  # values that are too large become infinite and are then rejected
+        matrix: FloatArray = values.to_numpy(zero_copy_only=False).reshape(-1, dim).astype(np.float32)
+    return matrix
+
+
+def check_norms(features: FloatArray, start: int, norms: Norms, name: str) -> FloatArray:
+    """Check or scale the norms of a block whose first row is ``start``. Raises InputError for an unusable row."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        lengths = np.sqrt(np.einsum("ij,ij->i", features, features, dtype=np.float64))
+
+    def refuse(wrong: npt.NDArray[np.bool_], why: str) -> None:
+        if (rows := np.flatnonzero(wrong)).size:
+            raise InputError(f"{name}: {row_list(rows + start)}: {why.format(norm=lengths[rows[0]])}")
+
+    refuse(~np.isfinite(lengths), "the feature contains NaN or infinity")
+    if norms == "keep":
+        refuse(lengths > MOST_KEPT, "norm {norm:.4g}, too large for float32; scale rows to norm 1 (norms unit)")
+        return features
+    refuse(lengths == 0, "the feature is zero, so it has no direction")
+    if norms == "unit":
+        scaled: FloatArray = (features / lengths[:, None]).astype(np.float32)
+        return scaled
+    advice = "use norms=unit to scale it to 1, or norms=keep to leave it"
+    refuse(np.abs(lengths - 1) > NORM_TOLERANCE, "norm {norm:.4g} instead of 1; " + advice)
+    return features
+
+
+def schema_of(d: int, dtype: npt.DTypeLike, further: Sequence[pa.Field], identity: Identity | None = None) -> pa.Schema:
+    """Return the schema of a feature table, with the columns ``id``, ``label``, ``feature`` and ``further``."""
+    return pa.schema(
+        [("id", pa.string()), ("label", pa.string()), (FEATURE, pa.list_(pa.from_numpy_dtype(dtype), d)), *further],
+        metadata={IDENTITY_KEY: json.dumps(identity.to_dict())} if identity is not None else None,
+    )
+
+
+def table_of(
+    schema: pa.Schema, ids: object, labels: object, features: npt.NDArray[np.generic], further: Mapping[str, object]
+) -> pa.Table:
+    """Build the rows of a feature table with this schema. ``features`` has shape ``[m, d]``."""
+    return pa.table({"id": ids, "label": labels, FEATURE: vectors(features), **further}, schema=schema)
+
+
+def row_groups_of(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Join tables until they have :data:`GROUP_ROWS` rows, because small row groups enlarge the footer."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(map(len, waiting)) >= GROUP_ROWS:
+            yield pa.concat_tables(waiting).combine_chunks()
+            waiting.clear()
+    if waiting:
+        yield pa.concat_tables(waiting).combine_chunks()
+
+
+def vectors(rows: npt.NDArray[np.generic]) -> pa.FixedSizeListArray:
+    """Convert an array of shape ``[m, d]`` to a column of fixed-size lists."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).reshape(-1)), rows.shape[1])
+
+
+def parquet_writer(target: str | IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
+    """Open a Parquet writer that uses dictionaries only for text, because numbers rarely repeat."""
+    empty = io.BytesIO()
+    pq.write_metadata(schema, empty)  # names the columns inside lists and structs
+    columns = pq.ParquetFile(empty).schema
+    text = [one.path for one in map(columns.column, range(len(columns))) if one.logical_type.type == "STRING"]
+    return pq.ParquetWriter(target, schema, use_dictionary=text)
+
+
+def write_table(out: Path, schema: pa.Schema, blocks: Iterable[pa.Table]) -> int:
+    """Write a feature table block by block, and return the number of rows. After an error, there is no file."""
+    number, plain = 0, [name for name in schema.names if name != FEATURE]
+    try:
+        with (
+            replacing(out) as temporary,
+            temporary.open("wb") as raw,
+            pq.ParquetWriter(raw, schema, use_dictionary=plain, compression="none") as writer,
+        ):
+            for block in blocks:
+                writer.write_table(block)
+                number += len(block)
+    except pa.ArrowException as error:  # a type that Parquet does not support
+        raise InputError(f"{show(out)}: cannot be written: {first_line(error)}") from None
+    return number

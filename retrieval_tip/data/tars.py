@@ -13,7 +13,6 @@ import gzip
 import json
 import os
 import re
-import shutil
 import tarfile
 import tempfile
 import threading
@@ -97,15 +96,12 @@ class Tar:
                 self.failed.append(Skipped(name, f"damaged or cut off after {number} members: no end mark"))
 
     def read(self, path: str) -> bytes:
-        """Return the bytes of an image. Raises InputError if it is missing, too large or empty."""
+        """Return the bytes of an image. Raises InputError if it is missing or too large."""
         if path not in self.places:
             raise InputError("no such image in the tar")
         start, size = self.places[path]
         images.check_size(size)
-        data = os.pread(self._file.fileno(), size, start)  # thread-safe, unlike seek and read
-        if not data:
-            raise InputError("empty file")
-        return data
+        return os.pread(self._file.fileno(), size, start)  # thread-safe, unlike seek and read
 
 
 def opened(place: str) -> Tar:
@@ -133,19 +129,8 @@ def tar_of(path: str) -> str | None:
     return None
 
 
-def read(path: str) -> bytes | None:
-    """Return the bytes of an image in a tar, or ``None`` if the path is not in a tar.
-
-    Raises InputError if the image cannot be read.
-    """
-    return None if (tar := tar_of(path)) is None else opened(tar).read(path)
-
-
 def of_tars(name: str, places: Sequence[str], *, labelled: bool) -> Source:
-    """Open the images in tars, in order.
-
-    Unreadable images are added to ``failed``. If ``labelled`` is set, unlabelled images are added as well.
-    """
+    """Open the images in tars, in order. Unreadable images, or without a needed label, are added to ``failed``."""
     labels: dict[str, str | None] = {}
     failed: list[Skipped] = []
     for place in places:
@@ -167,9 +152,7 @@ def find(where: str) -> list[str]:
     """List the tars that a path, URL, folder or pattern stands for, sorted by name.
 
     Patterns have the form ``s-*.tar`` or ``s-{000..099}.tar``. The list is empty for anything else, such as a folder
-    with images or other folders.
-
-    Raises InputError if a tar in a range is missing, and UsageError if a range is too long.
+    with images or other folders. Raises InputError if a tar in a range is missing, and UsageError for a long range.
     """
     if not where.lower().endswith(TARS) or os.path.isdir(where):
         return _in_folder(where)
@@ -237,31 +220,23 @@ def _add(samples: dict[str, _Sample], member: tarfile.TarInfo, file: BinaryIO) -
 
 
 def _plain_tar(place: str) -> BinaryIO:
-    """Open a tar itself, or an unnamed, unpacked copy if the tar is compressed or remote."""
+    """Open a tar itself, or an unnamed copy if it is remote or compressed. It is unpacked up to the first damage."""
     packed = not place.lower().endswith(".tar")
     if not packed and not remote.is_remote(place):
         return open_regular(place)
     file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - stays open with the tar
     try:
         with remote.opened(place) if remote.is_remote(place) else open_regular(place) as raw:
-            _unpack(raw, file) if packed else shutil.copyfileobj(raw, file, CHUNK)
-        file.flush()
-        file.seek(0)
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
-def _unpack(raw: BinaryIO, file: BinaryIO) -> None:
-    """Unpack a gzip file up to the first damage."""
-    with gzip.GzipFile(fileobj=raw) as unpacked:
-        try:
-            while block := unpacked.read1(CHUNK):
+            read = gzip.GzipFile(fileobj=raw).read1 if packed else raw.read
+            while block := read(CHUNK):
                 file.write(block)
-        except (OSError, EOFError, zlib.error):
-            if not file.tell():
-                raise
+    except (OSError, EOFError, zlib.error, InputError):
+        if not packed or not file.tell():
+            file.close()
+            raise
+    file.flush()
+    file.seek(0)
+    return file
 
 
 def _label(sample: _Sample) -> str | None:

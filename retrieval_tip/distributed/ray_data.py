@@ -36,9 +36,8 @@ from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.data import remote, tars
 from retrieval_tip.data.encoder import Encoder, encoded
 from retrieval_tip.data.encoding_cache import EncodingCache
-from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.data.sources import Source, of_tars, open_inputs
-from retrieval_tip.data.tables import COMPLETE, RUN, open_parquet, part_files
+from retrieval_tip.data.tables import COMPLETE, RUN, check_backbone, open_parquet, part_files
 from retrieval_tip.distributed.cluster import connected, room
 from retrieval_tip.errors import InputError, RetrievalTipError, Skipped, StoreError, UsageError, first_line, show
 from retrieval_tip.index import places

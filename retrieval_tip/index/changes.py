@@ -22,9 +22,8 @@ from retrieval_tip.backbones.base import Backbone, Identity, same_backbone
 from retrieval_tip.backbones.prompts import check_templates, text_weights
 from retrieval_tip.bounds import check_count
 from retrieval_tip.data.encoder import Encoder
-from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.data.sources import Source, spelled_alike
-from retrieval_tip.data.tables import read_columns, reading, texts
+from retrieval_tip.data.tables import check_backbone, read_columns, reading, texts
 from retrieval_tip.errors import InputError, StoreError, UsageError, counted, few, show
 from retrieval_tip.fit.closed_form import Fit, FormChoice
 from retrieval_tip.index import places

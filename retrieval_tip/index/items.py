@@ -16,9 +16,9 @@ import pyarrow as pa
 from retrieval_tip.backbones.base import Backbone, Identity, same_backbone
 from retrieval_tip.backbones.prompts import mean_by_class
 from retrieval_tip.data.encoder import Encoder, FeatureBlock
-from retrieval_tip.data.feature_tables import read_features, table_identity
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.data.tables import read_features, table_identity
 from retrieval_tip.errors import InputError, UsageError, counted, few
 from retrieval_tip.retrieval.defaults import Statistics, plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from retrieval_tip.data.feature_tables import NORM_TOLERANCE
+from retrieval_tip.data.tables import NORM_TOLERANCE
 from retrieval_tip.errors import InputError, few
 from retrieval_tip.retrieval.arrays import KeyArray
 

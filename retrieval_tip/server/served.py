@@ -19,7 +19,7 @@ import torch
 from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data.encoder import FeatureBlock
-from retrieval_tip.data.feature_tables import check_backbone
+from retrieval_tip.data.tables import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.files import real
 from retrieval_tip.index import places

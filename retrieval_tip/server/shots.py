@@ -14,8 +14,8 @@ import numpy as np
 
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.data.encoder import Encoder
-from retrieval_tip.data.feature_tables import schema_of, table_of, write_table
 from retrieval_tip.data.sources import Source, of_images, open_source
+from retrieval_tip.data.tables import schema_of, table_of, write_table
 from retrieval_tip.errors import StoreError, show
 from retrieval_tip.files import replacing
 from retrieval_tip.index import changes, photos
