@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from retrieval_tip.cli import options
-from retrieval_tip.cli.group import command
-from retrieval_tip.cli.messages import SOME_SKIPPED, about, finish, say
+from retrieval_tip.cli.group import argument, command, flag, option
+from retrieval_tip.cli.messages import SOME_SKIPPED, about, finish, note, say
 from retrieval_tip.cli.opening import backbone_of, encoder_for, encoder_of, index_with
 from retrieval_tip.cli.options import EncodingOptions, OutputOptions
 from retrieval_tip.cli.parameters import FOLDER, INDEX, SHARE, SOURCE, count
@@ -28,22 +28,13 @@ if TYPE_CHECKING:
 
 
 @command()
-@click.argument("photos", nargs=-1, required=True)
-@click.option("-n", "number", type=count(), default=20, show_default=True, help="Number of photos to suggest.")
-@click.option("--index", "folder", type=INDEX, help="Index of the photos labelled so far.")
-@click.option("--text", type=SOURCE, help="Feature table of class names, for a first guess without an index.")
-@options.FORMAT
-@options.BACKBONE
-@options.ENCODING
-@click.pass_context
 def suggest(
-    ctx: click.Context,
-    photos: tuple[str, ...],
-    number: int,
-    folder: Place | None,
-    text: Place | None,
-    printing: OutputOptions,
-    encoding: EncodingOptions,
+    photos: tuple[str, ...] = argument(nargs=-1, required=True),
+    number: int = option(count(), "-n", default=20),
+    folder: Place | None = option(INDEX, "--index"),
+    text: Place | None = option(SOURCE),
+    printing: OutputOptions = options.FORMAT,
+    encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Suggest which photos to label next, most useful first.
 
@@ -51,6 +42,11 @@ def suggest(
     input. Without --index, the suggestions are typical photos of different kinds. With --index, photos whose answer is
     uncertain are preferred, and photos that the index contains are skipped. The column covers counts the other photos
     that are most similar to this suggestion.
+
+    Options:
+        number: Number of photos to suggest.
+        folder: Index of the photos labelled so far.
+        text: Feature table of class names, for a first guess without an index.
     """
     from retrieval_tip.cli.output import rounded, write_table
     from retrieval_tip.data.sources import open_inputs
@@ -60,38 +56,33 @@ def suggest(
         raise UsageError("--text and --index: give only one; an index has its own text")
     sources = list(open_inputs(photos, paths_on_stdin()))
     index = None if folder is None else index_with(folder, encoding)
-    with _encoder(ctx, index, sources, encoding) as encoder:
+    with _encoder(index, sources, encoding) as encoder:
         suggestions = suggest_photos(sources, number, encoder, index, text=text)
     table = rounded(suggestions.table) if printing.style == "csv" else suggestions.table
     write_table(table, printing.style, printing.output)
-    if not ctx.obj:
-        say(str(suggestions))
-    finish(ctx, encoder.skipped)
+    note(str(suggestions))
+    finish(encoder.skipped)
 
 
-@command("find")
-@click.argument("photos", nargs=-1, required=True, metavar="PHOTOS... QUERY")
-@click.option("-n", "number", type=count(), default=20, show_default=True, help="Number of photos or pairs to show.")
-@click.option("--index", "folder", type=INDEX, help="Index whose encoder, metric and prompts are used.")
-@click.option("--duplicates", is_flag=True, help="Find near-identical photos instead. There is no QUERY.")
-@options.FORMAT
-@options.BACKBONE
-@options.ENCODING
-@click.pass_context
+@command()
 def find_command(
-    ctx: click.Context,
-    photos: tuple[str, ...],
-    number: int,
-    folder: Place | None,
-    duplicates: bool,
-    printing: OutputOptions,
-    encoding: EncodingOptions,
+    photos: tuple[str, ...] = argument(nargs=-1, required=True, metavar="PHOTOS... QUERY"),
+    number: int = option(count(), "-n", default=20),
+    folder: Place | None = option(INDEX, "--index"),
+    duplicates: bool = flag(),
+    printing: OutputOptions = options.FORMAT,
+    encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Find unlabelled photos by a text or by an example.
 
     PHOTOS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input. The
     last argument is QUERY. If it is an image file, similar photos are found. Otherwise, it is a text, and the encoder
     must have text.
+
+    Options:
+        number: Number of photos or pairs to show.
+        folder: Index whose encoder, metric and prompts are used.
+        duplicates: Find near-identical photos instead. There is no QUERY.
     """
     from retrieval_tip.cli.output import write_table
     from retrieval_tip.data.sources import open_inputs
@@ -104,58 +95,48 @@ def find_command(
     sources = list(open_inputs(names, paths_on_stdin()))
     index = None if folder is None else index_with(folder, encoding)
     text = not duplicates and example is None
-    with _encoder(ctx, index, sources, encoding, example, text=text) as encoder:
+    with _encoder(index, sources, encoding, example, text=text) as encoder:
         if duplicates:
             table, found = find_duplicates(sources, encoder, number)
-            note = "" if found.compared != "digests" else "; compared only identical photos and features"
-            note = f"found {counted(found.total, 'pair')}, showing {len(table):,}{note}"
+            only = "" if found.compared != "digests" else "; compared only identical photos and features"
+            done = f"found {counted(found.total, 'pair')}, showing {len(table):,}{only}"
         else:
             table, total = find_photos(sources, encoder, query, number, index)
-            note = f"searched {counted(total, 'photo')} for {'the text' if text else 'photos like'} {show(query)}"
+            done = f"searched {counted(total, 'photo')} for {'the text' if text else 'photos like'} {show(query)}"
     write_table(table, printing.style, printing.output)
-    if not ctx.obj:
-        say(note)
-    finish(ctx, encoder.skipped)
+    note(done)
+    finish(encoder.skipped)
 
 
 def _encoder(
-    ctx: click.Context, index: AnsweringIndex | None, sources: Sequence[Source], encoding: EncodingOptions,
-    example: Source | None = None, *, text: bool = False,
-) -> AbstractContextManager[Encoder]:  # fmt: skip
+    index: AnsweringIndex | None,
+    sources: Sequence[Source],
+    encoding: EncodingOptions,
+    example: Source | None = None,
+    *,
+    text: bool = False,
+) -> AbstractContextManager[Encoder]:
     """Open the encoder of an index, or else the one that the options or a feature table name, or the default."""
     examples = [] if example is None else [example]
     if index is not None:
-        return encoder_for(ctx, index, [*sources, *examples], encoding, needed=text)
+        return encoder_for(index, [*sources, *examples], encoding, needed=text)
     images = [source for source in sources if source.table is None]
     needed = text or example is not None
-    return encoder_of(ctx, backbone_of((images or sources)[0], encoding, needed=needed), encoding)
+    return encoder_of(backbone_of((images or sources)[0], encoding, needed=needed), encoding)
 
 
-@command("sort")
-@click.argument("folder", type=INDEX, metavar="INDEX", required=False)
-@click.argument("photos", nargs=-1)
-@click.option("--into", type=FOLDER, required=True, help="Folder to sort into, with one folder per class.")
-@click.option("--link", "action", flag_value="link", help="Create symbolic links instead of copies.")
-@click.option("--move", "action", flag_value="move", help="Move the photos instead of copying them.")
-@click.option("--min-probability", "least", type=SHARE, default=0.5, show_default=True,
-              help="Probability below which a photo goes to the folder not sure.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Print the rows of the manifest, and change nothing.")
-@click.option("--undo", is_flag=True, help="Delete the copies and links, and move photos back.")
-@click.option("--anywhere", is_flag=True, help="With --undo, also move images to folders that you have not sorted.")
-@options.BACKBONE
-@options.ENCODING
-@click.pass_context
+@command()
 def sort_command(
-    ctx: click.Context,
-    folder: Place | None,
-    photos: tuple[str, ...],
-    into: Path,
-    action: Action | None,
-    least: float,
-    dry_run: bool,
-    undo: bool,
-    anywhere: bool,
-    encoding: EncodingOptions,
+    folder: Place | None = argument(INDEX, metavar="INDEX", required=False),
+    photos: tuple[str, ...] = argument(nargs=-1),
+    into: Path = option(FOLDER, required=True),
+    link: bool = flag(),
+    move: bool = flag(),
+    min_probability: float = option(SHARE, default=0.5),
+    dry_run: bool = flag(),
+    undo: bool = flag(),
+    anywhere: bool = flag(),
+    encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Sort photos into folders by their class.
 
@@ -163,12 +144,21 @@ def sort_command(
     Photos that resemble no shot go to the folder "no match", and photos with a low probability to "not sure". No file
     is overwritten. The manifest sorted.csv lists all photos, so that --undo --into FOLDER can restore the previous
     state. If the command is interrupted, run it again.
+
+    Options:
+        into: Folder to sort into, with one folder per class.
+        link: Create symbolic links instead of copies.
+        move: Move the photos instead of copying them.
+        min_probability: Probability below which a photo goes to the folder not sure.
+        dry_run: Print the rows of the manifest, and change nothing.
+        undo: Delete the copies and links, and move photos back.
+        anywhere: With --undo, also move images to folders that you have not sorted.
     """
     from retrieval_tip.data.sources import open_inputs
     from retrieval_tip.labelling.sort import sort_photos, undo_sort
 
     if undo:
-        if folder is not None or action is not None:
+        if folder is not None or link or move:
             raise UsageError("--undo: takes only --into FOLDER, --anywhere and --dry-run; leave out the rest")
         result = undo_sort(into, anywhere=anywhere, dry_run=dry_run)
     else:
@@ -178,9 +168,10 @@ def sort_command(
             raise UsageError("--anywhere: only applies to --undo; leave it out")
         sources = list(open_inputs(photos, paths_on_stdin()))
         index = index_with(folder, encoding)
-        with encoder_for(ctx, index, sources, encoding) as encoder:
+        with encoder_for(index, sources, encoding) as encoder:
+            action: Action = "link" if link else "move" if move else "copy"
             result = sort_photos(
-                index, sources, encoder, into, action=action or "copy", min_probability=least, dry_run=dry_run
+                index, sources, encoder, into, action=action, min_probability=min_probability, dry_run=dry_run
             )
     if dry_run:
         _print_rows(result)
@@ -188,7 +179,7 @@ def sort_command(
         about(into, str(result))
     if result.skipped:
         say(f"{counted(len(result.skipped), 'photo')} could not be {'restored' if undo else 'sorted'}")
-        ctx.exit(SOME_SKIPPED)
+        click.get_current_context().exit(SOME_SKIPPED)
 
 
 def _print_rows(result: Sorted) -> None:

@@ -8,11 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import click
-
-from retrieval_tip.cli.messages import say
+from retrieval_tip.cli.messages import note, quiet, say
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions, ReadingOptions, ViewOptions
 from retrieval_tip.errors import UsageError, counted, few
 from retrieval_tip.settings import Ask, Precision
@@ -48,11 +46,11 @@ def source_of(path: Path | str, reading: ReadingOptions, split: str, *, labelled
     return open_dataset(reading.dataset, Path(path), part)
 
 
-def validation(cache: CacheModel, path: Path | str, root: Path | str | None, number: KeysMet) -> Source:
+def validation(cache: CacheModel, path: Path | str, reading: ReadingOptions, number: KeysMet) -> Source:
     """Open ``number`` validation images per class, all images, or by default the published number."""
     from retrieval_tip.fit.search_hp import validation_shots
 
-    val = source_of(path, ReadingOptions(root=root), "val")
+    val = source_of(path, ReadingOptions(root=reading.root), "val")
     return val if number == "all" else val.take(validation_shots(cache, val, path, number))
 
 
@@ -137,12 +135,13 @@ def load(backbone: BackboneOptions, identity: Identity | None = None) -> Backbon
     from retrieval_tip.backbones.loading import load_backbone
 
     model, pretrained = name_of(backbone, identity)
-    ctx = click.get_current_context(silent=True)
-    if sys.stderr.isatty() and not (ctx is not None and ctx.obj):  # loading takes seconds
-        say(f"Loading {model} ...")
-    return load_backbone(
-        model, pretrained, device=backbone.device, precision=backbone.precision, runtime=backbone.runtime, lazy=True
-    )  # fmt: skip
+    if sys.stderr.isatty():  # loading takes seconds
+        note(f"Loading {model} ...")
+    return load_backbone(model, pretrained, **_chosen(backbone), lazy=True)
+
+
+def _chosen(backbone: BackboneOptions) -> dict[str, Any]:
+    return {"device": backbone.device, "precision": backbone.precision, "runtime": backbone.runtime}
 
 
 def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = False) -> Backbone | None:
@@ -175,9 +174,7 @@ def backbone_for(
         if identity is None and not backbone.model:
             raise UsageError(UNNAMED)
         if identity and not (needed or backbone.model or backbone.pretrained):
-            loaded = load_when_needed(
-                identity, cache.d, device=backbone.device, precision=backbone.precision, runtime=backbone.runtime
-            )
+            loaded = load_when_needed(identity, cache.d, **_chosen(backbone))
         else:
             loaded = load(backbone, identity)
     check_backbone(cache.backbone, cache.d, loaded, list(sources))
@@ -204,28 +201,27 @@ def named_models(
 
 @contextmanager
 def encoder_of(
-    ctx: click.Context, backbone: Backbone | None, encoding: EncodingOptions, views: ViewOptions | None = None
+    backbone: Backbone | None, encoding: EncodingOptions, views: ViewOptions | None = None
 ) -> Iterator[Encoder]:
     """Open the encoder for the inputs of a command, and close its cache on exit."""
     from retrieval_tip.data.encoding_cache import EncodingCache
 
     cache = None if backbone is None or encoding.no_cache else EncodingCache.at(encoding.cache)
     began = time.monotonic()
-    encoder = replace(encoding.encoder(views), backbone=backbone, cache=cache, progress=not ctx.obj)
+    encoder = replace(encoding.encoder(views), backbone=backbone, cache=cache, progress=not quiet())
     try:
         yield encoder
         seconds = time.monotonic() - began
-        if encoder.done["images"] and seconds > LONG and not ctx.obj:
-            made, met = encoder.done["fresh"], encoder.done["images"]
+        made, met = encoder.done["fresh"], encoder.done["images"]
+        if met and seconds > LONG:
             speed = f"{counted(met, 'image')} in {seconds:.0f} s ({met / seconds:.0f}/s)"
-            say(f"Encoded {speed}, {max(0, met - made):,} from the cache")
+            note(f"Encoded {speed}, {max(0, met - made):,} from the cache")
     finally:
         if cache is not None:
             cache.close()
 
 
 def encoder_for(
-    ctx: click.Context,
     cache: AnsweringIndex | Origin,
     sources: Sequence[Source],
     encoding: EncodingOptions,
@@ -234,4 +230,4 @@ def encoder_for(
     needed: bool = False,
 ) -> AbstractContextManager[Encoder]:
     """Open an encoder with the backbone of an index (see :func:`backbone_for`)."""
-    return encoder_of(ctx, backbone_for(cache, sources, encoding, needed=needed), encoding, views)
+    return encoder_of(backbone_for(cache, sources, encoding, needed=needed), encoding, views)
