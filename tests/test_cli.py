@@ -31,7 +31,7 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.cli import program as cli
 from retrieval_tip.cli import stdin
 from retrieval_tip.cli.group import OptionGroup
-from retrieval_tip.cli.parameters import K
+from retrieval_tip.cli.kinds import K
 from retrieval_tip.errors import InputError
 
 

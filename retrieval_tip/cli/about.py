@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from retrieval_tip.cli import options
+from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, option
+from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import FAILED, finish, print_facts, print_result, say
 from retrieval_tip.cli.opening import encoder_of, load, named_models, source_of
 from retrieval_tip.cli.options import EncodingOptions, OutputOptions, ReadingOptions
-from retrieval_tip.cli.parameters import FOLDER, SOURCE, Size
 from retrieval_tip.errors import UsageError, counted, show
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 @command()
 def models_command(
     word: str = argument(default=""),
-    photos: Path | str | None = option(SOURCE, "--try"),
-    calibration: Path | str | None = option(SOURCE, "--int8"),
+    photos: Place | None = option(kinds.SOURCE, "--try"),
+    calibration: Place | None = option(kinds.SOURCE, "--int8"),
     printing: OutputOptions = options.FORMAT,
     models: tuple[str, ...] = options.MODELS,
     weights: tuple[str, ...] = options.WEIGHTS,
@@ -66,15 +66,12 @@ def models_command(
 
 
 def _list_encoders(word: str, printing: OutputOptions) -> None:
-    import pyarrow as pa
-
     from retrieval_tip.backbones.catalogue import megabytes, search
-    from retrieval_tip.cli.output import write_rows
 
-    types = {"model": pa.string(), "size": pa.string(), "words": pa.bool_(), "cached": pa.bool_()}
-    types |= {"pretrained": pa.list_(pa.string())}
-    rows = [vars(one) | {"size": None if one.bytes is None else megabytes(one.bytes)} for one in search(word)]
-    write_rows(rows, types, printing.style, printing.output)
+    sizes = [(one, None if one.bytes is None else megabytes(one.bytes)) for one in search(word)]
+    rows = [(one.model, size, one.words, one.cached, list(one.pretrained)) for one, size in sizes]
+    types = {"model": str, "size": str, "words": bool, "cached": bool, "pretrained": list}
+    printing.write_rows(rows, types)
     if not word:
         say("To search all encoders: retrieval-tip models WORD")
 
@@ -87,10 +84,7 @@ def _try_encoders(
     models: Sequence[str],
     weights: Sequence[str],
 ) -> None:
-    import pyarrow as pa
-
     from retrieval_tip.backbones.catalogue import cached
-    from retrieval_tip.cli.output import write_rows
     from retrieval_tip.index.encoders import try_encoders
 
     here = [pair for pair in cached() if word.lower() in pair[0].lower()]
@@ -104,13 +98,12 @@ def _try_encoders(
         return encoder_of(load(own), own)
 
     tried = try_encoders(photos, [(name, partial(opened, own)) for name, own in asked.items()], encoding.device)
-    types = {"encoder": pa.string(), "accuracy": pa.float64(), "low": pa.float64(), "high": pa.float64()}
-    types |= {"images_per_second": pa.int64(), "recommended": pa.bool_()}
+    types = {"encoder": str, "accuracy": float, "low": float, "high": float, "images_per_second": int}
     rows = (
         (one.name, one.accuracy, *one.interval, round(one.images_per_second), one is tried.recommended)
         for one in tried.trials
     )
-    write_rows([dict(zip(types, row, strict=True)) for row in rows], types, printing.style, printing.output)
+    printing.write_rows(rows, types | {"recommended": bool})
     say(f"only one encoder is on this machine; {more}" if len(tried.trials) == 1 else str(tried))
     finish(tried.skipped)
 
@@ -130,9 +123,9 @@ def _store_int8(photos: Source, encoding: EncodingOptions, models: Sequence[str]
 
 @command()
 def cache_command(
-    cache: Path | None = option(FOLDER),
+    cache: Path | None = option(kinds.FOLDER),
     prune: bool = flag(),
-    max_size: int | None = option(Size()),
+    max_size: int | None = option(kinds.Size()),
     as_json: bool = options.JSON,
 ) -> None:
     """Show, limit or clear the encoding cache.

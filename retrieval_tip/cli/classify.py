@@ -14,10 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrieval_tip.cli import options
+from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, grouped, option
+from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import about, finish, note, quiet, say, warn
-from retrieval_tip.cli.opening import UNNAMED, backbone_of, encoder_for, encoder_of, index_with, name_of, source_of
+from retrieval_tip.cli.opening import (
+    UNNAMED,
+    backbone_of,
+    encoder_for,
+    encoder_of,
+    index_with,
+    inputs_of,
+    name_of,
+    source_of,
+    store_of,
+)
 from retrieval_tip.cli.options import (
     EncodingOptions,
     EngineOptions,
@@ -26,7 +37,6 @@ from retrieval_tip.cli.options import (
     ReadingOptions,
     ViewOptions,
 )
-from retrieval_tip.cli.parameters import FILE, OUTPUT, SOURCE, Abstaining, Bursts, count
 from retrieval_tip.cli.stdin import paths_on_stdin
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
 from retrieval_tip.settings import Ask
@@ -40,14 +50,13 @@ if TYPE_CHECKING:
     from retrieval_tip.data.exif import Noting
     from retrieval_tip.data.sources import Source
     from retrieval_tip.distributed.ray_data import Piece, Question
-    from retrieval_tip.index.places import Place
     from retrieval_tip.predictions import Abstain
 
 
 @command()
 def encode(
-    source: Path | str = argument(SOURCE),
-    out: Path | str = option(OUTPUT, required=True),
+    source: Place = argument(kinds.SOURCE),
+    out: Place = option(kinds.OUTPUT, required=True),
     engine: EngineOptions = options.ENGINE,
     views: ViewOptions = options.VIEWS,
     reading: ReadingOptions = options.READING,
@@ -102,10 +111,10 @@ class RowOptions:
     """
 
     explain: bool = flag(**options.ANSWERS)
-    abstain: Abstain = option(Abstaining(), **options.ANSWERS)
+    abstain: Abstain = option(kinds.Abstaining(), **options.ANSWERS)
     group_unlike: bool = flag(**options.ANSWERS)
-    group_by: float | None = option(Bursts(), **options.ANSWERS)
-    boxes: Path | None = option(FILE, **options.INPUT)
+    group_by: float | None = option(kinds.Bursts(), **options.ANSWERS)
+    boxes: Path | None = option(kinds.FILE, **options.INPUT)
     exif: bool = flag(**options.ANSWERS)
     ask: Ask = Ask()
 
@@ -233,8 +242,8 @@ class _Counts:
 
 
 _ASK = {
-    "top": option(count(), default=1, help="Number of classes to report.", **options.ANSWERS),
-    "neighbours": option(count(), default=5, help="Number of shots that --explain shows.", **options.ANSWERS),
+    "top": option(kinds.count(), default=1, help="Number of classes to report.", **options.ANSWERS),
+    "neighbours": option(kinds.count(), default=5, help="Number of shots that --explain shows.", **options.ANSWERS),
     "logits": flag(help="Show the logits of all classes, in the class order of the index.", **options.ANSWERS),
     "certify": flag(
         help="If k keys do not decide an answer, use more keys, or all keys if necessary. The number of keys used is "
@@ -244,7 +253,7 @@ _ASK = {
 }
 _PRINTING = {
     "named": option(click.Choice([*options.FORMATS, *DOCUMENTS]), "--format", **options.OUTPUTS),
-    "output": option(OUTPUT, **options.OUTPUTS),
+    "output": option(kinds.OUTPUT, **options.OUTPUTS),
 }
 
 
@@ -269,7 +278,6 @@ def classify(
     from retrieval_tip.cli.output import prediction_details, rounded, write_document, write_tables
     from retrieval_tip.data.boxes import Cut, read_boxes
     from retrieval_tip.data.exchange import FORMATS, Answered
-    from retrieval_tip.data.sources import open_inputs
 
     rows = replace(rows, ask=ask)
     loaded = index_with(folder, encoding, opening, ask)
@@ -277,7 +285,7 @@ def classify(
     if engine.is_ray:
         _classify_on_ray(folder, inputs, loaded, opening, rows, engine, printing, encoding)
         return
-    sources, cut, counts = list(open_inputs(inputs, paths_on_stdin())), Cut(), _Counts()
+    sources, cut, counts = inputs_of(inputs), Cut(), _Counts()
     if rows.boxes is not None:
         cut = read_boxes(rows.boxes).cut(sources)
         sources = cut.sources
@@ -313,12 +321,11 @@ def _classify_on_ray(
 ) -> None:
     from retrieval_tip.data.tables import open_parquet, table_files
     from retrieval_tip.distributed.ray_data import Question, cut_inputs
-    from retrieval_tip.index.places import at
 
     if printing.style != "parquet" or printing.output is None:
         raise UsageError("--engine ray: can only write Parquet parts; give --format parquet and --output FOLDER")
     pieces = cut_inputs(inputs, paths_on_stdin())
-    manifest, schema = at(folder).manifest().to_bytes(), rows.schema(loaded)
+    manifest, schema = store_of(folder).manifest().to_bytes(), rows.schema(loaded)
     question = Question(str(folder), manifest, encoding.precision, loaded.settings, opening.where, schema, rows.tables)
     what, skipped = _on_ray(pieces, printing.output, engine, encoding, index=loaded, question=question)
     say(f"{show(printing.output)}: {what}")
@@ -332,7 +339,7 @@ def _classify_on_ray(
 
 def _on_ray(
     pieces: Sequence[Piece],
-    out: Path | str,
+    out: Place,
     engine: EngineOptions,
     encoding: EncodingOptions,
     *,

@@ -9,28 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrieval_tip.cli import options
+from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, option
+from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import about, command_line, finish, print_facts, say, shown
 from retrieval_tip.cli.opening import encoder_for, encoder_of, index_with, load, named_models, source_of
 from retrieval_tip.cli.options import EncodingOptions, OpeningOptions, ReadingOptions
-from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, SEEDS, SHARE, SHOTS, SOURCE
 from retrieval_tip.errors import UsageError, counted, few, json_line, percent, show
 
 if TYPE_CHECKING:
     from retrieval_tip.evaluation.evaluate import Evaluation
-    from retrieval_tip.index.places import Place
     from retrieval_tip.settings import Ask
 
 
 @command()
 def evaluate_command(
     folder: Place = options.INDEX_ARGUMENT,
-    source: Path | str = argument(SOURCE),
+    source: Place = argument(kinds.SOURCE),
     ask: Ask = options.ASK,
     opening: OpeningOptions = options.OPENING,
-    abstain: float | None = option(SHARE, metavar="P", **options.ANSWERS),
-    plot: Path | None = option(FOLDER),
+    abstain: float | None = option(kinds.SHARE, metavar="P", **options.ANSWERS),
+    plot: Path | None = option(kinds.FOLDER),
     as_json: bool = options.JSON,
     reading: ReadingOptions = options.READING,
     encoding: EncodingOptions = options.ENCODING,
@@ -86,9 +85,9 @@ def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
 
 @command()
 def compare_command(
-    indexes: tuple[Place, ...] = argument(INDEX, nargs=-1),
-    source: Path | str = argument(SOURCE),
-    fitted_to: Path | str | None = option(SOURCE),
+    indexes: tuple[Place, ...] = argument(kinds.INDEX, nargs=-1),
+    source: Place = argument(kinds.SOURCE),
+    fitted_to: Place | None = option(kinds.SOURCE),
     as_json: bool = options.JSON,
     models: tuple[str, ...] = options.MODELS,
     weights: tuple[str, ...] = options.WEIGHTS,
@@ -136,10 +135,10 @@ def compare_command(
 @command()
 def report_command(
     folder: Path = options.FOLDER_ARGUMENT,
-    test: Path | str = option(SOURCE, required=True),
-    out: Path = option(FILE, default="report.html"),
-    shots: tuple[int, ...] = option(SHOTS, multiple=True),
-    seeds: int = option(SEEDS, default=3),
+    test: Place = option(kinds.SOURCE, required=True),
+    out: Path = option(kinds.FILE, default="report.html"),
+    shots: tuple[int, ...] = option(kinds.SHOTS, multiple=True),
+    seeds: int = option(kinds.SEEDS, default=3),
     no_curves: bool = flag(),
     ask: Ask = options.ASK,
     opening: OpeningOptions = options.OPENING,

@@ -8,25 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrieval_tip.cli import options
+from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import command, flag, grouped, option
+from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import finish, print_facts, print_result, say_fit, warn
-from retrieval_tip.cli.opening import Origin, checked, encoder_for, source_of, validation
+from retrieval_tip.cli.opening import checked, encoder_for, source_of, store_of, validation
 from retrieval_tip.cli.options import EncodingOptions, ReadingOptions
-from retrieval_tip.cli.parameters import FILE, FOLDER, NUMBER, POSITIVE, SEED, SOURCE, VIEWS_COUNT, K, count
 from retrieval_tip.errors import Skipped, UsageError, show
 from retrieval_tip.settings import TRAINED, TrainingPrecision
 
 if TYPE_CHECKING:
     from retrieval_tip.fit.trainer import Recipe
-    from retrieval_tip.index.places import Place
     from retrieval_tip.settings import KeysMet, TrainedPart
 
 
 @command()
 def fit_command(
     folder: Place = options.INDEX_ARGUMENT,
-    val: Path | str | None = option(SOURCE),
+    val: Place | None = option(kinds.SOURCE),
     form: dict[str, Any] = options.building("metric", "values", "class_prior", "prior"),
     reading: ReadingOptions = options.ROOT,
     encoding: EncodingOptions = options.ENCODING,
@@ -47,7 +46,7 @@ def fit_command(
         choice = fit_index(folder, **form)
     else:
         source = source_of(val, reading, "val")
-        with encoder_for(Origin.of(folder), [source], encoding) as encoder:
+        with encoder_for(store_of(folder).manifest(), [source], encoding) as encoder:
             choice = fit_index(folder, **form, validation=source, encoder=encoder)
         skipped = encoder.skipped
     warn(choice.warnings)
@@ -58,11 +57,11 @@ def fit_command(
 @command("search-hp")
 def search_command(
     folder: Path = options.FOLDER_ARGUMENT,
-    val: Path | str | None = option(SOURCE),
+    val: Place | None = option(kinds.SOURCE),
     leave_one_out: bool = flag(),
-    folds: int | None = option(count(least=2)),
-    val_shots: KeysMet = option(K("shots")),
-    surface: Path | None = option(FILE),
+    folds: int | None = option(kinds.count(least=2)),
+    val_shots: KeysMet = option(kinds.K("shots")),
+    surface: Path | None = option(kinds.FILE),
     greedy: bool = flag(),
     dry_run: bool = flag(),
     as_json: bool = options.JSON,
@@ -135,17 +134,17 @@ class TrainingOptions:
     """
 
     train: tuple[TrainedPart, ...] = option(click.Choice(TRAINED), multiple=True, default=("keys",))
-    epochs: int = option(count("epochs"), default=20)
-    batch: int = option(count("batch"), default=256)
-    lr: float = option(POSITIVE, default=1e-3)
-    eps: float = option(POSITIVE, default=1e-4)
-    weight_decay: float = option(NUMBER, default=0.01)
-    views_cache: int | None = option(VIEWS_COUNT, metavar="M")
+    epochs: int = option(kinds.count("epochs"), default=20)
+    batch: int = option(kinds.count("batch"), default=256)
+    lr: float = option(kinds.POSITIVE, default=1e-3)
+    eps: float = option(kinds.POSITIVE, default=1e-4)
+    weight_decay: float = option(kinds.NUMBER, default=0.01)
+    views_cache: int | None = option(kinds.VIEWS_COUNT, metavar="M")
     views: str | None = option(click.Choice(["fresh"]))
     precision: TrainingPrecision = option(options.choice(TrainingPrecision), default="float32")
-    alpha: float | None = option(NUMBER)
-    beta: float | None = option(NUMBER)
-    seed: int = option(SEED, default=1)
+    alpha: float | None = option(kinds.NUMBER)
+    beta: float | None = option(kinds.NUMBER)
+    seed: int = option(kinds.SEED, default=1)
 
     def recipe(self) -> Recipe:
         """Return the training recipe. Raises UsageError if the view options conflict."""
@@ -162,10 +161,10 @@ class TrainingOptions:
 @command()
 def finetune_command(
     folder: Path = options.FOLDER_ARGUMENT,
-    out: Path = option(FOLDER, required=True),
-    source: Path | str | None = option(SOURCE),
-    val: Path | str | None = option(SOURCE),
-    val_shots: KeysMet = option(K("shots")),
+    out: Path = option(kinds.FOLDER, required=True),
+    source: Place | None = option(kinds.SOURCE),
+    val: Place | None = option(kinds.SOURCE),
+    val_shots: KeysMet = option(kinds.K("shots")),
     training: TrainingOptions = grouped(TrainingOptions),
     keep_last: bool = flag(),
     as_json: bool = options.JSON,
@@ -204,7 +203,7 @@ def finetune_command(
 @command()
 def calibrate_command(
     folder: Path = options.FOLDER_ARGUMENT,
-    val: Path | str = option(SOURCE, required=True),
+    val: Place = option(kinds.SOURCE, required=True),
     reading: ReadingOptions = options.ROOT,
     encoding: EncodingOptions = options.ENCODING,
 ) -> None:

@@ -274,7 +274,7 @@ def in_one_line(ctx: click.Context | None = None) -> Iterator[None]:
     except click.exceptions.NoArgsIsHelpError:  # prints the help
         raise
     except click.UsageError as error:
-        raise click.UsageError(message(error.format_message()), error.ctx) from error
+        raise click.UsageError(message(error.format_message()), error.ctx or ctx) from error
     except click.ClickException as error:
         raise click.ClickException(message(error.format_message())) from error
     except UsageError as error:

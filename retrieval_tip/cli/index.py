@@ -10,23 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrieval_tip.cli import options
+from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import Group, argument, flag, grouped, option
+from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import about, command_line, finish, print_result, quiet, say, say_fit, warn
-from retrieval_tip.cli.opening import Origin, backbone_for, backbone_of, checked, encoder_for, encoder_of, source_of
+from retrieval_tip.cli.opening import backbone_for, backbone_of, checked, encoder_for, encoder_of, source_of, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OutputOptions, ReadingOptions, ViewOptions
-from retrieval_tip.cli.parameters import (
-    FILE,
-    FOLDER,
-    INDEX,
-    POSITIVE,
-    SEED,
-    SOURCE,
-    VIEWS_COUNT,
-    K,
-    Number,
-    count,
-)
 from retrieval_tip.cli.recipe import recipe
 from retrieval_tip.errors import UsageError, counted, few, show
 from retrieval_tip.index.addresses import FORMS, KIND
@@ -35,7 +24,6 @@ from retrieval_tip.settings import AskOptions, BuildOptions, Dtype, KeysMet, Nor
 if TYPE_CHECKING:
     from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.index.changes import Added, Changed
-    from retrieval_tip.index.places import Place
 
 
 @click.group("index", cls=Group)
@@ -45,15 +33,15 @@ def index() -> None:
 
 @index.command()
 def build(
-    source: Path | str = argument(SOURCE),
+    source: Place = argument(kinds.SOURCE),
     out: Place = option(
-        INDEX,
+        kinds.INDEX,
         "--out",
         "--store",
         required=True,
         help=f"Index folder, or {KIND} ({FORMS}). If the index already exists, it gets a new version.",
     ),
-    recipe: Path | None = option(FILE, is_eager=True, expose_value=False, callback=recipe),
+    recipe: Path | None = option(kinds.FILE, is_eager=True, expose_value=False, callback=recipe),
     build: BuildOptions = options.building(),
     views: ViewOptions = options.VIEWS,
     reading: ReadingOptions = options.READING,
@@ -116,30 +104,26 @@ def _next_step(out: Place, cache: AnsweringIndex) -> str:
 @index.command()
 def info(folder: Place = options.INDEX_ARGUMENT, as_json: bool = options.JSON) -> None:
     """Show the version, encoder, classes and settings of an index."""
-    from retrieval_tip.index.places import at
-
-    print_result(at(folder).describe(), as_json)
+    print_result(store_of(folder).describe(), as_json)
 
 
 @index.command()
-def list_command(folder: Path = argument(FOLDER, default="indexes"), printing: OutputOptions = options.FORMAT) -> None:
+def list_command(
+    folder: Path = argument(kinds.FOLDER, default="indexes"), printing: OutputOptions = options.FORMAT
+) -> None:
     """List the indexes in a folder.
 
     FOLDER defaults to indexes. For each index, shows its name, version, encoder and creation time, and the number of
     its keys and classes.
     """
-    import pyarrow as pa
-
-    from retrieval_tip.cli.output import write_rows
     from retrieval_tip.index.places import listed
 
-    types = {"index": pa.string(), "version": pa.int64(), "keys": pa.int64(), "classes": pa.int64()}
-    types |= {"backbone": pa.string(), "made": pa.string()}
+    types = {"index": str, "version": int, "keys": int, "classes": int, "backbone": str, "made": str}
     rows = (
         (name, one.version, one.n, len(one.class_names), (one.backbone or {}).get("model"), one.created_at)
         for name, one in listed(folder)
     )
-    write_rows([dict(zip(types, row, strict=True)) for row in rows], types, printing.style, printing.output)
+    printing.write_rows(rows, types)
 
 
 @index.command()
@@ -149,9 +133,7 @@ def verify(folder: Place = options.INDEX_ARGUMENT) -> None:
     Checks every byte of the index, and that its parts match. For an index in a bucket, checks every row of the current
     version and the small objects of earlier versions.
     """
-    from retrieval_tip.index.places import at
-
-    cache = at(folder).verify()
+    cache = store_of(folder).verify()
     about(folder, f"version {cache.version} is intact ({_held(cache)})")
 
 
@@ -160,7 +142,7 @@ def query(
     folder: Place = options.INDEX_ARGUMENT,
     sql: str = argument(),
     printing: OutputOptions = options.FORMAT,
-    predictions: Path | None = option(FILE),
+    predictions: Path | None = option(kinds.FILE),
     timeout: int = option(click.IntRange(1, 86_400), default=60),
 ) -> None:
     """Query the label store with SQL.
@@ -176,17 +158,14 @@ def query(
         predictions: Output of classify (.parquet, .csv or .json), to be used as the table predictions.
         timeout: Time limit for the query, in seconds.
     """
-    from retrieval_tip.cli.output import write_table
-    from retrieval_tip.index.places import at
-
-    write_table(at(folder).query(sql, predictions, timeout), printing.style, printing.output)
+    printing.write_table(store_of(folder).query(sql, predictions, timeout))
 
 
 @index.command()
 def tune_command(
     folder: Path = options.FOLDER_ARGUMENT,
-    val: Path | str = option(SOURCE, required=True),
-    agreement: float = option(Number(0, 1, above=True), default=0.999),
+    val: Place = option(kinds.SOURCE, required=True),
+    agreement: float = option(kinds.Number(0, 1, above=True), default=0.999),
     factories: tuple[str, ...] = option(None, "--index", multiple=True),
     dry_run: bool = flag(),
     reading: ReadingOptions = options.ROOT,
@@ -206,19 +185,19 @@ def tune_command(
         factories: FAISS factory string to try. [default: Classes and an inverted file]
         dry_run: Print the results, but do not change the index.
     """
-    import pyarrow as pa
-
-    from retrieval_tip.cli.output import write_rows
     from retrieval_tip.index.tune import tune_on
 
     cache = checked(folder, encoding.device, encoding.precision)
     source = source_of(val, reading, "val", labelled=False)
     with encoder_for(cache, [source], encoding) as encoder:
         tuning = tune_on(cache, source, encoder, agreement=agreement, factories=factories)
-    types = {"index": pa.string(), "effort": pa.int64(), "k": pa.string(), "agreement": pa.float64()}
-    types |= {"microseconds": pa.float64(), "chosen": pa.bool_()}
-    rows = [vars(t) | {"k": str(t.k or "all"), "chosen": t is tuning.chosen} for t in tuning.trials if t.best]
-    write_rows(rows, types, printing.style, printing.output)
+    types = {"index": str, "effort": int, "k": str, "agreement": float, "microseconds": float, "chosen": bool}
+    rows = (
+        (one.index, one.effort, str(one.k or "all"), one.agreement, one.microseconds, one is tuning.chosen)
+        for one in tuning.trials
+        if one.best
+    )
+    printing.write_rows(rows, types)
     if not dry_run:
         tuning.apply(cache, folder)
         say(f"{folder}: version {cache.version}, {cache.index.factory}, k {cache.settings.k or 'all'}")
@@ -248,11 +227,11 @@ class ShotOptions:
 @index.command()
 def add_command(
     folder: Place = options.INDEX_ARGUMENT,
-    source: Path | str = argument(SOURCE),
-    text: Path | None = option(FILE),
+    source: Place = argument(kinds.SOURCE),
+    text: Path | None = option(kinds.FILE),
     drawn: dict[str, Any] = options.building("shots"),
-    views: int | None = option(VIEWS_COUNT),
-    seed: int | None = option(SEED),
+    views: int | None = option(kinds.VIEWS_COUNT),
+    seed: int | None = option(kinds.SEED),
     skip_known: bool = flag(),
     reading: ReadingOptions = options.READING,
     encoding: EncodingOptions = options.ENCODING,
@@ -270,12 +249,12 @@ def add_command(
     """
     from retrieval_tip.index import changes
 
-    origin, items = Origin.of(folder), source_of(source, reading, "train")
-    manifest, built = origin.manifest, origin.manifest.built
+    manifest, items = store_of(folder).manifest(), source_of(source, reading, "train")
+    built = manifest.built
     new = not set(items.class_names) <= set(manifest.class_names)
     needed = new and text is None and bool(manifest.templates)
     as_built = ViewOptions(built.views if views is None else views, built.seed if seed is None else seed)
-    with encoder_for(origin, [items], encoding, as_built, needed=needed) as encoder:
+    with encoder_for(manifest, [items], encoding, as_built, needed=needed) as encoder:
         added = changes.add(folder, items, encoder, text=text, skip_known=skip_known, manifest=manifest, **drawn)
     _say_added(folder, added, skip_known)
     finish(encoder.skipped)
@@ -283,7 +262,7 @@ def add_command(
 
 @index.command()
 def merge_command(
-    folder: Place = options.INDEX_ARGUMENT, others: tuple[Place, ...] = argument(INDEX, nargs=-1, required=True)
+    folder: Place = options.INDEX_ARGUMENT, others: tuple[Place, ...] = argument(kinds.INDEX, nargs=-1, required=True)
 ) -> None:
     """Add the shots of other indexes to an index.
 
@@ -343,7 +322,7 @@ def rename_command(
     from retrieval_tip.index import changes
 
     encode = encode or backbone.model is not None
-    loaded = backbone_for(Origin.of(folder), [], backbone, needed=True) if encode else None
+    loaded = backbone_for(store_of(folder).manifest(), [], backbone, needed=True) if encode else None
     renamed = changes.rename(folder, old, new, loaded)
     what = f"merged {old} into {new}" if renamed.merged else f"renamed {old} to {new}"
     _say_version(folder, renamed.version, f"{what} ({counted(len(renamed.key_ids), 'shot')})")
@@ -354,7 +333,7 @@ def rename_command(
 def set_command(
     folder: Place = options.INDEX_ARGUMENT,
     settings: dict[str, Any] = grouped(AskOptions, options.ASKING),
-    temperature: float | None = option(POSITIVE),
+    temperature: float | None = option(kinds.POSITIVE),
     normalize: Normalize | None = option(options.choice(Normalize)),
     text: dict[str, Any] = options.building("templates"),
     backbone: BackboneOptions = options.BACKBONE,
@@ -370,7 +349,7 @@ def set_command(
     """
     from retrieval_tip.index import changes
 
-    loaded = backbone_for(Origin.of(folder), [], backbone, needed=True) if text["templates"] else None
+    loaded = backbone_for(store_of(folder).manifest(), [], backbone, needed=True) if text["templates"] else None
     changed = changes.configure(
         folder, **settings, **text, temperature=temperature, normalize=normalize, backbone=loaded
     )
@@ -401,14 +380,11 @@ def rebuild_command(
 @index.command()
 def history_command(folder: Place = options.INDEX_ARGUMENT, printing: OutputOptions = options.FORMAT) -> None:
     """List the versions of an index, starting with the oldest."""
-    from retrieval_tip.cli.output import write_table
-    from retrieval_tip.index.places import at
-
-    write_table(at(folder).history(), printing.style, printing.output)
+    printing.write_table(store_of(folder).history())
 
 
 @index.command()
-def rollback_command(folder: Place = options.INDEX_ARGUMENT, version: int | None = option(count())) -> None:
+def rollback_command(folder: Place = options.INDEX_ARGUMENT, version: int | None = option(kinds.count())) -> None:
     """Restore an earlier version of an index.
 
     The restored version is saved as a new version, so the current version is kept.
@@ -422,7 +398,7 @@ def rollback_command(folder: Place = options.INDEX_ARGUMENT, version: int | None
 
 
 @index.command()
-def gc_command(folder: Place = options.INDEX_ARGUMENT, keep: int = option(count(), default=1)) -> None:
+def gc_command(folder: Place = options.INDEX_ARGUMENT, keep: int = option(kinds.count(), default=1)) -> None:
     """Delete earlier versions and the files that only they use.
 
     Photos that were added over HTTP (in INDEX-shots) are also deleted if no remaining version uses them.
@@ -440,8 +416,8 @@ def gc_command(folder: Place = options.INDEX_ARGUMENT, keep: int = option(count(
 @index.command()
 def clone_command(
     folder: Place = options.INDEX_ARGUMENT,
-    out: Place = argument(INDEX),
-    version: int | None = option(count()),
+    out: Place = argument(kinds.INDEX),
+    version: int | None = option(kinds.count()),
 ) -> None:
     """Copy an index to OUT and verify the copied files.
 
@@ -456,11 +432,11 @@ def clone_command(
 @index.command()
 def export_command(
     folder: Path = options.FOLDER_ARGUMENT,
-    out: Path | None = option(FILE),
-    text: Path | None = option(FILE),
-    onnx: Path | None = option(FILE),
+    out: Path | None = option(kinds.FILE),
+    text: Path | None = option(kinds.FILE),
+    onnx: Path | None = option(kinds.FILE),
     features: bool = flag(),
-    k: KeysMet = option(K()),
+    k: KeysMet = option(kinds.K()),
     precision: Precision = option(click.Choice(["float32", "int8"]), default="float32"),
 ) -> None:
     """Export the keys as a feature table, or the index as ONNX.
@@ -509,9 +485,9 @@ def export_command(
 @index.command()
 def audit_command(
     folder: Place = options.INDEX_ARGUMENT,
-    k: KeysMet = option(K(), "-k"),
+    k: KeysMet = option(kinds.K(), "-k"),
     borderline: bool = flag("--all"),
-    file: Path | None = option(FILE, "--apply"),
+    file: Path | None = option(kinds.FILE, "--apply"),
     printing: OutputOptions = options.FORMAT,
 ) -> None:
     """List shots that look mislabelled, or relabel them.
@@ -537,12 +513,11 @@ def audit_command(
         _say_version(folder, changed.version, f"relabelled {counted(len(changed.key_ids), 'shot')}")
         _say_fitted(folder, changed)
         return
-    from retrieval_tip.cli.output import write_table
     from retrieval_tip.evaluation.audit import audit
 
-    FOLDER.convert(folder, None, click.get_current_context())  # rejects an address
+    kinds.FOLDER.convert(folder, None, None)  # rejects an address
     cache = checked(Path(folder), "auto")
-    write_table(audit(cache, k=k, borderline=borderline), printing.style, printing.output)
+    printing.write_table(audit(cache, k=k, borderline=borderline))
 
 
 def _say_version(folder: Place, version: int, what: str) -> None:

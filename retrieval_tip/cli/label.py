@@ -9,20 +9,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from retrieval_tip.cli import options
+from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, option
+from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import SOME_SKIPPED, about, finish, note, say
-from retrieval_tip.cli.opening import backbone_of, encoder_for, encoder_of, index_with
+from retrieval_tip.cli.opening import backbone_of, encoder_for, encoder_of, index_with, inputs_of
 from retrieval_tip.cli.options import EncodingOptions, OutputOptions
-from retrieval_tip.cli.parameters import FOLDER, INDEX, SHARE, SOURCE, count
-from retrieval_tip.cli.stdin import paths_on_stdin
 from retrieval_tip.errors import UsageError, counted, show
 
 if TYPE_CHECKING:
     from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.sources import Source
-    from retrieval_tip.index.places import Place
     from retrieval_tip.labelling.placing import Action
     from retrieval_tip.labelling.sort import Sorted
 
@@ -30,9 +28,9 @@ if TYPE_CHECKING:
 @command()
 def suggest(
     photos: tuple[str, ...] = argument(nargs=-1, required=True),
-    number: int = option(count(), "-n", default=20),
-    folder: Place | None = option(INDEX, "--index"),
-    text: Place | None = option(SOURCE),
+    number: int = option(kinds.count(), "-n", default=20),
+    folder: Place | None = option(kinds.INDEX, "--index"),
+    text: Place | None = option(kinds.SOURCE),
     printing: OutputOptions = options.FORMAT,
     encoding: EncodingOptions = options.ENCODING,
 ) -> None:
@@ -48,18 +46,15 @@ def suggest(
         folder: Index of the photos labelled so far.
         text: Feature table of class names, for a first guess without an index.
     """
-    from retrieval_tip.cli.output import rounded, write_table
-    from retrieval_tip.data.sources import open_inputs
     from retrieval_tip.labelling.photos import suggest_photos
 
     if folder is not None and text is not None:
         raise UsageError("--text and --index: give only one; an index has its own text")
-    sources = list(open_inputs(photos, paths_on_stdin()))
+    sources = inputs_of(photos)
     index = None if folder is None else index_with(folder, encoding)
     with _encoder(index, sources, encoding) as encoder:
         suggestions = suggest_photos(sources, number, encoder, index, text=text)
-    table = rounded(suggestions.table) if printing.style == "csv" else suggestions.table
-    write_table(table, printing.style, printing.output)
+    printing.write_table(suggestions.table, rounded=True)
     note(str(suggestions))
     finish(encoder.skipped)
 
@@ -67,8 +62,8 @@ def suggest(
 @command()
 def find_command(
     photos: tuple[str, ...] = argument(nargs=-1, required=True, metavar="PHOTOS... QUERY"),
-    number: int = option(count(), "-n", default=20),
-    folder: Place | None = option(INDEX, "--index"),
+    number: int = option(kinds.count(), "-n", default=20),
+    folder: Place | None = option(kinds.INDEX, "--index"),
     duplicates: bool = flag(),
     printing: OutputOptions = options.FORMAT,
     encoding: EncodingOptions = options.ENCODING,
@@ -84,15 +79,13 @@ def find_command(
         folder: Index whose encoder, metric and prompts are used.
         duplicates: Find near-identical photos instead. There is no QUERY.
     """
-    from retrieval_tip.cli.output import write_table
-    from retrieval_tip.data.sources import open_inputs
     from retrieval_tip.labelling.find import example_of, find_duplicates, find_photos
 
     *names, query = (*photos, "") if duplicates else photos
     if not names:
         raise UsageError("find: needs PHOTOS and QUERY; the last argument is QUERY")
     example = None if duplicates else example_of(query)
-    sources = list(open_inputs(names, paths_on_stdin()))
+    sources = inputs_of(names)
     index = None if folder is None else index_with(folder, encoding)
     text = not duplicates and example is None
     with _encoder(index, sources, encoding, example, text=text) as encoder:
@@ -103,7 +96,7 @@ def find_command(
         else:
             table, total = find_photos(sources, encoder, query, number, index)
             done = f"searched {counted(total, 'photo')} for {'the text' if text else 'photos like'} {show(query)}"
-    write_table(table, printing.style, printing.output)
+    printing.write_table(table)
     note(done)
     finish(encoder.skipped)
 
@@ -127,12 +120,12 @@ def _encoder(
 
 @command()
 def sort_command(
-    folder: Place | None = argument(INDEX, metavar="INDEX", required=False),
+    folder: Place | None = argument(kinds.INDEX, metavar="INDEX", required=False),
     photos: tuple[str, ...] = argument(nargs=-1),
-    into: Path = option(FOLDER, required=True),
+    into: Path = option(kinds.FOLDER, required=True),
     link: bool = flag(),
     move: bool = flag(),
-    min_probability: float = option(SHARE, default=0.5),
+    min_probability: float = option(kinds.SHARE, default=0.5),
     dry_run: bool = flag(),
     undo: bool = flag(),
     anywhere: bool = flag(),
@@ -154,7 +147,6 @@ def sort_command(
         undo: Delete the copies and links, and move photos back.
         anywhere: With --undo, also move images to folders that you have not sorted.
     """
-    from retrieval_tip.data.sources import open_inputs
     from retrieval_tip.labelling.sort import sort_photos, undo_sort
 
     if undo:
@@ -166,7 +158,7 @@ def sort_command(
             raise UsageError("sort: needs INDEX and PHOTOS, unless you give --undo")
         if anywhere:
             raise UsageError("--anywhere: only applies to --undo; leave it out")
-        sources = list(open_inputs(photos, paths_on_stdin()))
+        sources = inputs_of(photos)
         index = index_with(folder, encoding)
         with encoder_for(index, sources, encoding) as encoder:
             action: Action = "link" if link else "move" if move else "copy"
@@ -183,10 +175,7 @@ def sort_command(
 
 
 def _print_rows(result: Sorted) -> None:
-    import pyarrow as pa
-
-    from retrieval_tip.cli.output import write_rows
     from retrieval_tip.labelling.placing import COLUMNS
 
-    rows = [{name: show(str(value)) for name, value in vars(row).items()} for row in result.rows]
-    write_rows(rows, dict.fromkeys(COLUMNS, pa.string()), "csv", None)
+    rows = ([show(str(getattr(row, name))) for name in COLUMNS] for row in result.rows)
+    OutputOptions("csv", None).write_rows(rows, dict.fromkeys(COLUMNS, str))

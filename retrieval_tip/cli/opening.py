@@ -6,12 +6,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import note, quiet, say
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions, ReadingOptions, ViewOptions
+from retrieval_tip.cli.stdin import paths_on_stdin
 from retrieval_tip.errors import UsageError, counted, few
 from retrieval_tip.settings import Ask, Precision
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from retrieval_tip.cache_model import CacheModel
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.sources import Source
-    from retrieval_tip.index.places import Place
+    from retrieval_tip.index.stores import Store
     from retrieval_tip.settings import KeysMet
     from retrieval_tip.store.manifest import Manifest
 
@@ -30,7 +32,7 @@ LONG = 10.0
 UNNAMED = "the index was built from features of an unknown encoder; name it with --model to encode images"
 
 
-def source_of(path: Path | str, reading: ReadingOptions, split: str, *, labelled: bool = True) -> Source:
+def source_of(path: Place, reading: ReadingOptions, split: str, *, labelled: bool = True) -> Source:
     """Open the source or dataset of a command. ``split`` is the part that is used by default."""
     from retrieval_tip.data.sources import open_items, open_source
 
@@ -46,7 +48,21 @@ def source_of(path: Path | str, reading: ReadingOptions, split: str, *, labelled
     return open_dataset(reading.dataset, Path(path), part)
 
 
-def validation(cache: CacheModel, path: Path | str, reading: ReadingOptions, number: KeysMet) -> Source:
+def inputs_of(names: Sequence[str]) -> list[Source]:
+    """Open images, folders, globs and tables. ``-`` stands for the paths on standard input."""
+    from retrieval_tip.data.sources import open_inputs
+
+    return list(open_inputs(names, paths_on_stdin()))
+
+
+def store_of(folder: Place) -> Store:
+    """Return the store at a folder or an address."""
+    from retrieval_tip.index.places import at
+
+    return at(folder)
+
+
+def validation(cache: CacheModel, path: Place, reading: ReadingOptions, number: KeysMet) -> Source:
     """Open ``number`` validation images per class, all images, or by default the published number."""
     from retrieval_tip.fit.search_hp import validation_shots
 
@@ -68,9 +84,7 @@ def index_with(
     folder: Place, backbone: BackboneOptions, opening: OpeningOptions = OpeningOptions(), ask: Ask = Ask()
 ) -> AnsweringIndex:
     """Load an index with the settings and keys selected on the command line."""
-    from retrieval_tip.index.places import at
-
-    cache = at(folder).load(device=backbone.device, precision=backbone.precision, verify=opening.verify)
+    cache = store_of(folder).load(device=backbone.device, precision=backbone.precision, verify=opening.verify)
     cache = cache.with_settings(cache.settings.override(alpha=ask.alpha, beta=ask.beta))
     if opening.where is not None:
         cache = _restricted(cache, opening.where, fits=ask.alpha is None and ask.beta is None)
@@ -99,26 +113,6 @@ def _restricted(cache: AnsweringIndex, where: str, *, fits: bool) -> CacheModel:
     rest.drop_unanswerable()
     say(f"where: {rest.n} of {cache.n} shots match ({few(parts)})")
     return rest
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Manifest data that allow encoding more images for an index without loading the index."""
-
-    manifest: Manifest
-    backbone: Identity | None
-    d: int
-
-    @classmethod
-    def of(cls, folder: Place) -> Origin:
-        """Read the manifest of an index."""
-        from retrieval_tip.backbones.base import Identity
-        from retrieval_tip.index.places import at
-
-        store = at(folder)
-        manifest = store.manifest()
-        backbone = Identity.from_dict(manifest.backbone) if manifest.backbone else None
-        return cls(manifest, backbone, manifest.d)
 
 
 def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tuple[str, str | None]:
@@ -158,17 +152,19 @@ def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = Fal
 
 
 def backbone_for(
-    cache: AnsweringIndex | Origin, sources: Sequence[Source], backbone: BackboneOptions, *, needed: bool
+    cache: AnsweringIndex | Manifest, sources: Sequence[Source], backbone: BackboneOptions, *, needed: bool
 ) -> Backbone | None:
     """Return the backbone of an index if it is ``needed`` or there are images to encode.
 
     It is loaded on first use, since the encoding cache or the stored image tower may be sufficient. Raises an error if
     it differs from the backbone that the index was built with.
     """
+    from retrieval_tip.backbones.base import Identity
     from retrieval_tip.backbones.loading import load_when_needed
     from retrieval_tip.data.feature_tables import check_backbone
 
-    identity = cache.backbone
+    known = cache.backbone
+    identity = Identity.from_dict(known) if isinstance(known, dict) else known
     loaded: Backbone | None = None
     if needed or any(source.table is None for source in sources):
         if identity is None and not backbone.model:
@@ -177,7 +173,7 @@ def backbone_for(
             loaded = load_when_needed(identity, cache.d, **_chosen(backbone))
         else:
             loaded = load(backbone, identity)
-    check_backbone(cache.backbone, cache.d, loaded, list(sources))
+    check_backbone(identity, cache.d, loaded, list(sources))
     return loaded
 
 
@@ -222,7 +218,7 @@ def encoder_of(
 
 
 def encoder_for(
-    cache: AnsweringIndex | Origin,
+    cache: AnsweringIndex | Manifest,
     sources: Sequence[Source],
     encoding: EncodingOptions,
     views: ViewOptions | None = None,

@@ -3,44 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from retrieval_tip import settings
+from retrieval_tip.cli import kinds
 from retrieval_tip.cli.group import argument, flag, grouped, option
-from retrieval_tip.cli.parameters import (
-    FILE,
-    FOLDER,
-    INDEX,
-    NUMBER,
-    OUTPUT,
-    POSITIVE,
-    SEED,
-    SHOTS,
-    SOURCE,
-    VIEWS_COUNT,
-    K,
-    count,
-)
+from retrieval_tip.cli.kinds import Place
 from retrieval_tip.errors import UsageError, show
-from retrieval_tip.settings import (
-    Ask,
-    BuildOptions,
-    ClassPrior,
-    Dtype,
-    FitName,
-    MetricName,
-    Normalize,
-    Norms,
-    Precision,
-    Runtime,
-    ValuesName,
-    Verify,
-)
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from retrieval_tip.data.encoder import Encoder
 
 
@@ -76,8 +54,8 @@ class BackboneOptions:
 
     model: str | None = option(**ENCODER)
     pretrained: str | None = option(**ENCODER)
-    precision: Precision = option(choice(Precision), default="auto", **ENCODER)
-    runtime: Runtime = option(choice(Runtime), default="auto", **ENCODER)
+    precision: settings.Precision = option(choice(settings.Precision), default="auto", **ENCODER)
+    runtime: settings.Runtime = option(choice(settings.Runtime), default="auto", **ENCODER)
     device: str = option(default="auto", **ENCODER)
 
 
@@ -94,7 +72,7 @@ class ReadingOptions:
 
     dataset: str | None = option(metavar="NAME", **INPUT)
     split: str | None = option(**INPUT)
-    root: Path | str | None = option(SOURCE, **INPUT)
+    root: Place | None = option(kinds.SOURCE, **INPUT)
 
 
 @dataclass(frozen=True)
@@ -107,8 +85,8 @@ class ViewOptions:
         seed: Seed for drawing shots and views.
     """
 
-    views: int = option(VIEWS_COUNT, default=1)
-    seed: int = option(SEED, default=1)
+    views: int = option(kinds.VIEWS_COUNT, default=1)
+    seed: int = option(kinds.SEED, default=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,12 +106,12 @@ class EncodingOptions(BackboneOptions):
         strict: Fail on the first image that cannot be read.
     """
 
-    norms: Norms = option(choice(Norms), default="check", **INPUT)
-    batch_size: int | None = option(count("batch_size"), **INPUT)
+    norms: settings.Norms = option(choice(settings.Norms), default="check", **INPUT)
+    batch_size: int | None = option(kinds.count("batch_size"), **INPUT)
     workers: int = option(
-        count("workers"), default=min(16, os.cpu_count() or 1), show_default="number of cores", **INPUT
+        kinds.count("workers"), default=min(16, os.cpu_count() or 1), show_default="number of cores", **INPUT
     )
-    cache: Path | None = option(FOLDER, **INPUT)
+    cache: Path | None = option(kinds.FOLDER, **INPUT)
     no_cache: bool = flag(**INPUT)
     reduce: bool = option(None, "--reduce/--no-reduce", default=True, **INPUT)
     strict: bool = flag(**INPUT)
@@ -157,7 +135,7 @@ class OpeningOptions:
     """
 
     where: str | None = option(metavar="SQL", **ANSWERS)
-    verify: Verify | None = option(choice(Verify), **ANSWERS)
+    verify: settings.Verify | None = option(choice(settings.Verify), **ANSWERS)
 
 
 @dataclass(frozen=True)
@@ -172,7 +150,7 @@ class EngineOptions:
     """
 
     engine: str = option(click.Choice(["local", "ray"]), default="local", is_eager=True, **RAY)
-    actors: int | None = option(count("actors"), metavar="N", **RAY)
+    actors: int | None = option(kinds.count("actors"), metavar="N", **RAY)
     ray_address: str | None = option(metavar="HOST:PORT", **RAY)
 
     @property
@@ -199,7 +177,7 @@ class OutputOptions:
     """
 
     named: str | None = option(click.Choice(FORMATS), "--format", **OUTPUTS)
-    output: Path | None = option(OUTPUT, **OUTPUTS)
+    output: Path | None = option(kinds.OUTPUT, **OUTPUTS)
 
     @property
     def style(self) -> str:
@@ -213,10 +191,22 @@ class OutputOptions:
             )
         return "json" if style == "jsonl" else style
 
+    def write_rows(self, rows: Iterable[Sequence[object]], types: Mapping[str, type]) -> None:
+        """Write rows whose columns have these types (see :func:`output.write_rows`)."""
+        from retrieval_tip.cli.output import write_rows
 
-INDEX_ARGUMENT = argument(INDEX, metavar="INDEX")
+        write_rows(rows, types, self.style, self.output)
+
+    def write_table(self, table: pa.Table, *, rounded: bool = False) -> None:
+        """Write a table. If ``rounded`` is true, CSV files show probabilities with 4 digits."""
+        from retrieval_tip.cli import output
+
+        output.write_table(output.rounded(table) if rounded and self.style == "csv" else table, self.style, self.output)
+
+
+INDEX_ARGUMENT = argument(kinds.INDEX, metavar="INDEX")
 """Argument of a command that works on an index in any store."""
-FOLDER_ARGUMENT = argument(FOLDER, metavar="INDEX")
+FOLDER_ARGUMENT = argument(kinds.FOLDER, metavar="INDEX")
 """Argument of a command that requires an index in a folder."""
 BACKBONE, ENCODING, READING = grouped(BackboneOptions), grouped(EncodingOptions), grouped(ReadingOptions)
 ROOT = grouped(ReadingOptions, without=("dataset", "split"))
@@ -235,7 +225,7 @@ COMPARED = grouped(EncodingOptions, without=("model", "pretrained", "precision",
 """The options for encoding with each of the ``MODELS``."""
 _OWN = "[default: the setting of the index]"
 ASKING = {
-    "k": option(K(), "-k", help=f"Number of nearest keys to use per query. {_OWN}", **ANSWERS),
+    "k": option(kinds.K(), "-k", help=f"Number of nearest keys to use per query. {_OWN}", **ANSWERS),
     "tail": option(
         None,
         "--tail/--no-tail",
@@ -243,31 +233,31 @@ ASKING = {
         default=None,
         **ANSWERS,
     ),
-    "alpha": option(NUMBER, help=f"Weight of the cache relative to the text. {_OWN}", **ANSWERS),
-    "beta": option(NUMBER, help=f"Sharpness of the affinity. {_OWN}", **ANSWERS),
+    "alpha": option(kinds.NUMBER, help=f"Weight of the cache relative to the text. {_OWN}", **ANSWERS),
+    "beta": option(kinds.NUMBER, help=f"Sharpness of the affinity. {_OWN}", **ANSWERS),
 }
 """The options of :class:`settings.Ask` that change the settings of an index."""
-ASK = grouped(Ask, ASKING)
+ASK = grouped(settings.Ask, ASKING)
 _BUILD = {
-    "shots": option(SHOTS),
+    "shots": option(kinds.SHOTS),
     "templates": option(None, "--template", multiple=True),
-    "text": option(FILE),
+    "text": option(kinds.FILE),
     "index": option(),
-    "dtype": option(choice(Dtype), default="float32", show_default=False),
-    "alpha": option(NUMBER),
-    "beta": option(NUMBER),
-    "normalize": option(choice(Normalize)),
-    "fit": option(choice(FitName)),
-    "metric": option(choice(MetricName)),
-    "values": option(choice(ValuesName)),
-    "class_prior": option(choice(ClassPrior)),
-    "prior": option(INDEX, multiple=True),
-    "k": option(K(), "-k"),
-    "logit_scale": option(POSITIVE),
+    "dtype": option(choice(settings.Dtype), default="float32", show_default=False),
+    "alpha": option(kinds.NUMBER),
+    "beta": option(kinds.NUMBER),
+    "normalize": option(choice(settings.Normalize)),
+    "fit": option(choice(settings.FitName)),
+    "metric": option(choice(settings.MetricName)),
+    "values": option(choice(settings.ValuesName)),
+    "class_prior": option(choice(settings.ClassPrior)),
+    "prior": option(kinds.INDEX, multiple=True),
+    "k": option(kinds.K(), "-k"),
+    "logit_scale": option(kinds.POSITIVE),
     "drop_suspicious": flag(),
 }
 
 
 def building(*names: str) -> Any:
     """Declare some options of :class:`settings.BuildOptions`, or by default all. Its documentation is their help."""
-    return grouped(BuildOptions, {name: _BUILD[name] for name in names or _BUILD})
+    return grouped(settings.BuildOptions, {name: _BUILD[name] for name in names or _BUILD})

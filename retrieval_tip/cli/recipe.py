@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from retrieval_tip.cli.parameters import Count, K, Number
+from retrieval_tip.cli.kinds import Count, K, Number
 from retrieval_tip.errors import InputError
 from retrieval_tip.files import read_regular
 

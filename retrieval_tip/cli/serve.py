@@ -9,42 +9,38 @@ import sys
 import webbrowser
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from retrieval_tip.cli import options
+from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, grouped, option
+from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import say
-from retrieval_tip.cli.opening import Origin, encoder_for, encoder_of, load
+from retrieval_tip.cli.opening import encoder_for, encoder_of, inputs_of, load, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions
-from retrieval_tip.cli.parameters import FOLDER, INDEX, Number, count
-from retrieval_tip.cli.stdin import paths_on_stdin
 from retrieval_tip.errors import UsageError, counted, install, show
-
-if TYPE_CHECKING:
-    from retrieval_tip.index.places import Place
 
 
 @command()
 def serve_command(
-    folders: tuple[Place, ...] = argument(INDEX, nargs=-1, metavar="[INDEX...]"),
+    folders: tuple[Place, ...] = argument(kinds.INDEX, nargs=-1, metavar="[INDEX...]"),
     host: str = option(default="127.0.0.1"),
     port: int = option(click.IntRange(0, 65535), default=8000),
     token: str | None = option(envvar="RETRIEVAL_TIP_TOKEN", show_envvar=True),
     read_only: bool = flag(),
     private: bool = flag(),
-    uploads: Path | None = option(FOLDER),
-    into: Path | None = option(FOLDER),
+    uploads: Path | None = option(kinds.FOLDER),
+    into: Path | None = option(kinds.FOLDER),
     model: str | None = option(metavar="NAME"),
     pretrained: str | None = option(metavar="TAG"),
-    root: Path | None = option(FOLDER),
+    root: Path | None = option(kinds.FOLDER),
     allow_host: tuple[str, ...] = option(multiple=True, metavar="NAME"),
     trusted_proxy: tuple[str, ...] = option(multiple=True, metavar="ADDRESS"),
-    max_bytes: int = option(count(), default=32 << 20),
-    max_pixels: int = option(count(), default=50_000_000),
-    queue: int = option(count("queue"), default=256),
-    timeout: float = option(Number(0.1, 86_400), default=30.0, metavar="SECONDS"),
+    max_bytes: int = option(kinds.count(), default=32 << 20),
+    max_pixels: int = option(kinds.count(), default=50_000_000),
+    queue: int = option(kinds.count("queue"), default=256),
+    timeout: float = option(kinds.Number(0.1, 86_400), default=30.0, metavar="SECONDS"),
     backbone: BackboneOptions = grouped(BackboneOptions, without=("model", "pretrained", "runtime")),
     opening: OpeningOptions = grouped(OpeningOptions, without=("where",)),
 ) -> None:
@@ -120,7 +116,7 @@ def serve_command(
 @command()
 def label_command(
     photos: tuple[str, ...] = argument(nargs=-1, required=True),
-    folder: Place = option(INDEX, "--into", required=True, metavar="INDEX"),
+    folder: Place = option(kinds.INDEX, "--into", required=True, metavar="INDEX"),
     classes: str = option(default="", metavar="NAME,...", show_default=False),
     port: int = option(click.IntRange(0, 65535), default=0, show_default="a free port"),
     encoding: EncodingOptions = options.ENCODING,
@@ -137,23 +133,21 @@ def label_command(
         port: Port to listen on.
     """
     _check_installed("label")
-    from retrieval_tip.data.sources import open_inputs
-    from retrieval_tip.index.places import at
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.labelling import Labelling
     from retrieval_tip.server.limits import Limits
     from retrieval_tip.server.run import LOOPBACK, address, listen, serve
     from retrieval_tip.server.served import Backbones, Maker, Served
 
-    sources = list(open_inputs(photos, paths_on_stdin()))
-    known = at(folder).exists()
-    opened = encoder_for(Origin.of(folder), sources, encoding) if known else encoder_of(load(encoding), encoding)
+    sources, store = inputs_of(photos), store_of(folder)
+    known = store.exists()
+    opened = encoder_for(store.manifest(), sources, encoding) if known else encoder_of(load(encoding), encoding)
     with opened as encoder, listen("127.0.0.1", port) as listening:
         names = [name for name in map(str.strip, classes.split(",")) if name]
         labelling = Labelling(folder, sources, encoder, names)
         assert encoder.backbone is not None
         backbones = Backbones(encoding.device, encoding.precision, None, encoder.backbone)
-        maker = Maker((at(folder).local or Path("indexes/new")).parent, encoder.backbone, backbones)
+        maker = Maker((store.local or Path("indexes/new")).parent, encoder.backbone, backbones)
         served = {one.name: one for one in ([Served(folder, backbones)] if known else [])}
         token = secrets.token_urlsafe(16)
         url = f"{address(listening)}/#token={token}"

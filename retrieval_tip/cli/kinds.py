@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any, Literal
 
 import click
-import click.shell_completion
+from click.shell_completion import CompletionItem
 
 from retrieval_tip.bounds import MANY, MOST
 from retrieval_tip.data.remote import is_remote
@@ -23,23 +22,17 @@ LARGEST_FILE = 10**15
 BURST_SECONDS = 10
 """Longest time between consecutive photos of a burst by default."""
 
-
-Place = str | os.PathLike[str]
-Named = str | bytes | os.PathLike[str]
-"""``Place`` is the type that a path option accepts, and ``Named`` is the type that click returns for it."""
+Place = Path | str
+"""A local path, or the address of an index or the URL of a source."""
 
 
 class Folder(click.Path):
     """A local path. Index addresses are rejected."""
 
-    def convert(self, value: Place, param: click.Parameter | None, ctx: click.Context | None) -> Named:
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         if parse(str(value)) is not None:
-            self.fail(
-                f"{value}: is a {KIND}, but this command needs a folder; copy it first: retrieval-tip index clone "
-                f"{value} DIR",
-                param,
-                ctx,
-            )
+            copy = f"retrieval-tip index clone {value} DIR"
+            self.fail(f"{value}: is a {KIND}, but this command needs a folder; copy it first: {copy}")
         return super().convert(value, param, ctx)
 
 
@@ -48,18 +41,14 @@ class IndexType(click.ParamType[Path | str]):
 
     name = METAVAR
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+    def convert(self, value: object, param: Any, ctx: Any) -> Path | str:
         address, path = parse(str(value)), Path(str(value))
         if address is None and path.is_file():
-            self.fail(
-                f"{value}: is a file, not an index folder; give the index first (index list shows yours)", param, ctx
-            )
+            self.fail(f"{value}: is a file, not an index folder; give the index first (index list shows yours)")
         return address or path
 
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[click.shell_completion.CompletionItem]:
-        return [click.shell_completion.CompletionItem(incomplete, type="dir")]
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir")]
 
 
 FOLDER, INDEX = Folder(path_type=Path), IndexType()
@@ -69,19 +58,19 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 class SourceType(Folder):
     """A source, given as a path or an object store URL."""
 
-    def convert(self, value: Place, param: click.Parameter | None, ctx: click.Context | None) -> Named:
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         return value if is_remote(value) else super().convert(value, param, ctx)
 
 
 class Output(click.Path):
     """A file to write. With ``--engine ray``, it is a folder or a folder URL."""
 
-    def convert(self, value: Place, param: click.Parameter | None, ctx: click.Context | None) -> Named:
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         engine = ctx.params.get("engine") if ctx is not None else None
         if engine == "ray":
             return value if is_remote(value) else Path(value)
         if engine is not None and is_remote(value):
-            self.fail(f"{value}: only --engine ray can write to object stores; give a local file", param, ctx)
+            self.fail(f"{value}: only --engine ray can write to object stores; give a local file")
         return super().convert(value, param, ctx)
 
 
@@ -97,7 +86,7 @@ class K(click.ParamType[int | Literal["all"]]):
     def __init__(self, kind: str = "") -> None:
         self.most = MOST.get(kind, MANY)
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["all"]:
+    def convert(self, value: object, param: Any, ctx: Any) -> int | Literal["all"]:
         if value == "all":
             return "all"
         try:
@@ -105,7 +94,7 @@ class K(click.ParamType[int | Literal["all"]]):
         except ValueError:
             number = 0
         if not 1 <= number <= self.most:
-            self.fail(f"{value!r} is neither a whole number from 1 to {self.most:,} nor 'all'", param, ctx)
+            self.fail(f"{value!r} is neither a whole number from 1 to {self.most:,} nor 'all'")
         return number
 
 
@@ -117,11 +106,11 @@ class Count(click.ParamType[int]):
     def __init__(self, least: int = 1, most: int = MANY) -> None:
         self.least, self.most = least, most
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
         number: int = click.INT.convert(value, param, ctx)
         if not self.least <= number <= self.most:
             most = f" to {self.most:,}" if number > self.most or self.most < MANY else ""
-            self.fail(f"{number} is out of range; give a whole number from {self.least:,}{most}", param, ctx)
+            self.fail(f"{number} is out of range; give a whole number from {self.least:,}{most}")
         return number
 
 
@@ -141,16 +130,16 @@ class Number(click.ParamType[float]):
     def __init__(self, least: float = 0.0, most: float = LARGEST, *, above: bool = False) -> None:
         self.least, self.most, self.above = least, most, above
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
         number: float = click.FLOAT.convert(value, param, ctx)
         if not self.least <= number <= self.most or (self.above and number == self.least):
+            least = f"{'above' if self.above else 'from'} {self.least:g}"
             most = f" to {self.most:g}" if number > self.most or self.most < LARGEST else ""
-            self.fail(
-                f"{number} is out of range; give a number {'above' if self.above else 'from'} {self.least:g}{most}",
-                param,
-                ctx,
-            )
+            self.fail(f"{number} is out of range; give a number {least}{most}")
         return number
+
+
+NUMBER, POSITIVE, SHARE = Number(), Number(above=True), Number(0, 1)
 
 
 class Size(click.ParamType[int]):
@@ -158,11 +147,11 @@ class Size(click.ParamType[int]):
 
     name = "N(MB|GB|TB)"
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+    def convert(self, value: object, param: Any, ctx: Any) -> int:
         match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([MGT])B?", str(value), re.IGNORECASE | re.ASCII)
         size = 0 if match is None else int(float(match[1]) * 1000 ** (2 + "MGT".index(match[2].upper())))
         if not 1_000_000 <= size <= LARGEST_FILE:
-            self.fail(f"{value!r} is not a size from 1 MB to 1000 TB; write, for example, 500MB or 8GB", param, ctx)
+            self.fail(f"{value!r} is not a size from 1 MB to 1000 TB; write, for example, 500MB or 8GB")
         return size
 
 
@@ -171,9 +160,7 @@ class Abstaining(click.ParamType[float | Literal["auto"]]):
 
     name = "P|auto"
 
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float | Literal["auto"]:
+    def convert(self, value: object, param: Any, ctx: Any) -> float | Literal["auto"]:
         return "auto" if value == "auto" else SHARE.convert(value, param, ctx)
 
 
@@ -182,11 +169,8 @@ class Bursts(click.ParamType[float]):
 
     name = "burst[:SECONDS]"
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(self, value: object, param: Any, ctx: Any) -> float:
         kind, _, seconds = str(value).partition(":")
         if kind != "burst":
-            self.fail(f"{value}: expected burst or burst:SECONDS", param, ctx)
+            self.fail(f"{value}: expected burst or burst:SECONDS")
         return NUMBER.convert(seconds or BURST_SECONDS, param, ctx)
-
-
-NUMBER, POSITIVE, SHARE = Number(), Number(above=True), Number(0, 1)
