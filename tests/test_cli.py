@@ -28,8 +28,8 @@ from serving import caltech_photos
 from tables import picture, tiny, unit_rows, write_table
 
 from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.cli import opening
 from retrieval_tip.cli import program as cli
-from retrieval_tip.cli import stdin
 from retrieval_tip.cli.group import OptionGroup
 from retrieval_tip.cli.kinds import K
 from retrieval_tip.errors import InputError
@@ -404,12 +404,12 @@ def test_a_closed_standard_stream_that_is_needed_is_an_error(arguments, what):
 
 def on_stdin(monkeypatch, data):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
-    return list(stdin.paths_on_stdin())
+    return list(opening.paths_on_stdin())
 
 
 @pytest.mark.parametrize("size", [1 << 20, 5])
 def test_paths_on_standard_input_end_with_newlines_or_nuls(monkeypatch, size):
-    monkeypatch.setattr(stdin, "PATHS_READ", size)
+    monkeypatch.setattr(opening, "PATHS_READ", size)
     for data, paths in (
         (b"", []),
         (b"a", ["a"]),
@@ -421,9 +421,9 @@ def test_paths_on_standard_input_end_with_newlines_or_nuls(monkeypatch, size):
 
 
 def test_endless_standard_input_is_refused(monkeypatch):
-    monkeypatch.setattr(stdin, "PATHS_READ", 10)
-    monkeypatch.setattr(stdin, "MAX_PATHS", 20)
-    monkeypatch.setattr(stdin, "MAX_PATHS_BYTES", 100)
+    monkeypatch.setattr(opening, "PATHS_READ", 10)
+    monkeypatch.setattr(opening, "MAX_PATHS", 20)
+    monkeypatch.setattr(opening, "MAX_PATHS_BYTES", 100)
     for data in (b"x" * 30, b"a\n" * 30, b"\0" * 200, b"abcdefgh\n" * 20):
         with pytest.raises(InputError, match=r"^standard input: "):
             on_stdin(monkeypatch, data)

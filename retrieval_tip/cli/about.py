@@ -123,9 +123,11 @@ def _store_int8(photos: Source, encoding: EncodingOptions, models: Sequence[str]
 
 @command()
 def cache_command(
-    cache: Path | None = option(kinds.FOLDER),
-    prune: bool = flag(),
-    max_size: int | None = option(kinds.Size()),
+    cache: Path | None = option(
+        kinds.FOLDER, help="Cache folder. [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]"
+    ),
+    prune: bool = flag(help="Remove all encodings. They are computed again when they are needed."),
+    max_size: int | None = option(kinds.Size(), help="New size limit, which the cache remembers. [default: 8GB]"),
     as_json: bool = options.JSON,
 ) -> None:
     """Show, limit or clear the encoding cache.
@@ -133,11 +135,6 @@ def cache_command(
     The cache stores the features of each image and the text weights of each class, so that nothing has to be encoded
     twice. When the cache is full, the least recently used encodings are removed. Encoder weights are stored in the
     Hugging Face cache instead; run hf cache ls to list them.
-
-    Options:
-        cache: Cache folder. [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]
-        prune: Remove all encodings. They are computed again when they are needed.
-        max_size: New size limit, which the cache remembers. [default: 8GB]
     """
     from retrieval_tip.data.encoding_cache import EncodingCache
 

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,8 @@ from retrieval_tip.cli.opening import (
     encoder_of,
     index_with,
     inputs_of,
-    name_of,
+    loader,
+    paths_on_stdin,
     source_of,
     store_of,
 )
@@ -37,7 +37,6 @@ from retrieval_tip.cli.options import (
     ReadingOptions,
     ViewOptions,
 )
-from retrieval_tip.cli.stdin import paths_on_stdin
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
 from retrieval_tip.settings import Ask
 
@@ -56,7 +55,7 @@ if TYPE_CHECKING:
 @command()
 def encode(
     source: Place = argument(kinds.SOURCE),
-    out: Place = option(kinds.OUTPUT, required=True),
+    out: Place = option(kinds.OUTPUT, required=True, help="Feature table to write (.parquet)."),
     engine: EngineOptions = options.ENGINE,
     views: ViewOptions = options.VIEWS,
     reading: ReadingOptions = options.READING,
@@ -66,9 +65,6 @@ def encode(
 
     You can give the table to every command that reads images. SOURCE can be anything that index build accepts, or a
     folder of unlabelled images. With --engine ray, --out is a folder of Parquet parts, which you can use like a table.
-
-    Options:
-        out: Feature table to write (.parquet).
     """
     from retrieval_tip.data.encoder import encode_table
 
@@ -348,7 +344,6 @@ def _on_ray(
     question: Question | None = None,
 ) -> tuple[str, list[Skipped]]:
     """Encode the pieces on Ray, or classify them if ``index`` is given. Return a summary and the skipped inputs."""
-    from retrieval_tip.backbones.loading import load_backbone
     from retrieval_tip.data.encoding_cache import EncodingCache
     from retrieval_tip.distributed.ray_data import Work, write_parts
 
@@ -357,8 +352,7 @@ def _on_ray(
     if encoding.model or any(isinstance(piece, str) or piece.table is None for piece in pieces):
         if index is not None and identity is None and not encoding.model:
             raise UsageError(UNNAMED)
-        load = partial(load_backbone, *name_of(encoding, identity))
-        backbone = partial(load, precision=encoding.precision, runtime=encoding.runtime)
+        backbone = loader(encoding, identity)
     cache = None if encoding.no_cache else str(encoding.cache or EncodingCache.default_folder())
     work = Work(encoding.encoder(views), backbone, cache, question)
     progress = sys.stderr.isatty() and not quiet()

@@ -87,7 +87,9 @@ def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
 def compare_command(
     indexes: tuple[Place, ...] = argument(kinds.INDEX, nargs=-1),
     source: Place = argument(kinds.SOURCE),
-    fitted_to: Place | None = option(kinds.SOURCE),
+    fitted_to: Place | None = option(
+        kinds.SOURCE, help="Labelled photos to fit both encoders to, to compare encoders."
+    ),
     as_json: bool = options.JSON,
     models: tuple[str, ...] = options.MODELS,
     weights: tuple[str, ...] = options.WEIGHTS,
@@ -100,9 +102,6 @@ def compare_command(
     intervals, McNemar's exact test, and the photos with different answers. If an index does not have the class of a
     photo, only "no match" is right. A photo that is a shot of an index is classified without itself. If SOURCE has no
     labels, only the different answers are listed.
-
-    Options:
-        fitted_to: Labelled photos to fit both encoders to, to compare encoders.
     """
     from retrieval_tip.cli.output import table_lines
     from retrieval_tip.evaluation.compare import Side, compare
@@ -135,11 +134,15 @@ def compare_command(
 @command()
 def report_command(
     folder: Path = options.FOLDER_ARGUMENT,
-    test: Place = option(kinds.SOURCE, required=True),
-    out: Path = option(kinds.FILE, default="report.html"),
-    shots: tuple[int, ...] = option(kinds.SHOTS, multiple=True),
-    seeds: int = option(kinds.SEEDS, default=3),
-    no_curves: bool = flag(),
+    test: Place = option(
+        kinds.SOURCE, required=True, help="Labelled test source. The test part of a split .json is used."
+    ),
+    out: Path = option(kinds.FILE, default="report.html", help="HTML file to write."),
+    shots: tuple[int, ...] = option(
+        kinds.SHOTS, multiple=True, help="Number of shots per class in the accuracy curve. [default: 1, 2, 4 ...]"
+    ),
+    seeds: int = option(kinds.SEEDS, default=3, help="Number of random draws, which use the seeds 1 to N."),
+    no_curves: bool = flag(help="Skip the accuracy curve, which takes the longest to compute."),
     ask: Ask = options.ASK,
     opening: OpeningOptions = options.OPENING,
     reading: ReadingOptions = options.READING,
@@ -150,13 +153,6 @@ def report_command(
     You can open the file offline in any browser, and send it to others. It names the weakest classes, recommends what
     to do next, and shows the worst mistakes. Photos that are shots of the index, and photos of classes that it lacks,
     are left out. The other figures are the same as those of the command evaluate. This command requires matplotlib.
-
-    Options:
-        test: Labelled test source. The test part of a split .json is used.
-        out: HTML file to write.
-        shots: Number of shots per class in the accuracy curve. [default: 1, 2, 4 ...]
-        seeds: Number of random draws, which use the seeds 1 to N.
-        no_curves: Skip the accuracy curve, which takes the longest to compute.
     """
     from retrieval_tip.report.judged import portable
     from retrieval_tip.report.report import check, write_report

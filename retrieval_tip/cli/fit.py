@@ -115,36 +115,30 @@ def search_command(
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Parts of the index to train, and training parameters.
+    """Parts of the index to train, and training parameters."""
 
-    Options:
-        train: Part of the index to train.
-        epochs: Number of passes over the shots.
-        batch: Number of queries per step.
-        lr: Initial learning rate, which decays along a cosine.
-        eps: AdamW epsilon.
-        weight_decay: AdamW weight decay.
-        views_cache: Number of augmented views of each shot that are encoded once and drawn from in each epoch.
-            [default: 16]
-        views: With fresh, a new view of each shot is encoded in every epoch.
-        precision: Data type of the matrix products.
-        alpha: Alpha used for training. [default: that of the unfitted index]
-        beta: Beta used for training. [default: that of the unfitted index]
-        seed: Seed for drawing batches and views.
-    """
-
-    train: tuple[TrainedPart, ...] = option(click.Choice(TRAINED), multiple=True, default=("keys",))
-    epochs: int = option(kinds.count("epochs"), default=20)
-    batch: int = option(kinds.count("batch"), default=256)
-    lr: float = option(kinds.POSITIVE, default=1e-3)
-    eps: float = option(kinds.POSITIVE, default=1e-4)
-    weight_decay: float = option(kinds.NUMBER, default=0.01)
-    views_cache: int | None = option(kinds.VIEWS_COUNT, metavar="M")
-    views: str | None = option(click.Choice(["fresh"]))
-    precision: TrainingPrecision = option(options.choice(TrainingPrecision), default="float32")
-    alpha: float | None = option(kinds.NUMBER)
-    beta: float | None = option(kinds.NUMBER)
-    seed: int = option(kinds.SEED, default=1)
+    train: tuple[TrainedPart, ...] = option(
+        click.Choice(TRAINED), multiple=True, default=("keys",), help="Part of the index to train."
+    )
+    epochs: int = option(kinds.count("epochs"), default=20, help="Number of passes over the shots.")
+    batch: int = option(kinds.count("batch"), default=256, help="Number of queries per step.")
+    lr: float = option(kinds.POSITIVE, default=1e-3, help="Initial learning rate, which decays along a cosine.")
+    eps: float = option(kinds.POSITIVE, default=1e-4, help="AdamW epsilon.")
+    weight_decay: float = option(kinds.NUMBER, default=0.01, help="AdamW weight decay.")
+    views_cache: int | None = option(
+        kinds.VIEWS_COUNT,
+        metavar="M",
+        help="Number of augmented views of each shot that are encoded once and drawn from in each epoch. [default: 16]",
+    )
+    views: str | None = option(
+        click.Choice(["fresh"]), help="With fresh, a new view of each shot is encoded in every epoch."
+    )
+    precision: TrainingPrecision = option(
+        options.choice(TrainingPrecision), default="float32", help="Data type of the matrix products."
+    )
+    alpha: float | None = option(kinds.NUMBER, help="Alpha used for training. [default: that of the unfitted index]")
+    beta: float | None = option(kinds.NUMBER, help="Beta used for training. [default: that of the unfitted index]")
+    seed: int = option(kinds.SEED, default=1, help="Seed for drawing batches and views.")
 
     def recipe(self) -> Recipe:
         """Return the training recipe. Raises UsageError if the view options conflict."""

@@ -16,7 +16,6 @@ from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import about, command_line, finish, print_result, quiet, say, say_fit, warn
 from retrieval_tip.cli.opening import backbone_for, backbone_of, checked, encoder_for, encoder_of, source_of, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OutputOptions, ReadingOptions, ViewOptions
-from retrieval_tip.cli.recipe import recipe
 from retrieval_tip.errors import UsageError, counted, few, show
 from retrieval_tip.index.addresses import FORMS, KIND
 from retrieval_tip.settings import AskOptions, BuildOptions, Dtype, KeysMet, Normalize, Precision
@@ -41,7 +40,7 @@ def build(
         required=True,
         help=f"Index folder, or {KIND} ({FORMS}). If the index already exists, it gets a new version.",
     ),
-    recipe: Path | None = option(kinds.FILE, is_eager=True, expose_value=False, callback=recipe),
+    recipe: Path | None = option(kinds.FILE, is_eager=True, expose_value=False, callback=kinds.recipe),
     build: BuildOptions = options.building(),
     views: ViewOptions = options.VIEWS,
     reading: ReadingOptions = options.READING,
@@ -213,15 +212,10 @@ def _ids(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> list
 
 @dataclass(frozen=True)
 class ShotOptions:
-    """Options that select shots of an index.
+    """Options that select shots of an index."""
 
-    Options:
-        where: SQL condition on the label store that selects the shots.
-        key_ids: Key ids of the shots.
-    """
-
-    where: str | None = option(metavar="SQL")
-    key_ids: list[int] | None = option(multiple=True, metavar="ID,...", callback=_ids)
+    where: str | None = option(metavar="SQL", help="SQL condition on the label store that selects the shots.")
+    key_ids: list[int] | None = option(multiple=True, metavar="ID,...", callback=_ids, help="Key ids of the shots.")
 
 
 @index.command()
@@ -308,16 +302,13 @@ def rename_command(
     folder: Place = options.INDEX_ARGUMENT,
     old: str = argument(),
     new: str = argument(),
-    encode: bool = flag(),
+    encode: bool = flag(help="Encode the new name, and replace the text weights with the result."),
     backbone: BackboneOptions = options.BACKBONE,
 ) -> None:
     """Rename the class OLD to NEW.
 
     If the class NEW already exists, OLD is merged into it. The text weights stay unchanged unless you give --encode or
     --model.
-
-    Options:
-        encode: Encode the new name, and replace the text weights with the result.
     """
     from retrieval_tip.index import changes
 
@@ -361,16 +352,12 @@ def set_command(
 @index.command()
 def rebuild_command(
     folder: Place = options.INDEX_ARGUMENT,
-    factory: str | None = option(None, "--index"),
-    dtype: Dtype | None = option(options.choice(Dtype)),
+    factory: str | None = option(None, "--index", help="FAISS factory string, Classes or auto. [default: unchanged]"),
+    dtype: Dtype | None = option(options.choice(Dtype), help="Data type of the stored keys. [default: unchanged]"),
 ) -> None:
     """Rebuild the FAISS index from the keys.
 
     Use --index to change the index type, and --dtype to change the precision of the keys.
-
-    Options:
-        factory: FAISS factory string, Classes or auto. [default: unchanged]
-        dtype: Data type of the stored keys. [default: unchanged]
     """
     from retrieval_tip.index import changes
 
@@ -417,13 +404,9 @@ def gc_command(folder: Place = options.INDEX_ARGUMENT, keep: int = option(kinds.
 def clone_command(
     folder: Place = options.INDEX_ARGUMENT,
     out: Place = argument(kinds.INDEX),
-    version: int | None = option(kinds.count()),
+    version: int | None = option(kinds.count(), help="Version to copy. [default: the current one]"),
 ) -> None:
-    """Copy an index to OUT and verify the copied files.
-
-    Options:
-        version: Version to copy. [default: the current one]
-    """
+    """Copy an index to OUT and verify the copied files."""
     from retrieval_tip.index import changes
 
     _say_version(out, changes.clone(folder, out, version).version, f"copied from {folder}")

@@ -1,8 +1,10 @@
-"""Click types for options and arguments: paths, indexes and bounded numbers."""
+"""Click types for options and arguments (paths, indexes and bounded numbers), and recipes that set options."""
 
 from __future__ import annotations
 
+import math
 import re
+import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +13,8 @@ from click.shell_completion import CompletionItem
 
 from retrieval_tip.bounds import MANY, MOST
 from retrieval_tip.data.remote import is_remote
+from retrieval_tip.errors import InputError
+from retrieval_tip.files import read_regular
 from retrieval_tip.index.addresses import KIND, METAVAR, parse
 
 LARGEST = 1e30
@@ -18,6 +22,9 @@ LARGEST = 1e30
 
 LARGEST_FILE = 10**15
 """Largest size that an option accepts, in bytes."""
+
+RECIPE_BYTES = 1 << 20
+"""Largest size of a recipe, in bytes."""
 
 BURST_SECONDS = 10
 """Longest time between consecutive photos of a burst by default."""
@@ -174,3 +181,53 @@ class Bursts(click.ParamType[float]):
         if kind != "burst":
             self.fail(f"{value}: expected burst or burst:SECONDS")
         return NUMBER.convert(seconds or BURST_SECONDS, param, ctx)
+
+
+def recipe(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
+    """Check the types of the values in a TOML file, and use the values as defaults for options."""
+    if path is not None:
+        options = (parameter for parameter in ctx.command.params if parameter.expose_value)
+        known = {option.opts[0].lstrip("-").replace("-", "_"): option for option in options}
+        values = _toml(path)
+        for name, value in values.items():
+            if name not in known:
+                raise click.BadParameter(f"{path}: unknown option {name!r}", ctx)
+            several = getattr(known[name], "multiple", False)
+            parts = value if several and isinstance(value, list) else [value]
+            expected = _kind(known[name])
+            if several != isinstance(value, list) or not all(_fits(part, expected) for part in parts):
+                what = f"an array of {expected}" if several else expected
+                raise click.BadParameter(f"{path}: {name}: expected {what}", ctx)
+        ctx.default_map = {str(known[name].name): value for name, value in values.items()}
+    return path
+
+
+def _toml(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(read_regular(path, RECIPE_BYTES).decode())
+    except InputError as error:  # the message already names the file
+        raise click.BadParameter(str(error)) from None
+    except OSError as error:
+        raise click.BadParameter(f"{path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(f"{path}: {error}") from None
+
+
+def _kind(parameter: click.Parameter) -> str:
+    if isinstance(parameter, click.Option) and parameter.is_flag:
+        return "true or false"
+    if isinstance(parameter.type, K):
+        return "a whole number or 'all'"
+    if isinstance(parameter.type, Count):
+        return "a whole number"
+    return "a number" if isinstance(parameter.type, Number) else "text"
+
+
+def _fits(value: object, kind: str) -> bool:
+    if kind == "true or false" or isinstance(value, bool):
+        return kind == "true or false" and isinstance(value, bool)
+    if isinstance(value, int):
+        return kind != "text" and -(2**63) <= value < 2**63  # range of TOML integers
+    if isinstance(value, float):
+        return kind == "a number" and math.isfinite(value)
+    return isinstance(value, str) and (kind == "text" or (value == "all" and "'all'" in kind)) and "\0" not in value

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 @command()
 def suggest(
     photos: tuple[str, ...] = argument(nargs=-1, required=True),
-    number: int = option(kinds.count(), "-n", default=20),
-    folder: Place | None = option(kinds.INDEX, "--index"),
-    text: Place | None = option(kinds.SOURCE),
+    number: int = option(kinds.count(), "-n", default=20, help="Number of photos to suggest."),
+    folder: Place | None = option(kinds.INDEX, "--index", help="Index of the photos labelled so far."),
+    text: Place | None = option(kinds.SOURCE, help="Feature table of class names, for a first guess without an index."),
     printing: OutputOptions = options.FORMAT,
     encoding: EncodingOptions = options.ENCODING,
 ) -> None:
@@ -40,11 +40,6 @@ def suggest(
     input. Without --index, the suggestions are typical photos of different kinds. With --index, photos whose answer is
     uncertain are preferred, and photos that the index contains are skipped. The column covers counts the other photos
     that are most similar to this suggestion.
-
-    Options:
-        number: Number of photos to suggest.
-        folder: Index of the photos labelled so far.
-        text: Feature table of class names, for a first guess without an index.
     """
     from retrieval_tip.labelling.photos import suggest_photos
 
@@ -62,9 +57,9 @@ def suggest(
 @command()
 def find_command(
     photos: tuple[str, ...] = argument(nargs=-1, required=True, metavar="PHOTOS... QUERY"),
-    number: int = option(kinds.count(), "-n", default=20),
-    folder: Place | None = option(kinds.INDEX, "--index"),
-    duplicates: bool = flag(),
+    number: int = option(kinds.count(), "-n", default=20, help="Number of photos or pairs to show."),
+    folder: Place | None = option(kinds.INDEX, "--index", help="Index whose encoder, metric and prompts are used."),
+    duplicates: bool = flag(help="Find near-identical photos instead. There is no QUERY."),
     printing: OutputOptions = options.FORMAT,
     encoding: EncodingOptions = options.ENCODING,
 ) -> None:
@@ -73,11 +68,6 @@ def find_command(
     PHOTOS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input. The
     last argument is QUERY. If it is an image file, similar photos are found. Otherwise, it is a text, and the encoder
     must have text.
-
-    Options:
-        number: Number of photos or pairs to show.
-        folder: Index whose encoder, metric and prompts are used.
-        duplicates: Find near-identical photos instead. There is no QUERY.
     """
     from retrieval_tip.labelling.find import example_of, find_duplicates, find_photos
 
@@ -122,13 +112,15 @@ def _encoder(
 def sort_command(
     folder: Place | None = argument(kinds.INDEX, metavar="INDEX", required=False),
     photos: tuple[str, ...] = argument(nargs=-1),
-    into: Path = option(kinds.FOLDER, required=True),
-    link: bool = flag(),
-    move: bool = flag(),
-    min_probability: float = option(kinds.SHARE, default=0.5),
-    dry_run: bool = flag(),
-    undo: bool = flag(),
-    anywhere: bool = flag(),
+    into: Path = option(kinds.FOLDER, required=True, help="Folder to sort into, with one folder per class."),
+    link: bool = flag(help="Create symbolic links instead of copies."),
+    move: bool = flag(help="Move the photos instead of copying them."),
+    min_probability: float = option(
+        kinds.SHARE, default=0.5, help="Probability below which a photo goes to the folder not sure."
+    ),
+    dry_run: bool = flag(help="Print the rows of the manifest, and change nothing."),
+    undo: bool = flag(help="Delete the copies and links, and move photos back."),
+    anywhere: bool = flag(help="With --undo, also move images to folders that you have not sorted."),
     encoding: EncodingOptions = options.ENCODING,
 ) -> None:
     """Sort photos into folders by their class.
@@ -137,15 +129,6 @@ def sort_command(
     Photos that resemble no shot go to the folder "no match", and photos with a low probability to "not sure". No file
     is overwritten. The manifest sorted.csv lists all photos, so that --undo --into FOLDER can restore the previous
     state. If the command is interrupted, run it again.
-
-    Options:
-        into: Folder to sort into, with one folder per class.
-        link: Create symbolic links instead of copies.
-        move: Move the photos instead of copying them.
-        min_probability: Probability below which a photo goes to the folder not sure.
-        dry_run: Print the rows of the manifest, and change nothing.
-        undo: Delete the copies and links, and move photos back.
-        anywhere: With --undo, also move images to folders that you have not sorted.
     """
     from retrieval_tip.labelling.sort import sort_photos, undo_sort
 

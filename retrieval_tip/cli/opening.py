@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import note, quiet, say
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions, ReadingOptions, ViewOptions
-from retrieval_tip.cli.stdin import paths_on_stdin
-from retrieval_tip.errors import UsageError, counted, few
+from retrieval_tip.errors import InputError, UsageError, counted, few
 from retrieval_tip.settings import Ask, Precision
 
 if TYPE_CHECKING:
     from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.backbones.base import Backbone, Identity
+    from retrieval_tip.backbones.torch_backbone import TorchBackbone
     from retrieval_tip.cache_model import CacheModel
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.sources import Source
@@ -30,6 +33,11 @@ if TYPE_CHECKING:
 LONG = 10.0
 """If encoding takes longer than this number of seconds, its speed is printed."""
 UNNAMED = "the index was built from features of an unknown encoder; name it with --model to encode images"
+
+PATHS_READ = 1 << 20
+"""Number of bytes to read at a time, which is also the maximum length of a path."""
+MAX_PATHS, MAX_PATHS_BYTES = 1 << 24, 1 << 30
+"""Maximum number of paths and maximum number of bytes on standard input."""
 
 
 def source_of(path: Place, reading: ReadingOptions, split: str, *, labelled: bool = True) -> Source:
@@ -53,6 +61,29 @@ def inputs_of(names: Sequence[str]) -> list[Source]:
     from retrieval_tip.data.sources import open_inputs
 
     return list(open_inputs(names, paths_on_stdin()))
+
+
+def paths_on_stdin() -> Iterator[str]:
+    """Yield the paths on standard input, one per line or separated by NUL characters (as by ``find -print0``).
+
+    Paths can contain any bytes. Raises InputError if standard input is closed, or exceeds the limits.
+    """
+    if sys.stdin is None:
+        raise InputError("standard input: is closed; send paths to it, or name the files instead of -")
+    rest, paths, size, separator = b"", 0, 0, b""
+    while block := sys.stdin.buffer.read(PATHS_READ):
+        separator = separator or (b"\0" if b"\0" in block else b"\n")
+        whole, ended, last = (rest + block).rpartition(separator)
+        block_paths = re.findall(b"[^" + separator + b"]+", whole) if ended else []
+        rest, paths, size = last, paths + len(block_paths), size + len(block)
+        if paths > MAX_PATHS or size > MAX_PATHS_BYTES or len(rest) > PATHS_READ:
+            raise InputError(
+                f"standard input: contains more than {MAX_PATHS:,} paths or {MAX_PATHS_BYTES:,} bytes, or no paths; "
+                "give a table of paths"
+            )
+        yield from map(os.fsdecode, block_paths)
+    if rest:
+        yield os.fsdecode(rest)
 
 
 def store_of(folder: Place) -> Store:
@@ -115,27 +146,23 @@ def _restricted(cache: AnsweringIndex, where: str, *, fits: bool) -> CacheModel:
     return rest
 
 
-def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tuple[str, str | None]:
-    """Return the names of the model and its weights, from the command line, from ``identity`` or by default."""
+def loader(backbone: BackboneOptions, identity: Identity | None = None) -> partial[TorchBackbone]:
+    """Return a function that loads the backbone of the command line, of ``identity``, or by default a common one."""
     from retrieval_tip.backbones.catalogue import DEFAULT
+    from retrieval_tip.backbones.loading import load_backbone
 
-    if backbone.model or identity is None:
-        return backbone.model or DEFAULT, backbone.pretrained
-    return identity.model or DEFAULT, backbone.pretrained or identity.pretrained
+    model, pretrained = backbone.model, backbone.pretrained
+    if model is None and identity is not None:
+        model, pretrained = identity.model, pretrained or identity.pretrained
+    return partial(load_backbone, model or DEFAULT, pretrained, precision=backbone.precision, runtime=backbone.runtime)
 
 
 def load(backbone: BackboneOptions, identity: Identity | None = None) -> Backbone:
-    """Load the backbone named by :func:`name_of`."""
-    from retrieval_tip.backbones.loading import load_backbone
-
-    model, pretrained = name_of(backbone, identity)
+    """Load the backbone of :func:`loader`."""
+    found = loader(backbone, identity)
     if sys.stderr.isatty():  # loading takes seconds
-        note(f"Loading {model} ...")
-    return load_backbone(model, pretrained, **_chosen(backbone), lazy=True)
-
-
-def _chosen(backbone: BackboneOptions) -> dict[str, Any]:
-    return {"device": backbone.device, "precision": backbone.precision, "runtime": backbone.runtime}
+        note(f"Loading {found.args[0]} ...")
+    return found(device=backbone.device, lazy=True)
 
 
 def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = False) -> Backbone | None:
@@ -170,7 +197,9 @@ def backbone_for(
         if identity is None and not backbone.model:
             raise UsageError(UNNAMED)
         if identity and not (needed or backbone.model or backbone.pretrained):
-            loaded = load_when_needed(identity, cache.d, **_chosen(backbone))
+            loaded = load_when_needed(
+                identity, cache.d, device=backbone.device, precision=backbone.precision, runtime=backbone.runtime
+            )
         else:
             loaded = load(backbone, identity)
     check_backbone(identity, cache.d, loaded, list(sources))
@@ -189,10 +218,9 @@ def named_models(
             f"--pretrained: given {len(weights)} times for {counted(len(models), 'model')}; give it once for each "
             "--model, or auto for the recommended weights"
         )
-    pairs = zip(models, (None if tag == "auto" else tag for tag in weights or ["auto"] * len(models)), strict=True)
-    return [
-        (" ".join(filter(None, (model, tag))), replace(encoding, model=model, pretrained=tag)) for model, tag in pairs
-    ]
+    tags = [None if tag == "auto" else tag for tag in weights or ["auto"] * len(models)]
+    chosen = [replace(encoding, model=model, pretrained=tag) for model, tag in zip(models, tags, strict=True)]
+    return [(" ".join(filter(None, (one.model, one.pretrained))), one) for one in chosen]
 
 
 @contextmanager
