@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +14,11 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import FAILED, finish, print_facts, print_result, say
-from retrieval_tip.cli.opening import encoder_of, load, named_models, source_of
-from retrieval_tip.cli.options import EncodingOptions, OutputOptions, ReadingOptions
+from retrieval_tip.cli.opening import named_encoder, source_of
+from retrieval_tip.cli.options import ComparedOptions, OutputOptions, ReadingOptions
 from retrieval_tip.errors import UsageError, counted, show
 
 if TYPE_CHECKING:
-    from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.sources import Source
 
 
@@ -31,10 +28,8 @@ def models_command(
     photos: Place | None = option(kinds.SOURCE, "--try"),
     calibration: Place | None = option(kinds.SOURCE, "--int8"),
     printing: OutputOptions = options.FORMAT,
-    models: tuple[str, ...] = options.MODELS,
-    weights: tuple[str, ...] = options.WEIGHTS,
     reading: ReadingOptions = options.READING,
-    encoding: EncodingOptions = options.COMPARED,
+    encoding: ComparedOptions = options.COMPARED,
 ) -> None:
     """List encoders, compare them on photos, or store one in int8.
 
@@ -56,10 +51,10 @@ def models_command(
         calibration: Photos on which each --model is calibrated in int8. They need no labels.
     """
     if photos is not None:
-        _try_encoders(word, source_of(photos, reading, "train"), printing, encoding, models, weights)
+        _try_encoders(word, source_of(photos, reading, "train"), printing, encoding)
     elif calibration is not None:
-        _store_int8(source_of(calibration, reading, "train", labelled=False), encoding, models, weights)
-    elif models or weights:
+        _store_int8(source_of(calibration, reading, "train", labelled=False), encoding)
+    elif encoding.models or encoding.weights:
         raise UsageError("--model: give labelled photos to compare encoders (--try), or photos to store them (--int8)")
     else:
         _list_encoders(word, printing)
@@ -76,28 +71,19 @@ def _list_encoders(word: str, printing: OutputOptions) -> None:
         say("To search all encoders: retrieval-tip models WORD")
 
 
-def _try_encoders(
-    word: str,
-    photos: Source,
-    printing: OutputOptions,
-    encoding: EncodingOptions,
-    models: Sequence[str],
-    weights: Sequence[str],
-) -> None:
+def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: ComparedOptions) -> None:
     from retrieval_tip.backbones.catalogue import cached
     from retrieval_tip.index.encoders import try_encoders
 
     here = [pair for pair in cached() if word.lower() in pair[0].lower()]
-    asked = dict(named_models(encoding, models, weights))
-    asked |= named_models(encoding, [name for name, _ in here], [tag or "auto" for _, tag in here])
+    cached_too = replace(encoding, models=[name for name, _ in here], weights=[tag or "auto" for _, tag in here])
+    asked = dict(encoding.named()) | dict(cached_too.named())
     more = "to download more, give --model, for example --model clip --model dinov2"
     if not asked:
         raise UsageError(f"models: no encoder{f' named {word}' if word else ''} is on this machine; {more}")
 
-    def opened(own: EncodingOptions) -> AbstractContextManager[Encoder]:
-        return encoder_of(load(own), own)
-
-    tried = try_encoders(photos, [(name, partial(opened, own)) for name, own in asked.items()], encoding.device)
+    encoders = [(name, partial(named_encoder, own)) for name, own in asked.items()]
+    tried = try_encoders(photos, encoders, encoding.device)
     types = {"encoder": str, "accuracy": float, "low": float, "high": float, "images_per_second": int}
     rows = (
         (one.name, one.accuracy, *one.interval, round(one.images_per_second), one is tried.recommended)
@@ -108,13 +94,12 @@ def _try_encoders(
     finish(tried.skipped)
 
 
-def _store_int8(photos: Source, encoding: EncodingOptions, models: Sequence[str], weights: Sequence[str]) -> None:
-    if not models:
+def _store_int8(photos: Source, encoding: ComparedOptions) -> None:
+    if not encoding.models:
         raise UsageError("--int8: name the encoder with --model")
     skipped = []
-    for name, own in named_models(encoding, models, weights):
-        own = replace(own, device="cpu", precision="float32", runtime="auto")
-        with encoder_of(load(own), own) as encoder:
+    for name, own in replace(encoding, device="cpu", precision="float32", runtime="auto").named():
+        with named_encoder(own) as encoder:
             lowest = encoder.store_int8(photos)
         say(f"{name}: stored in int8 (lowest cosine to the features in float32: {lowest:.3f})")
         skipped += encoder.skipped

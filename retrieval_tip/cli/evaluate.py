@@ -13,8 +13,8 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import about, command_line, finish, print_facts, say, shown
-from retrieval_tip.cli.opening import encoder_for, encoder_of, index_with, load, named_models, source_of
-from retrieval_tip.cli.options import EncodingOptions, OpeningOptions, ReadingOptions
+from retrieval_tip.cli.opening import encoder_for, index_with, named_encoder, source_of
+from retrieval_tip.cli.options import ComparedOptions, EncodingOptions, OpeningOptions, ReadingOptions
 from retrieval_tip.errors import UsageError, counted, few, json_line, percent, show
 
 if TYPE_CHECKING:
@@ -28,8 +28,10 @@ def evaluate_command(
     source: Place = argument(kinds.SOURCE),
     ask: Ask = options.ASK,
     opening: OpeningOptions = options.OPENING,
-    abstain: float | None = option(kinds.SHARE, metavar="P", **options.ANSWERS),
-    plot: Path | None = option(kinds.FOLDER),
+    abstain: float | None = option(
+        kinds.SHARE, metavar="P", **options.ANSWERS, help="Withhold answers whose probability is below P."
+    ),
+    plot: Path | None = option(kinds.FOLDER, help="Folder for PNG diagrams of confusions, classes and calibration."),
     as_json: bool = options.JSON,
     reading: ReadingOptions = options.READING,
     encoding: EncodingOptions = options.ENCODING,
@@ -44,10 +46,6 @@ def evaluate_command(
     A photo of a class that the index lacks is right in top1 if it matches no class. known_top1 is the accuracy on the
     other photos, and known_no_match and unknown_no_match are the shares without a match. A photo that is a shot of the
     index is classified without itself.
-
-    Options:
-        abstain: Withhold answers whose probability is below P.
-        plot: Folder for PNG diagrams of confusions, classes and calibration.
     """
     from retrieval_tip.evaluation.evaluate import evaluate
     from retrieval_tip.report import plots
@@ -91,10 +89,8 @@ def compare_command(
         kinds.SOURCE, help="Labelled photos to fit both encoders to, to compare encoders."
     ),
     as_json: bool = options.JSON,
-    models: tuple[str, ...] = options.MODELS,
-    weights: tuple[str, ...] = options.WEIGHTS,
     reading: ReadingOptions = options.READING,
-    encoding: EncodingOptions = options.COMPARED,
+    encoding: ComparedOptions = options.COMPARED,
 ) -> None:
     """Compare two indexes, or two encoders, on the same photos.
 
@@ -107,7 +103,7 @@ def compare_command(
     from retrieval_tip.evaluation.compare import Side, compare
     from retrieval_tip.index.encoders import compare_encoders
 
-    asked = named_models(encoding, models, weights)
+    asked = encoding.named()
     if (len(indexes), len(asked), fitted_to is None) not in ((2, 0, True), (0, 2, False)):
         raise UsageError("compare: give two indexes, or --fitted-to SHOTS and --model twice")
     items = source_of(source, reading, "test", labelled=False)
@@ -119,7 +115,7 @@ def compare_command(
     else:
         shots = source_of(fitted_to, replace(reading, split=None), "train")
         (name_a, own_a), (name_b, own_b) = asked
-        with encoder_of(load(own_a), own_a) as first, encoder_of(load(own_b), own_b) as second:
+        with named_encoder(own_a) as first, named_encoder(own_b) as second:
             comparison = compare_encoders((name_a, first), (name_b, second), shots, items, encoding.device)
     if as_json:
         click.echo(json_line(comparison.to_dict()))

@@ -141,8 +141,10 @@ def query(
     folder: Place = options.INDEX_ARGUMENT,
     sql: str = argument(),
     printing: OutputOptions = options.FORMAT,
-    predictions: Path | None = option(kinds.FILE),
-    timeout: int = option(click.IntRange(1, 86_400), default=60),
+    predictions: Path | None = option(
+        kinds.FILE, help="Output of classify (.parquet, .csv or .json), to be used as the table predictions."
+    ),
+    timeout: int = option(click.IntRange(1, 86_400), default=60, help="Time limit for the query, in seconds."),
 ) -> None:
     """Query the label store with SQL.
 
@@ -152,10 +154,6 @@ def query(
     columns of the table that the index was built from. The view class_counts has the columns class_id, label and keys.
     The table versions contains the output of index history. If the index is fine-tuned, the table curve contains its
     loss curve. If you give --predictions, the table predictions contains the rows of that file.
-
-    Options:
-        predictions: Output of classify (.parquet, .csv or .json), to be used as the table predictions.
-        timeout: Time limit for the query, in seconds.
     """
     printing.write_table(store_of(folder).query(sql, predictions, timeout))
 
@@ -278,8 +276,7 @@ def remove_command(folder: Place = options.INDEX_ARGUMENT, which: ShotOptions = 
     from retrieval_tip.index import changes
 
     removed = changes.remove(folder, where=which.where, key_ids=which.key_ids)
-    _say_version(folder, removed.version, f"removed {counted(len(removed.key_ids), 'shot')}")
-    _say_fitted(folder, removed)
+    _say_changed(folder, removed, f"removed {counted(len(removed.key_ids), 'shot')}")
 
 
 @index.command()
@@ -293,8 +290,7 @@ def relabel_command(
     from retrieval_tip.index import changes
 
     changed = changes.relabel(folder, label, where=which.where, key_ids=which.key_ids)
-    _say_version(folder, changed.version, f"relabelled {counted(len(changed.key_ids), 'shot')} as {label}")
-    _say_fitted(folder, changed)
+    _say_changed(folder, changed, f"relabelled {counted(len(changed.key_ids), 'shot')} as {label}")
 
 
 @index.command()
@@ -316,16 +312,17 @@ def rename_command(
     loaded = backbone_for(store_of(folder).manifest(), [], backbone, needed=True) if encode else None
     renamed = changes.rename(folder, old, new, loaded)
     what = f"merged {old} into {new}" if renamed.merged else f"renamed {old} to {new}"
-    _say_version(folder, renamed.version, f"{what} ({counted(len(renamed.key_ids), 'shot')})")
-    _say_fitted(folder, renamed)
+    _say_changed(folder, renamed, f"{what} ({counted(len(renamed.key_ids), 'shot')})")
 
 
 @index.command()
 def set_command(
     folder: Place = options.INDEX_ARGUMENT,
     settings: dict[str, Any] = grouped(AskOptions, options.ASKING),
-    temperature: float | None = option(kinds.POSITIVE),
-    normalize: Normalize | None = option(options.choice(Normalize)),
+    temperature: float | None = option(kinds.POSITIVE, help="Temperature T of the probabilities, softmax(logits / T)."),
+    normalize: Normalize | None = option(
+        options.choice(Normalize), help="Units of alpha and beta, measured on the current shots. index build uses both."
+    ),
     text: dict[str, Any] = options.building("templates"),
     backbone: BackboneOptions = options.BACKBONE,
 ) -> None:
@@ -333,10 +330,6 @@ def set_command(
 
     If you give templates, new text weights are encoded from them. If you change the beta of a fitted index, its values
     and all other fitted settings are also fitted again.
-
-    Options:
-        temperature: Temperature T of the probabilities, softmax(logits / T).
-        normalize: Units of alpha and beta, measured on the current shots. index build uses both.
     """
     from retrieval_tip.index import changes
 
@@ -493,8 +486,7 @@ def audit_command(
         if k is not None or borderline or printing != OutputOptions(None, None):
             raise UsageError("--apply: cannot be combined with other options")
         changed = apply_audit(folder, file)
-        _say_version(folder, changed.version, f"relabelled {counted(len(changed.key_ids), 'shot')}")
-        _say_fitted(folder, changed)
+        _say_changed(folder, changed, f"relabelled {counted(len(changed.key_ids), 'shot')}")
         return
     from retrieval_tip.evaluation.audit import audit
 
@@ -528,6 +520,11 @@ def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
         if added.duplicates.compared == "digests":
             warn(["the index is too large to search for near-identical images now; use index audit"])
     _say_fitted(folder, added)
+
+
+def _say_changed(folder: Place, changed: Changed, what: str) -> None:
+    _say_version(folder, changed.version, what)
+    _say_fitted(folder, changed)
 
 
 def _say_fitted(folder: Place, changed: Changed) -> None:

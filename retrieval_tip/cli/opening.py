@@ -206,23 +206,6 @@ def backbone_for(
     return loaded
 
 
-def named_models(
-    encoding: EncodingOptions, models: Sequence[str], weights: Sequence[str]
-) -> list[tuple[str, EncodingOptions]]:
-    """Return the name of each encoder to compare, and the options that select it.
-
-    Raises UsageError if weights are not given for every model.
-    """
-    if weights and len(weights) != len(models):
-        raise UsageError(
-            f"--pretrained: given {len(weights)} times for {counted(len(models), 'model')}; give it once for each "
-            "--model, or auto for the recommended weights"
-        )
-    tags = [None if tag == "auto" else tag for tag in weights or ["auto"] * len(models)]
-    chosen = [replace(encoding, model=model, pretrained=tag) for model, tag in zip(models, tags, strict=True)]
-    return [(" ".join(filter(None, (one.model, one.pretrained))), one) for one in chosen]
-
-
 @contextmanager
 def encoder_of(
     backbone: Backbone | None, encoding: EncodingOptions, views: ViewOptions | None = None
@@ -243,6 +226,11 @@ def encoder_of(
     finally:
         if cache is not None:
             cache.close()
+
+
+def named_encoder(encoding: EncodingOptions) -> AbstractContextManager[Encoder]:
+    """Open an encoder with the backbone that the options name."""
+    return encoder_of(load(encoding), encoding)
 
 
 def encoder_for(

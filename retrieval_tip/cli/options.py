@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -14,7 +14,7 @@ from retrieval_tip import settings
 from retrieval_tip.cli import kinds
 from retrieval_tip.cli.group import argument, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
-from retrieval_tip.errors import UsageError, show
+from retrieval_tip.errors import UsageError, counted, show
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -77,7 +77,7 @@ class ReadingOptions:
 
 @dataclass(frozen=True)
 class ViewOptions:
-    """Number of views to average per key, and the seed for drawing shots and views.
+    """How to draw shots and views.
 
     Options:
         views: Number of views to average per key. With 1, the centre view is used; with more, augmented views are used,
@@ -122,6 +122,31 @@ class EncodingOptions(BackboneOptions):
 
         own = {name: getattr(self, name) for name in ("norms", "batch_size", "workers", "reduce", "strict")}
         return Encoder(**own, **vars(views or ViewOptions()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedOptions(EncodingOptions):
+    """Backbones to compare, and the options for encoding images with each of them.
+
+    Options:
+        models: Encoder to compare (see retrieval-tip models).
+        weights: Weights of each --model, in the same order: a tag, a checkpoint file, or auto for the recommended tag.
+            [default: auto]
+    """
+
+    models: Sequence[str] = option(None, "--model", multiple=True, **ENCODER)
+    weights: Sequence[str] = option(None, "--pretrained", multiple=True, **ENCODER)
+
+    def named(self) -> list[tuple[str, EncodingOptions]]:
+        """Return the name of each encoder, and the options that select it. Raises UsageError if weights are missing."""
+        if self.weights and len(self.weights) != len(self.models):
+            raise UsageError(
+                f"--pretrained: given {len(self.weights)} times for {counted(len(self.models), 'model')}; give it once "
+                "for each --model, or auto for the recommended weights"
+            )
+        tags = [None if tag == "auto" else tag for tag in self.weights or ["auto"] * len(self.models)]
+        chosen = [replace(self, model=model, pretrained=tag) for model, tag in zip(self.models, tags, strict=True)]
+        return [(" ".join(filter(None, (one.model, one.pretrained))), one) for one in chosen]
 
 
 @dataclass(frozen=True)
@@ -209,20 +234,10 @@ INDEX_ARGUMENT = argument(kinds.INDEX, metavar="INDEX")
 FOLDER_ARGUMENT = argument(kinds.FOLDER, metavar="INDEX")
 """Argument of a command that requires an index in a folder."""
 BACKBONE, ENCODING, READING = grouped(BackboneOptions), grouped(EncodingOptions), grouped(ReadingOptions)
+COMPARED = grouped(ComparedOptions, without=("model", "pretrained", "precision", "runtime"))
 ROOT = grouped(ReadingOptions, without=("dataset", "split"))
 VIEWS, OPENING, ENGINE, FORMAT = map(grouped, (ViewOptions, OpeningOptions, EngineOptions, OutputOptions))
 JSON = flag("--json", help="Print the result as one JSON object.", **OUTPUTS)
-MODELS = option(None, "--model", help="Encoder to compare (see retrieval-tip models).", multiple=True, **ENCODER)
-WEIGHTS = option(
-    None,
-    "--pretrained",
-    help="Weights of each --model, in the same order: a tag, a checkpoint file, or auto for the recommended tag. "
-    "[default: auto]",
-    multiple=True,
-    **ENCODER,
-)
-COMPARED = grouped(EncodingOptions, without=("model", "pretrained", "precision", "runtime"))
-"""The options for encoding with each of the ``MODELS``."""
 _OWN = "[default: the setting of the index]"
 ASKING = {
     "k": option(kinds.K(), "-k", help=f"Number of nearest keys to use per query. {_OWN}", **ANSWERS),

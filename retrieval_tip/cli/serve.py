@@ -17,7 +17,7 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, grouped, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import say
-from retrieval_tip.cli.opening import encoder_for, encoder_of, inputs_of, load, store_of
+from retrieval_tip.cli.opening import encoder_for, inputs_of, named_encoder, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions
 from retrieval_tip.errors import UsageError, counted, install, show
 
@@ -141,7 +141,7 @@ def label_command(
 
     sources, store = inputs_of(photos), store_of(folder)
     known = store.exists()
-    opened = encoder_for(store.manifest(), sources, encoding) if known else encoder_of(load(encoding), encoding)
+    opened = encoder_for(store.manifest(), sources, encoding) if known else named_encoder(encoding)
     with opened as encoder, listen("127.0.0.1", port) as listening:
         names = [name for name in map(str.strip, classes.split(",")) if name]
         labelling = Labelling(folder, sources, encoder, names)
