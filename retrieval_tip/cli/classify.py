@@ -19,9 +19,7 @@ from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import about, finish, note, quiet, say, warn
 from retrieval_tip.cli.opening import (
     UNNAMED,
-    backbone_of,
     encoder_for,
-    encoder_of,
     index_with,
     inputs_of,
     loader,
@@ -77,7 +75,7 @@ def encode(
         what, skipped = _on_ray(pieces, out, engine, encoding, views=views)
     else:
         items = source_of(source, reading, "train", labelled=False)
-        with encoder_of(backbone_of(items, encoding), encoding, views) as encoder:
+        with encoder_for(None, [items], encoding, views) as encoder:
             what = f"{encode_table(items, out, encoder)} rows"
         skipped = encoder.skipped
     about(out, what)

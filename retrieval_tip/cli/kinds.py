@@ -105,20 +105,32 @@ class K(click.ParamType[int | Literal["all"]]):
         return number
 
 
-class Count(click.ParamType[int]):
-    """A whole number within generous bounds. The bounds appear only in error messages."""
+class Number(click.ParamType[float]):
+    """A finite number from ``least`` to ``most``. If ``above`` is true, ``least`` itself is excluded.
 
-    name = "N"
+    Bounds that are merely generous appear only in error messages.
+    """
 
-    def __init__(self, least: int = 1, most: int = MANY) -> None:
-        self.least, self.most = least, most
+    name, what, layout, generous = "X", "number", "g", LARGEST
+    parsed: click.ParamType[Any] = click.FLOAT
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        number: int = click.INT.convert(value, param, ctx)
-        if not self.least <= number <= self.most:
-            most = f" to {self.most:,}" if number > self.most or self.most < MANY else ""
-            self.fail(f"{number} is out of range; give a whole number from {self.least:,}{most}")
+    def __init__(self, least: float = 0, most: float = LARGEST, *, above: bool = False) -> None:
+        self.least, self.most, self.above = least, most, above
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        number = self.parsed.convert(value, param, ctx)
+        if not self.least <= number <= self.most or (self.above and number == self.least):
+            least = f"{'above' if self.above else 'from'} {self.least:{self.layout}}"
+            most = f" to {self.most:{self.layout}}" if number > self.most or self.most < self.generous else ""
+            self.fail(f"{number} is out of range; give a {self.what} {least}{most}")
         return number
+
+
+class Count(Number):
+    """A whole number from ``least`` to ``most``."""
+
+    name, what, layout, generous = "N", "whole number", ",", MANY
+    parsed = click.INT
 
 
 def count(kind: str = "", least: int = 1) -> Count:
@@ -127,25 +139,6 @@ def count(kind: str = "", least: int = 1) -> Count:
 
 
 SHOTS, VIEWS_COUNT, SEEDS, SEED = count("shots"), count("views"), count("seeds"), count("seed", 0)
-
-
-class Number(click.ParamType[float]):
-    """A finite number from ``least`` to ``most``. If ``above`` is true, ``least`` itself is excluded."""
-
-    name = "X"
-
-    def __init__(self, least: float = 0.0, most: float = LARGEST, *, above: bool = False) -> None:
-        self.least, self.most, self.above = least, most, above
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        number: float = click.FLOAT.convert(value, param, ctx)
-        if not self.least <= number <= self.most or (self.above and number == self.least):
-            least = f"{'above' if self.above else 'from'} {self.least:g}"
-            most = f" to {self.most:g}" if number > self.most or self.most < LARGEST else ""
-            self.fail(f"{number} is out of range; give a number {least}{most}")
-        return number
-
-
 NUMBER, POSITIVE, SHARE = Number(), Number(above=True), Number(0, 1)
 
 
@@ -168,7 +161,7 @@ class Abstaining(click.ParamType[float | Literal["auto"]]):
     name = "P|auto"
 
     def convert(self, value: object, param: Any, ctx: Any) -> float | Literal["auto"]:
-        return "auto" if value == "auto" else SHARE.convert(value, param, ctx)
+        return "auto" if value == "auto" else float(SHARE.convert(value, param, ctx))
 
 
 class Bursts(click.ParamType[float]):
@@ -180,7 +173,7 @@ class Bursts(click.ParamType[float]):
         kind, _, seconds = str(value).partition(":")
         if kind != "burst":
             self.fail(f"{value}: expected burst or burst:SECONDS")
-        return NUMBER.convert(seconds or BURST_SECONDS, param, ctx)
+        return float(NUMBER.convert(seconds or BURST_SECONDS, param, ctx))
 
 
 def recipe(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
@@ -207,10 +200,8 @@ def _toml(path: Path) -> dict[str, object]:
         return tomllib.loads(read_regular(path, RECIPE_BYTES).decode())
     except InputError as error:  # the message already names the file
         raise click.BadParameter(str(error)) from None
-    except OSError as error:
-        raise click.BadParameter(f"{path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise click.BadParameter(f"{path}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise click.BadParameter(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _kind(parameter: click.Parameter) -> str:

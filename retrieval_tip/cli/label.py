@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +11,11 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import argument, command, flag, option
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import SOME_SKIPPED, about, finish, note, say
-from retrieval_tip.cli.opening import backbone_of, encoder_for, encoder_of, index_with, inputs_of
+from retrieval_tip.cli.opening import encoder_for, index_with, inputs_of
 from retrieval_tip.cli.options import EncodingOptions, OutputOptions
 from retrieval_tip.errors import UsageError, counted, show
 
 if TYPE_CHECKING:
-    from retrieval_tip.answering import AnsweringIndex
-    from retrieval_tip.data.encoder import Encoder
-    from retrieval_tip.data.sources import Source
     from retrieval_tip.labelling.placing import Action
     from retrieval_tip.labelling.sort import Sorted
 
@@ -47,7 +42,7 @@ def suggest(
         raise UsageError("--text and --index: give only one; an index has its own text")
     sources = inputs_of(photos)
     index = None if folder is None else index_with(folder, encoding)
-    with _encoder(index, sources, encoding) as encoder:
+    with encoder_for(index, sources, encoding) as encoder:
         suggestions = suggest_photos(sources, number, encoder, index, text=text)
     printing.write_table(suggestions.table, rounded=True)
     note(str(suggestions))
@@ -78,7 +73,8 @@ def find_command(
     sources = inputs_of(names)
     index = None if folder is None else index_with(folder, encoding)
     text = not duplicates and example is None
-    with _encoder(index, sources, encoding, example, text=text) as encoder:
+    encoded = sources if index is None or example is None else [*sources, example]
+    with encoder_for(index, encoded, encoding, needed=text or (index is None and example is not None)) as encoder:
         if duplicates:
             table, found = find_duplicates(sources, encoder, number)
             only = "" if found.compared != "digests" else "; compared only identical photos and features"
@@ -89,23 +85,6 @@ def find_command(
     printing.write_table(table)
     note(done)
     finish(encoder.skipped)
-
-
-def _encoder(
-    index: AnsweringIndex | None,
-    sources: Sequence[Source],
-    encoding: EncodingOptions,
-    example: Source | None = None,
-    *,
-    text: bool = False,
-) -> AbstractContextManager[Encoder]:
-    """Open the encoder of an index, or else the one that the options or a feature table name, or the default."""
-    examples = [] if example is None else [example]
-    if index is not None:
-        return encoder_for(index, [*sources, *examples], encoding, needed=text)
-    images = [source for source in sources if source.table is None]
-    needed = text or example is not None
-    return encoder_of(backbone_of((images or sources)[0], encoding, needed=needed), encoding)
 
 
 @command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -34,8 +33,6 @@ LONG = 10.0
 """If encoding takes longer than this number of seconds, its speed is printed."""
 UNNAMED = "the index was built from features of an unknown encoder; name it with --model to encode images"
 
-PATHS_READ = 1 << 20
-"""Number of bytes to read at a time, which is also the maximum length of a path."""
 MAX_PATHS, MAX_PATHS_BYTES = 1 << 24, 1 << 30
 """Maximum number of paths and maximum number of bytes on standard input."""
 
@@ -70,20 +67,14 @@ def paths_on_stdin() -> Iterator[str]:
     """
     if sys.stdin is None:
         raise InputError("standard input: is closed; send paths to it, or name the files instead of -")
-    rest, paths, size, separator = b"", 0, 0, b""
-    while block := sys.stdin.buffer.read(PATHS_READ):
-        separator = separator or (b"\0" if b"\0" in block else b"\n")
-        whole, ended, last = (rest + block).rpartition(separator)
-        block_paths = re.findall(b"[^" + separator + b"]+", whole) if ended else []
-        rest, paths, size = last, paths + len(block_paths), size + len(block)
-        if paths > MAX_PATHS or size > MAX_PATHS_BYTES or len(rest) > PATHS_READ:
-            raise InputError(
-                f"standard input: contains more than {MAX_PATHS:,} paths or {MAX_PATHS_BYTES:,} bytes, or no paths; "
-                "give a table of paths"
-            )
-        yield from map(os.fsdecode, block_paths)
-    if rest:
-        yield os.fsdecode(rest)
+    data = sys.stdin.buffer.read(MAX_PATHS_BYTES + 1)
+    separator = b"\0" if b"\0" in data else b"\n"
+    if len(data) > MAX_PATHS_BYTES or data.count(separator) > MAX_PATHS:
+        raise InputError(
+            f"standard input: contains more than {MAX_PATHS:,} paths or {MAX_PATHS_BYTES:,} bytes, or no paths; "
+            "give a table of paths"
+        )
+    yield from (os.fsdecode(path) for path in data.split(separator) if path)
 
 
 def store_of(folder: Place) -> Store:
@@ -179,17 +170,20 @@ def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = Fal
 
 
 def backbone_for(
-    cache: AnsweringIndex | Manifest, sources: Sequence[Source], backbone: BackboneOptions, *, needed: bool
+    cache: AnsweringIndex | Manifest | None, sources: Sequence[Source], backbone: BackboneOptions, *, needed: bool
 ) -> Backbone | None:
     """Return the backbone of an index if it is ``needed`` or there are images to encode.
 
     It is loaded on first use, since the encoding cache or the stored image tower may be sufficient. Raises an error if
-    it differs from the backbone that the index was built with.
+    it differs from the backbone that the index was built with. Without an index, see :func:`backbone_of`.
     """
     from retrieval_tip.backbones.base import Identity
     from retrieval_tip.backbones.loading import load_when_needed
     from retrieval_tip.data.feature_tables import check_backbone
 
+    if cache is None:
+        images = [source for source in sources if source.table is None]
+        return backbone_of((images or sources)[0], backbone, needed=needed)
     known = cache.backbone
     identity = Identity.from_dict(known) if isinstance(known, dict) else known
     loaded: Backbone | None = None
@@ -234,7 +228,7 @@ def named_encoder(encoding: EncodingOptions) -> AbstractContextManager[Encoder]:
 
 
 def encoder_for(
-    cache: AnsweringIndex | Manifest,
+    cache: AnsweringIndex | Manifest | None,
     sources: Sequence[Source],
     encoding: EncodingOptions,
     views: ViewOptions | None = None,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
 import secrets
 import sys
 import webbrowser
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,24 @@ from retrieval_tip.cli.messages import say
 from retrieval_tip.cli.opening import encoder_for, inputs_of, named_encoder, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions
 from retrieval_tip.errors import UsageError, counted, install, show
+
+
+@dataclass(frozen=True)
+class LimitOptions:
+    """Limits of a server.
+
+    Options:
+        max_bytes: Maximum size of a request, in bytes.
+        max_pixels: Maximum size of an image, in pixels.
+        queue: Size of the queue, in images. A client that fills more than a quarter is refused with status 429. A large
+            image counts several times, and 16 features count once.
+        timeout: Time limit for a response.
+    """
+
+    max_bytes: int = option(kinds.count(), default=32 << 20)
+    max_pixels: int = option(kinds.count(), default=50_000_000)
+    queue: int = option(kinds.count("queue"), default=256)
+    timeout: float = option(kinds.Number(0.1, 86_400), default=30.0, metavar="SECONDS")
 
 
 @command()
@@ -37,10 +55,7 @@ def serve_command(
     root: Path | None = option(kinds.FOLDER),
     allow_host: tuple[str, ...] = option(multiple=True, metavar="NAME"),
     trusted_proxy: tuple[str, ...] = option(multiple=True, metavar="ADDRESS"),
-    max_bytes: int = option(kinds.count(), default=32 << 20),
-    max_pixels: int = option(kinds.count(), default=50_000_000),
-    queue: int = option(kinds.count("queue"), default=256),
-    timeout: float = option(kinds.Number(0.1, 86_400), default=30.0, metavar="SECONDS"),
+    limited: LimitOptions = grouped(LimitOptions),
     backbone: BackboneOptions = grouped(BackboneOptions, without=("model", "pretrained", "runtime")),
     opening: OpeningOptions = grouped(OpeningOptions, without=("where",)),
 ) -> None:
@@ -64,11 +79,6 @@ def serve_command(
         allow_host: Additional host name that requests may use. [default: only localhost, or any name if --host is
             another address]
         trusted_proxy: Address or network of a proxy that names its clients in X-Forwarded-For.
-        max_bytes: Maximum size of a request, in bytes.
-        max_pixels: Maximum size of an image, in pixels.
-        queue: Size of the queue, in images. A client that fills more than a quarter is refused with status 429. A large
-            image counts several times, and 16 features count once.
-        timeout: Time limit for a response.
     """
     _check_installed("serve")
     from retrieval_tip.backbones.loading import load_backbone
@@ -89,13 +99,13 @@ def serve_command(
                 f"--trusted-proxy {proxy}: is not an address or network; give one such as 10.0.0.7 or 10.0.0.0/8"
             ) from None
     device, precision, verify = backbone.device, backbone.precision, opening.verify
-    limits = Limits(bytes=max_bytes, pixels=max_pixels, queue=queue, seconds=timeout)
+    limits = Limits(bytes=limited.max_bytes, pixels=limited.max_pixels, queue=limited.queue, seconds=limited.timeout)
     with listen(host, port) as listening:
         here = listening.getsockname()[0].startswith(("127.", "::1"))
         made = secrets.token_urlsafe(16) if token is None and (private or (here and not read_only)) else None
         key = token or made
         if allow_host or here:
-            limits = dataclasses.replace(limits, hosts=LOOPBACK | {name.lower() for name in allow_host})
+            limits = replace(limits, hosts=LOOPBACK | {name.lower() for name in allow_host})
         served = open_all(folders, device, precision, verify)
         maker = None
         if model is not None or not folders:
@@ -110,7 +120,7 @@ def serve_command(
         ready = partial(say, f"Serving {what} at {at};{opened} Ctrl+C stops the server")
         access: dict[str, Any] = {"token": None if read_only else key, "private": key if private else None}
         app = create_app(served, limits, **access, uploads=uploads, root=root, maker=maker, ready=ready)
-        serve(app, listening, timeout, trusted_proxy)
+        serve(app, listening, limits.seconds, trusted_proxy)
 
 
 @command()
