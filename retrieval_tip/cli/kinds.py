@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -196,6 +195,8 @@ def recipe(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | 
 
 
 def _toml(path: Path) -> dict[str, object]:
+    import tomllib
+
     try:
         return tomllib.loads(read_regular(path, RECIPE_BYTES).decode())
     except InputError as error:  # the message already names the file
