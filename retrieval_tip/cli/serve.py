@@ -6,6 +6,7 @@ import ipaddress
 import secrets
 import sys
 import webbrowser
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -87,17 +88,7 @@ def serve_command(
     from retrieval_tip.server.run import LOOPBACK, address, listen, serve
     from retrieval_tip.server.served import Backbones, Maker, open_all
 
-    if token is not None and (not token.strip() or not token.isascii() or not token.isprintable()):
-        raise UsageError("--token: must consist of printable ASCII characters; give another token or omit the option")
-    if token is not None and read_only and not private:
-        raise UsageError("--token and --read-only: give only one, or add --private")
-    for proxy in trusted_proxy:
-        try:
-            ipaddress.ip_network(proxy)
-        except ValueError:
-            raise UsageError(
-                f"--trusted-proxy {proxy}: is not an address or network; give one such as 10.0.0.7 or 10.0.0.0/8"
-            ) from None
+    _check_access(token, read_only and not private, trusted_proxy)
     device, precision, verify = backbone.device, backbone.precision, opening.verify
     limits = Limits(bytes=limited.max_bytes, pixels=limited.max_pixels, queue=limited.queue, seconds=limited.timeout)
     with listen(host, port) as listening:
@@ -172,6 +163,20 @@ def label_command(
         app = create_app(served, Limits(hosts=LOOPBACK), **access, maker=maker, labelling=labelling, ready=ready)
         serve(app, listening, Limits.seconds)
         labelling.check_saved()
+
+
+def _check_access(token: str | None, is_useless: bool, trusted_proxy: Sequence[str]) -> None:
+    if token is not None and (not token.strip() or not token.isascii() or not token.isprintable()):
+        raise UsageError("--token: must consist of printable ASCII characters; give another token or omit the option")
+    if token is not None and is_useless:
+        raise UsageError("--token and --read-only: give only one, or add --private")
+    for proxy in trusted_proxy:
+        try:
+            ipaddress.ip_network(proxy)
+        except ValueError:
+            raise UsageError(
+                f"--trusted-proxy {proxy}: is not an address or network; give one such as 10.0.0.7 or 10.0.0.0/8"
+            ) from None
 
 
 def _check_installed(name: str) -> None:
